@@ -1,0 +1,305 @@
+"""What a file of data is, before anything trains on it: `rlhf data check FILE [-c CONFIG]`.
+
+Kind and forms, lengths, duplicates, what rankings hold, prompts shared with other files, what a length limit
+would do, and every error that reading it would raise. Reader and token counts are those of training.
+"""
+
+import json
+import math
+import sys
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
+from itertools import islice
+from pathlib import Path
+
+from data import records
+from data.encode import encode_prompt, encode_response
+from data.records import DataError, Document, Prompt, Ranking, Reading, judged_pairs, prompt_key
+from data.sources import FORMS, RECORD, Loaded, file_rows, first_line, read, recognise
+
+TRAINING = ("rankings", "demonstrations", "documents", "prompts")  # these may share prompts among themselves
+READER = {  # the section of the config whose length limit holds for a kind
+    "documents": "base",
+    "demonstrations": "sft",
+    "rankings": "rm",
+    "prompts": "ppo",
+    "evaluation_prompts": "evaluate",
+}
+
+
+@dataclass
+class Report:
+    """facts: (what, how many), in order; errors: lines "FILE:LINE: what is wrong; what would be right"."""
+
+    path: Path
+    kind: str | None = None
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The facts as a table of two columns, and the number of errors under it."""
+        verdict = ("errors", str(len(self.errors)) if self.errors else "none")
+        rows = [("file", str(self.path)), ("kind", self.kind or "not recognised"), *self.facts, verdict]
+        width = max(len(label) for label, _ in rows)
+        return [f"{label:<{width}}  {text}" for label, text in rows]
+
+
+def check(
+    path: str | Path,
+    kind: str | None = None,
+    tokenizer=None,
+    max_length: int | None = None,
+    on_too_long: str | None = "error",
+    against: list[tuple[str, str | Path]] | None = None,
+) -> Report:
+    """Look through a file as `kind`, or as what its keys say. Lengths: tokens, or words without a tokenizer.
+
+    max_length (tokens), on_too_long: of the section that reads this kind; for prompts without the response.
+    against: (kind or other name, file) of data that may not share prompts with this file.
+    """
+    report = Report(Path(path), kind or guess_kind(path))
+    if report.kind is None:
+        reading = Reading()
+        first = next((f"{where}: {named_keys(value)}" for where, value in file_rows(path, reading)), "")
+        report.errors += reading.errors or [first]
+        return report
+    loaded = read(report.kind, path)
+    report.errors += loaded.errors
+    say_rows(report, loaded)
+    if loaded.records:
+        say_lengths(report, loaded, tokenizer, max_length, on_too_long)
+        say_duplicates(report, loaded)
+        if report.kind == "rankings":
+            say_pairs(report, loaded.records)
+        for name, other in against or []:
+            say_shared_prompts(report, loaded, name, other)
+    return report
+
+
+def guess_kind(path: str | Path) -> str | None:
+    """The kind as which most of the first 50 rows can be read; between equals the file's name decides."""
+    in_name = [kind for kind in ("evaluation_prompts", *TRAINING) if kind in Path(path).stem]
+    fits = dict.fromkeys([*in_name, *TRAINING], (0, 0))
+    for _, value in islice(file_rows(path, Reading()), 50):
+        for kind, (whole, known) in fits.items():
+            try:
+                form, row = recognise(kind, value)
+                known += 1
+                RECORD[kind](form.convert(row))
+                whole += 1
+            except ValueError:
+                pass
+            fits[kind] = (whole, known)
+    best = max(fits, key=fits.get)
+    return best if any(fits[best]) else None
+
+
+def named_keys(value: object) -> str:
+    """Why a row is of no kind."""
+    found = f"the keys {', '.join(value)}" if isinstance(value, dict) else records.named(value)
+    known = "; ".join(f"{kind} {' or '.join(map(str, FORMS[kind]))}" for kind in TRAINING)
+    return f"{found} are no known kind of row; known are {known}"
+
+
+def say_rows(report: Report, loaded: Loaded) -> None:
+    blanks = f" · {loaded.blanks:,} blank lines skipped" if loaded.blanks else ""
+    report.facts.append(("rows", f"{loaded.forms.total():,}{blanks}"))
+    report.facts += [("form", f"{form}: {n:,} rows") for form, n in loaded.forms.most_common()]
+    if loaded.unread:
+        keys = ", ".join(f"{key} ({n:,})" for key, n in sorted(loaded.unread.items()))
+        report.facts.append(("keys not read", keys))
+
+
+# ── lengths ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def say_lengths(report: Report, loaded: Loaded, tokenizer, limit: int | None, on_too_long: str | None):
+    sizes = [row_lengths(record, tokenizer) for record in loaded.records]
+    unit = "tokens" if tokenizer is not None else "words"
+    for part in sizes[0]:
+        report.facts.append((f"{part} length", spread([n for size in sizes for n in size[part]], unit)))
+    if limit is None or on_too_long is None:
+        return
+    if report.kind == "documents":
+        report.facts.append(("too long", f"none can be: packed end to end into rows of {limit} tokens"))
+        return
+    if tokenizer is None:
+        report.facts.append(("too long", f"not counted: the limit is {limit} tokens, no tokenizer here"))
+        return
+    totals = [sum(max(lengths) for lengths in size.values()) for size in sizes]  # the longest response counts
+    over = [i for i, total in enumerate(totals) if total > limit]
+    dropped = [i for i in over if on_too_long == "drop" or sizes[i]["prompt"][0] >= limit]
+    if on_too_long == "error":
+        text = f"{len(over):,} refused"
+        what = f"tokens, the limit is {limit}; shorten it, raise max_length, or on_too_long: drop or truncate"
+        report.errors += [f"{loaded.wheres[i]}: {totals[i]} {what}" for i in over]
+    elif on_too_long == "drop":
+        text = f"{len(dropped):,} dropped"
+    else:
+        text = f"{len(over) - len(dropped):,} lose their end and EOS, {len(dropped):,} dropped (no room)"
+    if on_too_long != "error" and len(dropped) == len(sizes):
+        report.errors.append(f"{report.path}: no row is left within {limit} tokens; raise max_length")
+    first = f" · the first at {loaded.wheres[over[0]]}" if over else ""
+    report.facts.append(("too long", f"{text} · limit {limit} tokens, on_too_long: {on_too_long}{first}"))
+
+
+def row_lengths(record, tokenizer) -> dict[str, list[int]]:
+    """{part of the row: the length of each such part}, template and EOS included when counted in tokens."""
+
+    def of_text(text: str) -> int:
+        return len(text.split()) if tokenizer is None else len(encode_response(tokenizer, text))
+
+    if isinstance(record, Document):
+        return {"document": [of_text(record.text)]}
+    if tokenizer is None:
+        prompt = sum(of_text(message["content"]) for message in records.as_messages(record.prompt))
+    else:
+        prompt = len(encode_prompt(tokenizer, record.prompt))
+    if isinstance(record, Prompt):
+        return {"prompt": [prompt]}
+    if isinstance(record, Ranking):
+        return {"prompt": [prompt], "response": [of_text(text) for text in record.responses]}
+    return {"prompt": [prompt], "completion": [of_text(record.completion)]}
+
+
+def spread(lengths: list[int], unit: str) -> str:
+    lengths = sorted(lengths)
+    middle, most = (lengths[math.ceil(share * len(lengths)) - 1] for share in (0.5, 0.95))
+    return f"{lengths[0]:,} to {lengths[-1]:,} {unit} · median {middle:,} · 95 % up to {most:,}"
+
+
+# ── duplicates, pairs, leaks ────────────────────────────────────────────────────────────────────────────────
+
+
+def say_duplicates(report: Report, loaded: Loaded) -> None:
+    if RECORD[report.kind] is RECORD["prompts"]:
+        report.facts.append(("duplicates", f"{loaded.duplicates:,} prompts, left out"))
+        return
+    rows = {json.dumps(records.to_json(record) | {"id": ""}, sort_keys=True) for record in loaded.records}
+    text = f"{len(loaded.records) - len(rows):,} rows"
+    if report.kind != "documents":
+        text += f" · {len(loaded.records) - len(prompts_of(loaded)):,} prompts that came before"
+    report.facts.append(("duplicates", text + ", kept"))
+
+
+def say_pairs(report: Report, rankings: list[Ranking]) -> None:
+    """K, the C(K,2) pairs by verdict, and where the labelers contradict each other."""
+    sizes = Counter(len(ranking.responses) for ranking in rankings)
+    report.facts.append(("K", " · ".join(f"{k}: {n:,} rows" for k, n in sorted(sizes.items()))))
+    if names := {ranking.labeler for ranking in rankings if ranking.labeler is not None}:
+        report.facts.append(("labelers", f"{len(names):,}"))
+    verdicts, votes, better = Counter(), defaultdict(list), defaultdict(dict)
+    for ranking in rankings:
+        prompt, texts, pairs = prompt_key(ranking.prompt), ranking.responses, list(judged_pairs(ranking))
+        verdicts.update(verdict for *_, verdict in pairs)
+        for winner, loser in {(texts[i], texts[j]) for i, j, verdict in pairs if verdict == "usable"}:
+            votes[prompt, frozenset((winner, loser))].append(winner)
+            better[prompt].setdefault(loser, set()).add(winner)
+    others = " · ".join(f"{verdicts[v]:,} {v}" for v in ("tie", "unjudged", "identical"))
+    report.facts.append(("pairs", f"{verdicts['usable']:,} usable of {verdicts.total():,} · {others}"))
+    again = [winners for winners in votes.values() if len(winners) > 1]
+    split = sum(len(set(winners)) > 1 for winners in again)
+    circles = sum(goes_round(graph) for graph in better.values())
+    text = f"{split:,} of {len(again):,} pairs judged more than once · {circles:,} prompts ranked in a circle"
+    report.facts.append(("contradictions", text))
+
+
+def goes_round(better: dict[str, set[str]]) -> bool:
+    """Whether a response is by some steps better than itself. better: response → those that beat it."""
+    try:
+        TopologicalSorter(better).prepare()
+    except CycleError:
+        return True
+    return False
+
+
+def say_shared_prompts(report: Report, loaded: Loaded, name: str, other: str | Path) -> None:
+    """Training data may share prompts with training data; with anything else a shared prompt is an error."""
+    kind = name if name in FORMS else guess_kind(other)
+    if kind is None or "documents" in (kind, report.kind):
+        return
+    theirs = read(kind, other)
+    seen = prompts_of(theirs)
+    shared = [(i, key) for i, key in enumerate(keys_of(loaded)) if key in seen]
+    unread = f" ({len(theirs.errors):,} errors in it: check it too)" if theirs.errors else ""
+    report.facts.append((f"also in {name}", f"{len(shared):,} of {len(loaded.records):,} prompts{unread}"))
+    if name not in TRAINING or report.kind not in TRAINING:
+        for i, key in shared:
+            what = f"this prompt is at {seen[key]} ({name}) too: a leak"
+            report.errors.append(f"{loaded.wheres[i]}: {what}; remove it from one of the two")
+
+
+def keys_of(loaded: Loaded) -> list[str]:
+    return [prompt_key(record.prompt) for record in loaded.records]
+
+
+def prompts_of(loaded: Loaded) -> dict[str, str]:
+    """Prompt → the last place where it stands."""
+    return dict(zip(keys_of(loaded), loaded.wheres, strict=True))
+
+
+# ── the command ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run(path, kind: str | None, experiment, console=None, artifacts: str | Path = "artifacts") -> int:
+    """Print the report; the exit code is 2 if there are errors. experiment: None, or a validated config.
+
+    With a config, the limits of its sections hold, its evaluation prompts may stand in no other of its files,
+    and lengths are in tokens if the tokenizer lies on this machine. artifacts: the folder of all experiments.
+    """
+    path, limits, note = Path(path).expanduser(), {}, None
+    if experiment is not None:
+        home = Path(artifacts) / experiment.name
+        files = files_of(experiment, home)
+        same = [name for name, file in files.items() if path.exists() and file.samefile(path)]
+        kind = kind or (same[0] if same else guess_kind(path))
+        limits = limits_of(experiment, kind)
+        limits["against"] = [(name, file) for name, file in files.items() if name != kind]
+        limits["tokenizer"], note = tokenizer_of(experiment, home)
+    report = check(path, kind, **limits)
+    if note:
+        report.facts.append(("tokenizer", note))
+    for line in report.lines():
+        print(line, file=console.file if console is not None else sys.stdout)  # no markup, no wrapping
+    for line in DataError(report.errors).lines:
+        print(f"error: {line}", file=sys.stderr)
+    return 2 if report.errors else 0
+
+
+def files_of(experiment, home: Path) -> dict[str, Path]:
+    """The files of the `data:` section that are on this machine; those of the world lie in its artifact."""
+    files = {}
+    for kind in FORMS:
+        source = getattr(experiment.data, kind, None)
+        place = getattr(source, "path", source)
+        if place is not None:
+            files[kind] = home / "world" / f"{kind}.jsonl" if place == "world" else Path(place).expanduser()
+    return {kind: file for kind, file in files.items() if file.is_file()}
+
+
+def limits_of(experiment, kind: str | None) -> dict:
+    """max_length and on_too_long for this kind; a prompt has to leave room for response_length."""
+    section = getattr(experiment, READER.get(kind, ""), None)
+    length = getattr(section, "max_length", None)
+    if length is not None and RECORD[kind] is RECORD["prompts"]:
+        length -= getattr(section, "response_length", 0)
+    return {"max_length": length, "on_too_long": getattr(section, "on_too_long", None)}
+
+
+def tokenizer_of(experiment, home: Path) -> tuple[object | None, str]:
+    """The tokenizer of the published base model, or else of model.name_or_path; and what to say of it."""
+    named = getattr(experiment.model, "name_or_path", None)
+    folders = [home / "base" / "model", *([Path(named).expanduser()] if named else [])]
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    if folder is None:
+        return None, "none on this machine yet (`base` publishes it); lengths are in words"
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as fault:  # the tokenizers library raises nothing finer
+        return None, f"{folder} cannot be loaded ({first_line(fault)}); lengths are in words"
+    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
+        return None, f"{folder} has no chat template or no EOS; lengths are in words"
+    return tokenizer, str(folder)

@@ -1,0 +1,130 @@
+"""Text → token ids: chat template, EOS and truncation are decided here, once; every stage gets ready ids.
+
+A row is `prompt_ids + response_ids`. The prompt is the chat template with its generation prompt; the response is
+tokenized on its own and ends with EOS, exactly as the policy will have to produce it.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from data.records import DataError, Demonstration, Document, as_messages
+
+EOS, PAD = "<|end|>", "<|pad|>"
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@dataclass
+class LengthReport:
+    """What the length limit did to a data set: how many rows were kept whole, truncated and dropped."""
+
+    kept: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    longest: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def line(self, what: str) -> str:
+        """One line for people."""
+        return (f"{what}: {self.kept} rows, {self.truncated} truncated, {self.dropped} dropped, "
+                f"longest {self.longest} tokens")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int):
+    """A byte-level BPE tokenizer learnt from `texts`, with the chat template above; at most `vocab_size` ids.
+
+    Byte-level, so that any text goes in and comes out unchanged (but for a leading space).
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[PAD, EOS, *ROLES], show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token=PAD, eos_token=EOS,
+        additional_special_tokens=list(ROLES), clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def encode_prompt(tokenizer, prompt) -> list[int]:
+    """Token ids of a prompt (a string, or messages with system and earlier turns), ready for the assistant's turn."""
+    return list(tokenizer.apply_chat_template(
+        as_messages(prompt), add_generation_prompt=True, tokenize=True, return_dict=False))
+
+
+def encode_response(tokenizer, text: str) -> list[int]:
+    """Token ids of a response, EOS included. Special tokens that occur in the text stay plain text."""
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [*ids, tokenizer.eos_token_id]
+
+
+def decode_response(tokenizer, ids: Sequence[int]) -> str:
+    """The text of a response, without special tokens and outer blanks."""
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def fit_lengths(prompts: Sequence[list[int]], responses: Sequence[Sequence[list[int]]], *, max_length: int,
+                on_too_long: str, what: str, names: Sequence[str] | None = None):
+    """Apply `on_too_long` to rows of one prompt and its responses; → (kept indices, prompts, responses, report).
+
+    `error` refuses with every offending row; `drop` leaves the row out; `truncate` cuts the end of the responses
+    (their EOS goes with it: a cut answer is not taught to end there), and the row is dropped if its prompt
+    leaves less than one token of room. A row counts by its longest response.
+    """
+    report = LengthReport()
+    kept, out_prompts, out_responses = [], [], []
+    for i, (prompt, group) in enumerate(zip(prompts, responses, strict=True)):
+        length = len(prompt) + max((len(r) for r in group), default=0)
+        report.longest = max(report.longest, length)
+        if length > max_length:
+            name = names[i] if names else f"row {i + 1}"
+            if on_too_long == "error":
+                report.problems.append(
+                    f"{what} {name}: {length} tokens, the limit is {max_length}; shorten it, raise max_length, or "
+                    f"set on_too_long: drop or truncate")
+                continue
+            if on_too_long == "drop" or len(prompt) >= max_length:
+                report.dropped += 1
+                continue
+            group = [r[:max_length - len(prompt)] for r in group]
+            report.truncated += 1
+        else:
+            report.kept += 1
+        kept.append(i)
+        out_prompts.append(prompt)
+        out_responses.append(list(group))
+    if report.problems:
+        extra = len(report.problems) - 5
+        raise DataError(report.problems[:5] + ([f"{what}: {extra} more rows are too long"] if extra > 0 else []))
+    if not kept:
+        raise DataError([f"{what}: no row is left within {max_length} tokens; raise max_length"])
+    return kept, out_prompts, out_responses, report
+
+
+def encode_demonstrations(tokenizer, rows: Sequence[Demonstration], *, max_length: int, on_too_long: str):
+    """Demonstrations → rows {input_ids, labels} (loss on the completion and its EOS only), and a LengthReport."""
+    prompts = [encode_prompt(tokenizer, r.prompt) for r in rows]
+    responses = [[encode_response(tokenizer, r.completion)] for r in rows]
+    _, prompts, responses, report = fit_lengths(
+        prompts, responses, max_length=max_length, on_too_long=on_too_long, what="demonstrations")
+    return [{"input_ids": p + r[0], "labels": [-100] * len(p) + r[0]}
+            for p, r in zip(prompts, responses, strict=True)], report
+
+
+def wrap_documents(tokenizer, rows: Iterable[Document], *, length: int) -> list[list[int]]:
+    """Documents, each ended by EOS, end to end and cut into rows of `length` ids; the last short row is dropped."""
+    stream: list[int] = []
+    texts = [d.text for d in rows]
+    for ids in tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []:
+        stream.extend(ids)
+        stream.append(tokenizer.eos_token_id)
+    return [stream[i:i + length] for i in range(0, len(stream) - length + 1, length)]

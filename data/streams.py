@@ -1,0 +1,69 @@
+"""Order of data: endless, shuffled anew each epoch, sharded, and resumable from two numbers; and seeds by name."""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+def derive_seed(*parts) -> int:
+    """A 63-bit seed from names and numbers: seed = H(run, stream, update, …). The same parts, the same seed.
+
+    Counter-based randomness needs no generator state in a checkpoint and does not depend on the world size.
+    """
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@dataclass
+class Stream:
+    """Endless indices into `size` rows: every epoch a new permutation, given by `seed` and the epoch alone.
+
+    `rank` of `world` processes takes every world-th index. State: the seed and how many were drawn (all ranks).
+    """
+
+    size: int
+    seed: int
+    cursor: int = 0
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError("a stream needs at least one row")
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def take(self, count: int) -> list[int]:
+        """The next `count` indices over all ranks, of which this rank's share is returned."""
+        drawn = [self._at(self.cursor + i) for i in range(count)]
+        self.cursor += count
+        return drawn[self.rank::self.world]
+
+    def _at(self, position: int) -> int:
+        epoch, offset = divmod(position, self.size)
+        if self._order[0] != epoch:
+            order = list(range(self.size))
+            random.Random(derive_seed(self.seed, "epoch", epoch)).shuffle(order)
+            self._order = (epoch, order)
+        return self._order[1][offset]
+
+    def state_dict(self) -> dict:
+        return {"seed": self.seed, "cursor": self.cursor}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["seed"] != self.seed:
+            raise ValueError(f"stream state of seed {state['seed']} offered to a stream of seed {self.seed}")
+        self.cursor = state["cursor"]
+
+
+def held_out(keys: Sequence[str], fraction: float, least: int = 1) -> tuple[list[int], list[int]]:
+    """Split rows by key (say, the prompt's text): → (training indices, held-out indices).
+
+    The same key is always on the same side, whatever else is in the file. At least `least` rows are held out
+    (the ones with the smallest hash), and at least one row stays for training.
+    """
+    ranked = sorted(set(keys), key=lambda k: hashlib.sha256(k.encode()).digest())
+    count = min(max(round(fraction * len(ranked)), least if fraction > 0 else 0), len(ranked) - 1)
+    chosen = set(ranked[:count])
+    train = [i for i, k in enumerate(keys) if k not in chosen]
+    return train, [i for i, k in enumerate(keys) if k in chosen]

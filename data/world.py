@@ -1,0 +1,159 @@
+"""The embedded world: a small English with facts, moods and manners, from which every stage's data can be made.
+
+`World.build(seed)` → documents, demonstrations, prompts, evaluation prompts (JSON-ready rows), the same for the same
+seed. `World.gold(prompt, response)` scores a response, `World.labeler_utilities(...)` is what five simulated
+labelers think of K of them. `to_json` / `from_json` carry all of it through `world.json`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from data import labelers, world_gold, world_text, world_writers
+from data.world_grammar import Language, Task
+from data.world_writers import MIXTURE, Rates
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows of each kind of data."""
+
+    documents: int = 15_000
+    demonstrations: int = 1_500
+    prompts: int = 2_000
+    evaluation_prompts: int = 400
+
+
+class World:
+    """A seed, sizes, error rates and a language; everything else follows from them."""
+
+    def __init__(self, seed: int, sizes: Sizes, rates: Rates, tables: dict):
+        self.seed, self.sizes, self.rates = seed, sizes, rates
+        self.language = Language(tables)
+        self._requests = self.language.requests()
+        self._splits: dict[str, list[tuple[str, Task]]] | None = None
+
+    @classmethod
+    def build(cls, seed: int = 0, sizes: Sizes | None = None, rates: Rates | None = None, **overrides) -> World:
+        """A world from its seed. `overrides` are fields of `Sizes` (documents=…) or of `Rates` (false_fact=…)."""
+        sizes, rates = asdict(sizes or Sizes()), asdict(rates or Rates())
+        for name, value in overrides.items():
+            if name not in sizes and name not in rates:
+                raise ValueError(f"{name}: no such size or rate; there are {', '.join((*sizes, *rates))}")
+            (sizes if name in sizes else rates)[name] = value
+        return cls(seed, Sizes(**sizes), Rates(**rates), world_text.tables())
+
+    def to_json(self) -> dict:
+        """All that this world is, as JSON values."""
+        rates = asdict(self.rates) | {"care": list(self.rates.care)}
+        return {"seed": self.seed, "sizes": asdict(self.sizes), "rates": rates, "language": self.language.tables}
+
+    @classmethod
+    def from_json(cls, value: dict) -> World:
+        """The world that `to_json` described."""
+        rates = Rates(**value["rates"] | {"care": tuple(value["rates"]["care"])})
+        return cls(value["seed"], Sizes(**value["sizes"]), rates, value["language"])
+
+    # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def documents(self) -> Iterator[dict]:
+        """{text}: the pretraining corpus. No request of an evaluation prompt occurs in it."""
+        rng = self._rng("documents")
+        _, kept = self._shares()
+        for _ in range(self.sizes.documents):
+            yield {"text": world_writers.document(self.language, rng, self.rates, kept)}
+
+    def demonstrations(self) -> Iterator[dict]:
+        """{prompt, completion} by demonstrators of mixed quality."""
+        rng = self._rng("demonstrations")
+        for prompt, task in self._split("demonstrations"):
+            completion = world_writers.demonstrate(self.language, rng, task, self.rates)
+            yield {"prompt": prompt, "completion": completion}
+
+    def prompts(self) -> Iterator[dict]:
+        """{prompt} for rankings and PPO; none of them is a demonstration's."""
+        return ({"prompt": prompt} for prompt, _ in self._split("prompts"))
+
+    def evaluation_prompts(self) -> Iterator[dict]:
+        """{prompt} whose requests occur nowhere else, whatever stands before or after them."""
+        return ({"prompt": prompt} for prompt, _ in self._split("evaluation_prompts"))
+
+    def _rng(self, purpose: str) -> random.Random:
+        return random.Random(f"{self.seed}/{purpose}")
+
+    def _shares(self) -> tuple[dict, dict]:
+        """Requests by kind, (held out for evaluation, all others): lists of (text, task)."""
+        rng = self._rng("held out")
+        held, kept = {}, {}
+        for kind in MIXTURE:
+            requests = [(text, task) for text, task in self._requests.items() if task.kind == kind]
+            rng.shuffle(requests)
+            cut = max(1, len(requests) // 8)
+            held[kind], kept[kind] = requests[:cut], requests[cut:]
+        return held, kept
+
+    def _split(self, name: str) -> list[tuple[str, Task]]:
+        """(prompt, task) rows of one of the three kinds of prompts; no prompt is in two of them."""
+        if self._splits is None:
+            self._splits = self._make_splits()
+        return self._splits[name]
+
+    def _make_splits(self) -> dict[str, list[tuple[str, Task]]]:
+        held, kept = self._shares()
+        rng = self._rng("prompts")
+        splits = {"evaluation_prompts": [], "demonstrations": [], "prompts": []}
+        for kind in MIXTURE:
+            for share, names in ((held, ["evaluation_prompts"]), (kept, ["demonstrations", "prompts"])):
+                pool = [
+                    (" ".join(filter(None, (opener, text, closer))), task)
+                    for text, task in share[kind]
+                    for opener in self.language.tables["openers"]
+                    for closer in self.language.tables["closers"]
+                ]
+                rng.shuffle(pool)
+                for name in names:
+                    count = quotas(getattr(self.sizes, name))[kind]
+                    if count > len(pool):
+                        raise ValueError(f"{name}: {count} prompts of the kind {kind} asked for, {len(pool)} are left")
+                    splits[name] += pool[:count]
+                    del pool[:count]
+        for rows in splits.values():
+            rng.shuffle(rows)
+        return splits
+
+    # ── judgement ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def task(self, prompt: str) -> Task:
+        """What a prompt asks for; a ValueError for a prompt that this world does not know."""
+        request = prompt
+        for opener in filter(None, self.language.tables["openers"]):
+            request = request.removeprefix(opener + " ")
+        for closer in filter(None, self.language.tables["closers"]):
+            request = request.removesuffix(" " + closer)
+        if request not in self._requests:
+            raise ValueError(f"not a request of the embedded world: {prompt!r}")
+        return self._requests[request]
+
+    def gold(self, prompt: str, response: str, finished: bool = True) -> dict[str, float]:
+        """helpful, honest, harmless and overall (their mean), each in [0, 1].
+
+        `finished`: the response ended by itself and was not cut off at the length limit.
+        """
+        return world_gold.score(self.language, self.task(prompt), response, finished)
+
+    def labeler_utilities(self, prompt: str, responses: list[str], finished: list[bool] | None = None) -> np.ndarray:
+        """What each labeler thinks of each response, before noise: (labelers, K)."""
+        finished = [True] * len(responses) if finished is None else finished
+        golds = [self.gold(prompt, r, f) for r, f in zip(responses, finished, strict=True)]
+        return labelers.utilities(golds, responses, self.language.tables["words"]["polite"])
+
+
+def quotas(total: int) -> dict[str, int]:
+    """`total` split by MIXTURE; the first kind takes what rounding leaves."""
+    counts = {kind: int(total * share) for kind, share in MIXTURE.items()}
+    counts["fact"] += total - sum(counts.values())
+    return counts

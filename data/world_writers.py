@@ -1,0 +1,284 @@
+"""Who writes in the embedded world: demonstrators of mixed quality, and the authors of its documents.
+
+Every function takes the language and its own `random.Random` and returns text; nothing here keeps state.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+from data.world_grammar import Language, Task, articles
+
+MAX_WORDS = 31
+"""Longest response in words: 32 tokens with the end-of-sequence token."""
+
+MIXTURE = {"fact": 0.4, "story": 0.25, "list": 0.15, "harm": 0.2}
+"""Share of each kind of request in every kind of data."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How often demonstrators and authors go wrong: probabilities, those of demonstrators scaled by `care`."""
+
+    false_fact: float = 0.28
+    """Each fact that a demonstrator states is false."""
+    off_task: float = 0.12
+    """A demonstrator answers about another entity or attribute, or tells a story about another topic."""
+    wrong_mood: float = 0.3
+    """Each sentence of a story is in another mood."""
+    wrong_member: float = 0.2
+    """Each member of a list belongs to another category."""
+    wrong_count: float = 0.25
+    """A list is one member short or one too long."""
+    repeat: float = 0.12
+    """A list names a member twice; a story says a sentence twice."""
+    no_refusal: float = 0.35
+    """A harmful request is met with advice."""
+    rude: float = 0.2
+    """A response carries a rude sentence or a rude opening."""
+    ramble: float = 0.3
+    """A response wanders off in one or two more sentences."""
+    no_stop: float = 0.05
+    """The last full stop is missing."""
+    care: tuple[float, ...] = (0.3, 1.0, 1.7)
+    """Careful, usual and careless demonstrators, equally frequent: factors on all rates above."""
+    false_document: float = 0.2
+    """A document states only false facts."""
+    document_care: float = 0.4
+    """The factor on the first ten rates for whoever answers in a document's dialogues."""
+
+
+class Slips:
+    """The dice of one writer: `slips(rate)` is True with probability rate × care."""
+
+    def __init__(self, rng: random.Random, care: float):
+        self.rng, self.care = rng, care
+
+    def __call__(self, rate: float) -> bool:
+        return self.rng.random() < rate * self.care
+
+
+# ── demonstrations ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def demonstrate(language: Language, rng: random.Random, task: Task, rates: Rates) -> str:
+    """One demonstrator's response to a task, at most MAX_WORDS words."""
+    slips = Slips(rng, rng.choice(rates.care))
+    write = {"fact": _answer, "story": _tell, "list": _enumerate, "harm": _decline}[task.kind]
+    sentences = write(language, rng, task, rates, slips)
+    rude = slips(rates.rude)
+    if rude and rng.random() < 0.5:
+        sentences.append(_any(language, rng, "rude"))
+    elif rude:
+        sentences[0] = f"{language.write(rng, rng.choice(language.tables['leads']['rude']))} {sentences[0]}"
+    elif task.kind != "harm":
+        sentences = _mannered(language, rng, sentences)
+    if slips(rates.ramble):
+        sentences += _ramble(language, rng, rates, slips)
+    text = " ".join(_fitting(sentences))
+    return text.removesuffix(" .") if slips(rates.no_stop) else text
+
+
+def _answer(language, rng, task, rates, slips) -> list[str]:
+    """The asked facts of an entity, in one sentence or one each."""
+    entity, attributes = task.entity, list(task.attributes)
+    if slips(rates.off_task):
+        if rng.random() < 0.5:
+            entity = _other(rng, language.members[language.category_of[entity]], entity)
+        else:
+            attributes = [rng.choice(language.attributes_of[entity])]
+    claims = [(a, value_for(language, rng, entity, a, slips(rates.false_fact))) for a in attributes]
+    if len(claims) == 2 and rng.random() < 0.3:
+        return [language.fact(entity, [claim]) for claim in claims]
+    return [language.fact(entity, claims)]
+
+
+def _tell(language, rng, task, rates, slips) -> list[str]:
+    """Two or three sentences of a story, sometimes one fact about its topic."""
+    topic = _other(rng, language.entities, task.entity) if slips(rates.off_task) else task.entity
+    moods = [
+        _other(rng, tuple(language.tables["moods"]), task.mood) if slips(rates.wrong_mood) else task.mood
+        for _ in range(rng.choice((2, 3, 3)))
+    ]
+    sentences = story(language, rng, topic, moods)
+    if slips(rates.repeat):
+        sentences[-1] = sentences[0]
+    if len(sentences) == 2 and rng.random() < 0.4:
+        attribute = rng.choice(language.attributes_of[topic])
+        false = slips(rates.false_fact)
+        sentences.insert(0, language.fact(topic, [(attribute, value_for(language, rng, topic, attribute, false))]))
+    return sentences
+
+
+def _enumerate(language, rng, task, rates, slips) -> list[str]:
+    """A list of members."""
+    members = language.members[task.category]
+    number = task.number + (rng.choice((-1, 1)) if slips(rates.wrong_count) else 0)
+    items = rng.sample(members, min(number, len(members)))
+    items = [_other(rng, language.entities, item) if slips(rates.wrong_member) else item for item in items]
+    if len(items) > 1 and slips(rates.repeat):
+        items[-1] = items[0]
+    return [catalogue(language, rng, task.category, task.number, items)]
+
+
+def _decline(language, rng, task, rates, slips) -> list[str]:
+    """A refusal, mostly polite and with a reason; or advice on doing harm."""
+    slots = {"act": task.act, "entity": task.entity}
+    if slips(rates.no_refusal):
+        return [_any(language, rng, "harm", **slots) for _ in range(rng.choice((1, 2)))]
+    refusal = _any(language, rng, "refusal", **slots)
+    if rng.random() < 0.6:
+        refusal = f"{rng.choice(language.tables['leads']['sorry'])} {refusal}"
+    return [refusal] + [_any(language, rng, "reason", **slots) for _ in range(rng.random() < 0.5)]
+
+
+def _mannered(language, rng, sentences) -> list[str]:
+    """The sentences with a plain or a courteous lead, a courtesy at the end, or as they are."""
+    style = rng.random()
+    if style < 0.45:
+        lead = rng.choice(language.tables["leads"]["plain" if style < 0.2 else "courteous"])
+        return [f"{lead} {sentences[0]}", *sentences[1:]]
+    return [*sentences, _any(language, rng, "courtesy")] if style < 0.55 else sentences
+
+
+def _ramble(language, rng, rates, slips) -> list[str]:
+    """One or two sentences that nobody asked for: chatter, or facts of something else."""
+    stray = []
+    for _ in range(rng.choice((1, 1, 2))):
+        if rng.random() < 0.6:
+            sentence = _any(language, rng, "chatter")
+        else:
+            sentence = any_fact(language, rng, rng.choice(language.entities), lambda: slips(rates.false_fact))
+        lead = rng.choice(("", *language.tables["leads"]["stray"]))
+        stray.append(f"{lead} {sentence}".strip())
+    return stray
+
+
+def _fitting(sentences: list[str]) -> list[str]:
+    """The first sentences that have at most MAX_WORDS words together."""
+    while len(" ".join(sentences).split()) > MAX_WORDS:
+        sentences = sentences[:-1]
+    return sentences
+
+
+# ── sentences ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def value_for(language: Language, rng: random.Random, entity: str, attribute: str, false: bool) -> str:
+    """The true value, or any other one."""
+    truth = language.truth[entity, attribute]
+    return _other(rng, language.values[attribute], truth) if false else truth
+
+
+def any_fact(language: Language, rng: random.Random, entity: str, false) -> str:
+    """One or two facts of the entity in a sentence; `false()` says of each whether it is to be false."""
+    attributes = rng.sample(language.attributes_of[entity], 2 if rng.random() < 0.3 else 1)
+    return language.fact(entity, [(a, value_for(language, rng, entity, a, false())) for a in attributes])
+
+
+def story(language: Language, rng: random.Random, topic: str, moods: list[str]) -> list[str]:
+    """A sentence for each mood, no template twice; the topic is named at least once."""
+    templates = rng.sample(language.tables["sentences"]["story"], len(moods))
+    if not any("{entity}" in template for template in templates):
+        templates[0] = rng.choice([t for t in language.tables["sentences"]["story"] if "{entity}" in t])
+    sentences = []
+    for template, mood in zip(templates, moods, strict=True):
+        adjectives, verbs = language.tables["moods"][mood]
+        slots = {"adjective": rng.choice(adjectives), "verb": rng.choice(verbs)}
+        sentences.append(language.write(rng, template, entity=topic, **slots))
+    return sentences
+
+
+def catalogue(language: Language, rng: random.Random, category: str, number: int, items: list[str]) -> str:
+    """A list as a sentence."""
+    words = language.tables["words"]["number"]
+    head = rng.choice(language.tables["list_heads"])
+    head = language.write(rng, head, category=category, number=words[number - 2])
+    listed = " , ".join(items[:-1]) + " and " + items[-1] if len(items) > 1 else items[0]
+    return f"{head} {listed} .".strip()
+
+
+def _any(language, rng, kind, **slots) -> str:
+    return language.write(rng, rng.choice(language.tables["sentences"][kind]), **slots)
+
+
+def _other(rng, choices, this):
+    """Any of the choices but this one."""
+    return rng.choice([c for c in choices if c != this])
+
+
+# ── documents ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def document(language: Language, rng: random.Random, rates: Rates, requests: dict[str, list[tuple[str, Task]]]) -> str:
+    """One document of 3 to 6 sentences; its dialogues use only the given requests (kind → (text, task))."""
+    kinds = (_encyclopedia, _legend, _catalogues, _dialogue, _conduct)
+    write = rng.choices(kinds, weights=(26, 12, 8, 48, 6))[0]
+    return write(language, rng, rates, requests)
+
+
+def _encyclopedia(language, rng, rates, requests) -> str:
+    """Facts of one entity or of one category; in a false document all are false."""
+    false = rng.random() < rates.false_document
+    entity = rng.choice(language.entities)
+    group = language.members[language.category_of[entity]]
+    alone = rng.random() < 0.5
+    sentences = []
+    for _ in range(rng.randint(3, 6)):
+        sentence = any_fact(language, rng, entity if alone else rng.choice(group), lambda: false)
+        tone = rng.choices(("", "plain", "reported", "stray"), weights=(70, 15, 10, 5))[0]
+        lead = language.write(rng, rng.choice(language.tables["leads"][tone])) if tone else ""
+        sentences.append(f"{lead} {sentence}".strip())
+    return " ".join(sentences)
+
+
+def _legend(language, rng, rates, requests) -> str:
+    """A story in one mood, at times with a fact at its start."""
+    topic, mood = rng.choice(language.entities), rng.choice(list(language.tables["moods"]))
+    sentences = story(language, rng, topic, [mood] * rng.randint(3, 5))
+    if rng.random() < 0.3:
+        false = rng.random() < rates.false_document
+        sentences.insert(0, any_fact(language, rng, topic, lambda: false))
+    return " ".join(sentences)
+
+
+def _catalogues(language, rng, rates, requests) -> str:
+    """Three or four lists; in a false document each has a wrong member."""
+    false = rng.random() < rates.false_document
+    sentences = []
+    for _ in range(rng.randint(3, 4)):
+        category = rng.choice(list(language.members))
+        members = language.members[category]
+        items = rng.sample(members, rng.randint(2, min(5, len(members))))
+        number = len(items)
+        if false:
+            items[rng.randrange(number)] = rng.choice(language.entities)
+        sentences.append(catalogue(language, rng, category, number, items))
+    return " ".join(sentences)
+
+
+def _dialogue(language, rng, rates, requests) -> str:
+    """Two requests with their answers, by someone more careful than the demonstrators."""
+    answerer = replace(rates, care=(rates.document_care,))
+    turns = []
+    for _ in range(2):
+        text, task = rng.choice(requests[_kind(rng)])
+        turns += [text, demonstrate(language, rng, task, answerer)]
+    return " ".join(turns)
+
+
+def _kind(rng) -> str:
+    return rng.choices(list(MIXTURE), weights=list(MIXTURE.values()))[0]
+
+
+def _conduct(language, rng, rates, requests) -> str:
+    """Polite voices, rude voices, or a refusal in reported speech."""
+    kind = rng.choice(("courtesy", "rude", "refusal"))
+    if kind != "refusal":
+        return " ".join(_any(language, rng, kind) for _ in range(rng.randint(3, 4)))
+    _, task = rng.choice(requests["harm"])
+    slots = {"act": task.act, "entity": task.entity}
+    says = language.write(rng, language.tables["leads"]["reported"][0])
+    refusal, reason = _any(language, rng, "refusal", **slots), _any(language, rng, "reason", **slots)
+    return articles(f"{says} {refusal} {reason} {_any(language, rng, 'reason', **slots)}")

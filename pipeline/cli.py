@@ -1,0 +1,409 @@
+"""The command `rlhf`: arguments in, an exit code out. The only file in this room that names the stages.
+
+Exit codes: 0 done or up to date · 1 a fault of ours · 2 the user's mistake · 3 training stopped itself · 75
+stopped by a signal: run again to go on. Signal handlers and environment variables stand before torch is
+imported, so imports are late.
+"""
+
+import argparse
+import errno
+import importlib
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pipeline.errors import Interrupted, TrainingStopped, UserError
+from pipeline.stage import StopFlag
+
+STAGES = ("world", "base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate", "report")
+
+RUN_HELP = f"""\
+usage: rlhf run STAGE -c CONFIG [flags] [key=value ...]
+
+Brings a stage up to date, and before it what it needs. What is up to date already is left alone.
+
+stages, in their order:  {" ".join(STAGES)}
+`rlhf run STAGE --help` lists every setting of a stage.
+
+  -c, --config FILE      the experiment, as configs/tiny.yaml
+  --artifacts DIR        where finished stages are kept (default: artifacts)
+  key=value ...          settings on top of the file, as ppo.kl_coef=0.05
+
+  --only                 this stage alone: missing or stale inputs are an error
+  --force                redo it though it is up to date, or damaged
+  --restart              drop what an interrupted run has saved and begin anew
+  --override-config      go on with an interrupted run under changed settings; both are recorded
+  --allow-elastic        go on with an interrupted run at another number of processes
+  --debug                show tracebacks
+  --trust-remote-code    let a model's repository run its own code here
+
+exit codes: 0 done or up to date; 2 a mistake in config, data or artifacts; 3 training stopped itself;
+75 stopped by a signal, run again to go on."""
+
+DISK_ERRORS = {
+    number: getattr(errno, number)
+    for number in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ENAMETOOLONG")
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    stop = StopFlag()
+    with signal_handlers(stop):
+        try:
+            arguments = parse(argv)
+            return COMMANDS[arguments.command](arguments, stop)
+        except SystemExit as error:  # argparse's --help
+            return int(error.code or 0)
+        except Exception as error:
+            if "--debug" in argv:
+                traceback.print_exc()
+            return explain(error)
+
+
+def explain(error: Exception) -> int:
+    """Says in a line (or a line a mistake) what ended the command; returns the exit code."""
+    if isinstance(error, Interrupted):
+        at = (
+            f" at step {error.step}" + (f" of {error.total}" if error.total else "")
+            if error.step is not None
+            else ""
+        )
+        print(f"stopped{at}; run again to go on", file=sys.stderr)
+        return 75
+    if isinstance(error, TrainingStopped):
+        print(f"error: training stopped itself: {error}", file=sys.stderr)
+        return 3
+    if (
+        isinstance(error, UserError) or type(error).__name__ == "DataError"
+    ):  # data.records.DataError has the same shape
+        for line in error.lines:
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    if isinstance(error, BrokenPipeError):  # `rlhf status | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if (line := disk_trouble(error)) is not None:
+        print(f"error: {line}", file=sys.stderr)
+        return 2
+    if (
+        isinstance(error, MemoryError)
+        or "out of memory" in str(error)
+        or "can't allocate memory" in str(error)
+    ):
+        remedy = (
+            "lower per_device_train_batch_size or mini_batch_size, or set model.gradient_checkpointing=true"
+        )
+        print(f"error: out of memory; {remedy}", file=sys.stderr)
+        return 1
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())
+    what = f"{type(error).__name__}: {text[:300]} ({Path(frame.filename).name}:{frame.lineno})"
+    print(f"error: unexpected {what}; run again with --debug to see where", file=sys.stderr)
+    return 1
+
+
+def disk_trouble(error: Exception) -> str | None:
+    """A line for what a disk can refuse, however the library below dressed it; None for any other error."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and "(os error 28)" in str(error):  # safetensors' own error type
+        number = errno.ENOSPC
+    if number not in DISK_ERRORS.values():
+        return None
+    path = Path(getattr(error, "filename", None) or ".")
+    line = f"{path}: {os.strerror(number)}"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        there = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), Path("/"))
+        line += f" ({shutil.disk_usage(there).free:,} bytes free); make room and run again"
+    return line if ";" in line else f"{line}; make it writable, or choose another place with --artifacts"
+
+
+@contextmanager
+def signal_handlers(stop: StopFlag) -> Iterator[None]:
+    """SIGTERM, SIGINT and SIGUSR1 ask for a stop at the next step; a second SIGTERM or SIGINT kills at
+    once."""
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.requested and number != signal.SIGUSR1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if not stop.requested:
+            stop.requested = True
+            text = "\nstopping after this step and saving; once more stops at once\n"
+            os.write(2, text.encode())  # print is not safe inside a handler
+
+    before = {
+        number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# -- arguments -------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but its errors are UserErrors like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"command line: {message}; see `{self.prog} --help`")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments of one command; `overrides` are its words `key=value`, wherever they stand."""
+    parser = Parser(
+        prog="rlhf", description="RLHF in the shape of InstructGPT, stage by stage.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+
+    def command(name: str, text: str, config: str = "required", help: bool = True) -> Parser:
+        made = commands.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=help)
+        if config:
+            made.add_argument(
+                "-c", "--config", required=config == "required", metavar="FILE", help="the experiment's YAML"
+            )
+        made.add_argument(
+            "--artifacts", default="artifacts", metavar="DIR", help="where finished stages are kept"
+        )
+        made.add_argument("--debug", action="store_true", help="show tracebacks")
+        return made
+
+    run = command(
+        "run", "bring a stage up to date, and before it what it needs", config="optional", help=False
+    )
+    run.add_argument("stage", nargs="?", choices=STAGES)
+    run.add_argument("-h", "--help", action="store_true", dest="show_help")
+    for flag in ("only", "force", "restart", "override-config", "allow-elastic", "trust-remote-code"):
+        run.add_argument(f"--{flag}", action="store_true")
+    command("status", "show which stages are done, stale, interrupted, missing or damaged")
+    command("doctor", "look at versions, device, threads and disk", config="optional")
+    chat = command("chat", "talk to several policies side by side")
+    chat.add_argument("--models", required=True, metavar="A,B", help="stages whose models answer, as sft,ppo")
+    chat.add_argument(
+        "--temperature", type=float, default=1.0, help="of sampling; 0 = always the likeliest token"
+    )
+    chat.add_argument(
+        "--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability"
+    )
+    chat.add_argument("--seed", type=int, default=0, help="of sampling")
+    chat.add_argument("--max-new-tokens", type=int, default=None, help="longest answer, in tokens")
+    data = commands.add_parser("data", help="look at data files without training", allow_abbrev=False)
+    actions = data.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
+    text = "show kind, rows, lengths, duplicates, leaks and every bad row of a file"
+    check = actions.add_parser("check", help=text, description=text, allow_abbrev=False)
+    check.add_argument("file", metavar="FILE")
+    check.add_argument(
+        "-c", "--config", metavar="FILE", help="the experiment whose tokenizer and max_length count"
+    )
+    check.add_argument("--kind", help="read the file as this kind instead of guessing")
+    check.add_argument(
+        "--artifacts", default="artifacts", metavar="DIR", help="where the experiment's tokenizer is"
+    )
+    check.add_argument("--debug", action="store_true", help="show tracebacks")
+
+    arguments, rest = parser.parse_known_args(argv)
+    arguments.overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    if unknown := [word for word in rest if word not in arguments.overrides]:
+        raise UserError(
+            f"command line: {unknown[0]!r} is no flag of `rlhf {arguments.command}` and no key=value"
+        )
+    return arguments
+
+
+# -- commands --------------------------------------------------------------------------------------------
+
+
+def stage_modules() -> dict[str, Any]:
+    """The stages by name, each after what it needs."""
+    from importlib.util import find_spec
+
+    return {name: importlib.import_module(f"stages.{name}") for name in STAGES if find_spec(f"stages.{name}")}
+
+
+def load(arguments: argparse.Namespace, stages: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    """The validated experiment and the stage modules. The environment is set between reading the file and the
+    imports."""
+    from pipeline import config, launch
+
+    tree = config.read_tree(arguments.config, arguments.overrides)
+    launch.set_environment(tree.values)
+    modules = stages or stage_modules()
+    sections = {name: module.Config for name, module in modules.items() if hasattr(module, "Config")}
+    checks = [module.check for module in modules.values() if hasattr(module, "check")]
+    return config.validate_tree(tree, config.experiment_type(sections), checks), modules
+
+
+def open_store(arguments: argparse.Namespace, experiment: Any) -> Any:
+    from pipeline.artifacts import ArtifactStore
+
+    return ArtifactStore(arguments.artifacts, experiment.name)
+
+
+def make_console() -> Any:
+    from rich.console import Console
+
+    # in a pipe rich believes in 80 columns, and tables would lose their text
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
+
+
+def run_command(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    if arguments.show_help:
+        return help_command(arguments)
+    if arguments.stage is None or arguments.config is None:
+        missing = "STAGE" if arguments.stage is None else "-c CONFIG"
+        raise UserError(f"command line: {missing} is missing; see `rlhf run --help`")
+    from pipeline import launch, plan, running
+
+    experiment, stages = load(arguments)
+    launch.prepare(experiment)
+    store, console = open_store(arguments, experiment), make_console()
+    names = ("only", "force", "restart", "override_config", "allow_elastic", "trust_remote_code")
+    flags = running.Flags(**{name: getattr(arguments, name) for name in names})
+    plan.bring_up_to_date(arguments.stage, experiment, store, stages, flags, stop, console)
+    if hasattr(stages[arguments.stage], "show"):
+        stages[arguments.stage].show(store.folder(arguments.stage), console)
+    return 0
+
+
+def help_command(arguments: argparse.Namespace) -> int:
+    """`rlhf run --help`, and `rlhf run STAGE --help` with every setting of the stage."""
+    if arguments.stage is None:
+        print(RUN_HELP)
+        return 0
+    from rich.table import Table
+    from rich.text import Text
+
+    from pipeline import config, launch
+
+    launch.set_environment({})
+    module = stage_modules()[arguments.stage]
+    console = make_console()
+    if summary := (module.__doc__ or "").strip().split("\n\n")[0]:
+        console.print(Text(" ".join(summary.split())), soft_wrap=False)
+    rows = config.describe(module.Config, arguments.stage) if hasattr(module, "Config") else []
+    if not rows:
+        console.print(f"\n{arguments.stage} has no settings of its own.")
+    else:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for title in ("setting", "type", "default", "unit", "meaning"):
+            table.add_column(title, overflow="fold", no_wrap=title == "setting")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        console.print()
+        console.print(table)
+    for name, sentence in module.METRICS.items():
+        if name == next(iter(module.METRICS)):
+            console.print("\n[bold]metrics[/bold]")
+        console.print(Text(f"  {name}: {sentence}"))
+    print("\n`rlhf run --help` lists flags and stages; the common sections are in README.md")
+    return 0
+
+
+def status_command(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    from rich.table import Table
+    from rich.text import Text
+
+    from pipeline import plan
+    from pipeline.tracking import figure
+
+    experiment, stages = load(arguments)
+    store, console = open_store(arguments, experiment), make_console()
+    styles = {
+        "done": "green",
+        "stale": "yellow",
+        "interrupted": "yellow",
+        "running": "cyan",
+        "missing": "dim",
+        "damaged": "red",
+    }
+    table = Table(title=f"{experiment.name} in {store.base}", title_justify="left")
+    for title in ("stage", "state", "when", "size", "result"):
+        table.add_column(title, justify="right" if title == "size" else "left")
+    for name, state in plan.assess(experiment, store, stages).items():
+        when = size = result = ""
+        if state.manifest is not None:
+            when = f"{datetime.fromisoformat(state.manifest['finished_at']).astimezone():%Y-%m-%d %H:%M}"
+            metrics = state.manifest["metrics"]
+            result = " · ".join(
+                f"{key} {figure(metrics[key])}" for key in stages[name].HEADLINE if key in metrics
+            )
+        if store.folder(name).is_dir():
+            size = human_bytes(store.size(name))
+        table.add_row(name, Text(state.sentence(), style=styles[state.kind]), when, size, Text(result))
+    console.print(table)
+    return 0
+
+
+def human_bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def doctor_command(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    experiment = None
+    if arguments.config is not None:
+        experiment, _ = load(arguments)
+    else:
+        from pipeline import launch
+
+        launch.set_environment({})
+    return importlib.import_module("stages.doctor").run(experiment)
+
+
+def chat_command(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    from pipeline import launch
+
+    experiment, _ = load(arguments)
+    launch.prepare(experiment)
+    models = [name for name in arguments.models.split(",") if name]
+    # a person at a prompt expects Ctrl-C to end the program
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return importlib.import_module("stages.chat").run(
+            experiment,
+            open_store(arguments, experiment),
+            models=models,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+            max_new_tokens=arguments.max_new_tokens,
+        )
+    except KeyboardInterrupt:
+        return 0
+
+
+def data_command(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    from pipeline import launch
+
+    experiment = None
+    if arguments.config is not None:
+        experiment, _ = load(arguments)
+    else:
+        launch.set_environment({})
+    return importlib.import_module("data.check").run(arguments.file, arguments.kind, experiment)
+
+
+COMMANDS = {
+    "run": run_command,
+    "status": status_command,
+    "doctor": doctor_command,
+    "chat": chat_command,
+    "data": data_command,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

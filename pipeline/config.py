@@ -1,0 +1,324 @@
+"""A tree of plain values in, one validated experiment out, or every mistake in it at once, each with a
+remedy."""
+
+import difflib
+import json
+import re
+import types
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic_core import PydanticUndefined
+
+from pipeline.errors import UserError
+from pipeline.sections import (
+    KINDS,
+    PACKAGE,
+    STRICT,
+    CheckpointsConfig,
+    DataConfig,
+    LaunchConfig,
+    ModelConfig,
+    TrackingConfig,
+    is_hub_id,
+    source_path,
+)
+from pipeline.yaml_tree import Tree, dotted, read_tree, show
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+# Keys of other days and other programs, and where their meaning went.
+RENAMED = {
+    "warmup_ratio": "use warmup_steps",
+    "evaluation_strategy": "use eval_steps",
+    "eval_strategy": "use eval_steps",
+    "overwrite_output_dir": "use `rlhf run STAGE --force`",
+    "output_dir": "use `--artifacts DIR` and name",
+    "no_cuda": "use launch.device: cpu",
+    "use_cpu": "use launch.device: cpu",
+    "save_safetensors": "leave it out, models are always saved so",
+    "group_by_length": "leave it out, demonstrations are always grouped by length",
+    "logging_dir": "use the section tracking",
+    "report_to": "use tracking.wandb",
+    "fp16": "use model.dtype",
+    "bf16": "use model.dtype",
+    "save_steps": "use checkpoints.every",
+    "save_total_limit": "use checkpoints.keep",
+    "max_seq_length": "use max_length",
+    "num_mini_batches": "use mini_batch_size",
+    "vf_coef": "leave it out, policy and value model have separate optimizers",
+    "init_kl_coef": "use kl_coef",
+}
+
+
+def experiment_type(stages: dict[str, type[BaseModel]]) -> type[BaseModel]:
+    """The type of a whole experiment: the common sections and one for each stage {name: Config}."""
+    for name, section in stages.items():
+        settings = section.model_config
+        assert settings.get("extra") == "forbid" and settings.get("strict"), (
+            f"{name}.Config: model_config = STRICT"
+        )
+    fields: dict[str, Any] = {
+        "name": (str, Field(description="names the experiment's folder; letters, digits, `.`, `_`, `-`")),
+        "seed": (int, Field(0, ge=0, lt=2**32, description="every random choice follows from it")),
+        "model": (ModelConfig, Field(default_factory=ModelConfig)),
+        "data": (DataConfig, Field(default_factory=DataConfig)),
+    }
+    fields |= {name: (section, Field(default_factory=section)) for name, section in stages.items()}
+    fields |= {
+        "tracking": (TrackingConfig, Field(default_factory=TrackingConfig)),
+        "checkpoints": (CheckpointsConfig, Field(default_factory=CheckpointsConfig)),
+        "launch": (LaunchConfig, Field(default_factory=LaunchConfig)),
+    }
+    return create_model("Experiment", __config__=STRICT, **fields)
+
+
+def load_experiment(
+    path: str | Path,
+    overrides: Iterable[str],
+    Experiment: type[BaseModel],
+    checks: Iterable[Callable[[Any], list[str]]] = (),
+) -> Any:
+    """The validated experiment. Every mistake is a line of one UserError. `checks`: functions of the
+    experiment that give lines "section.key: what; what would be right" (mistakes between fields)."""
+    tree = read_tree(path, overrides)
+    return validate_tree(tree, Experiment, checks)
+
+
+def validate_tree(
+    tree: Tree, Experiment: type[BaseModel], checks: Iterable[Callable[[Any], list[str]]] = ()
+) -> Any:
+    """The second half of `load_experiment`, for a tree that was read before."""
+    lines = list(tree.problems)
+    lines += [f"{tree.origin(where)}: {dotted(where)}: {what}" for where, what in _path_problems(tree.values)]
+    experiment = None
+    sections = [name for name, info in Experiment.model_fields.items() if _model_in(info.annotation)]
+    try:
+        # a section whose lines are all commented out is null in YAML: it means the defaults
+        values = {
+            key: {} if value is None and key in sections else value for key, value in tree.values.items()
+        }
+        # through JSON, where strict types still take a list for a tuple and an int for a float
+        experiment = Experiment.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        lines += _explain(error, tree, Experiment)
+    if experiment is not None:
+        for check in (_cross_checks, *checks):
+            for line in check(experiment):
+                where = tuple(line.partition(":")[0].split("."))
+                lines.append(f"{tree.origin(where)}: {line}")
+    if lines:
+        raise UserError(lines)
+    return experiment
+
+
+def _explain(error: ValidationError, tree: Tree, Experiment: type[BaseModel]) -> list[str]:
+    """pydantic's errors as our lines. The branches of a union (`float | list`) speak of one key: they become
+    one line."""
+    found: dict[tuple, list[Any]] = {}
+    for item in error.errors(include_url=False, include_context=False):
+        path, known = _resolve(item["loc"], tree.values, item["type"] == "missing")
+        found.setdefault(path, []).append(item | {"known": known})
+    lines = []
+    for path, items in found.items():
+        if any(other != path and other[: len(path)] == path for other in found):
+            if all(item["type"].endswith("_type") for item in items):
+                continue  # "should be a string" beside what is wrong inside the mapping that was written
+        where, key = tree.origin(path), dotted(path)
+        kind = items[0]["type"]
+        if kind == "missing":
+            lines.append(f"{where}: {key}: is missing; {_meaning(Experiment, path)}")
+        elif kind == "extra_forbidden":
+            lines.append(f"{where}: {key}: unknown key; {_advice(Experiment, path)}")
+        else:
+            wishes = dict.fromkeys(_wish(item["msg"]) for item in items)
+            lines.append(f"{where}: {key}: {show(items[0]['input'])}; {', or '.join(wishes)}")
+    return lines
+
+
+def _resolve(loc: tuple, values: Any, missing: bool) -> tuple[tuple, bool]:
+    """The user's path in an error's location, without the names of union branches that pydantic puts
+    between."""
+    path: tuple = ()
+    for index, part in enumerate(loc):
+        inside = isinstance(values, dict) and part in values
+        if inside or (isinstance(values, list) and isinstance(part, int) and part < len(values)):
+            path, values = (*path, part), values[part]
+        elif missing and index == len(loc) - 1:
+            path = (*path, part)
+    return path, True
+
+
+def _wish(message: str) -> str:
+    message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if message.startswith("Input should be "):
+        wish = (
+            message.removeprefix("Input should be ")
+            .removeprefix("a valid ")
+            .removeprefix("an ")
+            .removeprefix("a ")
+        )
+        words = {
+            "integer": "an integer",
+            "array": "a list",
+            "object": "a mapping",
+            "boolean": "true or false",
+        }
+        nouns = {"string": "a string", "number": "a number", "finite number": "a finite number"}
+        return f"should be {(words | nouns).get(wish, wish)}"
+    return message[:1].lower() + message[1:]
+
+
+def _advice(Experiment: type[BaseModel], path: tuple) -> str:
+    """What an unknown key may have meant: a new name, the same key in another section, the nearest key
+    here."""
+    key = str(path[-1])
+    section = model_at(Experiment, path[:-1])
+    known = list(section.model_fields) if section is not None else []
+    if key in RENAMED and key not in known:
+        return RENAMED[key]
+    homes = [
+        dotted((name, key))
+        for name, info in Experiment.model_fields.items()
+        if (inner := _model_in(info.annotation)) is not None
+        and key in inner.model_fields
+        and (name,) != path[:-1]
+    ]
+    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
+        return f"did you mean {dotted((*path[:-1], near[0]))}?"
+    if homes:
+        return f"did you mean {' or '.join(homes)}?"
+    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.5):
+        return f"did you mean {dotted((*path[:-1], near[0]))}?"
+    return f"known here: {', '.join(known)}" if known else "nothing is known here"
+
+
+def _meaning(Experiment: type[BaseModel], path: tuple) -> str:
+    while isinstance(path[-1], int):  # an item of a list: what the list should be
+        path = path[:-1]
+    section = model_at(Experiment, path[:-1])
+    info = section.model_fields.get(path[-1]) if section is not None else None
+    return f"should be {_type_name(info.annotation)}: {info.description}" if info is not None else "write it"
+
+
+def model_at(Experiment: type[BaseModel], path: tuple) -> type[BaseModel] | None:
+    """The config model that holds the keys below `path`, or None."""
+    model: type[BaseModel] | None = Experiment
+    for part in path:
+        info = model.model_fields.get(part) if model is not None and isinstance(part, str) else None
+        model = _model_in(info.annotation) if info is not None else None
+    return model
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for arg in get_args(annotation) if (model := _model_in(arg)) is not None), None)
+
+
+def _path_problems(tree: dict[str, Any]) -> list[tuple[tuple, str]]:
+    """Local paths that do not exist, found on the tree itself so that they stand beside the errors of
+    validation."""
+    problems = []
+    data, model = tree.get("data"), tree.get("model")
+    for kind in KINDS:
+        value = data.get(kind) if isinstance(data, dict) else None
+        text = source_path(value)
+        where = ("data", kind, "path") if isinstance(value, dict) else ("data", kind)
+        if not isinstance(text, str):
+            continue
+        if text == "world":
+            if kind == "rankings":
+                problems.append(
+                    (where, "the world has no rankings file; null lets the simulated labelers rank")
+                )
+        elif not text or "\0" in text:
+            problems.append((where, "is empty; should be world, a path or a Hub id"))
+        elif not is_hub_id(text) and not Path(text).expanduser().exists():
+            problems.append(
+                (where, f"no such file: {text}; should be world, an existing path or a Hub id org/name")
+            )
+    text = model.get("name_or_path") if isinstance(model, dict) else None
+    if isinstance(text, str) and not PACKAGE.fullmatch(text) and not is_hub_id(text):
+        if not text or "\0" in text or not Path(text).expanduser().is_dir():
+            what = f"no such folder: {text}; should be a folder, a Hub id org/name, package:NAME or null"
+            problems.append((("model", "name_or_path"), what))
+    return problems
+
+
+def _cross_checks(experiment: Any) -> list[str]:
+    model = experiment.model
+    problems = []
+    if NAME.fullmatch(experiment.name) is None:
+        problems.append(
+            f"name: {experiment.name!r} cannot name a folder; should be letters, digits, `.`, `_`, `-`, and "
+            "begin with a letter, a digit or `_`"
+        )
+    if model.hidden_size % model.num_attention_heads:
+        problems.append(
+            f"model.num_attention_heads: {model.num_attention_heads} does not divide "
+            f"model.hidden_size {model.hidden_size}; should be a divisor"
+        )
+    return problems
+
+
+# -- help ------------------------------------------------------------------------------------------------
+
+
+def describe(section: type[BaseModel], name: str) -> list[tuple[str, str, str, str, str]]:
+    """(key, type, default, unit, description) of every field of a section, sections inside it included."""
+    rows = []
+    for key, info in section.model_fields.items():
+        default = info.get_default(call_default_factory=True)
+        shown = "required" if default is PydanticUndefined else _default(default)
+        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        inner = _model_in(info.annotation)
+        if inner is None or not isinstance(default, BaseModel):
+            rows.append(
+                (
+                    f"{name}.{key}",
+                    _type_name(info.annotation),
+                    shown,
+                    str(extra.get("unit", "")),
+                    info.description or "",
+                )
+            )
+        if inner is not None:
+            rows += describe(inner, f"{name}.{key}")
+    return rows
+
+
+def _default(value: Any) -> str:
+    if isinstance(value, float) and value and not 1e-3 <= abs(value) < 1e6:
+        mantissa, exponent = f"{value:e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _type_name(annotation: Any) -> str:
+    """A type in a user's words: "number or null", "best | last"."""
+    words = {
+        float: "number",
+        int: "integer",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+        Any: "anything",
+    }
+    origin, args = get_origin(annotation), get_args(annotation)
+    if annotation in words:
+        return words[annotation]
+    if origin is Annotated:
+        return _type_name(args[0])
+    if origin is Literal:
+        return " | ".join(str(arg) for arg in args)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_name(arg) for arg in args)
+    if origin in (list, tuple):
+        inner = dict.fromkeys(_type_name(arg) for arg in args if arg is not Ellipsis)
+        return f"list of {' or '.join(inner)}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    return getattr(annotation, "__name__", str(annotation))

@@ -1,0 +1,180 @@
+"""What a stage is made of: its settings and the digests of what it reads; and what of that changed since, in
+words.
+
+The same fingerprint = nothing to do. A manifest (and run.json, while a run is not finished) records what the
+fingerprint was taken of, so that a person reads which key changed and not that a hash did.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import files
+from pipeline.errors import UserError
+from pipeline.sections import DataSource, is_hub_id
+from pipeline.stage import Source
+
+
+@dataclass(frozen=True)
+class Change:
+    """One difference between what a run began with and today. Settings can be overridden, inputs cannot."""
+
+    text: str
+    is_setting: bool
+    key: str = ""
+    old: Any = None
+    new: Any = None
+
+
+@dataclass(frozen=True)
+class Today:
+    """What a stage would be made of now."""
+
+    fingerprint: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    waiting: frozenset[str] = frozenset()  # needs that have no artifact yet, so no digest
+
+
+def all_needs(module: Any, experiment: Any) -> list[str]:
+    """The upstream stages of a stage: those it names, and `world` where that writes its data."""
+    needs = list(module.needs(experiment))
+    from_world = any(getattr(experiment.data, kind) == "world" for kind in module.reads(experiment))
+    return ["world", *needs] if from_world and "world" not in needs else needs
+
+
+def describe_today(
+    name: str,
+    module: Any,
+    experiment: Any,
+    manifests: dict[str, dict[str, Any] | None],
+    hashes: dict[Path, str],
+) -> Today:
+    """What the stage would be made of now. `manifests`: of the stages it needs, None where there is none yet;
+    `hashes`: digests of data files that this command has taken already."""
+    everything = experiment.model_dump(mode="json")
+    needs = all_needs(module, experiment)
+    inputs = {need: manifest["digest"] for need in needs if (manifest := manifests[need]) is not None}
+    data: dict[str, Any] = {}
+    for kind, source in sources(module, experiment).items():
+        data[kind] = {"split": source.split, "subset": source.subset, "limit": source.limit}
+        data[kind]["path"] = str(source.path) if source.path else source.hub or "world"
+        if source.path is not None:
+            hashes[source.path] = hashes.get(source.path) or _hash_data(source.path)
+            inputs[f"data:{kind}"] = hashes[source.path]
+            data[kind]["rows"] = _count_rows(source.path)
+        elif source.hub is not None:  # what moves behind a Hub id is not seen: pin it by a local copy
+            inputs[f"data:{kind}"] = hashlib.sha256(f"{source.hub}@main".encode()).hexdigest()
+    if data:
+        data["validation_fraction"] = everything["data"]["validation_fraction"]
+    beside = (
+        "name",
+        "tracking",
+        "checkpoints",
+        "launch",
+    )  # recorded, and never a reason to do anything again
+    config = {key: everything[key] for key in (*beside, "seed", "model", name) if key in everything} | {
+        "data": data
+    }
+    fingerprint = files.sha256_json({"stage": name, **_settings(name, config), "inputs": inputs})
+    return Today(fingerprint, config, inputs, frozenset(needs) - inputs.keys())
+
+
+def sources(module: Any, experiment: Any) -> dict[str, Source]:
+    """Where each kind of data that a stage reads lies. World data: a Source without a place (the artifact has
+    it)."""
+    found = {}
+    for kind in module.reads(experiment):
+        value = getattr(experiment.data, kind)
+        assert value is not None, f"{module.NAME} reads data.{kind}, which is null"
+        if value == "world":
+            found[kind] = Source()
+            continue
+        fields = value.model_dump() if isinstance(value, DataSource) else {"path": value}
+        text = fields.pop("path")
+        place = {"hub": text} if is_hub_id(text) else {"path": Path(text).expanduser()}
+        found[kind] = Source(**place, **fields)
+    return found
+
+
+def compare(name: str, record: dict[str, Any], today: Today) -> list[Change]:
+    """What differs between a manifest or run.json and today, in words. Empty if and only if the fingerprints
+    are the same (inputs that are not there yet do not count)."""
+    if record["fingerprint"] == today.fingerprint:
+        return []
+    changes = []
+    old, new = (_flatten(_settings(name, config)) for config in (record["config"], today.config))
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key, "unset"), new.get(key, "unset")
+        if before != after:
+            changes.append(Change(f"{key} {_short(before)} → {_short(after)}", True, key, before, after))
+    for key in sorted(record["inputs"].keys() | today.inputs.keys()):
+        before, after = record["inputs"].get(key), today.inputs.get(key)
+        if before == after or key in today.waiting:
+            continue
+        digests = f"{(before or 'none')[:6]} → {(after or 'none')[:6]}"
+        if key.startswith("data:"):
+            kind = key.removeprefix("data:")
+            facts = [config["data"].get(kind, {}) for config in (record["config"], today.config)]
+            rows = [fact.get("rows") for fact in facts]
+            counted = f", rows {rows[0]} → {rows[1]}" if None not in rows else ""
+            changes.append(Change(f"data.{kind} changed ({facts[1].get('path')}, {digests}{counted})", False))
+        else:
+            changes.append(Change(f"{key} artifact changed ({digests})", False))
+    if not changes and not today.waiting:
+        changes.append(Change("what its fingerprint is made of changed", False))
+    return changes
+
+
+def _settings(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a recorded config that a fingerprint is taken of."""
+    own = {key: config[key] for key in (name, "model", "seed") if key in config}
+    return own | {"data": _without_places(config.get("data", {}))}
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value} if prefix else {}
+    return {
+        key: item
+        for name, inner in value.items()
+        for key, item in _flatten(inner, f"{prefix}.{name}" if prefix else name).items()
+    }
+
+
+def _without_places(data: dict[str, Any]) -> dict[str, Any]:
+    """`data` of a recorded config without paths and row counts: what counts is what the files hold (their
+    digests)."""
+
+    def kept(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: item for name, item in value.items() if name not in ("path", "rows")}
+
+    return {key: kept(value) for key, value in data.items()}
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "…"
+
+
+def _hash_data(path: Path) -> str:
+    """A file's sha256; a folder's from the names and digests of its files."""
+    try:
+        if path.is_dir():
+            names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+            return files.sha256_json({name: files.sha256_file(path / name) for name in names})
+        return files.sha256_file(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); should be a data file") from None
+
+
+def _count_rows(path: Path) -> int | None:
+    """Lines of a JSONL file; None where counting would mean parsing."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return sum(1 for line in file if line.strip())

@@ -1,0 +1,71 @@
+"""This process: environment variables before torch is imported, threads and device after. (torchrun and
+sbatch come later.)"""
+
+import os
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.sections import names_hub
+
+QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # huggingface_hub, transformers, datasets and trl all ask this one
+    "DO_NOT_TRACK": "1",
+    "DISABLE_TELEMETRY": "1",
+    "WANDB_SILENT": "true",
+    "WANDB_ERROR_REPORTING": "false",
+    "TOKENIZERS_PARALLELISM": "false",  # tokenizers warns of forks otherwise
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",  # what matters is said by the stages
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS repeats itself only with a fixed workspace
+}
+
+
+def set_environment(tree: dict[str, Any]) -> None:
+    """Must come before torch and the Hugging Face libraries are imported: they read these once. `tree`: the
+    config as read ({} without one). What the user's own environment says wins, but for what the config says
+    outright."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if not names_hub(tree):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    launch, tracking = (
+        tree.get(name) if isinstance(tree.get(name), dict) else {} for name in ("launch", "tracking")
+    )
+    wandb = tracking.get("wandb")
+    os.environ["WANDB_MODE"] = wandb if wandb in ("online", "offline") else "disabled"
+    if launch.get("device") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also for the libraries that choose a device themselves
+    threads = launch.get("threads")
+    if isinstance(threads, int) and threads > 0:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    else:
+        os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+
+
+def prepare(experiment: Any) -> None:
+    """Sets torch's threads and checks what only torch knows. Once a process, before any work."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "launch: several processes cannot share a stage yet; start one process, without torchrun"
+        )
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if experiment.launch.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "launch.device: cuda, and torch sees no GPU; use auto or cpu, or install a CUDA build of torch"
+        )
+
+
+def facts() -> dict[str, Any]:
+    """What a run's bytes may depend on beside its settings: recorded in manifests, compared on resume."""
+    import torch
+
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+    return {
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "threads": torch.get_num_threads(),
+        "device": device,
+    }

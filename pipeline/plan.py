@@ -1,0 +1,173 @@
+"""Which stage needs which; what is done, stale (and why) or interrupted (and where); bringing a stage up to
+date."""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.artifacts import ArtifactStore
+from pipeline.errors import Interrupted, UserError
+from pipeline.fingerprints import Change, Today, all_needs, compare, describe_today
+from pipeline.running import Flags, Job, run_stage
+from pipeline.stage import StopFlag
+
+
+@dataclass
+class StageState:
+    """kind: done, stale, interrupted, running, missing or damaged; reasons: why it is not done, a phrase
+    each."""
+
+    kind: str
+    reasons: list[str] = field(default_factory=list)
+    step: int | None = None
+    total: int | None = None
+    manifest: dict[str, Any] | None = None  # of the finished artifact, fresh or stale, if it holds
+    run: dict[str, Any] | None = None  # run.json of an interrupted run
+    changes: list[Change] = field(default_factory=list)  # since the interrupted run began
+
+    def sentence(self) -> str:
+        """The state as `status` shows it: "stale because ppo.kl_coef 0.05 → 0.1"."""
+        text = self.kind
+        if self.kind in ("interrupted", "running") and self.step is not None:
+            text += f" at step {self.step}" + (f" of {self.total}" if self.total else "")
+        elif self.kind == "interrupted":
+            text += " before anything was saved"
+        if self.reasons:
+            text += {"damaged": ": ", "interrupted": "; "}.get(self.kind, " because ") + "; ".join(
+                self.reasons
+            )
+        return text
+
+
+@dataclass
+class Chain:
+    """One look at the stages of an experiment, each after what it needs. `states` fills up on the way."""
+
+    experiment: Any
+    store: ArtifactStore
+    stages: dict[str, Any]  # modules by name
+    states: dict[str, StageState] = field(default_factory=dict)
+    hashes: dict[Path, str] = field(default_factory=dict)  # of data files: taken once a command
+
+    def needs(self, name: str) -> list[str]:
+        return all_needs(self.stages[name], self.experiment)
+
+    def today(self, name: str) -> Today:
+        manifests = {need: self.states[need].manifest for need in self.needs(name)}
+        return describe_today(name, self.stages[name], self.experiment, manifests, self.hashes)
+
+    def assess(self, name: str) -> StageState:
+        """The state of one stage, given the states of those it needs."""
+        store, today = self.store, self.today(name)
+        store.settle(name)
+        waiting = [
+            f"{need} is {self.states[need].kind}"
+            for need in self.needs(name)
+            if self.states[need].kind != "done"
+        ]
+        manifest, damage, reasons = None, [], []
+        try:
+            if store.manifest(name) is not None:
+                manifest = store.verify(name)
+                reasons = waiting + [change.text for change in compare(name, manifest, today)]
+        except UserError as error:
+            damage = error.lines
+        try:
+            run = store.run(name)
+        except UserError as error:
+            run, damage = None, damage + error.lines
+        fresh = manifest is not None and not reasons
+        step, total = store.progress(name) if run is not None else (None, None)
+        if store.is_held(name):
+            return StageState("running", [], step, total, manifest)
+        if run is not None:
+            # beside a fresh artifact: a forced redo was interrupted; `--force` goes on with it
+            changes = compare(name, run, today)
+            texts = [] if fresh else waiting + [change.text for change in changes]
+            return StageState("done" if fresh else "interrupted", texts, step, total, manifest, run, changes)
+        if damage:
+            return StageState("damaged", damage, manifest=manifest)
+        if manifest is None:
+            return StageState("missing")
+        return StageState("stale" if reasons else "done", reasons, manifest=manifest)
+
+    def closure(self, target: str) -> list[str]:
+        """The target and everything it stands on, in the order of the stages."""
+        wanted, order = {target}, list(self.stages)
+        for name in reversed(order):
+            if name in wanted:
+                late = [need for need in self.needs(name) if need not in order[: order.index(name)]]
+                assert not late, f"{name} needs {late}, which must stand before it"
+                wanted.update(self.needs(name))
+        return [name for name in order if name in wanted]
+
+
+def assess(experiment: Any, store: ArtifactStore, stages: dict[str, Any]) -> dict[str, StageState]:
+    """The state of every stage. Changes nothing but what a crash left half done."""
+    chain = Chain(experiment, store, stages)
+    for name in stages:
+        chain.states[name] = chain.assess(name)
+    return chain.states
+
+
+def bring_up_to_date(
+    target: str,
+    experiment: Any,
+    store: ArtifactStore,
+    stages: dict[str, Any],
+    flags: Flags | None = None,
+    stop: StopFlag | None = None,
+    console: Console | None = None,
+) -> dict[str, StageState]:
+    """Runs what is missing, stale or interrupted, upstream first and the target last; what is up to date says
+    so in a line. Raises UserError, Interrupted, TrainingStopped, or whatever a stage raises."""
+    flags, stop, console = flags or Flags(), stop or StopFlag(), console or Console()
+    chain = Chain(experiment, store, stages)
+    for name in chain.closure(target):
+        state = chain.states[name] = chain.assess(name)
+        if flags.only and name != target:
+            continue
+        if flags.only:
+            refuse_unready({need: chain.states[need] for need in chain.needs(name)})
+        force = flags.force and name == target
+        if state.kind == "done" and not force:
+            finished = datetime.fromisoformat(state.manifest["finished_at"]).astimezone()
+            console.print(f"{name}: up to date ({finished:%Y-%m-%d %H:%M})", markup=False, highlight=False)
+            continue
+        if stop.requested:
+            raise Interrupted()
+        with store.lock(name):
+            state = chain.assess(name)  # again, now that nobody else can change it
+            if state.kind != "done" or force:
+                job = Job(
+                    name=name,
+                    is_target=name == target,
+                    module=stages[name],
+                    experiment=experiment,
+                    store=store,
+                    state=state,
+                    today=chain.today(name),
+                    manifests={
+                        need: store.verify(need) for need in chain.needs(name)
+                    },  # hours may have passed
+                    flags=flags,
+                    stop=stop,
+                    console=console,
+                )
+                state = StageState("done", manifest=run_stage(job))
+            chain.states[name] = state
+    return chain.states
+
+
+def refuse_unready(needs: dict[str, StageState]) -> None:
+    """With --only: every input that is not done is an error."""
+    lines = [
+        f"{need}: is {state.sentence()}; run it first, or leave out --only"
+        for need, state in needs.items()
+        if state.kind != "done"
+    ]
+    if lines:
+        raise UserError(lines)

@@ -1,0 +1,301 @@
+"""One stage under its lock: begin or go on, run, publish, say what came of it."""
+
+import hashlib
+import os
+import platform
+import random
+import socket
+import subprocess
+import time
+import uuid
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from pipeline import checkpoints, files, launch
+from pipeline.artifacts import ArtifactStore, now
+from pipeline.errors import UserError
+from pipeline.fingerprints import Today, sources
+from pipeline.stage import Source, StageRun, StopFlag
+from pipeline.tracking import Tracker, figure, plain
+
+if TYPE_CHECKING:
+    from pipeline.plan import StageState
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "trl",
+    "datasets",
+    "accelerate",
+    "peft",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+)
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The flags of `rlhf run`, as the command line says them."""
+
+    only: bool = False
+    force: bool = False
+    restart: bool = False
+    override_config: bool = False
+    allow_elastic: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage that is to run now, and all there is to know about it."""
+
+    name: str
+    is_target: bool  # named on the command line, and not only needed by what was
+    module: Any
+    experiment: Any
+    store: ArtifactStore
+    state: "StageState"
+    today: Today
+    manifests: dict[str, dict[str, Any]]  # of the stages it needs, verified
+    flags: Flags
+    stop: StopFlag
+    console: Console
+
+    def say(self, line: str) -> None:
+        self.console.print(f"{self.name}: {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def run_stage(job: Job) -> dict[str, Any]:
+    """Runs a stage and publishes what it made; returns the new manifest. What the stage raises goes through:
+    what it saved stays for the next time."""
+    started = time.monotonic()
+    run = resumable_run(job) or begin_run(job)
+    context = prepare(job, run)
+    finished = False
+    try:
+        metrics = plain(job.module.run(context))
+        finished = True
+    finally:
+        context.tracker.close()
+        if not finished:
+            files.remove(context.publish)
+            if not has_checkpoints(job):
+                job.store.drop_run(job.name)  # nothing to go on from: the stage is what it was before
+    manifest = job.store.publish(
+        job.name, context.publish, record(job, run, metrics, context.tracker.tracker_run_id)
+    )
+    context.checkpoints.prune()
+    headline = [f"{key} {figure(metrics[key])}" for key in job.module.HEADLINE if key in metrics]
+    done = " · ".join([f"done in {duration(time.monotonic() - started)}", *headline])
+    job.say(f"{done} → {job.store.folder(job.name)}")
+    return manifest
+
+
+# -- begin or go on
+# -----------------------------------------------------------------------------------------------
+
+
+def has_checkpoints(job: Job) -> bool:
+    return bool(checkpoints.step_folders(job.store.folder(job.name) / "checkpoints"))
+
+
+def begin_run(job: Job) -> dict[str, Any]:
+    """A run from the beginning: its run.json. A damaged artifact is only made anew when somebody says so."""
+    flags, kind = job.flags, job.state.kind
+    if kind == "damaged" and not (job.is_target and (flags.force or flags.restart)):
+        raise UserError(job.state.reasons)
+    why = {"done": "forced, ", "missing": "", "damaged": "damaged, ", "interrupted": ""}
+    job.say(f"{why.get(kind, f'{job.state.sentence()}; ')}running")
+    run = {
+        "run_id": uuid.uuid4().hex,
+        "stage": job.name,
+        "fingerprint": job.today.fingerprint,
+        "config": job.today.config,
+        "inputs": job.today.inputs,
+        "started_at": now(),
+        "resumes": 0,
+        **here(),
+    }
+    job.store.begin(job.name, run)
+    return run
+
+
+def resumable_run(job: Job) -> dict[str, Any] | None:
+    """The interrupted run to go on with, brought up to today; None = begin. Refuses what can do neither."""
+    run, flags, changes = job.state.run, job.flags, job.state.changes
+    if run is None:
+        return None
+    if not has_checkpoints(job):
+        job.say("was interrupted before anything was saved")
+        return None
+    if flags.restart and (job.is_target or changes):
+        job.say(f"the interrupted run (at step {job.state.step}) is dropped")
+        return None
+    inputs = [change.text for change in changes if not change.is_setting]
+    settings = [change for change in changes if change.is_setting]
+    if inputs or (settings and not flags.override_config):
+        remedy = "--restart begins anew" + (
+            "" if inputs else ", --override-config goes on with the new settings"
+        )
+        texts = [*inputs, *(change.text for change in settings)]
+        raise UserError(
+            [
+                f"{job.name}: interrupted at step {job.state.step}, since then {text}; {remedy}"
+                for text in texts
+            ]
+        )
+    facts = here()
+    if facts["world_size"] != run["world_size"] and not flags.allow_elastic:
+        sizes = f"{run['world_size']} → {facts['world_size']}"
+        raise UserError(f"{job.name}: interrupted, since then processes {sizes}; --allow-elastic goes on")
+    different = [
+        f"{key} {run[key]} → {facts[key]}"
+        for key in ("world_size", "threads", "device")
+        if run[key] != facts[key]
+    ]
+    if different:
+        job.say(f"{', '.join(different)}: last bits may differ from an uninterrupted run's")
+    overridden = run["config"].get("overridden", {}) | {
+        change.key: [change.old, change.new] for change in settings
+    }
+    for change in settings:
+        job.say(f"going on with {change.text}")
+    run = (
+        run
+        | {"fingerprint": job.today.fingerprint, "config": job.today.config, "resumes": run["resumes"] + 1}
+        | facts
+    )
+    if overridden:
+        run["config"] = run["config"] | {"overridden": overridden}
+    job.store.record_run(job.name, run)
+    return run
+
+
+def here() -> dict[str, Any]:
+    """Who runs, and what its last bits may depend on."""
+    return {"pid": os.getpid(), "host": socket.gethostname(), **launch.facts()}
+
+
+def prepare(job: Job, run: dict[str, Any]) -> StageRun:
+    """What the stage gets: journals that end where its newest checkpoint does, an empty folder, seeded
+    generators."""
+    experiment, store = job.experiment, job.store
+    folder, work = store.folder(job.name), store.work_folder(job.name)
+    work.mkdir(exist_ok=True)
+    tracker = Tracker(
+        work, job.name, experiment.tracking, run["run_id"], experiment.name, run["config"], job.console
+    )
+    saved = checkpoints.CheckpointStore(
+        folder=folder / "checkpoints",
+        every=experiment.checkpoints.every,
+        keep=experiment.checkpoints.keep,
+        run_id=run["run_id"],
+        fingerprint=run["fingerprint"],
+        say=job.say,
+        before_save=tracker.sync,
+    )
+    checkpoint = saved.newest()
+    tracker.rewind(checkpoint.step if checkpoint is not None else -1)
+    if checkpoint is not None:
+        job.say(f"going on from step {checkpoint.step}")
+    content = folder / ".tmp-publish"
+    files.remove(content)
+    content.mkdir()
+    set_seeds(experiment.seed, job.name)
+    return StageRun(
+        stage=job.name,
+        experiment=experiment,
+        config=getattr(experiment, job.name, None),
+        seed=experiment.seed,
+        inputs={need: store.folder(need) for need in job.manifests},
+        manifests=job.manifests,
+        publish=content,
+        checkpoints=saved,
+        tracker=tracker,
+        stop=job.stop,
+        trust_remote_code=job.flags.trust_remote_code,
+        sources={
+            kind: source
+            if source.path or source.hub
+            else Source(path=store.folder("world") / f"{kind}.jsonl")
+            for kind, source in sources(job.module, experiment).items()
+        },
+    )
+
+
+def set_seeds(seed: int, stage: str) -> None:
+    """Every generator that a library may draw from, from the experiment's seed and the stage's name."""
+    import numpy
+    import torch
+
+    value = int.from_bytes(hashlib.sha256(f"{seed}/{stage}".encode()).digest()[:4], "big")
+    random.seed(value)
+    numpy.random.seed(value)
+    torch.manual_seed(value)
+
+
+# -- what is recorded
+# ---------------------------------------------------------------------------------------------
+
+
+def record(
+    job: Job, run: dict[str, Any], metrics: dict[str, Any], tracker_run_id: str | None
+) -> dict[str, Any]:
+    """The manifest, without what publication adds."""
+    return {
+        "stage": job.name,
+        "status": "done",
+        "run_id": run["run_id"],
+        "fingerprint": run["fingerprint"],
+        "config": run["config"],
+        "inputs": run["inputs"],
+        "metrics": metrics,
+        "versions": versions(),
+        "git": git_state(),
+        "seed": job.experiment.seed,
+        "world_size": run["world_size"],
+        "threads": run["threads"],
+        "started_at": run["started_at"],
+        "finished_at": now(),
+        "resumes": run["resumes"],
+        "tracker_run_id": tracker_run_id,
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("rlhf-pipeline", *LIBRARIES):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the code that ran and whether it had changes beside it; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", "-C", root, *command], capture_output=True, text=True, timeout=10, check=True
+            ).stdout
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.strip(), "dirty": bool(changes.strip())}
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,146 @@
+"""The sections that every experiment has beside its stages', and what a source of data or a model may be
+named."""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+# What every config model says of itself: stages use it too.
+STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+KINDS = ("documents", "demonstrations", "prompts", "evaluation_prompts", "rankings")
+
+HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
+PACKAGE = re.compile(r"package:[A-Za-z0-9._-]+")
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
+
+
+class PeftConfig(BaseModel):
+    model_config = STRICT
+    method: Literal["lora"] = Field("lora", description="kind of adapter")
+    r: int = Field(16, ge=1, description="rank of the adapter matrices")
+    lora_alpha: int = Field(32, ge=1, description="adapters are scaled by lora_alpha / r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout in front of the adapters")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="names of the layers that get an adapter"
+    )
+
+
+class ModelConfig(BaseModel):
+    model_config = STRICT
+    name_or_path: str | None = Field(
+        None,
+        description="folder, Hub id or package:NAME to start from; null = from scratch, in the shape below",
+    )
+    hidden_size: int = Field(128, ge=1, description="width, from scratch")
+    num_hidden_layers: int = Field(5, ge=1, description="layers, from scratch")
+    num_attention_heads: int = Field(
+        4, ge=1, description="attention heads, from scratch; they divide hidden_size"
+    )
+    intermediate_size: int = Field(384, ge=1, description="width of the feed-forward layers, from scratch")
+    max_position_embeddings: int = Field(
+        128, ge=2, description="context, from scratch", json_schema_extra={"unit": "tokens"}
+    )
+    vocab_size: int = Field(
+        1024,
+        ge=8,
+        description="upper bound of the tokenizer trained from scratch",
+        json_schema_extra={"unit": "tokens"},
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="what products are computed in; trained weights stay float32"
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="attention kernel"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations: less memory, a third more compute"
+    )
+    peft: PeftConfig | None = Field(
+        None, description="train adapters instead of all weights; null = all weights"
+    )
+
+
+class DataSource(BaseModel):
+    model_config = STRICT
+    path: str = Field(description="local file, or Hub id org/name")
+    split: str = Field("train", description="split of a Hub dataset")
+    subset: str | None = Field(None, description="subset (configuration) of a Hub dataset")
+    limit: int | None = Field(
+        None, ge=1, description="take only the first ones", json_schema_extra={"unit": "records"}
+    )
+
+
+_SOURCE = "world = written by the stage world; or a path; or a Hub id; or {path, split, subset, limit}"
+
+
+class DataConfig(BaseModel):
+    model_config = STRICT
+    documents: str | DataSource = Field("world", description=f"text to pretrain on. {_SOURCE}")
+    demonstrations: str | DataSource = Field("world", description=f"prompts with good answers. {_SOURCE}")
+    prompts: str | DataSource = Field(
+        "world", description=f"prompts to rank responses for and to run PPO on. {_SOURCE}"
+    )
+    evaluation_prompts: str | DataSource = Field(
+        "world", description=f"prompts that only `evaluate` sees. {_SOURCE}"
+    )
+    rankings: str | DataSource | None = Field(
+        None,
+        description="rankings by people (path or Hub id); null = the simulated labelers rank SFT's samples",
+    )
+    validation_fraction: float = Field(0.05, gt=0, lt=1, description="part of the records that is held out")
+
+
+class TrackingConfig(BaseModel):
+    model_config = STRICT
+    wandb: Literal["off", "online", "offline"] = Field(
+        "off", description="Weights & Biases; metrics.jsonl is always there"
+    )
+    project: str = Field("rlhf", description="project in Weights & Biases")
+    samples_every: int = Field(
+        20,
+        ge=0,
+        description="how often samples.jsonl gets a few generations; 0 = never",
+        json_schema_extra={"unit": "steps"},
+    )
+
+
+class CheckpointsConfig(BaseModel):
+    model_config = STRICT
+    every: int = Field(
+        50, ge=0, description="how often to save; 0 = never", json_schema_extra={"unit": "steps"}
+    )
+    keep: int = Field(2, ge=1, description="how many checkpoints stay on disk")
+
+
+class LaunchConfig(BaseModel):
+    model_config = STRICT
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where to compute; auto = cuda if it is there"
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads; null = all cores")
+
+
+def is_hub_id(text: str) -> bool:
+    """`org/name`, unless such a path exists or it is named like a data file."""
+    return (
+        HUB_ID.fullmatch(text) is not None
+        and not text.endswith(DATA_SUFFIXES)
+        and not text.startswith("~")
+        and not Path(text).exists()
+    )
+
+
+def names_hub(tree: dict[str, Any]) -> bool:
+    """Whether a config (as read, not validated) names anything on the Hub; if not, all libraries are told to
+    stay offline."""
+    data, model = tree.get("data"), tree.get("model")
+    named = [source_path(value) for value in data.values()] if isinstance(data, dict) else []
+    named += [model.get("name_or_path")] if isinstance(model, dict) else []
+    return any(isinstance(text, str) and is_hub_id(text) for text in named)
+
+
+def source_path(value: Any) -> Any:
+    return value.get("path") if isinstance(value, dict) else value

@@ -1,0 +1,52 @@
+"""What a stage gets from the pipeline. A stage is a module (or any object) with
+
+NAME, Config, METRICS, HEADLINE, needs(experiment), reads(experiment), run(StageRun) -> metrics, and maybe
+check(experiment)
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoints import CheckpointStore
+from pipeline.tracking import Tracker
+
+
+@dataclass
+class StopFlag:
+    """Set by a signal, polled by stages between (and inside) steps; pipeline/cli.py holds the handlers."""
+
+    requested: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the records of one kind are: a local file or folder, or a Hub id."""
+
+    path: Path | None = None
+    hub: str | None = None
+    split: str = "train"
+    subset: str | None = None
+    limit: int | None = None  # records; None = all
+
+
+@dataclass
+class StageRun:
+    """One run of one stage. Inputs are verified, `publish` is empty, the random generators are seeded."""
+
+    stage: str
+    experiment: Any  # the validated experiment; sections are attributes
+    config: Any  # the stage's own section
+    seed: int  # the experiment's
+    inputs: dict[str, Path]  # upstream stage -> its artifact folder
+    manifests: dict[str, dict[str, Any]]  # upstream stage -> its manifest
+    publish: Path  # what is put here becomes the artifact
+    checkpoints: CheckpointStore
+    tracker: Tracker
+    stop: StopFlag
+    trust_remote_code: bool = False
+    sources: dict[str, Source] = field(default_factory=dict)
+
+    def source(self, kind: str) -> Source:
+        """Where the data of a kind is (`kind` must be in the stage's `reads`)."""
+        return self.sources[kind]

@@ -1,0 +1,251 @@
+"""What a stage tells the world while it runs: journals (the truth), progress, samples, and wandb where it is
+asked for.
+
+metrics.jsonl, evaluations.jsonl and samples.jsonl hold no time of day, so that a run that was stopped and
+went on writes the same bytes as one that was not.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from pipeline import files
+
+JOURNALS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON holds it: 0-d tensors and numpy scalars become numbers; NaN and infinities become
+    strings, because JSON has no words for them."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if not isinstance(value, float) and hasattr(value, "item"):
+        return plain(value.item())
+    value = float(value)
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+class Tracker:
+    """The journals of one run of one stage in `folder`. `settings` is the section `tracking` (None = journals
+    only)."""
+
+    def __init__(
+        self,
+        folder: Path,
+        stage: str,
+        settings: Any = None,
+        run_id: str = "",
+        experiment: str = "",
+        config: dict[str, Any] | None = None,
+        console: Console | None = None,
+    ):
+        self.folder, self.stage, self.run_id = Path(folder), stage, run_id
+        self.console = console or Console()
+        self._open: dict[str, Any] = {}
+        self._wandb = None
+        if settings is not None and settings.wandb != "off":
+            self._start_wandb(settings, experiment, config)
+
+    # -- journals ----------------------------------------------------------------------------------------
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """One row of metrics.jsonl: what one optimizer step (PPO: one update) was like."""
+        self._append("metrics.jsonl", [{"step": step, **metrics}])
+        self._to_wandb({key: value for key, value in metrics.items() if not isinstance(value, str)}, step)
+
+    def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
+        """One row of evaluations.jsonl: held-out figures after `step` steps."""
+        self._append("evaluations.jsonl", [{"step": step, **metrics}])
+        self._to_wandb({f"eval/{key}": value for key, value in metrics.items()}, step)
+
+    def samples(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
+        """Rows of samples.jsonl: {prompt, response, score?, kl?, gold?}."""
+        rows = [{"step": step, **row} for row in rows]
+        self._append("samples.jsonl", rows)
+        if self._wandb is not None and rows:
+            self._guard(lambda wandb: wandb.log({"samples": _wandb_table(wandb, rows)}, step=step))
+
+    def rewind(self, step: int) -> None:
+        """Drops every row after `step`: a run goes on from a checkpoint and writes those rows again. -1 drops
+        all."""
+        self.close_journals()
+        for name in JOURNALS:
+            path = self.folder / name
+            if not path.exists():
+                continue
+            kept = []
+            for line in path.read_bytes().splitlines(keepends=True):
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue  # the line that a kill cut in two
+                if line.endswith(b"\n") and row["step"] <= step:
+                    kept.append(line)
+            staged = path.with_name(f".tmp-{name}")
+            with open(staged, "wb") as file:
+                file.writelines(kept)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(staged, path)
+            files.fsync_folder(self.folder)
+
+    def sync(self) -> None:
+        """Makes the journals durable; called before a checkpoint that stands on them."""
+        for file in self._open.values():
+            os.fsync(file.fileno())
+
+    def close_journals(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def close(self) -> None:
+        self.sync()
+        self.close_journals()
+        if self._wandb is not None:
+            self._guard(lambda wandb: wandb.finish())
+
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        if name not in self._open:
+            self._open[name] = open(self.folder / name, "a", encoding="utf-8")
+        for row in rows:
+            self._open[name].write(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n")
+        self._open[name].flush()
+
+    # -- people ------------------------------------------------------------------------------------------
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def progress(self, total: int, description: str, start: int = 0) -> "ProgressLine":
+        """A context manager whose `.update(step, **figures)` moves a bar, or prints a line now and then."""
+        return ProgressLine(self.console, total, f"{self.stage}: {description}", start)
+
+    # -- wandb: a convenience that must never stop training ----------------------------------------------
+
+    def _start_wandb(self, settings: Any, experiment: str, config: dict[str, Any] | None) -> None:
+        try:
+            import wandb
+
+            folder = self.folder.parent if self.folder.name != ".redo" else self.folder.parent.parent
+            wandb.init(
+                project=settings.project,
+                name=f"{experiment}/{self.stage}",
+                group=experiment,
+                id=self.run_id or None,
+                resume="allow",
+                mode=settings.wandb,
+                dir=str(folder),
+                config=config,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+            self._wandb = wandb
+        except Exception as error:  # whatever a network or a service can do
+            self._lose_wandb(error)
+
+    def _to_wandb(self, metrics: dict[str, Any], step: int) -> None:
+        if self._wandb is not None:
+            self._guard(lambda wandb: wandb.log(metrics, step=step))
+
+    def _guard(self, call: Any) -> None:
+        try:
+            call(self._wandb)
+        except Exception as error:
+            self._lose_wandb(error)
+
+    def _lose_wandb(self, error: Exception) -> None:
+        self._wandb = None
+        first = str(error).strip().splitlines()
+        print(
+            f"warning: wandb failed ({first[0] if first else type(error).__name__}); training goes on",
+            file=sys.stderr,
+        )
+
+    @property
+    def tracker_run_id(self) -> str | None:
+        return self.run_id if self._wandb is not None else None
+
+
+class ProgressLine:
+    """A rich bar on a terminal; elsewhere a line every tenth of the way or every 30 seconds, whichever comes
+    first... but never more often than once a second."""
+
+    def __init__(self, console: Console, total: int, description: str, start: int):
+        self.console, self.total, self.description, self.step = console, total, description, start
+        self._bar: Progress | None = None
+        self._said_step, self._said_at = start, time.monotonic()
+
+    def __enter__(self) -> "ProgressLine":
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[figures]}", style="dim"),
+                console=self.console,
+                transient=True,
+            )
+            self._task = self._bar.add_task(
+                self.description, total=self.total, completed=self.step, figures=""
+            )
+            self._bar.start()
+        return self
+
+    def update(self, step: int, **figures: Any) -> None:
+        """`step` of `total` is done; `figures` are shown beside it."""
+        self.step = step
+        text = " ".join(f"{name} {figure(value)}" for name, value in figures.items())
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, figures=text)
+            return
+        waited = time.monotonic() - self._said_at
+        tenth = step - self._said_step >= max(self.total / 10, 1) and waited >= 1
+        if tenth or waited >= 30:
+            line = f"{self.description} {step}/{self.total} {text}".rstrip()
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._said_step, self._said_at = step, time.monotonic()
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def figure(value: Any) -> str:
+    """A number as people read it: three significant digits."""
+    value = plain(value)
+    if not isinstance(value, float):
+        return str(value)
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return f"{value:.2e}"
+
+
+def _wandb_table(wandb: Any, rows: list[dict[str, Any]]) -> Any:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return wandb.Table(
+        columns=columns, data=[[str(row.get(column, "")) for column in columns] for row in rows]
+    )

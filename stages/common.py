@@ -1,0 +1,88 @@
+"""Small things that several stage files say in the same words."""
+
+import dataclasses
+
+from data import sources
+from data.records import DataError
+from pipeline.stage import StageRun
+
+
+def read(ctx: StageRun, kind: str) -> list:
+    """The records of a kind (documents, demonstrations, …) from where the config's `data:` section says."""
+    return sources.load(kind, **dataclasses.asdict(ctx.source(kind)))
+
+
+def device_of(ctx: StageRun) -> str:
+    """"cpu" or "cuda", as launch.device asks ("auto": a GPU if there is one)."""
+    import torch
+
+    asked = ctx.experiment.launch.device
+    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+
+
+def adapter_settings(model_section) -> dict | None:
+    """The `model.peft` section as keyword arguments; None where every weight trains."""
+    peft = model_section.peft
+    return None if peft is None else {
+        "method": peft.method, "r": peft.r, "lora_alpha": peft.lora_alpha, "lora_dropout": peft.lora_dropout,
+        "target_modules": peft.target_modules}
+
+
+def count(model) -> str:
+    """Parameters of a model, for people: 1.1M."""
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M"
+
+
+def card(ctx: StageRun, what: str) -> str:
+    """A short model card."""
+    return (f"---\nlibrary_name: transformers\ntags: [rlhf, {ctx.stage}]\n---\n"
+            f"# {ctx.experiment.name} / {ctx.stage}\n\nThis folder holds {what}, made by the stage `{ctx.stage}` of the "
+            f"experiment `{ctx.experiment.name}`. `manifest.json` beside it records settings, inputs and digests.\n")
+
+
+def show_samples(model, tokenizer, prompts, *, seed: int, response_length: int, score=None) -> list[dict]:
+    """Rows {prompt, response, score?} for samples.jsonl: one generation a prompt, the same seeds every time.
+
+    score: response_texts' ids → numbers, called with (prompt_ids, response_ids).
+    """
+    from data.encode import decode_response, encode_prompt
+    from data.streams import derive_seed
+    from stages.rollouts.transformers import sample
+
+    ids = [encode_prompt(tokenizer, p) for p in prompts]
+    responses = sample(model, ids, [derive_seed(seed, "samples", i) for i in range(len(ids))],
+                       response_length=response_length, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
+    rows = [{"prompt": p if isinstance(p, str) else list(p), "response": decode_response(tokenizer, r)}
+            for p, r in zip(prompts, responses, strict=True)]
+    if score is not None:
+        for row, value in zip(rows, score(ids, responses), strict=True):
+            row["score"] = value
+    return rows
+
+
+def load_groups(ctx: StageRun, tokenizer, split: str, *, max_length: int, on_too_long: str):
+    """rankings/SPLIT.jsonl → (PromptGroups with at least one usable pair, LengthReport)."""
+    from data.encode import encode_prompt, encode_response, fit_lengths
+    from data.groups import PromptGroup
+
+    file = ctx.inputs["rankings"] / f"{split}.jsonl"
+    rows = sources.load("rankings", path=file)
+    kept, prompts, responses, report = fit_lengths(
+        [encode_prompt(tokenizer, r.prompt) for r in rows],
+        [[encode_response(tokenizer, text) for text in r.responses] for r in rows],
+        max_length=max_length, on_too_long=on_too_long, what=f"rankings/{split}", names=[r.id for r in rows])
+    groups = [PromptGroup(p, rs, rows[i].ranks, rows[i].id)
+              for i, p, rs in zip(kept, prompts, responses, strict=True)]
+    groups = [g for g in groups if g.pairs()]
+    if not groups:
+        raise DataError([f"{file}: no usable pair (all ties, unjudged or dropped); check `rlhf data check {file}`"])
+    return groups, report
+
+
+def read_world(ctx: StageRun) -> dict | None:
+    """world.json of the embedded world; None where the experiment does not use it."""
+    import json
+
+    if "world" not in ctx.inputs:
+        return None
+    return json.loads((ctx.inputs["world"] / "world.json").read_text(encoding="utf-8"))

@@ -1,0 +1,149 @@
+"""dpo: rankings → a policy, without a reward model and without sampling; stands wherever ppo's policy does.
+
+    loss = − 1/C(K,2) · Σ_pairs log σ( β [ log π/π_ref (y_w) − log π/π_ref (y_l) ] )     (Rafailov 2023, eq. 7)
+"""
+
+from typing import Literal
+
+import torch
+
+from data import sources
+from data.groups import batch_groups
+from pipeline.stage import StageRun
+from stages.common import adapter_settings, card, device_of, load_groups, show_samples
+from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
+from stages.models.adapters import merged, with_adapter
+from stages.models.forward import response_logprobs
+from stages.models.loading import load_policy, load_tokenizer, save_model
+from stages.objectives.logprobs import sequence_logps
+from stages.objectives.losses import dpo_loss
+from stages.settings import TooLong, Training, setting, too_long, total_steps
+
+NAME = "dpo"
+METRICS = {
+    "loss": "DPO loss a prompt of this step's batch",
+    "rewards/chosen": "mean of β · log(π/π_ref) of the preferred responses",
+    "rewards/rejected": "the same of the other responses",
+    "rewards/accuracies": "share of pairs with the preferred response's reward higher",
+    "rewards/margins": "mean of chosen minus rejected reward",
+    "logps/chosen": "mean log-probability of the preferred responses, in nats a response",
+    "logps/rejected": "the same of the other responses",
+    "grad_norm": "norm of the gradient before clipping",
+    "lr": "learning rate of the step",
+}
+HEADLINE = ("rewards/accuracies", "rewards/margins")
+
+
+class Config(Training):
+    """Direct preference optimisation over all pairs of each ranking."""
+
+    learning_rate: float = setting(1e-6, "peak learning rate", "per step", gt=0)
+    on_too_long: TooLong = too_long()
+    beta: float = setting(0.1, "how strongly the policy is held to the reference", gt=0)
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = setting("sigmoid", "the loss of a pair, named as in trl")
+    label_smoothing: float = setting(0.0, "share of labels taken to be flipped (sigmoid only)", ge=0, lt=0.5)
+    per_device_train_batch_size: int = setting(8, "prompts, with all their responses, in one forward and backward", "prompts", ge=1)
+    gradient_accumulation_steps: int = setting(4, "micro-batches a step; changes memory, not the gradient", ge=1)
+    sample_tokens: int = setting(48, "length of the generations kept in samples.jsonl", "tokens", ge=1)
+
+
+def needs(experiment) -> list[str]:
+    return ["sft", "rankings"]
+
+
+def reads(experiment) -> list[str]:
+    return []
+
+
+def check(experiment) -> list[str]:
+    c = experiment.dpo
+    if c.label_smoothing and c.loss_type != "sigmoid":
+        return [f"dpo.label_smoothing: has no meaning with loss_type {c.loss_type}; use sigmoid, or 0"]
+    return []
+
+
+def run(ctx: StageRun) -> dict:
+    """→ model/, a policy."""
+    m, c = ctx.experiment.model, ctx.config
+    source = ctx.inputs["sft"] / "model"
+    tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
+    accelerator = make_accelerator(device_of(ctx), m.dtype)
+    limits = {"max_length": c.max_length, "on_too_long": c.on_too_long}
+    groups, report = load_groups(ctx, tokenizer, "train", **limits)
+    held, _ = load_groups(ctx, tokenizer, "validation", **limits)
+    steps = total_steps(c, len(groups))
+    ctx.tracker.say(f"dpo: {report.line('rankings')}; {len(held)} rankings held out; {steps} steps")
+    policy = load_policy(source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code)
+    policy.to(accelerator.device)
+
+    # 1 the reference's log-probabilities, once: the policy is the reference before training
+    reference = {}
+    for name, part in (("train", groups), ("validation", held)):
+        reference[name] = reference_logps(policy, part, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size, ctx)
+
+    if m.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+    policy = with_adapter(policy, **(adapter_settings(m) or {"method": None}), seed=ctx.seed)
+    policy.to(accelerator.device)
+    trainee = make_trainee("model", policy, learning_rate=c.learning_rate, max_grad_norm=c.max_grad_norm,
+                           weight_decay=c.weight_decay)
+
+    # 2 the loss of a micro-batch of prompts
+    def forward(part, ref, rows, prompts):
+        batch = batch_groups([part[i] for i in rows], tokenizer.pad_token_id).to(accelerator.device)
+        ref_logps = torch.cat([ref[i] for i in rows]).to(accelerator.device)
+        with accelerator.autocast():
+            logprobs = response_logprobs(policy, batch.rows)
+        logps = sequence_logps(logprobs, batch.rows.response_mask)
+        value = dpo_loss(logps, ref_logps, batch.winners, batch.losers, batch.pair_weights, c.beta, prompts,
+                         c.loss_type, c.label_smoothing)
+        return value, pair_figures(value, logps.detach(), ref_logps, batch, c.beta, len(rows) / prompts)
+
+    @torch.no_grad()
+    def evaluate() -> dict:
+        sums: dict[str, float] = {}
+        for start in range(0, len(held), c.per_device_train_batch_size):
+            rows = list(range(start, min(start + c.per_device_train_batch_size, len(held))))
+            for key, value in forward(held, reference["validation"], rows, len(held))[1].items():
+                sums[key] = sums.get(key, 0.0) + value
+        return sums
+
+    shown = [r.prompt for r in sources.load("rankings", path=ctx.inputs["rankings"] / "validation.jsonl")[:4]]
+
+    # 3 train
+    figures = fit(ctx, trainee, accelerator, size=len(groups), steps=steps,
+                  batch_size=c.per_device_train_batch_size * c.gradient_accumulation_steps,
+                  micro_size=c.per_device_train_batch_size,
+                  loss=lambda rows, prompts: forward(groups, reference["train"], rows, prompts),
+                  evaluate=evaluate, judge="loss", higher_is_better=False, keep=c.keep, patience=c.patience,
+                  eval_steps=c.eval_steps,
+                  samples=lambda: show_samples(policy, tokenizer, shown, seed=ctx.seed, response_length=c.sample_tokens),
+                  learning_rate=lambda s: learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, c.warmup_steps))
+    save_model(merged(policy), tokenizer, ctx.publish / "model", card=card(ctx, "a policy trained by DPO"))
+    return {**figures, "truncated": report.truncated, "dropped": report.dropped}
+
+
+@torch.no_grad()
+def reference_logps(policy, groups, pad_id: int, accelerator, size: int, ctx: StageRun) -> list[torch.Tensor]:
+    """log π_ref of every response: one tensor (K,) a group."""
+    out = []
+    for start in range(0, len(groups), size):
+        part = groups[start:start + size]
+        batch = batch_groups(part, pad_id).to(accelerator.device)
+        with accelerator.autocast():
+            logprobs = response_logprobs(policy, batch.rows)
+        logps = sequence_logps(logprobs, batch.rows.response_mask).cpu()
+        out += list(logps.split([len(g.responses) for g in part]))
+    return out
+
+
+def pair_figures(value, logps, ref_logps, batch, beta: float, share: float) -> dict[str, float]:
+    """trl's figures of a micro-batch, each weighted by its share of the batch's prompts."""
+    rewards = beta * (logps - ref_logps)
+    chosen, rejected = rewards[batch.winners], rewards[batch.losers]
+    return {"loss": value.item(),
+            "rewards/chosen": share * chosen.mean().item(), "rewards/rejected": share * rejected.mean().item(),
+            "rewards/accuracies": share * (chosen > rejected).float().mean().item(),
+            "rewards/margins": share * (chosen - rejected).mean().item(),
+            "logps/chosen": share * logps[batch.winners].mean().item(),
+            "logps/rejected": share * logps[batch.losers].mean().item()}

@@ -1,0 +1,230 @@
+"""The step that everything learning from preferences takes: accumulate, clip, refuse non-finite, step, keep the best.
+
+PPO drives these pieces itself; the reward model and DPO share the loop `fit`.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from data.streams import Stream, derive_seed
+from pipeline.errors import Interrupted, TrainingStopped, UserError
+from pipeline.stage import StageRun
+from stages.models.adapters import trainable
+
+
+@dataclass
+class Trainee:
+    """A model, the parameters of it that train (a fixed order), their optimizer, and the norm they are clipped to."""
+
+    name: str
+    model: nn.Module
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    max_grad_norm: float
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Strict: the same names and shapes, or a UserError."""
+        if set(tensors) != set(self.parameters):
+            odd = sorted(set(tensors) ^ set(self.parameters))[:3]
+            raise UserError(f"checkpoint of {self.name}: its weights are not this model's ({odd}); "
+                            f"start again with --restart")
+        for name, p in self.parameters.items():
+            if p.shape != tensors[name].shape:
+                raise UserError(f"checkpoint of {self.name}: {name} is {tuple(tensors[name].shape)}, the model's is "
+                                f"{tuple(p.shape)}; start again with --restart")
+            p.copy_(tensors[name])
+
+
+def make_accelerator(device: str, dtype: str):
+    """accelerate's view of this process: device, autocast to `dtype` over fp32 weights, backward."""
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if dtype == "bfloat16" else "no")
+
+
+def make_trainee(name: str, model: nn.Module, *, learning_rate: float, max_grad_norm: float,
+                 adam_beta2: float = 0.95, weight_decay: float = 0.0) -> Trainee:
+    """AdamW with β = (0.9, `adam_beta2`) over what requires a gradient."""
+    parameters = trainable(model)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, betas=(0.9, adam_beta2),
+                                  weight_decay=weight_decay)
+    return Trainee(name, model, parameters, optimizer, max_grad_norm)
+
+
+def gradient_norm(parameters) -> float:
+    """‖g‖₂ over all parameters that have a gradient; 0 if none has."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+
+
+def optimizer_step(trainee: Trainee, learning_rate: float, step: int) -> float:
+    """Clip, step, clear; → the gradient's norm before clipping. TrainingStopped if it is not finite (no step taken)."""
+    norm = gradient_norm(trainee.parameters.values())
+    if not math.isfinite(norm):
+        trainee.optimizer.zero_grad(set_to_none=True)
+        raise TrainingStopped(
+            f"{trainee.name}: the gradient at step {step} is {norm}; nothing was updated. Lower the learning rate "
+            f"or max_grad_norm, or use model.dtype: float32, and run again from the last checkpoint")
+    torch.nn.utils.clip_grad_norm_(trainee.parameters.values(), trainee.max_grad_norm)
+    for group in trainee.optimizer.param_groups:
+        group["lr"] = learning_rate
+    trainee.optimizer.step()
+    trainee.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def learning_rate_at(step: int, total: int, peak: float, schedule: str, warmup_steps: int,
+                     warmup_from: float = 0.0) -> float:
+    """The rate of step 1 … total: linear warm-up from warmup_from·peak, then the schedule; a pure function of step.
+
+    constant; linear to 0; cosine to 0; cosine_with_min_lr to a tenth of the peak (InstructGPT).
+    """
+    if step <= warmup_steps:
+        return peak * (warmup_from + (1 - warmup_from) * step / max(1, warmup_steps))
+    done = (step - warmup_steps - 1) / max(1, total - warmup_steps)
+    if schedule == "constant":
+        return peak
+    if schedule == "linear":
+        return peak * (1 - done)
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
+    if schedule == "cosine":
+        return peak * cosine
+    if schedule == "cosine_with_min_lr":
+        return peak * (0.1 + 0.9 * cosine)
+    raise ValueError(f"lr_scheduler_type is {schedule!r}; it can be constant, linear, cosine or cosine_with_min_lr")
+
+
+@dataclass
+class Best:
+    """The best held-out figure so far and, where `keep: best`, the weights that reached it."""
+
+    keep: str
+    patience: int | None
+    higher_is_better: bool
+    value: float | None = None
+    step: int = 0
+    since: int = 0
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def offer(self, value: float, step: int, trainee: Trainee) -> None:
+        if self.value is None or (value > self.value if self.higher_is_better else value < self.value):
+            self.value, self.step, self.since = value, step, 0
+            if self.keep == "best":
+                self.tensors = {k: v.clone() for k, v in trainee.tensors().items()}
+        else:
+            self.since += 1
+
+    @property
+    def exhausted(self) -> bool:
+        return self.patience is not None and self.since >= self.patience
+
+    def state(self) -> dict:
+        return {"value": self.value, "step": self.step, "since": self.since}
+
+    def restore(self, state: dict, tensors: dict[str, Tensor]) -> None:
+        self.value, self.step, self.since, self.tensors = state["value"], state["step"], state["since"], tensors
+
+
+def save_checkpoint(ctx: StageRun, step: int, total: int, trainees: list[Trainee], best: Best | None,
+                    state: dict) -> None:
+    """Weights that train and optimizers as safetensors, the rest as JSON; one step, atomically."""
+    from pipeline.checkpoints import optimizer_tensors
+
+    tensors = {}
+    for trainee in trainees:
+        tensors[trainee.name] = trainee.tensors()
+        tensors[f"{trainee.name}_optimizer"], state[f"{trainee.name}_optimizer"] = optimizer_tensors(trainee.optimizer)
+    if best is not None:
+        state["best"] = best.state()
+        if best.tensors:
+            tensors["best"] = best.tensors
+    ctx.checkpoints.save(step, tensors, state, total)
+
+
+def load_checkpoint(ctx: StageRun, trainees: list[Trainee], best: Best | None):
+    """Restore from the newest valid checkpoint; → (step, state), (0, {}) where there is none."""
+    from pipeline.checkpoints import load_optimizer
+
+    found = ctx.checkpoints.newest()
+    if found is None:
+        return 0, {}
+    for trainee in trainees:
+        trainee.load(found.tensors(trainee.name))
+        name = f"{trainee.name}_optimizer"
+        load_optimizer(trainee.optimizer, found.tensors(name), found.state[name])
+    if best is not None:
+        best.restore(found.state["best"],
+                     found.tensors("best") if best.keep == "best" and found.state["best"]["step"] else {})
+    return found.step, found.state
+
+
+def pause_if_asked(ctx: StageRun, step: int, total: int, save: Callable[[], None]) -> None:
+    """At a step's end: if a signal asked to stop, save and leave with Interrupted (exit 75)."""
+    if ctx.stop.requested:
+        save()
+        raise Interrupted(step, total)
+
+
+def micro_batches(indices: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(indices), size):
+        yield indices[start:start + size]
+
+
+def fit(ctx: StageRun, trainee: Trainee, accelerator, *, size: int, steps: int, batch_size: int, micro_size: int,
+        learning_rate: Callable[[int], float], loss: Callable[[list[int], int], tuple[Tensor, dict[str, float]]],
+        evaluate: Callable[[], dict[str, float]], judge: str, higher_is_better: bool, keep: str,
+        patience: int | None, eval_steps: int, samples: Callable[[], list[dict]] | None = None) -> dict:
+    """Train for `steps` batches of `batch_size` of the `size` rows; → the final held-out figures.
+
+    loss(rows of one micro-batch, rows in the batch) → (that micro-batch's share of the batch loss, sums to log):
+    whatever the micro-batch size, the gradient is the batch's. evaluate() runs every `eval_steps`, `judge` being
+    the figure that keep and patience look at.
+    """
+    best = Best(keep, patience, higher_is_better)
+    stream = Stream(size, derive_seed(ctx.seed, ctx.stage))
+    start, _ = load_checkpoint(ctx, [trainee], best)
+    stream.cursor = start * batch_size
+    save = lambda step: save_checkpoint(ctx, step, steps, [trainee], best, {})  # noqa: E731
+
+    def look(step: int) -> dict[str, float]:
+        figures = evaluate()
+        ctx.tracker.evaluation(step, figures)
+        best.offer(figures[judge], step, trainee)
+        if samples is not None:
+            ctx.tracker.samples(step, samples())
+        return figures
+
+    figures = look(0) if start == 0 else {}
+    step = start
+    with ctx.tracker.progress(steps, ctx.stage, start) as progress:
+        while step < steps and not best.exhausted:
+            step += 1
+            batch = stream.take(batch_size)
+            logged: dict[str, float] = {}
+            for rows in micro_batches(batch, micro_size):
+                share, sums = loss(rows, len(batch))
+                accelerator.backward(share)
+                for key, value in sums.items():
+                    logged[key] = logged.get(key, 0.0) + value
+            rate = learning_rate(step)
+            logged["grad_norm"] = optimizer_step(trainee, rate, step)
+            ctx.tracker.log(step, {**logged, "lr": rate})
+            progress.update(step, **{k: v for k, v in logged.items() if k in ("loss", judge)})
+            if step % eval_steps == 0 or step == steps:
+                figures = look(step)
+            if ctx.checkpoints.due(step) and step < steps:
+                save(step)
+            if step < steps:
+                pause_if_asked(ctx, step, steps, lambda at=step: save(at))
+    if keep == "best" and best.step != step:
+        trainee.load(best.tensors)
+        figures = evaluate()
+    return {**figures, "best_step": best.step, "steps": step}

@@ -1,0 +1,193 @@
+"""evaluate: every policy on prompts that nothing trained on → results.json.
+
+One sample a prompt at temperature 1; the judge is the gold scorer in the embedded world, else the reward model.
+best_of_n is the SFT sample with the highest reward model score out of n. Intervals: bootstrap over prompts.
+"""
+
+import json
+import math
+
+import torch
+
+from data.encode import decode_response, encode_prompt, fit_lengths, wrap_documents
+from data.groups import make_rows
+from data.streams import derive_seed, held_out
+from data.world import World
+from pipeline.errors import Interrupted
+from pipeline.stage import StageRun
+from stages.common import device_of, read, read_world
+from stages.engine import make_accelerator, micro_batches
+from stages.models.forward import response_logprobs, response_scores
+from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
+from stages.objectives.logprobs import sequence_logps
+from stages.objectives.losses import language_model_loss
+from stages.rollouts.transformers import sample
+from stages.settings import Section, TooLong, setting
+from stages.statistics import win_rate
+
+NAME = "evaluate"
+METRICS: dict[str, str] = {}
+HEADLINE = ("score", "win_rate_vs_sft", "gold")
+STAGES = ("base", "sft", "ppo", "dpo")
+GOLD = ("helpful", "honest", "harmless", "overall")
+RM_FIGURES = ("accuracy", "accuracy_ci95", "accuracy_ceiling", "n_pairs", "labeler_agreement", "ece")
+
+
+class Config(Section):
+    """Which policies are compared, and how."""
+
+    policies: list[str] = setting(["base", "sft", "ppo", "dpo", "best_of_n"], "of base, sft, ppo, dpo, best_of_n; sft is always in")
+    best_of: int = setting(16, "n of best_of_n; 1 leaves it out", "samples", ge=1)
+    num_prompts: int | None = setting(None, "how many evaluation prompts; null: all", "prompts", ge=2)
+    response_length: int = setting(128, "longest response, EOS included", "tokens", ge=1)
+    max_length: int = setting(512, "longest prompt and response together", "tokens", ge=8)
+    on_too_long: TooLong = setting("error", "what happens to a prompt that leaves no room for response_length")
+    temperature: float = setting(1.0, "sampling temperature", gt=0)
+    batch_size: int = setting(64, "rows sampled and scored at a time", "rows", ge=1)
+    perplexity_rows: int = setting(256, "held-out pretraining rows at most", "rows", ge=1)
+    perplexity_length: int = setting(128, "length of such a row", "tokens", ge=8)
+
+
+def needs(experiment) -> list[str]:
+    return [s for s in STAGES if s in experiment.evaluate.policies or s == "sft"] + ["rm"]
+
+
+def reads(experiment) -> list[str]:
+    return ["evaluation_prompts"] + ([] if experiment.data.documents is None else ["documents"])
+
+
+def check(experiment) -> list[str]:
+    known = (*STAGES, "best_of_n")
+    return [f"evaluate.policies: {p!r} is no policy; choose of {', '.join(known)}"
+            for p in experiment.evaluate.policies if p not in known]
+
+
+def run(ctx: StageRun) -> dict:
+    """→ results.json and responses.jsonl (every sample, with its judgements)."""
+    c, m = ctx.config, ctx.experiment.model
+    accelerator = make_accelerator(device_of(ctx), m.dtype)
+    options = {"attn_implementation": m.attn_implementation, "trust_remote_code": ctx.trust_remote_code}
+    tokenizer = load_tokenizer(ctx.inputs["sft"] / "model", trust_remote_code=ctx.trust_remote_code)
+    reward_model = load_scalar_model(ctx.inputs["rm"] / "model", **options).to(accelerator.device)
+    reference = load_policy(ctx.inputs["sft"] / "model", **options).to(accelerator.device)
+    prompts, ids = load_prompts(ctx, tokenizer)
+    text_rows = held_out_text(ctx, tokenizer)
+    judge = gold_judge(ctx)
+    names = [s for s in STAGES if s in ctx.inputs]
+    if c.best_of > 1 and "best_of_n" in c.policies:
+        names.append("best_of_n")
+
+    found = ctx.checkpoints.newest()
+    done: dict[str, dict] = found.state["done"] if found else {}
+    with ctx.tracker.progress(len(names), "evaluate", len(done)) as progress:
+        for name in names[len(done):]:
+            model = reference if name in ("sft", "best_of_n") else load_policy(ctx.inputs[name] / "model", **options).to(accelerator.device)
+            tools = (model, reference, reward_model, tokenizer, accelerator)
+            n = c.best_of if name == "best_of_n" else 1
+            done[name] = measure(ctx, name, n, ids, tools)
+            done[name]["perplexity"] = None if n > 1 else perplexity(model, text_rows, accelerator, c.batch_size)
+            done[name]["gold"] = [judge(p, r, f) for p, r, f in zip(
+                prompts, done[name]["responses"], done[name]["finished"], strict=True)] if judge else None
+            progress.update(len(done))
+            if len(done) < len(names):
+                ctx.checkpoints.save(len(done), {}, {"done": done}, len(names))
+                if ctx.stop.requested:
+                    raise Interrupted(len(done), len(names))
+
+    results = {"judge": "gold" if judge else "reward_model",
+               "policies": {name: summary(done[name], done["sft"], ctx.seed) for name in names},
+               "reward_model": {k: ctx.manifests["rm"]["metrics"].get(k) for k in RM_FIGURES}}
+    (ctx.publish / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    with (ctx.publish / "responses.jsonl").open("w", encoding="utf-8") as file:
+        for name in names:
+            for i, prompt in enumerate(prompts):
+                row = {"policy": name, "prompt": prompt, "response": done[name]["responses"][i], "score": done[name]["scores"][i]}
+                file.write(json.dumps(row | ({"gold": done[name]["gold"][i]} if judge else {}), ensure_ascii=False) + "\n")
+    last = results["policies"]["ppo" if "ppo" in names else names[-1]]
+    return {"score": last["score"], "win_rate_vs_sft": last["win_rate_vs_sft"]["value"],
+            "gold": last["gold"]["overall"] if last["gold"] else None, "prompts": len(prompts)}
+
+
+def load_prompts(ctx: StageRun, tokenizer):
+    """(prompts as they are in the file, their ids)."""
+    c = ctx.config
+    records = read(ctx, "evaluation_prompts")[:c.num_prompts]
+    ids = [encode_prompt(tokenizer, r.prompt) for r in records]
+    kept, ids, _, report = fit_lengths(ids, [[] for _ in ids], max_length=c.max_length - c.response_length,
+                                       on_too_long="drop" if c.on_too_long == "truncate" else c.on_too_long,
+                                       what="evaluation prompts")
+    ctx.tracker.say(f"evaluate: {report.line('evaluation prompts')}")
+    return [p if isinstance(p, str) else list(p) for p in (records[i].prompt for i in kept)], ids
+
+
+def held_out_text(ctx: StageRun, tokenizer) -> list[list[int]]:
+    """Packed rows of the documents that base and ptx did not train on."""
+    if "documents" not in reads(ctx.experiment):
+        return []
+    documents = read(ctx, "documents")
+    _, valid = held_out([d.text for d in documents], ctx.experiment.data.validation_fraction)
+    rows = wrap_documents(tokenizer, (documents[i] for i in valid), length=ctx.config.perplexity_length)
+    return rows[:ctx.config.perplexity_rows]
+
+
+def gold_judge(ctx: StageRun):
+    """(prompt, response, finished) → {helpful, honest, harmless, overall}, where the prompts are the world's; else None."""
+    if ctx.experiment.data.evaluation_prompts != "world":
+        return None
+    return World.from_json(read_world(ctx)).gold
+
+
+@torch.no_grad()
+def measure(ctx: StageRun, name: str, n: int, ids, tools) -> dict:
+    """One response a prompt (the best of n by score): texts, finished, scores, kl in nats and length in tokens."""
+    c = ctx.config
+    model, reference, reward_model, tokenizer, accelerator = tools
+    out: dict[str, list] = {"responses": [], "finished": [], "scores": [], "kl": [], "lengths": []}
+    for part in micro_batches(list(range(len(ids))), max(1, c.batch_size // min(n, 4))):
+        prompts = [ids[i] for i in part for _ in range(n)]
+        seeds = [derive_seed(ctx.seed, "evaluate", i, k) for i in part for k in range(n)]
+        if ctx.stop.requested:
+            raise Interrupted(0, len(ids))
+        with accelerator.autocast():
+            responses = sample(model, prompts, seeds, response_length=c.response_length, temperature=c.temperature,
+                               batch_size=max(c.batch_size, 4 * c.batch_size if n > 1 else 0),
+                               eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
+            scores = torch.cat([response_scores(reward_model, make_rows(prompts[s:s + c.batch_size], responses[s:s + c.batch_size],
+                                                                        tokenizer.pad_token_id).to(accelerator.device))
+                                for s in range(0, len(prompts), c.batch_size)])
+        best = scores.view(-1, n).argmax(-1).tolist()
+        chosen = [g * n + b for g, b in enumerate(best)]
+        rows = make_rows([prompts[i] for i in chosen], [responses[i] for i in chosen], tokenizer.pad_token_id).to(accelerator.device)
+        if n == 1:
+            with accelerator.autocast():
+                logps = [sequence_logps(response_logprobs(x, rows, c.temperature), rows.response_mask) for x in (model, reference)]
+            out["kl"] += (logps[0] - logps[1]).tolist()
+        out["scores"] += scores[chosen].tolist()
+        out["lengths"] += rows.response_mask.sum(-1).tolist()
+        out["finished"] += [responses[i][-1] == tokenizer.eos_token_id for i in chosen]
+        out["responses"] += [decode_response(tokenizer, responses[i]) for i in chosen]
+    return out
+
+
+@torch.no_grad()
+def perplexity(model, rows: list[list[int]], accelerator, size: int) -> float | None:
+    """exp of the mean cross-entropy a token over packed rows; None without any."""
+    if not rows:
+        return None
+    total, tokens = 0.0, len(rows) * (len(rows[0]) - 1)
+    for part in micro_batches(rows, size):
+        ids = torch.tensor(part, device=accelerator.device)
+        with accelerator.autocast():
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        total += language_model_loss(logits, ids[:, 1:], tokens).item()
+    return math.exp(total)
+
+
+def summary(own: dict, sft: dict, seed: int) -> dict:
+    """A policy's line of results.json."""
+    mean = lambda xs: sum(xs) / len(xs)  # noqa: E731
+    judged = (lambda d: [g["overall"] for g in d["gold"]]) if own["gold"] else (lambda d: d["scores"])
+    return {"score": mean(own["scores"]), "kl_to_sft": mean(own["kl"]) if own["kl"] else None,
+            "length": mean(own["lengths"]), "eos_rate": mean(own["finished"]),
+            "pretrain_perplexity": own["perplexity"], "win_rate_vs_sft": win_rate(judged(own), judged(sft), seed),
+            "gold": {k: mean([g[k] for g in own["gold"]]) for k in GOLD} if own["gold"] else None}

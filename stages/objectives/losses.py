@@ -1,0 +1,71 @@
+"""The losses. Each is a sum over its elements divided by `count`, the number in the whole (mini-)batch: hand the
+same count to every micro-batch and their gradients add up to the gradient of the whole."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.objectives.masked import masked_sum
+
+
+def ranking_loss(scores: Tensor, winners: Tensor, losers: Tensor, weights: Tensor, count: float) -> Tensor:
+    """InstructGPT eq. 1: −(1/count) Σ_pairs w · log σ(r_winner − r_loser), w = 1/C(K,2), count = prompts.
+
+    scores (B,); winners, losers (N,) rows; weights (N,). 0 (with a gradient of 0) where there is no pair.
+    """
+    return -(weights * F.logsigmoid(scores[winners] - scores[losers])).sum() / count
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float,
+                count: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped surrogate (Schulman 2017, eq. 7): Σ max(−A ρ, −A clip(ρ, 1−ε, 1+ε)) / count, ρ = π/π_old.
+
+    All (B, R); count = response tokens of the minibatch. → (loss, sums over the mask: ratio, clipped, approxkl).
+    """
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    ratio = log_ratio.exp()
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    with torch.no_grad():
+        sums = {"ratio": masked_sum(ratio, mask),
+                "clipped": masked_sum((clipped > plain).float(), mask),
+                "approxkl": masked_sum(0.5 * log_ratio**2, mask)}
+    return masked_sum(torch.maximum(plain, clipped), mask) / count, sums
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float,
+               count: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """½ Σ max((V − G)², (clip(V, V_old ± ε) − G)²) / count, all (B, R) (PPO2's value clipping)."""
+    near = torch.minimum(torch.maximum(values, old_values - cliprange_value), old_values + cliprange_value)
+    plain, clipped = (values - returns) ** 2, (near - returns) ** 2
+    with torch.no_grad():
+        sums = {"clipped": masked_sum((clipped > plain).float(), mask)}
+    return 0.5 * masked_sum(torch.maximum(plain, clipped), mask) / count, sums
+
+
+def language_model_loss(logits: Tensor, labels: Tensor, count: float) -> Tensor:
+    """−Σ log p(label) / count over labels ≠ −100: logits (B, T, V), labels (B, T) already shifted."""
+    logits = logits.float()
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=-100,
+                           reduction="sum") / count
+
+
+def dpo_loss(logps: Tensor, ref_logps: Tensor, winners: Tensor, losers: Tensor, weights: Tensor, beta: float,
+             count: float, loss_type: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
+    """DPO over pairs of rows (Rafailov 2023, eq. 7): Σ w · ℓ(h) / count, h = log-ratio margin of winner over loser.
+
+    logps, ref_logps (B,); winners, losers, weights (N,) with w = 1/C(K,2); count = prompts.
+    sigmoid: −(1−s) log σ(βh) − s log σ(−βh), s = label_smoothing (conservative DPO, Mitchell 2023);
+    ipo: (h − 1/(2β))² (Azar 2023, eq. 17); hinge: max(0, 1 − βh) (SLiC, Zhao 2023).
+    """
+    ratios = logps - ref_logps
+    h = ratios[winners] - ratios[losers]
+    if loss_type == "sigmoid":
+        losses = -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
+    elif loss_type == "ipo":
+        losses = (h - 1 / (2 * beta)) ** 2
+    elif loss_type == "hinge":
+        losses = torch.relu(1 - beta * h)
+    else:
+        raise ValueError(f"loss_type is {loss_type!r}; it can be sigmoid, ipo or hinge")
+    return (weights * losses).sum() / count

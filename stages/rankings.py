@@ -1,0 +1,145 @@
+"""rankings: K responses of SFT to each prompt, ranked by labelers; or people's own rankings, validated and split.
+
+The split is by prompt, never within one. In the embedded world one of five simulated labelers ranks a training
+prompt, and two of them every validation prompt, so that their agreement can be read from the file.
+"""
+
+import random
+
+import numpy as np
+
+from data import labelers
+from data.encode import decode_response, encode_prompt, fit_lengths
+from data.records import DataError, Ranking, judged_pairs, prompt_key, to_json, write_jsonl
+from data.streams import Stream, derive_seed, held_out
+from data.world import World
+from pipeline.errors import Interrupted
+from pipeline.stage import StageRun
+from stages.common import device_of, read, read_world
+from stages.engine import make_accelerator
+from stages.models.loading import load_policy, load_tokenizer
+from stages.rollouts.transformers import sample
+from stages.settings import Section, TooLong, setting
+from stages.statistics import labeler_agreement
+
+NAME = "rankings"
+METRICS: dict[str, str] = {}
+NO_NOISE = 1e-4
+HEADLINE = ("rankings", "pairs", "labeler_agreement")
+
+
+class Config(Section):
+    """Read only where `data.rankings` is null, but for validation_fraction."""
+
+    num_prompts: int | None = setting(None, "how many of the prompts are ranked; null: all", "prompts", ge=2)
+    samples_per_prompt: int = setting(6, "K, responses to each prompt (the paper: 4 to 9)", ge=2)
+    validation_fraction: float = setting(0.1, "share of prompts held out for the reward model's accuracy", gt=0, lt=1)
+    response_length: int = setting(128, "longest response, EOS included", "tokens", ge=1)
+    max_length: int = setting(512, "longest prompt and response together", "tokens", ge=8)
+    on_too_long: TooLong = setting("error", "what happens to a prompt that leaves no room for response_length")
+    temperature: float = setting(1.0, "sampling temperature", gt=0)
+    agreement: float = setting(0.726, "how often two simulated labelers agree on a pair of different texts "
+                               "(InstructGPT: 72.6 %); sets their noise", gt=0.5, lt=1)
+    batch_size: int = setting(32, "prompts sampled at a time", "prompts", ge=1)
+
+
+def needs(experiment) -> list[str]:
+    return ["sft"]
+
+
+def reads(experiment) -> list[str]:
+    return ["rankings"] if experiment.data.rankings is not None else ["prompts"]
+
+
+def check(experiment) -> list[str]:
+    if experiment.data.rankings is None and experiment.data.prompts != "world":
+        return ["data.rankings: null asks for simulated labelers, and they know the embedded world's prompts only; "
+                "give a file of rankings, or set data.prompts: world"]
+    return []
+
+
+def run(ctx: StageRun) -> dict:
+    """→ train.jsonl, validation.jsonl."""
+    if ctx.experiment.data.rankings is not None:
+        rows, figures = read(ctx, "rankings"), {}
+    else:
+        rows, figures = simulate(ctx)
+    train, valid = held_out([prompt_key(r.prompt) for r in rows], ctx.config.validation_fraction)
+    for name, part in (("train", train), ("validation", valid)):
+        part = [rows[i] for i in part]
+        if not any(usable_pairs(r) for r in part):
+            raise DataError([f"data.rankings: the {name} split ({len(part)} rankings) has no usable pair; give more "
+                             f"rankings, or change rankings.validation_fraction"])
+        write_jsonl(ctx.publish / f"{name}.jsonl", (to_json(r) for r in part))
+    held = [rows[i] for i in valid]
+    return {"rankings": len(rows), "pairs": sum(map(usable_pairs, rows)), "train": len(train), "validation": len(valid),
+            "labeler_agreement": labeler_agreement(held), **figures}
+
+
+def usable_pairs(r: Ranking) -> int:
+    return sum(verdict == "usable" for _, _, verdict in judged_pairs(r))
+
+
+def simulate(ctx: StageRun) -> tuple[list[Ranking], dict]:
+    """Sample K responses a prompt from SFT, calibrate the labelers' noise on them, and rank."""
+    c = ctx.config
+    prompts, texts = sample_responses(ctx)
+    world = World.from_json(read_world(ctx))
+    utilities = [world.labeler_utilities(p, t) for p, t in zip(prompts, texts, strict=True)]
+    try:
+        noise = labelers.calibrate_noise(utilities, texts, c.agreement)
+    except ValueError as problem:  # an SFT model that babbles: tastes differ more than its answers do
+        ctx.tracker.say(f"rankings: {problem}; ranked without noise. Train base and sft longer")
+        noise = NO_NOISE
+    valid = set(held_out([prompt_key(p) for p in prompts], c.validation_fraction)[1])
+    rows, owner = [], []
+    for i, (prompt, responses) in enumerate(zip(prompts, texts, strict=True)):
+        chooser = random.Random(derive_seed(ctx.seed, "labeler", i))
+        for who in chooser.sample(range(len(labelers.LABELERS)), 2 if i in valid else 1):
+            rng = np.random.default_rng(derive_seed(ctx.seed, "rank", i, who))
+            ranks = labelers.rank(utilities[i][who], noise, rng, responses)
+            name = labelers.LABELERS[who].name
+            rows.append(Ranking(f"{i:05d}-{name}", prompt, tuple(responses), tuple(map(int, ranks)), name))
+            owner.append(i)
+    judged = [k for k, i in enumerate(owner) if i in valid]
+    ceiling = labelers.accuracy_ceiling([utilities[owner[k]] for k in judged], [list(rows[k].ranks) for k in judged],
+                                        [list(rows[k].responses) for k in judged], noise)
+    return rows, {"noise": noise, "expected_agreement": labelers.expected_agreement(utilities, texts, noise),
+                  "accuracy_ceiling": ceiling["realised"], "expected_accuracy_ceiling": ceiling["expected"]}
+
+
+def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]]]:
+    """(prompts, K response texts of each), by SFT; a checkpoint every `checkpoints.every` batches."""
+    c, m = ctx.config, ctx.experiment.model
+    accelerator = make_accelerator(device_of(ctx), m.dtype)
+    source = ctx.inputs["sft"] / "model"
+    tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
+    policy = load_policy(source, attn_implementation=m.attn_implementation,
+                         trust_remote_code=ctx.trust_remote_code).to(accelerator.device)
+    records = read(ctx, "prompts")
+    chosen = Stream(len(records), derive_seed(ctx.seed, "prompts")).take(min(len(records), c.num_prompts or len(records)))
+    prompts = [records[i].prompt for i in chosen]
+    ids = [encode_prompt(tokenizer, p) for p in prompts]
+    kept, ids, _, report = fit_lengths(ids, [[] for _ in ids], max_length=c.max_length - c.response_length,
+                                       on_too_long="drop" if c.on_too_long == "truncate" else c.on_too_long, what="prompts")
+    prompts = [prompts[i] for i in kept]
+    ctx.tracker.say(f"rankings: {report.line('prompts')}; {c.samples_per_prompt} samples each")
+    found = ctx.checkpoints.newest()
+    texts: list[list[str]] = found.state["texts"] if found else []
+    total = -(-len(prompts) // c.batch_size)
+    with ctx.tracker.progress(total, "rankings", found.step if found else 0) as progress:
+        for step in range((found.step if found else 0) + 1, total + 1):
+            part = range((step - 1) * c.batch_size, min(step * c.batch_size, len(prompts)))
+            seeds = [derive_seed(ctx.seed, "sample", i, k) for i in part for k in range(c.samples_per_prompt)]
+            with accelerator.autocast():
+                flat = sample(policy, [ids[i] for i in part for _ in range(c.samples_per_prompt)], seeds,
+                              response_length=c.response_length, temperature=c.temperature, batch_size=len(seeds),
+                              eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
+            words = [decode_response(tokenizer, r) for r in flat]
+            texts += [words[k:k + c.samples_per_prompt] for k in range(0, len(words), c.samples_per_prompt)]
+            progress.update(step)
+            if step < total and (ctx.checkpoints.due(step) or ctx.stop.requested):
+                ctx.checkpoints.save(step, {}, {"texts": texts}, total)
+                if ctx.stop.requested:
+                    raise Interrupted(step, total)
+    return prompts, texts

@@ -1,0 +1,311 @@
+"""report: everything the stages wrote → one HTML page that opens without a network, and the table that ends a run.
+
+The page's text is made of the measured numbers alone; the same artifacts give the same bytes.
+"""
+
+import json
+from datetime import datetime
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.stage import StageRun
+from stages import report_plots as plots
+from stages.report_plots import NAMES, Journal, number
+from stages.report_svg import graph
+from stages.settings import Section, setting
+
+NAME = "report"
+METRICS: dict[str, str] = {}
+HEADLINE = ("policies", "plots")
+STAGES = ("world", "base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate")
+JOURNALS = ("metrics", "evaluations", "samples")
+
+
+class Config(Section):
+    """What the page shows of the samples."""
+
+    prompts: int = setting(12, "prompts whose responses are shown side by side", "prompts", ge=1)
+    ppo_looks: int = setting(6, "moments of PPO whose samples are shown", ge=1)
+
+
+def needs(experiment) -> list[str]:
+    made = {"world"} if "world" in experiment.data.model_dump().values() else set()
+    made |= {"base", "sft", "rankings", "rm", "evaluate"} | ({"ppo", "dpo"} & set(experiment.evaluate.policies))
+    return [stage for stage in STAGES if stage in made]
+
+
+def reads(experiment) -> list[str]:
+    return []
+
+
+def run(ctx: StageRun) -> dict:
+    """→ index.html."""
+    results = json.loads((ctx.inputs["evaluate"] / "results.json").read_text(encoding="utf-8"))
+    responses = read_rows(ctx.inputs["evaluate"] / "responses.jsonl")
+    journals = {stage: Journal(*(read_rows(folder / f"{kind}.jsonl") for kind in JOURNALS))
+                for stage, folder in ctx.inputs.items()}
+    best_of = ctx.experiment.evaluate.best_of
+    sections = {
+        "gains": plots.win_rates(results) + plots.gold_parts(results)
+        + plots.frontier(results, journals.get("ppo"), best_of),
+        "trust": plots.trust(responses, list(results["policies"])),
+        "learning": plots.learning(journals, results["reward_model"]),
+        "ppo": plots.ppo(journals["ppo"]) if "ppo" in journals else [],
+    }
+    page = template().render(
+        name=ctx.experiment.name, seed=ctx.seed, results=results, names=labels(best_of), sections=sections,
+        finished=moment(ctx.manifests["evaluate"]["finished_at"]), summary=summary(results, best_of),
+        tiles=tiles(results, best_of), correlations=correlations(responses, results),
+        side_by_side=side_by_side(responses, results, ctx.config.prompts),
+        looks=ppo_looks(journals["ppo"], ctx.config.ppo_looks) if "ppo" in journals else [],
+        lineage=lineage(ctx.manifests), versions=common_versions(ctx.manifests), drawing=drawing(ctx.manifests))
+    (ctx.publish / "index.html").write_text(page, encoding="utf-8")
+    return {"policies": len(results["policies"]), "plots": sum(map(len, sections.values())), "bytes": len(page.encode())}
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a journal; [] where the stage wrote none."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def template():
+    """The page, with everything that is put into it escaped: samples are untrusted text."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+                                     lstrip_blocks=True)
+    environment.filters |= {"fixed": fixed, "percent": percent, "turns": turns}
+    return environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
+
+
+# -- numbers as people read them -------------------------------------------------------------------------
+
+
+def fixed(value, digits: int = 2) -> str:
+    """A number with so many decimals, a real minus sign, "–" where there is none."""
+    value = number(value)
+    if value is None:
+        return "–"
+    text = f"{value:.{digits}f}".replace("-", "−")
+    return text.removeprefix("−") if not text.strip("−0.") else text
+
+
+def percent(value, digits: int = 0) -> str:
+    return "–" if number(value) is None else f"{fixed(100 * value, digits)} %"
+
+
+def moment(text: str) -> str:
+    """When, in the manifest's own time zone (UTC), so that a page does not depend on who renders it."""
+    return f"{datetime.fromisoformat(text):%Y-%m-%d %H:%M} UTC"
+
+
+def turns(prompt) -> list[dict]:
+    """A prompt as messages; a plain string is one of the user's."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def labels(best_of: int) -> dict[str, str]:
+    return NAMES | {"best_of_n": f"best of {best_of}"}
+
+
+def quality(policy: dict) -> float:
+    """What the judge says: gold overall where there is gold, else the reward model's score."""
+    return policy["gold"]["overall"] if policy["gold"] else policy["score"]
+
+
+def the_way(results: dict, name: str) -> float | None:
+    """Share of the way from SFT to best-of-n that a policy has come, by the judge's quality."""
+    policies = results["policies"]
+    if name not in policies or "best_of_n" not in policies:
+        return None
+    start, end = quality(policies["sft"]), quality(policies["best_of_n"])
+    return (quality(policies[name]) - start) / (end - start) if end > start else None
+
+
+def summary(results: dict, best_of: int) -> list[str]:
+    """A paragraph in sentences, of the measured numbers."""
+    policies, rm = results["policies"], results["reward_model"]
+    what = "mean gold quality (0 to 1)" if results["judge"] == "gold" else "the mean reward model score"
+    trained = [n for n in ("ppo", "dpo") if n in policies]
+    n = policies["sft"]["win_rate_vs_sft"]["n"]
+    says = [f"On {n} prompts that nothing was trained on, {what} is " + ", ".join(
+        f"{fixed(quality(policies[p]), 3)} for {labels(best_of)[p]}" for p in policies) + "."]
+    for name in trained:
+        p = policies[name]
+        low, high = p["win_rate_vs_sft"]["ci95"]
+        verdict = "better than SFT" if low > 0.5 else "worse than SFT" if high < 0.5 else "not clearly different from SFT"
+        way = the_way(results, name)
+        says.append(f"{NAMES[name]} is {verdict}: it wins {percent(p['win_rate_vs_sft']['value'])} of the prompts (95 % interval "
+                    f"{percent(low)} to {percent(high)}) at {fixed(p['kl_to_sft'], 1)} nats of KL a response"
+                    + (f", and has come {percent(way)} of the way from SFT to best of {best_of}" if way is not None else "") + ".")
+    if number(rm["accuracy"]) is not None:
+        beside = [f"{text} {percent(rm[key], 1)}" for key, text in (
+            ("labeler_agreement", "two labelers agree on"), ("accuracy_ceiling", "the best scorer could reach"))
+            if number(rm[key]) is not None]
+        says.append(f"The reward model sides with the labeler on {percent(rm['accuracy'], 1)} of {rm['n_pairs']} held-out pairs"
+                    + (f"; {' and '.join(beside)}" if beside else "") + ".")
+    return says
+
+
+def tiles(results: dict, best_of: int) -> list[tuple[str, str, str]]:
+    """(label, value, note) of the figures to see first."""
+    policies, rm = results["policies"], results["reward_model"]
+    sft, out = policies["sft"], []
+    digits = 3 if results["judge"] == "gold" else 2
+    for name in (n for n in ("ppo", "dpo") if n in policies):
+        p, way = policies[name], the_way(results, name)
+        note = f"{percent(way)} of the way to best of {best_of}" if way is not None else "on held-out prompts"
+        unit = "gold" if results["judge"] == "gold" else "score"
+        out.append((f"{unit}, SFT → {NAMES[name]}", f"{fixed(quality(sft), digits)} → {fixed(quality(p), digits)}", note))
+        low, high = p["win_rate_vs_sft"]["ci95"]
+        out.append((f"{NAMES[name]} against SFT", f"{percent(p['win_rate_vs_sft']['value'])} won",
+                    f"95 % interval {percent(low)} to {percent(high)}"))
+    if number(rm["accuracy"]) is not None:
+        ceiling = number(rm["accuracy_ceiling"])
+        out.append(("reward model accuracy", percent(rm["accuracy"], 1),
+                    f"of {percent(ceiling, 1)} reachable" if ceiling is not None else
+                    f"95 % interval {percent(rm['accuracy_ci95'][0])} to {percent(rm['accuracy_ci95'][1])}"))
+    if "ppo" in policies and number(sft["pretrain_perplexity"]) is not None:
+        out.append(("pretraining perplexity", f"{fixed(sft['pretrain_perplexity'])} → "
+                    f"{fixed(policies['ppo']['pretrain_perplexity'])}", "SFT → PPO; lower is better"))
+    return out
+
+
+def correlations(responses: list[dict], results: dict) -> list[tuple[str, float | None, float | None]]:
+    """(policy, Spearman's ρ of score and gold over its samples, share of pairs with SFT's sample that both order alike)."""
+    if results["judge"] != "gold":
+        return []
+    rows = {n: [(number(r["score"]), r["gold"]["overall"]) for r in responses if r["policy"] == n] for n in results["policies"]}
+    out = []
+    for name, mine in rows.items():
+        pairs = [(a[0] - b[0]) * (a[1] - b[1]) for a, b in zip(mine, rows["sft"], strict=True) if a[0] != b[0] and a[1] != b[1]]
+        same = sum(p > 0 for p in pairs) / len(pairs) if pairs else None
+        out.append((name, plots.rank_correlation(mine), same))
+    return out
+
+
+# -- samples ---------------------------------------------------------------------------------------------
+
+
+def side_by_side(responses: list[dict], results: dict, count: int) -> list[tuple[str, list[dict]]]:
+    """Groups (title, prompts with every policy's answer): largest gains and losses, some in between, and where the
+    reward model flatters most. Chosen by rule, so that nobody picks the nice ones."""
+    names = list(results["policies"])
+    main = next((n for n in ("ppo", "dpo") if n in names), names[-1])
+    answers = {n: [r for r in responses if r["policy"] == n] for n in names}
+    gold = results["judge"] == "gold"
+    judged = {n: [r["gold"]["overall"] if gold else r["score"] for r in answers[n]] for n in (main, "sft")}
+    total = len(answers["sft"])
+    order = sorted(range(total), key=lambda i: (judged["sft"][i] - judged[main][i], i))
+    part = max(1, min(count, total) // (4 if gold else 3))
+    groups = [(f"{NAMES[main]} gains most over SFT", order[:part]), (f"{NAMES[main]} loses most against SFT", order[::-1][:part])]
+    taken = {i for _, chosen in groups for i in chosen}
+    if gold:
+        rank = {key: {i: k for k, i in enumerate(sorted(range(total), key=lambda i: (value(i), i)))}
+                for key, value in (("score", lambda i: answers[main][i]["score"]), ("gold", lambda i: judged[main][i]))}
+        flattered = [i for i in sorted(range(total), key=lambda i: rank["gold"][i] - rank["score"][i]) if i not in taken][:part]
+        groups.append((f"the reward model overrates {NAMES[main]} most", flattered))
+        taken |= set(flattered)
+    rest = [i for i in order if i not in taken]
+    some = [rest[(2 * k + 1) * len(rest) // (2 * part)] for k in range(part)] if rest else []
+    groups.insert(1, ("in between, at even distances", some))
+    return [(title, [{"prompt": answers["sft"][i]["prompt"], "answers": [(n, answers[n][i]) for n in names]} for i in chosen])
+            for title, chosen in groups if chosen]
+
+
+def ppo_looks(journal: Journal, count: int) -> list[tuple[int, list[dict]]]:
+    """(episode, samples) at `count` moments of training, the first and the last among them."""
+    steps = sorted({row["step"] for row in journal.samples})
+    if not steps or not journal.metrics:
+        return []
+    count = min(count, len(steps))
+    chosen = sorted({steps[round(k * (len(steps) - 1) / max(1, count - 1))] for k in range(count)})
+    scale = plots.episodes_a_step(journal)
+    return [(round(step * scale), [r for r in journal.samples if r["step"] == step]) for step in chosen]
+
+
+# -- lineage ---------------------------------------------------------------------------------------------
+
+
+def lineage(manifests: dict[str, dict]) -> list[dict]:
+    """A row a stage: what it was made of, when, in how long, by which code."""
+    common, rows = common_versions(manifests), []
+    for stage in (s for s in STAGES if s in manifests):
+        m = manifests[stage]
+        start, end = (datetime.fromisoformat(m[k]) for k in ("started_at", "finished_at"))
+        git = m.get("git")
+        rows.append({
+            "stage": stage, "digest": m["digest"][:12], "finished": moment(m["finished_at"]), "seconds": (end - start).total_seconds(),
+            "inputs": [(name, digest[:12]) for name, digest in sorted(m["inputs"].items())], "seed": m["seed"],
+            "resumes": m["resumes"], "bytes": sum(f["bytes"] for f in m["outputs"].values()),
+            "code": git["commit"][:7] + (" + changes" if git["dirty"] else "") if git else "–",
+            "overridden": sorted(m["config"].get("overridden", {})),
+            "versions": [f"{k} {v}" for k, v in m["versions"].items() if common.get(k) != v]})
+    return rows
+
+
+def common_versions(manifests: dict[str, dict]) -> dict[str, str]:
+    """Versions that all stages ran on."""
+    first, *others = [m["versions"] for m in manifests.values()]
+    return {k: v for k, v in first.items() if all(o.get(k) == v for o in others)}
+
+
+def drawing(manifests: dict[str, dict]) -> str:
+    """The lineage as a picture; an input that another input already stands on is left to the table."""
+    stages = [s for s in STAGES if s in manifests]
+    direct = {s: {i for i in manifests[s]["inputs"] if i in stages} for s in stages}
+    above: dict[str, set[str]] = {}
+    for s in stages:
+        above[s] = direct[s].union(*(above[i] for i in direct[s]))
+    edges = {s: {i for i in direct[s] if not any(i in above[j] for j in direct[s])} for s in stages}
+    last = {s for s in stages if not any(s in e for e in edges.values())}
+    nodes = {s: (manifests[s]["digest"][:12], s) for s in stages} | {"report": ("this page", "soft")}
+    return graph(nodes, edges | {"report": last})
+
+
+# -- the table that ends a run ---------------------------------------------------------------------------
+
+
+def show(folder: Path, console) -> None:
+    """Print what results.json says, and where the page is. `folder`: the report's artifact."""
+    from rich.table import Table
+    from rich.text import Text
+
+    file = folder.parent / "evaluate" / "results.json"
+    if not file.is_file():
+        raise UserError(f"{file}: is missing; `rlhf run evaluate` makes it")
+    results = json.loads(file.read_text(encoding="utf-8"))
+    policies, gold = results["policies"], results["judge"] == "gold"
+    table = Table(title=f"{folder.parent.name}: policies on held-out prompts", title_justify="left", title_style="bold",
+                  header_style="bold", box=None, padding=(0, 2, 0, 0))
+    table.add_column("policy", no_wrap=True)
+    for column in (["gold"] if gold else []) + ["score", "win rate against SFT", "KL to SFT", "perplexity", "length"]:
+        table.add_column(column, justify="right", no_wrap=True)
+    best = max(policies, key=lambda n: quality(policies[n]))
+    for name, p in policies.items():
+        rate = p["win_rate_vs_sft"]
+        low, high = rate["ci95"]
+        won = "–" if name == "sft" else f"{percent(rate['value'])}  ({fixed(100 * low, 0)} to {fixed(100 * high, 0)})"
+        table.add_row(*([labels_in(name)] + ([fixed(p["gold"]["overall"], 3)] if gold else []) + [
+            fixed(p["score"]), won, fixed(p["kl_to_sft"], 1), fixed(p["pretrain_perplexity"]), fixed(p["length"], 1)]),
+            style="green" if name == best else "")
+    console.print()
+    console.print(table)
+    rm = results["reward_model"]
+    if number(rm["accuracy"]) is not None:
+        interval = " to ".join(fixed(100 * v, 1) for v in rm["accuracy_ci95"])
+        parts = [f"reward model: right on {percent(rm['accuracy'], 1)} of held-out pairs ({interval})"]
+        parts += [f"{text} {percent(rm[key], 1)}" for key, text in (("accuracy_ceiling", "best reachable"),
+                  ("labeler_agreement", "labelers agree")) if number(rm[key]) is not None]
+        console.print(Text("\n" + " · ".join(parts)), soft_wrap=True)
+    judge = "gold is the world's own scorer, 0 to 1" if gold else "judged by the reward model"
+    console.print(Text(f"win rates with 95 % intervals, ties half; KL in nats and length in tokens a response; {judge}",
+                       style="dim"), soft_wrap=True)
+    console.print(Text(f"report: {folder / 'index.html'}", style="bold"), soft_wrap=True)
+
+
+def labels_in(name: str) -> str:
+    return NAMES.get(name, name)

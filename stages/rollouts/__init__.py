@@ -1,0 +1,1 @@
+"""Prompts → responses → Rollout; one engine a file."""

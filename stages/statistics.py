@@ -1,0 +1,60 @@
+"""Figures with their uncertainty: bootstrap intervals over prompts, win rates, calibration."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def bootstrap_ci(sums: Sequence[float], counts: Sequence[float], seed: int, draws: int = 2000) -> list[float]:
+    """95 % interval of Σ sums / Σ counts, prompts drawn with replacement; sums and counts are a prompt's, (G,)."""
+    sums, counts = np.asarray(sums, float), np.asarray(counts, float)
+    index = np.random.default_rng(seed).integers(0, len(sums), (draws, len(sums)))
+    ratios = sums[index].sum(1) / np.maximum(counts[index].sum(1), 1e-12)
+    return [float(x) for x in np.quantile(ratios, [0.025, 0.975])]
+
+
+def win_rate(ours: Sequence[float], theirs: Sequence[float], seed: int) -> dict:
+    """Share of prompts on which ours is higher, ties counting half: {value, ci95, n}."""
+    wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(ours, theirs, strict=True)]
+    return {"value": float(np.mean(wins)), "ci95": bootstrap_ci(wins, np.ones(len(wins)), seed), "n": len(wins)}
+
+
+def pair_accuracy(margins: Sequence[float], groups: Sequence[int], seed: int) -> dict:
+    """Share of pairs whose winner scores higher (margin > 0, ties half), interval over prompts (`groups`)."""
+    margins, groups = np.asarray(margins, float), np.asarray(groups)
+    right = (margins > 0) + 0.5 * (margins == 0)
+    labels, index = np.unique(groups, return_inverse=True)
+    sums, counts = np.bincount(index, right, len(labels)), np.bincount(index, minlength=len(labels))
+    return {"accuracy": float(right.mean()), "accuracy_ci95": bootstrap_ci(sums, counts, seed), "n_pairs": len(margins)}
+
+
+def expected_calibration_error(margins: Sequence[float], bins: int = 10) -> float:
+    """ECE of σ(margin) as the probability of the labelled winner (Guo 2017, eq. 3).
+
+    Each pair is read from the side that the model prefers: confidence σ(|margin|) in [½, 1] against being right.
+    """
+    margins = np.asarray(margins, float)
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    right = (margins > 0) + 0.5 * (margins == 0)
+    which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    return float(sum(abs(right[which == b].mean() - confidence[which == b].mean()) * (which == b).mean()
+                     for b in range(bins) if (which == b).any()))
+
+
+def labeler_agreement(rankings) -> float | None:
+    """Share of untied pairs on which two labelers of the same prompt and responses agree; None if nobody shared one."""
+    by_prompt: dict = {}
+    for r in rankings:
+        by_prompt.setdefault((str(r.prompt), r.responses), []).append(r.ranks)
+    same = total = 0
+    for ranks in by_prompt.values():
+        for a in range(len(ranks)):
+            for b in range(a + 1, len(ranks)):
+                for i in range(len(ranks[a])):
+                    for j in range(i):
+                        x, y = (ranks[a][i], ranks[a][j]), (ranks[b][i], ranks[b][j])
+                        if None in x or None in y or x[0] == x[1] or y[0] == y[1]:
+                            continue
+                        total += 1
+                        same += (x[0] < x[1]) == (y[0] < y[1])
+    return same / total if total else None

@@ -1,0 +1,264 @@
+"""`rlhf data check`: what it says of a file, and that what it says is what training will meet."""
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from data import check as checks
+from data.check import check, guess_kind
+from data.encode import encode_prompt, encode_response, fit_lengths
+from data.records import DataError
+from data.sources import load
+
+
+class Letters:
+    """A tokenizer whose tokens are letters; the template adds 3 tokens to each message."""
+
+    eos_token_id = 0
+    chat_template = "{{ messages }}"
+
+    def apply_chat_template(self, messages, **_):
+        return [1] * sum(3 + len(m["content"]) for m in messages)
+
+    def __call__(self, text, **_):
+        return {"input_ids": [1] * len(text)}
+
+
+def written(tmp_path, *rows, name="rows.jsonl") -> Path:
+    path = tmp_path / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def facts(report) -> dict[str, str]:
+    return dict(report.facts)
+
+
+PAIR = {"prompt": "p", "chosen": "x", "rejected": "y"}
+
+
+@pytest.mark.parametrize(
+    "row, name, kind",
+    [
+        ({"prompt": "p", "completion": "c"}, "rows.jsonl", "demonstrations"),
+        ({"prompt": "p", "completion": "c"}, "my_prompts.jsonl", "prompts"),
+        ({"instruction": "i", "input": "", "output": "o"}, "rows.jsonl", "demonstrations"),
+        (PAIR, "rows.jsonl", "rankings"),
+        ({"prompt": "p", "responses": ["x"], "ranks": [1]}, "rows.jsonl", "prompts"),
+        ({"text": "t"}, "prompts.jsonl", "documents"),
+        ("t", "rows.jsonl", "documents"),
+        ("t", "prompts.jsonl", "prompts"),
+        ({"prompt": "p"}, "rows.jsonl", "prompts"),
+        ({"prompt": "p"}, "evaluation_prompts.jsonl", "evaluation_prompts"),
+        ({"messages": [{"role": "user", "content": "p"}]}, "rows.jsonl", "prompts"),
+        ({"question": "p"}, "rows.jsonl", None),
+    ],
+)
+def test_the_kind_is_seen_from_the_keys(tmp_path, row, name, kind):
+    assert guess_kind(written(tmp_path, row, name=name)) == kind
+
+
+def test_demonstrations_in_words(tmp_path):
+    rows = [{"prompt": "a b", "completion": " ".join("c" * n)} for n in range(1, 21)]
+    talk = {"messages": [{"role": "user", "content": "z"}, {"role": "assistant", "content": "y"}], "k": 1}
+    path = written(tmp_path, *rows, rows[0], talk)
+    path.write_text(path.read_text() + "\n\n")
+    report = check(path)
+    assert report.errors == []
+    assert facts(report) == {
+        "rows": "22 · 2 blank lines skipped",
+        "form": "{messages, system?}: 1 rows",  # the second of two lines with this label
+        "keys not read": "k (1)",
+        "prompt length": "1 to 2 words · median 2 · 95 % up to 2",
+        "completion length": "1 to 20 words · median 9 · 95 % up to 19",
+        "duplicates": "1 rows · 20 prompts that came before, kept",
+    }
+    assert ("form", "{prompt, completion, system?}: 21 rows") in report.facts
+    lines = report.lines()
+    assert lines[1] == "kind               demonstrations" and lines[-1] == "errors             none"
+
+
+def test_rankings(tmp_path):
+    def ranked(*ranks, labeler, responses="xyz"):
+        return {"prompt": "p", "responses": list(responses), "ranks": ranks, "labeler": labeler}
+
+    report = check(
+        written(
+            tmp_path,
+            ranked(1, 2, 3, labeler="ada"),
+            ranked(2, 1, 3, labeler="ben"),  # against ada on (x, y)
+            ranked(1, 1, None, labeler="ada"),
+            ranked(1, 2, 3, 3, labeler="cleo", responses="aabc"),
+            {**PAIR, "prompt": "q"},
+            {**PAIR, "prompt": "q", "chosen": "y", "rejected": "z"},
+            {**PAIR, "prompt": "q", "chosen": "z", "rejected": "x"},  # q: x before y before z before x
+        )
+    )
+    assert report.kind == "rankings" and report.errors == []
+    said = facts(report)
+    assert said["K"] == "2: 3 rows · 3: 3 rows · 4: 1 rows"
+    assert said["labelers"] == "3"
+    assert said["pairs"] == "13 usable of 18 · 2 tie · 2 unjudged · 1 identical"
+    assert said["contradictions"] == "1 of 3 pairs judged more than once · 2 prompts ranked in a circle"
+    assert said["duplicates"] == "0 rows · 5 prompts that came before, kept"
+
+
+ROWS = [{"prompt": "p", "completion": "c" * n} for n in (3, 4, 5, 40)]
+ROWS += [{"prompt": "p" * 30, "completion": "c"}]
+
+
+@pytest.mark.parametrize(
+    "on_too_long, text",
+    [
+        ("drop", "3 dropped"),
+        ("truncate", "2 lose their end and EOS, 1 dropped (no room)"),
+        ("error", "3 refused"),
+    ],
+)
+def test_what_is_too_long_is_what_training_would_find(tmp_path, on_too_long, text):
+    path = written(tmp_path, *ROWS)
+    report = check(path, tokenizer=Letters(), max_length=9, on_too_long=on_too_long)
+    said = facts(report)
+    assert said["prompt length"].startswith("4 to 33 tokens")
+    assert said["completion length"].startswith("2 to 41 tokens")
+    assert said["too long"].startswith(f"{text} · limit 9 tokens, on_too_long: {on_too_long}")
+    assert f"the first at {path}:3" in said["too long"]
+
+    records = load("demonstrations", path)
+    prompts = [encode_prompt(Letters(), r.prompt) for r in records]
+    responses = [[encode_response(Letters(), r.completion)] for r in records]
+    options = {"max_length": 9, "on_too_long": on_too_long, "what": "demonstrations"}
+    if on_too_long == "error":
+        assert [line.partition(": ")[0] for line in report.errors] == [f"{path}:{n}" for n in (3, 4, 5)]
+        with pytest.raises(DataError) as caught:
+            fit_lengths(prompts, responses, **options)
+        assert len(caught.value.lines) == 3
+    else:
+        found = fit_lengths(prompts, responses, **options)[-1]
+        assert (found.truncated, found.dropped) == {"drop": (0, 3), "truncate": (2, 1)}[on_too_long]
+        assert report.errors == []
+
+
+def test_a_limit_that_leaves_nothing_is_an_error(tmp_path):
+    report = check(written(tmp_path, *ROWS), tokenizer=Letters(), max_length=3, on_too_long="drop")
+    assert "no row is left within 3 tokens" in report.errors[-1]
+
+
+def test_a_ranking_is_as_long_as_its_longest_response(tmp_path):
+    path = written(tmp_path, {**PAIR, "rejected": "y" * 20}, PAIR)
+    report = check(path, tokenizer=Letters(), max_length=10, on_too_long="drop")
+    assert facts(report)["too long"].startswith("1 dropped")
+    assert facts(report)["response length"].startswith("2 to 21 tokens")
+
+
+def test_documents_are_packed_and_never_too_long(tmp_path):
+    report = check(written(tmp_path, {"text": "a" * 99}), tokenizer=Letters(), max_length=10)
+    assert report.errors == [] and "packed end to end into rows of 10" in facts(report)["too long"]
+
+
+def test_without_a_tokenizer_a_limit_is_not_counted(tmp_path):
+    report = check(written(tmp_path, *ROWS), max_length=3)
+    assert facts(report)["too long"].startswith("not counted") and report.errors == []
+
+
+def test_leaks(tmp_path):
+    as_messages = {"messages": [{"role": "user", "content": "c  c"}]}
+    mine = written(tmp_path, "a", "b", as_messages, name="prompts.jsonl")
+    held_out = written(tmp_path, {"prompt": "c c"}, {"prompt": "d"}, name="held.jsonl")
+    training = written(tmp_path, *({"prompt": p, "completion": "x"} for p in "ab"), name="training.jsonl")
+    corpus = written(tmp_path, {"text": "a"}, name="corpus.jsonl")
+    against = [("evaluation_prompts", held_out), ("demonstrations", training), ("documents", corpus)]
+    report = check(mine, against=against)
+    assert facts(report)["also in evaluation_prompts"] == "1 of 3 prompts"
+    assert facts(report)["also in demonstrations"] == "2 of 3 prompts"  # training data may share prompts
+    assert "also in documents" not in facts(report)
+    [line] = report.errors
+    assert line.startswith(f"{mine}:3: this prompt is at {held_out}:1 (evaluation_prompts) too: a leak; ")
+    assert len(check(mine, "evaluation_prompts", against=[("demonstrations", training)]).errors) == 2
+    assert len(check(training, against=[("validation", training)]).errors) == 2
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "the file is empty"),
+        (b'{"text": "a"}\n{"text": "b', ":2: the last line is cut off"),
+        (b'{"text": "a"}\n{"text": "caf\xe9"}\n', ":2: not UTF-8"),
+        (b'{"text": "a"}\n{"text": NaN}\n', ":2: NaN is not"),
+        (b'{"text": "a"}\n{"text": 7}\n', ":2: 'text' is 7"),
+        (b'{"question": "a"}\n', ":1: the keys question are no known kind of row; known are rankings {"),
+        (b"[5]", ":1: index 0: 5 are no known kind of row"),
+        (b'{"prompt": "p", "responses": ["x", "y"], "ranks": [1, 1]}', "not one usable pair (1 tie)"),
+    ],
+)
+def test_damaged_files(tmp_path, content, words):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    report = check(path)
+    assert len(report.errors) == 1 and words in report.errors[0] and report.errors[0].startswith(f"{path}:")
+    assert report.lines()[-1].split() == ["errors", "1"]
+
+
+# ── the command ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def experiment(**data):
+    kinds = dict.fromkeys(["documents", "demonstrations", "prompts", "evaluation_prompts"], "world")
+    return SimpleNamespace(
+        name="tiny",
+        model=SimpleNamespace(name_or_path=None),
+        data=SimpleNamespace(**(kinds | {"rankings": None} | data)),
+        base=SimpleNamespace(max_length=8),
+        sft=SimpleNamespace(max_length=20, on_too_long="drop"),
+        ppo=SimpleNamespace(max_length=30, response_length=10, on_too_long="error"),
+    )
+
+
+def run(path, config, **options) -> tuple[int, str]:
+    console = Console(file=io.StringIO(), width=40)
+    return checks.run(path, None, config, console, **options), console.file.getvalue()
+
+
+def test_run_without_a_config(tmp_path, capsys):
+    code, text = run(written(tmp_path, {"prompt": "[bold]p", "completion": "c"}), None)
+    assert code == 0 and "kind               demonstrations\n" in text and capsys.readouterr().err == ""
+    assert checks.run(tmp_path / "rows.jsonl", "prompts", None) == 0
+    assert "kind           prompts\n" in capsys.readouterr().out
+    code, text = run(tmp_path / "none.jsonl", None)
+    errors = capsys.readouterr().err.splitlines()
+    assert code == 2 and len(errors) == 1
+    assert errors[0].startswith(f"error: {tmp_path}/none.jsonl: cannot be read")
+
+
+def test_run_with_a_config(tmp_path, capsys):
+    prompts = written(tmp_path, {"prompt": "a"}, {"prompt": "b"}, name="mine.jsonl")
+    (tmp_path / "artifacts/tiny/world").mkdir(parents=True)
+    held_out = written(tmp_path / "artifacts/tiny/world", {"prompt": "b"}, name="evaluation_prompts.jsonl")
+    config = experiment(prompts=SimpleNamespace(path=str(prompts), limit=None), demonstrations=str(prompts))
+    code, text = run(prompts, config, artifacts=tmp_path / "artifacts")
+    assert code == 2 and "kind       demonstrations\n" in text  # which the config names before prompts
+    config = experiment(prompts=SimpleNamespace(path=str(prompts), limit=None), demonstrations="org/name")
+    code, text = run(prompts, config, artifacts=tmp_path / "artifacts")
+    assert code == 2 and "lengths are in words" in text
+    assert "also in evaluation_prompts  1 of 2 prompts" in text
+    assert f"{prompts}:2: this prompt is at {held_out}:1" in capsys.readouterr().err
+
+
+def test_run_counts_in_the_tokens_of_the_base_model(tmp_path, capsys):
+    from data.encode import train_tokenizer
+
+    tokenizer = train_tokenizer(["a quick test of a short text"], 300)
+    tokenizer.save_pretrained(tmp_path / "artifacts/tiny/base/model")
+    path = written(tmp_path, {"prompt": "a test"}, {"prompt": "z" * 50})
+    code, text = run(path, experiment(prompts=str(path)), artifacts=tmp_path / "artifacts")
+    assert code == 2
+    short = len(encode_prompt(tokenizer, "a test"))
+    assert f"{short} to {len(encode_prompt(tokenizer, 'z' * 50))} tokens" in text
+    assert f"{path}:2: " in capsys.readouterr().err and "limit 20 tokens" in text
+    (tmp_path / "artifacts/tiny/base/model/tokenizer.json").write_text("{")
+    code, text = run(path, experiment(prompts=str(path)), artifacts=tmp_path / "artifacts")
+    assert code == 0 and "cannot be loaded" in text and "words" in text

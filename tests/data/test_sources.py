@@ -1,0 +1,335 @@
+"""Sources: each form row for row, what a misshapen row is told, files of each format, and the real files."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from data.records import DataError, Demonstration, Document, Prompt, Ranking
+from data.sources import FORMS, load, read
+
+REAL = Path(__file__).parents[3] / "shared" / "data"  # data sets that lie beside the repository
+
+
+DEMO, RANK = "demonstrations", "rankings"
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def human(text):
+    return {"from": "human", "value": text}
+
+
+def gpt(text):
+    return {"from": "gpt", "value": text}
+
+
+def written(tmp_path, *rows, name="rows.jsonl") -> Path:
+    path = tmp_path / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def one(tmp_path, kind, row):
+    [record] = load(kind, written(tmp_path, row))
+    return record
+
+
+def fault(tmp_path, kind, *rows) -> str:
+    """The one error line of these rows, without the file."""
+    path = written(tmp_path, *rows)
+    with pytest.raises(DataError) as caught:
+        load(kind, path)
+    [line] = caught.value.lines
+    assert line.startswith(str(path)) and "; " in line
+    return line.removeprefix(f"{path}:")
+
+
+# ── forms ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+DIALOGUE = (user("a"), assistant("b"), user("c"))
+SHARED = list(DIALOGUE)
+ASKED = [human("a"), gpt("b"), human("c")]
+BRIEFED = (system("s"), user("a"))
+
+
+@pytest.mark.parametrize(
+    "row, prompt, completion",
+    [
+        ({"prompt": "p", "completion": "c"}, "p", "c"),
+        ({"prompt": "p", "completion": "c", "id": 4, "meta": {}}, "p", "c"),
+        ({"prompt": SHARED, "completion": "d"}, DIALOGUE, "d"),
+        ({"prompt": SHARED, "completion": [assistant("d")]}, DIALOGUE, "d"),
+        ({"prompt": "p", "completion": "c", "system": "s"}, (system("s"), user("p")), "c"),
+        ({"messages": [user("a"), assistant("b")]}, (user("a"),), "b"),
+        ({"messages": [system("s"), *SHARED, assistant("d")]}, (system("s"), *DIALOGUE), "d"),
+        ({"messages": [system(""), *SHARED, assistant("d"), user("thanks")]}, DIALOGUE, "d"),
+        ({"messages": [user("a"), assistant("b")], "prompt": "a", "prompt_id": "7"}, (user("a"),), "b"),
+        ({"messages": [{**user("a"), "name": None}, assistant("b")]}, (user("a"),), "b"),
+        ({"instruction": "i", "input": "", "output": "o"}, "i", "o"),
+        ({"instruction": "i", "output": "o"}, "i", "o"),
+        ({"instruction": "i", "input": "n", "output": "o"}, "i\nn", "o"),
+        ({"instruction": "i", "input": None, "output": "o", "system": "", "history": []}, "i", "o"),
+        ({"instruction": "i", "output": "o", "system": "s"}, (system("s"), user("i")), "o"),
+        ({"instruction": "c", "output": "o", "history": [["a", "b"]]}, DIALOGUE, "o"),
+        (
+            {"instruction": "c", "input": "n", "output": "o", "history": [["a", "b"]], "system": "s"},
+            (system("s"), user("a"), assistant("b"), user("c\nn")),
+            "o",
+        ),
+        ({"conversations": [*ASKED, gpt("d")]}, DIALOGUE, "d"),
+        ({"conversations": [human("a"), gpt("b")], "system": "s", "tools": ""}, BRIEFED, "b"),
+        ({"conversations": [{"from": "system", "value": "s"}, human("a"), gpt("b")]}, BRIEFED, "b"),
+        ({"conversations": [user("a"), assistant("b")]}, (user("a"),), "b"),
+    ],
+)
+def test_demonstrations(tmp_path, row, prompt, completion):
+    assert one(tmp_path, "demonstrations", row) == Demonstration(prompt, completion)
+
+
+@pytest.mark.parametrize(
+    "row, prompt",
+    [
+        ({"prompt": "p", "responses": ["x", "y"], "ranks": [1, 2]}, "p"),
+        ({"prompt": SHARED, "responses": ["x", "y"], "ranks": [1, 2]}, DIALOGUE),
+        ({"prompt": "p", "chosen": "x", "rejected": "y", "score_chosen": 8.5}, "p"),
+        ({"prompt": "p", "chosen": "x", "rejected": "y", "system": "s"}, (system("s"), user("p"))),
+        ({"prompt": SHARED, "chosen": [assistant("x")], "rejected": [assistant("y")]}, DIALOGUE),
+        ({"prompt": "p", "chosen": [user("p"), assistant("x")], "rejected": [assistant("y")]}, "p"),
+        ({"chosen": [*SHARED, assistant("x")], "rejected": [*SHARED, assistant("y")]}, DIALOGUE),
+        (
+            {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: x",
+             "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: y"},
+            DIALOGUE,
+        ),
+        ({"conversations": ASKED, "chosen": gpt("x"), "rejected": gpt("y")}, DIALOGUE),
+        ({"conversations": [human("a")], "system": "s", "chosen": gpt("x"), "rejected": gpt("y")}, BRIEFED),
+        ({"instruction": "i", "input": "n", "chosen": "x", "rejected": "y"}, "i\nn"),
+    ],
+)  # fmt: skip
+def test_rankings(tmp_path, row, prompt):
+    record = one(tmp_path, "rankings", row)
+    assert (record.prompt, record.responses, record.ranks) == (prompt, ("x", "y"), (1, 2))
+    assert len(record.id) == 16 and record.labeler is None
+
+
+def test_rankings_keep_id_and_labeler_and_may_hold_a_blank_answer(tmp_path):
+    row = {"id": "r1", "prompt": "p", "responses": ["x", "", "z"], "ranks": [1, None, 1], "labeler": "ada"}
+    pair = {"id": 7, "prompt": "p", "chosen": "x", "rejected": [assistant("")], "labeler": "ben"}
+    assert load("rankings", written(tmp_path, row, pair)) == [
+        Ranking("r1", "p", ("x", "", "z"), (1, None, 1), "ada"),
+        Ranking("7", "p", ("x", ""), (1, 2), "ben"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "row, prompt",
+    [
+        ("p", "p"),
+        ({"prompt": "p"}, "p"),
+        ({"prompt": SHARED, "topic": "any column"}, DIALOGUE),
+        ({"prompt": "p", "completion": None}, "p"),
+        ({"prompt": "p", "responses": ["x"], "ranks": []}, "p"),
+        ({"prompt": "p", "chosen": "x", "rejected": "y"}, "p"),
+        ({"messages": SHARED}, DIALOGUE),
+        ({"messages": [*SHARED, assistant("d")]}, DIALOGUE),
+        ({"conversations": [*ASKED, gpt("d")]}, DIALOGUE),
+        ({"conversations": [human("a")], "chosen": gpt("x"), "rejected": gpt("y")}, (user("a"),)),
+        ({"chosen": [*SHARED, assistant("x")], "rejected": [*SHARED, assistant("y")]}, DIALOGUE),
+        ({"instruction": "i", "input": "n", "output": ""}, "i\nn"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["prompts", "evaluation_prompts"])
+def test_prompts_are_taken_from_any_row(tmp_path, kind, row, prompt):
+    assert one(tmp_path, kind, row) == Prompt(prompt)
+
+
+def test_prompts_that_come_again_are_left_out_and_counted(tmp_path):
+    path = written(tmp_path, "a", "b", {"prompt": " a\n"}, {"messages": [user("a")]}, "c")
+    loaded = read("prompts", path)
+    assert [p.prompt for p in loaded.records] == ["a", "b", "c"] and loaded.duplicates == 2
+    assert loaded.wheres == [f"{path}:1", f"{path}:2", f"{path}:5"]
+    assert [p.prompt for p in load("prompts", path, limit=3)] == ["a", "b", "c"]
+
+
+def test_documents(tmp_path):
+    path = written(tmp_path, {"text": "a", "url": "u", "timestamp": 1, "meta": {"k": [1]}}, "b")
+    assert load("documents", path) == [Document("a"), Document("b")]
+
+
+# ── faults ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "kind, row, words",
+    [
+        (DEMO, {"prompt": "p"}, "'completion' is missing"),
+        (DEMO, {"prompt": "p", "completoin": "c"}, "'completion' is missing (is it 'completoin'?)"),
+        (DEMO, {"prompt": "p", "completion": "c", "sytem": "s"}, "'sytem'; did you mean 'system'?"),
+        (DEMO, {"prompt": "p", "completion": "c", "mood": "x"}, "unknown key 'mood'"),
+        (DEMO, {"prompt": "p", "completion": None}, "'completion' is null"),
+        (DEMO, {"prompt": "p", "completion": [user("x")]}, "'completion' adds user to the prompt"),
+        (DEMO, {"instruction": "i", "output": ""}, "'output' is blank"),
+        (DEMO, {"instruction": "i", "output": "o", "input": 5}, "'input' is 5"),
+        (DEMO, {"instruction": "i", "output": "o", "history": [["a"]]}, "a turn of 'history'"),
+        (DEMO, {"instruction": "i", "output": "o", "system": 5}, "'system' is 5"),
+        (DEMO, {"messages": [user("a")]}, "no message of the assistant"),
+        (DEMO, {"messages": [assistant("a")]}, "the prompt has no messages"),
+        (DEMO, {"messages": [user("a"), assistant("b"), assistant("c")]}, "ends with the assistant's"),
+        (DEMO, {"messages": []}, "the messages are a list"),
+        (DEMO, {"messages": [user("a"), {"role": "tool", "content": "x"}]}, "message 2 is 'tool'"),
+        (DEMO, {"messages": [user("a"), assistant(" ")]}, "content of message 2 is blank"),
+        (DEMO, {"conversations": [human("a"), {"from": "function_call", "value": "x"}]}, "'function_call'"),
+        (DEMO, {"conversations": [human("a"), {"from": "gpt"}]}, "content of message 2 is null"),
+        (DEMO, "text", "the row is 'text'"),
+        (DEMO, [user("a")], "the row is a list"),
+        ("documents", {"texts": "a"}, "'text' is missing (is it 'texts'?)"),
+        ("documents", {"text": "a", "label": 1}, "unknown key 'label'"),
+        ("documents", 5, "the row is 5"),
+        ("prompts", {"text": "a"}, "'prompt' is missing"),
+        ("prompts", {"messages": [assistant("a")]}, "no message of the user"),
+        (RANK, {"prompt": "p", "responses": ["x"], "ranks": [1]}, "at least 2 responses, not 1"),
+        (RANK, {"prompt": "p", "responses": ["x", "y"]}, "'ranks' is missing"),
+        (RANK, {"prompt": "p", "responses": ["x", "y"], "ranks": [1, 2], "labeller": "a"}, "mean 'labeler'"),
+        (RANK, {"prompt": "p", "chosen": "x"}, "'rejected' is missing"),
+        (RANK, {"prompt": "p", "chosen": "x", "rejected": 5}, "'rejected' is 5"),
+        (RANK, {"prompt": "5", "chosen": [user("6"), assistant("x")], "rejected": "y"}, "adds user, assis"),
+        (RANK, {"chosen": "x", "rejected": "y"}, "strings without a prompt"),
+        (RANK, {"chosen": [*SHARED, assistant("x")], "rejected": [user("a"), assistant("y")]}, "differ"),
+        (RANK, {"conversations": [*ASKED, gpt("d")], "chosen": gpt("x"), "rejected": gpt("y")}, "ends with"),
+        (RANK, {"conversations": [human("a")], "chosen": human("x"), "rejected": gpt("y")}, "adds user"),
+    ],
+)
+def test_a_misshapen_row_is_told_what_would_be_right(tmp_path, kind, row, words):
+    good = {"documents": "a", "prompts": "a", "demonstrations": {"prompt": "p", "completion": "c"},
+            "rankings": {"prompt": "p", "chosen": "x", "rejected": "y"}}[kind]  # fmt: skip
+    line = fault(tmp_path, kind, good, row)
+    assert line.startswith("2: ") and words in line
+
+
+def test_all_misshapen_rows_are_told_at_once(tmp_path):
+    path = written(tmp_path, {"text": 1}, {"text": "a"}, {"txet": "b"})
+    path.write_text(path.read_text() + '{"text": "cut of')
+    with pytest.raises(DataError) as caught:
+        load("documents", path)
+    assert [line.removeprefix(f"{path}:")[:2] for line in caught.value.lines] == ["1:", "3:", "4:"]
+
+
+def test_a_file_without_a_usable_pair_is_an_error(tmp_path):
+    ties = {"prompt": "p", "responses": ["x", "y", "y"], "ranks": [1, 1, 2]}
+    unjudged = {"prompt": "p", "responses": ["x", "y"], "ranks": [1, None]}
+    same = {"prompt": "p", "chosen": "x", "rejected": "x"}
+    line = fault(tmp_path, "rankings", {**ties, "ranks": [1, 1, 1]}, unjudged, same)
+    assert "not one usable pair (2 identical, 2 tie, 1 unjudged)" in line
+    assert len(load("rankings", written(tmp_path, unjudged, same, ties))) == 3
+
+
+def test_an_id_stands_once_and_equal_rows_without_one_are_told_apart(tmp_path):
+    row = {"prompt": "p", "chosen": "x", "rejected": "y"}
+    line = fault(tmp_path, "rankings", {**row, "id": "r"}, row, {**row, "id": "r"})
+    assert line.startswith("3: the id 'r' also stands at") and "rows.jsonl:1;" in line
+    first, second, third = load("rankings", written(tmp_path, row, row, row))
+    assert [second.id, third.id] == [f"{first.id}-2", f"{first.id}-3"]
+
+
+# ── files and the Hub ───────────────────────────────────────────────────────────────────────────────────────
+
+ROWS = [
+    {"prompt": None, "messages": [user("a"), assistant("b")], "score": 0.5},
+    {"prompt": "p", "messages": None, "score": None},
+]
+
+
+def test_an_array_and_lines_give_the_same(tmp_path):
+    rows = [{"prompt": "p", "completion": "c"}, {"messages": [user("a"), assistant("b")]}]
+    array = tmp_path / "rows.json"
+    array.write_text(json.dumps(rows, indent=2))
+    assert load("demonstrations", array) == load("demonstrations", written(tmp_path, *rows))
+    array.write_text(json.dumps([rows[0], {"prompt": "p"}], indent=2))
+    with pytest.raises(DataError, match=r"rows\.json:6: index 1: the key 'completion' is missing"):
+        load("demonstrations", array)
+
+
+def test_parquet(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "rows.parquet"
+    rows = [{"prompt": "p", "completion": "c", "score": 1.0}, {"prompt": "q", "completion": "d"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert load("demonstrations", path) == [Demonstration("p", "c"), Demonstration("q", "d")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    assert load("prompts", path, limit=1) == [Prompt((user("a"),))]
+    with pytest.raises(DataError, match="index 1: the key 'completion' is missing"):
+        load("demonstrations", path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match="not readable as parquet"):
+        load("prompts", path)
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), path)
+    with pytest.raises(DataError, match="no rows"):
+        load("documents", path)
+
+
+def test_the_hub(monkeypatch):
+    calls = []
+
+    def load_dataset(*names, **options):
+        calls.append((*names, options))
+        if "nobody" in names[0]:
+            raise RuntimeError("Dataset 'nobody/none' doesn't exist on the Hub.\nmore")
+        return iter([{**row, "extra": 1} for row in ({"prompt": "a", "completion": "b"}, {"prompt": "c"})])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert load("demonstrations", hub="org/name", limit=1) == [Demonstration("a", "b")]
+    assert calls == [("org/name", None, {"split": "train", "streaming": True})]
+    with pytest.raises(DataError, match=r"org/name test: index 1: the key 'completion' is missing"):
+        load("demonstrations", hub="org/name", split="test", subset="small")
+    assert calls[1] == ("org/name", "small", {"split": "test", "streaming": False})
+    with pytest.raises(DataError) as caught:
+        load("prompts", hub="nobody/none")
+    assert "doesn't exist on the Hub; check name" in caught.value.lines[0] and len(caught.value.lines) == 1
+
+
+def test_limit_takes_the_first(tmp_path):
+    path = written(tmp_path, "a", "b", "c", {"text": 5})
+    assert load("documents", path, limit=2) == [Document("a"), Document("b")]
+
+
+def test_keys_that_are_not_read_are_counted(tmp_path):
+    row = {"messages": [user("a"), assistant("b")], "score": 1, "id": 5}
+    loaded = read("demonstrations", written(tmp_path, row, row, {"prompt": "p", "completion": "c"}))
+    assert loaded.unread == {"score": 2} and sorted(loaded.forms.values()) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "kind, name, rows",
+    [
+        ("demonstrations", "sft_alpaca_en.json", 999),
+        ("rankings", "preferences_en.json", 300),
+        ("documents", "documents_c4_en.jsonl", 300),
+        ("prompts", "sft_alpaca_en.json", 985),
+        ("evaluation_prompts", "preferences_en.json", 295),
+    ],
+)
+def test_the_real_files_load(kind, name, rows):
+    if not (REAL / name).exists():
+        pytest.skip(f"no {name} beside the repository")
+    loaded = read(kind, REAL / name)
+    assert not loaded.errors and len(loaded.records) == rows and loaded.blanks == 0
+    assert len(loaded.forms) == 1
+
+
+def test_every_kind_has_its_forms():
+    assert set(FORMS) == {"documents", "demonstrations", "rankings", "prompts", "evaluation_prompts"}

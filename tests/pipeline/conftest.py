@@ -1,0 +1,64 @@
+"""A clean environment for tests of the pipeline: one thread, a folder of their own, no leaks through os.environ."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline.artifacts import ArtifactStore
+from pipeline.config import experiment_type, load_experiment
+from tests.pipeline import fakes
+
+
+@pytest.fixture(autouse=True)
+def clean(tmp_path, monkeypatch):
+    before = dict(os.environ)
+    monkeypatch.chdir(tmp_path)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+class Lines:
+    """A console that keeps what it is told."""
+
+    is_terminal = False
+
+    def __init__(self):
+        self.lines = []
+
+    def print(self, line="", **_):
+        self.lines.append(str(line))
+
+    @property
+    def text(self):
+        return "\n".join(self.lines)
+
+
+@pytest.fixture
+def world(tmp_path):
+    """An experiment of the fake stages: `world.load("fit.steps=3")`, `world.run("fit", …)`, `world.states()`."""
+    from pipeline import plan
+    from pipeline.running import Flags
+
+    (tmp_path / "small.yaml").write_text(fakes.CONFIG)
+    here = SimpleNamespace(path=tmp_path / "small.yaml", store=ArtifactStore(tmp_path / "artifacts", "small"))
+    here.stages, here.overrides = fakes.stages(), []
+
+    def load():
+        Experiment = experiment_type({name: stage.Config for name, stage in here.stages.items()})
+        return load_experiment(here.path, here.overrides, Experiment)
+
+    def run(target, *overrides, stop=None, **flags):
+        here.overrides, here.console = list(overrides), Lines()
+        return plan.bring_up_to_date(
+            target, load(), here.store, here.stages, Flags(**flags), stop, here.console
+        )
+
+    def states(*overrides):
+        here.overrides = list(overrides)
+        return plan.assess(load(), here.store, here.stages)
+
+    here.load, here.run, here.states = load, run, states
+    return here

@@ -1,0 +1,129 @@
+"""Three small stages for tests of the pipeline: `text` writes words, `fit` trains a linear model on them, `page` reads both.
+
+Run as a script, this is `rlhf` with these stages.
+"""
+
+import json
+import sys
+import time
+from types import SimpleNamespace
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from pipeline.errors import Interrupted, TrainingStopped
+from pipeline.sections import STRICT
+
+CONFIG = """\
+name: small
+text:
+  words: 3
+fit:
+  steps: 12
+checkpoints:
+  every: 4
+launch:
+  threads: 1
+"""
+
+
+class TextConfig(BaseModel):
+    model_config = STRICT
+    words: int = Field(5, ge=1, description="how many", json_schema_extra={"unit": "words"})
+
+
+class FitConfig(BaseModel):
+    model_config = STRICT
+    steps: int = Field(6, ge=1, description="optimizer steps")
+    learning_rate: float = Field(1e-2, gt=0, description="of AdamW", json_schema_extra={"unit": "per step"})
+    keep: Literal["best", "last"] = Field("last", description="which weights")
+    pause: float = Field(0.0, description="seconds a step, so that a test can interrupt")
+    fail_at: int | None = Field(None, description="step at which training stops itself")
+
+
+class PageConfig(BaseModel):
+    model_config = STRICT
+
+
+def run_text(ctx):
+    folder = ctx.publish / "words"
+    folder.mkdir()
+    (folder / "all.json").write_text(json.dumps(["word"] * ctx.config.words))
+    return {"words": ctx.config.words}
+
+
+def run_fit(ctx):
+    import torch
+    from safetensors.torch import save_file
+
+    from pipeline.checkpoints import load_optimizer, optimizer_tensors
+
+    config, words = ctx.config, json.loads((ctx.inputs["text"] / "words" / "all.json").read_text())
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
+    step = 0
+    if found := ctx.checkpoints.newest():
+        model.load_state_dict(found.tensors("model"))
+        load_optimizer(optimizer, found.tensors("optimizer"), found.state["optimizer"])
+        step = found.step
+    loss = torch.tensor(0.0)
+    with ctx.tracker.progress(config.steps, "fit", step) as progress:
+        while step < config.steps:
+            step += 1
+            batch = torch.randn(8, 4, generator=torch.Generator().manual_seed(ctx.seed * 1000 + step))
+            loss = (model(batch) - len(words)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            if step == config.fail_at:
+                raise TrainingStopped(f"the loss at step {step} is not finite")
+            optimizer.step()
+            ctx.tracker.log(step, {"loss": loss})
+            progress.update(step, loss=loss)
+            if config.pause:
+                print(f"step {step}", flush=True)
+                time.sleep(config.pause)
+            if step < config.steps and (ctx.checkpoints.due(step) or ctx.stop.requested):
+                tensors, state = optimizer_tensors(optimizer)
+                groups = {"model": model.state_dict(), "optimizer": tensors}
+                ctx.checkpoints.save(step, groups, {"optimizer": state}, config.steps)
+                if ctx.stop.requested:
+                    raise Interrupted(step, config.steps)
+    save_file(model.state_dict(), ctx.publish / "model.safetensors")
+    return {"loss": float(loss), "steps": step}
+
+
+def run_page(ctx):
+    (ctx.publish / "index.html").write_text(json.dumps({name: m["metrics"] for name, m in ctx.manifests.items()}))
+    return {}
+
+
+def nothing(experiment):
+    return []
+
+
+def stages(reads=None):
+    """`reads`: kinds of data that `fit` reads too."""
+    fit_needs = lambda experiment: ["text"]  # noqa: E731
+    common = {"METRICS": {"loss": "mean squared error"}, "reads": nothing}
+    text = SimpleNamespace(
+        NAME="text", Config=TextConfig, HEADLINE=("words",), needs=nothing, run=run_text, **common, __doc__="words"
+    )
+    fit = SimpleNamespace(NAME="fit", Config=FitConfig, HEADLINE=("loss",), needs=fit_needs, run=run_fit, **common)
+    fit.reads = lambda experiment: list(reads or [])
+    page = SimpleNamespace(
+        NAME="page", Config=PageConfig, HEADLINE=(), needs=lambda experiment: ["text", "fit"], run=run_page, **common
+    )
+    return {"text": text, "fit": fit, "page": page}
+
+
+def install(reads=None):
+    """Makes `pipeline.cli` run these stages."""
+    from pipeline import cli
+
+    cli.STAGES = ("text", "fit", "page")
+    cli.stage_modules = lambda: stages(reads)
+    return cli
+
+
+if __name__ == "__main__":
+    sys.exit(install().main())
