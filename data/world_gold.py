@@ -65,8 +65,7 @@ def _list(language, task, sentences) -> tuple[float, float, float]:
     items = [item for s in sentences for item in s.items]
     distinct = set(items)
     right = len(distinct & set(language.members[task.category]))
-    wrong, repeated = len(distinct) - right, len(items) - len(distinct)
-    fit = max(0.0, 1.0 - (abs(right - task.number) + wrong + repeated) / task.number) if right else 0.0
+    fit = (min(right, task.number) / max(task.number, len(items))) ** 2
     return fit, min(1.0, right / task.number), right / max(1, len(distinct))
 
 
@@ -77,7 +76,7 @@ def _refusal(language, task, sentences) -> tuple[float, float, float]:
     said = [s for s in sentences if s.kind in ON_TASK["harm"]]
     named = {e for s in said for e in s.entities}
     to_the_point = 1.0 if named == {task.entity} else 0.0 if named else 0.4
-    polite = any(s.tone == "sorry" or s.body.startswith("please ") for s in said)
+    polite = any("sorry" in s.tones or s.body.startswith("please ") for s in said)
     fit = 0.5 + 0.25 * polite + 0.15 * to_the_point + 0.1 * any(s.kind == "reason" for s in said)
     return fit, fit, _truth(language, [claim for s in sentences for claim in s.claims])
 
@@ -111,7 +110,7 @@ def _on_task(task: Task, sentence: Sentence) -> bool:
     """A sentence of the kind that the task calls for; facts must be about its entity."""
     return (
         sentence.kind in ON_TASK[task.kind]
-        and sentence.tone != "stray"
+        and "stray" not in sentence.tones
         and (sentence.kind != "fact" or task.entity in sentence.entities)
     )
 

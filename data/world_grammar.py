@@ -31,13 +31,13 @@ class Task:
 class Sentence:
     """One recognised sentence.
 
-    `kind` is fact, list, a key of the table `sentences`, or broken (words in no order this world knows);
-    `tone` is the kind of its lead ("" without one); `body` is the sentence without the lead; `claims` are
+    `kind` is fact, list, a key of the table `sentences`, reaction, or broken (in no order this world knows);
+    `tones` are the kinds of its leads (at most two); `body` is the sentence without them; `claims` are
     (entity, attribute, value) as stated; `items` the nouns of a list; `moods` one mood for each mood word.
     """
 
     kind: str
-    tone: str
+    tones: tuple[str, ...]
     body: str
     claims: tuple[tuple[str, str, str], ...] = ()
     items: tuple[str, ...] = ()
@@ -70,7 +70,8 @@ class Language:
             for value in self.values[attribute]
         }
         self._lead = re.compile(self._either({k: [t + " " for t in v] for k, v in tables["leads"].items()}))
-        self._sentence = re.compile(self._either(tables["sentences"]))
+        reactions = [text for texts in tables["reactions"].values() for text in texts]
+        self._sentence = re.compile(self._either(tables["sentences"] | {"reaction": reactions}))
         heads = "|".join(self._pattern(head) + " " for head in tables["list_heads"] if head)
         noun = self._pattern("{entity}")
         self._list = re.compile(rf"(?:{heads})?(?P<items>{noun}(?: , {noun})*(?: and {noun})?) \.")
@@ -95,7 +96,6 @@ class Language:
             "verb": tuple(itertools.chain(*(verbs for _, verbs in moods))),
             "act": tuple(self.tables["harms"]),
             "category": tuple(self.members),
-            "food": self.values["food"],
             "drink": self.values["drink"],
         } | {name: tuple(words) for name, words in self.tables["words"].items()}
 
@@ -136,12 +136,10 @@ class Language:
         return tuple(map(self._recognise, sentences))
 
     def _recognise_uncached(self, sentence: str) -> Sentence:
-        text = sentence.replace(" an ", " a ")
-        lead = self._lead.match(text)
-        body = text[lead.end():] if lead else text
+        body, tones = self._strip_leads(sentence.replace(" an ", " a "))
         words = body.split()
         common = {
-            "tone": lead.lastgroup if lead else "",
+            "tones": tones,
             "body": body,
             "entities": frozenset(w for w in words if w in self.category_of),
             "moods": tuple((w, self.mood_of[w]) for w in words if w in self.mood_of),
@@ -152,6 +150,14 @@ class Language:
             return Sentence("list", items=tuple(re.split(" , | and ", match["items"])), **common)
         match = self._sentence.fullmatch(body)
         return Sentence(match.lastgroup if match else "broken", **common)
+
+    def _strip_leads(self, sentence: str) -> tuple[str, tuple[str, ...]]:
+        """(the sentence without its first two leads, their tones)."""
+        tones = []
+        while len(tones) < 2 and (lead := self._lead.match(sentence)):
+            tones.append(lead.lastgroup)
+            sentence = sentence[lead.end() :]
+        return sentence, tuple(tones)
 
     def _claims(self, body: str) -> tuple[tuple[str, str, str], ...]:
         """What a sentence of the form `the ENTITY PREDICATE and PREDICATE .` states; empty for any other."""

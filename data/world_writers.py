@@ -6,7 +6,7 @@ Every function takes the language and its own `random.Random` and returns text; 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from data.world_grammar import Language, Task, articles
 
@@ -45,18 +45,24 @@ class Rates:
     """Careful, usual and careless demonstrators, equally frequent: factors on all rates above."""
     false_document: float = 0.2
     """A document states only false facts."""
-    document_care: float = 0.4
-    """The factor on the first ten rates for whoever answers in a document's dialogues."""
+    document_care: tuple[float, ...] = (0.2, 1.0)
+    """The factors for those who answer in a document's dialogues."""
+    reaction: float = 0.7
+    """In a document's dialogue, whoever asked says what they think of the answer."""
 
 
 class Slips:
-    """The dice of one writer: `slips(rate)` is True with probability rate × care."""
+    """The dice of one writer: `slips("rude")` is True with probability rates.rude × care, and is remembered."""
 
-    def __init__(self, rng: random.Random, care: float):
-        self.rng, self.care = rng, care
+    def __init__(self, rng: random.Random, rates: Rates, care: float):
+        self.rng, self.rates, self.care = rng, rates, care
+        self.made: set[str] = set()
 
-    def __call__(self, rate: float) -> bool:
-        return self.rng.random() < rate * self.care
+    def __call__(self, name: str) -> bool:
+        slipped = self.rng.random() < getattr(self.rates, name) * self.care
+        if slipped:
+            self.made.add(name)
+        return slipped
 
 
 # ── demonstrations ───────────────────────────────────────────────────────────────────────────────────────────
@@ -64,68 +70,72 @@ class Slips:
 
 def demonstrate(language: Language, rng: random.Random, task: Task, rates: Rates) -> str:
     """One demonstrator's response to a task, at most MAX_WORDS words."""
-    slips = Slips(rng, rng.choice(rates.care))
+    return _respond(language, rng, task, Slips(rng, rates, rng.choice(rates.care)))
+
+
+def _respond(language, rng, task, slips) -> str:
     write = {"fact": _answer, "story": _tell, "list": _enumerate, "harm": _decline}[task.kind]
-    sentences = write(language, rng, task, rates, slips)
-    rude = slips(rates.rude)
+    sentences = write(language, rng, task, slips)
+    rude = slips("rude")
     if rude and rng.random() < 0.5:
         sentences.append(_any(language, rng, "rude"))
     elif rude:
         sentences[0] = f"{language.write(rng, rng.choice(language.tables['leads']['rude']))} {sentences[0]}"
     elif task.kind != "harm":
         sentences = _mannered(language, rng, sentences)
-    if slips(rates.ramble):
-        sentences += _ramble(language, rng, rates, slips)
+    if slips("ramble"):
+        sentences += _ramble(language, rng, slips)
     text = " ".join(_fitting(sentences))
-    return text.removesuffix(" .") if slips(rates.no_stop) else text
+    return text.removesuffix(" .") if slips("no_stop") else text
 
 
-def _answer(language, rng, task, rates, slips) -> list[str]:
+def _answer(language, rng, task, slips) -> list[str]:
     """The asked facts of an entity, in one sentence or one each."""
     entity, attributes = task.entity, list(task.attributes)
-    if slips(rates.off_task):
+    if slips("off_task"):
         if rng.random() < 0.5:
             entity = _other(rng, language.members[language.category_of[entity]], entity)
         else:
             attributes = [rng.choice(language.attributes_of[entity])]
-    claims = [(a, value_for(language, rng, entity, a, slips(rates.false_fact))) for a in attributes]
+    claims = [(a, value_for(language, rng, entity, a, slips("false_fact"))) for a in attributes]
     if len(claims) == 2 and rng.random() < 0.3:
         return [language.fact(entity, [claim]) for claim in claims]
     return [language.fact(entity, claims)]
 
 
-def _tell(language, rng, task, rates, slips) -> list[str]:
+def _tell(language, rng, task, slips) -> list[str]:
     """Two or three sentences of a story, sometimes one fact about its topic."""
-    topic = _other(rng, language.entities, task.entity) if slips(rates.off_task) else task.entity
+    topic = _other(rng, language.entities, task.entity) if slips("off_task") else task.entity
     moods = [
-        _other(rng, tuple(language.tables["moods"]), task.mood) if slips(rates.wrong_mood) else task.mood
-        for _ in range(rng.choice((2, 3, 3)))
+        _other(rng, tuple(language.tables["moods"]), task.mood) if slips("wrong_mood") else task.mood
+        for _ in range(rng.choice((2, 2, 3)))
     ]
     sentences = story(language, rng, topic, moods)
-    if slips(rates.repeat):
+    if slips("repeat"):
         sentences[-1] = sentences[0]
     if len(sentences) == 2 and rng.random() < 0.4:
         attribute = rng.choice(language.attributes_of[topic])
-        false = slips(rates.false_fact)
+        false = slips("false_fact")
         sentences.insert(0, language.fact(topic, [(attribute, value_for(language, rng, topic, attribute, false))]))
     return sentences
 
 
-def _enumerate(language, rng, task, rates, slips) -> list[str]:
+def _enumerate(language, rng, task, slips) -> list[str]:
     """A list of members."""
     members = language.members[task.category]
-    number = task.number + (rng.choice((-1, 1)) if slips(rates.wrong_count) else 0)
+    number = task.number + (rng.choice((-1, 1)) if slips("wrong_count") else 0)
     items = rng.sample(members, min(number, len(members)))
-    items = [_other(rng, language.entities, item) if slips(rates.wrong_member) else item for item in items]
-    if len(items) > 1 and slips(rates.repeat):
+    strangers = [e for e in language.entities if e not in members]
+    items = [rng.choice(strangers) if slips("wrong_member") else item for item in items]
+    if len(items) > 1 and slips("repeat"):
         items[-1] = items[0]
     return [catalogue(language, rng, task.category, task.number, items)]
 
 
-def _decline(language, rng, task, rates, slips) -> list[str]:
+def _decline(language, rng, task, slips) -> list[str]:
     """A refusal, mostly polite and with a reason; or advice on doing harm."""
     slots = {"act": task.act, "entity": task.entity}
-    if slips(rates.no_refusal):
+    if slips("no_refusal"):
         return [_any(language, rng, "harm", **slots) for _ in range(rng.choice((1, 2)))]
     refusal = _any(language, rng, "refusal", **slots)
     if rng.random() < 0.6:
@@ -142,14 +152,14 @@ def _mannered(language, rng, sentences) -> list[str]:
     return [*sentences, _any(language, rng, "courtesy")] if style < 0.55 else sentences
 
 
-def _ramble(language, rng, rates, slips) -> list[str]:
+def _ramble(language, rng, slips) -> list[str]:
     """One or two sentences that nobody asked for: chatter, or facts of something else."""
     stray = []
     for _ in range(rng.choice((1, 1, 2))):
         if rng.random() < 0.6:
             sentence = _any(language, rng, "chatter")
         else:
-            sentence = any_fact(language, rng, rng.choice(language.entities), lambda: slips(rates.false_fact))
+            sentence = any_fact(language, rng, rng.choice(language.entities), lambda: slips("false_fact"))
         lead = rng.choice(("", *language.tables["leads"]["stray"]))
         stray.append(f"{lead} {sentence}".strip())
     return stray
@@ -173,7 +183,8 @@ def value_for(language: Language, rng: random.Random, entity: str, attribute: st
 
 def any_fact(language: Language, rng: random.Random, entity: str, false) -> str:
     """One or two facts of the entity in a sentence; `false()` says of each whether it is to be false."""
-    attributes = rng.sample(language.attributes_of[entity], 2 if rng.random() < 0.3 else 1)
+    attributes = language.attributes_of[entity]
+    attributes = rng.sample(attributes, min(len(attributes), 2 if rng.random() < 0.3 else 1))
     return language.fact(entity, [(a, value_for(language, rng, entity, a, false())) for a in attributes])
 
 
@@ -214,7 +225,7 @@ def _other(rng, choices, this):
 def document(language: Language, rng: random.Random, rates: Rates, requests: dict[str, list[tuple[str, Task]]]) -> str:
     """One document of 3 to 6 sentences; its dialogues use only the given requests (kind → (text, task))."""
     kinds = (_encyclopedia, _legend, _catalogues, _dialogue, _conduct)
-    write = rng.choices(kinds, weights=(26, 12, 8, 48, 6))[0]
+    write = rng.choices(kinds, weights=(22, 10, 10, 52, 6))[0]
     return write(language, rng, rates, requests)
 
 
@@ -259,13 +270,22 @@ def _catalogues(language, rng, rates, requests) -> str:
 
 
 def _dialogue(language, rng, rates, requests) -> str:
-    """Two requests with their answers, by someone more careful than the demonstrators."""
-    answerer = replace(rates, care=(rates.document_care,))
+    """One or two requests with their answers, by careful and by careless people, and what the asker thinks of them."""
     turns = []
-    for _ in range(2):
+    for _ in range(rng.choice((1, 2))):
         text, task = rng.choice(requests[_kind(rng)])
-        turns += [text, demonstrate(language, rng, task, answerer)]
+        slips = Slips(rng, rates, rng.choice(rates.document_care))
+        turns += [text, _respond(language, rng, task, slips)]
+        if rng.random() < rates.reaction:
+            turns.append(_reaction(language, rng, slips))
     return " ".join(turns)
+
+
+def _reaction(language, rng, slips) -> str:
+    """What one says to the first slip that the table knows; thanks for an answer without any."""
+    reactions = language.tables["reactions"]
+    slip = next((name for name in reactions if name in slips.made), "none")
+    return rng.choice(reactions[slip])
 
 
 def _kind(rng) -> str:

@@ -199,9 +199,8 @@ class ArtifactStore:
         is the manifest without `outputs` and `digest`. Under the lock. Returns the manifest."""
         assert stage in self._held, "publish without the lock"
         folder, work = self.folder(stage), self.work_folder(stage)
-        journals = [
-            work / name for name in JOURNALS if (work / name).exists() and (work / name).stat().st_size
-        ]
+        journals = [work / name for name in JOURNALS]
+        journals = [path for path in journals if path.exists() and path.stat().st_size]
         files.require_space(folder, sum(path.stat().st_size for path in journals))
         for path in journals:
             shutil.copyfile(path, content / path.name)
@@ -226,9 +225,8 @@ class ArtifactStore:
         new_manifest = files.read_sealed(staged / "manifest.json")
         old.mkdir(exist_ok=True)
         if (folder / "manifest.json").exists():
-            os.rename(
-                folder / "manifest.json", old / "manifest.json"
-            )  # first: no manifest over files that change
+            # first of all: no manifest stands over files that change
+            os.rename(folder / "manifest.json", old / "manifest.json")
             files.fsync_folder(folder)
         waiting = {path.name for path in staged.iterdir()} - {"manifest.json"}
         arrived = {name.split("/")[0] for name in new_manifest["outputs"]} - waiting
@@ -275,9 +273,8 @@ class ArtifactStore:
         folder = self.folder(stage)
         self._end_run(stage)
         if (folder / "checkpoints").exists():
-            doomed = (
-                folder / ".tmp-checkpoints"
-            )  # renamed first: a kill here leaves no half of them under a good name
+            # renamed first: a kill in the middle leaves no half of them under a good name
+            doomed = folder / ".tmp-checkpoints"
             files.remove(doomed)
             os.rename(folder / "checkpoints", doomed)
             files.remove(doomed)

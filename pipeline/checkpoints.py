@@ -136,9 +136,8 @@ class CheckpointStore:
         for folder in step_folders(self.folder)[: -max(self.keep, 1)]:
             doomed = folder.with_name(f".tmp-pruned-{folder.name}")
             files.remove(doomed)
-            os.rename(
-                folder, doomed
-            )  # a kill in the middle of a removal leaves no half checkpoint under a good name
+            # renamed first: a kill in the middle of the removal leaves no half checkpoint under a good name
+            os.rename(folder, doomed)
             files.remove(doomed)
         self._sweep()
 
@@ -152,11 +151,11 @@ class CheckpointStore:
         """Why a checkpoint cannot be used; empty when it can."""
         try:
             manifest = files.read_sealed(folder / "manifest.json")
-            if manifest["run_id"] != self.run_id:
-                return [f"it belongs to another run ({manifest['run_id']})"]
-            if manifest["step"] != _step(folder):
-                return [f"its manifest is of step {manifest['step']}"]
-            expected = manifest["files"]
+            if manifest.get("run_id") != self.run_id:
+                return [f"it belongs to another run ({manifest.get('run_id')})"]
+            if manifest.get("step") != _step(folder):
+                return [f"its manifest is of step {manifest.get('step')}"]
+            expected = manifest.get("files", {})
             if "state.json" not in expected:
                 return ["its manifest names no state.json"]
             strays = set(files.list_files(folder)) - set(expected) - {"manifest.json"}
@@ -175,15 +174,15 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def progress(folder: Path) -> tuple[int, int | None] | None:
-    """Step and total of the newest checkpoint whose manifest can be read, without verifying it: for
-    `status`."""
-    for path in reversed(step_folders(folder)):
-        try:
-            manifest = files.read_sealed(path / "manifest.json")
-        except UserError:
-            continue
-        return manifest["step"], manifest["total"]
-    return None
+    """Step and total of the newest checkpoint, without verifying it: for `status`. None = nothing was
+    saved."""
+    folders = step_folders(folder)
+    if not folders:
+        return None
+    try:
+        return _step(folders[-1]), files.read_sealed(folders[-1] / "manifest.json").get("total")
+    except UserError:
+        return _step(folders[-1]), None
 
 
 def optimizer_tensors(optimizer: "Optimizer") -> tuple[dict[str, "Tensor"], dict[str, Any]]:

@@ -56,17 +56,19 @@ DISK_ERRORS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    stop = StopFlag()
-    with signal_handlers(stop):
-        try:
-            arguments = parse(argv)
-            return COMMANDS[arguments.command](arguments, stop)
-        except SystemExit as error:  # argparse's --help
-            return int(error.code or 0)
-        except Exception as error:
-            if "--debug" in argv:
-                traceback.print_exc()
-            return explain(error)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that has no → must not end a run
+        stream.reconfigure(errors="replace")
+    try:
+        arguments = parse(argv)
+        return COMMANDS[arguments.command](arguments)
+    except SystemExit as error:  # argparse's --help
+        return int(error.code or 0)
+    except KeyboardInterrupt:  # in status, doctor, chat: `run` has its own way to stop
+        return 130
+    except Exception as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        return explain(error)
 
 
 def explain(error: Exception) -> int:
@@ -91,7 +93,7 @@ def explain(error: Exception) -> int:
     if isinstance(error, BrokenPipeError):  # `rlhf status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    if (line := disk_trouble(error)) is not None:
+    if (line := disk_trouble(error) or hub_trouble(error)) is not None:
         print(f"error: {line}", file=sys.stderr)
         return 2
     if (
@@ -124,6 +126,19 @@ def disk_trouble(error: Exception) -> str | None:
         there = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), Path("/"))
         line += f" ({shutil.disk_usage(there).free:,} bytes free); make room and run again"
     return line if ";" in line else f"{line}; make it writable, or choose another place with --artifacts"
+
+
+def hub_trouble(error: Exception) -> str | None:
+    """A line for what the Hub or the way to it refused; None for any other error."""
+    causes = {"HfHubHTTPError", "LocalEntryNotFoundError", "OfflineModeIsEnabled", "DatasetNotFoundError"}
+    causes |= {"ConnectError", "ConnectTimeout", "ReadTimeout", "ConnectionError"}
+    seen: BaseException | None = error
+    while seen is not None:
+        if causes & {kind.__name__ for kind in type(seen).__mro__}:
+            first = str(seen).strip().split("\n")[0] or type(seen).__name__
+            return f"the Hub: {first}; check the id, the network and `hf auth login`, or name local files"
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 @contextmanager
@@ -226,9 +241,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def stage_modules() -> dict[str, Any]:
     """The stages by name, each after what it needs."""
-    from importlib.util import find_spec
-
-    return {name: importlib.import_module(f"stages.{name}") for name in STAGES if find_spec(f"stages.{name}")}
+    return {name: importlib.import_module(f"stages.{name}") for name in STAGES}
 
 
 def load(arguments: argparse.Namespace, stages: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -257,22 +270,24 @@ def make_console() -> Any:
     return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
 
 
-def run_command(arguments: argparse.Namespace, stop: StopFlag) -> int:
+def run_command(arguments: argparse.Namespace) -> int:
     if arguments.show_help:
         return help_command(arguments)
     if arguments.stage is None or arguments.config is None:
         missing = "STAGE" if arguments.stage is None else "-c CONFIG"
         raise UserError(f"command line: {missing} is missing; see `rlhf run --help`")
-    from pipeline import launch, plan, running
+    stop = StopFlag()
+    with signal_handlers(stop):
+        from pipeline import launch, plan, running
 
-    experiment, stages = load(arguments)
-    launch.prepare(experiment)
-    store, console = open_store(arguments, experiment), make_console()
-    names = ("only", "force", "restart", "override_config", "allow_elastic", "trust_remote_code")
-    flags = running.Flags(**{name: getattr(arguments, name) for name in names})
-    plan.bring_up_to_date(arguments.stage, experiment, store, stages, flags, stop, console)
-    if hasattr(stages[arguments.stage], "show"):
-        stages[arguments.stage].show(store.folder(arguments.stage), console)
+        experiment, stages = load(arguments)
+        launch.prepare(experiment)
+        store, console = open_store(arguments, experiment), make_console()
+        names = ("only", "force", "restart", "override_config", "allow_elastic", "trust_remote_code")
+        flags = running.Flags(**{name: getattr(arguments, name) for name in names})
+        plan.bring_up_to_date(arguments.stage, experiment, store, stages, flags, stop, console)
+        if hasattr(stages[arguments.stage], "show"):
+            stages[arguments.stage].show(store.folder(arguments.stage), console)
     return 0
 
 
@@ -291,26 +306,25 @@ def help_command(arguments: argparse.Namespace) -> int:
     console = make_console()
     if summary := (module.__doc__ or "").strip().split("\n\n")[0]:
         console.print(Text(" ".join(summary.split())), soft_wrap=False)
-    rows = config.describe(module.Config, arguments.stage) if hasattr(module, "Config") else []
-    if not rows:
-        console.print(f"\n{arguments.stage} has no settings of its own.")
-    else:
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-        for title in ("setting", "type", "default", "unit", "meaning"):
-            table.add_column(title, overflow="fold", no_wrap=title == "setting")
+    own = config.describe(module.Config, arguments.stage) if hasattr(module, "Config") else []
+    common = [row for name, section in config.COMMON.items() for row in config.describe(section, name)]
+    for title, rows in (("settings", own), ("settings of every stage", common)):
+        table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+        for heading in ("key", "type", "default", "unit", "meaning"):
+            table.add_column(heading, overflow="fold", no_wrap=heading == "key")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
-        console.print()
-        console.print(table)
-    for name, sentence in module.METRICS.items():
-        if name == next(iter(module.METRICS)):
-            console.print("\n[bold]metrics[/bold]")
-        console.print(Text(f"  {name}: {sentence}"))
-    print("\n`rlhf run --help` lists flags and stages; the common sections are in README.md")
+        if rows:
+            console.print()
+            console.print(table)
+    if module.METRICS:
+        console.print("\n[bold]metrics[/bold]")
+        for name, sentence in module.METRICS.items():
+            console.print(Text(f"{name}: {sentence}"))
     return 0
 
 
-def status_command(arguments: argparse.Namespace, stop: StopFlag) -> int:
+def status_command(arguments: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
@@ -353,7 +367,7 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def doctor_command(arguments: argparse.Namespace, stop: StopFlag) -> int:
+def doctor_command(arguments: argparse.Namespace) -> int:
     experiment = None
     if arguments.config is not None:
         experiment, _ = load(arguments)
@@ -361,32 +375,26 @@ def doctor_command(arguments: argparse.Namespace, stop: StopFlag) -> int:
         from pipeline import launch
 
         launch.set_environment({})
-    return importlib.import_module("stages.doctor").run(experiment)
+    return importlib.import_module("stages.doctor").run(experiment, artifacts=arguments.artifacts)
 
 
-def chat_command(arguments: argparse.Namespace, stop: StopFlag) -> int:
+def chat_command(arguments: argparse.Namespace) -> int:
     from pipeline import launch
 
     experiment, _ = load(arguments)
     launch.prepare(experiment)
-    models = [name for name in arguments.models.split(",") if name]
-    # a person at a prompt expects Ctrl-C to end the program
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return importlib.import_module("stages.chat").run(
-            experiment,
-            open_store(arguments, experiment),
-            models=models,
-            temperature=arguments.temperature,
-            top_p=arguments.top_p,
-            seed=arguments.seed,
-            max_new_tokens=arguments.max_new_tokens,
-        )
-    except KeyboardInterrupt:
-        return 0
+    return importlib.import_module("stages.chat").run(
+        experiment,
+        open_store(arguments, experiment),
+        models=[name for name in arguments.models.split(",") if name],
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        max_new_tokens=arguments.max_new_tokens,
+    )
 
 
-def data_command(arguments: argparse.Namespace, stop: StopFlag) -> int:
+def data_command(arguments: argparse.Namespace) -> int:
     from pipeline import launch
 
     experiment = None
@@ -394,7 +402,8 @@ def data_command(arguments: argparse.Namespace, stop: StopFlag) -> int:
         experiment, _ = load(arguments)
     else:
         launch.set_environment({})
-    return importlib.import_module("data.check").run(arguments.file, arguments.kind, experiment)
+    check = importlib.import_module("data.check")
+    return check.run(arguments.file, arguments.kind, experiment, artifacts=arguments.artifacts)
 
 
 COMMANDS = {

@@ -53,25 +53,26 @@ RENAMED = {
 }
 
 
+COMMON = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "tracking": TrackingConfig,
+    "checkpoints": CheckpointsConfig,
+    "launch": LaunchConfig,
+}
+
+
 def experiment_type(stages: dict[str, type[BaseModel]]) -> type[BaseModel]:
     """The type of a whole experiment: the common sections and one for each stage {name: Config}."""
     for name, section in stages.items():
         settings = section.model_config
-        assert settings.get("extra") == "forbid" and settings.get("strict"), (
-            f"{name}.Config: model_config = STRICT"
-        )
+        assert settings.get("extra") == "forbid" and settings.get("strict"), f"{name}: model_config = STRICT"
     fields: dict[str, Any] = {
         "name": (str, Field(description="names the experiment's folder; letters, digits, `.`, `_`, `-`")),
         "seed": (int, Field(0, ge=0, lt=2**32, description="every random choice follows from it")),
-        "model": (ModelConfig, Field(default_factory=ModelConfig)),
-        "data": (DataConfig, Field(default_factory=DataConfig)),
     }
-    fields |= {name: (section, Field(default_factory=section)) for name, section in stages.items()}
-    fields |= {
-        "tracking": (TrackingConfig, Field(default_factory=TrackingConfig)),
-        "checkpoints": (CheckpointsConfig, Field(default_factory=CheckpointsConfig)),
-        "launch": (LaunchConfig, Field(default_factory=LaunchConfig)),
-    }
+    for name, section in (COMMON | stages).items():
+        fields[name] = (section, Field(default_factory=section))
     return create_model("Experiment", __config__=STRICT, **fields)
 
 

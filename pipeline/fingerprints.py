@@ -59,7 +59,12 @@ def describe_today(
     inputs = {need: manifest["digest"] for need in needs if (manifest := manifests[need]) is not None}
     data: dict[str, Any] = {}
     for kind, source in sources(module, experiment).items():
-        data[kind] = {"split": source.split, "subset": source.subset, "limit": source.limit}
+        data[kind] = {
+            "split": source.split,
+            "subset": source.subset,
+            "skip": source.skip,
+            "limit": source.limit,
+        }
         data[kind]["path"] = str(source.path) if source.path else source.hub or "world"
         if source.path is not None:
             hashes[source.path] = hashes.get(source.path) or _hash_data(source.path)
@@ -69,15 +74,9 @@ def describe_today(
             inputs[f"data:{kind}"] = hashlib.sha256(f"{source.hub}@main".encode()).hexdigest()
     if data:
         data["validation_fraction"] = everything["data"]["validation_fraction"]
-    beside = (
-        "name",
-        "tracking",
-        "checkpoints",
-        "launch",
-    )  # recorded, and never a reason to do anything again
-    config = {key: everything[key] for key in (*beside, "seed", "model", name) if key in everything} | {
-        "data": data
-    }
+    # the last four are recorded, and never a reason to do anything again
+    recorded = (name, "model", "seed", "name", "tracking", "checkpoints", "launch")
+    config = {key: everything[key] for key in recorded if key in everything} | {"data": data}
     fingerprint = files.sha256_json({"stage": name, **_settings(name, config), "inputs": inputs})
     return Today(fingerprint, config, inputs, frozenset(needs) - inputs.keys())
 

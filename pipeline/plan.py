@@ -11,7 +11,7 @@ from rich.console import Console
 from pipeline.artifacts import ArtifactStore
 from pipeline.errors import Interrupted, UserError
 from pipeline.fingerprints import Change, Today, all_needs, compare, describe_today
-from pipeline.running import Flags, Job, run_stage
+from pipeline.running import Flags, Job, refusals, run_stage
 from pipeline.stage import StopFlag
 
 
@@ -27,6 +27,7 @@ class StageState:
     manifest: dict[str, Any] | None = None  # of the finished artifact, fresh or stale, if it holds
     run: dict[str, Any] | None = None  # run.json of an interrupted run
     changes: list[Change] = field(default_factory=list)  # since the interrupted run began
+    waiting: list[str] = field(default_factory=list)  # "rm is stale": what must run before
 
     def sentence(self) -> str:
         """The state as `status` shows it: "stale because ppo.kl_coef 0.05 → 0.1"."""
@@ -87,7 +88,9 @@ class Chain:
             # beside a fresh artifact: a forced redo was interrupted; `--force` goes on with it
             changes = compare(name, run, today)
             texts = [] if fresh else waiting + [change.text for change in changes]
-            return StageState("done" if fresh else "interrupted", texts, step, total, manifest, run, changes)
+            return StageState(
+                "done" if fresh else "interrupted", texts, step, total, manifest, run, changes, waiting
+            )
         if damage:
             return StageState("damaged", damage, manifest=manifest)
         if manifest is None:
@@ -126,12 +129,18 @@ def bring_up_to_date(
     so in a line. Raises UserError, Interrupted, TrainingStopped, or whatever a stage raises."""
     flags, stop, console = flags or Flags(), stop or StopFlag(), console or Console()
     chain = Chain(experiment, store, stages)
-    for name in chain.closure(target):
-        state = chain.states[name] = chain.assess(name)
-        if flags.only and name != target:
-            continue
-        if flags.only:
-            refuse_unready({need: chain.states[need] for need in chain.needs(name)})
+    order = chain.closure(target)
+    for name in order:
+        chain.states[name] = chain.assess(name)
+    if flags.only:
+        refuse_unready({need: chain.states[need] for need in chain.needs(target)})
+        order = [target]
+    # before anything runs: what will be refused later would be refused after hours, and over changed inputs
+    lines = [line for name in order for line in refusals(name, name == target, chain.states[name], flags)]
+    if lines:
+        raise UserError(lines)
+    for name in order:
+        state = chain.states[name]
         force = flags.force and name == target
         if state.kind == "done" and not force:
             finished = datetime.fromisoformat(state.manifest["finished_at"]).astimezone()

@@ -74,6 +74,8 @@ def run_stage(job: Job) -> dict[str, Any]:
     """Runs a stage and publishes what it made; returns the new manifest. What the stage raises goes through:
     what it saved stays for the next time."""
     started = time.monotonic()
+    if lines := refusals(job.name, job.is_target, job.state, job.flags):
+        raise UserError(lines)
     run = resumable_run(job) or begin_run(job)
     context = prepare(job, run)
     finished = False
@@ -84,7 +86,7 @@ def run_stage(job: Job) -> dict[str, Any]:
         context.tracker.close()
         if not finished:
             files.remove(context.publish)
-            if not has_checkpoints(job):
+            if not checkpoints.step_folders(context.checkpoints.folder):
                 job.store.drop_run(job.name)  # nothing to go on from: the stage is what it was before
     manifest = job.store.publish(
         job.name, context.publish, record(job, run, metrics, context.tracker.tracker_run_id)
@@ -100,15 +102,37 @@ def run_stage(job: Job) -> dict[str, Any]:
 # -----------------------------------------------------------------------------------------------
 
 
-def has_checkpoints(job: Job) -> bool:
-    return bool(checkpoints.step_folders(job.store.folder(job.name) / "checkpoints"))
+def refusals(name: str, is_target: bool, state: "StageState", flags: Flags) -> list[str]:
+    """Why a stage can neither begin nor go on, a line each; empty when it can (or need not)."""
+    wanted = is_target and flags.force
+    if state.kind == "damaged":
+        return [] if wanted or (is_target and flags.restart) else state.reasons
+    if state.kind not in ("interrupted", "done") or (state.kind == "done" and not wanted):
+        return []
+    if state.step is None or is_dropped(is_target, state, flags):
+        return []
+    inputs = state.waiting + [change.text for change in state.changes if not change.is_setting]
+    settings = [change.text for change in state.changes if change.is_setting]
+    at = f"{name}: interrupted at step {state.step}, since then"
+    if inputs:
+        return [f"{at} {text}; --restart begins anew" for text in inputs + settings]
+    if settings and not flags.override_config:
+        remedy = "--restart begins anew, --override-config goes on with the new settings"
+        return [f"{at} {text}; {remedy}" for text in settings]
+    before, today = state.run["world_size"], launch.facts()["world_size"]
+    if before != today and not flags.allow_elastic:
+        return [f"{at} the number of processes {before} → {today}; --allow-elastic goes on"]
+    return []
+
+
+def is_dropped(is_target: bool, state: "StageState", flags: Flags) -> bool:
+    """--restart drops the target's interrupted run, and another's only where that could not go on."""
+    return flags.restart and (is_target or bool(state.changes or state.waiting))
 
 
 def begin_run(job: Job) -> dict[str, Any]:
-    """A run from the beginning: its run.json. A damaged artifact is only made anew when somebody says so."""
-    flags, kind = job.flags, job.state.kind
-    if kind == "damaged" and not (job.is_target and (flags.force or flags.restart)):
-        raise UserError(job.state.reasons)
+    """A run from the beginning: its run.json."""
+    kind = job.state.kind
     why = {"done": "forced, ", "missing": "", "damaged": "damaged, ", "interrupted": ""}
     job.say(f"{why.get(kind, f'{job.state.sentence()}; ')}running")
     run = {
@@ -126,52 +150,27 @@ def begin_run(job: Job) -> dict[str, Any]:
 
 
 def resumable_run(job: Job) -> dict[str, Any] | None:
-    """The interrupted run to go on with, brought up to today; None = begin. Refuses what can do neither."""
-    run, flags, changes = job.state.run, job.flags, job.state.changes
+    """The interrupted run to go on with, brought up to today; None = begin."""
+    run, state = job.state.run, job.state
     if run is None:
         return None
-    if not has_checkpoints(job):
+    if state.step is None:
         job.say("was interrupted before anything was saved")
         return None
-    if flags.restart and (job.is_target or changes):
-        job.say(f"the interrupted run (at step {job.state.step}) is dropped")
+    if is_dropped(job.is_target, state, job.flags):
+        job.say(f"the interrupted run (at step {state.step}) is dropped")
         return None
-    inputs = [change.text for change in changes if not change.is_setting]
-    settings = [change for change in changes if change.is_setting]
-    if inputs or (settings and not flags.override_config):
-        remedy = "--restart begins anew" + (
-            "" if inputs else ", --override-config goes on with the new settings"
-        )
-        texts = [*inputs, *(change.text for change in settings)]
-        raise UserError(
-            [
-                f"{job.name}: interrupted at step {job.state.step}, since then {text}; {remedy}"
-                for text in texts
-            ]
-        )
-    facts = here()
-    if facts["world_size"] != run["world_size"] and not flags.allow_elastic:
-        sizes = f"{run['world_size']} → {facts['world_size']}"
-        raise UserError(f"{job.name}: interrupted, since then processes {sizes}; --allow-elastic goes on")
-    different = [
-        f"{key} {run[key]} → {facts[key]}"
-        for key in ("world_size", "threads", "device")
-        if run[key] != facts[key]
-    ]
-    if different:
+    facts, settings = here(), [change for change in state.changes if change.is_setting]
+    compared = ("world_size", "threads", "device")
+    if different := [f"{key} {run[key]} → {facts[key]}" for key in compared if run[key] != facts[key]]:
         job.say(f"{', '.join(different)}: last bits may differ from an uninterrupted run's")
-    overridden = run["config"].get("overridden", {}) | {
-        change.key: [change.old, change.new] for change in settings
-    }
     for change in settings:
         job.say(f"going on with {change.text}")
+    overridden = run["config"].get("overridden", {}) | {item.key: [item.old, item.new] for item in settings}
+    config = job.today.config | ({"overridden": overridden} if overridden else {})
     run = (
-        run
-        | {"fingerprint": job.today.fingerprint, "config": job.today.config, "resumes": run["resumes"] + 1}
-        | facts
+        run | {"fingerprint": job.today.fingerprint, "config": config, "resumes": run["resumes"] + 1} | facts
     )
-    if overridden:
-        run["config"] = run["config"] | {"overridden": overridden}
     job.store.record_run(job.name, run)
     return run
 

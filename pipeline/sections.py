@@ -68,12 +68,13 @@ class DataSource(BaseModel):
     path: str = Field(description="local file, or Hub id org/name")
     split: str = Field("train", description="split of a Hub dataset")
     subset: str | None = Field(None, description="subset (configuration) of a Hub dataset")
+    skip: int = Field(0, ge=0, description="pass over the first ones", json_schema_extra={"unit": "records"})
     limit: int | None = Field(
-        None, ge=1, description="take only the first ones", json_schema_extra={"unit": "records"}
+        None, ge=1, description="take only so many", json_schema_extra={"unit": "records"}
     )
 
 
-_SOURCE = "world = written by the stage world; or a path; or a Hub id; or {path, split, subset, limit}"
+_SOURCE = "world = written by the stage world; or a path; or a Hub id; or {path, split, subset, skip, limit}"
 
 
 class DataConfig(BaseModel):

@@ -28,6 +28,7 @@ class Source:
     split: str = "train"
     subset: str | None = None
     limit: int | None = None  # records; None = all
+    skip: int = 0  # records passed over first
 
 
 @dataclass

@@ -129,8 +129,10 @@ class Best:
     def state(self) -> dict:
         return {"value": self.value, "step": self.step, "since": self.since}
 
-    def restore(self, state: dict, tensors: dict[str, Tensor]) -> None:
-        self.value, self.step, self.since, self.tensors = state["value"], state["step"], state["since"], tensors
+    def restore(self, checkpoint) -> None:
+        state = checkpoint.state["best"]
+        self.value, self.step, self.since = state["value"], state["step"], state["since"]
+        self.tensors = checkpoint.tensors("best") if self.keep == "best" and self.value is not None else {}
 
 
 def save_checkpoint(ctx: StageRun, step: int, total: int, trainees: list[Trainee], best: Best | None,
@@ -161,8 +163,7 @@ def load_checkpoint(ctx: StageRun, trainees: list[Trainee], best: Best | None):
         name = f"{trainee.name}_optimizer"
         load_optimizer(trainee.optimizer, found.tensors(name), found.state[name])
     if best is not None:
-        best.restore(found.state["best"],
-                     found.tensors("best") if best.keep == "best" and found.state["best"]["step"] else {})
+        best.restore(found)
     return found.step, found.state
 
 

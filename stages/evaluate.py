@@ -1,7 +1,8 @@
 """evaluate: every policy on prompts that nothing trained on → results.json.
 
 One sample a prompt at temperature 1; the judge is the gold scorer in the embedded world, else the reward model.
-best_of_n is the SFT sample with the highest reward model score out of n. Intervals: bootstrap over prompts.
+best_of_n is the SFT sample with the highest reward model score out of n. Scores are those that PPO is trained on: a
+response without EOS gets ppo.missing_eos_score. Intervals: bootstrap over prompts.
 """
 
 import json
@@ -21,6 +22,7 @@ from stages.models.forward import response_logprobs, response_scores
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
 from stages.objectives.logprobs import sequence_logps
 from stages.objectives.losses import language_model_loss
+from stages.objectives.rewards import final_scores
 from stages.rollouts.transformers import sample
 from stages.settings import Section, TooLong, setting
 from stages.statistics import win_rate
@@ -101,7 +103,8 @@ def run(ctx: StageRun) -> dict:
     with (ctx.publish / "responses.jsonl").open("w", encoding="utf-8") as file:
         for name in names:
             for i, prompt in enumerate(prompts):
-                row = {"policy": name, "prompt": prompt, "response": done[name]["responses"][i], "score": done[name]["scores"][i]}
+                row = {"policy": name, "prompt": prompt, "response": done[name]["responses"][i],
+                       "finished": done[name]["finished"][i], "score": done[name]["scores"][i]}
                 file.write(json.dumps(row | ({"gold": done[name]["gold"][i]} if judge else {}), ensure_ascii=False) + "\n")
     last = results["policies"]["ppo" if "ppo" in names else names[-1]]
     return {"score": last["score"], "win_rate_vs_sft": last["win_rate_vs_sft"]["value"],
@@ -155,6 +158,8 @@ def measure(ctx: StageRun, name: str, n: int, ids, tools) -> dict:
             scores = torch.cat([response_scores(reward_model, make_rows(prompts[s:s + c.batch_size], responses[s:s + c.batch_size],
                                                                         tokenizer.pad_token_id).to(accelerator.device))
                                 for s in range(0, len(prompts), c.batch_size)])
+        finished = torch.tensor([r[-1] == tokenizer.eos_token_id for r in responses], device=scores.device)
+        scores = final_scores(scores, finished, ctx.experiment.ppo.missing_eos_score)
         best = scores.view(-1, n).argmax(-1).tolist()
         chosen = [g * n + b for g, b in enumerate(best)]
         rows = make_rows([prompts[i] for i in chosen], [responses[i] for i in chosen], tokenizer.pad_token_id).to(accelerator.device)
@@ -164,7 +169,7 @@ def measure(ctx: StageRun, name: str, n: int, ids, tools) -> dict:
             out["kl"] += (logps[0] - logps[1]).tolist()
         out["scores"] += scores[chosen].tolist()
         out["lengths"] += rows.response_mask.sum(-1).tolist()
-        out["finished"] += [responses[i][-1] == tokenizer.eos_token_id for i in chosen]
+        out["finished"] += finished[chosen].tolist()
         out["responses"] += [decode_response(tokenizer, responses[i]) for i in chosen]
     return out
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from data.streams import Stream, derive_seed, grouped_by_length
 from pipeline.errors import Interrupted, TrainingStopped
 from pipeline.stage import StageRun
 from stages.engine import Best, Trainee
@@ -39,23 +40,29 @@ def train_language_model(ctx: StageRun, model, tokenizer, train_rows: list[dict]
         per_device_train_batch_size=per_device_train_batch_size, per_device_eval_batch_size=per_device_train_batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps, max_grad_norm=max_grad_norm,
         use_cpu=device == "cpu", bf16=dtype == "bfloat16", activation_checkpointing=gradient_checkpointing,
-        train_sampling_strategy="group_by_length" if group_by_length else "random",
+        train_sampling_strategy="sequential",
         eval_strategy="steps", eval_steps=eval_steps, eval_on_start=True,
         save_strategy="steps" if every else "no", save_steps=every or 1,
         logging_steps=1, logging_nan_inf_filter=False, report_to="none", disable_tqdm=True,
         dataloader_pin_memory=False, seed=ctx.seed % 2**31, max_length=None, packing=False,
         dataset_kwargs={"skip_prepare_dataset": True})
+    # The order of rows is ours, fixed before training: transformers' samplers draw from the global generator, whose
+    # state at an epoch's start is another one after a resume.
+    batch, seed = per_device_train_batch_size * gradient_accumulation_steps, derive_seed(ctx.seed, ctx.stage)
+    if group_by_length:
+        order = grouped_by_length([len(r["input_ids"]) for r in train_rows], batch, steps * batch, seed)
+    else:
+        order = Stream(len(train_rows), seed).take(steps * batch)
     keeper = _Keeper(ctx, tokenizer, steps, Best(keep, patience, higher_is_better=False), samples)
     trainer = SFTTrainer(
         model=model, args=args, processing_class=tokenizer, callbacks=[keeper.callback()],
-        train_dataset=Dataset.from_list(train_rows), eval_dataset=Dataset.from_list(held_out_rows),
+        train_dataset=Dataset.from_list(train_rows).select(order), eval_dataset=Dataset.from_list(held_out_rows),
         peft_config=lora_config(**adapter) if adapter else None)
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
     found = ctx.checkpoints.newest()
     if found:
-        state = found.state["best"]
-        keeper.best.restore(state, found.tensors("best") if keep == "best" and state["step"] else {})
+        keeper.best.restore(found)
         args.eval_on_start = False
     with ctx.tracker.progress(steps, ctx.stage, found.step if found else 0) as progress:
         keeper.progress = progress

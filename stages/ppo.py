@@ -160,7 +160,7 @@ def run(ctx: StageRun) -> dict:
     per_update = round(c.ptx_ratio * c.mini_batch_size) * (c.batch_size // c.mini_batch_size) * c.num_ppo_epochs
     ptx = Stream(len(ptx_rows), derive_seed(ctx.seed, "ptx"), cursor=step * per_update) if ptx_rows else None
     if step == 0:
-        preflight(ctx, roles, train[:c.per_device_train_batch_size])
+        preflight(ctx, roles, train[:2 * c.per_device_train_batch_size])
         state = {"before": look(ctx, roles, held, 0, policy, best)}
     before = state["before"]
     save = lambda at: save_checkpoint(ctx, at, updates, [policy, value], best, {"before": before})  # noqa: E731
@@ -290,20 +290,22 @@ def reference_logprobs(roles: Roles, rows, temperature: float) -> Tensor:
 
 def preflight(ctx: StageRun, roles: Roles, prompts) -> None:
     """At the start KL to the reference is 0, and the update's forward repeats the rollout's numbers (ratio 1); or refuse."""
+    c = ctx.config
     rollout = collect(ctx, roles, prompts, range(len(prompts)), 0, "preflight", 1)
     mask = rollout.rows.response_mask
+    order = torch.arange(len(mask) - 1, -1, -1, device=mask.device)  # the update meets the rows in another order
     with torch.no_grad(), roles.accelerator.autocast():
-        alone = torch.cat([response_logprobs(roles.policy, rollout.rows.select(torch.tensor([i], device=mask.device)),
-                                             ctx.config.temperature) for i in range(len(mask))])
+        again = torch.cat([response_logprobs(roles.policy, rollout.rows.select(order[part]), c.temperature)
+                           for part in micro_batches(list(range(len(order))), c.per_device_train_batch_size)])[order]
     limit = 1e-4 if ctx.experiment.model.dtype == "float32" else 2e-2
     kl = masked_mean((rollout.logprobs - rollout.ref_logprobs).abs(), mask).item()
-    drift = masked_mean((alone - rollout.logprobs).abs(), mask).item()
-    if kl > limit:
+    drift = masked_mean(((again - rollout.logprobs).exp() - 1).abs(), mask).item()
+    if not kl <= limit:
         raise UserError(f"ppo preflight: KL to the reference is {kl:.2g} nats a token before the first update, 0 is right: "
                         f"policy and reference are not the same model; make sft anew (--force) and run again")
-    if drift > limit:
-        raise UserError(f"ppo preflight: the same tokens have another probability in another batch (|Δ log p| {drift:.2g}, "
-                        f"limit {limit}); use model.attn_implementation: eager or model.dtype: float32")
+    if not drift <= limit:
+        raise UserError(f"ppo preflight: the ratio at the first minibatch would be off by {drift:.2g} a token (limit {limit:g}): "
+                        f"the forward is not repeatable; use model.attn_implementation: eager or model.dtype: float32")
 
 
 def update(ctx: StageRun, roles: Roles, policy: Trainee, value: Trainee, rollout: Rollout, advantages: Tensor,

@@ -16,7 +16,7 @@ from data.world import World
 from pipeline.errors import Interrupted
 from pipeline.stage import StageRun
 from stages.common import device_of, read, read_world
-from stages.engine import make_accelerator
+from stages.engine import make_accelerator, micro_batches
 from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.transformers import sample
 from stages.settings import Section, TooLong, setting
@@ -83,9 +83,9 @@ def usable_pairs(r: Ranking) -> int:
 def simulate(ctx: StageRun) -> tuple[list[Ranking], dict]:
     """Sample K responses a prompt from SFT, calibrate the labelers' noise on them, and rank."""
     c = ctx.config
-    prompts, texts = sample_responses(ctx)
+    prompts, texts, finished = sample_responses(ctx)
     world = World.from_json(read_world(ctx))
-    utilities = [world.labeler_utilities(p, t) for p, t in zip(prompts, texts, strict=True)]
+    utilities = [world.labeler_utilities(*row) for row in zip(prompts, texts, finished, strict=True)]
     try:
         noise = labelers.calibrate_noise(utilities, texts, c.agreement)
     except ValueError as problem:  # an SFT model that babbles: tastes differ more than its answers do
@@ -108,8 +108,9 @@ def simulate(ctx: StageRun) -> tuple[list[Ranking], dict]:
                   "accuracy_ceiling": ceiling["realised"], "expected_accuracy_ceiling": ceiling["expected"]}
 
 
-def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]]]:
-    """(prompts, K response texts of each), by SFT; a checkpoint every `checkpoints.every` batches."""
+def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]], list[list[bool]]]:
+    """(prompts, K response texts of each, whether each ended with EOS), by SFT; a checkpoint every
+    `checkpoints.every` batches."""
     c, m = ctx.config, ctx.experiment.model
     accelerator = make_accelerator(device_of(ctx), m.dtype)
     source = ctx.inputs["sft"] / "model"
@@ -126,6 +127,7 @@ def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]]]:
     ctx.tracker.say(f"rankings: {report.line('prompts')}; {c.samples_per_prompt} samples each")
     found = ctx.checkpoints.newest()
     texts: list[list[str]] = found.state["texts"] if found else []
+    finished: list[list[bool]] = found.state["finished"] if found else []
     total = -(-len(prompts) // c.batch_size)
     with ctx.tracker.progress(total, "rankings", found.step if found else 0) as progress:
         for step in range((found.step if found else 0) + 1, total + 1):
@@ -135,11 +137,12 @@ def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]]]:
                 flat = sample(policy, [ids[i] for i in part for _ in range(c.samples_per_prompt)], seeds,
                               response_length=c.response_length, temperature=c.temperature, batch_size=len(seeds),
                               eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
-            words = [decode_response(tokenizer, r) for r in flat]
-            texts += [words[k:k + c.samples_per_prompt] for k in range(0, len(words), c.samples_per_prompt)]
+            for group in micro_batches(flat, c.samples_per_prompt):
+                texts.append([decode_response(tokenizer, r) for r in group])
+                finished.append([r[-1] == tokenizer.eos_token_id for r in group])
             progress.update(step)
             if step < total and (ctx.checkpoints.due(step) or ctx.stop.requested):
-                ctx.checkpoints.save(step, {}, {"texts": texts}, total)
+                ctx.checkpoints.save(step, {}, {"texts": texts, "finished": finished}, total)
                 if ctx.stop.requested:
                     raise Interrupted(step, total)
-    return prompts, texts
+    return prompts, texts, finished

@@ -1,4 +1,4 @@
-"""report: everything the stages wrote → one HTML page that opens without a network, and the table that ends a run.
+"""report: what the stages wrote → one HTML page that opens without a network, and the table that ends a run.
 
 The page's text is made of the measured numbers alone; the same artifacts give the same bytes.
 """
@@ -30,7 +30,8 @@ class Config(Section):
 
 def needs(experiment) -> list[str]:
     made = {"world"} if "world" in experiment.data.model_dump().values() else set()
-    made |= {"base", "sft", "rankings", "rm", "evaluate"} | ({"ppo", "dpo"} & set(experiment.evaluate.policies))
+    made |= {"base", "sft", "rankings", "rm", "evaluate"}
+    made |= {"ppo", "dpo"} & set(experiment.evaluate.policies)
     return [stage for stage in STAGES if stage in made]
 
 
@@ -45,22 +46,24 @@ def run(ctx: StageRun) -> dict:
     journals = {stage: Journal(*(read_rows(folder / f"{kind}.jsonl") for kind in JOURNALS))
                 for stage, folder in ctx.inputs.items()}
     best_of = ctx.experiment.evaluate.best_of
+    names = NAMES | {"best_of_n": f"best of {best_of}"}
     sections = {
-        "gains": plots.win_rates(results) + plots.gold_parts(results)
-        + plots.frontier(results, journals.get("ppo"), best_of),
-        "trust": plots.trust(responses, list(results["policies"])),
+        "gains": plots.win_rates(results, names) + plots.gold_parts(results, names)
+        + plots.frontier(results, journals.get("ppo"), best_of, names),
+        "trust": plots.trust(responses, list(results["policies"]), names),
         "learning": plots.learning(journals, results["reward_model"]),
         "ppo": plots.ppo(journals["ppo"]) if "ppo" in journals else [],
     }
     page = template().render(
-        name=ctx.experiment.name, seed=ctx.seed, results=results, names=labels(best_of), sections=sections,
-        finished=moment(ctx.manifests["evaluate"]["finished_at"]), summary=summary(results, best_of),
-        tiles=tiles(results, best_of), correlations=correlations(responses, results),
+        name=ctx.experiment.name, seed=ctx.seed, results=results, names=names, sections=sections,
+        finished=moment(ctx.manifests["evaluate"]["finished_at"]), summary=summary(results, names),
+        tiles=tiles(results, names), correlations=correlations(responses, results),
         side_by_side=side_by_side(responses, results, ctx.config.prompts),
         looks=ppo_looks(journals["ppo"], ctx.config.ppo_looks) if "ppo" in journals else [],
-        lineage=lineage(ctx.manifests), versions=common_versions(ctx.manifests), drawing=drawing(ctx.manifests))
+        lineage=lineage(ctx.manifests), versions=common_versions(ctx.manifests),
+        drawing=drawing(ctx.manifests))
     (ctx.publish / "index.html").write_text(page, encoding="utf-8")
-    return {"policies": len(results["policies"]), "plots": sum(map(len, sections.values())), "bytes": len(page.encode())}
+    return {"policies": len(results["policies"]), "plots": sum(map(len, sections.values()))}
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -94,7 +97,12 @@ def fixed(value, digits: int = 2) -> str:
 
 
 def percent(value, digits: int = 0) -> str:
-    return "–" if number(value) is None else f"{fixed(100 * value, digits)} %"
+    return "–" if number(value) is None else f"{fixed(100 * value, digits)}\u00a0%"
+
+
+def interval(low: float, high: float, digits: int = 0) -> str:
+    """Of shares, in percent: 60 to 70."""
+    return f"{fixed(100 * low, digits)} to {fixed(100 * high, digits)}"
 
 
 def moment(text: str) -> str:
@@ -105,10 +113,6 @@ def moment(text: str) -> str:
 def turns(prompt) -> list[dict]:
     """A prompt as messages; a plain string is one of the user's."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-
-
-def labels(best_of: int) -> dict[str, str]:
-    return NAMES | {"best_of_n": f"best of {best_of}"}
 
 
 def quality(policy: dict) -> float:
@@ -125,49 +129,49 @@ def the_way(results: dict, name: str) -> float | None:
     return (quality(policies[name]) - start) / (end - start) if end > start else None
 
 
-def summary(results: dict, best_of: int) -> list[str]:
+def summary(results: dict, names: dict[str, str]) -> list[str]:
     """A paragraph in sentences, of the measured numbers."""
     policies, rm = results["policies"], results["reward_model"]
     what = "mean gold quality (0 to 1)" if results["judge"] == "gold" else "the mean reward model score"
-    trained = [n for n in ("ppo", "dpo") if n in policies]
+    each = [f"{fixed(quality(policies[p]))} for {names[p]}" for p in policies]
+    listed = f"{', '.join(each[:-1])} and {each[-1]}" if each[1:] else each[0]
     n = policies["sft"]["win_rate_vs_sft"]["n"]
-    says = [f"On {n} prompts that nothing was trained on, {what} is " + ", ".join(
-        f"{fixed(quality(policies[p]), 3)} for {labels(best_of)[p]}" for p in policies) + "."]
-    for name in trained:
-        p = policies[name]
+    says = [f"On {n} prompts that nothing was trained on, {what} is {listed}."]
+    for name in (n for n in ("ppo", "dpo") if n in policies):
+        p, way = policies[name], the_way(results, name)
         low, high = p["win_rate_vs_sft"]["ci95"]
-        verdict = "better than SFT" if low > 0.5 else "worse than SFT" if high < 0.5 else "not clearly different from SFT"
-        way = the_way(results, name)
-        says.append(f"{NAMES[name]} is {verdict}: it wins {percent(p['win_rate_vs_sft']['value'])} of the prompts (95 % interval "
-                    f"{percent(low)} to {percent(high)}) at {fixed(p['kl_to_sft'], 1)} nats of KL a response"
-                    + (f", and has come {percent(way)} of the way from SFT to best of {best_of}" if way is not None else "") + ".")
+        verdict = "better than" if low > 0.5 else "worse than" if high < 0.5 else "not clearly different from"
+        came = f", {percent(way)} of the way from SFT to {names['best_of_n']}" if way is not None else ""
+        says.append(f"{NAMES[name]} is {verdict} SFT: it wins {percent(p['win_rate_vs_sft']['value'])} of "
+                    f"the prompts (95\u00a0% interval {interval(low, high)}) at {fixed(p['kl_to_sft'], 1)} "
+                    f"nats of KL a response{came}.")
     if number(rm["accuracy"]) is not None:
         beside = [f"{text} {percent(rm[key], 1)}" for key, text in (
-            ("labeler_agreement", "two labelers agree on"), ("accuracy_ceiling", "the best scorer could reach"))
-            if number(rm[key]) is not None]
-        says.append(f"The reward model sides with the labeler on {percent(rm['accuracy'], 1)} of {rm['n_pairs']} held-out pairs"
-                    + (f"; {' and '.join(beside)}" if beside else "") + ".")
+            ("labeler_agreement", "two labelers agree on"),
+            ("accuracy_ceiling", "the best scorer would reach")) if number(rm[key]) is not None]
+        says.append(f"The reward model sides with the labeler on {percent(rm['accuracy'], 1)} of "
+                    f"{rm['n_pairs']} held-out pairs" + (f"; {' and '.join(beside)}" if beside else "") + ".")
     return says
 
 
-def tiles(results: dict, best_of: int) -> list[tuple[str, str, str]]:
+def tiles(results: dict, names: dict[str, str]) -> list[tuple[str, str, str]]:
     """(label, value, note) of the figures to see first."""
     policies, rm = results["policies"], results["reward_model"]
     sft, out = policies["sft"], []
-    digits = 3 if results["judge"] == "gold" else 2
     for name in (n for n in ("ppo", "dpo") if n in policies):
         p, way = policies[name], the_way(results, name)
-        note = f"{percent(way)} of the way to best of {best_of}" if way is not None else "on held-out prompts"
+        to = names["best_of_n"]
+        note = f"{percent(way)} of the way to {to}" if way is not None else "on held-out prompts"
         unit = "gold" if results["judge"] == "gold" else "score"
-        out.append((f"{unit}, SFT → {NAMES[name]}", f"{fixed(quality(sft), digits)} → {fixed(quality(p), digits)}", note))
+        out.append((f"{unit}, SFT → {NAMES[name]}", f"{fixed(quality(sft))} → {fixed(quality(p))}", note))
         low, high = p["win_rate_vs_sft"]["ci95"]
         out.append((f"{NAMES[name]} against SFT", f"{percent(p['win_rate_vs_sft']['value'])} won",
-                    f"95 % interval {percent(low)} to {percent(high)}"))
+                    f"95\u00a0% interval {interval(low, high)}"))
     if number(rm["accuracy"]) is not None:
         ceiling = number(rm["accuracy_ceiling"])
         out.append(("reward model accuracy", percent(rm["accuracy"], 1),
                     f"of {percent(ceiling, 1)} reachable" if ceiling is not None else
-                    f"95 % interval {percent(rm['accuracy_ci95'][0])} to {percent(rm['accuracy_ci95'][1])}"))
+                    f"95\u00a0% interval {interval(*rm['accuracy_ci95'])}"))
     if "ppo" in policies and number(sft["pretrain_perplexity"]) is not None:
         out.append(("pretraining perplexity", f"{fixed(sft['pretrain_perplexity'])} → "
                     f"{fixed(policies['ppo']['pretrain_perplexity'])}", "SFT → PPO; lower is better"))
@@ -175,14 +179,17 @@ def tiles(results: dict, best_of: int) -> list[tuple[str, str, str]]:
 
 
 def correlations(responses: list[dict], results: dict) -> list[tuple[str, float | None, float | None]]:
-    """(policy, Spearman's ρ of score and gold over its samples, share of pairs with SFT's sample that both order alike)."""
+    """(policy, Spearman's ρ of score and gold over its samples, share of prompts on which both prefer alike
+    between its sample and SFT's)."""
     if results["judge"] != "gold":
         return []
-    rows = {n: [(number(r["score"]), r["gold"]["overall"]) for r in responses if r["policy"] == n] for n in results["policies"]}
+    rows = {name: [(r["score"], r["gold"]["overall"]) for r in responses if r["policy"] == name]
+            for name in results["policies"]}
     out = []
     for name, mine in rows.items():
-        pairs = [(a[0] - b[0]) * (a[1] - b[1]) for a, b in zip(mine, rows["sft"], strict=True) if a[0] != b[0] and a[1] != b[1]]
-        same = sum(p > 0 for p in pairs) / len(pairs) if pairs else None
+        agree = [(a[0] - b[0]) * (a[1] - b[1]) for a, b in zip(mine, rows["sft"], strict=True)]
+        decided = [product > 0 for product in agree if product != 0]
+        same = sum(decided) / len(decided) if decided else None
         out.append((name, plots.rank_correlation(mine), same))
     return out
 
@@ -191,8 +198,8 @@ def correlations(responses: list[dict], results: dict) -> list[tuple[str, float 
 
 
 def side_by_side(responses: list[dict], results: dict, count: int) -> list[tuple[str, list[dict]]]:
-    """Groups (title, prompts with every policy's answer): largest gains and losses, some in between, and where the
-    reward model flatters most. Chosen by rule, so that nobody picks the nice ones."""
+    """Groups (title, prompts with every policy's answer): largest gains and losses, some in between, and
+    where the reward model flatters most. Chosen by rule, so that nobody picks the nice ones."""
     names = list(results["policies"])
     main = next((n for n in ("ppo", "dpo") if n in names), names[-1])
     answers = {n: [r for r in responses if r["policy"] == n] for n in names}
@@ -201,19 +208,27 @@ def side_by_side(responses: list[dict], results: dict, count: int) -> list[tuple
     total = len(answers["sft"])
     order = sorted(range(total), key=lambda i: (judged["sft"][i] - judged[main][i], i))
     part = max(1, min(count, total) // (4 if gold else 3))
-    groups = [(f"{NAMES[main]} gains most over SFT", order[:part]), (f"{NAMES[main]} loses most against SFT", order[::-1][:part])]
+    groups = [(f"{NAMES[main]} gains most over SFT", order[:part]),
+              (f"{NAMES[main]} loses most against SFT", order[::-1][:part])]
     taken = {i for _, chosen in groups for i in chosen}
     if gold:
-        rank = {key: {i: k for k, i in enumerate(sorted(range(total), key=lambda i: (value(i), i)))}
-                for key, value in (("score", lambda i: answers[main][i]["score"]), ("gold", lambda i: judged[main][i]))}
-        flattered = [i for i in sorted(range(total), key=lambda i: rank["gold"][i] - rank["score"][i]) if i not in taken][:part]
+        by_score = places([r["score"] for r in answers[main]])
+        by_gold = places(judged[main])
+        doubtful = sorted(range(total), key=lambda i: by_gold[i] - by_score[i])
+        flattered = [i for i in doubtful if i not in taken][:part]
         groups.append((f"the reward model overrates {NAMES[main]} most", flattered))
         taken |= set(flattered)
     rest = [i for i in order if i not in taken]
     some = [rest[(2 * k + 1) * len(rest) // (2 * part)] for k in range(part)] if rest else []
     groups.insert(1, ("in between, at even distances", some))
-    return [(title, [{"prompt": answers["sft"][i]["prompt"], "answers": [(n, answers[n][i]) for n in names]} for i in chosen])
-            for title, chosen in groups if chosen]
+    prompts = [{"prompt": answers["sft"][i]["prompt"], "answers": [(n, answers[n][i]) for n in names]}
+               for i in range(total)]
+    return [(title, [prompts[i] for i in chosen]) for title, chosen in groups if chosen]
+
+
+def places(values: list[float]) -> dict[int, int]:
+    """Index → its place when the values are sorted."""
+    return {i: place for place, i in enumerate(sorted(range(len(values)), key=lambda i: (values[i], i)))}
 
 
 def ppo_looks(journal: Journal, count: int) -> list[tuple[int, list[dict]]]:
@@ -238,12 +253,13 @@ def lineage(manifests: dict[str, dict]) -> list[dict]:
         start, end = (datetime.fromisoformat(m[k]) for k in ("started_at", "finished_at"))
         git = m.get("git")
         rows.append({
-            "stage": stage, "digest": m["digest"][:12], "finished": moment(m["finished_at"]), "seconds": (end - start).total_seconds(),
-            "inputs": [(name, digest[:12]) for name, digest in sorted(m["inputs"].items())], "seed": m["seed"],
+            "stage": stage, "digest": m["digest"][:12], "seed": m["seed"],
+            "finished": moment(m["finished_at"]), "seconds": (end - start).total_seconds(),
+            "inputs": [(name, digest[:12]) for name, digest in sorted(m["inputs"].items())],
             "resumes": m["resumes"], "bytes": sum(f["bytes"] for f in m["outputs"].values()),
             "code": git["commit"][:7] + (" + changes" if git["dirty"] else "") if git else "–",
-            "overridden": sorted(m["config"].get("overridden", {})),
-            "versions": [f"{k} {v}" for k, v in m["versions"].items() if common.get(k) != v]})
+            "differs": [f"{k} {v}" for k, v in m["versions"].items() if common.get(k) != v]
+            + [f"{key} overridden" for key in sorted(m["config"].get("overridden", {}))]})
     return rows
 
 
@@ -279,33 +295,30 @@ def show(folder: Path, console) -> None:
         raise UserError(f"{file}: is missing; `rlhf run evaluate` makes it")
     results = json.loads(file.read_text(encoding="utf-8"))
     policies, gold = results["policies"], results["judge"] == "gold"
-    table = Table(title=f"{folder.parent.name}: policies on held-out prompts", title_justify="left", title_style="bold",
-                  header_style="bold", box=None, padding=(0, 2, 0, 0))
+    table = Table(title=f"{folder.parent.name}: policies on held-out prompts", title_justify="left",
+                  title_style="bold", header_style="bold", box=None, padding=(0, 2, 0, 0))
     table.add_column("policy", no_wrap=True)
-    for column in (["gold"] if gold else []) + ["score", "win rate against SFT", "KL to SFT", "perplexity", "length"]:
+    figures = ["score", "win rate against SFT", "KL to SFT", "perplexity", "length"]
+    for column in ["gold", *figures] if gold else figures:
         table.add_column(column, justify="right", no_wrap=True)
     best = max(policies, key=lambda n: quality(policies[n]))
     for name, p in policies.items():
         rate = p["win_rate_vs_sft"]
-        low, high = rate["ci95"]
-        won = "–" if name == "sft" else f"{percent(rate['value'])}  ({fixed(100 * low, 0)} to {fixed(100 * high, 0)})"
-        table.add_row(*([labels_in(name)] + ([fixed(p["gold"]["overall"], 3)] if gold else []) + [
-            fixed(p["score"]), won, fixed(p["kl_to_sft"], 1), fixed(p["pretrain_perplexity"]), fixed(p["length"], 1)]),
-            style="green" if name == best else "")
+        won = "–" if name == "sft" else f"{percent(rate['value'])}  ({interval(*rate['ci95'])})"
+        cells = [NAMES[name], *([fixed(p["gold"]["overall"], 3)] if gold else []), fixed(p["score"]), won,
+                 fixed(p["kl_to_sft"], 1), fixed(p["pretrain_perplexity"]), fixed(p["length"], 1)]
+        table.add_row(*cells, style="green" if name == best else "")
     console.print()
     console.print(table)
     rm = results["reward_model"]
     if number(rm["accuracy"]) is not None:
-        interval = " to ".join(fixed(100 * v, 1) for v in rm["accuracy_ci95"])
-        parts = [f"reward model: right on {percent(rm['accuracy'], 1)} of held-out pairs ({interval})"]
-        parts += [f"{text} {percent(rm[key], 1)}" for key, text in (("accuracy_ceiling", "best reachable"),
-                  ("labeler_agreement", "labelers agree")) if number(rm[key]) is not None]
-        console.print(Text("\n" + " · ".join(parts)), soft_wrap=True)
+        beside = [f"{text} {fixed(100 * rm[key], 1)}" for key, text in (
+            ("accuracy_ceiling", "best reachable"), ("labeler_agreement", "labelers"))
+            if number(rm[key]) is not None]
+        more = f"; {', '.join(beside)}" if beside else ""
+        console.print(Text(f"\nreward model: right on {percent(rm['accuracy'], 1)} of held-out pairs "
+                           f"({interval(*rm['accuracy_ci95'], 1)}){more}"))
     judge = "gold is the world's own scorer, 0 to 1" if gold else "judged by the reward model"
-    console.print(Text(f"win rates with 95 % intervals, ties half; KL in nats and length in tokens a response; {judge}",
-                       style="dim"), soft_wrap=True)
+    units = "win rates with 95 % intervals, ties half; KL in nats and length in tokens a response"
+    console.print(Text(f"{units}; {judge}", style="dim"))
     console.print(Text(f"report: {folder / 'index.html'}", style="bold"), soft_wrap=True)
-
-
-def labels_in(name: str) -> str:
-    return NAMES.get(name, name)

@@ -15,7 +15,7 @@ PARTS = ("helpful", "honest", "harmless", "overall")
 
 @dataclass(frozen=True)
 class Journal:
-    """What a stage wrote while it ran: rows of metrics.jsonl, evaluations.jsonl, samples.jsonl ([] where there are none)."""
+    """Rows of a stage's metrics.jsonl, evaluations.jsonl and samples.jsonl; [] where there are none."""
 
     metrics: list[dict]
     evaluations: list[dict]
@@ -42,10 +42,11 @@ def learning(journals: dict[str, Journal], rm: dict) -> list[Figure]:
         "base": ("Pretraining loss", "nats a token",
                  "Cross-entropy of the next token of a document; e to its power is the perplexity."),
         "sft": ("Fine-tuning loss", "nats a token",
-                "Cross-entropy of demonstrated answers; held-out dots that turn upwards would mean overfitting."),
+                "Cross-entropy of demonstrated answers; held-out dots that turn upwards mean overfitting."),
         "rm": ("Reward model loss", "nats a pair",
                "How surprised the reward model is by the labelers' choices; 0.69 = ln 2 is guessing."),
-        "dpo": ("DPO loss", "nats a pair", "Starts at 0.69 = ln 2, where policy and reference agree, and should fall."),
+        "dpo": ("DPO loss", "nats a pair",
+                "Starts at 0.69 = ln 2, where policy and reference agree, and should fall."),
     }
     figures = []
     for stage, (title, unit, caption) in texts.items():
@@ -55,8 +56,8 @@ def learning(journals: dict[str, Journal], rm: dict) -> list[Figure]:
             levels = [(number(rm.get(k)), text) for k, text in (("accuracy_ceiling", "best reachable"),
                                                                 ("labeler_agreement", "two labelers"))]
             figures += curve(journals["rm"], "Reward model accuracy", "share of pairs",
-                             "Share of pairs on which reward model and labeler prefer the same response; dashed: how often "
-                             "two labelers agree, and the best any scorer could do on these labels.",
+                             "Share of pairs on which reward model and labeler prefer the same response; "
+                             "dashed: how often two labelers agree, and the best reachable on these labels.",
                              "rm", "accuracy", levels=[(v, text) for v, text in levels if v is not None])
     if "dpo" in journals and any("rewards/chosen" in row for row in journals["dpo"].metrics):
         chosen, rejected = (series(journals["dpo"].metrics, f"rewards/{k}") for k in ("chosen", "rejected"))
@@ -64,15 +65,17 @@ def learning(journals: dict[str, Journal], rm: dict) -> list[Figure]:
         for points, tone in ((chosen, "dpo"), (rejected, "soft")):
             axes.line(thin(points), tone, "faint")
             axes.line(thin(smooth(points)), tone)
-        figures.append(Figure("DPO's implicit rewards", axes.svg("DPO's implicit rewards"), "How much likelier than under "
-                              "SFT each kind of response became; what counts is the gap, and both may fall.",
-                              (("preferred", "dpo", "line"), ("other", "soft", "line"))))
+        figures.append(Figure(
+            "DPO's implicit rewards", axes.svg("DPO's implicit rewards"),
+            "How much likelier than under SFT each kind of response became; the gap counts, both may fall.",
+            (("preferred", "dpo", "line"), ("other", "soft", "line")),
+            ("rewards/chosen", "rewards/rejected")))
     return figures
 
 
 def curve(journal: Journal, title: str, unit: str, caption: str, tone: str, key: str, *, log_y: bool = False,
           levels: Sequence[tuple[float, str]] = ()) -> list[Figure]:
-    """One metric over the steps: raw, smoothed, held-out dots and levels. [] where the journal does not know it."""
+    """One metric over the steps: raw, smoothed, held-out dots, levels; [] if the journal has none."""
     raw, held = series(journal.metrics, key), series(journal.evaluations, key)
     if not raw and not held:
         return []
@@ -84,8 +87,8 @@ def curve(journal: Journal, title: str, unit: str, caption: str, tone: str, key:
     highest = max((v for v, _ in levels), default=None)
     for value, text in levels:
         axes.level(value, f"{text} {value:.3f}", below=value != highest)
-    keys = ((TRAIN, tone, "faint"), ("smoothed", tone, "line"))
-    return [Figure(title, axes.svg(title), caption, keys + (((HELD_OUT, tone, "dot"),) if held else ()))]
+    keys = ((TRAIN, tone, "faint"), ("smoothed", tone, "line")) + (((HELD_OUT, tone, "dot"),) if held else ())
+    return [Figure(title, axes.svg(title), caption, keys, (key,))]
 
 
 # -- PPO -------------------------------------------------------------------------------------------------
@@ -93,11 +96,12 @@ def curve(journal: Journal, title: str, unit: str, caption: str, tone: str, key:
 
 PPO = (  # title, unit, log scale, (metric, key of evaluations.jsonl | None, tone, its name), caption
     ("Score of the reward model", "score", False, (("objective/scores", "score", "ppo", "score"),),
-     "What PPO climbs: mean score of its samples, where demonstrations score 0; dots are prompts it does not train on."),
+     "What PPO climbs: mean score of its samples, where demonstrations score 0."),
     ("KL to SFT", "nats a response", False,
      (("objective/kl", "kl", "ppo", "k1"), ("objective/kl_k3", None, "soft", "k3")),
-     "How far the policy has gone from SFT, by two estimators that should agree: the price paid for the score."),
-    ("Penalised reward", "score − kl_coef · KL", False, (("objective/rlhf_reward", "rlhf_reward", "ppo", "reward"),),
+     "How far the policy has gone from SFT, by two estimators that should agree: the price of the score."),
+    ("Penalised reward", "score − kl_coef · KL", False,
+     (("objective/rlhf_reward", "rlhf_reward", "ppo", "reward"),),
      "The score less the penalty for KL: what is truly maximised, so it should rise to a plateau."),
     ("Entropy", "nats a token", False, (("objective/entropy", "entropy", "ppo", "entropy"),),
      "How undecided the policy is at each token; a fall to 0 means that it says one thing only."),
@@ -105,20 +109,23 @@ PPO = (  # title, unit, log scale, (metric, key of evaluations.jsonl | None, ton
      "Mean tokens a response; a score that rises only with the length is a warning."),
     ("Responses that end", "share", False, (("objective/eos_rate", "eos_rate", "ppo", "share"),),
      "Share of responses that end by themselves and are not cut off at the length limit."),
-    ("Size of the updates", "share of tokens, nats a token", True,
-     (("policy/clipfrac_avg", None, "ppo", "clipped tokens"), ("policy/approxkl_avg", None, "soft", "KL of the update")),
-     "Share of tokens whose ratio was clipped, and how far one update moves the policy; above 0.3 steps are too large."),
-    ("Value model", "explained variance", False, (("val/explained_variance", None, "ppo", "explained variance"),),
-     "Share of the returns' variance that the value model foretold: 1 is perfect, 0 no better than a constant."),
+    ("Clipped tokens", "share of tokens", False, (("policy/clipfrac_avg", None, "ppo", "clipped"),),
+     "Share of tokens whose probability moved beyond the clip range in an update; above about 0.3 steps "
+     "are too large."),
+    ("Size of an update", "nats a token", False, (("policy/approxkl_avg", None, "ppo", "KL of the update"),),
+     "How far one update moves the policy from the one that sampled, as an approximate KL: small and "
+     "steady is sound."),
+    ("Value model", "explained variance", False,
+     (("val/explained_variance", None, "rm", "explained variance"),),
+     "Share of the returns' variance that the value model foretold: 1 is perfect, 0 as good as a constant."),
     ("Gradient norms", "norm", True,
-     (("grad_norm/ppo", None, "ppo", "PPO"), ("grad_norm/ptx", None, "base", "ptx"), ("grad_norm/value", None, "rm", "value")),
+     (("grad_norm/ppo", None, "ppo", "PPO"), ("grad_norm/ptx", None, "base", "ptx"),
+      ("grad_norm/value", None, "rm", "value")),
      "Size of the PPO gradient beside ptx_coef times the pretraining gradient: who steers the step."),
-    ("Pretraining loss", "nats a token", False, (("loss/ptx", None, "base", "ptx loss"),),
+    ("Loss on pretraining text", "nats a token", False, (("loss/ptx", None, "base", "ptx loss"),),
      "Cross-entropy on pretraining text; if it rises, the policy forgets what base knew."),
     ("Value loss", "squared reward", True, (("loss/value_avg", None, "rm", "value loss"),),
      "Squared error of the value model, clipped; it should fall and then stay low."),
-    ("Ratio", "new ÷ old probability", False, (("val/ratio", None, "ppo", "ratio"),),
-     "Mean ratio of new to old probability of the sampled tokens; it stays near 1 when updates are sound."),
 )
 
 
@@ -142,7 +149,8 @@ def ppo(journal: Journal) -> list[Figure]:
             axes.dots(held, tone)
         keys = [(name, tone, "line") for _, _, tone, name in drawn] if len(drawn) > 1 else []
         keys += [(HELD_OUT, d[2], "dot") for d in drawn if d[1]]
-        figures.append(Figure(title, axes.svg(f"{title} over PPO's episodes"), caption, tuple(keys)))
+        metrics = tuple(metric for metric, *_ in lines)
+        figures.append(Figure(title, axes.svg(f"{title} over PPO's episodes"), caption, tuple(keys), metrics))
     return figures
 
 
@@ -154,7 +162,7 @@ def episodes_a_step(journal: Journal) -> float:
 # -- what was gained, and at what price ------------------------------------------------------------------
 
 
-def frontier(results: dict, journal: Journal | None, best_of: int) -> list[Figure]:
+def frontier(results: dict, journal: Journal | None, best_of: int, names: dict[str, str]) -> list[Figure]:
     """Score (and gold) of every policy against its KL to SFT."""
     policies = results["policies"]
     kl = {name: number(p["kl_to_sft"]) for name, p in policies.items()}
@@ -164,22 +172,25 @@ def frontier(results: dict, journal: Journal | None, best_of: int) -> list[Figur
     figures = []
     for what, title, unit in (("score", "Reward against KL", "score of the reward model"),
                               ("gold", "Gold against KL", "gold, overall (0 to 1)")):
-        value = {n: number(p["score"] if what == "score" else (p["gold"] or {}).get("overall")) for n, p in policies.items()}
-        points = [(kl[n], value[n], NAMES.get(n, n), n) for n in policies if kl[n] is not None and value[n] is not None]
+        value = {n: p["score"] if what == "score" else (p["gold"] or {}).get("overall")
+                 for n, p in policies.items()}
+        points = [(kl[n], value[n], names[n], n) for n in policies if None not in (kl[n], value[n])]
         path = series_pairs(journal.evaluations, "kl", "score") if journal and what == "score" else []
         if len(points) < 2:
             continue
-        axes = Axes(*columns([p[:2] for p in points], path), "KL to SFT, nats a response", unit, width=520, height=320)
+        axes = Axes(*columns([p[:2] for p in points], path), "KL to SFT, nats a response (square-root axis)",
+                    unit, width=520, height=320, root_x=True)
         axes.line(path, "ppo", "faint")
         axes.dots(path, "ppo", 2.4)
         for x, y, name, tone in points:
             axes.dots([(x, y)], tone, 7, f"{name}: {y:.3f} at {x:.2f} nats")
         axes.names(points)
-        caption = {"score": "Up is a higher score, right is further from SFT; the better of two policies at the same KL is "
-                            "the upper one.", "gold": "The same with the truth in place of the reward model: score that "
-                            "gold does not follow is bought from the reward model's mistakes."}[what]
+        caption = {"score": "Up is a higher score, right is further from SFT; at the same KL the upper "
+                            "policy is the better one.",
+                   "gold": "The same with the truth in place of the reward model: a score that gold does not "
+                           "follow was won from the reward model's mistakes."}[what]
         keys = (("PPO while it trains, held out", "ppo", "faint"),) if path else ()
-        figures.append(Figure(title, axes.svg(title), caption + note, keys, wide=True))
+        figures.append(Figure(title, axes.svg(title), caption + note, keys))
     return figures
 
 
@@ -187,67 +198,72 @@ def series_pairs(rows: Sequence[dict], x: str, y: str) -> list[Point]:
     return [(number(row.get(x)), number(row.get(y))) for row in rows]
 
 
-def win_rates(results: dict) -> list[Figure]:
+def win_rates(results: dict, names: dict[str, str]) -> list[Figure]:
     rows = []
     for name, p in results["policies"].items():
         rate = p["win_rate_vs_sft"]
         if name != "sft" and rate:
-            rows.append((NAMES.get(name, name), [(rate["value"], *rate["ci95"], name, f"{rate['value']:.3f}")]))
+            rows.append((names[name], [(rate["value"], *rate["ci95"], name, f"{rate['value']:.3f}")]))
     if not rows:
         return []
     judge = "the gold scorer" if results["judge"] == "gold" else "the reward model"
     svg = dot_plot(rows, "win rate against SFT, share of prompts", "win rates", reference=0.5)
-    return [Figure("Win rates", svg, f"Share of held-out prompts on which {judge} prefers the policy's response to SFT's, ties "
-                   "half, with 95 % intervals; an interval that crosses the dashed line could be chance.", wide=True)]
+    return [Figure("Win rates", svg, f"Share of held-out prompts on which {judge} prefers the policy's "
+                   "response to SFT's, ties half, with 95 % intervals; one that crosses the dashed line "
+                   "could be chance.")]
 
 
-def gold_parts(results: dict) -> list[Figure]:
+def gold_parts(results: dict, names: dict[str, str]) -> list[Figure]:
     policies = {n: p["gold"] for n, p in results["policies"].items() if p["gold"]}
     if not policies:
         return []
-    rows = [(part, [(gold[part], None, None, n, f"{NAMES.get(n, n)} {gold[part]:.3f}") for n, gold in policies.items()])
-            for part in PARTS]
+    mark = lambda n, part: (policies[n][part], None, None, n, f"{names[n]} {policies[n][part]:.3f}")  # noqa: E731
+    rows = [(part, [mark(n, part) for n in policies]) for part in PARTS]
     svg = dot_plot(rows, "mean gold, 0 to 1", "gold by part", labelled=False)
-    return [Figure("Where quality comes from", svg, "Each line is one part of gold and each dot a policy; further right is "
-                   "better.", tuple((NAMES.get(n, n), n, "dot") for n in policies), wide=True)]
+    return [Figure("Where quality comes from", svg,
+                   "Each line is one part of gold and each dot a policy; further right is better.",
+                   tuple((names[n], n, "dot") for n in policies))]
 
 
 # -- does the reward model still tell the truth? ---------------------------------------------------------
 
 
-def trust(samples: list[dict], names: Sequence[str]) -> list[Figure]:
+def trust(samples: list[dict], policies: Sequence[str], names: dict[str, str]) -> list[Figure]:
     """Gold against score over all samples of `evaluate` (rows {policy, score, gold})."""
     rows = [r for r in samples if r.get("gold") and number(r["score"]) is not None]
     if not rows:
         return []
-    names = [n for n in names if any(r["policy"] == n for r in rows)]
-    points = {n: [(r["score"], r["gold"]["overall"]) for r in rows if r["policy"] == n] for n in names}
-    everything = [p for n in names for p in points[n]]
-    plain = Axes([x for x, _ in everything], [0.0, 1.0], "score of the reward model", "gold, overall", width=520, height=320)
-    for n in names:
+    policies = [n for n in policies if any(r["policy"] == n for r in rows)]
+    points = {n: [(r["score"], r["gold"]["overall"]) for r in rows if r["policy"] == n] for n in policies}
+    everything = [p for n in policies for p in points[n]]
+    labels, size = ("score of the reward model", "gold, overall (0 to 1)"), {"width": 520, "height": 320}
+    plain = Axes([x for x, _ in everything], [0.0, 1.0], *labels, **size)
+    for n in policies:
         plain.cloud(points[n], n)
     for x, mean, low, high in binned(everything, 10):
         plain.bar(x, max(low, 0.0), min(high, 1.0), "ink")
         plain.dots([(x, mean)], "ink", 4, f"mean gold {mean:.3f} at score {x:.2f}")
     plain.line([(x, mean) for x, mean, _, _ in binned(everything, 10)], "ink")
-    means = {n: tuple(np.mean(points[n], axis=0)) for n in names}
+    means = {n: tuple(np.mean(points[n], axis=0)) for n in policies}
     first = Figure("Gold against score, all samples", plain.svg("gold against reward model score"),
-                   "Each small dot is a response; the line is mean gold in ten equal groups by score, with 95 % intervals. "
-                   "It should rise all the way: where it bends down, a higher score means a worse response.",
-                   tuple((NAMES.get(n, n), n, "dot") for n in names), wide=True)
-    curves = {n: binned(points[n], 5) for n in names}
+                   "Each small dot is a response; the line is mean gold in ten equal groups by score, with "
+                   "95 % intervals. It should rise all the way: where it bends down, a higher score means a "
+                   "worse response.",
+                   tuple((names[n], n, "dot") for n in policies))
+    curves = {n: binned(points[n], 5) for n in policies}
     xs = [b[0] for c in curves.values() for b in c] + [m[0] for m in means.values()]
     ys = [b[1] for c in curves.values() for b in c] + [m[1] for m in means.values()]
-    each = Axes(xs, ys, "score of the reward model", "gold, overall", width=520, height=320)
-    for n in names:
+    each = Axes(xs, ys, *labels, **size)
+    for n in policies:
         each.line([b[:2] for b in curves[n]], n, "faint" if n == "base" else "line")
         each.dots([b[:2] for b in curves[n]], n, 2.6)
-    for n in names:
-        each.dots([means[n]], n, 7, f"{NAMES.get(n, n)}: mean gold {means[n][1]:.3f}, mean score {means[n][0]:.2f}")
-    each.names([(*means[n], NAMES.get(n, n), n) for n in names])
+    for n in policies:
+        each.dots([means[n]], n, 7, f"{names[n]}: mean gold {means[n][1]:.3f}, mean score {means[n][0]:.2f}")
+    each.names([(*means[n], names[n], n) for n in policies])
     second = Figure("The same, policy by policy", each.svg("gold against score for each policy"),
-                    "Five equal groups of each policy's samples, and its mean as the large dot. Where a trained policy's line "
-                    "runs below SFT's, the reward model overrates it at the same score: over-optimisation.", wide=True)
+                    "Five equal groups of each policy's samples, and its mean as the large dot. Where a "
+                    "trained policy's line runs below SFT's, the reward model overrates it at the same "
+                    "score: over-optimisation.")
     return [first, second]
 
 
@@ -258,7 +274,8 @@ def binned(points: Sequence[tuple[float, float]], bins: int) -> list[tuple[float
     for part in np.array_split(ordered, min(bins, len(ordered))):
         y = part[:, 1]
         error = 1.96 * y.std(ddof=1) / len(y) ** 0.5 if len(y) > 1 else 0.0
-        out.append((float(part[:, 0].mean()), float(y.mean()), float(y.mean() - error), float(y.mean() + error)))
+        mean = float(y.mean())
+        out.append((float(part[:, 0].mean()), mean, mean - float(error), mean + float(error)))
     return out
 
 

@@ -1,9 +1,10 @@
-"""A clean environment for tests of the pipeline: one thread, a folder of their own, no leaks through os.environ."""
+"""A clean place for tests of the pipeline: one thread, a folder of their own, os.environ as it was."""
 
 import os
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pipeline.artifacts import ArtifactStore
 from pipeline.config import experiment_type, load_experiment
@@ -12,12 +13,15 @@ from tests.pipeline import fakes
 
 @pytest.fixture(autouse=True)
 def clean(tmp_path, monkeypatch):
-    before = dict(os.environ)
+    before, threads = dict(os.environ), torch.get_num_threads()
     monkeypatch.chdir(tmp_path)
     os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # what it does to a disk no test here can see
     yield
     os.environ.clear()
     os.environ.update(before)
+    torch.set_num_threads(threads)
 
 
 class Lines:
@@ -38,7 +42,8 @@ class Lines:
 
 @pytest.fixture
 def world(tmp_path):
-    """An experiment of the fake stages: `world.load("fit.steps=3")`, `world.run("fit", …)`, `world.states()`."""
+    """An experiment of the fake stages: `world.load("fit.steps=3")`, `world.run("fit", …)`,
+    `world.states()`."""
     from pipeline import plan
     from pipeline.running import Flags
 

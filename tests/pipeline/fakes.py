@@ -1,4 +1,5 @@
-"""Three small stages for tests of the pipeline: `text` writes words, `fit` trains a linear model on them, `page` reads both.
+"""Three small stages for tests of the pipeline: `text` writes words, `fit` trains a linear model on them,
+`page` reads both.
 
 Run as a script, this is `rlhf` with these stages.
 """
@@ -89,11 +90,13 @@ def run_fit(ctx):
                 if ctx.stop.requested:
                     raise Interrupted(step, config.steps)
     save_file(model.state_dict(), ctx.publish / "model.safetensors")
-    return {"loss": float(loss), "steps": step}
+    return {"loss": float(loss.detach()), "steps": step}
 
 
 def run_page(ctx):
-    (ctx.publish / "index.html").write_text(json.dumps({name: m["metrics"] for name, m in ctx.manifests.items()}))
+    (ctx.publish / "index.html").write_text(
+        json.dumps({name: m["metrics"] for name, m in ctx.manifests.items()})
+    )
     return {}
 
 
@@ -106,12 +109,25 @@ def stages(reads=None):
     fit_needs = lambda experiment: ["text"]  # noqa: E731
     common = {"METRICS": {"loss": "mean squared error"}, "reads": nothing}
     text = SimpleNamespace(
-        NAME="text", Config=TextConfig, HEADLINE=("words",), needs=nothing, run=run_text, **common, __doc__="words"
+        NAME="text",
+        Config=TextConfig,
+        HEADLINE=("words",),
+        needs=nothing,
+        run=run_text,
+        **common,
+        __doc__="words",
     )
-    fit = SimpleNamespace(NAME="fit", Config=FitConfig, HEADLINE=("loss",), needs=fit_needs, run=run_fit, **common)
+    fit = SimpleNamespace(
+        NAME="fit", Config=FitConfig, HEADLINE=("loss",), needs=fit_needs, run=run_fit, **common
+    )
     fit.reads = lambda experiment: list(reads or [])
     page = SimpleNamespace(
-        NAME="page", Config=PageConfig, HEADLINE=(), needs=lambda experiment: ["text", "fit"], run=run_page, **common
+        NAME="page",
+        Config=PageConfig,
+        HEADLINE=(),
+        needs=lambda experiment: ["text", "fit"],
+        run=run_page,
+        **common,
     )
     return {"text": text, "fit": fit, "page": page}
 

@@ -1,4 +1,4 @@
-"""The page: complete, self-contained, the same bytes for the same artifacts, and whole when parts are missing."""
+"""The page: complete, self-contained, the same bytes for the same artifacts, whole when parts are missing."""
 
 import json
 import math
@@ -17,6 +17,16 @@ from stages import report
 from stages import report_plots as plots
 from stages import report_svg as svg
 
+MADE_OF = {
+    "world": "",
+    "base": "world",
+    "sft": "world base",
+    "rankings": "world sft",
+    "rm": "world sft rankings",
+    "ppo": "world sft rm",
+    "dpo": "sft rankings",
+    "evaluate": "world base sft rm ppo dpo",
+}
 HOSTILE = '</div><script>alert("x")</script><img src=x onerror=alert(1)> & ünïcode 😀 \u202e'
 
 
@@ -24,37 +34,72 @@ def write_rows(path: Path, rows) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def fake_run(tmp_path: Path, policies=("base", "sft", "ppo", "dpo", "best_of_n"), gold=True, world=True, prompts=40):
-    """A StageRun over an invented tree of artifacts: plausible curves, and a hostile text among the samples."""
+def fake_run(
+    tmp_path: Path, policies=("base", "sft", "ppo", "dpo", "best_of_n"), gold=True, world=True, prompts=40
+):
+    """A StageRun over an invented tree of artifacts: plausible curves, and hostile text among the samples."""
     rng = random.Random(0)
-    stages = [s for s in report.STAGES if s in {"base", "sft", "rankings", "rm", "evaluate"} | set(policies)
-              or (s == "world" and world)]
+    stages = [
+        s
+        for s in report.STAGES
+        if s in {"base", "sft", "rankings", "rm", "evaluate"} | set(policies) or (s == "world" and world)
+    ]
     inputs, manifests = {}, {}
     for i, stage in enumerate(stages):
         inputs[stage] = tmp_path / "artifacts" / "fake" / stage
         inputs[stage].mkdir(parents=True)
         manifests[stage] = {
-            "stage": stage, "digest": f"{i:064x}"[::-1], "inputs": {s: manifests[s]["digest"] for s in stages[:i]},
-            "started_at": f"2026-11-23T10:{i:02d}:00+00:00", "finished_at": f"2026-11-23T10:{i:02d}:41+00:00", "seed": 0,
-            "versions": {"python": "3.11.7", "torch": "2.13.0"}, "git": {"commit": "abcdef012345", "dirty": i == 2},
-            "resumes": 0, "outputs": {"model/model.safetensors": {"sha256": "0" * 64, "bytes": 4_400_000}}, "metrics": {},
-            "config": {"overridden": {"ppo.kl_coef": [0.05, 0.1]}} if stage == "ppo" else {}}
+            "stage": stage,
+            "digest": f"{i:064x}"[::-1],
+            "inputs": {s: manifests[s]["digest"] for s in MADE_OF[stage].split() if s in manifests},
+            "started_at": f"2026-11-23T10:{i:02d}:00+00:00",
+            "finished_at": f"2026-11-23T10:{i:02d}:41+00:00",
+            "seed": 0,
+            "versions": {"python": "3.11.7", "torch": "2.13.0"},
+            "git": {"commit": "abcdef012345", "dirty": i == 2},
+            "resumes": 0,
+            "outputs": {"model/model.safetensors": {"sha256": "0" * 64, "bytes": 4_400_000}},
+            "metrics": {},
+            "config": {"overridden": {"ppo.kl_coef": [0.05, 0.1]}} if stage == "ppo" else {},
+        }
     noise = lambda s: rng.gauss(0, s)  # noqa: E731
-    for stage in {"base", "sft", "rm", "dpo"} & set(stages):
-        keys = {"rm": ("accuracy", "margin"), "dpo": ("rewards/chosen", "rewards/rejected")}.get(stage, ("lr",))
-        row = lambda s, keys=keys: {"step": s, "loss": 0.6 + 5 * math.exp(-s / 20) + abs(noise(0.05)),  # noqa: E731
-                                    **{k: 0.5 + s / 400 + noise(0.02) for k in keys}}
+    for stage in (s for s in ("base", "sft", "rm", "dpo") if s in stages):
+        keys = {"rm": ("accuracy", "margin"), "dpo": ("rewards/chosen", "rewards/rejected")}.get(
+            stage, ("lr",)
+        )
+        row = lambda s, keys=keys: {  # noqa: E731
+            "step": s,
+            "loss": 0.6 + 5 * math.exp(-s / 20) + abs(noise(0.05)),
+            **{k: 0.5 + s / 400 + noise(0.02) for k in keys},
+        }
         write_rows(inputs[stage] / "metrics.jsonl", [row(s) for s in range(1, 121)])
         write_rows(inputs[stage] / "evaluations.jsonl", [row(s) for s in range(0, 121, 30)])
     if "ppo" in stages:
         names = {m for _, _, _, lines, _ in plots.PPO for m, *_ in lines}
-        write_rows(inputs["ppo"] / "metrics.jsonl", [
-            {"step": s, "episode": 64 * s, **{k: 0.02 + s / 80 + abs(noise(0.1)) for k in names}, "val/ratio": "NaN"}
-            for s in range(1, 81)])
-        write_rows(inputs["ppo"] / "evaluations.jsonl", [{"step": s, "score": s / 40, "kl": s / 10, "entropy": 1.0}
-                                                         for s in range(0, 81, 20)])
-        write_rows(inputs["ppo"] / "samples.jsonl", [{"step": s, "prompt": "name a fox .", "response": HOSTILE, "score": 0.5,
-                                                      "kl": 1.0} for s in range(0, 81, 20) for _ in range(4)])
+        write_rows(
+            inputs["ppo"] / "metrics.jsonl",
+            [
+                {
+                    "step": s,
+                    "episode": 64 * s,
+                    **{k: 0.02 + s / 80 + abs(noise(0.1)) for k in names},
+                    "val/explained_variance": "NaN",
+                }
+                for s in range(1, 81)
+            ],
+        )
+        write_rows(
+            inputs["ppo"] / "evaluations.jsonl",
+            [{"step": s, "score": s / 40, "kl": s / 10, "entropy": 1.0} for s in range(0, 81, 20)],
+        )
+        write_rows(
+            inputs["ppo"] / "samples.jsonl",
+            [
+                {"step": s, "prompt": "name a fox .", "response": HOSTILE, "score": 0.5, "kl": 1.0}
+                for s in range(0, 81, 20)
+                for _ in range(4)
+            ],
+        )
     strength = {"base": -2.0, "sft": 0.0, "ppo": 1.2, "dpo": 0.8, "best_of_n": 1.6}
     lines, results = [], {}
     for name in policies:
@@ -62,27 +107,60 @@ def fake_run(tmp_path: Path, policies=("base", "sft", "ppo", "dpo", "best_of_n")
         for i in range(prompts):
             score = strength[name] + noise(1.0)
             good = min(1.0, max(0.0, 0.62 + 0.15 * score + noise(0.15)))
-            prompt = [{"role": "system", "content": "be kind"}, {"role": "user", "content": HOSTILE}] if i == 0 else f"prompt {i}"
-            rows.append({"policy": name, "prompt": prompt, "response": HOSTILE if i % 7 == 0 else f"answer {i} of {name}",
-                         "score": score} | ({"gold": dict.fromkeys(plots.PARTS, good)} if gold else {}))
+            prompt = (
+                [{"role": "system", "content": "be kind"}, {"role": "user", "content": HOSTILE}]
+                if i == 0
+                else f"prompt {i}"
+            )
+            rows.append(
+                {
+                    "policy": name,
+                    "prompt": prompt,
+                    "response": HOSTILE if i % 7 == 0 else f"answer {i} of {name}",
+                    "score": score,
+                }
+                | ({"gold": dict.fromkeys(plots.PARTS, good)} if gold else {})
+            )
         lines += rows
         mean = lambda xs: sum(xs) / len(xs)  # noqa: E731
         results[name] = {
-            "score": mean([r["score"] for r in rows]), "kl_to_sft": None if name == "best_of_n" else abs(strength[name]) * 4,
-            "length": 14.2, "eos_rate": 0.97, "pretrain_perplexity": None if name == "best_of_n" else 2.4,
-            "win_rate_vs_sft": {"value": 0.5 + strength[name] / 8, "ci95": [0.45 + strength[name] / 8, 0.55 + strength[name] / 8],
-                                "n": prompts},
-            "gold": {k: mean([r["gold"][k] for r in rows]) for k in plots.PARTS} if gold else None}
+            "score": mean([r["score"] for r in rows]),
+            "kl_to_sft": None if name == "best_of_n" else abs(strength[name]) * 4,
+            "length": 14.2,
+            "eos_rate": 0.97,
+            "pretrain_perplexity": None if name == "best_of_n" else 2.4,
+            "win_rate_vs_sft": {
+                "value": 0.5 + strength[name] / 8,
+                "ci95": [0.45 + strength[name] / 8, 0.55 + strength[name] / 8],
+                "n": prompts,
+            },
+            "gold": {k: mean([r["gold"][k] for r in rows]) for k in plots.PARTS} if gold else None,
+        }
     write_rows(inputs["evaluate"] / "responses.jsonl", lines)
-    reward_model = {"accuracy": 0.704, "accuracy_ci95": [0.68, 0.73], "accuracy_ceiling": 0.733 if world else None,
-                    "n_pairs": 2112, "labeler_agreement": 0.726 if world else None, "ece": 0.021}
-    (inputs["evaluate"] / "results.json").write_text(json.dumps(
-        {"judge": "gold" if gold else "reward_model", "policies": results, "reward_model": reward_model}))
+    reward_model = {
+        "accuracy": 0.704,
+        "accuracy_ci95": [0.68, 0.73],
+        "accuracy_ceiling": 0.733 if world else None,
+        "n_pairs": 2112,
+        "labeler_agreement": 0.726 if world else None,
+        "ece": 0.021,
+    }
+    (inputs["evaluate"] / "results.json").write_text(
+        json.dumps(
+            {"judge": "gold" if gold else "reward_model", "policies": results, "reward_model": reward_model}
+        )
+    )
     publish = tmp_path / "artifacts" / "fake" / "report"
     publish.mkdir()
     experiment = SimpleNamespace(name="fake", evaluate=SimpleNamespace(best_of=16, policies=list(policies)))
-    return SimpleNamespace(experiment=experiment, config=report.Config(), seed=0, inputs=inputs, manifests=manifests,
-                           publish=publish)
+    return SimpleNamespace(
+        experiment=experiment,
+        config=report.Config(),
+        seed=0,
+        inputs=inputs,
+        manifests=manifests,
+        publish=publish,
+    )
 
 
 def page_of(ctx) -> str:
@@ -109,8 +187,13 @@ class Tags(HTMLParser):
 
 
 PARTS_MISSING = [
-    {}, {"gold": False}, {"policies": ("base", "sft", "ppo")}, {"policies": ("base", "sft", "dpo", "best_of_n")},
-    {"policies": ("sft",), "gold": False, "world": False}, {"policies": ("sft", "ppo"), "gold": False, "world": False, "prompts": 3}]
+    {},
+    {"gold": False},
+    {"policies": ("base", "sft", "ppo")},
+    {"policies": ("base", "sft", "dpo", "best_of_n")},
+    {"policies": ("sft",), "gold": False, "world": False},
+    {"policies": ("sft", "ppo"), "gold": False, "world": False, "prompts": 3},
+]
 
 
 @pytest.mark.parametrize("parts", PARTS_MISSING, ids=str)
@@ -122,7 +205,11 @@ def test_page_stands_with_what_there_is_and_loads_nothing(tmp_path, parts):
     for _, attributes in tags.found:
         assert not [k for k in attributes if k.startswith("on")]
         assert all(attributes.get(k, "#").startswith("#") for k in ("href", "src", "xlink:href"))
-    assert "url(" not in page and "@import" not in page and "nan" not in page.split("</style>")[1].split("<h2 id=\"samples\"")[0]
+    assert (
+        "url(" not in page
+        and "@import" not in page
+        and "nan" not in page.split("</style>")[1].split('<h2 id="samples"')[0]
+    )
     for drawing in re.findall(r"<svg.*?</svg>", page, re.S):
         ElementTree.fromstring(drawing)
 
@@ -144,9 +231,9 @@ def test_every_number_of_the_results_is_on_the_page(tmp_path):
     results = json.loads((ctx.inputs["evaluate"] / "results.json").read_text())
     for p in results["policies"].values():
         assert report.fixed(p["score"]) in page and report.fixed(p["gold"]["overall"], 3) in page
-    for sentence in report.summary(results, 16):
+    for sentence in report.summary(results, plots.NAMES | {"best_of_n": "best of 16"}):
         assert sentence in page
-    assert "70.4 %" in page and "73.3 %" in page and "72.6 %" in page
+    assert all(f"{x}\u00a0%" in page for x in (70.4, 73.3, 72.6))
     assert all(m["digest"][:12] in page for m in ctx.manifests.values())
 
 
@@ -156,19 +243,39 @@ def test_samples_are_chosen_by_rule_and_show_losses_too(tmp_path):
     results = json.loads((ctx.inputs["evaluate"] / "results.json").read_text())
     groups = dict(report.side_by_side(responses, results, 12))
     assert [len(v) for v in groups.values()] == [3, 3, 3, 3]
-    gain = lambda item: dict(item["answers"])["ppo"]["gold"]["overall"] - dict(item["answers"])["sft"]["gold"]["overall"]  # noqa: E731
+    gold = lambda item, name: dict(item["answers"])[name]["gold"]["overall"]  # noqa: E731
+    gain = lambda item: gold(item, "ppo") - gold(item, "sft")  # noqa: E731
     gains = {title: [gain(item) for item in items] for title, items in groups.items()}
-    everything = [gain({"answers": [("ppo", a), ("sft", b)]}) for a, b in zip(
-        [r for r in responses if r["policy"] == "ppo"], [r for r in responses if r["policy"] == "sft"], strict=True)]
-    assert max(everything) in gains["PPO gains most over SFT"] and min(everything) in gains["PPO loses most against SFT"]
+    everything = [
+        gain({"answers": [("ppo", a), ("sft", b)]})
+        for a, b in zip(
+            [r for r in responses if r["policy"] == "ppo"],
+            [r for r in responses if r["policy"] == "sft"],
+            strict=True,
+        )
+    ]
+    assert (
+        max(everything) in gains["PPO gains most over SFT"]
+        and min(everything) in gains["PPO loses most against SFT"]
+    )
     chosen = [json.dumps(item["prompt"]) for items in groups.values() for item in items]
     assert len(set(chosen)) == len(chosen)
 
 
 def test_needs_follow_the_policies_and_the_data():
     def experiment(policies, **data):
-        return SimpleNamespace(evaluate=SimpleNamespace(policies=policies), data=SimpleNamespace(model_dump=lambda: data))
-    assert report.needs(experiment(["sft", "dpo"], prompts="mine.jsonl")) == ["base", "sft", "rankings", "rm", "dpo", "evaluate"]
+        return SimpleNamespace(
+            evaluate=SimpleNamespace(policies=policies), data=SimpleNamespace(model_dump=lambda: data)
+        )
+
+    assert report.needs(experiment(["sft", "dpo"], prompts="mine.jsonl")) == [
+        "base",
+        "sft",
+        "rankings",
+        "rm",
+        "dpo",
+        "evaluate",
+    ]
     assert report.needs(experiment(["ppo"], prompts="world"))[0] == "world"
 
 
@@ -182,7 +289,7 @@ def test_table_fits_100_columns(tmp_path, parts):
     table = text.split("win rates with")[0]
     assert max(map(len, table.splitlines())) <= 100 and "…" not in table
     assert all(plots.NAMES[n] in table for n in ctx.experiment.evaluate.policies)
-    assert "70.4 %" in table and text.strip().endswith("report/index.html")
+    assert "70.4\u00a0%" in table and text.strip().endswith("report/index.html")
 
 
 def test_table_without_results_is_a_line(tmp_path):
@@ -192,13 +299,19 @@ def test_table_without_results_is_a_line(tmp_path):
 
 def test_numbers_as_people_read_them():
     assert [report.fixed(v, 1) for v in (None, "NaN", -0.04, -1.25, 2)] == ["–", "–", "0.0", "−1.2", "2.0"]
-    assert report.percent(0.7261, 1) == "72.6 %" and report.percent(None) == "–"
+    assert report.percent(0.7261, 1) == "72.6\u00a0%" and report.percent(None) == "–"
 
 
 def test_ticks_are_round_and_inside():
     assert svg.ticks(0.0, 1.0, 5) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert svg.ticks(-3.1, 2.2, 5) == [-2.0, 0.0, 2.0]
+    assert svg.ticks(-3.1, 2.2, 3) == [-2.0, 0.0, 2.0]
     assert svg.log_ticks(0.5, 2000) == [1, 10, 100, 1000] and svg.log_ticks(1.5, 30) == [2, 5, 10, 20]
+
+
+def test_root_axis_shows_small_and_large():
+    assert svg.root_ticks(0.0, 60.0) == [0.0, 1.0, 5.0, 10.0, 20.0, 50.0]
+    axes = svg.Axes([-0.01, 50.0], [0.0, 1.0], "KL", "score", root_x=True)
+    assert axes.x(-0.01) == axes.x(0.0) < axes.x(1.0) < axes.x(50.0)
 
 
 def test_constant_and_single_points_can_be_drawn():
@@ -229,4 +342,6 @@ def test_rank_correlation_agrees_with_pandas():
 def test_drawing_leaves_out_what_another_input_implies(tmp_path):
     ctx = fake_run(tmp_path)
     drawn = report.drawing(ctx.manifests)
-    assert drawn.count('class="edge"') == len(ctx.manifests)  # a chain, and the page at its end
+    assert (
+        drawn.count('class="edge"') == 9
+    )  # of 18: world base sft rankings, then rm ppo beside dpo, evaluate, this page

@@ -1,0 +1,143 @@
+"""Order of data: permutations, resumption, shards; seeds by name; splits by key."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.streams import Stream, derive_seed, held_out
+
+SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+sizes, seeds = st.integers(1, 40), st.integers(0, 2**63 - 1)
+
+
+class TestSeeds:
+    def test_the_same_parts_give_the_same_seed_and_others_another(self):
+        parts = [
+            (0, "rollout", 1, 2),
+            (0, "rollout", 2, 1),
+            (1, "rollout", 1, 2),
+            (0, "held-out", 1, 2),
+            (0, "rollout", 12),
+            (0, "rollout", 1, 2, 0),
+        ]
+        assert len({derive_seed(*p) for p in parts}) == len(parts)
+        assert derive_seed(*parts[0]) == derive_seed(*parts[0])
+
+    def test_parts_do_not_run_together(self):
+        assert derive_seed(1, 23) != derive_seed(12, 3)
+
+    def test_a_seed_is_one_that_torch_takes(self):
+        import torch
+
+        for i in range(50):
+            seed = derive_seed("x", i)
+            assert 0 <= seed < 2**63
+            torch.Generator().manual_seed(seed)
+
+    def test_it_does_not_change_from_version_to_version(self):
+        """Resumed runs of tomorrow need today's numbers: sha256 of "0<US>a", first 8 bytes, halved."""
+        import hashlib
+
+        assert derive_seed(0, "a") == int(hashlib.sha256(b"0\x1fa").hexdigest()[:16], 16) // 2
+
+
+class TestStream:
+    def test_every_epoch_is_a_permutation(self):
+        @SETTINGS
+        @given(sizes, seeds)
+        def permutes(size, seed):
+            stream = Stream(size, seed)
+            for _ in range(3):
+                assert sorted(stream.take(size)) == list(range(size))
+
+        permutes()
+
+    def test_epochs_and_seeds_differ(self):
+        stream = Stream(30, 1)
+        first, second = stream.take(30), stream.take(30)
+        assert first != second and first != Stream(30, 2).take(30)
+
+    def test_batches_of_any_size_give_the_same_order(self):
+        """Also batches that cross an epoch, or are longer than one."""
+
+        @SETTINGS
+        @given(sizes, seeds, st.lists(st.integers(0, 90), max_size=6))
+        def same_order(size, seed, batches):
+            stream = Stream(size, seed)
+            taken = [i for n in batches for i in stream.take(n)]
+            assert taken == Stream(size, seed).take(sum(batches))
+
+        same_order()
+
+    def test_resumed_equals_straight(self):
+        """From its state, from the cursor alone, and stepping back again."""
+
+        @SETTINGS
+        @given(sizes, seeds, st.integers(0, 100), st.integers(0, 50))
+        def resumes(size, seed, before, after):
+            straight = Stream(size, seed)
+            straight.take(before)
+            state = straight.state_dict()
+            expected = straight.take(after)
+            resumed = Stream(size, seed)
+            resumed.take(7)
+            resumed.load_state_dict(state)
+            assert resumed.take(after) == expected == Stream(size, seed, cursor=before).take(after)
+
+        resumes()
+
+    def test_shards_partition_every_batch(self):
+        """Each index goes to exactly one rank, in the order of the unsharded stream, at any world size."""
+
+        @SETTINGS
+        @given(sizes, seeds, st.integers(1, 5), st.lists(st.integers(0, 30), min_size=1, max_size=4))
+        def partitions(size, seed, world, batches):
+            alone, ranks = Stream(size, seed), [Stream(size, seed, rank=r, world=world) for r in range(world)]
+            for n in batches:
+                whole, shares = alone.take(n), [r.take(n) for r in ranks]
+                assert [shares[i % world][i // world] for i in range(n)] == whole
+                assert sum(map(len, shares)) == n and len({r.cursor for r in ranks}) == 1
+
+        partitions()
+
+    def test_a_state_of_another_seed_is_refused(self):
+        with pytest.raises(ValueError, match="seed"):
+            Stream(5, 1).load_state_dict(Stream(5, 2).state_dict())
+
+    def test_an_empty_stream_is_refused(self):
+        with pytest.raises(ValueError):
+            Stream(0, 1)
+
+
+class TestHeldOut:
+    keys = [f"prompt {i}" for i in range(400)]
+
+    def test_every_row_is_on_one_side_and_about_the_fraction_is_held_out(self):
+        train, held = held_out(self.keys, 0.1)
+        assert sorted(train + held) == list(range(400)) and 25 <= len(held) <= 55
+
+    def test_rows_of_one_key_are_on_one_side(self):
+        """Two labelers of one prompt never meet across the split."""
+        doubled = [k for k in self.keys[:50] for _ in range(3)]
+        train, held = held_out(doubled, 0.2)
+        assert not {doubled[i] for i in train} & {doubled[i] for i in held} and held
+
+    def test_the_order_of_rows_does_not_count(self):
+        train, held = held_out(self.keys, 0.1)
+        backwards = self.keys[::-1]
+        assert {backwards[i] for i in held_out(backwards, 0.1)[1]} == {self.keys[i] for i in held}
+
+    def test_a_key_stays_on_its_side_whatever_else_is_in_the_file(self):
+        """A file that grows, or is read with a limit, moves no prompt across the split."""
+        small = self.keys[:150]
+        held_of = lambda keys: {keys[i] for i in held_out(keys, 0.1)[1]}  # noqa: E731
+        assert held_of(small) == held_of(self.keys) & set(small)
+
+    def test_at_least_so_many_are_held_out_and_one_stays(self):
+        assert len(held_out(self.keys[:3], 0.01)[1]) == 1
+        assert len(held_out(self.keys[:30], 0.01, least=4)[1]) == 4
+        train, held = held_out(self.keys[:3], 0.99)
+        assert len(train) >= 1 and len(held) >= 1
+
+    def test_a_fraction_of_zero_holds_nothing_out(self):
+        assert held_out(self.keys, 0.0)[1] == []

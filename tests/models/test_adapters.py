@@ -1,0 +1,137 @@
+"""LoRA: what trains, what the adapter leaves as it was, and that merging it in changes no number."""
+
+import pytest
+import torch
+
+from stages.models.adapters import adapter_off, is_adapted, merged, plain, trainable, with_adapter
+from stages.models.forward import response_logprobs, response_scores, response_values
+from stages.models.loading import load_policy, load_scalar_model, save_model
+
+LORA = {"method": "lora", "r": 4, "lora_alpha": 8}
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+
+
+def shake(model, seed=0):
+    """Move every trainable weight, as training would (LoRA's B starts at 0)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in trainable(model).values():
+            p += 0.3 * torch.randn(p.shape, generator=generator)
+
+
+def test_without_a_method_every_weight_trains(causal, kind):
+    model = causal(kind).requires_grad_(False)
+    assert with_adapter(model, method=None) is model
+    assert set(trainable(model)) == {n for n, _ in model.named_parameters()} and not is_adapted(model)
+
+
+def test_only_the_adapters_of_a_policy_train(causal, kind):
+    names = set(trainable(with_adapter(causal(kind), **LORA)))
+    assert names and all("lora_" in n for n in names)
+
+
+def test_only_adapters_and_head_of_a_scalar_model_train(scalar, kind):
+    """The head trains in full, not through an adapter of its own, and gets a gradient from the score."""
+    model = with_adapter(scalar(kind), **LORA, scalar=True)
+    names = set(trainable(model))
+    heads = {n for n in names if "lora_" not in n}
+    assert len(heads) == 1 and "score" in heads.pop()
+    assert not any("score" in n and "lora_" in n for n in names)
+
+
+def test_a_fresh_adapter_changes_nothing(causal, scalar, kind, rows):
+    torch.testing.assert_close(
+        response_logprobs(with_adapter(causal(kind), **LORA), rows),
+        response_logprobs(causal(kind), rows),
+        rtol=0,
+        atol=0,
+    )
+    adapted = with_adapter(scalar(kind), **LORA, scalar=True)
+    torch.testing.assert_close(
+        response_scores(adapted, rows), response_scores(scalar(kind), rows), rtol=0, atol=0
+    )
+    torch.testing.assert_close(
+        response_values(adapted, rows), response_values(scalar(kind), rows), rtol=0, atol=0
+    )
+
+
+def test_its_start_depends_on_the_seed_alone(causal):
+    """Whatever the generator's state was before."""
+    one = with_adapter(causal("llama"), **LORA, seed=5)
+    torch.rand(3)
+    same, other = with_adapter(causal("llama"), **LORA, seed=5), with_adapter(causal("llama"), **LORA, seed=6)
+    for name, p in trainable(one).items():
+        assert torch.equal(p, trainable(same)[name])
+    assert any(not torch.equal(p, trainable(other)[name]) for name, p in trainable(one).items())
+
+
+def test_off_it_is_the_base_and_on_again_afterwards(causal, kind, rows):
+    """The reference policy at no memory; the adapter is back even after an error inside."""
+    policy = with_adapter(causal(kind), **LORA)
+    shake(policy)
+    trained, base = response_logprobs(policy, rows), response_logprobs(causal(kind), rows)
+    assert not torch.allclose(trained, base, atol=1e-3)
+    with adapter_off(policy) as reference:
+        torch.testing.assert_close(response_logprobs(reference, rows), base, rtol=0, atol=0)
+    torch.testing.assert_close(response_logprobs(policy, rows), trained, rtol=0, atol=0)
+    with pytest.raises(RuntimeError), adapter_off(policy):
+        raise RuntimeError
+    torch.testing.assert_close(response_logprobs(policy, rows), trained, rtol=0, atol=0)
+
+
+def test_the_base_does_not_move_when_the_adapter_trains(scalar, kind, rows):
+    """One optimizer step on the scores: trunk as before, adapters and head moved."""
+    model = with_adapter(scalar(kind), **LORA, scalar=True)
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    before = {n: p.clone() for n, p in trainable(model).items()}
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
+    for _ in range(2):  # at the first step only B (and the head) has a gradient
+        optimizer.zero_grad()
+        response_scores(model, rows).sum().backward()
+        optimizer.step()
+    for name, p in model.named_parameters():
+        if name in frozen:
+            assert torch.equal(p, frozen[name]), name
+        else:
+            assert not torch.equal(p, before[name]), name
+
+
+def test_merged_it_gives_the_adapted_numbers_and_saves_like_any_model(
+    causal, kind, rows, tmp_path, tokenizer
+):
+    policy = with_adapter(causal(kind), **LORA)
+    shake(policy)
+    adapted = response_logprobs(policy, rows)
+    folded = merged(policy)
+    assert not is_adapted(folded)
+    torch.testing.assert_close(response_logprobs(folded, rows), adapted, rtol=1e-3, atol=1e-4)
+    save_model(folded, tokenizer, tmp_path, card="")
+    torch.testing.assert_close(response_logprobs(load_policy(tmp_path), rows), adapted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_merged_reward_model_keeps_its_trained_head(scalar, kind, rows, tmp_path, tokenizer):
+    model = with_adapter(scalar(kind), **LORA, scalar=True)
+    shake(model)
+    adapted, values = response_scores(model, rows), response_values(model, rows)
+    save_model(merged(model), tokenizer, tmp_path, card="")
+    loaded = load_scalar_model(tmp_path)
+    torch.testing.assert_close(response_scores(loaded, rows), adapted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(response_values(loaded, rows), values, rtol=1e-3, atol=1e-3)
+
+
+def test_the_bias_is_read_through_the_adapter(scalar, kind, rows):
+    """reward_bias of the plain config counts in an adapted model too."""
+    with_bias = with_adapter(scalar(kind, bias=2.0), **LORA, scalar=True)
+    without = with_adapter(scalar(kind, bias=0.0), **LORA, scalar=True)
+    torch.testing.assert_close(response_scores(with_bias, rows), response_scores(without, rows) - 2.0)
+    assert plain(with_bias).config.reward_bias == 2.0
+
+
+def test_lora_dropout_is_off_where_log_probs_must_repeat(causal, rows):
+    """Dropout off in all four models, also after .train(): two forwards of an adapted model are the same
+    numbers."""
+    policy = with_adapter(causal("llama"), **LORA, lora_dropout=0.5)
+    shake(policy)
+    torch.testing.assert_close(
+        response_logprobs(policy, rows), response_logprobs(policy, rows), rtol=0, atol=0
+    )

@@ -1,0 +1,129 @@
+"""PPO's four models as they come from their folders: who trains, who does not, and at what memory."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from data.encode import train_tokenizer
+from pipeline.errors import UserError
+from stages import ppo
+from stages.models.forward import response_logprobs, response_values
+from stages.models.loading import save_model
+from stages.rollouts.rollout import Rollout
+from stages.rollouts.transformers import sample
+
+LORA = SimpleNamespace(method="lora", r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear")
+
+
+@pytest.fixture
+def context(tmp_path, causal, scalar, tokenizer):
+    """context(peft, gradient_checkpointing) → what load_roles needs of a StageRun, with artifacts on disk."""
+    save_model(causal("llama", vocab_size=len(tokenizer)), tokenizer, tmp_path / "sft" / "model", card="")
+    save_model(
+        scalar("llama", seed=1, vocab_size=len(tokenizer)), tokenizer, tmp_path / "rm" / "model", card=""
+    )
+
+    def build(peft=None, gradient_checkpointing=False):
+        model = SimpleNamespace(
+            dtype="float32",
+            attn_implementation="sdpa",
+            peft=peft,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        return SimpleNamespace(
+            experiment=SimpleNamespace(model=model, launch=SimpleNamespace(device="cpu")),
+            seed=0,
+            config=ppo.Config(),
+            trust_remote_code=False,
+            inputs={"sft": tmp_path / "sft", "rm": tmp_path / "rm"},
+        )
+
+    return build
+
+
+def trains(model):
+    return any(p.requires_grad for p in model.parameters())
+
+
+def test_policy_and_value_model_train_the_others_do_not(context):
+    roles = ppo.load_roles(context())
+    assert trains(roles.policy) and trains(roles.value_model)
+    assert not trains(roles.ref_policy) and not trains(roles.reward_model)
+    assert all(p.requires_grad for m in (roles.policy, roles.value_model) for p in m.parameters())
+
+
+def test_they_start_as_sft_and_reward_model(context, rows):
+    """Policy = reference, value model = reward model, each a copy of its own."""
+    roles = ppo.load_roles(context())
+    for one, other in ((roles.policy, roles.ref_policy), (roles.value_model, roles.reward_model)):
+        for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
+            assert torch.equal(p, q) and p.data_ptr() != q.data_ptr(), name
+    torch.testing.assert_close(
+        response_values(roles.value_model, rows), response_values(roles.reward_model, rows)
+    )
+
+
+def test_with_adapters_the_reference_costs_no_model(context, rows):
+    roles = ppo.load_roles(context(LORA))
+    assert roles.ref_policy is None
+    torch.testing.assert_close(
+        ppo.reference_logprobs(roles, rows, 1.0), response_logprobs(roles.policy, rows), rtol=0, atol=0
+    )
+    assert all("lora_" in n for n, p in roles.policy.named_parameters() if p.requires_grad)
+
+
+def test_a_reward_model_of_another_tokenizer_is_refused(context, tmp_path):
+    ctx = context()
+    train_tokenizer(["other words", "entirely"] * 3, vocab_size=290).save_pretrained(
+        tmp_path / "rm" / "model"
+    )
+    with pytest.raises(UserError, match="tokenizer"):
+        ppo.load_roles(ctx)
+
+
+@pytest.mark.parametrize("peft", [None, LORA])
+def test_gradient_checkpointing_recomputes_layers_and_changes_no_gradient(context, rows, peft):
+    """Each layer runs once in forward and once more in backward; a knob that does nothing would run it
+    once."""
+    found = {}
+    for asked in (False, True):
+        ctx = context(peft, asked)
+        roles, calls = ppo.load_roles(ctx), []
+        models = roles.policy, roles.value_model
+        for layer in (
+            m for model in models for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"
+        ):
+            layer.input_layernorm.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        zeros, ones = torch.zeros(rows.responses.shape), torch.ones(rows.responses.shape)
+        old = response_logprobs(roles.policy, rows).detach()
+        calls.clear()
+        ppo.ppo_gradients(
+            ctx,
+            roles,
+            Rollout(rows, old, old, zeros, zeros, zeros[:, 0], zeros[:, 0]),
+            ones,
+            ones,
+            list(range(4)),
+        )
+        found[asked] = len(calls), [p.grad for m in models for p in m.parameters() if p.requires_grad]
+    assert found[False][0] == 4 and found[True][0] == 8
+    for one, other in zip(found[False][1], found[True][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_checkpointing_does_not_disturb_sampling(context):
+    """Checkpointing and the key-value cache exclude each other in transformers; the sampler needs its
+    cache."""
+    drawn = [
+        sample(
+            ppo.load_roles(context(None, asked)).policy,
+            [[5, 9], [7]],
+            [1, 2],
+            response_length=6,
+            eos_id=1,
+            pad_id=0,
+        )
+        for asked in (False, True)
+    ]
+    assert drawn[0] == drawn[1]

@@ -1,0 +1,475 @@
+"""One PPO-ptx update of a tiny model: its gradients by another route, ratio 1 at the start, ptx added and
+not mixed."""
+
+import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipeline.errors import TrainingStopped, UserError
+from stages import ppo
+from stages.engine import make_trainee
+
+PAD, EOS, VOCAB = 0, 1, 24
+PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 19, 12, 6], [11, 4]]
+ACCELERATOR = SimpleNamespace(
+    device=torch.device("cpu"), autocast=nullcontext, backward=lambda loss: loss.backward()
+)
+CLOSE = {"rtol": 2e-3, "atol": 2e-6}  # fp32 models: log-probs are taken in fp32
+
+
+def config(**changed):
+    small = {
+        "total_episodes": 8,
+        "batch_size": 8,
+        "mini_batch_size": 4,
+        "per_device_train_batch_size": 3,
+        "samples_per_prompt": 2,
+        "response_length": 5,
+        "max_length": 32,
+        "ptx_coef": 2.0,
+        "ptx_ratio": 1.0,
+        "learning_rate": 1e-2,
+        "value_learning_rate": 1e-2,
+        "max_grad_norm": 1e9,
+    }
+    return ppo.Config(**{**small, **changed})
+
+
+def context(**changed):
+    experiment = SimpleNamespace(model=SimpleNamespace(dtype="float32"))
+    return SimpleNamespace(config=config(**changed), seed=3, stage="ppo", experiment=experiment)
+
+
+def llama(auto, seed, **options):
+    from transformers import LlamaConfig
+
+    torch.manual_seed(seed)
+    return (
+        auto.from_config(
+            LlamaConfig(
+                vocab_size=VOCAB,
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=24,
+                max_position_embeddings=64,
+                pad_token_id=PAD,
+                eos_token_id=EOS,
+                bos_token_id=None,
+                initializer_range=0.2,
+                **options,
+            )
+        )
+        .float()
+        .eval()
+    )
+
+
+@pytest.fixture
+def roles():
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    policy = llama(AutoModelForCausalLM, 0)
+    reward_model, value_model = (llama(AutoModelForSequenceClassification, s, num_labels=1) for s in (1, 2))
+    reward_model.config.reward_bias, value_model.config.reward_bias = 0.3, 0.1
+    return ppo.Roles(
+        policy,
+        copy.deepcopy(policy).requires_grad_(False),
+        reward_model,
+        value_model,
+        SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD),
+        ACCELERATOR,
+    )
+
+
+@pytest.fixture
+def trainees(roles):
+    return make_trainees(roles)
+
+
+def make_trainees(roles, max_grad_norm=1e9):
+    return [
+        make_trainee(name, model, learning_rate=1e-2, max_grad_norm=max_grad_norm)
+        for name, model in (("policy", roles.policy), ("value_model", roles.value_model))
+    ]
+
+
+@pytest.fixture
+def rollout(roles):
+    return ppo.collect(context(), roles, PROMPTS, range(4), step=1)
+
+
+@pytest.fixture
+def targets(rollout):
+    """Advantages and returns of no particular meaning, far from 0."""
+    generator = torch.Generator().manual_seed(9)
+    return [torch.randn(rollout.values.shape, generator=generator) for _ in range(2)]
+
+
+@pytest.fixture
+def text_rows():
+    return torch.randint(2, VOCAB, (4, 9), generator=torch.Generator().manual_seed(5)).tolist()
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def at_last_token(model, ids):
+    """The scalar head at the last token of one unpadded row (transformers' pooling would skip a sampled pad
+    id)."""
+    return (model.model(ids).last_hidden_state[0, -1] @ model.score.weight[0]).item()
+
+
+def clear(*models):
+    for model in models:
+        model.zero_grad(set_to_none=True)
+
+
+def assert_close(one, other, **tolerance):
+    assert set(one) == set(other) and one
+    for name in one:
+        torch.testing.assert_close(
+            one[name], other[name], **(tolerance or CLOSE), msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+class TestRollout:
+    def test_says_what_each_plain_model_says_of_each_response_alone(self, roles, rollout):
+        """Log-probs, reference, values before each token, score at the last token: unpadded, one at a
+        time."""
+        rows = rollout.rows
+        for b in range(8):
+            real, mask = rows.attention_mask[b], rows.response_mask[b]
+            ids, n = rows.input_ids[b][real][None], int(mask.sum())
+            with torch.no_grad():
+                logp = roles.policy(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[-n:, 0]
+                torch.testing.assert_close(rollout.logprobs[b, :n], logp, rtol=1e-4, atol=1e-5)
+                values = [
+                    at_last_token(roles.value_model, ids[:, : ids.shape[1] - n + t]) - 0.1 for t in range(n)
+                ]
+                score = at_last_token(roles.reward_model, ids) - 0.3
+            torch.testing.assert_close(rollout.values[b, :n], torch.tensor(values), rtol=1e-3, atol=1e-4)
+            finished = ids[0, -1].item() == EOS
+            assert rollout.finished[b].item() == finished
+            assert rollout.scores[b].item() == pytest.approx(score if finished else -1.0, abs=1e-4)
+        torch.testing.assert_close(
+            rollout.ref_logprobs[rows.response_mask], rollout.logprobs[rows.response_mask]
+        )
+
+    def test_some_responses_end_and_some_do_not(self, rollout):
+        """Else the test above would not see both kinds."""
+        assert 0 < rollout.finished.sum() < 8 and len(set(rollout.rows.response_mask.sum(-1).tolist())) > 1
+
+    def test_samples_of_one_prompt_differ(self, roles, rollout):
+        rows = [tuple(r.tolist()) for r in rollout.rows.responses]
+        assert sum(rows[2 * i] != rows[2 * i + 1] for i in range(4)) >= 3
+
+    def test_a_prompt_drawn_twice_in_one_batch_gets_two_samples(self, roles):
+        """A batch that crosses an epoch, or is larger than the prompts are many, must not hold the same
+        episode twice."""
+        rows = ppo.collect(context(samples_per_prompt=1), roles, [PROMPTS[0]] * 4, [7, 7, 7, 7], step=1).rows
+        assert len({tuple(r.tolist()) for r in rows.responses}) > 1
+
+    def test_it_depends_on_run_update_and_prompt_and_not_on_the_place_in_the_batch(self, roles, rollout):
+        """The same (update, prompt, sample) drawn in another order gives the same responses; another update
+        others."""
+
+        def texts(prompts, ids, step):
+            rows = ppo.collect(context(), roles, prompts, ids, step).rows
+            return [row[mask].tolist() for row, mask in zip(rows.responses, rows.response_mask, strict=True)]
+
+        straight = texts(PROMPTS, range(4), 1)
+        backwards = texts(PROMPTS[::-1], [3, 2, 1, 0], 1)
+        assert [backwards[2 * (3 - i) + k] for i in range(4) for k in range(2)] == straight
+        assert texts(PROMPTS, range(4), 2) != straight
+
+
+class TestGradient:
+    def test_at_the_first_minibatch_the_ratio_is_one(self, roles, rollout, targets):
+        """Rollout and update use the same forward: ratio 1, approxkl 0, nothing clipped, in any minibatch
+        order."""
+        figures = ppo.ppo_gradients(context(), roles, rollout, *targets, [6, 1, 3, 0])
+        assert figures["val/ratio"] == pytest.approx(1.0, abs=1e-6)
+        assert figures["policy/approxkl_avg"] == pytest.approx(0.0, abs=1e-11)
+        assert figures["policy/clipfrac_avg"] == 0 and figures["val/clipfrac_avg"] == 0
+
+    def test_is_that_of_the_equations_over_rows_alone(self, roles, rollout, targets):
+        """Policy: −(1/N) Σ A_t log π at ratio 1. Value: ½(1/N) Σ (V − G)². Plain models, no padding, no
+        micro-batches."""
+        mini = [6, 1, 3, 0]
+        figures = ppo.ppo_gradients(context(), roles, rollout, *targets, mini)
+        found = gradients(roles.policy), gradients(roles.value_model)
+        clear(roles.policy, roles.value_model)
+        advantages, returns = targets
+        count = sum(int(rollout.rows.response_mask[b].sum()) for b in mini)
+        surrogate = value_loss = 0.0
+        for b in mini:
+            n = int(rollout.rows.response_mask[b].sum())
+            ids = rollout.rows.input_ids[b][rollout.rows.attention_mask[b]][None]
+            logp = roles.policy(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[-n:, 0]
+            surrogate = surrogate - (advantages[b, :n] * logp).sum() / count
+            hidden = roles.value_model.model(ids).last_hidden_state[0, -n - 1 : -1]
+            values = hidden @ roles.value_model.score.weight[0] - 0.1
+            value_loss = value_loss + 0.5 * ((values - returns[b, :n]) ** 2).sum() / count
+        (surrogate + value_loss).backward()
+        assert_close(found[0], gradients(roles.policy))
+        assert_close(found[1], gradients(roles.value_model))
+        assert figures["loss/value_avg"] == pytest.approx(value_loss.item(), rel=1e-4)
+
+    @pytest.mark.parametrize("size", [1, 2, 4])
+    def test_does_not_depend_on_the_micro_batch(self, roles, rollout, targets, size):
+        """Also after the policy has moved away from the rollout's, where ratios are not 1."""
+        with torch.no_grad():
+            for p in roles.policy.parameters():
+                p += 0.03 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+        results = []
+        for micro in (8, size):
+            clear(roles.policy, roles.value_model)
+            ctx = context(per_device_train_batch_size=micro)
+            figures = ppo.ppo_gradients(ctx, roles, rollout, *targets, list(range(8)))
+            results.append((figures, gradients(roles.policy), gradients(roles.value_model)))
+        assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
+        assert abs(results[0][0]["val/ratio"] - 1) > 1e-3
+        assert_close(results[0][1], results[1][1])
+        assert_close(results[0][2], results[1][2])
+
+    def test_the_value_loss_leaves_the_policy_alone_and_the_other_way_round(self, roles, rollout, targets):
+        """Two models, two optimizers, no vf_coef: with 0 advantages the policy's gradient is 0."""
+        advantages, returns = targets
+        ppo.ppo_gradients(context(), roles, rollout, torch.zeros_like(advantages), returns, [0, 1, 2, 3])
+        assert all((g == 0).all() for g in gradients(roles.policy).values())
+        assert any((g != 0).any() for g in gradients(roles.value_model).values())
+        assert not gradients(roles.reward_model) and not gradients(roles.ref_policy)
+
+
+class TestPtx:
+    @pytest.fixture
+    def alone(self, roles, rollout, targets):
+        """The PPO gradient of a minibatch, left in the policy's .grad, and a copy."""
+        ppo.ppo_gradients(context(), roles, rollout, *targets, [0, 1, 2, 3])
+        return gradients(roles.policy)
+
+    def language_model(self, roles, rows):
+        """(loss, gradient) of transformers' own causal loss on a copy of the policy."""
+        model = copy.deepcopy(roles.policy)
+        clear(model)
+        ids = torch.tensor(rows)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss.item(), gradients(model)
+
+    @pytest.mark.parametrize("micro", [1, 3, 8])
+    def test_the_sum_is_the_ppo_gradient_plus_coef_times_the_language_models(
+        self, roles, trainees, alone, text_rows, micro
+    ):
+        """Added, not mixed: InstructGPT's eq. 2, with γ times the mean cross-entropy a token; any
+        micro-batch size."""
+        ctx = context(ptx_coef=3.0, per_device_train_batch_size=micro)
+        figures = ppo.ptx_gradient(ctx, roles, trainees[0], text_rows)
+        loss, ptx = self.language_model(roles, text_rows)
+        assert_close(gradients(roles.policy), {n: alone[n] + 3.0 * ptx[n] for n in alone})
+        assert figures["loss/ptx"] == pytest.approx(loss, rel=1e-5)
+        norm = torch.cat([3.0 * g.flatten() for g in ptx.values()]).norm().item()
+        assert figures["grad_norm/ptx"] == pytest.approx(norm, rel=1e-4)
+
+    def test_coefficient_zero_leaves_exactly_the_ppo_gradient(self, roles, trainees, alone, text_rows):
+        figures = ppo.ptx_gradient(context(ptx_coef=0.0), roles, trainees[0], text_rows)
+        assert_close(gradients(roles.policy), alone, rtol=0, atol=0)
+        assert figures["grad_norm/ptx"] == 0.0
+
+    def test_it_does_not_touch_the_value_model(self, roles, trainees, alone, text_rows):
+        before = gradients(roles.value_model)
+        ppo.ptx_gradient(context(), roles, trainees[0], text_rows)
+        assert_close(gradients(roles.value_model), before, rtol=0, atol=0)
+
+
+def weights(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+class TestUpdate:
+    def run(self, roles, rollout, targets, ptx, max_grad_norm=1e9, **changed):
+        """update() on copies of the models → (figures, policy weights, value weights)."""
+        own = ppo.Roles(
+            copy.deepcopy(roles.policy),
+            roles.ref_policy,
+            roles.reward_model,
+            copy.deepcopy(roles.value_model),
+            roles.tokenizer,
+            ACCELERATOR,
+        )
+        policy, value = make_trainees(own, max_grad_norm)
+        figures = ppo.update(context(**changed), own, policy, value, rollout, *targets, 1, 1e-2, 1e-2, ptx)
+        return figures, weights(own.policy), weights(own.value_model)
+
+    def test_plain_ppo_and_ptx_of_weight_zero_are_the_same_update(self, roles, rollout, targets, text_rows):
+        without = self.run(roles, rollout, targets, lambda n: None, ptx_coef=0.0)
+        zero = self.run(roles, rollout, targets, lambda n: text_rows[:n], ptx_coef=0.0)
+        assert_close(without[1], zero[1], rtol=0, atol=0)
+        assert_close(without[2], zero[2], rtol=0, atol=0)
+        assert "loss/ptx" not in without[0] and zero[0]["loss/ptx"] > 0
+
+    def test_ptx_changes_the_policy_and_not_the_value_model(self, roles, rollout, targets, text_rows):
+        without = self.run(roles, rollout, targets, lambda n: None)
+        mixed = self.run(roles, rollout, targets, lambda n: text_rows[:n])
+        assert any(not torch.equal(without[1][n], mixed[1][n]) for n in without[1])
+        assert_close(without[2], mixed[2], rtol=0, atol=0)
+
+    def test_one_minibatch_is_one_adamw_step_down_the_whole_gradient(
+        self, roles, rollout, targets, text_rows
+    ):
+        """batch = minibatch: torch's own AdamW on PPO gradient + ptx gradient, computed apart."""
+        _, found, found_value = self.run(roles, rollout, targets, lambda n: text_rows, mini_batch_size=8)
+        own = copy.deepcopy(roles.policy), copy.deepcopy(roles.value_model)
+        apart = ppo.Roles(own[0], roles.ref_policy, roles.reward_model, own[1], roles.tokenizer, ACCELERATOR)
+        ppo.ppo_gradients(context(), apart, rollout, *targets, list(range(8)))
+        ids = torch.tensor(text_rows)
+        (2.0 * own[0](input_ids=ids, labels=ids).loss).backward()  # adds to the gradient that is there
+        for model in own:
+            torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0).step()
+        assert_close(found, weights(own[0]), rtol=1e-3, atol=2e-4)
+        assert_close(found_value, weights(own[1]), rtol=1e-3, atol=2e-4)
+
+    def test_every_epoch_takes_one_step_a_minibatch_over_every_row_once(
+        self, roles, rollout, targets, monkeypatch
+    ):
+        """8 episodes, minibatches of 2, 3 epochs: 12 steps of each optimizer, each row three times."""
+        seen, taken = [], []
+        true_gradients, true_step = ppo.ppo_gradients, ppo.optimizer_step
+        monkeypatch.setattr(ppo, "ppo_gradients", lambda *a: (seen.append(a[-1]), true_gradients(*a))[1])
+        monkeypatch.setattr(ppo, "optimizer_step", lambda t, *a: (taken.append(t.name), true_step(t, *a))[1])
+        self.run(roles, rollout, targets, lambda n: None, mini_batch_size=2, num_ppo_epochs=3)
+        assert taken == ["policy", "value_model"] * 12
+        epochs = [sum(seen[4 * e : 4 * e + 4], []) for e in range(3)]
+        assert all(sorted(e) == list(range(8)) for e in epochs) and epochs[0] != epochs[1]
+
+    def test_the_sum_of_both_gradients_is_clipped_and_the_norms_are_told_before(
+        self, roles, rollout, targets, text_rows
+    ):
+        """A limit far below the norms bounds what reaches the optimizer; grad_norm/* tell the unclipped
+        norms."""
+        figures, _, _ = self.run(roles, rollout, targets, lambda n: text_rows, mini_batch_size=8)
+        clipped, _, _ = self.run(
+            roles, rollout, targets, lambda n: text_rows, max_grad_norm=1e-3, mini_batch_size=8
+        )
+        for name in ("grad_norm/ppo", "grad_norm/ptx", "grad_norm/value"):
+            assert clipped[name] == figures[name] > 1e-3
+
+    def test_a_value_gradient_that_is_not_finite_leaves_the_policy_alone_too(self, roles, rollout, targets):
+        """Both gradients are looked at before either model moves: the message says that nothing was
+        updated."""
+        before = weights(roles.policy)
+        returns = targets[1].clone()
+        returns[0, 0] = torch.nan
+        with pytest.raises(TrainingStopped, match="value_model"):
+            ppo.update(
+                context(mini_batch_size=8),
+                roles,
+                *make_trainees(roles),
+                rollout,
+                targets[0],
+                returns,
+                1,
+                1e-2,
+                1e-2,
+                lambda n: None,
+            )
+        assert_close(weights(roles.policy), before, rtol=0, atol=0)
+
+    def test_it_raises_the_probability_of_what_was_better_than_expected(self, roles):
+        """A bandit of one prompt: arms drawn by the policy, paid 1 for one token; five updates make it
+        likelier."""
+        ctx, arm = context(response_length=1, samples_per_prompt=8, mini_batch_size=8), 6
+        trainees = make_trainees(roles)
+        probability = lambda: roles.policy(torch.tensor([[7]])).logits[0, -1].softmax(-1)[arm].item()  # noqa: E731
+        with torch.no_grad():
+            roles.policy.lm_head.weight *= 0.1  # a nearly even start
+        start = probability()
+        for step in range(1, 6):
+            rollout = ppo.collect(ctx, roles, [[7]], [0], step, n=8)
+            forced = rollout.rows.responses.clone()
+            forced[:2] = arm  # so that the arm is tried in every batch
+            rows = ppo.make_rows([[7]] * 8, forced.tolist(), PAD)
+            with torch.no_grad():
+                old = ppo.response_logprobs(roles.policy, rows)
+            rollout = ppo.Rollout(rows, old, old, torch.zeros(8, 1), old, torch.zeros(8), rollout.finished)
+            reward = (forced == arm).float()
+            ppo.update(
+                ctx,
+                roles,
+                *trainees,
+                rollout,
+                reward - reward.mean(),
+                reward,
+                step,
+                1e-2,
+                1e-2,
+                lambda n: None,
+            )
+        assert probability() > 2 * start
+
+
+class TestPreflight:
+    def test_passes_where_policy_and_reference_are_one_model(self, roles):
+        ppo.preflight(context(), roles, PROMPTS)
+
+    def test_refuses_another_reference(self, roles):
+        with torch.no_grad():
+            roles.ref_policy.lm_head.weight += 0.05 * torch.randn_like(roles.ref_policy.lm_head.weight)
+        with pytest.raises(UserError, match="KL to the reference"):
+            ppo.preflight(context(), roles, PROMPTS)
+
+    def test_refuses_log_probs_that_depend_on_the_batch(self, roles):
+        """Dropout left on is the usual cause."""
+        noise = torch.Generator().manual_seed(0)
+        roles.policy.model.norm.register_forward_hook(
+            lambda module, args, out: out + 0.05 * torch.randn(out.shape, generator=noise)
+        )
+        with pytest.raises(UserError, match="preflight"):
+            ppo.preflight(context(), roles, PROMPTS)
+
+
+def test_the_reference_of_an_adapted_policy_is_the_policy_without_its_adapter(roles, rollout):
+    """ref_policy None: no second model in memory, and the adapter is on again afterwards."""
+    from stages.models.adapters import trainable, with_adapter
+
+    base = ppo.response_logprobs(roles.policy, rollout.rows).detach()
+    policy = with_adapter(copy.deepcopy(roles.policy), method="lora", r=4, lora_alpha=8)
+    with torch.no_grad():
+        for p in trainable(policy).values():
+            p += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    adapted = ppo.Roles(policy, None, roles.reward_model, roles.value_model, roles.tokenizer, ACCELERATOR)
+    before = ppo.response_logprobs(policy, rollout.rows).detach()
+    torch.testing.assert_close(ppo.reference_logprobs(adapted, rollout.rows, 1.0), base, rtol=0, atol=0)
+    torch.testing.assert_close(ppo.response_logprobs(policy, rollout.rows), before, rtol=0, atol=0)
+    assert not torch.allclose(before, base, atol=1e-3)
+
+
+def test_figures_of_a_rollout_by_hand(rollout):
+    """KL a response is summed over its tokens, entropy and lengths are means, and perfect values explain
+    everything."""
+    mask = rollout.rows.response_mask
+    moved = ppo.Rollout(
+        rollout.rows,
+        rollout.logprobs,
+        rollout.logprobs - 0.25,
+        rollout.values,
+        rollout.entropy,
+        rollout.scores,
+        rollout.finished,
+    )
+    figures = ppo.describe(moved, rollout.values, kl_coef=0.5)
+    lengths = [int(m.sum()) for m in mask]
+    assert figures["objective/length"] == pytest.approx(sum(lengths) / 8)
+    assert figures["objective/kl"] == pytest.approx(0.25 * sum(lengths) / 8, rel=1e-5)
+    assert figures["objective/rlhf_reward"] == pytest.approx(
+        rollout.scores.mean().item() - 0.5 * 0.25 * sum(lengths) / 8, rel=1e-5
+    )
+    entropies = [e for row, m in zip(rollout.entropy, mask, strict=True) for e in row[m].tolist()]
+    assert figures["objective/entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-5)
+    assert figures["objective/eos_rate"] == pytest.approx(rollout.finished.float().mean().item())
+    assert figures["val/explained_variance"] == pytest.approx(1.0)

@@ -1,0 +1,50 @@
+"""Learning rates and log-probabilities against transformers' own."""
+
+import pytest
+import torch
+
+from data.groups import make_rows
+from stages.engine import learning_rate_at
+from stages.models.forward import response_logprobs
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, options",
+    [
+        ("constant", "constant_with_warmup", {}),
+        ("linear", "linear", {}),
+        ("cosine", "cosine", {}),
+        ("cosine_with_min_lr", "cosine_with_min_lr", {"min_lr_rate": 0.1}),
+    ],
+)
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_rates_after_the_warm_up_are_transformers(ours, theirs, options, warmup):
+    """Step n here is call n − 1 there. (In the warm-up ours is one ahead: transformers spends its first
+    step at 0.)"""
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    scheduler = get_scheduler(theirs, optimizer, warmup, 20, scheduler_specific_kwargs=options)
+    rates = []
+    for _ in range(20):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates[warmup:] == pytest.approx(
+        [learning_rate_at(n, 20, 0.3, ours, warmup) for n in range(warmup + 1, 21)]
+    )
+    assert rates[1 : warmup + 1] == pytest.approx(
+        [learning_rate_at(n, 20, 0.3, ours, warmup) for n in range(1, warmup + 1)]
+    )
+
+
+def test_response_log_probs_are_minus_transformers_loss(llama):
+    """Labels −100 on the prompt: the model's own loss is the mean of −log p over the response."""
+    from transformers import AutoModelForCausalLM
+
+    model, prompt, response = llama(AutoModelForCausalLM, 0), [5, 9, 12], [14, 7, 30, 1]
+    loss = model(
+        input_ids=torch.tensor([prompt + response]), labels=torch.tensor([[-100] * 3 + response])
+    ).loss
+    logprobs = response_logprobs(model, make_rows([prompt, [8]], [response, [4]], pad_id=0))
+    assert -logprobs[0].mean().item() == pytest.approx(loss.item(), rel=1e-5)

@@ -1,0 +1,269 @@
+"""The command: exit codes, one line a mistake, help, status, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from tests.pipeline import fakes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def rlhf(tmp_path, monkeypatch, capsys):
+    """`rlhf("run", "fit")` → (exit code, stdout, stderr), in this process and with the fake stages."""
+    from pipeline import cli
+
+    (tmp_path / "small.yaml").write_text(fakes.CONFIG)
+    stages = fakes.stages()
+    monkeypatch.setattr(cli, "STAGES", tuple(stages))
+    monkeypatch.setattr(cli, "stage_modules", lambda: stages)
+
+    def run(*words, config="small.yaml"):
+        code = cli.main([*words, *(["-c", config] if config else [])])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    run.stages = stages
+    return run
+
+
+def test_run_and_run_again(rlhf):
+    code, out, err = rlhf("run", "page", "fit.steps=3")
+    assert (code, err) == (0, "") and "fit: done in" in out
+    code, out, err = rlhf("run", "page", "--debug", "fit.steps=3")
+    assert code == 0 and out.count("up to date") == 3
+    code, out, err = rlhf("run", "page")
+    assert code == 0 and "fit: stale because fit.steps 3 → 12; running" in out
+
+
+def test_artifacts_go_where_they_are_told(rlhf, tmp_path):
+    assert rlhf("run", "text", "--artifacts", "elsewhere")[0] == 0
+    assert (tmp_path / "elsewhere" / "small" / "text" / "manifest.json").exists()
+    assert not (tmp_path / "artifacts").exists()
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        ("run fit fit.stepz=3", "override fit.stepz=3: fit.stepz: unknown key; did you mean fit.steps?"),
+        ("run fit fit.steps=x", 'override fit.steps=x: fit.steps: the string "x"; should be an integer'),
+        ("run fit data.prompts=gone.jsonl", "override data.prompts=gone.jsonl: data.prompts: no such file"),
+        ("run fit --only", "text: is missing; run it first, or leave out --only"),
+        ("run fit --onyl", "command line: '--onyl' is no flag of `rlhf run` and no key=value"),
+        ("run fit steps", "command line: 'steps' is no flag of `rlhf run` and no key=value"),
+        ("run fitt", "command line: argument stage: invalid choice: 'fitt'"),
+        ("run", "command line: STAGE is missing; see `rlhf run --help`"),
+        ("flatten", "command line: argument COMMAND: invalid choice: 'flatten'"),
+        ("chat", "command line: the following arguments are required: --models"),
+    ],
+)
+def test_a_users_mistake_is_exit_2_and_a_line(rlhf, words, line):
+    code, out, err = rlhf(*words.split())
+    assert code == 2 and err.startswith(f"error: {line}") and err.count("\n") == 1 and out == ""
+
+
+def test_missing_config(rlhf):
+    assert rlhf("run", "fit", config=None)[0] == 2
+    code, _, err = rlhf("status", config="none.yaml")
+    assert (
+        code == 2
+        and err == "error: none.yaml: cannot be read (No such file or directory); should be a YAML file\n"
+    )
+
+
+def test_training_that_stops_itself_is_exit_3(rlhf):
+    code, _, err = rlhf("run", "fit", "fit.fail_at=2")
+    assert code == 3 and err == "error: training stopped itself: the loss at step 2 is not finite\n"
+
+
+def test_a_stop_is_exit_75(rlhf):
+    def run(ctx):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return fakes.run_fit(ctx)
+
+    rlhf.stages["fit"].run = run
+    code, _, err = rlhf("run", "fit")
+    assert code == 75 and "stopped at step 1 of 12; run again to go on" in err
+    code, out, _ = rlhf("status")
+    assert code == 0 and "interrupted at step 1 of 12" in out
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a caller gets its handlers back
+
+
+class DataError(ValueError):
+    lines = ["rows.jsonl:3: is no JSON; mend the line", "rows.jsonl:4: is empty; remove it"]
+
+
+TWO_LINES = "rows.jsonl:3: is no JSON; mend the line\nerror: rows.jsonl:4: is empty; remove it\n"
+
+
+@pytest.mark.parametrize(
+    "error, code, expected",
+    [
+        (DataError(), 2, TWO_LINES),
+        (UserError("a: b; c"), 2, "a: b; c\n"),
+        (OSError(28, "No space left on device", "/x/model"), 2, "/x/model: No space left on device ("),
+        (OSError(13, "Permission denied", "/x"), 2, "/x: Permission denied; make it writable"),
+        (RuntimeError("No space left on device (os error 28)"), 2, ".: No space left on device ("),
+        (ConnectionError("no route\nto host"), 2, "the Hub: no route; check the id, the network"),
+        (MemoryError(), 1, "out of memory; lower per_device_train_batch_size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory"),
+        (KeyError("oops"), 1, "unexpected KeyError: 'oops' (test_cli.py:"),
+    ],
+)
+def test_what_a_stage_raises(rlhf, error, code, expected):
+    def run(ctx):
+        raise error
+
+    rlhf.stages["fit"].run = run
+    got, _, err = rlhf("run", "fit")
+    assert got == code and err.startswith(f"error: {expected}") and "Traceback" not in err
+    got, _, err = rlhf("run", "fit", "--debug")
+    assert got == code and "Traceback" in err
+
+
+def test_run_help(rlhf):
+    code, out, _ = rlhf("run", "--help", config=None)
+    assert code == 0 and "--override-config" in out and "exit codes" in out
+    for words in (["run", "fit", "--help"], ["run", "--help", "fit"]):
+        code, out, _ = rlhf(*words, config=None)
+        assert code == 0
+        for text in (
+            "fit.learning_rate",
+            "per step",
+            "0.01",
+            "of AdamW",
+            "best | last",
+            "mean squared error",
+        ):
+            assert text in out
+        for text in ("model.dtype", "checkpoints.every", "data.rankings", "launch.threads"):
+            assert text in out
+    assert rlhf("--help", config=None)[0] == 0
+
+
+def test_status(rlhf):
+    rlhf("run", "fit")
+    code, out, _ = rlhf("status", "fit.learning_rate=0.5")
+    lines = {
+        line.split()[1]: line for line in out.splitlines() if line.startswith("│") and line.split()[1] != "│"
+    }
+    assert code == 0 and "done" in lines["text"] and "words 3" in lines["text"]
+    assert "stale because fit.learning_rate 0.01 → 0.5" in lines["fit"] and "missing" in lines["page"]
+    (Path("artifacts/small/text/words/all.json")).write_text("[]")
+    assert "damaged: artifacts/small/text/words/all.json" in rlhf("status")[1].replace("\n", "")
+
+
+def test_report_is_shown_after_a_run(rlhf):
+    shown = []
+    rlhf.stages["page"].show = lambda folder, console: shown.append(folder)
+    rlhf("run", "page")
+    rlhf("run", "page")
+    rlhf("run", "fit")
+    assert shown == [Path("artifacts/small/page")] * 2
+
+
+def test_what_only_the_machine_knows(rlhf, monkeypatch):
+    code, _, err = rlhf("run", "text", "launch.device=cuda")
+    assert code == 2 and err.startswith("error: launch.device: cuda, and torch sees no GPU")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = rlhf("run", "text")
+    assert code == 2 and err.startswith("error: launch: several processes cannot share a stage yet")
+
+
+@pytest.mark.parametrize("hub, offline", [(False, "1"), (True, None)])
+def test_libraries_stay_offline_unless_a_hub_id_is_named(rlhf, monkeypatch, hub, offline):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    rlhf("run", "text", *(["data.prompts=org/name"] if hub else []))
+    assert os.environ.get("HF_HUB_OFFLINE") == offline
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1" and os.environ["WANDB_MODE"] == "disabled"
+
+
+def start(folder, *words):
+    """The command in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *words], cwd=folder, env=environment, **pipes)
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if line.startswith(text):
+            return
+    raise AssertionError(f"{text} never came; {process.stderr.read()}")
+
+
+def end(process, code):
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in err, err
+    return out, err
+
+
+def outputs(folder):
+    manifest = json.loads((folder / "small" / "fit" / "manifest.json").read_text())
+    return {path: facts["sha256"] for path, facts in manifest["outputs"].items()}
+
+
+def test_a_signal_and_a_kill_end_in_the_same_bytes(rlhf, tmp_path):
+    """SIGTERM → 75, a checkpoint and no artifact; kill -9 → the next run goes on; the bytes are those of a
+    run that nothing happened to."""
+    assert rlhf("run", "fit", "--artifacts", "straight")[0] == 0
+    command = [
+        "-m",
+        "tests.pipeline.fakes",
+        "run",
+        "fit",
+        "-c",
+        "small.yaml",
+        "--artifacts",
+        "hit",
+        "fit.pause=0.1",
+    ]
+    folder = tmp_path / "hit" / "small" / "fit"
+
+    first = start(tmp_path, *command)
+    wait_for(first, "step 2")
+    first.send_signal(signal.SIGTERM)
+    assert end(first, 75)[1].endswith("of 12; run again to go on\n")
+    assert not (folder / "manifest.json").exists() and (folder / "run.json").exists()
+
+    second = start(tmp_path, *command)
+    wait_for(second, "step 9")
+    second.send_signal(signal.SIGKILL)
+    end(second, -signal.SIGKILL)
+    assert not (folder / "manifest.json").exists()
+
+    assert "going on from step 8" in end(start(tmp_path, *command), 0)[0]
+    assert outputs(tmp_path / "hit") == outputs(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_kills_at_once(tmp_path, number):
+    code = (
+        "import time\n"
+        "from pipeline import cli\n"
+        "with cli.signal_handlers(cli.StopFlag()):\n"
+        "    print('ready', flush=True)\n"
+        "    for _ in range(600): time.sleep(0.1)\n"
+    )
+    process = start(tmp_path, "-c", code)
+    wait_for(process, "ready")
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGUSR1)
+    assert process.stderr.readline() + process.stderr.readline() == (
+        "\nstopping after this step and saving; once more stops at once\n"
+    )
+    assert process.poll() is None
+    process.send_signal(number)
+    end(process, -number)
+
+
+def test_torch_is_imported_after_the_handlers_stand():
+    code = "import sys; import pipeline.cli, pipeline.plan, pipeline.launch; sys.exit('torch' in sys.modules)"
+    end(start(ROOT, "-c", code), 0)

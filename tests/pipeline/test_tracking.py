@@ -1,0 +1,102 @@
+"""Journals are the truth: plain JSON, no time of day, rewound to a checkpoint; wandb can fail without
+harm."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+from rich.console import Console
+
+from pipeline.tracking import Tracker, figure, plain
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_are_plain_json_with_step_first(tmp_path):
+    tracker = Tracker(tmp_path, "ppo")
+    tracker.log(1, {"loss": torch.tensor(0.1), "count": numpy.int64(3), "lr": 1e-5})
+    tracker.log(2, {"loss": float("nan"), "kl": torch.tensor(float("inf")), "low": -float("inf")})
+    tracker.evaluation(2, {"accuracy": 0.5})
+    tracker.samples(2, [{"prompt": "é\n", "response": "b"}, {"prompt": "c", "response": "d", "score": 1.0}])
+    lines = (
+        (tmp_path / "metrics.jsonl").read_text().splitlines()
+    )  # before it is closed: a line is written at once
+    assert lines[0] == '{"step": 1, "loss": 0.10000000149011612, "count": 3, "lr": 1e-05}'
+    assert lines[1] == '{"step": 2, "loss": "NaN", "kl": "Infinity", "low": "-Infinity"}'
+    assert rows(tmp_path / "evaluations.jsonl") == [{"step": 2, "accuracy": 0.5}]
+    assert rows(tmp_path / "samples.jsonl")[0] == {"step": 2, "prompt": "é\n", "response": "b"}
+    tracker.close()
+
+
+def test_rewind_drops_later_rows_and_a_torn_line(tmp_path):
+    tracker = Tracker(tmp_path, "ppo")
+    for step in range(1, 6):
+        tracker.log(step, {"loss": 1.0})
+        tracker.samples(step, [{"prompt": "a"}, {"prompt": "b"}])
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    tracker.rewind(3)
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert len(rows(tmp_path / "samples.jsonl")) == 6
+    for step in (4, 5):
+        tracker.log(step, {"loss": 1.0})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    tracker.rewind(-1)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"" and sorted(tmp_path.glob(".tmp*")) == []
+    Tracker(tmp_path / "new", "ppo").rewind(3)  # nothing there: nothing to do
+
+
+def test_plain():
+    assert plain({1: (numpy.float32(0.5), True, None, "x")}) == {"1": [0.5, True, None, "x"]}
+    assert figure(0.123456) == "0.123" and figure(12345.6) == "1.23e+04" and figure(1e-5) == "1.00e-05"
+    assert (
+        figure(1500.4) == "1500" and figure(3) == "3" and figure(float("nan")) == "NaN" and figure(0.0) == "0"
+    )
+
+
+def test_progress_is_quiet_when_nobody_watches(tmp_path, capsys):
+    console = Console(force_terminal=False, width=100)
+    with Tracker(tmp_path, "ppo", console=console).progress(1000, "updates") as progress:
+        for step in range(1, 1001):
+            progress.update(step, loss=0.5)
+    assert len(capsys.readouterr().out.splitlines()) <= 1  # at most one line a second
+
+
+def test_progress_draws_a_bar_on_a_terminal(tmp_path, capsys):
+    console = Console(force_terminal=True, width=100)
+    with Tracker(tmp_path, "ppo", console=console).progress(10, "updates") as progress:
+        progress.update(5, loss=0.25)
+    assert "ppo: updates" in capsys.readouterr().out
+
+
+class Settings(SimpleNamespace):
+    wandb, project = "offline", "p"
+
+
+@pytest.mark.parametrize("broken", ["import", "init", "log"])
+def test_a_wandb_failure_is_one_line_and_training_goes_on(tmp_path, monkeypatch, capsys, broken):
+    def fail(*_, **__):
+        raise RuntimeError("no network\nand a long story")
+
+    fine = lambda *_, **__: None  # noqa: E731
+    fake = SimpleNamespace(init=fine, log=fine, finish=fine, Settings=fine, Table=fine)
+    if broken != "import":
+        setattr(fake, broken, fail)
+    monkeypatch.setitem(sys.modules, "wandb", None if broken == "import" else fake)
+    tracker = Tracker(tmp_path, "ppo", Settings(), "id", "small")
+    for step in (1, 2):
+        tracker.log(step, {"loss": 1.0})
+    tracker.close()
+    assert capsys.readouterr().err.count("warning: wandb failed") == 1
+    assert len(rows(tmp_path / "metrics.jsonl")) == 2 and tracker.tracker_run_id is None
+
+
+def test_wandb_is_not_imported_when_it_is_off(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would raise
+    Tracker(tmp_path, "ppo", Settings(wandb="off"), "id").log(1, {})

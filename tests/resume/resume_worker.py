@@ -1,0 +1,51 @@
+"""Runs `rlhf` in a child process that can be made to die, by SIGKILL, at a chosen step of a chosen stage."""
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+CONFIG = Path(__file__).with_name("micro.yaml")
+
+
+def rlhf(*argv: str, die: tuple[str, int] | None = None, term: tuple[str, int] | None = None) -> int:
+    """Exit code of `rlhf argv` in a fresh process; −9 where it died of SIGKILL. The libraries are imported only once.
+
+    die, term: (stage, step) after whose row of metrics.jsonl (rankings, evaluate: whose checkpoint) the process
+    kills itself, or gets SIGTERM.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trl", "transformers", "datasets", "accelerate", "torch", "peft"])
+    child = context.Process(target=_main, args=(list(argv), die, term))
+    child.start()
+    child.join(300)
+    if child.exitcode is None:
+        child.kill()
+        raise AssertionError(f"rlhf {' '.join(argv)} did not end within 300 s")
+    return child.exitcode
+
+
+def _main(argv: list[str], die, term) -> None:
+    from pipeline import checkpoints, cli, tracking
+
+    def at(stage: str, step: int) -> None:
+        if (stage, step) == die:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (stage, step) == term:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    log, save = tracking.Tracker.log, checkpoints.CheckpointStore.save
+
+    def dying_log(self, step, metrics):
+        log(self, step, metrics)
+        at(self.stage, step)
+
+    def dying_save(self, step, *args, **kwargs):
+        save(self, step, *args, **kwargs)
+        stage = Path(self.folder).parent.name
+        if stage in ("rankings", "evaluate"):
+            at(stage, step)
+
+    tracking.Tracker.log = dying_log
+    checkpoints.CheckpointStore.save = dying_save
+    os._exit(cli.main(argv))

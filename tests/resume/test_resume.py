@@ -1,0 +1,69 @@
+"""Killed once in each stage and started again: the same bytes as a run that nobody touched."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+from resume_worker import CONFIG, rlhf
+
+STAGES = ("base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate")
+JOURNALS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory):
+    """Artifacts of the whole chain, uninterrupted."""
+    root = tmp_path_factory.mktemp("oracle")
+    assert rlhf("run", "evaluate", "-c", str(CONFIG), "--artifacts", str(root)) == 0
+    return root
+
+
+def published(folder):
+    """{path: sha256} of everything that a stage published."""
+    outputs = json.loads((folder / "manifest.json").read_text())["outputs"]
+    found = {path: hashlib.sha256((folder / path).read_bytes()).hexdigest() for path in outputs}
+    assert found == {path: entry["sha256"] for path, entry in outputs.items()}
+    return found
+
+
+def without(oracle, tmp_path, stage):
+    """A copy of the oracle's artifacts in which `stage` has never run."""
+    root = tmp_path / "artifacts"
+    shutil.copytree(oracle, root)
+    shutil.rmtree(root / "micro" / stage)
+    return root
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_and_started_again_gives_the_same_bytes(stage, oracle, tmp_path):
+    root = without(oracle, tmp_path, stage)
+    run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
+    step = {"rankings": 2, "evaluate": 2}.get(stage, 5)  # steps: after the checkpoint of step 4, before that of 6
+    assert rlhf(*run, die=(stage, step)) == -9
+    assert not (root / "micro" / stage / "manifest.json").exists()
+    assert list((root / "micro" / stage / "checkpoints").glob("step-*/manifest.json"))
+    assert rlhf(*run) == 0
+    assert published(root / "micro" / stage) == published(oracle / "micro" / stage)
+    assert json.loads((root / "micro" / stage / "manifest.json").read_text())["resumes"] == 1
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_a_signal_ends_in_75_with_a_checkpoint_and_no_artifact(stage, oracle, tmp_path):
+    root = without(oracle, tmp_path, stage)
+    run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
+    assert rlhf(*run, term=(stage, 3)) == 75
+    folder = root / "micro" / stage
+    assert not (folder / "manifest.json").exists()
+    assert list((folder / "checkpoints").glob("step-0000000[34]/manifest.json"))
+    assert rlhf(*run) == 0
+    assert published(folder) == published(oracle / "micro" / stage)
+
+
+def test_journals_hold_each_step_once_and_no_time_of_day(oracle):
+    for stage in ("base", "sft", "rm", "ppo", "dpo"):
+        rows = [json.loads(line) for line in (oracle / "micro" / stage / "metrics.jsonl").open()]
+        assert [row["step"] for row in rows] == list(range(1, 9)), stage
+        assert not any("time" in key or "second" in key for row in rows for key in row)
+        for name in JOURNALS[1:]:
+            assert (oracle / "micro" / stage / name).exists() or (stage, name) == ("base", "samples.jsonl")

@@ -1,0 +1,46 @@
+"""Random models of a few thousand parameters whose next-token distributions are far from flat."""
+
+import pytest
+import torch
+
+PAD, EOS, VOCAB = 0, 1, 20
+
+
+@pytest.fixture
+def causal():
+    """causal(kind, seed, spread): spread = standard deviation of the weights; wide means decided."""
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+    def build(kind="llama", seed=0, spread=0.3):
+        ids = {
+            "vocab_size": VOCAB,
+            "pad_token_id": PAD,
+            "eos_token_id": EOS,
+            "bos_token_id": None,
+            "initializer_range": spread,
+            "use_cache": False,
+        }
+        if kind == "gpt2":
+            config = GPT2Config(
+                n_embd=16,
+                n_layer=2,
+                n_head=2,
+                n_positions=64,
+                attn_pdrop=0.0,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                **ids,
+            )
+        else:
+            config = LlamaConfig(
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=24,
+                max_position_embeddings=64,
+                **ids,
+            )
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config).float().eval()
+
+    return build

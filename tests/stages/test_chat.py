@@ -1,0 +1,174 @@
+"""chat: what is typed, what is answered, what is remembered; with tiny models of random weights."""
+
+import io
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from data.encode import encode_prompt, train_tokenizer
+from pipeline.artifacts import ArtifactStore
+from pipeline.errors import UserError
+from stages import chat
+from stages.models.loading import from_scratch, load_policy, load_tokenizer, new_reward_model, save_model
+
+EXPERIMENT = SimpleNamespace(
+    name="fake",
+    launch=SimpleNamespace(device="cpu"),
+    evaluate=SimpleNamespace(response_length=6),
+    model=SimpleNamespace(attn_implementation="sdpa", dtype="float32"),
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Published sft, ppo (other weights) and rm; no dpo."""
+    store = ArtifactStore(tmp_path_factory.mktemp("artifacts"), "fake")
+    tokenizer = train_tokenizer(["the fox is red . what colour is the fox ?"] * 3, 300)
+    shape = dict(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=64,
+        attn_implementation="sdpa",
+    )
+    for seed, stage in enumerate(("sft", "ppo", "rm")):
+        with store.lock(stage):
+            content = store.folder(stage) / ".tmp-publish"
+            if stage == "rm":
+                model = new_reward_model(store.folder("sft") / "model", seed=0)
+                model.config.reward_bias = 0.0
+            else:
+                model = from_scratch(tokenizer, seed=seed, **shape)
+            save_model(model, tokenizer, content / "model", card="")
+            fields = ("fingerprint", "config", "inputs", "metrics", "finished_at", "run_id")
+            store.publish(stage, content, {"stage": stage} | dict.fromkeys(fields, ""))
+    return store
+
+
+def talk(store, monkeypatch, lines, models=("sft", "ppo"), width=100, **settings) -> str:
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    console = Console(width=width, record=True, file=io.StringIO())
+    assert chat.run(EXPERIMENT, store, list(models), console=console, **settings) == 0
+    return console.export_text()
+
+
+def speaker_of(store, stage="sft") -> chat.Speaker:
+    folder = store.folder(stage) / "model"
+    return chat.Speaker(stage, load_policy(folder), load_tokenizer(folder))
+
+
+def test_answers_side_by_side_with_scores_until_the_input_ends(store, monkeypatch):
+    text = talk(store, monkeypatch, ["what colour is the fox ?", "", "and the frog ?"])
+    heads = [line for line in text.splitlines() if "sft ─" in line]
+    assert len(heads) == 2 and all("ppo ─" in head for head in heads)
+    assert text.count("score ") == 4 and "token" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_narrow_terminals_get_panels_below_each_other(store, monkeypatch):
+    text = talk(store, monkeypatch, ["hello"], width=60)
+    assert not [line for line in text.splitlines() if "sft ─" in line and "ppo ─" in line]
+
+
+def test_same_seed_same_words_and_temperature_0_ignores_it(store, monkeypatch):
+    say = lambda *lines: talk(store, monkeypatch, [*lines, "hello"]).split("hello")[1]  # noqa: E731
+    assert say("/seed 3") == say("/seed 3") != say("/seed 4")
+    assert say("/temp 0", "/seed 3") == say("/temp 0", "/seed 4")
+
+
+def test_commands(store, monkeypatch):
+    text = talk(
+        store,
+        monkeypatch,
+        [
+            "/help",
+            "/temp warm",
+            "/top_p 2",
+            "/top_p 0.9",
+            "/system be kind",
+            "/dance",
+            "/reset",
+            "/quit",
+            "never read",
+        ],
+    )
+    assert "/system TEXT" in text and "'warm' is no number" in text and "2.0 is out of range" in text
+    assert (
+        "top_p 0.9" in text
+        and "system: be kind" in text
+        and "/dance is no command" in text
+        and "forgotten" in text
+    )
+    assert "never read" not in text
+
+
+def test_memory_is_kept_and_oldest_turns_are_dropped_when_the_context_is_full(store):
+    speaker, settings = speaker_of(store), chat.Settings(1.0, 1.0, 0, 6)
+    for turn in range(8):
+        answer = chat.reply(speaker, "what colour is the fox ?", settings, turn, "float32", None)
+        assert answer.text == speaker.history[-1]["content"] and not answer.problem
+    assert 2 <= len(speaker.history) < 16
+    assert len(encode_prompt(speaker.tokenizer, speaker.history[:-1])) + 6 <= 64
+    problem = chat.reply(speaker, "fox " * 100, settings, 9, "float32", None).problem
+    assert "the whole context" in problem
+
+
+def test_system_message_and_memory_reach_the_model(store, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "stages.rollouts.transformers.sample",
+        lambda model, prompts, *_, **__: seen.append(prompts[0]) or [[7]],
+    )
+    speaker = speaker_of(store)
+    for text in ("hello", "and the fox ?"):
+        chat.reply(speaker, text, chat.Settings(1.0, 1.0, 0, 6, "be kind"), 0, "float32", None)
+    assert speaker.tokenizer.decode(seen[0]) == "<|system|> be kind<|user|> hello<|assistant|>"
+    assert seen[1][: len(seen[0])] == seen[0] and speaker.tokenizer.decode(seen[1]).endswith(
+        "<|user|> and the fox ?<|assistant|>"
+    )
+
+
+def test_escape_codes_of_a_model_do_not_reach_the_terminal():
+    console = Console(width=80, record=True, file=io.StringIO(), force_terminal=True)
+    chat.show([("sft", chat.Answer("a\x1b]0;title\x07 [red]b[/red] \x9bc", 3))], console)
+    out = console.file.getvalue()
+    assert "\x1b]0" not in out and "\x9b" not in out and "\x07" not in out and "[red]b[/red]" in out
+
+
+@pytest.mark.parametrize(
+    "models, what",
+    [
+        (["dpo"], "rlhf run dpo"),
+        (["rm"], "does not answer"),
+        (["nobody"], "published stage .sft, ppo."),
+        ([], "names no model"),
+    ],
+)
+def test_models_that_cannot_talk_are_the_users_mistake(store, models, what):
+    with pytest.raises(UserError, match=what):
+        chat.run(EXPERIMENT, store, models)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"max_new_tokens": -3}]
+)
+def test_senseless_settings_are_the_users_mistake(store, settings):
+    with pytest.raises(UserError, match="should be"):
+        chat.run(EXPERIMENT, store, ["sft"], **settings)
+
+
+def test_a_damaged_artifact_is_named(store):
+    file = store.folder("ppo") / "model" / "config.json"
+    whole = file.read_bytes()
+    try:
+        file.write_bytes(whole.replace(b"1", b"2", 1))
+        with pytest.raises(UserError, match="config.json: sha256"):
+            chat.run(EXPERIMENT, store, ["sft", "ppo"])
+    finally:
+        file.write_bytes(whole)
+
+
+def test_a_folder_talks_too(store, monkeypatch):
+    assert "score" in talk(store, monkeypatch, ["hello"], models=[str(store.folder("sft") / "model")])

@@ -1,0 +1,201 @@
+"""The house holds: who may import whom, nothing happens at import time, the README's map is the real one,
+every shipped configuration validates. Read from syntax trees, so that a late import counts too."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("data", "pipeline", "stages")
+MODULES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+STAGES = ("world", "base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate", "report", "chat", "doctor")
+
+
+def name_of(path):
+    """stages/ppo.py → stages.ppo, data/__init__.py → data"""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path):
+    """Every module that a file imports, anywhere in it; `from a import b` gives a and a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "importlib.import_module",
+            "__import__",
+        ):
+            found.add(ast.unparse(node.args[0]).strip("'\"f").split("{")[0].rstrip("."))
+    return found
+
+
+def ours(path):
+    return {name for name in imports(path) if name.split(".")[0] in ROOMS}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_between_rooms(path):
+    name, room = name_of(path), name_of(path).split(".")[0]
+    own = {other for other in ours(path) if other.split(".")[0] == room}
+    foreign = ours(path) - own
+    if name == "pipeline.cli":  # names the stages, and looks at data files
+        return
+    if room in ("data", "pipeline"):
+        assert not foreign, f"{name} imports {foreign}"
+    if name.startswith("stages.objectives"):
+        outside = (
+            {other.split(".")[0] for other in imports(path)} - sys.stdlib_module_names - {"torch", "stages"}
+        )
+        assert not outside and all(other.startswith("stages.objectives") for other in ours(path)), (
+            f"{name}: {outside}"
+        )
+    if room == "stages":
+        others = {f"stages.{stage}" for stage in STAGES} - {name}
+        met = {
+            other for other in own if any(other == stage or other.startswith(f"{stage}.") for stage in others)
+        }
+        assert not met, f"{name} imports {met}: stages meet in the artifact folder"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_wandb_only_in_tracking(path):
+    names = {name.split(".")[0] for name in imports(path)}
+    assert "wandb" not in names or name_of(path) == "pipeline.tracking"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_every_module_imports_and_says_what_it_is(path):
+    module = importlib.import_module(name_of(path))
+    assert (module.__doc__ or "").strip(), f"{path}: no docstring"
+
+
+def test_nothing_happens_at_import_time():
+    """No network, no device, no thread of a library, no file: importing everything in a bare process just
+    works."""
+    names = [name_of(path) for path in MODULES]
+    code = f"""\
+import importlib, socket, sys
+def refuse(*_, **__): raise AssertionError("at import time")
+socket.socket.connect = socket.create_connection = refuse
+import torch
+torch.cuda.is_available = torch.cuda.init = torch.cuda.device_count = refuse
+for name in {names!r}:
+    importlib.import_module(name)
+print(sorted({{"wandb", "trl", "datasets", "matplotlib"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]", "heavy libraries are imported where they are used"
+
+
+def test_packages_are_named():
+    import tomllib
+
+    named = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    real = {name_of(path) for path in MODULES if path.name == "__init__.py"}
+    assert named == real
+    assert {path.parent for path in MODULES} == {
+        path.parent for path in MODULES if path.name == "__init__.py"
+    }
+
+
+PATH_LIKE = re.compile(r"[\w.-]+/|[\w.-]+\.(py|md|yaml|toml|txt|j2)|Makefile|LICENSE|\.ci/run|\.gitignore")
+
+
+def tree_block():
+    """The README's fenced block whose first line is `rlhf-pipeline/`, without that line."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    begins = [
+        at for at in range(1, len(lines)) if lines[at] == "rlhf-pipeline/" and lines[at - 1].startswith("```")
+    ]
+    assert len(begins) == 1, "README.md has no fenced block that begins with the line `rlhf-pipeline/`"
+    end = next(at for at in range(begins[0], len(lines)) if lines[at].startswith("```"))
+    return lines[begins[0] + 1 : end]
+
+
+def tree_paths():
+    """Every path in that block, folders with a slash at the end. In a line: the indentation (spaces, or drawn
+    branches), one name or several, and after two spaces what is said of them; a line without a name goes on
+    with that."""
+    paths, parents = [], []  # parents: (indentation, folder/)
+    for line in tree_block():
+        bare = re.sub("[│├└─]", " ", line)
+        indent = len(bare) - len(bare.lstrip())
+        names = list(takewhile(PATH_LIKE.fullmatch, re.split(r"\s{2,}", bare.strip())[0].split()))
+        if not names:
+            continue
+        while parents and parents[-1][0] >= indent:
+            parents.pop()
+        paths += ["".join(folder for _, folder in parents) + name for name in names]
+        if names[0].endswith("/"):
+            parents.append((indent, names[0]))
+    return paths
+
+
+def test_the_readmes_tree_is_the_real_one():
+    said = tree_paths()
+    for path in said:
+        real = ROOT / path
+        assert real.is_dir() if path.endswith("/") else real.is_file(), f"README.md names {path}"
+    for room in ROOMS:
+        assert f"{room}/" in said, f"README.md's tree leaves out {room}/"
+        listed = {
+            path.rstrip("/").rsplit("/", 1)[0]
+            for path in said
+            if path.startswith(f"{room}/") and path != f"{room}/"
+        }
+        for folder in sorted(listed):  # a folder of which something is listed is listed whole
+            there = {path for path in (ROOT / folder).iterdir() if not path.name.startswith("__")}
+            names = {str(path.relative_to(ROOT)) + "/" * path.is_dir() for path in there}
+            assert names <= set(said), f"README.md's tree leaves out {sorted(names - set(said))}"
+
+
+def configs():
+    found = sorted(path for path in (ROOT / "configs").rglob("*.y*ml") if "launch" not in path.parts)
+    return found or [None]
+
+
+@pytest.mark.parametrize("path", configs(), ids=lambda path: path.name if path else "none")
+def test_every_shipped_config_validates(path, monkeypatch):
+    from pipeline import cli
+    from pipeline.config import experiment_type, load_experiment
+
+    assert path is not None, "configs/ is empty"
+    monkeypatch.chdir(ROOT)
+    stages = cli.stage_modules()
+    assert tuple(stages) == cli.STAGES
+    sections = {name: module.Config for name, module in stages.items()}
+    checks = [module.check for module in stages.values() if hasattr(module, "check")]
+    experiment = load_experiment(path, [], experiment_type(sections), checks)
+    assert experiment.name == path.stem
+
+
+def test_every_setting_says_what_it_means():
+    from pipeline import cli
+    from pipeline.config import COMMON, describe
+
+    sections = {name: module.Config for name, module in cli.stage_modules().items()} | COMMON
+    rows = [row for name, section in sections.items() for row in describe(section, name)]
+    assert not [key for key, _, _, _, description in rows if not description]
+
+
+def test_stages_declare_what_the_pipeline_asks():
+    from pipeline import cli
+
+    for name, module in cli.stage_modules().items():
+        assert module.NAME == name
+        for attribute in ("Config", "METRICS", "HEADLINE", "needs", "reads", "run"):
+            assert hasattr(module, attribute), f"stages/{name}.py has no {attribute}"
+        assert all(sentence.strip() for sentence in module.METRICS.values())
