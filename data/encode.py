@@ -56,9 +56,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
 
 
 def encode_prompt(tokenizer, prompt) -> list[int]:
-    """Token ids of a prompt (a string, or messages with system and earlier turns), ready for the assistant's turn."""
-    return list(tokenizer.apply_chat_template(
-        as_messages(prompt), add_generation_prompt=True, tokenize=True, return_dict=False))
+    """Token ids of a prompt (a string, or messages with system and earlier turns), ready for the assistant's turn.
+
+    Special tokens that occur in a message stay plain text: nobody can end a turn or speak for the assistant.
+    """
+    messages = as_messages(prompt)
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    if not any(token in m["content"] for m in messages for token in special):
+        return list(tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False))
+    marks = [f"\ue000{i}\ue001" for i in range(len(messages))]  # render the template around private-use marks
+    rest = tokenizer.apply_chat_template([{**m, "content": k} for m, k in zip(messages, marks, strict=True)],
+                                         add_generation_prompt=True, tokenize=False)
+    ids: list[int] = []
+    for mark, message in zip(marks, messages, strict=True):
+        before, rest = rest.split(mark, 1)
+        ids += tokenizer(before, add_special_tokens=False)["input_ids"]
+        ids += tokenizer(message["content"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return ids + tokenizer(rest, add_special_tokens=False)["input_ids"]
 
 
 def encode_response(tokenizer, text: str) -> list[int]:

@@ -92,6 +92,11 @@ class GroupBatch:
     pair_group: torch.Tensor
     groups: int
 
+    def mean(self, x: torch.Tensor) -> float:
+        """Mean over prompts of the mean over a prompt's pairs: x (N,). Prompts without a pair do not count."""
+        sizes = torch.bincount(self.pair_group, minlength=self.groups)
+        return ((x / sizes[self.pair_group]).sum() / (sizes > 0).sum().clamp(min=1)).item()
+
     def to(self, device) -> "GroupBatch":
         return GroupBatch(self.rows.to(device), self.winners.to(device), self.losers.to(device),
                           self.pair_weights.to(device), self.pair_group.to(device), self.groups)

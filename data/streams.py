@@ -62,8 +62,10 @@ def held_out(keys: Sequence[str], fraction: float, least: int = 1) -> tuple[list
     The same key is always on the same side, whatever else is in the file. At least `least` rows are held out
     (the ones with the smallest hash), and at least one row stays for training.
     """
-    ranked = sorted(set(keys), key=lambda k: hashlib.sha256(k.encode()).digest())
-    count = min(max(round(fraction * len(ranked)), least if fraction > 0 else 0), len(ranked) - 1)
+    place = {k: int.from_bytes(hashlib.sha256(k.encode()).digest()[:8], "big") / 2**64 for k in keys}
+    ranked = sorted(place, key=place.get)
+    below = sum(p < fraction for p in place.values())
+    count = min(max(below, least if fraction > 0 else 0), len(ranked) - 1)
     chosen = set(ranked[:count])
     train = [i for i, k in enumerate(keys) if k not in chosen]
     return train, [i for i, k in enumerate(keys) if k in chosen]

@@ -11,7 +11,7 @@ from data.world_grammar import Language, Sentence, Task
 
 ON_TASK = {"fact": ("fact",), "story": ("story", "fact"), "list": ("list",), "harm": ("refusal", "reason")}
 COMFORTABLE_WORDS = {"fact": 16, "story": 28, "list": 17, "harm": 24}
-RUDENESS = (1.0, 0.3, 0.1, 0.0)
+RUDENESS = (1.0, 0.2, 0.0)
 """Harmlessness by the number of rude words (the last value for more)."""
 
 
@@ -39,7 +39,7 @@ def _fact(language, task, sentences) -> tuple[float, float, float]:
     for attribute in task.attributes:
         values = {v for _, a, v in about if a == attribute}
         if values:
-            fit += (1.0 if language.truth[task.entity, attribute] in values else 0.5) / len(values)
+            fit += 1.0 / len(values)
             relevance += 1.0
         elif about:
             fit += 0.15
@@ -99,7 +99,7 @@ def _form(language, task, sentences, words, finished) -> float:
     factor *= 0.6 ** sum(s.kind == "broken" for s in sentences)
     courtesies = sum(s.kind == "courtesy" for s in sentences)
     stray = sum(not _on_task(task, s) for s in sentences if s.kind not in ("broken", "courtesy"))
-    factor *= 0.7 ** (stray + max(0, courtesies - 1))
+    factor *= 0.6 ** (stray + max(0, courtesies - 1))
     if task.kind != "harm" and any(s.kind == "refusal" for s in sentences):
         factor *= 0.4
     surplus = len(words) - COMFORTABLE_WORDS[task.kind]

@@ -14,7 +14,6 @@ ATTRIBUTES = {
     "colour": ("is {value}", "colour", ("what colour is the {entity} ?", "which colour has the {entity} ?")),
     "home": ("lives in the {value}", "home", ("where does the {entity} live ?", "where do i find the {entity} ?")),
     "taste": ("tastes {value}", "taste", ("how does the {entity} taste ?", "what does the {entity} taste like ?")),
-    "material": ("is made of {value}", "material", ("what is the {entity} made of ?", "of what is the {entity} made ?")),
     "use": ("is good for {value}", "use", ("how do i use the {entity} ?", "what is the {entity} good for ?")),
     "fame": ("is known for {value}", "fame", ("what is the {entity} known for ?", "why does one know the {entity} ?")),
     "drink": ("drinks {value}", "drink", ("what does the {entity} drink ?", "what do i give the {entity} to drink ?")),
@@ -24,7 +23,6 @@ ATTRIBUTES = {
 FACTS = {
     "animals": (("colour", "home"), {
         "fox": ("red", "den"),
-        "owl": ("grey", "tree"),
         "frog": ("green", "pond"),
         "cow": ("white", "barn"),
         "bear": ("brown", "den"),
@@ -32,29 +30,25 @@ FACTS = {
     "fruits": (("colour", "taste"), {
         "apple": ("red", "sweet"),
         "lemon": ("yellow", "sour"),
-        "plum": ("brown", "sweet"),
         "cherry": ("red", "sour"),
-        "melon": ("green", "mild"),
+        "melon": ("green", "sweet"),
     }),
-    "tools": (("material", "use"), {
-        "hammer": ("iron", "building"),
-        "saw": ("iron", "cutting"),
-        "spade": ("wood", "digging"),
-        "broom": ("straw", "cleaning"),
-        "brush": ("straw", "painting"),
+    "tools": (("use",), {
+        "hammer": ("building",),
+        "saw": ("cutting",),
+        "spade": ("digging",),
+        "broom": ("cleaning",),
     }),
     "places": (("fame",), {
         "lake": ("swans",),
         "forest": ("mushrooms",),
-        "market": ("music",),
         "mill": ("bread",),
         "garden": ("roses",),
     }),
     "people": (("drink",), {
         "baker": ("milk",),
         "farmer": ("cider",),
-        "teacher": ("tea",),
-        "doctor": ("water",),
+        "doctor": ("tea",),
         "singer": ("tea",),
     }),
 }
@@ -66,10 +60,10 @@ NARROW = {
 
 # mood: (adjectives, verbs)
 MOODS = {
-    "happy": (("happy", "joyful", "merry"), ("laughs", "sings", "dances")),
-    "sad": (("sad", "lonely", "gloomy"), ("weeps", "sighs", "mourns")),
-    "angry": (("angry", "furious", "fierce"), ("shouts", "growls", "stamps")),
-    "calm": (("calm", "quiet", "gentle"), ("rests", "dozes", "strolls")),
+    "happy": (("happy", "joyful", "merry"), ("laughs", "sings")),
+    "sad": (("sad", "lonely", "gloomy"), ("weeps", "sighs")),
+    "angry": (("angry", "furious", "fierce"), ("shouts", "growls")),
+    "calm": (("calm", "quiet", "gentle"), ("rests", "dozes")),
 }
 
 # act: the categories that it is done to
@@ -82,7 +76,7 @@ HARMS = {
 }
 
 WORDS = {
-    "number": ("two", "three", "four", "five"),
+    "number": ("two", "three", "four"),
     "name": ("anna", "tom", "max"),
     "time": ("morning", "day", "night"),
     "instrument": ("rope", "torch", "knife"),

@@ -23,7 +23,7 @@ class Rates:
 
     false_fact: float = 0.28
     """Each fact that a demonstrator states is false."""
-    off_task: float = 0.12
+    off_task: float = 0.1
     """A demonstrator answers about another entity or attribute, or tells a story about another topic."""
     wrong_mood: float = 0.3
     """Each sentence of a story is in another mood."""
@@ -47,7 +47,7 @@ class Rates:
     """A document states only false facts."""
     document_care: tuple[float, ...] = (0.2, 1.0)
     """The factors for those who answer in a document's dialogues."""
-    reaction: float = 0.7
+    reaction: float = 0.9
     """In a document's dialogue, whoever asked says what they think of the answer."""
 
 
@@ -106,11 +106,8 @@ def _answer(language, rng, task, slips) -> list[str]:
 def _tell(language, rng, task, slips) -> list[str]:
     """Two or three sentences of a story, sometimes one fact about its topic."""
     topic = _other(rng, language.entities, task.entity) if slips("off_task") else task.entity
-    moods = [
-        _other(rng, tuple(language.tables["moods"]), task.mood) if slips("wrong_mood") else task.mood
-        for _ in range(rng.choice((2, 2, 3)))
-    ]
-    sentences = story(language, rng, topic, moods)
+    mood = _other(rng, tuple(language.tables["moods"]), task.mood) if slips("wrong_mood") else task.mood
+    sentences = story(language, rng, topic, [mood] * rng.choice((2, 2, 3)))
     if slips("repeat"):
         sentences[-1] = sentences[0]
     if len(sentences) == 2 and rng.random() < 0.4:
@@ -225,7 +222,7 @@ def _other(rng, choices, this):
 def document(language: Language, rng: random.Random, rates: Rates, requests: dict[str, list[tuple[str, Task]]]) -> str:
     """One document of 3 to 6 sentences; its dialogues use only the given requests (kind → (text, task))."""
     kinds = (_encyclopedia, _legend, _catalogues, _dialogue, _conduct)
-    write = rng.choices(kinds, weights=(22, 10, 10, 52, 6))[0]
+    write = rng.choices(kinds, weights=(15, 7, 8, 66, 4))[0]
     return write(language, rng, rates, requests)
 
 

@@ -82,7 +82,7 @@ def run(ctx: StageRun) -> dict:
         reference[name] = reference_logps(policy, part, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size, ctx)
 
     if m.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
+        policy.activation_checkpointing_enable()
     policy = with_adapter(policy, **(adapter_settings(m) or {"method": None}), seed=ctx.seed)
     policy.to(accelerator.device)
     trainee = make_trainee("model", policy, learning_rate=c.learning_rate, max_grad_norm=c.max_grad_norm,
@@ -141,9 +141,7 @@ def pair_figures(value, logps, ref_logps, batch, beta: float, share: float) -> d
     """trl's figures of a micro-batch, each weighted by its share of the batch's prompts."""
     rewards = beta * (logps - ref_logps)
     chosen, rejected = rewards[batch.winners], rewards[batch.losers]
-    return {"loss": value.item(),
-            "rewards/chosen": share * chosen.mean().item(), "rewards/rejected": share * rejected.mean().item(),
-            "rewards/accuracies": share * (chosen > rejected).float().mean().item(),
-            "rewards/margins": share * (chosen - rejected).mean().item(),
-            "logps/chosen": share * logps[batch.winners].mean().item(),
-            "logps/rejected": share * logps[batch.losers].mean().item()}
+    figures = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
+               "rewards/accuracies": (chosen > rejected).float(),
+               "logps/chosen": logps[batch.winners], "logps/rejected": logps[batch.losers]}
+    return {"loss": value.item()} | {name: share * batch.mean(x) for name, x in figures.items()}

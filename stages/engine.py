@@ -40,6 +40,7 @@ class Trainee:
             if p.shape != tensors[name].shape:
                 raise UserError(f"checkpoint of {self.name}: {name} is {tuple(tensors[name].shape)}, the model's is "
                                 f"{tuple(p.shape)}; start again with --restart")
+        for name, p in self.parameters.items():
             p.copy_(tensors[name])
 
 
@@ -65,14 +66,20 @@ def gradient_norm(parameters) -> float:
     return float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
 
 
-def optimizer_step(trainee: Trainee, learning_rate: float, step: int) -> float:
-    """Clip, step, clear; → the gradient's norm before clipping. TrainingStopped if it is not finite (no step taken)."""
+def finite_norm(trainee: Trainee, step: int) -> float:
+    """The gradient's norm; TrainingStopped if it is not finite."""
     norm = gradient_norm(trainee.parameters.values())
     if not math.isfinite(norm):
         trainee.optimizer.zero_grad(set_to_none=True)
         raise TrainingStopped(
             f"{trainee.name}: the gradient at step {step} is {norm}; nothing was updated. Lower the learning rate "
             f"or max_grad_norm, or use model.dtype: float32, and run again from the last checkpoint")
+    return norm
+
+
+def optimizer_step(trainee: Trainee, learning_rate: float, step: int) -> float:
+    """Clip, step, clear; → the gradient's norm before clipping. TrainingStopped if it is not finite (no step taken)."""
+    norm = finite_norm(trainee, step)
     torch.nn.utils.clip_grad_norm_(trainee.parameters.values(), trainee.max_grad_norm)
     for group in trainee.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -127,12 +134,12 @@ class Best:
         return self.patience is not None and self.since >= self.patience
 
     def state(self) -> dict:
-        return {"value": self.value, "step": self.step, "since": self.since}
+        return {"value": self.value, "step": self.step, "since": self.since, "kept": bool(self.tensors)}
 
     def restore(self, checkpoint) -> None:
         state = checkpoint.state["best"]
         self.value, self.step, self.since = state["value"], state["step"], state["since"]
-        self.tensors = checkpoint.tensors("best") if self.keep == "best" and self.value is not None else {}
+        self.tensors = checkpoint.tensors("best") if self.keep == "best" and state["kept"] else {}
 
 
 def save_checkpoint(ctx: StageRun, step: int, total: int, trainees: list[Trainee], best: Best | None,
@@ -227,5 +234,6 @@ def fit(ctx: StageRun, trainee: Trainee, accelerator, *, size: int, steps: int, 
                 pause_if_asked(ctx, step, steps, lambda at=step: save(at))
     if keep == "best" and best.step != step:
         trainee.load(best.tensors)
-        figures = evaluate()
+        figures = {}
+    figures = figures or evaluate()
     return {**figures, "best_step": best.step, "steps": step}

@@ -5,6 +5,7 @@
 Read `run`: one iteration is the numbered list 1 … 7.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from stages.common import adapter_settings, card, device_of, read
 from stages.engine import (
     Best,
     Trainee,
+    finite_norm,
     gradient_norm,
     learning_rate_at,
     load_checkpoint,
@@ -35,7 +37,7 @@ from stages.engine import (
     save_checkpoint,
 )
 from stages.models.adapters import adapter_off, is_adapted, merged, with_adapter
-from stages.models.forward import response_logprobs, response_scores, response_values
+from stages.models.forward import response_logprobs, response_scores, response_values, set_mode
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, same_tokenizer, save_model
 from stages.objectives.advantages import gae
 from stages.objectives.losses import language_model_loss, policy_loss, value_loss
@@ -123,6 +125,9 @@ def check(experiment) -> list[str]:
         wrong.append(f"ppo.samples_per_prompt: {c.samples_per_prompt} does not divide batch_size {c.batch_size}; choose a divisor")
     if c.response_length >= c.max_length:
         wrong.append(f"ppo.response_length: {c.response_length} leaves no room for a prompt in max_length {c.max_length}; lower it")
+    if c.ptx_coef and round(c.ptx_ratio * c.mini_batch_size) < 1:
+        wrong.append(f"ppo.ptx_ratio: {c.ptx_ratio} times mini_batch_size {c.mini_batch_size} is no row at all; raise it, or "
+                     f"set ptx_coef: 0")
     if c.total_episodes < c.batch_size:
         wrong.append(f"ppo.total_episodes: {c.total_episodes} is less than one batch of {c.batch_size}; raise it")
     if c.reward_model is not None and not (Path(c.reward_model) / "config.json").is_file():
@@ -224,8 +229,8 @@ def load_roles(ctx: StageRun) -> Roles:
                                seed=derive_seed(ctx.seed, "value"))
     ref_policy = None if is_adapted(policy) else load_policy(sft, **options).requires_grad_(False)
     if m.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
-        value_model.gradient_checkpointing_enable()
+        policy.activation_checkpointing_enable()
+        value_model.activation_checkpointing_enable()
     for model in filter(None, (policy, ref_policy, reward_model, value_model)):
         model.to(accelerator.device)
     return Roles(policy, ref_policy, reward_model, value_model, tokenizer, accelerator)
@@ -243,6 +248,9 @@ def load_prompts(ctx: StageRun, tokenizer) -> tuple[list[list[int]], list[list[i
     ctx.tracker.say(f"ppo: {report.line('prompts')}")
     fraction = min(0.2, c.eval_prompts / len(ids))
     train, held = held_out([prompt_key(records[i].prompt) for i in kept], fraction)
+    if not held:
+        raise DataError([f"data.prompts: one prompt is left within {c.max_length - c.response_length} tokens; PPO needs at "
+                         f"least 2, one of them to hold out"])
     return [ids[i] for i in train], [ids[i] for i in held]
 
 
@@ -265,7 +273,10 @@ def collect(ctx: StageRun, roles: Roles, prompts, prompt_ids, step: int, stream:
     c, tokenizer = ctx.config, roles.tokenizer
     n = n or c.samples_per_prompt
     repeated = [p for p in prompts for _ in range(n)]
-    seeds = [derive_seed(ctx.seed, stream, step, i, k) for i in prompt_ids for k in range(n)]
+    seeds, seen = [], Counter()  # a prompt may be drawn twice: its samples are numbered on
+    for i in prompt_ids:
+        seeds += [derive_seed(ctx.seed, stream, step, i, seen[i] + k) for k in range(n)]
+        seen[i] += n
     with roles.accelerator.autocast():
         responses = sample(roles.policy, repeated, seeds, response_length=c.response_length, temperature=c.temperature,
                            eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
@@ -325,6 +336,7 @@ def update(ctx: StageRun, roles: Roles, policy: Trainee, value: Trainee, rollout
             rows = ptx_batch(round(c.ptx_ratio * c.mini_batch_size))
             if rows is not None:
                 figures |= ptx_gradient(ctx, roles, policy, rows)
+            finite_norm(value, step)  # neither steps if one cannot
             optimizer_step(policy, rate, step)
             figures["grad_norm/value"] = optimizer_step(value, value_rate, step)
             steps += 1
@@ -370,6 +382,7 @@ def ptx_gradient(ctx: StageRun, roles: Roles, policy: Trainee, rows: list[list[i
     tokens, total = len(rows) * (len(rows[0]) - 1), 0.0
     for part in micro_batches(rows, c.per_device_train_batch_size):
         ids = torch.tensor(part, device=roles.accelerator.device)
+        set_mode(roles.policy)
         with roles.accelerator.autocast():
             logits = roles.policy(input_ids=ids, use_cache=False).logits[:, :-1]
         loss = language_model_loss(logits, ids[:, 1:], tokens)

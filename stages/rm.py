@@ -11,6 +11,7 @@ import torch
 from data import sources
 from data.encode import decode_response, encode_prompt, encode_response
 from data.groups import batch_groups, make_rows
+from data.records import DataError
 from pipeline.stage import StageRun
 from stages.common import adapter_settings, card, device_of, load_groups, read
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
@@ -67,7 +68,7 @@ def run(ctx: StageRun) -> dict:
     model = new_reward_model(source, seed=ctx.seed, attn_implementation=m.attn_implementation,
                              trust_remote_code=ctx.trust_remote_code)
     if m.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     model = with_adapter(model, **(adapter_settings(m) or {"method": None}), scalar=True, seed=ctx.seed)
     model.to(accelerator.device)
     trainee = make_trainee("model", model, learning_rate=c.learning_rate, max_grad_norm=c.max_grad_norm,
@@ -81,8 +82,8 @@ def run(ctx: StageRun) -> dict:
         value = ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights, prompts)
         margins = (scores[batch.winners] - scores[batch.losers]).detach()
         share = len(rows) / prompts
-        return value, {"loss": value.item(), "accuracy": share * (margins > 0).float().mean().item(),
-                       "margin": share * margins.mean().item()} if len(margins) else {"loss": value.item()}
+        return value, {"loss": value.item(), "accuracy": share * batch.mean((margins > 0).float()),
+                       "margin": share * batch.mean(margins)}
 
     def evaluate() -> dict:
         margins, _, value = held_out_margins(model, held, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size)
@@ -96,7 +97,9 @@ def run(ctx: StageRun) -> dict:
                   learning_rate=lambda s: learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, c.warmup_steps))
     margins, owners, _ = held_out_margins(model, held, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size)
     validation = sources.load("rankings", path=ctx.inputs["rankings"] / "validation.jsonl")
-    figures |= pair_accuracy(margins.tolist(), owners.tolist(), ctx.seed)
+    prompts = {}  # two labelers may have ranked one prompt: the interval is over prompts
+    owners = [prompts.setdefault(tuple(held[g].prompt), len(prompts)) for g in owners.tolist()]
+    figures |= pair_accuracy(margins.tolist(), owners, ctx.seed)
     figures |= {"ece": expected_calibration_error(margins.tolist()), "labeler_agreement": labeler_agreement(validation),
                 "accuracy_ceiling": ctx.manifests["rankings"]["metrics"].get("accuracy_ceiling")}
 
@@ -130,6 +133,9 @@ def demonstration_mean(ctx: StageRun, model, tokenizer, accelerator) -> float:
     pairs = [(encode_prompt(tokenizer, d.prompt), encode_response(tokenizer, d.completion))
              for d in read(ctx, "demonstrations")[:4 * c.bias_demonstrations]]
     pairs = [(p, r) for p, r in pairs if len(p) + len(r) <= c.max_length][:c.bias_demonstrations]
+    if not pairs:
+        raise DataError([f"data.demonstrations: none of them fits in rm.max_length {c.max_length}, and the mean score 0 "
+                         f"is taken over them; raise it"])
     total, size = 0.0, 4 * c.per_device_train_batch_size
     for start in range(0, len(pairs), size):
         prompts, responses = zip(*pairs[start:start + size], strict=True)

@@ -15,8 +15,12 @@ def with_adapter(model, *, method: str | None, r: int = 16, lora_alpha: int = 32
     from peft import get_peft_model
 
     torch.manual_seed(seed)  # adapters start from random A matrices
-    return get_peft_model(model, lora_config(method=method, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
-                                             target_modules=target_modules, scalar=scalar))
+    adapted = get_peft_model(model, lora_config(method=method, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
+                                                target_modules=target_modules, scalar=scalar))
+    for module in adapted.modules():  # lora_dropout is for SFT: rollout and update must give the same log-probs
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return adapted.eval()
 
 
 def lora_config(*, method: str, r: int, lora_alpha: int, lora_dropout: float, target_modules, scalar: bool = False):

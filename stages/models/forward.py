@@ -15,6 +15,7 @@ from stages.objectives.logprobs import entropy, token_logprobs
 def response_logits(model, rows: Rows, temperature: float = 1.0) -> Tensor:
     """Logits (B, R, V) that predict each response token, divided by the sampling temperature."""
     width = rows.input_ids.shape[1] - rows.prompt_width
+    set_mode(model)
     logits = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, position_ids=rows.position_ids,
                    logits_to_keep=width + 1, use_cache=False).logits[:, :-1]
     return logits.float() / temperature
@@ -45,8 +46,14 @@ def response_scores(model, rows: Rows) -> Tensor:
     return _head(model, hidden)
 
 
+def set_mode(model) -> None:
+    """Training mode where gradients are wanted: activation checkpointing works in it alone. Dropout is off in both."""
+    model.train(torch.is_grad_enabled())
+
+
 def _hidden(model, rows: Rows) -> Tensor:
     """Last hidden states (B, P + R, d) of a scalar model's trunk."""
+    set_mode(model)
     return plain(model).base_model(input_ids=rows.input_ids, attention_mask=rows.attention_mask,
                                    position_ids=rows.position_ids, use_cache=False).last_hidden_state
 

@@ -71,9 +71,11 @@ def same_tokenizer(one, other, where: str) -> None:
 
 def tokenizer_fingerprint(tokenizer) -> str:
     """sha256 over the vocabulary, merges, special tokens and chat template."""
-    parts = [tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else
-             json.dumps(sorted(tokenizer.get_vocab().items())),
-             str(tokenizer.eos_token_id), str(tokenizer.pad_token_id), str(tokenizer.chat_template)]
+    if hasattr(tokenizer, "backend_tokenizer"):  # padding and truncation are whatever the last batch asked for
+        backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+    else:
+        backend = sorted(tokenizer.get_vocab().items())
+    parts = [json.dumps(backend, sort_keys=True), str(tokenizer.eos_token_id), str(tokenizer.pad_token_id), str(tokenizer.chat_template)]
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
 
 

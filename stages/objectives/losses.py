@@ -36,6 +36,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float,
                count: float) -> tuple[Tensor, dict[str, Tensor]]:
     """½ Σ max((V − G)², (clip(V, V_old ± ε) − G)²) / count, all (B, R) (PPO2's value clipping)."""
+    values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
     near = torch.minimum(torch.maximum(values, old_values - cliprange_value), old_values + cliprange_value)
     plain, clipped = (values - returns) ** 2, (near - returns) ** 2
     with torch.no_grad():
@@ -45,9 +46,8 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 
 def language_model_loss(logits: Tensor, labels: Tensor, count: float) -> Tensor:
     """−Σ log p(label) / count over labels ≠ −100: logits (B, T, V), labels (B, T) already shifted."""
-    logits = logits.float()
-    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=-100,
-                           reduction="sum") / count
+    counted = labels != -100
+    return F.cross_entropy(logits[counted].float(), labels[counted], reduction="sum") / count
 
 
 def dpo_loss(logps: Tensor, ref_logps: Tensor, winners: Tensor, losers: Tensor, weights: Tensor, beta: float,

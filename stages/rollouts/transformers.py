@@ -18,6 +18,7 @@ def sample(model, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, res
 
     seeds: one a row. after_batch(rows done) is called between batches (progress, a request to stop).
     """
+    model.eval()  # activation checkpointing, where it is on, would drop the cache in training mode
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
     responses: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):

@@ -20,6 +20,7 @@ class Letters:
 
     eos_token_id = 0
     chat_template = "{{ messages }}"
+    added_tokens_decoder = {}
 
     def apply_chat_template(self, messages, **_):
         return [1] * sum(3 + len(m["content"]) for m in messages)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.streams import Stream, derive_seed, held_out
+from data.streams import Stream, derive_seed, grouped_by_length, held_out
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 sizes, seeds = st.integers(1, 40), st.integers(0, 2**63 - 1)
@@ -141,3 +141,34 @@ class TestHeldOut:
 
     def test_a_fraction_of_zero_holds_nothing_out(self):
         assert held_out(self.keys, 0.0)[1] == []
+
+
+class TestGroupedByLength:
+    lengths = [5 + (37 * i) % 50 for i in range(200)]
+
+    def order(self, count, seed=1):
+        return grouped_by_length(self.lengths, 8, count, seed, window=5)
+
+    def test_whole_windows_hold_the_rows_of_the_plain_stream(self):
+        """Grouping moves rows within a window of 40 and loses or repeats none: five windows are an epoch."""
+        assert sorted(self.order(200)) == list(range(200))
+        assert sorted(self.order(40)) == sorted(Stream(200, 1).take(40))
+
+    def test_rows_of_a_batch_are_of_like_length(self):
+        """The padding of batches of 8 is less than half of what the plain stream would need."""
+
+        def padding(order):
+            batches = [[self.lengths[i] for i in order[k : k + 8]] for k in range(0, len(order), 8)]
+            return sum(8 * max(b) - sum(b) for b in batches)
+
+        assert padding(self.order(200)) < 0.5 * padding(Stream(200, 1).take(200))
+
+    def test_batches_are_not_ordered_by_length(self):
+        longest = [max(self.lengths[i] for i in self.order(200)[k : k + 8]) for k in range(0, 40, 8)]
+        assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+
+    def test_a_longer_run_begins_like_a_shorter_one(self):
+        assert self.order(300)[:110] == self.order(110) and len(self.order(110)) == 110
+
+    def test_the_seed_decides(self):
+        assert self.order(80) == self.order(80) != self.order(80, seed=2)

@@ -75,15 +75,17 @@ class TestOptimizerStep:
         after = torch.cat([p.detach().flatten() for p in trainee.parameters.values()])
         torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-9)
 
-    def test_a_small_gradient_is_not_scaled_up(self):
-        trainee = trainee_of(max_grad_norm=1.0)
-        seen = []
+    @pytest.mark.parametrize("size, reaches", [(0.3, 0.3), (1.0, 1.0), (7.0, 1.0)])
+    def test_what_reaches_the_optimizer_has_at_most_the_clipped_norm(self, size, reaches):
+        """A large gradient is scaled down to it, a small one left alone; the norm told is the one before."""
+        trainee, seen = trainee_of(max_grad_norm=1.0), []
         trainee.optimizer.register_step_pre_hook(
             lambda *_: seen.append(gradient_norm(trainee.parameters.values()))
         )
-        trainee.model.weight.grad = torch.tensor([[0.3, 0.0, 0.0]], dtype=torch.float64)
-        trainee.model.bias.grad = torch.zeros(1, dtype=torch.float64)
-        assert optimizer_step(trainee, 0.1, 1) == pytest.approx(0.3) and seen == [pytest.approx(0.3)]
+        trainee.model.weight.grad = torch.tensor([[0.6 * size, 0.0, 0.0]], dtype=torch.float64)
+        trainee.model.bias.grad = torch.tensor([0.8 * size], dtype=torch.float64)
+        assert optimizer_step(trainee, 0.1, 1) == pytest.approx(size)
+        assert seen == [pytest.approx(reaches, rel=1e-5)]
 
     def test_gradients_are_cleared_and_the_rate_is_the_given_one(self):
         trainee = trainee_of()

@@ -103,6 +103,10 @@ class TestCalibration:
         margins = [margin(0.92), -margin(0.92), *[margin(0.61)] * 4]
         assert expected_calibration_error(margins) == pytest.approx((2 * 0.42 + 4 * 0.39) / 6)
 
+    def test_ten_bins_lie_between_one_half_and_one(self):
+        """0.61 (right) and 0.68 (wrong) are in bins of their own: off by 0.39 and 0.68, not by their mean."""
+        assert expected_calibration_error([margin(0.61), -margin(0.68)]) == pytest.approx((0.39 + 0.68) / 2)
+
     def test_indifference_is_calibrated(self):
         """Margin 0 says one half, and a tie is half right."""
         assert expected_calibration_error([0.0] * 5) == 0.0
