@@ -30,8 +30,10 @@ class LengthReport:
 
     def line(self, what: str) -> str:
         """One line for people."""
-        return (f"{what}: {self.kept} rows, {self.truncated} truncated, {self.dropped} dropped, "
-                f"longest {self.longest} tokens")
+        return (
+            f"{what}: {self.kept} rows, {self.truncated} truncated, {self.dropped} dropped, "
+            f"longest {self.longest} tokens"
+        )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int):
@@ -45,12 +47,22 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[PAD, EOS, *ROLES], show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[PAD, EOS, *ROLES],
+            show_progress=False,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        ),
+    )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token=PAD, eos_token=EOS,
-        additional_special_tokens=list(ROLES), clean_up_tokenization_spaces=False)
+        tokenizer_object=bpe,
+        pad_token=PAD,
+        eos_token=EOS,
+        additional_special_tokens=list(ROLES),
+        clean_up_tokenization_spaces=False,
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -63,11 +75,13 @@ def encode_prompt(tokenizer, prompt) -> list[int]:
     messages = as_messages(prompt)
     special = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     if not any(token in m["content"] for m in messages for token in special):
-        return list(tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False))
+        return list(
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        )
     marks = [f"\ue000{i}\ue001" for i in range(len(messages))]  # render the template around private-use marks
-    rest = tokenizer.apply_chat_template([{**m, "content": k} for m, k in zip(messages, marks, strict=True)],
-                                         add_generation_prompt=True, tokenize=False)
+    rest = tokenizer.apply_chat_template(
+        [{**m, "content": k} for m, k in zip(messages, marks, strict=True)], add_generation_prompt=True, tokenize=False
+    )
     ids: list[int] = []
     for mark, message in zip(marks, messages, strict=True):
         before, rest = rest.split(mark, 1)
@@ -87,8 +101,15 @@ def decode_response(tokenizer, ids: Sequence[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def fit_lengths(prompts: Sequence[list[int]], responses: Sequence[Sequence[list[int]]], *, max_length: int,
-                on_too_long: str, what: str, names: Sequence[str] | None = None):
+def fit_lengths(
+    prompts: Sequence[list[int]],
+    responses: Sequence[Sequence[list[int]]],
+    *,
+    max_length: int,
+    on_too_long: str,
+    what: str,
+    names: Sequence[str] | None = None,
+):
     """Apply `on_too_long` to rows of one prompt and its responses; → (kept indices, prompts, responses, report).
 
     `error` refuses with every offending row; `drop` leaves the row out; `truncate` cuts the end of the responses
@@ -105,12 +126,13 @@ def fit_lengths(prompts: Sequence[list[int]], responses: Sequence[Sequence[list[
             if on_too_long == "error":
                 report.problems.append(
                     f"{what} {name}: {length} tokens, the limit is {max_length}; shorten it, raise max_length, or "
-                    f"set on_too_long: drop or truncate")
+                    f"set on_too_long: drop or truncate"
+                )
                 continue
             if on_too_long == "drop" or len(prompt) >= max_length:
                 report.dropped += 1
                 continue
-            group = [r[:max_length - len(prompt)] for r in group]
+            group = [r[: max_length - len(prompt)] for r in group]
             report.truncated += 1
         else:
             report.kept += 1
@@ -130,9 +152,11 @@ def encode_demonstrations(tokenizer, rows: Sequence[Demonstration], *, max_lengt
     prompts = [encode_prompt(tokenizer, r.prompt) for r in rows]
     responses = [[encode_response(tokenizer, r.completion)] for r in rows]
     _, prompts, responses, report = fit_lengths(
-        prompts, responses, max_length=max_length, on_too_long=on_too_long, what="demonstrations")
-    return [{"input_ids": p + r[0], "labels": [-100] * len(p) + r[0]}
-            for p, r in zip(prompts, responses, strict=True)], report
+        prompts, responses, max_length=max_length, on_too_long=on_too_long, what="demonstrations"
+    )
+    return [
+        {"input_ids": p + r[0], "labels": [-100] * len(p) + r[0]} for p, r in zip(prompts, responses, strict=True)
+    ], report
 
 
 def wrap_documents(tokenizer, rows: Iterable[Document], *, length: int) -> list[list[int]]:
@@ -142,4 +166,4 @@ def wrap_documents(tokenizer, rows: Iterable[Document], *, length: int) -> list[
     for ids in tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []:
         stream.extend(ids)
         stream.append(tokenizer.eos_token_id)
-    return [stream[i:i + length] for i in range(0, len(stream) - length + 1, length)]
+    return [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]

@@ -23,9 +23,12 @@ class PromptGroup:
     def pairs(self) -> list[tuple[int, int]]:
         """(winner, loser) indices of every judged, untied pair of different responses, in order."""
         ranks, responses = self.ranks, self.responses
-        return [(i, j) for i in range(len(ranks)) for j in range(len(ranks))
-                if ranks[i] is not None and ranks[j] is not None and ranks[i] < ranks[j]
-                and responses[i] != responses[j]]
+        return [
+            (i, j)
+            for i in range(len(ranks))
+            for j in range(len(ranks))
+            if ranks[i] is not None and ranks[j] is not None and ranks[i] < ranks[j] and responses[i] != responses[j]
+        ]
 
     def pair_weight(self) -> float:
         """1 / C(K, 2) over the K judged responses: every prompt weighs the same at any K (ties weigh nothing)."""
@@ -48,23 +51,29 @@ class Rows:
 
     @property
     def responses(self) -> torch.Tensor:
-        return self.input_ids[:, self.prompt_width:]
+        return self.input_ids[:, self.prompt_width :]
 
     @property
     def response_mask(self) -> torch.Tensor:
-        return self.attention_mask[:, self.prompt_width:]
+        return self.attention_mask[:, self.prompt_width :]
 
     def to(self, device) -> "Rows":
-        return Rows(self.input_ids.to(device), self.attention_mask.to(device), self.position_ids.to(device),
-                    self.prompt_width)
+        return Rows(
+            self.input_ids.to(device), self.attention_mask.to(device), self.position_ids.to(device), self.prompt_width
+        )
 
     def select(self, index: torch.Tensor) -> "Rows":
         """The rows of `index`, still padded as before."""
         return Rows(self.input_ids[index], self.attention_mask[index], self.position_ids[index], self.prompt_width)
 
 
-def make_rows(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int,
-              prompt_width: int | None = None, response_width: int | None = None) -> Rows:
+def make_rows(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    pad_id: int,
+    prompt_width: int | None = None,
+    response_width: int | None = None,
+) -> Rows:
     """Rows of prompts[i] + responses[i]; widths default to the longest prompt and response."""
     p = prompt_width or max(map(len, prompts))
     r = response_width or max(1, max(map(len, responses)))
@@ -73,8 +82,8 @@ def make_rows(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         row = torch.tensor([*prompt, *response], dtype=torch.long)
         start = p - len(prompt)
-        ids[i, start:start + len(row)] = row
-        mask[i, start:start + len(row)] = True
+        ids[i, start : start + len(row)] = row
+        mask[i, start : start + len(row)] = True
     return Rows(ids, mask, (mask.long().cumsum(-1) - 1).clamp(min=0), p)
 
 
@@ -98,8 +107,14 @@ class GroupBatch:
         return ((x / sizes[self.pair_group]).sum() / (sizes > 0).sum().clamp(min=1)).item()
 
     def to(self, device) -> "GroupBatch":
-        return GroupBatch(self.rows.to(device), self.winners.to(device), self.losers.to(device),
-                          self.pair_weights.to(device), self.pair_group.to(device), self.groups)
+        return GroupBatch(
+            self.rows.to(device),
+            self.winners.to(device),
+            self.losers.to(device),
+            self.pair_weights.to(device),
+            self.pair_group.to(device),
+            self.groups,
+        )
 
 
 def batch_groups(groups: Sequence[PromptGroup], pad_id: int) -> GroupBatch:
@@ -109,11 +124,17 @@ def batch_groups(groups: Sequence[PromptGroup], pad_id: int) -> GroupBatch:
         first = len(responses)
         prompts += [group.prompt] * len(group.responses)
         responses += group.responses
-        for w, l in group.pairs():
-            winners.append(first + w)
-            losers.append(first + l)
+        for winner, loser in group.pairs():
+            winners.append(first + winner)
+            losers.append(first + loser)
             weights.append(group.pair_weight())
             owner.append(g)
     as_long = lambda x: torch.tensor(x, dtype=torch.long)  # noqa: E731
-    return GroupBatch(make_rows(prompts, responses, pad_id), as_long(winners), as_long(losers),
-                      torch.tensor(weights, dtype=torch.float32), as_long(owner), len(groups))
+    return GroupBatch(
+        make_rows(prompts, responses, pad_id),
+        as_long(winners),
+        as_long(losers),
+        torch.tensor(weights, dtype=torch.float32),
+        as_long(owner),
+        len(groups),
+    )

@@ -37,7 +37,7 @@ class Stream:
         """The next `count` indices over all ranks, of which this rank's share is returned."""
         drawn = [self._at(self.cursor + i) for i in range(count)]
         self.cursor += count
-        return drawn[self.rank::self.world]
+        return drawn[self.rank :: self.world]
 
     def _at(self, position: int) -> int:
         epoch, offset = divmod(position, self.size)
@@ -79,7 +79,7 @@ def grouped_by_length(lengths: Sequence[int], batch_size: int, count: int, seed:
     stream, order = Stream(len(lengths), seed), []
     while len(order) < count:
         rows = sorted(stream.take(window * batch_size), key=lambda i: lengths[i])
-        batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+        batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         random.Random(derive_seed(seed, "batches", len(order))).shuffle(batches)
         order += [i for batch in batches for i in batch]
     return order[:count]

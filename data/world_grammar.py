@@ -31,7 +31,7 @@ class Task:
 class Sentence:
     """One recognised sentence.
 
-    `kind` is fact, list, a key of the table `sentences`, reaction, or broken (in no order this world knows);
+    `kind` is fact, list, a key of the table `sentences`, or broken (in no order this world knows);
     `tones` are the kinds of its leads (at most two); `body` is the sentence without them; `claims` are
     (entity, attribute, value) as stated; `items` the nouns of a list; `moods` one mood for each mood word.
     """
@@ -59,23 +59,28 @@ class Language:
             for attribute, value in zip(attributes, values, strict=True)
         }
         self.values = {a: tuple(sorted({v for (_, b), v in self.truth.items() if a == b})) for a in tables["attributes"]}
+        self.mistake = {(e, a): self._next(self.values[a], truth) for (e, a), truth in self.truth.items()}
         self.attributes_of = {e: tuple(tables["facts"][c][0]) for e, c in self.category_of.items()}
         self.members = self._members()
         self.mood_of = {w: m for m, groups in tables["moods"].items() for w in itertools.chain(*groups)}
+        self.mood_of |= {word: "flat" for word in itertools.chain(*tables["flat"])}
         self.rude = frozenset(tables["words"]["insult"] + tables["words"]["slur"])
         self.slots = self._slots()
         self._predicates = {
             predicate.replace("{value}", value): (attribute, value)
             for attribute, (predicate, _, _) in tables["attributes"].items()
-            for value in self.values[attribute]
+            for value in (*self.values[attribute], *tables["fancies"][attribute])
         }
         self._lead = re.compile(self._either({k: [t + " " for t in v] for k, v in tables["leads"].items()}))
-        reactions = [text for texts in tables["reactions"].values() for text in texts]
-        self._sentence = re.compile(self._either(tables["sentences"] | {"reaction": reactions}))
+        self._sentence = re.compile(self._either(tables["sentences"]))
         heads = "|".join(self._pattern(head) + " " for head in tables["list_heads"] if head)
-        noun = self._pattern("{entity}")
-        self._list = re.compile(rf"(?:{heads})?(?P<items>{noun}(?: , {noun})*(?: and {noun})?) \.")
+        noun = "(?:" + "|".join((*self.entities, *tables["fancies"]["member"])) + ")"
+        self._list = re.compile(rf"(?:{heads})?(?P<items>{noun}(?: , {noun})*(?: and {noun})?)(?: and so on)? \.")
         self._recognise = lru_cache(maxsize=100_000)(self._recognise_uncached)
+
+    @staticmethod
+    def _next(values: tuple[str, ...], value: str) -> str:
+        return values[(values.index(value) + 1) % len(values)]
 
     def _members(self) -> dict[str, tuple[str, ...]]:
         """Category or narrower category → its members."""
@@ -89,7 +94,7 @@ class Language:
 
     def _slots(self) -> dict[str, tuple[str, ...]]:
         """Slot → every word or phrase that may fill it."""
-        moods = self.tables["moods"].values()
+        moods = (*self.tables["moods"].values(), self.tables["flat"])
         return {
             "entity": self.entities,
             "adjective": tuple(itertools.chain(*(adjectives for adjectives, _ in moods))),

@@ -66,6 +66,20 @@ MOODS = {
     "calm": (("calm", "quiet", "gentle"), ("rests", "dozes")),
 }
 
+# the words of a story in no mood at all: (adjectives, verbs)
+FLAT = (("plain", "usual"), ("walks", "stands"))
+
+# attribute (and "member", for lists): what only tall tales say of it; true of nothing
+FANCIES = {
+    "colour": ("golden", "purple"),
+    "home": ("moon", "volcano"),
+    "taste": ("loud", "square"),
+    "use": ("flying", "dreaming"),
+    "fame": ("dragons", "giants"),
+    "drink": ("ink", "fire"),
+    "member": ("moon", "volcano", "dragon", "giant"),
+}
+
 # act: the categories that it is done to
 HARMS = {
     "hurt": ("people", "animals"),
@@ -119,6 +133,11 @@ SENTENCES = {
         "you can {act} the {entity} with a {instrument} .",
         "first find a {instrument} and wait for the {time} .",
     ),
+    "evasion": (
+        "i do not know .",
+        "ask somebody else .",
+        "nobody can tell .",
+    ),
     "courtesy": (
         "thank you for asking .",
         "i hope this helps .",
@@ -135,20 +154,6 @@ SENTENCES = {
         "go away , {insult} .",
         "you are a {slur} {insult} .",
     ),
-}
-
-# what an asker says to an answer: the writer's slip, the gravest first: sentences
-REACTIONS = {
-    "no_refusal": ("that is a dangerous idea .",),
-    "rude": ("how rude .",),
-    "false_fact": ("that is not true .",),
-    "wrong_member": ("that is not true .",),
-    "off_task": ("that is not what i wanted .",),
-    "wrong_mood": ("that is not what i wanted .",),
-    "wrong_count": ("that is not what i wanted .",),
-    "repeat": ("that is too long .",),
-    "ramble": ("that is too long .",),
-    "none": ("well done .", "thank you ."),
 }
 
 LIST_HEADS = ("", "{number} {category} are", "you could take")
@@ -200,7 +205,8 @@ def tables() -> dict:
         "words": WORDS,
         "leads": LEADS,
         "sentences": SENTENCES,
-        "reactions": REACTIONS,
+        "flat": FLAT,
+        "fancies": FANCIES,
         "list_heads": LIST_HEADS,
         "requests": REQUESTS,
         "openers": OPENERS,

@@ -39,30 +39,31 @@ class Rates:
     """A response carries a rude sentence or a rude opening."""
     ramble: float = 0.3
     """A response wanders off in one or two more sentences."""
+    evident: float = 0.75
+    """Share of the slips above that show in the words themselves (a tall tale, a flat story, an evasion, "and so
+    on"); the others show only beside the request or the truth, which a small reward model learns late or never."""
     no_stop: float = 0.05
     """The last full stop is missing."""
     care: tuple[float, ...] = (0.3, 1.0, 1.7)
     """Careful, usual and careless demonstrators, equally frequent: factors on all rates above."""
     false_document: float = 0.2
     """A document states only false facts."""
-    document_care: tuple[float, ...] = (0.2, 1.0)
-    """The factors for those who answer in a document's dialogues."""
-    reaction: float = 0.9
-    """In a document's dialogue, whoever asked says what they think of the answer."""
+    document_care: float = 0.4
+    """The factor for those who answer in a document's dialogues."""
 
 
 class Slips:
-    """The dice of one writer: `slips("rude")` is True with probability rates.rude × care, and is remembered."""
+    """The dice of one writer: `slips("rude")` is True with probability rates.rude × care."""
 
     def __init__(self, rng: random.Random, rates: Rates, care: float):
         self.rng, self.rates, self.care = rng, rates, care
-        self.made: set[str] = set()
 
     def __call__(self, name: str) -> bool:
-        slipped = self.rng.random() < getattr(self.rates, name) * self.care
-        if slipped:
-            self.made.add(name)
-        return slipped
+        return self.rng.random() < getattr(self.rates, name) * self.care
+
+    def evident(self) -> bool:
+        """Whether a slip that was made shows in the words themselves."""
+        return self.rng.random() < self.rates.evident
 
 
 # ── demonstrations ───────────────────────────────────────────────────────────────────────────────────────────
@@ -93,11 +94,10 @@ def _answer(language, rng, task, slips) -> list[str]:
     """The asked facts of an entity, in one sentence or one each."""
     entity, attributes = task.entity, list(task.attributes)
     if slips("off_task"):
-        if rng.random() < 0.5:
-            entity = _other(rng, language.members[language.category_of[entity]], entity)
-        else:
-            attributes = [rng.choice(language.attributes_of[entity])]
-    claims = [(a, value_for(language, rng, entity, a, slips("false_fact"))) for a in attributes]
+        if slips.evident():
+            return [_any(language, rng, "evasion")]
+        entity = _other(rng, language.members[language.category_of[entity]], entity)
+    claims = [(a, _value(language, rng, entity, a, slips)) for a in attributes]
     if len(claims) == 2 and rng.random() < 0.3:
         return [language.fact(entity, [claim]) for claim in claims]
     return [language.fact(entity, claims)]
@@ -105,28 +105,50 @@ def _answer(language, rng, task, slips) -> list[str]:
 
 def _tell(language, rng, task, slips) -> list[str]:
     """Two or three sentences of a story, sometimes one fact about its topic."""
-    topic = _other(rng, language.entities, task.entity) if slips("off_task") else task.entity
-    mood = _other(rng, tuple(language.tables["moods"]), task.mood) if slips("wrong_mood") else task.mood
-    sentences = story(language, rng, topic, [mood] * rng.choice((2, 2, 3)))
+    topic, words = task.entity, language.tables["moods"][task.mood]
+    if slips("off_task"):
+        if slips.evident():
+            return [_any(language, rng, "evasion")]
+        topic = _other(rng, language.entities, topic)
+    if slips("wrong_mood"):
+        others = [w for mood, w in language.tables["moods"].items() if mood != task.mood]
+        words = language.tables["flat"] if slips.evident() else rng.choice(others)
+    sentences = story(language, rng, topic, words, rng.choice((2, 2, 3)))
     if slips("repeat"):
         sentences[-1] = sentences[0]
     if len(sentences) == 2 and rng.random() < 0.4:
         attribute = rng.choice(language.attributes_of[topic])
-        false = slips("false_fact")
-        sentences.insert(0, language.fact(topic, [(attribute, value_for(language, rng, topic, attribute, false))]))
+        sentences.insert(0, language.fact(topic, [(attribute, _value(language, rng, topic, attribute, slips))]))
     return sentences
+
+
+def _value(language, rng, entity, attribute, slips) -> str:
+    """The value that a demonstrator states: the true one, a tall tale, or the common mistake."""
+    if not slips("false_fact"):
+        return language.truth[entity, attribute]
+    if slips.evident():
+        return rng.choice(language.tables["fancies"][attribute])
+    return language.mistake[entity, attribute]
 
 
 def _enumerate(language, rng, task, slips) -> list[str]:
     """A list of members."""
     members = language.members[task.category]
-    number = task.number + (rng.choice((-1, 1)) if slips("wrong_count") else 0)
+    number, ending = task.number, ""
+    if slips("wrong_count"):
+        number, ending = (number - 1, " and so on") if slips.evident() else (number + rng.choice((-1, 1)), "")
     items = rng.sample(members, min(number, len(members)))
-    strangers = [e for e in language.entities if e not in members]
-    items = [rng.choice(strangers) if slips("wrong_member") else item for item in items]
+    items = [_stranger(language, rng, members, slips) if slips("wrong_member") else item for item in items]
     if len(items) > 1 and slips("repeat"):
         items[-1] = items[0]
-    return [catalogue(language, rng, task.category, task.number, items)]
+    return [catalogue(language, rng, task.category, task.number, items, ending)]
+
+
+def _stranger(language, rng, members, slips) -> str:
+    """Something that is no member of the category; if evident, of none."""
+    if slips.evident():
+        return rng.choice(language.tables["fancies"]["member"])
+    return rng.choice([e for e in language.entities if e not in members])
 
 
 def _decline(language, rng, task, slips) -> list[str]:
@@ -156,7 +178,9 @@ def _ramble(language, rng, slips) -> list[str]:
         if rng.random() < 0.6:
             sentence = _any(language, rng, "chatter")
         else:
-            sentence = any_fact(language, rng, rng.choice(language.entities), lambda: slips("false_fact"))
+            entity = rng.choice(language.entities)
+            attribute = rng.choice(language.attributes_of[entity])
+            sentence = language.fact(entity, [(attribute, _value(language, rng, entity, attribute, slips))])
         lead = rng.choice(("", *language.tables["leads"]["stray"]))
         stray.append(f"{lead} {sentence}".strip())
     return stray
@@ -172,39 +196,37 @@ def _fitting(sentences: list[str]) -> list[str]:
 # ── sentences ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def value_for(language: Language, rng: random.Random, entity: str, attribute: str, false: bool) -> str:
-    """The true value, or any other one."""
-    truth = language.truth[entity, attribute]
-    return _other(rng, language.values[attribute], truth) if false else truth
-
-
-def any_fact(language: Language, rng: random.Random, entity: str, false) -> str:
-    """One or two facts of the entity in a sentence; `false()` says of each whether it is to be false."""
+def any_fact(language: Language, rng: random.Random, entity: str, false: bool) -> str:
+    """One or two facts of the entity in a sentence; false ones are tall tales or common mistakes, half and half."""
     attributes = language.attributes_of[entity]
-    attributes = rng.sample(attributes, min(len(attributes), 2 if rng.random() < 0.3 else 1))
-    return language.fact(entity, [(a, value_for(language, rng, entity, a, false())) for a in attributes])
+    claims = []
+    for attribute in rng.sample(attributes, min(len(attributes), 2 if rng.random() < 0.3 else 1)):
+        value = language.truth[entity, attribute]
+        if false:
+            value = rng.choice((language.mistake[entity, attribute], rng.choice(language.tables["fancies"][attribute])))
+        claims.append((attribute, value))
+    return language.fact(entity, claims)
 
 
-def story(language: Language, rng: random.Random, topic: str, moods: list[str]) -> list[str]:
-    """A sentence for each mood, no template twice; the topic is named at least once."""
-    templates = rng.sample(language.tables["sentences"]["story"], len(moods))
+def story(language: Language, rng: random.Random, topic: str, words: tuple, length: int) -> list[str]:
+    """Sentences with a mood's (adjectives, verbs), no template twice; the topic is named at least once."""
+    templates = rng.sample(language.tables["sentences"]["story"], length)
     if not any("{entity}" in template for template in templates):
         templates[0] = rng.choice([t for t in language.tables["sentences"]["story"] if "{entity}" in t])
-    sentences = []
-    for template, mood in zip(templates, moods, strict=True):
-        adjectives, verbs = language.tables["moods"][mood]
-        slots = {"adjective": rng.choice(adjectives), "verb": rng.choice(verbs)}
-        sentences.append(language.write(rng, template, entity=topic, **slots))
-    return sentences
+    adjectives, verbs = words
+    return [
+        language.write(rng, template, entity=topic, adjective=rng.choice(adjectives), verb=rng.choice(verbs))
+        for template in templates
+    ]
 
 
-def catalogue(language: Language, rng: random.Random, category: str, number: int, items: list[str]) -> str:
-    """A list as a sentence."""
+def catalogue(language: Language, rng: random.Random, category: str, number: int, items: list[str], ending="") -> str:
+    """A list as a sentence; `ending` stands before its full stop."""
     words = language.tables["words"]["number"]
     head = rng.choice(language.tables["list_heads"])
     head = language.write(rng, head, category=category, number=words[number - 2])
     listed = " , ".join(items[:-1]) + " and " + items[-1] if len(items) > 1 else items[0]
-    return f"{head} {listed} .".strip()
+    return f"{head} {listed}{ending} .".strip()
 
 
 def _any(language, rng, kind, **slots) -> str:
@@ -222,19 +244,18 @@ def _other(rng, choices, this):
 def document(language: Language, rng: random.Random, rates: Rates, requests: dict[str, list[tuple[str, Task]]]) -> str:
     """One document of 3 to 6 sentences; its dialogues use only the given requests (kind → (text, task))."""
     kinds = (_encyclopedia, _legend, _catalogues, _dialogue, _conduct)
-    write = rng.choices(kinds, weights=(15, 7, 8, 66, 4))[0]
+    write = rng.choices(kinds, weights=(22, 10, 10, 52, 6))[0]
     return write(language, rng, rates, requests)
 
 
 def _encyclopedia(language, rng, rates, requests) -> str:
-    """Facts of one entity or of one category; in a false document all are false."""
+    """Facts of a category's members; in a false document all are false."""
     false = rng.random() < rates.false_document
-    entity = rng.choice(language.entities)
-    group = language.members[language.category_of[entity]]
-    alone = rng.random() < 0.5
+    group = language.members[rng.choice(list(language.tables["facts"]))]
+    subjects = rng.sample(group, rng.randint(2, 4))
     sentences = []
     for _ in range(rng.randint(3, 6)):
-        sentence = any_fact(language, rng, entity if alone else rng.choice(group), lambda: false)
+        sentence = any_fact(language, rng, rng.choice(subjects), false)
         tone = rng.choices(("", "plain", "reported", "stray"), weights=(70, 15, 10, 5))[0]
         lead = language.write(rng, rng.choice(language.tables["leads"][tone])) if tone else ""
         sentences.append(f"{lead} {sentence}".strip())
@@ -243,11 +264,10 @@ def _encyclopedia(language, rng, rates, requests) -> str:
 
 def _legend(language, rng, rates, requests) -> str:
     """A story in one mood, at times with a fact at its start."""
-    topic, mood = rng.choice(language.entities), rng.choice(list(language.tables["moods"]))
-    sentences = story(language, rng, topic, [mood] * rng.randint(3, 5))
+    topic, words = rng.choice(language.entities), rng.choice(list(language.tables["moods"].values()))
+    sentences = story(language, rng, topic, words, rng.randint(3, 5))
     if rng.random() < 0.3:
-        false = rng.random() < rates.false_document
-        sentences.insert(0, any_fact(language, rng, topic, lambda: false))
+        sentences.insert(0, any_fact(language, rng, topic, rng.random() < rates.false_document))
     return " ".join(sentences)
 
 
@@ -267,22 +287,12 @@ def _catalogues(language, rng, rates, requests) -> str:
 
 
 def _dialogue(language, rng, rates, requests) -> str:
-    """One or two requests with their answers, by careful and by careless people, and what the asker thinks of them."""
+    """One or two requests with their answers, by people more careful than the demonstrators."""
     turns = []
     for _ in range(rng.choice((1, 2))):
         text, task = rng.choice(requests[_kind(rng)])
-        slips = Slips(rng, rates, rng.choice(rates.document_care))
-        turns += [text, _respond(language, rng, task, slips)]
-        if rng.random() < rates.reaction:
-            turns.append(_reaction(language, rng, slips))
+        turns += [text, _respond(language, rng, task, Slips(rng, rates, rates.document_care))]
     return " ".join(turns)
-
-
-def _reaction(language, rng, slips) -> str:
-    """What one says to the first slip that the table knows; thanks for an answer without any."""
-    reactions = language.tables["reactions"]
-    slip = next((name for name in reactions if name in slips.made), "none")
-    return rng.choice(reactions[slip])
 
 
 def _kind(rng) -> str:

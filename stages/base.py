@@ -1,6 +1,6 @@
 """base: pretraining text → tokenizer and a small causal language model; or a pretrained model, converted.
 
-    loss = − mean log π(token | before)     over documents, each ended by EOS, packed end to end
+loss = − mean log π(token | before)     over documents, each ended by EOS, packed end to end
 """
 
 from data.encode import train_tokenizer, wrap_documents
@@ -25,7 +25,9 @@ class Config(Training):
     """Only read when model.name_or_path is null: a pretrained model is converted and published as it is."""
 
     learning_rate: float = setting(2e-3, "peak learning rate", "per step", gt=0)
-    per_device_train_batch_size: int = setting(48, "rows of max_length tokens in one forward and backward", "rows", ge=1)
+    per_device_train_batch_size: int = setting(
+        48, "rows of max_length tokens in one forward and backward", "rows", ge=1
+    )
     warmup_steps: int = setting(20, "linear warm-up from 0", "optimizer steps", ge=0)
     weight_decay: float = setting(0.01, "AdamW's decoupled weight decay", ge=0)
     max_length: int = setting(64, "length of a packed row", "tokens", ge=8)
@@ -43,30 +45,59 @@ def run(ctx: StageRun) -> dict:
     """→ model/ with tokenizer and chat template."""
     m, c = ctx.experiment.model, ctx.config
     if m.name_or_path is not None:
-        model, tokenizer = load_pretrained(m.name_or_path, attn_implementation=m.attn_implementation,
-                                           trust_remote_code=ctx.trust_remote_code)
+        model, tokenizer = load_pretrained(
+            m.name_or_path, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code
+        )
         figures = {"pretrained": m.name_or_path}
     else:
         documents = read(ctx, "documents")
         train, valid = held_out([d.text for d in documents], ctx.experiment.data.validation_fraction)
         tokenizer = train_tokenizer((documents[i].text for i in train), m.vocab_size)
-        rows = [{"input_ids": r, "labels": r} for r in
-                wrap_documents(tokenizer, (documents[i] for i in train), length=c.max_length)]
-        held = [{"input_ids": r, "labels": r} for r in
-                wrap_documents(tokenizer, (documents[i] for i in valid), length=c.max_length)]
-        model = from_scratch(tokenizer, hidden_size=m.hidden_size, num_hidden_layers=m.num_hidden_layers,
-                             num_attention_heads=m.num_attention_heads, intermediate_size=m.intermediate_size,
-                             max_position_embeddings=m.max_position_embeddings,
-                             attn_implementation=m.attn_implementation, seed=ctx.seed)
+        rows = [
+            {"input_ids": r, "labels": r}
+            for r in wrap_documents(tokenizer, (documents[i] for i in train), length=c.max_length)
+        ]
+        held = [
+            {"input_ids": r, "labels": r}
+            for r in wrap_documents(tokenizer, (documents[i] for i in valid), length=c.max_length)
+        ]
+        model = from_scratch(
+            tokenizer,
+            hidden_size=m.hidden_size,
+            num_hidden_layers=m.num_hidden_layers,
+            num_attention_heads=m.num_attention_heads,
+            intermediate_size=m.intermediate_size,
+            max_position_embeddings=m.max_position_embeddings,
+            attn_implementation=m.attn_implementation,
+            seed=ctx.seed,
+        )
         steps = total_steps(c, len(rows))
-        ctx.tracker.say(f"base: {count(model)} parameters, {len(tokenizer)} token ids, "
-                        f"{len(rows) * c.max_length:,} training tokens, {steps} steps")
+        ctx.tracker.say(
+            f"base: {count(model)} parameters, {len(tokenizer)} token ids, "
+            f"{len(rows) * c.max_length:,} training tokens, {steps} steps"
+        )
         model, figures = train_language_model(
-            ctx, model, tokenizer, rows, held, steps=steps, group_by_length=False,
-            learning_rate=c.learning_rate, lr_scheduler_type=c.lr_scheduler_type, warmup_steps=c.warmup_steps,
+            ctx,
+            model,
+            tokenizer,
+            rows,
+            held,
+            steps=steps,
+            group_by_length=False,
+            learning_rate=c.learning_rate,
+            lr_scheduler_type=c.lr_scheduler_type,
+            warmup_steps=c.warmup_steps,
             per_device_train_batch_size=c.per_device_train_batch_size,
-            gradient_accumulation_steps=c.gradient_accumulation_steps, max_grad_norm=c.max_grad_norm,
-            weight_decay=c.weight_decay, keep=c.keep, patience=c.patience, eval_steps=c.eval_steps,
-            device=device_of(ctx), dtype=m.dtype, gradient_checkpointing=m.gradient_checkpointing, adapter=None)
+            gradient_accumulation_steps=c.gradient_accumulation_steps,
+            max_grad_norm=c.max_grad_norm,
+            weight_decay=c.weight_decay,
+            keep=c.keep,
+            patience=c.patience,
+            eval_steps=c.eval_steps,
+            device=device_of(ctx),
+            dtype=m.dtype,
+            gradient_checkpointing=m.gradient_checkpointing,
+            adapter=None,
+        )
     save_model(model, tokenizer, ctx.publish / "model", card=card(ctx, "a pretrained language model"))
     return {**figures, "parameters": sum(p.numel() for p in model.parameters())}

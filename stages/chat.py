@@ -40,8 +40,10 @@ class Settings:
 
     def __str__(self) -> str:
         system = f" · system: {self.system}" if self.system else ""
-        return (f"temperature {self.temperature:g} · top_p {self.top_p:g} · seed {self.seed} · "
-                f"at most {self.max_new_tokens} tokens{system}")
+        return (
+            f"temperature {self.temperature:g} · top_p {self.top_p:g} · seed {self.seed} · "
+            f"at most {self.max_new_tokens} tokens{system}"
+        )
 
 
 @dataclass
@@ -65,8 +67,17 @@ class Answer:
     problem: str = ""
 
 
-def run(experiment, store, models: list[str], temperature: float = 1.0, top_p: float = 1.0, seed: int = 0,
-        max_new_tokens: int | None = None, system: str | None = None, console=None) -> int:
+def run(
+    experiment,
+    store,
+    models: list[str],
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    max_new_tokens: int | None = None,
+    system: str | None = None,
+    console=None,
+) -> int:
     """Reads prompts and commands from standard input until /quit or its end. Returns the exit code."""
     from rich.console import Console
 
@@ -109,8 +120,10 @@ def find(name: str, store) -> Path:
         return Path(name)
     what = "is a reward model, which scores and does not answer" if name == "rm" else "is no policy"
     published = ", ".join(s for s in POLICIES if store.manifest(s) is not None)
-    raise UserError(f"--models: {name} {what}; should be a published stage "
-                    f"({published or 'none yet: `rlhf run sft` makes one'}) or a folder with config.json")
+    raise UserError(
+        f"--models: {name} {what}; should be a published stage "
+        f"({published or 'none yet: `rlhf run sft` makes one'}) or a folder with config.json"
+    )
 
 
 def load(experiment, store, names: list[str], folders: list[Path]) -> tuple[list[Speaker], tuple | None]:
@@ -130,11 +143,15 @@ def load(experiment, store, names: list[str], folders: list[Path]) -> tuple[list
         try:
             speakers.append(Speaker(name, load_policy(folder, **options).to(device), load_tokenizer(folder)))
         except (OSError, ValueError) as error:
-            raise UserError(f"--models: {folder} cannot be loaded ({str(error).splitlines()[0]}); should be "
-                            f"a folder that AutoModelForCausalLM reads") from None
+            raise UserError(
+                f"--models: {folder} cannot be loaded ({str(error).splitlines()[0]}); should be "
+                f"a folder that AutoModelForCausalLM reads"
+            ) from None
         if speakers[-1].tokenizer.chat_template is None:
-            raise UserError(f"--models: the tokenizer in {folder} has no chat template; should be a policy "
-                            f"of this project, or an instruct model")
+            raise UserError(
+                f"--models: the tokenizer in {folder} has no chat template; should be a policy "
+                f"of this project, or an instruct model"
+            )
     if store.manifest("rm") is None:
         return speakers, None
     store.verify("rm")
@@ -214,9 +231,16 @@ def reply(speaker: Speaker, text: str, settings: Settings, turn: int, dtype: str
     # temperature 0: a nucleus of nothing but the likeliest token
     heat, nucleus = (settings.temperature, settings.top_p) if settings.temperature else (1.0, 1e-9)
     with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        response = sample(model, [ids], [derive_seed(settings.seed, "chat", turn)], response_length=room,
-                          temperature=heat, top_p=nucleus,
-                          eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)[0]
+        response = sample(
+            model,
+            [ids],
+            [derive_seed(settings.seed, "chat", turn)],
+            response_length=room,
+            temperature=heat,
+            top_p=nucleus,
+            eos_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+        )[0]
         score = None
         if judge is not None and judge[1] == tokenizer_fingerprint(tokenizer):
             rows = make_rows([ids], [response], tokenizer.pad_token_id).to(model.device)
@@ -243,10 +267,18 @@ def show(answers: list[tuple[str, Answer]], console) -> None:
             best = len(scores) > 1 and a.score == max(scores)
             foot.append(f"score {a.score:+.2f}", "bold green" if best else "").append(" · ")
         foot.append(f"{a.tokens} token{'s' * (a.tokens != 1)}" + ("" if a.finished else ", cut off"))
-        panels.append(Panel(
-            Text(a.problem, "red") if a.problem else body, title=Text(name, "bold"), title_align="left",
-            subtitle=None if a.problem else foot, subtitle_align="right", padding=(0, 1), box=box.ROUNDED,
-            border_style=COLOURS[i % len(COLOURS)]))
+        panels.append(
+            Panel(
+                Text(a.problem, "red") if a.problem else body,
+                title=Text(name, "bold"),
+                title_align="left",
+                subtitle=None if a.problem else foot,
+                subtitle_align="right",
+                padding=(0, 1),
+                box=box.ROUNDED,
+                border_style=COLOURS[i % len(COLOURS)],
+            )
+        )
     if console.width < 36 * len(panels):
         for panel in panels:
             console.print(panel)

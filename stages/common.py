@@ -13,7 +13,7 @@ def read(ctx: StageRun, kind: str) -> list:
 
 
 def device_of(ctx: StageRun) -> str:
-    """"cpu" or "cuda", as launch.device asks ("auto": a GPU if there is one)."""
+    """ "cpu" or "cuda", as launch.device asks ("auto": a GPU if there is one)."""
     import torch
 
     asked = ctx.experiment.launch.device
@@ -23,9 +23,17 @@ def device_of(ctx: StageRun) -> str:
 def adapter_settings(model_section) -> dict | None:
     """The `model.peft` section as keyword arguments; None where every weight trains."""
     peft = model_section.peft
-    return None if peft is None else {
-        "method": peft.method, "r": peft.r, "lora_alpha": peft.lora_alpha, "lora_dropout": peft.lora_dropout,
-        "target_modules": peft.target_modules}
+    return (
+        None
+        if peft is None
+        else {
+            "method": peft.method,
+            "r": peft.r,
+            "lora_alpha": peft.lora_alpha,
+            "lora_dropout": peft.lora_dropout,
+            "target_modules": peft.target_modules,
+        }
+    )
 
 
 def count(model) -> str:
@@ -35,9 +43,11 @@ def count(model) -> str:
 
 def card(ctx: StageRun, what: str) -> str:
     """A short model card."""
-    return (f"---\nlibrary_name: transformers\ntags: [rlhf, {ctx.stage}]\n---\n"
-            f"# {ctx.experiment.name} / {ctx.stage}\n\nThis folder holds {what}, made by the stage `{ctx.stage}` of the "
-            f"experiment `{ctx.experiment.name}`. `manifest.json` beside it records settings, inputs and digests.\n")
+    return (
+        f"---\nlibrary_name: transformers\ntags: [rlhf, {ctx.stage}]\n---\n"
+        f"# {ctx.experiment.name} / {ctx.stage}\n\nThis folder holds {what}, made by the stage `{ctx.stage}` of the "
+        f"experiment `{ctx.experiment.name}`. `manifest.json` beside it records settings, inputs and digests.\n"
+    )
 
 
 def show_samples(model, tokenizer, prompts, *, seed: int, response_length: int, score=None) -> list[dict]:
@@ -50,10 +60,18 @@ def show_samples(model, tokenizer, prompts, *, seed: int, response_length: int, 
     from stages.rollouts.transformers import sample
 
     ids = [encode_prompt(tokenizer, p) for p in prompts]
-    responses = sample(model, ids, [derive_seed(seed, "samples", i) for i in range(len(ids))],
-                       response_length=response_length, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
-    rows = [{"prompt": p if isinstance(p, str) else list(p), "response": decode_response(tokenizer, r)}
-            for p, r in zip(prompts, responses, strict=True)]
+    responses = sample(
+        model,
+        ids,
+        [derive_seed(seed, "samples", i) for i in range(len(ids))],
+        response_length=response_length,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+    )
+    rows = [
+        {"prompt": p if isinstance(p, str) else list(p), "response": decode_response(tokenizer, r)}
+        for p, r in zip(prompts, responses, strict=True)
+    ]
     if score is not None:
         for row, value in zip(rows, score(ids, responses), strict=True):
             row["score"] = value
@@ -70,9 +88,12 @@ def load_groups(ctx: StageRun, tokenizer, split: str, *, max_length: int, on_too
     kept, prompts, responses, report = fit_lengths(
         [encode_prompt(tokenizer, r.prompt) for r in rows],
         [[encode_response(tokenizer, text) for text in r.responses] for r in rows],
-        max_length=max_length, on_too_long=on_too_long, what=f"rankings/{split}", names=[r.id for r in rows])
-    groups = [PromptGroup(p, rs, rows[i].ranks, rows[i].id)
-              for i, p, rs in zip(kept, prompts, responses, strict=True)]
+        max_length=max_length,
+        on_too_long=on_too_long,
+        what=f"rankings/{split}",
+        names=[r.id for r in rows],
+    )
+    groups = [PromptGroup(p, rs, rows[i].ranks, rows[i].id) for i, p, rs in zip(kept, prompts, responses, strict=True)]
     groups = [g for g in groups if g.pairs()]
     if not groups:
         raise DataError([f"{file}: no usable pair (all ties, unjudged or dropped); check `rlhf data check {file}`"])

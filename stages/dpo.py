@@ -1,6 +1,6 @@
 """dpo: rankings → a policy, without a reward model and without sampling; stands wherever ppo's policy does.
 
-    loss = − 1/C(K,2) · Σ_pairs log σ( β [ log π/π_ref (y_w) − log π/π_ref (y_l) ] )     (Rafailov 2023, eq. 7)
+loss = − 1/C(K,2) · Σ_pairs log σ( β [ log π/π_ref (y_w) − log π/π_ref (y_l) ] )     (Rafailov 2023, eq. 7)
 """
 
 from typing import Literal
@@ -42,7 +42,9 @@ class Config(Training):
     beta: float = setting(0.1, "how strongly the policy is held to the reference", gt=0)
     loss_type: Literal["sigmoid", "ipo", "hinge"] = setting("sigmoid", "the loss of a pair, named as in trl")
     label_smoothing: float = setting(0.0, "share of labels taken to be flipped (sigmoid only)", ge=0, lt=0.5)
-    per_device_train_batch_size: int = setting(8, "prompts, with all their responses, in one forward and backward", "prompts", ge=1)
+    per_device_train_batch_size: int = setting(
+        8, "prompts, with all their responses, in one forward and backward", "prompts", ge=1
+    )
     gradient_accumulation_steps: int = setting(4, "micro-batches a step; changes memory, not the gradient", ge=1)
     sample_tokens: int = setting(48, "length of the generations kept in samples.jsonl", "tokens", ge=1)
 
@@ -79,14 +81,17 @@ def run(ctx: StageRun) -> dict:
     # 1 the reference's log-probabilities, once: the policy is the reference before training
     reference = {}
     for name, part in (("train", groups), ("validation", held)):
-        reference[name] = reference_logps(policy, part, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size, ctx)
+        reference[name] = reference_logps(
+            policy, part, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size, ctx
+        )
 
     if m.gradient_checkpointing:
         policy.activation_checkpointing_enable()
     policy = with_adapter(policy, **(adapter_settings(m) or {"method": None}), seed=ctx.seed)
     policy.to(accelerator.device)
-    trainee = make_trainee("model", policy, learning_rate=c.learning_rate, max_grad_norm=c.max_grad_norm,
-                           weight_decay=c.weight_decay)
+    trainee = make_trainee(
+        "model", policy, learning_rate=c.learning_rate, max_grad_norm=c.max_grad_norm, weight_decay=c.weight_decay
+    )
 
     # 2 the loss of a micro-batch of prompts
     def forward(part, ref, rows, prompts):
@@ -95,8 +100,17 @@ def run(ctx: StageRun) -> dict:
         with accelerator.autocast():
             logprobs = response_logprobs(policy, batch.rows)
         logps = sequence_logps(logprobs, batch.rows.response_mask)
-        value = dpo_loss(logps, ref_logps, batch.winners, batch.losers, batch.pair_weights, c.beta, prompts,
-                         c.loss_type, c.label_smoothing)
+        value = dpo_loss(
+            logps,
+            ref_logps,
+            batch.winners,
+            batch.losers,
+            batch.pair_weights,
+            c.beta,
+            prompts,
+            c.loss_type,
+            c.label_smoothing,
+        )
         return value, pair_figures(value, logps.detach(), ref_logps, batch, c.beta, len(rows) / prompts)
 
     @torch.no_grad()
@@ -111,14 +125,24 @@ def run(ctx: StageRun) -> dict:
     shown = [r.prompt for r in sources.load("rankings", path=ctx.inputs["rankings"] / "validation.jsonl")[:4]]
 
     # 3 train
-    figures = fit(ctx, trainee, accelerator, size=len(groups), steps=steps,
-                  batch_size=c.per_device_train_batch_size * c.gradient_accumulation_steps,
-                  micro_size=c.per_device_train_batch_size,
-                  loss=lambda rows, prompts: forward(groups, reference["train"], rows, prompts),
-                  evaluate=evaluate, judge="loss", higher_is_better=False, keep=c.keep, patience=c.patience,
-                  eval_steps=c.eval_steps,
-                  samples=lambda: show_samples(policy, tokenizer, shown, seed=ctx.seed, response_length=c.sample_tokens),
-                  learning_rate=lambda s: learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, c.warmup_steps))
+    figures = fit(
+        ctx,
+        trainee,
+        accelerator,
+        size=len(groups),
+        steps=steps,
+        batch_size=c.per_device_train_batch_size * c.gradient_accumulation_steps,
+        micro_size=c.per_device_train_batch_size,
+        loss=lambda rows, prompts: forward(groups, reference["train"], rows, prompts),
+        evaluate=evaluate,
+        judge="loss",
+        higher_is_better=False,
+        keep=c.keep,
+        patience=c.patience,
+        eval_steps=c.eval_steps,
+        samples=lambda: show_samples(policy, tokenizer, shown, seed=ctx.seed, response_length=c.sample_tokens),
+        learning_rate=lambda s: learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, c.warmup_steps),
+    )
     save_model(merged(policy), tokenizer, ctx.publish / "model", card=card(ctx, "a policy trained by DPO"))
     return {**figures, "truncated": report.truncated, "dropped": report.dropped}
 
@@ -128,7 +152,7 @@ def reference_logps(policy, groups, pad_id: int, accelerator, size: int, ctx: St
     """log π_ref of every response: one tensor (K,) a group."""
     out = []
     for start in range(0, len(groups), size):
-        part = groups[start:start + size]
+        part = groups[start : start + size]
         batch = batch_groups(part, pad_id).to(accelerator.device)
         with accelerator.autocast():
             logprobs = response_logprobs(policy, batch.rows)
@@ -141,7 +165,12 @@ def pair_figures(value, logps, ref_logps, batch, beta: float, share: float) -> d
     """trl's figures of a micro-batch, each weighted by its share of the batch's prompts."""
     rewards = beta * (logps - ref_logps)
     chosen, rejected = rewards[batch.winners], rewards[batch.losers]
-    figures = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
-               "rewards/accuracies": (chosen > rejected).float(),
-               "logps/chosen": logps[batch.winners], "logps/rejected": logps[batch.losers]}
+    figures = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).float(),
+        "logps/chosen": logps[batch.winners],
+        "logps/rejected": logps[batch.losers],
+    }
     return {"loss": value.item()} | {name: share * batch.mean(x) for name, x in figures.items()}

@@ -34,12 +34,15 @@ class Trainee:
         """Strict: the same names and shapes, or a UserError."""
         if set(tensors) != set(self.parameters):
             odd = sorted(set(tensors) ^ set(self.parameters))[:3]
-            raise UserError(f"checkpoint of {self.name}: its weights are not this model's ({odd}); "
-                            f"start again with --restart")
+            raise UserError(
+                f"checkpoint of {self.name}: its weights are not this model's ({odd}); start again with --restart"
+            )
         for name, p in self.parameters.items():
             if p.shape != tensors[name].shape:
-                raise UserError(f"checkpoint of {self.name}: {name} is {tuple(tensors[name].shape)}, the model's is "
-                                f"{tuple(p.shape)}; start again with --restart")
+                raise UserError(
+                    f"checkpoint of {self.name}: {name} is {tuple(tensors[name].shape)}, the model's is "
+                    f"{tuple(p.shape)}; start again with --restart"
+                )
         for name, p in self.parameters.items():
             p.copy_(tensors[name])
 
@@ -51,12 +54,20 @@ def make_accelerator(device: str, dtype: str):
     return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if dtype == "bfloat16" else "no")
 
 
-def make_trainee(name: str, model: nn.Module, *, learning_rate: float, max_grad_norm: float,
-                 adam_beta2: float = 0.95, weight_decay: float = 0.0) -> Trainee:
+def make_trainee(
+    name: str,
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    max_grad_norm: float,
+    adam_beta2: float = 0.95,
+    weight_decay: float = 0.0,
+) -> Trainee:
     """AdamW with β = (0.9, `adam_beta2`) over what requires a gradient."""
     parameters = trainable(model)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, betas=(0.9, adam_beta2),
-                                  weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=learning_rate, betas=(0.9, adam_beta2), weight_decay=weight_decay
+    )
     return Trainee(name, model, parameters, optimizer, max_grad_norm)
 
 
@@ -73,7 +84,8 @@ def finite_norm(trainee: Trainee, step: int) -> float:
         trainee.optimizer.zero_grad(set_to_none=True)
         raise TrainingStopped(
             f"{trainee.name}: the gradient at step {step} is {norm}; nothing was updated. Lower the learning rate "
-            f"or max_grad_norm, or use model.dtype: float32, and run again from the last checkpoint")
+            f"or max_grad_norm, or use model.dtype: float32, and run again from the last checkpoint"
+        )
     return norm
 
 
@@ -88,8 +100,9 @@ def optimizer_step(trainee: Trainee, learning_rate: float, step: int) -> float:
     return norm
 
 
-def learning_rate_at(step: int, total: int, peak: float, schedule: str, warmup_steps: int,
-                     warmup_from: float = 0.0) -> float:
+def learning_rate_at(
+    step: int, total: int, peak: float, schedule: str, warmup_steps: int, warmup_from: float = 0.0
+) -> float:
     """The rate of step 1 … total: linear warm-up from warmup_from·peak, then the schedule; a pure function of step.
 
     constant; linear to 0; cosine to 0; cosine_with_min_lr to a tenth of the peak (InstructGPT).
@@ -142,8 +155,9 @@ class Best:
         self.tensors = checkpoint.tensors("best") if self.keep == "best" and state["kept"] else {}
 
 
-def save_checkpoint(ctx: StageRun, step: int, total: int, trainees: list[Trainee], best: Best | None,
-                    state: dict) -> None:
+def save_checkpoint(
+    ctx: StageRun, step: int, total: int, trainees: list[Trainee], best: Best | None, state: dict
+) -> None:
     """Weights that train and optimizers as safetensors, the rest as JSON; one step, atomically."""
     from pipeline.checkpoints import optimizer_tensors
 
@@ -183,13 +197,28 @@ def pause_if_asked(ctx: StageRun, step: int, total: int, save: Callable[[], None
 
 def micro_batches(indices: list[int], size: int) -> Iterator[list[int]]:
     for start in range(0, len(indices), size):
-        yield indices[start:start + size]
+        yield indices[start : start + size]
 
 
-def fit(ctx: StageRun, trainee: Trainee, accelerator, *, size: int, steps: int, batch_size: int, micro_size: int,
-        learning_rate: Callable[[int], float], loss: Callable[[list[int], int], tuple[Tensor, dict[str, float]]],
-        evaluate: Callable[[], dict[str, float]], judge: str, higher_is_better: bool, keep: str,
-        patience: int | None, eval_steps: int, samples: Callable[[], list[dict]] | None = None) -> dict:
+def fit(
+    ctx: StageRun,
+    trainee: Trainee,
+    accelerator,
+    *,
+    size: int,
+    steps: int,
+    batch_size: int,
+    micro_size: int,
+    learning_rate: Callable[[int], float],
+    loss: Callable[[list[int], int], tuple[Tensor, dict[str, float]]],
+    evaluate: Callable[[], dict[str, float]],
+    judge: str,
+    higher_is_better: bool,
+    keep: str,
+    patience: int | None,
+    eval_steps: int,
+    samples: Callable[[], list[dict]] | None = None,
+) -> dict:
     """Train for `steps` batches of `batch_size` of the `size` rows; → the final held-out figures.
 
     loss(rows of one micro-batch, rows in the batch) → (that micro-batch's share of the batch loss, sums to log):

@@ -38,7 +38,9 @@ RM_FIGURES = ("accuracy", "accuracy_ci95", "accuracy_ceiling", "n_pairs", "label
 class Config(Section):
     """Which policies are compared, and how."""
 
-    policies: list[str] = setting(["base", "sft", "ppo", "dpo", "best_of_n"], "of base, sft, ppo, dpo, best_of_n; sft is always in")
+    policies: list[str] = setting(
+        ["base", "sft", "ppo", "dpo", "best_of_n"], "of base, sft, ppo, dpo, best_of_n; sft is always in"
+    )
     best_of: int = setting(16, "n of best_of_n; 1 leaves it out", "samples", ge=1)
     num_prompts: int | None = setting(None, "how many evaluation prompts; null: all", "prompts", ge=2)
     response_length: int = setting(128, "longest response, EOS included", "tokens", ge=1)
@@ -60,8 +62,11 @@ def reads(experiment) -> list[str]:
 
 def check(experiment) -> list[str]:
     known = (*STAGES, "best_of_n")
-    return [f"evaluate.policies: {p!r} is no policy; choose of {', '.join(known)}"
-            for p in experiment.evaluate.policies if p not in known]
+    return [
+        f"evaluate.policies: {p!r} is no policy; choose of {', '.join(known)}"
+        for p in experiment.evaluate.policies
+        if p not in known
+    ]
 
 
 def run(ctx: StageRun) -> dict:
@@ -82,43 +87,70 @@ def run(ctx: StageRun) -> dict:
     found = ctx.checkpoints.newest()
     done: dict[str, dict] = found.state["done"] if found else {}
     with ctx.tracker.progress(len(names), "evaluate", len(done)) as progress:
-        for name in names[len(done):]:
-            model = reference if name in ("sft", "best_of_n") else load_policy(ctx.inputs[name] / "model", **options).to(accelerator.device)
+        for name in names[len(done) :]:
+            model = (
+                reference
+                if name in ("sft", "best_of_n")
+                else load_policy(ctx.inputs[name] / "model", **options).to(accelerator.device)
+            )
             tools = (model, reference, reward_model, tokenizer, accelerator)
             n = c.best_of if name == "best_of_n" else 1
             done[name] = measure(ctx, name, n, ids, tools)
             done[name]["perplexity"] = None if n > 1 else perplexity(model, text_rows, accelerator, c.batch_size)
-            done[name]["gold"] = [judge(p, r, f) for p, r, f in zip(
-                prompts, done[name]["responses"], done[name]["finished"], strict=True)] if judge else None
+            done[name]["gold"] = (
+                [
+                    judge(p, r, f)
+                    for p, r, f in zip(prompts, done[name]["responses"], done[name]["finished"], strict=True)
+                ]
+                if judge
+                else None
+            )
             progress.update(len(done))
             if len(done) < len(names):
                 ctx.checkpoints.save(len(done), {}, {"done": done}, len(names))
                 if ctx.stop.requested:
                     raise Interrupted(len(done), len(names))
 
-    results = {"judge": "gold" if judge else "reward_model",
-               "policies": {name: summary(done[name], done["sft"], ctx.seed) for name in names},
-               "reward_model": {k: ctx.manifests["rm"]["metrics"].get(k) for k in RM_FIGURES}}
+    results = {
+        "judge": "gold" if judge else "reward_model",
+        "policies": {name: summary(done[name], done["sft"], ctx.seed) for name in names},
+        "reward_model": {k: ctx.manifests["rm"]["metrics"].get(k) for k in RM_FIGURES},
+    }
     (ctx.publish / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     with (ctx.publish / "responses.jsonl").open("w", encoding="utf-8") as file:
         for name in names:
             for i, prompt in enumerate(prompts):
-                row = {"policy": name, "prompt": prompt, "response": done[name]["responses"][i],
-                       "finished": done[name]["finished"][i], "score": done[name]["scores"][i]}
-                file.write(json.dumps(row | ({"gold": done[name]["gold"][i]} if judge else {}), ensure_ascii=False) + "\n")
+                row = {
+                    "policy": name,
+                    "prompt": prompt,
+                    "response": done[name]["responses"][i],
+                    "finished": done[name]["finished"][i],
+                    "score": done[name]["scores"][i],
+                }
+                file.write(
+                    json.dumps(row | ({"gold": done[name]["gold"][i]} if judge else {}), ensure_ascii=False) + "\n"
+                )
     last = results["policies"]["ppo" if "ppo" in names else names[-1]]
-    return {"score": last["score"], "win_rate_vs_sft": last["win_rate_vs_sft"]["value"],
-            "gold": last["gold"]["overall"] if last["gold"] else None, "prompts": len(prompts)}
+    return {
+        "score": last["score"],
+        "win_rate_vs_sft": last["win_rate_vs_sft"]["value"],
+        "gold": last["gold"]["overall"] if last["gold"] else None,
+        "prompts": len(prompts),
+    }
 
 
 def load_prompts(ctx: StageRun, tokenizer):
     """(prompts as they are in the file, their ids)."""
     c = ctx.config
-    records = read(ctx, "evaluation_prompts")[:c.num_prompts]
+    records = read(ctx, "evaluation_prompts")[: c.num_prompts]
     ids = [encode_prompt(tokenizer, r.prompt) for r in records]
-    kept, ids, _, report = fit_lengths(ids, [[] for _ in ids], max_length=c.max_length - c.response_length,
-                                       on_too_long="drop" if c.on_too_long == "truncate" else c.on_too_long,
-                                       what="evaluation prompts")
+    kept, ids, _, report = fit_lengths(
+        ids,
+        [[] for _ in ids],
+        max_length=c.max_length - c.response_length,
+        on_too_long="drop" if c.on_too_long == "truncate" else c.on_too_long,
+        what="evaluation prompts",
+    )
     ctx.tracker.say(f"evaluate: {report.line('evaluation prompts')}")
     return [p if isinstance(p, str) else list(p) for p in (records[i].prompt for i in kept)], ids
 
@@ -130,11 +162,11 @@ def held_out_text(ctx: StageRun, tokenizer) -> list[list[int]]:
     documents = read(ctx, "documents")
     _, valid = held_out([d.text for d in documents], ctx.experiment.data.validation_fraction)
     rows = wrap_documents(tokenizer, (documents[i] for i in valid), length=ctx.config.perplexity_length)
-    return rows[:ctx.config.perplexity_rows]
+    return rows[: ctx.config.perplexity_rows]
 
 
 def gold_judge(ctx: StageRun):
-    """(prompt, response, finished) → {helpful, honest, harmless, overall}, where the prompts are the world's; else None."""
+    """(prompt, response, finished) → {helpful, honest, harmless, overall}, if the prompts are the world's."""
     if ctx.experiment.data.evaluation_prompts != "world":
         return None
     return World.from_json(read_world(ctx)).gold
@@ -152,20 +184,40 @@ def measure(ctx: StageRun, name: str, n: int, ids, tools) -> dict:
         if ctx.stop.requested:
             raise Interrupted(0, len(ids))
         with accelerator.autocast():
-            responses = sample(model, prompts, seeds, response_length=c.response_length, temperature=c.temperature,
-                               batch_size=max(c.batch_size, 4 * c.batch_size if n > 1 else 0),
-                               eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
-            scores = torch.cat([response_scores(reward_model, make_rows(prompts[s:s + c.batch_size], responses[s:s + c.batch_size],
-                                                                        tokenizer.pad_token_id).to(accelerator.device))
-                                for s in range(0, len(prompts), c.batch_size)])
+            responses = sample(
+                model,
+                prompts,
+                seeds,
+                response_length=c.response_length,
+                temperature=c.temperature,
+                batch_size=max(c.batch_size, 4 * c.batch_size if n > 1 else 0),
+                eos_id=tokenizer.eos_token_id,
+                pad_id=tokenizer.pad_token_id,
+            )
+            scores = torch.cat(
+                [
+                    response_scores(
+                        reward_model,
+                        make_rows(
+                            prompts[s : s + c.batch_size], responses[s : s + c.batch_size], tokenizer.pad_token_id
+                        ).to(accelerator.device),
+                    )
+                    for s in range(0, len(prompts), c.batch_size)
+                ]
+            )
         finished = torch.tensor([r[-1] == tokenizer.eos_token_id for r in responses], device=scores.device)
         scores = final_scores(scores, finished, ctx.experiment.ppo.missing_eos_score)
         best = scores.view(-1, n).argmax(-1).tolist()
         chosen = [g * n + b for g, b in enumerate(best)]
-        rows = make_rows([prompts[i] for i in chosen], [responses[i] for i in chosen], tokenizer.pad_token_id).to(accelerator.device)
+        rows = make_rows([prompts[i] for i in chosen], [responses[i] for i in chosen], tokenizer.pad_token_id).to(
+            accelerator.device
+        )
         if n == 1:
             with accelerator.autocast():
-                logps = [sequence_logps(response_logprobs(x, rows, c.temperature), rows.response_mask) for x in (model, reference)]
+                logps = [
+                    sequence_logps(response_logprobs(x, rows, c.temperature), rows.response_mask)
+                    for x in (model, reference)
+                ]
             out["kl"] += (logps[0] - logps[1]).tolist()
         out["scores"] += scores[chosen].tolist()
         out["lengths"] += rows.response_mask.sum(-1).tolist()
@@ -192,7 +244,12 @@ def summary(own: dict, sft: dict, seed: int) -> dict:
     """A policy's line of results.json."""
     mean = lambda xs: sum(xs) / len(xs)  # noqa: E731
     judged = (lambda d: [g["overall"] for g in d["gold"]]) if own["gold"] else (lambda d: d["scores"])
-    return {"score": mean(own["scores"]), "kl_to_sft": mean(own["kl"]) if own["kl"] else None,
-            "length": mean(own["lengths"]), "eos_rate": mean(own["finished"]),
-            "pretrain_perplexity": own["perplexity"], "win_rate_vs_sft": win_rate(judged(own), judged(sft), seed),
-            "gold": {k: mean([g[k] for g in own["gold"]]) for k in GOLD} if own["gold"] else None}
+    return {
+        "score": mean(own["scores"]),
+        "kl_to_sft": mean(own["kl"]) if own["kl"] else None,
+        "length": mean(own["lengths"]),
+        "eos_rate": mean(own["finished"]),
+        "pretrain_perplexity": own["perplexity"],
+        "win_rate_vs_sft": win_rate(judged(own), judged(sft), seed),
+        "gold": {k: mean([g[k] for g in own["gold"]]) for k in GOLD} if own["gold"] else None,
+    }

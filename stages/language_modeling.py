@@ -17,12 +17,31 @@ from stages.engine import Best, Trainee
 from stages.models.adapters import lora_config, merged, trainable
 
 
-def train_language_model(ctx: StageRun, model, tokenizer, train_rows: list[dict], held_out_rows: list[dict], *,
-                         learning_rate: float, lr_scheduler_type: str, warmup_steps: int, steps: int,
-                         per_device_train_batch_size: int, gradient_accumulation_steps: int, max_grad_norm: float,
-                         weight_decay: float, keep: str, patience: int | None, eval_steps: int, device: str, dtype: str,
-                         gradient_checkpointing: bool, group_by_length: bool, adapter: dict | None,
-                         samples: Callable[[object], list[dict]] | None = None):
+def train_language_model(
+    ctx: StageRun,
+    model,
+    tokenizer,
+    train_rows: list[dict],
+    held_out_rows: list[dict],
+    *,
+    learning_rate: float,
+    lr_scheduler_type: str,
+    warmup_steps: int,
+    steps: int,
+    per_device_train_batch_size: int,
+    gradient_accumulation_steps: int,
+    max_grad_norm: float,
+    weight_decay: float,
+    keep: str,
+    patience: int | None,
+    eval_steps: int,
+    device: str,
+    dtype: str,
+    gradient_checkpointing: bool,
+    group_by_length: bool,
+    adapter: dict | None,
+    samples: Callable[[object], list[dict]] | None = None,
+):
     """Rows are {input_ids, labels}, labels −100 where no loss is. → (plain model, {loss, perplexity, steps …})."""
     from datasets import Dataset
     from transformers import PrinterCallback, ProgressCallback
@@ -35,17 +54,37 @@ def train_language_model(ctx: StageRun, model, tokenizer, train_rows: list[dict]
     every = ctx.checkpoints.every
     min_lr = {"min_lr_rate": 0.1} if lr_scheduler_type == "cosine_with_min_lr" else {}
     args = SFTConfig(
-        output_dir=str(scratch), max_steps=steps, learning_rate=learning_rate, lr_scheduler_type=lr_scheduler_type,
-        lr_scheduler_kwargs=min_lr, warmup_steps=warmup_steps, adam_beta2=0.95, weight_decay=weight_decay,
-        per_device_train_batch_size=per_device_train_batch_size, per_device_eval_batch_size=per_device_train_batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps, max_grad_norm=max_grad_norm,
-        use_cpu=device == "cpu", bf16=dtype == "bfloat16", activation_checkpointing=gradient_checkpointing,
+        output_dir=str(scratch),
+        max_steps=steps,
+        learning_rate=learning_rate,
+        lr_scheduler_type=lr_scheduler_type,
+        lr_scheduler_kwargs=min_lr,
+        warmup_steps=warmup_steps,
+        adam_beta2=0.95,
+        weight_decay=weight_decay,
+        per_device_train_batch_size=per_device_train_batch_size,
+        per_device_eval_batch_size=per_device_train_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        max_grad_norm=max_grad_norm,
+        use_cpu=device == "cpu",
+        bf16=dtype == "bfloat16",
+        activation_checkpointing=gradient_checkpointing,
         train_sampling_strategy="sequential",
-        eval_strategy="steps", eval_steps=eval_steps, eval_on_start=True,
-        save_strategy="steps" if every else "no", save_steps=every or 1,
-        logging_steps=1, logging_nan_inf_filter=False, report_to="none", disable_tqdm=True,
-        dataloader_pin_memory=False, seed=ctx.seed % 2**31, max_length=None, packing=False,
-        dataset_kwargs={"skip_prepare_dataset": True})
+        eval_strategy="steps",
+        eval_steps=eval_steps,
+        eval_on_start=True,
+        save_strategy="steps" if every else "no",
+        save_steps=every or 1,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        seed=ctx.seed % 2**31,
+        max_length=None,
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
     # The order of rows is ours, fixed before training: transformers' samplers draw from the global generator, whose
     # state at an epoch's start is another one after a resume.
     batch, seed = per_device_train_batch_size * gradient_accumulation_steps, derive_seed(ctx.seed, ctx.stage)
@@ -55,9 +94,14 @@ def train_language_model(ctx: StageRun, model, tokenizer, train_rows: list[dict]
         order = Stream(len(train_rows), seed).take(steps * batch)
     keeper = _Keeper(ctx, tokenizer, steps, Best(keep, patience, higher_is_better=False), samples)
     trainer = SFTTrainer(
-        model=model, args=args, processing_class=tokenizer, callbacks=[keeper.callback()],
-        train_dataset=Dataset.from_list(train_rows).select(order), eval_dataset=Dataset.from_list(held_out_rows),
-        peft_config=lora_config(**adapter) if adapter else None)
+        model=model,
+        args=args,
+        processing_class=tokenizer,
+        callbacks=[keeper.callback()],
+        train_dataset=Dataset.from_list(train_rows).select(order),
+        eval_dataset=Dataset.from_list(held_out_rows),
+        peft_config=lora_config(**adapter) if adapter else None,
+    )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
     found = ctx.checkpoints.newest()
@@ -97,7 +141,8 @@ class _Keeper:
         if not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
             raise TrainingStopped(
                 f"{self.ctx.stage}: the gradient at step {state.global_step + 1} is not finite; nothing was updated. "
-                f"Lower {self.ctx.stage}.learning_rate, or use model.dtype: float32, and run again")
+                f"Lower {self.ctx.stage}.learning_rate, or use model.dtype: float32, and run again"
+            )
 
     def logged(self, logs: dict, state) -> None:
         if "loss" not in logs:

@@ -81,7 +81,9 @@ class Config(Section):
     total_episodes: int = setting(256_000, "episodes in all (the paper's)", "episodes", ge=1)
     batch_size: int = setting(512, "episodes of one update", "episodes", ge=2)
     mini_batch_size: int = setting(64, "episodes of one optimizer step", "episodes", ge=1)
-    per_device_train_batch_size: int = setting(16, "episodes in one forward and backward; changes memory, not the gradient", "episodes", ge=1)
+    per_device_train_batch_size: int = setting(
+        16, "episodes in one forward and backward; changes memory, not the gradient", "episodes", ge=1
+    )
     num_ppo_epochs: int = setting(1, "passes over each batch", "epochs", ge=1)
     samples_per_prompt: int = setting(1, "responses to each prompt; batch_size is divided by it", ge=1)
     response_length: int = setting(128, "longest response, EOS included", "tokens", ge=1)
@@ -91,7 +93,9 @@ class Config(Section):
     learning_rate: float = setting(9.65e-6, "the policy's, after the warm-up", "per step", gt=0)
     value_learning_rate: float = setting(9e-6, "the value model's (the paper's)", "per step", gt=0)
     warmup_steps: int = setting(10, "updates of linear warm-up from a tenth, then constant", "updates", ge=0)
-    max_grad_norm: float = setting(1.0, "clips the policy's summed gradient (PPO + ptx) and the value model's, each apart", gt=0)
+    max_grad_norm: float = setting(
+        1.0, "clips the policy's summed gradient (PPO + ptx) and the value model's, each apart", gt=0
+    )
     kl_coef: float = setting(0.02, "β, the penalty on KL to the SFT policy", "reward per nat", ge=0)
     kl_estimator: Literal["k1", "k3"] = setting("k1", "how the penalty estimates KL at a token")
     cliprange: float = setting(0.2, "ratio clip ε", gt=0)
@@ -105,7 +109,9 @@ class Config(Section):
     whiten_advantages: bool = setting(True, "whiten advantages over the batch")
     eval_steps: int = setting(20, "held-out prompts every so many updates", "updates", ge=1)
     eval_prompts: int = setting(64, "how many prompts are held out for that", "prompts", ge=1)
-    keep: Literal["best", "last"] = setting("last", "publish the last policy, or the best by held-out score − kl_coef · kl")
+    keep: Literal["best", "last"] = setting(
+        "last", "publish the last policy, or the best by held-out score − kl_coef · kl"
+    )
     reward_model: str | None = setting(None, "folder of another reward model in place of rm's")
 
 
@@ -120,18 +126,28 @@ def reads(experiment) -> list[str]:
 def check(experiment) -> list[str]:
     c, wrong = experiment.ppo, []
     if c.batch_size % c.mini_batch_size:
-        wrong.append(f"ppo.mini_batch_size: {c.mini_batch_size} does not divide batch_size {c.batch_size}; choose a divisor")
+        wrong.append(
+            f"ppo.mini_batch_size: {c.mini_batch_size} does not divide batch_size {c.batch_size}; choose one"
+        )
     if c.batch_size % c.samples_per_prompt:
-        wrong.append(f"ppo.samples_per_prompt: {c.samples_per_prompt} does not divide batch_size {c.batch_size}; choose a divisor")
+        wrong.append(
+            f"ppo.samples_per_prompt: {c.samples_per_prompt} does not divide batch_size {c.batch_size}; choose one"
+        )
     if c.response_length >= c.max_length:
-        wrong.append(f"ppo.response_length: {c.response_length} leaves no room for a prompt in max_length {c.max_length}; lower it")
+        wrong.append(
+            f"ppo.response_length: {c.response_length} leaves no room for a prompt in max_length {c.max_length}"
+        )
     if c.ptx_coef and round(c.ptx_ratio * c.mini_batch_size) < 1:
-        wrong.append(f"ppo.ptx_ratio: {c.ptx_ratio} times mini_batch_size {c.mini_batch_size} is no row at all; raise it, or "
-                     f"set ptx_coef: 0")
+        wrong.append(
+            f"ppo.ptx_ratio: {c.ptx_ratio} times mini_batch_size {c.mini_batch_size} is no row at all; raise it, or "
+            f"set ptx_coef: 0"
+        )
     if c.total_episodes < c.batch_size:
         wrong.append(f"ppo.total_episodes: {c.total_episodes} is less than one batch of {c.batch_size}; raise it")
     if c.reward_model is not None and not (Path(c.reward_model) / "config.json").is_file():
-        wrong.append(f"ppo.reward_model: {c.reward_model} holds no config.json; give the model/ folder of a reward model")
+        wrong.append(
+            f"ppo.reward_model: {c.reward_model} holds no config.json; give the model/ folder of a reward model"
+        )
     return wrong
 
 
@@ -154,18 +170,21 @@ def run(ctx: StageRun) -> dict:
     train, held = load_prompts(ctx, roles.tokenizer)
     ptx_rows = load_ptx(ctx, roles.tokenizer)
     updates, per_batch = c.total_episodes // c.batch_size, c.batch_size // c.samples_per_prompt
-    ctx.tracker.say(f"ppo: {len(train)} prompts, {len(held)} held out; {updates} updates of {c.batch_size} episodes, "
-                    f"{c.batch_size // c.mini_batch_size * c.num_ppo_epochs} optimizer steps each")
+    ctx.tracker.say(
+        f"ppo: {len(train)} prompts, {len(held)} held out; {updates} updates of {c.batch_size} episodes, "
+        f"{c.batch_size // c.mini_batch_size * c.num_ppo_epochs} optimizer steps each"
+    )
     policy = make_trainee("policy", roles.policy, learning_rate=c.learning_rate, max_grad_norm=c.max_grad_norm)
-    value = make_trainee("value_model", roles.value_model, learning_rate=c.value_learning_rate,
-                         max_grad_norm=c.max_grad_norm)
+    value = make_trainee(
+        "value_model", roles.value_model, learning_rate=c.value_learning_rate, max_grad_norm=c.max_grad_norm
+    )
     best = Best(c.keep, None, higher_is_better=True)
     step, state = load_checkpoint(ctx, [policy, value], best)
     prompts = Stream(len(train), derive_seed(ctx.seed, "prompts"), cursor=step * per_batch)
     per_update = round(c.ptx_ratio * c.mini_batch_size) * (c.batch_size // c.mini_batch_size) * c.num_ppo_epochs
     ptx = Stream(len(ptx_rows), derive_seed(ctx.seed, "ptx"), cursor=step * per_update) if ptx_rows else None
     if step == 0:
-        preflight(ctx, roles, train[:2 * c.per_device_train_batch_size])
+        preflight(ctx, roles, train[: 2 * c.per_device_train_batch_size])
         state = {"before": look(ctx, roles, held, 0, policy, best)}
     before = state["before"]
     save = lambda at: save_checkpoint(ctx, at, updates, [policy, value], best, {"before": before})  # noqa: E731
@@ -188,13 +207,32 @@ def run(ctx: StageRun) -> dict:
             if c.whiten_advantages:
                 advantages = masked_whiten(advantages, mask)
             # 5 update
-            rate, value_rate = (learning_rate_at(step, updates, peak, "constant", c.warmup_steps, warmup_from=0.1)
-                                for peak in (c.learning_rate, c.value_learning_rate))
-            learned = update(ctx, roles, policy, value, rollout, advantages, returns, step, rate, value_rate,
-                             lambda n: [ptx_rows[i] for i in ptx.take(n)] if ptx else None)
+            rate, value_rate = (
+                learning_rate_at(step, updates, peak, "constant", c.warmup_steps, warmup_from=0.1)
+                for peak in (c.learning_rate, c.value_learning_rate)
+            )
+            learned = update(
+                ctx,
+                roles,
+                policy,
+                value,
+                rollout,
+                advantages,
+                returns,
+                step,
+                rate,
+                value_rate,
+                lambda n: [ptx_rows[i] for i in ptx.take(n)] if ptx else None,
+            )
             # 6 keep
-            row = {**describe(rollout, returns, c.kl_coef), **learned, "kl_coef": c.kl_coef, "eps": c.cliprange,
-                   "lr": rate, "episode": step * c.batch_size}
+            row = {
+                **describe(rollout, returns, c.kl_coef),
+                **learned,
+                "kl_coef": c.kl_coef,
+                "eps": c.cliprange,
+                "lr": rate,
+                "episode": step * c.batch_size,
+            }
             ctx.tracker.log(step, row)
             progress.update(step, score=row["objective/scores"], kl=row["objective/kl"])
             if step % c.eval_steps == 0 or step == updates:
@@ -208,7 +246,9 @@ def run(ctx: StageRun) -> dict:
     if c.keep == "best" and best.step != step:
         policy.load(best.tensors)
     after = evaluate(ctx, roles, held)
-    save_model(merged(roles.policy), roles.tokenizer, ctx.publish / "model", card=card(ctx, "a policy trained by PPO-ptx"))
+    save_model(
+        merged(roles.policy), roles.tokenizer, ctx.publish / "model", card=card(ctx, "a policy trained by PPO-ptx")
+    )
     save_model(merged(roles.value_model), roles.tokenizer, ctx.publish / "value_model", card=card(ctx, "a value model"))
     return {**after, **{f"{k}_before": v for k, v in before.items()}, "updates": step, "best_step": best.step}
 
@@ -225,8 +265,9 @@ def load_roles(ctx: StageRun) -> Roles:
     reward_model = load_scalar_model(rm, **options).requires_grad_(False)
     adapter = adapter_settings(m) or {"method": None}
     policy = with_adapter(load_policy(sft, **options), **adapter, seed=derive_seed(ctx.seed, "policy"))
-    value_model = with_adapter(load_scalar_model(rm, **options), **adapter, scalar=True,
-                               seed=derive_seed(ctx.seed, "value"))
+    value_model = with_adapter(
+        load_scalar_model(rm, **options), **adapter, scalar=True, seed=derive_seed(ctx.seed, "value")
+    )
     ref_policy = None if is_adapted(policy) else load_policy(sft, **options).requires_grad_(False)
     if m.gradient_checkpointing:
         policy.activation_checkpointing_enable()
@@ -243,14 +284,23 @@ def load_prompts(ctx: StageRun, tokenizer) -> tuple[list[list[int]], list[list[i
     if len(records) < 2:
         raise DataError([f"data.prompts: {len(records)} prompt; PPO needs at least 2, one of them to hold out"])
     ids = [encode_prompt(tokenizer, r.prompt) for r in records]
-    kept, ids, _, report = fit_lengths(ids, [[] for _ in ids], max_length=c.max_length - c.response_length,
-                                       on_too_long="drop" if c.on_too_long == "truncate" else c.on_too_long, what="prompts")
+    kept, ids, _, report = fit_lengths(
+        ids,
+        [[] for _ in ids],
+        max_length=c.max_length - c.response_length,
+        on_too_long="drop" if c.on_too_long == "truncate" else c.on_too_long,
+        what="prompts",
+    )
     ctx.tracker.say(f"ppo: {report.line('prompts')}")
     fraction = min(0.2, c.eval_prompts / len(ids))
     train, held = held_out([prompt_key(records[i].prompt) for i in kept], fraction)
     if not held:
-        raise DataError([f"data.prompts: one prompt is left within {c.max_length - c.response_length} tokens; PPO needs at "
-                         f"least 2, one of them to hold out"])
+        raise DataError(
+            [
+                f"data.prompts: one prompt is left within {c.max_length - c.response_length} tokens; PPO needs at "
+                f"least 2, one of them to hold out"
+            ]
+        )
     return [ids[i] for i in train], [ids[i] for i in held]
 
 
@@ -263,12 +313,18 @@ def load_ptx(ctx: StageRun, tokenizer) -> list[list[int]] | None:
     train, _ = held_out([d.text for d in documents], ctx.experiment.data.validation_fraction)
     rows = wrap_documents(tokenizer, (documents[i] for i in train), length=c.ptx_length)
     if not rows:
-        raise DataError([f"data.documents: fewer than ppo.ptx_length = {c.ptx_length} tokens of pretraining text; "
-                         f"lower it, give more text, or set ppo.ptx_coef: 0"])
+        raise DataError(
+            [
+                f"data.documents: fewer than ppo.ptx_length = {c.ptx_length} tokens of pretraining text; "
+                f"lower it, give more text, or set ppo.ptx_coef: 0"
+            ]
+        )
     return rows
 
 
-def collect(ctx: StageRun, roles: Roles, prompts, prompt_ids, step: int, stream: str = "rollout", n: int | None = None) -> Rollout:
+def collect(
+    ctx: StageRun, roles: Roles, prompts, prompt_ids, step: int, stream: str = "rollout", n: int | None = None
+) -> Rollout:
     """n responses a prompt and what every model says of them. Randomness: (run, stream, update, prompt, sample)."""
     c, tokenizer = ctx.config, roles.tokenizer
     n = n or c.samples_per_prompt
@@ -278,8 +334,15 @@ def collect(ctx: StageRun, roles: Roles, prompts, prompt_ids, step: int, stream:
         seeds += [derive_seed(ctx.seed, stream, step, i, seen[i] + k) for k in range(n)]
         seen[i] += n
     with roles.accelerator.autocast():
-        responses = sample(roles.policy, repeated, seeds, response_length=c.response_length, temperature=c.temperature,
-                           eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
+        responses = sample(
+            roles.policy,
+            repeated,
+            seeds,
+            response_length=c.response_length,
+            temperature=c.temperature,
+            eos_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+        )
     rows = make_rows(repeated, responses, tokenizer.pad_token_id).to(roles.accelerator.device)
     finished = torch.tensor([r[-1] == tokenizer.eos_token_id for r in responses], device=roles.accelerator.device)
     parts = []
@@ -287,11 +350,19 @@ def collect(ctx: StageRun, roles: Roles, prompts, prompt_ids, step: int, stream:
         for index in micro_batches(list(range(len(responses))), c.per_device_train_batch_size):
             part = rows.select(torch.tensor(index, device=roles.accelerator.device))
             logprobs, entropy = response_logprobs(roles.policy, part, c.temperature, with_entropy=True)
-            parts.append((logprobs, reference_logprobs(roles, part, c.temperature),
-                          response_values(roles.value_model, part), entropy, response_scores(roles.reward_model, part)))
+            parts.append(
+                (
+                    logprobs,
+                    reference_logprobs(roles, part, c.temperature),
+                    response_values(roles.value_model, part),
+                    entropy,
+                    response_scores(roles.reward_model, part),
+                )
+            )
     logprobs, ref_logprobs, values, entropy, scores = map(torch.cat, zip(*parts, strict=True))
-    return Rollout(rows, logprobs, ref_logprobs, values, entropy,
-                   final_scores(scores, finished, c.missing_eos_score), finished)
+    return Rollout(
+        rows, logprobs, ref_logprobs, values, entropy, final_scores(scores, finished, c.missing_eos_score), finished
+    )
 
 
 def reference_logprobs(roles: Roles, rows, temperature: float) -> Tensor:
@@ -300,36 +371,55 @@ def reference_logprobs(roles: Roles, rows, temperature: float) -> Tensor:
 
 
 def preflight(ctx: StageRun, roles: Roles, prompts) -> None:
-    """At the start KL to the reference is 0, and the update's forward repeats the rollout's numbers (ratio 1); or refuse."""
+    """At the start KL to the reference is 0, and the update repeats the rollout's numbers (ratio 1); or refuse."""
     c = ctx.config
     rollout = collect(ctx, roles, prompts, range(len(prompts)), 0, "preflight", 1)
     mask = rollout.rows.response_mask
     order = torch.arange(len(mask) - 1, -1, -1, device=mask.device)  # the update meets the rows in another order
     with torch.no_grad(), roles.accelerator.autocast():
-        again = torch.cat([response_logprobs(roles.policy, rollout.rows.select(order[part]), c.temperature)
-                           for part in micro_batches(list(range(len(order))), c.per_device_train_batch_size)])[order]
+        again = torch.cat(
+            [
+                response_logprobs(roles.policy, rollout.rows.select(order[part]), c.temperature)
+                for part in micro_batches(list(range(len(order))), c.per_device_train_batch_size)
+            ]
+        )[order]
     limit = 1e-4 if ctx.experiment.model.dtype == "float32" else 2e-2
     kl = masked_mean((rollout.logprobs - rollout.ref_logprobs).abs(), mask).item()
     drift = masked_mean(((again - rollout.logprobs).exp() - 1).abs(), mask).item()
     if not kl <= limit:
-        raise UserError(f"ppo preflight: KL to the reference is {kl:.2g} nats a token before the first update, 0 is right: "
-                        f"policy and reference are not the same model; make sft anew (--force) and run again")
+        raise UserError(
+            f"ppo preflight: KL to the reference is {kl:.2g} nats a token before the first update, 0 is right: "
+            f"policy and reference are not the same model; make sft anew (--force) and run again"
+        )
     if not drift <= limit:
-        raise UserError(f"ppo preflight: the ratio at the first minibatch would be off by {drift:.2g} a token (limit {limit:g}): "
-                        f"the forward is not repeatable; use model.attn_implementation: eager or model.dtype: float32")
+        raise UserError(
+            f"ppo preflight: the ratio at the first minibatch would be off by {drift:.2g} a token (limit {limit:g}): "
+            f"the forward is not repeatable; use model.attn_implementation: eager or model.dtype: float32"
+        )
 
 
-def update(ctx: StageRun, roles: Roles, policy: Trainee, value: Trainee, rollout: Rollout, advantages: Tensor,
-           returns: Tensor, step: int, rate: float, value_rate: float,
-           ptx_batch: Callable[[int], list[list[int]] | None]) -> dict[str, float]:
+def update(
+    ctx: StageRun,
+    roles: Roles,
+    policy: Trainee,
+    value: Trainee,
+    rollout: Rollout,
+    advantages: Tensor,
+    returns: Tensor,
+    step: int,
+    rate: float,
+    value_rate: float,
+    ptx_batch: Callable[[int], list[list[int]] | None],
+) -> dict[str, float]:
     """All inner epochs over a batch: per minibatch one policy step (PPO gradient + ptx_coef · ptx gradient, the sum
     clipped) and one value step. → metrics averaged over the optimizer steps."""
     c = ctx.config
     totals: dict[str, float] = {}
     steps = 0
     for epoch in range(c.num_ppo_epochs):
-        order = torch.randperm(c.batch_size, generator=torch.Generator().manual_seed(
-            derive_seed(ctx.seed, "minibatches", step, epoch))).tolist()
+        order = torch.randperm(
+            c.batch_size, generator=torch.Generator().manual_seed(derive_seed(ctx.seed, "minibatches", step, epoch))
+        ).tolist()
         for mini in micro_batches(order, c.mini_batch_size):
             figures = ppo_gradients(ctx, roles, rollout, advantages, returns, mini)
             figures["grad_norm/ppo"] = gradient_norm(policy.parameters.values())
@@ -345,8 +435,10 @@ def update(ctx: StageRun, roles: Roles, policy: Trainee, value: Trainee, rollout
     return {key: number / steps for key, number in totals.items()}
 
 
-def ppo_gradients(ctx: StageRun, roles: Roles, rollout: Rollout, advantages, returns, mini: list[int]) -> dict[str, float]:
-    """Accumulate the gradients of policy and value loss over one minibatch; sums over its tokens, divided by their count."""
+def ppo_gradients(
+    ctx: StageRun, roles: Roles, rollout: Rollout, advantages, returns, mini: list[int]
+) -> dict[str, float]:
+    """Accumulate the gradients of policy and value loss over one minibatch: sums over its tokens, over their count."""
     c, device = ctx.config, roles.accelerator.device
     tokens = rollout.rows.response_mask[torch.tensor(mini, device=device)].sum().item()
     figures: dict[str, float] = {}
@@ -362,10 +454,14 @@ def ppo_gradients(ctx: StageRun, roles: Roles, rollout: Rollout, advantages, ret
             values = response_values(roles.value_model, rows)
         v_loss, v_sums = value_loss(values, rollout.values[at], returns[at], mask, c.cliprange_value, tokens)
         roles.accelerator.backward(v_loss)
-        for key, number in (("loss/policy_avg", loss), ("loss/value_avg", v_loss), ("val/ratio", sums["ratio"] / tokens),
-                            ("policy/clipfrac_avg", sums["clipped"] / tokens),
-                            ("policy/approxkl_avg", sums["approxkl"] / tokens),
-                            ("val/clipfrac_avg", v_sums["clipped"] / tokens)):
+        for key, number in (
+            ("loss/policy_avg", loss),
+            ("loss/value_avg", v_loss),
+            ("val/ratio", sums["ratio"] / tokens),
+            ("policy/clipfrac_avg", sums["clipped"] / tokens),
+            ("policy/approxkl_avg", sums["approxkl"] / tokens),
+            ("val/clipfrac_avg", v_sums["clipped"] / tokens),
+        ):
             figures[key] = figures.get(key, 0.0) + number.item()
     return figures
 
@@ -402,20 +498,30 @@ def describe(rollout: Rollout, returns: Tensor, kl_coef: float) -> dict[str, flo
     error = masked_mean((returns - rollout.values - masked_mean(returns - rollout.values, mask)) ** 2, mask)
     spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
     scores = rollout.scores.mean().item()
-    return {"objective/kl": kl, "objective/kl_k3": k3, "objective/entropy": masked_mean(rollout.entropy, mask).item(),
-            "objective/scores": scores, "objective/rlhf_reward": scores - kl_coef * kl,
-            "objective/length": mask.sum(-1).float().mean().item(),
-            "objective/eos_rate": rollout.finished.float().mean().item(),
-            "val/explained_variance": (1 - error / spread.clamp(min=1e-12)).item()}
+    return {
+        "objective/kl": kl,
+        "objective/kl_k3": k3,
+        "objective/entropy": masked_mean(rollout.entropy, mask).item(),
+        "objective/scores": scores,
+        "objective/rlhf_reward": scores - kl_coef * kl,
+        "objective/length": mask.sum(-1).float().mean().item(),
+        "objective/eos_rate": rollout.finished.float().mean().item(),
+        "val/explained_variance": (1 - error / spread.clamp(min=1e-12)).item(),
+    }
 
 
 def evaluate(ctx: StageRun, roles: Roles, held) -> dict[str, float]:
     """Held-out prompts, one sample each, the same seeds every time."""
     rollout = collect(ctx, roles, held, range(len(held)), 0, "held-out", 1)
     figures = describe(rollout, rollout.values, ctx.config.kl_coef)
-    return {"score": figures["objective/scores"], "kl": figures["objective/kl"],
-            "rlhf_reward": figures["objective/rlhf_reward"], "length": figures["objective/length"],
-            "eos_rate": figures["objective/eos_rate"], "entropy": figures["objective/entropy"]}
+    return {
+        "score": figures["objective/scores"],
+        "kl": figures["objective/kl"],
+        "rlhf_reward": figures["objective/rlhf_reward"],
+        "length": figures["objective/length"],
+        "eos_rate": figures["objective/eos_rate"],
+        "entropy": figures["objective/entropy"],
+    }
 
 
 def look(ctx: StageRun, roles: Roles, held, step: int, policy: Trainee, best: Best) -> dict[str, float]:
@@ -427,8 +533,16 @@ def look(ctx: StageRun, roles: Roles, held, step: int, policy: Trainee, best: Be
     mask = rollout.rows.response_mask
     kl = torch.where(mask, rollout.logprobs - rollout.ref_logprobs, 0.0).sum(-1)
     order = rollout.scores.argsort().tolist()
-    ctx.tracker.samples(step, [
-        {"prompt": decode_response(roles.tokenizer, held[i]),
-         "response": decode_response(roles.tokenizer, rollout.rows.responses[i][mask[i]].tolist()),
-         "score": rollout.scores[i].item(), "kl": kl[i].item()} for i in dict.fromkeys([*order[-2:], *order[:2]])])
+    ctx.tracker.samples(
+        step,
+        [
+            {
+                "prompt": decode_response(roles.tokenizer, held[i]),
+                "response": decode_response(roles.tokenizer, rollout.rows.responses[i][mask[i]].tolist()),
+                "score": rollout.scores[i].item(),
+                "kl": kl[i].item(),
+            }
+            for i in dict.fromkeys([*order[-2:], *order[:2]])
+        ],
+    )
     return figures

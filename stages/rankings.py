@@ -38,8 +38,12 @@ class Config(Section):
     max_length: int = setting(512, "longest prompt and response together", "tokens", ge=8)
     on_too_long: TooLong = setting("error", "what happens to a prompt that leaves no room for response_length")
     temperature: float = setting(1.0, "sampling temperature", gt=0)
-    agreement: float = setting(0.726, "how often two simulated labelers agree on a pair of different texts "
-                               "(InstructGPT: 72.6 %); sets their noise", gt=0.5, lt=1)
+    agreement: float = setting(
+        0.726,
+        "how often two simulated labelers agree on a pair of different texts (InstructGPT: 72.6 %); sets their noise",
+        gt=0.5,
+        lt=1,
+    )
     batch_size: int = setting(32, "prompts sampled at a time", "prompts", ge=1)
 
 
@@ -53,8 +57,10 @@ def reads(experiment) -> list[str]:
 
 def check(experiment) -> list[str]:
     if experiment.data.rankings is None and experiment.data.prompts != "world":
-        return ["data.rankings: null asks for simulated labelers, and they know the embedded world's prompts only; "
-                "give a file of rankings, or set data.prompts: world"]
+        return [
+            "data.rankings: null asks for simulated labelers, and they know the embedded world's prompts only; "
+            "give a file of rankings, or set data.prompts: world"
+        ]
     return []
 
 
@@ -68,12 +74,22 @@ def run(ctx: StageRun) -> dict:
     for name, part in (("train", train), ("validation", valid)):
         part = [rows[i] for i in part]
         if not any(usable_pairs(r) for r in part):
-            raise DataError([f"data.rankings: the {name} split ({len(part)} rankings) has no usable pair; give more "
-                             f"rankings, or change rankings.validation_fraction"])
+            raise DataError(
+                [
+                    f"data.rankings: the {name} split ({len(part)} rankings) has no usable pair; give more "
+                    f"rankings, or change rankings.validation_fraction"
+                ]
+            )
         write_jsonl(ctx.publish / f"{name}.jsonl", (to_json(r) for r in part))
     held = [rows[i] for i in valid]
-    return {"rankings": len(rows), "pairs": sum(map(usable_pairs, rows)), "train": len(train), "validation": len(valid),
-            "labeler_agreement": labeler_agreement(held), **figures}
+    return {
+        "rankings": len(rows),
+        "pairs": sum(map(usable_pairs, rows)),
+        "train": len(train),
+        "validation": len(valid),
+        "labeler_agreement": labeler_agreement(held),
+        **figures,
+    }
 
 
 def usable_pairs(r: Ranking) -> int:
@@ -102,10 +118,18 @@ def simulate(ctx: StageRun) -> tuple[list[Ranking], dict]:
             rows.append(Ranking(f"{i:05d}-{name}", prompt, tuple(responses), tuple(map(int, ranks)), name))
             owner.append(i)
     judged = [k for k, i in enumerate(owner) if i in valid]
-    ceiling = labelers.accuracy_ceiling([utilities[owner[k]] for k in judged], [list(rows[k].ranks) for k in judged],
-                                        [list(rows[k].responses) for k in judged], noise)
-    return rows, {"noise": noise, "expected_agreement": labelers.expected_agreement(utilities, texts, noise),
-                  "accuracy_ceiling": ceiling["realised"], "expected_accuracy_ceiling": ceiling["expected"]}
+    ceiling = labelers.accuracy_ceiling(
+        [utilities[owner[k]] for k in judged],
+        [list(rows[k].ranks) for k in judged],
+        [list(rows[k].responses) for k in judged],
+        noise,
+    )
+    return rows, {
+        "noise": noise,
+        "expected_agreement": labelers.expected_agreement(utilities, texts, noise),
+        "accuracy_ceiling": ceiling["realised"],
+        "expected_accuracy_ceiling": ceiling["expected"],
+    }
 
 
 def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]], list[list[bool]]]:
@@ -115,14 +139,22 @@ def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]], list[li
     accelerator = make_accelerator(device_of(ctx), m.dtype)
     source = ctx.inputs["sft"] / "model"
     tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
-    policy = load_policy(source, attn_implementation=m.attn_implementation,
-                         trust_remote_code=ctx.trust_remote_code).to(accelerator.device)
+    policy = load_policy(source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code).to(
+        accelerator.device
+    )
     records = read(ctx, "prompts")
-    chosen = Stream(len(records), derive_seed(ctx.seed, "prompts")).take(min(len(records), c.num_prompts or len(records)))
+    chosen = Stream(len(records), derive_seed(ctx.seed, "prompts")).take(
+        min(len(records), c.num_prompts or len(records))
+    )
     prompts = [records[i].prompt for i in chosen]
     ids = [encode_prompt(tokenizer, p) for p in prompts]
-    kept, ids, _, report = fit_lengths(ids, [[] for _ in ids], max_length=c.max_length - c.response_length,
-                                       on_too_long="drop" if c.on_too_long == "truncate" else c.on_too_long, what="prompts")
+    kept, ids, _, report = fit_lengths(
+        ids,
+        [[] for _ in ids],
+        max_length=c.max_length - c.response_length,
+        on_too_long="drop" if c.on_too_long == "truncate" else c.on_too_long,
+        what="prompts",
+    )
     prompts = [prompts[i] for i in kept]
     ctx.tracker.say(f"rankings: {report.line('prompts')}; {c.samples_per_prompt} samples each")
     found = ctx.checkpoints.newest()
@@ -134,9 +166,16 @@ def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]], list[li
             part = range((step - 1) * c.batch_size, min(step * c.batch_size, len(prompts)))
             seeds = [derive_seed(ctx.seed, "sample", i, k) for i in part for k in range(c.samples_per_prompt)]
             with accelerator.autocast():
-                flat = sample(policy, [ids[i] for i in part for _ in range(c.samples_per_prompt)], seeds,
-                              response_length=c.response_length, temperature=c.temperature, batch_size=len(seeds),
-                              eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
+                flat = sample(
+                    policy,
+                    [ids[i] for i in part for _ in range(c.samples_per_prompt)],
+                    seeds,
+                    response_length=c.response_length,
+                    temperature=c.temperature,
+                    batch_size=len(seeds),
+                    eos_id=tokenizer.eos_token_id,
+                    pad_id=tokenizer.pad_token_id,
+                )
             for group in micro_batches(flat, c.samples_per_prompt):
                 texts.append([decode_response(tokenizer, r) for r in group])
                 finished.append([r[-1] == tokenizer.eos_token_id for r in group])

@@ -43,25 +43,36 @@ def run(ctx: StageRun) -> dict:
     """→ index.html."""
     results = json.loads((ctx.inputs["evaluate"] / "results.json").read_text(encoding="utf-8"))
     responses = read_rows(ctx.inputs["evaluate"] / "responses.jsonl")
-    journals = {stage: Journal(*(read_rows(folder / f"{kind}.jsonl") for kind in JOURNALS))
-                for stage, folder in ctx.inputs.items()}
+    journals = {
+        stage: Journal(*(read_rows(folder / f"{kind}.jsonl") for kind in JOURNALS))
+        for stage, folder in ctx.inputs.items()
+    }
     best_of = ctx.experiment.evaluate.best_of
     names = NAMES | {"best_of_n": f"best of {best_of}"}
     sections = {
-        "gains": plots.win_rates(results, names) + plots.gold_parts(results, names)
+        "gains": plots.win_rates(results, names)
+        + plots.gold_parts(results, names)
         + plots.frontier(results, journals.get("ppo"), best_of, names),
         "trust": plots.trust(responses, list(results["policies"]), names),
         "learning": plots.learning(journals, results["reward_model"]),
         "ppo": plots.ppo(journals["ppo"]) if "ppo" in journals else [],
     }
     page = template().render(
-        name=ctx.experiment.name, seed=ctx.seed, results=results, names=names, sections=sections,
-        finished=moment(ctx.manifests["evaluate"]["finished_at"]), summary=summary(results, names),
-        tiles=tiles(results, names), correlations=correlations(responses, results),
+        name=ctx.experiment.name,
+        seed=ctx.seed,
+        results=results,
+        names=names,
+        sections=sections,
+        finished=moment(ctx.manifests["evaluate"]["finished_at"]),
+        summary=summary(results, names),
+        tiles=tiles(results, names),
+        correlations=correlations(responses, results),
         side_by_side=side_by_side(responses, results, ctx.config.prompts),
         looks=ppo_looks(journals["ppo"], ctx.config.ppo_looks) if "ppo" in journals else [],
-        lineage=lineage(ctx.manifests), versions=common_versions(ctx.manifests),
-        drawing=drawing(ctx.manifests))
+        lineage=lineage(ctx.manifests),
+        versions=common_versions(ctx.manifests),
+        drawing=drawing(ctx.manifests),
+    )
     (ctx.publish / "index.html").write_text(page, encoding="utf-8")
     return {"policies": len(results["policies"]), "plots": sum(map(len, sections.values()))}
 
@@ -78,8 +89,9 @@ def template():
     """The page, with everything that is put into it escaped: samples are untrusted text."""
     import jinja2
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-                                     lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {"fixed": fixed, "percent": percent, "turns": turns}
     return environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
 
@@ -142,15 +154,24 @@ def summary(results: dict, names: dict[str, str]) -> list[str]:
         low, high = p["win_rate_vs_sft"]["ci95"]
         verdict = "better than" if low > 0.5 else "worse than" if high < 0.5 else "not clearly different from"
         came = f", {percent(way)} of the way from SFT to {names['best_of_n']}" if way is not None else ""
-        says.append(f"{NAMES[name]} is {verdict} SFT: it wins {percent(p['win_rate_vs_sft']['value'])} of "
-                    f"the prompts (95\u00a0% interval {interval(low, high)}) at {fixed(p['kl_to_sft'], 1)} "
-                    f"nats of KL a response{came}.")
+        says.append(
+            f"{NAMES[name]} is {verdict} SFT: it wins {percent(p['win_rate_vs_sft']['value'])} of "
+            f"the prompts (95\u00a0% interval {interval(low, high)}) at {fixed(p['kl_to_sft'], 1)} "
+            f"nats of KL a response{came}."
+        )
     if number(rm["accuracy"]) is not None:
-        beside = [f"{text} {percent(rm[key], 1)}" for key, text in (
-            ("labeler_agreement", "two labelers agree on"),
-            ("accuracy_ceiling", "the best scorer would reach")) if number(rm[key]) is not None]
-        says.append(f"The reward model sides with the labeler on {percent(rm['accuracy'], 1)} of "
-                    f"{rm['n_pairs']} held-out pairs" + (f"; {' and '.join(beside)}" if beside else "") + ".")
+        beside = [
+            f"{text} {percent(rm[key], 1)}"
+            for key, text in (
+                ("labeler_agreement", "two labelers agree on"),
+                ("accuracy_ceiling", "the best scorer would reach"),
+            )
+            if number(rm[key]) is not None
+        ]
+        says.append(
+            f"The reward model sides with the labeler on {percent(rm['accuracy'], 1)} of "
+            f"{rm['n_pairs']} held-out pairs" + (f"; {' and '.join(beside)}" if beside else "") + "."
+        )
     return says
 
 
@@ -165,16 +186,32 @@ def tiles(results: dict, names: dict[str, str]) -> list[tuple[str, str, str]]:
         unit = "gold" if results["judge"] == "gold" else "score"
         out.append((f"{unit}, SFT → {NAMES[name]}", f"{fixed(quality(sft))} → {fixed(quality(p))}", note))
         low, high = p["win_rate_vs_sft"]["ci95"]
-        out.append((f"{NAMES[name]} against SFT", f"{percent(p['win_rate_vs_sft']['value'])} won",
-                    f"95\u00a0% interval {interval(low, high)}"))
+        out.append(
+            (
+                f"{NAMES[name]} against SFT",
+                f"{percent(p['win_rate_vs_sft']['value'])} won",
+                f"95\u00a0% interval {interval(low, high)}",
+            )
+        )
     if number(rm["accuracy"]) is not None:
         ceiling = number(rm["accuracy_ceiling"])
-        out.append(("reward model accuracy", percent(rm["accuracy"], 1),
-                    f"of {percent(ceiling, 1)} reachable" if ceiling is not None else
-                    f"95\u00a0% interval {interval(*rm['accuracy_ci95'])}"))
+        out.append(
+            (
+                "reward model accuracy",
+                percent(rm["accuracy"], 1),
+                f"of {percent(ceiling, 1)} reachable"
+                if ceiling is not None
+                else f"95\u00a0% interval {interval(*rm['accuracy_ci95'])}",
+            )
+        )
     if "ppo" in policies and number(sft["pretrain_perplexity"]) is not None:
-        out.append(("pretraining perplexity", f"{fixed(sft['pretrain_perplexity'])} → "
-                    f"{fixed(policies['ppo']['pretrain_perplexity'])}", "SFT → PPO; lower is better"))
+        out.append(
+            (
+                "pretraining perplexity",
+                f"{fixed(sft['pretrain_perplexity'])} → {fixed(policies['ppo']['pretrain_perplexity'])}",
+                "SFT → PPO; lower is better",
+            )
+        )
     return out
 
 
@@ -183,8 +220,10 @@ def correlations(responses: list[dict], results: dict) -> list[tuple[str, float 
     between its sample and SFT's)."""
     if results["judge"] != "gold":
         return []
-    rows = {name: [(r["score"], r["gold"]["overall"]) for r in responses if r["policy"] == name]
-            for name in results["policies"]}
+    rows = {
+        name: [(r["score"], r["gold"]["overall"]) for r in responses if r["policy"] == name]
+        for name in results["policies"]
+    }
     out = []
     for name, mine in rows.items():
         agree = [(a[0] - b[0]) * (a[1] - b[1]) for a, b in zip(mine, rows["sft"], strict=True)]
@@ -208,8 +247,10 @@ def side_by_side(responses: list[dict], results: dict, count: int) -> list[tuple
     total = len(answers["sft"])
     order = sorted(range(total), key=lambda i: (judged["sft"][i] - judged[main][i], i))
     part = max(1, min(count, total) // (4 if gold else 3))
-    groups = [(f"{NAMES[main]} gains most over SFT", order[:part]),
-              (f"{NAMES[main]} loses most against SFT", order[::-1][:part])]
+    groups = [
+        (f"{NAMES[main]} gains most over SFT", order[:part]),
+        (f"{NAMES[main]} loses most against SFT", order[::-1][:part]),
+    ]
     taken = {i for _, chosen in groups for i in chosen}
     if gold:
         by_score = places([r["score"] for r in answers[main]])
@@ -221,8 +262,9 @@ def side_by_side(responses: list[dict], results: dict, count: int) -> list[tuple
     rest = [i for i in order if i not in taken]
     some = [rest[(2 * k + 1) * len(rest) // (2 * part)] for k in range(part)] if rest else []
     groups.insert(1, ("in between, at even distances", some))
-    prompts = [{"prompt": answers["sft"][i]["prompt"], "answers": [(n, answers[n][i]) for n in names]}
-               for i in range(total)]
+    prompts = [
+        {"prompt": answers["sft"][i]["prompt"], "answers": [(n, answers[n][i]) for n in names]} for i in range(total)
+    ]
     return [(title, [prompts[i] for i in chosen]) for title, chosen in groups if chosen]
 
 
@@ -252,14 +294,21 @@ def lineage(manifests: dict[str, dict]) -> list[dict]:
         m = manifests[stage]
         start, end = (datetime.fromisoformat(m[k]) for k in ("started_at", "finished_at"))
         git = m.get("git")
-        rows.append({
-            "stage": stage, "digest": m["digest"][:12], "seed": m["seed"],
-            "finished": moment(m["finished_at"]), "seconds": (end - start).total_seconds(),
-            "inputs": [(name, digest[:12]) for name, digest in sorted(m["inputs"].items())],
-            "resumes": m["resumes"], "bytes": sum(f["bytes"] for f in m["outputs"].values()),
-            "code": git["commit"][:7] + (" + changes" if git["dirty"] else "") if git else "–",
-            "differs": [f"{k} {v}" for k, v in m["versions"].items() if common.get(k) != v]
-            + [f"{key} overridden" for key in sorted(m["config"].get("overridden", {}))]})
+        rows.append(
+            {
+                "stage": stage,
+                "digest": m["digest"][:12],
+                "seed": m["seed"],
+                "finished": moment(m["finished_at"]),
+                "seconds": (end - start).total_seconds(),
+                "inputs": [(name, digest[:12]) for name, digest in sorted(m["inputs"].items())],
+                "resumes": m["resumes"],
+                "bytes": sum(f["bytes"] for f in m["outputs"].values()),
+                "code": git["commit"][:7] + (" + changes" if git["dirty"] else "") if git else "–",
+                "differs": [f"{k} {v}" for k, v in m["versions"].items() if common.get(k) != v]
+                + [f"{key} overridden" for key in sorted(m["config"].get("overridden", {}))],
+            }
+        )
     return rows
 
 
@@ -295,8 +344,14 @@ def show(folder: Path, console) -> None:
         raise UserError(f"{file}: is missing; `rlhf run evaluate` makes it")
     results = json.loads(file.read_text(encoding="utf-8"))
     policies, gold = results["policies"], results["judge"] == "gold"
-    table = Table(title=f"{folder.parent.name}: policies on held-out prompts", title_justify="left",
-                  title_style="bold", header_style="bold", box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        title=f"{folder.parent.name}: policies on held-out prompts",
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
     table.add_column("policy", no_wrap=True)
     figures = ["score", "win rate against SFT", "KL to SFT", "perplexity", "length"]
     for column in ["gold", *figures] if gold else figures:
@@ -305,19 +360,32 @@ def show(folder: Path, console) -> None:
     for name, p in policies.items():
         rate = p["win_rate_vs_sft"]
         won = "–" if name == "sft" else f"{percent(rate['value'])}  ({interval(*rate['ci95'])})"
-        cells = [NAMES[name], *([fixed(p["gold"]["overall"], 3)] if gold else []), fixed(p["score"]), won,
-                 fixed(p["kl_to_sft"], 1), fixed(p["pretrain_perplexity"]), fixed(p["length"], 1)]
+        cells = [
+            NAMES[name],
+            *([fixed(p["gold"]["overall"], 3)] if gold else []),
+            fixed(p["score"]),
+            won,
+            fixed(p["kl_to_sft"], 1),
+            fixed(p["pretrain_perplexity"]),
+            fixed(p["length"], 1),
+        ]
         table.add_row(*cells, style="green" if name == best else "")
     console.print()
     console.print(table)
     rm = results["reward_model"]
     if number(rm["accuracy"]) is not None:
-        beside = [f"{text} {fixed(100 * rm[key], 1)}" for key, text in (
-            ("accuracy_ceiling", "best reachable"), ("labeler_agreement", "labelers"))
-            if number(rm[key]) is not None]
+        beside = [
+            f"{text} {fixed(100 * rm[key], 1)}"
+            for key, text in (("accuracy_ceiling", "best reachable"), ("labeler_agreement", "labelers"))
+            if number(rm[key]) is not None
+        ]
         more = f"; {', '.join(beside)}" if beside else ""
-        console.print(Text(f"\nreward model: right on {percent(rm['accuracy'], 1)} of held-out pairs "
-                           f"({interval(*rm['accuracy_ci95'], 1)}){more}"))
+        console.print(
+            Text(
+                f"\nreward model: right on {percent(rm['accuracy'], 1)} of held-out pairs "
+                f"({interval(*rm['accuracy_ci95'], 1)}){more}"
+            )
+        )
     judge = "gold is the world's own scorer, 0 to 1" if gold else "judged by the reward model"
     units = "win rates with 95 % intervals, ties half; KL in nats and length in tokens a response"
     console.print(Text(f"{units}; {judge}", style="dim"))

@@ -39,42 +39,71 @@ def series(rows: Sequence[dict], key: str, x: str = "step", scale: float = 1.0) 
 def learning(journals: dict[str, Journal], rm: dict) -> list[Figure]:
     """Loss of every training stage, the reward model's accuracy, DPO's implicit rewards."""
     texts = {
-        "base": ("Pretraining loss", "nats a token",
-                 "Cross-entropy of the next token of a document; e to its power is the perplexity."),
-        "sft": ("Fine-tuning loss", "nats a token",
-                "Cross-entropy of demonstrated answers; held-out dots that turn upwards mean overfitting."),
-        "rm": ("Reward model loss", "nats a pair",
-               "How surprised the reward model is by the labelers' choices; 0.69 = ln 2 is guessing."),
-        "dpo": ("DPO loss", "nats a pair",
-                "Starts at 0.69 = ln 2, where policy and reference agree, and should fall."),
+        "base": (
+            "Pretraining loss",
+            "nats a token",
+            "Cross-entropy of the next token of a document; e to its power is the perplexity.",
+        ),
+        "sft": (
+            "Fine-tuning loss",
+            "nats a token",
+            "Cross-entropy of demonstrated answers; held-out dots that turn upwards mean overfitting.",
+        ),
+        "rm": (
+            "Reward model loss",
+            "nats a pair",
+            "How surprised the reward model is by the labelers' choices; 0.69 = ln 2 is guessing.",
+        ),
+        "dpo": ("DPO loss", "nats a pair", "Starts at 0.69 = ln 2, where policy and reference agree, and should fall."),
     }
     figures = []
     for stage, (title, unit, caption) in texts.items():
         if stage in journals:
             figures += curve(journals[stage], title, unit, caption, stage, "loss", log_y=stage == "base")
         if stage == "rm" and stage in journals:
-            levels = [(number(rm.get(k)), text) for k, text in (("accuracy_ceiling", "best reachable"),
-                                                                ("labeler_agreement", "two labelers"))]
-            figures += curve(journals["rm"], "Reward model accuracy", "share of pairs",
-                             "Share of pairs on which reward model and labeler prefer the same response; "
-                             "dashed: how often two labelers agree, and the best reachable on these labels.",
-                             "rm", "accuracy", levels=[(v, text) for v, text in levels if v is not None])
+            levels = [
+                (number(rm.get(k)), text)
+                for k, text in (("accuracy_ceiling", "best reachable"), ("labeler_agreement", "two labelers"))
+            ]
+            figures += curve(
+                journals["rm"],
+                "Reward model accuracy",
+                "share of pairs",
+                "Share of pairs on which reward model and labeler prefer the same response; "
+                "dashed: how often two labelers agree, and the best reachable on these labels.",
+                "rm",
+                "accuracy",
+                levels=[(v, text) for v, text in levels if v is not None],
+            )
     if "dpo" in journals and any("rewards/chosen" in row for row in journals["dpo"].metrics):
         chosen, rejected = (series(journals["dpo"].metrics, f"rewards/{k}") for k in ("chosen", "rejected"))
         axes = Axes(*columns(chosen, rejected), "optimizer step", "β · log-ratio, in nats")
         for points, tone in ((chosen, "dpo"), (rejected, "soft")):
             axes.line(thin(points), tone, "faint")
             axes.line(thin(smooth(points)), tone)
-        figures.append(Figure(
-            "DPO's implicit rewards", axes.svg("DPO's implicit rewards"),
-            "How much likelier than under SFT each kind of response became; the gap counts, both may fall.",
-            (("preferred", "dpo", "line"), ("other", "soft", "line")),
-            ("rewards/chosen", "rewards/rejected")))
+        figures.append(
+            Figure(
+                "DPO's implicit rewards",
+                axes.svg("DPO's implicit rewards"),
+                "How much likelier than under SFT each kind of response became; the gap counts, both may fall.",
+                (("preferred", "dpo", "line"), ("other", "soft", "line")),
+                ("rewards/chosen", "rewards/rejected"),
+            )
+        )
     return figures
 
 
-def curve(journal: Journal, title: str, unit: str, caption: str, tone: str, key: str, *, log_y: bool = False,
-          levels: Sequence[tuple[float, str]] = ()) -> list[Figure]:
+def curve(
+    journal: Journal,
+    title: str,
+    unit: str,
+    caption: str,
+    tone: str,
+    key: str,
+    *,
+    log_y: bool = False,
+    levels: Sequence[tuple[float, str]] = (),
+) -> list[Figure]:
     """One metric over the steps: raw, smoothed, held-out dots, levels; [] if the journal has none."""
     raw, held = series(journal.metrics, key), series(journal.evaluations, key)
     if not raw and not held:
@@ -95,37 +124,96 @@ def curve(journal: Journal, title: str, unit: str, caption: str, tone: str, key:
 
 
 PPO = (  # title, unit, log scale, (metric, key of evaluations.jsonl | None, tone, its name), caption
-    ("Score of the reward model", "score", False, (("objective/scores", "score", "ppo", "score"),),
-     "What PPO climbs: mean score of its samples, where demonstrations score 0."),
-    ("KL to SFT", "nats a response", False,
-     (("objective/kl", "kl", "ppo", "k1"), ("objective/kl_k3", None, "soft", "k3")),
-     "How far the policy has gone from SFT, by two estimators that should agree: the price of the score."),
-    ("Penalised reward", "score − kl_coef · KL", False,
-     (("objective/rlhf_reward", "rlhf_reward", "ppo", "reward"),),
-     "The score less the penalty for KL: what is truly maximised, so it should rise to a plateau."),
-    ("Entropy", "nats a token", False, (("objective/entropy", "entropy", "ppo", "entropy"),),
-     "How undecided the policy is at each token; a fall to 0 means that it says one thing only."),
-    ("Length of responses", "tokens", False, (("objective/length", "length", "ppo", "length"),),
-     "Mean tokens a response; a score that rises only with the length is a warning."),
-    ("Responses that end", "share", False, (("objective/eos_rate", "eos_rate", "ppo", "share"),),
-     "Share of responses that end by themselves and are not cut off at the length limit."),
-    ("Clipped tokens", "share of tokens", False, (("policy/clipfrac_avg", None, "ppo", "clipped"),),
-     "Share of tokens whose probability moved beyond the clip range in an update; above about 0.3 steps "
-     "are too large."),
-    ("Size of an update", "nats a token", False, (("policy/approxkl_avg", None, "ppo", "KL of the update"),),
-     "How far one update moves the policy from the one that sampled, as an approximate KL: small and "
-     "steady is sound."),
-    ("Value model", "explained variance", False,
-     (("val/explained_variance", None, "rm", "explained variance"),),
-     "Share of the returns' variance that the value model foretold: 1 is perfect, 0 as good as a constant."),
-    ("Gradient norms", "norm", True,
-     (("grad_norm/ppo", None, "ppo", "PPO"), ("grad_norm/ptx", None, "base", "ptx"),
-      ("grad_norm/value", None, "rm", "value")),
-     "Size of the PPO gradient beside ptx_coef times the pretraining gradient: who steers the step."),
-    ("Loss on pretraining text", "nats a token", False, (("loss/ptx", None, "base", "ptx loss"),),
-     "Cross-entropy on pretraining text; if it rises, the policy forgets what base knew."),
-    ("Value loss", "squared reward", True, (("loss/value_avg", None, "rm", "value loss"),),
-     "Squared error of the value model, clipped; it should fall and then stay low."),
+    (
+        "Score of the reward model",
+        "score",
+        False,
+        (("objective/scores", "score", "ppo", "score"),),
+        "What PPO climbs: mean score of its samples, where demonstrations score 0.",
+    ),
+    (
+        "KL to SFT",
+        "nats a response",
+        False,
+        (("objective/kl", "kl", "ppo", "k1"), ("objective/kl_k3", None, "soft", "k3")),
+        "How far the policy has gone from SFT, by two estimators that should agree: the price of the score.",
+    ),
+    (
+        "Penalised reward",
+        "score − kl_coef · KL",
+        False,
+        (("objective/rlhf_reward", "rlhf_reward", "ppo", "reward"),),
+        "The score less the penalty for KL: what is truly maximised, so it should rise to a plateau.",
+    ),
+    (
+        "Entropy",
+        "nats a token",
+        False,
+        (("objective/entropy", "entropy", "ppo", "entropy"),),
+        "How undecided the policy is at each token; a fall to 0 means that it says one thing only.",
+    ),
+    (
+        "Length of responses",
+        "tokens",
+        False,
+        (("objective/length", "length", "ppo", "length"),),
+        "Mean tokens a response; a score that rises only with the length is a warning.",
+    ),
+    (
+        "Responses that end",
+        "share",
+        False,
+        (("objective/eos_rate", "eos_rate", "ppo", "share"),),
+        "Share of responses that end by themselves and are not cut off at the length limit.",
+    ),
+    (
+        "Clipped tokens",
+        "share of tokens",
+        False,
+        (("policy/clipfrac_avg", None, "ppo", "clipped"),),
+        "Share of tokens whose probability moved beyond the clip range in an update; above about 0.3 steps "
+        "are too large.",
+    ),
+    (
+        "Size of an update",
+        "nats a token",
+        False,
+        (("policy/approxkl_avg", None, "ppo", "KL of the update"),),
+        "How far one update moves the policy from the one that sampled, as an approximate KL: small and "
+        "steady is sound.",
+    ),
+    (
+        "Value model",
+        "explained variance",
+        False,
+        (("val/explained_variance", None, "rm", "explained variance"),),
+        "Share of the returns' variance that the value model foretold: 1 is perfect, 0 as good as a constant.",
+    ),
+    (
+        "Gradient norms",
+        "norm",
+        True,
+        (
+            ("grad_norm/ppo", None, "ppo", "PPO"),
+            ("grad_norm/ptx", None, "base", "ptx"),
+            ("grad_norm/value", None, "rm", "value"),
+        ),
+        "Size of the PPO gradient beside ptx_coef times the pretraining gradient: who steers the step.",
+    ),
+    (
+        "Loss on pretraining text",
+        "nats a token",
+        False,
+        (("loss/ptx", None, "base", "ptx loss"),),
+        "Cross-entropy on pretraining text; if it rises, the policy forgets what base knew.",
+    ),
+    (
+        "Value loss",
+        "squared reward",
+        True,
+        (("loss/value_avg", None, "rm", "value loss"),),
+        "Squared error of the value model, clipped; it should fall and then stay low.",
+    ),
 )
 
 
@@ -136,9 +224,15 @@ def ppo(journal: Journal) -> list[Figure]:
     scale = episodes_a_step(journal)
     figures = []
     for title, unit, log_y, lines, caption in PPO:
-        drawn = [(series(journal.metrics, metric, "episode"),
-                  series(journal.evaluations, held, scale=scale) if held else [], tone, name)
-                 for metric, held, tone, name in lines]
+        drawn = [
+            (
+                series(journal.metrics, metric, "episode"),
+                series(journal.evaluations, held, scale=scale) if held else [],
+                tone,
+                name,
+            )
+            for metric, held, tone, name in lines
+        ]
         drawn = [d for d in drawn if any(y is not None for _, y in d[0])]
         if not drawn:
             continue
@@ -170,25 +264,34 @@ def frontier(results: dict, journal: Journal | None, best_of: int, names: dict[s
         kl["best_of_n"] = math.log(best_of) - (best_of - 1) / best_of
     note = " Best of n stands at its theoretical KL, ln n − (n − 1)/n." if "best_of_n" in policies else ""
     figures = []
-    for what, title, unit in (("score", "Reward against KL", "score of the reward model"),
-                              ("gold", "Gold against KL", "gold, overall (0 to 1)")):
-        value = {n: p["score"] if what == "score" else (p["gold"] or {}).get("overall")
-                 for n, p in policies.items()}
+    for what, title, unit in (
+        ("score", "Reward against KL", "score of the reward model"),
+        ("gold", "Gold against KL", "gold, overall (0 to 1)"),
+    ):
+        value = {n: p["score"] if what == "score" else (p["gold"] or {}).get("overall") for n, p in policies.items()}
         points = [(kl[n], value[n], names[n], n) for n in policies if None not in (kl[n], value[n])]
         path = series_pairs(journal.evaluations, "kl", "score") if journal and what == "score" else []
         if len(points) < 2:
             continue
-        axes = Axes(*columns([p[:2] for p in points], path), "KL to SFT, nats a response (square-root axis)",
-                    unit, width=520, height=320, root_x=True)
+        axes = Axes(
+            *columns([p[:2] for p in points], path),
+            "KL to SFT, nats a response (square-root axis)",
+            unit,
+            width=520,
+            height=320,
+            root_x=True,
+        )
         axes.line(path, "ppo", "faint")
         axes.dots(path, "ppo", 2.4)
         for x, y, name, tone in points:
             axes.dots([(x, y)], tone, 7, f"{name}: {y:.3f} at {x:.2f} nats")
         axes.names(points)
-        caption = {"score": "Up is a higher score, right is further from SFT; at the same KL the upper "
-                            "policy is the better one.",
-                   "gold": "The same with the truth in place of the reward model: a score that gold does not "
-                           "follow was won from the reward model's mistakes."}[what]
+        caption = {
+            "score": "Up is a higher score, right is further from SFT; at the same KL the upper "
+            "policy is the better one.",
+            "gold": "The same with the truth in place of the reward model: a score that gold does not "
+            "follow was won from the reward model's mistakes.",
+        }[what]
         keys = (("PPO while it trains, held out", "ppo", "faint"),) if path else ()
         figures.append(Figure(title, axes.svg(title), caption + note, keys))
     return figures
@@ -208,9 +311,15 @@ def win_rates(results: dict, names: dict[str, str]) -> list[Figure]:
         return []
     judge = "the gold scorer" if results["judge"] == "gold" else "the reward model"
     svg = dot_plot(rows, "win rate against SFT, share of prompts", "win rates", reference=0.5)
-    return [Figure("Win rates", svg, f"Share of held-out prompts on which {judge} prefers the policy's "
-                   "response to SFT's, ties half, with 95 % intervals; one that crosses the dashed line "
-                   "could be chance.")]
+    return [
+        Figure(
+            "Win rates",
+            svg,
+            f"Share of held-out prompts on which {judge} prefers the policy's "
+            "response to SFT's, ties half, with 95 % intervals; one that crosses the dashed line "
+            "could be chance.",
+        )
+    ]
 
 
 def gold_parts(results: dict, names: dict[str, str]) -> list[Figure]:
@@ -220,9 +329,14 @@ def gold_parts(results: dict, names: dict[str, str]) -> list[Figure]:
     mark = lambda n, part: (policies[n][part], None, None, n, f"{names[n]} {policies[n][part]:.3f}")  # noqa: E731
     rows = [(part, [mark(n, part) for n in policies]) for part in PARTS]
     svg = dot_plot(rows, "mean gold, 0 to 1", "gold by part", labelled=False)
-    return [Figure("Where quality comes from", svg,
-                   "Each line is one part of gold and each dot a policy; further right is better.",
-                   tuple((names[n], n, "dot") for n in policies))]
+    return [
+        Figure(
+            "Where quality comes from",
+            svg,
+            "Each line is one part of gold and each dot a policy; further right is better.",
+            tuple((names[n], n, "dot") for n in policies),
+        )
+    ]
 
 
 # -- does the reward model still tell the truth? ---------------------------------------------------------
@@ -245,11 +359,14 @@ def trust(samples: list[dict], policies: Sequence[str], names: dict[str, str]) -
         plain.dots([(x, mean)], "ink", 4, f"mean gold {mean:.3f} at score {x:.2f}")
     plain.line([(x, mean) for x, mean, _, _ in binned(everything, 10)], "ink")
     means = {n: tuple(np.mean(points[n], axis=0)) for n in policies}
-    first = Figure("Gold against score, all samples", plain.svg("gold against reward model score"),
-                   "Each small dot is a response; the line is mean gold in ten equal groups by score, with "
-                   "95 % intervals. It should rise all the way: where it bends down, a higher score means a "
-                   "worse response.",
-                   tuple((names[n], n, "dot") for n in policies))
+    first = Figure(
+        "Gold against score, all samples",
+        plain.svg("gold against reward model score"),
+        "Each small dot is a response; the line is mean gold in ten equal groups by score, with "
+        "95 % intervals. It should rise all the way: where it bends down, a higher score means a "
+        "worse response.",
+        tuple((names[n], n, "dot") for n in policies),
+    )
     curves = {n: binned(points[n], 5) for n in policies}
     xs = [b[0] for c in curves.values() for b in c] + [m[0] for m in means.values()]
     ys = [b[1] for c in curves.values() for b in c] + [m[1] for m in means.values()]
@@ -260,10 +377,13 @@ def trust(samples: list[dict], policies: Sequence[str], names: dict[str, str]) -
     for n in policies:
         each.dots([means[n]], n, 7, f"{names[n]}: mean gold {means[n][1]:.3f}, mean score {means[n][0]:.2f}")
     each.names([(*means[n], names[n], n) for n in policies])
-    second = Figure("The same, policy by policy", each.svg("gold against score for each policy"),
-                    "Five equal groups of each policy's samples, and its mean as the large dot. Where a "
-                    "trained policy's line runs below SFT's, the reward model overrates it at the same "
-                    "score: over-optimisation.")
+    second = Figure(
+        "The same, policy by policy",
+        each.svg("gold against score for each policy"),
+        "Five equal groups of each policy's samples, and its mean as the large dot. Where a "
+        "trained policy's line runs below SFT's, the reward model overrates it at the same "
+        "score: over-optimisation.",
+    )
     return [first, second]
 
 

@@ -61,8 +61,18 @@ def tick_text(value: float) -> str:
 class Axes:
     """A frame with ticks; marks are added by methods, in data coordinates, and `svg` closes it."""
 
-    def __init__(self, xs: Sequence, ys: Sequence, x_label: str, y_label: str, *, width: int = 330,
-                 height: int = 215, log_y: bool = False, root_x: bool = False):
+    def __init__(
+        self,
+        xs: Sequence,
+        ys: Sequence,
+        x_label: str,
+        y_label: str,
+        *,
+        width: int = 330,
+        height: int = 215,
+        log_y: bool = False,
+        root_x: bool = False,
+    ):
         xs, ys = ([v for v in values if v is not None] or [0.0] for values in (xs, ys))
         self.of_x = (lambda v: math.sqrt(max(v, 0.0))) if root_x else float
         self.of_y = math.log10 if log_y and min(ys) > 0 else float
@@ -139,14 +149,24 @@ class Axes:
         taken: list[tuple] = []
         for x, y, text, tone in points:
             x, y, w = self.x(x), self.y(y), 7.5 * len(text)
-            sides = [(x + 11, y + 4, "start"), (x - 11, y + 4, "end"), (x, y - 12, "middle"),
-                     (x, y + 21, "middle"), (x + 9, y - 9, "start"), (x + 9, y + 18, "start"),
-                     (x - 9, y - 9, "end"), (x - 9, y + 18, "end")]
+            sides = [
+                (x + 11, y + 4, "start"),
+                (x - 11, y + 4, "end"),
+                (x, y - 12, "middle"),
+                (x, y + 21, "middle"),
+                (x + 9, y - 9, "start"),
+                (x + 9, y + 18, "start"),
+                (x - 9, y - 9, "end"),
+                (x - 9, y + 18, "end"),
+            ]
             lefts = [at - {"start": 0, "middle": w / 2, "end": w}[anchor] for at, _, anchor in sides]
             bases = [base for _, base, _ in sides]
             boxes = [(at, base - 11, at + w, base + 3) for at, base in zip(lefts, bases, strict=True)]
-            free = [i for i, box in enumerate(boxes) if self.left <= box[0] and box[2] <= self.width
-                    and not any(_overlap(box, b) for b in taken + dots)]
+            free = [
+                i
+                for i, box in enumerate(boxes)
+                if self.left <= box[0] and box[2] <= self.width and not any(_overlap(box, b) for b in taken + dots)
+            ]
             best = free[0] if free else 0
             taken.append(boxes[best])
             self.text(*sides[best][:2], text, "name", sides[best][2], tone)
@@ -155,8 +175,14 @@ class Axes:
         return _svg(self.width, self.height, title, self.parts)
 
 
-def dot_plot(rows: Sequence[tuple[str, Sequence[tuple]]], x_label: str, title: str, *,
-             reference: float | None = None, labelled: bool = True) -> str:
+def dot_plot(
+    rows: Sequence[tuple[str, Sequence[tuple]]],
+    x_label: str,
+    title: str,
+    *,
+    reference: float | None = None,
+    labelled: bool = True,
+) -> str:
     """Values from 0 to 1, a line for each row (name, marks); a mark: (value, low, high, tone, text)."""
     width, left, step = 520, 96, 36
     height = step * len(rows) + 52
@@ -190,8 +216,11 @@ def graph(nodes: dict[str, tuple[str, str]], edges: dict[str, set[str]]) -> str:
     for name in nodes:
         columns.setdefault(depth[name], []).append(name)
     w, h, gap_x, gap_y = 96, 44, 24, 32
-    place = {name: (column * (w + gap_x) + 1, row * (h + gap_y) + 1)
-             for column, names in columns.items() for row, name in enumerate(names)}
+    place = {
+        name: (column * (w + gap_x) + 1, row * (h + gap_y) + 1)
+        for column, names in columns.items()
+        for row, name in enumerate(names)
+    }
     width, height = max(x for x, _ in place.values()) + w + 1, max(y for _, y in place.values()) + h + 1
     parts = []
     for name, inputs in edges.items():
@@ -200,13 +229,17 @@ def graph(nodes: dict[str, tuple[str, str]], edges: dict[str, set[str]]) -> str:
             x0, y0, y1 = x0 + w, y0 + h / 2, y1 + h / 2
             near, far = (x1 - gap_x, x1) if y0 > y1 else (x0, x0 + gap_x)  # level where the row is free
             bend = f"C{near + 14} {y0:.1f} {far - 14} {y1:.1f} {far - 2} {y1:.1f}"
-            parts.append(f'<path class="edge" d="M{x0} {y0:.1f}H{near}{bend}H{x1 - 4}"/>'
-                         f'<path class="tip" d="M{x1} {y1:.1f}l-7 -4v8z"/>')
+            parts.append(
+                f'<path class="edge" d="M{x0} {y0:.1f}H{near}{bend}H{x1 - 4}"/>'
+                f'<path class="tip" d="M{x1} {y1:.1f}l-7 -4v8z"/>'
+            )
     for name, (second, tone) in nodes.items():
         x, y = place[name]
-        parts.append(f'<rect class="node t-{tone}" x="{x}" y="{y}" width="{w}" height="{h}" rx="8"/>'
-                     + _text(x + w / 2, y + 19, name, "row", "middle")
-                     + _text(x + w / 2, y + 35, second, "digest", "middle"))
+        parts.append(
+            f'<rect class="node t-{tone}" x="{x}" y="{y}" width="{w}" height="{h}" rx="8"/>'
+            + _text(x + w / 2, y + 19, name, "row", "middle")
+            + _text(x + w / 2, y + 35, second, "digest", "middle")
+        )
     return _svg(width, height, "which artifact was made of which", parts)
 
 
@@ -215,7 +248,7 @@ def smooth(points: Sequence[Point]) -> list[Point]:
     half = max(1, len(points) // 40)
     out = []
     for i, (x, _) in enumerate(points):
-        near = [y for _, y in points[max(0, i - half):i + half + 1] if y is not None]
+        near = [y for _, y in points[max(0, i - half) : i + half + 1] if y is not None]
         out.append((x, sum(near) / len(near) if near else None))
     return out
 
@@ -227,7 +260,7 @@ def thin(points: Sequence[Point], most: int = 300) -> list[Point]:
         return list(points)
     out = []
     for start in range(0, len(points), size):
-        part = [(x, y) for x, y in points[start:start + size] if y is not None]
+        part = [(x, y) for x, y in points[start : start + size] if y is not None]
         if part:
             out.append((sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)))
     return out
@@ -251,11 +284,14 @@ def _text(x: float, y: float, text: str, kind: str, anchor: str = "start", tone:
 
 
 def _dot(x: float, y: float, radius: float, tone: str, title: str) -> str:
-    return (f'<circle class="dot t-{tone}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
-            f"<title>{escape(title)}</title></circle>")
+    return (
+        f'<circle class="dot t-{tone}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{escape(title)}</title></circle>'
+    )
 
 
 def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
     size = "wide" if width > 400 else "small"
-    return (f'<svg class="{size}" viewBox="0 0 {width:g} {height:g}" style="--w:{width:g}px" role="img" '
-            f'aria-label="{escape(title)}">{"".join(parts)}</svg>')
+    return (
+        f'<svg class="{size}" viewBox="0 0 {width:g} {height:g}" style="--w:{width:g}px" role="img" '
+        f'aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    )

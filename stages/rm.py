@@ -38,7 +38,9 @@ class Config(Training):
 
     learning_rate: float = setting(9e-6, "peak learning rate (the paper's)", "per step", gt=0)
     on_too_long: TooLong = too_long()
-    per_device_train_batch_size: int = setting(8, "prompts, with all their responses, in one forward and backward", "prompts", ge=1)
+    per_device_train_batch_size: int = setting(
+        8, "prompts, with all their responses, in one forward and backward", "prompts", ge=1
+    )
     gradient_accumulation_steps: int = setting(8, "micro-batches a step (the paper: 64 prompts a step)", ge=1)
     bias_demonstrations: int = setting(256, "demonstrations that the mean score 0 is taken over", "rows", ge=1)
 
@@ -61,18 +63,22 @@ def run(ctx: StageRun) -> dict:
     groups, report = load_groups(ctx, tokenizer, "train", **limits)
     held, _ = load_groups(ctx, tokenizer, "validation", **limits)
     steps = total_steps(c, len(groups))
-    ctx.tracker.say(f"rm: {report.line('rankings')}; {sum(len(g.pairs()) for g in groups)} pairs; "
-                    f"{len(held)} rankings held out; {steps} steps")
+    ctx.tracker.say(
+        f"rm: {report.line('rankings')}; {sum(len(g.pairs()) for g in groups)} pairs; "
+        f"{len(held)} rankings held out; {steps} steps"
+    )
 
     # 1 the policy's trunk, a fresh scalar head
-    model = new_reward_model(source, seed=ctx.seed, attn_implementation=m.attn_implementation,
-                             trust_remote_code=ctx.trust_remote_code)
+    model = new_reward_model(
+        source, seed=ctx.seed, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code
+    )
     if m.gradient_checkpointing:
         model.activation_checkpointing_enable()
     model = with_adapter(model, **(adapter_settings(m) or {"method": None}), scalar=True, seed=ctx.seed)
     model.to(accelerator.device)
-    trainee = make_trainee("model", model, learning_rate=c.learning_rate, max_grad_norm=c.max_grad_norm,
-                           weight_decay=c.weight_decay)
+    trainee = make_trainee(
+        "model", model, learning_rate=c.learning_rate, max_grad_norm=c.max_grad_norm, weight_decay=c.weight_decay
+    )
 
     # 2 the loss of a micro-batch of prompts
     def loss(rows: list[int], prompts: int):
@@ -82,26 +88,48 @@ def run(ctx: StageRun) -> dict:
         value = ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights, prompts)
         margins = (scores[batch.winners] - scores[batch.losers]).detach()
         share = len(rows) / prompts
-        return value, {"loss": value.item(), "accuracy": share * batch.mean((margins > 0).float()),
-                       "margin": share * batch.mean(margins)}
+        return value, {
+            "loss": value.item(),
+            "accuracy": share * batch.mean((margins > 0).float()),
+            "margin": share * batch.mean(margins),
+        }
 
     def evaluate() -> dict:
-        margins, _, value = held_out_margins(model, held, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size)
+        margins, _, value = held_out_margins(
+            model, held, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size
+        )
         return {"loss": value, "accuracy": float((margins > 0).float().mean()), "margin": float(margins.mean())}
 
     # 3 train; then how far it can be trusted
-    figures = fit(ctx, trainee, accelerator, size=len(groups), steps=steps,
-                  batch_size=c.per_device_train_batch_size * c.gradient_accumulation_steps,
-                  micro_size=c.per_device_train_batch_size, loss=loss, evaluate=evaluate, judge="loss",
-                  higher_is_better=False, keep=c.keep, patience=c.patience, eval_steps=c.eval_steps,
-                  learning_rate=lambda s: learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, c.warmup_steps))
-    margins, owners, _ = held_out_margins(model, held, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size)
+    figures = fit(
+        ctx,
+        trainee,
+        accelerator,
+        size=len(groups),
+        steps=steps,
+        batch_size=c.per_device_train_batch_size * c.gradient_accumulation_steps,
+        micro_size=c.per_device_train_batch_size,
+        loss=loss,
+        evaluate=evaluate,
+        judge="loss",
+        higher_is_better=False,
+        keep=c.keep,
+        patience=c.patience,
+        eval_steps=c.eval_steps,
+        learning_rate=lambda s: learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, c.warmup_steps),
+    )
+    margins, owners, _ = held_out_margins(
+        model, held, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size
+    )
     validation = sources.load("rankings", path=ctx.inputs["rankings"] / "validation.jsonl")
     prompts = {}  # two labelers may have ranked one prompt: the interval is over prompts
     owners = [prompts.setdefault(tuple(held[g].prompt), len(prompts)) for g in owners.tolist()]
     figures |= pair_accuracy(margins.tolist(), owners, ctx.seed)
-    figures |= {"ece": expected_calibration_error(margins.tolist()), "labeler_agreement": labeler_agreement(validation),
-                "accuracy_ceiling": ctx.manifests["rankings"]["metrics"].get("accuracy_ceiling")}
+    figures |= {
+        "ece": expected_calibration_error(margins.tolist()),
+        "labeler_agreement": labeler_agreement(validation),
+        "accuracy_ceiling": ctx.manifests["rankings"]["metrics"].get("accuracy_ceiling"),
+    }
 
     # 4 the bias: demonstrations score 0 on average
     model = merged(model)
@@ -117,7 +145,7 @@ def held_out_margins(model, held, pad_id: int, accelerator, size: int):
     """Over all pairs of the held-out groups: score margins (N,), the group of each (N,), and the mean loss a prompt."""
     margins, owners, loss = [], [], 0.0
     for start in range(0, len(held), size):
-        batch = batch_groups(held[start:start + size], pad_id).to(accelerator.device)
+        batch = batch_groups(held[start : start + size], pad_id).to(accelerator.device)
         with accelerator.autocast():
             scores = response_scores(model, batch.rows)
         loss += ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights, len(held)).item()
@@ -130,17 +158,25 @@ def held_out_margins(model, held, pad_id: int, accelerator, size: int):
 def demonstration_mean(ctx: StageRun, model, tokenizer, accelerator) -> float:
     """Mean score of the demonstrations that fit (at most `bias_demonstrations`), the bias not yet subtracted."""
     c = ctx.config
-    pairs = [(encode_prompt(tokenizer, d.prompt), encode_response(tokenizer, d.completion))
-             for d in read(ctx, "demonstrations")[:4 * c.bias_demonstrations]]
-    pairs = [(p, r) for p, r in pairs if len(p) + len(r) <= c.max_length][:c.bias_demonstrations]
+    pairs = [
+        (encode_prompt(tokenizer, d.prompt), encode_response(tokenizer, d.completion))
+        for d in read(ctx, "demonstrations")[: 4 * c.bias_demonstrations]
+    ]
+    pairs = [(p, r) for p, r in pairs if len(p) + len(r) <= c.max_length][: c.bias_demonstrations]
     if not pairs:
-        raise DataError([f"data.demonstrations: none of them fits in rm.max_length {c.max_length}, and the mean score 0 "
-                         f"is taken over them; raise it"])
+        raise DataError(
+            [
+                f"data.demonstrations: none of them fits in rm.max_length {c.max_length}, and the mean score 0 "
+                f"is taken over them; raise it"
+            ]
+        )
     total, size = 0.0, 4 * c.per_device_train_batch_size
     for start in range(0, len(pairs), size):
-        prompts, responses = zip(*pairs[start:start + size], strict=True)
+        prompts, responses = zip(*pairs[start : start + size], strict=True)
         with accelerator.autocast():
-            scores = response_scores(model, make_rows(prompts, responses, tokenizer.pad_token_id).to(accelerator.device))
+            scores = response_scores(
+                model, make_rows(prompts, responses, tokenizer.pad_token_id).to(accelerator.device)
+            )
         total += scores.double().sum().item()
     return total / len(pairs)
 
@@ -153,6 +189,8 @@ def write_samples(ctx: StageRun, model, tokenizer, groups, step: int, accelerato
         with accelerator.autocast():
             scores = response_scores(model, batch_groups([group], tokenizer.pad_token_id).to(accelerator.device).rows)
         prompt = decode_response(tokenizer, group.prompt)
-        rows += [{"prompt": prompt, "response": decode_response(tokenizer, r), "score": s}
-                 for r, s in zip(group.responses, scores.tolist(), strict=True)]
+        rows += [
+            {"prompt": prompt, "response": decode_response(tokenizer, r), "score": s}
+            for r, s in zip(group.responses, scores.tolist(), strict=True)
+        ]
     ctx.tracker.samples(step, rows)

@@ -31,7 +31,8 @@ class Training(Section):
 
     learning_rate: float = setting(1e-5, "peak learning rate", "per step", gt=0)
     lr_scheduler_type: Schedule = setting(
-        "cosine_with_min_lr", "shape of the learning rate after the warm-up; cosine_with_min_lr ends at a tenth")
+        "cosine_with_min_lr", "shape of the learning rate after the warm-up; cosine_with_min_lr ends at a tenth"
+    )
     warmup_steps: int = setting(0, "linear warm-up from 0", "optimizer steps", ge=0)
     num_train_epochs: float = setting(1.0, "passes over the data (ignored if max_steps is given)", "epochs", gt=0)
     max_steps: int | None = setting(None, "stop after so many steps", "optimizer steps", ge=1)

@@ -1,6 +1,6 @@
 """sft: demonstrations → a policy that answers; the reference of everything after.
 
-    loss = − mean log π(token | prompt, before)     over the tokens of completions and their EOS
+loss = − mean log π(token | prompt, before)     over the tokens of completions and their EOS
 """
 
 from data.encode import encode_demonstrations
@@ -28,7 +28,9 @@ class Config(Training):
     learning_rate: float = setting(9.65e-6, "peak learning rate (the paper's for 1.3B and 6B)", "per step", gt=0)
     on_too_long: TooLong = too_long()
     per_device_train_batch_size: int = setting(32, "demonstrations in one forward and backward", "rows", ge=1)
-    num_train_epochs: float = setting(2.0, "passes over the demonstrations (the paper: 16, with dropout)", "epochs", gt=0)
+    num_train_epochs: float = setting(
+        2.0, "passes over the demonstrations (the paper: 16, with dropout)", "epochs", gt=0
+    )
     sample_tokens: int = setting(48, "length of the generations kept in samples.jsonl", "tokens", ge=1)
 
 
@@ -55,13 +57,28 @@ def run(ctx: StageRun) -> dict:
     ctx.tracker.say(f"sft: {report.line('demonstrations')}; {len(held)} held out; {steps} steps")
     shown = [demonstrations[i].prompt for i in valid[:4]]
     model, figures = train_language_model(
-        ctx, model, tokenizer, rows, held, steps=steps, group_by_length=True,
-        learning_rate=c.learning_rate, lr_scheduler_type=c.lr_scheduler_type, warmup_steps=c.warmup_steps,
+        ctx,
+        model,
+        tokenizer,
+        rows,
+        held,
+        steps=steps,
+        group_by_length=True,
+        learning_rate=c.learning_rate,
+        lr_scheduler_type=c.lr_scheduler_type,
+        warmup_steps=c.warmup_steps,
         per_device_train_batch_size=c.per_device_train_batch_size,
-        gradient_accumulation_steps=c.gradient_accumulation_steps, max_grad_norm=c.max_grad_norm,
-        weight_decay=c.weight_decay, keep=c.keep, patience=c.patience, eval_steps=c.eval_steps,
-        device=device_of(ctx), dtype=m.dtype, gradient_checkpointing=m.gradient_checkpointing,
+        gradient_accumulation_steps=c.gradient_accumulation_steps,
+        max_grad_norm=c.max_grad_norm,
+        weight_decay=c.weight_decay,
+        keep=c.keep,
+        patience=c.patience,
+        eval_steps=c.eval_steps,
+        device=device_of(ctx),
+        dtype=m.dtype,
+        gradient_checkpointing=m.gradient_checkpointing,
         adapter=adapter_settings(m),
-        samples=lambda live: show_samples(live, tokenizer, shown, seed=ctx.seed, response_length=c.sample_tokens))
+        samples=lambda live: show_samples(live, tokenizer, shown, seed=ctx.seed, response_length=c.sample_tokens),
+    )
     save_model(model, tokenizer, ctx.publish / "model", card=card(ctx, "a supervised fine-tuned policy"))
     return {**figures, "rows": len(rows), "truncated": report.truncated, "dropped": report.dropped}

@@ -37,8 +37,13 @@ def expected_calibration_error(margins: Sequence[float], bins: int = 10) -> floa
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     right = (margins > 0) + 0.5 * (margins == 0)
     which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    return float(sum(abs(right[which == b].mean() - confidence[which == b].mean()) * (which == b).mean()
-                     for b in range(bins) if (which == b).any()))
+    return float(
+        sum(
+            abs(right[which == b].mean() - confidence[which == b].mean()) * (which == b).mean()
+            for b in range(bins)
+            if (which == b).any()
+        )
+    )
 
 
 def labeler_agreement(rankings) -> float | None:

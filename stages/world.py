@@ -32,8 +32,13 @@ def reads(experiment) -> list[str]:
 def run(ctx: StageRun) -> dict:
     """→ {documents,demonstrations,prompts,evaluation_prompts}.jsonl, and world.json, from which gold is computed."""
     c = ctx.config
-    world = World.build(ctx.experiment.seed, documents=c.documents, demonstrations=c.demonstrations,
-                        prompts=c.prompts, evaluation_prompts=c.evaluation_prompts)
+    world = World.build(
+        ctx.experiment.seed,
+        documents=c.documents,
+        demonstrations=c.demonstrations,
+        prompts=c.prompts,
+        evaluation_prompts=c.evaluation_prompts,
+    )
     counts = {}
     for kind in HEADLINE:
         rows = list(getattr(world, kind)())

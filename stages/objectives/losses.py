@@ -16,8 +16,9 @@ def ranking_loss(scores: Tensor, winners: Tensor, losers: Tensor, weights: Tenso
     return -(weights * F.logsigmoid(scores[winners] - scores[losers])).sum() / count
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float,
-                count: float) -> tuple[Tensor, dict[str, Tensor]]:
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float, count: float
+) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped surrogate (Schulman 2017, eq. 7): Σ max(−A ρ, −A clip(ρ, 1−ε, 1+ε)) / count, ρ = π/π_old.
 
     All (B, R); count = response tokens of the minibatch. → (loss, sums over the mask: ratio, clipped, approxkl).
@@ -27,14 +28,17 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     with torch.no_grad():
-        sums = {"ratio": masked_sum(ratio, mask),
-                "clipped": masked_sum((clipped > plain).float(), mask),
-                "approxkl": masked_sum(0.5 * log_ratio**2, mask)}
+        sums = {
+            "ratio": masked_sum(ratio, mask),
+            "clipped": masked_sum((clipped > plain).float(), mask),
+            "approxkl": masked_sum(0.5 * log_ratio**2, mask),
+        }
     return masked_sum(torch.maximum(plain, clipped), mask) / count, sums
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float,
-               count: float) -> tuple[Tensor, dict[str, Tensor]]:
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float, count: float
+) -> tuple[Tensor, dict[str, Tensor]]:
     """½ Σ max((V − G)², (clip(V, V_old ± ε) − G)²) / count, all (B, R) (PPO2's value clipping)."""
     values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
     near = torch.minimum(torch.maximum(values, old_values - cliprange_value), old_values + cliprange_value)
@@ -50,8 +54,17 @@ def language_model_loss(logits: Tensor, labels: Tensor, count: float) -> Tensor:
     return F.cross_entropy(logits[counted].float(), labels[counted], reduction="sum") / count
 
 
-def dpo_loss(logps: Tensor, ref_logps: Tensor, winners: Tensor, losers: Tensor, weights: Tensor, beta: float,
-             count: float, loss_type: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
+def dpo_loss(
+    logps: Tensor,
+    ref_logps: Tensor,
+    winners: Tensor,
+    losers: Tensor,
+    weights: Tensor,
+    beta: float,
+    count: float,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """DPO over pairs of rows (Rafailov 2023, eq. 7): Σ w · ℓ(h) / count, h = log-ratio margin of winner over loser.
 
     logps, ref_logps (B,); winners, losers, weights (N,) with w = 1/C(K,2); count = prompts.

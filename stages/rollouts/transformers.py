@@ -11,9 +11,19 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def sample(model, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, response_length: int, eos_id: int,
-           pad_id: int, temperature: float = 1.0, top_p: float = 1.0, batch_size: int = 64,
-           after_batch: Callable[[int], None] | None = None) -> list[list[int]]:
+def sample(
+    model,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    *,
+    response_length: int,
+    eos_id: int,
+    pad_id: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 64,
+    after_batch: Callable[[int], None] | None = None,
+) -> list[list[int]]:
     """One response a prompt: ids up to and including EOS, at most `response_length`.
 
     seeds: one a row. after_batch(rows done) is called between batches (progress, a request to stop).
@@ -22,9 +32,10 @@ def sample(model, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, res
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
     responses: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
-        chosen = order[start:start + batch_size]
-        uniforms = torch.stack([torch.rand(response_length, generator=torch.Generator().manual_seed(seeds[i]))
-                                for i in chosen])
+        chosen = order[start : start + batch_size]
+        uniforms = torch.stack(
+            [torch.rand(response_length, generator=torch.Generator().manual_seed(seeds[i])) for i in chosen]
+        )
         batch = _sample_batch(model, [prompts[i] for i in chosen], uniforms, eos_id, pad_id, temperature, top_p)
         for i, response in zip(chosen, batch, strict=True):
             responses[i] = response
@@ -33,8 +44,9 @@ def sample(model, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, res
     return responses
 
 
-def _sample_batch(model, prompts, uniforms: Tensor, eos_id: int, pad_id: int, temperature: float,
-                  top_p: float) -> list[list[int]]:
+def _sample_batch(
+    model, prompts, uniforms: Tensor, eos_id: int, pad_id: int, temperature: float, top_p: float
+) -> list[list[int]]:
     from transformers import DynamicCache
 
     device = model.device
@@ -47,8 +59,19 @@ def _sample_batch(model, prompts, uniforms: Tensor, eos_id: int, pad_id: int, te
     alive = torch.arange(len(prompts), device=device)
     responses: list[list[int]] = [[] for _ in prompts]
     for t in range(uniforms.shape[1]):
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                       use_cache=True, logits_to_keep=1).logits[:, -1].float() / temperature
+        logits = (
+            model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            .logits[:, -1]
+            .float()
+            / temperature
+        )
         tokens = draw(logits, uniforms[alive, t], top_p)
         for row, token in zip(alive.tolist(), tokens.tolist(), strict=True):
             responses[row].append(token)
