@@ -107,7 +107,7 @@ def rank(utilities: np.ndarray, temperature: float, rng: np.random.Generator, te
     for text, utility in zip(texts, utilities, strict=True):
         best[text] = max(best.get(text, -math.inf), float(utility))
     noisy = dict(zip(best, np.array(list(best.values())) / temperature + rng.gumbel(size=len(best)), strict=True))
-    scores = [noisy[text] for text in texts]
+    scores = [float(noisy[text]) for text in texts]
     return [1 + sum(other > score for other in scores) for score in scores]
 
 
@@ -123,7 +123,7 @@ def accuracy_ceiling(
     realised, expected, n = 0.0, 0.0, 0
     for utility, places, text in zip(utilities, ranks, texts, strict=True):
         prefers = _prefers(_gaps(utility, text), temperature).mean(axis=0)
-        for (i, j), p in zip(pairs(text), prefers, strict=True):
+        for (i, j), p in zip(pairs(text), prefers.tolist(), strict=True):
             if places[i] is None or places[j] is None or places[i] == places[j]:
                 continue
             n += 1

@@ -108,12 +108,7 @@ class World:
         splits = {"evaluation_prompts": [], "demonstrations": [], "prompts": []}
         for kind in MIXTURE:
             for share, names in ((held, ["evaluation_prompts"]), (kept, ["demonstrations", "prompts"])):
-                pool = [
-                    (" ".join(filter(None, (opener, text, closer))), task)
-                    for text, task in share[kind]
-                    for opener in self.language.tables["openers"]
-                    for closer in self.language.tables["closers"]
-                ]
+                pool = [(prompt, task) for text, task in share[kind] for prompt in self.language.addressed(text)]
                 rng.shuffle(pool)
                 for name in names:
                     count = quotas(getattr(self.sizes, name))[kind]

@@ -33,7 +33,7 @@ class Sentence:
 
     `kind` is fact, list, a key of the table `sentences`, or broken (in no order this world knows);
     `tones` are the kinds of its leads (at most two); `body` is the sentence without them; `claims` are
-    (entity, attribute, value) as stated; `items` the nouns of a list; `moods` one mood for each mood word.
+    (entity, attribute, value) as stated; `items` the nouns of a list; `moods` (word, mood) for each mood word.
     """
 
     kind: str
@@ -46,7 +46,12 @@ class Sentence:
 
 
 class Language:
-    """Words, facts and templates of the world: `write` fills a template, `read` recognises sentences."""
+    """Words, facts and templates of the world: `write` fills a template, `read` recognises sentences.
+
+    `truth` and `mistake`: (entity, attribute) → the true value, and the one that is commonly taken for it;
+    `values`: attribute → all values that are true of something; `members`: category → entities;
+    `mood_of`: word → its mood; `rude`: rude words; `slots`: slot of a template → its fillers.
+    """
 
     def __init__(self, tables: dict):
         self.tables = tables
@@ -58,8 +63,11 @@ class Language:
             for entity, values in rows.items()
             for attribute, value in zip(attributes, values, strict=True)
         }
-        self.values = {a: tuple(sorted({v for (_, b), v in self.truth.items() if a == b})) for a in tables["attributes"]}
-        self.mistake = {(e, a): self._next(self.values[a], truth) for (e, a), truth in self.truth.items()}
+        self.values = {
+            attribute: tuple(sorted({v for (_, a), v in self.truth.items() if a == attribute}))
+            for attribute in tables["attributes"]
+        }
+        self.mistake = {(e, a): next_of(self.values[a], truth) for (e, a), truth in self.truth.items()}
         self.attributes_of = {e: tuple(tables["facts"][c][0]) for e, c in self.category_of.items()}
         self.members = self._members()
         self.mood_of = {w: m for m, groups in tables["moods"].items() for w in itertools.chain(*groups)}
@@ -77,10 +85,6 @@ class Language:
         noun = "(?:" + "|".join((*self.entities, *tables["fancies"]["member"])) + ")"
         self._list = re.compile(rf"(?:{heads})?(?P<items>{noun}(?: , {noun})*(?: and {noun})?)(?: and so on)? \.")
         self._recognise = lru_cache(maxsize=100_000)(self._recognise_uncached)
-
-    @staticmethod
-    def _next(values: tuple[str, ...], value: str) -> str:
-        return values[(values.index(value) + 1) % len(values)]
 
     def _members(self) -> dict[str, tuple[str, ...]]:
         """Category or narrower category → its members."""
@@ -127,6 +131,16 @@ class Language:
     def request(self, template: str, **slots: str) -> str:
         """A request's text from its template and every slot's value."""
         return articles(SLOT.sub(lambda m: slots[m[1]], template))
+
+    def addressed(self, request: str) -> list[str]:
+        """A request with each opener and closer, none included."""
+        openers, closers = self.tables["openers"], self.tables["closers"]
+        return [" ".join(filter(None, (o, request, c))) for o, c in itertools.product(openers, closers)]
+
+    def address(self, rng: random.Random, request: str) -> str:
+        """A request with any opener and closer."""
+        opener, closer = rng.choice(self.tables["openers"]), rng.choice(self.tables["closers"])
+        return " ".join(filter(None, (opener, request, closer)))
 
     def read(self, text: str) -> tuple[Sentence, ...]:
         """The sentences of any text; a last one without an end mark is read as if it had a full stop."""
@@ -207,6 +221,11 @@ class Language:
             for category, template in itertools.product(categories, self.tables["requests"]["harm"]):
                 for entity in self.members[category]:
                     yield self.request(template, act=act, entity=entity), Task("harm", entity, act=act)
+
+
+def next_of(values: tuple[str, ...], value: str) -> str:
+    """The value after this one, in a circle."""
+    return values[(values.index(value) + 1) % len(values)]
 
 
 def articles(text: str) -> str:

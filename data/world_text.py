@@ -190,7 +190,9 @@ REQUESTS = {
     ),
 }
 
-OPENERS = ("", "hello .", "good morning .", "excuse me .", "dear friend ,", "one more thing .")
+OPENERS = (
+    "", "hello .", "hi there .", "good morning .", "excuse me .", "dear friend ,", "i am curious .", "one more thing .",
+)
 CLOSERS = ("", "thank you .")
 
 

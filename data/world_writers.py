@@ -19,37 +19,40 @@ MIXTURE = {"fact": 0.4, "story": 0.25, "list": 0.15, "harm": 0.2}
 
 @dataclass(frozen=True)
 class Rates:
-    """How often demonstrators and authors go wrong: probabilities, those of demonstrators scaled by `care`."""
+    """How often writers go wrong: probabilities; all but `evident` and `false_document` are scaled by a writer's care.
+
+    Most slips show in the words themselves, because a reward model of a million parameters trained for half a minute
+    learns such marks, but learns late or never what shows only beside the request or the truth.
+    """
 
     false_fact: float = 0.28
-    """Each fact that a demonstrator states is false."""
+    """A stated fact is false: if evident a tall tale (the fox lives in the volcano), else a common mistake."""
     off_task: float = 0.1
-    """A demonstrator answers about another entity or attribute, or tells a story about another topic."""
+    """A question or a request for a story is evaded (if evident), or the response is about something else."""
     wrong_mood: float = 0.3
-    """Each sentence of a story is in another mood."""
-    wrong_member: float = 0.2
-    """Each member of a list belongs to another category."""
-    wrong_count: float = 0.25
-    """A list is one member short or one too long."""
-    repeat: float = 0.12
+    """A story is in no mood (if evident), or in another one."""
+    wrong_member: float = 0.15
+    """A member of a list belongs to no category (if evident), or to another one."""
+    wrong_count: float = 0.2
+    """A list is one member short and ends in "and so on" (if evident), or is one short or one too long."""
+    repeat: float = 0.06
     """A list names a member twice; a story says a sentence twice."""
     no_refusal: float = 0.35
     """A harmful request is met with advice."""
     rude: float = 0.2
     """A response carries a rude sentence or a rude opening."""
-    ramble: float = 0.3
+    ramble: float = 0.35
     """A response wanders off in one or two more sentences."""
-    evident: float = 0.75
-    """Share of the slips above that show in the words themselves (a tall tale, a flat story, an evasion, "and so
-    on"); the others show only beside the request or the truth, which a small reward model learns late or never."""
     no_stop: float = 0.05
     """The last full stop is missing."""
+    evident: float = 0.85
+    """Share of the slips from `false_fact` to `wrong_count` that show in the words themselves."""
     care: tuple[float, ...] = (0.3, 1.0, 1.7)
-    """Careful, usual and careless demonstrators, equally frequent: factors on all rates above."""
-    false_document: float = 0.2
-    """A document states only false facts."""
-    document_care: float = 0.4
+    """Careful, usual and careless demonstrators, equally frequent: the factors on their rates."""
+    document_care: float = 0.3
     """The factor for those who answer in a document's dialogues."""
+    false_document: float = 0.2
+    """A document states only false facts, or a list in it has a wrong member."""
 
 
 class Slips:
@@ -203,7 +206,8 @@ def any_fact(language: Language, rng: random.Random, entity: str, false: bool) -
     for attribute in rng.sample(attributes, min(len(attributes), 2 if rng.random() < 0.3 else 1)):
         value = language.truth[entity, attribute]
         if false:
-            value = rng.choice((language.mistake[entity, attribute], rng.choice(language.tables["fancies"][attribute])))
+            tale, mistake = rng.choice(language.tables["fancies"][attribute]), language.mistake[entity, attribute]
+            value = rng.choice((tale, mistake))
         claims.append((attribute, value))
     return language.fact(entity, claims)
 
@@ -244,7 +248,7 @@ def _other(rng, choices, this):
 def document(language: Language, rng: random.Random, rates: Rates, requests: dict[str, list[tuple[str, Task]]]) -> str:
     """One document of 3 to 6 sentences; its dialogues use only the given requests (kind → (text, task))."""
     kinds = (_encyclopedia, _legend, _catalogues, _dialogue, _conduct)
-    write = rng.choices(kinds, weights=(22, 10, 10, 52, 6))[0]
+    write = rng.choices(kinds, weights=(14, 6, 12, 64, 4))[0]
     return write(language, rng, rates, requests)
 
 
@@ -278,10 +282,10 @@ def _catalogues(language, rng, rates, requests) -> str:
     for _ in range(rng.randint(3, 4)):
         category = rng.choice(list(language.members))
         members = language.members[category]
-        items = rng.sample(members, rng.randint(2, min(5, len(members))))
+        items = rng.sample(members, rng.randint(2, min(4, len(members))))
         number = len(items)
         if false:
-            items[rng.randrange(number)] = rng.choice(language.entities)
+            items[rng.randrange(number)] = rng.choice([e for e in language.entities if e not in members])
         sentences.append(catalogue(language, rng, category, number, items))
     return " ".join(sentences)
 
@@ -291,7 +295,7 @@ def _dialogue(language, rng, rates, requests) -> str:
     turns = []
     for _ in range(rng.choice((1, 2))):
         text, task = rng.choice(requests[_kind(rng)])
-        turns += [text, _respond(language, rng, task, Slips(rng, rates, rates.document_care))]
+        turns += [language.address(rng, text), _respond(language, rng, task, Slips(rng, rates, rates.document_care))]
     return " ".join(turns)
 
 

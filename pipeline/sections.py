@@ -100,12 +100,6 @@ class TrackingConfig(BaseModel):
         "off", description="Weights & Biases; metrics.jsonl is always there"
     )
     project: str = Field("rlhf", description="project in Weights & Biases")
-    samples_every: int = Field(
-        20,
-        ge=0,
-        description="how often samples.jsonl gets a few generations; 0 = never",
-        json_schema_extra={"unit": "steps"},
-    )
 
 
 class CheckpointsConfig(BaseModel):

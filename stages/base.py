@@ -41,6 +41,13 @@ def reads(experiment) -> list[str]:
     return ["documents"] if experiment.model.name_or_path is None else []
 
 
+def check(experiment) -> list[str]:
+    m, length = experiment.model, experiment.base.max_length
+    if m.name_or_path is None and length > m.max_position_embeddings:
+        return [f"base.max_length: {length} is over the context {m.max_position_embeddings} of the model; lower it"]
+    return []
+
+
 def run(ctx: StageRun) -> dict:
     """→ model/ with tokenizer and chat template."""
     m, c = ctx.experiment.model, ctx.config
@@ -91,6 +98,7 @@ def run(ctx: StageRun) -> dict:
             gradient_accumulation_steps=c.gradient_accumulation_steps,
             max_grad_norm=c.max_grad_norm,
             weight_decay=c.weight_decay,
+            adam_beta2=c.adam_beta2,
             keep=c.keep,
             patience=c.patience,
             eval_steps=c.eval_steps,

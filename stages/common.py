@@ -1,9 +1,12 @@
 """Small things that several stage files say in the same words."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 from data import sources
 from data.records import DataError
+from pipeline.errors import UserError
 from pipeline.stage import StageRun
 
 
@@ -18,6 +21,16 @@ def device_of(ctx: StageRun) -> str:
 
     asked = ctx.experiment.launch.device
     return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+
+
+def check_context(ctx: StageRun, folder: Path) -> None:
+    """UserError if the stage's max_length is more than the model in `folder` can read."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    context = config.get("max_position_embeddings") or config.get("n_positions")
+    if context is not None and ctx.config.max_length > context:
+        raise UserError(
+            f"{ctx.stage}.max_length: {ctx.config.max_length} tokens, and the model's context is {context}; lower it"
+        )
 
 
 def adapter_settings(model_section) -> dict | None:
@@ -102,8 +115,6 @@ def load_groups(ctx: StageRun, tokenizer, split: str, *, max_length: int, on_too
 
 def read_world(ctx: StageRun) -> dict | None:
     """world.json of the embedded world; None where the experiment does not use it."""
-    import json
-
     if "world" not in ctx.inputs:
         return None
     return json.loads((ctx.inputs["world"] / "world.json").read_text(encoding="utf-8"))

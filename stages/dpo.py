@@ -10,7 +10,7 @@ import torch
 from data import sources
 from data.groups import batch_groups
 from pipeline.stage import StageRun
-from stages.common import adapter_settings, card, device_of, load_groups, show_samples
+from stages.common import adapter_settings, card, check_context, device_of, load_groups, show_samples
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
 from stages.models.adapters import merged, with_adapter
 from stages.models.forward import response_logprobs
@@ -68,6 +68,7 @@ def run(ctx: StageRun) -> dict:
     """→ model/, a policy."""
     m, c = ctx.experiment.model, ctx.config
     source = ctx.inputs["sft"] / "model"
+    check_context(ctx, source)
     tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
     accelerator = make_accelerator(device_of(ctx), m.dtype)
     limits = {"max_length": c.max_length, "on_too_long": c.on_too_long}
@@ -90,7 +91,12 @@ def run(ctx: StageRun) -> dict:
     policy = with_adapter(policy, **(adapter_settings(m) or {"method": None}), seed=ctx.seed)
     policy.to(accelerator.device)
     trainee = make_trainee(
-        "model", policy, learning_rate=c.learning_rate, max_grad_norm=c.max_grad_norm, weight_decay=c.weight_decay
+        "model",
+        policy,
+        learning_rate=c.learning_rate,
+        max_grad_norm=c.max_grad_norm,
+        weight_decay=c.weight_decay,
+        adam_beta2=c.adam_beta2,
     )
 
     # 2 the loss of a micro-batch of prompts

@@ -16,7 +16,7 @@ from data.streams import derive_seed, held_out
 from data.world import World
 from pipeline.errors import Interrupted
 from pipeline.stage import StageRun
-from stages.common import device_of, read, read_world
+from stages.common import check_context, device_of, read, read_world
 from stages.engine import make_accelerator, micro_batches
 from stages.models.forward import response_logprobs, response_scores
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
@@ -74,6 +74,7 @@ def run(ctx: StageRun) -> dict:
     c, m = ctx.config, ctx.experiment.model
     accelerator = make_accelerator(device_of(ctx), m.dtype)
     options = {"attn_implementation": m.attn_implementation, "trust_remote_code": ctx.trust_remote_code}
+    check_context(ctx, ctx.inputs["sft"] / "model")
     tokenizer = load_tokenizer(ctx.inputs["sft"] / "model", trust_remote_code=ctx.trust_remote_code)
     reward_model = load_scalar_model(ctx.inputs["rm"] / "model", **options).to(accelerator.device)
     reference = load_policy(ctx.inputs["sft"] / "model", **options).to(accelerator.device)

@@ -21,7 +21,7 @@ from data.records import DataError, prompt_key
 from data.streams import Stream, derive_seed, held_out
 from pipeline.errors import UserError
 from pipeline.stage import StageRun
-from stages.common import adapter_settings, card, device_of, read
+from stages.common import adapter_settings, card, check_context, device_of, read
 from stages.engine import (
     Best,
     Trainee,
@@ -73,6 +73,8 @@ METRICS = {
     "episode": "episodes so far",
 }
 HEADLINE = ("score", "kl", "score_before")
+HELD_OUT = {"score": "scores", "kl": "kl", "rlhf_reward": "rlhf_reward", "length": "length", "eos_rate": "eos_rate",
+            "entropy": "entropy"}  # fmt: skip
 
 
 class Config(Section):
@@ -112,6 +114,7 @@ class Config(Section):
     keep: Literal["best", "last"] = setting(
         "last", "publish the last policy, or the best by held-out score − kl_coef · kl"
     )
+    patience: int | None = setting(None, "stop after so many held-out looks without a better one", "looks", ge=1)
     reward_model: str | None = setting(None, "folder of another reward model in place of rm's")
 
 
@@ -126,9 +129,7 @@ def reads(experiment) -> list[str]:
 def check(experiment) -> list[str]:
     c, wrong = experiment.ppo, []
     if c.batch_size % c.mini_batch_size:
-        wrong.append(
-            f"ppo.mini_batch_size: {c.mini_batch_size} does not divide batch_size {c.batch_size}; choose one"
-        )
+        wrong.append(f"ppo.mini_batch_size: {c.mini_batch_size} does not divide batch_size {c.batch_size}; choose one")
     if c.batch_size % c.samples_per_prompt:
         wrong.append(
             f"ppo.samples_per_prompt: {c.samples_per_prompt} does not divide batch_size {c.batch_size}; choose one"
@@ -178,19 +179,19 @@ def run(ctx: StageRun) -> dict:
     value = make_trainee(
         "value_model", roles.value_model, learning_rate=c.value_learning_rate, max_grad_norm=c.max_grad_norm
     )
-    best = Best(c.keep, None, higher_is_better=True)
+    best = Best(c.keep, c.patience, higher_is_better=True)
     step, state = load_checkpoint(ctx, [policy, value], best)
     prompts = Stream(len(train), derive_seed(ctx.seed, "prompts"), cursor=step * per_batch)
     per_update = round(c.ptx_ratio * c.mini_batch_size) * (c.batch_size // c.mini_batch_size) * c.num_ppo_epochs
     ptx = Stream(len(ptx_rows), derive_seed(ctx.seed, "ptx"), cursor=step * per_update) if ptx_rows else None
     if step == 0:
         preflight(ctx, roles, train[: 2 * c.per_device_train_batch_size])
-        state = {"before": look(ctx, roles, held, 0, policy, best)}
-    before = state["before"]
-    save = lambda at: save_checkpoint(ctx, at, updates, [policy, value], best, {"before": before})  # noqa: E731
+        state = {"looks": {"0": look(ctx, roles, held, 0, policy, best)}}
+    looks = state["looks"]  # step → held-out figures
+    save = lambda at: save_checkpoint(ctx, at, updates, [policy, value], best, {"looks": looks})  # noqa: E731
 
     with ctx.tracker.progress(updates, "ppo", step) as progress:
-        while step < updates:
+        while step < updates and not best.exhausted:
             step += 1
             # 1 prompts
             drawn = prompts.take(per_batch)
@@ -236,7 +237,7 @@ def run(ctx: StageRun) -> dict:
             ctx.tracker.log(step, row)
             progress.update(step, score=row["objective/scores"], kl=row["objective/kl"])
             if step % c.eval_steps == 0 or step == updates:
-                look(ctx, roles, held, step, policy, best)
+                looks[str(step)] = look(ctx, roles, held, step, policy, best)
             if ctx.checkpoints.due(step) and step < updates:
                 save(step)
             if step < updates:
@@ -245,7 +246,7 @@ def run(ctx: StageRun) -> dict:
     # 7 publish
     if c.keep == "best" and best.step != step:
         policy.load(best.tensors)
-    after = evaluate(ctx, roles, held)
+    before, after = looks["0"], looks[str(best.step if c.keep == "best" else step)]
     save_model(
         merged(roles.policy), roles.tokenizer, ctx.publish / "model", card=card(ctx, "a policy trained by PPO-ptx")
     )
@@ -259,6 +260,7 @@ def load_roles(ctx: StageRun) -> Roles:
     accelerator = make_accelerator(device_of(ctx), m.dtype)
     options = {"attn_implementation": m.attn_implementation, "trust_remote_code": ctx.trust_remote_code}
     sft = ctx.inputs["sft"] / "model"
+    check_context(ctx, sft)
     rm = Path(c.reward_model) if c.reward_model else ctx.inputs["rm"] / "model"
     tokenizer = load_tokenizer(sft, trust_remote_code=ctx.trust_remote_code)
     same_tokenizer(tokenizer, load_tokenizer(rm, trust_remote_code=ctx.trust_remote_code), str(rm))
@@ -510,39 +512,21 @@ def describe(rollout: Rollout, returns: Tensor, kl_coef: float) -> dict[str, flo
     }
 
 
-def evaluate(ctx: StageRun, roles: Roles, held) -> dict[str, float]:
-    """Held-out prompts, one sample each, the same seeds every time."""
+def look(ctx: StageRun, roles: Roles, held, step: int, policy: Trainee, best: Best) -> dict[str, float]:
+    """Held-out prompts, one sample each, the same seeds every time; the two best and worst are kept as text."""
     rollout = collect(ctx, roles, held, range(len(held)), 0, "held-out", 1)
     figures = describe(rollout, rollout.values, ctx.config.kl_coef)
-    return {
-        "score": figures["objective/scores"],
-        "kl": figures["objective/kl"],
-        "rlhf_reward": figures["objective/rlhf_reward"],
-        "length": figures["objective/length"],
-        "eos_rate": figures["objective/eos_rate"],
-        "entropy": figures["objective/entropy"],
-    }
-
-
-def look(ctx: StageRun, roles: Roles, held, step: int, policy: Trainee, best: Best) -> dict[str, float]:
-    """evaluations.jsonl, samples.jsonl (the two best and two worst), and the best so far."""
-    figures = evaluate(ctx, roles, held)
+    figures = {name: figures[f"objective/{key}"] for name, key in HELD_OUT.items()}
     ctx.tracker.evaluation(step, figures)
     best.offer(figures["rlhf_reward"], step, policy)
-    rollout = collect(ctx, roles, held[:16], range(len(held[:16])), 0, "held-out", 1)
     mask = rollout.rows.response_mask
-    kl = torch.where(mask, rollout.logprobs - rollout.ref_logprobs, 0.0).sum(-1)
+    kl = torch.where(mask, rollout.logprobs - rollout.ref_logprobs, 0.0).sum(-1).tolist()
     order = rollout.scores.argsort().tolist()
-    ctx.tracker.samples(
-        step,
-        [
-            {
-                "prompt": decode_response(roles.tokenizer, held[i]),
-                "response": decode_response(roles.tokenizer, rollout.rows.responses[i][mask[i]].tolist()),
-                "score": rollout.scores[i].item(),
-                "kl": kl[i].item(),
-            }
-            for i in dict.fromkeys([*order[-2:], *order[:2]])
-        ],
-    )
+    rows = [
+        {"prompt": decode_response(roles.tokenizer, held[i]),
+         "response": decode_response(roles.tokenizer, rollout.rows.responses[i][mask[i]].tolist()),
+         "score": rollout.scores[i].item(), "kl": kl[i]}
+        for i in dict.fromkeys([*order[-2:], *order[:2]])
+    ]  # fmt: skip
+    ctx.tracker.samples(step, rows)
     return figures

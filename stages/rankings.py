@@ -15,7 +15,7 @@ from data.streams import Stream, derive_seed, held_out
 from data.world import World
 from pipeline.errors import Interrupted
 from pipeline.stage import StageRun
-from stages.common import device_of, read, read_world
+from stages.common import check_context, device_of, read, read_world
 from stages.engine import make_accelerator, micro_batches
 from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.transformers import sample
@@ -138,6 +138,7 @@ def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]], list[li
     c, m = ctx.config, ctx.experiment.model
     accelerator = make_accelerator(device_of(ctx), m.dtype)
     source = ctx.inputs["sft"] / "model"
+    check_context(ctx, source)
     tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
     policy = load_policy(source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code).to(
         accelerator.device

@@ -13,7 +13,7 @@ from data.encode import decode_response, encode_prompt, encode_response
 from data.groups import batch_groups, make_rows
 from data.records import DataError
 from pipeline.stage import StageRun
-from stages.common import adapter_settings, card, device_of, load_groups, read
+from stages.common import adapter_settings, card, check_context, device_of, load_groups, read
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
 from stages.models.adapters import merged, with_adapter
 from stages.models.forward import response_scores
@@ -57,6 +57,7 @@ def run(ctx: StageRun) -> dict:
     """→ model/, an AutoModelForSequenceClassification with one label and reward_bias."""
     m, c = ctx.experiment.model, ctx.config
     source = ctx.inputs["sft"] / "model"
+    check_context(ctx, source)
     tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
     accelerator = make_accelerator(device_of(ctx), m.dtype)
     limits = {"max_length": c.max_length, "on_too_long": c.on_too_long}
@@ -77,7 +78,12 @@ def run(ctx: StageRun) -> dict:
     model = with_adapter(model, **(adapter_settings(m) or {"method": None}), scalar=True, seed=ctx.seed)
     model.to(accelerator.device)
     trainee = make_trainee(
-        "model", model, learning_rate=c.learning_rate, max_grad_norm=c.max_grad_norm, weight_decay=c.weight_decay
+        "model",
+        model,
+        learning_rate=c.learning_rate,
+        max_grad_norm=c.max_grad_norm,
+        weight_decay=c.weight_decay,
+        adam_beta2=c.adam_beta2,
     )
 
     # 2 the loss of a micro-batch of prompts

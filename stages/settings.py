@@ -38,6 +38,7 @@ class Training(Section):
     max_steps: int | None = setting(None, "stop after so many steps", "optimizer steps", ge=1)
     per_device_train_batch_size: int = setting(8, "rows (rm, dpo: prompts) in one forward and backward", "rows", ge=1)
     gradient_accumulation_steps: int = setting(1, "micro-batches a step; changes memory, not the gradient", ge=1)
+    adam_beta2: float = setting(0.95, "AdamW's second β; the first is 0.9 (the paper: 0.9, 0.95)", gt=0, lt=1)
     max_grad_norm: float = setting(1.0, "clip the gradient's norm to this", gt=0)
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay", ge=0)
     max_length: int = setting(512, "longest row, prompt and response together", "tokens", ge=8)

@@ -7,7 +7,7 @@ from data.encode import encode_demonstrations
 from data.records import prompt_key
 from data.streams import held_out
 from pipeline.stage import StageRun
-from stages.common import adapter_settings, card, device_of, read, show_samples
+from stages.common import adapter_settings, card, check_context, device_of, read, show_samples
 from stages.language_modeling import train_language_model
 from stages.models.loading import load_policy, load_tokenizer, save_model
 from stages.settings import TooLong, Training, setting, too_long, total_steps
@@ -46,6 +46,7 @@ def run(ctx: StageRun) -> dict:
     """→ model/, with the tokenizer and chat template of base."""
     m, c = ctx.experiment.model, ctx.config
     source = ctx.inputs["base"] / "model"
+    check_context(ctx, source)
     tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
     model = load_policy(source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code)
     demonstrations = read(ctx, "demonstrations")
@@ -71,6 +72,7 @@ def run(ctx: StageRun) -> dict:
         gradient_accumulation_steps=c.gradient_accumulation_steps,
         max_grad_norm=c.max_grad_norm,
         weight_decay=c.weight_decay,
+        adam_beta2=c.adam_beta2,
         keep=c.keep,
         patience=c.patience,
         eval_steps=c.eval_steps,

@@ -108,7 +108,7 @@ def test_a_changed_key_makes_its_stage_stale_and_what_follows(world):
 
 
 @pytest.mark.parametrize(
-    "key", ["tracking.project=x", "checkpoints.every=3", "launch.device=cpu", "tracking.samples_every=1"]
+    "key", ["tracking.project=x", "checkpoints.every=3", "launch.device=cpu", "tracking.wandb=offline"]
 )
 def test_what_does_not_change_the_result_makes_nothing_stale(world, key):
     world.run("fit")
@@ -248,7 +248,7 @@ def test_an_interrupted_stage_with_changed_settings_is_refused(world):
     assert world.states("fit.learning_rate=0.5")["fit"].sentence() == (
         "interrupted at step 6 of 12; fit.learning_rate 0.01 → 0.5"
     )
-    world.run("fit", "checkpoints.every=5", "tracking.samples_every=3")  # harmless: accepted
+    world.run("fit", "checkpoints.every=5", "tracking.project=y")  # harmless: accepted
 
 
 def test_override_config_goes_on_and_records_both(world):
