@@ -81,7 +81,7 @@ class Language:
         }
         self._lead = re.compile(self._either({k: [t + " " for t in v] for k, v in tables["leads"].items()}))
         self._sentence = re.compile(self._either(tables["sentences"]))
-        heads = "|".join(self._pattern(head) + " " for head in tables["list_heads"] if head)
+        heads = "|".join(self._pattern(head) + " " for head in tables["list_heads"])
         noun = "(?:" + "|".join((*self.entities, *tables["fancies"]["member"])) + ")"
         self._list = re.compile(rf"(?:{heads})?(?P<items>{noun}(?: , {noun})*(?: and {noun})?)(?: and so on)? \.")
         self._recognise = lru_cache(maxsize=100_000)(self._recognise_uncached)

@@ -156,7 +156,7 @@ SENTENCES = {
     ),
 }
 
-LIST_HEADS = ("", "{number} {category} are", "you could take")
+LIST_HEADS = ("{number} {category} are", "some {category} are", "you could take")
 
 # requests, by kind; a fact's own wordings stand in ATTRIBUTES
 REQUESTS = {

@@ -45,7 +45,7 @@ class Rates:
     """A response wanders off in one or two more sentences."""
     no_stop: float = 0.05
     """The last full stop is missing."""
-    evident: float = 0.85
+    evident: float = 0.9
     """Share of the slips from `false_fact` to `wrong_count` that show in the words themselves."""
     care: tuple[float, ...] = (0.3, 1.0, 1.7)
     """Careful, usual and careless demonstrators, equally frequent: the factors on their rates."""
@@ -230,7 +230,7 @@ def catalogue(language: Language, rng: random.Random, category: str, number: int
     head = rng.choice(language.tables["list_heads"])
     head = language.write(rng, head, category=category, number=words[number - 2])
     listed = " , ".join(items[:-1]) + " and " + items[-1] if len(items) > 1 else items[0]
-    return f"{head} {listed}{ending} .".strip()
+    return f"{head} {listed}{ending} ."
 
 
 def _any(language, rng, kind, **slots) -> str:
