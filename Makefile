@@ -5,7 +5,7 @@ CONFIG    ?= configs/tiny.yaml
 ARTIFACTS ?= artifacts
 SET       ?=
 MODELS    ?= sft,ppo
-BENCH     ?= ppo
+BENCH     ?= demo_seeds
 KILLS     ?= 200
 EXTRAS    ?= dev
 PYTHON    ?= python3
@@ -71,19 +71,19 @@ lint: $(STAMP) ## ruff
 	@$(VENV)/bin/ruff check .
 
 clean-artifacts: $(STAMP) ## say what CONFIG's artifacts are, then remove them
-	@name=$$($(VENV)/bin/python -c 'import sys; from pipeline.yaml_tree import read_tree; print(read_tree(sys.argv[1]).values["name"])' $(CONFIG)) && \
+	@name=$$($(VENV)/bin/python -c 'import sys; from pipeline.yaml_tree import read_tree; print(read_tree(sys.argv[1], sys.argv[2:]).values["name"])' $(CONFIG) $(SET)) && \
 	case "$$name" in ""|.*|*[!A-Za-z0-9._-]*) echo "error: $(CONFIG): name: cannot name a folder" >&2; exit 2;; esac; \
 	folder="$(ARTIFACTS)/$$name"; \
 	if [ -d "$$folder" ]; then \
 		echo "removing $$folder ($$(du -sh "$$folder" | cut -f1)): $$(ls "$$folder" | tr '\n' ' ')"; rm -rf -- "$$folder"; \
 	else echo "$$folder: nothing there"; fi
 
-bench: $(STAMP)
+bench: $(STAMP) ## run tests/benchmarks/BENCH.py (BENCH=demo_seeds)
 	@test -f tests/benchmarks/$(BENCH).py || { echo "error: tests/benchmarks/$(BENCH).py: no such benchmark" >&2; exit 2; }
 	@$(VENV)/bin/python tests/benchmarks/$(BENCH).py
-frontier: $(STAMP)
+frontier: $(STAMP) ## reward against KL (not there yet)
 	@test -f tests/benchmarks/frontier.py || { echo "error: tests/benchmarks/frontier.py: not there yet" >&2; exit 2; }
 	@$(VENV)/bin/python tests/benchmarks/frontier.py -c $(CONFIG) $(SET)
-faults: $(STAMP)
+faults: $(STAMP) ## the fault matrix (not there yet)
 	@test -f tests/resume/faults.py || { echo "error: tests/resume/faults.py: not there yet" >&2; exit 2; }
 	@$(VENV)/bin/python tests/resume/faults.py --kills $(KILLS)

@@ -7,6 +7,8 @@ tokenized on its own and ends with EOS, exactly as the policy will have to produ
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from jinja2 import TemplateError
+
 from data.records import DataError, Demonstration, Document, as_messages
 
 EOS, PAD = "<|end|>", "<|pad|>"
@@ -72,7 +74,16 @@ def encode_prompt(tokenizer, prompt) -> list[int]:
 
     Special tokens that occur in a message stay plain text: nobody can end a turn or speak for the assistant.
     """
-    messages = as_messages(prompt)
+    try:
+        return _encode_prompt(tokenizer, as_messages(prompt))
+    except TemplateError as problem:  # some templates take no system message, or only alternating turns
+        text = as_messages(prompt)[-1]["content"][:40]
+        raise DataError(
+            [f"prompt {text!r}: the model's chat template refuses it ({problem}); change the prompt's messages"]
+        ) from problem
+
+
+def _encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
     special = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     if not any(token in m["content"] for m in messages for token in special):
         return list(

@@ -56,16 +56,16 @@ class Stream:
         self.cursor = state["cursor"]
 
 
-def held_out(keys: Sequence[str], fraction: float, least: int = 1) -> tuple[list[int], list[int]]:
+def held_out(keys: Sequence[str], fraction: float, least: int | None = None) -> tuple[list[int], list[int]]:
     """Split rows by key (say, the prompt's text): → (training indices, held-out indices).
 
     The same key is always on the same side, whatever else is in the file. At least `least` rows are held out
-    (the ones with the smallest hash), and at least one row stays for training.
+    (the ones with the smallest hash; by default one, unless the fraction is 0), and at least one stays for training.
     """
     place = {k: int.from_bytes(hashlib.sha256(k.encode()).digest()[:8], "big") / 2**64 for k in keys}
     ranked = sorted(place, key=place.get)
     below = sum(p < fraction for p in place.values())
-    count = min(max(below, least if fraction > 0 else 0), len(ranked) - 1)
+    count = min(max(below, int(fraction > 0) if least is None else least), len(ranked) - 1)
     chosen = set(ranked[:count])
     train = [i for i, k in enumerate(keys) if k not in chosen]
     return train, [i for i, k in enumerate(keys) if k in chosen]

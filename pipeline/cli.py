@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pipeline import sections
 from pipeline.errors import Interrupted, TrainingStopped, UserError
 from pipeline.stage import StopFlag
 
@@ -221,7 +222,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     check.add_argument(
         "-c", "--config", metavar="FILE", help="the experiment whose tokenizer and max_length count"
     )
-    check.add_argument("--kind", help="read the file as this kind instead of guessing")
+    check.add_argument("--kind", choices=sections.KINDS, help="read the file as this kind instead of guessing")
     check.add_argument(
         "--artifacts", default="artifacts", metavar="DIR", help="where the experiment's tokenizer is"
     )

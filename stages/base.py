@@ -4,6 +4,7 @@ loss = − mean log π(token | before)     over documents, each ended by EOS, pa
 """
 
 from data.encode import train_tokenizer, wrap_documents
+from data.records import DataError
 from data.streams import held_out
 from pipeline.stage import StageRun
 from stages.common import card, count, device_of, read
@@ -68,6 +69,9 @@ def run(ctx: StageRun) -> dict:
             {"input_ids": r, "labels": r}
             for r in wrap_documents(tokenizer, (documents[i] for i in valid), length=c.max_length)
         ]
+        if not rows or not held:
+            problem = f"data.documents: do not fill a training and a held-out row of {c.max_length} tokens"
+            raise DataError([f"{problem}; give more text, or lower base.max_length"])
         model = from_scratch(
             tokenizer,
             hidden_size=m.hidden_size,

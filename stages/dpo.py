@@ -40,7 +40,9 @@ class Config(Training):
     learning_rate: float = setting(1e-6, "peak learning rate", "per step", gt=0)
     on_too_long: TooLong = too_long()
     beta: float = setting(0.1, "how strongly the policy is held to the reference", gt=0)
-    loss_type: Literal["sigmoid", "ipo", "hinge"] = setting("sigmoid", "the loss of a pair, named as in trl")
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = setting(
+        "sigmoid", "the loss of a pair; ipo sums log-ratios over tokens (Azar 2023), trl averages them"
+    )
     label_smoothing: float = setting(0.0, "share of labels taken to be flipped (sigmoid only)", ge=0, lt=0.5)
     per_device_train_batch_size: int = setting(
         8, "prompts, with all their responses, in one forward and backward", "prompts", ge=1

@@ -151,8 +151,10 @@ class Best:
 
     def restore(self, checkpoint) -> None:
         state = checkpoint.state["best"]
+        if self.keep == "best" and not state["kept"]:
+            return  # the run had been told to keep the last weights until now: the best is looked for from here on
         self.value, self.step, self.since = state["value"], state["step"], state["since"]
-        self.tensors = checkpoint.tensors("best") if self.keep == "best" and state["kept"] else {}
+        self.tensors = checkpoint.tensors("best") if self.keep == "best" else {}
 
 
 def save_checkpoint(
@@ -172,13 +174,14 @@ def save_checkpoint(
     ctx.checkpoints.save(step, tensors, state, total)
 
 
-def load_checkpoint(ctx: StageRun, trainees: list[Trainee], best: Best | None):
+def load_checkpoint(ctx: StageRun, trainees: list[Trainee], best: Best | None, total: int):
     """Restore from the newest valid checkpoint; → (step, state), (0, {}) where there is none."""
     from pipeline.checkpoints import load_optimizer
 
     found = ctx.checkpoints.newest()
     if found is None:
         return 0, {}
+    refuse_shorter(ctx, found.step, total)
     for trainee in trainees:
         trainee.load(found.tensors(trainee.name))
         name = f"{trainee.name}_optimizer"
@@ -186,6 +189,14 @@ def load_checkpoint(ctx: StageRun, trainees: list[Trainee], best: Best | None):
     if best is not None:
         best.restore(found)
     return found.step, found.state
+
+
+def refuse_shorter(ctx: StageRun, step: int, total: int) -> None:
+    """UserError if a run that has come to `step` is now asked to end before."""
+    if step > total:
+        raise UserError(
+            f"{ctx.stage}: {step} steps are done and the settings now ask for {total}; ask for more, or --restart"
+        )
 
 
 def pause_if_asked(ctx: StageRun, step: int, total: int, save: Callable[[], None]) -> None:
@@ -227,7 +238,7 @@ def fit(
     """
     best = Best(keep, patience, higher_is_better)
     stream = Stream(size, derive_seed(ctx.seed, ctx.stage))
-    start, _ = load_checkpoint(ctx, [trainee], best)
+    start, _ = load_checkpoint(ctx, [trainee], best, steps)
     stream.cursor = start * batch_size
     save = lambda step: save_checkpoint(ctx, step, steps, [trainee], best, {})  # noqa: E731
 

@@ -1,8 +1,8 @@
 """evaluate: every policy on prompts that nothing trained on → results.json.
 
 One sample a prompt at temperature 1; the judge is the gold scorer in the embedded world, else the reward model.
-best_of_n is the SFT sample with the highest reward model score out of n. Scores are those that PPO is trained on: a
-response without EOS gets ppo.missing_eos_score. Intervals: bootstrap over prompts.
+best_of_n is the SFT sample with the highest reward model score out of n. A response
+without EOS scores `missing_eos_score`, if one is given. Intervals: bootstrap over prompts.
 """
 
 import json
@@ -47,6 +47,9 @@ class Config(Section):
     max_length: int = setting(512, "longest prompt and response together", "tokens", ge=8)
     on_too_long: TooLong = setting("error", "what happens to a prompt that leaves no room for response_length")
     temperature: float = setting(1.0, "sampling temperature", gt=0)
+    missing_eos_score: float | None = setting(
+        None, "score of a response without EOS, as in ppo; null: its own", "reward"
+    )
     batch_size: int = setting(64, "rows sampled and scored at a time", "rows", ge=1)
     perplexity_rows: int = setting(256, "held-out pretraining rows at most", "rows", ge=1)
     perplexity_length: int = setting(128, "length of such a row", "tokens", ge=8)
@@ -96,7 +99,7 @@ def run(ctx: StageRun) -> dict:
             )
             tools = (model, reference, reward_model, tokenizer, accelerator)
             n = c.best_of if name == "best_of_n" else 1
-            done[name] = measure(ctx, name, n, ids, tools)
+            done[name] = measure(ctx, n, ids, tools, (len(done), len(names)))
             done[name]["perplexity"] = None if n > 1 else perplexity(model, text_rows, accelerator, c.batch_size)
             done[name]["gold"] = (
                 [
@@ -174,8 +177,10 @@ def gold_judge(ctx: StageRun):
 
 
 @torch.no_grad()
-def measure(ctx: StageRun, name: str, n: int, ids, tools) -> dict:
-    """One response a prompt (the best of n by score): texts, finished, scores, kl in nats and length in tokens."""
+def measure(ctx: StageRun, n: int, ids, tools, progress: tuple[int, int]) -> dict:
+    """One response a prompt (the best of n by score): texts, finished, scores, kl in nats and length in tokens.
+
+    progress: policies done and in all, for the word at a stop."""
     c = ctx.config
     model, reference, reward_model, tokenizer, accelerator = tools
     out: dict[str, list] = {"responses": [], "finished": [], "scores": [], "kl": [], "lengths": []}
@@ -183,7 +188,7 @@ def measure(ctx: StageRun, name: str, n: int, ids, tools) -> dict:
         prompts = [ids[i] for i in part for _ in range(n)]
         seeds = [derive_seed(ctx.seed, "evaluate", i, k) for i in part for k in range(n)]
         if ctx.stop.requested:
-            raise Interrupted(0, len(ids))
+            raise Interrupted(*progress)
         with accelerator.autocast():
             responses = sample(
                 model,
@@ -207,7 +212,7 @@ def measure(ctx: StageRun, name: str, n: int, ids, tools) -> dict:
                 ]
             )
         finished = torch.tensor([r[-1] == tokenizer.eos_token_id for r in responses], device=scores.device)
-        scores = final_scores(scores, finished, ctx.experiment.ppo.missing_eos_score)
+        scores = final_scores(scores, finished, c.missing_eos_score)
         best = scores.view(-1, n).argmax(-1).tolist()
         chosen = [g * n + b for g, b in enumerate(best)]
         rows = make_rows([prompts[i] for i in chosen], [responses[i] for i in chosen], tokenizer.pad_token_id).to(

@@ -13,8 +13,9 @@ import torch
 from data.streams import Stream, derive_seed, grouped_by_length
 from pipeline.errors import Interrupted, TrainingStopped
 from pipeline.stage import StageRun
-from stages.engine import Best, Trainee
+from stages.engine import Best, Trainee, micro_batches
 from stages.models.adapters import lora_config, merged, trainable
+from stages.objectives.losses import language_model_loss
 
 
 def train_language_model(
@@ -64,16 +65,13 @@ def train_language_model(
         adam_beta2=adam_beta2,
         weight_decay=weight_decay,
         per_device_train_batch_size=per_device_train_batch_size,
-        per_device_eval_batch_size=per_device_train_batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
         max_grad_norm=max_grad_norm,
         use_cpu=device == "cpu",
         bf16=dtype == "bfloat16",
         activation_checkpointing=gradient_checkpointing,
         train_sampling_strategy="sequential",
-        eval_strategy="steps",
-        eval_steps=eval_steps,
-        eval_on_start=True,
+        eval_strategy="no",  # held_out_loss below: a mean over tokens, where transformers averages batches
         save_strategy="steps" if every else "no",
         save_steps=every or 1,
         logging_steps=1,
@@ -93,14 +91,18 @@ def train_language_model(
         order = grouped_by_length([len(r["input_ids"]) for r in train_rows], batch, steps * batch, seed)
     else:
         order = Stream(len(train_rows), seed).take(steps * batch)
-    keeper = _Keeper(ctx, tokenizer, steps, Best(keep, patience, higher_is_better=False), samples)
+    best = Best(keep, patience, higher_is_better=False)
+    keeper = _Keeper(
+        ctx=ctx, steps=steps, best=best, eval_steps=eval_steps, samples=samples,
+        held_out_loss=lambda live: held_out_loss(
+            live, held_out_rows, tokenizer.pad_token_id, per_device_train_batch_size, trainer.accelerator)
+    )  # fmt: skip
     trainer = SFTTrainer(
         model=model,
         args=args,
         processing_class=tokenizer,
         callbacks=[keeper.callback()],
         train_dataset=Dataset.from_list(train_rows).select(order),
-        eval_dataset=Dataset.from_list(held_out_rows),
         peft_config=lora_config(**adapter) if adapter else None,
     )
     for noisy in (PrinterCallback, ProgressCallback):
@@ -108,7 +110,6 @@ def train_language_model(
     found = ctx.checkpoints.newest()
     if found:
         keeper.best.restore(found)
-        args.eval_on_start = False
     with ctx.tracker.progress(steps, ctx.stage, found.step if found else 0) as progress:
         keeper.progress = progress
         trainer.train(resume_from_checkpoint=str(found.path / "trainer") if found else None)
@@ -116,22 +117,40 @@ def train_language_model(
     step = trainer.state.global_step
     if ctx.stop.requested and step < steps and not keeper.best.exhausted:
         raise Interrupted(step, steps)
-    best = keeper.best
     if keep == "best" and best.step != step:
         keeper.trainee(trainer.model).load(best.tensors)
-    figures = trainer.evaluate()
+    loss = keeper.held_out_loss(trainer.model)
     plain = merged(trainer.accelerator.unwrap_model(trainer.model)).eval()
     plain.config.use_cache = False
-    loss = figures["eval_loss"]
     return plain, {"loss": loss, "perplexity": math.exp(loss), "best_step": best.step, "steps": step}
+
+
+@torch.no_grad()
+def held_out_loss(model, rows: list[dict], pad_id: int, batch_size: int, accelerator) -> float:
+    """Mean cross-entropy a label, in nats, over all of `rows`: the same for every batch size."""
+    training, total, tokens = model.training, 0.0, 0
+    model.eval()
+    ordered = sorted(rows, key=lambda r: len(r["input_ids"]))
+    for part in micro_batches(ordered, batch_size):
+        width = max(len(r["input_ids"]) for r in part)
+        pad = lambda ids, fill: ids + [fill] * (width - len(ids))  # noqa: B023, E731
+        ids = torch.tensor([pad(r["input_ids"], pad_id) for r in part], device=accelerator.device)
+        mask = torch.tensor([pad([True] * len(r["input_ids"]), False) for r in part], device=accelerator.device)
+        labels = torch.tensor([pad(r["labels"], -100) for r in part], device=accelerator.device)[:, 1:]
+        with accelerator.autocast():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        total += language_model_loss(logits, labels, 1.0).item()
+        tokens += int((labels != -100).sum())
+    model.train(training)
+    return total / max(1, tokens)
 
 
 class _Keeper:
     """What happens beside trl's loop: metrics, samples, refusal of non-finite numbers, checkpoints, stopping."""
 
-    def __init__(self, ctx: StageRun, tokenizer, steps: int, best: Best, samples):
-        self.ctx, self.tokenizer, self.steps, self.best, self.samples = ctx, tokenizer, steps, best, samples
-        self.progress, self.finished = None, False
+    def __init__(self, *, ctx: StageRun, steps: int, best: Best, eval_steps: int, samples, held_out_loss):
+        self.ctx, self.steps, self.best, self.eval_steps = ctx, steps, best, eval_steps
+        self.samples, self.held_out_loss, self.progress = samples, held_out_loss, None
 
     @staticmethod
     def trainee(model) -> Trainee:
@@ -152,10 +171,8 @@ class _Keeper:
         self.ctx.tracker.log(state.global_step, row)
         self.progress.update(state.global_step, loss=logs["loss"])
 
-    def evaluated(self, metrics: dict, model, state, control) -> None:
-        if self.finished or "eval_loss" not in metrics:
-            return
-        loss = metrics["eval_loss"]
+    def look(self, model, state, control) -> None:
+        loss = self.held_out_loss(model)
         self.ctx.tracker.evaluation(state.global_step, {"loss": loss, "perplexity": math.exp(min(loss, 50.0))})
         self.best.offer(loss, state.global_step, self.trainee(model))
         if self.samples is not None:
@@ -185,10 +202,13 @@ class _Keeper:
             def on_log(self, args, state, control, logs=None, **_):
                 keeper.logged(logs or {}, state)
 
-            def on_evaluate(self, args, state, control, metrics=None, model=None, **_):
-                keeper.evaluated(metrics or {}, model, state, control)
+            def on_train_begin(self, args, state, control, model=None, **_):
+                if state.global_step == 0:
+                    keeper.look(model, state, control)
 
-            def on_step_end(self, args, state, control, **_):
+            def on_step_end(self, args, state, control, model=None, **_):
+                if state.global_step % keeper.eval_steps == 0 or state.global_step == keeper.steps:
+                    keeper.look(model, state, control)
                 if state.global_step >= keeper.steps:
                     control.should_save = False  # the artifact comes next
                 elif keeper.ctx.stop.requested:
@@ -197,8 +217,5 @@ class _Keeper:
             def on_save(self, args, state, control, **_):
                 if state.global_step < keeper.steps:
                     keeper.saved(args, state)
-
-            def on_train_end(self, args, state, control, **_):
-                keeper.finished = True
 
         return Callback()

@@ -45,7 +45,7 @@ from stages.objectives.masked import masked_mean, masked_whiten
 from stages.objectives.rewards import final_scores, kl_per_token, token_rewards
 from stages.rollouts.rollout import Rollout
 from stages.rollouts.transformers import sample
-from stages.settings import Section, TooLong, setting
+from stages.settings import Schedule, Section, TooLong, setting
 
 NAME = "ppo"
 METRICS = {
@@ -94,7 +94,8 @@ class Config(Section):
     temperature: float = setting(1.0, "divides the logits in sampling, reference and update alike", gt=0)
     learning_rate: float = setting(9.65e-6, "the policy's, after the warm-up", "per step", gt=0)
     value_learning_rate: float = setting(9e-6, "the value model's (the paper's)", "per step", gt=0)
-    warmup_steps: int = setting(10, "updates of linear warm-up from a tenth, then constant", "updates", ge=0)
+    warmup_steps: int = setting(10, "updates of linear warm-up from a tenth", "updates", ge=0)
+    lr_scheduler_type: Schedule = setting("constant", "shape of both learning rates after the warm-up")
     max_grad_norm: float = setting(
         1.0, "clips the policy's summed gradient (PPO + ptx) and the value model's, each apart", gt=0
     )
@@ -143,7 +144,12 @@ def check(experiment) -> list[str]:
             f"ppo.ptx_ratio: {c.ptx_ratio} times mini_batch_size {c.mini_batch_size} is no row at all; raise it, or "
             f"set ptx_coef: 0"
         )
-    if c.total_episodes < c.batch_size:
+    if c.total_episodes % c.batch_size:
+        wrong.append(
+            f"ppo.total_episodes: {c.total_episodes} is no multiple of batch_size {c.batch_size}; "
+            f"{c.total_episodes // c.batch_size * c.batch_size or c.batch_size} is one"
+        )
+    elif c.total_episodes < c.batch_size:
         wrong.append(f"ppo.total_episodes: {c.total_episodes} is less than one batch of {c.batch_size}; raise it")
     if c.reward_model is not None and not (Path(c.reward_model) / "config.json").is_file():
         wrong.append(
@@ -180,7 +186,7 @@ def run(ctx: StageRun) -> dict:
         "value_model", roles.value_model, learning_rate=c.value_learning_rate, max_grad_norm=c.max_grad_norm
     )
     best = Best(c.keep, c.patience, higher_is_better=True)
-    step, state = load_checkpoint(ctx, [policy, value], best)
+    step, state = load_checkpoint(ctx, [policy, value], best, c.total_episodes // c.batch_size)
     prompts = Stream(len(train), derive_seed(ctx.seed, "prompts"), cursor=step * per_batch)
     per_update = round(c.ptx_ratio * c.mini_batch_size) * (c.batch_size // c.mini_batch_size) * c.num_ppo_epochs
     ptx = Stream(len(ptx_rows), derive_seed(ctx.seed, "ptx"), cursor=step * per_update) if ptx_rows else None
@@ -209,7 +215,7 @@ def run(ctx: StageRun) -> dict:
                 advantages = masked_whiten(advantages, mask)
             # 5 update
             rate, value_rate = (
-                learning_rate_at(step, updates, peak, "constant", c.warmup_steps, warmup_from=0.1)
+                learning_rate_at(step, updates, peak, c.lr_scheduler_type, c.warmup_steps, warmup_from=0.1)
                 for peak in (c.learning_rate, c.value_learning_rate)
             )
             learned = update(
@@ -294,8 +300,9 @@ def load_prompts(ctx: StageRun, tokenizer) -> tuple[list[list[int]], list[list[i
         what="prompts",
     )
     ctx.tracker.say(f"ppo: {report.line('prompts')}")
-    fraction = min(0.2, c.eval_prompts / len(ids))
-    train, held = held_out([prompt_key(records[i].prompt) for i in kept], fraction)
+    train, held = held_out(
+        [prompt_key(records[i].prompt) for i in kept], 0.0, least=max(1, min(c.eval_prompts, len(ids) // 5))
+    )
     if not held:
         raise DataError(
             [

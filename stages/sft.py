@@ -4,7 +4,7 @@ loss = − mean log π(token | prompt, before)     over the tokens of completion
 """
 
 from data.encode import encode_demonstrations
-from data.records import prompt_key
+from data.records import DataError, prompt_key
 from data.streams import held_out
 from pipeline.stage import StageRun
 from stages.common import adapter_settings, card, check_context, device_of, read, show_samples
@@ -50,6 +50,8 @@ def run(ctx: StageRun) -> dict:
     tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
     model = load_policy(source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code)
     demonstrations = read(ctx, "demonstrations")
+    if len({prompt_key(d.prompt) for d in demonstrations}) < 2:
+        raise DataError(["data.demonstrations: one prompt; at least 2 are needed, one of them to hold out"])
     train, valid = held_out([prompt_key(d.prompt) for d in demonstrations], ctx.experiment.data.validation_fraction)
     limits = {"max_length": c.max_length, "on_too_long": c.on_too_long}
     rows, report = encode_demonstrations(tokenizer, [demonstrations[i] for i in train], **limits)

@@ -1,6 +1,7 @@
 """Figures with their uncertainty: bootstrap intervals over prompts, win rates, calibration."""
 
 from collections.abc import Sequence
+from itertools import combinations
 
 import numpy as np
 
@@ -50,16 +51,15 @@ def labeler_agreement(rankings) -> float | None:
     """Share of untied pairs on which two labelers of the same prompt and responses agree; None if nobody shared one."""
     by_prompt: dict = {}
     for r in rankings:
-        by_prompt.setdefault((str(r.prompt), r.responses), []).append(r.ranks)
+        if r.labeler is not None:
+            by_prompt.setdefault((str(r.prompt), r.responses), {})[r.labeler] = r.ranks
     same = total = 0
-    for ranks in by_prompt.values():
-        for a in range(len(ranks)):
-            for b in range(a + 1, len(ranks)):
-                for i in range(len(ranks[a])):
-                    for j in range(i):
-                        x, y = (ranks[a][i], ranks[a][j]), (ranks[b][i], ranks[b][j])
-                        if None in x or None in y or x[0] == x[1] or y[0] == y[1]:
-                            continue
-                        total += 1
-                        same += (x[0] < x[1]) == (y[0] < y[1])
+    for by_labeler in by_prompt.values():
+        for one, other in combinations(by_labeler.values(), 2):
+            for i, j in combinations(range(len(one)), 2):
+                x, y = (one[i], one[j]), (other[i], other[j])
+                if None in x or None in y or x[0] == x[1] or y[0] == y[1]:
+                    continue
+                total += 1
+                same += (x[0] < x[1]) == (y[0] < y[1])
     return same / total if total else None

@@ -200,7 +200,7 @@ def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: b
             **options,
             **({} if "gguf_file" in options else options_model),
         )
-    except OSError as error:
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(
             f"model.name_or_path: cannot load {name!r} ({str(error).splitlines()[0]}); give a folder "
             f"with safetensors, a Hub id that can be reached, or package:NAME"

@@ -70,7 +70,10 @@ def main() -> None:
         print(json.dumps(row), flush=True)
         rows.append(row)
     (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "demo_seeds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = HERE / "results" / "demo_seeds.jsonl"  # one line a seed, rewritten by each run
+    old = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    rows = sorted([r for r in old if r["seed"] not in asked.seeds] + rows, key=lambda r: r["seed"])
+    kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -32,9 +32,10 @@ def context(tmp_path, causal, scalar, tokenizer):
             gradient_checkpointing=gradient_checkpointing,
         )
         return SimpleNamespace(
+            stage="ppo",
             experiment=SimpleNamespace(model=model, launch=SimpleNamespace(device="cpu")),
             seed=0,
-            config=ppo.Config(),
+            config=ppo.Config(max_length=64, response_length=16),
             trust_remote_code=False,
             inputs={"sft": tmp_path / "sft", "rm": tmp_path / "rm"},
         )

@@ -1,5 +1,6 @@
 """Figures with uncertainty: coverage of the intervals, ties, calibration by hand, agreement of labelers."""
 
+import itertools
 import math
 
 import numpy as np
@@ -119,8 +120,11 @@ class TestCalibration:
         assert expected_calibration_error(wrong * 4) == pytest.approx(0.75)
 
 
+LABELER = itertools.count()
+
+
 def ranked(ranks, prompt="p", responses=("a", "b", "c")):
-    return Ranking("id", prompt, responses, ranks)
+    return Ranking("id", prompt, responses, ranks, labeler=f"labeler-{next(LABELER)}")
 
 
 class TestAgreement:
