@@ -1,8 +1,7 @@
 """A prompt and its K responses: the batch element of everything that learns from preferences.
 
 InstructGPT (§3.5) makes all C(K,2) comparisons of a prompt one batch element. A PromptGroup holds the ids; a
-GroupBatch lays groups of any K out as rows: prompts padded on the left, responses on the right, so that column P
-is the first response token of every row.
+GroupBatch lays groups of any K out as rows, one a response or one a prompt, and names their pairs.
 """
 
 from collections.abc import Sequence
@@ -38,60 +37,109 @@ class PromptGroup:
 
 @dataclass(frozen=True)
 class Rows:
-    """B rows of one prompt and one response.
+    """B responses laid out in N rows of T tokens, padding on the right: causal attention never reaches it.
 
-    input_ids, position_ids (B, P + R); attention_mask (B, P + R), True where a token is real;
-    responses, response_mask (B, R): the last R columns; the EOS counts as a response token.
+    input_ids (N, T). Either one response a row (N = B, `segments` None), or all responses of a prompt behind it in
+    one row, so that the prompt is computed once: then segments (N, T) is 0 on the prompt, k on its k-th response,
+    −1 on padding, every response sees the prompt and itself (`attention_mask`), and position_ids (N, T) start anew
+    behind the prompt for each of them.
+    responses (B, R), lengths (B,): ids and number of response tokens, EOS included; row, prompt_lengths, first (B,):
+    the row of each response, its prompt's length, and the column of its first token.
     """
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
-    prompt_width: int
-
-    @property
-    def responses(self) -> torch.Tensor:
-        return self.input_ids[:, self.prompt_width :]
+    responses: torch.Tensor
+    lengths: torch.Tensor
+    row: torch.Tensor
+    prompt_lengths: torch.Tensor
+    first: torch.Tensor
+    segments: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
 
     @property
     def response_mask(self) -> torch.Tensor:
-        return self.attention_mask[:, self.prompt_width :]
+        """(B, R), True where a response token is real."""
+        return torch.arange(self.responses.shape[1], device=self.lengths.device) < self.lengths.unsqueeze(-1)
+
+    @property
+    def before(self) -> torch.Tensor:
+        """(B, R): index into the N·T tokens of the one that precedes each response token. Valid under the mask."""
+        steps = torch.arange(self.responses.shape[1], device=self.first.device)
+        column = torch.where(steps == 0, self.prompt_lengths.unsqueeze(-1) - 1, self.first.unsqueeze(-1) + steps - 1)
+        return self.row.unsqueeze(-1) * self.input_ids.shape[1] + column
+
+    @property
+    def last(self) -> torch.Tensor:
+        """(B,): index into the N·T tokens of the last token of each response (of its prompt, if it has none)."""
+        end = torch.where(self.lengths > 0, self.first + self.lengths, self.prompt_lengths) - 1
+        return self.row * self.input_ids.shape[1] + end
+
+    @property
+    def attention_mask(self) -> torch.Tensor | None:
+        """(N, 1, T, T), True where a query (row of the matrix) may look; None where plain causal attention is right."""
+        if self.segments is None:
+            return None
+        keys, queries = self.segments.unsqueeze(-2), self.segments.unsqueeze(-1)
+        return (((keys == 0) | (keys == queries)).tril()).unsqueeze(1)
 
     def to(self, device) -> "Rows":
-        return Rows(
-            self.input_ids.to(device), self.attention_mask.to(device), self.position_ids.to(device), self.prompt_width
-        )
+        return Rows(*(None if x is None else x.to(device) for x in vars(self).values()))
 
     def select(self, index: torch.Tensor) -> "Rows":
-        """The rows of `index`, still padded as before."""
-        return Rows(self.input_ids[index], self.attention_mask[index], self.position_ids[index], self.prompt_width)
+        """The responses of `index` (one response a row only), without columns that none of them needs."""
+        assert self.segments is None, "rows that share prompts are not taken apart"
+        first, lengths = self.first[index], self.lengths[index]
+        width = int((first + lengths).max())
+        return Rows(
+            self.input_ids[index][:, :width],
+            self.responses[index],
+            lengths,
+            torch.arange(len(index), device=index.device),
+            self.prompt_lengths[index],
+            first,
+        )
 
 
-def make_rows(
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    pad_id: int,
-    prompt_width: int | None = None,
-    response_width: int | None = None,
-) -> Rows:
-    """Rows of prompts[i] + responses[i]; widths default to the longest prompt and response."""
-    p = prompt_width or max(map(len, prompts))
-    r = response_width or max(1, max(map(len, responses)))
-    ids = torch.full((len(prompts), p + r), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(prompts), p + r), dtype=torch.bool)
-    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        row = torch.tensor([*prompt, *response], dtype=torch.long)
-        start = p - len(prompt)
-        ids[i, start : start + len(row)] = row
-        mask[i, start : start + len(row)] = True
-    return Rows(ids, mask, (mask.long().cumsum(-1) - 1).clamp(min=0), p)
+def make_rows(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int) -> Rows:
+    """One row a response: prompts[i] + responses[i]."""
+    return _lay_out([(p, [r]) for p, r in zip(prompts, responses, strict=True)], pad_id)
+
+
+def share_prompts(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], pad_id: int) -> Rows:
+    """One row a group (prompt, its responses): the prompt once, then each response."""
+    return _lay_out(groups, pad_id, shared=True)
+
+
+def _lay_out(groups, pad_id: int, shared: bool = False) -> Rows:
+    rows = [[*p, *(t for r in rs for t in r)] for p, rs in groups]
+    flat = [
+        (g, len(p), r, len(p) + sum(map(len, rs[:k]))) for g, (p, rs) in enumerate(groups) for k, r in enumerate(rs)
+    ]
+    width = max(map(len, rows))
+    padded = lambda lists, fill: torch.tensor([x + [fill] * (width - len(x)) for x in lists])  # noqa: E731
+    segments = positions = None
+    if shared:
+        segments = padded([[0] * len(p) + [k for k, r in enumerate(rs, 1) for _ in r] for p, rs in groups], -1)
+        positions = padded([[*range(len(p)), *(len(p) + t for r in rs for t in range(len(r)))] for p, rs in groups], 0)
+    most = max(1, *(len(r) for _, _, r, _ in flat), 1)
+    return Rows(
+        padded(rows, pad_id),
+        torch.tensor([[*r, *[pad_id] * (most - len(r))] for _, _, r, _ in flat]),
+        torch.tensor([len(r) for _, _, r, _ in flat]),
+        torch.tensor([g for g, _, _, _ in flat]),
+        torch.tensor([p for _, p, _, _ in flat]),
+        torch.tensor([start for _, _, _, start in flat]),
+        segments,
+        positions,
+    )
 
 
 @dataclass(frozen=True)
 class GroupBatch:
-    """G groups laid out as B = ΣK rows.
+    """G groups laid out as rows; B = ΣK responses, in order.
 
-    winners, losers, pair_weights (N,): row indices of every usable pair, and 1/C(K,2) of its group; groups: G.
+    winners, losers, pair_weights (N,): the responses of every usable pair, and 1/C(K,2) of its group; pair_group (N,):
+    its group; groups: G.
     """
 
     rows: Rows
@@ -117,21 +165,25 @@ class GroupBatch:
         )
 
 
-def batch_groups(groups: Sequence[PromptGroup], pad_id: int) -> GroupBatch:
-    """Groups of any K, mixed, ties and unjudged included, as one batch. Responses without a rank ride along."""
-    prompts, responses, winners, losers, weights, owner = [], [], [], [], [], []
+def batch_groups(groups: Sequence[PromptGroup], pad_id: int, *, share: bool = False) -> GroupBatch:
+    """Groups of any K, mixed, ties and unjudged included, as one batch. Responses without a rank ride along.
+
+    share: a prompt and all its responses in one row (for models that can, `stages/models/forward.py`); else K rows.
+    """
+    winners, losers, weights, owner, count = [], [], [], [], 0
     for g, group in enumerate(groups):
-        first = len(responses)
-        prompts += [group.prompt] * len(group.responses)
-        responses += group.responses
+        first, count = count, count + len(group.responses)
         for winner, loser in group.pairs():
             winners.append(first + winner)
             losers.append(first + loser)
             weights.append(group.pair_weight())
             owner.append(g)
+    pairs = [(group.prompt, group.responses) for group in groups]
     as_long = lambda x: torch.tensor(x, dtype=torch.long)  # noqa: E731
     return GroupBatch(
-        make_rows(prompts, responses, pad_id),
+        share_prompts(pairs, pad_id)
+        if share
+        else make_rows([p for p, rs in pairs for _ in rs], [r for _, rs in pairs for r in rs], pad_id),
         as_long(winners),
         as_long(losers),
         torch.tensor(weights, dtype=torch.float32),

@@ -113,6 +113,17 @@ def load_groups(ctx: StageRun, tokenizer, split: str, *, max_length: int, on_too
     return groups, report
 
 
+def sharing(ctx: StageRun, model) -> bool:
+    """Whether groups go through `model` with each prompt computed once; a line says so where they cannot."""
+    from stages.models.forward import can_share_prompts
+
+    shares = can_share_prompts(model, ctx.config.max_length)
+    if not shares:
+        problem = "this model, or its attention kernel, cannot read a prompt with several responses in one row"
+        ctx.tracker.say(f"{ctx.stage}: {problem}; each response gets a row of its own")
+    return shares
+
+
 def read_world(ctx: StageRun) -> dict | None:
     """world.json of the embedded world; None where the experiment does not use it."""
     if "world" not in ctx.inputs:

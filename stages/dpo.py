@@ -10,7 +10,7 @@ import torch
 from data import sources
 from data.groups import batch_groups
 from pipeline.stage import StageRun
-from stages.common import adapter_settings, card, check_context, device_of, load_groups, show_samples
+from stages.common import adapter_settings, card, check_context, device_of, load_groups, sharing, show_samples
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
 from stages.models.adapters import merged, with_adapter
 from stages.models.forward import response_logprobs
@@ -80,12 +80,13 @@ def run(ctx: StageRun) -> dict:
     ctx.tracker.say(f"dpo: {report.line('rankings')}; {len(held)} rankings held out; {steps} steps")
     policy = load_policy(source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code)
     policy.to(accelerator.device)
+    share = sharing(ctx, policy)
 
     # 1 the reference's log-probabilities, once: the policy is the reference before training
     reference = {}
     for name, part in (("train", groups), ("validation", held)):
         reference[name] = reference_logps(
-            policy, part, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size, ctx
+            policy, part, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size, share
         )
 
     if m.gradient_checkpointing:
@@ -103,7 +104,7 @@ def run(ctx: StageRun) -> dict:
 
     # 2 the loss of a micro-batch of prompts
     def forward(part, ref, rows, prompts):
-        batch = batch_groups([part[i] for i in rows], tokenizer.pad_token_id).to(accelerator.device)
+        batch = batch_groups([part[i] for i in rows], tokenizer.pad_token_id, share=share).to(accelerator.device)
         ref_logps = torch.cat([ref[i] for i in rows]).to(accelerator.device)
         with accelerator.autocast():
             logprobs = response_logprobs(policy, batch.rows)
@@ -156,12 +157,12 @@ def run(ctx: StageRun) -> dict:
 
 
 @torch.no_grad()
-def reference_logps(policy, groups, pad_id: int, accelerator, size: int, ctx: StageRun) -> list[torch.Tensor]:
+def reference_logps(policy, groups, pad_id: int, accelerator, size: int, share: bool) -> list[torch.Tensor]:
     """log π_ref of every response: one tensor (K,) a group."""
     out = []
     for start in range(0, len(groups), size):
         part = groups[start : start + size]
-        batch = batch_groups(part, pad_id).to(accelerator.device)
+        batch = batch_groups(part, pad_id, share=share).to(accelerator.device)
         with accelerator.autocast():
             logprobs = response_logprobs(policy, batch.rows)
         logps = sequence_logps(logprobs, batch.rows.response_mask).cpu()

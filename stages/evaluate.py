@@ -18,7 +18,7 @@ from pipeline.errors import Interrupted
 from pipeline.stage import StageRun
 from stages.common import check_context, device_of, read, read_world
 from stages.engine import make_accelerator, micro_batches
-from stages.models.forward import response_logprobs, response_scores
+from stages.models.forward import response_logprobs, score_all
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
 from stages.objectives.logprobs import sequence_logps
 from stages.objectives.losses import language_model_loss
@@ -200,18 +200,15 @@ def measure(ctx: StageRun, n: int, ids, tools, progress: tuple[int, int]) -> dic
                 eos_id=tokenizer.eos_token_id,
                 pad_id=tokenizer.pad_token_id,
             )
-            scores = torch.cat(
-                [
-                    response_scores(
-                        reward_model,
-                        make_rows(
-                            prompts[s : s + c.batch_size], responses[s : s + c.batch_size], tokenizer.pad_token_id
-                        ).to(accelerator.device),
-                    )
-                    for s in range(0, len(prompts), c.batch_size)
-                ]
-            )
-        finished = torch.tensor([r[-1] == tokenizer.eos_token_id for r in responses], device=scores.device)
+        scores = score_all(
+            reward_model,
+            prompts,
+            responses,
+            pad_id=tokenizer.pad_token_id,
+            batch_size=c.batch_size,
+            accelerator=accelerator,
+        )
+        finished = torch.tensor([r[-1] == tokenizer.eos_token_id for r in responses])
         scores = final_scores(scores, finished, c.missing_eos_score)
         best = scores.view(-1, n).argmax(-1).tolist()
         chosen = [g * n + b for g, b in enumerate(best)]
@@ -226,7 +223,7 @@ def measure(ctx: StageRun, n: int, ids, tools, progress: tuple[int, int]) -> dic
                 ]
             out["kl"] += (logps[0] - logps[1]).tolist()
         out["scores"] += scores[chosen].tolist()
-        out["lengths"] += rows.response_mask.sum(-1).tolist()
+        out["lengths"] += rows.lengths.tolist()
         out["finished"] += finished[chosen].tolist()
         out["responses"] += [decode_response(tokenizer, responses[i]) for i in chosen]
     return out

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data.encode import decode_response, encode_prompt, fit_lengths, wrap_documents
-from data.groups import make_rows
+from data.groups import Rows, make_rows
 from data.records import DataError, prompt_key
 from data.streams import Stream, derive_seed, held_out
 from pipeline.errors import UserError
@@ -354,9 +354,9 @@ def collect(
         )
     rows = make_rows(repeated, responses, tokenizer.pad_token_id).to(roles.accelerator.device)
     finished = torch.tensor([r[-1] == tokenizer.eos_token_id for r in responses], device=roles.accelerator.device)
-    parts = []
+    order, parts = by_length(rows, range(len(responses))), []
     with torch.no_grad(), roles.accelerator.autocast():
-        for index in micro_batches(list(range(len(responses))), c.per_device_train_batch_size):
+        for index in micro_batches(order, c.per_device_train_batch_size):
             part = rows.select(torch.tensor(index, device=roles.accelerator.device))
             logprobs, entropy = response_logprobs(roles.policy, part, c.temperature, with_entropy=True)
             parts.append(
@@ -368,10 +368,17 @@ def collect(
                     response_scores(roles.reward_model, part),
                 )
             )
-    logprobs, ref_logprobs, values, entropy, scores = map(torch.cat, zip(*parts, strict=True))
+    back = torch.tensor(order, device=roles.accelerator.device).argsort()
+    logprobs, ref_logprobs, values, entropy, scores = (torch.cat(x)[back] for x in zip(*parts, strict=True))
     return Rollout(
         rows, logprobs, ref_logprobs, values, entropy, final_scores(scores, finished, c.missing_eos_score), finished
     )
+
+
+def by_length(rows: Rows, index) -> list[int]:
+    """`index` with like lengths together, so that micro-batches carry little padding."""
+    length = (rows.prompt_lengths + rows.lengths).tolist()
+    return sorted(index, key=lambda i: length[i])
 
 
 def reference_logprobs(roles: Roles, rows, temperature: float) -> Tensor:
@@ -391,7 +398,7 @@ def preflight(ctx: StageRun, roles: Roles, prompts) -> None:
                 response_logprobs(roles.policy, rollout.rows.select(order[part]), c.temperature)
                 for part in micro_batches(list(range(len(order))), c.per_device_train_batch_size)
             ]
-        )[order]
+        )[order]  # a reversal is its own inverse
     limit = 1e-4 if ctx.experiment.model.dtype == "float32" else 2e-2
     kl = masked_mean((rollout.logprobs - rollout.ref_logprobs).abs(), mask).item()
     drift = masked_mean(((again - rollout.logprobs).exp() - 1).abs(), mask).item()
@@ -449,9 +456,9 @@ def ppo_gradients(
 ) -> dict[str, float]:
     """Accumulate the gradients of policy and value loss over one minibatch: sums over its tokens, over their count."""
     c, device = ctx.config, roles.accelerator.device
-    tokens = rollout.rows.response_mask[torch.tensor(mini, device=device)].sum().item()
+    tokens = rollout.rows.lengths[torch.tensor(mini, device=device)].sum().item()
     figures: dict[str, float] = {}
-    for index in micro_batches(mini, c.per_device_train_batch_size):
+    for index in micro_batches(by_length(rollout.rows, mini), c.per_device_train_batch_size):
         at = torch.tensor(index, device=device)
         rows = rollout.rows.select(at)
         mask = rows.response_mask

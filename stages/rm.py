@@ -10,13 +10,13 @@ import torch
 
 from data import sources
 from data.encode import decode_response, encode_prompt, encode_response
-from data.groups import batch_groups, make_rows
+from data.groups import batch_groups
 from data.records import DataError
 from pipeline.stage import StageRun
-from stages.common import adapter_settings, card, check_context, device_of, load_groups, read
+from stages.common import adapter_settings, card, check_context, device_of, load_groups, read, sharing
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
 from stages.models.adapters import merged, with_adapter
-from stages.models.forward import response_scores
+from stages.models.forward import response_scores, score_all
 from stages.models.loading import load_tokenizer, new_reward_model, save_model
 from stages.objectives.losses import ranking_loss
 from stages.settings import TooLong, Training, setting, too_long, total_steps
@@ -77,6 +77,7 @@ def run(ctx: StageRun) -> dict:
         model.activation_checkpointing_enable()
     model = with_adapter(model, **(adapter_settings(m) or {"method": None}), scalar=True, seed=ctx.seed)
     model.to(accelerator.device)
+    share = sharing(ctx, model)
     trainee = make_trainee(
         "model",
         model,
@@ -88,21 +89,21 @@ def run(ctx: StageRun) -> dict:
 
     # 2 the loss of a micro-batch of prompts
     def loss(rows: list[int], prompts: int):
-        batch = batch_groups([groups[i] for i in rows], tokenizer.pad_token_id).to(accelerator.device)
+        batch = batch_groups([groups[i] for i in rows], tokenizer.pad_token_id, share=share).to(accelerator.device)
         with accelerator.autocast():
             scores = response_scores(model, batch.rows)
         value = ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights, prompts)
         margins = (scores[batch.winners] - scores[batch.losers]).detach()
-        share = len(rows) / prompts
+        weight = len(rows) / prompts
         return value, {
             "loss": value.item(),
-            "accuracy": share * batch.mean((margins > 0).float()),
-            "margin": share * batch.mean(margins),
+            "accuracy": weight * batch.mean((margins > 0).float()),
+            "margin": weight * batch.mean(margins),
         }
 
     def evaluate() -> dict:
         margins, _, value = held_out_margins(
-            model, held, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size
+            model, held, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size, share
         )
         return {"loss": value, "accuracy": float((margins > 0).float().mean()), "margin": float(margins.mean())}
 
@@ -125,7 +126,7 @@ def run(ctx: StageRun) -> dict:
         learning_rate=lambda s: learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, c.warmup_steps),
     )
     margins, owners, _ = held_out_margins(
-        model, held, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size
+        model, held, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size, share
     )
     validation = sources.load("rankings", path=ctx.inputs["rankings"] / "validation.jsonl")
     prompts = {}  # two labelers may have ranked one prompt: the interval is over prompts
@@ -147,11 +148,11 @@ def run(ctx: StageRun) -> dict:
 
 
 @torch.no_grad()
-def held_out_margins(model, held, pad_id: int, accelerator, size: int):
+def held_out_margins(model, held, pad_id: int, accelerator, size: int, share: bool):
     """Over all pairs of the held-out groups: score margins (N,), the group of each (N,), and the mean loss a prompt."""
     margins, owners, loss = [], [], 0.0
     for start in range(0, len(held), size):
-        batch = batch_groups(held[start : start + size], pad_id).to(accelerator.device)
+        batch = batch_groups(held[start : start + size], pad_id, share=share).to(accelerator.device)
         with accelerator.autocast():
             scores = response_scores(model, batch.rows)
         loss += ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights, len(held)).item()
@@ -176,15 +177,12 @@ def demonstration_mean(ctx: StageRun, model, tokenizer, accelerator) -> float:
                 f"is taken over them; raise it"
             ]
         )
-    total, size = 0.0, 4 * c.per_device_train_batch_size
-    for start in range(0, len(pairs), size):
-        prompts, responses = zip(*pairs[start : start + size], strict=True)
-        with accelerator.autocast():
-            scores = response_scores(
-                model, make_rows(prompts, responses, tokenizer.pad_token_id).to(accelerator.device)
-            )
-        total += scores.double().sum().item()
-    return total / len(pairs)
+    prompts, responses = zip(*pairs, strict=True)
+    size = 4 * c.per_device_train_batch_size
+    scores = score_all(
+        model, prompts, responses, pad_id=tokenizer.pad_token_id, batch_size=size, accelerator=accelerator
+    )
+    return scores.double().mean().item()
 
 
 @torch.no_grad()
@@ -192,8 +190,14 @@ def write_samples(ctx: StageRun, model, tokenizer, groups, step: int, accelerato
     """A few held-out responses with their scores, for a person to look at."""
     rows = []
     for group in groups:
-        with accelerator.autocast():
-            scores = response_scores(model, batch_groups([group], tokenizer.pad_token_id).to(accelerator.device).rows)
+        scores = score_all(
+            model,
+            [group.prompt] * len(group.responses),
+            group.responses,
+            pad_id=tokenizer.pad_token_id,
+            batch_size=len(group.responses),
+            accelerator=accelerator,
+        )
         prompt = decode_response(tokenizer, group.prompt)
         rows += [
             {"prompt": prompt, "response": decode_response(tokenizer, r), "score": s}

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.groups import PromptGroup, batch_groups, make_rows
+from data.groups import PromptGroup, batch_groups, make_rows, share_prompts
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -51,22 +51,21 @@ class TestBatch:
         groups = [group((2, 1, 3)), group((1, 2), 20), group((None, 1), 30)]
         batch = batch_groups(groups, pad_id=0)
         assert batch.groups == 3 and len(batch.rows.input_ids) == 7
-        assert list(zip(batch.winners.tolist(), batch.losers.tolist(), strict=True)) == [
-            (0, 2),
-            (1, 0),
-            (1, 2),
-            (3, 4),
-        ]
+        assert list(zip(batch.winners.tolist(), batch.losers.tolist(), strict=True)) == [(0, 2), (1, 0), (1, 2), (3, 4)]
         assert batch.pair_weights.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1.0])
         assert batch.pair_group.tolist() == [0, 0, 0, 1]
 
+    def test_shared_prompts_change_the_rows_and_not_the_pairs(self):
+        groups = [group((2, 1, 3)), group((1, 2), 20)]
+        rows, shared = batch_groups(groups, pad_id=0), batch_groups(groups, pad_id=0, share=True)
+        assert len(shared.rows.input_ids) == 2 and len(rows.rows.input_ids) == 5
+        assert shared.rows.responses.tolist() == rows.rows.responses.tolist()
+        for name in ("winners", "losers", "pair_weights", "pair_group"):
+            assert torch.equal(getattr(shared, name), getattr(rows, name))
+
     def test_a_batch_without_pairs_has_empty_indices(self):
         batch = batch_groups([group((1, 1))], pad_id=0)
-        assert (
-            batch.winners.tolist() == []
-            and batch.winners.dtype == torch.long
-            and len(batch.pair_weights) == 0
-        )
+        assert batch.winners.tolist() == [] and batch.winners.dtype == torch.long and len(batch.pair_weights) == 0
 
 
 @st.composite
@@ -78,39 +77,68 @@ def ragged(draw):
     return prompts, responses
 
 
+def seen(rows, n, column):
+    """Ids that the token at (n, column) may look at, itself included, in the order of their positions."""
+    allowed = (
+        rows.attention_mask[n, 0, column]
+        if rows.segments is not None
+        else torch.arange(len(rows.input_ids[n])) <= column
+    )
+    positions = rows.position_ids[n] if rows.position_ids is not None else torch.arange(len(rows.input_ids[n]))
+    order = positions[allowed].argsort()
+    assert positions[allowed][order].tolist() == list(range(int(allowed.sum())))
+    return rows.input_ids[n][allowed][order].tolist()
+
+
 class TestRows:
     def test_layout(self):
         rows = make_rows([[1, 2, 3], [4]], [[5], [6, 7]], pad_id=0)
-        assert rows.input_ids.tolist() == [[1, 2, 3, 5, 0], [0, 0, 4, 6, 7]]
-        assert rows.attention_mask.tolist() == [[True] * 4 + [False], [False] * 2 + [True] * 3]
-        assert rows.position_ids.tolist() == [[0, 1, 2, 3, 3], [0, 0, 0, 1, 2]]
-        assert rows.prompt_width == 3 and rows.responses.tolist() == [[5, 0], [6, 7]]
+        assert rows.input_ids.tolist() == [[1, 2, 3, 5], [4, 6, 7, 0]]
+        assert rows.attention_mask is None and rows.position_ids is None
+        assert rows.responses.tolist() == [[5, 0], [6, 7]]
         assert rows.response_mask.tolist() == [[True, False], [True, True]]
+        assert rows.before[rows.response_mask].tolist() == [2, 4, 5] and rows.last.tolist() == [3, 6]
 
-    def test_whatever_goes_in_comes_out_by_the_masks(self):
-        """Ids that equal the pad id included: the mask goes by position."""
+    def test_layout_with_a_shared_prompt(self):
+        rows = share_prompts([([1, 2], [[5], [6, 7]]), ([3], [[8]])], pad_id=0)
+        assert rows.input_ids.tolist() == [[1, 2, 5, 6, 7], [3, 8, 0, 0, 0]]
+        assert rows.position_ids.tolist() == [[0, 1, 2, 2, 3], [0, 1, 0, 0, 0]]
+        assert rows.responses.tolist() == [[5, 0], [6, 7], [8, 0]]
+        assert rows.before[rows.response_mask].tolist() == [1, 1, 3, 5] and rows.last.tolist() == [2, 4, 6]
+
+    @pytest.mark.parametrize("shared", [False, True])
+    def test_each_response_token_sees_its_prompt_and_what_it_has_said(self, shared):
+        """The token before it sees just prompt + earlier response tokens, at positions 0, 1, …; ids that equal the pad
+        id included: masks go by position."""
 
         @SETTINGS
         @given(ragged())
-        def come_out(data):
+        def see(data):
             prompts, responses = data
-            rows = make_rows(prompts, responses, pad_id=0)
-            p = rows.prompt_width
-            for i in range(len(prompts)):
-                assert rows.responses[i][rows.response_mask[i]].tolist() == responses[i]
-                assert rows.input_ids[i, :p][rows.attention_mask[i, :p]].tolist() == prompts[i]
-                real = rows.position_ids[i][rows.attention_mask[i]].tolist()
-                assert real == list(range(len(prompts[i]) + len(responses[i])))
+            lay_out = share_prompts if shared else lambda gs, pad_id: make_rows(
+                [p for p, rs in gs for _ in rs], [r for _, rs in gs for r in rs], pad_id)  # fmt: skip
+            groups = [(p, [r, r[::-1], [9, 9]]) for p, r in zip(prompts, responses, strict=True)]
+            rows = lay_out(groups, pad_id=0)
+            width, index = rows.input_ids.shape[1], 0
+            for prompt, group in groups:
+                for response in group:
+                    assert rows.responses[index][rows.response_mask[index]].tolist() == response
+                    for t in range(len(response)):
+                        n, column = divmod(int(rows.before[index, t]), width)
+                        assert seen(rows, n, column) == prompt + response[:t]
+                    n, column = divmod(int(rows.last[index]), width)
+                    assert seen(rows, n, column) == prompt + response
+                    index += 1
+            assert index == len(rows.lengths)
+            if shared:  # nothing is computed twice, and no query is blind: softmax over nothing is NaN
+                assert width == max(len(p) + sum(map(len, rs)) for p, rs in groups)
+                assert rows.attention_mask.any(-1).all()
 
-        come_out()
+        see()
 
-    def test_given_widths_widen_and_change_nothing_else(self):
-        rows = make_rows([[1, 2], [4]], [[5], [6, 7]], pad_id=0, prompt_width=4, response_width=5)
-        assert rows.input_ids.shape == (2, 9) and rows.prompt_width == 4
-        assert rows.input_ids[0].tolist() == [0, 0, 1, 2, 5, 0, 0, 0, 0]
-
-    def test_selected_rows_keep_their_padding(self):
+    def test_selected_rows_lose_the_columns_that_none_of_them_needs(self):
         rows = make_rows([[1, 2, 3], [4]], [[5], [6, 7]], pad_id=0)
         picked = rows.select(torch.tensor([1]))
-        assert picked.input_ids.tolist() == [[0, 0, 4, 6, 7]] and picked.prompt_width == 3
-        assert picked.response_mask.tolist() == [[True, True]]
+        assert picked.input_ids.tolist() == [[4, 6, 7]] and picked.last.tolist() == [2]
+        assert picked.response_mask.tolist() == [[True, True]] and picked.before.tolist() == [[0, 1]]
+        assert rows.select(torch.tensor([0])).response_mask.tolist() == [[True, False]]

@@ -1,10 +1,13 @@
 """Padded rows against one row at a time, unpadded, through the plain model."""
 
+import contextlib
+
 import pytest
 import torch
 
-from data.groups import make_rows
-from stages.models.forward import response_logprobs, response_scores, response_values
+from data.groups import make_rows, share_prompts
+from stages.models.adapters import trainable, with_adapter
+from stages.models.forward import can_share_prompts, response_logprobs, response_scores, response_values, score_all
 
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 
@@ -20,9 +23,7 @@ def test_logprobs_are_those_of_each_row_alone(causal, kind, rows, ragged, temper
     found = response_logprobs(model, rows, temperature)
     for b, (prompt, response) in enumerate(zip(*ragged, strict=True)):
         logits = model(alone(prompt, response)).logits[0].double() / temperature
-        right = [
-            logits[len(prompt) + t - 1].log_softmax(-1)[token].item() for t, token in enumerate(response)
-        ]
+        right = [logits[len(prompt) + t - 1].log_softmax(-1)[token].item() for t, token in enumerate(response)]
         torch.testing.assert_close(found[b][rows.response_mask[b]], torch.tensor(right), **CLOSE)
 
 
@@ -37,9 +38,7 @@ def test_their_gradient_is_that_of_the_rows_alone(causal, kind, rows, ragged):
         logp = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[len(prompt) - 1 :]
         logp.sum().backward()
     for name, p in model.named_parameters():
-        torch.testing.assert_close(
-            padded[name], p.grad, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(padded[name], p.grad, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_entropy_is_of_the_same_logits_and_carries_no_gradient(causal, kind, rows, ragged):
@@ -60,14 +59,85 @@ def test_scores_are_transformers_own_pooled_logits_minus_the_bias(scalar, kind, 
     torch.testing.assert_close(found, torch.tensor(right), **CLOSE)
 
 
-@pytest.mark.parametrize("widths", [(6, 5), (9, 5), (6, 11), (12, 12)])
-def test_scores_do_not_depend_on_padding(scalar, kind, rows, ragged, widths):
-    """More padding on either side, or other rows in the batch, changes no score."""
+def test_scores_do_not_depend_on_the_batch(scalar, kind, rows, ragged):
+    """Other rows beside it, in another order, with other padding, change no score."""
     model = scalar(kind)
-    wider = make_rows(*ragged, 0, *widths)
-    torch.testing.assert_close(response_scores(model, wider), response_scores(model, rows), **CLOSE)
     first = response_scores(model, rows.select(torch.tensor([2, 0])))
     torch.testing.assert_close(first, response_scores(model, rows)[[2, 0]], **CLOSE)
+    both = make_rows([p + p for p in ragged[0]] + ragged[0], ragged[1] * 2, 0)
+    torch.testing.assert_close(response_scores(model, both)[4:], response_scores(model, rows), **CLOSE)
+
+
+class OneProcess:
+    device = "cpu"
+    autocast = staticmethod(contextlib.nullcontext)
+
+
+def test_any_number_of_scores_in_batches_by_length(scalar, kind, rows, ragged):
+    model = scalar(kind)
+    found = score_all(model, *ragged, pad_id=0, batch_size=3, accelerator=OneProcess)
+    torch.testing.assert_close(found, response_scores(model, rows).detach(), **CLOSE)
+
+
+GROUPS = [([5, 9, 2], [[14, 1], [30, 31, 32, 33, 1], [1]]), ([7], [[22, 23], [8, 1]]), ([3, 3, 8, 40], [[11]])]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_prompt_computed_once_gives_the_numbers_and_gradients_of_one_row_a_response(causal, scalar, kind, adapted):
+    """Log-probs, values and scores of groups of mixed K, and the gradient of every weight, LoRA's included."""
+    one_by_one = make_rows([p for p, rs in GROUPS for _ in rs], [r for _, rs in GROUPS for r in rs], 0)
+    shared = share_prompts(GROUPS, 0)
+    for role, build in ((response_logprobs, causal), (response_values, scalar), (response_scores, scalar)):
+        model = build(kind)
+        if adapted:
+            model = with_adapter(model, method="lora", r=4, lora_alpha=8, scalar=build is scalar)
+            with torch.no_grad():
+                for p in trainable(model).values():
+                    p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+        weights = torch.rand(role(model, shared).shape, generator=torch.Generator().manual_seed(3))
+        numbers, gradients = [], []
+        for rows in (one_by_one, shared):
+            out = role(model, rows)
+            (out * weights).sum().backward()
+            numbers.append(out.detach())
+            gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+            model.zero_grad(set_to_none=True)
+        torch.testing.assert_close(*numbers, **CLOSE)
+        assert set(gradients[0]) == set(gradients[1]) and gradients[0]
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_models_that_can_share_a_prompt_are_told_from_those_that_cannot(causal, scalar, kind):
+    """eager attention adds the mask to its scores, where True is 1; a short sliding window cannot be kept."""
+    from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig
+
+    assert can_share_prompts(causal(kind), 64) and can_share_prompts(scalar(kind), 64)
+    eager = causal(kind)
+    eager.set_attn_implementation("eager")
+    assert not can_share_prompts(eager, 64)
+    shape = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24}
+    window = MistralConfig(**shape, num_attention_heads=2, num_key_value_heads=1, sliding_window=32)
+    mistral = AutoModelForCausalLM.from_config(window).eval()
+    assert can_share_prompts(mistral, 32) and not can_share_prompts(mistral, 64)
+    recurrent = AutoModelForCausalLM.from_config(MambaConfig(**shape, state_size=4)).eval()
+    assert not can_share_prompts(recurrent, 64)
+
+
+def test_logits_that_are_more_than_an_embedding_of_states_are_seen(rows, ragged):
+    """Gemma 2 caps its logits: reading them off the trunk would miss that."""
+    from transformers import AutoModelForCausalLM, Gemma2Config
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24, "head_dim": 8}
+    config = Gemma2Config(**shape, num_attention_heads=2, num_key_value_heads=1, final_logit_softcapping=0.5,
+                          initializer_range=0.5, pad_token_id=0, eos_token_id=1, bos_token_id=None)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    found = response_logprobs(model, rows)
+    for b, (prompt, response) in enumerate(zip(*ragged, strict=True)):
+        logp = model(alone(prompt, response)).logits[0].log_softmax(-1)
+        right = torch.stack([logp[len(prompt) + t - 1, token] for t, token in enumerate(response)])
+        torch.testing.assert_close(found[b][rows.response_mask[b]], right, **CLOSE)
 
 
 @pytest.mark.parametrize("pad", [0, 1, 5])
@@ -76,9 +146,7 @@ def test_what_token_stands_in_the_padding_does_not_count(causal, scalar, kind, r
     rows = make_rows(*ragged, pad)
     clean = make_rows(*ragged, 0)
     mask = clean.response_mask
-    torch.testing.assert_close(
-        response_scores(scalar(kind), rows), response_scores(scalar(kind), clean), **CLOSE
-    )
+    torch.testing.assert_close(response_scores(scalar(kind), rows), response_scores(scalar(kind), clean), **CLOSE)
     for role, model in ((response_logprobs, causal(kind)), (response_values, scalar(kind))):
         torch.testing.assert_close(role(model, rows)[mask], role(model, clean)[mask], **CLOSE)
 

@@ -143,8 +143,8 @@ class TestRollout:
         time."""
         rows = rollout.rows
         for b in range(8):
-            real, mask = rows.attention_mask[b], rows.response_mask[b]
-            ids, n = rows.input_ids[b][real][None], int(mask.sum())
+            n = int(rows.lengths[b])
+            ids = rows.input_ids[b][: int(rows.prompt_lengths[b]) + n][None]
             with torch.no_grad():
                 logp = roles.policy(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[-n:, 0]
                 torch.testing.assert_close(rollout.logprobs[b, :n], logp, rtol=1e-4, atol=1e-5)
@@ -209,7 +209,7 @@ class TestGradient:
         surrogate = value_loss = 0.0
         for b in mini:
             n = int(rollout.rows.response_mask[b].sum())
-            ids = rollout.rows.input_ids[b][rollout.rows.attention_mask[b]][None]
+            ids = rollout.rows.input_ids[b][: int(rollout.rows.prompt_lengths[b]) + n][None]
             logp = roles.policy(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[-n:, 0]
             surrogate = surrogate - (advantages[b, :n] * logp).sum() / count
             hidden = roles.value_model.model(ids).last_hidden_state[0, -n - 1 : -1]
