@@ -49,8 +49,10 @@ class ModelConfig(BaseModel):
         description="upper bound of the tokenizer trained from scratch",
         json_schema_extra={"unit": "tokens"},
     )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="what products are computed in; trained weights stay float32"
+    dtype: Literal["float32", "bfloat16", "auto"] = Field(
+        "float32",
+        description="what products are computed in; auto = bfloat16 where the hardware has it; trained weights stay "
+        "float32",
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="attention kernel"

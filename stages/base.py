@@ -7,7 +7,7 @@ from data.encode import train_tokenizer, wrap_documents
 from data.records import DataError
 from data.streams import held_out
 from pipeline.stage import StageRun
-from stages.common import card, count, device_of, read
+from stages.common import card, count, device_of, dtype_of, read
 from stages.language_modeling import train_language_model
 from stages.models.loading import from_scratch, load_pretrained, save_model
 from stages.settings import Training, setting, total_steps
@@ -107,7 +107,7 @@ def run(ctx: StageRun) -> dict:
             patience=c.patience,
             eval_steps=c.eval_steps,
             device=device_of(ctx),
-            dtype=m.dtype,
+            dtype=dtype_of(ctx.experiment),
             gradient_checkpointing=m.gradient_checkpointing,
             adapter=None,
         )

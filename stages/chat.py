@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from stages.common import dtype_of
 
 POLICIES = ("base", "sft", "ppo", "dpo")
 COLOURS = ("blue", "dark_orange3", "medium_purple", "green")
@@ -104,7 +105,7 @@ def run(
             continue
         turn += 1
         try:
-            dtype = experiment.model.dtype
+            dtype = dtype_of(experiment)
             show([(s.name, reply(s, line, settings, turn, dtype, judge)) for s in speakers], console)
         except KeyboardInterrupt:
             console.print("stopped; this turn is forgotten by those who had not answered yet", style="dim")

@@ -23,6 +23,19 @@ def device_of(ctx: StageRun) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
+def dtype_of(experiment) -> str:
+    """ "float32" or "bfloat16", as model.dtype asks ("auto": bfloat16 where the hardware computes in it)."""
+    import torch
+
+    asked = experiment.model.dtype
+    if asked != "auto":
+        return asked
+    if experiment.launch.device != "cpu" and torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    cpu = torch.cpu.get_capabilities()
+    return "bfloat16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") or cpu.get("bf16") else "float32"
+
+
 def check_context(ctx: StageRun, folder: Path) -> None:
     """UserError if the stage's max_length is more than the model in `folder` can read."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -72,7 +85,11 @@ def show_samples(model, tokenizer, prompts, *, seed: int, response_length: int, 
     from data.streams import derive_seed
     from stages.rollouts.transformers import sample
 
-    ids = [encode_prompt(tokenizer, p) for p in prompts]
+    context = getattr(model.config, "max_position_embeddings", None) or 10**9
+    room = [(p, ids) for p in prompts if len(ids := encode_prompt(tokenizer, p)) + response_length <= context]
+    if not room:
+        return []
+    prompts, ids = zip(*room, strict=True)
     responses = sample(
         model,
         ids,

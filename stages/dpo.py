@@ -10,7 +10,7 @@ import torch
 from data import sources
 from data.groups import batch_groups
 from pipeline.stage import StageRun
-from stages.common import adapter_settings, card, check_context, device_of, load_groups, sharing, show_samples
+from stages.common import adapter_settings, card, check_context, device_of, dtype_of, load_groups, sharing, show_samples
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
 from stages.models.adapters import merged, with_adapter
 from stages.models.forward import response_logprobs
@@ -72,7 +72,7 @@ def run(ctx: StageRun) -> dict:
     source = ctx.inputs["sft"] / "model"
     check_context(ctx, source)
     tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
-    accelerator = make_accelerator(device_of(ctx), m.dtype)
+    accelerator = make_accelerator(device_of(ctx), dtype_of(ctx.experiment))
     limits = {"max_length": c.max_length, "on_too_long": c.on_too_long}
     groups, report = load_groups(ctx, tokenizer, "train", **limits)
     held, _ = load_groups(ctx, tokenizer, "validation", **limits)
@@ -133,6 +133,10 @@ def run(ctx: StageRun) -> dict:
 
     shown = [r.prompt for r in sources.load("rankings", path=ctx.inputs["rankings"] / "validation.jsonl")[:4]]
 
+    def samples() -> list[dict]:
+        with accelerator.autocast():
+            return show_samples(policy, tokenizer, shown, seed=ctx.seed, response_length=c.sample_tokens)
+
     # 3 train
     figures = fit(
         ctx,
@@ -149,7 +153,7 @@ def run(ctx: StageRun) -> dict:
         keep=c.keep,
         patience=c.patience,
         eval_steps=c.eval_steps,
-        samples=lambda: show_samples(policy, tokenizer, shown, seed=ctx.seed, response_length=c.sample_tokens),
+        samples=samples,
         learning_rate=lambda s: learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, c.warmup_steps),
     )
     save_model(merged(policy), tokenizer, ctx.publish / "model", card=card(ctx, "a policy trained by DPO"))

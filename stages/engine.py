@@ -50,8 +50,12 @@ class Trainee:
 def make_accelerator(device: str, dtype: str):
     """accelerate's view of this process: device, autocast to `dtype` over fp32 weights, backward."""
     from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin
 
-    return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if dtype == "bfloat16" else "no")
+    # accumulation is ours, by sums over global counts; a launcher's setting in the environment would divide once more
+    once = GradientAccumulationPlugin(num_steps=1)
+    mixed = "bf16" if dtype == "bfloat16" else "no"
+    return Accelerator(cpu=device == "cpu", mixed_precision=mixed, gradient_accumulation_plugin=once)
 
 
 def make_trainee(
@@ -103,12 +107,14 @@ def optimizer_step(trainee: Trainee, learning_rate: float, step: int) -> float:
 def learning_rate_at(
     step: int, total: int, peak: float, schedule: str, warmup_steps: int, warmup_from: float = 0.0
 ) -> float:
-    """The rate of step 1 … total: linear warm-up from warmup_from·peak, then the schedule; a pure function of step.
+    """The rate of step 1 … total: a linear warm-up, then the schedule; a pure function of step.
 
+    The warm-up goes from 0 (not itself a step) to the peak; with warmup_from > 0 step 1 has warmup_from·peak.
     constant; linear to 0; cosine to 0; cosine_with_min_lr to a tenth of the peak (InstructGPT).
     """
     if step <= warmup_steps:
-        return peak * (warmup_from + (1 - warmup_from) * step / max(1, warmup_steps))
+        done = (step - 1 if warmup_from else step) / warmup_steps
+        return peak * (warmup_from + (1 - warmup_from) * done)
     done = (step - warmup_steps - 1) / max(1, total - warmup_steps)
     if schedule == "constant":
         return peak
@@ -135,7 +141,8 @@ class Best:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def offer(self, value: float, step: int, trainee: Trainee) -> None:
-        if self.value is None or (value > self.value if self.higher_is_better else value < self.value):
+        sign = 1 if self.higher_is_better else -1
+        if self.value is None or math.isnan(self.value) or sign * value > sign * self.value:
             self.value, self.step, self.since = value, step, 0
             if self.keep == "best":
                 self.tensors = {k: v.clone() for k, v in trainee.tensors().items()}
@@ -204,6 +211,11 @@ def pause_if_asked(ctx: StageRun, step: int, total: int, save: Callable[[], None
     if ctx.stop.requested:
         save()
         raise Interrupted(step, total)
+
+
+def perplexity_of(loss: float) -> float:
+    """exp of a mean cross-entropy in nats; infinite where a float cannot hold it."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def micro_batches(indices: list[int], size: int) -> Iterator[list[int]]:

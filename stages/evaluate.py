@@ -6,7 +6,6 @@ without EOS scores `missing_eos_score`, if one is given. Intervals: bootstrap ov
 """
 
 import json
-import math
 
 import torch
 
@@ -16,8 +15,8 @@ from data.streams import derive_seed, held_out
 from data.world import World
 from pipeline.errors import Interrupted
 from pipeline.stage import StageRun
-from stages.common import check_context, device_of, read, read_world
-from stages.engine import make_accelerator, micro_batches
+from stages.common import check_context, device_of, dtype_of, read, read_world
+from stages.engine import make_accelerator, micro_batches, perplexity_of
 from stages.models.forward import response_logprobs, score_all
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
 from stages.objectives.logprobs import sequence_logps
@@ -48,7 +47,7 @@ class Config(Section):
     on_too_long: TooLong = setting("error", "what happens to a prompt that leaves no room for response_length")
     temperature: float = setting(1.0, "sampling temperature", gt=0)
     missing_eos_score: float | None = setting(
-        None, "score of a response without EOS, as in ppo; null: its own", "reward"
+        -1.0, "score of a response without EOS; the same as ppo's; null: its own", "reward"
     )
     batch_size: int = setting(64, "rows sampled and scored at a time", "rows", ge=1)
     perplexity_rows: int = setting(256, "held-out pretraining rows at most", "rows", ge=1)
@@ -64,18 +63,22 @@ def reads(experiment) -> list[str]:
 
 
 def check(experiment) -> list[str]:
-    known = (*STAGES, "best_of_n")
-    return [
-        f"evaluate.policies: {p!r} is no policy; choose of {', '.join(known)}"
-        for p in experiment.evaluate.policies
-        if p not in known
+    c, known = experiment.evaluate, (*STAGES, "best_of_n")
+    wrong = [
+        f"evaluate.policies: {p!r} is no policy; choose of {', '.join(known)}" for p in c.policies if p not in known
     ]
+    if "ppo" in c.policies and c.missing_eos_score != experiment.ppo.missing_eos_score:
+        wrong.append(
+            f"evaluate.missing_eos_score: is {c.missing_eos_score}, and ppo.missing_eos_score "
+            f"{experiment.ppo.missing_eos_score}: scores would not be the ones that PPO raised; set both alike"
+        )
+    return wrong
 
 
 def run(ctx: StageRun) -> dict:
     """→ results.json and responses.jsonl (every sample, with its judgements)."""
     c, m = ctx.config, ctx.experiment.model
-    accelerator = make_accelerator(device_of(ctx), m.dtype)
+    accelerator = make_accelerator(device_of(ctx), dtype_of(ctx.experiment))
     options = {"attn_implementation": m.attn_implementation, "trust_remote_code": ctx.trust_remote_code}
     check_context(ctx, ctx.inputs["sft"] / "model")
     tokenizer = load_tokenizer(ctx.inputs["sft"] / "model", trust_remote_code=ctx.trust_remote_code)
@@ -186,7 +189,8 @@ def measure(ctx: StageRun, n: int, ids, tools, progress: tuple[int, int]) -> dic
     out: dict[str, list] = {"responses": [], "finished": [], "scores": [], "kl": [], "lengths": []}
     for part in micro_batches(list(range(len(ids))), max(1, c.batch_size // min(n, 4))):
         prompts = [ids[i] for i in part for _ in range(n)]
-        seeds = [derive_seed(ctx.seed, "evaluate", i, k) for i in part for k in range(n)]
+        stream = "evaluate" if n == 1 else "best_of_n"  # else SFT's own response would be among the n that it meets
+        seeds = [derive_seed(ctx.seed, stream, i, k) for i in part for k in range(n)]
         if ctx.stop.requested:
             raise Interrupted(*progress)
         with accelerator.autocast():
@@ -240,7 +244,7 @@ def perplexity(model, rows: list[list[int]], accelerator, size: int) -> float | 
         with accelerator.autocast():
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         total += language_model_loss(logits, ids[:, 1:], tokens).item()
-    return math.exp(total)
+    return perplexity_of(total)
 
 
 def summary(own: dict, sft: dict, seed: int) -> dict:

@@ -3,7 +3,6 @@
 What transformers writes is staged, hashed and published by our checkpoint store; a signal ends in Interrupted.
 """
 
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from data.streams import Stream, derive_seed, grouped_by_length
 from pipeline.errors import Interrupted, TrainingStopped
 from pipeline.stage import StageRun
-from stages.engine import Best, Trainee, micro_batches
+from stages.engine import Best, Trainee, micro_batches, perplexity_of, refuse_shorter
 from stages.models.adapters import lora_config, merged, trainable
 from stages.objectives.losses import language_model_loss
 
@@ -84,6 +83,8 @@ def train_language_model(
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+    if args.device.type == "cuda":
+        args._n_gpu = 1  # one process, one GPU: transformers would wrap the model in DataParallel, which trl refuses
     # The order of rows is ours, fixed before training: transformers' samplers draw from the global generator, whose
     # state at an epoch's start is another one after a resume.
     batch, seed = per_device_train_batch_size * gradient_accumulation_steps, derive_seed(ctx.seed, ctx.stage)
@@ -109,6 +110,7 @@ def train_language_model(
         trainer.remove_callback(noisy)
     found = ctx.checkpoints.newest()
     if found:
+        refuse_shorter(ctx, found.step, steps)
         keeper.best.restore(found)
     with ctx.tracker.progress(steps, ctx.stage, found.step if found else 0) as progress:
         keeper.progress = progress
@@ -122,7 +124,7 @@ def train_language_model(
     loss = keeper.held_out_loss(trainer.model)
     plain = merged(trainer.accelerator.unwrap_model(trainer.model)).eval()
     plain.config.use_cache = False
-    return plain, {"loss": loss, "perplexity": math.exp(loss), "best_step": best.step, "steps": step}
+    return plain, {"loss": loss, "perplexity": perplexity_of(loss), "best_step": best.step, "steps": step}
 
 
 @torch.no_grad()
@@ -173,7 +175,7 @@ class _Keeper:
 
     def look(self, model, state, control) -> None:
         loss = self.held_out_loss(model)
-        self.ctx.tracker.evaluation(state.global_step, {"loss": loss, "perplexity": math.exp(min(loss, 50.0))})
+        self.ctx.tracker.evaluation(state.global_step, {"loss": loss, "perplexity": perplexity_of(loss)})
         self.best.offer(loss, state.global_step, self.trainee(model))
         if self.samples is not None:
             training = model.training

@@ -5,6 +5,7 @@
 Read `run`: one iteration is the numbered list 1 … 7.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ from data.records import DataError, prompt_key
 from data.streams import Stream, derive_seed, held_out
 from pipeline.errors import UserError
 from pipeline.stage import StageRun
-from stages.common import adapter_settings, card, check_context, device_of, read
+from stages.common import adapter_settings, card, check_context, device_of, dtype_of, read
 from stages.engine import (
     Best,
     Trainee,
@@ -53,7 +54,7 @@ METRICS = {
     "objective/kl_k3": "the same by the k3 estimator",
     "objective/entropy": "the policy's entropy, in nats a token",
     "objective/scores": "mean score of the reward model (demonstrations score 0)",
-    "objective/rlhf_reward": "scores − kl_coef · kl: what is maximised",
+    "objective/rlhf_reward": "scores − kl_coef · KL (by kl_estimator): what is maximised",
     "objective/length": "tokens a response, EOS included",
     "objective/eos_rate": "share of responses that end with EOS",
     "policy/approxkl_avg": "½ (log ratio)² a token between the policy before and during the update",
@@ -68,7 +69,7 @@ METRICS = {
     "grad_norm/ptx": "norm of ptx_coef times the pretraining gradient",
     "grad_norm/value": "norm of the value model's gradient before clipping",
     "kl_coef": "β of this update",
-    "eps": "cliprange of this update",
+    "eps": "episodes a second, sampling and update together",
     "lr": "the policy's learning rate",
     "episode": "episodes so far",
 }
@@ -113,7 +114,7 @@ class Config(Section):
     eval_steps: int = setting(20, "held-out prompts every so many updates", "updates", ge=1)
     eval_prompts: int = setting(64, "how many prompts are held out for that", "prompts", ge=1)
     keep: Literal["best", "last"] = setting(
-        "last", "publish the last policy, or the best by held-out score − kl_coef · kl"
+        "last", "publish the last policy, or the best by held-out score − kl_coef · kl (value_model/ is the last one)"
     )
     patience: int | None = setting(None, "stop after so many held-out looks without a better one", "looks", ge=1)
     reward_model: str | None = setting(None, "folder of another reward model in place of rm's")
@@ -198,7 +199,7 @@ def run(ctx: StageRun) -> dict:
 
     with ctx.tracker.progress(updates, "ppo", step) as progress:
         while step < updates and not best.exhausted:
-            step += 1
+            step, began = step + 1, time.perf_counter()
             # 1 prompts
             drawn = prompts.take(per_batch)
             # 2 sample, and what every model says of the samples
@@ -233,10 +234,10 @@ def run(ctx: StageRun) -> dict:
             )
             # 6 keep
             row = {
-                **describe(rollout, returns, c.kl_coef),
+                **describe(rollout, returns, c.kl_coef, c.kl_estimator),
                 **learned,
                 "kl_coef": c.kl_coef,
-                "eps": c.cliprange,
+                "eps": c.batch_size / (time.perf_counter() - began),
                 "lr": rate,
                 "episode": step * c.batch_size,
             }
@@ -250,6 +251,8 @@ def run(ctx: StageRun) -> dict:
                 pause_if_asked(ctx, step, updates, lambda at=step: save(at))
 
     # 7 publish
+    if str(step) not in looks:  # settings that were overridden ended the run at its checkpoint
+        looks[str(step)] = look(ctx, roles, held, step, policy, best)
     if c.keep == "best" and best.step != step:
         policy.load(best.tensors)
     before, after = looks["0"], looks[str(best.step if c.keep == "best" else step)]
@@ -263,7 +266,7 @@ def run(ctx: StageRun) -> dict:
 def load_roles(ctx: StageRun) -> Roles:
     """Policy and reference from sft; reward model from rm; value model initialised from the reward model."""
     m, c = ctx.experiment.model, ctx.config
-    accelerator = make_accelerator(device_of(ctx), m.dtype)
+    accelerator = make_accelerator(device_of(ctx), dtype_of(ctx.experiment))
     options = {"attn_implementation": m.attn_implementation, "trust_remote_code": ctx.trust_remote_code}
     sft = ctx.inputs["sft"] / "model"
     check_context(ctx, sft)
@@ -356,7 +359,7 @@ def collect(
     finished = torch.tensor([r[-1] == tokenizer.eos_token_id for r in responses], device=roles.accelerator.device)
     order, parts = by_length(rows, range(len(responses))), []
     with torch.no_grad(), roles.accelerator.autocast():
-        for index in micro_batches(order, c.per_device_train_batch_size):
+        for index in micro_batches(order, min(c.per_device_train_batch_size, c.mini_batch_size)):
             part = rows.select(torch.tensor(index, device=roles.accelerator.device))
             logprobs, entropy = response_logprobs(roles.policy, part, c.temperature, with_entropy=True)
             parts.append(
@@ -391,15 +394,13 @@ def preflight(ctx: StageRun, roles: Roles, prompts) -> None:
     c = ctx.config
     rollout = collect(ctx, roles, prompts, range(len(prompts)), 0, "preflight", 1)
     mask = rollout.rows.response_mask
-    order = torch.arange(len(mask) - 1, -1, -1, device=mask.device)  # the update meets the rows in another order
-    with torch.no_grad(), roles.accelerator.autocast():
-        again = torch.cat(
-            [
-                response_logprobs(roles.policy, rollout.rows.select(order[part]), c.temperature)
-                for part in micro_batches(list(range(len(order))), c.per_device_train_batch_size)
-            ]
-        )[order]  # a reversal is its own inverse
-    limit = 1e-4 if ctx.experiment.model.dtype == "float32" else 2e-2
+    again = torch.zeros_like(rollout.logprobs)  # as the update does it: other rows together, and with gradients
+    with roles.accelerator.autocast():
+        for mini in micro_batches(list(reversed(range(len(mask)))), c.mini_batch_size):
+            for index in micro_batches(by_length(rollout.rows, mini), c.per_device_train_batch_size):
+                at = torch.tensor(index, device=mask.device)
+                again[at] = response_logprobs(roles.policy, rollout.rows.select(at), c.temperature).detach()
+    limit = 1e-4 if dtype_of(ctx.experiment) == "float32" else 2e-2
     kl = masked_mean((rollout.logprobs - rollout.ref_logprobs).abs(), mask).item()
     drift = masked_mean(((again - rollout.logprobs).exp() - 1).abs(), mask).item()
     if not kl <= limit:
@@ -506,7 +507,7 @@ def ptx_gradient(ctx: StageRun, roles: Roles, policy: Trainee, rows: list[list[i
     return {"loss/ptx": total, "grad_norm/ptx": norm}
 
 
-def describe(rollout: Rollout, returns: Tensor, kl_coef: float) -> dict[str, float]:
+def describe(rollout: Rollout, returns: Tensor, kl_coef: float, kl_estimator: str) -> dict[str, float]:
     """The figures of a rollout, under their usual names."""
     mask = rollout.rows.response_mask
     kl = torch.where(mask, kl_per_token(rollout.logprobs, rollout.ref_logprobs), 0.0).sum(-1).mean().item()
@@ -519,7 +520,7 @@ def describe(rollout: Rollout, returns: Tensor, kl_coef: float) -> dict[str, flo
         "objective/kl_k3": k3,
         "objective/entropy": masked_mean(rollout.entropy, mask).item(),
         "objective/scores": scores,
-        "objective/rlhf_reward": scores - kl_coef * kl,
+        "objective/rlhf_reward": scores - kl_coef * (k3 if kl_estimator == "k3" else kl),
         "objective/length": mask.sum(-1).float().mean().item(),
         "objective/eos_rate": rollout.finished.float().mean().item(),
         "val/explained_variance": (1 - error / spread.clamp(min=1e-12)).item(),
@@ -529,7 +530,7 @@ def describe(rollout: Rollout, returns: Tensor, kl_coef: float) -> dict[str, flo
 def look(ctx: StageRun, roles: Roles, held, step: int, policy: Trainee, best: Best) -> dict[str, float]:
     """Held-out prompts, one sample each, the same seeds every time; the two best and worst are kept as text."""
     rollout = collect(ctx, roles, held, range(len(held)), 0, "held-out", 1)
-    figures = describe(rollout, rollout.values, ctx.config.kl_coef)
+    figures = describe(rollout, rollout.values, ctx.config.kl_coef, ctx.config.kl_estimator)
     figures = {name: figures[f"objective/{key}"] for name, key in HELD_OUT.items()}
     ctx.tracker.evaluation(step, figures)
     best.offer(figures["rlhf_reward"], step, policy)

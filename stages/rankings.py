@@ -15,7 +15,7 @@ from data.streams import Stream, derive_seed, held_out
 from data.world import World
 from pipeline.errors import Interrupted
 from pipeline.stage import StageRun
-from stages.common import check_context, device_of, read, read_world
+from stages.common import check_context, device_of, dtype_of, read, read_world
 from stages.engine import make_accelerator, micro_batches
 from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.transformers import sample
@@ -43,6 +43,9 @@ class Config(Section):
         "how often two simulated labelers agree on a pair of different texts (InstructGPT: 72.6 %); sets their noise",
         gt=0.5,
         lt=1,
+    )
+    labelers_per_prompt: int = setting(
+        1, "simulated labelers who rank the responses to a training prompt, each on their own", ge=1, le=5
     )
     batch_size: int = setting(32, "prompts sampled at a time", "prompts", ge=1)
 
@@ -108,10 +111,13 @@ def simulate(ctx: StageRun) -> tuple[list[Ranking], dict]:
         ctx.tracker.say(f"rankings: {problem}; ranked without noise. Train base and sft longer")
         noise = NO_NOISE
     valid = set(held_out([prompt_key(p) for p in prompts], c.validation_fraction)[1])
+    unfinished = sum(not f for fs in finished for f in fs) / sum(map(len, finished))
+    if unfinished > 0.1:  # as texts they look as if they had ended there
+        ctx.tracker.say(f"rankings: {unfinished:.0%} of the responses were cut off; raise rankings.response_length")
     rows, owner = [], []
     for i, (prompt, responses) in enumerate(zip(prompts, texts, strict=True)):
         chooser = random.Random(derive_seed(ctx.seed, "labeler", i))
-        for who in chooser.sample(range(len(labelers.LABELERS)), 2 if i in valid else 1):
+        for who in chooser.sample(range(len(labelers.LABELERS)), 2 if i in valid else c.labelers_per_prompt):
             rng = np.random.default_rng(derive_seed(ctx.seed, "rank", i, who))
             ranks = labelers.rank(utilities[i][who], noise, rng, responses)
             name = labelers.LABELERS[who].name
@@ -126,6 +132,7 @@ def simulate(ctx: StageRun) -> tuple[list[Ranking], dict]:
     )
     return rows, {
         "noise": noise,
+        "unfinished": unfinished,
         "expected_agreement": labelers.expected_agreement(utilities, texts, noise),
         "accuracy_ceiling": ceiling["realised"],
         "expected_accuracy_ceiling": ceiling["expected"],
@@ -136,7 +143,7 @@ def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]], list[li
     """(prompts, K response texts of each, whether each ended with EOS), by SFT; a checkpoint every
     `checkpoints.every` batches."""
     c, m = ctx.config, ctx.experiment.model
-    accelerator = make_accelerator(device_of(ctx), m.dtype)
+    accelerator = make_accelerator(device_of(ctx), dtype_of(ctx.experiment))
     source = ctx.inputs["sft"] / "model"
     check_context(ctx, source)
     tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)

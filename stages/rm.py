@@ -12,8 +12,9 @@ from data import sources
 from data.encode import decode_response, encode_prompt, encode_response
 from data.groups import batch_groups
 from data.records import DataError
+from data.streams import Stream, derive_seed
 from pipeline.stage import StageRun
-from stages.common import adapter_settings, card, check_context, device_of, load_groups, read, sharing
+from stages.common import adapter_settings, card, check_context, device_of, dtype_of, load_groups, read, sharing
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
 from stages.models.adapters import merged, with_adapter
 from stages.models.forward import response_scores, score_all
@@ -25,7 +26,8 @@ from stages.statistics import expected_calibration_error, labeler_agreement, pai
 NAME = "rm"
 METRICS = {
     "loss": "ranking loss a prompt, in nats, of this step's batch",
-    "accuracy": "share of pairs whose preferred response scores higher (evaluations.jsonl: on held-out prompts)",
+    "accuracy": "share of pairs whose preferred response scores higher, mean over prompts (evaluations.jsonl: over all "
+    "held-out pairs, equal scores counting half)",
     "margin": "mean score difference between preferred and other response",
     "grad_norm": "norm of the gradient before clipping",
     "lr": "learning rate of the step",
@@ -59,7 +61,7 @@ def run(ctx: StageRun) -> dict:
     source = ctx.inputs["sft"] / "model"
     check_context(ctx, source)
     tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
-    accelerator = make_accelerator(device_of(ctx), m.dtype)
+    accelerator = make_accelerator(device_of(ctx), dtype_of(ctx.experiment))
     limits = {"max_length": c.max_length, "on_too_long": c.on_too_long}
     groups, report = load_groups(ctx, tokenizer, "train", **limits)
     held, _ = load_groups(ctx, tokenizer, "validation", **limits)
@@ -105,7 +107,8 @@ def run(ctx: StageRun) -> dict:
         margins, _, value = held_out_margins(
             model, held, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size, share
         )
-        return {"loss": value, "accuracy": float((margins > 0).float().mean()), "margin": float(margins.mean())}
+        right = (margins > 0).float() + 0.5 * (margins == 0).float()
+        return {"loss": value, "accuracy": float(right.mean()), "margin": float(margins.mean())}
 
     # 3 train; then how far it can be trusted
     figures = fit(
@@ -164,12 +167,13 @@ def held_out_margins(model, held, pad_id: int, accelerator, size: int, share: bo
 @torch.no_grad()
 def demonstration_mean(ctx: StageRun, model, tokenizer, accelerator) -> float:
     """Mean score of the demonstrations that fit (at most `bias_demonstrations`), the bias not yet subtracted."""
-    c = ctx.config
-    pairs = [
-        (encode_prompt(tokenizer, d.prompt), encode_response(tokenizer, d.completion))
-        for d in read(ctx, "demonstrations")[: 4 * c.bias_demonstrations]
-    ]
-    pairs = [(p, r) for p, r in pairs if len(p) + len(r) <= c.max_length][: c.bias_demonstrations]
+    c, rows, pairs = ctx.config, read(ctx, "demonstrations"), []
+    for i in Stream(len(rows), derive_seed(ctx.seed, "bias")).take(len(rows)):
+        pair = (encode_prompt(tokenizer, rows[i].prompt), encode_response(tokenizer, rows[i].completion))
+        if sum(map(len, pair)) <= c.max_length:
+            pairs.append(pair)
+        if len(pairs) == c.bias_demonstrations:
+            break
     if not pairs:
         raise DataError(
             [

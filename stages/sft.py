@@ -7,7 +7,7 @@ from data.encode import encode_demonstrations
 from data.records import DataError, prompt_key
 from data.streams import held_out
 from pipeline.stage import StageRun
-from stages.common import adapter_settings, card, check_context, device_of, read, show_samples
+from stages.common import adapter_settings, card, check_context, device_of, dtype_of, read, show_samples
 from stages.language_modeling import train_language_model
 from stages.models.loading import load_policy, load_tokenizer, save_model
 from stages.settings import TooLong, Training, setting, too_long, total_steps
@@ -79,7 +79,7 @@ def run(ctx: StageRun) -> dict:
         patience=c.patience,
         eval_steps=c.eval_steps,
         device=device_of(ctx),
-        dtype=m.dtype,
+        dtype=dtype_of(ctx.experiment),
         gradient_checkpointing=m.gradient_checkpointing,
         adapter=adapter_settings(m),
         samples=lambda live: show_samples(live, tokenizer, shown, seed=ctx.seed, response_length=c.sample_tokens),

@@ -115,5 +115,7 @@ def _head_is_linear(model) -> bool:
 
 
 def _head(model, hidden: Tensor) -> Tensor:
+    """The scalar head in fp32, whatever the trunk computes in: bf16 would round scores of 6 to steps of 0.03."""
     bias = getattr(plain(model).config, "reward_bias", None) or 0.0
-    return score_head(plain(model))(hidden).squeeze(-1).float() - bias
+    with torch.autocast(hidden.device.type, enabled=False):
+        return score_head(plain(model))(hidden.float()).squeeze(-1) - bias

@@ -111,17 +111,23 @@ def prepare(model):
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    for key in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
-        if hasattr(model.config, key):
-            setattr(model.config, key, 0.0)
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        _silence(module)
+    _silence(model.config)
     for p in model.parameters():  # mapped from a file, it begins at any byte, and kernels may round otherwise
         if p.data_ptr() % 64:
             p.data = p.data.clone()
     model.config.use_cache = False
     return model.eval()
+
+
+def _silence(owner) -> None:
+    """Every float of `owner` that is a probability of dropout (or jitters a router) becomes 0.
+
+    Families name them as they like (resid_pdrop, residual_dropout, layerdrop …) and read them in training mode.
+    """
+    for name, value in list(vars(owner).items()):
+        if isinstance(value, float) and ("drop" in name or name == "router_jitter_noise"):
+            setattr(owner, name, 0.0)
 
 
 def score_head(model) -> nn.Linear:
@@ -186,7 +192,7 @@ def from_scratch(
 
 def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: bool):
     """(model, tokenizer) of a folder, a Hub id, or `package:NAME`, a Python package that carries a gguf file."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     options = {"trust_remote_code": trust_remote_code}
     if name.startswith("package:"):
@@ -221,10 +227,36 @@ def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: b
             f"model.name_or_path: the tokenizer of {name!r} has no chat template; choose an instruct or "
             f"chat variant, or save a template with the tokenizer"
         )
+    end_turns_with_eos(tokenizer)
     give_pad_token(tokenizer)
+    if type(model.config) not in AutoModelForSequenceClassification._model_mapping:
+        raise UserError(
+            f"model.name_or_path: transformers has no sequence classification for {model.config.model_type}, and the "
+            f"reward model needs one; choose another family (Llama, Qwen, Mistral, Gemma, GPT-2 …)"
+        )
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        torch.manual_seed(0)  # the new row is random
         model.resize_token_embeddings(len(tokenizer))
     return prepare(model), tokenizer
+
+
+def end_turns_with_eos(tokenizer) -> None:
+    """EOS is what the chat template puts behind an assistant's turn: taught, sampled until, and in earlier turns alike.
+
+    Some models end turns with another token than their tokenizer's EOS (Gemma: <end_of_turn>).
+    """
+    mark = "\ue000"
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}], tokenize=False
+        )
+    except Exception as problem:  # a template may raise what it likes
+        raise UserError(f"model.name_or_path: its chat template fails on one question and answer ({problem})") from None
+    behind = text.partition(mark)[2].lstrip()
+    special = sorted((str(t) for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
+    ends = [token for token in special if behind.startswith(token)]
+    if ends and ends[0] != tokenizer.eos_token:
+        tokenizer.eos_token = ends[0]
 
 
 def give_pad_token(tokenizer) -> None:

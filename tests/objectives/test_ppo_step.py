@@ -462,7 +462,7 @@ def test_figures_of_a_rollout_by_hand(rollout):
         rollout.scores,
         rollout.finished,
     )
-    figures = ppo.describe(moved, rollout.values, kl_coef=0.5)
+    figures = ppo.describe(moved, rollout.values, kl_coef=0.5, kl_estimator="k1")
     lengths = [int(m.sum()) for m in mask]
     assert figures["objective/length"] == pytest.approx(sum(lengths) / 8)
     assert figures["objective/kl"] == pytest.approx(0.25 * sum(lengths) / 8, rel=1e-5)
