@@ -5,7 +5,7 @@ CONFIG    ?= configs/tiny.yaml
 ARTIFACTS ?= artifacts
 SET       ?=
 MODELS    ?= sft,ppo
-BENCH     ?= demo_seeds
+BENCH     ?= ppo
 KILLS     ?= 200
 EXTRAS    ?= dev
 PYTHON    ?= python3
@@ -59,7 +59,7 @@ report: $(STAMP) ## the same as demo: table, curves, samples on one page
 status: $(STAMP) ## which stages are done, stale (and why), interrupted, missing or damaged
 	@$(RLHF) status -c $(CONFIG) --artifacts $(ARTIFACTS) $(SET)
 doctor: $(STAMP) ## versions, device, threads, disk, and what is missing
-	@$(RLHF) doctor -c $(CONFIG) --artifacts $(ARTIFACTS)
+	@$(RLHF) doctor -c $(CONFIG) --artifacts $(ARTIFACTS) $(SET)
 chat: $(STAMP) ## talk to policies side by side (MODELS=sft,ppo)
 	@$(RLHF) chat -c $(CONFIG) --artifacts $(ARTIFACTS) --models $(MODELS) $(SET)
 
@@ -71,15 +71,10 @@ lint: $(STAMP) ## ruff
 	@$(VENV)/bin/ruff check .
 
 clean-artifacts: $(STAMP) ## say what CONFIG's artifacts are, then remove them
-	@name=$$($(VENV)/bin/python -c 'import sys; from pipeline.yaml_tree import read_tree; print(read_tree(sys.argv[1], sys.argv[2:]).values["name"])' $(CONFIG) $(SET)) && \
-	case "$$name" in ""|.*|*[!A-Za-z0-9._-]*) echo "error: $(CONFIG): name: cannot name a folder" >&2; exit 2;; esac; \
-	folder="$(ARTIFACTS)/$$name"; \
-	if [ -d "$$folder" ]; then \
-		echo "removing $$folder ($$(du -sh "$$folder" | cut -f1)): $$(ls "$$folder" | tr '\n' ' ')"; rm -rf -- "$$folder"; \
-	else echo "$$folder: nothing there"; fi
+	@$(RLHF) clean -c $(CONFIG) --artifacts $(ARTIFACTS) $(SET)
 
-bench: $(STAMP) ## run tests/benchmarks/BENCH.py (BENCH=demo_seeds)
-	@test -f tests/benchmarks/$(BENCH).py || { echo "error: tests/benchmarks/$(BENCH).py: no such benchmark" >&2; exit 2; }
+bench: $(STAMP) ## run tests/benchmarks/BENCH.py (BENCH=ppo)
+	@test -f tests/benchmarks/$(BENCH).py || { echo "error: tests/benchmarks/$(BENCH).py: no such benchmark; there are: $(basename $(notdir $(wildcard tests/benchmarks/*.py)))" >&2; exit 2; }
 	@$(VENV)/bin/python tests/benchmarks/$(BENCH).py
 frontier: $(STAMP) ## reward against KL (not there yet)
 	@test -f tests/benchmarks/frontier.py || { echo "error: tests/benchmarks/frontier.py: not there yet" >&2; exit 2; }

@@ -133,7 +133,7 @@ class ArtifactStore:
             ) from None
         try:
             if not _try_lock(handle, patience=0.3):
-                raise UserError(f"{folder}: {self._holder(stage)} works on it; wait for it or stop it")
+                raise UserError(f"{folder}: {self.holder(stage)} works on it; wait for it or stop it")
             started = {"host": socket.gethostname(), "pid": os.getpid(), "started_at": now()}
             os.ftruncate(handle, 0)
             os.pwrite(handle, json.dumps(started).encode(), 0)
@@ -156,7 +156,8 @@ class ArtifactStore:
                 return True
         return False
 
-    def _holder(self, stage: str) -> str:
+    def holder(self, stage: str) -> str:
+        """Who holds the lock of a stage, in words."""
         with suppress(OSError, ValueError, KeyError, TypeError):
             holder = json.loads((self.folder(stage) / ".lock").read_text())
             return f"process {holder['pid']} on {holder['host']} (since {holder['started_at']})"

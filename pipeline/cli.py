@@ -204,6 +204,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         run.add_argument(f"--{flag}", action="store_true")
     command("status", "show which stages are done, stale, interrupted, missing or damaged")
     command("doctor", "look at versions, device, threads and disk", config="optional")
+    command("clean", "say what an experiment's artifacts are, then remove them")
     chat = command("chat", "talk to several policies side by side")
     chat.add_argument("--models", required=True, metavar="A,B", help="stages whose models answer, as sft,ppo")
     chat.add_argument(
@@ -368,6 +369,30 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def clean_command(arguments: argparse.Namespace) -> int:
+    """Removes artifacts/NAME and nothing else; refuses where a process works there, or something else lies there."""
+    from pipeline import config, files
+    from pipeline.artifacts import ArtifactStore
+
+    tree = config.read_tree(arguments.config, arguments.overrides)
+    store = ArtifactStore(arguments.artifacts, config.read_name(tree))
+    if not store.base.is_dir():
+        print(f"{store.base}: nothing there")
+        return 0
+    found = sorted(path.name for path in store.base.iterdir())
+    stages = [name for name in STAGES if name in found]
+    strays = [name for name in found if name not in (*STAGES, "wandb") and not name.startswith(".")]
+    lines = [f"{store.base / name}: is no stage's; move it away, then clean" for name in strays]
+    lines += [f"{store.folder(name)}: {store.holder(name)} works on it; wait for it or stop it"
+              for name in stages if store.is_held(name)]  # fmt: skip
+    if lines:
+        raise UserError(lines)
+    size = human_bytes(sum(store.size(name) for name in found))
+    print(f"removing {store.base} ({size}): {' '.join(found) or 'empty'}")
+    files.remove(store.base)
+    return 0
+
+
 def doctor_command(arguments: argparse.Namespace) -> int:
     experiment = None
     if arguments.config is not None:
@@ -410,6 +435,7 @@ def data_command(arguments: argparse.Namespace) -> int:
 COMMANDS = {
     "run": run_command,
     "status": status_command,
+    "clean": clean_command,
     "doctor": doctor_command,
     "chat": chat_command,
     "data": data_command,

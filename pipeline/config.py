@@ -93,7 +93,8 @@ def validate_tree(
 ) -> Any:
     """The second half of `load_experiment`, for a tree that was read before."""
     lines = list(tree.problems)
-    lines += [f"{tree.origin(where)}: {dotted(where)}: {what}" for where, what in _path_problems(tree.values)]
+    problems = _name_problems(tree.values) + _path_problems(tree.values)
+    lines += [f"{tree.origin(where)}: {dotted(where)}: {what}" for where, what in problems]
     experiment = None
     sections = [name for name, info in Experiment.model_fields.items() if _model_in(info.annotation)]
     try:
@@ -219,6 +220,27 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return next((model for arg in get_args(annotation) if (model := _model_in(arg)) is not None), None)
 
 
+def read_name(tree: Tree) -> str:
+    """The experiment's name alone, of a config that may be wrong elsewhere."""
+    name, lines = tree.values.get("name"), []
+    if not isinstance(name, str):
+        found = "is missing" if name is None else show(name)
+        lines = [f"{tree.origin(('name',))}: name: {found}; should be a string: it names the experiment's folder"]
+    lines += [f"{tree.origin(where)}: name: {what}" for where, what in _name_problems(tree.values)]
+    if tree.problems or lines:
+        raise UserError(tree.problems + lines)
+    return name
+
+
+def _name_problems(tree: dict[str, Any]) -> list[tuple[tuple, str]]:
+    """A name that cannot be a folder's, found on the tree itself like a path."""
+    name = tree.get("name")
+    if not isinstance(name, str) or NAME.fullmatch(name):
+        return []
+    right = "letters, digits, `.`, `_`, `-`, and begin with a letter, a digit or `_`"
+    return [(("name",), f"{name!r} cannot name a folder; should be {right}")]
+
+
 def _path_problems(tree: dict[str, Any]) -> list[tuple[tuple, str]]:
     """Local paths that do not exist, found on the tree itself so that they stand beside the errors of
     validation."""
@@ -252,11 +274,6 @@ def _path_problems(tree: dict[str, Any]) -> list[tuple[tuple, str]]:
 def _cross_checks(experiment: Any) -> list[str]:
     model = experiment.model
     problems = []
-    if NAME.fullmatch(experiment.name) is None:
-        problems.append(
-            f"name: {experiment.name!r} cannot name a folder; should be letters, digits, `.`, `_`, `-`, and "
-            "begin with a letter, a digit or `_`"
-        )
     if model.hidden_size % model.num_attention_heads:
         problems.append(
             f"model.num_attention_heads: {model.num_attention_heads} does not divide "

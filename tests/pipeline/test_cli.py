@@ -267,3 +267,65 @@ def test_a_second_signal_kills_at_once(tmp_path, number):
 def test_torch_is_imported_after_the_handlers_stand():
     code = "import sys; import pipeline.cli, pipeline.plan, pipeline.launch; sys.exit('torch' in sys.modules)"
     end(start(ROOT, "-c", code), 0)
+
+ARTIFACTS = "artifacts/small/text"
+
+
+def test_clean_says_what_it_removes_and_removes_only_that(rlhf, tmp_path):
+    rlhf("run", "text")
+    Path("artifacts/other").mkdir()
+    code, out, err = rlhf("clean")
+    assert (code, err) == (0, "") and out.startswith("removing artifacts/small (") and out.endswith("): text\n")
+    assert [path.name for path in Path("artifacts").iterdir()] == ["other"]
+    assert rlhf("clean")[:2] == (0, "artifacts/small: nothing there\n")
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        (None, "small.yml: cannot be read (No such file or directory); should be a YAML file"),
+        ("seed: 1\n", "small.yml: name: is missing; should be a string: it names the experiment's folder"),
+        ("name:\n", "small.yml:1: name: is missing; should be a string: it names the experiment's folder"),
+        ("name: 3\n", "small.yml:1: name: 3; should be a string: it names the experiment's folder"),
+        ("name: ..\n", "small.yml:1: name: '..' cannot name a folder; should be letters, digits, "),
+        ("name: ''\n", "small.yml:1: name: '' cannot name a folder; should be letters, digits, "),
+        ("name: a/../..\n", "small.yml:1: name: 'a/../..' cannot name a folder; should be letters, digits, "),
+    ],
+)
+def test_clean_with_a_config_that_names_nothing_removes_nothing(rlhf, text, line):
+    rlhf("run", "text")
+    if text is not None:
+        Path("small.yml").write_text(text)
+    code, out, err = rlhf("clean", config="small.yml")
+    assert code == 2 and out == "" and err.startswith(f"error: {line}") and err.count("\n") == 1
+    assert Path(ARTIFACTS, "manifest.json").exists()
+
+
+def test_clean_refuses_what_is_held_and_what_is_not_its_own(rlhf, tmp_path):
+    rlhf("run", "text")
+    Path("artifacts/small/notes").mkdir()
+    code = "import sys, time; from pipeline.artifacts import ArtifactStore\n"
+    code += "with ArtifactStore('artifacts', 'small').lock('text'): print('held', flush=True); time.sleep(60)\n"
+    other = start(tmp_path, "-c", code)
+    try:
+        wait_for(other, "held")
+        code, out, err = rlhf("clean")
+    finally:
+        other.kill()
+        other.communicate()
+    assert code == 2 and out == "" and err.splitlines()[0] == (
+        "error: artifacts/small/notes: is no stage's; move it away, then clean"
+    )
+    assert err.splitlines()[1].startswith(f"error: {ARTIFACTS}: process {other.pid} on ")
+    assert Path(ARTIFACTS, "manifest.json").exists()
+
+
+def test_make_clean_artifacts_with_a_mistyped_config_removes_nothing(tmp_path):
+    (tmp_path / "artifacts" / "small").mkdir(parents=True)
+    (tmp_path / "nameless.yaml").write_text("seed: 1\n")
+    for config in ("tinny.yaml", "nameless.yaml"):
+        words = ["make", "-s", "-C", ROOT, "-o", ".venv/.installed", "clean-artifacts"]
+        words += [f"CONFIG={tmp_path / config}", f"ARTIFACTS={tmp_path / 'artifacts'}"]
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path / config}: ")
+        assert (tmp_path / "artifacts" / "small").is_dir()
