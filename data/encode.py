@@ -30,6 +30,11 @@ class LengthReport:
     longest: int = 0
     problems: list[str] = field(default_factory=list)
 
+    def __add__(self, other: "LengthReport") -> "LengthReport":
+        """Of both data sets together."""
+        sums = (getattr(self, name) + getattr(other, name) for name in ("kept", "truncated", "dropped"))
+        return LengthReport(*sums, max(self.longest, other.longest), self.problems + other.problems)
+
     def line(self, what: str) -> str:
         """One line for people."""
         return (
@@ -83,6 +88,19 @@ def encode_prompt(tokenizer, prompt) -> list[int]:
         ) from problem
 
 
+def encode_prompts(tokenizer, prompts: Iterable, names: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt; DataError with the name (the place) of every one that the chat template refuses."""
+    ids, problems = [], []
+    for prompt, name in zip(prompts, names, strict=True):
+        try:
+            ids.append(_encode_prompt(tokenizer, as_messages(prompt)))
+        except TemplateError as problem:
+            problems.append(f"{name}: the model's chat template refuses this prompt ({problem}); change its messages")
+    if problems:
+        raise DataError(problems)
+    return ids
+
+
 def _encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
     special = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     if not any(token in m["content"] for m in messages for token in special):
@@ -94,6 +112,8 @@ def _encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
         [{**m, "content": k} for m, k in zip(messages, marks, strict=True)], add_generation_prompt=True, tokenize=False
     )
     ids: list[int] = []
+    if not all(mark in rest for mark in marks):
+        raise TemplateError("it leaves out a message")
     for mark, message in zip(marks, messages, strict=True):
         before, rest = rest.split(mark, 1)
         ids += tokenizer(before, add_special_tokens=False)["input_ids"]
@@ -119,26 +139,29 @@ def fit_lengths(
     max_length: int,
     on_too_long: str,
     what: str,
-    names: Sequence[str] | None = None,
+    names: Sequence[str],
+    section: str,
 ):
     """Apply `on_too_long` to rows of one prompt and its responses; → (kept indices, prompts, responses, report).
 
+    For the error lines: what a row is, the name of each (its place), the section of the config that has the limit.
     `error` refuses with every offending row; `drop` leaves the row out; `truncate` cuts the end of the responses
     (their EOS goes with it: a cut answer is not taught to end there), and the row is dropped if its prompt
     leaves less than one token of room. A row counts by its longest response.
     """
     report = LengthReport()
+    limit, remedy = f"the limit is {max_length}", f"raise {section}.max_length, or set {section}.on_too_long: drop"
+    if any(responses):
+        remedy += " or truncate"
+    else:
+        limit += " (max_length less response_length)"
     kept, out_prompts, out_responses = [], [], []
     for i, (prompt, group) in enumerate(zip(prompts, responses, strict=True)):
         length = len(prompt) + max((len(r) for r in group), default=0)
         report.longest = max(report.longest, length)
         if length > max_length:
-            name = names[i] if names else f"row {i + 1}"
             if on_too_long == "error":
-                report.problems.append(
-                    f"{what} {name}: {length} tokens, the limit is {max_length}; shorten it, raise max_length, or "
-                    f"set on_too_long: drop or truncate"
-                )
+                report.problems.append(f"{names[i]}: {what} of {length} tokens, {limit}; shorten it, {remedy}")
                 continue
             if on_too_long == "drop" or len(prompt) >= max_length:
                 report.dropped += 1
@@ -152,29 +175,38 @@ def fit_lengths(
         out_responses.append(list(group))
     if report.problems:
         extra = len(report.problems) - 5
-        raise DataError(report.problems[:5] + ([f"{what}: {extra} more rows are too long"] if extra > 0 else []))
+        more = [f"{section}.max_length: {extra} more rows are too long, {limit}; shorten them, {remedy}"]
+        raise DataError(report.problems[:5] + (more if extra > 0 else []))
     if not kept:
-        raise DataError([f"{what}: no row is left within {max_length} tokens; raise max_length"])
+        raise DataError([f"{section}.max_length: no {what} is left, {limit}; raise it"])
     return kept, out_prompts, out_responses, report
 
 
-def encode_demonstrations(tokenizer, rows: Sequence[Demonstration], *, max_length: int, on_too_long: str):
-    """Demonstrations → rows {input_ids, labels} (loss on the completion and its EOS only), and a LengthReport."""
-    prompts = [encode_prompt(tokenizer, r.prompt) for r in rows]
+def encode_demonstrations(tokenizer, rows: Sequence[Demonstration], *, names: Sequence[str], **limits):
+    """Demonstrations → (kept indices, rows {input_ids, labels}: loss on the completion and its EOS only, LengthReport).
+
+    limits: max_length, on_too_long and section, as of `fit_lengths`.
+    """
+    prompts = encode_prompts(tokenizer, (r.prompt for r in rows), names)
     responses = [[encode_response(tokenizer, r.completion)] for r in rows]
-    _, prompts, responses, report = fit_lengths(
-        prompts, responses, max_length=max_length, on_too_long=on_too_long, what="demonstrations"
-    )
-    return [
+    kept, prompts, responses, report = fit_lengths(prompts, responses, what="demonstration", names=names, **limits)
+    rows = [
         {"input_ids": p + r[0], "labels": [-100] * len(p) + r[0]} for p, r in zip(prompts, responses, strict=True)
-    ], report
+    ]
+    return kept, rows, report
+
+
+def document_end(tokenizer) -> int:
+    """The id that ends a document: <|endoftext|> where a chat model keeps one beside the end of a turn, else EOS."""
+    return tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
 
 
 def wrap_documents(tokenizer, rows: Iterable[Document], *, length: int) -> list[list[int]]:
-    """Documents, each ended by EOS, end to end and cut into rows of `length` ids; the last short row is dropped."""
+    """Documents, each ended by `document_end`, end to end and cut into rows of `length` ids; no last short row."""
     stream: list[int] = []
+    end = document_end(tokenizer)
     texts = [d.text for d in rows]
     for ids in tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []:
         stream.extend(ids)
-        stream.append(tokenizer.eos_token_id)
+        stream.append(end)
     return [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]

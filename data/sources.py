@@ -223,12 +223,19 @@ def load(
 
     A prompt that stands there twice is given once. DataError names every malformed row up to there.
     """
+    return load_placed(kind, path, hub, split, subset, limit, skip)[0]
+
+
+def load_placed(
+    kind, path=None, hub=None, split="train", subset=None, limit=None, skip=0
+) -> tuple[list[Record], list[str]]:
+    """As `load`, and the place of each record (FILE:LINE, or an index), for what is found wrong with it later."""
     loaded = read(kind, path, hub, split, subset, None if limit is None else skip + limit)
     if loaded.errors:
         raise DataError(loaded.errors)
     if skip >= len(loaded.records):
         raise DataError([f"{path or hub}: holds {len(loaded.records)} records and skip passes over {skip}; lower skip"])
-    return loaded.records[skip:]
+    return loaded.records[skip:], loaded.wheres[skip:]
 
 
 def read(kind, path=None, hub=None, split="train", subset=None, limit=None) -> Loaded:

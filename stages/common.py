@@ -15,6 +15,11 @@ def read(ctx: StageRun, kind: str) -> list:
     return sources.load(kind, **dataclasses.asdict(ctx.source(kind)))
 
 
+def read_placed(ctx: StageRun, kind: str) -> tuple[list, list[str]]:
+    """As `read`, and the place of each record, for error lines."""
+    return sources.load_placed(kind, **dataclasses.asdict(ctx.source(kind)))
+
+
 def device_of(ctx: StageRun) -> str:
     """ "cpu" or "cuda", as launch.device asks ("auto": a GPU if there is one)."""
     import torch
@@ -110,18 +115,20 @@ def show_samples(model, tokenizer, prompts, *, seed: int, response_length: int, 
 
 def load_groups(ctx: StageRun, tokenizer, split: str, *, max_length: int, on_too_long: str):
     """rankings/SPLIT.jsonl → (PromptGroups with at least one usable pair, LengthReport)."""
-    from data.encode import encode_prompt, encode_response, fit_lengths
+    from data.encode import encode_prompts, encode_response, fit_lengths
     from data.groups import PromptGroup
 
     file = ctx.inputs["rankings"] / f"{split}.jsonl"
-    rows = sources.load("rankings", path=file)
+    rows, places = sources.load_placed("rankings", path=file)
+    names = [f"{place} ({r.id})" for place, r in zip(places, rows, strict=True)]
     kept, prompts, responses, report = fit_lengths(
-        [encode_prompt(tokenizer, r.prompt) for r in rows],
+        encode_prompts(tokenizer, (r.prompt for r in rows), names),
         [[encode_response(tokenizer, text) for text in r.responses] for r in rows],
         max_length=max_length,
         on_too_long=on_too_long,
-        what=f"rankings/{split}",
-        names=[r.id for r in rows],
+        what="ranking",
+        names=names,
+        section=ctx.stage,
     )
     groups = [PromptGroup(p, rs, rows[i].ranks, rows[i].id) for i, p, rs in zip(kept, prompts, responses, strict=True)]
     groups = [g for g in groups if g.pairs()]

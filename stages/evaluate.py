@@ -9,13 +9,13 @@ import json
 
 import torch
 
-from data.encode import decode_response, encode_prompt, fit_lengths, wrap_documents
+from data.encode import decode_response, encode_prompts, fit_lengths, wrap_documents
 from data.groups import make_rows
 from data.streams import derive_seed, held_out
 from data.world import World
 from pipeline.errors import Interrupted
 from pipeline.stage import StageRun
-from stages.common import check_context, device_of, dtype_of, read, read_world
+from stages.common import check_context, device_of, dtype_of, read, read_placed, read_world
 from stages.engine import make_accelerator, micro_batches, perplexity_of
 from stages.models.forward import response_logprobs, score_all
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
@@ -149,14 +149,16 @@ def run(ctx: StageRun) -> dict:
 def load_prompts(ctx: StageRun, tokenizer):
     """(prompts as they are in the file, their ids)."""
     c = ctx.config
-    records = read(ctx, "evaluation_prompts")[: c.num_prompts]
-    ids = [encode_prompt(tokenizer, r.prompt) for r in records]
+    records, places = (part[: c.num_prompts] for part in read_placed(ctx, "evaluation_prompts"))
+    ids = encode_prompts(tokenizer, (r.prompt for r in records), places)
     kept, ids, _, report = fit_lengths(
         ids,
         [[] for _ in ids],
         max_length=c.max_length - c.response_length,
         on_too_long="drop" if c.on_too_long == "truncate" else c.on_too_long,
-        what="evaluation prompts",
+        what="prompt",
+        names=places,
+        section="evaluate",
     )
     ctx.tracker.say(f"evaluate: {report.line('evaluation prompts')}")
     return [p if isinstance(p, str) else list(p) for p in (records[i].prompt for i in kept)], ids

@@ -16,13 +16,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from data.encode import decode_response, encode_prompt, fit_lengths, wrap_documents
+from data.encode import decode_response, encode_prompts, fit_lengths, wrap_documents
 from data.groups import Rows, make_rows
 from data.records import DataError, prompt_key
 from data.streams import Stream, derive_seed, held_out
 from pipeline.errors import UserError
 from pipeline.stage import StageRun
-from stages.common import adapter_settings, card, check_context, device_of, dtype_of, read
+from stages.common import adapter_settings, card, check_context, device_of, dtype_of, read, read_placed
 from stages.engine import (
     Best,
     Trainee,
@@ -291,16 +291,18 @@ def load_roles(ctx: StageRun) -> Roles:
 def load_prompts(ctx: StageRun, tokenizer) -> tuple[list[list[int]], list[list[int]]]:
     """Prompt ids for training and, split off by the prompt's text, for the held-out figures."""
     c = ctx.config
-    records = read(ctx, "prompts")
+    records, places = read_placed(ctx, "prompts")
     if len(records) < 2:
         raise DataError([f"data.prompts: {len(records)} prompt; PPO needs at least 2, one of them to hold out"])
-    ids = [encode_prompt(tokenizer, r.prompt) for r in records]
+    ids = encode_prompts(tokenizer, (r.prompt for r in records), places)
     kept, ids, _, report = fit_lengths(
         ids,
         [[] for _ in ids],
         max_length=c.max_length - c.response_length,
         on_too_long="drop" if c.on_too_long == "truncate" else c.on_too_long,
-        what="prompts",
+        what="prompt",
+        names=places,
+        section="ppo",
     )
     ctx.tracker.say(f"ppo: {report.line('prompts')}")
     train, held = held_out(

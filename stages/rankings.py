@@ -9,13 +9,13 @@ import random
 import numpy as np
 
 from data import labelers
-from data.encode import decode_response, encode_prompt, fit_lengths
+from data.encode import decode_response, encode_prompts, fit_lengths
 from data.records import DataError, Ranking, judged_pairs, prompt_key, to_json, write_jsonl
 from data.streams import Stream, derive_seed, held_out
 from data.world import World
 from pipeline.errors import Interrupted
 from pipeline.stage import StageRun
-from stages.common import check_context, device_of, dtype_of, read, read_world
+from stages.common import check_context, device_of, dtype_of, read, read_placed, read_world
 from stages.engine import make_accelerator, micro_batches
 from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.transformers import sample
@@ -150,18 +150,21 @@ def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]], list[li
     policy = load_policy(source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code).to(
         accelerator.device
     )
-    records = read(ctx, "prompts")
+    records, places = read_placed(ctx, "prompts")
     chosen = Stream(len(records), derive_seed(ctx.seed, "prompts")).take(
         min(len(records), c.num_prompts or len(records))
     )
     prompts = [records[i].prompt for i in chosen]
-    ids = [encode_prompt(tokenizer, p) for p in prompts]
+    names = [places[i] for i in chosen]
+    ids = encode_prompts(tokenizer, prompts, names)
     kept, ids, _, report = fit_lengths(
         ids,
         [[] for _ in ids],
         max_length=c.max_length - c.response_length,
         on_too_long="drop" if c.on_too_long == "truncate" else c.on_too_long,
-        what="prompts",
+        what="prompt",
+        names=names,
+        section="rankings",
     )
     prompts = [prompts[i] for i in kept]
     ctx.tracker.say(f"rankings: {report.line('prompts')}; {c.samples_per_prompt} samples each")

@@ -64,7 +64,8 @@ def run(ctx: StageRun) -> dict:
     accelerator = make_accelerator(device_of(ctx), dtype_of(ctx.experiment))
     limits = {"max_length": c.max_length, "on_too_long": c.on_too_long}
     groups, report = load_groups(ctx, tokenizer, "train", **limits)
-    held, _ = load_groups(ctx, tokenizer, "validation", **limits)
+    held, held_report = load_groups(ctx, tokenizer, "validation", **limits)
+    report += held_report
     steps = total_steps(c, len(groups))
     ctx.tracker.say(
         f"rm: {report.line('rankings')}; {sum(len(g.pairs()) for g in groups)} pairs; "

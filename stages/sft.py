@@ -7,7 +7,7 @@ from data.encode import encode_demonstrations
 from data.records import DataError, prompt_key
 from data.streams import held_out
 from pipeline.stage import StageRun
-from stages.common import adapter_settings, card, check_context, device_of, dtype_of, read, show_samples
+from stages.common import adapter_settings, card, check_context, device_of, dtype_of, read_placed, show_samples
 from stages.language_modeling import train_language_model
 from stages.models.loading import load_policy, load_tokenizer, save_model
 from stages.settings import TooLong, Training, setting, too_long, total_steps
@@ -49,16 +49,19 @@ def run(ctx: StageRun) -> dict:
     check_context(ctx, source)
     tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
     model = load_policy(source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code)
-    demonstrations = read(ctx, "demonstrations")
-    if len({prompt_key(d.prompt) for d in demonstrations}) < 2:
-        raise DataError(["data.demonstrations: one prompt; at least 2 are needed, one of them to hold out"])
-    train, valid = held_out([prompt_key(d.prompt) for d in demonstrations], ctx.experiment.data.validation_fraction)
-    limits = {"max_length": c.max_length, "on_too_long": c.on_too_long}
-    rows, report = encode_demonstrations(tokenizer, [demonstrations[i] for i in train], **limits)
-    held, _ = encode_demonstrations(tokenizer, [demonstrations[i] for i in valid], **limits)
+    demonstrations, places = read_placed(ctx, "demonstrations")
+    kept, encoded, report = encode_demonstrations(
+        tokenizer, demonstrations, names=places, max_length=c.max_length, on_too_long=c.on_too_long, section="sft"
+    )
+    prompts = [demonstrations[i].prompt for i in kept]
+    train, valid = held_out([prompt_key(p) for p in prompts], ctx.experiment.data.validation_fraction)
+    if not valid:
+        problem = f"one prompt is left within {c.max_length} tokens; at least 2 are needed, one of them to hold out"
+        raise DataError([f"data.demonstrations: {problem}"])
+    rows, held = ([encoded[i] for i in part] for part in (train, valid))
     steps = total_steps(c, len(rows))
     ctx.tracker.say(f"sft: {report.line('demonstrations')}; {len(held)} held out; {steps} steps")
-    shown = [demonstrations[i].prompt for i in valid[:4]]
+    shown = [prompts[i] for i in valid[:4]]
     model, figures = train_language_model(
         ctx,
         model,

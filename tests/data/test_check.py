@@ -132,7 +132,8 @@ def test_what_is_too_long_is_what_training_would_find(tmp_path, on_too_long, tex
     records = load("demonstrations", path)
     prompts = [encode_prompt(Letters(), r.prompt) for r in records]
     responses = [[encode_response(Letters(), r.completion)] for r in records]
-    options = {"max_length": 9, "on_too_long": on_too_long, "what": "demonstrations"}
+    options = {"max_length": 9, "on_too_long": on_too_long, "what": "demonstration", "section": "sft"}
+    options["names"] = [f"{path}:{n}" for n in range(1, len(records) + 1)]
     if on_too_long == "error":
         assert [line.partition(": ")[0] for line in report.errors] == [f"{path}:{n}" for n in (3, 4, 5)]
         with pytest.raises(DataError) as caught:

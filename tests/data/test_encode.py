@@ -12,6 +12,7 @@ from data.encode import (
     decode_response,
     encode_demonstrations,
     encode_prompt,
+    encode_prompts,
     encode_response,
     fit_lengths,
     train_tokenizer,
@@ -140,7 +141,9 @@ class TestPromptAndResponse:
 
 
 def limit(prompts, responses, max_length=8, **options):
-    return fit_lengths(prompts, responses, max_length=max_length, what="rows", **options)
+    names = options.pop("names", [f"rows.jsonl:{n}" for n in range(1, len(prompts) + 1)])
+    options |= {"max_length": max_length, "what": "row", "names": names, "section": "sft"}
+    return fit_lengths(prompts, responses, **options)
 
 
 class TestLengths:
@@ -166,16 +169,22 @@ class TestLengths:
         with pytest.raises(DataError) as error:
             limit(*self.rows, on_too_long="error", names=["a", "b", "c"])
         assert len(error.value.lines) == 2
-        assert (
-            "rows b: 10 tokens, the limit is 8" in error.value.lines[0]
-            and "on_too_long" in error.value.lines[0]
-        )
-        assert "rows c: 9 tokens" in error.value.lines[1]
+        remedy = "shorten it, raise sft.max_length, or set sft.on_too_long: drop or truncate"
+        assert error.value.lines[0] == f"b: row of 10 tokens, the limit is 8; {remedy}"
+        assert error.value.lines[1].startswith("c: row of 9 tokens")
+
+    def test_prompts_alone_can_only_be_dropped(self):
+        with pytest.raises(DataError) as error:
+            limit([[1] * 9], [[]], on_too_long="error")
+        (line,) = error.value.lines
+        assert line.startswith("rows.jsonl:1: row of 9 tokens, the limit is 8 (max_length less response_length); ")
+        assert line.endswith("or set sft.on_too_long: drop")
 
     def test_many_errors_are_cut_to_five_and_a_count(self):
         with pytest.raises(DataError) as error:
             limit([[1] * 9] * 12, [[[2]]] * 12, on_too_long="error")
-        assert len(error.value.lines) == 6 and "7 more" in error.value.lines[-1]
+        assert len(error.value.lines) == 6
+        assert error.value.lines[-1].startswith("sft.max_length: 7 more rows are too long, the limit is 8; shorten")
 
     def test_rows_that_fit_pass_every_policy_untouched(self):
         for policy in ("error", "drop", "truncate"):
@@ -183,17 +192,35 @@ class TestLengths:
             assert (kept, prompts, responses, report.kept) == ([0], [self.fits[0]], [self.fits[1]], 1)
 
     def test_nothing_left_is_an_error(self):
-        with pytest.raises(DataError, match="no row is left"):
+        with pytest.raises(DataError, match="sft.max_length: no row is left, the limit is 8; raise it"):
             limit([[1] * 9], [[[2]]], on_too_long="drop")
 
     def test_prompts_without_responses_are_measured_alone(self):
         assert limit([[1] * 8, [1] * 9], [[], []], on_too_long="drop")[0] == [0]
 
 
+PLACE = {"names": ["my.jsonl:200"], "section": "sft"}
+
+
 class TestRows:
+    def test_a_too_long_demonstration_is_named_by_its_place(self, tokenizer):
+        with pytest.raises(DataError, match=r"my\.jsonl:200: demonstration of \d+ tokens, the limit is 3; "):
+            encode_demonstrations(
+                tokenizer, [Demonstration(TEXTS[0], TEXTS[1])], max_length=3, on_too_long="error", **PLACE
+            )
+
+    def test_every_prompt_that_the_template_refuses_is_named_by_its_place(self, tokenizer, monkeypatch):
+        refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        monkeypatch.setattr(tokenizer, "chat_template", refusing + tokenizer.chat_template)
+        prompts = [conversation("a", system="b"), "plain", conversation("c", system="d")]
+        with pytest.raises(DataError) as error:
+            encode_prompts(tokenizer, prompts, ["x:1", "x:2", "x:3"])
+        what = "the model's chat template refuses this prompt (no system); change its messages"
+        assert error.value.lines == [f"x:1: {what}", f"x:3: {what}"]
+
     def test_a_demonstrations_loss_is_on_its_completion_and_eos_only(self, tokenizer):
-        (row,), report = encode_demonstrations(
-            tokenizer, [Demonstration(TEXTS[0], TEXTS[1])], max_length=64, on_too_long="error"
+        _, (row,), report = encode_demonstrations(
+            tokenizer, [Demonstration(TEXTS[0], TEXTS[1])], max_length=64, on_too_long="error", **PLACE
         )
         prompt, response = encode_prompt(tokenizer, TEXTS[0]), encode_response(tokenizer, TEXTS[1])
         assert row["input_ids"] == prompt + response
@@ -202,8 +229,8 @@ class TestRows:
 
     def test_a_truncated_demonstration_keeps_labels_and_ids_alike(self, tokenizer):
         size = len(encode_prompt(tokenizer, TEXTS[0])) + 2
-        (row,), report = encode_demonstrations(
-            tokenizer, [Demonstration(TEXTS[0], TEXTS[1])], max_length=size, on_too_long="truncate"
+        _, (row,), report = encode_demonstrations(
+            tokenizer, [Demonstration(TEXTS[0], TEXTS[1])], max_length=size, on_too_long="truncate", **PLACE
         )
         assert len(row["input_ids"]) == len(row["labels"]) == size and report.truncated == 1
         assert row["labels"][-2:] == row["input_ids"][-2:] and tokenizer.eos_token_id not in row["input_ids"]

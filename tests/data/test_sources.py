@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from data.records import DataError, Demonstration, Document, Prompt, Ranking
-from data.sources import FORMS, load, read
+from data.sources import FORMS, load, load_placed, read
 
 REAL = Path(__file__).parents[3] / "shared" / "data"  # data sets that lie beside the repository
 
@@ -333,3 +333,9 @@ def test_the_real_files_load(kind, name, rows):
 
 def test_every_kind_has_its_forms():
     assert set(FORMS) == {"documents", "demonstrations", "rankings", "prompts", "evaluation_prompts"}
+
+
+def test_the_place_of_each_record_goes_with_it(tmp_path):
+    path = written(tmp_path, *[{"prompt": text} for text in "aabc"])
+    records, places = load_placed("prompts", path, skip=1)
+    assert [p.prompt for p in records] == ["b", "c"] and places == [f"{path}:3", f"{path}:4"]
