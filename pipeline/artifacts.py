@@ -4,12 +4,15 @@ not at all.
 A stage folder in its states:
 
     manifest.json + what it names   done (the manifest is renamed in last)
-    run.json                        a run began and is not published; nobody holds the lock: it was
-    interrupted .lock                           held (flock) while a process works on the stage; a kill frees
-    it .redo/                          the journals of a run that redoes a finished stage .tmp-*
-    unfinished, worthless .publish/                       complete, with its manifest: renamed into place now,
-    or by the next open after a crash .old/                           what `.publish` replaces; removed after
-    the new manifest stands
+    run.json                        a run began and is not published; nobody holds the lock: it was interrupted
+    checkpoints/                    of the run that was published, or of a first one under way
+    .lock                           held (flock) while a process works on the stage; a kill frees it
+    .redo/                          journals and checkpoints of a run that redoes a finished stage; the artifact's
+                                    own checkpoints stay until the new manifest stands, and these take their place
+    .tmp-*                          unfinished, worthless
+    .publish/                       complete, with its manifest: renamed into place now, or by the next open after
+                                    a crash
+    .old/                           what `.publish` replaces; removed after the new manifest stands
 """
 
 import fcntl
@@ -105,7 +108,7 @@ class ArtifactStore:
             ) from None
 
     def work_folder(self, stage: str) -> Path:
-        """Where a run keeps its journals: not among the files of a finished artifact."""
+        """Where a run keeps its journals and checkpoints: not among the files of a finished artifact."""
         folder = self.folder(stage)
         return folder / ".redo" if os.path.lexists(folder / "manifest.json") else folder
 
@@ -251,6 +254,11 @@ class ArtifactStore:
         with suppress(UserError):
             run, manifest = self.run(stage), self.manifest(stage)
             if run is not None and manifest is not None and run["run_id"] == manifest["run_id"]:
+                saved = folder / ".redo" / "checkpoints"
+                if saved.exists():  # a redo's (there, if perhaps empty, since it began) replace the old run's
+                    _remove_whole(folder / "checkpoints")
+                    os.rename(saved, folder / "checkpoints")
+                    files.fsync_folder(folder)
                 self._end_run(stage)
                 for damaged in (folder / "checkpoints").glob(".damaged-*"):
                     files.remove(damaged)
@@ -261,37 +269,42 @@ class ArtifactStore:
         """Starts a run: drops what an earlier one left (never a finished artifact) and writes run.json. Under
         the lock."""
         self.drop_run(stage)
-        self.work_folder(stage).mkdir(exist_ok=True)
+        if (work := self.work_folder(stage)) != self.folder(stage):
+            (work / "checkpoints").mkdir(parents=True)
         self.record_run(stage, run)
 
     def record_run(self, stage: str, run: dict[str, Any]) -> None:
         files.write_json(self.folder(stage) / "run.json", files.seal(run))
 
     def drop_run(self, stage: str) -> None:
-        """Forgets an interrupted run with its checkpoints and journals; a finished artifact stays. Under the
-        lock."""
+        """Forgets an interrupted run with its checkpoints and journals; a finished artifact and its checkpoints
+        stay. Under the lock."""
         assert stage in self._held, "a run is dropped under the lock"
         folder = self.folder(stage)
         self._end_run(stage)
-        if (folder / "checkpoints").exists():
-            # renamed first: a kill in the middle leaves no half of them under a good name
-            doomed = folder / ".tmp-checkpoints"
-            files.remove(doomed)
-            os.rename(folder / "checkpoints", doomed)
-            files.remove(doomed)
-        if not (folder / "manifest.json").exists():
+        if not os.path.lexists(folder / "manifest.json"):
+            _remove_whole(folder / "checkpoints")
             for name in JOURNALS:
                 files.remove(folder / name)
 
     def _end_run(self, stage: str) -> None:
         folder = self.folder(stage)
-        files.remove(folder / ".redo")
+        _remove_whole(folder / ".redo")
         files.remove(folder / "run.json")
         files.fsync_folder(folder)
 
     def progress(self, stage: str) -> tuple[int | None, int | None]:
         """Step and total of an interrupted run, from its newest checkpoint; (None, None) without one."""
-        return checkpoints.progress(self.folder(stage) / "checkpoints") or (None, None)
+        return checkpoints.progress(self.work_folder(stage) / "checkpoints") or (None, None)
+
+
+def _remove_whole(folder: Path) -> None:
+    """Removes a folder, renamed first: a kill in the middle leaves no half of it under a good name."""
+    if folder.exists():
+        doomed = folder.with_name(f".tmp-{folder.name.removeprefix('.')}")
+        files.remove(doomed)
+        os.rename(folder, doomed)
+        files.remove(doomed)
 
 
 def _top_names(manifest: Path) -> set[str]:

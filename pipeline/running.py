@@ -88,10 +88,10 @@ def run_stage(job: Job) -> dict[str, Any]:
             files.remove(context.publish)
             if not checkpoints.step_folders(context.checkpoints.folder):
                 job.store.drop_run(job.name)  # nothing to go on from: the stage is what it was before
+    context.checkpoints.prune()
     manifest = job.store.publish(
         job.name, context.publish, record(job, run, metrics, context.tracker.tracker_run_id)
     )
-    context.checkpoints.prune()
     headline = [f"{key} {figure(metrics[key])}" for key in job.module.HEADLINE if key in metrics]
     done = " · ".join([f"done in {duration(time.monotonic() - started)}", *headline])
     job.say(f"{done} → {job.store.folder(job.name)}")
@@ -190,7 +190,7 @@ def prepare(job: Job, run: dict[str, Any]) -> StageRun:
         work, job.name, experiment.tracking, run["run_id"], experiment.name, run["config"], job.console
     )
     saved = checkpoints.CheckpointStore(
-        folder=folder / "checkpoints",
+        folder=work / "checkpoints",
         every=experiment.checkpoints.every,
         keep=experiment.checkpoints.keep,
         run_id=run["run_id"],

@@ -47,7 +47,9 @@ def publish(store, contents, run_id):
             )
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             (path / name).write_text(text)
-        (store.folder("sft") / "checkpoints" / "step-00000001").mkdir(parents=True, exist_ok=True)
+        step = store.work_folder("sft") / "checkpoints" / "step-00000001"
+        step.mkdir(parents=True, exist_ok=True)
+        (step / "run").write_text(run_id)
         return store.publish("sft", store.folder("sft") / ".tmp-publish", record(run_id))
 
 
@@ -108,6 +110,7 @@ def test_a_crash_at_any_point_of_publication_leaves_the_old_or_the_new(tmp_path,
             seen.add("none")
         else:
             assert published(store) == (NEW if manifest["run_id"] == "new" else OLD)
+            assert (folder / "checkpoints" / "step-00000001" / "run").read_text() == manifest["run_id"]
             seen.add(manifest["run_id"])
             assert not (folder / ".old").exists() and not (folder / ".publish").exists()
             gone = (

@@ -302,6 +302,31 @@ def test_an_interrupted_redo_leaves_the_finished_artifact(world):
     assert contents(world) != before and world.store.manifest("fit")["resumes"] == 1
 
 
+def steps(world, folder="checkpoints"):
+    return sorted(path.name for path in (world.store.folder("fit") / folder).glob("step-*"))
+
+
+def test_a_redo_that_fails_early_leaves_the_finished_artifact_with_its_checkpoints(world):
+    world.run("fit")
+    before, saved, run_fit = contents(world), steps(world), world.stages["fit"].run
+    assert saved == ["step-00000004", "step-00000008"]
+
+    def run(ctx):
+        assert ctx.checkpoints.newest() is None
+        raise UserError("rows.jsonl:3: is no JSON; mend the line")
+
+    world.stages["fit"].run = run
+    refused(world, "fit", force=True)
+    assert contents(world) == before and steps(world) == saved and kinds(world.states())["fit"] == "done"
+    world.stages["fit"].run = run_fit
+    interrupt(world, 6, force=True)
+    assert steps(world) == saved and steps(world, ".redo/checkpoints") == ["step-00000004", "step-00000006"]
+    world.run("fit", "fit.steps=6", restart=True)
+    assert steps(world) == ["step-00000004"] and not (world.store.folder("fit") / ".redo").exists()
+    world.run("fit", "fit.steps=6", "checkpoints.every=0", force=True)
+    assert steps(world) == []
+
+
 def test_a_forced_redo_that_was_interrupted_goes_on_with_force(world):
     world.run("fit")
     before = contents(world)
