@@ -16,8 +16,10 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",  # tokenizers warns of forks otherwise
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",  # else each retry of a missing id is a line
     "TRANSFORMERS_VERBOSITY": "error",  # what matters is said by the stages
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "GOMP_SPINCOUNT": "1000",  # waiting threads soon sleep: beside a busy program a step takes 2 × as long, not 12 ×
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS repeats itself only with a fixed workspace
 }
 

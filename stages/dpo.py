@@ -9,6 +9,7 @@ import torch
 
 from data import sources
 from data.groups import batch_groups
+from data.streams import Stream, derive_seed
 from pipeline.stage import StageRun
 from stages.common import adapter_settings, card, check_context, device_of, dtype_of, load_groups, sharing, show_samples
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
@@ -75,7 +76,8 @@ def run(ctx: StageRun) -> dict:
     accelerator = make_accelerator(device_of(ctx), dtype_of(ctx.experiment))
     limits = {"max_length": c.max_length, "on_too_long": c.on_too_long}
     groups, report = load_groups(ctx, tokenizer, "train", **limits)
-    held, _ = load_groups(ctx, tokenizer, "validation", **limits)
+    held, held_report = load_groups(ctx, tokenizer, "validation", **limits)
+    report += held_report
     steps = total_steps(c, len(groups))
     ctx.tracker.say(f"dpo: {report.line('rankings')}; {len(held)} rankings held out; {steps} steps")
     policy = load_policy(source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code)
@@ -83,11 +85,13 @@ def run(ctx: StageRun) -> dict:
     share = sharing(ctx, policy)
 
     # 1 the reference's log-probabilities, once: the policy is the reference before training
-    reference = {}
-    for name, part in (("train", groups), ("validation", held)):
-        reference[name] = reference_logps(
-            policy, part, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size, share
-        )
+    batch_size = c.per_device_train_batch_size * c.gradient_accumulation_steps
+    drawn = sorted(set(Stream(len(groups), derive_seed(ctx.seed, ctx.stage)).take(steps * batch_size)))  # as in fit
+    options = (tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size, share)
+    reference = {
+        "train": dict(zip(drawn, reference_logps(policy, [groups[i] for i in drawn], *options), strict=True)),
+        "validation": reference_logps(policy, held, *options),
+    }
 
     if m.gradient_checkpointing:
         policy.activation_checkpointing_enable()
@@ -144,7 +148,7 @@ def run(ctx: StageRun) -> dict:
         accelerator,
         size=len(groups),
         steps=steps,
-        batch_size=c.per_device_train_batch_size * c.gradient_accumulation_steps,
+        batch_size=batch_size,
         micro_size=c.per_device_train_batch_size,
         loss=lambda rows, prompts: forward(groups, reference["train"], rows, prompts),
         evaluate=evaluate,
