@@ -78,21 +78,26 @@ def check(
 
 
 def guess_kind(path: str | Path) -> str | None:
-    """The kind as which most of the first 50 rows can be read; between equals the file's name decides."""
+    """The kind whose keys the first 50 rows have: a kind in the file's name if all do, else the most specific one.
+
+    Damaged rows have the keys of their kind too, so only between kinds of the same keys do whole rows decide.
+    """
     in_name = [kind for kind in ("evaluation_prompts", *TRAINING) if kind in Path(path).stem]
-    fits = dict.fromkeys([*in_name, *TRAINING], (0, 0))
-    for _, value in islice(file_rows(path, Reading()), 50):
-        for kind, (whole, known) in fits.items():
+    rows = [value for _, value in islice(file_rows(path, Reading()), 50)]
+    known, keys, whole = Counter(), Counter(), Counter()
+    for value in rows:
+        for kind in dict.fromkeys([*in_name, *TRAINING]):
             try:
                 form, row = recognise(kind, value)
-                known += 1
+                known[kind] += 1
+                keys[kind] += len(form.needs)
                 RECORD[kind](form.convert(row))
-                whole += 1
+                whole[kind] += 1
             except ValueError:
                 pass
-            fits[kind] = (whole, known)
-    best = max(fits, key=fits.get)
-    return best if any(fits[best]) else None
+    if named := [kind for kind in in_name if known[kind] == len(rows) > 0]:
+        return named[0]
+    return max(TRAINING, key=lambda kind: (keys[kind], whole[kind])) if known else None
 
 
 def named_keys(value: object) -> str:

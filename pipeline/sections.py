@@ -14,7 +14,8 @@ KINDS = ("documents", "demonstrations", "prompts", "evaluation_prompts", "rankin
 
 HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 PACKAGE = re.compile(r"package:[A-Za-z0-9._-]+")
-DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
+FILE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".md", ".yaml", ".yml")
+FILE_SUFFIXES += (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".gguf", ".safetensors", ".bin", ".pt")
 
 
 class PeftConfig(BaseModel):
@@ -121,13 +122,20 @@ class LaunchConfig(BaseModel):
 
 
 def is_hub_id(text: str) -> bool:
-    """`org/name`, unless such a path exists or it is named like a data file."""
+    """`org/name`, unless such a path exists, a folder `org` does, or it is named like a file."""
     return (
         HUB_ID.fullmatch(text) is not None
-        and not text.endswith(DATA_SUFFIXES)
-        and not text.startswith("~")
+        and not text.lower().endswith(FILE_SUFFIXES)
         and not Path(text).exists()
+        and not Path(text).parent.is_dir()
     )
+
+
+def local_folder(name_or_path: str | None) -> Path | None:
+    """The folder that model.name_or_path names; None for a Hub id, a package or a model from scratch."""
+    if name_or_path is None or PACKAGE.fullmatch(name_or_path) or is_hub_id(name_or_path):
+        return None
+    return Path(name_or_path).expanduser()
 
 
 def names_hub(tree: dict[str, Any]) -> bool:

@@ -49,7 +49,7 @@ PAIR = {"prompt": "p", "chosen": "x", "rejected": "y"}
         ({"prompt": "p", "completion": "c"}, "my_prompts.jsonl", "prompts"),
         ({"instruction": "i", "input": "", "output": "o"}, "rows.jsonl", "demonstrations"),
         (PAIR, "rows.jsonl", "rankings"),
-        ({"prompt": "p", "responses": ["x"], "ranks": [1]}, "rows.jsonl", "prompts"),
+        ({"prompt": "p", "responses": ["x"], "ranks": [1]}, "rows.jsonl", "rankings"),
         ({"text": "t"}, "prompts.jsonl", "documents"),
         ("t", "rows.jsonl", "documents"),
         ("t", "prompts.jsonl", "prompts"),
@@ -61,6 +61,20 @@ PAIR = {"prompt": "p", "chosen": "x", "rejected": "y"}
 )
 def test_the_kind_is_seen_from_the_keys(tmp_path, row, name, kind):
     assert guess_kind(written(tmp_path, row, name=name)) == kind
+
+
+@pytest.mark.parametrize(
+    "rows, kind",
+    [
+        ([{"prompt": "p", "completion": ""}] * 3, "demonstrations"),
+        ([{"prompt": "p", "completion": ""}] * 3 + [{"prompt": "p"}], "demonstrations"),
+        ([{"prompt": "p", "responses": ["a"], "ranks": [1]}], "rankings"),
+        ([{"prompt": "p", "chosen": 1, "rejected": "b"}], "rankings"),
+        ([{"messages": [{"role": "user", "content": "p"}]}], "prompts"),
+    ],
+)
+def test_damaged_rows_are_still_of_their_kind(tmp_path, rows, kind):
+    assert guess_kind(written(tmp_path, *rows)) == kind
 
 
 def test_demonstrations_in_words(tmp_path):

@@ -220,6 +220,9 @@ def test_data_sources(tmp_path):
     assert data.prompts == "here.jsonl" and data.documents.limit == 3 and data.documents.split == "train"
     assert is_hub_id("Anthropic/hh-rlhf") and not is_hub_id("org/name") and not is_hub_id("a/b.jsonl")
     assert not is_hub_id("./x") and not is_hub_id("../x") and not is_hub_id("a/b/c") and not is_hub_id("~/x")
+    (tmp_path / "here").mkdir()
+    for path in ("nowhere/x.txt", "data/x.CSV", "a/x.jsonl.gz", "here/x"):
+        assert not is_hub_id(path)
     assert names_hub({"data": {"prompts": {"path": "x/y"}}}) and names_hub({"model": {"name_or_path": "x/y"}})
     assert not names_hub({"data": {"prompts": "world"}}) and not names_hub({"data": 3}) and not names_hub({})
     (line,) = errors(tmp_path, "name: a\nmodel: {name_or_path: gone/a/model}\n")
