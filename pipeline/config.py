@@ -15,7 +15,6 @@ from pydantic_core import PydanticUndefined
 from pipeline.errors import UserError
 from pipeline.sections import (
     KINDS,
-    PACKAGE,
     STRICT,
     CheckpointsConfig,
     DataConfig,
@@ -23,6 +22,7 @@ from pipeline.sections import (
     ModelConfig,
     TrackingConfig,
     is_hub_id,
+    local_folder,
     source_path,
 )
 from pipeline.yaml_tree import Tree, dotted, read_tree, show
@@ -264,8 +264,8 @@ def _path_problems(tree: dict[str, Any]) -> list[tuple[tuple, str]]:
                 (where, f"no such file: {text}; should be world, an existing path or a Hub id org/name")
             )
     text = model.get("name_or_path") if isinstance(model, dict) else None
-    if isinstance(text, str) and not PACKAGE.fullmatch(text) and not is_hub_id(text):
-        if not text or "\0" in text or not Path(text).expanduser().is_dir():
+    if isinstance(text, str) and (folder := local_folder(text)) is not None:
+        if not text or "\0" in text or not folder.is_dir():
             what = f"no such folder: {text}; should be a folder, a Hub id org/name, package:NAME or null"
             problems.append((("model", "name_or_path"), what))
     return problems

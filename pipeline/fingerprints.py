@@ -72,6 +72,9 @@ def describe_today(
             data[kind]["rows"] = _count_rows(source.path)
         elif source.hub is not None:  # what moves behind a Hub id is not seen: pin it by a local copy
             inputs[f"data:{kind}"] = hashlib.sha256(f"{source.hub}@main".encode()).hexdigest()
+    for key, folder in folders(module, experiment).items():
+        hashes[folder] = hashes.get(folder) or _hash_data(folder)
+        inputs[f"folder:{key}"] = hashes[folder]
     if data:
         data["validation_fraction"] = everything["data"]["validation_fraction"]
     # the last four are recorded, and never a reason to do anything again
@@ -98,21 +101,32 @@ def sources(module: Any, experiment: Any) -> dict[str, Source]:
     return found
 
 
+def folders(module: Any, experiment: Any) -> dict[str, Path]:
+    """Model folders from outside that a stage reads, by the key that names each."""
+    return module.folders(experiment) if hasattr(module, "folders") else {}
+
+
 def compare(name: str, record: dict[str, Any], today: Today) -> list[Change]:
     """What differs between a manifest or run.json and today, in words. Empty if and only if the fingerprints
     are the same (inputs that are not there yet do not count)."""
     if record["fingerprint"] == today.fingerprint:
         return []
-    changes = []
+    kinds = _other_places(record["config"], today.config)
+    changes = [Change(f"data.{kind} {before} → {after}", False) for kind, (before, after) in kinds.items()]
+    said = {f"data.{kind}" for kind in kinds}  # with the keys in them
+    if not (_kinds(record["config"]) and _kinds(today.config)):
+        said |= {"data", "data.validation_fraction"}
     old, new = (_flatten(_settings(name, config)) for config in (record["config"], today.config))
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key, "unset"), new.get(key, "unset")
-        if before != after:
+        if before != after and key not in said and key.rpartition(".")[0] not in said - {"data"}:
             changes.append(Change(f"{key} {_short(before)} → {_short(after)}", True, key, before, after))
     for key in sorted(record["inputs"].keys() | today.inputs.keys()):
         before, after = record["inputs"].get(key), today.inputs.get(key)
-        if before == after or key in today.waiting:
+        if before == after or key in today.waiting or key.removeprefix("data:") in kinds:
             continue
+        if key == "world" and None in (before, after) and any("world" in places for places in kinds.values()):
+            continue  # the change of place has said it
         digests = f"{(before or 'none')[:6]} → {(after or 'none')[:6]}"
         if key.startswith("data:"):
             kind = key.removeprefix("data:")
@@ -120,11 +134,26 @@ def compare(name: str, record: dict[str, Any], today: Today) -> list[Change]:
             rows = [fact.get("rows") for fact in facts]
             counted = f", rows {rows[0]} → {rows[1]}" if None not in rows else ""
             changes.append(Change(f"data.{kind} changed ({facts[1].get('path')}, {digests}{counted})", False))
+        elif key.startswith("folder:"):
+            changes.append(Change(f"what lies in {key.removeprefix('folder:')} changed ({digests})", False))
         else:
             changes.append(Change(f"{key} artifact changed ({digests})", False))
     if not changes and not today.waiting:
         changes.append(Change("what its fingerprint is made of changed", False))
     return changes
+
+
+def _kinds(config: dict[str, Any]) -> dict[str, str]:
+    """Kind of data → its path, Hub id or "world", of a recorded config."""
+    facts = config.get("data", {})
+    return {kind: fact.get("path") for kind, fact in facts.items() if isinstance(fact, dict)}
+
+
+def _other_places(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Kinds of data that are now read and were not, or the other way, or that moved into the world or out of it."""
+    before, after = _kinds(old), _kinds(new)
+    pairs = {k: (before.get(k, "not read"), after.get(k, "not read")) for k in sorted(before.keys() | after.keys())}
+    return {k: p for k, p in pairs.items() if p[0] != p[1] and {"world", "not read"} & set(p)}
 
 
 def _settings(name: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -161,14 +190,15 @@ def _short(value: Any) -> str:
 
 
 def _hash_data(path: Path) -> str:
-    """A file's sha256; a folder's from the names and digests of its files."""
+    """A file's sha256; a folder's from the names and digests of its files (but hidden ones: caches, .git)."""
     try:
         if path.is_dir():
             names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+            names = [name for name in names if not any(part.startswith(".") for part in Path(name).parts)]
             return files.sha256_json({name: files.sha256_file(path / name) for name in names})
         return files.sha256_file(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); should be a data file") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); should be a file or folder") from None
 
 
 def _count_rows(path: Path) -> int | None:

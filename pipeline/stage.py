@@ -1,7 +1,7 @@
 """What a stage gets from the pipeline. A stage is a module (or any object) with
 
 NAME, Config, METRICS, HEADLINE, needs(experiment), reads(experiment), run(StageRun) -> metrics, and maybe
-check(experiment)
+check(experiment) -> lines, folders(experiment) -> {key: folder of a model from outside that it reads}
 """
 
 from dataclasses import dataclass, field

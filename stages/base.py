@@ -6,6 +6,7 @@ loss = − mean log π(token | before)     over documents, each ended by EOS, pa
 from data.encode import train_tokenizer, wrap_documents
 from data.records import DataError
 from data.streams import held_out
+from pipeline.sections import local_folder
 from pipeline.stage import StageRun
 from stages.common import card, count, device_of, dtype_of, read
 from stages.language_modeling import train_language_model
@@ -42,6 +43,11 @@ def reads(experiment) -> list[str]:
     return ["documents"] if experiment.model.name_or_path is None else []
 
 
+def folders(experiment) -> dict:
+    folder = local_folder(experiment.model.name_or_path)
+    return {} if folder is None else {"model.name_or_path": folder}
+
+
 def check(experiment) -> list[str]:
     m, length = experiment.model, experiment.base.max_length
     if m.name_or_path is None and length > m.max_position_embeddings:
@@ -54,7 +60,9 @@ def run(ctx: StageRun) -> dict:
     m, c = ctx.experiment.model, ctx.config
     if m.name_or_path is not None:
         model, tokenizer = load_pretrained(
-            m.name_or_path, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code
+            str(local_folder(m.name_or_path) or m.name_or_path),
+            attn_implementation=m.attn_implementation,
+            trust_remote_code=ctx.trust_remote_code,
         )
         figures = {"pretrained": m.name_or_path}
     else:

@@ -128,6 +128,11 @@ def reads(experiment) -> list[str]:
     return ["prompts"] + (["documents"] if experiment.ppo.ptx_coef else [])
 
 
+def folders(experiment) -> dict:
+    folder = experiment.ppo.reward_model
+    return {} if folder is None else {"ppo.reward_model": Path(folder).expanduser()}
+
+
 def check(experiment) -> list[str]:
     c, wrong = experiment.ppo, []
     if c.batch_size % c.mini_batch_size:
@@ -152,7 +157,7 @@ def check(experiment) -> list[str]:
         )
     elif c.total_episodes < c.batch_size:
         wrong.append(f"ppo.total_episodes: {c.total_episodes} is less than one batch of {c.batch_size}; raise it")
-    if c.reward_model is not None and not (Path(c.reward_model) / "config.json").is_file():
+    if c.reward_model is not None and not (Path(c.reward_model).expanduser() / "config.json").is_file():
         wrong.append(
             f"ppo.reward_model: {c.reward_model} holds no config.json; give the model/ folder of a reward model"
         )
@@ -270,7 +275,7 @@ def load_roles(ctx: StageRun) -> Roles:
     options = {"attn_implementation": m.attn_implementation, "trust_remote_code": ctx.trust_remote_code}
     sft = ctx.inputs["sft"] / "model"
     check_context(ctx, sft)
-    rm = Path(c.reward_model) if c.reward_model else ctx.inputs["rm"] / "model"
+    rm = Path(c.reward_model).expanduser() if c.reward_model else ctx.inputs["rm"] / "model"
     tokenizer = load_tokenizer(sft, trust_remote_code=ctx.trust_remote_code)
     same_tokenizer(tokenizer, load_tokenizer(rm, trust_remote_code=ctx.trust_remote_code), str(rm))
     reward_model = load_scalar_model(rm, **options).requires_grad_(False)

@@ -150,6 +150,42 @@ def test_data_counts_by_content_and_not_by_name_or_time(world, tmp_path):
     assert kinds(world.states(at))["fit"] == "done"
 
 
+def test_data_from_another_place_is_one_phrase(world, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    world.run("fit")
+    world.stages = fakes.stages(reads=["prompts"])
+    assert world.states("data.prompts=rows.jsonl")["fit"].reasons == ["data.prompts not read → rows.jsonl"]
+    world.run("fit", "data.prompts=rows.jsonl")
+    world.stages = fakes.stages()
+    assert world.states()["fit"].reasons == ["data.prompts rows.jsonl → not read"]
+
+
+def test_data_that_leaves_the_world_is_one_phrase(world, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    world.stages = fakes.stages(reads=["prompts"])
+    world.stages = {"world": world.stages.pop("text"), **world.stages}
+    world.stages["world"].NAME = "world"
+    world.stages["fit"].needs = world.stages["page"].needs = fakes.nothing
+    world.stages["fit"].run = lambda ctx: {}
+    world.path.write_text("name: small\n")
+    world.run("fit")
+    (reason,) = world.states("data.prompts={path: rows.jsonl, limit: 1}")["fit"].reasons
+    assert reason == "data.prompts world → rows.jsonl"
+
+
+def test_what_lies_in_a_folder_from_outside_counts(world, tmp_path):
+    folder = tmp_path / "model"
+    (folder / ".cache").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    world.stages["fit"].folders = lambda experiment: {"fit.model": folder}
+    world.run("fit")
+    (folder / ".cache" / "lock").write_text("")
+    assert kinds(world.states())["fit"] == "done" and "folder:fit.model" in world.store.manifest("fit")["inputs"]
+    (folder / "config.json").write_text("{ }")
+    (reason,) = world.states()["fit"].reasons
+    assert reason.startswith("what lies in fit.model changed (")
+
+
 def test_a_hub_id_is_an_input_too(world):
     world.stages = fakes.stages(reads=["prompts"])
     world.run("fit", "data.prompts=org/set")
