@@ -150,7 +150,8 @@ def begin_run(job: Job) -> dict[str, Any]:
 
 
 def resumable_run(job: Job) -> dict[str, Any] | None:
-    """The interrupted run to go on with, brought up to today; None = begin."""
+    """The interrupted run to go on with, brought up to today; None = begin. Changed settings are recorded with the
+    first checkpoint that they made (see `prepare`): a stage that refuses them leaves the run as it was."""
     run, state = job.state.run, job.state
     if run is None:
         return None
@@ -166,13 +167,14 @@ def resumable_run(job: Job) -> dict[str, Any] | None:
         job.say(f"{', '.join(different)}: last bits may differ from an uninterrupted run's")
     for change in settings:
         job.say(f"going on with {change.text}")
-    overridden = run["config"].get("overridden", {}) | {item.key: [item.old, item.new] for item in settings}
-    config = job.today.config | ({"overridden": overridden} if overridden else {})
-    run = (
-        run | {"fingerprint": job.today.fingerprint, "config": config, "resumes": run["resumes"] + 1} | facts
-    )
+    run = run | {"resumes": run["resumes"] + 1} | facts
     job.store.record_run(job.name, run)
-    return run
+    overridden = run["config"].get("overridden", {})
+    for item in settings:
+        first = overridden.get(item.key, [item.old])[0]
+        overridden = overridden | {item.key: [first, item.new]}
+    config = job.today.config | ({"overridden": overridden} if overridden else {})
+    return run | {"fingerprint": job.today.fingerprint, "config": config}
 
 
 def here() -> dict[str, Any]:
@@ -186,6 +188,11 @@ def prepare(job: Job, run: dict[str, Any]) -> StageRun:
     experiment, store = job.experiment, job.store
     folder, work = store.folder(job.name), store.work_folder(job.name)
     work.mkdir(exist_ok=True)
+
+    def before_save() -> None:
+        tracker.sync()
+        store.record_run(job.name, run)
+
     tracker = Tracker(
         work, job.name, experiment.tracking, run["run_id"], experiment.name, run["config"], job.console
     )
@@ -196,7 +203,7 @@ def prepare(job: Job, run: dict[str, Any]) -> StageRun:
         run_id=run["run_id"],
         fingerprint=run["fingerprint"],
         say=job.say,
-        before_save=tracker.sync,
+        before_save=before_save,
     )
     checkpoint = saved.newest()
     tracker.rewind(checkpoint.step if checkpoint is not None else -1)

@@ -297,6 +297,29 @@ def test_override_config_goes_on_and_records_both(world):
     assert kinds(world.states("fit.learning_rate=0.5"))["fit"] == "done"
 
 
+def test_overrides_one_after_the_other_keep_the_first_value(world):
+    interrupt(world, 3)
+    interrupt(world, 4, "fit.learning_rate=0.5", override_config=True)
+    world.run("fit", "fit.learning_rate=0.7", override_config=True)
+    manifest = world.store.manifest("fit")
+    assert manifest["config"]["overridden"] == {"fit.learning_rate": [0.01, 0.7]} and manifest["resumes"] == 2
+
+
+def test_an_override_that_the_stage_refuses_leaves_the_run_as_it_was(world):
+    interrupt(world, 6)
+    run_fit = world.stages["fit"].run
+
+    def run(ctx):
+        raise UserError("fit.learning_rate: does not suit the checkpoint; lower it")
+
+    world.stages["fit"].run = run
+    refused(world, "fit", "fit.learning_rate=0.5", override_config=True)
+    world.stages["fit"].run = run_fit
+    world.run("fit")
+    manifest = world.store.manifest("fit")
+    assert "overridden" not in manifest["config"] and manifest["resumes"] == 2
+
+
 def test_restart_drops_the_interrupted_run(world):
     interrupt(world, 6)
     world.run("fit", "fit.learning_rate=0.5", restart=True)
