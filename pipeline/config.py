@@ -279,6 +279,16 @@ def _cross_checks(experiment: Any) -> list[str]:
             f"model.num_attention_heads: {model.num_attention_heads} does not divide "
             f"model.hidden_size {model.hidden_size}; should be a divisor"
         )
+    elif model.hidden_size // model.num_attention_heads % 2:
+        problems.append(
+            f"model.num_attention_heads: a head of {model.hidden_size} / {model.num_attention_heads} = "
+            f"{model.hidden_size // model.num_attention_heads} is odd; rotary positions need an even number"
+        )
+    if model.attn_implementation == "flash_attention_2" and model.dtype == "float32":
+        problems.append(
+            "model.attn_implementation: flash_attention_2 does not compute in float32; "
+            "set model.dtype: bfloat16, or use sdpa"
+        )
     return problems
 
 

@@ -42,7 +42,7 @@ class ModelConfig(BaseModel):
     )
     intermediate_size: int = Field(384, ge=1, description="width of the feed-forward layers, from scratch")
     max_position_embeddings: int = Field(
-        128, ge=2, description="context, from scratch", json_schema_extra={"unit": "tokens"}
+        512, ge=2, description="context, from scratch", json_schema_extra={"unit": "tokens"}
     )
     vocab_size: int = Field(
         1024,

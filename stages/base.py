@@ -11,7 +11,7 @@ from pipeline.stage import StageRun
 from stages.common import card, count, device_of, dtype_of, read
 from stages.language_modeling import train_language_model
 from stages.models.loading import from_scratch, load_pretrained, save_model
-from stages.settings import Training, setting, total_steps
+from stages.settings import Training, over_context, setting, total_steps
 
 NAME = "base"
 METRICS = {
@@ -49,10 +49,7 @@ def folders(experiment) -> dict:
 
 
 def check(experiment) -> list[str]:
-    m, length = experiment.model, experiment.base.max_length
-    if m.name_or_path is None and length > m.max_position_embeddings:
-        return [f"base.max_length: {length} is over the context {m.max_position_embeddings} of the model; lower it"]
-    return []
+    return over_context(experiment, "base")
 
 
 def run(ctx: StageRun) -> dict:

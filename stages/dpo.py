@@ -18,7 +18,7 @@ from stages.models.forward import response_logprobs
 from stages.models.loading import load_policy, load_tokenizer, save_model
 from stages.objectives.logprobs import sequence_logps
 from stages.objectives.losses import dpo_loss
-from stages.settings import TooLong, Training, setting, too_long, total_steps
+from stages.settings import TooLong, Training, over_context, setting, too_long, total_steps
 
 NAME = "dpo"
 METRICS = {
@@ -61,10 +61,10 @@ def reads(experiment) -> list[str]:
 
 
 def check(experiment) -> list[str]:
-    c = experiment.dpo
+    c, wrong = experiment.dpo, over_context(experiment, "dpo")
     if c.label_smoothing and c.loss_type != "sigmoid":
-        return [f"dpo.label_smoothing: has no meaning with loss_type {c.loss_type}; use sigmoid, or 0"]
-    return []
+        wrong += [f"dpo.label_smoothing: has no meaning with loss_type {c.loss_type}; use sigmoid, or 0"]
+    return wrong
 
 
 def run(ctx: StageRun) -> dict:

@@ -23,7 +23,7 @@ from stages.objectives.logprobs import sequence_logps
 from stages.objectives.losses import language_model_loss
 from stages.objectives.rewards import final_scores
 from stages.rollouts.transformers import sample
-from stages.settings import Section, TooLong, setting
+from stages.settings import Section, TooLong, no_room, over_context, setting, too_long_prompt
 from stages.statistics import win_rate
 
 NAME = "evaluate"
@@ -44,7 +44,7 @@ class Config(Section):
     num_prompts: int | None = setting(None, "how many evaluation prompts; null: all", "prompts", ge=2)
     response_length: int = setting(128, "longest response, EOS included", "tokens", ge=1)
     max_length: int = setting(512, "longest prompt and response together", "tokens", ge=8)
-    on_too_long: TooLong = setting("error", "what happens to a prompt that leaves no room for response_length")
+    on_too_long: TooLong = too_long_prompt()
     temperature: float = setting(1.0, "sampling temperature", gt=0)
     missing_eos_score: float | None = setting(
         -1.0, "score of a response without EOS; the same as ppo's; null: its own", "reward"
@@ -72,7 +72,8 @@ def check(experiment) -> list[str]:
             f"evaluate.missing_eos_score: is {c.missing_eos_score}, and ppo.missing_eos_score "
             f"{experiment.ppo.missing_eos_score}: scores would not be the ones that PPO raised; set both alike"
         )
-    return wrong
+    wrong += no_room(experiment, "evaluate")
+    return wrong + over_context(experiment, "evaluate", *["perplexity_length"] * ("documents" in reads(experiment)))
 
 
 def run(ctx: StageRun) -> dict:

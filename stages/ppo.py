@@ -46,7 +46,7 @@ from stages.objectives.masked import masked_mean, masked_whiten
 from stages.objectives.rewards import final_scores, kl_per_token, token_rewards
 from stages.rollouts.rollout import Rollout
 from stages.rollouts.transformers import sample
-from stages.settings import Schedule, Section, TooLong, setting
+from stages.settings import Schedule, Section, TooLong, no_room, over_context, setting, too_long_prompt
 
 NAME = "ppo"
 METRICS = {
@@ -91,7 +91,7 @@ class Config(Section):
     samples_per_prompt: int = setting(1, "responses to each prompt; batch_size is divided by it", ge=1)
     response_length: int = setting(128, "longest response, EOS included", "tokens", ge=1)
     max_length: int = setting(512, "longest prompt and response together", "tokens", ge=8)
-    on_too_long: TooLong = setting("error", "what happens to a prompt that leaves no room for response_length")
+    on_too_long: TooLong = too_long_prompt()
     temperature: float = setting(1.0, "divides the logits in sampling, reference and update alike", gt=0)
     learning_rate: float = setting(9.65e-6, "the policy's, after the warm-up", "per step", gt=0)
     value_learning_rate: float = setting(9e-6, "the value model's (the paper's)", "per step", gt=0)
@@ -141,10 +141,7 @@ def check(experiment) -> list[str]:
         wrong.append(
             f"ppo.samples_per_prompt: {c.samples_per_prompt} does not divide batch_size {c.batch_size}; choose one"
         )
-    if c.response_length >= c.max_length:
-        wrong.append(
-            f"ppo.response_length: {c.response_length} leaves no room for a prompt in max_length {c.max_length}"
-        )
+    wrong += no_room(experiment, "ppo") + over_context(experiment, "ppo", *["ptx_length"] * bool(c.ptx_coef))
     if c.ptx_coef and round(c.ptx_ratio * c.mini_batch_size) < 1:
         wrong.append(
             f"ppo.ptx_ratio: {c.ptx_ratio} times mini_batch_size {c.mini_batch_size} is no row at all; raise it, or "

@@ -19,7 +19,7 @@ from stages.common import check_context, device_of, dtype_of, read, read_placed,
 from stages.engine import make_accelerator, micro_batches
 from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.transformers import sample
-from stages.settings import Section, TooLong, setting
+from stages.settings import Section, TooLong, no_room, over_context, setting, too_long_prompt
 from stages.statistics import labeler_agreement
 
 NAME = "rankings"
@@ -36,7 +36,7 @@ class Config(Section):
     validation_fraction: float = setting(0.1, "share of prompts held out for the reward model's accuracy", gt=0, lt=1)
     response_length: int = setting(128, "longest response, EOS included", "tokens", ge=1)
     max_length: int = setting(512, "longest prompt and response together", "tokens", ge=8)
-    on_too_long: TooLong = setting("error", "what happens to a prompt that leaves no room for response_length")
+    on_too_long: TooLong = too_long_prompt()
     temperature: float = setting(1.0, "sampling temperature", gt=0)
     agreement: float = setting(
         0.726,
@@ -59,12 +59,15 @@ def reads(experiment) -> list[str]:
 
 
 def check(experiment) -> list[str]:
-    if experiment.data.rankings is None and experiment.data.prompts != "world":
-        return [
+    if experiment.data.rankings is not None:
+        return []  # nothing is sampled
+    wrong = no_room(experiment, "rankings") + over_context(experiment, "rankings")
+    if experiment.data.prompts != "world":
+        wrong += [
             "data.rankings: null asks for simulated labelers, and they know the embedded world's prompts only; "
             "give a file of rankings, or set data.prompts: world"
         ]
-    return []
+    return wrong
 
 
 def run(ctx: StageRun) -> dict:

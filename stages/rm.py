@@ -20,7 +20,7 @@ from stages.models.adapters import merged, with_adapter
 from stages.models.forward import response_scores, score_all
 from stages.models.loading import load_tokenizer, new_reward_model, save_model
 from stages.objectives.losses import ranking_loss
-from stages.settings import TooLong, Training, setting, too_long, total_steps
+from stages.settings import TooLong, Training, over_context, setting, too_long, total_steps
 from stages.statistics import expected_calibration_error, labeler_agreement, pair_accuracy
 
 NAME = "rm"
@@ -53,6 +53,10 @@ def needs(experiment) -> list[str]:
 
 def reads(experiment) -> list[str]:
     return ["demonstrations"]
+
+
+def check(experiment) -> list[str]:
+    return over_context(experiment, "rm")
 
 
 def run(ctx: StageRun) -> dict:

@@ -26,6 +26,33 @@ def too_long():
     return setting("error", "what happens to a row longer than max_length; drop and truncate are counted and said")
 
 
+def too_long_prompt():
+    """The same of a stage that samples responses to prompts."""
+    return setting(
+        "error", "what happens to a prompt that leaves no room for response_length; truncate means drop, none is cut"
+    )
+
+
+def over_context(experiment, stage: str, *lengths: str) -> list[str]:
+    """Lines for lengths over the context of a model from scratch (a pretrained one's is known when it is loaded)."""
+    if experiment.model.name_or_path is not None:
+        return []
+    context, config = experiment.model.max_position_embeddings, getattr(experiment, stage)
+    return [
+        f"{stage}.{key}: {getattr(config, key)} is over the context {context} of the model; lower it, or raise "
+        f"model.max_position_embeddings"
+        for key in ("max_length", *lengths)
+        if getattr(config, key) > context
+    ]
+
+
+def no_room(experiment, stage: str) -> list[str]:
+    """A line if response_length leaves no room for a prompt."""
+    c = getattr(experiment, stage)
+    what = f"{c.response_length} leaves no room for a prompt in max_length {c.max_length}; lower it, or raise that"
+    return [f"{stage}.response_length: {what}"] if c.response_length >= c.max_length else []
+
+
 class Training(Section):
     """What base, sft, rm and dpo have in common."""
 

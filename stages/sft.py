@@ -10,7 +10,7 @@ from pipeline.stage import StageRun
 from stages.common import adapter_settings, card, check_context, device_of, dtype_of, read_placed, show_samples
 from stages.language_modeling import train_language_model
 from stages.models.loading import load_policy, load_tokenizer, save_model
-from stages.settings import TooLong, Training, setting, too_long, total_steps
+from stages.settings import TooLong, Training, over_context, setting, too_long, total_steps
 
 NAME = "sft"
 METRICS = {
@@ -40,6 +40,10 @@ def needs(experiment) -> list[str]:
 
 def reads(experiment) -> list[str]:
     return ["demonstrations"]
+
+
+def check(experiment) -> list[str]:
+    return over_context(experiment, "sft")
 
 
 def run(ctx: StageRun) -> dict:

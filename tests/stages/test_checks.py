@@ -1,0 +1,50 @@
+"""What the stages refuse before anything runs: lengths that cannot fit, kernels that cannot compute."""
+
+import pytest
+
+from pipeline import cli
+from pipeline.config import experiment_type, load_experiment
+from pipeline.errors import UserError
+
+STAGES = cli.stage_modules()
+
+
+def problems(tmp_path, *overrides):
+    """The error lines of a config with these settings, without where they were written."""
+    (tmp_path / "a.yaml").write_text("name: a\n")
+    sections = {name: module.Config for name, module in STAGES.items()}
+    checks = [module.check for module in STAGES.values() if hasattr(module, "check")]
+    try:
+        load_experiment(tmp_path / "a.yaml", overrides, experiment_type(sections), checks)
+    except UserError as error:
+        return [line.split(": ", 1)[1] for line in error.lines]
+    return []
+
+
+def test_the_defaults_suit_each_other(tmp_path):
+    assert problems(tmp_path) == []
+
+
+@pytest.mark.parametrize("stage", ["base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate"])
+def test_a_length_over_the_context_of_a_model_from_scratch(tmp_path, stage):
+    (line,) = problems(tmp_path, f"{stage}.max_length=513")
+    assert line.startswith(f"{stage}.max_length: 513 is over the context 512 of the model; lower it, or raise ")
+    assert problems(tmp_path, f"{stage}.max_length=513", "model.name_or_path=org/name") == []
+
+
+@pytest.mark.parametrize("key", ["ppo.ptx_length", "evaluate.perplexity_length"])
+def test_packed_rows_have_to_fit_too(tmp_path, key):
+    assert problems(tmp_path, f"{key}=513")[0].startswith(f"{key}: 513 is over the context 512")
+
+
+@pytest.mark.parametrize("stage", ["rankings", "ppo", "evaluate"])
+def test_a_response_has_to_leave_room_for_a_prompt(tmp_path, stage):
+    (line,) = problems(tmp_path, f"{stage}.response_length=512")
+    assert line.startswith(f"{stage}.response_length: 512 leaves no room for a prompt in max_length 512; ")
+
+
+def test_what_no_attention_can_compute(tmp_path):
+    (line,) = problems(tmp_path, "model.hidden_size=12")
+    assert line.startswith("model.num_attention_heads: a head of 12 / 4 = 3 is odd; ")
+    (line,) = problems(tmp_path, "model.attn_implementation=flash_attention_2")
+    assert line.endswith("set model.dtype: bfloat16, or use sdpa")
