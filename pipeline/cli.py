@@ -269,7 +269,14 @@ def make_console() -> Any:
     from rich.console import Console
 
     # in a pipe rich believes in 80 columns, and tables would lose their text
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
+
+    def go_on_unheard() -> None:  # `rlhf run ppo --help | head -1`: rich would exit with 1
+        console.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    console.on_broken_pipe = go_on_unheard
+    return console
 
 
 def run_command(arguments: argparse.Namespace) -> int:

@@ -135,7 +135,9 @@ def compare(name: str, record: dict[str, Any], today: Today) -> list[Change]:
             counted = f", rows {rows[0]} → {rows[1]}" if None not in rows else ""
             changes.append(Change(f"data.{kind} changed ({facts[1].get('path')}, {digests}{counted})", False))
         elif key.startswith("folder:"):
-            changes.append(Change(f"what lies in {key.removeprefix('folder:')} changed ({digests})", False))
+            name = key.removeprefix("folder:")
+            if name not in {change.key for change in changes}:  # else another folder is named, and that is said
+                changes.append(Change(f"what lies in {name} changed ({digests})", False))
         else:
             changes.append(Change(f"{key} artifact changed ({digests})", False))
     if not changes and not today.waiting:

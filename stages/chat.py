@@ -82,7 +82,7 @@ def run(
     """Reads prompts and commands from standard input until /quit or its end. Returns the exit code."""
     from rich.console import Console
 
-    longest = max_new_tokens or experiment.evaluate.response_length
+    longest = experiment.evaluate.response_length if max_new_tokens is None else max_new_tokens
     settings = Settings(temperature, top_p, seed, longest, system or "")
     settings.check()
     folders = [find(name, store) for name in models]  # every name is checked before anything is loaded
@@ -167,10 +167,11 @@ def read_line(console) -> str | None:
         import readline  # noqa: F401 (arrow keys and history in input())
     try:
         line = input("\nyou ▸ ").strip()
+        line.encode()  # where Python lets bytes through that are no text, they are half surrogate pairs
     except EOFError:
         print()
         return None
-    except UnicodeDecodeError:
+    except UnicodeError:
         console.print("\nthat line is not UTF-8 text; type it again", style="red")
         return ""
     if not sys.stdin.isatty():
@@ -213,6 +214,7 @@ def reply(speaker: Speaker, text: str, settings: Settings, turn: int, dtype: str
 
     from data.encode import decode_response, encode_prompt
     from data.groups import make_rows
+    from data.records import DataError
     from data.streams import derive_seed
     from stages.models.forward import response_scores
     from stages.models.loading import tokenizer_fingerprint
@@ -222,10 +224,13 @@ def reply(speaker: Speaker, text: str, settings: Settings, turn: int, dtype: str
     context = getattr(model.config, "max_position_embeddings", None) or 10**9
     system = [{"role": "system", "content": settings.system}] if settings.system else []
     question = {"role": "user", "content": text}
-    ids = encode_prompt(tokenizer, system + speaker.history + [question])
-    while len(ids) + settings.max_new_tokens > context and speaker.history:
-        del speaker.history[:2]
+    try:
         ids = encode_prompt(tokenizer, system + speaker.history + [question])
+        while len(ids) + settings.max_new_tokens > context and speaker.history:
+            del speaker.history[:2]
+            ids = encode_prompt(tokenizer, system + speaker.history + [question])
+    except DataError as error:  # a template that takes no system message
+        return Answer("", problem=f"{error}{', or /system alone' * bool(system)}")
     room = min(settings.max_new_tokens, context - len(ids))
     if room < 1:
         return Answer("", problem=f"{len(ids)} tokens, the whole context is {context}; ask something shorter")

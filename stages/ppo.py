@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from data.encode import decode_response, encode_prompts, fit_lengths, wrap_documents
@@ -274,8 +275,14 @@ def load_roles(ctx: StageRun) -> Roles:
     check_context(ctx, sft)
     rm = Path(c.reward_model).expanduser() if c.reward_model else ctx.inputs["rm"] / "model"
     tokenizer = load_tokenizer(sft, trust_remote_code=ctx.trust_remote_code)
-    same_tokenizer(tokenizer, load_tokenizer(rm, trust_remote_code=ctx.trust_remote_code), str(rm))
-    reward_model = load_scalar_model(rm, **options).requires_grad_(False)
+    try:
+        same_tokenizer(tokenizer, load_tokenizer(rm, trust_remote_code=ctx.trust_remote_code), str(rm))
+        reward_model = load_scalar_model(rm, **options).requires_grad_(False)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if c.reward_model is None or isinstance(error, UserError):
+            raise
+        what = f"{rm} cannot be loaded ({str(error).splitlines()[0].rstrip(': ')})"
+        raise UserError(f"ppo.reward_model: {what}; give the model/ folder of a reward model") from error
     adapter = adapter_settings(m) or {"method": None}
     policy = with_adapter(load_policy(sft, **options), **adapter, seed=derive_seed(ctx.seed, "policy"))
     value_model = with_adapter(

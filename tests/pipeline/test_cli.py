@@ -148,6 +148,16 @@ def test_run_help(rlhf):
     assert rlhf("--help", config=None)[0] == 0
 
 
+def test_help_into_a_pipe_that_nobody_reads_on(tmp_path):
+    command = [sys.executable, "-m", "tests.pipeline.fakes", "run", "fit", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as out:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=out, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_status(rlhf):
     rlhf("run", "fit")
     code, out, _ = rlhf("status", "fit.learning_rate=0.5")

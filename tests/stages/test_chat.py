@@ -130,6 +130,25 @@ def test_system_message_and_memory_reach_the_model(store, monkeypatch):
     )
 
 
+def test_a_template_that_takes_no_system_message_is_a_problem_of_that_turn(store):
+    speaker = speaker_of(store)
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    speaker.tokenizer.chat_template = refusing + speaker.tokenizer.chat_template
+    settings = chat.Settings(1.0, 1.0, 0, 6, "be kind")
+    problem = chat.reply(speaker, "hello", settings, 0, "float32", None).problem
+    assert "no system" in problem and "/system alone" in problem
+    settings.system = ""
+    assert not chat.reply(speaker, "hello", settings, 0, "float32", None).problem
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_line_that_is_no_text_is_asked_for_again(store, monkeypatch, errors):
+    stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr("sys.stdin", stdin)
+    console = Console(width=100, record=True, file=io.StringIO())
+    assert chat.read_line(console) == "" and "is not UTF-8 text" in console.export_text()
+
+
 def test_escape_codes_of_a_model_do_not_reach_the_terminal():
     console = Console(width=80, record=True, file=io.StringIO(), force_terminal=True)
     chat.show([("sft", chat.Answer("a\x1b]0;title\x07 [red]b[/red] \x9bc", 3))], console)
@@ -152,7 +171,7 @@ def test_models_that_cannot_talk_are_the_users_mistake(store, models, what):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"max_new_tokens": -3}]
+    "settings", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"max_new_tokens": 0}]
 )
 def test_senseless_settings_are_the_users_mistake(store, settings):
     with pytest.raises(UserError, match="should be"):
