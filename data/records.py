@@ -34,7 +34,8 @@ class DataError(ValueError):
     def __init__(self, lines: str | Iterable[str]):
         self.lines = [lines] if isinstance(lines, str) else list(lines)
         if more := max(0, len(self.lines) - MOST_LINES):
-            self.lines[MOST_LINES:] = [f"and {more} more errors; mend these first, then try again"]
+            file = re.match(r"(.+?)(:\d+)?: |", self.lines[0])[1]
+            self.lines[MOST_LINES:] = [f"{file or 'data'}: and {more} more errors; mend these first, then try again"]
         super().__init__("\n".join(self.lines))
 
 
@@ -347,7 +348,8 @@ def explained(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "invalid JSON: nested too deeply; a flat object would be right"
     if isinstance(error, json.JSONDecodeError):
-        return f"invalid JSON: {error.msg} at column {error.colno}; one JSON object a row would be right"
+        what = error.msg.removesuffix(" at")
+        return f"invalid JSON: {what} at column {error.colno}; one JSON object a row would be right"
     return str(error)
 
 

@@ -229,13 +229,30 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     check.add_argument("--debug", action="store_true", help="show tracebacks")
 
-    arguments, rest = parser.parse_known_args(argv)
-    arguments.overrides = [word for word in rest if "=" in word and not word.startswith("-")]
-    if unknown := [word for word in rest if word not in arguments.overrides]:
+    words, settings = without_settings(argv) if argv[:1] == ["run"] else (argv, [])
+    arguments, rest = parser.parse_known_args(words)
+    arguments.overrides = settings + [word for word in rest if is_setting(word)]
+    if unknown := [word for word in rest if not is_setting(word)]:
         raise UserError(
-            f"command line: {unknown[0]!r} is no flag of `rlhf {arguments.command}` and no key=value"
+            f"command line: {unknown[0]!r} is no flag of `rlhf {arguments.command}` and no key=value; "
+            f"see `rlhf {arguments.command} --help`"
         )
+    if arguments.overrides and arguments.config is None and not getattr(arguments, "show_help", False):
+        raise UserError(f"command line: {arguments.overrides[0]!r} changes a setting of no config; give one with -c")
     return arguments
+
+
+def is_setting(word: str) -> bool:
+    return "=" in word and not word.startswith("-")
+
+
+def without_settings(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The words of `rlhf run` but its key=value, and these: argparse would take the first of them for the stage."""
+    words, settings = [], []
+    for before, word in zip(["", *argv], argv, strict=False):
+        is_value = before in ("-c", "--config", "--artifacts")
+        (settings if is_setting(word) and not is_value else words).append(word)
+    return words, settings
 
 
 # -- commands --------------------------------------------------------------------------------------------

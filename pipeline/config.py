@@ -36,6 +36,17 @@ RENAMED = {
     "eval_strategy": "use eval_steps",
     "overwrite_output_dir": "use `rlhf run STAGE --force`",
     "output_dir": "use `--artifacts DIR` and name",
+    "torch_dtype": "use model.dtype",
+    "fp16_backend": "use model.dtype",
+    "half_precision_backend": "use model.dtype",
+    "lr": "use learning_rate",
+    "logging_steps": "leave it out, every step is logged",
+    "tokenizer": "leave it out, the tokenizer is the one that lies with the model",
+    "past_index": "leave it out, models here keep no past between batches",
+    "use_mps_device": "use launch.device: it knows cpu and cuda",
+    "tpu_num_cores": "leave it out, TPUs are not supported; see launch.device",
+    "eval_batch_size": "leave it out, held-out rows go in batches of per_device_train_batch_size",
+    "per_device_eval_batch_size": "leave it out, held-out rows go in batches of per_device_train_batch_size",
     "no_cuda": "use launch.device: cpu",
     "use_cpu": "use launch.device: cpu",
     "save_safetensors": "leave it out, models are always saved so",
@@ -188,11 +199,13 @@ def _advice(Experiment: type[BaseModel], path: tuple) -> str:
         and key in inner.model_fields
         and (name,) != path[:-1]
     ]
+    if len(path) > 1 and key in Experiment.model_fields:
+        homes.insert(0, f"{key} (at the top, in no section)")
     if near := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
         return f"did you mean {dotted((*path[:-1], near[0]))}?"
     if homes:
         return f"did you mean {' or '.join(homes)}?"
-    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.5):
+    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.55):
         return f"did you mean {dotted((*path[:-1], near[0]))}?"
     return f"known here: {', '.join(known)}" if known else "nothing is known here"
 

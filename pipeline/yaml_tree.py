@@ -16,6 +16,7 @@ import yaml
 from pipeline.errors import UserError
 
 MAX_BYTES, MAX_DEPTH = 2**20, 20
+YAML_REMEDY = "close every bracket and quote, indent with spaces, and put text with special signs in quotes"
 
 
 _NULL = re.compile(r"|~|null|Null|NULL")
@@ -82,9 +83,9 @@ def _parse(text: str, at: tuple, where: Callable[[int], str], tree: Tree) -> Any
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = where(mark.line + 1 if mark else 1)
-        raise UserError(f"{line}: not YAML: {error.problem or error.context}") from None
+        raise UserError(f"{line}: not YAML: {error.problem or error.context}; {YAML_REMEDY}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{where(1)}: not YAML: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{where(1)}: not YAML: {str(error).splitlines()[0]}; {YAML_REMEDY}") from None
     return value
 
 
@@ -163,6 +164,7 @@ def _apply(override: str, tree: Tree) -> None:
     node = tree.values
     for depth, part in enumerate(path[:-1], start=1):
         if node.get(part) is None:
+            tree.origins.setdefault(path[:depth], where)
             node[part] = {}
         node = node[part]
         if not isinstance(node, dict):

@@ -117,6 +117,7 @@ def errors_of(tmp_path, content: bytes) -> list[str]:
     [
         (GOOD + b'{"text": oops}\n' + GOOD, "2: ", "invalid JSON: Expecting value at column 10"),
         (GOOD + b"{'text': 1}\n", "2: ", "invalid JSON"),
+        (GOOD + b'{"text": "a\tb"}\n', "2: ", "invalid JSON: Invalid control character at column 12; one"),
         (GOOD + GOOD.strip() + b" " + GOOD, "2: ", "more text after column 16"),
         (GOOD + b'{"text": "fi', "2: ", "the last line is cut off"),
         (GOOD + b'{"text": "caf\xc3', "2: ", "cut off (not UTF-8: byte 0xc3 at byte offset 30)"),
@@ -172,7 +173,7 @@ def test_a_missing_file_and_a_folder_are_one_line_each(tmp_path):
 
 def test_every_error_is_told_at_once_up_to_twenty(tmp_path):
     lines = errors_of(tmp_path, b"oops\n" * 53)
-    assert len(lines) == 21 and lines[19].startswith("20: ") and lines[20].startswith("and 33 more errors")
+    assert len(lines) == 21 and lines[19].startswith("20: ") and lines[20].startswith(" and 33 more errors; mend")
 
 
 @SETTINGS

@@ -56,8 +56,8 @@ def test_artifacts_go_where_they_are_told(rlhf, tmp_path):
         ("run fit fit.steps=x", 'override fit.steps=x: fit.steps: the string "x"; should be an integer'),
         ("run fit data.prompts=gone.jsonl", "override data.prompts=gone.jsonl: data.prompts: no such file"),
         ("run fit --only", "text: is missing; run it first, or leave out --only"),
-        ("run fit --onyl", "command line: '--onyl' is no flag of `rlhf run` and no key=value"),
-        ("run fit steps", "command line: 'steps' is no flag of `rlhf run` and no key=value"),
+        ("run fit --onyl", "command line: '--onyl' is no flag of `rlhf run` and no key=value; see `rlhf run --help`"),
+        ("run fit steps", "command line: 'steps' is no flag of `rlhf run` and no key=value; see `rlhf run --help`"),
         ("run fitt", "command line: argument stage: invalid choice: 'fitt'"),
         ("run", "command line: STAGE is missing; see `rlhf run --help`"),
         ("flatten", "command line: argument COMMAND: invalid choice: 'flatten'"),
@@ -67,6 +67,18 @@ def test_artifacts_go_where_they_are_told(rlhf, tmp_path):
 def test_a_users_mistake_is_exit_2_and_a_line(rlhf, words, line):
     code, out, err = rlhf(*words.split())
     assert code == 2 and err.startswith(f"error: {line}") and err.count("\n") == 1 and out == ""
+
+
+def test_settings_may_stand_before_the_stage(rlhf):
+    Path("a=b.yaml").write_text(Path("small.yaml").read_text())
+    code, out, err = rlhf("run", "text.words=4", "--artifacts", "x=y", "-c", "a=b.yaml", "text", config=None)
+    assert (code, err) == (0, "") and "words 4" in out and Path("x=y/small/text").is_dir()
+
+
+@pytest.mark.parametrize("words", ["doctor seed=1", "data check small.yaml seed=1", "run text seed=1"])
+def test_a_setting_without_a_config_is_refused(rlhf, words):
+    code, out, err = rlhf(*words.split(), config=None)
+    assert code == 2 and out == "" and err.startswith("error: command line: 'seed=1' changes a setting of no config")
 
 
 def test_missing_config(rlhf):

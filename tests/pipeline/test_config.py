@@ -128,7 +128,9 @@ def test_a_key_of_another_section(tmp_path):
         "always"), ("logging_dir", "tracking"), ("report_to", "tracking.wandb"), ("bf16", "model.dtype"),
         ("fp16", "model.dtype"), ("save_steps", "checkpoints.every"), ("save_total_limit",
         "checkpoints.keep"), ("max_seq_length", "max_length"), ("vf_coef", "separate optimizers"),
-        ("init_kl_coef", "kl_coef"),
+        ("init_kl_coef", "kl_coef"), ("torch_dtype", "model.dtype"), ("lr", "use learning_rate"),
+        ("logging_steps", "every step"), ("per_device_eval_batch_size", "per_device_train_batch_size"),
+        ("seed", "did you mean seed (at the top, in no section)?"),
     ],
 )  # fmt: skip
 def test_renamed_keys(tmp_path, key, remedy):
@@ -150,7 +152,7 @@ def test_renamed_keys(tmp_path, key, remedy):
         ("- a\n", "e.yaml: is no mapping"),
         ("", "e.yaml: is no mapping"),
         ("name: a\n---\nname: b\n", "e.yaml:2: a second document begins"),
-        ("name: [a\n", "e.yaml:2: not YAML: expected ',' or ']'"),
+        ("name: [a\n", "e.yaml:2: not YAML: expected ',' or ']', but got '<stream end>'; close every bracket"),
         ("name: a\n\tppo: 1\n", "e.yaml:2: not YAML:"),
         ("seed: 1\n", "e.yaml: name: is missing; should be text: names the experiment's folder"),
         ("name: ../x\n", "e.yaml:1: name: '../x' cannot name a folder"),
@@ -191,6 +193,7 @@ def test_bom_is_accepted(tmp_path):
         ("ppo..x=1", "should be key=value"),
         ("ppo.kl_coef=abc", 'ppo.kl_coef: the string "abc"; should be a number'),
         ("ppo.klcoef=1", "ppo.klcoef: unknown key; did you mean ppo.kl_coef?"),
+        ("ppoo.kl_coef=1", "override ppoo.kl_coef=1: ppoo: unknown key; did you mean ppo?"),
         ("name.x=1", 'name is the string "a", no section'),
         ("ppo.kl_coef=[", "not YAML"),
         ("data.prompts={path: x.jsonl, limt: 3}", "data.prompts.limt: unknown key; did you mean"),
