@@ -355,7 +355,8 @@ def status_command(arguments: argparse.Namespace) -> int:
     from rich.text import Text
 
     from pipeline import plan
-    from pipeline.tracking import figure
+    from pipeline.fingerprints import all_needs
+    from pipeline.running import headline
 
     experiment, stages = load(arguments)
     store, console = open_store(arguments, experiment), make_console()
@@ -369,18 +370,18 @@ def status_command(arguments: argparse.Namespace) -> int:
     }
     table = Table(title=f"{experiment.name} in {store.base}", title_justify="left")
     for title in ("stage", "state", "when", "size", "result"):
-        table.add_column(title, justify="right" if title == "size" else "left")
+        table.add_column(title, justify="right" if title == "size" else "left", overflow="fold")
+    needed = {need for module in stages.values() for need in all_needs(module, experiment)}
     for name, state in plan.assess(experiment, store, stages).items():
         when = size = result = ""
         if state.manifest is not None:
             when = f"{datetime.fromisoformat(state.manifest['finished_at']).astimezone():%Y-%m-%d %H:%M}"
-            metrics = state.manifest["metrics"]
-            result = " · ".join(
-                f"{key} {figure(metrics[key])}" for key in stages[name].HEADLINE if key in metrics
-            )
+            result = " · ".join(headline(stages[name], state.manifest["metrics"]))
         if store.folder(name).is_dir():
             size = human_bytes(store.size(name))
-        table.add_row(name, Text(state.sentence(), style=styles[state.kind]), when, size, Text(result))
+        idle = name == "world" and name not in needed and state.kind == "missing"
+        sentence = "not needed: no data is the world's" if idle else state.sentence()
+        table.add_row(name, Text(sentence, style=styles[state.kind]), when, size, Text(result))
     console.print(table)
     return 0
 

@@ -92,10 +92,14 @@ def run_stage(job: Job) -> dict[str, Any]:
     manifest = job.store.publish(
         job.name, context.publish, record(job, run, metrics, context.tracker.tracker_run_id)
     )
-    headline = [f"{key} {figure(metrics[key])}" for key in job.module.HEADLINE if key in metrics]
-    done = " · ".join([f"done in {duration(time.monotonic() - started)}", *headline])
+    done = " · ".join([f"done in {duration(time.monotonic() - started)}", *headline(job.module, metrics)])
     job.say(f"{done} → {job.store.folder(job.name)}")
     return manifest
+
+
+def headline(module: Any, metrics: dict[str, Any]) -> list[str]:
+    """The figures that a stage puts first, as far as it has them: "kl 3.2"."""
+    return [f"{key} {figure(metrics[key])}" for key in module.HEADLINE if metrics.get(key) is not None]
 
 
 # -- begin or go on

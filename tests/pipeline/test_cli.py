@@ -182,6 +182,26 @@ def test_status(rlhf):
     assert "damaged: artifacts/small/text/words/all.json" in rlhf("status")[1].replace("\n", "")
 
 
+def test_status_folds_long_names_and_leaves_out_what_there_is_not(rlhf, monkeypatch):
+    def run(ctx):
+        (ctx.publish / ("x" * 60)).write_text("a")
+        return {"words": None}
+
+    rlhf.stages["text"].run = run
+    code, out, _ = rlhf("run", "text")
+    assert code == 0 and "None" not in out and "words" not in out
+    assert "words" not in rlhf("status")[1]
+    Path("artifacts/small/text", "x" * 60).write_text("b")
+    monkeypatch.setenv("COLUMNS", "60")
+    out = "".join(line.split("│")[2].strip() for line in rlhf("status")[1].splitlines() if line.startswith("│"))
+    assert "x" * 60 in out and "…" not in out
+
+
+def test_a_world_that_no_stage_needs_is_not_missing(rlhf, monkeypatch):
+    rlhf.stages["world"] = fakes.stages()["text"]
+    assert "not needed: no data is the world's" in rlhf("status")[1]
+
+
 def test_report_is_shown_after_a_run(rlhf):
     shown = []
     rlhf.stages["page"].show = lambda folder, console: shown.append(folder)
