@@ -297,8 +297,8 @@ def load_roles(ctx: StageRun) -> Roles:
     return Roles(policy, ref_policy, reward_model, value_model, tokenizer, accelerator)
 
 
-def load_prompts(ctx: StageRun, tokenizer) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompt ids for training and, split off by the prompt's text, for the held-out figures."""
+def load_prompts(ctx: StageRun, tokenizer) -> tuple[list[list[int]], list[tuple]]:
+    """Prompt ids for training and, split off by the prompt's text, (prompt, its ids) for the held-out figures."""
     c = ctx.config
     records, places = read_placed(ctx, "prompts")
     if len(records) < 2:
@@ -324,7 +324,7 @@ def load_prompts(ctx: StageRun, tokenizer) -> tuple[list[list[int]], list[list[i
                 f"least 2, one of them to hold out"
             ]
         )
-    return [ids[i] for i in train], [ids[i] for i in held]
+    return [ids[i] for i in train], [(records[kept[i]].prompt, ids[i]) for i in held]
 
 
 def load_ptx(ctx: StageRun, tokenizer) -> list[list[int]] | None:
@@ -540,7 +540,7 @@ def describe(rollout: Rollout, returns: Tensor, kl_coef: float, kl_estimator: st
 
 def look(ctx: StageRun, roles: Roles, held, step: int, policy: Trainee, best: Best) -> dict[str, float]:
     """Held-out prompts, one sample each, the same seeds every time; the two best and worst are kept as text."""
-    rollout = collect(ctx, roles, held, range(len(held)), 0, "held-out", 1)
+    rollout = collect(ctx, roles, [ids for _, ids in held], range(len(held)), 0, "held-out", 1)
     figures = describe(rollout, rollout.values, ctx.config.kl_coef, ctx.config.kl_estimator)
     figures = {name: figures[f"objective/{key}"] for name, key in HELD_OUT.items()}
     ctx.tracker.evaluation(step, figures)
@@ -549,7 +549,7 @@ def look(ctx: StageRun, roles: Roles, held, step: int, policy: Trainee, best: Be
     kl = torch.where(mask, rollout.logprobs - rollout.ref_logprobs, 0.0).sum(-1).tolist()
     order = rollout.scores.argsort().tolist()
     rows = [
-        {"prompt": decode_response(roles.tokenizer, held[i]),
+        {"prompt": held[i][0],
          "response": decode_response(roles.tokenizer, rollout.rows.responses[i][mask[i]].tolist()),
          "score": rollout.scores[i].item(), "kl": kl[i]}
         for i in dict.fromkeys([*order[-2:], *order[:2]])

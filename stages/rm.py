@@ -150,7 +150,8 @@ def run(ctx: StageRun) -> dict:
     model = merged(model)
     bias = demonstration_mean(ctx, model, tokenizer, accelerator)
     model.config.reward_bias = bias
-    write_samples(ctx, model, tokenizer, held[:4], figures["steps"], accelerator)
+    texts = {ranking.id: ranking.prompt for ranking in validation}
+    write_samples(ctx, model, tokenizer, held[:4], texts, figures["steps"], accelerator)
     save_model(model, tokenizer, ctx.publish / "model", card=card(ctx, "a reward model"))
     return {**figures, "reward_bias": bias, "truncated": report.truncated, "dropped": report.dropped}
 
@@ -195,8 +196,8 @@ def demonstration_mean(ctx: StageRun, model, tokenizer, accelerator) -> float:
 
 
 @torch.no_grad()
-def write_samples(ctx: StageRun, model, tokenizer, groups, step: int, accelerator) -> None:
-    """A few held-out responses with their scores, for a person to look at."""
+def write_samples(ctx: StageRun, model, tokenizer, groups, texts: dict, step: int, accelerator) -> None:
+    """A few held-out responses with their scores, for a person to look at. texts: prompts as recorded, by id."""
     rows = []
     for group in groups:
         scores = score_all(
@@ -207,9 +208,8 @@ def write_samples(ctx: StageRun, model, tokenizer, groups, step: int, accelerato
             batch_size=len(group.responses),
             accelerator=accelerator,
         )
-        prompt = decode_response(tokenizer, group.prompt)
         rows += [
-            {"prompt": prompt, "response": decode_response(tokenizer, r), "score": s}
+            {"prompt": texts[group.id], "response": decode_response(tokenizer, r), "score": s}
             for r, s in zip(group.responses, scores.tolist(), strict=True)
         ]
     ctx.tracker.samples(step, rows)

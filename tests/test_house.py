@@ -61,6 +61,9 @@ def test_imports_between_rooms(path):
         assert not outside and all(other.startswith("stages.objectives") for other in ours(path)), (
             f"{name}: {outside}"
         )
+    if room == "data" or name.startswith(("stages.objectives", "stages.models", "stages.rollouts")):
+        configs = {other for other in imports(path) if re.match(r"(pydantic|pipeline\.(config|sections))\b", other)}
+        assert not configs, f"{name} imports {configs}: config objects stop at the stage files"
     if room == "stages":
         others = {f"stages.{stage}" for stage in STAGES} - {name}
         met = {

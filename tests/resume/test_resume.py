@@ -67,3 +67,10 @@ def test_journals_hold_each_step_once_and_no_time_of_day(oracle):
         assert not any("time" in key or "second" in key for row in rows for key in row)
         for name in JOURNALS[1:]:
             assert (oracle / "micro" / stage / name).exists() or (stage, name) == ("base", "samples.jsonl")
+
+
+def test_samples_hold_prompts_as_the_file_has_them(oracle):
+    prompts = {json.loads(line)["prompt"] for line in (oracle / "micro" / "world" / "prompts.jsonl").open()}
+    for stage in ("rm", "ppo"):
+        rows = [json.loads(line) for line in (oracle / "micro" / stage / "samples.jsonl").open()]
+        assert rows and {row["prompt"] for row in rows} <= prompts
