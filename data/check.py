@@ -120,7 +120,15 @@ def say_rows(report: Report, loaded: Loaded) -> None:
 
 
 def say_lengths(report: Report, loaded: Loaded, tokenizer, limit: int | None, on_too_long: str | None):
-    sizes = [row_lengths(record, tokenizer) for record in loaded.records]
+    sizes, refused = [], []
+    for record, where in zip(loaded.records, loaded.wheres, strict=True):
+        try:
+            sizes.append(row_lengths(record, tokenizer))
+        except DataError as fault:  # the chat template does not take this prompt
+            refused.append(f"{where}: {fault}")
+    if refused:
+        report.errors += refused
+        return
     unit = "tokens" if tokenizer is not None else "words"
     for part in sizes[0]:
         report.facts.append((f"{part} length", spread([n for size in sizes for n in size[part]], unit)))

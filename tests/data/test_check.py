@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from jinja2 import TemplateError
 from rich.console import Console
 
 from data import check as checks
@@ -157,6 +158,16 @@ def test_what_is_too_long_is_what_training_would_find(tmp_path, on_too_long, tex
         found = fit_lengths(prompts, responses, **options)[-1]
         assert (found.truncated, found.dropped) == {"drop": (0, 3), "truncate": (2, 1)}[on_too_long]
         assert report.errors == []
+
+
+def test_a_prompt_that_the_template_refuses_is_named_by_its_place(tmp_path, monkeypatch):
+    def refuse(self, messages, **_):
+        raise TemplateError("no system")
+
+    monkeypatch.setattr(Letters, "apply_chat_template", refuse)
+    path = written(tmp_path, *ROWS[:2])
+    errors = check(path, tokenizer=Letters()).errors
+    assert [line.split(": prompt ")[0] for line in errors] == [f"{path}:1", f"{path}:2"] and "no system" in errors[0]
 
 
 def test_a_limit_that_leaves_nothing_is_an_error(tmp_path):

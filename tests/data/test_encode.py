@@ -173,6 +173,11 @@ class TestLengths:
         assert error.value.lines[0] == f"b: row of 10 tokens, the limit is 8; {remedy}"
         assert error.value.lines[1].startswith("c: row of 9 tokens")
 
+    def test_reports_add_up(self):
+        drop, cut = (limit(*self.rows, on_too_long=policy)[-1] for policy in ("drop", "truncate"))
+        both = drop + cut
+        assert (both.kept, both.truncated, both.dropped, both.longest) == (2, 1, 3, 10)
+
     def test_prompts_alone_can_only_be_dropped(self):
         with pytest.raises(DataError) as error:
             limit([[1] * 9], [[]], on_too_long="error")
