@@ -12,27 +12,34 @@ import torch
 
 @dataclass(frozen=True)
 class PromptGroup:
-    """One prompt, its K responses (EOS included) and their ranks: 1 = best, equal = tie, None = not judged."""
+    """One prompt, its K responses (EOS included) and their ranks: 1 = best, equal = tie, None = not judged.
+
+    more_ranks: what further labelers made of the same responses, which are computed once for all of them.
+    """
 
     prompt: list[int]
     responses: list[list[int]]
     ranks: tuple[int | None, ...] = ()
     id: str = ""
+    more_ranks: tuple[tuple[int | None, ...], ...] = ()
+
+    def weighted_pairs(self) -> list[tuple[int, int, float]]:
+        """(winner, loser, weight) of every judged, untied pair of different responses, a labeler after the other.
+
+        weight: 1 / C(K, 2) over the K responses that the labeler judged, over the number of labelers: every prompt
+        weighs the same at any K (ties weigh nothing).
+        """
+        pairs, responses = [], self.responses
+        for ranks in (self.ranks, *self.more_ranks):
+            judged = [i for i, rank in enumerate(ranks) if rank is not None]
+            weight = 2.0 / (max(2, len(judged)) * (max(2, len(judged)) - 1)) / (1 + len(self.more_ranks))
+            better = ((i, j) for i in judged for j in judged if ranks[i] < ranks[j] and responses[i] != responses[j])
+            pairs += [(i, j, weight) for i, j in better]
+        return pairs
 
     def pairs(self) -> list[tuple[int, int]]:
-        """(winner, loser) indices of every judged, untied pair of different responses, in order."""
-        ranks, responses = self.ranks, self.responses
-        return [
-            (i, j)
-            for i in range(len(ranks))
-            for j in range(len(ranks))
-            if ranks[i] is not None and ranks[j] is not None and ranks[i] < ranks[j] and responses[i] != responses[j]
-        ]
-
-    def pair_weight(self) -> float:
-        """1 / C(K, 2) over the K judged responses: every prompt weighs the same at any K (ties weigh nothing)."""
-        judged = sum(r is not None for r in self.ranks)
-        return 2.0 / (judged * (judged - 1)) if judged > 1 else 0.0
+        """`weighted_pairs` without their weights."""
+        return [(i, j) for i, j, _ in self.weighted_pairs()]
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,7 @@ def _lay_out(groups, pad_id: int, shared: bool = False) -> Rows:
 class GroupBatch:
     """G groups laid out as rows; B = ΣK responses, in order.
 
-    winners, losers, pair_weights (N,): the responses of every usable pair, and 1/C(K,2) of its group; pair_group (N,):
+    winners, losers, pair_weights (N,): the responses of every usable pair, and its weight (1/C(K,2)); pair_group (N,):
     its group; groups: G.
     """
 
@@ -173,10 +180,10 @@ def batch_groups(groups: Sequence[PromptGroup], pad_id: int, *, share: bool = Fa
     winners, losers, weights, owner, count = [], [], [], [], 0
     for g, group in enumerate(groups):
         first, count = count, count + len(group.responses)
-        for winner, loser in group.pairs():
+        for winner, loser, weight in group.weighted_pairs():
             winners.append(first + winner)
             losers.append(first + loser)
-            weights.append(group.pair_weight())
+            weights.append(weight)
             owner.append(g)
     pairs = [(group.prompt, group.responses) for group in groups]
     as_long = lambda x: torch.tensor(x, dtype=torch.long)  # noqa: E731

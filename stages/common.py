@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from data import sources
-from data.records import DataError
+from data.records import DataError, prompt_key
 from pipeline.errors import UserError
 from pipeline.stage import StageRun
 
@@ -130,7 +130,13 @@ def load_groups(ctx: StageRun, tokenizer, split: str, *, max_length: int, on_too
         names=names,
         section=ctx.stage,
     )
-    groups = [PromptGroup(p, rs, rows[i].ranks, rows[i].id) for i, p, rs in zip(kept, prompts, responses, strict=True)]
+    same: dict[tuple, list] = {}  # responses that several labelers ranked: one group, computed once
+    for i, p, rs in zip(kept, prompts, responses, strict=True):
+        same.setdefault((prompt_key(rows[i].prompt), rows[i].responses), []).append((p, rs, rows[i]))
+    groups = [
+        PromptGroup(p, rs, first.ranks, first.id, tuple(other.ranks for _, _, other in more))
+        for (p, rs, first), *more in same.values()
+    ]
     groups = [g for g in groups if g.pairs()]
     if not groups:
         raise DataError([f"{file}: no usable pair (all ties, unjudged or dropped); check `rlhf data check {file}`"])

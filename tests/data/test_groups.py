@@ -34,15 +34,25 @@ class TestPairs:
         assert same.pairs() == [(0, 2), (1, 2)]
 
     def test_the_weight_is_one_over_the_pairs_of_judged_responses(self):
-        assert group((1, 2)).pair_weight() == 1.0
-        assert group(range(1, 10)).pair_weight() == pytest.approx(1 / 36)
-        assert group((1, None, 2, 3)).pair_weight() == pytest.approx(1 / 3)
-        assert group((1, None)).pair_weight() == 0.0
+        for ranks, right in (((1, 2), 1.0), (range(1, 10), 1 / 36), ((1, None, 2, 3), 1 / 3), ((1, 1, 2), 1 / 3)):
+            found = [w for _, _, w in group(ranks).weighted_pairs()]
+            assert found and found == pytest.approx([right] * len(found))
+        assert group((1, None)).weighted_pairs() == []
+
+    def test_several_labelers_weigh_as_one(self):
+        """Each labeler's pairs at 1/C(K,2) over the labelers; where they differ, the pair stands in both directions."""
+        both = PromptGroup([1], [[5], [6], [7]], (1, 2, 3), more_ranks=((2, 1, None),))
+        assert both.weighted_pairs() == [
+            (0, 1, pytest.approx(1 / 6)),
+            (0, 2, pytest.approx(1 / 6)),
+            (1, 2, pytest.approx(1 / 6)),
+            (1, 0, pytest.approx(1 / 2)),
+        ]
 
     def test_a_fully_judged_strict_ranking_weighs_one_in_all(self):
         for k in range(2, 10):
             g = group(range(1, k + 1))
-            assert g.pair_weight() * len(g.pairs()) == pytest.approx(1.0)
+            assert sum(w for _, _, w in g.weighted_pairs()) == pytest.approx(1.0)
 
 
 class TestBatch:
