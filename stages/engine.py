@@ -70,7 +70,7 @@ def make_trainee(
     """AdamW with β = (0.9, `adam_beta2`) over what requires a gradient."""
     parameters = trainable(model)
     optimizer = torch.optim.AdamW(
-        parameters.values(), lr=learning_rate, betas=(0.9, adam_beta2), weight_decay=weight_decay
+        parameters.values(), lr=learning_rate, betas=(0.9, adam_beta2), weight_decay=weight_decay, fused=True
     )
     return Trainee(name, model, parameters, optimizer, max_grad_norm)
 
