@@ -19,6 +19,7 @@ QUIET = {
     "HF_HUB_VERBOSITY": "error",  # else each retry of a missing id is a line
     "TRANSFORMERS_VERBOSITY": "error",  # what matters is said by the stages
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",  # progress is shown by tracking.py
     "GOMP_SPINCOUNT": "1000",  # waiting threads soon sleep: beside a busy program a step takes 2 × as long, not 12 ×
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS repeats itself only with a fixed workspace
 }
@@ -52,8 +53,11 @@ def prepare(experiment: Any) -> None:
         raise UserError(
             "launch: several processes cannot share a stage yet; start one process, without torchrun"
         )
+    import warnings
+
     import torch
 
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' words to each other
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if experiment.launch.device == "cuda" and not torch.cuda.is_available():
         raise UserError(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data import sources
 from data.records import DataError, prompt_key
+from data.streams import derive_seed, grouped_by_length
 from pipeline.errors import UserError
 from pipeline.stage import StageRun
 
@@ -87,7 +88,6 @@ def show_samples(model, tokenizer, prompts, *, seed: int, response_length: int, 
     score: response_texts' ids → numbers, called with (prompt_ids, response_ids).
     """
     from data.encode import decode_response, encode_prompt
-    from data.streams import derive_seed
     from stages.rollouts.transformers import sample
 
     context = getattr(model.config, "max_position_embeddings", None) or 10**9
@@ -141,6 +141,12 @@ def load_groups(ctx: StageRun, tokenizer, split: str, *, max_length: int, on_too
     if not groups:
         raise DataError([f"{file}: no usable pair (all ties, unjudged or dropped); check `rlhf data check {file}`"])
     return groups, report
+
+
+def group_order(ctx: StageRun, groups, steps: int, batch_size: int) -> list[int]:
+    """Which groups each of `steps` batches holds, in order: shuffled, like lengths together within four batches."""
+    lengths = [len(g.prompt) + sum(map(len, g.responses)) for g in groups]
+    return grouped_by_length(lengths, batch_size, steps * batch_size, derive_seed(ctx.seed, ctx.stage), window=4)
 
 
 def sharing(ctx: StageRun, model) -> bool:

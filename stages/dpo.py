@@ -9,9 +9,18 @@ import torch
 
 from data import sources
 from data.groups import batch_groups
-from data.streams import Stream, derive_seed
 from pipeline.stage import StageRun
-from stages.common import adapter_settings, card, check_context, device_of, dtype_of, load_groups, sharing, show_samples
+from stages.common import (
+    adapter_settings,
+    card,
+    check_context,
+    device_of,
+    dtype_of,
+    group_order,
+    load_groups,
+    sharing,
+    show_samples,
+)
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
 from stages.models.adapters import merged, with_adapter
 from stages.models.forward import response_logprobs
@@ -86,7 +95,8 @@ def run(ctx: StageRun) -> dict:
 
     # 1 the reference's log-probabilities, once: the policy is the reference before training
     batch_size = c.per_device_train_batch_size * c.gradient_accumulation_steps
-    drawn = sorted(set(Stream(len(groups), derive_seed(ctx.seed, ctx.stage)).take(steps * batch_size)))  # as in fit
+    order = group_order(ctx, groups, steps, batch_size)
+    drawn = sorted(set(order))
     options = (tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size, share)
     reference = {
         "train": dict(zip(drawn, reference_logps(policy, [groups[i] for i in drawn], *options), strict=True)),
@@ -146,8 +156,7 @@ def run(ctx: StageRun) -> dict:
         ctx,
         trainee,
         accelerator,
-        size=len(groups),
-        steps=steps,
+        order=order,
         batch_size=batch_size,
         micro_size=c.per_device_train_batch_size,
         loss=lambda rows, prompts: forward(groups, reference["train"], rows, prompts),

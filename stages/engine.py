@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from data.streams import Stream, derive_seed
 from pipeline.errors import Interrupted, TrainingStopped, UserError
 from pipeline.stage import StageRun
 from stages.models.adapters import trainable
@@ -228,8 +227,7 @@ def fit(
     trainee: Trainee,
     accelerator,
     *,
-    size: int,
-    steps: int,
+    order: list[int],
     batch_size: int,
     micro_size: int,
     learning_rate: Callable[[int], float],
@@ -242,16 +240,15 @@ def fit(
     eval_steps: int,
     samples: Callable[[], list[dict]] | None = None,
 ) -> dict:
-    """Train for `steps` batches of `batch_size` of the `size` rows; → the final held-out figures.
+    """Train on the rows of `order`, `batch_size` of them a step; → the final held-out figures.
 
     loss(rows of one micro-batch, rows in the batch) → (that micro-batch's share of the batch loss, sums to log):
     whatever the micro-batch size, the gradient is the batch's. evaluate() runs every `eval_steps`, `judge` being
     the figure that keep and patience look at.
     """
     best = Best(keep, patience, higher_is_better)
-    stream = Stream(size, derive_seed(ctx.seed, ctx.stage))
+    steps = len(order) // batch_size
     start, _ = load_checkpoint(ctx, [trainee], best, steps)
-    stream.cursor = start * batch_size
     save = lambda step: save_checkpoint(ctx, step, steps, [trainee], best, {})  # noqa: E731
 
     def look(step: int) -> dict[str, float]:
@@ -267,7 +264,7 @@ def fit(
     with ctx.tracker.progress(steps, ctx.stage, start) as progress:
         while step < steps and not best.exhausted:
             step += 1
-            batch = stream.take(batch_size)
+            batch = order[(step - 1) * batch_size : step * batch_size]
             logged: dict[str, float] = {}
             for rows in micro_batches(batch, micro_size):
                 share, sums = loss(rows, len(batch))

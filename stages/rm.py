@@ -14,7 +14,17 @@ from data.groups import batch_groups
 from data.records import DataError
 from data.streams import Stream, derive_seed
 from pipeline.stage import StageRun
-from stages.common import adapter_settings, card, check_context, device_of, dtype_of, load_groups, read, sharing
+from stages.common import (
+    adapter_settings,
+    card,
+    check_context,
+    device_of,
+    dtype_of,
+    group_order,
+    load_groups,
+    read,
+    sharing,
+)
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
 from stages.models.adapters import merged, with_adapter
 from stages.models.forward import response_scores, score_all
@@ -115,14 +125,15 @@ def run(ctx: StageRun) -> dict:
         right = (margins > 0).float() + 0.5 * (margins == 0).float()
         return {"loss": value, "accuracy": float(right.mean()), "margin": float(margins.mean())}
 
+    batch_size = c.per_device_train_batch_size * c.gradient_accumulation_steps
+
     # 3 train; then how far it can be trusted
     figures = fit(
         ctx,
         trainee,
         accelerator,
-        size=len(groups),
-        steps=steps,
-        batch_size=c.per_device_train_batch_size * c.gradient_accumulation_steps,
+        order=group_order(ctx, groups, steps, batch_size),
+        batch_size=batch_size,
         micro_size=c.per_device_train_batch_size,
         loss=loss,
         evaluate=evaluate,

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from data.streams import Stream
 from pipeline.checkpoints import CheckpointStore
 from pipeline.errors import Interrupted, TrainingStopped, UserError
 from pipeline.stage import StopFlag
@@ -315,8 +316,7 @@ class Regression:
             ctx,
             self.trainee,
             SimpleNamespace(backward=lambda value: value.backward()),
-            size=10,
-            steps=9,
+            order=Stream(10, 7).take(36),
             batch_size=4,
             learning_rate=lambda s: learning_rate_at(s, 9, self.rate, "linear", 2),
             loss=loss,
@@ -349,7 +349,7 @@ class TestFit:
             learning_rate_at(s, 9, 0.05, "linear", 2) for s in range(1, 10)
         ]
 
-    def test_each_batch_is_the_streams_next_rows(self, tmp_path):
+    def test_each_batch_is_the_next_rows_of_the_order(self, tmp_path):
         """Nine steps of 4 of 10 rows: 36 draws, each row in three or four of them."""
         job, seen = Regression(tmp_path, micro_size=4), []
         job.x = torch.arange(10, dtype=torch.float64)[:, None].repeat(1, 3)
