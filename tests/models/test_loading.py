@@ -11,6 +11,7 @@ from data.groups import make_rows
 from pipeline.errors import UserError
 from stages.models.forward import response_logprobs, response_scores, response_values
 from stages.models.loading import (
+    end_turns_with_eos,
     from_scratch,
     give_pad_token,
     load_policy,
@@ -246,3 +247,36 @@ def test_load_pretrained_takes_a_folder_and_refuses_what_it_cannot_chat_with(tmp
     (tmp_path / "good" / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="no chat template"):
         load_pretrained(str(tmp_path / "good"), attn_implementation="sdpa", trust_remote_code=False)
+
+
+def test_dropout_is_off_in_families_that_name_it_otherwise(rows):
+    """OPT and Starcoder2 keep probabilities of their own, read in training mode; all log-probs stay what they were."""
+    from transformers import AutoModelForCausalLM, OPTConfig, Starcoder2Config
+
+    shape = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
+    kinds = [
+        OPTConfig(**shape, ffn_dim=24, word_embed_proj_dim=16, dropout=0.5, layerdrop=0.5, eos_token_id=1),
+        Starcoder2Config(**shape, intermediate_size=24, num_key_value_heads=1, residual_dropout=0.5,
+                         embedding_dropout=0.5, eos_token_id=1, bos_token_id=None),
+    ]  # fmt: skip
+    for config in kinds:
+        torch.manual_seed(0)
+        model = prepare(AutoModelForCausalLM.from_config(config).float())
+        with torch.no_grad():
+            still = response_logprobs(model, rows)
+        equal(response_logprobs(model, rows).detach(), still)  # with gradients: training mode
+        assert model.training
+
+
+def test_eos_is_what_the_chat_template_puts_behind_an_answer(tokenizer):
+    """Gemma's way: its tokenizer's EOS is one token, its turns end with another."""
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"additional_special_tokens": ["<turn_end>"]})
+    other.chat_template = "{% for m in messages %}{{ m['content'] }}<turn_end>{% endfor %}"
+    end_turns_with_eos(other)
+    assert other.eos_token == "<turn_end>"
+    before = tokenizer.eos_token
+    end_turns_with_eos(tokenizer)
+    assert tokenizer.eos_token == before

@@ -432,6 +432,15 @@ class TestPreflight:
         with pytest.raises(UserError, match="preflight"):
             ppo.preflight(context(), roles, PROMPTS)
 
+    def test_refuses_noise_of_training_mode_alone(self, roles):
+        """The update runs in it; the rollout does not."""
+        noise = torch.Generator().manual_seed(0)
+        roles.policy.model.norm.register_forward_hook(
+            lambda module, args, out: out + 0.05 * torch.randn(out.shape, generator=noise) * module.training
+        )
+        with pytest.raises(UserError, match="preflight"):
+            ppo.preflight(context(), roles, PROMPTS)
+
 
 def test_the_reference_of_an_adapted_policy_is_the_policy_without_its_adapter(roles, rollout):
     """ref_policy None: no second model in memory, and the adapter is on again afterwards."""
