@@ -128,7 +128,7 @@ def _lay_out(groups, pad_id: int, shared: bool = False) -> Rows:
     if shared:
         segments = padded([[0] * len(p) + [k for k, r in enumerate(rs, 1) for _ in r] for p, rs in groups], -1)
         positions = padded([[*range(len(p)), *(len(p) + t for r in rs for t in range(len(r)))] for p, rs in groups], 0)
-    most = max(1, *(len(r) for _, _, r, _ in flat), 1)
+    most = max(1, *(len(r) for _, _, r, _ in flat))
     return Rows(
         padded(rows, pad_id),
         torch.tensor([[*r, *[pad_id] * (most - len(r))] for _, _, r, _ in flat]),

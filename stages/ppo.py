@@ -153,8 +153,6 @@ def check(experiment) -> list[str]:
             f"ppo.total_episodes: {c.total_episodes} is no multiple of batch_size {c.batch_size}; "
             f"{c.total_episodes // c.batch_size * c.batch_size or c.batch_size} is one"
         )
-    elif c.total_episodes < c.batch_size:
-        wrong.append(f"ppo.total_episodes: {c.total_episodes} is less than one batch of {c.batch_size}; raise it")
     if c.reward_model is not None and not (Path(c.reward_model).expanduser() / "config.json").is_file():
         wrong.append(
             f"ppo.reward_model: {c.reward_model} holds no config.json; give the model/ folder of a reward model"
@@ -190,7 +188,7 @@ def run(ctx: StageRun) -> dict:
         "value_model", roles.value_model, learning_rate=c.value_learning_rate, max_grad_norm=c.max_grad_norm
     )
     best = Best(c.keep, c.patience, higher_is_better=True)
-    step, state = load_checkpoint(ctx, [policy, value], best, c.total_episodes // c.batch_size)
+    step, state = load_checkpoint(ctx, [policy, value], best, updates)
     prompts = Stream(len(train), derive_seed(ctx.seed, "prompts"), cursor=step * per_batch)
     per_update = round(c.ptx_ratio * c.mini_batch_size) * (c.batch_size // c.mini_batch_size) * c.num_ppo_epochs
     ptx = Stream(len(ptx_rows), derive_seed(ctx.seed, "ptx"), cursor=step * per_update) if ptx_rows else None

@@ -1,7 +1,8 @@
 """rankings: K responses of SFT to each prompt, ranked by labelers; or people's own rankings, validated and split.
 
-The split is by prompt, never within one. In the embedded world one of five simulated labelers ranks a training
-prompt, and two of them every validation prompt, so that their agreement can be read from the file.
+The split is by prompt, never within one. In the embedded world `labelers_per_prompt` of five simulated
+labelers rank a training prompt, and two of them every validation prompt, so that their agreement can be read from
+the file.
 """
 
 import random
