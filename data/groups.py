@@ -1,7 +1,7 @@
 """A prompt and its K responses: the batch element of everything that learns from preferences.
 
 InstructGPT (§3.5) makes all C(K,2) comparisons of a prompt one batch element. A PromptGroup holds the ids; a
-GroupBatch lays groups of any K out as rows, one a response or one a prompt, and names their pairs.
+GroupBatch lays groups of any K out as rows, padded or packed, and names their pairs.
 """
 
 from collections.abc import Sequence
@@ -44,24 +44,28 @@ class PromptGroup:
 
 @dataclass(frozen=True)
 class Rows:
-    """B responses laid out in N rows of T tokens, padding on the right: causal attention never reaches it.
+    """B responses laid out in N rows of T tokens, in one of two ways.
 
-    input_ids (N, T). Either one response a row (N = B, `segments` None), or all responses of a prompt behind it in
-    one row, so that the prompt is computed once: then segments (N, T) is 0 on the prompt, k on its k-th response,
-    −1 on padding, every response sees the prompt and itself (`attention_mask`), and position_ids (N, T) start anew
-    behind the prompt for each of them.
-    responses (B, R), lengths (B,): ids and number of response tokens, EOS included; row, prompt_lengths, first (B,):
-    the row of each response, its prompt's length, and the column of its first token.
+    Padded (`sequences` None): one response a row (N = B), its prompt before it, padding on the right, which causal
+    attention never reaches. Packed: one row (N = 1) in which nothing is padded, and a prompt that several responses
+    in succession have stands once before them; position_ids (1, T) start anew with each prompt, and behind it for
+    each of its responses. Then sequences (B, W) names the tokens of each response's own prompt and response, in order
+    (the rest of a row repeats its last), and home (T,) the place in B·W that holds each token: attention goes there
+    and back, everything else is computed once a token.
+
+    responses (B, R), lengths (B,): ids and number of response tokens, EOS included; row (B,): the row of each
+    response; prompt_end, first (B,): the columns of its prompt's last token and of its own first.
     """
 
     input_ids: torch.Tensor
     responses: torch.Tensor
     lengths: torch.Tensor
     row: torch.Tensor
-    prompt_lengths: torch.Tensor
+    prompt_end: torch.Tensor
     first: torch.Tensor
-    segments: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
+    sequences: torch.Tensor | None = None
+    home: torch.Tensor | None = None
 
     @property
     def response_mask(self) -> torch.Tensor:
@@ -72,72 +76,56 @@ class Rows:
     def before(self) -> torch.Tensor:
         """(B, R): index into the N·T tokens of the one that precedes each response token. Valid under the mask."""
         steps = torch.arange(self.responses.shape[1], device=self.first.device)
-        column = torch.where(steps == 0, self.prompt_lengths.unsqueeze(-1) - 1, self.first.unsqueeze(-1) + steps - 1)
+        column = torch.where(steps == 0, self.prompt_end.unsqueeze(-1), self.first.unsqueeze(-1) + steps - 1)
         return self.row.unsqueeze(-1) * self.input_ids.shape[1] + column
 
     @property
     def last(self) -> torch.Tensor:
         """(B,): index into the N·T tokens of the last token of each response (of its prompt, if it has none)."""
-        end = torch.where(self.lengths > 0, self.first + self.lengths, self.prompt_lengths) - 1
+        end = torch.where(self.lengths > 0, self.first + self.lengths - 1, self.prompt_end)
         return self.row * self.input_ids.shape[1] + end
-
-    @property
-    def attention_mask(self) -> torch.Tensor | None:
-        """(N, 1, T, T), True where a query (row of the matrix) may look; None where plain causal attention is right."""
-        if self.segments is None:
-            return None
-        keys, queries = self.segments.unsqueeze(-2), self.segments.unsqueeze(-1)
-        return (((keys == 0) | (keys == queries)).tril()).unsqueeze(1)
 
     def to(self, device) -> "Rows":
         return Rows(*(None if x is None else x.to(device) for x in vars(self).values()))
 
-    def select(self, index: torch.Tensor) -> "Rows":
-        """The responses of `index` (one response a row only), without columns that none of them needs."""
-        assert self.segments is None, "rows that share prompts are not taken apart"
-        first, lengths = self.first[index], self.lengths[index]
-        width = int((first + lengths).max())
-        return Rows(
-            self.input_ids[index][:, :width],
-            self.responses[index],
-            lengths,
-            torch.arange(len(index), device=index.device),
-            self.prompt_lengths[index],
-            first,
-        )
 
-
-def make_rows(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int) -> Rows:
-    """One row a response: prompts[i] + responses[i]."""
-    return _lay_out([(p, [r]) for p, r in zip(prompts, responses, strict=True)], pad_id)
-
-
-def share_prompts(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], pad_id: int) -> Rows:
-    """One row a group (prompt, its responses): the prompt once, then each response."""
-    return _lay_out(groups, pad_id, shared=True)
-
-
-def _lay_out(groups, pad_id: int, shared: bool = False) -> Rows:
-    rows = [[*p, *(t for r in rs for t in r)] for p, rs in groups]
-    flat = [
-        (g, len(p), r, len(p) + sum(map(len, rs[:k]))) for g, (p, rs) in enumerate(groups) for k, r in enumerate(rs)
-    ]
+def make_rows(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int, *, packed: bool = False
+) -> Rows:
+    """prompts[i] + responses[i] as rows; packed: for models that can (`can_pack` of stages/models/packing.py)."""
+    most = max(1, *map(len, responses))
+    ids = torch.tensor([[*r, *[pad_id] * (most - len(r))] for r in responses])
+    lengths = torch.tensor([len(r) for r in responses])
+    if packed:
+        return _pack(prompts, responses, ids, lengths)
+    rows = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
     width = max(map(len, rows))
-    padded = lambda lists, fill: torch.tensor([x + [fill] * (width - len(x)) for x in lists])  # noqa: E731
-    segments = positions = None
-    if shared:
-        segments = padded([[0] * len(p) + [k for k, r in enumerate(rs, 1) for _ in r] for p, rs in groups], -1)
-        positions = padded([[*range(len(p)), *(len(p) + t for r in rs for t in range(len(r)))] for p, rs in groups], 0)
-    most = max(1, *(len(r) for _, _, r, _ in flat))
+    first = torch.tensor([len(p) for p in prompts])
+    padded = torch.tensor([x + [pad_id] * (width - len(x)) for x in rows])
+    return Rows(padded, ids, lengths, torch.arange(len(rows)), first - 1, first)
+
+
+def _pack(prompts, responses, ids: torch.Tensor, lengths: torch.Tensor) -> Rows:
+    tokens, positions, ends, firsts, spans, before = [], [], [], [], [], None
+    for prompt, response in zip(prompts, responses, strict=True):
+        if before is None or list(prompt) != list(before):
+            start, before = len(tokens), prompt
+            tokens += prompt
+            positions += range(len(prompt))
+        ends.append(start + len(prompt) - 1)
+        firsts.append(len(tokens))
+        spans.append([*range(start, start + len(prompt)), *range(len(tokens), len(tokens) + len(response))])
+        tokens += response
+        positions += range(len(prompt), len(prompt) + len(response))
+    width = max(map(len, spans))
+    sequences = torch.tensor([s + s[-1:] * (width - len(s)) for s in spans])
+    home = torch.empty(len(tokens), dtype=torch.long)
+    for i in reversed(range(len(spans))):  # of the places that hold a shared prompt, the first
+        home[sequences[i, : len(spans[i])]] = torch.arange(i * width, i * width + len(spans[i]))
+    end, first = torch.tensor(ends), torch.tensor(firsts)
+    row = torch.zeros_like(first)
     return Rows(
-        padded(rows, pad_id),
-        torch.tensor([[*r, *[pad_id] * (most - len(r))] for _, _, r, _ in flat]),
-        torch.tensor([len(r) for _, _, r, _ in flat]),
-        torch.tensor([g for g, _, _, _ in flat]),
-        torch.tensor([p for _, p, _, _ in flat]),
-        torch.tensor([start for _, _, _, start in flat]),
-        segments,
-        positions,
+        torch.tensor([tokens]), ids, lengths, row, end, first, torch.tensor([positions]), sequences, home
     )
 
 
@@ -172,10 +160,10 @@ class GroupBatch:
         )
 
 
-def batch_groups(groups: Sequence[PromptGroup], pad_id: int, *, share: bool = False) -> GroupBatch:
+def batch_groups(groups: Sequence[PromptGroup], pad_id: int, *, packed: bool = False) -> GroupBatch:
     """Groups of any K, mixed, ties and unjudged included, as one batch. Responses without a rank ride along.
 
-    share: a prompt and all its responses in one row (for models that can, `stages/models/forward.py`); else K rows.
+    packed: no padding, and each prompt once (for models that can, `can_pack`); else a padded row a response.
     """
     winners, losers, weights, owner, count = [], [], [], [], 0
     for g, group in enumerate(groups):
@@ -188,9 +176,7 @@ def batch_groups(groups: Sequence[PromptGroup], pad_id: int, *, share: bool = Fa
     pairs = [(group.prompt, group.responses) for group in groups]
     as_long = lambda x: torch.tensor(x, dtype=torch.long)  # noqa: E731
     return GroupBatch(
-        share_prompts(pairs, pad_id)
-        if share
-        else make_rows([p for p, rs in pairs for _ in rs], [r for _, rs in pairs for r in rs], pad_id),
+        make_rows([p for p, rs in pairs for _ in rs], [r for _, rs in pairs for r in rs], pad_id, packed=packed),
         as_long(winners),
         as_long(losers),
         torch.tensor(weights, dtype=torch.float32),

@@ -149,15 +149,15 @@ def group_order(ctx: StageRun, groups, steps: int, batch_size: int) -> list[int]
     return grouped_by_length(lengths, batch_size, steps * batch_size, derive_seed(ctx.seed, ctx.stage), window=4)
 
 
-def sharing(ctx: StageRun, model) -> bool:
-    """Whether groups go through `model` with each prompt computed once; a line says so where they cannot."""
-    from stages.models.forward import can_share_prompts
+def packing(ctx: StageRun, *models) -> bool:
+    """Whether rows go through `models` packed, with each prompt computed once; a line says so where they cannot."""
+    from stages.models.packing import can_pack
 
-    shares = can_share_prompts(model, ctx.config.max_length)
-    if not shares:
-        problem = "this model, or its attention kernel, cannot read a prompt with several responses in one row"
-        ctx.tracker.say(f"{ctx.stage}: {problem}; each response gets a row of its own")
-    return shares
+    packs = all([can_pack(model, ctx.config.max_length) for model in models])
+    if not packs:
+        problem = "this model, or its attention kernel, cannot read packed rows"
+        ctx.tracker.say(f"{ctx.stage}: {problem}; each response gets a padded row of its own")
+    return packs
 
 
 def read_world(ctx: StageRun) -> dict | None:

@@ -18,7 +18,7 @@ from stages.common import (
     dtype_of,
     group_order,
     load_groups,
-    sharing,
+    packing,
     show_samples,
 )
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
@@ -91,13 +91,13 @@ def run(ctx: StageRun) -> dict:
     ctx.tracker.say(f"dpo: {report.line('rankings')}; {len(held)} rankings held out; {steps} steps")
     policy = load_policy(source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code)
     policy.to(accelerator.device)
-    share = sharing(ctx, policy)
+    packed = packing(ctx, policy)
 
     # 1 the reference's log-probabilities, once: the policy is the reference before training
     batch_size = c.per_device_train_batch_size * c.gradient_accumulation_steps
     order = group_order(ctx, groups, steps, batch_size)
     drawn = sorted(set(order))
-    options = (tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size, share)
+    options = (tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size, packed)
     reference = {
         "train": dict(zip(drawn, reference_logps(policy, [groups[i] for i in drawn], *options), strict=True)),
         "validation": reference_logps(policy, held, *options),
@@ -118,7 +118,7 @@ def run(ctx: StageRun) -> dict:
 
     # 2 the loss of a micro-batch of prompts
     def forward(part, ref, rows, prompts):
-        batch = batch_groups([part[i] for i in rows], tokenizer.pad_token_id, share=share).to(accelerator.device)
+        batch = batch_groups([part[i] for i in rows], tokenizer.pad_token_id, packed=packed).to(accelerator.device)
         ref_logps = torch.cat([ref[i] for i in rows]).to(accelerator.device)
         with accelerator.autocast():
             logprobs = response_logprobs(policy, batch.rows)
@@ -174,12 +174,12 @@ def run(ctx: StageRun) -> dict:
 
 
 @torch.no_grad()
-def reference_logps(policy, groups, pad_id: int, accelerator, size: int, share: bool) -> list[torch.Tensor]:
+def reference_logps(policy, groups, pad_id: int, accelerator, size: int, packed: bool) -> list[torch.Tensor]:
     """log π_ref of every response: one tensor (K,) a group."""
     out = []
     for start in range(0, len(groups), size):
         part = groups[start : start + size]
-        batch = batch_groups(part, pad_id, share=share).to(accelerator.device)
+        batch = batch_groups(part, pad_id, packed=packed).to(accelerator.device)
         with accelerator.autocast():
             logprobs = response_logprobs(policy, batch.rows)
         logps = sequence_logps(logprobs, batch.rows.response_mask).cpu()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipeline.errors import Interrupted, TrainingStopped, UserError
 from pipeline.stage import StageRun
 from stages.models.adapters import trainable
+from stages.objectives.control import update_average
 
 
 @dataclass
@@ -80,27 +81,71 @@ def gradient_norm(parameters) -> float:
     return float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
 
 
-def finite_norm(trainee: Trainee, step: int) -> float:
-    """The gradient's norm; TrainingStopped if it is not finite."""
+def gradient_cosine(one, other) -> float:
+    """Cosine between two lists of gradients (None = 0); 0 where one of them vanishes."""
+    pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+    dot = sum(float(torch.dot(a.flatten().float(), b.flatten().float())) for a, b in pairs)
+    norms = [torch.nn.utils.get_total_norm([g for g in gs if g is not None] or [torch.zeros(1)]) for gs in (one, other)]
+    size = float(norms[0] * norms[1])
+    return dot / size if size > 0 else 0.0
+
+
+def not_finite(trainee: Trainee, step: int) -> str | None:
+    """What is wrong with the gradient, in words, if it is not finite."""
     norm = gradient_norm(trainee.parameters.values())
-    if not math.isfinite(norm):
-        trainee.optimizer.zero_grad(set_to_none=True)
-        raise TrainingStopped(
-            f"{trainee.name}: the gradient at step {step} is {norm}; nothing was updated. Lower the learning rate "
-            f"or max_grad_norm, or use model.dtype: float32, and run again from the last checkpoint"
-        )
-    return norm
+    return None if math.isfinite(norm) else f"{trainee.name}: the gradient at step {step} is {norm}"
+
+
+def stop_training(problem: str) -> None:
+    """TrainingStopped (exit 3), with what can be done about a number that is not finite."""
+    raise TrainingStopped(
+        f"{problem}; nothing was updated. Lower the learning rate or max_grad_norm, or use model.dtype: float32, and "
+        f"run again from the last checkpoint"
+    )
 
 
 def optimizer_step(trainee: Trainee, learning_rate: float, step: int) -> float:
     """Clip, step, clear; → the gradient's norm before clipping. TrainingStopped if it is not finite (no step taken)."""
-    norm = finite_norm(trainee, step)
-    torch.nn.utils.clip_grad_norm_(trainee.parameters.values(), trainee.max_grad_norm)
+    if problem := not_finite(trainee, step):
+        trainee.optimizer.zero_grad(set_to_none=True)
+        stop_training(problem)
+    norm = float(torch.nn.utils.clip_grad_norm_(trainee.parameters.values(), trainee.max_grad_norm))
     for group in trainee.optimizer.param_groups:
         group["lr"] = learning_rate
     trainee.optimizer.step()
     trainee.optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+@dataclass
+class Skips:
+    """Steps left out because a number was not finite: `count` so far, of at most `limit`."""
+
+    limit: int
+    count: int = 0
+
+    def skip(self, problem: str) -> str:
+        """One more; → a line to say. TrainingStopped once there were too many."""
+        if self.count >= self.limit:
+            stop_training(f"{problem} (max_skipped_steps {self.limit})")
+        self.count += 1
+        return f"{problem}: step skipped ({self.count} of at most {self.limit})"
+
+
+@dataclass
+class Average:
+    """Exponential average of a trainee's weights, a step of the optimizer at a time; `decay` None: none is kept."""
+
+    decay: float | None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def start(self, trainee: Trainee) -> None:
+        if self.decay is not None:
+            self.tensors = {name: p.clone() for name, p in trainee.tensors().items()}
+
+    def step(self, trainee: Trainee) -> None:
+        if self.decay is not None:
+            update_average(self.tensors, trainee.tensors(), self.decay)
 
 
 def learning_rate_at(
@@ -164,12 +209,18 @@ class Best:
 
 
 def save_checkpoint(
-    ctx: StageRun, step: int, total: int, trainees: list[Trainee], best: Best | None, state: dict
+    ctx: StageRun,
+    step: int,
+    total: int,
+    trainees: list[Trainee],
+    best: Best | None,
+    state: dict,
+    average: Average | None = None,
 ) -> None:
     """Weights that train and optimizers as safetensors, the rest as JSON; one step, atomically."""
     from pipeline.checkpoints import optimizer_tensors
 
-    tensors = {}
+    tensors = {"average": average.tensors} if average is not None and average.tensors else {}
     for trainee in trainees:
         tensors[trainee.name] = trainee.tensors()
         tensors[f"{trainee.name}_optimizer"], state[f"{trainee.name}_optimizer"] = optimizer_tensors(trainee.optimizer)
@@ -180,12 +231,16 @@ def save_checkpoint(
     ctx.checkpoints.save(step, tensors, state, total)
 
 
-def load_checkpoint(ctx: StageRun, trainees: list[Trainee], best: Best | None, total: int):
+def load_checkpoint(
+    ctx: StageRun, trainees: list[Trainee], best: Best | None, total: int, average: Average | None = None
+):
     """Restore from the newest valid checkpoint; → (step, state), (0, {}) where there is none."""
     from pipeline.checkpoints import load_optimizer
 
     found = ctx.checkpoints.newest()
     if found is None:
+        if average is not None:
+            average.start(trainees[0])
         return 0, {}
     refuse_shorter(ctx, found.step, total)
     for trainee in trainees:
@@ -194,6 +249,12 @@ def load_checkpoint(ctx: StageRun, trainees: list[Trainee], best: Best | None, t
         load_optimizer(trainee.optimizer, found.tensors(name), found.state[name])
     if best is not None:
         best.restore(found)
+    if average is not None and average.decay is not None:
+        if (found.path / "average.safetensors").is_file():
+            devices = {name: p.device for name, p in trainees[0].parameters.items()}
+            average.tensors = {name: x.to(devices[name]) for name, x in found.tensors("average").items()}
+        else:  # the run had been told to keep none until now: it begins here
+            average.start(trainees[0])
     return found.step, found.state
 
 

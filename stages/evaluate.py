@@ -15,10 +15,11 @@ from data.streams import derive_seed, held_out
 from data.world import World
 from pipeline.errors import Interrupted
 from pipeline.stage import StageRun
-from stages.common import check_context, device_of, dtype_of, read, read_placed, read_world
+from stages.common import check_context, device_of, dtype_of, packing, read, read_placed, read_world
 from stages.engine import make_accelerator, micro_batches, perplexity_of
 from stages.models.forward import response_logprobs, score_all
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
+from stages.models.packing import can_pack
 from stages.objectives.logprobs import sequence_logps
 from stages.objectives.losses import language_model_loss
 from stages.objectives.rewards import final_scores
@@ -84,7 +85,11 @@ def run(ctx: StageRun) -> dict:
     check_context(ctx, ctx.inputs["sft"] / "model")
     tokenizer = load_tokenizer(ctx.inputs["sft"] / "model", trust_remote_code=ctx.trust_remote_code)
     reward_model = load_scalar_model(ctx.inputs["rm"] / "model", **options).to(accelerator.device)
-    reference = load_policy(ctx.inputs["sft"] / "model", **options).to(accelerator.device)
+    sft = load_policy(ctx.inputs["sft"] / "model", **options).to(accelerator.device)
+    reference = sft  # KL is to what PPO's penalty is to
+    if ctx.experiment.sft.ppo_init is not None:
+        reference = load_policy(ctx.inputs["sft"] / "ppo_init", **options).to(accelerator.device)
+    packed = packing(ctx, sft, reference, reward_model)
     prompts, ids = load_prompts(ctx, tokenizer)
     text_rows = held_out_text(ctx, tokenizer)
     judge = gold_judge(ctx)
@@ -97,11 +102,12 @@ def run(ctx: StageRun) -> dict:
     with ctx.tracker.progress(len(names), "evaluate", len(done)) as progress:
         for name in names[len(done) :]:
             model = (
-                reference
+                sft
                 if name in ("sft", "best_of_n")
                 else load_policy(ctx.inputs[name] / "model", **options).to(accelerator.device)
             )
-            tools = (model, reference, reward_model, tokenizer, accelerator)
+            packed = packed and can_pack(model, c.max_length)
+            tools = (model, reference, reward_model, tokenizer, accelerator, packed)
             n = c.best_of if name == "best_of_n" else 1
             done[name] = measure(ctx, n, ids, tools, (len(done), len(names)))
             done[name]["perplexity"] = None if n > 1 else perplexity(model, text_rows, accelerator, c.batch_size)
@@ -188,7 +194,7 @@ def measure(ctx: StageRun, n: int, ids, tools, progress: tuple[int, int]) -> dic
 
     progress: policies done and in all, for the word at a stop."""
     c = ctx.config
-    model, reference, reward_model, tokenizer, accelerator = tools
+    model, reference, reward_model, tokenizer, accelerator, packed = tools
     out: dict[str, list] = {"responses": [], "finished": [], "scores": [], "kl": [], "lengths": []}
     for part in micro_batches(list(range(len(ids))), max(1, c.batch_size // min(n, 4))):
         prompts = [ids[i] for i in part for _ in range(n)]
@@ -214,14 +220,14 @@ def measure(ctx: StageRun, n: int, ids, tools, progress: tuple[int, int]) -> dic
             pad_id=tokenizer.pad_token_id,
             batch_size=c.batch_size,
             accelerator=accelerator,
+            packed=packed,
         )
         finished = torch.tensor([r[-1] == tokenizer.eos_token_id for r in responses])
         scores = final_scores(scores, finished, c.missing_eos_score)
         best = scores.view(-1, n).argmax(-1).tolist()
         chosen = [g * n + b for g, b in enumerate(best)]
-        rows = make_rows([prompts[i] for i in chosen], [responses[i] for i in chosen], tokenizer.pad_token_id).to(
-            accelerator.device
-        )
+        texts = [prompts[i] for i in chosen], [responses[i] for i in chosen]
+        rows = make_rows(*texts, tokenizer.pad_token_id, packed=packed).to(accelerator.device)
         if n == 1:
             with accelerator.autocast():
                 logps = [

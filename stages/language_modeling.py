@@ -44,8 +44,15 @@ def train_language_model(
     group_by_length: bool,
     adapter: dict | None,
     samples: Callable[[object], list[dict]] | None = None,
+    first: int = 0,
+    total: int | None = None,
+    carried: tuple[dict, dict] = ({}, {}),
 ):
-    """Rows are {input_ids, labels}, labels −100 where no loss is. → (plain model, {loss, perplexity, steps …})."""
+    """Rows are {input_ids, labels}, labels −100 where no loss is. → (plain model, {loss, perplexity, steps …}).
+
+    A stage may train twice: then `first` steps were taken before this training, `total` are taken in all, and each
+    checkpoint also holds the tensors and the state that are `carried` on from before.
+    """
     from datasets import Dataset
     from transformers import PrinterCallback, ProgressCallback
     from transformers.utils import logging as transformers_logging
@@ -95,8 +102,10 @@ def train_language_model(
     else:
         order = Stream(len(train_rows), seed).take(steps * batch)
     best = Best(keep, patience, higher_is_better=False)
+    whole = steps if total is None else total
     keeper = _Keeper(
-        ctx=ctx, steps=steps, best=best, eval_steps=eval_steps, samples=samples,
+        ctx=ctx, steps=steps, best=best, eval_steps=eval_steps, samples=samples, first=first, total=whole,
+        carried=carried,
         held_out_loss=lambda live: held_out_loss(
             live, held_out_rows, tokenizer.pad_token_id, per_device_train_batch_size, trainer.accelerator)
     )  # fmt: skip
@@ -112,16 +121,18 @@ def train_language_model(
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
     found = ctx.checkpoints.newest()
+    if found and not (found.path / "trainer").is_dir():
+        found = None  # the end of an earlier training
     if found:
-        refuse_shorter(ctx, found.step, steps)
+        refuse_shorter(ctx, found.step - first, steps)
         keeper.best.restore(found)
-    with ctx.tracker.progress(steps, ctx.stage, found.step if found else 0) as progress:
+    with ctx.tracker.progress(whole, ctx.stage, found.step if found else first) as progress:
         keeper.progress = progress
         trainer.train(resume_from_checkpoint=str(found.path / "trainer") if found else None)
     shutil.rmtree(scratch, ignore_errors=True)
     step = trainer.state.global_step
     if ctx.stop.requested and step < steps and not keeper.best.exhausted:
-        raise Interrupted(step, steps)
+        raise Interrupted(first + step, whole)
     if keep == "best" and best.step != step:
         keeper.trainee(trainer.model).load(best.tensors)
     loss = keeper.held_out_loss(trainer.model)
@@ -167,8 +178,11 @@ def held_out_loss(model, rows: list[dict], pad_id: int, batch_size: int, acceler
 class _Keeper:
     """What happens beside trl's loop: metrics, samples, refusal of non-finite numbers, checkpoints, stopping."""
 
-    def __init__(self, *, ctx: StageRun, steps: int, best: Best, eval_steps: int, samples, held_out_loss):
+    def __init__(
+        self, *, ctx: StageRun, steps: int, best: Best, eval_steps: int, samples, held_out_loss, first, total, carried
+    ):
         self.ctx, self.steps, self.best, self.eval_steps = ctx, steps, best, eval_steps
+        self.first, self.total, self.carried = first, total, carried
         self.samples, self.held_out_loss, self.progress = samples, held_out_loss, None
 
     @staticmethod
@@ -179,25 +193,25 @@ class _Keeper:
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         if not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
             raise TrainingStopped(
-                f"{self.ctx.stage}: the gradient at step {state.global_step + 1} is not finite; nothing was updated. "
-                f"Lower {self.ctx.stage}.learning_rate, or use model.dtype: float32, and run again"
+                f"{self.ctx.stage}: the gradient at step {self.first + state.global_step + 1} is not finite; nothing "
+                f"was updated. Lower {self.ctx.stage}.learning_rate, or use model.dtype: float32, and run again"
             )
 
     def logged(self, logs: dict, state) -> None:
         if "loss" not in logs:
             return
         row = {"loss": logs["loss"], "grad_norm": logs.get("grad_norm"), "lr": logs.get("learning_rate")}
-        self.ctx.tracker.log(state.global_step, row)
-        self.progress.update(state.global_step, loss=logs["loss"])
+        self.ctx.tracker.log(self.first + state.global_step, row)
+        self.progress.update(self.first + state.global_step, loss=logs["loss"])
 
     def look(self, model, state, control) -> None:
         loss = self.held_out_loss(model)
-        self.ctx.tracker.evaluation(state.global_step, {"loss": loss, "perplexity": perplexity_of(loss)})
+        self.ctx.tracker.evaluation(self.first + state.global_step, {"loss": loss, "perplexity": perplexity_of(loss)})
         self.best.offer(loss, state.global_step, self.trainee(model))
         if self.samples is not None:
             training = model.training
             model.eval()
-            self.ctx.tracker.samples(state.global_step, self.samples(model))
+            self.ctx.tracker.samples(self.first + state.global_step, self.samples(model))
             model.train(training)
         if self.best.exhausted:
             control.should_training_stop = True
@@ -205,8 +219,10 @@ class _Keeper:
     def saved(self, args, state) -> None:
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-        tensors = {"best": self.best.tensors} if self.best.tensors else {}
-        self.ctx.checkpoints.adopt(written, state.global_step, self.steps, {"best": self.best.state()}, tensors)
+        tensors, kept = self.carried
+        tensors = tensors | ({"best": self.best.tensors} if self.best.tensors else {})
+        step = self.first + state.global_step
+        self.ctx.checkpoints.adopt(written, step, self.total, kept | {"best": self.best.state()}, tensors)
 
     def callback(self):
         """The transformers callback that calls the methods above."""
@@ -222,7 +238,7 @@ class _Keeper:
                 keeper.logged(logs or {}, state)
 
             def on_train_begin(self, args, state, control, model=None, **_):
-                if state.global_step == 0:
+                if state.global_step == 0 and keeper.first == 0:
                     keeper.look(model, state, control)
 
             def on_step_end(self, args, state, control, model=None, **_):

@@ -5,56 +5,60 @@
 Read `run`: one iteration is the numbered list 1 … 7.
 """
 
+import copy
+import math
 import time
-from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from data.encode import decode_response, encode_prompts, fit_lengths, wrap_documents
-from data.groups import Rows, make_rows
 from data.records import DataError, prompt_key
 from data.streams import Stream, derive_seed, held_out
-from pipeline.errors import UserError
+from pipeline.errors import TrainingStopped, UserError
 from pipeline.stage import StageRun
-from stages.common import adapter_settings, card, check_context, device_of, dtype_of, read, read_placed
+from stages.alarms import Alarms
+from stages.common import adapter_settings, card, check_context, device_of, dtype_of, packing, read, read_placed
 from stages.engine import (
+    Average,
     Best,
+    Skips,
     Trainee,
-    finite_norm,
+    gradient_cosine,
     gradient_norm,
     learning_rate_at,
     load_checkpoint,
     make_accelerator,
     make_trainee,
     micro_batches,
+    not_finite,
     optimizer_step,
     pause_if_asked,
     save_checkpoint,
 )
-from stages.models.adapters import adapter_off, is_adapted, merged, with_adapter
-from stages.models.forward import response_logprobs, response_scores, response_values, set_mode
-from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, same_tokenizer, save_model
+from stages.models.adapters import is_adapted, merged
+from stages.models.forward import response_logprobs, response_values, score_all, text_logprobs
+from stages.models.loading import save_model
+from stages.models.roles import Roles, load_roles
 from stages.objectives.advantages import gae
-from stages.objectives.losses import language_model_loss, policy_loss, value_loss
+from stages.objectives.control import adaptive_kl_coef
+from stages.objectives.losses import policy_loss, value_loss
 from stages.objectives.masked import masked_mean, masked_whiten
-from stages.objectives.rewards import final_scores, kl_per_token, token_rewards
+from stages.objectives.rewards import kl_per_token, token_rewards
+from stages.rollouts.collect import collect, in_micro_batches
 from stages.rollouts.rollout import Rollout
-from stages.rollouts.transformers import sample
 from stages.settings import Schedule, Section, TooLong, no_room, over_context, setting, too_long_prompt
 
 NAME = "ppo"
 METRICS = {
     "objective/kl": "KL(policy ‖ SFT) of the sampled responses, in nats a response (k1)",
-    "objective/kl_k3": "the same by the k3 estimator",
+    "objective/kl_k3": "the same by the k3 estimator (never negative, less variance)",
     "objective/entropy": "the policy's entropy, in nats a token",
-    "objective/scores": "mean score of the reward model (demonstrations score 0)",
+    "objective/scores": "mean score of the reward model, score_clip, missing_eos_score and length_penalty applied",
     "objective/rlhf_reward": "scores − kl_coef · KL (by kl_estimator): what is maximised",
     "objective/length": "tokens a response, EOS included",
     "objective/eos_rate": "share of responses that end with EOS",
@@ -68,13 +72,18 @@ METRICS = {
     "val/explained_variance": "share of the returns' variance that the values foretold",
     "grad_norm/ppo": "norm of the policy gradient before ptx is added and before clipping",
     "grad_norm/ptx": "norm of ptx_coef times the pretraining gradient",
+    "grad_cosine": "cosine between the two: below 0 they pull apart",
     "grad_norm/value": "norm of the value model's gradient before clipping",
-    "kl_coef": "β of this update",
+    "kl_coef": "β of this update (moves where kl_target is set)",
     "eps": "episodes a second, sampling and update together",
     "lr": "the policy's learning rate",
     "episode": "episodes so far",
 }
 HEADLINE = ("score", "kl", "score_before")
+SKIPPED = (  # figures of an update that a number which is not finite kept from happening
+    "policy/approxkl_avg", "policy/clipfrac_avg", "loss/policy_avg", "loss/value_avg", "val/clipfrac_avg", "val/ratio",
+    "grad_norm/ppo", "grad_norm/value",
+)  # fmt: skip
 HELD_OUT = {"score": "scores", "kl": "kl", "rlhf_reward": "rlhf_reward", "length": "length", "eos_rate": "eos_rate",
             "entropy": "entropy"}  # fmt: skip
 
@@ -99,18 +108,25 @@ class Config(Section):
     warmup_steps: int = setting(10, "updates of linear warm-up from a tenth", "updates", ge=0)
     lr_scheduler_type: Schedule = setting("constant", "shape of both learning rates after the warm-up")
     max_grad_norm: float = setting(
-        1.0, "clips the policy's summed gradient (PPO + ptx) and the value model's, each apart", gt=0
+        1.0, "clips the norm of the policy's gradient after ptx is added, and of the value model's, each apart", gt=0
     )
     kl_coef: float = setting(0.02, "β, the penalty on KL to the SFT policy", "reward per nat", ge=0)
     kl_estimator: Literal["k1", "k3"] = setting("k1", "how the penalty estimates KL at a token")
+    kl_target: float | None = setting(
+        None, "KL that kl_coef is steered to (Ziegler 2019); null: kl_coef stays as it is", "nats a response", gt=0
+    )
+    kl_horizon: float = setting(10_000, "episodes over which that steering acts", "episodes", gt=0)
     cliprange: float = setting(0.2, "ratio clip ε", gt=0)
     cliprange_value: float = setting(0.2, "value clip", "reward", gt=0)
-    lam: float = setting(0.95, "λ of generalised advantage estimation (γ is 1)", ge=0, le=1)
-    ptx_coef: float = setting(27.8, "γ, weight of the pretraining loss (mean a token); 0 is plain PPO", ge=0)
+    gamma: float = setting(1.0, "discount a token (the paper: none); γ of GAE", gt=0, le=1)
+    lam: float = setting(0.95, "λ of generalised advantage estimation", ge=0, le=1)
+    ptx_coef: float = setting(27.8, "γ, added times the pretraining loss (a mean over its tokens); 0: plain PPO", ge=0)
     ptx_ratio: float = setting(8.0, "pretraining rows an episode", "rows", gt=0)
     ptx_length: int = setting(128, "length of a packed pretraining row", "tokens", ge=8)
     missing_eos_score: float | None = setting(-1.0, "score of a response without EOS; null: its own", "reward")
-    whiten_rewards: bool = setting(False, "divide rewards by their standard deviation over the batch")
+    score_clip: float | None = setting(None, "clip the reward model's score to ± this", "reward", gt=0)
+    length_penalty: float = setting(0.0, "subtracted from the score a response token", "reward a token", ge=0)
+    whiten_rewards: bool = setting(False, "divide rewards by their standard deviation over the batch; no mean shift")
     whiten_advantages: bool = setting(True, "whiten advantages over the batch")
     eval_steps: int = setting(20, "held-out prompts every so many updates", "updates", ge=1)
     eval_prompts: int = setting(64, "how many prompts are held out for that", "prompts", ge=1)
@@ -119,6 +135,17 @@ class Config(Section):
     )
     patience: int | None = setting(None, "stop after so many held-out looks without a better one", "looks", ge=1)
     reward_model: str | None = setting(None, "folder of another reward model in place of rm's")
+    held_out_reward_model: str | None = setting(
+        None, "folder of a reward model that PPO does not climb (say, another seed's), to tell over-optimisation by"
+    )
+    ema_decay: float | None = setting(
+        0.992, "exponential average of the policy over optimizer steps (the paper's); null: none is kept", gt=0, lt=1
+    )
+    publish_ema: bool = setting(False, "publish that average as model_ema/")
+    max_skipped_steps: int = setting(0, "optimizer steps left out for a number that is not finite before exit 3", ge=0)
+    alarm_kl: float | None = setting(50.0, "warn above this KL to the reference; null: never", "nats a response", gt=0)
+    alarm_entropy: float = setting(0.1, "warn below this share of the entropy at first", ge=0, lt=1)
+    on_alarm: Literal["warn", "stop"] = setting("warn", "what an alarm does; stop: a checkpoint, and exit 3")
 
 
 def needs(experiment) -> list[str]:
@@ -130,8 +157,8 @@ def reads(experiment) -> list[str]:
 
 
 def folders(experiment) -> dict:
-    folder = experiment.ppo.reward_model
-    return {} if folder is None else {"ppo.reward_model": Path(folder).expanduser()}
+    given = {key: getattr(experiment.ppo, key) for key in ("reward_model", "held_out_reward_model")}
+    return {f"ppo.{key}": Path(folder).expanduser() for key, folder in given.items() if folder is not None}
 
 
 def check(experiment) -> list[str]:
@@ -153,29 +180,18 @@ def check(experiment) -> list[str]:
             f"ppo.total_episodes: {c.total_episodes} is no multiple of batch_size {c.batch_size}; "
             f"{c.total_episodes // c.batch_size * c.batch_size or c.batch_size} is one"
         )
-    if c.reward_model is not None and not (Path(c.reward_model).expanduser() / "config.json").is_file():
-        wrong.append(
-            f"ppo.reward_model: {c.reward_model} holds no config.json; give the model/ folder of a reward model"
-        )
+    for key, folder in folders(experiment).items():
+        if not (folder / "config.json").is_file():
+            wrong.append(f"{key}: {folder} holds no config.json; give the model/ folder of a reward model")
+    if c.publish_ema and c.ema_decay is None:
+        wrong.append("ppo.publish_ema: there is no average to publish with ema_decay: null; set it, say to 0.992")
     return wrong
 
 
-@dataclass(frozen=True)
-class Roles:
-    """The four models, what they share, and where they compute."""
-
-    policy: torch.nn.Module
-    ref_policy: torch.nn.Module | None  # None: the policy with its adapter off
-    reward_model: torch.nn.Module
-    value_model: torch.nn.Module
-    tokenizer: object
-    accelerator: object
-
-
 def run(ctx: StageRun) -> dict:
-    """→ model/ (policy) and value_model/."""
+    """→ model/ (policy), value_model/, and model_ema/ if asked for."""
     c = ctx.config
-    roles = load_roles(ctx)
+    roles = load(ctx)
     train, held = load_prompts(ctx, roles.tokenizer)
     ptx_rows = load_ptx(ctx, roles.tokenizer)
     updates, per_batch = c.total_episodes // c.batch_size, c.batch_size // c.samples_per_prompt
@@ -188,31 +204,40 @@ def run(ctx: StageRun) -> dict:
         "value_model", roles.value_model, learning_rate=c.value_learning_rate, max_grad_norm=c.max_grad_norm
     )
     best = Best(c.keep, c.patience, higher_is_better=True)
-    step, state = load_checkpoint(ctx, [policy, value], best, updates)
+    average, skips, alarms = Average(c.ema_decay), Skips(c.max_skipped_steps), Alarms(c.alarm_kl, c.alarm_entropy)
+    step, state = load_checkpoint(ctx, [policy, value], best, updates, average)
     prompts = Stream(len(train), derive_seed(ctx.seed, "prompts"), cursor=step * per_batch)
     per_update = round(c.ptx_ratio * c.mini_batch_size) * (c.batch_size // c.mini_batch_size) * c.num_ppo_epochs
     ptx = Stream(len(ptx_rows), derive_seed(ctx.seed, "ptx"), cursor=step * per_update) if ptx_rows else None
     if step == 0:
-        preflight(ctx, roles, train[: 2 * c.per_device_train_batch_size])
-        state = {"looks": {"0": look(ctx, roles, held, 0, policy, best)}}
+        recompute = preflight(ctx, roles, train[: 2 * c.per_device_train_batch_size])
+        state = {"kl_coef": c.kl_coef, "recompute": recompute, "looks": {}}
+        state["looks"]["0"] = look(ctx, roles, held, 0, state, policy, best)
+    else:
+        skips.count = state["skipped"]
+        alarms.restore(state["alarms"])
     looks = state["looks"]  # step → held-out figures
-    save = lambda at: save_checkpoint(ctx, at, updates, [policy, value], best, {"looks": looks})  # noqa: E731
+
+    def save(at: int) -> None:
+        kept = state | {"skipped": skips.count, "alarms": alarms.state()}
+        save_checkpoint(ctx, at, updates, [policy, value], best, kept, average)
 
     with ctx.tracker.progress(updates, "ppo", step) as progress:
         while step < updates and not best.exhausted:
             step, began = step + 1, time.perf_counter()
+            kl_coef = state["kl_coef"] if c.kl_target is not None else c.kl_coef
             # 1 prompts
             drawn = prompts.take(per_batch)
             # 2 sample, and what every model says of the samples
-            rollout = collect(ctx, roles, [train[i] for i in drawn], drawn, step)
-            mask = rollout.rows.response_mask
+            rollout = rollout_of(ctx, roles, [train[i] for i in drawn], drawn, step, recompute=state["recompute"])
+            mask = rollout.mask
             # 3 reward: the score at the last token, minus kl_coef · KL at each
             kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, c.kl_estimator)
-            rewards = token_rewards(rollout.scores, kl, mask, c.kl_coef)
+            rewards = token_rewards(rollout.scores, kl, mask, kl_coef)
             if c.whiten_rewards:
                 rewards = masked_whiten(rewards, mask, shift_mean=False)
             # 4 advantage
-            advantages, returns = gae(rewards, rollout.values, mask, c.lam)
+            advantages, returns = gae(rewards, rollout.values, mask, c.lam, c.gamma)
             if c.whiten_advantages:
                 advantages = masked_whiten(advantages, mask)
             # 5 update
@@ -220,79 +245,89 @@ def run(ctx: StageRun) -> dict:
                 learning_rate_at(step, updates, peak, c.lr_scheduler_type, c.warmup_steps, warmup_from=0.1)
                 for peak in (c.learning_rate, c.value_learning_rate)
             )
-            learned = update(
-                ctx,
-                roles,
-                policy,
-                value,
-                rollout,
-                advantages,
-                returns,
-                step,
-                rate,
-                value_rate,
-                lambda n: [ptx_rows[i] for i in ptx.take(n)] if ptx else None,
-            )
+            if problem := not_finite_episodes(rollout, advantages, step):
+                ctx.tracker.say(f"ppo: {skips.skip(problem)}")
+                learned = dict.fromkeys(SKIPPED, math.nan)
+                if ptx:
+                    ptx.take(per_update)
+            else:
+                learned = update(
+                    ctx,
+                    roles,
+                    policy,
+                    value,
+                    rollout,
+                    advantages,
+                    returns,
+                    step,
+                    rate,
+                    value_rate,
+                    lambda n: [ptx_rows[i] for i in ptx.take(n)] if ptx else None,
+                    average,
+                    skips,
+                )
             # 6 keep
             row = {
-                **describe(rollout, returns, c.kl_coef, c.kl_estimator),
+                **describe(rollout, returns, kl_coef, c.kl_estimator),
                 **learned,
-                "kl_coef": c.kl_coef,
+                "kl_coef": kl_coef,
                 "eps": c.batch_size / (time.perf_counter() - began),
                 "lr": rate,
                 "episode": step * c.batch_size,
             }
             ctx.tracker.log(step, row)
             progress.update(step, score=row["objective/scores"], kl=row["objective/kl"])
+            if c.kl_target is not None and math.isfinite(row["objective/kl"]):
+                state["kl_coef"] = adaptive_kl_coef(
+                    kl_coef, row["objective/kl"], c.kl_target, c.batch_size, c.kl_horizon
+                )
+            raised = alarms.watch(step, row)
             if step % c.eval_steps == 0 or step == updates:
-                looks[str(step)] = look(ctx, roles, held, step, policy, best)
+                looks[str(step)] = look(ctx, roles, held, step, state, policy, best)
+                raised += alarms.look(step, looks[str(step)])
             if ctx.checkpoints.due(step) and step < updates:
                 save(step)
+            sound(ctx, raised, step, updates, save)
             if step < updates:
                 pause_if_asked(ctx, step, updates, lambda at=step: save(at))
 
     # 7 publish
     if str(step) not in looks:  # settings that were overridden ended the run at its checkpoint
-        looks[str(step)] = look(ctx, roles, held, step, policy, best)
+        looks[str(step)] = look(ctx, roles, held, step, state, policy, best)
+    if c.publish_ema:
+        publish_average(ctx, roles, policy, average)
     if c.keep == "best" and best.step != step:
         policy.load(best.tensors)
     before, after = looks["0"], looks[str(best.step if c.keep == "best" else step)]
     save_model(
         merged(roles.policy), roles.tokenizer, ctx.publish / "model", card=card(ctx, "a policy trained by PPO-ptx")
     )
-    save_model(merged(roles.value_model), roles.tokenizer, ctx.publish / "value_model", card=card(ctx, "a value model"))
-    return {**after, **{f"{k}_before": v for k, v in before.items()}, "updates": step, "best_step": best.step}
-
-
-def load_roles(ctx: StageRun) -> Roles:
-    """Policy and reference from sft; reward model from rm; value model initialised from the reward model."""
-    m, c = ctx.experiment.model, ctx.config
-    accelerator = make_accelerator(device_of(ctx), dtype_of(ctx.experiment))
-    options = {"attn_implementation": m.attn_implementation, "trust_remote_code": ctx.trust_remote_code}
-    sft = ctx.inputs["sft"] / "model"
-    check_context(ctx, sft)
-    rm = Path(c.reward_model).expanduser() if c.reward_model else ctx.inputs["rm"] / "model"
-    tokenizer = load_tokenizer(sft, trust_remote_code=ctx.trust_remote_code)
-    try:
-        same_tokenizer(tokenizer, load_tokenizer(rm, trust_remote_code=ctx.trust_remote_code), str(rm))
-        reward_model = load_scalar_model(rm, **options).requires_grad_(False)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        if c.reward_model is None or isinstance(error, UserError):
-            raise
-        what = f"{rm} cannot be loaded ({str(error).splitlines()[0].rstrip(': ')})"
-        raise UserError(f"ppo.reward_model: {what}; give the model/ folder of a reward model") from error
-    adapter = adapter_settings(m) or {"method": None}
-    policy = with_adapter(load_policy(sft, **options), **adapter, seed=derive_seed(ctx.seed, "policy"))
-    value_model = with_adapter(
-        load_scalar_model(rm, **options), **adapter, scalar=True, seed=derive_seed(ctx.seed, "value")
+    save_model(
+        merged(roles.value_model), roles.tokenizer, ctx.publish / "value_model", card=card(ctx, "PPO's value model")
     )
-    ref_policy = None if is_adapted(policy) else load_policy(sft, **options).requires_grad_(False)
-    if m.gradient_checkpointing:
-        policy.activation_checkpointing_enable()
-        value_model.activation_checkpointing_enable()
-    for model in filter(None, (policy, ref_policy, reward_model, value_model)):
-        model.to(accelerator.device)
-    return Roles(policy, ref_policy, reward_model, value_model, tokenizer, accelerator)
+    figures = {**after, **{f"{k}_before": v for k, v in before.items()}, "updates": step, "best_step": best.step}
+    return {**figures, "skipped_steps": skips.count, "alarms": alarms.count}
+
+
+def load(ctx: StageRun) -> Roles:
+    """Policy and reference from sft (from its ppo_init/, if there is one); reward model from rm."""
+    m = ctx.experiment.model
+    start = ctx.inputs["sft"] / ("model" if ctx.experiment.sft.ppo_init is None else "ppo_init")
+    check_context(ctx, start)
+    given, climbed, looks_on = folders(ctx.experiment), "ppo.reward_model", "ppo.held_out_reward_model"
+    roles = load_roles(
+        start,
+        (climbed, given[climbed]) if climbed in given else ("rm", ctx.inputs["rm"] / "model"),
+        (looks_on, given[looks_on]) if looks_on in given else None,
+        make_accelerator(device_of(ctx), dtype_of(ctx.experiment)),
+        adapter=adapter_settings(m) or {"method": None},
+        policy_seed=derive_seed(ctx.seed, "policy"),
+        value_seed=derive_seed(ctx.seed, "value"),
+        gradient_checkpointing=m.gradient_checkpointing,
+        attn_implementation=m.attn_implementation,
+        trust_remote_code=ctx.trust_remote_code,
+    )
+    return replace(roles, packed=packing(ctx, *roles.models()))
 
 
 def load_prompts(ctx: StageRun, tokenizer) -> tuple[list[list[int]], list[tuple]]:
@@ -343,85 +378,99 @@ def load_ptx(ctx: StageRun, tokenizer) -> list[list[int]] | None:
     return rows
 
 
-def collect(
-    ctx: StageRun, roles: Roles, prompts, prompt_ids, step: int, stream: str = "rollout", n: int | None = None
+def rollout_of(
+    ctx: StageRun,
+    roles: Roles,
+    prompts,
+    prompt_ids,
+    step: int,
+    stream: str = "rollout",
+    n: int | None = None,
+    recompute: bool = False,
 ) -> Rollout:
     """n responses a prompt and what every model says of them. Randomness: (run, stream, update, prompt, sample)."""
-    c, tokenizer = ctx.config, roles.tokenizer
-    n = n or c.samples_per_prompt
-    repeated = [p for p in prompts for _ in range(n)]
-    seeds, seen = [], Counter()  # a prompt may be drawn twice: its samples are numbered on
-    for i in prompt_ids:
-        seeds += [derive_seed(ctx.seed, stream, step, i, seen[i] + k) for k in range(n)]
-        seen[i] += n
-    with roles.accelerator.autocast():
-        responses = sample(
-            roles.policy,
-            repeated,
-            seeds,
-            response_length=c.response_length,
-            temperature=c.temperature,
-            eos_id=tokenizer.eos_token_id,
-            pad_id=tokenizer.pad_token_id,
-        )
-    rows = make_rows(repeated, responses, tokenizer.pad_token_id).to(roles.accelerator.device)
-    finished = torch.tensor([r[-1] == tokenizer.eos_token_id for r in responses], device=roles.accelerator.device)
-    order, parts = by_length(rows, range(len(responses))), []
-    with torch.no_grad(), roles.accelerator.autocast():
-        for index in micro_batches(order, min(c.per_device_train_batch_size, c.mini_batch_size)):
-            part = rows.select(torch.tensor(index, device=roles.accelerator.device))
-            logprobs, entropy = response_logprobs(roles.policy, part, c.temperature, with_entropy=True)
-            parts.append(
-                (
-                    logprobs,
-                    reference_logprobs(roles, part, c.temperature),
-                    response_values(roles.value_model, part),
-                    entropy,
-                    response_scores(roles.reward_model, part),
-                )
-            )
-    back = torch.tensor(order, device=roles.accelerator.device).argsort()
-    logprobs, ref_logprobs, values, entropy, scores = (torch.cat(x)[back] for x in zip(*parts, strict=True))
-    return Rollout(
-        rows, logprobs, ref_logprobs, values, entropy, final_scores(scores, finished, c.missing_eos_score), finished
+    c = ctx.config
+    return collect(
+        roles,
+        prompts,
+        prompt_ids,
+        samples_per_prompt=n or c.samples_per_prompt,
+        seed=(ctx.seed, stream, step),
+        response_length=c.response_length,
+        temperature=c.temperature,
+        micro_size=c.per_device_train_batch_size,
+        recompute=recompute,
+        missing_eos_score=c.missing_eos_score,
+        score_clip=c.score_clip,
+        length_penalty=c.length_penalty,
     )
 
 
-def by_length(rows: Rows, index) -> list[int]:
-    """`index` with like lengths together, so that micro-batches carry little padding."""
-    length = (rows.prompt_lengths + rows.lengths).tolist()
-    return sorted(index, key=lambda i: length[i])
+def preflight(ctx: StageRun, roles: Roles, prompts) -> bool:
+    """At the start KL to the reference is 0, and the update repeats the rollout's numbers (ratio 1); or refuse.
 
-
-def reference_logprobs(roles: Roles, rows, temperature: float) -> Tensor:
-    with adapter_off(roles.policy) if roles.ref_policy is None else nullcontext(roles.ref_policy) as reference:
-        return response_logprobs(reference, rows, temperature)
-
-
-def preflight(ctx: StageRun, roles: Roles, prompts) -> None:
-    """At the start KL to the reference is 0, and the update repeats the rollout's numbers (ratio 1); or refuse."""
+    → whether log-probs must be computed again after sampling, the sampler's own not being the update's.
+    """
     c = ctx.config
-    rollout = collect(ctx, roles, prompts, range(len(prompts)), 0, "preflight", 1)
-    mask = rollout.rows.response_mask
-    again = torch.zeros_like(rollout.logprobs)  # as the update does it: other rows together, and with gradients
-    with roles.accelerator.autocast():
-        for mini in micro_batches(list(reversed(range(len(mask)))), c.mini_batch_size):
-            for index in micro_batches(by_length(rollout.rows, mini), c.per_device_train_batch_size):
-                at = torch.tensor(index, device=mask.device)
-                again[at] = response_logprobs(roles.policy, rollout.rows.select(at), c.temperature).detach()
     limit = 1e-4 if dtype_of(ctx.experiment) == "float32" else 2e-2
-    kl = masked_mean((rollout.logprobs - rollout.ref_logprobs).abs(), mask).item()
-    drift = masked_mean(((again - rollout.logprobs).exp() - 1).abs(), mask).item()
+    for recompute in (False, True):
+        rollout = rollout_of(ctx, roles, prompts, range(len(prompts)), 0, "preflight", recompute=recompute)
+        n, size = c.samples_per_prompt, c.per_device_train_batch_size
+        again = torch.zeros_like(rollout.logprobs)  # as the update does it: other rows together, and with gradients
+        with roles.accelerator.autocast():
+            for index in in_micro_batches(rollout.lengths(), range(len(again)), n, max(1, size // 2)):
+                rows = rollout.rows(index, roles.tokenizer.pad_token_id, roles.packed)
+                logprobs = response_logprobs(roles.policy, rows, c.temperature).detach()
+                again[torch.tensor(index, device=again.device), : logprobs.shape[1]] = logprobs
+        drift = masked_mean(((again - rollout.logprobs).exp() - 1).abs(), rollout.mask).item()
+        if drift <= limit:
+            break
+    else:
+        raise UserError(
+            f"ppo preflight: the ratio at the first minibatch would be off by {drift:.2g} a token (limit {limit:g}): "
+            f"the forward is not repeatable; use model.attn_implementation: eager or model.dtype: float32"
+        )
+    kl = masked_mean((rollout.logprobs - rollout.ref_logprobs).abs(), rollout.mask).item()
     if not kl <= limit:
         raise UserError(
             f"ppo preflight: KL to the reference is {kl:.2g} nats a token before the first update, 0 is right: "
             f"policy and reference are not the same model; make sft anew (--force) and run again"
         )
-    if not drift <= limit:
-        raise UserError(
-            f"ppo preflight: the ratio at the first minibatch would be off by {drift:.2g} a token (limit {limit:g}): "
-            f"the forward is not repeatable; use model.attn_implementation: eager or model.dtype: float32"
-        )
+    if recompute:
+        ctx.tracker.say("ppo: the sampler's log-probs are not the update's; they are computed again after sampling")
+    return recompute
+
+
+def not_finite_episodes(rollout: Rollout, advantages: Tensor, step: int) -> str | None:
+    """Which of an update's numbers are not finite, and on which prompts; None if all are."""
+    parts = {key: getattr(rollout, key) for key in ("logprobs", "ref_logprobs", "values", "scores")}
+    bad = {key: ~x.isfinite().reshape(len(x), -1).all(-1) for key, x in (parts | {"advantages": advantages}).items()}
+    names = [key for key in bad if bad[key].any()]
+    if not names:
+        return None
+    names = [key for key in names if key in parts] or names  # advantages follow from the others, over a whole batch
+    rows = torch.stack([bad[key] for key in names]).any(0).nonzero().flatten().tolist()
+    prompts = sorted({rollout.prompt_ids[i] for i in rows})
+    shown = ", ".join(map(str, prompts[:5])) + ", …" * (len(prompts) > 5)
+    return f"update {step}: {' and '.join(names)} not finite on prompts {shown}"
+
+
+def sound(ctx: StageRun, lines: list[str], step: int, updates: int, save: Callable[[int], None]) -> None:
+    """Say the alarms; with on_alarm: stop, save and end with TrainingStopped (exit 3)."""
+    for line in lines:
+        ctx.tracker.say(f"ppo: alarm at {line}")
+    if lines and ctx.config.on_alarm == "stop" and step < updates:
+        save(step)
+        raise TrainingStopped(f"ppo.on_alarm: stop; {lines[0]}. A checkpoint stands: --override-config goes on from it")
+
+
+def minibatches(ctx: StageRun, step: int, epoch: int) -> list[list[int]]:
+    """A batch's episodes in minibatches, drawn anew each epoch; the samples of a prompt stay together if they fit."""
+    c = ctx.config
+    n = c.samples_per_prompt if c.mini_batch_size % c.samples_per_prompt == 0 else 1
+    generator = torch.Generator().manual_seed(derive_seed(ctx.seed, "minibatches", step, epoch))
+    groups = torch.randperm(c.batch_size // n, generator=generator).tolist()
+    return list(micro_batches([g * n + k for g in groups for k in range(n)], c.mini_batch_size))
 
 
 def update(
@@ -436,6 +485,8 @@ def update(
     rate: float,
     value_rate: float,
     ptx_batch: Callable[[int], list[list[int]] | None],
+    average: Average,
+    skips: Skips,
 ) -> dict[str, float]:
     """All inner epochs over a batch: per minibatch one policy step (PPO gradient + ptx_coef · ptx gradient, the sum
     clipped) and one value step. → metrics averaged over the optimizer steps."""
@@ -443,18 +494,21 @@ def update(
     totals: dict[str, float] = {}
     steps = 0
     for epoch in range(c.num_ppo_epochs):
-        order = torch.randperm(
-            c.batch_size, generator=torch.Generator().manual_seed(derive_seed(ctx.seed, "minibatches", step, epoch))
-        ).tolist()
-        for mini in micro_batches(order, c.mini_batch_size):
+        for mini in minibatches(ctx, step, epoch):
             figures = ppo_gradients(ctx, roles, rollout, advantages, returns, mini)
             figures["grad_norm/ppo"] = gradient_norm(policy.parameters.values())
             rows = ptx_batch(round(c.ptx_ratio * c.mini_batch_size))
             if rows is not None:
                 figures |= ptx_gradient(ctx, roles, policy, rows)
-            finite_norm(value, step)  # neither steps if one cannot
-            optimizer_step(policy, rate, step)
-            figures["grad_norm/value"] = optimizer_step(value, value_rate, step)
+            figures["grad_norm/value"] = gradient_norm(value.parameters.values())
+            if problem := not_finite(policy, step) or not_finite(value, step):  # neither steps if one cannot
+                for trainee in (policy, value):
+                    trainee.optimizer.zero_grad(set_to_none=True)
+                ctx.tracker.say(f"ppo: {skips.skip(problem)}")
+            else:
+                optimizer_step(policy, rate, step)
+                optimizer_step(value, value_rate, step)
+                average.step(policy)
             steps += 1
             for key, number in figures.items():
                 totals[key] = totals.get(key, 0.0) + number
@@ -465,20 +519,23 @@ def ppo_gradients(
     ctx: StageRun, roles: Roles, rollout: Rollout, advantages, returns, mini: list[int]
 ) -> dict[str, float]:
     """Accumulate the gradients of policy and value loss over one minibatch: sums over its tokens, over their count."""
-    c, device = ctx.config, roles.accelerator.device
-    tokens = rollout.rows.lengths[torch.tensor(mini, device=device)].sum().item()
+    c, pad_id = ctx.config, roles.tokenizer.pad_token_id
+    n = c.samples_per_prompt if c.mini_batch_size % c.samples_per_prompt == 0 else 1
+    tokens = sum(len(rollout.responses[i]) for i in mini)
     figures: dict[str, float] = {}
-    for index in micro_batches(by_length(rollout.rows, mini), c.per_device_train_batch_size):
-        at = torch.tensor(index, device=device)
-        rows = rollout.rows.select(at)
-        mask = rows.response_mask
+    for index in in_micro_batches(rollout.lengths(), mini, n, c.per_device_train_batch_size):
+        rows = rollout.rows(index, pad_id, roles.packed)
+        mask, at = rows.response_mask, torch.tensor(index, device=rollout.mask.device)
+        old_logprobs, old_values, advantage, target = (
+            x[at, : mask.shape[1]] for x in (rollout.logprobs, rollout.values, advantages, returns)
+        )
         with roles.accelerator.autocast():
             logprobs = response_logprobs(roles.policy, rows, c.temperature)
-        loss, sums = policy_loss(logprobs, rollout.logprobs[at], advantages[at], mask, c.cliprange, tokens)
+        loss, sums = policy_loss(logprobs, old_logprobs, advantage, mask, c.cliprange, tokens)
         roles.accelerator.backward(loss)
         with roles.accelerator.autocast():
             values = response_values(roles.value_model, rows)
-        v_loss, v_sums = value_loss(values, rollout.values[at], returns[at], mask, c.cliprange_value, tokens)
+        v_loss, v_sums = value_loss(values, old_values, target, mask, c.cliprange_value, tokens)
         roles.accelerator.backward(v_loss)
         for key, number in (
             ("loss/policy_avg", loss),
@@ -495,30 +552,38 @@ def ppo_gradients(
 def ptx_gradient(ctx: StageRun, roles: Roles, policy: Trainee, rows: list[list[int]]) -> dict[str, float]:
     """Add ptx_coef times the gradient of the mean cross-entropy a token over `rows` to the policy's gradients.
 
-    A backward of its own, so that both norms are known before they are summed.
+    A backward of its own, so that both norms and their cosine are known before they are summed.
     """
-    c = ctx.config
-    held = [p.grad for p in policy.parameters.values()]
-    for p in policy.parameters.values():
+    c, parameters = ctx.config, list(policy.parameters.values())
+    ppo = [p.grad for p in parameters]
+    for p in parameters:
         p.grad = None
     tokens, total = len(rows) * (len(rows[0]) - 1), 0.0
     for part in micro_batches(rows, c.per_device_train_batch_size):
         ids = torch.tensor(part, device=roles.accelerator.device)
-        set_mode(roles.policy)
         with roles.accelerator.autocast():
-            logits = roles.policy(input_ids=ids, use_cache=False).logits[:, :-1]
-        loss = language_model_loss(logits, ids[:, 1:], tokens)
+            loss = -text_logprobs(roles.policy, ids).sum() / tokens
         total += loss.item()
         roles.accelerator.backward(c.ptx_coef * loss)
-    norm = gradient_norm(policy.parameters.values())
-    for p, grad in zip(policy.parameters.values(), held, strict=True):
-        p.grad = grad if p.grad is None else p.grad if grad is None else p.grad + grad
-    return {"loss/ptx": total, "grad_norm/ptx": norm}
+    ptx = [p.grad for p in parameters]
+    figures = {"loss/ptx": total, "grad_norm/ptx": gradient_norm(parameters), "grad_cosine": gradient_cosine(ppo, ptx)}
+    for p, one, other in zip(parameters, ppo, ptx, strict=True):
+        p.grad = one if other is None else other if one is None else one.add_(other)
+    return figures
+
+
+def publish_average(ctx: StageRun, roles: Roles, policy: Trainee, average: Average) -> None:
+    """model_ema/: the policy with its averaged weights."""
+    last = {name: tensor.clone() for name, tensor in policy.tensors().items()}
+    policy.load(average.tensors)
+    model = merged(copy.deepcopy(roles.policy)) if is_adapted(roles.policy) else roles.policy
+    save_model(model, roles.tokenizer, ctx.publish / "model_ema", card=card(ctx, "the average of PPO's policies"))
+    policy.load(last)
 
 
 def describe(rollout: Rollout, returns: Tensor, kl_coef: float, kl_estimator: str) -> dict[str, float]:
     """The figures of a rollout, under their usual names."""
-    mask = rollout.rows.response_mask
+    mask = rollout.mask
     kl = torch.where(mask, kl_per_token(rollout.logprobs, rollout.ref_logprobs), 0.0).sum(-1).mean().item()
     k3 = torch.where(mask, kl_per_token(rollout.logprobs, rollout.ref_logprobs, "k3"), 0.0).sum(-1).mean().item()
     error = masked_mean((returns - rollout.values - masked_mean(returns - rollout.values, mask)) ** 2, mask)
@@ -536,19 +601,35 @@ def describe(rollout: Rollout, returns: Tensor, kl_coef: float, kl_estimator: st
     }
 
 
-def look(ctx: StageRun, roles: Roles, held, step: int, policy: Trainee, best: Best) -> dict[str, float]:
+def look(
+    ctx: StageRun, roles: Roles, held, step: int, state: dict, policy: Trainee, best: Best
+) -> dict[str, float]:
     """Held-out prompts, one sample each, the same seeds every time; the two best and worst are kept as text."""
-    rollout = collect(ctx, roles, [ids for _, ids in held], range(len(held)), 0, "held-out", 1)
-    figures = describe(rollout, rollout.values, ctx.config.kl_coef, ctx.config.kl_estimator)
+    c = ctx.config
+    rollout = rollout_of(
+        ctx, roles, [ids for _, ids in held], range(len(held)), 0, "held-out", 1, recompute=state["recompute"]
+    )
+    figures = describe(rollout, rollout.values, state["kl_coef"], c.kl_estimator)
     figures = {name: figures[f"objective/{key}"] for name, key in HELD_OUT.items()}
+    if roles.judge is not None:
+        scores = score_all(
+            roles.judge,
+            rollout.prompts,
+            rollout.responses,
+            pad_id=roles.tokenizer.pad_token_id,
+            batch_size=c.per_device_train_batch_size,
+            accelerator=roles.accelerator,
+            packed=roles.packed,
+        )
+        figures["held_out_score"] = scores.mean().item()
     ctx.tracker.evaluation(step, figures)
     best.offer(figures["rlhf_reward"], step, policy)
-    mask = rollout.rows.response_mask
+    mask = rollout.mask
     kl = torch.where(mask, rollout.logprobs - rollout.ref_logprobs, 0.0).sum(-1).tolist()
     order = rollout.scores.argsort().tolist()
     rows = [
         {"prompt": held[i][0],
-         "response": decode_response(roles.tokenizer, rollout.rows.responses[i][mask[i]].tolist()),
+         "response": decode_response(roles.tokenizer, rollout.responses[i]),
          "score": rollout.scores[i].item(), "kl": kl[i]}
         for i in dict.fromkeys([*order[-2:], *order[:2]])
     ]  # fmt: skip

@@ -16,7 +16,7 @@ from data.streams import Stream, derive_seed, held_out
 from data.world import World
 from pipeline.errors import Interrupted
 from pipeline.stage import StageRun
-from stages.common import check_context, device_of, dtype_of, read, read_placed, read_world
+from stages.common import check_context, device_of, dtype_of, packing, read, read_placed, read_world
 from stages.engine import make_accelerator, micro_batches
 from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.transformers import sample
@@ -154,6 +154,7 @@ def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]], list[li
     policy = load_policy(source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code).to(
         accelerator.device
     )
+    packing(ctx, policy)  # then its prompts are read once for all their samples
     records, places = read_placed(ctx, "prompts")
     chosen = Stream(len(records), derive_seed(ctx.seed, "prompts")).take(
         min(len(records), c.num_prompts or len(records))

@@ -22,8 +22,8 @@ from stages.common import (
     dtype_of,
     group_order,
     load_groups,
+    packing,
     read,
-    sharing,
 )
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
 from stages.models.adapters import merged, with_adapter
@@ -94,7 +94,7 @@ def run(ctx: StageRun) -> dict:
         model.activation_checkpointing_enable()
     model = with_adapter(model, **(adapter_settings(m) or {"method": None}), scalar=True, seed=ctx.seed)
     model.to(accelerator.device)
-    share = sharing(ctx, model)
+    packed = packing(ctx, model)
     trainee = make_trainee(
         "model",
         model,
@@ -106,7 +106,7 @@ def run(ctx: StageRun) -> dict:
 
     # 2 the loss of a micro-batch of prompts
     def loss(rows: list[int], prompts: int):
-        batch = batch_groups([groups[i] for i in rows], tokenizer.pad_token_id, share=share).to(accelerator.device)
+        batch = batch_groups([groups[i] for i in rows], tokenizer.pad_token_id, packed=packed).to(accelerator.device)
         with accelerator.autocast():
             scores = response_scores(model, batch.rows)
         value = ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights, prompts)
@@ -120,7 +120,7 @@ def run(ctx: StageRun) -> dict:
 
     def evaluate() -> dict:
         margins, _, value = held_out_margins(
-            model, held, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size, share
+            model, held, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size, packed
         )
         right = (margins > 0).float() + 0.5 * (margins == 0).float()
         return {"loss": value, "accuracy": float(right.mean()), "margin": float(margins.mean())}
@@ -145,7 +145,7 @@ def run(ctx: StageRun) -> dict:
         learning_rate=lambda s: learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, c.warmup_steps),
     )
     margins, owners, _ = held_out_margins(
-        model, held, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size, share
+        model, held, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size, packed
     )
     validation = sources.load("rankings", path=ctx.inputs["rankings"] / "validation.jsonl")
     prompts = {}  # two labelers may have ranked one prompt: the interval is over prompts
@@ -168,11 +168,11 @@ def run(ctx: StageRun) -> dict:
 
 
 @torch.no_grad()
-def held_out_margins(model, held, pad_id: int, accelerator, size: int, share: bool):
+def held_out_margins(model, held, pad_id: int, accelerator, size: int, packed: bool):
     """Over all pairs of the held-out groups: score margins (N,), the group of each (N,), and the mean loss a prompt."""
     margins, owners, loss = [], [], 0.0
     for start in range(0, len(held), size):
-        batch = batch_groups(held[start : start + size], pad_id, share=share).to(accelerator.device)
+        batch = batch_groups(held[start : start + size], pad_id, packed=packed).to(accelerator.device)
         with accelerator.autocast():
             scores = response_scores(model, batch.rows)
         loss += ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights, len(held)).item()

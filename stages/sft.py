@@ -3,14 +3,17 @@
 loss = − mean log π(token | prompt, before)     over the tokens of completions and their EOS
 """
 
-from data.encode import encode_demonstrations
+from functools import partial
+
+from data.encode import encode_demonstrations, wrap_documents
 from data.records import DataError, prompt_key
-from data.streams import held_out
+from data.streams import Stream, derive_seed, held_out
 from pipeline.stage import StageRun
-from stages.common import adapter_settings, card, check_context, device_of, dtype_of, read_placed, show_samples
+from stages.common import adapter_settings, card, check_context, device_of, dtype_of, read, read_placed, show_samples
+from stages.engine import Trainee
 from stages.language_modeling import train_language_model
 from stages.models.loading import load_policy, load_tokenizer, save_model
-from stages.settings import TooLong, Training, over_context, setting, too_long, total_steps
+from stages.settings import Section, TooLong, Training, over_context, setting, too_long, total_steps
 
 NAME = "sft"
 METRICS = {
@@ -22,6 +25,13 @@ METRICS = {
 HEADLINE = ("loss", "perplexity")
 
 
+class PpoInit(Section):
+    """InstructGPT's other SFT model, PPO's start and reference: fewer passes, and pretraining text mixed in."""
+
+    num_train_epochs: float = setting(2.0, "passes over the demonstrations (the paper's)", "epochs", gt=0)
+    pretraining_fraction: float = setting(0.1, "share of rows that are pretraining text (the paper's)", gt=0, lt=1)
+
+
 class Config(Training):
     """Supervised fine-tuning with trl's SFTTrainer."""
 
@@ -31,6 +41,7 @@ class Config(Training):
     num_train_epochs: float = setting(
         2.0, "passes over the demonstrations (the paper: 16, with dropout)", "epochs", gt=0
     )
+    ppo_init: PpoInit | None = setting(None, "{} trains ppo_init/ too, and PPO starts from that; null: from model/")
     sample_tokens: int = setting(48, "length of the generations kept in samples.jsonl", "tokens", ge=1)
 
 
@@ -39,7 +50,7 @@ def needs(experiment) -> list[str]:
 
 
 def reads(experiment) -> list[str]:
-    return ["demonstrations"]
+    return ["demonstrations"] + ([] if experiment.sft.ppo_init is None else ["documents"])
 
 
 def check(experiment) -> list[str]:
@@ -47,12 +58,12 @@ def check(experiment) -> list[str]:
 
 
 def run(ctx: StageRun) -> dict:
-    """→ model/, with the tokenizer and chat template of base."""
+    """→ model/, with the tokenizer and chat template of base; and ppo_init/ if asked for."""
     m, c = ctx.experiment.model, ctx.config
     source = ctx.inputs["base"] / "model"
     check_context(ctx, source)
     tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
-    model = load_policy(source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code)
+    load = partial(load_policy, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code)
     demonstrations, places = read_placed(ctx, "demonstrations")
     kept, encoded, report = encode_demonstrations(
         tokenizer, demonstrations, names=places, max_length=c.max_length, on_too_long=c.on_too_long, section="sft"
@@ -63,16 +74,20 @@ def run(ctx: StageRun) -> dict:
         problem = f"one prompt is left within {c.max_length} tokens; at least 2 are needed, one of them to hold out"
         raise DataError([f"data.demonstrations: {problem}"])
     rows, held = ([encoded[i] for i in part] for part in (train, valid))
-    steps = total_steps(c, len(rows))
-    ctx.tracker.say(f"sft: {report.line('demonstrations')}; {len(held)} held out; {steps} steps")
+    mixed = [] if c.ppo_init is None else rows + pretraining_rows(ctx, tokenizer, len(rows))
+    steps, more = total_steps(c, len(rows)), 0
+    if c.ppo_init is not None:
+        more = total_steps(c.model_copy(update=dict(c.ppo_init) | {"max_steps": None}), len(mixed))
+    ctx.tracker.say(
+        f"sft: {report.line('demonstrations')}; {len(held)} held out; {steps} steps"
+        + (f", then {more} for ppo_init" if more else "")
+    )
     shown = [prompts[i] for i in valid[:4]]
-    model, figures = train_language_model(
+    fit = partial(
+        train_language_model,
         ctx,
-        model,
-        tokenizer,
-        rows,
-        held,
-        steps=steps,
+        tokenizer=tokenizer,
+        held_out_rows=held,
         group_by_length=True,
         learning_rate=c.learning_rate,
         lr_scheduler_type=c.lr_scheduler_type,
@@ -90,6 +105,39 @@ def run(ctx: StageRun) -> dict:
         gradient_checkpointing=m.gradient_checkpointing,
         adapter=adapter_settings(m),
         samples=lambda live: show_samples(live, tokenizer, shown, seed=ctx.seed, response_length=c.sample_tokens),
+        total=steps + more,
     )
+    found = ctx.checkpoints.newest()
+    if found is not None and "finished" in found.state:  # interrupted while ppo_init trained: model/ is made
+        model, figures = load(source), found.state["finished"]
+        weights = Trainee("sft", model, dict(model.named_parameters()), None, 0.0)
+        weights.load(found.tensors("finished"))
+    else:
+        model, figures = fit(model=load(source), train_rows=rows, steps=steps)
+        weights = Trainee("sft", model, dict(model.named_parameters()), None, 0.0)
     save_model(model, tokenizer, ctx.publish / "model", card=card(ctx, "a supervised fine-tuned policy"))
-    return {**figures, "rows": len(rows), "truncated": report.truncated, "dropped": report.dropped}
+    figures = {**figures, "rows": len(rows), "truncated": report.truncated, "dropped": report.dropped}
+    if c.ppo_init is None:
+        return figures
+
+    carried = {"finished": weights.tensors()}, {"finished": figures}
+    if ctx.checkpoints.every and (found is None or "finished" not in found.state):
+        ctx.checkpoints.save(steps, *carried, steps + more)
+    first = {"first": steps, "carried": carried}
+    model, other = fit(model=load(source), train_rows=mixed, steps=more, **first)
+    save_model(model, tokenizer, ctx.publish / "ppo_init", card=card(ctx, "the policy that PPO starts from"))
+    return figures | {f"ppo_init_{name}": other[name] for name in ("loss", "perplexity", "steps")}
+
+
+def pretraining_rows(ctx: StageRun, tokenizer, demonstrations: int) -> list[dict]:
+    """Packed rows of the training documents, `pretraining_fraction` of all rows together with the demonstrations."""
+    fraction = ctx.config.ppo_init.pretraining_fraction
+    documents = read(ctx, "documents")
+    train, _ = held_out([d.text for d in documents], ctx.experiment.data.validation_fraction)
+    rows = wrap_documents(tokenizer, (documents[i] for i in train), length=ctx.config.max_length)
+    if not rows:
+        problem = f"fewer than sft.max_length = {ctx.config.max_length} tokens of pretraining text"
+        raise DataError([f"data.documents: {problem}; give more text, or set sft.ppo_init: null"])
+    wanted = max(1, round(demonstrations * fraction / (1 - fraction)))
+    order = Stream(len(rows), derive_seed(ctx.seed, "ppo_init")).take(wanted)
+    return [{"input_ids": rows[i], "labels": rows[i]} for i in order]

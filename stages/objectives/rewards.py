@@ -18,11 +18,22 @@ def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") 
     raise ValueError(f"kl_estimator is {estimator!r}; it can be k1 or k3")
 
 
-def final_scores(scores: Tensor, finished: Tensor, missing_eos_score: float | None) -> Tensor:
-    """Scores (B,), with those of unfinished responses (no EOS) replaced by a fixed one, if one is given."""
-    if missing_eos_score is None:
-        return scores
-    return torch.where(finished, scores, torch.full_like(scores, missing_eos_score))
+def final_scores(
+    scores: Tensor,
+    finished: Tensor,
+    missing_eos_score: float | None,
+    *,
+    lengths: Tensor | None = None,
+    score_clip: float | None = None,
+    length_penalty: float = 0.0,
+) -> Tensor:
+    """What an episode is paid at its end, (B,): scores clipped to ±score_clip; then those of unfinished responses (no
+    EOS) replaced by a fixed one, if one is given; then length_penalty · lengths (B,) subtracted."""
+    if score_clip is not None:
+        scores = scores.clamp(-score_clip, score_clip)
+    if missing_eos_score is not None:
+        scores = torch.where(finished, scores, torch.full_like(scores, missing_eos_score))
+    return scores - length_penalty * lengths if length_penalty else scores
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:

@@ -5,13 +5,36 @@ number. So a response depends on its prompt, its seed and the weights, not on it
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from stages.models.forward import head_is_linear
+from stages.models.packing import packs
+from stages.rollouts.lanes import PackedLane, PaddedLane
+
+BLOCK = 128  # tokens of the vocabulary whose probabilities are summed before one of them is looked for
+LEAVE = 0.75  # finished rows leave the cache once no more than this share of its rows goes on
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Responses: ids up to and including EOS; logprobs, entropy (B, R) of their tokens as sampled, 0 behind the end."""
+
+    responses: list[list[int]]
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def sample(model, prompts, seeds, **options) -> list[list[int]]:
+    """One response a prompt; see `sample_with_logprobs`."""
+    return sample_with_logprobs(model, prompts, seeds, **options).responses
 
 
 @torch.no_grad()
-def sample(
+def sample_with_logprobs(
     model,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
@@ -23,78 +46,96 @@ def sample(
     top_p: float = 1.0,
     batch_size: int = 64,
     after_batch: Callable[[int], None] | None = None,
-) -> list[list[int]]:
-    """One response a prompt: ids up to and including EOS, at most `response_length`.
+) -> Sampled:
+    """One response of at most `response_length` tokens a prompt. A prompt that stands several times in succession is
+    read once, if the model packs (`can_pack`).
 
-    seeds: one a row. after_batch(rows done) is called between batches (progress, a request to stop).
+    seeds: one a row. after_batch(rows done) is called between batches (progress, a request to stop). logprobs and
+    entropy are those of softmax(logits / temperature), whatever top_p.
     """
     model.eval()  # activation checkpointing, where it is on, would drop the cache in training mode
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
     responses: list[list[int]] = [[] for _ in prompts]
+    logprobs = torch.zeros(len(prompts), response_length, device=model.device)
+    entropy = torch.zeros_like(logprobs)
+    make_lane = PackedLane if packs(model) and head_is_linear(model) else PaddedLane
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         uniforms = torch.stack(
             [torch.rand(response_length, generator=torch.Generator().manual_seed(seeds[i])) for i in chosen]
-        )
-        batch = _sample_batch(model, [prompts[i] for i in chosen], uniforms, eos_id, pad_id, temperature, top_p)
-        for i, response in zip(chosen, batch, strict=True):
-            responses[i] = response
+        ).to(model.device)
+        lane = make_lane(model, [prompts[i] for i in chosen], response_length, pad_id)
+        tokens, logp, spread = _decode(lane, uniforms, eos_id, temperature, top_p)
+        at = torch.tensor(chosen, device=model.device)
+        logprobs[at, : logp.shape[1]], entropy[at, : logp.shape[1]] = logp, spread
+        for i, response in zip(chosen, tokens.tolist(), strict=True):
+            responses[i] = response[: response.index(eos_id) + 1] if eos_id in response else response
         if after_batch is not None:
             after_batch(start + len(chosen))
-    return responses
+    width = max(map(len, responses))
+    return Sampled(responses, logprobs[:, :width], entropy[:, :width])
 
 
-def _sample_batch(
-    model, prompts, uniforms: Tensor, eos_id: int, pad_id: int, temperature: float, top_p: float
-) -> list[list[int]]:
-    from transformers import DynamicCache
-
-    device = model.device
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=device)
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    uniforms = uniforms.to(device)
-    cache = DynamicCache(config=model.config)
-    alive = torch.arange(len(prompts), device=device)
-    responses: list[list[int]] = [[] for _ in prompts]
-    for t in range(uniforms.shape[1]):
-        logits = (
-            model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            .logits[:, -1]
-            .float()
-            / temperature
-        )
-        tokens = draw(logits, uniforms[alive, t], top_p)
-        for row, token in zip(alive.tolist(), tokens.tolist(), strict=True):
-            responses[row].append(token)
-        going = tokens != eos_id
-        if not going.any():
-            break
-        if not going.all():  # finished rows leave the batch
-            keep = going.nonzero().squeeze(-1)
-            cache.batch_select_indices(keep)
-            alive, tokens, mask, positions = alive[keep], tokens[keep], mask[keep], positions[keep]
-        ids = tokens.unsqueeze(-1)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
-        positions = positions[:, -1:] + 1
-    return responses
+def _decode(lane, uniforms: Tensor, eos_id: int, temperature: float, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens (B, R), EOS from the end of each row on; their log-probs and entropies, 0 behind the end."""
+    rows, width = uniforms.shape
+    drawn = torch.full((rows, width), eos_id, device=uniforms.device)
+    logprobs = torch.zeros(rows, width, device=uniforms.device)
+    entropy = torch.zeros_like(logprobs)
+    at = torch.arange(rows, device=uniforms.device)  # the rows that the lane holds
+    going = torch.ones_like(at, dtype=torch.bool)  # those of them that have not ended
+    logits = lane.start()
+    for t in range(width):
+        logits = logits.float()
+        logp = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
+        probs = logp.exp()
+        tokens = torch.where(going, pick(nucleus(probs, top_p), uniforms[at, t]), eos_id)
+        drawn[at, t] = tokens
+        logprobs[at, t] = torch.where(going, logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), 0.0)
+        spread = -torch.bmm(probs.unsqueeze(-2), logp.clamp(min=-1e30).unsqueeze(-1)).flatten()
+        entropy[at, t] = torch.where(going, spread, 0.0)
+        going &= tokens != eos_id
+        alive = int(going.sum())
+        if alive == 0 or t + 1 == width:
+            return drawn[:, : t + 1], logprobs[:, : t + 1], entropy[:, : t + 1]
+        if alive <= LEAVE * len(at):
+            kept = going.nonzero().squeeze(-1)
+            lane.keep(kept)
+            at, going, tokens = at[kept], going[kept], tokens[kept]
+        logits = lane.step(tokens)
 
 
 def draw(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> Tensor:
     """Tokens (B,) at the given quantiles (B,) of softmax(logits) (B, V), cut to the nucleus if top_p < 1."""
-    probs = logits.softmax(-1)
-    if top_p < 1.0:
-        ordered, index = probs.sort(-1, descending=True)
-        ordered = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0.0)
-        probs = torch.zeros_like(probs).scatter(-1, index, ordered)
-    cumulative = probs.double().cumsum(-1)
-    chosen = torch.searchsorted(cumulative, uniform.double().unsqueeze(-1) * cumulative[:, -1:], right=True)
-    return chosen.squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    return pick(nucleus(logits.softmax(-1), top_p), uniform)
+
+
+def nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """probs (B, V) with all but the smallest set of most probable tokens that reaches `top_p` set to 0."""
+    if top_p >= 1.0:
+        return probs
+    ordered, index = probs.sort(-1, descending=True)
+    ordered = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0.0)
+    return torch.zeros_like(probs).scatter(-1, index, ordered)
+
+
+def pick(weights: Tensor, uniform: Tensor) -> Tensor:
+    """The first token whose cumulative weight exceeds uniform · total: weights (B, V) ≥ 0, uniform (B,) in [0, 1).
+
+    In two steps, a block of the vocabulary and a token of it: cumulative sums are slow, and need double precision.
+    """
+    B, V = weights.shape
+    blocks = F.pad(weights, (0, -V % BLOCK)).view(B, -1, BLOCK)
+    sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    target = uniform.double().unsqueeze(-1) * sums[:, -1:]
+    block = _first_above(sums, target)
+    below = torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)), 0.0)
+    inside = blocks[torch.arange(B, device=block.device), block.squeeze(-1)].double().cumsum(-1)
+    token = _first_above(inside, target - below)
+    return (block * BLOCK + token).squeeze(-1)
+
+
+def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
+    """(B, 1): the first index whose cumulative sum (B, n) exceeds the target; rounding finds no empty place."""
+    target = torch.minimum(target, cumulative[:, -1:] * (1 - 1e-15))
+    return torch.searchsorted(cumulative, target, right=True)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.groups import PromptGroup, batch_groups, make_rows, share_prompts
+from data.groups import PromptGroup, batch_groups, make_rows
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -65,10 +65,10 @@ class TestBatch:
         assert batch.pair_weights.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1.0])
         assert batch.pair_group.tolist() == [0, 0, 0, 1]
 
-    def test_shared_prompts_change_the_rows_and_not_the_pairs(self):
+    def test_packing_changes_the_rows_and_not_the_pairs(self):
         groups = [group((2, 1, 3)), group((1, 2), 20)]
-        rows, shared = batch_groups(groups, pad_id=0), batch_groups(groups, pad_id=0, share=True)
-        assert len(shared.rows.input_ids) == 2 and len(rows.rows.input_ids) == 5
+        rows, shared = batch_groups(groups, pad_id=0), batch_groups(groups, pad_id=0, packed=True)
+        assert len(shared.rows.input_ids) == 1 and len(rows.rows.input_ids) == 5
         assert shared.rows.responses.tolist() == rows.rows.responses.tolist()
         for name in ("winners", "losers", "pair_weights", "pair_group"):
             assert torch.equal(getattr(shared, name), getattr(rows, name))
@@ -88,36 +88,36 @@ def ragged(draw):
 
 
 def seen(rows, n, column):
-    """Ids that the token at (n, column) may look at, itself included, in the order of their positions."""
-    allowed = (
-        rows.attention_mask[n, 0, column]
-        if rows.segments is not None
-        else torch.arange(len(rows.input_ids[n])) <= column
-    )
-    positions = rows.position_ids[n] if rows.position_ids is not None else torch.arange(len(rows.input_ids[n]))
-    order = positions[allowed].argsort()
-    assert positions[allowed][order].tolist() == list(range(int(allowed.sum())))
-    return rows.input_ids[n][allowed][order].tolist()
+    """Ids that the token at (n, column) may look at, itself included: those before it in its row of attention."""
+    if rows.sequences is None:
+        return rows.input_ids[n][: column + 1].tolist()
+    i, place = divmod(rows.home[column].item(), rows.sequences.shape[1])
+    tokens = rows.sequences[i, : place + 1]
+    assert rows.position_ids[0][tokens].tolist() == list(range(place + 1)) and tokens[-1] == column
+    return rows.input_ids[0][tokens].tolist()
 
 
 class TestRows:
     def test_layout(self):
         rows = make_rows([[1, 2, 3], [4]], [[5], [6, 7]], pad_id=0)
         assert rows.input_ids.tolist() == [[1, 2, 3, 5], [4, 6, 7, 0]]
-        assert rows.attention_mask is None and rows.position_ids is None
+        assert rows.sequences is None and rows.position_ids is None
         assert rows.responses.tolist() == [[5, 0], [6, 7]]
         assert rows.response_mask.tolist() == [[True, False], [True, True]]
         assert rows.before[rows.response_mask].tolist() == [2, 4, 5] and rows.last.tolist() == [3, 6]
 
-    def test_layout_with_a_shared_prompt(self):
-        rows = share_prompts([([1, 2], [[5], [6, 7]]), ([3], [[8]])], pad_id=0)
-        assert rows.input_ids.tolist() == [[1, 2, 5, 6, 7], [3, 8, 0, 0, 0]]
-        assert rows.position_ids.tolist() == [[0, 1, 2, 2, 3], [0, 1, 0, 0, 0]]
+    def test_packed_layout(self):
+        """Two responses of one prompt, one of another: no padding, the prompt once, attention in rows of its own."""
+        rows = make_rows([[1, 2], [1, 2], [3]], [[5], [6, 7], [8]], pad_id=0, packed=True)
+        assert rows.input_ids.tolist() == [[1, 2, 5, 6, 7, 3, 8]]
+        assert rows.position_ids.tolist() == [[0, 1, 2, 2, 3, 0, 1]]
         assert rows.responses.tolist() == [[5, 0], [6, 7], [8, 0]]
+        assert rows.sequences.tolist() == [[0, 1, 2, 2], [0, 1, 3, 4], [5, 6, 6, 6]]
+        assert rows.home.tolist() == [0, 1, 2, 6, 7, 8, 9]
         assert rows.before[rows.response_mask].tolist() == [1, 1, 3, 5] and rows.last.tolist() == [2, 4, 6]
 
-    @pytest.mark.parametrize("shared", [False, True])
-    def test_each_response_token_sees_its_prompt_and_what_it_has_said(self, shared):
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_each_response_token_sees_its_prompt_and_what_it_has_said(self, packed):
         """The token before it sees just prompt + earlier response tokens, at positions 0, 1, …; ids that equal the pad
         id included: masks go by position."""
 
@@ -125,30 +125,17 @@ class TestRows:
         @given(ragged())
         def see(data):
             prompts, responses = data
-            lay_out = share_prompts if shared else lambda gs, pad_id: make_rows(
-                [p for p, rs in gs for _ in rs], [r for _, rs in gs for r in rs], pad_id)  # fmt: skip
-            groups = [(p, [r, r[::-1], [9, 9]]) for p, r in zip(prompts, responses, strict=True)]
-            rows = lay_out(groups, pad_id=0)
-            width, index = rows.input_ids.shape[1], 0
-            for prompt, group in groups:
-                for response in group:
-                    assert rows.responses[index][rows.response_mask[index]].tolist() == response
-                    for t in range(len(response)):
-                        n, column = divmod(int(rows.before[index, t]), width)
-                        assert seen(rows, n, column) == prompt + response[:t]
-                    n, column = divmod(int(rows.last[index]), width)
-                    assert seen(rows, n, column) == prompt + response
-                    index += 1
-            assert index == len(rows.lengths)
-            if shared:  # nothing is computed twice, and no query is blind: softmax over nothing is NaN
-                assert width == max(len(p) + sum(map(len, rs)) for p, rs in groups)
-                assert rows.attention_mask.any(-1).all()
+            prompts = [p for p in prompts for _ in range(3)]
+            responses = [x for r in responses for x in (r, r[::-1], [9, 9])]
+            rows = make_rows(prompts, responses, pad_id=0, packed=packed)
+            width = rows.input_ids.shape[1]
+            for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+                assert rows.responses[i][rows.response_mask[i]].tolist() == response
+                for t in range(len(response)):
+                    assert seen(rows, *divmod(int(rows.before[i, t]), width)) == prompt + response[:t]
+                assert seen(rows, *divmod(int(rows.last[i]), width)) == prompt + response
+            if packed:  # nothing is computed twice
+                unlike = [p for i, p in enumerate(prompts) if i == 0 or p != prompts[i - 1]]
+                assert rows.input_ids.shape == (1, sum(map(len, unlike)) + sum(map(len, responses)))
 
         see()
-
-    def test_selected_rows_lose_the_columns_that_none_of_them_needs(self):
-        rows = make_rows([[1, 2, 3], [4]], [[5], [6, 7]], pad_id=0)
-        picked = rows.select(torch.tensor([1]))
-        assert picked.input_ids.tolist() == [[4, 6, 7]] and picked.last.tolist() == [2]
-        assert picked.response_mask.tolist() == [[True, True]] and picked.before.tolist() == [[0, 1]]
-        assert rows.select(torch.tensor([0])).response_mask.tolist() == [[True, False]]

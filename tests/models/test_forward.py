@@ -5,9 +5,10 @@ import contextlib
 import pytest
 import torch
 
-from data.groups import make_rows, share_prompts
+from data.groups import make_rows
 from stages.models.adapters import trainable, with_adapter
-from stages.models.forward import can_share_prompts, response_logprobs, response_scores, response_values, score_all
+from stages.models.forward import response_logprobs, response_scores, response_values, score_all
+from stages.models.packing import can_pack
 
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 
@@ -62,7 +63,7 @@ def test_scores_are_transformers_own_pooled_logits_minus_the_bias(scalar, kind, 
 def test_scores_do_not_depend_on_the_batch(scalar, kind, rows, ragged):
     """Other rows beside it, in another order, with other padding, change no score."""
     model = scalar(kind)
-    first = response_scores(model, rows.select(torch.tensor([2, 0])))
+    first = response_scores(model, make_rows(*([part[i] for i in (2, 0)] for part in ragged), 0))
     torch.testing.assert_close(first, response_scores(model, rows)[[2, 0]], **CLOSE)
     both = make_rows([p + p for p in ragged[0]] + ragged[0], ragged[1] * 2, 0)
     torch.testing.assert_close(response_scores(model, both)[4:], response_scores(model, rows), **CLOSE)
@@ -85,8 +86,9 @@ GROUPS = [([5, 9, 2], [[14, 1], [30, 31, 32, 33, 1], [1]]), ([7], [[22, 23], [8,
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_prompt_computed_once_gives_the_numbers_and_gradients_of_one_row_a_response(causal, scalar, kind, adapted):
     """Log-probs, values and scores of groups of mixed K, and the gradient of every weight, LoRA's included."""
-    one_by_one = make_rows([p for p, rs in GROUPS for _ in rs], [r for _, rs in GROUPS for r in rs], 0)
-    shared = share_prompts(GROUPS, 0)
+    pairs = [p for p, rs in GROUPS for _ in rs], [r for _, rs in GROUPS for r in rs]
+    one_by_one, shared = make_rows(*pairs, 0), make_rows(*pairs, 0, packed=True)
+    assert shared.input_ids.shape == (1, sum(len(p) + sum(map(len, rs)) for p, rs in GROUPS))
     for role, build in ((response_logprobs, causal), (response_values, scalar), (response_scores, scalar)):
         model = build(kind)
         if adapted:
@@ -94,6 +96,7 @@ def test_a_prompt_computed_once_gives_the_numbers_and_gradients_of_one_row_a_res
             with torch.no_grad():
                 for p in trainable(model).values():
                     p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+        assert can_pack(model, 64)
         weights = torch.rand(role(model, shared).shape, generator=torch.Generator().manual_seed(3))
         numbers, gradients = [], []
         for rows in (one_by_one, shared):
@@ -108,20 +111,30 @@ def test_a_prompt_computed_once_gives_the_numbers_and_gradients_of_one_row_a_res
             torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-4)
 
 
-def test_models_that_can_share_a_prompt_are_told_from_those_that_cannot(causal, scalar, kind):
-    """eager attention adds the mask to its scores, where True is 1; a short sliding window cannot be kept."""
+def test_models_that_can_pack_are_told_from_those_that_cannot(causal, scalar, kind):
+    """The user's choice of eager attention stands; a short sliding window and a recurrent state cannot be kept."""
     from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig
 
-    assert can_share_prompts(causal(kind), 64) and can_share_prompts(scalar(kind), 64)
+    assert can_pack(causal(kind), 64) and can_pack(scalar(kind), 64)
     eager = causal(kind)
     eager.set_attn_implementation("eager")
-    assert not can_share_prompts(eager, 64)
+    assert not can_pack(eager, 64) and eager.config._attn_implementation == "eager"
     shape = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24}
     window = MistralConfig(**shape, num_attention_heads=2, num_key_value_heads=1, sliding_window=32)
     mistral = AutoModelForCausalLM.from_config(window).eval()
-    assert can_share_prompts(mistral, 32) and not can_share_prompts(mistral, 64)
+    assert can_pack(mistral, 32) and not can_pack(mistral, 64)
     recurrent = AutoModelForCausalLM.from_config(MambaConfig(**shape, state_size=4)).eval()
-    assert not can_share_prompts(recurrent, 64)
+    assert not can_pack(recurrent, 64)
+
+
+def test_a_model_that_packs_still_reads_padded_rows_and_generates(causal, kind, rows, ragged):
+    """Without a layout its attention is transformers' own, masks included."""
+    plain, packing = causal(kind), causal(kind)
+    assert can_pack(packing, 64)
+    torch.testing.assert_close(response_logprobs(packing, rows), response_logprobs(plain, rows), **CLOSE)
+    left = torch.tensor([[0, 0, 5, 9], [3, 4, 5, 9]])
+    options = {"attention_mask": (left != 0).long(), "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(packing.generate(left, **options), plain.generate(left, **options))
 
 
 def test_logits_that_are_more_than_an_embedding_of_states_are_seen(rows, ragged):

@@ -10,6 +10,7 @@ from pipeline.errors import UserError
 from stages import ppo
 from stages.models.forward import response_logprobs, response_values
 from stages.models.loading import save_model
+from stages.rollouts.collect import reference_logprobs
 from stages.rollouts.rollout import Rollout
 from stages.rollouts.transformers import sample
 
@@ -31,11 +32,14 @@ def context(tmp_path, causal, scalar, tokenizer):
             peft=peft,
             gradient_checkpointing=gradient_checkpointing,
         )
+        config = ppo.Config(max_length=64, response_length=16)
         return SimpleNamespace(
             stage="ppo",
-            experiment=SimpleNamespace(model=model, launch=SimpleNamespace(device="cpu")),
+            experiment=SimpleNamespace(
+                model=model, launch=SimpleNamespace(device="cpu"), sft=SimpleNamespace(ppo_init=None), ppo=config
+            ),
             seed=0,
-            config=ppo.Config(max_length=64, response_length=16),
+            config=config,
             trust_remote_code=False,
             inputs={"sft": tmp_path / "sft", "rm": tmp_path / "rm"},
         )
@@ -48,7 +52,7 @@ def trains(model):
 
 
 def test_policy_and_value_model_train_the_others_do_not(context):
-    roles = ppo.load_roles(context())
+    roles = ppo.load(context())
     assert trains(roles.policy) and trains(roles.value_model)
     assert not trains(roles.ref_policy) and not trains(roles.reward_model)
     assert all(p.requires_grad for m in (roles.policy, roles.value_model) for p in m.parameters())
@@ -56,7 +60,7 @@ def test_policy_and_value_model_train_the_others_do_not(context):
 
 def test_they_start_as_sft_and_reward_model(context, rows):
     """Policy = reference, value model = reward model, each a copy of its own."""
-    roles = ppo.load_roles(context())
+    roles = ppo.load(context())
     for one, other in ((roles.policy, roles.ref_policy), (roles.value_model, roles.reward_model)):
         for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
             assert torch.equal(p, q) and p.data_ptr() != q.data_ptr(), name
@@ -66,10 +70,10 @@ def test_they_start_as_sft_and_reward_model(context, rows):
 
 
 def test_with_adapters_the_reference_costs_no_model(context, rows):
-    roles = ppo.load_roles(context(LORA))
+    roles = ppo.load(context(LORA))
     assert roles.ref_policy is None
     torch.testing.assert_close(
-        ppo.reference_logprobs(roles, rows, 1.0), response_logprobs(roles.policy, rows), rtol=0, atol=0
+        reference_logprobs(roles, rows, 1.0), response_logprobs(roles.policy, rows), rtol=0, atol=0
     )
     assert all("lora_" in n for n, p in roles.policy.named_parameters() if p.requires_grad)
 
@@ -80,17 +84,17 @@ def test_a_reward_model_of_another_tokenizer_is_refused(context, tmp_path):
         tmp_path / "rm" / "model"
     )
     with pytest.raises(UserError, match="tokenizer"):
-        ppo.load_roles(ctx)
+        ppo.load(ctx)
 
 
 @pytest.mark.parametrize("peft", [None, LORA])
-def test_gradient_checkpointing_recomputes_layers_and_changes_no_gradient(context, rows, peft):
+def test_gradient_checkpointing_recomputes_layers_and_changes_no_gradient(context, rows, ragged, peft):
     """Each layer runs once in forward and once more in backward; a knob that does nothing would run it
     once."""
     found = {}
     for asked in (False, True):
         ctx = context(peft, asked)
-        roles, calls = ppo.load_roles(ctx), []
+        roles, calls = ppo.load(ctx), []
         models = roles.policy, roles.value_model
         for layer in (
             m for model in models for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"
@@ -102,7 +106,7 @@ def test_gradient_checkpointing_recomputes_layers_and_changes_no_gradient(contex
         ppo.ppo_gradients(
             ctx,
             roles,
-            Rollout(rows, old, old, zeros, zeros, zeros[:, 0], zeros[:, 0]),
+            Rollout(*ragged, [0, 1, 2, 3], rows.response_mask, old, old, zeros, zeros, zeros[:, 0], zeros[:, 0]),
             ones,
             ones,
             list(range(4)),
@@ -118,7 +122,7 @@ def test_gradient_checkpointing_does_not_disturb_sampling(context):
     cache."""
     drawn = [
         sample(
-            ppo.load_roles(context(None, asked)).policy,
+            ppo.load(context(None, asked)).policy,
             [[5, 9], [7]],
             [1, 2],
             response_length=6,

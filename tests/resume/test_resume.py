@@ -38,11 +38,12 @@ def without(oracle, tmp_path, stage):
     return root
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_and_started_again_gives_the_same_bytes(stage, oracle, tmp_path):
+@pytest.mark.parametrize("stage, step", [*[(stage, 5) for stage in STAGES], ("sft", 9), ("sft", 11)])
+def test_killed_and_started_again_gives_the_same_bytes(stage, step, oracle, tmp_path):
+    """After the checkpoint of step 4, before that of 6; sft also early and late in the training of ppo_init/."""
     root = without(oracle, tmp_path, stage)
     run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
-    step = {"rankings": 2, "evaluate": 2}.get(stage, 5)  # steps: after the checkpoint of step 4, before that of 6
+    step = {"rankings": 2, "evaluate": 2}.get(stage, step)
     assert rlhf(*run, die=(stage, step)) == -9
     assert not (root / "micro" / stage / "manifest.json").exists()
     assert list((root / "micro" / stage / "checkpoints").glob("step-*/manifest.json"))
@@ -67,7 +68,7 @@ def test_journals_hold_each_step_once(oracle):
     """And nothing of the clock but PPO's eps, episodes a second: all else is compared to the byte above."""
     for stage in ("base", "sft", "rm", "ppo", "dpo"):
         rows = [json.loads(line) for line in (oracle / "micro" / stage / "metrics.jsonl").open()]
-        assert [row["step"] for row in rows] == list(range(1, 9)), stage
+        assert [row["step"] for row in rows] == list(range(1, 14 if stage == "sft" else 9)), stage
         for name in JOURNALS[1:]:
             assert (oracle / "micro" / stage / name).exists() or (stage, name) == ("base", "samples.jsonl")
 
@@ -77,3 +78,20 @@ def test_samples_hold_prompts_as_the_file_has_them(oracle):
     for stage in ("rm", "ppo"):
         rows = [json.loads(line) for line in (oracle / "micro" / stage / "samples.jsonl").open()]
         assert rows and {row["prompt"] for row in rows} <= prompts
+
+
+def test_ppo_starts_from_ppo_init_and_publishes_its_average(oracle):
+    """Its reference is the other SFT model, and kl_coef follows kl_target by Ziegler's rule from row to row."""
+    from safetensors.torch import load_file
+
+    load = lambda *parts: load_file(oracle.joinpath("micro", *parts) / "model.safetensors")  # noqa: E731
+    start, sft, last, average = (
+        load(*parts) for parts in (("sft", "ppo_init"), ("sft", "model"), ("ppo", "model"), ("ppo", "model_ema"))
+    )
+    distance = lambda a, b: sum((a[n] - b[n]).norm().item() ** 2 for n in a) ** 0.5  # noqa: E731
+    assert 0 < distance(average, start) < distance(last, start) < distance(last, sft)
+    rows = [json.loads(line) for line in (oracle / "micro" / "ppo" / "metrics.jsonl").open()]
+    assert abs(rows[0]["objective/kl"]) < 0.05 and rows[0]["kl_coef"] == 0.02
+    for row, following in zip(rows, rows[1:], strict=False):
+        error = min(max(row["objective/kl"] / 0.5 - 1, -0.2), 0.2)
+        assert following["kl_coef"] == pytest.approx(row["kl_coef"] * (1 + error * 8 / 64))

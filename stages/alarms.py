@@ -1,0 +1,111 @@
+"""What goes wrong in a PPO run, seen from its figures: each alarm names what to turn. Warnings, or a stop if asked.
+
+The windows are part of a checkpoint, so that a resumed run raises what an uninterrupted one raises.
+"""
+
+from dataclasses import dataclass, field
+
+WINDOW = 20  # updates that the two gradients are compared over
+BESIDE = 10.0  # one gradient drowns the other beyond this ratio
+SHORT = 5  # updates in a row that make a habit
+QUIET = 50  # updates before the same alarm is raised again
+LOOKS = 3  # held-out looks in a row
+
+
+@dataclass
+class Alarms:
+    """kl_limit: nats a response, None = no limit; entropy_floor: share of the entropy of the first updates.
+
+    windows: the last figures of each kind; first: the entropy of the first updates; raised: alarm → update of the
+    last time it was said; count: alarm → how often.
+    """
+
+    kl_limit: float | None
+    entropy_floor: float
+    windows: dict[str, list[float]] = field(default_factory=dict)
+    raised: dict[str, int] = field(default_factory=dict)
+    count: dict[str, int] = field(default_factory=dict)
+
+    def watch(self, step: int, row: dict[str, float]) -> list[str]:
+        """After an update: row, its line of metrics.jsonl → alarms, a sentence each."""
+        kl, eos, entropy = (row[f"objective/{name}"] for name in ("kl", "eos_rate", "entropy"))
+        first = self._push("first_entropy", entropy, SHORT, keep_first=True)
+        found = {}
+        if self.kl_limit is not None and kl > self.kl_limit:
+            found["kl"] = (
+                f"KL to the reference is {kl:.1f} nats a response, over alarm_kl {self.kl_limit:g}; raise ppo.kl_coef, "
+                f"or lower ppo.learning_rate"
+            )
+        entropies, start = self._push("entropy", entropy, SHORT), sum(first) / len(first)
+        if len(entropies) == SHORT and max(entropies) < self.entropy_floor * start:
+            found["entropy"] = (
+                f"entropy is {entropy:.3g} nats a token and was {start:.3g} at first: the policy collapses to few "
+                f"answers; raise ppo.kl_coef or ppo.ptx_coef, or lower ppo.learning_rate"
+            )
+        ends = self._push("eos_rate", eos, SHORT)
+        if len(ends) == SHORT and max(ends) == 0.0:
+            found["length"] = (
+                f"every response of {SHORT} updates ran into response_length without EOS; raise ppo.response_length, "
+                f"set ppo.missing_eos_score below the scores, or ppo.length_penalty, or train sft longer"
+            )
+        if "grad_norm/ptx" in row:
+            found |= self._drowned(row["grad_norm/ppo"], row["grad_norm/ptx"])
+        return self._say(step, found)
+
+    def look(self, step: int, figures: dict[str, float]) -> list[str]:
+        """After a look at held-out prompts: score (the judge PPO climbs) against held_out_score (another's)."""
+        if "held_out_score" not in figures:
+            return []
+        own = self._push("score", figures["score"], LOOKS + 1)
+        other = self._push("held_out_score", figures["held_out_score"], LOOKS + 1)
+        rises = all(b > a for a, b in zip(own, own[1:], strict=False))
+        falls = all(b < a for a, b in zip(other, other[1:], strict=False))
+        if len(own) <= LOOKS or not (rises and falls):
+            return []
+        text = (
+            f"the score rose over {LOOKS} looks ({own[0]:.3g} to {own[-1]:.3g}) while the held-out reward model's fell "
+            f"({other[0]:.3g} to {other[-1]:.3g}): the policy outwits its reward model; raise ppo.kl_coef, use "
+            f"ppo.keep: best, or train rm on more rankings"
+        )
+        return self._say(step, {"overoptimisation": text})
+
+    def state(self) -> dict:
+        return {"windows": self.windows, "raised": self.raised, "count": self.count}
+
+    def restore(self, state: dict) -> None:
+        self.windows, self.raised, self.count = state["windows"], state["raised"], state["count"]
+
+    def _drowned(self, ppo: float, ptx: float) -> dict[str, str]:
+        """Names of a gradient that is more than ten times smaller than the other in each update of the window."""
+        pairs = zip(self._push("ppo", ppo, WINDOW), self._push("ptx", ptx, WINDOW), strict=True)
+        ratios = [b / a if a else float("inf") for a, b in pairs]
+        if len(ratios) < WINDOW:
+            return {}
+        middle = sorted(ratios)[WINDOW // 2]
+        if min(ratios) > BESIDE:
+            return {
+                "ptx": f"the pretraining gradient was {middle:.3g} times PPO's over {WINDOW} updates and drowns it; "
+                f"lower ppo.ptx_coef about {middle:.0f}-fold"
+            }
+        if max(ratios) < 1 / BESIDE:
+            return {
+                "ppo": f"PPO's gradient was {1 / middle:.3g} times the pretraining one's over {WINDOW} updates and "
+                f"drowns it; raise ppo.ptx_coef, or set it to 0 and save its cost"
+            }
+        return {}
+
+    def _push(self, name: str, value: float, length: int, keep_first: bool = False) -> list[float]:
+        window = self.windows.setdefault(name, [])
+        if not (keep_first and len(window) == length):
+            window.append(value)
+            del window[:-length]
+        return window
+
+    def _say(self, step: int, found: dict[str, str]) -> list[str]:
+        lines = []
+        for name, text in found.items():
+            self.count[name] = self.count.get(name, 0) + 1
+            if step - self.raised.get(name, -QUIET) >= QUIET:
+                self.raised[name] = step
+                lines.append(f"update {step}: {text}")
+        return lines

@@ -1,0 +1,78 @@
+"""The models of a PPO run, each in its role."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from pipeline.errors import UserError
+from stages.models.adapters import is_adapted, with_adapter
+from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, same_tokenizer
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The models, what they share, and where they compute.
+
+    ref_policy None: the policy with its adapter off. judge: another reward model that only looks on, or None. packed:
+    whether all of them read packed rows.
+    """
+
+    policy: torch.nn.Module
+    ref_policy: torch.nn.Module | None
+    reward_model: torch.nn.Module
+    value_model: torch.nn.Module
+    tokenizer: object
+    accelerator: object
+    judge: torch.nn.Module | None = None
+    packed: bool = False
+
+    def models(self) -> list[torch.nn.Module]:
+        every = (self.policy, self.ref_policy, self.reward_model, self.value_model, self.judge)
+        return [model for model in every if model is not None]
+
+
+def load_roles(
+    start: Path,
+    reward_model: tuple[str, Path],
+    judge: tuple[str, Path] | None,
+    accelerator,
+    *,
+    adapter: dict,
+    policy_seed: int,
+    value_seed: int,
+    gradient_checkpointing: bool,
+    attn_implementation: str,
+    trust_remote_code: bool,
+) -> Roles:
+    """Policy and reference from the folder `start`; the value model begins as the reward model. reward_model, judge:
+    (the setting that names it, folder)."""
+    options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    tokenizer = load_tokenizer(start, trust_remote_code=trust_remote_code)
+    rewards = load_scorer(*reward_model, tokenizer, **options)
+    looks_on = None if judge is None else load_scorer(*judge, tokenizer, **options)
+    policy = with_adapter(load_policy(start, **options), **adapter, seed=policy_seed)
+    value_model = load_scalar_model(reward_model[1], **options)
+    value_model = with_adapter(value_model, **adapter, scalar=True, seed=value_seed)
+    ref_policy = None if is_adapted(policy) else load_policy(start, **options).requires_grad_(False)
+    if gradient_checkpointing:
+        policy.activation_checkpointing_enable()
+        value_model.activation_checkpointing_enable()
+    roles = Roles(policy, ref_policy, rewards, value_model, tokenizer, accelerator, looks_on)
+    for model in roles.models():
+        model.to(accelerator.device)
+    return roles
+
+
+def load_scorer(key: str, folder: Path, tokenizer, *, attn_implementation: str, trust_remote_code: bool):
+    """A reward model that stays as it is. What is wrong with a folder that the setting `key` names is a UserError."""
+    options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    try:
+        same_tokenizer(tokenizer, load_tokenizer(folder, trust_remote_code=trust_remote_code), str(folder))
+        return load_scalar_model(folder, **options).requires_grad_(False)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
+        what = f"{folder} cannot be loaded ({str(error).splitlines()[0].rstrip(': ')})"
+        raise UserError(f"{key}: {what}; give the model/ folder of a reward model") from error

@@ -1,0 +1,106 @@
+"""Prompts → Rollout: samples, and what every model says of them."""
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.streams import derive_seed
+from stages.models.adapters import adapter_off
+from stages.models.forward import response_logprobs, response_scores, response_values
+from stages.models.roles import Roles
+from stages.objectives.rewards import final_scores
+from stages.rollouts.rollout import Rollout
+from stages.rollouts.transformers import sample_with_logprobs
+
+
+def collect(
+    roles: Roles,
+    prompts: Sequence[Sequence[int]],
+    prompt_ids: Sequence[int],
+    *,
+    samples_per_prompt: int,
+    seed: Sequence,
+    response_length: int,
+    temperature: float,
+    micro_size: int,
+    recompute: bool,
+    missing_eos_score: float | None = None,
+    score_clip: float | None = None,
+    length_penalty: float = 0.0,
+) -> Rollout:
+    """`samples_per_prompt` episodes a prompt, in succession.
+
+    seed: the beginning of each episode's seed, which goes on with the prompt's id and the sample's number.
+    recompute: log-probs by the forward that the update uses, where the sampler's are not the same numbers.
+    """
+    n, tokenizer, device = samples_per_prompt, roles.tokenizer, roles.accelerator.device
+    seeds, seen = [], Counter()  # a prompt may be drawn twice: its samples are numbered on
+    for i in prompt_ids:
+        seeds += [derive_seed(*seed, i, seen[i] + k) for k in range(n)]
+        seen[i] += n
+    repeated = [list(p) for p in prompts for _ in range(n)]
+    with roles.accelerator.autocast():
+        sampled = sample_with_logprobs(
+            roles.policy,
+            repeated,
+            seeds,
+            response_length=response_length,
+            temperature=temperature,
+            eos_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+        )
+    lengths = torch.tensor([len(r) for r in sampled.responses], device=device)
+    width = sampled.logprobs.shape[1]
+    rollout = Rollout(
+        prompts=repeated,
+        responses=sampled.responses,
+        prompt_ids=[i for i in prompt_ids for _ in range(n)],
+        mask=torch.arange(width, device=device) < lengths.unsqueeze(-1),
+        logprobs=sampled.logprobs,
+        ref_logprobs=torch.zeros_like(sampled.logprobs),
+        values=torch.zeros_like(sampled.logprobs),
+        entropy=sampled.entropy,
+        scores=torch.zeros(len(repeated), device=device),
+        finished=torch.tensor([r[-1] == tokenizer.eos_token_id for r in sampled.responses], device=device),
+    )
+    with torch.no_grad(), roles.accelerator.autocast():
+        for index in in_micro_batches(rollout.lengths(), range(len(repeated)), n, micro_size):
+            at = torch.tensor(index, device=device)
+            rows = rollout.rows(index, tokenizer.pad_token_id, roles.packed)
+            wide = lambda x: F.pad(x, (0, width - x.shape[1]))  # noqa: E731
+            if recompute:
+                logprobs, entropy = response_logprobs(roles.policy, rows, temperature, with_entropy=True)
+                rollout.logprobs[at], rollout.entropy[at] = wide(logprobs), wide(entropy)
+            rollout.ref_logprobs[at] = wide(reference_logprobs(roles, rows, temperature))
+            rollout.values[at] = wide(response_values(roles.value_model, rows))
+            rollout.scores[at] = response_scores(roles.reward_model, rows)
+    rollout.scores.copy_(
+        final_scores(
+            rollout.scores,
+            rollout.finished,
+            missing_eos_score,
+            lengths=lengths,
+            score_clip=score_clip,
+            length_penalty=length_penalty,
+        )
+    )
+    return rollout
+
+
+def reference_logprobs(roles: Roles, rows, temperature: float) -> Tensor:
+    with adapter_off(roles.policy) if roles.ref_policy is None else nullcontext(roles.ref_policy) as reference:
+        return response_logprobs(reference, rows, temperature)
+
+
+def in_micro_batches(lengths: Sequence[int], index: Sequence[int], n: int, size: int) -> list[list[int]]:
+    """`index` in parts of at most `size` episodes, like lengths together (little padding, even work), and the samples
+    of a prompt beside each other as long as `index` holds them in whole groups of n."""
+    index = list(index)
+    groups = [index[i : i + n] for i in range(0, len(index), n)]
+    groups.sort(key=lambda g: sum(lengths[i] for i in g))
+    ordered = [i for group in groups for i in group]
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
