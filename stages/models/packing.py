@@ -106,7 +106,7 @@ def packs(model) -> bool:
 def _same_hidden_states(model) -> bool:
     device, training = next(model.parameters()).device, model.training
     model.eval()
-    prompts, responses = [[3, 1, 2], [3, 1, 2], [4, 2]], [[2, 1], [1, 3, 2], [1]]
+    prompts, responses = [[3, 1, 2], [3, 1, 2], [2, 3]], [[2, 1], [1, 3, 2], [1]]
     states = []
     for packed in (False, True):
         rows = make_rows(prompts, responses, 0, packed=packed).to(device)

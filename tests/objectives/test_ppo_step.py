@@ -2,6 +2,7 @@
 not mixed."""
 
 import copy
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -288,8 +289,10 @@ class TestPtx:
         loss, ptx = self.language_model(roles, text_rows)
         assert_close(gradients(roles.policy), {n: alone[n] + 3.0 * ptx[n] for n in alone})
         assert figures["loss/ptx"] == pytest.approx(loss, rel=1e-5)
-        norm = torch.cat([3.0 * g.flatten() for g in ptx.values()]).norm().item()
-        assert figures["grad_norm/ptx"] == pytest.approx(norm, rel=1e-4)
+        one, other = (torch.cat([gs[n].flatten() for n in alone]) for gs in (alone, ptx))
+        assert figures["grad_norm/ptx"] == pytest.approx(3.0 * other.norm().item(), rel=1e-4)
+        cosine = torch.nn.functional.cosine_similarity(one, other, dim=0).item()
+        assert figures["grad_cosine"] == pytest.approx(cosine, rel=1e-3, abs=1e-5) and abs(cosine) > 1e-3
 
     def test_coefficient_zero_leaves_exactly_the_ppo_gradient(self, roles, trainees, alone, text_rows):
         figures = ppo.ptx_gradient(context(ptx_coef=0.0), roles, trainees[0], text_rows)
@@ -390,6 +393,49 @@ class TestUpdate:
                 Skips(0),
             )
         assert_close(weights(roles.policy), before, rtol=0, atol=0)
+
+    def test_a_skipped_step_moves_nothing_is_counted_and_is_logged_as_nan(self, roles, rollout, targets):
+        """One of two minibatches holds a NaN: with max_skipped_steps 1 the other one still steps; at the second NaN
+        training stops, and the weights are finite."""
+        lines, before = [], weights(roles.policy)
+        ctx = context()
+        ctx.tracker.say = lines.append
+        bad = ppo.minibatches(ctx, 1, 0)[0][0]
+        advantages = targets[0].clone()
+        advantages[bad, 0] = torch.nan
+        trainees, skips, average = make_trainees(roles), Skips(1), Average(0.5)
+        average.start(trainees[0])
+        rest = (1, 1e-2, 1e-2, lambda n: None, average, skips)
+        figures = ppo.update(ctx, roles, *trainees, rollout, advantages, targets[1], *rest)
+        assert math.isnan(figures["loss/policy_avg"]) and skips.count == 1
+        (line,) = lines
+        assert "policy: the gradient at step 1 is nan: step skipped (1 of at most 1)" in line
+        moved = weights(roles.policy)
+        assert any(not torch.equal(moved[n], before[n]) for n in moved)
+        assert all(x.isfinite().all() for x in moved.values())
+        halfway = {n: (before[n] + moved[n]) / 2 for n in moved}  # one step was taken, so the average took one
+        assert_close(average.tensors, halfway, rtol=1e-6, atol=1e-7)
+        with pytest.raises(TrainingStopped, match="max_skipped_steps 1"):
+            ppo.update(ctx, roles, *trainees, rollout, advantages, targets[1], *rest)
+        assert all(x.isfinite().all() for x in weights(roles.policy).values())
+
+    @pytest.mark.parametrize("name", ["logprobs", "ref_logprobs", "values", "scores"])
+    def test_episodes_that_are_not_finite_are_named(self, rollout, targets, name):
+        assert ppo.not_finite_episodes(rollout, targets[0], 4) is None
+        x = getattr(rollout, name).clone()
+        x.view(8, -1)[5, 0] = torch.inf
+        line = ppo.not_finite_episodes(replace(rollout, **{name: x}), targets[0] * torch.nan, 4)
+        assert line == f"update 4: {name} not finite on prompts 2"
+
+    def test_the_samples_of_a_prompt_stay_in_one_minibatch_where_they_fit(self):
+        """8 episodes, 2 a prompt: minibatches of 4 hold whole prompts, minibatches of 1 cannot."""
+        together = ppo.minibatches(context(), 1, 0)
+        assert sorted(sum(together, [])) == list(range(8))
+        assert all(sorted(mini)[::2] == [i - 1 for i in sorted(mini)[1::2]] for mini in together)
+        assert all(i % 2 == 0 for mini in together for i in sorted(mini)[::2])
+        apart = ppo.minibatches(context(mini_batch_size=1), 1, 0)
+        assert sorted(sum(apart, [])) == list(range(8)) and len(apart) == 8
+        assert ppo.minibatches(context(), 1, 1) != together
 
     def test_it_raises_the_probability_of_what_was_better_than_expected(self, roles):
         """A bandit of one prompt: arms drawn by the policy, paid 1 for one token; five updates make it

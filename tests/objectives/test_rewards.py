@@ -86,3 +86,26 @@ def test_a_response_without_eos_gets_the_fixed_score():
     scores, finished = torch.tensor([3.0, -5.0]), torch.tensor([True, False])
     assert final_scores(scores, finished, -1.0).tolist() == [3.0, -1.0]
     assert final_scores(scores, finished, None).tolist() == [3.0, -5.0]
+
+
+class TestFinalScores:
+    scores = torch.tensor([0.5, -3.0, 4.0, 0.2])
+    finished = torch.tensor([True, True, True, False])
+
+    def test_clip_then_missing_eos_then_length_by_hand(self):
+        """±2 clips −3 and 4; the unfinished one is paid −1, whatever its score; 0.1 a token comes off all."""
+        found = final_scores(
+            self.scores,
+            self.finished,
+            -1.0,
+            lengths=torch.tensor([1, 2, 3, 10]),
+            score_clip=2.0,
+            length_penalty=0.1,
+        )
+        assert found.tolist() == pytest.approx([0.4, -2.2, 1.7, -2.0])
+
+    def test_the_score_of_a_missing_eos_is_not_clipped(self):
+        assert final_scores(self.scores, self.finished, -5.0, score_clip=1.0).tolist() == [0.5, -1.0, 1.0, -5.0]
+
+    def test_without_settings_the_reward_models_word_stands(self):
+        assert torch.equal(final_scores(self.scores, self.finished, None), self.scores)

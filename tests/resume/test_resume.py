@@ -89,7 +89,7 @@ def test_ppo_starts_from_ppo_init_and_publishes_its_average(oracle):
         load(*parts) for parts in (("sft", "ppo_init"), ("sft", "model"), ("ppo", "model"), ("ppo", "model_ema"))
     )
     distance = lambda a, b: sum((a[n] - b[n]).norm().item() ** 2 for n in a) ** 0.5  # noqa: E731
-    assert 0 < distance(average, start) < distance(last, start) < distance(last, sft)
+    assert distance(last, start) < distance(last, sft) and 0 < distance(average, start) < distance(average, sft)
     rows = [json.loads(line) for line in (oracle / "micro" / "ppo" / "metrics.jsonl").open()]
     assert abs(rows[0]["objective/kl"]) < 0.05 and rows[0]["kl_coef"] == 0.02
     for row, following in zip(rows, rows[1:], strict=False):

@@ -1,0 +1,88 @@
+"""Alarms of a PPO run: which figures raise them, what they say, and that they survive a checkpoint."""
+
+import json
+
+import pytest
+
+from stages.alarms import QUIET, SHORT, WINDOW, Alarms
+
+
+def row(**changed):
+    figures = {"objective/kl": 1.0, "objective/eos_rate": 0.9, "objective/entropy": 2.0, "grad_norm/ppo": 1.0}
+    return figures | {"grad_norm/ptx": 1.0} | {k.replace("__", "/"): v for k, v in changed.items()}
+
+
+def run(alarms, rows, first=1):
+    return [line for step, figures in enumerate(rows, first) for line in alarms.watch(step, figures)]
+
+
+@pytest.fixture
+def alarms():
+    return Alarms(kl_limit=20.0, entropy_floor=0.1)
+
+
+def test_a_quiet_run_raises_nothing(alarms):
+    assert run(alarms, [row()] * 100) == []
+
+
+@pytest.mark.parametrize(
+    "changed, after, words",
+    [
+        ({"objective__kl": 20.5}, 1, ["KL", "20.5", "alarm_kl 20", "kl_coef"]),
+        ({"objective__entropy": 0.1}, SHORT, ["entropy", "0.1", "kl_coef"]),
+        ({"objective__eos_rate": 0.0}, SHORT, ["without EOS", "response_length", "missing_eos_score"]),
+        ({"grad_norm__ptx": 14.0}, WINDOW, ["14 times", "lower ppo.ptx_coef about 14-fold"]),
+        ({"grad_norm__ptx": 0.05}, WINDOW, ["20 times", "raise ppo.ptx_coef"]),
+    ],
+)
+def test_each_alarm_is_raised_once_its_window_is_full_and_says_what_to_turn(alarms, changed, after, words):
+    run(alarms, [row()] * 30)
+    rows = [row(**changed)] * (after + 3)
+    assert run(alarms, rows[: after - 1], 31) == []
+    (line,) = run(alarms, rows[after - 1 :], 30 + after)
+    assert line.startswith(f"update {30 + after}: ") and all(word in line for word in words)
+
+
+def test_one_update_that_is_otherwise_breaks_the_habit(alarms):
+    for changed in ({"objective__eos_rate": 0.0}, {"grad_norm__ptx": 14.0}, {"objective__entropy": 0.01}):
+        rows = ([row()] * 30) + ([row(**changed)] * (SHORT - 1) + [row()]) * 10
+        assert run(Alarms(20.0, 0.1), rows) == []
+
+
+def test_the_same_alarm_is_said_again_only_after_a_while(alarms):
+    lines = run(alarms, [row(objective__kl=30.0)] * (2 * QUIET))
+    assert [line.split(":")[0] for line in lines] == ["update 1", f"update {QUIET + 1}"]
+    assert alarms.count == {"kl": 2 * QUIET}
+
+
+def test_no_limit_no_alarm_and_plain_ppo_has_no_ptx_to_drown():
+    plain = {k: v for k, v in row(objective__kl=1e6).items() if k != "grad_norm/ptx"}
+    assert run(Alarms(None, 0.0), [plain] * 60) == []
+
+
+def test_numbers_that_are_not_finite_raise_nothing_and_break_nothing(alarms):
+    nan = float("nan")
+    figures = row(objective__kl=nan, objective__entropy=nan, grad_norm__ptx=nan, grad_norm__ppo=nan)
+    assert run(alarms, [figures] * 30) == []
+
+
+def test_a_score_that_rises_while_another_judge_falls_is_over_optimisation(alarms):
+    looks = [{"score": 0.1 * i, "held_out_score": 1 - 0.1 * i} for i in range(4)]
+    assert [alarms.look(10 * i, figures) for i, figures in enumerate(looks[:3])] == [[], [], []]
+    (line,) = alarms.look(30, looks[3])
+    assert "outwits" in line and "kl_coef" in line and line.startswith("update 30: ")
+    both = Alarms(20.0, 0.1)
+    assert not any(both.look(i, {"score": i, "held_out_score": i}) for i in range(8))
+    assert not any(both.look(i, {"score": i}) for i in range(8))  # no other judge was given
+
+
+def test_state_goes_through_json_and_on(alarms):
+    """Interrupted anywhere, it raises what an uninterrupted run raises, at the same updates."""
+    rows = [row()] * 25 + [row(grad_norm__ptx=30.0, objective__kl=21.0)] * 60
+    whole = run(Alarms(20.0, 0.1), rows)
+    for cut in (3, 26, 40, 70):
+        before, after = Alarms(20.0, 0.1), Alarms(20.0, 0.1)
+        lines = run(before, rows[:cut])
+        after.restore(json.loads(json.dumps(before.state())))
+        assert lines + run(after, rows[cut:], cut + 1) == whole
+    assert len(whole) >= 3
