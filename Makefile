@@ -76,9 +76,8 @@ clean-artifacts: $(STAMP) ## say what CONFIG's artifacts are, then remove them
 bench: $(STAMP) ## run tests/benchmarks/BENCH.py (BENCH=ppo)
 	@test -f tests/benchmarks/$(BENCH).py || { echo "error: tests/benchmarks/$(BENCH).py: no such benchmark; there are: $(basename $(notdir $(wildcard tests/benchmarks/*.py)))" >&2; exit 2; }
 	@$(VENV)/bin/python tests/benchmarks/$(BENCH).py
-frontier: $(STAMP) ## reward against KL (not there yet)
-	@test -f tests/benchmarks/frontier.py || { echo "error: tests/benchmarks/frontier.py: not there yet" >&2; exit 2; }
-	@$(VENV)/bin/python tests/benchmarks/frontier.py -c $(CONFIG) $(SET)
+frontier: $(STAMP) ## reward against KL: PPO over kl_coef, DPO over beta, best of n; a table and a picture
+	@$(VENV)/bin/python tests/benchmarks/frontier.py -c $(CONFIG) --artifacts $(ARTIFACTS) $(SET)
 faults: $(STAMP) ## the fault matrix (not there yet)
 	@test -f tests/resume/faults.py || { echo "error: tests/resume/faults.py: not there yet" >&2; exit 2; }
 	@$(VENV)/bin/python tests/resume/faults.py --kills $(KILLS)

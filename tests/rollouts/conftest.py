@@ -6,10 +6,13 @@ import torch
 PAD, EOS, VOCAB = 0, 1, 20
 
 
-@pytest.fixture
-def causal():
-    """causal(kind, seed, spread): spread = standard deviation of the weights; wide means decided."""
+@pytest.fixture(params=["packed", "padded"])
+def causal(request):
+    """causal(kind, seed, spread): spread = standard deviation of the weights; wide means decided. Every test runs on
+    models that read packed rows and on models that do not."""
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+    from stages.models.packing import can_pack
 
     def build(kind="llama", seed=0, spread=0.3):
         ids = {
@@ -35,12 +38,15 @@ def causal():
             config = LlamaConfig(
                 hidden_size=16,
                 num_hidden_layers=2,
-                num_attention_heads=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
                 intermediate_size=24,
                 max_position_embeddings=64,
                 **ids,
             )
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config).float().eval()
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float().eval()
+        assert request.param == "padded" or can_pack(model, 64)
+        return model
 
     return build

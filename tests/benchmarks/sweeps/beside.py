@@ -1,0 +1,153 @@
+"""Experiments beside a main one: they share each of its finished stages that would be the same, and run the rest.
+
+What is the same is the pipeline's own word: the fingerprint of a stage, in which the experiment's name does not count.
+"""
+
+import json
+import os
+import shutil
+import sys
+import traceback
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline import cli, files, launch
+from pipeline.artifacts import ArtifactStore
+from pipeline.errors import UserError
+from pipeline.plan import Chain, StageState, bring_up_to_date
+from pipeline.running import Flags
+from pipeline.stage import StopFlag
+
+
+@dataclass
+class Workshop:
+    """The experiments of one config, run one after the other in this process: libraries are imported once."""
+
+    config: str
+    overrides: list[str]
+    stop: StopFlag
+    console: Any = field(default_factory=cli.make_console)
+    stages: dict[str, Any] = field(default_factory=dict)  # by name; filled by the first `load`
+
+    def load(self, *more: str) -> Any:
+        """The validated experiment with `more` overrides on top; torch is imported after the environment is set."""
+        asked = Namespace(config=self.config, overrides=[*self.overrides, *more])
+        experiment, self.stages = cli.load(asked, self.stages)
+        return experiment
+
+    def open(self) -> Any:
+        """The main experiment; from here on the sweeps' own stage `samples` is known, too."""
+        experiment = self.load()
+        from sweeps import samples  # imports torch
+
+        self.stages = {**self.stages, samples.NAME: samples}
+        return experiment
+
+    def bring(self, experiment: Any, store: ArtifactStore, *targets: str) -> None:
+        """Brings stages of the main experiment up to date, as `rlhf run` does."""
+        launch.prepare(experiment)
+        for target in targets:
+            bring_up_to_date(target, experiment, store, self.stages, Flags(), self.stop, self.console)
+
+    def bring_beside(self, experiment: Any, store: ArtifactStore, target: str, main: ArtifactStore) -> None:
+        """The same for an experiment beside it: what `main` has finished is shared, and only the rest runs. An
+        interrupted run that no longer fits is dropped: nobody but this command made it."""
+        states = share(target, experiment, store, self.stages, main)
+        if damage := [line for state in states.values() if state.kind == "damaged" for line in state.reasons]:
+            raise UserError([f"{line.partition(';')[0]}; remove {store.base} and run again" for line in damage])
+        for name in [name for name, state in states.items() if state.kind != "done"] or [target]:
+            flags = Flags(only=True, restart=bool(states[name].changes or states[name].waiting))
+            bring_up_to_date(name, experiment, store, self.stages, flags, self.stop, self.console)
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def share(
+    target: str, experiment: Any, store: ArtifactStore, stages: dict[str, Any], main: ArtifactStore
+) -> dict[str, StageState]:
+    """Publishes in `store` every finished stage of `main` that `experiment` would make the same on the way to
+    `target`; returns the state of all stages on that way."""
+    chain = Chain(experiment, store, stages)
+    for name in chain.closure(target):
+        state = chain.assess(name)
+        if state.kind in ("missing", "stale", "damaged"):
+            theirs = main.manifest(name)
+            if theirs is not None and theirs["fingerprint"] == chain.today(name).fingerprint:
+                link(name, main, store)
+                state = chain.assess(name)
+                assert state.kind == "done", f"{name} was shared and is {state.sentence()}"
+        chain.states[name] = state
+    return chain.states
+
+
+def link(name: str, main: ArtifactStore, store: ArtifactStore) -> None:
+    """Publishes a stage of `main` in `store` under the same manifest. Files are hard links where the disk has them:
+    artifacts are only ever replaced whole, never written into."""
+    manifest = main.verify(name)
+    with store.lock(name):
+        content = store.folder(name) / ".tmp-publish"
+        files.remove(content)
+        for file in manifest["outputs"]:
+            there = content / file
+            there.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(main.folder(name) / file, there)
+            except OSError:  # another disk, or one without links
+                shutil.copyfile(main.folder(name) / file, there)
+        record = {key: value for key, value in manifest.items() if key not in ("outputs", "digest")}
+        published = store.publish(name, content, record)
+    assert published["digest"] == manifest["digest"], f"{name}: what was shared is not what was there"
+
+
+def sampling(experiment: Any, policy: str, count: int) -> list[str]:
+    """Settings of the stage `samples` as overrides: evaluate's, as JSON, which is YAML."""
+    settings = experiment.evaluate.model_dump(mode="json", exclude={"policies", "best_of"})
+    settings |= {"policy": policy, "samples": count}
+    return [f"samples.{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+def adaptive(experiment: Any) -> list[str]:
+    """A line where PPO itself moves kl_coef, so that setting it would say nothing."""
+    target = experiment.ppo.kl_target
+    what = f"ppo.kl_target: is {target} and moves kl_coef, which is what is compared; set ppo.kl_target=null"
+    return [] if target is None else [what]
+
+
+def command(body: Callable[[list[str], StopFlag], None], argv: list[str]) -> int:
+    """Runs a benchmark with `rlhf`'s signals, error lines and exit codes."""
+    stop = StopFlag()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    try:
+        with cli.signal_handlers(stop):
+            body(argv, stop)
+    except SystemExit as error:  # --help
+        return int(error.code or 0)
+    except Exception as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        return cli.explain(error)
+    return 0
+
+
+def show(console: Any, title: str, headings: list[str], rows: list[list[str]]) -> None:
+    """A table on the terminal, names to the left and figures to the right."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    for at, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if at else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print()
+    console.print(table)
+    console.print()
+
+
+def relative(path: Path) -> str:
+    """A path as short as it can be said from here."""
+    return os.path.relpath(path) if Path(path).resolve().is_relative_to(Path.cwd()) else str(path)
