@@ -1,0 +1,222 @@
+"""Two programs in turns on one machine: A B B A …, the ratio of each pair, one line a key in results/NAME.jsonl.
+
+A driver starts a long-lived worker a side (`Worker`), which answers JSON lines (`serve`) and, between questions, sleeps
+on its input: what is measured never shares the cores. Standard library alone: it runs in every environment.
+"""
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+class Worker:
+    """The driver's end of a worker: `ask` sends one question and waits for its answer."""
+
+    def __init__(self, name: str, command: list[str], log: Path, env: dict[str, str] | None = None):
+        self.name, self.log = name, log
+        with log.open("a") as errors:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, **(env or {})},
+            )
+
+    def ask(self, do: str, **what):
+        try:
+            self.process.stdin.write(json.dumps({"do": do, **what}) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has died: what it said is below
+        line = self.process.stdout.readline()
+        answer = json.loads(line) if line else {"error": f"ended with exit code {self.process.wait()}"}
+        if "error" in answer:
+            tail = "\n".join(self.log.read_text().splitlines()[-15:])
+            raise RuntimeError(f"{self.name}, asked to {do}: {answer['error']}\n{tail}")
+        return answer["ok"]
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+
+def serve(answers: dict[str, Callable]) -> None:
+    """The worker's end: `{"do": name, …}` a line in, `{"ok": …}` or `{"error": …}` a line out, until input ends.
+
+    What libraries print goes to stderr: the output belongs to the answers.
+    """
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        question = json.loads(line)
+        try:
+            answer = {"ok": answers[question.pop("do")](**question)}
+        except Exception as problem:
+            traceback.print_exc()
+            answer = {"error": f"{type(problem).__name__}: {problem}"}
+        out.write(json.dumps(answer) + "\n")
+        out.flush()
+
+
+class Phases:
+    """Seconds a phase, exclusive: what runs in an inner phase does not count for the outer one."""
+
+    def __init__(self):
+        self.seconds, self.stack, self.since = Counter(), [], 0.0
+
+    @property
+    def now(self) -> str | None:
+        return self.stack[-1] if self.stack else None
+
+    def _book(self) -> None:
+        now = time.perf_counter()
+        if self.stack:
+            self.seconds[self.stack[-1]] += now - self.since
+        self.since = now
+
+    def enter(self, name: str) -> None:
+        self._book()
+        self.stack.append(name)
+
+    def leave(self) -> None:
+        self._book()
+        self.stack.pop()
+
+    @contextmanager
+    def phase(self, name: str):
+        self.enter(name)
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def timed(self, function: Callable, name: str | Callable) -> Callable:
+        """The function, its time booked under a name, or under name(*its arguments)."""
+
+        def wrapper(*args, **kwargs):
+            with self.phase(name if isinstance(name, str) else name(*args)):
+                return function(*args, **kwargs)
+
+        return wrapper
+
+    def time_optimizer(self, optimizer) -> None:
+        """Books each step of a torch optimizer as `optimizer`."""
+        optimizer.register_step_pre_hook(lambda *_: self.enter("optimizer"))
+        optimizer.register_step_post_hook(lambda *_: self.leave())
+
+    def time_prefill(self, trunk) -> None:
+        """Books a trunk's passes over more than one column, where they happen inside `decode`, as `prefill`."""
+        is_prefill = []
+
+        def before(_, args, kwargs):
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            is_prefill.append(self.now == "decode" and ids is not None and ids.shape[-1] > 1)
+            if is_prefill[-1]:
+                self.enter("prefill")
+
+        def after(*_):
+            if is_prefill.pop():
+                self.leave()
+
+        trunk.register_forward_pre_hook(before, with_kwargs=True)
+        trunk.register_forward_hook(after)
+
+    def take(self) -> dict[str, float]:
+        """The seconds since the last take."""
+        taken, self.seconds = dict(self.seconds), Counter()
+        return taken
+
+
+def reset_peak() -> None:
+    """Peak memory counts from here (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """The most resident memory since `reset_peak`, weights and optimizer included."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def versions(*packages: str) -> dict[str, str]:
+    return {"python": platform.python_version(), **{p: version(p) for p in packages}}
+
+
+def in_turns(pairs: int) -> Iterator[tuple[int, int]]:
+    """Which side goes, by pair: (0, A) (0, B) (1, B) (1, A) (2, A) …, A = 0: a drift of the machine hits both alike."""
+    for pair in range(pairs):
+        yield from ((pair, side) for side in ((0, 1) if pair % 2 == 0 else (1, 0)))
+
+
+def run_pairs(a: Callable[[int], dict], b: Callable[[int], dict], pairs: int, say=lambda *_: None):
+    """a(pair), b(pair) in turns → the answers of both, in order of the pairs."""
+    answers = [[None] * pairs, [None] * pairs]
+    for pair, side in in_turns(pairs):
+        answers[side][pair] = (a, b)[side](pair)
+        say(pair, side, answers[side][pair])
+    return answers
+
+
+def ratio(values: list[float]) -> dict[str, float]:
+    """Of each pair's ratio: the middle one, the least and the most, and how many pairs there were."""
+    shown = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {**{k: round(v, 4) for k, v in shown.items()}, "pairs": len(values)}
+
+
+def middle(dicts: list[dict[str, float]], digits: int = 4) -> dict[str, float]:
+    """The median of each key."""
+    keys = dict.fromkeys(k for d in dicts for k in d)
+    return {k: round(statistics.median(d.get(k, 0.0) for d in dicts), digits) for k in keys}
+
+
+def machine() -> str:
+    """Processor, cores and memory."""
+    try:
+        model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        model = platform.processor()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{platform.machine()}, {model}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
+
+
+def stamp() -> dict[str, str]:
+    """Commit (with + where tracked files are changed), machine and date."""
+    git = lambda *args: subprocess.run(["git", *args], cwd=HERE, capture_output=True, text=True).stdout.strip()  # noqa: E731
+    dirty = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return {
+        "commit": git("rev-parse", "--short", "HEAD") + dirty,
+        "machine": machine(),
+        "date": date.today().isoformat(),
+    }
+
+
+def keep(row: dict, key: tuple[str, ...], path: Path) -> None:
+    """Print the row, and write it to `path` in the place of the line with the same key; other lines stay."""
+    print(json.dumps(row), flush=True)
+    path.parent.mkdir(exist_ok=True)
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    name = lambda r: [r.get(k) for k in key]  # noqa: E731
+    places = [i for i, line in enumerate(lines) if name(line) == name(row)]
+    if places:
+        lines[places[0]] = row
+    else:
+        lines.append(row)
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    fresh.replace(path)

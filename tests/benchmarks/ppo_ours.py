@@ -1,0 +1,230 @@
+"""Our PPO as a program that answers the bench's questions (ppo.py) as JSON lines.
+
+    python tests/benchmarks/ppo_ours.py
+
+`update` does what one turn of the loop in stages/ppo.py does, with its functions; the clocks hang on names it looks up.
+"""
+
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from pairs import Phases, peak_bytes, reset_peak, serve, versions
+from ppo_models import PAD, SHAPES, craft
+from safetensors.torch import load_file
+
+from data.groups import make_rows
+from stages import ppo
+from stages.engine import Average, Skips, make_accelerator, make_trainee
+from stages.models.forward import response_logprobs, response_scores, response_values
+from stages.models.loading import load_policy, load_scalar_model
+from stages.models.packing import can_pack
+from stages.models.roles import Roles
+from stages.objectives.advantages import gae
+from stages.objectives.losses import policy_loss, value_loss
+from stages.objectives.masked import masked_whiten
+from stages.objectives.rewards import kl_per_token, token_rewards
+from stages.rollouts import collect
+from stages.rollouts.transformers import sample
+
+PHASES = {  # a name that is looked up in a module → the phase its time belongs to
+    (collect, "sample_with_logprobs"): "decode",
+    (collect, "response_logprobs"): "logprobs",  # where the sampler's are not the update's
+    (collect, "reference_logprobs"): "reference",
+    (collect, "response_values"): "value",
+    (collect, "response_scores"): "reward",
+    (ppo, "ppo_gradients"): "update",
+    (ppo, "ptx_gradient"): "ptx",
+}
+
+
+class Ours:
+    """Four models that stay loaded, and an optimizer for each of the two that learn."""
+
+    def __init__(self):
+        self.phases, self.tokens, self.step, self.recompute = Phases(), 0, 0, False
+
+    def hello(self) -> dict:
+        return versions("torch", "transformers", "accelerate") | {"threads": torch.get_num_threads()}
+
+    def craft(self, model: str, folder: str) -> dict:
+        return craft(SHAPES[model], Path(folder))
+
+    def load(self, folders: dict[str, str]) -> None:
+        self.roles = self.trainees = self.average = self.unpacked = None
+        self.folders = folders
+        roles = Roles(
+            load_policy(folders["policy"]),
+            load_policy(folders["ref_policy"]).requires_grad_(False),
+            load_scalar_model(folders["reward_model"]).requires_grad_(False),
+            load_scalar_model(folders["value_model"]),
+            SimpleNamespace(pad_token_id=PAD, eos_token_id=None),
+            make_accelerator("cuda" if torch.cuda.is_available() else "cpu", "float32"),
+        )
+        for model in roles.models():
+            model.to(roles.accelerator.device)
+            model.base_model.register_forward_pre_hook(self.count, with_kwargs=True)
+        self.phases.time_prefill(roles.policy.base_model)
+        longest = roles.policy.config.max_position_embeddings
+        self.roles = replace(roles, packed=all([can_pack(model, longest) for model in roles.models()]))
+
+    def count(self, _, args, kwargs) -> None:
+        """Tokens that pass through any trunk, padding too."""
+        self.tokens += kwargs.get("input_ids", args[0] if args else torch.empty(0)).numel()
+
+    def setup(self, *, options: dict, eos_id: int) -> dict:
+        """Settings of stages/ppo.py (what they leave out keeps its default) and fresh optimizers."""
+        config = ppo.Config(**options)
+        experiment = SimpleNamespace(model=SimpleNamespace(dtype="float32"))
+        tracker = SimpleNamespace(say=lambda line: print(line, file=sys.stderr))
+        self.ctx = SimpleNamespace(config=config, seed=0, stage="ppo", experiment=experiment, tracker=tracker)
+        self.roles.tokenizer.eos_token_id = eos_id
+        self.trainees = self.average = None
+        trained = (("policy", self.roles.policy), ("value_model", self.roles.value_model))
+        self.trainees = [make_trainee(n, m, learning_rate=1e-6, max_grad_norm=config.max_grad_norm) for n, m in trained]
+        for trainee in self.trainees:
+            self.phases.time_optimizer(trainee.optimizer)
+        self.average = Average(config.ema_decay)
+        self.average.start(self.trainees[0])
+        named = ("per_device_train_batch_size", "mini_batch_size", "num_ppo_epochs", "samples_per_prompt", "ema_decay")
+        return {name: getattr(config, name) for name in named} | {"packed": self.roles.packed}
+
+    def update(self, prompts: list[list[int]], text: list[list[int]] | None = None) -> dict:
+        """Time one update: seconds in all and by phase, response tokens, tokens computed, peak memory."""
+        self.phases.take()
+        reset_peak()
+        self.step, self.tokens = self.step + 1, 0
+        with ExitStack() as stack:
+            for (module, name), phase in PHASES.items():  # inside another of them it is that one's time
+                booked = lambda *_, own=phase: self.phases.now or own  # noqa: E731
+                stack.enter_context(patch.object(module, name, self.phases.timed(getattr(module, name), booked)))
+            began = time.perf_counter()
+            lengths = self.iterate(prompts, text)
+            seconds = time.perf_counter() - began
+        taken = self.phases.take()
+        taken["other"] = seconds - sum(taken.values())
+        return {
+            "seconds": seconds,
+            "phases": taken,
+            "lengths": lengths,
+            "tokens": self.tokens,
+            "peak_bytes": peak_bytes(),
+        }
+
+    def iterate(self, prompts, text) -> list[int]:
+        """Steps 2 to 6 of stages/ppo.py:run."""
+        ctx, c, roles, step = self.ctx, self.ctx.config, self.roles, self.step
+        rollout = ppo.rollout_of(ctx, roles, prompts, range(len(prompts)), step, recompute=self.recompute)
+        mask = rollout.mask
+        kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, c.kl_estimator)
+        rewards = token_rewards(rollout.scores, kl, mask, c.kl_coef)
+        if c.whiten_rewards:
+            rewards = masked_whiten(rewards, mask, shift_mean=False)
+        advantages, returns = gae(rewards, rollout.values, mask, c.lam, c.gamma)
+        if c.whiten_advantages:
+            advantages = masked_whiten(advantages, mask)
+        if problem := ppo.not_finite_episodes(rollout, advantages, step):
+            raise ValueError(problem)
+        ptx, rate = (lambda n: text[:n] if text else None), 1e-6
+        rest = (step, rate, rate, ptx, self.average, Skips(0))
+        ppo.update(ctx, roles, *self.trainees, rollout, advantages, returns, *rest)
+        ppo.describe(rollout, returns, c.kl_coef, c.kl_estimator)
+        return [len(r) for r in rollout.responses]
+
+    def sft_cost(self, text: list[list[int]], micro: int) -> float:
+        """Seconds a token of transformers' own causal loss, forward and backward, on packed rows."""
+        policy, began = self.roles.policy, time.perf_counter()
+        for start in range(0, len(text), micro):
+            ids = torch.tensor(text[start : start + micro])
+            policy(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        policy.zero_grad(set_to_none=True)
+        return (time.perf_counter() - began) / (len(text) * len(text[0]))
+
+    def decode(self, prompts: list[list[int]], length: int, engine: str, seed: int) -> float:
+        """Seconds that our sampler, or transformers' generate, takes to sample `length` tokens a prompt."""
+        if (
+            engine == "generate" and self.unpacked is None
+        ):  # the policy as transformers loads it, with its own attention
+            self.unpacked = load_policy(self.folders["policy"]).to(self.roles.accelerator.device)
+        model, eos_id = self.roles.policy if engine == "ours" else self.unpacked, self.roles.tokenizer.eos_token_id
+        seeds = [seed * len(prompts) + i for i in range(len(prompts))]
+        began = time.perf_counter()
+        if engine == "ours":
+            found = sample(model, prompts, seeds, response_length=length, eos_id=eos_id, pad_id=PAD)
+        else:
+            width = max(map(len, prompts))
+            ids = torch.tensor([[PAD] * (width - len(p)) + p for p in prompts], device=model.device)
+            torch.manual_seed(seed)
+            model.eval()
+            found = model.generate(
+                input_ids=ids,
+                attention_mask=ids != PAD,
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=length,
+                eos_token_id=eos_id,
+                pad_token_id=PAD,
+                use_cache=True,
+            )[:, width:]
+        seconds = time.perf_counter() - began
+        assert all(len(r) == length for r in found), "this is measured where EOS cannot be sampled"
+        return seconds
+
+    def matmul_peak(self) -> float:
+        """The most FLOP/s that this process gets out of an fp32 matrix product."""
+        a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+        times = []
+        for _ in range(8):
+            began = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - began)
+        return 2 * 2048**3 / min(times)
+
+    def compare(self, prompts: list[list[int]], responses: list[list[int]], file: str, vf_coef: float) -> dict:
+        """‖ours − peer's‖ / ‖peer's‖ of each tensor, on the peer's episodes and with its advantages and returns.
+
+        The peer has a value, and puts the score, one place behind the last token where there is room; see
+        tests/parity/test_trl_ppo.py, which holds every formula to the peer's.
+        """
+        peer, temperature = load_file(file), self.ctx.config.temperature + 1e-7
+        width = peer["responses"].shape[1]
+        rows = make_rows(prompts, responses, PAD, packed=self.roles.packed)
+        wide = make_rows(prompts, [[*r, PAD][:width] for r in responses], PAD, packed=self.roles.packed)
+        mask, slots = rows.response_mask, wide.response_mask
+        logprobs = response_logprobs(self.roles.policy, rows, temperature)
+        values = response_values(self.roles.value_model, wide)
+        with torch.no_grad():
+            reference = response_logprobs(self.roles.ref_policy, rows, temperature)
+            ours = {
+                "logprobs": (logprobs[mask], peer["logprobs"][mask]),
+                "ref_logprobs": (reference[mask], peer["ref_logprobs"][mask]),
+                "values": (values[slots], peer["values"][slots]),
+                "scores": (response_scores(self.roles.reward_model, rows), peer["scores"]),
+            }
+        pg, _ = policy_loss(logprobs, peer["logprobs"], peer["advantages"], mask, 0.2, mask.sum())
+        vf, _ = value_loss(values, peer["values"], peer["returns"], slots, 0.2, slots.sum())
+        (pg + vf_coef * vf).backward()
+        for role in ("policy", "value_model"):
+            model = getattr(self.roles, role)
+            for name, p in model.named_parameters():
+                ours[f"gradient.{role}.{name}"] = (p.grad, peer.pop(f"gradient.{role}.{name}"))
+            model.zero_grad(set_to_none=True)
+        left = [name for name in peer if name.startswith("gradient.")]
+        assert not left, f"gradients that only the peer has: {left}"
+        as_reference = replace(self.roles, ref_policy=self.roles.policy)
+        self.recompute = ppo.preflight(self.ctx, as_reference, prompts)  # as a run's beginning finds out
+        return {name: ((a - b).norm() / b.norm()).item() for name, (a, b) in ours.items()}
+
+
+if __name__ == "__main__":
+    ours = Ours()
+    names = ("hello", "craft", "load", "setup", "update", "sft_cost", "decode", "matmul_peak", "compare")
+    serve({name: getattr(ours, name) for name in names})
