@@ -3,6 +3,9 @@
 start() → logits (B, V) behind the prompts; step(tokens) → logits behind those; keep(index) drops the other rows.
 """
 
+from contextlib import contextmanager
+from functools import partial
+
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
@@ -11,6 +14,9 @@ from transformers.cache_utils import DynamicLayer
 from data.groups import make_rows
 from stages.models.adapters import plain
 from stages.models.packing import trunk_options
+
+
+WIDE = 512  # inputs from which on a linear layer counts as large
 
 
 class PackedLane:
@@ -46,9 +52,10 @@ class PackedLane:
             "use_cache": True,
             "packing": self.bias[..., : self.filled],
         }
-        hidden = self._trunk(tokens.unsqueeze(-1), options)[:, 0]
+        with weights_first(self.model):
+            logits = self._head(self._trunk(tokens.unsqueeze(-1), options)[:, 0])
         self.positions = self.positions + 1
-        return self._head(hidden)
+        return logits
 
     def keep(self, index: Tensor) -> None:
         for layer in self.cache.layers:
@@ -59,10 +66,31 @@ class PackedLane:
         return plain(self.model).base_model(input_ids=ids, **options).last_hidden_state
 
     def _head(self, hidden: Tensor) -> Tensor:
-        head = plain(self.model).get_output_embeddings()
-        if hidden.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-            return (head.weight @ hidden.T).T.contiguous()  # the larger factor first: twice as fast for a few rows
-        return head(hidden)
+        return plain(self.model).get_output_embeddings()(hidden).contiguous()
+
+
+@contextmanager
+def weights_first(model):
+    """Inside, large linear layers on a CPU multiply weight · rowsᵀ in place of rows · weightᵀ: the same numbers to the
+    order of sums, and a fifth faster for the few rows of a decoding step, where reading the weights is most of the
+    work. (Small layers lose more by their transposed outputs.)"""
+    layers = [m for m in model.modules() if type(m) is torch.nn.Linear and m.in_features >= WIDE]
+    if model.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        layers = []
+    for layer in layers:
+        layer.forward = partial(_weight_first, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _weight_first(layer, x: Tensor) -> Tensor:
+    out = (layer.weight @ x.reshape(-1, x.shape[-1]).T).T
+    if layer.bias is not None:
+        out = out + layer.bias
+    return out.unflatten(0, x.shape[:-1]) if x.dim() > 2 else out
 
 
 class _Column(DynamicLayer):
