@@ -1,0 +1,66 @@
+"""Packed rows and the packed cache against plain, unpadded rows, over the families of transformers that people use."""
+
+import pytest
+import torch
+
+from data.groups import make_rows
+from stages.models.forward import response_logprobs
+from stages.models.loading import prepare
+from stages.models.packing import can_pack
+from stages.rollouts.transformers import sample_with_logprobs
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 48, "max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
+    "initializer_range": 0.2,
+}  # fmt: skip
+FAMILIES = {  # family: (what its configuration wants beside, whether it packs)
+    "llama": ({}, True),
+    "mistral": ({"sliding_window": None}, True),
+    "qwen2": ({}, True),
+    "qwen3": ({"head_dim": 8}, True),
+    "gemma": ({"head_dim": 8}, True),
+    "gemma2": ({"head_dim": 8, "sliding_window": 128}, False),  # caps its attention scores, which sdpa cannot
+    "gemma3_text": ({"head_dim": 8, "sliding_window": 64}, False),  # a window shorter than the texts
+    "phi": ({}, True),  # a head with a bias
+    "phi3": ({}, True),
+    "gpt_neox": ({}, True),
+    "opt": ({"ffn_dim": 48, "word_embed_proj_dim": 32}, True),  # learned positions, counted from the mask
+    "bloom": ({"n_layer": 2, "n_head": 4}, False),  # ALiBi
+    "olmo2": ({}, True),
+    "granite": ({}, True),  # scales its logits
+    "cohere": ({}, True),
+    "starcoder2": ({}, True),
+    "mixtral": ({"num_local_experts": 4, "sliding_window": None}, True),
+    "smollm3": ({}, True),
+}
+PROMPTS = [list(range(3, 3 + n)) for n in (5, 12, 12, 40)]
+RESPONSES = [[7, 9, 1], [8] * 20, [9, 10, 11, 1], [30] * 15]
+
+
+def alone(model, prompt, response):
+    """Log-probs of a response, its row alone, unpadded, through the plain model."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    return logits.double().log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0].float()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_reads_and_samples_as_its_plain_self(family):
+    """One that packs reads packed rows and samples from the packed cache; one that does not takes the padded way:
+    the numbers are those of the plain model in either case."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options, packs = FAMILIES[family]
+    config = AutoConfig.for_model(family, **{**SMALL, **options})
+    torch.manual_seed(0)
+    plain = prepare(AutoModelForCausalLM.from_config(config).float())
+    model = prepare(AutoModelForCausalLM.from_config(config).float())
+    model.load_state_dict(plain.state_dict())
+    assert can_pack(model, 100) == packs
+    found = response_logprobs(model, make_rows(PROMPTS, RESPONSES, 0, packed=packs))
+    for i, pair in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        torch.testing.assert_close(found[i, : len(pair[1])], alone(plain, *pair), rtol=1e-4, atol=1e-4)
+    drawn = sample_with_logprobs(model, PROMPTS, range(4), response_length=24, eos_id=1, pad_id=0)
+    for i, pair in enumerate(zip(PROMPTS, drawn.responses, strict=True)):
+        torch.testing.assert_close(drawn.logprobs[i, : len(pair[1])], alone(plain, *pair), rtol=1e-4, atol=1e-4)
