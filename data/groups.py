@@ -49,9 +49,9 @@ class Rows:
     Padded (`sequences` None): one response a row (N = B), its prompt before it, padding on the right, which causal
     attention never reaches. Packed: one row (N = 1) in which nothing is padded, and a prompt that several responses
     in succession have stands once before them; position_ids (1, T) start anew with each prompt, and behind it for
-    each of its responses. Then sequences (B, W) names the tokens of each response's own prompt and response, in order
-    (the rest of a row repeats its last), and home (T,) the place in B·W that holds each token: attention goes there
-    and back, everything else is computed once a token.
+    each of its responses. Then spans holds the lengths in that row, (prompt, its responses) one after another;
+    sequences (B, W) the tokens of each response's own prompt and response, in order (the rest of a row repeats its
+    last); home (T,) the place in B·W that holds each token. Attention goes by them; all else is a token's own matter.
 
     responses (B, R), lengths (B,): ids and number of response tokens, EOS included; row (B,): the row of each
     response; prompt_end, first (B,): the columns of its prompt's last token and of its own first.
@@ -66,6 +66,7 @@ class Rows:
     position_ids: torch.Tensor | None = None
     sequences: torch.Tensor | None = None
     home: torch.Tensor | None = None
+    spans: tuple[tuple[int, tuple[int, ...]], ...] | None = None
 
     @property
     def response_mask(self) -> torch.Tensor:
@@ -86,7 +87,7 @@ class Rows:
         return self.row * self.input_ids.shape[1] + end
 
     def to(self, device) -> "Rows":
-        return Rows(*(None if x is None else x.to(device) for x in vars(self).values()))
+        return Rows(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in vars(self).values()))
 
 
 def make_rows(
@@ -106,12 +107,14 @@ def make_rows(
 
 
 def _pack(prompts, responses, ids: torch.Tensor, lengths: torch.Tensor) -> Rows:
-    tokens, positions, ends, firsts, spans, before = [], [], [], [], [], None
+    tokens, positions, ends, firsts, spans, before, lengths_of = [], [], [], [], [], None, []
     for prompt, response in zip(prompts, responses, strict=True):
         if before is None or list(prompt) != list(before):
             start, before = len(tokens), prompt
             tokens += prompt
             positions += range(len(prompt))
+            lengths_of.append((len(prompt), []))
+        lengths_of[-1][1].append(len(response))
         ends.append(start + len(prompt) - 1)
         firsts.append(len(tokens))
         spans.append([*range(start, start + len(prompt)), *range(len(tokens), len(tokens) + len(response))])
@@ -123,9 +126,17 @@ def _pack(prompts, responses, ids: torch.Tensor, lengths: torch.Tensor) -> Rows:
     for i in reversed(range(len(spans))):  # of the places that hold a shared prompt, the first
         home[sequences[i, : len(spans[i])]] = torch.arange(i * width, i * width + len(spans[i]))
     end, first = torch.tensor(ends), torch.tensor(firsts)
-    row = torch.zeros_like(first)
     return Rows(
-        torch.tensor([tokens]), ids, lengths, row, end, first, torch.tensor([positions]), sequences, home
+        torch.tensor([tokens]),
+        ids,
+        lengths,
+        torch.zeros_like(first),
+        end,
+        first,
+        torch.tensor([positions]),
+        sequences,
+        home,
+        tuple((prompt, tuple(rest)) for prompt, rest in lengths_of),
     )
 
 

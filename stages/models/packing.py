@@ -1,10 +1,12 @@
 """Attention over packed rows: nothing is padded, and a prompt is computed once for all its responses.
 
 Everything in a transformer but attention treats tokens one by one, so it runs on the packed tokens as they are.
-Attention gathers queries, keys and values into one row a response (prompt, then response; plain causal attention, no
-mask), and takes each token's output back. Gradients are autograd's. It enters a model through transformers' public
-AttentionInterface; calls without a layout are transformers' own sdpa.
+Attention goes prompt by prompt and response by response (a CPU: no masked work, no padding), or gathers queries, keys
+and values into one row a response, plain causal, and takes each token's output back (a GPU: one kernel). Gradients are
+autograd's. It enters a model through transformers' public AttentionInterface; calls without a layout are its own sdpa.
 """
+
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +18,28 @@ from stages.models.adapters import plain
 NAME = "packed_rows"
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Who sees whom in a packed row, as `Rows` says it. masks: (response, prompt) lengths → mask, made once for all
+    layers."""
+
+    spans: tuple[tuple[int, tuple[int, ...]], ...]
+    sequences: Tensor
+    home: Tensor
+    masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def behind(self, prompt: int, response: int, device) -> Tensor:
+        """(response, prompt + response), True where a response's token may look: its prompt, and itself so far."""
+        if (prompt, response) not in self.masks:
+            whole = torch.ones(response, prompt + response, dtype=torch.bool, device=device)
+            self.masks[prompt, response] = whole.tril(prompt)
+        return self.masks[prompt, response]
+
+
 def packed_attention(module, query, key, value, attention_mask, scaling=None, packing=None, **options):
     """query (1, H, T, D), key, value (1, H_kv, T, D) of packed tokens → (1, T, H, D).
 
-    packing: (sequences (B, W), home (T,)) of `Rows`; or keys and values of a cache in the making, see
-    stages/rollouts/transformers.py; None: sdpa as ever.
+    packing: a Packing; or, in a step of the sampler, a bias (B, 1, 1, T) over a cache; None: sdpa as ever.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -30,20 +49,37 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
         raise ValueError("packed attention knows neither softcap nor position biases")
     if isinstance(packing, Tensor):
         return one_token_attention(query, key, value, packing, scaling), None
-    sequences, home = packing
-    count, width = sequences.shape
-    spread = lambda x: (  # noqa: E731
-        x[0].transpose(0, 1).index_select(0, sequences.flatten()).unflatten(0, (count, width)).transpose(1, 2)
-    )
+    attend = span_by_span if query.device.type == "cpu" else in_rows
+    return attend(query, key, value, packing, scaling), None
+
+
+def span_by_span(query, key, value, packing: Packing, scaling) -> Tensor:
+    """A prompt sees itself, each of its responses the prompt and itself; a prompt with one response is one span."""
+    alone = {"scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
+    lengths = [n for p, rs in packing.spans for n in ((p + rs[0],) if len(rs) == 1 else (p, *rs))]
+    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    out = []
+    for prompt, responses in packing.spans:
+        q, k, v = next(parts)
+        out.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, **alone))
+        for length in responses if len(responses) > 1 else ():
+            own_q, own_k, own_v = next(parts)
+            if length:
+                keys, values = torch.cat([k, own_k], dim=2), torch.cat([v, own_v], dim=2)
+                mask = packing.behind(prompt, length, q.device)
+                out.append(F.scaled_dot_product_attention(own_q, keys, values, attn_mask=mask, **alone))
+    return torch.cat(out, dim=2).transpose(1, 2)
+
+
+def in_rows(query, key, value, packing: Packing, scaling) -> Tensor:
+    """One row a response, its prompt gathered anew for each; causal, so that padding on the right is never seen."""
+    count, width = packing.sequences.shape
+    index = packing.sequences.flatten()
+    spread = lambda x: x[0].transpose(0, 1).index_select(0, index).unflatten(0, (count, width)).transpose(1, 2)  # noqa: E731
     out = F.scaled_dot_product_attention(
-        spread(query),
-        spread(key),
-        spread(value),
-        is_causal=True,
-        scale=scaling,
-        enable_gqa=key.shape[1] != query.shape[1],
+        *map(spread, (query, key, value)), is_causal=True, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
     )
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, home).unsqueeze(0), None
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, packing.home).unsqueeze(0)
 
 
 def one_token_attention(query, key, value, bias, scaling) -> Tensor:
@@ -63,7 +99,7 @@ def trunk_options(rows: Rows) -> dict:
         return {"position_ids": rows.position_ids, "use_cache": False}
     # four dimensions: transformers takes the mask for finished and makes none, which nobody would read
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=rows.input_ids.device)
-    packing = (rows.sequences, rows.home)
+    packing = Packing(rows.spans, rows.sequences, rows.home)
     return {"position_ids": rows.position_ids, "attention_mask": no_mask, "use_cache": False, "packing": packing}
 
 
@@ -78,8 +114,9 @@ def can_pack(model, max_length: int) -> bool:
     from transformers.masking_utils import sdpa_mask
 
     inner = plain(model)
-    window = getattr(inner.config, "sliding_window", None)
-    if window is not None and window < max_length and getattr(inner.config, "use_sliding_window", True):
+    windows = [getattr(inner.config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    shortest = min((w for w in windows if w is not None), default=max_length)
+    if shortest < max_length and getattr(inner.config, "use_sliding_window", True):
         return False
     if packs(model):
         return True

@@ -15,7 +15,6 @@ from data.groups import make_rows
 from stages.models.adapters import plain
 from stages.models.packing import trunk_options
 
-
 WIDE = 512  # inputs from which on a linear layer counts as large
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from data.groups import make_rows
+from stages.models import packing
 from stages.models.forward import response_logprobs
 from stages.models.loading import prepare
 from stages.models.packing import can_pack
@@ -64,3 +65,31 @@ def test_every_family_reads_and_samples_as_its_plain_self(family):
     drawn = sample_with_logprobs(model, PROMPTS, range(4), response_length=24, eos_id=1, pad_id=0)
     for i, pair in enumerate(zip(PROMPTS, drawn.responses, strict=True)):
         torch.testing.assert_close(drawn.logprobs[i, : len(pair[1])], alone(plain, *pair), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+def test_both_ways_of_attention_are_one(causal, kind, monkeypatch):
+    """Span by span (a CPU) and gathered into rows (a GPU): outputs, and the gradient of every weight, to float order;
+    shared prompts, responses of one token, prompts with one response."""
+    prompts, responses = [PROMPTS[1]] * 3 + PROMPTS, [[5], [6, 7, 8], [9] * 11, *RESPONSES]
+    rows = make_rows(prompts, responses, 0, packed=True)
+    results = []
+    for attend in (packing.span_by_span, packing.in_rows):
+        monkeypatch.setattr(packing, "span_by_span", attend)
+        model = causal(kind)
+        assert can_pack(model, 64)
+        found = response_logprobs(model, rows)
+        (found * torch.arange(found.numel()).view_as(found).cos()).sum().backward()
+        results.append((found.detach(), {n: p.grad for n, p in model.named_parameters()}))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-5)
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(gradient, results[1][1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_response_sees_nothing_of_its_siblings(causal):
+    """Change one: the others' numbers do not move, not by a bit."""
+    model = causal("llama")
+    assert can_pack(model, 64)
+    one, other = ([[9, 8], last, [7] * 5] for last in ([5, 6, 7], [11, 30, 2]))
+    a, b = (response_logprobs(model, make_rows([PROMPTS[0]] * 3, rs, 0, packed=True)).detach() for rs in (one, other))
+    assert torch.equal(a[[0, 2]], b[[0, 2]]) and not torch.equal(a[1], b[1])
