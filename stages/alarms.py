@@ -3,13 +3,15 @@
 The windows are part of a checkpoint, so that a resumed run raises what an uninterrupted one raises.
 """
 
+import math
 from dataclasses import dataclass, field
 
 WINDOW = 20  # updates that the two gradients are compared over
 BESIDE = 10.0  # one gradient drowns the other beyond this ratio
 SHORT = 5  # updates in a row that make a habit
 QUIET = 50  # updates before the same alarm is raised again
-LOOKS = 3  # held-out looks in a row
+LOOKS = 2  # held-out looks in a row
+ENDS = 0.05  # share of responses with EOS below which hardly any ends
 
 
 @dataclass
@@ -36,19 +38,19 @@ class Alarms:
                 f"KL to the reference is {kl:.1f} nats a response, over alarm_kl {self.kl_limit:g}; raise ppo.kl_coef, "
                 f"or lower ppo.learning_rate"
             )
-        entropies, start = self._push("entropy", entropy, SHORT), sum(first) / len(first)
+        entropies, start = self._push("entropy", entropy, SHORT), sum(first) / max(1, len(first))
         if len(entropies) == SHORT and max(entropies) < self.entropy_floor * start:
             found["entropy"] = (
                 f"entropy is {entropy:.3g} nats a token and was {start:.3g} at first: the policy collapses to few "
                 f"answers; raise ppo.kl_coef or ppo.ptx_coef, or lower ppo.learning_rate"
             )
         ends = self._push("eos_rate", eos, SHORT)
-        if len(ends) == SHORT and max(ends) == 0.0:
+        if len(ends) == SHORT and max(ends) < ENDS:
             found["length"] = (
-                f"every response of {SHORT} updates ran into response_length without EOS; raise ppo.response_length, "
-                f"set ppo.missing_eos_score below the scores, or ppo.length_penalty, or train sft longer"
+                f"hardly a response of {SHORT} updates ended with EOS within response_length; raise "
+                f"ppo.response_length, set ppo.missing_eos_score below the scores, or ppo.length_penalty, or train sft longer"
             )
-        if "grad_norm/ptx" in row:
+        if "grad_norm/ptx" in row and math.isfinite(row["grad_norm/ppo"] + row["grad_norm/ptx"]):
             found |= self._drowned(row["grad_norm/ppo"], row["grad_norm/ptx"])
         return self._say(step, found)
 
@@ -76,18 +78,18 @@ class Alarms:
         self.windows, self.raised, self.count = state["windows"], state["raised"], state["count"]
 
     def _drowned(self, ppo: float, ptx: float) -> dict[str, str]:
-        """Names of a gradient that is more than ten times smaller than the other in each update of the window."""
+        """Whether one gradient is more than ten times the other, by the median of the window."""
         pairs = zip(self._push("ppo", ppo, WINDOW), self._push("ptx", ptx, WINDOW), strict=True)
         ratios = [b / a if a else float("inf") for a, b in pairs]
         if len(ratios) < WINDOW:
             return {}
         middle = sorted(ratios)[WINDOW // 2]
-        if min(ratios) > BESIDE:
+        if middle > BESIDE:
             return {
                 "ptx": f"the pretraining gradient was {middle:.3g} times PPO's over {WINDOW} updates and drowns it; "
                 f"lower ppo.ptx_coef about {middle:.0f}-fold"
             }
-        if max(ratios) < 1 / BESIDE:
+        if middle < 1 / BESIDE:
             return {
                 "ppo": f"PPO's gradient was {1 / middle:.3g} times the pretraining one's over {WINDOW} updates and "
                 f"drowns it; raise ppo.ptx_coef, or set it to 0 and save its cost"
@@ -96,7 +98,7 @@ class Alarms:
 
     def _push(self, name: str, value: float, length: int, keep_first: bool = False) -> list[float]:
         window = self.windows.setdefault(name, [])
-        if not (keep_first and len(window) == length):
+        if math.isfinite(value) and not (keep_first and len(window) == length):
             window.append(value)
             del window[:-length]
         return window

@@ -48,7 +48,7 @@ from stages.objectives.advantages import gae
 from stages.objectives.control import adaptive_kl_coef
 from stages.objectives.losses import policy_loss, value_loss
 from stages.objectives.masked import masked_mean, masked_whiten
-from stages.objectives.rewards import kl_per_token, token_rewards
+from stages.objectives.rewards import final_scores, kl_per_token, token_rewards
 from stages.rollouts.collect import collect, in_micro_batches
 from stages.rollouts.rollout import Rollout
 from stages.settings import Schedule, Section, TooLong, no_room, over_context, setting, too_long_prompt
@@ -126,12 +126,16 @@ class Config(Section):
     missing_eos_score: float | None = setting(-1.0, "score of a response without EOS; null: its own", "reward")
     score_clip: float | None = setting(None, "clip the reward model's score to ± this", "reward", gt=0)
     length_penalty: float = setting(0.0, "subtracted from the score a response token", "reward a token", ge=0)
-    whiten_rewards: bool = setting(False, "divide rewards by their standard deviation over the batch; no mean shift")
+    whiten_rewards: bool = setting(
+        False, "scale rewards about their mean to a standard deviation of 1 over the batch; the mean stays"
+    )
     whiten_advantages: bool = setting(True, "whiten advantages over the batch")
     eval_steps: int = setting(20, "held-out prompts every so many updates", "updates", ge=1)
     eval_prompts: int = setting(64, "how many prompts are held out for that", "prompts", ge=1)
     keep: Literal["best", "last"] = setting(
-        "last", "publish the last policy, or the best by held-out score − kl_coef · kl (value_model/ is the last one)"
+        "last",
+        "publish the last policy, or the best by score − kl_coef · kl on held-out prompts, the score being that of "
+        "held_out_reward_model if there is one (value_model/ is the last one)",
     )
     patience: int | None = setting(None, "stop after so many held-out looks without a better one", "looks", ge=1)
     reward_model: str | None = setting(None, "folder of another reward model in place of rm's")
@@ -142,7 +146,9 @@ class Config(Section):
         0.992, "exponential average of the policy over optimizer steps (the paper's); null: none is kept", gt=0, lt=1
     )
     publish_ema: bool = setting(False, "publish that average as model_ema/")
-    max_skipped_steps: int = setting(0, "optimizer steps left out for a number that is not finite before exit 3", ge=0)
+    max_skipped_steps: int = setting(
+        0, "optimizer steps, or updates with bad episodes, left out for numbers that are not finite before exit 3", ge=0
+    )
     alarm_kl: float | None = setting(50.0, "warn above this KL to the reference; null: never", "nats a response", gt=0)
     alarm_entropy: float = setting(0.1, "warn below this share of the entropy at first", ge=0, lt=1)
     on_alarm: Literal["warn", "stop"] = setting("warn", "what an alarm does; stop: a checkpoint, and exit 3")
@@ -213,6 +219,9 @@ def run(ctx: StageRun) -> dict:
         recompute = preflight(ctx, roles, train[: 2 * c.per_device_train_batch_size])
         state = {"kl_coef": c.kl_coef, "recompute": recompute, "looks": {}}
         state["looks"]["0"] = look(ctx, roles, held, 0, state, policy, best)
+        alarms.look(0, state["looks"]["0"])
+    elif not {"skipped", "alarms", "recompute", "looks", "kl_coef"} <= state.keys():
+        raise UserError("ppo: the checkpoint was written by another version of this stage; start again with --restart")
     else:
         skips.count = state["skipped"]
         alarms.restore(state["alarms"])
@@ -418,13 +427,18 @@ def preflight(ctx: StageRun, roles: Roles, prompts) -> bool:
         n, size = c.samples_per_prompt, c.per_device_train_batch_size
         again = torch.zeros_like(rollout.logprobs)  # as the update does it: other rows together, and with gradients
         with roles.accelerator.autocast():
-            for index in in_micro_batches(rollout.lengths(), range(len(again)), n, max(1, size // 2)):
+            for index in in_micro_batches(rollout.lengths(), range(len(again))[::-1], n, size):
                 rows = rollout.rows(index, roles.tokenizer.pad_token_id, roles.packed)
                 logprobs = response_logprobs(roles.policy, rows, c.temperature).detach()
                 again[torch.tensor(index, device=again.device), : logprobs.shape[1]] = logprobs
         drift = masked_mean(((again - rollout.logprobs).exp() - 1).abs(), rollout.mask).item()
         if drift <= limit:
             break
+        if not recompute and not drift <= 10 * limit:
+            raise UserError(
+                f"ppo preflight: the sampler's probabilities are off by {drift:.2g} a token from the model's (limit "
+                f"{10 * limit:g}): it draws from another distribution; use model.attn_implementation: eager"
+            )
     else:
         raise UserError(
             f"ppo preflight: the ratio at the first minibatch would be off by {drift:.2g} a token (limit {limit:g}): "
@@ -461,7 +475,10 @@ def sound(ctx: StageRun, lines: list[str], step: int, updates: int, save: Callab
         ctx.tracker.say(f"ppo: alarm at {line}")
     if lines and ctx.config.on_alarm == "stop" and step < updates:
         save(step)
-        raise TrainingStopped(f"ppo.on_alarm: stop; {lines[0]}. A checkpoint stands: --override-config goes on from it")
+        raise TrainingStopped(
+            f"ppo.on_alarm: stop; {lines[0]}. A checkpoint stands: run again to go on as it is, or with changed "
+            f"settings and --override-config"
+        )
 
 
 def minibatches(ctx: StageRun, step: int, epoch: int) -> list[list[int]]:
@@ -609,7 +626,7 @@ def look(
     rollout = rollout_of(
         ctx, roles, [ids for _, ids in held], range(len(held)), 0, "held-out", 1, recompute=state["recompute"]
     )
-    figures = describe(rollout, rollout.values, state["kl_coef"], c.kl_estimator)
+    figures = describe(rollout, rollout.values, c.kl_coef, c.kl_estimator)  # the same yardstick at every look
     figures = {name: figures[f"objective/{key}"] for name, key in HELD_OUT.items()}
     if roles.judge is not None:
         scores = score_all(
@@ -621,9 +638,13 @@ def look(
             accelerator=roles.accelerator,
             packed=roles.packed,
         )
+        lengths = rollout.mask.sum(-1).cpu()
+        options = {"lengths": lengths, "score_clip": c.score_clip, "length_penalty": c.length_penalty}
+        scores = final_scores(scores, rollout.finished.cpu(), c.missing_eos_score, **options)
         figures["held_out_score"] = scores.mean().item()
     ctx.tracker.evaluation(step, figures)
-    best.offer(figures["rlhf_reward"], step, policy)
+    judged = figures.get("held_out_score", figures["score"])
+    best.offer(figures["rlhf_reward"] - figures["score"] + judged, step, policy)
     mask = rollout.mask
     kl = torch.where(mask, rollout.logprobs - rollout.ref_logprobs, 0.0).sum(-1).tolist()
     order = rollout.scores.argsort().tolist()

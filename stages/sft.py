@@ -29,7 +29,9 @@ class PpoInit(Section):
     """InstructGPT's other SFT model, PPO's start and reference: fewer passes, and pretraining text mixed in."""
 
     num_train_epochs: float = setting(2.0, "passes over the demonstrations (the paper's)", "epochs", gt=0)
-    pretraining_fraction: float = setting(0.1, "share of rows that are pretraining text (the paper's)", gt=0, lt=1)
+    pretraining_fraction: float = setting(
+        0.1, "share of the tokens with a loss that are pretraining text (the paper: 10 % of the data)", gt=0, lt=1
+    )
 
 
 class Config(Training):
@@ -74,7 +76,7 @@ def run(ctx: StageRun) -> dict:
         problem = f"one prompt is left within {c.max_length} tokens; at least 2 are needed, one of them to hold out"
         raise DataError([f"data.demonstrations: {problem}"])
     rows, held = ([encoded[i] for i in part] for part in (train, valid))
-    mixed = [] if c.ppo_init is None else rows + pretraining_rows(ctx, tokenizer, len(rows))
+    mixed = [] if c.ppo_init is None else rows + pretraining_rows(ctx, tokenizer, rows)
     steps, more = total_steps(c, len(rows)), 0
     if c.ppo_init is not None:
         more = total_steps(c.model_copy(update=dict(c.ppo_init) | {"max_steps": None}), len(mixed))
@@ -88,7 +90,6 @@ def run(ctx: StageRun) -> dict:
         ctx,
         tokenizer=tokenizer,
         held_out_rows=held,
-        group_by_length=True,
         learning_rate=c.learning_rate,
         lr_scheduler_type=c.lr_scheduler_type,
         warmup_steps=c.warmup_steps,
@@ -113,7 +114,7 @@ def run(ctx: StageRun) -> dict:
         weights = Trainee("sft", model, dict(model.named_parameters()), None, 0.0)
         weights.load(found.tensors("finished"))
     else:
-        model, figures = fit(model=load(source), train_rows=rows, steps=steps)
+        model, figures = fit(model=load(source), train_rows=rows, steps=steps, group_by_length=True)
         weights = Trainee("sft", model, dict(model.named_parameters()), None, 0.0)
     save_model(model, tokenizer, ctx.publish / "model", card=card(ctx, "a supervised fine-tuned policy"))
     figures = {**figures, "rows": len(rows), "truncated": report.truncated, "dropped": report.dropped}
@@ -123,14 +124,15 @@ def run(ctx: StageRun) -> dict:
     carried = {"finished": weights.tensors()}, {"finished": figures}
     if ctx.checkpoints.every and (found is None or "finished" not in found.state):
         ctx.checkpoints.save(steps, *carried, steps + more)
-    first = {"first": steps, "carried": carried}
-    model, other = fit(model=load(source), train_rows=mixed, steps=more, **first)
+    # by length, the long rows of text would fill batches of their own and not be mixed in
+    rest = {"first": steps, "carried": carried, "group_by_length": False}
+    model, other = fit(model=load(source), train_rows=mixed, steps=more, **rest)
     save_model(model, tokenizer, ctx.publish / "ppo_init", card=card(ctx, "the policy that PPO starts from"))
     return figures | {f"ppo_init_{name}": other[name] for name in ("loss", "perplexity", "steps")}
 
 
-def pretraining_rows(ctx: StageRun, tokenizer, demonstrations: int) -> list[dict]:
-    """Packed rows of the training documents, `pretraining_fraction` of all rows together with the demonstrations."""
+def pretraining_rows(ctx: StageRun, tokenizer, demonstrations: list[dict]) -> list[dict]:
+    """Packed rows of the training documents with `pretraining_fraction` of all labels, the demonstrations' included."""
     fraction = ctx.config.ppo_init.pretraining_fraction
     documents = read(ctx, "documents")
     train, _ = held_out([d.text for d in documents], ctx.experiment.data.validation_fraction)
@@ -138,6 +140,7 @@ def pretraining_rows(ctx: StageRun, tokenizer, demonstrations: int) -> list[dict
     if not rows:
         problem = f"fewer than sft.max_length = {ctx.config.max_length} tokens of pretraining text"
         raise DataError([f"data.documents: {problem}; give more text, or set sft.ppo_init: null"])
-    wanted = max(1, round(demonstrations * fraction / (1 - fraction)))
+    labels = sum(label != -100 for row in demonstrations for label in row["labels"])
+    wanted = max(1, round(labels * fraction / (1 - fraction) / (ctx.config.max_length - 1)))
     order = Stream(len(rows), derive_seed(ctx.seed, "ppo_init")).take(wanted)
     return [{"input_ids": rows[i], "labels": rows[i]} for i in order]

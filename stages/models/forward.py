@@ -92,7 +92,8 @@ def head_is_linear(model) -> bool:
     inner = plain(model)
     if not hasattr(inner, "_head_is_linear"):
         head = inner.get_output_embeddings()
-        if type(head) is not torch.nn.Linear or head.bias is not None:
+        capped = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
+        if type(head) is not torch.nn.Linear or head.bias is not None or capped:
             inner._head_is_linear = False
             return False
         ids = torch.tensor([[1, 2, 3]], device=next(inner.parameters()).device)

@@ -47,7 +47,7 @@ class _HeadLogprobs(torch.autograd.Function):
             logp = _log_softmax(h[rows], w, temperature)
             logprobs[rows] = logp.gather(-1, ids[rows].unsqueeze(-1)).squeeze(-1)
             if with_entropy:
-                entropy[rows] = -_dot(logp, logp.exp())
+                entropy[rows] = -dot(logp, logp.exp())
             if keep:
                 pieces.append(logp)
         ctx.save_for_backward(h, w, ids, *pieces)
@@ -91,6 +91,7 @@ def _log_softmax(h: Tensor, w: Tensor, temperature: float) -> Tensor:
     return logits.log_softmax(-1)
 
 
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Σ x y over the last dimension, without their product in memory."""
-    return torch.bmm(x.unsqueeze(-2), y.unsqueeze(-1)).flatten()
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """Σ x y over the last dimension of (n, V) in fp32, also under autocast, without their product in memory."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.bmm(x.unsqueeze(-2), y.unsqueeze(-1)).flatten()

@@ -49,6 +49,9 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
         raise ValueError("packed attention knows neither softcap nor position biases")
     if isinstance(packing, Tensor):
         return one_token_attention(query, key, value, packing, scaling), None
+    window = options.get("sliding_window")
+    if window is not None and window < packing.sequences.shape[1]:
+        raise ValueError(f"packed attention keeps no sliding window, and this layer's is {window} tokens")
     attend = span_by_span if query.device.type == "cpu" else in_rows
     return attend(query, key, value, packing, scaling), None
 
@@ -90,7 +93,7 @@ def one_token_attention(query, key, value, bias, scaling) -> Tensor:
     B, H, _, D = query.shape
     shared = query.reshape(B, key.shape[1], H // key.shape[1], D)
     out = F.scaled_dot_product_attention(shared, key, value, attn_mask=bias, scale=scaling)
-    return out.reshape(B, 1, H, D)
+    return out.reshape(B, 1, H, -1)  # values may be narrower than keys
 
 
 def trunk_options(rows: Rows) -> dict:
@@ -114,9 +117,10 @@ def can_pack(model, max_length: int) -> bool:
     from transformers.masking_utils import sdpa_mask
 
     inner = plain(model)
-    windows = [getattr(inner.config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    shortest = min((w for w in windows if w is not None), default=max_length)
-    if shortest < max_length and getattr(inner.config, "use_sliding_window", True):
+    config = inner.config.get_text_config()
+    names = ["attention_chunk_size", "keep_window_size"]
+    names += ["sliding_window"] * bool(getattr(config, "use_sliding_window", True))
+    if any((getattr(config, name, None) or max_length) < max_length for name in names):
         return False
     if packs(model):
         return True

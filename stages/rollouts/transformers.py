@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.models.forward import head_is_linear
+from stages.models.head import dot
 from stages.models.packing import packs
 from stages.rollouts.lanes import PackedLane, PaddedLane
 
@@ -92,7 +93,7 @@ def _decode(lane, uniforms: Tensor, eos_id: int, temperature: float, top_p: floa
         tokens = torch.where(going, pick(nucleus(probs, top_p), uniforms[at, t]), eos_id)
         drawn[at, t] = tokens
         logprobs[at, t] = torch.where(going, logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), 0.0)
-        spread = -torch.bmm(probs.unsqueeze(-2), logp.clamp(min=-1e30).unsqueeze(-1)).flatten()
+        spread = -dot(probs, logp.clamp(min=-1e30))
         entropy[at, t] = torch.where(going, spread, 0.0)
         going &= tokens != eos_id
         alive = int(going.sum())
@@ -132,10 +133,11 @@ def pick(weights: Tensor, uniform: Tensor) -> Tensor:
     below = torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks[torch.arange(B, device=block.device), block.squeeze(-1)].double().cumsum(-1)
     token = _first_above(inside, target - below)
-    return (block * BLOCK + token).squeeze(-1)
+    return (block * BLOCK + token).squeeze(-1).clamp(max=V - 1)
 
 
 def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
-    """(B, 1): the first index whose cumulative sum (B, n) exceeds the target; rounding finds no empty place."""
+    """(B, 1): the first index whose cumulative sum (B, n) exceeds the target; rounding finds no empty place. Sums that
+    are not finite give the last index: the token's log-prob tells, and the episode is refused for it."""
     target = torch.minimum(target, cumulative[:, -1:] * (1 - 1e-15))
-    return torch.searchsorted(cumulative, target, right=True)
+    return torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[-1] - 1)

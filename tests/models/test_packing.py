@@ -22,6 +22,7 @@ FAMILIES = {  # family: (what its configuration wants beside, whether it packs)
     "qwen3": ({"head_dim": 8}, True),
     "gemma": ({"head_dim": 8}, True),
     "gemma2": ({"head_dim": 8, "sliding_window": 128}, False),  # caps its attention scores, which sdpa cannot
+    "gemma3": (None, False),  # the same window, inside its text_config
     "gemma3_text": ({"head_dim": 8, "sliding_window": 64}, False),  # a window shorter than the texts
     "phi": ({}, True),  # a head with a bias
     "phi3": ({}, True),
@@ -53,7 +54,12 @@ def test_every_family_reads_and_samples_as_its_plain_self(family):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options, packs = FAMILIES[family]
-    config = AutoConfig.for_model(family, **{**SMALL, **options})
+    if options is None:
+        config = AutoConfig.for_model("gemma3_text", **{**SMALL, "head_dim": 8, "sliding_window": 64})
+        vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        config = AutoConfig.for_model(family, text_config=config.to_dict(), vision_config=vision)
+    else:
+        config = AutoConfig.for_model(family, **{**SMALL, **options})
     torch.manual_seed(0)
     plain = prepare(AutoModelForCausalLM.from_config(config).float())
     model = prepare(AutoModelForCausalLM.from_config(config).float())

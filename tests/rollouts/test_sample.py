@@ -175,3 +175,27 @@ def test_logprobs_and_entropies_are_those_of_whole_logits(causal, kind):
         torch.testing.assert_close(found.logprobs[b, :n].double(), logprobs, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.entropy[b, :n].double(), right.entropy(), rtol=1e-4, atol=1e-5)
         assert not found.logprobs[b, n:].any() and not found.entropy[b, n:].any()
+
+
+def test_under_bfloat16_autocast_it_samples_and_its_figures_are_fp32(causal):
+    """As on a GPU: log-probs near the fp32 model's, entropies not rounded to bf16's steps."""
+    model = causal(spread=0.15)
+    options = {"response_length": 6, "eos_id": EOS, "pad_id": PAD}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sample_with_logprobs(model, PROMPTS, SEEDS, **options)
+    assert found.logprobs.dtype == found.entropy.dtype == torch.float32
+    assert (found.entropy != found.entropy.bfloat16().float()).any()
+    for b, (prompt, response) in enumerate(zip(PROMPTS, found.responses, strict=True)):
+        with torch.no_grad():
+            logp = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        right = logp.gather(-1, torch.tensor(response)[:, None])[:, 0]
+        torch.testing.assert_close(found.logprobs[b, : len(response)], right, rtol=0.1, atol=0.1)
+
+
+def test_a_model_of_nans_gives_nan_logprobs_and_no_crash(causal):
+    """PPO refuses such episodes by name."""
+    model = causal()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    found = sample_with_logprobs(model, PROMPTS[:2], SEEDS[:2], response_length=3, eos_id=EOS, pad_id=PAD)
+    assert found.logprobs[:, 0].isnan().all() and all(0 <= t < VOCAB for r in found.responses for t in r)
