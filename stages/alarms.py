@@ -48,7 +48,8 @@ class Alarms:
         if len(ends) == SHORT and max(ends) < ENDS:
             found["length"] = (
                 f"hardly a response of {SHORT} updates ended with EOS within response_length; raise "
-                f"ppo.response_length, set ppo.missing_eos_score below the scores, or ppo.length_penalty, or train sft longer"
+                f"ppo.response_length, set ppo.missing_eos_score below the scores, or ppo.length_penalty, or train sft "
+                f"longer"
             )
         if "grad_norm/ptx" in row and math.isfinite(row["grad_norm/ppo"] + row["grad_norm/ptx"]):
             found |= self._drowned(row["grad_norm/ppo"], row["grad_norm/ptx"])
