@@ -107,24 +107,24 @@ def make_rows(
 
 
 def _pack(prompts, responses, ids: torch.Tensor, lengths: torch.Tensor) -> Rows:
-    tokens, positions, ends, firsts, spans, before, lengths_of = [], [], [], [], [], None, []
+    tokens, positions, ends, firsts, places, before, spans = [], [], [], [], [], None, []
     for prompt, response in zip(prompts, responses, strict=True):
         if before is None or list(prompt) != list(before):
             start, before = len(tokens), prompt
             tokens += prompt
             positions += range(len(prompt))
-            lengths_of.append((len(prompt), []))
-        lengths_of[-1][1].append(len(response))
+            spans.append((len(prompt), []))
+        spans[-1][1].append(len(response))
         ends.append(start + len(prompt) - 1)
         firsts.append(len(tokens))
-        spans.append([*range(start, start + len(prompt)), *range(len(tokens), len(tokens) + len(response))])
+        places.append([*range(start, start + len(prompt)), *range(len(tokens), len(tokens) + len(response))])
         tokens += response
         positions += range(len(prompt), len(prompt) + len(response))
-    width = max(map(len, spans))
-    sequences = torch.tensor([s + s[-1:] * (width - len(s)) for s in spans])
+    width = max(map(len, places))
+    sequences = torch.tensor([s + s[-1:] * (width - len(s)) for s in places])
     home = torch.empty(len(tokens), dtype=torch.long)
-    for i in reversed(range(len(spans))):  # of the places that hold a shared prompt, the first
-        home[sequences[i, : len(spans[i])]] = torch.arange(i * width, i * width + len(spans[i]))
+    for i in reversed(range(len(places))):  # of the places that hold a shared prompt, the first
+        home[sequences[i, : len(places[i])]] = torch.arange(i * width, i * width + len(places[i]))
     end, first = torch.tensor(ends), torch.tensor(firsts)
     return Rows(
         torch.tensor([tokens]),
@@ -136,7 +136,7 @@ def _pack(prompts, responses, ids: torch.Tensor, lengths: torch.Tensor) -> Rows:
         torch.tensor([positions]),
         sequences,
         home,
-        tuple((prompt, tuple(rest)) for prompt, rest in lengths_of),
+        tuple((prompt, tuple(rest)) for prompt, rest in spans),
     )
 
 

@@ -481,10 +481,14 @@ def sound(ctx: StageRun, lines: list[str], step: int, updates: int, save: Callab
         )
 
 
+def kept_together(c: Config) -> int:
+    """How many samples of a prompt stay in one minibatch: all, if whole prompts fill it, else each is on its own."""
+    return c.samples_per_prompt if c.mini_batch_size % c.samples_per_prompt == 0 else 1
+
+
 def minibatches(ctx: StageRun, step: int, epoch: int) -> list[list[int]]:
     """A batch's episodes in minibatches, drawn anew each epoch; the samples of a prompt stay together if they fit."""
-    c = ctx.config
-    n = c.samples_per_prompt if c.mini_batch_size % c.samples_per_prompt == 0 else 1
+    c, n = ctx.config, kept_together(ctx.config)
     generator = torch.Generator().manual_seed(derive_seed(ctx.seed, "minibatches", step, epoch))
     groups = torch.randperm(c.batch_size // n, generator=generator).tolist()
     return list(micro_batches([g * n + k for g in groups for k in range(n)], c.mini_batch_size))
@@ -537,10 +541,9 @@ def ppo_gradients(
 ) -> dict[str, float]:
     """Accumulate the gradients of policy and value loss over one minibatch: sums over its tokens, over their count."""
     c, pad_id = ctx.config, roles.tokenizer.pad_token_id
-    n = c.samples_per_prompt if c.mini_batch_size % c.samples_per_prompt == 0 else 1
     tokens = sum(len(rollout.responses[i]) for i in mini)
     figures: dict[str, float] = {}
-    for index in in_micro_batches(rollout.lengths(), mini, n, c.per_device_train_batch_size):
+    for index in in_micro_batches(rollout.lengths(), mini, kept_together(c), c.per_device_train_batch_size):
         rows = rollout.rows(index, pad_id, roles.packed)
         mask, at = rows.response_mask, torch.tensor(index, device=rollout.mask.device)
         old_logprobs, old_values, advantage, target = (

@@ -25,7 +25,7 @@ class PackedLane:
     """
 
     def __init__(self, model, prompts, response_length: int, pad_id: int):
-        self.model, self.room = model, response_length
+        self.model, self.room, self.wide = model, response_length, wide_layers(model)
         self.rows = make_rows(prompts, [[] for _ in prompts], pad_id, packed=True).to(model.device)
 
     def start(self) -> Tensor:
@@ -51,7 +51,7 @@ class PackedLane:
             "use_cache": True,
             "packing": self.bias[..., : self.filled],
         }
-        with weights_first(self.model):
+        with weights_first(self.wide):
             logits = self._head(self._trunk(tokens.unsqueeze(-1), options)[:, 0])
         self.positions = self.positions + 1
         return logits
@@ -68,14 +68,18 @@ class PackedLane:
         return plain(self.model).get_output_embeddings()(hidden).contiguous()
 
 
+def wide_layers(model) -> list[torch.nn.Linear]:
+    """The layers for `weights_first`: none where it gains nothing."""
+    if model.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return []
+    return [m for m in model.modules() if type(m) is torch.nn.Linear and m.in_features >= WIDE]
+
+
 @contextmanager
-def weights_first(model):
+def weights_first(layers):
     """Inside, large linear layers on a CPU multiply weight · rowsᵀ in place of rows · weightᵀ: the same numbers to the
     order of sums, and a fifth faster for the few rows of a decoding step, where reading the weights is most of the
     work. (Small layers lose more by their transposed outputs.)"""
-    layers = [m for m in model.modules() if type(m) is torch.nn.Linear and m.in_features >= WIDE]
-    if model.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        layers = []
     for layer in layers:
         layer.forward = partial(_weight_first, layer)
     try:
