@@ -4,6 +4,8 @@ A driver starts a long-lived worker a side (`Worker`), which answers JSON lines 
 on its input: what is measured never shares the cores. Standard library alone: it runs in every environment.
 """
 
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -71,8 +73,16 @@ def serve(answers: dict[str, Callable]) -> None:
         except Exception as problem:
             traceback.print_exc()
             answer = {"error": f"{type(problem).__name__}: {problem}"}
+        release_memory()
         out.write(json.dumps(answer) + "\n")
         out.flush()
+
+
+def release_memory() -> None:
+    """Give what is free back to the system: the other side's turn is next, and two peaks may not fit side by side."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Phases:
