@@ -1,6 +1,7 @@
 """A batch of sequences that grow by a token a step: a model with its cache behind three calls.
 
-start() → logits (B, V) behind the prompts; step(tokens) → logits behind those; keep(index) drops the other rows.
+start() → logits (B, V) behind the prompts; step(tokens) → logits behind those; keep(index) drops the other rows. wide:
+the layers that `weights_first` turns round.
 """
 
 from contextlib import contextmanager
@@ -133,7 +134,7 @@ class PaddedLane:
     """For any model: prompts padded on the left, transformers' own cache and masks."""
 
     def __init__(self, model, prompts, response_length: int, pad_id: int):
-        device, width = model.device, max(map(len, prompts))
+        device, width, self.wide = model.device, max(map(len, prompts)), []
         self.model, self.cache = model, DynamicCache(config=model.config)
         self.ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
         self.mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=device)

@@ -6,10 +6,13 @@ import torch
 PAD, EOS, VOCAB = 0, 1, 20
 
 
-@pytest.fixture(params=["packed", "padded"])
-def causal(request):
+@pytest.fixture(params=["packed", "wide", "padded"])
+def causal(request, monkeypatch):
     """causal(kind, seed, spread): spread = standard deviation of the weights; wide means decided. Every test runs on
-    models that read packed rows and on models that do not."""
+    models that read packed rows, on such with layers that count as wide, and on models that do not pack."""
+    if request.param == "wide":
+        monkeypatch.setattr("stages.rollouts.lanes.WIDE", 16)
+
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
     from stages.models.packing import can_pack

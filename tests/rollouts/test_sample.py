@@ -4,7 +4,7 @@ by row."""
 import pytest
 import torch
 
-from stages.rollouts.transformers import sample, sample_with_logprobs
+from stages.rollouts.transformers import rows_to_keep, sample, sample_with_logprobs
 
 PAD, EOS, VOCAB = 0, 1, 20
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 19, 12, 6], [11, 4], [5, 9, 2]]
@@ -47,6 +47,17 @@ def test_eos_ends_a_row_and_the_others_go_on(causal):
         assert EOS not in response[:-1]
         assert response[-1] == EOS or len(response) == 12
     assert 12 in map(len, responses) and len(set(map(len, responses))) > 3
+
+
+def test_how_many_rows_a_cache_keeps():
+    """All that go on, always; with wide layers multiples of four, from a half of the rows down."""
+    for wide in (False, True):
+        for held in range(1, 70):
+            for alive in range(1, held + 1):
+                assert alive <= rows_to_keep(alive, held, wide) <= held
+    assert [rows_to_keep(n, 16, False) for n in (13, 12, 9, 1)] == [16, 12, 9, 1]
+    assert [rows_to_keep(n, 16, True) for n in (13, 9, 8, 5, 4, 1)] == [16, 16, 8, 8, 4, 4]
+    assert [rows_to_keep(n, 4, True) for n in (3, 1)] == [4, 4]
 
 
 def test_a_model_that_always_ends_gives_eos_alone(causal):
