@@ -206,9 +206,9 @@ def machine() -> str:
 
 
 def stamp() -> dict[str, str]:
-    """Commit (with + where tracked files are changed), machine and date."""
+    """Commit (with + where tracked files but the results are changed), machine and date."""
     git = lambda *args: subprocess.run(["git", *args], cwd=HERE, capture_output=True, text=True).stdout.strip()  # noqa: E731
-    dirty = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    dirty = "+" if git("status", "--porcelain", "--untracked-files=no", ":/", ":(exclude)results") else ""
     return {
         "commit": git("rev-parse", "--short", "HEAD") + dirty,
         "machine": machine(),
