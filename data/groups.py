@@ -6,15 +6,27 @@ GroupBatch lays groups of any K out as rows, padded or packed, and names their p
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+
+class Pair(NamedTuple):
+    """A judged, untied pair of different responses of a group: rows of the winner and the loser, the labeler who
+    said so (a number), and the pair's weight."""
+
+    winner: int
+    loser: int
+    labeler: int
+    weight: float
 
 
 @dataclass(frozen=True)
 class PromptGroup:
     """One prompt, its K responses (EOS included) and their ranks: 1 = best, equal = tie, None = not judged.
 
-    more_ranks: what further labelers made of the same responses, which are computed once for all of them.
+    more_ranks: what further labelers made of the same responses, which are computed once for all of them. labelers,
+    margins: each labeler's name, and the score difference that all pairs of the ranking should have at least (0).
     """
 
     prompt: list[int]
@@ -22,24 +34,40 @@ class PromptGroup:
     ranks: tuple[int | None, ...] = ()
     id: str = ""
     more_ranks: tuple[tuple[int | None, ...], ...] = ()
+    labelers: tuple[str | None, ...] = ()
+    margins: tuple[float, ...] = ()
 
-    def weighted_pairs(self) -> list[tuple[int, int, float]]:
-        """(winner, loser, weight) of every judged, untied pair of different responses, a labeler after the other.
+    def pairs(self) -> list[Pair]:
+        """Every usable pair, a labeler after the other.
 
         weight: 1 / C(K, 2) over the K responses that the labeler judged, over the number of labelers: every prompt
         weighs the same at any K (ties weigh nothing).
         """
         pairs, responses = [], self.responses
-        for ranks in (self.ranks, *self.more_ranks):
+        for labeler, ranks in enumerate(self.rankings()):
             judged = [i for i, rank in enumerate(ranks) if rank is not None]
             weight = 2.0 / (max(2, len(judged)) * (max(2, len(judged)) - 1)) / (1 + len(self.more_ranks))
             better = ((i, j) for i in judged for j in judged if ranks[i] < ranks[j] and responses[i] != responses[j])
-            pairs += [(i, j, weight) for i, j in better]
+            pairs += [Pair(i, j, labeler, weight) for i, j in better]
         return pairs
 
-    def pairs(self) -> list[tuple[int, int]]:
-        """`weighted_pairs` without their weights."""
-        return [(i, j) for i, j, _ in self.weighted_pairs()]
+    def rankings(self) -> tuple[tuple[int | None, ...], ...]:
+        """The ranks of every labeler."""
+        return (self.ranks, *self.more_ranks)
+
+    def first(self) -> list[tuple[int, float]]:
+        """(response, weight) of those that each labeler put first; the weights of a group sum to 1 where all of its
+        labelers judged."""
+        found = []
+        for ranks in self.rankings():
+            best = min((rank for rank in ranks if rank is not None), default=None)
+            rows = [i for i, rank in enumerate(ranks) if rank is not None and rank == best]
+            found += [(i, 1.0 / len(rows) / (1 + len(self.more_ranks))) for i in rows]
+        return found
+
+    def tokens(self) -> int:
+        """What a forward pass computes: the prompt once, and the responses."""
+        return len(self.prompt) + sum(map(len, self.responses))
 
 
 @dataclass(frozen=True)
@@ -144,15 +172,23 @@ def _pack(prompts, responses, ids: torch.Tensor, lengths: torch.Tensor) -> Rows:
 class GroupBatch:
     """G groups laid out as rows; B = ΣK responses, in order.
 
-    winners, losers, pair_weights (N,): the responses of every usable pair, and its weight (1/C(K,2)); pair_group (N,):
-    its group; groups: G.
+    winners, losers, pair_weights, pair_margins (N,): the responses of every usable pair, its weight (1/C(K,2)) and
+    its margin; pair_group (N,): its group; groups: G.
+    choice (N,): pairs with the same winner by the same labeler are one choice, of the winner out of itself and the
+    losers; choice_weights (C,): 1/(K − 1) each over the number of labelers.
+    first, first_weights (F,): the responses that labelers put first (see `PromptGroup.first`).
     """
 
     rows: Rows
     winners: torch.Tensor
     losers: torch.Tensor
     pair_weights: torch.Tensor
+    pair_margins: torch.Tensor
     pair_group: torch.Tensor
+    choice: torch.Tensor
+    choice_weights: torch.Tensor
+    first: torch.Tensor
+    first_weights: torch.Tensor
     groups: int
 
     def mean(self, x: torch.Tensor) -> float:
@@ -161,14 +197,7 @@ class GroupBatch:
         return ((x / sizes[self.pair_group]).sum() / (sizes > 0).sum().clamp(min=1)).item()
 
     def to(self, device) -> "GroupBatch":
-        return GroupBatch(
-            self.rows.to(device),
-            self.winners.to(device),
-            self.losers.to(device),
-            self.pair_weights.to(device),
-            self.pair_group.to(device),
-            self.groups,
-        )
+        return GroupBatch(*(x if isinstance(x, int) else x.to(device) for x in vars(self).values()))
 
 
 def batch_groups(groups: Sequence[PromptGroup], pad_id: int, *, packed: bool = False) -> GroupBatch:
@@ -176,21 +205,31 @@ def batch_groups(groups: Sequence[PromptGroup], pad_id: int, *, packed: bool = F
 
     packed: no padding, and each prompt once (for models that can, `can_pack`); else a padded row a response.
     """
-    winners, losers, weights, owner, count = [], [], [], [], 0
+    pairs, owners, margins, choices, first, start = [], [], [], {}, [], 0
     for g, group in enumerate(groups):
-        first, count = count, count + len(group.responses)
-        for winner, loser, weight in group.weighted_pairs():
-            winners.append(first + winner)
-            losers.append(first + loser)
-            weights.append(weight)
-            owner.append(g)
-    pairs = [(group.prompt, group.responses) for group in groups]
+        for pair in group.pairs():
+            row = pair._replace(winner=start + pair.winner, loser=start + pair.loser)
+            judged = sum(rank is not None for rank in group.rankings()[pair.labeler])
+            choices.setdefault((g, pair.labeler, row.winner), 1.0 / (judged - 1) / len(group.rankings()))
+            pairs.append(row)
+            owners.append(g)
+            margins.append(group.margins[pair.labeler] if group.margins else 0.0)
+        first += [(start + i, weight) for i, weight in group.first()]
+        start += len(group.responses)
+    number = {name: i for i, name in enumerate(choices)}
+    texts = [(group.prompt, group.responses) for group in groups]
     as_long = lambda x: torch.tensor(x, dtype=torch.long)  # noqa: E731
+    as_float = lambda x: torch.tensor(x, dtype=torch.float32)  # noqa: E731
     return GroupBatch(
-        make_rows([p for p, rs in pairs for _ in rs], [r for _, rs in pairs for r in rs], pad_id, packed=packed),
-        as_long(winners),
-        as_long(losers),
-        torch.tensor(weights, dtype=torch.float32),
-        as_long(owner),
+        make_rows([p for p, rs in texts for _ in rs], [r for _, rs in texts for r in rs], pad_id, packed=packed),
+        as_long([p.winner for p in pairs]),
+        as_long([p.loser for p in pairs]),
+        as_float([p.weight for p in pairs]),
+        as_float(margins),
+        as_long(owners),
+        as_long([number[g, p.labeler, p.winner] for g, p in zip(owners, pairs, strict=True)]),
+        as_float(list(choices.values())),
+        as_long([i for i, _ in first]),
+        as_float([w for _, w in first]),
         len(groups),
     )

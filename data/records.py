@@ -1,6 +1,6 @@
 """What a row of data means: four records, checked; JSON in (faults with file and line), JSONL out (atomic).
 
-    Demonstration {prompt, completion}      Ranking {id, prompt, responses, ranks, labeler?}
+    Demonstration {prompt, completion}      Ranking {id, prompt, responses, ranks, labeler?, margin?}
     Document {text}                         Prompt {prompt}
 
 `prompt` is a string or a list of {role, content} that ends with the user's message. Only a response of a
@@ -50,13 +50,17 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Ranking:
-    """K ≥ 2 responses of one prompt; ranks: 1 = best, equal = tie, None = not judged."""
+    """K ≥ 2 responses of one prompt; ranks: 1 = best, equal = tie, None = not judged.
+
+    margin: how sure the labeler is of this ranking, as the least score difference of its pairs (Llama 2, eq. 2).
+    """
 
     id: str
     prompt: str | tuple[dict, ...]
     responses: tuple[str, ...]
     ranks: tuple[int | None, ...]
     labeler: str | None = None
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -130,13 +134,21 @@ def ranking_from(row: dict) -> Ranking:
         raise ValueError(f"'id' is {named(identifier)}; a string, or no id, would be right")
     if not isinstance(labeler, str | None):
         raise ValueError(f"'labeler' is {named(labeler)}; a string, or no labeler, would be right")
-    ranking = Ranking(str(identifier), prompt, tuple(responses), tuple(ranks), labeler)
+    ranking = Ranking(str(identifier), prompt, tuple(responses), tuple(ranks), labeler, margin_in(row))
     return ranking if identifier is not None else replace(ranking, id=content_id(ranking))
+
+
+def margin_in(row: dict) -> float | None:
+    margin = row.get("margin")
+    if margin is not None and (type(margin) not in (int, float) or not 0 <= margin < math.inf):
+        raise ValueError(f"'margin' is {named(margin)}; a number from 0 on, or no margin, would be right")
+    return None if margin is None else float(margin)
 
 
 def content_id(ranking: Ranking) -> str:
     """16 hex digits of the sha256 of everything but the id."""
     content = [as_messages(ranking.prompt), ranking.responses, ranking.ranks, ranking.labeler]
+    content += [] if ranking.margin is None else [ranking.margin]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -359,7 +371,7 @@ def explained(error: Exception) -> str:
 def to_json(record: Record) -> dict:
     """The JSON object that reads back as an equal record."""
     row = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(record).items()}
-    return {key: value for key, value in row.items() if key != "labeler" or value is not None}
+    return {key: value for key, value in row.items() if key not in ("labeler", "margin") or value is not None}
 
 
 def write_jsonl(path: str | Path, records: Iterable[Record | dict]) -> None:

@@ -134,7 +134,7 @@ def ranked(row: dict) -> dict:
 def preferred(prompt: str | Turns, row: dict) -> dict:
     """A preference is a ranking of K = 2."""
     responses = [reply(row, "chosen", prompt), reply(row, "rejected", prompt)]
-    given = {key: row.get(key) for key in ("id", "labeler")}
+    given = {key: row.get(key) for key in ("id", "labeler", "margin")}
     return {"prompt": prompt, "responses": responses, "ranks": [1, 2], **given}
 
 
@@ -168,11 +168,11 @@ FORMS = {
         Form(("prompt", "completion"), ("system",), completed, strict=True),
     ),
     "rankings": (
-        Form(("prompt", "responses", "ranks"), ("id", "labeler", "system"), ranked, strict=True),
-        Form(("prompt", *PAIR), ("id", "labeler", "system"), lambda r: preferred(prompt_of(r), r)),
-        Form(("conversations", *PAIR), ("id", "labeler", "system"), lambda r: preferred(conversation(r), r)),
-        Form(("instruction", *PAIR), ("id", "labeler", *ALPACA), lambda r: preferred(alpaca_prompt(r), r)),
-        Form(PAIR, ("id", "labeler"), preferred_conversation),
+        Form(("prompt", "responses", "ranks"), ("id", "labeler", "margin", "system"), ranked, strict=True),
+        Form(("prompt", *PAIR), ("id", "labeler", "margin", "system"), lambda r: preferred(prompt_of(r), r)),
+        Form(("conversations", *PAIR), ("id", "labeler", "margin", "system"), lambda r: preferred(conversation(r), r)),
+        Form(("instruction", *PAIR), ("id", "labeler", "margin", *ALPACA), lambda r: preferred(alpaca_prompt(r), r)),
+        Form(PAIR, ("id", "labeler", "margin"), preferred_conversation),
     ),
     "prompts": (
         Form(("prompt",), ("system",), lambda r: {"prompt": prompt_of(r)}),

@@ -10,6 +10,7 @@ A stage folder in its states:
     .redo/                          journals and checkpoints of a run that redoes a finished stage; the artifact's
                                     own checkpoints stay until the new manifest stands, and these take their place
     .tmp-*                          unfinished, worthless
+    .cache/                         numbers that a later run of the stage need not compute again
     .publish/                       complete, with its manifest: renamed into place now, or by the next open after
                                     a crash
     .old/                           what `.publish` replaces; removed after the new manifest stands

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from pipeline import checkpoints, files, launch
 from pipeline.artifacts import ArtifactStore, now
+from pipeline.cache import Cache
 from pipeline.errors import UserError
 from pipeline.fingerprints import Today, sources
 from pipeline.stage import Source, StageRun, StopFlag
@@ -226,6 +227,7 @@ def prepare(job: Job, run: dict[str, Any]) -> StageRun:
         manifests=job.manifests,
         publish=content,
         checkpoints=saved,
+        cache=Cache(folder / ".cache"),
         tracker=tracker,
         stop=job.stop,
         trust_remote_code=job.flags.trust_remote_code,

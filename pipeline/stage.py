@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.cache import Cache
 from pipeline.checkpoints import CheckpointStore
 from pipeline.tracking import Tracker
 
@@ -43,6 +44,7 @@ class StageRun:
     manifests: dict[str, dict[str, Any]]  # upstream stage -> its manifest
     publish: Path  # what is put here becomes the artifact
     checkpoints: CheckpointStore
+    cache: Cache
     tracker: Tracker
     stop: StopFlag
     trust_remote_code: bool = False

@@ -133,20 +133,39 @@ def load_groups(ctx: StageRun, tokenizer, split: str, *, max_length: int, on_too
     same: dict[tuple, list] = {}  # responses that several labelers ranked: one group, computed once
     for i, p, rs in zip(kept, prompts, responses, strict=True):
         same.setdefault((prompt_key(rows[i].prompt), rows[i].responses), []).append((p, rs, rows[i]))
-    groups = [
-        PromptGroup(p, rs, first.ranks, first.id, tuple(other.ranks for _, _, other in more))
-        for (p, rs, first), *more in same.values()
-    ]
+    groups = []
+    for found in same.values():
+        (p, rs, first), rankings = found[0], [row for _, _, row in found]
+        names, margins = tuple(r.labeler for r in rankings), tuple(r.margin or 0.0 for r in rankings)
+        groups.append(PromptGroup(p, rs, first.ranks, first.id, tuple(r.ranks for r in rankings[1:]), names, margins))
     groups = [g for g in groups if g.pairs()]
     if not groups:
         raise DataError([f"{file}: no usable pair (all ties, unjudged or dropped); check `rlhf data check {file}`"])
     return groups, report
 
 
-def group_order(ctx: StageRun, groups, steps: int, batch_size: int) -> list[int]:
-    """Which groups each of `steps` batches holds, in order: shuffled, like lengths together within four batches."""
-    lengths = [len(g.prompt) + sum(map(len, g.responses)) for g in groups]
-    return grouped_by_length(lengths, batch_size, steps * batch_size, derive_seed(ctx.seed, ctx.stage), window=4)
+def group_order(ctx: StageRun, groups, steps: int, batch_size: int, member: int = 0) -> list[int]:
+    """Which groups each of `steps` batches holds, in order: shuffled, like lengths together within four batches.
+    member: which of several models; each has an order of its own."""
+    lengths = [g.tokens() for g in groups]
+    seed = derive_seed(ctx.seed, ctx.stage, *[member] * bool(member))
+    return grouped_by_length(lengths, batch_size, steps * batch_size, seed, window=4)
+
+
+def cut_by_tokens(ctx: StageRun, groups, packed: bool):
+    """(batch → its micro-batches, and the same for all of `groups`, which are many): within per_device_train_tokens or
+    per_device_train_batch_size prompts. Packed micro-batches are balanced, padded ones of like length."""
+    from stages.engine import balanced, sorted_chunks
+
+    c = ctx.config
+    limits = (c.per_device_train_batch_size, c.per_device_train_tokens)
+    if packed:
+        tokens = [g.tokens() for g in groups]
+        return lambda rows: balanced(rows, tokens, *limits), lambda rows: sorted_chunks(rows, tokens, sum, *limits)
+    widths = [len(g.prompt) + max(map(len, g.responses)) for g in groups]
+    most = max(len(g.responses) for g in groups)
+    padded = lambda rows: sorted_chunks(rows, widths, lambda part: len(part) * most * max(part), *limits)  # noqa: E731
+    return padded, padded
 
 
 def packing(ctx: StageRun, *models) -> bool:

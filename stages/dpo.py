@@ -1,11 +1,17 @@
 """dpo: rankings → a policy, without a reward model and without sampling; stands wherever ppo's policy does.
 
 loss = − 1/C(K,2) · Σ_pairs log σ( β [ log π/π_ref (y_w) − log π/π_ref (y_l) ] )     (Rafailov 2023, eq. 7)
+
+Or the Plackett–Luce likelihood of each whole ranking under the rewards β log π/π_ref (its appendix A.3).
 """
 
-from typing import Literal
+import hashlib
+import json
+from importlib.metadata import version
+from typing import Annotated, Literal, get_args
 
 import torch
+from pydantic import BeforeValidator
 
 from data import sources
 from data.groups import batch_groups
@@ -14,6 +20,7 @@ from stages.common import (
     adapter_settings,
     card,
     check_context,
+    cut_by_tokens,
     device_of,
     dtype_of,
     group_order,
@@ -26,12 +33,14 @@ from stages.models.adapters import merged, with_adapter
 from stages.models.forward import response_logprobs
 from stages.models.loading import load_policy, load_tokenizer, save_model
 from stages.objectives.logprobs import sequence_logps
-from stages.objectives.losses import dpo_loss
-from stages.settings import TooLong, Training, over_context, setting, too_long, total_steps
+from stages.objectives.losses import chosen_loss, dpo_loss, plackett_luce_loss
+from stages.settings import PreferenceTraining, over_context, setting, total_steps
 
 NAME = "dpo"
+LossType = Literal["sigmoid", "robust", "ipo", "hinge", "plackett_luce", "sft"]
 METRICS = {
-    "loss": "DPO loss a prompt of this step's batch",
+    "loss": "the loss of this step's batch: the sum of its parts, each times its weight",
+    **{f"loss/{name}": f"the part {name} before its weight (where there are several)" for name in get_args(LossType)},
     "rewards/chosen": "mean of β · log(π/π_ref) of the preferred responses",
     "rewards/rejected": "the same of the other responses",
     "rewards/accuracies": "share of pairs with the preferred response's reward higher",
@@ -44,21 +53,24 @@ METRICS = {
 HEADLINE = ("rewards/accuracies", "rewards/margins")
 
 
-class Config(Training):
-    """Direct preference optimisation over all pairs of each ranking."""
+class Config(PreferenceTraining):
+    """Direct preference optimisation over all pairs of each ranking, or over whole rankings."""
 
     learning_rate: float = setting(1e-6, "peak learning rate", "per step", gt=0)
-    on_too_long: TooLong = too_long()
-    beta: float = setting(0.1, "how strongly the policy is held to the reference", gt=0)
-    loss_type: Literal["sigmoid", "ipo", "hinge"] = setting(
-        "sigmoid", "the loss of a pair; ipo sums log-ratios over tokens (Azar 2023), trl averages them"
-    )
-    label_smoothing: float = setting(0.0, "share of labels taken to be flipped (sigmoid only)", ge=0, lt=0.5)
-    per_device_train_batch_size: int = setting(
-        8, "prompts, with all their responses, in one forward and backward", "prompts", ge=1
-    )
     gradient_accumulation_steps: int = setting(4, "micro-batches a step; changes memory, not the gradient", ge=1)
+    beta: float = setting(0.1, "how strongly the policy is held to the reference", gt=0)
+    loss_type: Annotated[list[LossType], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)] = setting(
+        ["sigmoid"],
+        "one, or several that are added up: sigmoid, robust, ipo, hinge on pairs (ipo sums log-ratios over tokens, as "
+        "Azar 2023; trl averages them), plackett_luce on the whole order, sft on the responses ranked first",
+    )
+    loss_weights: list[float] | None = setting(None, "of each of several losses; null: 1 each")
+    label_smoothing: float = setting(0.0, "share of labels taken to be flipped (sigmoid and robust)", ge=0, lt=0.5)
     sample_tokens: int = setting(48, "length of the generations kept in samples.jsonl", "tokens", ge=1)
+
+    def losses(self) -> dict[str, float]:
+        """Each loss and its weight."""
+        return dict(zip(self.loss_type, self.loss_weights or [1.0] * len(self.loss_type), strict=True))
 
 
 def needs(experiment) -> list[str]:
@@ -71,8 +83,13 @@ def reads(experiment) -> list[str]:
 
 def check(experiment) -> list[str]:
     c, wrong = experiment.dpo, over_context(experiment, "dpo")
-    if c.label_smoothing and c.loss_type != "sigmoid":
-        wrong += [f"dpo.label_smoothing: has no meaning with loss_type {c.loss_type}; use sigmoid, or 0"]
+    names = c.loss_type
+    if not names or len(set(names)) < len(names):
+        wrong.append(f"dpo.loss_type: {names} names no loss, or one twice; name each once")
+    if c.loss_weights is not None and len(c.loss_weights) != len(names):
+        wrong.append(f"dpo.loss_weights: {len(c.loss_weights)} for {len(names)} of dpo.loss_type; give one for each")
+    if c.label_smoothing and not {"sigmoid", "robust"} & set(names):
+        wrong.append(f"dpo.label_smoothing: has no meaning with loss_type {', '.join(names)}; use sigmoid, or 0")
     return wrong
 
 
@@ -97,10 +114,10 @@ def run(ctx: StageRun) -> dict:
     batch_size = c.per_device_train_batch_size * c.gradient_accumulation_steps
     order = group_order(ctx, groups, steps, batch_size)
     drawn = sorted(set(order))
-    options = (tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size, packed)
+    options = (ctx, policy, tokenizer.pad_token_id, accelerator, packed)
     reference = {
-        "train": dict(zip(drawn, reference_logps(policy, [groups[i] for i in drawn], *options), strict=True)),
-        "validation": reference_logps(policy, held, *options),
+        "train": dict(zip(drawn, reference_logps("train", [groups[i] for i in drawn], *options), strict=True)),
+        "validation": reference_logps("validation", held, *options),
     }
 
     if m.gradient_checkpointing:
@@ -116,32 +133,29 @@ def run(ctx: StageRun) -> dict:
         adam_beta2=c.adam_beta2,
     )
 
-    # 2 the loss of a micro-batch of prompts
-    def forward(part, ref, rows, prompts):
+    # 2 the loss of a micro-batch of prompts, a part of a batch with so many prompts and tokens of first responses
+    def forward(part, ref, rows, prompts, tokens):
         batch = batch_groups([part[i] for i in rows], tokenizer.pad_token_id, packed=packed).to(accelerator.device)
         ref_logps = torch.cat([ref[i] for i in rows]).to(accelerator.device)
         with accelerator.autocast():
             logprobs = response_logprobs(policy, batch.rows)
         logps = sequence_logps(logprobs, batch.rows.response_mask)
-        value = dpo_loss(
-            logps,
-            ref_logps,
-            batch.winners,
-            batch.losers,
-            batch.pair_weights,
-            c.beta,
-            prompts,
-            c.loss_type,
-            c.label_smoothing,
-        )
-        return value, pair_figures(value, logps.detach(), ref_logps, batch, c.beta, len(rows) / prompts)
+        parts = {
+            name: loss_of(name, logps, ref_logps, batch, c.beta, c.label_smoothing, prompts, tokens)
+            for name in c.losses()
+        }
+        value = sum(weight * parts[name] for name, weight in c.losses().items())
+        figures = pair_figures(value, logps.detach(), ref_logps, batch, c.beta, len(rows) / prompts)
+        if len(parts) > 1:
+            figures |= {f"loss/{name}": x.item() for name, x in parts.items()}
+        return value, figures
 
     @torch.no_grad()
     def evaluate() -> dict:
         sums: dict[str, float] = {}
-        for start in range(0, len(held), c.per_device_train_batch_size):
-            rows = list(range(start, min(start + c.per_device_train_batch_size, len(held))))
-            for key, value in forward(held, reference["validation"], rows, len(held))[1].items():
+        tokens = sum(map(tokens_first, held))
+        for rows in cut_by_tokens(ctx, held, packed)[1](list(range(len(held)))):
+            for key, value in forward(held, reference["validation"], rows, len(held), tokens)[1].items():
                 sums[key] = sums.get(key, 0.0) + value
         return sums
 
@@ -158,8 +172,10 @@ def run(ctx: StageRun) -> dict:
         accelerator,
         order=order,
         batch_size=batch_size,
-        micro_size=c.per_device_train_batch_size,
-        loss=lambda rows, prompts: forward(groups, reference["train"], rows, prompts),
+        cut=cut_by_tokens(ctx, groups, packed)[0],
+        loss=lambda rows, whole: forward(
+            groups, reference["train"], rows, len(whole), sum(tokens_first(groups[i]) for i in whole)
+        ),
         evaluate=evaluate,
         judge="loss",
         higher_is_better=False,
@@ -173,18 +189,51 @@ def run(ctx: StageRun) -> dict:
     return {**figures, "truncated": report.truncated, "dropped": report.dropped}
 
 
+def loss_of(name: str, logps, ref_logps, batch, beta: float, label_smoothing: float, prompts: int, tokens: float):
+    """One of the losses over a micro-batch, divided by the whole batch's prompts (sft: tokens of first responses)."""
+    if name == "sft":
+        return chosen_loss(logps, batch.first, batch.first_weights, tokens)
+    if name == "plackett_luce":
+        choices = (batch.winners, batch.losers, batch.choice, batch.choice_weights)
+        return plackett_luce_loss(beta * (logps - ref_logps), *choices, prompts)
+    pairs = (batch.winners, batch.losers, batch.pair_weights)
+    return dpo_loss(logps, ref_logps, *pairs, beta, prompts, name, label_smoothing)
+
+
 @torch.no_grad()
-def reference_logps(policy, groups, pad_id: int, accelerator, size: int, packed: bool) -> list[torch.Tensor]:
-    """log π_ref of every response: one tensor (K,) a group."""
-    out = []
-    for start in range(0, len(groups), size):
-        part = groups[start : start + size]
-        batch = batch_groups(part, pad_id, packed=packed).to(accelerator.device)
-        with accelerator.autocast():
-            logprobs = response_logprobs(policy, batch.rows)
-        logps = sequence_logps(logprobs, batch.rows.response_mask).cpu()
-        out += list(logps.split([len(g.responses) for g in part]))
-    return out
+def reference_logps(
+    split: str, groups, ctx: StageRun, policy, pad_id: int, accelerator, packed: bool
+) -> list[torch.Tensor]:
+    """log π_ref of every response, one tensor (K,) a group; kept under a digest of the model and the groups, so that
+    a run that goes on, or begins anew with other settings, does not compute it again."""
+    m, digest = ctx.experiment.model, hashlib.sha256()
+    made_by = [ctx.manifests["sft"]["digest"], dtype_of(ctx.experiment), m.attn_implementation, packed]
+    made_by += [accelerator.device.type, *map(version, ("torch", "transformers"))]
+    for what in (made_by, *([g.prompt, g.responses] for g in groups)):
+        digest.update(json.dumps(what).encode())
+    digest = digest.hexdigest()
+    sizes = [len(g.responses) for g in groups]
+    kept = ctx.cache.recall(f"reference_logps_{split}", digest)
+    if kept is not None:
+        return list(kept["logps"].split(sizes))
+    out: dict[int, torch.Tensor] = {}
+    parts = cut_by_tokens(ctx, groups, packed)[1](list(range(len(groups))))
+    with ctx.tracker.progress(len(parts), "dpo reference") as progress:
+        for done, rows in enumerate(parts, 1):
+            batch = batch_groups([groups[i] for i in rows], pad_id, packed=packed).to(accelerator.device)
+            with accelerator.autocast():
+                logprobs = response_logprobs(policy, batch.rows)
+            logps = sequence_logps(logprobs, batch.rows.response_mask).cpu()
+            out.update(zip(rows, logps.split([sizes[i] for i in rows]), strict=True))
+            progress.update(done)
+    found = [out[i] for i in range(len(groups))]
+    ctx.cache.remember(f"reference_logps_{split}", digest, {"logps": torch.cat(found)})
+    return found
+
+
+def tokens_first(group) -> float:
+    """Tokens of the responses that were put first, by their weights."""
+    return sum(weight * len(group.responses[i]) for i, weight in group.first())
 
 
 def pair_figures(value, logps, ref_logps, batch, beta: float, share: float) -> dict[str, float]:

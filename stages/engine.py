@@ -3,8 +3,9 @@
 PPO drives these pieces itself; the reward model and DPO share the loop `fit`.
 """
 
+import heapq
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -216,11 +217,15 @@ def save_checkpoint(
     best: Best | None,
     state: dict,
     average: Average | None = None,
+    carried: dict[str, dict[str, Tensor]] | None = None,
 ) -> None:
-    """Weights that train and optimizers as safetensors, the rest as JSON; one step, atomically."""
+    """Weights that train and optimizers as safetensors, the rest as JSON; one step, atomically. carried: further
+    groups of tensors."""
     from pipeline.checkpoints import optimizer_tensors
 
-    tensors = {"average": average.tensors} if average is not None and average.tensors else {}
+    tensors = dict(carried or {})
+    if average is not None and average.tensors:
+        tensors["average"] = average.tensors
     for trainee in trainees:
         tensors[trainee.name] = trainee.tensors()
         tensors[f"{trainee.name}_optimizer"], state[f"{trainee.name}_optimizer"] = optimizer_tensors(trainee.optimizer)
@@ -232,17 +237,23 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    ctx: StageRun, trainees: list[Trainee], best: Best | None, total: int, average: Average | None = None
+    ctx: StageRun,
+    trainees: list[Trainee],
+    best: Best | None,
+    total: int,
+    average: Average | None = None,
+    first: int = 0,
 ):
-    """Restore from the newest valid checkpoint; → (step, state), (0, {}) where there is none."""
+    """Restore from the newest valid checkpoint; → (step, state), (0, {}) where there is none. first: steps that other
+    trainings of the stage took before this one."""
     from pipeline.checkpoints import load_optimizer
 
     found = ctx.checkpoints.newest()
-    if found is None:
+    if found is None or found.step <= first:
         if average is not None:
             average.start(trainees[0])
         return 0, {}
-    refuse_shorter(ctx, found.step, total)
+    refuse_shorter(ctx, found.step - first, total)
     for trainee in trainees:
         trainee.load(found.tensors(trainee.name))
         name = f"{trainee.name}_optimizer"
@@ -255,7 +266,7 @@ def load_checkpoint(
             average.tensors = {name: x.to(devices[name]) for name, x in found.tensors("average").items()}
         else:  # the run had been told to keep none until now: it begins here
             average.start(trainees[0])
-    return found.step, found.state
+    return found.step - first, found.state
 
 
 def refuse_shorter(ctx: StageRun, step: int, total: int) -> None:
@@ -283,6 +294,40 @@ def micro_batches(indices: list[int], size: int) -> Iterator[list[int]]:
         yield indices[start : start + size]
 
 
+def balanced(rows: list[int], tokens: Sequence[int], size: int, budget: int | None) -> list[list[int]]:
+    """`rows` in as few parts as hold at most `size` rows each, or, with a budget, at most so many tokens each (a row
+    with more is alone); the parts are about equal in tokens. Longest first, each to the part that has least."""
+    ordered = sorted(rows, key=lambda i: tokens[i], reverse=True)
+    least = -(-len(rows) // size) if budget is None else -(-sum(tokens[i] for i in rows) // budget)
+    for count in range(max(1, least), len(rows) + 1):
+        parts, heap = [[] for _ in range(count)], [(0, i) for i in range(count)]
+        for row in ordered:
+            total, i = heapq.heappop(heap)
+            parts[i].append(row)
+            if budget is not None or len(parts[i]) < size:  # else it is full, and stays out
+                heapq.heappush(heap, (total + tokens[row], i))
+        if budget is None or all(len(p) == 1 or sum(tokens[i] for i in p) <= budget for p in parts):
+            return parts
+    return [[row] for row in ordered]
+
+
+def sorted_chunks(
+    rows: list[int], tokens: Sequence[int], cost: Callable[[list[int]], int], size: int, budget: int | None
+) -> list[list[int]]:
+    """`rows`, shortest first, cut into parts of at most `size` rows, or, with a budget, of at most that cost(tokens of
+    the part) (a row over it is alone)."""
+    parts: list[list[int]] = []
+    for row in sorted(rows, key=lambda i: tokens[i]):
+        fits = parts and len(parts[-1]) < size
+        if parts and budget is not None:
+            fits = cost([tokens[i] for i in [*parts[-1], row]]) <= budget
+        if fits:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return parts
+
+
 def fit(
     ctx: StageRun,
     trainee: Trainee,
@@ -290,9 +335,9 @@ def fit(
     *,
     order: list[int],
     batch_size: int,
-    micro_size: int,
+    cut: Callable[[list[int]], Iterable[list[int]]],
     learning_rate: Callable[[int], float],
-    loss: Callable[[list[int], int], tuple[Tensor, dict[str, float]]],
+    loss: Callable[[list[int], list[int]], tuple[Tensor, dict[str, float]]],
     evaluate: Callable[[], dict[str, float]],
     judge: str,
     higher_is_better: bool,
@@ -300,48 +345,58 @@ def fit(
     patience: int | None,
     eval_steps: int,
     samples: Callable[[], list[dict]] | None = None,
+    first: int = 0,
+    total: int | None = None,
+    carried: tuple[dict, dict] = ({}, {}),
 ) -> dict:
     """Train on the rows of `order`, `batch_size` of them a step; → the final held-out figures.
 
-    loss(rows of one micro-batch, rows in the batch) → (that micro-batch's share of the batch loss, sums to log):
-    whatever the micro-batch size, the gradient is the batch's. evaluate() runs every `eval_steps`, `judge` being
-    the figure that keep and patience look at.
+    A stage may train several times: then `first` steps were taken before this training, `total` are taken in all, and
+    each checkpoint also holds the tensors and the state that are `carried` on from before.
+
+    cut(batch) → its micro-batches; loss(rows of one of them, rows of the batch) → (that micro-batch's share of the
+    batch loss, sums to log): however it is cut, the gradient is the batch's. evaluate() runs every `eval_steps`,
+    `judge` being the figure that keep and patience look at.
     """
     best = Best(keep, patience, higher_is_better)
     steps = len(order) // batch_size
-    start, _ = load_checkpoint(ctx, [trainee], best, steps)
-    save = lambda step: save_checkpoint(ctx, step, steps, [trainee], best, {})  # noqa: E731
+    whole = steps if total is None else total
+    start, _ = load_checkpoint(ctx, [trainee], best, steps, first=first)
+    tensors, state = carried
+    save = lambda step: save_checkpoint(  # noqa: E731
+        ctx, first + step, whole, [trainee], best, dict(state), carried=tensors
+    )
 
     def look(step: int) -> dict[str, float]:
         figures = evaluate()
-        ctx.tracker.evaluation(step, figures)
+        ctx.tracker.evaluation(first + step, figures)
         best.offer(figures[judge], step, trainee)
         if samples is not None:
-            ctx.tracker.samples(step, samples())
+            ctx.tracker.samples(first + step, samples())
         return figures
 
-    figures = look(0) if start == 0 else {}
+    figures = look(0) if start == 0 and first == 0 else {}
     step = start
-    with ctx.tracker.progress(steps, ctx.stage, start) as progress:
+    with ctx.tracker.progress(whole, ctx.stage, first + start) as progress:
         while step < steps and not best.exhausted:
             step += 1
             batch = order[(step - 1) * batch_size : step * batch_size]
             logged: dict[str, float] = {}
-            for rows in micro_batches(batch, micro_size):
-                share, sums = loss(rows, len(batch))
+            for rows in cut(batch):
+                share, sums = loss(rows, batch)
                 accelerator.backward(share)
                 for key, value in sums.items():
                     logged[key] = logged.get(key, 0.0) + value
             rate = learning_rate(step)
             logged["grad_norm"] = optimizer_step(trainee, rate, step)
-            ctx.tracker.log(step, {**logged, "lr": rate})
-            progress.update(step, **{k: v for k, v in logged.items() if k in ("loss", judge)})
+            ctx.tracker.log(first + step, {**logged, "lr": rate})
+            progress.update(first + step, **{k: v for k, v in logged.items() if k in ("loss", judge)})
             if step % eval_steps == 0 or step == steps:
                 figures = look(step)
-            if ctx.checkpoints.due(step) and step < steps:
+            if ctx.checkpoints.due(first + step) and step < steps:
                 save(step)
             if step < steps:
-                pause_if_asked(ctx, step, steps, lambda at=step: save(at))
+                pause_if_asked(ctx, first + step, whole, lambda at=step: save(at))
     if keep == "best" and best.step != step:
         trainee.load(best.tensors)
         figures = {}

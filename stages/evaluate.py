@@ -17,8 +17,9 @@ from pipeline.errors import Interrupted
 from pipeline.stage import StageRun
 from stages.common import check_context, device_of, dtype_of, packing, read, read_placed, read_world
 from stages.engine import make_accelerator, micro_batches, perplexity_of
+from stages.models.ensemble import How, load_reward_model
 from stages.models.forward import response_logprobs, score_all
-from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
+from stages.models.loading import load_policy, load_tokenizer
 from stages.models.packing import can_pack
 from stages.objectives.logprobs import sequence_logps
 from stages.objectives.losses import language_model_loss
@@ -50,6 +51,7 @@ class Config(Section):
     missing_eos_score: float | None = setting(
         -1.0, "score of a response without EOS; the same as ppo's; null: its own", "reward"
     )
+    reward_ensemble: How = setting("mean", "how the models of rm.ensemble score as one; the same as ppo's")
     batch_size: int = setting(64, "rows sampled and scored at a time", "rows", ge=1)
     perplexity_rows: int = setting(256, "held-out pretraining rows at most", "rows", ge=1)
     perplexity_length: int = setting(128, "length of such a row", "tokens", ge=8)
@@ -68,11 +70,11 @@ def check(experiment) -> list[str]:
     wrong = [
         f"evaluate.policies: {p!r} is no policy; choose of {', '.join(known)}" for p in c.policies if p not in known
     ]
-    if "ppo" in c.policies and c.missing_eos_score != experiment.ppo.missing_eos_score:
-        wrong.append(
-            f"evaluate.missing_eos_score: is {c.missing_eos_score}, and ppo.missing_eos_score "
-            f"{experiment.ppo.missing_eos_score}: scores would not be the ones that PPO raised; set both alike"
-        )
+    for key in ("missing_eos_score", "reward_ensemble") if "ppo" in c.policies else ():
+        own, raised = getattr(c, key), getattr(experiment.ppo, key)
+        if own != raised:
+            what = "scores would not be the ones that PPO raised; set both alike"
+            wrong.append(f"evaluate.{key}: is {own}, and ppo.{key} {raised}: {what}")
     wrong += no_room(experiment, "evaluate")
     return wrong + over_context(experiment, "evaluate", *["perplexity_length"] * ("documents" in reads(experiment)))
 
@@ -84,7 +86,7 @@ def run(ctx: StageRun) -> dict:
     options = {"attn_implementation": m.attn_implementation, "trust_remote_code": ctx.trust_remote_code}
     check_context(ctx, ctx.inputs["sft"] / "model")
     tokenizer = load_tokenizer(ctx.inputs["sft"] / "model", trust_remote_code=ctx.trust_remote_code)
-    reward_model = load_scalar_model(ctx.inputs["rm"] / "model", **options).to(accelerator.device)
+    reward_model = load_reward_model(ctx.inputs["rm"] / "model", c.reward_ensemble, **options).to(accelerator.device)
     sft = load_policy(ctx.inputs["sft"] / "model", **options).to(accelerator.device)
     reference = sft  # KL is to what PPO's penalty is to
     if ctx.experiment.sft.ppo_init is not None:

@@ -41,6 +41,7 @@ from stages.engine import (
     save_checkpoint,
 )
 from stages.models.adapters import is_adapted, merged
+from stages.models.ensemble import How, others_of
 from stages.models.forward import response_logprobs, response_values, score_all, text_logprobs
 from stages.models.loading import save_model
 from stages.models.roles import Roles, load_roles
@@ -139,6 +140,7 @@ class Config(Section):
     )
     patience: int | None = setting(None, "stop after so many held-out looks without a better one", "looks", ge=1)
     reward_model: str | None = setting(None, "folder of another reward model in place of rm's")
+    reward_ensemble: How = setting("mean", "how the models of rm.ensemble score as one: their mean or their minimum")
     held_out_reward_model: str | None = setting(
         None, "folder of a reward model that PPO does not climb (say, another seed's), to tell over-optimisation by"
     )
@@ -163,6 +165,13 @@ def reads(experiment) -> list[str]:
 
 
 def folders(experiment) -> dict:
+    """Of reward models from outside, with the others of their ensembles: what they hold is part of the fingerprint."""
+    found = named_folders(experiment)
+    others = {key: others_of(folder) for key, folder in found.items()}
+    return found | {f"{key} ({path.name})": path for key, paths in others.items() for path in paths}
+
+
+def named_folders(experiment) -> dict:
     given = {key: getattr(experiment.ppo, key) for key in ("reward_model", "held_out_reward_model")}
     return {f"ppo.{key}": Path(folder).expanduser() for key, folder in given.items() if folder is not None}
 
@@ -186,7 +195,7 @@ def check(experiment) -> list[str]:
             f"ppo.total_episodes: {c.total_episodes} is no multiple of batch_size {c.batch_size}; "
             f"{c.total_episodes // c.batch_size * c.batch_size or c.batch_size} is one"
         )
-    for key, folder in folders(experiment).items():
+    for key, folder in named_folders(experiment).items():
         if not (folder / "config.json").is_file():
             wrong.append(f"{key}: {folder} holds no config.json; give the model/ folder of a reward model")
     if c.publish_ema and c.ema_decay is None:
@@ -323,10 +332,11 @@ def load(ctx: StageRun) -> Roles:
     m = ctx.experiment.model
     start = ctx.inputs["sft"] / ("model" if ctx.experiment.sft.ppo_init is None else "ppo_init")
     check_context(ctx, start)
-    given, climbed, looks_on = folders(ctx.experiment), "ppo.reward_model", "ppo.held_out_reward_model"
+    given, climbed, looks_on = named_folders(ctx.experiment), "ppo.reward_model", "ppo.held_out_reward_model"
     roles = load_roles(
         start,
         (climbed, given[climbed]) if climbed in given else ("rm", ctx.inputs["rm"] / "model"),
+        ctx.config.reward_ensemble,
         (looks_on, given[looks_on]) if looks_on in given else None,
         make_accelerator(device_of(ctx), dtype_of(ctx.experiment)),
         adapter=adapter_settings(m) or {"method": None},

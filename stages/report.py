@@ -54,6 +54,7 @@ def run(ctx: StageRun) -> dict:
         + plots.gold_parts(results, names)
         + plots.frontier(results, journals.get("ppo"), best_of, names),
         "trust": plots.trust(responses, list(results["policies"]), names),
+        "calibration": plots.calibration(ctx.manifests["rm"]["metrics"]),
         "learning": plots.learning(journals, results["reward_model"]),
         "ppo": plots.ppo(journals["ppo"]) if "ppo" in journals else [],
     }
@@ -67,6 +68,7 @@ def run(ctx: StageRun) -> dict:
         summary=summary(results, names),
         tiles=tiles(results, names),
         correlations=correlations(responses, results),
+        rm_parts=rm_parts(ctx.manifests["rm"]["metrics"]),
         side_by_side=side_by_side(responses, results, ctx.config.prompts),
         looks=ppo_looks(journals["ppo"], ctx.config.ppo_looks) if "ppo" in journals else [],
         lineage=lineage(ctx.manifests),
@@ -230,6 +232,17 @@ def correlations(responses: list[dict], results: dict) -> list[tuple[str, float 
         decided = [product > 0 for product in agree if product != 0]
         same = sum(decided) / len(decided) if decided else None
         out.append((name, plots.rank_correlation(mine), same))
+    return out
+
+
+def rm_parts(rm: dict) -> list[tuple[str, str, str, int]]:
+    """(of what, which, share, pairs): the reward model's accuracy in parts, and how often labelers agree."""
+    out = []
+    for key, what in (("accuracy_by_k", "right at K ="), ("accuracy_by_labeler", "right with")):
+        parts = rm.get(key) or {}
+        out += [(what, name, percent(b["accuracy"], 1), b["n_pairs"]) for name, b in parts.items()]
+    for pair, b in (rm.get("agreement_by_labelers") or {}).items():
+        out.append(("labelers agree:", pair, percent(b["agreement"], 1), b["n_pairs"]))
     return out
 
 

@@ -54,7 +54,11 @@ def learning(journals: dict[str, Journal], rm: dict) -> list[Figure]:
             "nats a pair",
             "How surprised the reward model is by the labelers' choices; 0.69 = ln 2 is guessing.",
         ),
-        "dpo": ("DPO loss", "nats a pair", "Starts at 0.69 = ln 2, where policy and reference agree, and should fall."),
+        "dpo": (
+            "DPO loss",
+            "loss a prompt",
+            "Should fall; the sigmoid loss starts at 0.69 = ln 2, where policy and reference agree.",
+        ),
     }
     figures = []
     for stage, (title, unit, caption) in texts.items():
@@ -385,6 +389,43 @@ def trust(samples: list[dict], policies: Sequence[str], names: dict[str, str]) -
         "score: over-optimisation.",
     )
     return [first, second]
+
+
+def calibration(rm: dict) -> list[Figure]:
+    """How often the reward model is right: by how sure it is, and by how far apart the labeler ranked the two. rm: its
+    manifest's metrics; [] where an older one lacks them."""
+    figures = []
+    if curve_points := rm.get("reliability"):
+        points = [(b["confidence"], b["accuracy"]) for b in curve_points]
+        axes = Axes([0.5, 1.0], [0.4, 1.0, *(y for _, y in points)], "how sure it is: σ(score difference)", "right")
+        axes.line([(0.5, 0.5), (1.0, 1.0)], "soft", "faint")
+        axes.line(points, "rm")
+        for (x, y), b in zip(points, curve_points, strict=True):
+            axes.dots([(x, y)], "rm", 4, f"right on {y:.1%} of {b['n_pairs']} pairs at confidence {x:.3f}")
+        figures.append(
+            Figure(
+                "Is the reward model as sure as it should be?",
+                axes.svg("reliability of the reward model"),
+                "Held-out pairs in groups by confidence: on the faint line it is right as often as it says; below it, "
+                "it is too sure.",
+                (("reward model", "rm", "line"), ("as sure as right", "soft", "faint")),
+            )
+        )
+    by_distance = rm.get("accuracy_by_rank_distance") or {}
+    if len(by_distance) > 1:
+        points = [(float(d), b["accuracy"]) for d, b in by_distance.items()]
+        axes = Axes([x for x, _ in points], [0.5, 1.0, *(y for _, y in points)], "ranks apart", "share of pairs right")
+        axes.line(points, "rm")
+        for (x, y), b in zip(points, by_distance.values(), strict=True):
+            axes.dots([(x, y)], "rm", 4, f"right on {y:.1%} of {b['n_pairs']} pairs {x:g} apart")
+        figures.append(
+            Figure(
+                "Accuracy by rank distance",
+                axes.svg("accuracy by rank distance"),
+                "Neighbours in a ranking are the hard pairs, the first and the last of it the easy ones.",
+            )
+        )
+    return figures
 
 
 def binned(points: Sequence[tuple[float, float]], bins: int) -> list[tuple[float, float, float, float]]:

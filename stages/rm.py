@@ -2,22 +2,27 @@
 
     loss = − 1/C(K,2) · Σ_pairs log σ( r(x, y_w) − r(x, y_l) )     mean over prompts (InstructGPT, eq. 1)
 
-All pairs of a prompt are one batch element: K forward passes, and each response is seen by one gradient.
+All pairs of a prompt are one batch element: one forward pass over the prompt and its K responses, and each response is
+seen by one gradient. loss_type: plackett_luce takes the likelihood of the whole order instead.
 Afterwards a bias makes the demonstrations score 0 on average; it is `reward_bias` in config.json.
 """
+
+from typing import Literal
 
 import torch
 
 from data import sources
 from data.encode import decode_response, encode_prompt, encode_response
-from data.groups import batch_groups
+from data.groups import Pair, batch_groups
 from data.records import DataError
 from data.streams import Stream, derive_seed
+from pipeline.errors import UserError
 from pipeline.stage import StageRun
 from stages.common import (
     adapter_settings,
     card,
     check_context,
+    cut_by_tokens,
     device_of,
     dtype_of,
     group_order,
@@ -29,9 +34,16 @@ from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
 from stages.models.adapters import merged, with_adapter
 from stages.models.forward import response_scores, score_all
 from stages.models.loading import load_tokenizer, new_reward_model, save_model
-from stages.objectives.losses import ranking_loss
-from stages.settings import TooLong, Training, over_context, setting, too_long, total_steps
-from stages.statistics import expected_calibration_error, labeler_agreement, pair_accuracy
+from stages.objectives.losses import plackett_luce_loss, ranking_loss
+from stages.settings import PreferenceTraining, over_context, setting, total_steps
+from stages.statistics import (
+    accuracy_by,
+    agreements,
+    expected_calibration_error,
+    labeler_agreement,
+    pair_accuracy,
+    reliability,
+)
 
 NAME = "rm"
 METRICS = {
@@ -45,15 +57,21 @@ METRICS = {
 HEADLINE = ("accuracy", "accuracy_ceiling")
 
 
-class Config(Training):
+class Config(PreferenceTraining):
     """The K-wise ranking reward model."""
 
     learning_rate: float = setting(9e-6, "peak learning rate (the paper's)", "per step", gt=0)
-    on_too_long: TooLong = too_long()
-    per_device_train_batch_size: int = setting(
-        8, "prompts, with all their responses, in one forward and backward", "prompts", ge=1
-    )
     gradient_accumulation_steps: int = setting(8, "micro-batches a step (the paper: 64 prompts a step)", ge=1)
+    loss_type: Literal["sigmoid", "plackett_luce"] = setting(
+        "sigmoid", "sigmoid: all pairs of a ranking (the paper); plackett_luce: the likelihood of its whole order"
+    )
+    label_smoothing: float = setting(0.0, "share of labels taken to be flipped (sigmoid only)", ge=0, lt=0.5)
+    margin_coef: float = setting(
+        0.0, "times a ranking's `margin`: the score difference that its pairs should have (Llama 2; sigmoid only)", ge=0
+    )
+    ensemble: int = setting(
+        1, "models trained, each from seeds of its own; PPO takes their mean or minimum (ppo.reward_ensemble)", ge=1
+    )
     bias_demonstrations: int = setting(256, "demonstrations that the mean score 0 is taken over", "rows", ge=1)
 
 
@@ -66,13 +84,15 @@ def reads(experiment) -> list[str]:
 
 
 def check(experiment) -> list[str]:
-    return over_context(experiment, "rm")
+    c = experiment.rm
+    only = "has no meaning with loss_type plackett_luce; use sigmoid, or 0"
+    odd = [key for key in ("label_smoothing", "margin_coef") if getattr(c, key) and c.loss_type != "sigmoid"]
+    return over_context(experiment, "rm") + [f"rm.{key}: {only}" for key in odd]
 
 
 def run(ctx: StageRun) -> dict:
-    """→ model/, an AutoModelForSequenceClassification with one label and reward_bias."""
-    m, c = ctx.experiment.model, ctx.config
-    source = ctx.inputs["sft"] / "model"
+    """→ model/, an AutoModelForSequenceClassification with one label and reward_bias; ensemble/1/, … if asked for."""
+    c, source = ctx.config, ctx.inputs["sft"] / "model"
     check_context(ctx, source)
     tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
     accelerator = make_accelerator(device_of(ctx), dtype_of(ctx.experiment))
@@ -83,18 +103,65 @@ def run(ctx: StageRun) -> dict:
     steps = total_steps(c, len(groups))
     ctx.tracker.say(
         f"rm: {report.line('rankings')}; {sum(len(g.pairs()) for g in groups)} pairs; "
-        f"{len(held)} rankings held out; {steps} steps"
+        f"{len(held)} rankings held out; {steps} steps" + f" for each of {c.ensemble} models" * (c.ensemble > 1)
     )
+    validation = sources.load("rankings", path=ctx.inputs["rankings"] / "validation.jsonl")
+    shown = {ranking.id: ranking.prompt for ranking in validation}
 
-    # 1 the policy's trunk, a fresh scalar head
+    found = ctx.checkpoints.newest()
+    if found and found.state.get("steps", steps) != steps:
+        was = found.state["steps"]
+        raise UserError(f"rm: each model of the interrupted run takes {was} steps, and now {steps}; use --restart")
+    done = list(found.state.get("members", [])) if found else []  # figures of the models that are trained
+    kept = {f"member_{k}": found.tensors(f"member_{k}") for k in range(len(done))} if found else {}
+    margins = []
+    for k in range(c.ensemble):
+        # 1 the policy's trunk, a fresh scalar head
+        model, trainee = make_member(ctx, source, accelerator, k)
+        tools = (model, tokenizer.pad_token_id, accelerator, packing(ctx, model))
+        if fresh := k == len(done):
+            # 2 train
+            order = group_order(ctx, groups, steps, c.per_device_train_batch_size * c.gradient_accumulation_steps, k)
+            state = {"members": done} | ({"steps": steps} if c.ensemble > 1 else {})
+            rest = {"first": k * steps, "total": c.ensemble * steps, "carried": (kept, state)}
+            done.append(train(ctx, trainee, tools, groups, held, order, steps, **rest))
+            if c.ensemble > 1:
+                kept[f"member_{k}"] = {name: x.clone() for name, x in trainee.tensors().items()}
+        else:
+            trainee.load(kept[f"member_{k}"])
+        # 3 how far it can be trusted
+        found_margins, owners, _ = look_at_held(ctx, tools, held)
+        margins.append(found_margins)
+        # 4 the bias: demonstrations score 0 on average
+        model = merged(model)
+        model.config.reward_bias = demonstration_mean(ctx, model, tokenizer, accelerator)
+        if fresh:
+            done[k]["reward_bias"] = model.config.reward_bias
+        if fresh and k == 0:
+            write_samples(ctx, model, tokenizer, held[:4], shown, done[0]["steps"], accelerator)
+        folder = ctx.publish / ("model" if k == 0 else f"ensemble/{k}")
+        save_model(model, tokenizer, folder, card=card(ctx, "a reward model"))
+        if fresh and k + 1 < c.ensemble and ctx.checkpoints.every:
+            ctx.checkpoints.save((k + 1) * steps, kept, {"members": done, "steps": steps}, c.ensemble * steps)
+    figures = done[0] | trust(margins[0], owners, held, validation, ctx.seed)
+    if c.ensemble > 1:
+        mean = [sum(part) / c.ensemble for part in zip(*margins, strict=True)]
+        figures["ensemble_accuracy"] = share_right(mean)  # of their mean
+    figures["accuracy_ceiling"] = ctx.manifests["rankings"]["metrics"].get("accuracy_ceiling")
+    return {**figures, "truncated": report.truncated, "dropped": report.dropped}
+
+
+def make_member(ctx: StageRun, source, accelerator, k: int):
+    """The k-th reward model before training, and its trainee: all differ in their seeds."""
+    m, c = ctx.experiment.model, ctx.config
+    seed = derive_seed(ctx.seed, "member", k) if k else ctx.seed
     model = new_reward_model(
-        source, seed=ctx.seed, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code
+        source, seed=seed, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code
     )
     if m.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    model = with_adapter(model, **(adapter_settings(m) or {"method": None}), scalar=True, seed=ctx.seed)
+    model = with_adapter(model, **(adapter_settings(m) or {"method": None}), scalar=True, seed=seed)
     model.to(accelerator.device)
-    packed = packing(ctx, model)
     trainee = make_trainee(
         "model",
         model,
@@ -103,15 +170,21 @@ def run(ctx: StageRun) -> dict:
         weight_decay=c.weight_decay,
         adam_beta2=c.adam_beta2,
     )
+    return model, trainee
 
-    # 2 the loss of a micro-batch of prompts
-    def loss(rows: list[int], prompts: int):
-        batch = batch_groups([groups[i] for i in rows], tokenizer.pad_token_id, packed=packed).to(accelerator.device)
+
+def train(ctx: StageRun, trainee, tools, groups, held, order: list[int], steps: int, **rest) -> dict:
+    """Train one reward model; → its held-out figures. tools: the model, the padding's id, where it computes, and
+    whether it packs."""
+    c, (model, pad_id, accelerator, packed) = ctx.config, tools
+
+    def loss(rows: list[int], whole: list[int]):
+        batch = batch_groups([groups[i] for i in rows], pad_id, packed=packed).to(accelerator.device)
         with accelerator.autocast():
             scores = response_scores(model, batch.rows)
-        value = ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights, prompts)
+        value = loss_of(c, batch, scores, len(whole))
         margins = (scores[batch.winners] - scores[batch.losers]).detach()
-        weight = len(rows) / prompts
+        weight = len(rows) / len(whole)
         return value, {
             "loss": value.item(),
             "accuracy": weight * batch.mean((margins > 0).float()),
@@ -119,22 +192,16 @@ def run(ctx: StageRun) -> dict:
         }
 
     def evaluate() -> dict:
-        margins, _, value = held_out_margins(
-            model, held, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size, packed
-        )
-        right = (margins > 0).float() + 0.5 * (margins == 0).float()
-        return {"loss": value, "accuracy": float(right.mean()), "margin": float(margins.mean())}
+        margins, _, value = look_at_held(ctx, tools, held)
+        return {"loss": value, "accuracy": share_right(margins), "margin": sum(margins) / len(margins)}
 
-    batch_size = c.per_device_train_batch_size * c.gradient_accumulation_steps
-
-    # 3 train; then how far it can be trusted
-    figures = fit(
+    return fit(
         ctx,
         trainee,
         accelerator,
-        order=group_order(ctx, groups, steps, batch_size),
-        batch_size=batch_size,
-        micro_size=c.per_device_train_batch_size,
+        order=order,
+        batch_size=c.per_device_train_batch_size * c.gradient_accumulation_steps,
+        cut=cut_by_tokens(ctx, groups, packed)[0],
         loss=loss,
         evaluate=evaluate,
         judge="loss",
@@ -143,42 +210,62 @@ def run(ctx: StageRun) -> dict:
         patience=c.patience,
         eval_steps=c.eval_steps,
         learning_rate=lambda s: learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, c.warmup_steps),
+        **rest,
     )
-    margins, owners, _ = held_out_margins(
-        model, held, tokenizer.pad_token_id, accelerator, c.per_device_train_batch_size, packed
-    )
-    validation = sources.load("rankings", path=ctx.inputs["rankings"] / "validation.jsonl")
-    prompts = {}  # two labelers may have ranked one prompt: the interval is over prompts
-    owners = [prompts.setdefault(tuple(held[g].prompt), len(prompts)) for g in owners.tolist()]
-    figures |= pair_accuracy(margins.tolist(), owners, ctx.seed)
-    figures |= {
-        "ece": expected_calibration_error(margins.tolist()),
-        "labeler_agreement": labeler_agreement(validation),
-        "accuracy_ceiling": ctx.manifests["rankings"]["metrics"].get("accuracy_ceiling"),
-    }
 
-    # 4 the bias: demonstrations score 0 on average
-    model = merged(model)
-    bias = demonstration_mean(ctx, model, tokenizer, accelerator)
-    model.config.reward_bias = bias
-    texts = {ranking.id: ranking.prompt for ranking in validation}
-    write_samples(ctx, model, tokenizer, held[:4], texts, figures["steps"], accelerator)
-    save_model(model, tokenizer, ctx.publish / "model", card=card(ctx, "a reward model"))
-    return {**figures, "reward_bias": bias, "truncated": report.truncated, "dropped": report.dropped}
+
+def share_right(margins: list[float]) -> float:
+    """Share of pairs with a margin above 0, equal scores counting half."""
+    return sum(1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins) / len(margins)
 
 
 @torch.no_grad()
-def held_out_margins(model, held, pad_id: int, accelerator, size: int, packed: bool):
-    """Over all pairs of the held-out groups: score margins (N,), the group of each (N,), and the mean loss a prompt."""
-    margins, owners, loss = [], [], 0.0
-    for start in range(0, len(held), size):
-        batch = batch_groups(held[start : start + size], pad_id, packed=packed).to(accelerator.device)
+def look_at_held(ctx: StageRun, tools, held) -> tuple[list[float], list[tuple[int, Pair]], float]:
+    """Score margins of all held-out pairs, whose they are (group, pair), and the mean loss a prompt."""
+    model, pad_id, accelerator, packed = tools
+    margins, owners, value = [], [], 0.0
+    for rows in cut_by_tokens(ctx, held, packed)[1](list(range(len(held)))):
+        batch = batch_groups([held[i] for i in rows], pad_id, packed=packed).to(accelerator.device)
         with accelerator.autocast():
             scores = response_scores(model, batch.rows)
-        loss += ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights, len(held)).item()
-        margins.append((scores[batch.winners] - scores[batch.losers]).cpu())
-        owners.append(batch.pair_group.cpu() + start)
-    return torch.cat(margins), torch.cat(owners), loss
+        value += loss_of(ctx.config, batch, scores, len(held)).item()
+        margins += (scores[batch.winners] - scores[batch.losers]).tolist()
+        owners += [(i, pair) for i in rows for pair in held[i].pairs()]
+    return margins, owners, value
+
+
+def loss_of(c: Config, batch, scores, prompts: int):
+    """The loss of a micro-batch, divided by the whole batch's prompts."""
+    if c.loss_type == "plackett_luce":
+        return plackett_luce_loss(scores, batch.winners, batch.losers, batch.choice, batch.choice_weights, prompts)
+    margins = c.margin_coef * batch.pair_margins
+    return ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights, prompts, margins, c.label_smoothing)
+
+
+def trust(margins: list[float], owners: list[tuple[int, Pair]], held, validation, seed: int) -> dict:
+    """How far the reward model can be trusted: accuracy in all and in parts, calibration, and the labelers beside it.
+
+    owners: of each margin its held-out group and its pair. Intervals are over prompts: two labelers may have ranked
+    the same one.
+    """
+    prompts: dict[tuple, int] = {}
+    of = [prompts.setdefault(tuple(held[g].prompt), len(prompts)) for g, _ in owners]
+    ranks = [held[g].rankings()[pair.labeler] for g, pair in owners]
+    names = [held[g].labelers[pair.labeler] or "unnamed" for g, pair in owners]
+    distance = [r[pair.loser] - r[pair.winner] for r, (_, pair) in zip(ranks, owners, strict=True)]
+    return {
+        **pair_accuracy(margins, of, seed),
+        "ece": expected_calibration_error(margins),
+        "reliability": reliability(margins),
+        "accuracy_by_k": accuracy_by(margins, [sum(x is not None for x in r) for r in ranks]),
+        "accuracy_by_rank_distance": accuracy_by(margins, distance),
+        "accuracy_by_labeler": accuracy_by(margins, names),
+        "labeler_agreement": labeler_agreement(validation),
+        "agreement_by_labelers": {
+            f"{one} / {other}": {"agreement": same / total, "n_pairs": total}
+            for (one, other), (same, total) in sorted(agreements(validation).items())
+        },
+    }
 
 
 @torch.no_grad()

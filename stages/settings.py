@@ -74,6 +74,22 @@ class Training(Section):
     eval_steps: int = setting(50, "evaluate on held-out rows every so many steps", "optimizer steps", ge=1)
 
 
+class PreferenceTraining(Training):
+    """What rm and dpo have in common: a row is a prompt with all its responses."""
+
+    on_too_long: TooLong = too_long()
+    per_device_train_batch_size: int = setting(
+        8, "prompts, with all their responses, in one forward and backward", "prompts", ge=1
+    )
+    per_device_train_tokens: int | None = setting(
+        None,
+        "in one forward and backward as many prompts as have so many tokens (a prompt counts once), in place of "
+        "per_device_train_batch_size; changes memory, not the gradient",
+        "tokens",
+        ge=1,
+    )
+
+
 def total_steps(config: Training, rows: int) -> int:
     """Optimizer steps of a run over `rows` rows; the last, smaller batch of an epoch is filled from the next one."""
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps

@@ -29,8 +29,18 @@ def pair_accuracy(margins: Sequence[float], groups: Sequence[int], seed: int) ->
     return {"accuracy": float(right.mean()), "accuracy_ci95": bootstrap_ci(sums, counts, seed), "n_pairs": len(margins)}
 
 
-def expected_calibration_error(margins: Sequence[float], bins: int = 10) -> float:
-    """ECE of σ(margin) as the probability of the labelled winner (Guo 2017, eq. 3).
+def accuracy_by(margins: Sequence[float], keys: Sequence) -> dict[str, dict]:
+    """Accuracy of the pairs that share a key, keys in order: {key: {accuracy, n_pairs}}; margins as in
+    `pair_accuracy`."""
+    found: dict = {}
+    for margin, key in zip(margins, keys, strict=True):
+        found.setdefault(key, []).append(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0)
+    return {str(k): {"accuracy": float(np.mean(found[k])), "n_pairs": len(found[k])} for k in sorted(found)}
+
+
+def reliability(margins: Sequence[float], bins: int = 10) -> list[dict]:
+    """The reliability curve of σ(margin) as the probability of the labelled winner: {confidence, accuracy, n_pairs}
+    of each bin that has a pair.
 
     Each pair is read from the side that the model prefers: confidence σ(|margin|) in [½, 1] against being right.
     """
@@ -38,28 +48,41 @@ def expected_calibration_error(margins: Sequence[float], bins: int = 10) -> floa
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     right = (margins > 0) + 0.5 * (margins == 0)
     which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    return float(
-        sum(
-            abs(right[which == b].mean() - confidence[which == b].mean()) * (which == b).mean()
-            for b in range(bins)
-            if (which == b).any()
-        )
-    )
+    return [
+        {
+            "confidence": float(confidence[which == b].mean()),
+            "accuracy": float(right[which == b].mean()),
+            "n_pairs": int((which == b).sum()),
+        }
+        for b in range(bins)
+        if (which == b).any()
+    ]
 
 
-def labeler_agreement(rankings) -> float | None:
-    """Share of untied pairs on which two labelers of the same prompt and responses agree; None if nobody shared one."""
+def expected_calibration_error(margins: Sequence[float], bins: int = 10) -> float:
+    """ECE of σ(margin) as the probability of the labelled winner (Guo 2017, eq. 3)."""
+    return sum(b["n_pairs"] * abs(b["accuracy"] - b["confidence"]) for b in reliability(margins, bins)) / len(margins)
+
+
+def agreements(rankings) -> dict[tuple[str, str], tuple[float, int]]:
+    """(labeler, labeler), in order → (pairs on which they agree, untied pairs that both judged)."""
     by_prompt: dict = {}
     for r in rankings:
         if r.labeler is not None:
             by_prompt.setdefault((str(r.prompt), r.responses), {})[r.labeler] = r.ranks
-    same = total = 0
+    found: dict = {}
     for by_labeler in by_prompt.values():
-        for one, other in combinations(by_labeler.values(), 2):
+        for (a, one), (b, other) in combinations(sorted(by_labeler.items()), 2):
             for i, j in combinations(range(len(one)), 2):
                 x, y = (one[i], one[j]), (other[i], other[j])
                 if None in x or None in y or x[0] == x[1] or y[0] == y[1]:
                     continue
-                total += 1
-                same += (x[0] < x[1]) == (y[0] < y[1])
+                same, total = found.get((a, b), (0, 0))
+                found[a, b] = (same + ((x[0] < x[1]) == (y[0] < y[1])), total + 1)
+    return found
+
+
+def labeler_agreement(rankings) -> float | None:
+    """Share of untied pairs on which two labelers of the same prompt and responses agree; None if nobody shared one."""
+    same, total = (sum(counts) for counts in zip((0, 0), *agreements(rankings).values(), strict=True))
     return same / total if total else None

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from data.groups import Rows, make_rows
 from stages.models.adapters import plain
+from stages.models.ensemble import Ensemble
 from stages.models.head import head_logprobs
 from stages.models.loading import score_head
 from stages.models.packing import trunk_options
@@ -53,6 +54,8 @@ def response_values(model, rows: Rows) -> Tensor:
 
 def response_scores(model, rows: Rows) -> Tensor:
     """r(x, y) − reward_bias, (B,), read at the last real token of each response."""
+    if isinstance(model, Ensemble):
+        return model.combine([response_scores(member, rows) for member in model.members])
     return _head(model, _hidden(model, rows).index_select(0, rows.last))
 
 

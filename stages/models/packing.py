@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data.groups import Rows, make_rows
 from stages.models.adapters import plain
+from stages.models.ensemble import Ensemble
 
 NAME = "packed_rows"
 
@@ -116,6 +117,8 @@ def can_pack(model, max_length: int) -> bool:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
+    if isinstance(model, Ensemble):
+        return all([can_pack(member, max_length) for member in model.members])
     inner = plain(model)
     config = inner.config.get_text_config()
     names = ["attention_chunk_size", "keep_window_size"]

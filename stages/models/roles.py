@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 
 from pipeline.errors import UserError
 from stages.models.adapters import is_adapted, with_adapter
+from stages.models.ensemble import How, load_reward_model
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, same_tokenizer
 
 
@@ -16,7 +17,7 @@ class Roles:
     """The models, what they share, and where they compute.
 
     ref_policy None: the policy with its adapter off. judge: another reward model that only looks on, or None. packed:
-    whether all of them read packed rows.
+    whether all of them read packed rows. reward_model may be an Ensemble.
     """
 
     policy: torch.nn.Module
@@ -36,6 +37,7 @@ class Roles:
 def load_roles(
     start: Path,
     reward_model: tuple[str, Path],
+    ensemble: How,
     judge: tuple[str, Path] | None,
     accelerator,
     *,
@@ -47,11 +49,11 @@ def load_roles(
     trust_remote_code: bool,
 ) -> Roles:
     """Policy and reference from the folder `start`; the value model begins as the reward model. reward_model, judge:
-    (the setting that names it, folder)."""
+    (the setting that names it, folder). ensemble: how several reward models score as one."""
     options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(start, trust_remote_code=trust_remote_code)
-    rewards = load_scorer(*reward_model, tokenizer, **options)
-    looks_on = None if judge is None else load_scorer(*judge, tokenizer, **options)
+    rewards = load_scorer(*reward_model, tokenizer, ensemble, **options)
+    looks_on = None if judge is None else load_scorer(*judge, tokenizer, ensemble, **options)
     policy = with_adapter(load_policy(start, **options), **adapter, seed=policy_seed)
     value_model = load_scalar_model(reward_model[1], **options)
     value_model = with_adapter(value_model, **adapter, scalar=True, seed=value_seed)
@@ -65,12 +67,12 @@ def load_roles(
     return roles
 
 
-def load_scorer(key: str, folder: Path, tokenizer, *, attn_implementation: str, trust_remote_code: bool):
+def load_scorer(key: str, folder: Path, tokenizer, ensemble: How, *, attn_implementation: str, trust_remote_code: bool):
     """A reward model that stays as it is. What is wrong with a folder that the setting `key` names is a UserError."""
     options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     try:
         same_tokenizer(tokenizer, load_tokenizer(folder, trust_remote_code=trust_remote_code), str(folder))
-        return load_scalar_model(folder, **options).requires_grad_(False)
+        return load_reward_model(folder, ensemble, **options).requires_grad_(False)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise

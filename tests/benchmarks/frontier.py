@@ -19,13 +19,12 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))  # the code beside this file, wherever another copy is installed
 
-from sweeps.beside import Workshop, adaptive, command, relative, sampling, show  # noqa: E402
+from sweeps.beside import Workshop, adaptive, command, options, parsed, relative, sampling, show  # noqa: E402
 from sweeps.estimates import overoptimisation  # noqa: E402
 from sweeps.page import NAMES, curves, page, short, table, value_of  # noqa: E402
 from sweeps.points import Point, best_of_points, keep, policy_point, provenance, samples_of  # noqa: E402
 
 from pipeline.artifacts import ArtifactStore  # noqa: E402
-from pipeline.cli import Parser, is_setting  # noqa: E402
 from pipeline.errors import UserError  # noqa: E402
 from pipeline.running import duration  # noqa: E402
 from pipeline.stage import StopFlag  # noqa: E402
@@ -37,10 +36,7 @@ KEYS = {"ppo": "kl_coef", "dpo": "beta"}  # stage: what is swept
 
 
 def parse(argv: list[str]):
-    parser = Parser(prog="frontier.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("-c", "--config", default="configs/tiny.yaml", metavar="FILE", help="the experiment's YAML")
-    parser.add_argument("--artifacts", default="artifacts", metavar="DIR", help="where finished stages are kept")
-    parser.add_argument("--results", default=HERE / "results", type=Path, metavar="DIR", help="where lines are kept")
+    parser = options("frontier.py", __doc__, HERE / "results")
     parser.add_argument(
         "--kl-coefs", nargs="+", type=float, default=KL_COEFS, metavar="X", help="of PPO; the config's is always in"
     )
@@ -49,9 +45,7 @@ def parse(argv: list[str]):
     )
     parser.add_argument("--best-of", type=int, default=64, metavar="N", help="samples a prompt of SFT: n = 1, 2, 4 … N")
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="samples a prompt of PPO and DPO")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    asked = parser.parse_args([word for word in argv if not is_setting(word)])
-    asked.overrides = [word for word in argv if is_setting(word)]
+    asked = parsed(parser, argv)
     if asked.best_of < 1:  # the rest is the config's to check
         raise UserError(f"command line: --best-of {asked.best_of}; should be 1 or more")
     return asked

@@ -1,9 +1,11 @@
 """Two programs in turns on one machine: A B B A …, the ratio of each pair, one line a key in results/NAME.jsonl.
 
-A driver starts a long-lived worker a side (`Worker`), which answers JSON lines (`serve`) and, between questions, sleeps
-on its input: what is measured never shares the cores. Standard library alone: it runs in every environment.
+A driver (`run_bench`) starts a long-lived worker a side (`Worker`), which answers JSON lines (`serve`) and, between
+questions, sleeps on its input: what is measured never shares the cores. Standard library alone: it runs in every
+environment.
 """
 
+import argparse
 import ctypes
 import gc
 import json
@@ -13,6 +15,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -83,6 +86,20 @@ def release_memory() -> None:
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+class Clock:
+    """Says on stderr what happens, and how much of the time is gone."""
+
+    def __init__(self, minutes: float):
+        self.began, self.minutes = time.monotonic(), minutes
+
+    @property
+    def gone(self) -> float:
+        return (time.monotonic() - self.began) / 60
+
+    def say(self, text: str) -> None:
+        print(f"[{self.gone:5.1f} min] {text}", file=sys.stderr, flush=True)
 
 
 class Phases:
@@ -230,3 +247,66 @@ def keep(row: dict, key: tuple[str, ...], path: Path) -> None:
     fresh = path.with_suffix(".tmp")
     fresh.write_text("".join(json.dumps(line) + "\n" for line in lines))
     fresh.replace(path)
+
+
+def run_bench(
+    name: str,
+    doc: str,
+    models: list[str],
+    minutes: float,
+    key: tuple[str, ...],
+    plan: Callable[[list[str]], list],
+    open_session: Callable[[str, Path, Clock], object],
+    measure: Callable[[object, object, int], dict],
+) -> int:
+    """The main program of a driver: its options, the rows of `plan`, a line of results/NAME.jsonl each; → exit code.
+
+    A row has model, name, and law (left out where the time is up). A session, one a model, has stop() and
+    expected_minutes(row, pairs).
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="PART", help="rows whose name begins with one of these"
+    )
+    parser.add_argument("--pairs", type=int, default=5, help="pairs of a claim")
+    parser.add_argument("--minutes", type=float, default=minutes, help="growth laws that would end later are left out")
+    parser.add_argument("--quick", action="store_true", help="a very small model, one pair, nothing kept: does it run?")
+    parser.add_argument("--list", action="store_true", help="the names of the rows, and stop")
+    asked = parser.parse_args()
+    rows = [row for row in plan(["quick"] if asked.quick else models) if row.name.startswith(tuple(asked.only))]
+    if asked.list:
+        print(*(row.name for row in rows), sep="\n")
+        return 0
+    pairs = 1 if asked.quick else asked.pairs
+    clock, failed = Clock(asked.minutes), []
+    clock.say(f"{len(rows)} rows on {machine()}: " + ", ".join(row.name for row in rows))
+    if os.getloadavg()[0] > 0.5:
+        clock.say("the machine is busy with something else: what is measured now is worth little")
+    with tempfile.TemporaryDirectory(prefix=f"bench_{name}_") as scratch:
+        kept = Path(scratch) / "quick.jsonl" if asked.quick else HERE / "results" / f"{name}.jsonl"
+        sessions: dict[str, object] = {}
+        for row in rows:
+            if row.model not in sessions:
+                (folder := Path(scratch) / row.model).mkdir()
+                sessions[row.model] = open_session(row.model, folder, clock)
+            session = sessions[row.model]
+            for other in sessions.values():  # one model at a time in memory
+                if other is not session:
+                    other.stop()
+            expected = session.expected_minutes(row, pairs)
+            if row.law and clock.gone + expected > asked.minutes:
+                clock.say(f"{row.name}: left out, it would take {expected:.0f} min more")
+                continue
+            clock.say(f"{row.name}" + (f": about {expected:.1f} min" if expected else ""))
+            try:
+                found = measure(session, row, pairs)
+            except (RuntimeError, ValueError) as problem:
+                clock.say(f"{row.name}: {problem}")
+                failed.append(row.name)
+                session.stop()
+                continue
+            keep(found, key, kept)
+        for session in sessions.values():
+            session.stop()
+    clock.say("done" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0

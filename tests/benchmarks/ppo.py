@@ -13,18 +13,15 @@ as_shipped: trl's defaults but for the workload; where they come to the same wor
 Ours: its defaults. The peer's environment is made when it is missing; PEER_PYTHON names another one.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pairs as protocol
-from pairs import Worker, keep, middle, ratio, run_pairs, stamp
+from pairs import Clock, Worker, middle, ratio, run_bench, run_pairs, stamp
 from ppo_models import P_EOS, PAD, SHAPES, eos_of, necessary_flops, prompts
 
 HERE = Path(__file__).resolve().parent
@@ -83,20 +80,6 @@ def plan(models: list[str]) -> list[Row]:
     return rows
 
 
-class Clock:
-    """Says on stderr what happens, and how much of the time is gone."""
-
-    def __init__(self, minutes: float):
-        self.began, self.minutes = time.monotonic(), minutes
-
-    @property
-    def gone(self) -> float:
-        return (time.monotonic() - self.began) / 60
-
-    def say(self, text: str) -> None:
-        print(f"[{self.gone:5.1f} min] {text}", file=sys.stderr, flush=True)
-
-
 class Session:
     """Both workers with one model loaded, and what this run has found out about it."""
 
@@ -128,6 +111,12 @@ class Session:
         for worker in self.workers.values():
             worker.close()
         self.workers, self.warm = {}, False
+
+    def expected_minutes(self, row: Row, pairs: int) -> float:
+        """By the seconds of the last plain update on either side."""
+        ours, peer = self.seconds.get("ours", 0.0), self.seconds.get("peer", 0.0)
+        scale = row.episodes / BATCH[row.model] * (1 + 0.6 * (row.epochs - 1)) * (1 + 3 * row.ptx)
+        return (row.pairs or pairs) * scale * (ours + peer * (not row.ptx)) / 60
 
     def our_setup(self, row: Row) -> dict:
         """The workload, and everything else by stages/ppo.py's defaults."""
@@ -409,13 +398,6 @@ def measure(session: Session, row: Row, pairs: int) -> dict:
     }
 
 
-def expected_minutes(session: Session, row: Row, pairs: int) -> float:
-    """By the seconds of the last plain update on either side."""
-    ours, peer = session.seconds.get("ours", 0.0), session.seconds.get("peer", 0.0)
-    scale = row.episodes / BATCH[row.model] * (1 + 0.6 * (row.epochs - 1)) * (1 + 3 * row.ptx)
-    return (row.pairs or pairs) * scale * (ours + peer * (not row.ptx)) / 60
-
-
 def peer_python(clock: Clock) -> str:
     """The peer's interpreter; its environment is made (pip) if there is none."""
     if "PEER_PYTHON" in os.environ:
@@ -438,54 +420,8 @@ def peer_python(clock: Clock) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only", nargs="+", default=[""], metavar="PART", help="rows whose name begins with one of these"
-    )
-    parser.add_argument("--pairs", type=int, default=5, help="pairs of a claim")
-    parser.add_argument("--minutes", type=float, default=80.0, help="growth laws that would end later are left out")
-    parser.add_argument("--quick", action="store_true", help="a very small model, one pair, nothing kept: does it run?")
-    parser.add_argument("--list", action="store_true", help="the names of the rows, and stop")
-    asked = parser.parse_args()
-    rows = plan(["quick"] if asked.quick else ["4.7M", "135M"])
-    rows = [row for row in rows if row.name.startswith(tuple(asked.only))]
-    if asked.list:
-        print(*(row.name for row in rows), sep="\n")
-        return 0
-    pairs = 1 if asked.quick else asked.pairs
-    clock, failed = Clock(asked.minutes), []
-    python = peer_python(clock)
-    clock.say(f"{len(rows)} rows on {protocol.machine()}: " + ", ".join(row.name for row in rows))
-    if os.getloadavg()[0] > 0.5:
-        clock.say("the machine is busy with something else: what is measured now is worth little")
-    with tempfile.TemporaryDirectory(prefix="bench_ppo_") as scratch:
-        kept = Path(scratch) / "quick.jsonl" if asked.quick else HERE / "results" / "ppo.jsonl"
-        sessions: dict[str, Session] = {}
-        for row in rows:
-            if row.model not in sessions:
-                (folder := Path(scratch) / row.model).mkdir()
-                sessions[row.model] = Session(row.model, folder, python, clock)
-            session = sessions[row.model]
-            for other in sessions.values():  # one model at a time in memory
-                if other is not session:
-                    other.stop()
-            minutes = expected_minutes(session, row, pairs)
-            if row.law and clock.gone + minutes > asked.minutes:
-                clock.say(f"{row.name}: left out, it would take {minutes:.0f} min more")
-                continue
-            clock.say(f"{row.name}" + (f": about {minutes:.1f} min" if minutes else ""))
-            try:
-                found = measure(session, row, pairs)
-            except (RuntimeError, ValueError) as problem:
-                clock.say(f"{row.name}: {problem}")
-                failed.append(row.name)
-                session.stop()
-                continue
-            keep(found, KEY, kept)
-        for session in sessions.values():
-            session.stop()
-    clock.say("done" + (f"; failed: {', '.join(failed)}" if failed else ""))
-    return 1 if failed else 0
+    open_session = lambda model, folder, clock: Session(model, folder, peer_python(clock), clock)  # noqa: E731
+    return run_bench("ppo", __doc__, ["4.7M", "135M"], 80.0, KEY, plan, open_session, measure)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ What shapes and prompts are needs the standard library alone (the driver); `craf
 """
 
 import random
+import time
 from pathlib import Path
 
 PAD, NEVER, GEOMETRIC = 0, 1, 2  # token ids: padding; an EOS that cannot be sampled; one sampled at rate P_EOS
@@ -75,6 +76,18 @@ def necessary_flops(shape: dict, groups: list[tuple[int, list[int]]], epochs: in
     return trunk * (4 + 6 * epochs) + unembedding * (2 + 3 * epochs)
 
 
+def matmul_peak() -> float:
+    """The most FLOP/s that this process gets out of an fp32 matrix product."""
+    import torch
+
+    a, b, times = torch.randn(2048, 2048), torch.randn(2048, 2048), []
+    for _ in range(8):
+        began = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - began)
+    return 2 * 2048**3 / min(times)
+
+
 def craft(shape: dict, folder: Path, seed: int = 0) -> dict:
     """Writes policy/, ref_policy/, reward_model/ and value_model/; → P(EOS) as calibrated, and parameters.
 
@@ -87,7 +100,7 @@ def craft(shape: dict, folder: Path, seed: int = 0) -> dict:
 
     config = LlamaConfig(
         **shape,
-        max_position_embeddings=512,
+        max_position_embeddings=1024,
         tie_word_embeddings=True,
         pad_token_id=PAD,
         bos_token_id=None,

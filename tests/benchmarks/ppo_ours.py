@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from pairs import Phases, peak_bytes, reset_peak, serve, versions
-from ppo_models import PAD, SHAPES, craft
+from ppo_models import PAD, SHAPES, craft, matmul_peak
 from safetensors.torch import load_file
 
 from data.groups import make_rows
@@ -179,14 +179,7 @@ class Ours:
         return seconds
 
     def matmul_peak(self) -> float:
-        """The most FLOP/s that this process gets out of an fp32 matrix product."""
-        a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-        times = []
-        for _ in range(8):
-            began = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - began)
-        return 2 * 2048**3 / min(times)
+        return matmul_peak()
 
     def compare(self, prompts: list[list[int]], responses: list[list[int]], file: str, vf_coef: float) -> dict:
         """‖ours − peer's‖ / ‖peer's‖ of each tensor, on the peer's episodes and with its advantages and returns.

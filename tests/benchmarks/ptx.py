@@ -21,12 +21,11 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))  # the code beside this file, wherever another copy is installed
 
-from sweeps.beside import Workshop, adaptive, command, relative, sampling, show  # noqa: E402
+from sweeps.beside import Workshop, adaptive, command, options, parsed, relative, sampling, show  # noqa: E402
 from sweeps.estimates import difference, mean_ci, perplexity_at  # noqa: E402
 from sweeps.points import Point, keep, policy_point, provenance, samples_of  # noqa: E402
 
 from pipeline.artifacts import ArtifactStore  # noqa: E402
-from pipeline.cli import Parser, is_setting  # noqa: E402
 from pipeline.errors import UserError  # noqa: E402
 from pipeline.running import duration  # noqa: E402
 from pipeline.stage import StopFlag  # noqa: E402
@@ -37,10 +36,7 @@ PTX, PLAIN = "PPO-ptx", "plain PPO"
 
 
 def parse(argv: list[str]):
-    parser = Parser(prog="ptx.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("-c", "--config", default="configs/tiny.yaml", metavar="FILE", help="the experiment's YAML")
-    parser.add_argument("--artifacts", default="artifacts", metavar="DIR", help="where finished stages are kept")
-    parser.add_argument("--results", default=HERE / "results", type=Path, metavar="DIR", help="where lines are kept")
+    parser = options("ptx.py", __doc__, HERE / "results")
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0, 1, 2], help="a chain each: four minutes where it is not there yet"
     )
@@ -48,9 +44,7 @@ def parse(argv: list[str]):
         "--kl-factors", nargs="+", type=float, default=[1, 3, 10], metavar="X", help="times kl_coef, for plain PPO"
     )
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="samples a prompt")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    asked = parser.parse_args([word for word in argv if not is_setting(word)])
-    asked.overrides = [word for word in argv if is_setting(word)]
+    asked = parsed(parser, argv)
     asked.kl_factors, asked.seeds = sorted(set(asked.kl_factors)), list(dict.fromkeys(asked.seeds))
     return asked
 

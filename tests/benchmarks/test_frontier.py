@@ -51,6 +51,16 @@ def clean(monkeypatch):
     torch.set_num_threads(threads)
 
 
+def test_shares_of_sample_pairs_by_hand():
+    """gold_order: of three pairs of samples one has equal gold; the score orders one of the other two as gold does and
+    ties the other. wins: 4 pairs of samples, one won, one lost, two even."""
+    scores, gold = np.array([[1.0, 2.0, 2.0], [0.0, 1.0, 2.0]]), np.array([[0.1, 0.5, 0.1], [0.3, 0.3, 0.3]])
+    assert estimates.gold_order(scores, gold)[0] == pytest.approx(1.5 / 2)
+    assert np.isnan(estimates.gold_order(scores, gold)[1])
+    assert estimates.wins(np.array([[1.0, 2.0]]), np.array([[2.0, 1.0]])).tolist() == [0.5]
+    assert estimates.wins(np.array([[3.0, 2.0]]), np.array([[2.0, 1.0]])).tolist() == [3.5 / 4]
+
+
 def point(method, setting, kl, score, each, perplexity=2.5):
     each = np.asarray(each, float)
     figures = {"score": score, "score_ci95": [score - 0.1, score + 0.1], "gold": float(each.mean())}

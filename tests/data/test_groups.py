@@ -17,42 +17,53 @@ def group(ranks, first=10):
     return PromptGroup([1, 2], [[first + i] * (i + 1) for i in range(len(ranks))], tuple(ranks))
 
 
+def ends(g):
+    """(winner, loser) of each pair."""
+    return [pair[:2] for pair in g.pairs()]
+
+
 class TestPairs:
     def test_every_pair_of_a_strict_ranking_counts_once_best_first(self):
         ranks = (3, 1, 4, 2)
-        pairs = group(ranks).pairs()
+        pairs = ends(group(ranks))
         assert len(pairs) == comb(4, 2) and all(ranks[a] < ranks[b] for a, b in pairs)
         assert {frozenset(p) for p in pairs} == {frozenset(p) for p in combinations(range(4), 2)}
 
     def test_ties_and_unjudged_responses_make_no_pair(self):
-        assert group((1, 1, 2, None)).pairs() == [(0, 2), (1, 2)]
+        assert ends(group((1, 1, 2, None))) == [(0, 2), (1, 2)]
         assert group((None, None)).pairs() == [] and group((2, 2, 2)).pairs() == []
 
     def test_identical_responses_make_no_pair(self):
         """Whatever their ranks: a model cannot prefer a text to itself."""
         same = PromptGroup([1], [[5], [5], [6]], (1, 2, 3))
-        assert same.pairs() == [(0, 2), (1, 2)]
+        assert ends(same) == [(0, 2), (1, 2)]
 
     def test_the_weight_is_one_over_the_pairs_of_judged_responses(self):
         for ranks, right in (((1, 2), 1.0), (range(1, 10), 1 / 36), ((1, None, 2, 3), 1 / 3), ((1, 1, 2), 1 / 3)):
-            found = [w for _, _, w in group(ranks).weighted_pairs()]
+            found = [pair.weight for pair in group(ranks).pairs()]
             assert found and found == pytest.approx([right] * len(found))
-        assert group((1, None)).weighted_pairs() == []
+        assert group((1, None)).pairs() == []
 
     def test_several_labelers_weigh_as_one(self):
         """Each labeler's pairs at 1/C(K,2) over the labelers; where they differ, the pair stands in both directions."""
         both = PromptGroup([1], [[5], [6], [7]], (1, 2, 3), more_ranks=((2, 1, None),))
-        assert both.weighted_pairs() == [
-            (0, 1, pytest.approx(1 / 6)),
-            (0, 2, pytest.approx(1 / 6)),
-            (1, 2, pytest.approx(1 / 6)),
-            (1, 0, pytest.approx(1 / 2)),
+        assert both.pairs() == [
+            (0, 1, 0, pytest.approx(1 / 6)),
+            (0, 2, 0, pytest.approx(1 / 6)),
+            (1, 2, 0, pytest.approx(1 / 6)),
+            (1, 0, 1, pytest.approx(1 / 2)),
         ]
+
+    def test_those_put_first_share_a_weight_of_one(self):
+        """Ties share their labeler's part; a labeler who judged nothing has none."""
+        several = PromptGroup([1], [[5], [6], [7]], (2, 1, 1), more_ranks=((None, 3, 2), (None, None, None)))
+        third = pytest.approx(1 / 3)
+        assert several.first() == [(1, pytest.approx(1 / 6)), (2, pytest.approx(1 / 6)), (2, third)]
 
     def test_a_fully_judged_strict_ranking_weighs_one_in_all(self):
         for k in range(2, 10):
             g = group(range(1, k + 1))
-            assert sum(w for _, _, w in g.weighted_pairs()) == pytest.approx(1.0)
+            assert sum(pair.weight for pair in g.pairs()) == pytest.approx(1.0)
 
 
 class TestBatch:
@@ -65,12 +76,25 @@ class TestBatch:
         assert batch.pair_weights.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1.0])
         assert batch.pair_group.tolist() == [0, 0, 0, 1]
 
+    def test_pairs_of_one_winner_by_one_labeler_are_one_choice(self):
+        """Two labelers of three responses, then a tie: who is chosen out of itself and which others, at 1/(K − 1)."""
+        both = PromptGroup([1], [[5], [6], [7]], (1, 2, 3), more_ranks=((2, 1, None),), margins=(0.5, 2.0))
+        batch = batch_groups([both, group((1, 1, 2), 20)], pad_id=0)
+        chosen: dict = {}
+        pairs = (x.tolist() for x in (batch.winners, batch.losers, batch.choice))
+        for winner, loser, choice in zip(*pairs, strict=True):
+            chosen.setdefault(choice, (winner, []))[1].append(loser)
+        assert list(chosen.values()) == [(0, [1, 2]), (1, [2]), (1, [0]), (3, [5]), (4, [5])]
+        assert batch.choice_weights.tolist() == pytest.approx([1 / 4, 1 / 4, 1 / 2, 1 / 2, 1 / 2])
+        assert batch.pair_margins.tolist() == [0.5, 0.5, 0.5, 2.0, 0.0, 0.0]
+        assert batch.first.tolist() == [0, 1, 3, 4] and batch.first_weights.tolist() == [0.5] * 4
+
     def test_packing_changes_the_rows_and_not_the_pairs(self):
         groups = [group((2, 1, 3)), group((1, 2), 20)]
         rows, shared = batch_groups(groups, pad_id=0), batch_groups(groups, pad_id=0, packed=True)
         assert len(shared.rows.input_ids) == 1 and len(rows.rows.input_ids) == 5
         assert shared.rows.responses.tolist() == rows.rows.responses.tolist()
-        for name in ("winners", "losers", "pair_weights", "pair_group"):
+        for name in ("winners", "losers", "pair_weights", "pair_group", "choice", "choice_weights", "first"):
             assert torch.equal(getattr(shared, name), getattr(rows, name))
 
     def test_a_batch_without_pairs_has_empty_indices(self):

@@ -233,6 +233,8 @@ RANKING = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}
         (RANK, {**RANKING, "ranks": [1, True]}, "rank 2 is true"),
         (RANK, {**RANKING, "ranks": [1, "2"]}, "rank 2 is '2'"),
         (RANK, {**RANKING, "labeler": 5}, "'labeler' is 5"),
+        (RANK, {**RANKING, "margin": -1}, "'margin' is -1"),
+        (RANK, {**RANKING, "margin": "sure"}, "'margin' is 'sure'"),
         (RANK, {**RANKING, "id": ""}, "'id' is blank"),
         (RANK, {**RANKING, "id": True}, "'id' is true"),
     ],

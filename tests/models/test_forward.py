@@ -7,6 +7,7 @@ import torch
 
 from data.groups import make_rows
 from stages.models.adapters import trainable, with_adapter
+from stages.models.ensemble import Ensemble
 from stages.models.forward import response_logprobs, response_scores, response_values, score_all
 from stages.models.packing import can_pack
 
@@ -67,6 +68,21 @@ def test_scores_do_not_depend_on_the_batch(scalar, kind, rows, ragged):
     torch.testing.assert_close(first, response_scores(model, rows)[[2, 0]], **CLOSE)
     both = make_rows([p + p for p in ragged[0]] + ragged[0], ragged[1] * 2, 0)
     torch.testing.assert_close(response_scores(model, both)[4:], response_scores(model, rows), **CLOSE)
+
+
+@pytest.mark.parametrize("how", ["mean", "min"])
+def test_an_ensemble_scores_as_its_members_do_together(scalar, kind, ragged, how):
+    """Each member's bias its own; padded or packed; all members pack or none."""
+    members = [scalar(kind, bias=0.25 * i) for i in (1, 2, 3)]
+    with torch.no_grad():
+        for i, member in enumerate(members):
+            member.score.weight.mul_(1 + i)
+    each = torch.stack([response_scores(member, make_rows(*ragged, 0)) for member in members])
+    together = Ensemble(members, how)
+    right = each.mean(0) if how == "mean" else each.min(0).values
+    torch.testing.assert_close(response_scores(together, make_rows(*ragged, 0)), right, **CLOSE)
+    assert can_pack(together, 64) and all(can_pack(member, 64) for member in members)
+    torch.testing.assert_close(response_scores(together, make_rows(*ragged, 0, packed=True)), right, **CLOSE)
 
 
 class OneProcess:

@@ -8,7 +8,7 @@ import torch
 
 from data.groups import PromptGroup, batch_groups
 from stages.dpo import pair_figures
-from stages.objectives.losses import dpo_loss, ranking_loss
+from stages.objectives.losses import chosen_loss, dpo_loss, plackett_luce_loss, ranking_loss
 
 # Mixed K (2, 4, 9, 5), a tie, an unjudged response, a prompt without any usable pair.
 RANKS = [(1, 2), (2, 1, 2, 4), tuple(range(9, 0, -1)), (1, None, 3, 2, None), (1, 1, 1)]
@@ -54,6 +54,9 @@ def dpo_by_hand(logps, ref, beta, loss_type, smoothing):
         h = (p[i] - p[j]) - (q[i] - q[j])
         if loss_type == "sigmoid":
             return -(1 - smoothing) * log_sigmoid(beta * h) - smoothing * log_sigmoid(-beta * h)
+        if loss_type == "robust":
+            kept, flipped = -log_sigmoid(beta * h), -log_sigmoid(-beta * h)
+            return ((1 - smoothing) * kept - smoothing * flipped) / (1 - 2 * smoothing)
         return (h - 1 / (2 * beta)) ** 2 if loss_type == "ipo" else max(0.0, 1 - beta * h)
 
     return torch.tensor(over_pairs(pair), dtype=torch.float64)
@@ -64,7 +67,7 @@ def ranking_of(scores, batch=None):
     return ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights, COUNT)
 
 
-DPO = [("sigmoid", 0.0), ("sigmoid", 0.1), ("ipo", 0.0), ("hinge", 0.0)]
+DPO = [("sigmoid", 0.0), ("sigmoid", 0.1), ("robust", 0.0), ("robust", 0.2), ("ipo", 0.0), ("hinge", 0.0)]
 
 
 def dpo_of(logps, ref, loss_type, smoothing, beta=0.3):
@@ -141,6 +144,104 @@ class TestRanking:
         )
         assert loss.item() == pytest.approx(1e4) and gradient.tolist() == [-1.0, 1.0]
 
+    def test_smoothing_and_margins_are_the_double_loop_with_them(self, gradient_of, finite_difference):
+        """ℓ(d) = −(1−s) log σ(d) − s log σ(−d) at d = r_i − r_j − m, a margin a ranking."""
+        margins = [0.0, 0.5, 2.0, 0.25, 1.0]
+        owner = [g for g, size in enumerate(SIZES) for _ in range(size)]
+        groups = [
+            PromptGroup([1], [[2 + i] for i in range(len(r))], r, margins=(m,))
+            for r, m in zip(RANKS, margins, strict=True)
+        ]
+        batch = batch_groups(groups, pad_id=0)
+
+        def by_hand(scores):
+            s = scores.tolist()
+            gap = lambda i, j: s[i] - s[j] - 3.0 * margins[owner[i]]  # noqa: E731
+            pair = lambda i, j: -0.9 * log_sigmoid(gap(i, j)) - 0.1 * log_sigmoid(-gap(i, j))  # noqa: E731
+            return torch.tensor(over_pairs(pair), dtype=torch.float64)
+
+        def ours(scores):
+            pairs = (batch.winners, batch.losers, batch.pair_weights)
+            return ranking_loss(scores, *pairs, COUNT, 3.0 * batch.pair_margins, 0.1)
+
+        loss, gradient = gradient_of(ours, numbers(1))
+        assert loss.item() == pytest.approx(by_hand(numbers(1)).item(), rel=1e-6)
+        torch.testing.assert_close(gradient, finite_difference(by_hand, numbers(1)), rtol=1e-5, atol=1e-8)
+
+
+def orders_by_hand(utilities):
+    """−log P of each prompt's order over its K − 1 choices, mean over prompts: in words, each response is chosen out
+    of itself and all that were ranked below it; K = judged responses."""
+    u, total, start = utilities.tolist(), 0.0, 0
+    for ranks in RANKS:
+        k = sum(r is not None for r in ranks)
+        for i, rank in enumerate(ranks):
+            below = [j for j, other in enumerate(ranks) if None not in (rank, other) and other > rank]
+            others = sum(math.exp(u[start + j]) for j in below)
+            if below:
+                total -= math.log(math.exp(u[start + i]) / (math.exp(u[start + i]) + others)) / (k - 1)
+        start += len(ranks)
+    return torch.tensor(total / COUNT, dtype=torch.float64)
+
+
+def orders_of(utilities, batch=None):
+    batch = batch or batch_of(RANKS)
+    return plackett_luce_loss(utilities, batch.winners, batch.losers, batch.choice, batch.choice_weights, COUNT)
+
+
+class TestPlackettLuce:
+    def test_is_the_loop_over_choices(self, gradient_of, finite_difference):
+        loss, gradient = gradient_of(orders_of, numbers(1))
+        assert loss.item() == pytest.approx(orders_by_hand(numbers(1)).item(), rel=1e-6)
+        torch.testing.assert_close(gradient, finite_difference(orders_by_hand, numbers(1)), rtol=1e-5, atol=1e-8)
+
+    def test_the_probabilities_of_all_orders_sum_to_one(self):
+        """exp(−(K − 1) · loss) of one strict ranking is its probability: over all 24 orders of 4 it sums to 1."""
+        u = numbers(4)[:4]
+        loss = lambda order: (  # noqa: E731
+            lambda b: plackett_luce_loss(u, b.winners, b.losers, b.choice, b.choice_weights, 1).item()
+        )(batch_of([order]))
+        assert sum(math.exp(-3 * loss(order)) for order in itertools.permutations((1, 2, 3, 4))) == pytest.approx(1.0)
+
+    def test_of_two_responses_it_is_the_ranking_loss(self, gradient_of):
+        batch = batch_of([(1, 2), (2, 1), (1, 1)])
+        one, one_gradient = gradient_of(
+            lambda u: plackett_luce_loss(u, batch.winners, batch.losers, batch.choice, batch.choice_weights, 3),
+            numbers(1)[:6],
+        )
+        other, other_gradient = gradient_of(
+            lambda u: ranking_loss(u, batch.winners, batch.losers, batch.pair_weights, 3), numbers(1)[:6]
+        )
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+        torch.testing.assert_close(one_gradient, other_gradient, rtol=1e-12, atol=1e-15)
+
+    def test_a_constant_changes_nothing_and_enormous_gaps_stay_finite(self, gradient_of):
+        loss, gradient = gradient_of(orders_of, numbers(1))
+        moved, moved_gradient = gradient_of(orders_of, numbers(1) + 300.0)
+        torch.testing.assert_close(moved, loss, rtol=1e-10, atol=0)
+        torch.testing.assert_close(moved_gradient, gradient, rtol=1e-8, atol=1e-12)
+        loss, gradient = gradient_of(orders_of, numbers(1, 1e5))
+        assert loss.isfinite() and gradient.isfinite().all()
+
+    def test_unjudged_responses_and_prompts_without_a_pair_are_unseen(self, gradient_of):
+        judged = torch.tensor([r is not None and len(set(ranks)) > 1 for ranks in RANKS for r in ranks])
+        loss, gradient = gradient_of(orders_of, numbers(1))
+        poisoned, poisoned_gradient = gradient_of(orders_of, torch.where(judged, numbers(1), torch.nan))
+        assert poisoned == loss
+        torch.testing.assert_close(poisoned_gradient, gradient, rtol=0, atol=0)
+        batch = batch_of([(1, 1), (None, 1)])
+        nothing, none = gradient_of(lambda u: orders_of(u, batch), torch.ones(4))
+        assert nothing == 0 and (none == 0).all()
+
+
+def test_sft_is_the_cross_entropy_a_token_of_those_put_first():
+    """By hand: log-probs −3 over 2 tokens, and a tie of −4 and −6 over 1 and 3: (3 + ½·4 + ½·6) / (2 + ½·1 + ½·3)."""
+    groups = [PromptGroup([1], [[5, 6], [7]], (1, 2)), PromptGroup([1], [[5], [6, 7, 8]], (1, 1))]
+    batch, logps = batch_groups(groups, pad_id=0), torch.tensor([-3.0, -9.0, -4.0, -6.0])
+    tokens = sum(weight * len(g.responses[i]) for g in groups for i, weight in g.first())
+    assert tokens == 4.0
+    assert chosen_loss(logps, batch.first, batch.first_weights, tokens).item() == pytest.approx(8.0 / 4.0)
+
 
 class TestDPO:
     @pytest.mark.parametrize("loss_type, smoothing", DPO)
@@ -192,7 +293,7 @@ class TestDPO:
             assert torch.isfinite(loss) and torch.isfinite(gradient).all()
 
     def test_an_unknown_loss_is_refused(self):
-        with pytest.raises(ValueError, match="sigmoid, ipo or hinge"):
+        with pytest.raises(ValueError, match="sigmoid, robust, ipo or hinge"):
             dpo_of(numbers(2), numbers(3), "exo", 0.0)
 
 
@@ -217,6 +318,7 @@ def test_micro_batches_of_prompts_add_up_to_the_whole(size, gradient_of):
     for function in (
         lambda x, _, b: ranking_loss(x, b.winners, b.losers, b.pair_weights, COUNT),
         lambda x, r, b: dpo_loss(x, r, b.winners, b.losers, b.pair_weights, 0.3, COUNT),
+        lambda x, r, b: plackett_luce_loss(x - r, b.winners, b.losers, b.choice, b.choice_weights, COUNT),
     ):
         whole, gradient = gradient_of(lambda x, f=function: f(x, ref, batch_of(RANKS)), numbers(2))
         parts, parts_gradient = gradient_of(in_parts(function), numbers(2))

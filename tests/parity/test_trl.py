@@ -4,6 +4,7 @@ trl has pairs; a prompt with K responses is all its C(K, 2) pairs in one batch, 
 """
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from data.encode import encode_prompt, encode_response
 from data.groups import PromptGroup, batch_groups
 from stages.models.forward import response_logprobs, response_scores
 from stages.objectives.logprobs import sequence_logps
-from stages.objectives.losses import dpo_loss, ranking_loss
+from stages.objectives.losses import ranking_loss
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -51,35 +52,42 @@ def quiet(folder, **options):
 def pair_examples(groups):
     """What trl's collators take: one row a pair."""
     return [
-        {"prompt_ids": g.prompt, "chosen_ids": g.responses[w], "rejected_ids": g.responses[lo]}
+        {"prompt_ids": g.prompt, "chosen_ids": g.responses[pair.winner], "rejected_ids": g.responses[pair.loser]}
         for g in groups
-        for w, lo in g.pairs()
+        for pair in g.pairs()
     ]
 
 
 def assert_same_gradients(one, other):
+    """‖ours − theirs‖ ≤ 1e-5 ‖theirs‖ for every weight."""
     for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=2e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert (p.grad - q.grad).norm() <= 1e-5 * q.grad.norm(), name
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
-def test_dpo_is_trls(tmp_path, tokenizer, llama, groups, loss_type):
-    """Loss, gradient of every weight, and the figures under trl's names (trl's ipo divides by length, the
-    paper's and ours do not)."""
+def dpo_trainer(tmp_path, tokenizer, policy, reference, **options):
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
 
-    from stages.dpo import pair_figures
+    return DPOTrainer(
+        model=policy,
+        ref_model=reference,
+        args=DPOConfig(**quiet(tmp_path, beta=0.3, **options)),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list([{"prompt": QUESTION, "chosen": " red .", "rejected": " hello"}]),
+    )
+
+
+@pytest.mark.parametrize("loss_type, smoothing", [("sigmoid", 0.0), ("hinge", 0.0), ("robust", 0.1)])
+def test_dpo_is_trls(tmp_path, tokenizer, llama, groups, loss_type, smoothing):
+    """Loss, gradient of every weight, and the figures under trl's names (its sigmoid has no smoothing)."""
+    from transformers import AutoModelForCausalLM
+
+    from stages.dpo import loss_of, pair_figures
 
     policy, reference = llama(AutoModelForCausalLM, 0), llama(AutoModelForCausalLM, 1)
     theirs = copy.deepcopy(policy)
-    trainer = DPOTrainer(
-        model=theirs,
-        ref_model=reference,
-        args=DPOConfig(**quiet(tmp_path, beta=0.3, loss_type=[loss_type])),
-        processing_class=tokenizer,
-        train_dataset=Dataset.from_list([{"prompt": QUESTION, "chosen": " red .", "rejected": " hello"}]),
+    trainer = dpo_trainer(
+        tmp_path, tokenizer, theirs, reference, loss_type=[loss_type], label_smoothing=smoothing
     )
     expected = trainer.compute_loss(trainer.model, trainer.data_collator(pair_examples(groups)))
     expected.backward()
@@ -89,11 +97,9 @@ def test_dpo_is_trls(tmp_path, tokenizer, llama, groups, loss_type):
     with torch.no_grad():
         ref_logps = sequence_logps(response_logprobs(reference, batch.rows), mask)
     logps = sequence_logps(response_logprobs(policy, batch.rows), mask)
-    loss = dpo_loss(
-        logps, ref_logps, batch.winners, batch.losers, batch.pair_weights, 0.3, len(groups), loss_type
-    )
+    loss = loss_of(loss_type, logps, ref_logps, batch, 0.3, smoothing, len(groups), 1)
     loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same_gradients(policy, theirs)
     figures = pair_figures(loss, logps.detach(), ref_logps, batch, 0.3, 1.0)
     told = {k: v[-1] for mode in trainer._metrics.values() for k, v in mode.items()}
@@ -108,7 +114,45 @@ def test_dpo_is_trls(tmp_path, tokenizer, llama, groups, loss_type):
         assert figures[name] == pytest.approx(told[name], rel=1e-3, abs=1e-5), name
 
 
-def test_the_ranking_loss_is_trls_reward_loss_over_all_pairs(tmp_path, tokenizer, llama, groups):
+@pytest.mark.parametrize("groups", ["pairs"], indirect=True)
+@pytest.mark.parametrize("case", ["ipo", "sft"])
+def test_dpos_other_losses_are_trls(tmp_path, tokenizer, llama, groups, case):
+    """ipo: trl divides a log-ratio by its response's length L, so with all of one length its loss at β is ours at
+    β / L over L². sft: a weight on the responses ranked first."""
+    from transformers import AutoModelForCausalLM
+
+    from stages.dpo import loss_of
+
+    policy, reference = llama(AutoModelForCausalLM, 0), llama(AutoModelForCausalLM, 1)
+    theirs = copy.deepcopy(policy)
+    if case == "ipo":
+        length = 3
+        groups = [dataclasses.replace(g, responses=[(3 * r)[:length] for r in g.responses]) for g in groups]
+        options, parts = {"loss_type": ["ipo"]}, {"ipo": (0.3 / length, length**-2)}
+    else:
+        options = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.25]}
+        parts = {"sigmoid": (0.3, 1.0), "sft": (0.3, 0.25)}
+    trainer = dpo_trainer(tmp_path, tokenizer, theirs, reference, **options)
+    expected = trainer.compute_loss(trainer.model, trainer.data_collator(pair_examples(groups)))
+    expected.backward()
+
+    batch = batch_groups(groups, tokenizer.pad_token_id)
+    mask = batch.rows.response_mask
+    with torch.no_grad():
+        ref_logps = sequence_logps(response_logprobs(reference, batch.rows), mask)
+    logps = sequence_logps(response_logprobs(policy, batch.rows), mask)
+    tokens = sum(weight * len(g.responses[i]) for g in groups for i, weight in g.first())
+    loss = sum(
+        weight * loss_of(name, logps, ref_logps, batch, beta, 0.0, len(groups), tokens)
+        for name, (beta, weight) in parts.items()
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same_gradients(policy, theirs)
+
+
+@pytest.mark.parametrize("margin", [None, 0.7])
+def test_the_ranking_loss_is_trls_reward_loss_over_all_pairs(tmp_path, tokenizer, llama, groups, margin):
     """Loss, gradient of every weight, accuracy and margin; K forward passes against K(K − 1)."""
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification
@@ -124,6 +168,7 @@ def test_the_ranking_loss_is_trls_reward_loss_over_all_pairs(tmp_path, tokenizer
     )
     pairs = [
         {"chosen_ids": e["prompt_ids"] + e["chosen_ids"], "rejected_ids": e["prompt_ids"] + e["rejected_ids"]}
+        | ({} if margin is None else {"margin": margin})
         for e in pair_examples(groups)
     ]
     expected = trainer.compute_loss(trainer.model, trainer.data_collator(pairs))
@@ -131,9 +176,9 @@ def test_the_ranking_loss_is_trls_reward_loss_over_all_pairs(tmp_path, tokenizer
 
     batch = batch_groups(groups, tokenizer.pad_token_id)
     scores = response_scores(model, batch.rows)
-    loss = ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights, len(groups))
+    loss = ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights, len(groups), margin or 0.0)
     loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same_gradients(model, theirs)
     told = {k: v[-1] for mode in trainer._metrics.values() for k, v in mode.items()}
     margins = (scores[batch.winners] - scores[batch.losers]).detach()

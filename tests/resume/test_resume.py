@@ -38,9 +38,12 @@ def without(oracle, tmp_path, stage):
     return root
 
 
-@pytest.mark.parametrize("stage, step", [*[(stage, 5) for stage in STAGES], ("sft", 9), ("sft", 11)])
+@pytest.mark.parametrize(
+    "stage, step", [*[(stage, 5) for stage in STAGES], ("sft", 9), ("sft", 11), ("rm", 9), ("rm", 11)]
+)
 def test_killed_and_started_again_gives_the_same_bytes(stage, step, oracle, tmp_path):
-    """After the checkpoint of step 4, before that of 6; sft also early and late in the training of ppo_init/."""
+    """After the checkpoint of step 4, before that of 6; sft also early and late in the training of ppo_init/, rm in
+    that of its second model."""
     root = without(oracle, tmp_path, stage)
     run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
     step = {"rankings": 2, "evaluate": 2}.get(stage, step)
@@ -69,7 +72,7 @@ def test_journals_hold_each_step_once(oracle):
     for stage in ("base", "sft", "rm", "ppo", "dpo"):
         rows = [json.loads(line) for line in (oracle / "micro" / stage / "metrics.jsonl").open()]
         manifest = json.loads((oracle / "micro" / stage / "manifest.json").read_text())
-        steps = 8 + manifest["metrics"].get("ppo_init_steps", 0)
+        steps = (16 if stage == "rm" else 8) + manifest["metrics"].get("ppo_init_steps", 0)
         assert steps > 8 or stage != "sft"
         assert [row["step"] for row in rows] == list(range(1, steps + 1)), stage
         for name in JOURNALS[1:]:
@@ -98,3 +101,33 @@ def test_ppo_starts_from_ppo_init_and_publishes_its_average(oracle):
     for row, following in zip(rows, rows[1:], strict=False):
         error = min(max(row["objective/kl"] / 0.5 - 1, -0.2), 0.2)
         assert following["kl_coef"] == pytest.approx(row["kl_coef"] * (1 + error * 8 / 64))
+
+
+def test_the_reward_models_of_an_ensemble_differ_and_know_their_bias(oracle):
+    """rm.ensemble: 2. Each scores the demonstrations 0 on average by a bias of its own; accuracy is told in parts."""
+    from safetensors.torch import load_file
+
+    folders = [oracle / "micro" / "rm" / name for name in ("model", "ensemble/1")]
+    one, other = (load_file(folder / "model.safetensors") for folder in folders)
+    assert set(one) == set(other) and not any(one[n].equal(other[n]) for n in one if one[n].dim() == 2)
+    biases = [json.loads((folder / "config.json").read_text())["reward_bias"] for folder in folders]
+    assert biases[0] != biases[1]
+    metrics = json.loads((oracle / "micro" / "rm" / "manifest.json").read_text())["metrics"]
+    for key in ("accuracy_by_k", "accuracy_by_rank_distance", "accuracy_by_labeler"):
+        parts = metrics[key].values()
+        assert sum(part["n_pairs"] for part in parts) == metrics["n_pairs"], key
+        weighted = sum(part["accuracy"] * part["n_pairs"] for part in parts)
+        assert weighted == pytest.approx(metrics["accuracy"] * metrics["n_pairs"]), key
+    assert sum(bin["n_pairs"] for bin in metrics["reliability"]) == metrics["n_pairs"]
+    assert 0 <= metrics["ensemble_accuracy"] <= 1
+
+
+def test_the_references_numbers_are_not_computed_again(oracle, tmp_path):
+    """A redo of dpo with another beta finds them in its cache, under the digest of model and rankings."""
+    root = tmp_path / "artifacts"
+    shutil.copytree(oracle, root)
+    cached = sorted((root / "micro" / "dpo" / ".cache").iterdir())
+    assert [path.stem for path in cached] == ["reference_logps_train", "reference_logps_validation"]
+    before = [path.stat().st_mtime_ns for path in cached]
+    assert rlhf("run", "dpo", "-c", str(CONFIG), "--artifacts", str(root), "--only", "dpo.beta=0.3") == 0
+    assert [path.stat().st_mtime_ns for path in cached] == before

@@ -43,6 +43,28 @@ def test_a_response_has_to_leave_room_for_a_prompt(tmp_path, stage):
     assert line.startswith(f"{stage}.response_length: 512 leaves no room for a prompt in max_length 512; ")
 
 
+@pytest.mark.parametrize(
+    "overrides, start",
+    [
+        (("dpo.loss_type=[sigmoid,sigmoid]",), "dpo.loss_type: "),
+        (("dpo.loss_type=[]",), "dpo.loss_type: "),
+        (("dpo.loss_type=[sigmoid,sft]", "dpo.loss_weights=[1.0]"), "dpo.loss_weights: 1 for 2 of dpo.loss_type"),
+        (("dpo.loss_type=hinge", "dpo.label_smoothing=0.1"), "dpo.label_smoothing: has no meaning with"),
+        (("rm.loss_type=plackett_luce", "rm.margin_coef=1.0"), "rm.margin_coef: has no meaning"),
+        (("ppo.reward_ensemble=min",), "evaluate.reward_ensemble: is mean, and ppo.reward_ensemble min"),
+    ],
+)
+def test_losses_that_do_not_go_together(tmp_path, overrides, start):
+    (line,) = problems(tmp_path, *overrides)
+    assert line.startswith(start)
+
+
+def test_losses_that_do(tmp_path):
+    weighted = ("dpo.loss_type=[robust,sft]", "dpo.loss_weights=[1.0,0.2]", "dpo.label_smoothing=0.1")
+    ensemble = ("rm.ensemble=3", "ppo.reward_ensemble=min", "evaluate.reward_ensemble=min")
+    assert problems(tmp_path, *weighted, *ensemble, "rm.loss_type=plackett_luce") == []
+
+
 def test_what_no_attention_can_compute(tmp_path):
     (line,) = problems(tmp_path, "model.hidden_size=12")
     assert line.startswith("model.num_attention_heads: a head of 12 / 4 = 3 is odd; ")

@@ -14,12 +14,14 @@ from pipeline.errors import Interrupted, TrainingStopped, UserError
 from pipeline.stage import StopFlag
 from stages.engine import (
     Best,
+    balanced,
     fit,
     gradient_norm,
     learning_rate_at,
     make_trainee,
     micro_batches,
     optimizer_step,
+    sorted_chunks,
 )
 
 SHAPES = ("constant", "linear", "cosine", "cosine_with_min_lr")
@@ -221,6 +223,47 @@ class TestTrainee:
         assert same(weights(trainee), good)
 
 
+class TestBalanced:
+    tokens = [50, 10, 10, 40, 30, 20, 60, 20]
+
+    def parts(self, size, budget=None):
+        parts = balanced(list(range(8)), self.tokens, size, budget)
+        assert sorted(i for part in parts for i in part) == list(range(8)), "every row once"
+        return [[self.tokens[i] for i in part] for part in parts]
+
+    def test_as_few_parts_as_the_size_allows_about_equal_in_tokens(self):
+        for size, count in ((8, 1), (4, 2), (3, 3), (2, 4), (1, 8)):
+            parts = self.parts(size)
+            assert len(parts) == count and max(map(len, parts)) <= size
+        assert sorted(map(sum, self.parts(4))) == [120, 120] and sorted(map(sum, self.parts(2))) == [50, 60, 60, 70]
+
+    def test_within_a_budget_of_tokens(self):
+        for budget in (60, 80, 120, 240):
+            assert max(map(sum, self.parts(1, budget))) <= budget
+        assert len(self.parts(1, 240)) == 1 and len(self.parts(1, 120)) == 2
+
+    def test_a_row_over_the_budget_is_alone(self):
+        parts = self.parts(1, 45)
+        assert [60] in parts and [50] in parts and all(sum(p) <= 45 or len(p) == 1 for p in parts)
+        assert self.parts(8, 1) == [[n] for n in sorted(self.tokens, reverse=True)]
+
+
+class TestSortedChunks:
+    tokens = [50, 10, 10, 40, 30, 20, 60, 20]
+
+    def parts(self, size, budget=None, widest=False):
+        cost = lambda part: len(part) * max(part) if widest else sum(part)  # noqa: E731
+        parts = sorted_chunks(list(range(8)), self.tokens, cost, size, budget)
+        assert sorted(i for part in parts for i in part) == list(range(8)), "every row once"
+        return [[self.tokens[i] for i in part] for part in parts]
+
+    def test_shortest_first_as_many_as_fit(self):
+        assert self.parts(3) == [[10, 10, 20], [20, 30, 40], [50, 60]]
+        assert self.parts(1, 60) == [[10, 10, 20, 20], [30], [40], [50], [60]]
+        assert self.parts(1, 60, widest=True) == [[10, 10, 20], [20, 30], [40], [50], [60]]
+        assert self.parts(1, 5) == [[n] for n in sorted(self.tokens)], "a row over the budget is alone"
+
+
 def test_micro_batches_hold_every_row_once_in_order():
     assert list(micro_batches([1, 2, 3, 4, 5], 2)) == [[1, 2], [3, 4], [5]]
     assert list(micro_batches([], 2)) == []
@@ -275,7 +318,8 @@ class Regression:
     def __init__(
         self, folder, every=2, keep="last", patience=None, micro_size=3, learning_rate=0.05, figures=None
     ):
-        self.options = {"keep": keep, "patience": patience, "micro_size": micro_size}
+        cut = lambda batch: micro_batches(batch, micro_size)  # noqa: E731
+        self.options = {"keep": keep, "patience": patience, "cut": cut}
         self.checkpoints = CheckpointStore(folder, every, 2, "run", say=lambda line: None)
         self.rate, self.figures, self.journal = learning_rate, figures, Journal(None)
         x = torch.randn(10, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -300,8 +344,8 @@ class Regression:
         )
         self.trainee = trainee_of()
 
-        def loss(rows, count):
-            value = ((self.trainee.model(self.x[rows]) - self.y[rows]) ** 2).sum() / count
+        def loss(rows, batch):
+            value = ((self.trainee.model(self.x[rows]) - self.y[rows]) ** 2).sum() / len(batch)
             return value, {"loss": value.item()}
 
         def evaluate():

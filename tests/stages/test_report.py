@@ -34,6 +34,18 @@ def write_rows(path: Path, rows) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
+TRUST = {  # of the reward model
+    "reliability": [
+        {"confidence": 0.55, "accuracy": 0.53, "n_pairs": 900},
+        {"confidence": 0.75, "accuracy": 0.72, "n_pairs": 1212},
+    ],
+    "accuracy_by_k": {"4": {"accuracy": 0.7, "n_pairs": 2112}},
+    "accuracy_by_rank_distance": {"1": {"accuracy": 0.61, "n_pairs": 1100}, "2": {"accuracy": 0.8, "n_pairs": 1012}},
+    "accuracy_by_labeler": {"ada<b>": {"accuracy": 0.7, "n_pairs": 2112}},
+    "agreement_by_labelers": {"ada<b> / ben": {"agreement": 0.72, "n_pairs": 812}},
+}
+
+
 def fake_run(
     tmp_path: Path, policies=("base", "sft", "ppo", "dpo", "best_of_n"), gold=True, world=True, prompts=40
 ):
@@ -59,7 +71,7 @@ def fake_run(
             "git": {"commit": "abcdef012345", "dirty": i == 2},
             "resumes": 0,
             "outputs": {"model/model.safetensors": {"sha256": "0" * 64, "bytes": 4_400_000}},
-            "metrics": {},
+            "metrics": TRUST if stage == "rm" else {},
             "config": {"overridden": {"ppo.kl_coef": [0.05, 0.1]}} if stage == "ppo" else {},
         }
     noise = lambda s: rng.gauss(0, s)  # noqa: E731
@@ -260,6 +272,20 @@ def test_samples_are_chosen_by_rule_and_show_losses_too(tmp_path):
     )
     chosen = [json.dumps(item["prompt"]) for items in groups.values() for item in items]
     assert len(set(chosen)) == len(chosen)
+
+
+def test_the_reward_model_is_told_in_parts(tmp_path):
+    """Reliability and rank distance as plots, K, labelers and their agreement as a table; nothing of an older manifest
+    that lacks them."""
+    ctx = fake_run(tmp_path / "new")
+    page = page_of(ctx)
+    assert "Is the reward model as sure as it should be?" in page and "Accuracy by rank distance" in page
+    for cells in ("<td>4</td><td>70.0\u00a0%</td><td>2112</td>", "<td>ada&lt;b&gt; / ben</td><td>72.0\u00a0%</td>"):
+        assert cells in page
+    ctx = fake_run(tmp_path / "old")
+    ctx.manifests["rm"]["metrics"] = {}
+    page = page_of(ctx)
+    assert "as sure as it should be" not in page and "on held-out pairs</th>" not in page
 
 
 def test_needs_follow_the_policies_and_the_data():

@@ -8,10 +8,13 @@ import pytest
 
 from data.records import Ranking
 from stages.statistics import (
+    accuracy_by,
+    agreements,
     bootstrap_ci,
     expected_calibration_error,
     labeler_agreement,
     pair_accuracy,
+    reliability,
     win_rate,
 )
 
@@ -158,3 +161,25 @@ class TestAgreement:
             labeler_agreement([ranked((1, 2, 3), prompt), ranked((1, 2, 3), tuple(dict(m) for m in prompt))])
             == 1.0
         )
+
+
+class TestParts:
+    def test_accuracy_by_key_counts_ties_half_and_sorts_keys_as_numbers(self):
+        found = accuracy_by([1.0, -1.0, 0.0, 2.0, -3.0], [10, 2, 2, 2, 10])
+        assert found == {"2": {"accuracy": 0.5, "n_pairs": 3}, "10": {"accuracy": 0.5, "n_pairs": 2}}
+        assert list(found) == ["2", "10"]
+
+    def test_the_reliability_curve_by_hand(self):
+        """Margins ±ln 4: confidence 0.8; two of three right. A margin of 0: confidence ½, half right."""
+        curve = reliability([math.log(4), math.log(4), -math.log(4), 0.0])
+        assert [b["n_pairs"] for b in curve] == [1, 3]
+        assert curve[0]["confidence"] == 0.5 and curve[0]["accuracy"] == 0.5
+        assert curve[1]["confidence"] == pytest.approx(0.8) and curve[1]["accuracy"] == pytest.approx(2 / 3)
+
+    def test_agreement_of_each_two_labelers(self):
+        """ada and ben agree on 2 of 3 pairs; cleo left one response out and tied another."""
+        ranks = {"ben": (1, 3, 2), "ada": (1, 2, 3), "cleo": (2, 1, None)}
+        rows = [Ranking("x", "p", ("a", "b", "c"), r, who) for who, r in ranks.items()]
+        found = agreements(rows)
+        assert found == {("ada", "ben"): (2, 3), ("ada", "cleo"): (0, 1), ("ben", "cleo"): (0, 1)}
+        assert labeler_agreement(rows) == pytest.approx(2 / 5)

@@ -103,6 +103,23 @@ def link(name: str, main: ArtifactStore, store: ArtifactStore) -> None:
     assert published["digest"] == manifest["digest"], f"{name}: what was shared is not what was there"
 
 
+def options(program: str, doc: str, results: Path) -> cli.Parser:
+    """What every comparison may be told. doc: its module's docstring; results: the folder of its lines."""
+    parser = cli.Parser(prog=program, description=doc.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("-c", "--config", default="configs/tiny.yaml", metavar="FILE", help="the experiment's YAML")
+    parser.add_argument("--artifacts", default="artifacts", metavar="DIR", help="where finished stages are kept")
+    parser.add_argument("--results", default=results, type=Path, metavar="DIR", help="where lines are kept")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def parsed(parser: cli.Parser, argv: list[str]) -> Namespace:
+    """The command line, its `key=value` as `overrides`."""
+    asked = parser.parse_args([word for word in argv if not cli.is_setting(word)])
+    asked.overrides = [word for word in argv if cli.is_setting(word)]
+    return asked
+
+
 def sampling(experiment: Any, policy: str, count: int) -> list[str]:
     """Settings of the stage `samples` as overrides: evaluate's, as JSON, which is YAML."""
     settings = experiment.evaluate.model_dump(mode="json", exclude={"policies", "best_of"})

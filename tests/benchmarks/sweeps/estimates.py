@@ -32,6 +32,21 @@ def best_of(scores: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
     return (chosen_weights(scores, n) * values).sum(1)
 
 
+def gold_order(scores: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    """Share of the pairs of a prompt's samples, among those whose gold differs, that the score orders as gold does,
+    equal scores counting half: (G, N), (G, N) → (G,), NaN where no gold differs."""
+    by_gold = np.sign(gold[:, :, None] - gold[:, None, :])
+    by_score = np.sign(scores[:, :, None] - scores[:, None, :])
+    decided = (by_gold != 0).sum((1, 2))
+    alike = ((by_gold * by_score + 1) / 2 * (by_gold != 0)).sum((1, 2))
+    return np.where(decided > 0, alike / np.maximum(decided, 1), np.nan)
+
+
+def wins(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """How often one of our samples beats one of theirs, of the same prompt, ties half: (G, N), (G, M) → (G,)."""
+    return ((np.sign(ours[:, :, None] - theirs[:, None, :]) + 1) / 2).mean((1, 2))
+
+
 def best_of_kl(n: int) -> float:
     """KL(best of n ‖ the sampler) = ln n − (n − 1)/n, in nats a response; less where samples or scores coincide."""
     return math.log(n) - (n - 1) / n

@@ -19,8 +19,9 @@ from pipeline.stage import StageRun
 from stages import evaluate
 from stages.common import check_context, device_of, dtype_of, packing
 from stages.engine import make_accelerator, micro_batches
+from stages.models.ensemble import load_reward_model
 from stages.models.forward import response_logprobs, score_all
-from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
+from stages.models.loading import load_policy, load_tokenizer
 from stages.objectives.logprobs import sequence_logps
 from stages.objectives.rewards import final_scores
 from stages.rollouts.transformers import sample
@@ -103,9 +104,12 @@ def run(ctx: StageRun) -> dict:
 
 def load(ctx: StageRun, stage: str, accelerator, folder: str = "model"):
     """The model of an upstream stage, where it computes."""
-    reader = load_scalar_model if stage == "rm" else load_policy
     options = {"attn_implementation": ctx.experiment.model.attn_implementation}
-    model = reader(ctx.inputs[stage] / folder, trust_remote_code=ctx.trust_remote_code, **options)
+    options["trust_remote_code"] = ctx.trust_remote_code
+    if stage == "rm":
+        model = load_reward_model(ctx.inputs[stage] / folder, ctx.config.reward_ensemble, **options)
+    else:
+        model = load_policy(ctx.inputs[stage] / folder, **options)
     return model.to(accelerator.device)
 
 

@@ -1,0 +1,36 @@
+"""Several reward models that score as one: their mean, or their minimum (Coste 2023: worst-case optimisation)."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from stages.models.loading import load_scalar_model
+
+How = Literal["mean", "min"]
+
+
+class Ensemble(nn.Module):
+    """Reward models of one tokenizer. `response_scores` reads each, bias subtracted, and combines."""
+
+    def __init__(self, members, how: How):
+        super().__init__()
+        self.members, self.how = nn.ModuleList(members), how
+
+    def combine(self, scores: list[Tensor]) -> Tensor:
+        """(B,) of each member → (B,)."""
+        every = torch.stack(scores)
+        return every.mean(0) if self.how == "mean" else every.amin(0)
+
+
+def load_reward_model(folder: Path, how: How, **options) -> nn.Module:
+    """The reward model in `folder`; with those of ensemble/ beside it, if rm made them, an Ensemble."""
+    first, rest = load_scalar_model(folder, **options), others_of(folder)
+    return Ensemble([first, *(load_scalar_model(path, **options) for path in rest)], how) if rest else first
+
+
+def others_of(folder: Path) -> list[Path]:
+    """The other models of the ensemble whose first one is `folder`: ensemble/1, … beside it."""
+    numbered = (path for path in (Path(folder).parent / "ensemble").glob("*") if path.name.isdecimal())
+    return sorted(numbered, key=lambda path: int(path.name))

@@ -1,0 +1,145 @@
+"""Our rm and dpo as a program that answers the bench's questions (preferences.py) as JSON lines.
+
+    python tests/benchmarks/preferences_ours.py rm|dpo
+
+`step` does what one step of `fit` does in stages/rm.py or stages/dpo.py, with their functions and defaults.
+"""
+
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from pairs import Phases, peak_bytes, reset_peak, serve, versions
+from ppo_models import PAD, SHAPES, craft, matmul_peak
+from safetensors.torch import load_file
+
+from data.groups import PromptGroup, batch_groups
+from stages import dpo, rm
+from stages.common import cut_by_tokens
+from stages.engine import make_accelerator, make_trainee, optimizer_step
+from stages.models.forward import response_logprobs, response_scores
+from stages.models.loading import load_policy, load_scalar_model
+from stages.models.packing import can_pack
+from stages.objectives.logprobs import sequence_logps
+
+
+class Ours:
+    """The model that learns, its optimizer and, for dpo, the reference."""
+
+    def __init__(self, bench: str):
+        self.bench, self.phases, self.tokens = bench, Phases(), 0
+        self.settings = rm.Config() if bench == "rm" else dpo.Config()
+
+    def hello(self) -> dict:
+        return versions("torch", "transformers", "accelerate") | {"threads": torch.get_num_threads()}
+
+    def craft(self, model: str, folder: str) -> dict:
+        return craft(SHAPES[model], Path(folder))
+
+    def load(self, folder: str) -> None:
+        self.model = self.reference = self.trainee = None
+        self.accelerator = make_accelerator("cuda" if torch.cuda.is_available() else "cpu", "float32")
+        if self.bench == "rm":
+            models = [load_scalar_model(Path(folder) / "reward_model")]
+        else:
+            models = [load_policy(Path(folder) / "policy"), load_policy(Path(folder) / "ref_policy")]
+        for model in models:
+            model.to(self.accelerator.device)
+            model.base_model.register_forward_pre_hook(self.count, with_kwargs=True)
+        self.packed = all([can_pack(model, 1024) for model in models])
+        self.model, self.reference = models[0], models[-1]
+        self.trainee = make_trainee("model", self.model, learning_rate=1e-6, max_grad_norm=self.settings.max_grad_norm)
+        self.phases.time_optimizer(self.trainee.optimizer)
+
+    def count(self, _, args, kwargs) -> None:
+        """Tokens that pass through the trunk, padding too."""
+        self.tokens += kwargs.get("input_ids", args[0] if args else torch.empty(0)).numel()
+
+    def config(self) -> dict:
+        names = ("per_device_train_batch_size", "loss_type")
+        return {name: getattr(self.settings, name) for name in names} | {"packed": self.packed}
+
+    def step(self, rankings: list[dict]) -> dict:
+        """Time one optimizer step over the rankings."""
+        groups, self.tokens = groups_of(rankings), 0
+        self.phases.take()
+        reset_peak()
+        began = time.perf_counter()
+        references = self.reference_logps(groups)
+        self.gradients(groups, references)
+        optimizer_step(self.trainee, 1e-6, 1)
+        seconds = time.perf_counter() - began
+        taken = self.phases.take()
+        taken["update"] = seconds - sum(taken.values())
+        return {"seconds": seconds, "phases": taken, "tokens": self.tokens, "peak_bytes": peak_bytes()}
+
+    def reference_logps(self, groups):
+        if self.bench == "rm":
+            return None
+        forgets = SimpleNamespace(recall=lambda *_: None, remember=lambda *_: None)
+        ctx = SimpleNamespace(
+            cache=forgets,
+            config=self.settings,
+            manifests={"sft": {"digest": ""}},
+            tracker=SimpleNamespace(progress=lambda *_: Silent()),
+            experiment=SimpleNamespace(model=SimpleNamespace(dtype="float32", attn_implementation="sdpa")),
+        )
+        with self.phases.phase("reference"):
+            return dpo.reference_logps("train", groups, ctx, self.reference, PAD, self.accelerator, self.packed)
+
+    def gradients(self, groups, references) -> float:
+        """What `loss` and `backward` do in the stage's `fit`: all micro-batches of the batch; → the loss."""
+        total, c, n = 0.0, self.settings, len(groups)
+        for rows in cut_by_tokens(SimpleNamespace(config=c), groups, self.packed)[0](list(range(n))):
+            batch = batch_groups([groups[i] for i in rows], PAD, packed=self.packed).to(self.accelerator.device)
+            if self.bench == "rm":
+                value = rm.loss_of(c, batch, response_scores(self.model, batch.rows), n)
+            else:
+                ref_logps = torch.cat([references[i] for i in rows]).to(self.accelerator.device)
+                logps = sequence_logps(response_logprobs(self.model, batch.rows), batch.rows.response_mask)
+                value = dpo.loss_of("sigmoid", logps, ref_logps, batch, c.beta, c.label_smoothing, n, 1)
+                dpo.pair_figures(value, logps.detach(), ref_logps, batch, c.beta, len(rows) / n)
+            self.accelerator.backward(value)
+            total += value.item()
+        return total
+
+    def compare(self, rankings: list[dict], file: str, loss: float) -> dict:
+        """‖ours − peer's‖ / ‖peer's‖ of the loss and of each weight's gradient."""
+        groups = groups_of(rankings)
+        ours = self.gradients(groups, self.reference_logps(groups))
+        errors, peer = {"loss": abs(ours - loss) / abs(loss)}, load_file(file)
+        for name, p in self.model.named_parameters():
+            theirs = peer.pop(name)
+            errors[name] = ((p.grad - theirs).norm() / theirs.norm()).item()
+        assert not peer, f"gradients that only the peer has: {list(peer)}"
+        self.model.zero_grad(set_to_none=True)
+        return errors
+
+    def matmul_peak(self) -> float:
+        return matmul_peak()
+
+
+class Silent:
+    """A progress bar that shows nothing."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self, *_, **__):
+        pass
+
+
+def groups_of(rankings: list[dict]) -> list[PromptGroup]:
+    return [PromptGroup(r["prompt"], r["responses"], tuple(r["ranks"])) for r in rankings]
+
+
+if __name__ == "__main__":
+    ours = Ours(sys.argv[1])
+    serve({n: getattr(ours, n) for n in ("hello", "craft", "load", "config", "step", "compare", "matmul_peak")})
