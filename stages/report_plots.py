@@ -394,10 +394,11 @@ def trust(samples: list[dict], policies: Sequence[str], names: dict[str, str]) -
 def calibration(rm: dict) -> list[Figure]:
     """How often the reward model is right: by how sure it is, and by how far apart the labeler ranked the two. rm: its
     manifest's metrics; [] where an older one lacks them."""
-    figures = []
+    figures, size = [], {"width": 520, "height": 320}
     if curve_points := rm.get("reliability"):
         points = [(b["confidence"], b["accuracy"]) for b in curve_points]
-        axes = Axes([0.5, 1.0], [0.4, 1.0, *(y for _, y in points)], "how sure it is: σ(score difference)", "right")
+        labels = ("how sure it is: σ(score difference)", "share of pairs right")
+        axes = Axes([0.5, 1.0], [0.4, 1.0, *(y for _, y in points)], *labels, **size)
         axes.line([(0.5, 0.5), (1.0, 1.0)], "soft", "faint")
         axes.line(points, "rm")
         for (x, y), b in zip(points, curve_points, strict=True):
@@ -414,7 +415,8 @@ def calibration(rm: dict) -> list[Figure]:
     by_distance = rm.get("accuracy_by_rank_distance") or {}
     if len(by_distance) > 1:
         points = [(float(d), b["accuracy"]) for d, b in by_distance.items()]
-        axes = Axes([x for x, _ in points], [0.5, 1.0, *(y for _, y in points)], "ranks apart", "share of pairs right")
+        labels = ("ranks apart", "share of pairs right")
+        axes = Axes([x for x, _ in points], [0.5, 1.0, *(y for _, y in points)], *labels, **size)
         axes.line(points, "rm")
         for (x, y), b in zip(points, by_distance.values(), strict=True):
             axes.dots([(x, y)], "rm", 4, f"right on {y:.1%} of {b['n_pairs']} pairs {x:g} apart")
