@@ -209,8 +209,9 @@ def batch_groups(groups: Sequence[PromptGroup], pad_id: int, *, packed: bool = F
     for g, group in enumerate(groups):
         for pair in group.pairs():
             row = pair._replace(winner=start + pair.winner, loser=start + pair.loser)
-            judged = sum(rank is not None for rank in group.rankings()[pair.labeler])
-            choices.setdefault((g, pair.labeler, row.winner), 1.0 / (judged - 1) / len(group.rankings()))
+            if (choice := (g, pair.labeler, row.winner)) not in choices:
+                judged = sum(rank is not None for rank in group.rankings()[pair.labeler])
+                choices[choice] = 1.0 / (judged - 1) / len(group.rankings())
             pairs.append(row)
             owners.append(g)
             margins.append(group.margins[pair.labeler] if group.margins else 0.0)

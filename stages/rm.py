@@ -43,6 +43,7 @@ from stages.statistics import (
     labeler_agreement,
     pair_accuracy,
     reliability,
+    rights,
 )
 
 NAME = "rm"
@@ -146,7 +147,7 @@ def run(ctx: StageRun) -> dict:
     figures = done[0] | trust(margins[0], owners, held, validation, ctx.seed)
     if c.ensemble > 1:
         mean = [sum(part) / c.ensemble for part in zip(*margins, strict=True)]
-        figures["ensemble_accuracy"] = share_right(mean)  # of their mean
+        figures["ensemble_accuracy"] = float(rights(mean).mean())  # of their mean
     figures["accuracy_ceiling"] = ctx.manifests["rankings"]["metrics"].get("accuracy_ceiling")
     return {**figures, "truncated": report.truncated, "dropped": report.dropped}
 
@@ -193,7 +194,7 @@ def train(ctx: StageRun, trainee, tools, groups, held, order: list[int], steps: 
 
     def evaluate() -> dict:
         margins, _, value = look_at_held(ctx, tools, held)
-        return {"loss": value, "accuracy": share_right(margins), "margin": sum(margins) / len(margins)}
+        return {"loss": value, "accuracy": float(rights(margins).mean()), "margin": sum(margins) / len(margins)}
 
     return fit(
         ctx,
@@ -212,11 +213,6 @@ def train(ctx: StageRun, trainee, tools, groups, held, order: list[int], steps: 
         learning_rate=lambda s: learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, c.warmup_steps),
         **rest,
     )
-
-
-def share_right(margins: list[float]) -> float:
-    """Share of pairs with a margin above 0, equal scores counting half."""
-    return sum(1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins) / len(margins)
 
 
 @torch.no_grad()

@@ -20,10 +20,15 @@ def win_rate(ours: Sequence[float], theirs: Sequence[float], seed: int) -> dict:
     return {"value": float(np.mean(wins)), "ci95": bootstrap_ci(wins, np.ones(len(wins)), seed), "n": len(wins)}
 
 
+def rights(margins: Sequence[float]) -> np.ndarray:
+    """1 for each pair whose winner scores higher, ½ for equal scores, 0 else."""
+    margins = np.asarray(margins, float)
+    return (margins > 0) + 0.5 * (margins == 0)
+
+
 def pair_accuracy(margins: Sequence[float], groups: Sequence[int], seed: int) -> dict:
     """Share of pairs whose winner scores higher (margin > 0, ties half), interval over prompts (`groups`)."""
-    margins, groups = np.asarray(margins, float), np.asarray(groups)
-    right = (margins > 0) + 0.5 * (margins == 0)
+    right, groups = rights(margins), np.asarray(groups)
     labels, index = np.unique(groups, return_inverse=True)
     sums, counts = np.bincount(index, right, len(labels)), np.bincount(index, minlength=len(labels))
     return {"accuracy": float(right.mean()), "accuracy_ci95": bootstrap_ci(sums, counts, seed), "n_pairs": len(margins)}
@@ -33,8 +38,8 @@ def accuracy_by(margins: Sequence[float], keys: Sequence) -> dict[str, dict]:
     """Accuracy of the pairs that share a key, keys in order: {key: {accuracy, n_pairs}}; margins as in
     `pair_accuracy`."""
     found: dict = {}
-    for margin, key in zip(margins, keys, strict=True):
-        found.setdefault(key, []).append(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0)
+    for right, key in zip(rights(margins), keys, strict=True):
+        found.setdefault(key, []).append(right)
     return {str(k): {"accuracy": float(np.mean(found[k])), "n_pairs": len(found[k])} for k in sorted(found)}
 
 
@@ -46,7 +51,7 @@ def reliability(margins: Sequence[float], bins: int = 10) -> list[dict]:
     """
     margins = np.asarray(margins, float)
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
-    right = (margins > 0) + 0.5 * (margins == 0)
+    right = rights(margins)
     which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     return [
         {

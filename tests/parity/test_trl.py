@@ -77,6 +77,17 @@ def dpo_trainer(tmp_path, tokenizer, policy, reference, **options):
     )
 
 
+def both_sides(trainer, groups, tokenizer, policy, reference):
+    """trl's loss on all pairs, its gradients in its model; what ours is made of: (loss, batch, logps, ref_logps)."""
+    expected = trainer.compute_loss(trainer.model, trainer.data_collator(pair_examples(groups)))
+    expected.backward()
+    batch = batch_groups(groups, tokenizer.pad_token_id)
+    mask = batch.rows.response_mask
+    with torch.no_grad():
+        ref_logps = sequence_logps(response_logprobs(reference, batch.rows), mask)
+    return expected, batch, sequence_logps(response_logprobs(policy, batch.rows), mask), ref_logps
+
+
 @pytest.mark.parametrize("loss_type, smoothing", [("sigmoid", 0.0), ("hinge", 0.0), ("robust", 0.1)])
 def test_dpo_is_trls(tmp_path, tokenizer, llama, groups, loss_type, smoothing):
     """Loss, gradient of every weight, and the figures under trl's names (its sigmoid has no smoothing)."""
@@ -89,14 +100,7 @@ def test_dpo_is_trls(tmp_path, tokenizer, llama, groups, loss_type, smoothing):
     trainer = dpo_trainer(
         tmp_path, tokenizer, theirs, reference, loss_type=[loss_type], label_smoothing=smoothing
     )
-    expected = trainer.compute_loss(trainer.model, trainer.data_collator(pair_examples(groups)))
-    expected.backward()
-
-    batch = batch_groups(groups, tokenizer.pad_token_id)
-    mask = batch.rows.response_mask
-    with torch.no_grad():
-        ref_logps = sequence_logps(response_logprobs(reference, batch.rows), mask)
-    logps = sequence_logps(response_logprobs(policy, batch.rows), mask)
+    expected, batch, logps, ref_logps = both_sides(trainer, groups, tokenizer, policy, reference)
     loss = loss_of(loss_type, logps, ref_logps, batch, 0.3, smoothing, len(groups), 1)
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -133,14 +137,7 @@ def test_dpos_other_losses_are_trls(tmp_path, tokenizer, llama, groups, case):
         options = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.25]}
         parts = {"sigmoid": (0.3, 1.0), "sft": (0.3, 0.25)}
     trainer = dpo_trainer(tmp_path, tokenizer, theirs, reference, **options)
-    expected = trainer.compute_loss(trainer.model, trainer.data_collator(pair_examples(groups)))
-    expected.backward()
-
-    batch = batch_groups(groups, tokenizer.pad_token_id)
-    mask = batch.rows.response_mask
-    with torch.no_grad():
-        ref_logps = sequence_logps(response_logprobs(reference, batch.rows), mask)
-    logps = sequence_logps(response_logprobs(policy, batch.rows), mask)
+    expected, batch, logps, ref_logps = both_sides(trainer, groups, tokenizer, policy, reference)
     tokens = sum(weight * len(g.responses[i]) for g in groups for i, weight in g.first())
     loss = sum(
         weight * loss_of(name, logps, ref_logps, batch, beta, 0.0, len(groups), tokens)
