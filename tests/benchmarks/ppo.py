@@ -158,7 +158,7 @@ class Session:
         """Both sides on the same few episodes, once a workload; an error of more than LIMIT ends the row."""
         key = (row.lengths, row.n)
         if key not in self.errors:
-            few = replace(row, batch=4 if self.model == "135M" else 8, epochs=1, ptx=False)
+            few = replace(row, batch=max(2, row.n) if self.model == "135M" else 8, epochs=1, ptx=False)
             self.our_setup(few)
             self.peer_setup(few, few.episodes)
             file = self.folder / "peer.safetensors"
