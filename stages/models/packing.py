@@ -2,11 +2,13 @@
 
 Everything in a transformer but attention treats tokens one by one, so it runs on the packed tokens as they are.
 Attention goes prompt by prompt and response by response (a CPU: no masked work, no padding), or gathers queries, keys
-and values into one row a response, plain causal, and takes each token's output back (a GPU: one kernel). Gradients are
-autograd's. It enters a model through transformers' public AttentionInterface; calls without a layout are its own sdpa.
+and values into one row a response, plain causal, and takes each token's output back (a GPU, and spans too short to pay
+for a call each: one kernel). Gradients are autograd's. It enters a model through transformers' public
+AttentionInterface; calls without a layout are its own sdpa.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from stages.models.adapters import plain
 from stages.models.ensemble import Ensemble
 
 NAME = "packed_rows"
+SHORT = 32  # tokens a span: below, a call a span costs a CPU more than the padding of one call for all
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,12 @@ class Packing:
     sequences: Tensor
     home: Tensor
     masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def short(self) -> bool:
+        """Whether the spans have on average fewer than SHORT tokens."""
+        spans = sum(1 if len(responses) == 1 else 1 + len(responses) for _, responses in self.spans)
+        return self.home.numel() < SHORT * spans
 
     def behind(self, prompt: int, response: int, device) -> Tensor:
         """(response, prompt + response), True where a response's token may look: its prompt, and itself so far."""
@@ -53,7 +62,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
     window = options.get("sliding_window")
     if window is not None and window < packing.sequences.shape[1]:
         raise ValueError(f"packed attention keeps no sliding window, and this layer's is {window} tokens")
-    attend = span_by_span if query.device.type == "cpu" else in_rows
+    attend = in_rows if query.device.type != "cpu" or packing.short else span_by_span
     return attend(query, key, value, packing, scaling), None
 
 

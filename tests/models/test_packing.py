@@ -75,25 +75,42 @@ def test_every_family_reads_and_samples_as_its_plain_self(family):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
 def test_both_ways_of_attention_are_one(causal, kind, monkeypatch):
-    """Span by span (a CPU) and gathered into rows (a GPU): outputs, and the gradient of every weight, to float order;
-    shared prompts, responses of one token, prompts with one response."""
+    """Span by span (a CPU) and gathered into rows (a GPU, short spans): outputs, and the gradient of every weight, to
+    float order; shared prompts, responses of one token, prompts with one response."""
     prompts, responses = [PROMPTS[1]] * 3 + PROMPTS, [[5], [6, 7, 8], [9] * 11, *RESPONSES]
     rows = make_rows(prompts, responses, 0, packed=True)
     results = []
-    for attend in (packing.span_by_span, packing.in_rows):
-        monkeypatch.setattr(packing, "span_by_span", attend)
+    taken = []
+    for name in ("span_by_span", "in_rows"):
+        attend = getattr(packing, name)
+        monkeypatch.setattr(packing, name, lambda *a, n=name, f=attend: (taken.append(n), f(*a))[1])
+    for short in (0, 1000):
+        monkeypatch.setattr(packing, "SHORT", short)
         model = causal(kind)
         assert can_pack(model, 64)
         found = response_logprobs(model, rows)
         (found * torch.arange(found.numel()).view_as(found).cos()).sum().backward()
         results.append((found.detach(), {n: p.grad for n, p in model.named_parameters()}))
+    assert set(taken[: len(taken) // 2]) == {"span_by_span"} and set(taken[len(taken) // 2 :]) == {"in_rows"}
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-5)
     for name, gradient in results[0][1].items():
         torch.testing.assert_close(gradient, results[1][1][name], rtol=1e-3, atol=1e-4)
 
 
-def test_a_response_sees_nothing_of_its_siblings(causal):
+def test_short_spans_are_gathered_into_rows(causal, monkeypatch):
+    """By the mean of a row's spans: a prompt with one response is one span, with more it is one span more."""
+    monkeypatch.setattr(packing, "SHORT", 8)
+    short = lambda prompts, responses: packing.trunk_options(make_rows(prompts, responses, 0, packed=True))[  # noqa: E731
+        "packing"
+    ].short
+    assert not short([[3] * 4], [[5] * 4]) and short([[3] * 4], [[5] * 3])
+    assert not short([[3] * 8] * 2, [[5] * 8] * 2) and short([[3] * 8] * 2, [[5] * 8, [5] * 7])
+
+
+@pytest.mark.parametrize("short", [0, 1000])
+def test_a_response_sees_nothing_of_its_siblings(causal, short, monkeypatch):
     """Change one: the others' numbers do not move, not by a bit."""
+    monkeypatch.setattr(packing, "SHORT", short)
     model = causal("llama")
     assert can_pack(model, 64)
     one, other = ([[9, 8], last, [7] * 5] for last in ([5, 6, 7], [11, 30, 2]))
