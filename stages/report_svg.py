@@ -184,7 +184,8 @@ def dot_plot(
     labelled: bool = True,
 ) -> str:
     """Values from 0 to 1, a line for each row (name, marks); a mark: (value, low, high, tone, text)."""
-    width, left, step = 520, 96, 36
+    left = max(96, 24 + 7 * max(len(name) for name, _ in rows))
+    width, step = left + 424, 36
     height = step * len(rows) + 52
     parts: list[str] = []
     x = lambda v: left + v * (width - 24 - left)  # noqa: E731

@@ -21,7 +21,7 @@ sys.path.insert(0, str(HERE.parent.parent))  # the code beside this file, wherev
 
 from sweeps.beside import Workshop, adaptive, command, options, parsed, relative, sampling, show  # noqa: E402
 from sweeps.estimates import overoptimisation  # noqa: E402
-from sweeps.page import NAMES, curves, page, short, table, value_of  # noqa: E402
+from sweeps.page import NAMES, curves, page, pictures, short, table, value_of  # noqa: E402
 from sweeps.points import Point, best_of_points, keep, policy_point, provenance, samples_of  # noqa: E402
 
 from pipeline.artifacts import ArtifactStore  # noqa: E402
@@ -66,7 +66,8 @@ def run(argv: list[str], stop: StopFlag) -> None:
     sentences = [text for method, curve in curves(points).items() for text in verdict(curve, method, experiment.seed)]
     title = f"{experiment.name}: reward against KL"
     meta = f"{asked.config}, seed {experiment.seed}, {points[0].prompts} prompts, {max(row['date'] for row in rows)}"
-    (beside / "index.html").write_text(page(title, meta, sentences, points), encoding="utf-8")
+    html = page(title, meta, sentences, pictures(points), [table(points)])
+    (beside / "index.html").write_text(html, encoding="utf-8")
     show(shop.console, title, *table(points))
     for text in sentences:
         shop.say(text)

@@ -9,7 +9,8 @@ prompt as gold does, and by the gold of the best of 16 that it picks.
 Policies: DPO on all pairs of a ranking, DPO by Plackett–Luce on its whole order, and PPO-ptx, all from the chain of
 demo_seeds (NAME-seed0 …), by how often a sample's gold beats that of an SFT sample of the same prompt.
 
-Intervals are over prompts. A JSON line a variant and seed is kept in results/rankings.jsonl, the rest in
+Intervals are over prompts; differences are taken on the same prompts. Leaves tables, a page (artifacts/NAME.rankings/
+index.html) and a JSON line a variant and seed in results/rankings.jsonl; experiments are in
 artifacts/NAME-seed0.rankings/ …. On configs/tiny.yaml and two cores: about five minutes a seed, and four more for each
 seed whose chain is not there yet. Run it again to go on where it was stopped.
 """
@@ -25,7 +26,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))  # the code beside this file, wherever another copy is installed
 
 from sweeps.beside import Workshop, command, options, parsed, relative, sampling, show  # noqa: E402
-from sweeps.estimates import best_of, gold_order, mean_ci, wins  # noqa: E402
+from sweeps.estimates import best_of, difference, gold_order, mean_ci, wins  # noqa: E402
+from sweeps.page import page  # noqa: E402
 from sweeps.points import keep, provenance, samples_of  # noqa: E402
 
 from data.encode import encode_prompt, encode_response  # noqa: E402
@@ -36,10 +38,12 @@ from pipeline.running import duration  # noqa: E402
 from pipeline.stage import StopFlag  # noqa: E402
 from stages.models.loading import load_tokenizer  # noqa: E402
 from stages.report import fixed  # noqa: E402
+from stages.report_svg import Figure, dot_plot  # noqa: E402
 
 K = 9
 PAIRS_OF_K = K * (K - 1) // 2
 SAMPLES = 16
+ORDERED, WINS = "ordered as gold", "gold wins against SFT"
 MODELS = ("one pair a prompt", "K = 9, equal labels", "K = 9, equal compute")
 POLICIES = {  # name: (stage, settings)
     "DPO, pairs": ("dpo", []),
@@ -92,10 +96,20 @@ def run(argv: list[str], stop: StopFlag) -> None:
     rows = [line(first.name, asked, name, seed, *one) for name in found
             for seed, one in zip(dict.fromkeys(asked.seeds), found[name], strict=True)]  # fmt: skip
     keep(asked.results / "rankings.jsonl", rows, lambda row: (row["experiment"], row["variant"], row["seed"]))
-    title = f"{first.name}, seeds {' '.join(map(str, asked.seeds))}"
-    show(shop.console, f"{title}: reward models", *table(found, MODELS, reward_model_figures))
-    show(shop.console, f"{title}: policies", *table(found, tuple(POLICIES), policy_figures))
-    shop.say(f"lines: {relative(asked.results / 'rankings.jsonl')} ({duration(time.monotonic() - began)})")
+    seeds = " ".join(map(str, dict.fromkeys(asked.seeds)))
+    tables = [table(found, MODELS, reward_model_figures), table(found, tuple(POLICIES), policy_figures)]
+    for what, one in zip(("reward models", "policies"), tables, strict=True):
+        show(shop.console, f"{first.name}, seeds {seeds}: {what}", *one)
+    sentences = verdicts(found)
+    for text in sentences:
+        shop.say(text)
+    file = Path(asked.artifacts) / f"{first.name}.rankings" / "index.html"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    title = f"{first.name}: what whole rankings are worth"
+    meta = f"{asked.config}, seeds {seeds}, {max(row['date'] for row in rows)}"
+    file.write_text(page(title, meta, sentences, pictures(found), tables), encoding="utf-8")
+    shop.say(f"\nlines: {relative(asked.results / 'rankings.jsonl')}")
+    shop.say(f"picture: {file} ({duration(time.monotonic() - began)})")
 
 
 def judged(prompts: int, k: int) -> list[str]:
@@ -121,14 +135,14 @@ def tokens_share(store: ArtifactStore, tokenizer_folder: Path) -> float:
 def reward_model_figures(samples: dict, _) -> dict[str, np.ndarray]:
     """A number a prompt (NaN: none): how often two SFT samples are ordered as by gold, and the best of 16's gold."""
     scores, gold = np.array(samples["scores"]), np.array(samples["gold"])
-    return {"ordered as gold": gold_order(scores, gold), f"gold of best of {SAMPLES}": best_of(scores, gold, SAMPLES)}
+    return {ORDERED: gold_order(scores, gold), f"gold of best of {SAMPLES}": best_of(scores, gold, SAMPLES)}
 
 
 def policy_figures(samples: dict, sft: dict) -> dict[str, np.ndarray]:
     """A number a prompt: how often gold beats SFT's, gold, and KL to SFT in nats a response."""
     gold = np.array(samples["gold"])
     return {
-        "gold wins against SFT": wins(gold, np.array(sft["gold"])),
+        WINS: wins(gold, np.array(sft["gold"])),
         "gold": gold.mean(1),
         "KL to SFT": np.array(samples["kl"]).mean(1),
     }
@@ -162,13 +176,70 @@ def table(found: dict, names: tuple[str, ...], figures) -> tuple[list[str], list
         each = [figures(samples, sft) for samples, sft, _ in found[name]]
         for key in each[0]:
             by_seed = [known(one[key]) for one in each]
-            every, means = np.concatenate(by_seed), [float(x.mean()) for x in by_seed]
-            low, high = mean_ci(every, 0)
-            cells += [fixed(every.mean(), 3), f"{fixed(low, 3)} to {fixed(high, 3)}"]
+            of_all, means = np.concatenate(by_seed), [float(x.mean()) for x in by_seed]
+            low, high = mean_ci(of_all, 0)
+            cells += [fixed(of_all.mean(), 3), f"{fixed(low, 3)} to {fixed(high, 3)}"]
             cells.append(f"{fixed(min(means), 3)} to {fixed(max(means), 3)}")
         headings = ["variant", *[h for key in each[0] for h in (key, "95 % interval", "over seeds")]]
         rows.append(cells)
     return headings, rows
+
+
+def every(found: dict, name: str, figures, key: str) -> np.ndarray:
+    """The figure of each prompt of each seed, one after the other; NaN where a prompt has none."""
+    return np.concatenate([figures(samples, sft)[key] for samples, sft, _ in found[name]])
+
+
+def verdicts(found: dict) -> list[str]:
+    """A sentence a comparison: the difference on the same prompts, with its interval."""
+    models = lambda name: every(found, name, reward_model_figures, ORDERED)  # noqa: E731
+    policies = lambda name: every(found, name, policy_figures, WINS)  # noqa: E731
+    pairs, whole, ppo = POLICIES
+    says = "orders {} more often as gold does than one pair a prompt".format
+    wins_by = lambda than: (lambda value: f"wins {value} more often against SFT than {than}")  # noqa: E731
+    return [
+        *(compared(name, models(name), models(MODELS[0]), says) for name in MODELS[1:]),
+        *(compared(name, policies(name), policies(pairs), wins_by(pairs)) for name in (whole, ppo)),
+        compared(ppo, policies(ppo), policies(whole), wins_by(whole)),
+    ]
+
+
+def compared(name: str, ours: np.ndarray, theirs: np.ndarray, says) -> str:
+    both = ~np.isnan(ours) & ~np.isnan(theirs)
+    gap = difference(ours[both], theirs[both], 0)
+    low, high = gap["ci95"]
+    verdict = "" if low > 0 or high < 0 else ": no clear difference"
+    return f"{name} {says(fixed(gap['value'], 3))} (95 % interval {fixed(low, 3)} to {fixed(high, 3)}){verdict}."
+
+
+def pictures(found: dict) -> list[Figure]:
+    """A dot with its interval a variant: reward models by their order, policies by their win rate."""
+    plots = []
+    for names, figures, key, title, tones, caption in (
+        (
+            MODELS,
+            reward_model_figures,
+            ORDERED,
+            "Reward models",
+            ("rm",) * len(MODELS),
+            "How often the score orders two SFT samples of a held-out prompt as gold does.",
+        ),
+        (
+            tuple(POLICIES),
+            policy_figures,
+            WINS,
+            "Policies",
+            [stage for stage, _ in POLICIES.values()],
+            "How often gold prefers a sample to one of SFT's for the same held-out prompt, ties half.",
+        ),
+    ):
+        rows = []
+        for name, tone in zip(names, tones, strict=True):
+            values = known(every(found, name, figures, key))
+            rows.append((name, [(values.mean(), *mean_ci(values, 0), tone, f"{values.mean():.3f}")]))
+        note = " Bars: 95 % intervals over the prompts of all seeds; one that crosses the dashed line could be chance."
+        plots.append(Figure(title, dot_plot(rows, key, title, reference=0.5), caption + note))
+    return plots
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ MICRO = ["-c", str(HERE.parent / "resume" / "micro.yaml"), "ppo.kl_target=null"]
 sys.path.insert(0, str(HERE))  # where the benchmarks are started from
 
 from sweeps import beside, estimates  # noqa: E402
-from sweeps.page import page, picture, table  # noqa: E402
+from sweeps.page import page, picture, pictures, table  # noqa: E402
 from sweeps.points import Point, best_of_points, keep, policy_point  # noqa: E402
 
 from pipeline.artifacts import ArtifactStore  # noqa: E402
@@ -37,7 +37,7 @@ def load(name):
     return module
 
 
-frontier, ptx = load("frontier"), load("ptx")
+frontier, ptx, rankings = load("frontier"), load("ptx"), load("rankings")
 
 
 @pytest.fixture(autouse=True)
@@ -316,7 +316,7 @@ class TestPage:
             def handle_endtag(self, tag):
                 assert self.open.pop() == tag
 
-        text = page("a < b", "meta", ["It <is> so."], self.points)
+        text = page("a < b", "meta", ["It <is> so."], pictures(self.points), [table(self.points)])
         check = Check()
         check.feed(text)
         assert not check.open and "a &lt; b" in text and "It &lt;is&gt; so." in text
@@ -361,6 +361,41 @@ class TestCommandLine:
     def test_the_configs_own_value_is_always_in(self):
         assert frontier.with_own([0.1, 0.02], 0.05) == [0.1, 0.05, 0.02]
         assert frontier.with_own([0.1], 0.1) == [0.1]
+
+
+class TestRankings:
+    """Two seeds of three prompts: what the page says of them, by hand."""
+
+    @pytest.fixture(autouse=True)
+    def two_samples(self, monkeypatch):
+        monkeypatch.setattr(rankings, "SAMPLES", 2)
+
+    sft = {"scores": [[0.0, 1.0]] * 3, "gold": [[0.2, 0.4]] * 3, "kl": None}
+    better = {"scores": [[0.0, 1.0]] * 3, "gold": [[0.5, 0.6], [0.5, 0.3], [0.1, 0.1]], "kl": [[1.0, 2.0]] * 3}
+    wrong = {"scores": [[1.0, 0.0]] * 3, "gold": [[0.2, 0.4]] * 3, "kl": None}
+
+    def found(self):
+        models = dict.fromkeys(rankings.MODELS, [(self.sft, self.sft, {})] * 2)
+        models[rankings.MODELS[0]] = [(self.wrong, self.sft, {})] * 2
+        return models | dict.fromkeys(rankings.POLICIES, [(self.better, self.sft, {})] * 2)
+
+    def test_differences_are_on_the_same_prompts(self):
+        sentences = rankings.verdicts(self.found())
+        assert "K = 9, equal labels orders 1.000 more often as gold does than one pair a prompt" in sentences[0]
+        assert sentences[0].endswith("(95 % interval 1.000 to 1.000).")
+        assert "no clear difference" in sentences[-1]
+        assert len(sentences) == 2 + 2 + 1
+
+    def test_the_page_shows_every_variant(self):
+        figures = rankings.pictures(self.found())
+        assert len(figures) == 2 and all(figure.svg.count("<circle") == 3 for figure in figures)
+        wins = (1 + 0.75 + 0) / 3  # 4 of 4, 3 of 4 (0.3 against 0.2 and 0.4; 0.5 twice), none
+        assert f">{wins:.3f}<" in figures[1].svg
+
+    @pytest.mark.parametrize("words", [["--pairs", "7"], ["--pairs", "36000"], ["data.prompts=none.jsonl"]])
+    def test_what_cannot_be_compared_is_refused(self, words, tmp_path, capsys):
+        assert beside.command(rankings.run, [*MICRO, "--artifacts", str(tmp_path), *words]) == 2
+        assert capsys.readouterr().err.startswith("error: ") and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -77,6 +77,11 @@ def picture(points: Sequence[Point], what: str) -> Figure:
     return Figure(title, axes.svg(title), CAPTIONS[what] + NOTE)
 
 
+def pictures(points: Sequence[Point]) -> list[Figure]:
+    """Gold (where there is any) and score against KL."""
+    return [picture(points, what) for what in ("gold", "score") if what == "score" or points[0].gold is not None]
+
+
 def table(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of text, for the page and for the terminal."""
     gold = any(p.gold is not None for p in points)
@@ -91,19 +96,21 @@ def table(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
     return headings, rows
 
 
-def page(title: str, meta: str, sentences: Sequence[str], points: Sequence[Point]) -> str:
-    """The whole page, in the report's style."""
+def page(
+    title: str,
+    meta: str,
+    sentences: Sequence[str],
+    figures: Sequence[Figure],
+    tables: Sequence[tuple[list[str], list[list[str]]]],
+) -> str:
+    """The whole page, in the report's style; a table is headings and rows."""
     template = Path(report_svg.__file__).with_name("report.html.j2").read_text(encoding="utf-8")
     style = template.partition("<style>")[2].partition("</style>")[0]
     assert style, "report.html.j2 has no <style>"
-    figures = [picture(points, what) for what in ("gold", "score") if what == "score" or points[0].gold is not None]
     drawn = "".join(
         f"<figure><h4>{escape(f.title)}</h4>{f.svg}<figcaption>{escape(f.caption)}</figcaption></figure>"
         for f in figures
     )
-    headings, rows = table(points)
-    head = "".join(f"<th>{escape(h)}</th>" for h in headings)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     says = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -111,6 +118,12 @@ def page(title: str, meta: str, sentences: Sequence[str], points: Sequence[Point
 <title>{escape(title)}</title><style>{style}figure {{ margin: 1rem 0; }}</style></head><body>
 <header><h1>{escape(title)}</h1><div class="meta">{escape(meta)}</div></header>
 <main>{says}{drawn}
-<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></main>
+{"".join(_html_table(*one) for one in tables)}</main>
 </body></html>
 """
+
+
+def _html_table(headings: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{escape(h)}</th>" for h in headings)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
