@@ -278,7 +278,7 @@ def refuse_shorter(ctx: StageRun, step: int, total: int) -> None:
 
 
 def pause_if_asked(ctx: StageRun, step: int, total: int, save: Callable[[], None]) -> None:
-    """At a step's end: if a signal asked to stop, save and leave with Interrupted (exit 75)."""
+    """If a signal asked to stop: save what `step` steps have come to, and leave with Interrupted (exit 75)."""
     if ctx.stop.requested:
         save()
         raise Interrupted(step, total)

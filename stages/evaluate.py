@@ -6,6 +6,7 @@ without EOS scores `missing_eos_score`, if one is given. Intervals: bootstrap ov
 """
 
 import json
+from functools import partial
 
 import torch
 
@@ -16,7 +17,7 @@ from data.world import World
 from pipeline.errors import Interrupted
 from pipeline.stage import StageRun
 from stages.common import check_context, device_of, dtype_of, packing, read, read_placed, read_world
-from stages.engine import make_accelerator, micro_batches, perplexity_of
+from stages.engine import make_accelerator, micro_batches, pause_if_asked, perplexity_of
 from stages.models.ensemble import How, load_reward_model
 from stages.models.forward import response_logprobs, score_all
 from stages.models.loading import load_policy, load_tokenizer
@@ -202,8 +203,6 @@ def measure(ctx: StageRun, n: int, ids, tools, progress: tuple[int, int]) -> dic
         prompts = [ids[i] for i in part for _ in range(n)]
         stream = "evaluate" if n == 1 else "best_of_n"  # else SFT's own response would be among the n that it meets
         seeds = [derive_seed(ctx.seed, stream, i, k) for i in part for k in range(n)]
-        if ctx.stop.requested:
-            raise Interrupted(*progress)
         with accelerator.autocast():
             responses = sample(
                 model,
@@ -214,6 +213,7 @@ def measure(ctx: StageRun, n: int, ids, tools, progress: tuple[int, int]) -> dic
                 batch_size=max(c.batch_size, 4 * c.batch_size if n > 1 else 0),
                 eos_id=tokenizer.eos_token_id,
                 pad_id=tokenizer.pad_token_id,
+                poll=partial(pause_if_asked, ctx, *progress, lambda: None),
             )
         scores = score_all(
             reward_model,

@@ -216,6 +216,10 @@ class _Keeper:
         if self.best.exhausted:
             control.should_training_stop = True
 
+    def check_space(self, model) -> None:
+        """Before transformers writes: what trains, and its two moments."""
+        self.ctx.checkpoints.require_space(3 * sum(p.nbytes for p in trainable(model).values()))
+
     def saved(self, args, state) -> None:
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
@@ -246,8 +250,12 @@ class _Keeper:
                     keeper.look(model, state, control)
                 if state.global_step >= keeper.steps:
                     control.should_save = False  # the artifact comes next
-                elif keeper.ctx.stop.requested:
+                    return
+                control.should_save = keeper.ctx.checkpoints.due(state.global_step)
+                if keeper.ctx.stop.requested:
                     control.should_save = control.should_training_stop = True
+                if control.should_save:
+                    keeper.check_space(model)
 
             def on_save(self, args, state, control, **_):
                 if state.global_step < keeper.steps:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -96,7 +97,7 @@ class Config(Section):
     batch_size: int = setting(512, "episodes of one update", "episodes", ge=2)
     mini_batch_size: int = setting(64, "episodes of one optimizer step", "episodes", ge=1)
     per_device_train_batch_size: int = setting(
-        16, "episodes in one forward and backward; changes memory, not the gradient", "episodes", ge=1
+        8, "episodes in one forward and backward; changes memory, not the gradient", "episodes", ge=1
     )
     num_ppo_epochs: int = setting(1, "passes over each batch", "epochs", ge=1)
     samples_per_prompt: int = setting(1, "responses to each prompt; batch_size is divided by it", ge=1)
@@ -237,6 +238,8 @@ def run(ctx: StageRun) -> dict:
     looks = state["looks"]  # step → held-out figures
 
     def save(at: int) -> None:
+        if at == 0:
+            return  # nothing to go on from
         kept = state | {"skipped": skips.count, "alarms": alarms.state()}
         save_checkpoint(ctx, at, updates, [policy, value], best, kept, average)
 
@@ -247,7 +250,10 @@ def run(ctx: StageRun) -> dict:
             # 1 prompts
             drawn = prompts.take(per_batch)
             # 2 sample, and what every model says of the samples
-            rollout = rollout_of(ctx, roles, [train[i] for i in drawn], drawn, step, recompute=state["recompute"])
+            asked = [train[i] for i in drawn]
+            # nothing has changed since the update before: a signal need not wait until all is sampled
+            poll = partial(pause_if_asked, ctx, step - 1, updates, partial(save, step - 1))
+            rollout = rollout_of(ctx, roles, asked, drawn, step, recompute=state["recompute"], poll=poll)
             mask = rollout.mask
             # 3 reward: the score at the last token, minus kl_coef · KL at each
             kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, c.kl_estimator)
@@ -406,6 +412,7 @@ def rollout_of(
     stream: str = "rollout",
     n: int | None = None,
     recompute: bool = False,
+    poll: Callable[[], None] = lambda: None,
 ) -> Rollout:
     """n responses a prompt and what every model says of them. Randomness: (run, stream, update, prompt, sample)."""
     c = ctx.config
@@ -422,6 +429,7 @@ def rollout_of(
         missing_eos_score=c.missing_eos_score,
         score_clip=c.score_clip,
         length_penalty=c.length_penalty,
+        poll=poll,
     )
 
 

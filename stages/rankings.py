@@ -6,6 +6,7 @@ the file.
 """
 
 import random
+from functools import partial
 
 import numpy as np
 
@@ -14,10 +15,9 @@ from data.encode import decode_response, encode_prompts, fit_lengths
 from data.records import DataError, Ranking, judged_pairs, prompt_key, to_json, write_jsonl
 from data.streams import Stream, derive_seed, held_out
 from data.world import World
-from pipeline.errors import Interrupted
 from pipeline.stage import StageRun
 from stages.common import check_context, device_of, dtype_of, packing, read, read_placed, read_world
-from stages.engine import make_accelerator, micro_batches
+from stages.engine import make_accelerator, micro_batches, pause_if_asked
 from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.transformers import sample
 from stages.settings import Section, TooLong, no_room, over_context, setting, too_long_prompt
@@ -177,6 +177,11 @@ def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]], list[li
     texts: list[list[str]] = found.state["texts"] if found else []
     finished: list[list[bool]] = found.state["finished"] if found else []
     total = -(-len(prompts) // c.batch_size)
+
+    def save(step: int) -> None:
+        if step:
+            ctx.checkpoints.save(step, {}, {"texts": texts, "finished": finished}, total)
+
     with ctx.tracker.progress(total, "rankings", found.step if found else 0) as progress:
         for step in range((found.step if found else 0) + 1, total + 1):
             part = range((step - 1) * c.batch_size, min(step * c.batch_size, len(prompts)))
@@ -191,13 +196,12 @@ def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]], list[li
                     batch_size=len(seeds),
                     eos_id=tokenizer.eos_token_id,
                     pad_id=tokenizer.pad_token_id,
+                    poll=partial(pause_if_asked, ctx, step - 1, total, partial(save, step - 1)),
                 )
             for group in micro_batches(flat, c.samples_per_prompt):
                 texts.append([decode_response(tokenizer, r) for r in group])
                 finished.append([r[-1] == tokenizer.eos_token_id for r in group])
             progress.update(step)
-            if step < total and (ctx.checkpoints.due(step) or ctx.stop.requested):
-                ctx.checkpoints.save(step, {}, {"texts": texts, "finished": finished}, total)
-                if ctx.stop.requested:
-                    raise Interrupted(step, total)
+            if step < total and ctx.checkpoints.due(step):
+                save(step)
     return prompts, texts, finished

@@ -1,7 +1,7 @@
 """Prompts → Rollout: samples, and what every model says of them."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -31,11 +31,13 @@ def collect(
     missing_eos_score: float | None = None,
     score_clip: float | None = None,
     length_penalty: float = 0.0,
+    poll: Callable[[], None] = lambda: None,
 ) -> Rollout:
     """`samples_per_prompt` episodes a prompt, in succession.
 
     seed: the beginning of each episode's seed, which goes on with the prompt's id and the sample's number.
-    recompute: log-probs by the forward that the update uses, where the sampler's are not the same numbers.
+    recompute: log-probs by the forward that the update uses, where the sampler's are not the same numbers. poll() is
+    called between tokens and micro-batches: what it raises ends the rollout.
     """
     n, tokenizer, device = samples_per_prompt, roles.tokenizer, roles.accelerator.device
     seeds, seen = [], Counter()  # a prompt may be drawn twice: its samples are numbered on
@@ -52,6 +54,7 @@ def collect(
             temperature=temperature,
             eos_id=tokenizer.eos_token_id,
             pad_id=tokenizer.pad_token_id,
+            poll=poll,
         )
     lengths = torch.tensor([len(r) for r in sampled.responses], device=device)
     width = sampled.logprobs.shape[1]
@@ -69,6 +72,7 @@ def collect(
     )
     with torch.no_grad(), roles.accelerator.autocast():
         for index in in_micro_batches(rollout.lengths(), range(len(repeated)), n, micro_size):
+            poll()
             at = torch.tensor(index, device=device)
             rows = rollout.rows(index, tokenizer.pad_token_id, roles.packed)
             wide = lambda x: F.pad(x, (0, width - x.shape[1]))  # noqa: E731

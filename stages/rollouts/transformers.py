@@ -47,13 +47,13 @@ def sample_with_logprobs(
     temperature: float = 1.0,
     top_p: float = 1.0,
     batch_size: int = 64,
-    after_batch: Callable[[int], None] | None = None,
+    poll: Callable[[], None] | None = None,
 ) -> Sampled:
     """One response of at most `response_length` tokens a prompt. A prompt that stands several times in succession is
     read once, if the model packs (`can_pack`).
 
-    seeds: one a row. after_batch(rows done) is called between batches (progress, a request to stop). logprobs and
-    entropy are those of softmax(logits / temperature), whatever top_p.
+    seeds: one a row. poll() is called before each token: what it raises ends the sampling (a request to stop).
+    logprobs and entropy are those of softmax(logits / temperature), whatever top_p.
     """
     model.eval()  # activation checkpointing, where it is on, would drop the cache in training mode
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
@@ -67,18 +67,18 @@ def sample_with_logprobs(
             [torch.rand(response_length, generator=torch.Generator().manual_seed(seeds[i])) for i in chosen]
         ).to(model.device)
         lane = make_lane(model, [prompts[i] for i in chosen], response_length, pad_id)
-        tokens, logp, spread = _decode(lane, uniforms, eos_id, temperature, top_p)
+        tokens, logp, spread = _decode(lane, uniforms, eos_id, temperature, top_p, poll or (lambda: None))
         at = torch.tensor(chosen, device=model.device)
         logprobs[at, : logp.shape[1]], entropy[at, : logp.shape[1]] = logp, spread
         for i, response in zip(chosen, tokens.tolist(), strict=True):
             responses[i] = response[: response.index(eos_id) + 1] if eos_id in response else response
-        if after_batch is not None:
-            after_batch(start + len(chosen))
     width = max(map(len, responses))
     return Sampled(responses, logprobs[:, :width], entropy[:, :width])
 
 
-def _decode(lane, uniforms: Tensor, eos_id: int, temperature: float, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
+def _decode(
+    lane, uniforms: Tensor, eos_id: int, temperature: float, top_p: float, poll: Callable[[], None]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens (B, R), EOS from the end of each row on; their log-probs and entropies, 0 behind the end."""
     rows, width = uniforms.shape
     drawn = torch.full((rows, width), eos_id, device=uniforms.device)
@@ -88,6 +88,7 @@ def _decode(lane, uniforms: Tensor, eos_id: int, temperature: float, top_p: floa
     going = torch.ones_like(at, dtype=torch.bool)  # those of them that have not ended
     logits = lane.start()
     for t in range(width):
+        poll()
         logits = logits.float()
         logp = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
         probs = logp.exp()

@@ -137,10 +137,21 @@ def test_top_p_is_applied_to_what_is_drawn(causal):
     assert draw_all(model, top_p=1e-6) == [greedy(model, p, 8) for p in PROMPTS]
 
 
-def test_after_batch_hears_how_many_rows_are_done(causal):
+def test_it_can_be_ended_before_any_token(causal):
+    """poll() is heard before each token of each batch; what it raises goes through."""
     heard = []
-    draw_all(causal(), batch_size=2, after_batch=heard.append)
-    assert heard == [2, 4, 5]
+    whole = draw_all(causal(), batch_size=2, poll=lambda: heard.append(1))
+    assert len(heard) >= max(map(len, whole)) and whole == draw_all(causal(), batch_size=2)
+
+    def third():
+        heard.append(1)
+        if len(heard) == 3:
+            raise InterruptedError
+
+    heard.clear()
+    with pytest.raises(InterruptedError):
+        draw_all(causal(), batch_size=2, poll=third)
+    assert len(heard) == 3
 
 
 def test_sampling_leaves_no_graph_and_no_trace_in_the_global_generator(causal):
