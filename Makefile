@@ -78,6 +78,5 @@ bench: $(STAMP) ## run tests/benchmarks/BENCH.py (BENCH=ppo)
 	@$(VENV)/bin/python tests/benchmarks/$(BENCH).py
 frontier: $(STAMP) ## reward against KL: PPO over kl_coef, DPO over beta, best of n; a table and a picture
 	@$(VENV)/bin/python tests/benchmarks/frontier.py -c $(CONFIG) --artifacts $(ARTIFACTS) $(SET)
-faults: $(STAMP) ## the fault matrix (not there yet)
-	@test -f tests/resume/faults.py || { echo "error: tests/resume/faults.py: not there yet" >&2; exit 2; }
-	@$(VENV)/bin/python tests/resume/faults.py --kills $(KILLS)
+faults: $(STAMP) ## kill, starve and damage the stages KILLS times; the same bytes must come out (an hour for 200)
+	@$(VENV)/bin/python tests/resume/faults.py --kills $(KILLS) --table tests/resume/results.md

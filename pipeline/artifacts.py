@@ -139,8 +139,9 @@ class ArtifactStore:
             if not _try_lock(handle, patience=0.3):
                 raise UserError(f"{folder}: {self.holder(stage)} works on it; wait for it or stop it")
             started = {"host": socket.gethostname(), "pid": os.getpid(), "started_at": now()}
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps(started).encode(), 0)
+            with files.naming(folder / ".lock"):
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, json.dumps(started).encode(), 0)
             self._held.add(stage)
             self._recover(stage)
             yield

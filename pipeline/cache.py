@@ -32,7 +32,8 @@ class Cache:
         except UserError:
             return
         staged = self.folder / f".tmp-{name}.safetensors"
-        save_file(tensors, staged, {"made_of": made_of, "content": _content(tensors)})
+        with files.naming(staged):
+            save_file(tensors, staged, {"made_of": made_of, "content": _content(tensors)})
         files.fsync_file(staged)
         os.replace(staged, self._path(name))
         files.fsync_folder(self.folder)

@@ -8,8 +8,9 @@ in `trainer/`).
 import json
 import os
 import re
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ class Checkpoint:
 @dataclass
 class CheckpointStore:
     """The checkpoints of one run of one stage. `every`: steps between saves, 0 = none; `keep`: how many
-    stay."""
+    stay; `most`: the share of the time that saving may take, None = any."""
 
     folder: Path
     every: int
@@ -49,10 +50,27 @@ class CheckpointStore:
     fingerprint: str = ""
     say: Callable[[str], None] = print
     before_save: Callable[[], None] = lambda: None  # makes the journals durable that a checkpoint stands on
+    most: float | None = None
     _verified: Checkpoint | None = None
+    _began: float = field(default_factory=lambda: time.monotonic())
+    _saving_since: float | None = None  # where a save has begun before its files came here
+    _last: float = 0.0  # seconds of the last save
+    _seconds: float = 0.0  # of all saves
 
     def due(self, step: int) -> bool:
-        return self.every > 0 and step % self.every == 0
+        """Whether to save after this step: every `every` steps, but for saves that would take too much of the time."""
+        if self.every == 0 or step % self.every:
+            return False
+        cost = self._seconds + self._last
+        return self.most is None or cost <= self.most * (time.monotonic() - self._began)
+
+    def require_space(self, needed: int) -> None:
+        """UserError where a checkpoint of so many bytes has no room. A save begins with it, also one whose files
+        another writer makes before `adopt`."""
+        if self._saving_since is None:
+            self._saving_since = time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files.require_space(self.folder, needed)
 
     def save(
         self,
@@ -85,16 +103,17 @@ class CheckpointStore:
         if final.is_dir() and not self._problems(final):
             if trainer is not None:
                 files.remove(trainer)
+            self._saving_since = None
             return final  # saved before: a signal came right after a regular save
-        self.folder.mkdir(parents=True, exist_ok=True)
-        files.require_space(self.folder, needed)
+        self.require_space(needed)
         self.before_save()
         self._sweep()
         staged = self.folder / f".tmp-step-{step:08d}"
         staged.mkdir()
         for name, group in tensors.items():
             _save_tensors(group, staged / f"{name}.safetensors")
-        (staged / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        with files.naming(staged / "state.json"):
+            (staged / "state.json").write_text(json.dumps(state), encoding="utf-8")
         if trainer is not None:
             os.rename(trainer, staged / "trainer")
         contents = files.describe_files(staged, files.list_files(staged))
@@ -108,6 +127,8 @@ class CheckpointStore:
         files.fsync_folder(self.folder)
         self._verified = None
         self.prune()
+        self._last = time.monotonic() - self._saving_since
+        self._seconds, self._saving_since = self._seconds + self._last, None
         return final
 
     def newest(self) -> Checkpoint | None:
@@ -254,7 +275,8 @@ def _save_tensors(group: dict[str, "Tensor"], path: Path) -> None:
         memory = tensor.untyped_storage().data_ptr()
         plain[name] = tensor.contiguous().clone() if memory in seen or not tensor.is_contiguous() else tensor
         seen.add(memory)
-    save_file(plain, path)
+    with files.naming(path):
+        save_file(plain, path)
 
 
 def _versions() -> dict[str, str]:

@@ -117,8 +117,6 @@ def explain(error: Exception) -> int:
 def disk_trouble(error: Exception) -> str | None:
     """A line for what a disk can refuse, however the library below dressed it; None for any other error."""
     number = error.errno if isinstance(error, OSError) else None
-    if number is None and "(os error 28)" in str(error):  # safetensors' own error type
-        number = errno.ENOSPC
     if number not in DISK_ERRORS.values():
         return None
     path = Path(getattr(error, "filename", None) or ".")

@@ -1,14 +1,21 @@
 """Files that survive a crash: atomic JSON, fsync, digests, a space check. Everything here takes and gives
 plain paths."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.errors import UserError
+
+NUMBER = re.compile(r"\(os error (\d+)\)")  # in what safetensors raises
+TORCH_WRITES = "iostream error|PytorchStreamWriter"  # in what torch.save raises
 
 
 def canonical_json(value: Any) -> bytes:
@@ -25,8 +32,24 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What a disk refuses inside names a file: where the error does not (fsync, writes, safetensors), it is `path`."""
+    try:
+        yield
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None and (found := NUMBER.search(str(error))):
+            number = int(found[1])
+        if number is None and isinstance(error, RuntimeError) and re.search(TORCH_WRITES, str(error)):
+            number = errno.EIO  # torch does not say which
+        if number is None or getattr(error, "filename", None) is not None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
 def fsync_file(path: Path) -> None:
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, naming(path):
         os.fsync(file.fileno())
 
 
@@ -34,7 +57,8 @@ def fsync_folder(path: Path) -> None:
     """Makes the names in a folder durable: after a rename, the new name survives a power cut."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -49,7 +73,7 @@ def fsync_tree(folder: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes readable JSON so that `path` holds either the old value or the new one, never a part."""
     staged = path.with_name(f".tmp-{path.name}")
-    with open(staged, "w", encoding="utf-8") as file:
+    with naming(staged), open(staged, "w", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())

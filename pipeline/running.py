@@ -81,7 +81,8 @@ def run_stage(job: Job) -> dict[str, Any]:
     context = prepare(job, run)
     finished = False
     try:
-        metrics = plain(job.module.run(context))
+        with files.naming(context.publish):
+            metrics = plain(job.module.run(context))
         finished = True
     finally:
         context.tracker.close()
@@ -201,14 +202,16 @@ def prepare(job: Job, run: dict[str, Any]) -> StageRun:
     tracker = Tracker(
         work, job.name, experiment.tracking, run["run_id"], experiment.name, run["config"], job.console
     )
+    every = experiment.checkpoints.every
     saved = checkpoints.CheckpointStore(
         folder=work / "checkpoints",
-        every=experiment.checkpoints.every,
+        every=50 if every is None else every,
         keep=experiment.checkpoints.keep,
         run_id=run["run_id"],
         fingerprint=run["fingerprint"],
         say=job.say,
         before_save=before_save,
+        most=0.035 if every is None else None,
     )
     checkpoint = saved.newest()
     tracker.rewind(checkpoint.step if checkpoint is not None else -1)

@@ -103,7 +103,7 @@ class Tracker:
                 if line.endswith(b"\n") and row["step"] <= step:
                     kept.append(line)
             staged = path.with_name(f".tmp-{name}")
-            with open(staged, "wb") as file:
+            with files.naming(staged), open(staged, "wb") as file:
                 file.writelines(kept)
                 file.flush()
                 os.fsync(file.fileno())
@@ -113,7 +113,8 @@ class Tracker:
     def sync(self) -> None:
         """Makes the journals durable; called before a checkpoint that stands on them."""
         for file in self._open.values():
-            os.fsync(file.fileno())
+            with files.naming(Path(file.name)):
+                os.fsync(file.fileno())
 
     def close_journals(self) -> None:
         for file in self._open.values():
@@ -129,9 +130,10 @@ class Tracker:
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         if name not in self._open:
             self._open[name] = open(self.folder / name, "a", encoding="utf-8")
-        for row in rows:
-            self._open[name].write(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n")
-        self._open[name].flush()
+        with files.naming(self.folder / name):
+            for row in rows:
+                self._open[name].write(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n")
+            self._open[name].flush()
 
     # -- people ------------------------------------------------------------------------------------------
 

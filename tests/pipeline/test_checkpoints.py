@@ -154,6 +154,28 @@ def test_due():
     assert not make(files.Path("x"), every=0).due(10)
 
 
+def test_saving_may_take_only_so_much_of_the_time(tmp_path, monkeypatch):
+    """Steps of a second, saves of two: at most a twentieth of the time means one save in 40 seconds, not one in ten."""
+    clock = [0.0]
+    monkeypatch.setattr("pipeline.checkpoints.time.monotonic", lambda: clock[0])
+    store = make(tmp_path)
+    store.most = 0.05
+
+    def slow_save(step):
+        store.require_space(0)
+        clock[0] += 2
+        save(store, step)
+
+    saved = []
+    for step in range(1, 201):
+        clock[0] += 1
+        if store.due(step):
+            slow_save(step)
+            saved.append(step)
+    assert saved[0] == 10 and all(step % 10 == 0 for step in saved)
+    assert 2 * len(saved) <= 0.05 * clock[0] and len(saved) == 5
+
+
 def test_saving_a_step_twice_keeps_the_first(tmp_path):
     store = make(tmp_path)
     before = (save(store, 10) / "manifest.json").read_bytes()

@@ -26,7 +26,15 @@ def rlhf(*argv: str, die: tuple[str, int] | None = None, term: tuple[str, int] |
 
 
 def _main(argv: list[str], die, term) -> None:
-    from pipeline import checkpoints, cli, tracking
+    from pipeline import cli
+
+    arm(die, term)
+    os._exit(cli.main(argv))
+
+
+def arm(die: tuple[str, int] | None, term: tuple[str, int] | None) -> None:
+    """Let this process die, or get SIGTERM, at a step."""
+    from pipeline import checkpoints, tracking
 
     def at(stage: str, step: int) -> None:
         if (stage, step) == die:
@@ -48,4 +56,3 @@ def _main(argv: list[str], die, term) -> None:
 
     tracking.Tracker.log = dying_log
     checkpoints.CheckpointStore.save = dying_save
-    os._exit(cli.main(argv))

@@ -1,0 +1,231 @@
+"""`rlhf` in a child process to which something happens: at a system call (strace), at an instant, in a load.
+
+The child is forked from a server that has imported the libraries, and waits at a gate until strace (6 or later) holds
+it: a try takes the seconds of the run alone.
+"""
+
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+LIBRARIES = ["trl", "transformers", "datasets", "accelerate", "torch", "peft"]
+# what changes a disk; with ? where not every machine has the call
+CALLS = ("write", "pwrite64", "writev", "fsync", "fdatasync", "?rename", "?renameat", "renameat2", "?unlink",
+         "unlinkat", "?rmdir", "?mkdir", "mkdirat", "ftruncate", "?link", "linkat")  # fmt: skip
+LINE = re.compile(r"(?P<pid>\d+) +(?P<name>\w+)\((?P<rest>.*)")
+PATH = re.compile(r'"(/[^"]*)"|(?<!AT_FDCWD)<(/[^>]*)>')
+PATIENCE = 300.0  # seconds
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to a run.
+
+    at: (name, n), the main thread's n-th call of that name, at which it is killed, or which fails with `error` (as
+    "ENOSPC"). die: (stage, step) after whose row of metrics.jsonl it is killed. trace: calls are written down. forget:
+    an item of the checkpoint that the load leaves out (see `forget`). file_size: limit of the process in bytes. user:
+    another user's number. exhaust: step after whose row of metrics.jsonl torch asks for more memory than there is.
+    """
+
+    at: tuple[str, int] | None = None
+    error: str = ""
+    die: tuple[str, int] | None = None
+    trace: bool = False
+    forget: str = ""
+    file_size: int | None = None
+    exhaust: int | None = None
+    user: int | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One system call: its name, which of that name it is in its thread (from 1), the paths that it names."""
+
+    name: str
+    number: int
+    paths: tuple[str, ...]
+    failed: bool
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended. code: its exit code, −9 for SIGKILL; said: its output; seconds: from the gate on."""
+
+    code: int
+    said: str
+    seconds: float
+    calls: tuple[Call, ...] = ()
+
+
+def preload() -> None:
+    """Let the server import the libraries once; the environment is that of the first start."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(LIBRARIES)
+
+
+class Running:
+    """A run under way; its output, gate and trace are in `folder`."""
+
+    def __init__(self, argv: list[str], folder: Path, fault: Fault | None = None):
+        fault = fault or Fault()
+        self.said, self.trace, gate = folder / "said.txt", folder / "trace.txt", folder / "go"
+        for leftover in (self.said, self.trace, gate):
+            leftover.unlink(missing_ok=True)
+        self.child = multiprocessing.get_context("forkserver").Process(target=_main, args=(argv, str(folder), fault))
+        self.child.start()
+        self.tracer = self._attach(fault) if fault.trace or fault.at else None
+        gate.touch()
+        self.began = time.monotonic()
+
+    def _attach(self, fault: Fault) -> subprocess.Popen:
+        if shutil.which("strace") is None:
+            raise RuntimeError("strace is not installed, and system calls cannot be interrupted without it")
+        names = ",".join(CALLS)
+        command = ["strace", "-f", "-y", "-s", "0", "-p", str(self.child.pid), "-o", str(self.trace)]
+        command += ["-e", f"trace={names}", "-e", "signal=none"]
+        if fault.at:
+            what = f"error={fault.error}" if fault.error else "signal=KILL"
+            command += ["-e", f"inject={fault.at[0]}:{what}:when={fault.at[1]}"]
+        tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        said = tracer.stderr.readline()
+        if "attached" not in said:
+            self.child.kill()
+            raise RuntimeError(f"strace cannot hold a process here: {said.strip()}")
+        return tracer
+
+    def signal(self, number: int) -> None:
+        if self.child.is_alive():
+            os.kill(self.child.pid, number)
+
+    def wait(self, timeout: float = PATIENCE) -> Ended:
+        self.child.join(timeout)
+        if self.child.exitcode is None:
+            self.child.kill()
+            self.child.join()
+            raise TimeoutError(f"it did not end within {timeout:.0f} s")
+        seconds = time.monotonic() - self.began
+        if self.tracer is not None:
+            self.tracer.communicate(timeout=30)
+        said = self.said.read_text(errors="replace") if self.said.exists() else ""
+        calls = read_calls(self.trace, self.child.pid) if self.trace.exists() else ()
+        return Ended(self.child.exitcode, said, seconds, calls)
+
+
+def run(argv: list[str], folder: Path, fault: Fault | None = None) -> Ended:
+    return Running(argv, folder, fault).wait()
+
+
+def killed_after(argv: list[str], folder: Path, seconds: float, number: int = signal.SIGKILL) -> Ended:
+    """The signal comes so many seconds after the start; if the run has ended before, it has."""
+    running = Running(argv, folder)
+    running.child.join(seconds)
+    running.signal(number)
+    return running.wait()
+
+
+def read_calls(trace: Path, pid: int) -> tuple[Call, ...]:
+    """The calls of one thread, in order."""
+    found, numbers = [], {}
+    for line in trace.read_text(errors="replace").splitlines():
+        match = LINE.match(line)
+        if match is None or int(match["pid"]) != pid:
+            continue
+        name, rest = match["name"], match["rest"]
+        numbers[name] = numbers.get(name, 0) + 1
+        paths = tuple(a or b for a, b in PATH.findall(rest.rpartition(" = ")[0] or rest))
+        found.append(Call(name, numbers[name], paths, " = -1 " in rest))
+    return tuple(found)
+
+
+def _main(argv: list[str], folder: str, fault: Fault) -> None:
+    out = os.open(os.path.join(folder, "said.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    os.dup2(out, 1), os.dup2(out, 2)
+    while not os.path.exists(os.path.join(folder, "go")):
+        time.sleep(0.002)
+    if fault.file_size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fault.file_size, fault.file_size))
+    if fault.user is not None:
+        os.setgroups([]), os.setgid(fault.user), os.setuid(fault.user)
+    from pipeline import cli
+
+    if fault.forget:
+        forget(fault.forget)
+    if fault.die:
+        from resume_worker import arm
+
+        arm(fault.die, None)
+    if fault.exhaust is not None:
+        exhaust(fault.exhaust)
+    code = cli.main(argv)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def exhaust(step: int) -> None:
+    """Let torch's allocator fail after a step."""
+    import torch
+
+    from pipeline.tracking import Tracker
+
+    log = Tracker.log
+
+    def log_and_ask(self, at, metrics):
+        log(self, at, metrics)
+        if at == step:
+            torch.empty(2**60, dtype=torch.uint8)
+
+    Tracker.log = log_and_ask
+
+
+def forget(item: str) -> None:
+    """Make every checkpoint that is loaded lack an item.
+
+    "state.KEY": that key of the JSON; "tensors.NAME": a group of tensors, all zeros; "trainer.NAME": what transformers'
+    Trainer restores from that file, left as it is at the start; "journals": what they hold beyond the checkpoint stays.
+    """
+    kind, _, name = item.partition(".")
+    if kind == "state":
+        from pipeline.checkpoints import CheckpointStore
+
+        newest = CheckpointStore.newest
+
+        def forgetful(self):
+            found = newest(self)
+            if found is not None:
+                found.state.pop(name, None)
+            return found
+
+        CheckpointStore.newest = forgetful
+    elif kind == "tensors":
+        from pipeline.checkpoints import Checkpoint
+
+        tensors = Checkpoint.tensors
+        Checkpoint.tensors = lambda self, group: {
+            key: value * 0 if group == name else value for key, value in tensors(self, group).items()
+        }
+    elif kind == "trainer":
+        from transformers import Trainer, TrainerState
+
+        if name == "trainer_state":
+            TrainerState.load_from_json = classmethod(lambda cls, path: cls())
+        else:
+            setattr(Trainer, {"optimizer": "_load_optimizer_and_scheduler", "model": "_load_from_checkpoint",
+                              "rng_state": "_load_rng_state"}[name], lambda *_, **__: None)  # fmt: skip
+    else:
+        from pipeline.tracking import Tracker
+
+        assert item == "journals", item
+        Tracker.rewind = lambda *_, **__: None
+
+
+def instants(count: int, least: float, most: float, seed: int) -> list[float]:
+    draw = random.Random(seed)
+    return [draw.uniform(least, most) for _ in range(count)]

@@ -1,0 +1,723 @@
+"""The fault matrix: stages are killed, starved of disk and damaged, and must end in the bytes of a run that nobody
+touched.
+
+    python tests/resume/faults.py [--kills 200] [--cases C1 C2 …] [--stages rm ppo …] [--only C1/rm/rename.3]
+
+Each try starts from the finished artifacts of a small chain (micro.yaml) in which one stage has not run. Prints a
+table, case by case: tries, passed; and for each failure what was wrong and the command that repeats it. Cases bear the
+numbers of a list of faults: C crashes and storage, D changed inputs, E bad data, S hostile input; M leaves an item of
+the checkpoint out of the load, and passes if that is noticed (other bytes, or a refusal). E, S and some others are
+tests of the suite, run by name. System calls are interrupted by strace.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(HERE), str(ROOT)]
+
+import fault_damage as damage  # noqa: E402
+from fault_worker import Call, Ended, Fault, Running, instants, killed_after, preload, run  # noqa: E402
+
+CONFIG = HERE / "micro.yaml"
+STAGES = ("sft", "rm", "ppo", "dpo")
+GRACE = 10.0  # seconds from a signal to the end
+EVERY = 2  # checkpoints.every of micro.yaml
+BEFORE_HANDLERS = 0.5  # seconds within which a signal may come before anybody listens
+
+
+class Wrong(Exception):
+    """A try that did not end as it should."""
+
+
+class NotHere(Exception):
+    """A try that this machine does not allow."""
+
+
+def expect(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise Wrong(otherwise)
+
+
+@dataclass
+class Chain:
+    """Finished artifacts; of each stage alone, its seconds, its calls that change something below the artifacts, and
+    the newest checkpoint of an interrupted run."""
+
+    root: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    traces: dict[str, tuple[Call, ...]] = field(default_factory=dict)
+    saved: dict[str, Path] = field(default_factory=dict)
+
+    def folder(self, stage: str) -> Path:
+        return self.root / "micro" / stage
+
+
+def published(folder: Path) -> dict:
+    """{path: digest} of what a stage published; rows of metrics.jsonl without the one figure of the clock."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    found = {path: entry["sha256"] for path, entry in manifest["outputs"].items()}
+    if "metrics.jsonl" in found:
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+        found["metrics.jsonl"] = [{k: v for k, v in row.items() if k != "eps"} for row in rows]
+    return found
+
+
+@dataclass
+class Try:
+    """A copy of the chain without `stage`, and how to run that."""
+
+    chain: Chain
+    stage: str
+    folder: Path
+    settings: tuple[str, ...] = ()  # of every run
+
+    def __post_init__(self):
+        self.root = self.folder / "artifacts"
+        if not self.root.exists():
+            shutil.copytree(self.chain.root, self.root)
+            shutil.rmtree(self.work)
+
+    @property
+    def work(self) -> Path:
+        return self.root / "micro" / self.stage
+
+    def argv(self, *more: str) -> list[str]:
+        place = ["-c", str(CONFIG), "--artifacts", str(self.root), "--only"]
+        return ["run", self.stage, *place, *self.settings, *more]
+
+    def run(self, fault: Fault | None = None, *more: str) -> Ended:
+        return run(self.argv(*more), self.folder, fault)
+
+    def interrupt(self, step: int = 5) -> None:
+        """A run that was killed after that step's row of metrics.jsonl: checkpoints of steps 2 and 4."""
+        code = self.run(Fault(die=(self.stage, step))).code
+        expect(code == -9, f"exit {code}, and it was to be killed at step {step}")
+
+    def checkpoints(self) -> list[Path]:
+        return sorted((self.work / "checkpoints").glob("step-*"))
+
+    def lost(self) -> int:
+        """Steps that are in the journal and not in a checkpoint."""
+        if not (self.work / "metrics.jsonl").exists() or (self.work / "manifest.json").exists():
+            return 0
+        lines = (self.work / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line)["step"] for line in lines if line.endswith("}")]
+        saved = [int(path.name.removeprefix("step-")) for path in self.checkpoints()]
+        return max(rows, default=0) - max(saved, default=0)
+
+    def go_on(self, at_most: int = EVERY) -> Ended:
+        """What is recomputed is at most a save interval, and `finish`."""
+        lost = self.lost()
+        expect(lost <= at_most, f"{lost} steps are computed again; {at_most} at most")
+        return self.finish()
+
+    def finish(self) -> Ended:
+        """Run to the end: the bytes are the chain's, and nothing half-written is left."""
+        ended = self.run()
+        expect(ended.code == 0, f"going on ended with {ended.code}: {last_line(ended.said)}")
+        self.same()
+        return ended
+
+    def same(self) -> None:
+        ours, right = published(self.work), published(self.chain.folder(self.stage))
+        odd = sorted(path for path in {*ours, *right} if ours.get(path) != right.get(path))
+        expect(not odd, f"other bytes in {', '.join(odd)}")
+        left = [p.name for p in self.work.rglob(".tmp-*")]
+        expect(not left, f"left behind: {left}")
+
+
+def last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "(nothing was said)"
+
+
+def refused(ended: Ended, *names: str) -> None:
+    """Exit 2, error lines, no traceback, and a line names what it is about."""
+    expect(ended.code == 2, f"exit {ended.code} in place of 2: {last_line(ended.said)}")
+    lines = [line for line in ended.said.splitlines() if line.startswith("error: ")]
+    expect(bool(lines) and "Traceback" not in ended.said, "no error line, or a traceback")
+    missing = [name for name in names if not any(name in line for line in lines)]
+    expect(not missing, f"the error does not name {missing}: {lines[0]}")
+
+
+def measured(chain: Chain, stage: str) -> None:
+    """What a stage takes alone: the seconds, the calls. And that it makes the same bytes twice."""
+    if stage in chain.calls:
+        return
+    with tempfile.TemporaryDirectory(prefix="faults_") as folder:
+        one = Try(chain, stage, Path(folder))
+        ended = one.run(Fault(trace=True))
+        expect(ended.code == 0, f"{stage} does not run: {last_line(ended.said)}")
+        one.same()
+        inside = str(one.root)
+        chain.traces[stage] = ended.calls
+        chain.calls[stage] = [c for c in ended.calls if not c.failed and any(p.startswith(inside) for p in c.paths)]
+    with tempfile.TemporaryDirectory(prefix="faults_") as folder:
+        chain.seconds[stage] = Try(chain, stage, Path(folder)).finish().seconds
+    with tempfile.TemporaryDirectory(prefix="faults_") as folder:
+        one = Try(chain, stage, Path(folder))
+        one.interrupt()
+        chain.saved[stage] = chain.root.parent / "saved" / stage / one.checkpoints()[-1].name
+        shutil.copytree(one.checkpoints()[-1], chain.saved[stage])
+
+
+def spread(items: list, count: int) -> list:
+    """At most `count` of the items, evenly spread."""
+    return [items[i * len(items) // count] for i in range(count)] if len(items) > count else items
+
+
+# -- crashes and storage: (chain, stage, kills) → tries, each a name and a function of a Try ------------------------
+
+Trial = Callable[[Try], None]
+Case = Callable[[Chain, str, int], Iterator[tuple[str, Trial]]]
+
+
+def crash_points(chain: Chain, stage: str, kills: int):
+    """SIGKILL at a call that changes something: all of them, or evenly spread ones if there are more than `kills`."""
+    for call in spread(chain.calls[stage], kills):
+
+        def trial(t: Try, call=call):
+            ended = t.run(Fault(at=(call.name, call.number)))
+            expect(ended.code in (-9, 0), f"exit {ended.code}, and it was to be killed at {call.name}")
+            t.go_on()
+
+        yield f"{call.name}.{call.number}", trial
+
+
+def random_kills(chain: Chain, stage: str, kills: int):
+    """SIGKILL at any instant, loading and publishing included."""
+    for i, after in enumerate(instants(kills, 0.0, chain.seconds[stage], seed=1)):
+
+        def trial(t: Try, after=after):
+            killed_after(t.argv(), t.folder, after)
+            t.go_on()
+
+        yield str(i), trial
+
+
+def kills_in_one_run(chain: Chain, stage: str, kills: int):
+    """Twenty kills of one run, while it loads its checkpoint too."""
+
+    def trial(t: Try):
+        for after in instants(20, 0.2, chain.seconds[stage], seed=2):
+            killed_after(t.argv(), t.folder, after)
+        t.go_on()
+
+    yield "0", trial
+
+
+def signals(chain: Chain, stage: str, kills: int):
+    """SIGTERM, SIGINT or SIGUSR1 at any instant: 75 in time, no artifact, then the same bytes. Or it had ended."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    for i, after in enumerate(instants(max(3, kills // 4), 0.0, chain.seconds[stage], seed=3)):
+
+        def trial(t: Try, after=after, number=numbers[i % 3]):
+            running = Running(t.argv(), t.folder)
+            running.child.join(after)
+            asked = time.monotonic()
+            running.signal(number)
+            ended = running.wait()
+            took = time.monotonic() - asked
+            if ended.code == 0:
+                t.same()
+                return
+            early = ended.code != 1 and after < BEFORE_HANDLERS  # as signals end a process that does not listen yet
+            expect(ended.code == 75 or early, f"exit {ended.code} after signal {number}: {last_line(ended.said)}")
+            expect(took <= GRACE, f"{took:.1f} s from the signal to the end")
+            expect(not (t.work / "manifest.json").exists(), "it was stopped, and there is an artifact")
+            t.go_on(at_most=0)
+
+        yield str(i), trial
+
+
+def two_signals(chain: Chain, stage: str, kills: int):
+    """SIGTERM, and another or SIGKILL while it saves: the newest checkpoint that holds survives."""
+    for i, after in enumerate(instants(max(2, kills // 10), BEFORE_HANDLERS, chain.seconds[stage], seed=4)):
+
+        def trial(t: Try, after=after, second=(signal.SIGTERM, signal.SIGKILL)[i % 2]):
+            running = Running(t.argv(), t.folder)
+            running.child.join(after)
+            running.signal(signal.SIGTERM)
+            running.child.join(0.05)
+            running.signal(second)
+            ended = running.wait()
+            expect(ended.code in (0, 75, -second), f"exit {ended.code}: {last_line(ended.said)}")
+            t.go_on()
+
+        yield str(i), trial
+
+
+def failing_call(errors: tuple[str, ...], names: tuple[str, ...]) -> Case:
+    """A call fails: one line that names a path; what stood before stands; then the same bytes."""
+
+    def case(chain: Chain, stage: str, kills: int):
+        calls = [call for call in chain.calls[stage] if call.name in names]
+        for call, error in zip(spread(calls, kills), itertools.cycle(errors), strict=False):
+
+            def trial(t: Try, call=call, error=error):
+                ended = t.run(Fault(at=(call.name, call.number), error=error))
+                if ended.code == 0:  # it was one whose failure costs nothing, such as the last of a clean-up
+                    expect(call.name != "fsync", "an fsync failed, and nobody noticed")
+                else:
+                    refused(ended, str(t.root))
+                    damaged = [str(p) for p in t.checkpoints() if damage.problems(p)]
+                    expect(not damaged, f"no longer whole: {damaged}")
+                t.finish()
+
+            yield f"{call.name}.{call.number}.{error}", trial
+
+    return case
+
+
+def full_disk(chain: Chain, stage: str, kills: int):
+    """A disk with little room: one line with path and bytes free; with room again, the same bytes."""
+    for room in (40_000, 150_000):
+
+        def trial(t: Try, room=room):
+            size = sum(p.stat().st_size + 4096 for p in t.root.rglob("*"))
+            with damage.small_disk(t.root, size + room, NotHere) as grow:
+                refused(t.run(), "bytes", str(t.root))
+                grow(size * 4 + 2**24)
+                t.finish()
+
+        yield str(room), trial
+
+
+def small_files(chain: Chain, stage: str, kills: int):
+    """No file may be larger than so many bytes: one line; without the limit, the same bytes."""
+
+    def trial(t: Try):
+        refused(t.run(Fault(file_size=20_000)))
+        t.finish()
+
+    yield "20000", trial
+
+
+def damaged_checkpoint(spoils: Callable[[Path], Iterator[tuple[str, Callable[[Path], None]]]]) -> Case:
+    """The newest checkpoint is damaged: found before use, said, the one before is taken."""
+
+    def case(chain: Chain, stage: str, kills: int):
+        for name, spoil in spoils(chain.saved[stage]):
+
+            def trial(t: Try, spoil=spoil):
+                t.interrupt()
+                spoil(t.checkpoints()[-1])
+                ended = t.finish()
+                expect("set aside" in ended.said, "the damage was not said")
+
+            yield name, trial
+
+    return case
+
+
+def every_flip(chain: Chain, stage: str, kills: int):
+    """A bit at a hundred places of each file of a checkpoint: the check finds every one."""
+    sample = chain.saved[stage]
+    for name in damage.file_names(sample):
+
+        def trial(t: Try, name=name):
+            copy = t.folder / sample.name
+            shutil.copytree(sample, copy)
+            missed = damage.missed_flips(copy, name, 100)
+            expect(not missed, f"bits that nobody missed: {missed}")
+
+        yield name, trial
+
+
+def damaged_input(chain: Chain, stage: str, kills: int):
+    """A file of an upstream artifact is flipped, cut or gone: exit 2, and the file is named."""
+    for need in json.loads((chain.folder(stage) / "manifest.json").read_text())["inputs"]:
+        if not (chain.folder(need) / "manifest.json").exists():
+            continue
+        for name in json.loads((chain.folder(need) / "manifest.json").read_text())["outputs"]:
+            for how, spoil in (("flip", damage.flip), ("cut", damage.cut(0.5)), ("gone", Path.unlink)):
+
+                def trial(t: Try, need=need, name=name, spoil=spoil):
+                    spoil(t.root / "micro" / need / name)
+                    refused(t.run(), name)
+
+                yield f"{need}/{name}.{how}", trial
+
+
+def other_user(chain: Chain, stage: str, kills: int):
+    """Artifacts that this user may not write: one line, before a model is loaded."""
+
+    def trial(t: Try):
+        if os.geteuid() != 0:
+            raise NotHere("only root can become somebody else")
+        library = Path(os.__file__)
+        if not all(path.stat().st_mode & 0o005 == 0o005 for path in (library.parent, *library.parent.parents)):
+            raise NotHere("another user cannot read this Python")
+        for path in (t.folder, *t.folder.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        ended = t.run(Fault(user=65534))
+        if "Permission denied" in ended.said and str(ROOT) in ended.said:
+            raise NotHere("another user cannot read this project")
+        refused(ended, str(t.root))
+        expect(ended.seconds < 5, f"it took {ended.seconds:.1f} s")
+
+    yield "0", trial
+
+
+def two_runs(chain: Chain, stage: str, kills: int):
+    """The second of two runs is refused at once and names the first; after a kill the lock is free."""
+
+    def trial(t: Try):
+        first = Running(t.argv(), t.folder)
+        while not (t.work / "run.json").exists() and first.child.is_alive():
+            time.sleep(0.01)
+        first.signal(signal.SIGSTOP)  # it holds its lock for as long as we like
+        (t.folder / "second").mkdir()
+        second = run(t.argv(), t.folder / "second")
+        refused(second, f"process {first.child.pid}")
+        first.signal(signal.SIGKILL)
+        expect(first.wait().code == -9, "the first had ended")
+        t.finish()
+
+    yield "0", trial
+
+
+def other_clock(chain: Chain, stage: str, kills: int):
+    """Times of files say the opposite of their steps: the newest is by step, and pruning takes the oldest by step."""
+
+    def trial(t: Try):
+        t.interrupt()
+        for i, path in enumerate(t.checkpoints()):
+            for file in (path, *path.rglob("*")):
+                os.utime(file, (1e9 - i * 1e6,) * 2)
+        expect("damaged" not in t.finish().said, "a sound checkpoint was refused")
+
+    yield "0", trial
+
+
+def kept_one(chain: Chain, stage: str, kills: int):
+    """checkpoints.keep: 1, killed at a removal or a rename: a checkpoint that holds is there at every instant."""
+    calls = [c for c in chain.calls[stage] if c.name.startswith(("unlink", "rmdir", "rename"))]
+    for call in spread(calls, max(4, kills // 2)):
+
+        def trial(t: Try, call=call):
+            t.settings = ("checkpoints.keep=1",)
+            first = t.run(Fault(at=(call.name, call.number)))
+            expect(first.code in (-9, 0), f"exit {first.code}: {last_line(first.said)}")
+            if t.lost() or t.checkpoints():
+                good = [p for p in t.checkpoints() if not damage.problems(p)]
+                expect(bool(good) or t.lost() <= EVERY, "no checkpoint holds")
+            t.go_on()
+
+        yield f"{call.name}.{call.number}", trial
+
+
+def little_memory(chain: Chain, stage: str, kills: int):
+    """Memory runs out: one line with what to turn; what was saved is there, and without the limit the same bytes."""
+
+    def trial(t: Try):
+        ended = t.run(Fault(exhaust=5))
+        expect(ended.code == 1 and "Traceback" not in ended.said, f"exit {ended.code}: {last_line(ended.said)}")
+        expect("error: out of memory; lower" in ended.said, f"it does not say what to turn: {last_line(ended.said)}")
+        expect(not damage.problems(t.checkpoints()[-1]), "the newest checkpoint does not hold")
+        t.finish()
+
+    yield "0", trial
+
+
+def synced(chain: Chain, stage: str, kills: int):
+    """Every rename into place comes after an fsync of what was written and before one of the folder it is in."""
+
+    def trial(t: Try):
+        wrong = damage.not_synced(chain.traces[stage])
+        expect(not wrong, "; ".join(wrong[:3]))
+
+    yield "0", trial
+
+
+# -- changed inputs ---------------------------------------------------------------------------------------------
+
+
+def changed_settings(chain: Chain, stage: str, kills: int):
+    """An interrupted run with another setting is refused, naming the key, old and new; as it was, it goes on."""
+    changes = {
+        f"{stage}.learning_rate": "1.5e-3",
+        "seed": "2",
+        f"{stage}.per_device_train_batch_size": "1",
+        f"{stage}.gradient_accumulation_steps": "1",
+        f"{stage}.{ {'dpo': 'beta', 'ppo': 'lam', 'rm': 'label_smoothing', 'sft': 'weight_decay'}[stage] }": "0.3",
+    }
+    for key, value in changes.items():
+        if stage == "ppo" and "accumulation" in key:
+            key, value = "ppo.mini_batch_size", "8"
+
+        def trial(t: Try, key=key, value=value):
+            t.interrupt()
+            refused(t.run(None, f"{key}={value}"), key, "→")
+            t.finish()
+
+        yield key, trial
+
+
+def harmless_settings(chain: Chain, stage: str, kills: int):
+    """A change that cannot change the result is taken without a word of refusal, and the bytes are the same."""
+    for setting in ("checkpoints.every=3", "checkpoints.keep=3"):
+
+        def trial(t: Try, setting=setting):
+            t.interrupt()
+            t.settings = (setting,)
+            t.finish()
+
+        yield setting, trial
+
+
+def rebuilt_input(chain: Chain, stage: str, kills: int):
+    """An upstream artifact is made anew with another seed: an interrupted run refuses, naming both digests."""
+    need = {"sft": "base", "rm": "rankings", "ppo": "rm", "dpo": "rankings"}[stage]
+    key = {"base": "base.learning_rate=2e-3", "rankings": "rankings.temperature=0.9", "rm": "rm.learning_rate=2e-3"}
+
+    def trial(t: Try):
+        t.interrupt()
+        place = ["-c", str(CONFIG), "--artifacts", str(t.root), "--only"]
+        (t.folder / "other").mkdir()
+        made = run(["run", need, *place, "--force", key[need]], t.folder / "other")
+        expect(made.code == 0, f"{need} does not run: {last_line(made.said)}")
+        refused(t.run(None, key[need]), need, "→")
+
+    yield need, trial
+
+
+def other_threads(chain: Chain, stage: str, kills: int):
+    """Another number of threads: said once, and recorded."""
+
+    def trial(t: Try):
+        t.interrupt()
+        ended = t.run(None, "launch.threads=2")
+        expect(ended.code == 0, f"exit {ended.code}: {last_line(ended.said)}")
+        expect(ended.said.count("last bits may differ") == 1, "it was not said once")
+        expect(json.loads((t.work / "manifest.json").read_text())["threads"] == 2, "it is not in the manifest")
+
+    yield "0", trial
+
+
+def done_again(chain: Chain, stage: str, kills: int):
+    """A finished stage with fresh file times, or without its checkpoints, does nothing."""
+    for name in ("touched", "no checkpoints"):
+
+        def trial(t: Try, name=name):
+            shutil.copytree(chain.folder(stage), t.work)
+            if name == "touched":
+                for file in t.root.rglob("*"):
+                    os.utime(file)
+            else:
+                shutil.rmtree(t.work / "checkpoints")
+            ended = t.run()
+            expect(ended.code == 0 and "running" not in ended.said, f"it ran: {last_line(ended.said)}")
+            t.same()
+
+        yield name, trial
+
+
+def forgotten_items(chain: Chain, stage: str, kills: int):
+    """Each item of the checkpoint is left out of the load in turn, at the moments that give it a meaning: the bytes
+    differ, or the run refuses, at one of them."""
+    newest, moments = chain.saved[stage], {"sft": (5, 11), "rm": (5, 13)}.get(stage, (5,))
+    items = [f"state.{key}" for key in json.loads((newest / "state.json").read_text())]
+    items += [f"tensors.{path.stem}" for path in sorted(newest.glob("*.safetensors"))]
+    items += ["trainer.model", "trainer.optimizer", "trainer.trainer_state"] * (newest / "trainer").is_dir()
+    items = [item for item in items if item != "state.steps"]  # rm: a guard against a changed number of steps
+    for item in [*items, "journals"]:
+
+        def trial(t: Try, item=item):
+            for moment in moments:
+                shutil.rmtree(t.work, ignore_errors=True)
+                t.interrupt(moment)
+                ended = t.run(Fault(forget=item))
+                if ended.code != 0 or published(t.work) != published(chain.folder(stage)):
+                    return
+            raise Wrong("nobody noticed that it was missing")
+
+        yield item, trial
+
+
+CASES: dict[str, tuple[str, Case]] = {
+    "C1": ("killed at a call that changes the disk", crash_points),
+    "C2": ("killed at any instant", random_kills),
+    "C3": ("killed twenty times in one run", kills_in_one_run),
+    "C4": ("SIGTERM, SIGINT, SIGUSR1 at any instant", signals),
+    "C5": ("two signals", two_signals),
+    "C6": ("no space left at a write", failing_call(("ENOSPC",), ("write", "pwrite64", "mkdir"))),
+    "C6d": ("a disk that fills up", full_disk),
+    "C7": ("a sync or rename fails", failing_call(("EIO", "EROFS"), ("fsync", "fdatasync", "rename"))),
+    "C7f": ("a limit on file sizes", small_files),
+    "C8": ("checkpoint file cut short", damaged_checkpoint(damage.cuts)),
+    "C9": ("checkpoint file with a flipped bit", damaged_checkpoint(damage.flips)),
+    "C9b": ("a hundred flips a file, found", every_flip),
+    "C10": ("checkpoint file gone, a stray, a link, an empty folder", damaged_checkpoint(damage.misfits)),
+    "C8i": ("input file damaged or gone", damaged_input),
+    "C11": ("artifacts of another user", other_user),
+    "C12": ("two runs at once", two_runs),
+    "C13": ("file times turned round", other_clock),
+    "C14": ("one checkpoint kept, killed at removals", kept_one),
+    "C15": ("memory runs out", little_memory),
+    "C18": ("synced before and after each rename", synced),
+    "D1": ("settings changed before going on", changed_settings),
+    "D2": ("harmless settings changed", harmless_settings),
+    "D4": ("an input made anew", rebuilt_input),
+    "D6": ("a finished stage again", done_again),
+    "D7": ("another number of threads", other_threads),
+    "M": ("an item left out of the load", forgotten_items),
+}
+TESTS = {  # of the suite: what it is about, files and the words that choose among their tests
+    "D3": ("data file changed", ["pipeline/test_plan.py"], "changed_data_file or data_counts"),
+    "D5": ("checkpoint of another version or shape", ["stages/test_engine.py", "pipeline/test_checkpoints.py"],
+           "another_model or another_shape or another_run"),
+    "E1": ("malformed rows", ["data/test_records.py", "data/test_sources.py", "data/test_check.py"],
+           "faults_of or misshapen or damaged_files"),
+    "E5": ("leaks and repetitions", ["data/test_check.py", "data/test_sources.py"], "leaks or come_again"),
+    "E6": ("too long, empty, only EOS", ["data/test_encode.py", "data/test_check.py"], "long or truncate or left"),
+    "E7": ("ties, unjudged, identical, K = 9", ["data/test_groups.py", "data/test_records.py"],
+           "ties or identical or pair or verdicts"),
+    "E9": ("reward model that does not fit", ["models/test_loading.py", "models/test_roles.py"],
+           "refused or no_reward_model"),
+    "E10": ("reference that is not the policy, forwards that differ", ["objectives/test_ppo_step.py"], "preflight"),
+    "E11": ("numbers that are not finite", ["objectives/test_ppo_step.py", "stages/test_engine.py"], "finite or nan"),
+    "E12": ("alarms", ["stages/test_alarms.py"], ""),
+    "S1": ("pickles, remote code, damaged headers",
+           ["pipeline/test_artifacts.py", "pipeline/test_checkpoints.py", "models/test_loading.py"],
+           "pickle or remote or hostile or outside"),
+    "S3": ("paths that leave the folder", ["pipeline/test_artifacts.py"], "outside or link"),
+    "S4": ("YAML", ["pipeline/test_config.py"], "hostile or scalars or one_mistake"),
+    "S8": ("no network, no wandb", ["pipeline/test_tracking.py", "pipeline/test_cli.py"], "wandb or offline"),
+}  # fmt: skip
+
+
+def suite(name: str) -> tuple[int, int, str]:
+    """(tries, passed, what failed) of the suite's tests for a fault."""
+    _, files, words = TESTS[name]
+    report = Path(tempfile.mkdtemp(prefix="faults_")) / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "", f"--junitxml={report}"]
+    command += [str(HERE.parent / file) for file in files] + (["-k", words] if words else [])
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    from xml.etree import ElementTree
+
+    found = ElementTree.parse(report).getroot().find("testsuite").attrib
+    total, skipped = int(found["tests"]), int(found["skipped"])
+    bad = int(found["failures"]) + int(found["errors"])
+    shutil.rmtree(report.parent)
+    return total - skipped, total - skipped - bad, last_line(ended.stdout) if bad or ended.returncode else ""
+
+
+# -- the program ------------------------------------------------------------------------------------------------
+
+
+def make_chain(folder: Path) -> Chain:
+    """A finished chain; raises Wrong if it does not run."""
+    preload()
+    chain = Chain(folder / "artifacts")
+    ended = run(["run", "evaluate", "-c", str(CONFIG), "--artifacts", str(chain.root)], folder)
+    expect(ended.code == 0, f"the chain does not run: {last_line(ended.said)}")
+    return chain
+
+
+def attempt(chain: Chain, stage: str, label: str, trial: Trial, keep: bool = False) -> str | None:
+    """One try in a folder of its own; → what was wrong, None if nothing, "not here: …" if it cannot be made here."""
+    folder = Path(tempfile.mkdtemp(prefix="faults_"))
+    try:
+        trial(Try(chain, stage, folder))
+    except NotHere as reason:
+        return f"not here: {reason}"
+    except Wrong as wrong:
+        return str(wrong)
+    except Exception as problem:
+        return f"{type(problem).__name__}: {problem}"
+    finally:
+        if keep:
+            print(f"kept: {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def trials_of(chain: Chain, case: str, stage: str, kills: int) -> list[tuple[str, Trial]]:
+    """A case's tries of a stage; where there are many, evenly spread ones: as many as kills, four times as many where
+    files are damaged."""
+    measured(chain, stage)
+    most = max(3, kills * (4 if case in ("C8", "C8i", "C10", "M") else 1))
+    return spread([(f"{case}/{stage}/{name}", trial) for name, trial in CASES[case][1](chain, stage, kills)], most)
+
+
+def main() -> int:
+    known = [*CASES, *TESTS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200, metavar="N",
+                        help="random kills in all, and crash points at most; other cases take their share")  # fmt: skip
+    parser.add_argument("--cases", nargs="+", default=known, choices=known, metavar="CASE", help=", ".join(known))
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES, metavar="STAGE")
+    parser.add_argument("--only", metavar="CASE/STAGE/NAME", help="one try, its folder kept")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="tries at a time")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="write the table there, as Markdown")
+    asked = parser.parse_args()
+    if asked.only:
+        asked.cases, asked.stages = [asked.only.split("/")[0]], [asked.only.split("/")[1]]
+    began, rows, failures = time.monotonic(), [], []
+
+    def book(case: str, what: str, stage: str, tries: int, passed: int, note: str) -> None:
+        rows.append((case, what, stage, tries, passed, note))
+        print(f"{case:4} {what:55} {stage:5} {passed:4} of {tries}  {note}", flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="faults_chain_") as folder, ThreadPoolExecutor(asked.workers) as pool:
+        try:
+            chain = make_chain(Path(folder))
+            for case, stage in ((c, s) for c in asked.cases if c in CASES for s in asked.stages):
+                trials = trials_of(chain, case, stage, max(1, asked.kills // len(asked.stages)))
+                trials = [(label, trial) for label, trial in trials if asked.only in (None, label)]
+                wrongs = list(pool.map(lambda one, s=stage: attempt(chain, s, *one, bool(asked.only)), trials))
+                absent = [w for w in wrongs if w and w.startswith("not here")]
+                bad = [(label, w) for (label, _), w in zip(trials, wrongs, strict=True) if w and w not in absent]
+                for label, wrong in bad:
+                    print(f"FAILED {label}: {wrong}", flush=True)
+                failures += bad
+                tries = len(trials) - len(absent)
+                if trials:
+                    book(case, CASES[case][0], stage, tries, tries - len(bad), absent[0] if absent else "")
+        except Wrong as wrong:
+            print(f"error: {wrong}", file=sys.stderr)
+            return 2
+        for name in (c for c in asked.cases if c in TESTS):
+            tries, passed, wrong = suite(name)
+            book(name, TESTS[name][0], "suite", tries, passed, wrong)
+            failures += [(f"{name} (make test)", wrong)] if wrong or not tries else []
+    minutes, total, good = (time.monotonic() - began) / 60, sum(r[3] for r in rows), sum(r[4] for r in rows)
+    print(f"\n{good} of {total} tries passed in {minutes:.0f} min")
+    for label, wrong in failures:
+        print(f"  {label}: {wrong}\n    python tests/resume/faults.py --only '{label}' --kills {asked.kills}")
+    if asked.table:
+        asked.table.write_text(table(rows, minutes), encoding="utf-8")
+    return 1 if failures or not total else 0
+
+
+def table(rows: list[tuple], minutes: float) -> str:
+    sys.path.append(str(HERE.parent / "benchmarks"))
+    from pairs import stamp
+
+    facts = stamp()
+    lines = ["# The fault matrix, as `make faults` found it", ""]
+    lines += [f"{facts['date']}, commit {facts['commit']}, {facts['machine']}; {minutes:.0f} minutes.", ""]
+    lines += ["| case | what | stage | tries | passed | |", "| --- | --- | --- | --- | --- | --- |"]
+    return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows]) + "\n"
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())
