@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline import sections
+from pipeline import files, sections
 from pipeline.errors import Interrupted, TrainingStopped, UserError
 from pipeline.stage import StopFlag
 
@@ -47,12 +47,6 @@ stages, in their order:  {" ".join(STAGES)}
 
 exit codes: 0 done or up to date; 2 a mistake in config, data or artifacts; 3 training stopped itself;
 75 stopped by a signal, run again to go on."""
-
-DISK_ERRORS = {
-    number: getattr(errno, number)
-    for number in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ENAMETOOLONG")
-}
-
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
@@ -115,9 +109,9 @@ def explain(error: Exception) -> int:
 
 
 def disk_trouble(error: Exception) -> str | None:
-    """A line for what a disk can refuse, however the library below dressed it; None for any other error."""
+    """A line for what a disk can refuse; None for any other error."""
     number = error.errno if isinstance(error, OSError) else None
-    if number not in DISK_ERRORS.values():
+    if number not in files.DISK:
         return None
     path = Path(getattr(error, "filename", None) or ".")
     line = f"{path}: {os.strerror(number)}"

@@ -15,7 +15,8 @@ from typing import Any
 from pipeline.errors import UserError
 
 NUMBER = re.compile(r"\(os error (\d+)\)")  # in what safetensors raises
-TORCH_WRITES = "iostream error|PytorchStreamWriter"  # in what torch.save raises
+TORCH_WRITES = "iostream error|PytorchStreamWriter|unexpected pos"  # in what torch.save raises
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG}
 
 
 def canonical_json(value: Any) -> bytes:
@@ -39,11 +40,12 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
-        if number is None and (found := NUMBER.search(str(error))):
+        if type(error).__name__ == "SafetensorError" and (found := NUMBER.search(str(error))):
             number = int(found[1])
-        if number is None and isinstance(error, RuntimeError) and re.search(TORCH_WRITES, str(error)):
-            number = errno.EIO  # torch does not say which
-        if number is None or getattr(error, "filename", None) is not None:
+        if isinstance(error, RuntimeError) and re.search(TORCH_WRITES, str(error)):  # torch does not say which
+            there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+            number = errno.ENOSPC if shutil.disk_usage(there).free < 2**20 else errno.EIO
+        if number not in DISK or getattr(error, "filename", None) is not None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
 

@@ -118,7 +118,8 @@ class Tracker:
 
     def close_journals(self) -> None:
         for file in self._open.values():
-            file.close()
+            with files.naming(Path(file.name)):  # what a full disk did not take is written once more
+                file.close()
         self._open.clear()
 
     def close(self) -> None:

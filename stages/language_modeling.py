@@ -121,8 +121,8 @@ def train_language_model(
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
     found = ctx.checkpoints.newest()
-    if found and not (found.path / "trainer").is_dir():
-        found = None  # the end of an earlier training
+    if found and (found.step <= first or not (found.path / "trainer").is_dir()):
+        found = None  # of an earlier training
     if found:
         refuse_shorter(ctx, found.step - first, steps)
         keeper.best.restore(found)
@@ -248,7 +248,7 @@ class _Keeper:
             def on_step_end(self, args, state, control, model=None, **_):
                 if state.global_step % keeper.eval_steps == 0 or state.global_step == keeper.steps:
                     keeper.look(model, state, control)
-                if state.global_step >= keeper.steps:
+                if state.global_step >= keeper.steps or keeper.best.exhausted:
                     control.should_save = False  # the artifact comes next
                     return
                 control.should_save = keeper.ctx.checkpoints.due(state.global_step)

@@ -34,9 +34,9 @@ class Packing:
 
     @cached_property
     def short(self) -> bool:
-        """Whether the spans have on average fewer than SHORT tokens."""
+        """Whether the spans have on average fewer than SHORT tokens, and rows would not be mostly padding."""
         spans = sum(1 if len(responses) == 1 else 1 + len(responses) for _, responses in self.spans)
-        return self.home.numel() < SHORT * spans
+        return self.home.numel() < SHORT * spans and self.sequences.numel() <= 4 * self.home.numel()
 
     def behind(self, prompt: int, response: int, device) -> Tensor:
         """(response, prompt + response), True where a response's token may look: its prompt, and itself so far."""

@@ -105,6 +105,8 @@ def test_short_spans_are_gathered_into_rows(causal, monkeypatch):
     ].short
     assert not short([[3] * 4], [[5] * 4]) and short([[3] * 4], [[5] * 3])
     assert not short([[3] * 8] * 2, [[5] * 8] * 2) and short([[3] * 8] * 2, [[5] * 8, [5] * 7])
+    long_one_among_many = [[3] * 60, *([i] for i in range(4, 24))], [[5]] * 21
+    assert not short(*long_one_among_many) and short(*(part[1:] for part in long_one_among_many))
 
 
 @pytest.mark.parametrize("short", [0, 1000])

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from pipeline.errors import UserError
 from tests.pipeline import fakes
@@ -122,7 +123,7 @@ TWO_LINES = "rows.jsonl:3: is no JSON; mend the line\nerror: rows.jsonl:4: is em
         (UserError("a: b; c"), 2, "a: b; c\n"),
         (OSError(28, "No space left on device", "/x/model"), 2, "/x/model: No space left on device ("),
         (OSError(13, "Permission denied", "/x"), 2, "/x: Permission denied; make it writable"),
-        (RuntimeError("full (os error 28)"), 2, "artifacts/small/fit/.tmp-publish: No space left on device ("),
+        (SafetensorError("full (os error 28)"), 2, "artifacts/small/fit/.tmp-publish: No space left on device ("),
         (ConnectionError("no route\nto host"), 2, "the Hub: no route; check the id, the network"),
         (MemoryError(), 1, "out of memory; lower per_device_train_batch_size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory"),

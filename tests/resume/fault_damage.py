@@ -88,20 +88,20 @@ def missed_flips(checkpoint: Path, name: str, count: int) -> list[int]:
 
 
 @contextmanager
-def small_disk(folder: Path, size: int, not_here: type[Exception]) -> Iterator[Callable[[int], None]]:
-    """`folder` with what it holds on a disk of its own of so many bytes; yields a function that gives it another size.
-    Raises not_here(reason) where nothing may be mounted."""
+def small_disk(folder: Path, size: int, names: int, not_here: type[Exception]) -> Iterator[Callable[[], None]]:
+    """`folder` with what it holds on a disk of its own of so many bytes and file names; yields a function that makes it
+    large. Raises not_here(reason) where nothing may be mounted."""
     kept = folder.with_name(f"{folder.name}-kept")
     folder.rename(kept)
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size},nr_inodes={names}", "tmpfs", str(folder)]
     done = subprocess.run(mount, capture_output=True, text=True)
     if done.returncode:
         raise not_here(done.stderr.strip() or "mount is refused")
     try:
         shutil.copytree(kept, folder, dirs_exist_ok=True)
-        grow = lambda bytes: subprocess.run(["mount", "-o", f"remount,size={bytes}", str(folder)], check=True)  # noqa: E731
-        yield grow
+        large = "remount,size=1g,nr_inodes=100000"
+        yield lambda: subprocess.run(["mount", "-o", large, str(folder)], check=True)
     finally:
         subprocess.run(["umount", str(folder)], check=True)
 
@@ -116,8 +116,10 @@ def not_synced(calls: tuple[Call, ...]) -> list[str]:
         if call.failed or not call.paths:
             continue
         first = call.paths[0]
-        if call.name in ("write", "pwrite64", "writev", "ftruncate"):
+        if call.name in ("write", "pwrite64", "writev", "ftruncate", "sendfile"):
             written.add(first)
+        elif call.name == "copy_file_range":
+            written.add(call.paths[-1])
         elif call.name in ("fsync", "fdatasync"):
             written.discard(first)
             waiting.pop(first, None)

@@ -20,7 +20,8 @@ from pathlib import Path
 LIBRARIES = ["trl", "transformers", "datasets", "accelerate", "torch", "peft"]
 # what changes a disk; with ? where not every machine has the call
 CALLS = ("write", "pwrite64", "writev", "fsync", "fdatasync", "?rename", "?renameat", "renameat2", "?unlink",
-         "unlinkat", "?rmdir", "?mkdir", "mkdirat", "ftruncate", "?link", "linkat")  # fmt: skip
+         "unlinkat", "?rmdir", "?mkdir", "mkdirat", "ftruncate", "?link", "linkat", "?sendfile",
+         "?copy_file_range")  # fmt: skip
 LINE = re.compile(r"(?P<pid>\d+) +(?P<name>\w+)\((?P<rest>.*)")
 PATH = re.compile(r'"(/[^"]*)"|(?<!AT_FDCWD)<(/[^>]*)>')
 PATIENCE = 300.0  # seconds
@@ -81,6 +82,7 @@ class Running:
             leftover.unlink(missing_ok=True)
         self.child = multiprocessing.get_context("forkserver").Process(target=_main, args=(argv, str(folder), fault))
         self.child.start()
+        multiprocessing.process._children.discard(self.child)  # starting another, in another thread, would reap it
         self.tracer = self._attach(fault) if fault.trace or fault.at else None
         gate.touch()
         self.began = time.monotonic()

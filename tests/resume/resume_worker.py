@@ -8,15 +8,21 @@ from pathlib import Path
 CONFIG = Path(__file__).with_name("micro.yaml")
 
 
-def rlhf(*argv: str, die: tuple[str, int] | None = None, term: tuple[str, int] | None = None) -> int:
+def rlhf(
+    *argv: str,
+    die: tuple[str, int] | None = None,
+    term: tuple[str, int] | None = None,
+    term_at_token: int | None = None,
+) -> int:
     """Exit code of `rlhf argv` in a fresh process; −9 where it died of SIGKILL. The libraries are imported only once.
 
     die, term: (stage, step) after whose row of metrics.jsonl (rankings, evaluate: whose checkpoint) the process
-    kills itself, or gets SIGTERM.
+    kills itself, or gets SIGTERM. term_at_token: which of the tokens that it draws (rows at a time) brings SIGTERM; if
+    it draws another one after that, the exit code is 99.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trl", "transformers", "datasets", "accelerate", "torch", "peft"])
-    child = context.Process(target=_main, args=(list(argv), die, term))
+    child = context.Process(target=_main, args=(list(argv), die, term, term_at_token))
     child.start()
     child.join(300)
     if child.exitcode is None:
@@ -25,11 +31,25 @@ def rlhf(*argv: str, die: tuple[str, int] | None = None, term: tuple[str, int] |
     return child.exitcode
 
 
-def _main(argv: list[str], die, term) -> None:
+def _main(argv: list[str], die, term, term_at_token) -> None:
     from pipeline import cli
 
     arm(die, term)
-    os._exit(cli.main(argv))
+    if term_at_token is None:
+        os._exit(cli.main(argv))
+    from stages.rollouts import transformers
+
+    pick, drawn = transformers.pick, [0]
+
+    def pick_and_count(*args):
+        drawn[0] += 1
+        if drawn[0] == term_at_token:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return pick(*args)
+
+    transformers.pick = pick_and_count
+    code = cli.main(argv)
+    os._exit(99 if drawn[0] > term_at_token else code)
 
 
 def arm(die: tuple[str, int] | None, term: tuple[str, int] | None) -> None:

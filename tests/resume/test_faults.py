@@ -10,7 +10,7 @@ FAULTS = Path(__file__).with_name("faults.py")
 
 
 def matrix(*words: str) -> None:
-    ended = subprocess.run([sys.executable, str(FAULTS), *words], capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, str(FAULTS), *words], capture_output=True, text=True, timeout=1200)
     assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-2000:]
 
 

@@ -67,6 +67,22 @@ def test_a_signal_ends_in_75_with_a_checkpoint_and_no_artifact(stage, oracle, tm
     assert published(folder) == published(oracle / "micro" / stage)
 
 
+@pytest.mark.parametrize("stage, token", [("ppo", 60), ("ppo", 85), ("rankings", 20), ("evaluate", 40)])
+def test_a_signal_inside_a_rollout_waits_for_no_other_token(stage, token, oracle, tmp_path):
+    """PPO saves the state after the update before: what its last row says is in a checkpoint."""
+    root = without(oracle, tmp_path, stage)
+    run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
+    assert rlhf(*run, term_at_token=token) == 75
+    folder = root / "micro" / stage
+    assert not (folder / "manifest.json").exists()
+    if stage == "ppo":
+        rows = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
+        saved = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+        assert rows and saved[-1] == f"step-{rows[-1]:08d}"
+    assert rlhf(*run) == 0
+    assert published(folder) == published(oracle / "micro" / stage)
+
+
 def test_journals_hold_each_step_once(oracle):
     """And nothing of the clock but PPO's eps, episodes a second: all else is compared to the byte above."""
     for stage in ("base", "sft", "rm", "ppo", "dpo"):
