@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 
-NUMBER = re.compile(r"\(os error (\d+)\)")  # in what safetensors raises
+NUMBER = re.compile(r"\(os error (\d+)\)")  # in what safetensors and tokenizers (an Exception) raise
 TORCH_WRITES = "iostream error|PytorchStreamWriter|unexpected pos"  # in what torch.save raises
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG}
 
@@ -40,7 +40,7 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
-        if type(error).__name__ == "SafetensorError" and (found := NUMBER.search(str(error))):
+        if type(error).__name__ in ("SafetensorError", "Exception") and (found := NUMBER.search(str(error))):
             number = int(found[1])
         if isinstance(error, RuntimeError) and re.search(TORCH_WRITES, str(error)):  # torch does not say which
             there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
