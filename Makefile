@@ -78,5 +78,5 @@ bench: $(STAMP) ## run tests/benchmarks/BENCH.py (BENCH=ppo)
 	@$(VENV)/bin/python tests/benchmarks/$(BENCH).py
 frontier: $(STAMP) ## reward against KL: PPO over kl_coef, DPO over beta, best of n; a table and a picture
 	@$(VENV)/bin/python tests/benchmarks/frontier.py -c $(CONFIG) --artifacts $(ARTIFACTS) $(SET)
-faults: $(STAMP) ## kill, starve and damage the stages KILLS times; the same bytes must come out (an hour for 200)
+faults: $(STAMP) ## kill, starve and damage the stages KILLS times; the same bytes must come out
 	@$(VENV)/bin/python tests/resume/faults.py --kills $(KILLS) --table tests/resume/results.md

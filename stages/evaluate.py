@@ -14,7 +14,6 @@ from data.encode import decode_response, encode_prompts, fit_lengths, wrap_docum
 from data.groups import make_rows
 from data.streams import derive_seed, held_out
 from data.world import World
-from pipeline.errors import Interrupted
 from pipeline.stage import StageRun
 from stages.common import check_context, device_of, dtype_of, packing, read, read_placed, read_world
 from stages.engine import make_accelerator, micro_batches, pause_if_asked, perplexity_of
@@ -125,8 +124,7 @@ def run(ctx: StageRun) -> dict:
             progress.update(len(done))
             if len(done) < len(names):
                 ctx.checkpoints.save(len(done), {}, {"done": done}, len(names))
-                if ctx.stop.requested:
-                    raise Interrupted(len(done), len(names))
+                pause_if_asked(ctx, len(done), len(names), lambda: None)
 
     results = {
         "judge": "gold" if judge else "reward_model",

@@ -1,5 +1,6 @@
 """What can be done to a checkpoint, a file or a disk, and whether the checks see it."""
 
+import json
 import os
 import random
 import shutil
@@ -63,8 +64,6 @@ def _as_link(file: Path) -> None:
 
 def problems(checkpoint: Path) -> list[str]:
     """What the store's own check says of a checkpoint, whoever's run it is of."""
-    import json
-
     from pipeline.checkpoints import CheckpointStore
 
     try:
