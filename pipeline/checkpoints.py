@@ -51,6 +51,8 @@ class CheckpointStore:
     say: Callable[[str], None] = print
     before_save: Callable[[], None] = lambda: None  # makes the journals durable that a checkpoint stands on
     most: float | None = None
+    writes: bool = True  # False in a process that helps another one: nothing is saved, that one's checkpoints are read
+    at: int | None = None  # then the step of the checkpoint to begin from, as the other one says
     _verified: Checkpoint | None = None
     _began: float = field(default_factory=lambda: time.monotonic())
     _saving_since: float | None = None  # where a save has begun before its files came here
@@ -59,7 +61,7 @@ class CheckpointStore:
 
     def due(self, step: int) -> bool:
         """Whether to save after this step: every `every` steps, but for saves that would take too much of the time."""
-        if self.every == 0 or step % self.every:
+        if not self.writes or self.every == 0 or step % self.every:
             return False
         cost = self._seconds + self._last
         return self.most is None or cost <= self.most * (time.monotonic() - self._began)
@@ -100,6 +102,8 @@ class CheckpointStore:
 
     def _write(self, step, total, tensors, state, needed, trainer: Path | None) -> Path:
         final = self.folder / f"step-{step:08d}"
+        if not self.writes:
+            return final
         if final.is_dir() and not self._problems(final):
             if trainer is not None:
                 files.remove(trainer)
@@ -136,6 +140,8 @@ class CheckpointStore:
         says so."""
         if self._verified is not None:
             return self._verified
+        if not self.writes:
+            return self._given()
         set_aside = 0
         for folder in reversed(step_folders(self.folder)):
             problems = self._problems(folder)
@@ -151,6 +157,14 @@ class CheckpointStore:
         if set_aside:
             self.say(f"no checkpoint in {self.folder} holds: starting from the beginning")
         return None
+
+    def _given(self) -> Checkpoint | None:
+        """The checkpoint that the writer found to hold, and began from."""
+        if self.at is None:
+            return None
+        folder = self.folder / f"step-{self.at:08d}"
+        self._verified = Checkpoint(self.at, folder, json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        return self._verified
 
     def prune(self) -> None:
         """Keeps the `keep` newest by step (never by file time); at least one."""

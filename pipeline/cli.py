@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline import files, sections
-from pipeline.errors import Interrupted, TrainingStopped, UserError
+from pipeline.errors import Interrupted, PeerLost, TrainingStopped, UserError
 from pipeline.stage import StopFlag
 
 STAGES = ("world", "base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate", "report")
@@ -85,6 +85,9 @@ def explain(error: Exception) -> int:
         for line in error.lines:
             print(f"error: {line}", file=sys.stderr)
         return 2
+    if isinstance(error, PeerLost):
+        print(f"error: another process of this run is gone or hangs ({error}); run again to go on", file=sys.stderr)
+        return 1
     if isinstance(error, BrokenPipeError):  # `rlhf status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -139,7 +142,13 @@ def signal_handlers(stop: StopFlag) -> Iterator[None]:
     """SIGTERM, SIGINT and SIGUSR1 ask for a stop at the next step; a second SIGTERM or SIGINT kills at
     once."""
 
+    from pipeline.processes import rank_and_size
+
+    first = rank_and_size()[0] == 0
+
     def ask(number: int, frame: Any) -> None:
+        if not first:
+            return  # the first process saves for all, and ends the others
         if stop.requested and number != signal.SIGUSR1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -223,6 +232,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     words, settings = without_settings(argv) if argv[:1] == ["run"] else (argv, [])
     arguments, rest = parser.parse_known_args(words)
+    arguments.words = argv
     arguments.overrides = settings + [word for word in rest if is_setting(word)]
     if unknown := [word for word in rest if not is_setting(word)]:
         raise UserError(
@@ -294,6 +304,10 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.stage is None or arguments.config is None:
         missing = "STAGE" if arguments.stage is None else "-c CONFIG"
         raise UserError(f"command line: {missing} is missing; see `rlhf run --help`")
+    from pipeline import config, processes
+
+    if (count := processes.wanted(config.read_tree(arguments.config, arguments.overrides).values)) > 1:
+        return processes.start(arguments.words, count)
     stop = StopFlag()
     with signal_handlers(stop):
         from pipeline import launch, plan, running
@@ -303,7 +317,14 @@ def run_command(arguments: argparse.Namespace) -> int:
         store, console = open_store(arguments, experiment), make_console()
         names = ("only", "force", "restart", "override_config", "allow_elastic", "trust_remote_code")
         flags = running.Flags(**{name: getattr(arguments, name) for name in names})
-        plan.bring_up_to_date(arguments.stage, experiment, store, stages, flags, stop, console)
+        processes.watch_launcher(stop)
+        peers = processes.join(experiment.launch.timeout)
+        if peers is not None and peers.rank > 0:
+            running.follow(peers, experiment, store, stages, flags)
+            processes.leave(peers)
+            return 0
+        plan.bring_up_to_date(arguments.stage, experiment, store, stages, flags, stop, console, peers)
+        processes.leave(peers)
         if hasattr(stages[arguments.stage], "show"):
             stages[arguments.stage].show(store.folder(arguments.stage), console)
     return 0

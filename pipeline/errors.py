@@ -23,3 +23,7 @@ class Interrupted(Exception):
 class TrainingStopped(Exception):
     """Training stopped itself (exit 3): a loss or gradient was not finite, or a guard fired. The message says
     at which step."""
+
+
+class PeerLost(Exception):
+    """Another process of this run is gone, or did not answer in time (exit 1). What was saved stays."""

@@ -1,5 +1,4 @@
-"""This process: environment variables before torch is imported, threads and device after. (torchrun and
-sbatch come later.)"""
+"""This process: environment variables before torch is imported, threads and device after."""
 
 import os
 from typing import Any
@@ -44,15 +43,12 @@ def set_environment(tree: dict[str, Any]) -> None:
     if isinstance(threads, int) and threads > 0:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     else:
-        os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+        share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // share)))
 
 
 def prepare(experiment: Any) -> None:
     """Sets torch's threads and checks what only torch knows. Once a process, before any work."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "launch: several processes cannot share a stage yet; start one process, without torchrun"
-        )
     import warnings
 
     import torch

@@ -11,6 +11,7 @@ from rich.console import Console
 from pipeline.artifacts import ArtifactStore
 from pipeline.errors import Interrupted, UserError
 from pipeline.fingerprints import Change, Today, all_needs, compare, describe_today
+from pipeline.processes import Peers
 from pipeline.running import Flags, Job, refusals, run_stage
 from pipeline.stage import StopFlag
 
@@ -124,6 +125,7 @@ def bring_up_to_date(
     flags: Flags | None = None,
     stop: StopFlag | None = None,
     console: Console | None = None,
+    peers: Peers | None = None,
 ) -> dict[str, StageState]:
     """Runs what is missing, stale or interrupted, upstream first and the target last; what is up to date says
     so in a line. Raises UserError, Interrupted, TrainingStopped, or whatever a stage raises."""
@@ -165,6 +167,7 @@ def bring_up_to_date(
                     flags=flags,
                     stop=stop,
                     console=console,
+                    peers=peers,
                 )
                 state = StageState("done", manifest=run_stage(job))
             chain.states[name] = state

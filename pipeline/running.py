@@ -6,6 +6,7 @@ import platform
 import random
 import socket
 import subprocess
+import tempfile
 import time
 import uuid
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from pipeline import checkpoints, files, launch
 from pipeline.artifacts import ArtifactStore, now
 from pipeline.cache import Cache
 from pipeline.errors import UserError
-from pipeline.fingerprints import Today, sources
+from pipeline.fingerprints import Today, all_needs, sources
+from pipeline.processes import Peers
 from pipeline.stage import Source, StageRun, StopFlag
 from pipeline.tracking import Tracker, figure, plain
 
@@ -66,6 +68,7 @@ class Job:
     flags: Flags
     stop: StopFlag
     console: Console
+    peers: Peers | None = None  # the other processes that work on it
 
     def say(self, line: str) -> None:
         self.console.print(f"{self.name}: {line}", markup=False, highlight=False, soft_wrap=True)
@@ -80,6 +83,9 @@ def run_stage(job: Job) -> dict[str, Any]:
     run = resumable_run(job) or begin_run(job)
     context = prepare(job, run)
     finished = False
+    if job.peers is not None and getattr(job.module, "SHARED", False):
+        checkpoint = context.checkpoints.newest()
+        job.peers.tell({"stage": job.name, "at": None if checkpoint is None else checkpoint.step})
     try:
         with files.naming(context.publish):
             metrics = plain(job.module.run(context))
@@ -222,25 +228,68 @@ def prepare(job: Job, run: dict[str, Any]) -> StageRun:
     content.mkdir()
     set_seeds(experiment.seed, job.name)
     return StageRun(
-        stage=job.name,
-        experiment=experiment,
-        config=getattr(experiment, job.name, None),
-        seed=experiment.seed,
-        inputs={need: store.folder(need) for need in job.manifests},
-        manifests=job.manifests,
         publish=content,
         checkpoints=saved,
         cache=Cache(folder / ".cache"),
         tracker=tracker,
         stop=job.stop,
         trust_remote_code=job.flags.trust_remote_code,
-        sources={
+        **what_it_reads(job.name, job.module, experiment, store, job.manifests),
+    )
+
+
+def what_it_reads(
+    name: str, module: Any, experiment: Any, store: ArtifactStore, manifests: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The part of a StageRun that is the same in all processes."""
+    return {
+        "stage": name,
+        "experiment": experiment,
+        "config": getattr(experiment, name, None),
+        "seed": experiment.seed,
+        "inputs": {need: store.folder(need) for need in manifests},
+        "manifests": manifests,
+        "sources": {
             kind: source
             if source.path or source.hub
             else Source(path=store.folder("world") / f"{kind}.jsonl")
-            for kind, source in sources(job.module, experiment).items()
+            for kind, source in sources(module, experiment).items()
         },
-    )
+    }
+
+
+def follow(peers: Peers, experiment: Any, store: ArtifactStore, stages: dict[str, Any], flags: Flags) -> None:
+    """What a process does that is not the first: its share of each stage that the first one names, until that one is
+    done. It writes to a folder of its own that goes when the stage ends."""
+    while (message := peers.hear()) is not None:
+        name = message["stage"]
+        module = stages[name]
+        manifests = {need: store.manifest(need) for need in all_needs(module, experiment)}  # verified by the first
+        with tempfile.TemporaryDirectory(prefix="rlhf-") as scratch:
+            folder, console = Path(scratch), Console(quiet=True)
+            (folder / "publish").mkdir()
+            saved = checkpoints.CheckpointStore(
+                folder=store.work_folder(name) / "checkpoints",
+                every=50 if experiment.checkpoints.every is None else experiment.checkpoints.every,
+                keep=experiment.checkpoints.keep,
+                run_id="",
+                writes=False,
+                at=message["at"],
+            )
+            set_seeds(experiment.seed, name)
+            context = StageRun(
+                publish=folder / "publish",
+                checkpoints=saved,
+                cache=Cache(folder / "cache"),
+                tracker=Tracker(folder, name, console=console),
+                stop=StopFlag(),  # the first one alone hears a signal
+                trust_remote_code=flags.trust_remote_code,
+                **what_it_reads(name, module, experiment, store, manifests),
+            )
+            try:
+                module.run(context)
+            finally:
+                context.tracker.close()
 
 
 def set_seeds(seed: int, stage: str) -> None:

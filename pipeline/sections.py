@@ -121,7 +121,18 @@ class LaunchConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where to compute; auto = cuda if it is there"
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads; null = all cores")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of a process; null = all cores, divided among its processes"
+    )
+    processes: int = Field(
+        1,
+        ge=1,
+        description="processes that share each stage's work on this machine (data parallel: each holds the models); "
+        "they split a batch, so the result is one process's to the order of sums",
+    )
+    timeout: float = Field(
+        600, gt=0, description="how long one waits for another before it gives up", json_schema_extra={"unit": "seconds"}
+    )
 
 
 def is_hub_id(text: str) -> bool:

@@ -21,6 +21,7 @@ METRICS = {
     "lr": "learning rate of the step",
 }
 HEADLINE = ("perplexity", "parameters")
+SHARED = True
 
 
 class Config(Training):

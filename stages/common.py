@@ -168,6 +168,12 @@ def cut_by_tokens(ctx: StageRun, groups, packed: bool):
     return padded, padded
 
 
+def in_parts(ctx: StageRun, groups, packed: bool) -> tuple[list[list[int]], list[int]]:
+    """All of `groups` in micro-batches for a forward alone, and the tokens of each."""
+    parts = cut_by_tokens(ctx, groups, packed)[1](list(range(len(groups))))
+    return parts, [sum(groups[i].tokens() for i in rows) for rows in parts]
+
+
 def packing(ctx: StageRun, *models) -> bool:
     """Whether rows go through `models` packed, with each prompt computed once; a line says so where they cannot."""
     from stages.models.packing import can_pack

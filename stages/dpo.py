@@ -16,6 +16,7 @@ from pydantic import BeforeValidator
 from data import sources
 from data.groups import batch_groups
 from pipeline.stage import StageRun
+from stages import parallel
 from stages.common import (
     adapter_settings,
     card,
@@ -24,6 +25,7 @@ from stages.common import (
     device_of,
     dtype_of,
     group_order,
+    in_parts,
     load_groups,
     packing,
     show_samples,
@@ -51,6 +53,7 @@ METRICS = {
     "lr": "learning rate of the step",
 }
 HEADLINE = ("rewards/accuracies", "rewards/margins")
+SHARED = True
 
 
 class Config(PreferenceTraining):
@@ -154,10 +157,10 @@ def run(ctx: StageRun) -> dict:
     def evaluate() -> dict:
         sums: dict[str, float] = {}
         tokens = sum(map(tokens_first, held))
-        for rows in cut_by_tokens(ctx, held, packed)[1](list(range(len(held)))):
+        for rows in parallel.share(*in_parts(ctx, held, packed)):
             for key, value in forward(held, reference["validation"], rows, len(held), tokens)[1].items():
                 sums[key] = sums.get(key, 0.0) + value
-        return sums
+        return parallel.total(sums)
 
     shown = [r.prompt for r in sources.load("rankings", path=ctx.inputs["rankings"] / "validation.jsonl")[:4]]
 
@@ -172,6 +175,7 @@ def run(ctx: StageRun) -> dict:
         accelerator,
         order=order,
         batch_size=batch_size,
+        costs=[g.tokens() for g in groups],
         cut=cut_by_tokens(ctx, groups, packed)[0],
         loss=lambda rows, whole: forward(
             groups, reference["train"], rows, len(whole), sum(tokens_first(groups[i]) for i in whole)
@@ -213,19 +217,23 @@ def reference_logps(
         digest.update(json.dumps(what).encode())
     digest = digest.hexdigest()
     sizes = [len(g.responses) for g in groups]
-    kept = ctx.cache.recall(f"reference_logps_{split}", digest)
+    kept = parallel.from_first(lambda: ctx.cache.recall(f"reference_logps_{split}", digest))
     if kept is not None:
         return list(kept["logps"].split(sizes))
+
+    def logps_of(parts: list[list[int]]):
+        with ctx.tracker.progress(len(parts), "dpo reference") as progress:
+            for done, rows in enumerate(parts, 1):
+                batch = batch_groups([groups[i] for i in rows], pad_id, packed=packed).to(accelerator.device)
+                with accelerator.autocast():
+                    logprobs = response_logprobs(policy, batch.rows)
+                yield sequence_logps(logprobs, batch.rows.response_mask).cpu().split([sizes[i] for i in rows])
+                progress.update(done)
+
+    parts, costs = in_parts(ctx, groups, packed)
     out: dict[int, torch.Tensor] = {}
-    parts = cut_by_tokens(ctx, groups, packed)[1](list(range(len(groups))))
-    with ctx.tracker.progress(len(parts), "dpo reference") as progress:
-        for done, rows in enumerate(parts, 1):
-            batch = batch_groups([groups[i] for i in rows], pad_id, packed=packed).to(accelerator.device)
-            with accelerator.autocast():
-                logprobs = response_logprobs(policy, batch.rows)
-            logps = sequence_logps(logprobs, batch.rows.response_mask).cpu()
-            out.update(zip(rows, logps.split([sizes[i] for i in rows]), strict=True))
-            progress.update(done)
+    for rows, logps in zip(parts, parallel.spread(parts, costs, lambda own: list(logps_of(own))), strict=True):
+        out.update(zip(rows, logps, strict=True))
     found = [out[i] for i in range(len(groups))]
     ctx.cache.remember(f"reference_logps_{split}", digest, {"logps": torch.cat(found)})
     return found

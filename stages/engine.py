@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import Interrupted, TrainingStopped, UserError
 from pipeline.stage import StageRun
+from stages import parallel
 from stages.models.adapters import trainable
 from stages.objectives.control import update_average
 
@@ -335,6 +336,7 @@ def fit(
     *,
     order: list[int],
     batch_size: int,
+    costs: Sequence[int],
     cut: Callable[[list[int]], Iterable[list[int]]],
     learning_rate: Callable[[int], float],
     loss: Callable[[list[int], list[int]], tuple[Tensor, dict[str, float]]],
@@ -354,7 +356,7 @@ def fit(
     A stage may train several times: then `first` steps were taken before this training, `total` are taken in all, and
     each checkpoint also holds the tensors and the state that are `carried` on from before.
 
-    cut(batch) → its micro-batches; loss(rows of one of them, rows of the batch) → (that micro-batch's share of the
+    costs: of each row, by which a batch is shared among processes. cut(batch) → its micro-batches; loss(rows of one of them, rows of the batch) → (that micro-batch's share of the
     batch loss, sums to log): however it is cut, the gradient is the batch's. evaluate() runs every `eval_steps`,
     `judge` being the figure that keep and patience look at.
     """
@@ -382,11 +384,13 @@ def fit(
             step += 1
             batch = order[(step - 1) * batch_size : step * batch_size]
             logged: dict[str, float] = {}
-            for rows in cut(batch):
+            for rows in cut(parallel.share(batch, [costs[i] for i in batch])):
                 share, sums = loss(rows, batch)
                 accelerator.backward(share)
                 for key, value in sums.items():
                     logged[key] = logged.get(key, 0.0) + value
+            parallel.sum_gradients(trainee.parameters.values())
+            logged = parallel.total(logged)
             rate = learning_rate(step)
             logged["grad_norm"] = optimizer_step(trainee, rate, step)
             ctx.tracker.log(first + step, {**logged, "lr": rate})

@@ -15,6 +15,7 @@ from data.groups import make_rows
 from data.streams import derive_seed, held_out
 from data.world import World
 from pipeline.stage import StageRun
+from stages import parallel
 from stages.common import check_context, device_of, dtype_of, packing, read, read_placed, read_world
 from stages.engine import make_accelerator, micro_batches, pause_if_asked, perplexity_of
 from stages.models.ensemble import How, load_reward_model
@@ -31,6 +32,7 @@ from stages.statistics import win_rate
 NAME = "evaluate"
 METRICS: dict[str, str] = {}
 HEADLINE = ("score", "win_rate_vs_sft", "gold")
+SHARED = True
 STAGES = ("base", "sft", "ppo", "dpo")
 GOLD = ("helpful", "honest", "harmless", "overall")
 RM_FIGURES = ("accuracy", "accuracy_ci95", "accuracy_ceiling", "n_pairs", "labeler_agreement", "ece")
@@ -196,8 +198,8 @@ def measure(ctx: StageRun, n: int, ids, tools, progress: tuple[int, int]) -> dic
     progress: policies done and in all, for the word at a stop."""
     c = ctx.config
     model, reference, reward_model, tokenizer, accelerator, packed = tools
-    out: dict[str, list] = {"responses": [], "finished": [], "scores": [], "kl": [], "lengths": []}
-    for part in micro_batches(list(range(len(ids))), max(1, c.batch_size // min(n, 4))):
+
+    def look(part: list[int]) -> dict[str, list]:
         prompts = [ids[i] for i in part for _ in range(n)]
         stream = "evaluate" if n == 1 else "best_of_n"  # else SFT's own response would be among the n that it meets
         seeds = [derive_seed(ctx.seed, stream, i, k) for i in part for k in range(n)]
@@ -228,18 +230,25 @@ def measure(ctx: StageRun, n: int, ids, tools, progress: tuple[int, int]) -> dic
         chosen = [g * n + b for g, b in enumerate(best)]
         texts = [prompts[i] for i in chosen], [responses[i] for i in chosen]
         rows = make_rows(*texts, tokenizer.pad_token_id, packed=packed).to(accelerator.device)
+        found = {
+            "responses": [decode_response(tokenizer, responses[i]) for i in chosen],
+            "finished": finished[chosen].tolist(),
+            "scores": scores[chosen].tolist(),
+            "kl": [],
+            "lengths": rows.lengths.tolist(),
+        }
         if n == 1:
             with accelerator.autocast():
                 logps = [
                     sequence_logps(response_logprobs(x, rows, c.temperature), rows.response_mask)
                     for x in (model, reference)
                 ]
-            out["kl"] += (logps[0] - logps[1]).tolist()
-        out["scores"] += scores[chosen].tolist()
-        out["lengths"] += rows.lengths.tolist()
-        out["finished"] += finished[chosen].tolist()
-        out["responses"] += [decode_response(tokenizer, responses[i]) for i in chosen]
-    return out
+            found["kl"] = (logps[0] - logps[1]).tolist()
+        return found
+
+    parts = list(micro_batches(list(range(len(ids))), max(1, c.batch_size // min(n, 4))))
+    found = parallel.spread(parts, [len(part) for part in parts], lambda own: list(map(look, own)))
+    return {key: [x for some in found for x in some[key]] for key in found[0]}
 
 
 @torch.no_grad()
@@ -248,12 +257,12 @@ def perplexity(model, rows: list[list[int]], accelerator, size: int) -> float | 
     if not rows:
         return None
     total, tokens = 0.0, len(rows) * (len(rows[0]) - 1)
-    for part in micro_batches(rows, size):
+    for part in micro_batches(parallel.share(rows, [1] * len(rows)), size):
         ids = torch.tensor(part, device=accelerator.device)
         with accelerator.autocast():
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         total += language_model_loss(logits, ids[:, 1:], tokens).item()
-    return perplexity_of(total)
+    return perplexity_of(parallel.total({"loss": total})["loss"])
 
 
 def summary(own: dict, sft: dict, seed: int) -> dict:

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from data.streams import Stream, derive_seed, grouped_by_length
-from pipeline.errors import Interrupted, TrainingStopped
+from pipeline.errors import Interrupted, TrainingStopped, UserError
 from pipeline.stage import StageRun
+from stages import parallel
 from stages.engine import Best, Trainee, micro_batches, perplexity_of, refuse_shorter
 from stages.models.adapters import lora_config, merged, trainable
 from stages.objectives.losses import language_model_loss
@@ -59,9 +60,11 @@ def train_language_model(
     from trl import SFTConfig, SFTTrainer
 
     transformers_logging.set_verbosity_error()
-    scratch = Path(ctx.checkpoints.folder) / ".tmp-trainer"
+    rank = parallel.rank_and_size()[0]
+    scratch = Path(ctx.checkpoints.folder) / (f".tmp-trainer-{rank}" if rank else ".tmp-trainer")
     shutil.rmtree(scratch, ignore_errors=True)
     every = ctx.checkpoints.every
+    rows, accumulated = split_batch(ctx.stage, per_device_train_batch_size, gradient_accumulation_steps)
     min_lr = {"min_lr_rate": 0.1} if lr_scheduler_type == "cosine_with_min_lr" else {}
     args = SFTConfig(
         output_dir=str(scratch),
@@ -72,8 +75,8 @@ def train_language_model(
         warmup_steps=warmup_steps,
         adam_beta2=adam_beta2,
         weight_decay=weight_decay,
-        per_device_train_batch_size=per_device_train_batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=accumulated,
         max_grad_norm=max_grad_norm,
         use_cpu=device == "cpu",
         bf16=dtype == "bfloat16",
@@ -91,6 +94,7 @@ def train_language_model(
         max_length=None,
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
+        ddp_find_unused_parameters=False,
     )
     if args.device.type == "cuda":
         args._n_gpu = 1  # one process, one GPU: transformers would wrap the model in DataParallel, which trl refuses
@@ -109,8 +113,8 @@ def train_language_model(
         held_out_loss=lambda live: held_out_loss(
             live, held_out_rows, tokenizer.pad_token_id, per_device_train_batch_size, trainer.accelerator)
     )  # fmt: skip
-    small = len(tokenizer) <= SMALL_VOCABULARY
-    trainer = (with_plain_loss(SFTTrainer) if small else SFTTrainer)(
+    trainer_class = alone_in_saving(SFTTrainer)
+    trainer = (with_plain_loss(trainer_class) if len(tokenizer) <= SMALL_VOCABULARY else trainer_class)(
         model=model,
         args=args,
         processing_class=tokenizer,
@@ -150,9 +154,35 @@ def with_plain_loss(trainer_class):
             labels = inputs["labels"][:, 1:]
             rest = {name: value for name, value in inputs.items() if name != "labels"}
             logits = model(**rest, use_cache=False).logits[:, :-1]
-            return language_model_loss(logits, labels, num_items_in_batch or (labels != -100).sum().clamp(min=1))
+            if num_items_in_batch is None:
+                return language_model_loss(logits, labels, (labels != -100).sum().clamp(min=1))
+            # the labels of all processes are counted, whose gradients DDP then averages
+            return language_model_loss(logits, labels, num_items_in_batch) * self.accelerator.num_processes
 
     return PlainLossTrainer
+
+
+def alone_in_saving(trainer_class):
+    """A trainer whose first process saves without the others: transformers would add up floating-point operations."""
+
+    class Alone(trainer_class):
+        def store_flos(self):
+            pass
+
+    return Alone
+
+
+def split_batch(stage: str, size: int, accumulated: int) -> tuple[int, int]:
+    """(rows of a micro-batch, micro-batches a step) of each process, so that all together take the same batch as one."""
+    processes = parallel.rank_and_size()[1]
+    if accumulated % processes == 0:
+        return size, accumulated // processes
+    if size % processes == 0:
+        return size // processes, accumulated
+    raise UserError(
+        f"{stage}: {processes} processes cannot share a batch of per_device_train_batch_size {size} times "
+        f"gradient_accumulation_steps {accumulated}; make one of them a multiple of {processes}"
+    )
 
 
 @torch.no_grad()
@@ -161,7 +191,8 @@ def held_out_loss(model, rows: list[dict], pad_id: int, batch_size: int, acceler
     training, total, tokens = model.training, 0.0, 0
     model.eval()
     ordered = sorted(rows, key=lambda r: len(r["input_ids"]))
-    for part in micro_batches(ordered, batch_size):
+    parts = list(micro_batches(ordered, batch_size))
+    for part in parallel.share(parts, [sum(len(r["input_ids"]) for r in part) for part in parts]):
         width = max(len(r["input_ids"]) for r in part)
         pad = lambda ids, fill: ids + [fill] * (width - len(ids))  # noqa: B023, E731
         ids = torch.tensor([pad(r["input_ids"], pad_id) for r in part], device=accelerator.device)
@@ -172,7 +203,8 @@ def held_out_loss(model, rows: list[dict], pad_id: int, batch_size: int, acceler
         total += language_model_loss(logits, labels, 1.0).item()
         tokens += int((labels != -100).sum())
     model.train(training)
-    return total / max(1, tokens)
+    sums = parallel.total({"loss": total, "tokens": tokens})
+    return sums["loss"] / max(1, sums["tokens"])
 
 
 class _Keeper:

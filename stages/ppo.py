@@ -22,6 +22,7 @@ from data.records import DataError, prompt_key
 from data.streams import Stream, derive_seed, held_out
 from pipeline.errors import TrainingStopped, UserError
 from pipeline.stage import StageRun
+from stages import parallel
 from stages.alarms import Alarms
 from stages.common import adapter_settings, card, check_context, device_of, dtype_of, packing, read, read_placed
 from stages.engine import (
@@ -51,7 +52,7 @@ from stages.objectives.control import adaptive_kl_coef
 from stages.objectives.losses import policy_loss, value_loss
 from stages.objectives.masked import masked_mean, masked_whiten
 from stages.objectives.rewards import final_scores, kl_per_token, token_rewards
-from stages.rollouts.collect import collect, in_micro_batches
+from stages.rollouts.collect import collect, in_micro_batches, share_groups
 from stages.rollouts.rollout import Rollout
 from stages.settings import Schedule, Section, TooLong, no_room, over_context, setting, too_long_prompt
 
@@ -82,6 +83,7 @@ METRICS = {
     "episode": "episodes so far",
 }
 HEADLINE = ("score", "kl", "score_before")
+SHARED = True
 SKIPPED = (  # figures of an update that a number which is not finite kept from happening
     "policy/approxkl_avg", "policy/clipfrac_avg", "loss/policy_avg", "loss/value_avg", "val/clipfrac_avg", "val/ratio",
     "grad_norm/ppo", "grad_norm/value",
@@ -450,6 +452,7 @@ def preflight(ctx: StageRun, roles: Roles, prompts) -> bool:
                 logprobs = response_logprobs(roles.policy, rows, c.temperature).detach()
                 again[torch.tensor(index, device=again.device), : logprobs.shape[1]] = logprobs
         drift = masked_mean(((again - rollout.logprobs).exp() - 1).abs(), rollout.mask).item()
+        drift = parallel.from_first(lambda found=drift: found)  # one judgement, should others differ in a last bit
         if drift <= limit:
             break
         if not recompute and not drift <= 10 * limit:
@@ -534,7 +537,7 @@ def update(
     steps = 0
     for epoch in range(c.num_ppo_epochs):
         for mini in minibatches(ctx, step, epoch):
-            figures = ppo_gradients(ctx, roles, rollout, advantages, returns, mini)
+            figures = ppo_gradients(ctx, roles, policy, value, rollout, advantages, returns, mini)
             figures["grad_norm/ppo"] = gradient_norm(policy.parameters.values())
             rows = ptx_batch(round(c.ptx_ratio * c.mini_batch_size))
             if rows is not None:
@@ -555,13 +558,14 @@ def update(
 
 
 def ppo_gradients(
-    ctx: StageRun, roles: Roles, rollout: Rollout, advantages, returns, mini: list[int]
+    ctx: StageRun, roles: Roles, policy: Trainee, value: Trainee, rollout: Rollout, advantages, returns, mini: list[int]
 ) -> dict[str, float]:
     """Accumulate the gradients of policy and value loss over one minibatch: sums over its tokens, over their count."""
     c, pad_id = ctx.config, roles.tokenizer.pad_token_id
     tokens = sum(len(rollout.responses[i]) for i in mini)
     figures: dict[str, float] = {}
-    for index in in_micro_batches(rollout.lengths(), mini, kept_together(c), c.per_device_train_batch_size):
+    lengths, n = rollout.lengths(), kept_together(c)
+    for index in in_micro_batches(lengths, share_groups(lengths, mini, n), n, c.per_device_train_batch_size):
         rows = rollout.rows(index, pad_id, roles.packed)
         mask, at = rows.response_mask, torch.tensor(index, device=rollout.mask.device)
         old_logprobs, old_values, advantage, target = (
@@ -584,7 +588,9 @@ def ppo_gradients(
             ("val/clipfrac_avg", v_sums["clipped"] / tokens),
         ):
             figures[key] = figures.get(key, 0.0) + number.item()
-    return figures
+    for trainee in (policy, value):
+        parallel.sum_gradients(trainee.parameters.values())
+    return parallel.total(figures)
 
 
 def ptx_gradient(ctx: StageRun, roles: Roles, policy: Trainee, rows: list[list[int]]) -> dict[str, float]:
@@ -597,12 +603,14 @@ def ptx_gradient(ctx: StageRun, roles: Roles, policy: Trainee, rows: list[list[i
     for p in parameters:
         p.grad = None
     tokens, total = len(rows) * (len(rows[0]) - 1), 0.0
-    for part in micro_batches(rows, c.per_device_train_batch_size):
+    for part in micro_batches(parallel.share(rows, [1] * len(rows)), c.per_device_train_batch_size):
         ids = torch.tensor(part, device=roles.accelerator.device)
         with roles.accelerator.autocast():
             loss = -text_logprobs(roles.policy, ids).sum() / tokens
         total += loss.item()
         roles.accelerator.backward(c.ptx_coef * loss)
+    parallel.sum_gradients(parameters)
+    total = parallel.total({"loss": total})["loss"]
     ptx = [p.grad for p in parameters]
     figures = {"loss/ptx": total, "grad_norm/ptx": gradient_norm(parameters), "grad_cosine": gradient_cosine(ppo, ptx)}
     for p, one, other in zip(parameters, ppo, ptx, strict=True):

@@ -16,6 +16,7 @@ from data.records import DataError, Ranking, judged_pairs, prompt_key, to_json, 
 from data.streams import Stream, derive_seed, held_out
 from data.world import World
 from pipeline.stage import StageRun
+from stages import parallel
 from stages.common import check_context, device_of, dtype_of, packing, read, read_placed, read_world
 from stages.engine import make_accelerator, micro_batches, pause_if_asked
 from stages.models.loading import load_policy, load_tokenizer
@@ -27,6 +28,7 @@ NAME = "rankings"
 METRICS: dict[str, str] = {}
 NO_NOISE = 1e-4
 HEADLINE = ("rankings", "pairs", "labeler_agreement")
+SHARED = True
 
 
 class Config(Section):
@@ -182,23 +184,29 @@ def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]], list[li
         if step:
             ctx.checkpoints.save(step, {}, {"texts": texts, "finished": finished}, total)
 
-    with ctx.tracker.progress(total, "rankings", found.step if found else 0) as progress:
-        for step in range((found.step if found else 0) + 1, total + 1):
+    def responses_to(part: list[int], poll) -> list[list[list[int]]]:
+        seeds = [derive_seed(ctx.seed, "sample", i, k) for i in part for k in range(c.samples_per_prompt)]
+        with accelerator.autocast():
+            flat = sample(
+                policy,
+                [ids[i] for i in part for _ in range(c.samples_per_prompt)],
+                seeds,
+                response_length=c.response_length,
+                temperature=c.temperature,
+                batch_size=len(seeds),
+                eos_id=tokenizer.eos_token_id,
+                pad_id=tokenizer.pad_token_id,
+                poll=poll,
+            )
+        return list(micro_batches(flat, c.samples_per_prompt))
+
+    begun = found.step if found else 0
+    with ctx.tracker.progress(total, "rankings", begun) as progress:
+        for step in range(begun + 1, total + 1):
             part = range((step - 1) * c.batch_size, min(step * c.batch_size, len(prompts)))
-            seeds = [derive_seed(ctx.seed, "sample", i, k) for i in part for k in range(c.samples_per_prompt)]
-            with accelerator.autocast():
-                flat = sample(
-                    policy,
-                    [ids[i] for i in part for _ in range(c.samples_per_prompt)],
-                    seeds,
-                    response_length=c.response_length,
-                    temperature=c.temperature,
-                    batch_size=len(seeds),
-                    eos_id=tokenizer.eos_token_id,
-                    pad_id=tokenizer.pad_token_id,
-                    poll=partial(pause_if_asked, ctx, step - 1, total, partial(save, step - 1)),
-                )
-            for group in micro_batches(flat, c.samples_per_prompt):
+            poll = partial(pause_if_asked, ctx, step - 1, total, partial(save, step - 1))
+            sampled = parallel.spread(part, [len(ids[i]) for i in part], partial(responses_to, poll=poll))
+            for group in sampled:
                 texts.append([decode_response(tokenizer, r) for r in group])
                 finished.append([r[-1] == tokenizer.eos_token_id for r in group])
             progress.update(step)

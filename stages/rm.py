@@ -18,6 +18,7 @@ from data.records import DataError
 from data.streams import Stream, derive_seed
 from pipeline.errors import UserError
 from pipeline.stage import StageRun
+from stages import parallel
 from stages.common import (
     adapter_settings,
     card,
@@ -26,6 +27,7 @@ from stages.common import (
     device_of,
     dtype_of,
     group_order,
+    in_parts,
     load_groups,
     packing,
     read,
@@ -56,6 +58,7 @@ METRICS = {
     "lr": "learning rate of the step",
 }
 HEADLINE = ("accuracy", "accuracy_ceiling")
+SHARED = True
 
 
 class Config(PreferenceTraining):
@@ -202,6 +205,7 @@ def train(ctx: StageRun, trainee, tools, groups, held, order: list[int], steps: 
         accelerator,
         order=order,
         batch_size=c.per_device_train_batch_size * c.gradient_accumulation_steps,
+        costs=[g.tokens() for g in groups],
         cut=cut_by_tokens(ctx, groups, packed)[0],
         loss=loss,
         evaluate=evaluate,
@@ -219,15 +223,19 @@ def train(ctx: StageRun, trainee, tools, groups, held, order: list[int], steps: 
 def look_at_held(ctx: StageRun, tools, held) -> tuple[list[float], list[tuple[int, Pair]], float]:
     """Score margins of all held-out pairs, whose they are (group, pair), and the mean loss a prompt."""
     model, pad_id, accelerator, packed = tools
-    margins, owners, value = [], [], 0.0
-    for rows in cut_by_tokens(ctx, held, packed)[1](list(range(len(held)))):
+
+    def look(rows: list[int]) -> tuple[list[float], float]:
         batch = batch_groups([held[i] for i in rows], pad_id, packed=packed).to(accelerator.device)
         with accelerator.autocast():
             scores = response_scores(model, batch.rows)
-        value += loss_of(ctx.config, batch, scores, len(held)).item()
-        margins += (scores[batch.winners] - scores[batch.losers]).tolist()
-        owners += [(i, pair) for i in rows for pair in held[i].pairs()]
-    return margins, owners, value
+        margins = (scores[batch.winners] - scores[batch.losers]).tolist()
+        return margins, loss_of(ctx.config, batch, scores, len(held)).item()
+
+    parts, costs = in_parts(ctx, held, packed)
+    found = parallel.spread(parts, costs, lambda own: list(map(look, own)))
+    margins = [x for some, _ in found for x in some]
+    owners = [(i, pair) for rows in parts for i in rows for pair in held[i].pairs()]
+    return margins, owners, sum(value for _, value in found)
 
 
 def loss_of(c: Config, batch, scores, prompts: int):

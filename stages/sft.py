@@ -23,6 +23,7 @@ METRICS = {
     "lr": "learning rate of the step",
 }
 HEADLINE = ("loss", "perplexity")
+SHARED = True
 
 
 class PpoInit(Section):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import UserError
+from stages.parallel import is_first
 
 
 def load_policy(folder: Path, *, attn_implementation: str = "sdpa", trust_remote_code: bool = False):
@@ -141,7 +142,10 @@ def score_head(model) -> nn.Linear:
 
 
 def save_model(model, tokenizer, folder: Path, *, card: str) -> None:
-    """A folder that transformers alone can load: safetensors, tokenizer, chat template, generation config, card."""
+    """A folder that transformers alone can load: safetensors, tokenizer, chat template, generation config, card. Of
+    several processes the first one writes it."""
+    if not is_first():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id

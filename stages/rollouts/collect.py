@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.streams import derive_seed
+from stages import parallel
 from stages.models.adapters import adapter_off
 from stages.models.forward import response_logprobs, response_scores, response_values
 from stages.models.roles import Roles
 from stages.objectives.rewards import final_scores
 from stages.rollouts.rollout import Rollout
-from stages.rollouts.transformers import sample_with_logprobs
+from stages.rollouts.transformers import Sampled, sample_with_logprobs
 
 
 def collect(
@@ -45,17 +46,21 @@ def collect(
         seeds += [derive_seed(*seed, i, seen[i] + k) for k in range(n)]
         seen[i] += n
     repeated = [list(p) for p in prompts for _ in range(n)]
-    with roles.accelerator.autocast():
-        sampled = sample_with_logprobs(
-            roles.policy,
-            repeated,
-            seeds,
-            response_length=response_length,
-            temperature=temperature,
-            eos_id=tokenizer.eos_token_id,
-            pad_id=tokenizer.pad_token_id,
-            poll=poll,
-        )
+
+    def sample(own: list[int]) -> Sampled:
+        with roles.accelerator.autocast():
+            return sample_with_logprobs(
+                roles.policy,
+                [repeated[i] for i in own],
+                [seeds[i] for i in own],
+                response_length=response_length,
+                temperature=temperature,
+                eos_id=tokenizer.eos_token_id,
+                pad_id=tokenizer.pad_token_id,
+                poll=poll,
+            )
+
+    sampled = shared_samples(sample, [len(p) for p in repeated], n, device)
     lengths = torch.tensor([len(r) for r in sampled.responses], device=device)
     width = sampled.logprobs.shape[1]
     rollout = Rollout(
@@ -63,15 +68,16 @@ def collect(
         responses=sampled.responses,
         prompt_ids=[i for i in prompt_ids for _ in range(n)],
         mask=torch.arange(width, device=device) < lengths.unsqueeze(-1),
-        logprobs=sampled.logprobs,
+        logprobs=torch.zeros_like(sampled.logprobs) if recompute else sampled.logprobs,
         ref_logprobs=torch.zeros_like(sampled.logprobs),
         values=torch.zeros_like(sampled.logprobs),
-        entropy=sampled.entropy,
+        entropy=torch.zeros_like(sampled.entropy) if recompute else sampled.entropy,
         scores=torch.zeros(len(repeated), device=device),
         finished=torch.tensor([r[-1] == tokenizer.eos_token_id for r in sampled.responses], device=device),
     )
     with torch.no_grad(), roles.accelerator.autocast():
-        for index in in_micro_batches(rollout.lengths(), range(len(repeated)), n, micro_size):
+        own = share_groups(rollout.lengths(), range(len(repeated)), n)
+        for index in in_micro_batches(rollout.lengths(), own, n, micro_size):
             poll()
             at = torch.tensor(index, device=device)
             rows = rollout.rows(index, tokenizer.pad_token_id, roles.packed)
@@ -82,6 +88,8 @@ def collect(
             rollout.ref_logprobs[at] = wide(reference_logprobs(roles, rows, temperature))
             rollout.values[at] = wide(response_values(roles.value_model, rows))
             rollout.scores[at] = response_scores(roles.reward_model, rows)
+        computed = [rollout.ref_logprobs, rollout.values, rollout.scores]
+        parallel.sum_tensors(computed + [rollout.logprobs, rollout.entropy] * recompute)  # 0 where others computed
     rollout.scores.copy_(
         final_scores(
             rollout.scores,
@@ -98,6 +106,32 @@ def collect(
 def reference_logprobs(roles: Roles, rows, temperature: float) -> Tensor:
     with adapter_off(roles.policy) if roles.ref_policy is None else nullcontext(roles.ref_policy) as reference:
         return response_logprobs(reference, rows, temperature)
+
+
+def shared_samples(
+    sample: Callable[[list[int]], Sampled], lengths: Sequence[int], n: int, device: torch.device
+) -> Sampled:
+    """sample(episodes) of this process's share, and the others' beside it: all episodes, everywhere."""
+    if parallel.rank_and_size()[1] == 1:
+        return sample(list(range(len(lengths))))
+
+    def rows(groups: list[range]) -> list[list[tuple]]:
+        found = sample([i for group in groups for i in group])
+        every = list(zip(found.responses, found.logprobs.cpu(), found.entropy.cpu(), strict=True))
+        return [every[i : i + n] for i in range(0, len(every), n)]
+
+    groups = [range(i, i + n) for i in range(0, len(lengths), n)]
+    every = [row for group in parallel.spread(groups, [lengths[g[0]] for g in groups], rows) for row in group]
+    responses, logprobs, entropy = zip(*every, strict=True)
+    width = max(map(len, responses))
+    wide = lambda xs: torch.stack([F.pad(x, (0, width - len(x))) for x in xs]).to(device)  # noqa: E731
+    return Sampled(list(responses), wide(logprobs), wide(entropy))
+
+
+def share_groups(lengths: Sequence[int], index: Sequence[int], n: int) -> list[int]:
+    """This process's share of `index`, by tokens; the samples of a prompt stay together as in `in_micro_batches`."""
+    groups = [index[i : i + n] for i in range(0, len(index), n)]
+    return [i for group in parallel.share(groups, [sum(lengths[i] for i in g) for g in groups]) for i in group]
 
 
 def in_micro_batches(lengths: Sequence[int], index: Sequence[int], n: int, size: int) -> list[list[int]]:

@@ -1,4 +1,16 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))  # resume_worker, also in the processes that it starts
+
+from resume_worker import CONFIG, rlhf  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def oracle(tmp_path_factory):
+    """Artifacts of the whole chain, uninterrupted."""
+    root = tmp_path_factory.mktemp("oracle")
+    assert rlhf("run", "evaluate", "-c", str(CONFIG), "--artifacts", str(root)) == 0
+    return root

@@ -1,8 +1,14 @@
-"""Runs `rlhf` in a child process that can be made to die, by SIGKILL, at a chosen step of a chosen stage."""
+"""Runs `rlhf` in a child process that can be made to die, by SIGKILL, at a chosen step of a chosen stage; or in several
+that work together. And what the tests compare of its artifacts."""
 
+import hashlib
+import json
 import multiprocessing
 import os
+import shutil
 import signal
+import socket
+import time
 from pathlib import Path
 
 CONFIG = Path(__file__).with_name("micro.yaml")
@@ -20,20 +26,52 @@ def rlhf(
     kills itself, or gets SIGTERM. term_at_token: which of the tokens that it draws (rows at a time) brings SIGTERM; if
     it draws another one after that, the exit code is 99.
     """
+    child = start(argv, die=die, term=term, term_at_token=term_at_token)
+    return end([child])[0]
+
+
+def rlhf_together(*argv: str, size: int = 2, die: tuple[int, str, int] | None = None, seconds: float = 300) -> list[int]:
+    """Exit codes of `size` processes of one `rlhf argv`. die: (which of them, stage, step), as above."""
+    return end(start_together(argv, size, die), seconds)
+
+
+def start_together(argv, size: int, die: tuple[int, str, int] | None = None) -> list[multiprocessing.Process]:
+    """The processes of `rlhf_together`, as a launcher would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+    common |= {"LOCAL_WORLD_SIZE": str(size)}
+    return [
+        start(argv, common | {"RANK": str(i), "LOCAL_RANK": str(i)}, die=die[1:] if die and die[0] == i else None)
+        for i in range(size)
+    ]
+
+
+def start(argv, environment: dict[str, str] | None = None, die=None, term=None, term_at_token=None):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trl", "transformers", "datasets", "accelerate", "torch", "peft"])
-    child = context.Process(target=_main, args=(list(argv), die, term, term_at_token))
+    child = context.Process(target=_main, args=(list(argv), environment or {}, die, term, term_at_token))
     child.start()
-    child.join(300)
-    if child.exitcode is None:
+    return child
+
+
+def end(children: list[multiprocessing.Process], seconds: float = 300) -> list[int]:
+    """The exit codes of processes that end within so many seconds."""
+    deadline = time.monotonic() + seconds
+    for child in children:
+        child.join(max(0.0, deadline - time.monotonic()))
+    codes = [child.exitcode for child in children]
+    for child in children:
         child.kill()
-        raise AssertionError(f"rlhf {' '.join(argv)} did not end within 300 s")
-    return child.exitcode
+    assert None not in codes, f"did not end within {seconds} s: {codes}"
+    return codes
 
 
-def _main(argv: list[str], die, term, term_at_token) -> None:
+def _main(argv: list[str], environment: dict[str, str], die, term, term_at_token) -> None:
     from pipeline import cli
 
+    os.environ.update(environment)
     arm(die, term)
     if term_at_token is None:
         os._exit(cli.main(argv))
@@ -76,3 +114,22 @@ def arm(die: tuple[str, int] | None, term: tuple[str, int] | None) -> None:
 
     tracking.Tracker.log = dying_log
     checkpoints.CheckpointStore.save = dying_save
+
+
+def published(folder):
+    """{path: sha256} of everything that a stage published; of metrics.jsonl without the one figure of the clock."""
+    outputs = json.loads((folder / "manifest.json").read_text())["outputs"]
+    found = {path: hashlib.sha256((folder / path).read_bytes()).hexdigest() for path in outputs}
+    assert found == {path: entry["sha256"] for path, entry in outputs.items()}
+    if "metrics.jsonl" in found:
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+        found["metrics.jsonl"] = [{key: value for key, value in row.items() if key != "eps"} for row in rows]
+    return found
+
+
+def without(oracle, tmp_path, stage):
+    """A copy of the oracle's artifacts in which `stage` has never run."""
+    root = tmp_path / "artifacts"
+    shutil.copytree(oracle, root)
+    shutil.rmtree(root / "micro" / stage)
+    return root

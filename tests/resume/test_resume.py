@@ -1,41 +1,12 @@
 """Killed once in each stage and started again: the same bytes as a run that nobody touched."""
 
-import hashlib
 import json
-import shutil
 
 import pytest
-from resume_worker import CONFIG, rlhf
+from resume_worker import CONFIG, published, rlhf, without
 
 STAGES = ("base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate")
 JOURNALS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
-
-
-@pytest.fixture(scope="module")
-def oracle(tmp_path_factory):
-    """Artifacts of the whole chain, uninterrupted."""
-    root = tmp_path_factory.mktemp("oracle")
-    assert rlhf("run", "evaluate", "-c", str(CONFIG), "--artifacts", str(root)) == 0
-    return root
-
-
-def published(folder):
-    """{path: sha256} of everything that a stage published; of metrics.jsonl without the one figure of the clock."""
-    outputs = json.loads((folder / "manifest.json").read_text())["outputs"]
-    found = {path: hashlib.sha256((folder / path).read_bytes()).hexdigest() for path in outputs}
-    assert found == {path: entry["sha256"] for path, entry in outputs.items()}
-    if "metrics.jsonl" in found:
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-        found["metrics.jsonl"] = [{key: value for key, value in row.items() if key != "eps"} for row in rows]
-    return found
-
-
-def without(oracle, tmp_path, stage):
-    """A copy of the oracle's artifacts in which `stage` has never run."""
-    root = tmp_path / "artifacts"
-    shutil.copytree(oracle, root)
-    shutil.rmtree(root / "micro" / stage)
-    return root
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,150 @@
+"""Data parallelism: all processes hold the same state, each computes its share, and sums make it whole again.
+
+Every process reads the same data and comes to the same decisions; what differs is only which rows go through the models
+here (`share`, `spread`). Gradients and figures are sums over rows, so the parts add up to what one process computes, to
+the order of sums (`sum_gradients`, `total`). One process alone: nothing here changes a bit.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from pipeline.errors import PeerLost
+
+Item, Found = TypeVar("Item"), TypeVar("Found")
+
+BUCKET = 16 * 2**20  # elements that are summed at a time
+
+
+def rank_and_size() -> tuple[int, int]:
+    """(which process this is, how many there are)."""
+    together = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that saves and publishes."""
+    return rank_and_size()[0] == 0
+
+
+def deal(costs: Sequence[float], hands: int) -> list[list[int]]:
+    """Places 0 … len(costs) − 1 in `hands` parts of about equal cost: the dearest first, each to the part that has
+    least. Within a part in their order."""
+    parts: list[list[int]] = [[] for _ in range(hands)]
+    sums = [0.0] * hands
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        least = min(range(hands), key=lambda h: (sums[h], len(parts[h])))
+        parts[least].append(i)
+        sums[least] += costs[i]
+    return [sorted(part) for part in parts]
+
+
+def share(items: Sequence[Item], costs: Sequence[float]) -> list[Item]:
+    """The items that are this process's to compute."""
+    rank, size = rank_and_size()
+    return list(items) if size == 1 else [items[i] for i in deal(costs, size)[rank]]
+
+
+def spread(
+    items: Sequence[Item], costs: Sequence[float], compute: Callable[[list[Item]], Sequence[Found]]
+) -> list[Found]:
+    """compute(this process's share) → a result an item; → the results of all items, in their order, everywhere."""
+    rank, size = rank_and_size()
+    if size == 1:
+        return list(compute(list(items)))
+    parts = deal(costs, size)
+    own = list(compute([items[i] for i in parts[rank]])) if parts[rank] else []
+    found: list = [None] * len(items)
+    for part, results in zip(parts, everybody(own), strict=True):
+        for i, result in zip(part, results, strict=True):
+            found[i] = result
+    return found
+
+
+def everybody(own: Found) -> list[Found]:
+    """What each process has here, in their order (tensors: on the CPU)."""
+    size = rank_and_size()[1]
+    if size == 1:
+        return [own]
+    found: list = [None] * size
+    with collective():
+        dist.all_gather_object(found, own)
+    return found
+
+
+def from_first(decide: Callable[[], Found]) -> Found:
+    """What the first process finds, on all of them."""
+    if rank_and_size()[1] == 1:
+        return decide()
+    found = [decide() if is_first() else None]
+    with collective():
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def total(figures: dict[str, float]) -> dict[str, float]:
+    """Sums, by name, over the processes; the same bits on all of them."""
+    if rank_and_size()[1] == 1:
+        return figures
+    sums: dict[str, float] = {}
+    for own in everybody(figures):
+        for name, value in own.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Each parameter's gradient becomes the sum over the processes; None where none of them has one."""
+    if rank_and_size()[1] == 1:
+        return
+    parameters = list(parameters)
+    has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32)
+    with collective():
+        dist.all_reduce(has)
+    wanted = [p for p, count in zip(parameters, has.tolist(), strict=True) if count]
+    for p in wanted:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    sum_tensors([p.grad for p in wanted])
+
+
+@torch.no_grad()
+def sum_tensors(tensors: Sequence[Tensor]) -> None:
+    """In place, over the processes. Shapes and kinds are the same on all of them."""
+    if rank_and_size()[1] == 1:
+        return
+    with collective():
+        for bucket in buckets(tensors):
+            flat = torch.cat([x.flatten() for x in bucket])
+            dist.all_reduce(flat)
+            for x, part in zip(bucket, flat.split([x.numel() for x in bucket]), strict=True):
+                x.copy_(part.view_as(x))
+
+
+def buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Neighbours of one kind, up to BUCKET elements together."""
+    found: list[list[Tensor]] = []
+    room = 0
+    for x in tensors:
+        if not found or found[-1][0].dtype != x.dtype or x.numel() > room:
+            found.append([])
+            room = BUCKET
+        found[-1].append(x)
+        room -= x.numel()
+    return found
+
+
+@contextmanager
+def collective():
+    """A process that is gone, or hangs longer than launch.timeout, is a PeerLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "out of memory" in str(error):
+            raise
+        raise PeerLost(" ".join(str(error).split())[:200]) from error
