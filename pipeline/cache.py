@@ -21,11 +21,14 @@ class Cache:
     """The cache of a stage. Runs that redo the stage with other settings share it."""
 
     folder: Path
+    writes: bool = True  # False in a process that helps another one, which writes
 
     def remember(self, name: str, made_of: str, tensors: dict[str, "Tensor"]) -> None:
         """Keep tensors, in the place of what was kept under this name; nothing where the disk is too full for it."""
         from safetensors.torch import save_file
 
+        if not self.writes:
+            return
         self.folder.mkdir(exist_ok=True)
         try:
             files.require_space(self.folder, sum(tensor.nbytes for tensor in tensors.values()))

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,8 @@ stages, in their order:  {" ".join(STAGES)}
   --allow-elastic        go on with an interrupted run at another number of processes
   --debug                show tracebacks
   --trust-remote-code    let a model's repository run its own code here
+  --submit slurm         hand the stages to sbatch, a job each (settings: launch.slurm)
+  --dry-run              with --submit: print the scripts, submit nothing
 
 exit codes: 0 done or up to date; 2 a mistake in config, data or artifacts; 3 training stopped itself;
 75 stopped by a signal, run again to go on."""
@@ -86,7 +89,8 @@ def explain(error: Exception) -> int:
             print(f"error: {line}", file=sys.stderr)
         return 2
     if isinstance(error, PeerLost):
-        print(f"error: another process of this run is gone or hangs ({error}); run again to go on", file=sys.stderr)
+        what = f"another process of this run is gone, or took longer than launch.timeout ({error})"
+        print(f"error: {what}; run again to go on", file=sys.stderr)
         return 1
     if isinstance(error, BrokenPipeError):  # `rlhf status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -201,8 +205,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     run.add_argument("stage", nargs="?", choices=STAGES)
     run.add_argument("-h", "--help", action="store_true", dest="show_help")
-    for flag in ("only", "force", "restart", "override-config", "allow-elastic", "trust-remote-code"):
+    for flag in ("only", "force", "restart", "override-config", "allow-elastic", "trust-remote-code", "dry-run"):
         run.add_argument(f"--{flag}", action="store_true")
+    run.add_argument("--submit", choices=["slurm"])
     command("status", "show which stages are done, stale, interrupted, missing or damaged")
     command("doctor", "look at versions, device, threads and disk", config="optional")
     command("clean", "say what an experiment's artifacts are, then remove them")
@@ -265,12 +270,14 @@ def stage_modules() -> dict[str, Any]:
     return {name: importlib.import_module(f"stages.{name}") for name in STAGES}
 
 
-def load(arguments: argparse.Namespace, stages: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-    """The validated experiment and the stage modules. The environment is set between reading the file and the
-    imports."""
+def load(
+    arguments: argparse.Namespace, stages: dict[str, Any] | None = None, tree: Any = None
+) -> tuple[Any, dict[str, Any]]:
+    """The validated experiment and the stage modules. The environment is set between reading the file (if `tree` is
+    not what it says) and the imports."""
     from pipeline import config, launch
 
-    tree = config.read_tree(arguments.config, arguments.overrides)
+    tree = tree or config.read_tree(arguments.config, arguments.overrides)
     launch.set_environment(tree.values)
     modules = stages or stage_modules()
     sections = {name: module.Config for name, module in modules.items() if hasattr(module, "Config")}
@@ -304,29 +311,77 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.stage is None or arguments.config is None:
         missing = "STAGE" if arguments.stage is None else "-c CONFIG"
         raise UserError(f"command line: {missing} is missing; see `rlhf run --help`")
-    from pipeline import config, processes
-
-    if (count := processes.wanted(config.read_tree(arguments.config, arguments.overrides).values)) > 1:
-        return processes.start(arguments.words, count)
+    if arguments.submit is not None or arguments.dry_run:
+        return submit_command(arguments)
     stop = StopFlag()
     with signal_handlers(stop):
-        from pipeline import launch, plan, running
+        from pipeline import config, launch, plan, processes, running
 
-        experiment, stages = load(arguments)
+        tree = config.read_tree(arguments.config, arguments.overrides)
+        if (count := processes.wanted(tree.values)) > 1:
+            return processes.start(arguments.words, count)
+        met = threading.Event()
+        processes.watch_launcher(stop, met, tree.values.get("launch", {}).get("timeout", 600))
+        experiment, stages = load(arguments, tree=tree)
         launch.prepare(experiment)
         store, console = open_store(arguments, experiment), make_console()
         names = ("only", "force", "restart", "override_config", "allow_elastic", "trust_remote_code")
         flags = running.Flags(**{name: getattr(arguments, name) for name in names})
-        processes.watch_launcher(stop)
-        peers = processes.join(experiment.launch.timeout)
+        patience = experiment.launch.timeout
+        peers = processes.join(experiment.launch.processes * experiment.launch.nodes, patience)
+        met.set()
         if peers is not None and peers.rank > 0:
             running.follow(peers, experiment, store, stages, flags)
-            processes.leave(peers)
+            processes.leave(peers, patience)
             return 0
-        plan.bring_up_to_date(arguments.stage, experiment, store, stages, flags, stop, console, peers)
-        processes.leave(peers)
+        try:
+            plan.bring_up_to_date(arguments.stage, experiment, store, stages, flags, stop, console, peers)
+        except BaseException:
+            if peers is not None:
+                peers.tell(None)  # for those that wait; where torchrun holds the board, they would go on waiting
+            raise
+        processes.leave(peers, patience)
         if hasattr(stages[arguments.stage], "show"):
             stages[arguments.stage].show(store.folder(arguments.stage), console)
+    return 0
+
+
+def submit_command(arguments: argparse.Namespace) -> int:
+    """`rlhf run STAGE --submit slurm`: a job for each stage that is not up to date."""
+    from pipeline import plan, slurm
+
+    if arguments.submit is None:
+        raise UserError("command line: --dry-run shows what --submit would do; give --submit slurm, too")
+    experiment, stages = load(arguments)
+    store = open_store(arguments, experiment)
+    chain = plan.Chain(experiment, store, stages)
+    order = chain.closure(arguments.stage)
+    for name in order:
+        chain.states[name] = chain.assess(name)
+    waiting = [n for n in order if chain.states[n].kind != "done" or (arguments.force and n == arguments.stage)]
+    if arguments.only:
+        plan.refuse_unready({need: chain.states[need] for need in chain.needs(arguments.stage)})
+        waiting = [arguments.stage]
+    if held := [name for name in waiting if chain.states[name].kind == "running"]:
+        raise UserError([f"{store.folder(name)}: {store.holder(name)} works on it; wait for it" for name in held])
+    folder = (store.base / "slurm").absolute()
+    place = ["-c", str(Path(arguments.config).absolute()), "--artifacts", str(store.root.absolute())]
+    always = [f"--{flag}" for flag in ("override-config", "allow-elastic", "trust-remote-code", "debug")
+              if getattr(arguments, flag.replace("-", "_"))]  # fmt: skip
+    scripts = {}
+    for name in waiting:
+        once = [f"--{flag}" for flag in ("force", "restart") if getattr(arguments, flag) and name == arguments.stage]
+        argv = [*place, *always, *arguments.overrides]
+        is_offline = not sections.names_hub(experiment.model_dump())
+        scripts[name] = slurm.script(name, experiment, folder, argv, once, is_offline)
+    if arguments.dry_run:
+        for name, text in scripts.items():
+            print(f"# -- {folder / name}.sbatch\n{text}")
+        return 0
+    for name, number in slurm.submit(scripts, {name: chain.needs(name) for name in order}, folder).items():
+        print(f"{name}: job {number}, log {folder / name}-{number}.log")
+    if not scripts:
+        print(f"{arguments.stage}: up to date")
     return 0
 
 
@@ -419,7 +474,7 @@ def clean_command(arguments: argparse.Namespace) -> int:
         return 0
     found = sorted(path.name for path in store.base.iterdir())
     stages = [name for name in STAGES if name in found]
-    strays = [name for name in found if name not in (*STAGES, "wandb") and not name.startswith(".")]
+    strays = [name for name in found if name not in (*STAGES, "wandb", "slurm") and not name.startswith(".")]
     lines = [f"{store.base / name}: is no stage's; move it away, then clean" for name in strays]
     lines += [f"{store.folder(name)}: {store.holder(name)} works on it; wait for it or stop it"
               for name in stages if store.is_held(name)]  # fmt: skip

@@ -49,6 +49,11 @@ def set_environment(tree: dict[str, Any]) -> None:
 
 def prepare(experiment: Any) -> None:
     """Sets torch's threads and checks what only torch knows. Once a process, before any work."""
+    if experiment.launch.nodes > 1 and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"launch.nodes: {experiment.launch.nodes} machines are not started from here; use --submit slurm, or "
+            f"torchrun on each of them"
+        )
     import warnings
 
     import torch

@@ -1,10 +1,9 @@
 """Several processes that work on one stage: starting them on this machine, and how the first one leads the others.
 
 `rlhf run` starts `launch.processes` copies of itself, with the environment that torchrun gives; by hand, `torchrun
---nproc-per-node 2 -m pipeline.cli run …` does the same, on several machines too. The first process plans, locks, saves
-and publishes as if it were alone; the others wait until it names a stage, do their share of it, and write nothing. All
-hold the same state, so the first one's checkpoint is everybody's and it alone hears a signal: whenever it ends, the
-others end.
+--nproc-per-node 2 -m pipeline.cli run …` does the same, on several machines too. The first process plans, locks, logs,
+saves and publishes as if it were alone; the others wait until it names a stage and do their share of it. All hold the
+same state, so the first one's checkpoint is everybody's and it alone hears a signal: whenever it ends, the others end.
 """
 
 import json
@@ -16,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -24,19 +23,21 @@ from pipeline.errors import PeerLost, UserError
 from pipeline.stage import StopFlag
 
 PIPE = "RLHF_LAUNCHER"  # the number of a pipe's end that closes when the launcher is gone
-GRACE = 5.0  # seconds in which a process notices by itself that another one is gone
+GRACE = 5.0  # seconds in which the first process notices by itself that another one is gone
+OWN_DECISIONS = (0, 2, 3, 75)  # exit codes that a process says the reason of itself
 
 
 def rank_and_size() -> tuple[int, int]:
-    """Which of how many processes this one is: (0, 1) for one alone."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """Which of how many processes the environment says that this one is: (0, 1) for one alone."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    return (int(os.environ.get("RANK", "0")), size) if size > 1 else (0, 1)
 
 
 def wanted(tree: dict[str, Any]) -> int:
     """How many processes to start for a config (as read, not validated): 1 = this one works itself."""
     launch = tree.get("launch")
     count = launch.get("processes") if isinstance(launch, dict) else None
-    return count if isinstance(count, int) and count > 1 and "WORLD_SIZE" not in os.environ else 1
+    return count if type(count) is int and count > 1 and rank_and_size()[1] == 1 else 1
 
 
 # -- starting them
@@ -45,7 +46,7 @@ def wanted(tree: dict[str, Any]) -> int:
 
 def start(argv: list[str], count: int) -> int:
     """Runs the command `rlhf ARGV` in `count` processes on this machine; → the first one's exit code. A signal is
-    handed to the first one alone. What another one said is shown where it was the cause of the end."""
+    handed to the first one; a second one ends all at once. What another one said is shown where it was the cause."""
     received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: received.append(number))
@@ -55,65 +56,87 @@ def start(argv: list[str], count: int) -> int:
     reading, writing = os.pipe()
     common = os.environ | {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), PIPE: str(reading)}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    children, said = [], [tempfile.TemporaryFile() for _ in range(count - 1)]
+    said = [tempfile.TemporaryFile() for _ in range(count - 1)]
+    children: list[subprocess.Popen] = []
+    handed = deadline = None
     try:
         for rank in range(count):
             output = {} if rank == 0 else {"stdout": said[rank - 1], "stderr": said[rank - 1]}
             options = {"env": common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, "pass_fds": [reading], **output}
             # in a session of its own: Ctrl-C reaches the first one once, by way of this process
-            command = [sys.executable, "-m", "pipeline.cli", *argv]
-            children.append(subprocess.Popen(command, start_new_session=True, **options))
-        while children[0].poll() is None and lost(children) is None:
-            while received:
-                children[0].send_signal(received.pop(0))
+            children.append(subprocess.Popen(this_command(argv), start_new_session=True, **options))
+        while children[0].poll() is None and (deadline is None or time.monotonic() < deadline):
+            for number in received:
+                if handed is not None and number != signal.SIGUSR1:
+                    end_by(number, children)
+                handed = number
+                children[0].send_signal(number)
+            received.clear()
+            if deadline is None and any(child.poll() not in (None, *OWN_DECISIONS) for child in children[1:]):
+                deadline = time.monotonic() + GRACE
             time.sleep(0.05)
+        if handed is not None and children[0].poll() == -handed:  # it had not begun to listen
+            end_by(handed, children)
         return outcome(children, said)
     finally:
-        for child in children:
-            child.kill()
-            child.wait()
+        end(children)
         for file in said:
             file.close()
         os.close(reading)
         os.close(writing)
 
 
-def lost(children: list[subprocess.Popen]) -> int | None:
-    """The first of the others that has ended, and not well."""
-    return next((rank for rank, child in enumerate(children) if rank and child.poll() not in (None, 0)), None)
+def this_command(argv: list[str]) -> list[str]:
+    """How this process was started; of a call from Python: the command with these arguments."""
+    if argv and sys.orig_argv[-len(argv) :] == argv:
+        return [sys.executable, *sys.orig_argv[1:]]
+    return [sys.executable, "-m", "pipeline.cli", *argv]
+
+
+def end(children: list[subprocess.Popen]) -> None:
+    for child in children:
+        child.kill()
+        child.wait()
+
+
+def end_by(number: int, children: list[subprocess.Popen]) -> None:
+    """All processes end, this one by the signal: as one that works alone does."""
+    end(children)
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def outcome(children: list[subprocess.Popen], said: list[Any]) -> int:
-    """After a process ended: the exit code of all. The first one gets time to see it and to end by itself."""
-    try:
-        code = children[0].wait(timeout=GRACE)
-    except subprocess.TimeoutExpired:
-        code = None
-    if code in (0, 2, 3, 75):
-        return code
-    rank = lost(children) or 0
-    found = children[rank].poll()
-    why = f"was ended by {signal.Signals(-found).name}" if found < 0 else f"ended with {found}"
-    print(f"error: process {rank} of {len(children)} {why}; run again to go on", file=sys.stderr)
-    if rank:
-        said[rank - 1].seek(0)
-        for line in said[rank - 1].read().decode(errors="replace").splitlines()[-20:]:
-            print(f"  process {rank}: {line}", file=sys.stderr)
+    """The exit code of all; a line says who ended where the first process could not know."""
+    codes = [child.poll() for child in children]
+    if codes[0] in OWN_DECISIONS:
+        return codes[0]
+    by_signal = [rank for rank, code in enumerate(codes) if code is not None and code < 0]
+    by_fault = [rank for rank, code in enumerate(codes) if rank and code not in (None, *OWN_DECISIONS)]
+    for rank in (by_signal or by_fault)[:1]:
+        code = codes[rank]
+        why = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        print(f"error: process {rank} of {len(children)} {why}; run again to go on", file=sys.stderr)
+        if rank:
+            said[rank - 1].seek(0)
+            for line in said[rank - 1].read().decode(errors="replace").splitlines()[-20:]:
+                print(f"  process {rank}: {line}", file=sys.stderr)
     return 1
 
 
-def watch_launcher(stop: StopFlag) -> None:
-    """Ends this process with the one that started it: the first one saves before, the others end at once."""
+def watch_launcher(stop: StopFlag, met: threading.Event, patience: float) -> None:
+    """Ends this process after the one that started it: the first one saves, and the others help until it has. Before
+    they have `met` there is nothing to save."""
     if PIPE not in os.environ:
         return
-    end = int(os.environ[PIPE])
+    pipe = int(os.environ[PIPE])
 
     def wait() -> None:
-        os.read(end, 1)  # nothing is ever written: this returns when the other end closes
-        if rank_and_size()[0] == 0:
-            stop.requested = True
-        else:
-            os._exit(1)
+        os.read(pipe, 1)  # nothing is ever written: this returns when the other end closes
+        stop.requested = True
+        if met.is_set():
+            time.sleep(patience)
+        os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
 
@@ -129,8 +152,7 @@ class Peers:
     rank: int
     size: int
     board: Any  # torch's key-value store that all of them reach
-    patience: float  # seconds
-    number: int = field(default=0)
+    number: int = 0  # of messages so far
 
     def tell(self, message: dict[str, Any] | None) -> None:
         """What the others do next; None: go home."""
@@ -150,41 +172,51 @@ class Peers:
         return message
 
 
-def join(patience: float) -> Peers | None:
-    """Meets the other processes; None for a process that works alone. UserError where they do not come in time."""
+def join(processes: int, patience: float) -> Peers | None:
+    """Meets the other processes; None for one that works alone. processes: how many the config asks for; patience:
+    seconds. UserError where the environment does not fit, PeerLost where they do not come in time."""
     rank, size = rank_and_size()
     if size == 1:
         return None
+    if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(f"launch: WORLD_SIZE is {size} and {', '.join(missing)} not set; let torchrun set them all")
+    if processes not in (1, size):
+        raise UserError(f"launch: {processes} processes in the config, {size} in WORLD_SIZE; leave one of them out")
     import torch
     from torch import distributed as dist
 
-    device = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    device = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    limit = timedelta(seconds=patience)
+        local, visible = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= visible:
+            raise UserError(f"launch.processes: process {local + 1} of this machine, and {visible} GPU; one GPU each")
+        torch.cuda.set_device(local)
+        device = "cpu:gloo,cuda:nccl"
+    limit, again = timedelta(seconds=patience), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
-        board, rank, size = next(dist.rendezvous("env://", rank, size, timeout=limit))
-        dist.init_process_group(
-            device, store=dist.PrefixStore("group", board), rank=rank, world_size=size, timeout=limit
-        )
+        store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=limit))
+        group, board = (dist.PrefixStore(f"{name}/{again}", store) for name in ("group", "board"))
+        dist.init_process_group(device, store=group, rank=rank, world_size=size, timeout=limit)
     except (RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise UserError(f"launch: the {size} processes did not meet ({first}); look at what the others say") from error
-    return Peers(rank, size, dist.PrefixStore("board", board), patience)
+        raise PeerLost(f"the {size} processes did not meet: {first}") from error
+    return Peers(rank, size, board)
 
 
-def leave(peers: Peers | None) -> None:
-    """After the last stage: the first one lets the others go."""
+def leave(peers: Peers | None, patience: float) -> None:
+    """After the last stage: the first one lets the others go, and waits for them: the board may live in it."""
     if peers is None:
         return
     from torch import distributed as dist
 
-    if peers.rank == 0:
-        peers.tell(None)
-        # the board lives in this process (torchrun's does not): it stands until all have read
-        deadline = time.monotonic() + GRACE
-        while time.monotonic() < deadline and peers.board.add("home", 0) < peers.size - 1:
-            time.sleep(0.02)
-    else:
-        peers.board.add("home", 1)
-    dist.destroy_process_group()
+    try:
+        if peers.rank == 0:
+            peers.tell(None)
+            deadline = time.monotonic() + patience
+            while time.monotonic() < deadline and peers.board.add("home", 0) < peers.size - 1:
+                time.sleep(0.02)
+        else:
+            peers.board.add("home", 1)
+        dist.destroy_process_group()
+    except RuntimeError:  # all work is done: who is gone now is not missed
+        return

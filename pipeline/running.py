@@ -6,7 +6,6 @@ import platform
 import random
 import socket
 import subprocess
-import tempfile
 import time
 import uuid
 from dataclasses import dataclass
@@ -260,14 +259,15 @@ def what_it_reads(
 
 def follow(peers: Peers, experiment: Any, store: ArtifactStore, stages: dict[str, Any], flags: Flags) -> None:
     """What a process does that is not the first: its share of each stage that the first one names, until that one is
-    done. It writes to a folder of its own that goes when the stage ends."""
+    done. What it publishes goes to a folder of its own and away when the stage ends."""
     while (message := peers.hear()) is not None:
         name = message["stage"]
         module = stages[name]
         manifests = {need: store.manifest(need) for need in all_needs(module, experiment)}  # verified by the first
-        with tempfile.TemporaryDirectory(prefix="rlhf-") as scratch:
-            folder, console = Path(scratch), Console(quiet=True)
-            (folder / "publish").mkdir()
+        folder = store.folder(name) / f".tmp-process-{peers.rank}"
+        files.remove(folder)
+        folder.mkdir()
+        try:
             saved = checkpoints.CheckpointStore(
                 folder=store.work_folder(name) / "checkpoints",
                 every=50 if experiment.checkpoints.every is None else experiment.checkpoints.every,
@@ -278,18 +278,17 @@ def follow(peers: Peers, experiment: Any, store: ArtifactStore, stages: dict[str
             )
             set_seeds(experiment.seed, name)
             context = StageRun(
-                publish=folder / "publish",
+                publish=folder,
                 checkpoints=saved,
-                cache=Cache(folder / "cache"),
-                tracker=Tracker(folder, name, console=console),
+                cache=Cache(store.folder(name) / ".cache", writes=False),
+                tracker=Tracker(folder, name, console=Console(quiet=True), writes=False),
                 stop=StopFlag(),  # the first one alone hears a signal
                 trust_remote_code=flags.trust_remote_code,
                 **what_it_reads(name, module, experiment, store, manifests),
             )
-            try:
-                module.run(context)
-            finally:
-                context.tracker.close()
+            module.run(context)
+        finally:
+            files.remove(folder)
 
 
 def set_seeds(seed: int, stage: str) -> None:

@@ -116,6 +116,23 @@ class CheckpointsConfig(BaseModel):
     keep: int = Field(2, ge=1, description="how many checkpoints stay on disk")
 
 
+class SlurmConfig(BaseModel):
+    """Read by `rlhf run --submit slurm` alone."""
+
+    model_config = STRICT
+    time: str = Field("04:00:00", pattern=r"^(\d+-)?\d+(:\d\d){0,2}$", description="limit of a job, as sbatch reads it")
+    partition: str | None = Field(None, description="sbatch's --partition")
+    account: str | None = Field(None, description="sbatch's --account")
+    gpus_per_node: int = Field(0, ge=0, description="sbatch's --gpus-per-node; launch.processes is best the same")
+    cpus_per_process: int | None = Field(None, ge=1, description="sbatch's --cpus-per-task")
+    warn_seconds: int = Field(
+        120, ge=1, description="how long before its limit a job is told to save", json_schema_extra={"unit": "seconds"}
+    )
+    max_restarts: int = Field(20, ge=0, description="how often an interrupted job is queued again")
+    setup: list[str] = Field([], description="lines of shell before the job's work, as `module load …`")
+    options: list[str] = Field([], description="more of sbatch's options, as --qos=long")
+
+
 class LaunchConfig(BaseModel):
     model_config = STRICT
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -130,8 +147,13 @@ class LaunchConfig(BaseModel):
         description="processes that share each stage's work on this machine (data parallel: each holds the models); "
         "they split a batch, so the result is one process's to the order of sums",
     )
+    nodes: int = Field(1, ge=1, description="machines, with so many processes each; for --submit slurm")
+    slurm: SlurmConfig = Field(SlurmConfig(), description="what --submit slurm asks of the queue")
     timeout: float = Field(
-        600, gt=0, description="how long one waits for another before it gives up", json_schema_extra={"unit": "seconds"}
+        600,
+        gt=0,
+        description="how long a process waits for another before it gives up",
+        json_schema_extra={"unit": "seconds"},
     )
 
 

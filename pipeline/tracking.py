@@ -59,7 +59,9 @@ class Tracker:
         experiment: str = "",
         config: dict[str, Any] | None = None,
         console: Console | None = None,
+        writes: bool = True,
     ):
+        self.writes = writes  # False in a process that helps another one, which writes
         self.folder, self.stage, self.run_id = Path(folder), stage, run_id
         self.console = console or Console()
         self._open: dict[str, Any] = {}
@@ -129,6 +131,8 @@ class Tracker:
             self._guard(lambda wandb: wandb.finish())
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        if not self.writes:
+            return
         if name not in self._open:
             self._open[name] = open(self.folder / name, "a", encoding="utf-8")
         with files.naming(self.folder / name):

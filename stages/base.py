@@ -11,7 +11,7 @@ from pipeline.stage import StageRun
 from stages.common import card, count, device_of, dtype_of, read
 from stages.language_modeling import train_language_model
 from stages.models.loading import from_scratch, load_pretrained, save_model
-from stages.settings import Training, over_context, setting, total_steps
+from stages.settings import Training, over_context, setting, total_steps, uneven
 
 NAME = "base"
 METRICS = {
@@ -50,7 +50,7 @@ def folders(experiment) -> dict:
 
 
 def check(experiment) -> list[str]:
-    return over_context(experiment, "base")
+    return over_context(experiment, "base") + (uneven(experiment, "base") if reads(experiment) else [])
 
 
 def run(ctx: StageRun) -> dict:

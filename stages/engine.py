@@ -356,8 +356,9 @@ def fit(
     A stage may train several times: then `first` steps were taken before this training, `total` are taken in all, and
     each checkpoint also holds the tensors and the state that are `carried` on from before.
 
-    costs: of each row, by which a batch is shared among processes. cut(batch) → its micro-batches; loss(rows of one of them, rows of the batch) → (that micro-batch's share of the
-    batch loss, sums to log): however it is cut, the gradient is the batch's. evaluate() runs every `eval_steps`,
+    costs: of each row, by which a batch is shared among processes. cut(batch) → its micro-batches; loss(rows of one of
+    them, rows of the batch) → (that micro-batch's share of the batch loss, sums to log): however it is cut, the
+    gradient is the batch's. evaluate() runs every `eval_steps`,
     `judge` being the figure that keep and patience look at.
     """
     best = Best(keep, patience, higher_is_better)

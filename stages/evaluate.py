@@ -246,7 +246,8 @@ def measure(ctx: StageRun, n: int, ids, tools, progress: tuple[int, int]) -> dic
             found["kl"] = (logps[0] - logps[1]).tolist()
         return found
 
-    parts = list(micro_batches(list(range(len(ids))), max(1, c.batch_size // min(n, 4))))
+    of_each = -(-len(ids) // parallel.rank_and_size()[1])
+    parts = list(micro_batches(list(range(len(ids))), max(1, min(of_each, c.batch_size // min(n, 4)))))
     found = parallel.spread(parts, [len(part) for part in parts], lambda own: list(map(look, own)))
     return {key: [x for some in found for x in some[key]] for key in found[0]}
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 from data.streams import Stream, derive_seed, grouped_by_length
-from pipeline.errors import Interrupted, TrainingStopped, UserError
+from pipeline.errors import Interrupted, TrainingStopped
 from pipeline.stage import StageRun
 from stages import parallel
 from stages.engine import Best, Trainee, micro_batches, perplexity_of, refuse_shorter
 from stages.models.adapters import lora_config, merged, trainable
 from stages.objectives.losses import language_model_loss
+from stages.settings import batch_of_each
 
 SMALL_VOCABULARY = 8192
 
@@ -60,11 +61,12 @@ def train_language_model(
     from trl import SFTConfig, SFTTrainer
 
     transformers_logging.set_verbosity_error()
-    rank = parallel.rank_and_size()[0]
-    scratch = Path(ctx.checkpoints.folder) / (f".tmp-trainer-{rank}" if rank else ".tmp-trainer")
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch = Path(ctx.checkpoints.folder) / ".tmp-trainer"
+    if parallel.is_first():
+        shutil.rmtree(scratch, ignore_errors=True)
     every = ctx.checkpoints.every
-    rows, accumulated = split_batch(ctx.stage, per_device_train_batch_size, gradient_accumulation_steps)
+    processes = parallel.rank_and_size()[1]
+    rows, accumulated = batch_of_each(per_device_train_batch_size, gradient_accumulation_steps, processes)
     min_lr = {"min_lr_rate": 0.1} if lr_scheduler_type == "cosine_with_min_lr" else {}
     args = SFTConfig(
         output_dir=str(scratch),
@@ -113,7 +115,7 @@ def train_language_model(
         held_out_loss=lambda live: held_out_loss(
             live, held_out_rows, tokenizer.pad_token_id, per_device_train_batch_size, trainer.accelerator)
     )  # fmt: skip
-    trainer_class = alone_in_saving(SFTTrainer)
+    trainer_class = alone_in_saving(SFTTrainer) if processes > 1 else SFTTrainer
     trainer = (with_plain_loss(trainer_class) if len(tokenizer) <= SMALL_VOCABULARY else trainer_class)(
         model=model,
         args=args,
@@ -132,8 +134,10 @@ def train_language_model(
         keeper.best.restore(found)
     with ctx.tracker.progress(whole, ctx.stage, found.step if found else first) as progress:
         keeper.progress = progress
-        trainer.train(resume_from_checkpoint=str(found.path / "trainer") if found else None)
-    shutil.rmtree(scratch, ignore_errors=True)
+        with parallel.collective():
+            trainer.train(resume_from_checkpoint=str(found.path / "trainer") if found else None)
+    if parallel.is_first():
+        shutil.rmtree(scratch, ignore_errors=True)
     step = trainer.state.global_step
     if ctx.stop.requested and step < steps and not keeper.best.exhausted:
         raise Interrupted(first + step, whole)
@@ -154,10 +158,9 @@ def with_plain_loss(trainer_class):
             labels = inputs["labels"][:, 1:]
             rest = {name: value for name, value in inputs.items() if name != "labels"}
             logits = model(**rest, use_cache=False).logits[:, :-1]
-            if num_items_in_batch is None:
-                return language_model_loss(logits, labels, (labels != -100).sum().clamp(min=1))
-            # the labels of all processes are counted, whose gradients DDP then averages
-            return language_model_loss(logits, labels, num_items_in_batch) * self.accelerator.num_processes
+            loss = language_model_loss(logits, labels, num_items_in_batch or (labels != -100).sum().clamp(min=1))
+            # the labels of all processes are counted, whose gradients are then averaged
+            return loss if num_items_in_batch is None else loss * self.accelerator.num_processes
 
     return PlainLossTrainer
 
@@ -170,19 +173,6 @@ def alone_in_saving(trainer_class):
             pass
 
     return Alone
-
-
-def split_batch(stage: str, size: int, accumulated: int) -> tuple[int, int]:
-    """(rows of a micro-batch, micro-batches a step) of each process, so that all together take the same batch as one."""
-    processes = parallel.rank_and_size()[1]
-    if accumulated % processes == 0:
-        return size, accumulated // processes
-    if size % processes == 0:
-        return size // processes, accumulated
-    raise UserError(
-        f"{stage}: {processes} processes cannot share a batch of per_device_train_batch_size {size} times "
-        f"gradient_accumulation_steps {accumulated}; make one of them a multiple of {processes}"
-    )
 
 
 @torch.no_grad()
@@ -229,6 +219,13 @@ class _Keeper:
                 f"was updated. Lower {self.ctx.stage}.learning_rate, or use model.dtype: float32, and run again"
             )
 
+    def seed_dropout(self, state) -> None:
+        """Of several processes each draws its own masks, whatever was drawn before a resume."""
+        rank, size = parallel.rank_and_size()
+        if size > 1:
+            step = self.first + state.global_step
+            torch.manual_seed(derive_seed(self.ctx.seed, self.ctx.stage, "dropout", step, rank))
+
     def logged(self, logs: dict, state) -> None:
         if "loss" not in logs:
             return
@@ -269,6 +266,9 @@ class _Keeper:
         class Callback(TrainerCallback):
             def on_pre_optimizer_step(self, args, state, control, model=None, **_):
                 keeper.before_step(model, state)
+
+            def on_step_begin(self, args, state, control, **_):
+                keeper.seed_dropout(state)
 
             def on_log(self, args, state, control, logs=None, **_):
                 keeper.logged(logs or {}, state)

@@ -5,6 +5,7 @@ here (`share`, `spread`). Gradients and figures are sums over rows, so the parts
 the order of sums (`sum_gradients`, `total`). One process alone: nothing here changes a bit.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -17,6 +18,7 @@ from pipeline.errors import PeerLost
 
 Item, Found = TypeVar("Item"), TypeVar("Found")
 
+LOST = r"gloo|NCCL|Connection (closed|reset|refused)|[Tt]imed out"  # how the backends say it
 BUCKET = 16 * 2**20  # elements that are summed at a time
 
 
@@ -141,10 +143,10 @@ def buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 
 @contextmanager
 def collective():
-    """A process that is gone, or hangs longer than launch.timeout, is a PeerLost."""
+    """A process that is gone, or hangs longer than launch.timeout, is a PeerLost; other errors are what they are."""
     try:
         yield
     except RuntimeError as error:
-        if "out of memory" in str(error):
-            raise
-        raise PeerLost(" ".join(str(error).split())[:200]) from error
+        if isinstance(error, dist.DistError) or re.search(LOST, str(error)):
+            raise PeerLost(" ".join(str(error).split())[:200]) from error
+        raise

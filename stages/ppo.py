@@ -658,7 +658,8 @@ def look(
     figures = describe(rollout, rollout.values, c.kl_coef, c.kl_estimator)  # the same yardstick at every look
     figures = {name: figures[f"objective/{key}"] for name, key in HELD_OUT.items()}
     if roles.judge is not None:
-        scores = score_all(
+        look_on = partial(
+            score_all,
             roles.judge,
             rollout.prompts,
             rollout.responses,
@@ -667,6 +668,7 @@ def look(
             accelerator=roles.accelerator,
             packed=roles.packed,
         )
+        scores = parallel.from_first(look_on)  # what is kept, and when to stop, hangs on them
         lengths = rollout.mask.sum(-1).cpu()
         options = {"lengths": lengths, "score_clip": c.score_clip, "length_penalty": c.length_penalty}
         scores = final_scores(scores, rollout.finished.cpu(), c.missing_eos_score, **options)

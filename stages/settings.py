@@ -1,5 +1,6 @@
 """Settings that several stages share, under trl's names. Config objects stop at the stage files."""
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, Field
@@ -88,6 +89,27 @@ class PreferenceTraining(Training):
         "tokens",
         ge=1,
     )
+
+
+def batch_of_each(size: int, accumulated: int, processes: int) -> tuple[int, int]:
+    """(rows of a micro-batch, micro-batches a step) of each process, so that all together take one process's batch.
+    ValueError where the rows cannot be split evenly."""
+    fewer = math.gcd(accumulated, processes)
+    if size % (processes // fewer):
+        raise ValueError(f"{size} × {accumulated} rows are no even share for {processes} processes")
+    return size // (processes // fewer), accumulated // fewer
+
+
+def uneven(experiment, stage: str) -> list[str]:
+    """A line if `launch.processes` cannot share the batch of a stage that trains on text."""
+    c, processes = getattr(experiment, stage), experiment.launch.processes * experiment.launch.nodes
+    try:
+        batch_of_each(c.per_device_train_batch_size, c.gradient_accumulation_steps, processes)
+    except ValueError:
+        what = f"{c.per_device_train_batch_size} times gradient_accumulation_steps {c.gradient_accumulation_steps}"
+        return [f"{stage}.per_device_train_batch_size: {what} cannot be shared by {processes} processes; make one of "
+                f"them a multiple of that"]  # fmt: skip
+    return []
 
 
 def total_steps(config: Training, rows: int) -> int:

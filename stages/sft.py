@@ -13,7 +13,7 @@ from stages.common import adapter_settings, card, check_context, device_of, dtyp
 from stages.engine import Trainee
 from stages.language_modeling import train_language_model
 from stages.models.loading import load_policy, load_tokenizer, save_model
-from stages.settings import Section, TooLong, Training, over_context, setting, too_long, total_steps
+from stages.settings import Section, TooLong, Training, over_context, setting, too_long, total_steps, uneven
 
 NAME = "sft"
 METRICS = {
@@ -57,7 +57,7 @@ def reads(experiment) -> list[str]:
 
 
 def check(experiment) -> list[str]:
-    return over_context(experiment, "sft")
+    return over_context(experiment, "sft") + uneven(experiment, "sft")
 
 
 def run(ctx: StageRun) -> dict:

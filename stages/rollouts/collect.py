@@ -117,7 +117,9 @@ def shared_samples(
 
     def rows(groups: list[range]) -> list[list[tuple]]:
         found = sample([i for group in groups for i in group])
-        every = list(zip(found.responses, found.logprobs.cpu(), found.entropy.cpu(), strict=True))
+        # clones: a row of a tensor would take the whole tensor with it to the others
+        tensors = [[x.clone() for x in part.cpu()] for part in (found.logprobs, found.entropy)]
+        every = list(zip(found.responses, *tensors, strict=True))
         return [every[i : i + n] for i in range(0, len(every), n)]
 
     groups = [range(i, i + n) for i in range(0, len(lengths), n)]

@@ -30,11 +30,12 @@ ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE), str(ROOT)]
 
 import fault_damage as damage  # noqa: E402
-from fault_worker import Call, Ended, Fault, Running, instants, killed_after, preload, run  # noqa: E402
+from fault_worker import Call, Ended, Fault, Running, instants, killed_after, preload, run, two_together  # noqa: E402
 
 CONFIG = HERE / "micro.yaml"
 STAGES = ("sft", "rm", "ppo", "dpo")
 GRACE = 10.0  # seconds from a signal to the end
+PARTED = 15.0  # seconds in which a process ends after the one that it works with
 EVERY = 2  # checkpoints.every of micro.yaml
 BEFORE_HANDLERS = 0.5  # seconds within which a signal may come before anybody listens
 
@@ -62,6 +63,7 @@ class Chain:
     calls: dict[str, list[Call]] = field(default_factory=dict)
     traces: dict[str, tuple[Call, ...]] = field(default_factory=dict)
     saved: dict[str, Path] = field(default_factory=dict)
+    together: dict[str, tuple[dict, float]] = field(default_factory=dict)  # two processes' bytes and seconds
 
     def folder(self, stage: str) -> Path:
         return self.root / "micro" / stage
@@ -227,6 +229,45 @@ def kills_in_one_run(chain: Chain, stage: str, kills: int):
         t.go_on()
 
     yield "0", trial
+
+
+def one_of_two(chain: Chain, stage: str, kills: int):
+    """SIGKILL for one of two processes at any instant: the other ends in time, no half checkpoint stands, and two more
+    come to the bytes of two that nobody touched. (Those are not one process's: sums have another order.)"""
+
+    def whole(t: Try) -> float:
+        running = two_together(t.argv(), t.folder)
+        ended = [process.wait() for process in running]
+        said = " / ".join(last_line(one.said) for one in ended)
+        expect([one.code for one in ended] == [0, 0], f"two processes ended with {[e.code for e in ended]}: {said}")
+        return max(one.seconds for one in ended)
+
+    if stage not in chain.together:
+        with tempfile.TemporaryDirectory(prefix="faults_") as folder:
+            one = Try(chain, stage, Path(folder))
+            seconds = whole(one)
+            chain.together[stage] = (published(one.work), seconds)
+    right, seconds = chain.together[stage]
+    for i, after in enumerate(instants(max(4, kills // 4), 0.0, seconds, seed=8)):
+
+        def trial(t: Try, who=i % 2, after=after):
+            running = two_together(t.argv("launch.timeout=10"), t.folder)  # also the limit for meeting
+            running[who].child.join(after)
+            running[who].signal(signal.SIGKILL)
+            killed, began = running[who].wait().code == -9, time.monotonic()
+            other = running[1 - who].wait(PARTED + 5)
+            seconds = time.monotonic() - began
+            expect(seconds <= PARTED, f"the other one took {seconds:.0f} s to end")
+            done = (t.work / "manifest.json").exists()
+            expect(other.code == 1 or done or not killed, f"the other one ended with {other.code} and no artifact")
+            half = [path.name for path in t.checkpoints() if not (path / "manifest.json").exists()]
+            expect(not half, f"half a checkpoint: {half}")
+            whole(t)
+            ours = published(t.work)
+            odd = sorted(path for path in {*ours, *right} if ours.get(path) != right.get(path))
+            expect(not odd, f"other bytes in {', '.join(odd)}")
+
+        yield f"{i}", trial
 
 
 def signals(chain: Chain, stage: str, kills: int):
@@ -584,6 +625,7 @@ CASES: dict[str, tuple[str, Case]] = {
     "C13": ("file times turned round", other_clock),
     "C14": ("one checkpoint kept, killed at removals", kept_one),
     "C15": ("memory runs out", little_memory),
+    "C16": ("one of two processes killed at any instant", one_of_two),
     "C18": ("synced before and after each rename", synced),
     "D1": ("settings changed before going on", changed_settings),
     "D2": ("harmless settings changed", harmless_settings),
@@ -593,6 +635,7 @@ CASES: dict[str, tuple[str, Case]] = {
     "M": ("an item left out of the load", forgotten_items),
 }
 TESTS = {  # of the suite: what it is about, files and the words that choose among their tests
+    "C17": ("another number of processes, one that hangs", ["resume/test_processes.py"], "another_number or hangs"),
     "D3": ("data file changed", ["pipeline/test_plan.py"], "changed_data_file or data_counts"),
     "D5": ("checkpoint of another version or shape", ["stages/test_engine.py", "pipeline/test_checkpoints.py"],
            "another_model or another_shape or another_run"),

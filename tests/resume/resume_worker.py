@@ -30,28 +30,36 @@ def rlhf(
     return end([child])[0]
 
 
-def rlhf_together(*argv: str, size: int = 2, die: tuple[int, str, int] | None = None, seconds: float = 300) -> list[int]:
-    """Exit codes of `size` processes of one `rlhf argv`. die: (which of them, stage, step), as above."""
-    return end(start_together(argv, size, die), seconds)
+def rlhf_together(*argv: str, die: tuple[int, str, int] | None = None, seconds: float = 300) -> list[int]:
+    """Exit codes of two processes of one `rlhf argv`. die: (which of them, stage, step), as above."""
+    return end(start_together(argv, die), seconds)
 
 
-def start_together(argv, size: int, die: tuple[int, str, int] | None = None) -> list[multiprocessing.Process]:
-    """The processes of `rlhf_together`, as a launcher would start them."""
+def start_together(
+    argv, die: tuple[int, str, int] | None = None, size: int = 2, tokens: Path | None = None
+) -> list[multiprocessing.Process]:
+    """The processes of `rlhf_together`, as a launcher would start them. tokens: a folder into which each writes how
+    many tokens it read through an embedding."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
     common |= {"LOCAL_WORLD_SIZE": str(size)}
     return [
-        start(argv, common | {"RANK": str(i), "LOCAL_RANK": str(i)}, die=die[1:] if die and die[0] == i else None)
+        start(
+            argv,
+            common | {"RANK": str(i), "LOCAL_RANK": str(i)},
+            die=die[1:] if die and die[0] == i else None,
+            tokens=tokens and tokens / str(i),
+        )
         for i in range(size)
     ]
 
 
-def start(argv, environment: dict[str, str] | None = None, die=None, term=None, term_at_token=None):
+def start(argv, environment: dict[str, str] | None = None, die=None, term=None, term_at_token=None, tokens=None):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trl", "transformers", "datasets", "accelerate", "torch", "peft"])
-    child = context.Process(target=_main, args=(list(argv), environment or {}, die, term, term_at_token))
+    child = context.Process(target=_main, args=(list(argv), environment or {}, die, term, term_at_token, tokens))
     child.start()
     return child
 
@@ -68,11 +76,16 @@ def end(children: list[multiprocessing.Process], seconds: float = 300) -> list[i
     return codes
 
 
-def _main(argv: list[str], environment: dict[str, str], die, term, term_at_token) -> None:
+def _main(argv: list[str], environment: dict[str, str], die, term, term_at_token, tokens) -> None:
     from pipeline import cli
 
     os.environ.update(environment)
     arm(die, term)
+    if tokens is not None:
+        read = count_tokens()
+        code = cli.main(argv)
+        tokens.write_text(str(read[0]))
+        os._exit(code)
     if term_at_token is None:
         os._exit(cli.main(argv))
     from stages.rollouts import transformers
@@ -88,6 +101,20 @@ def _main(argv: list[str], environment: dict[str, str], die, term, term_at_token
     transformers.pick = pick_and_count
     code = cli.main(argv)
     os._exit(99 if drawn[0] > term_at_token else code)
+
+
+def count_tokens() -> list[int]:
+    """[tokens that went through an embedding of this process from now on]."""
+    from torch.nn import Embedding
+
+    forward, read = Embedding.forward, [0]
+
+    def counting(self, ids):
+        read[0] += ids.numel()
+        return forward(self, ids)
+
+    Embedding.forward = counting
+    return read
 
 
 def arm(die: tuple[str, int] | None, term: tuple[str, int] | None) -> None:

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from resume_worker import CONFIG, end, published, rlhf, rlhf_together, start_together, without
+from resume_worker import CONFIG, end, published, rlhf, rlhf_together, start, start_together, without
 from safetensors.torch import load_file
 
 STAGES = ("base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate")
@@ -59,6 +59,18 @@ def test_two_processes_do_what_one_does(stage, oracle, tmp_path):
                 torch.testing.assert_close(ours[key], theirs[key], atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo", "dpo"])
+def test_each_process_does_about_half_of_the_work(stage, oracle, tmp_path):
+    """Tokens through an embedding, samples and all that each does for itself included."""
+    root = without(oracle, tmp_path, stage)
+    run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
+    assert end(start_together(run, tokens=tmp_path)) == [0, 0]
+    halves = [int((tmp_path / str(i)).read_text()) for i in range(2)]
+    assert end([start((*run, "--force"), tokens=tmp_path / "alone")]) == [0]
+    alone = int((tmp_path / "alone").read_text())
+    assert max(halves) < 0.75 * alone, (halves, alone)
+
+
 @pytest.fixture(scope="module")
 def together(oracle, tmp_path_factory):
     """PPO and the reward model by two processes that nobody disturbs."""
@@ -85,8 +97,8 @@ def test_one_is_killed_and_the_other_ends(who, oracle, together, tmp_path):
 
 def test_one_hangs_and_the_other_gives_up(oracle, tmp_path):
     root = without(oracle, tmp_path, "ppo")
-    run = ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only", "launch.timeout=4")
-    children = start_together(run, 2)
+    run = ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only", "launch.timeout=10")
+    children = start_together(run)
     wait_for_rows(root / "micro" / "ppo", 2)
     os.kill(children[1].pid, signal.SIGSTOP)
     assert end(children[:1], 60) == [1]
@@ -119,27 +131,37 @@ def wait_for_rows(folder, count, seconds=60):
 def started(root, *more):
     """The command itself, with its own launcher."""
     argv = ["run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only", "launch.processes=2", *more]
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    err = root.parent / "err.txt"  # a pipe would be held by whoever outlives the launcher
+    with err.open("w") as file:
+        command = [sys.executable, "-m", "pipeline.cli", *argv]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file), err
+
+
+def stat(pid):
+    """(state, parent) of a process; None if there is none."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            state, parent = file.read().rsplit(") ", 1)[1].split()[:2]
+            return state, int(parent)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
 
 
 def children_of(pid):
-    """Process ids whose parent is `pid`."""
-    found = []
-    for name in filter(str.isdecimal, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{name}/stat") as file:
-                if int(file.read().rsplit(") ", 1)[1].split()[1]) == pid:
-                    found.append(int(name))
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return sorted(found)
+    """{rank: process id} of a launcher's processes."""
+    found = {}
+    for child in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+        if (stat(child) or ("", 0))[1] == pid:
+            with open(f"/proc/{child}/environ", "rb") as file:
+                variables = dict(x.split(b"=", 1) for x in file.read().split(b"\0") if b"=" in x)
+            found[int(variables[b"RANK"])] = child
+    return found
 
 
 def gone(pids, seconds):
+    """Whether they have ended (nobody may be there to fetch their exit codes)."""
     deadline = time.monotonic() + seconds
-    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
+    while any((stat(pid) or "Z")[0] != "Z" for pid in pids):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.05)
@@ -147,38 +169,75 @@ def gone(pids, seconds):
 
 
 def test_the_launcher_hands_on_a_signal(oracle, together, tmp_path):
-    """75, a checkpoint, nobody left; started again, the same bytes. Then a kill of the launcher itself ends all."""
+    """75, a checkpoint, nobody left. Then the launcher itself is killed: the first process saves, and all end. Then the
+    bytes of two that nobody disturbed."""
     root = without(oracle, tmp_path, "ppo")
-    process = started(root)
-    wait_for_rows(root / "micro" / "ppo", 2)
-    workers = children_of(process.pid)
-    assert len(workers) == 2
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 75, err
-    assert "run again to go on" in err and gone(workers, 1)
     folder = root / "micro" / "ppo"
+    process, err = started(root)
+    wait_for_rows(folder, 2)
+    workers = children_of(process.pid)
+    assert sorted(workers) == [0, 1]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75, err.read_text()
+    assert "run again to go on" in err.read_text() and gone(workers.values(), 1)
     assert not (folder / "manifest.json").exists() and list((folder / "checkpoints").glob("step-*/manifest.json"))
-    seen = len(rows_of(folder))
 
-    process = started(root)
-    wait_for_rows(folder, seen + 1)
+    process, _ = started(root, "checkpoints.every=0")
+    wait_for_rows(folder, len(rows_of(folder)) + 1)
     workers = children_of(process.pid)
     process.kill()
-    process.communicate()
-    assert gone(workers, 15)
+    assert process.wait(10) == -signal.SIGKILL and gone(workers.values(), 15)
     assert not (folder / "manifest.json").exists()
-    process = started(root)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    newest = sorted((folder / "checkpoints").glob("step-*"))[-1].name
+    assert newest == f"step-{rows_of(folder)[-1]['step']:08d}", "the first process was to save"
+
+    process, err = started(root)
+    assert process.wait(120) == 0, err.read_text()
     assert published(folder) == published(together / "micro" / "ppo")
 
 
 def test_the_launcher_says_who_died(oracle, tmp_path):
     root = without(oracle, tmp_path, "ppo")
-    process = started(root)
+    process, err = started(root)
     wait_for_rows(root / "micro" / "ppo", 1)
     os.kill(children_of(process.pid)[1], signal.SIGKILL)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 1
-    assert "error: process 1 of 2 was ended by SIGKILL; run again to go on" in err
+    assert process.wait(30) == 1
+    assert "error: process 1 of 2 was ended by SIGKILL; run again to go on" in err.read_text()
+
+
+def test_what_training_decides_is_the_exit_code_of_all(oracle, tmp_path):
+    """An alarm that stops (3) leaves a checkpoint; a mistake (2) is one line, said once."""
+    root = without(oracle, tmp_path, "ppo")
+    process, err = started(root, "ppo.on_alarm=stop", "ppo.alarm_kl=1e-6", "checkpoints.every=0")
+    assert process.wait(60) == 3, err.read_text()
+    assert err.read_text().count("training stopped itself") == 1
+    folder = root / "micro" / "ppo"
+    assert list((folder / "checkpoints").glob("step-*/manifest.json")) and not (folder / "manifest.json").exists()
+    process, err = started(without(oracle, tmp_path / "other", "ppo"), "ppo.max_length=24", "ppo.response_length=23")
+    assert process.wait(60) == 2
+    assert err.read_text().startswith("error: ") and "Traceback" not in err.read_text()
+    assert err.read_text().count("\n") == 1
+
+
+def test_a_second_signal_ends_all_at_once(oracle, tmp_path):
+    """Though the first process sits in a wait for one that hangs."""
+    root = without(oracle, tmp_path, "ppo")
+    process, _ = started(root)
+    wait_for_rows(root / "micro" / "ppo", 1)
+    workers = children_of(process.pid)
+    os.kill(workers[1], signal.SIGSTOP)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == -signal.SIGINT and gone(workers.values(), 5)
+
+
+def test_an_environment_that_does_not_fit_is_refused(oracle, tmp_path):
+    root = without(oracle, tmp_path, "ppo")
+    run = ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only")
+    assert end([start(run, {"WORLD_SIZE": "2"})]) == [2]
+    assert end(start_together((*run, "launch.processes=3"))) == [2, 2]
+    assert end([start((*run, "launch.nodes=2"))]) == [2]
+    batch = ("sft.per_device_train_batch_size=3", "sft.gradient_accumulation_steps=1")
+    assert end([start((*run, "launch.processes=2", *batch), {"WORLD_SIZE": "1"})]) == [2]

@@ -1,6 +1,7 @@
 """Killed once in each stage and started again: the same bytes as a run that nobody touched."""
 
 import json
+import shutil
 
 import pytest
 from resume_worker import CONFIG, published, rlhf, without
@@ -118,3 +119,25 @@ def test_the_references_numbers_are_not_computed_again(oracle, tmp_path):
     before = [path.stat().st_mtime_ns for path in cached]
     assert rlhf("run", "dpo", "-c", str(CONFIG), "--artifacts", str(root), "--only", "dpo.beta=0.3") == 0
     assert [path.stat().st_mtime_ns for path in cached] == before
+
+
+@pytest.mark.parametrize("stage", ["base", "sft"])
+def test_a_training_that_patience_ended_saves_nothing_more(stage, oracle, tmp_path):
+    """At that step the artifact comes next: a run that went on from it would take another step."""
+    root = without(oracle, tmp_path, stage)
+    worse = [f"{stage}.patience=1", f"{stage}.eval_steps=2", f"{stage}.learning_rate=5", "sft.ppo_init=null"]
+    assert rlhf("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only", *worse) == 0
+    folder = root / "micro" / stage
+    rows = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
+    assert rows[-1] % 2 == 0 and rows[-1] < 8, "patience was to end it at a step that is due"
+    saved = {path.name for path in (folder / "checkpoints").glob("step-*")}
+    assert f"step-{rows[-1]:08d}" not in saved
+
+
+def test_the_second_training_of_sft_begins_anew_without_regular_checkpoints(oracle, tmp_path):
+    """With checkpoints.every: 0 the one that a signal asked for is of the first training; ppo_init takes none."""
+    root = without(oracle, tmp_path, "sft")
+    run = ("run", "sft", "-c", str(CONFIG), "--artifacts", str(root), "--only", "checkpoints.every=0")
+    assert rlhf(*run, term=("sft", 3)) == 75
+    assert rlhf(*run) == 0
+    assert published(root / "micro" / "sft") == published(oracle / "micro" / "sft")

@@ -1,0 +1,79 @@
+"""`rlhf run --submit slurm` against a queue on this machine: the chain as jobs, one of them pre-empted."""
+
+import json
+import re
+import subprocess
+import sys
+
+import fake_slurm
+import pytest
+from resume_worker import CONFIG, published, without
+
+
+def submit(environment, *argv):
+    command = [sys.executable, "-m", "pipeline.cli", "run", *argv, "-c", str(CONFIG), "--submit", "slurm"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_dry_run_prints_what_would_be_submitted(tmp_path):
+    environment = fake_slurm.install(tmp_path / "slurm")
+    options = ["launch.nodes=2", "launch.processes=8", "launch.slurm.partition=gpu", "launch.slurm.time=1-00:00:00"]
+    ended = submit(environment, "rm", "--artifacts", str(tmp_path / "a"), "--dry-run", "--restart", *options)
+    assert ended.returncode == 0, ended.stderr
+    scripts = ended.stdout.split("# -- ")[1:]
+    assert [re.search(r"--job-name=micro-(\w+)", text)[1] for text in scripts] == [
+        "world", "base", "sft", "rankings", "rm"
+    ]  # fmt: skip
+    for line in ("nodes=2", "ntasks-per-node=8", "partition=gpu", "time=1-00:00:00", "signal=USR1@120", "requeue"):
+        assert f"#SBATCH --{line}\n" in scripts[-1]
+    assert "flags=--restart\n" in scripts[-1] and "flags=''\n" in scripts[0]  # of the target, at its first start
+    assert "export HF_HUB_OFFLINE=1" in scripts[0]
+    assert not (tmp_path / "a").exists() and not list((tmp_path / "slurm" / "spool").iterdir())
+    check = subprocess.run(["bash", "-n"], input=scripts[-1].split("\n", 1)[1], text=True, capture_output=True)
+    assert check.returncode == 0, check.stderr
+
+
+def test_what_sbatch_refuses_is_one_line(tmp_path):
+    environment = fake_slurm.install(tmp_path / "slurm")
+    (tmp_path / "slurm" / "bin" / "sbatch").write_text("#!/bin/sh\necho 'Invalid partition' >&2; exit 1\n")
+    ended = submit(environment, "world", "--artifacts", str(tmp_path / "a"))
+    assert ended.returncode == 2 and "Invalid partition" in ended.stderr
+    assert ended.stderr.startswith("error: --submit slurm: sbatch refused")
+    (tmp_path / "slurm" / "bin" / "sbatch").unlink()
+    ended = submit(environment, "world", "--artifacts", str(tmp_path / "a"))
+    assert ended.returncode == 2 and "sbatch is not on the PATH" in ended.stderr
+
+
+def test_a_preempted_job_goes_on_and_the_next_one_waits_for_it(oracle, tmp_path):
+    """dpo by two processes, told to save in the middle, queued again; evaluate after it. --restart drops what an
+    earlier run saved at the first start alone."""
+    environment = fake_slurm.install(tmp_path / "slurm")
+    root = without(oracle, tmp_path, "dpo")
+    options = ("launch.processes=2", "evaluate.policies=[sft,dpo]", "evaluate.best_of=1")
+    ended = submit(environment, "evaluate", "--artifacts", str(root), *options)
+    assert ended.returncode == 0, ended.stderr
+    assert re.findall(r"^(\w+): job (\d+)", ended.stdout, re.M) == [("dpo", "101"), ("evaluate", "102")]
+    folder = root / "micro" / "dpo"
+
+    def middle():
+        return (folder / "metrics.jsonl").exists() and len((folder / "metrics.jsonl").read_bytes().splitlines()) >= 2
+
+    starts = fake_slurm.run_jobs(environment, lambda job, start: middle if (job, start) == ("101", 0) else None)
+    log = (root / "micro" / "slurm" / "dpo-101.log").read_text()
+    assert starts == [("101", 75), ("101", 0), ("102", 0)], log
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["resumes"] == 1 and manifest["world_size"] == 2
+    assert (root / "micro" / "evaluate" / "results.json").exists()
+    assert "going on from step" in log
+
+
+@pytest.mark.slow
+def test_the_whole_chain_as_jobs(oracle, tmp_path):
+    """One process a job: the bytes of the chain that nobody submitted."""
+    environment = fake_slurm.install(tmp_path / "slurm")
+    root = tmp_path / "artifacts"
+    ended = submit(environment, "evaluate", "--artifacts", str(root))
+    assert ended.returncode == 0, ended.stderr
+    assert all(code == 0 for _, code in fake_slurm.run_jobs(environment))
+    for stage in ("base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate"):
+        assert published(root / "micro" / stage) == published(oracle / "micro" / stage)

@@ -1,0 +1,101 @@
+"""Shares of work: every row once, balanced; and, between two processes, sums and gathers."""
+
+import random
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import multiprocessing as mp
+
+from pipeline.errors import PeerLost
+from stages import parallel
+from stages.settings import batch_of_each
+
+
+@pytest.mark.parametrize("hands", [1, 2, 3, 8])
+def test_every_place_is_dealt_once_and_the_hands_are_balanced(hands):
+    """The largest hand's cost over the mean is at most 1.05 for a batch of 64 rows of a quarter to a whole length."""
+    for seed in range(20):
+        costs = [random.Random(seed).randint(32, 128) for _ in range(64)]
+        parts = parallel.deal(costs, hands)
+        assert sorted(i for part in parts for i in part) == list(range(64))
+        assert all(part == sorted(part) for part in parts)
+        sums = [sum(costs[i] for i in part) for part in parts]
+        assert max(sums) <= 1.05 * sum(sums) / hands
+
+
+def test_fewer_places_than_hands():
+    assert sorted(map(len, parallel.deal([5, 5], 4))) == [0, 0, 1, 1]
+    assert parallel.deal([], 2) == [[], []]
+
+
+def test_one_process_alone_changes_nothing():
+    items = [object() for _ in range(5)]
+    assert parallel.share(items, [3, 1, 4, 1, 5]) == items
+    assert parallel.spread(items, [1] * 5, lambda own: own) == items
+    assert parallel.rank_and_size() == (0, 1) and parallel.is_first()
+    figures = {"loss": 1.0}
+    assert parallel.total(figures) is figures
+    weight = torch.nn.Parameter(torch.ones(2))
+    parallel.sum_gradients([weight])
+    assert weight.grad is None
+
+
+def test_buckets_hold_neighbours_of_one_kind(monkeypatch):
+    monkeypatch.setattr(parallel, "BUCKET", 10)
+    tensors = [torch.zeros(4), torch.zeros(6), torch.zeros(1), torch.zeros(2, dtype=torch.float64), torch.zeros(30)]
+    found = parallel.buckets(tensors)
+    assert [[x.numel() for x in bucket] for bucket in found] == [[4, 6], [1], [2], [30]]
+
+
+def worker(rank: int, port: int, queue):
+    """What each of two processes sees."""
+    store = dist.TCPStore("127.0.0.1", port, 2, rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    seen: dict = {}
+    # 1 results come back in the order of the items, an empty share included
+    seen["spread"] = parallel.spread([10, 20, 30], [1, 5, 1], lambda own: [x + rank for x in own])
+    seen["one item"] = parallel.spread(["only"], [1], lambda own: own)
+    seen["share"] = parallel.share([10, 20, 30], [1, 5, 1])
+    # 2 sums by name, whoever has the name
+    seen["total"] = parallel.total({"a": 1.0, "b": 2.0} if rank == 0 else {"a": 0.5, "c": 4.0})
+    seen["first"] = parallel.from_first(lambda: rank)
+    # 3 gradients: both have one, one has one, none has one; an embedding's is not contiguous
+    both, one, none = (torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(3))
+    both.grad = torch.full((3, 2), rank + 1.0).T
+    if rank:
+        one.grad = torch.ones(2, 3)
+    parallel.sum_gradients([both, one, none])
+    seen["gradients"] = [None if p.grad is None else p.grad.tolist() for p in (both, one, none)]
+    # 4 the other one is gone
+    if rank == 0:
+        try:
+            parallel.total({"a": 1.0})
+        except PeerLost:
+            seen["lost"] = True
+    queue.put((rank, seen))
+    queue.close()
+    queue.join_thread()
+
+
+def test_two_processes_make_a_whole():
+    port = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port
+    queue = mp.get_context("spawn").Queue()
+    mp.spawn(worker, (port, queue), nprocs=2, join=True)
+    seen = dict(queue.get(timeout=10) for _ in range(2))
+    assert seen[0]["spread"] == seen[1]["spread"]
+    assert sorted(x - y for x, y in zip(seen[0]["spread"], [10, 20, 30], strict=True)) in ([0, 0, 1], [0, 1, 1])
+    assert seen[0]["one item"] == seen[1]["one item"] == ["only"]
+    assert sorted(seen[0]["share"] + seen[1]["share"]) == [10, 20, 30]
+    assert seen[0]["total"] == seen[1]["total"] == {"a": 1.5, "b": 2.0, "c": 4.0}
+    assert seen[0]["first"] == seen[1]["first"] == 0
+    assert seen[0]["gradients"] == seen[1]["gradients"] == [[[3.0] * 3] * 2, [[1.0] * 3] * 2, None]
+    assert seen[0]["lost"]
+
+
+def test_all_processes_together_take_the_batch_of_one():
+    for size, accumulated, processes in ((4, 2, 2), (4, 3, 2), (4, 4, 8), (2, 2, 4), (3, 5, 1)):
+        rows, times = batch_of_each(size, accumulated, processes)
+        assert rows * times * processes == size * accumulated
+    with pytest.raises(ValueError, match="3 × 5 rows are no even share for 2 processes"):
+        batch_of_each(3, 5, 2)
