@@ -70,3 +70,13 @@ def test_what_no_attention_can_compute(tmp_path):
     assert line.startswith("model.num_attention_heads: a head of 12 / 4 = 3 is odd; ")
     (line,) = problems(tmp_path, "model.attn_implementation=flash_attention_2")
     assert line.endswith("set model.dtype: bfloat16, or use sdpa")
+
+
+@pytest.mark.parametrize("stage", ["base", "sft"])
+def test_a_batch_that_several_processes_cannot_share(tmp_path, stage):
+    """base and sft take whole rows each; rm, dpo and ppo deal out whatever there is."""
+    sizes = (f"{stage}.per_device_train_batch_size=3", f"{stage}.gradient_accumulation_steps=1")
+    (line,) = problems(tmp_path, *sizes, "launch.processes=2")
+    assert line.startswith(f"{stage}.per_device_train_batch_size: 3 times gradient_accumulation_steps 1 cannot")
+    assert problems(tmp_path, *sizes) == []
+    assert problems(tmp_path, sizes[0], f"{stage}.gradient_accumulation_steps=2", "launch.processes=2") == []
