@@ -61,13 +61,15 @@ def test_two_processes_do_what_one_does(stage, oracle, tmp_path):
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo", "dpo"])
 def test_each_process_does_about_half_of_the_work(stage, oracle, tmp_path):
-    """Tokens through an embedding, samples and all that each does for itself included."""
-    root = without(oracle, tmp_path, stage)
-    run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
-    assert end(start_together(run, tokens=tmp_path)) == [0, 0]
+    """Tokens through an embedding; a few looks, since the samples for people are drawn by each for itself."""
+    roots = [without(oracle, tmp_path / name, stage) for name in ("together", "alone")]
+    runs = [
+        ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only", f"{stage}.eval_steps=8") for root in roots
+    ]
+    assert end(start_together(runs[0], tokens=tmp_path)) == [0, 0]
+    assert end([start(runs[1], tokens=tmp_path / "one")]) == [0]
     halves = [int((tmp_path / str(i)).read_text()) for i in range(2)]
-    assert end([start((*run, "--force"), tokens=tmp_path / "alone")]) == [0]
-    alone = int((tmp_path / "alone").read_text())
+    alone = int((tmp_path / "one").read_text())
     assert max(halves) < 0.75 * alone, (halves, alone)
 
 
@@ -215,8 +217,8 @@ def test_what_training_decides_is_the_exit_code_of_all(oracle, tmp_path):
     assert list((folder / "checkpoints").glob("step-*/manifest.json")) and not (folder / "manifest.json").exists()
     process, err = started(without(oracle, tmp_path / "other", "ppo"), "ppo.max_length=24", "ppo.response_length=23")
     assert process.wait(60) == 2
-    assert err.read_text().startswith("error: ") and "Traceback" not in err.read_text()
-    assert err.read_text().count("\n") == 1
+    lines = err.read_text().splitlines()
+    assert len(set(lines)) == len(lines) and all(line.startswith("error: ") for line in lines)
 
 
 def test_a_second_signal_ends_all_at_once(oracle, tmp_path):

@@ -17,14 +17,14 @@ def submit(environment, *argv):
 
 def test_dry_run_prints_what_would_be_submitted(tmp_path):
     environment = fake_slurm.install(tmp_path / "slurm")
-    options = ["launch.nodes=2", "launch.processes=8", "launch.slurm.partition=gpu", "launch.slurm.time=1-00:00:00"]
+    options = ["launch.nodes=2", "launch.processes=2", "launch.slurm.partition=gpu", "launch.slurm.time=1-00:00:00"]
     ended = submit(environment, "rm", "--artifacts", str(tmp_path / "a"), "--dry-run", "--restart", *options)
     assert ended.returncode == 0, ended.stderr
     scripts = ended.stdout.split("# -- ")[1:]
     assert [re.search(r"--job-name=micro-(\w+)", text)[1] for text in scripts] == [
         "world", "base", "sft", "rankings", "rm"
     ]  # fmt: skip
-    for line in ("nodes=2", "ntasks-per-node=8", "partition=gpu", "time=1-00:00:00", "signal=USR1@120", "requeue"):
+    for line in ("nodes=2", "ntasks-per-node=2", "partition=gpu", "time=1-00:00:00", "signal=USR1@120", "requeue"):
         assert f"#SBATCH --{line}\n" in scripts[-1]
     assert "flags=--restart\n" in scripts[-1] and "flags=''\n" in scripts[0]  # of the target, at its first start
     assert "export HF_HUB_OFFLINE=1" in scripts[0]
