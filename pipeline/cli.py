@@ -89,9 +89,11 @@ def explain(error: Exception) -> int:
             print(f"error: {line}", file=sys.stderr)
         return 2
     if isinstance(error, PeerLost):
+        from pipeline import processes
+
         what = f"another process of this run is gone, or took longer than launch.timeout ({error})"
         print(f"error: {what}; run again to go on", file=sys.stderr)
-        return 1
+        return 1 if processes.rank_and_size()[0] == 0 else processes.NOT_THE_CAUSE[-1]
     if isinstance(error, BrokenPipeError):  # `rlhf status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -143,19 +145,21 @@ def hub_trouble(error: Exception) -> str | None:
 
 @contextmanager
 def signal_handlers(stop: StopFlag) -> Iterator[None]:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a stop at the next step; a second SIGTERM or SIGINT kills at
-    once."""
+    """SIGTERM, SIGINT and SIGUSR1 ask for a stop at the next step; a second SIGTERM or SIGINT kills at once (one after
+    SIGUSR1 is the first: a queue that warned ends the job with it, and a save may be under way)."""
 
     from pipeline.processes import rank_and_size
 
-    first = rank_and_size()[0] == 0
+    first, ended = rank_and_size()[0] == 0, []
 
     def ask(number: int, frame: Any) -> None:
         if not first:
             return  # the first process saves for all, and ends the others
-        if stop.requested and number != signal.SIGUSR1:
+        if number != signal.SIGUSR1 and ended:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        if number != signal.SIGUSR1:
+            ended.append(number)
         if not stop.requested:
             stop.requested = True
             text = "\nstopping after this step and saving; once more stops at once\n"
@@ -321,24 +325,22 @@ def run_command(arguments: argparse.Namespace) -> int:
         if (count := processes.wanted(tree.values)) > 1:
             return processes.start(arguments.words, count)
         met = threading.Event()
-        processes.watch_launcher(stop, met, tree.values.get("launch", {}).get("timeout", 600))
+        processes.watch_launcher(stop, met)
         experiment, stages = load(arguments, tree=tree)
         launch.prepare(experiment)
         store, console = open_store(arguments, experiment), make_console()
-        names = ("only", "force", "restart", "override_config", "allow_elastic", "trust_remote_code")
-        flags = running.Flags(**{name: getattr(arguments, name) for name in names})
+        flags = flags_of(arguments)
         patience = experiment.launch.timeout
         peers = processes.join(experiment.launch.processes * experiment.launch.nodes, patience)
         met.set()
         if peers is not None and peers.rank > 0:
-            running.follow(peers, experiment, store, stages, flags)
-            processes.leave(peers, patience)
-            return 0
+            well = running.follow(peers, experiment, store, stages, flags)
+            processes.leave(peers, patience, well)
+            return 0 if well else 1
         try:
             plan.bring_up_to_date(arguments.stage, experiment, store, stages, flags, stop, console, peers)
         except BaseException:
-            if peers is not None:
-                peers.tell(None)  # for those that wait; where torchrun holds the board, they would go on waiting
+            processes.leave(peers, 1.0, well=False)
             raise
         processes.leave(peers, patience)
         if hasattr(stages[arguments.stage], "show"):
@@ -348,10 +350,11 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 def submit_command(arguments: argparse.Namespace) -> int:
     """`rlhf run STAGE --submit slurm`: a job for each stage that is not up to date."""
-    from pipeline import plan, slurm
+    from pipeline import plan, running, slurm
 
     if arguments.submit is None:
         raise UserError("command line: --dry-run shows what --submit would do; give --submit slurm, too")
+    environment = dict(os.environ)  # as the user has it: what `load` sets is this machine's
     experiment, stages = load(arguments)
     store = open_store(arguments, experiment)
     chain = plan.Chain(experiment, store, stages)
@@ -364,25 +367,40 @@ def submit_command(arguments: argparse.Namespace) -> int:
         waiting = [arguments.stage]
     if held := [name for name in waiting if chain.states[name].kind == "running"]:
         raise UserError([f"{store.folder(name)}: {store.holder(name)} works on it; wait for it" for name in held])
+    flags, processes = flags_of(arguments), experiment.launch.nodes * experiment.launch.processes
+    if lines := [
+        line for n in waiting for line in running.refusals(n, n == arguments.stage, chain.states[n], flags, processes)
+    ]:
+        raise UserError(lines)
     folder = (store.base / "slurm").absolute()
     place = ["-c", str(Path(arguments.config).absolute()), "--artifacts", str(store.root.absolute())]
     always = [f"--{flag}" for flag in ("override-config", "allow-elastic", "trust-remote-code", "debug")
               if getattr(arguments, flag.replace("-", "_"))]  # fmt: skip
     scripts = {}
     for name in waiting:
-        once = [f"--{flag}" for flag in ("force", "restart") if getattr(arguments, flag) and name == arguments.stage]
-        argv = [*place, *always, *arguments.overrides]
-        is_offline = not sections.names_hub(experiment.model_dump())
-        scripts[name] = slurm.script(name, experiment, folder, argv, once, is_offline)
-    if arguments.dry_run:
-        for name, text in scripts.items():
-            print(f"# -- {folder / name}.sbatch\n{text}")
-        return 0
-    for name, number in slurm.submit(scripts, {name: chain.needs(name) for name in order}, folder).items():
-        print(f"{name}: job {number}, log {folder / name}-{number}.log")
+        is_target = name == arguments.stage
+        argv = [*place, *always, *["--force"] * (arguments.force and is_target), *arguments.overrides]
+        restart = running.is_dropped(is_target, chain.states[name], flags)
+        scripts[name] = slurm.script(
+            name, experiment, folder, argv, restart=restart, shared=hasattr(stages[name], "SHARED")
+        )
     if not scripts:
         print(f"{arguments.stage}: up to date")
+    elif arguments.dry_run:
+        for name, text in scripts.items():
+            print(f"# -- {folder / name}.sbatch\n{text}")
+    else:
+        needs = {name: chain.needs(name) for name in order}
+        for name, number in slurm.submit(scripts, needs, folder, environment).items():
+            print(f"{name}: job {number}, log {folder / name}-{number}.log")
     return 0
+
+
+def flags_of(arguments: argparse.Namespace) -> Any:
+    from pipeline.running import Flags
+
+    names = ("only", "force", "restart", "override_config", "allow_elastic", "trust_remote_code")
+    return Flags(**{name: getattr(arguments, name) for name in names})
 
 
 def help_command(arguments: argparse.Namespace) -> int:

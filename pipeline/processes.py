@@ -25,6 +25,7 @@ from pipeline.stage import StopFlag
 PIPE = "RLHF_LAUNCHER"  # the number of a pipe's end that closes when the launcher is gone
 GRACE = 5.0  # seconds in which the first process notices by itself that another one is gone
 OWN_DECISIONS = (0, 2, 3, 75)  # exit codes that a process says the reason of itself
+NOT_THE_CAUSE = (None, 0, 3, 75, 4)  # of another than the first: it runs, took a decision of all, or lost one (4)
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -36,8 +37,8 @@ def rank_and_size() -> tuple[int, int]:
 def wanted(tree: dict[str, Any]) -> int:
     """How many processes to start for a config (as read, not validated): 1 = this one works itself."""
     launch = tree.get("launch")
-    count = launch.get("processes") if isinstance(launch, dict) else None
-    return count if type(count) is int and count > 1 and rank_and_size()[1] == 1 else 1
+    count, nodes = (launch.get(key, 1) if isinstance(launch, dict) else 1 for key in ("processes", "nodes"))
+    return count if type(count) is int and count > 1 and nodes == 1 and rank_and_size()[1] == 1 else 1
 
 
 # -- starting them
@@ -46,7 +47,8 @@ def wanted(tree: dict[str, Any]) -> int:
 
 def start(argv: list[str], count: int) -> int:
     """Runs the command `rlhf ARGV` in `count` processes on this machine; → the first one's exit code. A signal is
-    handed to the first one; a second one ends all at once. What another one said is shown where it was the cause."""
+    handed to the first one; a second SIGTERM or SIGINT ends all at once. What another one said is shown where it was
+    the cause."""
     received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: received.append(number))
@@ -58,7 +60,8 @@ def start(argv: list[str], count: int) -> int:
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     said = [tempfile.TemporaryFile() for _ in range(count - 1)]
     children: list[subprocess.Popen] = []
-    handed = deadline = None
+    handed: list[int] = []
+    deadline = None
     try:
         for rank in range(count):
             output = {} if rank == 0 else {"stdout": said[rank - 1], "stderr": said[rank - 1]}
@@ -67,16 +70,17 @@ def start(argv: list[str], count: int) -> int:
             children.append(subprocess.Popen(this_command(argv), start_new_session=True, **options))
         while children[0].poll() is None and (deadline is None or time.monotonic() < deadline):
             for number in received:
-                if handed is not None and number != signal.SIGUSR1:
+                if number != signal.SIGUSR1 and set(handed) - {signal.SIGUSR1}:
                     end_by(number, children)
-                handed = number
+                handed.append(number)
                 children[0].send_signal(number)
             received.clear()
-            if deadline is None and any(child.poll() not in (None, *OWN_DECISIONS) for child in children[1:]):
+            if deadline is None and any(child.poll() not in NOT_THE_CAUSE for child in children[1:]):
                 deadline = time.monotonic() + GRACE
             time.sleep(0.05)
-        if handed is not None and children[0].poll() == -handed:  # it had not begun to listen
-            end_by(handed, children)
+        for number in handed:
+            if children[0].poll() == -number:  # it had not begun to listen
+                end_by(number, children)
         return outcome(children, said)
     finally:
         end(children)
@@ -112,7 +116,7 @@ def outcome(children: list[subprocess.Popen], said: list[Any]) -> int:
     if codes[0] in OWN_DECISIONS:
         return codes[0]
     by_signal = [rank for rank, code in enumerate(codes) if code is not None and code < 0]
-    by_fault = [rank for rank, code in enumerate(codes) if rank and code not in (None, *OWN_DECISIONS)]
+    by_fault = [rank for rank, code in enumerate(codes) if rank and code not in NOT_THE_CAUSE]
     for rank in (by_signal or by_fault)[:1]:
         code = codes[rank]
         why = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
@@ -121,10 +125,11 @@ def outcome(children: list[subprocess.Popen], said: list[Any]) -> int:
             said[rank - 1].seek(0)
             for line in said[rank - 1].read().decode(errors="replace").splitlines()[-20:]:
                 print(f"  process {rank}: {line}", file=sys.stderr)
+        return 2 if code == 2 else 1
     return 1
 
 
-def watch_launcher(stop: StopFlag, met: threading.Event, patience: float) -> None:
+def watch_launcher(stop: StopFlag, met: threading.Event) -> None:
     """Ends this process after the one that started it: the first one saves, and the others help until it has. Before
     they have `met` there is nothing to save."""
     if PIPE not in os.environ:
@@ -134,9 +139,8 @@ def watch_launcher(stop: StopFlag, met: threading.Event, patience: float) -> Non
     def wait() -> None:
         os.read(pipe, 1)  # nothing is ever written: this returns when the other end closes
         stop.requested = True
-        if met.is_set():
-            time.sleep(patience)
-        os._exit(1)
+        if not met.is_set():
+            os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
 
@@ -154,12 +158,12 @@ class Peers:
     board: Any  # torch's key-value store that all of them reach
     number: int = 0  # of messages so far
 
-    def tell(self, message: dict[str, Any] | None) -> None:
-        """What the others do next; None: go home."""
+    def tell(self, message: dict[str, Any]) -> None:
+        """What the others do next: {"stage", "at"} or {"end": whether all went well}."""
         self.board.set(f"message/{self.number}", json.dumps(message))
         self.number += 1
 
-    def hear(self) -> dict[str, Any] | None:
+    def hear(self) -> dict[str, Any]:
         """Waits for the first one's next message, however long that works alone."""
         key = f"message/{self.number}"
         try:
@@ -187,10 +191,10 @@ def join(processes: int, patience: float) -> Peers | None:
 
     device = "gloo"
     if torch.cuda.is_available():
-        local, visible = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= visible:
-            raise UserError(f"launch.processes: process {local + 1} of this machine, and {visible} GPU; one GPU each")
-        torch.cuda.set_device(local)
+        here, visible = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > visible:
+            raise UserError(f"launch.processes: {here} on a machine with {visible} GPU; as many as GPUs at most")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = "cpu:gloo,cuda:nccl"
     limit, again = timedelta(seconds=patience), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
@@ -200,23 +204,46 @@ def join(processes: int, patience: float) -> Peers | None:
     except (RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise PeerLost(f"the {size} processes did not meet: {first}") from error
+    if rank > 0:
+        end_with_the_first(dist, f"board/{again}", size, limit)
     return Peers(rank, size, board)
 
 
-def leave(peers: Peers | None, patience: float) -> None:
-    """After the last stage: the first one lets the others go, and waits for them: the board may live in it."""
+def end_with_the_first(dist: Any, prefix: str, size: int, limit: timedelta) -> None:
+    """Ends this process some seconds after the first one ended without it: a wait inside NCCL would not notice."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    own = dist.PrefixStore(prefix, dist.TCPStore(address, port, size, False, limit, wait_for_workers=False))
+
+    def watch() -> None:
+        try:
+            while not own.check(["ended"]):
+                time.sleep(1.0)
+        except RuntimeError:  # the board went with it
+            pass
+        time.sleep(GRACE)
+        os._exit(NOT_THE_CAUSE[-1])
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def leave(peers: Peers | None, patience: float, well: bool = True) -> None:
+    """After the last stage: the first one lets the others go, and waits for them: the board may live in it. well: False
+    where it ends for another reason, and the others may be in the middle of their share."""
     if peers is None:
         return
     from torch import distributed as dist
 
     try:
         if peers.rank == 0:
-            peers.tell(None)
+            peers.tell({"end": well})
+            if not well:
+                peers.board.set("ended", "")
             deadline = time.monotonic() + patience
             while time.monotonic() < deadline and peers.board.add("home", 0) < peers.size - 1:
                 time.sleep(0.02)
         else:
             peers.board.add("home", 1)
-        dist.destroy_process_group()
+        if well:
+            dist.destroy_process_group()
     except RuntimeError:  # all work is done: who is gone now is not missed
         return

@@ -113,8 +113,11 @@ def headline(module: Any, metrics: dict[str, Any]) -> list[str]:
 # -----------------------------------------------------------------------------------------------
 
 
-def refusals(name: str, is_target: bool, state: "StageState", flags: Flags) -> list[str]:
-    """Why a stage can neither begin nor go on, a line each; empty when it can (or need not)."""
+def refusals(
+    name: str, is_target: bool, state: "StageState", flags: Flags, processes: int | None = None
+) -> list[str]:
+    """Why a stage can neither begin nor go on, a line each; empty when it can (or need not). processes: how many will
+    work on it, where that are not this run's."""
     wanted = is_target and flags.force
     if state.kind == "damaged":
         return [] if wanted or (is_target and flags.restart) else state.reasons
@@ -130,7 +133,7 @@ def refusals(name: str, is_target: bool, state: "StageState", flags: Flags) -> l
     if settings and not flags.override_config:
         remedy = "--restart begins anew, --override-config goes on with the new settings"
         return [f"{at} {text}; {remedy}" for text in settings]
-    before, today = state.run["world_size"], launch.facts()["world_size"]
+    before, today = state.run["world_size"], processes or launch.facts()["world_size"]
     if before != today and not flags.allow_elastic:
         return [f"{at} the number of processes {before} → {today}; --allow-elastic goes on"]
     return []
@@ -257,10 +260,10 @@ def what_it_reads(
     }
 
 
-def follow(peers: Peers, experiment: Any, store: ArtifactStore, stages: dict[str, Any], flags: Flags) -> None:
+def follow(peers: Peers, experiment: Any, store: ArtifactStore, stages: dict[str, Any], flags: Flags) -> bool:
     """What a process does that is not the first: its share of each stage that the first one names, until that one is
-    done. What it publishes goes to a folder of its own and away when the stage ends."""
-    while (message := peers.hear()) is not None:
+    done; → whether all went well. What it publishes goes to a folder of its own and away when the stage ends."""
+    while "end" not in (message := peers.hear()):
         name = message["stage"]
         module = stages[name]
         manifests = {need: store.manifest(need) for need in all_needs(module, experiment)}  # verified by the first
@@ -289,6 +292,7 @@ def follow(peers: Peers, experiment: Any, store: ArtifactStore, stages: dict[str
             module.run(context)
         finally:
             files.remove(folder)
+    return message["end"]
 
 
 def set_seeds(seed: int, stage: str) -> None:

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from pipeline.config import STRICT
+from pipeline.processes import rank_and_size
 
 TooLong = Literal["error", "drop", "truncate"]
 Schedule = Literal["constant", "linear", "cosine", "cosine_with_min_lr"]
@@ -102,7 +103,8 @@ def batch_of_each(size: int, accumulated: int, processes: int) -> tuple[int, int
 
 def uneven(experiment, stage: str) -> list[str]:
     """A line if `launch.processes` cannot share the batch of a stage that trains on text."""
-    c, processes = getattr(experiment, stage), experiment.launch.processes * experiment.launch.nodes
+    c = getattr(experiment, stage)
+    processes = max(experiment.launch.processes * experiment.launch.nodes, rank_and_size()[1])
     try:
         batch_of_each(c.per_device_train_batch_size, c.gradient_accumulation_steps, processes)
     except ValueError:

@@ -300,6 +300,9 @@ def test_a_second_signal_kills_at_once(tmp_path, number):
         "\nstopping after this step and saving; once more stops at once\n"
     )
     assert process.poll() is None
+    process.send_signal(number)  # the first of its kind: a queue that warned by SIGUSR1 ends the job with SIGTERM
+    time.sleep(0.3)
+    assert process.poll() is None
     process.send_signal(number)
     end(process, -number)
 

@@ -29,8 +29,9 @@ def sbatch(spool: Path, argv: list[str]) -> int:
     text = Path(argv[-1]).read_text()
     after = [a.split(":")[1:] for a in argv if a.startswith("--dependency=afterok:")]
     tasks = int(re.search(r"--ntasks-per-node=(\d+)", text)[1]) * int(re.search(r"--nodes=(\d+)", text)[1])
-    log = re.search(r"--output=(\S+)", text)[1].replace("%j", number)
+    log = re.search(r'--output="(.+)"', text)[1].replace("%j", number)
     job = {"script": text, "after": after[0] if after else [], "tasks": tasks, "log": log}
+    job["environment"] = dict(os.environ)
     (spool / f"{number}.json").write_text(json.dumps(job))
     print(number)
     return 0
@@ -41,8 +42,9 @@ def srun(argv: list[str]) -> int:
     command = argv[next(i for i, word in enumerate(argv) if not word.startswith("-")) :]
     count = int(os.environ["SLURM_NTASKS"])
     places = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(count)]
-    tasks = [subprocess.Popen(command, env=os.environ | place) for place in places]
+    tasks: list[subprocess.Popen] = []
     signal.signal(signal.SIGUSR1, lambda number, frame: [task.send_signal(number) for task in tasks])
+    tasks += [subprocess.Popen(command, env=os.environ | place) for place in places]
     return max(task.wait() % 256 for task in tasks)
 
 
@@ -69,7 +71,7 @@ def run_jobs(environment: dict[str, str], preempt=None) -> list[tuple[str, int]]
             known |= {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}
             with open(job["log"], "a") as log:
                 process = subprocess.Popen(
-                    ["bash", "-c", job["script"]], env=environment | known, stdout=log, stderr=log,
+                    ["bash", "-c", job["script"]], env=job["environment"] | known, stdout=log, stderr=log,
                     start_new_session=True,
                 )  # fmt: skip
                 due = preempt(number, restarts) if preempt is not None else None

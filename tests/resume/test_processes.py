@@ -235,9 +235,22 @@ def test_a_second_signal_ends_all_at_once(oracle, tmp_path):
     assert process.wait(10) == -signal.SIGINT and gone(workers.values(), 5)
 
 
+@pytest.mark.slow
+def test_torchrun_by_hand(oracle, together, tmp_path):
+    root = without(oracle, tmp_path, "ppo")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pipeline.cli"]
+    command += ["run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert published(root / "micro" / "ppo") == published(together / "micro" / "ppo")
+    ended = subprocess.run([*command, "--force", "sft.max_steps=4"], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and "error: sft: is stale" in ended.stderr  # torchrun's own code for any failure
+
+
 def test_an_environment_that_does_not_fit_is_refused(oracle, tmp_path):
     root = without(oracle, tmp_path, "ppo")
     run = ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only")
+    assert end([start((*run, "launch=null"))]) == [0]
     assert end([start(run, {"WORLD_SIZE": "2"})]) == [2]
     assert end(start_together((*run, "launch.processes=3"))) == [2, 2]
     assert end([start((*run, "launch.nodes=2"))]) == [2]

@@ -7,7 +7,7 @@ import sys
 
 import fake_slurm
 import pytest
-from resume_worker import CONFIG, published, without
+from resume_worker import CONFIG, published, rlhf, without
 
 
 def submit(environment, *argv):
@@ -26,8 +26,8 @@ def test_dry_run_prints_what_would_be_submitted(tmp_path):
     ]  # fmt: skip
     for line in ("nodes=2", "ntasks-per-node=2", "partition=gpu", "time=1-00:00:00", "signal=USR1@120", "requeue"):
         assert f"#SBATCH --{line}\n" in scripts[-1]
-    assert "flags=--restart\n" in scripts[-1] and "flags=''\n" in scripts[0]  # of the target, at its first start
-    assert "export HF_HUB_OFFLINE=1" in scripts[0]
+    assert "restart=--restart\n" in scripts[-1] and "restart=\n" in scripts[0]  # of the target, at its first start
+    assert "--nodes=1\n" in scripts[0] and "launch.processes=1" in scripts[0]  # world is one process's work
     assert not (tmp_path / "a").exists() and not list((tmp_path / "slurm" / "spool").iterdir())
     check = subprocess.run(["bash", "-n"], input=scripts[-1].split("\n", 1)[1], text=True, capture_output=True)
     assert check.returncode == 0, check.stderr
@@ -45,11 +45,10 @@ def test_what_sbatch_refuses_is_one_line(tmp_path):
 
 
 def test_a_preempted_job_goes_on_and_the_next_one_waits_for_it(oracle, tmp_path):
-    """dpo by two processes, told to save in the middle, queued again; evaluate after it. --restart drops what an
-    earlier run saved at the first start alone."""
+    """dpo by two processes, told to save in the middle, queued again; evaluate after it."""
     environment = fake_slurm.install(tmp_path / "slurm")
     root = without(oracle, tmp_path, "dpo")
-    options = ("launch.processes=2", "evaluate.policies=[sft,dpo]", "evaluate.best_of=1")
+    options = ("launch.processes=2", "dpo.max_steps=40", "evaluate.policies=[sft,dpo]", "evaluate.best_of=1")
     ended = submit(environment, "evaluate", "--artifacts", str(root), *options)
     assert ended.returncode == 0, ended.stderr
     assert re.findall(r"^(\w+): job (\d+)", ended.stdout, re.M) == [("dpo", "101"), ("evaluate", "102")]
@@ -65,6 +64,28 @@ def test_a_preempted_job_goes_on_and_the_next_one_waits_for_it(oracle, tmp_path)
     assert manifest["resumes"] == 1 and manifest["world_size"] == 2
     assert (root / "micro" / "evaluate" / "results.json").exists()
     assert "going on from step" in log
+
+
+def test_a_forced_redo_goes_on_after_a_preemption(oracle, tmp_path):
+    """Beside a fresh artifact, which would be called up to date; and what is sure to be refused is not submitted."""
+    environment = fake_slurm.install(tmp_path / "slurm")
+    root, long = without(oracle, tmp_path, "dpo"), "dpo.max_steps=40"
+    assert rlhf("run", "dpo", "-c", str(CONFIG), "--artifacts", str(root), "--only", long) == 0
+    folder = root / "micro" / "dpo"
+    before = json.loads((folder / "manifest.json").read_text())
+    assert submit(environment, "dpo", "--artifacts", str(root), "--force", long).returncode == 0
+    journal = folder / ".redo" / "metrics.jsonl"
+    middle = lambda: journal.exists() and len(journal.read_bytes().splitlines()) >= 2  # noqa: E731
+    starts = fake_slurm.run_jobs(environment, lambda job, start: None if start else middle)
+    assert starts == [("101", 75), ("101", 0)]
+    after = json.loads((folder / "manifest.json").read_text())
+    assert after["run_id"] != before["run_id"] and after["resumes"] == 1
+    assert published(folder)["model/model.safetensors"] == before["outputs"]["model/model.safetensors"]["sha256"]
+
+    assert rlhf("run", "dpo", "-c", str(CONFIG), "--artifacts", str(root), "--force", long, die=("dpo", 5)) == -9
+    (folder / "manifest.json").unlink()
+    ended = submit(environment, "evaluate", "--artifacts", str(root), "dpo.max_steps=30")
+    assert ended.returncode == 2 and "dpo.max_steps 40 → 30" in ended.stderr
 
 
 @pytest.mark.slow
