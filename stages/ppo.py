@@ -42,7 +42,7 @@ from stages.engine import (
     pause_if_asked,
     save_checkpoint,
 )
-from stages.models.adapters import is_adapted, merged
+from stages.models.adapters import is_adapted, merged, trainable
 from stages.models.ensemble import How, others_of
 from stages.models.forward import response_logprobs, response_values, score_all, text_logprobs
 from stages.models.loading import save_model
@@ -537,7 +537,7 @@ def update(
     steps = 0
     for epoch in range(c.num_ppo_epochs):
         for mini in minibatches(ctx, step, epoch):
-            figures = ppo_gradients(ctx, roles, policy, value, rollout, advantages, returns, mini)
+            figures = ppo_gradients(ctx, roles, rollout, advantages, returns, mini)
             figures["grad_norm/ppo"] = gradient_norm(policy.parameters.values())
             rows = ptx_batch(round(c.ptx_ratio * c.mini_batch_size))
             if rows is not None:
@@ -558,7 +558,7 @@ def update(
 
 
 def ppo_gradients(
-    ctx: StageRun, roles: Roles, policy: Trainee, value: Trainee, rollout: Rollout, advantages, returns, mini: list[int]
+    ctx: StageRun, roles: Roles, rollout: Rollout, advantages, returns, mini: list[int]
 ) -> dict[str, float]:
     """Accumulate the gradients of policy and value loss over one minibatch: sums over its tokens, over their count."""
     c, pad_id = ctx.config, roles.tokenizer.pad_token_id
@@ -588,8 +588,8 @@ def ppo_gradients(
             ("val/clipfrac_avg", v_sums["clipped"] / tokens),
         ):
             figures[key] = figures.get(key, 0.0) + number.item()
-    for trainee in (policy, value):
-        parallel.sum_gradients(trainee.parameters.values())
+    for model in (roles.policy, roles.value_model):
+        parallel.sum_gradients(trainable(model).values())
     return parallel.total(figures)
 
 

@@ -361,6 +361,7 @@ class Regression:
             self.trainee,
             SimpleNamespace(backward=lambda value: value.backward()),
             order=Stream(10, 7).take(36),
+            costs=[1] * 10,
             batch_size=4,
             learning_rate=lambda s: learning_rate_at(s, 9, self.rate, "linear", 2),
             loss=loss,
