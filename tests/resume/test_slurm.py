@@ -66,6 +66,7 @@ def test_a_preempted_job_goes_on_and_the_next_one_waits_for_it(oracle, tmp_path)
     assert "going on from step" in log
 
 
+@pytest.mark.slow
 def test_a_forced_redo_goes_on_after_a_preemption(oracle, tmp_path):
     """Beside a fresh artifact, which would be called up to date; and what is sure to be refused is not submitted."""
     environment = fake_slurm.install(tmp_path / "slurm")
