@@ -37,7 +37,7 @@ STAGES = ("sft", "rm", "ppo", "dpo")
 GRACE = 10.0  # seconds from a signal to the end
 PARTED = 15.0  # seconds in which a process ends after the one that it works with
 EVERY = 2  # checkpoints.every of micro.yaml
-BEST_EARLY = {"ppo": ("ppo.learning_rate=0.3",)}  # settings under which the best look comes before the interruption
+BEST_EARLY = {"ppo": ("ppo.learning_rate=0.3", "ppo.kl_coef=1.0")}  # the best look comes before the interruption
 BEFORE_HANDLERS = 0.5  # seconds within which a signal may come before anybody listens
 
 
