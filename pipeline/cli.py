@@ -93,7 +93,7 @@ def explain(error: Exception) -> int:
 
         what = f"another process of this run is gone, or took longer than launch.timeout ({error})"
         print(f"error: {what}; run again to go on", file=sys.stderr)
-        return 1 if processes.rank_and_size()[0] == 0 else processes.NOT_THE_CAUSE[-1]
+        return 1 if processes.rank_and_size()[0] == 0 else processes.LOST_ANOTHER
     if isinstance(error, BrokenPipeError):  # `rlhf status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -25,7 +25,8 @@ from pipeline.stage import StopFlag
 PIPE = "RLHF_LAUNCHER"  # the number of a pipe's end that closes when the launcher is gone
 GRACE = 5.0  # seconds in which the first process notices by itself that another one is gone
 OWN_DECISIONS = (0, 2, 3, 75)  # exit codes that a process says the reason of itself
-NOT_THE_CAUSE = (None, 0, 3, 75, 4)  # of another than the first: it runs, took a decision of all, or lost one (4)
+LOST_ANOTHER = 4  # the exit code of one that is not the first, when another is gone: between processes alone
+NOT_THE_CAUSE = (None, 0, 3, 75, LOST_ANOTHER)  # of another: it runs, took a decision of all, or lost one
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -52,20 +53,15 @@ def start(argv: list[str], count: int) -> int:
     received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: received.append(number))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     reading, writing = os.pipe()
-    common = os.environ | {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), PIPE: str(reading)}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     said = [tempfile.TemporaryFile() for _ in range(count - 1)]
     children: list[subprocess.Popen] = []
     handed: list[int] = []
     deadline = None
     try:
-        for rank in range(count):
+        for rank, place in enumerate(places(count)):
             output = {} if rank == 0 else {"stdout": said[rank - 1], "stderr": said[rank - 1]}
-            options = {"env": common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, "pass_fds": [reading], **output}
+            options = {"env": os.environ | place | {PIPE: str(reading)}, "pass_fds": [reading], **output}
             # in a session of its own: Ctrl-C reaches the first one once, by way of this process
             children.append(subprocess.Popen(this_command(argv), start_new_session=True, **options))
         while children[0].poll() is None and (deadline is None or time.monotonic() < deadline):
@@ -88,6 +84,16 @@ def start(argv: list[str], count: int) -> int:
             file.close()
         os.close(reading)
         os.close(writing)
+
+
+def places(count: int) -> list[dict[str, str]]:
+    """What the environment of each of `count` processes on this machine says, under torchrun's names."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def this_command(argv: list[str]) -> list[str]:
@@ -221,7 +227,7 @@ def end_with_the_first(dist: Any, prefix: str, size: int, limit: timedelta) -> N
         except RuntimeError:  # the board went with it
             pass
         time.sleep(GRACE)
-        os._exit(NOT_THE_CAUSE[-1])
+        os._exit(LOST_ANOTHER)
 
     threading.Thread(target=watch, daemon=True).start()
 

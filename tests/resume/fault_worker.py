@@ -11,7 +11,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -36,7 +35,7 @@ class Fault:
     "ENOSPC"). die: (stage, step) after whose row of metrics.jsonl it is killed. trace: calls are written down. forget:
     an item of the checkpoint that the load leaves out (see `forget`). file_size: limit of the process in bytes. user:
     another user's number. exhaust: step after whose row of metrics.jsonl torch asks for more memory than there is.
-    place: (which, of how many, port) where this is one of several processes that work together.
+    place: what the environment says where this is one of several processes that work together.
     """
 
     at: tuple[str, int] | None = None
@@ -47,7 +46,7 @@ class Fault:
     file_size: int | None = None
     exhaust: int | None = None
     user: int | None = None
-    place: tuple[int, int, int] | None = None
+    place: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,13 +129,12 @@ def run(argv: list[str], folder: Path, fault: Fault | None = None) -> Ended:
 
 def two_together(argv: list[str], folder: Path) -> list[Running]:
     """Two processes of one run under way."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    from pipeline.processes import places
+
     folders = [folder / f"process-{i}" for i in range(2)]
     for one in folders:
         one.mkdir(exist_ok=True)
-    return [Running(argv, one, Fault(place=(i, 2, port))) for i, one in enumerate(folders)]
+    return [Running(argv, one, Fault(place=place)) for one, place in zip(folders, places(2), strict=True)]
 
 
 def killed_after(argv: list[str], folder: Path, seconds: float, number: int = signal.SIGKILL) -> Ended:
@@ -169,9 +167,7 @@ def _main(argv: list[str], folder: str, fault: Fault) -> None:
     if fault.file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.file_size, fault.file_size))
     if fault.place is not None:
-        rank, size, port = map(str, fault.place)
-        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update(fault.place)
     if fault.user is not None:
         os.setgroups([]), os.setgid(fault.user), os.setuid(fault.user)
     from pipeline import cli

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -40,19 +39,16 @@ def start_together(
 ) -> list[multiprocessing.Process]:
     """The processes of `rlhf_together`, as a launcher would start them. tokens: a folder into which each writes how
     many tokens it read through an embedding."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
-    common |= {"LOCAL_WORLD_SIZE": str(size)}
+    from pipeline.processes import places
+
     return [
         start(
             argv,
-            common | {"RANK": str(i), "LOCAL_RANK": str(i)},
+            place,
             die=die[1:] if die and die[0] == i else None,
             tokens=tokens and tokens / str(i),
         )
-        for i in range(size)
+        for i, place in enumerate(places(size))
     ]
 
 
