@@ -101,6 +101,9 @@ class Config(Section):
     per_device_train_batch_size: int = setting(
         8, "episodes in one forward and backward; changes memory, not the gradient", "episodes", ge=1
     )
+    local_rollout_forward_batch_size: int = setting(
+        64, "episodes sampled at a time by a process; changes memory and speed, not the samples", "episodes", ge=1
+    )
     num_ppo_epochs: int = setting(1, "passes over each batch", "epochs", ge=1)
     samples_per_prompt: int = setting(1, "responses to each prompt; batch_size is divided by it", ge=1)
     response_length: int = setting(128, "longest response, EOS included", "tokens", ge=1)
@@ -426,6 +429,7 @@ def rollout_of(
         seed=(ctx.seed, stream, step),
         response_length=c.response_length,
         temperature=c.temperature,
+        sample_size=c.local_rollout_forward_batch_size,
         micro_size=c.per_device_train_batch_size,
         recompute=recompute,
         missing_eos_score=c.missing_eos_score,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 6 * 2**20  # logits at a time: 24 MB; from 32 MB on an allocation is new pages each time
+CHUNK = {"cpu": 6 * 2**20, "cuda": 2**26}  # logits at a time; on a CPU 24 MB: from 32 MB on an allocation is new pages
 KEPT = 2**26  # log-probabilities kept for the backward pass: 256 MB
 
 
@@ -18,12 +18,13 @@ def head_logprobs(
     ids: Tensor,
     temperature: float = 1.0,
     with_entropy: bool = False,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     kept: int = KEPT,
 ) -> tuple[Tensor, Tensor | None]:
     """hidden (n, d), weight (V, d), ids (n,) → log softmax(hidden weightᵀ / temperature)[ids], (n,), and its entropy.
 
-    Both fp32, products in the autocast dtype. The entropy carries no gradient; None if it is not asked for.
+    Both fp32, products in the autocast dtype. The entropy carries no gradient; None if it is not asked for. chunk: logits
+    at a time, by default as many as suit the device; kept: log-probs kept for the backward pass.
     """
     return _HeadLogprobs.apply(hidden, weight, ids, temperature, with_entropy, chunk, kept)
 
@@ -37,7 +38,7 @@ class _HeadLogprobs(torch.autograd.Function):
         else:
             dtype = torch.promote_types(hidden.dtype, weight.dtype)
         h, w = hidden.to(dtype), weight.to(dtype)
-        size = max(1, chunk // weight.shape[0])
+        size = max(1, (chunk or CHUNK.get(device, CHUNK["cuda"])) // weight.shape[0])
         keep = any(ctx.needs_input_grad[:2]) and len(h) * weight.shape[0] <= kept
         logprobs = h.new_empty(len(h), dtype=torch.float32)
         entropy = torch.empty_like(logprobs) if with_entropy else None

@@ -27,6 +27,7 @@ def collect(
     seed: Sequence,
     response_length: int,
     temperature: float,
+    sample_size: int,
     micro_size: int,
     recompute: bool,
     missing_eos_score: float | None = None,
@@ -37,6 +38,7 @@ def collect(
     """`samples_per_prompt` episodes a prompt, in succession.
 
     seed: the beginning of each episode's seed, which goes on with the prompt's id and the sample's number.
+    sample_size, micro_size: episodes that are sampled, and read by the models, at a time.
     recompute: log-probs by the forward that the update uses, where the sampler's are not the same numbers. poll() is
     called between tokens and micro-batches: what it raises ends the rollout.
     """
@@ -57,6 +59,7 @@ def collect(
                 temperature=temperature,
                 eos_id=tokenizer.eos_token_id,
                 pad_id=tokenizer.pad_token_id,
+                batch_size=sample_size,
                 poll=poll,
             )
 

@@ -1,9 +1,10 @@
 """A batch of sequences that grow by a token a step: a model with its cache behind three calls.
 
-start() → logits (B, V) behind the prompts; step(tokens) → logits behind those; keep(index) drops the other rows. wide:
-the layers that `weights_first` turns round.
+start() → logits (B, V) behind the prompts; step(tokens) → logits behind those, until the next step; keep(index) drops
+the other rows. wide: the layers that `weights_first` turns round. steady: rows should leave seldom and many at a time.
 """
 
+import warnings
 from contextlib import contextmanager
 from functools import partial
 
@@ -17,6 +18,8 @@ from stages.models.adapters import plain
 from stages.models.packing import trunk_options
 
 WIDE = 512  # inputs from which on a linear layer counts as large
+BLOCK = 128  # columns of the cache by which a recorded step's view of it grows
+WORTH = 16  # steps that a recording must serve: making one takes as long as a few steps without
 
 
 class PackedLane:
@@ -27,6 +30,7 @@ class PackedLane:
 
     def __init__(self, model, prompts, response_length: int, pad_id: int):
         self.model, self.room, self.wide = model, response_length, wide_layers(model)
+        self.steady = bool(self.wide)
         self.rows = make_rows(prompts, [[] for _ in prompts], pad_id, packed=True).to(model.device)
 
     def start(self) -> Tensor:
@@ -37,8 +41,9 @@ class PackedLane:
         width = int(lengths.max())
         columns = torch.arange(width, device=hidden.device) - (width - lengths).unsqueeze(-1)  # < 0 before a prompt
         index = rows.sequences.gather(-1, columns.clamp(min=0))
-        self.cache = Cache([_Column.of(layer, index, self.room) for layer in cache.layers])
-        self.bias = torch.zeros(len(index), 1, 1, width + self.room, dtype=hidden.dtype, device=hidden.device)
+        dtype = attention_dtype(hidden)
+        self.cache = self._make_cache(cache, index, dtype)
+        self.bias = torch.zeros(len(index), 1, 1, width + self.room, dtype=dtype, device=hidden.device)
         self.bias[..., :width].masked_fill_((columns < 0)[:, None, None], -torch.inf)
         self.positions, self.filled = lengths.unsqueeze(-1), width
         return self._head(hidden)
@@ -62,11 +67,99 @@ class PackedLane:
             layer.keep(index)
         self.bias, self.positions = self.bias[index], self.positions[index]
 
+    def _make_cache(self, read: Cache, index: Tensor, dtype: torch.dtype) -> Cache:
+        return Cache([_Column.of(layer, index, self.room, dtype) for layer in read.layers])
+
     def _trunk(self, ids: Tensor, options: dict) -> Tensor:
         return plain(self.model).base_model(input_ids=ids, **options).last_hidden_state
 
     def _head(self, hidden: Tensor) -> Tensor:
         return plain(self.model).get_output_embeddings()(hidden).contiguous()
+
+
+class RecordedLane(PackedLane):
+    """PackedLane for a GPU: a step is a fixed list of kernels, recorded once (a CUDA graph) and replayed, since
+    launching them one by one from Python takes longer than they run.
+
+    A recording has fixed shapes: it sees the cache to the end of a block of columns, those not yet filled hidden by
+    the bias. The first step in a new block, or with fewer rows, runs as it is; the second is recorded.
+    """
+
+    def __init__(self, model, prompts, response_length: int, pad_id: int):
+        super().__init__(model, prompts, response_length, pad_id)
+        self.steady, self.records = True, model.device.type == "cuda"
+        self.shape = self.graph = None
+
+    def start(self) -> Tensor:
+        longest = int(self.rows.position_ids.max()) + 1
+        self.left, self.room = self.room, self.room + -(longest + self.room) % BLOCK  # whole blocks
+        logits = super().start()
+        self.bias[..., self.filled :] = -torch.inf
+        self.column = torch.tensor([self.filled], device=logits.device)
+        for layer in self.cache.layers:
+            layer.column, layer.filled = self.column, self.bias.shape[-1]
+        return logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        end = self.filled // BLOCK * BLOCK + BLOCK
+        serves = min(end - self.filled, self.left)
+        self.filled, self.left = self.filled + 1, self.left - 1
+        if self.shape != (len(tokens), end):
+            self.shape, self.graph = (len(tokens), end), None
+            self.tokens = tokens.clone()
+            return self._one(end)
+        self.tokens.copy_(tokens)
+        if self.graph is None:
+            if serves < WORTH or not self._record(end):
+                return self._one(end)
+        self.graph.replay()
+        return self.logits
+
+    def _one(self, end: int) -> Tensor:
+        """A step that takes its tokens, its column and its positions from tensors, and moves those on."""
+        self.bias.index_fill_(-1, self.column, 0.0)
+        for layer in self.cache.layers:
+            layer.end = end
+        options = {
+            "position_ids": self.positions,
+            "attention_mask": self.bias[:1],
+            "past_key_values": self.cache,
+            "use_cache": True,
+            "packing": self.bias[..., :end],
+        }
+        logits = self._head(self._trunk(self.tokens.unsqueeze(-1), options)[:, 0])
+        self.column += 1
+        self.positions += 1
+        return logits
+
+    def _record(self, end: int) -> bool:
+        """Whether the step could be recorded: a model that asks the device for a number as it goes cannot."""
+        if self.records:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    self.logits = self._one(end)
+                self.graph = graph
+            except RuntimeError as problem:
+                self.records = False
+                warnings.warn(f"decoding goes on step by step, slower: no CUDA graph ({problem})", stacklevel=2)
+        return self.records
+
+    def _make_cache(self, read: Cache, index: Tensor, dtype: torch.dtype) -> Cache:
+        return Cache([_RecordedColumn.of(layer, index, self.room, dtype) for layer in read.layers])
+
+
+def lane_for(model, packed: bool):
+    """The kind of lane that serves `model` best. packed: it packs, and its head is linear."""
+    if not packed:
+        return PaddedLane
+    return RecordedLane if model.device.type == "cuda" else PackedLane
+
+
+def attention_dtype(hidden: Tensor) -> torch.dtype:
+    """What attention computes in: under autocast it would cast the whole cache anew at each step."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def wide_layers(model) -> list[torch.nn.Linear]:
@@ -100,15 +193,17 @@ def _weight_first(layer, x: Tensor) -> Tensor:
 class _Column(DynamicLayer):
     """Keys and values (B, H_kv, room, D) allocated once; a step writes a column and sees those before it."""
 
+    blank = staticmethod(Tensor.new_empty)
+
     @classmethod
-    def of(cls, layer, index: Tensor, room: int) -> "_Column":
+    def of(cls, layer, index: Tensor, room: int, dtype: torch.dtype) -> "_Column":
         """From a layer that read packed prompts: row b holds the tokens index[b] (B, W), then `room` free columns."""
         new, width = cls(), index.shape[1]
         new.filled, new.is_initialized = width, True
-        new.dtype, new.device = layer.keys.dtype, layer.keys.device
+        new.dtype, new.device = dtype, layer.keys.device
         for name in ("keys", "values"):
-            packed = getattr(layer, name)[0].transpose(0, 1)  # (T, H_kv, D)
-            spread = packed.new_empty(len(index), packed.shape[1], width + room, packed.shape[2])
+            packed = getattr(layer, name)[0].transpose(0, 1).to(dtype)  # (T, H_kv, D)
+            spread = cls.blank(packed, (len(index), packed.shape[1], width + room, packed.shape[2]))
             spread[:, :, :width] = packed[index].transpose(1, 2)
             setattr(new, name, spread)
         return new
@@ -125,16 +220,28 @@ class _Column(DynamicLayer):
     def keep(self, index: Tensor) -> None:
         for name in ("keys", "values"):
             held = getattr(self, name)
-            less = held.new_empty(len(index), *held.shape[1:])
+            less = self.blank(held, (len(index), *held.shape[1:]))
             less[:, :, : self.filled] = held[index, :, : self.filled]
             setattr(self, name, less)
+
+
+class _RecordedColumn(_Column):
+    """The column that is written is a number on the device, so that a recorded step finds another one each time; a
+    step sees all columns to `end`. Those not filled yet are 0: behind a mask a NaN would still be one."""
+
+    blank = staticmethod(Tensor.new_zeros)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self.keys.index_copy_(2, self.column, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, self.column, value_states.to(self.values.dtype))
+        return self.keys[:, :, : self.end], self.values[:, :, : self.end]
 
 
 class PaddedLane:
     """For any model: prompts padded on the left, transformers' own cache and masks."""
 
     def __init__(self, model, prompts, response_length: int, pad_id: int):
-        device, width, self.wide = model.device, max(map(len, prompts)), []
+        device, width, self.wide, self.steady = model.device, max(map(len, prompts)), [], False
         self.model, self.cache = model, DynamicCache(config=model.config)
         self.ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
         self.mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=device)

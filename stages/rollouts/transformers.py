@@ -14,11 +14,11 @@ from torch import Tensor
 from stages.models.forward import head_is_linear
 from stages.models.head import dot
 from stages.models.packing import packs
-from stages.rollouts.lanes import PackedLane, PaddedLane
+from stages.rollouts.lanes import lane_for
 
 BLOCK = 128  # tokens of the vocabulary whose probabilities are summed before one of them is looked for
 LEAVE = 0.75  # finished rows leave the cache once no more than this share of its rows goes on
-FOURS = 4  # with wide layers the cache's rows stay a multiple: a product with 13 rows takes longer than one with 16
+FOURS = 4  # in a steady lane the cache's rows stay a multiple: a product with 13 rows takes longer than one with 16
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def sample_with_logprobs(
     responses: list[list[int]] = [[] for _ in prompts]
     logprobs = torch.zeros(len(prompts), response_length, device=model.device)
     entropy = torch.zeros_like(logprobs)
-    make_lane = PackedLane if packs(model) and head_is_linear(model) else PaddedLane
+    make_lane = lane_for(model, packs(model) and head_is_linear(model))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         uniforms = torch.stack(
@@ -101,7 +101,7 @@ def _decode(
         alive = int(going.sum())
         if alive == 0 or t + 1 == width:
             return drawn[:, : t + 1], logprobs[:, : t + 1], entropy[:, : t + 1]
-        rows = rows_to_keep(alive, len(at), bool(lane.wide))
+        rows = rows_to_keep(alive, len(at), lane.steady)
         if rows < len(at):  # those that go on, and as many finished ones as fill up
             kept = going.logical_not().argsort(stable=True)[:rows]
             lane.keep(kept)
@@ -109,9 +109,9 @@ def _decode(
         logits = lane.step(tokens)
 
 
-def rows_to_keep(alive: int, held: int, wide: bool) -> int:
+def rows_to_keep(alive: int, held: int, steady: bool) -> int:
     """How many of the `held` rows of a cache stay, `alive` of which go on. Leaving takes a copy of the cache."""
-    if not wide:
+    if not steady:
         return alive if alive <= LEAVE * held else held
     rows = -(-alive // FOURS) * FOURS
     return rows if 2 * rows <= held else held

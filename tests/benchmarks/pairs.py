@@ -81,9 +81,23 @@ def serve(answers: dict[str, Callable]) -> None:
         out.flush()
 
 
+def gpu():
+    """torch.cuda in a process that has imported torch and sees a GPU; else None."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None
+
+
+def settle() -> None:
+    """Wait until the GPU, if there is one, has done what it was asked: clocks are read behind this."""
+    if (device := gpu()) is not None:
+        device.synchronize()
+
+
 def release_memory() -> None:
     """Give what is free back to the system: the other side's turn is next, and two peaks may not fit side by side."""
     gc.collect()
+    if (device := gpu()) is not None:
+        device.empty_cache()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -113,6 +127,7 @@ class Phases:
         return self.stack[-1] if self.stack else None
 
     def _book(self) -> None:
+        settle()
         now = time.perf_counter()
         if self.stack:
             self.seconds[self.stack[-1]] += now - self.since
@@ -172,17 +187,22 @@ class Phases:
 
 
 def reset_peak() -> None:
-    """Peak memory counts from here (Linux)."""
+    """Peak memory counts from here (the GPU's if there is one; else resident memory, Linux)."""
+    if (device := gpu()) is not None:
+        return device.reset_peak_memory_stats()
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes() -> int:
-    """The most resident memory since `reset_peak`, weights and optimizer included."""
+    """The most memory since `reset_peak`, weights and optimizer included."""
+    if (device := gpu()) is not None:
+        return device.max_memory_allocated()
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def versions(*packages: str) -> dict[str, str]:
-    return {"python": platform.python_version(), **{p: version(p) for p in packages}}
+    device = {} if gpu() is None else {"device": gpu().get_device_name(0)}
+    return {"python": platform.python_version(), **{p: version(p) for p in packages}, **device}
 
 
 def in_turns(pairs: int) -> Iterator[tuple[int, int]]:

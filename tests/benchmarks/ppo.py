@@ -11,9 +11,14 @@ must agree to 1e-3 in every log-prob, value, score and gradient.
 mode tuned: the peer without checkpointing, its micro-batch the fastest of three tried in this run (once a model);
 as_shipped: trl's defaults but for the workload; where they come to the same work as tuned, it is not measured twice.
 Ours: its defaults. The peer's environment is made when it is missing; PEER_PYTHON names another one.
+
+Where there is a GPU, its rows are those of a 1.3B model, prompts and responses of 512 tokens, batch 128, products in
+bfloat16 (the peer's weights are bfloat16; ours stay fp32, with autocast); both sides sample the batch at once, and
+what they compute is compared in fp32 on the 4.7M model.
 """
 
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -22,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pairs import Clock, Worker, middle, ratio, run_bench, run_pairs, stamp
-from ppo_models import P_EOS, PAD, SHAPES, eos_of, necessary_flops, prompts
+from ppo_models import P_EOS, PAD, SHAPES, decode_bytes, eos_of, necessary_flops, prompts
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -31,9 +36,12 @@ KEY = ("bench", "measure", "model", "lengths", "n", "epochs", "ptx", "dtype", "p
 SIDES = ("ours", "peer")
 ROLES = ("policy", "ref_policy", "reward_model", "value_model")
 LIMIT = 1e-3  # largest relative error at which a ratio may be printed
-BATCH = {"4.7M": 32, "135M": 16, "quick": 8}
-MICRO = {"4.7M": (8, 16, 32), "135M": (2, 4, 8), "quick": (2, 4, 8)}  # the peer's candidates
-LONGEST = {"4.7M": 128, "135M": 128, "quick": 32}  # tokens of a prompt, and of a response
+BATCH = {"4.7M": 32, "135M": 16, "1.3B": 128, "quick": 8}
+MICRO = {"4.7M": (8, 16, 32), "135M": (2, 4, 8), "1.3B": (2, 4, 8), "quick": (2, 4, 8)}  # the peer's candidates
+LONGEST = {"4.7M": 128, "135M": 128, "1.3B": 512, "quick": 32}  # tokens of a prompt, and of a response
+DTYPE = {"1.3B": "bfloat16"}  # of products; others float32
+COMPARED = {"1.3B": "4.7M"}  # the model that stands for it where both sides are compared in fp32
+GPU = shutil.which("nvidia-smi") is not None
 PTX_LENGTH, PTX_ROWS = 128, 8  # tokens a row, rows an episode: our defaults
 THREADS = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
 
@@ -62,11 +70,19 @@ class Row:
     def episodes(self) -> int:
         return self.batch or BATCH[self.model]
 
+    @property
+    def dtype(self) -> str:
+        return DTYPE.get(self.model, "float32")
+
 
 def plan(models: list[str]) -> list[Row]:
     """Each model's claims, then its growth laws, which are left out where the time is up."""
     rows = []
     for model in models:
+        if model == "1.3B":  # a GPU is dear
+            fixed = Row(model, lengths="fixed", pairs=2)
+            rows += [fixed, replace(fixed, measure="decode"), Row(model, pairs=1)]
+            continue
         rows += [
             Row(model, lengths="fixed"),
             Row(model),
@@ -86,6 +102,7 @@ class Session:
     def __init__(self, model: str, folder: Path, peer_python: str, clock: Clock):
         self.model, self.folder, self.clock = model, folder, clock
         self.pythons = {"ours": sys.executable, "peer": peer_python}
+        self.dtype = DTYPE.get(model, "float32")
         self.workers: dict[str, Worker] = {}
         self.versions: dict[str, dict] = {}
         self.warm = False
@@ -101,11 +118,15 @@ class Session:
                 command = [self.pythons[side], "-W", "ignore", str(HERE / f"ppo_{side}.py")]
                 self.workers[side] = Worker(side, command, self.folder / f"{side}.log", THREADS)
                 self.versions[side] = self.workers[side].ask("hello")
-        if not (self.folder / "value_model").is_dir():
-            crafted = self.workers["ours"].ask("craft", model=self.model, folder=str(self.folder))
-            self.clock.say(f"{self.model}: {crafted['parameters']:,} parameters, P(EOS) {crafted['p_eos']}")
+        self.load(self.model, self.dtype)
+
+    def load(self, model: str, dtype: str) -> None:
+        folder = self.folder / model
+        if not (folder / "value_model").is_dir():
+            crafted = self.workers["ours"].ask("craft", model=model, folder=str(folder), dtype=dtype)
+            self.clock.say(f"{model}: {crafted['parameters']:,} parameters, P(EOS) {crafted['p_eos']}")
         for worker in self.workers.values():
-            worker.ask("load", folders={role: str(self.folder / role) for role in ROLES})
+            worker.ask("load", folders={role: str(folder / role) for role in ROLES}, dtype=dtype)
 
     def stop(self) -> None:
         for worker in self.workers.values():
@@ -120,7 +141,7 @@ class Session:
 
     def our_setup(self, row: Row) -> dict:
         """The workload, and everything else by stages/ppo.py's defaults."""
-        longest, batch = LONGEST[self.model], row.episodes
+        longest, batch = LONGEST[row.model], row.episodes
         options = {
             "total_episodes": batch,
             "batch_size": batch,
@@ -129,23 +150,27 @@ class Session:
             "num_ppo_epochs": row.epochs,
             "response_length": longest,
             "max_length": max(512, 2 * longest),
+            "local_rollout_forward_batch_size": max(64, batch),
         } | ({} if row.ptx else {"ptx_coef": 0.0})
         return self.workers["ours"].ask("setup", options=options, eos_id=eos_of(row.lengths))
 
     def peer_setup(self, row: Row, micro: int | None) -> dict:
         """trl's options of the workload, one optimizer step a pass; micro None: trl's default."""
-        options = {"response_length": LONGEST[self.model], "temperature": 1.0, "num_ppo_epochs": row.epochs}
+        options = {"response_length": LONGEST[row.model], "temperature": 1.0, "num_ppo_epochs": row.epochs}
         return self.workers["peer"].ask(
             "setup", batch_size=row.episodes, eos_id=eos_of(row.lengths), pad_id=PAD, micro=micro, options=options
         )
 
     def prompts(self, row: Row, seed: int) -> list[list[int]]:
-        return prompts(SHAPES[self.model], row.lengths, row.episodes // row.n, LONGEST[self.model], seed)
+        return prompts(SHAPES[row.model], row.lengths, row.episodes // row.n, LONGEST[row.model], seed)
 
     def warm_up(self, row: Row) -> None:
-        """One update of a process of ours that has made none (the peer's has, by `check` and `tune`)."""
+        """One small update of a process of ours that has made none (the peer's has, by `check` and `tune`)."""
         if not self.warm:
-            self.our_update(row, 3)
+            few = replace(row, batch=max(MICRO[self.model]), n=1, epochs=1, ptx=False)
+            self.our_setup(few)
+            self.our_update(few, 3)
+            self.our_setup(row)
             self.warm = True
 
     def our_update(self, row: Row, seed: int, text=None) -> dict:
@@ -158,7 +183,11 @@ class Session:
         """Both sides on the same few episodes, once a workload; an error of more than LIMIT ends the row."""
         key = (row.lengths, row.n)
         if key not in self.errors:
-            few = replace(row, batch=max(2, row.n) if self.model == "135M" else 8, epochs=1, ptx=False)
+            stand_in = COMPARED.get(self.model)
+            few = replace(row, model=stand_in or self.model, epochs=1, ptx=False)
+            few = replace(few, batch=max(2, row.n) if self.model == "135M" else 8)
+            if stand_in:
+                self.load(stand_in, "float32")
             self.our_setup(few)
             self.peer_setup(few, few.episodes)
             file = self.folder / "peer.safetensors"
@@ -170,6 +199,9 @@ class Session:
             file.unlink()
             worst = max(errors, key=errors.get)
             self.errors[key] = {"max_rel_err": float(f"{errors[worst]:.3g}"), "tensor": worst, "tensors": len(errors)}
+            if stand_in:
+                self.errors[key]["model"] = stand_in
+                self.load(self.model, self.dtype)
             self.clock.say(f"{row.name}: equal to {errors[worst]:.2g} in {len(errors)} tensors (worst: {worst})")
         if not self.errors[key]["max_rel_err"] <= LIMIT:
             raise ValueError(f"the two sides do not compute the same ({self.errors[key]}): no ratio")
@@ -201,7 +233,7 @@ def measure_update(session: Session, row: Row, pairs: int) -> dict:
         return {**like, "peer_config": config | {"measured_as": "tuned"}}
     our_config = session.our_setup(row)
     session.warm_up(row)
-    fastest = session.workers["ours"].ask("matmul_peak")
+    most = session.workers["ours"].ask("ceilings")["flops"]
     ours, peer = run_pairs(
         lambda pair: session.our_update(row, 100 + pair),
         lambda pair: session.peer_update(row, 100 + pair),
@@ -212,7 +244,7 @@ def measure_update(session: Session, row: Row, pairs: int) -> dict:
     )
     if row.lengths == "variable":
         check_lengths(session, [n for found in (*ours, *peer) for n in found["lengths"]])
-    figures = our_figures(session, row, ours, fastest)
+    figures = our_figures(session, row, ours, most)
     figures["tokens"]["response_mean"] |= {"peer": mean_length(peer)}
     if row.epochs > 1:
         figures["law"] = epochs_law(session, row, ours)
@@ -258,16 +290,18 @@ def check_lengths(session: Session, lengths: list[int]) -> None:
         raise ValueError(f"responses have {found:.1f} ± {error:.1f} tokens, and should have {expected:.1f}: no ratio")
 
 
-def our_figures(session: Session, row: Row, ours: list[dict], fastest: float) -> dict:
-    """Tokens through the trunks against those that were needed, and necessary FLOP/s against a matrix product's."""
-    shape, real, fractions = SHAPES[session.model], [], []
+def our_figures(session: Session, row: Row, ours: list[dict], most: float) -> dict:
+    """Tokens through the trunks against those that were needed, and necessary FLOP/s against a matrix product's: of
+    the whole (ceiling_fraction), and of the update with its optimizer alone (update_mfu)."""
+    shape, real, fractions, updates = SHAPES[session.model], [], [], []
     for pair, found in enumerate(ours):
         sizes = [len(p) for p in session.prompts(row, 100 + pair)]
         groups = [(size, found["lengths"][i * row.n : (i + 1) * row.n]) for i, size in enumerate(sizes)]
         tokens = sum(size + sum(lengths) for size, lengths in groups)
         real.append((4 + 2 * row.epochs) * tokens - row.episodes)  # the sampler need not read what it drew last
         flops = necessary_flops(shape, groups, row.epochs)
-        fractions.append(flops / found["seconds"] / fastest)
+        fractions.append(flops["all"] / found["seconds"] / most)
+        updates.append(flops["update"] / (found["phases"]["update"] + found["phases"]["optimizer"]) / most)
     return {
         "tokens": {
             "processed": round(statistics.median(x["tokens"] for x in ours)),
@@ -275,7 +309,8 @@ def our_figures(session: Session, row: Row, ours: list[dict], fastest: float) ->
             "response_mean": {"ours": mean_length(ours)},
         },
         "ceiling_fraction": round(statistics.median(fractions), 4),
-        "matmul_gflops": round(fastest / 1e9, 1),
+        "update_mfu": round(statistics.median(updates), 4),
+        "matmul_gflops": round(most / 1e9, 1),
     }
 
 
@@ -339,10 +374,15 @@ def measure_decode(session: Session, row: Row, pairs: int) -> dict:
     a_second = lambda found: round(row.episodes * (length - 1) / median_seconds(found), 1)  # noqa: E731
     prefill = lambda found: round(statistics.median(x["prefill"] for x in found), 4)  # noqa: E731
     sides = list(zip(SIDES, (ours, peer), strict=True))
+    most = worker.ask("ceilings")["bytes"]
+    sizes, width = [len(p) for p in session.prompts(row, 200)], 2 if row.dtype == "bfloat16" else 4
+    least = decode_bytes(SHAPES[session.model], sizes, length, width) / most
     return {
         "ratio": ratio([b["seconds"] / a["seconds"] for a, b in zip(ours, peer, strict=True)]),
         "tokens_per_s": {side: a_second(found) for side, found in sides},
         "phases_s": {side: {"prefill": prefill(found), "decode": median_seconds(found)} for side, found in sides},
+        "roofline_fraction": {side: round(least / median_seconds(found), 4) for side, found in sides},
+        "copy_gbytes_per_s": round(most / 1e9, 1),
         "peer": f"transformers {session.versions['ours']['transformers']} generate",
     }
 
@@ -388,7 +428,7 @@ def measure(session: Session, row: Row, pairs: int) -> dict:
         "n": row.n,
         "epochs": row.epochs,
         "ptx": row.ptx,
-        "dtype": "float32",
+        "dtype": row.dtype,
         "peer": peer,
         "mode": row.mode,
         **found,
@@ -421,7 +461,8 @@ def peer_python(clock: Clock) -> str:
 
 def main() -> int:
     open_session = lambda model, folder, clock: Session(model, folder, peer_python(clock), clock)  # noqa: E731
-    return run_bench("ppo", __doc__, ["4.7M", "135M"], 80.0, KEY, plan, open_session, measure)
+    models = ["1.3B"] if GPU else ["4.7M", "135M"]
+    return run_bench("ppo", __doc__, models, 80.0, KEY, plan, open_session, measure)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """The bench's models, prompts and work: random weights of known shapes that really sample EOS, at a known rate.
 
-What shapes and prompts are needs the standard library alone (the driver); `craft` needs torch and transformers.
+What shapes and prompts are needs the standard library alone (the driver); `craft` and `ceilings` need torch.
 """
 
+import copy
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+from pairs import settle
 
 PAD, NEVER, GEOMETRIC = 0, 1, 2  # token ids: padding; an EOS that cannot be sampled; one sampled at rate P_EOS
 P_EOS = 0.0146  # (1 − (1 − p)^128) / p = 58: the mean length of responses that are cut at 128
@@ -27,6 +31,14 @@ SHAPES = {
         "num_attention_heads": 9,
         "num_key_value_heads": 3,
         "intermediate_size": 1536,
+    },
+    "1.3B": {  # InstructGPT's smaller policy in a Llama's form: 24 layers of 2,048
+        "vocab_size": 49152,
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "intermediate_size": 5504,
     },
     "quick": {
         "vocab_size": 512,
@@ -58,13 +70,9 @@ def parameters(shape: dict) -> dict[str, int]:
     return {"trunk": shape["num_hidden_layers"] * layer, "unembedding": d * shape["vocab_size"]}
 
 
-def necessary_flops(shape: dict, groups: list[tuple[int, list[int]]], epochs: int) -> float:
-    """FLOPs that one update cannot do without: `groups` of (prompt tokens, tokens of each response).
-
-    Real tokens alone, prompts once for all their responses, logits at response tokens, causal attention. Forward
-    passes: sampling, reference, value, reward; in each epoch policy and value model forward and backward, which is
-    three times a forward.
-    """
+def forward_flops(shape: dict, groups: list[tuple[int, list[int]]]) -> tuple[float, float]:
+    """FLOPs of one forward pass (of the trunk, of the unembedding) over `groups` of (prompt tokens, tokens of each
+    response): real tokens alone, prompts once for all their responses, logits at response tokens, causal attention."""
     weights = parameters(shape)
     attend = 4 * shape["hidden_size"] * shape["num_hidden_layers"]  # FLOPs a token and a token that it looks at
     trunk = unembedding = 0.0
@@ -73,23 +81,52 @@ def necessary_flops(shape: dict, groups: list[tuple[int, list[int]]], epochs: in
         looks = prompt * (prompt + 1) / 2 + sum(r * prompt + r * (r + 1) / 2 for r in responses)
         trunk += 2 * weights["trunk"] * tokens + attend * looks
         unembedding += 2 * weights["unembedding"] * sum(responses)
-    return trunk * (4 + 6 * epochs) + unembedding * (2 + 3 * epochs)
+    return trunk, unembedding
 
 
-def matmul_peak() -> float:
-    """The most FLOP/s that this process gets out of an fp32 matrix product."""
+def necessary_flops(shape: dict, groups: list[tuple[int, list[int]]], epochs: int) -> dict[str, float]:
+    """FLOPs that one update cannot do without: in `update`, of policy and value model forward and backward, which is
+    three times a forward, in each epoch; and in `all`, with sampling, reference, value and reward before it."""
+    trunk, unembedding = forward_flops(shape, groups)
+    update = epochs * 3 * (2 * trunk + unembedding)
+    return {"update": update, "all": update + 4 * trunk + 2 * unembedding}
+
+
+def decode_bytes(shape: dict, sizes: list[int], length: int, width: int) -> float:
+    """Bytes that decoding `length` tokens behind each prompt (tokens: `sizes`) cannot do without, after the prefill:
+    a step reads every weight once, and keys and values of all tokens before it; `width` bytes a number."""
+    weights = sum(parameters(shape).values())
+    head = shape["hidden_size"] // shape["num_attention_heads"]
+    a_token = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head
+    seen = sum(size + t for size in sizes for t in range(1, length))
+    return width * ((length - 1) * weights + a_token * seen)
+
+
+def fastest(work: Callable[[], object], times: int = 8) -> float:
+    """Seconds of the shortest of `times` runs, after one that does not count."""
+    found = []
+    for _ in range(times + 1):
+        settle()
+        began = time.perf_counter()
+        work()
+        settle()
+        found.append(time.perf_counter() - began)
+    return min(found[1:])
+
+
+def ceilings(device: str, dtype: str) -> dict[str, float]:
+    """The most that this process gets out of the device: FLOP/s of a matrix product, bytes/s of a copy (both ways)."""
     import torch
 
-    a, b, times = torch.randn(2048, 2048), torch.randn(2048, 2048), []
-    for _ in range(8):
-        began = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - began)
-    return 2 * 2048**3 / min(times)
+    side, numbers = (8192, 2**30) if device == "cuda" else (2048, 2**26)
+    a, b = (torch.randn(side, side, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    flops = 2 * side**3 / fastest(lambda: a @ b)
+    x, y = torch.zeros(numbers, device=device), torch.zeros(numbers, device=device)
+    return {"flops": flops, "bytes": 8 * numbers / fastest(lambda: y.copy_(x))}
 
 
-def craft(shape: dict, folder: Path, seed: int = 0) -> dict:
-    """Writes policy/, ref_policy/, reward_model/ and value_model/; → P(EOS) as calibrated, and parameters.
+def craft(shape: dict, folder: Path, *, device: str = "cpu", dtype: str = "float32", seed: int = 0) -> dict:
+    """Writes policy/, ref_policy/, reward_model/ and value_model/ in `dtype`; → P(EOS) as calibrated, and parameters.
 
     Embeddings (tied) share a component, so that all final states share a direction; the row of GEOMETRIC has as much
     of that direction as makes its probability P_EOS on average, the rows of PAD and NEVER so little that it is 0. An
@@ -110,9 +147,11 @@ def craft(shape: dict, folder: Path, seed: int = 0) -> dict:
         dtype="float32",
     )
     torch.manual_seed(seed)
-    policy = AutoModelForCausalLM.from_config(config).eval()
+    save = lambda model, role: model.to(getattr(torch, dtype)).save_pretrained(folder / role)  # noqa: E731
+    with torch.device(device):
+        policy = AutoModelForCausalLM.from_config(config).eval()
     rows = policy.get_input_embeddings().weight
-    with torch.no_grad():
+    with torch.no_grad(), torch.device(device):
         shared = torch.randn(shape["hidden_size"])
         rows += shared / shared.norm()
         contexts = torch.randint(FIRST_WORD, shape["vocab_size"], (4, 192))
@@ -128,17 +167,18 @@ def craft(shape: dict, folder: Path, seed: int = 0) -> dict:
         mean = rows[FIRST_WORD:].mean(0)
         rows[GEOMETRIC] = mean + low * direction
         rows[PAD] = rows[NEVER] = mean - 10 * direction
-    policy.save_pretrained(folder / "policy")
+    save(copy.deepcopy(policy), "policy")
     with torch.no_grad():  # a reference that is near and not the same, so that KL is not 0
         for p in policy.base_model.layers.parameters():
             if p.dim() == 2:
-                p += 0.1 * p.std() * torch.randn(p.shape)
-    policy.save_pretrained(folder / "ref_policy")
+                p += 0.1 * p.std() * torch.randn_like(p)
+    save(policy, "ref_policy")
     for role in ("reward_model", "value_model"):
-        model = AutoModelForSequenceClassification.from_config(config)
+        with torch.device(device):
+            model = AutoModelForSequenceClassification.from_config(config)
         with torch.no_grad():
             model.score.weight.normal_(std=(shape["hidden_size"] + 1) ** -0.5)
-        model.save_pretrained(folder / role)
+        save(model, role)
     spread = torch.sigmoid(offset + low * along - words).std().item()
     return {
         "p_eos": round(p_eos(low), 5),

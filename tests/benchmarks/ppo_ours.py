@@ -16,8 +16,8 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from pairs import Phases, peak_bytes, reset_peak, serve, versions
-from ppo_models import PAD, SHAPES, craft, matmul_peak
+from pairs import Phases, peak_bytes, reset_peak, serve, settle, versions
+from ppo_models import PAD, SHAPES, ceilings, craft
 from safetensors.torch import load_file
 
 from data.groups import make_rows
@@ -45,6 +45,9 @@ PHASES = {  # a name that is looked up in a module → the phase its time belong
 }
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 class Ours:
     """Four models that stay loaded, and an optimizer for each of the two that learn."""
 
@@ -54,19 +57,20 @@ class Ours:
     def hello(self) -> dict:
         return versions("torch", "transformers", "accelerate") | {"threads": torch.get_num_threads()}
 
-    def craft(self, model: str, folder: str) -> dict:
-        return craft(SHAPES[model], Path(folder))
+    def craft(self, model: str, folder: str, dtype: str) -> dict:
+        return craft(SHAPES[model], Path(folder), device=DEVICE, dtype=dtype)
 
-    def load(self, folders: dict[str, str]) -> None:
+    def load(self, folders: dict[str, str], dtype: str) -> None:
+        """Weights in fp32 as in every stage; products in `dtype`."""
         self.roles = self.trainees = self.average = self.unpacked = None
-        self.folders = folders
+        self.folders, self.dtype = folders, dtype
         roles = Roles(
             load_policy(folders["policy"]),
             load_policy(folders["ref_policy"]).requires_grad_(False),
             load_scalar_model(folders["reward_model"]).requires_grad_(False),
             load_scalar_model(folders["value_model"]),
             SimpleNamespace(pad_token_id=PAD, eos_token_id=None),
-            make_accelerator("cuda" if torch.cuda.is_available() else "cpu", "float32"),
+            make_accelerator(DEVICE, dtype),
         )
         for model in roles.models():
             model.to(roles.accelerator.device)
@@ -82,7 +86,7 @@ class Ours:
     def setup(self, *, options: dict, eos_id: int) -> dict:
         """Settings of stages/ppo.py (what they leave out keeps its default) and fresh optimizers."""
         config = ppo.Config(**options)
-        experiment = SimpleNamespace(model=SimpleNamespace(dtype="float32"))
+        experiment = SimpleNamespace(model=SimpleNamespace(dtype=self.dtype))
         tracker = SimpleNamespace(say=lambda line: print(line, file=sys.stderr))
         self.ctx = SimpleNamespace(config=config, seed=0, stage="ppo", experiment=experiment, tracker=tracker)
         self.roles.tokenizer.eos_token_id = eos_id
@@ -94,6 +98,7 @@ class Ours:
         self.average = Average(config.ema_decay)
         self.average.start(self.trainees[0])
         named = ("per_device_train_batch_size", "mini_batch_size", "num_ppo_epochs", "samples_per_prompt", "ema_decay")
+        named += ("local_rollout_forward_batch_size",)
         return {name: getattr(config, name) for name in named} | {"packed": self.roles.packed}
 
     def update(self, prompts: list[list[int]], text: list[list[int]] | None = None) -> dict:
@@ -107,6 +112,7 @@ class Ours:
                 stack.enter_context(patch.object(module, name, self.phases.timed(getattr(module, name), booked)))
             began = time.perf_counter()
             lengths = self.iterate(prompts, text)
+            settle()
             seconds = time.perf_counter() - began
         taken = self.phases.take()
         taken["other"] = seconds - sum(taken.values())
@@ -151,13 +157,23 @@ class Ours:
         """Seconds that our sampler, or transformers' generate, takes to sample `length` tokens a prompt."""
         if (
             engine == "generate" and self.unpacked is None
-        ):  # the policy as transformers loads it, with its own attention
-            self.unpacked = load_policy(self.folders["policy"]).to(self.roles.accelerator.device)
+        ):  # the policy as transformers loads it, with its own attention, its weights in the dtype
+            self.unpacked = load_policy(self.folders["policy"]).to(DEVICE, getattr(torch, self.dtype))
         model, eos_id = self.roles.policy if engine == "ours" else self.unpacked, self.roles.tokenizer.eos_token_id
         seeds = [seed * len(prompts) + i for i in range(len(prompts))]
+        settle()
         began = time.perf_counter()
         if engine == "ours":
-            found = sample(model, prompts, seeds, response_length=length, eos_id=eos_id, pad_id=PAD)
+            with self.roles.accelerator.autocast():
+                found = sample(
+                    model,
+                    prompts,
+                    seeds,
+                    response_length=length,
+                    eos_id=eos_id,
+                    pad_id=PAD,
+                    batch_size=self.ctx.config.local_rollout_forward_batch_size,
+                )
         else:
             width = max(map(len, prompts))
             ids = torch.tensor([[PAD] * (width - len(p)) + p for p in prompts], device=model.device)
@@ -174,12 +190,13 @@ class Ours:
                 pad_token_id=PAD,
                 use_cache=True,
             )[:, width:]
+        settle()
         seconds = time.perf_counter() - began
         assert all(len(r) == length for r in found), "this is measured where EOS cannot be sampled"
         return seconds
 
-    def matmul_peak(self) -> float:
-        return matmul_peak()
+    def ceilings(self) -> dict:
+        return ceilings(DEVICE, self.dtype)
 
     def compare(self, prompts: list[list[int]], responses: list[list[int]], file: str, vf_coef: float) -> dict:
         """‖ours − peer's‖ / ‖peer's‖ of each tensor, on the peer's episodes and with its advantages and returns.
@@ -187,10 +204,10 @@ class Ours:
         The peer has a value, and puts the score, one place behind the last token where there is room; see
         tests/parity/test_trl_ppo.py, which holds every formula to the peer's.
         """
-        peer, temperature = load_file(file), self.ctx.config.temperature + 1e-7
+        peer, temperature = load_file(file, DEVICE), self.ctx.config.temperature + 1e-7
         width = peer["responses"].shape[1]
-        rows = make_rows(prompts, responses, PAD, packed=self.roles.packed)
-        wide = make_rows(prompts, [[*r, PAD][:width] for r in responses], PAD, packed=self.roles.packed)
+        make = lambda responses: make_rows(prompts, responses, PAD, packed=self.roles.packed).to(DEVICE)  # noqa: E731
+        rows, wide = make(responses), make([[*r, PAD][:width] for r in responses])
         mask, slots = rows.response_mask, wide.response_mask
         logprobs = response_logprobs(self.roles.policy, rows, temperature)
         values = response_values(self.roles.value_model, wide)
@@ -219,5 +236,5 @@ class Ours:
 
 if __name__ == "__main__":
     ours = Ours()
-    names = ("hello", "craft", "load", "setup", "update", "sft_cost", "decode", "matmul_peak", "compare")
+    names = ("hello", "craft", "load", "setup", "update", "sft_cost", "decode", "ceilings", "compare")
     serve({name: getattr(ours, name) for name in names})

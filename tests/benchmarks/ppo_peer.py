@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
-from pairs import Phases, peak_bytes, reset_peak, serve, versions
+from pairs import Phases, peak_bytes, reset_peak, serve, settle, versions
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
@@ -72,13 +72,13 @@ class Peer:
     def hello(self) -> dict:
         return versions("torch", "transformers", "trl", "accelerate") | {"threads": torch.get_num_threads()}
 
-    def load(self, folders: dict[str, str]) -> None:
-        """Four safetensors folders, in fp32."""
+    def load(self, folders: dict[str, str], dtype: str) -> None:
+        """Four safetensors folders, weights in `dtype`."""
         self.models, self.trainer = {}, None
         gc.collect()
         for role in ROLES:
             auto = AutoModelForCausalLM if "policy" in role else AutoModelForSequenceClassification
-            model = auto.from_pretrained(folders[role], dtype=torch.float32)
+            model = auto.from_pretrained(folders[role], dtype=getattr(torch, dtype))
             self.models[role] = model.requires_grad_(role in ("policy", "value_model")).eval()
         self.listen()
 
@@ -103,6 +103,7 @@ class Peer:
             chosen = {"gradient_accumulation_steps": batch_size // PPOConfig.per_device_train_batch_size}
         else:
             chosen = {**step_options(batch_size, micro, steps), "bf16": False, "gradient_checkpointing": False}
+            chosen["local_rollout_forward_batch_size"] = max(64, batch_size)  # 64 is trl's default
         given = {
             **chosen,
             **options,
@@ -156,6 +157,7 @@ class Peer:
                 stack.enter_context(ear)
             began = time.perf_counter()
             trainer.train()
+            settle()
             seconds = time.perf_counter() - began
         counter.remove()
         expected = self.steps * trainer.args.num_ppo_epochs

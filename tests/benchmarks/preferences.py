@@ -173,7 +173,7 @@ def measure_step(session: Session, row: Row, pairs: int) -> dict:
     ours_step = lambda seed: session.workers["ours"].ask("step", rankings=row.rankings(seed))  # noqa: E731
     ours_step(4)  # both warm: memory, kernels, optimizer states
     session.peer_step(row.rankings(4), micro)
-    fastest = session.workers["ours"].ask("matmul_peak")
+    fastest = session.workers["ours"].ask("ceilings")["flops"]
     ours, peer = run_pairs(
         lambda pair: ours_step(100 + pair),
         lambda pair: session.peer_step(row.rankings(100 + pair), micro),

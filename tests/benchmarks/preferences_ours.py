@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from pairs import Phases, peak_bytes, reset_peak, serve, versions
-from ppo_models import PAD, SHAPES, craft, matmul_peak
+from ppo_models import PAD, SHAPES, ceilings, craft
 from safetensors.torch import load_file
 
 from data.groups import PromptGroup, batch_groups
@@ -119,8 +119,8 @@ class Ours:
         self.model.zero_grad(set_to_none=True)
         return errors
 
-    def matmul_peak(self) -> float:
-        return matmul_peak()
+    def ceilings(self) -> dict:
+        return ceilings("cpu", "float32")
 
 
 class Silent:
@@ -142,4 +142,4 @@ def groups_of(rankings: list[dict]) -> list[PromptGroup]:
 
 if __name__ == "__main__":
     ours = Ours(sys.argv[1])
-    serve({n: getattr(ours, n) for n in ("hello", "craft", "load", "config", "step", "compare", "matmul_peak")})
+    serve({n: getattr(ours, n) for n in ("hello", "craft", "load", "config", "step", "compare", "ceilings")})

@@ -6,16 +6,21 @@ import torch
 PAD, EOS, VOCAB = 0, 1, 20
 
 
-@pytest.fixture(params=["packed", "wide", "padded"])
+@pytest.fixture(params=["packed", "wide", "recorded", "padded"])
 def causal(request, monkeypatch):
     """causal(kind, seed, spread): spread = standard deviation of the weights; wide means decided. Every test runs on
-    models that read packed rows, on such with layers that count as wide, and on models that do not pack."""
-    if request.param == "wide":
-        monkeypatch.setattr("stages.rollouts.lanes.WIDE", 16)
-
+    models that read packed rows, on such with layers that count as wide, on such as a GPU would serve them (its steps
+    run as they are: a CPU records none), and on models that do not pack."""
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
     from stages.models.packing import can_pack
+    from stages.rollouts.lanes import RecordedLane
+
+    if request.param == "wide":
+        monkeypatch.setattr("stages.rollouts.lanes.WIDE", 16)
+    if request.param == "recorded":
+        monkeypatch.setattr("stages.rollouts.lanes.BLOCK", 4)
+        monkeypatch.setattr("stages.rollouts.transformers.lane_for", lambda *_: RecordedLane)
 
     def build(kind="llama", seed=0, spread=0.3):
         ids = {
