@@ -23,8 +23,8 @@ def head_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """hidden (n, d), weight (V, d), ids (n,) → log softmax(hidden weightᵀ / temperature)[ids], (n,), and its entropy.
 
-    Both fp32, products in the autocast dtype. The entropy carries no gradient; None if it is not asked for. chunk: logits
-    at a time, by default as many as suit the device; kept: log-probs kept for the backward pass.
+    Both fp32, products in the autocast dtype. The entropy carries no gradient; None if it is not asked for.
+    chunk: logits at a time, by default as many as suit the device; kept: log-probs kept for the backward pass.
     """
     return _HeadLogprobs.apply(hidden, weight, ids, temperature, with_entropy, chunk, kept)
 
