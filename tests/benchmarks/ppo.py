@@ -111,16 +111,14 @@ class Session:
         self.tuned: dict[Row, dict] = {}  # what was measured
         self.seconds: dict[str, float] = {}  # of the last plain update, for estimates
 
-    def start(self, *sides: str) -> None:
-        """Workers with the weights as they are on disk, whatever was trained before."""
+    def start(self, *sides: str, model: str | None = None) -> None:
+        """Workers with the weights as they are on disk, whatever was trained before. model: another than its own."""
         for side in sides or SIDES:
             if side not in self.workers:
                 command = [self.pythons[side], "-W", "ignore", str(HERE / f"ppo_{side}.py")]
                 self.workers[side] = Worker(side, command, self.folder / f"{side}.log", THREADS)
                 self.versions[side] = self.workers[side].ask("hello")
-        self.load(self.model, self.dtype)
-
-    def load(self, model: str, dtype: str) -> None:
+        model, dtype = (model, "float32") if model else (self.model, self.dtype)
         folder = self.folder / model
         if not (folder / "value_model").is_dir():
             crafted = self.workers["ours"].ask("craft", model=model, folder=str(folder), dtype=dtype)
@@ -186,8 +184,7 @@ class Session:
             stand_in = COMPARED.get(self.model)
             few = replace(row, model=stand_in or self.model, epochs=1, ptx=False)
             few = replace(few, batch=max(2, row.n) if self.model == "135M" else 8)
-            if stand_in:
-                self.load(stand_in, "float32")
+            self.start(model=stand_in)
             self.our_setup(few)
             self.peer_setup(few, few.episodes)
             file = self.folder / "peer.safetensors"
@@ -201,7 +198,6 @@ class Session:
             self.errors[key] = {"max_rel_err": float(f"{errors[worst]:.3g}"), "tensor": worst, "tensors": len(errors)}
             if stand_in:
                 self.errors[key]["model"] = stand_in
-                self.load(self.model, self.dtype)
             self.clock.say(f"{row.name}: equal to {errors[worst]:.2g} in {len(errors)} tensors (worst: {worst})")
         if not self.errors[key]["max_rel_err"] <= LIMIT:
             raise ValueError(f"the two sides do not compute the same ({self.errors[key]}): no ratio")
@@ -221,8 +217,8 @@ class Session:
 
 def measure_update(session: Session, row: Row, pairs: int) -> dict:
     """Samples a second, in turns."""
-    session.start()
     equal = session.check(row)
+    session.start()
     tuned = row.mode == "tuned"
     config = session.peer_setup(row, session.tune(row) if tuned else None)
     like = session.tuned.get(replace(row, mode="tuned"))
@@ -233,6 +229,8 @@ def measure_update(session: Session, row: Row, pairs: int) -> dict:
         return {**like, "peer_config": config | {"measured_as": "tuned"}}
     our_config = session.our_setup(row)
     session.warm_up(row)
+    if session.model in COMPARED:  # else `check` has found it out
+        our_config["recompute"] = session.workers["ours"].ask("preflight", prompts=session.prompts(row, 4)[:16])
     most = session.workers["ours"].ask("ceilings")["flops"]
     ours, peer = run_pairs(
         lambda pair: session.our_update(row, 100 + pair),

@@ -195,6 +195,12 @@ class Ours:
         assert all(len(r) == length for r in found), "this is measured where EOS cannot be sampled"
         return seconds
 
+    def preflight(self, prompts: list[list[int]]) -> bool:
+        """Whether log-probs are computed again after sampling, as a run's beginning finds out."""
+        as_reference = replace(self.roles, ref_policy=self.roles.policy)
+        self.recompute = ppo.preflight(self.ctx, as_reference, prompts)
+        return self.recompute
+
     def ceilings(self) -> dict:
         return ceilings(DEVICE, self.dtype)
 
@@ -229,12 +235,11 @@ class Ours:
             model.zero_grad(set_to_none=True)
         left = [name for name in peer if name.startswith("gradient.")]
         assert not left, f"gradients that only the peer has: {left}"
-        as_reference = replace(self.roles, ref_policy=self.roles.policy)
-        self.recompute = ppo.preflight(self.ctx, as_reference, prompts)  # as a run's beginning finds out
+        self.preflight(prompts)
         return {name: ((a - b).norm() / b.norm()).item() for name, (a, b) in ours.items()}
 
 
 if __name__ == "__main__":
     ours = Ours()
-    names = ("hello", "craft", "load", "setup", "update", "sft_cost", "decode", "ceilings", "compare")
+    names = ("hello", "craft", "load", "setup", "update", "sft_cost", "decode", "ceilings", "preflight", "compare")
     serve({name: getattr(ours, name) for name in names})
