@@ -16,6 +16,7 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from accelerate.state import AcceleratorState
 from pairs import Phases, peak_bytes, reset_peak, serve, settle, versions
 from ppo_models import PAD, SHAPES, ceilings, craft
 from safetensors.torch import load_file
@@ -64,6 +65,7 @@ class Ours:
         """Weights in fp32 as in every stage; products in `dtype`."""
         self.roles = self.trainees = self.average = self.unpacked = None
         self.folders, self.dtype = folders, dtype
+        AcceleratorState._reset_state(True)  # the last one's dtype, which every Accelerator would share
         roles = Roles(
             load_policy(folders["policy"]),
             load_policy(folders["ref_policy"]).requires_grad_(False),
