@@ -362,7 +362,8 @@ def measure_decode(session: Session, row: Row, pairs: int) -> dict:
         return {"seconds": worker.ask("decode", length=length, **asked) - first, "prefill": first}
 
     for engine in ("ours", "generate"):
-        worker.ask("decode", length=length if GPU else 4, prompts=session.prompts(row, 3), engine=engine, seed=0)  # warm
+        warm = length if GPU else 4
+        worker.ask("decode", length=warm, prompts=session.prompts(row, 3), engine=engine, seed=0)
     ours, peer = run_pairs(
         lambda pair: decode("ours", pair),
         lambda pair: decode("generate", pair),
