@@ -64,6 +64,16 @@ RENAMED = {
 }
 
 
+# Ways of tuning that no stage can take, and why.
+IN_FRONT = "puts learned vectors before a prompt, which no weights can take in, and each stage hands a whole model on"
+REFUSED_METHODS = {
+    "adalora": "moves rank between layers by a record beside weights and optimizer, which checkpoints do not hold",
+    "qlora": "rounds the base to 4 bits, and each stage hands on a whole model with its adapter folded in",
+    "prompt_tuning": IN_FRONT,
+    "prefix_tuning": IN_FRONT,
+    "p_tuning": IN_FRONT,
+}
+
 COMMON = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -297,6 +307,8 @@ def _cross_checks(experiment: Any) -> list[str]:
             f"model.num_attention_heads: a head of {model.hidden_size} / {model.num_attention_heads} = "
             f"{model.hidden_size // model.num_attention_heads} is odd; rotary positions need an even number"
         )
+    if model.peft is not None and (why := REFUSED_METHODS.get(model.peft.method)):
+        problems.append(f"model.peft.method: {model.peft.method} {why}; use lora, dora, ia3 or bitfit")
     if model.attn_implementation == "flash_attention_2" and model.dtype == "float32":
         problems.append(
             "model.attn_implementation: flash_attention_2 does not compute in float32; "

@@ -20,12 +20,14 @@ FILE_SUFFIXES += (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".gguf",
 
 class PeftConfig(BaseModel):
     model_config = STRICT
-    method: Literal["lora"] = Field("lora", description="kind of adapter")
-    r: int = Field(16, ge=1, description="rank of the adapter matrices")
-    lora_alpha: int = Field(32, ge=1, description="adapters are scaled by lora_alpha / r")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout in front of the adapters")
+    method: Literal[
+        "lora", "dora", "ia3", "bitfit", "adalora", "qlora", "prompt_tuning", "prefix_tuning", "p_tuning"
+    ] = Field("lora", description="lora, dora, ia3 or bitfit (biases alone); the others are refused, with the reason")
+    r: int = Field(16, ge=1, description="rank of the adapter matrices (lora, dora)")
+    lora_alpha: int = Field(32, ge=1, description="adapters are scaled by lora_alpha / r (lora, dora)")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout in front of the adapters (lora, dora)")
     target_modules: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="names of the layers that get an adapter"
+        "all-linear", description="names of the layers that get an adapter (lora, dora)"
     )
 
 

@@ -14,7 +14,7 @@ from pipeline.errors import Interrupted, TrainingStopped
 from pipeline.stage import StageRun
 from stages import parallel
 from stages.engine import Best, Trainee, micro_batches, perplexity_of, refuse_shorter
-from stages.models.adapters import lora_config, merged, trainable
+from stages.models.adapters import adapter_config, merged, trainable
 from stages.objectives.losses import language_model_loss
 from stages.settings import batch_of_each
 
@@ -122,7 +122,7 @@ def train_language_model(
         processing_class=tokenizer,
         callbacks=[keeper.callback()],
         train_dataset=Dataset.from_list(train_rows).select(order),
-        peft_config=lora_config(**adapter) if adapter else None,
+        peft_config=adapter_config(model, **adapter) if adapter else None,
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)

@@ -1,8 +1,13 @@
-"""Parameter-efficient tuning through peft: wrap, choose what trains, merge for publication."""
+"""Parameter-efficient tuning: wrap (by peft), choose what trains, merge for publication.
+
+LoRA (Hu 2021), DoRA (Liu 2024) and IA³ (Liu 2022) are adapters; BitFit (Ben Zaken 2021) trains the model's own biases.
+"""
 
 import contextlib
 
 from torch import nn
+
+from pipeline.errors import UserError
 
 
 def with_adapter(
@@ -16,44 +21,74 @@ def with_adapter(
     scalar: bool = False,
     seed: int = 0,
 ):
-    """The model itself (`method` None: every weight trains) or a PeftModel. A scalar head always trains in full."""
+    """The model itself (`method` None: every weight trains; "bitfit": its biases) or a PeftModel. A scalar head always
+    trains in full."""
     if method is None:
         model.requires_grad_(True)
+        return model
+    config = adapter_config(
+        model,
+        method=method,
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=target_modules,
+        scalar=scalar,
+    )
+    if config is None:
         return model
     import torch
     from peft import get_peft_model
 
     torch.manual_seed(seed)  # adapters start from random A matrices
-    adapted = get_peft_model(
-        model,
-        lora_config(
-            method=method,
-            r=r,
-            lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout,
-            target_modules=target_modules,
-            scalar=scalar,
-        ),
-    )
+    adapted = get_peft_model(model, config)
     for module in adapted.modules():  # lora_dropout is for SFT: rollout and update must give the same log-probs
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return adapted.eval()
 
 
-def lora_config(*, method: str, r: int, lora_alpha: int, lora_dropout: float, target_modules, scalar: bool = False):
-    """peft's configuration, for `with_adapter` and for trl's trainer."""
-    from peft import LoraConfig, TaskType
+def adapter_config(
+    model, *, method: str, r: int, lora_alpha: int, lora_dropout: float, target_modules, scalar: bool = False
+):
+    """peft's configuration, for `with_adapter` and for trl's trainer; None for BitFit, which needs none: then what
+    trains of `model` is chosen here."""
+    from peft import IA3Config, LoraConfig, TaskType
+    from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_LAYERS
 
-    assert method == "lora"
+    what = {
+        "task_type": TaskType.SEQ_CLS if scalar else TaskType.CAUSAL_LM,
+        "modules_to_save": ["score"] if scalar else None,
+    }
+    if method == "bitfit":
+        train_biases(model)
+        return None
+    if method == "ia3":
+        if model.config.model_type not in IA3_LAYERS:
+            raise UserError(f"model.peft.method: peft knows no ia3 for a {model.config.model_type} model; use lora")
+        return IA3Config(**what)  # keys, values and feed-forward layers, by peft's names of them
+    assert method in ("lora", "dora")
     return LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
         target_modules=target_modules,
-        task_type=TaskType.SEQ_CLS if scalar else TaskType.CAUSAL_LM,
-        modules_to_save=["score"] if scalar else None,
+        use_dora=method == "dora",
+        **what,
     )
+
+
+def train_biases(model) -> None:
+    """Biases, and a scalar head, are all that trains; a UserError for a model that has none (Llama)."""
+    head = getattr(model, "score", None)
+    model.requires_grad_(False)
+    biases = [p for name, p in model.named_parameters() if name.endswith(".bias")]
+    if not biases:
+        raise UserError(
+            f"model.peft.method: bitfit trains biases, and this {model.config.model_type} model has none; use lora"
+        )
+    for p in [*biases, *(head.parameters() if head is not None else ())]:
+        p.requires_grad_(True)
 
 
 def is_adapted(model) -> bool:

@@ -18,7 +18,7 @@ from stages.models.adapters import plain
 from stages.models.packing import trunk_options
 
 WIDE = 512  # inputs from which on a linear layer counts as large
-BLOCK = 128  # columns of the cache by which a recorded step's view of it grows
+COLUMNS = 128  # of the cache, by which a recorded step's view of it grows
 WORTH = 16  # steps that a recording must serve: making one takes as long as a few steps without
 
 
@@ -42,7 +42,7 @@ class PackedLane:
         columns = torch.arange(width, device=hidden.device) - (width - lengths).unsqueeze(-1)  # < 0 before a prompt
         index = rows.sequences.gather(-1, columns.clamp(min=0))
         dtype = attention_dtype(hidden)
-        self.cache = self._make_cache(cache, index, dtype)
+        self.cache = Cache([self.column_type().of(layer, index, self.room, dtype) for layer in cache.layers])
         self.bias = torch.zeros(len(index), 1, 1, width + self.room, dtype=dtype, device=hidden.device)
         self.bias[..., :width].masked_fill_((columns < 0)[:, None, None], -torch.inf)
         self.positions, self.filled = lengths.unsqueeze(-1), width
@@ -50,25 +50,29 @@ class PackedLane:
 
     def step(self, tokens: Tensor) -> Tensor:
         self.filled += 1
-        options = {
-            "position_ids": self.positions,
-            "attention_mask": self.bias[:1],  # four dimensions: transformers makes no mask of its own
-            "past_key_values": self.cache,
-            "use_cache": True,
-            "packing": self.bias[..., : self.filled],
-        }
         with weights_first(self.wide):
-            logits = self._head(self._trunk(tokens.unsqueeze(-1), options)[:, 0])
-        self.positions = self.positions + 1
-        return logits
+            return self._read(tokens, self.filled)
 
     def keep(self, index: Tensor) -> None:
         for layer in self.cache.layers:
             layer.keep(index)
         self.bias, self.positions = self.bias[index], self.positions[index]
 
-    def _make_cache(self, read: Cache, index: Tensor, dtype: torch.dtype) -> Cache:
-        return Cache([_Column.of(layer, index, self.room, dtype) for layer in read.layers])
+    def column_type(self):
+        return _Column
+
+    def _read(self, tokens: Tensor, end: int) -> Tensor:
+        """Logits behind one token a row, which sees the cache's columns to `end`; positions move on."""
+        options = {
+            "position_ids": self.positions,
+            "attention_mask": self.bias[:1],  # four dimensions: transformers makes no mask of its own
+            "past_key_values": self.cache,
+            "use_cache": True,
+            "packing": self.bias[..., :end],
+        }
+        logits = self._head(self._trunk(tokens.unsqueeze(-1), options)[:, 0])
+        self.positions += 1
+        return logits
 
     def _trunk(self, ids: Tensor, options: dict) -> Tensor:
         return plain(self.model).base_model(input_ids=ids, **options).last_hidden_state
@@ -82,17 +86,18 @@ class RecordedLane(PackedLane):
     launching them one by one from Python takes longer than they run.
 
     A recording has fixed shapes: it sees the cache to the end of a block of columns, those not yet filled hidden by
-    the bias. The first step in a new block, or with fewer rows, runs as it is; the second is recorded.
+    the bias. The first step in a new block, or with fewer rows, runs as it is; the second is recorded. Under autocast
+    a recording reads the cast weights that the prefill left in autocast's cache: they live as long as the context that
+    the sampler runs in, and a lane does not outlive it.
     """
 
     def __init__(self, model, prompts, response_length: int, pad_id: int):
         super().__init__(model, prompts, response_length, pad_id)
-        self.steady, self.records = True, model.device.type == "cuda"
-        self.shape = self.graph = None
+        self.steady, self.shape, self.graph = True, None, None
 
     def start(self) -> Tensor:
         longest = int(self.rows.position_ids.max()) + 1
-        self.left, self.room = self.room, self.room + -(longest + self.room) % BLOCK  # whole blocks
+        self.left, self.room = self.room, self.room + -(longest + self.room) % COLUMNS  # whole blocks
         logits = super().start()
         self.bias[..., self.filled :] = -torch.inf
         self.column = torch.tensor([self.filled], device=logits.device)
@@ -101,52 +106,61 @@ class RecordedLane(PackedLane):
         return logits
 
     def step(self, tokens: Tensor) -> Tensor:
-        end = self.filled // BLOCK * BLOCK + BLOCK
+        end = self.filled // COLUMNS * COLUMNS + COLUMNS
         serves = min(end - self.filled, self.left)
         self.filled, self.left = self.filled + 1, self.left - 1
         if self.shape != (len(tokens), end):
-            self.shape, self.graph = (len(tokens), end), None
-            self.tokens = tokens.clone()
+            self.shape, self.graph, self.tokens = (len(tokens), end), None, tokens.clone()
             return self._one(end)
         self.tokens.copy_(tokens)
-        if self.graph is None:
-            if serves < WORTH or not self._record(end):
-                return self._one(end)
+        if self.graph is None and not (tokens.is_cuda and serves >= WORTH and self._record(end)):
+            return self._one(end)
         self.graph.replay()
         return self.logits
+
+    def column_type(self):
+        return _RecordedColumn
 
     def _one(self, end: int) -> Tensor:
         """A step that takes its tokens, its column and its positions from tensors, and moves those on."""
         self.bias.index_fill_(-1, self.column, 0.0)
         for layer in self.cache.layers:
             layer.end = end
-        options = {
-            "position_ids": self.positions,
-            "attention_mask": self.bias[:1],
-            "past_key_values": self.cache,
-            "use_cache": True,
-            "packing": self.bias[..., :end],
-        }
-        logits = self._head(self._trunk(self.tokens.unsqueeze(-1), options)[:, 0])
+        logits = self._read(self.tokens, end)
         self.column += 1
-        self.positions += 1
         return logits
 
     def _record(self, end: int) -> bool:
-        """Whether the step could be recorded: a model that asks the device for a number as it goes cannot."""
-        if self.records:
+        """Whether a recording of a step could be made."""
+        inner = plain(self.model)
+        if not hasattr(inner, "_steps_can_be_recorded"):
+            problem = self._what_it_asks(end)
+            inner._steps_can_be_recorded = problem is None
+            if problem:
+                warnings.warn(f"decoding goes step by step, slower: no CUDA graph ({problem})", stacklevel=2)
+        if inner._steps_can_be_recorded:
             graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                    self.logits = self._one(end)
-                self.graph = graph
-            except RuntimeError as problem:
-                self.records = False
-                warnings.warn(f"decoding goes on step by step, slower: no CUDA graph ({problem})", stacklevel=2)
-        return self.records
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.logits = self._one(end)
+            self.graph = graph
+        return inner._steps_can_be_recorded
 
-    def _make_cache(self, read: Cache, index: Tensor, dtype: torch.dtype) -> Cache:
-        return Cache([_RecordedColumn.of(layer, index, self.room, dtype) for layer in read.layers])
+    def _what_it_asks(self, end: int) -> str | None:
+        """What a step asks the device for as it goes (some mixtures of experts do), which no recording can: torch would
+        be left in the middle of one. None: nothing. What this trial writes, the step itself writes again."""
+        before, asked = (self.column.clone(), self.positions.clone()), torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                self._one(end)
+            except RuntimeError as problem:
+                return str(problem).splitlines()[0]
+            finally:
+                torch.cuda.set_sync_debug_mode(asked)
+                self.column.copy_(before[0])
+                self.positions.copy_(before[1])
+        return None
 
 
 def lane_for(model, packed: bool):

@@ -5,6 +5,7 @@ number. So a response depends on its prompt, its seed and the weights, not on it
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -67,13 +68,29 @@ def sample_with_logprobs(
             [torch.rand(response_length, generator=torch.Generator().manual_seed(seeds[i])) for i in chosen]
         ).to(model.device)
         lane = make_lane(model, [prompts[i] for i in chosen], response_length, pad_id)
-        tokens, logp, spread = _decode(lane, uniforms, eos_id, temperature, top_p, poll or (lambda: None))
+        with cast_once(model):
+            tokens, logp, spread = _decode(lane, uniforms, eos_id, temperature, top_p, poll or (lambda: None))
         at = torch.tensor(chosen, device=model.device)
         logprobs[at, : logp.shape[1]], entropy[at, : logp.shape[1]] = logp, spread
         for i, response in zip(chosen, tokens.tolist(), strict=True):
             responses[i] = response[: response.index(eos_id) + 1] if eos_id in response else response
     width = max(map(len, responses))
     return Sampled(responses, logprobs[:, :width], entropy[:, :width])
+
+
+@contextmanager
+def cast_once(model):
+    """Inside, autocast keeps its cast of every weight: it does so for those that require a gradient alone, and would
+    cast the frozen base of an adapter anew at each step."""
+    casts = torch.is_autocast_enabled(model.device.type)
+    frozen = [p for p in model.parameters() if casts and not p.requires_grad and p.is_floating_point()]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 def _decode(

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # for a worker that measures a CPU
 
 
 class Worker:
@@ -233,13 +235,21 @@ def middle(dicts: list[dict[str, float]], digits: int = 4) -> dict[str, float]:
 
 
 def machine() -> str:
-    """Processor, cores and memory."""
+    """Processor, cores, memory and GPUs."""
     try:
         model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError):
         model = platform.processor()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{platform.machine()}, {model}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
+    return ", ".join([platform.machine(), model, f"{len(os.sched_getaffinity(0))} cores", f"{memory:.0f} GiB", *gpus()])
+
+
+def gpus() -> list[str]:
+    """Names of the GPUs, by their driver's tool."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(asked, capture_output=True, text=True).stdout.split("\n")[:-1]
 
 
 def stamp() -> dict[str, str]:
@@ -297,6 +307,8 @@ def run_bench(
     if asked.list:
         print(*(row.name for row in rows), sep="\n")
         return 0
+    if not rows:
+        parser.error(f"no row's name begins with {' or '.join(asked.only)}; --list shows them")
     pairs = 1 if asked.quick else asked.pairs
     clock, failed = Clock(asked.minutes), []
     clock.say(f"{len(rows)} rows on {machine()}: " + ", ".join(row.name for row in rows))

@@ -12,13 +12,12 @@ mode tuned: the peer without checkpointing, its micro-batch the fastest of three
 as_shipped: trl's defaults but for the workload; where they come to the same work as tuned, it is not measured twice.
 Ours: its defaults. The peer's environment is made when it is missing; PEER_PYTHON names another one.
 
-Where there is a GPU, its rows are those of a 1.3B model, prompts and responses of 512 tokens, batch 128, products in
-bfloat16 (the peer's weights are bfloat16; ours stay fp32, with autocast); both sides sample the batch at once, and
-what they compute is compared in fp32 on the 4.7M model.
+Where torch sees a GPU there are also rows of a 1.3B model on it (--only 1.3B): prompts and responses of 512 tokens,
+batch 128, products in bfloat16 (the peer's weights are bfloat16; ours stay fp32, with autocast); both sides sample the
+batch at once, and what they compute is compared in fp32 on the 4.7M model. All other rows stay on the CPU.
 """
 
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,8 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pairs import Clock, Worker, middle, ratio, run_bench, run_pairs, stamp
+import torch
+from pairs import NO_GPU, Clock, Worker, middle, ratio, run_bench, run_pairs, stamp
 from ppo_models import P_EOS, PAD, SHAPES, decode_bytes, eos_of, necessary_flops, prompts
 
 HERE = Path(__file__).resolve().parent
@@ -40,8 +40,7 @@ BATCH = {"4.7M": 32, "135M": 16, "1.3B": 128, "quick": 8}
 MICRO = {"4.7M": (8, 16, 32), "135M": (2, 4, 8), "1.3B": (2, 4, 8), "quick": (2, 4, 8)}  # the peer's candidates
 LONGEST = {"4.7M": 128, "135M": 128, "1.3B": 512, "quick": 32}  # tokens of a prompt, and of a response
 DTYPE = {"1.3B": "bfloat16"}  # of products; others float32
-COMPARED = {"1.3B": "4.7M"}  # the model that stands for it where both sides are compared in fp32
-GPU = shutil.which("nvidia-smi") is not None
+COMPARED = {"1.3B": "4.7M"}  # on a GPU; and the model that stands for it where both sides are compared in fp32
 PTX_LENGTH, PTX_ROWS = 128, 8  # tokens a row, rows an episode: our defaults
 THREADS = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
 
@@ -116,7 +115,8 @@ class Session:
         for side in sides or SIDES:
             if side not in self.workers:
                 command = [self.pythons[side], "-W", "ignore", str(HERE / f"ppo_{side}.py")]
-                self.workers[side] = Worker(side, command, self.folder / f"{side}.log", THREADS)
+                env = THREADS if self.model in COMPARED else THREADS | NO_GPU
+                self.workers[side] = Worker(side, command, self.folder / f"{side}.log", env)
                 self.versions[side] = self.workers[side].ask("hello")
         model, dtype = (model, "float32") if model else (self.model, self.dtype)
         folder = self.folder / model
@@ -209,6 +209,8 @@ class Session:
             plain, tried = replace(row, epochs=1, n=1, batch=max(MICRO[self.model]), ptx=False), {}
             for micro in MICRO[self.model]:
                 self.peer_setup(plain, micro)
+                if self.model in COMPARED and not tried:
+                    self.peer_update(plain, 2)  # the first one plans kernels
                 tried[micro] = self.peer_update(plain, 2)["seconds"]
             self.micro, self.tried = min(tried, key=tried.get), {str(m): round(s, 2) for m, s in tried.items()}
             self.clock.say(f"{self.model}: the peer's seconds by micro-batch: {self.tried}")
@@ -304,7 +306,7 @@ def our_figures(session: Session, row: Row, ours: list[dict], most: float) -> di
         updates.append(flops["update"] / (found["phases"]["update"] + found["phases"]["optimizer"]) / most)
     return {
         "tokens": {
-            "processed": round(statistics.median(x["tokens"] for x in ours)),
+            "processed": round(statistics.median(x["tokens"] for x in ours)) if row.model not in COMPARED else None,
             "real": round(statistics.median(real)),
             "response_mean": {"ours": mean_length(ours)},
         },
@@ -362,7 +364,7 @@ def measure_decode(session: Session, row: Row, pairs: int) -> dict:
         return {"seconds": worker.ask("decode", length=length, **asked) - first, "prefill": first}
 
     for engine in ("ours", "generate"):
-        warm = length if GPU else 4
+        warm = length if session.model in COMPARED else 4  # a GPU's kernels are planned for each length of the cache
         worker.ask("decode", length=warm, prompts=session.prompts(row, 3), engine=engine, seed=0)
     ours, peer = run_pairs(
         lambda pair: decode("ours", pair),
@@ -372,6 +374,9 @@ def measure_decode(session: Session, row: Row, pairs: int) -> dict:
             f"{row.name}: pair {pair + 1} of {pairs}, {('ours', 'generate')[side]} {found['seconds']:.2f} s"
         ),
     )
+    equal = worker.ask("compare_decoding", prompts=session.prompts(row, 5)[:4])
+    if row.dtype == "float32" and not equal <= LIMIT:
+        raise ValueError(f"the sampler's log-probs are not those of generate's model ({equal}): no ratio")
     a_second = lambda found: round(row.episodes * (length - 1) / median_seconds(found), 1)  # noqa: E731
     prefill = lambda found: round(statistics.median(x["prefill"] for x in found), 4)  # noqa: E731
     sides = list(zip(SIDES, (ours, peer), strict=True))
@@ -384,6 +389,7 @@ def measure_decode(session: Session, row: Row, pairs: int) -> dict:
         "phases_s": {side: {"prefill": prefill(found), "decode": median_seconds(found)} for side, found in sides},
         "roofline_fraction": {side: round(least / median_seconds(found), 4) for side, found in sides},
         "copy_gbytes_per_s": round(most / 1e9, 1),
+        "equal_math": {"max_rel_err": equal},
         "peer": f"transformers {session.versions['ours']['transformers']} generate",
     }
 
@@ -462,7 +468,7 @@ def peer_python(clock: Clock) -> str:
 
 def main() -> int:
     open_session = lambda model, folder, clock: Session(model, folder, peer_python(clock), clock)  # noqa: E731
-    models = ["1.3B"] if GPU else ["4.7M", "135M"]
+    models = ["4.7M", "135M", *(COMPARED if torch.cuda.is_available() else ())]
     return run_bench("ppo", __doc__, models, 80.0, KEY, plan, open_session, measure)
 
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from accelerate.state import AcceleratorState
 from pairs import Phases, peak_bytes, reset_peak, serve, settle, versions
-from ppo_models import PAD, SHAPES, ceilings, craft
+from ppo_models import NEVER, PAD, SHAPES, ceilings, craft
 from safetensors.torch import load_file
 
 from data.groups import make_rows
@@ -33,7 +33,7 @@ from stages.objectives.losses import policy_loss, value_loss
 from stages.objectives.masked import masked_whiten
 from stages.objectives.rewards import kl_per_token, token_rewards
 from stages.rollouts import collect
-from stages.rollouts.transformers import sample
+from stages.rollouts.transformers import sample, sample_with_logprobs
 
 PHASES = {  # a name that is looked up in a module → the phase its time belongs to
     (collect, "sample_with_logprobs"): "decode",
@@ -203,6 +203,17 @@ class Ours:
         self.recompute = ppo.preflight(self.ctx, as_reference, prompts)
         return self.recompute
 
+    def compare_decoding(self, prompts: list[list[int]]) -> float:
+        """‖a − b‖ / ‖b‖ of the log-probs that the sampler gives its tokens, against the model that `generate` runs."""
+        with self.roles.accelerator.autocast():
+            found = sample_with_logprobs(
+                self.roles.policy, prompts, [7] * len(prompts), response_length=16, eos_id=NEVER, pad_id=PAD
+            )
+        with torch.no_grad():
+            rows = make_rows(prompts, found.responses, PAD).to(DEVICE)
+            right = response_logprobs(self.unpacked, rows)
+        return float(f"{((found.logprobs - right).norm() / right.norm()).item():.3g}")
+
     def ceilings(self) -> dict:
         return ceilings(DEVICE, self.dtype)
 
@@ -244,4 +255,5 @@ class Ours:
 if __name__ == "__main__":
     ours = Ours()
     names = ("hello", "craft", "load", "setup", "update", "sft_cost", "decode", "ceilings", "preflight", "compare")
+    names += ("compare_decoding",)
     serve({name: getattr(ours, name) for name in names})

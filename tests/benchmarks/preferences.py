@@ -19,7 +19,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pairs import Clock, Worker, middle, ratio, run_bench, run_pairs, stamp
+from pairs import NO_GPU, Clock, Worker, middle, ratio, run_bench, run_pairs, stamp
 from ppo_models import FIRST_WORD, SHAPES, parameters
 
 HERE = Path(__file__).resolve().parent
@@ -113,7 +113,7 @@ class Session:
         for side in SIDES:
             if side not in self.workers:
                 command = [sys.executable, "-W", "ignore", str(HERE / f"preferences_{side}.py"), self.bench]
-                self.workers[side] = Worker(side, command, self.folder / f"{side}.log", THREADS)
+                self.workers[side] = Worker(side, command, self.folder / f"{side}.log", THREADS | NO_GPU)
                 self.versions[side] = self.workers[side].ask("hello")
         if not (self.folder / "value_model").is_dir():
             made = self.workers["ours"].ask("craft", model=self.model, folder=str(self.folder))

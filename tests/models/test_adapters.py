@@ -1,13 +1,21 @@
-"""LoRA: what trains, what the adapter leaves as it was, and that merging it in changes no number."""
+"""LoRA, DoRA, IA³, BitFit: what trains, what they leave as it was, and that merging them in changes no number."""
 
 import pytest
 import torch
 
+from pipeline.errors import UserError
 from stages.models.adapters import adapter_off, is_adapted, merged, plain, trainable, with_adapter
 from stages.models.forward import response_logprobs, response_scores, response_values
 from stages.models.loading import load_policy, load_scalar_model, save_model
 
-LORA = {"method": "lora", "r": 4, "lora_alpha": 8}
+METHODS = {"lora": "lora_", "dora": "lora_", "ia3": "ia3_"}  # and what the names of their weights have in them
+
+
+@pytest.fixture(params=METHODS)
+def adapter(request):
+    return {"method": request.param, "r": 4, "lora_alpha": 8}
+
+
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 
 
@@ -25,28 +33,28 @@ def test_without_a_method_every_weight_trains(causal, kind):
     assert set(trainable(model)) == {n for n, _ in model.named_parameters()} and not is_adapted(model)
 
 
-def test_only_the_adapters_of_a_policy_train(causal, kind):
-    names = set(trainable(with_adapter(causal(kind), **LORA)))
-    assert names and all("lora_" in n for n in names)
+def test_only_the_adapters_of_a_policy_train(causal, kind, adapter):
+    names = set(trainable(with_adapter(causal(kind), **adapter)))
+    assert names and all(METHODS[adapter["method"]] in n for n in names)
 
 
-def test_only_adapters_and_head_of_a_scalar_model_train(scalar, kind):
+def test_only_adapters_and_head_of_a_scalar_model_train(scalar, kind, adapter):
     """The head trains in full, not through an adapter of its own, and gets a gradient from the score."""
-    model = with_adapter(scalar(kind), **LORA, scalar=True)
+    model = with_adapter(scalar(kind), **adapter, scalar=True)
     names = set(trainable(model))
-    heads = {n for n in names if "lora_" not in n}
+    heads = {n for n in names if METHODS[adapter["method"]] not in n}
     assert len(heads) == 1 and "score" in heads.pop()
-    assert not any("score" in n and "lora_" in n for n in names)
+    assert not any("score" in n and METHODS[adapter["method"]] in n for n in names)
 
 
-def test_a_fresh_adapter_changes_nothing(causal, scalar, kind, rows):
+def test_a_fresh_adapter_changes_nothing(causal, scalar, kind, rows, adapter):
     torch.testing.assert_close(
-        response_logprobs(with_adapter(causal(kind), **LORA), rows),
+        response_logprobs(with_adapter(causal(kind), **adapter), rows),
         response_logprobs(causal(kind), rows),
         rtol=0,
         atol=0,
     )
-    adapted = with_adapter(scalar(kind), **LORA, scalar=True)
+    adapted = with_adapter(scalar(kind), **adapter, scalar=True)
     torch.testing.assert_close(
         response_scores(adapted, rows), response_scores(scalar(kind), rows), rtol=0, atol=0
     )
@@ -55,19 +63,20 @@ def test_a_fresh_adapter_changes_nothing(causal, scalar, kind, rows):
     )
 
 
-def test_its_start_depends_on_the_seed_alone(causal):
+def test_its_start_depends_on_the_seed_alone(causal, adapter):
     """Whatever the generator's state was before."""
-    one = with_adapter(causal("llama"), **LORA, seed=5)
+    one = with_adapter(causal("llama"), **adapter, seed=5)
     torch.rand(3)
-    same, other = with_adapter(causal("llama"), **LORA, seed=5), with_adapter(causal("llama"), **LORA, seed=6)
+    same, other = with_adapter(causal("llama"), **adapter, seed=5), with_adapter(causal("llama"), **adapter, seed=6)
     for name, p in trainable(one).items():
         assert torch.equal(p, trainable(same)[name])
-    assert any(not torch.equal(p, trainable(other)[name]) for name, p in trainable(one).items())
+    if adapter["method"] != "ia3":  # whose scales all start at 1
+        assert any(not torch.equal(p, trainable(other)[name]) for name, p in trainable(one).items())
 
 
-def test_off_it_is_the_base_and_on_again_afterwards(causal, kind, rows):
+def test_off_it_is_the_base_and_on_again_afterwards(causal, kind, rows, adapter):
     """The reference policy at no memory; the adapter is back even after an error inside."""
-    policy = with_adapter(causal(kind), **LORA)
+    policy = with_adapter(causal(kind), **adapter)
     shake(policy)
     trained, base = response_logprobs(policy, rows), response_logprobs(causal(kind), rows)
     assert not torch.allclose(trained, base, atol=1e-3)
@@ -79,9 +88,9 @@ def test_off_it_is_the_base_and_on_again_afterwards(causal, kind, rows):
     torch.testing.assert_close(response_logprobs(policy, rows), trained, rtol=0, atol=0)
 
 
-def test_the_base_does_not_move_when_the_adapter_trains(scalar, kind, rows):
+def test_the_base_does_not_move_when_the_adapter_trains(scalar, kind, rows, adapter):
     """One optimizer step on the scores: trunk as before, adapters and head moved."""
-    model = with_adapter(scalar(kind), **LORA, scalar=True)
+    model = with_adapter(scalar(kind), **adapter, scalar=True)
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     before = {n: p.clone() for n, p in trainable(model).items()}
     optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
@@ -97,9 +106,9 @@ def test_the_base_does_not_move_when_the_adapter_trains(scalar, kind, rows):
 
 
 def test_merged_it_gives_the_adapted_numbers_and_saves_like_any_model(
-    causal, kind, rows, tmp_path, tokenizer
+    causal, kind, rows, tmp_path, tokenizer, adapter
 ):
-    policy = with_adapter(causal(kind), **LORA)
+    policy = with_adapter(causal(kind), **adapter)
     shake(policy)
     adapted = response_logprobs(policy, rows)
     folded = merged(policy)
@@ -109,8 +118,8 @@ def test_merged_it_gives_the_adapted_numbers_and_saves_like_any_model(
     torch.testing.assert_close(response_logprobs(load_policy(tmp_path), rows), adapted, rtol=1e-3, atol=1e-4)
 
 
-def test_a_merged_reward_model_keeps_its_trained_head(scalar, kind, rows, tmp_path, tokenizer):
-    model = with_adapter(scalar(kind), **LORA, scalar=True)
+def test_a_merged_reward_model_keeps_its_trained_head(scalar, kind, rows, tmp_path, tokenizer, adapter):
+    model = with_adapter(scalar(kind), **adapter, scalar=True)
     shake(model)
     adapted, values = response_scores(model, rows), response_values(model, rows)
     save_model(merged(model), tokenizer, tmp_path, card="")
@@ -119,19 +128,41 @@ def test_a_merged_reward_model_keeps_its_trained_head(scalar, kind, rows, tmp_pa
     torch.testing.assert_close(response_values(loaded, rows), values, rtol=1e-3, atol=1e-3)
 
 
-def test_the_bias_is_read_through_the_adapter(scalar, kind, rows):
+def test_the_bias_is_read_through_the_adapter(scalar, kind, rows, adapter):
     """reward_bias of the plain config counts in an adapted model too."""
-    with_bias = with_adapter(scalar(kind, bias=2.0), **LORA, scalar=True)
-    without = with_adapter(scalar(kind, bias=0.0), **LORA, scalar=True)
+    with_bias = with_adapter(scalar(kind, bias=2.0), **adapter, scalar=True)
+    without = with_adapter(scalar(kind, bias=0.0), **adapter, scalar=True)
     torch.testing.assert_close(response_scores(with_bias, rows), response_scores(without, rows) - 2.0)
     assert plain(with_bias).config.reward_bias == 2.0
 
 
-def test_lora_dropout_is_off_where_log_probs_must_repeat(causal, rows):
+def test_lora_dropout_is_off_where_log_probs_must_repeat(causal, rows, adapter):
     """Dropout off in all four models, also after .train(): two forwards of an adapted model are the same
     numbers."""
-    policy = with_adapter(causal("llama"), **LORA, lora_dropout=0.5)
+    policy = with_adapter(causal("llama"), **adapter, lora_dropout=0.5)
     shake(policy)
     torch.testing.assert_close(
         response_logprobs(policy, rows), response_logprobs(policy, rows), rtol=0, atol=0
     )
+
+
+def test_bitfit_trains_biases_and_the_head_alone(causal, scalar, rows):
+    """Nothing is wrapped; one step moves every bias and nothing else."""
+    for model in (causal("gpt2"), causal("qwen2")):
+        assert with_adapter(model, method="bitfit") is model and not is_adapted(model)
+        assert set(trainable(model)) == {n for n, _ in model.named_parameters() if n.endswith(".bias")}
+    model = with_adapter(scalar("gpt2"), method="bitfit", scalar=True)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    (response_scores(model, rows) ** 2).sum().backward()
+    torch.optim.SGD(trainable(model).values(), lr=0.1).step()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == set(trainable(model)) == {n for n in before if n.endswith(".bias")} | {"score.weight"}
+
+
+def test_what_a_method_cannot_do_is_said(causal):
+    with pytest.raises(UserError, match="this llama model has none; use lora"):
+        with_adapter(causal("llama"), method="bitfit")
+    model = causal("llama")
+    model.config.model_type = "unheard-of"
+    with pytest.raises(UserError, match="peft knows no ia3 for a unheard-of model"):
+        with_adapter(model, method="ia3")

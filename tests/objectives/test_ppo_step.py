@@ -16,6 +16,7 @@ from stages import ppo
 from stages.engine import Average, Skips, make_trainee
 from stages.models.packing import can_pack
 from stages.models.roles import Roles
+from stages.rollouts import collect
 from stages.rollouts.collect import reference_logprobs
 
 PAD, EOS, VOCAB = 0, 1, 24
@@ -474,6 +475,28 @@ class TestPreflight:
     def test_passes_where_policy_and_reference_are_one_model(self, roles):
         ppo.preflight(context(), roles, PROMPTS)
 
+    def test_a_sampler_that_is_a_little_off_is_asked_again(self, roles, monkeypatch):
+        """Within ten times the limit; then the rollout's log-probs and entropies are the model's own."""
+        right = collect.sample_with_logprobs
+
+        def off(*args, **options):
+            found = right(*args, **options)
+            return replace(found, logprobs=found.logprobs + 5e-4, entropy=found.entropy + 1.0)
+
+        monkeypatch.setattr(collect, "sample_with_logprobs", off)
+        assert ppo.preflight(context(), roles, PROMPTS) is True
+        again = ppo.rollout_of(context(), roles, PROMPTS, range(4), step=1, recompute=True)
+        rows = again.rows(range(8), PAD, roles.packed)
+        with torch.no_grad():
+            logprobs, entropy = ppo.response_logprobs(roles.policy, rows, with_entropy=True)
+        torch.testing.assert_close(again.logprobs, logprobs)
+        torch.testing.assert_close(again.entropy, entropy)
+
+    def test_on_the_way_a_policy_may_have_left_its_reference(self, roles):
+        with torch.no_grad():
+            roles.ref_policy.lm_head.weight += 0.05 * torch.randn_like(roles.ref_policy.lm_head.weight)
+        assert ppo.preflight(context(), roles, PROMPTS, step=3) is False
+
     def test_refuses_another_reference(self, roles):
         with torch.no_grad():
             roles.ref_policy.lm_head.weight += 0.05 * torch.randn_like(roles.ref_policy.lm_head.weight)
@@ -514,6 +537,12 @@ def test_the_reference_of_an_adapted_policy_is_the_policy_without_its_adapter(ro
     torch.testing.assert_close(reference_logprobs(adapted, rows, 1.0), base, rtol=0, atol=0)
     torch.testing.assert_close(ppo.response_logprobs(policy, rows), before, rtol=0, atol=0)
     assert not torch.allclose(before, base, atol=1e-3)
+
+
+def test_episodes_may_be_sampled_a_few_at_a_time(roles, rollout):
+    few = ppo.rollout_of(context(local_rollout_forward_batch_size=3), roles, PROMPTS, range(4), step=1)
+    assert few.responses == rollout.responses
+    torch.testing.assert_close(few.logprobs, rollout.logprobs)
 
 
 def test_figures_of_a_rollout_by_hand(rollout):

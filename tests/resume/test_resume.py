@@ -4,7 +4,9 @@ import json
 import shutil
 
 import pytest
+import torch
 from resume_worker import CONFIG, published, rlhf, without
+from safetensors.torch import load_file, save_file
 
 STAGES = ("base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate")
 JOURNALS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
@@ -55,6 +57,38 @@ def test_a_signal_inside_a_rollout_waits_for_no_other_token(stage, token, oracle
     assert published(folder) == published(oracle / "micro" / stage)
 
 
+def test_a_held_out_reward_model_looks_on_and_judges(oracle, tmp_path):
+    """Its score stands beside the other's, and `keep: best` goes by it."""
+    root = without(oracle, tmp_path, "ppo")
+    judge = oracle / "micro" / "rm" / "model"
+    options = [f"ppo.held_out_reward_model={judge}", "ppo.reward_ensemble=mean"]
+    assert rlhf("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only", *options) == 0
+    looks = [json.loads(line) for line in (root / "micro" / "ppo" / "evaluations.jsonl").open()]
+    scores = {look["step"]: look["held_out_score"] for look in looks}
+    assert len(scores) > 2 and all(look["held_out_score"] != look["score"] for look in looks)
+    metrics = json.loads((root / "micro" / "ppo" / "manifest.json").read_text())["metrics"]
+    assert metrics["best_step"] == max(scores, key=scores.get)
+
+
+def test_scores_that_are_not_finite_are_skipped_or_end_the_run(oracle, tmp_path):
+    """Each update's row has the figures of any other, without their values; nothing is learned."""
+    root = without(oracle, tmp_path, "ppo")
+    broken = tmp_path / "broken"
+    shutil.copytree(oracle / "micro" / "rm" / "model", broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["score.weight"][:] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    run = ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only", f"ppo.reward_model={broken}")
+    assert rlhf(*run) == 3
+    assert rlhf(*run, "ppo.max_skipped_steps=8", "ppo.keep=last", "--restart") == 0
+    folder = root / "micro" / "ppo"
+    rows_of = lambda x: [json.loads(line) for line in (x / "metrics.jsonl").open()]  # noqa: E731
+    rows, usual = rows_of(folder), rows_of(oracle / "micro" / "ppo")
+    assert [row.keys() for row in rows] == [row.keys() for row in usual]
+    start, end = (load_file(x / "model.safetensors") for x in (root / "micro" / "sft" / "ppo_init", folder / "model"))
+    assert all(torch.equal(start[name], end[name]) for name in end)
+
+
 def test_journals_hold_each_step_once(oracle):
     """And nothing of the clock but PPO's eps, episodes a second: all else is compared to the byte above."""
     for stage in ("base", "sft", "rm", "ppo", "dpo"):
@@ -76,8 +110,6 @@ def test_samples_hold_prompts_as_the_file_has_them(oracle):
 
 def test_ppo_starts_from_ppo_init_and_publishes_its_average(oracle):
     """Its reference is the other SFT model, and kl_coef follows kl_target by Ziegler's rule from row to row."""
-    from safetensors.torch import load_file
-
     load = lambda *parts: load_file(oracle.joinpath("micro", *parts) / "model.safetensors")  # noqa: E731
     start, sft, last, average = (
         load(*parts) for parts in (("sft", "ppo_init"), ("sft", "model"), ("ppo", "model"), ("ppo", "model_ema"))
@@ -93,8 +125,6 @@ def test_ppo_starts_from_ppo_init_and_publishes_its_average(oracle):
 
 def test_the_reward_models_of_an_ensemble_differ_and_know_their_bias(oracle):
     """rm.ensemble: 2. Each scores the demonstrations 0 on average by a bias of its own; accuracy is told in parts."""
-    from safetensors.torch import load_file
-
     folders = [oracle / "micro" / "rm" / name for name in ("model", "ensemble/1")]
     one, other = (load_file(folder / "model.safetensors") for folder in folders)
     assert set(one) == set(other) and not any(one[n].equal(other[n]) for n in one if one[n].dim() == 2)

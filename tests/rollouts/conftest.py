@@ -19,7 +19,7 @@ def causal(request, monkeypatch):
     if request.param == "wide":
         monkeypatch.setattr("stages.rollouts.lanes.WIDE", 16)
     if request.param == "recorded":
-        monkeypatch.setattr("stages.rollouts.lanes.BLOCK", 4)
+        monkeypatch.setattr("stages.rollouts.lanes.COLUMNS", 4)
         monkeypatch.setattr("stages.rollouts.transformers.lane_for", lambda *_: RecordedLane)
 
     def build(kind="llama", seed=0, spread=0.3):

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize("autocast", [False, True])
 def test_recorded_steps_are_the_steps(causal, monkeypatch, autocast):
     monkeypatch.undo()
-    monkeypatch.setattr(lanes, "BLOCK", 8)
+    monkeypatch.setattr(lanes, "COLUMNS", 8)
     monkeypatch.setattr(lanes, "WORTH", 2)
     model = causal(spread=0.1).cuda()
     replays, found = [], []

@@ -1,0 +1,70 @@
+"""Each way of tuning in each stage: it trains, changes only what it should, publishes a whole model, and a run that was
+killed ends in the same bytes."""
+
+import json
+import re
+
+import pytest
+import torch
+from resume_worker import CONFIG, published, rlhf, without
+from safetensors.torch import load_file
+
+STAGES = {"sft": "model", "rm": "model", "ppo": "model", "dpo": "model"}
+BEFORE = {"sft": "base/model", "rm": "sft/model", "ppo": "sft/ppo_init", "dpo": "sft/model"}  # what each begins with
+ANY_LINEAR = r"_proj\.weight$"
+CHANGES = {
+    "lora": ANY_LINEAR,
+    "dora": ANY_LINEAR,
+    "ia3": r"(q_proj|v_proj)\.(weight|bias)$|down_proj\.weight$",
+    "bitfit": r"\.bias$",
+}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def biased(oracle, tmp_path_factory):
+    """A folder with a small Qwen2: a model that has biases."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("qwen2")
+    tokenizer = AutoTokenizer.from_pretrained(oracle / "micro" / "base" / "model")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        max_position_embeddings=96,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", CHANGES)
+def test_a_method_in_every_stage(method, biased, tmp_path):
+    chain = tmp_path / "whole"
+    options = [f"model.name_or_path={biased}", f"model.peft={{method: {method}, r: 4}}"]
+    run = ("-c", str(CONFIG), *options, "--artifacts")
+    assert rlhf("run", "evaluate", *run, str(chain)) == 0
+    for stage, name in STAGES.items():
+        before = load_file(chain / "micro" / BEFORE[stage] / "model.safetensors")
+        after = load_file(chain / "micro" / stage / name / "model.safetensors")
+        changed = {n for n in after if n not in before or not torch.equal(before[n], after[n])}
+        assert changed - {"score.weight"}, "nothing was trained"
+        odd = [n for n in changed - {"score.weight"} if not re.search(CHANGES[method], n)]
+        assert not odd, f"{stage} changed {odd}"
+    for stage in STAGES:
+        root = without(chain, tmp_path / stage, stage)
+        again = ("run", stage, *run, str(root), "--only")
+        assert rlhf(*again, die=(stage, 5)) == -9
+        assert rlhf(*again) == 0
+        assert json.loads((root / "micro" / stage / "manifest.json").read_text())["resumes"] == 1
+        assert published(root / "micro" / stage) == published(chain / "micro" / stage)
