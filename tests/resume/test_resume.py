@@ -60,8 +60,8 @@ def test_a_signal_inside_a_rollout_waits_for_no_other_token(stage, token, oracle
 def test_a_held_out_reward_model_looks_on_and_judges(oracle, tmp_path):
     """Its score stands beside the other's, and `keep: best` goes by it."""
     root = without(oracle, tmp_path, "ppo")
-    judge = oracle / "micro" / "rm" / "model"
-    options = [f"ppo.held_out_reward_model={judge}", "ppo.reward_ensemble=mean"]
+    judge = oracle / "micro" / "rm" / "ensemble" / "1"
+    options = [f"ppo.held_out_reward_model={judge}", "ppo.missing_eos_score=null", "evaluate.missing_eos_score=null"]
     assert rlhf("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only", *options) == 0
     looks = [json.loads(line) for line in (root / "micro" / "ppo" / "evaluations.jsonl").open()]
     scores = {look["step"]: look["held_out_score"] for look in looks}
