@@ -100,7 +100,11 @@ class Config(Section):
     batch_size: int = setting(512, "episodes of one update", "episodes", ge=2)
     mini_batch_size: int = setting(64, "episodes of one optimizer step", "episodes", ge=1)
     per_device_train_batch_size: int = setting(
-        8, "episodes in one forward and backward; changes memory, not the gradient", "episodes", ge=1
+        8,
+        "most episodes in one forward and backward (on a CPU fewer, where they would leave its cache); changes memory, "
+        "not the gradient",
+        "episodes",
+        ge=1,
     )
     local_rollout_forward_batch_size: int = setting(
         64, "episodes sampled at a time by a process; changes memory and, by rounding, a sample", "episodes", ge=1
@@ -455,7 +459,7 @@ def preflight(ctx: StageRun, roles: Roles, prompts, step: int = 0) -> bool:
         n, size = c.samples_per_prompt, c.per_device_train_batch_size
         again = torch.zeros_like(rollout.logprobs)  # as the update does it: other rows together, and with gradients
         with roles.accelerator.autocast():
-            for index in in_micro_batches(rollout.lengths(), range(len(again))[::-1], n, size):
+            for index in in_micro_batches(rollout.lengths(), range(len(again))[::-1], n, size, roles.most_tokens()):
                 rows = rollout.rows(index, roles.tokenizer.pad_token_id, roles.packed)
                 logprobs = response_logprobs(roles.policy, rows, c.temperature).detach()
                 again[torch.tensor(index, device=again.device), : logprobs.shape[1]] = logprobs
@@ -573,7 +577,8 @@ def ppo_gradients(
     tokens = sum(len(rollout.responses[i]) for i in mini)
     figures: dict[str, float] = {}
     lengths, n = rollout.lengths(), kept_together(c)
-    for index in in_micro_batches(lengths, share_groups(lengths, mini, n), n, c.per_device_train_batch_size):
+    own, size = share_groups(lengths, mini, n), c.per_device_train_batch_size
+    for index in in_micro_batches(lengths, own, n, size, roles.most_tokens()):
         rows = rollout.rows(index, pad_id, roles.packed)
         mask, at = rows.response_mask, torch.tensor(index, device=rollout.mask.device)
         old_logprobs, old_values, advantage, target = (

@@ -7,9 +7,11 @@ import torch
 from safetensors import SafetensorError
 
 from pipeline.errors import UserError
-from stages.models.adapters import is_adapted, with_adapter
+from stages.models.adapters import is_adapted, plain, with_adapter
 from stages.models.ensemble import How, load_reward_model
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, same_tokenizer
+
+CACHED = 2**19  # numbers; measured from 256 to 576 a token, tests/benchmarks/LOG.md
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,12 @@ class Roles:
     accelerator: object
     judge: torch.nn.Module | None = None
     packed: bool = False
+
+    def most_tokens(self) -> int | None:
+        """Tokens of a micro-batch beyond which a CPU only gets slower: their hidden states leave its cache."""
+        if self.accelerator.device.type != "cpu":
+            return None
+        return max(1, CACHED // plain(self.policy).config.get_text_config().hidden_size)
 
     def models(self) -> list[torch.nn.Module]:
         every = (self.policy, self.ref_policy, self.reward_model, self.value_model, self.judge)

@@ -80,7 +80,7 @@ def collect(
     )
     with torch.no_grad(), roles.accelerator.autocast():
         own = share_groups(rollout.lengths(), range(len(repeated)), n)
-        for index in in_micro_batches(rollout.lengths(), own, n, micro_size):
+        for index in in_micro_batches(rollout.lengths(), own, n, micro_size, roles.most_tokens()):
             poll()
             at = torch.tensor(index, device=device)
             rows = rollout.rows(index, tokenizer.pad_token_id, roles.packed)
@@ -139,11 +139,22 @@ def share_groups(lengths: Sequence[int], index: Sequence[int], n: int) -> list[i
     return [i for group in parallel.share(groups, [sum(lengths[i] for i in g) for g in groups]) for i in group]
 
 
-def in_micro_batches(lengths: Sequence[int], index: Sequence[int], n: int, size: int) -> list[list[int]]:
+def in_micro_batches(
+    lengths: Sequence[int], index: Sequence[int], n: int, size: int, tokens: int | None = None
+) -> list[list[int]]:
     """`index` in parts of at most `size` episodes, like lengths together (little padding, even work), and the samples
-    of a prompt beside each other as long as `index` holds them in whole groups of n."""
+    of a prompt beside each other as long as `index` holds them in whole groups of n. tokens: a part has no more, but
+    for a group that has more by itself."""
     index = list(index)
     groups = [index[i : i + n] for i in range(0, len(index), n)]
-    groups.sort(key=lambda g: sum(lengths[i] for i in g))
-    ordered = [i for group in groups for i in group]
-    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    long = lambda part: sum(lengths[i] for i in part)  # noqa: E731
+    groups.sort(key=long)
+    parts: list[list[int]] = [[]]
+    for group in groups:
+        if tokens is not None and parts[-1] and long(parts[-1]) + long(group) > tokens:
+            parts.append([])
+        for i in group:
+            if len(parts[-1]) == size:
+                parts.append([])
+            parts[-1].append(i)
+    return [part for part in parts if part]
