@@ -8,33 +8,16 @@ import contextlib
 from torch import nn
 
 from pipeline.errors import UserError
+from stages.models.loading import score_head
 
 
-def with_adapter(
-    model,
-    *,
-    method: str | None,
-    r: int = 16,
-    lora_alpha: int = 32,
-    lora_dropout: float = 0.0,
-    target_modules="all-linear",
-    scalar: bool = False,
-    seed: int = 0,
-):
+def with_adapter(model, *, method: str | None, seed: int = 0, **settings):
     """The model itself (`method` None: every weight trains; "bitfit": its biases) or a PeftModel. A scalar head always
-    trains in full."""
+    trains in full. settings: those of `adapter_config`."""
     if method is None:
         model.requires_grad_(True)
         return model
-    config = adapter_config(
-        model,
-        method=method,
-        r=r,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        target_modules=target_modules,
-        scalar=scalar,
-    )
+    config = adapter_config(model, method=method, **settings)
     if config is None:
         return model
     import torch
@@ -49,7 +32,14 @@ def with_adapter(
 
 
 def adapter_config(
-    model, *, method: str, r: int, lora_alpha: int, lora_dropout: float, target_modules, scalar: bool = False
+    model,
+    *,
+    method: str,
+    r: int = 16,
+    lora_alpha: int = 32,
+    lora_dropout: float = 0.0,
+    target_modules="all-linear",
+    scalar: bool = False,
 ):
     """peft's configuration, for `with_adapter` and for trl's trainer; None for BitFit, which needs none: then what
     trains of `model` is chosen here."""
@@ -61,7 +51,7 @@ def adapter_config(
         "modules_to_save": ["score"] if scalar else None,
     }
     if method == "bitfit":
-        train_biases(model)
+        train_biases(model, list(score_head(model).parameters()) if scalar else [])
         return None
     if method == "ia3":
         if model.config.model_type not in IA3_LAYERS:
@@ -78,16 +68,15 @@ def adapter_config(
     )
 
 
-def train_biases(model) -> None:
-    """Biases, and a scalar head, are all that trains; a UserError for a model that has none (Llama)."""
-    head = getattr(model, "score", None)
+def train_biases(model, head: list[nn.Parameter]) -> None:
+    """Biases and the head are all that trains; a UserError for a model that has no bias (Llama)."""
     model.requires_grad_(False)
     biases = [p for name, p in model.named_parameters() if name.endswith(".bias")]
     if not biases:
         raise UserError(
             f"model.peft.method: bitfit trains biases, and this {model.config.model_type} model has none; use lora"
         )
-    for p in [*biases, *(head.parameters() if head is not None else ())]:
+    for p in biases + head:
         p.requires_grad_(True)
 
 

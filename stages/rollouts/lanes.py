@@ -22,11 +22,60 @@ COLUMNS = 128  # of the cache, by which a recorded step's view of it grows
 WORTH = 16  # steps that a recording must serve: making one takes as long as a few steps without
 
 
+class _Column(DynamicLayer):
+    """Keys and values (B, H_kv, room, D) allocated once; a step writes a column and sees those before it."""
+
+    blank = staticmethod(Tensor.new_empty)
+
+    @classmethod
+    def of(cls, layer, index: Tensor, room: int, dtype: torch.dtype) -> "_Column":
+        """From a layer that read packed prompts: row b holds the tokens index[b] (B, W), then `room` free columns."""
+        new, width = cls(), index.shape[1]
+        new.filled, new.is_initialized = width, True
+        new.dtype, new.device = dtype, layer.keys.device
+        for name in ("keys", "values"):
+            packed = getattr(layer, name)[0].transpose(0, 1).to(dtype)  # (T, H_kv, D)
+            spread = cls.blank(packed, (len(index), packed.shape[1], width + room, packed.shape[2]))
+            spread[:, :, :width] = packed[index].transpose(1, 2)
+            setattr(new, name, spread)
+        return new
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self.keys[:, :, self.filled : self.filled + 1] = key_states
+        self.values[:, :, self.filled : self.filled + 1] = value_states
+        self.filled += 1
+        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+
+    def get_seq_length(self) -> int:
+        return self.filled
+
+    def keep(self, index: Tensor) -> None:
+        for name in ("keys", "values"):
+            held = getattr(self, name)
+            less = self.blank(held, (len(index), *held.shape[1:]))
+            less[:, :, : self.filled] = held[index, :, : self.filled]
+            setattr(self, name, less)
+
+
+class _RecordedColumn(_Column):
+    """The column that is written is a number on the device, so that a recorded step finds another one each time; a
+    step sees all columns to `end`. Those not filled yet are 0: behind a mask a NaN would still be one."""
+
+    blank = staticmethod(Tensor.new_zeros)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self.keys.index_copy_(2, self.column, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, self.column, value_states.to(self.values.dtype))
+        return self.keys[:, :, : self.end], self.values[:, :, : self.end]
+
+
 class PackedLane:
     """For models that pack: each prompt once and without padding, then a cache with room for the whole response.
 
     Its rows are aligned at the prompts' ends, so that all write the same column; a bias hides what is before a prompt.
     """
+
+    layer = _Column
 
     def __init__(self, model, prompts, response_length: int, pad_id: int):
         self.model, self.room, self.wide = model, response_length, wide_layers(model)
@@ -42,7 +91,7 @@ class PackedLane:
         columns = torch.arange(width, device=hidden.device) - (width - lengths).unsqueeze(-1)  # < 0 before a prompt
         index = rows.sequences.gather(-1, columns.clamp(min=0))
         dtype = attention_dtype(hidden)
-        self.cache = Cache([self.column_type().of(layer, index, self.room, dtype) for layer in cache.layers])
+        self.cache = Cache([self.layer.of(layer, index, self.room, dtype) for layer in cache.layers])
         self.bias = torch.zeros(len(index), 1, 1, width + self.room, dtype=dtype, device=hidden.device)
         self.bias[..., :width].masked_fill_((columns < 0)[:, None, None], -torch.inf)
         self.positions, self.filled = lengths.unsqueeze(-1), width
@@ -57,9 +106,6 @@ class PackedLane:
         for layer in self.cache.layers:
             layer.keep(index)
         self.bias, self.positions = self.bias[index], self.positions[index]
-
-    def column_type(self):
-        return _Column
 
     def _read(self, tokens: Tensor, end: int) -> Tensor:
         """Logits behind one token a row, which sees the cache's columns to `end`; positions move on."""
@@ -91,6 +137,8 @@ class RecordedLane(PackedLane):
     the sampler runs in, and a lane does not outlive it.
     """
 
+    layer = _RecordedColumn
+
     def __init__(self, model, prompts, response_length: int, pad_id: int):
         super().__init__(model, prompts, response_length, pad_id)
         self.steady, self.shape, self.graph = True, None, None
@@ -117,9 +165,6 @@ class RecordedLane(PackedLane):
             return self._one(end)
         self.graph.replay()
         return self.logits
-
-    def column_type(self):
-        return _RecordedColumn
 
     def _one(self, end: int) -> Tensor:
         """A step that takes its tokens, its column and its positions from tensors, and moves those on."""
@@ -202,53 +247,6 @@ def _weight_first(layer, x: Tensor) -> Tensor:
     if layer.bias is not None:
         out = out + layer.bias
     return out.unflatten(0, x.shape[:-1]) if x.dim() > 2 else out
-
-
-class _Column(DynamicLayer):
-    """Keys and values (B, H_kv, room, D) allocated once; a step writes a column and sees those before it."""
-
-    blank = staticmethod(Tensor.new_empty)
-
-    @classmethod
-    def of(cls, layer, index: Tensor, room: int, dtype: torch.dtype) -> "_Column":
-        """From a layer that read packed prompts: row b holds the tokens index[b] (B, W), then `room` free columns."""
-        new, width = cls(), index.shape[1]
-        new.filled, new.is_initialized = width, True
-        new.dtype, new.device = dtype, layer.keys.device
-        for name in ("keys", "values"):
-            packed = getattr(layer, name)[0].transpose(0, 1).to(dtype)  # (T, H_kv, D)
-            spread = cls.blank(packed, (len(index), packed.shape[1], width + room, packed.shape[2]))
-            spread[:, :, :width] = packed[index].transpose(1, 2)
-            setattr(new, name, spread)
-        return new
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        self.keys[:, :, self.filled : self.filled + 1] = key_states
-        self.values[:, :, self.filled : self.filled + 1] = value_states
-        self.filled += 1
-        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
-
-    def get_seq_length(self) -> int:
-        return self.filled
-
-    def keep(self, index: Tensor) -> None:
-        for name in ("keys", "values"):
-            held = getattr(self, name)
-            less = self.blank(held, (len(index), *held.shape[1:]))
-            less[:, :, : self.filled] = held[index, :, : self.filled]
-            setattr(self, name, less)
-
-
-class _RecordedColumn(_Column):
-    """The column that is written is a number on the device, so that a recorded step finds another one each time; a
-    step sees all columns to `end`. Those not filled yet are 0: behind a mask a NaN would still be one."""
-
-    blank = staticmethod(Tensor.new_zeros)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        self.keys.index_copy_(2, self.column, key_states.to(self.keys.dtype))
-        self.values.index_copy_(2, self.column, value_states.to(self.values.dtype))
-        return self.keys[:, :, : self.end], self.values[:, :, : self.end]
 
 
 class PaddedLane:

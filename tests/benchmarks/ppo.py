@@ -101,7 +101,6 @@ class Session:
     def __init__(self, model: str, folder: Path, peer_python: str, clock: Clock):
         self.model, self.folder, self.clock = model, folder, clock
         self.pythons = {"ours": sys.executable, "peer": peer_python}
-        self.dtype = DTYPE.get(model, "float32")
         self.workers: dict[str, Worker] = {}
         self.versions: dict[str, dict] = {}
         self.warm = False
@@ -118,7 +117,8 @@ class Session:
                 env = THREADS if self.model in COMPARED else THREADS | NO_GPU
                 self.workers[side] = Worker(side, command, self.folder / f"{side}.log", env)
                 self.versions[side] = self.workers[side].ask("hello")
-        model, dtype = (model, "float32") if model else (self.model, self.dtype)
+        dtype = "float32" if model else DTYPE.get(self.model, "float32")
+        model = model or self.model
         folder = self.folder / model
         if not (folder / "value_model").is_dir():
             crafted = self.workers["ours"].ask("craft", model=model, folder=str(folder), dtype=dtype)

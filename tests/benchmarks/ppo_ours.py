@@ -254,6 +254,5 @@ class Ours:
 
 if __name__ == "__main__":
     ours = Ours()
-    names = ("hello", "craft", "load", "setup", "update", "sft_cost", "decode", "ceilings", "preflight", "compare")
-    names += ("compare_decoding",)
+    names = "hello craft load setup update sft_cost decode ceilings preflight compare compare_decoding".split()
     serve({name: getattr(ours, name) for name in names})

@@ -9,7 +9,6 @@ import torch
 from resume_worker import CONFIG, published, rlhf, without
 from safetensors.torch import load_file
 
-STAGES = {"sft": "model", "rm": "model", "ppo": "model", "dpo": "model"}
 BEFORE = {"sft": "base/model", "rm": "sft/model", "ppo": "sft/ppo_init", "dpo": "sft/model"}  # what each begins with
 ANY_LINEAR = r"_proj\.weight$"
 CHANGES = {
@@ -55,14 +54,14 @@ def test_a_method_in_every_stage(method, biased, tmp_path):
     options += ["rm.keep=last", "ppo.keep=last"]  # the best may be what a stage began with
     run = ("-c", str(CONFIG), *options, "--artifacts")
     assert rlhf("run", "evaluate", *run, str(chain)) == 0
-    for stage, name in STAGES.items():
-        before = load_file(chain / "micro" / BEFORE[stage] / "model.safetensors")
-        after = load_file(chain / "micro" / stage / name / "model.safetensors")
+    for stage, source in BEFORE.items():
+        before = load_file(chain / "micro" / source / "model.safetensors")
+        after = load_file(chain / "micro" / stage / "model" / "model.safetensors")
         changed = {n for n in after if n not in before or not torch.equal(before[n], after[n])}
         assert changed - {"score.weight"}, "nothing was trained"
         odd = [n for n in changed - {"score.weight"} if not re.search(CHANGES[method], n)]
         assert not odd, f"{stage} changed {odd}"
-    for stage in STAGES:
+    for stage in BEFORE:
         root = without(chain, tmp_path / stage, stage)
         again = ("run", stage, *run, str(root), "--only")
         assert rlhf(*again, die=(stage, 5)) == -9

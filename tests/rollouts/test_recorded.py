@@ -16,8 +16,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 @pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("causal", ["packed", "padded"], indirect=True)
 def test_recorded_steps_are_the_steps(causal, monkeypatch, autocast):
-    monkeypatch.undo()
     monkeypatch.setattr(lanes, "COLUMNS", 8)
     monkeypatch.setattr(lanes, "WORTH", 2)
     model = causal(spread=0.1).cuda()
