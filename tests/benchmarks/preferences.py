@@ -10,6 +10,10 @@ rankings a second over the peer's. Before it is measured both sides compute loss
 must agree to 1e-3 in every tensor. In DPO the reference's forward pass is part of the step on both sides.
 
 growth: our seconds a prompt at K = 9 over those at K = 2, to be held against (P + 9R)/(P + 2R).
+
+Where torch sees a GPU there are also rows on it (--only gpu): products in bfloat16 on both sides, weights in fp32, more
+prompts a step, and the 1.3B model of the PPO bench beside 135M. What the two sides compute is compared in fp32. Ours
+takes the step's prompts in one forward. All other rows stay on the CPU.
 """
 
 import os
@@ -19,6 +23,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from pairs import NO_GPU, Clock, Worker, middle, ratio, run_bench, run_pairs, stamp
 from ppo_models import FIRST_WORD, SHAPES, parameters
 
@@ -26,8 +31,9 @@ HERE = Path(__file__).resolve().parent
 KEY = ("bench", "measure", "model", "k", "p_to_r", "lengths", "loss", "dtype", "peer", "mode")
 SIDES = ("ours", "peer")
 LIMIT = 1e-3  # largest relative error at which a ratio may be printed
-PROMPTS = {2: 8, 4: 2, 9: 1}  # of a step, by K: 8, 12 and 36 pairs
-MICRO = (2, 4, 12)  # the peer's candidates, pairs
+ON_GPU = {"gpu-135M": "135M", "gpu-1.3B": "1.3B"}  # a model of `plan`: its shape
+PROMPTS = {"cpu": {2: 8, 4: 2, 9: 1}, "cuda": {2: 32, 4: 16, 9: 8}}  # of a step, by K
+MICRO = {"cpu": (2, 4, 12), "cuda": (8, 16, 48)}  # the peer's candidates, pairs
 LENGTHS = {"1:1": (128, 128), "4:1": (512, 128), "1:4": (128, 512)}  # most tokens of a prompt, of a response
 THREADS = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
 
@@ -48,10 +54,26 @@ class Row:
     def name(self) -> str:
         return f"{self.model}/{self.measure}/k{self.k}/{self.p_to_r}/{self.lengths}"
 
+    @property
+    def device(self) -> str:
+        return "cuda" if self.model in ON_GPU else "cpu"
+
+    @property
+    def dtype(self) -> str:
+        return {"cpu": "float32", "cuda": "bfloat16"}[self.device]
+
+    @property
+    def shape(self) -> str:
+        return ON_GPU.get(self.model, self.model)
+
+    @property
+    def prompts(self) -> int:
+        return PROMPTS[self.device][self.k]
+
     def rankings(self, seed: int, prompts: int | None = None) -> list[dict]:
         """Random words; variable lengths are uniform from a quarter of the most."""
         draw = random.Random(f"{self.name} {seed}")
-        vocabulary = SHAPES[self.model]["vocab_size"]
+        vocabulary = SHAPES[self.shape]["vocab_size"]
         size = lambda most: most if self.lengths == "fixed" else draw.randint(most // 4, most)  # noqa: E731
         text = lambda most: [draw.randrange(FIRST_WORD, vocabulary) for _ in range(size(most))]  # noqa: E731
         prompt, response = (n // 8 if self.model == "quick" else n for n in LENGTHS[self.p_to_r])
@@ -61,7 +83,7 @@ class Row:
                 "responses": [text(response) for _ in range(self.k)],
                 "ranks": draw.sample(range(1, self.k + 1), self.k),
             }
-            for _ in range(prompts or PROMPTS[self.k])
+            for _ in range(prompts or self.prompts)
         ]
 
 
@@ -108,18 +130,19 @@ class Session:
         self.tried: dict[str, float] = {}
         self.errors: dict[int, dict] = {}
 
-    def start(self) -> None:
-        """Workers with the weights as they are on disk, whatever was trained before."""
+    def start(self, dtype: str = "float32") -> None:
+        """Workers with the weights as they are on disk, whatever was trained before; products in `dtype`."""
         for side in SIDES:
             if side not in self.workers:
                 command = [sys.executable, "-W", "ignore", str(HERE / f"preferences_{side}.py"), self.bench]
-                self.workers[side] = Worker(side, command, self.folder / f"{side}.log", THREADS | NO_GPU)
+                env = THREADS if self.model in ON_GPU else THREADS | NO_GPU
+                self.workers[side] = Worker(side, command, self.folder / f"{side}.log", env)
                 self.versions[side] = self.workers[side].ask("hello")
         if not (self.folder / "value_model").is_dir():
-            made = self.workers["ours"].ask("craft", model=self.model, folder=str(self.folder))
+            made = self.workers["ours"].ask("craft", model=ON_GPU.get(self.model, self.model), folder=str(self.folder))
             self.clock.say(f"{self.model}: {made['parameters']:,} parameters")
         for worker in self.workers.values():
-            worker.ask("load", folder=str(self.folder))
+            worker.ask("load", folder=str(self.folder), dtype=dtype)
 
     def stop(self) -> None:
         for worker in self.workers.values():
@@ -132,6 +155,7 @@ class Session:
     def check(self, row: Row) -> dict:
         """Both sides on the same few rankings, once a K; an error of more than LIMIT ends the row."""
         if row.k not in self.errors:
+            self.start()
             few = [
                 {**r, "prompt": r["prompt"][:24], "responses": [x[:16] for x in r["responses"]]}
                 for r in row.rankings(1, 1 if row.k == 9 else 2)
@@ -150,17 +174,18 @@ class Session:
         return self.errors[row.k]
 
     def tune(self, row: Row) -> int:
-        """The peer's fastest micro-batch of three, by the second of two steps each on 12 pairs of 1:1; once a model. A
-        row takes the largest up to it that divides its pairs, and has no more tokens than were tried."""
+        """The peer's fastest micro-batch of three, by the second of two steps each of K = 4, 1:1; once a model. A row
+        takes the largest up to it that divides its pairs, and has no more tokens than were tried."""
         if self.micro is None:
             plain = Row(self.bench, self.model, 4)
-            for micro in MICRO:
+            for micro in MICRO[row.device]:
                 for seed in (2, 3):
                     self.tried[str(micro)] = round(self.peer_step(plain.rankings(seed), micro)["seconds"], 2)
             self.micro = int(min(self.tried, key=self.tried.get))
             self.clock.say(f"{self.model}: the peer's seconds by micro-batch: {self.tried}")
-        pairs, wider = PROMPTS[row.k] * row.k * (row.k - 1) // 2, sum(LENGTHS[row.p_to_r]) / sum(LENGTHS["1:1"])
-        return max(m for m in range(1, self.micro + 1) if pairs % m == 0 and (m == 1 or m * wider <= max(MICRO)))
+        pairs, wider = row.prompts * row.k * (row.k - 1) // 2, sum(LENGTHS[row.p_to_r]) / sum(LENGTHS["1:1"])
+        most = max(MICRO[row.device])
+        return max(m for m in range(1, self.micro + 1) if pairs % m == 0 and (m == 1 or m * wider <= most))
 
     def peer_step(self, rankings: list[dict], micro: int) -> dict:
         return self.workers["peer"].ask("step", rankings=rankings, micro=micro)
@@ -168,8 +193,9 @@ class Session:
 
 def measure_step(session: Session, row: Row, pairs: int) -> dict:
     """Rankings a second, in turns."""
-    session.start()
-    equal, micro = session.check(row), session.tune(row)
+    equal = session.check(row)
+    session.start(row.dtype)
+    micro = session.tune(row)
     ours_step = lambda seed: session.workers["ours"].ask("step", rankings=row.rankings(seed))  # noqa: E731
     ours_step(4)  # both warm: memory, kernels, optimizer states
     session.peer_step(row.rankings(4), micro)
@@ -183,7 +209,7 @@ def measure_step(session: Session, row: Row, pairs: int) -> dict:
         ),
     )
     sides = list(zip(SIDES, (ours, peer), strict=True))
-    needed = [necessary_flops(row.bench, SHAPES[row.model], row.rankings(100 + pair)) for pair in range(pairs)]
+    needed = [necessary_flops(row.bench, SHAPES[row.shape], row.rankings(100 + pair)) for pair in range(pairs)]
     return {
         "ratio": ratio([b["seconds"] / a["seconds"] for a, b in zip(ours, peer, strict=True)]),
         "equal_math": equal,
@@ -205,7 +231,7 @@ def measure_step(session: Session, row: Row, pairs: int) -> dict:
 
 def measure_growth(session: Session, row: Row, pairs: int) -> dict:
     """Ours alone: seconds a prompt at K = 9 over K = 2, in turns, at the same number of prompts."""
-    session.start()
+    session.start(row.dtype)
     ask = lambda k, seed: session.workers["ours"].ask(  # noqa: E731
         "step", rankings=Row(row.bench, row.model, k, row.p_to_r, row.lengths).rankings(seed, 4)
     )
@@ -223,13 +249,13 @@ def measure(session: Session, row: Row, pairs: int) -> dict:
     return {
         "bench": row.bench,
         "measure": row.measure,
-        "model": row.model,
+        "model": row.shape,
         "k": row.k,
-        "prompts": PROMPTS[row.k],
+        "prompts": row.prompts,
         "p_to_r": row.p_to_r,
         "lengths": row.lengths,
         "loss": "sigmoid",
-        "dtype": "float32",
+        "dtype": row.dtype,
         "peer": f"trl {session.versions['peer']['trl']}",
         "mode": "tuned",
         **found,
@@ -242,4 +268,5 @@ def measure(session: Session, row: Row, pairs: int) -> dict:
 def main(bench: str) -> int:
     open_session = lambda model, folder, clock: Session(bench, model, folder, clock)  # noqa: E731
     rows = lambda models: plan(bench, models)  # noqa: E731
-    return run_bench(bench, __doc__, ["4.7M", "135M"], 60.0, KEY, rows, open_session, measure)
+    models = ["4.7M", "135M", *(ON_GPU if torch.cuda.is_available() else ())]
+    return run_bench(bench, __doc__, models, 60.0, KEY, rows, open_session, measure)

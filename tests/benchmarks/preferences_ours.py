@@ -2,7 +2,8 @@
 
     python tests/benchmarks/preferences_ours.py rm|dpo
 
-`step` does what one step of `fit` does in stages/rm.py or stages/dpo.py, with their functions and defaults.
+`step` does what one step of `fit` does in stages/rm.py or stages/dpo.py, with their functions and defaults; on a GPU
+all of a step's prompts in one forward.
 """
 
 import sys
@@ -13,7 +14,8 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from pairs import Phases, peak_bytes, reset_peak, serve, versions
+from accelerate.state import AcceleratorState
+from pairs import Phases, peak_bytes, reset_peak, serve, settle, versions
 from ppo_models import PAD, SHAPES, ceilings, craft
 from safetensors.torch import load_file
 
@@ -25,6 +27,8 @@ from stages.models.forward import response_logprobs, response_scores
 from stages.models.loading import load_policy, load_scalar_model
 from stages.models.packing import can_pack
 from stages.objectives.logprobs import sequence_logps
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Ours:
@@ -38,11 +42,13 @@ class Ours:
         return versions("torch", "transformers", "accelerate") | {"threads": torch.get_num_threads()}
 
     def craft(self, model: str, folder: str) -> dict:
-        return craft(SHAPES[model], Path(folder))
+        return craft(SHAPES[model], Path(folder), device=DEVICE, dtype="float32" if DEVICE == "cpu" else "bfloat16")
 
-    def load(self, folder: str) -> None:
+    def load(self, folder: str, dtype: str) -> None:
+        """Weights in fp32 as in every stage; products in `dtype`."""
         self.model = self.reference = self.trainee = None
-        self.accelerator = make_accelerator("cuda" if torch.cuda.is_available() else "cpu", "float32")
+        AcceleratorState._reset_state(True)  # the last one's dtype, which every Accelerator would share
+        self.dtype, self.accelerator = dtype, make_accelerator(DEVICE, dtype)
         if self.bench == "rm":
             models = [load_scalar_model(Path(folder) / "reward_model")]
         else:
@@ -66,12 +72,16 @@ class Ours:
     def step(self, rankings: list[dict]) -> dict:
         """Time one optimizer step over the rankings."""
         groups, self.tokens = groups_of(rankings), 0
+        if DEVICE == "cuda":
+            self.settings.per_device_train_batch_size = len(groups)
         self.phases.take()
         reset_peak()
+        settle()
         began = time.perf_counter()
         references = self.reference_logps(groups)
         self.gradients(groups, references)
         optimizer_step(self.trainee, 1e-6, 1)
+        settle()
         seconds = time.perf_counter() - began
         taken = self.phases.take()
         taken["update"] = seconds - sum(taken.values())
@@ -86,7 +96,7 @@ class Ours:
             config=self.settings,
             manifests={"sft": {"digest": ""}},
             tracker=SimpleNamespace(progress=lambda *_: Silent()),
-            experiment=SimpleNamespace(model=SimpleNamespace(dtype="float32", attn_implementation="sdpa")),
+            experiment=SimpleNamespace(model=SimpleNamespace(dtype=self.dtype, attn_implementation="sdpa")),
         )
         with self.phases.phase("reference"):
             return dpo.reference_logps("train", groups, ctx, self.reference, PAD, self.accelerator, self.packed)
@@ -97,10 +107,14 @@ class Ours:
         for rows in cut_by_tokens(SimpleNamespace(config=c), groups, self.packed)[0](list(range(n))):
             batch = batch_groups([groups[i] for i in rows], PAD, packed=self.packed).to(self.accelerator.device)
             if self.bench == "rm":
-                value = rm.loss_of(c, batch, response_scores(self.model, batch.rows), n)
+                with self.accelerator.autocast():
+                    scores = response_scores(self.model, batch.rows)
+                value = rm.loss_of(c, batch, scores, n)
             else:
                 ref_logps = torch.cat([references[i] for i in rows]).to(self.accelerator.device)
-                logps = sequence_logps(response_logprobs(self.model, batch.rows), batch.rows.response_mask)
+                with self.accelerator.autocast():
+                    logprobs = response_logprobs(self.model, batch.rows)
+                logps = sequence_logps(logprobs, batch.rows.response_mask)
                 value = dpo.loss_of("sigmoid", logps, ref_logps, batch, c.beta, c.label_smoothing, n, 1)
                 dpo.pair_figures(value, logps.detach(), ref_logps, batch, c.beta, len(rows) / n)
             self.accelerator.backward(value)
@@ -114,13 +128,13 @@ class Ours:
         errors, peer = {"loss": abs(ours - loss) / abs(loss)}, load_file(file)
         for name, p in self.model.named_parameters():
             theirs = peer.pop(name)
-            errors[name] = ((p.grad - theirs).norm() / theirs.norm()).item()
+            errors[name] = ((p.grad.cpu() - theirs).norm() / theirs.norm()).item()
         assert not peer, f"gradients that only the peer has: {list(peer)}"
         self.model.zero_grad(set_to_none=True)
         return errors
 
     def ceilings(self) -> dict:
-        return ceilings("cpu", "float32")
+        return ceilings(DEVICE, self.dtype)
 
 
 class Silent:

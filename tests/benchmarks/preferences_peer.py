@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
-from pairs import Phases, peak_bytes, reset_peak, serve, versions
+from pairs import Phases, peak_bytes, reset_peak, serve, settle, versions
 from ppo_models import FIRST_WORD
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
@@ -34,9 +34,11 @@ class Clock(TrainerCallback):
     """When the step began and ended."""
 
     def on_step_begin(self, *_, **__):
+        settle()
         self.began = time.perf_counter()
 
     def on_step_end(self, *_, **__):
+        settle()
         self.seconds = time.perf_counter() - self.began
 
 
@@ -53,8 +55,10 @@ class Peer:
     def hello(self) -> dict:
         return versions("torch", "transformers", "trl", "accelerate") | {"threads": torch.get_num_threads()}
 
-    def load(self, folder: str) -> None:
-        self.trainer = self.micro = self.model = self.reference = self.optimizer = None
+    def load(self, folder: str, dtype: str) -> None:
+        """Weights in fp32 (trl's own default where bf16 is asked for); products in `dtype`."""
+        self.dtype, self.trainer, self.micro = dtype, None, None
+        self.model = self.reference = self.optimizer = None
         gc.collect()
         roles = ("reward_model",) if self.bench == "rm" else ("policy", "ref_policy")
         auto = AutoModelForSequenceClassification if self.bench == "rm" else AutoModelForCausalLM
@@ -85,7 +89,7 @@ class Peer:
             "gradient_checkpointing": False,
             "learning_rate": 1e-6,
             "lr_scheduler_type": "constant",  # a linear one ends with the first train()
-            "bf16": False,
+            "bf16": self.dtype == "bfloat16",
             "use_cpu": not torch.cuda.is_available(),
             "save_strategy": "no",
             "report_to": "none",
@@ -156,7 +160,8 @@ class Peer:
         """Loss and gradients by trl's compute_loss on all pairs in one batch; gradients into a safetensors file."""
         examples = self.examples(rankings)
         self.setup(examples, len(examples))
-        loss = self.trainer.compute_loss(self.trainer.model, self.trainer.data_collator(examples))
+        inputs = self.trainer._prepare_inputs(self.trainer.data_collator(examples))
+        loss = self.trainer.compute_loss(self.trainer.model, inputs)
         loss.backward()
         save_file({n: p.grad.contiguous() for n, p in self.model.named_parameters()}, file)
         self.model.zero_grad(set_to_none=True)
