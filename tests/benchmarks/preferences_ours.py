@@ -73,7 +73,7 @@ class Ours:
         """Time one optimizer step over the rankings."""
         groups, self.tokens = groups_of(rankings), 0
         if DEVICE == "cuda":
-            self.settings.per_device_train_batch_size = len(groups)
+            self.settings = self.settings.model_copy(update={"per_device_train_batch_size": len(groups)})
         self.phases.take()
         reset_peak()
         settle()
