@@ -7,6 +7,7 @@ Or the Plackett–Luce likelihood of each whole ranking under the rewards β log
 
 import hashlib
 import json
+from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Literal, get_args
 
@@ -30,7 +31,7 @@ from stages.common import (
     packing,
     show_samples,
 )
-from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
+from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee, pause_if_asked
 from stages.models.adapters import merged, with_adapter
 from stages.models.forward import response_logprobs
 from stages.models.loading import load_policy, load_tokenizer, save_model
@@ -117,7 +118,8 @@ def run(ctx: StageRun) -> dict:
     batch_size = c.per_device_train_batch_size * c.gradient_accumulation_steps
     order = group_order(ctx, groups, steps, batch_size)
     drawn = sorted(set(order))
-    options = (ctx, policy, tokenizer.pad_token_id, accelerator, packed)
+    poll = partial(pause_if_asked, ctx, 0, steps, lambda: None)
+    options = (ctx, policy, tokenizer.pad_token_id, accelerator, packed, poll)
     reference = {
         "train": dict(zip(drawn, reference_logps("train", [groups[i] for i in drawn], *options), strict=True)),
         "validation": reference_logps("validation", held, *options),
@@ -154,10 +156,11 @@ def run(ctx: StageRun) -> dict:
         return value, figures
 
     @torch.no_grad()
-    def evaluate() -> dict:
+    def evaluate(poll) -> dict:
         sums: dict[str, float] = {}
         tokens = sum(map(tokens_first, held))
         for rows in parallel.share(*in_parts(ctx, held, packed)):
+            poll()
             for key, value in forward(held, reference["validation"], rows, len(held), tokens)[1].items():
                 sums[key] = sums.get(key, 0.0) + value
         return parallel.total(sums)
@@ -206,7 +209,7 @@ def loss_of(name: str, logps, ref_logps, batch, beta: float, label_smoothing: fl
 
 @torch.no_grad()
 def reference_logps(
-    split: str, groups, ctx: StageRun, policy, pad_id: int, accelerator, packed: bool
+    split: str, groups, ctx: StageRun, policy, pad_id: int, accelerator, packed: bool, poll=lambda: None
 ) -> list[torch.Tensor]:
     """log π_ref of every response, one tensor (K,) a group; kept under a digest of the model and the groups, so that
     a run that goes on, or begins anew with other settings, does not compute it again."""
@@ -224,6 +227,7 @@ def reference_logps(
     def logps_of(parts: list[list[int]]):
         with ctx.tracker.progress(len(parts), "dpo reference") as progress:
             for done, rows in enumerate(parts, 1):
+                poll()
                 batch = batch_groups([groups[i] for i in rows], pad_id, packed=packed).to(accelerator.device)
                 with accelerator.autocast():
                     logprobs = response_logprobs(policy, batch.rows)

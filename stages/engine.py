@@ -7,6 +7,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -285,6 +286,16 @@ def pause_if_asked(ctx: StageRun, step: int, total: int, save: Callable[[], None
         raise Interrupted(step, total)
 
 
+class LookLeft(Exception):
+    """A signal ended a held-out look, of which nothing is kept: the checkpoint before it says that it is owed."""
+
+
+def leave_if_asked(ctx: StageRun) -> None:
+    """If a signal asked to stop: leave the held-out look that this was called in, with LookLeft."""
+    if ctx.stop.requested:
+        raise LookLeft
+
+
 def perplexity_of(loss: float) -> float:
     """exp of a mean cross-entropy in nats; infinite where a float cannot hold it."""
     return math.exp(loss) if loss < 700 else math.inf
@@ -340,7 +351,7 @@ def fit(
     cut: Callable[[list[int]], Iterable[list[int]]],
     learning_rate: Callable[[int], float],
     loss: Callable[[list[int], list[int]], tuple[Tensor, dict[str, float]]],
-    evaluate: Callable[[], dict[str, float]],
+    evaluate: Callable[[Callable[[], None]], dict[str, float]],
     judge: str,
     higher_is_better: bool,
     keep: str,
@@ -358,27 +369,36 @@ def fit(
 
     costs: of each row, by which a batch is shared among processes. cut(batch) → its micro-batches; loss(rows of one of
     them, rows of the batch) → (that micro-batch's share of the batch loss, sums to log): however it is cut, the
-    gradient is the batch's. evaluate() runs every `eval_steps`,
-    `judge` being the figure that keep and patience look at.
+    gradient is the batch's. evaluate(poll) runs every `eval_steps`, `judge` being the figure that keep and patience
+    look at; what poll() raises between two of its forward passes ends it.
     """
     best = Best(keep, patience, higher_is_better)
     steps = len(order) // batch_size
     whole = steps if total is None else total
-    start, _ = load_checkpoint(ctx, [trainee], best, steps, first=first)
+    start, kept = load_checkpoint(ctx, [trainee], best, steps, first=first)
     tensors, state = carried
-    save = lambda step: save_checkpoint(  # noqa: E731
-        ctx, first + step, whole, [trainee], best, dict(state), carried=tensors
-    )
+
+    def save(step: int, owes_look: bool = False) -> None:
+        if first + step:  # else there is nothing to go on from
+            said = dict(state) | {"owes_look": owes_look}
+            save_checkpoint(ctx, first + step, whole, [trainee], best, said, carried=tensors)
+
+    def evaluate_or_leave(step: int, owes_look: bool) -> dict[str, float]:
+        try:
+            return evaluate(partial(leave_if_asked, ctx))
+        except LookLeft:
+            save(step, owes_look)
+            raise Interrupted(first + step, whole) from None
 
     def look(step: int) -> dict[str, float]:
-        figures = evaluate()
+        figures = evaluate_or_leave(step, owes_look=True)
         ctx.tracker.evaluation(first + step, figures)
         best.offer(figures[judge], step, trainee)
         if samples is not None:
             ctx.tracker.samples(first + step, samples())
         return figures
 
-    figures = look(0) if start == 0 and first == 0 else {}
+    figures = look(start) if first + start == 0 or kept.get("owes_look") else {}
     step = start
     with ctx.tracker.progress(whole, ctx.stage, first + start) as progress:
         while step < steps and not best.exhausted:
@@ -405,5 +425,5 @@ def fit(
     if keep == "best" and best.step != step:
         trainee.load(best.tensors)
         figures = {}
-    figures = figures or evaluate()
+    figures = figures or evaluate_or_leave(step, owes_look=False)
     return {**figures, "best_step": best.step, "steps": step}

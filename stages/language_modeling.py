@@ -5,6 +5,7 @@ What transformers writes is staged, hashed and published by our checkpoint store
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from data.streams import Stream, derive_seed, grouped_by_length
 from pipeline.errors import Interrupted, TrainingStopped
 from pipeline.stage import StageRun
 from stages import parallel
-from stages.engine import Best, Trainee, micro_batches, perplexity_of, refuse_shorter
+from stages.engine import Best, LookLeft, Trainee, leave_if_asked, micro_batches, perplexity_of, refuse_shorter
 from stages.models.adapters import adapter_config, merged, trainable
 from stages.objectives.losses import language_model_loss
 from stages.settings import batch_of_each
@@ -112,8 +113,8 @@ def train_language_model(
     keeper = _Keeper(
         ctx=ctx, steps=steps, best=best, eval_steps=eval_steps, samples=samples, first=first, total=whole,
         carried=carried,
-        held_out_loss=lambda live: held_out_loss(
-            live, held_out_rows, tokenizer.pad_token_id, per_device_train_batch_size, trainer.accelerator)
+        held_out_loss=lambda live, poll=lambda: None: held_out_loss(
+            live, held_out_rows, tokenizer.pad_token_id, per_device_train_batch_size, trainer.accelerator, poll)
     )  # fmt: skip
     trainer_class = alone_in_saving(SFTTrainer) if processes > 1 else SFTTrainer
     trainer = (with_plain_loss(trainer_class) if len(tokenizer) <= SMALL_VOCABULARY else trainer_class)(
@@ -132,6 +133,7 @@ def train_language_model(
     if found:
         refuse_shorter(ctx, found.step - first, steps)
         keeper.best.restore(found)
+        keeper.owes_look = found.state.get("owes_look", False)
     with ctx.tracker.progress(whole, ctx.stage, found.step if found else first) as progress:
         keeper.progress = progress
         with parallel.collective():
@@ -176,13 +178,17 @@ def alone_in_saving(trainer_class):
 
 
 @torch.no_grad()
-def held_out_loss(model, rows: list[dict], pad_id: int, batch_size: int, accelerator) -> float:
-    """Mean cross-entropy a label, in nats, over all of `rows`: the same for every batch size."""
+def held_out_loss(
+    model, rows: list[dict], pad_id: int, batch_size: int, accelerator, poll: Callable[[], None]
+) -> float:
+    """Mean cross-entropy a label, in nats, over all of `rows`: the same for every batch size. What poll() raises
+    between two batches ends it."""
     training, total, tokens = model.training, 0.0, 0
     model.eval()
     ordered = sorted(rows, key=lambda r: len(r["input_ids"]))
     parts = list(micro_batches(ordered, batch_size))
     for part in parallel.share(parts, [sum(len(r["input_ids"]) for r in part) for part in parts]):
+        poll()
         width = max(len(r["input_ids"]) for r in part)
         pad = lambda ids, fill: ids + [fill] * (width - len(ids))  # noqa: B023, E731
         ids = torch.tensor([pad(r["input_ids"], pad_id) for r in part], device=accelerator.device)
@@ -206,6 +212,7 @@ class _Keeper:
         self.ctx, self.steps, self.best, self.eval_steps = ctx, steps, best, eval_steps
         self.first, self.total, self.carried = first, total, carried
         self.samples, self.held_out_loss, self.progress = samples, held_out_loss, None
+        self.owes_look = False
 
     @staticmethod
     def trainee(model) -> Trainee:
@@ -234,11 +241,17 @@ class _Keeper:
         self.progress.update(self.first + state.global_step, loss=logs["loss"])
 
     def look(self, model, state, control) -> None:
-        loss = self.held_out_loss(model)
+        """The held-out loss and samples; before the last step a signal ends it with LookLeft."""
+        training = model.training
+        poll = partial(leave_if_asked, self.ctx) if state.global_step < self.steps else lambda: None
+        try:
+            loss = self.held_out_loss(model, poll)
+        finally:
+            model.train(training)
+        self.owes_look = False
         self.ctx.tracker.evaluation(self.first + state.global_step, {"loss": loss, "perplexity": perplexity_of(loss)})
         self.best.offer(loss, state.global_step, self.trainee(model))
         if self.samples is not None:
-            training = model.training
             model.eval()
             self.ctx.tracker.samples(self.first + state.global_step, self.samples(model))
             model.train(training)
@@ -255,7 +268,8 @@ class _Keeper:
         tensors, kept = self.carried
         tensors = tensors | ({"best": self.best.tensors} if self.best.tensors else {})
         step = self.first + state.global_step
-        self.ctx.checkpoints.adopt(written, step, self.total, kept | {"best": self.best.state()}, tensors)
+        kept = kept | {"best": self.best.state(), "owes_look": self.owes_look}
+        self.ctx.checkpoints.adopt(written, step, self.total, kept, tensors)
 
     def callback(self):
         """The transformers callback that calls the methods above."""
@@ -274,12 +288,18 @@ class _Keeper:
                 keeper.logged(logs or {}, state)
 
             def on_train_begin(self, args, state, control, model=None, **_):
-                if state.global_step == 0 and keeper.first == 0:
-                    keeper.look(model, state, control)
+                if keeper.first + state.global_step == 0 or keeper.owes_look:
+                    try:
+                        keeper.look(model, state, control)
+                    except LookLeft:  # what there is to go on from is on disk
+                        raise Interrupted(keeper.first + state.global_step, keeper.total) from None
 
             def on_step_end(self, args, state, control, model=None, **_):
                 if state.global_step % keeper.eval_steps == 0 or state.global_step == keeper.steps:
-                    keeper.look(model, state, control)
+                    try:
+                        keeper.look(model, state, control)
+                    except LookLeft:
+                        keeper.owes_look = True
                 if state.global_step >= keeper.steps or keeper.best.exhausted:
                     control.should_save = False  # the artifact comes next
                     return

@@ -237,18 +237,17 @@ def run(ctx: StageRun) -> dict:
     ptx = Stream(len(ptx_rows), derive_seed(ctx.seed, "ptx"), cursor=step * per_update) if ptx_rows else None
     tried = train[: 2 * c.per_device_train_batch_size]
     place = f"{roles.accelerator.device.type} {dtype_of(ctx.experiment)}"
+    leave = partial(pause_if_asked, ctx, step, updates, lambda: None)
     if step == 0:
-        state = {"kl_coef": c.kl_coef, "recompute": preflight(ctx, roles, tried), "place": place, "looks": {}}
-        state["looks"]["0"] = look(ctx, roles, held, 0, state, policy, best)
-        alarms.look(0, state["looks"]["0"])
+        state = {"kl_coef": c.kl_coef, "recompute": preflight(ctx, roles, tried, 0, leave), "place": place, "looks": {}}
     elif not {"skipped", "alarms", "recompute", "looks", "kl_coef"} <= state.keys():
         raise UserError("ppo: the checkpoint was written by another version of this stage; start again with --restart")
     else:
         skips.count = state["skipped"]
         alarms.restore(state["alarms"])
         if state.get("place") != place:  # begun elsewhere, where other kernels agreed with each other
-            state |= {"recompute": preflight(ctx, roles, tried, step), "place": place}
-    looks = state["looks"]  # step → held-out figures
+            state |= {"recompute": preflight(ctx, roles, tried, step, leave), "place": place}
+    looks = state["looks"]  # step → held-out figures; a checkpoint that a signal asked for may be without its step's
 
     def save(at: int) -> None:
         if at == 0:
@@ -256,6 +255,13 @@ def run(ctx: StageRun) -> dict:
         kept = state | {"skipped": skips.count, "alarms": alarms.state()}
         save_checkpoint(ctx, at, updates, [policy, value], best, kept, average)
 
+    def look_if_due(at: int) -> None:
+        if str(at) not in looks and (at % c.eval_steps == 0 or at == updates):
+            poll = partial(pause_if_asked, ctx, at, updates, partial(save, at))
+            looks[str(at)] = look(ctx, roles, held, at, state, policy, best, poll)
+            sound(ctx, alarms.look(at, looks[str(at)]), at, updates, save)
+
+    look_if_due(step)
     with ctx.tracker.progress(updates, "ppo", step) as progress:
         while step < updates and not best.exhausted:
             step, began = step + 1, time.perf_counter()
@@ -318,13 +324,10 @@ def run(ctx: StageRun) -> dict:
                 state["kl_coef"] = adaptive_kl_coef(
                     kl_coef, row["objective/kl"], c.kl_target, c.batch_size, c.kl_horizon
                 )
-            raised = alarms.watch(step, row)
-            if step % c.eval_steps == 0 or step == updates:
-                looks[str(step)] = look(ctx, roles, held, step, state, policy, best)
-                raised += alarms.look(step, looks[str(step)])
+            sound(ctx, alarms.watch(step, row), step, updates, save)
+            look_if_due(step)
             if ctx.checkpoints.due(step) and step < updates:
                 save(step)
-            sound(ctx, raised, step, updates, save)
             if step < updates:
                 pause_if_asked(ctx, step, updates, lambda at=step: save(at))
 
@@ -447,7 +450,7 @@ def rollout_of(
     )
 
 
-def preflight(ctx: StageRun, roles: Roles, prompts, step: int = 0) -> bool:
+def preflight(ctx: StageRun, roles: Roles, prompts, step: int = 0, poll: Callable[[], None] = lambda: None) -> bool:
     """The update repeats the rollout's numbers (ratio 1), and before the first one KL to the reference is 0; or refuse.
 
     → whether log-probs must be computed again after sampling, the sampler's own not being the update's.
@@ -455,7 +458,8 @@ def preflight(ctx: StageRun, roles: Roles, prompts, step: int = 0) -> bool:
     c = ctx.config
     limit = 1e-4 if dtype_of(ctx.experiment) == "float32" else 2e-2
     for recompute in (False, True):
-        rollout = rollout_of(ctx, roles, prompts, range(len(prompts)), step, "preflight", recompute=recompute)
+        asked = (prompts, range(len(prompts)), step, "preflight")
+        rollout = rollout_of(ctx, roles, *asked, recompute=recompute, poll=poll)
         n, size = c.samples_per_prompt, c.per_device_train_batch_size
         again = torch.zeros_like(rollout.logprobs)  # as the update does it: other rows together, and with gradients
         with roles.accelerator.autocast():
@@ -661,13 +665,20 @@ def describe(rollout: Rollout, returns: Tensor, kl_coef: float, kl_estimator: st
 
 
 def look(
-    ctx: StageRun, roles: Roles, held, step: int, state: dict, policy: Trainee, best: Best
+    ctx: StageRun,
+    roles: Roles,
+    held,
+    step: int,
+    state: dict,
+    policy: Trainee,
+    best: Best,
+    poll: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Held-out prompts, one sample each, the same seeds every time; the two best and worst are kept as text."""
     c = ctx.config
-    rollout = rollout_of(
-        ctx, roles, [ids for _, ids in held], range(len(held)), 0, "held-out", 1, recompute=state["recompute"]
-    )
+    prompts = [ids for _, ids in held]
+    asked = (prompts, range(len(prompts)), 0, "held-out", 1)
+    rollout = rollout_of(ctx, roles, *asked, recompute=state["recompute"], poll=poll)
     figures = describe(rollout, rollout.values, c.kl_coef, c.kl_estimator)  # the same yardstick at every look
     figures = {name: figures[f"objective/{key}"] for name, key in HELD_OUT.items()}
     if roles.judge is not None:

@@ -195,8 +195,8 @@ def train(ctx: StageRun, trainee, tools, groups, held, order: list[int], steps: 
             "margin": weight * batch.mean(margins),
         }
 
-    def evaluate() -> dict:
-        margins, _, value = look_at_held(ctx, tools, held)
+    def evaluate(poll) -> dict:
+        margins, _, value = look_at_held(ctx, tools, held, poll)
         return {"loss": value, "accuracy": float(rights(margins).mean()), "margin": sum(margins) / len(margins)}
 
     return fit(
@@ -220,11 +220,12 @@ def train(ctx: StageRun, trainee, tools, groups, held, order: list[int], steps: 
 
 
 @torch.no_grad()
-def look_at_held(ctx: StageRun, tools, held) -> tuple[list[float], list[tuple[int, Pair]], float]:
+def look_at_held(ctx: StageRun, tools, held, poll=lambda: None) -> tuple[list[float], list[tuple[int, Pair]], float]:
     """Score margins of all held-out pairs, whose they are (group, pair), and the mean loss a prompt."""
     model, pad_id, accelerator, packed = tools
 
     def look(rows: list[int]) -> tuple[list[float], float]:
+        poll()
         batch = batch_groups([held[i] for i in rows], pad_id, packed=packed).to(accelerator.device)
         with accelerator.autocast():
             scores = response_scores(model, batch.rows)

@@ -41,6 +41,23 @@ def test_a_signal_ends_in_75_with_a_checkpoint_and_no_artifact(stage, oracle, tm
     assert published(folder) == published(oracle / "micro" / stage)
 
 
+@pytest.mark.parametrize(
+    "stage, step, look", [("base", 5, 6), ("sft", 5, 6), ("rm", 6, 6), ("rm", 16, 16), ("dpo", 8, 8), ("ppo", 6, 6),
+                          ("ppo", 8, 8)]
+)  # fmt: skip
+def test_a_signal_does_not_wait_for_a_held_out_look(stage, step, look, oracle, tmp_path):
+    """The checkpoint is of the step, the look at it is owed; the last steps of rm, dpo and ppo are such steps too."""
+    root = without(oracle, tmp_path, stage)
+    run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
+    assert rlhf(*run, term=(stage, step)) == 75
+    folder = root / "micro" / stage
+    assert (folder / "checkpoints" / f"step-{look:08d}" / "manifest.json").is_file()
+    looks = [json.loads(line)["step"] for line in (folder / "evaluations.jsonl").open()]
+    assert looks and look not in looks
+    assert rlhf(*run) == 0
+    assert published(folder) == published(oracle / "micro" / stage)
+
+
 @pytest.mark.parametrize("stage, token", [("ppo", 60), ("ppo", 85), ("rankings", 20), ("evaluate", 40)])
 def test_a_signal_inside_a_rollout_waits_for_no_other_token(stage, token, oracle, tmp_path):
     """PPO saves the state after the update before: what its last row says is in a checkpoint."""
