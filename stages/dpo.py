@@ -32,9 +32,9 @@ from stages.common import (
     show_samples,
 )
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee, pause_if_asked
-from stages.models.adapters import merged, with_adapter
+from stages.models.adapters import save_merged, with_adapter
 from stages.models.forward import response_logprobs
-from stages.models.loading import load_policy, load_tokenizer, save_model
+from stages.models.loading import load_policy, load_tokenizer
 from stages.objectives.logprobs import sequence_logps
 from stages.objectives.losses import chosen_loss, dpo_loss, plackett_luce_loss
 from stages.settings import PreferenceTraining, over_context, setting, total_steps
@@ -192,7 +192,7 @@ def run(ctx: StageRun) -> dict:
         samples=samples,
         learning_rate=lambda s: learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, c.warmup_steps),
     )
-    save_model(merged(policy), tokenizer, ctx.publish / "model", card=card(ctx, "a policy trained by DPO"))
+    save_merged(policy, tokenizer, ctx.publish / "model", card=card(ctx, "a policy trained by DPO"))
     return {**figures, "truncated": report.truncated, "dropped": report.dropped}
 
 

@@ -42,7 +42,7 @@ from stages.engine import (
     pause_if_asked,
     save_checkpoint,
 )
-from stages.models.adapters import is_adapted, merged, trainable
+from stages.models.adapters import is_adapted, merged, save_merged, trainable
 from stages.models.ensemble import How, others_of
 from stages.models.forward import response_logprobs, response_values, score_all, text_logprobs
 from stages.models.loading import save_model
@@ -339,12 +339,8 @@ def run(ctx: StageRun) -> dict:
     if c.keep == "best" and best.step != step:
         policy.load(best.tensors)
     before, after = looks["0"], looks[str(best.step if c.keep == "best" else step)]
-    save_model(
-        merged(roles.policy), roles.tokenizer, ctx.publish / "model", card=card(ctx, "a policy trained by PPO-ptx")
-    )
-    save_model(
-        merged(roles.value_model), roles.tokenizer, ctx.publish / "value_model", card=card(ctx, "PPO's value model")
-    )
+    save_merged(roles.policy, roles.tokenizer, ctx.publish / "model", card=card(ctx, "a policy trained by PPO-ptx"))
+    save_merged(roles.value_model, roles.tokenizer, ctx.publish / "value_model", card=card(ctx, "PPO's value model"))
     figures = {**after, **{f"{k}_before": v for k, v in before.items()}, "updates": step, "best_step": best.step}
     return {**figures, "skipped_steps": skips.count, "alarms": alarms.count}
 
@@ -361,6 +357,7 @@ def load(ctx: StageRun) -> Roles:
         ctx.config.reward_ensemble,
         (looks_on, given[looks_on]) if looks_on in given else None,
         make_accelerator(device_of(ctx), dtype_of(ctx.experiment)),
+        trunk=None if climbed in given else ctx.inputs["sft"] / "model",
         adapter=adapter_settings(m) or {"method": None},
         policy_seed=derive_seed(ctx.seed, "policy"),
         value_seed=derive_seed(ctx.seed, "value"),

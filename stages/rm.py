@@ -33,7 +33,7 @@ from stages.common import (
     read,
 )
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
-from stages.models.adapters import merged, with_adapter
+from stages.models.adapters import merged, save_adapter, with_adapter
 from stages.models.forward import response_scores, score_all
 from stages.models.loading import load_tokenizer, new_reward_model, save_model
 from stages.objectives.losses import plackett_luce_loss, ranking_loss
@@ -137,13 +137,14 @@ def run(ctx: StageRun) -> dict:
         found_margins, owners, _ = look_at_held(ctx, tools, held)
         margins.append(found_margins)
         # 4 the bias: demonstrations score 0 on average
+        folder = ctx.publish / ("model" if k == 0 else f"ensemble/{k}")
+        save_adapter(model, folder)
         model = merged(model)
         model.config.reward_bias = demonstration_mean(ctx, model, tokenizer, accelerator)
         if fresh:
             done[k]["reward_bias"] = model.config.reward_bias
         if fresh and k == 0:
             write_samples(ctx, model, tokenizer, held[:4], shown, done[0]["steps"], accelerator)
-        folder = ctx.publish / ("model" if k == 0 else f"ensemble/{k}")
         save_model(model, tokenizer, folder, card=card(ctx, "a reward model"))
         if fresh and k + 1 < c.ensemble and ctx.checkpoints.every:
             ctx.checkpoints.save((k + 1) * steps, kept, {"members": done, "steps": steps}, c.ensemble * steps)

@@ -1,14 +1,21 @@
-"""Parameter-efficient tuning: wrap (by peft), choose what trains, merge for publication.
+"""Parameter-efficient tuning: wrap (by peft), choose what trains, share the trunk, merge for publication.
 
 LoRA (Hu 2021), DoRA (Liu 2024) and IA³ (Liu 2022) are adapters; BitFit (Ben Zaken 2021) trains the model's own biases.
 """
 
 import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 
+import torch
 from torch import nn
 
 from pipeline.errors import UserError
-from stages.models.loading import score_head
+from stages.models.ensemble import members
+from stages.models.loading import load_scalar_model, new_reward_model, save_model, scalar_config, score_head
+from stages.parallel import is_first
+
+FOLDER = "adapter"  # beside the merged weights of a published model
 
 
 def with_adapter(model, *, method: str | None, seed: int = 0, **settings):
@@ -20,15 +27,32 @@ def with_adapter(model, *, method: str | None, seed: int = 0, **settings):
     config = adapter_config(model, method=method, **settings)
     if config is None:
         return model
-    import torch
     from peft import get_peft_model
 
     torch.manual_seed(seed)  # adapters start from random A matrices
-    adapted = get_peft_model(model, config)
-    for module in adapted.modules():  # lora_dropout is for SFT: rollout and update must give the same log-probs
+    return without_dropout(get_peft_model(model, config))
+
+
+def without_dropout(adapted):
+    """lora_dropout is for SFT: rollout and update must give the same log-probs."""
+    for module in adapted.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return adapted.eval()
+
+
+def load_on_trunk(folder: Path, *, trunk: Path, trains: bool = False, trust_remote_code: bool = False, **options):
+    """The reward model in `folder` with its adapter apart, on the model in `trunk` that rm began with; one without an
+    adapter as it is. trains: adapter and head go on training."""
+    from peft import PeftModel
+
+    options["trust_remote_code"] = trust_remote_code
+    if not (folder / FOLDER).is_dir():
+        return load_scalar_model(folder, **options)
+    bias = scalar_config(folder, trust_remote_code=trust_remote_code).reward_bias
+    model = new_reward_model(trunk, seed=0, **options)  # its head comes with the adapter
+    model.config.reward_bias = bias
+    return without_dropout(PeftModel.from_pretrained(model, str(folder / FOLDER), is_trainable=trains))
 
 
 def adapter_config(
@@ -85,8 +109,48 @@ def is_adapted(model) -> bool:
 
 
 def merged(model):
-    """A plain transformers model with the adapter folded in (ends the adapter: call it when training is over)."""
-    return model.merge_and_unload() if is_adapted(model) else model
+    """A plain transformers model with the adapter folded in (ends the adapter: call it when training is over). Weights
+    that other models share stay as they are."""
+    return model.merge_and_unload(safe_merge=True) if is_adapted(model) else model
+
+
+def save_adapter(model, folder: Path) -> None:
+    """An adapted model's adapter (and scalar head) in folder/adapter, for peft; nothing for other models."""
+    if not is_adapted(model) or not is_first():
+        return
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = ""  # it would be a path of this machine
+        if isinstance(config.target_modules, set):
+            config.target_modules = sorted(config.target_modules)  # else the file's order is chance
+    model.save_pretrained(folder / FOLDER)
+    (folder / FOLDER / "README.md").unlink(missing_ok=True)  # it knows less than the card of the model
+
+
+def save_merged(model, tokenizer, folder: Path, *, card: str) -> None:
+    """`save_model` of the merged weights, which transformers alone can load, and beside them the adapter, if any."""
+    save_adapter(model, folder)
+    save_model(merged(model), tokenizer, folder, card=card)
+
+
+def share_frozen(model, others: list) -> None:
+    """Frozen weights of `model` that are, bit for bit, those of one of `others` take no memory of their own."""
+    known: dict[str, list[nn.Parameter]] = {}
+    for other in others:
+        for name, p in _frozen(other):
+            known.setdefault(name, []).append(p)
+    for name, p in _frozen(model):
+        for q in known.get(name, ()):
+            if (p.device, p.dtype, p.shape) == (q.device, q.dtype, q.shape) and torch.equal(p, q):
+                p.data = q.data
+                break
+
+
+def _frozen(model) -> Iterator[tuple[str, nn.Parameter]]:
+    """Frozen parameters by the name that the plain model has for them."""
+    for member in members(model):
+        for name, p in plain(member).named_parameters():
+            if not p.requires_grad:
+                yield name.replace(".base_layer", ""), p
 
 
 @contextlib.contextmanager

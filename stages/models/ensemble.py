@@ -1,5 +1,6 @@
 """Several reward models that score as one: their mean, or their minimum (Coste 2023: worst-case optimisation)."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -24,10 +25,16 @@ class Ensemble(nn.Module):
         return every.mean(0) if self.how == "mean" else every.amin(0)
 
 
-def load_reward_model(folder: Path, how: How, **options) -> nn.Module:
-    """The reward model in `folder`; with those of ensemble/ beside it, if rm made them, an Ensemble."""
-    first, rest = load_scalar_model(folder, **options), others_of(folder)
-    return Ensemble([first, *(load_scalar_model(path, **options) for path in rest)], how) if rest else first
+def members(model) -> list[nn.Module]:
+    """The models of an Ensemble; of any other, itself."""
+    return list(model.members) if isinstance(model, Ensemble) else [model]
+
+
+def load_reward_model(folder: Path, how: How, load: Callable = load_scalar_model, **options) -> nn.Module:
+    """The reward model in `folder`; with those of ensemble/ beside it, if rm made them, an Ensemble. load(folder,
+    **options) → one of them."""
+    first, rest = load(folder, **options), others_of(folder)
+    return Ensemble([first, *(load(path, **options) for path in rest)], how) if rest else first
 
 
 def others_of(folder: Path) -> list[Path]:

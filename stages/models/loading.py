@@ -45,9 +45,9 @@ def new_reward_model(folder: Path, *, seed: int, attn_implementation: str = "sdp
     return prepare(model)
 
 
-def load_scalar_model(folder: Path, *, attn_implementation: str = "sdpa", trust_remote_code: bool = False):
-    """A trained reward or value model. A head that is not in the file, or a missing reward_bias, is a UserError."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+def scalar_config(folder: Path, *, trust_remote_code: bool = False):
+    """The configuration of a trained reward or value model; a UserError for any other."""
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     kind = (config.architectures or ["?"])[0]
@@ -61,6 +61,14 @@ def load_scalar_model(folder: Path, *, attn_implementation: str = "sdpa", trust_
             f"{folder}/config.json: has no reward_bias (the mean score of the demonstrations, which is "
             f'subtracted); make the model with `make rm`, or add "reward_bias": 0.0 if it is known'
         )
+    return config
+
+
+def load_scalar_model(folder: Path, *, attn_implementation: str = "sdpa", trust_remote_code: bool = False):
+    """A trained reward or value model. A head that is not in the file, or a missing reward_bias, is a UserError."""
+    from transformers import AutoModelForSequenceClassification
+
+    scalar_config(folder, trust_remote_code=trust_remote_code)
     model, info = AutoModelForSequenceClassification.from_pretrained(
         folder,
         dtype=torch.float32,

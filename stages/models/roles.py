@@ -1,13 +1,14 @@
-"""The models of a PPO run, each in its role."""
+"""The models of a PPO run, each in its role; what does not train is in memory once."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
 from pipeline.errors import UserError
-from stages.models.adapters import is_adapted, plain, with_adapter
+from stages.models.adapters import FOLDER, is_adapted, load_on_trunk, plain, share_frozen, with_adapter
 from stages.models.ensemble import How, load_reward_model
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, same_tokenizer
 
@@ -49,6 +50,7 @@ def load_roles(
     judge: tuple[str, Path] | None,
     accelerator,
     *,
+    trunk: Path | None,
     adapter: dict,
     policy_seed: int,
     value_seed: int,
@@ -57,30 +59,40 @@ def load_roles(
     trust_remote_code: bool,
 ) -> Roles:
     """Policy and reference from the folder `start`; the value model begins as the reward model. reward_model, judge:
-    (the setting that names it, folder). ensemble: how several reward models score as one."""
+    (the setting that names it, folder). ensemble: how several reward models score as one. trunk: the model that the
+    reward model's adapter was trained on, if that is known: then both stand on it, adapters apart."""
     options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(start, trust_remote_code=trust_remote_code)
-    rewards = load_scorer(*reward_model, tokenizer, ensemble, **options)
-    looks_on = None if judge is None else load_scorer(*judge, tokenizer, ensemble, **options)
-    policy = with_adapter(load_policy(start, **options), **adapter, seed=policy_seed)
-    value_model = load_scalar_model(reward_model[1], **options)
-    value_model = with_adapter(value_model, **adapter, scalar=True, seed=value_seed)
-    ref_policy = None if is_adapted(policy) else load_policy(start, **options).requires_grad_(False)
+    placed: list = []
+
+    def place(model):
+        """On its device, where it shares what it can with those before it: at no time are two trunks too many there."""
+        share_frozen(model.to(accelerator.device), placed)
+        placed.append(model)
+        return model
+
+    scalar = load_scalar_model if trunk is None or adapter["method"] is None else partial(load_on_trunk, trunk=trunk)
+    policy = place(with_adapter(load_policy(start, **options), **adapter, seed=policy_seed))
+    ref_policy = None if is_adapted(policy) else place(load_policy(start, **options).requires_grad_(False))
+    rewards = place(load_scorer(*reward_model, tokenizer, ensemble, scalar, **options))
+    if scalar is not load_scalar_model and (reward_model[1] / FOLDER).is_dir():
+        value_model = place(scalar(reward_model[1], trains=True, **options))
+    else:
+        value_model = load_scalar_model(reward_model[1], **options)
+        value_model = place(with_adapter(value_model, **adapter, scalar=True, seed=value_seed))
+    looks_on = None if judge is None else place(load_scorer(*judge, tokenizer, ensemble, **options))
     if gradient_checkpointing:
         policy.activation_checkpointing_enable()
         value_model.activation_checkpointing_enable()
-    roles = Roles(policy, ref_policy, rewards, value_model, tokenizer, accelerator, looks_on)
-    for model in roles.models():
-        model.to(accelerator.device)
-    return roles
+    return Roles(policy, ref_policy, rewards, value_model, tokenizer, accelerator, looks_on)
 
 
-def load_scorer(key: str, folder: Path, tokenizer, ensemble: How, *, attn_implementation: str, trust_remote_code: bool):
+def load_scorer(key: str, folder: Path, tokenizer, ensemble: How, load=load_scalar_model, **options):
     """A reward model that stays as it is. What is wrong with a folder that the setting `key` names is a UserError."""
-    options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     try:
-        same_tokenizer(tokenizer, load_tokenizer(folder, trust_remote_code=trust_remote_code), str(folder))
-        return load_reward_model(folder, ensemble, **options).requires_grad_(False)
+        other = load_tokenizer(folder, trust_remote_code=options["trust_remote_code"])
+        same_tokenizer(tokenizer, other, str(folder))
+        return load_reward_model(folder, ensemble, load, **options).requires_grad_(False)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise

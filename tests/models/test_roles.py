@@ -1,5 +1,6 @@
 """PPO's four models as they come from their folders: who trains, who does not, and at what memory."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from data.encode import train_tokenizer
 from pipeline.errors import UserError
 from stages import ppo
-from stages.models.forward import response_logprobs, response_values
-from stages.models.loading import save_model
+from stages.models.adapters import is_adapted, plain, save_merged, trainable, with_adapter
+from stages.models.forward import response_logprobs, response_scores, response_values
+from stages.models.loading import load_policy, load_scalar_model, new_reward_model, save_model
 from stages.rollouts.collect import reference_logprobs
 from stages.rollouts.rollout import Rollout
 from stages.rollouts.transformers import sample
@@ -76,6 +78,82 @@ def test_with_adapters_the_reference_costs_no_model(context, rows):
         reference_logprobs(roles, rows, 1.0), response_logprobs(roles.policy, rows), rtol=0, atol=0
     )
     assert all("lora_" in n for n, p in roles.policy.named_parameters() if p.requires_grad)
+
+
+@pytest.fixture
+def adapted(context, tmp_path, tokenizer):
+    """As `context`, the reward model trained with an adapter on the SFT policy's trunk."""
+    settings = {k: v for k, v in vars(LORA).items() if k != "lora_dropout"}
+    shutil.rmtree(tmp_path / "rm")
+    model = with_adapter(new_reward_model(tmp_path / "sft" / "model", seed=3), **settings, scalar=True, seed=3)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for p in trainable(model).values():
+            p += 0.1 * torch.randn_like(p)
+    model.config.reward_bias = 0.25
+    save_merged(model, tokenizer, tmp_path / "rm" / "model", card="")
+    return context
+
+
+def step(ctx, roles, rows, ragged):
+    """The gradients of an update of PPO, and what policy and reward model say before it."""
+    zeros, ones = torch.zeros(rows.responses.shape), torch.ones(rows.responses.shape)
+    old, scores = response_logprobs(roles.policy, rows).detach(), response_scores(roles.reward_model, rows)
+    rollout = Rollout(*ragged, [0, 1, 2, 3], rows.response_mask, old, old, zeros, zeros, zeros[:, 0], zeros[:, 0])
+    ppo.ppo_gradients(ctx, roles, rollout, ones, ones, list(range(4)))
+    return [old, scores, *(p.grad for m in (roles.policy, roles.value_model) for p in trainable(m).values())]
+
+
+def test_four_roles_stand_on_one_trunk(adapted, rows, ragged, monkeypatch):
+    """In memory once, and the same numbers as four models of their own."""
+    ctx, found, sizes = adapted(LORA), [], []
+    for shares in (True, False):
+        if not shares:
+            monkeypatch.setattr("stages.models.roles.share_frozen", lambda *_: None)
+        roles = ppo.load(ctx)
+        assert roles.ref_policy is None and len(roles.models()) == 3
+        weights = {p.untyped_storage().data_ptr(): p.nbytes for m in roles.models() for p in m.parameters()}
+        trained = sum(p.nbytes for m in roles.models() for n, p in m.named_parameters() if "lora_" in n or "score" in n)
+        sizes.append(sum(weights.values()) - trained)
+        found.append(step(ctx, roles, rows, ragged))
+    trunk = sum(p.nbytes for p in plain(roles.policy).parameters()) - sum(
+        p.nbytes for n, p in roles.policy.named_parameters() if "lora_" in n
+    )
+    assert sizes[0] <= trunk < sizes[1] / 2.5
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and len(found[0]) > 10
+
+
+def test_an_adapted_reward_model_scores_as_its_merged_weights(adapted, rows, tmp_path):
+    roles = ppo.load(adapted(LORA))
+    whole = load_scalar_model(tmp_path / "rm" / "model")
+    for model in (roles.reward_model, roles.value_model):
+        torch.testing.assert_close(response_scores(model, rows), response_scores(whole, rows), rtol=1e-5, atol=1e-5)
+    assert trains(roles.value_model) and not trains(roles.reward_model)
+
+
+def test_publishing_one_role_leaves_the_others_alone(adapted, rows, tokenizer, tmp_path):
+    """Merging writes into no trunk that others stand on; the published folder is what the adapted policy was."""
+    roles = ppo.load(adapted(LORA))
+    with torch.no_grad():
+        for p in trainable(roles.policy).values():
+            p += 0.05
+    logprobs, scores = response_logprobs(roles.policy, rows).detach(), response_scores(roles.reward_model, rows)
+    save_merged(roles.policy, tokenizer, tmp_path / "published", card="")
+    assert torch.equal(response_scores(roles.reward_model, rows), scores)
+    again = load_policy(tmp_path / "published")
+    torch.testing.assert_close(response_logprobs(again, rows), logprobs, rtol=1e-4, atol=1e-5)
+    from peft import PeftModel
+
+    on_base = PeftModel.from_pretrained(load_policy(tmp_path / "sft" / "model"), tmp_path / "published" / "adapter")
+    torch.testing.assert_close(response_logprobs(on_base, rows), logprobs, rtol=1e-5, atol=1e-6)
+
+
+def test_another_reward_model_keeps_a_trunk_of_its_own(adapted, tmp_path):
+    """What its adapter was trained on is not known here."""
+    ctx = adapted(LORA)
+    ctx.experiment.ppo = ctx.config = ctx.config.model_copy(update={"reward_model": str(tmp_path / "rm" / "model")})
+    roles = ppo.load(ctx)
+    assert not is_adapted(roles.reward_model) and is_adapted(roles.value_model)
 
 
 def test_a_reward_model_of_another_tokenizer_is_refused(context, tmp_path):
