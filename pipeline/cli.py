@@ -213,7 +213,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         run.add_argument(f"--{flag}", action="store_true")
     run.add_argument("--submit", choices=["slurm"])
     command("status", "show which stages are done, stale, interrupted, missing or damaged")
-    command("doctor", "look at versions, device, threads and disk", config="optional")
+    doctor = command("doctor", "look at versions, device, threads and disk", config="optional")
+    text = "print what each stage will need of a device's memory (launch.device=cuda: of a GPU that is not here)"
+    doctor.add_argument("--memory", action="store_true", help=text)
+    doctor.add_argument("--trust-remote-code", action="store_true", help="with --memory: run code that a model brings")
     command("clean", "say what an experiment's artifacts are, then remove them")
     chat = command("chat", "talk to several policies side by side")
     chat.add_argument("--models", required=True, metavar="A,B", help="stages whose models answer, as sft,ppo")
@@ -512,7 +515,12 @@ def doctor_command(arguments: argparse.Namespace) -> int:
         from pipeline import launch
 
         launch.set_environment({})
-    return importlib.import_module("stages.doctor").run(experiment, artifacts=arguments.artifacts)
+    stage = importlib.import_module("stages.doctor")
+    if arguments.memory:
+        if experiment is None:
+            raise UserError("doctor --memory: of which experiment? Add -c CONFIG, as configs/tiny.yaml")
+        return stage.plan_memory(experiment, trust_remote_code=arguments.trust_remote_code)
+    return stage.run(experiment, artifacts=arguments.artifacts)
 
 
 def chat_command(arguments: argparse.Namespace) -> int:

@@ -86,6 +86,45 @@ def pip() -> str:
     return os.path.relpath(local) if local.is_relative_to(Path.cwd()) else str(local)
 
 
+def plan_memory(experiment, console=None, trust_remote_code: bool = False) -> int:
+    """Prints what each training stage will need of a device; 0."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from stages.memory import of_experiment
+
+    console, here = console or Console(), torch.cuda.is_available()
+    device = {"auto": "cuda" if here else "cpu"}.get(experiment.launch.device, experiment.launch.device)
+    columns = ("weights", "moments", "kept", "step", "sampling")
+    table = Table("", *columns, "in all", box=None, padding=(0, 2, 0, 0))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    most = 0
+    with console.status("taking a step of each stage without data"):
+        for found in of_experiment(experiment, device, trust_remote_code):
+            sizes = [getattr(found, name) for name in columns]
+            table.add_row(found.stage, *map(readable, (*sizes, found.most)))
+            most = max(most, found.most)
+    console.print(table)
+    what = {"cuda": "each GPU", "cpu": "each process on the CPU"}[device]
+    console.print(
+        f"\nThe most that {what} will hold, with rows as long as the settings allow. moments: Adam's; kept: averages "
+        f"and best weights; step: activations and gradients; sampling: the cache. Of the last two the larger counts."
+    )
+    room = torch.cuda.mem_get_info()[1] / 1e9 if here else memory()[0]
+    if (device == "cuda") == here and most > room * 1e9:
+        console.print(
+            f"This machine has {room:.1f} GB: lower per_device_train_batch_size, or set "
+            f"model.gradient_checkpointing: true or model.peft: {{method: lora}}"
+        )
+    return 0
+
+
+def readable(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB" if size else ""
+
+
 def installation(experiment) -> Iterator[Line]:
     """Python and every library, against the bounds of the installed package."""
     from packaging.requirements import Requirement

@@ -4,15 +4,22 @@ LoRA (Hu 2021), DoRA (Liu 2024) and IA³ (Liu 2022) are adapters; BitFit (Ben Za
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from stages.models.ensemble import members
-from stages.models.loading import load_scalar_model, new_reward_model, save_model, scalar_config, score_head
+from stages.models.loading import (
+    load_scalar_model,
+    new_reward_model,
+    save_model,
+    scalar_config,
+    score_head,
+    without_dropout,
+)
 from stages.parallel import is_first
 
 FOLDER = "adapter"  # beside the merged weights of a published model
@@ -30,15 +37,7 @@ def with_adapter(model, *, method: str | None, seed: int = 0, **settings):
     from peft import get_peft_model
 
     torch.manual_seed(seed)  # adapters start from random A matrices
-    return without_dropout(get_peft_model(model, config))
-
-
-def without_dropout(adapted):
-    """lora_dropout is for SFT: rollout and update must give the same log-probs."""
-    for module in adapted.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return adapted.eval()
+    return without_dropout(get_peft_model(model, config)).eval()  # lora_dropout is for SFT
 
 
 def load_on_trunk(folder: Path, *, trunk: Path, trains: bool = False, trust_remote_code: bool = False, **options):
@@ -52,7 +51,7 @@ def load_on_trunk(folder: Path, *, trunk: Path, trains: bool = False, trust_remo
     bias = scalar_config(folder, trust_remote_code=trust_remote_code).reward_bias
     model = new_reward_model(trunk, seed=0, **options)  # its head comes with the adapter
     model.config.reward_bias = bias
-    return without_dropout(PeftModel.from_pretrained(model, str(folder / FOLDER), is_trainable=trains))
+    return without_dropout(PeftModel.from_pretrained(model, str(folder / FOLDER), is_trainable=trains)).eval()
 
 
 def adapter_config(
@@ -132,7 +131,7 @@ def save_merged(model, tokenizer, folder: Path, *, card: str) -> None:
     save_model(merged(model), tokenizer, folder, card=card)
 
 
-def share_frozen(model, others: list) -> None:
+def share_frozen(model, others: list, same: Callable[[Tensor, Tensor], bool] = torch.equal) -> None:
     """Frozen weights of `model` that are, bit for bit, those of one of `others` take no memory of their own."""
     known: dict[str, list[nn.Parameter]] = {}
     for other in others:
@@ -140,7 +139,7 @@ def share_frozen(model, others: list) -> None:
             known.setdefault(name, []).append(p)
     for name, p in _frozen(model):
         for q in known.get(name, ()):
-            if (p.device, p.dtype, p.shape) == (q.device, q.dtype, q.shape) and torch.equal(p, q):
+            if (p.device, p.dtype, p.shape) == (q.device, q.dtype, q.shape) and same(p, q):
                 p.data = q.data
                 break
 

@@ -116,17 +116,23 @@ def tokenizer_fingerprint(tokenizer) -> str:
 
 
 def prepare(model):
+    """Dropout off, weights aligned, no cache; in eval mode."""
+    without_dropout(model)
+    for p in model.parameters():  # mapped from a file, it begins at any byte, and kernels may round otherwise
+        if p.data_ptr() % 64:
+            p.data = p.data.clone()
+    model.config.use_cache = False
+    return model.eval()
+
+
+def without_dropout(model):
     """Dropout off for good (also after `.train()`): log-probs of rollout and update must be the same numbers."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         _silence(module)
     _silence(model.config)
-    for p in model.parameters():  # mapped from a file, it begins at any byte, and kernels may round otherwise
-        if p.data_ptr() % 64:
-            p.data = p.data.clone()
-    model.config.use_cache = False
-    return model.eval()
+    return model
 
 
 def _silence(owner) -> None:
@@ -178,27 +184,35 @@ def from_scratch(
     attn_implementation: str,
     seed: int,
 ):
-    """A Llama-shaped model with random weights; tied embeddings."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A model of `scratch_config` with random weights."""
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed)
-    return prepare(
-        LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=hidden_size,
-                num_hidden_layers=num_hidden_layers,
-                num_attention_heads=num_attention_heads,
-                intermediate_size=intermediate_size,
-                max_position_embeddings=max_position_embeddings,
-                tie_word_embeddings=True,
-                use_cache=False,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                bos_token_id=None,
-                attn_implementation=attn_implementation,
-            )
-        )
+    config = scratch_config(
+        len(tokenizer),
+        max_position_embeddings,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        intermediate_size=intermediate_size,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        attn_implementation=attn_implementation,
+    )
+    return prepare(LlamaForCausalLM(config))
+
+
+def scratch_config(vocab_size: int, max_position_embeddings: int, **shape):
+    """A Llama's; tied embeddings."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=True,
+        use_cache=False,
+        bos_token_id=None,
+        **shape,
     )
 
 

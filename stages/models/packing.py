@@ -123,9 +123,6 @@ def can_pack(model, max_length: int) -> bool:
     state from token to token gives other hidden states. One whose sliding window is shorter than `max_length`, or
     whose attention is not sdpa, is left alone.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
     if isinstance(model, Ensemble):
         return all([can_pack(member, max_length) for member in model.members])
     inner = plain(model)
@@ -138,16 +135,24 @@ def can_pack(model, max_length: int) -> bool:
         return True
     if getattr(inner.config, "_attn_implementation", None) != "sdpa":
         return False
-    AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
     try:
-        inner.set_attn_implementation(NAME)
+        register(inner)
         works = _same_hidden_states(inner)
     except (ValueError, RuntimeError, TypeError, IndexError, KeyError, AttributeError):
         works = False
     if not works:
         inner.set_attn_implementation("sdpa")
     return works
+
+
+def register(inner) -> None:
+    """Make a transformers model take its attention from here."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    inner.set_attn_implementation(NAME)
 
 
 def packs(model) -> bool:

@@ -33,14 +33,16 @@ class Roles:
     packed: bool = False
 
     def most_tokens(self) -> int | None:
-        """Tokens of a micro-batch beyond which a CPU only gets slower: their hidden states leave its cache."""
-        if self.accelerator.device.type != "cpu":
-            return None
-        return max(1, CACHED // plain(self.policy).config.get_text_config().hidden_size)
+        return most_tokens(plain(self.policy).config, self.accelerator.device.type)
 
     def models(self) -> list[torch.nn.Module]:
         every = (self.policy, self.ref_policy, self.reward_model, self.value_model, self.judge)
         return [model for model in every if model is not None]
+
+
+def most_tokens(config, device: str) -> int | None:
+    """Tokens of a micro-batch beyond which a CPU only gets slower: their hidden states leave its cache."""
+    return max(1, CACHED // config.get_text_config().hidden_size) if device == "cpu" else None
 
 
 def load_roles(
