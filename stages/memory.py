@@ -30,7 +30,7 @@ from stages.models.loading import score_head, scratch_config, without_dropout
 from stages.models.packing import register, trunk_options
 from stages.models.roles import most_tokens
 from stages.rollouts.collect import in_micro_batches
-from stages.settings import Section
+from stages.settings import Section, batch_of_each
 
 WIDTH = {"float32": 4, "bfloat16": 2}
 Lengths = list[tuple[int, list[int]]]  # of each prompt, and of its responses
@@ -97,7 +97,8 @@ def of_experiment(experiment, device: str, trust_remote_code: bool = False) -> I
     )
     for stage in ("base", "sft") if m.name_or_path is None else ("sft",):
         c = getattr(experiment, stage)
-        rows = Step("policy", "text", rows=c.per_device_train_batch_size, width=c.max_length + 1)
+        rows, _ = batch_of_each(c.per_device_train_batch_size, c.gradient_accumulation_steps, processes(experiment))
+        rows = Step("policy", "text", rows=rows, width=c.max_length + 1)
         sizes = take([rows], {"method": None} if stage == "base" else adapter)
         yield need(stage, sizes, kept=sizes.trains["policy"] * (c.keep == "best"))
     for stage, head, model in (("rm", "scores", "reward_model"), ("dpo", "logprobs", "policy")):
@@ -113,9 +114,9 @@ def of_ppo(experiment, config, take: Callable, dtype: str, device: str) -> Need:
     """Policy and value model train; the reference is the policy without its adapter, or a model of its own; what does
     not train is there once."""
     c = experiment.ppo
-    processes = max(1, experiment.launch.processes * experiment.launch.nodes)
+    ranks = processes(experiment)
     width = (c.max_length - c.response_length, c.response_length)
-    episodes = min(c.per_device_train_batch_size, -(-c.mini_batch_size // processes))
+    episodes = min(c.per_device_train_batch_size, -(-c.mini_batch_size // ranks))
     parts = in_micro_batches([sum(width)] * episodes, range(episodes), 1, episodes, most_tokens(config, device))
     lengths = [(width[0], [width[1]])] * max(map(len, parts))
     steps = [Step("policy", "logprobs", lengths)]
@@ -131,7 +132,7 @@ def of_ppo(experiment, config, take: Callable, dtype: str, device: str) -> Need:
     if not sizes.adapted:
         weights += policy if frozen else sizes.models["policy"]  # the reference, where the rest is the policy's own
     kept = policy * ((c.ema_decay is not None) + (c.keep == "best"))
-    sampled = min(c.local_rollout_forward_batch_size, -(-c.batch_size // processes))
+    sampled = min(c.local_rollout_forward_batch_size, -(-c.batch_size // ranks))
     cache = sampled * (sum(width) * cache_of_token(config) * WIDTH[dtype] + 8 * config.get_text_config().vocab_size)
     cast = WIDTH[dtype] * sizes.models["policy"] // 4 if (device, dtype) == ("cuda", "bfloat16") else 0
     return replace(need("ppo", sizes, kept), weights=weights, sampling=cache + cast)
@@ -264,6 +265,10 @@ def cache_of_token(config) -> int:
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return 2 * text.num_hidden_layers * heads * width
+
+
+def processes(experiment) -> int:
+    return experiment.launch.processes * experiment.launch.nodes
 
 
 def dtype_for(experiment, device: str) -> str:
