@@ -169,7 +169,7 @@ def known(each: np.ndarray) -> np.ndarray:
 
 
 def table(found: dict, names: tuple[str, ...], figures) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows: means over the prompts of all seeds with intervals, and the range over seeds."""
+    """Headings and rows: means over the prompts of all seeds with 95 % intervals, and the range over seeds."""
     rows, headings = [], ["variant"]
     for name in names:
         cells = [name]
@@ -178,9 +178,9 @@ def table(found: dict, names: tuple[str, ...], figures) -> tuple[list[str], list
             by_seed = [known(one[key]) for one in each]
             of_all, means = np.concatenate(by_seed), [float(x.mean()) for x in by_seed]
             low, high = mean_ci(of_all, 0)
-            cells += [fixed(of_all.mean(), 3), f"{fixed(low, 3)} to {fixed(high, 3)}"]
+            cells.append(f"{fixed(of_all.mean(), 3)} ({fixed(low, 3)} to {fixed(high, 3)})")
             cells.append(f"{fixed(min(means), 3)} to {fixed(max(means), 3)}")
-        headings = ["variant", *[h for key in each[0] for h in (key, "95 % interval", "over seeds")]]
+        headings = ["variant", *[h for key in each[0] for h in (key, "over seeds")]]
         rows.append(cells)
     return headings, rows
 
@@ -195,8 +195,8 @@ def verdicts(found: dict) -> list[str]:
     models = lambda name: every(found, name, reward_model_figures, ORDERED)  # noqa: E731
     policies = lambda name: every(found, name, policy_figures, WINS)  # noqa: E731
     pairs, whole, ppo = POLICIES
-    says = "orders {} more often as gold does than one pair a prompt".format
-    wins_by = lambda than: (lambda value: f"wins {value} more often against SFT than {than}")  # noqa: E731
+    says = "orders {} often as gold does than one pair a prompt".format
+    wins_by = lambda than: (lambda more: f"wins {more} often against SFT than {than}")  # noqa: E731
     return [
         *(compared(name, models(name), models(MODELS[0]), says) for name in MODELS[1:]),
         *(compared(name, policies(name), policies(pairs), wins_by(pairs)) for name in (whole, ppo)),
@@ -209,7 +209,8 @@ def compared(name: str, ours: np.ndarray, theirs: np.ndarray, says) -> str:
     gap = difference(ours[both], theirs[both], 0)
     low, high = gap["ci95"]
     verdict = "" if low > 0 or high < 0 else ": no clear difference"
-    return f"{name} {says(fixed(gap['value'], 3))} (95 % interval {fixed(low, 3)} to {fixed(high, 3)}){verdict}."
+    more = f"{fixed(abs(gap['value']), 3)} {'less' if gap['value'] < 0 else 'more'}"
+    return f"{name} {says(more)} (95 % interval {fixed(low, 3)} to {fixed(high, 3)}){verdict}."
 
 
 def pictures(found: dict) -> list[Figure]:
