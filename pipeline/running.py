@@ -222,7 +222,10 @@ def prepare(job: Job, run: dict[str, Any]) -> StageRun:
         most=0.035 if every is None else None,
     )
     checkpoint = saved.newest()
-    tracker.rewind(checkpoint.step if checkpoint is not None else -1)
+    if checkpoint is None:
+        tracker.rewind(-1)
+    else:
+        tracker.rewind(checkpoint.step, checkpoint.state.get("owes_look", False))
     if checkpoint is not None:
         job.say(f"going on from step {checkpoint.step}")
     content = folder / ".tmp-publish"

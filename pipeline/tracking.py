@@ -88,21 +88,21 @@ class Tracker:
         if self._wandb is not None and rows:
             self._guard(lambda wandb: wandb.log({"samples": _wandb_table(wandb, rows)}, step=step))
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, owes_look: bool = False) -> None:
         """Drops every row after `step`: a run goes on from a checkpoint and writes those rows again. -1 drops
-        all."""
+        all. owes_look: also what a held-out look at `step` wrote, which will be made again."""
         self.close_journals()
         for name in JOURNALS:
             path = self.folder / name
             if not path.exists():
                 continue
-            kept = []
+            kept, last = [], step - (owes_look and name != JOURNALS[0])
             for line in path.read_bytes().splitlines(keepends=True):
                 try:
                     row = json.loads(line)
                 except ValueError:
                     continue  # the line that a kill cut in two
-                if line.endswith(b"\n") and row["step"] <= step:
+                if line.endswith(b"\n") and row["step"] <= last:
                     kept.append(line)
             staged = path.with_name(f".tmp-{name}")
             with files.naming(staged), open(staged, "wb") as file:

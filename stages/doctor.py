@@ -110,12 +110,14 @@ def plan_memory(experiment, console=None, trust_remote_code: bool = False) -> in
     what = {"cuda": "each GPU", "cpu": "each process on the CPU"}[device]
     console.print(
         f"\nThe most that {what} will hold, with rows as long as the settings allow. moments: Adam's; kept: averages "
-        f"and best weights; step: activations and gradients; sampling: the cache. Of the last two the larger counts."
+        f"and best weights; step: activations and gradients; sampling: the cache, and weights cast for it; of the two "
+        f"the larger counts. Rankings from a file are taken for pairs."
     )
     room = torch.cuda.mem_get_info()[1] / 1e9 if here else memory()[0]
+    most *= 1 if here else experiment.launch.processes  # of which a CPU machine holds all
     if (device == "cuda") == here and most > room * 1e9:
         console.print(
-            f"This machine has {room:.1f} GB: lower per_device_train_batch_size, or set "
+            f"{most / 1e9:.1f} GB, and this machine has {room:.1f}: lower per_device_train_batch_size, or set "
             f"model.gradient_checkpointing: true or model.peft: {{method: lora}}"
         )
     return 0

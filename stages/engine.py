@@ -286,16 +286,6 @@ def pause_if_asked(ctx: StageRun, step: int, total: int, save: Callable[[], None
         raise Interrupted(step, total)
 
 
-class LookLeft(Exception):
-    """A signal ended a held-out look, of which nothing is kept: the checkpoint before it says that it is owed."""
-
-
-def leave_if_asked(ctx: StageRun) -> None:
-    """If a signal asked to stop: leave the held-out look that this was called in, with LookLeft."""
-    if ctx.stop.requested:
-        raise LookLeft
-
-
 def perplexity_of(loss: float) -> float:
     """exp of a mean cross-entropy in nats; infinite where a float cannot hold it."""
     return math.exp(loss) if loss < 700 else math.inf
@@ -370,7 +360,7 @@ def fit(
     costs: of each row, by which a batch is shared among processes. cut(batch) → its micro-batches; loss(rows of one of
     them, rows of the batch) → (that micro-batch's share of the batch loss, sums to log): however it is cut, the
     gradient is the batch's. evaluate(poll) runs every `eval_steps`, `judge` being the figure that keep and patience
-    look at; what poll() raises between two of its forward passes ends it.
+    look at; what poll() raises between two of its forward passes ends it: the checkpoint then says that it is owed.
     """
     best = Best(keep, patience, higher_is_better)
     steps = len(order) // batch_size
@@ -383,15 +373,8 @@ def fit(
             said = dict(state) | {"owes_look": owes_look}
             save_checkpoint(ctx, first + step, whole, [trainee], best, said, carried=tensors)
 
-    def evaluate_or_leave(step: int, owes_look: bool) -> dict[str, float]:
-        try:
-            return evaluate(partial(leave_if_asked, ctx))
-        except LookLeft:
-            save(step, owes_look)
-            raise Interrupted(first + step, whole) from None
-
     def look(step: int) -> dict[str, float]:
-        figures = evaluate_or_leave(step, owes_look=True)
+        figures = evaluate(partial(pause_if_asked, ctx, first + step, whole, partial(save, step, owes_look=True)))
         ctx.tracker.evaluation(first + step, figures)
         best.offer(figures[judge], step, trainee)
         if samples is not None:
@@ -425,5 +408,5 @@ def fit(
     if keep == "best" and best.step != step:
         trainee.load(best.tensors)
         figures = {}
-    figures = figures or evaluate_or_leave(step, owes_look=False)
+    figures = figures or evaluate(lambda: None)
     return {**figures, "best_step": best.step, "steps": step}

@@ -3,9 +3,9 @@
 What transformers writes is staged, hashed and published by our checkpoint store; a signal ends in Interrupted.
 """
 
+import contextlib
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from data.streams import Stream, derive_seed, grouped_by_length
 from pipeline.errors import Interrupted, TrainingStopped
 from pipeline.stage import StageRun
 from stages import parallel
-from stages.engine import Best, LookLeft, Trainee, leave_if_asked, micro_batches, perplexity_of, refuse_shorter
+from stages.engine import Best, Trainee, micro_batches, perplexity_of, refuse_shorter
 from stages.models.adapters import adapter_config, merged, trainable
 from stages.objectives.losses import language_model_loss
 from stages.settings import batch_of_each
@@ -113,8 +113,8 @@ def train_language_model(
     keeper = _Keeper(
         ctx=ctx, steps=steps, best=best, eval_steps=eval_steps, samples=samples, first=first, total=whole,
         carried=carried,
-        held_out_loss=lambda live, poll=lambda: None: held_out_loss(
-            live, held_out_rows, tokenizer.pad_token_id, per_device_train_batch_size, trainer.accelerator, poll)
+        held_out_loss=lambda live, leaves=lambda: False: held_out_loss(
+            live, held_out_rows, tokenizer.pad_token_id, per_device_train_batch_size, trainer.accelerator, leaves)
     )  # fmt: skip
     trainer_class = alone_in_saving(SFTTrainer) if processes > 1 else SFTTrainer
     trainer = (with_plain_loss(trainer_class) if len(tokenizer) <= SMALL_VOCABULARY else trainer_class)(
@@ -137,7 +137,8 @@ def train_language_model(
     with ctx.tracker.progress(whole, ctx.stage, found.step if found else first) as progress:
         keeper.progress = progress
         with parallel.collective():
-            trainer.train(resume_from_checkpoint=str(found.path / "trainer") if found else None)
+            with contextlib.suppress(_Exhausted):
+                trainer.train(resume_from_checkpoint=str(found.path / "trainer") if found else None)
     if parallel.is_first():
         shutil.rmtree(scratch, ignore_errors=True)
     step = trainer.state.global_step
@@ -179,16 +180,17 @@ def alone_in_saving(trainer_class):
 
 @torch.no_grad()
 def held_out_loss(
-    model, rows: list[dict], pad_id: int, batch_size: int, accelerator, poll: Callable[[], None]
+    model, rows: list[dict], pad_id: int, batch_size: int, accelerator, leaves: Callable[[], bool]
 ) -> float:
-    """Mean cross-entropy a label, in nats, over all of `rows`: the same for every batch size. What poll() raises
-    between two batches ends it."""
-    training, total, tokens = model.training, 0.0, 0
+    """Mean cross-entropy a label, in nats, over all of `rows`: the same for every batch size. LookLeft on all
+    processes if leaves() was true on one of them between two batches."""
+    training, total, tokens, left = model.training, 0.0, 0, False
     model.eval()
     ordered = sorted(rows, key=lambda r: len(r["input_ids"]))
     parts = list(micro_batches(ordered, batch_size))
     for part in parallel.share(parts, [sum(len(r["input_ids"]) for r in part) for part in parts]):
-        poll()
+        if left := leaves():
+            break
         width = max(len(r["input_ids"]) for r in part)
         pad = lambda ids, fill: ids + [fill] * (width - len(ids))  # noqa: B023, E731
         ids = torch.tensor([pad(r["input_ids"], pad_id) for r in part], device=accelerator.device)
@@ -199,8 +201,18 @@ def held_out_loss(
         total += language_model_loss(logits, labels, 1.0).item()
         tokens += int((labels != -100).sum())
     model.train(training)
-    sums = parallel.total({"loss": total, "tokens": tokens})
+    sums = parallel.total({"loss": total, "tokens": tokens, "left": left})
+    if sums["left"]:
+        raise LookLeft
     return sums["loss"] / max(1, sums["tokens"])
+
+
+class LookLeft(Exception):
+    """A signal ended a held-out look, of which nothing is kept: the checkpoint says that it is owed."""
+
+
+class _Exhausted(Exception):
+    """The look that a resumed run made up for was the last that `patience` waits for: there is no step to take."""
 
 
 class _Keeper:
@@ -242,16 +254,12 @@ class _Keeper:
 
     def look(self, model, state, control) -> None:
         """The held-out loss and samples; before the last step a signal ends it with LookLeft."""
-        training = model.training
-        poll = partial(leave_if_asked, self.ctx) if state.global_step < self.steps else lambda: None
-        try:
-            loss = self.held_out_loss(model, poll)
-        finally:
-            model.train(training)
+        loss = self.held_out_loss(model, lambda: self.ctx.stop.requested and state.global_step < self.steps)
         self.owes_look = False
         self.ctx.tracker.evaluation(self.first + state.global_step, {"loss": loss, "perplexity": perplexity_of(loss)})
         self.best.offer(loss, state.global_step, self.trainee(model))
         if self.samples is not None:
+            training = model.training
             model.eval()
             self.ctx.tracker.samples(self.first + state.global_step, self.samples(model))
             model.train(training)
@@ -293,6 +301,8 @@ class _Keeper:
                         keeper.look(model, state, control)
                     except LookLeft:  # what there is to go on from is on disk
                         raise Interrupted(keeper.first + state.global_step, keeper.total) from None
+                    if keeper.best.exhausted:
+                        raise _Exhausted
 
             def on_step_end(self, args, state, control, model=None, **_):
                 if state.global_step % keeper.eval_steps == 0 or state.global_step == keeper.steps:

@@ -11,6 +11,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,14 @@ from pipeline.errors import UserError
 from pipeline.sections import local_folder
 from stages.common import adapter_settings, dtype_of
 from stages.engine import make_trainee
+from stages.language_modeling import SMALL_VOCABULARY
 from stages.models.adapters import is_adapted, plain, share_frozen, trainable, with_adapter
-from stages.models.forward import text_logprobs
-from stages.models.head import head_logprobs
-from stages.models.loading import score_head, scratch_config, without_dropout
-from stages.models.packing import register, trunk_options
+from stages.models.ensemble import others_of
+from stages.models.head import CHUNK, head_logprobs
+from stages.models.loading import packaged_gguf, score_head, scratch_config, without_dropout
+from stages.models.packing import register, sees_less, trunk_options
 from stages.models.roles import most_tokens
+from stages.objectives.logprobs import token_logprobs
 from stages.rollouts.collect import in_micro_batches
 from stages.settings import Section, batch_of_each
 
@@ -61,13 +64,15 @@ class Live(TorchDispatchMode):
 @dataclass(frozen=True)
 class Step:
     """A model that trains and what one micro-batch of its loss reads: `head` "logprobs", "scores" or "values" of
-    `lengths`; or "text", `rows` rows of `width` tokens each."""
+    `lengths`; or of `rows` rows of `width` tokens each "text", or "logits" where they are there whole. times: 2 where
+    there are more micro-batches, so that a gradient is there already."""
 
     model: str
     head: str
     lengths: Lengths = ()
     rows: int = 0
     width: int = 0
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -89,23 +94,29 @@ class Need:
 
 def of_experiment(experiment, device: str, trust_remote_code: bool = False) -> Iterator[Need]:
     """What base (from scratch), sft, rm, ppo and dpo need on each `device`, "cpu" or "cuda"."""
-    m, dtype = experiment.model, dtype_for(experiment, device)
+    m, dtype, ranks = experiment.model, dtype_for(experiment, device), processes(experiment)
     config = model_config(m, trust_remote_code)
     adapter = adapter_settings(m) or {"method": None}
     take = lambda steps, adapter=adapter: take_step(  # noqa: E731
         config, steps, adapter, dtype, device, m.gradient_checkpointing, m.attn_implementation
     )
+    head = "logits" if config.get_text_config().vocab_size <= SMALL_VOCABULARY else "text"
     for stage in ("base", "sft") if m.name_or_path is None else ("sft",):
         c = getattr(experiment, stage)
-        rows, _ = batch_of_each(c.per_device_train_batch_size, c.gradient_accumulation_steps, processes(experiment))
-        rows = Step("policy", "text", rows=rows, width=c.max_length + 1)
-        sizes = take([rows], {"method": None} if stage == "base" else adapter)
-        yield need(stage, sizes, kept=sizes.trains["policy"] * (c.keep == "best"))
+        rows, parts = batch_of_each(c.per_device_train_batch_size, c.gradient_accumulation_steps, ranks)
+        step = Step("policy", head, rows=rows, width=c.max_length + 1, times=min(2, parts))
+        sizes = take([step], {"method": None} if stage == "base" else adapter)
+        trains = sizes.trains["policy"]
+        kept = trains * (c.keep == "best")
+        if stage == "sft" and c.ppo_init is not None:
+            kept += sizes.models["policy"]  # the policy that is done, while the other one trains
+        yield replace(need(stage, sizes, kept), step=sizes.step + trains * (ranks > 1))  # DDP's buckets
     for stage, head, model in (("rm", "scores", "reward_model"), ("dpo", "logprobs", "policy")):
         if stage == "dpo":
             yield of_ppo(experiment, config, take, dtype, device)
-        c, r = getattr(experiment, stage), experiment.rankings
-        sizes = take([Step(model, head, ranked(c, r.samples_per_prompt, r.response_length))])
+        c = getattr(experiment, stage)
+        parts = -(-c.gradient_accumulation_steps // ranks) if c.per_device_train_tokens is None else 2
+        sizes = take([Step(model, head, ranked(c, experiment), times=min(2, parts))])
         copies = (c.keep == "best") + (c.ensemble - 1 if stage == "rm" else 0)
         yield need(stage, sizes, kept=copies * sizes.trains[model])
 
@@ -113,28 +124,29 @@ def of_experiment(experiment, device: str, trust_remote_code: bool = False) -> I
 def of_ppo(experiment, config, take: Callable, dtype: str, device: str) -> Need:
     """Policy and value model train; the reference is the policy without its adapter, or a model of its own; what does
     not train is there once."""
-    c = experiment.ppo
-    ranks = processes(experiment)
+    c, ranks = experiment.ppo, processes(experiment)
     width = (c.max_length - c.response_length, c.response_length)
-    episodes = min(c.per_device_train_batch_size, -(-c.mini_batch_size // ranks))
-    parts = in_micro_batches([sum(width)] * episodes, range(episodes), 1, episodes, most_tokens(config, device))
-    lengths = [(width[0], [width[1]])] * max(map(len, parts))
-    steps = [Step("policy", "logprobs", lengths)]
+    episodes, most = -(-c.mini_batch_size // ranks), most_tokens(config, device)
+    parts = in_micro_batches([sum(width)] * episodes, range(episodes), 1, c.per_device_train_batch_size, most)
+    of_part = {"lengths": [(width[0], [width[1]])] * max(map(len, parts)), "times": min(2, len(parts))}
+    steps = [Step("policy", "logprobs", **of_part), Step("value_model", "values", **of_part)]
     if c.ptx_coef:
-        steps.append(Step("policy", "text", rows=c.per_device_train_batch_size, width=c.ptx_length))
-    sizes = take([*steps, Step("value_model", "values", lengths)])
-    policy, value = sizes.trains["policy"], sizes.trains["value_model"]
-    frozen = sizes.weights - policy - value
-    models = 1 if c.reward_model is not None else experiment.rm.ensemble
-    scalar = sizes.models["value_model"]
-    apart = value if sizes.shared and c.reward_model is None else scalar
-    weights = sizes.weights + apart * models + scalar * (c.held_out_reward_model is not None)
-    if not sizes.adapted:
-        weights += policy if frozen else sizes.models["policy"]  # the reference, where the rest is the policy's own
+        rows = -(-round(c.ptx_ratio * c.mini_batch_size) // ranks)
+        some = min(rows, c.per_device_train_batch_size)
+        steps.append(Step("policy", "text", rows=some, width=c.ptx_length, times=1 + (rows > some)))
+    sizes = take(steps)
+    policy, value, scalar = sizes.trains["policy"], sizes.trains["value_model"], sizes.models["value_model"]
+    weights = sizes.weights + scalar * (c.held_out_reward_model is not None)
+    weights += policy * (not sizes.adapted)  # the reference
+    if c.reward_model is not None:
+        weights += scalar * (1 + len(others_of(Path(c.reward_model).expanduser())))
+    else:
+        weights += experiment.rm.ensemble * (value if sizes.shared else scalar)
+        weights += (scalar - value) * (sizes.adapted and experiment.sft.ppo_init is not None)  # another trunk
     kept = policy * ((c.ema_decay is not None) + (c.keep == "best"))
     sampled = min(c.local_rollout_forward_batch_size, -(-c.batch_size // ranks))
     cache = sampled * (sum(width) * cache_of_token(config) * WIDTH[dtype] + 8 * config.get_text_config().vocab_size)
-    cast = WIDTH[dtype] * sizes.models["policy"] // 4 if (device, dtype) == ("cuda", "bfloat16") else 0
+    cast = sizes.models["policy"] // 2 if dtype == "bfloat16" else 0
     return replace(need("ppo", sizes, kept), weights=weights, sampling=cache + cast)
 
 
@@ -160,10 +172,11 @@ def take_step(
     config, steps: list[Step], adapter: dict, dtype: str, device: str, checkpointing: bool = False, attention="sdpa"
 ) -> Sizes:
     """One optimizer step of the models that `steps` name, their micro-batches one after another, on fake tensors."""
-    packed = attention == "sdpa"
+    longest = max([step.width for step in steps] + [p + max(rs) for step in steps for p, rs in step.lengths])
+    packed = attention == "sdpa" and not sees_less(config, longest)
     real = [laid_out(step, packed) for step in steps]  # how rows are packed hangs on their numbers
     read = [None if isinstance(x, Tensor) else int(x.lengths.sum()) for x in real]
-    made = {step.model: make(config, step.model, adapter, checkpointing, packed) for step in steps}
+    made = {step.model: make(config, step.model, adapter, checkpointing, attention, packed) for step in steps}
     with quiet(), FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
         models: dict[str, nn.Module] = {}
         for name, model in made.items():
@@ -174,12 +187,20 @@ def take_step(
         weights, separate = live.now, sum(map(size_of, models.values()))
         trainees = [make_trainee(n, model, learning_rate=1.0, max_grad_norm=1.0) for n, model in models.items()]
         for _ in range(2):  # in the first one Adam's moments come into being
-            live.most = before = live.now
-            for step, batch in zip(steps, map(faked, real, read), strict=True):
-                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-                    loss = forward(models[step.model], step, batch, device)
-                loss.sum().backward()
-                del loss
+            live.most, before, aside = live.now, live.now, []
+            for head, turn in (("any", 0), ("any", 1), ("text", 0), ("text", 1)):
+                for step, batch, tokens in zip(steps, real, read, strict=True):
+                    if turn >= step.times or (step.head == "text") != (head == "text"):
+                        continue
+                    model = models[step.model]
+                    if (head, turn) == ("text", 0):  # PPO keeps its own gradient apart from the text's
+                        aside += [p.grad for p in trainable(model).values()]
+                        model.zero_grad(set_to_none=True)
+                    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                        loss = forward(model, step, faked(batch, tokens), device)
+                    loss.sum().backward()
+                    del loss
+            aside.clear()
             for trainee in trainees:
                 trainee.optimizer.step()
                 trainee.optimizer.zero_grad(set_to_none=True)
@@ -194,7 +215,7 @@ def take_step(
         )
 
 
-def make(config, name: str, adapter: dict, checkpointing: bool, packed: bool) -> nn.Module:
+def make(config, name: str, adapter: dict, checkpointing: bool, attention: str, packed: bool) -> nn.Module:
     """One of PPO's models, trained by `adapter`, without memory."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.initialization import no_init_weights
@@ -203,35 +224,47 @@ def make(config, name: str, adapter: dict, checkpointing: bool, packed: bool) ->
     kind = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     config = copy.deepcopy(config)
     config.num_labels = 1
+    options = {"dtype": torch.float32, "attn_implementation": "eager" if attention == "eager" else "sdpa"}
     with no_init_weights(), torch.device("meta"):
-        model = without_dropout(kind.from_config(config, dtype=torch.float32))
+        model = without_dropout(kind.from_config(config, **options))
         if packed:
             register(model)
         if checkpointing:
             model.activation_checkpointing_enable()
         model = with_adapter(model, **adapter, scalar=scalar)
-    plain(model)._head_is_linear = True  # trying it out would take numbers
     return model.train()
+
+
+def head_is_linear(model) -> bool:
+    """By the settings that transformers' models have for it: trying it out would take numbers."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    scaled = [getattr(config, name, None) for name in ("logits_scaling", "logit_scale", "final_logit_softcapping")]
+    return type(head) is nn.Linear and head.bias is None and all(x in (None, 1.0) for x in scaled)
 
 
 def forward(model, step: Step, batch, device: str) -> Tensor:
     """As stages/models/forward.py, which finds the places to read by their numbers."""
-    if step.head == "text":
-        return text_logprobs(model, batch)
-    rows, places = batch
-    options = trunk_options(rows)
-    if "packing" in options:  # a GPU gathers rows, and these tensors say that they are a CPU's
-        options["packing"].__dict__["short"] = device == "cuda" or options["packing"].short
-    hidden = plain(model).base_model(input_ids=rows.input_ids, **options).last_hidden_state.flatten(0, 1)
-    read = hidden.index_select(0, rows.last if step.head == "scores" else places)
-    if step.head == "logprobs":
-        return head_logprobs(read, plain(model).get_output_embeddings().weight, places)[0]
+    inner, words = plain(model), step.head in ("text", "logits", "logprobs")
+    if step.width:
+        inputs, read = {"input_ids": batch[:, :-1], "use_cache": False}, batch[:, 1:].flatten()
+        places = torch.empty(read.shape, dtype=torch.long)
+    else:
+        rows, read = batch
+        options = trunk_options(rows)
+        if "packing" in options:  # a GPU gathers rows, and these tensors say that they are a CPU's
+            options["packing"].__dict__["short"] = device == "cuda" or options["packing"].short
+        inputs, places = {"input_ids": rows.input_ids, **options}, rows.last if step.head == "scores" else read
+    if step.head == "logits" or (words and not head_is_linear(inner)):
+        return token_logprobs(model(**inputs).logits.flatten(0, 1).index_select(0, places).float(), read)
+    hidden = inner.base_model(**inputs).last_hidden_state.flatten(0, 1).index_select(0, places)
+    if words:
+        return head_logprobs(hidden, inner.get_output_embeddings().weight, read, chunk=CHUNK[device])[0]
     with torch.autocast("cpu", enabled=False):
-        return score_head(plain(model))(read.float())
+        return score_head(inner)(hidden.float())
 
 
 def laid_out(step: Step, packed: bool) -> Rows | Tensor:
-    if step.head == "text":
+    if step.width:
         return torch.zeros(step.rows, step.width, dtype=torch.long)
     prompts = [[i] * n for i, (n, responses) in enumerate(step.lengths) for _ in responses]
     return make_rows(prompts, [[0] * n for _, responses in step.lengths for n in responses], 0, packed=packed)
@@ -250,9 +283,11 @@ def size_of(model: nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters())
 
 
-def ranked(c: Section, k: int, response: int) -> Lengths:
-    """As many of the longest groups as one forward of rm or dpo holds."""
-    response = min(response, c.max_length - 1)
+def ranked(c: Section, experiment) -> Lengths:
+    """As many of the longest groups as one forward of rm or dpo holds; of rankings from a file: as pairs."""
+    k, response = experiment.rankings.samples_per_prompt, min(experiment.rankings.response_length, c.max_length - 1)
+    if experiment.data.rankings is not None:
+        k, response = 2, c.max_length - 1
     group = (c.max_length - response, [response] * k)
     if c.per_device_train_tokens is None:
         return [group] * c.per_device_train_batch_size
@@ -286,8 +321,6 @@ def model_config(m, trust_remote_code: bool = False):
         shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         return scratch_config(m.vocab_size, m.max_position_embeddings, **{name: getattr(m, name) for name in shape})
     if m.name_or_path.startswith("package:"):
-        from stages.models.loading import packaged_gguf
-
         path, options = packaged_gguf(m.name_or_path.removeprefix("package:"))
         options = {"gguf_file": options}
     else:

@@ -42,10 +42,9 @@ from stages.engine import (
     pause_if_asked,
     save_checkpoint,
 )
-from stages.models.adapters import is_adapted, merged, save_merged, trainable
+from stages.models.adapters import is_adapted, save_merged, trainable
 from stages.models.ensemble import How, others_of
 from stages.models.forward import response_logprobs, response_values, score_all, text_logprobs
-from stages.models.loading import save_model
 from stages.models.roles import Roles, load_roles
 from stages.objectives.advantages import gae
 from stages.objectives.control import adaptive_kl_coef
@@ -247,21 +246,21 @@ def run(ctx: StageRun) -> dict:
         alarms.restore(state["alarms"])
         if state.get("place") != place:  # begun elsewhere, where other kernels agreed with each other
             state |= {"recompute": preflight(ctx, roles, tried, step, leave), "place": place}
-    looks = state["looks"]  # step → held-out figures; a checkpoint that a signal asked for may be without its step's
+    looks = state["looks"]  # step → held-out figures
 
-    def save(at: int) -> None:
+    def save(at: int, owes_look: bool = False) -> None:
         if at == 0:
             return  # nothing to go on from
-        kept = state | {"skipped": skips.count, "alarms": alarms.state()}
+        kept = state | {"skipped": skips.count, "alarms": alarms.state(), "owes_look": owes_look}
         save_checkpoint(ctx, at, updates, [policy, value], best, kept, average)
 
-    def look_if_due(at: int) -> None:
-        if str(at) not in looks and (at % c.eval_steps == 0 or at == updates):
-            poll = partial(pause_if_asked, ctx, at, updates, partial(save, at))
-            looks[str(at)] = look(ctx, roles, held, at, state, policy, best, poll)
-            sound(ctx, alarms.look(at, looks[str(at)]), at, updates, save)
+    def look_at(at: int) -> list[str]:
+        """A held-out look; → alarms. A signal in it is a checkpoint that says that it is owed."""
+        poll = partial(pause_if_asked, ctx, at, updates, partial(save, at, owes_look=True))
+        looks[str(at)] = look(ctx, roles, held, at, state, policy, best, poll)
+        return sound(ctx, alarms.look(at, looks[str(at)]))
 
-    look_if_due(step)
+    raised = look_at(step) if step == 0 or state.get("owes_look") else []
     with ctx.tracker.progress(updates, "ppo", step) as progress:
         while step < updates and not best.exhausted:
             step, began = step + 1, time.perf_counter()
@@ -324,10 +323,12 @@ def run(ctx: StageRun) -> dict:
                 state["kl_coef"] = adaptive_kl_coef(
                     kl_coef, row["objective/kl"], c.kl_target, c.batch_size, c.kl_horizon
                 )
-            sound(ctx, alarms.watch(step, row), step, updates, save)
-            look_if_due(step)
+            raised += sound(ctx, alarms.watch(step, row))
+            if step % c.eval_steps == 0 or step == updates:
+                raised += look_at(step)
             if ctx.checkpoints.due(step) and step < updates:
                 save(step)
+            stop_at(ctx, raised, step, updates, save)
             if step < updates:
                 pause_if_asked(ctx, step, updates, lambda at=step: save(at))
 
@@ -503,10 +504,15 @@ def not_finite_episodes(rollout: Rollout, advantages: Tensor, step: int) -> str 
     return f"update {step}: {' and '.join(names)} not finite on prompts {shown}"
 
 
-def sound(ctx: StageRun, lines: list[str], step: int, updates: int, save: Callable[[int], None]) -> None:
-    """Say the alarms; with on_alarm: stop, save and end with TrainingStopped (exit 3)."""
+def sound(ctx: StageRun, lines: list[str]) -> list[str]:
+    """Say the alarms."""
     for line in lines:
         ctx.tracker.say(f"ppo: alarm at {line}")
+    return lines
+
+
+def stop_at(ctx: StageRun, lines: list[str], step: int, updates: int, save: Callable[[int], None]) -> None:
+    """With on_alarm: stop, and an alarm: save and end with TrainingStopped (exit 3)."""
     if lines and ctx.config.on_alarm == "stop" and step < updates:
         save(step)
         raise TrainingStopped(
@@ -633,11 +639,14 @@ def ptx_gradient(ctx: StageRun, roles: Roles, policy: Trainee, rows: list[list[i
 
 
 def publish_average(ctx: StageRun, roles: Roles, policy: Trainee, average: Average) -> None:
-    """model_ema/: the policy with its averaged weights."""
+    """model_ema/: the policy with its averaged weights. The policy stays on the CPU, which has room for a copy."""
+    if not parallel.is_first():
+        return
+    roles.policy.cpu()
     last = {name: tensor.clone() for name, tensor in policy.tensors().items()}
     policy.load(average.tensors)
-    model = merged(copy.deepcopy(roles.policy)) if is_adapted(roles.policy) else roles.policy
-    save_model(model, roles.tokenizer, ctx.publish / "model_ema", card=card(ctx, "the average of PPO's policies"))
+    model = copy.deepcopy(roles.policy) if is_adapted(roles.policy) else roles.policy
+    save_merged(model, roles.tokenizer, ctx.publish / "model_ema", card=card(ctx, "the average of PPO's policies"))
     policy.load(last)
 
 

@@ -40,18 +40,21 @@ def with_adapter(model, *, method: str | None, seed: int = 0, **settings):
     return without_dropout(get_peft_model(model, config)).eval()  # lora_dropout is for SFT
 
 
-def load_on_trunk(folder: Path, *, trunk: Path, trains: bool = False, trust_remote_code: bool = False, **options):
-    """The reward model in `folder` with its adapter apart, on the model in `trunk` that rm began with; one without an
-    adapter as it is. trains: adapter and head go on training."""
+def load_on_trunk(
+    folder: Path, *, trunk: Path | None, trains: bool = False, trust_remote_code: bool = False, **options
+):
+    """The reward model in `folder` with its adapter apart, on the model in `trunk` that rm began with; without an
+    adapter, or where that model is not known, its merged weights. trains: adapter and head go on training."""
     from peft import PeftModel
 
     options["trust_remote_code"] = trust_remote_code
-    if not (folder / FOLDER).is_dir():
+    if trunk is None or not (folder / FOLDER).is_dir():
         return load_scalar_model(folder, **options)
     bias = scalar_config(folder, trust_remote_code=trust_remote_code).reward_bias
     model = new_reward_model(trunk, seed=0, **options)  # its head comes with the adapter
     model.config.reward_bias = bias
-    return without_dropout(PeftModel.from_pretrained(model, str(folder / FOLDER), is_trainable=trains)).eval()
+    where = {"is_trainable": trains, "torch_device": "cpu"}
+    return without_dropout(PeftModel.from_pretrained(model, str(folder / FOLDER), **where)).eval()
 
 
 def adapter_config(
@@ -126,9 +129,11 @@ def save_adapter(model, folder: Path) -> None:
 
 
 def save_merged(model, tokenizer, folder: Path, *, card: str) -> None:
-    """`save_model` of the merged weights, which transformers alone can load, and beside them the adapter, if any."""
-    save_adapter(model, folder)
-    save_model(merged(model), tokenizer, folder, card=card)
+    """`save_model` of the merged weights, which transformers alone can load, and beside them the adapter, if any. On
+    the CPU, where the model stays: merging takes a trunk more, for which a GPU may have no room."""
+    if is_first():
+        save_adapter(model, folder)
+        save_model(merged(model.cpu()), tokenizer, folder, card=card)
 
 
 def share_frozen(model, others: list, same: Callable[[Tensor, Tensor], bool] = torch.equal) -> None:

@@ -126,10 +126,7 @@ def can_pack(model, max_length: int) -> bool:
     if isinstance(model, Ensemble):
         return all([can_pack(member, max_length) for member in model.members])
     inner = plain(model)
-    config = inner.config.get_text_config()
-    names = ["attention_chunk_size", "keep_window_size"]
-    names += ["sliding_window"] * bool(getattr(config, "use_sliding_window", True))
-    if any((getattr(config, name, None) or max_length) < max_length for name in names):
+    if sees_less(inner.config, max_length):
         return False
     if packs(model):
         return True
@@ -143,6 +140,14 @@ def can_pack(model, max_length: int) -> bool:
     if not works:
         inner.set_attn_implementation("sdpa")
     return works
+
+
+def sees_less(config, length: int) -> bool:
+    """Whether attention in some layer ends before so many tokens."""
+    config = config.get_text_config()
+    names = ["attention_chunk_size", "keep_window_size"]
+    names += ["sliding_window"] * bool(getattr(config, "use_sliding_window", True))
+    return any((getattr(config, name, None) or length) < length for name in names)
 
 
 def register(inner) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 from pipeline.errors import UserError
-from stages.models.adapters import FOLDER, is_adapted, load_on_trunk, plain, share_frozen, with_adapter
+from stages.models.adapters import is_adapted, load_on_trunk, plain, share_frozen, with_adapter
 from stages.models.ensemble import How, load_reward_model
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, same_tokenizer
 
@@ -73,15 +73,14 @@ def load_roles(
         placed.append(model)
         return model
 
-    scalar = load_scalar_model if trunk is None or adapter["method"] is None else partial(load_on_trunk, trunk=trunk)
+    scalar = partial(load_on_trunk, trunk=trunk if adapter["method"] is not None else None)
     policy = place(with_adapter(load_policy(start, **options), **adapter, seed=policy_seed))
     ref_policy = None if is_adapted(policy) else place(load_policy(start, **options).requires_grad_(False))
     rewards = place(load_scorer(*reward_model, tokenizer, ensemble, scalar, **options))
-    if scalar is not load_scalar_model and (reward_model[1] / FOLDER).is_dir():
-        value_model = place(scalar(reward_model[1], trains=True, **options))
-    else:
-        value_model = load_scalar_model(reward_model[1], **options)
-        value_model = place(with_adapter(value_model, **adapter, scalar=True, seed=value_seed))
+    value_model = scalar(reward_model[1], trains=True, **options)
+    if not is_adapted(value_model):
+        value_model = with_adapter(value_model, **adapter, scalar=True, seed=value_seed)
+    place(value_model)
     looks_on = None if judge is None else place(load_scorer(*judge, tokenizer, ensemble, **options))
     if gradient_checkpointing:
         policy.activation_checkpointing_enable()

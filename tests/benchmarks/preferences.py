@@ -13,7 +13,8 @@ growth: our seconds a prompt at K = 9 over those at K = 2, to be held against (P
 
 Where torch sees a GPU there are also rows on it (--only gpu): products in bfloat16 on both sides, weights in fp32, more
 prompts a step, and the 1.3B model of the PPO bench beside 135M. What the two sides compute is compared in fp32. Ours
-takes the step's prompts in one forward. All other rows stay on the CPU.
+takes the step's prompts in one forward; each step is taken twice and the second time counts, since a GPU's memory is
+given back between turns. All other rows stay on the CPU.
 """
 
 import os
@@ -33,7 +34,8 @@ SIDES = ("ours", "peer")
 LIMIT = 1e-3  # largest relative error at which a ratio may be printed
 ON_GPU = {"gpu-135M": "135M", "gpu-1.3B": "1.3B"}  # a model of `plan`: its shape
 PROMPTS = {"cpu": {2: 8, 4: 2, 9: 1}, "cuda": {2: 32, 4: 16, 9: 8}}  # of a step, by K
-MICRO = {"cpu": (2, 4, 12), "cuda": (8, 16, 48)}  # the peer's candidates, pairs
+MICRO = {"cpu": (2, 4, 12), "cuda": (24, 48, 96)}  # the peer's candidates, pairs
+GROWTH = 4  # prompts of a step whose growth with K is measured
 LENGTHS = {"1:1": (128, 128), "4:1": (512, 128), "1:4": (128, 512)}  # most tokens of a prompt, of a response
 THREADS = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
 
@@ -127,6 +129,7 @@ class Session:
         self.workers: dict[str, Worker] = {}
         self.versions: dict[str, dict] = {}
         self.micro: int | None = None
+        self.tuned_for: Row | None = None
         self.tried: dict[str, float] = {}
         self.errors: dict[int, dict] = {}
 
@@ -174,16 +177,19 @@ class Session:
         return self.errors[row.k]
 
     def tune(self, row: Row) -> int:
-        """The peer's fastest micro-batch of three, by the second of two steps each of K = 4, 1:1; once a model. A row
-        takes the largest up to it that divides its pairs, and has no more tokens than were tried."""
+        """The peer's fastest micro-batch of three, by the second of two steps each of K = 4; once a model, on a GPU
+        once a shape. A row takes the largest up to it that divides its pairs and has no more tokens than were tried."""
+        plain = Row(self.bench, self.model, 4, *([row.p_to_r] if row.model in ON_GPU else []))
+        if self.tuned_for != plain:
+            self.tuned_for, self.micro, self.tried = plain, None, {}
         if self.micro is None:
-            plain = Row(self.bench, self.model, 4)
             for micro in MICRO[row.device]:
                 for seed in (2, 3):
                     self.tried[str(micro)] = round(self.peer_step(plain.rankings(seed), micro)["seconds"], 2)
             self.micro = int(min(self.tried, key=self.tried.get))
             self.clock.say(f"{self.model}: the peer's seconds by micro-batch: {self.tried}")
-        pairs, wider = row.prompts * row.k * (row.k - 1) // 2, sum(LENGTHS[row.p_to_r]) / sum(LENGTHS["1:1"])
+        tokens_of = lambda some: sum(LENGTHS[some.p_to_r])  # noqa: E731
+        pairs, wider = row.prompts * row.k * (row.k - 1) // 2, tokens_of(row) / tokens_of(plain)
         most = max(MICRO[row.device])
         return max(m for m in range(1, self.micro + 1) if pairs % m == 0 and (m == 1 or m * wider <= most))
 
@@ -233,7 +239,7 @@ def measure_growth(session: Session, row: Row, pairs: int) -> dict:
     """Ours alone: seconds a prompt at K = 9 over K = 2, in turns, at the same number of prompts."""
     session.start(row.dtype)
     ask = lambda k, seed: session.workers["ours"].ask(  # noqa: E731
-        "step", rankings=Row(row.bench, row.model, k, row.p_to_r, row.lengths).rankings(seed, 4)
+        "step", rankings=Row(row.bench, row.model, k, row.p_to_r, row.lengths).rankings(seed, GROWTH)
     )
     for k in (9, 2):
         ask(k, 4)
@@ -251,7 +257,7 @@ def measure(session: Session, row: Row, pairs: int) -> dict:
         "measure": row.measure,
         "model": row.shape,
         "k": row.k,
-        "prompts": row.prompts,
+        "prompts": GROWTH if row.measure == "growth" else row.prompts,
         "p_to_r": row.p_to_r,
         "lengths": row.lengths,
         "loss": "sigmoid",

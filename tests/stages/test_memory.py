@@ -57,8 +57,9 @@ def test_a_checkpointed_step_holds_less():
 
 def of_ppo(config, adapter, device, dtype, **options) -> memory.Need:
     experiment = SimpleNamespace(
-        ppo=ppo.Config(**options), launch=SimpleNamespace(processes=1, nodes=1), rm=SimpleNamespace(ensemble=1)
-    )
+        ppo=ppo.Config(**options), launch=SimpleNamespace(processes=1, nodes=1), rm=SimpleNamespace(ensemble=1),
+        sft=SimpleNamespace(ppo_init=None),
+    )  # fmt: skip
     take = lambda steps: take_step(config, steps, adapter, dtype, device)  # noqa: E731
     return memory.of_ppo(experiment, config, take, dtype, device)
 
