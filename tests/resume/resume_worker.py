@@ -29,13 +29,22 @@ def rlhf(
     return end([child])[0]
 
 
-def rlhf_together(*argv: str, die: tuple[int, str, int] | None = None, seconds: float = 300) -> list[int]:
-    """Exit codes of two processes of one `rlhf argv`. die: (which of them, stage, step), as above."""
-    return end(start_together(argv, die), seconds)
+def rlhf_together(
+    *argv: str,
+    die: tuple[int, str, int] | None = None,
+    term: tuple[int, str, int] | None = None,
+    seconds: float = 300,
+) -> list[int]:
+    """Exit codes of two processes of one `rlhf argv`. die, term: (which of them, stage, step), as above."""
+    return end(start_together(argv, die, term=term), seconds)
 
 
 def start_together(
-    argv, die: tuple[int, str, int] | None = None, size: int = 2, tokens: Path | None = None
+    argv,
+    die: tuple[int, str, int] | None = None,
+    size: int = 2,
+    tokens: Path | None = None,
+    term: tuple[int, str, int] | None = None,
 ) -> list[multiprocessing.Process]:
     """The processes of `rlhf_together`, as a launcher would start them. tokens: a folder into which each writes how
     many tokens it read through an embedding."""
@@ -46,6 +55,7 @@ def start_together(
             argv,
             place,
             die=die[1:] if die and die[0] == i else None,
+            term=term[1:] if term and term[0] == i else None,
             tokens=tokens and tokens / str(i),
         )
         for i, place in enumerate(places(size))

@@ -98,6 +98,24 @@ def test_one_is_killed_and_the_other_ends(who, oracle, together, tmp_path):
     assert published(folder) == published(together / "micro" / "ppo")
 
 
+@pytest.mark.parametrize("stage, step", [("sft", 5), pytest.param("dpo", 6, marks=pytest.mark.slow)])
+def test_they_leave_a_held_out_look_together(stage, step, oracle, tmp_path):
+    """A signal to the first in the look at step 6: 75, a checkpoint, and then the bytes of two undisturbed ones."""
+    found = []
+    for name in ("whole", "left"):
+        root = without(oracle, tmp_path / name, stage)
+        run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
+        folder = root / "micro" / stage
+        if name == "left":
+            assert rlhf_together(*run, term=(0, stage, step), seconds=60)[0] == 75
+            assert not (folder / "manifest.json").exists()
+            assert (folder / "checkpoints" / "step-00000006" / "manifest.json").is_file()
+            assert 6 not in [row["step"] for row in rows_of(folder, "evaluations.jsonl")]
+        assert rlhf_together(*run) == [0, 0]
+        found.append(published(folder))
+    assert found[0] == found[1]
+
+
 @pytest.mark.slow
 def test_one_hangs_and_the_other_gives_up(oracle, tmp_path):
     root = without(oracle, tmp_path, "ppo")

@@ -58,6 +58,38 @@ def test_a_signal_does_not_wait_for_a_held_out_look(stage, step, look, oracle, t
     assert published(folder) == published(oracle / "micro" / stage)
 
 
+@pytest.mark.parametrize(
+    "stage, step, later", [("base", 5, 7), ("sft", 5, 7), ("rm", 6, 7), ("dpo", 6, 7), ("ppo", 6, 7)]
+)
+def test_a_look_that_was_made_up_for_is_written_once(stage, step, later, oracle, tmp_path):
+    """The look at step 6 is left for a signal; the next run makes it, and is killed before it saves again."""
+    root = without(oracle, tmp_path, stage)
+    run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
+    assert rlhf(*run, term=(stage, step)) == 75
+    assert rlhf(*run, die=(stage, later)) == -9
+    looks = [json.loads(line)["step"] for line in (root / "micro" / stage / "evaluations.jsonl").open()]
+    assert looks[-1] == 6
+    assert rlhf(*run) == 0
+    assert published(root / "micro" / stage) == published(oracle / "micro" / stage)
+
+
+@pytest.mark.parametrize("stage, step", [("sft", 2), ("rm", 3), ("ppo", 3)])
+def test_patience_may_end_with_the_look_that_was_left(stage, step, oracle, tmp_path):
+    options = [f"{stage}.patience=1", f"{stage}.learning_rate=0.5", f"{stage}.keep=last"]
+    options += {"sft": ["sft.ppo_init=null"], "rm": ["rm.ensemble=1"], "ppo": ["ppo.kl_coef=10"]}[stage]
+    found = []
+    for name in ("whole", "left"):
+        root = without(oracle, tmp_path / name, stage)
+        run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only", *options)
+        if name == "left":
+            assert rlhf(*run, term=(stage, step)) == 75
+        assert rlhf(*run) == 0
+        found.append(published(root / "micro" / stage))
+        steps = [json.loads(line)["step"] for line in (root / "micro" / stage / "metrics.jsonl").open()]
+        assert steps[-1] == 3, "patience was to end the run at its first look"
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("stage, token", [("ppo", 60), ("ppo", 85), ("rankings", 20), ("evaluate", 40)])
 def test_a_signal_inside_a_rollout_waits_for_no_other_token(stage, token, oracle, tmp_path):
     """PPO saves the state after the update before: what its last row says is in a checkpoint."""
