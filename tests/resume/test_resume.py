@@ -75,7 +75,8 @@ def test_a_look_that_was_made_up_for_is_written_once(stage, step, later, oracle,
 
 @pytest.mark.parametrize("stage, step", [("sft", 2), ("rm", 3), ("ppo", 3)])
 def test_patience_may_end_with_the_look_that_was_left(stage, step, oracle, tmp_path):
-    options = [f"{stage}.patience=1", f"{stage}.learning_rate=0.5", f"{stage}.keep=last"]
+    rate = 5 if stage == "sft" else 0.5
+    options = [f"{stage}.patience=1", f"{stage}.learning_rate={rate}", f"{stage}.keep=last"]
     options += {"sft": ["sft.ppo_init=null"], "rm": ["rm.ensemble=1"], "ppo": ["ppo.kl_coef=10"]}[stage]
     found = []
     for name in ("whole", "left"):

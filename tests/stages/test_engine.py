@@ -348,7 +348,7 @@ class Regression:
             value = ((self.trainee.model(self.x[rows]) - self.y[rows]) ** 2).sum() / len(batch)
             return value, {"loss": value.item()}
 
-        def evaluate():
+        def evaluate(poll):
             if (
                 self.figures is not None
             ):  # a scripted history: one figure an evaluation, by the number seen so far
