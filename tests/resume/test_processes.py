@@ -258,9 +258,16 @@ def test_a_second_signal_ends_all_at_once(oracle, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_by_hand(oracle, together, tmp_path):
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--nproc-per-node", "2"],
+        ["accelerate.commands.launch", "--config_file", "configs/launch/one-node.yaml", "--num_processes", "2"],
+    ],
+)
+def test_launched_by_hand(launcher, oracle, together, tmp_path):
     root = without(oracle, tmp_path, "ppo")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pipeline.cli"]
+    command = [sys.executable, "-m", *launcher, "-m", "pipeline.cli"]
     command += ["run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
