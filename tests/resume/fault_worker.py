@@ -32,15 +32,16 @@ class Fault:
     """What happens to a run.
 
     at: (name, n), the main thread's n-th call of that name, at which it is killed, or which fails with `error` (as
-    "ENOSPC"). die: (stage, step) after whose row of metrics.jsonl it is killed. trace: calls are written down. forget:
-    an item of the checkpoint that the load leaves out (see `forget`). file_size: limit of the process in bytes. user:
-    another user's number. exhaust: step after whose row of metrics.jsonl torch asks for more memory than there is.
-    place: what the environment says where this is one of several processes that work together.
+    "ENOSPC"). die, term: (stage, step) after whose row of metrics.jsonl it is killed, or gets SIGTERM. trace: calls are
+    written down. forget: an item of the checkpoint that the load leaves out (see `forget`). file_size: limit of the
+    process in bytes. user: another user's number. exhaust: step after whose row of metrics.jsonl torch asks for more
+    memory than there is. place: what the environment says where this is one of several processes that work together.
     """
 
     at: tuple[str, int] | None = None
     error: str = ""
     die: tuple[str, int] | None = None
+    term: tuple[str, int] | None = None
     trace: bool = False
     forget: str = ""
     file_size: int | None = None
@@ -174,10 +175,10 @@ def _main(argv: list[str], folder: str, fault: Fault) -> None:
 
     if fault.forget:
         forget(fault.forget)
-    if fault.die:
+    if fault.die or fault.term:
         from resume_worker import arm
 
-        arm(fault.die, None)
+        arm(fault.die, fault.term)
     if fault.exhaust is not None:
         exhaust(fault.exhaust)
     code = cli.main(argv)
