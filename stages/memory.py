@@ -176,7 +176,8 @@ def take_step(
     packed = attention == "sdpa" and not sees_less(config, longest)
     real = [laid_out(step, packed) for step in steps]  # how rows are packed hangs on their numbers
     read = [None if isinstance(x, Tensor) else int(x.lengths.sum()) for x in real]
-    made = {step.model: make(config, step.model, adapter, checkpointing, attention, packed) for step in steps}
+    with quiet():
+        made = {step.model: make(config, step.model, adapter, checkpointing, attention, packed) for step in steps}
     with quiet(), FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
         models: dict[str, nn.Module] = {}
         for name, model in made.items():
