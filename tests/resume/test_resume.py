@@ -41,9 +41,13 @@ def test_a_signal_ends_in_75_with_a_checkpoint_and_no_artifact(stage, oracle, tm
     assert published(folder) == published(oracle / "micro" / stage)
 
 
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    "stage, step, look", [("base", 5, 6), ("sft", 5, 6), ("rm", 6, 6), ("rm", 16, 16), ("dpo", 8, 8), ("ppo", 6, 6),
-                          ("ppo", 8, 8)]
+    "stage, step, look", [slow("base", 5, 6), ("sft", 5, 6), slow("rm", 6, 6), ("rm", 16, 16), slow("dpo", 8, 8),
+                          slow("ppo", 6, 6), ("ppo", 8, 8)]
 )  # fmt: skip
 def test_a_signal_does_not_wait_for_a_held_out_look(stage, step, look, oracle, tmp_path):
     """The checkpoint is of the step, the look at it is owed; the last steps of rm, dpo and ppo are such steps too."""
@@ -59,7 +63,7 @@ def test_a_signal_does_not_wait_for_a_held_out_look(stage, step, look, oracle, t
 
 
 @pytest.mark.parametrize(
-    "stage, step, later", [("base", 5, 7), ("sft", 5, 7), ("rm", 6, 7), ("dpo", 6, 7), ("ppo", 6, 7)]
+    "stage, step, later", [slow("base", 5, 7), ("sft", 5, 7), slow("rm", 6, 7), slow("dpo", 6, 7), ("ppo", 6, 7)]
 )
 def test_a_look_that_was_made_up_for_is_written_once(stage, step, later, oracle, tmp_path):
     """The look at step 6 is left for a signal; the next run makes it, and is killed before it saves again."""
@@ -73,7 +77,7 @@ def test_a_look_that_was_made_up_for_is_written_once(stage, step, later, oracle,
     assert published(root / "micro" / stage) == published(oracle / "micro" / stage)
 
 
-@pytest.mark.parametrize("stage, step", [("sft", 2), ("rm", 3), ("ppo", 3)])
+@pytest.mark.parametrize("stage, step", [("sft", 2), slow("rm", 3), slow("ppo", 3)])
 def test_patience_may_end_with_the_look_that_was_left(stage, step, oracle, tmp_path):
     rate = 5 if stage == "sft" else 0.5
     options = [f"{stage}.patience=1", f"{stage}.learning_rate={rate}", f"{stage}.keep=last"]
