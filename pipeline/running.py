@@ -226,7 +226,6 @@ def prepare(job: Job, run: dict[str, Any]) -> StageRun:
         tracker.rewind(-1)
     else:
         tracker.rewind(checkpoint.step, checkpoint.state.get("owes_look", False))
-    if checkpoint is not None:
         job.say(f"going on from step {checkpoint.step}")
     content = folder / ".tmp-publish"
     files.remove(content)

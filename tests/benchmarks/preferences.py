@@ -40,6 +40,11 @@ LENGTHS = {"1:1": (128, 128), "4:1": (512, 128), "1:4": (128, 512)}  # most toke
 THREADS = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
 
 
+def shape_of(model: str) -> str:
+    """The name in SHAPES of a model of `plan`."""
+    return ON_GPU.get(model, model)
+
+
 @dataclass(frozen=True)
 class Row:
     """What one line measures."""
@@ -66,7 +71,7 @@ class Row:
 
     @property
     def shape(self) -> str:
-        return ON_GPU.get(self.model, self.model)
+        return shape_of(self.model)
 
     @property
     def prompts(self) -> int:
@@ -142,7 +147,7 @@ class Session:
                 self.workers[side] = Worker(side, command, self.folder / f"{side}.log", env)
                 self.versions[side] = self.workers[side].ask("hello")
         if not (self.folder / "value_model").is_dir():
-            made = self.workers["ours"].ask("craft", model=ON_GPU.get(self.model, self.model), folder=str(self.folder))
+            made = self.workers["ours"].ask("craft", model=shape_of(self.model), folder=str(self.folder))
             self.clock.say(f"{self.model}: {made['parameters']:,} parameters")
         for worker in self.workers.values():
             worker.ask("load", folder=str(self.folder), dtype=dtype)

@@ -95,12 +95,17 @@ def adapted(context, tmp_path, tokenizer):
     return context
 
 
-def step(ctx, roles, rows, ragged):
-    """The gradients of an update of PPO, and what policy and reward model say before it."""
+def accumulate(ctx, roles, rows, ragged, old):
+    """The gradients of an update of PPO, behind log-probs `old`."""
     zeros, ones = torch.zeros(rows.responses.shape), torch.ones(rows.responses.shape)
-    old, scores = response_logprobs(roles.policy, rows).detach(), response_scores(roles.reward_model, rows)
     rollout = Rollout(*ragged, [0, 1, 2, 3], rows.response_mask, old, old, zeros, zeros, zeros[:, 0], zeros[:, 0])
     ppo.ppo_gradients(ctx, roles, rollout, ones, ones, list(range(4)))
+
+
+def step(ctx, roles, rows, ragged):
+    """The gradients of an update of PPO, and what policy and reward model say before it."""
+    old, scores = response_logprobs(roles.policy, rows).detach(), response_scores(roles.reward_model, rows)
+    accumulate(ctx, roles, rows, ragged, old)
     return [old, scores, *(p.grad for m in (roles.policy, roles.value_model) for p in trainable(m).values())]
 
 
@@ -178,17 +183,9 @@ def test_gradient_checkpointing_recomputes_layers_and_changes_no_gradient(contex
             m for model in models for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"
         ):
             layer.input_layernorm.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        zeros, ones = torch.zeros(rows.responses.shape), torch.ones(rows.responses.shape)
         old = response_logprobs(roles.policy, rows).detach()
         calls.clear()
-        ppo.ppo_gradients(
-            ctx,
-            roles,
-            Rollout(*ragged, [0, 1, 2, 3], rows.response_mask, old, old, zeros, zeros, zeros[:, 0], zeros[:, 0]),
-            ones,
-            ones,
-            list(range(4)),
-        )
+        accumulate(ctx, roles, rows, ragged, old)
         found[asked] = len(calls), [p.grad for m in models for p in m.parameters() if p.requires_grad]
     assert found[False][0] == 4 and found[True][0] == 8
     for one, other in zip(found[False][1], found[True][1], strict=True):
