@@ -157,7 +157,7 @@ def begin_run(job: Job) -> dict[str, Any]:
         "inputs": job.today.inputs,
         "started_at": now(),
         "resumes": 0,
-        **here(),
+        **here(job.experiment),
     }
     job.store.begin(job.name, run)
     return run
@@ -175,9 +175,9 @@ def resumable_run(job: Job) -> dict[str, Any] | None:
     if is_dropped(job.is_target, state, job.flags):
         job.say(f"the interrupted run (at step {state.step}) is dropped")
         return None
-    facts, settings = here(), [change for change in state.changes if change.is_setting]
-    compared = ("world_size", "threads", "device")
-    if different := [f"{key} {run[key]} → {facts[key]}" for key in compared if run[key] != facts[key]]:
+    facts, settings = here(job.experiment), [change for change in state.changes if change.is_setting]
+    before = {key: run.get(key) for key in ("world_size", "threads", "device", "strategy")}
+    if different := [f"{key} {value} → {facts[key]}" for key, value in before.items() if value != facts[key]]:
         job.say(f"{', '.join(different)}: last bits may differ from an uninterrupted run's")
     for change in settings:
         job.say(f"going on with {change.text}")
@@ -191,9 +191,11 @@ def resumable_run(job: Job) -> dict[str, Any] | None:
     return run | {"fingerprint": job.today.fingerprint, "config": config}
 
 
-def here() -> dict[str, Any]:
+def here(experiment: Any) -> dict[str, Any]:
     """Who runs, and what its last bits may depend on."""
-    return {"pid": os.getpid(), "host": socket.gethostname(), **launch.facts()}
+    facts = launch.facts()
+    strategy = experiment.launch.strategy if facts["world_size"] > 1 else None
+    return {"pid": os.getpid(), "host": socket.gethostname(), **facts, "strategy": strategy}
 
 
 def prepare(job: Job, run: dict[str, Any]) -> StageRun:

@@ -146,8 +146,13 @@ class LaunchConfig(BaseModel):
     processes: int = Field(
         1,
         ge=1,
-        description="processes that share each stage's work on this machine (data parallel: each holds the models); "
-        "they split a batch, so the result is one process's to the order of sums",
+        description="processes that share each stage's work on this machine; they split a batch, so the result is one "
+        "process's to the order of sums",
+    )
+    strategy: Literal["ddp", "fsdp2"] = Field(
+        "ddp",
+        description="what each of several processes holds of models that train: all of them (ddp), or its share of "
+        "every weight, gradient and moment (fsdp2, torch's fully_shard; others call it ZeRO-3)",
     )
     nodes: int = Field(1, ge=1, description="machines, with so many processes each; for --submit slurm")
     slurm: SlurmConfig = Field(SlurmConfig(), description="what --submit slurm asks of the queue")

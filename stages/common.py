@@ -9,6 +9,7 @@ from data.records import DataError, prompt_key
 from data.streams import derive_seed, grouped_by_length
 from pipeline.errors import UserError
 from pipeline.stage import StageRun
+from stages import parallel
 
 
 def read(ctx: StageRun, kind: str) -> list:
@@ -52,6 +53,21 @@ def check_context(ctx: StageRun, folder: Path) -> None:
         )
 
 
+def is_sharding(ctx: StageRun) -> bool:
+    """Whether each of several processes holds a part of what trains (launch.strategy: fsdp2)."""
+    return ctx.experiment.launch.strategy == "fsdp2" and parallel.rank_and_size()[1] > 1
+
+
+def place(ctx: StageRun, model, device) -> None:
+    """A model that trains goes to its device, or this process's part of it."""
+    from stages.models.sharding import shard
+
+    if is_sharding(ctx):
+        shard(model, device)
+    else:
+        model.to(device)
+
+
 def adapter_settings(model_section) -> dict | None:
     """The `model.peft` section as keyword arguments; None where every weight trains."""
     peft = model_section.peft
@@ -88,6 +104,7 @@ def show_samples(model, tokenizer, prompts, *, seed: int, response_length: int, 
     score: response_texts' ids → numbers, called with (prompt_ids, response_ids).
     """
     from data.encode import decode_response, encode_prompt
+    from stages.models.sharding import whole
     from stages.rollouts.transformers import sample
 
     context = getattr(model.config, "max_position_embeddings", None) or 10**9
@@ -95,14 +112,15 @@ def show_samples(model, tokenizer, prompts, *, seed: int, response_length: int, 
     if not room:
         return []
     prompts, ids = zip(*room, strict=True)
-    responses = sample(
-        model,
-        ids,
-        [derive_seed(seed, "samples", i) for i in range(len(ids))],
-        response_length=response_length,
-        eos_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
-    )
+    with whole(model) as reader:
+        responses = sample(
+            reader,
+            ids,
+            [derive_seed(seed, "samples", i) for i in range(len(ids))],
+            response_length=response_length,
+            eos_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+        )
     rows = [
         {"prompt": p if isinstance(p, str) else list(p), "response": decode_response(tokenizer, r)}
         for p, r in zip(prompts, responses, strict=True)

@@ -7,6 +7,7 @@ Or the Plackett–Luce likelihood of each whole ranking under the rewards β log
 
 import hashlib
 import json
+from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Literal, get_args
@@ -29,12 +30,14 @@ from stages.common import (
     in_parts,
     load_groups,
     packing,
+    place,
     show_samples,
 )
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee, pause_if_asked
-from stages.models.adapters import save_merged, with_adapter
+from stages.models.adapters import adapter_off, is_adapted, save_merged, with_adapter
 from stages.models.forward import response_logprobs
 from stages.models.loading import load_policy, load_tokenizer
+from stages.models.sharding import gathered, is_sharded
 from stages.objectives.logprobs import sequence_logps
 from stages.objectives.losses import chosen_loss, dpo_loss, plackett_luce_loss
 from stages.settings import PreferenceTraining, over_context, setting, total_steps
@@ -111,10 +114,13 @@ def run(ctx: StageRun) -> dict:
     steps = total_steps(c, len(groups))
     ctx.tracker.say(f"dpo: {report.line('rankings')}; {len(held)} rankings held out; {steps} steps")
     policy = load_policy(source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code)
-    policy.to(accelerator.device)
+    if m.gradient_checkpointing:
+        policy.activation_checkpointing_enable()
+    policy = with_adapter(policy, **(adapter_settings(m) or {"method": None}), seed=ctx.seed)
+    place(ctx, policy, accelerator.device)
     packed = packing(ctx, policy)
 
-    # 1 the reference's log-probabilities, once: the policy is the reference before training
+    # 1 the reference's log-probabilities, once: the policy is the reference before training, its adapter off
     batch_size = c.per_device_train_batch_size * c.gradient_accumulation_steps
     order = group_order(ctx, groups, steps, batch_size)
     drawn = sorted(set(order))
@@ -125,10 +131,6 @@ def run(ctx: StageRun) -> dict:
         "validation": reference_logps("validation", held, *options),
     }
 
-    if m.gradient_checkpointing:
-        policy.activation_checkpointing_enable()
-    policy = with_adapter(policy, **(adapter_settings(m) or {"method": None}), seed=ctx.seed)
-    policy.to(accelerator.device)
     trainee = make_trainee(
         "model",
         policy,
@@ -159,9 +161,11 @@ def run(ctx: StageRun) -> dict:
     def evaluate(poll) -> dict:
         sums: dict[str, float] = {}
         tokens = sum(map(tokens_first, held))
-        for rows in parallel.share(*in_parts(ctx, held, packed)):
+        parts, costs = in_parts(ctx, held, packed)
+        for rows, own in parallel.in_step(parallel.share(parts, costs), parts[0] if is_sharded(policy) else None):
             poll()
-            for key, value in forward(held, reference["validation"], rows, len(held), tokens)[1].items():
+            figures = forward(held, reference["validation"], rows, len(held), tokens)[1]
+            for key, value in figures.items() if own else ():
                 sums[key] = sums.get(key, 0.0) + value
         return parallel.total(sums)
 
@@ -192,7 +196,7 @@ def run(ctx: StageRun) -> dict:
         samples=samples,
         learning_rate=lambda s: learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, c.warmup_steps),
     )
-    save_merged(policy, tokenizer, ctx.publish / "model", card=card(ctx, "a policy trained by DPO"))
+    save_merged(gathered(policy), tokenizer, ctx.publish / "model", card=card(ctx, "a policy trained by DPO"))
     return {**figures, "truncated": report.truncated, "dropped": report.dropped}
 
 
@@ -224,19 +228,24 @@ def reference_logps(
     if kept is not None:
         return list(kept["logps"].split(sizes))
 
-    def logps_of(parts: list[list[int]]):
-        with ctx.tracker.progress(len(parts), "dpo reference") as progress:
-            for done, rows in enumerate(parts, 1):
+    parts, costs = in_parts(ctx, groups, packed)
+    sharded = is_sharded(policy)
+
+    def logps_of(own: list[list[int]]):
+        off = adapter_off(policy) if is_adapted(policy) else nullcontext()
+        with off, ctx.tracker.progress(len(own), "dpo reference") as progress:
+            for done, (rows, mine) in enumerate(parallel.in_step(own, parts[0] if sharded else None), 1):
                 poll()
                 batch = batch_groups([groups[i] for i in rows], pad_id, packed=packed).to(accelerator.device)
                 with accelerator.autocast():
                     logprobs = response_logprobs(policy, batch.rows)
-                yield sequence_logps(logprobs, batch.rows.response_mask).cpu().split([sizes[i] for i in rows])
-                progress.update(done)
+                if mine:
+                    yield sequence_logps(logprobs, batch.rows.response_mask).cpu().split([sizes[i] for i in rows])
+                    progress.update(done)
 
-    parts, costs = in_parts(ctx, groups, packed)
+    every = parallel.spread(parts, costs, lambda own: list(logps_of(own)), idle=sharded)
     out: dict[int, torch.Tensor] = {}
-    for rows, logps in zip(parts, parallel.spread(parts, costs, lambda own: list(logps_of(own))), strict=True):
+    for rows, logps in zip(parts, every, strict=True):
         out.update(zip(rows, logps, strict=True))
     found = [out[i] for i in range(len(groups))]
     ctx.cache.remember(f"reference_logps_{split}", digest, {"logps": torch.cat(found)})

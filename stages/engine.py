@@ -11,11 +11,13 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pipeline.errors import Interrupted, TrainingStopped, UserError
 from pipeline.stage import StageRun
 from stages import parallel
 from stages.models.adapters import trainable
+from stages.models.sharding import full, is_sharded, like, number, part
 from stages.objectives.control import update_average
 
 
@@ -47,7 +49,7 @@ class Trainee:
                     f"{tuple(p.shape)}; start again with --restart"
                 )
         for name, p in self.parameters.items():
-            p.copy_(tensors[name])
+            p.copy_(like(p, tensors[name]))
 
 
 def make_accelerator(device: str, dtype: str):
@@ -81,15 +83,18 @@ def make_trainee(
 def gradient_norm(parameters) -> float:
     """‖g‖₂ over all parameters that have a gradient; 0 if none has."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+    return number(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
 
 
 def gradient_cosine(one, other) -> float:
     """Cosine between two lists of gradients (None = 0); 0 where one of them vanishes."""
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
-    dot = sum(float(torch.dot(a.flatten().float(), b.flatten().float())) for a, b in pairs)
+    parts = [(part(a).flatten().float(), part(b).flatten().float()) for a, b in pairs]
+    dot = sum(float(torch.dot(a, b)) for a, b in parts)
+    if any(isinstance(a, DTensor) for a, _ in pairs):
+        dot = parallel.total({"dot": dot})["dot"]
     norms = [torch.nn.utils.get_total_norm([g for g in gs if g is not None] or [torch.zeros(1)]) for gs in (one, other)]
-    size = float(norms[0] * norms[1])
+    size = number(norms[0] * norms[1])
     return dot / size if size > 0 else 0.0
 
 
@@ -112,7 +117,7 @@ def optimizer_step(trainee: Trainee, learning_rate: float, step: int) -> float:
     if problem := not_finite(trainee, step):
         trainee.optimizer.zero_grad(set_to_none=True)
         stop_training(problem)
-    norm = float(torch.nn.utils.clip_grad_norm_(trainee.parameters.values(), trainee.max_grad_norm))
+    norm = number(torch.nn.utils.clip_grad_norm_(trainee.parameters.values(), trainee.max_grad_norm))
     for group in trainee.optimizer.param_groups:
         group["lr"] = learning_rate
     trainee.optimizer.step()
@@ -221,8 +226,8 @@ def save_checkpoint(
     average: Average | None = None,
     carried: dict[str, dict[str, Tensor]] | None = None,
 ) -> None:
-    """Weights that train and optimizers as safetensors, the rest as JSON; one step, atomically. carried: further
-    groups of tensors."""
+    """Weights that train and optimizers as safetensors, the rest as JSON; one step, atomically; whole, whoever holds
+    which part of them. carried: further groups of tensors."""
     from pipeline.checkpoints import optimizer_tensors
 
     tensors = dict(carried or {})
@@ -235,7 +240,7 @@ def save_checkpoint(
         state["best"] = best.state()
         if best.tensors:
             tensors["best"] = best.tensors
-    ctx.checkpoints.save(step, tensors, state, total)
+    ctx.checkpoints.save(step, {name: full(group) for name, group in tensors.items()}, state, total)
 
 
 def load_checkpoint(
@@ -259,16 +264,23 @@ def load_checkpoint(
     for trainee in trainees:
         trainee.load(found.tensors(trainee.name))
         name = f"{trainee.name}_optimizer"
-        load_optimizer(trainee.optimizer, found.tensors(name), found.state[name])
+        load_optimizer(trainee.optimizer, optimizer_parts(trainee.optimizer, found.tensors(name)), found.state[name])
     if best is not None:
         best.restore(found)
     if average is not None and average.decay is not None:
         if (found.path / "average.safetensors").is_file():
-            devices = {name: p.device for name, p in trainees[0].parameters.items()}
-            average.tensors = {name: x.to(devices[name]) for name, x in found.tensors("average").items()}
+            held = trainees[0].parameters
+            average.tensors = {name: like(held[name], x) for name, x in found.tensors("average").items()}
         else:  # the run had been told to keep none until now: it begins here
             average.start(trainees[0])
     return found.step - first, found.state
+
+
+def optimizer_parts(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `optimizer_tensors` gave, of sharded weights the part that is held here."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    held = {key: parameters[int(key.split(".")[0])] for key in tensors}
+    return {key: like(held[key], x) if isinstance(held[key], DTensor) and x.dim() else x for key, x in tensors.items()}
 
 
 def refuse_shorter(ctx: StageRun, step: int, total: int) -> None:
@@ -279,11 +291,25 @@ def refuse_shorter(ctx: StageRun, step: int, total: int) -> None:
         )
 
 
-def pause_if_asked(ctx: StageRun, step: int, total: int, save: Callable[[], None]) -> None:
-    """If a signal asked to stop: save what `step` steps have come to, and leave with Interrupted (exit 75)."""
-    if ctx.stop.requested:
+def pause_if_asked(
+    ctx: StageRun, step: int, total: int, save: Callable[[], None], together: bool = False
+) -> None:
+    """If a signal asked to stop: save what `step` steps have come to, and leave with Interrupted (exit 75). together:
+    all processes are here, and all leave: each holds a part of what is saved."""
+    if asked_to_stop(ctx, together):
         save()
         raise Interrupted(step, total)
+
+
+def asked_to_stop(ctx: StageRun, together: bool = False) -> bool:
+    """Whether a signal has come. together: to the first process, which hears them; the same answer everywhere."""
+    return parallel.from_first(lambda: ctx.stop.requested) if together else ctx.stop.requested
+
+
+def is_due(ctx: StageRun, step: int, together: bool = False) -> bool:
+    """Whether to save after this step. together: the first process's answer, everywhere."""
+    due = partial(ctx.checkpoints.due, step)
+    return parallel.from_first(due) if together else due()
 
 
 def perplexity_of(loss: float) -> float:
@@ -361,7 +387,9 @@ def fit(
     them, rows of the batch) → (that micro-batch's share of the batch loss, sums to log): however it is cut, the
     gradient is the batch's. evaluate(poll) runs every `eval_steps`, `judge` being the figure that keep and patience
     look at; what poll() raises between two of its forward passes ends it: the checkpoint then says that it is owed.
+    Processes that hold parts of the model save together, between steps alone.
     """
+    together = is_sharded(trainee.model)
     best = Best(keep, patience, higher_is_better)
     steps = len(order) // batch_size
     whole = steps if total is None else total
@@ -374,7 +402,8 @@ def fit(
             save_checkpoint(ctx, first + step, whole, [trainee], best, said, carried=tensors)
 
     def look(step: int) -> dict[str, float]:
-        figures = evaluate(partial(pause_if_asked, ctx, first + step, whole, partial(save, step, owes_look=True)))
+        leave = partial(pause_if_asked, ctx, first + step, whole, partial(save, step, owes_look=True))
+        figures = evaluate((lambda: None) if together else leave)
         ctx.tracker.evaluation(first + step, figures)
         best.offer(figures[judge], step, trainee)
         if samples is not None:
@@ -388,10 +417,11 @@ def fit(
             step += 1
             batch = order[(step - 1) * batch_size : step * batch_size]
             logged: dict[str, float] = {}
-            for rows in cut(parallel.share(batch, [costs[i] for i in batch])):
+            parts = list(cut(parallel.share(batch, [costs[i] for i in batch])))
+            for rows, own in parallel.in_step(parts, batch[:1] if together else None):
                 share, sums = loss(rows, batch)
-                accelerator.backward(share)
-                for key, value in sums.items():
+                accelerator.backward(share if own else 0.0 * share)
+                for key, value in sums.items() if own else ():
                     logged[key] = logged.get(key, 0.0) + value
             parallel.sum_gradients(trainee.parameters.values())
             logged = parallel.total(logged)
@@ -401,10 +431,10 @@ def fit(
             progress.update(first + step, **{k: v for k, v in logged.items() if k in ("loss", judge)})
             if step % eval_steps == 0 or step == steps:
                 figures = look(step)
-            if ctx.checkpoints.due(first + step) and step < steps:
+            if is_due(ctx, first + step, together) and step < steps:
                 save(step)
             if step < steps:
-                pause_if_asked(ctx, first + step, whole, lambda at=step: save(at))
+                pause_if_asked(ctx, first + step, whole, lambda at=step: save(at), together)
     if keep == "best" and best.step != step:
         trainee.load(best.tensors)
         figures = {}

@@ -4,6 +4,7 @@ What transformers writes is staged, hashed and published by our checkpoint store
 """
 
 import contextlib
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,20 @@ from data.streams import Stream, derive_seed, grouped_by_length
 from pipeline.errors import Interrupted, TrainingStopped
 from pipeline.stage import StageRun
 from stages import parallel
-from stages.engine import Best, Trainee, micro_batches, perplexity_of, refuse_shorter
+from stages.common import is_sharding
+from stages.engine import (
+    Best,
+    Trainee,
+    asked_to_stop,
+    gradient_norm,
+    is_due,
+    micro_batches,
+    optimizer_parts,
+    perplexity_of,
+    refuse_shorter,
+)
 from stages.models.adapters import adapter_config, merged, trainable
+from stages.models.sharding import full, gathered, is_sharded, shard
 from stages.objectives.losses import language_model_loss
 from stages.settings import batch_of_each
 
@@ -117,6 +130,8 @@ def train_language_model(
             live, held_out_rows, tokenizer.pad_token_id, per_device_train_batch_size, trainer.accelerator, leaves)
     )  # fmt: skip
     trainer_class = alone_in_saving(SFTTrainer) if processes > 1 else SFTTrainer
+    if is_sharding(ctx):
+        trainer_class = with_parts(SFTTrainer)
     trainer = (with_plain_loss(trainer_class) if len(tokenizer) <= SMALL_VOCABULARY else trainer_class)(
         model=model,
         args=args,
@@ -134,6 +149,8 @@ def train_language_model(
         refuse_shorter(ctx, found.step - first, steps)
         keeper.best.restore(found)
         keeper.owes_look = found.state.get("owes_look", False)
+    if is_sharding(ctx):
+        trainer.take_part(found.path / "trainer" if found else None)
     with ctx.tracker.progress(whole, ctx.stage, found.step if found else first) as progress:
         keeper.progress = progress
         with parallel.collective():
@@ -142,12 +159,13 @@ def train_language_model(
     if parallel.is_first():
         shutil.rmtree(scratch, ignore_errors=True)
     step = trainer.state.global_step
-    if ctx.stop.requested and step < steps and not keeper.best.exhausted:
+    together = is_sharded(trainer.model)
+    if step < steps and not keeper.best.exhausted and asked_to_stop(ctx, together):
         raise Interrupted(first + step, whole)
     if keep == "best" and best.step != step:
         keeper.trainee(trainer.model).load(best.tensors)
     loss = keeper.held_out_loss(trainer.model)
-    plain = merged(trainer.accelerator.unwrap_model(trainer.model)).eval()
+    plain = merged(gathered(trainer.accelerator.unwrap_model(trainer.model))).eval()
     plain.config.use_cache = False
     return plain, {"loss": loss, "perplexity": perplexity_of(loss), "best_step": best.step, "steps": step}
 
@@ -178,18 +196,76 @@ def alone_in_saving(trainer_class):
     return Alone
 
 
+def with_parts(trainer_class):
+    """A trainer of a sharded model, whose checkpoints are those of a whole one: transformers trains what is sharded,
+    and does not resume it."""
+
+    class Sharding(alone_in_saving(trainer_class)):
+        def take_part(self, checkpoint: Path | None) -> None:
+            """Keep this process's part of the weights, those of the checkpoint if one is given."""
+            if checkpoint is not None:
+                self._load_from_checkpoint(str(checkpoint))
+            shard(self.model, self.args.device, mean=True)
+            self.is_distributed_loading_by_transformers = True
+
+        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+            if not is_sharded(self.model):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+        def save_model(self, output_dir=None, _internal_call=False):
+            held, self.model = self.model, gathered(self.model)
+            if parallel.is_first():
+                super()._save(output_dir)
+            self.model = held
+
+        def _save_optimizer_and_scheduler(self, output_dir):
+            state = self.optimizer.state_dict()
+            state["state"] = {index: full(tensors) for index, tensors in state["state"].items()}
+            held, self.optimizer = self.optimizer, _State(state)
+            super()._save_optimizer_and_scheduler(output_dir)  # the first process alone
+            self.optimizer = held
+
+        def _load_optimizer_and_scheduler(self, checkpoint):
+            inner = self.optimizer.optimizer
+            hook = inner.register_load_state_dict_pre_hook(_sharded_state)
+            super()._load_optimizer_and_scheduler(checkpoint)
+            hook.remove()
+
+        def _save_rng_state(self, output_dir):
+            if parallel.is_first():
+                super()._save_rng_state(output_dir)
+
+    return Sharding
+
+
+class _State:
+    """Stands for an optimizer that has this state."""
+
+    def __init__(self, state: dict):
+        self.state_dict = lambda: state
+
+
+def _sharded_state(optimizer: torch.optim.Optimizer, state: dict) -> dict:
+    """A whole optimizer's state for one whose parameters are sharded."""
+    flat = {f"{index}.{name}": x for index, tensors in state["state"].items() for name, x in tensors.items()}
+    parts = optimizer_parts(optimizer, flat)
+    of = {index: {name: parts[f"{index}.{name}"] for name in tensors} for index, tensors in state["state"].items()}
+    return {**state, "state": of}
+
+
 @torch.no_grad()
 def held_out_loss(
     model, rows: list[dict], pad_id: int, batch_size: int, accelerator, leaves: Callable[[], bool]
 ) -> float:
     """Mean cross-entropy a label, in nats, over all of `rows`: the same for every batch size. LookLeft on all
-    processes if leaves() was true on one of them between two batches."""
+    processes if leaves() was true on one of them between two batches (of a sharded model: it is not asked)."""
     training, total, tokens, left = model.training, 0.0, 0, False
     model.eval()
     ordered = sorted(rows, key=lambda r: len(r["input_ids"]))
     parts = list(micro_batches(ordered, batch_size))
-    for part in parallel.share(parts, [sum(len(r["input_ids"]) for r in part) for part in parts]):
-        if left := leaves():
+    own, sharded = parallel.share(parts, [sum(len(r["input_ids"]) for r in part) for part in parts]), is_sharded(model)
+    for part, mine in parallel.in_step(own, parts[0] if sharded else None):
+        if not sharded and (left := leaves()):
             break
         width = max(len(r["input_ids"]) for r in part)
         pad = lambda ids, fill: ids + [fill] * (width - len(ids))  # noqa: B023, E731
@@ -198,8 +274,9 @@ def held_out_loss(
         labels = torch.tensor([pad(r["labels"], -100) for r in part], device=accelerator.device)[:, 1:]
         with accelerator.autocast():
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        total += language_model_loss(logits, labels, 1.0).item()
-        tokens += int((labels != -100).sum())
+        if mine:
+            total += language_model_loss(logits, labels, 1.0).item()
+            tokens += int((labels != -100).sum())
     model.train(training)
     sums = parallel.total({"loss": total, "tokens": tokens, "left": left})
     if sums["left"]:
@@ -231,8 +308,7 @@ class _Keeper:
         return Trainee("model", model, trainable(model), None, 0.0)
 
     def before_step(self, model, state) -> None:
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        if not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
+        if not math.isfinite(gradient_norm(model.parameters())):
             raise TrainingStopped(
                 f"{self.ctx.stage}: the gradient at step {self.first + state.global_step + 1} is not finite; nothing "
                 f"was updated. Lower {self.ctx.stage}.learning_rate, or use model.dtype: float32, and run again"
@@ -272,9 +348,10 @@ class _Keeper:
 
     def saved(self, args, state) -> None:
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+        if parallel.is_first():
+            (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
         tensors, kept = self.carried
-        tensors = tensors | ({"best": self.best.tensors} if self.best.tensors else {})
+        tensors = tensors | ({"best": full(self.best.tensors)} if self.best.tensors else {})
         step = self.first + state.global_step
         kept = kept | {"best": self.best.state(), "owes_look": self.owes_look}
         self.ctx.checkpoints.adopt(written, step, self.total, kept, tensors)
@@ -313,8 +390,9 @@ class _Keeper:
                 if state.global_step >= keeper.steps or keeper.best.exhausted:
                     control.should_save = False  # the artifact comes next
                     return
-                control.should_save = keeper.ctx.checkpoints.due(state.global_step)
-                if keeper.ctx.stop.requested:
+                together = is_sharded(model)
+                control.should_save = is_due(keeper.ctx, state.global_step, together)
+                if asked_to_stop(keeper.ctx, together):
                     control.should_save = control.should_training_stop = True
                 if control.should_save:
                     keeper.check_space(model)

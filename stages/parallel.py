@@ -6,13 +6,14 @@ the order of sums (`sum_gradients`, `total`). One process alone: nothing here ch
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 
 from pipeline.errors import PeerLost
 
@@ -52,19 +53,31 @@ def share(items: Sequence[Item], costs: Sequence[float]) -> list[Item]:
 
 
 def spread(
-    items: Sequence[Item], costs: Sequence[float], compute: Callable[[list[Item]], Sequence[Found]]
+    items: Sequence[Item],
+    costs: Sequence[float],
+    compute: Callable[[list[Item]], Sequence[Found]],
+    idle: bool = False,
 ) -> list[Found]:
-    """compute(this process's share) → a result an item; → the results of all items, in their order, everywhere."""
+    """compute(this process's share) → a result an item; → the results of all items, in their order, everywhere. idle:
+    compute is also called for a share of nothing."""
     rank, size = rank_and_size()
     if size == 1:
         return list(compute(list(items)))
     parts = deal(costs, size)
-    own = list(compute([items[i] for i in parts[rank]])) if parts[rank] else []
+    own = list(compute([items[i] for i in parts[rank]])) if parts[rank] or idle else []
     found: list = [None] * len(items)
     for part, results in zip(parts, everybody(own), strict=True):
         for i, result in zip(part, results, strict=True):
             found[i] = result
     return found
+
+
+def in_step(parts: Sequence[Item], spare: Item | None) -> Iterator[tuple[Item, bool]]:
+    """(part, True) of each of this process's parts; and, if `spare` is given, (spare, False) behind them until all
+    processes have had as many: a forward through sharded weights takes all of them."""
+    most = len(parts) if spare is None else max(everybody(len(parts)))
+    yield from ((part, True) for part in parts)
+    yield from ((spare, False) for _ in range(most - len(parts)))
 
 
 def everybody(own: Found) -> list[Found]:
@@ -101,10 +114,11 @@ def total(figures: dict[str, float]) -> dict[str, float]:
 
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Each parameter's gradient becomes the sum over the processes; None where none of them has one."""
-    if rank_and_size()[1] == 1:
+    """Each parameter's gradient becomes the sum over the processes; None where none of them has one. Those of sharded
+    weights are sums already."""
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]
+    if rank_and_size()[1] == 1 or not parameters:
         return
-    parameters = list(parameters)
     has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32)
     with collective():
         dist.all_reduce(has)

@@ -24,7 +24,17 @@ from pipeline.errors import TrainingStopped, UserError
 from pipeline.stage import StageRun
 from stages import parallel
 from stages.alarms import Alarms
-from stages.common import adapter_settings, card, check_context, device_of, dtype_of, packing, read, read_placed
+from stages.common import (
+    adapter_settings,
+    card,
+    check_context,
+    device_of,
+    dtype_of,
+    is_sharding,
+    packing,
+    read,
+    read_placed,
+)
 from stages.engine import (
     Average,
     Best,
@@ -32,6 +42,7 @@ from stages.engine import (
     Trainee,
     gradient_cosine,
     gradient_norm,
+    is_due,
     learning_rate_at,
     load_checkpoint,
     make_accelerator,
@@ -46,6 +57,7 @@ from stages.models.adapters import is_adapted, save_merged, trainable
 from stages.models.ensemble import How, others_of
 from stages.models.forward import response_logprobs, response_values, score_all, text_logprobs
 from stages.models.roles import Roles, load_roles
+from stages.models.sharding import gathered, is_sharded
 from stages.objectives.advantages import gae
 from stages.objectives.control import adaptive_kl_coef
 from stages.objectives.losses import policy_loss, value_loss
@@ -247,6 +259,11 @@ def run(ctx: StageRun) -> dict:
         if state.get("place") != place:  # begun elsewhere, where other kernels agreed with each other
             state |= {"recompute": preflight(ctx, roles, tried, step, leave), "place": place}
     looks = state["looks"]  # step → held-out figures
+    together = is_sharding(ctx)  # then all save, and between updates alone
+
+    def leaving(at: int, save: Callable[[], None]) -> Callable[[], None]:
+        """What is polled in the middle of work."""
+        return (lambda: None) if together else partial(pause_if_asked, ctx, at, updates, save)
 
     def save(at: int, owes_look: bool = False) -> None:
         if at == 0:
@@ -256,7 +273,7 @@ def run(ctx: StageRun) -> dict:
 
     def look_at(at: int) -> list[str]:
         """A held-out look; → alarms. A signal in it is a checkpoint that says that it is owed."""
-        poll = partial(pause_if_asked, ctx, at, updates, partial(save, at, owes_look=True))
+        poll = leaving(at, partial(save, at, owes_look=True))
         looks[str(at)] = look(ctx, roles, held, at, state, policy, best, poll)
         return sound(ctx, alarms.look(at, looks[str(at)]))
 
@@ -270,7 +287,7 @@ def run(ctx: StageRun) -> dict:
             # 2 sample, and what every model says of the samples
             asked = [train[i] for i in drawn]
             # nothing has changed since the update before: a signal need not wait until all is sampled
-            poll = partial(pause_if_asked, ctx, step - 1, updates, partial(save, step - 1))
+            poll = leaving(step - 1, partial(save, step - 1))
             rollout = rollout_of(ctx, roles, asked, drawn, step, recompute=state["recompute"], poll=poll)
             mask = rollout.mask
             # 3 reward: the score at the last token, minus kl_coef · KL at each
@@ -326,11 +343,11 @@ def run(ctx: StageRun) -> dict:
             raised += sound(ctx, alarms.watch(step, row))
             if step % c.eval_steps == 0 or step == updates:
                 raised += look_at(step)
-            if ctx.checkpoints.due(step) and step < updates:
+            if is_due(ctx, step, together) and step < updates:
                 save(step)
             stop_at(ctx, raised, step, updates, save)
             if step < updates:
-                pause_if_asked(ctx, step, updates, lambda at=step: save(at))
+                pause_if_asked(ctx, step, updates, lambda at=step: save(at), together)
 
     # 7 publish
     if str(step) not in looks:  # settings that were overridden ended the run at its checkpoint
@@ -340,8 +357,11 @@ def run(ctx: StageRun) -> dict:
     if c.keep == "best" and best.step != step:
         policy.load(best.tensors)
     before, after = looks["0"], looks[str(best.step if c.keep == "best" else step)]
-    save_merged(roles.policy, roles.tokenizer, ctx.publish / "model", card=card(ctx, "a policy trained by PPO-ptx"))
-    save_merged(roles.value_model, roles.tokenizer, ctx.publish / "value_model", card=card(ctx, "PPO's value model"))
+    for folder, model, what in (
+        ("model", roles.policy, "a policy trained by PPO-ptx"),
+        ("value_model", roles.value_model, "PPO's value model"),
+    ):
+        save_merged(gathered(model), roles.tokenizer, ctx.publish / folder, card=card(ctx, what))
     figures = {**after, **{f"{k}_before": v for k, v in before.items()}, "updates": step, "best_step": best.step}
     return {**figures, "skipped_steps": skips.count, "alarms": alarms.count}
 
@@ -365,6 +385,7 @@ def load(ctx: StageRun) -> Roles:
         gradient_checkpointing=m.gradient_checkpointing,
         attn_implementation=m.attn_implementation,
         trust_remote_code=ctx.trust_remote_code,
+        sharded=is_sharding(ctx),
     )
     return replace(roles, packed=packing(ctx, *roles.models()))
 
@@ -585,7 +606,8 @@ def ppo_gradients(
     figures: dict[str, float] = {}
     lengths, n = rollout.lengths(), kept_together(c)
     own, size = share_groups(lengths, mini, n), c.per_device_train_batch_size
-    for index in in_micro_batches(lengths, own, n, size, roles.most_tokens()):
+    parts = in_micro_batches(lengths, own, n, size, roles.most_tokens())
+    for index, mine in parallel.in_step(parts, roles.spare()):
         rows = rollout.rows(index, pad_id, roles.packed)
         mask, at = rows.response_mask, torch.tensor(index, device=rollout.mask.device)
         old_logprobs, old_values, advantage, target = (
@@ -594,11 +616,13 @@ def ppo_gradients(
         with roles.accelerator.autocast():
             logprobs = response_logprobs(roles.policy, rows, c.temperature)
         loss, sums = policy_loss(logprobs, old_logprobs, advantage, mask, c.cliprange, tokens)
-        roles.accelerator.backward(loss)
+        roles.accelerator.backward(loss if mine else 0.0 * loss)
         with roles.accelerator.autocast():
             values = response_values(roles.value_model, rows)
         v_loss, v_sums = value_loss(values, old_values, target, mask, c.cliprange_value, tokens)
-        roles.accelerator.backward(v_loss)
+        roles.accelerator.backward(v_loss if mine else 0.0 * v_loss)
+        if not mine:
+            continue
         for key, number in (
             ("loss/policy_avg", loss),
             ("loss/value_avg", v_loss),
@@ -623,12 +647,13 @@ def ptx_gradient(ctx: StageRun, roles: Roles, policy: Trainee, rows: list[list[i
     for p in parameters:
         p.grad = None
     tokens, total = len(rows) * (len(rows[0]) - 1), 0.0
-    for part in micro_batches(parallel.share(rows, [1] * len(rows)), c.per_device_train_batch_size):
+    parts = list(micro_batches(parallel.share(rows, [1] * len(rows)), c.per_device_train_batch_size))
+    for part, mine in parallel.in_step(parts, rows[:1] if roles.spare() else None):
         ids = torch.tensor(part, device=roles.accelerator.device)
         with roles.accelerator.autocast():
             loss = -text_logprobs(roles.policy, ids).sum() / tokens
-        total += loss.item()
-        roles.accelerator.backward(c.ptx_coef * loss)
+        total += loss.item() if mine else 0.0
+        roles.accelerator.backward((c.ptx_coef if mine else 0.0) * loss)
     parallel.sum_gradients(parameters)
     total = parallel.total({"loss": total})["loss"]
     ptx = [p.grad for p in parameters]
@@ -640,12 +665,15 @@ def ptx_gradient(ctx: StageRun, roles: Roles, policy: Trainee, rows: list[list[i
 
 def publish_average(ctx: StageRun, roles: Roles, policy: Trainee, average: Average) -> None:
     """model_ema/: the policy with its averaged weights. The policy stays on the CPU, which has room for a copy."""
-    if not parallel.is_first():
-        return
-    roles.policy.cpu()
+    if not is_sharded(roles.policy):
+        if not parallel.is_first():
+            return
+        roles.policy.cpu()
     last = {name: tensor.clone() for name, tensor in policy.tensors().items()}
     policy.load(average.tensors)
-    model = copy.deepcopy(roles.policy) if is_adapted(roles.policy) else roles.policy
+    model = gathered(roles.policy)
+    if model is roles.policy and is_adapted(model):
+        model = copy.deepcopy(model)  # saving ends the adapter
     save_merged(model, roles.tokenizer, ctx.publish / "model_ema", card=card(ctx, "the average of PPO's policies"))
     policy.load(last)
 
@@ -698,6 +726,8 @@ def look(
             accelerator=roles.accelerator,
             packed=roles.packed,
         )
+        if is_sharded(roles.judge):  # it takes all processes
+            look_on = partial(Tensor.clone, look_on())
         scores = parallel.from_first(look_on)  # what is kept, and when to stop, hangs on them
         lengths = rollout.mask.sum(-1).cpu()
         options = {"lengths": lengths, "score_clip": c.score_clip, "length_penalty": c.length_penalty}

@@ -30,12 +30,14 @@ from stages.common import (
     in_parts,
     load_groups,
     packing,
+    place,
     read,
 )
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
-from stages.models.adapters import merged, save_adapter, with_adapter
+from stages.models.adapters import merged, plain, save_adapter, with_adapter
 from stages.models.forward import response_scores, score_all
 from stages.models.loading import load_tokenizer, new_reward_model, save_model
+from stages.models.sharding import full, gathered, is_sharded
 from stages.objectives.losses import plackett_luce_loss, ranking_loss
 from stages.settings import PreferenceTraining, over_context, setting, total_steps
 from stages.statistics import (
@@ -138,16 +140,18 @@ def run(ctx: StageRun) -> dict:
         margins.append(found_margins)
         # 4 the bias: demonstrations score 0 on average
         folder = ctx.publish / ("model" if k == 0 else f"ensemble/{k}")
-        save_adapter(model, folder)
-        model = merged(model)
-        model.config.reward_bias = demonstration_mean(ctx, model, tokenizer, accelerator)
+        save_adapter(gathered(model), folder)
+        if not is_sharded(model):
+            model = merged(model)
+        plain(model).config.reward_bias = demonstration_mean(ctx, model, tokenizer, accelerator)
         if fresh:
-            done[k]["reward_bias"] = model.config.reward_bias
+            done[k]["reward_bias"] = plain(model).config.reward_bias
         if fresh and k == 0:
             write_samples(ctx, model, tokenizer, held[:4], shown, done[0]["steps"], accelerator)
-        save_model(model, tokenizer, folder, card=card(ctx, "a reward model"))
+        save_model(merged(gathered(model)), tokenizer, folder, card=card(ctx, "a reward model"))
         if fresh and k + 1 < c.ensemble and ctx.checkpoints.every:
-            ctx.checkpoints.save((k + 1) * steps, kept, {"members": done, "steps": steps}, c.ensemble * steps)
+            held_whole = {name: full(tensors) for name, tensors in kept.items()}
+            ctx.checkpoints.save((k + 1) * steps, held_whole, {"members": done, "steps": steps}, c.ensemble * steps)
     figures = done[0] | trust(margins[0], owners, held, validation, ctx.seed)
     if c.ensemble > 1:
         mean = [sum(part) / c.ensemble for part in zip(*margins, strict=True)]
@@ -166,7 +170,7 @@ def make_member(ctx: StageRun, source, accelerator, k: int):
     if m.gradient_checkpointing:
         model.activation_checkpointing_enable()
     model = with_adapter(model, **(adapter_settings(m) or {"method": None}), scalar=True, seed=seed)
-    model.to(accelerator.device)
+    place(ctx, model, accelerator.device)
     trainee = make_trainee(
         "model",
         model,
@@ -225,6 +229,9 @@ def look_at_held(ctx: StageRun, tools, held, poll=lambda: None) -> tuple[list[fl
     """Score margins of all held-out pairs, whose they are (group, pair), and the mean loss a prompt."""
     model, pad_id, accelerator, packed = tools
 
+    sharded = is_sharded(model)
+    parts, costs = in_parts(ctx, held, packed)
+
     def look(rows: list[int]) -> tuple[list[float], float]:
         poll()
         batch = batch_groups([held[i] for i in rows], pad_id, packed=packed).to(accelerator.device)
@@ -233,8 +240,11 @@ def look_at_held(ctx: StageRun, tools, held, poll=lambda: None) -> tuple[list[fl
         margins = (scores[batch.winners] - scores[batch.losers]).tolist()
         return margins, loss_of(ctx.config, batch, scores, len(held)).item()
 
-    parts, costs = in_parts(ctx, held, packed)
-    found = parallel.spread(parts, costs, lambda own: list(map(look, own)))
+    def looks(own: list[list[int]]) -> list[tuple[list[float], float]]:
+        every = [(look(rows), mine) for rows, mine in parallel.in_step(own, parts[0] if sharded else None)]
+        return [found for found, mine in every if mine]
+
+    found = parallel.spread(parts, costs, looks, idle=sharded)
     margins = [x for some, _ in found for x in some]
     owners = [(i, pair) for rows in parts for i in rows for pair in held[i].pairs()]
     return margins, owners, sum(value for _, value in found)

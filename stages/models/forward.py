@@ -12,6 +12,7 @@ from stages.models.ensemble import Ensemble
 from stages.models.head import head_logprobs
 from stages.models.loading import score_head
 from stages.models.packing import trunk_options
+from stages.models.sharding import compute
 from stages.objectives.logprobs import entropy, token_logprobs
 
 
@@ -23,9 +24,13 @@ def response_logprobs(model, rows: Rows, temperature: float = 1.0, with_entropy:
     mask = rows.response_mask
     index, ids = rows.before[mask], rows.responses[mask]
     if head_is_linear(model):
-        hidden = _hidden(model, rows).index_select(0, index)
-        weight = plain(model).get_output_embeddings().weight
-        logprobs, entropies = head_logprobs(hidden, weight, ids, temperature, with_entropy)
+
+        def read():
+            hidden = _hidden(model, rows).index_select(0, index)
+            weight = plain(model).get_output_embeddings().weight
+            return head_logprobs(hidden, weight, ids, temperature, with_entropy)
+
+        logprobs, entropies = compute(model, read)
     else:
         set_mode(model)
         logits = model(input_ids=rows.input_ids, **trunk_options(rows)).logits.flatten(0, 1)
@@ -40,23 +45,27 @@ def text_logprobs(model, ids: Tensor) -> Tensor:
     inputs, targets = ids[:, :-1], ids[:, 1:]
     set_mode(model)
     if head_is_linear(model):
-        hidden = plain(model).base_model(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-        weight = plain(model).get_output_embeddings().weight
-        return head_logprobs(hidden, weight, targets.flatten())[0].view_as(targets)
+
+        def read():
+            hidden = plain(model).base_model(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+            return head_logprobs(hidden, plain(model).get_output_embeddings().weight, targets.flatten())[0]
+
+        return compute(model, read).view_as(targets)
     return token_logprobs(model(input_ids=inputs, use_cache=False).logits, targets)
 
 
 def response_values(model, rows: Rows) -> Tensor:
     """V of the state before each response token, (B, R); reward_bias subtracted as from scores. 0 off the mask."""
     mask = rows.response_mask
-    return _spread(_head(model, _hidden(model, rows).index_select(0, rows.before[mask])), mask)
+    values = compute(model, lambda: _head(model, _hidden(model, rows).index_select(0, rows.before[mask])))
+    return _spread(values, mask)
 
 
 def response_scores(model, rows: Rows) -> Tensor:
     """r(x, y) − reward_bias, (B,), read at the last real token of each response."""
     if isinstance(model, Ensemble):
         return model.combine([response_scores(member, rows) for member in model.members])
-    return _head(model, _hidden(model, rows).index_select(0, rows.last))
+    return compute(model, lambda: _head(model, _hidden(model, rows).index_select(0, rows.last)))
 
 
 @torch.no_grad()
@@ -103,7 +112,7 @@ def head_is_linear(model) -> bool:
         training = inner.training
         inner.eval()
         whole = inner(input_ids=ids, use_cache=False).logits
-        parts = head(inner.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        parts = compute(model, lambda: head(inner.base_model(input_ids=ids, use_cache=False).last_hidden_state))
         inner.train(training)
         inner._head_is_linear = whole.shape == parts.shape and torch.allclose(whole, parts, rtol=1e-3, atol=1e-3)
     return inner._head_is_linear

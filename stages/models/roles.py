@@ -11,6 +11,7 @@ from pipeline.errors import UserError
 from stages.models.adapters import is_adapted, load_on_trunk, plain, share_frozen, with_adapter
 from stages.models.ensemble import How, load_reward_model
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, same_tokenizer
+from stages.models.sharding import is_sharded, shard
 
 CACHED = 2**19  # numbers; measured from 256 to 576 a token, tests/benchmarks/LOG.md
 
@@ -34,6 +35,11 @@ class Roles:
 
     def most_tokens(self) -> int | None:
         return most_tokens(plain(self.policy).config, self.accelerator.device.type)
+
+    def spare(self) -> list[int] | None:
+        """Rows for a forward that only keeps in step with other processes (`parallel.in_step`), where they share
+        weights."""
+        return [0] if is_sharded(self.policy) else None
 
     def models(self) -> list[torch.nn.Module]:
         every = (self.policy, self.ref_policy, self.reward_model, self.value_model, self.judge)
@@ -59,17 +65,22 @@ def load_roles(
     gradient_checkpointing: bool,
     attn_implementation: str,
     trust_remote_code: bool,
+    sharded: bool = False,
 ) -> Roles:
     """Policy and reference from the folder `start`; the value model begins as the reward model. reward_model, judge:
     (the setting that names it, folder). ensemble: how several reward models score as one. trunk: the model that the
-    reward model's adapter was trained on, if that is known: then both stand on it, adapters apart."""
+    reward model's adapter was trained on, if that is known: then both stand on it, adapters apart. sharded: each
+    process keeps its part of every model, and no two roles share."""
     options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(start, trust_remote_code=trust_remote_code)
     placed: list = []
 
     def place(model):
         """On its device, where it shares what it can with those before it: at no time are two trunks too many there."""
-        share_frozen(model.to(accelerator.device), placed)
+        if sharded:
+            shard(model, accelerator.device)
+        else:
+            share_frozen(model.to(accelerator.device), placed)
         placed.append(model)
         return model
 

@@ -13,6 +13,7 @@ from stages import parallel
 from stages.models.adapters import adapter_off
 from stages.models.forward import response_logprobs, response_scores, response_values
 from stages.models.roles import Roles
+from stages.models.sharding import whole
 from stages.objectives.rewards import final_scores
 from stages.rollouts.rollout import Rollout
 from stages.rollouts.transformers import Sampled, sample_with_logprobs
@@ -50,20 +51,20 @@ def collect(
     repeated = [list(p) for p in prompts for _ in range(n)]
 
     def sample(own: list[int]) -> Sampled:
-        with roles.accelerator.autocast():
-            return sample_with_logprobs(
-                roles.policy,
-                [repeated[i] for i in own],
-                [seeds[i] for i in own],
-                response_length=response_length,
-                temperature=temperature,
-                eos_id=tokenizer.eos_token_id,
-                pad_id=tokenizer.pad_token_id,
-                batch_size=sample_size,
-                poll=poll,
-            )
+        return sample_with_logprobs(
+            policy,
+            [repeated[i] for i in own],
+            [seeds[i] for i in own],
+            response_length=response_length,
+            temperature=temperature,
+            eos_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+            batch_size=sample_size,
+            poll=poll,
+        )
 
-    sampled = shared_samples(sample, [len(p) for p in repeated], n, device)
+    with roles.accelerator.autocast(), whole(roles.policy) as policy:
+        sampled = shared_samples(sample, [len(p) for p in repeated], n, device)
     lengths = torch.tensor([len(r) for r in sampled.responses], device=device)
     width = sampled.logprobs.shape[1]
     rollout = Rollout(
@@ -80,17 +81,21 @@ def collect(
     )
     with torch.no_grad(), roles.accelerator.autocast():
         own = share_groups(rollout.lengths(), range(len(repeated)), n)
-        for index in in_micro_batches(rollout.lengths(), own, n, micro_size, roles.most_tokens()):
+        parts = in_micro_batches(rollout.lengths(), own, n, micro_size, roles.most_tokens())
+        for index, mine in parallel.in_step(parts, roles.spare()):
             poll()
             at = torch.tensor(index, device=device)
             rows = rollout.rows(index, tokenizer.pad_token_id, roles.packed)
-            wide = lambda x: F.pad(x, (0, width - x.shape[1]))  # noqa: E731
+            found = {
+                "ref_logprobs": reference_logprobs(roles, rows, temperature),
+                "values": response_values(roles.value_model, rows),
+                "scores": response_scores(roles.reward_model, rows),
+            }
             if recompute:
                 logprobs, entropy = response_logprobs(roles.policy, rows, temperature, with_entropy=True)
-                rollout.logprobs[at], rollout.entropy[at] = wide(logprobs), wide(entropy)
-            rollout.ref_logprobs[at] = wide(reference_logprobs(roles, rows, temperature))
-            rollout.values[at] = wide(response_values(roles.value_model, rows))
-            rollout.scores[at] = response_scores(roles.reward_model, rows)
+                found |= {"logprobs": logprobs, "entropy": entropy}
+            for name, x in found.items() if mine else ():
+                getattr(rollout, name)[at] = F.pad(x, (0, width - x.shape[1])) if x.dim() == 2 else x
         computed = [rollout.ref_logprobs, rollout.values, rollout.scores]
         parallel.sum_tensors(computed + [rollout.logprobs, rollout.entropy] * recompute)  # 0 where others computed
     rollout.scores.copy_(

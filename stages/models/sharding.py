@@ -1,0 +1,145 @@
+"""Models in parts: each process holds a share of every weight, its gradient and its moments (torch's FSDP2; ZeRO-3).
+
+A forward pass through a sharded model gathers one decoder layer after the other, in all processes at once: they must
+take as many passes as each other (`parallel.in_step`). The sampler, whose passes nobody can count before, reads a copy
+that is gathered whole (`whole`).
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from stages.models.adapters import plain
+from stages.models.ensemble import members
+from stages.parallel import collective, is_first, rank_and_size
+
+Found = TypeVar("Found")
+
+
+def shard(model, device: torch.device, *, mean: bool = False) -> None:
+    """Leave to this process its share of each weight, on `device`; all processes call it with the same model. One alone
+    keeps the whole. Gradients become sums over the processes (mean: means)."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    if rank_and_size()[1] == 1:
+        model.to(device)
+        return
+    mesh = dist.init_device_mesh(device.type, (rank_and_size()[1],))
+    for member in members(model):
+        inner = plain(member)
+        member.__dict__["skeleton"] = skeleton_of(member).to(device)  # not a submodule
+        for layer in layers_of(inner):
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        fully_shard(inner, mesh=mesh, reshard_after_forward=True)  # else old weights would outlive a load
+        inner.__dict__["compute"] = lambda function: function()
+        register_fsdp_forward_method(inner, "compute")
+        if not mean:
+            for module in inner.modules():
+                if is_sharded(module):
+                    module.set_gradient_divide_factor(1.0)
+                    module.set_force_sum_reduction_for_comms(True)
+
+
+def is_sharded(model) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(plain(member), FSDPModule) for member in members(model))
+
+
+def layers_of(inner) -> list[nn.Module]:
+    """The decoder layers of a transformers model."""
+    names = set(inner._no_split_modules or ())
+    return [module for module in inner.modules() if type(module).__name__ in names]
+
+
+def compute(model, function: Callable[[], Found]) -> Found:
+    """function(), which reads weights of `model` outside the forward of it or of a layer: a sharded model's are
+    gathered for it, and their gradients shared out after its backward pass."""
+    return plain(model).compute(function) if is_sharded(model) else function()
+
+
+def skeleton_of(model) -> nn.Module:
+    """A copy of the model without its weights; it shares its configuration."""
+    inner = plain(model)
+    known = {id(p): nn.Parameter(p.new_empty(0), requires_grad=p.requires_grad) for p in model.parameters()}
+    copied = copy.deepcopy(model, known | {id(inner.config): inner.config})
+    for module in (copied, plain(copied)):
+        module.__dict__.pop("forward", None)  # trl's, which reads the model that it was made for
+    return copied
+
+
+@contextmanager
+def whole(model) -> Iterator[nn.Module]:
+    """The model with all its weights in this process, for work that other processes do not follow; inside, nothing
+    trains. A sharded one is gathered by all of them into a copy, its linear layers in the dtype of autocast."""
+    if not is_sharded(model):
+        yield model
+        return
+    inside = model.skeleton
+    try:
+        _fill(inside, model, keep=True)
+        yield inside
+    finally:
+        for p in inside.parameters():
+            p.data = p.new_empty(0)
+
+
+def gathered(model) -> nn.Module:
+    """The model, for publication; a sharded one: a copy on the CPU with all its weights, in the first process alone."""
+    if not is_sharded(model):
+        return model
+    inside = copy.deepcopy(model.skeleton).cpu()
+    _fill(inside, model, keep=is_first())
+    return inside
+
+
+@torch.no_grad()
+def _fill(inside, model, keep: bool) -> None:
+    device = next(inside.parameters()).device
+    casts = torch.is_autocast_enabled(device.type)
+    linear = {id(m.weight) for m in inside.modules() if type(m) is nn.Linear} if casts else set()
+    linear -= {id(m.weight) for m in inside.modules() if isinstance(m, nn.Embedding)}  # tied: its output would change
+    for empty, p in zip(inside.parameters(), model.parameters(), strict=True):
+        with collective():
+            full = p.full_tensor()
+        if keep:
+            dtype = torch.get_autocast_dtype(device.type) if id(empty) in linear else full.dtype
+            empty.data = full.to(device, dtype)
+
+
+@torch.no_grad()
+def full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of sharded weights made whole on the CPU, by all processes, one at a time; others as they are. Processes
+    that do not save get empty ones."""
+    found = {}
+    for name, x in tensors.items():
+        if isinstance(x, DTensor):
+            with collective():
+                x = x.full_tensor()
+            x = x.cpu() if is_first() else x.new_empty(0)
+        found[name] = x
+    return found
+
+
+def like(parameter: Tensor, x: Tensor) -> Tensor:
+    """A whole tensor as `parameter` is held: sharded if that is; else on its device."""
+    if not isinstance(parameter, DTensor) or isinstance(x, DTensor):
+        return x.to(parameter.device)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(x.to(parameter.device), mesh, placements, src_data_rank=None)
+
+
+def number(x) -> float:
+    """A scalar tensor, also one that is held by several processes."""
+    return float(x.full_tensor() if isinstance(x, DTensor) else x)
+
+
+def part(x: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x

@@ -1,0 +1,229 @@
+"""Models in parts, against the same models whole: in two processes that talk over gloo."""
+
+import copy
+import multiprocessing
+import os
+from datetime import timedelta
+from functools import partial
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from data.groups import make_rows
+from pipeline.processes import places
+from stages.engine import gradient_cosine, gradient_norm, make_trainee, optimizer_parts, optimizer_step
+from stages.models.adapters import adapter_off, plain, with_adapter
+from stages.models.forward import response_logprobs, response_values, text_logprobs
+from stages.models.loading import prepare
+from stages.models.packing import can_pack
+from stages.models.sharding import compute, full, gathered, is_sharded, like, shard, whole
+from stages.parallel import in_step, is_first, rank_and_size
+
+PROMPTS = [[5, 6, 7], [5, 6, 7], [9, 8]]
+RESPONSES = [[1, 2, 3, 4], [3, 4], [7, 7, 2]]
+
+
+def together(check, *args):
+    """check(*args) in two processes; its assertions are this test's."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "peft"])
+    children = [context.Process(target=_run, args=(check, args, place)) for place in places(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    codes = [child.exitcode for child in children]
+    for child in children:
+        child.kill()
+    assert codes == [0, 0]
+
+
+def _run(check, args, place):
+    os.environ.update(place)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    check(*args)
+    dist.destroy_process_group()
+
+
+def make(family, tied=True, scalar=False):
+    """A tiny model, the same in every process."""
+    from transformers import (
+        GPT2Config,
+        GPT2ForSequenceClassification,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        LlamaForSequenceClassification,
+    )
+
+    torch.manual_seed(0)
+    more = {"vocab_size": 61, "pad_token_id": 0, "eos_token_id": 1, "num_labels": 1, "tie_word_embeddings": tied}
+    if family == "gpt2":
+        config = GPT2Config(n_embd=12, n_layer=2, n_head=2, n_positions=64, **more)
+        model = (GPT2ForSequenceClassification if scalar else GPT2LMHeadModel)(config)
+    else:
+        sizes = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 2}
+        config = LlamaConfig(num_key_value_heads=1, max_position_embeddings=64, **sizes, **more)
+        model = (LlamaForSequenceClassification if scalar else LlamaForCausalLM)(config)
+    return prepare(model)
+
+
+def pair(*args, method=None, packed=True, **kwargs):
+    """(a whole model, the same in parts)."""
+    ours, other = (
+        with_adapter(make(*args, **kwargs), method=method, r=2, seed=3) if method else make(*args, **kwargs)
+        for _ in range(2)
+    )
+    if method:  # as after some training: an untouched adapter changes nothing
+        for model in (ours, other):
+            torch.manual_seed(4)
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.requires_grad:
+                        p.add_(0.1 * torch.randn_like(p))
+    if packed:
+        assert can_pack(other, 64)
+    shard(ours, torch.device("cpu"))
+    if packed:
+        assert can_pack(ours, 64)
+    return other, ours
+
+
+def check_gradients(family, tied, method):
+    other, ours = pair(family, tied, method=method)
+    rank, size = rank_and_size()
+    assert size == 2 and is_sharded(ours) and not is_sharded(other)
+    held = sum(p.to_local().numel() for p in ours.parameters())
+    assert held < 0.6 * sum(p.numel() for p in other.parameters())
+
+    def loss(model, i):
+        rows = make_rows(PROMPTS[i : i + 1], RESPONSES[i : i + 1], 0, packed=True)
+        text = torch.tensor([[3, 4, 5, 6, 7 + i]])
+        return response_logprobs(model, rows, 0.7).sum() + text_logprobs(model, text).sum()
+
+    expected = [loss(other, i) for i in range(3)]
+    for x in expected:
+        x.backward()
+    parts = [[0, 2], [1]][rank]
+    for i, own in in_step(parts, 0):
+        found = loss(ours, i)
+        torch.testing.assert_close(found, expected[i])
+        (found if own else 0.0 * found).backward()
+    for (name, p), q in zip(other.named_parameters(), ours.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(q.grad.full_tensor(), p.grad, atol=1e-5, rtol=1e-5, msg=name)
+    every = [p for p in other.parameters() if p.grad is not None], [p for p in ours.parameters() if p.grad is not None]
+    norms = [gradient_norm(ps) for ps in every]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    turned = [p.grad.roll(1, 0) if p.dim() > 1 else p.grad for p in every[0]]
+    held = [like(p, x) for p, x in zip(every[1], turned, strict=True)]
+    cosine = gradient_cosine([p.grad for p in every[0]], turned)
+    assert gradient_cosine([p.grad for p in every[1]], held) == pytest.approx(cosine, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "family, tied, method", [("llama", True, None), ("llama", False, "lora"), ("gpt2", True, None)]
+)
+def test_losses_and_gradients_are_the_whole_models(family, tied, method):
+    """Also where one process has one micro-batch and the other two."""
+    together(check_gradients, family, tied, method)
+
+
+def check_steps():
+    other, ours = pair("llama", scalar=True)
+    rows = make_rows(PROMPTS, RESPONSES, 0, packed=True)
+    options = {"learning_rate": 1e-2, "max_grad_norm": 0.5, "weight_decay": 0.01}
+    trainees = [make_trainee("model", model, **options) for model in (other, ours)]
+    rank, _ = rank_and_size()
+    for step in range(3):
+        response_values(other, rows).sum().backward()
+        (response_values(ours, rows).sum() * (0.25 if rank else 0.75)).backward()
+        norms = [optimizer_step(trainee, 1e-2, step) for trainee in trainees]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    for (name, p), q in zip(other.named_parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(q.full_tensor(), p, atol=1e-5, rtol=1e-4, msg=name)
+
+    # what is saved is whole, in the first process, and goes back into parts
+    from pipeline.checkpoints import load_optimizer, optimizer_tensors
+
+    weights = full(trainees[1].tensors())
+    tensors, rest = optimizer_tensors(trainees[1].optimizer)
+    tensors = full(tensors)
+    if is_first():
+        assert {k: x.shape for k, x in weights.items()} == {k: p.shape for k, p in other.named_parameters()}
+    found = [weights, {name: x.clone() for name, x in tensors.items()}]  # as from a file
+    dist.broadcast_object_list(found, src=0)
+    _, fresh = pair("llama", scalar=True)
+    again = make_trainee("model", fresh, **options)
+    again.load(found[0])
+    load_optimizer(again.optimizer, optimizer_parts(again.optimizer, found[1]), rest)
+    for trainee, model in ((trainees[1], ours), (again, fresh)):
+        response_values(model, rows).sum().backward()
+        optimizer_step(trainee, 1e-2, 4)
+    for p, q in zip(ours.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(p.to_local(), q.to_local())
+
+
+def test_steps_saves_and_loads():
+    together(check_steps)
+
+
+def check_whole(method):
+    other, ours = pair("llama", False, method=method)
+    rows = make_rows(PROMPTS, RESPONSES, 0, packed=True)
+    expected = response_logprobs(other, rows)
+    with whole(ours) as reader, torch.no_grad():
+        assert not is_sharded(reader)
+        if is_first():  # without the other one
+            assert torch.equal(response_logprobs(reader, rows), expected)
+        assert [p.requires_grad for p in reader.parameters()] == [p.requires_grad for p in other.parameters()]
+    assert sum(p.numel() for p in reader.parameters()) == 0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with whole(ours) as reader:
+            assert plain(reader).lm_head.weight.dtype == torch.bfloat16
+            found = response_logprobs(reader, rows)
+        assert torch.equal(found, response_logprobs(other, rows))
+    if method:
+        with adapter_off(ours), adapter_off(other), torch.no_grad():
+            torch.testing.assert_close(response_logprobs(ours, rows), response_logprobs(other, rows))
+    made = gathered(ours)
+    if is_first():
+        assert type(made) is type(other) and not is_sharded(made)
+        for (name, p), (key, q) in zip(other.named_parameters(), made.named_parameters(), strict=True):
+            assert name == key and torch.equal(p, q)
+
+
+@pytest.mark.parametrize("method", [None, "lora"])
+def test_a_whole_copy_reads_as_the_model_does(method):
+    together(check_whole, method)
+
+
+def check_no_stale_weights():
+    """Weights that are loaded after a forward without a backward count in the next one."""
+    _, ours = pair("llama")
+    rows = make_rows(PROMPTS, RESPONSES, 0, packed=True)
+    with torch.no_grad():
+        before = response_logprobs(ours, rows)
+        for p in ours.parameters():
+            p.copy_(like(p, 2.0 * p.full_tensor()))
+        assert not torch.allclose(response_logprobs(ours, rows), before)
+
+
+def test_weights_that_are_loaded_count():
+    together(check_no_stale_weights)
+
+
+def test_one_process_keeps_the_whole():
+    model = make("llama")
+    weights = copy.deepcopy(model.state_dict())
+    shard(model, torch.device("cpu"))
+    assert not is_sharded(model) and gathered(model) is model
+    with whole(model) as reader:
+        assert reader is model
+    assert all(torch.equal(weights[name], x) for name, x in model.state_dict().items())
+    assert compute(model, partial(nn.Module.state_dict, model)).keys() == weights.keys()
+    assert list(in_step([1, 2], None)) == list(in_step([1, 2], 0)) == [(1, True), (2, True)]
