@@ -55,17 +55,19 @@ def check_context(ctx: StageRun, folder: Path) -> None:
 
 def is_sharding(ctx: StageRun) -> bool:
     """Whether each of several processes holds a part of what trains (launch.strategy: fsdp2)."""
-    return ctx.experiment.launch.strategy == "fsdp2" and parallel.rank_and_size()[1] > 1
+    return parallel.rank_and_size()[1] > 1 and ctx.experiment.launch.strategy == "fsdp2"
 
 
-def place(ctx: StageRun, model, device) -> None:
+def place(ctx: StageRun, model, accelerator) -> None:
     """A model that trains goes to its device, or this process's part of it."""
+    from stages.models.roles import settle
     from stages.models.sharding import shard
 
+    settle(model, accelerator, ctx.config.max_length)
     if is_sharding(ctx):
-        shard(model, device)
+        shard(model, accelerator.device)
     else:
-        model.to(device)
+        model.to(accelerator.device)
 
 
 def adapter_settings(model_section) -> dict | None:

@@ -37,6 +37,7 @@ from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee,
 from stages.models.adapters import adapter_off, is_adapted, save_merged, with_adapter
 from stages.models.forward import response_logprobs
 from stages.models.loading import load_policy, load_tokenizer
+from stages.models.precision import uncast
 from stages.models.sharding import gathered, is_sharded
 from stages.objectives.logprobs import sequence_logps
 from stages.objectives.losses import chosen_loss, dpo_loss, plackett_luce_loss
@@ -113,11 +114,14 @@ def run(ctx: StageRun) -> dict:
     report += held_report
     steps = total_steps(c, len(groups))
     ctx.tracker.say(f"dpo: {report.line('rankings')}; {len(held)} rankings held out; {steps} steps")
-    policy = load_policy(source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code)
+    load = partial(
+        load_policy, source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code
+    )
+    policy = load()
     if m.gradient_checkpointing:
         policy.activation_checkpointing_enable()
     policy = with_adapter(policy, **(adapter_settings(m) or {"method": None}), seed=ctx.seed)
-    place(ctx, policy, accelerator.device)
+    place(ctx, policy, accelerator)
     packed = packing(ctx, policy)
 
     # 1 the reference's log-probabilities, once: the policy is the reference before training, its adapter off
@@ -196,7 +200,8 @@ def run(ctx: StageRun) -> dict:
         samples=samples,
         learning_rate=lambda s: learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, c.warmup_steps),
     )
-    save_merged(gathered(policy), tokenizer, ctx.publish / "model", card=card(ctx, "a policy trained by DPO"))
+    policy = uncast(gathered(policy), load)
+    save_merged(policy, tokenizer, ctx.publish / "model", card=card(ctx, "a policy trained by DPO"))
     return {**figures, "truncated": report.truncated, "dropped": report.dropped}
 
 

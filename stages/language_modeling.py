@@ -200,12 +200,15 @@ def with_parts(trainer_class):
     """A trainer of a sharded model, whose checkpoints are those of a whole one: transformers trains what is sharded,
     and does not resume it."""
 
+    from accelerate.utils import AutocastKwargs
+
     class Sharding(alone_in_saving(trainer_class)):
         def take_part(self, checkpoint: Path | None) -> None:
             """Keep this process's part of the weights, those of the checkpoint if one is given."""
             if checkpoint is not None:
                 self._load_from_checkpoint(str(checkpoint))
             shard(self.model, self.args.device, mean=True)
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)  # as sharding.casting_anew
             self.is_distributed_loading_by_transformers = True
 
         def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

@@ -30,7 +30,9 @@ from stages.models.ensemble import others_of
 from stages.models.head import CHUNK, head_logprobs
 from stages.models.loading import packaged_gguf, score_head, scratch_config, without_dropout
 from stages.models.packing import register, sees_less, trunk_options
+from stages.models.precision import cast_frozen, castable
 from stages.models.roles import most_tokens
+from stages.models.sharding import layers_of
 from stages.objectives.logprobs import token_logprobs
 from stages.rollouts.collect import in_micro_batches
 from stages.settings import Section, batch_of_each
@@ -50,15 +52,19 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         found = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(found):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.known:
-                self.known.add(storage)
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self.forget, storage.nbytes())
+            if isinstance(tensor, Tensor):
+                self.see(tensor)
         return found
 
-    def forget(self, size: int) -> None:
-        self.now -= size
+    def see(self, tensor: Tensor) -> None:
+        if (storage := tensor.untyped_storage()) not in self.known:
+            self.known.add(storage)
+            self.grow(storage.nbytes())
+            weakref.finalize(storage, self.grow, -storage.nbytes())
+
+    def grow(self, size: int) -> None:
+        self.now += size
+        self.most = max(self.most, self.now)
 
 
 @dataclass(frozen=True)
@@ -95,30 +101,32 @@ class Need:
 def of_experiment(experiment, device: str, trust_remote_code: bool = False) -> Iterator[Need]:
     """What base (from scratch), sft, rm, ppo and dpo need on each `device`, "cpu" or "cuda"."""
     m, dtype, ranks = experiment.model, dtype_for(experiment, device), processes(experiment)
+    parts = sharers(experiment)
     config = model_config(m, trust_remote_code)
     adapter = adapter_settings(m) or {"method": None}
     take = lambda steps, adapter=adapter: take_step(  # noqa: E731
-        config, steps, adapter, dtype, device, m.gradient_checkpointing, m.attn_implementation
+        config, steps, adapter, dtype, device, m.gradient_checkpointing, m.attn_implementation, parts
     )
     head = "logits" if config.get_text_config().vocab_size <= SMALL_VOCABULARY else "text"
     for stage in ("base", "sft") if m.name_or_path is None else ("sft",):
         c = getattr(experiment, stage)
-        rows, parts = batch_of_each(c.per_device_train_batch_size, c.gradient_accumulation_steps, ranks)
-        step = Step("policy", head, rows=rows, width=c.max_length + 1, times=min(2, parts))
+        rows, times = batch_of_each(c.per_device_train_batch_size, c.gradient_accumulation_steps, ranks)
+        step = Step("policy", head, rows=rows, width=c.max_length + 1, times=min(2, times))
         sizes = take([step], {"method": None} if stage == "base" else adapter)
         trains = sizes.trains["policy"]
-        kept = trains * (c.keep == "best")
+        kept = trains * (c.keep == "best") // parts
         if stage == "sft" and c.ppo_init is not None:
             kept += sizes.models["policy"]  # the policy that is done, while the other one trains
-        yield replace(need(stage, sizes, kept), step=sizes.step + trains * (ranks > 1))  # DDP's buckets
+        buckets = trains * (ranks > 1 and parts == 1)  # DDP's
+        yield replace(need(stage, sizes, kept), step=sizes.step + buckets)
     for stage, head, model in (("rm", "scores", "reward_model"), ("dpo", "logprobs", "policy")):
         if stage == "dpo":
             yield of_ppo(experiment, config, take, dtype, device)
         c = getattr(experiment, stage)
-        parts = -(-c.gradient_accumulation_steps // ranks) if c.per_device_train_tokens is None else 2
-        sizes = take([Step(model, head, ranked(c, experiment), times=min(2, parts))])
+        times = -(-c.gradient_accumulation_steps // ranks) if c.per_device_train_tokens is None else 2
+        sizes = take([Step(model, head, ranked(c, experiment), times=min(2, times))])
         copies = (c.keep == "best") + (c.ensemble - 1 if stage == "rm" else 0)
-        yield need(stage, sizes, kept=copies * sizes.trains[model])
+        yield need(stage, sizes, kept=copies * sizes.trains[model] // parts)
 
 
 def of_ppo(experiment, config, take: Callable, dtype: str, device: str) -> Need:
@@ -135,28 +143,35 @@ def of_ppo(experiment, config, take: Callable, dtype: str, device: str) -> Need:
         some = min(rows, c.per_device_train_batch_size)
         steps.append(Step("policy", "text", rows=some, width=c.ptx_length, times=1 + (rows > some)))
     sizes = take(steps)
-    policy, value, scalar = sizes.trains["policy"], sizes.trains["value_model"], sizes.models["value_model"]
-    weights = sizes.weights + scalar * (c.held_out_reward_model is not None)
-    weights += policy * (not sizes.adapted)  # the reference
+    policy, value, scalar = sizes.trains["policy"], sizes.trains["value_model"], sizes.frozen["value_model"]
+    shares = sharers(experiment)
+    weights = sum(sizes.models.values()) if shares > 1 else sizes.weights
+    weights += scalar * (c.held_out_reward_model is not None)
+    weights += sizes.frozen["policy"] * (not sizes.adapted)  # the reference
     if c.reward_model is not None:
         weights += scalar * (1 + len(others_of(Path(c.reward_model).expanduser())))
     else:
         weights += experiment.rm.ensemble * (value if sizes.shared else scalar)
-        weights += (scalar - value) * (sizes.adapted and experiment.sft.ppo_init is not None)  # another trunk
+        weights += (scalar - value) * (sizes.shared and experiment.sft.ppo_init is not None)  # another trunk
     kept = policy * ((c.ema_decay is not None) + (c.keep == "best"))
     sampled = min(c.local_rollout_forward_batch_size, -(-c.batch_size // ranks))
     cache = sampled * (sum(width) * cache_of_token(config) * WIDTH[dtype] + 8 * config.get_text_config().vocab_size)
-    cast = sizes.models["policy"] // 2 if dtype == "bfloat16" else 0
-    return replace(need("ppo", sizes, kept), weights=weights, sampling=cache + cast)
+    cast = policy // 2 if dtype == "bfloat16" else 0
+    if shares > 1:  # a whole copy, its linear layers cast
+        cast = sizes.frozen["policy"]
+    sizes = replace(sizes, weights=weights // shares)
+    return replace(need("ppo", sizes, kept // shares), sampling=cache + cast)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What `take_step` found: bytes of all weights together, of each model's and of those that train; moments; the
-    most beside them; whether frozen weights are shared, and whether an adapter can be turned off."""
+    """What `take_step` found: bytes here of all weights together; of each model's, whole, of them if it does not train,
+    and of those that train; here of moments, and the most beside them; whether models share frozen weights, and whether
+    an adapter can be turned off."""
 
     weights: int
     models: dict[str, int]
+    frozen: dict[str, int]
     trains: dict[str, int]
     moments: int
     step: int
@@ -169,9 +184,11 @@ def need(stage: str, sizes: Sizes, kept: int) -> Need:
 
 
 def take_step(
-    config, steps: list[Step], adapter: dict, dtype: str, device: str, checkpointing: bool = False, attention="sdpa"
+    config, steps: list[Step], adapter: dict, dtype: str, device: str, checkpointing=False, attention="sdpa", parts=1
 ) -> Sizes:
-    """One optimizer step of the models that `steps` name, their micro-batches one after another, on fake tensors."""
+    """One optimizer step of the models that `steps` name, their micro-batches one after another, on fake tensors.
+    parts: processes that share each weight (fsdp2): a layer's gradients go as soon as they are there, others after the
+    pass; shares of them, and what is gathered for a pass, are added."""
     longest = max([step.width for step in steps] + [p + max(rs) for step in steps for p, rs in step.lengths])
     packed = attention == "sdpa" and not sees_less(config, longest)
     real = [laid_out(step, packed) for step in steps]  # how rows are packed hangs on their numbers
@@ -183,34 +200,50 @@ def take_step(
         for name, model in made.items():
             model.to_empty(device="cpu")
             plain(model).tie_weights()
-            share_frozen(model, list(models.values()), same=lambda *_: True)
+            if dtype == "bfloat16":
+                cast_frozen(model, torch.bfloat16)
+            if parts == 1:
+                share_frozen(model, list(models.values()), same=lambda *_: True)
+            for p in (p for layer in layers_of(plain(model)) for p in layer.parameters() if parts > 1):
+                if p.requires_grad:
+                    p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
             models[name] = model
         weights, separate = live.now, sum(map(size_of, models.values()))
         trainees = [make_trainee(n, model, learning_rate=1.0, max_grad_norm=1.0) for n, model in models.items()]
         for _ in range(2):  # in the first one Adam's moments come into being
-            live.most, before, aside = live.now, live.now, []
+            live.most, before, apart = live.now, live.now, []
             for head, turn in (("any", 0), ("any", 1), ("text", 0), ("text", 1)):
                 for step, batch, tokens in zip(steps, real, read, strict=True):
                     if turn >= step.times or (step.head == "text") != (head == "text"):
                         continue
                     model = models[step.model]
                     if (head, turn) == ("text", 0):  # PPO keeps its own gradient apart from the text's
-                        aside += [p.grad for p in trainable(model).values()]
+                        apart += [p.grad for p in trainable(model).values()]
                         model.zero_grad(set_to_none=True)
-                    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                    casts = {"enabled": dtype == "bfloat16", "cache_enabled": parts == 1}
+                    with torch.autocast("cpu", torch.bfloat16, **casts):
                         loss = forward(model, step, faked(batch, tokens), device)
                     loss.sum().backward()
                     del loss
-            aside.clear()
+                    if parts > 1:  # those outside the layers
+                        model.zero_grad(set_to_none=True)
+            apart.clear()
             for trainee in trainees:
                 trainee.optimizer.step()
                 trainee.optimizer.zero_grad(set_to_none=True)
+        trains = {name: sum(p.nbytes for p in trainable(model).values()) for name, model in models.items()}
+        aside = sum(trains[step.model] for step in steps if step.head == "text" and len(steps) > 1)
+        step, moments = live.most - before, before - weights
+        if parts > 1:  # gradients in parts, PPO's and the text's apart; Adam has seen none
+            moments = 2 * sum(trains.values())
+            step += (sum(trains.values()) + aside) // parts + max(map(gathered_at_once, models.values()))
         return Sizes(
-            weights=weights,
+            weights=weights // parts,
             models={name: size_of(model) for name, model in models.items()},
-            trains={name: sum(p.nbytes for p in trainable(model).values()) for name, model in models.items()},
-            moments=before - weights,
-            step=live.most - before,
+            frozen={name: frozen_size(model, dtype) for name, model in models.items()},
+            trains=trains,
+            moments=moments // parts,
+            step=step,
             shared=weights < separate,
             adapted=any(map(is_adapted, models.values())),
         )
@@ -280,6 +313,17 @@ def faked(batch: Rows | Tensor, tokens: int | None):
     return replace(batch, **parts), torch.empty(tokens, dtype=torch.long)
 
 
+def gathered_at_once(model: nn.Module) -> int:
+    """Bytes of whole weights in a pass through a sharded model: those outside its layers, a layer and the next one."""
+    layers = list(map(size_of, layers_of(plain(model))))
+    return size_of(model) - sum(layers) + 2 * max(layers)
+
+
+def frozen_size(model: nn.Module, dtype: str) -> int:
+    whole = castable(model) if dtype == "bfloat16" else []
+    return size_of(model) - sum(p.nbytes // 2 for p in whole if p.dtype == torch.float32)
+
+
 def size_of(model: nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters())
 
@@ -305,6 +349,11 @@ def cache_of_token(config) -> int:
 
 def processes(experiment) -> int:
     return experiment.launch.processes * experiment.launch.nodes
+
+
+def sharers(experiment) -> int:
+    """How many processes hold a model that trains together."""
+    return processes(experiment) if experiment.launch.strategy == "fsdp2" else 1
 
 
 def dtype_for(experiment, device: str) -> str:

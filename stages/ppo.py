@@ -56,6 +56,7 @@ from stages.engine import (
 from stages.models.adapters import is_adapted, save_merged, trainable
 from stages.models.ensemble import How, others_of
 from stages.models.forward import response_logprobs, response_values, score_all, text_logprobs
+from stages.models.precision import uncast
 from stages.models.roles import Roles, load_roles
 from stages.models.sharding import gathered, is_sharded
 from stages.objectives.advantages import gae
@@ -361,7 +362,8 @@ def run(ctx: StageRun) -> dict:
         ("model", roles.policy, "a policy trained by PPO-ptx"),
         ("value_model", roles.value_model, "PPO's value model"),
     ):
-        save_merged(gathered(model), roles.tokenizer, ctx.publish / folder, card=card(ctx, what))
+        whole = uncast(gathered(model), roles.again["policy" if folder == "model" else folder])
+        save_merged(whole, roles.tokenizer, ctx.publish / folder, card=card(ctx, what))
     figures = {**after, **{f"{k}_before": v for k, v in before.items()}, "updates": step, "best_step": best.step}
     return {**figures, "skipped_steps": skips.count, "alarms": alarms.count}
 
@@ -385,6 +387,7 @@ def load(ctx: StageRun) -> Roles:
         gradient_checkpointing=m.gradient_checkpointing,
         attn_implementation=m.attn_implementation,
         trust_remote_code=ctx.trust_remote_code,
+        max_length=ctx.config.max_length,
         sharded=is_sharding(ctx),
     )
     return replace(roles, packed=packing(ctx, *roles.models()))
@@ -674,6 +677,7 @@ def publish_average(ctx: StageRun, roles: Roles, policy: Trainee, average: Avera
     model = gathered(roles.policy)
     if model is roles.policy and is_adapted(model):
         model = copy.deepcopy(model)  # saving ends the adapter
+    model = uncast(model, roles.again["policy"])
     save_merged(model, roles.tokenizer, ctx.publish / "model_ema", card=card(ctx, "the average of PPO's policies"))
     policy.load(last)
 

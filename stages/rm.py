@@ -7,6 +7,7 @@ seen by one gradient. loss_type: plackett_luce takes the likelihood of the whole
 Afterwards a bias makes the demonstrations score 0 on average; it is `reward_bias` in config.json.
 """
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -37,6 +38,7 @@ from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
 from stages.models.adapters import merged, plain, save_adapter, with_adapter
 from stages.models.forward import response_scores, score_all
 from stages.models.loading import load_tokenizer, new_reward_model, save_model
+from stages.models.precision import uncast
 from stages.models.sharding import full, gathered, is_sharded
 from stages.objectives.losses import plackett_luce_loss, ranking_loss
 from stages.settings import PreferenceTraining, over_context, setting, total_steps
@@ -140,15 +142,17 @@ def run(ctx: StageRun) -> dict:
         margins.append(found_margins)
         # 4 the bias: demonstrations score 0 on average
         folder = ctx.publish / ("model" if k == 0 else f"ensemble/{k}")
-        save_adapter(gathered(model), folder)
+        whole = uncast(gathered(model), partial(make_model, ctx, source, k))
+        save_adapter(whole, folder)
         if not is_sharded(model):
-            model = merged(model)
+            model = whole = merged(whole)
         plain(model).config.reward_bias = demonstration_mean(ctx, model, tokenizer, accelerator)
         if fresh:
             done[k]["reward_bias"] = plain(model).config.reward_bias
         if fresh and k == 0:
             write_samples(ctx, model, tokenizer, held[:4], shown, done[0]["steps"], accelerator)
-        save_model(merged(gathered(model)), tokenizer, folder, card=card(ctx, "a reward model"))
+        plain(whole).config.reward_bias = plain(model).config.reward_bias
+        save_model(merged(whole), tokenizer, folder, card=card(ctx, "a reward model"))
         if fresh and k + 1 < c.ensemble and ctx.checkpoints.every:
             held_whole = {name: full(tensors) for name, tensors in kept.items()}
             ctx.checkpoints.save((k + 1) * steps, held_whole, {"members": done, "steps": steps}, c.ensemble * steps)
@@ -160,17 +164,22 @@ def run(ctx: StageRun) -> dict:
     return {**figures, "truncated": report.truncated, "dropped": report.dropped}
 
 
-def make_member(ctx: StageRun, source, accelerator, k: int):
-    """The k-th reward model before training, and its trainee: all differ in their seeds."""
-    m, c = ctx.experiment.model, ctx.config
+def make_model(ctx: StageRun, source, k: int):
+    """The k-th reward model before training, with its adapter: all differ in their seeds."""
+    m = ctx.experiment.model
     seed = derive_seed(ctx.seed, "member", k) if k else ctx.seed
     model = new_reward_model(
         source, seed=seed, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code
     )
     if m.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    model = with_adapter(model, **(adapter_settings(m) or {"method": None}), scalar=True, seed=seed)
-    place(ctx, model, accelerator.device)
+    return with_adapter(model, **(adapter_settings(m) or {"method": None}), scalar=True, seed=seed)
+
+
+def make_member(ctx: StageRun, source, accelerator, k: int):
+    """The k-th reward model, where it computes, and its trainee."""
+    c, model = ctx.config, make_model(ctx, source, k)
+    place(ctx, model, accelerator)
     trainee = make_trainee(
         "model",
         model,

@@ -1,6 +1,7 @@
 """The models of a PPO run, each in its role; what does not train is in memory once."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -9,11 +10,23 @@ from safetensors import SafetensorError
 
 from pipeline.errors import UserError
 from stages.models.adapters import is_adapted, load_on_trunk, plain, share_frozen, with_adapter
-from stages.models.ensemble import How, load_reward_model
+from stages.models.ensemble import How, load_reward_model, members
+from stages.models.forward import head_is_linear
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, same_tokenizer
+from stages.models.packing import can_pack
+from stages.models.precision import cast_frozen
 from stages.models.sharding import is_sharded, shard
 
 CACHED = 2**19  # numbers; measured from 256 to 576 a token, tests/benchmarks/LOG.md
+
+
+def settle(model, accelerator, max_length: int) -> None:
+    """Find out in float32 how a model can be read, then hold what does not train in the dtype that it computes in."""
+    for member in members(model):
+        can_pack(member, max_length)
+        head_is_linear(member)
+    if accelerator.mixed_precision == "bf16":
+        cast_frozen(model, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -21,7 +34,8 @@ class Roles:
     """The models, what they share, and where they compute.
 
     ref_policy None: the policy with its adapter off. judge: another reward model that only looks on, or None. packed:
-    whether all of them read packed rows. reward_model may be an Ensemble.
+    whether all of them read packed rows. reward_model may be an Ensemble. again: name → a function that loads what a
+    model that trains was made from.
     """
 
     policy: torch.nn.Module
@@ -32,6 +46,7 @@ class Roles:
     accelerator: object
     judge: torch.nn.Module | None = None
     packed: bool = False
+    again: dict[str, Callable] = field(default_factory=dict)
 
     def most_tokens(self) -> int | None:
         return most_tokens(plain(self.policy).config, self.accelerator.device.type)
@@ -65,6 +80,7 @@ def load_roles(
     gradient_checkpointing: bool,
     attn_implementation: str,
     trust_remote_code: bool,
+    max_length: int,
     sharded: bool = False,
 ) -> Roles:
     """Policy and reference from the folder `start`; the value model begins as the reward model. reward_model, judge:
@@ -77,6 +93,7 @@ def load_roles(
 
     def place(model):
         """On its device, where it shares what it can with those before it: at no time are two trunks too many there."""
+        settle(model, accelerator, max_length)
         if sharded:
             shard(model, accelerator.device)
         else:
@@ -96,7 +113,11 @@ def load_roles(
     if gradient_checkpointing:
         policy.activation_checkpointing_enable()
         value_model.activation_checkpointing_enable()
-    return Roles(policy, ref_policy, rewards, value_model, tokenizer, accelerator, looks_on)
+    again = {
+        "policy": partial(load_policy, start, **options),
+        "value_model": partial(scalar, reward_model[1], **options),
+    }
+    return Roles(policy, ref_policy, rewards, value_model, tokenizer, accelerator, looks_on, again=again)
 
 
 def load_scorer(key: str, folder: Path, tokenizer, ensemble: How, load=load_scalar_model, **options):

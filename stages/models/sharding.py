@@ -61,7 +61,16 @@ def layers_of(inner) -> list[nn.Module]:
 def compute(model, function: Callable[[], Found]) -> Found:
     """function(), which reads weights of `model` outside the forward of it or of a layer: a sharded model's are
     gathered for it, and their gradients shared out after its backward pass."""
-    return plain(model).compute(function) if is_sharded(model) else function()
+    if not is_sharded(model):
+        return function()
+    with casting_anew(next(model.parameters()).device.type):
+        return plain(model).compute(function)
+
+
+def casting_anew(device: str) -> torch.autocast:
+    """Autocast as it is, without its cache: that would keep a cast of every layer that was gathered."""
+    casts, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return torch.autocast(device, dtype=dtype, enabled=casts, cache_enabled=False)
 
 
 def skeleton_of(model) -> nn.Module:

@@ -10,15 +10,18 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from data.groups import make_rows
 from pipeline.processes import places
+from stages import memory
 from stages.engine import gradient_cosine, gradient_norm, make_trainee, optimizer_parts, optimizer_step
 from stages.models.adapters import adapter_off, plain, with_adapter
 from stages.models.forward import response_logprobs, response_values, text_logprobs
 from stages.models.loading import prepare
 from stages.models.packing import can_pack
-from stages.models.sharding import compute, full, gathered, is_sharded, like, shard, whole
+from stages.models.sharding import compute, full, gathered, is_sharded, like, part, shard, whole
 from stages.parallel import in_step, is_first, rank_and_size
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [9, 8]]
@@ -54,8 +57,6 @@ def make(family, tied=True, scalar=False):
         GPT2Config,
         GPT2ForSequenceClassification,
         GPT2LMHeadModel,
-        LlamaConfig,
-        LlamaForCausalLM,
         LlamaForSequenceClassification,
     )
 
@@ -200,6 +201,65 @@ def check_whole(method):
 @pytest.mark.parametrize("method", [None, "lora"])
 def test_a_whole_copy_reads_as_the_model_does(method):
     together(check_whole, method)
+
+
+class Held(memory.Live):
+    """Counts also what FSDP takes and gives back outside torch's dispatcher."""
+
+    def see(self, tensor):
+        super().see(part(tensor))
+
+    def __enter__(self):
+        for name in ("alloc_storage", "free_storage"):
+            for module in (_fsdp_param, _fsdp_param_group):
+                if hasattr(module, name):
+                    setattr(module, name, partial(self.resize, getattr(module, name)))
+        return super().__enter__()
+
+    def resize(self, change, tensor):
+        before = tensor.untyped_storage().nbytes()
+        change(tensor)
+        self.known.add(tensor.untyped_storage())
+        self.grow(tensor.untyped_storage().nbytes() - before)
+
+
+def check_memory(dtype, checkpointing, tied):
+    config = LlamaConfig(
+        vocab_size=2000, hidden_size=96, num_hidden_layers=6, num_attention_heads=4, intermediate_size=256,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    lengths = [(24, [20, 12, 20]), (16, [20, 20])]
+    step = memory.Step("policy", "logprobs", lengths, times=2)
+    foretold = memory.take_step(config, [step], {"method": None}, dtype, "cpu", checkpointing, parts=2)
+    model = prepare(LlamaForCausalLM(config))
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    whole_size = memory.size_of(model)
+    shard(model, torch.device("cpu"))
+    assert can_pack(model, 200)
+    prompts = [[i + 3] * n for i, (n, responses) in enumerate(lengths) for _ in responses]
+    rows = make_rows(prompts, [[5] * n for _, responses in lengths for n in responses], 0, packed=True)
+    trainee = make_trainee("model", model, learning_rate=1e-3, max_grad_norm=1.0)
+    for _ in range(2):
+        moments = [x for state in trainee.optimizer.state.values() for x in state.values()]
+        held = Held()
+        held.known.update(part(x).untyped_storage() for x in [*model.parameters(), *moments])
+        with held:
+            for _ in range(2):
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                    found = response_logprobs(model, rows)
+                found.sum().backward()
+                del found
+            optimizer_step(trainee, 1e-3, 1)
+    assert foretold.weights == pytest.approx(sum(part(p).nbytes for p in model.parameters()), rel=0.01)
+    assert foretold.weights == pytest.approx(whole_size / 2, rel=0.01)
+    assert foretold.moments == pytest.approx(sum(part(x).nbytes for x in moments), rel=0.01)
+    assert foretold.step == pytest.approx(held.most, rel=0.15), (foretold.step, held.most)
+
+
+@pytest.mark.parametrize("dtype, checkpointing, tied", [("float32", False, True), ("bfloat16", True, False)])
+def test_the_memory_of_a_part_is_foretold(dtype, checkpointing, tied):
+    together(check_memory, dtype, checkpointing, tied)
 
 
 def check_no_stale_weights():

@@ -10,7 +10,10 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 CONFIG = Path(__file__).with_name("micro.yaml")
+DERIVED = ("eps", "val/explained_variance")  # of the clock; a ratio whose denominator can all but vanish
 
 
 def rlhf(
@@ -166,3 +169,19 @@ def without(oracle, tmp_path, stage):
     shutil.copytree(oracle, root)
     shutil.rmtree(root / "micro" / stage)
     return root
+
+
+def rows_of(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).open()]
+
+
+def assert_same_figures(found, expected, first=1e-5, later=1e-3):
+    """Losses within `first` over the first three steps, and no figure off by more than `later` after them (or, of large
+    ones, by a few times that share)."""
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for i, (row, other) in enumerate(zip(found, expected, strict=True)):
+        assert row.keys() == other.keys()
+        for key in row.keys() - set(DERIVED):
+            tight = i < 3 and "loss" in key
+            within = {"abs": first, "rel": 0} if tight else {"abs": later, "rel": 3 * later}
+            assert row[key] == pytest.approx(other[key], **within), (i, key)

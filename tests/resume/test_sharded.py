@@ -6,9 +6,8 @@ import signal
 
 import pytest
 import torch
-from resume_worker import CONFIG, published, rlhf, rlhf_together, without
+from resume_worker import CONFIG, assert_same_figures, published, rlhf, rlhf_together, rows_of, without
 from safetensors.torch import load_file
-from test_processes import assert_same_figures, rows_of
 
 FSDP = "launch.strategy=fsdp2"
 
@@ -34,7 +33,7 @@ def slow(*stages):
     return [pytest.param(stage, marks=pytest.mark.slow) for stage in stages]
 
 
-@pytest.mark.parametrize("stage", ["rm", "ppo", *slow("sft", "base", "dpo")])
+@pytest.mark.parametrize("stage", ["ppo", *slow("base", "sft", "rm", "dpo")])
 def test_they_do_what_one_does(stage, oracle, tmp_path):
     root = without(oracle, tmp_path, stage)
     assert rlhf_together(*command(stage, root, FSDP)) == [0, 0]
@@ -74,7 +73,7 @@ def undisturbed(oracle, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("stage", ["sft", "ppo", *slow("rm", "dpo")])
+@pytest.mark.parametrize("stage", ["sft", *slow("rm", "ppo", "dpo")])
 def test_killed_they_go_on_to_the_same_bytes(stage, oracle, undisturbed, tmp_path):
     root = without(oracle, tmp_path, stage)
     codes = rlhf_together(*command(stage, root, FSDP), die=(0, stage, 5), seconds=60)
@@ -98,6 +97,7 @@ def test_a_signal_to_the_first_ends_both_with_a_checkpoint(stage, oracle, undist
     assert published(folder) == undisturbed(stage)
 
 
+@pytest.mark.slow
 def test_checkpoints_know_no_strategy(oracle, tmp_path):
     """2 in parts → 1 → 2 with whole models: the same prompts, samples and losses as one alone."""
     root = without(oracle, tmp_path, "ppo")

@@ -57,8 +57,8 @@ def test_a_checkpointed_step_holds_less():
 
 def of_ppo(config, adapter, device, dtype, **options) -> memory.Need:
     experiment = SimpleNamespace(
-        ppo=ppo.Config(**options), launch=SimpleNamespace(processes=1, nodes=1), rm=SimpleNamespace(ensemble=1),
-        sft=SimpleNamespace(ppo_init=None),
+        ppo=ppo.Config(**options), launch=SimpleNamespace(processes=1, nodes=1, strategy="ddp"),
+        rm=SimpleNamespace(ensemble=1), sft=SimpleNamespace(ppo_init=None),
     )  # fmt: skip
     take = lambda steps: take_step(config, steps, adapter, dtype, device)  # noqa: E731
     return memory.of_ppo(experiment, config, take, dtype, device)
@@ -78,8 +78,9 @@ def test_with_adapters_ppo_has_one_trunk():
     "bench, model, k, p_to_r", [("rm", "135M", 9, "1:1"), ("dpo", "135M", 2, "1:1"), ("ppo", "1.3B", None, None)]
 )
 def test_what_a_gpu_held_was_foretold(bench, model, k, p_to_r, monkeypatch):
-    """The peaks that the benches measured, within 15 %."""
+    """The peaks that the benches measured, within 15 %: when what does not train was held in float32."""
     monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    monkeypatch.setattr(memory, "castable", lambda model: [])
     from ppo_models import SHAPES
 
     lines = [json.loads(line) for line in (BENCHMARKS / "results" / f"{bench}.jsonl").read_text().splitlines()]
