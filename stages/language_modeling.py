@@ -28,6 +28,7 @@ from stages.engine import (
     refuse_shorter,
 )
 from stages.models.adapters import adapter_config, merged, trainable
+from stages.models.precision import cast_frozen, uncast
 from stages.models.sharding import full, gathered, is_sharded, shard
 from stages.objectives.losses import language_model_loss
 from stages.settings import batch_of_each
@@ -59,12 +60,15 @@ def train_language_model(
     gradient_checkpointing: bool,
     group_by_length: bool,
     adapter: dict | None,
+    again: Callable | None = None,
     samples: Callable[[object], list[dict]] | None = None,
     first: int = 0,
     total: int | None = None,
     carried: tuple[dict, dict] = ({}, {}),
 ):
     """Rows are {input_ids, labels}, labels −100 where no loss is. → (plain model, {loss, perplexity, steps …}).
+
+    again() → the model as it was given; with an adapter it is needed for publication.
 
     A stage may train twice: then `first` steps were taken before this training, `total` are taken in all, and each
     checkpoint also holds the tensors and the state that are `carried` on from before.
@@ -149,6 +153,8 @@ def train_language_model(
         refuse_shorter(ctx, found.step - first, steps)
         keeper.best.restore(found)
         keeper.owes_look = found.state.get("owes_look", False)
+    if adapter and dtype == "bfloat16":
+        cast_frozen(trainer.model, torch.bfloat16)
     if is_sharding(ctx):
         trainer.take_part(found.path / "trainer" if found else None)
     with ctx.tracker.progress(whole, ctx.stage, found.step if found else first) as progress:
@@ -165,7 +171,7 @@ def train_language_model(
     if keep == "best" and best.step != step:
         keeper.trainee(trainer.model).load(best.tensors)
     loss = keeper.held_out_loss(trainer.model)
-    plain = merged(gathered(trainer.accelerator.unwrap_model(trainer.model))).eval()
+    plain = merged(uncast(gathered(trainer.accelerator.unwrap_model(trainer.model)), again)).eval()
     plain.config.use_cache = False
     return plain, {"loss": loss, "perplexity": perplexity_of(loss), "best_step": best.step, "steps": step}
 

@@ -106,6 +106,7 @@ def run(ctx: StageRun) -> dict:
         dtype=dtype_of(ctx.experiment),
         gradient_checkpointing=m.gradient_checkpointing,
         adapter=adapter_settings(m),
+        again=partial(load, source),
         samples=lambda live: show_samples(live, tokenizer, shown, seed=ctx.seed, response_length=c.sample_tokens),
         total=steps + more,
     )
