@@ -215,13 +215,18 @@ class ArtifactStore:
             assert _is_publishable(name), f"{stage} may not publish {name}"
         manifest = files.seal(record | {"outputs": files.describe_files(content, names)})
         files.write_json(content / "manifest.json", manifest)
+        self.install(stage, content)
+        return manifest
+
+    def install(self, stage: str, content: Path) -> None:
+        """Makes a folder of the stage's, complete with its manifest, the stage's artifact. Under the lock."""
+        folder = self.folder(stage)
         files.fsync_tree(content)
         files.remove(folder / ".publish")
         os.rename(content, folder / ".publish")  # from here on the new artifact wins, whatever happens
         files.fsync_folder(folder)
         self._roll_forward(stage)
         self._clean_up(stage)
-        return manifest
 
     def _roll_forward(self, stage: str) -> None:
         """Renames `.publish/*` into place, the manifest last. Safe to repeat from wherever a crash stopped

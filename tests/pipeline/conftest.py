@@ -49,7 +49,7 @@ def world(tmp_path):
 
     (tmp_path / "small.yaml").write_text(fakes.CONFIG)
     here = SimpleNamespace(path=tmp_path / "small.yaml", store=ArtifactStore(tmp_path / "artifacts", "small"))
-    here.stages, here.overrides = fakes.stages(), []
+    here.stages, here.overrides, here.remote = fakes.stages(), [], None
 
     def load():
         Experiment = experiment_type({name: stage.Config for name, stage in here.stages.items()})
@@ -58,7 +58,7 @@ def world(tmp_path):
     def run(target, *overrides, stop=None, **flags):
         here.overrides, here.console = list(overrides), Lines()
         return plan.bring_up_to_date(
-            target, load(), here.store, here.stages, Flags(**flags), stop, here.console
+            target, load(), here.store, here.stages, Flags(**flags), stop, here.console, remote=here.remote
         )
 
     def states(*overrides):

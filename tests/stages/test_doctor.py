@@ -142,4 +142,4 @@ def test_optional_packages_name_their_command(monkeypatch):
     monkeypatch.setattr(doctor.util, "find_spec", lambda name: None)
     lines = look(doctor.optional, None)
     assert all(line.mark == doctor.NOTE and "install" in line.remedy for line in lines.values())
-    assert lines["vllm"].remedy.endswith("install -e '.[vllm]'")
+    assert lines["s3fs"].remedy.endswith("install -e '.[s3]'")
