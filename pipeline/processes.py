@@ -8,6 +8,7 @@ same state, so the first one's checkpoint is everybody's and it alone hears a si
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,6 +29,7 @@ PIPE = "RLHF_LAUNCHER"  # the number of a pipe's end that closes when the launch
 GRACE = 5.0  # seconds in which the first process notices by itself that another one is gone
 OWN_DECISIONS = (0, 2, 3, 75)  # exit codes that a process says the reason of itself
 LOST_ANOTHER = 4  # the exit code of one that is not the first, when another is gone: between processes alone
+LOST = r"gloo|NCCL|Connection (closed|reset|refused)|[Tt]imed out"  # how the backends say it
 NOT_THE_CAUSE = (None, 0, 3, 75, LOST_ANOTHER)  # of another: it runs, took a decision of all, or lost one
 
 
@@ -230,6 +234,20 @@ def end_with_the_first(dist: Any, prefix: str, size: int, limit: timedelta) -> N
         os._exit(LOST_ANOTHER)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def relying_on(peers: Peers | None) -> Iterator[None]:
+    """Inside, an error that says that another process is gone, or hangs longer than launch.timeout, is a PeerLost;
+    other errors are what they are."""
+    try:
+        yield
+    except RuntimeError as error:
+        from torch import distributed as dist
+
+        if peers is not None and (isinstance(error, dist.DistError) or re.search(LOST, str(error))):
+            raise PeerLost(" ".join(str(error).split())[:200]) from error
+        raise
 
 
 def leave(peers: Peers | None, patience: float, well: bool = True) -> None:

@@ -20,7 +20,7 @@ from pipeline.artifacts import ArtifactStore, now
 from pipeline.cache import Cache
 from pipeline.errors import UserError
 from pipeline.fingerprints import Today, all_needs, sources
-from pipeline.processes import Peers
+from pipeline.processes import Peers, relying_on
 from pipeline.stage import Source, StageRun, StopFlag
 from pipeline.tracking import Tracker, figure, plain
 
@@ -86,7 +86,7 @@ def run_stage(job: Job) -> dict[str, Any]:
         checkpoint = context.checkpoints.newest()
         job.peers.tell({"stage": job.name, "at": None if checkpoint is None else checkpoint.step})
     try:
-        with files.naming(context.publish):
+        with files.naming(context.publish), relying_on(job.peers):
             metrics = plain(job.module.run(context))
         finished = True
     finally:
@@ -293,7 +293,8 @@ def follow(peers: Peers, experiment: Any, store: ArtifactStore, stages: dict[str
                 trust_remote_code=flags.trust_remote_code,
                 **what_it_reads(name, module, experiment, store, manifests),
             )
-            module.run(context)
+            with relying_on(peers):
+                module.run(context)
         finally:
             files.remove(folder)
     return message["end"]

@@ -159,9 +159,8 @@ def train_language_model(
         trainer.take_part(found.path / "trainer" if found else None)
     with ctx.tracker.progress(whole, ctx.stage, found.step if found else first) as progress:
         keeper.progress = progress
-        with parallel.collective():
-            with contextlib.suppress(_Exhausted):
-                trainer.train(resume_from_checkpoint=str(found.path / "trainer") if found else None)
+        with contextlib.suppress(_Exhausted):
+            trainer.train(resume_from_checkpoint=str(found.path / "trainer") if found else None)
     if parallel.is_first():
         shutil.rmtree(scratch, ignore_errors=True)
     step = trainer.state.global_step

@@ -5,9 +5,7 @@ here (`share`, `spread`). Gradients and figures are sums over rows, so the parts
 the order of sums (`sum_gradients`, `total`). One process alone: nothing here changes a bit.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -15,11 +13,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
-from pipeline.errors import PeerLost
-
 Item, Found = TypeVar("Item"), TypeVar("Found")
 
-LOST = r"gloo|NCCL|Connection (closed|reset|refused)|[Tt]imed out"  # how the backends say it
 BUCKET = 16 * 2**20  # elements that are summed at a time
 
 
@@ -86,8 +81,7 @@ def everybody(own: Found) -> list[Found]:
     if size == 1:
         return [own]
     found: list = [None] * size
-    with collective():
-        dist.all_gather_object(found, own)
+    dist.all_gather_object(found, own)
     return found
 
 
@@ -96,8 +90,7 @@ def from_first(decide: Callable[[], Found]) -> Found:
     if rank_and_size()[1] == 1:
         return decide()
     found = [decide() if is_first() else None]
-    with collective():
-        dist.broadcast_object_list(found, src=0)
+    dist.broadcast_object_list(found, src=0)
     return found[0]
 
 
@@ -120,8 +113,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     if rank_and_size()[1] == 1 or not parameters:
         return
     has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32)
-    with collective():
-        dist.all_reduce(has)
+    dist.all_reduce(has)
     wanted = [p for p, count in zip(parameters, has.tolist(), strict=True) if count]
     for p in wanted:
         if p.grad is None:
@@ -134,12 +126,11 @@ def sum_tensors(tensors: Sequence[Tensor]) -> None:
     """In place, over the processes. Shapes and kinds are the same on all of them."""
     if rank_and_size()[1] == 1:
         return
-    with collective():
-        for bucket in buckets(tensors):
-            flat = torch.cat([x.flatten() for x in bucket])
-            dist.all_reduce(flat)
-            for x, part in zip(bucket, flat.split([x.numel() for x in bucket]), strict=True):
-                x.copy_(part.view_as(x))
+    for bucket in buckets(tensors):
+        flat = torch.cat([x.flatten() for x in bucket])
+        dist.all_reduce(flat)
+        for x, part in zip(bucket, flat.split([x.numel() for x in bucket]), strict=True):
+            x.copy_(part.view_as(x))
 
 
 def buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -153,14 +144,3 @@ def buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         found[-1].append(x)
         room -= x.numel()
     return found
-
-
-@contextmanager
-def collective():
-    """A process that is gone, or hangs longer than launch.timeout, is a PeerLost; other errors are what they are."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or re.search(LOST, str(error)):
-            raise PeerLost(" ".join(str(error).split())[:200]) from error
-        raise

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stages.models.adapters import plain
 from stages.models.ensemble import members
-from stages.parallel import collective, is_first, rank_and_size
+from stages.parallel import is_first, rank_and_size
 
 Found = TypeVar("Found")
 
@@ -115,8 +115,7 @@ def _fill(inside, model, keep: bool) -> None:
     linear = {id(m.weight) for m in inside.modules() if type(m) is nn.Linear} if casts else set()
     linear -= {id(m.weight) for m in inside.modules() if isinstance(m, nn.Embedding)}  # tied: its output would change
     for empty, p in zip(inside.parameters(), model.parameters(), strict=True):
-        with collective():
-            full = p.full_tensor()
+        full = p.full_tensor()
         if keep:
             dtype = torch.get_autocast_dtype(device.type) if id(empty) in linear else full.dtype
             empty.data = full.to(device, dtype)
@@ -129,8 +128,7 @@ def full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for name, x in tensors.items():
         if isinstance(x, DTensor):
-            with collective():
-                x = x.full_tensor()
+            x = x.full_tensor()
             x = x.cpu() if is_first() else x.new_empty(0)
         found[name] = x
     return found

@@ -73,11 +73,14 @@ def undisturbed(oracle, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("stage", ["sft", *slow("rm", "ppo", "dpo")])
-def test_killed_they_go_on_to_the_same_bytes(stage, oracle, undisturbed, tmp_path):
+LATER = [pytest.param(*case, marks=pytest.mark.slow) for case in (("rm", 1), ("ppo", 0), ("ppo", 1), ("dpo", 1))]
+
+
+@pytest.mark.parametrize("stage, who", [("sft", 0), *LATER])
+def test_killed_they_go_on_to_the_same_bytes(stage, who, oracle, undisturbed, tmp_path):
     root = without(oracle, tmp_path, stage)
-    codes = rlhf_together(*command(stage, root, FSDP), die=(0, stage, 5), seconds=60)
-    assert codes == [-signal.SIGKILL, 4]
+    codes = rlhf_together(*command(stage, root, FSDP), die=(who, stage, 5), seconds=60)
+    assert codes == ([1, -signal.SIGKILL] if who else [-signal.SIGKILL, 4])  # 4: it knows that it lost the other
     assert list((root / "micro" / stage / "checkpoints").glob("step-*/manifest.json"))
     assert rlhf_together(*command(stage, root, FSDP)) == [0, 0]
     assert published(root / "micro" / stage) == undisturbed(stage)
