@@ -61,6 +61,12 @@ RENAMED = {
     "num_mini_batches": "use mini_batch_size",
     "vf_coef": "leave it out, policy and value model have separate optimizers",
     "init_kl_coef": "use kl_coef",
+    "mixed_precision": "use model.dtype",
+    "fsdp": "use launch.strategy: fsdp2",
+    "fsdp_config": "use launch.strategy: fsdp2, which has no other settings",
+    "deepspeed": "use launch.strategy: fsdp2, which shares out what ZeRO-3 does",
+    "zero_stage": "use launch.strategy: fsdp2, which shares out what ZeRO-3 does",
+    "offload": "leave it out, weights stay on the devices; see launch.strategy: fsdp2",
 }
 
 
