@@ -64,12 +64,7 @@ class ArtifactStore:
             raise UserError(
                 [f"{line}; `rlhf run {stage} --force` makes it anew" for line in error.lines]
             ) from None
-        if manifest.get("stage") != stage or (lost := FIELDS - manifest.keys()):
-            what = (
-                f"has no {', '.join(sorted(lost))}"
-                if manifest.get("stage") == stage
-                else "is another stage's"
-            )
+        if what := problem(manifest, stage):
             raise UserError(f"{path}: {what}; `rlhf run {stage} --force` makes it anew")
         return manifest
 
@@ -212,7 +207,7 @@ class ArtifactStore:
             shutil.copyfile(path, content / path.name)
         names = files.list_files(content)
         for name in names:
-            assert _is_publishable(name), f"{stage} may not publish {name}"
+            assert is_publishable(name), f"{stage} may not publish {name}"
         manifest = files.seal(record | {"outputs": files.describe_files(content, names)})
         files.write_json(content / "manifest.json", manifest)
         self.install(stage, content)
@@ -305,6 +300,15 @@ class ArtifactStore:
         return checkpoints.progress(self.work_folder(stage) / "checkpoints") or (None, None)
 
 
+def problem(manifest: dict[str, Any], stage: str) -> str | None:
+    """Why a manifest whose digest holds is not one of the stage's; None if it is."""
+    if manifest.get("stage") != stage:
+        return "is another stage's"
+    if lost := FIELDS - manifest.keys():
+        return f"has no {', '.join(sorted(lost))}"
+    return None
+
+
 def _remove_whole(folder: Path) -> None:
     """Removes a folder, renamed first: a kill in the middle leaves no half of it under a good name."""
     if folder.exists():
@@ -319,12 +323,13 @@ def _top_names(manifest: Path) -> set[str]:
     are not among them."""
     try:
         outputs = json.loads(manifest.read_text(encoding="utf-8"))["outputs"]
-        return {name.split("/")[0] for name in outputs if files.is_inside(name) and _is_publishable(name)}
+        return {name.split("/")[0] for name in outputs if files.is_inside(name) and is_publishable(name)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()
 
 
-def _is_publishable(name: str) -> bool:
+def is_publishable(name: str) -> bool:
+    """Whether a stage may publish a file under this name: none of its own bookkeeping."""
     top = name.split("/")[0]
     return top not in RESERVED and not top.startswith(".")
 

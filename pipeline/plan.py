@@ -62,6 +62,23 @@ class Chain:
         manifests = {need: self.states[need].manifest for need in self.needs(name)}
         return describe_today(name, self.stages[name], self.experiment, manifests, self.hashes)
 
+    def fetch(self, name: str, remote: Remote, console: Console) -> None:
+        """Where a stage is not done here, and no run of it was interrupted, take it from the storage if it is up to
+        date there."""
+        state = self.states[name]
+        if state.kind not in ("missing", "stale", "damaged") or state.run is not None:
+            return
+        if any(self.states[need].kind != "done" for need in self.needs(name)):
+            return
+        there = remote.manifest(name)
+        if there is None or compare(name, there, self.today(name)):
+            return
+        with self.store.lock(name):
+            remote.fetch(name, there)
+        line = f"{name}: {state.sentence()}; fetched from {remote.url}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.states[name] = self.assess(name)
+
     def assess(self, name: str) -> StageState:
         """The state of one stage, given the states of those it needs."""
         store, today = self.store, self.today(name)
@@ -135,10 +152,11 @@ def bring_up_to_date(
     flags, stop, console = flags or Flags(), stop or StopFlag(), console or Console()
     chain = Chain(experiment, store, stages)
     order = chain.closure(target)
+    late: list[str] = []  # what could not be put into the storage
     for name in order:
-        if remote is not None and (line := remote.fetch(name)):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
         chain.states[name] = chain.assess(name)
+        if remote is not None and not (flags.force and name == target):
+            chain.fetch(name, remote, console)
     if flags.only:
         refuse_unready({need: chain.states[need] for need in chain.needs(target)})
         order = [target]
@@ -152,8 +170,9 @@ def bring_up_to_date(
         if state.kind == "done" and not force:
             finished = datetime.fromisoformat(state.manifest["finished_at"]).astimezone()
             console.print(f"{name}: up to date ({finished:%Y-%m-%d %H:%M})", markup=False, highlight=False)
-            if remote is not None:  # it may have been out of reach
-                remote.push(name)
+            if remote is not None:
+                with store.lock(name):
+                    late += pushed(remote, name, made=False)
             continue
         if stop.requested:
             raise Interrupted()
@@ -179,8 +198,19 @@ def bring_up_to_date(
                 state = StageState("done", manifest=run_stage(job))
             chain.states[name] = state
             if remote is not None:
-                remote.push(name)
+                late += pushed(remote, name, made=True)
+    if late:
+        raise UserError([f"{line}. What was made is here; run again to put it there" for line in late])
     return chain.states
+
+
+def pushed(remote: Remote, name: str, made: bool) -> list[str]:
+    """Puts a stage into the storage; → why it could not be: the stages behind it are made all the same."""
+    try:
+        remote.push(name, made)
+    except UserError as error:
+        return error.lines
+    return []
 
 
 def refuse_unready(needs: dict[str, StageState]) -> None:

@@ -14,13 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import files
-from pipeline.artifacts import ArtifactStore
+from pipeline.artifacts import ArtifactStore, is_publishable, problem
 from pipeline.errors import UserError
 
 FOLDER = "RLHF_CACHE"  # the environment variable for where the local folders are
 
 
 def is_url(place: str) -> bool:
+    """UserError for one that is of no use here."""
+    if place.startswith(("file://", "local://")):
+        raise UserError(f"--artifacts {place}: is a folder of this machine; give its path alone")
+    if "://" in place and "@" in place.split("://", 1)[1].split("/")[0]:
+        raise UserError("--artifacts: keep names and passwords out of the address; the storage has variables for them")
     return "://" in place
 
 
@@ -33,7 +38,7 @@ def local_folder(url: str) -> Path:
 
 @dataclass
 class Remote:
-    """The storage behind a store: `fetch` before a stage is looked at, `push` once it is known to hold here."""
+    """The storage behind a store: `fetch` what is not done here, `push` what is."""
 
     url: str
     store: ArtifactStore
@@ -41,81 +46,78 @@ class Remote:
     def __post_init__(self):
         import fsspec
 
-        if self.url.startswith(("file:", "local:")):
-            raise UserError(f"--artifacts {self.url}: is a folder of this machine; give its path alone")
         with told(self.url):
             self.files, root = fsspec.core.url_to_fs(self.url)
         self.base = f"{root.rstrip('/')}/{self.store.base.name}"
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
         """What the storage says of a stage; None where it is not there. UserError where that does not hold."""
-        path = f"{self.base}/{stage}/manifest.json"
+        name = f"{self.url}: {stage}/manifest.json"
+        remedy = f"`rlhf run {stage} --force` makes it anew"
         with told(self.url):
             self.files.invalidate_cache()
             try:
-                content = self.files.cat_file(path)
+                content = self.files.cat_file(f"{self.base}/{stage}/manifest.json")
             except FileNotFoundError:
                 return None
-        manifest = files.unsealed(content, f"{self.url}: {stage}/manifest.json")
-        outputs = manifest.get("outputs")
-        if manifest.get("stage") != stage or not isinstance(outputs, dict) or not all(map(files.is_inside, outputs)):
-            raise UserError(f"{self.url}: {stage}/manifest.json is not one of this stage")
+        try:
+            manifest = files.unsealed(content, name)
+        except UserError as error:
+            raise UserError([f"{line}; {remedy}" for line in error.lines]) from None
+        what, outputs = problem(manifest, stage), manifest.get("outputs")
+        if what is None and not (isinstance(outputs, dict) and all(map(_is_output, outputs.items()))):
+            what = "names files that no stage publishes"
+        if what is not None:
+            raise UserError(f"{name}: {what}; {remedy}")
         return manifest
 
-    def fetch(self, stage: str) -> str | None:
-        """Brings a stage that finished elsewhere after it did here, or never here; → a line about it. An interrupted
-        run of this machine stays what it is."""
-        there, here = self.manifest(stage), self._here(stage)
-        if there is None or (here is not None and here["digest"] == there["digest"]):
-            return None
-        if here is not None and here["finished_at"] >= there["finished_at"]:
-            return None
+    def fetch(self, stage: str, there: dict[str, Any]) -> None:
+        """Brings the stage of that manifest here, whole or not at all. Under the lock."""
         folder = self.store.folder(stage)
-        if (folder / "run.json").exists():
-            return f"{stage}: a run was interrupted here, so it is not fetched from {self.url}"
-        with self.store.lock(stage):
-            content = folder / ".tmp-fetch"
-            size = sum(entry["bytes"] for entry in there["outputs"].values())
-            content.mkdir()
-            files.require_space(folder, size)
-            for name in there["outputs"]:
-                (content / name).parent.mkdir(parents=True, exist_ok=True)
-                with told(self.url):
+        content = folder / ".tmp-fetch"
+        content.mkdir()
+        files.require_space(folder, sum(entry["bytes"] for entry in there["outputs"].values()))
+        for name in there["outputs"]:
+            (content / name).parent.mkdir(parents=True, exist_ok=True)
+            with told(self.url):
+                try:
                     self.files.get_file(f"{self.base}/{stage}/{name}", str(content / name))
-            if problems := files.check_files(content, there["outputs"]):
-                raise UserError([f"{line}; it came so from {self.url}" for line in problems])
-            files.write_json(content / "manifest.json", there)
-            self.store.install(stage, content)
-        return f"{stage}: fetched from {self.url} ({size / 1e6:.1f} MB)"
+                except FileNotFoundError:
+                    pass  # said below
+        if problems := files.check_files(content, there["outputs"]):
+            where, remedy = f"{self.url}: {stage}/", f"`rlhf run {stage} --force` makes it anew"
+            raise UserError([f"{line.replace(f'{content}/', where)}; {remedy}" for line in problems])
+        files.write_json(content / "manifest.json", there)
+        self.store.install(stage, content)
 
-    def push(self, stage: str) -> None:
-        """Puts the finished stage there. No manifest stands there over files that change; other files go."""
-        here, there = self.store.manifest(stage), None
-        with told(self.url):
-            try:
-                there = self.manifest(stage)
-            except UserError:  # damaged: made anew
-                pass
-            if there is not None and there["digest"] == here["digest"]:
+    def push(self, stage: str, made: bool) -> None:
+        """Puts the finished stage there. No manifest stands there over files that change; other files go. made: it was
+        made just now; else what is there stays, unless it is older or damaged. Under the lock."""
+        here = self.store.manifest(stage)
+        try:
+            there = self.manifest(stage)
+        except UserError:
+            there = None
+        if there is not None and (there["digest"] == here["digest"] or not made):
+            if there["finished_at"] >= here["finished_at"]:
                 return
-            target = f"{self.base}/{stage}"
+        target = f"{self.base}/{stage}"
+        with told(self.url):
             if self.files.exists(f"{target}/manifest.json"):
                 self.files.rm_file(f"{target}/manifest.json")
-            same = {} if there is None else there["outputs"]
-            for name, entry in here["outputs"].items():
-                if same.get(name, {}).get("sha256") != entry["sha256"] or not self.files.exists(f"{target}/{name}"):
-                    self.files.put_file(str(self.store.folder(stage) / name), f"{target}/{name}")
+            for name in here["outputs"]:
+                self.files.put_file(str(self.store.folder(stage) / name), f"{target}/{name}")
             self.files.pipe_file(f"{target}/manifest.json", json.dumps(here, indent=2, ensure_ascii=False).encode())
             for path in self.files.find(target):
-                name = path.rsplit(f"{self.base.lstrip('/')}/{stage}/", 1)[-1]
-                if name != "manifest.json" and name not in here["outputs"]:
+                before, found, name = path.partition(f"{target.lstrip('/')}/")
+                if found and not before.strip("/") and name != "manifest.json" and name not in here["outputs"]:
                     self.files.rm_file(path)
 
-    def _here(self, stage: str) -> dict[str, Any] | None:
-        try:
-            return self.store.manifest(stage)
-        except UserError:
-            return None
+
+def _is_output(item: tuple[str, Any]) -> bool:
+    name, entry = item
+    facts = isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
+    return facts and files.is_inside(name) and is_publishable(name)
 
 
 @contextmanager

@@ -37,8 +37,7 @@ from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee,
 from stages.models.adapters import adapter_off, is_adapted, save_merged, with_adapter
 from stages.models.forward import response_logprobs
 from stages.models.loading import load_policy, load_tokenizer
-from stages.models.precision import uncast
-from stages.models.sharding import gathered, is_sharded
+from stages.models.sharding import is_sharded, publishable
 from stages.objectives.logprobs import sequence_logps
 from stages.objectives.losses import chosen_loss, dpo_loss, plackett_luce_loss
 from stages.settings import PreferenceTraining, over_context, setting, total_steps
@@ -200,8 +199,7 @@ def run(ctx: StageRun) -> dict:
         samples=samples,
         learning_rate=lambda s: learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, c.warmup_steps),
     )
-    policy = uncast(gathered(policy), load)
-    save_merged(policy, tokenizer, ctx.publish / "model", card=card(ctx, "a policy trained by DPO"))
+    save_merged(publishable(policy, load), tokenizer, ctx.publish / "model", card=card(ctx, "a policy trained by DPO"))
     return {**figures, "truncated": report.truncated, "dropped": report.dropped}
 
 

@@ -240,6 +240,8 @@ def save_checkpoint(
         state["best"] = best.state()
         if best.tensors:
             tensors["best"] = best.tensors
+    if any(is_sharded(trainee.model) for trainee in trainees) and parallel.is_first():  # gathering takes its time
+        ctx.checkpoints.require_space(sum(x.nbytes for group in tensors.values() for x in group.values()))
     ctx.checkpoints.save(step, {name: full(group) for name, group in tensors.items()}, state, total)
 
 

@@ -27,9 +27,9 @@ from stages.engine import (
     perplexity_of,
     refuse_shorter,
 )
-from stages.models.adapters import adapter_config, merged, trainable
-from stages.models.precision import cast_frozen, uncast
-from stages.models.sharding import full, gathered, is_sharded, shard
+from stages.models.adapters import adapter_config, is_adapted, merged, trainable
+from stages.models.precision import cast_frozen
+from stages.models.sharding import full, is_sharded, publishable, shard
 from stages.objectives.losses import language_model_loss
 from stages.settings import batch_of_each
 
@@ -129,7 +129,7 @@ def train_language_model(
     whole = steps if total is None else total
     keeper = _Keeper(
         ctx=ctx, steps=steps, best=best, eval_steps=eval_steps, samples=samples, first=first, total=whole,
-        carried=carried,
+        carried=carried, autocast=lambda: trainer.accelerator.autocast(),
         held_out_loss=lambda live, leaves=lambda: False: held_out_loss(
             live, held_out_rows, tokenizer.pad_token_id, per_device_train_batch_size, trainer.accelerator, leaves)
     )  # fmt: skip
@@ -153,7 +153,7 @@ def train_language_model(
         refuse_shorter(ctx, found.step - first, steps)
         keeper.best.restore(found)
         keeper.owes_look = found.state.get("owes_look", False)
-    if adapter and dtype == "bfloat16":
+    if is_adapted(trainer.model) and dtype == "bfloat16":  # else transformers' checkpoints hold frozen weights too
         cast_frozen(trainer.model, torch.bfloat16)
     if is_sharding(ctx):
         trainer.take_part(found.path / "trainer" if found else None)
@@ -170,7 +170,7 @@ def train_language_model(
     if keep == "best" and best.step != step:
         keeper.trainee(trainer.model).load(best.tensors)
     loss = keeper.held_out_loss(trainer.model)
-    plain = merged(uncast(gathered(trainer.accelerator.unwrap_model(trainer.model)), again)).eval()
+    plain = merged(publishable(trainer.accelerator.unwrap_model(trainer.model), again)).eval()
     plain.config.use_cache = False
     return plain, {"loss": loss, "perplexity": perplexity_of(loss), "best_step": best.step, "steps": step}
 
@@ -221,7 +221,7 @@ def with_parts(trainer_class):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
         def save_model(self, output_dir=None, _internal_call=False):
-            held, self.model = self.model, gathered(self.model)
+            held, self.model = self.model, publishable(self.model)
             if parallel.is_first():
                 super()._save(output_dir)
             self.model = held
@@ -304,12 +304,13 @@ class _Keeper:
     """What happens beside trl's loop: metrics, samples, refusal of non-finite numbers, checkpoints, stopping."""
 
     def __init__(
-        self, *, ctx: StageRun, steps: int, best: Best, eval_steps: int, samples, held_out_loss, first, total, carried
-    ):
+        self, *, ctx: StageRun, steps: int, best: Best, eval_steps: int, samples, held_out_loss, first, total, carried,
+        autocast,
+    ):  # fmt: skip
         self.ctx, self.steps, self.best, self.eval_steps = ctx, steps, best, eval_steps
         self.first, self.total, self.carried = first, total, carried
         self.samples, self.held_out_loss, self.progress = samples, held_out_loss, None
-        self.owes_look = False
+        self.owes_look, self.autocast = False, autocast
 
     @staticmethod
     def trainee(model) -> Trainee:
@@ -345,7 +346,8 @@ class _Keeper:
         if self.samples is not None:
             training = model.training
             model.eval()
-            self.ctx.tracker.samples(self.first + state.global_step, self.samples(model))
+            with self.autocast():
+                self.ctx.tracker.samples(self.first + state.global_step, self.samples(model))
             model.train(training)
         if self.best.exhausted:
             control.should_training_stop = True

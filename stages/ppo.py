@@ -56,9 +56,8 @@ from stages.engine import (
 from stages.models.adapters import is_adapted, save_merged, trainable
 from stages.models.ensemble import How, others_of
 from stages.models.forward import response_logprobs, response_values, score_all, text_logprobs
-from stages.models.precision import uncast
 from stages.models.roles import Roles, load_roles
-from stages.models.sharding import gathered, is_sharded
+from stages.models.sharding import is_sharded, publishable
 from stages.objectives.advantages import gae
 from stages.objectives.control import adaptive_kl_coef
 from stages.objectives.losses import policy_loss, value_loss
@@ -362,8 +361,8 @@ def run(ctx: StageRun) -> dict:
         ("model", roles.policy, "a policy trained by PPO-ptx"),
         ("value_model", roles.value_model, "PPO's value model"),
     ):
-        whole = uncast(gathered(model), roles.again["policy" if folder == "model" else folder])
-        save_merged(whole, roles.tokenizer, ctx.publish / folder, card=card(ctx, what))
+        model = publishable(model, roles.again["policy" if folder == "model" else folder])
+        save_merged(model, roles.tokenizer, ctx.publish / folder, card=card(ctx, what))
     figures = {**after, **{f"{k}_before": v for k, v in before.items()}, "updates": step, "best_step": best.step}
     return {**figures, "skipped_steps": skips.count, "alarms": alarms.count}
 
@@ -671,13 +670,12 @@ def publish_average(ctx: StageRun, roles: Roles, policy: Trainee, average: Avera
     if not is_sharded(roles.policy):
         if not parallel.is_first():
             return
-        roles.policy.cpu()
+        roles.policy.cpu()  # before two more sets of what trains
     last = {name: tensor.clone() for name, tensor in policy.tensors().items()}
     policy.load(average.tensors)
-    model = gathered(roles.policy)
+    model = publishable(roles.policy, roles.again["policy"])
     if model is roles.policy and is_adapted(model):
         model = copy.deepcopy(model)  # saving ends the adapter
-    model = uncast(model, roles.again["policy"])
     save_merged(model, roles.tokenizer, ctx.publish / "model_ema", card=card(ctx, "the average of PPO's policies"))
     policy.load(last)
 

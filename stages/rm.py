@@ -35,11 +35,10 @@ from stages.common import (
     read,
 )
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
-from stages.models.adapters import merged, plain, save_adapter, with_adapter
+from stages.models.adapters import plain, save_merged, with_adapter
 from stages.models.forward import response_scores, score_all
-from stages.models.loading import load_tokenizer, new_reward_model, save_model
-from stages.models.precision import uncast
-from stages.models.sharding import full, gathered, is_sharded
+from stages.models.loading import load_tokenizer, new_reward_model
+from stages.models.sharding import full, is_sharded, publishable
 from stages.objectives.losses import plackett_luce_loss, ranking_loss
 from stages.settings import PreferenceTraining, over_context, setting, total_steps
 from stages.statistics import (
@@ -142,17 +141,13 @@ def run(ctx: StageRun) -> dict:
         margins.append(found_margins)
         # 4 the bias: demonstrations score 0 on average
         folder = ctx.publish / ("model" if k == 0 else f"ensemble/{k}")
-        whole = uncast(gathered(model), partial(make_model, ctx, source, k))
-        save_adapter(whole, folder)
-        if not is_sharded(model):
-            model = whole = merged(whole)
         plain(model).config.reward_bias = demonstration_mean(ctx, model, tokenizer, accelerator)
         if fresh:
             done[k]["reward_bias"] = plain(model).config.reward_bias
         if fresh and k == 0:
             write_samples(ctx, model, tokenizer, held[:4], shown, done[0]["steps"], accelerator)
-        plain(whole).config.reward_bias = plain(model).config.reward_bias
-        save_model(merged(whole), tokenizer, folder, card=card(ctx, "a reward model"))
+        model = publishable(model, partial(make_model, ctx, source, k))
+        save_merged(model, tokenizer, folder, card=card(ctx, "a reward model"))
         if fresh and k + 1 < c.ensemble and ctx.checkpoints.every:
             held_whole = {name: full(tensors) for name, tensors in kept.items()}
             ctx.checkpoints.save((k + 1) * steps, held_whole, {"members": done, "steps": steps}, c.ensemble * steps)

@@ -131,7 +131,7 @@ def can_pack(model, max_length: int) -> bool:
         return False
     if packs(model):
         return True
-    if getattr(inner.config, "_attn_implementation", None) != "sdpa":
+    if getattr(inner.config, "_attn_implementation", None) != "sdpa" or getattr(inner, "_cannot_pack", False):
         return False
     try:
         register(inner)
@@ -140,6 +140,7 @@ def can_pack(model, max_length: int) -> bool:
         works = False
     if not works:
         inner.set_attn_implementation("sdpa")
+        inner._cannot_pack = True  # not tried again once its weights are cast or in parts
     return works
 
 

@@ -32,11 +32,10 @@ def castable(model) -> list[nn.Parameter]:
     return [p for module in linear for p in module.parameters() if id(p) not in kept]
 
 
-def uncast(model, again: Callable[[], nn.Module]):
-    """The model, for publication: what `cast_frozen` has cast is float32 as in again(), which it was made from."""
-    cast = [(name, p) for name, p in plain(model).named_parameters() if p.dtype != torch.float32 and p.numel()]
+def uncast(model, again: Callable[[], nn.Module]) -> None:
+    """What `cast_frozen` has cast is float32 once more, as in again(), which the model was made from."""
+    cast = [(name, p) for name, p in plain(model).named_parameters() if p.dtype != torch.float32]
     if cast:
         known = {name.replace(".base_layer", ""): p for name, p in plain(again()).named_parameters()}
         for name, p in cast:
             p.data = known[name.replace(".base_layer", "")].data.to(p.device)
-    return model

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from pipeline.errors import UserError
 from stages.models.adapters import plain
 from stages.models.ensemble import members
+from stages.models.precision import castable, uncast
 from stages.parallel import is_first, rank_and_size
 
 Found = TypeVar("Found")
@@ -53,9 +55,16 @@ def is_sharded(model) -> bool:
 
 
 def layers_of(inner) -> list[nn.Module]:
-    """The decoder layers of a transformers model."""
+    """The decoder layers of a transformers model; a UserError where it does not name them."""
     names = set(inner._no_split_modules or ())
-    return [module for module in inner.modules() if type(module).__name__ in names]
+    found = {name: module for name, module in inner.named_modules() if type(module).__name__ in names}
+    if not found:
+        raise UserError(
+            f"launch.strategy: fsdp2 shares out layer by layer, and transformers names no layers of a "
+            f"{inner.config.model_type} model; use ddp"
+        )
+    parents = lambda name: (name[:i] for i, c in enumerate(name) if c == ".")  # noqa: E731
+    return [module for name, module in found.items() if not any(p in found for p in parents(name))]
 
 
 def compute(model, function: Callable[[], Found]) -> Found:
@@ -99,21 +108,25 @@ def whole(model) -> Iterator[nn.Module]:
             p.data = p.new_empty(0)
 
 
-def gathered(model) -> nn.Module:
-    """The model, for publication; a sharded one: a copy on the CPU with all its weights, in the first process alone."""
-    if not is_sharded(model):
-        return model
-    inside = copy.deepcopy(model.skeleton).cpu()
-    _fill(inside, model, keep=is_first())
-    return inside
+def publishable(model, again: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """In the first process: the model on the CPU, with all its weights in float32; a sharded one is gathered by all
+    processes into a copy. again() → what the model was made from, where frozen weights may be cast."""
+    if is_sharded(model):
+        inside = copy.deepcopy(model.skeleton).cpu()
+        _fill(inside, model, keep=is_first())
+        model = inside
+    if is_first():
+        model.cpu()
+        if again is not None:
+            uncast(model, again)
+    return model
 
 
 @torch.no_grad()
 def _fill(inside, model, keep: bool) -> None:
     device = next(inside.parameters()).device
     casts = torch.is_autocast_enabled(device.type)
-    linear = {id(m.weight) for m in inside.modules() if type(m) is nn.Linear} if casts else set()
-    linear -= {id(m.weight) for m in inside.modules() if isinstance(m, nn.Embedding)}  # tied: its output would change
+    linear = set(map(id, castable(inside))) if casts else set()
     for empty, p in zip(inside.parameters(), model.parameters(), strict=True):
         full = p.full_tensor()
         if keep:

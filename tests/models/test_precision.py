@@ -82,13 +82,12 @@ def test_frozen_scorers_score_the_same(scalar, kind, rows):
 @pytest.mark.parametrize("method", ["lora", "ia3", "bitfit"])
 def test_publication_has_the_weights_that_were_loaded(method, causal, rows):
     """Merged as if nothing had been cast."""
-    load = lambda: causal("gpt2" if method == "bitfit" else "llama", seed=3)  # noqa: E731
+    load = lambda: causal("qwen2", seed=3)  # noqa: E731  (its queries, keys and values have biases)
     model = with_adapter(load(), method=method, r=2)
     shake(model)
     whole, other = pair(model)
-    if method != "bitfit":
-        assert any(p.dtype == HALF for p in other.parameters())
-    other = uncast(other, load)
+    assert any(p.dtype == HALF for p in other.parameters())
+    uncast(other, load)
     assert all(p.dtype == torch.float32 for p in plain(other).parameters())
     for p, q in zip(merged(whole).parameters(), merged(other).parameters(), strict=True):
         assert torch.equal(p, q)

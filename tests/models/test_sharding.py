@@ -5,6 +5,7 @@ import multiprocessing
 import os
 from datetime import timedelta
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from data.groups import make_rows
+from pipeline.errors import UserError
 from pipeline.processes import places
 from stages import memory
 from stages.engine import gradient_cosine, gradient_norm, make_trainee, optimizer_parts, optimizer_step
@@ -21,7 +23,7 @@ from stages.models.adapters import adapter_off, plain, with_adapter
 from stages.models.forward import response_logprobs, response_values, text_logprobs
 from stages.models.loading import prepare
 from stages.models.packing import can_pack
-from stages.models.sharding import compute, full, gathered, is_sharded, like, part, shard, whole
+from stages.models.sharding import compute, full, is_sharded, layers_of, like, part, publishable, shard, whole
 from stages.parallel import in_step, is_first, rank_and_size
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [9, 8]]
@@ -191,7 +193,7 @@ def check_whole(method):
     if method:
         with adapter_off(ours), adapter_off(other), torch.no_grad():
             torch.testing.assert_close(response_logprobs(ours, rows), response_logprobs(other, rows))
-    made = gathered(ours)
+    made = publishable(ours)
     if is_first():
         assert type(made) is type(other) and not is_sharded(made)
         for (name, p), (key, q) in zip(other.named_parameters(), made.named_parameters(), strict=True):
@@ -277,11 +279,28 @@ def test_weights_that_are_loaded_count():
     together(check_no_stale_weights)
 
 
+class Layer(nn.Module):
+    """A layer that holds one of the same kind."""
+
+    def __init__(self, *inside):
+        super().__init__()
+        self.inside = nn.ModuleList(inside)
+
+
+def test_layers_are_the_outermost_of_those_that_transformers_names():
+    inner = nn.Sequential(nn.Linear(2, 2), Layer(Layer()), Layer())
+    inner._no_split_modules = ["Layer"]
+    assert layers_of(inner) == [inner[1], inner[2]]
+    inner._no_split_modules, inner.config = [], SimpleNamespace(model_type="odd")
+    with pytest.raises(UserError, match="no layers of a odd model; use ddp"):
+        layers_of(inner)
+
+
 def test_one_process_keeps_the_whole():
     model = make("llama")
     weights = copy.deepcopy(model.state_dict())
     shard(model, torch.device("cpu"))
-    assert not is_sharded(model) and gathered(model) is model
+    assert not is_sharded(model) and publishable(model) is model
     with whole(model) as reader:
         assert reader is model
     assert all(torch.equal(weights[name], x) for name, x in model.state_dict().items())

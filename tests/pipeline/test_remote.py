@@ -9,6 +9,7 @@ import pytest
 from pipeline import cli
 from pipeline.artifacts import ArtifactStore
 from pipeline.errors import UserError
+from pipeline.files import seal
 from pipeline.remote import Remote, is_url, local_folder
 
 
@@ -70,32 +71,53 @@ def test_what_one_machine_made_another_does_not_make_again(machines):
     assert "fetched" not in two.console.text
 
 
-def test_the_later_one_wins_and_old_files_go(machines, url):
+def test_what_is_up_to_date_here_stays_and_the_later_one_stays_there(machines):
+    """Two machines with other settings do not undo each other's work."""
     one = machines("one")
     one.run("fit")
     old = one.store.verify("fit")
     two = machines("two")
     two.run("fit")
-    manifest = json.loads(there(two)["fit/manifest.json"])
-    (extra := two.remote.files).pipe_file(f"{two.remote.base}/fit/left-over", b"x")
-    assert extra.exists(f"{two.remote.base}/fit/left-over") and manifest == old
+    two.remote.files.pipe_file(f"{two.remote.base}/fit/left-over", b"x")
+    age(two, "fit")
     two.run("fit", "fit.steps=3", force=True)
     new = two.store.verify("fit")
-    new["finished_at"] = max(new["finished_at"], old["finished_at"])
     assert new["digest"] != old["digest"] and "fit/left-over" not in there(two)
     assert json.loads(there(two)["fit/manifest.json"])["digest"] == new["digest"]
-    again = machines("three")
-    again.run("fit", "fit.steps=3")
-    assert again.store.manifest("fit")["digest"] == new["digest"] and "running" not in again.console.text
+    one = machines("one")
+    one.run("fit")
+    assert "running" not in one.console.text and "fetched" not in one.console.text
+    assert one.store.verify("fit") == old
+    assert json.loads(there(one)["fit/manifest.json"])["digest"] == new["digest"]
+    three = machines("three")
+    three.run("fit", "fit.steps=3")
+    assert three.store.manifest("fit")["digest"] == new["digest"] and "running" not in three.console.text
+
+
+def age(world, stage):
+    """As if what is there were of yesterday."""
+    files, path = world.remote.files, f"{world.remote.base}/{stage}/manifest.json"
+    manifest = json.loads(files.cat_file(path)) | {"finished_at": "2020-01-01T00:00:00+00:00"}
+    manifest.pop("digest")
+    files.pipe_file(path, json.dumps(seal(manifest)).encode())
+
+
+def test_what_is_stale_there_is_not_taken(machines):
+    one = machines("one")
+    one.run("fit", "fit.steps=3")
+    two = machines("two")
+    two.run("fit")
+    assert "text: missing; fetched" in two.console.text and "fit: running" in two.console.text
 
 
 def test_an_upload_that_broke_off_is_no_artifact_and_is_made_good(machines, monkeypatch):
+    """The stage behind it is made all the same; the command says so at its end."""
     one = machines("one")
     put, count = one.remote.files.put_file, []
 
     def breaking(*args, **kwargs):
         count.append(args)
-        if len(count) == 3:
+        if len(count) == 1:
             raise OSError("the line is dead")
         return put(*args, **kwargs)
 
@@ -103,19 +125,18 @@ def test_an_upload_that_broke_off_is_no_artifact_and_is_made_good(machines, monk
         patch.setattr(one.remote.files, "put_file", breaking)
         with pytest.raises(UserError) as caught:
             one.run("fit")
-    assert "the line is dead; check the address" in caught.value.lines[0]
-    broken = {name.split("/")[0] for name in there(one)} - {
-        name.split("/")[0] for name in there(one) if name.endswith("manifest.json")
-    }
-    assert len(broken) == 1  # begun, and without a manifest
+    assert "the line is dead; check the address" in caught.value.lines[0] and "run again" in caught.value.lines[0]
+    assert "fit/manifest.json" in there(one) and "text/manifest.json" not in there(one)
     one.run("fit")
+    assert "running" not in one.console.text and "text/manifest.json" in there(one)
     two = machines("two")
     two.run("fit")
     assert "running" not in two.console.text
 
 
-@pytest.mark.parametrize("damage", ["a file", "a missing file", "the manifest", "a path"])
+@pytest.mark.parametrize("damage", ["a file", "a missing file", "the manifest", "a path", "a name", "a field"])
 def test_what_does_not_hold_is_not_taken(damage, machines):
+    """One line with the remedy; what is done here needs nothing from there; --force makes it good there too."""
     one = machines("one")
     one.run("fit")
     files, base = one.remote.files, f"{one.remote.base}/fit"
@@ -128,27 +149,72 @@ def test_what_does_not_hold_is_not_taken(damage, machines):
     elif damage == "the manifest":
         files.pipe_file(f"{base}/manifest.json", files.cat_file(f"{base}/manifest.json")[:-9])
     else:
-        from pipeline.files import seal
-
-        manifest["outputs"]["../../escaped"] = manifest["outputs"].pop(name)
+        if damage == "a field":
+            manifest.pop("finished_at")
+        else:
+            other = "../../escaped" if damage == "a path" else ".lock"
+            manifest["outputs"][other] = manifest["outputs"].pop(name)
         manifest.pop("digest")
         files.pipe_file(f"{base}/manifest.json", json.dumps(seal(manifest)).encode())
     two = machines("two")
     with pytest.raises(UserError) as caught:
         two.run("fit")
-    assert len(caught.value.lines) == 1 and two.remote.url.split("://")[1].split("/")[0] in caught.value.lines[0]
+    assert len(caught.value.lines) == 1
+    assert caught.value.lines[0].startswith(f"{two.remote.url}: fit/")
+    assert "`rlhf run fit --force` makes it anew" in caught.value.lines[0]
     assert not (two.store.folder("fit") / "manifest.json").exists()
     assert not list(two.store.root.rglob("escaped"))
+    machines("one").run("fit")
+    assert "running" not in one.console.text
+    two = machines("two")
+    two.run("fit", force=True)
+    three = machines("three")
+    three.run("fit")
+    assert "fit: running" not in three.console.text
 
 
-def test_an_interrupted_run_here_is_not_replaced(machines):
+def test_a_damaged_stage_here_comes_from_there(machines):
+    one = machines("one")
+    one.run("fit")
+    made = one.store.verify("fit")
+    name = sorted(made["outputs"])[0]
+    (one.store.folder("fit") / name).write_bytes(b"?")
+    one.run("fit")
+    assert name in one.console.text and "fetched from" in one.console.text and "running" not in one.console.text
+    assert one.store.verify("fit") == made
+
+
+def test_an_interrupted_run_here_goes_on_here(machines):
     one = machines("one")
     one.run("fit")
     two = machines("two")
+    two.run("text")
     with two.store.lock("fit"):
-        two.store.begin("fit", {"run_id": "x", "stage": "fit"})
-    assert "was interrupted here" in two.remote.fetch("fit")
-    assert not (two.store.folder("fit") / "manifest.json").exists()
+        run = {"run_id": "x", "stage": "fit", "world_size": 1, "threads": 1, "device": "cpu", "resumes": 0}
+        two.store.begin("fit", run | {"config": {}, "inputs": {}, "fingerprint": ""})
+    two.run("fit")
+    assert "fit: fetched" not in two.console.text and "fit: running" in two.console.text
+
+
+def test_one_that_is_out_of_reach_matters_only_where_something_is_needed(machines, monkeypatch):
+    one = machines("one")
+    one.run("fit")
+    two = machines("two")
+
+    def dead(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(two.remote.files, "cat_file", dead)
+        with pytest.raises(UserError) as caught:
+            two.run("fit")
+    what = "no route; check the address, the rights and the connection"
+    assert caught.value.lines == [f"--artifacts {two.remote.url}: {what}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(two.remote.files, "cat_file", dead)
+        with pytest.raises(UserError) as caught:
+            machines("one").run("fit")
+    assert "running" not in one.console.text and all("run again" in line for line in caught.value.lines)
 
 
 def test_addresses(tmp_path, monkeypatch, capsys):
@@ -157,11 +223,14 @@ def test_addresses(tmp_path, monkeypatch, capsys):
     folder = local_folder("s3://bucket/some/../where")
     assert folder.parent == tmp_path / "here" and folder != local_folder("s3://bucket/some/where")
     assert local_folder("s3://bucket/x/") == local_folder("s3://bucket/x")
-    store = ArtifactStore(folder, "small")
-    for address, what in (("nosuch://x", "nosuch"), ("file:///tmp/x", "give its path alone")):
-        with pytest.raises(UserError) as caught:
-            Remote(address, store)
-        assert what in caught.value.lines[0]
+    with pytest.raises(UserError) as caught:
+        Remote("nosuch://x", ArtifactStore(folder, "small"))
+    assert "nosuch" in caught.value.lines[0]
+    (tmp_path / "e.yaml").write_text("name: small\n")
+    for address, what in (("file:///tmp/x", "give its path alone"), ("ftp://me:secret@host/x", "out of the address")):
+        assert cli.main(["clean", "-c", "e.yaml", "--artifacts", address]) == 2
+        said = capsys.readouterr().err
+        assert what in said and "secret" not in said and said.count("\n") == 1
 
 
 def test_the_commands_know_addresses(tmp_path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ from resume_worker import CONFIG, assert_same_figures, published, rlhf, rlhf_tog
 from safetensors.torch import load_file
 
 FSDP = "launch.strategy=fsdp2"
+LORA, BFLOAT16 = "model.peft={method: lora, r: 2}", "model.dtype=bfloat16"
 
 
 def command(stage, root, *settings):
@@ -42,20 +43,20 @@ def test_they_do_what_one_does(stage, oracle, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "setting", ["model.peft={method: lora, r: 2}", "model.gradient_checkpointing=true", "model.dtype=bfloat16"]
+    "settings", [(LORA,), (LORA, BFLOAT16), ("model.gradient_checkpointing=true", BFLOAT16)]
 )
-def test_adapters_checkpointing_and_bfloat16_go_with_it(setting, tmp_path):
+def test_adapters_checkpointing_and_bfloat16_go_with_it(settings, tmp_path):
     """As two processes with whole models (not as one: in bfloat16 other rows together round otherwise)."""
     root = tmp_path / "alone"
-    assert rlhf("run", "evaluate", "-c", str(CONFIG), "--artifacts", str(root), setting) == 0
+    assert rlhf("run", "evaluate", "-c", str(CONFIG), "--artifacts", str(root), *settings) == 0
     for stage in ("sft", "rm", "ppo", "dpo"):
         found = []
         for strategy in ("ddp", "fsdp2"):
             parts = without(root, tmp_path / stage / strategy, stage)
-            assert rlhf_together(*command(stage, parts, f"launch.strategy={strategy}", setting)) == [0, 0]
+            assert rlhf_together(*command(stage, parts, f"launch.strategy={strategy}", *settings)) == [0, 0]
             found.append(parts / "micro" / stage)
         # the value model's gradient, clipped from 700 to 1, magnifies last bits; so does Adam those of bfloat16
-        assert_same_results(*found, first=1e-5 if setting != "model.dtype=bfloat16" else 1e-3, later=1e-2)
+        assert_same_results(*found, first=1e-3 if BFLOAT16 in settings else 1e-5, later=1e-2)
 
 
 @pytest.fixture(scope="module")
