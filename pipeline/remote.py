@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,14 +52,20 @@ class Remote:
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
         """What the storage says of a stage; None where it is not there. UserError where that does not hold."""
-        name = f"{self.url}: {stage}/manifest.json"
-        remedy = f"`rlhf run {stage} --force` makes it anew"
+        content = self._content(stage)
+        return None if content is None else self._checked(stage, content)
+
+    def _content(self, stage: str) -> bytes | None:
         with told(self.url):
             self.files.invalidate_cache()
             try:
-                content = self.files.cat_file(f"{self.base}/{stage}/manifest.json")
+                return self.files.cat_file(f"{self.base}/{stage}/manifest.json")
             except FileNotFoundError:
                 return None
+
+    def _checked(self, stage: str, content: bytes) -> dict[str, Any]:
+        name = f"{self.url}: {stage}/manifest.json"
+        remedy = f"`rlhf run {stage} --force` makes it anew"
         try:
             manifest = files.unsealed(content, name)
         except UserError as error:
@@ -93,11 +99,10 @@ class Remote:
     def push(self, stage: str, made: bool) -> None:
         """Puts the finished stage there. No manifest stands there over files that change; other files go. made: it was
         made just now; else what is there stays, unless it is older or damaged. Under the lock."""
-        here = self.store.manifest(stage)
-        try:
-            there = self.manifest(stage)
-        except UserError:
-            there = None
+        here, content, there = self.store.manifest(stage), self._content(stage), None
+        if content is not None:
+            with suppress(UserError):
+                there = self._checked(stage, content)
         if there is not None and (there["digest"] == here["digest"] or not made):
             if there["finished_at"] >= here["finished_at"]:
                 return

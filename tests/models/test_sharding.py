@@ -30,6 +30,10 @@ PROMPTS = [[5, 6, 7], [5, 6, 7], [9, 8]]
 RESPONSES = [[1, 2, 3, 4], [3, 4], [7, 7, 2]]
 
 
+def slow(*cases):
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
 def together(check, *args):
     """check(*args) in two processes; its assertions are this test's."""
     context = multiprocessing.get_context("forkserver")
@@ -129,7 +133,7 @@ def check_gradients(family, tied, method):
 
 
 @pytest.mark.parametrize(
-    "family, tied, method", [("llama", True, None), ("llama", False, "lora"), ("gpt2", True, None)]
+    "family, tied, method", [("llama", False, "lora"), *slow(("llama", True, None), ("gpt2", True, None))]
 )
 def test_losses_and_gradients_are_the_whole_models(family, tied, method):
     """Also where one process has one micro-batch and the other two."""
@@ -200,7 +204,7 @@ def check_whole(method):
             assert name == key and torch.equal(p, q)
 
 
-@pytest.mark.parametrize("method", [None, "lora"])
+@pytest.mark.parametrize("method", ["lora", *slow((None,))])
 def test_a_whole_copy_reads_as_the_model_does(method):
     together(check_whole, method)
 
@@ -259,7 +263,7 @@ def check_memory(dtype, checkpointing, tied):
     assert foretold.step == pytest.approx(held.most, rel=0.15), (foretold.step, held.most)
 
 
-@pytest.mark.parametrize("dtype, checkpointing, tied", [("float32", False, True), ("bfloat16", True, False)])
+@pytest.mark.parametrize("dtype, checkpointing, tied", [("bfloat16", True, False), *slow(("float32", False, True))])
 def test_the_memory_of_a_part_is_foretold(dtype, checkpointing, tied):
     together(check_memory, dtype, checkpointing, tied)
 

@@ -34,7 +34,7 @@ def slow(*stages):
     return [pytest.param(stage, marks=pytest.mark.slow) for stage in stages]
 
 
-@pytest.mark.parametrize("stage", ["ppo", *slow("base", "sft", "rm", "dpo")])
+@pytest.mark.parametrize("stage", slow("base", "sft", "rm", "ppo", "dpo"))
 def test_they_do_what_one_does(stage, oracle, tmp_path):
     root = without(oracle, tmp_path, stage)
     assert rlhf_together(*command(stage, root, FSDP)) == [0, 0]
@@ -74,10 +74,8 @@ def undisturbed(oracle, tmp_path_factory):
     return of
 
 
-LATER = [pytest.param(*case, marks=pytest.mark.slow) for case in (("rm", 1), ("ppo", 0), ("ppo", 1), ("dpo", 1))]
-
-
-@pytest.mark.parametrize("stage, who", [("sft", 0), *LATER])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, who", [("sft", 0), ("rm", 1), ("ppo", 0), ("ppo", 1), ("dpo", 1)])
 def test_killed_they_go_on_to_the_same_bytes(stage, who, oracle, undisturbed, tmp_path):
     root = without(oracle, tmp_path, stage)
     codes = rlhf_together(*command(stage, root, FSDP), die=(who, stage, 5), seconds=60)

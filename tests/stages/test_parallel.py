@@ -8,6 +8,7 @@ from torch import distributed as dist
 from torch import multiprocessing as mp
 
 from pipeline.errors import PeerLost
+from pipeline.processes import relying_on
 from stages import parallel
 from stages.settings import batch_of_each
 
@@ -70,7 +71,8 @@ def worker(rank: int, port: int, queue):
     # 4 the other one is gone
     if rank == 0:
         try:
-            parallel.total({"a": 1.0})
+            with relying_on(object()):
+                parallel.total({"a": 1.0})
         except PeerLost:
             seen["lost"] = True
     queue.put((rank, seen))
