@@ -186,6 +186,7 @@ def gone(pids, seconds):
     return True
 
 
+@pytest.mark.slow
 def test_the_launcher_hands_on_a_signal(oracle, together, tmp_path):
     """75, a checkpoint, nobody left. Then the launcher itself is killed: the first process saves, and all end. Then the
     bytes of two that nobody disturbed."""
@@ -224,6 +225,7 @@ def test_the_launcher_says_who_died(oracle, tmp_path):
     assert "error: process 1 of 2 was ended by SIGKILL; run again to go on" in err.read_text()
 
 
+@pytest.mark.slow
 def test_what_training_decides_is_the_exit_code_of_all(oracle, tmp_path):
     """An alarm that stops (3) leaves a checkpoint; a mistake (2) is one line, said once."""
     root = without(oracle, tmp_path, "ppo")

@@ -44,6 +44,7 @@ def test_what_sbatch_refuses_is_one_line(tmp_path):
     assert ended.returncode == 2 and "sbatch is not on the PATH" in ended.stderr
 
 
+@pytest.mark.slow
 def test_a_preempted_job_goes_on_and_the_next_one_waits_for_it(oracle, tmp_path):
     """dpo by two processes, told to save in the middle, queued again; evaluate after it."""
     environment = fake_slurm.install(tmp_path / "slurm")
