@@ -112,7 +112,7 @@ def is_adapted(model) -> bool:
 
 def merged(model):
     """A plain transformers model with the adapter folded in (ends the adapter: call it when training is over). Weights
-    that other models share stay as they are. A copy without weights (`sharding.gathered`) has nothing to fold."""
+    that other models share stay as they are. A copy without weights (`sharding.publishable`) has nothing to fold."""
     if not is_adapted(model) or not next(model.parameters()).numel():
         return plain(model)
     return model.merge_and_unload(safe_merge=True)

@@ -8,7 +8,7 @@ AttentionInterface; calls without a layout are its own sdpa.
 """
 
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from torch import Tensor
 from data.groups import Rows, make_rows
 from stages.models.adapters import plain
 from stages.models.ensemble import Ensemble
-from stages.models.sharding import compute
 
 NAME = "packed_rows"
 SHORT = 32  # tokens a span: below, a call a span costs a CPU more than the padding of one call for all
@@ -175,8 +174,7 @@ def _same_hidden_states(model) -> bool:
     states = []
     for packed in (False, True):
         rows = make_rows(prompts, responses, 0, packed=packed).to(device)
-        read = partial(model.base_model, input_ids=rows.input_ids, **trunk_options(rows))
-        hidden = compute(model, lambda read=read: read().last_hidden_state).flatten(0, 1)
+        hidden = model.base_model(input_ids=rows.input_ids, **trunk_options(rows)).last_hidden_state.flatten(0, 1)
         states.append(hidden.index_select(0, torch.cat([rows.before[rows.response_mask], rows.last])))
     model.train(training)
     return torch.allclose(*states, rtol=1e-2, atol=1e-2 * states[0].abs().mean().item())

@@ -20,7 +20,7 @@ from pipeline.processes import places
 from stages import memory
 from stages.engine import gradient_cosine, gradient_norm, make_trainee, optimizer_parts, optimizer_step
 from stages.models.adapters import adapter_off, plain, with_adapter
-from stages.models.forward import response_logprobs, response_values, text_logprobs
+from stages.models.forward import head_is_linear, response_logprobs, response_values, text_logprobs
 from stages.models.loading import prepare
 from stages.models.packing import can_pack
 from stages.models.sharding import compute, full, is_sharded, layers_of, like, part, publishable, shard, whole
@@ -78,7 +78,7 @@ def make(family, tied=True, scalar=False):
     return prepare(model)
 
 
-def pair(*args, method=None, packed=True, **kwargs):
+def pair(*args, method=None, **kwargs):
     """(a whole model, the same in parts)."""
     ours, other = (
         with_adapter(make(*args, **kwargs), method=method, r=2, seed=3) if method else make(*args, **kwargs)
@@ -91,11 +91,10 @@ def pair(*args, method=None, packed=True, **kwargs):
                 for p in model.parameters():
                     if p.requires_grad:
                         p.add_(0.1 * torch.randn_like(p))
-    if packed:
-        assert can_pack(other, 64)
+    for model in (other, ours):  # found out before, as roles.settle does
+        assert can_pack(model, 64)
+        head_is_linear(model)
     shard(ours, torch.device("cpu"))
-    if packed:
-        assert can_pack(ours, 64)
     return other, ours
 
 
@@ -241,8 +240,8 @@ def check_memory(dtype, checkpointing, tied):
     if checkpointing:
         model.activation_checkpointing_enable()
     whole_size = memory.size_of(model)
+    assert can_pack(model, 200) and head_is_linear(model)
     shard(model, torch.device("cpu"))
-    assert can_pack(model, 200)
     prompts = [[i + 3] * n for i, (n, responses) in enumerate(lengths) for _ in responses]
     rows = make_rows(prompts, [[5] * n for _, responses in lengths for n in responses], 0, packed=True)
     trainee = make_trainee("model", model, learning_rate=1e-3, max_grad_norm=1.0)
