@@ -135,6 +135,32 @@ class SlurmConfig(BaseModel):
     options: list[str] = Field([], description="more of sbatch's options, as --qos=long")
 
 
+class VllmConfig(BaseModel):
+    """Read by `ppo` with ppo.rollout.engine: vllm alone."""
+
+    model_config = STRICT
+    python: str | None = Field(
+        None,
+        description="Python of the environment that vLLM is installed in; null = this one. It pins torch and "
+        "transformers, and is best one of its own",
+    )
+    devices: str | None = Field(
+        None,
+        pattern=r"^\d+(,\d+)*$",
+        description='GPUs that vLLM samples on, as "6,7"; null = those of the first process',
+    )
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share vLLM's copy of the policy")
+    gpu_memory_utilization: float = Field(
+        0.3, gt=0, le=1, description="share of its GPUs' memory (without one: of the machine's) that vLLM takes"
+    )
+    folder: str | None = Field(
+        None,
+        description="where the policy's weights are handed over, half a model of files (with bfloat16); null = the "
+        "stage's folder; one in memory, as /dev/shm, is quicker",
+    )
+    options: dict[str, Any] = Field({}, description="more of vllm.LLM's arguments, as {enforce_eager: true}")
+
+
 class LaunchConfig(BaseModel):
     model_config = STRICT
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -156,6 +182,7 @@ class LaunchConfig(BaseModel):
     )
     nodes: int = Field(1, ge=1, description="machines, with so many processes each; for --submit slurm")
     slurm: SlurmConfig = Field(SlurmConfig(), description="what --submit slurm asks of the queue")
+    vllm: VllmConfig = Field(VllmConfig(), description="where and how vLLM runs")
     timeout: float = Field(
         600,
         gt=0,

@@ -7,10 +7,13 @@ Read `run`: one iteration is the numbered list 1 … 7.
 
 import copy
 import math
+import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +68,7 @@ from stages.objectives.masked import masked_mean, masked_whiten
 from stages.objectives.rewards import final_scores, kl_per_token, token_rewards
 from stages.rollouts.collect import collect, in_micro_batches, share_groups
 from stages.rollouts.rollout import Rollout
+from stages.rollouts.vllm import EngineLost, Vllm
 from stages.settings import Schedule, Section, TooLong, no_room, over_context, setting, too_long_prompt
 
 NAME = "ppo"
@@ -83,6 +87,7 @@ METRICS = {
     "loss/ptx": "cross-entropy a pretraining token, in nats, before ptx_coef",
     "val/clipfrac_avg": "share of tokens whose value was clipped",
     "val/ratio": "mean ratio of new to old probability over the update (1 at its first minibatch)",
+    "val/engine_kl": "KL(what was sampled from ‖ policy) in nats a token, where log-probs are computed again after it",
     "val/explained_variance": "share of the returns' variance that the values foretold",
     "grad_norm/ppo": "norm of the policy gradient before ptx is added and before clipping",
     "grad_norm/ptx": "norm of ptx_coef times the pretraining gradient",
@@ -104,6 +109,21 @@ HELD_OUT = {"score": "scores", "kl": "kl", "rlhf_reward": "rlhf_reward", "length
             "entropy": "entropy"}  # fmt: skip
 
 
+class RolloutConfig(Section):
+    """What samples. Log-probs of what vLLM samples are computed again by the policy itself."""
+
+    engine: Literal["transformers", "vllm"] = setting(
+        "transformers",
+        "the policy itself; or vLLM, see launch.vllm (a run that resumes need not end in the same bytes then)",
+    )
+    max_engine_kl: float = setting(
+        0.05, "KL of what vLLM samples from to the policy above which it has failed", "nats a token", gt=0
+    )
+    on_failure: Literal["stop", "transformers"] = setting(
+        "stop", "where vLLM fails: a checkpoint and exit 3, or go on without it"
+    )
+
+
 class Config(Section):
     """PPO-ptx. batch_size and mini_batch_size count episodes; an update is one batch."""
 
@@ -120,6 +140,7 @@ class Config(Section):
     local_rollout_forward_batch_size: int = setting(
         64, "episodes sampled at a time by a process; changes memory and, by rounding, a sample", "episodes", ge=1
     )
+    rollout: RolloutConfig = setting(RolloutConfig(), "what samples the episodes")
     num_ppo_epochs: int = setting(1, "passes over each batch", "epochs", ge=1)
     samples_per_prompt: int = setting(1, "responses to each prompt; batch_size is divided by it", ge=1)
     response_length: int = setting(128, "longest response, EOS included", "tokens", ge=1)
@@ -222,13 +243,27 @@ def check(experiment) -> list[str]:
             wrong.append(f"{key}: {folder} holds no config.json; give the model/ folder of a reward model")
     if c.publish_ema and c.ema_decay is None:
         wrong.append("ppo.publish_ema: there is no average to publish with ema_decay: null; set it, say to 0.992")
-    return wrong
+    return wrong + without_vllm(experiment)
+
+
+def without_vllm(experiment) -> list[str]:
+    """A line if vLLM is to sample and launch.vllm.python has none."""
+    python = experiment.launch.vllm.python
+    if experiment.ppo.rollout.engine != "vllm":
+        return []
+    remedy = "python3 -m venv .vllm && .vllm/bin/pip install vllm, and launch.vllm.python: .vllm/bin/python"
+    if python is None and find_spec("vllm") is None:
+        return [f"ppo.rollout.engine: vllm is not installed here; {remedy}"]
+    if python is not None and shutil.which(Path(python).expanduser()) is None:
+        return [f"launch.vllm.python: {python} is no program; {remedy}"]
+    return []
 
 
 def run(ctx: StageRun) -> dict:
     """→ model/ (policy), value_model/, and model_ema/ if asked for."""
     c = ctx.config
     roles = load(ctx)
+    engine = start_engine(ctx)
     train, held = load_prompts(ctx, roles.tokenizer)
     ptx_rows = load_ptx(ctx, roles.tokenizer)
     updates, per_batch = c.total_episodes // c.batch_size, c.batch_size // c.samples_per_prompt
@@ -243,6 +278,8 @@ def run(ctx: StageRun) -> dict:
     best = Best(c.keep, c.patience, higher_is_better=True)
     average, skips, alarms = Average(c.ema_decay), Skips(c.max_skipped_steps), Alarms(c.alarm_kl, c.alarm_entropy)
     step, state = load_checkpoint(ctx, [policy, value], best, updates, average)
+    if engine is not None:
+        engine.load(roles.policy)
     prompts = Stream(len(train), derive_seed(ctx.seed, "prompts"), cursor=step * per_batch)
     per_update = round(c.ptx_ratio * c.mini_batch_size) * (c.batch_size // c.mini_batch_size) * c.num_ppo_epochs
     ptx = Stream(len(ptx_rows), derive_seed(ctx.seed, "ptx"), cursor=step * per_update) if ptx_rows else None
@@ -250,14 +287,15 @@ def run(ctx: StageRun) -> dict:
     place = f"{roles.accelerator.device.type} {dtype_of(ctx.experiment)}"
     leave = partial(pause_if_asked, ctx, step, updates, lambda: None)
     if step == 0:
-        state = {"kl_coef": c.kl_coef, "recompute": preflight(ctx, roles, tried, 0, leave), "place": place, "looks": {}}
+        state = {"kl_coef": c.kl_coef, "place": place, "looks": {}}
+        state["recompute"] = preflight(ctx, roles, engine, tried, 0, leave)
     elif not {"skipped", "alarms", "recompute", "looks", "kl_coef"} <= state.keys():
         raise UserError("ppo: the checkpoint was written by another version of this stage; start again with --restart")
     else:
         skips.count = state["skipped"]
         alarms.restore(state["alarms"])
         if state.get("place") != place:  # begun elsewhere, where other kernels agreed with each other
-            state |= {"recompute": preflight(ctx, roles, tried, step, leave), "place": place}
+            state |= {"recompute": preflight(ctx, roles, engine, tried, step, leave), "place": place}
     looks = state["looks"]  # step → held-out figures
     together = is_sharding(ctx)  # then all save, and between updates alone
 
@@ -274,7 +312,11 @@ def run(ctx: StageRun) -> dict:
     def look_at(at: int) -> list[str]:
         """A held-out look; → alarms. A signal in it is a checkpoint that says that it is owed."""
         poll = leaving(at, partial(save, at, owes_look=True))
-        looks[str(at)] = look(ctx, roles, held, at, state, policy, best, poll)
+        try:
+            looks[str(at)] = look(ctx, roles, engine, held, at, state, policy, best, poll)
+        except EngineLost:
+            save(at, owes_look=True)
+            raise
         return sound(ctx, alarms.look(at, looks[str(at)]))
 
     raised = look_at(step) if step == 0 or state.get("owes_look") else []
@@ -288,7 +330,11 @@ def run(ctx: StageRun) -> dict:
             asked = [train[i] for i in drawn]
             # nothing has changed since the update before: a signal need not wait until all is sampled
             poll = leaving(step - 1, partial(save, step - 1))
-            rollout = rollout_of(ctx, roles, asked, drawn, step, recompute=state["recompute"], poll=poll)
+            try:
+                rollout = rollout_of(ctx, roles, engine, asked, drawn, step, recompute=state["recompute"], poll=poll)
+            except EngineLost:
+                save(step - 1)
+                raise
             mask = rollout.mask
             # 3 reward: the score at the last token, minus kl_coef · KL at each
             kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, c.kl_estimator)
@@ -325,6 +371,8 @@ def run(ctx: StageRun) -> dict:
                     average,
                     skips,
                 )
+                if engine is not None:
+                    engine.load(roles.policy)
             # 6 keep
             row = {
                 **describe(rollout, returns, kl_coef, c.kl_estimator),
@@ -351,7 +399,9 @@ def run(ctx: StageRun) -> dict:
 
     # 7 publish
     if str(step) not in looks:  # settings that were overridden ended the run at its checkpoint
-        looks[str(step)] = look(ctx, roles, held, step, state, policy, best)
+        looks[str(step)] = look(ctx, roles, engine, held, step, state, policy, best)
+    if engine is not None:
+        engine.close()
     if c.publish_ema:
         publish_average(ctx, roles, policy, average)
     if c.keep == "best" and best.step != step:
@@ -370,7 +420,7 @@ def run(ctx: StageRun) -> dict:
 def load(ctx: StageRun) -> Roles:
     """Policy and reference from sft (from its ppo_init/, if there is one); reward model from rm."""
     m = ctx.experiment.model
-    start = ctx.inputs["sft"] / ("model" if ctx.experiment.sft.ppo_init is None else "ppo_init")
+    start = start_folder(ctx)
     check_context(ctx, start)
     given, climbed, looks_on = named_folders(ctx.experiment), "ppo.reward_model", "ppo.held_out_reward_model"
     roles = load_roles(
@@ -390,6 +440,36 @@ def load(ctx: StageRun) -> Roles:
         sharded=is_sharding(ctx),
     )
     return replace(roles, packed=packing(ctx, *roles.models()))
+
+
+def start_engine(ctx: StageRun) -> Vllm | None:
+    """vLLM, with the policy that PPO begins with, or None where the policy samples by itself."""
+    c, where = ctx.config, ctx.experiment.launch.vllm
+    if c.rollout.engine != "vllm":
+        return None
+    folder = ctx.publish.with_name(".tmp-vllm")
+    if where.folder is not None:
+        folder = Path(where.folder).expanduser() / f"rlhf-{derive_seed(ctx.publish.resolve())}"  # this run's own
+    ctx.tracker.say("ppo: vLLM starts")
+    return Vllm(
+        start_folder(ctx),
+        folder,
+        python=sys.executable if where.python is None else str(Path(where.python).expanduser()),
+        devices=where.devices,
+        dtype=dtype_of(ctx.experiment),
+        poll=partial(pause_if_asked, ctx, 0, c.total_episodes // c.batch_size, lambda: None),
+        seed=0,  # each sample has its own
+        max_model_len=c.max_length,
+        max_num_seqs=c.local_rollout_forward_batch_size,
+        tensor_parallel_size=where.tensor_parallel_size,
+        gpu_memory_utilization=where.gpu_memory_utilization,
+        trust_remote_code=ctx.trust_remote_code,
+        **where.options,
+    )
+
+
+def start_folder(ctx: StageRun) -> Path:
+    return ctx.inputs["sft"] / ("model" if ctx.experiment.sft.ppo_init is None else "ppo_init")
 
 
 def load_prompts(ctx: StageRun, tokenizer) -> tuple[list[list[int]], list[tuple]]:
@@ -443,6 +523,7 @@ def load_ptx(ctx: StageRun, tokenizer) -> list[list[int]] | None:
 def rollout_of(
     ctx: StageRun,
     roles: Roles,
+    engine: Vllm | None,
     prompts,
     prompt_ids,
     step: int,
@@ -451,9 +532,11 @@ def rollout_of(
     recompute: bool = False,
     poll: Callable[[], None] = lambda: None,
 ) -> Rollout:
-    """n responses a prompt and what every model says of them. Randomness: (run, stream, update, prompt, sample)."""
+    """n responses a prompt and what every model says of them. Randomness: (run, stream, update, prompt, sample). Where
+    vLLM fails: without it from now on, or an EngineLost, as ppo.rollout.on_failure says."""
     c = ctx.config
-    return collect(
+    collected = partial(
+        collect,
         roles,
         prompts,
         prompt_ids,
@@ -463,24 +546,47 @@ def rollout_of(
         temperature=c.temperature,
         sample_size=c.local_rollout_forward_batch_size,
         micro_size=c.per_device_train_batch_size,
-        recompute=recompute,
         missing_eos_score=c.missing_eos_score,
         score_clip=c.score_clip,
         length_penalty=c.length_penalty,
         poll=poll,
     )
+    if engine is None or not engine.running:
+        return collected(recompute=recompute)
+    try:
+        rollout = collected(recompute=True, engine=engine)
+        if not rollout.engine_kl <= c.rollout.max_engine_kl:
+            raise EngineLost(
+                f"vLLM samples from another distribution: KL to the policy is {rollout.engine_kl:.2g} nats a token "
+                f"(ppo.rollout.max_engine_kl: {c.rollout.max_engine_kl:g})"
+            )
+        return rollout
+    except EngineLost as lost:
+        engine.close()
+        if c.rollout.on_failure == "stop":
+            remedy = "run again to go on, also with ppo.rollout.engine=transformers --override-config"
+            raise EngineLost(f"update {step}: {lost}; {remedy}") from lost
+        ctx.tracker.say(f"ppo: {lost}; sampling goes on without it")
+        return collected(recompute=True)
 
 
-def preflight(ctx: StageRun, roles: Roles, prompts, step: int = 0, poll: Callable[[], None] = lambda: None) -> bool:
+def preflight(
+    ctx: StageRun,
+    roles: Roles,
+    engine: Vllm | None,
+    prompts,
+    step: int = 0,
+    poll: Callable[[], None] = lambda: None,
+) -> bool:
     """The update repeats the rollout's numbers (ratio 1), and before the first one KL to the reference is 0; or refuse.
 
     → whether log-probs must be computed again after sampling, the sampler's own not being the update's.
     """
     c = ctx.config
     limit = 1e-4 if dtype_of(ctx.experiment) == "float32" else 2e-2
-    for recompute in (False, True):
+    for recompute in (False, True) if engine is None else (True,):
         asked = (prompts, range(len(prompts)), step, "preflight")
-        rollout = rollout_of(ctx, roles, *asked, recompute=recompute, poll=poll)
+        rollout = rollout_of(ctx, roles, engine, *asked, recompute=recompute, poll=poll)
         n, size = c.samples_per_prompt, c.per_device_train_batch_size
         again = torch.zeros_like(rollout.logprobs)  # as the update does it: other rows together, and with gradients
         with roles.accelerator.autocast():
@@ -508,7 +614,7 @@ def preflight(ctx: StageRun, roles: Roles, prompts, step: int = 0, poll: Callabl
             f"ppo preflight: KL to the reference is {kl:.2g} nats a token before the first update, 0 is right: "
             f"policy and reference are not the same model; make sft anew (--force) and run again"
         )
-    if recompute:
+    if recompute and engine is None:
         ctx.tracker.say("ppo: the sampler's log-probs are not the update's; they are computed again after sampling")
     return recompute
 
@@ -696,6 +802,7 @@ def describe(rollout: Rollout, returns: Tensor, kl_coef: float, kl_estimator: st
         "objective/rlhf_reward": scores - kl_coef * (k3 if kl_estimator == "k3" else kl),
         "objective/length": mask.sum(-1).float().mean().item(),
         "objective/eos_rate": rollout.finished.float().mean().item(),
+        "val/engine_kl": rollout.engine_kl,
         "val/explained_variance": (1 - error / spread.clamp(min=1e-12)).item(),
     }
 
@@ -703,6 +810,7 @@ def describe(rollout: Rollout, returns: Tensor, kl_coef: float, kl_estimator: st
 def look(
     ctx: StageRun,
     roles: Roles,
+    engine: Vllm | None,
     held,
     step: int,
     state: dict,
@@ -714,7 +822,7 @@ def look(
     c = ctx.config
     prompts = [ids for _, ids in held]
     asked = (prompts, range(len(prompts)), 0, "held-out", 1)
-    rollout = rollout_of(ctx, roles, *asked, recompute=state["recompute"], poll=poll)
+    rollout = rollout_of(ctx, roles, engine, *asked, recompute=state["recompute"], poll=poll)
     figures = describe(rollout, rollout.values, c.kl_coef, c.kl_estimator)  # the same yardstick at every look
     figures = {name: figures[f"objective/{key}"] for name, key in HELD_OUT.items()}
     if roles.judge is not None:

@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +16,11 @@ from stages.models.adapters import adapter_off
 from stages.models.forward import response_logprobs, response_scores, response_values
 from stages.models.roles import Roles
 from stages.models.sharding import whole
-from stages.objectives.rewards import final_scores
+from stages.objectives.masked import masked_mean
+from stages.objectives.rewards import final_scores, kl_per_token
 from stages.rollouts.rollout import Rollout
 from stages.rollouts.transformers import Sampled, sample_with_logprobs
+from stages.rollouts.vllm import Vllm
 
 
 def collect(
@@ -31,6 +35,7 @@ def collect(
     sample_size: int,
     micro_size: int,
     recompute: bool,
+    engine: Vllm | None = None,
     missing_eos_score: float | None = None,
     score_clip: float | None = None,
     length_penalty: float = 0.0,
@@ -40,8 +45,9 @@ def collect(
 
     seed: the beginning of each episode's seed, which goes on with the prompt's id and the sample's number.
     sample_size, micro_size: episodes that are sampled, and read by the models, at a time.
-    recompute: log-probs by the forward that the update uses, where the sampler's are not the same numbers. poll() is
-    called between tokens and micro-batches: what it raises ends the rollout.
+    recompute: log-probs by the forward that the update uses, where the sampler's are not the same numbers. engine: what
+    samples in place of the policy itself, with `recompute`. poll() is called between tokens and micro-batches: what it
+    raises ends the rollout.
     """
     n, tokenizer, device = samples_per_prompt, roles.tokenizer, roles.accelerator.device
     seeds, seen = [], Counter()  # a prompt may be drawn twice: its samples are numbered on
@@ -50,7 +56,7 @@ def collect(
         seen[i] += n
     repeated = [list(p) for p in prompts for _ in range(n)]
 
-    def sample(own: list[int]) -> Sampled:
+    def sample(policy, own: list[int]) -> Sampled:
         return sample_with_logprobs(
             policy,
             [repeated[i] for i in own],
@@ -63,8 +69,12 @@ def collect(
             poll=poll,
         )
 
-    with roles.accelerator.autocast(), whole(roles.policy) as policy:
-        sampled = shared_samples(sample, [len(p) for p in repeated], n, device)
+    if engine is not None:
+        options = {"response_length": response_length, "temperature": temperature, "eos_id": tokenizer.eos_token_id}
+        sampled = engine.sample(repeated, seeds, **options, poll=poll, device=device)
+    else:
+        with roles.accelerator.autocast(), whole(roles.policy) as policy:
+            sampled = shared_samples(partial(sample, policy), [len(p) for p in repeated], n, device)
     lengths = torch.tensor([len(r) for r in sampled.responses], device=device)
     width = sampled.logprobs.shape[1]
     rollout = Rollout(
@@ -98,6 +108,8 @@ def collect(
                 getattr(rollout, name)[at] = F.pad(x, (0, width - x.shape[1])) if x.dim() == 2 else x
         computed = [rollout.ref_logprobs, rollout.values, rollout.scores]
         parallel.sum_tensors(computed + [rollout.logprobs, rollout.entropy] * recompute)  # 0 where others computed
+    if recompute:
+        rollout = replace(rollout, engine_kl=drift(sampled.logprobs, rollout.logprobs, rollout.mask))
     rollout.scores.copy_(
         final_scores(
             rollout.scores,
@@ -109,6 +121,11 @@ def collect(
         )
     )
     return rollout
+
+
+def drift(sampled: Tensor, logprobs: Tensor, mask: Tensor) -> float:
+    """KL(sampler ‖ policy) in nats a token, from samples of the former (k3); log-probs (B, R) of both."""
+    return masked_mean(kl_per_token(sampled, logprobs, "k3"), mask).item()
 
 
 def reference_logprobs(roles: Roles, rows, temperature: float) -> Tensor:

@@ -18,6 +18,7 @@ class Rollout:
     values (B, R): V before each token; entropy (B, R): of π_old before each token.
     scores (B,): what the reward model gives at the last token, bias subtracted; unfinished responses and the settings
     for clipping and length already seen to. finished (B,): True where the response ends with EOS.
+    engine_kl: KL(what was sampled from ‖ π_old), in nats a token; 0 where the sampler's log-probs are taken.
     """
 
     prompts: list[list[int]]
@@ -30,6 +31,7 @@ class Rollout:
     entropy: Tensor
     scores: Tensor
     finished: Tensor
+    engine_kl: float = 0.0
 
     def rows(self, index: Sequence[int], pad_id: int, packed: bool) -> Rows:
         """The episodes of `index`, laid out for a forward pass on the rollout's device."""

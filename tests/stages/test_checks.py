@@ -80,3 +80,13 @@ def test_a_batch_that_several_processes_cannot_share(tmp_path, stage):
     assert line.startswith(f"{stage}.per_device_train_batch_size: 3 times gradient_accumulation_steps 1 cannot")
     assert problems(tmp_path, *sizes) == []
     assert problems(tmp_path, sizes[0], f"{stage}.gradient_accumulation_steps=2", "launch.processes=2") == []
+
+
+def test_vllm_has_to_be_there(tmp_path):
+    engine = "ppo.rollout.engine=vllm"
+    (line,) = problems(tmp_path, engine)
+    assert line.startswith("ppo.rollout.engine: vllm is not installed here; ") and "pip install vllm" in line
+    (line,) = problems(tmp_path, engine, "launch.vllm.python=no/such/python")
+    assert line.startswith("launch.vllm.python: no/such/python is no program; ")
+    assert problems(tmp_path, "launch.vllm.python=no/such/python") == []  # nobody asks for it
+    assert problems(tmp_path, engine, "launch.vllm.python=python3") == []

@@ -1,0 +1,60 @@
+"""A model's weights, adapters folded in, under the names that its files have for them."""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from stages.models.adapters import plain
+from stages.models.sharding import is_sharded, layers_of
+
+
+@torch.no_grad()
+def file_tensors(model) -> Iterator[tuple[str, Tensor]]:
+    """(name, weight) for each weight, tied ones once. The model stays as it is: a layer with an adapter is copied for
+    it. Of a sharded model, which all processes call this for, one decoder layer at a time is whole."""
+    inner = plain(model)
+    names = {module: name for name, module in inner.named_modules()}
+    parts = [*layers_of(inner), inner] if is_sharded(model) else [inner]
+    for part in parts:
+        if is_sharded(model):
+            part.unshard()
+        seen: set[Tensor] = set()
+        for module in own_modules(part, set(parts) - {part}):
+            for name, x in own_weights(module).items():
+                if x not in seen:
+                    yield f"{names[module]}.{name}".lstrip("."), x
+                if not is_tuned(module):  # a copy's weights are gone before the next one's come
+                    seen.add(x)
+        if is_sharded(model):
+            part.reshard()
+
+
+def own_modules(module: nn.Module, others: set[nn.Module]) -> Iterator[nn.Module]:
+    """The module and those below it, but not what is in an adapter, or in one of `others`."""
+    yield module
+    if not is_tuned(module):
+        for child in module.children():
+            if child not in others:
+                yield from own_modules(child, others)
+
+
+def own_weights(module: nn.Module) -> dict[str, Tensor]:
+    """By the plain layer's names."""
+    if is_tuned(module):
+        module = copy.deepcopy(module)
+        module.merge()
+        module = module.get_base_layer()
+    return dict(module.named_parameters(recurse=False)) | dict(persistent(module))
+
+
+def persistent(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that files hold."""
+    skipped = module._non_persistent_buffers_set
+    return ((name, x) for name, x in module.named_buffers(recurse=False) if name not in skipped)
+
+
+def is_tuned(module: nn.Module) -> bool:
+    """A layer that peft put an adapter into."""
+    return hasattr(module, "get_base_layer") and hasattr(module, "merge")

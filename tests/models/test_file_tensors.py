@@ -1,0 +1,27 @@
+"""A model's weights as its files name them: those that `save_model` would write, and the model stays as it is."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stages.models.adapters import merged, trainable, with_adapter
+from stages.models.file_tensors import file_tensors
+
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("method", [None, "lora", "dora", "ia3"])
+def test_they_are_what_is_published(causal, kind, method, tied, tmp_path):
+    model = with_adapter(causal(kind, tie_word_embeddings=tied), method=method, r=2)
+    generator = torch.Generator().manual_seed(0)
+    for p in trainable(model).values():
+        p.data += 0.3 * torch.randn(p.shape, generator=generator)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    found = {name: x.clone() for name, x in file_tensors(model)}
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    merged(model).save_pretrained(tmp_path)
+    expected = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x, atol=1e-6, rtol=1e-6)

@@ -1,0 +1,88 @@
+"""ppo.rollout.engine: vllm, by a stand-in for it: what it samples is learned from, and what happens where it fails."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from resume_worker import CONFIG, rlhf, rlhf_together, rows_of, without
+
+STAND_IN = Path(__file__).parents[1] / "rollouts" / "stand_in"
+
+
+def command(root, *settings):
+    python = root / "python"  # of an environment with "vllm"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{STAND_IN}" exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    vllm = ("ppo.rollout.engine=vllm", f"launch.vllm.python={python}")
+    return ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only", *vllm, *settings)
+
+
+def test_it_samples_and_the_policy_learns_from_it(oracle, tmp_path):
+    root = without(oracle, tmp_path, "ppo")
+    assert rlhf(*command(root)) == 0
+    folder = root / "micro" / "ppo"
+    rows, other = rows_of(folder, "metrics.jsonl"), rows_of(oracle / "micro" / "ppo", "metrics.jsonl")
+    assert len(rows) == len(other) == 8
+    assert all(0 <= row["val/engine_kl"] < 1e-6 for row in rows)
+    assert all(row["val/ratio"] == pytest.approx(1, abs=0.05) for row in rows)
+    # the same prompts and weights, other draws
+    assert [row["objective/scores"] for row in rows] != [row["objective/scores"] for row in other]
+    assert not list(folder.glob(".tmp-*"))
+    assert json.loads((folder / "manifest.json").read_text())["metrics"]["updates"] == 8
+
+
+def test_killed_it_goes_on_to_the_same_figures(oracle, tmp_path):
+    """This stand-in's samples hang on prompt, seed and weights alone; vLLM's also on what it computes beside them."""
+    root, other = without(oracle, tmp_path / "a", "ppo"), without(oracle, tmp_path / "b", "ppo")
+    assert rlhf(*command(root), die=("ppo", 5)) == -9
+    assert rlhf(*command(root)) == 0
+    assert rlhf(*command(other)) == 0
+    rows = [[{k: v for k, v in row.items() if k != "eps"} for row in rows_of(x / "micro" / "ppo", "metrics.jsonl")]
+            for x in (root, other)]  # fmt: skip
+    assert rows[0] == rows[1]
+
+
+def test_lost_it_stops_with_a_checkpoint_and_the_next_run_goes_on(oracle, tmp_path):
+    """Generations: the preflight, the look at 0, then an update each, and a look after 3."""
+    root = without(oracle, tmp_path, "ppo")
+    assert rlhf(*command(root, "launch.vllm.options={dies_at: 5}", "checkpoints.every=0")) == 3
+    assert [p.name for p in (root / "micro" / "ppo" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert rlhf(*command(root)) == 0
+    assert len(rows_of(root / "micro" / "ppo", "metrics.jsonl")) == 8
+
+
+def test_lost_in_a_look_it_stops_too(oracle, tmp_path):
+    root = without(oracle, tmp_path, "ppo")
+    assert rlhf(*command(root, "launch.vllm.options={dies_at: 6}", "checkpoints.every=0")) == 3
+    assert [p.name for p in (root / "micro" / "ppo" / "checkpoints").iterdir()] == ["step-00000003"]
+    assert rlhf(*command(root)) == 0
+    looks = [row["step"] for row in rows_of(root / "micro" / "ppo", "evaluations.jsonl")]
+    assert looks == [0, 3, 6, 8]
+
+
+def test_lost_the_run_goes_on_without_it_if_asked(oracle, tmp_path):
+    root = without(oracle, tmp_path, "ppo")
+    settings = ("launch.vllm.options={dies_at: 5}", "ppo.rollout.on_failure=transformers")
+    assert rlhf(*command(root, *settings)) == 0
+    assert len(rows_of(root / "micro" / "ppo", "metrics.jsonl")) == 8
+
+
+def test_samples_of_another_distribution_are_refused(oracle, tmp_path):
+    root = without(oracle, tmp_path, "ppo")
+    settings = ("launch.vllm.options={drift: 3.0}", "ppo.rollout.max_engine_kl=0.001")
+    assert rlhf(*command(root, *settings)) == 3
+    assert rlhf(*command(root, "launch.vllm.options={drift: 3.0}", "ppo.rollout.max_engine_kl=100.0")) == 0
+    assert all(row["val/engine_kl"] > 0.001 for row in rows_of(root / "micro" / "ppo", "metrics.jsonl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("peft", ["null", "{method: lora, r: 2}"])
+def test_two_processes_learn_from_one(oracle, tmp_path, strategy, peft):
+    root = without(oracle, tmp_path, "ppo")
+    settings = (f"launch.strategy={strategy}", f"model.peft={peft}")
+    assert rlhf("run", "rm", "-c", str(CONFIG), "--artifacts", str(root), f"model.peft={peft}") == 0
+    assert rlhf_together(*command(root, *settings)) == [0, 0]
+    rows = rows_of(root / "micro" / "ppo", "metrics.jsonl")
+    assert len(rows) == 8 and all(0 <= row["val/engine_kl"] < 1e-6 for row in rows)

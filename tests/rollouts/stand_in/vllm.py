@@ -1,0 +1,81 @@
+"""What `vllm_server.py` uses of vLLM, by transformers: for PYTHONPATH. It refuses, dies or drifts when it is told to
+(launch.vllm.options)."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+__version__ = "stand-in"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    seed: int
+    max_tokens: int
+    temperature: float
+    stop_token_ids: list[int]
+    logprobs: int
+    detokenize: bool
+
+
+@dataclass(frozen=True)
+class Logprob:
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Output:
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]]
+
+
+@dataclass(frozen=True)
+class Request:
+    outputs: list[Output]
+
+
+class LLM:
+    """dies_at: the generation (from 1) in which the process ends. drift: samples come from logits times 1 + drift."""
+
+    def __init__(self, model, dtype, refuses=None, dies_at=None, drift=0.0, **options):
+        assert options["logprobs_mode"] == "processed_logprobs" and options["generation_config"] == "vllm"
+        if refuses is not None:
+            raise ValueError(refuses)
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+        self.longest, self.dies_at, self.drift = options["max_model_len"], dies_at, drift
+        self.generations, self.stale = 0, False
+
+    def collective_rpc(self, method: str, kwargs: dict) -> None:
+        assert method == "reload_weights"
+        files = [load_file(file) for file in sorted(Path(kwargs["weights_path"]).glob("*.safetensors"))]
+        weights = {name: x for file in files for name, x in file.items()}
+        missing, unknown = self.model.load_state_dict(weights, strict=False)
+        assert not unknown and set(missing) <= {"lm_head.weight"}, (missing, unknown)  # where it is the embedding
+        self.stale = True
+
+    def reset_prefix_cache(self) -> None:
+        self.stale = False
+
+    @torch.no_grad()
+    def generate(self, prompts, params, use_tqdm: bool) -> list[Request]:
+        assert not self.stale, "keys and values of old weights"
+        self.generations += 1
+        if self.generations == self.dies_at:
+            print("it dies", flush=True)
+            os._exit(9)
+        return [self.one(prompt["prompt_token_ids"], p) for prompt, p in zip(prompts, params, strict=True)]
+
+    def one(self, prompt: list[int], p: SamplingParams) -> Request:
+        assert len(prompt) + p.max_tokens <= self.longest
+        generator, ids, logprobs = torch.Generator().manual_seed(p.seed), [], []
+        while len(ids) < p.max_tokens and (not ids or ids[-1] not in p.stop_token_ids):
+            logits = self.model(torch.tensor([prompt + ids])).logits[0, -1].float() / p.temperature
+            logp = (logits * (1 + self.drift)).log_softmax(-1)
+            token = int(torch.multinomial(logp.exp(), 1, generator=generator))
+            ids.append(token)
+            logprobs.append({token: Logprob(float(logp[token]))})
+        return Request([Output(ids, logprobs)])
