@@ -101,10 +101,13 @@ def card(ctx: StageRun, what: str) -> str:
 
 
 def show_samples(model, tokenizer, prompts, *, seed: int, response_length: int, score=None) -> list[dict]:
-    """Rows {prompt, response, score?} for samples.jsonl: one generation a prompt, the same seeds every time.
+    """Rows {prompt, response, score?} for samples.jsonl: one generation a prompt, the same seeds every time;
+    none where response_length is 0.
 
     score: response_texts' ids → numbers, called with (prompt_ids, response_ids).
     """
+    if response_length == 0:
+        return []
     from data.encode import decode_response, encode_prompt
     from stages.models.sharding import whole
     from stages.rollouts.transformers import sample

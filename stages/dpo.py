@@ -73,7 +73,7 @@ class Config(PreferenceTraining):
     )
     loss_weights: list[float] | None = setting(None, "of each of several losses; null: 1 each")
     label_smoothing: float = setting(0.0, "share of labels taken to be flipped (sigmoid and robust)", ge=0, lt=0.5)
-    sample_tokens: int = setting(48, "length of the generations kept in samples.jsonl", "tokens", ge=1)
+    sample_tokens: int = setting(48, "length of the generations kept in samples.jsonl; 0: none", "tokens", ge=0)
 
     def losses(self) -> dict[str, float]:
         """Each loss and its weight."""

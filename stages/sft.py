@@ -45,7 +45,7 @@ class Config(Training):
         2.0, "passes over the demonstrations (the paper: 16, with dropout)", "epochs", gt=0
     )
     ppo_init: PpoInit | None = setting(None, "{} trains ppo_init/ too, and PPO starts from that; null: from model/")
-    sample_tokens: int = setting(48, "length of the generations kept in samples.jsonl", "tokens", ge=1)
+    sample_tokens: int = setting(48, "length of the generations kept in samples.jsonl; 0: none", "tokens", ge=0)
 
 
 def needs(experiment) -> list[str]:
