@@ -186,7 +186,7 @@ class LaunchConfig(BaseModel):
     timeout: float = Field(
         600,
         gt=0,
-        description="how long a process waits for another before it gives up",
+        description="how long a process waits for another, or for vLLM, before it gives up",
         json_schema_extra={"unit": "seconds"},
     )
 

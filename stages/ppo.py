@@ -457,6 +457,7 @@ def start_engine(ctx: StageRun) -> Vllm | None:
         python=sys.executable if where.python is None else str(Path(where.python).expanduser()),
         devices=where.devices,
         dtype=dtype_of(ctx.experiment),
+        timeout=0.9 * ctx.experiment.launch.timeout,  # before other processes lose patience with the first one
         poll=partial(pause_if_asked, ctx, 0, c.total_episodes // c.batch_size, lambda: None),
         seed=0,  # each sample has its own
         max_model_len=c.max_length,

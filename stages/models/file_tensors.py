@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.models.adapters import plain
-from stages.models.sharding import is_sharded, layers_of
+from stages.models.sharding import is_sharded, parts_of
 
 
 @torch.no_grad()
@@ -16,7 +16,7 @@ def file_tensors(model) -> Iterator[tuple[str, Tensor]]:
     it. Of a sharded model, which all processes call this for, one decoder layer at a time is whole."""
     inner = plain(model)
     names = {module: name for name, module in inner.named_modules()}
-    parts = [*layers_of(inner), inner] if is_sharded(model) else [inner]
+    parts = parts_of(inner) or [inner]
     for part in parts:
         if is_sharded(model):
             part.unshard()

@@ -67,6 +67,13 @@ def layers_of(inner) -> list[nn.Module]:
     return [module for name, module in found.items() if not any(p in found for p in parents(name))]
 
 
+def parts_of(inner) -> list[nn.Module]:
+    """What is gathered at a time in a pass: its layers, and itself for the rest; none of a model that is not sharded."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in inner.modules() if isinstance(module, FSDPModule)]
+
+
 def compute(model, function: Callable[[], Found]) -> Found:
     """function(), which reads weights of `model` outside the forward of it or of a layer: a sharded model's are
     gathered for it, and their gradients shared out after its backward pass."""

@@ -10,6 +10,7 @@ import select
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -46,16 +47,18 @@ class Vllm:
         python: str,
         devices: str | None,
         dtype: str,
+        timeout: float,
         poll: Callable[[], None],
         **arguments,
     ):
         """start: the model's folder, whose weights others follow (`load`). folder: for weights and vLLM's log. devices:
-        CUDA_VISIBLE_DEVICES for it; None: those of this process. arguments: of vllm.LLM.
+        CUDA_VISIBLE_DEVICES for it; None: those of this process. timeout: seconds without an answer after which it is
+        lost. arguments: of vllm.LLM.
 
         UserError where vLLM does not start, with its own last words.
         """
         self.start, self.folder, self.dtype, self.running = start, folder, getattr(torch, dtype), True
-        self.log = folder / "vllm.log"
+        self.log, self.timeout = folder / "vllm.log", timeout
         if parallel.is_first():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -115,7 +118,7 @@ class Vllm:
 
         def answer():
             try:
-                return exchange(self.connection, message, poll, self.log)
+                return exchange(self.connection, message, self.timeout, poll, self.log)
             except EngineLost as lost:
                 return lost
 
@@ -150,13 +153,15 @@ def launch(python: str, log: Path, devices: str | None) -> tuple[subprocess.Pope
     return process, ours
 
 
-def exchange(connection: socket.socket, message: dict, poll: Callable[[], None], log: Path):
+def exchange(connection: socket.socket, message: dict, timeout: float, poll: Callable[[], None], log: Path):
     """Sends a message and waits for its answer; poll() is called meanwhile, and what it raises ends the wait."""
-    received = bytearray()
+    received, deadline = bytearray(), time.monotonic() + timeout
     try:
         connection.sendall(json.dumps(message).encode() + b"\n")
         while not received.endswith(b"\n"):
             poll()
+            if time.monotonic() > deadline:
+                raise EngineLost(f"vLLM has not answered for {timeout:g} seconds (launch.timeout)")
             if select.select([connection], [], [], 0.2)[0]:
                 part = connection.recv(2**20)
                 if not part:

@@ -50,7 +50,7 @@ def stand_in():
 
 def start(folder, line, poll=lambda: None, **options):
     """The model in `folder`, by a stand-in that is told `options`."""
-    arguments = {"python": sys.executable, "devices": None, "dtype": "float32", "max_model_len": 64}
+    arguments = {"python": sys.executable, "devices": None, "dtype": "float32", "timeout": 300.0, "max_model_len": 64}
     return Vllm(folder, line, poll=poll, **arguments | options)
 
 
@@ -159,6 +159,9 @@ def test_one_that_hangs_is_killed(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("stages.rollouts.vllm.PATIENCE", 0.5)
     engine = start(folder, tmp_path / "line")
     engine.process.send_signal(signal.SIGSTOP)
+    engine.timeout = 0.5
+    with pytest.raises(EngineLost, match="vLLM has not answered for 0.5 seconds"):
+        sample(engine)
     engine.close()
     assert engine.process.returncode == -signal.SIGKILL
 
