@@ -91,7 +91,7 @@ def pair(*args, method=None, **kwargs):
                 for p in model.parameters():
                     if p.requires_grad:
                         p.add_(0.1 * torch.randn_like(p))
-    for model in (other, ours):  # found out before, as roles.settle does
+    for model in (other, ours):  # found out before, as roles.settled does
         assert can_pack(model, 64)
         head_is_linear(model)
     shard(ours, torch.device("cpu"))
