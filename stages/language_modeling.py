@@ -7,6 +7,7 @@ import contextlib
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -203,6 +204,7 @@ def with_parts(trainer_class):
     and does not resume it."""
 
     from accelerate.utils import AutocastKwargs
+    from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
     class Sharding(alone_in_saving(trainer_class)):
         def take_part(self, checkpoint: Path | None) -> None:
@@ -231,10 +233,12 @@ def with_parts(trainer_class):
             self.optimizer = held
 
         def _load_optimizer_and_scheduler(self, checkpoint):
+            if checkpoint is None:
+                return
+            read = partial(torch.load, map_location="cpu", weights_only=True, mmap=True)  # nobody holds it whole
             inner = self.optimizer.optimizer
-            hook = inner.register_load_state_dict_pre_hook(_sharded_state)
-            super()._load_optimizer_and_scheduler(checkpoint)
-            hook.remove()
+            inner.load_state_dict(_sharded_state(inner, read(Path(checkpoint) / OPTIMIZER_NAME)))
+            self.lr_scheduler.load_state_dict(read(Path(checkpoint) / SCHEDULER_NAME))
 
         def _save_rng_state(self, output_dir):
             if parallel.is_first():

@@ -4,9 +4,10 @@ import copy
 import multiprocessing
 import os
 import shutil
+import sys
 from datetime import timedelta
 from functools import partial
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,18 @@ from stages.models.loading import load_policy, load_scalar_model, new_reward_mod
 from stages.models.packing import can_pack
 from stages.models.precision import cast_frozen
 from stages.models.roles import load_roles, settled
-from stages.models.sharding import compute, full, is_sharded, layers_of, like, part, publishable, shard, whole
+from stages.models.sharding import (
+    compute,
+    full,
+    is_sharded,
+    layers_of,
+    like,
+    made_by_first,
+    part,
+    publishable,
+    shard,
+    whole,
+)
 from stages.parallel import in_step, is_first, rank_and_size
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [9, 8]]
@@ -377,6 +389,35 @@ def check_memory_of_making(fault):
 def test_only_the_first_process_holds_a_whole_model(fault):
     """And what is wrong with it, all say."""
     together(check_memory_of_making, fault)
+
+
+def check_what_cannot_travel(where):
+    """Each process makes what the first cannot describe, or the second not understand; the weights are the first's."""
+    made = []
+
+    def start():
+        model = make("llama")
+        if where == "sent":
+            model.odd = lambda: 0
+        elif is_first():  # a class of a module that the other process does not have
+            module = sys.modules["custom"] = ModuleType("custom")
+            model.__class__ = module.Custom = type("Custom", (type(model),), {"__module__": "custom"})
+        else:
+            model.requires_grad_(True).lm_head.weight.data += 1.0
+        made.append(model)
+        return model
+
+    model = made_by_first(start)
+    assert model is made[0] and len(made) == 1
+    shard(model, torch.device("cpu"))
+    other = make("llama")
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p.full_tensor(), q)
+
+
+@pytest.mark.parametrize("where", slow(("sent",), ("understood",)))
+def test_a_model_that_cannot_travel_is_read_by_each(where):
+    together(check_what_cannot_travel, where)
 
 
 def check_no_stale_weights():
