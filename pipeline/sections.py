@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 # What every config model says of itself: stages use it too.
 STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
@@ -189,6 +189,16 @@ class LaunchConfig(BaseModel):
         description="how long a process waits for another, or for vLLM, before it gives up",
         json_schema_extra={"unit": "seconds"},
     )
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _no_deepspeed(cls, value: Any) -> Any:
+        if value in ("zero1", "zero2", "zero3", "deepspeed"):
+            raise ValueError(
+                "should be 'fsdp2', which shares out what ZeRO-3 does, and so what ZeRO-1 and ZeRO-2 do; there is no "
+                "DeepSpeed here"
+            )
+        return value
 
 
 def is_hub_id(text: str) -> bool:

@@ -3,11 +3,16 @@
 loss = − mean log π(token | before)     over documents, each ended by EOS, packed end to end
 """
 
+from functools import partial
+
+import torch
+
 from data.encode import train_tokenizer, wrap_documents
 from data.records import DataError
 from data.streams import held_out
 from pipeline.sections import local_folder
 from pipeline.stage import StageRun
+from stages import parallel
 from stages.common import card, count, device_of, dtype_of, read
 from stages.language_modeling import train_language_model
 from stages.models.loading import from_scratch, load_pretrained, save_model
@@ -57,6 +62,8 @@ def run(ctx: StageRun) -> dict:
     """→ model/ with tokenizer and chat template."""
     m, c = ctx.experiment.model, ctx.config
     if m.name_or_path is not None:
+        if not parallel.is_first():  # which publishes, and there is nothing to share
+            return {}
         model, tokenizer = load_pretrained(
             str(local_folder(m.name_or_path) or m.name_or_path),
             attn_implementation=m.attn_implementation,
@@ -78,7 +85,8 @@ def run(ctx: StageRun) -> dict:
         if not rows or not held:
             problem = f"data.documents: do not fill a training and a held-out row of {c.max_length} tokens"
             raise DataError([f"{problem}; give more text, or lower base.max_length"])
-        model = from_scratch(
+        start = partial(
+            from_scratch,
             tokenizer,
             hidden_size=m.hidden_size,
             num_hidden_layers=m.num_hidden_layers,
@@ -88,14 +96,16 @@ def run(ctx: StageRun) -> dict:
             attn_implementation=m.attn_implementation,
             seed=ctx.seed,
         )
+        with torch.device("meta"):
+            size = count(start())
         steps = total_steps(c, len(rows))
         ctx.tracker.say(
-            f"base: {count(model)} parameters, {len(tokenizer)} token ids, "
+            f"base: {size} parameters, {len(tokenizer)} token ids, "
             f"{len(rows) * c.max_length:,} training tokens, {steps} steps"
         )
         model, figures = train_language_model(
             ctx,
-            model,
+            start,
             tokenizer,
             rows,
             held,
@@ -115,7 +125,6 @@ def run(ctx: StageRun) -> dict:
             device=device_of(ctx),
             dtype=dtype_of(ctx.experiment),
             gradient_checkpointing=m.gradient_checkpointing,
-            adapter=None,
         )
     save_model(model, tokenizer, ctx.publish / "model", card=card(ctx, "a pretrained language model"))
     return {**figures, "parameters": sum(p.numel() for p in model.parameters())}

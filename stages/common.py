@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from data import sources
@@ -58,16 +59,14 @@ def is_sharding(ctx: StageRun) -> bool:
     return parallel.rank_and_size()[1] > 1 and ctx.experiment.launch.strategy == "fsdp2"
 
 
-def place(ctx: StageRun, model, accelerator) -> None:
-    """A model that trains goes to its device, or this process's part of it."""
-    from stages.models.roles import settle
-    from stages.models.sharding import shard
+def place(ctx: StageRun, make: Callable, accelerator):
+    """make(), a model that trains, on its device; or this process's part of it."""
+    from stages.models.roles import settled
 
-    settle(model, accelerator, ctx.config.max_length)
-    if is_sharding(ctx):
-        shard(model, accelerator.device)
-    else:
-        model.to(accelerator.device)
+    model = settled(make, accelerator, ctx.config.max_length, is_sharding(ctx))
+    if ctx.experiment.model.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    return model
 
 
 def adapter_settings(model_section) -> dict | None:

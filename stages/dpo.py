@@ -116,11 +116,8 @@ def run(ctx: StageRun) -> dict:
     load = partial(
         load_policy, source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code
     )
-    policy = load()
-    if m.gradient_checkpointing:
-        policy.activation_checkpointing_enable()
-    policy = with_adapter(policy, **(adapter_settings(m) or {"method": None}), seed=ctx.seed)
-    place(ctx, policy, accelerator)
+    adapter = adapter_settings(m) or {"method": None}
+    policy = place(ctx, lambda: with_adapter(load(), **adapter, seed=ctx.seed), accelerator)
     packed = packing(ctx, policy)
 
     # 1 the reference's log-probabilities, once: the policy is the reference before training, its adapter off

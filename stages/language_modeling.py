@@ -7,6 +7,7 @@ import contextlib
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,9 +28,9 @@ from stages.engine import (
     perplexity_of,
     refuse_shorter,
 )
-from stages.models.adapters import adapter_config, is_adapted, merged, trainable
+from stages.models.adapters import is_adapted, plain, trainable
 from stages.models.precision import cast_frozen
-from stages.models.sharding import full, is_sharded, publishable, shard
+from stages.models.sharding import full, is_sharded, made_by_first, publishable, shard
 from stages.objectives.losses import language_model_loss
 from stages.settings import batch_of_each
 
@@ -38,7 +39,7 @@ SMALL_VOCABULARY = 8192
 
 def train_language_model(
     ctx: StageRun,
-    model,
+    make: Callable,
     tokenizer,
     train_rows: list[dict],
     held_out_rows: list[dict],
@@ -59,16 +60,14 @@ def train_language_model(
     dtype: str,
     gradient_checkpointing: bool,
     group_by_length: bool,
-    adapter: dict | None,
-    again: Callable | None = None,
     samples: Callable[[object], list[dict]] | None = None,
     first: int = 0,
     total: int | None = None,
     carried: tuple[dict, dict] = ({}, {}),
 ):
-    """Rows are {input_ids, labels}, labels −100 where no loss is. → (plain model, {loss, perplexity, steps …}).
-
-    again() → the model as it was given; with an adapter it is needed for publication.
+    """make() → a model, always the same one, with its adapter. Rows are {input_ids, labels}, labels −100 where no loss
+    is. → (the trained model on the CPU; in other processes than the first one without weights, if they hold parts),
+    {loss, perplexity, steps …}.
 
     A stage may train twice: then `first` steps were taken before this training, `total` are taken in all, and each
     checkpoint also holds the tensors and the state that are `carried` on from before.
@@ -137,12 +136,11 @@ def train_language_model(
     if is_sharding(ctx):
         trainer_class = with_parts(SFTTrainer)
     trainer = (with_plain_loss(trainer_class) if len(tokenizer) <= SMALL_VOCABULARY else trainer_class)(
-        model=model,
+        model=made_by_first(make) if is_sharding(ctx) else make(),
         args=args,
         processing_class=tokenizer,
         callbacks=[keeper.callback()],
         train_dataset=Dataset.from_list(train_rows).select(order),
-        peft_config=adapter_config(model, **adapter) if adapter else None,
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
@@ -170,9 +168,9 @@ def train_language_model(
     if keep == "best" and best.step != step:
         keeper.trainee(trainer.model).load(best.tensors)
     loss = keeper.held_out_loss(trainer.model)
-    plain = merged(publishable(trainer.accelerator.unwrap_model(trainer.model), again)).eval()
-    plain.config.use_cache = False
-    return plain, {"loss": loss, "perplexity": perplexity_of(loss), "best_step": best.step, "steps": step}
+    model = publishable(trainer.accelerator.unwrap_model(trainer.model), make).eval()
+    plain(model).config.use_cache = False
+    return model, {"loss": loss, "perplexity": perplexity_of(loss), "best_step": best.step, "steps": step}
 
 
 def with_plain_loss(trainer_class):
@@ -206,11 +204,12 @@ def with_parts(trainer_class):
     and does not resume it."""
 
     from accelerate.utils import AutocastKwargs
+    from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
     class Sharding(alone_in_saving(trainer_class)):
         def take_part(self, checkpoint: Path | None) -> None:
             """Keep this process's part of the weights, those of the checkpoint if one is given."""
-            if checkpoint is not None:
+            if checkpoint is not None and parallel.is_first():
                 self._load_from_checkpoint(str(checkpoint))
             shard(self.model, self.args.device, mean=True)
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)  # as sharding.casting_anew
@@ -234,10 +233,12 @@ def with_parts(trainer_class):
             self.optimizer = held
 
         def _load_optimizer_and_scheduler(self, checkpoint):
+            if checkpoint is None:
+                return
+            read = partial(torch.load, map_location="cpu", weights_only=True, mmap=True)  # nobody holds it whole
             inner = self.optimizer.optimizer
-            hook = inner.register_load_state_dict_pre_hook(_sharded_state)
-            super()._load_optimizer_and_scheduler(checkpoint)
-            hook.remove()
+            inner.load_state_dict(_sharded_state(inner, read(Path(checkpoint) / OPTIMIZER_NAME)))
+            self.lr_scheduler.load_state_dict(read(Path(checkpoint) / SCHEDULER_NAME))
 
         def _save_rng_state(self, output_dir):
             if parallel.is_first():

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
+from pipeline.errors import UserError
+
 Item, Found = TypeVar("Item"), TypeVar("Found")
 
 BUCKET = 16 * 2**20  # elements that are summed at a time
@@ -86,11 +88,18 @@ def everybody(own: Found) -> list[Found]:
 
 
 def from_first(decide: Callable[[], Found]) -> Found:
-    """What the first process finds, on all of them."""
+    """What the first process finds, on all of them; a UserError, too."""
     if rank_and_size()[1] == 1:
         return decide()
-    found = [decide() if is_first() else None]
+    found: list = [None]
+    if is_first():
+        try:
+            found = [decide()]
+        except UserError as error:
+            found = [error]
     dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], UserError):
+        raise found[0]
     return found[0]
 
 

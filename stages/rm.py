@@ -166,15 +166,12 @@ def make_model(ctx: StageRun, source, k: int):
     model = new_reward_model(
         source, seed=seed, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code
     )
-    if m.gradient_checkpointing:
-        model.activation_checkpointing_enable()
     return with_adapter(model, **(adapter_settings(m) or {"method": None}), scalar=True, seed=seed)
 
 
 def make_member(ctx: StageRun, source, accelerator, k: int):
     """The k-th reward model, where it computes, and its trainee."""
-    c, model = ctx.config, make_model(ctx, source, k)
-    place(ctx, model, accelerator)
+    c, model = ctx.config, place(ctx, partial(make_model, ctx, source, k), accelerator)
     trainee = make_trainee(
         "model",
         model,

@@ -9,10 +9,12 @@ from data.encode import encode_demonstrations, wrap_documents
 from data.records import DataError, prompt_key
 from data.streams import Stream, derive_seed, held_out
 from pipeline.stage import StageRun
+from stages import parallel
 from stages.common import adapter_settings, card, check_context, device_of, dtype_of, read, read_placed, show_samples
 from stages.engine import Trainee
 from stages.language_modeling import train_language_model
-from stages.models.loading import load_policy, load_tokenizer, save_model
+from stages.models.adapters import save_merged, trainable, with_adapter
+from stages.models.loading import load_policy, load_tokenizer
 from stages.settings import Section, TooLong, Training, over_context, setting, too_long, total_steps, uneven
 
 NAME = "sft"
@@ -61,12 +63,20 @@ def check(experiment) -> list[str]:
 
 
 def run(ctx: StageRun) -> dict:
-    """→ model/, with the tokenizer and chat template of base; and ppo_init/ if asked for."""
+    """→ model/, with the tokenizer and chat template of base; and ppo_init/ if asked for. An adapter apart is one on
+    base's model."""
     m, c = ctx.experiment.model, ctx.config
     source = ctx.inputs["base"] / "model"
     check_context(ctx, source)
     tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
-    load = partial(load_policy, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code)
+    adapter = adapter_settings(m) or {"method": None}
+
+    def start():
+        model = load_policy(
+            source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code
+        )
+        return with_adapter(model, **adapter, seed=ctx.seed % 2**31, dropout=True)
+
     demonstrations, places = read_placed(ctx, "demonstrations")
     kept, encoded, report = encode_demonstrations(
         tokenizer, demonstrations, names=places, max_length=c.max_length, on_too_long=c.on_too_long, section="sft"
@@ -89,6 +99,7 @@ def run(ctx: StageRun) -> dict:
     fit = partial(
         train_language_model,
         ctx,
+        start,
         tokenizer=tokenizer,
         held_out_rows=held,
         learning_rate=c.learning_rate,
@@ -105,31 +116,30 @@ def run(ctx: StageRun) -> dict:
         device=device_of(ctx),
         dtype=dtype_of(ctx.experiment),
         gradient_checkpointing=m.gradient_checkpointing,
-        adapter=adapter_settings(m),
-        again=partial(load, source),
         samples=lambda live: show_samples(live, tokenizer, shown, seed=ctx.seed, response_length=c.sample_tokens),
         total=steps + more,
     )
     found = ctx.checkpoints.newest()
     if found is not None and "finished" in found.state:  # interrupted while ppo_init trained: model/ is made
-        model, figures = load(source), found.state["finished"]
-        weights = Trainee("sft", model, dict(model.named_parameters()), None, 0.0)
-        weights.load(found.tensors("finished"))
+        model, figures, weights = None, found.state["finished"], {}
+        if parallel.is_first():  # which publishes
+            model, weights = start(), found.tensors("finished")
+            Trainee("sft", model, trainable(model), None, 0.0).load(weights)
     else:
-        model, figures = fit(model=load(source), train_rows=rows, steps=steps, group_by_length=True)
-        weights = Trainee("sft", model, dict(model.named_parameters()), None, 0.0)
-    save_model(model, tokenizer, ctx.publish / "model", card=card(ctx, "a supervised fine-tuned policy"))
+        model, figures = fit(train_rows=rows, steps=steps, group_by_length=True)
+        weights = {name: p.detach() for name, p in trainable(model).items()}
+    save_merged(model, tokenizer, ctx.publish / "model", card=card(ctx, "a supervised fine-tuned policy"))
     figures = {**figures, "rows": len(rows), "truncated": report.truncated, "dropped": report.dropped}
     if c.ppo_init is None:
         return figures
 
-    carried = {"finished": weights.tensors()}, {"finished": figures}
+    carried = {"finished": weights}, {"finished": figures}
     if ctx.checkpoints.every and (found is None or "finished" not in found.state):
         ctx.checkpoints.save(steps, *carried, steps + more)
     # by length, the long rows of text would fill batches of their own and not be mixed in
     rest = {"first": steps, "carried": carried, "group_by_length": False}
-    model, other = fit(model=load(source), train_rows=mixed, steps=more, **rest)
-    save_model(model, tokenizer, ctx.publish / "ppo_init", card=card(ctx, "the policy that PPO starts from"))
+    model, other = fit(train_rows=mixed, steps=more, **rest)
+    save_merged(model, tokenizer, ctx.publish / "ppo_init", card=card(ctx, "the policy that PPO starts from"))
     return figures | {f"ppo_init_{name}": other[name] for name in ("loss", "perplexity", "steps")}
 
 

@@ -25,9 +25,9 @@ from stages.parallel import is_first
 FOLDER = "adapter"  # beside the merged weights of a published model
 
 
-def with_adapter(model, *, method: str | None, seed: int = 0, **settings):
+def with_adapter(model, *, method: str | None, seed: int = 0, dropout: bool = False, **settings):
     """The model itself (`method` None: every weight trains; "bitfit": its biases) or a PeftModel. A scalar head always
-    trains in full. settings: those of `adapter_config`."""
+    trains in full. dropout: whether lora_dropout counts, which is for sft. settings: those of `adapter_config`."""
     if method is None:
         model.requires_grad_(True)
         return model
@@ -37,7 +37,8 @@ def with_adapter(model, *, method: str | None, seed: int = 0, **settings):
     from peft import get_peft_model
 
     torch.manual_seed(seed)  # adapters start from random A matrices
-    return without_dropout(get_peft_model(model, config)).eval()  # lora_dropout is for SFT
+    model = get_peft_model(model, config)
+    return (model if dropout else without_dropout(model)).eval()
 
 
 def load_on_trunk(
@@ -67,8 +68,7 @@ def adapter_config(
     target_modules="all-linear",
     scalar: bool = False,
 ):
-    """peft's configuration, for `with_adapter` and for trl's trainer; None for BitFit, which needs none: then what
-    trains of `model` is chosen here."""
+    """peft's configuration; None for BitFit, which needs none: then what trains of `model` is chosen here."""
     from peft import IA3Config, LoraConfig, TaskType
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_LAYERS
 

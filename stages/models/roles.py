@@ -1,6 +1,7 @@
 """The models of a PPO run, each in its role; what does not train is in memory once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,23 +11,33 @@ from safetensors import SafetensorError
 
 from pipeline.errors import UserError
 from stages.models.adapters import is_adapted, load_on_trunk, plain, share_frozen, with_adapter
-from stages.models.ensemble import How, load_reward_model, members
+from stages.models.ensemble import How, load_reward_model
 from stages.models.forward import head_is_linear
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, same_tokenizer
 from stages.models.packing import can_pack
 from stages.models.precision import cast_frozen
-from stages.models.sharding import is_sharded, shard
+from stages.models.sharding import is_sharded, made_by_first, shard
 
 CACHED = 2**19  # numbers; measured from 256 to 576 a token, tests/benchmarks/LOG.md
 
 
-def settle(model, accelerator, max_length: int) -> None:
-    """Find out in float32 how a model can be read, then hold what does not train in the dtype that it computes in."""
-    for member in members(model):
-        can_pack(member, max_length)
-        head_is_linear(member)
-    if accelerator.mixed_precision == "bf16":
-        cast_frozen(model, torch.bfloat16)
+def settled(make: Callable[[], torch.nn.Module], accelerator, max_length: int, sharded: bool) -> torch.nn.Module:
+    """make() where it computes: on the accelerator's device or, sharded, in parts. How it can be read is found out in
+    float32; then what does not train is held in the dtype that it computes in."""
+
+    def tried() -> torch.nn.Module:
+        model = make()
+        can_pack(model, max_length)
+        head_is_linear(model)
+        if accelerator.mixed_precision == "bf16":
+            cast_frozen(model, torch.bfloat16)
+        return model
+
+    if not sharded:
+        return tried().to(accelerator.device)
+    model = made_by_first(tried)
+    shard(model, accelerator.device)
+    return model
 
 
 @dataclass(frozen=True)
@@ -91,25 +102,36 @@ def load_roles(
     tokenizer = load_tokenizer(start, trust_remote_code=trust_remote_code)
     placed: list = []
 
-    def place(model):
+    def place(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
         """On its device, where it shares what it can with those before it: at no time are two trunks too many there."""
-        settle(model, accelerator, max_length)
-        if sharded:
-            shard(model, accelerator.device)
-        else:
-            share_frozen(model.to(accelerator.device), placed)
+        model = settled(make, accelerator, max_length, sharded)
+        if not sharded:
+            share_frozen(model, placed)
         placed.append(model)
         return model
 
+    def scorer(load: Callable, key: str, folder: Path) -> torch.nn.Module:
+        """The reward model that stays as it is in the folder that the setting `key` names."""
+        with blaming(key, folder):
+            same_tokenizer(tokenizer, load_tokenizer(folder, trust_remote_code=trust_remote_code), str(folder))
+
+        def member(path: Path) -> torch.nn.Module:
+            with blaming(key, folder):
+                return load(path, **options).requires_grad_(False)
+
+        return load_reward_model(folder, ensemble, lambda path: place(partial(member, path)))
+
     scalar = partial(load_on_trunk, trunk=trunk if adapter["method"] is not None else None)
-    policy = place(with_adapter(load_policy(start, **options), **adapter, seed=policy_seed))
-    ref_policy = None if is_adapted(policy) else place(load_policy(start, **options).requires_grad_(False))
-    rewards = place(load_scorer(*reward_model, tokenizer, ensemble, scalar, **options))
-    value_model = scalar(reward_model[1], trains=True, **options)
-    if not is_adapted(value_model):
-        value_model = with_adapter(value_model, **adapter, scalar=True, seed=value_seed)
-    place(value_model)
-    looks_on = None if judge is None else place(load_scorer(*judge, tokenizer, ensemble, **options))
+
+    def value_start() -> torch.nn.Module:
+        model = scalar(reward_model[1], trains=True, **options)
+        return model if is_adapted(model) else with_adapter(model, **adapter, scalar=True, seed=value_seed)
+
+    policy = place(lambda: with_adapter(load_policy(start, **options), **adapter, seed=policy_seed))
+    ref_policy = None if is_adapted(policy) else place(lambda: load_policy(start, **options).requires_grad_(False))
+    rewards = scorer(scalar, *reward_model)
+    value_model = place(value_start)
+    looks_on = None if judge is None else scorer(load_scalar_model, *judge)
     if gradient_checkpointing:
         policy.activation_checkpointing_enable()
         value_model.activation_checkpointing_enable()
@@ -120,12 +142,11 @@ def load_roles(
     return Roles(policy, ref_policy, rewards, value_model, tokenizer, accelerator, looks_on, again=again)
 
 
-def load_scorer(key: str, folder: Path, tokenizer, ensemble: How, load=load_scalar_model, **options):
-    """A reward model that stays as it is. What is wrong with a folder that the setting `key` names is a UserError."""
+@contextmanager
+def blaming(key: str, folder: Path) -> Iterator[None]:
+    """Inside, what is wrong with a reward model's folder that the setting `key` names is a UserError."""
     try:
-        other = load_tokenizer(folder, trust_remote_code=options["trust_remote_code"])
-        same_tokenizer(tokenizer, other, str(folder))
-        return load_reward_model(folder, ensemble, load, **options).requires_grad_(False)
+        yield
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise

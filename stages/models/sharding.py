@@ -2,10 +2,12 @@
 
 A forward pass through a sharded model gathers one decoder layer after the other, in all processes at once: they must
 take as many passes as each other (`parallel.in_step`). The sampler, whose passes nobody can count before, reads a copy
-that is gathered whole (`whole`).
+that is gathered whole (`whole`). Only the first process reads models whole: it makes them (`made_by_first`)
+and hands out the parts (`shard`).
 """
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -18,15 +20,51 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from pipeline.errors import UserError
 from stages.models.adapters import plain
 from stages.models.ensemble import members
+from stages.models.packing import packs, register
 from stages.models.precision import castable, uncast
-from stages.parallel import is_first, rank_and_size
+from stages.parallel import from_first, is_first, rank_and_size
 
 Found = TypeVar("Found")
 
 
+def made_by_first(make: Callable[[], nn.Module]) -> nn.Module:
+    """make() in the first process; in the others that model as it then is, buffers and all, but without its weights,
+    which `shard` hands out. What make() finds out about the model with its weights is so known to all. A UserError of
+    make() is one everywhere."""
+    made: list[nn.Module] = []
+
+    def described() -> bytes | None:
+        made.append(make())
+        try:
+            return pickle.dumps(skeleton_of(made[0]))
+        except (pickle.PicklingError, AttributeError, TypeError):
+            return None
+
+    sent = from_first(described)
+    if not made:
+        made.append(_unpacked(sent) or make())
+    return made[0]
+
+
+def _unpacked(sent: bytes | None) -> nn.Module | None:
+    """None where a model cannot be described to another process, as code that came with its weights (trust_remote_code)
+    may not be known there: then it is read whole."""
+    try:
+        model = pickle.loads(sent or b"")
+    except (EOFError, ImportError, AttributeError):
+        return None
+    inner = plain(model)
+    if packs(model):  # attention is named in the configuration, and known by that name in a process that has set it
+        register(inner)
+    else:
+        inner.set_attn_implementation(inner.config._attn_implementation)
+    return model
+
+
 def shard(model, device: torch.device, *, mean: bool = False) -> None:
-    """Leave to this process its share of each weight, on `device`; all processes call it with the same model. One alone
-    keeps the whole. Gradients become sums over the processes (mean: means)."""
+    """Leave to this process its share of each weight, on `device`; all processes call it with the same model, whose
+    weights are those in the first process. One alone keeps the whole. Gradients become sums over the processes (mean:
+    means)."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     if rank_and_size()[1] == 1:
@@ -37,7 +75,9 @@ def shard(model, device: torch.device, *, mean: bool = False) -> None:
         inner = plain(member)
         member.__dict__["skeleton"] = skeleton_of(member).to(device)  # not a submodule
         for layer in layers_of(inner):
+            _hand_over(layer, device)
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        _hand_over(inner, device)
         fully_shard(inner, mesh=mesh, reshard_after_forward=True)  # else old weights would outlive a load
         inner.__dict__["compute"] = lambda function: function()
         register_fsdp_forward_method(inner, "compute")
@@ -46,6 +86,17 @@ def shard(model, device: torch.device, *, mean: bool = False) -> None:
                 if is_sharded(module):
                     module.set_gradient_divide_factor(1.0)
                     module.set_force_sum_reduction_for_comms(True)
+
+
+@torch.no_grad()
+def _hand_over(module: nn.Module, device: torch.device) -> None:
+    """The weights of `module` that are not in parts yet go from the first process to all, whatever those hold."""
+    weights = [p for p in module.parameters() if not isinstance(p, DTensor)]
+    kinds = from_first(lambda: [(p.shape, p.dtype) for p in weights])
+    for p, (shape, dtype) in zip(weights, kinds, strict=True):
+        x = p.data.to(device).contiguous() if is_first() else torch.empty(shape, dtype=dtype, device=device)
+        dist.broadcast(x, src=0)
+        p.data = x
 
 
 def is_sharded(model) -> bool:

@@ -3,9 +3,11 @@
 import copy
 import multiprocessing
 import os
+import shutil
+import sys
 from datetime import timedelta
 from functools import partial
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -19,11 +21,25 @@ from pipeline.errors import UserError
 from pipeline.processes import places
 from stages import memory
 from stages.engine import gradient_cosine, gradient_norm, make_trainee, optimizer_parts, optimizer_step
-from stages.models.adapters import adapter_off, plain, with_adapter
-from stages.models.forward import head_is_linear, response_logprobs, response_values, text_logprobs
-from stages.models.loading import prepare
+from stages.models.adapters import adapter_off, is_adapted, load_on_trunk, plain, save_merged, with_adapter
+from stages.models.ensemble import members
+from stages.models.forward import head_is_linear, response_logprobs, response_scores, response_values, text_logprobs
+from stages.models.loading import load_policy, load_scalar_model, new_reward_model, prepare, save_model
 from stages.models.packing import can_pack
-from stages.models.sharding import compute, full, is_sharded, layers_of, like, part, publishable, shard, whole
+from stages.models.precision import cast_frozen
+from stages.models.roles import load_roles, settled
+from stages.models.sharding import (
+    compute,
+    full,
+    is_sharded,
+    layers_of,
+    like,
+    made_by_first,
+    part,
+    publishable,
+    shard,
+    whole,
+)
 from stages.parallel import in_step, is_first, rank_and_size
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [9, 8]]
@@ -57,7 +73,7 @@ def _run(check, args, place):
     dist.destroy_process_group()
 
 
-def make(family, tied=True, scalar=False):
+def make(family, tied=True, scalar=False, size=61):
     """A tiny model, the same in every process."""
     from transformers import (
         GPT2Config,
@@ -67,7 +83,7 @@ def make(family, tied=True, scalar=False):
     )
 
     torch.manual_seed(0)
-    more = {"vocab_size": 61, "pad_token_id": 0, "eos_token_id": 1, "num_labels": 1, "tie_word_embeddings": tied}
+    more = {"vocab_size": size, "pad_token_id": 0, "eos_token_id": 1, "num_labels": 1, "tie_word_embeddings": tied}
     if family == "gpt2":
         config = GPT2Config(n_embd=12, n_layer=2, n_head=2, n_positions=64, **more)
         model = (GPT2ForSequenceClassification if scalar else GPT2LMHeadModel)(config)
@@ -91,7 +107,7 @@ def pair(*args, method=None, **kwargs):
                 for p in model.parameters():
                     if p.requires_grad:
                         p.add_(0.1 * torch.randn_like(p))
-    for model in (other, ours):  # found out before, as roles.settle does
+    for model in (other, ours):  # found out before, as roles.settled does
         assert can_pack(model, 64)
         head_is_linear(model)
     shard(ours, torch.device("cpu"))
@@ -265,6 +281,143 @@ def check_memory(dtype, checkpointing, tied):
 @pytest.mark.parametrize("dtype, checkpointing, tied", [("bfloat16", True, False), *slow(("float32", False, True))])
 def test_the_memory_of_a_part_is_foretold(dtype, checkpointing, tied):
     together(check_memory, dtype, checkpointing, tied)
+
+
+def check_roles(folders, adapter, dtype):
+    """load_roles where the second process finds no weights on its disk: parts and buffers are those of whole models."""
+    first, folder = is_first(), folders[rank_and_size()[0]]
+    accelerator = SimpleNamespace(mixed_precision="bf16" if dtype == "bfloat16" else "no", device=torch.device("cpu"))
+    common = {"attn_implementation": "sdpa", "trust_remote_code": False}
+    roles = load_roles(
+        folder / "sft", ("rm", folder / "rm" / "model"), "mean", ("judge", folder / "judge"), accelerator,
+        trunk=folder / "sft", adapter=adapter, policy_seed=1, value_seed=2, gradient_checkpointing=True, max_length=64,
+        sharded=True, **common,
+    )  # fmt: skip
+    found = [member for model in roles.models() for member in members(model)]
+    wrapped = adapter["method"] in ("lora", "dora")
+    assert len(found) == (5 if wrapped else 6) and all(map(is_sharded, found))
+    expected = [None] * len(found)
+    if first:
+        scalar = partial(load_on_trunk, trunk=folder / "sft" if adapter["method"] else None, **common)
+        value = scalar(folder / "rm" / "model", trains=True)
+        expected = [
+            with_adapter(load_policy(folder / "sft"), **adapter, seed=1),
+            *([] if wrapped else [load_policy(folder / "sft").requires_grad_(False)]),
+            *(scalar(folder / "rm" / name).requires_grad_(False) for name in ("model", "ensemble/1")),
+            value if is_adapted(value) else with_adapter(value, **adapter, scalar=True, seed=2),
+            load_scalar_model(folder / "judge").requires_grad_(False),
+        ]
+        if dtype == "bfloat16":
+            for model in expected:
+                cast_frozen(model, torch.bfloat16)
+    cast = 0
+    for ours, other in zip(found, expected, strict=True):
+        assert can_pack(ours, 64) and (plain(ours).get_output_embeddings() is None or head_is_linear(ours))
+        for name, p in ours.named_parameters():
+            whole, trains = p.full_tensor(), p.requires_grad
+            assert part(p).numel() < whole.numel() or whole.shape[0] == 1, name
+            cast += whole.dtype == torch.bfloat16
+            if first:
+                q = other.get_parameter(name)
+                assert whole.dtype == q.dtype and torch.equal(whole, q) and trains == q.requires_grad, name
+        held: list = [None, None]
+        dist.all_gather_object(held, dict(ours.named_buffers()))
+        assert held[0].keys() == held[1].keys()
+        assert not first or held[0].keys() == dict(other.named_buffers()).keys()
+        for name, x in held[0].items():
+            assert torch.equal(x, held[1][name]) and (not first or torch.equal(x, other.get_buffer(name)))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            rows = make_rows(PROMPTS, RESPONSES, 0, packed=True)
+            (response_logprobs if plain(ours).get_output_embeddings() else response_scores)(ours, rows)
+    assert bool(cast) == (dtype == "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "family, adapter, dtype",
+    [
+        ("llama", {"method": "lora", "r": 2}, "bfloat16"),
+        *slow(
+            ("llama", {"method": None}, "bfloat16"),
+            ("llama", {"method": "dora", "r": 2}, "float32"),
+            ("gpt2", {"method": "bitfit"}, "float32"),
+        ),
+    ],
+)
+def test_one_process_reads_for_all(family, adapter, dtype, tmp_path, tokenizer):
+    size = len(tokenizer)
+    folders = tmp_path / "0", tmp_path / "1"
+    save_model(make(family, size=size), tokenizer, folders[0] / "sft", card="")
+    for seed, folder in enumerate((folders[0] / "rm" / "model", folders[0] / "rm" / "ensemble" / "1")):
+        model = new_reward_model(folders[0] / "sft", seed=seed)
+        if adapter["method"]:
+            model = with_adapter(model, **adapter, scalar=True, seed=seed)
+        plain(model).config.reward_bias = 0.5
+        save_merged(model, tokenizer, folder, card="")
+    judge = make(family, scalar=True, size=size)
+    judge.config.reward_bias = 0.0
+    save_model(judge, tokenizer, folders[0] / "judge", card="")
+    shutil.copytree(folders[0], folders[1], ignore=shutil.ignore_patterns("*.safetensors"))
+    together(check_roles, folders, adapter, dtype)
+
+
+def check_memory_of_making(fault):
+    """What a process holds at most while a model is made and shared out: the second one its part and a layer."""
+    shape = {"hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 4, "intermediate_size": 128}
+    config = LlamaConfig(vocab_size=100, **shape)
+    size = memory.size_of(LlamaForCausalLM(config))
+
+    def start():
+        assert is_first()
+        if fault:
+            raise UserError("no such model")
+        torch.manual_seed(0)
+        return prepare(LlamaForCausalLM(config))
+
+    accelerator = SimpleNamespace(mixed_precision="no", device=torch.device("cpu"))
+    if fault:
+        with pytest.raises(UserError, match="no such model"):
+            settled(start, accelerator, 64, sharded=True)
+        return
+    held = Held()
+    with held:
+        model = settled(start, accelerator, 64, sharded=True)
+    assert is_sharded(model) and 0.45 * size < sum(part(p).nbytes for p in model.parameters()) < 0.55 * size
+    assert held.most >= size if is_first() else held.most < 0.8 * size, held.most / size
+
+
+@pytest.mark.parametrize("fault", [False, *slow((True,))])
+def test_only_the_first_process_holds_a_whole_model(fault):
+    """And what is wrong with it, all say."""
+    together(check_memory_of_making, fault)
+
+
+def check_what_cannot_travel(where):
+    """Each process makes what the first cannot describe, or the second not understand; the weights are the first's."""
+    made = []
+
+    def start():
+        model = make("llama")
+        if where == "sent":
+            model.odd = lambda: 0
+        elif is_first():  # a class of a module that the other process does not have
+            module = sys.modules["custom"] = ModuleType("custom")
+            model.__class__ = module.Custom = type("Custom", (type(model),), {"__module__": "custom"})
+        else:
+            model.requires_grad_(True).lm_head.weight.data += 1.0
+        made.append(model)
+        return model
+
+    model = made_by_first(start)
+    assert model is made[0] and len(made) == 1
+    shard(model, torch.device("cpu"))
+    other = make("llama")
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p.full_tensor(), q)
+
+
+@pytest.mark.parametrize("where", slow(("sent",), ("understood",)))
+def test_a_model_that_cannot_travel_is_read_by_each(where):
+    together(check_what_cannot_travel, where)
 
 
 def check_no_stale_weights():

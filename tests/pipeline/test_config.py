@@ -138,6 +138,12 @@ def test_renamed_keys(tmp_path, key, remedy):
     assert line.startswith(f"e.yaml:3: ppo.{key}: unknown key; ") and remedy in line
 
 
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "deepspeed"])
+def test_a_strategy_that_others_have_names_ours(tmp_path, strategy):
+    (line,) = errors(tmp_path, f"name: a\nlaunch: {{strategy: {strategy}}}\n")
+    assert line.startswith(f'e.yaml:2: launch.strategy: the string "{strategy}"; should be \'fsdp2\', which shares out')
+
+
 @pytest.mark.parametrize(
     "text, expected",
     [

@@ -37,9 +37,11 @@ def rlhf_together(
     die: tuple[int, str, int] | None = None,
     term: tuple[int, str, int] | None = None,
     seconds: float = 300,
+    one_reads: bool = False,
 ) -> list[int]:
-    """Exit codes of two processes of one `rlhf argv`. die, term: (which of them, stage, step), as above."""
-    return end(start_together(argv, die, term=term), seconds)
+    """Exit codes of two processes of one `rlhf argv`. die, term: (which of them, stage, step), as above. one_reads: the
+    second one fails if it reads a model."""
+    return end(start_together(argv, die, term=term, one_reads=one_reads), seconds)
 
 
 def start_together(
@@ -48,6 +50,7 @@ def start_together(
     size: int = 2,
     tokens: Path | None = None,
     term: tuple[int, str, int] | None = None,
+    one_reads: bool = False,
 ) -> list[multiprocessing.Process]:
     """The processes of `rlhf_together`, as a launcher would start them. tokens: a folder into which each writes how
     many tokens it read through an embedding."""
@@ -60,15 +63,19 @@ def start_together(
             die=die[1:] if die and die[0] == i else None,
             term=term[1:] if term and term[0] == i else None,
             tokens=tokens and tokens / str(i),
+            reads=not (one_reads and i),
         )
         for i, place in enumerate(places(size))
     ]
 
 
-def start(argv, environment: dict[str, str] | None = None, die=None, term=None, term_at_token=None, tokens=None):
+def start(
+    argv, environment: dict[str, str] | None = None, die=None, term=None, term_at_token=None, tokens=None, reads=True
+):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trl", "transformers", "datasets", "accelerate", "torch", "peft"])
-    child = context.Process(target=_main, args=(list(argv), environment or {}, die, term, term_at_token, tokens))
+    place = environment or {}
+    child = context.Process(target=_main, args=(list(argv), place, die, term, term_at_token, tokens, reads))
     child.start()
     return child
 
@@ -85,11 +92,13 @@ def end(children: list[multiprocessing.Process], seconds: float = 300) -> list[i
     return codes
 
 
-def _main(argv: list[str], environment: dict[str, str], die, term, term_at_token, tokens) -> None:
+def _main(argv: list[str], environment: dict[str, str], die, term, term_at_token, tokens, reads) -> None:
     from pipeline import cli
 
     os.environ.update(environment)
     arm(die, term)
+    if not reads:
+        refuse_to_read()
     if tokens is not None:
         read = count_tokens()
         code = cli.main(argv)
@@ -110,6 +119,17 @@ def _main(argv: list[str], environment: dict[str, str], die, term, term_at_token
     transformers.pick = pick_and_count
     code = cli.main(argv)
     os._exit(99 if drawn[0] > term_at_token else code)
+
+
+def refuse_to_read() -> None:
+    """From now on a model that is read in this process is an error."""
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("this process reads a model")
+
+    PeftModel.from_pretrained = PreTrainedModel.from_pretrained = refuse
 
 
 def count_tokens() -> list[int]:

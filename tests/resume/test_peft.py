@@ -9,6 +9,8 @@ import torch
 from resume_worker import CONFIG, published, rlhf, without
 from safetensors.torch import load_file
 
+from stages.models.loading import load_policy
+
 BEFORE = {"sft": "base/model", "rm": "sft/model", "ppo": "sft/ppo_init", "dpo": "sft/model"}  # what each begins with
 ANY_LINEAR = r"_proj\.weight$"
 CHANGES = {
@@ -17,8 +19,6 @@ CHANGES = {
     "ia3": r"(q_proj|v_proj)\.(weight|bias)$|down_proj\.weight$",
     "bitfit": r"\.bias$",
 }
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,29 @@ def biased(oracle, tmp_path_factory):
     return folder
 
 
+def assert_apart(base, folder):
+    """The adapter that lies in a published model's folder gives on `base` what that model gives."""
+    from peft import PeftModel
+
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        expected = load_policy(folder)(ids).logits
+        before = load_policy(base)(ids).logits
+        found = PeftModel.from_pretrained(load_policy(base), folder / "adapter")(ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(before, expected, atol=1e-4), "nothing was trained"
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == ""
+
+
+def test_the_adapters_of_sft_belong_on_base(tmp_path):
+    options = ("model.peft={method: lora, r: 4, lora_dropout: 0.1}", "sft.learning_rate=1e-2")
+    assert rlhf("run", "sft", "-c", str(CONFIG), "--artifacts", str(tmp_path), *options) == 0
+    for name in ("model", "ppo_init"):
+        assert_apart(tmp_path / "micro" / "base" / "model", tmp_path / "micro" / "sft" / name)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", CHANGES)
 def test_a_method_in_every_stage(method, biased, tmp_path):
     chain = tmp_path / "whole"
@@ -61,6 +84,7 @@ def test_a_method_in_every_stage(method, biased, tmp_path):
         assert changed - {"score.weight"}, "nothing was trained"
         odd = [n for n in changed - {"score.weight"} if not re.search(CHANGES[method], n)]
         assert not odd, f"{stage} changed {odd}"
+        assert (chain / "micro" / stage / "model" / "adapter").is_dir() == (method != "bitfit")
     for stage in BEFORE:
         root = without(chain, tmp_path / stage, stage)
         again = ("run", stage, *run, str(root), "--only")
