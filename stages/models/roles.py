@@ -101,7 +101,8 @@ def load_roles(
         placed.append(model)
         return model
 
-    scalar = partial(load_on_trunk, trunk=trunk if adapter["method"] is not None else None)
+    on = {"trunk": trunk if adapter["method"] is not None else None, "bits": adapter.get("bits")}
+    scalar = partial(load_on_trunk, **on)
     policy = place(with_adapter(load_policy(start, **options), **adapter, seed=policy_seed))
     ref_policy = None if is_adapted(policy) else place(load_policy(start, **options).requires_grad_(False))
     rewards = place(load_scorer(*reward_model, tokenizer, ensemble, scalar, **options))
