@@ -223,8 +223,8 @@ def reference_logps(
     m, digest = ctx.experiment.model, hashlib.sha256()
     made_by = [ctx.manifests["sft"]["digest"], dtype_of(ctx.experiment), m.attn_implementation, packed]
     made_by += [accelerator.device.type, *map(version, ("torch", "transformers"))]
-    if quantized := (adapter_settings(m) or {}).get("bits"):
-        made_by += [quantized, version("bitsandbytes")]
+    if m.peft is not None and m.peft.method == "qlora":  # the reference is the quantized base
+        made_by += [version("bitsandbytes")]
     for what in (made_by, *([g.prompt, g.responses] for g in groups)):
         digest.update(json.dumps(what).encode())
     digest = digest.hexdigest()

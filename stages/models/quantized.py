@@ -5,8 +5,6 @@ Either is made float again for each product, forward and backward: rounding the 
 would make a row's numbers hang on the rows beside it, and would train a model that no plain weights are.
 """
 
-import logging
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,9 +33,9 @@ class Quantized(nn.Linear):
             return functional.int8_vectorwise_dequant(self.weight, self.scales)
         known = {"absmax": self.scales, "code": self.code, "blocksize": SCALES}
         absmax = functional.dequantize_blockwise(self.absmax, **known) + self.offset
-        shape = torch.Size((self.out_features, self.in_features))
-        state = functional.QuantState(absmax, shape, None, BLOCK, "nf4", torch.float32)
-        return functional.dequantize_4bit(self.weight, state)
+        state = functional.QuantState(absmax, (len(absmax), BLOCK), None, BLOCK, "nf4", torch.float32)
+        flat = functional.dequantize_4bit(self.weight, state).flatten()
+        return flat[: self.out_features * self.in_features].view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
@@ -65,15 +63,19 @@ def packed(weight: Tensor, bits: int) -> dict[str, Tensor]:
     """weight (out, in) → what `Quantized` holds of it, where it lies. Models are loaded on the CPU, so that the bytes
     are the same whatever they are trained on.
 
-    8: int8 (out, in) and `scales` (out,). 4: two weights a byte; `absmax`, a byte for each BLOCK of them; `scales`,
-    `offset` and the table `code` (256,), which make floats of those.
+    8: int8 (out, in) and `scales` (out,). 4: two weights a byte, in whole blocks; `absmax`, a byte for each BLOCK of
+    them; `scales`, `offset` and the table `code` (256,), which make floats of those.
     """
     functional = library()
     if bits == 8:
         whole, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
         return {"weight": whole, "scales": scales}
-    nibbles, first = functional.quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4")
-    offset, code = first.absmax.mean(), functional.create_dynamic_map().to(weight.device)
+    # a row a block: on a CPU, bitsandbytes 0.50.2 takes wrong scales where a block goes over a row of 16, 32, 48 … weights
+    rows = F.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
+    nibbles, first = functional.quantize_4bit(rows, blocksize=BLOCK, quant_type="nf4")
+    with torch.device("cpu"):  # stages/memory.py makes models on none
+        code = functional.create_dynamic_map()
+    offset, code = first.absmax.mean(), code.to(weight.device)
     absmax, second = functional.quantize_blockwise(first.absmax - offset, code=code, blocksize=SCALES)
     return {"weight": nibbles, "absmax": absmax, "scales": second.absmax, "offset": offset, "code": code}
 
@@ -104,8 +106,6 @@ def dequantize(model) -> None:
 
 def library():
     """bitsandbytes' functions; a UserError where it is not installed."""
-    # it looks for a kernel of the Hub's that nothing here calls, and warns that it has none
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes.functional as functional
     except ImportError as problem:
