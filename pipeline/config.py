@@ -72,12 +72,12 @@ RENAMED = {
 
 # Ways of tuning that no stage can take, and why.
 IN_FRONT = (
-    "learns vectors that stand before a prompt, which cannot be folded into weights, and a stage publishes weights that "
-    "transformers alone can load"
+    "learns vectors that stand before a prompt, which cannot be folded into weights, and a stage publishes weights "
+    "that transformers alone can load"
 )
 REFUSED_METHODS = {
-    "adalora": "moves rank between layers by averages of gradients that peft keeps beside weights and optimizer, which are "
-    "what a checkpoint holds",
+    "adalora": "moves rank between layers by averages of gradients that peft keeps beside weights and optimizer, and a "
+    "checkpoint holds these two",
     "prompt_tuning": IN_FRONT,
     "prefix_tuning": IN_FRONT,
     "p_tuning": IN_FRONT,
@@ -316,13 +316,12 @@ def _cross_checks(experiment: Any) -> list[str]:
             f"model.num_attention_heads: a head of {model.hidden_size} / {model.num_attention_heads} = "
             f"{model.hidden_size // model.num_attention_heads} is odd; rotary positions need an even number"
         )
-    if model.peft is not None and (why := REFUSED_METHODS.get(model.peft.method)):
-        problems.append(f"model.peft.method: {model.peft.method} {why}; use lora, dora, ia3, bitfit or qlora")
-    if model.peft is not None and model.peft.bits is not None and model.peft.method != "qlora":
-        problems.append(
-            f"model.peft.bits: {model.peft.bits} has no meaning with method {model.peft.method}; use qlora, or leave it out"
-        )
-    if model.peft is not None and model.peft.method == "qlora" and experiment.launch.strategy == "fsdp2":
+    method, bits = (None, None) if model.peft is None else (model.peft.method, model.peft.bits)
+    if why := REFUSED_METHODS.get(method):
+        problems.append(f"model.peft.method: {method} {why}; use lora, dora, ia3, bitfit or qlora")
+    if bits is not None and method != "qlora":
+        problems.append(f"model.peft.bits: {bits} has no meaning with method {method}; use qlora, or leave it out")
+    if method == "qlora" and experiment.launch.strategy == "fsdp2":
         problems.append(
             "launch.strategy: fsdp2 shares out float weights by rows, and qlora's are packed bytes that share scales; "
             "use ddp, or model.peft.method: lora"

@@ -22,8 +22,11 @@ class PeftConfig(BaseModel):
     model_config = STRICT
     method: Literal[
         "lora", "dora", "ia3", "bitfit", "adalora", "qlora", "prompt_tuning", "prefix_tuning", "p_tuning"
-    ] = Field("lora", description="lora, dora, ia3, bitfit (biases alone) or qlora (lora on a quantized base); the others are "
-        "refused, with the reason")
+    ] = Field(
+        "lora",
+        description="lora, dora, ia3, bitfit (biases alone) or qlora (lora on a quantized base); the others are "
+        "refused, with the reason",
+    )
     r: int = Field(16, ge=1, description="rank of the adapter matrices (lora, dora, qlora)")
     lora_alpha: int = Field(32, ge=1, description="adapters are scaled by lora_alpha / r (lora, dora, qlora)")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout in front of the adapters (lora, dora, qlora)")

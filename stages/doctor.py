@@ -297,7 +297,8 @@ def config(experiment) -> Iterator[Line]:
         )
     peft = experiment.model.peft
     if peft is not None and peft.method == "qlora" and util.find_spec("bitsandbytes") is None:
-        yield Line(BAD, "qlora", "asks for the package bitsandbytes", f"model.peft.method: lora, or {pip()} install -e '.[qlora]'")
+        mend = f"model.peft.method: lora, or {pip()} install -e '.[qlora]'"
+        yield Line(BAD, "qlora", "asks for the package bitsandbytes", mend)
     sources = [model] if model is not None and is_hub_id(model) else []
     for kind in ("documents", "demonstrations", "prompts", "evaluation_prompts", "rankings"):
         source = getattr(experiment.data, kind)

@@ -126,7 +126,8 @@ def is_adapted(model) -> bool:
 
 def merged(model):
     """A plain transformers model with the adapter folded in (ends the adapter: call it when training is over), into the
-    weights that a quantized one computes with. Weights that other models share stay as they are. A copy without weights (`sharding.publishable`) has nothing to fold."""
+    weights that a quantized one computes with. Weights that other models share stay as they are. A copy without weights
+    (`sharding.publishable`) has nothing to fold."""
     if not is_adapted(model) or not next(model.parameters()).numel():
         return plain(model)
     dequantize(model)

@@ -70,7 +70,7 @@ def packed(weight: Tensor, bits: int) -> dict[str, Tensor]:
     if bits == 8:
         whole, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
         return {"weight": whole, "scales": scales}
-    # a row a block: on a CPU, bitsandbytes 0.50.2 takes wrong scales where a block goes over a row of 16, 32, 48 … weights
+    # a row a block: bitsandbytes 0.50.2 takes wrong scales on a CPU where rows are of 16, 32, 48, 80 … weights
     rows = F.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
     nibbles, first = functional.quantize_4bit(rows, blocksize=BLOCK, quant_type="nf4")
     with torch.device("cpu"):  # stages/memory.py makes models on none

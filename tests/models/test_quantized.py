@@ -1,5 +1,5 @@
-"""QLoRA: what is held are bitsandbytes' own bytes, products and gradients are those of the weights they stand for, and the
-adapter is folded into just these."""
+"""QLoRA: what is held are bitsandbytes' own bytes, products and gradients are those of the weights they stand for, and
+the adapter is folded into just these."""
 
 import copy
 import sys
@@ -50,8 +50,8 @@ def qlora(model, bits, scalar=False):
 
 
 def held_by_bitsandbytes(weight, bits):
-    """The float32 weight that a layer of bitsandbytes' own stands for, and its bytes. (4 bits are read here: on a CPU its
-    0.50.2 reads them with wrong scales where a block goes over a row's end.)"""
+    """The float32 weight that a layer of bitsandbytes' own stands for, and its bytes. (4 bits are read here: its 0.50.2
+    reads them with wrong scales on a CPU where a block goes over a row's end.)"""
     if bits == 4:
         own = bitsandbytes.nn.Params4bit(weight.clone(), quant_type="nf4", compress_statistics=True).to("cpu")
         state, pairs = own.quant_state, own.data.flatten().long()
@@ -77,8 +77,8 @@ def test_held_is_what_bitsandbytes_own_layers_hold(bits, inner, outer):
 @SHAPES
 @BITS
 def test_held_is_what_the_papers_say(bits, inner, outer):
-    """By hand: the nearest of 16 numbers times a block's largest weight, which itself is kept in 8 bits; or whole numbers
-    from −127 to 127 times a row's largest weight."""
+    """By hand: the nearest of 16 numbers times a block's largest weight, which itself is kept in 8 bits; or whole
+    numbers from −127 to 127 times a row's largest weight."""
     layer = linear(inner, outer)
     weight = layer.weight.detach()
     if bits == 8:
@@ -108,7 +108,7 @@ def test_the_same_weights_give_the_same_bytes(bits):
 @BITS
 @pytest.mark.parametrize("training", [True, False])
 def test_a_product_and_its_gradient_are_those_of_the_weights_held(bits, training):
-    """Training or not, whatever rows are beside a row; and nothing as large as the weight is kept between the passes."""
+    """Training or not, whatever rows are beside a row; nothing as large as the weight is kept between the passes."""
     layer, x = linear(64, 48), torch.randn(5, 3, 64, requires_grad=True)
     held = Quantized(layer, bits).train(training)
     kept = []
