@@ -71,10 +71,13 @@ RENAMED = {
 
 
 # Ways of tuning that no stage can take, and why.
-IN_FRONT = "puts learned vectors before a prompt, which no weights can take in, and each stage hands a whole model on"
+IN_FRONT = (
+    "learns vectors that stand before a prompt, which cannot be folded into weights, and a stage publishes weights "
+    "that transformers alone can load"
+)
 REFUSED_METHODS = {
-    "adalora": "moves rank between layers by a record beside weights and optimizer, which checkpoints do not hold",
-    "qlora": "rounds the base to 4 bits, and each stage hands on a whole model with its adapter folded in",
+    "adalora": "moves rank between layers by averages of gradients that peft keeps beside weights and optimizer, and a "
+    "checkpoint holds these two",
     "prompt_tuning": IN_FRONT,
     "prefix_tuning": IN_FRONT,
     "p_tuning": IN_FRONT,
@@ -313,8 +316,16 @@ def _cross_checks(experiment: Any) -> list[str]:
             f"model.num_attention_heads: a head of {model.hidden_size} / {model.num_attention_heads} = "
             f"{model.hidden_size // model.num_attention_heads} is odd; rotary positions need an even number"
         )
-    if model.peft is not None and (why := REFUSED_METHODS.get(model.peft.method)):
-        problems.append(f"model.peft.method: {model.peft.method} {why}; use lora, dora, ia3 or bitfit")
+    method, bits = (None, None) if model.peft is None else (model.peft.method, model.peft.bits)
+    if why := REFUSED_METHODS.get(method):
+        problems.append(f"model.peft.method: {method} {why}; use lora, dora, ia3, bitfit or qlora")
+    if bits is not None and method != "qlora":
+        problems.append(f"model.peft.bits: {bits} has no meaning with method {method}; use qlora, or leave it out")
+    if method == "qlora" and experiment.launch.strategy == "fsdp2":
+        problems.append(
+            "launch.strategy: fsdp2 shares out float weights by rows, and qlora's are packed bytes that share scales; "
+            "use ddp, or model.peft.method: lora"
+        )
     if model.attn_implementation == "flash_attention_2" and model.dtype == "float32":
         problems.append(
             "model.attn_implementation: flash_attention_2 does not compute in float32; "

@@ -54,11 +54,13 @@ def prepare(experiment: Any) -> None:
             f"launch.nodes: {experiment.launch.nodes} machines are not started from here; use --submit slurm, or "
             f"torchrun on each of them"
         )
+    import logging
     import warnings
 
     import torch
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' words to each other
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a kernel that nothing here calls
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if experiment.launch.device == "cuda" and not torch.cuda.is_available():
         raise UserError(

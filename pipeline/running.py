@@ -34,6 +34,7 @@ LIBRARIES = (
     "datasets",
     "accelerate",
     "peft",
+    "bitsandbytes",
     "tokenizers",
     "safetensors",
     "numpy",

@@ -22,12 +22,22 @@ class PeftConfig(BaseModel):
     model_config = STRICT
     method: Literal[
         "lora", "dora", "ia3", "bitfit", "adalora", "qlora", "prompt_tuning", "prefix_tuning", "p_tuning"
-    ] = Field("lora", description="lora, dora, ia3 or bitfit (biases alone); the others are refused, with the reason")
-    r: int = Field(16, ge=1, description="rank of the adapter matrices (lora, dora)")
-    lora_alpha: int = Field(32, ge=1, description="adapters are scaled by lora_alpha / r (lora, dora)")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout in front of the adapters (lora, dora)")
+    ] = Field(
+        "lora",
+        description="lora, dora, ia3, bitfit (biases alone) or qlora (lora on a quantized base); the others are "
+        "refused, with the reason",
+    )
+    r: int = Field(16, ge=1, description="rank of the adapter matrices (lora, dora, qlora)")
+    lora_alpha: int = Field(32, ge=1, description="adapters are scaled by lora_alpha / r (lora, dora, qlora)")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout in front of the adapters (lora, dora, qlora)")
     target_modules: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="names of the layers that get an adapter (lora, dora)"
+        "all-linear", description="names of the layers that get an adapter (lora, dora, qlora)"
+    )
+    bits: Literal[4, 8] | None = Field(
+        None,
+        description="what qlora holds frozen linear layers in: 4 (NF4 with quantized scales) or 8 (a scale a row); "
+        "null = 4",
+        json_schema_extra={"unit": "bits"},
     )
 
 

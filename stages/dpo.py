@@ -220,6 +220,8 @@ def reference_logps(
     m, digest = ctx.experiment.model, hashlib.sha256()
     made_by = [ctx.manifests["sft"]["digest"], dtype_of(ctx.experiment), m.attn_implementation, packed]
     made_by += [accelerator.device.type, *map(version, ("torch", "transformers"))]
+    if m.peft is not None and m.peft.method == "qlora":  # the reference is the quantized base
+        made_by += [version("bitsandbytes")]
     for what in (made_by, *([g.prompt, g.responses] for g in groups)):
         digest.update(json.dumps(what).encode())
     digest = digest.hexdigest()

@@ -31,6 +31,7 @@ from stages.models.head import CHUNK, head_logprobs
 from stages.models.loading import packaged_gguf, score_head, scratch_config, without_dropout
 from stages.models.packing import register, sees_less, trunk_options
 from stages.models.precision import cast_frozen, castable
+from stages.models.quantized import Quantized
 from stages.models.roles import most_tokens
 from stages.models.sharding import layers_of
 from stages.objectives.logprobs import token_logprobs
@@ -152,7 +153,8 @@ def of_ppo(experiment, config, take: Callable, dtype: str, device: str) -> Need:
         weights += scalar * (1 + len(others_of(Path(c.reward_model).expanduser())))
     else:
         weights += experiment.rm.ensemble * (value if sizes.shared else scalar)
-        weights += (scalar - value) * (sizes.shared and experiment.sft.ppo_init is not None)  # another trunk
+        trunk = sizes.models["value_model"] - value
+        weights += trunk * (sizes.shared and experiment.sft.ppo_init is not None)  # another one
     kept = policy * ((c.ema_decay is not None) + (c.keep == "best"))
     sampled = min(c.local_rollout_forward_batch_size, -(-c.batch_size // ranks))
     cache = sampled * (sum(width) * cache_of_token(config) * WIDTH[dtype] + 8 * config.get_text_config().vocab_size)
@@ -321,8 +323,12 @@ def gathered_at_once(model: nn.Module) -> int:
 
 
 def frozen_size(model: nn.Module, dtype: str) -> int:
+    """As if no weight trained and none was quantized: a reward model from elsewhere."""
     whole = castable(model) if dtype == "bfloat16" else []
-    return size_of(model) - sum(p.nbytes // 2 for p in whole if p.dtype == torch.float32)
+    packed = [layer for layer in model.modules() if isinstance(layer, Quantized)]
+    held = sum(p.nbytes for layer in packed for name, p in layer.named_parameters() if name != "bias")
+    floats = sum(layer.in_features * layer.out_features * WIDTH[dtype] for layer in packed)
+    return size_of(model) - sum(p.nbytes // 2 for p in whole if p.dtype == torch.float32) - held + floats
 
 
 def size_of(model: nn.Module) -> int:

@@ -1,6 +1,7 @@
 """Parameter-efficient tuning: wrap (by peft), choose what trains, share the trunk, merge for publication.
 
-LoRA (Hu 2021), DoRA (Liu 2024) and IA³ (Liu 2022) are adapters; BitFit (Ben Zaken 2021) trains the model's own biases.
+LoRA (Hu 2021), DoRA (Liu 2024) and IA³ (Liu 2022) are adapters, QLoRA (Dettmers 2023) is LoRA on a quantized model;
+BitFit (Ben Zaken 2021) trains the model's own biases.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from stages.models.loading import (
     score_head,
     without_dropout,
 )
+from stages.models.quantized import dequantize, quantize
 from stages.parallel import is_first
 
 FOLDER = "adapter"  # beside the merged weights of a published model
@@ -42,10 +44,17 @@ def with_adapter(model, *, method: str | None, seed: int = 0, dropout: bool = Fa
 
 
 def load_on_trunk(
-    folder: Path, *, trunk: Path | None, trains: bool = False, trust_remote_code: bool = False, **options
+    folder: Path,
+    *,
+    trunk: Path | None,
+    bits: int | None = None,
+    trains: bool = False,
+    trust_remote_code: bool = False,
+    **options,
 ):
     """The reward model in `folder` with its adapter apart, on the model in `trunk` that rm began with; without an
-    adapter, or where that model is not known, its merged weights. trains: adapter and head go on training."""
+    adapter, or where that model is not known, its merged weights. bits: what rm quantized that model to, if it did.
+    trains: adapter and head go on training."""
     from peft import PeftModel
 
     options["trust_remote_code"] = trust_remote_code
@@ -54,6 +63,8 @@ def load_on_trunk(
     bias = scalar_config(folder, trust_remote_code=trust_remote_code).reward_bias
     model = new_reward_model(trunk, seed=0, **options)  # its head comes with the adapter
     model.config.reward_bias = bias
+    if bits is not None:
+        quantize(model, bits)
     where = {"is_trainable": trains, "torch_device": "cpu"}
     return without_dropout(PeftModel.from_pretrained(model, str(folder / FOLDER), **where)).eval()
 
@@ -66,9 +77,11 @@ def adapter_config(
     lora_alpha: int = 32,
     lora_dropout: float = 0.0,
     target_modules="all-linear",
+    bits: int | None = None,
     scalar: bool = False,
 ):
-    """peft's configuration; None for BitFit, which needs none: then what trains of `model` is chosen here."""
+    """peft's configuration; None for BitFit, which needs none: then what trains of `model` is chosen here. For QLoRA
+    `model` is quantized here, to `bits`."""
     from peft import IA3Config, LoraConfig, TaskType
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_LAYERS
 
@@ -83,7 +96,9 @@ def adapter_config(
         if model.config.model_type not in IA3_LAYERS:
             raise UserError(f"model.peft.method: peft knows no ia3 for a {model.config.model_type} model; use lora")
         return IA3Config(**what)  # keys, values and feed-forward layers, by peft's names of them
-    assert method in ("lora", "dora")
+    assert method in ("lora", "dora", "qlora")
+    if method == "qlora":
+        quantize(model, bits)
     return LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
@@ -111,10 +126,12 @@ def is_adapted(model) -> bool:
 
 
 def merged(model):
-    """A plain transformers model with the adapter folded in (ends the adapter: call it when training is over). Weights
-    that other models share stay as they are. A copy without weights (`sharding.publishable`) has nothing to fold."""
+    """A plain transformers model with the adapter folded in (ends the adapter: call it when training is over), into the
+    weights that a quantized one computes with. Weights that other models share stay as they are. A copy without weights
+    (`sharding.publishable`) has nothing to fold."""
     if not is_adapted(model) or not next(model.parameters()).numel():
         return plain(model)
+    dequantize(model)
     return model.merge_and_unload(safe_merge=True)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.models.adapters import plain
+from stages.models.quantized import Quantized, dequantize
 from stages.models.sharding import is_sharded, parts_of
 
 
@@ -22,11 +23,12 @@ def file_tensors(model) -> Iterator[tuple[str, Tensor]]:
             part.unshard()
         seen: set[Tensor] = set()
         for module in own_modules(part, set(parts) - {part}):
-            for name, x in own_weights(module).items():
+            own = held(as_in_file(module))
+            for name, x in own.items():
                 if x not in seen:
                     yield f"{names[module]}.{name}".lstrip("."), x
-                if not is_tuned(module):  # a copy's weights are gone before the next one's come
-                    seen.add(x)
+            if not is_changed(module):  # a copy's weights are gone before the next one's come
+                seen.update(own.values())
         if is_sharded(model):
             part.reshard()
 
@@ -40,19 +42,27 @@ def own_modules(module: nn.Module, others: set[nn.Module]) -> Iterator[nn.Module
                 yield from own_modules(child, others)
 
 
-def own_weights(module: nn.Module) -> dict[str, Tensor]:
-    """By the plain layer's names."""
+def as_in_file(module: nn.Module) -> nn.Module:
+    """The module itself; or of a layer that peft or `quantize` changed, a plain one with what was learned."""
+    if is_changed(module):
+        holder = nn.ModuleList([copy.deepcopy(module)])
+        dequantize(holder)
+        module = holder[0]
     if is_tuned(module):
-        module = copy.deepcopy(module)
         module.merge()
         module = module.get_base_layer()
-    return dict(module.named_parameters(recurse=False)) | dict(persistent(module))
+    return module
 
 
-def persistent(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers that files hold."""
-    skipped = module._non_persistent_buffers_set
-    return ((name, x) for name, x in module.named_buffers(recurse=False) if name not in skipped)
+def held(module: nn.Module) -> dict[str, Tensor]:
+    """Its own weights, and buffers that files hold."""
+    passing = module._non_persistent_buffers_set
+    buffers = {name: x for name, x in module.named_buffers(recurse=False) if name not in passing}
+    return dict(module.named_parameters(recurse=False)) | buffers
+
+
+def is_changed(module: nn.Module) -> bool:
+    return is_tuned(module) or isinstance(module, Quantized)
 
 
 def is_tuned(module: nn.Module) -> bool:

@@ -34,7 +34,8 @@ def castable(model) -> list[nn.Parameter]:
 
 def uncast(model, again: Callable[[], nn.Module]) -> None:
     """What `cast_frozen` has cast is float32 once more, as in again(), which the model was made from."""
-    cast = [(name, p) for name, p in plain(model).named_parameters() if p.dtype != torch.float32]
+    named = plain(model).named_parameters()
+    cast = [(name, p) for name, p in named if p.is_floating_point() and p.dtype != torch.float32]  # not what is packed
     if cast:
         known = {name.replace(".base_layer", ""): p for name, p in plain(again()).named_parameters()}
         for name, p in cast:

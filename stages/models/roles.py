@@ -121,7 +121,8 @@ def load_roles(
 
         return load_reward_model(folder, ensemble, lambda path: place(partial(member, path)))
 
-    scalar = partial(load_on_trunk, trunk=trunk if adapter["method"] is not None else None)
+    on = {"trunk": trunk if adapter["method"] is not None else None, "bits": adapter.get("bits")}
+    scalar = partial(load_on_trunk, **on)
 
     def value_start() -> torch.nn.Module:
         model = scalar(reward_model[1], trains=True, **options)

@@ -82,10 +82,9 @@ def shard(model, device: torch.device, *, mean: bool = False) -> None:
         inner.__dict__["compute"] = lambda function: function()
         register_fsdp_forward_method(inner, "compute")
         if not mean:
-            for module in inner.modules():
-                if is_sharded(module):
-                    module.set_gradient_divide_factor(1.0)
-                    module.set_force_sum_reduction_for_comms(True)
+            for module in parts_of(inner):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
 
 
 @torch.no_grad()

@@ -11,9 +11,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("method", [None, "lora", "dora", "ia3"])
+@pytest.mark.parametrize("method", [None, "lora", "dora", "ia3", "qlora"])
 def test_they_are_what_is_published(causal, kind, method, tied, tmp_path):
-    model = with_adapter(causal(kind, tie_word_embeddings=tied), method=method, r=2)
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes")
+        if kind == "gpt2":
+            pytest.skip("has no linear layers to quantize")
+    settings = {"method": method, "r": 2, "bits": 4 if method == "qlora" else None}
+    model = with_adapter(causal(kind, tie_word_embeddings=tied), **settings)
     generator = torch.Generator().manual_seed(0)
     for p in trainable(model).values():
         p.data += 0.3 * torch.randn(p.shape, generator=generator)

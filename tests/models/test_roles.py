@@ -1,5 +1,6 @@
 """PPO's four models as they come from their folders: who trains, who does not, and at what memory."""
 
+import importlib.util
 import shutil
 from types import SimpleNamespace
 
@@ -12,11 +13,15 @@ from stages import ppo
 from stages.models.adapters import is_adapted, plain, save_merged, trainable, with_adapter
 from stages.models.forward import response_logprobs, response_scores, response_values
 from stages.models.loading import load_policy, load_scalar_model, new_reward_model, save_model
+from stages.models.quantized import quantize
 from stages.rollouts.collect import reference_logprobs
 from stages.rollouts.rollout import Rollout
 from stages.rollouts.transformers import sample
 
 LORA = SimpleNamespace(method="lora", r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear")
+QLORA = [SimpleNamespace(**{**vars(LORA), "method": "qlora", "bits": bits}) for bits in (4, 8)]
+NOT_HERE = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+ON_A_TRUNK = [LORA, *(pytest.param(peft, marks=NOT_HERE) for peft in QLORA)]
 
 
 @pytest.fixture
@@ -80,10 +85,10 @@ def test_with_adapters_the_reference_costs_no_model(context, rows):
     assert all("lora_" in n for n, p in roles.policy.named_parameters() if p.requires_grad)
 
 
-@pytest.fixture
-def adapted(context, tmp_path, tokenizer):
-    """As `context`, the reward model trained with an adapter on the SFT policy's trunk."""
-    settings = {k: v for k, v in vars(LORA).items() if k != "lora_dropout"}
+@pytest.fixture(params=ON_A_TRUNK, ids=["lora", "qlora 4", "qlora 8"])
+def adapted(request, context, tmp_path, tokenizer):
+    """adapted() → as `context`, the reward model trained with an adapter on the SFT policy's trunk; its `peft`: how."""
+    settings = {k: v for k, v in vars(request.param).items() if k != "lora_dropout"}
     shutil.rmtree(tmp_path / "rm")
     model = with_adapter(new_reward_model(tmp_path / "sft" / "model", seed=3), **settings, scalar=True, seed=3)
     torch.manual_seed(5)
@@ -92,7 +97,12 @@ def adapted(context, tmp_path, tokenizer):
             p += 0.1 * torch.randn_like(p)
     model.config.reward_bias = 0.25
     save_merged(model, tokenizer, tmp_path / "rm" / "model", card="")
-    return context
+
+    def build():
+        return context(request.param)
+
+    build.peft = request.param
+    return build
 
 
 def accumulate(ctx, roles, rows, ragged, old):
@@ -111,7 +121,7 @@ def step(ctx, roles, rows, ragged):
 
 def test_four_roles_stand_on_one_trunk(adapted, rows, ragged, monkeypatch):
     """In memory once, and the same numbers as four models of their own."""
-    ctx, found, sizes = adapted(LORA), [], []
+    ctx, found, sizes = adapted(), [], []
     for shares in (True, False):
         if not shares:
             monkeypatch.setattr("stages.models.roles.share_frozen", lambda *_: None)
@@ -129,7 +139,7 @@ def test_four_roles_stand_on_one_trunk(adapted, rows, ragged, monkeypatch):
 
 
 def test_an_adapted_reward_model_scores_as_its_merged_weights(adapted, rows, tmp_path):
-    roles = ppo.load(adapted(LORA))
+    roles = ppo.load(adapted())
     whole = load_scalar_model(tmp_path / "rm" / "model")
     for model in (roles.reward_model, roles.value_model):
         torch.testing.assert_close(response_scores(model, rows), response_scores(whole, rows), rtol=1e-5, atol=1e-5)
@@ -138,7 +148,7 @@ def test_an_adapted_reward_model_scores_as_its_merged_weights(adapted, rows, tmp
 
 def test_publishing_one_role_leaves_the_others_alone(adapted, rows, tokenizer, tmp_path):
     """Merging writes into no trunk that others stand on; the published folder is what the adapted policy was."""
-    roles = ppo.load(adapted(LORA))
+    roles = ppo.load(adapted())
     with torch.no_grad():
         for p in trainable(roles.policy).values():
             p += 0.05
@@ -149,13 +159,16 @@ def test_publishing_one_role_leaves_the_others_alone(adapted, rows, tokenizer, t
     torch.testing.assert_close(response_logprobs(again, rows), logprobs, rtol=1e-4, atol=1e-5)
     from peft import PeftModel
 
-    on_base = PeftModel.from_pretrained(load_policy(tmp_path / "sft" / "model"), tmp_path / "published" / "adapter")
+    base = load_policy(tmp_path / "sft" / "model")
+    if adapted.peft is not LORA:
+        quantize(base, adapted.peft.bits)
+    on_base = PeftModel.from_pretrained(base, tmp_path / "published" / "adapter")
     torch.testing.assert_close(response_logprobs(on_base, rows), logprobs, rtol=1e-5, atol=1e-6)
 
 
 def test_another_reward_model_keeps_a_trunk_of_its_own(adapted, tmp_path):
     """What its adapter was trained on is not known here."""
-    ctx = adapted(LORA)
+    ctx = adapted()
     ctx.experiment.ppo = ctx.config = ctx.config.model_copy(update={"reward_model": str(tmp_path / "rm" / "model")})
     roles = ppo.load(ctx)
     assert not is_adapted(roles.reward_model) and is_adapted(roles.value_model)

@@ -1,6 +1,7 @@
 """Each way of tuning in each stage: it trains, changes only what it should, publishes a whole model, and a run that was
 killed ends in the same bytes."""
 
+import importlib.util
 import json
 import re
 
@@ -10,6 +11,7 @@ from resume_worker import CONFIG, published, rlhf, without
 from safetensors.torch import load_file
 
 from stages.models.loading import load_policy
+from stages.models.quantized import Quantized
 
 BEFORE = {"sft": "base/model", "rm": "sft/model", "ppo": "sft/ppo_init", "dpo": "sft/model"}  # what each begins with
 ANY_LINEAR = r"_proj\.weight$"
@@ -18,7 +20,10 @@ CHANGES = {
     "dora": ANY_LINEAR,
     "ia3": r"(q_proj|v_proj)\.(weight|bias)$|down_proj\.weight$",
     "bitfit": r"\.bias$",
+    "qlora, bits: 4": ANY_LINEAR,
+    "qlora, bits: 8": ANY_LINEAR,
 }
+RANK = 4
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +74,17 @@ def test_the_adapters_of_sft_belong_on_base(tmp_path):
         assert_apart(tmp_path / "micro" / "base" / "model", tmp_path / "micro" / "sft" / name)
 
 
+def bits_of(method):
+    return int(method[-1]) if method.startswith("qlora") else None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", CHANGES)
 def test_a_method_in_every_stage(method, biased, tmp_path):
+    if bits_of(method) and importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed (the extra qlora)")
     chain = tmp_path / "whole"
-    options = [f"model.name_or_path={biased}", f"model.peft={{method: {method}, r: 4}}"]
+    options = [f"model.name_or_path={biased}", f"model.peft={{method: {method}, r: {RANK}}}"]
     options += ["rm.keep=last", "ppo.keep=last"]  # the best may be what a stage began with
     run = ("-c", str(CONFIG), *options, "--artifacts")
     assert rlhf("run", "evaluate", *run, str(chain)) == 0
@@ -85,6 +96,11 @@ def test_a_method_in_every_stage(method, biased, tmp_path):
         odd = [n for n in changed - {"score.weight"} if not re.search(CHANGES[method], n)]
         assert not odd, f"{stage} changed {odd}"
         assert (chain / "micro" / stage / "model" / "adapter").is_dir() == (method != "bitfit")
+        if method == "lora" or bits_of(method):
+            linear = [n for n in changed if re.search(ANY_LINEAR, n)]
+            found = [learned(before[n], after[n], bits_of(method)) for n in linear]
+            assert all(small < 3e-7 for _, small in found), "more than an adapter was added to the base"
+            assert max(large for large, _ in found) > 1e-5, "nothing was trained"
     for stage in BEFORE:
         root = without(chain, tmp_path / stage, stage)
         again = ("run", stage, *run, str(root), "--only")
@@ -92,3 +108,14 @@ def test_a_method_in_every_stage(method, biased, tmp_path):
         assert rlhf(*again) == 0
         assert json.loads((root / "micro" / stage / "manifest.json").read_text())["resumes"] == 1
         assert published(root / "micro" / stage) == published(chain / "micro" / stage)
+
+
+def learned(before, after, bits):
+    """Of what a stage added to a weight as its base held it: the largest singular value, and the first that an adapter
+    of this rank has not."""
+    if bits is not None:
+        layer = torch.nn.Linear(before.shape[1], before.shape[0], bias=False)
+        layer.weight.data = before
+        before = Quantized(layer, bits).dequantized()
+    values = torch.linalg.svdvals(after.double() - before.double())
+    return values[0], values[RANK]

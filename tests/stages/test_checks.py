@@ -23,6 +23,7 @@ def problems(tmp_path, *overrides):
 
 def test_the_defaults_suit_each_other(tmp_path):
     assert problems(tmp_path) == []
+    assert problems(tmp_path, "model.peft={method: qlora, bits: 8}") == problems(tmp_path, "model.peft={}") == []
 
 
 @pytest.mark.parametrize("stage", ["base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate"])
@@ -51,10 +52,14 @@ def test_a_response_has_to_leave_room_for_a_prompt(tmp_path, stage):
         (("dpo.loss_type=[sigmoid,sft]", "dpo.loss_weights=[1.0]"), "dpo.loss_weights: 1 for 2 of dpo.loss_type"),
         (("dpo.loss_type=hinge", "dpo.label_smoothing=0.1"), "dpo.label_smoothing: has no meaning with"),
         (("rm.loss_type=plackett_luce", "rm.margin_coef=1.0"), "rm.margin_coef: has no meaning"),
+        (("model.peft.bits=8",), "model.peft.bits: 8 has no meaning with method lora; use qlora, or "),
+        (("model.peft.method=qlora", "launch.strategy=fsdp2"), "launch.strategy: fsdp2 shares out float weights by "),
+        (("model.peft.method=adalora",), "model.peft.method: adalora moves rank between layers by averages of "),
+        (("model.peft.method=p_tuning",), "model.peft.method: p_tuning learns vectors that stand before a prompt, "),
         (("ppo.reward_ensemble=min",), "evaluate.reward_ensemble: is mean, and ppo.reward_ensemble min"),
     ],
 )
-def test_losses_that_do_not_go_together(tmp_path, overrides, start):
+def test_settings_that_do_not_go_together(tmp_path, overrides, start):
     (line,) = problems(tmp_path, *overrides)
     assert line.startswith(start)
 

@@ -17,7 +17,7 @@ def experiment(**changes):
         name="tiny",
         launch=SimpleNamespace(device="auto", vllm=SimpleNamespace(python=None)),
         tracking=SimpleNamespace(wandb="off"),
-        model=SimpleNamespace(name_or_path=None, dtype="float32", attn_implementation="sdpa"),
+        model=SimpleNamespace(name_or_path=None, dtype="float32", attn_implementation="sdpa", peft=None),
         data=SimpleNamespace(
             documents="world",
             demonstrations="world",
@@ -57,6 +57,15 @@ def test_all_is_well_is_exit_0_and_every_line_fits(installed, tmp_path):
         title in text for title in ("installation", "machine", "artifacts", "config", "network", "optional")
     )
     assert "everything that is needed is here" in text and doctor.BAD not in text
+
+
+def test_qlora_without_its_package_is_said(monkeypatch):
+    asked = experiment(model__peft=SimpleNamespace(method="qlora"))
+    monkeypatch.setattr(doctor.util, "find_spec", lambda name: True)
+    assert "qlora" not in look(doctor.config, asked)
+    monkeypatch.setattr(doctor.util, "find_spec", lambda name: None)
+    line = look(doctor.config, asked)["qlora"]
+    assert line.mark == doctor.BAD and "install -e '.[qlora]'" in line.remedy
 
 
 def test_versions_out_of_bounds_and_absent_packages_are_exit_2(installed, tmp_path):

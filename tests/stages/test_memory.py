@@ -1,5 +1,6 @@
 """doctor --memory: what is foretold is what a real step takes."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from data.groups import make_rows
 from stages import memory, ppo
 from stages.engine import make_trainee, optimizer_step
 from stages.memory import Step, take_step
+from stages.models.adapters import with_adapter
 from stages.models.forward import response_logprobs, response_scores
 from stages.models.loading import prepare
 from stages.models.packing import can_pack
@@ -53,6 +55,23 @@ def test_a_checkpointed_step_holds_less():
     given = (CONFIG, [Step("policy", "logprobs", LENGTHS)], WHOLE, "float32", "cpu")
     plain, spared = take_step(*given), take_step(*given, checkpointing=True)
     assert spared.step < 0.6 * plain.step and spared.moments == plain.moments
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("bits, a_weight", [(4, 4 + 8 / 64 + 32 / 64 / 256), (8, 8)])
+def test_quantized_weights_have_the_size_of_their_storage(bits, a_weight):
+    """As real layers hold them, and as the papers count: bits a weight with its scales (8: and a float a row)."""
+    adapter = {"method": "qlora", "bits": bits, "r": 4}
+    foretold = take_step(CONFIG, [Step("reward_model", "scores", LENGTHS)], adapter, "float32", "cpu")
+    made = with_adapter(prepare(LlamaForSequenceClassification(CONFIG)), **adapter, scalar=True)
+    real = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in made.parameters()}
+    assert foretold.weights == pytest.approx(sum(real.values()), rel=0.005)
+    shapes = [(w.out_features, w.in_features) for n, w in made.named_modules() if n.endswith("_proj.base_layer")]
+    held = sum(p.nbytes for n, p in made.named_parameters() if "_proj.base_layer." in n)
+    tables = len(shapes) * (4 * 256 + 4) if bits == 4 else 4 * sum(rows for rows, _ in shapes)
+    assert held - tables == pytest.approx(sum(a * b for a, b in shapes) * a_weight / 8, rel=0.002) and len(shapes) == 21
+    whole = take_step(CONFIG, [Step("reward_model", "scores", LENGTHS)], {"method": "lora", "r": 4}, "float32", "cpu")
+    assert foretold.frozen == whole.frozen and foretold.trains == whole.trains
 
 
 def of_ppo(config, adapter, device, dtype, **options) -> memory.Need:
