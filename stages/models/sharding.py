@@ -118,7 +118,7 @@ def layers_of(inner) -> list[nn.Module]:
 
 
 def parts_of(inner) -> list[nn.Module]:
-    """What is gathered at a time in a pass: its layers, and itself for the rest; none of a model that is not sharded."""
+    """What is gathered at a time in a pass: its layers, and itself for the rest; nothing if it is not sharded."""
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in inner.modules() if isinstance(module, FSDPModule)]
