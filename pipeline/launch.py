@@ -1,5 +1,6 @@
 """This process: environment variables before torch is imported, threads and device after."""
 
+import logging
 import os
 from typing import Any
 
@@ -30,6 +31,7 @@ def set_environment(tree: dict[str, Any]) -> None:
     outright."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a kernel that nothing here calls
     if not names_hub(tree):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     launch, tracking = (
@@ -54,13 +56,11 @@ def prepare(experiment: Any) -> None:
             f"launch.nodes: {experiment.launch.nodes} machines are not started from here; use --submit slurm, or "
             f"torchrun on each of them"
         )
-    import logging
     import warnings
 
     import torch
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' words to each other
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a kernel that nothing here calls
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if experiment.launch.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
