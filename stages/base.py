@@ -130,8 +130,8 @@ def run(ctx: StageRun) -> dict:
 
 
 def check_reward_model(ctx: StageRun, model) -> None:
-    """See to it that rm can put its scalar head on a published model with code of its own: by the class that this brings,
-    or one that is written beside it. UserError where neither can be."""
+    """See to it that rm can put its scalar head on a published model with code of its own: by the class that this
+    brings, or one that is written beside it. UserError where neither can be."""
     if not is_first():
         return
     folder, name = ctx.publish / "model", ctx.experiment.model.name_or_path

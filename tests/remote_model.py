@@ -238,7 +238,8 @@ def give_tokenizer_code(folder: Path) -> None:
     (folder / "tokenization_toy.py").write_text(RAN + TOKENIZER, encoding="utf-8")
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    config |= {"tokenizer_class": "ToyTokenizer", "auto_map": {"AutoTokenizer": [None, "tokenization_toy.ToyTokenizer"]}}
+    roles = {"AutoTokenizer": [None, "tokenization_toy.ToyTokenizer"]}
+    config |= {"tokenizer_class": "ToyTokenizer", "auto_map": roles}
     file.write_text(json.dumps(config), encoding="utf-8")
 
 

@@ -27,6 +27,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 
 class {name}(GenericForSequenceClassification, {parent}):
+    config_class = {trunk}.config_class
     base_model_prefix = "{prefix}"
 
     def __init__(self, config):
@@ -42,7 +43,7 @@ def read(auto, name, *, trust_remote_code: bool, where: str = "", **options):
     """auto.from_pretrained(name, …), and a UserError where code would have to run that nobody allowed. where: the
     setting that names the model."""
     try:
-        found = auto.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+        return auto.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     except ValueError as error:
         if trust_remote_code or "trust_remote_code" not in str(error):
             raise
@@ -50,11 +51,17 @@ def read(auto, name, *, trust_remote_code: bool, where: str = "", **options):
         code = f"its own code ({files})" if files else "its own code"
         remedy = "read it, and if you trust it, add --trust-remote-code"
         raise UserError(f"{where}{': ' * bool(where)}{name} brings {code}, which was not run; {remedy}") from None
-    model = found[0] if isinstance(found, tuple) else found
-    if isinstance(model, torch.nn.Module) and is_remote(model):
-        # transformers gives `generate` to older code in a process's first load alone; what we save must not hang on it
-        auto.register(type(model.config), type(model), exist_ok=True)
-    return found
+    finally:
+        forget(auto)
+
+
+def forget(auto) -> None:
+    """Let the next load of a model with code be as the first: transformers remembers which model class came with a
+    configuration class, takes it for other folders with the same configuration file, and without the `generate` that
+    it gives to older code."""
+    known = auto._model_mapping._extra_content if hasattr(auto, "_model_mapping") else {}
+    for kind in [kind for kind in known if kind.__module__.startswith(REMOTE)]:
+        del known[kind]
 
 
 def is_remote(thing) -> bool:
@@ -140,6 +147,8 @@ def scalar_problem(model, folder: Path) -> str | None:
             scalar = AutoModelForSequenceClassification.from_config(config, trust_remote_code=True)
     except Exception as error:  # code of any kind
         return f"{type(error).__name__}: {error}"
+    finally:
+        forget(AutoModelForSequenceClassification)
     kind = type(scalar).__name__
     if not kind.endswith("ForSequenceClassification"):
         return f"its sequence classification is a {kind}, and the name should end with ForSequenceClassification"

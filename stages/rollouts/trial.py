@@ -1,4 +1,4 @@
-"""A model with code of its own, tried on a few tokens: whether the ways in which stages read it give the same numbers."""
+"""A model with code of its own, tried on a few tokens: do the ways in which stages read it give the same numbers?"""
 
 import torch
 

@@ -28,8 +28,10 @@ from stages.models.remote_code import scalar_problem, write_scalar_head
 from stages.rollouts.trial import reading_problem
 
 KINDS = {"spread": "sdpa", "alone": "eager"}  # and the attention that each can be loaded with
-CODE = {"spread": ["configuration_toy", "modeling_toy", "reward_toy", "scale_toy"],
-        "alone": ["configuration_toy", "modeling_toy", "scalar_head"]}  # fmt: skip
+CODE = {
+    "spread": ["configuration_toy", "modeling_toy", "reward_toy", "scale_toy"],
+    "alone": ["configuration_toy", "modeling_toy", "scalar_head"],
+}
 
 
 @pytest.fixture
@@ -136,9 +138,8 @@ def test_a_second_load_in_a_process_is_as_the_first(tmp_path, tokenizer):
 class TestWithoutTheFlag:
     def test_nothing_runs_and_one_line_says_what_to_pass(self, tmp_path, tokenizer, capsys, monkeypatch):
         monkeypatch.setenv("TOY_RAN", str(tmp_path / "ran"))
-        new = {"modeling_toy": ("from", "# not seen by another test\nfrom")}
-        source = build(tmp_path / "source", tokenizer, changes={k: ("class Toy", v[1][:26] + "class Toy") for k, v in
-                                                                 new.items()})  # fmt: skip
+        changes = {"modeling_toy": ("class ToyModel", "# as in no other test: a module is run once\nclass ToyModel")}
+        source = build(tmp_path / "source", tokenizer, changes=changes)
         capsys.readouterr()
         assert run_base(tmp_path, source) == 2
         (line,) = capsys.readouterr().err.splitlines()
@@ -208,17 +209,25 @@ class TestWhatCannotBeUsedIsRefusedByBase:
     def test_code_that_knows_no_sdpa(self, tmp_path, tokenizer, capsys):
         assert "model.attn_implementation: eager" in self.refusal(tmp_path, tokenizer, capsys, "alone", {})
 
-    def test_code_that_fails(self, tmp_path, tokenizer, capsys):
-        changes = {"modeling_toy": ("self.lm_head = nn.Linear", "self.lm_head = nn.Gone")}
-        line = self.refusal(tmp_path, tokenizer, capsys, "alone", changes, attn_implementation="eager")
-        assert "AttributeError" in line
+    @pytest.mark.parametrize(
+        "old, new, told",
+        [
+            ("self.lm_head = nn.Linear", "self.lm_head = nn.Gone", "AttributeError"),
+            ("import torch\n", "import torch, (\n", "SyntaxError"),
+            ("import torch\n", "import torch\nimport not_here\n", "pip install not_here"),
+            ("from transformers import PreTrainedModel", "from transformers import PreTrainedModel, Gone", "Gone"),
+        ],
+    )
+    def test_code_that_fails(self, old, new, told, tmp_path, tokenizer, capsys):
+        changes = {"modeling_toy": (old, new)}
+        assert told in self.refusal(tmp_path, tokenizer, capsys, "alone", changes, attn_implementation="eager")
 
     @pytest.mark.parametrize(
         "old, new, told",
         [
             ("last_hidden_state=self.norm(x)", "last_hidden_state=self.norm(x).transpose(0, 1)", "hidden states"),
             ('base_model_prefix = "model"', 'base_model_prefix = "body"', "base_model_prefix"),
-            ("            k, v = cache.update(k, v, self.index)", "            pass", "log-probs token by token"),
+            ("if attention_mask is not None:", "if False:", "log-probs token by token"),
             ("position_ids=None, past_key_values=None, inputs_embeds=None,\n                use_cache",
              "past_key_values=None, inputs_embeds=None,\n                use_cache", "position_ids"),
         ],
@@ -230,8 +239,11 @@ class TestWhatCannotBeUsedIsRefusedByBase:
 
 @pytest.mark.parametrize(
     "old, new",
-    [("self.score = ", "self.classifier_head = "), ("LlamaPreTrainedModel.__init__(self, config)", "super().__init__(config)")],
-)  # fmt: skip
+    [
+        ("self.score = ", "self.classifier_head = "),
+        ("LlamaPreTrainedModel.__init__(self, config)", "super().__init__(config)"),
+    ],
+)
 def test_a_classifier_that_does_not_serve_is_replaced(old, new, tmp_path, tokenizer, monkeypatch):
     """A head of another name, as ChatGLM's; and a class that has transformers choose its trunk, which would ask about
     trust at the terminal."""
@@ -248,3 +260,32 @@ def test_a_classifier_that_does_not_serve_is_replaced(old, new, tmp_path, tokeni
 
 def test_reading_problem_finds_nothing_in_a_plain_model(causal):
     assert reading_problem(causal("qwen2"), 0) is None
+
+
+@pytest.mark.slow
+def test_code_of_another_repository_is_published_with_the_model(tmp_path, tokenizer):
+    """A Hub id whose auto_map names classes of a second one (a cache of both, no network): the artifact needs
+    neither."""
+    source, cache = build(tmp_path / "source", tokenizer), tmp_path / "hub"
+    file = source / "config.json"
+    config = json.loads(file.read_text())
+    config["auto_map"] = {role: f"org/code--{name}" for role, name in config["auto_map"].items()}
+    for repository in ("toy", "code"):
+        there = cache / f"models--org--{repository}"
+        (there / "refs").mkdir(parents=True)
+        (there / "refs" / "main").write_text("a" * 40)
+        shutil.copytree(source, there / "snapshots" / ("a" * 40))
+    (cache / "models--org--toy" / "snapshots" / ("a" * 40) / "config.json").write_text(json.dumps(config))
+    for code in (cache / "models--org--toy").rglob("*.py"):
+        code.unlink()
+    argv = ["run", "base", "-c", str(config_of(tmp_path, "org/toy")), "--artifacts", str(tmp_path / "artifacts")]
+    away = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-m", "pipeline.cli", *argv]
+    done = subprocess.run(command, env=os.environ | away, capture_output=True, text=True)
+    assert done.returncode == 2 and "org/toy brings its own code, which was not run" in done.stderr
+    done = subprocess.run([*command, "--trust-remote-code"], env=os.environ | away, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "artifacts" / "toy" / "base" / "model"
+    assert "--" not in json.dumps(json.loads((folder / "config.json").read_text())["auto_map"])
+    assert sorted(path.stem for path in folder.glob("*.py")) == CODE["spread"]
+    new_reward_model(folder, seed=0, trust_remote_code=True)  # here, where no cache has either
