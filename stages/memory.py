@@ -31,7 +31,7 @@ from stages.models.head import CHUNK, head_logprobs
 from stages.models.loading import packaged_gguf, score_head, scratch_config, without_dropout
 from stages.models.packing import register, sees_less, trunk_options
 from stages.models.precision import cast_frozen, castable
-from stages.models.remote_code import SCALAR, is_remote, read
+from stages.models.remote_code import SCALAR, forget, is_remote, read
 from stages.models.roles import most_tokens
 from stages.models.sharding import layers_of
 from stages.objectives.logprobs import token_logprobs
@@ -264,6 +264,7 @@ def make(config, name: str, adapter: dict, checkpointing: bool, attention: str, 
     options = trust | {"dtype": torch.float32, "attn_implementation": "eager" if attention == "eager" else "sdpa"}
     with no_init_weights(), torch.device("meta"):
         model = without_dropout(kind.from_config(config, **options))
+        forget(kind)
         if packed:
             register(model)
         if checkpointing:
