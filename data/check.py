@@ -310,7 +310,7 @@ def tokenizer_of(experiment, home: Path) -> tuple[object | None, str]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as fault:  # the tokenizers library raises nothing finer
         return None, f"{folder} cannot be loaded ({first_line(fault)}); lengths are in words"
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:

@@ -45,7 +45,7 @@ stages, in their order:  {" ".join(STAGES)}
   --override-config      go on with an interrupted run under changed settings; both are recorded
   --allow-elastic        go on with an interrupted run at another number of processes
   --debug                show tracebacks
-  --trust-remote-code    let a model's repository run its own code here
+  --trust-remote-code    run code that a model's folder or repository brings, also the copy in its artifacts
   --submit slurm         hand the stages to sbatch, a job each (settings: launch.slurm)
   --dry-run              with --submit: print the scripts, submit nothing
 
@@ -243,6 +243,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     chat.add_argument("--seed", type=int, default=0, help="of sampling")
     chat.add_argument("--max-new-tokens", type=int, default=None, help="longest answer, in tokens")
+    chat.add_argument("--trust-remote-code", action="store_true", help="run code that a model brings")
     data = commands.add_parser("data", help="look at data files without training", allow_abbrev=False)
     actions = data.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
     text = "show kind, rows, lengths, duplicates, leaks and every bad row of a file"
@@ -554,6 +555,7 @@ def chat_command(arguments: argparse.Namespace) -> int:
         top_p=arguments.top_p,
         seed=arguments.seed,
         max_new_tokens=arguments.max_new_tokens,
+        trust_remote_code=arguments.trust_remote_code,
     )
 
 

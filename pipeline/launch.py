@@ -34,6 +34,11 @@ def set_environment(tree: dict[str, Any]) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a kernel that nothing here calls
     if not names_hub(tree):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if (rank := os.environ.get("RANK", "0")) != "0":  # code that a model brings is copied there before it is imported
+        home = os.path.expanduser(os.environ.get("HF_HOME", "~/.cache/huggingface"))
+        modules = os.environ.get("HF_MODULES_CACHE", os.path.join(home, "modules"))
+        if not modules.endswith(f"-{rank}"):
+            os.environ["HF_MODULES_CACHE"] = f"{modules}-{rank}"
     launch, tracking = (
         tree.get(name) if isinstance(tree.get(name), dict) else {} for name in ("launch", "tracking")
     )

@@ -10,12 +10,16 @@ import torch
 from data.encode import train_tokenizer, wrap_documents
 from data.records import DataError
 from data.streams import held_out
+from pipeline.errors import UserError
 from pipeline.sections import local_folder
 from pipeline.stage import StageRun
 from stages import parallel
 from stages.common import card, count, device_of, dtype_of, read
 from stages.language_modeling import train_language_model
-from stages.models.loading import from_scratch, load_pretrained, save_model
+from stages.models.loading import code_fails, from_scratch, load_pretrained, save_model
+from stages.models.remote_code import is_remote, scalar_problem, write_scalar_head
+from stages.parallel import is_first
+from stages.rollouts.trial import reading_problem
 from stages.settings import Training, over_context, setting, total_steps, uneven
 
 NAME = "base"
@@ -70,6 +74,8 @@ def run(ctx: StageRun) -> dict:
             trust_remote_code=ctx.trust_remote_code,
         )
         figures = {"pretrained": m.name_or_path}
+        if is_remote(model) and (problem := reading_problem(model, tokenizer.pad_token_id)):
+            raise UserError(code_fails(m.name_or_path, problem))
     else:
         documents = read(ctx, "documents")
         train, valid = held_out([d.text for d in documents], ctx.experiment.data.validation_fraction)
@@ -127,4 +133,19 @@ def run(ctx: StageRun) -> dict:
             gradient_checkpointing=m.gradient_checkpointing,
         )
     save_model(model, tokenizer, ctx.publish / "model", card=card(ctx, "a pretrained language model"))
+    if is_remote(model):
+        check_reward_model(ctx, model)
     return {**figures, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def check_reward_model(ctx: StageRun, model) -> None:
+    """See to it that rm can put its scalar head on a published model with code of its own: by the class that this
+    brings, or one that is written beside it. UserError where neither can be."""
+    if not is_first():
+        return
+    folder, name = ctx.publish / "model", ctx.experiment.model.name_or_path
+    if problem := scalar_problem(model, folder):
+        ctx.tracker.say(f"base: of {name}'s code no reward model can be made ({problem}); a class is written beside it")
+        write_scalar_head(model, folder)
+        if problem := scalar_problem(model, folder):
+            raise UserError(code_fails(name, f"as a reward model: {problem}"))

@@ -77,6 +77,7 @@ def run(
     seed: int = 0,
     max_new_tokens: int | None = None,
     system: str | None = None,
+    trust_remote_code: bool = False,
     console=None,
 ) -> int:
     """Reads prompts and commands from standard input until /quit or its end. Returns the exit code."""
@@ -89,7 +90,7 @@ def run(
     if not models:
         raise UserError("--models: names no model; should be stages, as sft,ppo, or folders")
     console = console or Console()
-    speakers, judge = load(experiment, store, models, folders)
+    speakers, judge = load(experiment, store, models, folders, trust_remote_code)
     console.print(f"[bold]{' · '.join(models)}[/bold]", highlight=False)
     scored = "scored by this experiment's reward model; " if judge else ""
     console.print(f"{settings}\n{scored}/help lists the commands", style="dim", markup=False, highlight=False)
@@ -127,7 +128,9 @@ def find(name: str, store) -> Path:
     )
 
 
-def load(experiment, store, names: list[str], folders: list[Path]) -> tuple[list[Speaker], tuple | None]:
+def load(
+    experiment, store, names: list[str], folders: list[Path], trust_remote_code: bool = False
+) -> tuple[list[Speaker], tuple | None]:
     """Speakers, and (reward model, its tokenizer's fingerprint) where rm is published."""
     import torch
     from transformers.utils import logging
@@ -138,11 +141,15 @@ def load(experiment, store, names: list[str], folders: list[Path]) -> tuple[list
     logging.disable_progress_bar()
     asked = experiment.launch.device
     device = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
-    options = {"attn_implementation": experiment.model.attn_implementation}
+    trust = {"trust_remote_code": trust_remote_code}
+    options = {"attn_implementation": experiment.model.attn_implementation, **trust}
     speakers = []
     for name, folder in zip(names, folders, strict=True):
         try:
-            speakers.append(Speaker(name, load_policy(folder, **options).to(device), load_tokenizer(folder)))
+            model, tokenizer = load_policy(folder, **options).to(device), load_tokenizer(folder, **trust)
+            speakers.append(Speaker(name, model, tokenizer))
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
             raise UserError(
                 f"--models: {folder} cannot be loaded ({str(error).splitlines()[0]}); should be "
@@ -158,7 +165,7 @@ def load(experiment, store, names: list[str], folders: list[Path]) -> tuple[list
     store.verify("rm")
     folder = store.folder("rm") / "model"
     reward_model = load_scalar_model(folder, **options).to(device)
-    return speakers, (reward_model, tokenizer_fingerprint(load_tokenizer(folder)))
+    return speakers, (reward_model, tokenizer_fingerprint(load_tokenizer(folder, **trust)))
 
 
 def read_line(console) -> str | None:

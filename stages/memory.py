@@ -32,6 +32,7 @@ from stages.models.loading import packaged_gguf, score_head, scratch_config, wit
 from stages.models.packing import register, sees_less, trunk_options
 from stages.models.precision import cast_frozen, castable
 from stages.models.quantized import Quantized
+from stages.models.remote_code import SCALAR, forget, is_remote, read
 from stages.models.roles import most_tokens
 from stages.models.sharding import layers_of
 from stages.objectives.logprobs import token_logprobs
@@ -261,9 +262,11 @@ def make(config, name: str, adapter: dict, checkpointing: bool, attention: str, 
     kind = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     config = copy.deepcopy(config)
     config.num_labels = 1
-    options = {"dtype": torch.float32, "attn_implementation": "eager" if attention == "eager" else "sdpa"}
+    trust = {"trust_remote_code": is_remote(config)}  # its configuration was loaded by that
+    options = trust | {"dtype": torch.float32, "attn_implementation": "eager" if attention == "eager" else "sdpa"}
     with no_init_weights(), torch.device("meta"):
         model = without_dropout(kind.from_config(config, **options))
+        forget(kind)
         if packed:
             register(model)
         if checkpointing:
@@ -383,9 +386,15 @@ def model_config(m, trust_remote_code: bool = False):
     else:
         path, options = str(local_folder(m.name_or_path) or m.name_or_path), {}
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
+        config = read(AutoConfig, path, where="model.name_or_path", trust_remote_code=trust_remote_code, **options)
+    except UserError:
+        raise
     except (OSError, ValueError) as problem:
         raise UserError(f"model.name_or_path: {str(problem).splitlines()[0]}") from problem
+    if is_remote(config) and SCALAR not in config.auto_map:
+        remedy = "base writes one: run it, then name its artifact's model/ here"
+        raise UserError(f"model.name_or_path: {m.name_or_path} brings no sequence classification; {remedy}")
+    return config
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import UserError
+from stages.models.remote_code import is_remote, keep_code, read
 from stages.parallel import is_first
 
 
@@ -16,7 +17,8 @@ def load_policy(folder: Path, *, attn_implementation: str = "sdpa", trust_remote
     """A causal language model in eval mode, dropout off."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model = read(
+        AutoModelForCausalLM,
         folder,
         dtype=torch.float32,
         attn_implementation=attn_implementation,
@@ -30,7 +32,8 @@ def new_reward_model(folder: Path, *, seed: int, attn_implementation: str = "sdp
     """The policy in `folder` with its unembedding replaced by a fresh scalar head `score` (InstructGPT §3.5)."""
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(
+    model = read(
+        AutoModelForSequenceClassification,
         folder,
         num_labels=1,
         dtype=torch.float32,
@@ -49,7 +52,7 @@ def scalar_config(folder: Path, *, trust_remote_code: bool = False):
     """The configuration of a trained reward or value model; a UserError for any other."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = read(AutoConfig, folder, trust_remote_code=trust_remote_code)
     kind = (config.architectures or ["?"])[0]
     if not kind.endswith("ForSequenceClassification") or config.num_labels != 1:
         raise UserError(
@@ -69,7 +72,8 @@ def load_scalar_model(folder: Path, *, attn_implementation: str = "sdpa", trust_
     from transformers import AutoModelForSequenceClassification
 
     scalar_config(folder, trust_remote_code=trust_remote_code)
-    model, info = AutoModelForSequenceClassification.from_pretrained(
+    model, info = read(
+        AutoModelForSequenceClassification,
         folder,
         dtype=torch.float32,
         attn_implementation=attn_implementation,
@@ -88,7 +92,7 @@ def load_scalar_model(folder: Path, *, attn_implementation: str = "sdpa", trust_
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return read(AutoTokenizer, folder, trust_remote_code=trust_remote_code)
 
 
 def same_tokenizer(one, other, where: str) -> None:
@@ -156,11 +160,12 @@ def score_head(model) -> nn.Linear:
 
 
 def save_model(model, tokenizer, folder: Path, *, card: str) -> None:
-    """A folder that transformers alone can load: safetensors, tokenizer, chat template, generation config, card. Of
-    several processes the first one writes it."""
+    """A folder that transformers alone can load: safetensors, tokenizer, chat template, generation config, card, and
+    the code that the model brings, if any. Of several processes the first one writes it."""
     if not is_first():
         return
     folder.mkdir(parents=True, exist_ok=True)
+    keep_code(model, tokenizer, folder)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.use_cache = True
@@ -220,26 +225,34 @@ def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: b
     """(model, tokenizer) of a folder, a Hub id, or `package:NAME`, a Python package that carries a gguf file."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    options = {"trust_remote_code": trust_remote_code}
+    options = {"trust_remote_code": trust_remote_code, "where": "model.name_or_path"}
     if name.startswith("package:"):
         path, options["gguf_file"] = packaged_gguf(name.removeprefix("package:"))
     else:
         path = name
         options_model = {"use_safetensors": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model = AutoModelForCausalLM.from_pretrained(
+        tokenizer = read(AutoTokenizer, path, **options)
+        model = read(
+            AutoModelForCausalLM,
             path,
             dtype=torch.float32,
             attn_implementation=attn_implementation,
             **options,
             **({} if "gguf_file" in options else options_model),
         )
+    except UserError:
+        raise
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"model.name_or_path: cannot load {name!r} ({str(error).splitlines()[0]}); give a folder "
-            f"with safetensors, a Hub id that can be reached, or package:NAME"
-        ) from error
+        reason = str(error).splitlines()[0]
+        remedy = "give a folder with safetensors, a Hub id that can be reached, or package:NAME"
+        if 'attn_implementation="eager"' in reason:  # code that brings its own attention
+            reason, remedy = reason.partition(". ")[0], "set model.attn_implementation: eager"
+        raise UserError(f"model.name_or_path: cannot load {name!r} ({reason}); {remedy}") from error
+    except Exception as error:
+        if not trust_remote_code:
+            raise
+        raise UserError(code_fails(name, f"{type(error).__name__}: {error}")) from error
     if "gguf_file" in options:  # a dequantised model still carries its quantization config and refuses to be saved
         config = model.config
         if hasattr(config, "quantization_config"):
@@ -255,7 +268,7 @@ def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: b
         )
     end_turns_with_eos(tokenizer)
     give_pad_token(tokenizer)
-    if type(model.config) not in AutoModelForSequenceClassification._model_mapping:
+    if not is_remote(model) and type(model.config) not in AutoModelForSequenceClassification._model_mapping:
         raise UserError(
             f"model.name_or_path: transformers has no sequence classification for {model.config.model_type}, and the "
             f"reward model needs one; choose another family (Llama, Qwen, Mistral, Gemma, GPT-2 …)"
@@ -264,6 +277,17 @@ def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: b
         torch.manual_seed(0)  # the new row is random
         model.resize_token_embeddings(len(tokenizer))
     return prepare(model), tokenizer
+
+
+def code_fails(name: str, problem: str) -> str:
+    """The line for a model whose own code does not do what the stages need."""
+    from transformers import __version__
+
+    text = " ".join(problem.split())[:300]
+    return (
+        f"model.name_or_path: the code that {name} brings does not work here ({text}); it should fit transformers "
+        f"{__version__}, take position_ids and a transformers Cache, and give hidden states (rows, tokens, width)"
+    )
 
 
 def end_turns_with_eos(tokenizer) -> None:
