@@ -162,6 +162,9 @@ def bring_up_to_date(
         order = [target]
     # before anything runs: what will be refused later would be refused after hours, and over changed inputs
     lines = [line for name in order for line in refusals(name, name == target, chain.states[name], flags)]
+    for name in order:
+        if hasattr(stages[name], "lacks") and (chain.states[name].kind != "done" or flags.force and name == target):
+            lines += stages[name].lacks(experiment)
     if lines:
         raise UserError(lines)
     for name in order:

@@ -243,10 +243,10 @@ def check(experiment) -> list[str]:
             wrong.append(f"{key}: {folder} holds no config.json; give the model/ folder of a reward model")
     if c.publish_ema and c.ema_decay is None:
         wrong.append("ppo.publish_ema: there is no average to publish with ema_decay: null; set it, say to 0.992")
-    return wrong + without_vllm(experiment)
+    return wrong
 
 
-def without_vllm(experiment) -> list[str]:
+def lacks(experiment) -> list[str]:
     """A line if vLLM is to sample and launch.vllm.python has none."""
     python = experiment.launch.vllm.python
     if experiment.ppo.rollout.engine != "vllm":

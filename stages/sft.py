@@ -4,6 +4,7 @@ loss = − mean log π(token | prompt, before)     over the tokens of completion
 """
 
 from functools import partial
+from importlib.util import find_spec
 
 from data.encode import encode_demonstrations, wrap_documents
 from data.records import DataError, prompt_key
@@ -15,6 +16,7 @@ from stages.engine import Trainee
 from stages.language_modeling import train_language_model
 from stages.models.adapters import save_merged, trainable, with_adapter
 from stages.models.loading import load_policy, load_tokenizer
+from stages.models.quantized import MISSING
 from stages.settings import Section, TooLong, Training, over_context, setting, too_long, total_steps, uneven
 
 NAME = "sft"
@@ -60,6 +62,13 @@ def reads(experiment) -> list[str]:
 
 def check(experiment) -> list[str]:
     return over_context(experiment, "sft") + uneven(experiment, "sft")
+
+
+def lacks(experiment) -> list[str]:
+    """A line where QLoRA's package is missing: sft is the first stage that asks for it."""
+    peft = experiment.model.peft
+    missing = peft is not None and peft.method == "qlora" and find_spec("bitsandbytes") is None
+    return [MISSING] * missing
 
 
 def run(ctx: StageRun) -> dict:

@@ -104,13 +104,16 @@ def dequantize(model) -> None:
         model.set_submodule(name, plain.train(layer.training))
 
 
+MISSING = (
+    "model.peft.method: qlora needs the package bitsandbytes, which is not installed; "
+    "for that: .venv/bin/pip install -e '.[qlora]'"
+)
+
+
 def library():
     """bitsandbytes' functions; a UserError where it is not installed."""
     try:
         import bitsandbytes.functional as functional
     except ImportError as problem:
-        raise UserError(
-            "model.peft.method: qlora needs the package bitsandbytes, which is not installed; "
-            "for that: .venv/bin/pip install -e '.[qlora]'"
-        ) from problem
+        raise UserError(MISSING) from problem
     return functional

@@ -234,6 +234,16 @@ def test_only_refuses_what_is_not_done(world):
     assert line == "text: is stale because text.words 3 → 4; run it first, or leave out --only"
 
 
+def test_what_the_machine_lacks_for_a_stage_that_will_run_is_told_before_anything_runs(world):
+    world.stages["fit"].lacks = lambda experiment: ["fit: a press is missing; buy one"] * (experiment.fit.steps > 9)
+    assert refused(world, "page") == ["fit: a press is missing; buy one"]
+    assert world.store.manifest("text") is None
+    world.run("fit", "fit.steps=9")
+    world.stages["fit"].lacks = lambda experiment: ["fit: a press is missing; buy one"]
+    world.run("page", "fit.steps=9")  # fit is done, and will not run
+    assert refused(world, "fit", "fit.steps=9", force=True) == ["fit: a press is missing; buy one"]
+
+
 def test_an_interrupted_stage_goes_on_to_the_same_bytes(world):
     world.run("fit")
     straight = contents(world)

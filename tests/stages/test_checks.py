@@ -87,11 +87,17 @@ def test_a_batch_that_several_processes_cannot_share(tmp_path, stage):
     assert problems(tmp_path, sizes[0], f"{stage}.gradient_accumulation_steps=2", "launch.processes=2") == []
 
 
-def test_vllm_has_to_be_there(tmp_path):
+def test_vllm_has_to_be_there_where_ppo_runs(tmp_path):
+    def lacks(*settings):
+        (tmp_path / "a.yaml").write_text("name: a\n")
+        sections = {name: module.Config for name, module in STAGES.items()}
+        return STAGES["ppo"].lacks(load_experiment(tmp_path / "a.yaml", settings, experiment_type(sections)))
+
     engine = "ppo.rollout.engine=vllm"
-    (line,) = problems(tmp_path, engine)
+    assert problems(tmp_path, engine) == []
+    (line,) = lacks(engine)
     assert line.startswith("ppo.rollout.engine: vllm is not installed here; ") and "pip install vllm" in line
-    (line,) = problems(tmp_path, engine, "launch.vllm.python=no/such/python")
+    (line,) = lacks(engine, "launch.vllm.python=no/such/python")
     assert line.startswith("launch.vllm.python: no/such/python is no program; ")
-    assert problems(tmp_path, "launch.vllm.python=no/such/python") == []  # nobody asks for it
-    assert problems(tmp_path, engine, "launch.vllm.python=python3") == []
+    assert lacks("launch.vllm.python=no/such/python") == []  # nobody asks for it
+    assert lacks(engine, "launch.vllm.python=python3") == []
