@@ -459,13 +459,15 @@ def start_engine(ctx: StageRun) -> Vllm | None:
         dtype=dtype_of(ctx.experiment),
         timeout=0.9 * ctx.experiment.launch.timeout,  # before other processes lose patience with the first one
         poll=partial(pause_if_asked, ctx, 0, c.total_episodes // c.batch_size, lambda: None),
-        seed=0,  # each sample has its own
-        max_model_len=c.max_length,
-        max_num_seqs=c.local_rollout_forward_batch_size,
-        tensor_parallel_size=where.tensor_parallel_size,
-        gpu_memory_utilization=where.gpu_memory_utilization,
-        trust_remote_code=ctx.trust_remote_code,
-        **where.options,
+        arguments={
+            "seed": 0,  # each sample has its own
+            "max_model_len": c.max_length,
+            "max_num_seqs": c.local_rollout_forward_batch_size,
+            "tensor_parallel_size": where.tensor_parallel_size,
+            "gpu_memory_utilization": where.gpu_memory_utilization,
+            "trust_remote_code": ctx.trust_remote_code,
+            **where.options,
+        },
     )
 
 

@@ -49,7 +49,7 @@ class Vllm:
         dtype: str,
         timeout: float,
         poll: Callable[[], None],
-        **arguments,
+        arguments: dict,
     ):
         """start: the model's folder, whose weights others follow (`load`). folder: for weights and vLLM's log. devices:
         CUDA_VISIBLE_DEVICES for it; None: those of this process. timeout: seconds without an answer after which it is
@@ -64,7 +64,7 @@ class Vllm:
             folder.mkdir(parents=True)
             self.process, self.connection = launch(python, self.log, devices)
         try:
-            self._ask({"start": {"model": str(start), "dtype": dtype, **arguments}}, poll)
+            self._ask({"start": {"model": str(start), "dtype": dtype} | arguments}, poll)
         except EngineLost as lost:
             self.close()
             raise UserError(

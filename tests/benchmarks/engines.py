@@ -46,7 +46,7 @@ def main() -> int:
         options = {"max_model_len": 2 * LENGTH, "max_num_seqs": EPISODES, "skip_tokenizer_init": True}
         engine = Vllm(
             folder, Path(scratch) / "line", python=asked.python, devices=None, dtype=asked.dtype, timeout=1e4,
-            poll=lambda: None, gpu_memory_utilization=0.3, **options
+            poll=lambda: None, arguments=options | {"gpu_memory_utilization": 0.3},
         )  # fmt: skip
         started = time.perf_counter() - began
         for name in asked.rows:

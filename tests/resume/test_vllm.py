@@ -32,6 +32,7 @@ def test_it_samples_and_the_policy_learns_from_it(oracle, tmp_path):
     assert json.loads((folder / "manifest.json").read_text())["metrics"]["updates"] == 8
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_to_the_same_figures(oracle, tmp_path):
     """This stand-in's samples hang on prompt, seed and weights alone; vLLM's also on what it computes beside them."""
     root, other = without(oracle, tmp_path / "a", "ppo"), without(oracle, tmp_path / "b", "ppo")
@@ -52,6 +53,7 @@ def test_lost_it_stops_with_a_checkpoint_and_the_next_run_goes_on(oracle, tmp_pa
     assert len(rows_of(root / "micro" / "ppo", "metrics.jsonl")) == 8
 
 
+@pytest.mark.slow
 def test_lost_in_a_look_it_stops_too(oracle, tmp_path):
     root = without(oracle, tmp_path, "ppo")
     assert rlhf(*command(root, "launch.vllm.options={dies_at: 6}", "checkpoints.every=0")) == 3
@@ -61,6 +63,7 @@ def test_lost_in_a_look_it_stops_too(oracle, tmp_path):
     assert looks == [0, 3, 6, 8]
 
 
+@pytest.mark.slow
 def test_lost_the_run_goes_on_without_it_if_asked(oracle, tmp_path):
     root = without(oracle, tmp_path, "ppo")
     settings = ("launch.vllm.options={dies_at: 5}", "ppo.rollout.on_failure=transformers")
@@ -68,6 +71,7 @@ def test_lost_the_run_goes_on_without_it_if_asked(oracle, tmp_path):
     assert len(rows_of(root / "micro" / "ppo", "metrics.jsonl")) == 8
 
 
+@pytest.mark.slow
 def test_samples_of_another_distribution_are_refused(oracle, tmp_path):
     root = without(oracle, tmp_path, "ppo")
     settings = ("launch.vllm.options={drift: 3.0}", "ppo.rollout.max_engine_kl=0.001")

@@ -48,10 +48,10 @@ def stand_in():
         yield
 
 
-def start(folder, line, poll=lambda: None, **options):
+def start(folder, line, python=sys.executable, **options):
     """The model in `folder`, by a stand-in that is told `options`."""
-    arguments = {"python": sys.executable, "devices": None, "dtype": "float32", "timeout": 300.0, "max_model_len": 64}
-    return Vllm(folder, line, poll=poll, **arguments | options)
+    where = {"python": python, "devices": None, "dtype": "float32", "timeout": 300.0, "poll": lambda: None}
+    return Vllm(folder, line, **where, arguments={"max_model_len": 64} | options)
 
 
 @pytest.fixture(scope="module")
