@@ -399,7 +399,7 @@ def vllm(python: str) -> Line:
     ask = "from importlib.metadata import distributions as d; " \
         "print(*[f'{x.name} {x.version}' for x in d() if x.name.startswith('vllm')], sep=', ')"  # fmt: skip
     try:
-        asked = [str(Path(python).expanduser()), "-c", ask]
+        asked = [os.path.expanduser(python), "-c", ask]
         found = subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         found = ""

@@ -163,7 +163,7 @@ def of_ppo(experiment, config, take: Callable, dtype: str, device: str) -> Need:
     if shares > 1:  # a whole copy, its linear layers cast
         cast = sizes.frozen["policy"]
     sizes = replace(sizes, weights=weights // shares)
-    own = c.rollout.engine == "transformers"  # vLLM's are its own
+    own = "transformers" in (c.rollout.engine, c.rollout.on_failure)  # vLLM's are its own
     return replace(need("ppo", sizes, kept // shares), sampling=own * (cache + cast))
 
 

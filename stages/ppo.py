@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+from os.path import expanduser
 from pathlib import Path
 from typing import Literal
 
@@ -64,7 +65,7 @@ from stages.models.sharding import is_sharded, publishable
 from stages.objectives.advantages import gae
 from stages.objectives.control import adaptive_kl_coef
 from stages.objectives.losses import policy_loss, value_loss
-from stages.objectives.masked import masked_mean, masked_whiten
+from stages.objectives.masked import masked_mean, masked_sum, masked_whiten
 from stages.objectives.rewards import final_scores, kl_per_token, token_rewards
 from stages.rollouts.collect import collect, in_micro_batches, share_groups
 from stages.rollouts.rollout import Rollout
@@ -107,6 +108,13 @@ SKIPPED = (  # figures of an update that a number which is not finite kept from 
 PTX = ("loss/ptx", "grad_norm/ptx", "grad_cosine")  # and of its pretraining text, where there is some
 HELD_OUT = {"score": "scores", "kl": "kl", "rlhf_reward": "rlhf_reward", "length": "length", "eos_rate": "eos_rate",
             "entropy": "entropy"}  # fmt: skip
+
+
+INSTALL = (  # what to do where vLLM is missing
+    "python3 -m venv .vllm && .vllm/bin/pip install vllm (README says which without a GPU), and "
+    "launch.vllm.python: .vllm/bin/python"
+)
+OURS = ("model", "dtype", "seed", "trust_remote_code", "logprobs_mode", "generation_config", "disable_log_stats")
 
 
 class RolloutConfig(Section):
@@ -241,6 +249,8 @@ def check(experiment) -> list[str]:
     for key, folder in named_folders(experiment).items():
         if not (folder / "config.json").is_file():
             wrong.append(f"{key}: {folder} holds no config.json; give the model/ folder of a reward model")
+    for name in sorted({*OURS} & {*experiment.launch.vllm.options}):
+        wrong.append(f"launch.vllm.options: {name} is set by ppo itself; leave it out")
     if c.publish_ema and c.ema_decay is None:
         wrong.append("ppo.publish_ema: there is no average to publish with ema_decay: null; set it, say to 0.992")
     return wrong
@@ -251,11 +261,10 @@ def lacks(experiment) -> list[str]:
     python = experiment.launch.vllm.python
     if experiment.ppo.rollout.engine != "vllm":
         return []
-    remedy = "python3 -m venv .vllm && .vllm/bin/pip install vllm, and launch.vllm.python: .vllm/bin/python"
     if python is None and find_spec("vllm") is None:
-        return [f"ppo.rollout.engine: vllm is not installed here; {remedy}"]
-    if python is not None and shutil.which(Path(python).expanduser()) is None:
-        return [f"launch.vllm.python: {python} is no program; {remedy}"]
+        return [f"ppo.rollout.engine: vllm is not installed here; {INSTALL}"]
+    if python is not None and shutil.which(expanduser(python)) is None:
+        return [f"launch.vllm.python: {python} is no program; {INSTALL}"]
     return []
 
 
@@ -263,7 +272,6 @@ def run(ctx: StageRun) -> dict:
     """→ model/ (policy), value_model/, and model_ema/ if asked for."""
     c = ctx.config
     roles = load(ctx)
-    engine = start_engine(ctx)
     train, held = load_prompts(ctx, roles.tokenizer)
     ptx_rows = load_ptx(ctx, roles.tokenizer)
     updates, per_batch = c.total_episodes // c.batch_size, c.batch_size // c.samples_per_prompt
@@ -278,24 +286,25 @@ def run(ctx: StageRun) -> dict:
     best = Best(c.keep, c.patience, higher_is_better=True)
     average, skips, alarms = Average(c.ema_decay), Skips(c.max_skipped_steps), Alarms(c.alarm_kl, c.alarm_entropy)
     step, state = load_checkpoint(ctx, [policy, value], best, updates, average)
-    if engine is not None:
-        engine.load(roles.policy)
     prompts = Stream(len(train), derive_seed(ctx.seed, "prompts"), cursor=step * per_batch)
     per_update = round(c.ptx_ratio * c.mini_batch_size) * (c.batch_size // c.mini_batch_size) * c.num_ppo_epochs
     ptx = Stream(len(ptx_rows), derive_seed(ctx.seed, "ptx"), cursor=step * per_update) if ptx_rows else None
     tried = train[: 2 * c.per_device_train_batch_size]
     place = f"{roles.accelerator.device.type} {dtype_of(ctx.experiment)}"
     leave = partial(pause_if_asked, ctx, step, updates, lambda: None)
+    if roles.engine is not None:
+        place += " vllm"
+        start_engine(ctx, roles.engine, leave)
     if step == 0:
         state = {"kl_coef": c.kl_coef, "place": place, "looks": {}}
-        state["recompute"] = preflight(ctx, roles, engine, tried, 0, leave)
+        state["recompute"] = preflight(ctx, roles, tried, 0, leave)
     elif not {"skipped", "alarms", "recompute", "looks", "kl_coef"} <= state.keys():
         raise UserError("ppo: the checkpoint was written by another version of this stage; start again with --restart")
     else:
         skips.count = state["skipped"]
         alarms.restore(state["alarms"])
         if state.get("place") != place:  # begun elsewhere, where other kernels agreed with each other
-            state |= {"recompute": preflight(ctx, roles, engine, tried, step, leave), "place": place}
+            state |= {"recompute": preflight(ctx, roles, tried, step, leave), "place": place}
     looks = state["looks"]  # step → held-out figures
     together = is_sharding(ctx)  # then all save, and between updates alone
 
@@ -309,13 +318,18 @@ def run(ctx: StageRun) -> dict:
         kept = state | {"skipped": skips.count, "alarms": alarms.state(), "owes_look": owes_look}
         save_checkpoint(ctx, at, updates, [policy, value], best, kept, average)
 
+    def keep(at: int, owes_look: bool = False) -> None:
+        """As `save`, where vLLM is lost; a signal that has come meanwhile goes first (exit 75)."""
+        save(at, owes_look)
+        pause_if_asked(ctx, at, updates, lambda: None, together)
+
     def look_at(at: int) -> list[str]:
         """A held-out look; → alarms. A signal in it is a checkpoint that says that it is owed."""
         poll = leaving(at, partial(save, at, owes_look=True))
         try:
-            looks[str(at)] = look(ctx, roles, engine, held, at, state, policy, best, poll)
+            looks[str(at)] = look(ctx, roles, held, at, state, policy, best, poll)
         except EngineLost:
-            save(at, owes_look=True)
+            keep(at, owes_look=True)
             raise
         return sound(ctx, alarms.look(at, looks[str(at)]))
 
@@ -331,9 +345,9 @@ def run(ctx: StageRun) -> dict:
             # nothing has changed since the update before: a signal need not wait until all is sampled
             poll = leaving(step - 1, partial(save, step - 1))
             try:
-                rollout = rollout_of(ctx, roles, engine, asked, drawn, step, recompute=state["recompute"], poll=poll)
+                rollout = rollout_of(ctx, roles, asked, drawn, step, recompute=state["recompute"], poll=poll)
             except EngineLost:
-                save(step - 1)
+                keep(step - 1)
                 raise
             mask = rollout.mask
             # 3 reward: the score at the last token, minus kl_coef · KL at each
@@ -371,8 +385,8 @@ def run(ctx: StageRun) -> dict:
                     average,
                     skips,
                 )
-                if engine is not None:
-                    engine.load(roles.policy)
+                if roles.engine is not None:
+                    roles.engine.stale = True
             # 6 keep
             row = {
                 **describe(rollout, returns, kl_coef, c.kl_estimator),
@@ -399,9 +413,10 @@ def run(ctx: StageRun) -> dict:
 
     # 7 publish
     if str(step) not in looks:  # settings that were overridden ended the run at its checkpoint
-        looks[str(step)] = look(ctx, roles, engine, held, step, state, policy, best)
-    if engine is not None:
-        engine.close()
+        looks[str(step)] = look(ctx, roles, held, step, state, policy, best)
+    if roles.engine is not None:
+        roles.engine.close()
+        roles.engine.log.unlink(missing_ok=True)
     if c.publish_ema:
         publish_average(ctx, roles, policy, average)
     if c.keep == "best" and best.step != step:
@@ -439,26 +454,25 @@ def load(ctx: StageRun) -> Roles:
         max_length=ctx.config.max_length,
         sharded=is_sharding(ctx),
     )
-    return replace(roles, packed=packing(ctx, *roles.models()))
+    return replace(roles, packed=packing(ctx, *roles.models()), engine=engine_of(ctx))
 
 
-def start_engine(ctx: StageRun) -> Vllm | None:
-    """vLLM, with the policy that PPO begins with, or None where the policy samples by itself."""
+def engine_of(ctx: StageRun) -> Vllm | None:
+    """vLLM, not started yet; None where the policy samples by itself."""
     c, where = ctx.config, ctx.experiment.launch.vllm
     if c.rollout.engine != "vllm":
         return None
     folder = ctx.publish.with_name(".tmp-vllm")
     if where.folder is not None:
-        folder = Path(where.folder).expanduser() / f"rlhf-{derive_seed(ctx.publish.resolve())}"  # this run's own
-    ctx.tracker.say("ppo: vLLM starts")
+        folder = Path(where.folder).expanduser() / f"rlhf-{derive_seed(folder.resolve())}"  # this run's own
     return Vllm(
         start_folder(ctx),
         folder,
-        python=sys.executable if where.python is None else str(Path(where.python).expanduser()),
+        ctx.checkpoints.folder.with_name("vllm.log"),
+        python=sys.executable if where.python is None else expanduser(where.python),
         devices=where.devices,
         dtype=dtype_of(ctx.experiment),
         timeout=0.9 * ctx.experiment.launch.timeout,  # before other processes lose patience with the first one
-        poll=partial(pause_if_asked, ctx, 0, c.total_episodes // c.batch_size, lambda: None),
         arguments={
             "seed": 0,  # each sample has its own
             "max_model_len": c.max_length,
@@ -469,6 +483,21 @@ def start_engine(ctx: StageRun) -> Vllm | None:
             **where.options,
         },
     )
+
+
+def start_engine(ctx: StageRun, engine: Vllm, poll: Callable[[], None]) -> None:
+    """A UserError where vLLM does not start and nothing may go on without it."""
+    ctx.tracker.say("ppo: vLLM starts")
+    try:
+        engine.start(poll)
+    except EngineLost as lost:
+        engine.close()
+        if ctx.config.rollout.on_failure == "stop":
+            remedy = "see launch.vllm and vLLM's own words"
+            if "No module named 'vllm'" in str(lost):
+                remedy = INSTALL
+            raise UserError(f"ppo.rollout.engine: {lost}, with {engine.python}; {remedy}") from lost
+        ctx.tracker.say(f"ppo: {lost}; sampling goes on without it")
 
 
 def start_folder(ctx: StageRun) -> Path:
@@ -526,7 +555,6 @@ def load_ptx(ctx: StageRun, tokenizer) -> list[list[int]] | None:
 def rollout_of(
     ctx: StageRun,
     roles: Roles,
-    engine: Vllm | None,
     prompts,
     prompt_ids,
     step: int,
@@ -554,13 +582,17 @@ def rollout_of(
         length_penalty=c.length_penalty,
         poll=poll,
     )
+    engine = roles.engine
     if engine is None or not engine.running:
         return collected(recompute=recompute)
     try:
-        rollout = collected(recompute=True, engine=engine)
-        if not rollout.engine_kl <= c.rollout.max_engine_kl:
+        engine.follow(roles.policy)
+        rollout = collected(recompute=True, by_engine=True)
+        # one judgement for all; log-probs of the policy that are not finite are not vLLM's fault
+        off = parallel.from_first(lambda: rollout.engine_kl)
+        if not off <= c.rollout.max_engine_kl and masked_sum(rollout.logprobs, rollout.mask).isfinite():
             raise EngineLost(
-                f"vLLM samples from another distribution: KL to the policy is {rollout.engine_kl:.2g} nats a token "
+                f"vLLM samples from another distribution: KL to the policy is {off:.2g} nats a token "
                 f"(ppo.rollout.max_engine_kl: {c.rollout.max_engine_kl:g})"
             )
         return rollout
@@ -573,23 +605,16 @@ def rollout_of(
         return collected(recompute=True)
 
 
-def preflight(
-    ctx: StageRun,
-    roles: Roles,
-    engine: Vllm | None,
-    prompts,
-    step: int = 0,
-    poll: Callable[[], None] = lambda: None,
-) -> bool:
+def preflight(ctx: StageRun, roles: Roles, prompts, step: int = 0, poll: Callable[[], None] = lambda: None) -> bool:
     """The update repeats the rollout's numbers (ratio 1), and before the first one KL to the reference is 0; or refuse.
 
     → whether log-probs must be computed again after sampling, the sampler's own not being the update's.
     """
     c = ctx.config
     limit = 1e-4 if dtype_of(ctx.experiment) == "float32" else 2e-2
-    for recompute in (False, True) if engine is None else (True,):
+    for recompute in (False, True) if roles.engine is None else (True,):
         asked = (prompts, range(len(prompts)), step, "preflight")
-        rollout = rollout_of(ctx, roles, engine, *asked, recompute=recompute, poll=poll)
+        rollout = rollout_of(ctx, roles, *asked, recompute=recompute, poll=poll)
         n, size = c.samples_per_prompt, c.per_device_train_batch_size
         again = torch.zeros_like(rollout.logprobs)  # as the update does it: other rows together, and with gradients
         with roles.accelerator.autocast():
@@ -617,7 +642,7 @@ def preflight(
             f"ppo preflight: KL to the reference is {kl:.2g} nats a token before the first update, 0 is right: "
             f"policy and reference are not the same model; make sft anew (--force) and run again"
         )
-    if recompute and engine is None:
+    if recompute and roles.engine is None:
         ctx.tracker.say("ppo: the sampler's log-probs are not the update's; they are computed again after sampling")
     return recompute
 
@@ -813,7 +838,6 @@ def describe(rollout: Rollout, returns: Tensor, kl_coef: float, kl_estimator: st
 def look(
     ctx: StageRun,
     roles: Roles,
-    engine: Vllm | None,
     held,
     step: int,
     state: dict,
@@ -825,7 +849,7 @@ def look(
     c = ctx.config
     prompts = [ids for _, ids in held]
     asked = (prompts, range(len(prompts)), 0, "held-out", 1)
-    rollout = rollout_of(ctx, roles, engine, *asked, recompute=state["recompute"], poll=poll)
+    rollout = rollout_of(ctx, roles, *asked, recompute=state["recompute"], poll=poll)
     figures = describe(rollout, rollout.values, c.kl_coef, c.kl_estimator)  # the same yardstick at every look
     figures = {name: figures[f"objective/{key}"] for name, key in HELD_OUT.items()}
     if roles.judge is not None:

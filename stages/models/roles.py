@@ -46,7 +46,7 @@ class Roles:
 
     ref_policy None: the policy with its adapter off. judge: another reward model that only looks on, or None. packed:
     whether all of them read packed rows. reward_model may be an Ensemble. again: name → a function that loads what a
-    model that trains was made from.
+    model that trains was made from. engine: what samples in the place of the policy (a `Vllm`), or None.
     """
 
     policy: torch.nn.Module
@@ -58,6 +58,7 @@ class Roles:
     judge: torch.nn.Module | None = None
     packed: bool = False
     again: dict[str, Callable] = field(default_factory=dict)
+    engine: object | None = None
 
     def most_tokens(self) -> int | None:
         return most_tokens(plain(self.policy).config, self.accelerator.device.type)

@@ -20,7 +20,6 @@ from stages.objectives.masked import masked_mean
 from stages.objectives.rewards import final_scores, kl_per_token
 from stages.rollouts.rollout import Rollout
 from stages.rollouts.transformers import Sampled, sample_with_logprobs
-from stages.rollouts.vllm import Vllm
 
 
 def collect(
@@ -35,7 +34,7 @@ def collect(
     sample_size: int,
     micro_size: int,
     recompute: bool,
-    engine: Vllm | None = None,
+    by_engine: bool = False,
     missing_eos_score: float | None = None,
     score_clip: float | None = None,
     length_penalty: float = 0.0,
@@ -45,9 +44,9 @@ def collect(
 
     seed: the beginning of each episode's seed, which goes on with the prompt's id and the sample's number.
     sample_size, micro_size: episodes that are sampled, and read by the models, at a time.
-    recompute: log-probs by the forward that the update uses, where the sampler's are not the same numbers. engine: what
-    samples in place of the policy itself, with `recompute`. poll() is called between tokens and micro-batches: what it
-    raises ends the rollout.
+    recompute: log-probs by the forward that the update uses, where the sampler's are not the same numbers. by_engine:
+    roles.engine samples, and not the policy itself; with `recompute`. poll() is called between tokens and
+    micro-batches: what it raises ends the rollout.
     """
     n, tokenizer, device = samples_per_prompt, roles.tokenizer, roles.accelerator.device
     seeds, seen = [], Counter()  # a prompt may be drawn twice: its samples are numbered on
@@ -69,9 +68,9 @@ def collect(
             poll=poll,
         )
 
-    if engine is not None:
+    if by_engine:
         options = {"response_length": response_length, "temperature": temperature, "eos_id": tokenizer.eos_token_id}
-        sampled = engine.sample(repeated, seeds, **options, poll=poll, device=device)
+        sampled = roles.engine.sample(repeated, seeds, **options, poll=poll, device=device)
     else:
         with roles.accelerator.autocast(), whole(roles.policy) as policy:
             sampled = shared_samples(partial(sample, policy), [len(p) for p in repeated], n, device)

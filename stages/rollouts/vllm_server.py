@@ -12,12 +12,18 @@ import glob
 import json
 import os
 import queue
+import signal
 import socket
 import sys
 import threading
 
 
 def main() -> None:
+    here = os.path.dirname(os.path.abspath(__file__))
+    # the files beside this one are named like libraries
+    sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != here]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # some reach all of a job's processes: the trainer says when to end
     connection = socket.socket(fileno=int(sys.argv[1]))
     requests: queue.Queue = queue.Queue()
     threading.Thread(target=listen, args=(connection, requests), daemon=True).start()

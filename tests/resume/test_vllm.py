@@ -54,6 +54,36 @@ def test_lost_it_stops_with_a_checkpoint_and_the_next_run_goes_on(oracle, tmp_pa
 
 
 @pytest.mark.slow
+def test_lost_while_weights_are_handed_over_it_stops_too(oracle, tmp_path):
+    """The first hand-over comes before the preflight, the next ones after each update."""
+    root = without(oracle, tmp_path, "ppo")
+    assert rlhf(*command(root, "launch.vllm.options={reload_dies_at: 3}", "checkpoints.every=0")) == 3
+    folder = root / "micro" / "ppo"
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000002"]
+    assert "vllm.log" in [p.name for p in folder.iterdir()]
+    settings = ("launch.vllm.options={reload_dies_at: 3}", "ppo.rollout.on_failure=transformers")
+    assert rlhf(*command(root, *settings, "--override-config")) == 0
+    assert len(rows_of(folder, "metrics.jsonl")) == 8
+
+
+@pytest.mark.slow
+def test_a_start_that_fails(oracle, tmp_path):
+    root = without(oracle, tmp_path, "ppo")
+    assert rlhf(*command(root, "launch.vllm.options={refuses: no room}")) == 2
+    settings = ("launch.vllm.options={refuses: no room}", "ppo.rollout.on_failure=transformers")
+    assert rlhf(*command(root, *settings)) == 0
+
+
+@pytest.mark.slow
+def test_nothing_stays_in_the_folder_for_weights(oracle, tmp_path):
+    root, weights = without(oracle, tmp_path, "ppo"), tmp_path / "weights"
+    assert rlhf(*command(root, f"launch.vllm.folder={weights}"), term=("ppo", 3)) == 75
+    assert weights.is_dir() and not list(weights.iterdir())
+    assert rlhf(*command(root, f"launch.vllm.folder={weights}")) == 0
+    assert not list(weights.iterdir())
+
+
+@pytest.mark.slow
 def test_lost_in_a_look_it_stops_too(oracle, tmp_path):
     root = without(oracle, tmp_path, "ppo")
     assert rlhf(*command(root, "launch.vllm.options={dies_at: 6}", "checkpoints.every=0")) == 3

@@ -2,6 +2,7 @@
 RLHF_VLLM names the Python of an environment with it."""
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipeline.errors import Interrupted, UserError
 from stages.models.adapters import trainable, with_adapter
-from stages.rollouts.vllm import EngineLost, Vllm, names_in, write_weights
+from stages.rollouts.vllm import EngineLost, Vllm, write_weights
 
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 11]]
 SEEDS = [11, 12, 13]
@@ -41,22 +43,26 @@ def loaded(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def stand_in():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).with_name("stand_in")))
-        yield
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """The Python of an environment with the stand-in."""
+    script = tmp_path_factory.mktemp("environment") / "python"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH="{Path(__file__).with_name("stand_in")}" exec {sys.executable} "$@"\n')
+    script.chmod(0o755)
+    return str(script)
 
 
-def start(folder, line, python=sys.executable, **options):
-    """The model in `folder`, by a stand-in that is told `options`."""
-    where = {"python": python, "devices": None, "dtype": "float32", "timeout": 300.0, "poll": lambda: None}
-    return Vllm(folder, line, **where, arguments={"max_model_len": 64} | options)
+def made(folder, line, python, poll=lambda: None, **options):
+    """vLLM with the model in `folder`, started; a stand-in is told `options`."""
+    where = {"python": python, "devices": None, "dtype": "float32", "timeout": 300.0}
+    engine = Vllm(folder, line, line.with_name("log"), **where, arguments={"max_model_len": 64} | options)
+    engine.start(poll)
+    return engine
 
 
 @pytest.fixture(scope="module")
-def engine(folder, tmp_path_factory):
-    with contextlib.closing(start(folder, tmp_path_factory.mktemp("engine") / "line")) as engine:
+def engine(folder, python, tmp_path_factory):
+    with contextlib.closing(made(folder, tmp_path_factory.mktemp("engine") / "line", python)) as engine:
         yield engine
 
 
@@ -93,28 +99,49 @@ def test_samples_and_their_log_probs(folder, engine):
 @pytest.mark.parametrize("method", [None, "lora", "dora"])
 def test_weights_follow_the_policy(folder, engine, method):
     policy = with_adapter(loaded(folder), method=method, r=2)
-    engine.load(policy)
+    engine.stale = True
+    engine.follow(policy)
     assert_of(policy, sample(engine))
     for p in trainable(policy).values():
         p.data += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    engine.follow(policy)  # nobody said that it had changed
     with pytest.raises(AssertionError):
         assert_of(policy, sample(engine))
-    engine.load(policy)
+    engine.stale = True
+    engine.follow(policy)
     assert_of(policy, sample(engine))
+    assert not list(engine.folder.iterdir()), "the weights stay behind"
 
 
 def test_weights_in_several_files(folder, monkeypatch, tmp_path):
-    monkeypatch.setattr("stages.rollouts.vllm.FILE", 1000)
-    write_weights(loaded(folder), tmp_path / "out", torch.bfloat16, folder)
-    assert len(list((tmp_path / "out").iterdir())) > 3
-    assert names_in(tmp_path / "out") == names_in(folder)
+    monkeypatch.setattr("stages.rollouts.vllm.FILE_BYTES", 1000)
+    assert write_weights(loaded(folder), tmp_path / "out", torch.bfloat16) is None
+    written = [load_file(file) for file in (tmp_path / "out").iterdir()]
+    assert len(written) > 3
+    found = {name: x for part in written for name, x in part.items()}
+    expected = load_file(folder / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], x.to(torch.bfloat16)) for name, x in expected.items())
 
 
-def test_a_model_whose_files_name_weights_otherwise_is_refused(folder, tmp_path):
+def test_weights_for_which_there_is_no_room(folder, engine, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    engine.stale = True
+    with monkeypatch.context() as patch:
+        patch.setattr("stages.rollouts.vllm.save_file", full)
+        with pytest.raises(EngineLost, match="cannot be handed the weights: .*No space left"):
+            engine.follow(loaded(folder))
+    engine.follow(loaded(folder))
+
+
+def test_a_model_whose_files_name_weights_otherwise_is_refused(folder, engine):
     model = loaded(folder)
     model.extra = torch.nn.Linear(2, 2)
+    engine.stale, engine.known = True, False
     with pytest.raises(UserError, match="vllm cannot follow a llama model.*extra.*use transformers"):
-        write_weights(model, tmp_path / "out", torch.float32, folder)
+        engine.follow(model)
 
 
 def test_an_error_of_it_is_told_and_it_goes_on(engine):
@@ -123,59 +150,85 @@ def test_an_error_of_it_is_told_and_it_goes_on(engine):
     assert len(sample(engine).responses) == 3
 
 
-def test_a_start_that_fails_is_told_in_its_words(folder, tmp_path):
-    with pytest.raises(UserError, match="launch.vllm.python: vLLM does not start .*ValueError: no room on the GPU"):
-        start(folder, tmp_path / "line", refuses="no room on\nthe GPU")
-    assert not (tmp_path / "line").exists()
+def test_a_start_that_fails_is_told_in_its_words(folder, python, tmp_path):
+    with pytest.raises(EngineLost, match="vLLM says ValueError: no room on the GPU"):
+        made(folder, tmp_path / "line", python, refuses="no room on\nthe GPU")
 
 
 def test_a_python_without_vllm_is_told(folder, tmp_path, monkeypatch):
-    monkeypatch.delenv("PYTHONPATH")
-    with pytest.raises(UserError, match="No module named 'vllm'.*pip install vllm"):
-        start(folder, tmp_path / "line")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).with_name("stand_in")))  # ours is not that environment's
+    with pytest.raises(EngineLost, match="No module named 'vllm'"):
+        made(folder, tmp_path / "line", sys.executable)
 
 
-def test_its_end_is_noticed(folder, tmp_path):
-    engine = start(folder, tmp_path / "line", dies_at=2)
+def test_no_place_for_its_files_is_an_error_of_the_settings(folder, python):
+    with pytest.raises(UserError, match="launch.vllm: .*/proc/nowhere"):
+        made(folder, Path("/proc/nowhere"), python)
+
+
+def test_its_end_is_noticed_and_its_log_stays(folder, python, tmp_path):
+    engine = made(folder, tmp_path / "line", python, dies_at=2)
     sample(engine)
-    with pytest.raises(EngineLost, match="vLLM is gone: it dies"):
+    with pytest.raises(EngineLost, match="vLLM is gone, by exit code 9; its last words: it dies .more in .*log"):
         sample(engine)
     engine.close()
     assert not engine.running and not (tmp_path / "line").exists()
+    assert "it dies" in (tmp_path / "log").read_text()
 
 
-def test_a_signal_is_heard_while_it_works_and_it_ends_with_us(folder, tmp_path):
+def test_signals_are_heard_here_and_not_there_and_it_ends_with_us(folder, python, tmp_path):
     def stop():
         raise Interrupted(1, 2)
 
-    engine = start(folder, tmp_path / "line")
+    engine = made(folder, tmp_path / "line", python)
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):  # a scheduler may send them to all of a job
+        engine.process.send_signal(number)
+    assert len(sample(engine).responses) == 3
     with pytest.raises(Interrupted):
         sample(engine, poll=stop)
-    engine.connection.close()  # as at the end of this process
-    assert engine.process.wait(20) == 0
+    process, folder = engine.process, engine.folder
+    del engine  # as at the end of this process
+    gc.collect()
+    assert process.returncode == 0 and not folder.exists()
 
 
-def test_one_that_hangs_is_killed(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("stages.rollouts.vllm.PATIENCE", 0.5)
-    engine = start(folder, tmp_path / "line")
+def test_a_signal_that_ends_it_is_asked_for_here_first(folder, python, tmp_path):
+    engine = made(folder, tmp_path / "line", python)
+    engine.process.kill()
+    engine.process.wait()
+    heard = iter([None])
+
+    def poll():
+        if (found := next(heard, Interrupted(1, 2))) is not None:
+            raise found
+
+    with pytest.raises(Interrupted):
+        sample(engine, poll=poll)
+
+
+@pytest.mark.parametrize("many", [1, 30_000])
+def test_one_that_hangs_is_lost_and_killed(folder, python, tmp_path, monkeypatch, many):
+    """Also where the line takes no more of a message."""
+    monkeypatch.setattr("stages.rollouts.vllm.SECONDS_TO_END", 0.5)
+    engine = made(folder, tmp_path / "line", python)
     engine.process.send_signal(signal.SIGSTOP)
     engine.timeout = 0.5
+    polled = []
     with pytest.raises(EngineLost, match="vLLM has not answered for 0.5 seconds"):
-        sample(engine)
+        sample(engine, poll=lambda: polled.append(1), prompts=PROMPTS * many, seeds=SEEDS * many)
     engine.close()
-    assert engine.process.returncode == -signal.SIGKILL
+    assert polled and engine.process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.slow
 @pytest.mark.skipif("RLHF_VLLM" not in os.environ, reason="RLHF_VLLM names no Python with vLLM")
-def test_the_real_one(tmp_path, monkeypatch):
+def test_the_real_one(tmp_path):
     """A model of a width that vLLM's kernels know; weights that change; the same seeds, the same samples."""
     shape = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 128, "max_position_embeddings": 64}
     folder = saved(tmp_path / "model", **shape, vocab_size=64)
     policy = with_adapter(loaded(folder), method="lora", r=2)
     options = {"max_model_len": 48, "gpu_memory_utilization": 0.1, "enforce_eager": True, "skip_tokenizer_init": True}
-    monkeypatch.delenv("PYTHONPATH")
-    with contextlib.closing(start(folder, tmp_path / "line", python=os.environ["RLHF_VLLM"], **options)) as engine:
+    with contextlib.closing(made(folder, tmp_path / "line", os.environ["RLHF_VLLM"], **options)) as engine:
         sampled = sample(engine)
         assert_of(policy, sampled, within=1e-3)
         assert sample(engine).responses == sampled.responses
@@ -183,5 +236,5 @@ def test_the_real_one(tmp_path, monkeypatch):
             p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
         with pytest.raises(AssertionError):
             assert_of(policy, sampled, within=1e-3)
-        engine.load(policy)
+        engine.follow(policy)
         assert_of(policy, sample(engine), within=1e-3)

@@ -39,18 +39,22 @@ class Request:
 
 
 class LLM:
-    """dies_at: the generation (from 1) in which the process ends. drift: samples come from logits times 1 + drift."""
+    """dies_at, reload_dies_at: the generation, or reload (from 1), in which the process ends. drift: samples come from
+    logits times 1 + drift."""
 
-    def __init__(self, model, dtype, refuses=None, dies_at=None, drift=0.0, **options):
+    def __init__(self, model, dtype, refuses=None, dies_at=None, reload_dies_at=None, drift=0.0, **options):
         assert options["logprobs_mode"] == "processed_logprobs" and options["generation_config"] == "vllm"
         if refuses is not None:
             raise ValueError(refuses)
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
         self.longest, self.dies_at, self.drift = options["max_model_len"], dies_at, drift
-        self.generations, self.stale = 0, False
+        self.reload_dies_at, self.generations, self.reloads, self.stale = reload_dies_at, 0, 0, False
 
     def collective_rpc(self, method: str, kwargs: dict) -> None:
         assert method == "reload_weights"
+        self.reloads += 1
+        if self.reloads == self.reload_dies_at:
+            os._exit(9)
         files = [load_file(file) for file in sorted(Path(kwargs["weights_path"]).glob("*.safetensors"))]
         weights = {name: x for file in files for name, x in file.items()}
         missing, unknown = self.model.load_state_dict(weights, strict=False)
