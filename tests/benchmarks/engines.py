@@ -1,13 +1,14 @@
 """Sampling by the policy itself against vLLM: tokens a second in turns, what handing the weights over costs, and how
 far vLLM's log-probs are from the model's.
 
-    python tests/benchmarks/engines.py --python .vllm/bin/python [--model 135M] [--dtype bfloat16] [--pairs 5]
+    python tests/benchmarks/engines.py [--python .vllm/bin/python] [--model 135M] [--dtype bfloat16] [--pairs 5]
 
 Random weights of a known shape, 64 prompts of 128 tokens (or 16 prompts, 4 samples each), 128 tokens a response; one
 JSON line a row, printed and kept in results/engines.jsonl. A GPU if there is one. Two cores, bfloat16: 15 minutes.
 """
 
 import argparse
+import shutil
 import sys
 import tempfile
 import time
@@ -31,12 +32,14 @@ ROWS = {"fixed": ("fixed", 1), "variable": ("variable", 1), "n4": ("variable", 4
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", required=True, help="Python of the environment that has vLLM")
+    parser.add_argument("--python", default=".vllm/bin/python", help="Python of the environment that has vLLM")
     parser.add_argument("--model", default="135M", choices=SHAPES)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--pairs", type=int, default=5)
     asked = parser.parse_args()
+    if shutil.which(asked.python) is None:
+        parser.error(f"--python: {asked.python} is no program; README, PPO's episodes, says how vLLM is installed")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory(prefix="bench_engines_") as scratch:
         craft(SHAPES[asked.model], Path(scratch))
@@ -45,9 +48,10 @@ def main() -> int:
         began = time.perf_counter()
         options = {"max_model_len": 2 * LENGTH, "max_num_seqs": EPISODES, "skip_tokenizer_init": True}
         engine = Vllm(
-            folder, Path(scratch) / "line", python=asked.python, devices=None, dtype=asked.dtype, timeout=1e4,
-            poll=lambda: None, arguments=options | {"gpu_memory_utilization": 0.3},
+            folder, Path(scratch) / "line", Path(scratch) / "log", python=asked.python, devices=None, dtype=asked.dtype,
+            timeout=1e4, arguments=options | {"gpu_memory_utilization": 0.3},
         )  # fmt: skip
+        engine.start()
         started = time.perf_counter() - began
         for name in asked.rows:
             found = measure(policy, engine, *ROWS[name], asked)
@@ -76,8 +80,8 @@ def measure(policy, engine: Vllm, lengths: str, n: int, asked) -> dict:
     for side in (ours, theirs):
         side(-1)  # kernels are chosen, graphs recorded
     found = run_pairs(theirs, ours, asked.pairs, lambda *what: print(what[0], what[1], what[2], file=sys.stderr))
-    began = time.perf_counter()
-    engine.load(policy)
+    engine.stale, began = True, time.perf_counter()
+    engine.follow(policy)
     handed = time.perf_counter() - began
     rates = [[round(x["tokens"] / x["seconds"], 1) for x in side] for side in found]
     return {
