@@ -114,7 +114,8 @@ INSTALL = (  # what to do where vLLM is missing
     "python3 -m venv .vllm && .vllm/bin/pip install vllm (README says which without a GPU), and "
     "launch.vllm.python: .vllm/bin/python"
 )
-OURS = ("model", "dtype", "seed", "trust_remote_code", "logprobs_mode", "generation_config", "disable_log_stats")
+OURS = ("model", "dtype", "seed", "trust_remote_code", "logprobs_mode", "generation_config", "disable_log_stats",
+        "enable_chunked_prefill")  # fmt: skip
 
 
 class RolloutConfig(Section):

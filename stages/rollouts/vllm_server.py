@@ -58,6 +58,9 @@ def start(arguments: dict):
 
     # log-probs after the temperature, as the trainer computes them; stop at our EOS alone
     options = {"logprobs_mode": "processed_logprobs", "generation_config": "vllm", "disable_log_stats": True}
+    # a prompt that is read in parts draws a token too many, and takes its seed's generator back by an offset, which a
+    # CPU's has not (vLLM 0.32)
+    options |= {"enable_chunked_prefill": False}
     return vllm.LLM(**arguments, **options), vllm.__version__
 
 

@@ -227,11 +227,14 @@ def test_the_real_one(tmp_path):
     shape = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 128, "max_position_embeddings": 64}
     folder = saved(tmp_path / "model", **shape, vocab_size=64)
     policy = with_adapter(loaded(folder), method="lora", r=2)
-    options = {"max_model_len": 48, "gpu_memory_utilization": 0.1, "enforce_eager": True, "skip_tokenizer_init": True}
+    options = {"max_model_len": 48, "max_num_batched_tokens": 64, "gpu_memory_utilization": 0.1}
+    options |= {"enforce_eager": True, "skip_tokenizer_init": True}
     with contextlib.closing(made(folder, tmp_path / "line", os.environ["RLHF_VLLM"], **options)) as engine:
         sampled = sample(engine)
         assert_of(policy, sampled, within=1e-3)
         assert sample(engine).responses == sampled.responses
+        many = 200 * PROMPTS  # more tokens than it reads at a time
+        assert_of(policy, sample(engine, prompts=many, seeds=range(600)), within=1e-3, prompts=many)
         for p in trainable(policy).values():
             p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
         with pytest.raises(AssertionError):

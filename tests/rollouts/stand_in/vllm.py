@@ -44,6 +44,7 @@ class LLM:
 
     def __init__(self, model, dtype, refuses=None, dies_at=None, reload_dies_at=None, drift=0.0, **options):
         assert options["logprobs_mode"] == "processed_logprobs" and options["generation_config"] == "vllm"
+        assert options["enable_chunked_prefill"] is False
         if refuses is not None:
             raise ValueError(refuses)
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
