@@ -157,7 +157,7 @@ class VllmConfig(BaseModel):
     devices: str | None = Field(
         None,
         pattern=r"^\d+(,\d+)*$",
-        description='GPUs that vLLM samples on, as "6,7"; null = those of the first process',
+        description='GPUs that vLLM samples on, by the machine\'s numbers, as "6,7"; null = those of the first process',
     )
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share vLLM's copy of the policy")
     gpu_memory_utilization: float = Field(

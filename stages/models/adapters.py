@@ -40,7 +40,18 @@ def with_adapter(model, *, method: str | None, seed: int = 0, dropout: bool = Fa
 
     torch.manual_seed(seed)  # adapters start from random A matrices
     model = get_peft_model(model, config)
+    refuse_tied(plain(model))
     return (model if dropout else without_dropout(model)).eval()
+
+
+def refuse_tied(inner) -> None:
+    """A UserError where an adapter is on an embedding that is also the head: folded in, it would change both."""
+    ends = (inner.get_input_embeddings(), inner.get_output_embeddings())
+    if None not in ends and inner.config.tie_word_embeddings and any(hasattr(x, "get_base_layer") for x in ends):
+        raise UserError(
+            f"model.peft.target_modules: names the embedding or the head of this {inner.config.model_type} model, and "
+            f"the two are one weight; leave it out"
+        )
 
 
 def load_on_trunk(

@@ -99,9 +99,9 @@ def quantize(model, bits: int) -> None:
 def dequantize(model) -> None:
     """The reverse, adapted or not: plain layers, with the float32 weights that were computed with."""
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, Quantized)]:
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        plain.weight, plain.bias = nn.Parameter(layer.dequantized(), requires_grad=False), layer.bias
-        model.set_submodule(name, plain.train(layer.training))
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        linear.weight, linear.bias = nn.Parameter(layer.dequantized(), requires_grad=False), layer.bias
+        model.set_submodule(name, linear.train(layer.training))
 
 
 MISSING = (

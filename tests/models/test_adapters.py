@@ -166,3 +166,11 @@ def test_what_a_method_cannot_do_is_said(causal):
     model.config.model_type = "unheard-of"
     with pytest.raises(UserError, match="peft knows no ia3 for a unheard-of model"):
         with_adapter(model, method="ia3")
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_embedding_that_is_also_the_head_takes_no_adapter(causal, target):
+    with pytest.raises(UserError, match="model.peft.target_modules: .* one weight; leave it out"):
+        with_adapter(causal("llama", tie_word_embeddings=True), method="lora", target_modules=["q_proj", target])
+    apart = with_adapter(causal("llama", tie_word_embeddings=False), method="lora", target_modules=["q_proj", target])
+    assert any(target in name for name in trainable(apart))

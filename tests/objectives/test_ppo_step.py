@@ -471,6 +471,61 @@ class TestUpdate:
         assert probability() > 2 * start
 
 
+class Engine:
+    """Another sampler: what it gives for log-probs is off by `off`."""
+
+    running = True
+
+    def __init__(self, off=0.0):
+        self.off, self.followed = off, []
+
+    def follow(self, model):
+        self.followed.append(model)
+
+    def sample(self, prompts, seeds, *, response_length, temperature, eos_id, poll, device):
+        responses = [[2 + seed % 7, 3 + seed % 5, EOS][: 1 + seed % 3] for seed in seeds]
+        return collect.Sampled(responses, torch.full((len(seeds), 3), self.off), torch.zeros(len(seeds), 3))
+
+    def close(self):
+        self.running = False
+
+
+class TestEngine:
+    def test_log_probs_are_the_policys_and_the_distance_is_told(self, roles):
+        other = replace(roles, engine=Engine(off=-2.0))
+        loose = context(rollout=ppo.RolloutConfig(max_engine_kl=99.0))
+        rollout = ppo.rollout_of(loose, other, PROMPTS, range(4), step=1)
+        assert other.engine.followed == [roles.policy]
+        with torch.no_grad():
+            rows = rollout.rows(range(8), PAD, roles.packed)
+            torch.testing.assert_close(rollout.logprobs, ppo.response_logprobs(roles.policy, rows))
+        ratio = [math.exp(p + 2.0) for p in rollout.logprobs[rollout.mask].tolist()]
+        expected = sum(r - 1 - math.log(r) for r in ratio) / len(ratio)
+        assert rollout.engine_kl == pytest.approx(expected, rel=1e-4)
+
+    @pytest.mark.parametrize("off", [-20.0, math.nan, math.inf])
+    def test_another_distribution_ends_it(self, roles, off):
+        other = replace(roles, engine=Engine(off))
+        with pytest.raises(ppo.EngineLost, match="update 1: vLLM samples from another distribution"):
+            ppo.rollout_of(context(), other, PROMPTS, range(4), step=1)
+        assert not other.engine.running
+
+    def test_or_the_policy_goes_on_by_itself(self, roles):
+        other, c = replace(roles, engine=Engine(-20.0)), context(rollout=ppo.RolloutConfig(on_failure="transformers"))
+        rollout = ppo.rollout_of(c, other, PROMPTS, range(4), step=1)
+        alone = ppo.rollout_of(c, roles, PROMPTS, range(4), step=1)
+        assert rollout.responses == alone.responses and not other.engine.running
+        assert ppo.rollout_of(c, other, PROMPTS, range(4), step=2).responses
+
+    def test_a_policy_that_is_not_finite_is_not_its_fault(self, roles):
+        other = replace(roles, engine=Engine())
+        with torch.no_grad():
+            roles.policy.lm_head.weight.fill_(math.nan)
+        rollout = ppo.rollout_of(context(), other, PROMPTS, range(4), step=1)
+        assert other.engine.running and math.isnan(rollout.engine_kl)
+        assert "logprobs not finite" in ppo.not_finite_episodes(rollout, rollout.values, 1)
+
+
 class TestPreflight:
     def test_passes_where_policy_and_reference_are_one_model(self, roles):
         ppo.preflight(context(), roles, PROMPTS)
