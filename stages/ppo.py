@@ -460,10 +460,10 @@ def load(ctx: StageRun) -> Roles:
 
 def engine_of(ctx: StageRun) -> Vllm | None:
     """vLLM, not started yet; None where the policy samples by itself."""
-    c, where = ctx.config, ctx.experiment.launch.vllm
+    c = ctx.config
     if c.rollout.engine != "vllm":
         return None
-    folder = ctx.publish.with_name(".tmp-vllm")
+    where, folder = ctx.experiment.launch.vllm, ctx.publish.with_name(".tmp-vllm")
     if where.folder is not None:
         folder = Path(where.folder).expanduser() / f"rlhf-{derive_seed(folder.resolve())}"  # this run's own
     return Vllm(
