@@ -126,7 +126,7 @@ class RolloutConfig(Section):
         "the policy itself; or vLLM, see launch.vllm (a run that resumes need not end in the same bytes then)",
     )
     max_engine_kl: float = setting(
-        0.05, "KL of what vLLM samples from to the policy above which it has failed", "nats a token", gt=0
+        0.01, "KL of what vLLM samples from to the policy above which it has failed", "nats a token", gt=0
     )
     on_failure: Literal["stop", "transformers"] = setting(
         "stop", "where vLLM fails: a checkpoint and exit 3, or go on without it"
@@ -295,7 +295,7 @@ def run(ctx: StageRun) -> dict:
     leave = partial(pause_if_asked, ctx, step, updates, lambda: None)
     if roles.engine is not None:
         place += " vllm"
-        start_engine(ctx, roles.engine, leave)
+        start_engine(ctx, roles, leave)
     if step == 0:
         state = {"kl_coef": c.kl_coef, "place": place, "looks": {}}
         state["recompute"] = preflight(ctx, roles, tried, 0, leave)
@@ -486,11 +486,12 @@ def engine_of(ctx: StageRun) -> Vllm | None:
     )
 
 
-def start_engine(ctx: StageRun, engine: Vllm, poll: Callable[[], None]) -> None:
+def start_engine(ctx: StageRun, roles: Roles, poll: Callable[[], None]) -> None:
     """A UserError where vLLM does not start and nothing may go on without it."""
     ctx.tracker.say("ppo: vLLM starts")
+    engine = roles.engine
     try:
-        engine.start(poll)
+        engine.start(roles.policy, poll)
     except EngineLost as lost:
         engine.close()
         if ctx.config.rollout.on_failure == "stop":

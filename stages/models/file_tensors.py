@@ -13,22 +13,18 @@ from stages.models.sharding import is_sharded, parts_of
 
 @torch.no_grad()
 def file_tensors(model) -> Iterator[tuple[str, Tensor]]:
-    """(name, weight) for each weight, tied ones once. The model stays as it is: a layer with an adapter is copied for
-    it. Of a sharded model, which all processes call this for, one decoder layer at a time is whole."""
+    """(name, weight) for each weight; a head that is the embedding comes under its own name too, which files leave out.
+    The model stays as it is: a layer with an adapter is copied for it. Of a sharded model, which all processes call
+    this for, one decoder layer at a time is whole."""
     inner = plain(model)
     names = {module: name for name, module in inner.named_modules()}
     parts = parts_of(inner) or [inner]
     for part in parts:
         if is_sharded(model):
             part.unshard()
-        seen: set[Tensor] = set()
         for module in own_modules(part, set(parts) - {part}):
-            own = held(as_in_file(module))
-            for name, x in own.items():
-                if x not in seen:
-                    yield f"{names[module]}.{name}".lstrip("."), x
-            if not is_changed(module):  # a copy's weights are gone before the next one's come
-                seen.update(own.values())
+            for name, x in held(as_in_file(module)).items():
+                yield f"{names[module]}.{name}".lstrip("."), x
         if is_sharded(model):
             part.reshard()
 
@@ -44,7 +40,7 @@ def own_modules(module: nn.Module, others: set[nn.Module]) -> Iterator[nn.Module
 
 def as_in_file(module: nn.Module) -> nn.Module:
     """The module itself; or of a layer that peft or `quantize` changed, a plain one with what was learned."""
-    if is_changed(module):
+    if is_tuned(module) or isinstance(module, Quantized):
         holder = nn.ModuleList([copy.deepcopy(module)])
         dequantize(holder)
         module = holder[0]
@@ -61,8 +57,13 @@ def held(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters(recurse=False)) | buffers
 
 
-def is_changed(module: nn.Module) -> bool:
-    return is_tuned(module) or isinstance(module, Quantized)
+def tied_head(model) -> str | None:
+    """The name of the head's weight where that is the embedding's."""
+    inner = plain(model)
+    embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return None
+    return next(f"{name}.weight" for name, module in inner.named_modules() if module is head)
 
 
 def is_tuned(module: nn.Module) -> bool:

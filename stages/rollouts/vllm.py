@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from pipeline.errors import TrainingStopped, UserError
 from stages import parallel
 from stages.models.adapters import plain
-from stages.models.file_tensors import file_tensors
+from stages.models.file_tensors import file_tensors, tied_head
 from stages.rollouts.transformers import Sampled
 
 SCRIPT = Path(__file__).with_name("vllm_server.py")
@@ -59,17 +59,18 @@ class Vllm:
         timeout: float,
         arguments: dict,
     ):
-        """model: a folder, whose weights it begins with. folder: for weights, while they are handed over. log: for what
-        vLLM says. devices: CUDA_VISIBLE_DEVICES for it; None: as here. timeout: seconds without an answer after which
-        it is lost. arguments: of vllm.LLM."""
+        """model: the folder that the policy was loaded from. folder: for weights, while they are handed over. log: for
+        what vLLM says. devices: CUDA_VISIBLE_DEVICES for it; None: as here. timeout: seconds without an answer after
+        which it is lost. arguments: of vllm.LLM."""
         self.model, self.folder, self.log, self.python, self.devices = model, folder, log, python, devices
         self.dtype, self.timeout, self.arguments = getattr(torch, dtype), timeout, {"dtype": dtype} | arguments
-        self.running, self.stale, self.known = False, True, False
+        self.running, self.stale, self.unties = False, True, False
         self.process = self.connection = self.end = None
 
-    def start(self, poll: Callable[[], None] = lambda: None) -> None:
-        """An EngineLost where it does not start, with its own words; a UserError where there is no place for its
-        files. poll() is called meanwhile, as in `sample`: what it raises ends the wait."""
+    def start(self, model, poll: Callable[[], None] = lambda: None) -> None:
+        """With this model's weights. An EngineLost where it does not start, with its own words; a UserError where there
+        is no place for its files, or, for a model whose files name its weights otherwise than its modules do. poll() is
+        called meanwhile, as in `sample`: what it raises ends the wait."""
 
         def launched() -> None:
             try:
@@ -80,27 +81,31 @@ class Vllm:
                 raise UserError(f"launch.vllm: {problem}; see its folder and python") from problem
             self.end = weakref.finalize(self, end, self.process, self.connection, self.folder)
 
+        names = {name for name, _ in file_tensors(model)} - {tied_head(model)}
+        parallel.from_first(lambda: refuse_other_names(names, self.model, plain(model).config.model_type))
         parallel.from_first(launched)
         self.running = True
-        self._ask({"start": {"model": str(self.model)} | self.arguments}, poll)
+        # vLLM 0.32 takes a head that is the embedding over once, and then leaves it as it was
+        self.unties = tied_head(model) is not None and plain(model).get_input_embeddings().weight.requires_grad
+        untied = {"hf_overrides": {"tie_word_embeddings": False}} if self.unties else {}
+        self._hand_over(model, lambda folder: {"start": {"model": folder} | self.arguments | untied}, poll)
 
     def follow(self, model) -> None:
         """Hands the model's weights over, if they have changed: adapters folded in; sharded ones are gathered layer by
-        layer. A UserError, the first time, for a model whose files name its weights otherwise than its modules do."""
-        if not self.stale:
-            return
-        if not self.known:
-            names = {name for name, _ in file_tensors(model)}
-            parallel.from_first(lambda: refuse_other_names(names, self.model, plain(model).config.model_type))
-            self.known = True
-        weights = self.folder / "weights"
-        problem = write_weights(model, weights, self.dtype)
+        layer."""
+        if self.stale:
+            self._hand_over(model, lambda folder: {"weights": folder})
+
+    def _hand_over(self, model, message: Callable[[str], dict], poll: Callable[[], None] = lambda: None) -> None:
+        """As a model's folder that is gone when the message that names it has been answered."""
+        folder = self.folder / "model"
+        problem = write_model(model, folder, self.dtype, self.model, None if self.unties else tied_head(model))
         # others wait for the writing here, and for vLLM below: as long as they have to for each
         if problem := parallel.from_first(lambda: problem):
             raise EngineLost(f"vLLM cannot be handed the weights: {problem}")
-        self._ask({"weights": str(weights)})
+        self._ask(message(str(folder)), poll)
         if parallel.is_first():
-            shutil.rmtree(weights, ignore_errors=True)  # half a model or more, in memory maybe
+            shutil.rmtree(folder, ignore_errors=True)  # half a model or more, in memory maybe
         self.stale = False
 
     def sample(
@@ -235,14 +240,20 @@ def refuse_other_names(names: set[str], model: Path, kind: str) -> None:
         )
 
 
-def write_weights(model, folder: Path, dtype: torch.dtype) -> str | None:
-    """folder/*.safetensors: the model's weights in `dtype`; → why not, if they cannot be written. All processes call it
-    and gather; the first one writes."""
-    problem = None if parallel.is_first() else "another process writes"
+def write_model(model, folder: Path, dtype: torch.dtype, like: Path, without: str | None = None) -> str | None:
+    """folder/: the model's weights (but `without`) in `dtype`, beside the other files of the folder `like`; → why not,
+    if they cannot be written. All processes call it and gather; the first one writes."""
     part: dict[str, torch.Tensor] = {}
-    if problem is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+
+    def begin() -> str | None:
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            for file in like.iterdir():
+                if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json")):
+                    shutil.copy(file, folder)
+        except OSError as error:
+            return str(error)
 
     def write() -> str | None:
         try:
@@ -252,8 +263,9 @@ def write_weights(model, folder: Path, dtype: torch.dtype) -> str | None:
         finally:
             part.clear()
 
+    problem = begin() if parallel.is_first() else "another process writes"
     for name, x in file_tensors(model):
-        if problem is not None:
+        if problem is not None or name == without:
             continue
         part[name] = x.to("cpu", dtype if x.is_floating_point() else x.dtype, copy=True).contiguous()
         if sum(held.nbytes for held in part.values()) >= FILE_BYTES:

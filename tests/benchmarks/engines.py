@@ -51,7 +51,7 @@ def main() -> int:
             folder, Path(scratch) / "line", Path(scratch) / "log", python=asked.python, devices=None, dtype=asked.dtype,
             timeout=1e4, arguments=options | {"gpu_memory_utilization": 0.3},
         )  # fmt: skip
-        engine.start()
+        engine.start(policy)
         started = time.perf_counter() - began
         for name in asked.rows:
             found = measure(policy, engine, *ROWS[name], asked)

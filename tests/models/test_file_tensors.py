@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from stages.models.adapters import merged, trainable, with_adapter
-from stages.models.file_tensors import file_tensors
+from stages.models.file_tensors import file_tensors, tied_head
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 
@@ -24,9 +24,14 @@ def test_they_are_what_is_published(causal, kind, method, tied, tmp_path):
         p.data += 0.3 * torch.randn(p.shape, generator=generator)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     found = {name: x.clone() for name, x in file_tensors(model)}
+    assert (tied_head(model) is None) == (not tied)
+    if tied:
+        head = found.pop(tied_head(model))
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     merged(model).save_pretrained(tmp_path)
     expected = load_file(tmp_path / "model.safetensors")
     assert found.keys() == expected.keys()
     for name, x in expected.items():
         torch.testing.assert_close(found[name], x, atol=1e-6, rtol=1e-6)
+    if tied:
+        assert any(torch.equal(head, x) for x in expected.values())

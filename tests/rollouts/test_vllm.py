@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from pipeline.errors import Interrupted, UserError
 from stages.models.adapters import trainable, with_adapter
-from stages.rollouts.vllm import EngineLost, Vllm, write_weights
+from stages.rollouts.vllm import EngineLost, Vllm, write_model
 
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 11]]
 SEEDS = [11, 12, 13]
@@ -52,11 +52,11 @@ def python(tmp_path_factory):
     return str(script)
 
 
-def made(folder, line, python, poll=lambda: None, **options):
+def made(folder, line, python, poll=lambda: None, policy=None, **options):
     """vLLM with the model in `folder`, started; a stand-in is told `options`."""
     where = {"python": python, "devices": None, "dtype": "float32", "timeout": 300.0}
     engine = Vllm(folder, line, line.with_name("log"), **where, arguments={"max_model_len": 64} | options)
-    engine.start(poll)
+    engine.start(loaded(folder) if policy is None else policy, poll)
     return engine
 
 
@@ -113,11 +113,23 @@ def test_weights_follow_the_policy(folder, engine, method):
     assert not list(engine.folder.iterdir()), "the weights stay behind"
 
 
+@pytest.mark.parametrize("method", [None, "lora"])
+def test_a_head_that_is_the_embedding_follows_too(python, tmp_path, method):
+    folder = saved(tmp_path / "model", tie_word_embeddings=True)
+    policy = with_adapter(loaded(folder), method=method, r=2)
+    with contextlib.closing(made(folder, tmp_path / "line", python, policy=policy)) as engine:
+        for p in trainable(policy).values():
+            p.data += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+        engine.stale = True
+        engine.follow(policy)
+        assert_of(policy, sample(engine), within=1e-4)
+
+
 def test_weights_in_several_files(folder, monkeypatch, tmp_path):
     monkeypatch.setattr("stages.rollouts.vllm.FILE_BYTES", 1000)
-    assert write_weights(loaded(folder), tmp_path / "out", torch.bfloat16) is None
-    written = [load_file(file) for file in (tmp_path / "out").iterdir()]
-    assert len(written) > 3
+    assert write_model(loaded(folder), tmp_path / "out", torch.bfloat16, folder) is None
+    written = [load_file(file) for file in (tmp_path / "out").glob("*.safetensors")]
+    assert len(written) > 3 and (tmp_path / "out" / "config.json").is_file()
     found = {name: x for part in written for name, x in part.items()}
     expected = load_file(folder / "model.safetensors")
     assert found.keys() == expected.keys()
@@ -136,12 +148,11 @@ def test_weights_for_which_there_is_no_room(folder, engine, monkeypatch):
     engine.follow(loaded(folder))
 
 
-def test_a_model_whose_files_name_weights_otherwise_is_refused(folder, engine):
+def test_a_model_whose_files_name_weights_otherwise_is_refused(folder, python, tmp_path):
     model = loaded(folder)
     model.extra = torch.nn.Linear(2, 2)
-    engine.stale, engine.known = True, False
     with pytest.raises(UserError, match="vllm cannot follow a llama model.*extra.*use transformers"):
-        engine.follow(model)
+        made(folder, tmp_path / "line", python, policy=model)
 
 
 def test_an_error_of_it_is_told_and_it_goes_on(engine):
@@ -222,13 +233,15 @@ def test_one_that_hangs_is_lost_and_killed(folder, python, tmp_path, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.skipif("RLHF_VLLM" not in os.environ, reason="RLHF_VLLM names no Python with vLLM")
-def test_the_real_one(tmp_path):
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("method", [None, "lora"])
+def test_the_real_one(tmp_path, method, tied):
     """A model of a width that vLLM's kernels know; weights that change; the same seeds, the same samples."""
     shape = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 128, "max_position_embeddings": 64}
-    folder = saved(tmp_path / "model", **shape, vocab_size=64)
-    policy = with_adapter(loaded(folder), method="lora", r=2)
+    folder = saved(tmp_path / "model", **shape, vocab_size=64, tie_word_embeddings=tied)
+    policy = with_adapter(loaded(folder), method=method, r=2)
     options = {"max_model_len": 48, "max_num_batched_tokens": 64, "gpu_memory_utilization": 0.1}
-    options |= {"enforce_eager": True, "skip_tokenizer_init": True}
+    options |= {"enforce_eager": True, "skip_tokenizer_init": True, "policy": policy}
     with contextlib.closing(made(folder, tmp_path / "line", os.environ["RLHF_VLLM"], **options)) as engine:
         sampled = sample(engine)
         assert_of(policy, sampled, within=1e-3)
@@ -239,5 +252,6 @@ def test_the_real_one(tmp_path):
             p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
         with pytest.raises(AssertionError):
             assert_of(policy, sampled, within=1e-3)
+        engine.stale = True
         engine.follow(policy)
         assert_of(policy, sample(engine), within=1e-3)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 __version__ = "stand-in"
 
@@ -47,7 +47,12 @@ class LLM:
         assert options["enable_chunked_prefill"] is False
         if refuses is not None:
             raise ValueError(refuses)
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+        config = AutoConfig.from_pretrained(model, **options.get("hf_overrides", {}))
+        self.model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+        self.tied = config.tie_word_embeddings
+        self.take(model)
+        if self.tied:  # from here on a weight of its own, which no reload changes: as in vLLM 0.32
+            self.model.lm_head.weight = torch.nn.Parameter(self.model.lm_head.weight.detach().clone())
         self.longest, self.dies_at, self.drift = options["max_model_len"], dies_at, drift
         self.reload_dies_at, self.generations, self.reloads, self.stale = reload_dies_at, 0, 0, False
 
@@ -56,11 +61,14 @@ class LLM:
         self.reloads += 1
         if self.reloads == self.reload_dies_at:
             os._exit(9)
-        files = [load_file(file) for file in sorted(Path(kwargs["weights_path"]).glob("*.safetensors"))]
+        self.take(kwargs["weights_path"])
+        self.stale = True
+
+    def take(self, folder: str) -> None:
+        files = [load_file(file) for file in Path(folder).glob("*.safetensors")]
         weights = {name: x for file in files for name, x in file.items()}
         missing, unknown = self.model.load_state_dict(weights, strict=False)
-        assert not unknown and set(missing) <= {"lm_head.weight"}, (missing, unknown)  # where it is the embedding
-        self.stale = True
+        assert not unknown and missing == ["lm_head.weight"] * self.tied, (missing, unknown)
 
     def reset_prefix_cache(self) -> None:
         self.stale = False
