@@ -55,13 +55,13 @@ def test_lost_it_stops_with_a_checkpoint_and_the_next_run_goes_on(oracle, tmp_pa
 
 @pytest.mark.slow
 def test_lost_while_weights_are_handed_over_it_stops_too(oracle, tmp_path):
-    """The first hand-over comes before the preflight, the next ones after each update."""
+    """A reload comes before each rollout but the first."""
     root = without(oracle, tmp_path, "ppo")
-    assert rlhf(*command(root, "launch.vllm.options={reload_dies_at: 3}", "checkpoints.every=0")) == 3
+    assert rlhf(*command(root, "launch.vllm.options={reload_dies_at: 2}", "checkpoints.every=0")) == 3
     folder = root / "micro" / "ppo"
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000002"]
     assert "vllm.log" in [p.name for p in folder.iterdir()]
-    settings = ("launch.vllm.options={reload_dies_at: 3}", "ppo.rollout.on_failure=transformers")
+    settings = ("launch.vllm.options={reload_dies_at: 2}", "ppo.rollout.on_failure=transformers")
     assert rlhf(*command(root, *settings, "--override-config")) == 0
     assert len(rows_of(folder, "metrics.jsonl")) == 8
 
