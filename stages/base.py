@@ -18,7 +18,6 @@ from stages.common import card, count, device_of, dtype_of, read
 from stages.language_modeling import train_language_model
 from stages.models.loading import code_fails, from_scratch, load_pretrained, save_model
 from stages.models.remote_code import is_remote, scalar_problem, write_scalar_head
-from stages.parallel import is_first
 from stages.rollouts.trial import reading_problem
 from stages.settings import Training, over_context, setting, total_steps, uneven
 
@@ -141,8 +140,6 @@ def run(ctx: StageRun) -> dict:
 def check_reward_model(ctx: StageRun, model) -> None:
     """See to it that rm can put its scalar head on a published model with code of its own: by the class that this
     brings, or one that is written beside it. UserError where neither can be."""
-    if not is_first():
-        return
     folder, name = ctx.publish / "model", ctx.experiment.model.name_or_path
     if problem := scalar_problem(model, folder):
         ctx.tracker.say(f"base: of {name}'s code no reward model can be made ({problem}); a class is written beside it")

@@ -47,7 +47,7 @@ def with_adapter(model, *, method: str | None, seed: int = 0, dropout: bool = Fa
 def refuse_tied(inner) -> None:
     """A UserError where an adapter is on an embedding that is also the head: folded in, it would change both."""
     ends = (inner.get_input_embeddings(), inner.get_output_embeddings())
-    if None not in ends and inner.config.tie_word_embeddings and any(hasattr(x, "get_base_layer") for x in ends):
+    if None not in ends and inner.config.tie_word_embeddings and any(map(is_tuned, ends)):
         raise UserError(
             f"model.peft.target_modules: names the embedding or the head of this {inner.config.model_type} model, and "
             f"the two are one weight; leave it out"
@@ -134,6 +134,11 @@ def train_biases(model, head: list[nn.Parameter]) -> None:
 
 def is_adapted(model) -> bool:
     return hasattr(model, "merge_and_unload")
+
+
+def is_tuned(module: nn.Module) -> bool:
+    """A layer that peft put an adapter into."""
+    return hasattr(module, "get_base_layer") and hasattr(module, "merge")
 
 
 def merged(model):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from stages.models.adapters import plain
+from stages.models.adapters import is_tuned, plain
 from stages.models.quantized import Quantized, dequantize
 from stages.models.sharding import is_sharded, parts_of
 
@@ -64,8 +64,3 @@ def tied_head(model) -> str | None:
     if head is None or head.weight is not embedding.weight:
         return None
     return next(f"{name}.weight" for name, module in inner.named_modules() if module is head)
-
-
-def is_tuned(module: nn.Module) -> bool:
-    """A layer that peft put an adapter into."""
-    return hasattr(module, "get_base_layer") and hasattr(module, "merge")

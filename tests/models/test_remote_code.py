@@ -51,6 +51,14 @@ def published(tmp_path, tokenizer, kind):
     return model, folder
 
 
+def published_reward_model(tmp_path, folder, kind, *, bias) -> Path:
+    """The folder of a reward model on the policy in `folder`, as rm has it."""
+    scalar = new_reward_model(folder, seed=1, attn_implementation=KINDS[kind], trust_remote_code=True)
+    scalar.config.reward_bias = bias
+    save_model(scalar, load_tokenizer(folder), tmp_path / "rm", card="")
+    return tmp_path / "rm"
+
+
 def config_of(tmp_path, source, **model) -> Path:
     """A config whose model that is."""
     lines = {"name": "toy", "model": {"name_or_path": str(source), **model}, "base": {"max_length": 32}}
@@ -96,10 +104,8 @@ def test_every_way_of_reading_gives_the_models_own_numbers(kind, tmp_path, token
 def test_published_folders_stand_alone(kind, tmp_path, tokenizer, ragged):
     """transformers in a fresh process, the source gone: the same numbers, generation, a padded batch's scores."""
     policy, folder = published(tmp_path, tokenizer, kind)
-    scalar = new_reward_model(folder, seed=1, attn_implementation=KINDS[kind], trust_remote_code=True)
-    scalar.config.reward_bias = 0.25
-    save_model(scalar, load_tokenizer(folder), tmp_path / "rm", card="")
-    for place in (folder, tmp_path / "rm"):
+    reward = published_reward_model(tmp_path, folder, kind, bias=0.25)
+    for place in (folder, reward):
         assert sorted(path.stem for path in place.glob("*.py")) == sorted(CODE[kind])
     assert (folder / "generation_config.json").exists()
     script = """
@@ -116,14 +122,14 @@ with torch.no_grad():
 torch.save(found, out)
 """
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    argv = [sys.executable, "-c", script, str(folder), str(tmp_path / "rm"), str(tmp_path / "out")]
+    argv = [sys.executable, "-c", script, str(folder), str(reward), str(tmp_path / "out")]
     done = subprocess.run(argv, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     logits, scores = torch.load(tmp_path / "out")
     with torch.no_grad():
         ids = torch.tensor([[5, 9, 2, 14, 1], [7, 3, 1, 0, 0]])
         torch.testing.assert_close(logits[0], policy(input_ids=ids).logits[0])
-        ours = load_scalar_model(tmp_path / "rm", attn_implementation=KINDS[kind], trust_remote_code=True)
+        ours = load_scalar_model(reward, attn_implementation=KINDS[kind], trust_remote_code=True)
         rows = make_rows([[5, 9, 2], [7, 3]], [[14, 1], [1]], 0)
         torch.testing.assert_close(scores - 0.25, response_scores(ours, rows), rtol=1e-4, atol=1e-5)
 
@@ -152,11 +158,9 @@ class TestWithoutTheFlag:
     @pytest.mark.parametrize("kind", KINDS)
     def test_nor_an_artifacts(self, kind, tmp_path, tokenizer):
         _, folder = published(tmp_path, tokenizer, kind)
-        scalar = new_reward_model(folder, seed=1, attn_implementation=KINDS[kind], trust_remote_code=True)
-        scalar.config.reward_bias = 0.0
-        save_model(scalar, load_tokenizer(folder), tmp_path / "rm", card="")
+        reward = published_reward_model(tmp_path, folder, kind, bias=0.0)
         for load in (lambda: load_policy(folder), lambda: new_reward_model(folder, seed=0),
-                     lambda: load_scalar_model(tmp_path / "rm")):  # fmt: skip
+                     lambda: load_scalar_model(reward)):  # fmt: skip
             with pytest.raises(UserError, match="brings its own code.*--trust-remote-code"):
                 load()
 
