@@ -580,5 +580,14 @@ COMMANDS = {
     "data": data_command,
 }
 
+
+def entry() -> NoReturn:
+    """`rlhf`, and `python -m pipeline.cli`: `main`, and the end of the process."""
+    code = main()
+    from pipeline.processes import end_this_one
+
+    end_this_one(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

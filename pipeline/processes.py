@@ -17,10 +17,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 from pipeline.errors import PeerLost, UserError
 from pipeline.stage import StopFlag
@@ -271,3 +271,15 @@ def leave(peers: Peers | None, patience: float, well: bool = True) -> None:
             dist.destroy_process_group()
     except RuntimeError:  # all work is done: who is gone now is not missed
         return
+
+
+def end_this_one(code: int) -> NoReturn:
+    """The end of the process that a command was. One that met others leaves out the interpreter's own end: gloo's
+    threads may still hold the last tensor of a sum, need the interpreter to let it go, and would abort the process
+    there, with the exit code lost."""
+    if rank_and_size()[1] == 1:
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads any more
+            stream.flush()
+    os._exit(code)
