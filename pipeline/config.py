@@ -76,8 +76,6 @@ IN_FRONT = (
     "that transformers alone can load"
 )
 REFUSED_METHODS = {
-    "adalora": "moves rank between layers by averages of gradients that peft keeps beside weights and optimizer, and a "
-    "checkpoint holds these two",
     "prompt_tuning": IN_FRONT,
     "prefix_tuning": IN_FRONT,
     "p_tuning": IN_FRONT,
@@ -318,9 +316,20 @@ def _cross_checks(experiment: Any) -> list[str]:
         )
     method, bits = (None, None) if model.peft is None else (model.peft.method, model.peft.bits)
     if why := REFUSED_METHODS.get(method):
-        problems.append(f"model.peft.method: {method} {why}; use lora, dora, ia3, bitfit or qlora")
+        problems.append(f"model.peft.method: {method} {why}; use lora, dora, adalora, ia3, bitfit or qlora")
     if bits is not None and method != "qlora":
         problems.append(f"model.peft.bits: {bits} has no meaning with method {method}; use qlora, or leave it out")
+    init_r = None if method is None else model.peft.init_r
+    if init_r is not None and method != "adalora":
+        only = f"has no meaning with method {method}; use adalora, or leave it out"
+        problems.append(f"model.peft.init_r: {init_r} {only}")
+    elif init_r is not None and init_r < model.peft.r:
+        problems.append(f"model.peft.init_r: {init_r} is under r {model.peft.r}, to which adalora prunes; raise it")
+    if method == "adalora" and experiment.launch.strategy == "fsdp2":
+        problems.append(
+            "launch.strategy: fsdp2 shares out each weight by rows, and adalora compares whole ones; use ddp, or "
+            "model.peft.method: lora"
+        )
     if method == "qlora" and experiment.launch.strategy == "fsdp2":
         problems.append(
             "launch.strategy: fsdp2 shares out float weights by rows, and qlora's are packed bytes that share scales; "

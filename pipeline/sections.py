@@ -24,14 +24,21 @@ class PeftConfig(BaseModel):
         "lora", "dora", "ia3", "bitfit", "adalora", "qlora", "prompt_tuning", "prefix_tuning", "p_tuning"
     ] = Field(
         "lora",
-        description="lora, dora, ia3, bitfit (biases alone) or qlora (lora on a quantized base); the others are "
-        "refused, with the reason",
+        description="lora, dora, adalora (lora that moves rank between layers), ia3, bitfit (biases alone) or qlora "
+        "(lora on a quantized base); the others are refused, with the reason",
     )
-    r: int = Field(16, ge=1, description="rank of the adapter matrices (lora, dora, qlora)")
-    lora_alpha: int = Field(32, ge=1, description="adapters are scaled by lora_alpha / r (lora, dora, qlora)")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout in front of the adapters (lora, dora, qlora)")
+    r: int = Field(
+        16, ge=1, description="rank of the adapter matrices (lora, dora, qlora; adalora: in the end, on average)"
+    )
+    lora_alpha: int = Field(
+        32, ge=1, description="adapters are scaled by lora_alpha / r (lora, dora, qlora; adalora: / init_r)"
+    )
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout in front of the adapters (not ia3, bitfit)")
+    init_r: int | None = Field(
+        None, ge=1, description="rank that adalora begins with and prunes; null = 1.5 × r, rounded up"
+    )
     target_modules: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="names of the layers that get an adapter (lora, dora, qlora)"
+        "all-linear", description="names of the layers that get an adapter (not ia3, bitfit)"
     )
     bits: Literal[4, 8] | None = Field(
         None,

@@ -81,6 +81,7 @@ def adapter_settings(model_section) -> dict | None:
             "lora_alpha": peft.lora_alpha,
             "lora_dropout": peft.lora_dropout,
             "target_modules": peft.target_modules,
+            "init_r": peft.init_r,
             "bits": (peft.bits or 4) if peft.method == "qlora" else None,
         }
     )

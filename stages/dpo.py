@@ -138,6 +138,7 @@ def run(ctx: StageRun) -> dict:
         max_grad_norm=c.max_grad_norm,
         weight_decay=c.weight_decay,
         adam_beta2=c.adam_beta2,
+        steps=steps,
     )
 
     # 2 the loss of a micro-batch of prompts, a part of a batch with so many prompts and tokens of first responses

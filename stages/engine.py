@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from pipeline.errors import Interrupted, TrainingStopped, UserError
 from pipeline.stage import StageRun
 from stages import parallel
+from stages.models.adalora import adamw_for
 from stages.models.adapters import trainable
 from stages.models.sharding import full, is_sharded, like, number, part
 from stages.objectives.control import update_average
@@ -71,12 +72,13 @@ def make_trainee(
     max_grad_norm: float,
     adam_beta2: float = 0.95,
     weight_decay: float = 0.0,
+    steps: int | None = None,
 ) -> Trainee:
-    """AdamW with β = (0.9, `adam_beta2`) over what requires a gradient."""
+    """AdamW with β = (0.9, `adam_beta2`) over what requires a gradient. steps: of the training, which AdaLoRA asks."""
     parameters = trainable(model)
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=learning_rate, betas=(0.9, adam_beta2), weight_decay=weight_decay, fused=True
-    )
+    adamw, more = adamw_for(model, steps)
+    options = {"lr": learning_rate, "betas": (0.9, adam_beta2), "weight_decay": weight_decay, "fused": True}
+    optimizer = adamw(parameters.values(), **options, **more)
     return Trainee(name, model, parameters, optimizer, max_grad_norm)
 
 

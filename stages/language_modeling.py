@@ -28,6 +28,7 @@ from stages.engine import (
     perplexity_of,
     refuse_shorter,
 )
+from stages.models.adalora import adamw_for
 from stages.models.adapters import is_adapted, plain, trainable
 from stages.models.precision import cast_frozen
 from stages.models.sharding import full, is_sharded, made_by_first, publishable, shard
@@ -142,6 +143,10 @@ def train_language_model(
         callbacks=[keeper.callback()],
         train_dataset=Dataset.from_list(train_rows).select(order),
     )
+    known, options = trainer.get_optimizer_cls_and_kwargs(args)
+    assert known is torch.optim.AdamW
+    adamw, more = adamw_for(trainer.model, steps)
+    trainer.optimizer_cls_and_kwargs = (adamw, options | more)
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
     found = ctx.checkpoints.newest()

@@ -213,7 +213,8 @@ def take_step(
                     p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
             models[name] = model
         weights, separate = live.now, sum(map(size_of, models.values()))
-        trainees = [make_trainee(n, model, learning_rate=1.0, max_grad_norm=1.0) for n, model in models.items()]
+        options = {"steps": 2, "learning_rate": 1.0, "max_grad_norm": 1.0}
+        trainees = [make_trainee(name, model, **options) for name, model in models.items()]
         for _ in range(2):  # in the first one Adam's moments come into being
             live.most, before, apart = live.now, live.now, []
             for head, turn in (("any", 0), ("any", 1), ("text", 0), ("text", 1)):

@@ -276,14 +276,14 @@ def run(ctx: StageRun) -> dict:
     train, held = load_prompts(ctx, roles.tokenizer)
     ptx_rows = load_ptx(ctx, roles.tokenizer)
     updates, per_batch = c.total_episodes // c.batch_size, c.batch_size // c.samples_per_prompt
+    of_update = c.batch_size // c.mini_batch_size * c.num_ppo_epochs
     ctx.tracker.say(
         f"ppo: {len(train)} prompts, {len(held)} held out; {updates} updates of {c.batch_size} episodes, "
-        f"{c.batch_size // c.mini_batch_size * c.num_ppo_epochs} optimizer steps each"
+        f"{of_update} optimizer steps each"
     )
-    policy = make_trainee("policy", roles.policy, learning_rate=c.learning_rate, max_grad_norm=c.max_grad_norm)
-    value = make_trainee(
-        "value_model", roles.value_model, learning_rate=c.value_learning_rate, max_grad_norm=c.max_grad_norm
-    )
+    trainee = partial(make_trainee, steps=updates * of_update, max_grad_norm=c.max_grad_norm)
+    policy = trainee("policy", roles.policy, learning_rate=c.learning_rate)
+    value = trainee("value_model", roles.value_model, learning_rate=c.value_learning_rate)
     best = Best(c.keep, c.patience, higher_is_better=True)
     average, skips, alarms = Average(c.ema_decay), Skips(c.max_skipped_steps), Alarms(c.alarm_kl, c.alarm_entropy)
     step, state = load_checkpoint(ctx, [policy, value], best, updates, average)

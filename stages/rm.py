@@ -124,7 +124,7 @@ def run(ctx: StageRun) -> dict:
     margins = []
     for k in range(c.ensemble):
         # 1 the policy's trunk, a fresh scalar head
-        model, trainee = make_member(ctx, source, accelerator, k)
+        model, trainee = make_member(ctx, source, accelerator, k, steps)
         tools = (model, tokenizer.pad_token_id, accelerator, packing(ctx, model))
         if fresh := k == len(done):
             # 2 train
@@ -169,8 +169,8 @@ def make_model(ctx: StageRun, source, k: int):
     return with_adapter(model, **(adapter_settings(m) or {"method": None}), scalar=True, seed=seed)
 
 
-def make_member(ctx: StageRun, source, accelerator, k: int):
-    """The k-th reward model, where it computes, and its trainee."""
+def make_member(ctx: StageRun, source, accelerator, k: int, steps: int):
+    """The k-th reward model, where it computes, and its trainee for `steps` steps."""
     c, model = ctx.config, place(ctx, partial(make_model, ctx, source, k), accelerator)
     trainee = make_trainee(
         "model",
@@ -179,6 +179,7 @@ def make_member(ctx: StageRun, source, accelerator, k: int):
         max_grad_norm=c.max_grad_norm,
         weight_decay=c.weight_decay,
         adam_beta2=c.adam_beta2,
+        steps=steps,
     )
     return model, trainee
 

@@ -1,10 +1,11 @@
 """Parameter-efficient tuning: wrap (by peft), choose what trains, share the trunk, merge for publication.
 
-LoRA (Hu 2021), DoRA (Liu 2024) and IA³ (Liu 2022) are adapters, QLoRA (Dettmers 2023) is LoRA on a quantized model;
-BitFit (Ben Zaken 2021) trains the model's own biases.
+LoRA (Hu 2021), DoRA (Liu 2024), AdaLoRA (Zhang 2023) and IA³ (Liu 2022) are adapters, QLoRA (Dettmers 2023) is LoRA on
+a quantized model; BitFit (Ben Zaken 2021) trains the model's own biases.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -88,12 +89,13 @@ def adapter_config(
     lora_alpha: int = 32,
     lora_dropout: float = 0.0,
     target_modules="all-linear",
+    init_r: int | None = None,
     bits: int | None = None,
     scalar: bool = False,
 ):
     """peft's configuration; None for BitFit, which needs none: then what trains of `model` is chosen here. For QLoRA
     `model` is quantized here, to `bits`."""
-    from peft import IA3Config, LoraConfig, TaskType
+    from peft import AdaLoraConfig, IA3Config, LoraConfig, TaskType
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_LAYERS
 
     what = {
@@ -107,17 +109,13 @@ def adapter_config(
         if model.config.model_type not in IA3_LAYERS:
             raise UserError(f"model.peft.method: peft knows no ia3 for a {model.config.model_type} model; use lora")
         return IA3Config(**what)  # keys, values and feed-forward layers, by peft's names of them
+    what |= {"lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "target_modules": target_modules}
+    if method == "adalora":  # the penalty and the pruning are the optimizer's: stages/models/adalora.py
+        return AdaLoraConfig(init_r=init_r or math.ceil(1.5 * r), target_r=r, orth_reg_weight=0.0, total_step=1, **what)
     assert method in ("lora", "dora", "qlora")
     if method == "qlora":
         quantize(model, bits)
-    return LoraConfig(
-        r=r,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        target_modules=target_modules,
-        use_dora=method == "dora",
-        **what,
-    )
+    return LoraConfig(r=r, use_dora=method == "dora", **what)
 
 
 def train_biases(model, head: list[nn.Parameter]) -> None:

@@ -1,4 +1,4 @@
-"""LoRA, DoRA, IA³, BitFit: what trains, what they leave as it was, and that merging them in changes no number."""
+"""LoRA, DoRA, AdaLoRA, IA³, BitFit: what trains, what they leave as it was, and that merging changes no number."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from stages.models.adapters import adapter_off, is_adapted, merged, plain, train
 from stages.models.forward import response_logprobs, response_scores, response_values
 from stages.models.loading import load_policy, load_scalar_model, save_model
 
-METHODS = {"lora": "lora_", "dora": "lora_", "ia3": "ia3_"}  # and what the names of their weights have in them
+METHODS = {"lora": "lora_", "dora": "lora_", "adalora": "lora_", "ia3": "ia3_"}  # and a part of their weights' names
 
 
 @pytest.fixture(params=METHODS)

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("method", [None, "lora", "dora", "ia3", "qlora"])
+@pytest.mark.parametrize("method", [None, "lora", "dora", "adalora", "ia3", "qlora"])
 def test_they_are_what_is_published(causal, kind, method, tied, tmp_path):
     if method == "qlora":
         pytest.importorskip("bitsandbytes")

@@ -18,6 +18,7 @@ ANY_LINEAR = r"_proj\.weight$"
 CHANGES = {
     "lora": ANY_LINEAR,
     "dora": ANY_LINEAR,
+    "adalora": ANY_LINEAR,
     "ia3": r"(q_proj|v_proj)\.(weight|bias)$|down_proj\.weight$",
     "bitfit": r"\.bias$",
     "qlora, bits: 4": ANY_LINEAR,

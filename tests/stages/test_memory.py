@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from data.groups import make_rows
@@ -55,6 +56,20 @@ def test_a_checkpointed_step_holds_less():
     given = (CONFIG, [Step("policy", "logprobs", LENGTHS)], WHOLE, "float32", "cpu")
     plain, spared = take_step(*given), take_step(*given, checkpointing=True)
     assert spared.step < 0.6 * plain.step and spared.moments == plain.moments
+
+
+def test_adalora_keeps_its_averages_beside_the_moments():
+    adapter = {"method": "adalora", "r": 4}
+    foretold = take_step(CONFIG, [Step("reward_model", "scores", LENGTHS)], adapter, "float32", "cpu")
+    model = with_adapter(prepare(LlamaForSequenceClassification(CONFIG)), **adapter, scalar=True)
+    trainee = make_trainee("model", model, learning_rate=1e-3, max_grad_norm=1.0, steps=2)
+    for step in (1, 2):
+        for p in trainee.parameters.values():
+            p.grad = torch.ones_like(p)
+        optimizer_step(trainee, 1e-3, step)
+    real = sum(x.nbytes for state in trainee.optimizer.state.values() for x in state.values())
+    assert foretold.moments == pytest.approx(real, rel=0.02)
+    assert real > 3.5 * foretold.trains["reward_model"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
