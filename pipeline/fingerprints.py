@@ -118,7 +118,7 @@ def compare(name: str, record: dict[str, Any], today: Today) -> list[Change]:
         said |= {"data", "data.validation_fraction"}
     old, new = (_flatten(_settings(name, config)) for config in (record["config"], today.config))
     for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key, "unset"), new.get(key, "unset")
+        before, after = old.get(key), new.get(key)
         if before != after and key not in said and key.rpartition(".")[0] not in said - {"data"}:
             changes.append(Change(f"{key} {_short(before)} → {_short(after)}", True, key, before, after))
     for key in sorted(record["inputs"].keys() | today.inputs.keys()):
@@ -159,9 +159,16 @@ def _other_places(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[s
 
 
 def _settings(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a recorded config that a fingerprint is taken of."""
+    """The part of a recorded config that a fingerprint is taken of. Null is as if it were not there: an optional
+    setting that a later version brings leaves what is finished as it is."""
     own = {key: config[key] for key in (name, "model", "seed") if key in config}
-    return own | {"data": _without_places(config.get("data", {}))}
+    return _without_nulls(own | {"data": _without_places(config.get("data", {}))})
+
+
+def _without_nulls(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_nulls(item) for key, item in value.items() if item is not None}
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

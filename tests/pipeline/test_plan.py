@@ -115,6 +115,16 @@ def test_what_does_not_change_the_result_makes_nothing_stale(world, key):
     assert kinds(world.states(key))["fit"] == "done"
 
 
+def test_an_optional_setting_of_a_later_version_makes_nothing_stale(world):
+    class Later(fakes.FitConfig):
+        later: int | None = None
+
+    world.run("page")
+    world.stages["fit"].Config = Later
+    assert set(kinds(world.states()).values()) == {"done"}
+    assert world.states("fit.later=2")["fit"].reasons == ["fit.later null → 2"]
+
+
 @pytest.mark.parametrize(
     "key, text", [("seed=1", "seed 0 → 1"), ("model.dtype=bfloat16", "model.dtype float32 → bfloat16")]
 )
