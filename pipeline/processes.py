@@ -6,6 +6,7 @@ saves and publishes as if it were alone; the others wait until it names a stage 
 same state, so the first one's checkpoint is everybody's and it alone hears a signal: whenever it ends, the others end.
 """
 
+import atexit
 import json
 import os
 import re
@@ -274,11 +275,12 @@ def leave(peers: Peers | None, patience: float, well: bool = True) -> None:
 
 
 def end_this_one(code: int) -> NoReturn:
-    """The end of the process that a command was. One that met others leaves out the interpreter's own end: gloo's
-    threads may still hold the last tensor of a sum, need the interpreter to let it go, and would abort the process
-    there, with the exit code lost."""
+    """The end of the process that a command was. One that met others leaves out the interpreter's own end, but for
+    what is registered for it: gloo's threads may still hold the last tensor of a sum, need the interpreter to let it
+    go, and would abort the process there, with the exit code lost."""
     if rank_and_size()[1] == 1:
         sys.exit(code)
+    atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # nobody reads any more
             stream.flush()

@@ -85,8 +85,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of one stage: all weights; Adam's moments; copies that are kept (best, average); the most that a step
-    has beside them (activations, gradients); and while sampling the cache, and weights cast for it."""
+    """Bytes of one stage: all weights; Adam's moments (and AdaLoRA's averages); copies that are kept (best, average);
+    the most that a step has beside them (activations, gradients); and while sampling the cache, and weights cast for
+    it."""
 
     stage: str
     weights: int
@@ -156,7 +157,7 @@ def of_ppo(experiment, config, take: Callable, dtype: str, device: str) -> Need:
         weights += experiment.rm.ensemble * (value if sizes.shared else scalar)
         trunk = sizes.models["value_model"] - value
         weights += trunk * (sizes.shared and experiment.sft.ppo_init is not None)  # another one
-    kept = policy * ((c.ema_decay is not None) + (c.keep == "best"))
+    kept = policy * (c.publish_ema + (c.keep == "best"))
     sampled = min(c.local_rollout_forward_batch_size, -(-c.batch_size // ranks))
     cache = sampled * (sum(width) * cache_of_token(config) * WIDTH[dtype] + 8 * config.get_text_config().vocab_size)
     cast = policy // 2 if dtype == "bfloat16" else 0
@@ -213,7 +214,7 @@ def take_step(
                     p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
             models[name] = model
         weights, separate = live.now, sum(map(size_of, models.values()))
-        options = {"steps": 2, "learning_rate": 1.0, "max_grad_norm": 1.0}
+        options = {"steps": 100, "learning_rate": 1.0, "max_grad_norm": 1.0}
         trainees = [make_trainee(name, model, **options) for name, model in models.items()]
         for _ in range(2):  # in the first one Adam's moments come into being
             live.most, before, apart = live.now, live.now, []

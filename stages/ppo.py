@@ -7,14 +7,10 @@ Read `run`: one iteration is the numbered list 1 … 7.
 
 import copy
 import math
-import shutil
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.util import find_spec
-from os.path import expanduser
 from pathlib import Path
 from typing import Literal
 
@@ -67,9 +63,10 @@ from stages.objectives.control import adaptive_kl_coef
 from stages.objectives.losses import policy_loss, value_loss
 from stages.objectives.masked import masked_mean, masked_sum, masked_whiten
 from stages.objectives.rewards import final_scores, kl_per_token, token_rewards
+from stages.rollout_engine import SET_HERE, RolloutConfig, engine_of, no_engine, start_engine
 from stages.rollouts.collect import collect, in_micro_batches, share_groups
 from stages.rollouts.rollout import Rollout
-from stages.rollouts.vllm import EngineLost, Vllm
+from stages.rollouts.vllm import EngineLost
 from stages.settings import Schedule, Section, TooLong, no_room, over_context, setting, too_long_prompt
 
 NAME = "ppo"
@@ -89,7 +86,7 @@ METRICS = {
     "val/clipfrac_avg": "share of tokens whose value was clipped",
     "val/ratio": "mean ratio of new to old probability over the update (1 at its first minibatch)",
     "val/engine_kl": "KL(what was sampled from ‖ policy) in nats a token, where log-probs are computed again after it",
-    "val/explained_variance": "share of the returns' variance that the values foretold",
+    "val/explained_variance": "share of the returns' variance that the values explain (1: all; 0: as their mean would)",
     "grad_norm/ppo": "norm of the policy gradient before ptx is added and before clipping",
     "grad_norm/ptx": "norm of ptx_coef times the pretraining gradient",
     "grad_cosine": "cosine between the two: below 0 they pull apart",
@@ -108,29 +105,6 @@ SKIPPED = (  # figures of an update that a number which is not finite kept from 
 PTX = ("loss/ptx", "grad_norm/ptx", "grad_cosine")  # and of its pretraining text, where there is some
 HELD_OUT = {"score": "scores", "kl": "kl", "rlhf_reward": "rlhf_reward", "length": "length", "eos_rate": "eos_rate",
             "entropy": "entropy"}  # fmt: skip
-
-
-INSTALL = (  # what to do where vLLM is missing
-    "python3 -m venv .vllm && .vllm/bin/pip install vllm (README says which without a GPU), and "
-    "launch.vllm.python: .vllm/bin/python"
-)
-OURS = ("model", "dtype", "seed", "trust_remote_code", "logprobs_mode", "generation_config", "disable_log_stats",
-        "enable_chunked_prefill")  # fmt: skip
-
-
-class RolloutConfig(Section):
-    """What samples. Log-probs of what vLLM samples are computed again by the policy itself."""
-
-    engine: Literal["transformers", "vllm"] = setting(
-        "transformers",
-        "the policy itself; or vLLM, see launch.vllm (a run that resumes need not end in the same bytes then)",
-    )
-    max_engine_kl: float = setting(
-        0.01, "KL of what vLLM samples from to the policy above which it has failed", "nats a token", gt=0
-    )
-    on_failure: Literal["stop", "transformers"] = setting(
-        "stop", "where vLLM fails: a checkpoint and exit 3, or go on without it"
-    )
 
 
 class Config(Section):
@@ -174,7 +148,7 @@ class Config(Section):
     gamma: float = setting(1.0, "discount a token (the paper: none); γ of GAE", gt=0, le=1)
     lam: float = setting(0.95, "λ of generalised advantage estimation", ge=0, le=1)
     ptx_coef: float = setting(27.8, "γ, added times the pretraining loss (a mean over its tokens); 0: plain PPO", ge=0)
-    ptx_ratio: float = setting(8.0, "pretraining rows an episode and pass over it", "rows", gt=0)
+    ptx_ratio: float = setting(8.0, "pretraining rows per episode, in each pass over the batch", "rows", gt=0)
     ptx_length: int = setting(128, "length of a packed pretraining row", "tokens", ge=8)
     missing_eos_score: float | None = setting(-1.0, "score of a response without EOS; null: its own", "reward")
     score_clip: float | None = setting(None, "clip the reward model's score to ± this", "reward", gt=0)
@@ -184,7 +158,7 @@ class Config(Section):
     )
     whiten_advantages: bool = setting(True, "whiten advantages over the batch")
     eval_steps: int = setting(20, "held-out prompts every so many updates", "updates", ge=1)
-    eval_prompts: int = setting(64, "how many prompts are held out for that", "prompts", ge=1)
+    eval_prompts: int = setting(64, "how many prompts are held out for that (a fifth of them at most)", "prompts", ge=1)
     keep: Literal["best", "last"] = setting(
         "last",
         "publish the last policy, or the best by score − kl_coef · kl on held-out prompts, the score being that of "
@@ -197,14 +171,14 @@ class Config(Section):
         None, "folder of a reward model that PPO does not climb (say, another seed's), to tell over-optimisation by"
     )
     ema_decay: float | None = setting(
-        0.992, "exponential average of the policy over optimizer steps (the paper's); null: none is kept", gt=0, lt=1
+        0.992, "decay of the average that publish_ema publishes, each optimizer step (the paper's)", gt=0, lt=1
     )
-    publish_ema: bool = setting(False, "publish that average as model_ema/")
+    publish_ema: bool = setting(False, "keep an exponential average of the policy and publish it as model_ema/")
     max_skipped_steps: int = setting(
-        0, "optimizer steps, or updates with bad episodes, left out for numbers that are not finite before exit 3", ge=0
+        0, "how many optimizer steps or whole updates may be skipped for non-finite numbers before exit 3", ge=0
     )
     alarm_kl: float | None = setting(50.0, "warn above this KL to the reference; null: never", "nats a response", gt=0)
-    alarm_entropy: float = setting(0.1, "warn below this share of the entropy at first", ge=0, lt=1)
+    alarm_entropy: float = setting(0.1, "warn where entropy falls below this fraction of its first", ge=0, lt=1)
     on_alarm: Literal["warn", "stop"] = setting("warn", "what an alarm does; stop: a checkpoint, and exit 3")
 
 
@@ -217,7 +191,8 @@ def reads(experiment) -> list[str]:
 
 
 def folders(experiment) -> dict:
-    """Of reward models from outside, with the others of their ensembles: what they hold is part of the fingerprint."""
+    """Folders of reward models from outside, and of the others of their ensembles: what they hold is part of the
+    fingerprint."""
     found = named_folders(experiment)
     others = {key: others_of(folder) for key, folder in found.items()}
     return found | {f"{key} ({path.name})": path for key, paths in others.items() for path in paths}
@@ -237,7 +212,7 @@ def check(experiment) -> list[str]:
             f"ppo.samples_per_prompt: {c.samples_per_prompt} does not divide batch_size {c.batch_size}; choose one"
         )
     wrong += no_room(experiment, "ppo") + over_context(experiment, "ppo", *["ptx_length"] * bool(c.ptx_coef))
-    if c.ptx_coef and round(c.ptx_ratio * c.mini_batch_size) < 1:
+    if c.ptx_coef and ptx_batch_size(c) < 1:
         wrong.append(
             f"ppo.ptx_ratio: {c.ptx_ratio} times mini_batch_size {c.mini_batch_size} is no row at all; raise it, or "
             f"set ptx_coef: 0"
@@ -250,7 +225,7 @@ def check(experiment) -> list[str]:
     for key, folder in named_folders(experiment).items():
         if not (folder / "config.json").is_file():
             wrong.append(f"{key}: {folder} holds no config.json; give the model/ folder of a reward model")
-    for name in sorted({*OURS} & {*experiment.launch.vllm.options}):
+    for name in sorted({*SET_HERE} & {*experiment.launch.vllm.options}):
         wrong.append(f"launch.vllm.options: {name} is set by ppo itself; leave it out")
     if c.publish_ema and c.ema_decay is None:
         wrong.append("ppo.publish_ema: there is no average to publish with ema_decay: null; set it, say to 0.992")
@@ -258,15 +233,45 @@ def check(experiment) -> list[str]:
 
 
 def lacks(experiment) -> list[str]:
-    """A line if vLLM is to sample and launch.vllm.python has none."""
-    python = experiment.launch.vllm.python
-    if experiment.ppo.rollout.engine != "vllm":
-        return []
-    if python is None and find_spec("vllm") is None:
-        return [f"ppo.rollout.engine: vllm is not installed here; {INSTALL}"]
-    if python is not None and shutil.which(expanduser(python)) is None:
-        return [f"launch.vllm.python: {python} is no program; {INSTALL}"]
-    return []
+    """A line if vLLM is to sample and is not there."""
+    return no_engine(experiment)
+
+
+@dataclass
+class Run:
+    """A run of PPO: what trains, and what goes on from update to update; its checkpoints hold all of it."""
+
+    ctx: StageRun
+    updates: int
+    policy: Trainee
+    value: Trainee
+    best: Best
+    average: Average
+    skips: Skips
+    alarms: Alarms
+    state: dict = field(default_factory=dict)  # kl_coef, recompute, place, and looks: update → held-out figures
+    raised: list[str] = field(default_factory=list)  # alarms that ppo.on_alarm has yet to act on
+
+    def save(self, at: int, owes_look: bool = False) -> None:
+        """A checkpoint of update `at`; with owes_look, one that says that its held-out look is yet to come."""
+        if at == 0:
+            return  # nothing to go on from
+        kept = {"skipped": self.skips.count, "alarms": self.alarms.state(), "owes_look": owes_look}
+        kept["raised"] = list(self.raised) if owes_look else []  # others have been acted on
+        trainees = [self.policy, self.value]
+        save_checkpoint(self.ctx, at, self.updates, trainees, self.best, self.state | kept, self.average)
+
+    def poll(self, at: int, owes_look: bool = False) -> Callable[[], None]:
+        """What is called in the middle of work: a signal saves update `at` and ends the run. Where processes share
+        weights, all save together, and between updates alone."""
+        if is_sharding(self.ctx):
+            return lambda: None
+        return partial(pause_if_asked, self.ctx, at, self.updates, partial(self.save, at, owes_look))
+
+    def save_what_is_done(self, at: int, owes_look: bool = False) -> None:
+        """Where vLLM is lost; a signal that has come meanwhile goes first (exit 75)."""
+        self.save(at, owes_look)
+        pause_if_asked(self.ctx, at, self.updates, lambda: None, is_sharding(self.ctx))
 
 
 def run(ctx: StageRun) -> dict:
@@ -275,80 +280,31 @@ def run(ctx: StageRun) -> dict:
     roles = load(ctx)
     train, held = load_prompts(ctx, roles.tokenizer)
     ptx_rows = load_ptx(ctx, roles.tokenizer)
-    updates, per_batch = c.total_episodes // c.batch_size, c.batch_size // c.samples_per_prompt
-    of_update = c.batch_size // c.mini_batch_size * c.num_ppo_epochs
+    run = begin(ctx, roles)
     ctx.tracker.say(
-        f"ppo: {len(train)} prompts, {len(held)} held out; {updates} updates of {c.batch_size} episodes, "
-        f"{of_update} optimizer steps each"
+        f"ppo: {len(train)} prompts, {len(held)} held out; {run.updates} updates of {c.batch_size} episodes, "
+        f"{steps_per_update(c)} optimizer steps each"
     )
-    trainee = partial(make_trainee, steps=updates * of_update, max_grad_norm=c.max_grad_norm)
-    policy = trainee("policy", roles.policy, learning_rate=c.learning_rate)
-    value = trainee("value_model", roles.value_model, learning_rate=c.value_learning_rate)
-    best = Best(c.keep, c.patience, higher_is_better=True)
-    average, skips, alarms = Average(c.ema_decay), Skips(c.max_skipped_steps), Alarms(c.alarm_kl, c.alarm_entropy)
-    step, state = load_checkpoint(ctx, [policy, value], best, updates, average)
-    prompts = Stream(len(train), derive_seed(ctx.seed, "prompts"), cursor=step * per_batch)
-    per_update = round(c.ptx_ratio * c.mini_batch_size) * (c.batch_size // c.mini_batch_size) * c.num_ppo_epochs
-    ptx = Stream(len(ptx_rows), derive_seed(ctx.seed, "ptx"), cursor=step * per_update) if ptx_rows else None
-    tried = train[: 2 * c.per_device_train_batch_size]
-    place = f"{roles.accelerator.device.type} {dtype_of(ctx.experiment)}"
-    leave = partial(pause_if_asked, ctx, step, updates, lambda: None)
-    if roles.engine is not None:
-        place += " vllm"
-        start_engine(ctx, roles, leave)
-    if step == 0:
-        state = {"kl_coef": c.kl_coef, "place": place, "looks": {}}
-        state["recompute"] = preflight(ctx, roles, tried, 0, leave)
-    elif not {"skipped", "alarms", "recompute", "looks", "kl_coef"} <= state.keys():
-        raise UserError("ppo: the checkpoint was written by another version of this stage; start again with --restart")
-    else:
-        skips.count = state["skipped"]
-        alarms.restore(state["alarms"])
-        if state.get("place") != place:  # begun elsewhere, where other kernels agreed with each other
-            state |= {"recompute": preflight(ctx, roles, tried, step, leave), "place": place}
-    looks = state["looks"]  # step → held-out figures
-    together = is_sharding(ctx)  # then all save, and between updates alone
-
-    def leaving(at: int, save: Callable[[], None]) -> Callable[[], None]:
-        """What is polled in the middle of work."""
-        return (lambda: None) if together else partial(pause_if_asked, ctx, at, updates, save)
-
-    def save(at: int, owes_look: bool = False) -> None:
-        if at == 0:
-            return  # nothing to go on from
-        kept = state | {"skipped": skips.count, "alarms": alarms.state(), "owes_look": owes_look}
-        save_checkpoint(ctx, at, updates, [policy, value], best, kept, average)
-
-    def keep(at: int, owes_look: bool = False) -> None:
-        """As `save`, where vLLM is lost; a signal that has come meanwhile goes first (exit 75)."""
-        save(at, owes_look)
-        pause_if_asked(ctx, at, updates, lambda: None, together)
-
-    def look_at(at: int) -> list[str]:
-        """A held-out look; → alarms. A signal in it is a checkpoint that says that it is owed."""
-        poll = leaving(at, partial(save, at, owes_look=True))
-        try:
-            looks[str(at)] = look(ctx, roles, held, at, state, policy, best, poll)
-        except EngineLost:
-            keep(at, owes_look=True)
-            raise
-        return sound(ctx, alarms.look(at, looks[str(at)]))
-
-    raised = look_at(step) if step == 0 or state.get("owes_look") else []
-    with ctx.tracker.progress(updates, "ppo", step) as progress:
-        while step < updates and not best.exhausted:
+    step = resume(ctx, roles, run, train[: 2 * c.per_device_train_batch_size])
+    prompts_per_update, rows_per_update = c.batch_size // c.samples_per_prompt, steps_per_update(c) * ptx_batch_size(c)
+    prompts = Stream(len(train), derive_seed(ctx.seed, "prompts"), cursor=step * prompts_per_update)
+    ptx = Stream(len(ptx_rows), derive_seed(ctx.seed, "ptx"), cursor=step * rows_per_update) if ptx_rows else None
+    if step == 0 or run.state.get("owes_look"):
+        look(ctx, roles, run, held, step)
+    with ctx.tracker.progress(run.updates, "ppo", step) as progress:
+        while step < run.updates and not run.best.exhausted:
             step, began = step + 1, time.perf_counter()
-            kl_coef = state["kl_coef"] if c.kl_target is not None else c.kl_coef
+            kl_coef = run.state["kl_coef"] if c.kl_target is not None else c.kl_coef
             # 1 prompts
-            drawn = prompts.take(per_batch)
-            # 2 sample, and what every model says of the samples
+            drawn = prompts.take(prompts_per_update)
             asked = [train[i] for i in drawn]
-            # nothing has changed since the update before: a signal need not wait until all is sampled
-            poll = leaving(step - 1, partial(save, step - 1))
+            # 2 sample, and what every model says of the samples; nothing has changed since the update before, so a
+            # signal need not wait until all is sampled
             try:
-                rollout = rollout_of(ctx, roles, asked, drawn, step, recompute=state["recompute"], poll=poll)
+                options = {"recompute": run.state["recompute"], "poll": run.poll(step - 1)}
+                rollout = rollout_of(ctx, roles, asked, drawn, step, **options)
             except EngineLost:
-                keep(step - 1)
+                run.save_what_is_done(step - 1)
                 raise
             mask = rollout.mask
             # 3 reward: the score at the last token, minus kl_coef · KL at each
@@ -362,29 +318,29 @@ def run(ctx: StageRun) -> dict:
                 advantages = masked_whiten(advantages, mask)
             # 5 update
             rate, value_rate = (
-                learning_rate_at(step, updates, peak, c.lr_scheduler_type, c.warmup_steps, warmup_from=0.1)
+                learning_rate_at(step, run.updates, peak, c.lr_scheduler_type, c.warmup_steps, warmup_from=0.1)
                 for peak in (c.learning_rate, c.value_learning_rate)
             )
             if problem := not_finite_episodes(rollout, advantages, step):
-                ctx.tracker.say(f"ppo: {skips.skip(problem)}")
+                ctx.tracker.say(f"ppo: {run.skips.skip(problem)}")
                 learned = dict.fromkeys(SKIPPED + PTX * bool(ptx), math.nan)
                 if ptx:
-                    ptx.take(per_update)
+                    ptx.take(rows_per_update)
             else:
                 learned = update(
                     ctx,
                     roles,
-                    policy,
-                    value,
+                    run.policy,
+                    run.value,
                     rollout,
                     advantages,
                     returns,
-                    step,
-                    rate,
-                    value_rate,
-                    lambda n: [ptx_rows[i] for i in ptx.take(n)] if ptx else None,
-                    average,
-                    skips,
+                    step=step,
+                    rate=rate,
+                    value_rate=value_rate,
+                    ptx_batch=lambda n: [ptx_rows[i] for i in ptx.take(n)] if ptx else None,
+                    average=run.average,
+                    skips=run.skips,
                 )
                 if roles.engine is not None:
                     roles.engine.stale = True
@@ -400,37 +356,103 @@ def run(ctx: StageRun) -> dict:
             ctx.tracker.log(step, row)
             progress.update(step, score=row["objective/scores"], kl=row["objective/kl"])
             if c.kl_target is not None and math.isfinite(row["objective/kl"]):
-                state["kl_coef"] = adaptive_kl_coef(
-                    kl_coef, row["objective/kl"], c.kl_target, c.batch_size, c.kl_horizon
-                )
-            raised += sound(ctx, alarms.watch(step, row))
-            if step % c.eval_steps == 0 or step == updates:
-                raised += look_at(step)
-            if is_due(ctx, step, together) and step < updates:
-                save(step)
-            stop_at(ctx, raised, step, updates, save)
-            if step < updates:
-                pause_if_asked(ctx, step, updates, lambda at=step: save(at), together)
+                steered = adaptive_kl_coef(kl_coef, row["objective/kl"], c.kl_target, c.batch_size, c.kl_horizon)
+                run.state["kl_coef"] = steered
+            run.raised += sound(ctx, run.alarms.watch(step, row))
+            if step % c.eval_steps == 0 or step == run.updates:
+                look(ctx, roles, run, held, step)
+            if is_due(ctx, step, is_sharding(ctx)) and step < run.updates:
+                run.save(step)
+            stop_at(ctx, run, step)
+            if step < run.updates:
+                pause_if_asked(ctx, step, run.updates, partial(run.save, step), is_sharding(ctx))
 
     # 7 publish
-    if str(step) not in looks:  # settings that were overridden ended the run at its checkpoint
-        looks[str(step)] = look(ctx, roles, held, step, state, policy, best)
+    if str(step) not in run.state["looks"]:  # settings that were overridden ended the run at its checkpoint
+        look(ctx, roles, run, held, step)
     if roles.engine is not None:
         roles.engine.close()
         roles.engine.log.unlink(missing_ok=True)
-    if c.publish_ema:
-        publish_average(ctx, roles, policy, average)
-    if c.keep == "best" and best.step != step:
-        policy.load(best.tensors)
-    before, after = looks["0"], looks[str(best.step if c.keep == "best" else step)]
-    for folder, model, what in (
-        ("model", roles.policy, "a policy trained by PPO-ptx"),
-        ("value_model", roles.value_model, "PPO's value model"),
+    publish(ctx, roles, run, step)
+    looks = run.state["looks"]
+    before, after = looks["0"], looks[str(run.best.step if c.keep == "best" else step)]
+    figures = {**after, **{f"{k}_before": v for k, v in before.items()}, "updates": step, "best_step": run.best.step}
+    return {**figures, "skipped_steps": run.skips.count, "alarms": run.alarms.count}
+
+
+def steps_per_update(c: Config) -> int:
+    """Optimizer steps."""
+    return c.batch_size // c.mini_batch_size * c.num_ppo_epochs
+
+
+def ptx_batch_size(c: Config) -> int:
+    """Pretraining rows of an optimizer step."""
+    return round(c.ptx_ratio * c.mini_batch_size)
+
+
+def begin(ctx: StageRun, roles: Roles) -> Run:
+    """A run before its first update."""
+    c = ctx.config
+    updates = c.total_episodes // c.batch_size
+    trainee = partial(make_trainee, steps=updates * steps_per_update(c), max_grad_norm=c.max_grad_norm)
+    return Run(
+        ctx,
+        updates,
+        trainee("policy", roles.policy, learning_rate=c.learning_rate),
+        trainee("value_model", roles.value_model, learning_rate=c.value_learning_rate),
+        Best(c.keep, c.patience, higher_is_better=True),
+        Average(c.ema_decay if c.publish_ema else None),
+        Skips(c.max_skipped_steps),
+        Alarms(c.alarm_kl, c.alarm_entropy),
+    )
+
+
+def resume(ctx: StageRun, roles: Roles, run: Run, prompts: list[list[int]]) -> int:
+    """→ the update that the run has come to, as its newest checkpoint says; 0 where there is none. prompts: what the
+    preflight samples from, where it has not yet (or on another device)."""
+    step, state = load_checkpoint(ctx, [run.policy, run.value], run.best, run.updates, run.average)
+    place = f"{roles.accelerator.device.type} {dtype_of(ctx.experiment)}"
+    leave = partial(pause_if_asked, ctx, step, run.updates, lambda: None)
+    if roles.engine is not None:
+        place += " vllm"
+        start_engine(ctx, roles, leave)
+    if step == 0:
+        state = {"kl_coef": ctx.config.kl_coef, "looks": {}}
+    elif not {"skipped", "alarms", "recompute", "looks", "kl_coef"} <= state.keys():
+        raise UserError("ppo: the checkpoint was written by another version of this stage; start again with --restart")
+    else:
+        run.skips.count, run.raised = state["skipped"], state.get("raised", [])
+        run.alarms.restore(state["alarms"])
+    if state.get("place") != place:  # begun elsewhere, other kernels agreed with each other
+        state |= {"recompute": preflight(ctx, roles, prompts, step, leave), "place": place}
+    run.state = state
+    return step
+
+
+def look(ctx: StageRun, roles: Roles, run: Run, held: list[tuple], at: int) -> None:
+    """Held-out figures of update `at`, and the alarms that they raise. A signal in it ends in a checkpoint that says
+    that it is owed."""
+    try:
+        figures = held_out_figures(ctx, roles, run, held, at)
+    except EngineLost:
+        run.save_what_is_done(at, owes_look=True)
+        raise
+    run.state["looks"][str(at)] = figures
+    run.raised += sound(ctx, run.alarms.look(at, figures))
+
+
+def publish(ctx: StageRun, roles: Roles, run: Run, step: int) -> None:
+    """model/, value_model/ and, if asked for, model_ema/."""
+    if ctx.config.publish_ema:
+        publish_average(ctx, roles, run.policy, run.average)
+    if ctx.config.keep == "best" and run.best.step != step:
+        run.policy.load(run.best.tensors)
+    for folder, role, what in (
+        ("model", "policy", "a policy trained by PPO-ptx"),
+        ("value_model", "value_model", "PPO's value model"),
     ):
-        model = publishable(model, roles.again["policy" if folder == "model" else folder])
+        model = publishable(getattr(roles, role), roles.again[role])
         save_merged(model, roles.tokenizer, ctx.publish / folder, card=card(ctx, what))
-    figures = {**after, **{f"{k}_before": v for k, v in before.items()}, "updates": step, "best_step": best.step}
-    return {**figures, "skipped_steps": skips.count, "alarms": alarms.count}
 
 
 def load(ctx: StageRun) -> Roles:
@@ -455,51 +477,7 @@ def load(ctx: StageRun) -> Roles:
         max_length=ctx.config.max_length,
         sharded=is_sharding(ctx),
     )
-    return replace(roles, packed=packing(ctx, *roles.models()), engine=engine_of(ctx))
-
-
-def engine_of(ctx: StageRun) -> Vllm | None:
-    """vLLM, not started yet; None where the policy samples by itself."""
-    c = ctx.config
-    if c.rollout.engine != "vllm":
-        return None
-    where, folder = ctx.experiment.launch.vllm, ctx.publish.with_name(".tmp-vllm")
-    if where.folder is not None:
-        folder = Path(where.folder).expanduser() / f"rlhf-{derive_seed(folder.resolve())}"  # this run's own
-    return Vllm(
-        start_folder(ctx),
-        folder,
-        ctx.checkpoints.folder.with_name("vllm.log"),
-        python=sys.executable if where.python is None else expanduser(where.python),
-        devices=where.devices,
-        dtype=dtype_of(ctx.experiment),
-        timeout=0.9 * ctx.experiment.launch.timeout,  # before other processes lose patience with the first one
-        arguments={
-            "seed": 0,  # each sample has its own
-            "max_model_len": c.max_length,
-            "max_num_seqs": c.local_rollout_forward_batch_size,
-            "tensor_parallel_size": where.tensor_parallel_size,
-            "gpu_memory_utilization": where.gpu_memory_utilization,
-            "trust_remote_code": ctx.trust_remote_code,
-            **where.options,
-        },
-    )
-
-
-def start_engine(ctx: StageRun, roles: Roles, poll: Callable[[], None]) -> None:
-    """A UserError where vLLM does not start and nothing may go on without it."""
-    ctx.tracker.say("ppo: vLLM starts")
-    engine = roles.engine
-    try:
-        engine.start(roles.policy, poll)
-    except EngineLost as lost:
-        engine.close()
-        if ctx.config.rollout.on_failure == "stop":
-            remedy = "see launch.vllm and vLLM's own words"
-            if "No module named 'vllm'" in str(lost):
-                remedy = INSTALL
-            raise UserError(f"ppo.rollout.engine: {lost}, with {engine.python}; {remedy}") from lost
-        ctx.tracker.say(f"ppo: {lost}; sampling goes on without it")
+    return replace(roles, packed=packing(ctx, *roles.models()), engine=engine_of(ctx, start))
 
 
 def start_folder(ctx: StageRun) -> Path:
@@ -602,7 +580,8 @@ def rollout_of(
         engine.close()
         if c.rollout.on_failure == "stop":
             remedy = "run again to go on, also with ppo.rollout.engine=transformers --override-config"
-            raise EngineLost(f"update {step}: {lost}; {remedy}") from lost
+            where = f"update {step}" if stream == "rollout" else f"{stream} samples"
+            raise EngineLost(f"{where}: {lost}; {remedy}") from lost
         ctx.tracker.say(f"ppo: {lost}; sampling goes on without it")
         return collected(recompute=True)
 
@@ -670,12 +649,12 @@ def sound(ctx: StageRun, lines: list[str]) -> list[str]:
     return lines
 
 
-def stop_at(ctx: StageRun, lines: list[str], step: int, updates: int, save: Callable[[int], None]) -> None:
+def stop_at(ctx: StageRun, run: Run, step: int) -> None:
     """With on_alarm: stop, and an alarm: save and end with TrainingStopped (exit 3)."""
-    if lines and ctx.config.on_alarm == "stop" and step < updates:
-        save(step)
+    if run.raised and ctx.config.on_alarm == "stop" and step < run.updates:
+        run.save(step)
         raise TrainingStopped(
-            f"ppo.on_alarm: stop; {lines[0]}. A checkpoint stands: run again to go on as it is, or with changed "
+            f"ppo.on_alarm: stop; {run.raised[0]}. A checkpoint stands: run again to go on as it is, or with changed "
             f"settings and --override-config"
         )
 
@@ -701,6 +680,7 @@ def update(
     rollout: Rollout,
     advantages: Tensor,
     returns: Tensor,
+    *,
     step: int,
     rate: float,
     value_rate: float,
@@ -717,7 +697,7 @@ def update(
         for mini in minibatches(ctx, step, epoch):
             figures = ppo_gradients(ctx, roles, rollout, advantages, returns, mini)
             figures["grad_norm/ppo"] = gradient_norm(policy.parameters.values())
-            rows = ptx_batch(round(c.ptx_ratio * c.mini_batch_size))
+            rows = ptx_batch(ptx_batch_size(c))
             if rows is not None:
                 figures |= ptx_gradient(ctx, roles, policy, rows)
             figures["grad_norm/value"] = gradient_norm(value.parameters.values())
@@ -837,21 +817,12 @@ def describe(rollout: Rollout, returns: Tensor, kl_coef: float, kl_estimator: st
     }
 
 
-def look(
-    ctx: StageRun,
-    roles: Roles,
-    held,
-    step: int,
-    state: dict,
-    policy: Trainee,
-    best: Best,
-    poll: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
+def held_out_figures(ctx: StageRun, roles: Roles, run: Run, held: list[tuple], step: int) -> dict[str, float]:
     """Held-out prompts, one sample each, the same seeds every time; the two best and worst are kept as text."""
     c = ctx.config
     prompts = [ids for _, ids in held]
-    asked = (prompts, range(len(prompts)), 0, "held-out", 1)
-    rollout = rollout_of(ctx, roles, *asked, recompute=state["recompute"], poll=poll)
+    asked, poll = (prompts, range(len(prompts)), 0, "held-out", 1), run.poll(step, owes_look=True)
+    rollout = rollout_of(ctx, roles, *asked, recompute=run.state["recompute"], poll=poll)
     figures = describe(rollout, rollout.values, c.kl_coef, c.kl_estimator)  # the same yardstick at every look
     figures = {name: figures[f"objective/{key}"] for name, key in HELD_OUT.items()}
     if roles.judge is not None:
@@ -874,7 +845,7 @@ def look(
         figures["held_out_score"] = scores.mean().item()
     ctx.tracker.evaluation(step, figures)
     judged = figures.get("held_out_score", figures["score"])
-    best.offer(figures["rlhf_reward"] - figures["score"] + judged, step, policy)
+    run.best.offer(figures["rlhf_reward"] - figures["score"] + judged, step, run.policy)
     mask = rollout.mask
     kl = torch.where(mask, rollout.logprobs - rollout.ref_logprobs, 0.0).sum(-1).tolist()
     order = rollout.scores.argsort().tolist()

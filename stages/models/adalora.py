@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 BETA = 0.85  # of both averages; the paper's β₁ and β₂
-ORTHOGONAL = 0.1  # γ, the weight of R; the paper's
+ORTHOGONAL = 0.1  # γ, the weight of R, as a mean over all P and Q
 BEGIN, END = 0.1, 0.5  # pruning begins and ends after these parts of a training
-LOOKS = 100  # in a training, at which singular values are pruned
+LOOKS = 100  # while it prunes: every so many parts of a training
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,10 @@ def importances(scores: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
 
 class AdaLora(torch.optim.AdamW):
     """AdamW that also prunes. Its state has, of each weight of a triplet, `sensitivity` Ī and `uncertainty` Ū
-    (equations 9 and 10), and of the singular values what is `kept` once pruning has ended.
+    (equations 9 and 10); once pruning has ended, of the singular values what is `kept` in their place. The penalty on
+    vectors that are not orthogonal is added here, to gradients that are clipped already.
 
-    rank: triplets a layer that are left then, on average. steps: of the whole training.
+    rank: triplets a layer that are left in the end, on average. steps: of the whole training.
     """
 
     def __init__(self, params, *, triplets: list[Triplets], rank: int, steps: int, **options):
@@ -75,47 +76,51 @@ class AdaLora(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         assert closure is None
+        weights = [p for t in self.triplets for p in t]
+        for p in weights:
+            if p.grad is None:  # an expert that no token went to
+                p.grad = torch.zeros_like(p)
         for t in self.triplets:
             weight = ORTHOGONAL / (2 * len(self.triplets))
             t.right.grad.add_(orthogonality_gradient(t.right), alpha=weight)
             t.left.grad.add_(orthogonality_gradient(t.left.T).T, alpha=weight)
-        weights = [p for t in self.triplets for p in t]
         felt = [(p * p.grad).abs() for p in weights]  # I(w), equation 8: of the weights that the gradient is of
-        super().step()  # Adam takes a state that is not empty for its own
+        super().step()  # first, for Adam takes a state that is not empty for its own
+        for group in self.param_groups:
+            group["taken"] += 1
+        step, values = self.param_groups[0]["taken"], [t.values for t in self.triplets]
+        if "kept" not in self.state[values[0]]:
+            self.watch(weights, felt)
+            if step >= round(END * self.steps):
+                for p, some in zip(values, self.best(step), strict=True):
+                    self.state[p]["kept"] = some
+                for p in weights:
+                    del self.state[p]["sensitivity"], self.state[p]["uncertainty"]
+            elif step > round(BEGIN * self.steps) and step % max(1, self.steps // LOOKS) == 0:
+                for p, some in zip(values, self.best(step), strict=True):
+                    p.mul_(some)  # they go on training, and may come back
+        for p in values:
+            if "kept" in self.state[p]:
+                p.mul_(self.state[p]["kept"])
+
+    def watch(self, weights: list[nn.Parameter], felt: list[Tensor]) -> None:
+        """The averages, with the newest sensitivities."""
         for p, sensitivity in zip(weights, felt, strict=True):
             state = self.state[p]
             if "sensitivity" not in state:
                 state |= {name: torch.zeros_like(p) for name in ("sensitivity", "uncertainty")}
             state["sensitivity"].lerp_(sensitivity, 1 - BETA)
             state["uncertainty"].lerp_((sensitivity - state["sensitivity"]).abs(), 1 - BETA)
-        for group in self.param_groups:
-            group["taken"] += 1
-        self.prune(self.param_groups[0]["taken"])
 
-    def prune(self, step: int) -> None:
-        """Sets to 0 the singular values that the budget after `step` steps has no room for. Until pruning ends they go
-        on training, and may come back."""
-        ended = step >= round(END * self.steps)
-        if step <= round(BEGIN * self.steps) or not (ended or step % max(1, self.steps // LOOKS) == 0):
-            return
+    def best(self, step: int) -> list[Tensor]:
+        """1 for the most important triplets of all layers, as many as the budget after `step` has room for; 0 for the
+        others. Shaped as the Λ."""
         values = [t.values for t in self.triplets]
-        if "kept" in self.state[values[0]]:
-            kept = [self.state[p]["kept"] for p in values]
-        else:
-            budget = budget_at(step, self.steps, sum(map(len, values)), self.rank * len(values))
-            kept = self.best(budget)
-        for p, some in zip(values, kept, strict=True):
-            p.mul_(some)
-            if ended:
-                self.state[p]["kept"] = some
-
-    def best(self, budget: int) -> list[Tensor]:
-        """1 for the `budget` most important triplets of all layers, 0 for the others: like the Λ."""
+        budget = budget_at(step, self.steps, sum(map(len, values)), self.rank * len(values))
         score = lambda p: self.state[p]["sensitivity"] * self.state[p]["uncertainty"]  # noqa: E731 (equation 11)
         found = importances([tuple(map(score, t)) for t in self.triplets])
         kept = torch.zeros_like(found)
         kept[found.argsort(descending=True, stable=True)[:budget]] = 1.0
-        values = [t.values for t in self.triplets]
         return [x.view_as(p) for x, p in zip(kept.split([len(p) for p in values]), values, strict=True)]
 
 

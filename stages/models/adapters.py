@@ -40,7 +40,10 @@ def with_adapter(model, *, method: str | None, seed: int = 0, dropout: bool = Fa
     from peft import get_peft_model
 
     torch.manual_seed(seed)  # adapters start from random A matrices
-    model = get_peft_model(model, config)
+    try:
+        model = get_peft_model(model, config)
+    except ValueError as error:  # no layer of that name, or of a kind that the method does not know
+        raise UserError(f"model.peft.target_modules: {' '.join(str(error).split())[:300]}") from error
     refuse_tied(plain(model))
     return (model if dropout else without_dropout(model)).eval()
 

@@ -141,8 +141,9 @@ class Ours:
         if problem := ppo.not_finite_episodes(rollout, advantages, step):
             raise ValueError(problem)
         ptx, rate = (lambda n: text[:n] if text else None), 1e-6
-        rest = (step, rate, rate, ptx, self.average, Skips(0))
-        ppo.update(ctx, roles, *self.trainees, rollout, advantages, returns, *rest)
+        rates = {"step": step, "rate": rate, "value_rate": rate}
+        rest = {"ptx_batch": ptx, "average": self.average, "skips": Skips(0)}
+        ppo.update(ctx, roles, *self.trainees, rollout, advantages, returns, **rates, **rest)
         ppo.describe(rollout, returns, c.kl_coef, c.kl_estimator)
         return [len(r) for r in rollout.responses]
 

@@ -94,8 +94,8 @@ def test_what_it_prunes_is_what_peft_prunes(allocator, monkeypatch):
     assert 0 < left <= RANK * len(triplets)  # at a rate of 0 what was pruned does not come back
 
 
-def train(model, rows, steps, optimizer_state=None, first=0):
-    trainee = make_trainee("model", model, learning_rate=1e-2, max_grad_norm=1.0, steps=STEPS)
+def train(model, rows, steps, optimizer_state=None, first=0, whole=STEPS):
+    trainee = make_trainee("model", model, learning_rate=1e-2, max_grad_norm=1.0, steps=whole)
     if optimizer_state is not None:
         load_optimizer(trainee.optimizer, *optimizer_state)
     for step in range(first + 1, first + steps + 1):
@@ -136,3 +136,27 @@ def test_a_run_that_went_on_ends_in_the_same_bits(causal, rows, stop):
     train(again, rows, STEPS - stop, (tensors, state), first=stop)
     for p, q in itertools.zip_longest(trainable(again).values(), trainable(whole).values()):
         assert torch.equal(p, q)
+
+
+def test_a_run_made_longer_keeps_what_it_has_pruned_to(causal, rows):
+    """Though the longer one would not have pruned yet."""
+    model = with_adapter(causal("llama"), method="adalora", r=RANK, init_r=FIRST)
+    trainee = train(model, rows, STEPS // 2 + 1)
+    held = [t.values != 0 for t in triplets_of(model)]
+    assert not any("sensitivity" in state for state in trainee.optimizer.state.values())
+    train(model, rows, 3, optimizer_tensors(trainee.optimizer), first=STEPS // 2 + 1, whole=100 * STEPS)
+    assert all(torch.equal(t.values != 0, x) for t, x in zip(triplets_of(model), held, strict=True))
+
+
+def test_a_layer_without_a_gradient_is_one_with_a_gradient_of_0(causal):
+    found = []
+    for none in (True, False):
+        model = with_adapter(causal("llama"), method="adalora", r=RANK)
+        weights = list(trainable(model).values())
+        optimizer = AdaLora(weights, triplets=triplets_of(model), rank=RANK, steps=4, lr=1e-2)
+        for _ in range(3):
+            for i, p in enumerate(weights):
+                p.grad = None if none and i < 3 else torch.full_like(p, 0.0 if i < 3 else 0.1)
+            optimizer.step()
+        found.append([p.detach().clone() for p in weights])
+    assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))

@@ -174,3 +174,9 @@ def test_an_embedding_that_is_also_the_head_takes_no_adapter(causal, target):
         with_adapter(causal("llama", tie_word_embeddings=True), method="lora", target_modules=["q_proj", target])
     apart = with_adapter(causal("llama", tie_word_embeddings=False), method="lora", target_modules=["q_proj", target])
     assert any(target in name for name in trainable(apart))
+
+
+@pytest.mark.parametrize("method, target, word", [("adalora", "embed_tokens", "Embed"), ("lora", "no_such", "no_such")])
+def test_a_layer_that_a_method_cannot_take_is_an_error_of_the_settings(causal, method, target, word):
+    with pytest.raises(UserError, match=f"model.peft.target_modules: .*{word}"):
+        with_adapter(causal("llama", tie_word_embeddings=False), method=method, target_modules=[target])

@@ -9,6 +9,7 @@ import torch
 
 from data.encode import train_tokenizer
 from pipeline.errors import UserError
+from pipeline.sections import PeftConfig
 from stages import ppo
 from stages.models.adapters import is_adapted, plain, save_merged, trainable, with_adapter
 from stages.models.forward import response_logprobs, response_scores, response_values
@@ -18,10 +19,11 @@ from stages.rollouts.collect import reference_logprobs
 from stages.rollouts.rollout import Rollout
 from stages.rollouts.transformers import sample
 
-LORA = SimpleNamespace(method="lora", r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear")
-QLORA = [SimpleNamespace(**{**vars(LORA), "method": "qlora", "bits": bits}) for bits in (4, 8)]
+LORA = PeftConfig(method="lora", r=4, lora_alpha=8)
+QLORA = [PeftConfig(method="qlora", r=4, lora_alpha=8, bits=bits) for bits in (4, 8)]
 NOT_HERE = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-ON_A_TRUNK = [LORA, *(pytest.param(peft, marks=NOT_HERE) for peft in QLORA)]
+ADALORA = PeftConfig(method="adalora", r=4, lora_alpha=8)
+ON_A_TRUNK = [LORA, ADALORA, *(pytest.param(peft, marks=NOT_HERE) for peft in QLORA)]
 
 
 @pytest.fixture
@@ -85,7 +87,7 @@ def test_with_adapters_the_reference_costs_no_model(context, rows):
     assert all("lora_" in n for n, p in roles.policy.named_parameters() if p.requires_grad)
 
 
-@pytest.fixture(params=ON_A_TRUNK, ids=["lora", "qlora 4", "qlora 8"])
+@pytest.fixture(params=ON_A_TRUNK, ids=["lora", "adalora", "qlora 4", "qlora 8"])
 def adapted(request, context, tmp_path, tokenizer):
     """adapted() → as `context`, the reward model trained with an adapter on the SFT policy's trunk; its `peft`: how."""
     settings = {k: v for k, v in vars(request.param).items() if k != "lora_dropout"}
@@ -160,7 +162,7 @@ def test_publishing_one_role_leaves_the_others_alone(adapted, rows, tokenizer, t
     from peft import PeftModel
 
     base = load_policy(tmp_path / "sft" / "model")
-    if adapted.peft is not LORA:
+    if adapted.peft.bits is not None:
         quantize(base, adapted.peft.bits)
     on_base = PeftModel.from_pretrained(base, tmp_path / "published" / "adapter")
     torch.testing.assert_close(response_logprobs(on_base, rows), logprobs, rtol=1e-5, atol=1e-6)

@@ -67,6 +67,6 @@ def test_ppo_reaches_the_closed_form_optimum(rewards, beta, monkeypatch):
         rewards_of = token_rewards(rollout.scores, kl, rollout.mask, beta)
         advantages, returns = gae(rewards_of, rollout.values, rollout.mask, c.lam)
         rate = 1e-2 * (1 - (step - 1) / UPDATES)
-        rest = (step, rate, rate, lambda n: None, Average(None), Skips(0))
-        ppo.update(ctx, roles, *trainees, rollout, advantages, returns, *rest)
+        rest = {"ptx_batch": lambda n: None, "average": Average(None), "skips": Skips(0)}
+        ppo.update(ctx, roles, *trainees, rollout, advantages, returns, step=step, rate=rate, value_rate=rate, **rest)
     torch.testing.assert_close(probabilities(policy), right, rtol=0, atol=0.02)

@@ -306,6 +306,10 @@ class TestPtx:
         assert_close(gradients(roles.value_model), before, rtol=0, atol=0)
 
 
+RATES = {"step": 1, "rate": 1e-2, "value_rate": 1e-2}
+WITHOUT = {"ptx_batch": lambda n: None, "average": Average(None), "skips": Skips(0)}
+
+
 def weights(model):
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
@@ -315,8 +319,8 @@ class TestUpdate:
         """update() on copies of the models → (figures, policy weights, value weights)."""
         own = copied(roles)
         policy, value = make_trainees(own, max_grad_norm)
-        rest = (1, 1e-2, 1e-2, ptx, Average(None), Skips(0))
-        figures = ppo.update(context(**changed), own, policy, value, rollout, *targets, *rest)
+        rest = {"ptx_batch": ptx, "average": Average(None), "skips": Skips(0)}
+        figures = ppo.update(context(**changed), own, policy, value, rollout, *targets, **RATES, **rest)
         return figures, weights(own.policy), weights(own.value_model)
 
     def test_plain_ppo_and_ptx_of_weight_zero_are_the_same_update(self, roles, rollout, targets, text_rows):
@@ -386,12 +390,8 @@ class TestUpdate:
                 rollout,
                 targets[0],
                 returns,
-                1,
-                1e-2,
-                1e-2,
-                lambda n: None,
-                Average(None),
-                Skips(0),
+                **RATES,
+                **WITHOUT,
             )
         assert_close(weights(roles.policy), before, rtol=0, atol=0)
 
@@ -406,8 +406,8 @@ class TestUpdate:
         advantages[bad, 0] = torch.nan
         trainees, skips, average = make_trainees(roles), Skips(1), Average(0.5)
         average.start(trainees[0])
-        rest = (1, 1e-2, 1e-2, lambda n: None, average, skips)
-        figures = ppo.update(ctx, roles, *trainees, rollout, advantages, targets[1], *rest)
+        rest = RATES | {"ptx_batch": lambda n: None, "average": average, "skips": skips}
+        figures = ppo.update(ctx, roles, *trainees, rollout, advantages, targets[1], **rest)
         assert math.isnan(figures["loss/policy_avg"]) and skips.count == 1
         (line,) = lines
         assert "policy: the gradient at step 1 is nan: step skipped (1 of at most 1)" in line
@@ -417,7 +417,7 @@ class TestUpdate:
         halfway = {n: (before[n] + moved[n]) / 2 for n in moved}  # one step was taken, so the average took one
         assert_close(average.tensors, halfway, rtol=1e-6, atol=1e-7)
         with pytest.raises(TrainingStopped, match="max_skipped_steps 1"):
-            ppo.update(ctx, roles, *trainees, rollout, advantages, targets[1], *rest)
+            ppo.update(ctx, roles, *trainees, rollout, advantages, targets[1], **rest)
         assert all(x.isfinite().all() for x in weights(roles.policy).values())
 
     @pytest.mark.parametrize("name", ["logprobs", "ref_logprobs", "values", "scores"])
@@ -461,12 +461,8 @@ class TestUpdate:
                 rollout,
                 reward - reward.mean(),
                 reward,
-                step,
-                1e-2,
-                1e-2,
-                lambda n: None,
-                Average(None),
-                Skips(0),
+                **RATES | {"step": step},
+                **WITHOUT,
             )
         assert probability() > 2 * start
 

@@ -591,7 +591,8 @@ def forgotten_items(chain: Chain, stage: str, kills: int):
     items = [f"state.{key}" for key in json.loads((newest / "state.json").read_text())]
     items += [f"tensors.{path.stem}" for path in sorted(newest.glob("*.safetensors"))]
     items += ["trainer.model", "trainer.optimizer", "trainer.trainer_state"] * (newest / "trainer").is_dir()
-    guards = ("state.steps", "state.place")  # against a changed number of steps of rm, another device of ppo
+    # against a changed number of steps of rm, another device of ppo; of alarms that a signal in a look overtook
+    guards = ("state.steps", "state.place", "state.raised")
     items = [item for item in items if item not in guards]
     for item in [*items, "journals"]:
 

@@ -111,6 +111,16 @@ def test_a_signal_inside_a_rollout_waits_for_no_other_token(stage, token, oracle
     assert published(folder) == published(oracle / "micro" / stage)
 
 
+def test_an_alarm_that_a_signal_overtook_stops_the_run_all_the_same(oracle, tmp_path):
+    """Raised in the update whose held-out look a signal ended: the next start stops, and the one after that goes on."""
+    root = without(oracle, tmp_path, "ppo")
+    run = ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only")
+    run += ("ppo.eval_steps=1", "ppo.alarm_kl=1e-9", "ppo.on_alarm=stop")
+    assert rlhf(*run, term=("ppo", 2)) == 75
+    assert rlhf(*run) == 3
+    assert rlhf(*run) == 0
+
+
 def test_a_held_out_reward_model_looks_on_and_judges(oracle, tmp_path):
     """Its score stands beside the other's, and `keep: best` goes by it."""
     root = without(oracle, tmp_path, "ppo")

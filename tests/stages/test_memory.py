@@ -62,7 +62,7 @@ def test_adalora_keeps_its_averages_beside_the_moments():
     adapter = {"method": "adalora", "r": 4}
     foretold = take_step(CONFIG, [Step("reward_model", "scores", LENGTHS)], adapter, "float32", "cpu")
     model = with_adapter(prepare(LlamaForSequenceClassification(CONFIG)), **adapter, scalar=True)
-    trainee = make_trainee("model", model, learning_rate=1e-3, max_grad_norm=1.0, steps=2)
+    trainee = make_trainee("model", model, learning_rate=1e-3, max_grad_norm=1.0, steps=100)
     for step in (1, 2):
         for p in trainee.parameters.values():
             p.grad = torch.ones_like(p)
