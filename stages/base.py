@@ -9,12 +9,11 @@ import torch
 
 from data.encode import train_tokenizer, wrap_documents
 from data.records import DataError
-from data.streams import held_out
 from pipeline.errors import UserError
 from pipeline.sections import local_folder
 from pipeline.stage import StageRun
 from stages import parallel
-from stages.common import card, count, device_of, dtype_of, read
+from stages.common import card, count, device_of, dtype_of, split_documents
 from stages.language_modeling import train_language_model
 from stages.models.loading import code_fails, from_scratch, load_pretrained, save_model
 from stages.models.remote_code import is_remote, scalar_problem, write_scalar_head
@@ -76,17 +75,12 @@ def run(ctx: StageRun) -> dict:
         if is_remote(model) and (problem := reading_problem(model, tokenizer.pad_token_id)):
             raise UserError(code_fails(m.name_or_path, problem))
     else:
-        documents = read(ctx, "documents")
-        train, valid = held_out([d.text for d in documents], ctx.experiment.data.validation_fraction)
-        tokenizer = train_tokenizer((documents[i].text for i in train), m.vocab_size)
-        rows = [
-            {"input_ids": r, "labels": r}
-            for r in wrap_documents(tokenizer, (documents[i] for i in train), length=c.max_length)
-        ]
-        held = [
-            {"input_ids": r, "labels": r}
-            for r in wrap_documents(tokenizer, (documents[i] for i in valid), length=c.max_length)
-        ]
+        train, valid = split_documents(ctx)
+        tokenizer = train_tokenizer((document.text for document in train), m.vocab_size)
+        rows, held = (
+            [{"input_ids": r, "labels": r} for r in wrap_documents(tokenizer, documents, length=c.max_length)]
+            for documents in (train, valid)
+        )
         if not rows or not held:
             problem = f"data.documents: do not fill a training and a held-out row of {c.max_length} tokens"
             raise DataError([f"{problem}; give more text, or lower base.max_length"])

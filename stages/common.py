@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data import sources
 from data.records import DataError, prompt_key
-from data.streams import derive_seed, grouped_by_length
+from data.streams import derive_seed, grouped_by_length, held_out
 from pipeline.errors import UserError
 from pipeline.stage import StageRun
 from stages import parallel
@@ -42,6 +42,30 @@ def dtype_of(experiment) -> str:
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     cpu = torch.cpu.get_capabilities()
     return "bfloat16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") or cpu.get("bf16") else "float32"
+
+
+def split_documents(ctx: StageRun) -> tuple[list, list]:
+    """The documents (to train on, held out): the same ones for every stage of an experiment."""
+    documents = read(ctx, "documents")
+    parts = held_out([d.text for d in documents], ctx.experiment.data.validation_fraction)
+    return tuple([documents[i] for i in part] for part in parts)
+
+
+def fit_prompts(ctx: StageRun, tokenizer, prompts, places: list[str]):
+    """Prompts that leave room for response_length: (which of them, their ids, LengthReport)."""
+    from data.encode import encode_prompts, fit_lengths
+
+    c, ids = ctx.config, encode_prompts(tokenizer, prompts, places)
+    kept, ids, _, report = fit_lengths(
+        ids,
+        [[] for _ in ids],
+        max_length=c.max_length - c.response_length,
+        on_too_long="drop" if c.on_too_long == "truncate" else c.on_too_long,
+        what="prompt",
+        names=places,
+        section=ctx.stage,
+    )
+    return kept, ids, report
 
 
 def check_context(ctx: StageRun, folder: Path) -> None:

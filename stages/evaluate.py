@@ -10,13 +10,22 @@ from functools import partial
 
 import torch
 
-from data.encode import decode_response, encode_prompts, fit_lengths, wrap_documents
+from data.encode import decode_response, wrap_documents
 from data.groups import make_rows
-from data.streams import derive_seed, held_out
+from data.streams import derive_seed
 from data.world import World
 from pipeline.stage import StageRun
 from stages import parallel
-from stages.common import check_context, device_of, dtype_of, packing, read, read_placed, read_world
+from stages.common import (
+    check_context,
+    device_of,
+    dtype_of,
+    fit_prompts,
+    packing,
+    read_placed,
+    read_world,
+    split_documents,
+)
 from stages.engine import make_accelerator, micro_batches, pause_if_asked, perplexity_of
 from stages.models.ensemble import How, load_reward_model
 from stages.models.forward import response_logprobs, score_all
@@ -158,18 +167,8 @@ def run(ctx: StageRun) -> dict:
 
 def load_prompts(ctx: StageRun, tokenizer):
     """(prompts as they are in the file, their ids)."""
-    c = ctx.config
-    records, places = (part[: c.num_prompts] for part in read_placed(ctx, "evaluation_prompts"))
-    ids = encode_prompts(tokenizer, (r.prompt for r in records), places)
-    kept, ids, _, report = fit_lengths(
-        ids,
-        [[] for _ in ids],
-        max_length=c.max_length - c.response_length,
-        on_too_long="drop" if c.on_too_long == "truncate" else c.on_too_long,
-        what="prompt",
-        names=places,
-        section="evaluate",
-    )
+    records, places = (part[: ctx.config.num_prompts] for part in read_placed(ctx, "evaluation_prompts"))
+    kept, ids, report = fit_prompts(ctx, tokenizer, (r.prompt for r in records), places)
     ctx.tracker.say(f"evaluate: {report.line('evaluation prompts')}")
     return [p if isinstance(p, str) else list(p) for p in (records[i].prompt for i in kept)], ids
 
@@ -178,9 +177,8 @@ def held_out_text(ctx: StageRun, tokenizer) -> list[list[int]]:
     """Packed rows of the documents that base and ptx did not train on."""
     if "documents" not in reads(ctx.experiment):
         return []
-    documents = read(ctx, "documents")
-    _, valid = held_out([d.text for d in documents], ctx.experiment.data.validation_fraction)
-    rows = wrap_documents(tokenizer, (documents[i] for i in valid), length=ctx.config.perplexity_length)
+    _, held = split_documents(ctx)
+    rows = wrap_documents(tokenizer, held, length=ctx.config.perplexity_length)
     return rows[: ctx.config.perplexity_rows]
 
 

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from data.encode import decode_response, encode_prompts, fit_lengths, wrap_documents
+from data.encode import decode_response, wrap_documents
 from data.records import DataError, prompt_key
 from data.streams import Stream, derive_seed, held_out
 from pipeline.errors import TrainingStopped, UserError
@@ -30,10 +30,11 @@ from stages.common import (
     check_context,
     device_of,
     dtype_of,
+    fit_prompts,
     is_sharding,
     packing,
-    read,
     read_placed,
+    split_documents,
 )
 from stages.engine import (
     Average,
@@ -490,16 +491,7 @@ def load_prompts(ctx: StageRun, tokenizer) -> tuple[list[list[int]], list[tuple]
     records, places = read_placed(ctx, "prompts")
     if len(records) < 2:
         raise DataError([f"data.prompts: {len(records)} prompt; PPO needs at least 2, one of them to hold out"])
-    ids = encode_prompts(tokenizer, (r.prompt for r in records), places)
-    kept, ids, _, report = fit_lengths(
-        ids,
-        [[] for _ in ids],
-        max_length=c.max_length - c.response_length,
-        on_too_long="drop" if c.on_too_long == "truncate" else c.on_too_long,
-        what="prompt",
-        names=places,
-        section="ppo",
-    )
+    kept, ids, report = fit_prompts(ctx, tokenizer, (r.prompt for r in records), places)
     ctx.tracker.say(f"ppo: {report.line('prompts')}")
     train, held = held_out(
         [prompt_key(records[i].prompt) for i in kept], 0.0, least=max(1, min(c.eval_prompts, len(ids) // 5))
@@ -519,9 +511,8 @@ def load_ptx(ctx: StageRun, tokenizer) -> list[list[int]] | None:
     c = ctx.config
     if not c.ptx_coef:
         return None
-    documents = read(ctx, "documents")
-    train, _ = held_out([d.text for d in documents], ctx.experiment.data.validation_fraction)
-    rows = wrap_documents(tokenizer, (documents[i] for i in train), length=c.ptx_length)
+    train, _ = split_documents(ctx)
+    rows = wrap_documents(tokenizer, train, length=c.ptx_length)
     if not rows:
         raise DataError(
             [

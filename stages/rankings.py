@@ -11,13 +11,13 @@ from functools import partial
 import numpy as np
 
 from data import labelers
-from data.encode import decode_response, encode_prompts, fit_lengths
+from data.encode import decode_response
 from data.records import DataError, Ranking, judged_pairs, prompt_key, to_json, write_jsonl
 from data.streams import Stream, derive_seed, held_out
 from data.world import World
 from pipeline.stage import StageRun
 from stages import parallel
-from stages.common import check_context, device_of, dtype_of, packing, read, read_placed, read_world
+from stages.common import check_context, device_of, dtype_of, fit_prompts, packing, read, read_placed, read_world
 from stages.engine import make_accelerator, micro_batches, pause_if_asked
 from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.transformers import sample
@@ -163,16 +163,7 @@ def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]], list[li
     )
     prompts = [records[i].prompt for i in chosen]
     names = [places[i] for i in chosen]
-    ids = encode_prompts(tokenizer, prompts, names)
-    kept, ids, _, report = fit_lengths(
-        ids,
-        [[] for _ in ids],
-        max_length=c.max_length - c.response_length,
-        on_too_long="drop" if c.on_too_long == "truncate" else c.on_too_long,
-        what="prompt",
-        names=names,
-        section="rankings",
-    )
+    kept, ids, report = fit_prompts(ctx, tokenizer, prompts, names)
     prompts = [prompts[i] for i in kept]
     ctx.tracker.say(f"rankings: {report.line('prompts')}; {c.samples_per_prompt} samples each")
     found = ctx.checkpoints.newest()

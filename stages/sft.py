@@ -11,7 +11,16 @@ from data.records import DataError, prompt_key
 from data.streams import Stream, derive_seed, held_out
 from pipeline.stage import StageRun
 from stages import parallel
-from stages.common import adapter_settings, card, check_context, device_of, dtype_of, read, read_placed, show_samples
+from stages.common import (
+    adapter_settings,
+    card,
+    check_context,
+    device_of,
+    dtype_of,
+    read_placed,
+    show_samples,
+    split_documents,
+)
 from stages.engine import Trainee
 from stages.language_modeling import train_language_model
 from stages.models.adapters import save_merged, trainable, with_adapter
@@ -155,9 +164,8 @@ def run(ctx: StageRun) -> dict:
 def pretraining_rows(ctx: StageRun, tokenizer, demonstrations: list[dict]) -> list[dict]:
     """Packed rows of the training documents with `pretraining_fraction` of all labels, the demonstrations' included."""
     fraction = ctx.config.ppo_init.pretraining_fraction
-    documents = read(ctx, "documents")
-    train, _ = held_out([d.text for d in documents], ctx.experiment.data.validation_fraction)
-    rows = wrap_documents(tokenizer, (documents[i] for i in train), length=ctx.config.max_length)
+    train, _ = split_documents(ctx)
+    rows = wrap_documents(tokenizer, train, length=ctx.config.max_length)
     if not rows:
         problem = f"fewer than sft.max_length = {ctx.config.max_length} tokens of pretraining text"
         raise DataError([f"data.documents: {problem}; give more text, or set sft.ppo_init: null"])
