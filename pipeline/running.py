@@ -89,6 +89,8 @@ def run_stage(job: Job) -> dict[str, Any]:
     try:
         with files.naming(context.publish), relying_on(job.peers):
             metrics = plain(job.module.run(context))
+        if lines := remade(job, context):
+            raise UserError(lines)
         finished = True
     finally:
         context.tracker.close()
@@ -103,6 +105,18 @@ def run_stage(job: Job) -> dict[str, Any]:
     done = " · ".join([f"done in {duration(time.monotonic() - started)}", *headline(job.module, metrics)])
     job.say(f"{done} → {job.store.folder(job.name)}")
     return manifest
+
+
+def remade(job: Job, context: StageRun) -> list[str]:
+    """A line for each stage that this one needs and that another command made anew meanwhile: what was read here may
+    be of both, and the manifest would name the old one."""
+    saved = checkpoints.step_folders(context.checkpoints.folder)  # of another input now: `refusals`
+    remedy = "run again with --restart" if saved else "run again"
+    return [
+        f"{job.name}: {need} was made anew while this stage ran; {remedy}"
+        for need, manifest in job.manifests.items()
+        if (job.store.manifest(need) or {}).get("digest") != manifest["digest"]
+    ]
 
 
 def headline(module: Any, metrics: dict[str, Any]) -> list[str]:
