@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -509,6 +509,8 @@ def clean_command(arguments: argparse.Namespace) -> int:
 
     tree = config.read_tree(arguments.config, arguments.overrides)
     store = ArtifactStore(arguments.artifacts, config.read_name(tree))
+    doomed = store.base.with_name(f".tmp-{store.base.name}")
+    files.remove(doomed)  # of a clean that was killed
     if not store.base.is_dir():
         print(f"{store.base}: nothing there")
         return 0
@@ -520,9 +522,14 @@ def clean_command(arguments: argparse.Namespace) -> int:
               for name in stages if store.is_held(name)]  # fmt: skip
     if lines:
         raise UserError(lines)
-    size = human_bytes(sum(store.size(name) for name in found))
-    print(f"removing {store.base} ({size}): {' '.join(found) or 'empty'}")
-    files.remove(store.base)
+    with ExitStack() as held:
+        for name in stages:  # a process may have come since
+            held.enter_context(store.hold(name))
+        size = human_bytes(sum(store.size(name) for name in found))
+        print(f"removing {store.base} ({size}): {' '.join(found) or 'empty'}")
+        # away at once, and removed with no lock file open: NFS would keep that, and its folder
+        os.rename(store.base, doomed)
+    files.remove(doomed)
     return 0
 
 

@@ -364,6 +364,34 @@ def test_clean_refuses_what_is_held_and_what_is_not_its_own(rlhf, tmp_path):
     assert Path(ARTIFACTS, "manifest.json").exists()
 
 
+def test_clean_holds_what_it_removes(rlhf, monkeypatch):
+    """A run that begins after the look at the locks is refused, or refuses the clean; a full disk is no hindrance."""
+    from pipeline import artifacts
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    rlhf("run", "fit", "fit.steps=2")
+    names, rename, held = ("text", "fit"), os.rename, []
+
+    def look(source, target):
+        other = artifacts.ArtifactStore("artifacts", "small")
+        held.extend(name for name in names if other.is_held(name))
+        rename(source, target)
+
+    with artifacts.ArtifactStore("artifacts", "small").lock("fit"):
+        with monkeypatch.context() as patch:
+            patch.setattr(artifacts.ArtifactStore, "is_held", lambda *_: False)
+            code, out, err = rlhf("clean")
+    assert code == 2 and out == "" and f"process {os.getpid()} on " in err and Path(ARTIFACTS, "manifest.json").exists()
+    Path("artifacts/.tmp-small/half").mkdir(parents=True)  # what a clean left that was killed
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        patch.setattr(os, "rename", look)
+        assert rlhf("clean")[0] == 0
+    assert held == ["text", "fit"] and list(Path("artifacts").iterdir()) == []
+
+
 def test_make_clean_artifacts_with_a_mistyped_config_removes_nothing(tmp_path):
     (tmp_path / "artifacts" / "small").mkdir(parents=True)
     (tmp_path / "nameless.yaml").write_text("seed: 1\n")
