@@ -87,8 +87,10 @@ class Vllm:
         self.running = True
         # vLLM 0.32 takes a head that is the embedding over once, and then leaves it as it was
         self.unties = tied_head(model) is not None and plain(model).get_input_embeddings().weight.requires_grad
-        untied = {"hf_overrides": {"tie_word_embeddings": False}} if self.unties else {}
-        self._hand_over(model, lambda folder: {"start": {"model": folder} | self.arguments | untied}, poll)
+        arguments = dict(self.arguments)
+        if self.unties:  # beside what the user overrides
+            arguments["hf_overrides"] = (arguments.get("hf_overrides") or {}) | {"tie_word_embeddings": False}
+        self._hand_over(model, lambda folder: {"start": {"model": folder} | arguments}, poll)
 
     def follow(self, model) -> None:
         """Hands the model's weights over, if they have changed: adapters folded in; sharded ones are gathered layer by
