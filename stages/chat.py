@@ -135,7 +135,8 @@ def load(
     import torch
     from transformers.utils import logging
 
-    from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, tokenizer_fingerprint
+    from stages.models.ensemble import load_reward_model
+    from stages.models.loading import load_policy, load_tokenizer, tokenizer_fingerprint
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -164,7 +165,7 @@ def load(
         return speakers, None
     store.verify("rm")
     folder = store.folder("rm") / "model"
-    reward_model = load_scalar_model(folder, **options).to(device)
+    reward_model = load_reward_model(folder, experiment.evaluate.reward_ensemble, **options).to(device)
     return speakers, (reward_model, tokenizer_fingerprint(load_tokenizer(folder, **trust)))
 
 
