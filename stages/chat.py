@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from stages.common import dtype_of
+from stages.common import context_of, dtype_of
 
 POLICIES = ("base", "sft", "ppo", "dpo")
 COLOURS = ("blue", "dark_orange3", "medium_purple", "green")
@@ -229,7 +229,7 @@ def reply(speaker: Speaker, text: str, settings: Settings, turn: int, dtype: str
     from stages.rollouts.transformers import sample
 
     model, tokenizer = speaker.model, speaker.tokenizer
-    context = getattr(model.config, "max_position_embeddings", None) or 10**9
+    context = context_of(model.config.to_dict()) or 10**9
     system = [{"role": "system", "content": settings.system}] if settings.system else []
     question = {"role": "user", "content": text}
     try:

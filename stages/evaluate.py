@@ -64,7 +64,7 @@ def needs(experiment) -> list[str]:
 
 
 def reads(experiment) -> list[str]:
-    return ["evaluation_prompts"] + ([] if experiment.data.documents is None else ["documents"])
+    return ["evaluation_prompts", "documents"]
 
 
 def check(experiment) -> list[str]:
@@ -78,7 +78,7 @@ def check(experiment) -> list[str]:
             what = "scores would not be the ones that PPO raised; set both alike"
             wrong.append(f"evaluate.{key}: is {own}, and ppo.{key} {raised}: {what}")
     wrong += no_room(experiment, "evaluate")
-    return wrong + over_context(experiment, "evaluate", *["perplexity_length"] * ("documents" in reads(experiment)))
+    return wrong + over_context(experiment, "evaluate", "perplexity_length")
 
 
 def run(ctx: StageRun) -> dict:
@@ -86,7 +86,7 @@ def run(ctx: StageRun) -> dict:
     c, m = ctx.config, ctx.experiment.model
     accelerator = make_accelerator(device_of(ctx), dtype_of(ctx.experiment))
     options = {"attn_implementation": m.attn_implementation, "trust_remote_code": ctx.trust_remote_code}
-    check_context(ctx, ctx.inputs["sft"] / "model")
+    check_context(ctx, ctx.inputs["sft"] / "model", "perplexity_length")
     tokenizer = load_tokenizer(ctx.inputs["sft"] / "model", trust_remote_code=ctx.trust_remote_code)
     reward_model = load_reward_model(ctx.inputs["rm"] / "model", c.reward_ensemble, **options).to(accelerator.device)
     sft = load_policy(ctx.inputs["sft"] / "model", **options).to(accelerator.device)
@@ -176,8 +176,6 @@ def load_prompts(ctx: StageRun, tokenizer):
 
 def held_out_text(ctx: StageRun, tokenizer) -> list[list[int]]:
     """Packed rows of the documents that base and ptx did not train on."""
-    if "documents" not in reads(ctx.experiment):
-        return []
     documents = read(ctx, "documents")
     _, valid = held_out([d.text for d in documents], ctx.experiment.data.validation_fraction)
     rows = wrap_documents(tokenizer, (documents[i] for i in valid), length=ctx.config.perplexity_length)
