@@ -117,8 +117,12 @@ def explain(error: Exception) -> int:
         or "out of memory" in str(error)
         or "can't allocate memory" in str(error)
     ):
+        # gradient_checkpointing is the model's, and so every stage's: none that is done or interrupted stays
         remedy = (
-            "lower per_device_train_batch_size or mini_batch_size, or set model.gradient_checkpointing=true"
+            "lower per_device_train_batch_size (base, sft, rm, dpo: raise gradient_accumulation_steps as much, so that "
+            "a step's batch stays), per_device_train_tokens or ppo.local_rollout_forward_batch_size, and to go on with "
+            "an interrupted run add --override-config; or set model.gradient_checkpointing=true, with which all "
+            "stages are made anew"
         )
         print(f"error: out of memory; {remedy}", file=sys.stderr)
         return 1

@@ -203,7 +203,8 @@ def join(processes: int, patience: float) -> Peers | None:
     if torch.cuda.is_available():
         here, visible = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if here > visible:
-            raise UserError(f"launch.processes: {here} on a machine with {visible} GPU; as many as GPUs at most")
+            what = f"{here} processes on a machine with {visible} GPU(s)"
+            raise UserError(f"launch.processes: {what}; use at most one per GPU")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = "cpu:gloo,cuda:nccl"
     limit, again = timedelta(seconds=patience), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
