@@ -46,8 +46,7 @@ def wanted(tree: dict[str, Any]) -> int:
     return count if type(count) is int and count > 1 and nodes == 1 and rank_and_size()[1] == 1 else 1
 
 
-# -- starting them
-# ------------------------------------------------------------------------------------------------
+# -- starting them ---------------------------------------------------------------------------------------
 
 
 def start(argv: list[str], count: int) -> int:
@@ -155,8 +154,7 @@ def watch_launcher(stop: StopFlag, met: threading.Event) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-# -- the first one leads
-# ------------------------------------------------------------------------------------------
+# -- the first one leads ---------------------------------------------------------------------------------
 
 
 @dataclass

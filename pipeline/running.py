@@ -124,8 +124,7 @@ def headline(module: Any, metrics: dict[str, Any]) -> list[str]:
     return [f"{key} {figure(metrics[key])}" for key in module.HEADLINE if metrics.get(key) is not None]
 
 
-# -- begin or go on
-# -----------------------------------------------------------------------------------------------
+# -- begin or go on --------------------------------------------------------------------------------------
 
 
 def refusals(
@@ -326,8 +325,7 @@ def set_seeds(seed: int, stage: str) -> None:
     torch.manual_seed(value)
 
 
-# -- what is recorded
-# ---------------------------------------------------------------------------------------------
+# -- what is recorded ------------------------------------------------------------------------------------
 
 
 def record(
