@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from stages.common import context_of, dtype_of
+from stages.common import context_of, device_of, dtype_of
 
 POLICIES = ("base", "sft", "ppo", "dpo")
 COLOURS = ("blue", "dark_orange3", "medium_purple", "green")
@@ -132,7 +132,6 @@ def load(
     experiment, store, names: list[str], folders: list[Path], trust_remote_code: bool = False
 ) -> tuple[list[Speaker], tuple | None]:
     """Speakers, and (reward model, its tokenizer's fingerprint) where rm is published."""
-    import torch
     from transformers.utils import logging
 
     from stages.models.ensemble import load_reward_model
@@ -140,8 +139,7 @@ def load(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    asked = experiment.launch.device
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+    device = device_of(experiment)
     trust = {"trust_remote_code": trust_remote_code}
     options = {"attn_implementation": experiment.model.attn_implementation, **trust}
     speakers = []

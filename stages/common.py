@@ -23,11 +23,11 @@ def read_placed(ctx: StageRun, kind: str) -> tuple[list, list[str]]:
     return sources.load_placed(kind, **dataclasses.asdict(ctx.source(kind)))
 
 
-def device_of(ctx: StageRun) -> str:
+def device_of(experiment) -> str:
     """ "cpu" or "cuda", as launch.device asks ("auto": a GPU if there is one)."""
     import torch
 
-    asked = ctx.experiment.launch.device
+    asked = experiment.launch.device
     return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 

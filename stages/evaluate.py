@@ -84,7 +84,7 @@ def check(experiment) -> list[str]:
 def run(ctx: StageRun) -> dict:
     """→ results.json and responses.jsonl (every sample, with its judgements)."""
     c, m = ctx.config, ctx.experiment.model
-    accelerator = make_accelerator(device_of(ctx), dtype_of(ctx.experiment))
+    accelerator = make_accelerator(device_of(ctx.experiment), dtype_of(ctx.experiment))
     options = {"attn_implementation": m.attn_implementation, "trust_remote_code": ctx.trust_remote_code}
     check_context(ctx, ctx.inputs["sft"] / "model", "perplexity_length")
     tokenizer = load_tokenizer(ctx.inputs["sft"] / "model", trust_remote_code=ctx.trust_remote_code)

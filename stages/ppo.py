@@ -444,7 +444,7 @@ def load(ctx: StageRun) -> Roles:
         (climbed, given[climbed]) if climbed in given else ("rm", ctx.inputs["rm"] / "model"),
         ctx.config.reward_ensemble,
         (looks_on, given[looks_on]) if looks_on in given else None,
-        make_accelerator(device_of(ctx), dtype_of(ctx.experiment)),
+        make_accelerator(device_of(ctx.experiment), dtype_of(ctx.experiment)),
         trunk=None if climbed in given else ctx.inputs["sft"] / "model",
         adapter=adapter_settings(m) or {"method": None},
         policy_seed=derive_seed(ctx.seed, "policy"),
