@@ -68,9 +68,9 @@ class Vllm:
         self.process = self.connection = self.end = None
 
     def start(self, model, poll: Callable[[], None] = lambda: None) -> None:
-        """With this model's weights. An EngineLost where it does not start, with its own words; a UserError where there
-        is no place for its files, or, for a model whose files name its weights otherwise than its modules do. poll() is
-        called meanwhile, as in `sample`: what it raises ends the wait."""
+        """With this model's weights. Raises EngineLost with vLLM's own message if it does not start; UserError if there
+        is no room for its files, or the model's files name weights otherwise than its modules. poll() is called
+        meanwhile, as in `sample`: what it raises ends the wait."""
 
         def launched() -> None:
             try:
