@@ -105,7 +105,7 @@ def explain(error: Exception) -> int:
 
         what = f"another process of this run is gone, or took longer than launch.timeout ({error})"
         print(f"error: {what}; run again to go on", file=sys.stderr)
-        return 1 if processes.rank_and_size()[0] == 0 else processes.LOST_ANOTHER
+        return 1 if processes.place_in_environment()[0] == 0 else processes.LOST_ANOTHER
     if isinstance(error, BrokenPipeError):  # `rlhf status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -164,9 +164,9 @@ def signal_handlers(stop: StopFlag) -> Iterator[None]:
     """SIGTERM, SIGINT and SIGUSR1 ask for a stop at the next step; a second SIGTERM or SIGINT kills at once (one after
     SIGUSR1 is the first: a queue that warned ends the job with it, and a save may be under way)."""
 
-    from pipeline.processes import rank_and_size
+    from pipeline.processes import place_in_environment
 
-    first, ended = rank_and_size()[0] == 0, []
+    first, ended = place_in_environment()[0] == 0, []
 
     def ask(number: int, frame: Any) -> None:
         if not first:
