@@ -219,15 +219,6 @@ class Reading:
     blanks: int = 0
 
 
-def read_jsonl(path: str | Path) -> list:
-    """The values of all rows of a JSONL file or JSON array; DataError with every fault."""
-    reading = Reading()
-    values = [value for _, value in read_rows(path, reading)]
-    if reading.errors:
-        raise DataError(reading.errors)
-    return values
-
-
 def read_rows(path: str | Path, reading: Reading) -> Iterator[tuple[str, object]]:
     """Yield (where, value) row by row: "FILE:LINE", in an array "FILE:LINE: index I" (from 0).
 

@@ -122,6 +122,17 @@ class ArtifactStore:
     def lock(self, stage: str) -> Iterator[None]:
         """Holds the stage; a second writer gets a UserError that names the first. What a crash left is put
         right first."""
+        with self.hold(stage) as handle:
+            started = {"host": socket.gethostname(), "pid": os.getpid(), "started_at": now()}
+            with files.naming(self.folder(stage) / ".lock"):
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, json.dumps(started).encode(), 0)
+            self._recover(stage)
+            yield
+
+    @contextmanager
+    def hold(self, stage: str) -> Iterator[int]:
+        """The lock alone, its file left as it is: what removes a stage must not need room on the disk."""
         folder = self.folder(stage)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -133,13 +144,10 @@ class ArtifactStore:
         try:
             if not _try_lock(handle, patience=0.3):
                 raise UserError(f"{folder}: {self.holder(stage)} works on it; wait for it or stop it")
-            started = {"host": socket.gethostname(), "pid": os.getpid(), "started_at": now()}
-            with files.naming(folder / ".lock"):
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, json.dumps(started).encode(), 0)
+            if not _is_at(handle, folder / ".lock"):  # by who held it meanwhile
+                raise UserError(f"{folder}: was removed just now; run again")
             self._held.add(stage)
-            self._recover(stage)
-            yield
+            yield handle
         finally:
             self._held.discard(stage)
             os.close(handle)
@@ -332,6 +340,13 @@ def is_publishable(name: str) -> bool:
     """Whether a stage may publish a file under this name: none of its own bookkeeping."""
     top = name.split("/")[0]
     return top not in RESERVED and not top.startswith(".")
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether the open file is the one that has this name now."""
+    with suppress(OSError):
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    return False
 
 
 def _try_lock(handle: int, patience: float) -> bool:

@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -105,7 +105,7 @@ def explain(error: Exception) -> int:
 
         what = f"another process of this run is gone, or took longer than launch.timeout ({error})"
         print(f"error: {what}; run again to go on", file=sys.stderr)
-        return 1 if processes.rank_and_size()[0] == 0 else processes.LOST_ANOTHER
+        return 1 if processes.place_in_environment()[0] == 0 else processes.LOST_ANOTHER
     if isinstance(error, BrokenPipeError):  # `rlhf status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -117,8 +117,12 @@ def explain(error: Exception) -> int:
         or "out of memory" in str(error)
         or "can't allocate memory" in str(error)
     ):
+        # gradient_checkpointing is the model's, and so every stage's: none that is done or interrupted stays
         remedy = (
-            "lower per_device_train_batch_size or mini_batch_size, or set model.gradient_checkpointing=true"
+            "lower per_device_train_batch_size (base, sft, rm, dpo: raise gradient_accumulation_steps as much, so that "
+            "a step's batch stays), per_device_train_tokens or ppo.local_rollout_forward_batch_size, and to go on with "
+            "an interrupted run add --override-config; or set model.gradient_checkpointing=true, with which all "
+            "stages are made anew"
         )
         print(f"error: out of memory; {remedy}", file=sys.stderr)
         return 1
@@ -160,9 +164,9 @@ def signal_handlers(stop: StopFlag) -> Iterator[None]:
     """SIGTERM, SIGINT and SIGUSR1 ask for a stop at the next step; a second SIGTERM or SIGINT kills at once (one after
     SIGUSR1 is the first: a queue that warned ends the job with it, and a save may be under way)."""
 
-    from pipeline.processes import rank_and_size
+    from pipeline.processes import place_in_environment
 
-    first, ended = rank_and_size()[0] == 0, []
+    first, ended = place_in_environment()[0] == 0, []
 
     def ask(number: int, frame: Any) -> None:
         if not first:
@@ -509,6 +513,8 @@ def clean_command(arguments: argparse.Namespace) -> int:
 
     tree = config.read_tree(arguments.config, arguments.overrides)
     store = ArtifactStore(arguments.artifacts, config.read_name(tree))
+    doomed = store.base.with_name(f".tmp-{store.base.name}")
+    files.remove(doomed)  # of a clean that was killed
     if not store.base.is_dir():
         print(f"{store.base}: nothing there")
         return 0
@@ -520,9 +526,14 @@ def clean_command(arguments: argparse.Namespace) -> int:
               for name in stages if store.is_held(name)]  # fmt: skip
     if lines:
         raise UserError(lines)
-    size = human_bytes(sum(store.size(name) for name in found))
-    print(f"removing {store.base} ({size}): {' '.join(found) or 'empty'}")
-    files.remove(store.base)
+    with ExitStack() as held:
+        for name in stages:  # a process may have come since
+            held.enter_context(store.hold(name))
+        size = human_bytes(sum(store.size(name) for name in found))
+        print(f"removing {store.base} ({size}): {' '.join(found) or 'empty'}")
+        # away at once, and removed with no lock file open: NFS would keep that, and its folder
+        os.rename(store.base, doomed)
+    files.remove(doomed)
     return 0
 
 

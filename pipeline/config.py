@@ -149,8 +149,8 @@ def _explain(error: ValidationError, tree: Tree, Experiment: type[BaseModel]) ->
     one line."""
     found: dict[tuple, list[Any]] = {}
     for item in error.errors(include_url=False, include_context=False):
-        path, known = _resolve(item["loc"], tree.values, item["type"] == "missing")
-        found.setdefault(path, []).append(item | {"known": known})
+        path = _resolve(item["loc"], tree.values, item["type"] == "missing")
+        found.setdefault(path, []).append(item)
     lines = []
     for path, items in found.items():
         if any(other != path and other[: len(path)] == path for other in found):
@@ -168,7 +168,7 @@ def _explain(error: ValidationError, tree: Tree, Experiment: type[BaseModel]) ->
     return lines
 
 
-def _resolve(loc: tuple, values: Any, missing: bool) -> tuple[tuple, bool]:
+def _resolve(loc: tuple, values: Any, missing: bool) -> tuple:
     """The user's path in an error's location, without the names of union branches that pydantic puts
     between."""
     path: tuple = ()
@@ -178,7 +178,7 @@ def _resolve(loc: tuple, values: Any, missing: bool) -> tuple[tuple, bool]:
             path, values = (*path, part), values[part]
         elif missing and index == len(loc) - 1:
             path = (*path, part)
-    return path, True
+    return path
 
 
 def _wish(message: str) -> str:

@@ -66,7 +66,7 @@ class Chain:
         """Where a stage is not done here, and no run of it was interrupted, take it from the storage if it is up to
         date there."""
         state = self.states[name]
-        if state.kind not in ("missing", "stale", "damaged") or state.run is not None:
+        if not is_wanting(state):
             return
         if any(self.states[need].kind != "done" for need in self.needs(name)):
             return
@@ -74,6 +74,9 @@ class Chain:
         if there is None or compare(name, there, self.today(name)):
             return
         with self.store.lock(name):
+            self.states[name] = self.assess(name)  # again, now that nobody else can change it
+            if not is_wanting(self.states[name]):
+                return
             remote.fetch(name, there)
         line = f"{name}: {state.sentence()}; fetched from {remote.url}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -125,6 +128,11 @@ class Chain:
                 assert not late, f"{name} needs {late}, which must stand before it"
                 wanted.update(self.needs(name))
         return [name for name in order if name in wanted]
+
+
+def is_wanting(state: StageState) -> bool:
+    """Whether it is not done here and no run of it is under way or was interrupted."""
+    return state.kind in ("missing", "stale", "damaged") and state.run is None
 
 
 def assess(experiment: Any, store: ArtifactStore, stages: dict[str, Any]) -> dict[str, StageState]:

@@ -34,21 +34,23 @@ LOST = r"gloo|NCCL|Connection (closed|reset|refused)|[Tt]imed out"  # how the ba
 NOT_THE_CAUSE = (None, 0, 3, 75, LOST_ANOTHER)  # of another: it runs, took a decision of all, or lost one
 
 
-def rank_and_size() -> tuple[int, int]:
+def place_in_environment() -> tuple[int, int]:
     """Which of how many processes the environment says that this one is: (0, 1) for one alone."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     return (int(os.environ.get("RANK", "0")), size) if size > 1 else (0, 1)
+
+
+rank_and_size = place_in_environment  # as stages/settings.py still calls it
 
 
 def wanted(tree: dict[str, Any]) -> int:
     """How many processes to start for a config (as read, not validated): 1 = this one works itself."""
     launch = tree.get("launch")
     count, nodes = (launch.get(key, 1) if isinstance(launch, dict) else 1 for key in ("processes", "nodes"))
-    return count if type(count) is int and count > 1 and nodes == 1 and rank_and_size()[1] == 1 else 1
+    return count if type(count) is int and count > 1 and nodes == 1 and place_in_environment()[1] == 1 else 1
 
 
-# -- starting them
-# ------------------------------------------------------------------------------------------------
+# -- starting them ---------------------------------------------------------------------------------------
 
 
 def start(argv: list[str], count: int) -> int:
@@ -156,8 +158,7 @@ def watch_launcher(stop: StopFlag, met: threading.Event) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-# -- the first one leads
-# ------------------------------------------------------------------------------------------
+# -- the first one leads ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -190,7 +191,7 @@ class Peers:
 def join(processes: int, patience: float) -> Peers | None:
     """Meets the other processes; None for one that works alone. processes: how many the config asks for; patience:
     seconds. UserError where the environment does not fit, PeerLost where they do not come in time."""
-    rank, size = rank_and_size()
+    rank, size = place_in_environment()
     if size == 1:
         return None
     if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
@@ -204,7 +205,8 @@ def join(processes: int, patience: float) -> Peers | None:
     if torch.cuda.is_available():
         here, visible = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if here > visible:
-            raise UserError(f"launch.processes: {here} on a machine with {visible} GPU; as many as GPUs at most")
+            what = f"{here} processes on a machine with {visible} GPU(s)"
+            raise UserError(f"launch.processes: {what}; use at most one per GPU")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = "cpu:gloo,cuda:nccl"
     limit, again = timedelta(seconds=patience), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -278,7 +280,7 @@ def end_this_one(code: int) -> NoReturn:
     """The end of the process that a command was. One that met others leaves out the interpreter's own end, but for
     what is registered for it: gloo's threads may still hold the last tensor of a sum, need the interpreter to let it
     go, and would abort the process there, with the exit code lost."""
-    if rank_and_size()[1] == 1:
+    if place_in_environment()[1] == 1:
         sys.exit(code)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -89,6 +89,8 @@ def run_stage(job: Job) -> dict[str, Any]:
     try:
         with files.naming(context.publish), relying_on(job.peers):
             metrics = plain(job.module.run(context))
+        if lines := remade(job, context):
+            raise UserError(lines)
         finished = True
     finally:
         context.tracker.close()
@@ -105,13 +107,24 @@ def run_stage(job: Job) -> dict[str, Any]:
     return manifest
 
 
+def remade(job: Job, context: StageRun) -> list[str]:
+    """A line for each stage that this one needs and that another command made anew meanwhile: what was read here may
+    be of both, and the manifest would name the old one."""
+    saved = checkpoints.step_folders(context.checkpoints.folder)  # of another input now: `refusals`
+    remedy = "run again with --restart" if saved else "run again"
+    return [
+        f"{job.name}: {need} was made anew while this stage ran; {remedy}"
+        for need, manifest in job.manifests.items()
+        if (job.store.manifest(need) or {}).get("digest") != manifest["digest"]
+    ]
+
+
 def headline(module: Any, metrics: dict[str, Any]) -> list[str]:
     """The figures that a stage puts first, as far as it has them: "kl 3.2"."""
     return [f"{key} {figure(metrics[key])}" for key in module.HEADLINE if metrics.get(key) is not None]
 
 
-# -- begin or go on
-# -----------------------------------------------------------------------------------------------
+# -- begin or go on --------------------------------------------------------------------------------------
 
 
 def refusals(
@@ -213,17 +226,8 @@ def prepare(job: Job, run: dict[str, Any]) -> StageRun:
     tracker = Tracker(
         work, job.name, experiment.tracking, run["run_id"], experiment.name, run["config"], job.console
     )
-    every = experiment.checkpoints.every
-    saved = checkpoints.CheckpointStore(
-        folder=work / "checkpoints",
-        every=50 if every is None else every,
-        keep=experiment.checkpoints.keep,
-        run_id=run["run_id"],
-        fingerprint=run["fingerprint"],
-        say=job.say,
-        before_save=before_save,
-        most=0.035 if every is None else None,
-    )
+    marks = {"run_id": run["run_id"], "fingerprint": run["fingerprint"]}
+    saved = checkpoints_of(experiment, work, **marks, say=job.say, before_save=before_save)
     checkpoint = saved.newest()
     if checkpoint is None:
         tracker.rewind(-1)
@@ -243,6 +247,14 @@ def prepare(job: Job, run: dict[str, Any]) -> StageRun:
         trust_remote_code=job.flags.trust_remote_code,
         **what_it_reads(job.name, job.module, experiment, store, job.manifests),
     )
+
+
+def checkpoints_of(experiment: Any, work: Path, **options: Any) -> checkpoints.CheckpointStore:
+    """The checkpoints of a run that works in that folder. Where `checkpoints.every` is null: every 50 steps, and fewer
+    where that would take too much of the time."""
+    every, keep = experiment.checkpoints.every, experiment.checkpoints.keep
+    rhythm = {"every": 50, "most": 0.035} if every is None else {"every": every}
+    return checkpoints.CheckpointStore(work / "checkpoints", **rhythm, keep=keep, **options)
 
 
 def what_it_reads(
@@ -276,14 +288,7 @@ def follow(peers: Peers, experiment: Any, store: ArtifactStore, stages: dict[str
         files.remove(folder)
         folder.mkdir()
         try:
-            saved = checkpoints.CheckpointStore(
-                folder=store.work_folder(name) / "checkpoints",
-                every=50 if experiment.checkpoints.every is None else experiment.checkpoints.every,
-                keep=experiment.checkpoints.keep,
-                run_id="",
-                writes=False,
-                at=message["at"],
-            )
+            saved = checkpoints_of(experiment, store.work_folder(name), run_id="", writes=False, at=message["at"])
             set_seeds(experiment.seed, name)
             context = StageRun(
                 publish=folder,
@@ -312,8 +317,7 @@ def set_seeds(seed: int, stage: str) -> None:
     torch.manual_seed(value)
 
 
-# -- what is recorded
-# ---------------------------------------------------------------------------------------------
+# -- what is recorded ------------------------------------------------------------------------------------
 
 
 def record(

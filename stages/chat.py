@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from stages.common import dtype_of
+from stages.common import context_of, device_of, dtype_of
 
 POLICIES = ("base", "sft", "ppo", "dpo")
 COLOURS = ("blue", "dark_orange3", "medium_purple", "green")
@@ -132,15 +132,14 @@ def load(
     experiment, store, names: list[str], folders: list[Path], trust_remote_code: bool = False
 ) -> tuple[list[Speaker], tuple | None]:
     """Speakers, and (reward model, its tokenizer's fingerprint) where rm is published."""
-    import torch
     from transformers.utils import logging
 
-    from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, tokenizer_fingerprint
+    from stages.models.ensemble import load_reward_model
+    from stages.models.loading import load_policy, load_tokenizer, tokenizer_fingerprint
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    asked = experiment.launch.device
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+    device = device_of(experiment)
     trust = {"trust_remote_code": trust_remote_code}
     options = {"attn_implementation": experiment.model.attn_implementation, **trust}
     speakers = []
@@ -164,7 +163,7 @@ def load(
         return speakers, None
     store.verify("rm")
     folder = store.folder("rm") / "model"
-    reward_model = load_scalar_model(folder, **options).to(device)
+    reward_model = load_reward_model(folder, experiment.evaluate.reward_ensemble, **options).to(device)
     return speakers, (reward_model, tokenizer_fingerprint(load_tokenizer(folder, **trust)))
 
 
@@ -228,7 +227,7 @@ def reply(speaker: Speaker, text: str, settings: Settings, turn: int, dtype: str
     from stages.rollouts.transformers import sample
 
     model, tokenizer = speaker.model, speaker.tokenizer
-    context = getattr(model.config, "max_position_embeddings", None) or 10**9
+    context = context_of(model.config.to_dict()) or 10**9
     system = [{"role": "system", "content": settings.system}] if settings.system else []
     question = {"role": "user", "content": text}
     try:

@@ -23,11 +23,11 @@ def read_placed(ctx: StageRun, kind: str) -> tuple[list, list[str]]:
     return sources.load_placed(kind, **dataclasses.asdict(ctx.source(kind)))
 
 
-def device_of(ctx: StageRun) -> str:
+def device_of(experiment) -> str:
     """ "cpu" or "cuda", as launch.device asks ("auto": a GPU if there is one)."""
     import torch
 
-    asked = ctx.experiment.launch.device
+    asked = experiment.launch.device
     return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
@@ -68,14 +68,25 @@ def fit_prompts(ctx: StageRun, tokenizer, prompts, places: list[str]):
     return kept, ids, report
 
 
-def check_context(ctx: StageRun, folder: Path) -> None:
-    """UserError if the stage's max_length is more than the model in `folder` can read."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    context = config.get("max_position_embeddings") or config.get("n_positions")
-    if context is not None and ctx.config.max_length > context:
-        raise UserError(
-            f"{ctx.stage}.max_length: {ctx.config.max_length} tokens, and the model's context is {context}; lower it"
-        )
+def context_of(config: dict) -> int | None:
+    """The longest row that a model reads, as its config.json names it (of one with a language model inside: there);
+    None where it does not."""
+    names = ("max_position_embeddings", "n_positions", "seq_length")
+    known = (part.get(name) for part in (config.get("text_config") or {}, config) for name in names)
+    return next(filter(None, known), None)
+
+
+def check_context(ctx: StageRun, folder: Path, *lengths: str) -> None:
+    """UserError if the stage's max_length, or another of its lengths that is named, is more than the model in `folder`
+    can read."""
+    context = context_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    asked = {key: getattr(ctx.config, key) for key in ("max_length", *lengths)}
+    if lines := [
+        f"{ctx.stage}.{key}: {length} tokens, and the model's context is {context}; lower it"
+        for key, length in asked.items()
+        if context is not None and length > context
+    ]:
+        raise UserError(lines)
 
 
 def is_sharding(ctx: StageRun) -> bool:
@@ -137,7 +148,7 @@ def show_samples(model, tokenizer, prompts, *, seed: int, response_length: int, 
     from stages.models.sharding import whole
     from stages.rollouts.transformers import sample
 
-    context = getattr(model.config, "max_position_embeddings", None) or 10**9
+    context = context_of(model.config.to_dict()) or 10**9
     room = [(p, ids) for p in prompts if len(ids := encode_prompt(tokenizer, p)) + response_length <= context]
     if not room:
         return []

@@ -92,10 +92,10 @@ def plan_memory(experiment, console=None, trust_remote_code: bool = False) -> in
     from rich.console import Console
     from rich.table import Table
 
+    from stages.common import device_of
     from stages.memory import of_experiment
 
-    console, here = console or Console(), torch.cuda.is_available()
-    device = {"auto": "cuda" if here else "cpu"}.get(experiment.launch.device, experiment.launch.device)
+    console, here, device = console or Console(), torch.cuda.is_available(), device_of(experiment)
     columns = ("weights", "moments", "kept", "step", "sampling")
     table = Table("", *columns, "in all", box=None, padding=(0, 2, 0, 0))
     for column in table.columns[1:]:

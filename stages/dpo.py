@@ -106,7 +106,7 @@ def run(ctx: StageRun) -> dict:
     source = ctx.inputs["sft"] / "model"
     check_context(ctx, source)
     tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
-    accelerator = make_accelerator(device_of(ctx), dtype_of(ctx.experiment))
+    accelerator = make_accelerator(device_of(ctx.experiment), dtype_of(ctx.experiment))
     limits = {"max_length": c.max_length, "on_too_long": c.on_too_long}
     groups, report = load_groups(ctx, tokenizer, "train", **limits)
     held, held_report = load_groups(ctx, tokenizer, "validation", **limits)

@@ -73,7 +73,7 @@ def needs(experiment) -> list[str]:
 
 
 def reads(experiment) -> list[str]:
-    return ["evaluation_prompts"] + ([] if experiment.data.documents is None else ["documents"])
+    return ["evaluation_prompts", "documents"]
 
 
 def check(experiment) -> list[str]:
@@ -87,15 +87,15 @@ def check(experiment) -> list[str]:
             what = "scores would not be the ones that PPO raised; set both alike"
             wrong.append(f"evaluate.{key}: is {own}, and ppo.{key} {raised}: {what}")
     wrong += no_room(experiment, "evaluate")
-    return wrong + over_context(experiment, "evaluate", *["perplexity_length"] * ("documents" in reads(experiment)))
+    return wrong + over_context(experiment, "evaluate", "perplexity_length")
 
 
 def run(ctx: StageRun) -> dict:
     """→ results.json and responses.jsonl (every sample, with its judgements)."""
     c, m = ctx.config, ctx.experiment.model
-    accelerator = make_accelerator(device_of(ctx), dtype_of(ctx.experiment))
+    accelerator = make_accelerator(device_of(ctx.experiment), dtype_of(ctx.experiment))
     options = {"attn_implementation": m.attn_implementation, "trust_remote_code": ctx.trust_remote_code}
-    check_context(ctx, ctx.inputs["sft"] / "model")
+    check_context(ctx, ctx.inputs["sft"] / "model", "perplexity_length")
     tokenizer = load_tokenizer(ctx.inputs["sft"] / "model", trust_remote_code=ctx.trust_remote_code)
     reward_model = load_reward_model(ctx.inputs["rm"] / "model", c.reward_ensemble, **options).to(accelerator.device)
     sft = load_policy(ctx.inputs["sft"] / "model", **options).to(accelerator.device)
@@ -175,8 +175,6 @@ def load_prompts(ctx: StageRun, tokenizer):
 
 def held_out_text(ctx: StageRun, tokenizer) -> list[list[int]]:
     """Packed rows of the documents that base and ptx did not train on."""
-    if "documents" not in reads(ctx.experiment):
-        return []
     _, held = split_documents(ctx)
     rows = wrap_documents(tokenizer, held, length=ctx.config.perplexity_length)
     return rows[: ctx.config.perplexity_rows]

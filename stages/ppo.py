@@ -460,14 +460,14 @@ def load(ctx: StageRun) -> Roles:
     """Policy and reference from sft (from its ppo_init/, if there is one); reward model from rm."""
     m = ctx.experiment.model
     start = start_folder(ctx)
-    check_context(ctx, start)
+    check_context(ctx, start, *["ptx_length"] * bool(ctx.config.ptx_coef))
     given, climbed, looks_on = named_folders(ctx.experiment), "ppo.reward_model", "ppo.held_out_reward_model"
     roles = load_roles(
         start,
         (climbed, given[climbed]) if climbed in given else ("rm", ctx.inputs["rm"] / "model"),
         ctx.config.reward_ensemble,
         (looks_on, given[looks_on]) if looks_on in given else None,
-        make_accelerator(device_of(ctx), dtype_of(ctx.experiment)),
+        make_accelerator(device_of(ctx.experiment), dtype_of(ctx.experiment)),
         trunk=None if climbed in given else ctx.inputs["sft"] / "model",
         adapter=adapter_settings(m) or {"method": None},
         policy_seed=derive_seed(ctx.seed, "policy"),

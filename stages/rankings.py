@@ -149,7 +149,7 @@ def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]], list[li
     """(prompts, K response texts of each, whether each ended with EOS), by SFT; a checkpoint every
     `checkpoints.every` batches."""
     c, m = ctx.config, ctx.experiment.model
-    accelerator = make_accelerator(device_of(ctx), dtype_of(ctx.experiment))
+    accelerator = make_accelerator(device_of(ctx.experiment), dtype_of(ctx.experiment))
     source = ctx.inputs["sft"] / "model"
     check_context(ctx, source)
     tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)

@@ -131,7 +131,7 @@ def run(ctx: StageRun) -> dict:
         keep=c.keep,
         patience=c.patience,
         eval_steps=c.eval_steps,
-        device=device_of(ctx),
+        device=device_of(ctx.experiment),
         dtype=dtype_of(ctx.experiment),
         gradient_checkpointing=m.gradient_checkpointing,
         samples=lambda live: show_samples(live, tokenizer, shown, seed=ctx.seed, response_length=c.sample_tokens),

@@ -45,8 +45,9 @@ class Roles:
     """The models, what they share, and where they compute.
 
     ref_policy None: the policy with its adapter off. judge: another reward model that only looks on, or None. packed:
-    whether all of them read packed rows. reward_model may be an Ensemble. again: name → a function that loads what a
-    model that trains was made from. engine: what samples in the place of the policy (a `Vllm`), or None.
+    whether all of them read packed rows. reward_model may be an Ensemble. again: name → function that loads the
+    original model a trained one started from (its frozen weights are needed in float32 at publication). engine: what
+    samples in the place of the policy (a `Vllm`), or None.
     """
 
     policy: torch.nn.Module

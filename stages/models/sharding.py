@@ -29,8 +29,8 @@ Found = TypeVar("Found")
 
 def made_by_first(make: Callable[[], nn.Module]) -> nn.Module:
     """make() in the first process; in the others that model as it then is, buffers and all, but without its weights,
-    which `shard` hands out. What make() finds out about the model with its weights is so known to all. A UserError of
-    make() is one everywhere."""
+    which `shard` hands out. Whatever make() learns by trying the model (can it pack? is its head linear?) is thereby
+    known to every process; a UserError in make() is raised everywhere."""
     made: list[nn.Module] = []
 
     def described() -> bytes | None:

@@ -9,9 +9,9 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, 0.0).sum()
 
 
-def masked_mean(x: Tensor, mask: Tensor, count: Tensor | float | None = None) -> Tensor:
-    """Σ of x where mask, over `count` (default: the number of True places; give the global one in micro-batches)."""
-    return masked_sum(x, mask) / (mask.sum().clamp(min=1) if count is None else count)
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Σ of x where mask, over the number of True places; of none: 0."""
+    return masked_sum(x, mask) / mask.sum().clamp(min=1)
 
 
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:

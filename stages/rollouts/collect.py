@@ -109,17 +109,15 @@ def collect(
         parallel.sum_tensors(computed + [rollout.logprobs, rollout.entropy] * recompute)  # 0 where others computed
     if recompute:
         rollout = replace(rollout, engine_kl=drift(sampled.logprobs, rollout.logprobs, rollout.mask))
-    rollout.scores.copy_(
-        final_scores(
-            rollout.scores,
-            rollout.finished,
-            missing_eos_score,
-            lengths=lengths,
-            score_clip=score_clip,
-            length_penalty=length_penalty,
-        )
+    scores = final_scores(
+        rollout.scores,
+        rollout.finished,
+        missing_eos_score,
+        lengths=lengths,
+        score_clip=score_clip,
+        length_penalty=length_penalty,
     )
-    return rollout
+    return replace(rollout, scores=scores)
 
 
 def drift(sampled: Tensor, logprobs: Tensor, mask: Tensor) -> float:

@@ -68,9 +68,9 @@ class Vllm:
         self.process = self.connection = self.end = None
 
     def start(self, model, poll: Callable[[], None] = lambda: None) -> None:
-        """With this model's weights. An EngineLost where it does not start, with its own words; a UserError where there
-        is no place for its files, or, for a model whose files name its weights otherwise than its modules do. poll() is
-        called meanwhile, as in `sample`: what it raises ends the wait."""
+        """With this model's weights. Raises EngineLost with vLLM's own message if it does not start; UserError if there
+        is no room for its files, or the model's files name weights otherwise than its modules. poll() is called
+        meanwhile, as in `sample`: what it raises ends the wait."""
 
         def launched() -> None:
             try:
@@ -87,8 +87,10 @@ class Vllm:
         self.running = True
         # vLLM 0.32 takes a head that is the embedding over once, and then leaves it as it was
         self.unties = tied_head(model) is not None and plain(model).get_input_embeddings().weight.requires_grad
-        untied = {"hf_overrides": {"tie_word_embeddings": False}} if self.unties else {}
-        self._hand_over(model, lambda folder: {"start": {"model": folder} | self.arguments | untied}, poll)
+        arguments = dict(self.arguments)
+        if self.unties:  # beside what the user overrides
+            arguments["hf_overrides"] = (arguments.get("hf_overrides") or {}) | {"tie_word_embeddings": False}
+        self._hand_over(model, lambda folder: {"start": {"model": folder} | arguments}, poll)
 
     def follow(self, model) -> None:
         """Hands the model's weights over, if they have changed: adapters folded in; sharded ones are gathered layer by

@@ -31,7 +31,7 @@ from sweeps.page import page  # noqa: E402
 from sweeps.points import keep, provenance, samples_of  # noqa: E402
 
 from data.encode import encode_prompt, encode_response  # noqa: E402
-from data.records import read_jsonl  # noqa: E402
+from data.sources import load  # noqa: E402
 from pipeline.artifacts import ArtifactStore  # noqa: E402
 from pipeline.errors import UserError  # noqa: E402
 from pipeline.running import duration  # noqa: E402
@@ -126,9 +126,9 @@ def judged(prompts: int, k: int) -> list[str]:
 def tokens_share(store: ArtifactStore, tokenizer_folder: Path) -> float:
     """(P + 2R) / (P + 9R) by the mean lengths of the pairs' own prompts and responses."""
     tokenizer = load_tokenizer(tokenizer_folder)
-    rows = read_jsonl(store.folder("rankings") / "train.jsonl")[:500]
-    prompt = np.mean([len(encode_prompt(tokenizer, row["prompt"])) for row in rows])
-    response = np.mean([len(encode_response(tokenizer, text)) for row in rows for text in row["responses"]])
+    rows = load("rankings", path=store.folder("rankings") / "train.jsonl", limit=500)
+    prompt = np.mean([len(encode_prompt(tokenizer, row.prompt)) for row in rows])
+    response = np.mean([len(encode_response(tokenizer, text)) for row in rows for text in row.responses])
     return float((prompt + 2 * response) / (prompt + K * response))
 
 

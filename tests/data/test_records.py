@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import records
-from data.records import DataError, Demonstration, Document, Prompt, Ranking, read_jsonl, write_jsonl
+from data.records import DataError, Demonstration, Document, Prompt, Ranking, write_jsonl
 from data.sources import load
 
 SETTINGS = settings(max_examples=50, deadline=None, derandomize=True, database=None)
@@ -102,6 +102,15 @@ def test_verdicts():
 # ── files: every fault with its place ───────────────────────────────────────────────────────────────────────
 
 GOOD = b'{"text": "fine"}\n'
+
+
+def read_jsonl(path) -> list:
+    """The values of all rows; DataError with every fault."""
+    reading = records.Reading()
+    values = [value for _, value in records.read_rows(path, reading)]
+    if reading.errors:
+        raise DataError(reading.errors)
+    return values
 
 
 def errors_of(tmp_path, content: bytes) -> list[str]:

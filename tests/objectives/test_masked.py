@@ -26,13 +26,6 @@ def test_sum_and_mean_are_numpys_over_the_masked_places(x, mask):
     assert masked_mean(x, mask).item() == pytest.approx(picked(x, mask).mean(), rel=1e-14)
 
 
-def test_mean_over_a_given_count_adds_up_over_micro_batches(x, mask):
-    """Each part is divided by the whole's count, so parts of any size add up to the whole."""
-    count = int(mask.sum())
-    parts = sum(masked_mean(x[i : i + 1], mask[i : i + 1], count) for i in range(len(x)))
-    assert parts.item() == pytest.approx(picked(x, mask).mean(), rel=1e-14)
-
-
 def test_mean_over_nothing_is_zero(x):
     assert masked_mean(x, torch.zeros_like(x, dtype=torch.bool)).item() == 0.0
 

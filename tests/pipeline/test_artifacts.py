@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import files
+from pipeline import artifacts, files
 from pipeline.artifacts import ArtifactStore
 from pipeline.errors import UserError
 
@@ -255,6 +255,19 @@ def test_one_writer_and_a_kill_frees_the_lock(tmp_path):
         other.kill()
         other.wait()
         other.stdout.close()
+
+
+def test_a_lock_of_a_folder_that_was_removed_meanwhile_holds_nothing(tmp_path, monkeypatch):
+    take = artifacts._try_lock
+
+    def late(handle, patience):
+        (tmp_path / "small").rename(tmp_path / "doomed")
+        return take(handle, patience)
+
+    monkeypatch.setattr(artifacts, "_try_lock", late)
+    with pytest.raises(UserError, match="sft: was removed just now; run again"):
+        with ArtifactStore(tmp_path, "small").lock("sft"):
+            pass
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):

@@ -142,6 +142,17 @@ def test_what_a_stage_raises(rlhf, error, code, expected):
     assert got == code and "Traceback" in err
 
 
+def test_what_to_turn_where_memory_runs_out_leaves_the_algorithm_and_can_go_on(rlhf):
+    """ppo.mini_batch_size would change what is learnt; a batch setting needs a word where a run was interrupted."""
+
+    def run(ctx):
+        raise MemoryError
+
+    rlhf.stages["fit"].run = run
+    err = rlhf("run", "fit")[2]
+    assert "mini_batch_size" not in err and "interrupted run add --override-config" in err and err.count("\n") == 1
+
+
 def test_run_help(rlhf):
     code, out, _ = rlhf("run", "--help", config=None)
     assert code == 0 and "--override-config" in out and "exit codes" in out
@@ -362,6 +373,50 @@ def test_clean_refuses_what_is_held_and_what_is_not_its_own(rlhf, tmp_path):
     )
     assert err.splitlines()[1].startswith(f"error: {ARTIFACTS}: process {other.pid} on ")
     assert Path(ARTIFACTS, "manifest.json").exists()
+
+
+def test_clean_holds_what_it_removes(rlhf, monkeypatch):
+    """A run that begins after the look at the locks is refused, or refuses the clean; a full disk is no hindrance."""
+    from pipeline import artifacts
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    rlhf("run", "fit", "fit.steps=2")
+    names, rename, held = ("text", "fit"), os.rename, []
+
+    def look(source, target):
+        other = artifacts.ArtifactStore("artifacts", "small")
+        held.extend(name for name in names if other.is_held(name))
+        rename(source, target)
+
+    with artifacts.ArtifactStore("artifacts", "small").lock("fit"):
+        with monkeypatch.context() as patch:
+            patch.setattr(artifacts.ArtifactStore, "is_held", lambda *_: False)
+            code, out, err = rlhf("clean")
+    assert code == 2 and out == "" and f"process {os.getpid()} on " in err and Path(ARTIFACTS, "manifest.json").exists()
+    Path("artifacts/.tmp-small/half").mkdir(parents=True)  # what a clean left that was killed
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        patch.setattr(os, "rename", look)
+        assert rlhf("clean")[0] == 0
+    assert held == ["text", "fit"] and list(Path("artifacts").iterdir()) == []
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    import torch
+
+    from pipeline.processes import join
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "MASTER_PORT": "1"}
+    for name, value in (place | {"MASTER_ADDR": "127.0.0.1"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        join(3, 1.0)
+    what = "3 processes on a machine with 2 GPU(s); use at most one per GPU"
+    assert caught.value.lines == [f"launch.processes: {what}"]
 
 
 def test_make_clean_artifacts_with_a_mistyped_config_removes_nothing(tmp_path):

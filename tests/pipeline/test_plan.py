@@ -361,6 +361,48 @@ def test_a_rebuilt_input_is_refused_even_with_override_config(world):
     world.run("fit", restart=True)
 
 
+@pytest.mark.parametrize("every", [0, 4])
+@pytest.mark.parametrize("redo", [False, True])
+def test_an_input_that_is_rebuilt_while_the_stage_runs_publishes_nothing(world, every, redo):
+    """What a finished artifact was stays; the run goes on as any whose input changed: with --restart, or (nothing was
+    saved) by itself."""
+    if redo:
+        world.run("fit", "checkpoints.every=0")
+    before, run_fit = world.store.manifest("fit"), world.stages["fit"].run
+
+    def run(ctx):
+        metrics = run_fit(ctx)
+        other = type(world.store)(world.store.root, "small")  # as of another process
+        with other.lock("text"):
+            content = other.folder("text") / ".tmp-publish"
+            content.mkdir()
+            (content / "words.json").write_text("[]")
+            other.publish("text", content, {**world.store.manifest("text"), "run_id": "another"})
+        return metrics
+
+    world.stages["fit"].run = run
+    every = f"checkpoints.every={every}"
+    remedy = "run again with --restart" if every.endswith("4") else "run again"
+    assert refused(world, "fit", every, force=redo) == [f"fit: text was made anew while this stage ran; {remedy}"]
+    assert world.store.manifest("fit") == before and not (world.store.folder("fit") / ".tmp-publish").exists()
+    world.stages["fit"].run = lambda ctx: {}
+    if "--restart" in remedy:
+        (line,) = refused(world, "fit", every)
+        assert line.startswith("fit: interrupted at step 8, since then text artifact changed (")
+    world.run("fit", every, restart="--restart" in remedy)
+    assert world.store.manifest("fit")["inputs"] == {"text": world.store.manifest("text")["digest"]}
+
+
+def test_an_input_that_is_gone_when_the_stage_ends_publishes_nothing(world):
+    def run(ctx):
+        (world.store.folder("text") / "manifest.json").unlink()
+        return {}
+
+    world.stages["fit"].run = run
+    assert refused(world, "fit") == ["fit: text was made anew while this stage ran; run again"]
+    assert world.store.manifest("fit") is None
+
+
 def test_a_changed_data_file_is_refused_with_its_rows(world, tmp_path):
     world.stages = fakes.stages(reads=["prompts"])
     (tmp_path / "rows.jsonl").write_text("{}\n")

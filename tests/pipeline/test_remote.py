@@ -196,6 +196,35 @@ def test_an_interrupted_run_here_goes_on_here(machines):
     assert "fit: fetched" not in two.console.text and "fit: running" in two.console.text
 
 
+@pytest.mark.parametrize("how", ["done", "begun"])
+def test_what_another_process_makes_here_meanwhile_is_not_fetched_over(machines, how):
+    """It made the stage, or began to and was stopped, after the look at it and before its lock was taken."""
+    one = machines("one")
+    one.run("fit")
+    there = one.remote.manifest("fit")
+    two = machines("two")
+    two.run("text")
+    remote, manifest = two.remote, two.remote.manifest
+
+    def looked(stage):
+        if stage == "fit" and two.store.run("fit") is None and two.store.manifest("fit") is None:
+            if how == "done":
+                two.remote, console = None, two.console
+                two.run("fit")
+                two.remote, two.console = remote, console
+            else:
+                with two.store.lock("fit"):
+                    run = {"run_id": "x", "stage": "fit", "world_size": 1, "threads": 1, "device": "cpu", "resumes": 0}
+                    two.store.begin("fit", run | {"config": {}, "inputs": {}, "fingerprint": ""})
+        return manifest(stage)
+
+    remote.manifest = looked
+    two.run("fit")
+    assert "fit: missing; fetched" not in two.console.text
+    assert two.store.verify("fit")["run_id"] != there["run_id"]
+    assert ("fit: running" in two.console.text) == (how == "begun")
+
+
 def test_one_that_is_out_of_reach_matters_only_where_something_is_needed(machines, monkeypatch):
     one = machines("one")
     one.run("fit")

@@ -125,6 +125,13 @@ def test_a_head_that_is_the_embedding_follows_too(python, tmp_path, method):
         assert_of(policy, sample(engine), within=1e-4)
 
 
+def test_what_the_user_overrides_stays_where_the_head_is_untied(python, tmp_path):
+    folder, overrides = saved(tmp_path / "model", tie_word_embeddings=True), {"rms_norm_eps": 0.5}
+    policy = type(loaded(folder)).from_pretrained(folder, dtype=torch.float32, **overrides).eval()
+    with contextlib.closing(made(folder, tmp_path / "line", python, policy=policy, hf_overrides=overrides)) as engine:
+        assert_of(policy, sample(engine))
+
+
 def test_weights_in_several_files(folder, monkeypatch, tmp_path):
     monkeypatch.setattr("stages.rollouts.vllm.FILE_BYTES", 1000)
     assert write_model(loaded(folder), tmp_path / "out", torch.bfloat16, folder) is None

@@ -1,6 +1,7 @@
 """chat: what is typed, what is answered, what is remembered; with tiny models of random weights."""
 
 import io
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -15,14 +16,14 @@ from stages.models.loading import from_scratch, load_policy, load_tokenizer, new
 EXPERIMENT = SimpleNamespace(
     name="fake",
     launch=SimpleNamespace(device="cpu"),
-    evaluate=SimpleNamespace(response_length=6),
+    evaluate=SimpleNamespace(response_length=6, reward_ensemble="min"),
     model=SimpleNamespace(attn_implementation="sdpa", dtype="float32"),
 )
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Published sft, ppo (other weights) and rm; no dpo."""
+    """Published sft, ppo (other weights) and rm (an ensemble of two); no dpo."""
     store = ArtifactStore(tmp_path_factory.mktemp("artifacts"), "fake")
     tokenizer = train_tokenizer(["the fox is red . what colour is the fox ?"] * 3, 300)
     shape = dict(
@@ -39,6 +40,8 @@ def store(tmp_path_factory):
             if stage == "rm":
                 model = new_reward_model(store.folder("sft") / "model", seed=0)
                 model.config.reward_bias = 0.0
+                save_model(model, tokenizer, content / "ensemble" / "1", card="")
+                model.config.reward_bias = 100.0
             else:
                 model = from_scratch(tokenizer, seed=seed, **shape)
             save_model(model, tokenizer, content / "model", card="")
@@ -65,6 +68,15 @@ def test_answers_side_by_side_with_scores_until_the_input_ends(store, monkeypatc
     assert len(heads) == 2 and all("ppo ─" in head for head in heads)
     assert text.count("score ") == 4 and "token" in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_an_ensemble_scores_as_evaluate_has_it_do(store, monkeypatch):
+    """The second of the two is 100 above the first."""
+    text = talk(store, monkeypatch, ["what colour is the fox ?"])
+    assert text.count("score -") == 2
+    monkeypatch.setattr(EXPERIMENT.evaluate, "reward_ensemble", "mean")
+    said = re.findall(r"score ([+-][\d.]+)", talk(store, monkeypatch, ["what colour is the fox ?"]))
+    assert [round(float(score)) for score in said] == [-50, -50]
 
 
 def test_narrow_terminals_get_panels_below_each_other(store, monkeypatch):

@@ -1,21 +1,29 @@
 """What the stages refuse before anything runs: lengths that cannot fit, kernels that cannot compute."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 
 from pipeline import cli
 from pipeline.config import experiment_type, load_experiment
 from pipeline.errors import UserError
+from stages.common import check_context
 
 STAGES = cli.stage_modules()
 
 
-def problems(tmp_path, *overrides):
-    """The error lines of a config with these settings, without where they were written."""
+def loaded(tmp_path, *overrides):
     (tmp_path / "a.yaml").write_text("name: a\n")
     sections = {name: module.Config for name, module in STAGES.items()}
     checks = [module.check for module in STAGES.values() if hasattr(module, "check")]
+    return load_experiment(tmp_path / "a.yaml", overrides, experiment_type(sections), checks)
+
+
+def problems(tmp_path, *overrides):
+    """The error lines of a config with these settings, without where they were written."""
     try:
-        load_experiment(tmp_path / "a.yaml", overrides, experiment_type(sections), checks)
+        loaded(tmp_path, *overrides)
     except UserError as error:
         return [line.split(": ", 1)[1] for line in error.lines]
     return []
@@ -36,6 +44,47 @@ def test_a_length_over_the_context_of_a_model_from_scratch(tmp_path, stage):
 @pytest.mark.parametrize("key", ["ppo.ptx_length", "evaluate.perplexity_length"])
 def test_packed_rows_have_to_fit_too(tmp_path, key):
     assert problems(tmp_path, f"{key}=513")[0].startswith(f"{key}: 513 is over the context 512")
+
+
+CONTEXTS = [
+    {"max_position_embeddings": 64},
+    {"n_positions": 64},
+    {"seq_length": 64},
+    {"text_config": {"max_position_embeddings": 64}, "max_position_embeddings": 8},
+    {"text_config": {"hidden_size": 8}, "n_positions": 64},
+]
+
+
+@pytest.mark.parametrize("config", CONTEXTS)
+def test_a_length_over_the_context_of_a_model_that_is_there(tmp_path, config):
+    """Of another length only where the stage names it."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    lengths = SimpleNamespace(max_length=64, ptx_length=65)
+    ctx = SimpleNamespace(stage="ppo", config=lengths)
+    check_context(ctx, tmp_path)
+    with pytest.raises(UserError) as caught:
+        check_context(ctx, tmp_path, "ptx_length")
+    assert caught.value.lines == ["ppo.ptx_length: 65 tokens, and the model's context is 64; lower it"]
+    lengths.max_length = 70
+    with pytest.raises(UserError) as caught:
+        check_context(ctx, tmp_path, "ptx_length")
+    assert [line.split(":")[0] for line in caught.value.lines] == ["ppo.max_length", "ppo.ptx_length"]
+
+
+def test_a_model_that_names_no_context_is_not_checked(tmp_path):
+    (tmp_path / "config.json").write_text('{"text_config": null}')
+    check_context(SimpleNamespace(stage="ppo", config=SimpleNamespace(max_length=10**6)), tmp_path)
+
+
+def test_evaluate_checks_the_length_of_its_packed_rows_too(tmp_path):
+    (tmp_path / "sft" / "model").mkdir(parents=True)
+    (tmp_path / "sft" / "model" / "config.json").write_text('{"max_position_embeddings": 32}')
+    lengths = ("evaluate.max_length=16", "evaluate.response_length=8", "evaluate.perplexity_length=33")
+    experiment = loaded(tmp_path, "model.name_or_path=org/name", *lengths)
+    ctx = SimpleNamespace(stage="evaluate", experiment=experiment, config=experiment.evaluate)
+    ctx.inputs, ctx.trust_remote_code = {"sft": tmp_path / "sft"}, False
+    with pytest.raises(UserError, match="evaluate.perplexity_length: 33 tokens, and the model's context is 32"):
+        STAGES["evaluate"].run(ctx)
 
 
 @pytest.mark.parametrize("stage", ["rankings", "ppo", "evaluate"])

@@ -52,7 +52,7 @@ def run(ctx: StageRun) -> dict:
     """→ samples.json: scores, kl (null for SFT itself), gold (null without a gold scorer), lengths and finished, each a
     list of N numbers for each prompt; and perplexity."""
     c, n = ctx.config, ctx.config.samples
-    accelerator = make_accelerator(device_of(ctx), dtype_of(ctx.experiment))
+    accelerator = make_accelerator(device_of(ctx.experiment), dtype_of(ctx.experiment))
     check_context(ctx, ctx.inputs["sft"] / "model")
     tokenizer = load_tokenizer(ctx.inputs["sft"] / "model", trust_remote_code=ctx.trust_remote_code)
     reward_model = load(ctx, "rm", accelerator)
