@@ -10,6 +10,7 @@ from pipeline.processes import rank_and_size
 
 TooLong = Literal["error", "drop", "truncate"]
 Schedule = Literal["constant", "linear", "cosine", "cosine_with_min_lr"]
+ACCUMULATED = "micro-batches a step; a step's batch is per_device_train_batch_size times this"
 
 
 def setting(default, description: str, unit: str = "", **bounds):
@@ -66,7 +67,7 @@ class Training(Section):
     num_train_epochs: float = setting(1.0, "passes over the data (ignored if max_steps is given)", "epochs", gt=0)
     max_steps: int | None = setting(None, "stop after so many steps", "optimizer steps", ge=1)
     per_device_train_batch_size: int = setting(8, "rows (rm, dpo: prompts) in one forward and backward", "rows", ge=1)
-    gradient_accumulation_steps: int = setting(1, "micro-batches a step; changes memory, not the gradient", ge=1)
+    gradient_accumulation_steps: int = setting(1, ACCUMULATED, ge=1)
     adam_beta2: float = setting(0.95, "AdamW's second β; the first is 0.9 (the paper: 0.9, 0.95)", gt=0, lt=1)
     max_grad_norm: float = setting(1.0, "clip the gradient's norm to this", gt=0)
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay", ge=0)
