@@ -109,8 +109,8 @@ def not_finite(trainee: Trainee, step: int) -> str | None:
 def stop_training(problem: str) -> None:
     """TrainingStopped (exit 3), with what can be done about a number that is not finite."""
     raise TrainingStopped(
-        f"{problem}; nothing was updated. Lower the learning rate or max_grad_norm, or use model.dtype: float32, and "
-        f"run again from the last checkpoint"
+        f"{problem}; this step was not taken. Run again with a lower learning_rate or max_grad_norm and "
+        f"--override-config, or with model.dtype: float32 and --restart"
     )
 
 

@@ -56,7 +56,7 @@ class TestOptimizerStep:
         }
         trainee.model(torch.ones(1, 3).double()).sum().backward()
         trainee.model.weight.grad[0, 1] = bad
-        with pytest.raises(TrainingStopped, match="model.*step 2"):
+        with pytest.raises(TrainingStopped, match=r"model.*step 2.*a lower .* and --override-config, .* --restart$"):
             optimizer_step(trainee, 0.1, step=2)
         assert same(weights(trainee), before)
         for k, s in trainee.optimizer.state_dict()["state"].items():
