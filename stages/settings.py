@@ -11,6 +11,7 @@ from pipeline.processes import rank_and_size
 TooLong = Literal["error", "drop", "truncate"]
 Schedule = Literal["constant", "linear", "cosine", "cosine_with_min_lr"]
 ACCUMULATED = "micro-batches a step; a step's batch is per_device_train_batch_size times this"
+DECAY = "AdamW's decoupled weight decay of all that trains but norms and biases (by name, as transformers)"
 
 
 def setting(default, description: str, unit: str = "", **bounds):
@@ -70,7 +71,7 @@ class Training(Section):
     gradient_accumulation_steps: int = setting(1, ACCUMULATED, ge=1)
     adam_beta2: float = setting(0.95, "AdamW's second β; the first is 0.9 (the paper: 0.9, 0.95)", gt=0, lt=1)
     max_grad_norm: float = setting(1.0, "clip the gradient's norm to this", gt=0)
-    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay", ge=0)
+    weight_decay: float = setting(0.0, DECAY, ge=0)
     max_length: int = setting(512, "longest row, prompt and response together", "tokens", ge=8)
     keep: Literal["best", "last"] = setting("last", "publish the last weights, or the best by the held-out figure")
     patience: int | None = setting(None, "stop after so many evaluations without a better one", "evaluations", ge=1)
