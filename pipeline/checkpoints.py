@@ -242,29 +242,27 @@ def optimizer_tensors(optimizer: "Optimizer") -> tuple[dict[str, "Tensor"], dict
 
 
 def load_optimizer(optimizer: "Optimizer", tensors: dict[str, "Tensor"], saved: dict[str, Any]) -> None:
-    """Puts back what `optimizer_tensors` gave. Raises ValueError, before it changes anything, where shapes do
-    not fit."""
+    """Puts back what `optimizer_tensors` gave. UserError, before it changes anything, where shapes do not fit."""
+    misfit = lambda what: UserError(f"checkpoint: {what}; start again with --restart")  # noqa: E731
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     today = optimizer.state_dict()["param_groups"]
     sizes, saved_sizes = (
         [len(group["params"]) for group in groups] for groups in (today, saved["param_groups"])
     )
     if sizes != saved_sizes:
-        raise ValueError(f"the optimizer's groups hold {sizes} parameters, the checkpoint's {saved_sizes}")
+        raise misfit(f"the optimizer's groups hold {sizes} parameters, the checkpoint's {saved_sizes}")
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *saved["scalars"].items()]:
         index, name = key.split(".", 1)
         parameter = parameters[int(index)]
         shape = getattr(value, "shape", ())
         if len(shape) > 0 and shape != parameter.shape:
-            raise ValueError(
-                f"optimizer state {key} is {tuple(shape)}, its parameter {tuple(parameter.shape)}"
-            )
+            raise misfit(f"optimizer state {key} is {tuple(shape)}, its parameter {tuple(parameter.shape)}")
         state.setdefault(int(index), {})[name] = value
     groups = []
     for group, saved_group in zip(today, saved["param_groups"], strict=True):
         if set(group) != set(saved_group):
-            raise ValueError(f"optimizer options differ: {sorted(set(group) ^ set(saved_group))}")
+            raise misfit(f"optimizer options differ: {sorted(set(group) ^ set(saved_group))}")
         # JSON has no tuples: betas come back as a list
         groups.append(
             {

@@ -40,7 +40,6 @@ def place_in_environment() -> tuple[int, int]:
     return (int(os.environ.get("RANK", "0")), size) if size > 1 else (0, 1)
 
 
-rank_and_size = place_in_environment  # as stages/settings.py still calls it
 
 
 def wanted(tree: dict[str, Any]) -> int:

@@ -18,7 +18,7 @@ from stages.language_modeling import train_language_model
 from stages.models.loading import code_fails, from_scratch, load_pretrained, save_model
 from stages.models.remote_code import is_remote, scalar_problem, write_scalar_head
 from stages.rollouts.trial import reading_problem
-from stages.settings import Training, over_context, setting, total_steps, uneven
+from stages.settings import DECAY, Training, over_context, setting, total_steps, uneven
 
 NAME = "base"
 METRICS = {
@@ -39,7 +39,7 @@ class Config(Training):
         48, "rows of max_length tokens in one forward and backward", "rows", ge=1
     )
     warmup_steps: int = setting(20, "linear warm-up from 0", "optimizer steps", ge=0)
-    weight_decay: float = setting(0.01, "AdamW's decoupled weight decay", ge=0)
+    weight_decay: float = setting(0.01, DECAY, ge=0)
     max_length: int = setting(64, "length of a packed row", "tokens", ge=8)
 
 

@@ -40,7 +40,7 @@ from stages.models.loading import load_policy, load_tokenizer
 from stages.models.sharding import is_sharded, publishable
 from stages.objectives.logprobs import sequence_logps
 from stages.objectives.losses import chosen_loss, dpo_loss, plackett_luce_loss
-from stages.settings import PreferenceTraining, over_context, setting, total_steps
+from stages.settings import ACCUMULATED, PreferenceTraining, over_context, setting, total_steps
 
 NAME = "dpo"
 LossType = Literal["sigmoid", "robust", "ipo", "hinge", "plackett_luce", "sft"]
@@ -64,7 +64,7 @@ class Config(PreferenceTraining):
     """Direct preference optimisation over all pairs of each ranking, or over whole rankings."""
 
     learning_rate: float = setting(1e-6, "peak learning rate", "per step", gt=0)
-    gradient_accumulation_steps: int = setting(4, "micro-batches a step; changes memory, not the gradient", ge=1)
+    gradient_accumulation_steps: int = setting(4, ACCUMULATED, ge=1)
     beta: float = setting(0.1, "how strongly the policy is held to the reference", gt=0)
     loss_type: Annotated[list[LossType], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)] = setting(
         ["sigmoid"],

@@ -6,6 +6,7 @@ PPO drives these pieces itself; the reward model and DPO share the loop `fit`.
 import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -78,8 +79,31 @@ def make_trainee(
     parameters = trainable(model)
     adamw, more = adamw_for(model, steps)
     options = {"lr": learning_rate, "betas": (0.9, adam_beta2), "weight_decay": weight_decay, "fused": True}
-    optimizer = adamw(parameters.values(), **options, **more)
+    names = grouped(model, parameters, 2 if weight_decay else 1)
+    groups = [{"params": [parameters[n] for n in some]} for some in names]
+    for group in groups[1:]:
+        group["weight_decay"] = 0.0
+    optimizer = adamw(groups, **options, **more)
     return Trainee(name, model, parameters, optimizer, max_grad_norm)
+
+
+def grouped(model: nn.Module, names: Iterable[str], groups: int) -> list[list[str]]:
+    """Names of parameters as AdamW has them: all in one group; or in two, those that decay and those that do not."""
+    if groups == 1:
+        return [list(names)]
+    from transformers import Trainer  # by whose rule base and sft train
+
+    decays = set(Trainer.get_decay_parameter_names(None, model))
+    return [[n for n in names if n in decays], [n for n in names if n not in decays]]
+
+
+@contextmanager
+def keeping_settings(optimizer) -> Iterator[None]:
+    """Whatever state is loaded inside: betas and weight_decay stay what today's settings say."""
+    today = [{name: group[name] for name in ("betas", "weight_decay")} for group in optimizer.param_groups]
+    yield
+    for group, options in zip(optimizer.param_groups, today, strict=True):
+        group.update(options)
 
 
 def gradient_norm(parameters) -> float:
@@ -109,8 +133,8 @@ def not_finite(trainee: Trainee, step: int) -> str | None:
 def stop_training(problem: str) -> None:
     """TrainingStopped (exit 3), with what can be done about a number that is not finite."""
     raise TrainingStopped(
-        f"{problem}; nothing was updated. Lower the learning rate or max_grad_norm, or use model.dtype: float32, and "
-        f"run again from the last checkpoint"
+        f"{problem}; this step was not taken. Run again with a lower learning_rate or max_grad_norm and "
+        f"--override-config, or with model.dtype: float32 and --restart"
     )
 
 
@@ -268,7 +292,9 @@ def load_checkpoint(
     for trainee in trainees:
         trainee.load(found.tensors(trainee.name))
         name = f"{trainee.name}_optimizer"
-        load_optimizer(trainee.optimizer, optimizer_parts(trainee.optimizer, found.tensors(name)), found.state[name])
+        tensors, saved = regrouped(trainee, found.tensors(name), found.state[name])
+        with keeping_settings(trainee.optimizer):
+            load_optimizer(trainee.optimizer, optimizer_parts(trainee.optimizer, tensors), saved)
     if best is not None:
         best.restore(found)
     if average is not None and average.decay is not None:
@@ -278,6 +304,22 @@ def load_checkpoint(
         else:  # the run had been told to keep none until now: it begins here
             average.start(trainees[0])
     return found.step - first, found.state
+
+
+def regrouped(trainee: Trainee, tensors: dict[str, Tensor], saved: dict) -> tuple[dict[str, Tensor], dict]:
+    """What `optimizer_tensors` gave, in the groups of today: weight_decay may have become 0 since then, or no longer
+    be 0."""
+    today, before = trainee.optimizer.state_dict()["param_groups"], saved["param_groups"]
+    if len(today) == len(before):
+        return tensors, saved
+    then, now = (sum(grouped(trainee.model, trainee.parameters, len(groups)), []) for groups in (before, today))
+
+    def moved(items: dict) -> dict:
+        parts = ((*key.split(".", 1), x) for key, x in items.items())
+        return {f"{now.index(then[int(i)])}.{name}": x for i, name, x in parts}
+
+    groups = [before[0] | {"params": group["params"]} for group in today]
+    return moved(tensors), {"scalars": moved(saved["scalars"]), "param_groups": groups}
 
 
 def optimizer_parts(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from data.streams import Stream, derive_seed, grouped_by_length
-from pipeline.errors import Interrupted, TrainingStopped
+from pipeline.errors import Interrupted
 from pipeline.stage import StageRun
 from stages import parallel
 from stages.common import is_sharding
@@ -23,10 +23,13 @@ from stages.engine import (
     asked_to_stop,
     gradient_norm,
     is_due,
+    keeping_settings,
+    learning_rate_at,
     micro_batches,
     optimizer_parts,
     perplexity_of,
     refuse_shorter,
+    stop_training,
 )
 from stages.models.adalora import adamw_for
 from stages.models.adapters import is_adapted, plain, trainable
@@ -85,14 +88,11 @@ def train_language_model(
     every = ctx.checkpoints.every
     processes = parallel.rank_and_size()[1]
     rows, accumulated = batch_of_each(per_device_train_batch_size, gradient_accumulation_steps, processes)
-    min_lr = {"min_lr_rate": 0.1} if lr_scheduler_type == "cosine_with_min_lr" else {}
     args = SFTConfig(
         output_dir=str(scratch),
         max_steps=steps,
         learning_rate=learning_rate,
-        lr_scheduler_type=lr_scheduler_type,
-        lr_scheduler_kwargs=min_lr,
-        warmup_steps=warmup_steps,
+        lr_scheduler_type="constant",  # _Keeper sets each step's rate
         adam_beta2=adam_beta2,
         weight_decay=weight_decay,
         per_device_train_batch_size=rows,
@@ -130,12 +130,14 @@ def train_language_model(
     keeper = _Keeper(
         ctx=ctx, steps=steps, best=best, eval_steps=eval_steps, samples=samples, first=first, total=whole,
         carried=carried, autocast=lambda: trainer.accelerator.autocast(),
+        learning_rate=lambda s: learning_rate_at(s, steps, learning_rate, lr_scheduler_type, warmup_steps),
         held_out_loss=lambda live, leaves=lambda: False: held_out_loss(
             live, held_out_rows, tokenizer.pad_token_id, per_device_train_batch_size, trainer.accelerator, leaves)
     )  # fmt: skip
     trainer_class = alone_in_saving(SFTTrainer) if processes > 1 else SFTTrainer
     if is_sharding(ctx):
         trainer_class = with_parts(SFTTrainer)
+    trainer_class = with_settings_of_today(trainer_class)
     trainer = (with_plain_loss(trainer_class) if len(tokenizer) <= SMALL_VOCABULARY else trainer_class)(
         model=made_by_first(make) if is_sharding(ctx) else make(),
         args=args,
@@ -192,6 +194,17 @@ def with_plain_loss(trainer_class):
             return loss if num_items_in_batch is None else loss * self.accelerator.num_processes
 
     return PlainLossTrainer
+
+
+def with_settings_of_today(trainer_class):
+    """A trainer that goes on with today's AdamW options, not the checkpoint's."""
+
+    class SettingsOfToday(trainer_class):
+        def _load_optimizer_and_scheduler(self, checkpoint):
+            with keeping_settings(self.optimizer):
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+    return SettingsOfToday
 
 
 def alone_in_saving(trainer_class):
@@ -307,27 +320,28 @@ class _Exhausted(Exception):
 
 
 class _Keeper:
-    """What happens beside trl's loop: metrics, samples, refusal of non-finite numbers, checkpoints, stopping."""
+    """What happens beside trl's loop: learning rates, metrics, samples, refusal of non-finite numbers, checkpoints,
+    stopping."""
 
     def __init__(
         self, *, ctx: StageRun, steps: int, best: Best, eval_steps: int, samples, held_out_loss, first, total, carried,
-        autocast,
+        autocast, learning_rate,
     ):  # fmt: skip
         self.ctx, self.steps, self.best, self.eval_steps = ctx, steps, best, eval_steps
         self.first, self.total, self.carried = first, total, carried
         self.samples, self.held_out_loss, self.progress = samples, held_out_loss, None
-        self.owes_look, self.autocast = False, autocast
+        self.owes_look, self.autocast, self.learning_rate = False, autocast, learning_rate
 
     @staticmethod
     def trainee(model) -> Trainee:
         return Trainee("model", model, trainable(model), None, 0.0)
 
-    def before_step(self, model, state) -> None:
+    def before_step(self, model, optimizer, state) -> None:
+        step = state.global_step + 1
         if not math.isfinite(gradient_norm(model.parameters())):
-            raise TrainingStopped(
-                f"{self.ctx.stage}: the gradient at step {self.first + state.global_step + 1} is not finite; nothing "
-                f"was updated. Lower {self.ctx.stage}.learning_rate, or use model.dtype: float32, and run again"
-            )
+            stop_training(f"{self.ctx.stage}: the gradient at step {self.first + step} is not finite")
+        for group in optimizer.param_groups:  # at every step: transformers' scheduler writes there after each
+            group["lr"] = self.learning_rate(step)
 
     def seed_dropout(self, state) -> None:
         """Of several processes each draws its own masks, whatever was drawn before a resume."""
@@ -339,7 +353,7 @@ class _Keeper:
     def logged(self, logs: dict, state) -> None:
         if "loss" not in logs:
             return
-        row = {"loss": logs["loss"], "grad_norm": logs.get("grad_norm"), "lr": logs.get("learning_rate")}
+        row = {"loss": logs["loss"], "grad_norm": logs.get("grad_norm"), "lr": self.learning_rate(state.global_step)}
         self.ctx.tracker.log(self.first + state.global_step, row)
         self.progress.update(self.first + state.global_step, loss=logs["loss"])
 
@@ -379,8 +393,8 @@ class _Keeper:
         keeper = self
 
         class Callback(TrainerCallback):
-            def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-                keeper.before_step(model, state)
+            def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **_):
+                keeper.before_step(model, optimizer, state)
 
             def on_step_begin(self, args, state, control, **_):
                 keeper.seed_dropout(state)

@@ -6,10 +6,12 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from pipeline.config import STRICT
-from pipeline.processes import rank_and_size
+from pipeline.processes import place_in_environment
 
 TooLong = Literal["error", "drop", "truncate"]
 Schedule = Literal["constant", "linear", "cosine", "cosine_with_min_lr"]
+ACCUMULATED = "micro-batches a step; a step's batch is per_device_train_batch_size times this"
+DECAY = "AdamW's decoupled weight decay of all that trains but norms and biases (by name, as transformers)"
 
 
 def setting(default, description: str, unit: str = "", **bounds):
@@ -66,10 +68,10 @@ class Training(Section):
     num_train_epochs: float = setting(1.0, "passes over the data (ignored if max_steps is given)", "epochs", gt=0)
     max_steps: int | None = setting(None, "stop after so many steps", "optimizer steps", ge=1)
     per_device_train_batch_size: int = setting(8, "rows (rm, dpo: prompts) in one forward and backward", "rows", ge=1)
-    gradient_accumulation_steps: int = setting(1, "micro-batches a step; changes memory, not the gradient", ge=1)
+    gradient_accumulation_steps: int = setting(1, ACCUMULATED, ge=1)
     adam_beta2: float = setting(0.95, "AdamW's second β; the first is 0.9 (the paper: 0.9, 0.95)", gt=0, lt=1)
     max_grad_norm: float = setting(1.0, "clip the gradient's norm to this", gt=0)
-    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay", ge=0)
+    weight_decay: float = setting(0.0, DECAY, ge=0)
     max_length: int = setting(512, "longest row, prompt and response together", "tokens", ge=8)
     keep: Literal["best", "last"] = setting("last", "publish the last weights, or the best by the held-out figure")
     patience: int | None = setting(None, "stop after so many evaluations without a better one", "evaluations", ge=1)
@@ -104,7 +106,7 @@ def batch_of_each(size: int, accumulated: int, processes: int) -> tuple[int, int
 def uneven(experiment, stage: str) -> list[str]:
     """A line if `launch.processes` cannot share the batch of a stage that trains on text."""
     c = getattr(experiment, stage)
-    processes = max(experiment.launch.processes * experiment.launch.nodes, rank_and_size()[1])
+    processes = max(experiment.launch.processes * experiment.launch.nodes, place_in_environment()[1])
     try:
         batch_of_each(c.per_device_train_batch_size, c.gradient_accumulation_steps, processes)
     except ValueError:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.checkpoints import load_optimizer, optimizer_tensors
-from stages.engine import make_trainee, optimizer_step
+from stages.engine import keeping_settings, make_trainee, optimizer_step, regrouped
 from stages.models import adalora
 from stages.models.adalora import AdaLora, budget_at, orthogonality_gradient, triplets_of
 from stages.models.adapters import plain, trainable, with_adapter
@@ -160,3 +160,14 @@ def test_a_layer_without_a_gradient_is_one_with_a_gradient_of_0(causal):
             optimizer.step()
         found.append([p.detach().clone() for p in weights])
     assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
+
+
+def test_a_run_that_goes_on_with_weight_decay_knows_its_step(causal, rows):
+    model = with_adapter(causal("llama"), method="adalora", r=RANK, init_r=FIRST)
+    tensors, state = optimizer_tensors(train(model, rows, 3).optimizer)
+    options = {"learning_rate": 1e-2, "max_grad_norm": 1.0, "steps": STEPS, "weight_decay": 0.1}
+    trainee = make_trainee("model", model, **options)
+    with keeping_settings(trainee.optimizer):
+        load_optimizer(trainee.optimizer, *regrouped(trainee, tensors, state))
+    found = [(group["taken"], group["weight_decay"]) for group in trainee.optimizer.param_groups]
+    assert found == [(3, 0.1), (3, 0.0)]

@@ -1,10 +1,10 @@
-"""Learning rates and log-probabilities against transformers' own."""
+"""Learning rates, what decays and log-probabilities against transformers' own."""
 
 import pytest
 import torch
 
 from data.groups import make_rows
-from stages.engine import learning_rate_at
+from stages.engine import learning_rate_at, make_trainee
 from stages.models.forward import response_logprobs
 
 
@@ -19,8 +19,8 @@ from stages.models.forward import response_logprobs
 )
 @pytest.mark.parametrize("warmup", [0, 4])
 def test_rates_after_the_warm_up_are_transformers(ours, theirs, options, warmup):
-    """Step n here is call n − 1 there. (In the warm-up ours is one ahead: transformers spends its first
-    step at 0.)"""
+    """Step n here, in any stage, is call n − 1 there. (In the warm-up ours is one ahead: transformers spends its first
+    step at 0; and its "constant" has none.)"""
     from transformers import get_scheduler
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
@@ -36,6 +36,24 @@ def test_rates_after_the_warm_up_are_transformers(ours, theirs, options, warmup)
     assert rates[1 : warmup + 1] == pytest.approx(
         [learning_rate_at(n, 20, 0.3, ours, warmup) for n in range(1, warmup + 1)]
     )
+
+
+@pytest.mark.parametrize("adapter", [None, "lora", "dora"])
+def test_what_decays_is_what_decays_in_transformers(llama, tmp_path, adapter):
+    """rm and dpo group their weights as transformers does those of base and sft, in the same order."""
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    from stages.models.adapters import with_adapter
+
+    model = llama(AutoModelForCausalLM, 0, attention_bias=True)
+    model = with_adapter(model, method=adapter, **({} if adapter is None else {"r": 2}))
+    ours = make_trainee("model", model, learning_rate=0.1, max_grad_norm=1.0, weight_decay=0.1).optimizer
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", weight_decay=0.1)
+    theirs = Trainer(model=model, args=args).create_optimizer()
+    told = [
+        [(group["weight_decay"], list(map(id, group["params"]))) for group in x.param_groups] for x in (ours, theirs)
+    ]
+    assert told[0] == told[1] and [len(ids) > 0 for _, ids in told[0]] == [True, adapter is None]
 
 
 def test_response_log_probs_are_minus_transformers_loss(llama):

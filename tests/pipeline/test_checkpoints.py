@@ -10,6 +10,7 @@ import torch
 
 from pipeline import files
 from pipeline.checkpoints import CheckpointStore, load_optimizer, optimizer_tensors, progress, step_folders
+from pipeline.errors import UserError
 from tests.pipeline.test_artifacts import Crash, crash_at
 
 
@@ -81,12 +82,16 @@ def test_an_optimizer_of_another_shape_is_refused_untouched():
     train(model, optimizer, 0, 2)
     tensors, state = optimizer_tensors(optimizer)
     other = torch.optim.AdamW([{"params": [torch.zeros(3)]}, {"params": [torch.zeros(2)]}])
-    with pytest.raises(ValueError, match="groups hold"):
+    with pytest.raises(UserError, match="groups hold .*; start again with --restart$"):
         load_optimizer(other, tensors, state)
     wide = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Linear(8, 1))
     groups = [{"params": [wide[0].weight, wide[1].weight]}, {"params": [wide[0].bias, wide[1].bias]}]
     other = torch.optim.AdamW(groups)
-    with pytest.raises(ValueError, match=r"optimizer state 0.exp_avg is \(8, 4\), its parameter \(8, 5\)"):
+    misfit = r"optimizer state 0.exp_avg is \(8, 4\), its parameter \(8, 5\); start again with --restart$"
+    with pytest.raises(UserError, match=misfit):
+        load_optimizer(other, tensors, state)
+    other = torch.optim.SGD([{"params": group["params"]} for group in optimizer.param_groups])
+    with pytest.raises(UserError, match="optimizer options differ: .*; start again with --restart$"):
         load_optimizer(other, tensors, state)
     assert other.state_dict()["state"] == {}
 

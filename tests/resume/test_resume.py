@@ -8,6 +8,8 @@ import torch
 from resume_worker import CONFIG, published, rlhf, without
 from safetensors.torch import load_file, save_file
 
+from stages.engine import learning_rate_at
+
 STAGES = ("base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate")
 JOURNALS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
 
@@ -93,6 +95,24 @@ def test_patience_may_end_with_the_look_that_was_left(stage, step, oracle, tmp_p
         steps = [json.loads(line)["step"] for line in (root / "micro" / stage / "metrics.jsonl").open()]
         assert steps[-1] == 3, "patience was to end the run at its first look"
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("stage", ["sft", *map(slow, ("base", "rm", "dpo"))])
+def test_changed_settings_hold_from_the_checkpoint_on(stage, oracle, tmp_path):
+    """Also in the second training of sft and rm, which counts its own steps. Weight decay puts weights in other groups
+    of rm's and dpo's optimizer."""
+    root = without(oracle, tmp_path, stage)
+    run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
+    today = {"learning_rate": 2e-4, "lr_scheduler_type": "linear", "warmup_steps": 3, "weight_decay": 0.1}
+    assert rlhf(*run, die=(stage, 5)) == -9
+    assert rlhf(*run, *(f"{stage}.{key}={value}" for key, value in today.items()), "--override-config") == 0
+    usual, rows = (
+        [json.loads(line) for line in (x / "micro" / stage / "metrics.jsonl").open()] for x in (oracle, root)
+    )
+    assert rows[:4] == usual[:4] and len(rows) == len(usual)
+    rates = lambda first, steps: [learning_rate_at(s, steps, 2e-4, "linear", 3) for s in range(first, steps + 1)]  # noqa: E731
+    assert [row["lr"] for row in rows[4:]] == rates(5, 8) + (rates(1, len(rows) - 8) if len(rows) > 8 else [])
+    assert rows[4]["loss"] == usual[4]["loss"] and rows[5]["loss"] != usual[5]["loss"]
 
 
 @pytest.mark.parametrize("stage, token", [("ppo", 60), ("ppo", 85), ("rankings", 20), ("evaluate", 40)])

@@ -9,6 +9,7 @@ from pipeline import cli
 from pipeline.config import experiment_type, load_experiment
 from pipeline.errors import UserError
 from stages.common import check_context
+from stages.settings import total_steps
 
 STAGES = cli.stage_modules()
 
@@ -136,6 +137,15 @@ def test_a_batch_that_several_processes_cannot_share(tmp_path, stage):
     assert line.startswith(f"{stage}.per_device_train_batch_size: 3 times gradient_accumulation_steps 1 cannot")
     assert problems(tmp_path, *sizes) == []
     assert problems(tmp_path, sizes[0], f"{stage}.gradient_accumulation_steps=2", "launch.processes=2") == []
+
+
+def test_accumulation_is_said_to_make_the_batch():
+    """Twice the micro-batches are twice the batch, in half as many steps."""
+    for name in ("base", "sft", "rm", "dpo"):
+        config = STAGES[name].Config
+        once, twice = (config(per_device_train_batch_size=2, gradient_accumulation_steps=n) for n in (1, 2))
+        assert total_steps(once, 64) == 2 * total_steps(twice, 64)
+        assert "not the gradient" not in config.model_fields["gradient_accumulation_steps"].description
 
 
 def test_vllm_has_to_be_there_where_ppo_runs(tmp_path):

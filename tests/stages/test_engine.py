@@ -18,9 +18,11 @@ from stages.engine import (
     fit,
     gradient_norm,
     learning_rate_at,
+    load_checkpoint,
     make_trainee,
     micro_batches,
     optimizer_step,
+    save_checkpoint,
     sorted_chunks,
 )
 
@@ -41,6 +43,11 @@ def same(one, other):
     return set(one) == set(other) and all(torch.equal(one[k], other[k]) for k in one)
 
 
+def normed():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 1))
+
+
 class TestOptimizerStep:
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
     def test_a_gradient_that_is_not_finite_touches_nothing(self, bad):
@@ -56,7 +63,7 @@ class TestOptimizerStep:
         }
         trainee.model(torch.ones(1, 3).double()).sum().backward()
         trainee.model.weight.grad[0, 1] = bad
-        with pytest.raises(TrainingStopped, match="model.*step 2"):
+        with pytest.raises(TrainingStopped, match=r"model.*step 2.*a lower .* and --override-config, .* --restart$"):
             optimizer_step(trainee, 0.1, step=2)
         assert same(weights(trainee), before)
         for k, s in trainee.optimizer.state_dict()["state"].items():
@@ -101,6 +108,22 @@ class TestOptimizerStep:
         model = torch.nn.Linear(3, 1)
         model.bias.requires_grad_(False)
         assert set(make_trainee("m", model, learning_rate=0.1, max_grad_norm=1.0).parameters) == {"weight"}
+
+    def test_norms_and_biases_do_not_decay(self):
+        """With no gradient at all a step leaves them, and scales the rest by 1 − lr · weight_decay."""
+        model = normed()
+        trainee = make_trainee("m", model, learning_rate=0.1, max_grad_norm=1.0, weight_decay=0.5)
+        before = weights(trainee)
+        for p in trainee.parameters.values():
+            p.grad = torch.zeros_like(p)
+        optimizer_step(trainee, 0.1, 1)
+        for name, p in trainee.parameters.items():
+            torch.testing.assert_close(p.detach(), before[name] * (0.95 if name in ("0.weight", "2.weight") else 1.0))
+
+    def test_without_weight_decay_there_is_one_group(self):
+        trainee = make_trainee("m", normed(), learning_rate=0.1, max_grad_norm=1.0)
+        (group,) = trainee.optimizer.param_groups
+        assert all(p is q for p, q in zip(group["params"], trainee.parameters.values(), strict=True))
 
     def test_the_norm_is_over_all_parameters_together(self):
         a, b, c = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
@@ -502,6 +525,30 @@ class TestFit:
         with pytest.raises(TrainingStopped, match="step 1|step 2|step 3"):
             job.run()
         assert all(torch.isfinite(p).all() for p in job.trainee.model.parameters())
+
+    @pytest.mark.parametrize("before, today", [(0.0, 0.0), (0.0, 0.3), (0.3, 0.0), (0.2, 0.3)])
+    @pytest.mark.parametrize("grouped_before", [True, False])
+    def test_weight_decay_and_beta_are_todays_after_a_resume(self, tmp_path, before, today, grouped_before):
+        """Each weight keeps its moments, whatever group it is in now; once there was one group whatever decayed."""
+        options = {"learning_rate": 0.1, "max_grad_norm": 1.0}
+        ctx = SimpleNamespace(stage="rm", checkpoints=CheckpointStore(tmp_path, 1, 2, "run", say=lambda line: None))
+        old = make_trainee("model", normed(), **options, weight_decay=before)
+        if not grouped_before:
+            adamw = {"lr": 0.1, "betas": (0.9, 0.95), "weight_decay": before, "fused": True}
+            old.optimizer = torch.optim.AdamW(old.parameters.values(), **adamw)
+        for step in range(1, 4):
+            old.model(torch.randn(5, 3)).square().mean().backward()
+            optimizer_step(old, 0.1, step)
+        save_checkpoint(ctx, 3, 9, [old], None, {})
+        new = make_trainee("model", normed(), **options, weight_decay=today, adam_beta2=0.9)
+        assert load_checkpoint(ctx, [new], None, 9)[0] == 3
+        assert same(weights(new), weights(old))
+        for name, p in new.parameters.items():
+            assert same(new.optimizer.state[p], old.optimizer.state[old.parameters[name]]), name
+        groups = new.optimizer.param_groups
+        assert [group["weight_decay"] for group in groups] == ([today, 0.0] if today else [0.0])
+        assert {group["betas"] for group in groups} == {(0.9, 0.9)}
+        assert sum(len(group["params"]) for group in groups) == len(new.parameters)
 
     def test_a_checkpoint_of_another_model_is_refused(self, tmp_path):
         job = Regression(tmp_path)
