@@ -277,6 +277,7 @@ def storage(artifacts: str | Path) -> Iterator[Line]:
 def config(experiment) -> Iterator[Line]:
     """The experiment as it was validated, and where its model and data come from."""
     from pipeline.config import is_hub_id
+    from stages.common import unreadable
 
     if experiment is None:
         yield Line(NOTE, "experiment", "none was named", "rlhf doctor -c configs/tiny.yaml looks at one")
@@ -319,12 +320,14 @@ def config(experiment) -> Iterator[Line]:
             yield Line(GOOD, f"data.{kind}", f"{place} from the Hub")
         else:
             here = Path(place).expanduser().exists()
-            yield Line(
-                GOOD if here else BAD,
-                f"data.{kind}",
-                place if here else f"{place} is not there",
-                "" if here else f"set data.{kind} to a file; rlhf data check FILE looks into one",
-            )
+            if not here:
+                remedy = f"set data.{kind} to a file; rlhf data check FILE looks into one"
+                yield Line(BAD, f"data.{kind}", f"{place} is not there", remedy)
+            elif wrong := unreadable(experiment, [kind]):
+                remedy = f"mend the file; rlhf data check {place} --kind {kind} looks through all of it"
+                yield Line(BAD, f"data.{kind}", "\n".join(wrong), remedy)
+            else:
+                yield Line(GOOD, f"data.{kind}", place)
     if sources and is_set("HF_HUB_OFFLINE"):
         yield Line(
             BAD, "the Hub", f"HF_HUB_OFFLINE is set, and the config names {', '.join(sources)}", "unset HF_HUB_OFFLINE"

@@ -25,6 +25,7 @@ from stages.common import (
     read_placed,
     read_world,
     split_documents,
+    unreadable,
 )
 from stages.engine import make_accelerator, micro_batches, pause_if_asked, perplexity_of
 from stages.models.ensemble import How, load_reward_model
@@ -88,6 +89,10 @@ def check(experiment) -> list[str]:
             wrong.append(f"evaluate.{key}: is {own}, and ppo.{key} {raised}: {what}")
     wrong += no_room(experiment, "evaluate")
     return wrong + over_context(experiment, "evaluate", *["perplexity_length"] * ("documents" in reads(experiment)))
+
+
+def lacks(experiment) -> list[str]:
+    return unreadable(experiment, reads(experiment))
 
 
 def run(ctx: StageRun) -> dict:

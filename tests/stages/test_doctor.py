@@ -110,19 +110,23 @@ def test_little_room(tmp_path, monkeypatch):
         assert look(doctor.storage, tmp_path)["room"].mark == mark
 
 
-def test_config_names_its_sources(tmp_path):
-    mine = tmp_path / "mine.jsonl"
-    mine.write_text("{}\n")
+def test_config_names_its_sources_and_what_is_wrong_with_them(tmp_path):
+    mine, bad = tmp_path / "mine.jsonl", tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": " "}\n')
+    mine.write_text('{"prompt": "name a fox"}\n')
     lines = look(
         doctor.config,
         experiment(
             data__prompts=str(mine),
+            data__evaluation_prompts=str(bad),
             data__documents=None,
             data__demonstrations="gone.jsonl",
             data__rankings=SimpleNamespace(path="org/set"),
         ),
     )
     assert lines["data.prompts"].mark == doctor.GOOD and lines["data.documents"].mark == doctor.NOTE
+    refused = lines["data.evaluation_prompts"]
+    assert refused.mark == doctor.BAD and refused.found.startswith(f"{bad}:1: 'prompt' is blank; ")
     assert lines["data.demonstrations"].mark == doctor.BAD and "from the Hub" in lines["data.rankings"].found
 
 
