@@ -91,11 +91,15 @@ def test_a_batch_that_several_processes_cannot_share(tmp_path, stage):
     assert problems(tmp_path, sizes[0], f"{stage}.gradient_accumulation_steps=2", "launch.processes=2") == []
 
 
-def lacks(tmp_path, stage, *settings):
-    """What a stage says before anything runs."""
+def experiment_of(tmp_path, *settings):
     (tmp_path / "a.yaml").write_text("name: a\n")
     sections = {name: module.Config for name, module in STAGES.items()}
-    return STAGES[stage].lacks(load_experiment(tmp_path / "a.yaml", settings, experiment_type(sections)))
+    return load_experiment(tmp_path / "a.yaml", settings, experiment_type(sections))
+
+
+def lacks(tmp_path, stage, *settings):
+    """What a stage says before anything runs."""
+    return STAGES[stage].lacks(experiment_of(tmp_path, *settings))
 
 
 @pytest.mark.parametrize(
@@ -120,6 +124,21 @@ def test_a_file_that_cannot_be_read_is_told_before_anything_runs(tmp_path, stage
     assert [line.startswith(f"{file}:2: the key ") for line in told(row, {})] == [True]
     assert told(row) == [f"{file}: holds 1 records and skip passes over 1; lower skip"]
     assert lacks(tmp_path, stage, f"data.{kind}=org/name") == lacks(tmp_path, stage) == []  # the Hub, the world
+
+
+def test_evaluate_compares_its_prompts_with_what_the_policies_trained_on(tmp_path):
+    """But not the world's with the world's: what is read makes stale, and asks for the stage world."""
+    own = {kind: f"data.{kind}=org/{kind}" for kind in ("evaluation_prompts", "demonstrations", "prompts", "rankings")}
+    without_ppo = "evaluate.policies=[sft,dpo]"
+    for settings, kinds in (
+        ([], []),
+        ([own["rankings"]], ["rankings"]),
+        ([own["evaluation_prompts"]], ["demonstrations", "prompts"]),
+        ([own["evaluation_prompts"], own["rankings"], without_ppo], ["demonstrations", "rankings"]),
+        (own.values(), ["demonstrations", "prompts", "rankings"]),
+    ):
+        experiment = experiment_of(tmp_path, *settings)
+        assert STAGES["evaluate"].reads(experiment) == ["evaluation_prompts", "documents", *kinds]
 
 
 def test_vllm_has_to_be_there_where_ppo_runs(tmp_path):
