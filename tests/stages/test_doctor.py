@@ -141,9 +141,12 @@ def test_offline_and_a_hub_id_do_not_go_together(monkeypatch):
     assert "the Hub" not in look(doctor.config, named)
 
 
-def test_packages_that_the_config_needs():
+def test_packages_that_the_config_needs(monkeypatch):
     line = look(doctor.config, experiment(model__name_or_path="package:no-such-package"))["model"]
     assert line.mark == doctor.BAD and line.remedy.endswith("install no-such-package gguf")
+    monkeypatch.setattr(doctor.util, "find_spec", lambda name: None if name == "gguf" else name)
+    line = look(doctor.config, experiment(model__name_or_path="package:no-such-package"))["model"]
+    assert line.mark == doctor.BAD and line.found == "package:no-such-package, gguf not installed"
 
 
 def test_smollm2_is_installed_without_what_takes_ten_minutes_to_build(monkeypatch):
