@@ -24,7 +24,7 @@ help: ## show this list
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## make .venv with everything in it (EXTRAS=dev,smollm2 for more)
+setup: $(STAMP) ## make .venv with everything in it (EXTRAS=dev,s3 for more)
 
 # torch first and by its exact version: a build that the machine already offers (CPU or CUDA) is found before a range could
 # pull in another.

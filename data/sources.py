@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -207,6 +207,7 @@ class Loaded:
     unread: Counter = field(default_factory=Counter)
     duplicates: int = 0  # prompts left out because they had come before
     blanks: int = 0
+    cut: bool = False  # there may be more rows than were to be looked at
     errors: list[str] = field(default_factory=list)
 
 
@@ -227,24 +228,28 @@ def load(
 
 
 def load_placed(
-    kind, path=None, hub=None, split="train", subset=None, limit=None, skip=0
+    kind, path=None, hub=None, split="train", subset=None, limit=None, skip=0, most=None
 ) -> tuple[list[Record], list[str]]:
-    """As `load`, and the place of each record (FILE:LINE, or an index), for what is found wrong with it later."""
-    loaded = read(kind, path, hub, split, subset, None if limit is None else skip + limit)
+    """As `load`, and the place of each record (FILE:LINE, or an index), for what is found wrong with it later.
+
+    most: how many rows after `skip` are looked at, where a first look is enough.
+    """
+    loaded = read(kind, path, hub, split, subset, *(None if n is None else skip + n for n in (limit, most)))
     if loaded.errors:
         raise DataError(loaded.errors)
-    if skip >= len(loaded.records):
+    if skip >= len(loaded.records) and not loaded.cut:
         raise DataError([f"{path or hub}: holds {len(loaded.records)} records and skip passes over {skip}; lower skip"])
     return loaded.records[skip:], loaded.wheres[skip:]
 
 
-def read(kind, path=None, hub=None, split="train", subset=None, limit=None) -> Loaded:
-    """As `load`, with all that was met on the way, and with the errors as lines."""
+def read(kind, path=None, hub=None, split="train", subset=None, limit=None, most=None) -> Loaded:
+    """As `load`, with all that was met on the way, and with the errors as lines. most: rows that are looked at."""
     assert kind in FORMS and (path is None) != (hub is None), (kind, path, hub)
     loaded, reading, seen = Loaded(), Reading(), {}
     loaded.errors = reading.errors
     rows = hub_rows(hub, split, subset, limit, reading) if hub else file_rows(path, reading)
-    for where, value in rows:
+    for number, (where, value) in enumerate(islice(rows, most), 1):
+        loaded.cut = number == most
         try:
             form, row = recognise(kind, value)
             if form.strict and not hub and not is_parquet(path):
@@ -267,7 +272,7 @@ def read(kind, path=None, hub=None, split="train", subset=None, limit=None) -> L
         if len(loaded.records) == limit:
             break
     loaded.blanks = reading.blanks
-    if not loaded.errors:
+    if not loaded.errors and not loaded.cut:
         loaded.errors += nothing_to_learn(kind, hub or path, loaded.records)
     return loaded
 

@@ -91,14 +91,18 @@ def sources(module: Any, experiment: Any) -> dict[str, Source]:
     for kind in module.reads(experiment):
         value = getattr(experiment.data, kind)
         assert value is not None, f"{module.NAME} reads data.{kind}, which is null"
-        if value == "world":
-            found[kind] = Source()
-            continue
-        fields = value.model_dump() if isinstance(value, DataSource) else {"path": value}
-        text = fields.pop("path")
-        place = {"hub": text} if is_hub_id(text) else {"path": Path(text).expanduser()}
-        found[kind] = Source(**place, **fields)
+        found[kind] = source_of(value)
     return found
+
+
+def source_of(value: str | DataSource) -> Source:
+    """What a key of `data:` names."""
+    if value == "world":
+        return Source()
+    fields = value.model_dump() if isinstance(value, DataSource) else {"path": value}
+    text = fields.pop("path")
+    place = {"hub": text} if is_hub_id(text) else {"path": Path(text).expanduser()}
+    return Source(**place, **fields)
 
 
 def folders(module: Any, experiment: Any) -> dict[str, Path]:

@@ -174,7 +174,7 @@ def bring_up_to_date(
         if hasattr(stages[name], "lacks") and (chain.states[name].kind != "done" or flags.force and name == target):
             lines += stages[name].lacks(experiment)
     if lines:
-        raise UserError(lines)
+        raise UserError(dict.fromkeys(lines))  # stages that read the same file say the same of it
     for name in order:
         state = chain.states[name]
         force = flags.force and name == target

@@ -40,8 +40,6 @@ def place_in_environment() -> tuple[int, int]:
     return (int(os.environ.get("RANK", "0")), size) if size > 1 else (0, 1)
 
 
-
-
 def wanted(tree: dict[str, Any]) -> int:
     """How many processes to start for a config (as read, not validated): 1 = this one works itself."""
     launch = tree.get("launch")

@@ -2,7 +2,8 @@
 
 NAME, Config, METRICS, HEADLINE, needs(experiment), reads(experiment), run(StageRun) -> metrics, and maybe
 check(experiment) -> lines (of settings that do not suit each other), lacks(experiment) -> lines (of what this machine
-has not, asked only where the stage will run), folders(experiment) -> {key: folder of a model from outside},
+has not, or a data file that cannot be read; asked only where the stage will run),
+folders(experiment) -> {key: folder of a model from outside},
 SHARED = True where several processes run it together (all call `run`, the first one's StageRun alone writes)
 """
 

@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.sections import local_folder
 from pipeline.stage import StageRun
 from stages import parallel
-from stages.common import card, count, device_of, dtype_of, split_documents
+from stages.common import card, count, device_of, dtype_of, split_documents, unreadable
 from stages.language_modeling import train_language_model
 from stages.models.loading import code_fails, from_scratch, load_pretrained, save_model
 from stages.models.remote_code import is_remote, scalar_problem, write_scalar_head
@@ -58,6 +58,10 @@ def folders(experiment) -> dict:
 
 def check(experiment) -> list[str]:
     return over_context(experiment, "base") + (uneven(experiment, "base") if reads(experiment) else [])
+
+
+def lacks(experiment) -> list[str]:
+    return unreadable(experiment, reads(experiment))
 
 
 def run(ctx: StageRun) -> dict:

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 from data import sources
 from data.records import DataError, prompt_key
 from data.streams import derive_seed, grouped_by_length, held_out
 from pipeline.errors import UserError
+from pipeline.fingerprints import source_of
 from pipeline.stage import StageRun
 from stages import parallel
 
@@ -21,6 +23,28 @@ def read(ctx: StageRun, kind: str) -> list:
 def read_placed(ctx: StageRun, kind: str) -> tuple[list, list[str]]:
     """As `read`, and the place of each record, for error lines."""
     return sources.load_placed(kind, **dataclasses.asdict(ctx.source(kind)))
+
+
+def unreadable(experiment, kinds: list[str]) -> list[str]:
+    """What is wrong with the first rows of the files that the config names for these kinds, a line each: told before
+    anything runs, for the stage that reads them may come after hours."""
+    found = []
+    for kind in kinds:
+        source = source_of(getattr(experiment.data, kind))
+        if source.path is not None:  # the Hub is not asked for rows, and the world's are ours
+            facts = source.path.stat()
+            found += faults_in_head(kind, source.path, source.skip, source.limit, (facts.st_mtime_ns, facts.st_size))
+    return found
+
+
+@lru_cache(maxsize=8)  # several stages read the same files
+def faults_in_head(kind: str, path: Path, skip: int, limit: int | None, state: tuple) -> tuple[str, ...]:
+    """Error lines of a file's first 200 rows after `skip`. state: of the file, so that another is read again."""
+    try:
+        sources.load_placed(kind, path, limit=limit, skip=skip, most=200)
+    except DataError as fault:
+        return tuple(fault.lines)
+    return ()
 
 
 def device_of(experiment) -> str:

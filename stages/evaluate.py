@@ -1,6 +1,7 @@
-"""evaluate: every policy on prompts that nothing trained on → results.json.
+"""evaluate: every policy on the evaluation prompts → results.json.
 
 One sample a prompt at temperature 1; the judge is the gold scorer in the embedded world, else the reward model.
+Prompts that the training data hold too are kept, counted and told.
 best_of_n is the SFT sample with the highest reward model score out of n. A response
 without EOS scores `missing_eos_score`, if one is given. Intervals: bootstrap over prompts.
 """
@@ -12,6 +13,7 @@ import torch
 
 from data.encode import decode_response, wrap_documents
 from data.groups import make_rows
+from data.records import prompt_key
 from data.streams import derive_seed
 from data.world import World
 from pipeline.stage import StageRun
@@ -22,9 +24,11 @@ from stages.common import (
     dtype_of,
     fit_prompts,
     packing,
+    read,
     read_placed,
     read_world,
     split_documents,
+    unreadable,
 )
 from stages.engine import make_accelerator, micro_batches, pause_if_asked, perplexity_of
 from stages.models.ensemble import How, load_reward_model
@@ -73,7 +77,15 @@ def needs(experiment) -> list[str]:
 
 
 def reads(experiment) -> list[str]:
-    return ["evaluation_prompts", "documents"]
+    return ["evaluation_prompts", "documents", *trained_on(experiment)]
+
+
+def trained_on(experiment) -> list[str]:
+    """The kinds of data with prompts that policies and reward model trained on; but for the embedded world's where the
+    evaluation prompts are the world's too, which keeps them apart."""
+    data = experiment.data
+    kinds = ["demonstrations", *["prompts"] * ("ppo" in needs(experiment)), *["rankings"] * (data.rankings is not None)]
+    return [kind for kind in kinds if not getattr(data, kind) == data.evaluation_prompts == "world"]
 
 
 def check(experiment) -> list[str]:
@@ -90,6 +102,10 @@ def check(experiment) -> list[str]:
     return wrong + over_context(experiment, "evaluate", "perplexity_length")
 
 
+def lacks(experiment) -> list[str]:
+    return unreadable(experiment, reads(experiment))
+
+
 def run(ctx: StageRun) -> dict:
     """→ results.json and responses.jsonl (every sample, with its judgements)."""
     c, m = ctx.config, ctx.experiment.model
@@ -104,6 +120,7 @@ def run(ctx: StageRun) -> dict:
         reference = load_policy(ctx.inputs["sft"] / "ppo_init", **options).to(accelerator.device)
     packed = packing(ctx, sft, reference, reward_model)
     prompts, ids = load_prompts(ctx, tokenizer)
+    leaked = count_leaked(ctx, prompts)
     text_rows = held_out_text(ctx, tokenizer)
     judge = gold_judge(ctx)
     names = [s for s in STAGES if s in ctx.inputs]
@@ -139,6 +156,7 @@ def run(ctx: StageRun) -> dict:
 
     results = {
         "judge": "gold" if judge else "reward_model",
+        "leaked": leaked,
         "policies": {name: summary(done[name], done["sft"], ctx.seed) for name in names},
         "reward_model": {k: ctx.manifests["rm"]["metrics"].get(k) for k in RM_FIGURES},
     }
@@ -162,6 +180,7 @@ def run(ctx: StageRun) -> dict:
         "win_rate_vs_sft": last["win_rate_vs_sft"]["value"],
         "gold": last["gold"]["overall"] if last["gold"] else None,
         "prompts": len(prompts),
+        "leaked": leaked,
     }
 
 
@@ -171,6 +190,20 @@ def load_prompts(ctx: StageRun, tokenizer):
     kept, ids, report = fit_prompts(ctx, tokenizer, (r.prompt for r in records), places)
     ctx.tracker.say(f"evaluate: {report.line('evaluation prompts')}")
     return [p if isinstance(p, str) else list(p) for p in (records[i].prompt for i in kept)], ids
+
+
+def count_leaked(ctx: StageRun, prompts) -> int:
+    """How many of the prompts stand in the training data; if any do, a line says where."""
+    keys = {prompt_key(p) for p in prompts}
+    found = {kind: keys & {prompt_key(r.prompt) for r in read(ctx, kind)} for kind in trained_on(ctx.experiment)}
+    leaked = len(set().union(*found.values()))
+    if leaked:
+        where = ", ".join(f"{kind} {len(some)}" for kind, some in found.items() if some)
+        ctx.tracker.say(
+            f"evaluate: {leaked} of {len(prompts)} evaluation prompts are in the training data ({where}): what is "
+            f"measured on them is memory too; give others (`rlhf data check FILE -c CONFIG` names these)"
+        )
+    return leaked
 
 
 def held_out_text(ctx: StageRun, tokenizer) -> list[list[int]]:

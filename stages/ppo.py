@@ -234,8 +234,10 @@ def check(experiment) -> list[str]:
 
 
 def lacks(experiment) -> list[str]:
-    """A line if vLLM is to sample and is not there."""
-    return no_engine(experiment)
+    """With a line if vLLM is to sample and is not there."""
+    from stages.common import unreadable
+
+    return no_engine(experiment) + unreadable(experiment, reads(experiment))
 
 
 @dataclass

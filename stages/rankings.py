@@ -17,7 +17,17 @@ from data.streams import Stream, derive_seed, held_out
 from data.world import World
 from pipeline.stage import StageRun
 from stages import parallel
-from stages.common import check_context, device_of, dtype_of, fit_prompts, packing, read, read_placed, read_world
+from stages.common import (
+    check_context,
+    device_of,
+    dtype_of,
+    fit_prompts,
+    packing,
+    read,
+    read_placed,
+    read_world,
+    unreadable,
+)
 from stages.engine import make_accelerator, micro_batches, pause_if_asked
 from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.transformers import sample
@@ -71,6 +81,10 @@ def check(experiment) -> list[str]:
             "give a file of rankings, or set data.prompts: world"
         ]
     return wrong
+
+
+def lacks(experiment) -> list[str]:
+    return unreadable(experiment, reads(experiment))
 
 
 def run(ctx: StageRun) -> dict:

@@ -150,7 +150,7 @@ def summary(results: dict, names: dict[str, str]) -> list[str]:
     each = [f"{fixed(quality(policies[p]))} for {names[p]}" for p in policies]
     listed = f"{', '.join(each[:-1])} and {each[-1]}" if each[1:] else each[0]
     n = policies["sft"]["win_rate_vs_sft"]["n"]
-    says = [f"On {n} prompts that nothing was trained on, {what} is {listed}."]
+    says = [f"On {n} prompts{seen_in_training(results)}, {what} is {listed}."]
     for name in (n for n in ("ppo", "dpo") if n in policies):
         p, way = policies[name], the_way(results, name)
         low, high = p["win_rate_vs_sft"]["ci95"]
@@ -177,6 +177,14 @@ def summary(results: dict, names: dict[str, str]) -> list[str]:
     return says
 
 
+def seen_in_training(results: dict) -> str:
+    """What is known of it, behind the word "prompts"."""
+    leaked = results.get("leaked")
+    if leaked is None:  # an older evaluate
+        return ""
+    return f", {leaked} of which are in the training data" if leaked else " that nothing was trained on"
+
+
 def tiles(results: dict, names: dict[str, str]) -> list[tuple[str, str, str]]:
     """(label, value, note) of the figures to see first."""
     policies, rm = results["policies"], results["reward_model"]
@@ -184,7 +192,7 @@ def tiles(results: dict, names: dict[str, str]) -> list[tuple[str, str, str]]:
     for name in (n for n in ("ppo", "dpo") if n in policies):
         p, way = policies[name], the_way(results, name)
         to = names["best_of_n"]
-        note = f"{percent(way)} of the way to {to}" if way is not None else "on held-out prompts"
+        note = f"{percent(way)} of the way to {to}" if way is not None else "on the evaluation prompts"
         unit = "gold" if results["judge"] == "gold" else "score"
         out.append((f"{unit}, SFT → {NAMES[name]}", f"{fixed(quality(sft))} → {fixed(quality(p))}", note))
         low, high = p["win_rate_vs_sft"]["ci95"]
@@ -358,7 +366,7 @@ def show(folder: Path, console) -> None:
     results = json.loads(file.read_text(encoding="utf-8"))
     policies, gold = results["policies"], results["judge"] == "gold"
     table = Table(
-        title=f"{folder.parent.name}: policies on held-out prompts",
+        title=f"{folder.parent.name}: policies on {'evaluation' if results.get('leaked') else 'held-out'} prompts",
         title_justify="left",
         title_style="bold",
         header_style="bold",

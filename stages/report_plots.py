@@ -319,7 +319,7 @@ def win_rates(results: dict, names: dict[str, str]) -> list[Figure]:
         Figure(
             "Win rates",
             svg,
-            f"Share of held-out prompts on which {judge} prefers the policy's "
+            f"Share of evaluation prompts on which {judge} prefers the policy's "
             "response to SFT's, ties half, with 95 % intervals; one that crosses the dashed line "
             "could be chance.",
         )

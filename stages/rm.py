@@ -33,6 +33,7 @@ from stages.common import (
     packing,
     place,
     read,
+    unreadable,
 )
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
 from stages.models.adapters import plain, save_merged, with_adapter
@@ -95,6 +96,10 @@ def check(experiment) -> list[str]:
     only = "has no meaning with loss_type plackett_luce; use sigmoid, or 0"
     odd = [key for key in ("label_smoothing", "margin_coef") if getattr(c, key) and c.loss_type != "sigmoid"]
     return over_context(experiment, "rm") + [f"rm.{key}: {only}" for key in odd]
+
+
+def lacks(experiment) -> list[str]:
+    return unreadable(experiment, reads(experiment))
 
 
 def run(ctx: StageRun) -> dict:

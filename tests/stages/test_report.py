@@ -1,5 +1,6 @@
 """The page: complete, self-contained, the same bytes for the same artifacts, whole when parts are missing."""
 
+import io
 import json
 import math
 import random
@@ -316,6 +317,20 @@ def test_table_fits_100_columns(tmp_path, parts):
     assert max(map(len, table.splitlines())) <= 100 and "…" not in table
     assert all(plots.NAMES[n] in table for n in ctx.experiment.evaluate.policies)
     assert "70.4\u00a0%" in table and text.strip().endswith("report/index.html")
+
+
+def test_what_is_said_of_the_prompts_is_what_evaluate_found(tmp_path):
+    """Nothing, of an evaluate that did not look."""
+    ctx = fake_run(tmp_path)
+    file = ctx.inputs["evaluate"] / "results.json"
+    results = json.loads(file.read_text())
+    known = {None: "On 40 prompts, mean ", 0: "On 40 prompts that nothing was trained on, mean "}
+    for leaked, start in (known | {3: "On 40 prompts, 3 of which are in the training data, mean "}).items():
+        file.write_text(json.dumps(results if leaked is None else results | {"leaked": leaked}))
+        assert start in page_of(ctx)
+        console = Console(width=100, record=True, file=io.StringIO())
+        report.show(ctx.publish, console)
+        assert ("policies on held-out prompts" in console.export_text()) == (not leaked)
 
 
 def test_table_without_results_is_a_line(tmp_path):

@@ -45,7 +45,7 @@ def needs(experiment) -> list[str]:
 
 
 def reads(experiment) -> list[str]:
-    return evaluate.reads(experiment)
+    return [kind for kind in evaluate.reads(experiment) if kind not in evaluate.trained_on(experiment)]
 
 
 def run(ctx: StageRun) -> dict:
