@@ -31,7 +31,7 @@ from stages.engine import (
     refuse_shorter,
     stop_training,
 )
-from stages.models.adalora import adamw_for
+from stages.models.adalora import adamw_for, triplets_of
 from stages.models.adapters import is_adapted, plain, trainable
 from stages.models.precision import cast_frozen
 from stages.models.sharding import full, is_sharded, made_by_first, publishable, shard
@@ -373,8 +373,9 @@ class _Keeper:
             control.should_training_stop = True
 
     def check_space(self, model) -> None:
-        """Before transformers writes: what trains, and its two moments."""
-        self.ctx.checkpoints.require_space(3 * sum(p.nbytes for p in trainable(model).values()))
+        """Before transformers writes: what trains, its two moments, and AdaLoRA's two averages."""
+        times = 5 if triplets_of(model) else 3
+        self.ctx.checkpoints.require_space(times * sum(p.nbytes for p in trainable(model).values()))
 
     def saved(self, args, state) -> None:
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
