@@ -62,10 +62,10 @@ class ArtifactStore:
             manifest = files.read_sealed(path)
         except UserError as error:
             raise UserError(
-                [f"{line}; `rlhf run {stage} --force` makes it anew" for line in error.lines]
+                [f"{line}; `rlhf run {stage} -c CONFIG --force` makes it anew" for line in error.lines]
             ) from None
         if what := problem(manifest, stage):
-            raise UserError(f"{path}: {what}; `rlhf run {stage} --force` makes it anew")
+            raise UserError(f"{path}: {what}; `rlhf run {stage} -c CONFIG --force` makes it anew")
         return manifest
 
     def verify(self, stage: str) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class ArtifactStore:
         folder = self.folder(stage)
         manifest = self.manifest(stage)
         if manifest is None:
-            raise UserError(f"{folder}: is missing; `rlhf run {stage}` makes it")
+            raise UserError(f"{folder}: is missing; `rlhf run {stage} -c CONFIG` makes it")
         problems = files.check_files(folder, manifest["outputs"])
         for name in sorted({name.split("/")[0] for name in manifest["outputs"] if "/" in name}):
             if (folder / name).is_dir() and not (folder / name).is_symlink():
@@ -87,7 +87,7 @@ class ArtifactStore:
                     problems += error.lines
         if problems:
             raise UserError(
-                [f"{line}; `rlhf run {stage} --force` makes it anew" for line in dict.fromkeys(problems)]
+                [f"{line}; `rlhf run {stage} -c CONFIG --force` makes it anew" for line in dict.fromkeys(problems)]
             )
         return manifest
 
@@ -100,7 +100,7 @@ class ArtifactStore:
             return files.read_sealed(path)
         except UserError as error:
             raise UserError(
-                [f"{line}; `rlhf run {stage} --restart` drops this run" for line in error.lines]
+                [f"{line}; `rlhf run {stage} -c CONFIG --restart` drops this run" for line in error.lines]
             ) from None
 
     def work_folder(self, stage: str) -> Path:

@@ -65,7 +65,7 @@ class Remote:
 
     def _checked(self, stage: str, content: bytes) -> dict[str, Any]:
         name = f"{self.url}: {stage}/manifest.json"
-        remedy = f"`rlhf run {stage} --force` makes it anew"
+        remedy = f"`rlhf run {stage} -c CONFIG --force` makes it anew"
         try:
             manifest = files.unsealed(content, name)
         except UserError as error:
@@ -91,7 +91,7 @@ class Remote:
                 except FileNotFoundError:
                     pass  # said below
         if problems := files.check_files(content, there["outputs"]):
-            where, remedy = f"{self.url}: {stage}/", f"`rlhf run {stage} --force` makes it anew"
+            where, remedy = f"{self.url}: {stage}/", f"`rlhf run {stage} -c CONFIG --force` makes it anew"
             raise UserError([f"{line.replace(f'{content}/', where)}; {remedy}" for line in problems])
         files.write_json(content / "manifest.json", there)
         self.store.install(stage, content)

@@ -124,7 +124,7 @@ def find(name: str, store) -> Path:
     published = ", ".join(s for s in POLICIES if store.manifest(s) is not None)
     raise UserError(
         f"--models: {name} {what}; should be a published stage "
-        f"({published or 'none yet: `rlhf run sft` makes one'}) or a folder with config.json"
+        f"({published or 'none yet: `rlhf run sft -c CONFIG` makes one'}) or a folder with config.json"
     )
 
 

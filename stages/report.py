@@ -362,7 +362,7 @@ def show(folder: Path, console) -> None:
 
     file = folder.parent / "evaluate" / "results.json"
     if not file.is_file():
-        raise UserError(f"{file}: is missing; `rlhf run evaluate` makes it")
+        raise UserError(f"{file}: is missing; `rlhf run evaluate -c CONFIG` makes it")
     results = json.loads(file.read_text(encoding="utf-8"))
     policies, gold = results["policies"], results["judge"] == "gold"
     table = Table(

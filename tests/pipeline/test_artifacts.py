@@ -172,7 +172,7 @@ def test_damage_is_found_and_named(tmp_path, name):
             bad[offset] ^= 1 << bit
             path.write_bytes(bad)
             (line,) = damaged(store)
-            assert line.startswith(f"{path}: sha256 is ") and "`rlhf run sft --force` makes it anew" in line
+            assert line.startswith(f"{path}: sha256 is ") and "`rlhf run sft -c CONFIG --force` makes it anew" in line
     path.write_bytes(good[:-1])
     assert damaged(store)[0].startswith(f"{path}: has {len(good) - 1} bytes and should have {len(good)}")
     path.unlink()
@@ -206,7 +206,7 @@ def test_a_stray_file_in_a_model_folder_is_damage_and_a_note_beside_is_not(tmp_p
     store.verify("sft")
     stray = store.folder("sft") / "model" / "pytorch_model.bin"
     stray.write_text("code")
-    assert damaged(store) == [f"{stray}: is not in the manifest; `rlhf run sft --force` makes it anew"]
+    assert damaged(store) == [f"{stray}: is not in the manifest; `rlhf run sft -c CONFIG --force` makes it anew"]
 
 
 @pytest.mark.parametrize("name", ["../../escape", "/etc/hostname", "model/../../../escape"])

@@ -489,7 +489,7 @@ def test_damage_is_refused_and_force_redoes(world):
     assert kinds(states) == {"text": "done", "fit": "damaged", "page": "stale"}
     assert str(path) in states["fit"].sentence() and states["page"].reasons == ["fit is damaged"]
     (line,) = refused(world, "page")
-    assert line.startswith(f"{path}: has ") and line.endswith("`rlhf run fit --force` makes it anew")
+    assert line.startswith(f"{path}: has ") and line.endswith("`rlhf run fit -c CONFIG --force` makes it anew")
     assert refused(world, "fit") == [line] and refused(world, "page", force=True) == [line]
     world.run("fit", force=True)
     assert kinds(world.states())["fit"] == "done"

@@ -161,7 +161,7 @@ def test_what_does_not_hold_is_not_taken(damage, machines):
         two.run("fit")
     assert len(caught.value.lines) == 1
     assert caught.value.lines[0].startswith(f"{two.remote.url}: fit/")
-    assert "`rlhf run fit --force` makes it anew" in caught.value.lines[0]
+    assert "`rlhf run fit -c CONFIG --force` makes it anew" in caught.value.lines[0]
     assert not (two.store.folder("fit") / "manifest.json").exists()
     assert not list(two.store.root.rglob("escaped"))
     machines("one").run("fit")

@@ -171,7 +171,7 @@ def test_escape_codes_of_a_model_do_not_reach_the_terminal():
 @pytest.mark.parametrize(
     "models, what",
     [
-        (["dpo"], "rlhf run dpo"),
+        (["dpo"], "rlhf run dpo -c CONFIG"),
         (["rm"], "does not answer"),
         (["nobody"], "published stage .sft, ppo."),
         ([], "names no model"),

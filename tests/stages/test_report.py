@@ -334,7 +334,7 @@ def test_what_is_said_of_the_prompts_is_what_evaluate_found(tmp_path):
 
 
 def test_table_without_results_is_a_line(tmp_path):
-    with pytest.raises(UserError, match="rlhf run evaluate"):
+    with pytest.raises(UserError, match="rlhf run evaluate -c CONFIG"):
         report.show(tmp_path / "report", Console())
 
 
