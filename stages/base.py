@@ -13,7 +13,8 @@ from pipeline.errors import UserError
 from pipeline.sections import local_folder
 from pipeline.stage import StageRun
 from stages import parallel
-from stages.common import card, count, device_of, dtype_of, split_documents, unreadable
+from stages.cards import card
+from stages.common import count, device_of, dtype_of, split_documents, unreadable
 from stages.language_modeling import train_language_model
 from stages.models.loading import code_fails, from_scratch, load_pretrained, save_model
 from stages.models.remote_code import is_remote, scalar_problem, write_scalar_head

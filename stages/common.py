@@ -151,49 +151,6 @@ def count(model) -> str:
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M"
 
 
-ANSWER = """\
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "model"  # where this folder is
-tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hello!"}], add_generation_prompt=True,
-                                       return_dict=True, return_tensors="pt")
-answer = model.generate(**prompt, do_sample=True, top_k=0, max_new_tokens=64)[0, prompt["input_ids"].shape[1]:]
-print(tokenizer.decode(answer, skip_special_tokens=True))
-```
-"""
-SCORE = """\
-
-A score is the logit at the response's EOS, less `reward_bias` of `config.json` (by which demonstrations score 0 on
-average): transformers alone does not subtract it.
-
-```python
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-folder = "model"  # where this folder is
-tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder)
-prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hello!"}], add_generation_prompt=True,
-                                       return_dict=False)
-response = tokenizer("Hi there.", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-score = model(torch.tensor([prompt + response])).logits[0, 0] - model.config.reward_bias
-```
-"""
-
-
-def card(ctx: StageRun, what: str) -> str:
-    """A short model card, with the lines of Python that a policy or a reward model is used by."""
-    use = SCORE if "reward model" in what else ANSWER if "polic" in what else ""  # no value model is either
-    return (
-        f"---\nlibrary_name: transformers\ntags: [rlhf, {ctx.stage}]\n---\n"
-        f"# {ctx.experiment.name} / {ctx.stage}\n\nThis folder holds {what}, made by the stage `{ctx.stage}` of the "
-        f"experiment `{ctx.experiment.name}`. `manifest.json` beside it records settings, inputs and digests.\n"
-        f"{use}"
-    )
-
-
 def show_samples(model, tokenizer, prompts, *, seed: int, response_length: int, score=None) -> list[dict]:
     """Rows {prompt, response, score?} for samples.jsonl: one generation a prompt, the same seeds every time;
     none where response_length is 0.

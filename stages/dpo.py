@@ -19,9 +19,9 @@ from data import sources
 from data.groups import batch_groups
 from pipeline.stage import StageRun
 from stages import parallel
+from stages.cards import ANSWER, card
 from stages.common import (
     adapter_settings,
-    card,
     check_context,
     cut_by_tokens,
     device_of,
@@ -197,7 +197,8 @@ def run(ctx: StageRun) -> dict:
         samples=samples,
         learning_rate=lambda s: learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, c.warmup_steps),
     )
-    save_merged(publishable(policy, load), tokenizer, ctx.publish / "model", card=card(ctx, "a policy trained by DPO"))
+    text = card(ctx, "a policy trained by DPO", ANSWER)
+    save_merged(publishable(policy, load), tokenizer, ctx.publish / "model", card=text)
     return {**figures, "truncated": report.truncated, "dropped": report.dropped}
 
 

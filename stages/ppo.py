@@ -24,9 +24,9 @@ from pipeline.errors import TrainingStopped, UserError
 from pipeline.stage import StageRun
 from stages import parallel
 from stages.alarms import Alarms
+from stages.cards import ANSWER, card
 from stages.common import (
     adapter_settings,
-    card,
     check_context,
     device_of,
     dtype_of,
@@ -35,6 +35,7 @@ from stages.common import (
     packing,
     read_placed,
     split_documents,
+    unreadable,
 )
 from stages.engine import (
     Average,
@@ -235,8 +236,6 @@ def check(experiment) -> list[str]:
 
 def lacks(experiment) -> list[str]:
     """With a line if vLLM is to sample and is not there."""
-    from stages.common import unreadable
-
     return no_engine(experiment) + unreadable(experiment, reads(experiment))
 
 
@@ -450,12 +449,12 @@ def publish(ctx: StageRun, roles: Roles, run: Run, step: int) -> None:
         publish_average(ctx, roles, run.policy, run.average)
     if ctx.config.keep == "best" and run.best.step != step:
         run.policy.load(run.best.tensors)
-    for folder, role, what in (
-        ("model", "policy", "a policy trained by PPO-ptx"),
-        ("value_model", "value_model", "PPO's value model"),
+    for folder, role, what, use in (
+        ("model", "policy", "a policy trained by PPO-ptx", ANSWER),
+        ("value_model", "value_model", "PPO's value model", ""),
     ):
         model = publishable(getattr(roles, role), roles.again[role])
-        save_merged(model, roles.tokenizer, ctx.publish / folder, card=card(ctx, what))
+        save_merged(model, roles.tokenizer, ctx.publish / folder, card=card(ctx, what, use))
 
 
 def load(ctx: StageRun) -> Roles:
@@ -785,7 +784,8 @@ def publish_average(ctx: StageRun, roles: Roles, policy: Trainee, average: Avera
     model = publishable(roles.policy, roles.again["policy"])
     if model is roles.policy and is_adapted(model):
         model = copy.deepcopy(model)  # saving ends the adapter
-    save_merged(model, roles.tokenizer, ctx.publish / "model_ema", card=card(ctx, "the average of PPO's policies"))
+    text = card(ctx, "the average of PPO's policies", ANSWER)
+    save_merged(model, roles.tokenizer, ctx.publish / "model_ema", card=text)
     policy.load(last)
 
 

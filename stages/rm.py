@@ -20,9 +20,9 @@ from data.streams import Stream, derive_seed
 from pipeline.errors import UserError
 from pipeline.stage import StageRun
 from stages import parallel
+from stages.cards import SCORE, card
 from stages.common import (
     adapter_settings,
-    card,
     check_context,
     cut_by_tokens,
     device_of,
@@ -152,7 +152,7 @@ def run(ctx: StageRun) -> dict:
         if fresh and k == 0:
             write_samples(ctx, model, tokenizer, held[:4], shown, done[0]["steps"], accelerator)
         model = publishable(model, partial(make_model, ctx, source, k))
-        save_merged(model, tokenizer, folder, card=card(ctx, "a reward model"))
+        save_merged(model, tokenizer, folder, card=card(ctx, "a reward model", SCORE))
         if fresh and k + 1 < c.ensemble and ctx.checkpoints.every:
             held_whole = {name: full(tensors) for name, tensors in kept.items()}
             ctx.checkpoints.save((k + 1) * steps, held_whole, {"members": done, "steps": steps}, c.ensemble * steps)

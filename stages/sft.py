@@ -11,9 +11,9 @@ from data.records import DataError, prompt_key
 from data.streams import Stream, derive_seed, held_out
 from pipeline.stage import StageRun
 from stages import parallel
+from stages.cards import ANSWER, card
 from stages.common import (
     adapter_settings,
-    card,
     check_context,
     device_of,
     dtype_of,
@@ -147,7 +147,7 @@ def run(ctx: StageRun) -> dict:
     else:
         model, figures = fit(train_rows=rows, steps=steps, group_by_length=True)
         weights = {name: p.detach() for name, p in trainable(model).items()}
-    save_merged(model, tokenizer, ctx.publish / "model", card=card(ctx, "a supervised fine-tuned policy"))
+    save_merged(model, tokenizer, ctx.publish / "model", card=card(ctx, "a supervised fine-tuned policy", ANSWER))
     figures = {**figures, "rows": len(rows), "truncated": report.truncated, "dropped": report.dropped}
     if c.ppo_init is None:
         return figures
@@ -158,7 +158,7 @@ def run(ctx: StageRun) -> dict:
     # by length, the long rows of text would fill batches of their own and not be mixed in
     rest = {"first": steps, "carried": carried, "group_by_length": False}
     model, other = fit(train_rows=mixed, steps=more, **rest)
-    save_merged(model, tokenizer, ctx.publish / "ppo_init", card=card(ctx, "the policy that PPO starts from"))
+    save_merged(model, tokenizer, ctx.publish / "ppo_init", card=card(ctx, "the policy that PPO starts from", ANSWER))
     return figures | {f"ppo_init_{name}": other[name] for name in ("loss", "perplexity", "steps")}
 
 

@@ -8,7 +8,7 @@ import torch
 
 from data.encode import encode_prompt, encode_response, train_tokenizer
 from data.groups import make_rows
-from stages.common import card
+from stages.cards import ANSWER, SCORE, card
 from stages.models.forward import response_scores
 from stages.models.loading import from_scratch, load_scalar_model, load_tokenizer, new_reward_model, save_model
 
@@ -22,7 +22,7 @@ def folder(tmp_path, monkeypatch):
     tokenizer = train_tokenizer(["the fox is red . what colour is the fox ?"] * 3, 300)
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     model = from_scratch(tokenizer, seed=0, attn_implementation="sdpa", max_position_embeddings=128, **shape)
-    save_model(model, tokenizer, tmp_path / "model", card=card(CTX, "a policy trained by PPO-ptx"))
+    save_model(model, tokenizer, tmp_path / "model", card=card(CTX, "a policy trained by PPO-ptx", ANSWER))
     return tmp_path / "model"
 
 
@@ -37,7 +37,7 @@ def typed(folder) -> dict:
 def test_a_reward_models_card_gives_the_score_that_ppo_gets(folder):
     model, tokenizer = new_reward_model(folder, seed=1), load_tokenizer(folder)
     model.config.reward_bias = 0.75
-    save_model(model, tokenizer, folder, card=card(CTX, "a reward model"))
+    save_model(model, tokenizer, folder, card=card(CTX, "a reward model", SCORE))
     ids = encode_prompt(tokenizer, "Hello!"), encode_response(tokenizer, "Hi there.")
     rows = make_rows(*([part] for part in ids), tokenizer.pad_token_id)
     with torch.no_grad():
@@ -51,7 +51,3 @@ def test_a_policys_card_samples_an_answer(folder, capsys):
     found = typed(folder)
     assert found["prompt"]["input_ids"][0].tolist() == encode_prompt(found["tokenizer"], "Hello!")
     assert 0 < len(found["answer"]) <= 64 and capsys.readouterr().out.strip()
-
-
-def test_a_value_models_card_tells_of_neither():
-    assert "python" not in card(CTX, "PPO's value model")
