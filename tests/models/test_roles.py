@@ -41,7 +41,7 @@ def context(tmp_path, causal, scalar, tokenizer):
             peft=peft,
             gradient_checkpointing=gradient_checkpointing,
         )
-        config = ppo.Config(max_length=64, response_length=16)
+        config = ppo.Config(max_length=64, response_length=16, ptx_length=32)
         return SimpleNamespace(
             stage="ppo",
             experiment=SimpleNamespace(
