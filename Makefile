@@ -51,7 +51,7 @@ ppo: $(STAMP) ## train the policy against it, with the KL penalty and the pretra
 	$(RUN)
 dpo: $(STAMP) ## train a policy on the rankings directly
 	$(RUN)
-evaluate: $(STAMP) ## compare the policies on held-out prompts
+evaluate: $(STAMP) ## compare the policies on the evaluation prompts
 	$(RUN)
 report: $(STAMP) ## the same as demo: table, curves, samples on one page
 	$(RUN)

@@ -456,7 +456,8 @@ def fit(
             ctx.tracker.samples(first + step, samples())
         return figures
 
-    figures = look(start) if first + start == 0 or kept.get("owes_look") else {}
+    none_kept = keep == "best" and start == steps and not best.tensors  # a setting that was overridden
+    figures = look(start) if first + start == 0 or kept.get("owes_look") or none_kept else {}
     step = start
     with ctx.tracker.progress(whole, ctx.stage, first + start) as progress:
         while step < steps and not best.exhausted:

@@ -81,8 +81,8 @@ def reads(experiment) -> list[str]:
 
 
 def trained_on(experiment) -> list[str]:
-    """The kinds of data with prompts that policies and reward model trained on; but for the embedded world's where the
-    evaluation prompts are the world's too, which keeps them apart."""
+    """The kinds of data with prompts that policies and reward model trained on. Left out: a kind that comes from the
+    embedded world, if the evaluation prompts do too: the world keeps them apart."""
     data = experiment.data
     kinds = ["demonstrations", *["prompts"] * ("ppo" in needs(experiment)), *["rankings"] * (data.rankings is not None)]
     return [kind for kind in kinds if not getattr(data, kind) == data.evaluation_prompts == "world"]

@@ -370,7 +370,8 @@ def run(ctx: StageRun) -> dict:
                 pause_if_asked(ctx, step, run.updates, partial(run.save, step), is_sharding(ctx))
 
     # 7 publish
-    if str(step) not in run.state["looks"]:  # settings that were overridden ended the run at its checkpoint
+    # settings that were overridden ended the run at its checkpoint, or want its best, of which it has kept none
+    if str(step) not in run.state["looks"] or (c.keep == "best" and not run.best.tensors):
         look(ctx, roles, run, held, step)
     if roles.engine is not None:
         roles.engine.close()

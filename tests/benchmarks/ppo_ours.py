@@ -97,7 +97,7 @@ class Ours:
         self.trainees = [make_trainee(n, m, learning_rate=1e-6, max_grad_norm=config.max_grad_norm) for n, m in trained]
         for trainee in self.trainees:
             self.phases.time_optimizer(trainee.optimizer)
-        self.average = Average(config.ema_decay)
+        self.average = Average(config.ema_decay if config.publish_ema else None)
         self.average.start(self.trainees[0])
         named = ("per_device_train_batch_size", "mini_batch_size", "num_ppo_epochs", "samples_per_prompt", "ema_decay")
         named += ("local_rollout_forward_batch_size",)

@@ -141,6 +141,16 @@ def test_an_alarm_that_a_signal_overtook_stops_the_run_all_the_same(oracle, tmp_
     assert rlhf(*run) == 0
 
 
+@pytest.mark.parametrize("stage, shorter", [("ppo", "total_episodes=48"), ("dpo", "max_steps=6")])
+def test_a_run_that_is_ended_at_its_checkpoint_may_want_the_best(stage, shorter, oracle, tmp_path):
+    """Of which it has kept none until then: the weights that stand there are."""
+    root = without(oracle, tmp_path, stage)
+    run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
+    assert rlhf(*run, f"{stage}.keep=last", die=(stage, 7)) == -9
+    assert rlhf(*run, f"{stage}.keep=best", f"{stage}.{shorter}", "--override-config") == 0
+    assert json.loads((root / "micro" / stage / "manifest.json").read_text())["metrics"]["best_step"] == 6
+
+
 def test_a_held_out_reward_model_looks_on_and_judges(oracle, tmp_path):
     """Its score stands beside the other's, and `keep: best` goes by it."""
     root = without(oracle, tmp_path, "ppo")
