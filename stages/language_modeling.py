@@ -82,11 +82,12 @@ def train_language_model(
     from trl import SFTConfig, SFTTrainer
 
     transformers_logging.set_verbosity_error()
-    scratch = Path(ctx.checkpoints.folder) / ".tmp-trainer"
+    rank, processes = parallel.rank_and_size()
+    # others write nothing there; but transformers lists it in the end, when the first one may be removing its own
+    scratch = Path(ctx.checkpoints.folder) / (f".tmp-trainer-{rank}" if rank else ".tmp-trainer")
     if parallel.is_first():
         shutil.rmtree(scratch, ignore_errors=True)
     every = ctx.checkpoints.every
-    processes = parallel.rank_and_size()[1]
     rows, accumulated = batch_of_each(per_device_train_batch_size, gradient_accumulation_steps, processes)
     args = SFTConfig(
         output_dir=str(scratch),
