@@ -409,5 +409,7 @@ def vllm(python: str) -> Line:
     except (OSError, subprocess.TimeoutExpired):
         found = ""
     if not found:
-        return Line(BAD, "vLLM", f"{python} has none", "python3 -m venv .vllm && .vllm/bin/pip install vllm")
+        from stages.rollout_engine import ENVIRONMENT
+
+        return Line(BAD, "vLLM", f"{python} has none", ENVIRONMENT)
     return Line(GOOD, "vLLM", f"{found} (samples for ppo)")

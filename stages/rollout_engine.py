@@ -16,9 +16,9 @@ from stages.models.roles import Roles
 from stages.rollouts.vllm import EngineLost, Vllm
 from stages.settings import Section, setting
 
+ENVIRONMENT = "python3 -m venv .vllm && .vllm/bin/pip install vllm"
 INSTALL = (  # what to do where vLLM is missing
-    "python3 -m venv .vllm && .vllm/bin/pip install vllm (README says which without a GPU), and "
-    "launch.vllm.python: .vllm/bin/python"
+    f"{ENVIRONMENT} (README says which without a GPU), and launch.vllm.python: .vllm/bin/python"
 )
 SET_HERE = (  # of vLLM's arguments: by `engine_of`, `Vllm` and vllm_server.py
     "model", "dtype", "seed", "trust_remote_code", "logprobs_mode", "generation_config", "disable_log_stats",

@@ -36,10 +36,15 @@ def triplets_of(model: nn.Module) -> list[Triplets]:
     ]
 
 
+def window(steps: int) -> tuple[int, int]:
+    """The step behind which pruning begins, and the one at which it ends."""
+    return round(BEGIN * steps), round(END * steps)
+
+
 def budget_at(step: int, steps: int, first: int, last: int) -> int:
     """b(t) (equation 12): how many triplets of all layers are left after step 1 … steps: `first`, then fewer by a
     cubic, then `last`."""
-    begin, end = round(BEGIN * steps), round(END * steps)
+    begin, end = window(steps)
     if step <= begin:
         return first
     if step >= end:
@@ -89,14 +94,15 @@ class AdaLora(torch.optim.AdamW):
         for group in self.param_groups:
             group["taken"] += 1
         step, values = self.param_groups[0]["taken"], [t.values for t in self.triplets]
+        begin, end = window(self.steps)
         if "kept" not in self.state[values[0]]:
             self.watch(weights, felt)
-            if step >= round(END * self.steps):
+            if step >= end:
                 for p, some in zip(values, self.best(step), strict=True):
                     self.state[p]["kept"] = some
                 for p in weights:
                     del self.state[p]["sensitivity"], self.state[p]["uncertainty"]
-            elif step > round(BEGIN * self.steps) and step % max(1, self.steps // LOOKS) == 0:
+            elif step > begin and step % max(1, self.steps // LOOKS) == 0:
                 for p, some in zip(values, self.best(step), strict=True):
                     p.mul_(some)  # they go on training, and may come back
         for p in values:
