@@ -46,6 +46,10 @@ NAME = "evaluate"
 METRICS: dict[str, str] = {}
 HEADLINE = ("score", "win_rate_vs_sft", "gold")
 SHARED = True
+FIXED = tuple(
+    f"evaluate.{key}"
+    for key in ("num_prompts", "max_length", "response_length", "on_too_long", "temperature", "best_of")
+)
 STAGES = ("base", "sft", "ppo", "dpo")
 GOLD = ("helpful", "honest", "harmless", "overall")
 RM_FIGURES = ("accuracy", "accuracy_ci95", "accuracy_ceiling", "n_pairs", "labeler_agreement", "ece")
@@ -130,7 +134,7 @@ def run(ctx: StageRun) -> dict:
     found = ctx.checkpoints.newest()
     done: dict[str, dict] = found.state["done"] if found else {}
     with ctx.tracker.progress(len(names), "evaluate", len(done)) as progress:
-        for name in names[len(done) :]:
+        for name in (name for name in names if name not in done):  # others may be asked for than before
             model = (
                 sft
                 if name in ("sft", "best_of_n")
@@ -150,7 +154,7 @@ def run(ctx: StageRun) -> dict:
                 else None
             )
             progress.update(len(done))
-            if len(done) < len(names):
+            if not set(names) <= set(done):
                 ctx.checkpoints.save(len(done), {}, {"done": done}, len(names))
                 pause_if_asked(ctx, len(done), len(names), lambda: None)
 
