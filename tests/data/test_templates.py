@@ -77,7 +77,7 @@ def test_our_own_template_needs_no_other_process(tokenizer, monkeypatch):
         ('{{ "a" * 10**10 }}', "more than 512 MiB of memory"),
         ("{{ messages[0].content|center(10**9) }}", "more than 512 MiB of memory"),
         ('{{ "a" * 3000000 }}', "it gives 3,000,000 characters"),
-        ("{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}", "more than 0.2 s of processor"),
+        ("{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}", "than 0.2 s of processor"),
     ],
 )
 def test_a_template_that_multiplies_is_ended(tokenizer, monkeypatch, template, what):
