@@ -369,6 +369,15 @@ def test_thin_keeps_the_mean_and_smooth_skips_gaps():
     assert svg.smooth([(0, 1.0), (1, None), (2, 3.0)]) == [(0, 1.0), (1, 2.0), (2, 3.0)]
 
 
+def test_held_out_looks_stand_at_their_episodes_though_batches_changed():
+    """8 episodes an update, then 4: a look after update 4 is one after 24 episodes, not after 4 · 28 / 5."""
+    metrics = [{"step": s, "episode": e} for s, e in ((1, 8), (2, 16), (3, 20), (4, 24), (5, 28))]
+    samples = [{"step": s, "prompt": "a", "response": "b"} for s in (0, 2, 4)]
+    journal = plots.Journal(metrics, [{"step": s, "score": 0.0} for s in (0, 2, 4)], samples)
+    assert plots.episodes_by_step(journal) == {0: 0, 1: 8, 2: 16, 3: 20, 4: 24, 5: 28}
+    assert [episode for episode, _ in report.ppo_looks(journal, 3)] == [0, 16, 24]
+
+
 def test_rank_correlation_agrees_with_pandas():
     import pandas
 
