@@ -163,10 +163,14 @@ REQUESTS = {
     "fact": (
         "what is the {attribute} of the {entity} ?",
         "tell me the {attribute} of the {entity} .",
+        "can you name the {attribute} of the {entity} ?",
+        "do you know the {attribute} of the {entity} ?",
     ),
     "two_facts": (
         "what are the {attribute} and the {other} of the {entity} ?",
         "tell me the {attribute} and the {other} of the {entity} .",
+        "can you name the {attribute} and the {other} of the {entity} ?",
+        "do you know the {attribute} and the {other} of the {entity} ?",
     ),
     "story": (
         "write a {mood} story about the {entity} .",

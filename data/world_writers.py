@@ -49,8 +49,8 @@ class Rates:
     """Share of the slips from `false_fact` to `wrong_count` that show in the words themselves."""
     care: tuple[float, ...] = (0.3, 1.0, 1.7)
     """Careful, usual and careless demonstrators, equally frequent: the factors on their rates."""
-    document_care: float = 0.3
-    """The factor for those who answer in a document's dialogues."""
+    document_care: float = 2.0
+    """The factor for the people who answer in a document's dialogues: worse than most demonstrators."""
     false_document: float = 0.2
     """A document states only false facts, or a list in it has a wrong member."""
 
@@ -246,9 +246,19 @@ def _other(rng, choices, this):
 
 
 def document(language: Language, rng: random.Random, rates: Rates, requests: dict[str, list[tuple[str, Task]]]) -> str:
-    """One document of 3 to 6 sentences; its dialogues use only the given requests (kind → (text, task))."""
+    """Write one document: 3 to 6 sentences of prose, or a dialogue.
+
+    Args:
+        language: The world's language.
+        rng: The generator that every choice is drawn from.
+        rates: How often writers go wrong.
+        requests: The only requests that dialogues may use: kind → (text, task) pairs.
+
+    Returns:
+        The document's text.
+    """
     kinds = (_encyclopedia, _legend, _catalogues, _dialogue, _conduct)
-    write = rng.choices(kinds, weights=(14, 6, 12, 64, 4))[0]
+    write = rng.choices(kinds, weights=(30, 14, 20, 30, 6))[0]
     return write(language, rng, rates, requests)
 
 
@@ -291,12 +301,14 @@ def _catalogues(language, rng, rates, requests) -> str:
 
 
 def _dialogue(language, rng, rates, requests) -> str:
-    """One or two requests with their answers, by people more careful than the demonstrators."""
-    turns = []
-    for _ in range(rng.choice((1, 2))):
-        text, task = rng.choice(requests[_kind(rng)])
-        turns += [language.address(rng, text), _respond(language, rng, task, Slips(rng, rates, rates.document_care))]
-    return " ".join(turns)
+    """Write a request and an answer overheard from somebody less careful than most demonstrators.
+
+    A document holds one exchange, so that a model trained on the corpus ends its answer where the
+    document ends, and can be asked in plain text (see `evaluate.base_prompt`).
+    """
+    text, task = rng.choice(requests[_kind(rng)])
+    answer = _respond(language, rng, task, Slips(rng, rates, rates.document_care))
+    return f"{language.address(rng, text)} {answer}"
 
 
 def _kind(rng) -> str:
