@@ -1,8 +1,8 @@
 """rankings: K responses of SFT to each prompt, ranked by labelers; or people's own rankings, validated and split.
 
-The split is by prompt, never within one, and in the embedded world by task. There `labelers_per_prompt` of five
-simulated labelers rank a training prompt, and two of them every validation prompt, so that their agreement can be read from
-the file.
+The split is by prompt, never within one, and in the embedded world by request. There `labelers_per_prompt` of five
+simulated labelers rank a training prompt, and two of them every validation prompt, so that their agreement can be
+read from the file.
 """
 
 import random
@@ -118,13 +118,13 @@ def run(ctx: StageRun) -> dict:
 def split_keys(ctx: StageRun, prompts) -> list[str]:
     """Return a key for each prompt; prompts of one key stay on one side of the split.
 
-    The key is the task where simulated labelers rank the embedded world's prompts: the same question behind another
+    The key is the request where simulated labelers rank the embedded world's prompts: the same question behind another
     greeting, and the same answers to it, would otherwise stand on both sides. Elsewhere it is the prompt.
     """
     if ctx.experiment.data.rankings is not None:
         return [prompt_key(p) for p in prompts]
     world = World.from_json(read_world(ctx))
-    return [f"{ctx.seed} {world.task(p)}" for p in prompts]
+    return [f"{ctx.seed} {world.request(p)}" for p in prompts]
 
 
 def usable_pairs(r: Ranking) -> int:
