@@ -209,6 +209,20 @@ def test_leaks(tmp_path):
     assert len(check(training, against=[("validation", training)]).errors) == 2
 
 
+def test_near_copies_of_prompts_that_measure_are_counted_apart(tmp_path):
+    """A greeting, another case: what is measured on them is memory too. Among training data nobody looks for them."""
+    mine = ["what color is the fox ?", "tell a joke", "Hello. What color is the fox?"]
+    mine = written(tmp_path, *mine, name="prompts.jsonl")
+    held_out = written(tmp_path, *({"prompt": p} for p in ("a riddle", "what color is the fox ?")), name="held.jsonl")
+    for names, looked in ((["evaluation_prompts", "validation"], 2), (["prompts"], 0)):
+        report = check(mine, against=[(name, held_out) for name in names])
+        said = [text for label, text in report.facts if label == "near copies"]
+        first = f"the first at {mine}:3, of {held_out}:2"
+        assert said == [f"1 of 3 prompts are in {name} but for a few words · {first}" for name in names[:looked]]
+        assert len(report.errors) == looked and all(line.startswith(f"{mine}:1: ") for line in report.errors)
+        assert facts(report)[f"also in {names[0]}"] == "1 of 3 prompts"
+
+
 @pytest.mark.parametrize(
     "content, words",
     [
