@@ -66,7 +66,7 @@ def share_estimate(values: Sequence[float], clusters: Sequence[Hashable]) -> dic
 
 def difference_estimate(ours: Sequence[float], theirs: Sequence[float], clusters: Sequence[Hashable]) -> dict:
     """Estimate the mean of paired differences ours − theirs; as `mean_estimate`."""
-    return mean_estimate(np.asarray(ours, float) - np.asarray(theirs, float), clusters)
+    return mean_estimate([a - b for a, b in zip(ours, theirs, strict=True)], clusters)
 
 
 def win_rate(ours: np.ndarray, theirs: np.ndarray, clusters: Sequence[Hashable]) -> dict:
@@ -87,7 +87,10 @@ def win_rate(ours: np.ndarray, theirs: np.ndarray, clusters: Sequence[Hashable])
 
 def wins(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     """Return each prompt's share of won comparisons, (P,), of all samples (P, n) with all others (P, m); ties half."""
-    gaps = np.asarray(ours, float)[:, :, None] - np.asarray(theirs, float)[:, None, :]
+    ours, theirs = np.asarray(ours, float), np.asarray(theirs, float)
+    if len(ours) != len(theirs):
+        raise ValueError(f"{len(ours)} prompts of ours and {len(theirs)} of theirs")
+    gaps = ours[:, :, None] - theirs[:, None, :]
     return rights(gaps).mean(axis=(1, 2))
 
 
