@@ -197,7 +197,7 @@ REQUESTS = {
 OPENERS = (
     "", "hello .", "hi there .", "good morning .", "excuse me .", "dear friend ,", "i am curious .", "one more thing .",
 )
-CLOSERS = ("", "thank you .")
+CLOSERS = ("", "thank you .", "that is all .")
 
 
 def tables() -> dict:

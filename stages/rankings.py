@@ -1,7 +1,7 @@
 """rankings: K responses of SFT to each prompt, ranked by labelers; or people's own rankings, validated and split.
 
-The split is by prompt, never within one. In the embedded world `labelers_per_prompt` of five simulated
-labelers rank a training prompt, and two of them every validation prompt, so that their agreement can be read from
+The split is by prompt, never within one, and in the embedded world by task. There `labelers_per_prompt` of five
+simulated labelers rank a training prompt, and two of them every validation prompt, so that their agreement can be read from
 the file.
 """
 
@@ -93,7 +93,7 @@ def run(ctx: StageRun) -> dict:
         rows, figures = read(ctx, "rankings"), {}
     else:
         rows, figures = simulate(ctx)
-    train, valid = held_out([prompt_key(r.prompt) for r in rows], ctx.config.validation_fraction)
+    train, valid = held_out(split_keys(ctx, [r.prompt for r in rows]), ctx.config.validation_fraction)
     for name, part in (("train", train), ("validation", valid)):
         part = [rows[i] for i in part]
         if not any(usable_pairs(r) for r in part):
@@ -115,6 +115,18 @@ def run(ctx: StageRun) -> dict:
     }
 
 
+def split_keys(ctx: StageRun, prompts) -> list[str]:
+    """Return a key for each prompt; prompts of one key stay on one side of the split.
+
+    The key is the task where simulated labelers rank the embedded world's prompts: the same question behind another
+    greeting, and the same answers to it, would otherwise stand on both sides. Elsewhere it is the prompt.
+    """
+    if ctx.experiment.data.rankings is not None:
+        return [prompt_key(p) for p in prompts]
+    world = World.from_json(read_world(ctx))
+    return [f"{ctx.seed} {world.task(p)}" for p in prompts]
+
+
 def usable_pairs(r: Ranking) -> int:
     return sum(verdict == "usable" for _, _, verdict in judged_pairs(r))
 
@@ -130,7 +142,7 @@ def simulate(ctx: StageRun) -> tuple[list[Ranking], dict]:
     except ValueError as problem:  # an SFT model that babbles: tastes differ more than its answers do
         ctx.tracker.say(f"rankings: {problem}; ranked without noise. Train base and sft longer")
         noise = NO_NOISE
-    valid = set(held_out([prompt_key(p) for p in prompts], c.validation_fraction)[1])
+    valid = set(held_out(split_keys(ctx, prompts), c.validation_fraction)[1])
     unfinished = sum(not f for fs in finished for f in fs) / sum(map(len, finished))
     if unfinished > 0.1:  # as texts they look as if they had ended there
         ctx.tracker.say(f"rankings: {unfinished:.0%} of the responses were cut off; raise rankings.response_length")

@@ -314,6 +314,8 @@ def win_rates(results: dict, names: dict[str, str]) -> list[Figure]:
     if not rows:
         return []
     judge = "the gold scorer" if results["judge"] == "gold" else "the reward model"
+    climbed = [names[n] for n, p in results["policies"].items() if p["judge_climbed"] and p["win_rate_vs_sft"]]
+    warning = f" The judge is the model that {' and '.join(climbed)} climbed, which flatters it." if climbed else ""
     svg = dot_plot(rows, "win rate against SFT, share of prompts", "win rates", reference=0.5)
     return [
         Figure(
@@ -321,7 +323,7 @@ def win_rates(results: dict, names: dict[str, str]) -> list[Figure]:
             svg,
             f"Share of evaluation prompts on which {judge} prefers the policy's "
             "response to SFT's, ties half, with 95 % intervals; one that crosses the dashed line "
-            "could be chance.",
+            f"could be chance.{warning}",
         )
     ]
 
@@ -332,12 +334,21 @@ def gold_parts(results: dict, names: dict[str, str]) -> list[Figure]:
         return []
     mark = lambda n, part: (policies[n][part], None, None, n, f"{names[n]} {policies[n][part]:.3f}")  # noqa: E731
     rows = [(part, [mark(n, part) for n in policies]) for part in PARTS]
+    halves = (("known tasks", "gold_known_tasks"), ("held-out tasks", "gold_held_out_tasks"))
+    for title, key in halves:
+        found = {n: results["policies"][n][key] for n in policies}
+        if all(found.values()):
+            spans = {n: gold["ci95"] or (None, None) for n, gold in found.items()}
+            rows.append(
+                (title, [(g["overall"], *spans[n], n, f"{names[n]} {g['overall']:.3f}") for n, g in found.items()])
+            )
     svg = dot_plot(rows, "mean gold, 0 to 1", "gold by part", labelled=False)
     return [
         Figure(
             "Where quality comes from",
             svg,
-            "Each line is one part of gold and each dot a policy; further right is better.",
+            "Each line is one part of gold and each dot a policy; further right is better. The last two are gold "
+            "overall, apart for tasks that training set too and for those that it never set, with 95 % intervals.",
             tuple((names[n], n, "dot") for n in policies),
         )
     ]
