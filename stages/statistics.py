@@ -11,8 +11,10 @@ from itertools import combinations
 
 import numpy as np
 
-PSEUDO_CLUSTERS = 2.0
+PSEUDO_CLUSTERS = 2
 """Clusters won, and as many lost, that are added to a share before its spread is computed (Agresti & Coull 1998)."""
+EDGE = 1e-9
+"""Means that differ by less are taken for equal: they differ by rounding alone."""
 
 
 def mean_estimate(values: Sequence[float], clusters: Sequence[Hashable]) -> dict:
@@ -27,7 +29,7 @@ def mean_estimate(values: Sequence[float], clusters: Sequence[Hashable]) -> dict
 
     Returns:
         {"value": mean over the observations, "ci95": [low, high] or None where there is one cluster, "n": N,
-        "clusters": G}.
+        "clusters": G}. The interval is a point where all clusters are alike; `share_estimate` has one that is not.
     """
     sums, counts = cluster_sums(values, clusters)
     half = _half_width(sums, counts)
@@ -37,11 +39,15 @@ def mean_estimate(values: Sequence[float], clusters: Sequence[Hashable]) -> dict
 
 
 def share_estimate(values: Sequence[float], clusters: Sequence[Hashable]) -> dict:
-    """Estimate a share (every observation in [0, 1]) with an interval that is sensible at its edges.
+    """Estimate the mean of observations in [0, 1], such as wins or gold, with an interval sensible at the edges.
 
-    Where all observations are equal their spread is 0, which says nothing about the next cluster. So two clusters at
-    1 and two at 0, of the mean size, are added before the interval is computed (Agresti & Coull 1998 add as much to a
-    binomial share). 16 wins of 16 give [0.78, 1] and not [1, 1]; 16 ties give about [0.40, 0.60].
+    Close to 0 or 1 the interval of `mean_estimate` covers the truth too rarely, and where all observations are equal it
+    is a point. So the narrower of two others is taken:
+
+    - The jackknife of the logit of the mean, transformed back: within [0, 1], and longer towards ½. It does not exist
+      where the clusters are all alike, or all but one are 0, or all but one are 1.
+    - The jackknife of the mean after two clusters at 1 and two at 0, of the mean size, are added (Agresti & Coull 1998
+      add as much to a binomial share): 16 wins of 16 give [0.76, 1] and not [1, 1]; 16 ties give [0.39, 0.61].
 
     Args:
         values: The N observations: 1 for a success, 0 for a failure, anything between (a tie is ½).
@@ -51,18 +57,16 @@ def share_estimate(values: Sequence[float], clusters: Sequence[Hashable]) -> dic
         As `mean_estimate`; "ci95" lies in [0, 1] and holds "value".
     """
     sums, counts = cluster_sums(values, clusters)
-    value, size = float(sums.sum() / counts.sum()), counts.mean()
-    pseudo = int(PSEUDO_CLUSTERS)
-    sums_more = np.concatenate([sums, np.full(pseudo, size), np.zeros(pseudo)])
-    counts_more = np.concatenate([counts, np.full(2 * pseudo, size)])
-    center, half = sums_more.sum() / counts_more.sum(), _half_width(sums_more, counts_more)
-    low, high = max(0.0, min(value, center - half)), min(1.0, max(value, center + half))
-    return {"value": value, "ci95": [float(low), float(high)], "n": len(values), "clusters": len(sums)}
+    value = float(sums.sum() / counts.sum())
+    found = [_pseudo_cluster_interval(sums, counts), _logit_interval(sums, counts)]
+    within = [[max(0.0, min(value, ci[0])), min(1.0, max(value, ci[1]))] for ci in found if ci is not None]
+    narrower = min(within, key=lambda ci: ci[1] - ci[0])
+    return {"value": value, "ci95": narrower, "n": len(values), "clusters": len(sums)}
 
 
 def difference_estimate(ours: Sequence[float], theirs: Sequence[float], clusters: Sequence[Hashable]) -> dict:
     """Estimate the mean of paired differences ours − theirs; as `mean_estimate`."""
-    return mean_estimate(np.asarray(ours, float) - np.asarray(theirs, float), clusters)
+    return mean_estimate([a - b for a, b in zip(ours, theirs, strict=True)], clusters)
 
 
 def win_rate(ours: np.ndarray, theirs: np.ndarray, clusters: Sequence[Hashable]) -> dict:
@@ -83,7 +87,10 @@ def win_rate(ours: np.ndarray, theirs: np.ndarray, clusters: Sequence[Hashable])
 
 def wins(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     """Return each prompt's share of won comparisons, (P,), of all samples (P, n) with all others (P, m); ties half."""
-    gaps = np.asarray(ours, float)[:, :, None] - np.asarray(theirs, float)[:, None, :]
+    ours, theirs = np.asarray(ours, float), np.asarray(theirs, float)
+    if len(ours) != len(theirs):
+        raise ValueError(f"{len(ours)} prompts of ours and {len(theirs)} of theirs")
+    gaps = ours[:, :, None] - theirs[:, None, :]
     return rights(gaps).mean(axis=(1, 2))
 
 
@@ -99,14 +106,49 @@ def cluster_sums(values: Sequence[float], clusters: Sequence[Hashable]) -> tuple
 
 def _half_width(sums: np.ndarray, counts: np.ndarray) -> float | None:
     """Return half the width of the jackknife interval of Σ sums / Σ counts; None where there is one cluster."""
-    from scipy.stats import t as student
-
-    clusters = len(sums)
-    if clusters < 2:
+    if len(sums) < 2:
         return None
-    without = (sums.sum() - sums) / (counts.sum() - counts)
-    variance = (clusters - 1) / clusters * ((without - sums.sum() / counts.sum()) ** 2).sum()
-    return float(student.ppf(0.975, clusters - 1) * np.sqrt(variance))
+    return _t_quantile(len(sums)) * _jackknife_error(_leave_one_out(sums, counts), sums.sum() / counts.sum())
+
+
+def _logit_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float] | None:
+    """Return the interval of Σ sums / Σ counts whose logit is jackknifed; None where the spread says nothing."""
+    if len(sums) < 2:
+        return None
+    without = _leave_one_out(sums, counts)
+    if without.min() < EDGE or without.max() > 1 - EDGE or np.ptp(without) < EDGE:
+        return None
+    mean = sums.sum() / counts.sum()
+    center = np.log(mean / (1 - mean))
+    half = _t_quantile(len(sums)) * _jackknife_error(np.log(without / (1 - without)), center)
+    return float(1 / (1 + np.exp(half - center))), float(1 / (1 + np.exp(-half - center)))
+
+
+def _pseudo_cluster_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """Return the jackknife interval of Σ sums / Σ counts with `PSEUDO_CLUSTERS` at 1 and as many at 0 added."""
+    size = counts.mean()
+    sums = np.concatenate([sums, np.full(PSEUDO_CLUSTERS, size), np.zeros(PSEUDO_CLUSTERS)])
+    counts = np.concatenate([counts, np.full(2 * PSEUDO_CLUSTERS, size)])
+    center, half = float(sums.sum() / counts.sum()), _half_width(sums, counts)
+    return center - half, center + half
+
+
+def _leave_one_out(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return the mean over the observations without each cluster in turn, (G,)."""
+    return (sums.sum() - sums) / (counts.sum() - counts)
+
+
+def _jackknife_error(without: np.ndarray, whole: float) -> float:
+    """Return the standard error of an estimate, `whole`, from its values without each cluster in turn, (G,)."""
+    clusters = len(without)
+    return float(np.sqrt((clusters - 1) / clusters * ((without - whole) ** 2).sum()))
+
+
+def _t_quantile(clusters: int) -> float:
+    """Return the 0.975 quantile of Student's t with clusters − 1 degrees of freedom."""
+    from scipy.special import stdtrit  # scipy.stats takes a second to import
+
+    return float(stdtrit(clusters - 1, 0.975))
 
 
 def rights(margins: Sequence[float]) -> np.ndarray:
