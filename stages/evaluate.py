@@ -17,7 +17,7 @@ from data.near_copies import near_copies
 
 from data.encode import wrap_documents
 from data.groups import make_rows
-from data.records import as_messages, prompt_key
+from data.records import prompt_key
 from data.streams import Stream, derive_seed
 from data.world import World
 from pipeline.errors import UserError
@@ -44,7 +44,7 @@ from stages.models.loading import load_policy, load_tokenizer
 from stages.models.packing import can_pack
 from stages.objectives.logprobs import sequence_logps
 from stages.objectives.rewards import final_scores
-from stages.results import Measured, summarise
+from stages.results import Measured, order_by_gold, summarise
 from stages.rollouts.transformers import sample
 from stages.settings import Section, TooLong, no_room, over_context, setting, too_long_prompt
 
@@ -174,7 +174,8 @@ def run(ctx: StageRun) -> dict:
             )
             for name in names
         },
-        "reward_model": {key: ctx.manifests["rm"]["metrics"].get(key) for key in RM_FIGURES},
+        "reward_model": {key: ctx.manifests["rm"]["metrics"].get(key) for key in RM_FIGURES}
+        | {"orders_as_gold": order_by_gold(done["sft"], clusters, known)},
     }  # fmt: skip
     (ctx.publish / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     write_responses(ctx, prompts, known, done)
@@ -279,8 +280,7 @@ def find_leaked(ctx: StageRun, prompts, world: World | None) -> list[bool]:
             f"{len(prompts) - sum(known)} set tasks that no training data set"
         )
         return known
-    ours = list(map(text_of, prompts))
-    copies = {kind: near_copies(ours, list(map(text_of, some))) for kind, some in trained.items()}
+    copies = {kind: near_copies(prompts, some) for kind, some in trained.items()}
     leaked = [any(flags) for flags in zip(*copies.values(), strict=True)]
     if any(leaked):
         where = ", ".join(f"{kind} {sum(flags)}" for kind, flags in copies.items() if any(flags))
@@ -290,11 +290,6 @@ def find_leaked(ctx: StageRun, prompts, world: World | None) -> list[bool]:
             f"these)"
         )
     return leaked
-
-
-def text_of(prompt) -> str:
-    """Return what the user says in a prompt, as one text."""
-    return "\n".join(message["content"] for message in as_messages(prompt) if message["role"] == "user")
 
 
 def climbed_by_judge(ctx: StageRun, names: Sequence[str]) -> set[str]:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from stages.results import GOLD, Measured, perplexity_estimate, summarise
+from stages.results import GOLD, Measured, order_by_gold, perplexity_estimate, summarise
 
 TASKS = ["a", "a", "b", "b", "c", "d", "e", "f"]
 KNOWN = [True, True, True, True, False, False, False, False]
@@ -113,3 +113,15 @@ def test_perplexity_has_an_interval_over_rows():
 def test_a_checkpoint_carries_what_was_measured(pair):
     own, _ = pair
     assert Measured(**own.state()) == own
+
+
+def test_the_reward_model_is_held_to_gold_on_both_halves():
+    """Two prompts of three samples: by hand, pairs of equal gold do not count and equal scores count half."""
+    gold = [[{"overall": x} for x in row] for row in ([0.1, 0.5, 0.5], [0.9, 0.2, 0.4])]
+    scores = [[0.0, 1.0, 0.0], [3.0, 2.0, 1.0]]
+    sft = Measured("chat", [["x"] * 3] * 2, [[True] * 3] * 2, scores, None, [[3] * 3] * 2, gold, None)
+    found = order_by_gold(sft, ["a", "b"], [True, False])
+    assert found["known_tasks"]["value"] == pytest.approx((1 + 0.5) / 2)  # right, a toss-up; one pair is equal in gold
+    assert found["held_out_tasks"]["value"] == pytest.approx(2 / 3)  # 0.9 first, but 0.2 before 0.4
+    assert order_by_gold(sft, ["a", "b"], [True, True])["held_out_tasks"] is None
+    assert order_by_gold(sft, ["a", "b"], None) is None
