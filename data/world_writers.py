@@ -45,13 +45,13 @@ class Rates:
     """A response wanders off in one or two more sentences."""
     no_stop: float = 0.05
     """The last full stop is missing."""
-    evident: float = 0.9
+    evident: float = 1.0
     """Share of the slips from `false_fact` to `wrong_count` that show in the words themselves."""
     care: tuple[float, ...] = (0.3, 1.0, 1.7)
     """Careful, usual and careless demonstrators, equally frequent: the factors on their rates."""
-    document_care: float = 2.0
+    document_care: float = 1.5
     """The factor for the people who answer in a document's dialogues: worse than most demonstrators."""
-    false_document: float = 0.2
+    false_document: float = 0.1
     """A document states only false facts, or a list in it has a wrong member."""
 
 

@@ -178,7 +178,7 @@ def run(ctx: StageRun) -> dict:
         | {"orders_as_gold": order_by_gold(done["sft"], clusters, known)},
     }  # fmt: skip
     (ctx.publish / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    write_responses(ctx, prompts, known, done)
+    write_responses(ctx, prompts, clusters, known, done)
     last = results["policies"]["ppo" if "ppo" in names else names[-1]]
     return {
         "score": last["score"],
@@ -453,7 +453,9 @@ def text_losses(model, rows: list[list[int]], accelerator, size: int) -> list[fl
     return [loss for some in parallel.spread(parts, list(map(len, parts)), losses) for loss in some]
 
 
-def write_responses(ctx: StageRun, prompts, known: list[bool] | None, done: dict[str, Measured]) -> None:
+def write_responses(
+    ctx: StageRun, prompts, clusters: list[str], known: list[bool] | None, done: dict[str, Measured]
+) -> None:
     """Write responses.jsonl: a line a policy, prompt and sample, with its judgements."""
     with (ctx.publish / "responses.jsonl").open("w", encoding="utf-8") as file:
         for name, measured in done.items():
@@ -468,5 +470,5 @@ def write_responses(ctx: StageRun, prompts, known: list[bool] | None, done: dict
                         "score": measured.scores[i][k],
                     }
                     if measured.gold is not None:
-                        row |= {"gold": measured.gold[i][k], "known_task": known[i]}
+                        row |= {"gold": measured.gold[i][k], "cluster": clusters[i], "known_task": known[i]}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")

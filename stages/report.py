@@ -144,14 +144,20 @@ def by_prompt(responses: list[dict], policy: str) -> list[list[dict]]:
     return groups
 
 
-def rm_parts(rm: dict) -> list[tuple[str, str, str, int]]:
-    """(of what, which, share, pairs): the reward model's accuracy in parts, and how often labelers agree."""
+def rm_parts(rm: dict) -> list[tuple[str, str, str, str, int]]:
+    """List the reward model's accuracy in parts, and how often labelers agree.
+
+    Returns:
+        (of what, which, share, its 95 % interval, pairs) of each part.
+    """
     out = []
     for key, what in (("accuracy_by_k", "right at K ="), ("accuracy_by_labeler", "right with")):
-        parts = rm.get(key) or {}
-        out += [(what, name, percent(b["accuracy"], 1), b["n_pairs"]) for name, b in parts.items()]
-    for pair, b in (rm.get("agreement_by_labelers") or {}).items():
-        out.append(("labelers agree:", pair, percent(b["agreement"], 1), b["n_pairs"]))
+        for name, part in (rm.get(key) or {}).items():
+            span = part.get("accuracy_ci95")
+            shown = interval(*span, 1) if span else "–"
+            out.append((what, name, percent(part["accuracy"], 1), shown, part["n_pairs"]))
+    for pair, part in (rm.get("agreement_by_labelers") or {}).items():
+        out.append(("labelers agree:", pair, percent(part["agreement"], 1), "–", part["n_pairs"]))
     return out
 
 

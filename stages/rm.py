@@ -295,9 +295,9 @@ def trust(margins: list[float], owners: list[tuple[int, Pair]], held, validation
         **pair_accuracy(margins, of),
         "ece": expected_calibration_error(margins),
         "reliability": reliability(margins),
-        "accuracy_by_k": accuracy_by(margins, [sum(x is not None for x in r) for r in ranks]),
-        "accuracy_by_rank_distance": accuracy_by(margins, distance),
-        "accuracy_by_labeler": accuracy_by(margins, names),
+        "accuracy_by_k": accuracy_by(margins, [sum(x is not None for x in r) for r in ranks], of),
+        "accuracy_by_rank_distance": accuracy_by(margins, distance, of),
+        "accuracy_by_labeler": accuracy_by(margins, names, of),
         "labeler_agreement": labeler_agreement(validation),
         "agreement_by_labelers": {
             f"{one} / {other}": {"agreement": same / total, "n_pairs": total}

@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from stages import report
 from stages import report_plots as plots
 from stages import report_svg as svg
-from stages.results import Measured, summarise
+from stages.results import Measured, order_by_gold, summarise
 
 MADE_OF = {
     "world": "",
@@ -41,7 +41,7 @@ TRUST = {  # of the reward model
         {"confidence": 0.55, "accuracy": 0.53, "n_pairs": 900},
         {"confidence": 0.75, "accuracy": 0.72, "n_pairs": 1212},
     ],
-    "accuracy_by_k": {"4": {"accuracy": 0.7, "n_pairs": 2112}},
+    "accuracy_by_k": {"4": {"accuracy": 0.7, "accuracy_ci95": [0.67, 0.73], "n_pairs": 2112}},
     "accuracy_by_rank_distance": {"1": {"accuracy": 0.61, "n_pairs": 1100}, "2": {"accuracy": 0.8, "n_pairs": 1012}},
     "accuracy_by_labeler": {"ada<b>": {"accuracy": 0.7, "n_pairs": 2112}},
     "agreement_by_labelers": {"ada<b> / ben": {"agreement": 0.72, "n_pairs": 812}},
@@ -137,7 +137,7 @@ def fake_run(
                         "finished": k == 0,
                         "score": score,
                     }
-                    | ({"gold": dict.fromkeys(plots.PARTS, good), "known_task": known[i]} if gold else {})
+                    | ({"gold": dict.fromkeys(plots.PARTS, good), "cluster": str(i // 3)} if gold else {})
                 )
         lines += rows
         each = len(rows) // prompts
@@ -174,6 +174,9 @@ def fake_run(
         "n_pairs": 2112,
         "labeler_agreement": 0.726 if world else None,
         "ece": 0.021,
+        "orders_as_gold": order_by_gold(all_measured["sft"], [str(i // 3) for i in range(prompts)], known)
+        if gold
+        else None,
     }
     (inputs["evaluate"] / "results.json").write_text(
         json.dumps(
@@ -307,7 +310,10 @@ def test_the_reward_model_is_told_in_parts(tmp_path):
     ctx = fake_run(tmp_path / "new")
     page = page_of(ctx)
     assert "Is the reward model as sure as it should be?" in page and "Accuracy by rank distance" in page
-    for cells in ("<td>4</td><td>70.0\u00a0%</td><td>2112</td>", "<td>ada&lt;b&gt; / ben</td><td>72.0\u00a0%</td>"):
+    for cells in (
+        "<td>4</td><td>70.0\u00a0%</td><td>67.0 to 73.0</td><td>2112</td>",
+        "<td>ada&lt;b&gt; / ben</td><td>72.0\u00a0%</td><td>–</td>",
+    ):
         assert cells in page
     ctx = fake_run(tmp_path / "old")
     ctx.manifests["rm"]["metrics"] = {}
