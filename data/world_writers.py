@@ -13,6 +13,9 @@ from data.world_grammar import Language, Task, articles
 MAX_WORDS = 31
 """Longest response in words: 32 tokens with the end-of-sequence token."""
 
+OVERHEARD_CLOSERS = 0.15
+"""Share of the corpus's requests that may end with a closer; prompts have any closer equally often."""
+
 MIXTURE = {"fact": 0.4, "story": 0.25, "list": 0.15, "harm": 0.2}
 """Share of each kind of request in every kind of data."""
 
@@ -304,11 +307,13 @@ def _dialogue(language, rng, rates, requests) -> str:
     """Write a request and an answer overheard from somebody less careful than most demonstrators.
 
     A document holds one exchange, so that a model trained on the corpus ends its answer where the
-    document ends, and can be asked in plain text (see `evaluate.base_prompt`).
+    document ends, and can be asked in plain text (see `evaluate.base_prompt`). Few requests end with
+    a courtesy: a model that expects one would say it before its answer.
     """
     text, task = rng.choice(requests[_kind(rng)])
     answer = _respond(language, rng, task, Slips(rng, rates, rates.document_care))
-    return f"{language.address(rng, text)} {answer}"
+    closers = language.tables["closers"] if rng.random() < OVERHEARD_CLOSERS else ("",)
+    return f"{language.address(rng, text, closers)} {answer}"
 
 
 def _kind(rng) -> str:
