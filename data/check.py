@@ -162,8 +162,8 @@ def say_lengths(report: Report, loaded: Loaded, tokenizer, limit: int | None, on
 def row_lengths(record, tokenizer) -> dict[str, list[int]]:
     """{part of the row: the length of each such part}, template and EOS included when counted in tokens."""
 
-    def of_text(text: str) -> int:
-        return len(text.split()) if tokenizer is None else len(encode_response(tokenizer, text))
+    def of_text(text: str, finished: bool = True) -> int:
+        return len(text.split()) if tokenizer is None else len(encode_response(tokenizer, text, finished))
 
     if isinstance(record, Document):
         return {"document": [of_text(record.text)]}
@@ -174,7 +174,7 @@ def row_lengths(record, tokenizer) -> dict[str, list[int]]:
     if isinstance(record, Prompt):
         return {"prompt": [prompt]}
     if isinstance(record, Ranking):
-        return {"prompt": [prompt], "response": [of_text(text) for text in record.responses]}
+        return {"prompt": [prompt], "response": [of_text(*answer) for answer in record.answers]}
     return {"prompt": [prompt], "completion": [of_text(record.completion)]}
 
 
@@ -199,16 +199,20 @@ def say_duplicates(report: Report, loaded: Loaded) -> None:
 
 
 def say_pairs(report: Report, rankings: list[Ranking]) -> None:
-    """K, the C(K,2) pairs by verdict, and where the labelers contradict each other."""
+    """K, cut responses, the C(K,2) pairs by verdict, and where the labelers contradict each other."""
     sizes = Counter(len(ranking.responses) for ranking in rankings)
     report.facts.append(("K", " · ".join(f"{k}: {n:,} rows" for k, n in sorted(sizes.items()))))
+    ends = [ended for ranking in rankings for ended in ranking.finished or ()]
+    if ends:
+        text = f"{ends.count(False):,} of {len(ends):,} responses were cut off: taught without EOS"
+        report.facts.append(("unfinished", text))
     if names := {ranking.labeler for ranking in rankings if ranking.labeler is not None}:
         report.facts.append(("labelers", f"{len(names):,}"))
     verdicts, votes, better = Counter(), defaultdict(list), defaultdict(dict)
     for ranking in rankings:
-        prompt, texts, pairs = prompt_key(ranking.prompt), ranking.responses, list(judged_pairs(ranking))
+        prompt, answers, pairs = prompt_key(ranking.prompt), ranking.answers, list(judged_pairs(ranking))
         verdicts.update(verdict for *_, verdict in pairs)
-        for winner, loser in {(texts[i], texts[j]) for i, j, verdict in pairs if verdict == "usable"}:
+        for winner, loser in {(answers[i], answers[j]) for i, j, verdict in pairs if verdict == "usable"}:
             votes[prompt, frozenset((winner, loser))].append(winner)
             better[prompt].setdefault(loser, set()).add(winner)
     others = " · ".join(f"{verdicts[v]:,} {v}" for v in ("tie", "unjudged", "identical"))
@@ -220,7 +224,7 @@ def say_pairs(report: Report, rankings: list[Ranking]) -> None:
     report.facts.append(("contradictions", text))
 
 
-def goes_round(better: dict[str, set[str]]) -> bool:
+def goes_round(better: dict[tuple, set[tuple]]) -> bool:
     """Whether a response is by some steps better than itself. better: response → those that beat it."""
     try:
         TopologicalSorter(better).prepare()

@@ -226,7 +226,7 @@ def agreements(rankings) -> dict[tuple[str, str], tuple[float, int]]:
     by_prompt: dict = {}
     for r in rankings:
         if r.labeler is not None:
-            by_prompt.setdefault((str(r.prompt), r.responses), {})[r.labeler] = r.ranks
+            by_prompt.setdefault((str(r.prompt), r.answers), {})[r.labeler] = r.ranks
     found: dict = {}
     for by_labeler in by_prompt.values():
         for (a, one), (b, other) in combinations(sorted(by_labeler.items()), 2):

@@ -123,6 +123,16 @@ def test_rankings(tmp_path):
     assert said["duplicates"] == "0 rows · 5 prompts that came before, kept"
 
 
+def test_responses_that_were_cut_off_are_counted_and_have_no_eos(tmp_path):
+    """The same text, finished and cut, is a pair like any other."""
+    row = {"prompt": "p", "responses": ["aaaa", "aaaa", "b"], "ranks": [1, 2, 3]}
+    path = written(tmp_path, row | {"finished": [False, True, False]}, {**PAIR, "finished": [True, True]}, row)
+    said = facts(check(path, tokenizer=Letters()))
+    assert said["unfinished"] == "2 of 5 responses were cut off: taught without EOS"
+    assert said["response length"].startswith("1 to 5 tokens") and said["pairs"].endswith("1 identical")
+    assert "unfinished" not in facts(check(written(tmp_path, row)))
+
+
 ROWS = [{"prompt": "p", "completion": "c" * n} for n in (3, 4, 5, 40)]
 ROWS += [{"prompt": "p" * 30, "completion": "c"}]
 
