@@ -58,6 +58,11 @@ METRICS = {
 }
 HEADLINE = ("rewards/accuracies", "rewards/margins")
 SHARED = True
+FIXED = (
+    ("dpo.per_device_train_batch_size", "dpo.gradient_accumulation_steps"),
+    "dpo.max_length",
+    "dpo.on_too_long",
+)
 
 
 class Config(PreferenceTraining):

@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from data.near_copies import near_copies
 
 from data.encode import wrap_documents
 from data.groups import make_rows
+from data.near_copies import near_copies
 from data.records import prompt_key
 from data.streams import Stream, derive_seed
 from data.world import World
@@ -52,6 +52,13 @@ NAME = "evaluate"
 METRICS: dict[str, str] = {}
 HEADLINE = ("score", "win_rate_vs_sft", "gold")
 SHARED = True
+FIXED = tuple(
+    f"evaluate.{key}"
+    for key in (
+        "num_prompts", "max_length", "response_length", "on_too_long", "temperature", "best_of", "samples_per_prompt",
+        "base_prompt", "few_shot_examples",
+    )  # fmt: skip
+)
 STAGES = ("base", "sft", "ppo", "dpo")
 RM_FIGURES = ("accuracy", "accuracy_ci95", "accuracy_ceiling", "n_pairs", "labeler_agreement", "ece")
 
@@ -139,7 +146,7 @@ def run(ctx: StageRun) -> dict:
 
     done = {name: Measured(**fields) for name, fields in measured_before(ctx).items()}
     with ctx.tracker.progress(len(names), "evaluate", len(done)) as progress:
-        for name in names[len(done) :]:
+        for name in (name for name in names if name not in done):  # others may be asked for than before
             form = form_of_base(c.base_prompt, m.name_or_path) if name == "base" else "chat"
             asked = ask_all(ctx, tools, prompts, ids, form)
             model = tools.sft if name in ("sft", "best_of_n") else tools.load(ctx.inputs[name] / "model")
@@ -178,7 +185,7 @@ def run(ctx: StageRun) -> dict:
         | {"orders_as_gold": order_by_gold(done["sft"], clusters, known)},
     }  # fmt: skip
     (ctx.publish / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    write_responses(ctx, prompts, clusters, known, done)
+    write_responses(ctx, prompts, clusters, known, {name: done[name] for name in names})
     last = results["policies"]["ppo" if "ppo" in names else names[-1]]
     return {
         "score": last["score"],

@@ -15,6 +15,7 @@ from data.encode import decode_response
 from data.records import DataError, Ranking, judged_pairs, prompt_key, to_json, write_jsonl
 from data.streams import Stream, derive_seed, held_out
 from data.world import World
+from pipeline.errors import UserError
 from pipeline.stage import StageRun
 from stages import parallel
 from stages.common import (
@@ -39,6 +40,7 @@ METRICS: dict[str, str] = {}
 NO_NOISE = 1e-4
 HEADLINE = ("rankings", "pairs", "labeler_agreement")
 SHARED = True
+FIXED = ("rankings.samples_per_prompt", "rankings.response_length", "rankings.max_length", "rankings.on_too_long")
 
 
 class Config(Section):
@@ -196,7 +198,13 @@ def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]], list[li
     found = ctx.checkpoints.newest()
     texts: list[list[str]] = found.state["texts"] if found else []
     finished: list[list[bool]] = found.state["finished"] if found else []
-    total = -(-len(prompts) // c.batch_size)
+    if len(texts) > len(prompts):
+        raise UserError(
+            f"rankings.num_prompts: {len(texts)} prompts have their responses and {len(prompts)} are asked for now; "
+            f"ask for more, or --restart"
+        )
+    begun = found.step if found else 0
+    total = begun + -(-(len(prompts) - len(texts)) // c.batch_size)  # batch_size may be another than before
 
     def save(step: int) -> None:
         if step:
@@ -218,10 +226,9 @@ def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]], list[li
             )
         return list(micro_batches(flat, c.samples_per_prompt))
 
-    begun = found.step if found else 0
     with ctx.tracker.progress(total, "rankings", begun) as progress:
         for step in range(begun + 1, total + 1):
-            part = range((step - 1) * c.batch_size, min(step * c.batch_size, len(prompts)))
+            part = range(len(texts), min(len(texts) + c.batch_size, len(prompts)))
             poll = partial(pause_if_asked, ctx, step - 1, total, partial(save, step - 1))
             sampled = parallel.spread(part, [len(ids[i]) for i in part], partial(responses_to, poll=poll))
             for group in sampled:

@@ -203,13 +203,13 @@ def places(values: list[float]) -> dict[int, int]:
 
 def ppo_looks(journal: Journal, count: int) -> list[tuple[int, list[dict]]]:
     """(episode, samples) at `count` moments of training, the first and the last among them."""
-    steps = sorted({row["step"] for row in journal.samples})
+    steps = sorted({row["step"] for row in journal.samples} & plots.episodes_by_step(journal).keys())
     if not steps or not journal.metrics:
         return []
     count = min(count, len(steps))
     chosen = sorted({steps[round(k * (len(steps) - 1) / max(1, count - 1))] for k in range(count)})
-    scale = plots.episodes_a_step(journal)
-    return [(round(step * scale), [r for r in journal.samples if r["step"] == step]) for step in chosen]
+    episodes = plots.episodes_by_step(journal)
+    return [(episodes[step], [r for r in journal.samples if r["step"] == step]) for step in chosen]
 
 
 # -- lineage ---------------------------------------------------------------------------------------------

@@ -29,9 +29,9 @@ def number(value) -> float | None:
     return float(value) if good else None
 
 
-def series(rows: Sequence[dict], key: str, x: str = "step", scale: float = 1.0) -> list[Point]:
-    """Points (x · scale, key) of the rows that know the key."""
-    return [(row[x] * scale, number(row[key])) for row in rows if key in row]
+def series(rows: Sequence[dict], key: str, x: str = "step") -> list[Point]:
+    """Points (x, key) of the rows that know the key."""
+    return [(row[x], number(row[key])) for row in rows if key in row]
 
 
 # -- learning curves -------------------------------------------------------------------------------------
@@ -226,13 +226,14 @@ def ppo(journal: Journal) -> list[Figure]:
     """The course of PPO over episodes."""
     if not journal.metrics:
         return []
-    scale = episodes_a_step(journal)
+    episodes = episodes_by_step(journal)
+    looks = [row | {"episode": episodes[row["step"]]} for row in journal.evaluations if row["step"] in episodes]
     figures = []
     for title, unit, log_y, lines, caption in PPO:
         drawn = [
             (
                 series(journal.metrics, metric, "episode"),
-                series(journal.evaluations, held, scale=scale) if held else [],
+                series(looks, held, "episode") if held else [],
                 tone,
                 name,
             )
@@ -253,9 +254,9 @@ def ppo(journal: Journal) -> list[Figure]:
     return figures
 
 
-def episodes_a_step(journal: Journal) -> float:
-    last = journal.metrics[-1]
-    return last["episode"] / last["step"]
+def episodes_by_step(journal: Journal) -> dict[int, int]:
+    """How many episodes PPO had made after each of its updates: batches need not all be of one size."""
+    return {0: 0} | {row["step"]: row["episode"] for row in journal.metrics}
 
 
 # -- what was gained, and at what price ------------------------------------------------------------------

@@ -65,6 +65,11 @@ METRICS = {
 }
 HEADLINE = ("accuracy", "accuracy_ceiling")
 SHARED = True
+FIXED = (
+    ("rm.per_device_train_batch_size", "rm.gradient_accumulation_steps"),
+    "rm.max_length",
+    "rm.on_too_long",
+)
 
 
 class Config(PreferenceTraining):
@@ -125,7 +130,10 @@ def run(ctx: StageRun) -> dict:
     found = ctx.checkpoints.newest()
     if found and found.state.get("steps", steps) != steps:
         was = found.state["steps"]
-        raise UserError(f"rm: each model of the interrupted run takes {was} steps, and now {steps}; use --restart")
+        raise UserError(
+            f"rm: each model of the interrupted run takes {was} steps, and rm.max_steps or rm.num_train_epochs now ask "
+            f"for {steps}; set them back to go on, --restart begins anew"
+        )
     done = list(found.state.get("members", [])) if found else []  # figures of the models that are trained
     kept = {f"member_{k}": found.tensors(f"member_{k}") for k in range(len(done))} if found else {}
     margins = []
