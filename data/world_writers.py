@@ -24,8 +24,9 @@ MIXTURE = {"fact": 0.4, "story": 0.25, "list": 0.15, "harm": 0.2}
 class Rates:
     """How often writers go wrong: probabilities; all but `evident` and `false_document` are scaled by a writer's care.
 
-    Most slips show in the words themselves, because a reward model of a million parameters trained for half a minute
-    learns such marks, but learns late or never what shows only beside the request or the truth.
+    Demonstrators' slips show in the words themselves: a reward model of a million parameters trained for a minute
+    learns such marks, but learns late or never what shows only beside the request or the truth. What a policy gets
+    wrong by itself (the frog's colour for the fox's) shows only there.
     """
 
     false_fact: float = 0.28
