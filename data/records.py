@@ -11,6 +11,7 @@ prompt, message or completion is an error: a fault of some export, which would t
 
 import difflib
 import hashlib
+import io
 import json
 import math
 import os
@@ -244,10 +245,39 @@ def named(value: object) -> str:
 
 @dataclass
 class Reading:
-    """What reading a file met besides its rows."""
+    """What reading a file met besides its rows. hashes: whether `sha256` is to be told once the reading has ended, of
+    all bytes that it saw and those behind them."""
 
     errors: list[str] = field(default_factory=list)
     blanks: int = 0
+    hashes: bool = False
+    sha256: str | None = None
+
+
+class HashedFile(io.RawIOBase):
+    """A file that is hashed while it is read, from its first byte to its last: what was read is what was hashed."""
+
+    def __init__(self, path: str | Path):
+        self._file, self._digest = open(path, "rb", buffering=0), hashlib.sha256()  # noqa: SIM115 (close below)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        count = self._file.readinto(buffer)
+        self._digest.update(memoryview(buffer)[:count])
+        return count
+
+    def digest_of_all(self) -> str:
+        """The sha256 of the whole file: reads what is left."""
+        rest = bytearray(2**20)
+        while self.readinto(rest):
+            pass
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def read_rows(path: str | Path, reading: Reading) -> Iterator[tuple[str, object]]:
@@ -258,27 +288,36 @@ def read_rows(path: str | Path, reading: Reading) -> Iterator[tuple[str, object]
     file, text that is not UTF-8, NUL, a key that stands twice in an object, NaN, half a surrogate pair.
     """
     try:
-        handle = Path(path).open("rb")
+        raw = HashedFile(path)
     except OSError as fault:
         reading.errors.append(f"{path}: cannot be read: {fault.strerror}; the path of a file would be right")
         return
-    with handle:
-        head = handle.read(4096)
-        text = head.removeprefix(UTF8_BOM)
-        if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            reading.errors.append(f"{path}:1: UTF-16 from byte offset 0 on; save the file as UTF-8")
-        elif b"\0" in head[:2]:
-            what = f"NUL bytes from byte offset {head.index(0)} on (damaged, or UTF-16)"
-            reading.errors.append(f"{path}:1: {what}; save the file again as UTF-8")
-        elif head.startswith(b"\x1f\x8b"):
-            reading.errors.append(f"{path}: compressed (gzip); unpack it first")
-        else:
-            handle.seek(len(head) - len(text))
-            yield from (array_rows if text.lstrip().startswith(b"[") else line_rows)(path, handle, reading)
+    handle = io.BufferedReader(raw, 2**16)
+    try:
+        yield from _rows_of(path, handle, reading)
+    finally:  # also where the reader wanted no more rows
+        if reading.hashes:
+            reading.sha256 = raw.digest_of_all()
+        handle.close()
 
 
-def line_rows(path, handle, reading: Reading) -> Iterator[tuple[str, object]]:
-    decode, offset, number = strict_decoder(), handle.tell(), 0
+def _rows_of(path: str | Path, handle: io.BufferedReader, reading: Reading) -> Iterator[tuple[str, object]]:
+    head = handle.peek(4096)[:4096]
+    text = head.removeprefix(UTF8_BOM)
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        reading.errors.append(f"{path}:1: UTF-16 from byte offset 0 on; save the file as UTF-8")
+    elif b"\0" in head[:2]:
+        what = f"NUL bytes from byte offset {head.index(0)} on (damaged, or UTF-16)"
+        reading.errors.append(f"{path}:1: {what}; save the file again as UTF-8")
+    elif head.startswith(b"\x1f\x8b"):
+        reading.errors.append(f"{path}: compressed (gzip); unpack it first")
+    else:
+        offset = len(handle.read(len(head) - len(text)))
+        yield from (array_rows if text.lstrip().startswith(b"[") else line_rows)(path, handle, offset, reading)
+
+
+def line_rows(path, handle, offset: int, reading: Reading) -> Iterator[tuple[str, object]]:
+    decode, number = strict_decoder(), 0
     for number, raw in enumerate(handle, 1):
         start, offset = offset, offset + len(raw)
         if not raw.strip():
@@ -302,8 +341,8 @@ def line_rows(path, handle, reading: Reading) -> Iterator[tuple[str, object]]:
         reading.errors.append(f"{path}: {what}; one JSON object a line, or one JSON array, would be right")
 
 
-def array_rows(path, handle, reading: Reading) -> Iterator[tuple[str, object]]:
-    decode, offset, lines, line, place = strict_decoder(), handle.tell(), [], 1, ""
+def array_rows(path, handle, offset: int, reading: Reading) -> Iterator[tuple[str, object]]:
+    decode, lines, line, place = strict_decoder(), [], 1, ""
     try:
         for raw in handle:
             line = len(lines) + 1

@@ -7,6 +7,7 @@ Read as prompts, a row of any other kind gives its prompt.
 """
 
 import difflib
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -220,35 +221,48 @@ def load(
     subset: str | None = None,
     limit: int | None = None,
     skip: int = 0,
+    revision: str | None = None,
+    sha256: str | None = None,
 ) -> list[Record]:
     """The records of `kind` in the file `path` or the Hub data set `hub`, or `limit` of them after the first `skip`.
 
-    A prompt that stands there twice is given once. DataError names every malformed row up to there.
+    A prompt that stands there twice is given once. DataError names every malformed row up to there. revision: the
+    commit of the data set that is read. sha256: what the file must hold; DataError if it is another one by now.
     """
-    return load_placed(kind, path, hub, split, subset, limit, skip)[0]
+    return load_placed(kind, path, hub, split, subset, limit, skip, revision, sha256)[0]
 
 
 def load_placed(
-    kind, path=None, hub=None, split="train", subset=None, limit=None, skip=0, most=None
+    kind, path=None, hub=None, split="train", subset=None, limit=None, skip=0, revision=None, sha256=None
 ) -> tuple[list[Record], list[str]]:
-    """As `load`, and the place of each record (FILE:LINE, or an index), for what is found wrong with it later.
+    """As `load`, and the place of each record (FILE:LINE, or an index), for what is found wrong with it later."""
+    most = None if limit is None else skip + limit
+    return without_first(read(kind, path, hub, split, subset, most, None, revision, sha256), skip, path or hub)
 
-    most: how many rows after `skip` are looked at, where a first look is enough.
-    """
-    loaded = read(kind, path, hub, split, subset, *(None if n is None else skip + n for n in (limit, most)))
+
+def load_first(kind: str, path: str | Path, limit: int | None, skip: int, most: int) -> list[Record]:
+    """As `load`, of the `most` rows of a file after `skip`: a first look."""
+    loaded = read(kind, path, limit=None if limit is None else skip + limit, most=skip + most)
+    return without_first(loaded, skip, path)[0]
+
+
+def without_first(loaded: "Loaded", skip: int, name: object) -> tuple[list[Record], list[str]]:
+    """The records after the first `skip`, and their places. DataError for what was wrong, or where none are left."""
     if loaded.errors:
         raise DataError(loaded.errors)
     if skip >= len(loaded.records) and not loaded.cut:
-        raise DataError([f"{path or hub}: holds {len(loaded.records)} records and skip passes over {skip}; lower skip"])
+        raise DataError([f"{name}: holds {len(loaded.records)} records and skip passes over {skip}; lower skip"])
     return loaded.records[skip:], loaded.wheres[skip:]
 
 
-def read(kind, path=None, hub=None, split="train", subset=None, limit=None, most=None) -> Loaded:
+def read(
+    kind, path=None, hub=None, split="train", subset=None, limit=None, most=None, revision=None, sha256=None
+) -> Loaded:
     """As `load`, with all that was met on the way, and with the errors as lines. most: rows that are looked at."""
     assert kind in FORMS and (path is None) != (hub is None), (kind, path, hub)
-    loaded, reading, seen = Loaded(), Reading(), {}
+    loaded, reading, seen = Loaded(), Reading(hashes=sha256 is not None), {}
     loaded.errors = reading.errors
-    rows = hub_rows(hub, split, subset, limit, reading) if hub else file_rows(path, reading)
+    rows = hub_rows(hub, split, subset, revision, limit, reading) if hub else file_rows(path, reading)
     for number, (where, value) in enumerate(islice(rows, most), 1):
         loaded.cut = number == most
         try:
@@ -272,7 +286,10 @@ def read(kind, path=None, hub=None, split="train", subset=None, limit=None, most
         loaded.wheres.append(where)
         if len(loaded.records) == limit:
             break
+    rows.close()  # what it read is known now
     loaded.blanks = reading.blanks
+    if sha256 is not None and reading.sha256 != sha256:  # whatever else is wrong with it
+        loaded.errors[:] = [f"{path}: was edited since this command looked at it; run again"]
     if not loaded.errors and not loaded.cut:
         loaded.errors += nothing_to_learn(kind, hub or path, loaded.records)
     return loaded
@@ -336,7 +353,9 @@ def parquet_rows(path: str | Path, reading: Reading) -> Iterator[tuple[str, dict
 
     index = 0
     try:
-        with ParquetFile(path) as file:
+        content = Path(path).read_bytes()  # at once: what is hashed is what is read
+        reading.sha256 = hashlib.sha256(content).hexdigest() if reading.hashes else None
+        with ParquetFile(pyarrow.BufferReader(content)) as file:
             for batch in file.iter_batches(1024):
                 for row in batch.to_pylist():
                     yield f"{path}: index {index}", without_nulls(row)
@@ -345,17 +364,53 @@ def parquet_rows(path: str | Path, reading: Reading) -> Iterator[tuple[str, dict
         reading.errors.append(f"{path}: not readable as parquet: {first_line(fault)}; write it again")
 
 
-def hub_rows(hub, split, subset, limit, reading: Reading) -> Iterator[tuple[str, dict]]:
-    """With a limit the rows are streamed, so that no more is fetched than is read."""
+def hub_rows(hub, split, subset, revision, limit, reading: Reading) -> Iterator[tuple[str, dict]]:
+    """With a limit the rows are streamed, so that no more is fetched than is read. revision: a commit, read from this
+    machine's cache if it is there; None: whatever the Hub has, or the newest in the cache."""
     import datasets
 
     try:
-        rows = datasets.load_dataset(hub, subset, split=split, streaming=limit is not None)
+        rows = cached_rows(hub, split, subset, revision) if revision else None
+        if rows is None:
+            pinned = {"revision": revision} if revision else {}
+            rows = datasets.load_dataset(hub, subset, split=split, streaming=limit is not None, **pinned)
         for index, row in enumerate(rows):
             yield f"{hub} {split}: index {index}", without_nulls(row)
     except Exception as fault:  # name, subset, split, network: every library below has its own exceptions
         remedy = "check name, split, subset and network, or give a local file"
         reading.errors.append(f"{hub} {split}: cannot be loaded: {first_line(fault)}; {remedy}")
+
+
+def cached_rows(hub: str, split: str, subset: str | None, commit: str):
+    """The rows of a commit that `datasets` has prepared on this machine; None where it has not. It would itself take
+    the newest commit that it has prepared where the Hub cannot be reached: then ConnectionError."""
+    import datasets
+    from huggingface_hub import HfApi
+
+    try:
+        from datasets.naming import camelcase_to_snakecase
+        from datasets.packaged_modules.cache.cache import Cache
+    except ImportError:  # its own affairs: another version may do otherwise, and takes the commit from the Hub
+        return None
+    *owner, name = hub.split("/")
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "___".join([*owner, camelcase_to_snakecase(name)])
+    prepared = {path.name: path for path in folder.glob(f"{subset or '*'}/*/*") if path.is_dir()}
+    places = {path.parts[-3]: path for path in folder.glob(f"{subset or '*'}/*/{commit}") if path.is_dir()}
+    place = places.get("default") if len(places) > 1 else next(iter(places.values()), None)
+    if place is not None:
+        config, version, _ = place.parts[-3:]
+        builder = Cache(dataset_name=name, repo_id=hub, config_name=config, version=version, hash=commit)
+        return builder.as_dataset(split=split)
+    if prepared and not places:
+        try:
+            HfApi().dataset_info(hub, revision=commit, timeout=10.0)
+        except Exception as fault:
+            known = ", ".join(sorted(name[:7] for name in prepared))
+            raise ConnectionError(
+                f"commit {commit[:7]} is not on this machine (commits {known} are), and the Hub does not give it: "
+                f"{first_line(fault)}"
+            ) from fault
+    return None
 
 
 def without_nulls(row: dict) -> dict:

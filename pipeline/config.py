@@ -18,6 +18,7 @@ from pipeline.sections import (
     STRICT,
     CheckpointsConfig,
     DataConfig,
+    DataSource,
     LaunchConfig,
     ModelConfig,
     TrackingConfig,
@@ -27,6 +28,7 @@ from pipeline.sections import (
 )
 from pipeline.yaml_tree import Tree, dotted, read_tree, show
 
+REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]*")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 # Keys of other days and other programs, and where their meaning went.
@@ -301,9 +303,26 @@ def _path_problems(tree: dict[str, Any]) -> list[tuple[tuple, str]]:
     return problems
 
 
+def _revision_problems(experiment: Any) -> list[str]:
+    """Revisions of what is not on the Hub, or that could name no branch, tag or commit."""
+    named = {"model": (experiment.model.name_or_path or "", experiment.model.revision)}
+    for kind in KINDS:
+        if isinstance(source := getattr(experiment.data, kind), DataSource):
+            named[f"data.{kind}"] = (source.path, source.revision)
+    problems = []
+    for key, (name, revision) in named.items():
+        if revision is None:
+            continue
+        if not is_hub_id(name):
+            problems.append(f"{key}.revision: {name or 'null'} is no Hub id, and has no revisions; leave it out")
+        elif not REVISION.fullmatch(revision) or ".." in revision:
+            problems.append(f"{key}.revision: {revision!r} names no branch, tag or commit; give one, or leave it out")
+    return problems
+
+
 def _cross_checks(experiment: Any) -> list[str]:
     model = experiment.model
-    problems = []
+    problems = _revision_problems(experiment)
     if model.hidden_size % model.num_attention_heads:
         problems.append(
             f"model.num_attention_heads: {model.num_attention_heads} does not divide "

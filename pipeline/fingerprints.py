@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import files
-from pipeline.errors import UserError
+from pipeline.digests import Digests
+from pipeline.hub import Hub, Named, Recorded
 from pipeline.sections import DataSource, is_hub_id
 from pipeline.stage import Source
+
+COMMITS = ("revision", "asked_revision")  # of a name on the Hub, in a recorded config: what it was, what was asked for
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Today:
     inputs: dict[str, str]
     waiting: frozenset[str] = frozenset()  # needs that have no artifact yet, so no digest
     fixed: tuple[str | tuple[str, ...], ...] = ()  # the stage's FIXED: see pipeline/stage.py
+    problems: tuple[str, ...] = ()  # names that the Hub does not know: why the stage cannot run
 
 
 def all_needs(module: Any, experiment: Any) -> list[str]:
@@ -54,14 +58,25 @@ def describe_today(
     module: Any,
     experiment: Any,
     manifests: dict[str, dict[str, Any] | None],
-    hashes: dict[Path, str],
+    digests: Digests,
+    hub: Hub,
+    before: list[dict[str, Any]],
+    anew: bool = False,
 ) -> Today:
-    """What the stage would be made of now. `manifests`: of the stages it needs, None where there is none yet;
-    `hashes`: digests of data files that this command has taken already."""
+    """What the stage would be made of now.
+
+    Args:
+        manifests: of the stages it needs, None where there is none yet.
+        digests, hub: what this command knows of files, folders and names on the Hub.
+        before: records (run.json, manifests) of the stage, then of others: where the Hub cannot be asked, the commits
+            that they name stand. A name whose commit they do not hold, of an older version, stands as it is.
+        anew: the stage will begin from the beginning, and such a name gets its commit.
+    """
     everything = experiment.model_dump(mode="json")
     needs = all_needs(module, experiment)
     inputs = {need: manifest["digest"] for need in needs if (manifest := manifests[need]) is not None}
     data: dict[str, Any] = {}
+    problems: list[str] = []
     for kind, source in sources(module, experiment).items():
         data[kind] = {
             "split": source.split,
@@ -71,21 +86,55 @@ def describe_today(
         }
         data[kind]["path"] = str(source.path) if source.path else source.hub or "world"
         if source.path is not None:
-            hashes[source.path] = hashes.get(source.path) or _hash_data(source.path)
-            inputs[f"data:{kind}"] = hashes[source.path]
-            data[kind]["rows"] = _count_rows(source.path)
-        elif source.hub is not None:  # what moves behind a Hub id is not seen: pin it by a local copy
-            inputs[f"data:{kind}"] = hashlib.sha256(f"{source.hub}@main".encode()).hexdigest()
+            facts = digests.facts(source.path)
+            inputs[f"data:{kind}"] = facts.sha256
+            data[kind]["rows"] = facts.rows
+        elif source.hub is not None:
+            commit, problem = _commit(hub, Named("dataset", source.hub, source.revision), before, anew)
+            problems += [f"data.{kind}: {problem}"] * bool(problem)
+            inputs[f"data:{kind}"] = hashlib.sha256(f"{source.hub}@{commit or 'main'}".encode()).hexdigest()
+            data[kind] |= {"revision": commit, "asked_revision": source.revision}
     for key, folder in folders(module, experiment).items():
-        hashes[folder] = hashes.get(folder) or _hash_data(folder)
-        inputs[f"folder:{key}"] = hashes[folder]
+        inputs[f"folder:{key}"] = digests.facts(folder).sha256
     if data:
         data["validation_fraction"] = everything["data"]["validation_fraction"]
     # the last four are recorded, and never a reason to do anything again
-    recorded = (name, "model", "seed", "name", "tracking", "checkpoints", "launch")
-    config = {key: everything[key] for key in recorded if key in everything} | {"data": data}
+    recorded_keys = (name, "model", "seed", "name", "tracking", "checkpoints", "launch")
+    config = {key: everything[key] for key in recorded_keys if key in everything} | {"data": data}
+    model = config.get("model", {})
+    asked = model.pop("revision", None)
+    if (key_and_name := hub_model(module, experiment)) is not None:
+        key, repository = key_and_name
+        commit, problem = _commit(hub, Named("model", repository, asked), before, anew)
+        problems += [f"{key}: {problem}"] * bool(problem)
+        model |= {"revision": commit, "asked_revision": asked}
+        if commit is not None:
+            inputs[f"hub:{key}"] = commit
     fingerprint = files.sha256_json({"stage": name, **_settings(name, config), "inputs": inputs})
-    return Today(fingerprint, config, inputs, frozenset(needs) - inputs.keys(), getattr(module, "FIXED", ()))
+    waiting, fixed = frozenset(needs) - inputs.keys(), getattr(module, "FIXED", ())
+    return Today(fingerprint, config, inputs, waiting, fixed, tuple(problems))
+
+
+def _commit(hub: Hub, thing: Named, before: list[dict[str, Any]], anew: bool) -> tuple[str | None, str]:
+    """As `Hub.commit`, with what records say; (None, "") where the first that has the name has no commit."""
+    known = [found for record in before for found in _recorded(record["config"], thing.kind)]
+    known = [found for found in known if found.name == thing.name]
+    if known and known[0].commit is None and thing.revision is None and not anew:
+        return None, ""
+    return hub.commit(thing, known)
+
+
+def _recorded(config: dict[str, Any], kind: str) -> list[Recorded]:
+    """The data sets or models, and their commits, that a recorded config names."""
+    model, data = [config.get("model")], config.get("data", {}).values()
+    parts, name = (model, "name_or_path") if kind == "model" else (data, "path")
+    parts = [part for part in parts if isinstance(part, dict) and isinstance(part.get(name), str)]
+    return [Recorded(part[name], part.get("asked_revision"), part.get("revision")) for part in parts]
+
+
+def hub_model(module: Any, experiment: Any) -> tuple[str, str] | None:
+    """(key, name) of the model on the Hub that a stage starts from; None where it starts from none."""
+    return module.hub_model(experiment) if hasattr(module, "hub_model") else None
 
 
 def sources(module: Any, experiment: Any) -> dict[str, Source]:
@@ -141,13 +190,21 @@ def compare(name: str, record: dict[str, Any], today: Today) -> list[Change]:
         if key.startswith("data:"):
             kind = key.removeprefix("data:")
             facts = [config["data"].get(kind, {}) for config in (record["config"], today.config)]
-            rows = [fact.get("rows") for fact in facts]
+            rows, commits = ([fact.get(name) for fact in facts] for name in ("rows", "revision"))
+            if None not in commits:
+                digests = f"commit {commits[0][:7]} → {commits[1][:7]}"
             counted = f", rows {rows[0]} → {rows[1]}" if None not in rows else ""
             changes.append(Change(f"data.{kind} changed ({facts[1].get('path')}, {digests}{counted})", False))
         elif key.startswith("folder:"):
             name = key.removeprefix("folder:")
             if name not in {change.key for change in changes}:  # else another folder is named, and that is said
                 changes.append(Change(f"what lies in {name} changed ({digests})", False))
+        elif key.startswith("hub:"):
+            name = key.removeprefix("hub:")
+            if name not in {change.key for change in changes}:  # else another model is named, and that is said
+                model, *commits = today.config["model"].get("name_or_path"), before or "not known", after or "not known"
+                moved = " → ".join(commit[:7] if " " not in commit else commit for commit in commits)
+                changes.append(Change(f"{name} changed ({model}, commit {moved})", False))
         else:
             changes.append(Change(f"{key} artifact changed ({digests})", False))
     if not changes and not today.waiting:
@@ -192,6 +249,8 @@ def _settings(name: str, config: dict[str, Any]) -> dict[str, Any]:
     """The part of a recorded config that a fingerprint is taken of. Null is as if it were not there: an optional
     setting that a later version brings leaves what is finished as it is."""
     own = {key: config[key] for key in (name, "model", "seed") if key in config}
+    if "model" in own:  # commits are inputs
+        own["model"] = {key: item for key, item in own["model"].items() if key not in COMMITS}
     return _without_nulls(own | {"data": _without_places(config.get("data", {}))})
 
 
@@ -212,13 +271,13 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _without_places(data: dict[str, Any]) -> dict[str, Any]:
-    """`data` of a recorded config without paths and row counts: what counts is what the files hold (their
+    """`data` of a recorded config without paths, row counts and commits: what counts is what the files hold (their
     digests)."""
 
     def kept(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {name: item for name, item in value.items() if name not in ("path", "rows")}
+        return {name: item for name, item in value.items() if name not in ("path", "rows", *COMMITS)}
 
     return {key: kept(value) for key, value in data.items()}
 
@@ -226,23 +285,3 @@ def _without_places(data: dict[str, Any]) -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else text[:37] + "…"
-
-
-def _hash_data(path: Path) -> str:
-    """A file's sha256; a folder's from the names and digests of its files (but hidden ones: caches, .git)."""
-    try:
-        if path.is_dir():
-            names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
-            names = [name for name in names if not any(part.startswith(".") for part in Path(name).parts)]
-            return files.sha256_json({name: files.sha256_file(path / name) for name in names})
-        return files.sha256_file(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); should be a file or folder") from None
-
-
-def _count_rows(path: Path) -> int | None:
-    """Lines of a JSONL file; None where counting would mean parsing."""
-    if path.suffix != ".jsonl" or not path.is_file():
-        return None
-    with open(path, "rb") as file:
-        return sum(1 for line in file if line.strip())

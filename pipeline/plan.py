@@ -1,19 +1,21 @@
 """Which stage needs which; what is done, stale (and why) or interrupted (and where); bringing a stage up to
 date."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from pipeline.artifacts import ArtifactStore
+from pipeline.digests import Digests
 from pipeline.errors import Interrupted, UserError
 from pipeline.fingerprints import Change, Today, all_needs, compare, describe_today
+from pipeline.hub import Hub
 from pipeline.processes import Peers
 from pipeline.remote import Remote
-from pipeline.running import Flags, Job, refusals, run_stage
+from pipeline.running import Flags, Job, is_dropped, refusals, run_stage
 from pipeline.stage import StopFlag
 
 
@@ -53,14 +55,26 @@ class Chain:
     store: ArtifactStore
     stages: dict[str, Any]  # modules by name
     states: dict[str, StageState] = field(default_factory=dict)
-    hashes: dict[Path, str] = field(default_factory=dict)  # of data files: taken once a command
+    digests: Digests = field(default_factory=Digests)  # of data files and folders from outside
+    hub: Hub = field(default_factory=Hub)
 
     def needs(self, name: str) -> list[str]:
         return all_needs(self.stages[name], self.experiment)
 
-    def today(self, name: str) -> Today:
+    def today(self, name: str, anew: bool = False) -> Today:
+        """What the stage would be made of now. anew: it will begin from the beginning."""
         manifests = {need: self.states[need].manifest for need in self.needs(name)}
-        return describe_today(name, self.stages[name], self.experiment, manifests, self.hashes)
+        facts = (self.digests, self.hub, self.records(name), anew)
+        return describe_today(name, self.stages[name], self.experiment, manifests, *facts)
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """run.json and manifest of the stage, then those of the others, as far as they can be read."""
+        found = []
+        for stage in [name, *(other for other in self.stages if other != name)]:
+            for read in (self.store.run, self.store.manifest):
+                with suppress(UserError):
+                    found.append(read(stage))
+        return [record for record in found if record is not None]
 
     def fetch(self, name: str, remote: Remote, console: Console) -> None:
         """Where a stage is not done here, and no run of it was interrupted, take it from the storage if it is up to
@@ -119,6 +133,29 @@ class Chain:
             return StageState("missing")
         return StageState("stale" if reasons else "done", reasons, manifest=manifest)
 
+    def begins_anew(self, name: str, is_target: bool, flags: Flags) -> bool:
+        """Whether a run of the stage will begin from the beginning, and not go on with an interrupted one."""
+        state = self.states[name]
+        return state.run is None or state.step is None or is_dropped(is_target, state, flags)
+
+    def look_again(self, name: str) -> None:
+        """Assess a finished stage anew if a file that it is made of was edited since this command began."""
+        state = self.states[name]
+        if state.kind == "done" and compare(name, state.manifest, self.today(name)):
+            self.states[name] = self.assess(name)
+
+    def edited_before(self, name: str) -> list[str]:
+        """A line for each stage in front that this command found or made up to date, and that is not any more: what
+        follows would be of the old files, and of the new ones."""
+        order = list(self.stages)
+        before = [stage for stage in order[: order.index(name)] if stage in self.states]
+        return [
+            f"{stage}: {change.text} while this command ran; run again"
+            for stage in before
+            if self.states[stage].kind == "done"
+            for change in compare(stage, self.states[stage].manifest, self.today(stage))
+        ]
+
     def closure(self, target: str) -> list[str]:
         """The target and everything it stands on, in the order of the stages."""
         wanted, order = {target}, list(self.stages)
@@ -171,11 +208,15 @@ def bring_up_to_date(
     # before anything runs: what will be refused later would be refused after hours, and over changed inputs
     lines = [line for name in order for line in refusals(name, name == target, chain.states[name], flags)]
     for name in order:
-        if hasattr(stages[name], "lacks") and (chain.states[name].kind != "done" or flags.force and name == target):
-            lines += stages[name].lacks(experiment)
+        if chain.states[name].kind != "done" or flags.force and name == target:
+            lines += stages[name].lacks(experiment) if hasattr(stages[name], "lacks") else []
+            lines += chain.today(name, chain.begins_anew(name, name == target, flags)).problems
     if lines:
         raise UserError(dict.fromkeys(lines))  # stages that read the same file say the same of it
+    for note in chain.hub.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     for name in order:
+        chain.look_again(name)
         state = chain.states[name]
         force = flags.force and name == target
         if state.kind == "done" and not force:
@@ -189,7 +230,10 @@ def bring_up_to_date(
             raise Interrupted()
         with store.lock(name):
             state = chain.assess(name)  # again, now that nobody else can change it
+            chain.states[name] = state
             if state.kind != "done" or force:
+                if lines := chain.edited_before(name):
+                    raise UserError(lines)
                 job = Job(
                     name=name,
                     is_target=name == target,
@@ -197,7 +241,8 @@ def bring_up_to_date(
                     experiment=experiment,
                     store=store,
                     state=state,
-                    today=chain.today(name),
+                    today=chain.today(name, chain.begins_anew(name, name == target, flags)),
+                    digests=chain.digests,
                     manifests={
                         need: store.verify(need) for need in chain.needs(name)
                     },  # hours may have passed

@@ -8,7 +8,8 @@ import socket
 import subprocess
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,9 @@ from rich.console import Console
 from pipeline import checkpoints, files, launch
 from pipeline.artifacts import ArtifactStore, now
 from pipeline.cache import Cache
+from pipeline.digests import Digests
 from pipeline.errors import UserError
-from pipeline.fingerprints import Today, all_needs, sources
+from pipeline.fingerprints import Today, all_needs, folders, hub_model, sources
 from pipeline.processes import Peers, relying_on
 from pipeline.stage import Source, StageRun, StopFlag
 from pipeline.tracking import Tracker, figure, plain
@@ -64,6 +66,7 @@ class Job:
     store: ArtifactStore
     state: "StageState"
     today: Today
+    digests: Digests
     manifests: dict[str, dict[str, Any]]  # of the stages it needs, verified
     flags: Flags
     stop: StopFlag
@@ -85,11 +88,12 @@ def run_stage(job: Job) -> dict[str, Any]:
     finished = False
     if job.peers is not None and getattr(job.module, "SHARED", False):
         checkpoint = context.checkpoints.newest()
-        job.peers.tell({"stage": job.name, "at": None if checkpoint is None else checkpoint.step})
+        made_of = {"inputs": run["inputs"], "config": run["config"]}
+        job.peers.tell({"stage": job.name, "at": None if checkpoint is None else checkpoint.step, "made_of": made_of})
     try:
         with files.naming(context.publish), relying_on(job.peers):
             metrics = plain(job.module.run(context))
-        if lines := remade(job, context):
+        if lines := remade(job, context) + edited(job, run, context):
             raise UserError(lines)
         finished = True
     finally:
@@ -110,13 +114,36 @@ def run_stage(job: Job) -> dict[str, Any]:
 def remade(job: Job, context: StageRun) -> list[str]:
     """A line for each stage that this one needs and that another command made anew meanwhile: what was read here may
     be of both, and the manifest would name the old one."""
-    saved = checkpoints.step_folders(context.checkpoints.folder)  # of another input now: `refusals`
-    remedy = "run again with --restart" if saved else "run again"
+    remedy = "run again with --restart" if has_checkpoints(context) else "run again"
     return [
         f"{job.name}: {need} was made anew while this stage ran; {remedy}"
         for need, manifest in job.manifests.items()
         if (job.store.manifest(need) or {}).get("digest") != manifest["digest"]
     ]
+
+
+def edited(job: Job, run: dict[str, Any], context: StageRun) -> list[str]:
+    """A line for each file and folder from outside that this stage is made of, and that was edited or removed while it
+    ran: the manifest would name what was there before."""
+    outside = {f"data:{kind}": (f"data.{kind}", source.path) for kind, source in context.sources.items()}
+    outside |= {f"folder:{key}": (key, folder) for key, folder in folders(job.module, job.experiment).items()}
+    remedy = "put it back, or add --restart, and run again" if has_checkpoints(context) else "run again"
+    lines = []
+    for name, (key, path) in outside.items():
+        if path is None or name not in run["inputs"]:  # on the Hub, or of the world
+            continue
+        try:
+            what = "was edited" if job.digests.facts(path).sha256 != run["inputs"][name] else None
+        except UserError:
+            what = "cannot be read any more"
+        if what is not None:
+            lines.append(f"{job.name}: {path} ({key}) {what} while this stage ran; {remedy}")
+    return lines
+
+
+def has_checkpoints(context: StageRun) -> bool:
+    """Whether the run has saved anything: that is of the old inputs, and `refusals` will say so."""
+    return bool(checkpoints.step_folders(context.checkpoints.folder))
 
 
 def headline(module: Any, metrics: dict[str, Any]) -> list[str]:
@@ -249,8 +276,23 @@ def prepare(job: Job, run: dict[str, Any]) -> StageRun:
         tracker=tracker,
         stop=job.stop,
         trust_remote_code=job.flags.trust_remote_code,
-        **what_it_reads(job.name, job.module, experiment, store, job.manifests),
+        confirm_folders=partial(confirm_folders, job, run, touched_folders(job)),
+        **what_it_reads(job.name, job.module, experiment, store, job.manifests, run),
     )
+
+
+def touched_folders(job: Job) -> dict[str, tuple]:
+    """What shows whether somebody touches a folder from outside that the stage is made of, by its key."""
+    return {key: job.digests.facts(path).signature for key, path in folders(job.module, job.experiment).items()}
+
+
+def confirm_folders(job: Job, run: dict[str, Any], before: dict[str, tuple]) -> None:
+    """UserError if a folder from outside is not what the run's record says, or was touched since `before`: what was
+    loaded from it meanwhile may be anything."""
+    for key, path in folders(job.module, job.experiment).items():
+        facts = job.digests.facts(path)
+        if facts.sha256 != run["inputs"].get(f"folder:{key}") or facts.signature != before[key]:
+            raise UserError(f"{job.name}: {path} ({key}) was edited while it was loaded; run again")
 
 
 def checkpoints_of(experiment: Any, work: Path, **options: Any) -> checkpoints.CheckpointStore:
@@ -262,9 +304,25 @@ def checkpoints_of(experiment: Any, work: Path, **options: Any) -> checkpoints.C
 
 
 def what_it_reads(
-    name: str, module: Any, experiment: Any, store: ArtifactStore, manifests: dict[str, dict[str, Any]]
+    name: str,
+    module: Any,
+    experiment: Any,
+    store: ArtifactStore,
+    manifests: dict[str, dict[str, Any]],
+    made_of: dict[str, Any],
 ) -> dict[str, Any]:
-    """The part of a StageRun that is the same in all processes."""
+    """The part of a StageRun that is the same in all processes. made_of: the run's inputs and config, as recorded."""
+
+    def placed(kind: str, source: Source) -> Source:
+        if source.path:
+            return replace(source, sha256=made_of["inputs"][f"data:{kind}"])
+        if source.hub:
+            return replace(source, revision=made_of["config"]["data"][kind].get("revision") or source.revision)
+        file = f"{kind}.jsonl"
+        entry = manifests["world"]["outputs"].get(file, {})
+        return replace(source, path=store.folder("world") / file, sha256=entry.get("sha256"))
+
+    model = made_of["config"].get("model", {})
     return {
         "stage": name,
         "experiment": experiment,
@@ -272,12 +330,8 @@ def what_it_reads(
         "seed": experiment.seed,
         "inputs": {need: store.folder(need) for need in manifests},
         "manifests": manifests,
-        "sources": {
-            kind: source
-            if source.path or source.hub
-            else Source(path=store.folder("world") / f"{kind}.jsonl")
-            for kind, source in sources(module, experiment).items()
-        },
+        "sources": {kind: placed(kind, source) for kind, source in sources(module, experiment).items()},
+        "model_revision": None if hub_model(module, experiment) is None else model.get("revision"),
     }
 
 
@@ -301,7 +355,7 @@ def follow(peers: Peers, experiment: Any, store: ArtifactStore, stages: dict[str
                 tracker=Tracker(folder, name, console=Console(quiet=True), writes=False),
                 stop=StopFlag(),  # the first one alone hears a signal
                 trust_remote_code=flags.trust_remote_code,
-                **what_it_reads(name, module, experiment, store, manifests),
+                **what_it_reads(name, module, experiment, store, manifests, message["made_of"]),
             )
             with relying_on(peers):
                 module.run(context)

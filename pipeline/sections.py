@@ -54,6 +54,9 @@ class ModelConfig(BaseModel):
         None,
         description="folder, Hub id or package:NAME to start from; null = from scratch, in the shape below",
     )
+    revision: str | None = Field(
+        None, description="branch, tag or commit of that Hub id; null = main. The commit it stands for is recorded"
+    )
     hidden_size: int = Field(128, ge=1, description="width, from scratch")
     num_hidden_layers: int = Field(5, ge=1, description="layers, from scratch")
     num_attention_heads: int = Field(
@@ -90,13 +93,16 @@ class DataSource(BaseModel):
     path: str = Field(description="local file, or Hub id org/name")
     split: str = Field("train", description="split of a Hub dataset")
     subset: str | None = Field(None, description="subset (configuration) of a Hub dataset")
+    revision: str | None = Field(
+        None, description="branch, tag or commit of a Hub dataset; null = main. The commit it stands for is recorded"
+    )
     skip: int = Field(0, ge=0, description="pass over the first ones", json_schema_extra={"unit": "records"})
     limit: int | None = Field(
         None, ge=1, description="take only so many", json_schema_extra={"unit": "records"}
     )
 
 
-_SOURCE = "world = written by the stage world; or a path; or a Hub id; or {path, split, subset, skip, limit}"
+_SOURCE = "world = written by the stage world; or a path; or a Hub id; or {path, split, subset, revision, skip, limit}"
 
 
 class DataConfig(BaseModel):

@@ -4,11 +4,13 @@ NAME, Config, METRICS, HEADLINE, needs(experiment), reads(experiment), run(Stage
 check(experiment) -> lines (of settings that do not suit each other), lacks(experiment) -> lines (of what this machine
 has not, or a data file that cannot be read; asked only where the stage will run),
 folders(experiment) -> {key: folder of a model from outside},
+hub_model(experiment) -> (key, name) of a model on the Hub that it starts from, or None,
 FIXED = keys of settings that an interrupted run keeps, --override-config or not: with others it would not know its
 place in the order of the rows (of several keys in a tuple the product counts; every stage keeps `seed` and `data`),
 SHARED = True where several processes run it together (all call `run`, the first one's StageRun alone writes)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ class Source:
     subset: str | None = None
     limit: int | None = None  # records; None = all
     skip: int = 0  # records passed over first
+    revision: str | None = None  # of a Hub id: as the config names it, for a stage that runs the commit
+    sha256: str | None = None  # of a file: what it held when the stage was planned, and must hold when it is read
 
 
 @dataclass
@@ -54,6 +58,9 @@ class StageRun:
     stop: StopFlag
     trust_remote_code: bool = False
     sources: dict[str, Source] = field(default_factory=dict)
+    model_revision: str | None = None  # the commit of the model on the Hub that the stage starts from, if it is known
+    # to be called when models from outside (`folders`) are loaded: UserError where their files were touched meanwhile
+    confirm_folders: Callable[[], None] = lambda: None
 
     def source(self, kind: str) -> Source:
         """Where the data of a kind is (`kind` must be in the stage's `reads`)."""

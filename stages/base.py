@@ -10,7 +10,7 @@ import torch
 from data.encode import train_tokenizer, wrap_documents
 from data.records import DataError
 from pipeline.errors import UserError
-from pipeline.sections import local_folder
+from pipeline.sections import is_hub_id, local_folder
 from pipeline.stage import StageRun
 from stages import parallel
 from stages.cards import card
@@ -64,6 +64,11 @@ def folders(experiment) -> dict:
     return {} if folder is None else {"model.name_or_path": folder}
 
 
+def hub_model(experiment) -> tuple[str, str] | None:
+    name = experiment.model.name_or_path
+    return ("model.name_or_path", name) if name is not None and is_hub_id(name) else None
+
+
 def check(experiment) -> list[str]:
     return over_context(experiment, "base") + (uneven(experiment, "base") if reads(experiment) else [])
 
@@ -82,7 +87,9 @@ def run(ctx: StageRun) -> dict:
             str(local_folder(m.name_or_path) or m.name_or_path),
             attn_implementation=m.attn_implementation,
             trust_remote_code=ctx.trust_remote_code,
+            revision=ctx.model_revision,
         )
+        ctx.confirm_folders()
         figures = {"pretrained": m.name_or_path}
         if is_remote(model) and (problem := reading_problem(model, tokenizer.pad_token_id)):
             raise UserError(code_fails(m.name_or_path, problem))

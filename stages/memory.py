@@ -386,7 +386,8 @@ def model_config(m, trust_remote_code: bool = False):
         path, options = packaged_gguf(m.name_or_path.removeprefix("package:"))
         options = {"gguf_file": options}
     else:
-        path, options = str(local_folder(m.name_or_path) or m.name_or_path), {}
+        path = str(local_folder(m.name_or_path) or m.name_or_path)
+        options = {} if m.revision is None else {"revision": m.revision}
     try:
         config = read(AutoConfig, path, where="model.name_or_path", trust_remote_code=trust_remote_code, **options)
     except UserError:

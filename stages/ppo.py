@@ -568,6 +568,7 @@ def load(ctx: StageRun) -> Roles:
         max_length=ctx.config.max_length,
         sharded=is_sharding(ctx),
     )
+    ctx.confirm_folders()  # named ones are loaded
     return replace(roles, packed=packing(ctx, *roles.models()), engine=engine_of(ctx, start))
 
 

@@ -221,11 +221,14 @@ def scratch_config(vocab_size: int, max_position_embeddings: int, **shape):
     )
 
 
-def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: bool):
-    """(model, tokenizer) of a folder, a Hub id, or `package:NAME`, a Python package that carries a gguf file."""
+def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: bool, revision: str | None = None):
+    """(model, tokenizer) of a folder, a Hub id, or `package:NAME`, a Python package that carries a gguf file. revision:
+    the commit of the Hub id; None: the newest."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     options = {"trust_remote_code": trust_remote_code, "where": "model.name_or_path"}
+    if revision is not None:
+        options["revision"] = revision
     if name.startswith("package:"):
         path, options["gguf_file"] = packaged_gguf(name.removeprefix("package:"))
     else:

@@ -79,11 +79,12 @@ def keep_code(model, tokenizer, folder: Path) -> None:
             del model.config.auto_map
         return
     source, kept = model.config.name_or_path, {}
+    commit = getattr(model.config, "_commit_hash", None)  # of a Hub id: what was loaded, whatever is newest by now
     for role, classes in model.config.auto_map.items():
         names = classes if isinstance(classes, (list, tuple)) else [classes]  # a tokenizer's: [slow, fast], or None
         try:
             for name in filter(None, names):
-                copy_module(source, name, folder)
+                copy_module(source, name, folder, commit)
         except (OSError, ImportError):
             continue  # a file, or a package that it imports, is not there: a role that nobody here plays
         own = [name and name.rpartition("--")[2] for name in names]
@@ -91,13 +92,16 @@ def keep_code(model, tokenizer, folder: Path) -> None:
     model.config.auto_map = kept
 
 
-def copy_module(source: str, name: str, folder: Path) -> None:
-    """The file of the class `name` (module.Class, or repository--module.Class), and those it imports from beside it."""
+def copy_module(source: str, name: str, folder: Path, commit: str | None = None) -> None:
+    """The file of the class `name` (module.Class, or repository--module.Class), and those it imports from beside it.
+    commit: of `source`, where that is a Hub id."""
     from transformers.dynamic_module_utils import get_cached_module_file, get_relative_import_files
     from transformers.utils import HF_MODULES_CACHE
 
     repository, _, reference = name.rpartition("--")
-    file = Path(HF_MODULES_CACHE) / get_cached_module_file(repository or source, f"{reference.split('.')[0]}.py")
+    revision = commit if repository in ("", source) else None
+    found = get_cached_module_file(repository or source, f"{reference.split('.')[0]}.py", revision=revision)
+    file = Path(HF_MODULES_CACHE) / found
     for path in (file, *map(Path, get_relative_import_files(file))):
         target = folder / path.relative_to(file.parent)
         target.parent.mkdir(parents=True, exist_ok=True)

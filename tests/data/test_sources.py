@@ -1,14 +1,18 @@
 """Sources: each form row for row, what a misshapen row is told, files of each format, and the real files."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from data.records import DataError, Demonstration, Document, Prompt, Ranking
-from data.sources import FORMS, load, load_placed, read
+from data.sources import FORMS, load, load_first, load_placed, read
 
 REAL = Path(__file__).parents[3] / "shared" / "data"  # data sets that lie beside the repository
 
@@ -326,14 +330,14 @@ def test_a_first_look_reads_so_many_rows_and_judges_no_more_than_these(tmp_path)
     """Rankings whose first rows are ties are no fault, unless there are no others; nor are prompts that stand twice."""
     tie = {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 1]}
     path = written(tmp_path, tie, tie, tie | {"ranks": [1, 2]}, {"prompt": "a"})
-    assert len(load_placed("rankings", path, most=2)[0]) == 2
-    assert len(load_placed("rankings", path, skip=1, most=2)[0]) == 2
-    for least in ({"most": 5}, {"skip": 1, "most": 3}):
+    assert len(load_first("rankings", path, None, 0, 2)) == 2
+    assert len(load_first("rankings", path, None, 1, 2)) == 2
+    for skip, most in ((0, 5), (1, 3)):
         with pytest.raises(DataError, match="4: the key 'responses' is missing"):
-            load_placed("rankings", path, **least)
+            load_first("rankings", path, None, skip, most)
     with pytest.raises(DataError, match="not one usable pair"):
-        load_placed("rankings", path, limit=2, most=5)
-    assert load_placed("prompts", written(tmp_path, *["a"] * 5), skip=1, most=2) == ([], [])
+        load_first("rankings", path, 2, 0, 5)
+    assert load_first("prompts", written(tmp_path, *["a"] * 5), None, 1, 2) == []
 
 
 def test_keys_that_are_not_read_are_counted(tmp_path):
@@ -368,3 +372,66 @@ def test_the_place_of_each_record_goes_with_it(tmp_path):
     path = written(tmp_path, *[{"prompt": text} for text in "aabc"])
     records, places = load_placed("prompts", path, skip=1)
     assert [p.prompt for p in records] == ["b", "c"] and places == [f"{path}:3", f"{path}:4"]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet"])
+def test_a_file_must_hold_what_was_planned_with(tmp_path, name):
+    """Also where only the first rows are wanted, and whatever stands in it now."""
+    path = tmp_path / name
+    rows = [{"text": text} for text in "abc"]
+    if name.endswith("parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif name.endswith("json"):
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert load("documents", path, sha256=digest) == [Document(text) for text in "abc"]
+    assert load("documents", path, limit=1, skip=1, sha256=digest) == [Document("b")]
+    path.write_bytes(path.read_bytes() + b"\n")
+    for limit in (None, 1):
+        with pytest.raises(DataError) as caught:
+            load("documents", path, limit=limit, sha256=digest)
+        assert caught.value.lines == [f"{path}: was edited since this command looked at it; run again"]
+
+
+def prepared(cache, name, commit, texts):
+    """What `datasets` leaves in its cache after it has loaded a commit of a data set."""
+    import datasets
+
+    folder = cache / name.replace("/", "___") / "default" / "0.0.0" / commit
+    source = cache / "rows.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    builder = datasets.load_dataset_builder("json", data_files=str(source), cache_dir=str(cache / "made"))
+    builder.dataset_name = name.split("/")[1]
+    builder.download_and_prepare(output_dir=str(folder))
+    return folder
+
+
+def test_the_commit_that_is_asked_for_is_read(tmp_path, monkeypatch):
+    """Offline, from the cache, though another one is newer there; and not that one if it is not there."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    old, new, other = "a" * 40, "b" * 40, "c" * 40
+    prepared(tmp_path, "org/set", old, ["old"])
+    prepared(tmp_path, "org/set", new, ["new", "er"])
+    assert load("documents", hub="org/set", revision=old) == [Document("old")]
+    assert load("documents", hub="org/set", revision=new, limit=1) == [Document("new")]
+    with pytest.raises(DataError, match="commit ccccccc is not on this machine .commits aaaaaaa, bbbbbbb are"):
+        load("documents", hub="org/set", revision=other)
+    with pytest.raises(DataError, match="org/none train: cannot be loaded: "):
+        load("documents", hub="org/none", revision=other)
+
+
+def test_the_hub_is_asked_for_the_commit(monkeypatch, tmp_path):
+    import datasets
+
+    calls = []
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    fake = lambda *args, **options: calls.append((args, options)) or [{"text": "a"}]  # noqa: E731
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    assert load("documents", hub="org/set", revision="a" * 40) == [Document("a")]
+    assert calls == [(("org/set", None), {"split": "train", "streaming": False, "revision": "a" * 40})]

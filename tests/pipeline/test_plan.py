@@ -196,15 +196,6 @@ def test_what_lies_in_a_folder_from_outside_counts(world, tmp_path):
     assert reason.startswith("what lies in fit.model changed (")
 
 
-def test_a_hub_id_is_an_input_too(world):
-    world.stages = fakes.stages(reads=["prompts"])
-    world.run("fit", "data.prompts=org/set")
-    digest = hashlib.sha256(b"org/set@main").hexdigest()
-    assert world.store.manifest("fit")["inputs"]["data:prompts"] == digest
-    (reason,) = world.states("data.prompts=org/other")["fit"].reasons
-    assert reason.startswith("data.prompts changed (org/other, ")
-
-
 def test_world_data_needs_the_stage_world(world):
     seen = {}
     world.stages = fakes.stages(reads=["prompts"])
@@ -403,6 +394,126 @@ def test_an_input_that_is_gone_when_the_stage_ends_publishes_nothing(world):
     world.stages["fit"].run = run
     assert refused(world, "fit") == ["fit: text was made anew while this stage ran; run again"]
     assert world.store.manifest("fit") is None
+
+
+def editing(world, stage, file, *texts):
+    """Let `stage` write these texts to the file, one after the other, when it has done its work."""
+    run = world.stages[stage].run
+
+    def run_and_edit(ctx):
+        metrics = run(ctx)
+        for text in texts:
+            file.write_text(text)
+        return metrics
+
+    world.stages[stage].run = run_and_edit
+    return run
+
+
+@pytest.mark.parametrize("every", [0, 4])
+@pytest.mark.parametrize("what", ["file", "folder", "gone"])
+def test_an_input_that_is_edited_while_the_stage_runs_publishes_nothing(world, tmp_path, every, what):
+    """Nor does the run go on with the new file; with the old one put back it does."""
+    world.stages, file = fakes.stages(reads=["prompts"]), tmp_path / "rows.jsonl"
+    settings = [f"data.prompts={file}", f"checkpoints.every={every}"]
+    if what == "folder":
+        world.stages, file, settings = fakes.stages(), tmp_path / "model" / "config.json", settings[1:]
+        file.parent.mkdir()
+        world.stages["fit"].folders = lambda experiment: {"fit.model": file.parent}
+    file.write_text('{"prompt": "a"}\n')
+    run_fit = editing(world, "fit", file, '{"prompt": "b"}\n')
+    if what == "gone":
+        world.stages["fit"].run = lambda ctx: (run_fit(ctx), file.unlink())[0]
+    remedy = "put it back, or add --restart, and run again" if every else "run again"
+    place = f"{file.parent} (fit.model)" if what == "folder" else f"{file} (data.prompts)"
+    how = "cannot be read any more" if what == "gone" else "was edited"
+    assert refused(world, "fit", *settings) == [f"fit: {place} {how} while this stage ran; {remedy}"]
+    assert world.store.manifest("fit") is None
+    world.stages["fit"].run = run_fit
+    if what != "gone" and every:
+        (line,) = refused(world, "fit", *settings, override_config=True)
+        assert line.startswith("fit: interrupted at step 8, since then ") and line.endswith("; --restart begins anew")
+    file.write_text('{"prompt": "a"}\n')
+    world.run("fit", *settings)
+    assert kinds(world.states(*settings))["fit"] == "done"
+
+
+def test_a_file_that_is_edited_before_its_stage_begins_is_what_the_manifest_names(world, tmp_path):
+    world.stages, file = fakes.stages(reads=["prompts"]), tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a"}\n')
+    editing(world, "text", file, '{"prompt": "b"}\n')
+    seen = []
+    world.stages["fit"].run = lambda ctx: seen.append(ctx.source("prompts").sha256) or {}
+    world.run("fit", f"data.prompts={file}")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert world.store.manifest("fit")["inputs"]["data:prompts"] == digest and seen == [digest]
+
+
+def test_a_finished_stage_whose_file_is_edited_while_another_runs_is_made_anew(world, tmp_path):
+    """It was up to date when the command began."""
+    world.stages, file = fakes.stages(reads=["prompts"]), tmp_path / "rows.jsonl"
+    at = f"data.prompts={file}"
+    file.write_text('{"prompt": "a"}\n')
+    world.run("fit", at)
+    stages = world.stages
+    world.stages = {"other": stages["page"], "text": stages["text"], "fit": stages["fit"]}
+    world.stages["other"].needs, world.stages["fit"].needs = fakes.nothing, lambda experiment: ["other", "text"]
+    world.stages["other"].NAME, world.stages["other"].run = "other", lambda ctx: {}
+    world.run("fit", at)
+    editing(world, "other", file, '{"prompt": "b"}\n')
+    world.run("fit", at)
+    assert any("fit: up to date" in line for line in world.console.lines)  # nothing ran, so nothing was edited
+    world.store.folder("other").joinpath("manifest.json").unlink()
+    world.run("fit", at)
+    assert world.store.manifest("fit")["inputs"]["data:prompts"] == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_a_file_that_is_edited_between_two_stages_that_read_it_is_refused(world, tmp_path):
+    """What follows would be of the old rows, and of the new ones."""
+    world.stages, file = fakes.stages(reads=["prompts"]), tmp_path / "rows.jsonl"
+    at = f"data.prompts={file}"
+    file.write_text('{"prompt": "a"}\n')
+
+    class Editing(StopFlag):  # asked once before each stage
+        asked = 0
+
+        def __init__(self):
+            pass
+
+        @property
+        def requested(self):
+            self.asked += 1
+            if self.asked == 3:
+                file.write_text('{"prompt": "b"}\n')
+            return False
+
+    stop = Editing()
+    world.stages["fit"].run = lambda ctx: {}
+    with pytest.raises(UserError) as caught:
+        world.run("page", at, stop=stop)
+    (line,) = caught.value.lines
+    assert line.startswith(f"fit: data.prompts changed ({file}, ")
+    assert line.endswith(" while this command ran; run again")
+    assert kinds(world.states(at)) == {"text": "done", "fit": "stale", "page": "missing"}
+
+
+def test_a_folder_that_is_edited_while_it_is_loaded_and_put_back_is_refused(world, tmp_path):
+    file = tmp_path / "model" / "config.json"
+    file.parent.mkdir()
+    file.write_text("{}")
+    world.stages["fit"].folders = lambda experiment: {"fit.model": file.parent}
+    run_fit = world.stages["fit"].run
+
+    def run(ctx):
+        file.write_text("[]")
+        file.write_text("{}")
+        ctx.confirm_folders()
+        return run_fit(ctx)
+
+    world.stages["fit"].run = run
+    assert refused(world, "fit") == [f"fit: {file.parent} (fit.model) was edited while it was loaded; run again"]
+    world.stages["fit"].run = lambda ctx: ctx.confirm_folders() or run_fit(ctx)
+    world.run("fit")
 
 
 def test_a_changed_data_file_is_refused_with_its_rows(world, tmp_path):
