@@ -167,22 +167,25 @@ def write_data(root: Path) -> None:
     write_rows(root / "documents.jsonl", [{"text": say(generator, 12 + i % 5)} for i in range(19)])
     rankings = [row for i, prompt in enumerate(prompts[:30]) for row in rank(generator, prompt, 3 + i % 3, 1 + i % 2)]
     write_rows(root / "rankings.jsonl", rankings)
-    held = {row["prompt"] for row in rankings[::6]}
+    held = prompts[1:30:5]
     write_rows(root / "rankings" / "train.jsonl", [row for row in rankings if row["prompt"] not in held])
     write_rows(root / "rankings" / "validation.jsonl", [row for row in rankings if row["prompt"] in held])
 
 
 def rank(generator: torch.Generator, prompt: str, K: int, labelers: int) -> list[dict]:
-    """Rankings of K responses to a prompt, a row a labeler: some tied, some not judged, and texts of many lengths."""
+    """Rankings of K responses to a prompt, a row a labeler: some tied, some not judged, a text that stands twice, and
+    one labeler who says how sure she is."""
     responses = [say(generator, int(torch.randint(1, 8, (), generator=generator))) for _ in range(K)]
+    if K == 4:
+        responses[3] = responses[1]
     rows = []
     for labeler in ("ada", "ben")[:labelers]:
         ranks: list[int | None] = (1 + torch.randperm(K, generator=generator)).tolist()
         if K == 5:
             ranks[ranks.index(3)] = 2
             ranks[ranks.index(5)] = None
-        rows.append({"id": f"{prompt} {labeler}", "prompt": prompt, "responses": responses, "ranks": ranks,
-                     "labeler": labeler})  # fmt: skip
+        row = {"id": f"{prompt} {labeler}", "prompt": prompt, "responses": responses, "ranks": ranks}
+        rows.append(row | {"labeler": labeler} | ({"margin": 0.5} if labeler == "ada" else {}))
     return rows
 
 
@@ -208,21 +211,23 @@ def config_of(tokenizer):
 def random_policy(tokenizer, seed: int):
     """Random weights that say WORDS alone, and end a turn with a probability of about a fifth.
 
-    The first number of the hidden state is the same everywhere, so the first column of the head is a bias.
+    The first number of the hidden state is the same everywhere, so the first column of the head is a bias. Attention is
+    strong: what stands before a token shows in it.
     """
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config_of(tokenizer)).float().eval()
-    model.model.embed_tokens.weight[:, 0] = 2.0
+    model.model.embed_tokens.weight[:, 0] = 4.0
     for layer in model.model.layers:
+        layer.self_attn.o_proj.weight *= 3.0
         layer.self_attn.o_proj.weight[0] = 0.0
         layer.mlp.down_proj.weight[0] = 0.0
     head = model.lm_head.weight
-    head[:, 0] = -60.0
+    head[:, 0] = -200.0
     said = [tokenizer(word)["input_ids"][0] for word in WORDS]
     head[said, 0] = 0.0
-    head[tokenizer.eos_token_id, 0] = 5.0
+    head[tokenizer.eos_token_id, 0] = 6.0
     return model
 
 
@@ -235,6 +240,27 @@ def random_reward_model(tokenizer, seed: int, bias: float):
     model = AutoModelForSequenceClassification.from_config(config).float().eval()
     model.config.reward_bias = bias
     return model
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a stage handed to the loop `fit`: the rows of each batch, and the weights that training began with."""
+
+    batches: list[list[int]]
+    start: dict[str, torch.Tensor]
+
+
+def watch_fit(monkeypatch, module) -> list[Training]:
+    """A Training for each call that `module` makes of `fit`."""
+    found, true = [], module.fit
+
+    def watched(ctx, trainee, *args, order, batch_size, **rest):
+        batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+        found.append(Training(batches, {name: p.clone() for name, p in trainee.tensors().items()}))
+        return true(ctx, trainee, *args, order=order, batch_size=batch_size, **rest)
+
+    monkeypatch.setattr(module, "fit", watched)
+    return found
 
 
 def spy(monkeypatch, module, name: str) -> list[SimpleNamespace]:

@@ -6,6 +6,7 @@ Nothing of the stages, the objectives or the engine is used here.
 import hashlib
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -79,11 +80,75 @@ def prompt_place(prompt: str) -> float:
     return place(json.dumps([["user", " ".join(prompt.split())]], ensure_ascii=False))
 
 
-class AdamW:
-    """AdamW without weight decay, β = (0.9, 0.95), ε = 1e-8, of all parameters of a model, the norm clipped before."""
+@dataclass
+class Group:
+    """A prompt and its K responses as ids, and what each labeler made of them: ranks, and a margin for all pairs."""
 
-    def __init__(self, model, max_grad_norm: float):
+    prompt: list[int]
+    responses: list[list[int]]
+    labelers: list[str]
+    ranks: list[list[int | None]]
+    margins: list[float]
+
+    def pairs(self) -> list[tuple[int, int, int]]:
+        """(winner, loser, labeler) of every two different responses that a labeler judged and did not tie."""
+        K = range(len(self.responses))
+        return [
+            (i, j, who)
+            for who, ranks in enumerate(self.ranks)
+            for i in K
+            for j in K
+            if None not in (ranks[i], ranks[j]) and ranks[i] < ranks[j] and self.responses[i] != self.responses[j]
+        ]
+
+    def judged(self, who: int) -> int:
+        """How many responses the labeler ranked."""
+        return sum(rank is not None for rank in self.ranks[who])
+
+
+def groups_of(tokenizer, rows: list[dict]) -> list[Group]:
+    """Rows of a rankings file: several labelers' rows of one prompt are one group."""
+    found: dict[str, Group] = {}
+    for row in rows:
+        responses = [response_ids(tokenizer, text) for text in row["responses"]]
+        group = found.setdefault(row["prompt"], Group(prompt_ids(tokenizer, row["prompt"]), responses, [], [], []))
+        group.labelers.append(row["labeler"])
+        group.ranks.append(row["ranks"])
+        group.margins.append(row.get("margin") or 0.0)
+    return list(found.values())
+
+
+def pairwise_loss(group: Group, utilities: Tensor, label_smoothing: float = 0.0, margin_coef: float = 0.0) -> Tensor:
+    """Mean over labelers of 1/C(K, 2) Σ over a labeler's pairs of −log σ(difference of utilities): eq. 1."""
+    total, flipped = torch.zeros(()), label_smoothing
+    for i, j, who in group.pairs():
+        gap = utilities[i] - utilities[j] - margin_coef * group.margins[who]
+        loss = -(1 - flipped) * gap.sigmoid().log() - flipped * (-gap).sigmoid().log()
+        total = total + loss / math.comb(group.judged(who), 2) / len(group.ranks)
+    return total
+
+
+def order_loss(group: Group, utilities: Tensor) -> Tensor:
+    """Mean over labelers of 1/(K − 1) Σ over choices of −log of the chosen one's share of e^utility, among it and those
+    that the labeler put below it: Plackett–Luce."""
+    total = torch.zeros(())
+    for who in range(len(group.ranks)):
+        below: dict[int, list[int]] = {}
+        for i, j, labeler in group.pairs():
+            if labeler == who:
+                below.setdefault(i, []).append(j)
+        for i, losers in below.items():
+            share = utilities[i].exp() / (utilities[i].exp() + sum(utilities[j].exp() for j in losers))
+            total = total - share.log() / (group.judged(who) - 1) / len(group.ranks)
+    return total
+
+
+class AdamW:
+    """AdamW, β = (0.9, 0.95), ε = 1e-8, of all parameters of a model, the norm clipped before; norms do not decay."""
+
+    def __init__(self, model, max_grad_norm: float, weight_decay: float = 0.0):
         self.model, self.max_grad_norm, self.steps = model, max_grad_norm, 0
+        self.decays = [0.0 if "norm" in name else weight_decay for name, _ in model.named_parameters()]
         self.first = [torch.zeros_like(p) for p in model.parameters()]
         self.second = [torch.zeros_like(p) for p in model.parameters()]
 
@@ -93,7 +158,9 @@ class AdamW:
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
         scale = min(1.0, self.max_grad_norm / (norm + 1e-6))
         self.steps += 1
-        for p, g, m, v in zip(self.model.parameters(), gradients, self.first, self.second, strict=True):
+        moments = zip(self.model.parameters(), self.decays, gradients, self.first, self.second, strict=True)
+        for p, decay, g, m, v in moments:
+            p *= 1 - rate * decay
             m.mul_(0.9).add_(0.1 * scale * g)
             v.mul_(0.95).add_(0.05 * (scale * g) ** 2)
             p -= rate * (m / (1 - 0.9**self.steps)) / ((v / (1 - 0.95**self.steps)).sqrt() + 1e-8)
