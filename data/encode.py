@@ -1,7 +1,8 @@
 """Text → token ids: chat template, EOS and truncation are decided here, once; every stage gets ready ids.
 
 A row is `prompt_ids + response_ids`. The prompt is the chat template with its generation prompt; the response is
-tokenized on its own and ends with EOS, exactly as the policy will have to produce it.
+tokenized on its own and ends with EOS, exactly as the policy will have to produce it. A response that was cut off
+has no EOS: nobody is taught to end there.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,7 @@ from jinja2 import TemplateError
 from data.records import DataError, Demonstration, Document, as_messages
 
 EOS, PAD = "<|end|>", "<|pad|>"
+HALF_CHARACTER = "\ufffd"  # what decoding makes of bytes that are no whole character
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
@@ -121,15 +123,25 @@ def _encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
     return ids + tokenizer(rest, add_special_tokens=False)["input_ids"]
 
 
-def encode_response(tokenizer, text: str) -> list[int]:
-    """Token ids of a response, EOS included. Special tokens that occur in the text stay plain text."""
+def encode_response(tokenizer, text: str, finished: bool = True) -> list[int]:
+    """Return the token ids of a response, with EOS if it is finished.
+
+    Special tokens that occur in the text stay plain text.
+    """
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [*ids, tokenizer.eos_token_id]
+    return [*ids, *[tokenizer.eos_token_id] * finished]
 
 
 def decode_response(tokenizer, ids: Sequence[int]) -> str:
-    """The text of a response, without special tokens and outer blanks."""
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    """Return the text of a response, without special tokens and outer blanks.
+
+    Where a response was cut off inside a character of several bytes, that character is left out: it
+    would come back as other tokens than were sampled.
+    """
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    if not (len(ids) and ids[-1] == tokenizer.eos_token_id):
+        text = text.rstrip(HALF_CHARACTER)
+    return text.strip()
 
 
 def fit_lengths(

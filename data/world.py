@@ -137,8 +137,12 @@ class World:
 
     # ── judgement ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def task(self, prompt: str) -> Task:
-        """What a prompt asks for; a ValueError for a prompt that this world does not know."""
+    def request(self, prompt: str) -> str:
+        """Return a prompt's request, without opener and closer.
+
+        Raises:
+            ValueError: The prompt is none of this world's.
+        """
         request = prompt
         for opener in filter(None, self.language.tables["openers"]):
             request = request.removeprefix(opener + " ")
@@ -146,7 +150,11 @@ class World:
             request = request.removesuffix(" " + closer)
         if request not in self._requests:
             raise ValueError(f"not a request of the embedded world: {prompt!r}")
-        return self._requests[request]
+        return request
+
+    def task(self, prompt: str) -> Task:
+        """Return what a prompt asks for; ValueError if it is none of this world's."""
+        return self._requests[self.request(prompt)]
 
     def gold(self, prompt: str, response: str, finished: bool = True) -> dict[str, float]:
         """helpful, honest, harmless and overall (their mean), each in [0, 1].

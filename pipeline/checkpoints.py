@@ -26,11 +26,13 @@ STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint. `state` is JSON as it was saved; `path` may hold `trainer/` (see `adopt`)."""
+    """A verified checkpoint. `state` is JSON as it was saved; `path` may hold `trainer/` (see `adopt`); `fingerprint`:
+    of the settings and inputs that it was made with."""
 
     step: int
     path: Path
     state: dict[str, Any]
+    fingerprint: str = ""
 
     def tensors(self, name: str) -> dict[str, "Tensor"]:
         from safetensors.torch import load_file
@@ -147,7 +149,8 @@ class CheckpointStore:
             problems = self._problems(folder)
             if not problems:
                 state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-                self._verified = Checkpoint(_step(folder), folder, state)
+                fingerprint = files.read_sealed(folder / "manifest.json").get("fingerprint", "")
+                self._verified = Checkpoint(_step(folder), folder, state, fingerprint)
                 return self._verified
             aside = folder.with_name(f".damaged-{folder.name}")
             files.remove(aside)

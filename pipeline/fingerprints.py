@@ -7,6 +7,7 @@ fingerprint was taken of, so that a person reads which key changed and not that 
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ from pipeline.stage import Source
 
 @dataclass(frozen=True)
 class Change:
-    """One difference between what a run began with and today. Settings can be overridden, inputs cannot."""
+    """One difference between what a run began with and today. Settings can be overridden, inputs cannot, nor can the
+    settings that decide which rows come next (is_fixed)."""
 
     text: str
     is_setting: bool
     key: str = ""
     old: Any = None
     new: Any = None
+    is_fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Today:
     config: dict[str, Any]
     inputs: dict[str, str]
     waiting: frozenset[str] = frozenset()  # needs that have no artifact yet, so no digest
+    fixed: tuple[str | tuple[str, ...], ...] = ()  # the stage's FIXED: see pipeline/stage.py
 
 
 def all_needs(module: Any, experiment: Any) -> list[str]:
@@ -81,7 +85,7 @@ def describe_today(
     recorded = (name, "model", "seed", "name", "tracking", "checkpoints", "launch")
     config = {key: everything[key] for key in recorded if key in everything} | {"data": data}
     fingerprint = files.sha256_json({"stage": name, **_settings(name, config), "inputs": inputs})
-    return Today(fingerprint, config, inputs, frozenset(needs) - inputs.keys())
+    return Today(fingerprint, config, inputs, frozenset(needs) - inputs.keys(), getattr(module, "FIXED", ()))
 
 
 def sources(module: Any, experiment: Any) -> dict[str, Source]:
@@ -121,10 +125,12 @@ def compare(name: str, record: dict[str, Any], today: Today) -> list[Change]:
     if not (_kinds(record["config"]) and _kinds(today.config)):
         said |= {"data", "data.validation_fraction"}
     old, new = (_flatten(_settings(name, config)) for config in (record["config"], today.config))
+    fixed = _changed_fixed_settings(today.fixed, old, new)
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
         if before != after and key not in said and key.rpartition(".")[0] not in said - {"data"}:
-            changes.append(Change(f"{key} {_short(before)} → {_short(after)}", True, key, before, after))
+            text = f"{key} {_short(before)} → {_short(after)}"
+            changes.append(Change(text, True, key, before, after, key in fixed))
     for key in sorted(record["inputs"].keys() | today.inputs.keys()):
         before, after = record["inputs"].get(key), today.inputs.get(key)
         if before == after or key in today.waiting or key.removeprefix("data:") in kinds:
@@ -147,6 +153,26 @@ def compare(name: str, record: dict[str, Any], today: Today) -> list[Change]:
     if not changes and not today.waiting:
         changes.append(Change("what its fingerprint is made of changed", False))
     return changes
+
+
+def _changed_fixed_settings(
+    fixed: tuple[str | tuple[str, ...], ...], old: dict[str, Any], new: dict[str, Any]
+) -> set[str]:
+    """Return the changed keys that an interrupted run cannot take over: rows would come again, or never.
+
+    Args:
+        fixed: a stage's FIXED; of several keys in a tuple only the product counts.
+        old, new: the settings before and today, by dotted key.
+    """
+    changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
+    found = {key for key in changed if key == "seed" or key.startswith("data.")}
+    for entry in fixed:
+        keys = (entry,) if isinstance(entry, str) else entry
+        before, after = ([settings.get(key) for key in keys] for settings in (old, new))
+        same = None not in before + after and len(keys) > 1 and math.prod(before) == math.prod(after)
+        if not same:
+            found |= changed & set(keys)
+    return found
 
 
 def _kinds(config: dict[str, Any]) -> dict[str, str]:

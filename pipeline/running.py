@@ -140,13 +140,17 @@ def refusals(
     if state.step is None or is_dropped(is_target, state, flags):
         return []
     inputs = state.waiting + [change.text for change in state.changes if not change.is_setting]
-    settings = [change.text for change in state.changes if change.is_setting]
+    settings = [change for change in state.changes if change.is_setting]
     at = f"{name}: interrupted at step {state.step}, since then"
     if inputs:
-        return [f"{at} {text}; --restart begins anew" for text in inputs + settings]
-    if settings and not flags.override_config:
-        remedy = "--restart begins anew, --override-config goes on with the new settings"
-        return [f"{at} {text}; {remedy}" for text in settings]
+        return [f"{at} {text}; --restart begins anew" for text in inputs + [change.text for change in settings]]
+    fixed = "which an interrupted run keeps; set it back to go on, --restart begins anew"
+    remedy = "--restart begins anew, --override-config goes on with the new settings"
+    lines = [f"{at} {change.text}, {fixed}" for change in settings if change.is_fixed]
+    if not flags.override_config:
+        lines += [f"{at} {change.text}; {remedy}" for change in settings if not change.is_fixed]
+    if lines:
+        return lines
     before, today = state.run["world_size"], processes or launch.facts()["world_size"]
     if before != today and not flags.allow_elastic:
         return [f"{at} the number of processes {before} → {today}; --allow-elastic goes on"]

@@ -4,6 +4,8 @@ NAME, Config, METRICS, HEADLINE, needs(experiment), reads(experiment), run(Stage
 check(experiment) -> lines (of settings that do not suit each other), lacks(experiment) -> lines (of what this machine
 has not, or a data file that cannot be read; asked only where the stage will run),
 folders(experiment) -> {key: folder of a model from outside},
+FIXED = keys of settings that an interrupted run keeps, --override-config or not: with others it would not know its
+place in the order of the rows (of several keys in a tuple the product counts; every stage keeps `seed` and `data`),
 SHARED = True where several processes run it together (all call `run`, the first one's StageRun alone writes)
 """
 

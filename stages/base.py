@@ -30,6 +30,13 @@ METRICS = {
 }
 HEADLINE = ("perplexity", "parameters")
 SHARED = True
+SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+         "max_position_embeddings")  # fmt: skip
+FIXED = (
+    ("base.per_device_train_batch_size", "base.gradient_accumulation_steps"),
+    "base.max_length",
+    *(f"model.{key}" for key in SHAPE),  # vocab_size also cuts the rows
+)
 
 
 class Config(Training):

@@ -329,6 +329,11 @@ def optimizer_parts(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
     return {key: like(held[key], x) if isinstance(held[key], DTensor) and x.dim() else x for key, x in tensors.items()}
 
 
+def has_settings_of_today(ctx: StageRun, checkpoint) -> bool:
+    """Whether a checkpoint was made with the settings and inputs of this run; the same answer in all processes."""
+    return parallel.from_first(lambda: checkpoint.fingerprint == ctx.checkpoints.fingerprint)
+
+
 def refuse_shorter(ctx: StageRun, step: int, total: int) -> None:
     """UserError if a run that has come to `step` is now asked to end before."""
     if step > total:

@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from data.near_copies import near_copies
 
 from data.encode import wrap_documents
 from data.groups import make_rows
-from data.records import as_messages, prompt_key
+from data.near_copies import near_copies
+from data.records import prompt_key
 from data.streams import Stream, derive_seed
 from data.world import World
 from pipeline.errors import UserError
@@ -44,7 +44,7 @@ from stages.models.loading import load_policy, load_tokenizer
 from stages.models.packing import can_pack
 from stages.objectives.logprobs import sequence_logps
 from stages.objectives.rewards import final_scores
-from stages.results import Measured, summarise
+from stages.results import Measured, order_by_gold, summarise
 from stages.rollouts.transformers import sample
 from stages.settings import Section, TooLong, no_room, over_context, setting, too_long_prompt
 
@@ -52,6 +52,13 @@ NAME = "evaluate"
 METRICS: dict[str, str] = {}
 HEADLINE = ("score", "win_rate_vs_sft", "gold")
 SHARED = True
+FIXED = tuple(
+    f"evaluate.{key}"
+    for key in (
+        "num_prompts", "max_length", "response_length", "on_too_long", "temperature", "best_of", "samples_per_prompt",
+        "base_prompt", "few_shot_examples",
+    )  # fmt: skip
+)
 STAGES = ("base", "sft", "ppo", "dpo")
 RM_FIGURES = ("accuracy", "accuracy_ci95", "accuracy_ceiling", "n_pairs", "labeler_agreement", "ece")
 
@@ -139,7 +146,7 @@ def run(ctx: StageRun) -> dict:
 
     done = {name: Measured(**fields) for name, fields in measured_before(ctx).items()}
     with ctx.tracker.progress(len(names), "evaluate", len(done)) as progress:
-        for name in names[len(done) :]:
+        for name in (name for name in names if name not in done):  # others may be asked for than before
             form = form_of_base(c.base_prompt, m.name_or_path) if name == "base" else "chat"
             asked = ask_all(ctx, tools, prompts, ids, form)
             model = tools.sft if name in ("sft", "best_of_n") else tools.load(ctx.inputs[name] / "model")
@@ -174,10 +181,11 @@ def run(ctx: StageRun) -> dict:
             )
             for name in names
         },
-        "reward_model": {key: ctx.manifests["rm"]["metrics"].get(key) for key in RM_FIGURES},
+        "reward_model": {key: ctx.manifests["rm"]["metrics"].get(key) for key in RM_FIGURES}
+        | {"orders_as_gold": order_by_gold(done["sft"], clusters, known)},
     }  # fmt: skip
     (ctx.publish / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    write_responses(ctx, prompts, known, done)
+    write_responses(ctx, prompts, clusters, known, {name: done[name] for name in names})
     last = results["policies"]["ppo" if "ppo" in names else names[-1]]
     return {
         "score": last["score"],
@@ -279,8 +287,7 @@ def find_leaked(ctx: StageRun, prompts, world: World | None) -> list[bool]:
             f"{len(prompts) - sum(known)} set tasks that no training data set"
         )
         return known
-    ours = list(map(text_of, prompts))
-    copies = {kind: near_copies(ours, list(map(text_of, some))) for kind, some in trained.items()}
+    copies = {kind: near_copies(prompts, some) for kind, some in trained.items()}
     leaked = [any(flags) for flags in zip(*copies.values(), strict=True)]
     if any(leaked):
         where = ", ".join(f"{kind} {sum(flags)}" for kind, flags in copies.items() if any(flags))
@@ -290,11 +297,6 @@ def find_leaked(ctx: StageRun, prompts, world: World | None) -> list[bool]:
             f"these)"
         )
     return leaked
-
-
-def text_of(prompt) -> str:
-    """Return what the user says in a prompt, as one text."""
-    return "\n".join(message["content"] for message in as_messages(prompt) if message["role"] == "user")
 
 
 def climbed_by_judge(ctx: StageRun, names: Sequence[str]) -> set[str]:
@@ -458,7 +460,9 @@ def text_losses(model, rows: list[list[int]], accelerator, size: int) -> list[fl
     return [loss for some in parallel.spread(parts, list(map(len, parts)), losses) for loss in some]
 
 
-def write_responses(ctx: StageRun, prompts, known: list[bool] | None, done: dict[str, Measured]) -> None:
+def write_responses(
+    ctx: StageRun, prompts, clusters: list[str], known: list[bool] | None, done: dict[str, Measured]
+) -> None:
     """Write responses.jsonl: a line a policy, prompt and sample, with its judgements."""
     with (ctx.publish / "responses.jsonl").open("w", encoding="utf-8") as file:
         for name, measured in done.items():
@@ -473,5 +477,5 @@ def write_responses(ctx: StageRun, prompts, known: list[bool] | None, done: dict
                         "score": measured.scores[i][k],
                     }
                     if measured.gold is not None:
-                        row |= {"gold": measured.gold[i][k], "known_task": known[i]}
+                        row |= {"gold": measured.gold[i][k], "cluster": clusters[i], "known_task": known[i]}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")

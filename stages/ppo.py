@@ -9,7 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from torch import Tensor
 from data.encode import decode_response, wrap_documents
 from data.records import DataError, prompt_key
 from data.streams import Stream, derive_seed, held_out
+from pipeline import files
 from pipeline.errors import TrainingStopped, UserError
 from pipeline.stage import StageRun
 from stages import parallel
@@ -44,6 +45,7 @@ from stages.engine import (
     Trainee,
     gradient_cosine,
     gradient_norm,
+    has_settings_of_today,
     is_due,
     learning_rate_at,
     load_checkpoint,
@@ -100,6 +102,7 @@ METRICS = {
 }
 HEADLINE = ("score", "kl", "score_before")
 SHARED = True
+FIXED = ("ppo.eval_prompts", "ppo.ptx_length")  # batches may change: checkpoints count what was drawn
 SKIPPED = (  # figures of an update that a number which is not finite kept from happening
     "policy/approxkl_avg", "policy/clipfrac_avg", "loss/policy_avg", "loss/value_avg", "val/clipfrac_avg", "val/ratio",
     "grad_norm/ppo", "grad_norm/value",
@@ -149,10 +152,21 @@ class Config(Section):
     cliprange_value: float = setting(0.2, "value clip", "reward", gt=0)
     gamma: float = setting(1.0, "discount a token (the paper: none); γ of GAE", gt=0, le=1)
     lam: float = setting(0.95, "λ of generalised advantage estimation", ge=0, le=1)
-    ptx_coef: float = setting(27.8, "γ, added times the pretraining loss (a mean over its tokens); 0: plain PPO", ge=0)
+    ptx_coef: float = setting(
+        1.0,
+        "γ, times the pretraining loss (a mean over its tokens, as PPO's is over its own); 0: plain PPO. The "
+        "paper's 27.8 belongs to the paper's way of summing, which it does not state; here it would drown PPO: "
+        "keep grad_norm/ptx and grad_norm/ppo of one size",
+        ge=0,
+    )
     ptx_ratio: float = setting(8.0, "pretraining rows per episode, in each pass over the batch", "rows", gt=0)
     ptx_length: int = setting(128, "length of a packed pretraining row", "tokens", ge=8)
-    missing_eos_score: float | None = setting(-1.0, "score of a response without EOS; null: its own", "reward")
+    missing_eos_score: float | None = setting(
+        -1.0,
+        "score of a response without EOS, to be below what finished ones get (demonstrations average 0, with a "
+        "spread of about 1); where response_length cuts more than a few, length is learned first; null: its own",
+        "reward",
+    )
     score_clip: float | None = setting(None, "clip the reward model's score to ± this", "reward", gt=0)
     length_penalty: float = setting(0.0, "subtracted from the score a response token", "reward a token", ge=0)
     whiten_rewards: bool = setting(
@@ -239,12 +253,25 @@ def lacks(experiment) -> list[str]:
     return no_engine(experiment) + unreadable(experiment, reads(experiment))
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """How far a run has come, counted in what it draws and not in updates, whose size may change. prompts_digest: of
+    the prompts that it draws from; None where that was not recorded."""
+
+    episodes: int = 0
+    prompts: int = 0
+    ptx_rows: int = 0
+    optimizer_steps: int = 0
+    prompts_digest: str | None = None
+
+
 @dataclass
 class Run:
     """A run of PPO: what trains, and what goes on from update to update; its checkpoints hold all of it."""
 
     ctx: StageRun
     updates: int
+    drawn: Drawn
     policy: Trainee
     value: Trainee
     best: Best
@@ -260,6 +287,7 @@ class Run:
             return  # nothing to go on from
         kept = {"skipped": self.skips.count, "alarms": self.alarms.state(), "owes_look": owes_look}
         kept["raised"] = list(self.raised) if owes_look else []  # others have been acted on
+        kept["drawn"] = asdict(self.drawn)
         trainees = [self.policy, self.value]
         save_checkpoint(self.ctx, at, self.updates, trainees, self.best, self.state | kept, self.average)
 
@@ -279,18 +307,21 @@ class Run:
 def run(ctx: StageRun) -> dict:
     """→ model/ (policy), value_model/, and model_ema/ if asked for."""
     c = ctx.config
+    drawn = drawn_before(ctx)
+    updates = updates_in_all(ctx, drawn)
     roles = load(ctx)
     train, held = load_prompts(ctx, roles.tokenizer)
+    drawn = refuse_other_prompts(drawn, train)
     ptx_rows = load_ptx(ctx, roles.tokenizer)
-    run = begin(ctx, roles)
+    run = begin(ctx, roles, updates, drawn)
     ctx.tracker.say(
         f"ppo: {len(train)} prompts, {len(held)} held out; {run.updates} updates of {c.batch_size} episodes, "
         f"{steps_per_update(c)} optimizer steps each"
     )
     step = resume(ctx, roles, run, train[: 2 * c.per_device_train_batch_size])
     prompts_per_update, rows_per_update = c.batch_size // c.samples_per_prompt, steps_per_update(c) * ptx_batch_size(c)
-    prompts = Stream(len(train), derive_seed(ctx.seed, "prompts"), cursor=step * prompts_per_update)
-    ptx = Stream(len(ptx_rows), derive_seed(ctx.seed, "ptx"), cursor=step * rows_per_update) if ptx_rows else None
+    prompts = Stream(len(train), derive_seed(ctx.seed, "prompts"), cursor=drawn.prompts)
+    ptx = Stream(len(ptx_rows), derive_seed(ctx.seed, "ptx"), cursor=drawn.ptx_rows) if ptx_rows else None
     if step == 0 or run.state.get("owes_look"):
         look(ctx, roles, run, held, step)
     with ctx.tracker.progress(run.updates, "ppo", step) as progress:
@@ -298,13 +329,13 @@ def run(ctx: StageRun) -> dict:
             step, began = step + 1, time.perf_counter()
             kl_coef = run.state["kl_coef"] if c.kl_target is not None else c.kl_coef
             # 1 prompts
-            drawn = prompts.take(prompts_per_update)
-            asked = [train[i] for i in drawn]
+            indices = prompts.take(prompts_per_update)
+            asked = [train[i] for i in indices]
             # 2 sample, and what every model says of the samples; nothing has changed since the update before, so a
             # signal need not wait until all is sampled
             try:
                 options = {"recompute": run.state["recompute"], "poll": run.poll(step - 1)}
-                rollout = rollout_of(ctx, roles, asked, drawn, step, **options)
+                rollout = rollout_of(ctx, roles, asked, indices, step, **options)
             except EngineLost:
                 run.save_what_is_done(step - 1)
                 raise
@@ -347,13 +378,20 @@ def run(ctx: StageRun) -> dict:
                 if roles.engine is not None:
                     roles.engine.stale = True
             # 6 keep
+            run.drawn = replace(
+                run.drawn,
+                episodes=run.drawn.episodes + c.batch_size,
+                prompts=prompts.cursor,
+                ptx_rows=ptx.cursor if ptx else run.drawn.ptx_rows,
+                optimizer_steps=run.drawn.optimizer_steps + steps_per_update(c),
+            )
             row = {
                 **describe(rollout, returns, kl_coef, c.kl_estimator),
                 **learned,
                 "kl_coef": kl_coef,
                 "eps": c.batch_size / (time.perf_counter() - began),
                 "lr": rate,
-                "episode": step * c.batch_size,
+                "episode": run.drawn.episodes,
             }
             ctx.tracker.log(step, row)
             progress.update(step, score=row["objective/scores"], kl=row["objective/kl"])
@@ -393,14 +431,64 @@ def ptx_batch_size(c: Config) -> int:
     return round(c.ptx_ratio * c.mini_batch_size)
 
 
-def begin(ctx: StageRun, roles: Roles) -> Run:
-    """A run before its first update."""
-    c = ctx.config
-    updates = c.total_episodes // c.batch_size
-    trainee = partial(make_trainee, steps=updates * steps_per_update(c), max_grad_norm=c.max_grad_norm)
+def drawn_before(ctx: StageRun) -> Drawn:
+    """Return what the newest checkpoint says was drawn. Of an older version's, which does not count, the settings of
+    today give it, if it was made with them; UserError otherwise."""
+    c, found = ctx.config, ctx.checkpoints.newest()
+    if found is None:
+        return Drawn()
+    if "drawn" in found.state:
+        return Drawn(**found.state["drawn"])
+    if not has_settings_of_today(ctx, found):
+        raise UserError(
+            "ppo: the checkpoint was written by an older version, which did not count what it drew; go on with the "
+            "settings that it was made with, or --restart"
+        )
+    steps = found.step * steps_per_update(c)
+    episodes = found.step * c.batch_size
+    return Drawn(episodes, episodes // c.samples_per_prompt, steps * ptx_batch_size(c) * bool(c.ptx_coef), steps)
+
+
+def updates_in_all(ctx: StageRun, drawn: Drawn) -> int:
+    """Return the number of updates until `total_episodes`, those before the newest checkpoint included. UserError where
+    updates of today's size cannot end there."""
+    c, found = ctx.config, ctx.checkpoints.newest()
+    left = c.total_episodes - drawn.episodes
+    if left < 0:
+        raise UserError(
+            f"ppo.total_episodes: {drawn.episodes} episodes are done and the settings now ask for {c.total_episodes}; "
+            f"ask for more, or --restart"
+        )
+    if left % c.batch_size:
+        raise UserError(
+            f"ppo.batch_size: {drawn.episodes} of {c.total_episodes} episodes are done, and batches of {c.batch_size} "
+            f"do not end there; choose a divisor of {math.gcd(left, c.total_episodes)}, or --restart"
+        )
+    return (found.step if found else 0) + left // c.batch_size
+
+
+def refuse_other_prompts(drawn: Drawn, train: list[list[int]]) -> Drawn:
+    """Return `drawn` with the digest of the prompts to draw from. UserError if the run drew from others before: their
+    order is another, and some would come again."""
+    digest = files.sha256_json(train)
+    if drawn.prompts_digest not in (None, digest):
+        raise UserError(
+            "ppo: the prompts that are left within the limits are not those that the interrupted run draws from; set "
+            "ppo.max_length, ppo.response_length and ppo.on_too_long back, or --restart"
+        )
+    return replace(drawn, prompts_digest=digest)
+
+
+def begin(ctx: StageRun, roles: Roles, updates: int, drawn: Drawn) -> Run:
+    """A run before its first update, or before its checkpoint is loaded. updates: in all; drawn: before that
+    checkpoint."""
+    c, found = ctx.config, ctx.checkpoints.newest()
+    left = (updates - (found.step if found else 0)) * steps_per_update(c)
+    trainee = partial(make_trainee, steps=drawn.optimizer_steps + left, max_grad_norm=c.max_grad_norm)
     return Run(
         ctx,
         updates,
+        drawn,
         trainee("policy", roles.policy, learning_rate=c.learning_rate),
         trainee("value_model", roles.value_model, learning_rate=c.value_learning_rate),
         Best(c.keep, c.patience, higher_is_better=True),

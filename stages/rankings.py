@@ -1,8 +1,8 @@
 """rankings: K responses of SFT to each prompt, ranked by labelers; or people's own rankings, validated and split.
 
-The split is by prompt, never within one, and in the embedded world by task. There `labelers_per_prompt` of five
-simulated labelers rank a training prompt, and two of them every validation prompt, so that their agreement can be read from
-the file.
+The split is by prompt, never within one, and in the embedded world by request. There `labelers_per_prompt` of five
+simulated labelers rank a training prompt, and two of them every validation prompt, so that their agreement can be
+read from the file.
 """
 
 import random
@@ -15,6 +15,7 @@ from data.encode import decode_response
 from data.records import DataError, Ranking, judged_pairs, prompt_key, to_json, write_jsonl
 from data.streams import Stream, derive_seed, held_out
 from data.world import World
+from pipeline.errors import UserError
 from pipeline.stage import StageRun
 from stages import parallel
 from stages.common import (
@@ -39,6 +40,7 @@ METRICS: dict[str, str] = {}
 NO_NOISE = 1e-4
 HEADLINE = ("rankings", "pairs", "labeler_agreement")
 SHARED = True
+FIXED = ("rankings.samples_per_prompt", "rankings.response_length", "rankings.max_length", "rankings.on_too_long")
 
 
 class Config(Section):
@@ -118,13 +120,13 @@ def run(ctx: StageRun) -> dict:
 def split_keys(ctx: StageRun, prompts) -> list[str]:
     """Return a key for each prompt; prompts of one key stay on one side of the split.
 
-    The key is the task where simulated labelers rank the embedded world's prompts: the same question behind another
+    The key is the request where simulated labelers rank the embedded world's prompts: the same question behind another
     greeting, and the same answers to it, would otherwise stand on both sides. Elsewhere it is the prompt.
     """
     if ctx.experiment.data.rankings is not None:
         return [prompt_key(p) for p in prompts]
     world = World.from_json(read_world(ctx))
-    return [f"{ctx.seed} {world.task(p)}" for p in prompts]
+    return [f"{ctx.seed} {world.request(p)}" for p in prompts]
 
 
 def usable_pairs(r: Ranking) -> int:
@@ -135,37 +137,38 @@ def simulate(ctx: StageRun) -> tuple[list[Ranking], dict]:
     """Sample K responses a prompt from SFT, calibrate the labelers' noise on them, and rank."""
     c = ctx.config
     prompts, texts, finished = sample_responses(ctx)
+    answers = [list(zip(*row, strict=True)) for row in zip(texts, finished, strict=True)]  # as of a Ranking
     world = World.from_json(read_world(ctx))
     utilities = [world.labeler_utilities(*row) for row in zip(prompts, texts, finished, strict=True)]
     try:
-        noise = labelers.calibrate_noise(utilities, texts, c.agreement)
+        noise = labelers.calibrate_noise(utilities, answers, c.agreement)
     except ValueError as problem:  # an SFT model that babbles: tastes differ more than its answers do
         ctx.tracker.say(f"rankings: {problem}; ranked without noise. Train base and sft longer")
         noise = NO_NOISE
     valid = set(held_out(split_keys(ctx, prompts), c.validation_fraction)[1])
     unfinished = sum(not f for fs in finished for f in fs) / sum(map(len, finished))
-    if unfinished > 0.1:  # as texts they look as if they had ended there
+    if unfinished > 0.1:  # labelers judge what is there, and no model learns how such a response ends
         ctx.tracker.say(f"rankings: {unfinished:.0%} of the responses were cut off; raise rankings.response_length")
     rows, owner = [], []
     for i, (prompt, responses) in enumerate(zip(prompts, texts, strict=True)):
         chooser = random.Random(derive_seed(ctx.seed, "labeler", i))
         for who in chooser.sample(range(len(labelers.LABELERS)), 2 if i in valid else c.labelers_per_prompt):
             rng = np.random.default_rng(derive_seed(ctx.seed, "rank", i, who))
-            ranks = labelers.rank(utilities[i][who], noise, rng, responses)
-            name = labelers.LABELERS[who].name
-            rows.append(Ranking(f"{i:05d}-{name}", prompt, tuple(responses), tuple(map(int, ranks)), name))
+            ranks = tuple(map(int, labelers.rank(utilities[i][who], noise, rng, answers[i])))
+            name, ended = labelers.LABELERS[who].name, tuple(finished[i])
+            rows.append(Ranking(f"{i:05d}-{name}", prompt, tuple(responses), ranks, name, finished=ended))
             owner.append(i)
     judged = [k for k, i in enumerate(owner) if i in valid]
     ceiling = labelers.accuracy_ceiling(
         [utilities[owner[k]] for k in judged],
         [list(rows[k].ranks) for k in judged],
-        [list(rows[k].responses) for k in judged],
+        [list(rows[k].answers) for k in judged],
         noise,
     )
     return rows, {
         "noise": noise,
         "unfinished": unfinished,
-        "expected_agreement": labelers.expected_agreement(utilities, texts, noise),
+        "expected_agreement": labelers.expected_agreement(utilities, answers, noise),
         "accuracy_ceiling": ceiling["realised"],
         "expected_accuracy_ceiling": ceiling["expected"],
     }
@@ -195,7 +198,13 @@ def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]], list[li
     found = ctx.checkpoints.newest()
     texts: list[list[str]] = found.state["texts"] if found else []
     finished: list[list[bool]] = found.state["finished"] if found else []
-    total = -(-len(prompts) // c.batch_size)
+    if len(texts) > len(prompts):
+        raise UserError(
+            f"rankings.num_prompts: {len(texts)} prompts have their responses and {len(prompts)} are asked for now; "
+            f"ask for more, or --restart"
+        )
+    begun = found.step if found else 0
+    total = begun + -(-(len(prompts) - len(texts)) // c.batch_size)  # batch_size may be another than before
 
     def save(step: int) -> None:
         if step:
@@ -217,10 +226,9 @@ def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]], list[li
             )
         return list(micro_batches(flat, c.samples_per_prompt))
 
-    begun = found.step if found else 0
     with ctx.tracker.progress(total, "rankings", begun) as progress:
         for step in range(begun + 1, total + 1):
-            part = range((step - 1) * c.batch_size, min(step * c.batch_size, len(prompts)))
+            part = range(len(texts), min(len(texts) + c.batch_size, len(prompts)))
             poll = partial(pause_if_asked, ctx, step - 1, total, partial(save, step - 1))
             sampled = parallel.spread(part, [len(ids[i]) for i in part], partial(responses_to, poll=poll))
             for group in sampled:

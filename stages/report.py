@@ -144,14 +144,20 @@ def by_prompt(responses: list[dict], policy: str) -> list[list[dict]]:
     return groups
 
 
-def rm_parts(rm: dict) -> list[tuple[str, str, str, int]]:
-    """(of what, which, share, pairs): the reward model's accuracy in parts, and how often labelers agree."""
+def rm_parts(rm: dict) -> list[tuple[str, str, str, str, int]]:
+    """List the reward model's accuracy in parts, and how often labelers agree.
+
+    Returns:
+        (of what, which, share, its 95 % interval, pairs) of each part.
+    """
     out = []
     for key, what in (("accuracy_by_k", "right at K ="), ("accuracy_by_labeler", "right with")):
-        parts = rm.get(key) or {}
-        out += [(what, name, percent(b["accuracy"], 1), b["n_pairs"]) for name, b in parts.items()]
-    for pair, b in (rm.get("agreement_by_labelers") or {}).items():
-        out.append(("labelers agree:", pair, percent(b["agreement"], 1), b["n_pairs"]))
+        for name, part in (rm.get(key) or {}).items():
+            span = part.get("accuracy_ci95")
+            shown = interval(*span, 1) if span else "–"
+            out.append((what, name, percent(part["accuracy"], 1), shown, part["n_pairs"]))
+    for pair, part in (rm.get("agreement_by_labelers") or {}).items():
+        out.append(("labelers agree:", pair, percent(part["agreement"], 1), "–", part["n_pairs"]))
     return out
 
 
@@ -197,13 +203,13 @@ def places(values: list[float]) -> dict[int, int]:
 
 def ppo_looks(journal: Journal, count: int) -> list[tuple[int, list[dict]]]:
     """(episode, samples) at `count` moments of training, the first and the last among them."""
-    steps = sorted({row["step"] for row in journal.samples})
+    steps = sorted({row["step"] for row in journal.samples} & plots.episodes_by_step(journal).keys())
     if not steps or not journal.metrics:
         return []
     count = min(count, len(steps))
     chosen = sorted({steps[round(k * (len(steps) - 1) / max(1, count - 1))] for k in range(count)})
-    scale = plots.episodes_a_step(journal)
-    return [(round(step * scale), [r for r in journal.samples if r["step"] == step]) for step in chosen]
+    episodes = plots.episodes_by_step(journal)
+    return [(episodes[step], [r for r in journal.samples if r["step"] == step]) for step in chosen]
 
 
 # -- lineage ---------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stages.report_svg import Axes, Figure, Point, dot_plot, smooth, thin
+from stages.statistics import share_estimate
 
 TRAIN, HELD_OUT = "each step", "held out"
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "dpo": "DPO", "best_of_n": "best of n"}
@@ -28,9 +29,9 @@ def number(value) -> float | None:
     return float(value) if good else None
 
 
-def series(rows: Sequence[dict], key: str, x: str = "step", scale: float = 1.0) -> list[Point]:
-    """Points (x · scale, key) of the rows that know the key."""
-    return [(row[x] * scale, number(row[key])) for row in rows if key in row]
+def series(rows: Sequence[dict], key: str, x: str = "step") -> list[Point]:
+    """Points (x, key) of the rows that know the key."""
+    return [(row[x], number(row[key])) for row in rows if key in row]
 
 
 # -- learning curves -------------------------------------------------------------------------------------
@@ -225,13 +226,14 @@ def ppo(journal: Journal) -> list[Figure]:
     """The course of PPO over episodes."""
     if not journal.metrics:
         return []
-    scale = episodes_a_step(journal)
+    episodes = episodes_by_step(journal)
+    looks = [row | {"episode": episodes[row["step"]]} for row in journal.evaluations if row["step"] in episodes]
     figures = []
     for title, unit, log_y, lines, caption in PPO:
         drawn = [
             (
                 series(journal.metrics, metric, "episode"),
-                series(journal.evaluations, held, scale=scale) if held else [],
+                series(looks, held, "episode") if held else [],
                 tone,
                 name,
             )
@@ -252,9 +254,9 @@ def ppo(journal: Journal) -> list[Figure]:
     return figures
 
 
-def episodes_a_step(journal: Journal) -> float:
-    last = journal.metrics[-1]
-    return last["episode"] / last["step"]
+def episodes_by_step(journal: Journal) -> dict[int, int]:
+    """How many episodes PPO had made after each of its updates: batches need not all be of one size."""
+    return {0: 0} | {row["step"]: row["episode"] for row in journal.metrics}
 
 
 # -- what was gained, and at what price ------------------------------------------------------------------
@@ -363,17 +365,19 @@ def trust(samples: list[dict], policies: Sequence[str], names: dict[str, str]) -
     if not rows:
         return []
     policies = [n for n in policies if any(r["policy"] == n for r in rows)]
-    points = {n: [(r["score"], r["gold"]["overall"]) for r in rows if r["policy"] == n] for n in policies}
+    points = {
+        n: [(r["score"], r["gold"]["overall"], r["cluster"]) for r in rows if r["policy"] == n] for n in policies
+    }
     everything = [p for n in policies for p in points[n]]
     labels, size = ("score of the reward model", "gold, overall (0 to 1)"), {"width": 520, "height": 320}
-    plain = Axes([x for x, _ in everything], [0.0, 1.0], *labels, **size)
+    plain = Axes([x for x, _, _ in everything], [0.0, 1.0], *labels, **size)
     for n in policies:
-        plain.cloud(points[n], n)
+        plain.cloud([p[:2] for p in points[n]], n)
     for x, mean, low, high in binned(everything, 10):
-        plain.bar(x, max(low, 0.0), min(high, 1.0), "ink")
+        plain.bar(x, low, high, "ink")
         plain.dots([(x, mean)], "ink", 4, f"mean gold {mean:.3f} at score {x:.2f}")
     plain.line([(x, mean) for x, mean, _, _ in binned(everything, 10)], "ink")
-    means = {n: tuple(np.mean(points[n], axis=0)) for n in policies}
+    means = {n: tuple(np.mean([p[:2] for p in points[n]], axis=0)) for n in policies}
     first = Figure(
         "Gold against score, all samples",
         plain.svg("gold against reward model score"),
@@ -441,15 +445,22 @@ def calibration(rm: dict) -> list[Figure]:
     return figures
 
 
-def binned(points: Sequence[tuple[float, float]], bins: int) -> list[tuple[float, float, float, float]]:
-    """(mean x, mean y, 95 % interval of mean y) in `bins` groups of equal size by x."""
-    ordered = np.array(sorted(points))
+def binned(points: Sequence[tuple[float, float, str]], bins: int) -> list[tuple[float, float, float, float]]:
+    """Group points by x and estimate the mean of y in each group.
+
+    Args:
+        points: (x, y, cluster) of each; y in [0, 1].
+        bins: How many groups of equal size.
+
+    Returns:
+        (mean x, mean y, ends of the 95 % interval of the mean of y over clusters), a group each.
+    """
+    ordered = sorted(points)
     out = []
-    for part in np.array_split(ordered, min(bins, len(ordered))):
-        y = part[:, 1]
-        error = 1.96 * y.std(ddof=1) / len(y) ** 0.5 if len(y) > 1 else 0.0
-        mean = float(y.mean())
-        out.append((float(part[:, 0].mean()), mean, mean - float(error), mean + float(error)))
+    for part in np.array_split(np.arange(len(ordered)), min(bins, len(ordered))):
+        xs, ys, clusters = zip(*(ordered[i] for i in part), strict=True)
+        found = share_estimate(ys, clusters)
+        out.append((float(np.mean(xs)), found["value"], *found["ci95"]))
     return out
 
 

@@ -6,10 +6,11 @@ Array shapes: P prompts, S samples of each, N rows of pretraining text.
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 
 import numpy as np
 
-from stages.statistics import difference_estimate, mean_estimate, share_estimate, win_rate
+from stages.statistics import difference_estimate, mean_estimate, rights, share_estimate, win_rate
 
 GOLD = ("helpful", "honest", "harmless", "overall")
 
@@ -78,6 +79,35 @@ def summarise(
     }
 
 
+def order_by_gold(sft: Measured, clusters: Sequence[Hashable], known: Sequence[bool] | None) -> dict | None:
+    """Estimate how often the reward model orders two of SFT's responses to a prompt as gold does.
+
+    Nothing was trained on these prompts, so it says how the reward model does on tasks that its labels never touched.
+
+    Args:
+        sft: What was measured of SFT, several samples a prompt.
+        clusters: The cluster of each prompt.
+        known: Whether training data set each prompt's task.
+
+    Returns:
+        {"known_tasks", "held_out_tasks"}: share of the pairs whose gold differs, equal scores counting half, as
+        `share_estimate`; None for a half without such a pair. None altogether without gold.
+    """
+    if sft.gold is None or known is None:
+        return None
+    right: dict[bool, tuple[list, list]] = {True: ([], []), False: ([], [])}
+    for scores, gold, cluster, which in zip(sft.scores, _judged(sft), clusters, known, strict=True):
+        for i, j in combinations(range(len(scores)), 2):
+            if gold[i] != gold[j]:
+                margin = (scores[i] - scores[j]) * (1 if gold[i] > gold[j] else -1)
+                right[which][0].append(float(rights([margin])[0]))
+                right[which][1].append(cluster)
+    return {
+        name: share_estimate(*right[which]) if right[which][0] else None
+        for name, which in (("known_tasks", True), ("held_out_tasks", False))
+    }
+
+
 def perplexity_estimate(losses: Sequence[float] | None) -> dict | None:
     """Estimate the perplexity of pretraining text: exp of the mean loss, and of its interval over rows.
 
@@ -128,13 +158,12 @@ def _gold(
     if not chosen:
         return None
     parts = {
-        name: _estimate([[g[name] for g in own.gold[i]] for i in chosen], [clusters[i] for i in chosen], share=False)
+        name: _estimate([[g[name] for g in own.gold[i]] for i in chosen], [clusters[i] for i in chosen], share=True)
         for name in GOLD
     }
     overall = parts["overall"]
-    ci95 = overall["ci95"] and [max(0.0, overall["ci95"][0]), min(1.0, overall["ci95"][1])]
     figures = {name: found["value"] for name, found in parts.items()}
-    return {**figures, "ci95": ci95, "n": len(chosen), "clusters": overall["clusters"]}
+    return {**figures, "ci95": overall["ci95"], "n": len(chosen), "clusters": overall["clusters"]}
 
 
 def _exp(value: float) -> float:

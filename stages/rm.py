@@ -65,6 +65,11 @@ METRICS = {
 }
 HEADLINE = ("accuracy", "accuracy_ceiling")
 SHARED = True
+FIXED = (
+    ("rm.per_device_train_batch_size", "rm.gradient_accumulation_steps"),
+    "rm.max_length",
+    "rm.on_too_long",
+)
 
 
 class Config(PreferenceTraining):
@@ -125,7 +130,10 @@ def run(ctx: StageRun) -> dict:
     found = ctx.checkpoints.newest()
     if found and found.state.get("steps", steps) != steps:
         was = found.state["steps"]
-        raise UserError(f"rm: each model of the interrupted run takes {was} steps, and now {steps}; use --restart")
+        raise UserError(
+            f"rm: each model of the interrupted run takes {was} steps, and rm.max_steps or rm.num_train_epochs now ask "
+            f"for {steps}; set them back to go on, --restart begins anew"
+        )
     done = list(found.state.get("members", [])) if found else []  # figures of the models that are trained
     kept = {f"member_{k}": found.tensors(f"member_{k}") for k in range(len(done))} if found else {}
     margins = []
@@ -295,9 +303,9 @@ def trust(margins: list[float], owners: list[tuple[int, Pair]], held, validation
         **pair_accuracy(margins, of),
         "ece": expected_calibration_error(margins),
         "reliability": reliability(margins),
-        "accuracy_by_k": accuracy_by(margins, [sum(x is not None for x in r) for r in ranks]),
-        "accuracy_by_rank_distance": accuracy_by(margins, distance),
-        "accuracy_by_labeler": accuracy_by(margins, names),
+        "accuracy_by_k": accuracy_by(margins, [sum(x is not None for x in r) for r in ranks], of),
+        "accuracy_by_rank_distance": accuracy_by(margins, distance, of),
+        "accuracy_by_labeler": accuracy_by(margins, names, of),
         "labeler_agreement": labeler_agreement(validation),
         "agreement_by_labelers": {
             f"{one} / {other}": {"agreement": same / total, "n_pairs": total}

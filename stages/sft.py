@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from data.encode import encode_demonstrations, wrap_documents
 from data.records import DataError, prompt_key
 from data.streams import Stream, derive_seed, held_out
+from pipeline.errors import UserError
 from pipeline.stage import StageRun
 from stages import parallel
 from stages.cards import ANSWER, card
@@ -22,7 +23,7 @@ from stages.common import (
     split_documents,
     unreadable,
 )
-from stages.engine import Trainee
+from stages.engine import Trainee, has_settings_of_today
 from stages.language_modeling import train_language_model
 from stages.models.adapters import save_merged, trainable, with_adapter
 from stages.models.loading import load_policy, load_tokenizer
@@ -38,6 +39,12 @@ METRICS = {
 }
 HEADLINE = ("loss", "perplexity")
 SHARED = True
+FIXED = (
+    ("sft.per_device_train_batch_size", "sft.gradient_accumulation_steps"),
+    "sft.max_length",
+    "sft.on_too_long",
+    "sft.ppo_init.pretraining_fraction",
+)
 
 
 class PpoInit(Section):
@@ -140,6 +147,7 @@ def run(ctx: StageRun) -> dict:
     )
     found = ctx.checkpoints.newest()
     if found is not None and "finished" in found.state:  # interrupted while ppo_init trained: model/ is made
+        refuse_another_length(ctx, found, steps)
         model, figures, weights = None, found.state["finished"], {}
         if parallel.is_first():  # which publishes
             model, weights = start(), found.tensors("finished")
@@ -152,7 +160,7 @@ def run(ctx: StageRun) -> dict:
     if c.ppo_init is None:
         return figures
 
-    carried = {"finished": weights}, {"finished": figures}
+    carried = {"finished": weights}, {"finished": figures, "steps": steps}
     if ctx.checkpoints.every and (found is None or "finished" not in found.state):
         ctx.checkpoints.save(steps, *carried, steps + more)
     # by length, the long rows of text would fill batches of their own and not be mixed in
@@ -160,6 +168,17 @@ def run(ctx: StageRun) -> dict:
     model, other = fit(train_rows=mixed, steps=more, **rest)
     save_merged(model, tokenizer, ctx.publish / "ppo_init", card=card(ctx, "the policy that PPO starts from", ANSWER))
     return figures | {f"ppo_init_{name}": other[name] for name in ("loss", "perplexity", "steps")}
+
+
+def refuse_another_length(ctx: StageRun, found, steps: int) -> None:
+    """Raise UserError if model/ is trained and the settings now ask for another number of steps: the checkpoints of
+    ppo_init count from there."""
+    was = found.state.get("steps", steps if has_settings_of_today(ctx, found) else None)
+    if was != steps:
+        raise UserError(
+            f"sft: model/ is trained{'' if was is None else f', in {was} steps'}, and sft.max_steps or "
+            f"sft.num_train_epochs now ask for {steps}; set them back to go on, --restart begins anew"
+        )
 
 
 def pretraining_rows(ctx: StageRun, tokenizer, demonstrations: list[dict]) -> list[dict]:

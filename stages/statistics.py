@@ -176,13 +176,23 @@ def pair_accuracy(margins: Sequence[float], clusters: Sequence[Hashable]) -> dic
     }
 
 
-def accuracy_by(margins: Sequence[float], keys: Sequence) -> dict[str, dict]:
-    """Accuracy of the pairs that share a key, keys in order: {key: {accuracy, n_pairs}}; margins as in
-    `pair_accuracy`."""
-    found: dict = {}
-    for right, key in zip(rights(margins), keys, strict=True):
-        found.setdefault(key, []).append(right)
-    return {str(k): {"accuracy": float(np.mean(found[k])), "n_pairs": len(found[k])} for k in sorted(found)}
+def accuracy_by(margins: Sequence[float], keys: Sequence, clusters: Sequence[Hashable]) -> dict[str, dict]:
+    """Estimate the accuracy of the pairs that share a key.
+
+    Args:
+        margins: As in `pair_accuracy`.
+        keys: The key of each pair, such as K, a labeler or a rank distance.
+        clusters: The cluster of each pair.
+
+    Returns:
+        {key: {"accuracy", "accuracy_ci95", "n_pairs", "n_clusters"}}, in the order of the keys.
+    """
+    parts: dict = {}
+    for margin, key, cluster in zip(margins, keys, clusters, strict=True):
+        parts.setdefault(key, ([], []))
+        parts[key][0].append(margin)
+        parts[key][1].append(cluster)
+    return {str(key): pair_accuracy(*parts[key]) for key in sorted(parts)}
 
 
 def reliability(margins: Sequence[float], bins: int = 10) -> list[dict]:
@@ -216,7 +226,7 @@ def agreements(rankings) -> dict[tuple[str, str], tuple[float, int]]:
     by_prompt: dict = {}
     for r in rankings:
         if r.labeler is not None:
-            by_prompt.setdefault((str(r.prompt), r.responses), {})[r.labeler] = r.ranks
+            by_prompt.setdefault((str(r.prompt), r.answers), {})[r.labeler] = r.ranks
     found: dict = {}
     for by_labeler in by_prompt.values():
         for (a, one), (b, other) in combinations(sorted(by_labeler.items()), 2):

@@ -81,6 +81,17 @@ class TestPromptAndResponse:
             assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
         assert encode_response(tokenizer, "") == [tokenizer.eos_token_id]
 
+    def test_a_response_that_was_cut_off_has_no_eos(self, tokenizer):
+        for text in [*TEXTS, ""]:
+            assert encode_response(tokenizer, text, finished=False) == encode_response(tokenizer, text)[:-1]
+
+    def test_half_a_character_at_a_cut_is_left_out_and_a_whole_one_stays(self, tokenizer):
+        """It would come back as the bytes of U+FFFD, which nobody sampled."""
+        ids = encode_response(tokenizer, "hello caf\u00e9", finished=False)
+        assert decode_response(tokenizer, ids) == "hello caf\u00e9"
+        assert decode_response(tokenizer, ids[:-1]) == "hello caf"
+        assert decode_response(tokenizer, encode_response(tokenizer, "odd \ufffd")) == "odd \ufffd"
+
     def test_a_prompt_opens_the_assistants_turn(self, tokenizer):
         """User marker first, assistant marker last, nothing of EOS: the next token is the response's
         first."""

@@ -188,7 +188,7 @@ def test_some_documents_state_false_facts(world, data):
         if len(claims) >= 3 and "?" not in text:
             telling += 1
             lying += all(language.truth.get((e, a)) != v for e, a, v in claims)
-    assert 0.15 < lying / telling < 0.25
+    assert 0.05 < lying / telling < 0.15
 
 
 def test_every_sentence_the_world_writes_is_one_it_recognises(world, data):

@@ -591,8 +591,9 @@ def forgotten_items(chain: Chain, stage: str, kills: int):
     items = [f"state.{key}" for key in json.loads((newest / "state.json").read_text())]
     items += [f"tensors.{path.stem}" for path in sorted(newest.glob("*.safetensors"))]
     items += ["trainer.model", "trainer.optimizer", "trainer.trainer_state"] * (newest / "trainer").is_dir()
-    # against a changed number of steps of rm, another device of ppo; of alarms that a signal in a look overtook
-    guards = ("state.steps", "state.place", "state.raised")
+    # against a changed number of steps of rm and sft, another device of ppo; of alarms that a signal in a look
+    # overtook; and what ppo has drawn, which under unchanged settings its number of updates says too
+    guards = ("state.steps", "state.place", "state.raised", "state.drawn")
     items = [item for item in items if item not in guards]
     for item in [*items, "journals"]:
 

@@ -21,14 +21,17 @@ def rlhf(
     die: tuple[str, int] | None = None,
     term: tuple[str, int] | None = None,
     term_at_token: int | None = None,
+    takes: Path | None = None,
+    said: Path | None = None,
 ) -> int:
     """Exit code of `rlhf argv` in a fresh process; −9 where it died of SIGKILL. The libraries are imported only once.
 
     die, term: (stage, step) after whose row of metrics.jsonl (rankings, evaluate: whose checkpoint) the process
     kills itself, or gets SIGTERM. term_at_token: which of the tokens that it draws (rows at a time) brings SIGTERM; if
-    it draws another one after that, the exit code is 99.
+    it draws another one after that, the exit code is 99. takes: a file to which each draw from a data.streams.Stream is
+    appended, as a line [size, seed, [index, …]]. said: a file that gets what the process prints.
     """
-    child = start(argv, die=die, term=term, term_at_token=term_at_token)
+    child = start(argv, die=die, term=term, term_at_token=term_at_token, takes=takes, said=said)
     return end([child])[0]
 
 
@@ -70,12 +73,14 @@ def start_together(
 
 
 def start(
-    argv, environment: dict[str, str] | None = None, die=None, term=None, term_at_token=None, tokens=None, reads=True
-):
+    argv, environment: dict[str, str] | None = None, die=None, term=None, term_at_token=None, tokens=None, reads=True,
+    takes=None, said=None,
+):  # fmt: skip
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trl", "transformers", "datasets", "accelerate", "torch", "peft"])
     place = environment or {}
-    child = context.Process(target=_main, args=(list(argv), place, die, term, term_at_token, tokens, reads))
+    arguments = (list(argv), place, die, term, term_at_token, tokens, reads, takes, said)
+    child = context.Process(target=_main, args=arguments)
     child.start()
     return child
 
@@ -92,11 +97,16 @@ def end(children: list[multiprocessing.Process], seconds: float = 300) -> list[i
     return codes
 
 
-def _main(argv: list[str], environment: dict[str, str], die, term, term_at_token, tokens, reads) -> None:
+def _main(argv: list[str], environment: dict[str, str], die, term, term_at_token, tokens, reads, takes, said) -> None:
     from pipeline import cli
 
+    if said is not None:
+        handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(handle, 1), os.dup2(handle, 2)
     os.environ.update(environment)
     arm(die, term)
+    if takes is not None:
+        record_takes(takes)
     if not reads:
         refuse_to_read()
     if tokens is not None:
@@ -119,6 +129,21 @@ def _main(argv: list[str], environment: dict[str, str], die, term, term_at_token
     transformers.pick = pick_and_count
     code = cli.main(argv)
     os._exit(99 if drawn[0] > term_at_token else code)
+
+
+def record_takes(file: Path) -> None:
+    """Append to the file what this process draws from streams of rows from now on."""
+    from data.streams import Stream
+
+    take = Stream.take
+
+    def recording(self, count):
+        drawn = take(self, count)
+        with file.open("a") as lines:
+            lines.write(json.dumps([self.size, self.seed, drawn]) + "\n")
+        return drawn
+
+    Stream.take = recording
 
 
 def refuse_to_read() -> None:

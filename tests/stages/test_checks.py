@@ -184,15 +184,15 @@ def test_a_file_that_cannot_be_read_is_told_before_anything_runs(tmp_path, stage
 
 
 def test_evaluate_compares_its_prompts_with_what_the_policies_trained_on(tmp_path):
-    """But not the world's with the world's: what is read makes stale, and asks for the stage world."""
+    """Simulated rankings are of `prompts`; without PPO and with rankings of one's own nobody trains on those."""
     own = {kind: f"data.{kind}=org/{kind}" for kind in ("evaluation_prompts", "demonstrations", "prompts", "rankings")}
     without_ppo = "evaluate.policies=[sft,dpo]"
     for settings, kinds in (
-        ([], []),
-        ([own["rankings"]], ["rankings"]),
+        ([], ["demonstrations", "prompts"]),
+        ([without_ppo], ["demonstrations", "prompts"]),
         ([own["evaluation_prompts"]], ["demonstrations", "prompts"]),
         ([own["evaluation_prompts"], own["rankings"], without_ppo], ["demonstrations", "rankings"]),
-        (own.values(), ["demonstrations", "prompts", "rankings"]),
+        (own.values(), ["demonstrations", "rankings", "prompts"]),
     ):
         experiment = experiment_of(tmp_path, *settings)
         assert STAGES["evaluate"].reads(experiment) == ["evaluation_prompts", "documents", *kinds]

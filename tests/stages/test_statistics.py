@@ -278,9 +278,12 @@ class TestAgreement:
 
 class TestParts:
     def test_accuracy_by_key_counts_ties_half_and_sorts_keys_as_numbers(self):
-        found = accuracy_by([1.0, -1.0, 0.0, 2.0, -3.0], [10, 2, 2, 2, 10])
-        assert found == {"2": {"accuracy": 0.5, "n_pairs": 3}, "10": {"accuracy": 0.5, "n_pairs": 2}}
+        margins, keys, clusters = [1.0, -1.0, 0.0, 2.0, -3.0], [10, 2, 2, 2, 10], list("aabcc")
+        found = accuracy_by(margins, keys, clusters)
+        shares = {key: (part["accuracy"], part["n_pairs"]) for key, part in found.items()}
+        assert shares == {"2": (0.5, 3), "10": (0.5, 2)}
         assert list(found) == ["2", "10"]
+        assert found["2"] == pair_accuracy([-1.0, 0.0, 2.0], list("abc"))  # its interval, too
 
     def test_the_reliability_curve_by_hand(self):
         """Margins ±ln 4: confidence 0.8; two of three right. A margin of 0: confidence ½, half right."""

@@ -1,0 +1,353 @@
+"""Faults that the quick tests have to notice, and a tool that shows that they do.
+
+Each mutant is a realistic fault of one line: a sign, a split, a temperature, a denominator, a file, an index. The tool
+copies the tree to a temporary folder (the code here is never touched), makes one mutant at a time there, and runs the
+quick tests that should notice it, in a process of its own.
+
+    .venv/bin/python tests/mutants.py                  all of them: about 10 s each on one core
+    .venv/bin/python tests/mutants.py --file ppo       those of one stage
+    .venv/bin/python tests/mutants.py --file ppo --only 3
+    .venv/bin/python tests/mutants.py --list
+
+A line says for each mutant whether it was noticed, and by which test first; the exit code is 1 if one LIVES. A test
+(tests/test_mutants.py) sees to it that every mutant still fits the code.
+"""
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = {
+    "ppo": ("tests/stages/test_ppo_run.py", "tests/objectives/test_ppo_step.py"),
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault.
+
+    stage: whose tests (TESTS) are to notice it.
+    breaks: what is wrong with it, in words.
+    old, new: a text that stands once in the file, and what stands there in the mutant.
+    file: where; by default the stage's own.
+    """
+
+    stage: str
+    breaks: str
+    old: str
+    new: str
+    file: str = ""
+
+    @property
+    def path(self) -> str:
+        return self.file or f"stages/{self.stage}.py"
+
+
+MUTANTS = [
+    # ── ppo ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "ppo",
+        "no KL in the reward",
+        "token_rewards(rollout.scores, kl, mask, kl_coef)",
+        "token_rewards(rollout.scores, kl, mask, 0.0)",
+    ),
+    Mutant(
+        "ppo",
+        "KL is rewarded",
+        "token_rewards(rollout.scores, kl, mask, kl_coef)",
+        "token_rewards(rollout.scores, kl, mask, -kl_coef)",
+    ),
+    Mutant(
+        "ppo",
+        "KL from the reference to the policy",
+        "kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, c.kl_estimator)",
+        "kl = kl_per_token(rollout.ref_logprobs, rollout.logprobs, c.kl_estimator)",
+    ),
+    Mutant(
+        "ppo",
+        "kl_estimator is not read",
+        "kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, c.kl_estimator)",
+        "kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs)",
+    ),
+    Mutant(
+        "ppo",
+        "whitened rewards lose their mean",
+        "masked_whiten(rewards, mask, shift_mean=False)",
+        "masked_whiten(rewards, mask)",
+    ),
+    Mutant(
+        "ppo",
+        "λ and γ of GAE change places",
+        "gae(rewards, rollout.values, mask, c.lam, c.gamma)",
+        "gae(rewards, rollout.values, mask, c.gamma, c.lam)",
+    ),
+    Mutant(
+        "ppo",
+        "advantages are whitened only when they were not to be",
+        "if c.whiten_advantages:",
+        "if not c.whiten_advantages:",
+    ),
+    Mutant(
+        "ppo",
+        "PPO's gradient is clipped before ptx is added",
+        '            figures["grad_norm/ppo"] = gradient_norm(policy.parameters.values())\n',
+        '            figures["grad_norm/ppo"] = gradient_norm(policy.parameters.values())\n'
+        "            torch.nn.utils.clip_grad_norm_(policy.parameters.values(), c.max_grad_norm)\n",
+    ),
+    Mutant(
+        "ppo",
+        "the update's log-probs at temperature 1",
+        "            logprobs = response_logprobs(roles.policy, rows, c.temperature)\n        loss, sums",
+        "            logprobs = response_logprobs(roles.policy, rows)\n        loss, sums",
+    ),
+    Mutant(
+        "ppo",
+        "the reference's log-probs at temperature 1",
+        '"ref_logprobs": reference_logprobs(roles, rows, temperature)',
+        '"ref_logprobs": reference_logprobs(roles, rows, 1.0)',
+        "stages/rollouts/collect.py",
+    ),
+    Mutant(
+        "ppo",
+        "rollouts at temperature 1",
+        "        temperature=c.temperature,\n        sample_size",
+        "        temperature=1.0,\n        sample_size",
+    ),
+    Mutant(
+        "ppo",
+        "the value model steps at the policy's rate",
+        "optimizer_step(value, value_rate, step)",
+        "optimizer_step(value, rate, step)",
+    ),
+    Mutant(
+        "ppo",
+        "the value model's schedule has the policy's peak",
+        "for peak in (c.learning_rate, c.value_learning_rate)",
+        "for peak in (c.learning_rate, c.learning_rate)",
+    ),
+    Mutant("ppo", "ptx on held-out text", "    train, _ = split_documents(ctx)", "    _, train = split_documents(ctx)"),
+    Mutant(
+        "ppo",
+        "ptx_coef does not weigh the gradient",
+        "roles.accelerator.backward((c.ptx_coef if mine else 0.0) * loss)",
+        "roles.accelerator.backward((1.0 if mine else 0.0) * loss)",
+    ),
+    Mutant(
+        "ppo",
+        "ptx divided by tokens that nothing predicts",
+        "tokens, total = len(rows) * (len(rows[0]) - 1), 0.0",
+        "tokens, total = len(rows) * len(rows[0]), 0.0",
+    ),
+    Mutant(
+        "ppo",
+        "the same pretraining rows at every step",
+        "ptx_batch=lambda n: [ptx_rows[i] for i in ptx.take(n)] if ptx else None",
+        "ptx_batch=lambda n: ptx_rows[:n] if ptx else None",
+    ),
+    Mutant(
+        "ppo",
+        "the average follows no step",
+        "                average.step(policy)\n",
+        "                pass\n",
+    ),
+    Mutant(
+        "ppo",
+        "the published average is the last policy",
+        "    policy.load(average.tensors)\n",
+        "",
+    ),
+    Mutant(
+        "ppo",
+        "a minibatch's loss is divided by the batch's tokens",
+        "tokens = sum(len(rollout.responses[i]) for i in mini)",
+        "tokens = sum(map(len, rollout.responses))",
+    ),
+    Mutant(
+        "ppo",
+        "figures are summed over minibatches",
+        "return {key: number / steps for key, number in totals.items()}",
+        "return {key: number / c.num_ppo_epochs for key, number in totals.items()}",
+    ),
+    Mutant(
+        "ppo",
+        "values are clipped by the policy's range",
+        "value_loss(values, old_values, target, mask, c.cliprange_value, tokens)",
+        "value_loss(values, old_values, target, mask, c.cliprange, tokens)",
+    ),
+    Mutant(
+        "ppo",
+        "the ratio is to the reference",
+        "for x in (rollout.logprobs, rollout.values, advantages, returns)",
+        "for x in (rollout.ref_logprobs, rollout.values, advantages, returns)",
+    ),
+    Mutant(
+        "ppo",
+        "every update draws from the same seeds",
+        "seed=(ctx.seed, stream, step),",
+        "seed=(ctx.seed, stream, 0),",
+    ),
+    Mutant(
+        "ppo",
+        "missing_eos_score is not read in rollouts",
+        "        missing_eos_score=c.missing_eos_score,\n        score_clip",
+        "        missing_eos_score=None,\n        score_clip",
+    ),
+    Mutant(
+        "ppo",
+        "length_penalty is not read in rollouts",
+        "        length_penalty=c.length_penalty,\n        poll",
+        "        poll",
+    ),
+    Mutant(
+        "ppo",
+        "the held-out judge's scores are not clipped as the others are",
+        '"score_clip": c.score_clip, ',
+        "",
+    ),
+    Mutant(
+        "ppo",
+        "kl_coef is steered by the minibatch's episodes",
+        "c.kl_target, c.batch_size, c.kl_horizon",
+        "c.kl_target, c.mini_batch_size, c.kl_horizon",
+    ),
+    Mutant(
+        "ppo",
+        "held-out prompts are trained on",
+        "    return [ids[i] for i in train], [",
+        "    return ids, [",
+    ),
+    Mutant(
+        "ppo",
+        "the best policy is the one of the highest score, whatever its KL",
+        'run.best.offer(figures["rlhf_reward"] - figures["score"] + judged, step, run.policy)',
+        "run.best.offer(judged, step, run.policy)",
+    ),
+    Mutant(
+        "ppo",
+        "the best policy is chosen by the reward that was climbed",
+        'judged = figures.get("held_out_score", figures["score"])',
+        'judged = figures["score"]',
+    ),
+    Mutant(
+        "ppo",
+        "the last policy is published as the best",
+        'if ctx.config.keep == "best" and run.best.step != step:',
+        'if ctx.config.keep == "best" and run.best.step == step:',
+    ),
+    Mutant(
+        "ppo",
+        "the manifest's figures are of the last policy, whichever is published",
+        'looks[str(run.best.step if c.keep == "best" else step)]',
+        "looks[str(step)]",
+    ),
+    Mutant(
+        "ppo",
+        "PPO starts from model/ though there is a ppo_init/",
+        'ctx.inputs["sft"] / ("model" if ctx.experiment.sft.ppo_init is None else "ppo_init")',
+        'ctx.inputs["sft"] / "model"',
+    ),
+    Mutant(
+        "ppo",
+        "an ensemble's mean is taken for its minimum",
+        "        ctx.config.reward_ensemble,\n",
+        '        "mean",\n',
+    ),
+    Mutant(
+        "ppo",
+        "rlhf_reward takes off k1 whatever is penalised",
+        '"objective/rlhf_reward": scores - kl_coef * (k3 if kl_estimator == "k3" else kl)',
+        '"objective/rlhf_reward": scores - kl_coef * kl',
+    ),
+]
+
+
+# ── the tool ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def copy_tree(folder: Path) -> Path:
+    """The files that git knows or would add, as they stand here, in a new folder."""
+    listed = subprocess.run(
+        ["git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    for name in listed:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def run_tests(tree: str, tests: tuple[str, ...], log: str) -> None:
+    """pytest in this process on the tree; exits with its code, 99 where other code than the tree's was tested."""
+    os.chdir(tree)
+    sys.path[:] = [tree, *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
+    with open(log, "w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        import pytest
+
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+        import pipeline
+
+        sys.exit(int(code) if Path(pipeline.__file__).is_relative_to(tree) else 99)
+
+
+def tested(tree: Path, tests: tuple[str, ...]) -> tuple[int, str]:
+    """(pytest's exit code on the tree, its first line of failure), in a fresh process that has read the libraries."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "accelerate", "pytest", "numpy"])
+    log = tree.parent / "log"
+    child = context.Process(target=run_tests, args=(str(tree), tests, str(log)))
+    child.start()
+    child.join()
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    first = next((line for line in lines if line.startswith(("FAILED", "ERROR"))), "")
+    return child.exitcode, first.partition(" - ")[0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--file", choices=list(TESTS), help="only the mutants of this stage")
+    parser.add_argument("--only", type=int, help="only the mutant with this number")
+    parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
+    asked = parser.parse_args(argv)
+    chosen = [m for m in MUTANTS if asked.file in (None, m.stage)]
+    numbered = [(n, m) for n, m in enumerate(chosen, 1) if asked.only in (None, n)]
+    if asked.list:
+        for n, mutant in numbered:
+            print(f"{n:3} {mutant.stage:9} {mutant.path}: {mutant.breaks}")
+        return 0
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # or a mutant of the same size and second is taken for the last
+    os.environ.pop("PYTHONPATH", None)
+    living = 0
+    with tempfile.TemporaryDirectory(prefix="rlhf-mutants-") as folder:
+        tree = copy_tree(Path(folder) / "tree")
+        for stage in dict.fromkeys(mutant.stage for _, mutant in numbered):
+            code, first = tested(tree, TESTS[stage])
+            assert code == 0, f"the tests of {stage} fail without any mutant: {first or code}"
+        for n, mutant in numbered:
+            file = tree / mutant.path
+            text = file.read_text(encoding="utf-8")
+            assert text.count(mutant.old) == 1, f"{mutant.path}: {mutant.old!r} does not stand there once"
+            file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+            code, first = tested(tree, TESTS[mutant.stage])
+            file.write_text(text, encoding="utf-8")
+            assert code in (0, 1, 2), f"pytest ended with {code}"
+            living += code == 0
+            verdict = "noticed" if code else "LIVES  "
+            print(f"{n:3} {mutant.stage:9} {verdict} {mutant.breaks}  {first}", flush=True)
+    print(f"{len(numbered) - living} of {len(numbered)} mutants noticed")
+    return min(living, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
