@@ -172,8 +172,8 @@ def pairs_case(prompts: int, accuracy: float) -> Case:
     return Case("pairs", f"accuracy {accuracy}", prompts, accuracy, draw, interval, lambda x: (1 + x) / 2)
 
 
-def seeds_case(seeds: int) -> Case:
-    """A table over seeds: the mean over seeds of a policy's gold on each seed's 60 prompts."""
+def seeds_case(seeds: int, share: bool = False) -> Case:
+    """A table over seeds: the mean over seeds of a policy's gold (as a share or not) on each seed's 60 prompts."""
     prompts = 60
 
     def draw(rng):
@@ -182,9 +182,9 @@ def seeds_case(seeds: int) -> Case:
 
     def interval(values, seed):
         means = values.reshape(seeds, prompts).mean(1)
-        return mean_estimate(means, range(seeds))["ci95"]
+        return (share_estimate if share else mean_estimate)(means, range(seeds))["ci95"]
 
-    return Case("seeds", "60 prompts each", seeds, 0.8, draw, interval, lambda x: x)
+    return Case("seeds", "60 prompts each" + ", as a share" * share, seeds, 0.8, draw, interval, lambda x: x)
 
 
 TASKS = (8, 16, 47, 74)
@@ -197,5 +197,5 @@ CASES = [
     *(gold_case(tasks, perfect) for tasks in TASKS for perfect in (0.4, 0.7, 0.9)),
     *(difference_case(tasks) for tasks in TASKS),
     *(pairs_case(prompts, accuracy) for prompts in (8, 16, 100) for accuracy in (0.6, 0.75, 0.9)),
-    *(seeds_case(seeds) for seeds in (3, 5)),
+    *(seeds_case(seeds, share) for seeds in (3, 5) for share in (False, True)),
 ]

@@ -27,7 +27,7 @@ MANY = [
     pairs_case(16, 0.9),
     pairs_case(100, 0.6),
 ]
-SEEDS = [seeds_case(3), seeds_case(5)]
+SEEDS = [seeds_case(3), seeds_case(3, share=True), seeds_case(5)]
 
 
 def name(case):
