@@ -262,7 +262,7 @@ def document(language: Language, rng: random.Random, rates: Rates, requests: dic
         The document's text.
     """
     kinds = (_encyclopedia, _legend, _catalogues, _dialogue, _conduct)
-    write = rng.choices(kinds, weights=(30, 14, 20, 30, 6))[0]
+    write = rng.choices(kinds, weights=(27, 13, 18, 36, 6))[0]
     return write(language, rng, rates, requests)
 
 
