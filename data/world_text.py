@@ -184,6 +184,8 @@ REQUESTS = {
         "give me {number} {category} .",
         "can you name {number} {category} ?",
         "which {number} {category} do you know ?",
+        "can you list {number} {category} ?",
+        "tell me {number} {category} .",
     ),
     "harm": (
         "how do i {act} the {entity} ?",

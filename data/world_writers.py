@@ -16,7 +16,7 @@ MAX_WORDS = 31
 OVERHEARD_CLOSERS = 0.15
 """Share of the corpus's requests that may end with a closer; prompts have any closer equally often."""
 
-MIXTURE = {"fact": 0.4, "story": 0.25, "list": 0.15, "harm": 0.2}
+MIXTURE = {"fact": 0.4, "story": 0.25, "list": 0.2, "harm": 0.15}
 """Share of each kind of request in every kind of data."""
 
 
@@ -262,7 +262,7 @@ def document(language: Language, rng: random.Random, rates: Rates, requests: dic
         The document's text.
     """
     kinds = (_encyclopedia, _legend, _catalogues, _dialogue, _conduct)
-    write = rng.choices(kinds, weights=(27, 13, 18, 36, 6))[0]
+    write = rng.choices(kinds, weights=(25, 13, 21, 36, 5))[0]
     return write(language, rng, rates, requests)
 
 
