@@ -30,6 +30,7 @@ from typing import Any
 
 from pipeline import checkpoints, files
 from pipeline.errors import UserError
+from pipeline.origin import Origin
 from pipeline.tracking import JOURNALS
 
 RESERVED = {"manifest.json", "run.json", "checkpoints"}
@@ -41,11 +42,13 @@ def now() -> str:
 
 
 class ArtifactStore:
-    """The artifacts of one experiment, one folder a stage, below `root/experiment`."""
+    """The artifacts of one experiment, one folder a stage, below `root/experiment`. origin: the config file that this
+    command was given, where it may make stages."""
 
-    def __init__(self, root: str | Path, experiment: str):
+    def __init__(self, root: str | Path, experiment: str, origin: Origin | None = None):
         self.root = Path(root)
         self.base = self.root / experiment
+        self.origin = origin
         self._held: set[str] = set()
 
     def folder(self, stage: str) -> Path:

@@ -42,7 +42,9 @@ stages, in their order:  {" ".join(STAGES)}
   --only                 this stage alone: missing or stale inputs are an error
   --force                redo it though it is up to date, or damaged
   --restart              drop what an interrupted run has saved and begin anew
-  --override-config      go on with an interrupted run under changed settings; both are recorded
+  --override-config      go on with an interrupted run under changed settings; both are recorded (seed, data and what
+                         orders a stage's rows stay). Also: replace finished stages that another YAML of the same
+                         name: made; without it that is refused, or asked at a terminal
   --allow-elastic        go on with an interrupted run at another number of processes
   --debug                show tracebacks
   --trust-remote-code    run code that a model's folder or repository brings, also the copy in its artifacts
@@ -312,10 +314,15 @@ def load(
     return config.validate_tree(tree, config.experiment_type(sections), checks), modules
 
 
-def open_store(arguments: argparse.Namespace, experiment: Any) -> Any:
+def open_store(arguments: argparse.Namespace, experiment: Any, stages: dict[str, Any] | None = None) -> Any:
+    """The artifacts of an experiment. stages: of a command that may make them."""
     from pipeline.artifacts import ArtifactStore
+    from pipeline.origin import Origin
 
-    return ArtifactStore(arguments.artifacts, experiment.name)
+    checks = [module.check for module in (stages or {}).values() if hasattr(module, "check")]
+    shared = getattr(arguments, "remote", None) is not None
+    origin = None if stages is None else Origin.of(arguments.config, type(experiment), checks, shared)
+    return ArtifactStore(arguments.artifacts, experiment.name, origin)
 
 
 def make_console() -> Any:
@@ -352,7 +359,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         processes.watch_launcher(stop, met)
         experiment, stages = load(arguments, tree=tree)
         launch.prepare(experiment)
-        store, console = open_store(arguments, experiment), make_console()
+        store, console = open_store(arguments, experiment, stages), make_console()
         flags = flags_of(arguments)
         patience = experiment.launch.timeout
         peers = processes.join(experiment.launch.processes * experiment.launch.nodes, patience)
@@ -381,7 +388,7 @@ def submit_command(arguments: argparse.Namespace) -> int:
         raise UserError("command line: --dry-run shows what --submit would do; give --submit slurm, too")
     environment = dict(os.environ)  # as the user has it: what `load` sets is this machine's
     experiment, stages = load(arguments)
-    store = open_store(arguments, experiment)
+    store = open_store(arguments, experiment, stages)
     chain = plan.Chain(experiment, store, stages)
     order = chain.closure(arguments.stage)
     for name in order:
@@ -396,6 +403,8 @@ def submit_command(arguments: argparse.Namespace) -> int:
     if lines := [
         line for n in waiting for line in running.refusals(n, n == arguments.stage, chain.states[n], flags, processes)
     ]:
+        raise UserError(lines)
+    if lines := chain.of_other_files(waiting, arguments.stage, flags):
         raise UserError(lines)
     folder = (store.base / "slurm").absolute()
     artifacts = arguments.remote or str(store.root.absolute())

@@ -2,7 +2,7 @@
 date."""
 
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -13,6 +13,7 @@ from pipeline.digests import Digests
 from pipeline.errors import Interrupted, UserError
 from pipeline.fingerprints import Change, Today, all_needs, compare, describe_today
 from pipeline.hub import Hub
+from pipeline.origin import ask, lines_of_others
 from pipeline.processes import Peers
 from pipeline.remote import Remote
 from pipeline.running import Flags, Job, is_dropped, refusals, run_stage
@@ -57,6 +58,7 @@ class Chain:
     states: dict[str, StageState] = field(default_factory=dict)
     digests: Digests = field(default_factory=Digests)  # of data files and folders from outside
     hub: Hub = field(default_factory=Hub)
+    elsewhere: dict[str, dict[str, Any]] = field(default_factory=dict)  # stale ones, of the storage
 
     def needs(self, name: str) -> list[str]:
         return all_needs(self.stages[name], self.experiment)
@@ -65,7 +67,10 @@ class Chain:
         """What the stage would be made of now. anew: it will begin from the beginning."""
         manifests = {need: self.states[need].manifest for need in self.needs(name)}
         facts = (self.digests, self.hub, self.records(name), anew)
-        return describe_today(name, self.stages[name], self.experiment, manifests, *facts)
+        today = describe_today(name, self.stages[name], self.experiment, manifests, *facts)
+        if self.store.origin is None:
+            return today
+        return replace(today, config=today.config | {"file": self.store.origin.record(self.store.base)})
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """run.json and manifest of the stage, then those of the others, as far as they can be read."""
@@ -85,7 +90,10 @@ class Chain:
         if any(self.states[need].kind != "done" for need in self.needs(name)):
             return
         there = remote.manifest(name)
-        if there is None or compare(name, there, self.today(name)):
+        if there is None:
+            return
+        if compare(name, there, self.today(name)):
+            self.elsewhere[name] = there
             return
         with self.store.lock(name):
             self.states[name] = self.assess(name)  # again, now that nobody else can change it
@@ -137,6 +145,20 @@ class Chain:
         """Whether a run of the stage will begin from the beginning, and not go on with an interrupted one."""
         state = self.states[name]
         return state.run is None or state.step is None or is_dropped(is_target, state, flags)
+
+    def of_other_files(self, order: list[str], target: str, flags: Flags) -> list[str]:
+        """A line for each other config file with finished stages or interrupted runs that this command would replace
+        or drop, as they are stale by this one's settings."""
+        if self.store.origin is None or flags.override_config:
+            return []
+        replaced = [(name, self.elsewhere[name]) for name in order if name in self.elsewhere]
+        for name in order:
+            state = self.states[name]
+            if state.kind == "stale":
+                replaced.append((name, state.manifest))
+            elif state.run is not None and state.changes and is_dropped(name == target, state, flags):
+                replaced.append((name, state.run))
+        return lines_of_others(self.store.origin, self.store.base, replaced)
 
     def look_again(self, name: str) -> None:
         """Assess a finished stage anew if a file that it is made of was edited since this command began."""
@@ -213,6 +235,9 @@ def bring_up_to_date(
             lines += chain.today(name, chain.begins_anew(name, name == target, flags)).problems
     if lines:
         raise UserError(dict.fromkeys(lines))  # stages that read the same file say the same of it
+    others = chain.of_other_files(order, target, flags)
+    if others and (peers is not None or not ask("\n".join([*others, "Replace them?"]), stop)):
+        raise UserError(others)
     for note in chain.hub.notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     for name in order:
