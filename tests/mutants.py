@@ -28,6 +28,7 @@ TESTS = {
     "ppo": ("tests/stages/test_ppo_run.py", "tests/objectives/test_ppo_step.py"),
     "rm": ("tests/stages/test_rm_run.py",),
     "dpo": ("tests/stages/test_dpo_run.py",),
+    "rankings": ("tests/stages/test_rankings_run.py",),
 }
 
 
@@ -562,6 +563,157 @@ MUTANTS = [
         "weight_decay is not read",
         "        weight_decay=c.weight_decay,\n",
         "",
+    ),
+    # ── rankings ─────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "rankings",
+        "split by row and not by prompt",
+        "held_out([prompt_key(r.prompt) for r in rows], ctx",
+        "held_out([r.id for r in rows], ctx",
+    ),
+    Mutant(
+        "rankings",
+        "split by the prompt as it is spaced",
+        "held_out([prompt_key(r.prompt) for r in rows], ctx",
+        "held_out([str(r.prompt) for r in rows], ctx",
+    ),
+    Mutant(
+        "rankings",
+        "the splits change names",
+        '(("train", train), ("validation", valid))',
+        '(("train", valid), ("validation", train))',
+    ),
+    Mutant(
+        "rankings",
+        "all rows are trained on",
+        "    for name, part in (",
+        "    train = range(len(rows))\n    for name, part in (",
+    ),
+    Mutant(
+        "rankings",
+        "agreement is of all rows",
+        '"labeler_agreement": labeler_agreement(held)',
+        '"labeler_agreement": labeler_agreement(rows)',
+    ),
+    Mutant(
+        "rankings",
+        "ties and unjudged pairs are counted as pairs",
+        'return sum(verdict == "usable" for',
+        'return sum(verdict != "identical" for',
+    ),
+    Mutant(
+        "rankings",
+        "responses that were cut off are judged as if they had ended",
+        "for row in zip(prompts, texts, finished, strict=True)]",
+        "for row in zip(prompts, texts, [[True] * len(fs) for fs in finished], strict=True)]",
+    ),
+    Mutant(
+        "rankings",
+        "every labeler has the taste of the first",
+        "labelers.rank(utilities[i][who], noise",
+        "labelers.rank(utilities[i][0], noise",
+    ),
+    Mutant(
+        "rankings",
+        "ranks begin with the worst",
+        "labelers.rank(utilities[i][who], noise",
+        "labelers.rank(-utilities[i][who], noise",
+    ),
+    Mutant(
+        "rankings",
+        "every row is signed by the first labeler",
+        "name = labelers.LABELERS[who].name",
+        "name = labelers.LABELERS[0].name",
+    ),
+    Mutant(
+        "rankings",
+        "the same noise for every prompt",
+        'derive_seed(ctx.seed, "rank", i, who)',
+        'derive_seed(ctx.seed, "rank", who)',
+    ),
+    Mutant(
+        "rankings",
+        "the same noise for every labeler",
+        'derive_seed(ctx.seed, "rank", i, who)',
+        'derive_seed(ctx.seed, "rank", i)',
+    ),
+    Mutant(
+        "rankings",
+        "the same labelers for every prompt",
+        'derive_seed(ctx.seed, "labeler", i)',
+        'derive_seed(ctx.seed, "labeler")',
+    ),
+    Mutant(
+        "rankings",
+        "two labelers for what is trained on, too",
+        "2 if i in valid else c.labelers_per_prompt",
+        "2",
+    ),
+    Mutant(
+        "rankings",
+        "one labeler for what is held out",
+        "2 if i in valid else c.labelers_per_prompt",
+        "c.labelers_per_prompt",
+    ),
+    Mutant(
+        "rankings",
+        "the agreement that was asked for is not read",
+        "labelers.calibrate_noise(utilities, texts, c.agreement)",
+        "labelers.calibrate_noise(utilities, texts)",
+    ),
+    Mutant(
+        "rankings",
+        "the ceiling is of all rows",
+        "judged = [k for k, i in enumerate(owner) if i in valid]",
+        "judged = list(range(len(owner)))",
+    ),
+    Mutant(
+        "rankings",
+        "the ceiling is its mean over the noise",
+        '"accuracy_ceiling": ceiling["realised"]',
+        '"accuracy_ceiling": ceiling["expected"]',
+    ),
+    Mutant(
+        "rankings",
+        "the ceiling is of the prompts in order",
+        "[utilities[owner[k]] for k in judged]",
+        "[utilities[k % len(utilities)] for k in judged]",
+    ),
+    Mutant(
+        "rankings",
+        "all samples of a prompt come from one seed",
+        'derive_seed(ctx.seed, "sample", i, k)',
+        'derive_seed(ctx.seed, "sample", i)',
+    ),
+    Mutant(
+        "rankings",
+        "temperature is not read",
+        "temperature=c.temperature,",
+        "temperature=1.0,",
+    ),
+    Mutant(
+        "rankings",
+        "a response that ends with the last token counts as cut off",
+        "[r[-1] == tokenizer.eos_token_id for r in group]",
+        "[len(r) < c.response_length for r in group]",
+    ),
+    Mutant(
+        "rankings",
+        "prompts that were dropped get the samples of others",
+        "prompts = [prompts[i] for i in kept]",
+        "prompts = prompts[: len(kept)]",
+    ),
+    Mutant(
+        "rankings",
+        "samples are dealt out to the prompts one by one",
+        "[ids[i] for i in part for _ in range(c.samples_per_prompt)]",
+        "[ids[i] for _ in range(c.samples_per_prompt) for i in part]",
+    ),
+    Mutant(
+        "rankings",
+        "each batch begins with the last prompt of the one before",
+        "part = range((step - 1) * c.batch_size, min",
+        "part = range(max(0, (step - 1) * c.batch_size - 1), min",
     ),
 ]
 

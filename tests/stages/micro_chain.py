@@ -38,6 +38,14 @@ data:
 checkpoints: {every: 0}
 launch: {device: cpu, threads: 1}
 """
+OF_THE_WORLD = """\
+name: micro
+seed: 5
+model: {name_or_path: %(root)s/sft/model, dtype: float32}
+world: {documents: 100, demonstrations: 60, prompts: 60, evaluation_prompts: 40}
+checkpoints: {every: 0}
+launch: {device: cpu, threads: 1}
+"""
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,7 @@ class MicroChain:
         for seed, folder, bias in ((10, "rm/model", 0.3), (11, "rm/ensemble/1", -0.2), (12, "other_rm/model", 0.1)):
             self.save(random_reward_model(self.tokenizer, seed, bias), folder)
         (root / "micro.yaml").write_text(CONFIG % {"root": root}, encoding="utf-8")
+        (root / "world.yaml").write_text(OF_THE_WORLD % {"root": root}, encoding="utf-8")
         self.stages = cli.stage_modules()
 
     def rows(self, name: str) -> list[dict]:
@@ -84,11 +93,11 @@ class MicroChain:
         model.save_pretrained(self.root / folder)
         self.tokenizer.save_pretrained(self.root / folder)
 
-    def experiment(self, *settings: str, config: Path | None = None):
+    def experiment(self, *settings: str, config: str = "micro.yaml"):
         """The validated experiment, `settings` as on the command line: section.key=value."""
         Experiment = experiment_type({name: module.Config for name, module in self.stages.items()})
         checks = [module.check for module in self.stages.values() if hasattr(module, "check")]
-        return load_experiment(config or self.root / "micro.yaml", settings, Experiment, checks)
+        return load_experiment(self.root / config, settings, Experiment, checks)
 
     def run(
         self,
@@ -97,7 +106,7 @@ class MicroChain:
         *settings: str,
         inputs: dict[str, Path] | None = None,
         manifests: dict[str, dict] | None = None,
-        config: Path | None = None,
+        config: str = "micro.yaml",
         cache: Path | None = None,
     ) -> Finished:
         """The stage's `run` in this process, into a new folder.
@@ -108,7 +117,8 @@ class MicroChain:
             settings: `section.key=value`, as on the command line.
             inputs: folders of upstream stages in the place of the chain's own.
             manifests: manifests of upstream stages; by default a digest that is the stage's name, and no figures.
-            config: another YAML than the chain's.
+            config: micro.yaml, whose data are files; or world.yaml, whose data are the embedded world's, in the input
+                `world`.
             cache: the stage's cache; by default a folder of the run's own.
         """
         module, experiment = self.stages[stage], self.experiment(*settings, config=config)
@@ -117,13 +127,14 @@ class MicroChain:
         said = []
         console = Console(quiet=True)
         console.print = lambda line="", **_: said.append(str(line))
+        folders = {need: self.root / need for need in needs} | (inputs or {})
         set_seeds(experiment.seed, stage)
         context = StageRun(
             stage=stage,
             experiment=experiment,
             config=getattr(experiment, stage),
             seed=experiment.seed,
-            inputs={need: self.root / need for need in needs} | (inputs or {}),
+            inputs=folders,
             manifests={need: {"digest": need, "metrics": {}} for need in needs} | (manifests or {}),
             publish=folder,
             checkpoints=CheckpointStore(folder / "checkpoints", every=experiment.checkpoints.every, keep=2, run_id="1"),
@@ -131,7 +142,7 @@ class MicroChain:
             tracker=Tracker(folder, stage, console=console),
             stop=StopFlag(),
             sources={
-                kind: source if source.path else Source(path=self.root / "world" / f"{kind}.jsonl")
+                kind: source if source.path else Source(path=folders["world"] / f"{kind}.jsonl")
                 for kind, source in sources(module, experiment).items()
             },
         )
