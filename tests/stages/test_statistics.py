@@ -6,6 +6,7 @@
 import itertools
 import math
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -270,6 +271,8 @@ class TestAgreement:
     def test_only_the_same_prompt_and_responses_are_compared(self):
         assert labeler_agreement([ranked((1, 2, 3)), ranked((1, 2, 3), prompt="q")]) is None
         assert labeler_agreement([ranked((1, 2, 3)), ranked((1, 2, 3), responses=("a", "b", "d"))]) is None
+        cut = replace(ranked((1, 2, 3)), finished=(True, True, False))  # another response, though of the same text
+        assert labeler_agreement([ranked((1, 2, 3)), cut]) is None
 
     def test_message_prompts_are_compared_by_their_content(self):
         prompt = ({"role": "user", "content": "p"},)
