@@ -479,6 +479,10 @@ class TestCommandLine:
         assert beside.command(module.run, words) == 2
         assert "error: ppo.kl_target: is 6.0 and moves kl_coef" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("module", [frontier, ptx, rankings])
+    def test_the_default_seeds_are_not_those_that_settings_were_chosen_on(self, module):
+        assert not {0, 1, 2} & set(module.parse([]).seeds) and len(module.parse([]).seeds) >= 3
+
     def test_the_configs_own_value_is_always_in(self):
         assert frontier.with_own([0.1, 0.02], 0.05) == [0.1, 0.05, 0.02]
         assert frontier.with_own([0.1], 0.1) == [0.1]
