@@ -74,6 +74,8 @@ def line(store: ArtifactStore, asked, seed: int) -> dict:
     results = json.loads((store.folder("evaluate") / "results.json").read_text(encoding="utf-8"))
     if results["judge"] != "gold":
         raise UserError(f"{asked.config}: the judge is {results['judge']}; the table needs the embedded world's gold")
+    if results["samples_per_prompt"] < 2:
+        raise UserError("evaluate.samples_per_prompt: is 1; the table compares two answers of SFT, so give 2 or more")
     manifests = {stage: store.manifest(stage) for stage in STAGES}
     return {
         "bench": "demo_seeds",
@@ -137,6 +139,9 @@ def figures(row: dict) -> list[Figure]:
         Figure("reward model: accuracy as a share of that", lambda row: accuracy(row) / ceiling(row)),
         Figure("two labelers agree", reader("reward_model", "labeler_agreement"), share=True),
     ]
+    for half, where in (("known_tasks", "known tasks"), ("held_out_tasks", "held-out tasks")):
+        read = reader("reward_model", "orders_as_gold", half, "value")
+        found.append(Figure(f"reward model: orders two SFT answers as gold does, {where}", read, share=True))
     for name in TRAINED:
         read = reader("policies", name, "pretrain_perplexity")
         found.append(Figure(f"pretraining perplexity: {labels[name]}", read, digits=2))

@@ -5,9 +5,10 @@
 Brings the chain of each seed up to date (NAME-seed3 …, those of demo_seeds; ppo and dpo), then trains and samples each
 other setting in an experiment of its own, in artifacts/NAME-seed3.frontier/ …, that shares the chain's finished stages.
 `--seeds` without a number takes the config's own experiment and seed. Run it again to go on where it was stopped, or to
-draw again what is there. Whether gold falls while the score rises is told from paired differences: over seeds where
-there are several (Student's t), otherwise over the tasks of the one seed's evaluation prompts. Settings were chosen on
-seeds 0 to 2. Leaves a table, artifacts/NAME.frontier/index.html, and a JSON line a point and seed in
+draw again what is there. Whether gold falls while the score rises is told from paired differences between the config's
+own setting, which was chosen on seeds 0 to 2, and the one furthest from SFT (a peak looked up in the same numbers would
+be too high by chance): over seeds where there are several (Student's t), otherwise over the tasks of the one seed's
+evaluation prompts. Leaves a table, artifacts/NAME.frontier/index.html, and a JSON line a point and seed in
 results/frontier.jsonl. On configs/tiny.yaml and two cores: a quarter of an hour a seed, ten minutes where the chain is
 there.
 """
@@ -23,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))  # the code beside this file, wherever another copy is installed
 
 from sweeps.beside import Workshop, adaptive, command, options, parsed, relative, sampling  # noqa: E402
-from sweeps.estimates import SAME, fall_from_peak, unit_of  # noqa: E402
+from sweeps.estimates import SAME, difference, unit_of  # noqa: E402
 from sweeps.page import NAMES, curves, page, pictures, short, table  # noqa: E402
 from sweeps.points import (  # noqa: E402
     Point,
@@ -84,7 +85,8 @@ def run(argv: list[str], stop: StopFlag) -> None:
     file, rows = asked.results / "frontier.jsonl", [line(first.name, asked, *one) for one in found]
     keep(file, rows, key_of)
     variants = variants_of([point for point, _ in found])
-    sentences = [text for method, curve in curves(variants).items() for text in verdict(curve, method)]
+    own = {"ppo": first.ppo.kl_coef, "dpo": first.dpo.beta, "best_of_n": first.evaluate.best_of}
+    sentences = [text for method, curve in curves(variants).items() for text in verdict(curve, own[method])]
     title = f"{first.name}: reward against KL"
     seeds = " ".join(str(chain.seed) for chain, _ in planned)
     meta = f"{asked.config}, seeds {seeds}, {rows[0]['prompts']} prompts each, {max(row['date'] for row in rows)}"
@@ -178,34 +180,36 @@ def variant(stage: str, value: float) -> list[str]:
     return [f"name={key}-{text}", f"{stage}.{key}={text}"]
 
 
-def verdict(curve: Sequence[Variant], method: str) -> list[str]:
-    """Say where a method's gold peaks, and what gold and score do from there to the setting furthest from SFT.
+def verdict(curve: Sequence[Variant], own: float) -> list[str]:
+    """Say where a method's gold is highest, and what gold and score do from the config's own setting outwards.
 
     Args:
         curve: The method's variants, from the nearest to SFT to the furthest.
-        method: Its name.
+        own: The config's own setting. Of best of n the largest n up to it is taken.
 
     Returns:
         One sentence or two; none where there is no gold.
     """
     if curve[0].series("gold") is None:
         return []
-    fall = fall_from_peak([v.series("gold") for v in curve], [v.series("score") for v in curve])
-    peak, last, name = curve[fall.peak], curve[-1], NAMES[method][0]
+    name, last = NAMES[curve[0].method][0], curve[-1]
+    start = [v for v in curve if v.value == own or (v.method == "best_of_n" and v.value < own)][-1]
+    peak = max(curve, key=lambda v: v.estimate("gold")["value"])
     unit = unit_of(last.series("gold"))
-    says = f"Mean gold of {name} is highest at {short(peak)}: {with_interval(peak.estimate('gold'))} over {unit}"
-    if fall.gold is None:
-        return [f"{says}, the setting furthest from SFT: this sweep does not reach a fall."]
-    kl = f"{fixed(peak.mean('kl'), 1)} nats, score {fixed(peak.estimate('score')['value'])}"
+    says = f"Mean gold of {name} is highest at {short(peak)}: {with_interval(peak.estimate('gold'))} over {unit}."
+    if start is last:
+        return [f"{says} The config's own setting, {short(last)}, is the furthest from SFT here: no fall can be seen."]
+    gold = difference(last.series("gold"), start.series("gold"))
+    score = difference(last.series("score"), start.series("score"))
+    nats = f"{fixed(start.mean('kl'), 1)} to {fixed(last.mean('kl'), 1)} nats"
     return [
-        f"{says} ({kl}). From there to {short(last)} ({fixed(last.mean('kl'), 1)} nats) gold changes by "
-        f"{with_interval(fall.gold)} and the score by {with_interval(fall.score, 2)}, paired, the peak chosen without "
-        f"the {'seed' if unit.endswith('seeds') else 'task'} on which it is compared: {reading(fall.gold, fall.score)}."
+        f"{says} From the config's own {short(start)} to {short(last)} ({nats}) gold changes by {with_interval(gold)} "
+        f"and the score by {with_interval(score, 2)}, paired: {reading(gold, score)}."
     ]
 
 
 def reading(gold: dict, score: dict) -> str:
-    """Say in words what the differences from the peak to the last setting tell."""
+    """Say in words what the differences in gold and in score, further from SFT less nearer, tell."""
     (gold_low, gold_high), (score_low, score_high) = gold["ci95"], score["ci95"]
     rises, falls = score_low > 0, score_high < 0
     if -SAME <= gold_low and gold_high <= SAME:

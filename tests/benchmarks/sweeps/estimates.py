@@ -1,8 +1,8 @@
-"""Arithmetic of the sweeps: means and paired differences with intervals, best of n from N samples, where gold peaks.
+"""Arithmetic of the sweeps: means and paired differences with intervals, best of n from N samples.
 
 Pure. What varies by chance in a comparison over seeds is the seed: where there are several, each counts as one
 observation (Student's t over seeds). With one seed the tasks of the evaluation prompts are the clusters, and nothing is
-said of other seeds. Array shapes: P prompts, N samples of each, J settings.
+said of other seeds. Array shapes: P prompts, N samples of each.
 """
 
 import math
@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from stages.statistics import cluster_sums, difference_estimate, mean_estimate, share_estimate
+from stages.statistics import difference_estimate, mean_estimate, share_estimate
 
 SAME = 0.03
 """Differences in gold up to this one count as none."""
@@ -161,57 +161,6 @@ def gold_order(scores: np.ndarray, gold: np.ndarray) -> np.ndarray:
 
 
 # ── curves ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class Fall:
-    """How the last setting of a curve compares with the one where gold peaks."""
-
-    peak: int
-    """The setting with the highest mean gold, in the order of the curve."""
-    gold: dict | None
-    """Estimate of gold at the last setting less gold at the peak; None where the last setting is the peak."""
-    score: dict | None
-    """The same of the score."""
-
-
-def fall_from_peak(gold: Sequence[Sequence[Series]], scores: Sequence[Sequence[Series]]) -> Fall:
-    """Compare the last setting of a curve with the peak of gold.
-
-    A peak that is looked up in the same numbers as it is compared with is too high by chance. So for each seed (with
-    one seed: for each task) the peak is the setting with the highest mean gold of the others.
-
-    Args:
-        gold: Gold on each seed, for each of J settings.
-        scores: The score, likewise.
-
-    Returns:
-        The peak and the differences.
-    """
-    golds, clusters = _observations(gold)
-    heights, _ = _observations(scores)
-    peak, last = int(golds.mean(0).argmax()), golds.shape[1] - 1
-    if peak == last:
-        return Fall(peak, None, None)
-    sums = np.stack([cluster_sums(column, clusters)[0] for column in golds.T], axis=1)
-    counts = cluster_sums(golds[:, 0], clusters)[1]
-    without = (sums.sum(0) - sums) / (counts.sum() - counts)[:, None]
-    place = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
-    chosen = without.argmax(1)[[place[cluster] for cluster in clusters]]
-    rows = np.arange(len(golds))
-    return Fall(
-        peak,
-        mean_estimate(golds[rows, last] - golds[rows, chosen], clusters),
-        mean_estimate(heights[rows, last] - heights[rows, chosen], clusters),
-    )
-
-
-def _observations(settings: Sequence[Sequence[Series]]) -> tuple[np.ndarray, list]:
-    """Return the observations of J settings, (seeds or prompts, J), and the cluster of each."""
-    first = settings[0]
-    if len(first) > 1:
-        return np.array([[one.mean() for one in seeds] for seeds in settings]).T, list(range(len(first)))
-    return np.array([seeds[0].values for seeds in settings]).T, list(first[0].clusters)
 
 
 def perplexity_at(gold: float, curve: Sequence[tuple[float, float]]) -> float | None:

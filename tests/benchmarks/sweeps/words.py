@@ -20,7 +20,7 @@ def with_interval(found: dict | None, digits: int = 3) -> str:
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Write a Markdown table, its columns padded so that a terminal shows it well, too."""
-    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
-    lines = [headings, ["-" * max(3, width) for width in widths], *rows]
+    widths = [max(3, *map(len, column)) for column in zip(headings, *rows, strict=True)]
+    lines = [headings, ["-" * width for width in widths], *rows]
     padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in padded)
