@@ -28,7 +28,8 @@ def told(line):
 
 
 def rounds_to(values, text):
-    return all(round(value, len(part.partition(".")[2])) == float(part) for value, part in zip(values, text, strict=True))
+    digits = [len(part.partition(".")[2]) for part in text]
+    return all(round(value, n) == float(part) for value, n, part in zip(values, digits, text, strict=True))
 
 
 ALL = lines("ppo", "rm", "dpo", "engines")
