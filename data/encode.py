@@ -5,12 +5,14 @@ tokenized on its own and ends with EOS, exactly as the policy will have to produ
 has no EOS: nobody is taught to end there.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from jinja2 import TemplateError
 
+from data import templates
 from data.records import DataError, Demonstration, Document, as_messages
+from data.templates import TemplateOverrun
 
 EOS, PAD = "<|end|>", "<|pad|>"
 HALF_CHARACTER = "\ufffd"  # what decoding makes of bytes that are no whole character
@@ -81,46 +83,65 @@ def encode_prompt(tokenizer, prompt) -> list[int]:
 
     Special tokens that occur in a message stay plain text: nobody can end a turn or speak for the assistant.
     """
-    try:
-        return _encode_prompt(tokenizer, as_messages(prompt))
-    except TemplateError as problem:  # some templates take no system message, or only alternating turns
-        text = as_messages(prompt)[-1]["content"][:40]
-        raise DataError(
-            [f"prompt {text!r}: the model's chat template refuses it ({problem}); change the prompt's messages"]
-        ) from problem
+    name = f"prompt {as_messages(prompt)[-1]['content'][:40]!r}"
+    (ids,) = encode_prompts(tokenizer, [prompt], [name])
+    return ids
 
 
 def encode_prompts(tokenizer, prompts: Iterable, names: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt; DataError with the name (the place) of every one that the chat template refuses."""
-    ids, problems = [], []
-    for prompt, name in zip(prompts, names, strict=True):
-        try:
-            ids.append(_encode_prompt(tokenizer, as_messages(prompt)))
-        except TemplateError as problem:
-            problems.append(f"{name}: the model's chat template refuses this prompt ({problem}); change its messages")
+    """Token ids of each prompt; DataError with the name (the place) of every one that the chat template refuses (some
+    take no system message, or only alternating turns)."""
+    conversations, ids, problems = [as_messages(prompt) for prompt in prompts], [], []
+    try:
+        for found, name in zip(_encode(tokenizer, conversations), names, strict=True):
+            if isinstance(found, TemplateError):
+                problems.append(f"{name}: the model's chat template refuses this prompt ({found}); change its messages")
+            else:
+                ids.append(found)
+    except TemplateOverrun as problem:  # all the other prompts would take as long
+        what = f"the model's chat template fails on this prompt ({problem})"
+        raise DataError([f"{names[problem.index]}: {what}; mend the template, or take another model"]) from problem
     if problems:
         raise DataError(problems)
     return ids
 
 
-def _encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
+def render(tokenizer, conversations: Sequence[list[dict]], **options) -> Iterator[list[int] | str | TemplateError]:
+    """`templates.render`, the template of the world's tokenizer trusted."""
+    return templates.render(tokenizer, conversations, trusted=CHAT_TEMPLATE, **options)
+
+
+def _encode(tokenizer, conversations: list[list[dict]]) -> Iterator[list[int] | TemplateError]:
+    """Yield the token ids of each conversation, or the refusal of the template."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    if not any(token in m["content"] for m in messages for token in special):
-        return list(
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        )
-    marks = [f"\ue000{i}\ue001" for i in range(len(messages))]  # render the template around private-use marks
-    rest = tokenizer.apply_chat_template(
-        [{**m, "content": k} for m, k in zip(messages, marks, strict=True)], add_generation_prompt=True, tokenize=False
-    )
+    plain = [not any(token in m["content"] for m in messages for token in special) for messages in conversations]
+    sent = [
+        messages if is_plain else [{**m, "content": mark(i)} for i, m in enumerate(messages)]
+        for messages, is_plain in zip(conversations, plain, strict=True)
+    ]
+    rendered = render(tokenizer, sent, tokenize=plain, add_generation_prompt=True)
+    for found, messages, is_plain in zip(rendered, conversations, plain, strict=True):
+        if isinstance(found, TemplateError):
+            yield found
+        else:
+            yield list(found) if is_plain else _fill_in(tokenizer, found, messages)
+
+
+def mark(i: int) -> str:
+    """What stands in the place of message `i` while the template is rendered: private-use characters."""
+    return f"\ue000{i}\ue001"
+
+
+def _fill_in(tokenizer, text: str, messages: list[dict]) -> list[int] | TemplateError:
+    """The token ids of a rendered text with the messages in the place of their marks, as plain text."""
     ids: list[int] = []
-    if not all(mark in rest for mark in marks):
-        raise TemplateError("it leaves out a message")
-    for mark, message in zip(marks, messages, strict=True):
-        before, rest = rest.split(mark, 1)
+    if not all(mark(i) in text for i in range(len(messages))):
+        return TemplateError("it leaves out a message")
+    for i, message in enumerate(messages):
+        before, text = text.split(mark(i), 1)
         ids += tokenizer(before, add_special_tokens=False)["input_ids"]
         ids += tokenizer(message["content"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return ids + tokenizer(rest, add_special_tokens=False)["input_ids"]
+    return ids + tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def encode_response(tokenizer, text: str, finished: bool = True) -> list[int]:

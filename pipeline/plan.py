@@ -18,6 +18,7 @@ from pipeline.processes import Peers
 from pipeline.remote import Remote
 from pipeline.running import Flags, Job, is_dropped, refusals, run_stage
 from pipeline.stage import StopFlag
+from pipeline.tracking import Dashboard
 
 
 @dataclass
@@ -217,7 +218,7 @@ def bring_up_to_date(
     so in a line. remote: where finished stages also are: they come from there, and go there. Raises UserError,
     Interrupted, TrainingStopped, or whatever a stage raises."""
     flags, stop, console = flags or Flags(), stop or StopFlag(), console or Console()
-    chain = Chain(experiment, store, stages)
+    chain, dashboard = Chain(experiment, store, stages), Dashboard()
     order = chain.closure(target)
     late: list[str] = []  # what could not be put into the storage
     for name in order:
@@ -275,6 +276,7 @@ def bring_up_to_date(
                     stop=stop,
                     console=console,
                     peers=peers,
+                    dashboard=dashboard,
                 )
                 state = StageState("done", manifest=run_stage(job))
             chain.states[name] = state

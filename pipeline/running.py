@@ -8,7 +8,7 @@ import socket
 import subprocess
 import time
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 from pipeline.fingerprints import Today, all_needs, folders, hub_model, sources
 from pipeline.processes import Peers, relying_on
 from pipeline.stage import Source, StageRun, StopFlag
-from pipeline.tracking import Tracker, figure, plain
+from pipeline.tracking import Dashboard, Tracker, figure, plain
 
 if TYPE_CHECKING:
     from pipeline.plan import StageState
@@ -72,6 +72,7 @@ class Job:
     stop: StopFlag
     console: Console
     peers: Peers | None = None  # the other processes that work on it
+    dashboard: Dashboard = field(default_factory=Dashboard)  # the command's
 
     def say(self, line: str) -> None:
         self.console.print(f"{self.name}: {line}", markup=False, highlight=False, soft_wrap=True)
@@ -254,9 +255,8 @@ def prepare(job: Job, run: dict[str, Any]) -> StageRun:
         tracker.sync()
         store.record_run(job.name, run)
 
-    tracker = Tracker(
-        work, job.name, experiment.tracking, run["run_id"], experiment.name, run["config"], job.console
-    )
+    told = (experiment.tracking, run["run_id"], experiment.name, run["config"], job.console)
+    tracker = Tracker(work, job.name, *told, dashboard=job.dashboard)
     marks = {"run_id": run["run_id"], "fingerprint": run["fingerprint"]}
     saved = checkpoints_of(experiment, work, **marks, say=job.say, before_save=before_save)
     checkpoint = saved.newest()

@@ -9,8 +9,10 @@ import json
 import math
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from rich.progress import (
 
 from pipeline import files
 
+INIT_SECONDS = 8.0  # for wandb's first answer; WANDB_INIT_TIMEOUT says otherwise
+FINISH_SECONDS = 60.0  # for the rest of a stage's figures to go there
 JOURNALS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
 
 
@@ -46,9 +50,49 @@ def plain(value: Any) -> Any:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
+@dataclass
+class Dashboard:
+    """wandb, as far as one command has it: what fails once, or does not answer in time, is not tried again by the
+    command's other stages."""
+
+    lost: bool = False
+
+    def attempt(self, call: Callable[[], Any], seconds: float) -> Any:
+        """Return call(), which a network may hold for ever; TimeoutError after so many seconds. An error that comes
+        later is nobody's any more."""
+        found: dict[str, Any] = {}
+
+        def run() -> None:
+            try:
+                found["value"] = call()
+            except BaseException as error:  # told below, in the thread that asked
+                found["error"] = error
+
+        thread = threading.Thread(target=run, daemon=True, name="wandb")
+        thread.start()
+        thread.join(seconds)
+        if thread.is_alive():
+            raise TimeoutError(f"no answer within {seconds:.0f} s")
+        if "error" in found:
+            raise found["error"]
+        return found["value"]
+
+    def lose(self, error: BaseException) -> None:
+        """Say once that there is no wandb any more."""
+        if self.lost:
+            return
+        self.lost = True
+        first = str(error).strip().splitlines()
+        print(
+            f"warning: wandb failed ({first[0] if first else type(error).__name__}); this command goes on without it, "
+            f"and metrics.jsonl has all of it",
+            file=sys.stderr,
+        )
+
+
 class Tracker:
     """The journals of one run of one stage in `folder`. `settings` is the section `tracking` (None = journals
-    only)."""
+    only); `dashboard`: the command's."""
 
     def __init__(
         self,
@@ -60,13 +104,15 @@ class Tracker:
         config: dict[str, Any] | None = None,
         console: Console | None = None,
         writes: bool = True,
+        dashboard: Dashboard | None = None,
     ):
         self.writes = writes  # False in a process that helps another one, which writes
         self.folder, self.stage, self.run_id = Path(folder), stage, run_id
         self.console = console or Console()
         self._open: dict[str, Any] = {}
+        self._dashboard = dashboard or Dashboard()
         self._wandb = None
-        if settings is not None and settings.wandb != "off":
+        if settings is not None and settings.wandb != "off" and not self._dashboard.lost:
             self._start_wandb(settings, experiment, config)
 
     # -- journals ----------------------------------------------------------------------------------------
@@ -128,7 +174,7 @@ class Tracker:
         self.sync()
         self.close_journals()
         if self._wandb is not None:
-            self._guard(lambda wandb: wandb.finish())
+            self._guard(lambda wandb: self._dashboard.attempt(wandb.finish, FINISH_SECONDS))
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         if not self.writes:
@@ -155,18 +201,20 @@ class Tracker:
         try:
             import wandb
 
+            patience = float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_SECONDS))
             folder = self.folder.parent if self.folder.name != ".redo" else self.folder.parent.parent
-            wandb.init(
-                project=settings.project,
-                name=f"{experiment}/{self.stage}",
-                group=experiment,
-                id=self.run_id or None,
-                resume="allow",
-                mode=settings.wandb,
-                dir=str(folder),
-                config=config,
-                settings=wandb.Settings(silent=True, console="off"),
-            )
+            options = {
+                "project": settings.project,
+                "name": f"{experiment}/{self.stage}",
+                "group": experiment,
+                "id": self.run_id or None,
+                "resume": "allow",
+                "mode": settings.wandb,
+                "dir": str(folder),
+                "config": config,
+                "settings": wandb.Settings(silent=True, console="off", init_timeout=patience),
+            }
+            self._dashboard.attempt(lambda: wandb.init(**options), 1.25 * patience)
             self._wandb = wandb
         except Exception as error:  # whatever a network or a service can do
             self._lose_wandb(error)
@@ -183,11 +231,7 @@ class Tracker:
 
     def _lose_wandb(self, error: Exception) -> None:
         self._wandb = None
-        first = str(error).strip().splitlines()
-        print(
-            f"warning: wandb failed ({first[0] if first else type(error).__name__}); training goes on",
-            file=sys.stderr,
-        )
+        self._dashboard.lose(error)
 
     @property
     def tracker_run_id(self) -> str | None:

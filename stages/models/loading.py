@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from data.encode import render
 from pipeline.errors import UserError
 from stages.models.remote_code import is_remote, keep_code, read
 from stages.parallel import is_first
@@ -300,9 +301,10 @@ def end_turns_with_eos(tokenizer) -> None:
     """
     mark = "\ue000"
     try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}], tokenize=False
-        )
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
+        (text,) = render(tokenizer, [turns], tokenize=[False])
+        if isinstance(text, Exception):
+            raise text
     except Exception as problem:  # a template may raise what it likes
         raise UserError(f"model.name_or_path: its chat template fails on one question and answer ({problem})") from None
     behind = text.partition(mark)[2].lstrip()

@@ -3,6 +3,7 @@ harm."""
 
 import json
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy
@@ -10,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from pipeline import tracking
 from pipeline.tracking import Tracker, figure, plain
 
 
@@ -95,6 +97,62 @@ def test_a_wandb_failure_is_one_line_and_training_goes_on(tmp_path, monkeypatch,
     tracker.close()
     assert capsys.readouterr().err.count("warning: wandb failed") == 1
     assert len(rows(tmp_path / "metrics.jsonl")) == 2 and tracker.tracker_run_id is None
+
+
+@pytest.mark.parametrize("hangs", ["init", "finish"])
+def test_wandb_that_does_not_answer_is_given_up(tmp_path, monkeypatch, capsys, hangs):
+    """After some seconds, and the stages that follow in the command do not ask it again."""
+    held, begun = threading.Event(), []
+
+    def init(**options):
+        begun.append(options["name"])
+        if hangs == "init":
+            held.wait()
+
+    nothing = lambda *_, **__: None  # noqa: E731
+    fake = SimpleNamespace(init=init, log=nothing, finish=held.wait if hangs == "finish" else nothing, Settings=dict)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "0.1")
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.1)
+    dashboard = tracking.Dashboard()
+    for stage in ("base", "sft"):
+        (tmp_path / stage).mkdir()
+        tracker = Tracker(tmp_path / stage, stage, Settings(), "id", "small", dashboard=dashboard)
+        tracker.log(1, {"loss": 1.0})
+        tracker.close()
+        assert len(rows(tmp_path / stage / "metrics.jsonl")) == 1
+    held.set()
+    assert begun == ["small/base"] and tracker.tracker_run_id is None
+    said = capsys.readouterr().err
+    assert said.startswith("warning: wandb failed (no answer within 0 s); this command goes on without it") and (
+        said.count("\n") == 1
+    )
+
+
+def test_wandb_has_seconds_to_begin(tmp_path, monkeypatch):
+    """And not the minute and a half that it takes by itself."""
+    given = {}
+    nothing = lambda *_, **__: None  # noqa: E731
+    init = lambda **options: given.update(options["settings"])  # noqa: E731
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, log=nothing, finish=nothing, Settings=dict))
+    tracker = Tracker(tmp_path, "ppo", Settings(), "id", "small")
+    tracker.close()
+    assert given["init_timeout"] <= 10 and tracker.tracker_run_id == "id"
+
+
+def test_the_stages_of_a_command_share_what_became_of_wandb(world, monkeypatch, capsys):
+    """The next command tries again."""
+    begun = []
+
+    def init(**options):
+        begun.append(options["name"])
+        raise RuntimeError("no network")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=dict))
+    world.run("page", "tracking.wandb=online")
+    assert begun == ["small/text"] and capsys.readouterr().err.count("wandb failed (no network)") == 1
+    world.run("page", "tracking.wandb=online", force=True)
+    assert begun == ["small/text", "small/page"]
 
 
 def test_wandb_is_not_imported_when_it_is_off(tmp_path, monkeypatch):
