@@ -6,6 +6,7 @@ computed anew.
 """
 
 import copy
+import json
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -100,8 +101,7 @@ def run_ppo(chain, folder, monkeypatch, choices, *more, inputs=None) -> Run:
     """Run PPO with the recorders in place."""
     more += ("evaluate.policies=[sft]",)  # else evaluate's own settings would have to be PPO's
     collected, divided, added = (spy(monkeypatch, ppo, name) for name in ("collect", "minibatches", "ptx_gradient"))
-    text = {True: "true", False: "false", None: "null"}
-    settings = [f"ppo.{key}={text.get(x, x) if isinstance(x, bool | None) else x}" for key, x in choices.items()]
+    settings = [f"ppo.{key}={json.dumps(value)}" for key, value in choices.items()]
     finished = chain.run("ppo", folder, *settings, *more, inputs=inputs)
     batches, looks, divisions = {}, {}, {}
     for call in collected:
@@ -170,7 +170,10 @@ class SecondRoute:
 
     def figures(self, found: SimpleNamespace, episodes: list, kl_coef: float) -> dict[str, float]:
         """The figures of the episodes themselves, under the names that they have after `objective/`."""
-        mean = lambda xs: sum(map(float, xs)) / len(episodes)  # noqa: E731
+
+        def mean(numbers) -> float:
+            return sum(map(float, numbers)) / len(episodes)
+
         kls = {"k1": mean(x.sum() for x in found.k1), "k3": mean(x.sum() for x in found.k3)}
         return {
             "kl": kls["k1"],
