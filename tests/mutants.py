@@ -519,7 +519,7 @@ MUTANTS = [
     Mutant(
         "dpo",
         "the likelihood of first responses is divided by prompts",
-        "return chosen_loss(logps, batch.first, batch.first_weights, tokens)",
+        "return chosen_loss(logps, batch.first, batch.first_weights, tokens or 1.0)",
         "return chosen_loss(logps, batch.first, batch.first_weights, prompts)",
     ),
     Mutant(
@@ -568,14 +568,14 @@ MUTANTS = [
     Mutant(
         "rankings",
         "split by row and not by prompt",
-        "held_out([prompt_key(r.prompt) for r in rows], ctx",
+        "held_out(split_keys(ctx, [r.prompt for r in rows]), ctx",
         "held_out([r.id for r in rows], ctx",
     ),
     Mutant(
         "rankings",
         "split by the prompt as it is spaced",
-        "held_out([prompt_key(r.prompt) for r in rows], ctx",
-        "held_out([str(r.prompt) for r in rows], ctx",
+        "return [prompt_key(p) for p in prompts]",
+        "return [str(p) for p in prompts]",
     ),
     Mutant(
         "rankings",
@@ -622,8 +622,8 @@ MUTANTS = [
     Mutant(
         "rankings",
         "every row is signed by the first labeler",
-        "name = labelers.LABELERS[who].name",
-        "name = labelers.LABELERS[0].name",
+        "name, ended = labelers.LABELERS[who].name",
+        "name, ended = labelers.LABELERS[0].name",
     ),
     Mutant(
         "rankings",
@@ -658,8 +658,8 @@ MUTANTS = [
     Mutant(
         "rankings",
         "the agreement that was asked for is not read",
-        "labelers.calibrate_noise(utilities, texts, c.agreement)",
-        "labelers.calibrate_noise(utilities, texts)",
+        "labelers.calibrate_noise(utilities, answers, c.agreement)",
+        "labelers.calibrate_noise(utilities, answers)",
     ),
     Mutant(
         "rankings",
@@ -712,8 +712,8 @@ MUTANTS = [
     Mutant(
         "rankings",
         "each batch begins with the last prompt of the one before",
-        "part = range((step - 1) * c.batch_size, min",
-        "part = range(max(0, (step - 1) * c.batch_size - 1), min",
+        "part = range(len(texts), min(len(texts)",
+        "part = range(max(0, len(texts) - 1), min(len(texts)",
     ),
 ]
 
