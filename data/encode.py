@@ -234,12 +234,27 @@ def document_end(tokenizer) -> int:
     return tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
 
 
+def document_start(tokenizer) -> list[int]:
+    """Return the ids that begin a document: BOS where the tokenizer adds one by itself, as in pretraining (Gemma,
+    Llama), otherwise none."""
+    first = tokenizer("a")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
 def wrap_documents(tokenizer, rows: Iterable[Document], *, length: int) -> list[list[int]]:
-    """Documents, each ended by `document_end`, end to end and cut into rows of `length` ids; no last short row."""
+    """Join documents end to end and cut them into rows.
+
+    Args:
+        tokenizer: Encodes the texts; special tokens that occur in them stay plain text.
+        rows: The documents; each begins with `document_start` and ends with `document_end`.
+        length: Ids of a row.
+
+    Returns:
+        Rows of `length` ids; a shorter rest is left out.
+    """
     stream: list[int] = []
-    end = document_end(tokenizer)
+    start, end = document_start(tokenizer), document_end(tokenizer)
     texts = [d.text for d in rows]
     for ids in tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []:
-        stream.extend(ids)
-        stream.append(end)
+        stream.extend([*start, *ids, end])
     return [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]

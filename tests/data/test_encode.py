@@ -1,6 +1,8 @@
 """Text → ids and back: the template, EOS, hostile text, length limits with their counts, wrapped
 documents."""
 
+import copy
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -250,6 +252,22 @@ class TestRows:
         )
         assert len(row["input_ids"]) == len(row["labels"]) == size and report.truncated == 1
         assert row["labels"][-2:] == row["input_ids"][-2:] and tokenizer.eos_token_id not in row["input_ids"]
+
+    def test_documents_begin_with_bos_where_the_tokenizer_adds_one(self, tokenizer):
+        """A model that was pretrained with BOS before each document (Gemma, Llama) is no language model without it."""
+        from tokenizers.processors import TemplateProcessing
+
+        own = copy.deepcopy(tokenizer)
+        own.add_special_tokens({"bos_token": "<bos>"})
+        own.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", own.bos_token_id)]
+        )
+        text = TEXTS[0]
+        ids = own(text, add_special_tokens=False)["input_ids"]
+        (row,) = wrap_documents(own, [Document(text)], length=len(ids) + 2)
+        assert row == [own.bos_token_id, *ids, own.eos_token_id]
+        assert row[:-1] == own(text)["input_ids"]  # as the tokenizer itself has it
+        assert wrap_documents(tokenizer, [Document(text)], length=len(ids) + 1) == [[*ids, tokenizer.eos_token_id]]
 
     def test_documents_lie_end_to_end_with_eos_between(self, tokenizer):
         """Rows in order are the stream of documents, each ended by EOS; the last short row is left out."""
