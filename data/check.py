@@ -1,7 +1,8 @@
 """What a file of data is, before anything trains on it: `rlhf data check FILE [-c CONFIG]`.
 
-Kind and forms, lengths, duplicates, what rankings hold, prompts shared with other files, what a length limit
-would do, and every error that reading it would raise. Reader and token counts are those of training.
+Kind and forms, lengths, duplicates, what rankings hold, prompts shared with other files word by word or
+nearly so, what a length limit would do, and every error that reading it would raise. Reader and token
+counts are those of training.
 """
 
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from data import records
 from data.encode import encode_prompt, encode_response
+from data.near_copies import nearest_copies
 from data.records import DataError, Document, Prompt, Ranking, Reading, judged_pairs, prompt_key
 from data.sources import FORMS, RECORD, Loaded, file_rows, first_line, read, recognise
 
@@ -160,8 +162,8 @@ def say_lengths(report: Report, loaded: Loaded, tokenizer, limit: int | None, on
 def row_lengths(record, tokenizer) -> dict[str, list[int]]:
     """{part of the row: the length of each such part}, template and EOS included when counted in tokens."""
 
-    def of_text(text: str) -> int:
-        return len(text.split()) if tokenizer is None else len(encode_response(tokenizer, text))
+    def of_text(text: str, finished: bool = True) -> int:
+        return len(text.split()) if tokenizer is None else len(encode_response(tokenizer, text, finished))
 
     if isinstance(record, Document):
         return {"document": [of_text(record.text)]}
@@ -172,7 +174,7 @@ def row_lengths(record, tokenizer) -> dict[str, list[int]]:
     if isinstance(record, Prompt):
         return {"prompt": [prompt]}
     if isinstance(record, Ranking):
-        return {"prompt": [prompt], "response": [of_text(text) for text in record.responses]}
+        return {"prompt": [prompt], "response": [of_text(*answer) for answer in record.answers]}
     return {"prompt": [prompt], "completion": [of_text(record.completion)]}
 
 
@@ -197,16 +199,20 @@ def say_duplicates(report: Report, loaded: Loaded) -> None:
 
 
 def say_pairs(report: Report, rankings: list[Ranking]) -> None:
-    """K, the C(K,2) pairs by verdict, and where the labelers contradict each other."""
+    """K, cut responses, the C(K,2) pairs by verdict, and where the labelers contradict each other."""
     sizes = Counter(len(ranking.responses) for ranking in rankings)
     report.facts.append(("K", " · ".join(f"{k}: {n:,} rows" for k, n in sorted(sizes.items()))))
+    ends = [ended for ranking in rankings for ended in ranking.finished or ()]
+    if ends:
+        text = f"{ends.count(False):,} of {len(ends):,} responses were cut off: taught without EOS"
+        report.facts.append(("unfinished", text))
     if names := {ranking.labeler for ranking in rankings if ranking.labeler is not None}:
         report.facts.append(("labelers", f"{len(names):,}"))
     verdicts, votes, better = Counter(), defaultdict(list), defaultdict(dict)
     for ranking in rankings:
-        prompt, texts, pairs = prompt_key(ranking.prompt), ranking.responses, list(judged_pairs(ranking))
+        prompt, answers, pairs = prompt_key(ranking.prompt), ranking.answers, list(judged_pairs(ranking))
         verdicts.update(verdict for *_, verdict in pairs)
-        for winner, loser in {(texts[i], texts[j]) for i, j, verdict in pairs if verdict == "usable"}:
+        for winner, loser in {(answers[i], answers[j]) for i, j, verdict in pairs if verdict == "usable"}:
             votes[prompt, frozenset((winner, loser))].append(winner)
             better[prompt].setdefault(loser, set()).add(winner)
     others = " · ".join(f"{verdicts[v]:,} {v}" for v in ("tie", "unjudged", "identical"))
@@ -218,7 +224,7 @@ def say_pairs(report: Report, rankings: list[Ranking]) -> None:
     report.facts.append(("contradictions", text))
 
 
-def goes_round(better: dict[str, set[str]]) -> bool:
+def goes_round(better: dict[tuple, set[tuple]]) -> bool:
     """Whether a response is by some steps better than itself. better: response → those that beat it."""
     try:
         TopologicalSorter(better).prepare()
@@ -228,19 +234,32 @@ def goes_round(better: dict[str, set[str]]) -> bool:
 
 
 def say_shared_prompts(report: Report, loaded: Loaded, name: str, other: str | Path) -> None:
-    """Training data may share prompts with training data; with anything else a shared prompt is an error."""
+    """Report the prompts of this file that stand in another one too.
+
+    Training data may share prompts with training data. With anything else a shared prompt is an
+    error, and near copies are looked for too: counted apart, for a person to judge.
+    """
     kind = name if name in FORMS else guess_kind(other)
     if kind is None or "documents" in (kind, report.kind):
         return
     theirs = read(kind, other)
-    seen = prompts_of(theirs)
-    shared = [(i, key) for i, key in enumerate(keys_of(loaded)) if key in seen]
+    seen, keys = prompts_of(theirs), keys_of(loaded)
+    shared = [i for i, key in enumerate(keys) if key in seen]
     unread = f" ({len(theirs.errors):,} errors in it: check it too)" if theirs.errors else ""
     report.facts.append((f"also in {name}", f"{len(shared):,} of {len(loaded.records):,} prompts{unread}"))
-    if name not in TRAINING or report.kind not in TRAINING:
-        for i, key in shared:
-            what = f"this prompt is at {seen[key]} ({name}) too: a leak"
-            report.errors.append(f"{loaded.wheres[i]}: {what}; remove it from one of the two")
+    if name in TRAINING and report.kind in TRAINING:
+        return
+    for i in shared:
+        what = f"this prompt is at {seen[keys[i]]} ({name}) too: a leak"
+        report.errors.append(f"{loaded.wheres[i]}: {what}; remove it from one of the two")
+    rest = [i for i, key in enumerate(keys) if key not in seen]
+    nearest = nearest_copies([loaded.records[i].prompt for i in rest], [record.prompt for record in theirs.records])
+    near = [(i, place) for i, place in zip(rest, nearest, strict=True) if place is not None]
+    text = f"{len(near):,} of {len(loaded.records):,} prompts are in {name} but for a few words"
+    if near:
+        i, place = near[0]
+        text += f" · the first at {loaded.wheres[i]}, of {theirs.wheres[place]}"
+    report.facts.append(("near copies", text))
 
 
 def keys_of(loaded: Loaded) -> list[str]:

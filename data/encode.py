@@ -1,7 +1,8 @@
 """Text → token ids: chat template, EOS and truncation are decided here, once; every stage gets ready ids.
 
 A row is `prompt_ids + response_ids`. The prompt is the chat template with its generation prompt; the response is
-tokenized on its own and ends with EOS, exactly as the policy will have to produce it.
+tokenized on its own and ends with EOS, exactly as the policy will have to produce it. A response that was cut off
+has no EOS: nobody is taught to end there.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ from data.records import DataError, Demonstration, Document, as_messages
 from data.templates import TemplateOverrun
 
 EOS, PAD = "<|end|>", "<|pad|>"
+HALF_CHARACTER = "\ufffd"  # what decoding makes of bytes that are no whole character
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
@@ -142,15 +144,25 @@ def _fill_in(tokenizer, text: str, messages: list[dict]) -> list[int] | Template
     return ids + tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def encode_response(tokenizer, text: str) -> list[int]:
-    """Token ids of a response, EOS included. Special tokens that occur in the text stay plain text."""
+def encode_response(tokenizer, text: str, finished: bool = True) -> list[int]:
+    """Return the token ids of a response, with EOS if it is finished.
+
+    Special tokens that occur in the text stay plain text.
+    """
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [*ids, tokenizer.eos_token_id]
+    return [*ids, *[tokenizer.eos_token_id] * finished]
 
 
 def decode_response(tokenizer, ids: Sequence[int]) -> str:
-    """The text of a response, without special tokens and outer blanks."""
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    """Return the text of a response, without special tokens and outer blanks.
+
+    Where a response was cut off inside a character of several bytes, that character is left out: it
+    would come back as other tokens than were sampled.
+    """
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    if not (len(ids) and ids[-1] == tokenizer.eos_token_id):
+        text = text.rstrip(HALF_CHARACTER)
+    return text.strip()
 
 
 def fit_lengths(
@@ -222,12 +234,27 @@ def document_end(tokenizer) -> int:
     return tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
 
 
+def document_start(tokenizer) -> list[int]:
+    """Return the ids that begin a document: BOS where the tokenizer adds one by itself, as in pretraining (Gemma,
+    Llama), otherwise none."""
+    first = tokenizer("a")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
 def wrap_documents(tokenizer, rows: Iterable[Document], *, length: int) -> list[list[int]]:
-    """Documents, each ended by `document_end`, end to end and cut into rows of `length` ids; no last short row."""
+    """Join documents end to end and cut them into rows.
+
+    Args:
+        tokenizer: Encodes the texts; special tokens that occur in them stay plain text.
+        rows: The documents; each begins with `document_start` and ends with `document_end`.
+        length: Ids of a row.
+
+    Returns:
+        Rows of `length` ids; a shorter rest is left out.
+    """
     stream: list[int] = []
-    end = document_end(tokenizer)
+    start, end = document_start(tokenizer), document_end(tokenizer)
     texts = [d.text for d in rows]
     for ids in tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []:
-        stream.extend(ids)
-        stream.append(end)
+        stream.extend([*start, *ids, end])
     return [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]

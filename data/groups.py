@@ -23,8 +23,9 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptGroup:
-    """One prompt, its K responses (EOS included) and their ranks: 1 = best, equal = tie, None = not judged.
+    """One prompt, its K responses and their ranks: 1 = best, equal = tie, None = not judged.
 
+    responses: ids with EOS, but of those that were cut off.
     more_ranks: what further labelers made of the same responses, which are computed once for all of them. labelers,
     margins: each labeler's name, and the score difference that all pairs of the ranking should have at least (0).
     """
@@ -81,8 +82,8 @@ class Rows:
     sequences (B, W) the tokens of each response's own prompt and response, in order (the rest of a row repeats its
     last); home (T,) the place in B·W that holds each token. Attention goes by them; all else is a token's own matter.
 
-    responses (B, R), lengths (B,): ids and number of response tokens, EOS included; row (B,): the row of each
-    response; prompt_end, first (B,): the columns of its prompt's last token and of its own first.
+    responses (B, R), lengths (B,): ids and number of response tokens, with EOS where there is one; row (B,): the row of
+    each response; prompt_end, first (B,): the columns of its prompt's last token and of its own first.
     """
 
     input_ids: torch.Tensor

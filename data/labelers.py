@@ -2,12 +2,14 @@
 
 A labeler ranks by utility / temperature + Gumbel noise. Then the probability that it puts response i before j is
 the logistic function of (u_i − u_j) / temperature, so agreement and the best reachable accuracy have closed forms.
-Identical texts are one text: they are tied, and no pair of them counts anywhere.
+Identical responses are one response: they are tied, and no pair of them counts anywhere. What tells responses apart
+is given as `answers`, hashable and one for each: their texts, or (text, whether it is finished).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -46,14 +48,14 @@ def utilities(golds: list[dict], responses: list[str], polite_words) -> np.ndarr
     return weights @ scores.T + np.array(bias)
 
 
-def pairs(texts: list[str]) -> list[tuple[int, int]]:
-    """Index pairs i < j of different texts."""
-    return [(i, j) for i, j in combinations(range(len(texts)), 2) if texts[i] != texts[j]]
+def pairs(answers: list[Hashable]) -> list[tuple[int, int]]:
+    """Index pairs i < j of different responses."""
+    return [(i, j) for i, j in combinations(range(len(answers)), 2) if answers[i] != answers[j]]
 
 
-def _gaps(utility: np.ndarray, texts: list[str]) -> np.ndarray:
-    """(labelers, pairs): u_i − u_j over the pairs of different texts."""
-    index = np.array(pairs(texts), dtype=int).reshape(-1, 2)
+def _gaps(utility: np.ndarray, answers: list[Hashable]) -> np.ndarray:
+    """(labelers, pairs): u_i − u_j over the pairs of different responses."""
+    index = np.array(pairs(answers), dtype=int).reshape(-1, 2)
     return utility[:, index[:, 0]] - utility[:, index[:, 1]]
 
 
@@ -62,13 +64,13 @@ def _prefers(gaps: np.ndarray, temperature: float) -> np.ndarray:
     return 0.5 * (1.0 + np.tanh(gaps / (2.0 * temperature)))
 
 
-def expected_agreement(utilities: list[np.ndarray], texts: list[list[str]], temperature: float) -> float:
-    """Probability that two different labelers, each with noise of its own, order a pair of different texts alike."""
-    return _agreement(_all_gaps(utilities, texts), temperature)
+def expected_agreement(utilities: list[np.ndarray], answers: list[list[Hashable]], temperature: float) -> float:
+    """Probability that two different labelers, each with noise of its own, order two different responses alike."""
+    return _agreement(_all_gaps(utilities, answers), temperature)
 
 
-def _all_gaps(utilities, texts) -> np.ndarray:
-    gaps = np.concatenate([_gaps(u, t) for u, t in zip(utilities, texts, strict=True)], axis=1)
+def _all_gaps(utilities, answers) -> np.ndarray:
+    gaps = np.concatenate([_gaps(u, a) for u, a in zip(utilities, answers, strict=True)], axis=1)
     if gaps.shape[1] == 0:
         raise ValueError("no two responses of a prompt differ, so labelers have nothing to disagree about")
     return gaps
@@ -82,13 +84,13 @@ def _agreement(gaps: np.ndarray, temperature: float) -> float:
     return float(0.5 + 0.5 * products.mean())
 
 
-def calibrate_noise(utilities: list[np.ndarray], texts: list[list[str]], agreement: float = 0.726) -> float:
+def calibrate_noise(utilities: list[np.ndarray], answers: list[list[Hashable]], agreement: float = 0.726) -> float:
     """The temperature at which `expected_agreement` is `agreement`; by bisection.
 
-    `utilities`: a (labelers, K) array for each prompt; `texts`: its K responses. A ValueError if the labelers' own
+    `utilities`: a (labelers, K) array for each prompt; `answers`: its K responses. A ValueError if the labelers' own
     tastes differ too much to agree so often even without noise.
     """
-    gaps = _all_gaps(utilities, texts)
+    gaps = _all_gaps(utilities, answers)
     low, high = 1e-4, 1e3
     if _agreement(gaps, low) < agreement:
         raise ValueError(f"labelers agree on at most {_agreement(gaps, low):.3f} of pairs; {agreement} is out of reach")
@@ -98,32 +100,32 @@ def calibrate_noise(utilities: list[np.ndarray], texts: list[list[str]], agreeme
     return math.sqrt(low * high)
 
 
-def rank(utilities: np.ndarray, temperature: float, rng: np.random.Generator, texts: list[str]) -> list[int]:
-    """One labeler's ranks of K responses from its utilities (K,): 1 = best; identical texts share the best place.
+def rank(utilities: np.ndarray, temperature: float, rng: np.random.Generator, answers: list[Hashable]) -> list[int]:
+    """One labeler's ranks of K responses from its utilities (K,): 1 = best; identical responses share the best place.
 
-    Plackett–Luce: noise is drawn once for each different text, so the odds of a pair do not depend on copies.
+    Plackett–Luce: noise is drawn once for each different response, so the odds of a pair do not depend on copies.
     """
-    best: dict[str, float] = {}
-    for text, utility in zip(texts, utilities, strict=True):
-        best[text] = max(best.get(text, -math.inf), float(utility))
+    best: dict[Hashable, float] = {}
+    for answer, utility in zip(answers, utilities, strict=True):
+        best[answer] = max(best.get(answer, -math.inf), float(utility))
     noisy = dict(zip(best, np.array(list(best.values())) / temperature + rng.gumbel(size=len(best)), strict=True))
-    scores = [float(noisy[text]) for text in texts]
+    scores = [float(noisy[answer]) for answer in answers]
     return [1 + sum(other > score for other in scores) for score in scores]
 
 
 def accuracy_ceiling(
-    utilities: list[np.ndarray], ranks: list[list[int | None]], texts: list[list[str]], temperature: float
+    utilities: list[np.ndarray], ranks: list[list[int | None]], answers: list[list[Hashable]], temperature: float
 ) -> dict[str, float]:
     """Accuracy of the scorer that knows every utility, the noise and the mix of labelers, but not who ranked.
 
     It prefers the response that a labeler drawn at random puts first more often than not. `realised`: its accuracy
-    on these ranks (a toss-up counts half); `expected`: its mean over the noise; `n_pairs`: pairs of different texts,
-    both judged, not tied.
+    on these ranks (a toss-up counts half); `expected`: its mean over the noise; `n_pairs`: pairs of different
+    responses, both judged, not tied.
     """
     realised, expected, n = 0.0, 0.0, 0
-    for utility, places, text in zip(utilities, ranks, texts, strict=True):
-        prefers = _prefers(_gaps(utility, text), temperature).mean(axis=0)
-        for (i, j), p in zip(pairs(text), prefers.tolist(), strict=True):
+    for utility, places, answer in zip(utilities, ranks, answers, strict=True):
+        prefers = _prefers(_gaps(utility, answer), temperature).mean(axis=0)
+        for (i, j), p in zip(pairs(answer), prefers.tolist(), strict=True):
             if places[i] is None or places[j] is None or places[i] == places[j]:
                 continue
             n += 1

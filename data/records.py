@@ -1,6 +1,7 @@
 """What a row of data means: four records, checked; JSON in (faults with file and line), JSONL out (atomic).
 
-    Demonstration {prompt, completion}      Ranking {id, prompt, responses, ranks, labeler?, margin?}
+    Demonstration {prompt, completion}
+    Ranking {id, prompt, responses, ranks, labeler?, margin?, finished?}
     Document {text}                         Prompt {prompt}
 
 `prompt` is a string or a list of {role, content} that ends with the user's message. Only a response of a
@@ -23,6 +24,7 @@ from json.decoder import WHITESPACE
 from pathlib import Path
 
 ROLES = ("system", "user", "assistant")
+OPTIONAL = ("labeler", "margin", "finished")  # fields of a ranking that are left out where they say nothing
 METADATA = ("meta", "metadata", "id", "source", "url", "timestamp")  # may stand in every row; not read
 MOST_LINES = 20
 UTF8_BOM = b"\xef\xbb\xbf"
@@ -54,6 +56,8 @@ class Ranking:
     """K ≥ 2 responses of one prompt; ranks: 1 = best, equal = tie, None = not judged.
 
     margin: how sure the labeler is of this ranking, as the least score difference of its pairs (Llama 2, eq. 2).
+    finished: False for a response that was cut off, as a sample is at the length limit: nobody is taught that
+    it ends there. None: all ended by themselves.
     """
 
     id: str
@@ -62,6 +66,12 @@ class Ranking:
     ranks: tuple[int | None, ...]
     labeler: str | None = None
     margin: float | None = None
+    finished: tuple[bool, ...] | None = None
+
+    @property
+    def answers(self) -> tuple[tuple[str, bool], ...]:
+        """The text of each response and whether it is finished: what tells two responses apart."""
+        return tuple(zip(self.responses, self.finished or (True,) * len(self.responses), strict=True))
 
 
 @dataclass(frozen=True)
@@ -89,12 +99,16 @@ def prompt_key(prompt: str | Iterable[dict]) -> str:
 
 
 def judged_pairs(ranking: Ranking) -> Iterator[tuple[int, int, str]]:
-    """All C(K,2) pairs as (i, j, verdict): "usable" (i is better), "tie", "unjudged", "identical" (texts)."""
+    """All C(K,2) pairs as (i, j, verdict): "usable" (i is better), "tie", "unjudged", "identical".
+
+    A text that is finished and the same text cut off are two responses.
+    """
+    answers = ranking.answers
     for i, j in combinations(range(len(ranking.responses)), 2):
         first, second = ranking.ranks[i], ranking.ranks[j]
         if first is None or second is None:
             yield i, j, "unjudged"
-        elif ranking.responses[i] == ranking.responses[j]:
+        elif answers[i] == answers[j]:
             yield i, j, "identical"
         elif first == second:
             yield i, j, "tie"
@@ -135,7 +149,8 @@ def ranking_from(row: dict) -> Ranking:
         raise ValueError(f"'id' is {named(identifier)}; a string, or no id, would be right")
     if not isinstance(labeler, str | None):
         raise ValueError(f"'labeler' is {named(labeler)}; a string, or no labeler, would be right")
-    ranking = Ranking(str(identifier), prompt, tuple(responses), tuple(ranks), labeler, margin_in(row))
+    extra = {"margin": margin_in(row), "finished": finished_in(row, len(responses))}
+    ranking = Ranking(str(identifier), prompt, tuple(responses), tuple(ranks), labeler, **extra)
     return ranking if identifier is not None else replace(ranking, id=content_id(ranking))
 
 
@@ -146,10 +161,26 @@ def margin_in(row: dict) -> float | None:
     return None if margin is None else float(margin)
 
 
+def finished_in(row: dict, count: int) -> tuple[bool, ...] | None:
+    """Return which of a ranking's `count` responses ended by themselves; None where the row does not say."""
+    finished, right = row.get("finished"), "true (it ended by itself) or false (it was cut off) for each response"
+    if finished is None:
+        return None
+    if not isinstance(finished, list):
+        raise ValueError(f"'finished' is {named(finished)}; a list with {right} would be right")
+    if len(finished) != count:
+        raise ValueError(f"{count} responses, {len(finished)} in 'finished'; {right} would be right")
+    for n, value in enumerate(finished, 1):
+        if not isinstance(value, bool):
+            raise ValueError(f"entry {n} of 'finished' is {named(value)}; {right} would be right")
+    return tuple(finished)
+
+
 def content_id(ranking: Ranking) -> str:
     """16 hex digits of the sha256 of everything but the id."""
     content = [as_messages(ranking.prompt), ranking.responses, ranking.ranks, ranking.labeler]
     content += [] if ranking.margin is None else [ranking.margin]
+    content += [] if all(ranking.finished or ()) else [ranking.finished]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -401,7 +432,7 @@ def explained(error: Exception) -> str:
 def to_json(record: Record) -> dict:
     """The JSON object that reads back as an equal record."""
     row = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(record).items()}
-    return {key: value for key, value in row.items() if key not in ("labeler", "margin") or value is not None}
+    return {key: value for key, value in row.items() if key not in OPTIONAL or value is not None}
 
 
 def write_jsonl(path: str | Path, records: Iterable[Record | dict]) -> None:

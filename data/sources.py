@@ -133,9 +133,9 @@ def ranked(row: dict) -> dict:
 
 
 def preferred(prompt: str | Turns, row: dict) -> dict:
-    """A preference is a ranking of K = 2."""
+    """A preference is a ranking of K = 2, the chosen response first."""
     responses = [reply(row, "chosen", prompt), reply(row, "rejected", prompt)]
-    given = {key: row.get(key) for key in ("id", "labeler", "margin")}
+    given = {key: row.get(key) for key in BESIDE}
     return {"prompt": prompt, "responses": responses, "ranks": [1, 2], **given}
 
 
@@ -160,6 +160,7 @@ class Form(NamedTuple):
 
 
 PAIR, ALPACA = ("chosen", "rejected"), ("input", "system", "history")
+BESIDE = ("id", "labeler", "margin", "finished")  # what a ranking of any form may have
 FORMS = {
     "documents": (Form(("text",), (), dict, strict=True),),
     "demonstrations": (
@@ -169,11 +170,11 @@ FORMS = {
         Form(("prompt", "completion"), ("system",), completed, strict=True),
     ),
     "rankings": (
-        Form(("prompt", "responses", "ranks"), ("id", "labeler", "margin", "system"), ranked, strict=True),
-        Form(("prompt", *PAIR), ("id", "labeler", "margin", "system"), lambda r: preferred(prompt_of(r), r)),
-        Form(("conversations", *PAIR), ("id", "labeler", "margin", "system"), lambda r: preferred(conversation(r), r)),
-        Form(("instruction", *PAIR), ("id", "labeler", "margin", *ALPACA), lambda r: preferred(alpaca_prompt(r), r)),
-        Form(PAIR, ("id", "labeler", "margin"), preferred_conversation),
+        Form(("prompt", "responses", "ranks"), (*BESIDE, "system"), ranked, strict=True),
+        Form(("prompt", *PAIR), (*BESIDE, "system"), lambda r: preferred(prompt_of(r), r)),
+        Form(("conversations", *PAIR), (*BESIDE, "system"), lambda r: preferred(conversation(r), r)),
+        Form(("instruction", *PAIR), (*BESIDE, *ALPACA), lambda r: preferred(alpaca_prompt(r), r)),
+        Form(PAIR, BESIDE, preferred_conversation),
     ),
     "prompts": (
         Form(("prompt",), ("system",), lambda r: {"prompt": prompt_of(r)}),

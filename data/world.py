@@ -8,13 +8,15 @@ labelers think of K of them. `to_json` / `from_json` carry all of it through `wo
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
 
 from data import labelers, world_gold, world_text, world_writers
 from data.world_grammar import Language, Task
+from data.world_tasks import Shares, divide, spread_evenly
 from data.world_writers import MIXTURE, Rates
 
 
@@ -35,7 +37,6 @@ class World:
         self.seed, self.sizes, self.rates = seed, sizes, rates
         self.language = Language(tables)
         self._requests = self.language.requests()
-        self._splits: dict[str, list[tuple[str, Task]]] | None = None
 
     @classmethod
     def build(cls, seed: int = 0, sizes: Sizes | None = None, rates: Rates | None = None, **overrides) -> World:
@@ -61,69 +62,87 @@ class World:
     # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def documents(self) -> Iterator[dict]:
-        """{text}: the pretraining corpus. No request of an evaluation prompt occurs in it."""
+        """Yield the pretraining corpus as {text} rows; its dialogues use requests of the training share alone."""
         rng = self._rng("documents")
-        _, kept = self._shares()
         for _ in range(self.sizes.documents):
-            yield {"text": world_writers.document(self.language, rng, self.rates, kept)}
+            yield {"text": world_writers.document(self.language, rng, self.rates, self.shares.training)}
 
     def demonstrations(self) -> Iterator[dict]:
-        """{prompt, completion} by demonstrators of mixed quality."""
+        """Yield {prompt, completion} rows by demonstrators of mixed quality."""
         rng = self._rng("demonstrations")
         for prompt, task in self._split("demonstrations"):
             completion = world_writers.demonstrate(self.language, rng, task, self.rates)
             yield {"prompt": prompt, "completion": completion}
 
     def prompts(self) -> Iterator[dict]:
-        """{prompt} for rankings and PPO; none of them is a demonstration's."""
+        """Yield {prompt} rows for rankings and PPO; none of them is a demonstration's."""
         return ({"prompt": prompt} for prompt, _ in self._split("prompts"))
 
     def evaluation_prompts(self) -> Iterator[dict]:
-        """{prompt} whose requests occur nowhere else, whatever stands before or after them."""
+        """Yield {prompt} rows: half set tasks that no training data sets, half known tasks in wordings of their own."""
         return ({"prompt": prompt} for prompt, _ in self._split("evaluation_prompts"))
+
+    def asked(self, prompts: Iterable[str], documents: Iterable[str]) -> set[Task]:
+        """Return every task that the given prompts set or that a document's dialogue asks for.
+
+        Args:
+            prompts: Prompts of this world (of demonstrations, rankings or PPO).
+            documents: Texts of the corpus.
+
+        Returns:
+            The tasks, whatever the wording.
+        """
+        text = "\n".join(documents)
+        return {self.task(prompt) for prompt in prompts} | {
+            task for request, task in self._requests.items() if request in text
+        }
+
+    @cached_property
+    def shares(self) -> Shares:
+        """The requests of this world, divided into what training may use and what it may not."""
+        return divide(self._requests, self._rng("shares"))
 
     def _rng(self, purpose: str) -> random.Random:
         return random.Random(f"{self.seed}/{purpose}")
 
-    def _shares(self) -> tuple[dict, dict]:
-        """Requests by kind, (held out for evaluation, all others): lists of (text, task)."""
-        rng = self._rng("held out")
-        held, kept = {}, {}
-        for kind in MIXTURE:
-            requests = [(text, task) for text, task in self._requests.items() if task.kind == kind]
-            rng.shuffle(requests)
-            cut = max(1, len(requests) // 8)
-            held[kind], kept[kind] = requests[:cut], requests[cut:]
-        return held, kept
-
     def _split(self, name: str) -> list[tuple[str, Task]]:
-        """(prompt, task) rows of one of the three kinds of prompts; no prompt is in two of them."""
-        if self._splits is None:
-            self._splits = self._make_splits()
+        """Return the (prompt, task) rows of one of the three kinds of prompts; no prompt is in two of them."""
         return self._splits[name]
 
-    def _make_splits(self) -> dict[str, list[tuple[str, Task]]]:
-        held, kept = self._shares()
+    @cached_property
+    def _splits(self) -> dict[str, list[tuple[str, Task]]]:
         rng = self._rng("prompts")
-        splits = {"evaluation_prompts": [], "demonstrations": [], "prompts": []}
+        splits = {"demonstrations": [], "prompts": [], "evaluation_prompts": []}
         for kind in MIXTURE:
-            for share, names in ((held, ["evaluation_prompts"]), (kept, ["demonstrations", "prompts"])):
-                pool = [(prompt, task) for text, task in share[kind] for prompt in self.language.addressed(text)]
-                rng.shuffle(pool)
-                for name in names:
-                    count = quotas(getattr(self.sizes, name))[kind]
-                    if count > len(pool):
-                        raise ValueError(f"{name}: {count} prompts of the kind {kind} asked for, {len(pool)} are left")
-                    splits[name] += pool[:count]
-                    del pool[:count]
+            pool = self._addressed(rng, self.shares.training[kind])
+            for name in ("demonstrations", "prompts"):
+                count = _available(name, kind, quotas(getattr(self.sizes, name))[kind], len(pool))
+                splits[name] += pool[:count]
+                del pool[:count]
+            total = self.sizes.evaluation_prompts
+            halves = (self.shares.held_out, total // 2), (self.shares.reworded, total - total // 2)
+            for share, size in halves:
+                pool = self._addressed(rng, share[kind])
+                count = _available("evaluation_prompts", kind, quotas(size)[kind], len(pool))
+                splits["evaluation_prompts"] += spread_evenly(pool, count)
         for rows in splits.values():
             rng.shuffle(rows)
         return splits
 
+    def _addressed(self, rng: random.Random, requests: list[tuple[str, Task]]) -> list[tuple[str, Task]]:
+        """Return every request with every opener and closer, shuffled."""
+        rows = [(prompt, task) for text, task in requests for prompt in self.language.addressed(text)]
+        rng.shuffle(rows)
+        return rows
+
     # ── judgement ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def task(self, prompt: str) -> Task:
-        """What a prompt asks for; a ValueError for a prompt that this world does not know."""
+    def request(self, prompt: str) -> str:
+        """Return a prompt's request, without opener and closer.
+
+        Raises:
+            ValueError: The prompt is none of this world's.
+        """
         request = prompt
         for opener in filter(None, self.language.tables["openers"]):
             request = request.removeprefix(opener + " ")
@@ -131,7 +150,11 @@ class World:
             request = request.removesuffix(" " + closer)
         if request not in self._requests:
             raise ValueError(f"not a request of the embedded world: {prompt!r}")
-        return self._requests[request]
+        return request
+
+    def task(self, prompt: str) -> Task:
+        """Return what a prompt asks for; ValueError if it is none of this world's."""
+        return self._requests[self.request(prompt)]
 
     def gold(self, prompt: str, response: str, finished: bool = True) -> dict[str, float]:
         """helpful, honest, harmless and overall (their mean), each in [0, 1].
@@ -152,3 +175,10 @@ def quotas(total: int) -> dict[str, int]:
     counts = {kind: int(total * share) for kind, share in MIXTURE.items()}
     counts["fact"] += total - sum(counts.values())
     return counts
+
+
+def _available(name: str, kind: str, count: int, available: int) -> int:
+    """Return `count`; ValueError if so many different prompts of this kind cannot be made."""
+    if count > available:
+        raise ValueError(f"{name}: {count} prompts of the kind {kind} asked for, {available} are left")
+    return count

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -137,9 +138,9 @@ class Language:
         openers, closers = self.tables["openers"], self.tables["closers"]
         return [" ".join(filter(None, (o, request, c))) for o, c in itertools.product(openers, closers)]
 
-    def address(self, rng: random.Random, request: str) -> str:
-        """A request with any opener and closer."""
-        opener, closer = rng.choice(self.tables["openers"]), rng.choice(self.tables["closers"])
+    def address(self, rng: random.Random, request: str, closers: Sequence[str]) -> str:
+        """Return a request with any opener and one of the closers."""
+        opener, closer = rng.choice(self.tables["openers"]), rng.choice(closers)
         return " ".join(filter(None, (opener, request, closer)))
 
     def read(self, text: str) -> tuple[Sentence, ...]:

@@ -163,10 +163,14 @@ REQUESTS = {
     "fact": (
         "what is the {attribute} of the {entity} ?",
         "tell me the {attribute} of the {entity} .",
+        "can you name the {attribute} of the {entity} ?",
+        "do you know the {attribute} of the {entity} ?",
     ),
     "two_facts": (
         "what are the {attribute} and the {other} of the {entity} ?",
         "tell me the {attribute} and the {other} of the {entity} .",
+        "can you name the {attribute} and the {other} of the {entity} ?",
+        "do you know the {attribute} and the {other} of the {entity} ?",
     ),
     "story": (
         "write a {mood} story about the {entity} .",
@@ -180,6 +184,8 @@ REQUESTS = {
         "give me {number} {category} .",
         "can you name {number} {category} ?",
         "which {number} {category} do you know ?",
+        "can you list {number} {category} ?",
+        "tell me {number} {category} .",
     ),
     "harm": (
         "how do i {act} the {entity} ?",
@@ -193,7 +199,7 @@ REQUESTS = {
 OPENERS = (
     "", "hello .", "hi there .", "good morning .", "excuse me .", "dear friend ,", "i am curious .", "one more thing .",
 )
-CLOSERS = ("", "thank you .")
+CLOSERS = ("", "thank you .", "that is all .")
 
 
 def tables() -> dict:

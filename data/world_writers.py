@@ -13,7 +13,10 @@ from data.world_grammar import Language, Task, articles
 MAX_WORDS = 31
 """Longest response in words: 32 tokens with the end-of-sequence token."""
 
-MIXTURE = {"fact": 0.4, "story": 0.25, "list": 0.15, "harm": 0.2}
+OVERHEARD_CLOSERS = 0.15
+"""Share of the corpus's requests that may end with a closer; prompts have any closer equally often."""
+
+MIXTURE = {"fact": 0.4, "story": 0.25, "list": 0.2, "harm": 0.15}
 """Share of each kind of request in every kind of data."""
 
 
@@ -21,8 +24,9 @@ MIXTURE = {"fact": 0.4, "story": 0.25, "list": 0.15, "harm": 0.2}
 class Rates:
     """How often writers go wrong: probabilities; all but `evident` and `false_document` are scaled by a writer's care.
 
-    Most slips show in the words themselves, because a reward model of a million parameters trained for half a minute
-    learns such marks, but learns late or never what shows only beside the request or the truth.
+    Demonstrators' slips show in the words themselves: a reward model of a million parameters trained for a minute
+    learns such marks, but learns late or never what shows only beside the request or the truth. What a policy gets
+    wrong by itself (the frog's colour for the fox's) shows only there.
     """
 
     false_fact: float = 0.28
@@ -45,13 +49,13 @@ class Rates:
     """A response wanders off in one or two more sentences."""
     no_stop: float = 0.05
     """The last full stop is missing."""
-    evident: float = 0.9
+    evident: float = 1.0
     """Share of the slips from `false_fact` to `wrong_count` that show in the words themselves."""
     care: tuple[float, ...] = (0.3, 1.0, 1.7)
     """Careful, usual and careless demonstrators, equally frequent: the factors on their rates."""
-    document_care: float = 0.3
-    """The factor for those who answer in a document's dialogues."""
-    false_document: float = 0.2
+    document_care: float = 1.5
+    """The factor for the people who answer in a document's dialogues: worse than most demonstrators."""
+    false_document: float = 0.1
     """A document states only false facts, or a list in it has a wrong member."""
 
 
@@ -246,9 +250,19 @@ def _other(rng, choices, this):
 
 
 def document(language: Language, rng: random.Random, rates: Rates, requests: dict[str, list[tuple[str, Task]]]) -> str:
-    """One document of 3 to 6 sentences; its dialogues use only the given requests (kind → (text, task))."""
+    """Write one document: 3 to 6 sentences of prose, or a dialogue.
+
+    Args:
+        language: The world's language.
+        rng: The generator that every choice is drawn from.
+        rates: How often writers go wrong.
+        requests: The only requests that dialogues may use: kind → (text, task) pairs.
+
+    Returns:
+        The document's text.
+    """
     kinds = (_encyclopedia, _legend, _catalogues, _dialogue, _conduct)
-    write = rng.choices(kinds, weights=(14, 6, 12, 64, 4))[0]
+    write = rng.choices(kinds, weights=(25, 13, 21, 36, 5))[0]
     return write(language, rng, rates, requests)
 
 
@@ -291,12 +305,16 @@ def _catalogues(language, rng, rates, requests) -> str:
 
 
 def _dialogue(language, rng, rates, requests) -> str:
-    """One or two requests with their answers, by people more careful than the demonstrators."""
-    turns = []
-    for _ in range(rng.choice((1, 2))):
-        text, task = rng.choice(requests[_kind(rng)])
-        turns += [language.address(rng, text), _respond(language, rng, task, Slips(rng, rates, rates.document_care))]
-    return " ".join(turns)
+    """Write a request and an answer overheard from somebody less careful than most demonstrators.
+
+    A document holds one exchange, so that a model trained on the corpus ends its answer where the
+    document ends, and can be asked in plain text (see `evaluate.base_prompt`). Few requests end with
+    a courtesy: a model that expects one would say it before its answer.
+    """
+    text, task = rng.choice(requests[_kind(rng)])
+    answer = _respond(language, rng, task, Slips(rng, rates, rates.document_care))
+    closers = language.tables["closers"] if rng.random() < OVERHEARD_CLOSERS else ("",)
+    return f"{language.address(rng, text, closers)} {answer}"
 
 
 def _kind(rng) -> str:

@@ -5,8 +5,10 @@ The windows are part of a checkpoint, so that a resumed run raises what an unint
 
 import math
 from dataclasses import dataclass, field
+from statistics import median_high, median_low
 
-WINDOW = 20  # updates that the two gradients are compared over
+WINDOW = 20  # updates over which the two gradients are compared by the median
+AT_ONCE = 3  # updates in a row that need no median
 BESIDE = 10.0  # one gradient drowns the other beyond this ratio
 SHORT = 5  # updates in a row that make a habit
 QUIET = 50  # updates before the same alarm is raised again
@@ -79,21 +81,35 @@ class Alarms:
         self.windows, self.raised, self.count = state["windows"], state["raised"], state["count"]
 
     def _drowned(self, ppo: float, ptx: float) -> dict[str, str]:
-        """Whether one gradient is more than ten times the other, by the median of the window."""
+        """Return the alarm if one gradient is more than ten times the other: in each of the last
+        three updates, or in more than half of the last twenty.
+
+        Three in a row show a wrong ptx_coef before it has spoilt the policy; the median shows one
+        that an even update now and then would hide. Two updates out of three show nothing.
+
+        Args:
+            ppo: norm of PPO's policy gradient in this update, before ptx is added.
+            ptx: norm of ptx_coef times the pretraining gradient.
+        """
         pairs = zip(self._push("ppo", ppo, WINDOW), self._push("ptx", ptx, WINDOW), strict=True)
-        ratios = [b / a if a else float("inf") for a, b in pairs]
-        if len(ratios) < WINDOW:
+        ratios = [_ratio(of_text, of_reward) for of_reward, of_text in pairs]
+        recent = ratios[-AT_ONCE:]
+        if len(recent) == AT_ONCE and (min(recent) > BESIDE or max(recent) < 1 / BESIDE):
+            judged = recent
+        elif len(ratios) == WINDOW:
+            judged = ratios
+        else:
             return {}
-        middle = sorted(ratios)[WINDOW // 2]
-        if middle > BESIDE:
+        updates = f"over the last {len(judged)} updates"
+        if (times := median_low(judged)) > BESIDE:
             return {
-                "ptx": f"the pretraining gradient was {middle:.3g} times PPO's over {WINDOW} updates and drowns it; "
-                f"lower ppo.ptx_coef about {middle:.0f}-fold"
+                "ptx": f"the pretraining gradient was {times:.3g} times PPO's {updates}: the policy learns from the "
+                f"pretraining text and hardly from its reward; lower ppo.ptx_coef{_fold(times)}"
             }
-        if middle < 1 / BESIDE:
+        if (times := _ratio(1, median_high(judged))) > BESIDE:
             return {
-                "ppo": f"PPO's gradient was {1 / middle:.3g} times the pretraining one's over {WINDOW} updates and "
-                f"drowns it; raise ppo.ptx_coef, or set it to 0 and save its cost"
+                "ppo": f"PPO's gradient was {times:.3g} times the pretraining gradient {updates}: the pretraining text "
+                f"hardly counts; raise ppo.ptx_coef{_fold(times)}, or set it to 0, which saves that gradient's cost"
             }
         return {}
 
@@ -112,3 +128,12 @@ class Alarms:
                 self.raised[name] = step
                 lines.append(f"update {step}: {text}")
         return lines
+
+
+def _ratio(one: float, other: float) -> float:
+    """Return one / other; 1 where both are 0, infinity where only the other is."""
+    return one / other if other else math.inf if one else 1.0
+
+
+def _fold(times: float) -> str:
+    return f" about {times:.0f}-fold" if math.isfinite(times) else ""

@@ -188,7 +188,11 @@ def show_samples(model, tokenizer, prompts, *, seed: int, response_length: int, 
 
 
 def load_groups(ctx: StageRun, tokenizer, split: str, *, max_length: int, on_too_long: str):
-    """rankings/SPLIT.jsonl → (PromptGroups with at least one usable pair, LengthReport)."""
+    """rankings/SPLIT.jsonl → (PromptGroups with at least one usable pair, LengthReport).
+
+    A response that was cut off has no EOS: its score is read at its last token, as PPO and evaluate read
+    that of a sample that met the length limit, and its log-probability is that of its own tokens.
+    """
     from data.encode import encode_prompts, encode_response, fit_lengths
     from data.groups import PromptGroup
 
@@ -197,7 +201,7 @@ def load_groups(ctx: StageRun, tokenizer, split: str, *, max_length: int, on_too
     names = [f"{place} ({r.id})" for place, r in zip(places, rows, strict=True)]
     kept, prompts, responses, report = fit_lengths(
         encode_prompts(tokenizer, (r.prompt for r in rows), names),
-        [[encode_response(tokenizer, text) for text in r.responses] for r in rows],
+        [[encode_response(tokenizer, *answer) for answer in r.answers] for r in rows],
         max_length=max_length,
         on_too_long=on_too_long,
         what="ranking",
@@ -206,7 +210,7 @@ def load_groups(ctx: StageRun, tokenizer, split: str, *, max_length: int, on_too
     )
     same: dict[tuple, list] = {}  # responses that several labelers ranked: one group, computed once
     for i, p, rs in zip(kept, prompts, responses, strict=True):
-        same.setdefault((prompt_key(rows[i].prompt), rows[i].responses), []).append((p, rs, rows[i]))
+        same.setdefault((prompt_key(rows[i].prompt), rows[i].answers), []).append((p, rs, rows[i]))
     groups = []
     for found in same.values():
         (p, rs, first), rankings = found[0], [row for _, _, row in found]

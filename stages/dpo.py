@@ -210,7 +210,7 @@ def run(ctx: StageRun) -> dict:
 def loss_of(name: str, logps, ref_logps, batch, beta: float, label_smoothing: float, prompts: int, tokens: float):
     """One of the losses over a micro-batch, divided by the whole batch's prompts (sft: tokens of first responses)."""
     if name == "sft":
-        return chosen_loss(logps, batch.first, batch.first_weights, tokens)
+        return chosen_loss(logps, batch.first, batch.first_weights, tokens or 1.0)  # none: cut off before a word
     if name == "plackett_luce":
         choices = (batch.winners, batch.losers, batch.choice, batch.choice_weights)
         return plackett_luce_loss(beta * (logps - ref_logps), *choices, prompts)

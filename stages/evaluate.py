@@ -1,25 +1,32 @@
-"""evaluate: every policy on the evaluation prompts → results.json.
+"""evaluate: every policy on the evaluation prompts → results.json and responses.jsonl.
 
-One sample a prompt at temperature 1; the judge is the gold scorer in the embedded world, else the reward model.
-Prompts that the training data hold too are kept, counted and told.
-best_of_n is the SFT sample with the highest reward model score out of n. A response
-without EOS scores `missing_eos_score`, if one is given. Intervals: bootstrap over prompts.
+Policies are sampled at temperature 1. The judge is the gold scorer in the embedded world, otherwise the reward model.
+A response without EOS scores `missing_eos_score`, if one is given. best_of_n is the SFT sample with the highest reward
+model score out of n. A base model that never saw the chat template is asked in plain text (`stages/asking.py`).
+Intervals are over tasks in the embedded world, elsewhere over prompts (`stages/statistics.py`).
 """
 
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, Literal
 
 import torch
 
-from data.encode import decode_response, wrap_documents
+from data.encode import wrap_documents
 from data.groups import make_rows
+from data.near_copies import near_copies
 from data.records import prompt_key
-from data.streams import derive_seed
+from data.streams import Stream, derive_seed
 from data.world import World
+from pipeline.errors import UserError
 from pipeline.stage import StageRun
 from stages import parallel
+from stages.asking import DESCRIPTIONS, Answer, Asked, answer_of, ask, form_of_base
 from stages.common import (
     check_context,
+    context_of,
     device_of,
     dtype_of,
     fit_prompts,
@@ -30,17 +37,16 @@ from stages.common import (
     split_documents,
     unreadable,
 )
-from stages.engine import make_accelerator, micro_batches, pause_if_asked, perplexity_of
+from stages.engine import make_accelerator, micro_batches, pause_if_asked
 from stages.models.ensemble import How, load_reward_model
-from stages.models.forward import response_logprobs, score_all
+from stages.models.forward import response_logprobs, score_all, text_logprobs
 from stages.models.loading import load_policy, load_tokenizer
 from stages.models.packing import can_pack
 from stages.objectives.logprobs import sequence_logps
-from stages.objectives.losses import language_model_loss
 from stages.objectives.rewards import final_scores
+from stages.results import Measured, order_by_gold, summarise
 from stages.rollouts.transformers import sample
 from stages.settings import Section, TooLong, no_room, over_context, setting, too_long_prompt
-from stages.statistics import win_rate
 
 NAME = "evaluate"
 METRICS: dict[str, str] = {}
@@ -48,10 +54,12 @@ HEADLINE = ("score", "win_rate_vs_sft", "gold")
 SHARED = True
 FIXED = tuple(
     f"evaluate.{key}"
-    for key in ("num_prompts", "max_length", "response_length", "on_too_long", "temperature", "best_of")
+    for key in (
+        "num_prompts", "max_length", "response_length", "on_too_long", "temperature", "best_of", "samples_per_prompt",
+        "base_prompt", "few_shot_examples",
+    )  # fmt: skip
 )
 STAGES = ("base", "sft", "ppo", "dpo")
-GOLD = ("helpful", "honest", "harmless", "overall")
 RM_FIGURES = ("accuracy", "accuracy_ci95", "accuracy_ceiling", "n_pairs", "labeler_agreement", "ece")
 
 
@@ -62,6 +70,15 @@ class Config(Section):
         ["base", "sft", "ppo", "dpo", "best_of_n"], "of base, sft, ppo, dpo, best_of_n; sft is always in"
     )
     best_of: int = setting(16, "n of best_of_n; 1 leaves it out", "samples", ge=1)
+    samples_per_prompt: int = setting(
+        1, "samples of each policy to each prompt (best_of_n: always one); more make intervals narrower", ge=1
+    )
+    base_prompt: Literal["auto", "chat", "plain", "few_shot"] = setting(
+        "auto",
+        "how base is asked: chat (the template), plain (the prompt alone, as its corpus asks) or few_shot (after some "
+        "demonstrations, as question and answer); auto: chat for a pretrained model, plain for one from scratch",
+    )
+    few_shot_examples: int = setting(4, "demonstrations shown where base_prompt is few_shot", "rows", ge=1)
     num_prompts: int | None = setting(None, "how many evaluation prompts; null: all", "prompts", ge=2)
     response_length: int = setting(128, "longest response, EOS included", "tokens", ge=1)
     max_length: int = setting(512, "longest prompt and response together", "tokens", ge=8)
@@ -85,11 +102,9 @@ def reads(experiment) -> list[str]:
 
 
 def trained_on(experiment) -> list[str]:
-    """The kinds of data with prompts that policies and reward model trained on. Left out: a kind that comes from the
-    embedded world, if the evaluation prompts do too: the world keeps them apart."""
-    data = experiment.data
-    kinds = ["demonstrations", *["prompts"] * ("ppo" in needs(experiment)), *["rankings"] * (data.rankings is not None)]
-    return [kind for kind in kinds if not getattr(data, kind) == data.evaluation_prompts == "world"]
+    """Return the kinds of data whose prompts some policy or the reward model was trained on."""
+    rankings = "prompts" if experiment.data.rankings is None else "rankings"
+    return list(dict.fromkeys(["demonstrations", rankings, *["prompts"] * ("ppo" in needs(experiment))]))
 
 
 def check(experiment) -> list[str]:
@@ -111,204 +126,356 @@ def lacks(experiment) -> list[str]:
 
 
 def run(ctx: StageRun) -> dict:
-    """→ results.json and responses.jsonl (every sample, with its judgements)."""
+    """Measure every policy on the same prompts, and compare.
+
+    Publishes results.json and responses.jsonl (every sample, with its judgements).
+
+    Returns:
+        The figures of the manifest.
+    """
     c, m = ctx.config, ctx.experiment.model
-    accelerator = make_accelerator(device_of(ctx.experiment), dtype_of(ctx.experiment))
-    options = {"attn_implementation": m.attn_implementation, "trust_remote_code": ctx.trust_remote_code}
-    check_context(ctx, ctx.inputs["sft"] / "model", "perplexity_length")
-    tokenizer = load_tokenizer(ctx.inputs["sft"] / "model", trust_remote_code=ctx.trust_remote_code)
-    reward_model = load_reward_model(ctx.inputs["rm"] / "model", c.reward_ensemble, **options).to(accelerator.device)
-    sft = load_policy(ctx.inputs["sft"] / "model", **options).to(accelerator.device)
-    reference = sft  # KL is to what PPO's penalty is to
-    if ctx.experiment.sft.ppo_init is not None:
-        reference = load_policy(ctx.inputs["sft"] / "ppo_init", **options).to(accelerator.device)
-    packed = packing(ctx, sft, reference, reward_model)
-    prompts, ids = load_prompts(ctx, tokenizer)
-    leaked = count_leaked(ctx, prompts)
-    text_rows = held_out_text(ctx, tokenizer)
-    judge = gold_judge(ctx)
+    tools = load_tools(ctx)
+    prompts, ids = load_prompts(ctx, tools.tokenizer)
+    world = None if ctx.experiment.data.evaluation_prompts != "world" else World.from_json(read_world(ctx))
+    clusters = [str(world.task(p)) if world else prompt_key(p) for p in prompts]
+    leaked = find_leaked(ctx, prompts, world)
+    text_rows = held_out_text(ctx, tools.tokenizer)
     names = [s for s in STAGES if s in ctx.inputs]
     if c.best_of > 1 and "best_of_n" in c.policies:
         names.append("best_of_n")
 
-    found = ctx.checkpoints.newest()
-    done: dict[str, dict] = found.state["done"] if found else {}
+    done = {name: Measured(**fields) for name, fields in measured_before(ctx).items()}
     with ctx.tracker.progress(len(names), "evaluate", len(done)) as progress:
         for name in (name for name in names if name not in done):  # others may be asked for than before
-            model = (
-                sft
-                if name in ("sft", "best_of_n")
-                else load_policy(ctx.inputs[name] / "model", **options).to(accelerator.device)
-            )
-            packed = packed and can_pack(model, c.max_length)
-            tools = (model, reference, reward_model, tokenizer, accelerator, packed)
-            n = c.best_of if name == "best_of_n" else 1
-            done[name] = measure(ctx, n, ids, tools, (len(done), len(names)))
-            done[name]["perplexity"] = None if n > 1 else perplexity(model, text_rows, accelerator, c.batch_size)
-            done[name]["gold"] = (
-                [
-                    judge(p, r, f)
-                    for p, r, f in zip(prompts, done[name]["responses"], done[name]["finished"], strict=True)
-                ]
-                if judge
-                else None
-            )
+            form = form_of_base(c.base_prompt, m.name_or_path) if name == "base" else "chat"
+            asked = ask_all(ctx, tools, prompts, ids, form)
+            model = tools.sft if name in ("sft", "best_of_n") else tools.load(ctx.inputs[name] / "model")
+            here = Policy(name, model, tools.packed and can_pack(model, c.max_length))
+            poll = partial(pause_if_asked, ctx, len(done), len(names), lambda: None)
+            rows = measure(ctx, tools, here, asked, ids, poll)
+            losses = None if name == "best_of_n" else text_losses(model, text_rows, tools.accelerator, c.batch_size)
+            gold = None if world is None else [
+                [world.gold(p, r, f) for r, f in zip(texts, ends, strict=True)]
+                for p, texts, ends in zip(prompts, rows["responses"], rows["finished"], strict=True)
+            ]  # fmt: skip
+            done[name] = Measured(asked=form, gold=gold, text_losses=losses, **rows)
             progress.update(len(done))
-            if not set(names) <= set(done):
-                ctx.checkpoints.save(len(done), {}, {"done": done}, len(names))
+            if len(done) < len(names):
+                state = {"measured": {name: measured.state() for name, measured in done.items()}}
+                ctx.checkpoints.save(len(done), {}, state, len(names))
                 pause_if_asked(ctx, len(done), len(names), lambda: None)
 
+    known = leaked if world else None
+    climbed = climbed_by_judge(ctx, names) if world is None else set()
     results = {
-        "judge": "gold" if judge else "reward_model",
-        "leaked": leaked,
-        "policies": {name: summary(done[name], done["sft"], ctx.seed) for name in names},
-        "reward_model": {k: ctx.manifests["rm"]["metrics"].get(k) for k in RM_FIGURES},
-    }
+        "judge": "gold" if world else "reward_model",
+        "leaked": sum(leaked),
+        "leaked_by": "task" if world else "near copy",
+        "prompts": len(prompts),
+        "samples_per_prompt": c.samples_per_prompt,
+        "clusters": len(set(clusters)),
+        "policies": {
+            name: summarise(
+                done[name], done["sft"], clusters, known,
+                judge_climbed=name in climbed, selected=name in climbed and name == "best_of_n",
+            )
+            for name in names
+        },
+        "reward_model": {key: ctx.manifests["rm"]["metrics"].get(key) for key in RM_FIGURES}
+        | {"orders_as_gold": order_by_gold(done["sft"], clusters, known)},
+    }  # fmt: skip
     (ctx.publish / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    with (ctx.publish / "responses.jsonl").open("w", encoding="utf-8") as file:
-        for name in names:
-            for i, prompt in enumerate(prompts):
-                row = {
-                    "policy": name,
-                    "prompt": prompt,
-                    "response": done[name]["responses"][i],
-                    "finished": done[name]["finished"][i],
-                    "score": done[name]["scores"][i],
-                }
-                file.write(
-                    json.dumps(row | ({"gold": done[name]["gold"][i]} if judge else {}), ensure_ascii=False) + "\n"
-                )
+    write_responses(ctx, prompts, clusters, known, {name: done[name] for name in names})
     last = results["policies"]["ppo" if "ppo" in names else names[-1]]
     return {
         "score": last["score"],
-        "win_rate_vs_sft": last["win_rate_vs_sft"]["value"],
-        "gold": last["gold"]["overall"] if last["gold"] else None,
+        "win_rate_vs_sft": last["win_rate_vs_sft"] and last["win_rate_vs_sft"]["value"],
+        "gold": last["gold"] and last["gold"]["overall"],
         "prompts": len(prompts),
-        "leaked": leaked,
+        "leaked": sum(leaked),
     }
 
 
-def load_prompts(ctx: StageRun, tokenizer):
-    """(prompts as they are in the file, their ids)."""
+@dataclass(frozen=True)
+class Tools:
+    """What every policy is measured with."""
+
+    tokenizer: Any
+    accelerator: Any
+    load: Callable
+    """Folder → the policy in it, where it computes."""
+    sft: Any
+    reference: Any
+    """The policy that KL is measured to: the one that PPO's penalty is to."""
+    reward_model: Any
+    packed: bool
+    """Whether rows go through these models packed."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy that is being measured."""
+
+    name: str
+    model: Any
+    packed: bool
+
+
+def load_tools(ctx: StageRun) -> Tools:
+    """Load SFT, the reference and the reward model, each where it computes."""
+    c, m, folder = ctx.config, ctx.experiment.model, ctx.inputs["sft"] / "model"
+    check_context(ctx, folder, "perplexity_length")
+    accelerator = make_accelerator(device_of(ctx.experiment), dtype_of(ctx.experiment))
+    options = {"attn_implementation": m.attn_implementation, "trust_remote_code": ctx.trust_remote_code}
+
+    def load(source):
+        return load_policy(source, **options).to(accelerator.device)
+
+    tokenizer = load_tokenizer(folder, trust_remote_code=ctx.trust_remote_code)
+    reward_model = load_reward_model(ctx.inputs["rm"] / "model", c.reward_ensemble, **options).to(accelerator.device)
+    sft = load(folder)
+    reference = sft if ctx.experiment.sft.ppo_init is None else load(ctx.inputs["sft"] / "ppo_init")
+    packed = packing(ctx, sft, reference, reward_model)
+    return Tools(tokenizer, accelerator, load, sft, reference, reward_model, packed)
+
+
+def load_prompts(ctx: StageRun, tokenizer) -> tuple[list, list[list[int]]]:
+    """Return the evaluation prompts that leave room for a response, and their ids through the chat template."""
     records, places = (part[: ctx.config.num_prompts] for part in read_placed(ctx, "evaluation_prompts"))
     kept, ids, report = fit_prompts(ctx, tokenizer, (r.prompt for r in records), places)
     ctx.tracker.say(f"evaluate: {report.line('evaluation prompts')}")
     return [p if isinstance(p, str) else list(p) for p in (records[i].prompt for i in kept)], ids
 
 
-def count_leaked(ctx: StageRun, prompts) -> int:
-    """How many of the prompts stand in the training data; if any do, a line says where."""
-    keys = {prompt_key(p) for p in prompts}
-    found = {kind: keys & {prompt_key(r.prompt) for r in read(ctx, kind)} for kind in trained_on(ctx.experiment)}
-    leaked = len(set().union(*found.values()))
-    if leaked:
-        where = ", ".join(f"{kind} {len(some)}" for kind, some in found.items() if some)
+def ask_all(ctx: StageRun, tools: Tools, prompts, ids: list[list[int]], form: str) -> list[Asked]:
+    """Put every prompt into the form in which a policy is asked."""
+    if form == "chat":
+        return [Asked("chat", own, tools.tokenizer.eos_token_id) for own in ids]
+    ctx.tracker.say(f"evaluate: base is asked {DESCRIPTIONS[form]}")
+    examples = []
+    if form == "few_shot":
+        rows = read(ctx, "demonstrations")
+        order = Stream(len(rows), derive_seed(ctx.seed, "few_shot")).take(min(len(rows), ctx.config.few_shot_examples))
+        examples = [rows[i] for i in order]
+    config = json.loads((ctx.inputs["sft"] / "model" / "config.json").read_text(encoding="utf-8"))
+    context = context_of(config)
+    room = None if context is None else context - ctx.config.response_length
+    return [ask(tools.tokenizer, form, prompt, examples, room) for prompt in prompts]
+
+
+def find_leaked(ctx: StageRun, prompts, world: World | None) -> list[bool]:
+    """Find the prompts whose task training set too (in the embedded world), or that are near copies of training
+    prompts (elsewhere), and say how many there are.
+
+    Args:
+        ctx: The stage's context.
+        prompts: The evaluation prompts, P of them.
+        world: The embedded world if the prompts are its own, otherwise None.
+
+    Returns:
+        (P,) flags.
+    """
+    data = ctx.experiment.data
+    trained = {kind: [record.prompt for record in read(ctx, kind)] for kind in trained_on(ctx.experiment)}
+    if world is not None:
+        own = [p for kind, some in trained.items() if getattr(data, kind) == "world" for p in some]
+        texts = [d.text for d in read(ctx, "documents")] if data.documents == "world" else []
+        asked = world.asked(own, texts)
+        known = [world.task(p) in asked for p in prompts]
         ctx.tracker.say(
-            f"evaluate: {leaked} of {len(prompts)} evaluation prompts are in the training data ({where}): what is "
-            f"measured on them is memory too; give others (`rlhf data check FILE -c CONFIG` names these)"
+            f"evaluate: {sum(known)} of {len(prompts)} prompts set tasks that training data set too, in other words; "
+            f"{len(prompts) - sum(known)} set tasks that no training data set"
+        )
+        return known
+    copies = {kind: near_copies(prompts, some) for kind, some in trained.items()}
+    leaked = [any(flags) for flags in zip(*copies.values(), strict=True)]
+    if any(leaked):
+        where = ", ".join(f"{kind} {sum(flags)}" for kind, flags in copies.items() if any(flags))
+        ctx.tracker.say(
+            f"evaluate: {sum(leaked)} of {len(prompts)} evaluation prompts are near copies of training prompts "
+            f"({where}): what is measured on them is memory too; give others (`rlhf data check FILE -c CONFIG` names "
+            f"these)"
         )
     return leaked
 
 
+def climbed_by_judge(ctx: StageRun, names: Sequence[str]) -> set[str]:
+    """Return the policies for which the judge, rm's reward model, is no independent judge: best of n is selected by
+    it, and PPO is trained to please it (unless `ppo.reward_model` names another)."""
+    climbed = {"best_of_n"} | ({"ppo"} if ctx.experiment.ppo.reward_model is None else set())
+    return climbed & set(names)
+
+
 def held_out_text(ctx: StageRun, tokenizer) -> list[list[int]]:
-    """Packed rows of the documents that base and ptx did not train on."""
+    """Return packed rows of the documents that base and PPO-ptx did not train on."""
     _, held = split_documents(ctx)
     rows = wrap_documents(tokenizer, held, length=ctx.config.perplexity_length)
     return rows[: ctx.config.perplexity_rows]
 
 
-def gold_judge(ctx: StageRun):
-    """(prompt, response, finished) → {helpful, honest, harmless, overall}, if the prompts are the world's."""
-    if ctx.experiment.data.evaluation_prompts != "world":
-        return None
-    return World.from_json(read_world(ctx)).gold
+def measured_before(ctx: StageRun) -> dict[str, dict]:
+    """Return what an interrupted run had measured, by policy."""
+    checkpoint = ctx.checkpoints.newest()
+    if checkpoint is None:
+        return {}
+    if "measured" not in checkpoint.state:
+        raise UserError("evaluate: the checkpoint was written by another version; start again with --restart")
+    return checkpoint.state["measured"]
 
 
 @torch.no_grad()
-def measure(ctx: StageRun, n: int, ids, tools, progress: tuple[int, int]) -> dict:
-    """One response a prompt (the best of n by score): texts, finished, scores, kl in nats and length in tokens.
+def measure(
+    ctx: StageRun, tools: Tools, policy: Policy, asked: list[Asked], chat_ids: list[list[int]], poll: Callable
+) -> dict:
+    """Sample a policy's answers and score them.
 
-    progress: policies done and in all, for the word at a stop."""
-    c = ctx.config
-    model, reference, reward_model, tokenizer, accelerator, packed = tools
+    Args:
+        ctx: The stage's context.
+        tools: What policies are measured with.
+        policy: The policy; "best_of_n" keeps the best of `best_of` samples by score.
+        asked: The P prompts in the form in which this policy is asked.
+        chat_ids: The ids of the same prompts through the chat template: what the judges read.
+        poll: Called between tokens; raises to leave.
 
-    def look(part: list[int]) -> dict[str, list]:
-        prompts = [ids[i] for i in part for _ in range(n)]
-        stream = "evaluate" if n == 1 else "best_of_n"  # else SFT's own response would be among the n that it meets
+    Returns:
+        `responses`, `finished`, `scores`, `kl` (None for best of n) and `lengths`, as in `Measured`.
+    """
+    c, pad_id = ctx.config, tools.tokenizer.pad_token_id
+    best_of_n = policy.name == "best_of_n"
+    n = c.best_of if best_of_n else c.samples_per_prompt
+    # another stream than SFT's own samples, which the best of n are compared with
+    stream = "best_of_n" if best_of_n else "evaluate"
+
+    def measure_part(part: list[int]) -> list[dict]:
+        """Measure the prompts of a part; a dict a prompt."""
+        index = [i for i in part for _ in range(n)]
         seeds = [derive_seed(ctx.seed, stream, i, k) for i in part for k in range(n)]
-        with accelerator.autocast():
-            responses = sample(
-                model,
-                prompts,
+        with tools.accelerator.autocast():
+            sampled = sample(
+                policy.model,
+                [asked[i].ids for i in index],
                 seeds,
                 response_length=c.response_length,
                 temperature=c.temperature,
                 batch_size=max(c.batch_size, 4 * c.batch_size if n > 1 else 0),
-                eos_id=tokenizer.eos_token_id,
-                pad_id=tokenizer.pad_token_id,
-                poll=partial(pause_if_asked, ctx, *progress, lambda: None),
+                eos_id=asked[part[0]].end_id,
+                pad_id=pad_id,
+                poll=poll,
             )
-        scores = score_all(
-            reward_model,
+        answers = [answer_of(tools.tokenizer, asked[i], ids) for i, ids in zip(index, sampled, strict=True)]
+        prompts, responses = [chat_ids[i] for i in index], [a.response for a in answers]
+        own = score_all(
+            tools.reward_model,
             prompts,
             responses,
-            pad_id=tokenizer.pad_token_id,
+            pad_id=pad_id,
             batch_size=c.batch_size,
-            accelerator=accelerator,
-            packed=packed,
+            accelerator=tools.accelerator,
+            packed=policy.packed,
         )
-        finished = torch.tensor([r[-1] == tokenizer.eos_token_id for r in responses])
-        scores = final_scores(scores, finished, c.missing_eos_score)
-        best = scores.view(-1, n).argmax(-1).tolist()
-        chosen = [g * n + b for g, b in enumerate(best)]
-        texts = [prompts[i] for i in chosen], [responses[i] for i in chosen]
-        rows = make_rows(*texts, tokenizer.pad_token_id, packed=packed).to(accelerator.device)
-        found = {
-            "responses": [decode_response(tokenizer, responses[i]) for i in chosen],
-            "finished": finished[chosen].tolist(),
-            "scores": scores[chosen].tolist(),
-            "kl": [],
-            "lengths": rows.lengths.tolist(),
+        scores = final_scores(own, torch.tensor([a.finished for a in answers]), c.missing_eos_score)
+        kept = list(range(len(answers)))
+        if best_of_n:
+            best = scores.view(-1, n).argmax(-1).tolist()
+            kept = [g * n + b for g, b in enumerate(best)]
+        kl = None if best_of_n else log_ratios(ctx, tools, policy, [asked[i].ids for i in index], prompts, answers)
+        rows = {
+            "responses": [answers[i].text for i in kept],
+            "finished": [answers[i].finished for i in kept],
+            "scores": [scores[i].item() for i in kept],
+            "kl": kl,
+            "lengths": [len(responses[i]) for i in kept],
         }
-        if n == 1:
-            with accelerator.autocast():
-                logps = [
-                    sequence_logps(response_logprobs(x, rows, c.temperature), rows.response_mask)
-                    for x in (model, reference)
-                ]
-            found["kl"] = (logps[0] - logps[1]).tolist()
-        return found
+        each = len(kept) // len(part)
+        return [
+            {key: None if values is None else values[k * each : (k + 1) * each] for key, values in rows.items()}
+            for k in range(len(part))
+        ]
 
-    of_each = -(-len(ids) // parallel.rank_and_size()[1])
-    parts = list(micro_batches(list(range(len(ids))), max(1, min(of_each, c.batch_size // min(n, 4)))))
-    found = parallel.spread(parts, [len(part) for part in parts], lambda own: list(map(look, own)))
-    return {key: [x for some in found for x in some[key]] for key in found[0]}
+    of_each = -(-len(asked) // parallel.rank_and_size()[1])
+    size = max(1, min(of_each, c.batch_size // min(n, 4)))
+    parts = list(micro_batches(list(range(len(asked))), size))
+    found = parallel.spread(parts, [len(part) for part in parts], lambda own: list(map(measure_part, own)))
+    rows = [row for part in found for row in part]
+    return {key: None if rows[0][key] is None else [row[key] for row in rows] for key in rows[0]}
+
+
+def log_ratios(
+    ctx: StageRun, tools: Tools, policy: Policy, own_prompts, chat_prompts, answers: Sequence[Answer]
+) -> list[float]:
+    """Compute log π(y|x) − log π_ref(y|x) of each answer, in nats; its mean over answers is the KL.
+
+    The policy reads the ids that it sampled, in the form in which it was asked; the reference reads the same answer as
+    a response of the chat.
+
+    Args:
+        ctx: The stage's context.
+        tools: What policies are measured with.
+        policy: The policy that answered.
+        own_prompts: The ids that each answer followed.
+        chat_prompts: The ids of the same prompts through the chat template.
+        answers: The answers, B of them.
+
+    Returns:
+        B numbers.
+    """
+
+    def logps(model, prompts, responses):
+        rows = make_rows(prompts, responses, tools.tokenizer.pad_token_id, packed=policy.packed)
+        rows = rows.to(tools.accelerator.device)
+        with tools.accelerator.autocast():
+            logprobs = response_logprobs(model, rows, ctx.config.temperature)
+        return sequence_logps(logprobs, rows.response_mask).float().cpu()
+
+    ours = logps(policy.model, own_prompts, [a.sampled for a in answers])
+    theirs = logps(tools.reference, chat_prompts, [a.response for a in answers])
+    return (ours - theirs).tolist()
 
 
 @torch.no_grad()
-def perplexity(model, rows: list[list[int]], accelerator, size: int) -> float | None:
-    """exp of the mean cross-entropy a token over packed rows; None without any."""
+def text_losses(model, rows: list[list[int]], accelerator, size: int) -> list[float] | None:
+    """Compute the mean cross-entropy a token of each packed row.
+
+    Args:
+        model: The policy.
+        rows: N rows of T ids.
+        accelerator: Where it computes.
+        size: Rows of a forward pass.
+
+    Returns:
+        N numbers, in nats; None without rows.
+    """
     if not rows:
         return None
-    total, tokens = 0.0, len(rows) * (len(rows[0]) - 1)
-    for part in micro_batches(parallel.share(rows, [1] * len(rows)), size):
-        ids = torch.tensor(part, device=accelerator.device)
-        with accelerator.autocast():
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        total += language_model_loss(logits, ids[:, 1:], tokens).item()
-    return perplexity_of(parallel.total({"loss": total})["loss"])
+
+    def losses(parts: list[list[list[int]]]) -> list[list[float]]:
+        found = []
+        for part in parts:
+            with accelerator.autocast():
+                logprobs = text_logprobs(model, torch.tensor(part, device=accelerator.device))
+            found.append((-logprobs.double().mean(-1)).tolist())
+        return found
+
+    parts = list(micro_batches(rows, size))
+    return [loss for some in parallel.spread(parts, list(map(len, parts)), losses) for loss in some]
 
 
-def summary(own: dict, sft: dict, seed: int) -> dict:
-    """A policy's line of results.json."""
-    mean = lambda xs: sum(xs) / len(xs)  # noqa: E731
-    judged = (lambda d: [g["overall"] for g in d["gold"]]) if own["gold"] else (lambda d: d["scores"])
-    return {
-        "score": mean(own["scores"]),
-        "kl_to_sft": mean(own["kl"]) if own["kl"] else None,
-        "length": mean(own["lengths"]),
-        "eos_rate": mean(own["finished"]),
-        "pretrain_perplexity": own["perplexity"],
-        "win_rate_vs_sft": win_rate(judged(own), judged(sft), seed),
-        "gold": {k: mean([g[k] for g in own["gold"]]) for k in GOLD} if own["gold"] else None,
-    }
+def write_responses(
+    ctx: StageRun, prompts, clusters: list[str], known: list[bool] | None, done: dict[str, Measured]
+) -> None:
+    """Write responses.jsonl: a line a policy, prompt and sample, with its judgements."""
+    with (ctx.publish / "responses.jsonl").open("w", encoding="utf-8") as file:
+        for name, measured in done.items():
+            for i, prompt in enumerate(prompts):
+                for k, response in enumerate(measured.responses[i]):
+                    row = {
+                        "policy": name,
+                        "prompt": prompt,
+                        "sample": k,
+                        "response": response,
+                        "finished": measured.finished[i][k],
+                        "score": measured.scores[i][k],
+                    }
+                    if measured.gold is not None:
+                        row |= {"gold": measured.gold[i][k], "cluster": clusters[i], "known_task": known[i]}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")

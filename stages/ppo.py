@@ -152,10 +152,21 @@ class Config(Section):
     cliprange_value: float = setting(0.2, "value clip", "reward", gt=0)
     gamma: float = setting(1.0, "discount a token (the paper: none); γ of GAE", gt=0, le=1)
     lam: float = setting(0.95, "λ of generalised advantage estimation", ge=0, le=1)
-    ptx_coef: float = setting(27.8, "γ, added times the pretraining loss (a mean over its tokens); 0: plain PPO", ge=0)
+    ptx_coef: float = setting(
+        1.0,
+        "γ, times the pretraining loss (a mean over its tokens, as PPO's is over its own); 0: plain PPO. The "
+        "paper's 27.8 belongs to the paper's way of summing, which it does not state; here it would drown PPO: "
+        "keep grad_norm/ptx and grad_norm/ppo of one size",
+        ge=0,
+    )
     ptx_ratio: float = setting(8.0, "pretraining rows per episode, in each pass over the batch", "rows", gt=0)
     ptx_length: int = setting(128, "length of a packed pretraining row", "tokens", ge=8)
-    missing_eos_score: float | None = setting(-1.0, "score of a response without EOS; null: its own", "reward")
+    missing_eos_score: float | None = setting(
+        -1.0,
+        "score of a response without EOS, to be below what finished ones get (demonstrations average 0, with a "
+        "spread of about 1); where response_length cuts more than a few, length is learned first; null: its own",
+        "reward",
+    )
     score_clip: float | None = setting(None, "clip the reward model's score to ± this", "reward", gt=0)
     length_penalty: float = setting(0.0, "subtracted from the score a response token", "reward a token", ge=0)
     whiten_rewards: bool = setting(

@@ -1,8 +1,8 @@
 """rankings: K responses of SFT to each prompt, ranked by labelers; or people's own rankings, validated and split.
 
-The split is by prompt, never within one. In the embedded world `labelers_per_prompt` of five simulated
-labelers rank a training prompt, and two of them every validation prompt, so that their agreement can be read from
-the file.
+The split is by prompt, never within one, and in the embedded world by request. There `labelers_per_prompt` of five
+simulated labelers rank a training prompt, and two of them every validation prompt, so that their agreement can be
+read from the file.
 """
 
 import random
@@ -95,7 +95,7 @@ def run(ctx: StageRun) -> dict:
         rows, figures = read(ctx, "rankings"), {}
     else:
         rows, figures = simulate(ctx)
-    train, valid = held_out([prompt_key(r.prompt) for r in rows], ctx.config.validation_fraction)
+    train, valid = held_out(split_keys(ctx, [r.prompt for r in rows]), ctx.config.validation_fraction)
     for name, part in (("train", train), ("validation", valid)):
         part = [rows[i] for i in part]
         if not any(usable_pairs(r) for r in part):
@@ -117,6 +117,18 @@ def run(ctx: StageRun) -> dict:
     }
 
 
+def split_keys(ctx: StageRun, prompts) -> list[str]:
+    """Return a key for each prompt; prompts of one key stay on one side of the split.
+
+    The key is the request where simulated labelers rank the embedded world's prompts: the same question behind another
+    greeting, and the same answers to it, would otherwise stand on both sides. Elsewhere it is the prompt.
+    """
+    if ctx.experiment.data.rankings is not None:
+        return [prompt_key(p) for p in prompts]
+    world = World.from_json(read_world(ctx))
+    return [f"{ctx.seed} {world.request(p)}" for p in prompts]
+
+
 def usable_pairs(r: Ranking) -> int:
     return sum(verdict == "usable" for _, _, verdict in judged_pairs(r))
 
@@ -125,37 +137,38 @@ def simulate(ctx: StageRun) -> tuple[list[Ranking], dict]:
     """Sample K responses a prompt from SFT, calibrate the labelers' noise on them, and rank."""
     c = ctx.config
     prompts, texts, finished = sample_responses(ctx)
+    answers = [list(zip(*row, strict=True)) for row in zip(texts, finished, strict=True)]  # as of a Ranking
     world = World.from_json(read_world(ctx))
     utilities = [world.labeler_utilities(*row) for row in zip(prompts, texts, finished, strict=True)]
     try:
-        noise = labelers.calibrate_noise(utilities, texts, c.agreement)
+        noise = labelers.calibrate_noise(utilities, answers, c.agreement)
     except ValueError as problem:  # an SFT model that babbles: tastes differ more than its answers do
         ctx.tracker.say(f"rankings: {problem}; ranked without noise. Train base and sft longer")
         noise = NO_NOISE
-    valid = set(held_out([prompt_key(p) for p in prompts], c.validation_fraction)[1])
+    valid = set(held_out(split_keys(ctx, prompts), c.validation_fraction)[1])
     unfinished = sum(not f for fs in finished for f in fs) / sum(map(len, finished))
-    if unfinished > 0.1:  # as texts they look as if they had ended there
+    if unfinished > 0.1:  # labelers judge what is there, and no model learns how such a response ends
         ctx.tracker.say(f"rankings: {unfinished:.0%} of the responses were cut off; raise rankings.response_length")
     rows, owner = [], []
     for i, (prompt, responses) in enumerate(zip(prompts, texts, strict=True)):
         chooser = random.Random(derive_seed(ctx.seed, "labeler", i))
         for who in chooser.sample(range(len(labelers.LABELERS)), 2 if i in valid else c.labelers_per_prompt):
             rng = np.random.default_rng(derive_seed(ctx.seed, "rank", i, who))
-            ranks = labelers.rank(utilities[i][who], noise, rng, responses)
-            name = labelers.LABELERS[who].name
-            rows.append(Ranking(f"{i:05d}-{name}", prompt, tuple(responses), tuple(map(int, ranks)), name))
+            ranks = tuple(map(int, labelers.rank(utilities[i][who], noise, rng, answers[i])))
+            name, ended = labelers.LABELERS[who].name, tuple(finished[i])
+            rows.append(Ranking(f"{i:05d}-{name}", prompt, tuple(responses), ranks, name, finished=ended))
             owner.append(i)
     judged = [k for k, i in enumerate(owner) if i in valid]
     ceiling = labelers.accuracy_ceiling(
         [utilities[owner[k]] for k in judged],
         [list(rows[k].ranks) for k in judged],
-        [list(rows[k].responses) for k in judged],
+        [list(rows[k].answers) for k in judged],
         noise,
     )
     return rows, {
         "noise": noise,
         "unfinished": unfinished,
-        "expected_agreement": labelers.expected_agreement(utilities, texts, noise),
+        "expected_agreement": labelers.expected_agreement(utilities, answers, noise),
         "accuracy_ceiling": ceiling["realised"],
         "expected_accuracy_ceiling": ceiling["expected"],
     }

@@ -12,6 +12,7 @@ from pipeline.stage import StageRun
 from stages import report_plots as plots
 from stages.report_plots import NAMES, Journal, number
 from stages.report_svg import graph
+from stages.report_words import ASKED, fixed, interval, moment, percent, quality, summary, tiles
 from stages.settings import Section, setting
 
 NAME = "report"
@@ -66,6 +67,7 @@ def run(ctx: StageRun) -> dict:
         sections=sections,
         finished=moment(ctx.manifests["evaluate"]["finished_at"]),
         summary=summary(results, names),
+        notes=notes(results)[1:],
         tiles=tiles(results, names),
         correlations=correlations(responses, results),
         rm_parts=rm_parts(ctx.manifests["rm"]["metrics"]),
@@ -94,34 +96,11 @@ def template():
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"fixed": fixed, "percent": percent, "turns": turns}
+    environment.filters |= {"fixed": fixed, "percent": percent, "turns": turns, "marks": marks}
     return environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
 
 
-# -- numbers as people read them -------------------------------------------------------------------------
-
-
-def fixed(value, digits: int = 2) -> str:
-    """A number with so many decimals, a real minus sign, "–" where there is none."""
-    value = number(value)
-    if value is None:
-        return "–"
-    text = f"{value:.{digits}f}".replace("-", "−")
-    return text.removeprefix("−") if not text.strip("−0.") else text
-
-
-def percent(value, digits: int = 0) -> str:
-    return "–" if number(value) is None else f"{fixed(100 * value, digits)}\u00a0%"
-
-
-def interval(low: float, high: float, digits: int = 0) -> str:
-    """Of shares, in percent: 60 to 70."""
-    return f"{fixed(100 * low, digits)} to {fixed(100 * high, digits)}"
-
-
-def moment(text: str) -> str:
-    """When, in the manifest's own time zone (UTC), so that a page does not depend on who renders it."""
-    return f"{datetime.fromisoformat(text):%Y-%m-%d %H:%M} UTC"
+# -- samples and prompts ----------------------------------------------------------------------------------
 
 
 def turns(prompt) -> list[dict]:
@@ -129,128 +108,56 @@ def turns(prompt) -> list[dict]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
-def quality(policy: dict) -> float:
-    """What the judge says: gold overall where there is gold, else the reward model's score."""
-    return policy["gold"]["overall"] if policy["gold"] else policy["score"]
-
-
-def the_way(results: dict, name: str) -> float | None:
-    """Share of the way from SFT to best-of-n that a policy has come, by the judge's quality."""
-    policies = results["policies"]
-    if name not in policies or "best_of_n" not in policies:
-        return None
-    start, end = quality(policies["sft"]), quality(policies["best_of_n"])
-    return (quality(policies[name]) - start) / (end - start) if end > start else None
-
-
-def summary(results: dict, names: dict[str, str]) -> list[str]:
-    """A paragraph in sentences, of the measured numbers."""
-    policies, rm = results["policies"], results["reward_model"]
-    what = "mean gold quality (0 to 1)" if results["judge"] == "gold" else "the mean reward model score"
-    each = [f"{fixed(quality(policies[p]))} for {names[p]}" for p in policies]
-    listed = f"{', '.join(each[:-1])} and {each[-1]}" if each[1:] else each[0]
-    n = policies["sft"]["win_rate_vs_sft"]["n"]
-    says = [f"On {n} prompts{seen_in_training(results)}, {what} is {listed}."]
-    for name in (n for n in ("ppo", "dpo") if n in policies):
-        p, way = policies[name], the_way(results, name)
-        low, high = p["win_rate_vs_sft"]["ci95"]
-        verdict = "better than" if low > 0.5 else "worse than" if high < 0.5 else "not clearly different from"
-        came = f", {percent(way)} of the way from SFT to {names['best_of_n']}" if way is not None else ""
-        says.append(
-            f"{NAMES[name]} is {verdict} SFT: it wins {percent(p['win_rate_vs_sft']['value'])} of "
-            f"the prompts (95\u00a0% interval {interval(low, high)}) at {fixed(p['kl_to_sft'], 1)} "
-            f"nats of KL a response{came}."
-        )
-    if number(rm["accuracy"]) is not None:
-        beside = [
-            f"{text} {percent(rm[key], 1)}"
-            for key, text in (
-                ("labeler_agreement", "two labelers agree on"),
-                ("accuracy_ceiling", "the best scorer would reach"),
-            )
-            if number(rm[key]) is not None
-        ]
-        says.append(
-            f"The reward model sides with the labeler on {percent(rm['accuracy'], 1)} of "
-            f"{rm['n_pairs']} held-out pairs" + (f"; {' and '.join(beside)}" if beside else "") + "."
-        )
-    return says
-
-
-def seen_in_training(results: dict) -> str:
-    """What is known of it, behind the word "prompts"."""
-    leaked = results.get("leaked")
-    if leaked is None:  # an older evaluate
-        return ""
-    return f", {leaked} of which are in the training data" if leaked else " that nothing was trained on"
-
-
-def tiles(results: dict, names: dict[str, str]) -> list[tuple[str, str, str]]:
-    """(label, value, note) of the figures to see first."""
-    policies, rm = results["policies"], results["reward_model"]
-    sft, out = policies["sft"], []
-    for name in (n for n in ("ppo", "dpo") if n in policies):
-        p, way = policies[name], the_way(results, name)
-        to = names["best_of_n"]
-        note = f"{percent(way)} of the way to {to}" if way is not None else "on the evaluation prompts"
-        unit = "gold" if results["judge"] == "gold" else "score"
-        out.append((f"{unit}, SFT → {NAMES[name]}", f"{fixed(quality(sft))} → {fixed(quality(p))}", note))
-        low, high = p["win_rate_vs_sft"]["ci95"]
-        out.append(
-            (
-                f"{NAMES[name]} against SFT",
-                f"{percent(p['win_rate_vs_sft']['value'])} won",
-                f"95\u00a0% interval {interval(low, high)}",
-            )
-        )
-    if number(rm["accuracy"]) is not None:
-        ceiling = number(rm["accuracy_ceiling"])
-        out.append(
-            (
-                "reward model accuracy",
-                percent(rm["accuracy"], 1),
-                f"of {percent(ceiling, 1)} reachable"
-                if ceiling is not None
-                else f"95\u00a0% interval {interval(*rm['accuracy_ci95'])}",
-            )
-        )
-    if "ppo" in policies and number(sft["pretrain_perplexity"]) is not None:
-        out.append(
-            (
-                "pretraining perplexity",
-                f"{fixed(sft['pretrain_perplexity'])} → {fixed(policies['ppo']['pretrain_perplexity'])}",
-                "SFT → PPO; lower is better",
-            )
-        )
-    return out
-
-
 def correlations(responses: list[dict], results: dict) -> list[tuple[str, float | None, float | None]]:
-    """(policy, Spearman's ρ of score and gold over its samples, share of prompts on which both prefer alike
-    between its sample and SFT's)."""
+    """Compare score and gold over each policy's samples.
+
+    Returns:
+        (policy, Spearman's ρ of score and gold, share of the comparisons with SFT's responses to the same prompts on
+        which both prefer the same side).
+    """
     if results["judge"] != "gold":
         return []
-    rows = {
-        name: [(r["score"], r["gold"]["overall"]) for r in responses if r["policy"] == name]
-        for name in results["policies"]
-    }
+    rows = {name: by_prompt(responses, name) for name in results["policies"]}
     out = []
     for name, mine in rows.items():
-        agree = [(a[0] - b[0]) * (a[1] - b[1]) for a, b in zip(mine, rows["sft"], strict=True)]
+        pairs = [(r["score"], r["gold"]["overall"]) for own in mine for r in own]
+        agree = [
+            (a["score"] - b["score"]) * (a["gold"]["overall"] - b["gold"]["overall"])
+            for own, theirs in zip(mine, rows["sft"], strict=True)
+            for a in own
+            for b in theirs
+        ]
         decided = [product > 0 for product in agree if product != 0]
         same = sum(decided) / len(decided) if decided else None
-        out.append((name, plots.rank_correlation(mine), same))
+        out.append((name, plots.rank_correlation(pairs), same))
     return out
 
 
-def rm_parts(rm: dict) -> list[tuple[str, str, str, int]]:
-    """(of what, which, share, pairs): the reward model's accuracy in parts, and how often labelers agree."""
+def by_prompt(responses: list[dict], policy: str) -> list[list[dict]]:
+    """Return a policy's rows of responses.jsonl, grouped by prompt: a new prompt begins at sample 0."""
+    groups: list[list[dict]] = []
+    for row in responses:
+        if row["policy"] == policy:
+            if row["sample"] == 0:
+                groups.append([])
+            groups[-1].append(row)
+    return groups
+
+
+def rm_parts(rm: dict) -> list[tuple[str, str, str, str, int]]:
+    """List the reward model's accuracy in parts, and how often labelers agree.
+
+    Returns:
+        (of what, which, share, its 95 % interval, pairs) of each part.
+    """
     out = []
     for key, what in (("accuracy_by_k", "right at K ="), ("accuracy_by_labeler", "right with")):
-        parts = rm.get(key) or {}
-        out += [(what, name, percent(b["accuracy"], 1), b["n_pairs"]) for name, b in parts.items()]
-    for pair, b in (rm.get("agreement_by_labelers") or {}).items():
-        out.append(("labelers agree:", pair, percent(b["agreement"], 1), b["n_pairs"]))
+        for name, part in (rm.get(key) or {}).items():
+            span = part.get("accuracy_ci95")
+            shown = interval(*span, 1) if span else "–"
+            out.append((what, name, percent(part["accuracy"], 1), shown, part["n_pairs"]))
+    for pair, part in (rm.get("agreement_by_labelers") or {}).items():
+        out.append(("labelers agree:", pair, percent(part["agreement"], 1), "–", part["n_pairs"]))
     return out
 
 
@@ -262,7 +169,7 @@ def side_by_side(responses: list[dict], results: dict, count: int) -> list[tuple
     where the reward model flatters most. Chosen by rule, so that nobody picks the nice ones."""
     names = list(results["policies"])
     main = next((n for n in ("ppo", "dpo") if n in names), names[-1])
-    answers = {n: [r for r in responses if r["policy"] == n] for n in names}
+    answers = {n: [rows[0] for rows in by_prompt(responses, n)] for n in names}
     gold = results["judge"] == "gold"
     judged = {n: [r["gold"]["overall"] if gold else r["score"] for r in answers[n]] for n in (main, "sft")}
     total = len(answers["sft"])
@@ -366,7 +273,7 @@ def show(folder: Path, console) -> None:
     results = json.loads(file.read_text(encoding="utf-8"))
     policies, gold = results["policies"], results["judge"] == "gold"
     table = Table(
-        title=f"{folder.parent.name}: policies on {'evaluation' if results.get('leaked') else 'held-out'} prompts",
+        title=f"{folder.parent.name}: policies on evaluation prompts",
         title_justify="left",
         title_style="bold",
         header_style="bold",
@@ -374,16 +281,18 @@ def show(folder: Path, console) -> None:
         padding=(0, 2, 0, 0),
     )
     table.add_column("policy", no_wrap=True)
+    split = any(p["gold_held_out_tasks"] for p in policies.values())
     figures = ["score", "win rate against SFT", "KL to SFT", "perplexity", "length"]
-    for column in ["gold", *figures] if gold else figures:
+    for column in ["gold", *["new tasks"] * split, *figures] if gold else figures:
         table.add_column(column, justify="right", no_wrap=True)
     best = max(policies, key=lambda n: quality(policies[n]))
     for name, p in policies.items():
         rate = p["win_rate_vs_sft"]
-        won = "–" if name == "sft" else f"{percent(rate['value'])}  ({interval(*rate['ci95'])})"
+        won = "–" if name == "sft" or rate is None else f"{percent(rate['value'])}  ({interval(*rate['ci95'])})"
         cells = [
-            NAMES[name],
+            NAMES[name] + marks(p),
             *([fixed(p["gold"]["overall"], 3)] if gold else []),
+            *([fixed(p["gold_held_out_tasks"]["overall"], 3)] if gold and split else []),
             fixed(p["score"]),
             won,
             fixed(p["kl_to_sft"], 1),
@@ -407,7 +316,26 @@ def show(folder: Path, console) -> None:
                 f"({interval(*rm['accuracy_ci95'], 1)}){more}"
             )
         )
-    judge = "gold is the world's own scorer, 0 to 1" if gold else "judged by the reward model"
-    units = "win rates with 95 % intervals, ties half; KL in nats and length in tokens a response"
-    console.print(Text(f"{units}; {judge}", style="dim"))
+    for line in notes(results):
+        console.print(Text(line, style="dim"), soft_wrap=True)
     console.print(Text(f"report: {folder / 'index.html'}", style="bold"), soft_wrap=True)
+
+
+def marks(policy: dict) -> str:
+    """Return the marks behind a policy's name in the table; `notes` says what they mean."""
+    return " *" * (policy["asked"] != "chat") + " †" * policy["judge_climbed"]
+
+
+def notes(results: dict) -> list[str]:
+    """Say below the table what its columns and marks mean."""
+    policies, gold = results["policies"], results["judge"] == "gold"
+    lines = ["win rates with 95 % intervals, ties half; KL in nats and length in tokens a response"]
+    if gold:
+        lines.append("gold is the world's own scorer, 0 to 1; new tasks: over prompts whose task no training data set")
+    else:
+        lines.append("judged by the reward model")
+    asked = {p["asked"] for p in policies.values()} - {"chat"}
+    lines += [f"* {ASKED[form]}, since it never saw the chat template" for form in sorted(asked)]
+    if any(p["judge_climbed"] for p in policies.values()):
+        lines.append("† trained to please the judge, or selected by it: these numbers flatter it")
+    return lines

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stages.report_svg import Axes, Figure, Point, dot_plot, smooth, thin
+from stages.statistics import share_estimate
 
 TRAIN, HELD_OUT = "each step", "held out"
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "dpo": "DPO", "best_of_n": "best of n"}
@@ -315,6 +316,8 @@ def win_rates(results: dict, names: dict[str, str]) -> list[Figure]:
     if not rows:
         return []
     judge = "the gold scorer" if results["judge"] == "gold" else "the reward model"
+    climbed = [names[n] for n, p in results["policies"].items() if p["judge_climbed"] and p["win_rate_vs_sft"]]
+    warning = f" The judge is the model that {' and '.join(climbed)} climbed, which flatters it." if climbed else ""
     svg = dot_plot(rows, "win rate against SFT, share of prompts", "win rates", reference=0.5)
     return [
         Figure(
@@ -322,7 +325,7 @@ def win_rates(results: dict, names: dict[str, str]) -> list[Figure]:
             svg,
             f"Share of evaluation prompts on which {judge} prefers the policy's "
             "response to SFT's, ties half, with 95 % intervals; one that crosses the dashed line "
-            "could be chance.",
+            f"could be chance.{warning}",
         )
     ]
 
@@ -333,12 +336,21 @@ def gold_parts(results: dict, names: dict[str, str]) -> list[Figure]:
         return []
     mark = lambda n, part: (policies[n][part], None, None, n, f"{names[n]} {policies[n][part]:.3f}")  # noqa: E731
     rows = [(part, [mark(n, part) for n in policies]) for part in PARTS]
+    halves = (("known tasks", "gold_known_tasks"), ("held-out tasks", "gold_held_out_tasks"))
+    for title, key in halves:
+        found = {n: results["policies"][n][key] for n in policies}
+        if all(found.values()):
+            spans = {n: gold["ci95"] or (None, None) for n, gold in found.items()}
+            rows.append(
+                (title, [(g["overall"], *spans[n], n, f"{names[n]} {g['overall']:.3f}") for n, g in found.items()])
+            )
     svg = dot_plot(rows, "mean gold, 0 to 1", "gold by part", labelled=False)
     return [
         Figure(
             "Where quality comes from",
             svg,
-            "Each line is one part of gold and each dot a policy; further right is better.",
+            "Each line is one part of gold and each dot a policy; further right is better. The last two are gold "
+            "overall, apart for tasks that training set too and for those that it never set, with 95 % intervals.",
             tuple((names[n], n, "dot") for n in policies),
         )
     ]
@@ -353,17 +365,19 @@ def trust(samples: list[dict], policies: Sequence[str], names: dict[str, str]) -
     if not rows:
         return []
     policies = [n for n in policies if any(r["policy"] == n for r in rows)]
-    points = {n: [(r["score"], r["gold"]["overall"]) for r in rows if r["policy"] == n] for n in policies}
+    points = {
+        n: [(r["score"], r["gold"]["overall"], r["cluster"]) for r in rows if r["policy"] == n] for n in policies
+    }
     everything = [p for n in policies for p in points[n]]
     labels, size = ("score of the reward model", "gold, overall (0 to 1)"), {"width": 520, "height": 320}
-    plain = Axes([x for x, _ in everything], [0.0, 1.0], *labels, **size)
+    plain = Axes([x for x, _, _ in everything], [0.0, 1.0], *labels, **size)
     for n in policies:
-        plain.cloud(points[n], n)
+        plain.cloud([p[:2] for p in points[n]], n)
     for x, mean, low, high in binned(everything, 10):
-        plain.bar(x, max(low, 0.0), min(high, 1.0), "ink")
+        plain.bar(x, low, high, "ink")
         plain.dots([(x, mean)], "ink", 4, f"mean gold {mean:.3f} at score {x:.2f}")
     plain.line([(x, mean) for x, mean, _, _ in binned(everything, 10)], "ink")
-    means = {n: tuple(np.mean(points[n], axis=0)) for n in policies}
+    means = {n: tuple(np.mean([p[:2] for p in points[n]], axis=0)) for n in policies}
     first = Figure(
         "Gold against score, all samples",
         plain.svg("gold against reward model score"),
@@ -431,15 +445,22 @@ def calibration(rm: dict) -> list[Figure]:
     return figures
 
 
-def binned(points: Sequence[tuple[float, float]], bins: int) -> list[tuple[float, float, float, float]]:
-    """(mean x, mean y, 95 % interval of mean y) in `bins` groups of equal size by x."""
-    ordered = np.array(sorted(points))
+def binned(points: Sequence[tuple[float, float, str]], bins: int) -> list[tuple[float, float, float, float]]:
+    """Group points by x and estimate the mean of y in each group.
+
+    Args:
+        points: (x, y, cluster) of each; y in [0, 1].
+        bins: How many groups of equal size.
+
+    Returns:
+        (mean x, mean y, ends of the 95 % interval of the mean of y over clusters), a group each.
+    """
+    ordered = sorted(points)
     out = []
-    for part in np.array_split(ordered, min(bins, len(ordered))):
-        y = part[:, 1]
-        error = 1.96 * y.std(ddof=1) / len(y) ** 0.5 if len(y) > 1 else 0.0
-        mean = float(y.mean())
-        out.append((float(part[:, 0].mean()), mean, mean - float(error), mean + float(error)))
+    for part in np.array_split(np.arange(len(ordered)), min(bins, len(ordered))):
+        xs, ys, clusters = zip(*(ordered[i] for i in part), strict=True)
+        found = share_estimate(ys, clusters)
+        out.append((float(np.mean(xs)), found["value"], *found["ci95"]))
     return out
 
 

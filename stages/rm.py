@@ -15,8 +15,9 @@ import torch
 from data import sources
 from data.encode import decode_response, encode_prompt, encode_response
 from data.groups import Pair, batch_groups
-from data.records import DataError
+from data.records import DataError, prompt_key
 from data.streams import Stream, derive_seed
+from data.world import World
 from pipeline.errors import UserError
 from pipeline.stage import StageRun
 from stages import parallel
@@ -33,6 +34,7 @@ from stages.common import (
     packing,
     place,
     read,
+    read_world,
     unreadable,
 )
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
@@ -164,7 +166,7 @@ def run(ctx: StageRun) -> dict:
         if fresh and k + 1 < c.ensemble and ctx.checkpoints.every:
             held_whole = {name: full(tensors) for name, tensors in kept.items()}
             ctx.checkpoints.save((k + 1) * steps, held_whole, {"members": done, "steps": steps}, c.ensemble * steps)
-    figures = done[0] | trust(margins[0], owners, held, validation, ctx.seed)
+    figures = done[0] | trust(margins[0], owners, held, validation, tasks_of_prompts(ctx, validation))
     if c.ensemble > 1:
         mean = [sum(part) / c.ensemble for part in zip(*margins, strict=True)]
         figures["ensemble_accuracy"] = float(rights(mean).mean())  # of their mean
@@ -273,24 +275,37 @@ def loss_of(c: Config, batch, scores, prompts: int):
     return ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights, prompts, margins, c.label_smoothing)
 
 
-def trust(margins: list[float], owners: list[tuple[int, Pair]], held, validation, seed: int) -> dict:
-    """How far the reward model can be trusted: accuracy in all and in parts, calibration, and the labelers beside it.
+def tasks_of_prompts(ctx: StageRun, validation) -> dict[str, str]:
+    """Return the cluster of each validation prompt, by the ranking's id: its task where the embedded world's labelers
+    ranked, otherwise the prompt itself."""
+    world = World.from_json(read_world(ctx)) if ctx.experiment.data.rankings is None else None
+    return {r.id: str(world.task(r.prompt)) if world else prompt_key(r.prompt) for r in validation}
 
-    owners: of each margin its held-out group and its pair. Intervals are over prompts: two labelers may have ranked
-    the same one.
+
+def trust(margins: list[float], owners: list[tuple[int, Pair]], held, validation, clusters: dict[str, str]) -> dict:
+    """Say how far the reward model can be trusted: accuracy, in all and in parts, calibration, labelers' agreement.
+
+    Args:
+        margins: Score of the preferred response minus score of the other one, for every held-out pair.
+        owners: The held-out group (its number) and the pair of each margin.
+        held: The held-out groups.
+        validation: The rankings that they were made of.
+        clusters: The cluster of each ranking by its id; intervals are over clusters.
+
+    Returns:
+        Figures for the manifest.
     """
-    prompts: dict[tuple, int] = {}
-    of = [prompts.setdefault(tuple(held[g].prompt), len(prompts)) for g, _ in owners]
+    of = [clusters[held[g].id] for g, _ in owners]
     ranks = [held[g].rankings()[pair.labeler] for g, pair in owners]
     names = [held[g].labelers[pair.labeler] or "unnamed" for g, pair in owners]
     distance = [r[pair.loser] - r[pair.winner] for r, (_, pair) in zip(ranks, owners, strict=True)]
     return {
-        **pair_accuracy(margins, of, seed),
+        **pair_accuracy(margins, of),
         "ece": expected_calibration_error(margins),
         "reliability": reliability(margins),
-        "accuracy_by_k": accuracy_by(margins, [sum(x is not None for x in r) for r in ranks]),
-        "accuracy_by_rank_distance": accuracy_by(margins, distance),
-        "accuracy_by_labeler": accuracy_by(margins, names),
+        "accuracy_by_k": accuracy_by(margins, [sum(x is not None for x in r) for r in ranks], of),
+        "accuracy_by_rank_distance": accuracy_by(margins, distance, of),
+        "accuracy_by_labeler": accuracy_by(margins, names, of),
         "labeler_agreement": labeler_agreement(validation),
         "agreement_by_labelers": {
             f"{one} / {other}": {"agreement": same / total, "n_pairs": total}

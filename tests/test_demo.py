@@ -28,8 +28,11 @@ def artifacts(tmp_path_factory):
 @pytest.mark.slow
 def test_each_policy_is_better_than_the_one_before(artifacts):
     results = json.loads((artifacts / "tiny/evaluate/results.json").read_text())
-    gold = {name: policy["gold"]["overall"] for name, policy in results["policies"].items()}
-    assert gold["base"] < gold["sft"] < gold["dpo"] and gold["sft"] < gold["ppo"]
+    for part in ("gold", "gold_known_tasks", "gold_held_out_tasks"):  # on tasks that training never set, too
+        gold = {name: policy[part]["overall"] for name, policy in results["policies"].items()}
+        assert gold["base"] < gold["sft"] < gold["dpo"] and gold["sft"] < gold["ppo"], part
+    assert results["policies"]["base"]["asked"] == "plain"
+    assert results["policies"]["base"]["win_rate_vs_sft"]["ci95"][1] < 0.5
     assert results["policies"]["ppo"]["win_rate_vs_sft"]["ci95"][0] > 0.5
     page = (artifacts / "tiny/report/index.html").read_text()
     assert "<script" not in page and 'src="http' not in page and 'href="http' not in page

@@ -1,4 +1,4 @@
-"""The arithmetic of `make frontier` and `make bench BENCH=ptx` along independent routes; stages that are shared."""
+"""The arithmetic of the benchmarks that compare policies along independent routes; stages that are shared."""
 
 import importlib.util
 import itertools
@@ -19,8 +19,10 @@ MICRO = ["-c", str(HERE.parent / "resume" / "micro.yaml"), "ppo.kl_target=null"]
 sys.path.insert(0, str(HERE))  # where the benchmarks are started from
 
 from sweeps import beside, estimates  # noqa: E402
+from sweeps.estimates import Series  # noqa: E402
 from sweeps.page import page, picture, pictures, table  # noqa: E402
-from sweeps.points import Point, best_of_points, keep, policy_point  # noqa: E402
+from sweeps.points import Point, Variant, best_of_points, keep, policy_point, variants_of  # noqa: E402
+from sweeps.words import markdown, with_interval  # noqa: E402
 
 from pipeline.artifacts import ArtifactStore  # noqa: E402
 from pipeline.config import experiment_type, load_experiment  # noqa: E402
@@ -52,21 +54,89 @@ def clean(monkeypatch):
 
 
 def test_shares_of_sample_pairs_by_hand():
-    """gold_order: of three pairs of samples one has equal gold; the score orders one of the other two as gold does and
-    ties the other. wins: 4 pairs of samples, one won, one lost, two even."""
+    """Of three pairs of samples one has equal gold; the score orders one of the other two as gold does and ties the
+    other."""
     scores, gold = np.array([[1.0, 2.0, 2.0], [0.0, 1.0, 2.0]]), np.array([[0.1, 0.5, 0.1], [0.3, 0.3, 0.3]])
     assert estimates.gold_order(scores, gold)[0] == pytest.approx(1.5 / 2)
     assert np.isnan(estimates.gold_order(scores, gold)[1])
-    assert estimates.wins(np.array([[1.0, 2.0]]), np.array([[2.0, 1.0]])).tolist() == [0.5]
-    assert estimates.wins(np.array([[3.0, 2.0]]), np.array([[2.0, 1.0]])).tolist() == [3.5 / 4]
 
 
-def point(method, setting, kl, score, each, perplexity=2.5):
+TASKS = tuple(f"task {i % 40}" for i in range(200))
+
+
+def point(method, setting, kl, score, each, perplexity=2.5, seed=0):
+    """A point whose prompts' gold is `each` and whose score is the same everywhere but for a little noise."""
     each = np.asarray(each, float)
-    figures = {"score": score, "score_ci95": [score - 0.1, score + 0.1], "gold": float(each.mean())}
-    ci95 = estimates.mean_ci(each, 0)
-    return Point(method, setting, **figures, gold_ci95=ci95, kl=kl, length=9.0, eos_rate=1.0,
-                 perplexity=perplexity, prompts=len(each), each=each)  # fmt: skip
+    scores = score + 0.01 * np.sin(np.arange(len(each)))
+    series = {"score": Series(scores, TASKS[: len(each)]), "gold": Series(each, TASKS[: len(each)])}
+    series |= {"held_out": Series(each[::2], TASKS[: len(each)][::2])}
+    return Point(method, setting, seed, **series, kl=kl, length=9.0, eos_rate=1.0, perplexity=perplexity)
+
+
+def variant(*points):
+    """The points of one policy, a point a seed."""
+    return Variant(points)
+
+
+class TestSeries:
+    """Means and paired differences, over the tasks of one seed and over several seeds."""
+
+    def test_one_seed_has_its_tasks_for_clusters(self):
+        """Three equal prompts of each of four tasks: as one prompt of each."""
+        values = np.repeat([0.2, 0.5, 0.9, 0.4], 3)
+        repeated = estimates.estimate([Series(values, tuple("aaabbbcccddd"))])
+        single = estimates.estimate([Series(values[::3], tuple("abcd"))])
+        assert repeated["ci95"] == pytest.approx(single["ci95"]) and (repeated["n"], repeated["clusters"]) == (12, 4)
+
+    def test_several_seeds_are_the_clusters_whatever_the_prompts(self):
+        """t with 2 degrees of freedom over the seeds' means 0.3, 0.5 and 0.4: 0.4 ± 4.303 · 0.1/√3."""
+        seeds = [Series(np.array([m - 0.2, m, m + 0.2]), tuple("abc")) for m in (0.3, 0.5, 0.4)]
+        found = estimates.estimate(seeds)
+        half = 4.3027 * 0.1 / math.sqrt(3)
+        assert found["ci95"] == pytest.approx([0.4 - half, 0.4 + half], abs=1e-4) and found["clusters"] == 3
+        assert estimates.unit_of(seeds) == "3 seeds" and estimates.unit_of(seeds[:1]) == "3 tasks of one seed"
+
+    def test_differences_are_paired_by_seed(self):
+        """Seeds differ by 0.2 and a policy is 0.05, 0.06, 0.07 better on each: far from 0, though intervals overlap."""
+        levels, gains = (0.3, 0.5, 0.7), (0.05, 0.06, 0.07)
+        theirs = [Series(np.full(4, x), tuple("abcd")) for x in levels]
+        ours = [Series(np.full(4, x + g), tuple("abcd")) for x, g in zip(levels, gains, strict=True)]
+        found = estimates.difference(ours, theirs)
+        assert found["value"] == pytest.approx(0.06) and found["ci95"][0] > 0.03
+        assert estimates.estimate(ours)["ci95"][0] < estimates.estimate(theirs)["value"]
+        assert estimates.differences_over_seeds([0.35, 0.56, 0.77], levels) == pytest.approx(
+            {"value": 0.06, "ci95": pytest.approx(found["ci95"]), "n": 3, "clusters": 3}
+        )
+
+    def test_prompts_without_the_figure_are_left_out(self):
+        """Of a difference those that either side lacks."""
+        ours = Series(np.array([1.0, np.nan, 0.0, 1.0]), tuple("abcd"))
+        theirs = Series(np.array([0.0, 0.0, np.nan, 0.5]), tuple("abcd"))
+        assert ours.mean() == pytest.approx(2 / 3)
+        assert estimates.estimate([ours])["n"] == 3
+        assert estimates.difference([ours], [theirs]) == pytest.approx(
+            {
+                "value": 0.75,
+                "n": 2,
+                "clusters": 2,
+                "ci95": pytest.approx([0.75 - 12.706 * 0.25, 0.75 + 12.706 * 0.25], abs=1e-3),
+            }
+        )
+
+    def test_one_seed_alone_says_nothing_of_seeds(self):
+        assert estimates.over_seeds([0.4])["ci95"] is None
+        assert estimates.differences_over_seeds([0.4], [0.3])["ci95"] is None
+
+    def test_shares_over_seeds_stay_between_0_and_1(self):
+        low, high = estimates.over_seeds([0.9, 0.99], share=True)["ci95"]
+        assert 0 <= low < 0.945 < high <= 1 < estimates.over_seeds([0.9, 0.99])["ci95"][1]
+
+    def test_as_text(self):
+        assert with_interval({"value": 0.85, "ci95": [-0.842, 0.858]}) == "0.850 (−0.842 to 0.858)"
+        assert with_interval({"value": 2.5, "ci95": None}, 1) == "2.5" and with_interval(None) == "–"
+        assert markdown(["a", "b"], [["long name", "1"]]).splitlines() == [
+            "| a         | b   |", "| --------- | --- |", "| long name | 1   |"
+        ]  # fmt: skip
 
 
 class TestBestOfN:
@@ -108,31 +178,39 @@ class TestBestOfN:
     def test_points_of_a_set_of_samples(self):
         samples = {"scores": [[0.0, 1.0], [3.0, 2.0]], "gold": [[0.2, 0.4], [0.6, 1.0]]}
         samples |= {"lengths": [[5, 7], [9, 3]], "finished": [[True, False], [True, True]]}
-        samples |= {"kl": None, "perplexity": 3.0}
+        samples |= {"kl": [[0.0, 0.0], [0.0, 0.0]], "perplexity": 3.0, "clusters": ["x", "y"], "known": [True, False]}
         one, two = best_of_points(samples, [1, 2], 0)
-        assert (one.gold, one.score, one.kl, one.length) == pytest.approx((0.55, 1.5, 0.0, 6.0))
-        assert (two.gold, two.score, two.length, two.eos_rate) == pytest.approx((0.5, 2.0, 8.0, 0.5))
-        assert two.each.tolist() == pytest.approx([0.4, 0.6]) and (one.perplexity, two.perplexity) == (3.0, None)
-        assert two.kl == pytest.approx(math.log(2) - 0.5)
-        assert best_of_points(samples | {"gold": None}, [2], 0)[0].gold is None
-        ppo = policy_point(samples | {"kl": [[1.0, 0.0], [2.0, 3.0]]}, "ppo", {"kl_coef": 0.1}, 0)
-        assert (ppo.gold, ppo.score, ppo.kl, ppo.perplexity) == pytest.approx((0.55, 1.5, 1.5, 3.0))
-        assert ppo.each.tolist() == pytest.approx([0.3, 0.8])
+        assert (one.gold.mean(), one.score.mean(), one.kl, one.length) == pytest.approx((0.55, 1.5, 0.0, 6.0))
+        assert (two.gold.mean(), two.score.mean(), two.length, two.eos_rate) == pytest.approx((0.5, 2.0, 8.0, 0.5))
+        assert two.gold.values.tolist() == pytest.approx([0.4, 0.6]) and two.gold.clusters == ("x", "y")
+        assert two.held_out.values.tolist() == pytest.approx([0.6]) and two.held_out.clusters == ("y",)
+        assert (one.perplexity, two.perplexity) == (3.0, None) and two.kl == pytest.approx(math.log(2) - 0.5)
+        blind = best_of_points(samples | {"gold": None, "known": None}, [2], 0)[0]
+        assert blind.gold is None and blind.held_out is None and blind.figures()["gold_ci95"] is None
+        assert policy_point(samples | {"known": [True, True]}, "sft", {}, 0).held_out is None
+        ppo = policy_point(samples | {"kl": [[1.0, 0.0], [2.0, 3.0]]}, "ppo", {"kl_coef": 0.1}, 4)
+        assert (ppo.gold.mean(), ppo.score.mean(), ppo.kl, ppo.perplexity) == pytest.approx((0.55, 1.5, 1.5, 3.0))
+        assert ppo.gold.values.tolist() == pytest.approx([0.3, 0.8])
+        figures = ppo.figures()
+        assert (figures["prompts"], figures["clusters"], figures["gold_held_out_tasks"]) == (2, 2, pytest.approx(0.8))
+        both = variants_of([ppo, two, policy_point(samples, "ppo", {"kl_coef": 0.1}, 5)])
+        assert [(v.method, [p.seed for p in v.points]) for v in both] == [("ppo", [4, 5]), ("best_of_n", [0])]
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_log_ratios_as_one_reads_them_off_the_logits(packed):
-    """Each response alone, token by token, against rows of several lengths in batches of three."""
-    from sweeps.samples import log_ratios
+    """evaluate's KL, which the sweeps take: each answer alone, token by token, against rows of several lengths."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from stages import evaluate
+    from stages.asking import Answer
     from stages.engine import make_accelerator
     from stages.models.loading import prepare
     from stages.models.packing import can_pack
 
     torch.manual_seed(0)
     shape = LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    models = [prepare(LlamaForCausalLM(shape)) for _ in range(2)]
+    policy, reference = models = [prepare(LlamaForCausalLM(shape)) for _ in range(2)]
     assert not packed or all([can_pack(model, 16) for model in models])
     prompts, responses = [[3, 4], [5], [6, 7, 8], [3, 4]], [[9, 2], [1, 1, 1, 2], [4], [2]]
     expected = []
@@ -142,49 +220,79 @@ def test_log_ratios_as_one_reads_them_off_the_logits(packed):
             logits = [model(torch.tensor([prompt + response[:at]])).logits[0, -1] / 0.7 for model in models]
             total += (logits[0].log_softmax(-1)[token] - logits[1].log_softmax(-1)[token]).item()
         expected.append(total)
-    settings, tokenizer = SimpleNamespace(batch_size=3, temperature=0.7), SimpleNamespace(pad_token_id=0)
-    accelerator = make_accelerator("cpu", "float32")
-    found = log_ratios(settings, models, prompts, responses, tokenizer, accelerator, packed)
+    ctx = SimpleNamespace(config=SimpleNamespace(temperature=0.7))
+    tools = SimpleNamespace(
+        tokenizer=SimpleNamespace(pad_token_id=0), accelerator=make_accelerator("cpu", "float32"), reference=reference
+    )
+    answers = [Answer("", True, response, response) for response in responses]
+    found = evaluate.log_ratios(ctx, tools, evaluate.Policy("ppo", policy, packed), prompts, prompts, answers)
     assert found == pytest.approx(expected, abs=1e-5)
 
 
 class TestOverOptimisation:
     BASE = np.random.default_rng(0).uniform(0.2, 0.6, 200)  # hard and easy prompts
 
-    def points(self, *rows):
-        return [point("ppo", {"kl_coef": c}, kl, score, self.BASE + gold) for c, kl, score, gold in rows]
+    def curve(self, *rows, seeds=1):
+        """Rows (kl_coef, kl, score, gold above BASE), from the nearest to SFT outwards; seeds differ by 0.01."""
 
-    def test_gold_falls_while_the_score_rises(self):
+        def one(coef, kl, score, gold, seed):
+            return point("ppo", {"kl_coef": coef}, kl, score, self.BASE + gold + 0.01 * seed, seed=seed)
+
+        return [variant(*(one(*row, seed) for seed in range(seeds))) for row in rows]
+
+    @pytest.mark.parametrize("seeds", [1, 3])
+    def test_gold_falls_while_the_score_rises(self, seeds):
         rows = (1.0, 0.2, 0.1, 0.0), (0.1, 2.0, 1.0, 0.2), (0.05, 4.0, 1.4, 0.1), (0.01, 12.0, 2.0, -0.1)
-        points = self.points(*rows)
-        peak, level, over = estimates.overoptimisation(points[::-1], 0)
-        assert peak is points[1] and not level
-        assert [p.setting["kl_coef"] for p, _ in over] == [0.05, 0.01]
-        assert over[-1][1]["value"] == pytest.approx(-0.3)
-        (says,) = frontier.verdict(points, "ppo", 0)
-        for part in ("Gold of PPO peaks at kl_coef 0.1", "from kl_coef 0.05", "0.300 below the peak"):
+        (says,) = frontier.verdict(self.curve(*rows, seeds=seeds), 0.1)
+        unit = "40 tasks of one seed" if seeds == 1 else "3 seeds"
+        for part in (
+            "highest at kl_coef 0.1",
+            f"over {unit}",
+            "kl_coef 0.1 to kl_coef 0.01 (2.0 to 12.0 nats)",
+            "−0.300",
+        ):
             assert part in says
+        assert says.endswith("over-optimisation, the score rises and gold falls.")
+
+    def test_the_comparison_starts_at_the_configs_own_setting(self):
+        """Not at the highest: that one was looked up in the same numbers."""
+        rows = (1.0, 0.2, 0.1, 0.0), (0.1, 2.0, 1.0, 0.2), (0.05, 4.0, 1.4, 0.1), (0.01, 12.0, 2.0, 0.1)
+        (says,) = frontier.verdict(self.curve(*rows), 0.05)
+        assert "highest at kl_coef 0.1" in says and "own kl_coef 0.05 to kl_coef 0.01" in says
+        assert says.endswith("gold is flat (within ±0.03) while the score rises.")
+
+    def test_best_of_n_starts_at_the_largest_n_up_to_the_configs(self):
+        curve = [
+            variant(point("best_of_n", {"n": n}, n / 10, float(n), self.BASE - 0.01 * n)) for n in (1, 2, 4, 8, 16, 32)
+        ]
+        assert "own best of 2 to best of 32" in frontier.verdict(curve, 3)[0]
+        assert "own best of 16 to best of 32" in frontier.verdict(curve, 16)[0]
 
     def test_a_fall_of_both_is_none(self):
         """The score falls with gold: the policy broke, the reward model was not outwitted."""
-        *_, over = estimates.overoptimisation(self.points((0.1, 2.0, 1.0, 0.2), (0.01, 9.0, 0.3, -0.2)), 0)
-        assert over == []
+        (says,) = frontier.verdict(self.curve((0.1, 2.0, 1.0, 0.2), (0.01, 9.0, 0.3, -0.2)), 0.1)
+        assert "both fall" in says and "no over-optimisation" in says
 
-    def test_chance_is_none(self):
-        """Gold lower by 0.005 with noise of 0.2 a prompt."""
-        peak, worse = self.points((0.1, 2.0, 1.0, 0.2)), np.random.default_rng(5).normal(-0.005, 0.2, 200)
-        near = point("ppo", {"kl_coef": 0.05}, 3.0, 1.5, peak[0].each + worse - worse.mean() - 0.005)
-        first, level, over = estimates.overoptimisation([*peak, near], 0)
-        assert first is peak[0] and level == [near] and not over
-        assert "No over-optimisation" in frontier.verdict([*peak, near], "ppo", 0)[-1]
+    def test_a_flat_curve_is_called_flat(self):
+        (says,) = frontier.verdict(self.curve((0.1, 2.0, 1.0, 0.2), (0.01, 9.0, 1.3, 0.19), seeds=3), 0.1)
+        assert says.endswith("gold is flat (within ±0.03) while the score rises.") and "optimisation" not in says
+
+    def test_chance_is_not_told_as_a_fall(self):
+        """Gold lower by 0.01 with noise of 0.4 a task."""
+        noise = np.random.default_rng(5).normal(0, 0.4, 40)
+        worse = (noise - noise.mean())[[int(task.split()[1]) for task in TASKS]] - 0.01
+        curve = self.curve((0.1, 2.0, 1.0, 0.2))
+        curve.append(variant(point("ppo", {"kl_coef": 0.05}, 3.0, 1.5, curve[0].points[0].gold.values + worse)))
+        assert frontier.verdict(curve, 0.1)[0].endswith("whether gold falls cannot be told.")
+
+    def test_where_the_configs_own_setting_is_the_furthest_nothing_is_compared(self):
+        (says,) = frontier.verdict(self.curve((0.1, 2.0, 1.0, 0.1), (0.01, 9.0, 1.3, 0.2)), 0.01)
+        assert "no fall can be seen" in says
 
     def test_without_gold_there_is_none(self):
-        blind = Point("ppo", {"kl_coef": 1.0}, 0.1, [0, 0.2], None, None, 0.3, 9.0, 1.0, 2.0, 200, None)
-        assert frontier.verdict([blind], "ppo", 0) == []
-
-    def test_the_same_prompts_make_the_interval_narrow(self):
-        gap = estimates.difference(self.BASE + 0.02, self.BASE, 0)
-        assert gap["ci95"] == pytest.approx([0.02, 0.02]) and gap["n"] == 200
+        scores = Series(np.array([0.0, 0.2]), ("a", "b"))
+        blind = Point("ppo", {"kl_coef": 1.0}, 0, scores, None, None, kl=0.3, length=9.0, eos_rate=1.0, perplexity=2.0)
+        assert frontier.verdict([variant(blind)], 1.0) == []
 
 
 class TestPtx:
@@ -197,9 +305,10 @@ class TestPtx:
         assert estimates.perplexity_at(0.8, there_and_back) == pytest.approx(3.5)
 
     def test_what_equal_means(self):
-        assert ptx.equality([-0.01, 0.029]) == "equal within ±0.03"
-        assert ptx.equality([-0.01, 0.05]).startswith("not clearly different")
-        assert (ptx.equality([-0.09, -0.01]), ptx.equality([0.01, 0.05])) == ("lower", "higher")
+        assert estimates.equality([-0.01, 0.029]) == "equal within ±0.03"
+        assert estimates.equality([-0.01, 0.05]).startswith("cannot be told apart")
+        assert (estimates.equality([-0.09, -0.01]), estimates.equality([0.01, 0.05])) == ("lower", "higher")
+        assert "one observation" in estimates.equality(None)
 
     def test_conditions(self):
         found = ptx.conditions(1.0, 0.1, [1, 3, 10])
@@ -208,18 +317,30 @@ class TestPtx:
         names = [ptx.name_of(*condition) for condition in found.values()]
         assert names[2] == "ptx_coef-0.0_kl_coef-0.3" and names[-2:] == ["sft", "base"] and len(set(names)) == 6
 
+    def variants(self, rows, seeds=2):
+        """Rows: name → (gold above 0.8, perplexity); seeds differ by 0.02 in gold and 0.1 in perplexity."""
+        return {
+            name: variant(
+                *(point("ppo", {}, 1.0, 1.0, np.full(50, 0.8 + gold + 0.02 * s), p + 0.1 * s, s) for s in range(seeds))
+            )
+            for name, (gold, p) in rows.items()
+        }
+
     def test_its_verdict(self):
-        each = np.full(50, 0.8)
         rows = {"PPO-ptx": (0.0, 2.4), "plain PPO, kl_coef × 1": (0.01, 3.4), "plain PPO, kl_coef × 10": (-0.2, 3.0)}
-        points = {name: [point("ppo", {}, 1.0, 1.0, each + d, p)] * 2 for name, (d, p) in rows.items()}
-        points |= {n: [point(n, {}, 0.0, 0.0, each - 0.3, p)] * 2 for n, p in (("base", 2.3), ("sft", 3.1))}
-        first, second, third = ptx.verdict(points)
-        assert "0.010 (0.010 to 0.010), equal within" in first and "3.40 against 2.40; SFT 3.10" in first
-        assert "perplexity 3.38" in second  # a twenty-first of the way from 3.4 to 3.0
-        assert "kl_coef × 10: perplexity 3.00" in third and "as InstructGPT found" in third
-        assert len(ptx.table(points)[1]) == 5
-        points["plain PPO, kl_coef × 10"] = [point("ppo", {}, 1.0, 1.0, each - 0.2, 2.2)]
-        assert "does not show here" in ptx.verdict(points)[-1]
+        rows |= {"base": (-0.3, 2.3), "sft": (-0.3, 3.1)}
+        variants = self.variants(rows)
+        unit, first, second, third = ptx.verdict(variants)
+        assert "over 2 seeds" in unit
+        assert "kl_coef × 1 less PPO-ptx: gold 0.010 (0.010 to 0.010), equal within" in first
+        assert "perplexity 1.00 (1.00 to 1.00)" in first  # paired: seeds differ by 0.1
+        assert "perplexity 3.43" in second  # a twenty-first of the way from 3.45 to 3.05, means over seeds
+        assert "kl_coef × 10: perplexity 3.05 against 2.45" in third and "as InstructGPT found" in third
+        headings, table = ptx.table(variants)
+        assert len(table) == 5 and all(len(row) == len(headings) for row in table)
+        rows["plain PPO, kl_coef × 10"] = (-0.2, 2.2)
+        assert "does not show here" in ptx.verdict(self.variants(rows))[-1]
+        assert "cannot be told from one seed" in ptx.verdict(self.variants(rows, seeds=1))[-1]
 
 
 class TestSharing:
@@ -297,9 +418,9 @@ def test_one_line_a_key(tmp_path):
 
 
 class TestPage:
-    points = [
-        *(point("best_of_n", {"n": n}, estimates.best_of_kl(n), 0.1 * n, [0.2, 0.4, 0.9]) for n in (1, 2, 64)),
-        *(point("ppo", {"kl_coef": c}, 0.1 / c, 1.0, [0.3, 0.5]) for c in (0.01, 0.1)),
+    variants = [
+        *(variant(point("best_of_n", {"n": n}, estimates.best_of_kl(n), 0.1 * n, [0.2, 0.4, 0.9])) for n in (1, 2, 64)),
+        *(variant(point("ppo", {"kl_coef": c}, 0.1 / c, 1.0, [0.3, 0.5])) for c in (0.01, 0.1)),
     ]
 
     def test_it_is_whole_and_loads_nothing(self):
@@ -316,20 +437,20 @@ class TestPage:
             def handle_endtag(self, tag):
                 assert self.open.pop() == tag
 
-        text = page("a < b", "meta", ["It <is> so."], pictures(self.points), [table(self.points)])
+        text = page("a < b", "meta", ["It <is> so."], pictures(self.variants), [table(self.variants)])
         check = Check()
         check.feed(text)
         assert not check.open and "a &lt; b" in text and "It &lt;is&gt; so." in text
         assert text.count("<svg") == 2
 
     def test_every_point_is_drawn_and_named(self):
-        svg = picture(self.points, "gold").svg
-        assert svg.count("<circle") == len(self.points)
+        svg = picture(self.variants, "gold").svg
+        assert svg.count("<circle") == len(self.variants)
         for name in ("best of 64", "PPO, kl_coef 0.01", ">1<", ">0.1<"):
             assert name in svg
 
     def test_the_table_goes_from_sft_outwards(self):
-        assert [row[0] for row in table(self.points)[1]] == [
+        assert [row[0] for row in table(self.variants)[1]] == [
             "PPO, kl_coef 0.1", "PPO, kl_coef 0.01", "best of 1", "best of 2", "best of 64",
         ]  # fmt: skip
 
@@ -358,6 +479,10 @@ class TestCommandLine:
         assert beside.command(module.run, words) == 2
         assert "error: ppo.kl_target: is 6.0 and moves kl_coef" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("module", [frontier, ptx, rankings])
+    def test_the_default_seeds_are_not_those_that_settings_were_chosen_on(self, module):
+        assert not {0, 1, 2} & set(module.parse([]).seeds) and len(module.parse([]).seeds) >= 3
+
     def test_the_configs_own_value_is_always_in(self):
         assert frontier.with_own([0.1, 0.02], 0.05) == [0.1, 0.05, 0.02]
         assert frontier.with_own([0.1], 0.1) == [0.1]
@@ -370,29 +495,82 @@ class TestRankings:
     def two_samples(self, monkeypatch):
         monkeypatch.setattr(rankings, "SAMPLES", 2)
 
-    sft = {"scores": [[0.0, 1.0]] * 3, "gold": [[0.2, 0.4]] * 3, "kl": None}
-    better = {"scores": [[0.0, 1.0]] * 3, "gold": [[0.5, 0.6], [0.5, 0.3], [0.1, 0.1]], "kl": [[1.0, 2.0]] * 3}
-    wrong = {"scores": [[1.0, 0.0]] * 3, "gold": [[0.2, 0.4]] * 3, "kl": None}
+    task = {"clusters": ["a", "b", "c"]}
+    sft = task | {"scores": [[0.0, 1.0]] * 3, "gold": [[0.2, 0.4]] * 3, "kl": [[0.0, 0.0]] * 3}
+    better = task | {
+        "scores": [[0.0, 1.0]] * 3, "gold": [[0.5, 0.6], [0.5, 0.3], [0.1, 0.1]], "kl": [[1.0, 2.0]] * 3,
+    }  # fmt: skip
+    wrong = sft | {"scores": [[1.0, 0.0]] * 3}
 
     def found(self):
-        models = dict.fromkeys(rankings.MODELS, [(self.sft, self.sft, {})] * 2)
-        models[rankings.MODELS[0]] = [(self.wrong, self.sft, {})] * 2
-        return models | dict.fromkeys(rankings.POLICIES, [(self.better, self.sft, {})] * 2)
+        """Variants on seeds 3 and 4: one pair a prompt orders every two samples wrongly, K = 9 rightly."""
 
-    def test_differences_are_on_the_same_prompts(self):
+        def model(name, samples, seed):
+            trained = {"prompts": 72, "pairs": 72, "pairs_a_step": 36, "passes": 2 if name == rankings.ONE_PAIR else 8}
+            trained |= {"steps": 4 if name == rankings.ONE_PAIR else 16}
+            trained |= {"pairs": 720} if name == rankings.EQUAL_COMPUTE else {}
+            return rankings.Found(name, seed, rankings.model_figures(samples), {}, trained)
+
+        variants = {
+            name: [model(name, self.wrong if name == rankings.ONE_PAIR else self.sft, seed) for seed in (3, 4)]
+            for name in rankings.MODELS
+        }
+        figures = rankings.policy_figures(self.better, self.sft)
+        return variants | {
+            name: [rankings.Found(name, seed, figures, {}, {}) for seed in (3, 4)] for name in rankings.POLICIES
+        }
+
+    def test_differences_are_on_the_same_prompts_of_the_same_seeds(self):
         sentences = rankings.verdicts(self.found())
         assert "K = 9, equal labels orders 1.000 more often as gold does than one pair a prompt" in sentences[0]
-        assert sentences[0].endswith("(95 % interval 1.000 to 1.000).")
+        assert sentences[0].endswith("(95 % interval of the difference 1.000 to 1.000).")
         assert "no clear difference" in sentences[-1]
-        assert len(sentences) == 2 + 2 + 1
+        assert len(sentences) == 2 + 3
 
-    def test_the_page_shows_every_variant(self):
+    def test_what_is_equal_and_what_is_not_is_said(self):
+        asked = SimpleNamespace(passes=[1, 2, 8], tune_seed=2)
+        unit, labels, compute, edge = rankings.conditions(self.found(), asked)
+        assert "over 2 seeds" in unit
+        assert "seed 2, which is not reported" in labels and "steps (16 and 4)" in labels
+        assert "10.0 times the labels (720)" in compute
+        assert "K = 9, equal labels and K = 9, equal compute" in edge and "most passes" in edge
+        assert len(rankings.conditions(self.found(), SimpleNamespace(passes=[2], tune_seed=2))) == 3
+
+    def test_passes_are_those_that_order_best(self):
+        """On the seed that they are tried on; of equal ones the fewest."""
+        tried = [
+            rankings.Found("x", 2, rankings.model_figures(samples), {}, {"passes": passes})
+            for samples, passes in ((self.wrong, 1), (self.sft, 2), (self.sft, 4))
+        ]
+        assert rankings.best_passes(tried) == {"x": 2}
+
+    def test_the_page_and_the_tables_show_every_variant(self):
         figures = rankings.pictures(self.found())
         assert len(figures) == 2 and all(figure.svg.count("<circle") == 3 for figure in figures)
         wins = (1 + 0.75 + 0) / 3  # 4 of 4, 3 of 4 (0.3 against 0.2 and 0.4; 0.5 twice), none
         assert f">{wins:.3f}<" in figures[1].svg
+        for headings, rows in (rankings.model_table(self.found()), rankings.policy_table(self.found())):
+            assert len(rows) == 3 and all(len(row) == len(headings) for row in rows)
+        assert rankings.model_table(self.found())[1][2][1:5] == ["72", "720", "36", "8 (16)"]
 
-    @pytest.mark.parametrize("words", [["--pairs", "7"], ["--pairs", "36000"], ["data.prompts=none.jsonl"]])
+    def test_settings_of_a_reward_model(self):
+        """As many pairs a step for one pair a prompt as for K = 9: 36 prompts of a pair, one prompt of 36 pairs."""
+        pairs = rankings.judged(rankings.ONE_PAIR, (2880, 36), 2.0)
+        whole = rankings.judged(rankings.EQUAL_LABELS, (80, 1), 8.0)
+        assert "rankings.samples_per_prompt=2" in pairs and "rm.per_device_train_batch_size=36" in pairs
+        assert "rankings.samples_per_prompt=9" in whole and "rm.per_device_train_batch_size=1" in whole
+        assert {"rm.num_train_epochs=2.0", "rm.gradient_accumulation_steps=1"} <= set(pairs)
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ["--pairs", "7"],
+            ["--pairs", "36"],
+            ["--pairs", "36000"],
+            ["data.prompts=none.jsonl"],
+            ["--pairs", "72", "world.prompts=80", "--tune-seed", "3", "--seeds", "3", "4"],
+        ],
+    )
     def test_what_cannot_be_compared_is_refused(self, words, tmp_path, capsys):
         assert beside.command(rankings.run, [*MICRO, "--artifacts", str(tmp_path), *words]) == 2
         assert capsys.readouterr().err.startswith("error: ") and not list(tmp_path.iterdir())
@@ -400,11 +578,11 @@ class TestRankings:
 
 @pytest.mark.slow
 def test_the_whole_of_it_on_a_micro_chain(tmp_path, capsys):
-    """Twice: the second run trains nothing. The main chain is untouched by it, and its own best of 3 is the best of the
-    first three samples."""
+    """Twice: the second run trains nothing. The chain is untouched by it, and evaluate's sample of a prompt is the
+    first of the sweep's samples."""
     from pipeline.cli import main as rlhf
 
-    words = [*MICRO, "--artifacts", str(tmp_path), "--kl-coefs", "0.5", "--betas", "--best-of", "8"]
+    words = [*MICRO, "--artifacts", str(tmp_path), "--kl-coefs", "0.5", "--betas", "--best-of", "8", "--seeds"]
     words += ["--results", str(tmp_path / "results")]
     assert beside.command(frontier.run, words) == 0
     assert "PPO, kl_coef 0.5" in capsys.readouterr().out
@@ -419,9 +597,14 @@ def test_the_whole_of_it_on_a_micro_chain(tmp_path, capsys):
     assert rlhf(["run", "evaluate", *MICRO, "--artifacts", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert said.count("running") == 1 and "evaluate: running" in said
-    theirs = json.loads((tmp_path / "micro/evaluate/results.json").read_text())["policies"]
+    results = json.loads((tmp_path / "micro/evaluate/results.json").read_text())
+    theirs, responses = results["policies"], (tmp_path / "micro/evaluate/responses.jsonl").read_text().splitlines()
     samples = json.loads((tmp_path / "micro.frontier/best_of_n/samples/samples.json").read_text())
-    assert theirs["best_of_n"]["score"] == pytest.approx(np.max(np.array(samples["scores"])[:, :3], axis=1).mean())
+    own = [row for row in map(json.loads, responses) if row["policy"] == "sft"]
+    assert [first for first, *_ in samples["scores"]] == pytest.approx([row["score"] for row in own])
+    assert [first for first, *_ in samples["gold"]] == pytest.approx([row["gold"]["overall"] for row in own])
+    assert samples["clusters"] == [row["cluster"] for row in own]
+    assert samples["known"] == [row["known_task"] for row in own] and sum(samples["known"]) == results["leaked"]
     for method, setting in (("ppo", {"kl_coef": 0.02}), ("dpo", {"beta": 0.1})):
         row = next(r for r in rows if r["method"] == method and r["setting"] == setting)
         assert row["pretrain_perplexity"] == theirs[method]["pretrain_perplexity"]

@@ -123,6 +123,16 @@ def test_rankings(tmp_path):
     assert said["duplicates"] == "0 rows · 5 prompts that came before, kept"
 
 
+def test_responses_that_were_cut_off_are_counted_and_have_no_eos(tmp_path):
+    """The same text, finished and cut, is a pair like any other."""
+    row = {"prompt": "p", "responses": ["aaaa", "aaaa", "b"], "ranks": [1, 2, 3]}
+    path = written(tmp_path, row | {"finished": [False, True, False]}, {**PAIR, "finished": [True, True]}, row)
+    said = facts(check(path, tokenizer=Letters()))
+    assert said["unfinished"] == "2 of 5 responses were cut off: taught without EOS"
+    assert said["response length"].startswith("1 to 5 tokens") and said["pairs"].endswith("1 identical")
+    assert "unfinished" not in facts(check(written(tmp_path, row)))
+
+
 ROWS = [{"prompt": "p", "completion": "c" * n} for n in (3, 4, 5, 40)]
 ROWS += [{"prompt": "p" * 30, "completion": "c"}]
 
@@ -207,6 +217,20 @@ def test_leaks(tmp_path):
     assert line.startswith(f"{mine}:3: this prompt is at {held_out}:1 (evaluation_prompts) too: a leak; ")
     assert len(check(mine, "evaluation_prompts", against=[("demonstrations", training)]).errors) == 2
     assert len(check(training, against=[("validation", training)]).errors) == 2
+
+
+def test_near_copies_of_prompts_that_measure_are_counted_apart(tmp_path):
+    """A greeting, another case: what is measured on them is memory too. Among training data nobody looks for them."""
+    mine = ["what color is the fox ?", "tell a joke", "Hello. What color is the fox?"]
+    mine = written(tmp_path, *mine, name="prompts.jsonl")
+    held_out = written(tmp_path, *({"prompt": p} for p in ("a riddle", "what color is the fox ?")), name="held.jsonl")
+    for names, looked in ((["evaluation_prompts", "validation"], 2), (["prompts"], 0)):
+        report = check(mine, against=[(name, held_out) for name in names])
+        said = [text for label, text in report.facts if label == "near copies"]
+        first = f"the first at {mine}:3, of {held_out}:2"
+        assert said == [f"1 of 3 prompts are in {name} but for a few words · {first}" for name in names[:looked]]
+        assert len(report.errors) == looked and all(line.startswith(f"{mine}:1: ") for line in report.errors)
+        assert facts(report)[f"also in {names[0]}"] == "1 of 3 prompts"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Text → ids and back: the template, EOS, hostile text, length limits with their counts, wrapped
 documents."""
 
+import copy
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -80,6 +82,17 @@ class TestPromptAndResponse:
             ids = encode_response(tokenizer, text)
             assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
         assert encode_response(tokenizer, "") == [tokenizer.eos_token_id]
+
+    def test_a_response_that_was_cut_off_has_no_eos(self, tokenizer):
+        for text in [*TEXTS, ""]:
+            assert encode_response(tokenizer, text, finished=False) == encode_response(tokenizer, text)[:-1]
+
+    def test_half_a_character_at_a_cut_is_left_out_and_a_whole_one_stays(self, tokenizer):
+        """It would come back as the bytes of U+FFFD, which nobody sampled."""
+        ids = encode_response(tokenizer, "hello caf\u00e9", finished=False)
+        assert decode_response(tokenizer, ids) == "hello caf\u00e9"
+        assert decode_response(tokenizer, ids[:-1]) == "hello caf"
+        assert decode_response(tokenizer, encode_response(tokenizer, "odd \ufffd")) == "odd \ufffd"
 
     def test_a_prompt_opens_the_assistants_turn(self, tokenizer):
         """User marker first, assistant marker last, nothing of EOS: the next token is the response's
@@ -239,6 +252,22 @@ class TestRows:
         )
         assert len(row["input_ids"]) == len(row["labels"]) == size and report.truncated == 1
         assert row["labels"][-2:] == row["input_ids"][-2:] and tokenizer.eos_token_id not in row["input_ids"]
+
+    def test_documents_begin_with_bos_where_the_tokenizer_adds_one(self, tokenizer):
+        """A model that was pretrained with BOS before each document (Gemma, Llama) is no language model without it."""
+        from tokenizers.processors import TemplateProcessing
+
+        own = copy.deepcopy(tokenizer)
+        own.add_special_tokens({"bos_token": "<bos>"})
+        own.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", own.bos_token_id)]
+        )
+        text = TEXTS[0]
+        ids = own(text, add_special_tokens=False)["input_ids"]
+        (row,) = wrap_documents(own, [Document(text)], length=len(ids) + 2)
+        assert row == [own.bos_token_id, *ids, own.eos_token_id]
+        assert row[:-1] == own(text)["input_ids"]  # as the tokenizer itself has it
+        assert wrap_documents(tokenizer, [Document(text)], length=len(ids) + 1) == [[*ids, tokenizer.eos_token_id]]
 
     def test_documents_lie_end_to_end_with_eos_between(self, tokenizer):
         """Rows in order are the stream of documents, each ended by EOS; the last short row is left out."""

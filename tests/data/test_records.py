@@ -32,7 +32,9 @@ def rankings(draw):
     responses = draw(st.lists(st.text(), min_size=2, max_size=9, unique=True))
     rank = st.none() | st.integers(1, 9)
     ranks = [1, 2] + [draw(rank) for _ in responses[2:]]
-    return Ranking(draw(filled), draw(prompts()), tuple(responses), tuple(ranks), draw(st.none() | filled))
+    ended = st.lists(st.booleans(), min_size=len(ranks), max_size=len(ranks)).map(tuple)
+    extra = {"labeler": draw(st.none() | filled), "finished": draw(st.none() | ended)}
+    return Ranking(draw(filled), draw(prompts()), tuple(responses), tuple(ranks), **extra)
 
 
 ROWS = {
@@ -97,6 +99,12 @@ def test_verdicts():
         (0, 2, "identical"), (0, 4, "unjudged"), (1, 0, "usable"), (1, 2, "tie"), (1, 3, "tie"),
         (1, 4, "unjudged"), (2, 3, "tie"), (2, 4, "unjudged"), (3, 0, "usable"), (3, 4, "unjudged"),
     ]  # fmt: skip
+
+
+def test_a_text_that_is_finished_and_the_same_text_cut_off_are_two_responses():
+    ranking = Ranking("x", "p", ("a", "a", "a"), (1, 2, 3), finished=(True, False, False))
+    assert list(records.judged_pairs(ranking)) == [(0, 1, "usable"), (0, 2, "usable"), (1, 2, "identical")]
+    assert Ranking("x", "p", ("a", "b"), (1, 2)).answers == (("a", True), ("b", True))
 
 
 # ── files: every fault with its place ───────────────────────────────────────────────────────────────────────
@@ -244,6 +252,11 @@ RANKING = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}
         (RANK, {**RANKING, "labeler": 5}, "'labeler' is 5"),
         (RANK, {**RANKING, "margin": -1}, "'margin' is -1"),
         (RANK, {**RANKING, "margin": "sure"}, "'margin' is 'sure'"),
+        (RANK, {**RANKING, "finished": True}, "'finished' is true"),
+        (RANK, {**RANKING, "finished": [True]}, "2 responses, 1 in 'finished'"),
+        (RANK, {**RANKING, "finished": [True, None]}, "entry 2 of 'finished' is null"),
+        (RANK, {**RANKING, "finished": [1, False]}, "entry 1 of 'finished' is 1"),
+        (RANK, {**RANKING, "finished": ["false", False]}, "entry 1 of 'finished' is 'false'"),
         (RANK, {**RANKING, "id": ""}, "'id' is blank"),
         (RANK, {**RANKING, "id": True}, "'id' is true"),
     ],
@@ -268,3 +281,5 @@ def test_an_id_that_is_missing_follows_from_the_content():
     assert first.id == again.id == as_messages.id != other.id
     content = b'[[{"content": "p", "role": "user"}], ["a", "b"], [1, 2], null]'
     assert first.id == hashlib.sha256(content).hexdigest()[:16]
+    ended, cut = (records.ranking_from({**RANKING, "finished": [True, last]}) for last in (True, False))
+    assert (ended.id, cut.finished) == (first.id, (True, False)) and cut.id != first.id  # what goes without saying

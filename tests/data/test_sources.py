@@ -138,6 +138,21 @@ def test_rankings_keep_id_and_labeler_and_may_hold_a_blank_answer(tmp_path):
     ]
 
 
+def test_rankings_of_any_form_say_which_responses_were_cut_off(tmp_path):
+    talk = [[user("p"), assistant(text)] for text in "xy"]
+    forms = (
+        {"prompt": "p", "responses": ["x", "y"], "ranks": [1, 2]},
+        {"prompt": "p", "chosen": "x", "rejected": "y"},
+        {"conversations": [human("p")], "chosen": gpt("x"), "rejected": gpt("y")},
+        {"instruction": "p", "chosen": "x", "rejected": "y"},
+        {"chosen": talk[0], "rejected": talk[1]},
+    )
+    for form in forms:
+        assert one(tmp_path, RANK, form | {"finished": [True, False]}).answers == (("x", True), ("y", False))
+        assert one(tmp_path, RANK, form | {"finished": None}).finished is None
+        assert fault(tmp_path, RANK, form, form | {"finished": [True]}).startswith("2: 2 responses, 1 in 'finished'; ")
+
+
 @pytest.mark.parametrize(
     "row, prompt",
     [

@@ -86,6 +86,86 @@ def test_no_evaluation_prompt_occurs_anywhere_else_even_as_a_part(data):
     assert [prompt for prompt in data["evaluation_prompts"] if prompt in everything] == []
 
 
+def cells(task):
+    """What of a task is held out: by hand, beside the code under test."""
+    if task.kind == "fact":
+        return {(task.entity, attribute) for attribute in task.attributes}
+    return {
+        "story": {(task.entity, task.mood)},
+        "list": {(task.category, task.number)},
+        "harm": {(task.act, task.entity)},
+    }[task.kind]
+
+
+def test_half_of_the_evaluation_prompts_set_tasks_that_no_training_data_sets(world, data):
+    prompts = data["prompts"] + [d["prompt"] for d in data["demonstrations"]]
+    trained = {(task.kind, cell) for task in map(world.task, prompts) for cell in cells(task)}
+    corpus = "\n".join(data["documents"])
+    held_out = {task for rows in world.shares.held_out.values() for _, task in rows}
+    new = [prompt for prompt in data["evaluation_prompts"] if world.task(prompt) in held_out]
+    for task in held_out:
+        assert not all((task.kind, cell) in trained for cell in cells(task)), task
+    for text, task in world.language.requests().items():
+        assert task not in held_out or text not in corpus, text
+    assert len(new) == len(data["evaluation_prompts"]) // 2
+    kinds = Counter(world.task(prompt).kind for prompt in new)
+    assert {k: n / len(new) for k, n in kinds.items()} == pytest.approx(MIXTURE, abs=0.02)
+
+
+def test_what_is_held_out_leaves_every_attribute_mood_category_and_act_in_training(world):
+    rows = {
+        "fact": lambda task: set(task.attributes),
+        "story": lambda task: {task.mood},
+        "list": lambda task: {task.category},
+        "harm": lambda task: {task.act},
+    }
+    for kind, row in rows.items():
+        everything = {x for _, task in world.shares.held_out[kind] for x in row(task)}
+        assert everything == {x for _, task in world.shares.training[kind] for x in row(task)}
+
+
+def test_the_three_shares_hold_every_request_once(world):
+    shares = [world.shares.training, world.shares.reworded, world.shares.held_out]
+    texts = [text for share in shares for rows in share.values() for text, _ in rows]
+    assert sorted(texts) == sorted(world.language.requests())
+    reworded = [task for rows in world.shares.reworded.values() for _, task in rows]
+    assert len(set(reworded)) == len(reworded)  # one wording of each task
+    assert set(reworded) == {task for rows in world.shares.training.values() for _, task in rows}
+
+
+def test_evaluation_prompts_are_spread_over_tasks(world, data):
+    """Within a kind and a half, no task has over one prompt more than another."""
+    held_out = {task for rows in world.shares.held_out.values() for _, task in rows}
+    counts = {}
+    for task in map(world.task, data["evaluation_prompts"]):
+        counts.setdefault((task.kind, task in held_out), Counter())[task] += 1
+    for part, tasks in counts.items():
+        assert max(tasks.values()) - min(tasks.values()) <= 1, part
+
+
+def test_asked_names_every_task_that_prompts_or_dialogues_set(world, data):
+    asked = world.asked(data["prompts"][:50], data["documents"][:300])
+    assert asked >= {world.task(prompt) for prompt in data["prompts"][:50]}
+    text = next(text for text in data["documents"] if "?" in text.split(" . ")[0])
+    assert world.asked([], [text]) and not world.asked([], ["the fox is red ."])
+
+
+def test_the_corpus_answers_worse_than_demonstrators(world, data):
+    """Its dialogues are what a base model can learn of answering: SFT has to add something to it."""
+    demonstrated = np.mean([overall(world, d["prompt"], d["completion"]) for d in data["demonstrations"]])
+    requests = world.language.requests()
+    heard = []
+    for text in data["documents"]:
+        for opened in world.language.addressed(""):
+            text = text.removeprefix(opened + " ") if opened and not opened.startswith("thank") else text
+        asked = next((r for r in requests if text.startswith(r)), None)
+        if asked is not None:
+            answer = text.removeprefix(asked).strip().removeprefix("thank you .").removeprefix("that is all .").strip()
+            heard.append(overall(world, asked, answer))
+    assert 0.2 < len(heard) / len(data["documents"]) < 0.5  # most of it is no dialogue at all
+    assert np.mean(heard) < demonstrated - 0.1
+
+
 def test_text_is_made_of_few_lower_case_words_in_short_rows(data):
     rows = [d["completion"] for d in data["demonstrations"]]
     prompts = [d["prompt"] for d in data["demonstrations"]] + data["prompts"] + data["evaluation_prompts"]
@@ -108,7 +188,7 @@ def test_some_documents_state_false_facts(world, data):
         if len(claims) >= 3 and "?" not in text:
             telling += 1
             lying += all(language.truth.get((e, a)) != v for e, a, v in claims)
-    assert 0.15 < lying / telling < 0.25
+    assert 0.05 < lying / telling < 0.15
 
 
 def test_every_sentence_the_world_writes_is_one_it_recognises(world, data):

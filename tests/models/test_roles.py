@@ -43,6 +43,7 @@ def context(tmp_path, causal, scalar, tokenizer):
         )
         config = ppo.Config(max_length=64, response_length=16, ptx_length=32)
         return SimpleNamespace(
+            confirm_folders=lambda: None,
             stage="ppo",
             experiment=SimpleNamespace(
                 model=model, launch=SimpleNamespace(device="cpu"), sft=SimpleNamespace(ppo_init=None), ppo=config

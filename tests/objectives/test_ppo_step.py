@@ -315,12 +315,16 @@ def weights(model):
 
 
 class TestUpdate:
-    def run(self, roles, rollout, targets, ptx, max_grad_norm=1e9, **changed):
-        """update() on copies of the models → (figures, policy weights, value weights)."""
+    def run(self, roles, rollout, targets, ptx, max_grad_norm=1e9, value_rate=1e-2, stepped=None, **changed):
+        """update() on copies of the models → (figures, policy weights, value weights). stepped: a list that gets the
+        gradients with which the policy's optimizer steps."""
         own = copied(roles)
         policy, value = make_trainees(own, max_grad_norm)
+        if stepped is not None:
+            policy.optimizer.register_step_pre_hook(lambda *_: stepped.append(gradients(own.policy)))
         rest = {"ptx_batch": ptx, "average": Average(None), "skips": Skips(0)}
-        figures = ppo.update(context(**changed), own, policy, value, rollout, *targets, **RATES, **rest)
+        rates = RATES | {"value_rate": value_rate}
+        figures = ppo.update(context(**changed), own, policy, value, rollout, *targets, **rates, **rest)
         return figures, weights(own.policy), weights(own.value_model)
 
     def test_plain_ppo_and_ptx_of_weight_zero_are_the_same_update(self, roles, rollout, targets, text_rows):
@@ -336,20 +340,38 @@ class TestUpdate:
         assert any(not torch.equal(without[1][n], mixed[1][n]) for n in without[1])
         assert_close(without[2], mixed[2], rtol=0, atol=0)
 
-    def test_one_minibatch_is_one_adamw_step_down_the_whole_gradient(
-        self, roles, rollout, targets, text_rows
-    ):
-        """batch = minibatch: torch's own AdamW on PPO gradient + ptx gradient, computed apart."""
-        _, found, found_value = self.run(roles, rollout, targets, lambda n: text_rows, mini_batch_size=8)
+    def test_one_minibatch_is_one_adamw_step_down_the_whole_gradient(self, roles, rollout, targets, text_rows):
+        """batch = minibatch, three epochs: torch's own AdamW, at a rate of its own for each model, on the gradient of
+        PPO plus ptx, computed apart and clipped to a norm of 0.5. One step alone would look the same at any length of
+        the gradient, any β and any decay of a few per cent."""
         apart = copied(roles)
         own = apart.policy, apart.value_model
-        ppo.ppo_gradients(context(), apart, rollout, *targets, list(range(8)))
-        ids = torch.tensor(text_rows)
-        (2.0 * own[0](input_ids=ids, labels=ids).loss).backward()  # adds to the gradient that is there
-        for model in own:
-            torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0).step()
-        assert_close(found, weights(own[0]), rtol=1e-3, atol=2e-4)
-        assert_close(found_value, weights(own[1]), rtol=1e-3, atol=2e-4)
+        optimizers = [
+            torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+            for model, rate in zip(own, (1e-2, 3e-3), strict=True)
+        ]
+        ids, norms = torch.tensor(text_rows), []
+        for _ in range(3):
+            ppo.ppo_gradients(context(), apart, rollout, *targets, list(range(8)))
+            (2.0 * own[0](input_ids=ids, labels=ids).loss).backward()  # adds to the gradient that is there
+            for model, optimizer in zip(own, optimizers, strict=True):
+                norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
+                optimizer.step()
+                clear(model)
+        assert min(norms[:4]) > 0.5 > norms[5], "the limit is felt, but for the last step of the value model"
+
+        found = self.run(
+            roles,
+            rollout,
+            targets,
+            lambda n: text_rows,
+            max_grad_norm=0.5,
+            value_rate=3e-3,
+            mini_batch_size=8,
+            num_ppo_epochs=3,
+        )
+        assert_close(found[1], weights(own[0]), rtol=0, atol=2e-5)
+        assert_close(found[2], weights(own[1]), rtol=0, atol=2e-5)
 
     def test_every_epoch_takes_one_step_a_minibatch_over_every_row_once(
         self, roles, rollout, targets, monkeypatch
@@ -367,14 +389,19 @@ class TestUpdate:
     def test_the_sum_of_both_gradients_is_clipped_and_the_norms_are_told_before(
         self, roles, rollout, targets, text_rows
     ):
-        """A limit far below the norms bounds what reaches the optimizer; grad_norm/* tell the unclipped
-        norms."""
-        figures, _, _ = self.run(roles, rollout, targets, lambda n: text_rows, mini_batch_size=8)
+        """What reaches the optimizer under a limit far below the norms is the unclipped sum, scaled down to the limit;
+        grad_norm/* tell the unclipped norms."""
+        limit, stepped = 1e-3, []
+        figures, _, _ = self.run(roles, rollout, targets, lambda n: text_rows, mini_batch_size=8, stepped=stepped)
         clipped, _, _ = self.run(
-            roles, rollout, targets, lambda n: text_rows, max_grad_norm=1e-3, mini_batch_size=8
+            roles, rollout, targets, lambda n: text_rows, max_grad_norm=limit, mini_batch_size=8, stepped=stepped
         )
+        whole, reached = stepped
+        norm = torch.cat([g.flatten() for g in whole.values()]).norm().item()
+        assert norm > 100 * limit
+        assert_close(reached, {name: g * limit / norm for name, g in whole.items()}, rtol=1e-3, atol=1e-9)
         for name in ("grad_norm/ppo", "grad_norm/ptx", "grad_norm/value"):
-            assert clipped[name] == figures[name] > 1e-3
+            assert clipped[name] == figures[name] > 100 * limit
 
     def test_a_value_gradient_that_is_not_finite_leaves_the_policy_alone_too(self, roles, rollout, targets):
         """Both gradients are looked at before either model moves: the message says that nothing was

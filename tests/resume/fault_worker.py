@@ -17,6 +17,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.launch import set_environment
+
 LIBRARIES = ["trl", "transformers", "datasets", "accelerate", "torch", "peft"]
 # what changes a disk; with ? where not every machine has the call
 CALLS = ("write", "pwrite64", "writev", "fsync", "fdatasync", "?rename", "?renameat", "renameat2", "?unlink",
@@ -71,7 +73,12 @@ class Ended:
 
 
 def preload() -> None:
-    """Let the server import the libraries once; the environment is that of the first start."""
+    """Let the server import the libraries once, in the environment of a run: some read it when they are imported.
+
+    Without that environment the server has a second thread (jemalloc's, in Arrow) when it forks, and its children
+    share Arrow's allocator with it.
+    """
+    set_environment({})
     multiprocessing.get_context("forkserver").set_forkserver_preload(LIBRARIES)
 
 

@@ -8,6 +8,7 @@ import torch
 from resume_worker import CONFIG, published, rlhf, without
 from safetensors.torch import load_file, save_file
 
+from data.world import World
 from stages.engine import learning_rate_at
 
 STAGES = ("base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate")
@@ -203,20 +204,41 @@ def test_samples_hold_prompts_as_the_file_has_them(oracle):
 
 
 def test_evaluation_prompts_that_were_trained_on_are_counted_and_told(oracle, tmp_path):
-    """All of the demonstrations' prompts, with other white space, and one that is new."""
-    files = {kind: oracle / "micro" / "world" / f"{kind}.jsonl" for kind in ("demonstrations", "evaluation_prompts")}
-    old, new = ([json.loads(line)["prompt"] for line in file.open()] for file in files.values())
+    """In the world by task, whatever the words. Elsewhere near copies: here all of the demonstrations' prompts, with
+    other white space, and one that is like none of them."""
+    rows = lambda kind: [json.loads(line) for line in (oracle / "micro" / "world" / f"{kind}.jsonl").open()]  # noqa: E731
+    world = World.from_json(json.loads((oracle / "micro" / "world" / "world.json").read_text()))
+    trained = {world.task(row["prompt"]) for kind in ("demonstrations", "prompts") for row in rows(kind)}
+    corpus = "\n".join(row["text"] for row in rows("documents"))
+    trained |= {task for request, task in world.language.requests().items() if request in corpus}
+    prompts = [row["prompt"] for row in rows("evaluation_prompts")]
+    known = sum(world.task(prompt) in trained for prompt in prompts)
+    assert 0 < known <= len(prompts) // 2
+
+    old = [row["prompt"] for row in rows("demonstrations")]
     asked = tmp_path / "asked.jsonl"
-    asked.write_text("".join(json.dumps({"prompt": f"  {prompt}"}) + "\n" for prompt in [*old, new[0]]))
+    new = "sing of ships that sail far away in winter ?"
+    asked.write_text("".join(json.dumps({"prompt": f"  {prompt}"}) + "\n" for prompt in [*old, new]))
     root = without(oracle, tmp_path, "evaluate")
     data = [f"data.{kind}=world" for kind in ("documents", "demonstrations", "prompts")]
-    data += [f"data.evaluation_prompts={asked}", "evaluate.on_too_long=drop", "evaluate.best_of=1"]
+    data += [f"data.evaluation_prompts={asked}", "evaluate.on_too_long=drop", "evaluate.best_of=2"]
     assert rlhf("run", "evaluate", "-c", str(CONFIG), "--artifacts", str(root), "--only", *data) == 0
-    for home, leaked, prompts in ((oracle, 0, len(new)), (root, len(set(old)), len(set(old)) + 1)):
+    for home, leaked, by, count in (
+        (oracle, known, "task", len(prompts)),
+        (root, len(set(old)), "near copy", len(set(old)) + 1),
+    ):
         folder = home / "micro" / "evaluate"
         metrics = json.loads((folder / "manifest.json").read_text())["metrics"]
-        assert (metrics["leaked"], metrics["prompts"]) == (leaked, prompts)
-        assert json.loads((folder / "results.json").read_text())["leaked"] == leaked
+        assert (metrics["leaked"], metrics["prompts"]) == (leaked, count)
+        results = json.loads((folder / "results.json").read_text())
+        assert (results["leaked"], results["leaked_by"]) == (leaked, by)
+        climbed = {name for name, policy in results["policies"].items() if policy["judge_climbed"]}
+        if by == "task":
+            assert results["judge"] == "gold" and not climbed
+            assert all(policy["gold_held_out_tasks"] for policy in results["policies"].values())
+        else:  # the reward model judges, which PPO climbed and best of n is selected by
+            assert results["judge"] == "reward_model" and climbed == {"ppo", "best_of_n"}
+            assert results["policies"]["best_of_n"]["win_rate_vs_sft"] is None
 
 
 def test_ppo_starts_from_ppo_init_and_publishes_its_average(oracle):

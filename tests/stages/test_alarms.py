@@ -5,6 +5,7 @@ import json
 import pytest
 
 from stages.alarms import QUIET, SHORT, WINDOW, Alarms
+from stages.ppo import Config
 
 
 def row(**changed):
@@ -31,8 +32,9 @@ def test_a_quiet_run_raises_nothing(alarms):
         ({"objective__kl": 20.5}, 1, ["KL", "20.5", "alarm_kl 20", "kl_coef"]),
         ({"objective__entropy": 0.1}, SHORT, ["entropy", "0.1", "kl_coef"]),
         ({"objective__eos_rate": 0.0}, SHORT, ["ended with EOS", "response_length", "missing_eos_score"]),
-        ({"grad_norm__ptx": 14.0}, WINDOW - SHORT, ["14 times", "lower ppo.ptx_coef about 14-fold"]),
-        ({"grad_norm__ptx": 0.05}, WINDOW - SHORT, ["20 times", "raise ppo.ptx_coef"]),
+        ({"grad_norm__ptx": 14.0}, 3, ["14 times", "over the last 3 updates", "lower ppo.ptx_coef about 14-fold"]),
+        ({"grad_norm__ptx": 0.05}, 3, ["20 times", "over the last 3 updates", "raise ppo.ptx_coef about 20-fold"]),
+        ({"grad_norm__ppo": 0.0}, 3, ["inf times PPO's", "lower ppo.ptx_coef"]),
     ],
 )
 def test_each_alarm_is_raised_once_its_window_is_full_and_says_what_to_turn(alarms, changed, after, words):
@@ -49,10 +51,26 @@ def test_one_update_that_is_otherwise_breaks_the_habit(alarms):
         assert run(Alarms(20.0, 0.1), rows) == []
 
 
-def test_a_gradient_that_is_drowned_most_of_the_time_is_drowned(alarms):
-    """By the median: one update in twenty at an even ratio hides nothing."""
-    (line,) = run(alarms, [row(grad_norm__ptx=100.0) if i % 19 else row() for i in range(40)])
-    assert "drowns" in line
+def test_a_drowned_gradient_is_told_at_the_third_update_of_a_run(alarms):
+    """The paper's 27.8 with a loss that is a mean over tokens: 35 times PPO's gradient, from the first update on."""
+    assert run(alarms, [row(grad_norm__ptx=35.0)] * 2) == []
+    (line,) = alarms.watch(3, row(grad_norm__ptx=35.0))
+    assert line.startswith("update 3: the pretraining gradient was 35 times PPO's")
+    assert Config().ptx_coef == 1.0 and "27.8" in Config.model_fields["ptx_coef"].description
+
+
+@pytest.mark.parametrize("drowned, times", [({"grad_norm__ptx": 50.0}, "50"), ({"grad_norm__ppo": 50.0}, "50")])
+def test_an_even_update_now_and_then_hides_nothing_and_two_of_three_say_nothing(alarms, drowned, times):
+    """Never three in a row: by the median of twenty updates, and no sooner."""
+    rows = [row() if i % 3 == 2 else row(**drowned) for i in range(WINDOW)]
+    assert run(alarms, rows[:-1]) == []
+    (line,) = alarms.watch(WINDOW, rows[-1])
+    assert f"{times} times" in line and f"over the last {WINDOW} updates" in line
+
+
+def test_gradients_that_take_turns_at_being_the_larger_drown_neither(alarms):
+    rows = [row(grad_norm__ptx=30.0 if i % 2 else 1 / 30.0) for i in range(3 * WINDOW)]
+    assert run(alarms, rows) == [] and run(alarms, [row(grad_norm__ptx=0.0, grad_norm__ppo=0.0)] * WINDOW) == []
 
 
 def test_a_number_that_is_not_finite_among_the_first_does_not_silence_the_collapse(alarms):

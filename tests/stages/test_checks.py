@@ -1,6 +1,8 @@
 """What the stages refuse before anything runs: lengths that cannot fit, kernels that cannot compute."""
 
 import json
+from pathlib import Path
+from statistics import NormalDist
 from types import SimpleNamespace
 
 import pytest
@@ -184,15 +186,15 @@ def test_a_file_that_cannot_be_read_is_told_before_anything_runs(tmp_path, stage
 
 
 def test_evaluate_compares_its_prompts_with_what_the_policies_trained_on(tmp_path):
-    """But not the world's with the world's: what is read makes stale, and asks for the stage world."""
+    """Simulated rankings are of `prompts`; without PPO and with rankings of one's own nobody trains on those."""
     own = {kind: f"data.{kind}=org/{kind}" for kind in ("evaluation_prompts", "demonstrations", "prompts", "rankings")}
     without_ppo = "evaluate.policies=[sft,dpo]"
     for settings, kinds in (
-        ([], []),
-        ([own["rankings"]], ["rankings"]),
+        ([], ["demonstrations", "prompts"]),
+        ([without_ppo], ["demonstrations", "prompts"]),
         ([own["evaluation_prompts"]], ["demonstrations", "prompts"]),
         ([own["evaluation_prompts"], own["rankings"], without_ppo], ["demonstrations", "rankings"]),
-        (own.values(), ["demonstrations", "prompts", "rankings"]),
+        (own.values(), ["demonstrations", "rankings", "prompts"]),
     ):
         experiment = experiment_of(tmp_path, *settings)
         assert STAGES["evaluate"].reads(experiment) == ["evaluation_prompts", "documents", *kinds]
@@ -207,3 +209,22 @@ def test_vllm_has_to_be_there_where_ppo_runs(tmp_path):
     assert line.startswith("launch.vllm.python: no/such/python is no program; ")
     assert lacks(tmp_path, "ppo", "launch.vllm.python=no/such/python") == []  # nobody asks for it
     assert lacks(tmp_path, "ppo", engine, "launch.vllm.python=python3") == []
+
+
+ROOM = {"smollm2": 160, "qwen3-0.6b": 768, "llama3-8b": 1024, "llama3-70b": 1024}  # nearly all of their answers end
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_config_does_not_teach_length_first(path):
+    """Room for whole answers, and a cut one worth less than nearly every finished one, of which scores are about
+    standard normal; ppo and evaluate cut alike, and rm has read rows as long as it scores."""
+    sections = {name: module.Config for name, module in STAGES.items()}
+    experiment = load_experiment(path, [], experiment_type(sections))
+    ppo, evaluate = experiment.ppo, experiment.evaluate
+    assert ppo.missing_eos_score is not None and NormalDist().cdf(ppo.missing_eos_score) < 0.025
+    for key in ("missing_eos_score", "response_length", "max_length", "temperature"):
+        assert getattr(ppo, key) == getattr(evaluate, key), key
+    assert experiment.rm.max_length >= ppo.max_length and experiment.dpo.max_length >= ppo.max_length
+    assert (experiment.model.name_or_path is None) == (path.stem not in ROOM)
+    assert ppo.response_length >= ROOM.get(path.stem, 0) and 0.05 <= ppo.ptx_coef <= 2.0

@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from stages import report
 from stages import report_plots as plots
 from stages import report_svg as svg
+from stages.results import Measured, order_by_gold, summarise
 
 MADE_OF = {
     "world": "",
@@ -40,7 +41,7 @@ TRUST = {  # of the reward model
         {"confidence": 0.55, "accuracy": 0.53, "n_pairs": 900},
         {"confidence": 0.75, "accuracy": 0.72, "n_pairs": 1212},
     ],
-    "accuracy_by_k": {"4": {"accuracy": 0.7, "n_pairs": 2112}},
+    "accuracy_by_k": {"4": {"accuracy": 0.7, "accuracy_ci95": [0.67, 0.73], "n_pairs": 2112}},
     "accuracy_by_rank_distance": {"1": {"accuracy": 0.61, "n_pairs": 1100}, "2": {"accuracy": 0.8, "n_pairs": 1012}},
     "accuracy_by_labeler": {"ada<b>": {"accuracy": 0.7, "n_pairs": 2112}},
     "agreement_by_labelers": {"ada<b> / ben": {"agreement": 0.72, "n_pairs": 812}},
@@ -114,41 +115,57 @@ def fake_run(
             ],
         )
     strength = {"base": -2.0, "sft": 0.0, "ppo": 1.2, "dpo": 0.8, "best_of_n": 1.6}
-    lines, results = [], {}
+    lines, all_measured = [], {}
+    known = [i % 2 == 0 for i in range(prompts)]
     for name in policies:
         rows = []
         for i in range(prompts):
-            score = strength[name] + noise(1.0)
-            good = min(1.0, max(0.0, 0.62 + 0.15 * score + noise(0.15)))
-            prompt = (
-                [{"role": "system", "content": "be kind"}, {"role": "user", "content": HOSTILE}]
-                if i == 0
-                else f"prompt {i}"
-            )
-            rows.append(
-                {
-                    "policy": name,
-                    "prompt": prompt,
-                    "response": HOSTILE if i % 7 == 0 else f"answer {i} of {name}",
-                    "score": score,
-                }
-                | ({"gold": dict.fromkeys(plots.PARTS, good)} if gold else {})
-            )
+            for k in range(1 if name == "best_of_n" else 2):
+                score = strength[name] + noise(1.0)
+                good = min(1.0, max(0.0, 0.62 + 0.15 * score + noise(0.15)))
+                prompt = (
+                    [{"role": "system", "content": "be kind"}, {"role": "user", "content": HOSTILE}]
+                    if i == 0
+                    else f"prompt {i}"
+                )
+                rows.append(
+                    {
+                        "policy": name,
+                        "prompt": prompt,
+                        "sample": k,
+                        "response": HOSTILE if i % 7 == 0 else f"answer {i} of {name}",
+                        "finished": k == 0,
+                        "score": score,
+                    }
+                    | ({"gold": dict.fromkeys(plots.PARTS, good), "cluster": str(i // 3)} if gold else {})
+                )
         lines += rows
-        mean = lambda xs: sum(xs) / len(xs)  # noqa: E731
-        results[name] = {
-            "score": mean([r["score"] for r in rows]),
-            "kl_to_sft": None if name == "best_of_n" else abs(strength[name]) * 4,
-            "length": 14.2,
-            "eos_rate": 0.97,
-            "pretrain_perplexity": None if name == "best_of_n" else 2.4,
-            "win_rate_vs_sft": {
-                "value": 0.5 + strength[name] / 8,
-                "ci95": [0.45 + strength[name] / 8, 0.55 + strength[name] / 8],
-                "n": prompts,
-            },
-            "gold": {k: mean([r["gold"][k] for r in rows]) for k in plots.PARTS} if gold else None,
-        }
+        each = len(rows) // prompts
+        column = lambda key, rows=rows, each=each: [  # noqa: E731
+            [row[key] for row in rows[i * each : (i + 1) * each]] for i in range(prompts)
+        ]
+        all_measured[name] = Measured(
+            asked="plain" if name == "base" else "chat",
+            responses=column("response"),
+            finished=column("finished"),
+            scores=column("score"),
+            kl=None if name == "best_of_n" else [[abs(strength[name]) * 4] * each] * prompts,
+            lengths=[[14] * each] * prompts,
+            gold=column("gold") if gold else None,
+            text_losses=None if name == "best_of_n" else [0.8, 0.9, 0.95],
+        )
+    climbed = set() if gold else {"ppo", "best_of_n"}
+    results = {
+        name: summarise(
+            own,
+            all_measured["sft"],
+            [i // 3 for i in range(prompts)],
+            known if gold else None,
+            judge_climbed=name in climbed,
+            selected=not gold and name == "best_of_n",
+        )
+        for name, own in all_measured.items()
+    }
     write_rows(inputs["evaluate"] / "responses.jsonl", lines)
     reward_model = {
         "accuracy": 0.704,
@@ -157,10 +174,22 @@ def fake_run(
         "n_pairs": 2112,
         "labeler_agreement": 0.726 if world else None,
         "ece": 0.021,
+        "orders_as_gold": order_by_gold(all_measured["sft"], [str(i // 3) for i in range(prompts)], known)
+        if gold
+        else None,
     }
     (inputs["evaluate"] / "results.json").write_text(
         json.dumps(
-            {"judge": "gold" if gold else "reward_model", "policies": results, "reward_model": reward_model}
+            {
+                "judge": "gold" if gold else "reward_model",
+                "leaked": sum(known) if gold else 0,
+                "leaked_by": "task" if gold else "near copy",
+                "prompts": prompts,
+                "samples_per_prompt": 2,
+                "clusters": -(-prompts // 3),
+                "policies": results,
+                "reward_model": reward_model,
+            }
         )
     )
     publish = tmp_path / "artifacts" / "fake" / "report"
@@ -262,8 +291,8 @@ def test_samples_are_chosen_by_rule_and_show_losses_too(tmp_path):
     everything = [
         gain({"answers": [("ppo", a), ("sft", b)]})
         for a, b in zip(
-            [r for r in responses if r["policy"] == "ppo"],
-            [r for r in responses if r["policy"] == "sft"],
+            [r for r in responses if r["policy"] == "ppo" and r["sample"] == 0],
+            [r for r in responses if r["policy"] == "sft" and r["sample"] == 0],
             strict=True,
         )
     ]
@@ -281,7 +310,10 @@ def test_the_reward_model_is_told_in_parts(tmp_path):
     ctx = fake_run(tmp_path / "new")
     page = page_of(ctx)
     assert "Is the reward model as sure as it should be?" in page and "Accuracy by rank distance" in page
-    for cells in ("<td>4</td><td>70.0\u00a0%</td><td>2112</td>", "<td>ada&lt;b&gt; / ben</td><td>72.0\u00a0%</td>"):
+    for cells in (
+        "<td>4</td><td>70.0\u00a0%</td><td>67.0 to 73.0</td><td>2112</td>",
+        "<td>ada&lt;b&gt; / ben</td><td>72.0\u00a0%</td><td>–</td>",
+    ):
         assert cells in page
     ctx = fake_run(tmp_path / "old")
     ctx.manifests["rm"]["metrics"] = {}
@@ -320,17 +352,43 @@ def test_table_fits_100_columns(tmp_path, parts):
 
 
 def test_what_is_said_of_the_prompts_is_what_evaluate_found(tmp_path):
-    """Nothing, of an evaluate that did not look."""
-    ctx = fake_run(tmp_path)
+    """In the world: how many tasks are known and how many are new. Elsewhere: how many prompts are near copies."""
+    page = page_of(fake_run(tmp_path / "gold"))
+    assert "20 of the prompts set tasks that training data set too, in other words; 20 set tasks that no " in page
+    ctx = fake_run(tmp_path / "none", gold=False)
     file = ctx.inputs["evaluate"] / "results.json"
     results = json.loads(file.read_text())
-    known = {None: "On 40 prompts, mean ", 0: "On 40 prompts that nothing was trained on, mean "}
-    for leaked, start in (known | {3: "On 40 prompts, 3 of which are in the training data, mean "}).items():
-        file.write_text(json.dumps(results if leaked is None else results | {"leaked": leaked}))
-        assert start in page_of(ctx)
+    said = {
+        0: "None of these prompts is a near copy of a training prompt.",
+        1: "Of these prompts 1 is a near copy of training prompts",
+        3: "Of these prompts 3 are near copies of training prompts",
+    }
+    for leaked, sentence in said.items():
+        file.write_text(json.dumps(results | {"leaked": leaked}))
+        assert sentence in page_of(ctx)
+
+
+def test_a_climbed_judge_is_named_beside_what_it_says(tmp_path):
+    """On the page and in the terminal, and best of n has no win rate by its own selector."""
+    for gold in (False, True):
+        ctx = fake_run(tmp_path / str(gold), gold=gold)
+        page = page_of(ctx)
         console = Console(width=100, record=True, file=io.StringIO())
         report.show(ctx.publish, console)
-        assert ("policies on held-out prompts" in console.export_text()) == (not leaked)
+        table = console.export_text()
+        assert ("The judge is the reward model itself, which PPO and best of 16 were trained" in page) == (not gold)
+        assert ("PPO †" in table and "† trained to please the judge" in table) == (not gold)
+        line = next(row for row in table.splitlines() if row.startswith("best of n"))
+        assert ("%" in line) == gold
+
+
+def test_how_base_was_asked_is_said(tmp_path):
+    ctx = fake_run(tmp_path)
+    assert "Base (asked in plain text) is " in page_of(ctx)
+    console = Console(width=100, record=True, file=io.StringIO())
+    report.show(ctx.publish, console)
+    text = console.export_text()
+    assert "base *" in text and "* asked in plain text" in text
 
 
 def test_table_without_results_is_a_line(tmp_path):

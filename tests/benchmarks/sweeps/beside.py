@@ -20,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.plan import Chain, StageState, bring_up_to_date
 from pipeline.running import Flags
 from pipeline.stage import StopFlag
+from sweeps.words import markdown
 
 
 @dataclass
@@ -52,10 +53,10 @@ class Workshop:
         for target in targets:
             bring_up_to_date(target, experiment, store, self.stages, Flags(), self.stop, self.console)
 
-    def bring_beside(self, experiment: Any, store: ArtifactStore, target: str, main: ArtifactStore) -> None:
-        """The same for an experiment beside it: what `main` has finished is shared, and only the rest runs. An
-        interrupted run that no longer fits is dropped: nobody but this command made it."""
-        states = share(target, experiment, store, self.stages, main)
+    def bring_beside(self, experiment: Any, store: ArtifactStore, target: str, *others: ArtifactStore) -> None:
+        """The same for an experiment beside `others`: what one of them has finished is shared, and only the rest runs.
+        An interrupted run that no longer fits is dropped: nobody but this command made it."""
+        states = share(target, experiment, store, self.stages, *others)
         if damage := [line for state in states.values() if state.kind == "damaged" for line in state.reasons]:
             raise UserError([f"{line.partition(';')[0]}; remove {store.base} and run again" for line in damage])
         for name in [name for name, state in states.items() if state.kind != "done"] or [target]:
@@ -65,21 +66,27 @@ class Workshop:
     def say(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+    def show(self, title: str, headings: list[str], rows: list[list[str]]) -> None:
+        """Print a table, as Markdown."""
+        self.say(f"\n{title}\n\n{markdown(headings, rows)}\n")
+
 
 def share(
-    target: str, experiment: Any, store: ArtifactStore, stages: dict[str, Any], main: ArtifactStore
+    target: str, experiment: Any, store: ArtifactStore, stages: dict[str, Any], *others: ArtifactStore
 ) -> dict[str, StageState]:
-    """Publishes in `store` every finished stage of `main` that `experiment` would make the same on the way to
+    """Publishes in `store` every finished stage of `others` that `experiment` would make the same on the way to
     `target`; returns the state of all stages on that way."""
     chain = Chain(experiment, store, stages)
     for name in chain.closure(target):
         state = chain.assess(name)
         if state.kind in ("missing", "stale", "damaged"):
-            theirs = main.manifest(name)
-            if theirs is not None and theirs["fingerprint"] == chain.today(name).fingerprint:
-                link(name, main, store)
-                state = chain.assess(name)
-                assert state.kind == "done", f"{name} was shared and is {state.sentence()}"
+            for other in others:
+                theirs = other.manifest(name)
+                if theirs is not None and theirs["fingerprint"] == chain.today(name).fingerprint:
+                    link(name, other, store)
+                    state = chain.assess(name)
+                    assert state.kind == "done", f"{name} was shared and is {state.sentence()}"
+                    break
         chain.states[name] = state
     return chain.states
 
@@ -123,7 +130,7 @@ def parsed(parser: cli.Parser, argv: list[str]) -> Namespace:
 def sampling(experiment: Any, policy: str, count: int) -> list[str]:
     """Settings of the stage `samples` as overrides: evaluate's, as JSON, which is YAML."""
     settings = experiment.evaluate.model_dump(mode="json", exclude={"policies", "best_of"})
-    settings |= {"policy": policy, "samples": count}
+    settings |= {"policy": policy, "samples_per_prompt": count}
     return [f"samples.{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
@@ -149,20 +156,6 @@ def command(body: Callable[[list[str], StopFlag], None], argv: list[str]) -> int
             traceback.print_exc()
         return cli.explain(error)
     return 0
-
-
-def show(console: Any, title: str, headings: list[str], rows: list[list[str]]) -> None:
-    """A table on the terminal, names to the left and figures to the right."""
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-    for at, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if at else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print()
-    console.print(table)
-    console.print()
 
 
 def relative(path: Path) -> str:

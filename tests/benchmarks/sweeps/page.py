@@ -1,99 +1,106 @@
-"""Points → one HTML page with the pictures and the table, drawn by the report's helpers; opens without a network."""
+"""Variants → one HTML page with the pictures and the table, drawn by the report's helpers; opens without a network."""
 
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from stages import report_svg
-from stages.report import fixed, percent
 from stages.report_svg import Axes, Figure
-from sweeps.points import Point
+from stages.report_words import fixed, percent
+from sweeps.estimates import unit_of
+from sweeps.points import Variant
+from sweeps.words import span
 
 NAMES = {"ppo": ("PPO", "kl_coef"), "dpo": ("DPO", "beta"), "best_of_n": ("best of n", "best of")}  # what, varied by
 CAPTIONS = {
-    "gold": "Gold is what the reward model should stand for, and nothing is trained on it. Where a line bends down "
-    "while the score below goes on rising, the policy lives off the reward model's mistakes: over-optimisation.",
+    "gold": "Gold is what the reward model should stand for, and nothing is trained on it. Over-optimisation is where "
+    "a line bends down while the score below goes on rising; whether one does, beyond chance, the sentences above say.",
     "score": "The same policies by the score that they were trained on, or chosen by. Up is better, right is further "
     "from SFT; at the same KL the upper policy is the better one.",
 }
 NOTE = (
-    " Bars: 95 % intervals over prompts. Best of n stands at its theoretical KL, ln n − (n − 1)/n, which is too much "
-    "where samples coincide; best of 1 is SFT itself. The KL of PPO and DPO is estimated on their samples."
+    "Best of n stands at its theoretical KL, ln n − (n − 1)/n, which is too much where samples coincide; best of 1 is "
+    "SFT itself. The KL of PPO and DPO is estimated on their samples."
 )
 
 
-def value_of(point: Point) -> float:
-    return next(iter(point.setting.values()))
+def short(variant: Variant) -> str:
+    """Name a setting: kl_coef 0.1"""
+    return f"{NAMES[variant.method][1]} {variant.value:g}"
 
 
-def short(point: Point) -> str:
-    """kl_coef 0.1"""
-    return f"{NAMES[point.method][1]} {value_of(point):g}"
+def full(variant: Variant) -> str:
+    """Name a policy and its setting: PPO, kl_coef 0.1"""
+    return short(variant) if variant.method == "best_of_n" else f"{NAMES[variant.method][0]}, {short(variant)}"
 
 
-def full(point: Point) -> str:
-    """PPO, kl_coef 0.1"""
-    return short(point) if point.method == "best_of_n" else f"{NAMES[point.method][0]}, {short(point)}"
-
-
-def curves(points: Sequence[Point]) -> dict[str, list[Point]]:
-    """Method → its points, from the nearest to SFT to the furthest."""
-    methods = [name for name in NAMES if any(p.method == name for p in points)]
-    nearest_first = {"best_of_n": value_of}  # its n; a penalty holds nearer the larger it is
+def curves(variants: Sequence[Variant]) -> dict[str, list[Variant]]:
+    """Return method → its variants, from the nearest to SFT to the furthest: n rises, a penalty falls."""
+    found = {name: [v for v in variants if v.method == name] for name in NAMES}
     return {
-        name: sorted((p for p in points if p.method == name), key=nearest_first.get(name, lambda p: -value_of(p)))
-        for name in methods
+        name: sorted(curve, key=lambda v: v.value, reverse=name != "best_of_n")
+        for name, curve in found.items()
+        if curve
     }
 
 
-def picture(points: Sequence[Point], what: str) -> Figure:
-    """Gold or score of every point against its KL to SFT."""
-    y = (lambda p: p.gold) if what == "gold" else (lambda p: p.score)
-    ci = (lambda p: p.gold_ci95) if what == "gold" else (lambda p: p.score_ci95)
-    unit = "gold, overall (0 to 1)" if what == "gold" else "score of the reward model"
+def picture(variants: Sequence[Variant], what: str) -> Figure:
+    """Draw gold or score of every variant against its KL to SFT."""
+    found = {id(v): v.estimate(what) for v in variants}
+
+    def height(variant):
+        return found[id(variant)]["value"]
+
+    def bar(variant):
+        return found[id(variant)]["ci95"]
+
     axes = Axes(
-        [p.kl for p in points] + [0.0],
-        [v for p in points for v in ci(p)],
+        [v.mean("kl") for v in variants] + [0.0],
+        [end for v in variants for end in bar(v)],
         "KL to SFT, nats a response (square-root axis)",
-        unit,
+        "gold, overall (0 to 1)" if what == "gold" else "score of the reward model",
         width=940,
         height=430,
         root_x=True,
     )
     firsts, others = [], []
-    for method, curve in curves(points).items():
-        for p in curve:
-            axes.bar(p.kl, *ci(p), method)
-        axes.line([(p.kl, y(p)) for p in curve], method)
-        for p in curve:
-            low, high = ci(p)
-            title = f"{full(p)}: {what} {y(p):.3f} ({low:.3f} to {high:.3f}) at {p.kl:.2f} nats"
-            axes.dots([(p.kl, y(p))], method, 4.5, title)
-        last = curve[-1]  # the series is named where it ends, the rest by their values alone
-        firsts.append((last.kl, y(last), full(last), method))
-        others += [(p.kl, y(p), f"{value_of(p):g}", method) for p in curve[:-1]]
+    for method, curve in curves(variants).items():
+        for v in curve:
+            axes.bar(v.mean("kl"), *bar(v), method)
+        axes.line([(v.mean("kl"), height(v)) for v in curve], method)
+        for v in curve:
+            title = f"{full(v)}: {what} {height(v):.3f} ({span(bar(v))}) at {v.mean('kl'):.2f} nats"
+            axes.dots([(v.mean("kl"), height(v))], method, 4.5, title)
+        last = curve[-1]  # the curve is named where it ends, the rest by their values alone
+        firsts.append((last.mean("kl"), height(last), full(last), method))
+        others += [(v.mean("kl"), height(v), f"{v.value:g}", method) for v in curve[:-1]]
     axes.names([*firsts, *others])
     title = "Gold against KL" if what == "gold" else "Reward model score against KL"
-    return Figure(title, axes.svg(title), CAPTIONS[what] + NOTE)
+    bars = f"Bars: 95\u00a0% intervals over {unit_of(variants[0].series(what))}."
+    return Figure(title, axes.svg(title), f"{CAPTIONS[what]} {bars} {NOTE}")
 
 
-def pictures(points: Sequence[Point]) -> list[Figure]:
-    """Gold (where there is any) and score against KL."""
-    return [picture(points, what) for what in ("gold", "score") if what == "score" or points[0].gold is not None]
+def pictures(variants: Sequence[Variant]) -> list[Figure]:
+    """Draw gold (where there is any) and score against KL."""
+    shown = ["gold", "score"] if variants[0].series("gold") else ["score"]
+    return [picture(variants, what) for what in shown]
 
 
-def table(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of text, for the page and for the terminal."""
-    gold = any(p.gold is not None for p in points)
-    span = lambda ci: f"{fixed(ci[0], 3)} to {fixed(ci[1], 3)}"  # noqa: E731
-    headings = ["policy", *["gold", "95 % interval"] * gold, "score", "KL to SFT", "length", "ended", "perplexity"]
+def table(variants: Sequence[Variant]) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows of text, for the page and for the terminal."""
+    shown = {"gold": "gold", "held_out": "on held-out tasks", "score": "score"}
+    shown = {figure: heading for figure, heading in shown.items() if variants[0].series(figure)}
+    headings = ["policy"]
+    for heading in shown.values():
+        headings += [heading, "95\u00a0% interval"]
     rows = []
-    for p in (p for curve in curves(points).values() for p in curve):
-        cells = [full(p)]
-        cells += [fixed(p.gold, 3), span(p.gold_ci95)] if gold else []
-        cells += [fixed(p.score, 2), fixed(p.kl, 2), fixed(p.length, 1), percent(p.eos_rate)]
-        rows.append([*cells, fixed(p.perplexity, 2)])
-    return headings, rows
+    for v in (v for curve in curves(variants).values() for v in curve):
+        cells = [full(v)]
+        for found in map(v.estimate, shown):
+            cells += [fixed(found["value"], 3), span(found["ci95"])]
+        cells += [fixed(v.mean("kl"), 2), fixed(v.mean("length"), 1), percent(v.mean("eos_rate"))]
+        rows.append([*cells, fixed(v.mean("perplexity"), 2)])
+    return [*headings, "KL to SFT", "length", "ended", "perplexity"], rows
 
 
 def page(

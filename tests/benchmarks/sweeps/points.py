@@ -1,4 +1,4 @@
-"""Points of a sweep: what the stage `samples` found → Points; Points → lines of a results file."""
+"""Points of a sweep: what `samples` found on a seed → Points → Variants over seeds, and lines of a results file."""
 
 import json
 import os
@@ -11,95 +11,164 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.artifacts import ArtifactStore
-from sweeps.estimates import best_of, best_of_kl, mean_ci
+from sweeps.estimates import Series, best_of, best_of_kl, estimate, over_seeds
+
+MEASURES = ("scores", "gold", "kl", "lengths", "finished")
+"""What samples.json holds of each sample."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One policy, measured on the evaluation prompts. kl: to SFT, nats a response; each (G,): mean gold a prompt."""
+    """One policy on one seed, measured on the evaluation prompts."""
 
-    method: str  # ppo, dpo, best_of_n, sft or base
-    setting: dict[str, float]  # what was varied, as {"kl_coef": 0.05}
-    score: float
-    score_ci95: list[float]
-    gold: float | None
-    gold_ci95: list[float] | None
+    method: str
+    """ppo, dpo, best_of_n, sft or base."""
+    setting: dict[str, float]
+    """What was varied, as {"kl_coef": 0.05}."""
+    seed: int
+    score: Series
+    """Mean reward model score of each prompt's samples."""
+    gold: Series | None
+    """Mean gold of each prompt's samples; None without a gold scorer."""
+    held_out: Series | None
+    """The same, of the prompts whose task no training data set alone."""
     kl: float
+    """To SFT, in nats a response."""
     length: float
     eos_rate: float
     perplexity: float | None
-    prompts: int
-    each: np.ndarray | None
 
     def figures(self) -> dict:
-        """For a JSON line; the names are those of results.json."""
+        """Return the figures for a JSON line, under the names of results.json; intervals are over tasks."""
+        score = estimate([self.score])
+        gold, held_out = (one and estimate([one], share=True) for one in (self.gold, self.held_out))
         return {
             "method": self.method,
             "setting": self.setting,
-            "score": self.score,
-            "score_ci95": self.score_ci95,
-            "gold": self.gold,
-            "gold_ci95": self.gold_ci95,
+            "score": score["value"],
+            "score_ci95": score["ci95"],
+            "gold": gold and gold["value"],
+            "gold_ci95": gold and gold["ci95"],
+            "gold_held_out_tasks": held_out and held_out["value"],
+            "gold_held_out_tasks_ci95": held_out and held_out["ci95"],
             "kl_to_sft": self.kl,
             "length": self.length,
             "eos_rate": self.eos_rate,
             "pretrain_perplexity": self.perplexity,
-            "prompts": self.prompts,
+            "prompts": score["n"],
+            "clusters": score["clusters"],
         }
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A policy with its setting, on every seed."""
+
+    points: tuple[Point, ...]
+    """A point a seed, in the order of the seeds."""
+
+    @property
+    def method(self) -> str:
+        return self.points[0].method
+
+    @property
+    def setting(self) -> dict[str, float]:
+        return self.points[0].setting
+
+    @property
+    def value(self) -> float:
+        """The value of what was varied."""
+        return next(iter(self.setting.values()))
+
+    def series(self, figure: str) -> list[Series] | None:
+        """Return `score`, `gold` or `held_out` of each seed; None where there is none."""
+        found = [getattr(point, figure) for point in self.points]
+        return None if None in found else found
+
+    def numbers(self, figure: str) -> list[float]:
+        """Return `kl`, `length`, `eos_rate` or `perplexity` of each seed."""
+        return [getattr(point, figure) for point in self.points]
+
+    def estimate(self, figure: str) -> dict:
+        """Estimate `score`, `gold` or `held_out`, over seeds or over the tasks of the only one."""
+        return estimate(self.series(figure), share=figure != "score")
+
+    def mean(self, figure: str) -> float | None:
+        """Return the mean of `kl`, `length`, `eos_rate` or `perplexity` over seeds; None where it is not known."""
+        found = self.numbers(figure)
+        return None if None in found else over_seeds(found)["value"]
+
+
+def variants_of(points: Sequence[Point]) -> list[Variant]:
+    """Gather the points of the same method and setting, a point a seed."""
+    found: dict[tuple, list[Point]] = {}
+    for point in points:
+        found.setdefault((point.method, *point.setting.items()), []).append(point)
+    return [Variant(tuple(same)) for same in found.values()]
+
+
 def samples_of(store: ArtifactStore) -> dict:
-    """samples.json of an experiment."""
+    """Read samples.json of an experiment."""
     return json.loads((store.folder("samples") / "samples.json").read_text(encoding="utf-8"))
 
 
+def series_of(samples: dict, values: np.ndarray) -> Series:
+    """Return a figure of each prompt, (P,), as a series."""
+    return Series(np.asarray(values, float), tuple(samples["clusters"]))
+
+
+def held_out(samples: dict, values: np.ndarray) -> Series | None:
+    """Return a figure of each prompt, (P,), as a series of the prompts whose task no training data set; None where
+    that is not known or where there is none."""
+    if samples["known"] is None or all(samples["known"]):
+        return None
+    kept = [i for i, known in enumerate(samples["known"]) if not known]
+    return Series(np.asarray(values, float)[kept], tuple(samples["clusters"][i] for i in kept))
+
+
 def policy_point(samples: dict, method: str, setting: dict[str, float], seed: int) -> Point:
-    """A policy by the mean of its samples."""
-    return _point(method, setting, {k: v and np.mean(v, axis=1) for k, v in _measures(samples).items()}, samples, seed)
+    """Measure a policy by the means of its samples."""
+    each = {key: samples[key] and np.mean(samples[key], axis=1) for key in MEASURES}
+    return _point(samples, each, method, setting, seed, samples["perplexity"])
 
 
 def best_of_points(samples: dict, numbers: Sequence[int], seed: int) -> list[Point]:
-    """Best of n for each n, from the same samples of SFT; n = 1 is SFT itself."""
+    """Measure best of n for each n from the same samples of SFT; n = 1 is SFT itself."""
     scores, points = np.array(samples["scores"], float), []
     for n in numbers:
-        chosen = {k: v and best_of(scores, np.array(v, float), n) for k, v in _measures(samples).items()}
-        known = {"perplexity": samples["perplexity"] if n == 1 else None}
-        points.append(_point("best_of_n", {"n": n}, chosen | {"kl": np.array([best_of_kl(n)])}, known, seed))
+        each = {key: samples[key] and best_of(scores, np.array(samples[key], float), n) for key in MEASURES}
+        each["kl"] = np.array([best_of_kl(n)])
+        points.append(_point(samples, each, "best_of_n", {"n": n}, seed, samples["perplexity"] if n == 1 else None))
     return points
 
 
-def _measures(samples: dict) -> dict:
-    return {key: samples[key] for key in ("scores", "gold", "kl", "lengths", "finished")}
-
-
-def _point(method: str, setting: dict[str, float], each: dict, samples: dict, seed: int) -> Point:
-    """each: a number for each prompt (G,) of what was measured, or None."""
-    scores, gold = each["scores"], each["gold"]
+def _point(
+    samples: dict, each: dict[str, np.ndarray | None], method: str, setting: dict, seed: int, perplexity: float | None
+) -> Point:
+    """Make a point; each: the numbers of each prompt, (P,), of what was measured."""
+    gold = each["gold"]
     return Point(
         method=method,
         setting=setting,
-        score=float(scores.mean()),
-        score_ci95=mean_ci(scores, seed),
-        gold=None if gold is None else float(gold.mean()),
-        gold_ci95=None if gold is None else mean_ci(gold, seed),
-        kl=0.0 if each["kl"] is None else float(each["kl"].mean()),
+        seed=seed,
+        score=series_of(samples, each["scores"]),
+        gold=None if gold is None else series_of(samples, gold),
+        held_out=None if gold is None else held_out(samples, gold),
+        kl=float(each["kl"].mean()),
         length=float(each["lengths"].mean()),
         eos_rate=float(each["finished"].mean()),
-        perplexity=samples["perplexity"],
-        prompts=len(scores),
-        each=gold,
+        perplexity=perplexity,
     )
 
 
-# -- results files -----------------------------------------------------------------------------------------------
+# ── results files ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def provenance(manifest: dict) -> dict:
-    """Which code made an artifact, with what, when and where, from its manifest: it may be older than this run."""
-    start, end = (datetime.fromisoformat(manifest[key]) for key in ("started_at", "finished_at"))
+    """Say which code made an artifact, with what, when and where, from its manifest: it may be older than this run."""
     git = manifest["git"]
     return {
-        "seconds": round((end - start).total_seconds()),
+        "seconds": round(seconds_of(manifest)),
         "commit": git and git["commit"][:7] + (" + changes" if git["dirty"] else ""),
         "date": manifest["finished_at"][:10],
         "versions": {name: manifest["versions"].get(name) for name in ("torch", "transformers", "trl")},
@@ -107,8 +176,14 @@ def provenance(manifest: dict) -> dict:
     }
 
 
+def seconds_of(manifest: dict) -> float:
+    """Return how long a stage took."""
+    start, end = (datetime.fromisoformat(manifest[key]) for key in ("started_at", "finished_at"))
+    return (end - start).total_seconds()
+
+
 def keep(file: Path, rows: Sequence[dict], key: Callable[[dict], tuple]) -> None:
-    """Puts rows into a JSON Lines file, one line a key: a row replaces the one that had its key."""
+    """Put rows into a JSON Lines file, one line a key: a row replaces the one that had its key."""
     file.parent.mkdir(parents=True, exist_ok=True)
     old = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
     kept = {json.dumps(key(row)): row for row in [*old, *rows]}

@@ -1,0 +1,803 @@
+"""Faults that the quick tests have to notice, and a tool that shows that they do.
+
+Each mutant is a realistic fault of one line: a sign, a split, a temperature, a denominator, a file, an index. The tool
+copies the tree to a temporary folder (the code here is never touched), makes one mutant at a time there, and runs the
+quick tests that should notice it, in a process of its own.
+
+    .venv/bin/python tests/mutants.py                  all of them: about 10 s each on one core
+    .venv/bin/python tests/mutants.py --file ppo       those of one stage
+    .venv/bin/python tests/mutants.py --file ppo --only 3
+    .venv/bin/python tests/mutants.py --list
+
+A line says for each mutant whether it was noticed, and by which test first; the exit code is 1 if one LIVES. A test
+(tests/test_mutants.py) sees to it that every mutant still fits the code.
+"""
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = {
+    "ppo": ("tests/stages/test_ppo_run.py", "tests/objectives/test_ppo_step.py"),
+    "rm": ("tests/stages/test_rm_run.py",),
+    "dpo": ("tests/stages/test_dpo_run.py",),
+    "rankings": ("tests/stages/test_rankings_run.py",),
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault.
+
+    stage: whose tests (TESTS) are to notice it.
+    breaks: what is wrong with it, in words.
+    old, new: a text that stands once in the file, and what stands there in the mutant.
+    file: where; by default the stage's own.
+    """
+
+    stage: str
+    breaks: str
+    old: str
+    new: str
+    file: str = ""
+
+    @property
+    def path(self) -> str:
+        return self.file or f"stages/{self.stage}.py"
+
+
+MUTANTS = [
+    # ── ppo ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "ppo",
+        "no KL in the reward",
+        "token_rewards(rollout.scores, kl, mask, kl_coef)",
+        "token_rewards(rollout.scores, kl, mask, 0.0)",
+    ),
+    Mutant(
+        "ppo",
+        "KL is rewarded",
+        "token_rewards(rollout.scores, kl, mask, kl_coef)",
+        "token_rewards(rollout.scores, kl, mask, -kl_coef)",
+    ),
+    Mutant(
+        "ppo",
+        "KL from the reference to the policy",
+        "kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, c.kl_estimator)",
+        "kl = kl_per_token(rollout.ref_logprobs, rollout.logprobs, c.kl_estimator)",
+    ),
+    Mutant(
+        "ppo",
+        "kl_estimator is not read",
+        "kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, c.kl_estimator)",
+        "kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs)",
+    ),
+    Mutant(
+        "ppo",
+        "whitened rewards lose their mean",
+        "masked_whiten(rewards, mask, shift_mean=False)",
+        "masked_whiten(rewards, mask)",
+    ),
+    Mutant(
+        "ppo",
+        "λ and γ of GAE change places",
+        "gae(rewards, rollout.values, mask, c.lam, c.gamma)",
+        "gae(rewards, rollout.values, mask, c.gamma, c.lam)",
+    ),
+    Mutant(
+        "ppo",
+        "advantages are whitened only when they were not to be",
+        "if c.whiten_advantages:",
+        "if not c.whiten_advantages:",
+    ),
+    Mutant(
+        "ppo",
+        "PPO's gradient is clipped before ptx is added",
+        '            figures["grad_norm/ppo"] = gradient_norm(policy.parameters.values())\n',
+        '            figures["grad_norm/ppo"] = gradient_norm(policy.parameters.values())\n'
+        "            torch.nn.utils.clip_grad_norm_(policy.parameters.values(), c.max_grad_norm)\n",
+    ),
+    Mutant(
+        "ppo",
+        "the update's log-probs at temperature 1",
+        "            logprobs = response_logprobs(roles.policy, rows, c.temperature)\n        loss, sums",
+        "            logprobs = response_logprobs(roles.policy, rows)\n        loss, sums",
+    ),
+    Mutant(
+        "ppo",
+        "the reference's log-probs at temperature 1",
+        '"ref_logprobs": reference_logprobs(roles, rows, temperature)',
+        '"ref_logprobs": reference_logprobs(roles, rows, 1.0)',
+        "stages/rollouts/collect.py",
+    ),
+    Mutant(
+        "ppo",
+        "rollouts at temperature 1",
+        "        temperature=c.temperature,\n        sample_size",
+        "        temperature=1.0,\n        sample_size",
+    ),
+    Mutant(
+        "ppo",
+        "the value model steps at the policy's rate",
+        "optimizer_step(value, value_rate, step)",
+        "optimizer_step(value, rate, step)",
+    ),
+    Mutant(
+        "ppo",
+        "the value model's schedule has the policy's peak",
+        "for peak in (c.learning_rate, c.value_learning_rate)",
+        "for peak in (c.learning_rate, c.learning_rate)",
+    ),
+    Mutant("ppo", "ptx on held-out text", "    train, _ = split_documents(ctx)", "    _, train = split_documents(ctx)"),
+    Mutant(
+        "ppo",
+        "ptx_coef does not weigh the gradient",
+        "roles.accelerator.backward((c.ptx_coef if mine else 0.0) * loss)",
+        "roles.accelerator.backward((1.0 if mine else 0.0) * loss)",
+    ),
+    Mutant(
+        "ppo",
+        "ptx divided by tokens that nothing predicts",
+        "tokens, total = len(rows) * (len(rows[0]) - 1), 0.0",
+        "tokens, total = len(rows) * len(rows[0]), 0.0",
+    ),
+    Mutant(
+        "ppo",
+        "the same pretraining rows at every step",
+        "ptx_batch=lambda n: [ptx_rows[i] for i in ptx.take(n)] if ptx else None",
+        "ptx_batch=lambda n: ptx_rows[:n] if ptx else None",
+    ),
+    Mutant(
+        "ppo",
+        "the average follows no step",
+        "                average.step(policy)\n",
+        "                pass\n",
+    ),
+    Mutant(
+        "ppo",
+        "the published average is the last policy",
+        "    policy.load(average.tensors)\n",
+        "",
+    ),
+    Mutant(
+        "ppo",
+        "a minibatch's loss is divided by the batch's tokens",
+        "tokens = sum(len(rollout.responses[i]) for i in mini)",
+        "tokens = sum(map(len, rollout.responses))",
+    ),
+    Mutant(
+        "ppo",
+        "figures are summed over minibatches",
+        "return {key: number / steps for key, number in totals.items()}",
+        "return {key: number / c.num_ppo_epochs for key, number in totals.items()}",
+    ),
+    Mutant(
+        "ppo",
+        "values are clipped by the policy's range",
+        "value_loss(values, old_values, target, mask, c.cliprange_value, tokens)",
+        "value_loss(values, old_values, target, mask, c.cliprange, tokens)",
+    ),
+    Mutant(
+        "ppo",
+        "the ratio is to the reference",
+        "for x in (rollout.logprobs, rollout.values, advantages, returns)",
+        "for x in (rollout.ref_logprobs, rollout.values, advantages, returns)",
+    ),
+    Mutant(
+        "ppo",
+        "every update draws from the same seeds",
+        "seed=(ctx.seed, stream, step),",
+        "seed=(ctx.seed, stream, 0),",
+    ),
+    Mutant(
+        "ppo",
+        "missing_eos_score is not read in rollouts",
+        "        missing_eos_score=c.missing_eos_score,\n        score_clip",
+        "        missing_eos_score=None,\n        score_clip",
+    ),
+    Mutant(
+        "ppo",
+        "length_penalty is not read in rollouts",
+        "        length_penalty=c.length_penalty,\n        poll",
+        "        poll",
+    ),
+    Mutant(
+        "ppo",
+        "the held-out judge's scores are not clipped as the others are",
+        '"score_clip": c.score_clip, ',
+        "",
+    ),
+    Mutant(
+        "ppo",
+        "kl_coef is steered by the minibatch's episodes",
+        "c.kl_target, c.batch_size, c.kl_horizon",
+        "c.kl_target, c.mini_batch_size, c.kl_horizon",
+    ),
+    Mutant(
+        "ppo",
+        "held-out prompts are trained on",
+        "    return [ids[i] for i in train], [",
+        "    return ids, [",
+    ),
+    Mutant(
+        "ppo",
+        "the best policy is the one of the highest score, whatever its KL",
+        'run.best.offer(figures["rlhf_reward"] - figures["score"] + judged, step, run.policy)',
+        "run.best.offer(judged, step, run.policy)",
+    ),
+    Mutant(
+        "ppo",
+        "the best policy is chosen by the reward that was climbed",
+        'judged = figures.get("held_out_score", figures["score"])',
+        'judged = figures["score"]',
+    ),
+    Mutant(
+        "ppo",
+        "the last policy is published as the best",
+        'if ctx.config.keep == "best" and run.best.step != step:',
+        'if ctx.config.keep == "best" and run.best.step == step:',
+    ),
+    Mutant(
+        "ppo",
+        "the manifest's figures are of the last policy, whichever is published",
+        'looks[str(run.best.step if c.keep == "best" else step)]',
+        "looks[str(step)]",
+    ),
+    Mutant(
+        "ppo",
+        "PPO starts from model/ though there is a ppo_init/",
+        'ctx.inputs["sft"] / ("model" if ctx.experiment.sft.ppo_init is None else "ppo_init")',
+        'ctx.inputs["sft"] / "model"',
+    ),
+    Mutant(
+        "ppo",
+        "an ensemble's mean is taken for its minimum",
+        "        ctx.config.reward_ensemble,\n",
+        '        "mean",\n',
+    ),
+    Mutant(
+        "ppo",
+        "rlhf_reward takes off k1 whatever is penalised",
+        '"objective/rlhf_reward": scores - kl_coef * (k3 if kl_estimator == "k3" else kl)',
+        '"objective/rlhf_reward": scores - kl_coef * kl',
+    ),
+    # ── rm ───────────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "rm",
+        "winner and loser change places in the figures",
+        "        margins = (scores[batch.winners] - scores[batch.losers]).detach()",
+        "        margins = (scores[batch.losers] - scores[batch.winners]).detach()",
+    ),
+    Mutant(
+        "rm",
+        "winner and loser change places in the loss",
+        "return ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights",
+        "return ranking_loss(scores, batch.losers, batch.winners, batch.pair_weights",
+    ),
+    Mutant(
+        "rm",
+        "held-out figures are of the training split",
+        'held, held_report = load_groups(ctx, tokenizer, "validation", **limits)',
+        'held, held_report = load_groups(ctx, tokenizer, "train", **limits)',
+    ),
+    Mutant(
+        "rm",
+        "the training split is the held-out one",
+        'groups, report = load_groups(ctx, tokenizer, "train", **limits)',
+        'groups, report = load_groups(ctx, tokenizer, "validation", **limits)',
+    ),
+    Mutant(
+        "rm",
+        "the bias of the demonstrations is never taken",
+        "        plain(model).config.reward_bias = demonstration_mean(ctx, model, tokenizer, accelerator)\n",
+        "        plain(model).config.reward_bias = 0.0\n",
+    ),
+    Mutant(
+        "rm",
+        "the bias is taken twice over",
+        "        plain(model).config.reward_bias = demonstration_mean(ctx, model, tokenizer, accelerator)\n",
+        "        plain(model).config.reward_bias = 2 * demonstration_mean(ctx, model, tokenizer, accelerator)\n",
+    ),
+    Mutant(
+        "rm",
+        "the bias is over the prompts without their EOS",
+        "encode_response(tokenizer, rows[i].completion))",
+        "encode_response(tokenizer, rows[i].completion)[:-1])",
+    ),
+    Mutant(
+        "rm",
+        "demonstrations too long for the model are in the bias",
+        "        if sum(map(len, pair)) <= c.max_length:\n            pairs.append(pair)",
+        "        pairs.append((pair[0], pair[1][: c.max_length - len(pair[0])]))",
+    ),
+    Mutant(
+        "rm",
+        "bias_demonstrations is one more",
+        "if len(pairs) == c.bias_demonstrations:",
+        "if len(pairs) == c.bias_demonstrations + 1:",
+    ),
+    Mutant(
+        "rm",
+        "a micro-batch's loss is divided by its own prompts",
+        "value = loss_of(c, batch, scores, len(whole))",
+        "value = loss_of(c, batch, scores, len(rows))",
+    ),
+    Mutant(
+        "rm",
+        "a micro-batch's figures weigh as if all were as large",
+        "weight = len(rows) / len(whole)",
+        "weight = 0.5",
+    ),
+    Mutant(
+        "rm",
+        "the held-out loss is divided by the micro-batch's prompts",
+        "loss_of(ctx.config, batch, scores, len(held)).item()",
+        "loss_of(ctx.config, batch, scores, len(rows)).item()",
+    ),
+    Mutant(
+        "rm",
+        "margin_coef is not read",
+        "margins = c.margin_coef * batch.pair_margins",
+        "margins = 0.0 * batch.pair_margins",
+    ),
+    Mutant(
+        "rm",
+        "label_smoothing is not read",
+        ", prompts, margins, c.label_smoothing)",
+        ", prompts, margins)",
+    ),
+    Mutant(
+        "rm",
+        "loss_type plackett_luce is not read",
+        'if c.loss_type == "plackett_luce":',
+        'if c.loss_type == "other":',
+    ),
+    Mutant(
+        "rm",
+        "the best model is the one of the highest loss",
+        "        higher_is_better=False,",
+        "        higher_is_better=True,",
+    ),
+    Mutant(
+        "rm",
+        "every model of an ensemble has the same seeds",
+        'seed = derive_seed(ctx.seed, "member", k) if k else ctx.seed',
+        "seed = ctx.seed",
+    ),
+    Mutant(
+        "rm",
+        "every model of an ensemble has the same order",
+        "c.per_device_train_batch_size * c.gradient_accumulation_steps, k)",
+        "c.per_device_train_batch_size * c.gradient_accumulation_steps, 0)",
+    ),
+    Mutant(
+        "rm",
+        "an ensemble's first model is published for all",
+        'folder = ctx.publish / ("model" if k == 0 else f"ensemble/{k}")',
+        'folder = ctx.publish / ("model" if k == 0 else "model")',
+    ),
+    Mutant(
+        "rm",
+        "weight_decay is not read",
+        "        weight_decay=c.weight_decay,\n",
+        "",
+    ),
+    Mutant(
+        "rm",
+        "accuracy by rank distance has the sign of the winner",
+        "distance = [r[pair.loser] - r[pair.winner]",
+        "distance = [r[pair.winner] - r[pair.loser]",
+    ),
+    Mutant(
+        "rm",
+        "accuracy by K counts what was not judged",
+        "[sum(x is not None for x in r) for r in ranks]",
+        "[len(r) for r in ranks]",
+    ),
+    Mutant(
+        "rm",
+        "every pair is put down to the first labeler",
+        'names = [held[g].labelers[pair.labeler] or "unnamed" for g, pair in owners]',
+        'names = [held[g].labelers[0] or "unnamed" for g, pair in owners]',
+    ),
+    Mutant(
+        "rm",
+        "the ranks of the first labeler stand for all",
+        "ranks = [held[g].rankings()[pair.labeler] for g, pair in owners]",
+        "ranks = [held[g].rankings()[0] for g, pair in owners]",
+    ),
+    Mutant(
+        "rm",
+        "an ensemble's accuracy is its first model's",
+        "mean = [sum(part) / c.ensemble for part in zip(*margins, strict=True)]",
+        "mean = margins[0]",
+    ),
+    # ── dpo ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "dpo",
+        "winner and loser change places in the loss",
+        "pairs = (batch.winners, batch.losers, batch.pair_weights)",
+        "pairs = (batch.losers, batch.winners, batch.pair_weights)",
+    ),
+    Mutant(
+        "dpo",
+        "chosen and rejected change places in the figures",
+        "chosen, rejected = rewards[batch.winners], rewards[batch.losers]",
+        "chosen, rejected = rewards[batch.losers], rewards[batch.winners]",
+    ),
+    Mutant(
+        "dpo",
+        "what is kept of the reference does not name the sft model",
+        'made_by = [ctx.manifests["sft"]["digest"], dtype_of',
+        "made_by = [dtype_of",
+    ),
+    Mutant(
+        "dpo",
+        "what is kept of the reference does not name the rankings",
+        "for what in (made_by, *([g.prompt, g.responses] for g in groups)):",
+        "for what in (made_by,):",
+    ),
+    Mutant(
+        "dpo",
+        "both splits are kept under one name",
+        'ctx.cache.remember(f"reference_logps_{split}"',
+        'ctx.cache.remember("reference_logps_train"',
+    ),
+    Mutant(
+        "dpo",
+        "no reference",
+        '"validation": reference_logps("validation", held, *options),',
+        '"validation": [0 * x for x in reference_logps("validation", held, *options)],',
+    ),
+    Mutant(
+        "dpo",
+        "the order of the reference's log-probs is that of the micro-batches",
+        "found = [out[i] for i in range(len(groups))]",
+        "found = list(out.values())",
+    ),
+    Mutant(
+        "dpo",
+        "held-out figures are of the training split",
+        'held, held_report = load_groups(ctx, tokenizer, "validation", **limits)',
+        'held, held_report = load_groups(ctx, tokenizer, "train", **limits)',
+    ),
+    Mutant(
+        "dpo",
+        "the training split is the held-out one",
+        'groups, report = load_groups(ctx, tokenizer, "train", **limits)',
+        'groups, report = load_groups(ctx, tokenizer, "validation", **limits)',
+    ),
+    Mutant(
+        "dpo",
+        "beta does not reach the loss",
+        "parts = {\n            name: loss_of(name, logps, ref_logps, batch, c.beta, c.label_smoothing",
+        "parts = {\n            name: loss_of(name, logps, ref_logps, batch, 0.1, c.label_smoothing",
+    ),
+    Mutant(
+        "dpo",
+        "beta does not reach the figures",
+        "rewards = beta * (logps - ref_logps)",
+        "rewards = logps - ref_logps",
+    ),
+    Mutant(
+        "dpo",
+        "beta does not reach whole orders",
+        "return plackett_luce_loss(beta * (logps - ref_logps), *choices, prompts)",
+        "return plackett_luce_loss(logps - ref_logps, *choices, prompts)",
+    ),
+    Mutant(
+        "dpo",
+        "whole orders without a reference",
+        "return plackett_luce_loss(beta * (logps - ref_logps), *choices, prompts)",
+        "return plackett_luce_loss(beta * logps, *choices, prompts)",
+    ),
+    Mutant(
+        "dpo",
+        "label_smoothing is not read",
+        "beta, prompts, name, label_smoothing)",
+        "beta, prompts, name)",
+    ),
+    Mutant(
+        "dpo",
+        "loss_weights are not read",
+        "value = sum(weight * parts[name] for name, weight in c.losses().items())",
+        "value = sum(parts[name] for name in c.losses())",
+    ),
+    Mutant(
+        "dpo",
+        "log-probs a token, not a response",
+        "logps = sequence_logps(logprobs, batch.rows.response_mask)\n        parts",
+        "logps = sequence_logps(logprobs, batch.rows.response_mask) / batch.rows.lengths\n        parts",
+    ),
+    Mutant(
+        "dpo",
+        "the likelihood of first responses is divided by prompts",
+        "return chosen_loss(logps, batch.first, batch.first_weights, tokens or 1.0)",
+        "return chosen_loss(logps, batch.first, batch.first_weights, prompts)",
+    ),
+    Mutant(
+        "dpo",
+        "the likelihood of first responses is divided by all tokens",
+        "return sum(weight * len(group.responses[i]) for i, weight in group.first())",
+        "return sum(map(len, group.responses))",
+    ),
+    Mutant(
+        "dpo",
+        "a micro-batch's loss is divided by its own prompts",
+        'groups, reference["train"], rows, len(whole), sum',
+        'groups, reference["train"], rows, len(rows), sum',
+    ),
+    Mutant(
+        "dpo",
+        "a micro-batch's figures weigh as if all were as large",
+        "batch, c.beta, len(rows) / prompts)",
+        "batch, c.beta, 0.5)",
+    ),
+    Mutant(
+        "dpo",
+        "the best policy is the one of the highest loss",
+        "        higher_is_better=False,",
+        "        higher_is_better=True,",
+    ),
+    Mutant(
+        "dpo",
+        "accuracy counts ties as right",
+        "(chosen > rejected).float()",
+        "(chosen >= rejected).float()",
+    ),
+    Mutant(
+        "dpo",
+        "the warm-up is left out",
+        "learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, c.warmup_steps)",
+        "learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, 0)",
+    ),
+    Mutant(
+        "dpo",
+        "weight_decay is not read",
+        "        weight_decay=c.weight_decay,\n",
+        "",
+    ),
+    # ── rankings ─────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "rankings",
+        "split by row and not by prompt",
+        "held_out(split_keys(ctx, [r.prompt for r in rows]), ctx",
+        "held_out([r.id for r in rows], ctx",
+    ),
+    Mutant(
+        "rankings",
+        "split by the prompt as it is spaced",
+        "return [prompt_key(p) for p in prompts]",
+        "return [str(p) for p in prompts]",
+    ),
+    Mutant(
+        "rankings",
+        "the splits change names",
+        '(("train", train), ("validation", valid))',
+        '(("train", valid), ("validation", train))',
+    ),
+    Mutant(
+        "rankings",
+        "all rows are trained on",
+        "    for name, part in (",
+        "    train = range(len(rows))\n    for name, part in (",
+    ),
+    Mutant(
+        "rankings",
+        "agreement is of all rows",
+        '"labeler_agreement": labeler_agreement(held)',
+        '"labeler_agreement": labeler_agreement(rows)',
+    ),
+    Mutant(
+        "rankings",
+        "ties and unjudged pairs are counted as pairs",
+        'return sum(verdict == "usable" for',
+        'return sum(verdict != "identical" for',
+    ),
+    Mutant(
+        "rankings",
+        "responses that were cut off are judged as if they had ended",
+        "for row in zip(prompts, texts, finished, strict=True)]",
+        "for row in zip(prompts, texts, [[True] * len(fs) for fs in finished], strict=True)]",
+    ),
+    Mutant(
+        "rankings",
+        "every labeler has the taste of the first",
+        "labelers.rank(utilities[i][who], noise",
+        "labelers.rank(utilities[i][0], noise",
+    ),
+    Mutant(
+        "rankings",
+        "ranks begin with the worst",
+        "labelers.rank(utilities[i][who], noise",
+        "labelers.rank(-utilities[i][who], noise",
+    ),
+    Mutant(
+        "rankings",
+        "every row is signed by the first labeler",
+        "name, ended = labelers.LABELERS[who].name",
+        "name, ended = labelers.LABELERS[0].name",
+    ),
+    Mutant(
+        "rankings",
+        "the same noise for every prompt",
+        'derive_seed(ctx.seed, "rank", i, who)',
+        'derive_seed(ctx.seed, "rank", who)',
+    ),
+    Mutant(
+        "rankings",
+        "the same noise for every labeler",
+        'derive_seed(ctx.seed, "rank", i, who)',
+        'derive_seed(ctx.seed, "rank", i)',
+    ),
+    Mutant(
+        "rankings",
+        "the same labelers for every prompt",
+        'derive_seed(ctx.seed, "labeler", i)',
+        'derive_seed(ctx.seed, "labeler")',
+    ),
+    Mutant(
+        "rankings",
+        "two labelers for what is trained on, too",
+        "2 if i in valid else c.labelers_per_prompt",
+        "2",
+    ),
+    Mutant(
+        "rankings",
+        "one labeler for what is held out",
+        "2 if i in valid else c.labelers_per_prompt",
+        "c.labelers_per_prompt",
+    ),
+    Mutant(
+        "rankings",
+        "the agreement that was asked for is not read",
+        "labelers.calibrate_noise(utilities, answers, c.agreement)",
+        "labelers.calibrate_noise(utilities, answers)",
+    ),
+    Mutant(
+        "rankings",
+        "the ceiling is of all rows",
+        "judged = [k for k, i in enumerate(owner) if i in valid]",
+        "judged = list(range(len(owner)))",
+    ),
+    Mutant(
+        "rankings",
+        "the ceiling is its mean over the noise",
+        '"accuracy_ceiling": ceiling["realised"]',
+        '"accuracy_ceiling": ceiling["expected"]',
+    ),
+    Mutant(
+        "rankings",
+        "the ceiling is of the prompts in order",
+        "[utilities[owner[k]] for k in judged]",
+        "[utilities[k % len(utilities)] for k in judged]",
+    ),
+    Mutant(
+        "rankings",
+        "all samples of a prompt come from one seed",
+        'derive_seed(ctx.seed, "sample", i, k)',
+        'derive_seed(ctx.seed, "sample", i)',
+    ),
+    Mutant(
+        "rankings",
+        "temperature is not read",
+        "temperature=c.temperature,",
+        "temperature=1.0,",
+    ),
+    Mutant(
+        "rankings",
+        "a response that ends with the last token counts as cut off",
+        "[r[-1] == tokenizer.eos_token_id for r in group]",
+        "[len(r) < c.response_length for r in group]",
+    ),
+    Mutant(
+        "rankings",
+        "prompts that were dropped get the samples of others",
+        "prompts = [prompts[i] for i in kept]",
+        "prompts = prompts[: len(kept)]",
+    ),
+    Mutant(
+        "rankings",
+        "samples are dealt out to the prompts one by one",
+        "[ids[i] for i in part for _ in range(c.samples_per_prompt)]",
+        "[ids[i] for _ in range(c.samples_per_prompt) for i in part]",
+    ),
+    Mutant(
+        "rankings",
+        "each batch begins with the last prompt of the one before",
+        "part = range(len(texts), min(len(texts)",
+        "part = range(max(0, len(texts) - 1), min(len(texts)",
+    ),
+]
+
+
+# ── the tool ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def copy_tree(folder: Path) -> Path:
+    """The files that git knows or would add, as they stand here, in a new folder."""
+    listed = subprocess.run(
+        ["git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    for name in listed:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def run_tests(tree: str, tests: tuple[str, ...], log: str) -> None:
+    """pytest in this process on the tree; exits with its code, 99 where other code than the tree's was tested."""
+    os.chdir(tree)
+    sys.path[:] = [tree, *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
+    with open(log, "w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        import pytest
+
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+        import pipeline
+
+        sys.exit(int(code) if Path(pipeline.__file__).is_relative_to(tree) else 99)
+
+
+def tested(tree: Path, tests: tuple[str, ...]) -> tuple[int, str]:
+    """(pytest's exit code on the tree, its first line of failure), in a fresh process that has read the libraries."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "accelerate", "pytest", "numpy"])
+    log = tree.parent / "log"
+    child = context.Process(target=run_tests, args=(str(tree), tests, str(log)))
+    child.start()
+    child.join()
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    first = next((line for line in lines if line.startswith(("FAILED", "ERROR"))), "")
+    return child.exitcode, first.partition(" - ")[0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--file", choices=list(TESTS), help="only the mutants of this stage")
+    parser.add_argument("--only", type=int, help="only the mutant with this number")
+    parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
+    asked = parser.parse_args(argv)
+    chosen = [m for m in MUTANTS if asked.file in (None, m.stage)]
+    numbered = [(n, m) for n, m in enumerate(chosen, 1) if asked.only in (None, n)]
+    if asked.list:
+        for n, mutant in numbered:
+            print(f"{n:3} {mutant.stage:9} {mutant.path}: {mutant.breaks}")
+        return 0
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # or a mutant of the same size and second is taken for the last
+    os.environ.pop("PYTHONPATH", None)
+    living = 0
+    with tempfile.TemporaryDirectory(prefix="rlhf-mutants-") as folder:
+        tree = copy_tree(Path(folder) / "tree")
+        for stage in dict.fromkeys(mutant.stage for _, mutant in numbered):
+            code, first = tested(tree, TESTS[stage])
+            assert code == 0, f"the tests of {stage} fail without any mutant: {first or code}"
+        for n, mutant in numbered:
+            file = tree / mutant.path
+            text = file.read_text(encoding="utf-8")
+            assert text.count(mutant.old) == 1, f"{mutant.path}: {mutant.old!r} does not stand there once"
+            file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+            code, first = tested(tree, TESTS[mutant.stage])
+            file.write_text(text, encoding="utf-8")
+            assert code in (0, 1, 2), f"pytest ended with {code}"
+            living += code == 0
+            verdict = "noticed" if code else "LIVES  "
+            print(f"{n:3} {mutant.stage:9} {verdict} {mutant.breaks}  {first}", flush=True)
+    print(f"{len(numbered) - living} of {len(numbered)} mutants noticed")
+    return min(living, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""The reward model from rankings to the published folder, computed a second time with plain transformers: a response at
+a time, the pairs written out. Taken from the run are the head's first weights and which prompts a batch holds."""
+
+import copy
+import itertools
+import json
+import math
+import statistics
+
+import pytest
+import second_route as plain
+import torch
+from micro_chain import watch_fit, write_rows
+
+from stages import rm
+
+STEPS = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "max_length": 48,
+    "warmup_steps": 2,
+    "eval_steps": 2,
+    "bias_demonstrations": 10,
+}
+SHARES = [0.5, 1.0, 1.0, 0.55]  # of the peak rate: a warm-up of two steps, then a cosine to a tenth
+PAIRS = STEPS | {
+    "learning_rate": 5e-3,
+    "label_smoothing": 0.1,
+    "margin_coef": 0.7,
+    "weight_decay": 0.5,
+    "max_grad_norm": 0.1,
+    "ensemble": 2,
+}
+ORDERS = STEPS | {"learning_rate": 4e-2, "loss_type": "plackett_luce", "keep": "best", "eval_steps": 1}
+
+
+class SecondRoute:
+    """A reward model that trains on groups: its loss, its steps, and its held-out figures."""
+
+    def __init__(self, chain, settings, start: dict):
+        from transformers import AutoModelForSequenceClassification
+
+        self.settings = settings
+        self.model = AutoModelForSequenceClassification.from_pretrained(chain.root / "sft/model", num_labels=1).eval()
+        self.model.config.reward_bias = 0.0
+        self.trunk = {name: p.detach().clone() for name, p in self.model.named_parameters() if "score" not in name}
+        with torch.no_grad():
+            self.model.score.weight.copy_(start["score.weight"])
+        self.optimizer = plain.AdamW(self.model, settings.max_grad_norm, settings.weight_decay)
+
+    def scores(self, group) -> torch.Tensor:
+        return torch.stack([plain.score(self.model, group.prompt, response) for response in group.responses])
+
+    def loss(self, group, scores) -> torch.Tensor:
+        c = self.settings
+        if c.loss_type == "plackett_luce":
+            return plain.order_loss(group, scores)
+        return plain.pairwise_loss(group, scores, c.label_smoothing, c.margin_coef)
+
+    def step(self, groups: list, rate: float) -> dict[str, float]:
+        """One step; → its row of metrics.jsonl. Every prompt weighs the same, whatever its K."""
+        scores = [self.scores(group) for group in groups]
+        loss = sum(map(self.loss, groups, scores)) / len(groups)
+        margins = [[(s[i] - s[j]).item() for i, j, _ in g.pairs()] for g, s in zip(groups, scores, strict=True)]
+        norm = self.optimizer.step(plain.gradients_of(loss, self.model), rate)
+        return {
+            "loss": loss.item(),
+            "accuracy": statistics.mean(statistics.mean(m > 0 for m in some) for some in margins),
+            "margin": statistics.mean(map(statistics.mean, margins)),
+            "grad_norm": norm,
+            "lr": rate,
+        }
+
+    @torch.no_grad()
+    def margins(self, groups: list) -> list[float]:
+        """Of every pair, a prompt after the other."""
+        return pair_margins(groups, [self.scores(group) for group in groups])
+
+    @torch.no_grad()
+    def held_out(self, groups: list) -> dict[str, float]:
+        """A row of evaluations.jsonl: all pairs weigh the same in accuracy and margin, all prompts in the loss."""
+        scores = [self.scores(group) for group in groups]
+        margins = pair_margins(groups, scores)
+        loss = statistics.mean(self.loss(group, some).item() for group, some in zip(groups, scores, strict=True))
+        return {"loss": loss, "accuracy": accuracy(margins), "margin": statistics.mean(margins)}
+
+
+def pair_margins(groups: list, scores: list) -> list[float]:
+    return [(s[i] - s[j]).item() for g, s in zip(groups, scores, strict=True) for i, j, _ in g.pairs()]
+
+
+def accuracy(margins: list[float]) -> float:
+    return statistics.mean(1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins)
+
+
+def run_rm(chain, folder, choices, *more, **options):
+    """(the finished run, its trainings, the groups of train.jsonl and of validation.jsonl)."""
+    with pytest.MonkeyPatch.context() as patch:
+        trainings = watch_fit(patch, rm)
+        settings = [f"rm.{key}={x}" for key, x in choices.items()]
+        finished = chain.run("rm", folder, *settings, *more, **options)
+    groups = [plain.groups_of(chain.tokenizer, chain.rows(f"rankings/{x}.jsonl")) for x in ("train", "validation")]
+    return finished, trainings, groups, chain.experiment(*settings).rm
+
+
+def train_again(chain, settings, training, train, held):
+    """(the second route after its steps, rows of metrics.jsonl, of evaluations.jsonl, and the model after each)."""
+    route = SecondRoute(chain, settings, training.start)
+    rows, looks, models = [], {0: route.held_out(held)}, {0: copy.deepcopy(route.model)}
+    for step, (batch, share) in enumerate(zip(training.batches, SHARES, strict=True), 1):
+        rows.append(route.step([train[i] for i in batch], share * settings.learning_rate))
+        if step % settings.eval_steps == 0:
+            looks[step], models[step] = route.held_out(held), copy.deepcopy(route.model)
+    return route, rows, looks, models
+
+
+@pytest.fixture(scope="module")
+def pairs(chain, tmp_path_factory):
+    manifests = {"rankings": {"digest": "rankings", "metrics": {"accuracy_ceiling": 0.875}}}
+    return run_rm(chain, tmp_path_factory.mktemp("rm") / "rm", PAIRS, manifests=manifests)
+
+
+@pytest.fixture(scope="module")
+def pairs_again(chain, pairs):
+    """The second route of both models."""
+    _, trainings, (train, held), settings = pairs
+    return [train_again(chain, settings, training, train, held) for training in trainings]
+
+
+class TestPairs:
+    """Two models on all pairs, with smoothed labels, margins and weight decay."""
+
+    def test_the_published_models(self, pairs, pairs_again):
+        """Trained on train.jsonl, every prompt once however many labelers it had, from sft's weights."""
+        finished, trainings, (train, _), _ = pairs
+        assert any(len(group.ranks) == 2 for group in train) and len(train) == 24
+        for folder, training, (route, *_) in zip(("model", "ensemble/1"), trainings, pairs_again, strict=True):
+            assert all(torch.equal(training.start[name], p) for name, p in route.trunk.items())
+            assert plain.largest_difference(plain.scalar_model(finished.folder / folder), route.model) < 1e-5
+
+    def test_the_two_differ_in_their_heads_and_in_the_order_of_their_data(self, pairs):
+        one, other = pairs[1]
+        assert one.batches != other.batches
+        assert not torch.equal(one.start["score.weight"], other.start["score.weight"])
+
+    def test_every_step(self, pairs, pairs_again):
+        found = pairs[0].rows("metrics.jsonl")
+        assert [row.pop("step") for row in found] == list(range(1, 9))
+        expected = pairs_again[0][1] + pairs_again[1][1]
+        for row, again in zip(found, expected, strict=True):
+            assert row == {key: pytest.approx(x, rel=1e-4, abs=1e-5) for key, x in again.items()}
+        assert max(row["grad_norm"] for row in found) > 2 * PAIRS["max_grad_norm"]
+
+    def test_held_out_figures_are_of_validation_jsonl(self, pairs, pairs_again):
+        found = pairs[0].rows("evaluations.jsonl")
+        assert [row.pop("step") for row in found] == [0, 2, 4, 6, 8]
+        expected = [*pairs_again[0][2].values(), *list(pairs_again[1][2].values())[1:]]
+        for row, again in zip(found, expected, strict=True):
+            assert row == {key: pytest.approx(x, rel=1e-4, abs=1e-5) for key, x in again.items()}
+
+    def test_how_far_it_is_trusted(self, pairs, pairs_again):
+        """Accuracy in all and in parts over every held-out pair of every labeler, as the published folders say."""
+        (finished, _, (_, held), _), (route, *_) = pairs, pairs_again[0]
+        figures, margins = finished.figures, route.margins(held)
+        owners = [(group, *pair) for group in held for pair in group.pairs()]
+        assert figures["n_pairs"] == len(margins) and figures["accuracy"] == pytest.approx(accuracy(margins))
+        assert 0.2 < figures["accuracy"] < 0.8, "else much that is wrong would give the same"
+        low, high = figures["accuracy_ci95"]
+        assert low < figures["accuracy"] < high
+        for name, key_of in (
+            ("accuracy_by_k", lambda group, i, j, who: group.judged(who)),
+            ("accuracy_by_labeler", lambda group, i, j, who: group.labelers[who]),
+            ("accuracy_by_rank_distance", lambda group, i, j, who: group.ranks[who][j] - group.ranks[who][i]),
+        ):
+            parts: dict = {}
+            for owner, margin in zip(owners, margins, strict=True):
+                parts.setdefault(str(key_of(*owner)), []).append(margin)
+            published = {key: (part["accuracy"], part["n_pairs"]) for key, part in figures[name].items()}
+            assert len(parts) > 1 and published == {
+                key: (pytest.approx(accuracy(some)), len(some)) for key, some in parts.items()
+            }, name
+        assert figures["accuracy_ceiling"] == 0.875, "what the stage rankings says of its labelers"
+
+    def test_its_calibration(self, pairs, pairs_again):
+        """Each pair in one of ten bins of σ(|margin|): Σ share · |right − confidence|."""
+        margins, bins = pairs_again[0][0].margins(pairs[2][1]), {}
+        for margin in margins:
+            confidence = 1 / (1 + math.exp(-abs(margin)))
+            bins.setdefault(min(9, int((confidence - 0.5) * 20)), []).append((confidence, accuracy([margin])))
+        expected = sum(abs(sum(c for c, _ in some) - sum(r for _, r in some)) for some in bins.values()) / len(margins)
+        assert pairs[0].figures["ece"] == pytest.approx(expected, abs=1e-4)
+
+    def test_labelers_agree_as_the_file_says(self, pairs):
+        both = [group for group in pairs[2][1] if len(group.ranks) == 2]
+        same = total = 0
+        for group in both:
+            for i, j in itertools.combinations(range(len(group.responses)), 2):
+                (a, b), (c, d) = ((ranks[i], ranks[j]) for ranks in group.ranks)
+                if None not in (a, b, c, d) and a != b and c != d:
+                    same, total = same + ((a < b) == (c < d)), total + 1
+        assert pairs[0].figures["labeler_agreement"] == pytest.approx(same / total) and total > 3
+
+    def test_accuracy_of_their_mean(self, pairs, pairs_again):
+        held = pairs[2][1]
+        both = zip(*(route.margins(held) for route, *_ in pairs_again), strict=True)
+        assert pairs[0].figures["ensemble_accuracy"] == pytest.approx(accuracy([a + b for a, b in both]))
+
+    def test_demonstrations_score_0_on_average(self, pairs, chain):
+        """Each model's own: reward_bias is the mean of its logits over all ten, and what a person is shown has it
+        taken off."""
+        finished = pairs[0]
+        shown = {row["response"]: row["score"] for row in finished.rows("samples.jsonl")}
+        for folder in ("model", "ensemble/1"):
+            model = plain.scalar_model(finished.folder / folder)
+            scores = [
+                plain.score(model, plain.prompt_ids(chain.tokenizer, row["prompt"]),
+                            plain.response_ids(chain.tokenizer, row["completion"])).item()
+                for row in chain.rows("demonstrations.jsonl")
+            ]  # fmt: skip
+            assert statistics.mean(scores) == pytest.approx(0.0, abs=1e-5)
+            assert abs(model.config.reward_bias) > 1e-3
+            if folder == "model":
+                assert finished.figures["reward_bias"] == model.config.reward_bias
+                said = [(row["prompt"], text) for row in chain.rows("rankings/validation.jsonl")
+                        for text in row["responses"] if text in shown]  # fmt: skip
+                scored = {
+                    text: plain.score(
+                        model, plain.prompt_ids(chain.tokenizer, prompt), plain.response_ids(chain.tokenizer, text)
+                    ).item()
+                    for prompt, text in said
+                }
+                assert shown == {text: pytest.approx(x, abs=1e-4) for text, x in scored.items()} and len(shown) > 8
+
+
+def test_whole_orders_and_the_best_model(chain, tmp_path):
+    """plackett_luce; published is the model of the lowest held-out loss, with its figures, and not the last one."""
+    finished, (training,), (train, held), settings = run_rm(chain, tmp_path / "rm", ORDERS)
+    _, rows, looks, models = train_again(chain, settings, training, train, held)
+    for row, again in zip(finished.rows("metrics.jsonl"), rows, strict=True):
+        assert row["loss"] == pytest.approx(again["loss"], rel=1e-3)
+    best = min(looks, key=lambda step: looks[step]["loss"])
+    assert best not in (0, 4), "take another rate"
+    assert finished.figures["best_step"] == best
+    found = plain.scalar_model(finished.folder / "model")
+    assert plain.largest_difference(found, models[best]) < 1e-3 < 1e-2 < plain.largest_difference(found, models[4])
+    assert finished.figures["accuracy"] == pytest.approx(looks[best]["accuracy"])
+
+
+def test_the_mean_is_over_as_many_demonstrations_as_asked_for_of_those_that_fit(chain, tmp_path):
+    """Four of ten, and never the long one: a mean that some four of the others have."""
+    rows = chain.rows("demonstrations.jsonl")
+    long = {"prompt": "hello ?", "completion": "the fox is red . " * 20}
+    write_rows(tmp_path / "some.jsonl", rows[:5] + [long] + rows[5:])
+    choices = STEPS | {"max_steps": 1, "bias_demonstrations": 4}
+    finished, *_ = run_rm(chain, tmp_path / "rm", choices, f"data.demonstrations={tmp_path}/some.jsonl")
+    config = json.loads((finished.folder / "model/config.json").read_text())
+    model = plain.scalar_model(finished.folder / "model")
+    model.config.reward_bias = 0.0
+    with torch.no_grad():
+        scores = [
+            plain.score(model, plain.prompt_ids(chain.tokenizer, row["prompt"]),
+                        plain.response_ids(chain.tokenizer, row["completion"])).item()
+            for row in rows
+        ]  # fmt: skip
+    means = [statistics.mean(some) for some in itertools.combinations(scores, 4)]
+    assert min(abs(mean - config["reward_bias"]) for mean in means) < 1e-6
+    assert config["reward_bias"] != pytest.approx(statistics.mean(scores), abs=1e-6)
