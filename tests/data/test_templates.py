@@ -1,5 +1,7 @@
 """Chat templates from outside: what they render is what transformers renders, and none can hold a process."""
 
+import importlib.resources
+
 import pytest
 from jinja2 import TemplateError
 
@@ -64,6 +66,18 @@ def test_a_template_renders_as_in_transformers(tokenizer, template):
     first = templates._worker.process.pid
     list(render(tokenizer, CONVERSATIONS, tokenize=[False] * 3))
     assert templates._worker.process.pid == first
+
+
+def test_templates_of_known_models_render_as_in_transformers(tokenizer):
+    """Those that trl carries, whatever their version."""
+    folder = importlib.resources.files("trl") / "chat_templates"
+    known = sorted(path for path in folder.iterdir() if path.name in ("qwen3.jinja", "llama3_1.jinja", "gptoss.jinja"))
+    assert known
+    for path in known:
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        found = list(render(tokenizer, CONVERSATIONS, tokenize=[False] * 3, add_generation_prompt=True))
+        usual = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in CONVERSATIONS]
+        assert found == usual and "three" in found[2], path.name
 
 
 def test_our_own_template_needs_no_other_process(tokenizer, monkeypatch):
