@@ -31,6 +31,9 @@ TESTS = {
     "rankings": ("tests/stages/test_rankings_run.py",),
 }
 
+# Read once, before the first mutant, and never of ours.
+LIBRARIES = ["pytest", "accelerate", "transformers.trainer", "transformers.models.llama.modeling_llama"]
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -754,7 +757,7 @@ def run_tests(tree: str, tests: tuple[str, ...], log: str) -> None:
 def tested(tree: Path, tests: tuple[str, ...]) -> tuple[int, str]:
     """(pytest's exit code on the tree, its first line of failure), in a fresh process that has read the libraries."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "accelerate", "pytest", "numpy"])
+    context.set_forkserver_preload(LIBRARIES)
     log = tree.parent / "log"
     child = context.Process(target=run_tests, args=(str(tree), tests, str(log)))
     child.start()
