@@ -322,7 +322,7 @@ def what_it_reads(
         entry = manifests["world"]["outputs"].get(file, {})
         return replace(source, path=store.folder("world") / file, sha256=entry.get("sha256"))
 
-    model = made_of["config"].get("model", {})
+    model = {} if hub_model(module, experiment) is None else made_of["config"]["model"]
     return {
         "stage": name,
         "experiment": experiment,
@@ -331,7 +331,7 @@ def what_it_reads(
         "inputs": {need: store.folder(need) for need in manifests},
         "manifests": manifests,
         "sources": {kind: placed(kind, source) for kind, source in sources(module, experiment).items()},
-        "model_revision": None if hub_model(module, experiment) is None else model.get("revision"),
+        "model_revision": model.get("revision") or model.get("asked_revision"),  # where nobody knows the commit
     }
 
 

@@ -131,6 +131,17 @@ def test_a_stage_reads_the_commit_that_the_manifest_names(world, hub):
     assert kinds(world.states(*at))["fit"] == "done"
 
 
+def test_a_revision_whose_commit_nobody_knows_is_asked_for_all_the_same(world, hub):
+    """And not the main branch in its place."""
+    seen = []
+    world.stages = fakes.stages(reads=["prompts"])
+    world.stages["fit"].hub_model = lambda experiment: ("model.name_or_path", "org/model")
+    world.stages["fit"].run = lambda ctx: seen.append((ctx.source("prompts").revision, ctx.model_revision)) or {}
+    settings = ("data.prompts={path: org/set, revision: v1}", "model.name_or_path=org/model", "model.revision=v2")
+    world.run("fit", *settings)
+    assert seen == [("v1", "v2")]
+
+
 def test_an_interrupted_run_does_not_go_on_with_another_commit(world, hub):
     world.stages, at = fakes.stages(reads=["prompts"]), "data.prompts=org/set"
     hub.says[SET] = A
