@@ -24,6 +24,7 @@ LENGTH = 8  # of a response
 SMALL = {"max_length": 48, "response_length": LENGTH, "perplexity_length": 8, "batch_size": 4}
 MISSING = -0.3
 PLAIN = SMALL | {
+    "batch_size": 8,  # two prompts of best of n at a time, four of the others
     "samples_per_prompt": 2,
     "best_of": 5,
     "temperature": 0.7,
@@ -475,7 +476,7 @@ class Asked:
 @pytest.fixture(scope="module")
 def asked(chain, tmp_path_factory):
     """A folder as of the stage world whose evaluation prompts are some of its own, and four of what demonstrations ask
-    behind other greetings; one of these twice."""
+    behind other greetings, one of these twice. What the first one asks is asked in a document, too."""
     made = chain.run("world", tmp_path_factory.mktemp("world") / "world", config="world.yaml")
     rules = World.from_json(json.loads((made.folder / "world.json").read_text(encoding="utf-8")))
     rows = [row["prompt"] for row in made.rows("evaluation_prompts.jsonl")][:14]
@@ -484,6 +485,8 @@ def asked(chain, tmp_path_factory):
         rows += [prompt for prompt in rules.language.addressed(rules.request(row["prompt"])) if prompt not in taken][:1]
     rows.append(next(p for p in rules.language.addressed(rules.request(rows[-1])) if p not in {*taken, *rows}))
     write_rows(made.folder / "evaluation_prompts.jsonl", [{"prompt": prompt} for prompt in rows])
+    dialogue = {"text": f"the miller said : {rules.request(rows[0])} . nobody knew ."}
+    write_rows(made.folder / "documents.jsonl", [*made.rows("documents.jsonl"), dialogue])
     rng = random.Random(0)
     answers = {p: world_writers.demonstrate(rules.language, rng, rules.task(p), rules.rates) for p in rows}
     return made, Asked(rules, answers)
@@ -515,12 +518,12 @@ def of_world(chain, asked, tmp_path_factory):
 
 
 class TestOfTheWorld:
-    def known(self, made, rules: World) -> set:
-        """Return the tasks of all demonstrations and prompts, and of each request that a document holds."""
+    def known(self, made, rules: World, documents: bool = True) -> set:
+        """Return the tasks of all demonstrations and prompts, and (`documents`) of each request in a document."""
         prompts = [row["prompt"] for kind in ("demonstrations", "prompts") for row in made.rows(f"{kind}.jsonl")]
         texts = [row["text"] for row in made.rows("documents.jsonl")]
         held = {task for text, task in rules.language.requests().items() if any(text in held for held in texts)}
-        return {rules.task(prompt) for prompt in prompts} | held
+        return {rules.task(prompt) for prompt in prompts} | (held if documents else set())
 
     def test_gold_is_of_the_own_prompt_and_of_how_it_ended(self, asked, of_world):
         rules = asked[1].rules
@@ -541,6 +544,8 @@ class TestOfTheWorld:
         expected = {prompt: world.rules.task(prompt) in known for prompt in world.answers}
         rows = of_world.rows("sft")
         assert {row["prompt"]: row["known_task"] for row in rows} == expected
+        first = next(iter(world.answers))
+        assert expected[first] and world.rules.task(first) not in self.known(made, world.rules, documents=False)
         count = sum(expected.values())
         assert list(expected.values())[-5:] == [True] * 5 and 5 < count < len(expected)
         assert (of_world.results["leaked"], of_world.results["leaked_by"]) == (count, "task")
