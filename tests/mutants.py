@@ -909,8 +909,8 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "tasks that the corpus asks are unknown",
-        "if data.documents == \"world\" else []",
-        "if data.documents != \"world\" else []",
+        'world.asked(own, [document.text for document in read(ctx, "documents")])',
+        'world.asked(own, [])',
     ),
     Mutant(
         "evaluate",
@@ -921,14 +921,14 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "DPO is said to have climbed the judge",
-        "climbed = {\"best_of_n\"} |",
-        "climbed = {\"best_of_n\", \"dpo\"} |",
+        "climbed = {\"best_of_n\"}\n",
+        "climbed = {\"best_of_n\", \"dpo\"}\n",
     ),
     Mutant(
         "evaluate",
         "ppo.reward_model is not asked",
-        "if ctx.experiment.ppo.reward_model is None else set()",
-        "if True else set()",
+        "    if ours & theirs:\n",
+        "    if True:\n",
     ),
     Mutant(
         "evaluate",
@@ -978,8 +978,8 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "the difference to SFT turned round",
-        "difference_estimate(ours, theirs, clusters)",
-        "difference_estimate(theirs, ours, clusters)",
+        "gaps = judged.mean(1) - baseline.mean(1)",
+        "gaps = baseline.mean(1) - judged.mean(1)",
         "stages/results.py",
     ),
     Mutant(
