@@ -394,8 +394,8 @@ def cached_rows(hub: str, split: str, subset: str | None, commit: str):
         return None
     *owner, name = hub.split("/")
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "___".join([*owner, camelcase_to_snakecase(name)])
-    prepared = {path.name: path for path in folder.glob(f"{subset or '*'}/*/*") if path.is_dir()}
-    places = {path.parts[-3]: path for path in folder.glob(f"{subset or '*'}/*/{commit}") if path.is_dir()}
+    prepared = [path for path in folder.glob("*/*/*") if path.is_dir() and subset in (None, path.parts[-3])]
+    places = {path.parts[-3]: path for path in prepared if path.name == commit}
     place = places.get("default") if len(places) > 1 else next(iter(places.values()), None)
     if place is not None:
         config, version, _ = place.parts[-3:]
@@ -405,7 +405,7 @@ def cached_rows(hub: str, split: str, subset: str | None, commit: str):
         try:
             HfApi().dataset_info(hub, revision=commit, timeout=10.0)
         except Exception as fault:
-            known = ", ".join(sorted(name[:7] for name in prepared))
+            known = ", ".join(sorted({path.name[:7] for path in prepared}))
             raise ConnectionError(
                 f"commit {commit[:7]} is not on this machine (commits {known} are), and the Hub does not give it: "
                 f"{first_line(fault)}"
