@@ -1,10 +1,11 @@
-"""Near copies: prompts that are all but the same as others, as a question behind a greeting.
+"""Near copies: prompts that are all but the same as others.
 
 Two texts are near copies if the Jaccard index of their shingles (runs of words) reaches a
 threshold. Candidates come from MinHash and locality-sensitive hashing (Broder 1997; Indyk and
 Motwani 1998), by the package datasketch. Each candidate is then judged by the exact index: nothing
 below the threshold is ever reported, and a pair just at it is missed less than once in a thousand
-times.
+times. A short question behind a greeting of several words is below the threshold: what is found is
+copied, and what is not found may still be asked in other words.
 """
 
 import sys

@@ -152,6 +152,14 @@ class World:
             raise ValueError(f"not a request of the embedded world: {prompt!r}")
         return request
 
+    def knows(self, prompt) -> bool:
+        """Return whether a prompt is a request of this world."""
+        try:
+            self.request(prompt)
+        except (AttributeError, ValueError):  # messages, or other words
+            return False
+        return True
+
     def task(self, prompt: str) -> Task:
         """Return what a prompt asks for; ValueError if it is none of this world's."""
         return self._requests[self.request(prompt)]

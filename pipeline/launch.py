@@ -20,7 +20,7 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",  # what matters is said by the stages
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",  # progress is shown by tracking.py
-    "ARROW_DEFAULT_MEMORY_POOL": "system",  # Arrow's own mimalloc has crashed processes with threads
+    "ARROW_DEFAULT_MEMORY_POOL": "system",  # crashes in Arrow's own mimalloc are reported
     "JE_ARROW_MALLOC_CONF": "background_thread:false",  # else importing Arrow starts a thread, which a fork loses
     "GOMP_SPINCOUNT": "1000",  # waiting threads soon sleep: beside a busy program a step takes 2 × as long, not 12 ×
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS repeats itself only with a fixed workspace

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,8 +21,10 @@ from data.near_copies import near_copies
 from data.records import prompt_key
 from data.streams import Stream, derive_seed
 from data.world import World
+from pipeline import files
 from pipeline.errors import UserError
 from pipeline.stage import StageRun
+from pipeline.tracking import plain
 from stages import parallel
 from stages.asking import DESCRIPTIONS, Answer, Asked, answer_of, ask, form_of_base
 from stages.common import (
@@ -56,7 +59,8 @@ FIXED = tuple(
     f"evaluate.{key}"
     for key in (
         "num_prompts", "max_length", "response_length", "on_too_long", "temperature", "best_of", "samples_per_prompt",
-        "base_prompt", "few_shot_examples",
+        "base_prompt", "few_shot_examples", "missing_eos_score", "reward_ensemble", "perplexity_rows",
+        "perplexity_length",
     )  # fmt: skip
 )
 STAGES = ("base", "sft", "ppo", "dpo")
@@ -184,7 +188,7 @@ def run(ctx: StageRun) -> dict:
         "reward_model": {key: ctx.manifests["rm"]["metrics"].get(key) for key in RM_FIGURES}
         | {"orders_as_gold": order_by_gold(done["sft"], clusters, known)},
     }  # fmt: skip
-    (ctx.publish / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (ctx.publish / "results.json").write_text(json.dumps(plain(results), indent=1) + "\n", encoding="utf-8")
     write_responses(ctx, prompts, clusters, known, {name: done[name] for name in names})
     last = results["policies"]["ppo" if "ppo" in names else names[-1]]
     return {
@@ -275,13 +279,13 @@ def find_leaked(ctx: StageRun, prompts, world: World | None) -> list[bool]:
     Returns:
         (P,) flags.
     """
-    data = ctx.experiment.data
     trained = {kind: [record.prompt for record in read(ctx, kind)] for kind in trained_on(ctx.experiment)}
     if world is not None:
-        own = [p for kind, some in trained.items() if getattr(data, kind) == "world" for p in some]
-        texts = [d.text for d in read(ctx, "documents")] if data.documents == "world" else []
-        asked = world.asked(own, texts)
-        known = [world.task(p) in asked for p in prompts]
+        everything = [prompt for some in trained.values() for prompt in some]
+        own = [prompt for prompt in everything if world.knows(prompt)]
+        asked = world.asked(own, [document.text for document in read(ctx, "documents")])
+        copies = near_copies(prompts, [prompt for prompt in everything if not world.knows(prompt)])
+        known = [world.task(p) in asked or copied for p, copied in zip(prompts, copies, strict=True)]
         ctx.tracker.say(
             f"evaluate: {sum(known)} of {len(prompts)} prompts set tasks that training data set too, in other words; "
             f"{len(prompts) - sum(known)} set tasks that no training data set"
@@ -300,9 +304,22 @@ def find_leaked(ctx: StageRun, prompts, world: World | None) -> list[bool]:
 
 
 def climbed_by_judge(ctx: StageRun, names: Sequence[str]) -> set[str]:
-    """Return the policies for which the judge, rm's reward model, is no independent judge: best of n is selected by
-    it, and PPO is trained to please it (unless `ppo.reward_model` names another)."""
-    climbed = {"best_of_n"} | ({"ppo"} if ctx.experiment.ppo.reward_model is None else set())
+    """Return the policies for which the judge, rm's reward model, is no independent judge.
+
+    Best of n is selected by it. PPO is trained to please it, unless `ppo.reward_model` names a folder whose weights
+    are none of rm's (a copy of rm's model is still rm's model).
+    """
+    folder = ctx.experiment.ppo.reward_model
+    climbed = {"best_of_n"}
+    if folder is None:
+        climbed.add("ppo")
+    else:
+        ours, theirs = (
+            {files.sha256_file(path) for path in place.rglob("*.safetensors")}
+            for place in (ctx.inputs["rm"] / "model", Path(folder).expanduser())
+        )
+        if ours & theirs:
+            climbed.add("ppo")
     return climbed & set(names)
 
 
@@ -357,7 +374,7 @@ def measure(
                 seeds,
                 response_length=c.response_length,
                 temperature=c.temperature,
-                batch_size=max(c.batch_size, 4 * c.batch_size if n > 1 else 0),
+                batch_size=(4 if n > 1 else 1) * c.batch_size,
                 eos_id=asked[part[0]].end_id,
                 pad_id=pad_id,
                 poll=poll,
@@ -384,7 +401,7 @@ def measure(
             "finished": [answers[i].finished for i in kept],
             "scores": [scores[i].item() for i in kept],
             "kl": kl,
-            "lengths": [len(responses[i]) for i in kept],
+            "lengths": [len(answers[i].sampled) for i in kept],
         }
         each = len(kept) // len(part)
         return [

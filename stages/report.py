@@ -285,7 +285,8 @@ def show(folder: Path, console) -> None:
     figures = ["score", "win rate against SFT", "KL to SFT", "perplexity", "length"]
     for column in ["gold", *["new tasks"] * split, *figures] if gold else figures:
         table.add_column(column, justify="right", no_wrap=True)
-    best = max(policies, key=lambda n: quality(policies[n]))
+    fair = [n for n, p in policies.items() if not p["judge_climbed"]]
+    best = max(fair, key=lambda n: quality(policies[n]))  # what climbed its judge is no winner by it
     for name, p in policies.items():
         rate = p["win_rate_vs_sft"]
         won = "–" if name == "sft" or rate is None else f"{percent(rate['value'])}  ({interval(*rate['ci95'])})"
@@ -335,7 +336,7 @@ def notes(results: dict) -> list[str]:
     else:
         lines.append("judged by the reward model")
     asked = {p["asked"] for p in policies.values()} - {"chat"}
-    lines += [f"* {ASKED[form]}, since it never saw the chat template" for form in sorted(asked)]
+    lines += [f"* {ASKED[form]}, not through the chat template" for form in sorted(asked)]
     if any(p["judge_climbed"] for p in policies.values()):
-        lines.append("† trained to please the judge, or selected by it: these numbers flatter it")
+        lines.append("† trained to please the judge, or selected by it: what the judge says of it is too good")
     return lines

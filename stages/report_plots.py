@@ -293,8 +293,8 @@ def frontier(results: dict, journal: Journal | None, best_of: int, names: dict[s
             axes.dots([(x, y)], tone, 7, f"{name}: {y:.3f} at {x:.2f} nats")
         axes.names(points)
         caption = {
-            "score": "Up is a higher score, right is further from SFT; at the same KL the upper "
-            "policy is the better one.",
+            "score": "Up is a higher score, right is further from SFT. PPO and best of n climb this score: what is "
+            "higher here need not be better.",
             "gold": "The same with the truth in place of the reward model: a score that gold does not "
             "follow was won from the reward model's mistakes.",
         }[what]

@@ -129,6 +129,8 @@ def tiles(results: dict, names: dict[str, str]) -> list[tuple[str, str, str]]:
         p = policies[name]
         gain = p["difference_to_sft"]
         note = f"difference {fixed(gain['value'])}"
+        if p["judge_climbed"]:
+            note = f"by the model it climbed; {note}"
         if gain["ci95"]:
             note += f", 95\u00a0% interval {fixed(gain['ci95'][0])} to {fixed(gain['ci95'][1])}"
         out.append((f"{unit}, SFT → {names[name]}", f"{fixed(quality(sft))} → {fixed(quality(p))}", note))
@@ -141,7 +143,7 @@ def tiles(results: dict, names: dict[str, str]) -> list[tuple[str, str, str]]:
         ceiling = number(rm["accuracy_ceiling"])
         beside = f"95\u00a0% interval {interval(*rm['accuracy_ci95'])}"
         if ceiling is not None:
-            beside = f"of {percent(ceiling, 1)} reachable"
+            beside = f"of {percent(ceiling, 1)} reachable; {beside}"
         out.append(("reward model accuracy", percent(rm["accuracy"], 1), beside))
     if "ppo" in policies and number(sft["pretrain_perplexity"]) is not None:
         before, after = (fixed(policies[name]["pretrain_perplexity"]) for name in ("sft", "ppo"))

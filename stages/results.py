@@ -10,7 +10,7 @@ from itertools import combinations
 
 import numpy as np
 
-from stages.statistics import difference_estimate, mean_estimate, rights, share_estimate, win_rate
+from stages.statistics import mean_estimate, rights, share_estimate, win_rate
 
 GOLD = ("helpful", "honest", "harmless", "overall")
 
@@ -66,13 +66,14 @@ def summarise(
     estimates = {name: _estimate(rows, clusters, share=name == "eos_rate") for name, rows in quantities.items()}
     estimates["pretrain_perplexity"] = perplexity_estimate(own.text_losses)
     judged, baseline = _judged(own), _judged(sft)
+    gaps = judged.mean(1) - baseline.mean(1)
     return {
         **{name: found and found["value"] for name, found in estimates.items()},
-        "ci95": {name: found and found["ci95"] for name, found in estimates.items()},
+        "ci95": {name: found and _spread(found["ci95"]) for name, found in estimates.items()},
         "asked": own.asked,
         "judge_climbed": judge_climbed,
         "win_rate_vs_sft": None if selected else win_rate(judged, baseline, clusters),
-        "difference_to_sft": _difference(judged.mean(1), baseline.mean(1), clusters),
+        "difference_to_sft": None if own is sft else _difference(gaps, clusters, bounded=own.gold is not None),
         "gold": _gold(own, clusters),
         "gold_known_tasks": _gold(own, clusters, known, True),
         "gold_held_out_tasks": _gold(own, clusters, known, False),
@@ -140,9 +141,22 @@ def _judged(measured: Measured) -> np.ndarray:
     return np.array([[parts["overall"] for parts in row] for row in measured.gold], float)
 
 
-def _difference(ours: np.ndarray, theirs: np.ndarray, clusters: Sequence[Hashable]) -> dict:
-    found = difference_estimate(ours, theirs, clusters)
-    return {"value": found["value"], "ci95": found["ci95"]}
+def _difference(gaps: np.ndarray, clusters: Sequence[Hashable], bounded: bool) -> dict:
+    """Estimate the mean of paired differences (P,).
+
+    Differences of gold are bounded by ±1, so they are estimated as shares, whose interval is no point where all are
+    equal. Those of scores have no bound: where all are equal their spread says nothing, and there is no interval.
+    """
+    if bounded:
+        found = share_estimate((gaps + 1) / 2, clusters)
+        return {"value": 2 * found["value"] - 1, "ci95": [2 * end - 1 for end in found["ci95"]]}
+    found = mean_estimate(gaps, clusters)
+    return {"value": found["value"], "ci95": _spread(found["ci95"])}
+
+
+def _spread(ci95: list[float] | None) -> list[float] | None:
+    """Return an interval, or None where it is a point: observations that are all equal say nothing of their spread."""
+    return None if ci95 is None or ci95[0] == ci95[1] else ci95
 
 
 def _gold(

@@ -91,7 +91,8 @@ class Config(PreferenceTraining):
 
 
 def needs(experiment) -> list[str]:
-    return ["sft", "rankings"]
+    world = ["world"] if experiment.data.rankings is None else []  # it knows the tasks of what its labelers ranked
+    return [*world, "sft", "rankings"]
 
 
 def reads(experiment) -> list[str]:

@@ -4,6 +4,7 @@ import json
 
 from data.records import write_jsonl
 from data.world import World
+from pipeline.errors import UserError
 from pipeline.stage import StageRun
 from stages.settings import Section, setting
 
@@ -59,7 +60,11 @@ def run(ctx: StageRun) -> dict:
     )
     counts = {}
     for kind in HEADLINE:
-        rows = list(getattr(world, kind)())
+        try:
+            rows = list(getattr(world, kind)())
+        except ValueError as problem:  # it has so many different prompts and no more
+            remedy = "lower it, or the other numbers of prompts in the section world"
+            raise UserError(f"world.{problem}; {remedy}") from None
         counts[kind] = len(rows)
         write_jsonl(ctx.publish / f"{kind}.jsonl", rows)
     (ctx.publish / "world.json").write_text(json.dumps(world.to_json(), indent=1), encoding="utf-8")

@@ -29,7 +29,11 @@ TESTS = {
     "rm": ("tests/stages/test_rm_run.py",),
     "dpo": ("tests/stages/test_dpo_run.py",),
     "rankings": ("tests/stages/test_rankings_run.py",),
+    "evaluate": ("tests/stages/test_results.py", "tests/stages/test_asking.py", "tests/stages/test_evaluate_run.py"),
 }
+
+# Read once, before the first mutant, and never of ours.
+LIBRARIES = ["pytest", "accelerate", "transformers.trainer", "transformers.models.llama.modeling_llama"]
 
 
 @dataclass(frozen=True)
@@ -715,6 +719,283 @@ MUTANTS = [
         "part = range(len(texts), min(len(texts)",
         "part = range(max(0, len(texts) - 1), min(len(texts)",
     ),
+    # ── evaluate ─────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "evaluate",
+        "perplexity of training text",
+        "    _, held = split_documents(ctx)",
+        "    held, _ = split_documents(ctx)",
+    ),
+    Mutant(
+        "evaluate",
+        "perplexity of all held-out rows",
+        "return rows[: ctx.config.perplexity_rows]",
+        "return rows",
+    ),
+    Mutant(
+        "evaluate",
+        "perplexity of SFT for every policy",
+        "else text_losses(model, text_rows",
+        "else text_losses(tools.sft, text_rows",
+    ),
+    Mutant(
+        "evaluate",
+        "KL to SFT where PPO began elsewhere",
+        "theirs = logps(tools.reference,",
+        "theirs = logps(tools.sft,",
+    ),
+    Mutant(
+        "evaluate",
+        "KL to the policy itself",
+        "theirs = logps(tools.reference,",
+        "theirs = logps(policy.model,",
+    ),
+    Mutant(
+        "evaluate",
+        "KL's sign turned",
+        "return (ours - theirs).tolist()",
+        "return (theirs - ours).tolist()",
+    ),
+    Mutant(
+        "evaluate",
+        "KL at temperature 1",
+        "response_logprobs(model, rows, ctx.config.temperature)",
+        "response_logprobs(model, rows)",
+    ),
+    Mutant(
+        "evaluate",
+        "SFT reads base's answers behind base's plain prompt",
+        "theirs = logps(tools.reference, chat_prompts,",
+        "theirs = logps(tools.reference, own_prompts,",
+    ),
+    Mutant(
+        "evaluate",
+        "base's probability of its answer is taken in the chat",
+        "ours = logps(policy.model, own_prompts,",
+        "ours = logps(policy.model, chat_prompts,",
+    ),
+    Mutant(
+        "evaluate",
+        "base is always asked through the chat",
+        "form = form_of_base(c.base_prompt, m.name_or_path) if name == \"base\" else \"chat\"",
+        "form = \"chat\"",
+    ),
+    Mutant(
+        "evaluate",
+        "base's answers are judged behind its plain prompt",
+        "prompts, responses = [chat_ids[i] for i in index],",
+        "prompts, responses = [asked[i].ids for i in index],",
+    ),
+    Mutant(
+        "evaluate",
+        "the examples leave no room for an answer",
+        "context - ctx.config.response_length",
+        "context",
+    ),
+    Mutant(
+        "evaluate",
+        "few_shot_examples is not read",
+        "take(min(len(rows), ctx.config.few_shot_examples))",
+        "take(min(len(rows), 1))",
+    ),
+    Mutant(
+        "evaluate",
+        "sampling at temperature 1",
+        "temperature=c.temperature,",
+        "temperature=1.0,",
+    ),
+    Mutant(
+        "evaluate",
+        "all samples of a prompt come from one seed",
+        "derive_seed(ctx.seed, stream, i, k)",
+        "derive_seed(ctx.seed, stream, i)",
+    ),
+    Mutant(
+        "evaluate",
+        "each sample has the same seed for all prompts",
+        "derive_seed(ctx.seed, stream, i, k)",
+        "derive_seed(ctx.seed, stream, k)",
+    ),
+    Mutant(
+        "evaluate",
+        "best of n draws the samples that SFT is measured by",
+        "stream = \"best_of_n\" if best_of_n else \"evaluate\"",
+        "stream = \"evaluate\"",
+    ),
+    Mutant(
+        "evaluate",
+        "best of n is the worst",
+        "scores.view(-1, n).argmax(-1)",
+        "scores.view(-1, n).argmin(-1)",
+    ),
+    Mutant(
+        "evaluate",
+        "best of n is chosen before cut responses are fined",
+        "best = scores.view(-1, n)",
+        "best = own.view(-1, n)",
+    ),
+    Mutant(
+        "evaluate",
+        "best of n takes the samples of the first prompt",
+        "kept = [g * n + b for g, b in enumerate(best)]",
+        "kept = list(best)",
+    ),
+    Mutant(
+        "evaluate",
+        "missing_eos_score is not applied",
+        "torch.tensor([a.finished for a in answers]), c.missing_eos_score)",
+        "torch.tensor([a.finished for a in answers]), None)",
+    ),
+    Mutant(
+        "evaluate",
+        "reward_ensemble is not read",
+        "c.reward_ensemble, **options",
+        "\"mean\", **options",
+    ),
+    Mutant(
+        "evaluate",
+        "wins against itself",
+        "done[name], done[\"sft\"], clusters, known,",
+        "done[name], done[name], clusters, known,",
+    ),
+    Mutant(
+        "evaluate",
+        "gold of another prompt",
+        "for p, texts, ends in zip(prompts, rows",
+        "for p, texts, ends in zip(prompts[::-1], rows",
+    ),
+    Mutant(
+        "evaluate",
+        "gold of a cut response as if it had ended",
+        "world.gold(p, r, f) for",
+        "world.gold(p, r) for",
+    ),
+    Mutant(
+        "evaluate",
+        "prompts of one task are clusters of their own",
+        "str(world.task(p)) if world else prompt_key(p)",
+        "prompt_key(p)",
+    ),
+    Mutant(
+        "evaluate",
+        "num_prompts is not read",
+        "(part[: ctx.config.num_prompts] for part in",
+        "(part for part in",
+    ),
+    Mutant(
+        "evaluate",
+        "prompts that were dropped get the responses of others",
+        "for p in (records[i].prompt for i in kept)]",
+        "for p in (r.prompt for r in records[: len(kept)])]",
+    ),
+    Mutant(
+        "evaluate",
+        "every prompt is leaked",
+        "\"leaked\": sum(leaked),\n        \"leaked_by\"",
+        "\"leaked\": len(leaked),\n        \"leaked_by\"",
+    ),
+    Mutant(
+        "evaluate",
+        "leaked is only what is in all training data",
+        "any(flags) for flags in zip(*copies",
+        "all(flags) for flags in zip(*copies",
+    ),
+    Mutant(
+        "evaluate",
+        "PPO's prompts are no training data",
+        "*[\"prompts\"] * (\"ppo\" in needs(experiment))",
+        "*[\"prompts\"] * False",
+    ),
+    Mutant(
+        "evaluate",
+        "tasks that the corpus asks are unknown",
+        'world.asked(own, [document.text for document in read(ctx, "documents")])',
+        'world.asked(own, [])',
+    ),
+    Mutant(
+        "evaluate",
+        "known tasks are said to be held out",
+        "known = leaked if world else None",
+        "known = [not flag for flag in leaked] if world else None",
+    ),
+    Mutant(
+        "evaluate",
+        "DPO is said to have climbed the judge",
+        "climbed = {\"best_of_n\"}\n",
+        "climbed = {\"best_of_n\", \"dpo\"}\n",
+    ),
+    Mutant(
+        "evaluate",
+        "ppo.reward_model is not asked",
+        "    if ours & theirs:\n",
+        "    if True:\n",
+    ),
+    Mutant(
+        "evaluate",
+        "gold is said to be climbed",
+        "climbed_by_judge(ctx, names) if world is None else set()",
+        "climbed_by_judge(ctx, names)",
+    ),
+    Mutant(
+        "evaluate",
+        "no win rate for PPO",
+        "selected=name in climbed and name == \"best_of_n\"",
+        "selected=name in climbed",
+    ),
+    Mutant(
+        "evaluate",
+        "every sample is published with the first one's score",
+        "\"score\": measured.scores[i][k]",
+        "\"score\": measured.scores[i][0]",
+    ),
+    Mutant(
+        "evaluate",
+        "a checkpoint of another version is taken for none",
+        "raise UserError(\"evaluate: the checkpoint was written by another version; start again with --restart\")",
+        "return {}",
+    ),
+    Mutant(
+        "evaluate",
+        "the halves change places",
+        "if which is None or known[i] == which]",
+        "if which is None or known[i] != which]",
+        "stages/results.py",
+    ),
+    Mutant(
+        "evaluate",
+        "samples of a prompt are clusters of their own",
+        "return (share_estimate if share else mean_estimate)(values, repeated)",
+        "return (share_estimate if share else mean_estimate)(values, range(len(values)))",
+        "stages/results.py",
+    ),
+    Mutant(
+        "evaluate",
+        "the reward model judges where there is gold",
+        "    if measured.gold is None:\n        return np.array(measured.scores, float)\n    return",
+        "    if True:\n        return np.array(measured.scores, float)\n    return",
+        "stages/results.py",
+    ),
+    Mutant(
+        "evaluate",
+        "the difference to SFT turned round",
+        "gaps = judged.mean(1) - baseline.mean(1)",
+        "gaps = baseline.mean(1) - judged.mean(1)",
+        "stages/results.py",
+    ),
+    Mutant(
+        "evaluate",
+        "the worse of two responses is the one to score higher",
+        "(1 if gold[i] > gold[j] else -1)",
+        "(1 if gold[i] < gold[j] else -1)",
+        "stages/results.py",
+    ),
+    Mutant(
+        "evaluate",
+        "perplexity is the mean loss",
+        "return {\"value\": _exp(found[\"value\"]), \"ci95\": ci95}",
+        "return {\"value\": found[\"value\"], \"ci95\": ci95}",
+        "stages/results.py",
+    ),
 ]
 
 
@@ -754,7 +1035,7 @@ def run_tests(tree: str, tests: tuple[str, ...], log: str) -> None:
 def tested(tree: Path, tests: tuple[str, ...]) -> tuple[int, str]:
     """(pytest's exit code on the tree, its first line of failure), in a fresh process that has read the libraries."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "accelerate", "pytest", "numpy"])
+    context.set_forkserver_preload(LIBRARIES)
     log = tree.parent / "log"
     child = context.Process(target=run_tests, args=(str(tree), tests, str(log)))
     child.start()

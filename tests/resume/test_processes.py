@@ -58,11 +58,11 @@ def test_two_processes_do_what_one_does(stage, oracle, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo", "dpo"])
 def test_each_process_does_about_half_of_the_work(stage, oracle, tmp_path):
-    """Tokens through an embedding; a few looks, since the samples for people are drawn by each for itself."""
+    """Tokens through an embedding; few held-out evaluations and few demonstrations for the reward model's bias, since
+    every process samples and scores those for itself."""
     roots = [without(oracle, tmp_path / name, stage) for name in ("together", "alone")]
-    runs = [
-        ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only", f"{stage}.eval_steps=8") for root in roots
-    ]
+    few = [f"{stage}.eval_steps=8", *["rm.bias_demonstrations=8"] * (stage == "rm")]
+    runs = [("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only", *few) for root in roots]
     assert end(start_together(runs[0], tokens=tmp_path)) == [0, 0]
     assert end([start(runs[1], tokens=tmp_path / "one")]) == [0]
     halves = [int((tmp_path / str(i)).read_text()) for i in range(2)]

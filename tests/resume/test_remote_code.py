@@ -106,7 +106,9 @@ def test_several_processes_hand_the_flag_on(stage, strategy, chain, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "modules-1").is_dir()
-    assert_same_figures(rows_of(root / "micro" / stage), rows_of(oracle / "micro" / stage))
+    # rm's rate of 3e-2 makes much of a last bit: Adam's second step is about as large where a gradient is all but 0
+    first = 5e-5 if stage == "rm" else 1e-5
+    assert_same_figures(rows_of(root / "micro" / stage), rows_of(oracle / "micro" / stage), first=first)
     assert published(root / "micro" / stage).keys() == published(oracle / "micro" / stage).keys()
 
 

@@ -304,3 +304,25 @@ def test_the_second_training_of_sft_begins_anew_without_regular_checkpoints(orac
     assert rlhf(*run, term=("sft", 3)) == 75
     assert rlhf(*run) == 0
     assert published(root / "micro" / "sft") == published(oracle / "micro" / "sft")
+
+
+def test_the_worlds_prompts_beside_demonstrations_of_ones_own(oracle, tmp_path):
+    """The reward model still knows the tasks of what was ranked, and what the file holds counts as seen: here each of
+    the evaluation prompts, so that none is held out."""
+    root = without(oracle, tmp_path, "sft")
+    prompts = [json.loads(line)["prompt"] for line in (root / "micro/world/evaluation_prompts.jsonl").open()]
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps({"prompt": p, "completion": "the fox is red ."}) + "\n" for p in prompts))
+    data = [f"data.{kind}=world" for kind in ("documents", "prompts", "evaluation_prompts")]
+    options = [f"data.demonstrations={own}", "evaluate.policies=[sft]", "evaluate.reward_ensemble=mean"]
+    assert rlhf("run", "evaluate", "-c", str(CONFIG), "--artifacts", str(root), *data, *options) == 0
+    results = json.loads((root / "micro/evaluate/results.json").read_text())
+    assert results["leaked"] == results["prompts"] == len(prompts)
+    assert results["policies"]["sft"]["gold_held_out_tasks"] is None
+    trust = json.loads((root / "micro/rm/manifest.json").read_text())["metrics"]
+    assert trust["n_pairs"] > trust["n_clusters"] > 1
+
+
+def test_a_world_without_so_many_prompts_is_told(tmp_path, capfd):
+    assert rlhf("run", "world", "-c", str(CONFIG), "--artifacts", str(tmp_path), "world.prompts=90000") == 2
+    assert "error: world.prompts: " in capfd.readouterr().err

@@ -125,3 +125,16 @@ def test_the_reward_model_is_held_to_gold_on_both_halves():
     assert found["held_out_tasks"]["value"] == pytest.approx(2 / 3)  # 0.9 first, but 0.2 before 0.4
     assert order_by_gold(sft, ["a", "b"], [True, True])["held_out_tasks"] is None
     assert order_by_gold(sft, ["a", "b"], None) is None
+
+
+def test_differences_that_are_all_equal_are_no_certainty():
+    """Gold, which is bounded, gets an interval that is no point; scores, which are not, get none. SFT has none."""
+    same = [[{name: 0.5 for name in GOLD}]] * 8
+    make = lambda gold: Measured("chat", [["x"]] * 8, [[True]] * 8, [[-1.0]] * 8, None, [[3]] * 8, gold, None)  # noqa: E731
+    own, sft = make(same), make(same)
+    low, high = summarise(own, sft, TASKS, KNOWN)["difference_to_sft"]["ci95"]
+    assert -1 < low < -0.1 and 0.1 < high < 1
+    own, sft = make(None), make(None)
+    found = summarise(own, sft, TASKS, None)
+    assert found["difference_to_sft"] == {"value": 0.0, "ci95": None} and found["ci95"]["score"] is None
+    assert summarise(sft, sft, TASKS, None)["difference_to_sft"] is None

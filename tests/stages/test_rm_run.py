@@ -30,6 +30,7 @@ PAIRS = STEPS | {
     "margin_coef": 0.7,
     "weight_decay": 0.5,
     "max_grad_norm": 0.1,
+    "per_device_train_tokens": 90,  # micro-batches of several sizes
     "ensemble": 2,
 }
 ORDERS = STEPS | {"learning_rate": 4e-2, "loss_type": "plackett_luce", "keep": "best", "eval_steps": 1}
@@ -95,7 +96,7 @@ def accuracy(margins: list[float]) -> float:
 
 
 def run_rm(chain, folder, choices, *more, **options):
-    """(the finished run, its trainings, the groups of train.jsonl and of validation.jsonl)."""
+    """(the finished run, its trainings, the groups of train.jsonl and of validation.jsonl, its settings)."""
     with pytest.MonkeyPatch.context() as patch:
         trainings = watch_fit(patch, rm)
         settings = [f"rm.{key}={x}" for key, x in choices.items()]
@@ -248,11 +249,11 @@ def test_whole_orders_and_the_best_model(chain, tmp_path):
 
 
 def test_the_mean_is_over_as_many_demonstrations_as_asked_for_of_those_that_fit(chain, tmp_path):
-    """Four of ten, and never the long one: a mean that some four of the others have."""
+    """Nine of ten, and none of the four that are too long: a mean that some nine of the ten have."""
     rows = chain.rows("demonstrations.jsonl")
     long = {"prompt": "hello ?", "completion": "the fox is red . " * 20}
-    write_rows(tmp_path / "some.jsonl", rows[:5] + [long] + rows[5:])
-    choices = STEPS | {"max_steps": 1, "bias_demonstrations": 4}
+    write_rows(tmp_path / "some.jsonl", [row for short in rows[:8:2] for row in (short, long)] + rows[1:8:2] + rows[8:])
+    choices = STEPS | {"max_steps": 1, "bias_demonstrations": 9}
     finished, *_ = run_rm(chain, tmp_path / "rm", choices, f"data.demonstrations={tmp_path}/some.jsonl")
     config = json.loads((finished.folder / "model/config.json").read_text())
     model = plain.scalar_model(finished.folder / "model")
@@ -263,6 +264,6 @@ def test_the_mean_is_over_as_many_demonstrations_as_asked_for_of_those_that_fit(
                         plain.response_ids(chain.tokenizer, row["completion"])).item()
             for row in rows
         ]  # fmt: skip
-    means = [statistics.mean(some) for some in itertools.combinations(scores, 4)]
+    means = [statistics.mean(some) for some in itertools.combinations(scores, 9)]
     assert min(abs(mean - config["reward_bias"]) for mean in means) < 1e-6
     assert config["reward_bias"] != pytest.approx(statistics.mean(scores), abs=1e-6)

@@ -1,0 +1,603 @@
+"""evaluate from the published folders to results.json, computed a second time with plain transformers: a response at a
+time. Taken from the run are the ids that were sampled, and from which seeds."""
+
+import functools
+import itertools
+import json
+import math
+import random
+import statistics
+from dataclasses import dataclass
+
+import pytest
+import second_route as plain
+import torch
+from micro_chain import spy, write_rows
+
+from data import world_writers
+from data.world import World
+from pipeline.checkpoints import CheckpointStore
+from pipeline.errors import UserError
+from stages import evaluate
+
+LENGTH = 8  # of a response
+SMALL = {"max_length": 48, "response_length": LENGTH, "perplexity_length": 8, "batch_size": 4}
+MISSING = -0.3
+PLAIN = SMALL | {
+    "batch_size": 8,  # two prompts of best of n at a time, four of the others
+    "samples_per_prompt": 2,
+    "best_of": 5,
+    "temperature": 0.7,
+    "missing_eos_score": MISSING,
+    "base_prompt": "plain",
+    "num_prompts": 9,
+    "perplexity_rows": 4,
+    "on_too_long": "drop",
+}
+ROOM = 75  # of the context of 96 for a prompt after two demonstrations: of ten questions, a few find none
+FEW_SHOT = SMALL | {
+    "response_length": 96 - ROOM,
+    "policies": "[base, ppo]",
+    "missing_eos_score": "null",
+    "reward_ensemble": "min",
+    "base_prompt": "few_shot",
+    "few_shot_examples": 2,
+}
+OF_THE_WORLD = SMALL | {"max_length": 96, "samples_per_prompt": 3, "best_of": 4, "policies": "[base, dpo, best_of_n]"}
+
+
+language_model, scalar_model = functools.cache(plain.language_model), functools.cache(plain.scalar_model)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A response as it was sampled."""
+
+    prompt: list[int]
+    seed: int
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its results, and each policy's samples, in their order."""
+
+    finished: object
+    results: dict
+    draws: dict[str, list[Draw]]
+
+    def rows(self, policy: str) -> list[dict]:
+        """Return the policy's rows of responses.jsonl."""
+        return [row for row in self.finished.rows("responses.jsonl") if row["policy"] == policy]
+
+    def figures(self, policy: str) -> dict:
+        return self.results["policies"][policy]
+
+
+def run_evaluate(chain, folder, choices, *more, sample=None, **options) -> Run:
+    """Run the stage.
+
+    Args:
+        chain: The micro chain.
+        folder: Where the run goes.
+        choices: Settings of the section evaluate.
+        more: Further settings, `section.key=value`.
+        sample: What stands in the place of sampling, if anything does.
+        options: As of `MicroChain.run`.
+    """
+    settings = [f"evaluate.{key}={value}" for key, value in choices.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        if sample is not None:
+            patch.setattr(evaluate, "sample", sample)
+        calls = spy(patch, evaluate, "sample")
+        finished = chain.run("evaluate", folder, *settings, *more, **options)
+    results = json.loads((finished.folder / "results.json").read_text())
+    rows = [Draw(*row) for call in calls for row in zip(call.args[1], call.args[2], call.result, strict=True)]
+    draws = {}
+    for name in results["policies"]:
+        each = choices.get("best_of", 16) if name == "best_of_n" else results["samples_per_prompt"]
+        count = results["prompts"] * each
+        draws[name], rows = rows[:count], rows[count:]
+    assert not rows, "samples that belong to nobody"
+    return Run(finished, results, draws)
+
+
+def chat_ids(tokenizer, prompt) -> list[int]:
+    if isinstance(prompt, str):
+        return plain.prompt_ids(tokenizer, prompt)
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def text_of(prompt) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+
+
+@torch.no_grad()
+def scores_again(chain, prompt, ids: list[int], how, missing: float | None) -> float:
+    """Return the score of a response by both reward models together."""
+    if missing is not None and ids[-1] != chain.tokenizer.eos_token_id:
+        return missing
+    models = [scalar_model(chain.root / "rm" / folder) for folder in ("model", "ensemble/1")]
+    return how(plain.score(model, chat_ids(chain.tokenizer, prompt), ids).item() for model in models)
+
+
+@torch.no_grad()
+def kl_again(chain, run: Run, policy: str, reference: str, prompts: list, temperature: float) -> list[float]:
+    """Return log π(y|x) − log π_ref(y|x) of each sample: the policy behind what it read, the other behind the chat."""
+    own, other = (language_model(chain.root / folder) for folder in (f"{policy}/model", reference))
+    draws = run.draws[policy]
+    each = len(draws) // len(prompts)
+    found = []
+    for i, draw in enumerate(draws):
+        chat = chat_ids(chain.tokenizer, prompts[i // each])
+        ours = plain.token_logps(own, draw.prompt, draw.ids, temperature).sum()
+        found.append((ours - plain.token_logps(other, chat, draw.ids, temperature).sum()).item())
+    return found
+
+
+@torch.no_grad()
+def perplexity_again(chain, policy: str, rows: list[list[int]]) -> float:
+    model = language_model(chain.root / policy / "model")
+    losses = [-plain.token_logps(model, row[:1], row[1:]).mean().item() for row in rows]
+    return math.exp(statistics.mean(losses))
+
+
+def held_out_rows(chain, held: bool = True) -> list[list[int]]:
+    """Return packed rows of the documents whose hash lies below the fraction (or, not `held`, of the others)."""
+    texts = [row["text"] for row in chain.rows("documents.jsonl")]
+    return plain.packed_rows(chain.tokenizer, [text for text in texts if (plain.place(text) < 0.3) == held], 8)
+
+
+@torch.no_grad()
+def draw_again(model, draw: Draw, temperature: float) -> list[int]:
+    """Sample once more: each token is the first whose cumulative probability exceeds the seed's next uniform number."""
+    uniforms = torch.rand(LENGTH, generator=torch.Generator().manual_seed(draw.seed))
+    ids: list[int] = []
+    for uniform in uniforms[: len(draw.ids)]:
+        logits = model(torch.tensor([draw.prompt + ids])).logits[0, -1].double()
+        ids.append(int(((logits / temperature).softmax(-1).cumsum(-1) > uniform.double()).nonzero()[0]))
+    return ids
+
+
+def wins(ours: list[list[float]], theirs: list[list[float]]) -> float:
+    """Return the share of all pairs of responses to the same prompt that ours win; ties count half."""
+    found = [(a > b) + 0.5 * (a == b) for mine, other in zip(ours, theirs, strict=True) for a in mine for b in other]
+    return statistics.mean(found)
+
+
+def by_prompt(rows: list[dict], value) -> list[list[float]]:
+    """Return value(row) of each row, a list a prompt, in the order of the rows."""
+    return [[value(row) for row in some] for _, some in itertools.groupby(rows, key=lambda row: str(row["prompt"]))]
+
+
+# ── data of one's own ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def prompts(chain, tmp_path_factory):
+    """(a file of twelve prompts, the eight that are asked): the third is too long, the fifth a conversation, and of
+    the first nine alone."""
+    rows = [row["prompt"] for row in chain.rows("evaluation_prompts.jsonl")]
+    rows.insert(2, "the fox is red . " * 10)
+    rows.insert(4, [{"role": "system", "content": "kind"}, {"role": "user", "content": "what color is the fox ?"}])
+    file = tmp_path_factory.mktemp("asked") / "prompts.jsonl"
+    write_rows(file, [{"prompt": prompt} for prompt in rows])
+    return file, rows[:2] + rows[3:9]
+
+
+@pytest.fixture(scope="module")
+def files(chain, prompts, tmp_path_factory):
+    """All policies, base in plain text, two samples a prompt at another temperature; scores are the mean of two."""
+    figures = {"accuracy": 0.61, "n_pairs": 44, "ece": 0.2, "reward_bias": 0.3}
+    return run_evaluate(
+        chain,
+        tmp_path_factory.mktemp("files") / "one",
+        PLAIN,
+        f"data.evaluation_prompts={prompts[0]}",
+        f"ppo.missing_eos_score={MISSING}",
+        manifests={"rm": {"digest": "rm", "metrics": figures}},
+    )
+
+
+@pytest.fixture(scope="module")
+def few_shot(chain, tmp_path_factory):
+    """base and ppo with SFT: base after two demonstrations; PPO began from ppo_init, and climbed another judge."""
+    more = ("sft.ppo_init={num_train_epochs: 1}", "ppo.missing_eos_score=null", "ppo.reward_ensemble=min")
+    judge = f"ppo.reward_model={chain.root}/other_rm/model"
+    return run_evaluate(chain, tmp_path_factory.mktemp("few") / "shot", FEW_SHOT, *more, judge)
+
+
+class TestResponses:
+    """What is asked, and what is sampled."""
+
+    def test_every_policy_answers_every_prompt_in_order(self, files, prompts):
+        assert list(files.results["policies"]) == ["base", "sft", "ppo", "dpo", "best_of_n"]
+        for name in files.results["policies"]:
+            samples = 1 if name == "best_of_n" else 2
+            expected = [(prompt, k) for prompt in prompts[1] for k in range(samples)]
+            assert [(row["prompt"], row["sample"]) for row in files.rows(name)] == expected
+        assert (files.results["prompts"], files.results["samples_per_prompt"]) == (8, 2)
+        assert "8 rows, 0 truncated, 1 dropped" in files.finished.said
+
+    def test_policies_are_asked_through_the_chat_and_base_in_plain_text(self, chain, files, prompts):
+        for name, draws in files.draws.items():
+            each = len(draws) // 8
+            for i, draw in enumerate(draws):
+                prompt = prompts[1][i // each]
+                alone = chain.tokenizer(text_of(prompt), add_special_tokens=False)["input_ids"]
+                assert draw.prompt == (alone if name == "base" else chat_ids(chain.tokenizer, prompt))
+        assert [row["asked"] for row in files.results["policies"].values()] == ["plain", *["chat"] * 4]
+        assert "base is asked in plain text" in files.finished.said
+
+    def test_each_is_drawn_from_its_own_model_at_the_temperature(self, chain, files):
+        for name in ("base", "sft", "ppo", "dpo", "best_of_n"):
+            model = language_model(chain.root / ("sft" if name == "best_of_n" else name) / "model")
+            for draw in files.draws[name][:6]:
+                assert draw_again(model, draw, 0.7) == draw.ids
+        assert any(draw_again(model, draw, 1.0) != draw.ids for draw in files.draws["sft"])
+
+    def test_published_is_what_was_sampled(self, chain, files):
+        eos = chain.tokenizer.eos_token_id
+        for name in ("base", "sft", "ppo", "dpo"):
+            for row, draw in zip(files.rows(name), files.draws[name], strict=True):
+                assert row["finished"] == (draw.ids[-1] == eos)
+                assert plain.response_ids(chain.tokenizer, row["response"], row["finished"]) == draw.ids
+        ended = [row["finished"] for row in files.rows("sft")]
+        assert any(ended) and not all(ended)
+
+    def test_samples_of_a_prompt_differ_and_best_of_n_draws_others_than_sft(self, files):
+        seeds = {name: [draw.seed for draw in draws] for name, draws in files.draws.items()}
+        for name, some in seeds.items():
+            assert len(set(some)) == len(some), name
+        assert seeds["base"] == seeds["sft"] == seeds["ppo"] == seeds["dpo"], "luck is the same for all"
+        assert len(seeds["best_of_n"]) == 8 * 5 and not set(seeds["best_of_n"]) & set(seeds["sft"])
+        texts = by_prompt(files.rows("sft"), lambda row: row["response"])
+        assert sum(one != other for one, other in texts) > 4
+
+    def test_base_after_some_demonstrations(self, chain, few_shot):
+        """The same two before each question, but the last alone where both have no room; no token of the template."""
+        examples = {
+            f"Question: {row['prompt']}\nAnswer: {row['completion']}\n\n" for row in chain.rows("demonstrations.jsonl")
+        }
+        shown = {}
+        for row, draw in zip(few_shot.rows("base"), few_shot.draws["base"], strict=True):
+            text = chain.tokenizer.decode(draw.prompt).strip()
+            before, question, rest = text.rpartition(f"Question: {row['prompt']}\nAnswer:")
+            assert question and not rest and len(draw.prompt) <= ROOM
+            assert not set(draw.prompt) & set(chain.tokenizer.all_special_ids)
+            shown[row["prompt"]] = [f"{part}\n\n" for part in before.split("\n\n")[:-1]]
+            assert set(shown[row["prompt"]]) <= examples
+        most = max(shown.values(), key=len)
+        assert len(most) == 2 == len(set(most))
+        for prompt, some in shown.items():
+            whole = "".join(most) + f"Question: {prompt}\nAnswer:"
+            assert some == (most if len(chain.tokenizer(whole)["input_ids"]) <= ROOM else most[1:])
+        assert {len(some) for some in shown.values()} == {1, 2}
+        assert few_shot.figures("base")["asked"] == "few_shot"
+        assert few_shot.figures("ppo")["asked"] == few_shot.figures("sft")["asked"] == "chat"
+
+
+class TestFigures:
+    def test_scores(self, chain, files):
+        """The mean of both reward models, each bias subtracted; a fixed score where the end is missing."""
+        for name in ("base", "sft", "ppo", "dpo"):
+            expected = [
+                scores_again(chain, row["prompt"], draw.ids, lambda found: statistics.mean(list(found)), MISSING)
+                for row, draw in zip(files.rows(name), files.draws[name], strict=True)
+            ]
+            assert [row["score"] for row in files.rows(name)] == pytest.approx(expected, abs=1e-4), name
+            assert files.figures(name)["score"] == pytest.approx(statistics.mean(expected), abs=1e-4)
+
+    def test_scores_of_the_least_of_two_models(self, chain, few_shot):
+        """A response that was cut off has its own score where none is given for it."""
+        for name in ("base", "ppo"):
+            expected = [
+                scores_again(chain, row["prompt"], draw.ids, min, None)
+                for row, draw in zip(few_shot.rows(name), few_shot.draws[name], strict=True)
+            ]
+            assert [row["score"] for row in few_shot.rows(name)] == pytest.approx(expected, abs=1e-4), name
+
+    def test_best_of_n_is_the_highest_of_its_own_samples(self, chain, files, prompts):
+        draws, choices = files.draws["best_of_n"], set()
+        for i, row in enumerate(files.rows("best_of_n")):
+            mean = lambda found: statistics.mean(list(found))  # noqa: E731
+            own = draws[5 * i : 5 * i + 5]
+            scores = [scores_again(chain, prompts[1][i], draw.ids, mean, MISSING) for draw in own]
+            best = max(range(5), key=scores.__getitem__)
+            assert row["score"] == pytest.approx(scores[best], abs=1e-4)
+            assert plain.response_ids(chain.tokenizer, row["response"], row["finished"]) == own[best].ids
+            choices.add(best)
+        assert len(choices) > 2
+        found = files.figures("best_of_n")
+        assert found["kl_to_sft"] is None and found["pretrain_perplexity"] is None
+
+    def test_lengths_and_ends(self, files):
+        for name in ("base", "sft", "ppo", "dpo"):
+            found, draws = files.figures(name), files.draws[name]
+            assert found["length"] == pytest.approx(statistics.mean(len(draw.ids) for draw in draws))
+            assert found["eos_rate"] == pytest.approx(statistics.mean(row["finished"] for row in files.rows(name)))
+
+    def test_kl_to_sft(self, chain, files, prompts):
+        """At the temperature of sampling; base's own ids behind its plain prompt, SFT's reading of them in the chat."""
+        for name in ("base", "sft", "ppo", "dpo"):
+            expected = kl_again(chain, files, name, "sft/model", prompts[1], 0.7)
+            assert files.figures(name)["kl_to_sft"] == pytest.approx(statistics.mean(expected), abs=1e-3), name
+        assert files.figures("sft")["kl_to_sft"] == 0.0 < files.figures("dpo")["kl_to_sft"]
+
+    def test_kl_is_to_the_policy_that_ppo_began_from(self, chain, few_shot):
+        """ppo_init, where SFT trained one: SFT itself has a KL then. Of few-shot answers, too."""
+        asked = [row["prompt"] for row in few_shot.rows("sft")]
+        for name in ("base", "sft", "ppo"):
+            expected = kl_again(chain, few_shot, name, "sft/ppo_init", asked, 1.0)
+            assert few_shot.figures(name)["kl_to_sft"] == pytest.approx(statistics.mean(expected), abs=1e-3), name
+        assert few_shot.figures("sft")["kl_to_sft"] > 0.1
+
+    def test_perplexity_is_of_the_first_held_out_rows(self, chain, files, few_shot):
+        rows = held_out_rows(chain)
+        assert len(rows) > 5
+        for run, count in ((files, 4), (few_shot, len(rows))):
+            for name in set(run.results["policies"]) - {"best_of_n"}:
+                found = run.figures(name)["pretrain_perplexity"]
+                assert found == pytest.approx(perplexity_again(chain, name, rows[:count]), rel=1e-4), name
+        others = perplexity_again(chain, "base", held_out_rows(chain, held=False))
+        assert others != pytest.approx(few_shot.figures("base")["pretrain_perplexity"], rel=1e-2)
+
+    def test_wins_and_differences_by_the_reward_model(self, files):
+        sft = by_prompt(files.rows("sft"), lambda row: row["score"])
+        for name in ("base", "sft", "ppo", "dpo"):
+            own = by_prompt(files.rows(name), lambda row: row["score"])
+            found = files.figures(name)
+            assert found["win_rate_vs_sft"]["value"] == pytest.approx(wins(own, sft))
+            gaps = [statistics.mean(a) - statistics.mean(b) for a, b in zip(own, sft, strict=True)]
+            if name == "sft":
+                assert found["difference_to_sft"] is None
+            else:
+                assert found["difference_to_sft"]["value"] == pytest.approx(statistics.mean(gaps), abs=1e-6)
+        assert files.figures("base")["win_rate_vs_sft"]["value"] != 0.5
+
+    def test_intervals_are_over_prompts(self, files):
+        """Student's, of eight means of two samples; not of sixteen samples."""
+        assert files.results["clusters"] == files.figures("dpo")["win_rate_vs_sft"]["clusters"] == 8
+        means = [statistics.mean(some) for some in by_prompt(files.rows("dpo"), lambda row: row["score"])]
+        half = 2.36462 * statistics.stdev(means) / math.sqrt(8)  # t of 7 degrees of freedom
+        center = statistics.mean(means)
+        assert files.figures("dpo")["ci95"]["score"] == pytest.approx([center - half, center + half], rel=1e-4)
+
+    def test_a_judge_that_was_climbed_says_so(self, files, few_shot):
+        """Best of n is selected by it, PPO trained to please it, unless it pleased another; DPO never saw it."""
+        climbed = {name: row["judge_climbed"] for name, row in files.results["policies"].items()}
+        assert climbed == {"base": False, "sft": False, "ppo": True, "dpo": False, "best_of_n": True}
+        assert files.results["judge"] == "reward_model"
+        assert files.figures("best_of_n")["win_rate_vs_sft"] is None
+        assert files.figures("ppo")["win_rate_vs_sft"] is not None
+        assert not few_shot.figures("ppo")["judge_climbed"]
+
+    def test_what_the_manifest_says(self, files, few_shot):
+        for run in (files, few_shot):
+            ppo, figures = run.figures("ppo"), run.finished.figures
+            assert (figures["score"], figures["win_rate_vs_sft"]) == (ppo["score"], ppo["win_rate_vs_sft"]["value"])
+            assert (figures["gold"], figures["prompts"]) == (None, run.results["prompts"])
+            assert figures["leaked"] == run.results["leaked"]
+        about = files.results["reward_model"]
+        assert (about["accuracy"], about["n_pairs"], about["ece"]) == (0.61, 44, 0.2)
+        assert about["orders_as_gold"] is None and "reward_bias" not in about
+        assert not {"gold", "known_task", "cluster"} & set(files.rows("sft")[0])
+
+
+def test_policies_that_are_left_out_are_not_sampled(few_shot):
+    assert list(few_shot.results["policies"]) == ["base", "sft", "ppo"]
+    assert few_shot.results["prompts"] == 10
+
+
+class TestAgain:
+    def again(self, chain, files, prompts, folder):
+        more = (f"data.evaluation_prompts={prompts[0]}", f"ppo.missing_eos_score={MISSING}")
+        metrics = files.results["reward_model"]
+        return run_evaluate(chain, folder, PLAIN, *more, manifests={"rm": {"digest": "rm", "metrics": metrics}})
+
+    def test_the_same_run_gives_the_same_files(self, chain, files, prompts, tmp_path):
+        twice = self.again(chain, files, prompts, tmp_path / "two")
+        for name in ("results.json", "responses.jsonl"):
+            assert (twice.finished.folder / name).read_bytes() == (files.finished.folder / name).read_bytes()
+
+    def test_what_was_measured_before_is_not_measured_again(self, chain, files, prompts, tmp_path, monkeypatch):
+        """From the checkpoint before the last policy: that one is sampled, and the files are the same."""
+        state = CheckpointStore(files.finished.folder / "checkpoints", every=0, keep=2, run_id="1").newest().state
+        assert list(state["measured"]) == ["base", "sft", "ppo", "dpo"]
+        monkeypatch.setattr(evaluate, "measured_before", lambda ctx: state["measured"])
+        calls = spy(monkeypatch, evaluate, "sample")
+        choices = [f"evaluate.{key}={x}" for key, x in PLAIN.items()]
+        more = (f"data.evaluation_prompts={prompts[0]}", f"ppo.missing_eos_score={MISSING}")
+        manifests = {"rm": {"digest": "rm", "metrics": files.results["reward_model"]}}
+        finished = chain.run("evaluate", tmp_path / "two", *choices, *more, manifests=manifests)
+        assert sum(len(call.args[1]) for call in calls) == 8 * 5
+        for name in ("results.json", "responses.jsonl"):
+            assert (finished.folder / name).read_bytes() == (files.finished.folder / name).read_bytes()
+
+    def test_a_checkpoint_of_another_version_is_refused(self, tmp_path):
+        store = CheckpointStore(tmp_path, every=0, keep=2, run_id="1")
+        store.save(1, {}, {"policies": {"base": {}}})
+        with pytest.raises(UserError, match="--restart"):
+            evaluate.measured_before(Context(store))
+        assert evaluate.measured_before(Context(CheckpointStore(tmp_path / "none", 0, 2, "1"))) == {}
+
+
+@dataclass(frozen=True)
+class Context:
+    """As much of a StageRun as is asked for its checkpoints."""
+
+    checkpoints: CheckpointStore
+
+
+class TestNearCopies:
+    ASKED = (
+        "What color IS the fox, old kind red blue?",  # a demonstration's, in other letters
+        "hello ? " + "the fox is red and the old one is blue and kind , is it not so , no or yes ?",  # a greeting
+        "tell me of the sea and of the ships that come and go",  # a prompt of PPO's alone
+        "which of the hills is the one where it never rains",  # a ranking's
+        "what color is the sky , old kind green blue ?",  # nobody's, but like the first
+        "how many days does the long road to the north take",
+    )
+
+    def run(self, chain, folder, policies):
+        write_rows(folder / "asked.jsonl", [{"prompt": prompt} for prompt in self.ASKED])
+        taught = ["what color is the fox , old kind red blue ?", self.ASKED[1].removeprefix("hello ? ")]
+        write_rows(folder / "demonstrations.jsonl", [{"prompt": p, "completion": "no ."} for p in taught])
+        write_rows(folder / "prompts.jsonl", [{"prompt": self.ASKED[2]}, {"prompt": "another one , of no use here"}])
+        row = {"id": "1", "prompt": self.ASKED[3], "responses": ["yes", "no"], "ranks": [1, 2], "labeler": "ada"}
+        write_rows(folder / "rankings.jsonl", [row])
+        kinds = {"evaluation_prompts": "asked", "demonstrations": "demonstrations", "prompts": "prompts",
+                 "rankings": "rankings"}  # fmt: skip
+        data = [f"data.{kind}={folder}/{file}.jsonl" for kind, file in kinds.items()]
+        choices = SMALL | {"max_length": 96, "policies": policies}
+        return run_evaluate(chain, folder / "out", choices, *data)
+
+    def test_of_what_some_policy_was_trained_on(self, chain, tmp_path):
+        found = self.run(chain, tmp_path, "[ppo]")
+        assert (found.results["leaked"], found.results["leaked_by"]) == (4, "near copy")
+        assert "4 of 6 evaluation prompts" in found.finished.said
+        assert "(demonstrations 2, rankings 1, prompts 1)" in found.finished.said
+
+    def test_without_ppo_its_prompts_do_not_count(self, chain, tmp_path):
+        found = self.run(chain, tmp_path, "[dpo]")
+        assert found.results["leaked"] == found.finished.figures["leaked"] == 3
+        assert found.finished.figures["score"] == found.figures("dpo")["score"]
+        assert "prompts 1" not in found.finished.said
+
+
+# ── the embedded world ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Prompts of the world, and for each of them an answer of a demonstrator."""
+
+    rules: World
+    answers: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def asked(chain, tmp_path_factory):
+    """A folder as of the stage world whose evaluation prompts are some of its own, and four of what demonstrations ask
+    behind other greetings, one of these twice. What the first one asks is asked in a document, too."""
+    made = chain.run("world", tmp_path_factory.mktemp("world") / "world", config="world.yaml")
+    rules = World.from_json(json.loads((made.folder / "world.json").read_text(encoding="utf-8")))
+    rows = [row["prompt"] for row in made.rows("evaluation_prompts.jsonl")][:14]
+    taken = {row["prompt"] for kind in ("demonstrations", "prompts") for row in made.rows(f"{kind}.jsonl")}
+    for row in made.rows("demonstrations.jsonl")[:4]:
+        rows += [prompt for prompt in rules.language.addressed(rules.request(row["prompt"])) if prompt not in taken][:1]
+    rows.append(next(p for p in rules.language.addressed(rules.request(rows[-1])) if p not in {*taken, *rows}))
+    write_rows(made.folder / "evaluation_prompts.jsonl", [{"prompt": prompt} for prompt in rows])
+    dialogue = {"text": f"the miller said : {rules.request(rows[0])} . nobody knew ."}
+    write_rows(made.folder / "documents.jsonl", [*made.rows("documents.jsonl"), dialogue])
+    rng = random.Random(0)
+    answers = {p: world_writers.demonstrate(rules.language, rng, rules.task(p), rules.rates) for p in rows}
+    return made, Asked(rules, answers)
+
+
+@pytest.fixture(scope="module")
+def of_world(chain, asked, tmp_path_factory):
+    """Every policy says, as the seed has it, a demonstrator's answer or one to another prompt, some of them cut off."""
+    made, world = asked
+    tokenizer, models = chain.tokenizer, []
+    ids = {tuple(plain.prompt_ids(tokenizer, prompt)): prompt for prompt in world.answers}
+    ids |= {tuple(tokenizer(prompt)["input_ids"]): prompt for prompt in world.answers}
+    texts = list(world.answers.values())
+
+    def told(policy, prompts, seeds, **options):
+        if policy not in models:
+            models.append(policy)
+        found = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            luck = random.Random(f"{seed} {models.index(policy)}")
+            own = luck.random() < 0.5
+            text = world.answers[ids[tuple(prompt)]] if own else luck.choice(texts)
+            found.append(plain.response_ids(tokenizer, text, luck.random() < 0.8))
+        return found
+
+    more = {"config": "world.yaml", "inputs": {"world": made.folder}, "sample": told}
+    folder = tmp_path_factory.mktemp("of_world") / "evaluate"
+    return run_evaluate(chain, folder, OF_THE_WORLD, "model.name_or_path=null", **more)
+
+
+class TestOfTheWorld:
+    def known(self, made, rules: World, documents: bool = True) -> set:
+        """Return the tasks of all demonstrations and prompts, and (`documents`) of each request in a document."""
+        prompts = [row["prompt"] for kind in ("demonstrations", "prompts") for row in made.rows(f"{kind}.jsonl")]
+        texts = [row["text"] for row in made.rows("documents.jsonl")]
+        held = {task for text, task in rules.language.requests().items() if any(text in held for held in texts)}
+        return {rules.task(prompt) for prompt in prompts} | (held if documents else set())
+
+    def test_gold_is_of_the_own_prompt_and_of_how_it_ended(self, asked, of_world):
+        rules = asked[1].rules
+        rows = of_world.finished.rows("responses.jsonl")
+        for row in rows:
+            assert row["gold"] == rules.gold(row["prompt"], row["response"], row["finished"])
+        assert len({row["gold"]["overall"] for row in rows}) > 5
+        for name, found in of_world.results["policies"].items():
+            for part in ("helpful", "honest", "harmless", "overall"):
+                mean = statistics.mean(row["gold"][part] for row in of_world.rows(name))
+                assert found["gold"][part] == pytest.approx(mean)
+        assert of_world.finished.figures["gold"] == of_world.figures("best_of_n")["gold"]["overall"]
+
+    def test_known_tasks(self, asked, of_world):
+        """Those of the demonstrations behind other greetings among them, though no prompt stands twice."""
+        made, world = asked
+        known = self.known(made, world.rules)
+        expected = {prompt: world.rules.task(prompt) in known for prompt in world.answers}
+        rows = of_world.rows("sft")
+        assert {row["prompt"]: row["known_task"] for row in rows} == expected
+        first = next(iter(world.answers))
+        assert expected[first] and world.rules.task(first) not in self.known(made, world.rules, documents=False)
+        count = sum(expected.values())
+        assert list(expected.values())[-5:] == [True] * 5 and 5 < count < len(expected)
+        assert (of_world.results["leaked"], of_world.results["leaked_by"]) == (count, "task")
+        assert f"{count} of 19 prompts set tasks that training data set too" in of_world.finished.said
+        assert f"{19 - count} set tasks that no training data set" in of_world.finished.said
+
+    def test_both_halves_apart(self, of_world):
+        for name, found in of_world.results["policies"].items():
+            for half, which in (("gold_known_tasks", True), ("gold_held_out_tasks", False)):
+                rows = [row for row in of_world.rows(name) if row["known_task"] == which]
+                mean = statistics.mean(row["gold"]["overall"] for row in rows)
+                assert found[half]["overall"] == pytest.approx(mean)
+                assert found[half]["n"] == len({row["prompt"] for row in rows})
+
+    def test_prompts_of_one_task_are_one_cluster(self, asked, of_world):
+        rules = asked[1].rules
+        tasks = {prompt: rules.task(prompt) for prompt in asked[1].answers}
+        assert of_world.results["clusters"] == len(set(tasks.values())) < len(tasks)
+        assert of_world.figures("dpo")["win_rate_vs_sft"]["clusters"] == of_world.results["clusters"]
+        clusters = {row["prompt"]: row["cluster"] for row in of_world.rows("base")}
+        for one, other in itertools.combinations(tasks, 2):
+            assert (clusters[one] == clusters[other]) == (tasks[one] == tasks[other])
+
+    def test_gold_judges_all_of_them(self, of_world):
+        """Nobody climbed it, and best of n was not selected by it."""
+        gold = lambda row: row["gold"]["overall"]  # noqa: E731
+        sft = by_prompt(of_world.rows("sft"), gold)
+        assert of_world.results["judge"] == "gold"
+        for name, found in of_world.results["policies"].items():
+            own = by_prompt(of_world.rows(name), gold)
+            assert found["win_rate_vs_sft"]["value"] == pytest.approx(wins(own, sft))
+            gaps = [statistics.mean(a) - statistics.mean(b) for a, b in zip(own, sft, strict=True)]
+            if name != "sft":
+                assert found["difference_to_sft"]["value"] == pytest.approx(statistics.mean(gaps))
+            assert not found["judge_climbed"]
+        assert len({found["win_rate_vs_sft"]["value"] for found in of_world.results["policies"].values()}) > 2
+
+    def test_how_the_reward_model_orders_what_sft_said(self, of_world):
+        rights: dict[bool, list[float]] = {True: [], False: []}
+        for _, some in itertools.groupby(of_world.rows("sft"), key=lambda row: row["prompt"]):
+            for a, b in itertools.combinations(some, 2):
+                better = a["gold"]["overall"] - b["gold"]["overall"]
+                gap = (a["score"] - b["score"]) * better
+                if better:
+                    rights[a["known_task"]].append(0.5 if gap == 0 else float(gap > 0))
+        found = of_world.results["reward_model"]["orders_as_gold"]
+        for half, which in (("known_tasks", True), ("held_out_tasks", False)):
+            assert found[half]["value"] == pytest.approx(statistics.mean(rights[which]))
+            assert found[half]["n"] == len(rights[which]) > 5
+
+    def test_base_from_scratch_is_asked_in_plain_text_without_being_told(self, of_world):
+        assert of_world.figures("base")["asked"] == "plain" and of_world.figures("dpo")["asked"] == "chat"
