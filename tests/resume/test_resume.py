@@ -321,8 +321,3 @@ def test_the_worlds_prompts_beside_demonstrations_of_ones_own(oracle, tmp_path):
     assert results["policies"]["sft"]["gold_held_out_tasks"] is None
     trust = json.loads((root / "micro/rm/manifest.json").read_text())["metrics"]
     assert trust["n_pairs"] > trust["n_clusters"] > 1
-
-
-def test_a_world_without_so_many_prompts_is_told(tmp_path, capfd):
-    assert rlhf("run", "world", "-c", str(CONFIG), "--artifacts", str(tmp_path), "world.prompts=90000") == 2
-    assert "error: world.prompts: " in capfd.readouterr().err

@@ -10,6 +10,7 @@ import pytest
 from pipeline import cli
 from pipeline.config import experiment_type, load_experiment
 from pipeline.errors import UserError
+from stages import world
 from stages.common import check_context
 from stages.settings import total_steps
 
@@ -228,3 +229,10 @@ def test_a_shipped_config_does_not_teach_length_first(path):
     assert experiment.rm.max_length >= ppo.max_length and experiment.dpo.max_length >= ppo.max_length
     assert (experiment.model.name_or_path is None) == (path.stem not in ROOM)
     assert ppo.response_length >= ROOM.get(path.stem, 0) and 0.05 <= ppo.ptx_coef <= 2.0
+
+
+def test_a_world_without_so_many_prompts_is_told(tmp_path):
+    sizes = world.Config(documents=100, demonstrations=20, prompts=90_000)
+    ctx = SimpleNamespace(config=sizes, experiment=SimpleNamespace(seed=0), publish=tmp_path)
+    with pytest.raises(UserError, match=r"world\.prompts: \d+ prompts of the kind \w+ asked for, .* lower it"):
+        world.run(ctx)
