@@ -53,6 +53,7 @@ class Flags:
     override_config: bool = False
     allow_elastic: bool = False
     trust_remote_code: bool = False
+    command: str = ""  # as it was typed, recorded in the manifests of what it makes
 
 
 @dataclass(frozen=True)
@@ -395,6 +396,10 @@ def record(
         "seed": job.experiment.seed,
         "world_size": run["world_size"],
         "threads": run["threads"],
+        "device": run.get("device"),
+        "strategy": run.get("strategy"),
+        "hardware": launch.hardware(),
+        "command": job.flags.command or None,
         "started_at": run["started_at"],
         "finished_at": now(),
         "resumes": run["resumes"],

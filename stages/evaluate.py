@@ -4,6 +4,8 @@ Policies are sampled at temperature 1. The judge is the gold scorer in the embed
 A response without EOS scores `missing_eos_score`, if one is given. best_of_n is the SFT sample with the highest reward
 model score out of n. A base model that never saw the chat template is asked in plain text (`stages/asking.py`).
 Intervals are over tasks in the embedded world, elsewhere over prompts (`stages/statistics.py`).
+Three checks of over-optimisation need no gold (`stages/overoptimisation.py`); some prompts are answered greedily too,
+for people to read (`stages/greedy.py`).
 """
 
 import json
@@ -25,7 +27,7 @@ from pipeline import files
 from pipeline.errors import UserError
 from pipeline.stage import StageRun
 from pipeline.tracking import plain
-from stages import parallel
+from stages import overoptimisation, parallel
 from stages.asking import DESCRIPTIONS, Answer, Asked, answer_of, ask, form_of_base
 from stages.common import (
     check_context,
@@ -41,9 +43,10 @@ from stages.common import (
     unreadable,
 )
 from stages.engine import make_accelerator, micro_batches, pause_if_asked
+from stages.greedy import answer_greedily, chosen_prompts
 from stages.models.ensemble import How, load_reward_model
 from stages.models.forward import response_logprobs, score_all, text_logprobs
-from stages.models.loading import load_policy, load_tokenizer
+from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
 from stages.models.packing import can_pack
 from stages.objectives.logprobs import sequence_logps
 from stages.objectives.rewards import final_scores
@@ -53,14 +56,14 @@ from stages.settings import Section, TooLong, no_room, over_context, setting, to
 
 NAME = "evaluate"
 METRICS: dict[str, str] = {}
-HEADLINE = ("score", "win_rate_vs_sft", "gold")
+HEADLINE = ("policy", "score", "win_rate_vs_sft", "gold", "judged")
 SHARED = True
 FIXED = tuple(
     f"evaluate.{key}"
     for key in (
         "num_prompts", "max_length", "response_length", "on_too_long", "temperature", "best_of", "samples_per_prompt",
         "base_prompt", "few_shot_examples", "missing_eos_score", "reward_ensemble", "perplexity_rows",
-        "perplexity_length",
+        "perplexity_length", "greedy_prompts", "greedy_length",
     )  # fmt: skip
 )
 STAGES = ("base", "sft", "ppo", "dpo")
@@ -93,6 +96,13 @@ class Config(Section):
     )
     reward_ensemble: How = setting("mean", "how the models of rm.ensemble score as one; the same as ppo's")
     batch_size: int = setting(64, "rows sampled and scored at a time", "rows", ge=1)
+    greedy_prompts: int | None = setting(
+        None, "prompts that are also answered greedily, for the report's samples; 0: none; null: 12", "prompts", ge=0
+    )
+    greedy_length: int | None = setting(
+        None, "longest of those answers, EOS included; null: 4 × response_length, as far as the context reaches",
+        "tokens", ge=1,
+    )  # fmt: skip
     perplexity_rows: int = setting(256, "held-out pretraining rows at most", "rows", ge=1)
     perplexity_length: int = setting(128, "length of such a row", "tokens", ge=8)
 
@@ -152,6 +162,8 @@ def run(ctx: StageRun) -> dict:
     with ctx.tracker.progress(len(names), "evaluate", len(done)) as progress:
         for name in (name for name in names if name not in done):  # others may be asked for than before
             form = form_of_base(c.base_prompt, m.name_or_path) if name == "base" else "chat"
+            if form != "chat":
+                ctx.tracker.say(f"evaluate: base is asked {DESCRIPTIONS[form]}")
             asked = ask_all(ctx, tools, prompts, ids, form)
             model = tools.sft if name in ("sft", "best_of_n") else tools.load(ctx.inputs[name] / "model")
             here = Policy(name, model, tools.packed and can_pack(model, c.max_length))
@@ -169,6 +181,7 @@ def run(ctx: StageRun) -> dict:
                 ctx.checkpoints.save(len(done), {}, state, len(names))
                 pause_if_asked(ctx, len(done), len(names), lambda: None)
 
+    greedy = greedy_rows(ctx, tools, prompts, ids, {name: done[name] for name in names}, world)
     known = leaked if world else None
     climbed = climbed_by_judge(ctx, names) if world is None else set()
     results = {
@@ -187,11 +200,19 @@ def run(ctx: StageRun) -> dict:
         },
         "reward_model": {key: ctx.manifests["rm"]["metrics"].get(key) for key in RM_FIGURES}
         | {"orders_as_gold": order_by_gold(done["sft"], clusters, known)},
+        "overoptimisation": {name: overoptimisation.check(done[name], done["sft"], clusters) for name in names},
+        "missing_eos_score": c.missing_eos_score,
+        "response_length": c.response_length,
     }  # fmt: skip
     (ctx.publish / "results.json").write_text(json.dumps(plain(results), indent=1) + "\n", encoding="utf-8")
     write_responses(ctx, prompts, clusters, known, {name: done[name] for name in names})
-    last = results["policies"]["ppo" if "ppo" in names else names[-1]]
+    with (ctx.publish / "greedy.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in greedy)
+    main = "ppo" if "ppo" in names else names[-1]
+    last = results["policies"][main]
     return {
+        "policy": main,
+        "judged": "by the reward model that it was trained to please or selected by" if main in climbed else None,
         "score": last["score"],
         "win_rate_vs_sft": last["win_rate_vs_sft"] and last["win_rate_vs_sft"]["value"],
         "gold": last["gold"] and last["gold"]["overall"],
@@ -212,6 +233,8 @@ class Tools:
     reference: Any
     """The policy that KL is measured to: the one that PPO's penalty is to."""
     reward_model: Any
+    held_out: Any
+    """rm's held-out model, which nothing was trained to please; None where rm trained none."""
     packed: bool
     """Whether rows go through these models packed."""
 
@@ -237,10 +260,13 @@ def load_tools(ctx: StageRun) -> Tools:
 
     tokenizer = load_tokenizer(folder, trust_remote_code=ctx.trust_remote_code)
     reward_model = load_reward_model(ctx.inputs["rm"] / "model", c.reward_ensemble, **options).to(accelerator.device)
+    held_out = None
+    if (ctx.inputs["rm"] / "held_out" / "model").is_dir():
+        held_out = load_scalar_model(ctx.inputs["rm"] / "held_out" / "model", **options).to(accelerator.device)
     sft = load(folder)
     reference = sft if ctx.experiment.sft.ppo_init is None else load(ctx.inputs["sft"] / "ppo_init")
-    packed = packing(ctx, sft, reference, reward_model)
-    return Tools(tokenizer, accelerator, load, sft, reference, reward_model, packed)
+    packed = packing(ctx, sft, reference, reward_model, *[held_out] * (held_out is not None))
+    return Tools(tokenizer, accelerator, load, sft, reference, reward_model, held_out, packed)
 
 
 def load_prompts(ctx: StageRun, tokenizer) -> tuple[list, list[list[int]]]:
@@ -255,7 +281,6 @@ def ask_all(ctx: StageRun, tools: Tools, prompts, ids: list[list[int]], form: st
     """Put every prompt into the form in which a policy is asked."""
     if form == "chat":
         return [Asked("chat", own, tools.tokenizer.eos_token_id) for own in ids]
-    ctx.tracker.say(f"evaluate: base is asked {DESCRIPTIONS[form]}")
     examples = []
     if form == "few_shot":
         rows = read(ctx, "demonstrations")
@@ -355,7 +380,8 @@ def measure(
         poll: Called between tokens; raises to leave.
 
     Returns:
-        `responses`, `finished`, `scores`, `kl` (None for best of n) and `lengths`, as in `Measured`.
+        `responses`, `finished`, `scores`, `raw_scores`, `held_out_scores`, `kl` (None for best of n) and `lengths`, as
+        in `Measured`.
     """
     c, pad_id = ctx.config, tools.tokenizer.pad_token_id
     best_of_n = policy.name == "best_of_n"
@@ -381,25 +407,25 @@ def measure(
             )
         answers = [answer_of(tools.tokenizer, asked[i], ids) for i, ids in zip(index, sampled, strict=True)]
         prompts, responses = [chat_ids[i] for i in index], [a.response for a in answers]
-        own = score_all(
-            tools.reward_model,
-            prompts,
-            responses,
-            pad_id=pad_id,
-            batch_size=c.batch_size,
-            accelerator=tools.accelerator,
-            packed=policy.packed,
-        )
-        scores = final_scores(own, torch.tensor([a.finished for a in answers]), c.missing_eos_score)
+        own = score(ctx, tools, tools.reward_model, prompts, responses, policy.packed)
+        finished = torch.tensor([a.finished for a in answers])
+        scores = final_scores(own, finished, c.missing_eos_score)
         kept = list(range(len(answers)))
         if best_of_n:
             best = scores.view(-1, n).argmax(-1).tolist()
             kept = [g * n + b for g, b in enumerate(best)]
+        other = None
+        if tools.held_out is not None:
+            those = ([prompts[i] for i in kept], [responses[i] for i in kept])
+            other = score(ctx, tools, tools.held_out, *those, policy.packed)
+            other = final_scores(other, finished[kept], c.missing_eos_score).tolist()
         kl = None if best_of_n else log_ratios(ctx, tools, policy, [asked[i].ids for i in index], prompts, answers)
         rows = {
             "responses": [answers[i].text for i in kept],
             "finished": [answers[i].finished for i in kept],
             "scores": [scores[i].item() for i in kept],
+            "raw_scores": [own[i].item() for i in kept],
+            "held_out_scores": other,
             "kl": kl,
             "lengths": [len(answers[i].sampled) for i in kept],
         }
@@ -415,6 +441,67 @@ def measure(
     found = parallel.spread(parts, [len(part) for part in parts], lambda own: list(map(measure_part, own)))
     rows = [row for part in found for row in part]
     return {key: None if rows[0][key] is None else [row[key] for row in rows] for key in rows[0]}
+
+
+def score(ctx: StageRun, tools: Tools, reward_model, prompts, responses, packed: bool) -> torch.Tensor:
+    """Score responses, (B,), as the reward model itself does: `missing_eos_score` is not applied."""
+    return score_all(
+        reward_model,
+        prompts,
+        responses,
+        pad_id=tools.tokenizer.pad_token_id,
+        batch_size=ctx.config.batch_size,
+        accelerator=tools.accelerator,
+        packed=packed,
+    )
+
+
+def greedy_rows(
+    ctx: StageRun, tools: Tools, prompts, ids: list[list[int]], done: dict[str, Measured], world: World | None
+) -> list[dict]:
+    """Answer the prompts that the report shows greedily, by each policy but best of n.
+
+    Args:
+        ctx: The stage's context.
+        tools: What policies are measured with.
+        prompts: The P evaluation prompts.
+        ids: Their ids through the chat template.
+        done: What was measured of each policy.
+        world: The embedded world, if the prompts are its own.
+
+    Returns:
+        Rows of greedy.jsonl: {policy, index (of the prompt), prompt, response, finished, length, score, gold?}; score
+        is None for an answer that is longer than max_length.
+    """
+    c, rows = ctx.config, []
+    count = 12 if c.greedy_prompts is None else c.greedy_prompts
+    chosen = sorted({i for _, some in chosen_prompts(done, count) for i in some})
+    longest = 4 * c.response_length if c.greedy_length is None else c.greedy_length
+    context = context_of(json.loads((ctx.inputs["sft"] / "model" / "config.json").read_text(encoding="utf-8")))
+    for name in (name for name in done if name != "best_of_n" and chosen):
+        form = done[name].asked
+        asked = ask_all(ctx, tools, [prompts[i] for i in chosen], [ids[i] for i in chosen], form)
+        model = tools.sft if name == "sft" else tools.load(ctx.inputs[name] / "model")
+        with tools.accelerator.autocast():
+            answers = answer_greedily(
+                model, tools.tokenizer, asked, longest, context,
+                batch_size=c.batch_size, poll=partial(pause_if_asked, ctx, len(done) - 1, len(done), lambda: None),
+            )  # fmt: skip
+        fits = [k for k, (i, a) in enumerate(zip(chosen, answers, strict=True))
+                if len(ids[i]) + len(a.response) <= c.max_length]  # fmt: skip
+        scores: dict[int, float] = {}
+        if fits:
+            packed = tools.packed and can_pack(model, c.max_length)
+            those = [ids[chosen[k]] for k in fits], [answers[k].response for k in fits]
+            found = score(ctx, tools, tools.reward_model, *those, packed)
+            ends = torch.tensor([answers[k].finished for k in fits])
+            scores = dict(zip(fits, final_scores(found, ends, c.missing_eos_score).tolist(), strict=True))
+        for k, (i, answer) in enumerate(zip(chosen, answers, strict=True)):
+            row = {"policy": name, "index": i, "prompt": prompts[i], "response": answer.text}
+            row |= {"finished": answer.finished, "length": len(answer.sampled), "score": scores.get(k)}
+            gold = {} if world is None else {"gold": world.gold(prompts[i], answer.text, answer.finished)}
+            rows.append(row | gold)
+    return rows
 
 
 def log_ratios(
@@ -492,7 +579,11 @@ def write_responses(
                         "response": response,
                         "finished": measured.finished[i][k],
                         "score": measured.scores[i][k],
+                        "length": measured.lengths[i][k],
                     }
+                    for key in ("raw_scores", "held_out_scores"):
+                        if (values := getattr(measured, key)) is not None:
+                            row[key.removesuffix("s")] = values[i][k]
                     if measured.gold is not None:
                         row |= {"gold": measured.gold[i][k], "cluster": clusters[i], "known_task": known[i]}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -34,6 +34,10 @@ class Measured:
     """{helpful, honest, harmless, overall} a response; None where there is no gold scorer."""
     text_losses: list[float] | None
     """Mean cross-entropy a token of each row of held-out pretraining text, (N,); None for best of n."""
+    raw_scores: list[list[float]] | None = None
+    """Reward model scores before `missing_eos_score`; None for what an older version measured."""
+    held_out_scores: list[list[float]] | None = None
+    """Scores of rm's held-out model, `missing_eos_score` applied; None where rm trained none."""
 
     def state(self) -> dict:
         """Return the fields as JSON values, for a checkpoint."""
