@@ -43,7 +43,7 @@ from stages.common import (
     unreadable,
 )
 from stages.engine import make_accelerator, micro_batches, pause_if_asked
-from stages.greedy import answer_greedily, chosen_prompts
+from stages.greedy import answer_greedily
 from stages.models.ensemble import How, load_reward_model
 from stages.models.forward import response_logprobs, score_all, text_logprobs
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
@@ -53,6 +53,7 @@ from stages.objectives.rewards import final_scores
 from stages.results import Measured, order_by_gold, summarise
 from stages.rollouts.transformers import sample
 from stages.settings import Section, TooLong, no_room, over_context, setting, too_long_prompt
+from stages.shown_prompts import chosen_prompts
 
 NAME = "evaluate"
 METRICS: dict[str, str] = {}
