@@ -472,7 +472,7 @@ def greedy_rows(
 
     Returns:
         Rows of greedy.jsonl: {policy, index (of the prompt), prompt, response, finished, length, score, gold?}; score
-        is None for an answer that is longer than max_length.
+        is None for an answer that is longer than max_length, and where there is no reward model.
     """
     c, rows = ctx.config, []
     count = 12 if c.greedy_prompts is None else c.greedy_prompts
@@ -489,7 +489,7 @@ def greedy_rows(
                 batch_size=c.batch_size, poll=partial(pause_if_asked, ctx, len(done) - 1, len(done), lambda: None),
             )  # fmt: skip
         fits = [k for k, (i, a) in enumerate(zip(chosen, answers, strict=True))
-                if len(ids[i]) + len(a.response) <= c.max_length]  # fmt: skip
+                if len(ids[i]) + len(a.response) <= c.max_length and tools.reward_model is not None]  # fmt: skip
         scores: dict[int, float] = {}
         if fits:
             packed = tools.packed and can_pack(model, c.max_length)

@@ -77,7 +77,8 @@ def _gaps(own: Measured, sft: Measured, name: str) -> list[float | None]:
         kept = [[x for x, ended in zip(values, ends, strict=True) if ended] for values, ends in rows]
         return [float(np.mean(some)) if some else None for some in kept]
 
-    return [None if a is None or b is None else a - b for a, b in zip(means(own), means(sft), strict=True)]
+    pairs = zip(means(own), means(sft), strict=True)
+    return [None if a is None or b is None else round(a - b, 9) for a, b in pairs]  # ranks see no rounding errors
 
 
 def cut(own: Measured, clusters: Sequence[Hashable]) -> dict:

@@ -10,13 +10,13 @@ from pathlib import PurePath
 from typing import Any
 
 from stages.report_svg import graph
-from stages.report_table import Cell, Table, fold
+from stages.report_table import Cell, Table, dense
 from stages.report_words import NONE, duration, fixed, moment
 
 STAGES = ("world", "base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate")
 KINDS = ("documents", "demonstrations", "prompts", "evaluation_prompts", "rankings")
-SHAPE = {"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads",
-         "vocab_size": "token ids at most", "max_position_embeddings": "tokens of context"}  # fmt: skip
+SHAPE = {"hidden_size": "width {}", "num_hidden_layers": "{} layers", "num_attention_heads": "{} heads",
+         "vocab_size": "at most {} token ids", "max_position_embeddings": "context of {} tokens"}  # fmt: skip
 COMMON = ("model", "tracking", "checkpoints", "launch")  # sections that every manifest records
 MANY_SETTINGS = 12
 
@@ -38,12 +38,12 @@ def facts(manifests: dict[str, dict]) -> list[tuple[str, list[str]]]:
     found = [
         ("Base model", base_model(manifests)),
         ("What trains", [adapter(manifests)]),
+        ("Seed", sorted({str(m["seed"]) for m in manifests.values()})),
         ("Hardware", hardware(manifests)),
         ("Time", [f"{duration(sum(seconds.values()))} in all", each]),
         ("Command", commands(manifests)),
         ("Code", code(manifests)),
         ("Libraries", [" · ".join(f"{k} {v}" for k, v in common_versions(manifests).items())]),
-        ("Seed", sorted({str(m["seed"]) for m in manifests.values()})),
     ]
     return [(question, lines) for question, lines in found if any(lines)]
 
@@ -66,7 +66,7 @@ def base_model(manifests: dict[str, dict]) -> list[str]:
     count = f"{size / 1e6:,.1f}M parameters" if size else ""
     name = model.get("name_or_path")
     if name is None:
-        shape = ", ".join(f"{model[key]} {what}" for key, what in SHAPE.items() if key in model)
+        shape = ", ".join(what.format(model[key]) for key, what in SHAPE.items() if key in model)
         return [f"trained from scratch{f': {count}' if count else ''}", shape]
     commit = model.get("revision") or manifest.get("inputs", {}).get("hub:model.name_or_path")
     asked = model.get("asked_revision")
@@ -92,10 +92,11 @@ def hardware(manifests: dict[str, dict]) -> list[str]:
 def machine(manifest: dict) -> str:
     """Describe what a stage ran on, as far as its manifest tells."""
     found, device = manifest.get("hardware") or {}, manifest.get("device")
-    many, memory = found.get("devices") or 0, found.get("device_memory_gb")
+    gpus, memory = found.get("devices") or 0, found.get("device_memory_gb")
     parts = []
     if device and device != "cpu":
-        parts.append(f"{f'{many} × ' if many > 1 else ''}{device}{f' ({memory:g} GB)' if memory else ''}")
+        count, size = f"{gpus} × " if gpus > 1 else "", f" ({memory:g} GB)" if memory else ""
+        parts.append(f"{count}{device}{size}")
     if found.get("cpu"):
         parts.append(found["cpu"])
     parts += [f"{count:g} {what}" for key, what in (("cores", "cores"), ("memory_gb", "GB of memory"))
@@ -103,7 +104,9 @@ def machine(manifest: dict) -> str:
     size, threads = manifest.get("world_size"), manifest.get("threads")
     if size and threads:
         strategy = f", {manifest['strategy']}" if manifest.get("strategy") else ""
-        parts.append(f"{'1 process' if size == 1 else f'{size} processes'} of {threads} thread{'s' * (threads != 1)}{strategy}")
+        parts.append(
+            f"{'1 process' if size == 1 else f'{size} processes'} of {threads} thread{'s' * (threads != 1)}{strategy}"
+        )
     return " · ".join(parts)
 
 
@@ -156,7 +159,8 @@ def data_table(manifests: dict[str, dict], results: dict) -> Table | None:
         for kind, source in section(manifest, "data").items():
             if isinstance(source, dict):
                 readers.setdefault(kind, []).append(stage)
-                found.setdefault(kind, {**source, "digest": manifest["inputs"].get(f"data:{kind}")})
+                ours = sha256_of(manifests, "world", f"{kind}.jsonl") if source["path"] == "world" else None
+                found.setdefault(kind, {**source, "digest": manifest["inputs"].get(f"data:{kind}") or ours})
     made, used = manifests.get("world", {}).get("metrics", {}), used_rows(manifests, results)
     rows = []
     for kind in (kind for kind in KINDS if kind in found):
@@ -172,9 +176,15 @@ def data_table(manifests: dict[str, dict], results: dict) -> Table | None:
         count = manifests["rankings"].get("metrics", {}).get("rankings")
         readers_of = [s for s, m in ordered(manifests) if "rankings" in m["inputs"]]
         rows.append((Cell("rankings"), labelers, Cell(NONE if count is None else f"{count:,}"),
-                     Cell(", ".join(readers_of)), Cell(NONE, code=True)))  # fmt: skip
+                     Cell(", ".join(readers_of)),
+                     Cell((sha256_of(manifests, "rankings", "train.jsonl") or NONE)[:12], code=True)))  # fmt: skip
     head = ("data", "file", "rows", "read by", "sha256")
-    return Table("Data by kind", head, tuple(rows), frozenset({0, 1, 3, 4})) if rows else None
+    return dense(Table("Data by kind", head, tuple(rows), frozenset({0, 1, 3, 4}))) if rows else None
+
+
+def sha256_of(manifests: dict[str, dict], stage: str, file: str) -> str | None:
+    """Return the digest of a file that a stage published, if it did."""
+    return manifests.get(stage, {}).get("outputs", {}).get(file, {}).get("sha256")
 
 
 def used_rows(manifests: dict[str, dict], results: dict) -> dict[str, int | None]:
@@ -225,8 +235,8 @@ def settings_table(manifests: dict[str, dict], defaults: dict[str, dict]) -> Tab
     stages = ordered(manifests)
     for stage, manifest in stages:
         for name in (stage, *COMMON):
-            before = flat(defaults.get(name, {}), name)
-            for key, value in flat(section(manifest, name), name).items():
+            before, recorded = flat(defaults.get(name, {}), name), section(manifest, name)
+            for key, value in (flat(recorded, name) if recorded else {}).items():
                 if key not in before or value != before[key]:
                     known[key] = shown(before.get(key))
                     found.setdefault((key, shown(value)), []).append(stage)
@@ -236,7 +246,7 @@ def settings_table(manifests: dict[str, dict], defaults: dict[str, dict]) -> Tab
             known["data.validation_fraction"] = shown(usual)
             found.setdefault(("data.validation_fraction", shown(fraction)), []).append(stage)
     overridden = {
-        f"{key}": values for _, m in stages for key, values in ((m.get("config") or {}).get("overridden") or {}).items()
+        key: values for _, m in stages for key, values in ((m.get("config") or {}).get("overridden") or {}).items()
     }
     several = {key for key, _ in found if sum(key == other for other, _ in found) > 1}
     rows = []
@@ -248,7 +258,7 @@ def settings_table(manifests: dict[str, dict], defaults: dict[str, dict]) -> Tab
     if not rows:
         return None
     label = "Settings that differ from their default"
-    folded = f"{label}: {len(rows)}" if len(rows) > MANY_SETTINGS else fold(label, rows)
+    folded = f"{label}: {len(rows)}" if len(rows) > MANY_SETTINGS else ""
     return Table(label, ("setting", "value", "default"), tuple(rows), frozenset({0, 1, 2}), folded)
 
 

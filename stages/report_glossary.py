@@ -15,7 +15,7 @@ WORDS = (  # what must be there (a policy, "gold", "rm", "held_out", "adapter"; 
     ("best_of_n", "Best of n", "The one of n SFT samples that the reward model scores highest; nothing is trained."),
     ("gold", "Gold", "The embedded world's own measure of an answer, 0 to 1, which nothing is trained on."),
     ("gold", "Held-out tasks", "Tasks of evaluation prompts that no training data set, in any words."),
-    ("win_rate", "Win rate", "Share of prompts on which the judge prefers a policy's answer to SFT's; ties count half."),
+    ("win_rate", "Win rate", "Share of prompts on which the judge prefers a policy's answer to SFT's; ties are half."),
     ("", "KL", "How far a policy has gone from SFT: the mean log-ratio of its answers' probabilities, in nats."),
     ("", "Nat", "The unit of information to the base e; 1 nat is about 1.44 bits."),
     ("perplexity", "Perplexity", "How many tokens a model hesitates between on average; lower is better."),

@@ -41,10 +41,10 @@ def by_held_out(results: dict, name: str, who: str) -> list[str]:
     if held is None or held["difference_to_sft"] is None or own is None or sft is None:
         return []
     gain, seen = own - sft, held["difference_to_sft"]
-    low, high = seen["ci95"] or (seen["value"], seen["value"])
-    span = f" (95\u00a0% interval {fixed(low)} to {fixed(high)})" if seen["ci95"] else ""
+    low = (seen["ci95"] or [seen["value"]])[0]
     text = (
-        f"{who} gains {fixed(gain)} over SFT by the reward model and {fixed(seen['value'])}{span} by the held-out one"
+        f"{who} gains {fixed(gain)} over SFT by the reward model, and {fixed(seen['value'])} by the held-out one"
+        f"{f' ({span(seen)})' if seen['ci95'] else ''}"
     )
     if gain <= 0:
         return [f"{text}."]
@@ -60,7 +60,7 @@ def by_length(results: dict, name: str, who: str) -> list[str]:
     ours, sft = (number(results["policies"][n]["length"]) for n in (name, "sft"))
     if not gain or gain["ci95"] is None or ours is None or sft is None:
         return []
-    rho = f"rank correlation {fixed(gain['value'])}{span(gain)}"
+    rho = f"rank correlation {fixed(gain['value'])}, {span(gain)}"
     if gain["ci95"][0] > 0 and ours > sft:
         return [
             f"{who}'s answers gain most where they grew longest ({rho}), and their mean length grew from "
@@ -73,7 +73,7 @@ def by_length(results: dict, name: str, who: str) -> list[str]:
 
 def by_ends(results: dict, name: str, who: str) -> list[str]:
     """Warn where the reward model likes answers that never end at least as much as others."""
-    gap = results["overoptimisation"][name]["cut"]["difference"]
+    gap = (results["overoptimisation"][name]["cut"] or {}).get("difference")
     if gap is None or gap["ci95"] is None or gap["ci95"][1] < 0:
         return []
     score = results["missing_eos_score"]
@@ -82,15 +82,13 @@ def by_ends(results: dict, name: str, who: str) -> list[str]:
     )  # fmt: skip
     return [
         f"The reward model does not like {who}'s cut answers less than its finished ones (difference "
-        f"{fixed(gap['value'])}{span(gap)}): {but}."
+        f"{fixed(gap['value'])}, {span(gap)}): {but}."
     ]
 
 
 def span(found: dict) -> str:
-    """Return ", 95 % interval a to b" of an estimate; "" where it has none."""
-    if not found["ci95"]:
-        return ""
-    return f", 95\u00a0% interval {fixed(found['ci95'][0])} to {fixed(found['ci95'][1])}"
+    """Return "95 % interval a to b" of an estimate that has one."""
+    return f"95\u00a0% interval {fixed(found['ci95'][0])} to {fixed(found['ci95'][1])}"
 
 
 def tables(results: dict, names: dict[str, str]) -> list[Table]:
@@ -110,7 +108,8 @@ def tables(results: dict, names: dict[str, str]) -> list[Table]:
             parts = [within["within"], within["gain"] or {}]
             lengths.append((policy(name, names), cell(p["length"], 1),
                             *(cell(part.get("value"), 2, part.get("ci95")) for part in parts)))  # fmt: skip
-        cut = found["cut"]
+        if not (cut := found["cut"]):
+            continue
         gap = cut["difference"] or {}
         ends.append((policy(name, names), Cell(f"{cut['n']:,}", percent(cut["share"], 1)),
                      cell(cut["finished_score"], 2), cell(cut["cut_score"], 2),

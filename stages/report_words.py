@@ -19,6 +19,7 @@ POLICY = {  # every figure of a policy that the page may show
 INTERVALS = ("score", "kl_to_sft", "length", "eos_rate", "pretrain_perplexity")
 REWARD_MODEL = ("accuracy", "accuracy_ci95", "accuracy_ceiling", "n_pairs", "labeler_agreement", "ece",
                 "orders_as_gold")  # fmt: skip
+CHECKS = ("length", "cut", "held_out")
 WHOLE = ("judge", "leaked", "leaked_by", "prompts", "samples_per_prompt", "clusters", "missing_eos_score",
          "response_length")  # fmt: skip
 ASKED = {"chat": "", "plain": "asked in plain text", "few_shot": "asked in plain text after a few examples"}
@@ -33,7 +34,8 @@ def complete(results: dict) -> dict:
     """
     made = dict.fromkeys(WHOLE) | copy.deepcopy(results)
     made["reward_model"] = dict.fromkeys(REWARD_MODEL) | (results.get("reward_model") or {})
-    made["overoptimisation"] = results.get("overoptimisation") or {}
+    checks = results.get("overoptimisation") or {}
+    made["overoptimisation"] = {name: dict.fromkeys(CHECKS) | found for name, found in checks.items() if found}
     for name, found in results["policies"].items():
         policy = copy.deepcopy(POLICY) | {k: v for k, v in found.items() if v is not None or k not in ("asked", "ci95")}
         policy["ci95"] = dict.fromkeys(INTERVALS) | policy["ci95"]
@@ -104,7 +106,7 @@ def notes(results: dict) -> list[str]:
     elif results["judge"] == "reward_model":
         lines.append("judged by the reward model")
     else:
-        lines.append("judged by nobody: there is no gold scorer and no reward model")
+        lines.append("judged by nobody: there is no reward model")
     asked = {p["asked"] for p in policies.values()} - {"chat"}
     lines += [f"* {ASKED[form]}, not through the chat template" for form in sorted(asked)]
     if any(p["judge_climbed"] for p in policies.values()):
@@ -147,11 +149,11 @@ def summary(results: dict, names: dict[str, str]) -> list[str]:
     what = "mean gold quality (0 to 1)" if results["judge"] == "gold" else "the mean reward model score"
     each = [f"{fixed(quality(p))} for {names[n]}" for n, p in policies.items() if quality(p) is not None]
     if each:
-        says = [f"On {results['prompts']} prompts, {what} is {listed(each)}."]
+        says = [f"On {results['prompts'] or 'the evaluation'} prompts, {what} is {listed(each)}."]
     else:
         says = [
-            f"{results['prompts']} prompts were answered and nobody judged the answers: there is no gold scorer and no "
-            f"reward model. Read the samples below."
+            f"{results['prompts'] or 'The evaluation'} prompts were answered and nobody judged the answers: there is "
+            f"no reward model. Read the samples below."
         ]
     says += held_out_sentences(results, names)
     says += [sentence for name in ("base", "ppo", "dpo") if (sentence := against_sft(results, names, name))]
@@ -167,7 +169,7 @@ def summary(results: dict, names: dict[str, str]) -> list[str]:
         ]
         says.append(
             f"The reward model sides with the labeler on {percent(rm['accuracy'], 1)} of "
-            f"{rm['n_pairs']} held-out pairs" + (f"; {' and '.join(beside)}" if beside else "") + "."
+            f"{rm['n_pairs'] or 'the'} held-out pairs" + (f"; {' and '.join(beside)}" if beside else "") + "."
         )
     return says
 
@@ -175,7 +177,7 @@ def summary(results: dict, names: dict[str, str]) -> list[str]:
 def held_out_sentences(results: dict, names: dict[str, str]) -> list[str]:
     """Say how far the evaluation prompts are held out from training, and how the policies do on those that are."""
     leaked, prompts = results["leaked"], results["prompts"]
-    if leaked is None:
+    if leaked is None or prompts is None:
         return []
     if results["leaked_by"] != "task":
         if leaked:
@@ -249,10 +251,9 @@ def tiles(results: dict, names: dict[str, str]) -> list[tuple[str, str, str]]:
             out.append((f"{names[name]} against SFT", f"{percent(rate['value'])} won", note))
     if number(rm["accuracy"]) is not None:
         ceiling = number(rm["accuracy_ceiling"])
-        beside = f"95\u00a0% interval {interval(*rm['accuracy_ci95'])}"
-        if ceiling is not None:
-            beside = f"of {percent(ceiling, 1)} reachable; {beside}"
-        out.append(("reward model accuracy", percent(rm["accuracy"], 1), beside))
+        beside = [f"of {percent(ceiling, 1)} reachable"] if ceiling is not None else []
+        beside += [f"95\u00a0% interval {interval(*rm['accuracy_ci95'])}"] if rm["accuracy_ci95"] else []
+        out.append(("reward model accuracy", percent(rm["accuracy"], 1), "; ".join(beside)))
     trained = next((name for name in ("ppo", "dpo") if name in policies), None)
     if trained and number(sft["pretrain_perplexity"]) is not None:
         before, after = (fixed(policies[name]["pretrain_perplexity"]) for name in ("sft", trained))
