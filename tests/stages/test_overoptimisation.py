@@ -40,7 +40,7 @@ class TestEstimates:
     def test_95_of_100_intervals_of_a_correlation_hold_the_truth(self, clusters):
         """Three answers a prompt whose errors hang together; of many clusters, groups are left out."""
         assert clusters < MOST_GROUPS or clusters > MOST_GROUPS
-        rng, hits, tries = np.random.default_rng(1), 0, 150
+        rng, hits, tries = np.random.default_rng(1), 0, 60
         of = np.repeat(np.arange(clusters), 3)
         big = np.random.default_rng(2)
 
@@ -54,7 +54,7 @@ class TestEstimates:
         for _ in range(tries):
             low, high = correlation_estimate(*draw(rng, clusters), of)["ci95"]
             hits += low <= truth <= high
-        assert 0.88 <= hits / tries <= 1.0
+        assert 0.85 <= hits / tries <= 1.0
 
     def test_a_contrast_is_a_difference_of_means_over_clusters(self):
         values, flags, of = [1.0, 2.0, 5.0, 7.0, 3.0, 4.0], [1, 0, 1, 0, 0, 1], "aabbcc"
