@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -70,6 +71,20 @@ def fsync_tree(folder: Path) -> None:
         for name in names:
             fsync_file(Path(parent, name))
         fsync_folder(Path(parent))
+
+
+def give_usual_modes(folder: Path) -> None:
+    """Give every file below `folder` the mode that files which are opened there have (by the umask, or by the folder's
+    default ACL): some libraries write files that only their owner can read."""
+    probe = folder / ".tmp-mode"
+    with open(probe, "xb") as file:
+        usual = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    probe.unlink()
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(parent, name)
+            if stat.S_IMODE(os.lstat(path).st_mode) != usual:
+                os.chmod(path, usual)
 
 
 def write_json(path: Path, value: Any) -> None:
