@@ -29,6 +29,7 @@ METRICS = {
     "lr": "learning rate of the step",
 }
 HEADLINE = ("perplexity", "parameters")
+WITHOUT = {"documents": "start from a model: model.name_or_path"}
 SHARED = True
 SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
          "max_position_embeddings")  # fmt: skip

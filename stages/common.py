@@ -30,8 +30,9 @@ def unreadable(experiment, kinds: list[str]) -> list[str]:
     anything runs, for the stage that reads them may come after hours."""
     found = []
     for kind in kinds:
-        source = source_of(getattr(experiment.data, kind))
-        if source.path is not None:  # the Hub is not asked for rows, and the world's are ours
+        value = getattr(experiment.data, kind)
+        source = None if value is None else source_of(value)
+        if source is not None and source.path is not None:  # the Hub is not asked for rows, and the world's are ours
             facts = source.path.stat()
             found += faults_in_head(kind, source.path, source.skip, source.limit, (facts.st_mtime_ns, facts.st_size))
     return found

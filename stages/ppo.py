@@ -72,6 +72,7 @@ from stages.rollouts.collect import collect, in_micro_batches, share_groups
 from stages.rollouts.rollout import Rollout
 from stages.rollouts.vllm import EngineLost
 from stages.settings import Schedule, Section, TooLong, no_room, over_context, setting, too_long_prompt
+from stages.wanted import ranks
 
 NAME = "ppo"
 METRICS = {
@@ -101,6 +102,7 @@ METRICS = {
     "episode": "episodes so far",
 }
 HEADLINE = ("score", "kl", "score_before")
+WITHOUT = {"documents": "set ppo.ptx_coef: 0, which leaves the pretraining gradient out"}
 SHARED = True
 FIXED = ("ppo.eval_prompts", "ppo.ptx_length")  # batches may change: checkpoints count what was drawn
 SKIPPED = (  # figures of an update that a number which is not finite kept from happening
@@ -199,7 +201,8 @@ class Config(Section):
 
 
 def needs(experiment) -> list[str]:
-    return ["sft", "rm"]
+    without = experiment.ppo.reward_model is not None and not ranks(experiment)  # another's model is all there is
+    return ["sft"] if without else ["sft", "rm"]
 
 
 def reads(experiment) -> list[str]:

@@ -14,6 +14,7 @@ from stages.report_plots import NAMES, Journal, number
 from stages.report_svg import graph
 from stages.report_words import ASKED, fixed, interval, moment, percent, quality, summary, tiles
 from stages.settings import Section, setting
+from stages.wanted import judges, policies
 
 NAME = "report"
 METRICS: dict[str, str] = {}
@@ -31,8 +32,8 @@ class Config(Section):
 
 def needs(experiment) -> list[str]:
     made = {"world"} if "world" in experiment.data.model_dump().values() else set()
-    made |= {"base", "sft", "rankings", "rm", "evaluate"}
-    made |= {"ppo", "dpo"} & set(experiment.evaluate.policies)
+    made |= {"base", "sft", "evaluate"} | {"ppo", "dpo"} & set(policies(experiment))
+    made |= {"rankings", "rm"} if judges(experiment) else {"rankings"} if "dpo" in made else set()
     return [stage for stage in STAGES if stage in made]
 
 
@@ -48,6 +49,7 @@ def run(ctx: StageRun) -> dict:
         stage: Journal(*(read_rows(folder / f"{kind}.jsonl") for kind in JOURNALS))
         for stage, folder in ctx.inputs.items()
     }
+    rm = ctx.manifests["rm"]["metrics"] if "rm" in ctx.manifests else {}
     best_of = ctx.experiment.evaluate.best_of
     names = NAMES | {"best_of_n": f"best of {best_of}"}
     sections = {
@@ -55,7 +57,7 @@ def run(ctx: StageRun) -> dict:
         + plots.gold_parts(results, names)
         + plots.frontier(results, journals.get("ppo"), best_of, names),
         "trust": plots.trust(responses, list(results["policies"]), names),
-        "calibration": plots.calibration(ctx.manifests["rm"]["metrics"]),
+        "calibration": plots.calibration(rm),
         "learning": plots.learning(journals, results["reward_model"]),
         "ppo": plots.ppo(journals["ppo"]) if "ppo" in journals else [],
     }
@@ -70,7 +72,7 @@ def run(ctx: StageRun) -> dict:
         notes=notes(results)[1:],
         tiles=tiles(results, names),
         correlations=correlations(responses, results),
-        rm_parts=rm_parts(ctx.manifests["rm"]["metrics"]),
+        rm_parts=rm_parts(rm),
         side_by_side=side_by_side(responses, results, ctx.config.prompts),
         looks=ppo_looks(journals["ppo"], ctx.config.ppo_looks) if "ppo" in journals else [],
         lineage=lineage(ctx.manifests),
@@ -171,14 +173,14 @@ def side_by_side(responses: list[dict], results: dict, count: int) -> list[tuple
     main = next((n for n in ("ppo", "dpo") if n in names), names[-1])
     answers = {n: [rows[0] for rows in by_prompt(responses, n)] for n in names}
     gold = results["judge"] == "gold"
-    judged = {n: [r["gold"]["overall"] if gold else r["score"] for r in answers[n]] for n in (main, "sft")}
+    judged = {n: [r["gold"]["overall"] if gold else r["score"] or 0.0 for r in answers[n]] for n in (main, "sft")}
     total = len(answers["sft"])
     order = sorted(range(total), key=lambda i: (judged["sft"][i] - judged[main][i], i))
     part = max(1, min(count, total) // (4 if gold else 3))
     groups = [
         (f"{NAMES[main]} gains most over SFT", order[:part]),
         (f"{NAMES[main]} loses most against SFT", order[::-1][:part]),
-    ]
+    ] * (results["judge"] is not None)
     taken = {i for _, chosen in groups for i in chosen}
     if gold:
         by_score = places([r["score"] for r in answers[main]])
@@ -286,7 +288,8 @@ def show(folder: Path, console) -> None:
     for column in ["gold", *["new tasks"] * split, *figures] if gold else figures:
         table.add_column(column, justify="right", no_wrap=True)
     fair = [n for n, p in policies.items() if not p["judge_climbed"]]
-    best = max(fair, key=lambda n: quality(policies[n]))  # what climbed its judge is no winner by it
+    # what climbed its judge is no winner by it
+    best = None if results["judge"] is None else max(fair, key=lambda n: quality(policies[n]))
     for name, p in policies.items():
         rate = p["win_rate_vs_sft"]
         won = "–" if name == "sft" or rate is None else f"{percent(rate['value'])}  ({interval(*rate['ci95'])})"
@@ -333,8 +336,10 @@ def notes(results: dict) -> list[str]:
     lines = ["win rates with 95 % intervals, ties half; KL in nats and length in tokens a response"]
     if gold:
         lines.append("gold is the world's own scorer, 0 to 1; new tasks: over prompts whose task no training data set")
-    else:
+    elif results["judge"] is not None:
         lines.append("judged by the reward model")
+    else:
+        lines.append("no reward model judged")
     asked = {p["asked"] for p in policies.values()} - {"chat"}
     lines += [f"* {ASKED[form]}, not through the chat template" for form in sorted(asked)]
     if any(p["judge_climbed"] for p in policies.values()):

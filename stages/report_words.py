@@ -31,8 +31,9 @@ def moment(text: str) -> str:
     return f"{datetime.fromisoformat(text):%Y-%m-%d %H:%M} UTC"
 
 
-def quality(policy: dict) -> float:
-    """Return what the judge says: gold overall where there is gold, otherwise the reward model's score."""
+def quality(policy: dict) -> float | None:
+    """Return what the judge says: gold overall where there is gold, otherwise the reward model's score; None where
+    nothing judges."""
     return policy["gold"]["overall"] if policy["gold"] else policy["score"]
 
 
@@ -50,7 +51,10 @@ def summary(results: dict, names: dict[str, str]) -> list[str]:
     what = "mean gold quality (0 to 1)" if results["judge"] == "gold" else "the mean reward model score"
     each = [f"{fixed(quality(policies[p]))} for {names[p]}" for p in policies]
     listed = f"{', '.join(each[:-1])} and {each[-1]}" if each[1:] else each[0]
-    says = [f"On {results['prompts']} prompts, {what} is {listed}.", *held_out_sentences(results, names)]
+    says = [f"On {results['prompts']} prompts, {what} is {listed}."]
+    if results["judge"] is None:
+        says = [f"{results['prompts']} prompts were put to each policy; no reward model judged the answers."]
+    says += held_out_sentences(results, names)
     says += [sentence for name in ("base", "ppo", "dpo") if (sentence := against_sft(results, names, name))]
     says += climbed_sentence(results, names)
     if number(rm["accuracy"]) is not None:
@@ -128,6 +132,8 @@ def tiles(results: dict, names: dict[str, str]) -> list[tuple[str, str, str]]:
     for name in (n for n in ("ppo", "dpo") if n in policies):
         p = policies[name]
         gain = p["difference_to_sft"]
+        if gain is None:  # nothing judges
+            continue
         note = f"difference {fixed(gain['value'])}"
         if p["judge_climbed"]:
             note = f"by the model it climbed; {note}"

@@ -53,6 +53,7 @@ from stages.statistics import (
     reliability,
     rights,
 )
+from stages.wanted import simulates
 
 NAME = "rm"
 METRICS = {
@@ -91,7 +92,7 @@ class Config(PreferenceTraining):
 
 
 def needs(experiment) -> list[str]:
-    world = ["world"] if experiment.data.rankings is None else []  # it knows the tasks of what its labelers ranked
+    world = ["world"] if simulates(experiment) else []  # it knows the tasks of what its labelers ranked
     return [*world, "sft", "rankings"]
 
 

@@ -38,6 +38,7 @@ METRICS = {
     "lr": "learning rate of the step",
 }
 HEADLINE = ("loss", "perplexity")
+WITHOUT = {"documents": "set sft.ppo_init: null"}
 SHARED = True
 FIXED = (
     ("sft.per_device_train_batch_size", "sft.gradient_accumulation_steps"),
