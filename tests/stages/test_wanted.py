@@ -150,5 +150,5 @@ def test_own_data_never_meet_the_worlds_unasked(tmp_path):
 def test_status_says_what_a_stage_would_need(tmp_path):
     experiment = loaded(tmp_path, "demonstrations")
     states = assess(experiment, ArtifactStore(tmp_path / "artifacts", "a"), STAGES)
-    assert states["ppo"].sentence() == "missing because data.documents: none is given; data.prompts: none is given"
+    assert states["ppo"].sentence() == "missing because data.prompts: none is given; data.documents: none is given"
     assert states["sft"].sentence() == "missing"
