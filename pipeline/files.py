@@ -73,13 +73,18 @@ def fsync_tree(folder: Path) -> None:
         fsync_folder(Path(parent))
 
 
-def give_usual_modes(folder: Path) -> None:
-    """Give every file below `folder` the mode that files which are opened there have (by the umask, or by the folder's
-    default ACL): some libraries write files that only their owner can read."""
+def usual_mode(folder: Path) -> int:
+    """The mode that files which are opened in a folder have: by the umask, or by the folder's default ACL."""
     probe = folder / ".tmp-mode"
-    with open(probe, "xb") as file:
-        usual = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    with open(probe, "wb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     probe.unlink()
+    return mode
+
+
+def give_usual_modes(folder: Path) -> None:
+    """Give every file below `folder` the usual mode: safetensors writes files that only their owner can read."""
+    usual = usual_mode(folder)
     for parent, _, names in os.walk(folder):
         for name in names:
             path = os.path.join(parent, name)

@@ -139,7 +139,8 @@ class Chain:
         if damage:
             return StageState("damaged", damage, manifest=manifest)
         if manifest is None:
-            return StageState("missing", [line.partition(",")[0] for line in lacking(self.stages[name], self.experiment)])
+            lines = lacking(self.stages[name], self.experiment)
+            return StageState("missing", [line.partition(",")[0] for line in lines])
         return StageState("stale" if reasons else "done", reasons, manifest=manifest)
 
     def begins_anew(self, name: str, is_target: bool, flags: Flags) -> bool:

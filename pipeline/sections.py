@@ -77,6 +77,12 @@ class ModelConfig(BaseModel):
         description="what products are computed in; auto = bfloat16 where the hardware has it; trained weights stay "
         "float32",
     )
+    publish_dtype: Literal["bfloat16", "as_given"] | None = Field(
+        None,
+        description="what published weights are written in: bfloat16 halves a folder and rounds what the next stage "
+        "begins with and what evaluate reads (checkpoints and training stay float32); as_given = as the model of "
+        "name_or_path has them; null or float32 = float32",
+    )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="attention kernel"
     )
@@ -86,6 +92,11 @@ class ModelConfig(BaseModel):
     peft: PeftConfig | None = Field(
         None, description="train adapters instead of all weights; null = all weights"
     )
+
+    @field_validator("publish_dtype", mode="before")
+    @classmethod
+    def _float32_is_the_default(cls, value: Any) -> Any:
+        return None if value == "float32" else value
 
 
 class DataSource(BaseModel):
@@ -118,7 +129,7 @@ class DataConfig(BaseModel):
     )
     evaluation_prompts: str | DataSource | None = Field(
         "world",
-        description=f"prompts that only `evaluate` sees; without any it takes those of the demonstrations that sft held "
+        description="prompts that only `evaluate` sees; without any it takes those of the demonstrations that sft held "
         f"out. {_SOURCE}",
     )
     rankings: str | DataSource | None = Field(

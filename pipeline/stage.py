@@ -59,6 +59,7 @@ class StageRun:
     stop: StopFlag
     trust_remote_code: bool = False
     sources: dict[str, Source] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)  # kind -> what the manifest will record of it: path, rows, …
     model_revision: str | None = None  # of the model on the Hub that the stage starts from: its commit, if it is known
     # to be called when models from outside (`folders`) are loaded: UserError where their files were touched meanwhile
     confirm_folders: Callable[[], None] = lambda: None

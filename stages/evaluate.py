@@ -74,8 +74,8 @@ class Config(Section):
 
     policies: list[str] = setting(
         ["base", "sft", "ppo", "dpo", "best_of_n"],
-        "of base, sft, ppo, dpo, best_of_n; sft is always in. Not set: those that the data allow (ppo and best_of_n with "
-        "prompts and rankings, dpo with rankings). Without ppo's data rm is trained as a judge where best_of_n is named",
+        "of base, sft, ppo, dpo, best_of_n; sft is always in. Not set: those that the data allow (dpo with rankings; "
+        "ppo and best_of_n with prompts and rankings). Without prompts rm trains a judge where best_of_n is named",
     )
     best_of: int = setting(16, "n of best_of_n; 1 leaves it out", "samples", ge=1)
     samples_per_prompt: int = setting(

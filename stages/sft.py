@@ -14,10 +14,12 @@ from pipeline.stage import StageRun
 from stages import parallel
 from stages.cards import ANSWER, card
 from stages.common import (
+    adapter_base,
     adapter_settings,
     check_context,
     device_of,
     dtype_of,
+    publish_dtype,
     read_placed,
     show_samples,
     split_documents,
@@ -156,8 +158,8 @@ def run(ctx: StageRun) -> dict:
     else:
         model, figures = fit(train_rows=rows, steps=steps, group_by_length=True)
         weights = {name: p.detach() for name, p in trainable(model).items()}
-    save_merged(model, tokenizer, ctx.publish / "model", card=card(ctx, "a supervised fine-tuned policy", ANSWER))
     figures = {**figures, "rows": len(rows), "truncated": report.truncated, "dropped": report.dropped}
+    publish(ctx, model, tokenizer, "model", "a supervised fine-tuned policy", figures)
     if c.ppo_init is None:
         return figures
 
@@ -167,8 +169,17 @@ def run(ctx: StageRun) -> dict:
     # by length, the long rows of text would fill batches of their own and not be mixed in
     rest = {"first": steps, "carried": carried, "group_by_length": False}
     model, other = fit(train_rows=mixed, steps=more, **rest)
-    save_merged(model, tokenizer, ctx.publish / "ppo_init", card=card(ctx, "the policy that PPO starts from", ANSWER))
+    publish(ctx, model, tokenizer, "ppo_init", "the policy that PPO starts from", other)
     return figures | {f"ppo_init_{name}": other[name] for name in ("loss", "perplexity", "steps")}
+
+
+def publish(ctx: StageRun, model, tokenizer, name: str, what: str, figures: dict) -> None:
+    """Write a policy to the folder `name`. what, figures: for its card."""
+    source, folder = ctx.inputs["base"] / "model", ctx.publish / name
+    base = adapter_base(ctx, folder, source)
+    text = card(ctx, what, ANSWER, figures=figures, source=source, adapter=base)
+    options = {"temperature": 1.0, "dtype": publish_dtype(ctx, source)}
+    save_merged(model, tokenizer, folder, card=text, base=base or ("", None), **options)
 
 
 def refuse_another_length(ctx: StageRun, found, steps: int) -> None:

@@ -5,14 +5,17 @@ tokenizer) or takes a default for them in silence (the base of rotary positions)
 """
 
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stages.models.remote_code import is_remote, keep_code
+from stages.models.remote_code import is_remote, keep_code, read
 from stages.parallel import is_first
 
 # The old names of what `rope_parameters` holds, where they are not rope_theta and partial_rotary_factor.
@@ -63,7 +66,8 @@ def save_model(
     if weights is not None:
         edit_json(folder / "config.json", lambda config: with_dtype(config, dtype))
     write_old_positions(model, folder)
-    edit_json(folder / "tokenizer_config.json", portable_tokenizer)
+    facts = (pre_tokenizer_of(folder), added_by(tokenizer))
+    edit_json(folder / "tokenizer_config.json", lambda config: portable_tokenizer(config, *facts))
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -103,6 +107,45 @@ def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """A config.json, sub-configs included, that says which dtype the weights are in."""
     changed = {key: with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
     return changed | {key: dtype for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)}
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known of the files of a given model. dtype: of its weights, None for float32 or where nothing says it;
+    rows: of its embedding, None where they are not known."""
+
+    dtype: str | None
+    rows: int | None
+
+
+def given_model(name: str, *, revision: str | None, trust_remote_code: bool) -> Given:
+    """Return what the files of `model.name_or_path` say of its weights, before anything was converted."""
+    from transformers import AutoConfig
+
+    if name.startswith("package:"):  # a gguf file: its weights were dequantized
+        return Given(None, None)
+    folder = Path(name).expanduser()
+    place = str(folder) if folder.is_dir() else name
+    options = {} if revision is None else {"revision": revision}
+    config = read(AutoConfig, place, trust_remote_code=trust_remote_code, **options)
+    text = config.get_text_config()
+    named = str(config.dtype or text.dtype or (dtype_of_files(folder) if folder.is_dir() else None))
+    dtype = named.removeprefix("torch.")
+    return Given(dtype if dtype in ("bfloat16", "float16") else None, getattr(text, "vocab_size", None))
+
+
+def dtype_of_files(folder: Path) -> str | None:
+    """The dtype of most numbers in a folder's safetensors files, where that is a half-sized one."""
+    from safetensors import safe_open
+
+    numbers: Counter[str] = Counter()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                part = file.get_slice(key)
+                numbers[part.get_dtype()] += math.prod(part.get_shape())
+    most = numbers.most_common(1)
+    return {"BF16": "bfloat16", "F16": "float16"}.get(most[0][0]) if most else None
 
 
 def dtype_of_folder(folder: Path) -> str | None:
@@ -152,7 +195,8 @@ def generation_config(model, tokenizer, temperature: float | None):
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": bos}
     ids["eos_token_id"] = end_tokens(tokenizer.eos_token_id, given.eos_token_id)
     if temperature is None:
-        kept = GenerationConfig(**{**given.to_diff_dict(), **ids})
+        plain = {key: value for key, value in given.to_diff_dict().items() if not key.startswith("_")}
+        kept = GenerationConfig(**{**plain, **ids})
         return kept if is_valid(kept) else GenerationConfig(**ids)
     return GenerationConfig(**ids, do_sample=True, temperature=float(temperature), top_k=0, top_p=1.0)
 
@@ -177,14 +221,38 @@ def is_valid(config) -> bool:
 # -- names of both releases ------------------------------------------------------------------------------
 
 
-def portable_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer_config.json that transformers 4 reads too, without what is true of this machine alone."""
+def pre_tokenizer_of(folder: Path) -> dict[str, Any]:
+    """The pre-tokenizer that a published tokenizer.json names; {} without one."""
+    path = folder / "tokenizer.json"
+    found = json.loads(path.read_text(encoding="utf-8")).get("pre_tokenizer") if path.is_file() else None
+    return found or {}
+
+
+def added_by(tokenizer) -> dict[str, bool]:
+    """Whether a tokenizer puts BOS in front of a text, and EOS behind it: its class's own flags, where it has them."""
+    flags = {"add_bos_token": tokenizer.bos_token_id, "add_eos_token": tokenizer.eos_token_id}
+    ids = tokenizer("a")["input_ids"]
+    ends = {"add_bos_token": ids[:1], "add_eos_token": ids[-1:]}
+    return {flag: ends[flag] == [id] for flag, id in flags.items() if id is not None and hasattr(tokenizer, flag)}
+
+
+def portable_tokenizer(config: dict[str, Any], pre_tokenizer: dict[str, Any], added: dict[str, bool]) -> dict[str, Any]:
+    """Return a tokenizer_config.json that transformers 4 reads too, without what is true of this machine alone.
+
+    Args:
+        config: tokenizer_config.json as transformers 5 writes it.
+        pre_tokenizer: that of tokenizer.json.
+        added: as of `added_by`. Some classes of transformers 4 put BOS in front unless they are told not to, whatever
+            tokenizer.json says; the generic one goes by that.
+    """
     config = {key: value for key, value in config.items() if key not in OF_THIS_MACHINE}
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 expects a mapping here
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    return config
+    if isinstance(pre_tokenizer.get("add_prefix_space"), bool):  # else transformers 4 sets it to false
+        config["add_prefix_space"] = pre_tokenizer["add_prefix_space"]
+    return config if config.get("tokenizer_class") == "PreTrainedTokenizerFast" else config | added
 
 
 def write_old_positions(model, folder: Path) -> None:

@@ -289,6 +289,7 @@ def test_whoever_the_umask_lets_read_can_read_an_artifact_and_its_checkpoints(tm
     import torch
     from safetensors.torch import save_file
 
+    from pipeline.cache import Cache
     from pipeline.checkpoints import CheckpointStore
 
     before = os.umask(umask)
@@ -304,8 +305,9 @@ def test_whoever_the_umask_lets_read_can_read_an_artifact_and_its_checkpoints(tm
             saved = CheckpointStore(store.work_folder("sft") / "checkpoints", every=1, keep=1, run_id="1")
             saved.save(1, {"model": {"x": torch.zeros(1)}}, {}, 1)
             store.publish("sft", content, record("1"))
+        Cache(store.folder("sft") / ".cache").remember("logps", "", {"x": torch.zeros(1)})
     finally:
         os.umask(before)
     found = {path: path.stat().st_mode & 0o777 for path in store.folder("sft").rglob("*") if path.is_file()}
-    assert {name.name for name in found} >= {"model.safetensors", "adapter_model.safetensors", "manifest.json"}
+    assert {name.name for name in found} >= {"adapter_model.safetensors", "logps.safetensors", "manifest.json"}
     assert {path: bits for path, bits in found.items() if bits != mode and path.name != ".lock"} == {}

@@ -330,7 +330,8 @@ def test_needs_follow_the_policies_and_the_data():
             data=SimpleNamespace(**data, model_dump=lambda: data),
         )
 
-    assert report.needs(experiment(["sft", "dpo"], rankings="ours.jsonl")) == ["base", "sft", "rankings", "dpo", "evaluate"]
+    without_judge = ["base", "sft", "rankings", "dpo", "evaluate"]
+    assert report.needs(experiment(["sft", "dpo"], rankings="ours.jsonl")) == without_judge
     assert report.needs(experiment(["sft", "dpo"], prompts="mine.jsonl", rankings="ours.jsonl")) == [
         "base",
         "sft",

@@ -94,8 +94,8 @@ def test_a_reward_model_from_outside_needs_no_rankings(closure, tmp_path):
             "demonstrations prompts rankings",
             (),
             [
-                "data.documents: none is given, and ppo reads it; give a file or a Hub id, or set ppo.ptx_coef: 0, which "
-                "leaves the pretraining gradient out"
+                "data.documents: none is given, and ppo reads it; give a file or a Hub id, or set ppo.ptx_coef: 0, "
+                "which leaves the pretraining gradient out"
             ],
         ),
         (
@@ -113,12 +113,7 @@ def test_a_reward_model_from_outside_needs_no_rankings(closure, tmp_path):
                 "(simulated labelers know the embedded world's prompts only)"
             ],
         ),
-        (
-            "dpo",
-            "rankings",
-            (),
-            ["data.demonstrations: none is given, and sft reads it; give a file or a Hub id"],
-        ),
+        ("dpo", "rankings", (), ["data.demonstrations: none is given, and sft reads it; give a file or a Hub id"]),
         (
             "evaluate",
             "demonstrations rankings",
