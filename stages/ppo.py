@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from data import room
 from data.encode import decode_response, wrap_documents
 from data.records import DataError, prompt_key
 from data.streams import Stream, derive_seed, held_out
@@ -318,6 +319,8 @@ def run(ctx: StageRun) -> dict:
     train, held = load_prompts(ctx, roles.tokenizer)
     drawn = refuse_other_prompts(drawn, train)
     ptx_rows = load_ptx(ctx, roles.tokenizer)
+    if line := room.warning(ctx.manifests["sft"]["metrics"].get("answer_tokens", []), c.response_length):
+        ctx.tracker.say(f"ppo: {line}")
     run = begin(ctx, roles, updates, drawn)
     ctx.tracker.say(
         f"ppo: {len(train)} prompts, {len(held)} held out; {run.updates} updates of {c.batch_size} episodes, "
@@ -500,7 +503,7 @@ def begin(ctx: StageRun, roles: Roles, updates: int, drawn: Drawn) -> Run:
         Best(c.keep, c.patience, higher_is_better=True),
         Average(c.ema_decay if c.publish_ema else None),
         Skips(c.max_skipped_steps),
-        Alarms(c.alarm_kl, c.alarm_entropy),
+        Alarms(c.alarm_kl, c.alarm_entropy, c.response_length),
     )
 
 

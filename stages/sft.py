@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 from data.encode import encode_demonstrations, wrap_documents
 from data.records import DataError, prompt_key
+from data.room import quantiles
 from data.streams import Stream, derive_seed, held_out
 from pipeline.errors import UserError
 from pipeline.stage import StageRun
@@ -159,6 +160,7 @@ def run(ctx: StageRun) -> dict:
         model, figures = fit(train_rows=rows, steps=steps, group_by_length=True)
         weights = {name: p.detach() for name, p in trainable(model).items()}
     figures = {**figures, "rows": len(rows), "truncated": report.truncated, "dropped": report.dropped}
+    figures["answer_tokens"] = quantiles([sum(label != -100 for label in row["labels"]) for row in encoded])
     publish(ctx, model, tokenizer, "model", "a supervised fine-tuned policy", figures)
     if c.ppo_init is None:
         return figures
