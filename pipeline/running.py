@@ -332,6 +332,7 @@ def what_it_reads(
         "inputs": {need: store.folder(need) for need in manifests},
         "manifests": manifests,
         "sources": {kind: placed(kind, source) for kind, source in sources(module, experiment).items()},
+        "data": made_of["config"]["data"],
         "model_revision": model.get("revision") or model.get("asked_revision"),  # where nobody knows the commit
     }
 

@@ -1,6 +1,7 @@
 """evaluate: every policy on the evaluation prompts → results.json and responses.jsonl.
 
-Policies are sampled at temperature 1. The judge is the gold scorer in the embedded world, otherwise the reward model.
+Policies are sampled at temperature 1. The judge is the gold scorer in the embedded world, otherwise the reward model;
+where the data allow none, there are no scores, and without documents no perplexity.
 A response without EOS scores `missing_eos_score`, if one is given. best_of_n is the SFT sample with the highest reward
 model score out of n. A base model that never saw the chat template is asked in plain text (`stages/asking.py`).
 Intervals are over tasks in the embedded world, elsewhere over prompts (`stages/statistics.py`).
@@ -21,7 +22,7 @@ from data.encode import wrap_documents
 from data.groups import make_rows
 from data.near_copies import near_copies
 from data.records import prompt_key
-from data.streams import Stream, derive_seed
+from data.streams import Stream, derive_seed, held_out
 from data.world import World
 from pipeline import files
 from pipeline.errors import UserError
@@ -54,6 +55,7 @@ from stages.results import Measured, order_by_gold, summarise
 from stages.rollouts.transformers import sample
 from stages.settings import Section, TooLong, no_room, over_context, setting, too_long_prompt
 from stages.shown_prompts import chosen_prompts
+from stages.wanted import judges, policies, ranks, simulates
 
 NAME = "evaluate"
 METRICS: dict[str, str] = {}
@@ -75,7 +77,9 @@ class Config(Section):
     """Which policies are compared, and how."""
 
     policies: list[str] = setting(
-        ["base", "sft", "ppo", "dpo", "best_of_n"], "of base, sft, ppo, dpo, best_of_n; sft is always in"
+        ["base", "sft", "ppo", "dpo", "best_of_n"],
+        "of base, sft, ppo, dpo, best_of_n; sft is always in. Not set: those that the data allow (dpo with rankings; "
+        "ppo and best_of_n with prompts and rankings). Without prompts rm trains a judge where best_of_n is named",
     )
     best_of: int = setting(16, "n of best_of_n; 1 leaves it out", "samples", ge=1)
     samples_per_prompt: int = setting(
@@ -109,17 +113,26 @@ class Config(Section):
 
 
 def needs(experiment) -> list[str]:
-    return [s for s in STAGES if s in experiment.evaluate.policies or s == "sft"] + ["rm"]
+    named = policies(experiment)
+    return [s for s in STAGES if s in named or s == "sft"] + ["rm"] * judges(experiment)
 
 
 def reads(experiment) -> list[str]:
-    return ["evaluation_prompts", "documents", *trained_on(experiment)]
+    texts = ["documents"] * (experiment.data.documents is not None)
+    return list(dict.fromkeys([kind_asked(experiment), *texts, *trained_on(experiment)]))
+
+
+def kind_asked(experiment) -> str:
+    """Return the kind of data that the prompts are taken from: without evaluation prompts those of the demonstrations
+    that sft held out."""
+    return "demonstrations" if experiment.data.evaluation_prompts is None else "evaluation_prompts"
 
 
 def trained_on(experiment) -> list[str]:
     """Return the kinds of data whose prompts some policy or the reward model was trained on."""
-    rankings = "prompts" if experiment.data.rankings is None else "rankings"
-    return list(dict.fromkeys(["demonstrations", rankings, *["prompts"] * ("ppo" in needs(experiment))]))
+    needed = needs(experiment)
+    rankings = ["prompts" if simulates(experiment) else "rankings"] * bool({"rm", "dpo"} & {*needed})
+    return list(dict.fromkeys(["demonstrations", *rankings, *["prompts"] * ("ppo" in needed)]))
 
 
 def check(experiment) -> list[str]:
@@ -127,7 +140,7 @@ def check(experiment) -> list[str]:
     wrong = [
         f"evaluate.policies: {p!r} is no policy; choose of {', '.join(known)}" for p in c.policies if p not in known
     ]
-    for key in ("missing_eos_score", "reward_ensemble") if "ppo" in c.policies else ():
+    for key in ("missing_eos_score", "reward_ensemble") if "ppo" in policies(experiment) else ():
         own, raised = getattr(c, key), getattr(experiment.ppo, key)
         if own != raised:
             what = "scores would not be the ones that PPO raised; set both alike"
@@ -151,13 +164,16 @@ def run(ctx: StageRun) -> dict:
     c, m = ctx.config, ctx.experiment.model
     tools = load_tools(ctx)
     prompts, ids = load_prompts(ctx, tools.tokenizer)
-    world = None if ctx.experiment.data.evaluation_prompts != "world" else World.from_json(read_world(ctx))
+    of_world = getattr(ctx.experiment.data, kind_asked(ctx.experiment)) == "world"
+    world = World.from_json(read_world(ctx)) if of_world else None
     clusters = [str(world.task(p)) if world else prompt_key(p) for p in prompts]
     leaked = find_leaked(ctx, prompts, world)
     text_rows = held_out_text(ctx, tools.tokenizer)
     names = [s for s in STAGES if s in ctx.inputs]
-    if c.best_of > 1 and "best_of_n" in c.policies:
+    if c.best_of > 1 and "best_of_n" in policies(ctx.experiment):
         names.append("best_of_n")
+    for line in left_out(ctx):
+        ctx.tracker.say(f"evaluate: {line}")
 
     done = {name: Measured(**fields) for name, fields in measured_before(ctx).items()}
     with ctx.tracker.progress(len(names), "evaluate", len(done)) as progress:
@@ -184,9 +200,9 @@ def run(ctx: StageRun) -> dict:
 
     greedy = greedy_rows(ctx, tools, prompts, ids, {name: done[name] for name in names}, world)
     known = leaked if world else None
-    climbed = climbed_by_judge(ctx, names) if world is None else set()
+    climbed = climbed_by_judge(ctx, names) if world is None and tools.reward_model is not None else set()
     results = {
-        "judge": "gold" if world else "reward_model",
+        "judge": "gold" if world else "reward_model" if tools.reward_model is not None else None,
         "leaked": sum(leaked),
         "leaked_by": "task" if world else "near copy",
         "prompts": len(prompts),
@@ -199,7 +215,7 @@ def run(ctx: StageRun) -> dict:
             )
             for name in names
         },
-        "reward_model": {key: ctx.manifests["rm"]["metrics"].get(key) for key in RM_FIGURES}
+        "reward_model": {key: figures_of_rm(ctx).get(key) for key in RM_FIGURES}
         | {"orders_as_gold": order_by_gold(done["sft"], clusters, known)},
         "overoptimisation": {name: overoptimisation.check(done[name], done["sft"], clusters) for name in names},
         "missing_eos_score": c.missing_eos_score,
@@ -222,6 +238,22 @@ def run(ctx: StageRun) -> dict:
     }
 
 
+def figures_of_rm(ctx: StageRun) -> dict:
+    """The figures of the reward model that judges; {} without one."""
+    return ctx.manifests["rm"]["metrics"] if "rm" in ctx.manifests else {}
+
+
+def left_out(ctx: StageRun) -> list[str]:
+    """Say which figures the experiment's data do not give."""
+    lines = []
+    if "rm" not in ctx.inputs:
+        way = "; name best_of_n in evaluate.policies, and rm trains one" if ranks(ctx.experiment) else ""
+        lines.append(f"no reward model judges: no scores{way}")
+    if ctx.experiment.data.documents is None:
+        lines.append("no documents (data.documents): no perplexity of pretraining text")
+    return lines
+
+
 @dataclass(frozen=True)
 class Tools:
     """What every policy is measured with."""
@@ -234,6 +266,7 @@ class Tools:
     reference: Any
     """The policy that KL is measured to: the one that PPO's penalty is to."""
     reward_model: Any
+    """What scores; None where no reward model is asked for."""
     held_out: Any
     """rm's held-out model, which nothing was trained to please; None where rm trained none."""
     packed: bool
@@ -260,21 +293,34 @@ def load_tools(ctx: StageRun) -> Tools:
         return load_policy(source, **options).to(accelerator.device)
 
     tokenizer = load_tokenizer(folder, trust_remote_code=ctx.trust_remote_code)
-    reward_model = load_reward_model(ctx.inputs["rm"] / "model", c.reward_ensemble, **options).to(accelerator.device)
-    held_out = None
-    if (ctx.inputs["rm"] / "held_out" / "model").is_dir():
-        held_out = load_scalar_model(ctx.inputs["rm"] / "held_out" / "model", **options).to(accelerator.device)
+    reward_model = other = None
+    if "rm" in ctx.inputs:
+        reward_model = load_reward_model(ctx.inputs["rm"] / "model", c.reward_ensemble, **options)
+        reward_model = reward_model.to(accelerator.device)
+        if (ctx.inputs["rm"] / "held_out" / "model").is_dir():
+            other = load_scalar_model(ctx.inputs["rm"] / "held_out" / "model", **options).to(accelerator.device)
     sft = load(folder)
     reference = sft if ctx.experiment.sft.ppo_init is None else load(ctx.inputs["sft"] / "ppo_init")
-    packed = packing(ctx, sft, reference, reward_model, *[held_out] * (held_out is not None))
-    return Tools(tokenizer, accelerator, load, sft, reference, reward_model, held_out, packed)
+    packed = packing(ctx, sft, reference, *(model for model in (reward_model, other) if model is not None))
+    return Tools(tokenizer, accelerator, load, sft, reference, reward_model, other, packed)
 
 
 def load_prompts(ctx: StageRun, tokenizer) -> tuple[list, list[list[int]]]:
-    """Return the evaluation prompts that leave room for a response, and their ids through the chat template."""
-    records, places = (part[: ctx.config.num_prompts] for part in read_placed(ctx, "evaluation_prompts"))
+    """Return the evaluation prompts that leave room for a response, and their ids through the chat template. Without
+    a file of them: the prompts of the demonstrations that sft held out, each once."""
+    kind = kind_asked(ctx.experiment)
+    records, places = read_placed(ctx, kind)
+    if kind == "demonstrations":
+        first = {prompt_key(records[i].prompt): i for i in reversed(held_back(ctx, records)[1])}
+        records, places = ([part[i] for i in sorted(first.values())] for part in (records, places))
+    records, places = (part[: ctx.config.num_prompts] for part in (records, places))
     kept, ids, report = fit_prompts(ctx, tokenizer, (r.prompt for r in records), places)
     ctx.tracker.say(f"evaluate: {report.line('evaluation prompts')}")
+    if kind == "demonstrations":
+        ctx.tracker.say(
+            "evaluate: data.evaluation_prompts gives none, so these are the demonstrations that sft held out; more "
+            "prompts of a file make intervals narrower"
+        )
     return [p if isinstance(p, str) else list(p) for p in (records[i].prompt for i in kept)], ids
 
 
@@ -293,6 +339,11 @@ def ask_all(ctx: StageRun, tools: Tools, prompts, ids: list[list[int]], form: st
     return [ask(tools.tokenizer, form, prompt, examples, room) for prompt in prompts]
 
 
+def held_back(ctx: StageRun, demonstrations) -> tuple[list[int], list[int]]:
+    """Return which demonstrations sft may train on, and which it does not: its own split, whatever it drops."""
+    return held_out([prompt_key(d.prompt) for d in demonstrations], ctx.experiment.data.validation_fraction)
+
+
 def find_leaked(ctx: StageRun, prompts, world: World | None) -> list[bool]:
     """Find the prompts whose task training set too (in the embedded world), or that are near copies of training
     prompts (elsewhere), and say how many there are.
@@ -306,10 +357,14 @@ def find_leaked(ctx: StageRun, prompts, world: World | None) -> list[bool]:
         (P,) flags.
     """
     trained = {kind: [record.prompt for record in read(ctx, kind)] for kind in trained_on(ctx.experiment)}
+    if kind_asked(ctx.experiment) == "demonstrations":
+        rows = read(ctx, "demonstrations")
+        trained["demonstrations"] = [rows[i].prompt for i in held_back(ctx, rows)[0]]
     if world is not None:
         everything = [prompt for some in trained.values() for prompt in some]
         own = [prompt for prompt in everything if world.knows(prompt)]
-        asked = world.asked(own, [document.text for document in read(ctx, "documents")])
+        documents = read(ctx, "documents") if ctx.experiment.data.documents is not None else []
+        asked = world.asked(own, [document.text for document in documents])
         copies = near_copies(prompts, [prompt for prompt in everything if not world.knows(prompt)])
         known = [world.task(p) in asked or copied for p, copied in zip(prompts, copies, strict=True)]
         ctx.tracker.say(
@@ -350,7 +405,9 @@ def climbed_by_judge(ctx: StageRun, names: Sequence[str]) -> set[str]:
 
 
 def held_out_text(ctx: StageRun, tokenizer) -> list[list[int]]:
-    """Return packed rows of the documents that base and PPO-ptx did not train on."""
+    """Return packed rows of the documents that base and PPO-ptx did not train on; none without documents."""
+    if ctx.experiment.data.documents is None:
+        return []
     _, held = split_documents(ctx)
     rows = wrap_documents(tokenizer, held, length=ctx.config.perplexity_length)
     return rows[: ctx.config.perplexity_rows]
@@ -381,8 +438,8 @@ def measure(
         poll: Called between tokens; raises to leave.
 
     Returns:
-        `responses`, `finished`, `scores`, `raw_scores`, `held_out_scores`, `kl` (None for best of n) and `lengths`, as
-        in `Measured`.
+        `responses`, `finished`, `scores`, `raw_scores`, `held_out_scores` (None without a reward model), `kl` (None for
+        best of n) and `lengths`, as in `Measured`.
     """
     c, pad_id = ctx.config, tools.tokenizer.pad_token_id
     best_of_n = policy.name == "best_of_n"
@@ -408,9 +465,10 @@ def measure(
             )
         answers = [answer_of(tools.tokenizer, asked[i], ids) for i, ids in zip(index, sampled, strict=True)]
         prompts, responses = [chat_ids[i] for i in index], [a.response for a in answers]
-        own = score(ctx, tools, tools.reward_model, prompts, responses, policy.packed)
-        finished = torch.tensor([a.finished for a in answers])
-        scores = final_scores(own, finished, c.missing_eos_score)
+        finished, own, scores = torch.tensor([a.finished for a in answers]), None, None
+        if tools.reward_model is not None:
+            own = score(ctx, tools, tools.reward_model, prompts, responses, policy.packed)
+            scores = final_scores(own, finished, c.missing_eos_score)
         kept = list(range(len(answers)))
         if best_of_n:
             best = scores.view(-1, n).argmax(-1).tolist()
@@ -424,8 +482,8 @@ def measure(
         rows = {
             "responses": [answers[i].text for i in kept],
             "finished": [answers[i].finished for i in kept],
-            "scores": [scores[i].item() for i in kept],
-            "raw_scores": [own[i].item() for i in kept],
+            "scores": None if scores is None else [scores[i].item() for i in kept],
+            "raw_scores": None if own is None else [own[i].item() for i in kept],
             "held_out_scores": other,
             "kl": kl,
             "lengths": [len(answers[i].sampled) for i in kept],
@@ -579,7 +637,7 @@ def write_responses(
                         "sample": k,
                         "response": response,
                         "finished": measured.finished[i][k],
-                        "score": measured.scores[i][k],
+                        "score": None if measured.scores is None else measured.scores[i][k],
                         "length": measured.lengths[i][k],
                     }
                     for key in ("raw_scores", "held_out_scores"):

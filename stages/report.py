@@ -21,6 +21,7 @@ from stages.report_plots import Journal
 from stages.report_terminal import show
 from stages.report_words import NAMES, complete, fixed, judge_of, moment, notes, summary, tiles
 from stages.settings import Section, setting
+from stages.wanted import judges, policies
 
 __all__ = ["show"]  # what the command line calls when the stage is up to date
 
@@ -40,8 +41,8 @@ class Config(Section):
 
 def needs(experiment) -> list[str]:
     made = {"world"} if "world" in experiment.data.model_dump().values() else set()
-    made |= {"base", "sft", "rankings", "rm", "evaluate"}
-    made |= {"ppo", "dpo"} & set(experiment.evaluate.policies)
+    made |= {"base", "sft", "evaluate"} | {"ppo", "dpo"} & set(policies(experiment))
+    made |= {"rankings", "rm"} if judges(experiment) else {"rankings"} if "dpo" in made else set()
     return [stage for stage in STAGES if stage in made]
 
 
@@ -58,15 +59,15 @@ def run(ctx: StageRun) -> dict:
         stage: Journal(*(read_rows(inner / f"{kind}.jsonl") for kind in JOURNALS))
         for stage, inner in ctx.inputs.items()
     }
-    best_of, policies = ctx.experiment.evaluate.best_of, results["policies"]
+    best_of, found = ctx.experiment.evaluate.best_of, results["policies"]
     names = NAMES | {"best_of_n": f"best of {best_of}"}
     rm = manifests.get("rm", {}).get("metrics", {})
     sections = {
         "gains": plots.win_rates(results, names)
         + plots.gold_parts(results, names)
         + plots.frontier(results, journals.get("ppo"), best_of, names),
-        "gold": trust.gold_figures(responses, list(policies), names),
-        "length": trust.length_figures(responses, list(policies), names),
+        "gold": trust.gold_figures(responses, list(found), names),
+        "length": trust.length_figures(responses, list(found), names),
         "calibration": trust.calibration(rm),
         "learning": plots.learning(journals, results["reward_model"]),
         "ppo": plots.ppo(journals["ppo"]) if "ppo" in journals else [],
@@ -101,22 +102,22 @@ def run(ctx: StageRun) -> dict:
         glossary=glossary(things_on_the_page(results, manifests)),
     )
     (ctx.publish / "index.html").write_text(page, encoding="utf-8")
-    return {"policies": len(policies), "plots": sum(map(len, sections.values()))}
+    return {"policies": len(found), "plots": sum(map(len, sections.values()))}
 
 
 def things_on_the_page(results: dict, manifests: dict[str, dict]) -> set[str]:
     """Return what the page tells of, as `glossary` asks for it."""
-    policies, checks = results["policies"], [found for found in results["overoptimisation"].values() if found]
+    shown, checks = results["policies"], [found for found in results["overoptimisation"].values() if found]
     seen = {
         "gold": results["judge"] == "gold",
         "rm": "rm" in manifests or results["reward_model"]["accuracy"] is not None,
         "held_out": any(found["held_out"] for found in checks),
-        "win_rate": any(p["win_rate_vs_sft"] for p in policies.values()),
-        "perplexity": any(p["pretrain_perplexity"] is not None for p in policies.values()),
+        "win_rate": any(p["win_rate_vs_sft"] for p in shown.values()),
+        "perplexity": any(p["pretrain_perplexity"] is not None for p in shown.values()),
         "over": bool(checks) or results["judge"] == "gold",
         "adapter": any(experiment_of.section(m, "model").get("peft") for m in manifests.values()),
     }
-    return set(policies) | {thing for thing, is_there in seen.items() if is_there}
+    return set(shown) | {thing for thing, is_there in seen.items() if is_there}
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -24,6 +24,7 @@ from pipeline.stage import StageRun
 from stages import parallel
 from stages.cards import SCORE, card
 from stages.common import (
+    adapter_base,
     adapter_settings,
     check_context,
     cut_by_tokens,
@@ -34,6 +35,7 @@ from stages.common import (
     load_groups,
     packing,
     place,
+    publish_dtype,
     read,
     read_world,
     unreadable,
@@ -54,6 +56,7 @@ from stages.statistics import (
     reliability,
     rights,
 )
+from stages.wanted import simulates
 
 NAME = "rm"
 METRICS = {
@@ -98,7 +101,7 @@ class Config(PreferenceTraining):
 
 
 def needs(experiment) -> list[str]:
-    world = ["world"] if experiment.data.rankings is None else []  # it knows the tasks of what its labelers ranked
+    world = ["world"] if simulates(experiment) else []  # it knows the tasks of what its labelers ranked
     return [*world, "sft", "rankings"]
 
 
@@ -145,7 +148,8 @@ def run(ctx: StageRun) -> dict:
         )
     done = list(found.state.get("members", [])) if found else []  # figures of the models that are trained
     kept = {f"member_{k}": found.tensors(f"member_{k}") for k in range(len(done))} if found else {}
-    margins = []
+    margins, told = [], []
+    clusters = tasks_of_prompts(ctx, validation)
     for k, name in enumerate(names):
         # 1 the policy's trunk, a fresh scalar head
         model, trainee = make_member(ctx, source, accelerator, k, steps)
@@ -163,6 +167,7 @@ def run(ctx: StageRun) -> dict:
         # 3 how far it can be trusted
         found_margins, owners, _ = look_at_held(ctx, tools, held)
         margins.append(found_margins)
+        told.append(trust(found_margins, owners, held, validation, clusters))
         # 4 the bias: demonstrations score 0 on average
         plain(model).config.reward_bias = demonstration_mean(ctx, model, tokenizer, accelerator)
         if fresh:
@@ -170,11 +175,15 @@ def run(ctx: StageRun) -> dict:
         if fresh and k == 0:
             write_samples(ctx, model, tokenizer, held[:4], shown, done[0]["steps"], accelerator)
         model = publishable(model, partial(make_model, ctx, source, k))
-        save_merged(model, tokenizer, ctx.publish / name, card=card(ctx, "a reward model", SCORE))
+        folder = ctx.publish / name
+        base = adapter_base(ctx, folder, source)
+        text = card(ctx, "a reward model", SCORE, figures=done[k] | told[k], source=source, adapter=base)
+        options = {"base": base or ("", None), "dtype": publish_dtype(ctx, source)}
+        save_merged(model, tokenizer, folder, card=text, **options)
         if fresh and k + 1 < len(names) and ctx.checkpoints.every:
             held_whole = {name: full(tensors) for name, tensors in kept.items()}
             ctx.checkpoints.save((k + 1) * steps, held_whole, {"members": done, "steps": steps}, len(names) * steps)
-    figures = done[0] | trust(margins[0], owners, held, validation, tasks_of_prompts(ctx, validation))
+    figures = done[0] | told[0]
     if c.ensemble > 1:
         mean = [sum(part) / c.ensemble for part in zip(*margins[: c.ensemble], strict=True)]
         figures["ensemble_accuracy"] = float(rights(mean).mean())  # of their mean

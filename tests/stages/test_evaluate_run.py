@@ -711,3 +711,30 @@ class TestOfTheWorld:
 
     def test_base_from_scratch_is_asked_in_plain_text_without_being_told(self, of_world):
         assert of_world.figures("base")["asked"] == "plain" and of_world.figures("dpo")["asked"] == "chat"
+
+
+def test_without_reward_model_and_documents_what_can_be_measured_is(chain, tmp_path):
+    """Demonstrations and rankings alone: the prompts that sft held out, and no number that nothing gives."""
+    settings = [f"evaluate.{key}={value}" for key, value in SMALL.items()] + ["evaluate.max_length=96"]
+    given = ["data.documents=null", "data.prompts=null", "data.evaluation_prompts=null"]
+    finished = chain.run("evaluate", tmp_path / "less", *settings, *given)
+    results = json.loads((finished.folder / "results.json").read_text())
+    assert list(results["policies"]) == ["base", "sft", "dpo"] and results["judge"] is None
+    demonstrations = [row["prompt"] for row in chain.rows("demonstrations.jsonl")]
+    held = [demonstrations[i] for i in evaluate.held_out(list(map(evaluate.prompt_key, demonstrations)), 0.3)[1]]
+    rows = finished.rows("responses.jsonl")
+    assert 0 < len(held) < len(demonstrations) and [r["prompt"] for r in rows if r["policy"] == "dpo"] == held
+    assert {row["score"] for row in rows} == {None} and results["reward_model"]["accuracy"] is None
+    for policy in results["policies"].values():
+        missing = ("score", "pretrain_perplexity", "win_rate_vs_sft", "difference_to_sft", "gold")
+        assert {policy[key] for key in missing} == {None} and not policy["judge_climbed"]
+        assert policy["length"] > 0 and policy["eos_rate"] is not None
+    assert results["policies"]["dpo"]["kl_to_sft"] != 0.0 and finished.figures["score"] is None
+    assert "no scores; name best_of_n in evaluate.policies" in finished.said and "no perplexity" in finished.said
+
+    asked = tmp_path / "asked.jsonl"
+    write_rows(asked, [{"prompt": prompt} for prompt in held])
+    whole = chain.run("evaluate", tmp_path / "whole", *settings, f"data.evaluation_prompts={asked}")
+    judged = json.loads((whole.folder / "results.json").read_text())["policies"]
+    for name, policy in results["policies"].items():  # a judge more changes nothing else
+        assert policy["kl_to_sft"] == judged[name]["kl_to_sft"] and judged[name]["score"] is not None

@@ -134,11 +134,16 @@ def test_the_reward_model_is_told_in_parts(tmp_path):
 
 def test_needs_follow_the_policies_and_the_data():
     def experiment(policies, **data):
+        data = {"rankings": None, "prompts": None} | data
         return SimpleNamespace(
-            evaluate=SimpleNamespace(policies=policies), data=SimpleNamespace(model_dump=lambda: data)
+            evaluate=SimpleNamespace(policies=policies, model_fields_set={"policies"}),
+            ppo=SimpleNamespace(reward_model=None),
+            data=SimpleNamespace(**data, model_dump=lambda: data),
         )
 
-    assert report.needs(experiment(["sft", "dpo"], prompts="mine.jsonl")) == [
+    without_judge = ["base", "sft", "rankings", "dpo", "evaluate"]
+    assert report.needs(experiment(["sft", "dpo"], rankings="ours.jsonl")) == without_judge
+    assert report.needs(experiment(["sft", "dpo"], prompts="mine.jsonl", rankings="ours.jsonl")) == [
         "base",
         "sft",
         "rankings",
