@@ -85,7 +85,7 @@ def by_length(results: dict, name: str, who: str) -> list[tuple[bool, str]]:
 def by_ends(results: dict, name: str, who: str) -> list[tuple[bool, str]]:
     """Warn where the reward model likes answers that never end at least as much as others."""
     gap = (results["overoptimisation"][name]["cut"] or {}).get("difference")
-    if gap is None or gap["ci95"] is None or gap["ci95"][1] < 0:
+    if gap is None or gap["ci95"] is None or gap["value"] < 0:
         return []
     score = results["missing_eos_score"]
     but = "nothing keeps a policy from never ending" if score is None else (
