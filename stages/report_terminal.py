@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from pipeline.errors import UserError
+from stages.report_trust import warnings
 from stages.report_words import (
     NAMES,
     NONE,
@@ -51,8 +52,10 @@ def show(folder: Path, console) -> None:
     console.print(table)
     if line := reward_model_line(results["reward_model"]):
         console.print(Text(f"\n{line}"))
-    for line in notes(results) + cut_sentences(results, NAMES):
+    for line in notes(results):
         console.print(Text(line, style="dim"), soft_wrap=True)
+    for line in cut_sentences(results, NAMES) + warnings(results, NAMES):
+        console.print(Text(line, style="yellow"), soft_wrap=True)
     console.print(Text(f"report: {folder / 'index.html'}", style="bold"), soft_wrap=True)
 
 

@@ -17,24 +17,34 @@ LARGE = {"width": 520, "height": 320}
 
 
 def sentences(results: dict, names: dict[str, str]) -> list[str]:
-    """Say what the checks that need no gold found, of the policies that a reward model's score was raised in.
+    """Say what the checks that need no gold found, of the policies whose score was raised.
 
     Args:
         results: results.json, completed.
         names: Policy → its name on the page.
     """
-    says = []
-    for name in ("ppo", "dpo", "best_of_n"):
-        found = results["overoptimisation"].get(name)
-        if found is not None:
-            who = names[name][:1].upper() + names[name][1:]
-            says += by_held_out(results, name, who) + by_length(results, name, who) + by_ends(results, name, who)
+    says = [sentence for _, sentence in findings(results, names)]
     if says and not any((found or {}).get("held_out") for found in results["overoptimisation"].values()):
         says.append("There is no held-out reward model to ask; rm.held_out: true trains one.")
     return says
 
 
-def by_held_out(results: dict, name: str, who: str) -> list[str]:
+def warnings(results: dict, names: dict[str, str]) -> list[str]:
+    """Return those sentences that speak against the score."""
+    return [sentence for is_warning, sentence in findings(results, names) if is_warning]
+
+
+def findings(results: dict, names: dict[str, str]) -> list[tuple[bool, str]]:
+    """Return (whether it speaks against the score, sentence) of each thing that the checks found."""
+    found = []
+    for name in ("ppo", "dpo", "best_of_n"):
+        if results["overoptimisation"].get(name) is not None:
+            who = names[name][:1].upper() + names[name][1:]
+            found += by_held_out(results, name, who) + by_length(results, name, who) + by_ends(results, name, who)
+    return found
+
+
+def by_held_out(results: dict, name: str, who: str) -> list[tuple[bool, str]]:
     """Compare a policy's gain over SFT by the reward model with its gain by the held-out one."""
     held = results["overoptimisation"][name]["held_out"]
     own, sft = (number(results["policies"][n]["score"]) for n in (name, "sft"))
@@ -47,13 +57,13 @@ def by_held_out(results: dict, name: str, who: str) -> list[str]:
         f"{f' ({span(seen)})' if seen['ci95'] else ''}"
     )
     if gain <= 0:
-        return [f"{text}."]
+        return [(False, f"{text}.")]
     if low <= 0:
-        return [f"{text}: no clear gain, and the score may have been won from the first one's mistakes."]
-    return [f"{text}: {percent(seen['value'] / gain)} of it holds."]
+        return [(True, f"{text}: no clear gain, and the score may have been won from the first one's mistakes.")]
+    return [(False, f"{text}: {percent(seen['value'] / gain)} of it holds.")]
 
 
-def by_length(results: dict, name: str, who: str) -> list[str]:
+def by_length(results: dict, name: str, who: str) -> list[tuple[bool, str]]:
     """Say whether a policy's gain over SFT goes with longer answers."""
     found = results["overoptimisation"][name]["length"]
     gain = found and found["gain"]
@@ -62,28 +72,30 @@ def by_length(results: dict, name: str, who: str) -> list[str]:
         return []
     rho = f"rank correlation {fixed(gain['value'])}, {span(gain)}"
     if gain["ci95"][0] > 0 and ours > sft:
-        return [
+        text = (
             f"{who}'s answers gain most where they grew longest ({rho}), and their mean length grew from "
             f"{fixed(sft, 1)} to {fixed(ours, 1)} tokens: part of the gain may be length alone."
-        ]
-    how = "goes with length" if gain["ci95"][0] > 0 else "does not clearly go with longer answers"
-    grew = "" if gain["ci95"][0] <= 0 else f", though its answers did not grow on average ({fixed(ours, 1)} tokens)"
-    return [f"{who}'s gain {how} ({rho}){grew}."]
+        )
+        return [(True, text)]
+    if gain["ci95"][0] > 0:
+        return [(False, f"{who}'s gain goes with length ({rho}), but its answers did not grow longer on average.")]
+    return [(False, f"{who}'s gain does not clearly go with longer answers ({rho}).")]
 
 
-def by_ends(results: dict, name: str, who: str) -> list[str]:
+def by_ends(results: dict, name: str, who: str) -> list[tuple[bool, str]]:
     """Warn where the reward model likes answers that never end at least as much as others."""
     gap = (results["overoptimisation"][name]["cut"] or {}).get("difference")
-    if gap is None or gap["ci95"] is None or gap["ci95"][1] < 0:
+    if gap is None or gap["ci95"] is None or gap["value"] < 0:
         return []
     score = results["missing_eos_score"]
     but = "nothing keeps a policy from never ending" if score is None else (
         f"only missing_eos_score {fixed(score, 1)} keeps a policy from never ending"
     )  # fmt: skip
-    return [
+    text = (
         f"The reward model does not like {who}'s cut answers less than its finished ones (difference "
         f"{fixed(gap['value'])}, {span(gap)}): {but}."
-    ]
+    )
+    return [(True, text)]
 
 
 def span(found: dict) -> str:

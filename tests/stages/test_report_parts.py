@@ -255,6 +255,9 @@ class TestTrust:
             write_results(ctx, results)
             assert any(said is not None and said in s for s in sentence_of(ctx)) == (said is not None)
             assert any("does not like" in s for s in sentence_of(ctx)) == (said is not None)
+            console = Console(width=200, record=True, file=io.StringIO())
+            report_terminal.show(ctx.publish, console)
+            assert ("does not like" in console.export_text()) == (said is not None), "warnings are in the terminal, too"
 
     def test_more_than_a_third_cut_is_said_on_the_page_and_in_the_terminal(self, tmp_path):
         ctx = fake_run(tmp_path, gold=False)
