@@ -59,8 +59,8 @@ def check(
     """Look through a file as `kind`, or as what its keys say. Lengths: tokens, or words without a tokenizer.
 
     max_length (tokens), on_too_long: of the section that reads this kind; for prompts without the response.
-    against: (kind or other name, file) of data that may not share prompts with this file. response_length: of ppo, which
-    demonstrations' answers are compared with.
+    against: (kind or other name, file) of data that may not share prompts with this file.
+    response_length: of ppo, which demonstrations' answers are compared with.
     """
     report = Report(Path(path), kind or guess_kind(path))
     if report.kind is None:

@@ -266,9 +266,9 @@ def test_an_adapter_finds_its_base_from_its_own_folder_also_when_all_is_moved(
     model.config.reward_bias = 0.0
     model = with_adapter(model, method="lora", r=4, lora_alpha=8, scalar=kind == "reward")
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.requires_grad:
-                p.add_(0.1 * torch.ones_like(p))
+                p.add_(0.1)
     name, revision = base_of(base, folder)
     assert (name, revision) == ("../../../base/model", None)
     save_merged(model, tokenizer, folder, card="", base=(name, revision))
