@@ -59,7 +59,7 @@ from stages.wanted import judges, policies, ranks, simulates
 
 NAME = "evaluate"
 METRICS: dict[str, str] = {}
-HEADLINE = ("policy", "score", "win_rate_vs_sft", "gold", "judged")
+HEADLINE = ("policy", "score", "win_rate_vs_sft", "gold", "eos_rate", "judged")
 SHARED = True
 FIXED = tuple(
     f"evaluate.{key}"
@@ -233,6 +233,7 @@ def run(ctx: StageRun) -> dict:
         "score": last["score"],
         "win_rate_vs_sft": last["win_rate_vs_sft"] and last["win_rate_vs_sft"]["value"],
         "gold": last["gold"] and last["gold"]["overall"],
+        "eos_rate": last["eos_rate"],
         "prompts": len(prompts),
         "leaked": sum(leaked),
     }

@@ -166,10 +166,12 @@ def data_table(manifests: dict[str, dict], results: dict) -> Table | None:
     for kind in (kind for kind in KINDS if kind in found):
         source = found[kind]
         count = made.get(kind) if source["path"] == "world" else source.get("rows")
-        of = f"{count:,}" if count is not None else f"{used[kind]:,} used" if used.get(kind) is not None else NONE
+        read = rows_read(count, source)
+        of = f"{read:,}" if read is not None else f"{used[kind]:,} used" if used.get(kind) is not None else NONE
+        part = f"of {count:,} in the file" if read != count else ""
         name = f"{kind}.jsonl" if source["path"] == "world" else file_name(source)
         file = Cell(name, "of the embedded world" if source["path"] == "world" else part_of(source))
-        rows.append((Cell(kind.replace("_", " ")), file, Cell(of), Cell(", ".join(readers[kind])),
+        rows.append((Cell(kind.replace("_", " ")), file, Cell(of, part), Cell(", ".join(readers[kind])),
                      Cell((source["digest"] or NONE)[:12], code=True)))  # fmt: skip
     if "rankings" in manifests and "rankings" not in found:
         labelers = Cell("train.jsonl, validation.jsonl", "SFT's samples, ranked by simulated labelers")
@@ -185,6 +187,14 @@ def data_table(manifests: dict[str, dict], results: dict) -> Table | None:
 def sha256_of(manifests: dict[str, dict], stage: str, file: str) -> str | None:
     """Return the digest of a file that a stage published, if it did."""
     return manifests.get(stage, {}).get("outputs", {}).get(file, {}).get("sha256")
+
+
+def rows_read(count: int | None, source: dict) -> int | None:
+    """Return how many rows of a file were read, of `count` that it has: those after `skip`, at most `limit`."""
+    if count is None:
+        return None
+    rest = max(0, count - (source.get("skip") or 0))
+    return rest if source.get("limit") is None else min(rest, source["limit"])
 
 
 def used_rows(manifests: dict[str, dict], results: dict) -> dict[str, int | None]:

@@ -30,14 +30,7 @@ def show(folder: Path, console) -> None:
         raise UserError(f"{file}: is missing; `rlhf run evaluate -c CONFIG` makes it")
     results = complete(json.loads(file.read_text(encoding="utf-8")))
     policies = results["policies"]
-    table = Table(
-        title=f"{folder.parent.name}: policies on evaluation prompts",
-        title_justify="left",
-        title_style="bold",
-        header_style="bold",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
+    table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))
     rows = {name: figures_of(name, p) for name, p in policies.items()}
     columns = [c for c in next(iter(rows.values())) if any(row[c] != NONE for row in rows.values())]
     table.add_column("policy", no_wrap=True)
@@ -48,7 +41,8 @@ def show(folder: Path, console) -> None:
     for name, row in rows.items():
         cells = [NAMES.get(name, name) + marks(policies[name]), *(row[column] for column in columns)]
         table.add_row(*cells, style="green" if name == best else "")
-    console.print()
+    title = f"\n{folder.parent.name}: policies on evaluation prompts"  # a title of the table's would wrap with it
+    console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(table)
     if line := reward_model_line(results["reward_model"]):
         console.print(Text(f"\n{line}"))

@@ -24,7 +24,9 @@ def sentences(results: dict, names: dict[str, str]) -> list[str]:
         names: Policy → its name on the page.
     """
     says = [sentence for _, sentence in findings(results, names)]
-    if says and not any((found or {}).get("held_out") for found in results["overoptimisation"].values()):
+    if any((found or {}).get("held_out") for found in results["overoptimisation"].values()):
+        says.append("The held-out model learned from the same rankings: what these teach wrongly, both have learned.")
+    elif says:
         says.append("There is no held-out reward model to ask; rm.held_out: true trains one.")
     return says
 
@@ -60,7 +62,8 @@ def by_held_out(results: dict, name: str, who: str) -> list[tuple[bool, str]]:
         return [(False, f"{text}.")]
     if low <= 0:
         return [(True, f"{text}: no clear gain, and the score may have been won from the first one's mistakes.")]
-    return [(False, f"{text}: {percent(seen['value'] / gain)} of it holds.")]
+    holds = "all" if seen["value"] >= gain else percent(seen["value"] / gain)
+    return [(False, f"{text}: {holds} of it holds.")]
 
 
 def by_length(results: dict, name: str, who: str) -> list[tuple[bool, str]]:

@@ -108,6 +108,15 @@ class TestExperiment:
         assert (row[1].text, row[1].small) == ("org/set", "split test, commit abcdef0, at most 500 rows")
         assert row[2].text == "95 used"  # rows on the Hub are not counted before they are read: sft's own figure
 
+    def test_of_a_part_of_a_file_both_counts_are_told(self, tmp_path):
+        ctx = fake_run(tmp_path, world=False, gold=False)
+        for skip, limit, rows in ((1000, 500, 234), (0, 500, 500), (2000, None, 0)):
+            source = {"path": "/d/some.jsonl", "rows": 1234, "skip": skip, "limit": limit}
+            ctx.manifests["sft"]["config"]["data"] = {"demonstrations": source}
+            table = report_experiment.data_table(ctx.manifests, results_of(ctx))
+            row = next(row for row in table.rows if row[0].text == "demonstrations")
+            assert (row[2].text, row[2].small) == (str(rows), "of 1,234 in the file")
+
     def test_every_setting_that_differs_is_listed_and_no_other(self, tmp_path):
         ctx = fake_run(tmp_path)
         table = report_experiment.settings_table(ctx.manifests, report_experiment.defaults_of(type(ctx.experiment)))
