@@ -146,7 +146,12 @@ def check(experiment) -> list[str]:
             what = "scores would not be the ones that PPO raised; set both alike"
             wrong.append(f"evaluate.{key}: is {own}, and ppo.{key} {raised}: {what}")
     wrong += no_room(experiment, "evaluate")
-    return wrong + over_context(experiment, "evaluate", "perplexity_length")
+    return wrong + over_context(experiment, "evaluate", *lengths_of_text(experiment))
+
+
+def lengths_of_text(experiment) -> list[str]:
+    """The settings that say how long rows of pretraining text are; none where there is no text."""
+    return ["perplexity_length"] * (experiment.data.documents is not None)
 
 
 def lacks(experiment) -> list[str]:
@@ -286,7 +291,7 @@ class Policy:
 def load_tools(ctx: StageRun) -> Tools:
     """Load SFT, the reference and the reward model, each where it computes."""
     c, m, folder = ctx.config, ctx.experiment.model, ctx.inputs["sft"] / "model"
-    check_context(ctx, folder, "perplexity_length")
+    check_context(ctx, folder, *lengths_of_text(ctx.experiment))
     accelerator = make_accelerator(device_of(ctx.experiment), dtype_of(ctx.experiment))
     options = {"attn_implementation": m.attn_implementation, "trust_remote_code": ctx.trust_remote_code}
 

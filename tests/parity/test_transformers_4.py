@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.encode import encode_prompt, train_tokenizer
+from data.encode import train_tokenizer
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, save_model
 
 pytestmark = pytest.mark.slow
@@ -140,7 +140,7 @@ def test_transformers_4_reads_what_is_published_as_it_was_meant(python4, tmp_pat
         [python4, "-c", SCRIPT], input=json.dumps(asked), capture_output=True, text=True, env=environment, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found, row = json.loads(done.stdout), torch.tensor([ids])
+    found, row, message = json.loads(done.stdout), torch.tensor([ids]), [{"role": "user", "content": TEXT}]
     for name, folder in folders.items():
         tokens = load_tokenizer(folder)
         with torch.no_grad():
@@ -149,5 +149,7 @@ def test_transformers_4_reads_what_is_published_as_it_was_meant(python4, tmp_pat
             else:
                 expected = load_policy(folder)(input_ids=row, labels=row).loss.item()
         assert found[name]["value"] == pytest.approx(expected, abs=1e-5), name
-        assert found[name]["ids"] == tokens(TEXT)["input_ids"] and found[name]["chat"] == encode_prompt(tokens, TEXT)
+        assert found[name]["ids"] == tokens(TEXT)["input_ids"], name
+        chat = tokens.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+        assert found[name]["chat"] == chat, name
         assert found[name]["ends"] == tokens.eos_token_id and found[name]["sampling"] in (0, None)

@@ -147,3 +147,34 @@ def test_status_says_what_a_stage_would_need(tmp_path):
     states = assess(experiment, ArtifactStore(tmp_path / "artifacts", "a"), STAGES)
     assert states["ppo"].sentence() == "missing because data.prompts: none is given; data.documents: none is given"
     assert states["sft"].sentence() == "missing"
+
+
+def test_a_report_of_demonstrations_and_rankings_alone(chain, tmp_path, monkeypatch, capsys):
+    """From the command line: SFT and DPO are trained and compared, and nothing else is."""
+    settings = {
+        "sft": "max_steps: 1, max_length: 64, sample_tokens: 0, per_device_train_batch_size: 2",
+        "dpo": "max_steps: 1, max_length: 64, sample_tokens: 0, per_device_train_batch_size: 2",
+        "evaluate": "response_length: 6, max_length: 90, batch_size: 4",
+        "rankings": "validation_fraction: 0.3",
+        "launch": "device: cpu, threads: 1",
+    }
+    config = [
+        "name: part",
+        f"model: {{name_or_path: {chain.root}/base/model}}",
+        f"data: {{demonstrations: {chain.root}/demonstrations.jsonl, rankings: {chain.root}/rankings.jsonl,",
+        "  validation_fraction: 0.3}",
+        *(f"{section}: {{{text}}}" for section, text in settings.items()),
+    ]
+    (tmp_path / "part.yaml").write_text("\n".join(config) + "\n")
+    command = ["-c", str(tmp_path / "part.yaml"), "--artifacts", str(tmp_path / "artifacts")]
+    assert cli.main(["run", "report", *command]) == 0
+    made = {path.name for path in (tmp_path / "artifacts" / "part").iterdir()}
+    assert made == {"base", "sft", "rankings", "dpo", "evaluate", "report"}
+    page = (tmp_path / "artifacts" / "part" / "report" / "index.html").read_text(encoding="utf-8")
+    assert "DPO" in page and "PPO" not in page.partition("<main>")[2].partition("Lineage")[0]
+    said = capsys.readouterr()
+    assert "no reward model judged" in said.out and "None" not in page
+    assert cli.main(["run", "ppo", *command]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[1].strip() for line in errors] == ["data.prompts", "data.documents"]
+    assert "set ppo.ptx_coef: 0" in errors[1]
