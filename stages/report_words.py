@@ -106,7 +106,7 @@ def notes(results: dict) -> list[str]:
     elif results["judge"] == "reward_model":
         lines.append("judged by the reward model")
     else:
-        lines.append("judged by nobody: there is no reward model")
+        lines.append("no reward model judged the answers")
     asked = {p["asked"] for p in policies.values()} - {"chat"}
     lines += [f"* {ASKED[form]}, not through the chat template" for form in sorted(asked)]
     if any(p["judge_climbed"] for p in policies.values()):
@@ -152,8 +152,8 @@ def summary(results: dict, names: dict[str, str]) -> list[str]:
         says = [f"On {results['prompts'] or 'the evaluation'} prompts, {what} is {listed(each)}."]
     else:
         says = [
-            f"{results['prompts'] or 'The evaluation'} prompts were answered and nobody judged the answers: there is "
-            f"no reward model. Read the samples below."
+            f"{results['prompts'] or 'The evaluation'} prompts were put to each policy; no reward model judged the "
+            f"answers: read the samples below."
         ]
     says += held_out_sentences(results, names)
     says += [sentence for name in ("base", "ppo", "dpo") if (sentence := against_sft(results, names, name))]
