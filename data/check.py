@@ -14,7 +14,7 @@ from graphlib import CycleError, TopologicalSorter
 from itertools import islice
 from pathlib import Path
 
-from data import records
+from data import records, room
 from data.encode import encode_prompt, encode_response
 from data.near_copies import nearest_copies
 from data.records import DataError, Document, Prompt, Ranking, Reading, judged_pairs, prompt_key
@@ -54,11 +54,13 @@ def check(
     max_length: int | None = None,
     on_too_long: str | None = "error",
     against: list[tuple[str, str | Path]] | None = None,
+    response_length: int | None = None,
 ) -> Report:
     """Look through a file as `kind`, or as what its keys say. Lengths: tokens, or words without a tokenizer.
 
     max_length (tokens), on_too_long: of the section that reads this kind; for prompts without the response.
     against: (kind or other name, file) of data that may not share prompts with this file.
+    response_length: of ppo, which demonstrations' answers are compared with.
     """
     report = Report(Path(path), kind or guess_kind(path))
     if report.kind is None:
@@ -71,6 +73,8 @@ def check(
     say_rows(report, loaded)
     if loaded.records:
         say_lengths(report, loaded, tokenizer, max_length, on_too_long)
+        if report.kind == "demonstrations" and tokenizer is not None and response_length is not None:
+            say_room(report, loaded, tokenizer, response_length)
         say_duplicates(report, loaded)
         if report.kind == "rankings":
             say_pairs(report, loaded.records)
@@ -157,6 +161,13 @@ def say_lengths(report: Report, loaded: Loaded, tokenizer, limit: int | None, on
         report.errors.append(f"{report.path}: no row is left within {limit} tokens; raise max_length")
     first = f" · the first at {loaded.wheres[over[0]]}" if over else ""
     report.facts.append(("too long", f"{text} · limit {limit} tokens, on_too_long: {on_too_long}{first}"))
+
+
+def say_room(report: Report, loaded: Loaded, tokenizer, response_length: int) -> None:
+    """Say how many of the answers PPO would have no room for."""
+    marks = room.quantiles([len(encode_response(tokenizer, record.completion)) for record in loaded.records])
+    text = room.warning(marks, response_length) or f"answers have {room.describe(marks, response_length)}"
+    report.facts.append(("room in ppo", text))
 
 
 def row_lengths(record, tokenizer) -> dict[str, list[int]]:
@@ -316,7 +327,10 @@ def limits_of(experiment, kind: str | None) -> dict:
     length = getattr(section, "max_length", None)
     if length is not None and RECORD[kind] is RECORD["prompts"]:
         length -= getattr(section, "response_length", 0)
-    return {"max_length": length, "on_too_long": getattr(section, "on_too_long", None)}
+    found = {"max_length": length, "on_too_long": getattr(section, "on_too_long", None)}
+    if kind == "demonstrations" and getattr(experiment.data, "prompts", None) is not None:  # else there is no PPO
+        found["response_length"] = getattr(getattr(experiment, "ppo", None), "response_length", None)
+    return found
 
 
 def tokenizer_of(experiment, home: Path) -> tuple[object | None, str]:

@@ -227,6 +227,7 @@ class ArtifactStore:
     def install(self, stage: str, content: Path) -> None:
         """Makes a folder of the stage's, complete with its manifest, the stage's artifact. Under the lock."""
         folder = self.folder(stage)
+        files.give_usual_modes(content)
         files.fsync_tree(content)
         files.remove(folder / ".publish")
         os.rename(content, folder / ".publish")  # from here on the new artifact wins, whatever happens

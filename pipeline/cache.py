@@ -37,6 +37,7 @@ class Cache:
         staged = self.folder / f".tmp-{name}.safetensors"
         with files.naming(staged):
             save_file(tensors, staged, {"made_of": made_of, "content": _content(tensors)})
+        os.chmod(staged, files.usual_mode(self.folder))
         files.fsync_file(staged)
         os.replace(staged, self._path(name))
         files.fsync_folder(self.folder)

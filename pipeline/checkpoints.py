@@ -125,6 +125,7 @@ class CheckpointStore:
         contents = files.describe_files(staged, files.list_files(staged))
         manifest = {"step": step, "total": total, "run_id": self.run_id, "fingerprint": self.fingerprint}
         manifest |= {"files": contents, "versions": _versions()}
+        files.give_usual_modes(staged)
         files.fsync_tree(staged)
         files.write_json(staged / "manifest.json", files.seal(manifest))
         if final.exists():  # a damaged or foreign one under the same number makes way

@@ -9,6 +9,7 @@ import argparse
 import errno
 import importlib
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -435,7 +436,8 @@ def flags_of(arguments: argparse.Namespace) -> Any:
     from pipeline.running import Flags
 
     names = ("only", "force", "restart", "override_config", "allow_elastic", "trust_remote_code")
-    return Flags(**{name: getattr(arguments, name) for name in names})
+    command = shlex.join(["rlhf", *arguments.words])
+    return Flags(**{name: getattr(arguments, name) for name in names}, command=command)
 
 
 def help_command(arguments: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -70,6 +71,25 @@ def fsync_tree(folder: Path) -> None:
         for name in names:
             fsync_file(Path(parent, name))
         fsync_folder(Path(parent))
+
+
+def usual_mode(folder: Path) -> int:
+    """The mode that files which are opened in a folder have: by the umask, or by the folder's default ACL."""
+    probe = folder / ".tmp-mode"
+    with open(probe, "wb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    probe.unlink()
+    return mode
+
+
+def give_usual_modes(folder: Path) -> None:
+    """Give every file below `folder` the usual mode: safetensors writes files that only their owner can read."""
+    usual = usual_mode(folder)
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(parent, name)
+            if stat.S_IMODE(os.lstat(path).st_mode) != usual:
+                os.chmod(path, usual)
 
 
 def write_json(path: Path, value: Any) -> None:

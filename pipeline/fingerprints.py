@@ -142,10 +142,20 @@ def sources(module: Any, experiment: Any) -> dict[str, Source]:
     it)."""
     found = {}
     for kind in module.reads(experiment):
-        value = getattr(experiment.data, kind)
-        assert value is not None, f"{module.NAME} reads data.{kind}, which is null"
-        found[kind] = source_of(value)
+        if (value := getattr(experiment.data, kind)) is not None:  # `lacking` says it where the stage is asked for
+            found[kind] = source_of(value)
     return found
+
+
+def lacking(module: Any, experiment: Any) -> list[str]:
+    """Return a line for each kind of data that a stage reads and that the config gives none of."""
+    ways = getattr(module, "WITHOUT", {})
+    return [
+        f"data.{kind}: none is given, and {module.NAME} reads it; give a file or a Hub id"
+        + (f", or {ways[kind]}" if kind in ways else "")
+        for kind in module.reads(experiment)
+        if getattr(experiment.data, kind) is None
+    ]
 
 
 def source_of(value: str | DataSource) -> Source:

@@ -2,6 +2,9 @@
 
 import logging
 import os
+import platform
+import re
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
@@ -85,3 +88,44 @@ def facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": device,
     }
+
+
+def hardware() -> dict[str, Any]:
+    """Describe the machine for people who read a manifest; nothing is made stale by it.
+
+    Returns:
+        {"cpu": its model's name, "cores": those that this process may use, "memory_gb": of the machine or of the
+        container's limit (10⁹ bytes; None where the system does not say), "devices": GPUs that torch sees,
+        "device_memory_gb": of the first of them, or None}.
+    """
+    import torch
+
+    gpu = torch.cuda.is_available()
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": _memory_gb(),
+        "devices": torch.cuda.device_count() if gpu else 0,
+        "device_memory_gb": round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1) if gpu else None,
+    }
+
+
+def _cpu_name() -> str:
+    """Return the processor's name as Linux knows it, otherwise the architecture."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _memory_gb() -> float | None:
+    """Return the machine's memory, or the container's limit where that is less; None where neither is known."""
+    limits = []
+    try:
+        fields = re.search(r"^MemTotal:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        limits += [int(fields[1]) * 1024] if fields else []
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no limit is written as a word
+        pass
+    return round(min(limits) / 1e9, 1) if limits else None

@@ -11,7 +11,7 @@ from rich.console import Console
 from pipeline.artifacts import ArtifactStore
 from pipeline.digests import Digests
 from pipeline.errors import Interrupted, UserError
-from pipeline.fingerprints import Change, Today, all_needs, compare, describe_today
+from pipeline.fingerprints import Change, Today, all_needs, compare, describe_today, lacking
 from pipeline.hub import Hub
 from pipeline.origin import ask, lines_of_others
 from pipeline.processes import Peers
@@ -139,7 +139,8 @@ class Chain:
         if damage:
             return StageState("damaged", damage, manifest=manifest)
         if manifest is None:
-            return StageState("missing")
+            lines = lacking(self.stages[name], self.experiment)
+            return StageState("missing", [line.partition(",")[0] for line in lines])
         return StageState("stale" if reasons else "done", reasons, manifest=manifest)
 
     def begins_anew(self, name: str, is_target: bool, flags: Flags) -> bool:
@@ -180,14 +181,21 @@ class Chain:
         ]
 
     def closure(self, target: str) -> list[str]:
-        """The target and everything it stands on, in the order of the stages."""
+        """The target and everything it stands on, in the order of the stages. UserError where one of them reads data
+        of which the config gives none."""
         wanted, order = {target}, list(self.stages)
         for name in reversed(order):
             if name in wanted:
                 late = [need for need in self.needs(name) if need not in order[: order.index(name)]]
                 assert not late, f"{name} needs {late}, which must stand before it"
                 wanted.update(self.needs(name))
-        return [name for name in order if name in wanted]
+        closure = [name for name in order if name in wanted]
+        found: dict[str, str] = {}  # kind of data → what the first stage that reads it says
+        for line in (line for name in closure for line in lacking(self.stages[name], self.experiment)):
+            found.setdefault(line.partition(":")[0], line)
+        if found:
+            raise UserError(list(found.values()))
+        return closure
 
 
 def is_wanting(state: StageState) -> bool:

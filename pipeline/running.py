@@ -53,6 +53,7 @@ class Flags:
     override_config: bool = False
     allow_elastic: bool = False
     trust_remote_code: bool = False
+    command: str = ""  # as it was typed, recorded in the manifests of what it makes
 
 
 @dataclass(frozen=True)
@@ -331,6 +332,7 @@ def what_it_reads(
         "inputs": {need: store.folder(need) for need in manifests},
         "manifests": manifests,
         "sources": {kind: placed(kind, source) for kind, source in sources(module, experiment).items()},
+        "data": made_of["config"]["data"],
         "model_revision": model.get("revision") or model.get("asked_revision"),  # where nobody knows the commit
     }
 
@@ -395,6 +397,10 @@ def record(
         "seed": job.experiment.seed,
         "world_size": run["world_size"],
         "threads": run["threads"],
+        "device": run.get("device"),
+        "strategy": run.get("strategy"),
+        "hardware": launch.hardware(),
+        "command": job.flags.command or None,
         "started_at": run["started_at"],
         "finished_at": now(),
         "resumes": run["resumes"],

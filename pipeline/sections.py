@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 # What every config model says of itself: stages use it too.
 STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
@@ -77,6 +77,12 @@ class ModelConfig(BaseModel):
         description="what products are computed in; auto = bfloat16 where the hardware has it; trained weights stay "
         "float32",
     )
+    publish_dtype: Literal["bfloat16", "as_given"] | None = Field(
+        None,
+        description="what published weights are written in: bfloat16 halves a folder and rounds what the next stage "
+        "begins with and what evaluate reads (checkpoints and training stay float32); as_given = as the model of "
+        "name_or_path has them; null or float32 = float32",
+    )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="attention kernel"
     )
@@ -86,6 +92,11 @@ class ModelConfig(BaseModel):
     peft: PeftConfig | None = Field(
         None, description="train adapters instead of all weights; null = all weights"
     )
+
+    @field_validator("publish_dtype", mode="before")
+    @classmethod
+    def _float32_is_the_default(cls, value: Any) -> Any:
+        return None if value == "float32" else value
 
 
 class DataSource(BaseModel):
@@ -102,24 +113,40 @@ class DataSource(BaseModel):
     )
 
 
-_SOURCE = "world = written by the stage world; or a path; or a Hub id; or {path, split, subset, revision, skip, limit}"
+_SOURCE = (
+    "world = written by the stage world; or a path; or a Hub id; or {path, split, subset, revision, skip, limit}; or "
+    "null = none. Not set: world, or none beside data of your own"
+)
+OF_WORLD = ("documents", "demonstrations", "prompts", "evaluation_prompts")  # kinds that the stage world writes
 
 
 class DataConfig(BaseModel):
     model_config = STRICT
-    documents: str | DataSource = Field("world", description=f"text to pretrain on. {_SOURCE}")
-    demonstrations: str | DataSource = Field("world", description=f"prompts with good answers. {_SOURCE}")
-    prompts: str | DataSource = Field(
+    documents: str | DataSource | None = Field("world", description=f"text to pretrain on. {_SOURCE}")
+    demonstrations: str | DataSource | None = Field("world", description=f"prompts with good answers. {_SOURCE}")
+    prompts: str | DataSource | None = Field(
         "world", description=f"prompts to rank responses for and to run PPO on. {_SOURCE}"
     )
-    evaluation_prompts: str | DataSource = Field(
-        "world", description=f"prompts that only `evaluate` sees. {_SOURCE}"
+    evaluation_prompts: str | DataSource | None = Field(
+        "world",
+        description="prompts that only `evaluate` sees; without any it takes those of the demonstrations that sft held "
+        f"out. {_SOURCE}",
     )
     rankings: str | DataSource | None = Field(
         None,
-        description="rankings by people (path or Hub id); null = the simulated labelers rank SFT's samples",
+        description="rankings by people (path or Hub id); null = the simulated labelers rank SFT's samples, if prompts "
+        "are the world's, else none",
     )
     validation_fraction: float = Field(0.05, gt=0, lt=1, description="part of the records that is held out")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_world_beside_own_data(cls, given: Any) -> Any:
+        """The toy world's data never slip in beside one's own: what is not set is none then."""
+        if not isinstance(given, dict):
+            return given
+        own = any(given.get(kind) not in (None, "world") for kind in OF_WORLD) or given.get("rankings") is not None
+        return dict.fromkeys(OF_WORLD) | given if own else given
 
 
 class TrackingConfig(BaseModel):

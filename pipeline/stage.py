@@ -5,6 +5,7 @@ check(experiment) -> lines (of settings that do not suit each other), lacks(expe
 has not, or a data file that cannot be read; asked only where the stage will run),
 folders(experiment) -> {key: folder of a model from outside},
 hub_model(experiment) -> (key, name) of a model on the Hub that it starts from, or None,
+WITHOUT = {kind of data: what else can be set where the config gives none of it},
 FIXED = keys of settings that an interrupted run keeps, --override-config or not: with others it would not know its
 place in the order of the rows (of several keys in a tuple the product counts; every stage keeps `seed` and `data`),
 SHARED = True where several processes run it together (all call `run`, the first one's StageRun alone writes)
@@ -58,6 +59,7 @@ class StageRun:
     stop: StopFlag
     trust_remote_code: bool = False
     sources: dict[str, Source] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)  # kind -> what the manifest will record of it: path, rows, …
     model_revision: str | None = None  # of the model on the Hub that the stage starts from: its commit, if it is known
     # to be called when models from outside (`folders`) are loaded: UserError where their files were touched meanwhile
     confirm_folders: Callable[[], None] = lambda: None

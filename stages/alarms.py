@@ -14,11 +14,14 @@ SHORT = 5  # updates in a row that make a habit
 QUIET = 50  # updates before the same alarm is raised again
 LOOKS = 2  # held-out looks in a row
 ENDS = 0.05  # share of responses with EOS below which hardly any ends
+FEWER = 0.5  # of the share that ended at first: if fewer end while the score rises, being cut is what pays
+FULL = 0.9  # of response_length: responses this long on average run to the limit
 
 
 @dataclass
 class Alarms:
-    """kl_limit: nats a response, None = no limit; entropy_floor: share of the entropy of the first updates.
+    """kl_limit: nats a response, None = no limit; entropy_floor: share of the entropy of the first updates; room: the
+    longest response in tokens, None = not known.
 
     windows: the last figures of each kind; first: the entropy of the first updates; raised: alarm → update of the
     last time it was said; count: alarm → how often.
@@ -26,6 +29,7 @@ class Alarms:
 
     kl_limit: float | None
     entropy_floor: float
+    room: int | None = None
     windows: dict[str, list[float]] = field(default_factory=dict)
     raised: dict[str, int] = field(default_factory=dict)
     count: dict[str, int] = field(default_factory=dict)
@@ -53,6 +57,7 @@ class Alarms:
                 f"ppo.response_length, set ppo.missing_eos_score below the scores, or ppo.length_penalty, or train sft "
                 f"longer"
             )
+        found |= self._unfinished(row, ends)
         if "grad_norm/ptx" in row and math.isfinite(row["grad_norm/ppo"] + row["grad_norm/ptx"]):
             found |= self._drowned(row["grad_norm/ppo"], row["grad_norm/ptx"])
         return self._say(step, found)
@@ -79,6 +84,35 @@ class Alarms:
 
     def restore(self, state: dict) -> None:
         self.windows, self.raised, self.count = state["windows"], state["raised"], state["count"]
+
+    def _unfinished(self, row: dict[str, float], ends: list[float]) -> dict[str, str]:
+        """Return the alarms if far fewer responses end than at first while the score rises, and if responses run to
+        the limit: cut answers pay then, and the policy learns not to finish.
+
+        Args:
+            row: figures of this update.
+            ends: the share of responses with EOS, of the last updates.
+        """
+        found = {}
+        first_ends = self._push("first_eos_rate", row["objective/eos_rate"], SHORT, keep_first=True)
+        first_scores = self._push("first_scores", row["objective/scores"], SHORT, keep_first=True)
+        scores = self._push("scores", row["objective/scores"], SHORT)
+        lengths = self._push("length", row["objective/length"], SHORT)
+        if min(map(len, (ends, first_ends, scores, first_scores))) == SHORT:
+            before, now, low, high = (sum(x) / SHORT for x in (first_ends, ends, first_scores, scores))
+            if max(ends) < FEWER * before and high > low:
+                found["unfinished"] = (
+                    f"{now:.0%} of the responses of {SHORT} updates ended with EOS, {before:.0%} did at first, and the "
+                    f"score rose from {low:.3g} to {high:.3g}: being cut pays; set ppo.missing_eos_score below the "
+                    f"scores of finished answers, or raise ppo.response_length"
+                )
+        if self.room is not None and len(lengths) == SHORT and min(lengths) > FULL * self.room:
+            found["limit"] = (
+                f"responses run to the limit: {sum(lengths) / SHORT:.0f} tokens on average in {SHORT} updates, of "
+                f"ppo.response_length {self.room}; raise it, set ppo.missing_eos_score below the scores, or "
+                f"ppo.length_penalty"
+            )
+        return found
 
     def _drowned(self, ppo: float, ptx: float) -> dict[str, str]:
         """Return the alarm if one gradient is more than ten times the other: in each of the last

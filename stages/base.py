@@ -17,6 +17,7 @@ from stages.cards import card
 from stages.common import count, device_of, dtype_of, split_documents, unreadable
 from stages.language_modeling import train_language_model
 from stages.models.loading import code_fails, from_scratch, load_pretrained, save_model
+from stages.models.publish import given_model
 from stages.models.remote_code import is_remote, scalar_problem, write_scalar_head
 from stages.rollouts.trial import reading_problem
 from stages.settings import DECAY, Training, over_context, setting, total_steps, uneven
@@ -29,6 +30,7 @@ METRICS = {
     "lr": "learning rate of the step",
 }
 HEADLINE = ("perplexity", "parameters")
+WITHOUT = {"documents": "start from a model: model.name_or_path"}
 SHARED = True
 SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
          "max_position_embeddings")  # fmt: skip
@@ -89,11 +91,18 @@ def run(ctx: StageRun) -> dict:
             trust_remote_code=ctx.trust_remote_code,
             revision=ctx.model_revision,
         )
+        given = given_model(
+            m.name_or_path, revision=ctx.model_revision, trust_remote_code=ctx.trust_remote_code
+        )
         ctx.confirm_folders()
         figures = {"pretrained": m.name_or_path}
+        if given.rows is not None:
+            figures["same_rows_as_given"] = given.rows == model.get_input_embeddings().weight.shape[0]
+        dtype = given.dtype if m.publish_dtype == "as_given" else m.publish_dtype
         if is_remote(model) and (problem := reading_problem(model, tokenizer.pad_token_id)):
             raise UserError(code_fails(m.name_or_path, problem))
     else:
+        dtype = None if m.publish_dtype == "as_given" else m.publish_dtype
         train, valid = split_documents(ctx)
         tokenizer = train_tokenizer((document.text for document in train), m.vocab_size)
         rows, held = (
@@ -144,10 +153,12 @@ def run(ctx: StageRun) -> dict:
             dtype=dtype_of(ctx.experiment),
             gradient_checkpointing=m.gradient_checkpointing,
         )
-    save_model(model, tokenizer, ctx.publish / "model", card=card(ctx, "a pretrained language model"))
+    figures = {**figures, "parameters": sum(p.numel() for p in model.parameters())}
+    text = card(ctx, "a pretrained language model", figures=figures)
+    save_model(model, tokenizer, ctx.publish / "model", card=text, dtype=dtype)
     if is_remote(model):
         check_reward_model(ctx, model)
-    return {**figures, "parameters": sum(p.numel() for p in model.parameters())}
+    return figures
 
 
 def check_reward_model(ctx: StageRun, model) -> None:

@@ -314,7 +314,8 @@ def config(experiment) -> Iterator[Line]:
         place = getattr(source, "path", source)
         if place is None:
             simulated = "sampled from SFT and ranked by the labelers"
-            yield Line(NOTE, f"data.{kind}", simulated if kind == "rankings" else "none")
+            sampled = kind == "rankings" and experiment.data.prompts == "world"
+            yield Line(NOTE, f"data.{kind}", simulated if sampled else "none")
         elif place == "world":
             yield Line(GOOD, f"data.{kind}", "written by the stage world")
         elif is_hub_id(place):

@@ -21,6 +21,7 @@ from pipeline.stage import StageRun
 from stages import parallel
 from stages.cards import ANSWER, card
 from stages.common import (
+    adapter_base,
     adapter_settings,
     check_context,
     cut_by_tokens,
@@ -31,6 +32,7 @@ from stages.common import (
     load_groups,
     packing,
     place,
+    publish_dtype,
     show_samples,
 )
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee, pause_if_asked
@@ -202,9 +204,12 @@ def run(ctx: StageRun) -> dict:
         samples=samples,
         learning_rate=lambda s: learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, c.warmup_steps),
     )
-    text = card(ctx, "a policy trained by DPO", ANSWER)
-    save_merged(publishable(policy, load), tokenizer, ctx.publish / "model", card=text)
-    return {**figures, "truncated": report.truncated, "dropped": report.dropped}
+    figures = {**figures, "truncated": report.truncated, "dropped": report.dropped}
+    base = adapter_base(ctx, ctx.publish / "model", source)
+    text = card(ctx, "a policy trained by DPO", ANSWER, figures=figures, source=source, adapter=base)
+    options = {"base": base or ("", None), "temperature": 1.0, "dtype": publish_dtype(ctx, source)}
+    save_merged(publishable(policy, load), tokenizer, ctx.publish / "model", card=text, **options)
+    return figures
 
 
 def loss_of(name: str, logps, ref_logps, batch, beta: float, label_smoothing: float, prompts: int, tokens: float):

@@ -1,9 +1,12 @@
 """evaluate: every policy on the evaluation prompts → results.json and responses.jsonl.
 
-Policies are sampled at temperature 1. The judge is the gold scorer in the embedded world, otherwise the reward model.
+Policies are sampled at temperature 1. The judge is the gold scorer in the embedded world, otherwise the reward model;
+where the data allow none, there are no scores, and without documents no perplexity.
 A response without EOS scores `missing_eos_score`, if one is given. best_of_n is the SFT sample with the highest reward
 model score out of n. A base model that never saw the chat template is asked in plain text (`stages/asking.py`).
 Intervals are over tasks in the embedded world, elsewhere over prompts (`stages/statistics.py`).
+Three checks of over-optimisation need no gold (`stages/overoptimisation.py`); some prompts are answered greedily too,
+for people to read (`stages/greedy.py`).
 """
 
 import json
@@ -19,13 +22,13 @@ from data.encode import wrap_documents
 from data.groups import make_rows
 from data.near_copies import near_copies
 from data.records import prompt_key
-from data.streams import Stream, derive_seed
+from data.streams import Stream, derive_seed, held_out
 from data.world import World
 from pipeline import files
 from pipeline.errors import UserError
 from pipeline.stage import StageRun
 from pipeline.tracking import plain
-from stages import parallel
+from stages import overoptimisation, parallel
 from stages.asking import DESCRIPTIONS, Answer, Asked, answer_of, ask, form_of_base
 from stages.common import (
     check_context,
@@ -41,26 +44,29 @@ from stages.common import (
     unreadable,
 )
 from stages.engine import make_accelerator, micro_batches, pause_if_asked
+from stages.greedy import answer_greedily
 from stages.models.ensemble import How, load_reward_model
 from stages.models.forward import response_logprobs, score_all, text_logprobs
-from stages.models.loading import load_policy, load_tokenizer
+from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
 from stages.models.packing import can_pack
 from stages.objectives.logprobs import sequence_logps
 from stages.objectives.rewards import final_scores
 from stages.results import Measured, order_by_gold, summarise
 from stages.rollouts.transformers import sample
 from stages.settings import Section, TooLong, no_room, over_context, setting, too_long_prompt
+from stages.shown_prompts import chosen_prompts
+from stages.wanted import judges, policies, ranks, simulates
 
 NAME = "evaluate"
 METRICS: dict[str, str] = {}
-HEADLINE = ("score", "win_rate_vs_sft", "gold")
+HEADLINE = ("policy", "score", "win_rate_vs_sft", "gold", "eos_rate", "judged")
 SHARED = True
 FIXED = tuple(
     f"evaluate.{key}"
     for key in (
         "num_prompts", "max_length", "response_length", "on_too_long", "temperature", "best_of", "samples_per_prompt",
         "base_prompt", "few_shot_examples", "missing_eos_score", "reward_ensemble", "perplexity_rows",
-        "perplexity_length",
+        "perplexity_length", "greedy_prompts", "greedy_length",
     )  # fmt: skip
 )
 STAGES = ("base", "sft", "ppo", "dpo")
@@ -71,7 +77,9 @@ class Config(Section):
     """Which policies are compared, and how."""
 
     policies: list[str] = setting(
-        ["base", "sft", "ppo", "dpo", "best_of_n"], "of base, sft, ppo, dpo, best_of_n; sft is always in"
+        ["base", "sft", "ppo", "dpo", "best_of_n"],
+        "of base, sft, ppo, dpo, best_of_n; sft is always in. Not set: those that the data allow (dpo with rankings; "
+        "ppo and best_of_n with prompts and rankings). Without prompts rm trains a judge where best_of_n is named",
     )
     best_of: int = setting(16, "n of best_of_n; 1 leaves it out", "samples", ge=1)
     samples_per_prompt: int = setting(
@@ -93,22 +101,38 @@ class Config(Section):
     )
     reward_ensemble: How = setting("mean", "how the models of rm.ensemble score as one; the same as ppo's")
     batch_size: int = setting(64, "rows sampled and scored at a time", "rows", ge=1)
+    greedy_prompts: int | None = setting(
+        None, "prompts that are also answered greedily, for the report's samples; 0: none; null: 12", "prompts", ge=0
+    )
+    greedy_length: int | None = setting(
+        None, "longest of those answers, EOS included; null: 4 × response_length, as far as the context reaches",
+        "tokens", ge=1,
+    )  # fmt: skip
     perplexity_rows: int = setting(256, "held-out pretraining rows at most", "rows", ge=1)
     perplexity_length: int = setting(128, "length of such a row", "tokens", ge=8)
 
 
 def needs(experiment) -> list[str]:
-    return [s for s in STAGES if s in experiment.evaluate.policies or s == "sft"] + ["rm"]
+    named = policies(experiment)
+    return [s for s in STAGES if s in named or s == "sft"] + ["rm"] * judges(experiment)
 
 
 def reads(experiment) -> list[str]:
-    return ["evaluation_prompts", "documents", *trained_on(experiment)]
+    texts = ["documents"] * (experiment.data.documents is not None)
+    return list(dict.fromkeys([kind_asked(experiment), *texts, *trained_on(experiment)]))
+
+
+def kind_asked(experiment) -> str:
+    """Return the kind of data that the prompts are taken from: without evaluation prompts those of the demonstrations
+    that sft held out."""
+    return "demonstrations" if experiment.data.evaluation_prompts is None else "evaluation_prompts"
 
 
 def trained_on(experiment) -> list[str]:
     """Return the kinds of data whose prompts some policy or the reward model was trained on."""
-    rankings = "prompts" if experiment.data.rankings is None else "rankings"
-    return list(dict.fromkeys(["demonstrations", rankings, *["prompts"] * ("ppo" in needs(experiment))]))
+    needed = needs(experiment)
+    rankings = ["prompts" if simulates(experiment) else "rankings"] * bool({"rm", "dpo"} & {*needed})
+    return list(dict.fromkeys(["demonstrations", *rankings, *["prompts"] * ("ppo" in needed)]))
 
 
 def check(experiment) -> list[str]:
@@ -116,13 +140,18 @@ def check(experiment) -> list[str]:
     wrong = [
         f"evaluate.policies: {p!r} is no policy; choose of {', '.join(known)}" for p in c.policies if p not in known
     ]
-    for key in ("missing_eos_score", "reward_ensemble") if "ppo" in c.policies else ():
+    for key in ("missing_eos_score", "reward_ensemble") if "ppo" in policies(experiment) else ():
         own, raised = getattr(c, key), getattr(experiment.ppo, key)
         if own != raised:
             what = "scores would not be the ones that PPO raised; set both alike"
             wrong.append(f"evaluate.{key}: is {own}, and ppo.{key} {raised}: {what}")
     wrong += no_room(experiment, "evaluate")
-    return wrong + over_context(experiment, "evaluate", "perplexity_length")
+    return wrong + over_context(experiment, "evaluate", *lengths_of_text(experiment))
+
+
+def lengths_of_text(experiment) -> list[str]:
+    """The settings that say how long rows of pretraining text are; none where there is no text."""
+    return ["perplexity_length"] * (experiment.data.documents is not None)
 
 
 def lacks(experiment) -> list[str]:
@@ -140,18 +169,23 @@ def run(ctx: StageRun) -> dict:
     c, m = ctx.config, ctx.experiment.model
     tools = load_tools(ctx)
     prompts, ids = load_prompts(ctx, tools.tokenizer)
-    world = None if ctx.experiment.data.evaluation_prompts != "world" else World.from_json(read_world(ctx))
+    of_world = getattr(ctx.experiment.data, kind_asked(ctx.experiment)) == "world"
+    world = World.from_json(read_world(ctx)) if of_world else None
     clusters = [str(world.task(p)) if world else prompt_key(p) for p in prompts]
     leaked = find_leaked(ctx, prompts, world)
     text_rows = held_out_text(ctx, tools.tokenizer)
     names = [s for s in STAGES if s in ctx.inputs]
-    if c.best_of > 1 and "best_of_n" in c.policies:
+    if c.best_of > 1 and "best_of_n" in policies(ctx.experiment):
         names.append("best_of_n")
+    for line in left_out(ctx):
+        ctx.tracker.say(f"evaluate: {line}")
 
     done = {name: Measured(**fields) for name, fields in measured_before(ctx).items()}
     with ctx.tracker.progress(len(names), "evaluate", len(done)) as progress:
         for name in (name for name in names if name not in done):  # others may be asked for than before
             form = form_of_base(c.base_prompt, m.name_or_path) if name == "base" else "chat"
+            if form != "chat":
+                ctx.tracker.say(f"evaluate: base is asked {DESCRIPTIONS[form]}")
             asked = ask_all(ctx, tools, prompts, ids, form)
             model = tools.sft if name in ("sft", "best_of_n") else tools.load(ctx.inputs[name] / "model")
             here = Policy(name, model, tools.packed and can_pack(model, c.max_length))
@@ -169,10 +203,11 @@ def run(ctx: StageRun) -> dict:
                 ctx.checkpoints.save(len(done), {}, state, len(names))
                 pause_if_asked(ctx, len(done), len(names), lambda: None)
 
+    greedy = greedy_rows(ctx, tools, prompts, ids, {name: done[name] for name in names}, world)
     known = leaked if world else None
-    climbed = climbed_by_judge(ctx, names) if world is None else set()
+    climbed = climbed_by_judge(ctx, names) if world is None and tools.reward_model is not None else set()
     results = {
-        "judge": "gold" if world else "reward_model",
+        "judge": "gold" if world else "reward_model" if tools.reward_model is not None else None,
         "leaked": sum(leaked),
         "leaked_by": "task" if world else "near copy",
         "prompts": len(prompts),
@@ -185,19 +220,44 @@ def run(ctx: StageRun) -> dict:
             )
             for name in names
         },
-        "reward_model": {key: ctx.manifests["rm"]["metrics"].get(key) for key in RM_FIGURES}
+        "reward_model": {key: figures_of_rm(ctx).get(key) for key in RM_FIGURES}
         | {"orders_as_gold": order_by_gold(done["sft"], clusters, known)},
+        "overoptimisation": {name: overoptimisation.check(done[name], done["sft"], clusters) for name in names},
+        "missing_eos_score": c.missing_eos_score,
+        "response_length": c.response_length,
     }  # fmt: skip
     (ctx.publish / "results.json").write_text(json.dumps(plain(results), indent=1) + "\n", encoding="utf-8")
     write_responses(ctx, prompts, clusters, known, {name: done[name] for name in names})
-    last = results["policies"]["ppo" if "ppo" in names else names[-1]]
+    with (ctx.publish / "greedy.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in greedy)
+    main = "ppo" if "ppo" in names else names[-1]
+    last = results["policies"][main]
     return {
+        "policy": main,
+        "judged": "by the reward model that it was trained to please or selected by" if main in climbed else None,
         "score": last["score"],
         "win_rate_vs_sft": last["win_rate_vs_sft"] and last["win_rate_vs_sft"]["value"],
         "gold": last["gold"] and last["gold"]["overall"],
+        "eos_rate": last["eos_rate"],
         "prompts": len(prompts),
         "leaked": sum(leaked),
     }
+
+
+def figures_of_rm(ctx: StageRun) -> dict:
+    """The figures of the reward model that judges; {} without one."""
+    return ctx.manifests["rm"]["metrics"] if "rm" in ctx.manifests else {}
+
+
+def left_out(ctx: StageRun) -> list[str]:
+    """Say which figures the experiment's data do not give."""
+    lines = []
+    if "rm" not in ctx.inputs:
+        way = "; name best_of_n in evaluate.policies, and rm trains one" if ranks(ctx.experiment) else ""
+        lines.append(f"no reward model judges: no scores{way}")
+    if ctx.experiment.data.documents is None:
+        lines.append("no documents (data.documents): no perplexity of pretraining text")
+    return lines
 
 
 @dataclass(frozen=True)
@@ -212,6 +272,9 @@ class Tools:
     reference: Any
     """The policy that KL is measured to: the one that PPO's penalty is to."""
     reward_model: Any
+    """What scores; None where no reward model is asked for."""
+    held_out: Any
+    """rm's held-out model, which nothing was trained to please; None where rm trained none."""
     packed: bool
     """Whether rows go through these models packed."""
 
@@ -228,7 +291,7 @@ class Policy:
 def load_tools(ctx: StageRun) -> Tools:
     """Load SFT, the reference and the reward model, each where it computes."""
     c, m, folder = ctx.config, ctx.experiment.model, ctx.inputs["sft"] / "model"
-    check_context(ctx, folder, "perplexity_length")
+    check_context(ctx, folder, *lengths_of_text(ctx.experiment))
     accelerator = make_accelerator(device_of(ctx.experiment), dtype_of(ctx.experiment))
     options = {"attn_implementation": m.attn_implementation, "trust_remote_code": ctx.trust_remote_code}
 
@@ -236,18 +299,34 @@ def load_tools(ctx: StageRun) -> Tools:
         return load_policy(source, **options).to(accelerator.device)
 
     tokenizer = load_tokenizer(folder, trust_remote_code=ctx.trust_remote_code)
-    reward_model = load_reward_model(ctx.inputs["rm"] / "model", c.reward_ensemble, **options).to(accelerator.device)
+    reward_model = other = None
+    if "rm" in ctx.inputs:
+        reward_model = load_reward_model(ctx.inputs["rm"] / "model", c.reward_ensemble, **options)
+        reward_model = reward_model.to(accelerator.device)
+        if (ctx.inputs["rm"] / "held_out" / "model").is_dir():
+            other = load_scalar_model(ctx.inputs["rm"] / "held_out" / "model", **options).to(accelerator.device)
     sft = load(folder)
     reference = sft if ctx.experiment.sft.ppo_init is None else load(ctx.inputs["sft"] / "ppo_init")
-    packed = packing(ctx, sft, reference, reward_model)
-    return Tools(tokenizer, accelerator, load, sft, reference, reward_model, packed)
+    packed = packing(ctx, sft, reference, *(model for model in (reward_model, other) if model is not None))
+    return Tools(tokenizer, accelerator, load, sft, reference, reward_model, other, packed)
 
 
 def load_prompts(ctx: StageRun, tokenizer) -> tuple[list, list[list[int]]]:
-    """Return the evaluation prompts that leave room for a response, and their ids through the chat template."""
-    records, places = (part[: ctx.config.num_prompts] for part in read_placed(ctx, "evaluation_prompts"))
+    """Return the evaluation prompts that leave room for a response, and their ids through the chat template. Without
+    a file of them: the prompts of the demonstrations that sft held out, each once."""
+    kind = kind_asked(ctx.experiment)
+    records, places = read_placed(ctx, kind)
+    if kind == "demonstrations":
+        first = {prompt_key(records[i].prompt): i for i in reversed(held_back(ctx, records)[1])}
+        records, places = ([part[i] for i in sorted(first.values())] for part in (records, places))
+    records, places = (part[: ctx.config.num_prompts] for part in (records, places))
     kept, ids, report = fit_prompts(ctx, tokenizer, (r.prompt for r in records), places)
     ctx.tracker.say(f"evaluate: {report.line('evaluation prompts')}")
+    if kind == "demonstrations":
+        ctx.tracker.say(
+            "evaluate: data.evaluation_prompts gives none, so these are the demonstrations that sft held out; more "
+            "prompts of a file make intervals narrower"
+        )
     return [p if isinstance(p, str) else list(p) for p in (records[i].prompt for i in kept)], ids
 
 
@@ -255,7 +334,6 @@ def ask_all(ctx: StageRun, tools: Tools, prompts, ids: list[list[int]], form: st
     """Put every prompt into the form in which a policy is asked."""
     if form == "chat":
         return [Asked("chat", own, tools.tokenizer.eos_token_id) for own in ids]
-    ctx.tracker.say(f"evaluate: base is asked {DESCRIPTIONS[form]}")
     examples = []
     if form == "few_shot":
         rows = read(ctx, "demonstrations")
@@ -265,6 +343,11 @@ def ask_all(ctx: StageRun, tools: Tools, prompts, ids: list[list[int]], form: st
     context = context_of(config)
     room = None if context is None else context - ctx.config.response_length
     return [ask(tools.tokenizer, form, prompt, examples, room) for prompt in prompts]
+
+
+def held_back(ctx: StageRun, demonstrations) -> tuple[list[int], list[int]]:
+    """Return which demonstrations sft may train on, and which it does not: its own split, whatever it drops."""
+    return held_out([prompt_key(d.prompt) for d in demonstrations], ctx.experiment.data.validation_fraction)
 
 
 def find_leaked(ctx: StageRun, prompts, world: World | None) -> list[bool]:
@@ -280,10 +363,14 @@ def find_leaked(ctx: StageRun, prompts, world: World | None) -> list[bool]:
         (P,) flags.
     """
     trained = {kind: [record.prompt for record in read(ctx, kind)] for kind in trained_on(ctx.experiment)}
+    if kind_asked(ctx.experiment) == "demonstrations":
+        rows = read(ctx, "demonstrations")
+        trained["demonstrations"] = [rows[i].prompt for i in held_back(ctx, rows)[0]]
     if world is not None:
         everything = [prompt for some in trained.values() for prompt in some]
         own = [prompt for prompt in everything if world.knows(prompt)]
-        asked = world.asked(own, [document.text for document in read(ctx, "documents")])
+        documents = read(ctx, "documents") if ctx.experiment.data.documents is not None else []
+        asked = world.asked(own, [document.text for document in documents])
         copies = near_copies(prompts, [prompt for prompt in everything if not world.knows(prompt)])
         known = [world.task(p) in asked or copied for p, copied in zip(prompts, copies, strict=True)]
         ctx.tracker.say(
@@ -324,7 +411,9 @@ def climbed_by_judge(ctx: StageRun, names: Sequence[str]) -> set[str]:
 
 
 def held_out_text(ctx: StageRun, tokenizer) -> list[list[int]]:
-    """Return packed rows of the documents that base and PPO-ptx did not train on."""
+    """Return packed rows of the documents that base and PPO-ptx did not train on; none without documents."""
+    if ctx.experiment.data.documents is None:
+        return []
     _, held = split_documents(ctx)
     rows = wrap_documents(tokenizer, held, length=ctx.config.perplexity_length)
     return rows[: ctx.config.perplexity_rows]
@@ -355,7 +444,8 @@ def measure(
         poll: Called between tokens; raises to leave.
 
     Returns:
-        `responses`, `finished`, `scores`, `kl` (None for best of n) and `lengths`, as in `Measured`.
+        `responses`, `finished`, `scores`, `raw_scores`, `held_out_scores` (None without a reward model), `kl` (None for
+        best of n) and `lengths`, as in `Measured`.
     """
     c, pad_id = ctx.config, tools.tokenizer.pad_token_id
     best_of_n = policy.name == "best_of_n"
@@ -381,25 +471,26 @@ def measure(
             )
         answers = [answer_of(tools.tokenizer, asked[i], ids) for i, ids in zip(index, sampled, strict=True)]
         prompts, responses = [chat_ids[i] for i in index], [a.response for a in answers]
-        own = score_all(
-            tools.reward_model,
-            prompts,
-            responses,
-            pad_id=pad_id,
-            batch_size=c.batch_size,
-            accelerator=tools.accelerator,
-            packed=policy.packed,
-        )
-        scores = final_scores(own, torch.tensor([a.finished for a in answers]), c.missing_eos_score)
+        finished, own, scores = torch.tensor([a.finished for a in answers]), None, None
+        if tools.reward_model is not None:
+            own = score(ctx, tools, tools.reward_model, prompts, responses, policy.packed)
+            scores = final_scores(own, finished, c.missing_eos_score)
         kept = list(range(len(answers)))
         if best_of_n:
             best = scores.view(-1, n).argmax(-1).tolist()
             kept = [g * n + b for g, b in enumerate(best)]
+        other = None
+        if tools.held_out is not None:
+            those = ([prompts[i] for i in kept], [responses[i] for i in kept])
+            other = score(ctx, tools, tools.held_out, *those, policy.packed)
+            other = final_scores(other, finished[kept], c.missing_eos_score).tolist()
         kl = None if best_of_n else log_ratios(ctx, tools, policy, [asked[i].ids for i in index], prompts, answers)
         rows = {
             "responses": [answers[i].text for i in kept],
             "finished": [answers[i].finished for i in kept],
-            "scores": [scores[i].item() for i in kept],
+            "scores": None if scores is None else [scores[i].item() for i in kept],
+            "raw_scores": None if own is None else [own[i].item() for i in kept],
+            "held_out_scores": other,
             "kl": kl,
             "lengths": [len(answers[i].sampled) for i in kept],
         }
@@ -415,6 +506,67 @@ def measure(
     found = parallel.spread(parts, [len(part) for part in parts], lambda own: list(map(measure_part, own)))
     rows = [row for part in found for row in part]
     return {key: None if rows[0][key] is None else [row[key] for row in rows] for key in rows[0]}
+
+
+def score(ctx: StageRun, tools: Tools, reward_model, prompts, responses, packed: bool) -> torch.Tensor:
+    """Score responses, (B,), as the reward model itself does: `missing_eos_score` is not applied."""
+    return score_all(
+        reward_model,
+        prompts,
+        responses,
+        pad_id=tools.tokenizer.pad_token_id,
+        batch_size=ctx.config.batch_size,
+        accelerator=tools.accelerator,
+        packed=packed,
+    )
+
+
+def greedy_rows(
+    ctx: StageRun, tools: Tools, prompts, ids: list[list[int]], done: dict[str, Measured], world: World | None
+) -> list[dict]:
+    """Answer the prompts that the report shows greedily, by each policy but best of n.
+
+    Args:
+        ctx: The stage's context.
+        tools: What policies are measured with.
+        prompts: The P evaluation prompts.
+        ids: Their ids through the chat template.
+        done: What was measured of each policy.
+        world: The embedded world, if the prompts are its own.
+
+    Returns:
+        Rows of greedy.jsonl: {policy, index (of the prompt), prompt, response, finished, length, score, gold?}; score
+        is None for an answer that is longer than max_length, and where there is no reward model.
+    """
+    c, rows = ctx.config, []
+    count = 12 if c.greedy_prompts is None else c.greedy_prompts
+    chosen = sorted({i for _, some in chosen_prompts(done, count) for i in some})
+    longest = 4 * c.response_length if c.greedy_length is None else c.greedy_length
+    context = context_of(json.loads((ctx.inputs["sft"] / "model" / "config.json").read_text(encoding="utf-8")))
+    for name in (name for name in done if name != "best_of_n" and chosen):
+        form = done[name].asked
+        asked = ask_all(ctx, tools, [prompts[i] for i in chosen], [ids[i] for i in chosen], form)
+        model = tools.sft if name == "sft" else tools.load(ctx.inputs[name] / "model")
+        with tools.accelerator.autocast():
+            answers = answer_greedily(
+                model, tools.tokenizer, asked, longest, context,
+                batch_size=c.batch_size, poll=partial(pause_if_asked, ctx, len(done) - 1, len(done), lambda: None),
+            )  # fmt: skip
+        fits = [k for k, (i, a) in enumerate(zip(chosen, answers, strict=True))
+                if len(ids[i]) + len(a.response) <= c.max_length and tools.reward_model is not None]  # fmt: skip
+        scores: dict[int, float] = {}
+        if fits:
+            packed = tools.packed and can_pack(model, c.max_length)
+            those = [ids[chosen[k]] for k in fits], [answers[k].response for k in fits]
+            found = score(ctx, tools, tools.reward_model, *those, packed)
+            ends = torch.tensor([answers[k].finished for k in fits])
+            scores = dict(zip(fits, final_scores(found, ends, c.missing_eos_score).tolist(), strict=True))
+        for k, (i, answer) in enumerate(zip(chosen, answers, strict=True)):
+            row = {"policy": name, "index": i, "prompt": prompts[i], "response": answer.text}
+            row |= {"finished": answer.finished, "length": len(answer.sampled), "score": scores.get(k)}
+            gold = {} if world is None else {"gold": world.gold(prompts[i], answer.text, answer.finished)}
+            rows.append(row | gold)
+    return rows
 
 
 def log_ratios(
@@ -491,8 +643,12 @@ def write_responses(
                         "sample": k,
                         "response": response,
                         "finished": measured.finished[i][k],
-                        "score": measured.scores[i][k],
+                        "score": None if measured.scores is None else measured.scores[i][k],
+                        "length": measured.lengths[i][k],
                     }
+                    for key in ("raw_scores", "held_out_scores"):
+                        if (values := getattr(measured, key)) is not None:
+                            row[key.removesuffix("s")] = values[i][k]
                     if measured.gold is not None:
                         row |= {"gold": measured.gold[i][k], "cluster": clusters[i], "known_task": known[i]}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")

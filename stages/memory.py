@@ -37,7 +37,7 @@ from stages.models.roles import most_tokens
 from stages.models.sharding import layers_of
 from stages.objectives.logprobs import token_logprobs
 from stages.rollouts.collect import in_micro_batches
-from stages.settings import Section, batch_of_each
+from stages.settings import Section, batch_of_each, reward_models
 
 WIDTH = {"float32": 4, "bfloat16": 2}
 Lengths = list[tuple[int, list[int]]]  # of each prompt, and of its responses
@@ -128,7 +128,7 @@ def of_experiment(experiment, device: str, trust_remote_code: bool = False) -> I
         c = getattr(experiment, stage)
         times = -(-c.gradient_accumulation_steps // ranks) if c.per_device_train_tokens is None else 2
         sizes = take([Step(model, head, ranked(c, experiment), times=min(2, times))])
-        copies = (c.keep == "best") + (c.ensemble - 1 if stage == "rm" else 0)
+        copies = (c.keep == "best") + (len(reward_models(experiment)) - 1 if stage == "rm" else 0)
         yield need(stage, sizes, kept=copies * sizes.trains[model] // parts)
 
 

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from data import room
 from data.encode import decode_response, wrap_documents
 from data.records import DataError, prompt_key
 from data.streams import Stream, derive_seed, held_out
@@ -27,6 +28,7 @@ from stages import parallel
 from stages.alarms import Alarms
 from stages.cards import ANSWER, card
 from stages.common import (
+    adapter_base,
     adapter_settings,
     check_context,
     device_of,
@@ -34,6 +36,7 @@ from stages.common import (
     fit_prompts,
     is_sharding,
     packing,
+    publish_dtype,
     read_placed,
     split_documents,
     unreadable,
@@ -72,6 +75,7 @@ from stages.rollouts.collect import collect, in_micro_batches, share_groups
 from stages.rollouts.rollout import Rollout
 from stages.rollouts.vllm import EngineLost
 from stages.settings import Schedule, Section, TooLong, no_room, over_context, setting, too_long_prompt
+from stages.wanted import ranks
 
 NAME = "ppo"
 METRICS = {
@@ -101,6 +105,7 @@ METRICS = {
     "episode": "episodes so far",
 }
 HEADLINE = ("score", "kl", "score_before")
+WITHOUT = {"documents": "set ppo.ptx_coef: 0, which leaves the pretraining gradient out"}
 SHARED = True
 FIXED = ("ppo.eval_prompts", "ppo.ptx_length")  # batches may change: checkpoints count what was drawn
 SKIPPED = (  # figures of an update that a number which is not finite kept from happening
@@ -199,7 +204,8 @@ class Config(Section):
 
 
 def needs(experiment) -> list[str]:
-    return ["sft", "rm"]
+    without = experiment.ppo.reward_model is not None and not ranks(experiment)  # another's model is all there is
+    return ["sft"] if without else ["sft", "rm"]
 
 
 def reads(experiment) -> list[str]:
@@ -313,6 +319,8 @@ def run(ctx: StageRun) -> dict:
     train, held = load_prompts(ctx, roles.tokenizer)
     drawn = refuse_other_prompts(drawn, train)
     ptx_rows = load_ptx(ctx, roles.tokenizer)
+    if line := room.warning(ctx.manifests["sft"]["metrics"].get("answer_tokens", []), c.response_length):
+        ctx.tracker.say(f"ppo: {line}")
     run = begin(ctx, roles, updates, drawn)
     ctx.tracker.say(
         f"ppo: {len(train)} prompts, {len(held)} held out; {run.updates} updates of {c.batch_size} episodes, "
@@ -414,11 +422,12 @@ def run(ctx: StageRun) -> dict:
     if roles.engine is not None:
         roles.engine.close()
         roles.engine.log.unlink(missing_ok=True)
-    publish(ctx, roles, run, step)
     looks = run.state["looks"]
     before, after = looks["0"], looks[str(run.best.step if c.keep == "best" else step)]
     figures = {**after, **{f"{k}_before": v for k, v in before.items()}, "updates": step, "best_step": run.best.step}
-    return {**figures, "skipped_steps": run.skips.count, "alarms": run.alarms.count}
+    figures |= {"skipped_steps": run.skips.count, "alarms": run.alarms.count}
+    publish(ctx, roles, run, step, figures)
+    return figures
 
 
 def steps_per_update(c: Config) -> int:
@@ -494,7 +503,7 @@ def begin(ctx: StageRun, roles: Roles, updates: int, drawn: Drawn) -> Run:
         Best(c.keep, c.patience, higher_is_better=True),
         Average(c.ema_decay if c.publish_ema else None),
         Skips(c.max_skipped_steps),
-        Alarms(c.alarm_kl, c.alarm_entropy),
+        Alarms(c.alarm_kl, c.alarm_entropy, c.response_length),
     )
 
 
@@ -532,8 +541,8 @@ def look(ctx: StageRun, roles: Roles, run: Run, held: list[tuple], at: int) -> N
     run.raised += sound(ctx, run.alarms.look(at, figures))
 
 
-def publish(ctx: StageRun, roles: Roles, run: Run, step: int) -> None:
-    """model/, value_model/ and, if asked for, model_ema/."""
+def publish(ctx: StageRun, roles: Roles, run: Run, step: int, figures: dict) -> None:
+    """model/, value_model/ and, if asked for, model_ema/. figures: what the policy's card says was measured."""
     if ctx.config.publish_ema:
         publish_average(ctx, roles, run.policy, run.average)
     if ctx.config.keep == "best" and run.best.step != step:
@@ -543,7 +552,19 @@ def publish(ctx: StageRun, roles: Roles, run: Run, step: int) -> None:
         ("value_model", "value_model", "PPO's value model", ""),
     ):
         model = publishable(getattr(roles, role), roles.again[role])
-        save_merged(model, roles.tokenizer, ctx.publish / folder, card=card(ctx, what, use))
+        save(ctx, model, roles.tokenizer, ctx.publish / folder, what, use, figures if use else None)
+
+
+def save(ctx: StageRun, model, tokenizer, folder: Path, what: str, use: str, figures: dict | None = None) -> None:
+    """Write a policy (`use`: how it is used) or the value model to `folder`. what, figures: for its card."""
+    source = start_folder(ctx)
+    trunk = source if use else ctx.inputs["sft"] / "model"
+    base = adapter_base(ctx, folder, trunk)
+    if base is not None and not use and ctx.config.reward_model is not None:
+        base = ("", None)  # its adapter is on that reward model, which lies outside
+    text = card(ctx, what, use, figures=figures, source=source, adapter=base)
+    options = {"temperature": ctx.config.temperature if use else None, "dtype": publish_dtype(ctx, source)}
+    save_merged(model, tokenizer, folder, card=text, base=base or ("", None), **options)
 
 
 def load(ctx: StageRun) -> Roles:
@@ -874,8 +895,7 @@ def publish_average(ctx: StageRun, roles: Roles, policy: Trainee, average: Avera
     model = publishable(roles.policy, roles.again["policy"])
     if model is roles.policy and is_adapted(model):
         model = copy.deepcopy(model)  # saving ends the adapter
-    text = card(ctx, "the average of PPO's policies", ANSWER)
-    save_merged(model, roles.tokenizer, ctx.publish / "model_ema", card=text)
+    save(ctx, model, roles.tokenizer, ctx.publish / "model_ema", "the average of PPO's policies", ANSWER)
     policy.load(last)
 
 

@@ -34,11 +34,13 @@ from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.transformers import sample
 from stages.settings import Section, TooLong, no_room, over_context, setting, too_long_prompt
 from stages.statistics import labeler_agreement
+from stages.wanted import simulates
 
 NAME = "rankings"
 METRICS: dict[str, str] = {}
 NO_NOISE = 1e-4
 HEADLINE = ("rankings", "pairs", "labeler_agreement")
+WITHOUT = {"rankings": "data.prompts: world (simulated labelers know the embedded world's prompts only)"}
 SHARED = True
 FIXED = ("rankings.samples_per_prompt", "rankings.response_length", "rankings.max_length", "rankings.on_too_long")
 
@@ -70,19 +72,13 @@ def needs(experiment) -> list[str]:
 
 
 def reads(experiment) -> list[str]:
-    return ["rankings"] if experiment.data.rankings is not None else ["prompts"]
+    return ["prompts"] if simulates(experiment) else ["rankings"]
 
 
 def check(experiment) -> list[str]:
-    if experiment.data.rankings is not None:
+    if not simulates(experiment):
         return []  # nothing is sampled
-    wrong = no_room(experiment, "rankings") + over_context(experiment, "rankings")
-    if experiment.data.prompts != "world":
-        wrong += [
-            "data.rankings: null asks for simulated labelers, and they know the embedded world's prompts only; "
-            "give a file of rankings, or set data.prompts: world"
-        ]
-    return wrong
+    return no_room(experiment, "rankings") + over_context(experiment, "rankings")
 
 
 def lacks(experiment) -> list[str]:

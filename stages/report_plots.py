@@ -4,13 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from stages.report_svg import Axes, Figure, Point, dot_plot, smooth, thin
-from stages.statistics import share_estimate
+from stages.report_words import judge_of, listed, number
 
 TRAIN, HELD_OUT = "each step", "held out"
-NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "dpo": "DPO", "best_of_n": "best of n"}
 PARTS = ("helpful", "honest", "harmless", "overall")
 
 
@@ -21,12 +18,6 @@ class Journal:
     metrics: list[dict]
     evaluations: list[dict]
     samples: list[dict]
-
-
-def number(value) -> float | None:
-    """A finite number, or None: journals hold "NaN" and null too."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good else None
 
 
 def series(rows: Sequence[dict], key: str, x: str = "step") -> list[Point]:
@@ -251,7 +242,28 @@ def ppo(journal: Journal) -> list[Figure]:
         keys += [(HELD_OUT, d[2], "dot") for d in drawn if d[1]]
         metrics = tuple(metric for metric, *_ in lines)
         figures.append(Figure(title, axes.svg(f"{title} over PPO's episodes"), caption, tuple(keys), metrics))
-    return figures
+    return figures + other_judge(looks)
+
+
+def other_judge(looks: Sequence[dict]) -> list[Figure]:
+    """The climbed score beside that of `ppo.held_out_reward_model`; [] where PPO was given none."""
+    own, other = (series(looks, key, "episode") for key in ("score", "held_out_score"))
+    if not any(y is not None for _, y in other):
+        return []
+    axes = Axes(*columns(own, other), "episodes", "score")
+    for points, tone in ((own, "ppo"), (other, "rm")):
+        axes.line(points, tone)
+        axes.dots(points, tone)
+    return [
+        Figure(
+            "Two reward models on held-out prompts",
+            axes.svg("score by two reward models over PPO's episodes"),
+            "The one that PPO climbs, and one that it does not: where they part, the score is won from the first one's "
+            "mistakes.",
+            (("climbed", "ppo", "line"), ("ppo.held_out_reward_model", "rm", "line")),
+            ("score", "held_out_score"),
+        )
+    ]
 
 
 def episodes_by_step(journal: Journal) -> dict[int, int]:
@@ -269,13 +281,16 @@ def frontier(results: dict, journal: Journal | None, best_of: int, names: dict[s
     if "best_of_n" in policies and kl["best_of_n"] is None:
         kl["best_of_n"] = math.log(best_of) - (best_of - 1) / best_of
     note = " Best of n stands at its theoretical KL, ln n − (n − 1)/n." if "best_of_n" in policies else ""
+    climbing = [names[n] for n in ("ppo", "best_of_n") if n in policies]
+    warning = f" {listed(climbing)} climb this score: what is higher here need not be better." if climbing else ""
+    warning = warning.replace(" climb ", " climbs ") if len(climbing) == 1 else warning
     figures = []
     for what, title, unit in (
         ("score", "Reward against KL", "score of the reward model"),
         ("gold", "Gold against KL", "gold, overall (0 to 1)"),
     ):
         value = {n: p["score"] if what == "score" else (p["gold"] or {}).get("overall") for n, p in policies.items()}
-        points = [(kl[n], value[n], names[n], n) for n in policies if None not in (kl[n], value[n])]
+        points = [(kl[n], value[n], names[n], n) for n in policies if None not in (kl[n], number(value[n]))]
         path = series_pairs(journal.evaluations, "kl", "score") if journal and what == "score" else []
         if len(points) < 2:
             continue
@@ -293,8 +308,7 @@ def frontier(results: dict, journal: Journal | None, best_of: int, names: dict[s
             axes.dots([(x, y)], tone, 7, f"{name}: {y:.3f} at {x:.2f} nats")
         axes.names(points)
         caption = {
-            "score": "Up is a higher score, right is further from SFT. PPO and best of n climb this score: what is "
-            "higher here need not be better.",
+            "score": f"Up is a higher score, right is further from SFT.{warning}",
             "gold": "The same with the truth in place of the reward model: a score that gold does not "
             "follow was won from the reward model's mistakes.",
         }[what]
@@ -315,7 +329,7 @@ def win_rates(results: dict, names: dict[str, str]) -> list[Figure]:
             rows.append((names[name], [(rate["value"], *rate["ci95"], name, f"{rate['value']:.3f}")]))
     if not rows:
         return []
-    judge = "the gold scorer" if results["judge"] == "gold" else "the reward model"
+    judge = judge_of(results)
     climbed = [names[n] for n, p in results["policies"].items() if p["judge_climbed"] and p["win_rate_vs_sft"]]
     warning = f" The judge is the model that {' and '.join(climbed)} climbed, which flatters it." if climbed else ""
     svg = dot_plot(rows, "win rate against SFT, share of prompts", "win rates", reference=0.5)
@@ -344,137 +358,20 @@ def gold_parts(results: dict, names: dict[str, str]) -> list[Figure]:
             rows.append(
                 (title, [(g["overall"], *spans[n], n, f"{names[n]} {g['overall']:.3f}") for n, g in found.items()])
             )
+    apart = len(rows) - len(PARTS)
+    rest = (
+        " The last two are gold overall, apart for tasks that training set too and for those that it never set, with "
+        "95 % intervals." if apart == len(halves) else ""
+    )  # fmt: skip
     svg = dot_plot(rows, "mean gold, 0 to 1", "gold by part", labelled=False)
     return [
         Figure(
             "Where quality comes from",
             svg,
-            "Each line is one part of gold and each dot a policy; further right is better. The last two are gold "
-            "overall, apart for tasks that training set too and for those that it never set, with 95 % intervals.",
+            f"Each line is one part of gold and each dot a policy; further right is better.{rest}",
             tuple((names[n], n, "dot") for n in policies),
         )
     ]
-
-
-# -- does the reward model still tell the truth? ---------------------------------------------------------
-
-
-def trust(samples: list[dict], policies: Sequence[str], names: dict[str, str]) -> list[Figure]:
-    """Gold against score over all samples of `evaluate` (rows {policy, score, gold})."""
-    rows = [r for r in samples if r.get("gold") and number(r["score"]) is not None]
-    if not rows:
-        return []
-    policies = [n for n in policies if any(r["policy"] == n for r in rows)]
-    points = {
-        n: [(r["score"], r["gold"]["overall"], r["cluster"]) for r in rows if r["policy"] == n] for n in policies
-    }
-    everything = [p for n in policies for p in points[n]]
-    labels, size = ("score of the reward model", "gold, overall (0 to 1)"), {"width": 520, "height": 320}
-    plain = Axes([x for x, _, _ in everything], [0.0, 1.0], *labels, **size)
-    for n in policies:
-        plain.cloud([p[:2] for p in points[n]], n)
-    for x, mean, low, high in binned(everything, 10):
-        plain.bar(x, low, high, "ink")
-        plain.dots([(x, mean)], "ink", 4, f"mean gold {mean:.3f} at score {x:.2f}")
-    plain.line([(x, mean) for x, mean, _, _ in binned(everything, 10)], "ink")
-    means = {n: tuple(np.mean([p[:2] for p in points[n]], axis=0)) for n in policies}
-    first = Figure(
-        "Gold against score, all samples",
-        plain.svg("gold against reward model score"),
-        "Each small dot is a response; the line is mean gold in ten equal groups by score, with "
-        "95 % intervals. It should rise all the way: where it bends down, a higher score means a "
-        "worse response.",
-        tuple((names[n], n, "dot") for n in policies),
-    )
-    curves = {n: binned(points[n], 5) for n in policies}
-    xs = [b[0] for c in curves.values() for b in c] + [m[0] for m in means.values()]
-    ys = [b[1] for c in curves.values() for b in c] + [m[1] for m in means.values()]
-    each = Axes(xs, ys, *labels, **size)
-    for n in policies:
-        each.line([b[:2] for b in curves[n]], n, "faint" if n == "base" else "line")
-        each.dots([b[:2] for b in curves[n]], n, 2.6)
-    for n in policies:
-        each.dots([means[n]], n, 7, f"{names[n]}: mean gold {means[n][1]:.3f}, mean score {means[n][0]:.2f}")
-    each.names([(*means[n], names[n], n) for n in policies])
-    second = Figure(
-        "The same, policy by policy",
-        each.svg("gold against score for each policy"),
-        "Five equal groups of each policy's samples, and its mean as the large dot. Where a "
-        "trained policy's line runs below SFT's, the reward model overrates it at the same "
-        "score: over-optimisation.",
-    )
-    return [first, second]
-
-
-def calibration(rm: dict) -> list[Figure]:
-    """How often the reward model is right: by how sure it is, and by how far apart the labeler ranked the two. rm: its
-    manifest's metrics; [] where an older one lacks them."""
-    figures, size = [], {"width": 520, "height": 320}
-    if curve_points := rm.get("reliability"):
-        points = [(b["confidence"], b["accuracy"]) for b in curve_points]
-        labels = ("how sure it is: σ(score difference)", "share of pairs right")
-        axes = Axes([0.5, 1.0], [0.4, 1.0, *(y for _, y in points)], *labels, **size)
-        axes.line([(0.5, 0.5), (1.0, 1.0)], "soft", "faint")
-        axes.line(points, "rm")
-        for (x, y), b in zip(points, curve_points, strict=True):
-            axes.dots([(x, y)], "rm", 4, f"right on {y:.1%} of {b['n_pairs']} pairs at confidence {x:.3f}")
-        figures.append(
-            Figure(
-                "Is the reward model as sure as it should be?",
-                axes.svg("reliability of the reward model"),
-                "Held-out pairs in groups by confidence: on the faint line it is right as often as it says; below it, "
-                "it is too sure.",
-                (("reward model", "rm", "line"), ("as sure as right", "soft", "faint")),
-            )
-        )
-    by_distance = rm.get("accuracy_by_rank_distance") or {}
-    if len(by_distance) > 1:
-        points = [(float(d), b["accuracy"]) for d, b in by_distance.items()]
-        labels = ("ranks apart", "share of pairs right")
-        axes = Axes([x for x, _ in points], [0.5, 1.0, *(y for _, y in points)], *labels, **size)
-        axes.line(points, "rm")
-        for (x, y), b in zip(points, by_distance.values(), strict=True):
-            axes.dots([(x, y)], "rm", 4, f"right on {y:.1%} of {b['n_pairs']} pairs {x:g} apart")
-        figures.append(
-            Figure(
-                "Accuracy by rank distance",
-                axes.svg("accuracy by rank distance"),
-                "Neighbours in a ranking are the hard pairs, the first and the last of it the easy ones.",
-            )
-        )
-    return figures
-
-
-def binned(points: Sequence[tuple[float, float, str]], bins: int) -> list[tuple[float, float, float, float]]:
-    """Group points by x and estimate the mean of y in each group.
-
-    Args:
-        points: (x, y, cluster) of each; y in [0, 1].
-        bins: How many groups of equal size.
-
-    Returns:
-        (mean x, mean y, ends of the 95 % interval of the mean of y over clusters), a group each.
-    """
-    ordered = sorted(points)
-    out = []
-    for part in np.array_split(np.arange(len(ordered)), min(bins, len(ordered))):
-        xs, ys, clusters = zip(*(ordered[i] for i in part), strict=True)
-        found = share_estimate(ys, clusters)
-        out.append((float(np.mean(xs)), found["value"], *found["ci95"]))
-    return out
-
-
-def rank_correlation(points: Sequence[tuple[float, float]]) -> float | None:
-    """Spearman's ρ, ties sharing their mean rank; None where one side does not vary."""
-    ranks = [_ranks(np.array(column)) for column in zip(*points, strict=True)]
-    if len(points) < 3 or any(r.std() == 0 for r in ranks):
-        return None
-    return float(np.corrcoef(*ranks)[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[index]
 
 
 def columns(*points: Sequence[Point]) -> tuple[list[float], list[float]]:

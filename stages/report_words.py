@@ -1,24 +1,65 @@
 """What the report says in words: results.json in, numbers as people read them, sentences and tiles out. Pure."""
 
+import copy
+import math
 from datetime import datetime
 
-from stages.report_plots import number
-
+NONE = "–"
+"""What stands where there is no number."""
+NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "dpo": "DPO", "best_of_n": "best of n"}
+MANY_CUT = 1 / 3
+"""Share of cut answers above which the page says so."""
+POLICY = {  # every figure of a policy that the page may show
+    "asked": "chat", "judge_climbed": False, "ci95": {},
+    **dict.fromkeys((
+        "score", "kl_to_sft", "length", "eos_rate", "pretrain_perplexity", "win_rate_vs_sft", "difference_to_sft",
+        "gold", "gold_known_tasks", "gold_held_out_tasks",
+    )),
+}  # fmt: skip
+INTERVALS = ("score", "kl_to_sft", "length", "eos_rate", "pretrain_perplexity")
+REWARD_MODEL = ("accuracy", "accuracy_ci95", "accuracy_ceiling", "n_pairs", "labeler_agreement", "ece",
+                "orders_as_gold")  # fmt: skip
+CHECKS = ("length", "cut", "held_out")
+WHOLE = ("judge", "leaked", "leaked_by", "prompts", "samples_per_prompt", "clusters", "missing_eos_score",
+         "response_length")  # fmt: skip
 ASKED = {"chat": "", "plain": "asked in plain text", "few_shot": "asked in plain text after a few examples"}
 """How a policy was asked, as a clause."""
+
+
+def complete(results: dict) -> dict:
+    """Return results.json with a null for every figure that it lacks.
+
+    SFT and DPO alone have no reward model and maybe no pretraining text, and older versions measured less: what was
+    not measured is absent or null, and the page leaves it out.
+    """
+    made = dict.fromkeys(WHOLE) | copy.deepcopy(results)
+    made["reward_model"] = dict.fromkeys(REWARD_MODEL) | (results.get("reward_model") or {})
+    checks = results.get("overoptimisation") or {}
+    made["overoptimisation"] = {name: dict.fromkeys(CHECKS) | found for name, found in checks.items() if found}
+    for name, found in results["policies"].items():
+        policy = copy.deepcopy(POLICY) | {k: v for k, v in found.items() if v is not None or k not in ("asked", "ci95")}
+        policy["ci95"] = dict.fromkeys(INTERVALS) | policy["ci95"]
+        made["policies"][name] = policy
+    return made
+
+
+def number(value) -> float | None:
+    """Return a finite number, or None: journals hold "NaN" and null too."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if good else None
 
 
 def fixed(value, digits: int = 2) -> str:
     """A number with so many decimals, a real minus sign, "–" where there is none."""
     value = number(value)
     if value is None:
-        return "–"
+        return NONE
     text = f"{value:.{digits}f}".replace("-", "−")
     return text.removeprefix("−") if not text.strip("−0.") else text
 
 
 def percent(value, digits: int = 0) -> str:
-    return "–" if number(value) is None else f"{fixed(100 * value, digits)}\u00a0%"
+    return NONE if number(value) is None else f"{fixed(100 * value, digits)}\u00a0%"
 
 
 def interval(low: float, high: float, digits: int = 0) -> str:
@@ -31,8 +72,66 @@ def moment(text: str) -> str:
     return f"{datetime.fromisoformat(text):%Y-%m-%d %H:%M} UTC"
 
 
-def quality(policy: dict) -> float:
-    """Return what the judge says: gold overall where there is gold, otherwise the reward model's score."""
+def duration(seconds: float) -> str:
+    """Say how long something took: 41 s, 4 min 33 s, 2 h 5 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest} s"
+    return f"{minutes} min {rest} s" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def listed(parts: list[str]) -> str:
+    """Join words as a sentence does: a, b and c."""
+    return f"{', '.join(parts[:-1])} and {parts[-1]}" if parts[1:] else "".join(parts)
+
+
+def judge_of(results: dict) -> str:
+    """Say who judges."""
+    return {"gold": "the gold scorer", "reward_model": "the reward model"}.get(results["judge"], "nobody")
+
+
+def marks(policy: dict) -> str:
+    """Return the marks behind a policy's name in the table; `notes` says what they mean."""
+    return " *" * (policy["asked"] != "chat") + " †" * bool(policy["judge_climbed"])
+
+
+def notes(results: dict) -> list[str]:
+    """Say below the table what its columns and marks mean, and what to be careful with."""
+    policies = results["policies"]
+    lines = ["KL in nats and length in tokens a response"]
+    if any(p["win_rate_vs_sft"] for p in policies.values()):
+        lines[0] = f"win rates with 95 % intervals, ties half; {lines[0]}"
+    if results["judge"] == "gold":
+        lines.append("gold is the world's own scorer, 0 to 1; new tasks: over prompts whose task no training data set")
+    elif results["judge"] == "reward_model":
+        lines.append("judged by the reward model")
+    else:
+        lines.append("no reward model judged the answers")
+    asked = {p["asked"] for p in policies.values()} - {"chat"}
+    lines += [f"* {ASKED[form]}, not through the chat template" for form in sorted(asked)]
+    if any(p["judge_climbed"] for p in policies.values()):
+        lines.append("† trained to please the judge, or selected by it: what the judge says of it is too good")
+    return lines
+
+
+def cut_sentences(results: dict, names: dict[str, str]) -> list[str]:
+    """Say of which policies more than a third of the answers are cut off; no sentence where of none."""
+    rates = {n: number(p["eos_rate"]) for n, p in results["policies"].items()}
+    cut = [f"{names.get(n, n)} ({percent(1 - rate)})" for n, rate in rates.items()
+           if rate is not None and 1 - rate > MANY_CUT]  # fmt: skip
+    if not cut:
+        return []
+    length, score = results["response_length"], results["missing_eos_score"]
+    at = "" if length is None else f" at {length} tokens"
+    what = "" if score is None or results["judge"] is None else f", and each of these scores {fixed(score, 1)}"
+    return [
+        f"More than a third of the answers of {listed(cut)} are cut off{at}{what}: figures of such a policy are of "
+        f"beginnings of answers. Raise evaluate.response_length, or teach it to end."
+    ]
+
+
+def quality(policy: dict) -> float | None:
+    """Return what the judge says: gold overall where there is gold, otherwise the reward model's score, if any."""
     return policy["gold"]["overall"] if policy["gold"] else policy["score"]
 
 
@@ -48,11 +147,17 @@ def summary(results: dict, names: dict[str, str]) -> list[str]:
     """
     policies, rm = results["policies"], results["reward_model"]
     what = "mean gold quality (0 to 1)" if results["judge"] == "gold" else "the mean reward model score"
-    each = [f"{fixed(quality(policies[p]))} for {names[p]}" for p in policies]
-    listed = f"{', '.join(each[:-1])} and {each[-1]}" if each[1:] else each[0]
-    says = [f"On {results['prompts']} prompts, {what} is {listed}.", *held_out_sentences(results, names)]
+    each = [f"{fixed(quality(p))} for {names[n]}" for n, p in policies.items() if quality(p) is not None]
+    if each:
+        says = [f"On {results['prompts'] or 'the evaluation'} prompts, {what} is {listed(each)}."]
+    else:
+        says = [
+            f"{results['prompts'] or 'The evaluation'} prompts were put to each policy; no reward model judged the "
+            f"answers: read the samples below."
+        ]
+    says += held_out_sentences(results, names)
     says += [sentence for name in ("base", "ppo", "dpo") if (sentence := against_sft(results, names, name))]
-    says += climbed_sentence(results, names)
+    says += climbed_sentence(results, names) + cut_sentences(results, names)
     if number(rm["accuracy"]) is not None:
         beside = [
             f"{text} {percent(rm[key], 1)}"
@@ -64,7 +169,7 @@ def summary(results: dict, names: dict[str, str]) -> list[str]:
         ]
         says.append(
             f"The reward model sides with the labeler on {percent(rm['accuracy'], 1)} of "
-            f"{rm['n_pairs']} held-out pairs" + (f"; {' and '.join(beside)}" if beside else "") + "."
+            f"{rm['n_pairs'] or 'the'} held-out pairs" + (f"; {' and '.join(beside)}" if beside else "") + "."
         )
     return says
 
@@ -72,6 +177,8 @@ def summary(results: dict, names: dict[str, str]) -> list[str]:
 def held_out_sentences(results: dict, names: dict[str, str]) -> list[str]:
     """Say how far the evaluation prompts are held out from training, and how the policies do on those that are."""
     leaked, prompts = results["leaked"], results["prompts"]
+    if leaked is None or prompts is None:
+        return []
     if results["leaked_by"] != "task":
         if leaked:
             which = "1 is a near copy" if leaked == 1 else f"{leaked} are near copies"
@@ -84,8 +191,7 @@ def held_out_sentences(results: dict, names: dict[str, str]) -> list[str]:
     new = {n: p["gold_held_out_tasks"] for n, p in results["policies"].items() if p["gold_held_out_tasks"]}
     if new:
         each = [f"{fixed(gold['overall'])} for {names[name]}" for name, gold in new.items()]
-        says.append(f"On the held-out tasks alone gold is {', '.join(each[:-1])} and {each[-1]}." if each[1:] else
-                    f"On the held-out tasks alone gold is {each[0]}.")  # fmt: skip
+        says.append(f"On the held-out tasks alone gold is {listed(each)}.")
     return says
 
 
@@ -97,7 +203,7 @@ def against_sft(results: dict, names: dict[str, str], name: str) -> str | None:
     low, high = p["win_rate_vs_sft"]["ci95"]
     verdict = "better than" if low > 0.5 else "worse than" if high < 0.5 else "not clearly different from"
     asked = f" ({ASKED[p['asked']]})" if ASKED[p["asked"]] else ""
-    kl = "" if p["kl_to_sft"] is None else f" at {fixed(p['kl_to_sft'], 1)} nats of KL a response"
+    kl = "" if number(p["kl_to_sft"]) is None else f" at {fixed(p['kl_to_sft'], 1)} nats of KL a response"
     return (
         f"{names[name][:1].upper()}{names[name][1:]}{asked} is {verdict} SFT: it wins "
         f"{percent(p['win_rate_vs_sft']['value'])} of the comparisons (95\u00a0% interval {interval(low, high)}){kl}."
@@ -128,6 +234,10 @@ def tiles(results: dict, names: dict[str, str]) -> list[tuple[str, str, str]]:
     for name in (n for n in ("ppo", "dpo") if n in policies):
         p = policies[name]
         gain = p["difference_to_sft"]
+        if quality(p) is None or gain is None:
+            kl = f"{fixed(p['kl_to_sft'], 1)} nats"
+            out.append((f"KL, SFT → {names[name]}", kl, "a response: how far it has gone"))
+            continue
         note = f"difference {fixed(gain['value'])}"
         if p["judge_climbed"]:
             note = f"by the model it climbed; {note}"
@@ -141,11 +251,14 @@ def tiles(results: dict, names: dict[str, str]) -> list[tuple[str, str, str]]:
             out.append((f"{names[name]} against SFT", f"{percent(rate['value'])} won", note))
     if number(rm["accuracy"]) is not None:
         ceiling = number(rm["accuracy_ceiling"])
-        beside = f"95\u00a0% interval {interval(*rm['accuracy_ci95'])}"
-        if ceiling is not None:
-            beside = f"of {percent(ceiling, 1)} reachable; {beside}"
-        out.append(("reward model accuracy", percent(rm["accuracy"], 1), beside))
-    if "ppo" in policies and number(sft["pretrain_perplexity"]) is not None:
-        before, after = (fixed(policies[name]["pretrain_perplexity"]) for name in ("sft", "ppo"))
-        out.append(("pretraining perplexity", f"{before} → {after}", "SFT → PPO; lower is better"))
+        beside = [f"of {percent(ceiling, 1)} reachable"] if ceiling is not None else []
+        beside += [f"95\u00a0% interval {interval(*rm['accuracy_ci95'])}"] if rm["accuracy_ci95"] else []
+        out.append(("reward model accuracy", percent(rm["accuracy"], 1), "; ".join(beside)))
+    trained = next((name for name in ("ppo", "dpo") if name in policies), None)
+    if trained and number(sft["pretrain_perplexity"]) is not None:
+        before, after = (fixed(policies[name]["pretrain_perplexity"]) for name in ("sft", trained))
+        out.append(("pretraining perplexity", f"{before} → {after}", f"SFT → {names[trained]}; lower is better"))
+    if number(rm["accuracy"]) is None and number(sft["eos_rate"]) is not None:
+        ends = [percent(policies[name]["eos_rate"]) for name in ("sft", *[trained] * bool(trained))]
+        out.append(("answers that end", " → ".join(ends), " → ".join(names[n] for n in ("sft", trained) if n)))
     return out

@@ -24,8 +24,8 @@ class Measured:
     responses: list[list[str]]
     finished: list[list[bool]]
     """Whether each response ended by itself."""
-    scores: list[list[float]]
-    """Reward model scores, `missing_eos_score` applied."""
+    scores: list[list[float]] | None
+    """Reward model scores, `missing_eos_score` applied; None where no reward model scores."""
     kl: list[list[float]] | None
     """log π(y|x) − log π_SFT(y|x) in nats a response; None for best of n, whose probabilities are not known."""
     lengths: list[list[int]]
@@ -34,6 +34,10 @@ class Measured:
     """{helpful, honest, harmless, overall} a response; None where there is no gold scorer."""
     text_losses: list[float] | None
     """Mean cross-entropy a token of each row of held-out pretraining text, (N,); None for best of n."""
+    raw_scores: list[list[float]] | None = None
+    """Reward model scores before `missing_eos_score`; None for what an older version measured."""
+    held_out_scores: list[list[float]] | None = None
+    """Scores of rm's held-out model, `missing_eos_score` applied; None where rm trained none."""
 
     def state(self) -> dict:
         """Return the fields as JSON values, for a checkpoint."""
@@ -65,15 +69,18 @@ def summarise(
     quantities = {"score": own.scores, "kl_to_sft": own.kl, "length": own.lengths, "eos_rate": own.finished}
     estimates = {name: _estimate(rows, clusters, share=name == "eos_rate") for name, rows in quantities.items()}
     estimates["pretrain_perplexity"] = perplexity_estimate(own.text_losses)
-    judged, baseline = _judged(own), _judged(sft)
-    gaps = judged.mean(1) - baseline.mean(1)
+    is_judged = own.gold is not None or own.scores is not None
+    judged, baseline = (_judged(own), _judged(sft)) if is_judged else (None, None)
+    gaps = judged.mean(1) - baseline.mean(1) if is_judged else None
     return {
         **{name: found and found["value"] for name, found in estimates.items()},
         "ci95": {name: found and _spread(found["ci95"]) for name, found in estimates.items()},
         "asked": own.asked,
         "judge_climbed": judge_climbed,
-        "win_rate_vs_sft": None if selected else win_rate(judged, baseline, clusters),
-        "difference_to_sft": None if own is sft else _difference(gaps, clusters, bounded=own.gold is not None),
+        "win_rate_vs_sft": None if selected or not is_judged else win_rate(judged, baseline, clusters),
+        "difference_to_sft": (
+            None if own is sft or not is_judged else _difference(gaps, clusters, bounded=own.gold is not None)
+        ),
         "gold": _gold(own, clusters),
         "gold_known_tasks": _gold(own, clusters, known, True),
         "gold_held_out_tasks": _gold(own, clusters, known, False),
@@ -94,7 +101,7 @@ def order_by_gold(sft: Measured, clusters: Sequence[Hashable], known: Sequence[b
         {"known_tasks", "held_out_tasks"}: share of the pairs whose gold differs, equal scores counting half, as
         `share_estimate`; None for a half without such a pair. None altogether without gold.
     """
-    if sft.gold is None or known is None:
+    if sft.gold is None or sft.scores is None or known is None:
         return None
     right: dict[bool, tuple[list, list]] = {True: ([], []), False: ([], [])}
     for scores, gold, cluster, which in zip(sft.scores, _judged(sft), clusters, known, strict=True):

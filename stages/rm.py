@@ -5,6 +5,7 @@
 All pairs of a prompt are one batch element: one forward pass over the prompt and its K responses, and each response is
 seen by one gradient. loss_type: plackett_luce takes the likelihood of the whole order instead.
 Afterwards a bias makes the demonstrations score 0 on average; it is `reward_bias` in config.json.
+A held-out model of another seed (rm.held_out) is climbed by nothing: evaluate tells over-optimisation by it.
 """
 
 from functools import partial
@@ -23,6 +24,7 @@ from pipeline.stage import StageRun
 from stages import parallel
 from stages.cards import SCORE, card
 from stages.common import (
+    adapter_base,
     adapter_settings,
     check_context,
     cut_by_tokens,
@@ -33,6 +35,7 @@ from stages.common import (
     load_groups,
     packing,
     place,
+    publish_dtype,
     read,
     read_world,
     unreadable,
@@ -43,7 +46,7 @@ from stages.models.forward import response_scores, score_all
 from stages.models.loading import load_tokenizer, new_reward_model
 from stages.models.sharding import full, is_sharded, publishable
 from stages.objectives.losses import plackett_luce_loss, ranking_loss
-from stages.settings import PreferenceTraining, over_context, setting, total_steps
+from stages.settings import PreferenceTraining, over_context, reward_models, setting, total_steps
 from stages.statistics import (
     accuracy_by,
     agreements,
@@ -53,6 +56,7 @@ from stages.statistics import (
     reliability,
     rights,
 )
+from stages.wanted import simulates
 
 NAME = "rm"
 METRICS = {
@@ -87,11 +91,17 @@ class Config(PreferenceTraining):
     ensemble: int = setting(
         1, "models trained, each from seeds of its own; PPO takes their mean or minimum (ppo.reward_ensemble)", ge=1
     )
+    held_out: bool | None = setting(
+        None,
+        "train one more model, of a seed of its own, as held_out/model: no policy is trained to please it, and "
+        "evaluate scores every answer by it too, which shows over-optimisation. It takes as long as the first one. "
+        "null: where people ranked (data.rankings), since the embedded world has a gold scorer",
+    )
     bias_demonstrations: int = setting(256, "demonstrations that the mean score 0 is taken over", "rows", ge=1)
 
 
 def needs(experiment) -> list[str]:
-    world = ["world"] if experiment.data.rankings is None else []  # it knows the tasks of what its labelers ranked
+    world = ["world"] if simulates(experiment) else []  # it knows the tasks of what its labelers ranked
     return [*world, "sft", "rankings"]
 
 
@@ -111,7 +121,8 @@ def lacks(experiment) -> list[str]:
 
 
 def run(ctx: StageRun) -> dict:
-    """→ model/, an AutoModelForSequenceClassification with one label and reward_bias; ensemble/1/, … if asked for."""
+    """→ model/, an AutoModelForSequenceClassification with one label and reward_bias; ensemble/1/, … and held_out/model
+    if asked for."""
     c, source = ctx.config, ctx.inputs["sft"] / "model"
     check_context(ctx, source)
     tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
@@ -120,10 +131,10 @@ def run(ctx: StageRun) -> dict:
     groups, report = load_groups(ctx, tokenizer, "train", **limits)
     held, held_report = load_groups(ctx, tokenizer, "validation", **limits)
     report += held_report
-    steps = total_steps(c, len(groups))
+    steps, names = total_steps(c, len(groups)), reward_models(ctx.experiment)
     ctx.tracker.say(
         f"rm: {report.line('rankings')}; {sum(len(g.pairs()) for g in groups)} pairs; "
-        f"{len(held)} rankings held out; {steps} steps" + f" for each of {c.ensemble} models" * (c.ensemble > 1)
+        f"{len(held)} rankings held out; {steps} steps" + f" for each of {len(names)} models" * (len(names) > 1)
     )
     validation = sources.load("rankings", path=ctx.inputs["rankings"] / "validation.jsonl")
     shown = {ranking.id: ranking.prompt for ranking in validation}
@@ -137,40 +148,47 @@ def run(ctx: StageRun) -> dict:
         )
     done = list(found.state.get("members", [])) if found else []  # figures of the models that are trained
     kept = {f"member_{k}": found.tensors(f"member_{k}") for k in range(len(done))} if found else {}
-    margins = []
-    for k in range(c.ensemble):
+    margins, told = [], []
+    clusters = tasks_of_prompts(ctx, validation)
+    for k, name in enumerate(names):
         # 1 the policy's trunk, a fresh scalar head
         model, trainee = make_member(ctx, source, accelerator, k, steps)
         tools = (model, tokenizer.pad_token_id, accelerator, packing(ctx, model))
         if fresh := k == len(done):
             # 2 train
             order = group_order(ctx, groups, steps, c.per_device_train_batch_size * c.gradient_accumulation_steps, k)
-            state = {"members": done} | ({"steps": steps} if c.ensemble > 1 else {})
-            rest = {"first": k * steps, "total": c.ensemble * steps, "carried": (kept, state)}
+            state = {"members": done} | ({"steps": steps} if len(names) > 1 else {})
+            rest = {"first": k * steps, "total": len(names) * steps, "carried": (kept, state)}
             done.append(train(ctx, trainee, tools, groups, held, order, steps, **rest))
-            if c.ensemble > 1:
+            if len(names) > 1:
                 kept[f"member_{k}"] = {name: x.clone() for name, x in trainee.tensors().items()}
         else:
             trainee.load(kept[f"member_{k}"])
         # 3 how far it can be trusted
         found_margins, owners, _ = look_at_held(ctx, tools, held)
         margins.append(found_margins)
+        told.append(trust(found_margins, owners, held, validation, clusters))
         # 4 the bias: demonstrations score 0 on average
-        folder = ctx.publish / ("model" if k == 0 else f"ensemble/{k}")
         plain(model).config.reward_bias = demonstration_mean(ctx, model, tokenizer, accelerator)
         if fresh:
             done[k]["reward_bias"] = plain(model).config.reward_bias
         if fresh and k == 0:
             write_samples(ctx, model, tokenizer, held[:4], shown, done[0]["steps"], accelerator)
         model = publishable(model, partial(make_model, ctx, source, k))
-        save_merged(model, tokenizer, folder, card=card(ctx, "a reward model", SCORE))
-        if fresh and k + 1 < c.ensemble and ctx.checkpoints.every:
+        folder = ctx.publish / name
+        base = adapter_base(ctx, folder, source)
+        text = card(ctx, "a reward model", SCORE, figures=done[k] | told[k], source=source, adapter=base)
+        options = {"base": base or ("", None), "dtype": publish_dtype(ctx, source)}
+        save_merged(model, tokenizer, folder, card=text, **options)
+        if fresh and k + 1 < len(names) and ctx.checkpoints.every:
             held_whole = {name: full(tensors) for name, tensors in kept.items()}
-            ctx.checkpoints.save((k + 1) * steps, held_whole, {"members": done, "steps": steps}, c.ensemble * steps)
-    figures = done[0] | trust(margins[0], owners, held, validation, tasks_of_prompts(ctx, validation))
+            ctx.checkpoints.save((k + 1) * steps, held_whole, {"members": done, "steps": steps}, len(names) * steps)
+    figures = done[0] | told[0]
     if c.ensemble > 1:
-        mean = [sum(part) / c.ensemble for part in zip(*margins, strict=True)]
+        mean = [sum(part) / c.ensemble for part in zip(*margins[: c.ensemble], strict=True)]
         figures["ensemble_accuracy"] = float(rights(mean).mean())  # of their mean
+    if names[-1] == "held_out/model":
+        figures["held_out_accuracy"] = float(rights(margins[-1]).mean())
     figures["accuracy_ceiling"] = ctx.manifests["rankings"]["metrics"].get("accuracy_ceiling")
     return {**figures, "truncated": report.truncated, "dropped": report.dropped}
 

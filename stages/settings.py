@@ -57,6 +57,13 @@ def no_room(experiment, stage: str) -> list[str]:
     return [f"{stage}.response_length: {what}"] if c.response_length >= c.max_length else []
 
 
+def reward_models(experiment) -> list[str]:
+    """Return the folders of the models that rm trains, in their order: model, ensemble/1, …, held_out/model."""
+    c = experiment.rm
+    held_out = experiment.data.rankings is not None if c.held_out is None else c.held_out
+    return ["model", *(f"ensemble/{k}" for k in range(1, c.ensemble)), *["held_out/model"] * held_out]
+
+
 class Training(Section):
     """What base, sft, rm and dpo have in common."""
 

@@ -8,16 +8,19 @@ from importlib.util import find_spec
 
 from data.encode import encode_demonstrations, wrap_documents
 from data.records import DataError, prompt_key
+from data.room import quantiles
 from data.streams import Stream, derive_seed, held_out
 from pipeline.errors import UserError
 from pipeline.stage import StageRun
 from stages import parallel
 from stages.cards import ANSWER, card
 from stages.common import (
+    adapter_base,
     adapter_settings,
     check_context,
     device_of,
     dtype_of,
+    publish_dtype,
     read_placed,
     show_samples,
     split_documents,
@@ -38,6 +41,7 @@ METRICS = {
     "lr": "learning rate of the step",
 }
 HEADLINE = ("loss", "perplexity")
+WITHOUT = {"documents": "set sft.ppo_init: null"}
 SHARED = True
 FIXED = (
     ("sft.per_device_train_batch_size", "sft.gradient_accumulation_steps"),
@@ -155,8 +159,9 @@ def run(ctx: StageRun) -> dict:
     else:
         model, figures = fit(train_rows=rows, steps=steps, group_by_length=True)
         weights = {name: p.detach() for name, p in trainable(model).items()}
-    save_merged(model, tokenizer, ctx.publish / "model", card=card(ctx, "a supervised fine-tuned policy", ANSWER))
     figures = {**figures, "rows": len(rows), "truncated": report.truncated, "dropped": report.dropped}
+    figures["answer_tokens"] = quantiles([sum(label != -100 for label in row["labels"]) for row in encoded])
+    publish(ctx, model, tokenizer, "model", "a supervised fine-tuned policy", figures)
     if c.ppo_init is None:
         return figures
 
@@ -166,8 +171,17 @@ def run(ctx: StageRun) -> dict:
     # by length, the long rows of text would fill batches of their own and not be mixed in
     rest = {"first": steps, "carried": carried, "group_by_length": False}
     model, other = fit(train_rows=mixed, steps=more, **rest)
-    save_merged(model, tokenizer, ctx.publish / "ppo_init", card=card(ctx, "the policy that PPO starts from", ANSWER))
+    publish(ctx, model, tokenizer, "ppo_init", "the policy that PPO starts from", other)
     return figures | {f"ppo_init_{name}": other[name] for name in ("loss", "perplexity", "steps")}
+
+
+def publish(ctx: StageRun, model, tokenizer, name: str, what: str, figures: dict) -> None:
+    """Write a policy to the folder `name`. what, figures: for its card."""
+    source, folder = ctx.inputs["base"] / "model", ctx.publish / name
+    base = adapter_base(ctx, folder, source)
+    text = card(ctx, what, ANSWER, figures=figures, source=source, adapter=base)
+    options = {"temperature": 1.0, "dtype": publish_dtype(ctx, source)}
+    save_merged(model, tokenizer, folder, card=text, base=base or ("", None), **options)
 
 
 def refuse_another_length(ctx: StageRun, found, steps: int) -> None:

@@ -6,13 +6,15 @@ ranking are not independent, so they count as one cluster. `tests/stages/test_in
 intervals cover the truth.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import combinations
 
 import numpy as np
 
 PSEUDO_CLUSTERS = 2
 """Clusters won, and as many lost, that are added to a share before its spread is computed (Agresti & Coull 1998)."""
+MOST_GROUPS = 200
+"""Groups of clusters that are left out in turn where a statistic has no sums to compute it from (more take long)."""
 EDGE = 1e-9
 """Means that differ by less are taken for equal: they differ by rounding alone."""
 
@@ -94,6 +96,55 @@ def wins(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return rights(gaps).mean(axis=(1, 2))
 
 
+def correlation_estimate(xs: Sequence[float], ys: Sequence[float], clusters: Sequence[Hashable]) -> dict:
+    """Estimate Spearman's rank correlation with an interval over clusters.
+
+    The jackknife is of Fisher's z = artanh ρ, whose spread hardly depends on ρ, transformed back: within [−1, 1].
+
+    Args:
+        xs: One quantity of each of the N observations.
+        ys: The other one.
+        clusters: The cluster of each observation.
+
+    Returns:
+        {"value": ρ or None where one side does not vary or N < 3, "ci95": [low, high] or None, "n": N}.
+    """
+    xs, ys = np.asarray(xs, float), np.asarray(ys, float)
+    z = lambda keep: np.arctanh(np.clip(_spearman(xs[keep], ys[keep]), EDGE - 1, 1 - EDGE))  # noqa: E731
+    value, ci95 = _spearman(xs, ys), _left_out_interval(z, clusters)
+    return {
+        "value": None if np.isnan(value) else value,
+        "ci95": None if ci95 is None else [float(np.tanh(end)) for end in ci95],
+        "n": len(xs),
+    }
+
+
+def contrast_estimate(values: Sequence[float], flags: Sequence[bool], clusters: Sequence[Hashable]) -> dict:
+    """Estimate how much higher the mean is where a flag is set than where it is not; a cluster may have both.
+
+    Args:
+        values: The N observations.
+        flags: (N,) which of the two kinds each is of; there are some of both.
+        clusters: The cluster of each observation.
+
+    Returns:
+        {"value", "ci95": [low, high], or None where one cluster has all of a kind, "n": N}.
+    """
+    values, flags = np.asarray(values, float), np.asarray(flags, bool)
+
+    def gap(keep: np.ndarray) -> float:
+        kinds = values[keep & flags], values[keep & ~flags]
+        return float(kinds[0].mean() - kinds[1].mean()) if all(map(len, kinds)) else float("nan")
+
+    return {"value": gap(np.ones(len(values), bool)), "ci95": _left_out_interval(gap, clusters), "n": len(values)}
+
+
+def rank_correlation(xs: Sequence[float], ys: Sequence[float]) -> float | None:
+    """Return Spearman's ρ, ties sharing their mean rank; None where one side does not vary, or of fewer than three."""
+    value = _spearman(np.asarray(xs, float), np.asarray(ys, float))
+    return None if np.isnan(value) else value
+
+
 def cluster_sums(values: Sequence[float], clusters: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
     """Return the sum and the number of the observations of each cluster, (G,) each."""
     index: dict[Hashable, int] = {}
@@ -102,6 +153,46 @@ def cluster_sums(values: Sequence[float], clusters: Sequence[Hashable]) -> tuple
     if len(of) != len(values):
         raise ValueError(f"{len(values)} values and {len(of)} clusters")
     return np.bincount(of, values, len(index)), np.bincount(of, minlength=len(index)).astype(float)
+
+
+def _spearman(xs: np.ndarray, ys: np.ndarray) -> float:
+    """Return Spearman's ρ; NaN where it is not defined."""
+    if len(xs) < 3:
+        return float("nan")
+    x, y = _ranks(xs), _ranks(ys)
+    if x.std() == 0 or y.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[index]
+
+
+def _left_out_interval(
+    statistic: Callable[[np.ndarray], float], clusters: Sequence[Hashable]
+) -> list[float] | None:
+    """Return the jackknife interval of any statistic of the observations.
+
+    Args:
+        statistic: (N,) flags of the observations that are kept → the statistic.
+        clusters: The cluster of each observation. Of more than MOST_GROUPS, groups are left out in turn.
+
+    Returns:
+        [low, high]; None where there are fewer than three groups, or one without which the statistic is not finite.
+    """
+    index: dict[Hashable, int] = {}
+    of = np.array([index.setdefault(cluster, len(index)) for cluster in clusters]) % MOST_GROUPS
+    groups = min(len(index), MOST_GROUPS)
+    whole = statistic(np.ones(len(of), bool))
+    if groups < 3 or not np.isfinite(whole):
+        return None
+    without = np.array([statistic(of != group) for group in range(groups)])
+    if not np.isfinite(without).all():
+        return None
+    half = _t_quantile(groups) * _jackknife_error(without, whole)
+    return [float(whole - half), float(whole + half)]
 
 
 def _half_width(sums: np.ndarray, counts: np.ndarray) -> float | None:

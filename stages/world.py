@@ -5,6 +5,7 @@ import json
 from data.records import write_jsonl
 from data.world import World
 from pipeline.errors import UserError
+from pipeline.sections import OF_WORLD
 from pipeline.stage import StageRun
 from stages.settings import Section, setting
 
@@ -31,21 +32,12 @@ def reads(experiment) -> list[str]:
 
 
 def check(experiment) -> list[str]:
-    """The toy world's data never slip in beside one's own: every source is named then."""
-    kinds = ("documents", "demonstrations", "prompts", "evaluation_prompts")
     data = experiment.data
-    wrong = [
+    return [
         f"data.{k}: world takes no split, skip or limit; write {k}: world, and set its size in the section world"
-        for k in kinds
+        for k in OF_WORLD
         if getattr(getattr(data, k), "path", None) == "world"
     ]
-    if any(getattr(data, k) != "world" for k in kinds) or data.rankings is not None:
-        wrong += [
-            f"data.{k}: not set, beside data of your own; give a file, or say world for the embedded world's"
-            for k in kinds
-            if k not in data.model_fields_set
-        ]
-    return wrong
 
 
 def run(ctx: StageRun) -> dict:

@@ -6,6 +6,7 @@ a quantized model; BitFit (Ben Zaken 2021) trains the model's own biases.
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from stages.models.loading import (
     score_head,
     without_dropout,
 )
+from stages.models.publish import edit_json
 from stages.models.quantized import dequantize, quantize
 from stages.parallel import is_first
 
@@ -152,24 +154,42 @@ def merged(model):
     return model.merge_and_unload(safe_merge=True)
 
 
-def save_adapter(model, folder: Path) -> None:
-    """An adapted model's adapter (and scalar head) in folder/adapter, for peft; nothing for other models."""
+def base_of(source: Path, folder: Path) -> tuple[str, None]:
+    """Name the base of an adapter in folder/adapter: the model in `source`, as a path from there, which holds wherever
+    both are moved together. (A path of this machine would hold nowhere else.)"""
+    return os.path.relpath(source, folder / FOLDER).replace(os.sep, "/"), None
+
+
+def save_adapter(model, folder: Path, base: tuple[str, str | None] = ("", None)) -> None:
+    """Write an adapted model's adapter (and scalar head) to folder/adapter, for peft; nothing for other models.
+
+    Args:
+        model: the adapted model.
+        folder: of the published model.
+        base: (Hub id or path, commit of a Hub id) of the model that the adapter is on; "" where that has no name.
+    """
     if not is_adapted(model) or not is_first():
         return
     for config in model.peft_config.values():
-        config.base_model_name_or_path = ""  # it would be a path of this machine
+        config.base_model_name_or_path = ""  # peft would look there for the vocabulary, on the Hub too
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)  # else the file's order is chance
     model.save_pretrained(folder / FOLDER)
+    name, revision = base
+    named = {"base_model_name_or_path": name, "revision": revision}
+    edit_json(folder / FOLDER / "adapter_config.json", lambda config: config | named)
     (folder / FOLDER / "README.md").unlink(missing_ok=True)  # it knows less than the card of the model
 
 
-def save_merged(model, tokenizer, folder: Path, *, card: str) -> None:
+def save_merged(
+    model, tokenizer, folder: Path, *, card: str, base: tuple[str, str | None] = ("", None), **options
+) -> None:
     """`save_model` of the merged weights, which transformers alone can load, and beside them the adapter, if any. On
-    the CPU, where the model stays: merging takes a trunk more, for which a GPU may have no room."""
+    the CPU, where the model stays: merging takes a trunk more, for which a GPU may have no room. base: as of
+    `save_adapter`; options: as of `save_model`."""
     if is_first():
-        save_adapter(model, folder)
-        save_model(merged(model.cpu()), tokenizer, folder, card=card)
+        save_adapter(model, folder, base)
+        save_model(merged(model.cpu()), tokenizer, folder, card=card, **options)
 
 
 def share_frozen(model, others: list, same: Callable[[Tensor, Tensor], bool] = torch.equal) -> None:

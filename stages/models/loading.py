@@ -10,8 +10,8 @@ from torch import nn
 
 from data.encode import render
 from pipeline.errors import UserError
-from stages.models.remote_code import is_remote, keep_code, read
-from stages.parallel import is_first
+from stages.models.publish import save_model as save_model  # imported from here, too
+from stages.models.remote_code import is_remote, read
 
 
 def load_policy(folder: Path, *, attn_implementation: str = "sdpa", trust_remote_code: bool = False):
@@ -158,25 +158,6 @@ def score_head(model) -> nn.Linear:
             f"{type(model).__name__} has no linear head `score`; use a decoder model (Llama, Qwen, GPT-2 …)"
         )
     return head
-
-
-def save_model(model, tokenizer, folder: Path, *, card: str) -> None:
-    """A folder that transformers alone can load: safetensors, tokenizer, chat template, generation config, card, and
-    the code that the model brings, if any. Of several processes the first one writes it."""
-    if not is_first():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    keep_code(model, tokenizer, folder)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.eos_token_id = tokenizer.eos_token_id
-    model.config.use_cache = True
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder)
-    model.config.use_cache = False
-    tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def from_scratch(

@@ -76,7 +76,8 @@ def generate(engine, prompts, seeds, max_tokens: int, temperature: float, eos_id
     """[responses as ids, EOS included; their log-probs], one response a prompt, each by a seed of its own."""
     from vllm import SamplingParams
 
-    options = {"max_tokens": max_tokens, "temperature": temperature, "stop_token_ids": [eos_id]}
+    # vLLM also stops at every end token of the folder's generation_config.json, unless it is told to ignore EOS
+    options = {"max_tokens": max_tokens, "temperature": temperature, "stop_token_ids": [eos_id], "ignore_eos": True}
     asked = [SamplingParams(seed=seed, logprobs=0, detokenize=False, **options) for seed in seeds]
     outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], asked, use_tqdm=False)
     found = [output.outputs[0] for output in outputs]

@@ -313,3 +313,23 @@ def test_run_counts_in_the_tokens_of_the_base_model(tmp_path, capsys):
     (tmp_path / "artifacts/tiny/base/model/tokenizer.json").write_text("{")
     code, text = run(path, experiment(prompts=str(path)), artifacts=tmp_path / "artifacts")
     assert code == 0 and "cannot be loaded" in text and "words" in text
+
+
+def test_demonstrations_are_compared_with_the_room_in_ppo(tmp_path):
+    """In tokens, EOS included; and only where the config has prompts for PPO."""
+    rows = [{"prompt": f"ask {i}", "completion": "x" * (10 + i)} for i in range(20)]
+    path = written(tmp_path, *rows)
+
+    def room(length):
+        return facts(check(path, "demonstrations", Letters(), response_length=length)).get("room in ppo")
+
+    assert room(30) == "answers have 20 tokens in the median, 95 % up to 29; none is over 30"
+    assert room(29).endswith("5% are over 29")
+    assert "60% are over 18, ppo.response_length: such answers are cut" in room(18) and "raise it to 29" in room(18)
+    assert room(None) is None
+    assert "room in ppo" not in facts(check(path, "demonstrations", None, response_length=4))  # words are no tokens
+    config = SimpleNamespace(data=SimpleNamespace(prompts="mine"), ppo=SimpleNamespace(response_length=18))
+    assert checks.limits_of(config, "demonstrations")["response_length"] == 18
+    assert "response_length" not in checks.limits_of(config, "rankings")
+    config.data.prompts = None
+    assert "response_length" not in checks.limits_of(config, "demonstrations")

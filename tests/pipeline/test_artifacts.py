@@ -281,3 +281,33 @@ def test_too_little_space_names_what_is_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 5))
     with pytest.raises(UserError, match=r"needs 2,000,000 bytes and 5 are free"):
         files.require_space(tmp_path, 2_000_000)
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_whoever_the_umask_lets_read_can_read_an_artifact_and_its_checkpoints(tmp_path, umask, mode):
+    """safetensors writes files that only their owner can read."""
+    import torch
+    from safetensors.torch import save_file
+
+    from pipeline.cache import Cache
+    from pipeline.checkpoints import CheckpointStore
+
+    before = os.umask(umask)
+    try:
+        store = ArtifactStore(tmp_path, "modes")
+        content = store.folder("sft") / ".tmp-publish"
+        with store.lock("sft"):
+            store.begin("sft", {"run_id": "1", "stage": "sft"})
+            (content / "model" / "adapter").mkdir(parents=True)
+            for name in ("model/model.safetensors", "model/adapter/adapter_model.safetensors"):
+                save_file({"x": torch.zeros(1)}, content / name)
+            (content / "model" / "config.json").write_text("{}")
+            saved = CheckpointStore(store.work_folder("sft") / "checkpoints", every=1, keep=1, run_id="1")
+            saved.save(1, {"model": {"x": torch.zeros(1)}}, {}, 1)
+            store.publish("sft", content, record("1"))
+        Cache(store.folder("sft") / ".cache").remember("logps", "", {"x": torch.zeros(1)})
+    finally:
+        os.umask(before)
+    found = {path: path.stat().st_mode & 0o777 for path in store.folder("sft").rglob("*") if path.is_file()}
+    assert {name.name for name in found} >= {"adapter_model.safetensors", "logps.safetensors", "manifest.json"}
+    assert {path: bits for path, bits in found.items() if bits != mode and path.name != ".lock"} == {}

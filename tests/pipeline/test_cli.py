@@ -77,6 +77,15 @@ def test_settings_may_stand_before_the_stage(rlhf):
     assert (code, err) == (0, "") and "words 4" in out and Path("x=y/small/text").is_dir()
 
 
+def test_the_command_is_recorded_as_it_was_typed(rlhf):
+    """What was up to date keeps the command that made it."""
+    assert rlhf("run", "text")[0] == 0
+    assert rlhf("run", "fit", "fit.steps=3", "--override-config", "name=small")[0] == 0
+    made = {name: json.loads(Path(f"artifacts/small/{name}/manifest.json").read_text()) for name in ("text", "fit")}
+    assert made["fit"]["command"] == "rlhf run fit fit.steps=3 --override-config name=small -c small.yaml"
+    assert made["text"]["command"] == "rlhf run text -c small.yaml"
+
+
 @pytest.mark.parametrize("words", ["doctor seed=1", "data check small.yaml seed=1", "run text seed=1"])
 def test_a_setting_without_a_config_is_refused(rlhf, words):
     code, out, err = rlhf(*words.split(), config=None)

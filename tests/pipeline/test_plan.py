@@ -81,7 +81,7 @@ def test_manifest_holds_what_the_contract_names(world):
     manifest = world.store.manifest("fit")
     fields = (
         "stage status run_id fingerprint config inputs outputs metrics versions git seed world_size threads "
-        "started_at finished_at resumes tracker_run_id digest"
+        "device strategy hardware command started_at finished_at resumes tracker_run_id digest"
     )
     assert manifest.keys() == set(fields.split())
     assert set(manifest["outputs"]) == {"model.safetensors", "metrics.jsonl"}
@@ -89,6 +89,7 @@ def test_manifest_holds_what_the_contract_names(world):
     assert manifest["config"]["fit"]["steps"] == 12 and manifest["config"]["model"]["dtype"] == "float32"
     assert manifest["world_size"] == 1 and manifest["threads"] == 1 and manifest["resumes"] == 0
     assert "torch" in manifest["versions"] and manifest["tracker_run_id"] is None
+    assert manifest["device"] and manifest["hardware"]["cores"] >= 1 and manifest["command"] is None
     text = (world.store.folder("fit") / "manifest.json").read_text()
     bare = {key: value for key, value in json.loads(text).items() if key != "digest"}
     canonical = json.dumps(bare, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -3,7 +3,9 @@ RLHF_VLLM names the Python of an environment with it."""
 
 import contextlib
 import gc
+import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -94,6 +96,16 @@ def test_samples_and_their_log_probs(folder, engine):
     assert sample(engine, seeds=[1, 2, 3]).responses != sampled.responses
     swapped = sample(engine, prompts=PROMPTS[::-1], seeds=SEEDS[::-1])
     assert swapped.responses == sampled.responses[::-1]
+
+
+def test_other_end_tokens_of_the_published_model_end_no_response(folder, engine, python, tmp_path):
+    """The folder's generation_config.json names all that ended a text for the given model; PPO's response ends at the
+    tokenizer's EOS alone."""
+    shutil.copytree(folder, tmp_path / "model")
+    ends = tmp_path / "model" / "generation_config.json"
+    ends.write_text(json.dumps(json.loads(ends.read_text()) | {"eos_token_id": list(range(20))}))
+    with contextlib.closing(made(tmp_path / "model", tmp_path / "line", python)) as other:
+        assert sample(other).responses == sample(engine).responses
 
 
 @pytest.mark.parametrize("method", [None, "lora", "dora"])

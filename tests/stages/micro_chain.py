@@ -35,6 +35,7 @@ data:
   evaluation_prompts: %(root)s/evaluation_prompts.jsonl
   rankings: %(root)s/rankings.jsonl
   validation_fraction: 0.3
+rm: {held_out: false}
 checkpoints: {every: 0}
 launch: {device: cpu, threads: 1}
 """

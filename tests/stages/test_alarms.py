@@ -10,7 +10,8 @@ from stages.ppo import Config
 
 def row(**changed):
     figures = {"objective/kl": 1.0, "objective/eos_rate": 0.9, "objective/entropy": 2.0, "grad_norm/ppo": 1.0}
-    return figures | {"grad_norm/ptx": 1.0} | {k.replace("__", "/"): v for k, v in changed.items()}
+    figures |= {"objective/scores": 0.1, "objective/length": 20.0, "grad_norm/ptx": 1.0}
+    return figures | {k.replace("__", "/"): v for k, v in changed.items()}
 
 
 def run(alarms, rows, first=1):
@@ -19,7 +20,7 @@ def run(alarms, rows, first=1):
 
 @pytest.fixture
 def alarms():
-    return Alarms(kl_limit=20.0, entropy_floor=0.1)
+    return Alarms(kl_limit=20.0, entropy_floor=0.1, room=48)
 
 
 def test_a_quiet_run_raises_nothing(alarms):
@@ -32,6 +33,12 @@ def test_a_quiet_run_raises_nothing(alarms):
         ({"objective__kl": 20.5}, 1, ["KL", "20.5", "alarm_kl 20", "kl_coef"]),
         ({"objective__entropy": 0.1}, SHORT, ["entropy", "0.1", "kl_coef"]),
         ({"objective__eos_rate": 0.0}, SHORT, ["ended with EOS", "response_length", "missing_eos_score"]),
+        (
+            {"objective__eos_rate": 0.3, "objective__scores": 0.6},
+            SHORT,
+            ["30% of the responses", "90% did at first", "from 0.1 to 0.6", "missing_eos_score", "response_length"],
+        ),
+        ({"objective__length": 45.0}, SHORT, ["run to the limit", "45 tokens", "response_length 48", "length_penalty"]),
         ({"grad_norm__ptx": 14.0}, 3, ["14 times", "over the last 3 updates", "lower ppo.ptx_coef about 14-fold"]),
         ({"grad_norm__ptx": 0.05}, 3, ["20 times", "over the last 3 updates", "raise ppo.ptx_coef about 20-fold"]),
         ({"grad_norm__ppo": 0.0}, 3, ["inf times PPO's", "lower ppo.ptx_coef"]),
@@ -43,6 +50,29 @@ def test_each_alarm_is_raised_once_its_window_is_full_and_says_what_to_turn(alar
     assert run(alarms, rows[: after - 1], SHORT + 1) == []
     (line,) = run(alarms, rows[after - 1 :], SHORT + after)
     assert line.startswith(f"update {SHORT + after}: ") and all(word in line for word in words)
+
+
+def test_the_run_that_learned_not_to_finish_is_told(alarms):
+    """A shipped config's of old, in its figures: the share that ends fell from 0.72 to 0.25, the score rose."""
+    ends, scores = (0.72, 0.66, 0.58, 0.5, 0.4, 0.33, 0.29, 0.25), (0.07, 0.15, 0.22, 0.31, 0.4, 0.48, 0.55, 0.61)
+    rows = [
+        row(objective__eos_rate=end, objective__scores=score)
+        for end, score in zip(ends, scores, strict=True)
+        for _ in range(4)
+    ]
+    lines = run(alarms, rows)
+    assert len(lines) == 1 and "being cut pays" in lines[0]
+
+
+def test_fewer_that_end_while_the_score_falls_or_as_few_as_at_first_are_no_such_thing(alarms):
+    fell = [row()] * SHORT + [row(objective__eos_rate=0.3, objective__scores=-1.0)] * 30
+    few = [row(objective__eos_rate=0.3, objective__scores=i / 30) for i in range(30)]
+    assert run(alarms, fell) == [] and run(Alarms(20.0, 0.1), few) == []
+
+
+def test_responses_as_long_as_they_may_be_need_a_limit_that_is_known(alarms):
+    assert run(Alarms(20.0, 0.1), [row(objective__length=48.0)] * 30) == []
+    assert run(alarms, [row(objective__length=43.0)] * 30) == []  # a tenth of the room is left
 
 
 def test_one_update_that_is_otherwise_breaks_the_habit(alarms):
@@ -108,11 +138,13 @@ def test_a_score_that_rises_while_another_judge_falls_is_over_optimisation(alarm
 
 def test_state_goes_through_json_and_on(alarms):
     """Interrupted anywhere, it raises what an uninterrupted run raises, at the same updates."""
-    rows = [row()] * 25 + [row(grad_norm__ptx=30.0, objective__kl=21.0)] * 60
+    rows = [row()] * 25 + [
+        row(grad_norm__ptx=30.0, objective__kl=21.0, objective__eos_rate=0.2, objective__scores=0.5)
+    ] * 60
     whole = run(Alarms(20.0, 0.1), rows)
     for cut in (3, 26, 40, 70):
         before, after = Alarms(20.0, 0.1), Alarms(20.0, 0.1)
         lines = run(before, rows[:cut])
         after.restore(json.loads(json.dumps(before.state())))
         assert lines + run(after, rows[cut:], cut + 1) == whole
-    assert len(whole) >= 3
+    assert len(whole) >= 4

@@ -190,15 +190,18 @@ def test_evaluate_compares_its_prompts_with_what_the_policies_trained_on(tmp_pat
     """Simulated rankings are of `prompts`; without PPO and with rankings of one's own nobody trains on those."""
     own = {kind: f"data.{kind}=org/{kind}" for kind in ("evaluation_prompts", "demonstrations", "prompts", "rankings")}
     without_ppo = "evaluate.policies=[sft,dpo]"
+    world = ["evaluation_prompts", "documents", "demonstrations", "prompts"]
+    asked = own["evaluation_prompts"]
     for settings, kinds in (
-        ([], ["demonstrations", "prompts"]),
-        ([without_ppo], ["demonstrations", "prompts"]),
-        ([own["evaluation_prompts"]], ["demonstrations", "prompts"]),
-        ([own["evaluation_prompts"], own["rankings"], without_ppo], ["demonstrations", "rankings"]),
-        (own.values(), ["demonstrations", "rankings", "prompts"]),
+        ([], world),
+        ([without_ppo], world),
+        ([asked, "data.documents=world", "data.demonstrations=world", "data.prompts=world"], world),
+        ([asked, own["demonstrations"]], ["evaluation_prompts", "demonstrations"]),
+        ([own["demonstrations"]], ["demonstrations"]),
+        ([asked, own["rankings"], without_ppo], ["evaluation_prompts", "demonstrations", "rankings"]),
+        (own.values(), ["evaluation_prompts", "demonstrations", "rankings", "prompts"]),
     ):
-        experiment = experiment_of(tmp_path, *settings)
-        assert STAGES["evaluate"].reads(experiment) == ["evaluation_prompts", "documents", *kinds]
+        assert STAGES["evaluate"].reads(experiment_of(tmp_path, *settings)) == kinds
 
 
 def test_vllm_has_to_be_there_where_ppo_runs(tmp_path):

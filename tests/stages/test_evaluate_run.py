@@ -18,7 +18,8 @@ from data import world_writers
 from data.world import World
 from pipeline.checkpoints import CheckpointStore
 from pipeline.errors import UserError
-from stages import evaluate
+from stages import evaluate, report_samples
+from stages.report_words import NAMES, complete
 
 LENGTH = 8  # of a response
 SMALL = {"max_length": 48, "response_length": LENGTH, "perplexity_length": 8, "batch_size": 4}
@@ -384,6 +385,116 @@ class TestFigures:
         assert not {"gold", "known_task", "cluster"} & set(files.rows("sft")[0])
 
 
+class TestOverOptimisation:
+    """What the report needs to tell whether the score can be trusted, without gold."""
+
+    def test_rows_have_their_length_and_the_reward_models_own_score(self, chain, files):
+        """The last one also of answers that were cut, whose score is a fixed one."""
+        for name in ("base", "sft", "ppo"):
+            rows, draws = files.rows(name), files.draws[name]
+            assert [row["length"] for row in rows] == [len(draw.ids) for draw in draws]
+            expected = [
+                scores_again(chain, row["prompt"], draw.ids, lambda found: statistics.mean(list(found)), None)
+                for row, draw in zip(rows, draws, strict=True)
+            ]
+            assert [row["raw_score"] for row in rows] == pytest.approx(expected, abs=1e-4), name
+        cut = [row for row in files.rows("sft") if not row["finished"]]
+        assert cut and all(abs(row["score"] - MISSING) < 1e-6 for row in cut)
+        assert all(abs(row["raw_score"] - MISSING) > 1e-4 for row in cut)
+        assert not any("held_out_score" in row for row in files.rows("sft"))
+
+    def test_the_checks_are_of_all_policies(self, files):
+        found = files.results["overoptimisation"]
+        assert list(found) == list(files.results["policies"])
+        for name, checks in found.items():
+            rows = files.rows(name)
+            assert checks["cut"]["n"] == sum(not row["finished"] for row in rows)
+            ended = [row["raw_score"] for row in rows if row["finished"]]
+            assert checks["cut"]["finished_score"] == (pytest.approx(statistics.mean(ended)) if ended else None)
+            assert checks["held_out"] is None
+        assert (files.results["missing_eos_score"], files.results["response_length"]) == (MISSING, LENGTH)
+
+    def test_a_held_out_reward_model_scores_every_answer(self, chain, tmp_path):
+        """It stands apart from the ensemble: scores of the policies are what they are without it."""
+        import shutil
+
+        shutil.copytree(chain.root / "rm", tmp_path / "rm")
+        shutil.copytree(chain.root / "other_rm", tmp_path / "rm" / "held_out")
+        choices = SMALL | {"best_of": 3, "policies": "[ppo, best_of_n]", "num_prompts": 6}
+        judge = scalar_model(chain.root / "other_rm/model")
+        run, bare = (
+            run_evaluate(chain, tmp_path / name, choices, **more)
+            for name, more in (("with", {"inputs": {"rm": tmp_path / "rm"}}), ("bare", {}))
+        )
+        for name in ("sft", "ppo"):
+            rows = run.rows(name)
+            for row, draw in zip(rows, run.draws[name], strict=True):
+                ended = draw.ids[-1] == chain.tokenizer.eos_token_id
+                with torch.no_grad():
+                    own = plain.score(judge, chat_ids(chain.tokenizer, row["prompt"]), draw.ids).item()
+                assert row["held_out_score"] == pytest.approx(own if ended else -1.0, abs=1e-4)
+            held = run.results["overoptimisation"][name]["held_out"]
+            assert held["score"]["value"] == pytest.approx(statistics.mean(row["held_out_score"] for row in rows))
+        pair = [by_prompt(run.rows(n), lambda row: row["held_out_score"]) for n in ("ppo", "sft")]
+        held = run.results["overoptimisation"]["ppo"]["held_out"]
+        assert held["win_rate_vs_sft"]["value"] == pytest.approx(wins(*pair))
+        gap = statistics.mean(a[0] - b[0] for a, b in zip(*pair, strict=True))
+        assert held["difference_to_sft"]["value"] == pytest.approx(gap)
+        strip = lambda row: {k: v for k, v in row.items() if k != "held_out_score"}  # noqa: E731
+        assert [strip(r) for r in run.finished.rows("responses.jsonl")] == bare.finished.rows("responses.jsonl")
+        assert all("held_out_score" in row for row in run.rows("best_of_n"))
+
+
+class TestGreedy:
+    """Some prompts are answered by the likeliest tokens, too, with room to end."""
+
+    def test_answers_are_the_likeliest_tokens_in_the_form_in_which_each_is_asked(self, chain, files, prompts):
+        rows = files.finished.rows("greedy.jsonl")
+        eos = chain.tokenizer.eos_token_id
+        assert {row["policy"] for row in rows} == {"base", "sft", "ppo", "dpo"}, "best of n has no likeliest answer"
+        for row in rows:
+            asked = prompts[1][row["index"]]
+            assert row["prompt"] == asked
+            ids = chat_ids(chain.tokenizer, asked)
+            if row["policy"] == "base":
+                ids = chain.tokenizer(text_of(asked), add_special_tokens=False)["input_ids"]
+            model = language_model(chain.root / row["policy"] / "model")
+            again = plain.greedy(model, ids, 4 * LENGTH, eos)
+            assert row["response"] == chain.tokenizer.decode(again, skip_special_tokens=True).strip()
+            assert (row["length"], row["finished"]) == (len(again), again[-1] == eos)
+            if row["policy"] != "base" and len(ids) + len(again) <= 48:
+                own = scores_again(chain, asked, again, lambda found: statistics.mean(list(found)), MISSING)
+                assert row["score"] == pytest.approx(own, abs=1e-4)
+        assert any(row["length"] > LENGTH for row in rows), "the length that is scored cuts none of them"
+
+    def test_the_prompts_are_those_that_the_report_shows(self, files):
+        rows = files.finished.rows("greedy.jsonl")
+        shown = report_samples.side_by_side(
+            files.finished.rows("responses.jsonl"), rows, complete(files.results), NAMES, 12, report_samples.Systems()
+        )
+        found = [item.answers for _, items in shown for item in items]
+        assert found and all(likeliest is not None for answers in found for n, _, likeliest in answers
+                             if n != "best_of_n")  # fmt: skip
+
+    def test_none_where_none_are_asked_for_and_shorter_ones_where_that_is(self, chain, tmp_path):
+        choices = SMALL | {"best_of": 1, "policies": "[ppo]", "num_prompts": 4}
+        none = run_evaluate(chain, tmp_path / "none", choices | {"greedy_prompts": 0})
+        assert none.finished.rows("greedy.jsonl") == []
+        some = run_evaluate(chain, tmp_path / "some", choices | {"greedy_prompts": 3, "greedy_length": 2})
+        rows = some.finished.rows("greedy.jsonl")
+        assert len(rows) == 6 and max(row["length"] for row in rows) <= 2
+
+
+def test_what_ends_the_stage_names_the_policy_and_a_judge_that_was_climbed(files, of_world):
+    """The last line of the stage is made of these."""
+    from pipeline.running import headline
+
+    line = " · ".join(headline(evaluate, files.finished.figures))
+    assert line.startswith("policy ppo · score ")
+    assert line.endswith("judged by the reward model that it was trained to please or selected by")
+    assert "judged" not in " · ".join(headline(evaluate, of_world.finished.figures))
+
+
 def test_policies_that_are_left_out_are_not_sampled(few_shot):
     assert list(few_shot.results["policies"]) == ["base", "sft", "ppo"]
     assert few_shot.results["prompts"] == 10
@@ -601,3 +712,30 @@ class TestOfTheWorld:
 
     def test_base_from_scratch_is_asked_in_plain_text_without_being_told(self, of_world):
         assert of_world.figures("base")["asked"] == "plain" and of_world.figures("dpo")["asked"] == "chat"
+
+
+def test_without_reward_model_and_documents_what_can_be_measured_is(chain, tmp_path):
+    """Demonstrations and rankings alone: the prompts that sft held out, and no number that nothing gives."""
+    settings = [f"evaluate.{key}={value}" for key, value in SMALL.items()] + ["evaluate.max_length=96"]
+    given = ["data.documents=null", "data.prompts=null", "data.evaluation_prompts=null"]
+    finished = chain.run("evaluate", tmp_path / "less", *settings, *given)
+    results = json.loads((finished.folder / "results.json").read_text())
+    assert list(results["policies"]) == ["base", "sft", "dpo"] and results["judge"] is None
+    demonstrations = [row["prompt"] for row in chain.rows("demonstrations.jsonl")]
+    held = [demonstrations[i] for i in evaluate.held_out(list(map(evaluate.prompt_key, demonstrations)), 0.3)[1]]
+    rows = finished.rows("responses.jsonl")
+    assert 0 < len(held) < len(demonstrations) and [r["prompt"] for r in rows if r["policy"] == "dpo"] == held
+    assert {row["score"] for row in rows} == {None} and results["reward_model"]["accuracy"] is None
+    for policy in results["policies"].values():
+        missing = ("score", "pretrain_perplexity", "win_rate_vs_sft", "difference_to_sft", "gold")
+        assert {policy[key] for key in missing} == {None} and not policy["judge_climbed"]
+        assert policy["length"] > 0 and policy["eos_rate"] is not None
+    assert results["policies"]["dpo"]["kl_to_sft"] != 0.0 and finished.figures["score"] is None
+    assert "no scores; name best_of_n in evaluate.policies" in finished.said and "no perplexity" in finished.said
+
+    asked = tmp_path / "asked.jsonl"
+    write_rows(asked, [{"prompt": prompt} for prompt in held])
+    whole = chain.run("evaluate", tmp_path / "whole", *settings, f"data.evaluation_prompts={asked}")
+    judged = json.loads((whole.folder / "results.json").read_text())["policies"]
+    for name, policy in results["policies"].items():  # a judge more changes nothing else
+        assert policy["kl_to_sft"] == judged[name]["kl_to_sft"] and judged[name]["score"] is not None

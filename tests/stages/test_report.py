@@ -2,212 +2,22 @@
 
 import io
 import json
-import math
 import random
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from report_run import fake_run, page_of
 from rich.console import Console
 
 from pipeline.errors import UserError
-from stages import report
+from stages import report, report_experiment, report_samples, report_terminal
 from stages import report_plots as plots
 from stages import report_svg as svg
-from stages.results import Measured, order_by_gold, summarise
-
-MADE_OF = {
-    "world": "",
-    "base": "world",
-    "sft": "world base",
-    "rankings": "world sft",
-    "rm": "world sft rankings",
-    "ppo": "world sft rm",
-    "dpo": "sft rankings",
-    "evaluate": "world base sft rm ppo dpo",
-}
-HOSTILE = '</div><script>alert("x")</script><img src=x onerror=alert(1)> & ünïcode 😀 \u202e'
-
-
-def write_rows(path: Path, rows) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-TRUST = {  # of the reward model
-    "reliability": [
-        {"confidence": 0.55, "accuracy": 0.53, "n_pairs": 900},
-        {"confidence": 0.75, "accuracy": 0.72, "n_pairs": 1212},
-    ],
-    "accuracy_by_k": {"4": {"accuracy": 0.7, "accuracy_ci95": [0.67, 0.73], "n_pairs": 2112}},
-    "accuracy_by_rank_distance": {"1": {"accuracy": 0.61, "n_pairs": 1100}, "2": {"accuracy": 0.8, "n_pairs": 1012}},
-    "accuracy_by_labeler": {"ada<b>": {"accuracy": 0.7, "n_pairs": 2112}},
-    "agreement_by_labelers": {"ada<b> / ben": {"agreement": 0.72, "n_pairs": 812}},
-}
-
-
-def fake_run(
-    tmp_path: Path, policies=("base", "sft", "ppo", "dpo", "best_of_n"), gold=True, world=True, prompts=40
-):
-    """A StageRun over an invented tree of artifacts: plausible curves, and hostile text among the samples."""
-    rng = random.Random(0)
-    stages = [
-        s
-        for s in report.STAGES
-        if s in {"base", "sft", "rankings", "rm", "evaluate"} | set(policies) or (s == "world" and world)
-    ]
-    inputs, manifests = {}, {}
-    for i, stage in enumerate(stages):
-        inputs[stage] = tmp_path / "artifacts" / "fake" / stage
-        inputs[stage].mkdir(parents=True)
-        manifests[stage] = {
-            "stage": stage,
-            "digest": f"{i:064x}"[::-1],
-            "inputs": {s: manifests[s]["digest"] for s in MADE_OF[stage].split() if s in manifests},
-            "started_at": f"2026-11-23T10:{i:02d}:00+00:00",
-            "finished_at": f"2026-11-23T10:{i:02d}:41+00:00",
-            "seed": 0,
-            "versions": {"python": "3.11.7", "torch": "2.13.0"},
-            "git": {"commit": "abcdef012345", "dirty": i == 2},
-            "resumes": 0,
-            "outputs": {"model/model.safetensors": {"sha256": "0" * 64, "bytes": 4_400_000}},
-            "metrics": TRUST if stage == "rm" else {},
-            "config": {"overridden": {"ppo.kl_coef": [0.05, 0.1]}} if stage == "ppo" else {},
-        }
-    noise = lambda s: rng.gauss(0, s)  # noqa: E731
-    for stage in (s for s in ("base", "sft", "rm", "dpo") if s in stages):
-        keys = {"rm": ("accuracy", "margin"), "dpo": ("rewards/chosen", "rewards/rejected")}.get(
-            stage, ("lr",)
-        )
-        row = lambda s, keys=keys: {  # noqa: E731
-            "step": s,
-            "loss": 0.6 + 5 * math.exp(-s / 20) + abs(noise(0.05)),
-            **{k: 0.5 + s / 400 + noise(0.02) for k in keys},
-        }
-        write_rows(inputs[stage] / "metrics.jsonl", [row(s) for s in range(1, 121)])
-        write_rows(inputs[stage] / "evaluations.jsonl", [row(s) for s in range(0, 121, 30)])
-    if "ppo" in stages:
-        names = {m for _, _, _, lines, _ in plots.PPO for m, *_ in lines}
-        write_rows(
-            inputs["ppo"] / "metrics.jsonl",
-            [
-                {
-                    "step": s,
-                    "episode": 64 * s,
-                    **{k: 0.02 + s / 80 + abs(noise(0.1)) for k in names},
-                    "val/explained_variance": "NaN",
-                }
-                for s in range(1, 81)
-            ],
-        )
-        write_rows(
-            inputs["ppo"] / "evaluations.jsonl",
-            [{"step": s, "score": s / 40, "kl": s / 10, "entropy": 1.0} for s in range(0, 81, 20)],
-        )
-        write_rows(
-            inputs["ppo"] / "samples.jsonl",
-            [
-                {"step": s, "prompt": "name a fox .", "response": HOSTILE, "score": 0.5, "kl": 1.0}
-                for s in range(0, 81, 20)
-                for _ in range(4)
-            ],
-        )
-    strength = {"base": -2.0, "sft": 0.0, "ppo": 1.2, "dpo": 0.8, "best_of_n": 1.6}
-    lines, all_measured = [], {}
-    known = [i % 2 == 0 for i in range(prompts)]
-    for name in policies:
-        rows = []
-        for i in range(prompts):
-            for k in range(1 if name == "best_of_n" else 2):
-                score = strength[name] + noise(1.0)
-                good = min(1.0, max(0.0, 0.62 + 0.15 * score + noise(0.15)))
-                prompt = (
-                    [{"role": "system", "content": "be kind"}, {"role": "user", "content": HOSTILE}]
-                    if i == 0
-                    else f"prompt {i}"
-                )
-                rows.append(
-                    {
-                        "policy": name,
-                        "prompt": prompt,
-                        "sample": k,
-                        "response": HOSTILE if i % 7 == 0 else f"answer {i} of {name}",
-                        "finished": k == 0,
-                        "score": score,
-                    }
-                    | ({"gold": dict.fromkeys(plots.PARTS, good), "cluster": str(i // 3)} if gold else {})
-                )
-        lines += rows
-        each = len(rows) // prompts
-        column = lambda key, rows=rows, each=each: [  # noqa: E731
-            [row[key] for row in rows[i * each : (i + 1) * each]] for i in range(prompts)
-        ]
-        all_measured[name] = Measured(
-            asked="plain" if name == "base" else "chat",
-            responses=column("response"),
-            finished=column("finished"),
-            scores=column("score"),
-            kl=None if name == "best_of_n" else [[abs(strength[name]) * 4] * each] * prompts,
-            lengths=[[14] * each] * prompts,
-            gold=column("gold") if gold else None,
-            text_losses=None if name == "best_of_n" else [0.8, 0.9, 0.95],
-        )
-    climbed = set() if gold else {"ppo", "best_of_n"}
-    results = {
-        name: summarise(
-            own,
-            all_measured["sft"],
-            [i // 3 for i in range(prompts)],
-            known if gold else None,
-            judge_climbed=name in climbed,
-            selected=not gold and name == "best_of_n",
-        )
-        for name, own in all_measured.items()
-    }
-    write_rows(inputs["evaluate"] / "responses.jsonl", lines)
-    reward_model = {
-        "accuracy": 0.704,
-        "accuracy_ci95": [0.68, 0.73],
-        "accuracy_ceiling": 0.733 if world else None,
-        "n_pairs": 2112,
-        "labeler_agreement": 0.726 if world else None,
-        "ece": 0.021,
-        "orders_as_gold": order_by_gold(all_measured["sft"], [str(i // 3) for i in range(prompts)], known)
-        if gold
-        else None,
-    }
-    (inputs["evaluate"] / "results.json").write_text(
-        json.dumps(
-            {
-                "judge": "gold" if gold else "reward_model",
-                "leaked": sum(known) if gold else 0,
-                "leaked_by": "task" if gold else "near copy",
-                "prompts": prompts,
-                "samples_per_prompt": 2,
-                "clusters": -(-prompts // 3),
-                "policies": results,
-                "reward_model": reward_model,
-            }
-        )
-    )
-    publish = tmp_path / "artifacts" / "fake" / "report"
-    publish.mkdir()
-    experiment = SimpleNamespace(name="fake", evaluate=SimpleNamespace(best_of=16, policies=list(policies)))
-    return SimpleNamespace(
-        experiment=experiment,
-        config=report.Config(),
-        seed=0,
-        inputs=inputs,
-        manifests=manifests,
-        publish=publish,
-    )
-
-
-def page_of(ctx) -> str:
-    report.run(ctx)
-    return (ctx.publish / "index.html").read_text(encoding="utf-8")
+from stages import report_words as words
+from stages.statistics import rank_correlation
 
 
 class Tags(HTMLParser):
@@ -235,6 +45,7 @@ PARTS_MISSING = [
     {"policies": ("base", "sft", "dpo", "best_of_n")},
     {"policies": ("sft",), "gold": False, "world": False},
     {"policies": ("sft", "ppo"), "gold": False, "world": False, "prompts": 3},
+    {"gold": False, "world": False, "held_out": True},
 ]
 
 
@@ -272,8 +83,8 @@ def test_every_number_of_the_results_is_on_the_page(tmp_path):
     page = page_of(ctx)
     results = json.loads((ctx.inputs["evaluate"] / "results.json").read_text())
     for p in results["policies"].values():
-        assert report.fixed(p["score"]) in page and report.fixed(p["gold"]["overall"], 3) in page
-    for sentence in report.summary(results, plots.NAMES | {"best_of_n": "best of 16"}):
+        assert words.fixed(p["score"]) in page and words.fixed(p["gold"]["overall"], 3) in page
+    for sentence in words.summary(results, words.NAMES | {"best_of_n": "best of 16"}):
         assert sentence in page
     assert all(f"{x}\u00a0%" in page for x in (70.4, 73.3, 72.6))
     assert all(m["digest"][:12] in page for m in ctx.manifests.values())
@@ -282,14 +93,15 @@ def test_every_number_of_the_results_is_on_the_page(tmp_path):
 def test_samples_are_chosen_by_rule_and_show_losses_too(tmp_path):
     ctx = fake_run(tmp_path)
     responses = report.read_rows(ctx.inputs["evaluate"] / "responses.jsonl")
-    results = json.loads((ctx.inputs["evaluate"] / "results.json").read_text())
-    groups = dict(report.side_by_side(responses, results, 12))
+    results = words.complete(json.loads((ctx.inputs["evaluate"] / "results.json").read_text()))
+    options = ([], results, words.NAMES, 12, report_samples.Systems())
+    groups = dict(report_samples.side_by_side(responses, *options))
     assert [len(v) for v in groups.values()] == [3, 3, 3, 3]
-    gold = lambda item, name: dict(item["answers"])[name]["gold"]["overall"]  # noqa: E731
+    gold = lambda item, name: {n: row for n, row, _ in item.answers}[name]["gold"]["overall"]  # noqa: E731
     gain = lambda item: gold(item, "ppo") - gold(item, "sft")  # noqa: E731
     gains = {title: [gain(item) for item in items] for title, items in groups.items()}
     everything = [
-        gain({"answers": [("ppo", a), ("sft", b)]})
+        a["gold"]["overall"] - b["gold"]["overall"]
         for a, b in zip(
             [r for r in responses if r["policy"] == "ppo" and r["sample"] == 0],
             [r for r in responses if r["policy"] == "sft" and r["sample"] == 0],
@@ -297,10 +109,9 @@ def test_samples_are_chosen_by_rule_and_show_losses_too(tmp_path):
         )
     ]
     assert (
-        max(everything) in gains["PPO gains most over SFT"]
-        and min(everything) in gains["PPO loses most against SFT"]
+        max(everything) in gains["PPO gains most over SFT"] and min(everything) in gains["PPO loses most against SFT"]
     )
-    chosen = [json.dumps(item["prompt"]) for items in groups.values() for item in items]
+    chosen = [json.dumps(item.turns) for items in groups.values() for item in items]
     assert len(set(chosen)) == len(chosen)
 
 
@@ -311,23 +122,28 @@ def test_the_reward_model_is_told_in_parts(tmp_path):
     page = page_of(ctx)
     assert "Is the reward model as sure as it should be?" in page and "Accuracy by rank distance" in page
     for cells in (
-        "<td>4</td><td>70.0\u00a0%</td><td>67.0 to 73.0</td><td>2112</td>",
-        "<td>ada&lt;b&gt; / ben</td><td>72.0\u00a0%</td><td>–</td>",
+        '<th scope="row">4</th><td>70.0\u00a0%<br><small>67.0 to 73.0\u00a0%</small></td><td>2,112</td>',
+        '<th scope="row">ada&lt;b&gt; / ben</th><td>72.0\u00a0%</td><td>812</td>',
     ):
         assert cells in page
     ctx = fake_run(tmp_path / "old")
     ctx.manifests["rm"]["metrics"] = {}
     page = page_of(ctx)
-    assert "as sure as it should be" not in page and "on held-out pairs</th>" not in page
+    assert "as sure as it should be" not in page and "Accuracy by labeler" not in page
 
 
 def test_needs_follow_the_policies_and_the_data():
     def experiment(policies, **data):
+        data = {"rankings": None, "prompts": None} | data
         return SimpleNamespace(
-            evaluate=SimpleNamespace(policies=policies), data=SimpleNamespace(model_dump=lambda: data)
+            evaluate=SimpleNamespace(policies=policies, model_fields_set={"policies"}),
+            ppo=SimpleNamespace(reward_model=None),
+            data=SimpleNamespace(**data, model_dump=lambda: data),
         )
 
-    assert report.needs(experiment(["sft", "dpo"], prompts="mine.jsonl")) == [
+    without_judge = ["base", "sft", "rankings", "dpo", "evaluate"]
+    assert report.needs(experiment(["sft", "dpo"], rankings="ours.jsonl")) == without_judge
+    assert report.needs(experiment(["sft", "dpo"], prompts="mine.jsonl", rankings="ours.jsonl")) == [
         "base",
         "sft",
         "rankings",
@@ -343,11 +159,11 @@ def test_table_fits_100_columns(tmp_path, parts):
     ctx = fake_run(tmp_path, **parts)
     report.run(ctx)
     console = Console(width=100, record=True, file=open("/dev/null", "w"))
-    report.show(ctx.publish, console)
+    report_terminal.show(ctx.publish, console)
     text = console.export_text()
-    table = text.split("win rates with")[0]
+    table = text.split("\nwin rates with")[0].split("\nKL in nats")[0]
     assert max(map(len, table.splitlines())) <= 100 and "…" not in table
-    assert all(plots.NAMES[n] in table for n in ctx.experiment.evaluate.policies)
+    assert all(words.NAMES[n] in table for n in ctx.experiment.evaluate.policies)
     assert "70.4\u00a0%" in table and text.strip().endswith("report/index.html")
 
 
@@ -374,7 +190,7 @@ def test_a_climbed_judge_is_named_beside_what_it_says(tmp_path):
         ctx = fake_run(tmp_path / str(gold), gold=gold)
         page = page_of(ctx)
         console = Console(width=100, record=True, file=io.StringIO())
-        report.show(ctx.publish, console)
+        report_terminal.show(ctx.publish, console)
         table = console.export_text()
         assert ("The judge is the reward model itself, which PPO and best of 16 were trained" in page) == (not gold)
         assert ("PPO †" in table and "† trained to please the judge" in table) == (not gold)
@@ -386,19 +202,19 @@ def test_how_base_was_asked_is_said(tmp_path):
     ctx = fake_run(tmp_path)
     assert "Base (asked in plain text) is " in page_of(ctx)
     console = Console(width=100, record=True, file=io.StringIO())
-    report.show(ctx.publish, console)
+    report_terminal.show(ctx.publish, console)
     text = console.export_text()
     assert "base *" in text and "* asked in plain text" in text
 
 
 def test_table_without_results_is_a_line(tmp_path):
     with pytest.raises(UserError, match="rlhf run evaluate -c CONFIG"):
-        report.show(tmp_path / "report", Console())
+        report_terminal.show(tmp_path / "report", Console())
 
 
 def test_numbers_as_people_read_them():
-    assert [report.fixed(v, 1) for v in (None, "NaN", -0.04, -1.25, 2)] == ["–", "–", "0.0", "−1.2", "2.0"]
-    assert report.percent(0.7261, 1) == "72.6\u00a0%" and report.percent(None) == "–"
+    assert [words.fixed(v, 1) for v in (None, "NaN", -0.04, -1.25, 2)] == ["–", "–", "0.0", "−1.2", "2.0"]
+    assert words.percent(0.7261, 1) == "72.6\u00a0%" and words.percent(None) == "–"
 
 
 def test_ticks_are_round_and_inside():
@@ -433,7 +249,7 @@ def test_held_out_looks_stand_at_their_episodes_though_batches_changed():
     samples = [{"step": s, "prompt": "a", "response": "b"} for s in (0, 2, 4)]
     journal = plots.Journal(metrics, [{"step": s, "score": 0.0} for s in (0, 2, 4)], samples)
     assert plots.episodes_by_step(journal) == {0: 0, 1: 8, 2: 16, 3: 20, 4: 24, 5: 28}
-    assert [episode for episode, _ in report.ppo_looks(journal, 3)] == [0, 16, 24]
+    assert [episode for episode, _ in report_samples.looks(journal, 3, report_samples.Systems())] == [0, 16, 24]
 
 
 def test_rank_correlation_agrees_with_pandas():
@@ -443,13 +259,13 @@ def test_rank_correlation_agrees_with_pandas():
     points = [(rng.randint(0, 5), rng.randint(0, 5)) for _ in range(60)]
     frame = pandas.DataFrame(points)
     by_hand = frame[0].rank().corr(frame[1].rank())
-    assert plots.rank_correlation(points) == pytest.approx(by_hand)
-    assert plots.rank_correlation([(1, 1), (1, 2), (1, 3)]) is None
+    assert rank_correlation(*zip(*points, strict=True)) == pytest.approx(by_hand)
+    assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
 
 
 def test_drawing_leaves_out_what_another_input_implies(tmp_path):
     ctx = fake_run(tmp_path)
-    drawn = report.drawing(ctx.manifests)
+    drawn = report_experiment.drawing(ctx.manifests)
     assert (
         drawn.count('class="edge"') == 9
     )  # of 18: world base sft rankings, then rm ppo beside dpo, evaluate, this page

@@ -13,6 +13,8 @@ import torch
 from micro_chain import watch_fit, write_rows
 
 from stages import rm
+from stages.models.ensemble import others_of
+from stages.settings import reward_models
 
 STEPS = {
     "max_steps": 4,
@@ -267,3 +269,42 @@ def test_the_mean_is_over_as_many_demonstrations_as_asked_for_of_those_that_fit(
     means = [statistics.mean(some) for some in itertools.combinations(scores, 9)]
     assert min(abs(mean - config["reward_bias"]) for mean in means) < 1e-6
     assert config["reward_bias"] != pytest.approx(statistics.mean(scores), abs=1e-6)
+
+
+class TestHeldOut:
+    """One more model, which evaluate alone asks."""
+
+    def test_by_default_where_people_ranked(self, chain):
+        people, world = chain.experiment("rm.held_out=null"), chain.experiment("rm.held_out=null", config="world.yaml")
+        assert reward_models(people) == ["model", "held_out/model"]
+        assert reward_models(world) == ["model"], "there is a gold scorer"
+        assert reward_models(chain.experiment("rm.held_out=null", "rm.ensemble=3")) == [
+            "model", "ensemble/1", "ensemble/2", "held_out/model",
+        ]  # fmt: skip
+        assert reward_models(chain.experiment("rm.held_out=true", config="world.yaml"))[-1] == "held_out/model"
+
+    def test_it_is_of_another_seed_and_no_member_of_the_ensemble(self, chain, tmp_path):
+        choices = STEPS | {"ensemble": 2, "held_out": "true", "max_steps": 2}
+        finished, (one, two, other), (_, held), _ = run_rm(chain, tmp_path / "rm", choices)
+        assert "2 steps for each of 3 models" in finished.said
+        assert other.batches not in (one.batches, two.batches)
+        for member in (one, two):
+            assert not torch.equal(other.start["score.weight"], member.start["score.weight"])
+        assert [path.name for path in others_of(finished.folder / "model")] == ["1"]
+        models = [plain.scalar_model(finished.folder / name) for name in ("model", "ensemble/1", "held_out/model")]
+        margins = []
+        with torch.no_grad():
+            for model in models:
+                scores = [torch.stack([plain.score(model, g.prompt, r) for r in g.responses]) for g in held]
+                margins.append(pair_margins(held, scores))
+        both = [a + b for a, b in zip(*margins[:2], strict=True)]
+        assert finished.figures["held_out_accuracy"] == pytest.approx(accuracy(margins[2]))
+        assert finished.figures["ensemble_accuracy"] == pytest.approx(accuracy(both))
+        assert models[2].config.reward_bias not in (0.0, models[0].config.reward_bias)
+
+    def test_the_first_model_does_not_depend_on_it(self, chain, tmp_path):
+        paths = []
+        for held_out in ("true", "false"):
+            finished, *_ = run_rm(chain, tmp_path / held_out, STEPS | {"max_steps": 2, "held_out": held_out})
+            paths.append(finished.folder / "model" / "model.safetensors")
+        assert paths[0].read_bytes() == paths[1].read_bytes()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 __version__ = "stand-in"
 
@@ -20,6 +20,7 @@ class SamplingParams:
     stop_token_ids: list[int]
     logprobs: int
     detokenize: bool
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class LLM:
         self.take(model)
         if self.tied:  # from here on a weight of its own, which no reload changes: as in vLLM 0.32
             self.model.lm_head.weight = torch.nn.Parameter(self.model.lm_head.weight.detach().clone())
+        ends = GenerationConfig.from_pretrained(model).eos_token_id
+        self.ends = ends if isinstance(ends, list) else [ends]
         self.longest, self.dies_at, self.drift = options["max_model_len"], dies_at, drift
         self.reload_dies_at, self.generations, self.reloads, self.stale = reload_dies_at, 0, 0, False
 
@@ -85,7 +88,8 @@ class LLM:
     def one(self, prompt: list[int], p: SamplingParams) -> Request:
         assert len(prompt) + p.max_tokens <= self.longest
         generator, ids, logprobs = torch.Generator().manual_seed(p.seed), [], []
-        while len(ids) < p.max_tokens and (not ids or ids[-1] not in p.stop_token_ids):
+        stops = [*p.stop_token_ids, *([] if p.ignore_eos else self.ends)]  # as vLLM, whatever generation_config it has
+        while len(ids) < p.max_tokens and (not ids or ids[-1] not in stops):
             logits = self.model(torch.tensor([prompt + ids])).logits[0, -1].float() / p.temperature
             logp = (logits * (1 + self.drift)).log_softmax(-1)
             token = int(torch.multinomial(logp.exp(), 1, generator=generator))
