@@ -130,9 +130,9 @@ def kind_asked(experiment) -> str:
 
 def trained_on(experiment) -> list[str]:
     """Return the kinds of data whose prompts some policy or the reward model was trained on."""
-    needed = needs(experiment)
-    rankings = ["prompts" if simulates(experiment) else "rankings"] * bool({"rm", "dpo"} & {*needed})
-    return list(dict.fromkeys(["demonstrations", *rankings, *["prompts"] * ("ppo" in needed)]))
+    ranked = bool({"rm", "dpo"} & {*needs(experiment)})
+    rankings = ["prompts" if simulates(experiment) else "rankings"] * ranked
+    return list(dict.fromkeys(["demonstrations", *rankings, *["prompts"] * ("ppo" in needs(experiment))]))
 
 
 def check(experiment) -> list[str]:
@@ -205,7 +205,7 @@ def run(ctx: StageRun) -> dict:
 
     greedy = greedy_rows(ctx, tools, prompts, ids, {name: done[name] for name in names}, world)
     known = leaked if world else None
-    climbed = climbed_by_judge(ctx, names) if world is None and tools.reward_model is not None else set()
+    climbed = climbed_by_judge(ctx, names) if world is None else set()
     results = {
         "judge": "gold" if world else "reward_model" if tools.reward_model is not None else None,
         "leaked": sum(leaked),
@@ -396,6 +396,8 @@ def climbed_by_judge(ctx: StageRun, names: Sequence[str]) -> set[str]:
     Best of n is selected by it. PPO is trained to please it, unless `ppo.reward_model` names a folder whose weights
     are none of rm's (a copy of rm's model is still rm's model).
     """
+    if "rm" not in ctx.inputs:  # nothing judges
+        return set()
     folder = ctx.experiment.ppo.reward_model
     climbed = {"best_of_n"}
     if folder is None:

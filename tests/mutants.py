@@ -909,7 +909,7 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "tasks that the corpus asks are unknown",
-        'world.asked(own, [document.text for document in read(ctx, "documents")])',
+        'world.asked(own, [document.text for document in documents])',
         'world.asked(own, [])',
     ),
     Mutant(
