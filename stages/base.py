@@ -4,6 +4,7 @@ loss = − mean log π(token | before)     over documents, each ended by EOS, pa
 """
 
 from functools import partial
+from importlib.metadata import version
 
 import torch
 
@@ -16,9 +17,10 @@ from stages import parallel
 from stages.cards import card
 from stages.common import count, device_of, dtype_of, split_documents, unreadable
 from stages.language_modeling import train_language_model
+from stages.models.families import REMEDY, WHOLE_ROWS, family_problem
 from stages.models.loading import code_fails, from_scratch, load_pretrained, save_model
 from stages.models.remote_code import is_remote, scalar_problem, write_scalar_head
-from stages.rollouts.trial import reading_problem
+from stages.rollouts.trial import CACHE, reading_problem
 from stages.settings import DECAY, Training, over_context, setting, total_steps, uneven
 
 NAME = "base"
@@ -91,8 +93,7 @@ def run(ctx: StageRun) -> dict:
         )
         ctx.confirm_folders()
         figures = {"pretrained": m.name_or_path}
-        if is_remote(model) and (problem := reading_problem(model, tokenizer.pad_token_id)):
-            raise UserError(code_fails(m.name_or_path, problem))
+        try_reading(ctx, model, tokenizer.pad_token_id)
     else:
         train, valid = split_documents(ctx)
         tokenizer = train_tokenizer((document.text for document in train), m.vocab_size)
@@ -145,15 +146,46 @@ def run(ctx: StageRun) -> dict:
             gradient_checkpointing=m.gradient_checkpointing,
         )
     save_model(model, tokenizer, ctx.publish / "model", card=card(ctx, "a pretrained language model"))
-    if is_remote(model):
+    if m.name_or_path is not None:
         check_reward_model(ctx, model)
     return {**figures, "parameters": sum(p.numel() for p in model.parameters())}
 
 
+def try_reading(ctx: StageRun, model, pad_id: int) -> None:
+    """See to it that a pretrained model is read right in every way that the stages read it.
+
+    Where a family's cache alone is at fault, its configuration says from here on that samples are drawn without it.
+
+    Raises:
+        UserError: it is no causal language model, or is read otherwise than the stages read it.
+    """
+    name, problem = ctx.experiment.model.name_or_path, reading_problem(model, pad_id)
+    if problem and problem.startswith(CACHE) and not is_remote(model):
+        setattr(model.config, WHOLE_ROWS, True)
+        at_fault, problem = problem, reading_problem(model, pad_id)
+        if problem is None:
+            what = "whole rows are read for each token: right, and slower for long responses"
+            ctx.tracker.say(f"base: {name}: {at_fault}; {what}")
+    if problem:
+        raise UserError(cannot_be_read(name, model, problem))
+
+
+def cannot_be_read(name: str, model, problem: str) -> str:
+    """The line for a model that is read otherwise than the stages read it."""
+    if is_remote(model):
+        return code_fails(name, problem)
+    kind = f"{type(model).__name__}, transformers {version('transformers')}"
+    return f"model.name_or_path: {name}: {problem} ({kind}); {REMEDY}"
+
+
 def check_reward_model(ctx: StageRun, model) -> None:
-    """See to it that rm can put its scalar head on a published model with code of its own: by the class that this
-    brings, or one that is written beside it. UserError where neither can be."""
+    """See to it that rm can put its scalar head on a published model: by the class that its family or its code brings,
+    or by one of ours, which for code is written beside it. Where none serves a line says so: sft and dpo need none."""
     folder, name = ctx.publish / "model", ctx.experiment.model.name_or_path
+    if not is_remote(model):
+        if problem := family_problem(model):
+            ctx.tracker.say(f"base: of {name} no reward model can be made ({problem}): rm and ppo will refuse it")
+        return
     if problem := scalar_problem(model, folder):
         ctx.tracker.say(f"base: of {name}'s code no reward model can be made ({problem}); a class is written beside it")
         write_scalar_head(model, folder)

@@ -54,6 +54,15 @@ def text_logprobs(model, ids: Tensor) -> Tensor:
     return token_logprobs(model(input_ids=inputs, use_cache=False).logits, targets)
 
 
+def next_logits(model, rows: Rows) -> Tensor:
+    """Logits (B, V) of what comes behind each row."""
+    set_mode(model)
+    if head_is_linear(model):
+        inner = plain(model)
+        return compute(model, lambda: inner.get_output_embeddings()(_hidden(model, rows).index_select(0, rows.last)))
+    return model(input_ids=rows.input_ids, **trunk_options(rows)).logits.flatten(0, 1).index_select(0, rows.last)
+
+
 def response_values(model, rows: Rows) -> Tensor:
     """V of the state before each response token, (B, R); reward_bias subtracted as from scores. 0 off the mask."""
     mask = rows.response_mask

@@ -108,8 +108,8 @@ def one_token_attention(query, key, value, bias, scaling) -> Tensor:
 
 def trunk_options(rows: Rows) -> dict:
     """What a model's forward takes beside input_ids."""
-    if rows.sequences is None:
-        return {"position_ids": rows.position_ids, "use_cache": False}
+    if rows.sequences is None:  # each row begins at position 0, as every model has it that is told of none
+        return {"use_cache": False}
     # four dimensions: transformers takes the mask for finished and makes none, which nobody would read
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=rows.input_ids.device)
     packing = Packing(rows.spans, rows.sequences, rows.home)
