@@ -1,6 +1,7 @@
 """The README.md of a published model: what it is, and how it is used with transformers alone."""
 
 from pipeline.stage import StageRun
+from stages.models.families import is_own_head
 
 ANSWER = """\
 
@@ -32,6 +33,22 @@ response = tokenizer("Hi there.", add_special_tokens=False)["input_ids"] + [toke
 score = model(torch.tensor([prompt + response])).logits[0, 0] - model.config.reward_bias
 ```
 """
+OWN_HEAD = """\
+
+The family has no sequence classification in transformers that serves: the class with the scalar head stands in
+scalar_head.py, and transformers loads it with `trust_remote_code=True`.
+"""
+
+
+def use_of(model, text: str) -> str:
+    """The lines by which a reward or value model is used: `text` (SCORE, or none), and what is to be said where its
+    class is a file of the folder."""
+    if not is_own_head(model):
+        return text
+    load = "AutoModelForSequenceClassification.from_pretrained(folder"
+    return OWN_HEAD + text.replace("tokenizer, model = AutoTokenizer.from_pretrained(folder), " + load + ")",
+                                   "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+                                   "model = " + load + ", trust_remote_code=True)")  # fmt: skip
 
 
 def card(ctx: StageRun, what: str, use: str = "") -> str:

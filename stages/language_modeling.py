@@ -218,8 +218,8 @@ def with_plain_loss(trainer_class):
 def no_routers(kind: str) -> str:
     """The line for a term that balances experts, asked for of a model that has none."""
     return (
-        f"sft.router_aux_loss_coef: transformers computes no load-balancing loss for a {kind}; set it to null, or take a "
-        f"mixture of experts (Mixtral, Qwen3-MoE …)"
+        f"sft.router_aux_loss_coef: transformers computes no load-balancing loss for a {kind}; set it to null, or "
+        f"take a mixture of experts (Mixtral, Qwen3-MoE …)"
     )
 
 

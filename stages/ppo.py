@@ -25,7 +25,7 @@ from pipeline.errors import TrainingStopped, UserError
 from pipeline.stage import StageRun
 from stages import parallel
 from stages.alarms import Alarms
-from stages.cards import ANSWER, card
+from stages.cards import ANSWER, card, use_of
 from stages.common import (
     adapter_settings,
     check_context,
@@ -57,7 +57,7 @@ from stages.engine import (
     pause_if_asked,
     save_checkpoint,
 )
-from stages.models.adapters import is_adapted, save_merged, trainable
+from stages.models.adapters import is_adapted, plain, save_merged, trainable
 from stages.models.ensemble import How, others_of
 from stages.models.forward import response_logprobs, response_values, score_all, text_logprobs
 from stages.models.roles import Roles, load_roles
@@ -543,7 +543,8 @@ def publish(ctx: StageRun, roles: Roles, run: Run, step: int) -> None:
         ("value_model", "value_model", "PPO's value model", ""),
     ):
         model = publishable(getattr(roles, role), roles.again[role])
-        save_merged(model, roles.tokenizer, ctx.publish / folder, card=card(ctx, what, use))
+        text = card(ctx, what, use_of(plain(model), use))
+        save_merged(model, roles.tokenizer, ctx.publish / folder, card=text)
 
 
 def load(ctx: StageRun) -> Roles:

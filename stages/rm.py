@@ -14,14 +14,14 @@ import torch
 
 from data import sources
 from data.encode import decode_response, encode_prompt, encode_response
-from data.groups import Pair, batch_groups
+from data.groups import Pair, batch_groups, make_rows
 from data.records import DataError, prompt_key
 from data.streams import Stream, derive_seed
 from data.world import World
 from pipeline.errors import UserError
 from pipeline.stage import StageRun
 from stages import parallel
-from stages.cards import SCORE, card
+from stages.cards import SCORE, card, use_of
 from stages.common import (
     adapter_settings,
     check_context,
@@ -163,7 +163,9 @@ def run(ctx: StageRun) -> dict:
         if fresh and k == 0:
             write_samples(ctx, model, tokenizer, held[:4], shown, done[0]["steps"], accelerator)
         model = publishable(model, partial(make_model, ctx, source, k))
-        save_merged(model, tokenizer, folder, card=card(ctx, "a reward model", SCORE))
+        if parallel.is_first():
+            refuse_another_logit(model, min(held, key=lambda g: len(g.prompt)), tokenizer.pad_token_id)
+        save_merged(model, tokenizer, folder, card=card(ctx, "a reward model", use_of(plain(model), SCORE)))
         if fresh and k + 1 < c.ensemble and ctx.checkpoints.every:
             held_whole = {name: full(tensors) for name, tensors in kept.items()}
             ctx.checkpoints.save((k + 1) * steps, held_whole, {"members": done, "steps": steps}, c.ensemble * steps)
@@ -338,6 +340,31 @@ def demonstration_mean(ctx: StageRun, model, tokenizer, accelerator) -> float:
         model, prompts, responses, pad_id=tokenizer.pad_token_id, batch_size=size, accelerator=accelerator
     )
     return scores.double().mean().item()
+
+
+@torch.no_grad()
+def refuse_another_logit(model, group, pad_id: int) -> None:
+    """See to it that who uses the published model as its card says reads the score that PPO will climb.
+
+    Args:
+        model: the reward model as it will be published, on the CPU.
+        group: a held-out prompt and its responses; the first that has a token is scored, alone in its row.
+        pad_id: the id that pads rows.
+
+    Raises:
+        UserError: the model's own logit, less reward_bias, is another number.
+    """
+    response = next((r for r in group.responses if r), [])
+    ours = response_scores(model, make_rows([group.prompt], [response], pad_id)).item()
+    inner = plain(model)
+    inner.eval()
+    theirs = inner(input_ids=torch.tensor([group.prompt + response])).logits[0, 0].item() - inner.config.reward_bias
+    if not abs(ours - theirs) <= 1e-4 * max(1.0, abs(ours)):
+        raise UserError(
+            f"rm: {type(inner).__name__} gives a response the logit {theirs:.5f} (less reward_bias), and its score here "
+            f"is {ours:.5f}: the published model would be another one; take a family whose logit is its head on the last "
+            f"hidden state, or dpo, which needs no reward model"
+        )
 
 
 @torch.no_grad()

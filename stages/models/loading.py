@@ -1,8 +1,6 @@
 """Folders and names → models in their roles, and back. Weights are fp32 (master weights); safetensors only."""
 
-import hashlib
 import importlib.util
-import json
 from pathlib import Path
 
 import torch
@@ -21,6 +19,7 @@ from stages.models.families import (
     weightless_causal,
 )
 from stages.models.remote_code import is_remote, keep_code, read
+from stages.models.same_tokenizer import same_tokenizer, tokenizer_fingerprint  # noqa: F401 (part of loading)
 from stages.parallel import is_first
 
 
@@ -84,10 +83,10 @@ def own_scalar_model(folder: Path, config, **options):
     """(model, loading info) of the weights in `folder`, a policy's or those of such a reward model, in the class that
     this house makes of a family of transformers'. config: of the folder."""
     causal = weightless_causal(config)
+    causal.config.num_labels = 1
     return scalar_class(causal).from_pretrained(
         folder,
         config=causal.config,
-        num_labels=1,
         output_loading_info=True,
         **{name: value for name, value in options.items() if name != "trust_remote_code"},
     )
@@ -144,30 +143,6 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False):
     from transformers import AutoTokenizer
 
     return read(AutoTokenizer, folder, trust_remote_code=trust_remote_code)
-
-
-def same_tokenizer(one, other, where: str) -> None:
-    """UserError if two tokenizers would not give the same ids."""
-    if tokenizer_fingerprint(one) != tokenizer_fingerprint(other):
-        raise UserError(
-            f"{where}: its tokenizer is not the policy's (vocabulary {len(other)} against {len(one)}); "
-            f"policy, reward model and value model must share one: train it from this experiment's sft"
-        )
-
-
-def tokenizer_fingerprint(tokenizer) -> str:
-    """sha256 over the vocabulary, merges, special tokens and chat template."""
-    if hasattr(tokenizer, "backend_tokenizer"):  # padding and truncation are whatever the last batch asked for
-        backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
-    else:
-        backend = sorted(tokenizer.get_vocab().items())
-    parts = [
-        json.dumps(backend, sort_keys=True),
-        str(tokenizer.eos_token_id),
-        str(tokenizer.pad_token_id),
-        str(tokenizer.chat_template),
-    ]
-    return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
 
 
 def prepare(model):
