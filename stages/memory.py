@@ -27,7 +27,7 @@ from stages.engine import make_trainee
 from stages.language_modeling import SMALL_VOCABULARY
 from stages.models.adapters import is_adapted, plain, share_frozen, trainable, with_adapter
 from stages.models.ensemble import others_of
-from stages.models.families import name_trunk, scalar_class, weightless_causal
+from stages.models.families import has_family_class, name_trunk, scalar_class, weightless_causal
 from stages.models.head import CHUNK, head_logprobs
 from stages.models.loading import packaged_gguf, score_head, scratch_config, without_dropout
 from stages.models.packing import register, sees_less, trunk_options
@@ -268,7 +268,7 @@ def make(config, name: str, adapter: dict, checkpointing: bool, attention: str, 
     trust = {"trust_remote_code": is_remote(config)}  # its configuration was loaded by that
     options = trust | {"dtype": torch.float32, "attn_implementation": "eager" if attention == "eager" else "sdpa"}
     with no_init_weights(), torch.device("meta"):
-        if scalar and not is_remote(config) and type(config) not in AutoModelForSequenceClassification._model_mapping:
+        if scalar and not is_remote(config) and not has_family_class(config):
             own = scalar_class(weightless_causal(config))
             model = own._from_config(config, **{key: x for key, x in options.items() if key not in trust})
         else:

@@ -361,9 +361,9 @@ def refuse_another_logit(model, group, pad_id: int) -> None:
     theirs = inner(input_ids=torch.tensor([group.prompt + response])).logits[0, 0].item() - inner.config.reward_bias
     if not abs(ours - theirs) <= 1e-4 * max(1.0, abs(ours)):
         raise UserError(
-            f"rm: {type(inner).__name__} gives a response the logit {theirs:.5f} (less reward_bias), and its score here "
-            f"is {ours:.5f}: the published model would be another one; take a family whose logit is its head on the last "
-            f"hidden state, or dpo, which needs no reward model"
+            f"rm: {type(inner).__name__} gives a response the logit {theirs:.5f} (less reward_bias), its score here "
+            f"is {ours:.5f}: the published model would be another one; take a family whose logit is its head on the "
+            f"last hidden state, or dpo, which needs no reward model"
         )
 
 

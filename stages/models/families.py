@@ -129,6 +129,19 @@ def has_routers(config) -> bool:
 # -- scalar heads ----------------------------------------------------------------------------------------
 
 
+def has_family_class(config) -> bool:
+    """Whether transformers itself has a sequence classification for a configuration; other classes may have been
+    registered for it by code that came with a model."""
+    from transformers import AutoModelForSequenceClassification
+
+    mapping = AutoModelForSequenceClassification._model_mapping
+    if type(config) not in mapping:
+        return False
+    kinds = mapping[type(config)]
+    kind = kinds[0] if isinstance(kinds, tuple) else kinds
+    return kind.__module__.startswith("transformers.models.")
+
+
 def scalar_class(causal) -> type:
     """The class of reward models on the trunk of a causal model of transformers' own: `ScalarHead` on its family's
     pretrained class. causal: such a model; its weights are not read."""
@@ -249,7 +262,7 @@ def family_problem(model) -> str | None:
 
     config = copy.deepcopy(model.config)
     config.num_labels = 1
-    if type(config) in AutoModelForSequenceClassification._model_mapping:
+    if has_family_class(config):
         with torch.device("meta"):
             scalar = AutoModelForSequenceClassification.from_config(config)
         same = scalar.base_model_prefix == model.base_model_prefix and isinstance(

@@ -10,6 +10,7 @@ from data.encode import render
 from pipeline.errors import UserError
 from stages.models.families import (
     as_given,
+    has_family_class,
     head_problem,
     name_trunk,
     names_own_head,
@@ -56,7 +57,7 @@ def new_reward_model(folder: Path, *, seed: int, attn_implementation: str = "sdp
         "trust_remote_code": trust_remote_code,
     }
     config = read(AutoConfig, folder, trust_remote_code=trust_remote_code)
-    if is_remote(config) or type(config) in AutoModelForSequenceClassification._model_mapping:
+    if is_remote(config) or has_family_class(config):
         model = prepare(read(AutoModelForSequenceClassification, folder, num_labels=1, **options))
         if (problem := refill(model, seed)) is None:
             return model

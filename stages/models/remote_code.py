@@ -48,7 +48,8 @@ def forget(auto) -> None:
     configuration class, takes it for other folders with the same configuration file, and without the `generate` that
     it gives to older code."""
     known = auto._model_mapping._extra_content if hasattr(auto, "_model_mapping") else {}
-    for kind in [kind for kind in known if kind.__module__.startswith(REMOTE)]:
+    remote = lambda kind: getattr(kind, "__module__", "").startswith(REMOTE)  # noqa: E731
+    for kind in [kind for kind, model in known.items() if remote(kind) or remote(model)]:
         del known[kind]
 
 
