@@ -77,8 +77,12 @@ FAMILIES = {
     "falcon": Family(tokenizer="bare"),
     "openai-gpt": Family(tokenizer="bare", settings=EAGER),
     "granite": Family(
-        options={"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22,
-                 "attention_multiplier": 0.1}
+        options={
+            "embedding_multiplier": 12.0,
+            "logits_scaling": 8.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.1,
+        }
     ),  # fmt: skip
     "cohere": Family(options=FOUR | {"logit_scale": 0.25}),
     "olmo2": Family(),

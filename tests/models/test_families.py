@@ -1,7 +1,6 @@
 """Families of models: read right, or refused by what they are; scalar heads for all; caches; what tokenizers share."""
 
 import json
-import shutil
 
 import families
 import pytest
@@ -18,7 +17,6 @@ from stages.models.loading import (
     load_scalar_model,
     load_tokenizer,
     new_reward_model,
-    prepare,
     same_tokenizer,
     save_model,
 )
