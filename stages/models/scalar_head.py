@@ -23,6 +23,10 @@ class ScalarHead:
         self.post_init()
 
     @classmethod
+    def is_custom_code(cls):  # else transformers would leave buffers of its own trunks as memory happened to be
+        return cls.trunk_class.is_custom_code()
+
+    @classmethod
     def _can_set_attn_implementation(cls):  # transformers reads the file of the class for these two
         return cls.trunk_class._can_set_attn_implementation()
 

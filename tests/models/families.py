@@ -103,6 +103,7 @@ FAMILIES = {
     "llama4_text": Family(options={"attention_chunk_size": 16}, tokenizer="bos"),
     "glm4_moe": Family(),
     "minimax_m2": Family(),
+    "deepseek_v32": Family(options=FOUR),
     "deepseek_v4": Family(settings=EAGER),
     # linear attention, state spaces, convolutions; caches of their own
     "qwen3_5_text": Family(),
@@ -111,6 +112,7 @@ FAMILIES = {
         options={"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
         tokenizer="metaspace",
     ),
+    "falcon_h1": Family(options={"mamba_d_ssm": 64}),
     "lfm2": Family(options={"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}),
     "recurrent_gemma": Family(options={"num_hidden_layers": 3}, tokenizer="turns"),
     "minimax": Family(),

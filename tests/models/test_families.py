@@ -34,6 +34,8 @@ READ = {  # family: how its rows are read, and whether rm has to write it a head
     "minimax": ("padded", False),
     "mamba": ("whole rows", True),
     "deepseek_v4": ("whole rows", True),
+    "deepseek_v32": ("padded", True),  # packed prompts would need another cache
+    "falcon_h1": ("padded", True),  # has buffers that no file holds
     "granite": ("packed", True),
     "cohere": ("packed", True),
     "olmoe": ("packed", True),
