@@ -180,14 +180,23 @@ def cannot_be_read(name: str, model, problem: str) -> str:
 
 def check_reward_model(ctx: StageRun, model) -> None:
     """See to it that rm can put its scalar head on a published model: by the class that its family or its code brings,
-    or by one of ours, which for code is written beside it. Where none serves a line says so: sft and dpo need none."""
+    or by one of ours, which for code is written beside it.
+
+    Raises:
+        UserError: none serves, and rm is among the stages that were asked for. Otherwise a line says so: sft and dpo
+            need none.
+    """
     folder, name = ctx.publish / "model", ctx.experiment.model.name_or_path
     if not is_remote(model):
-        if problem := family_problem(model):
-            ctx.tracker.say(f"base: of {name} no reward model can be made ({problem}): rm and ppo will refuse it")
-        return
-    if problem := scalar_problem(model, folder):
+        problem = family_problem(model)
+    elif problem := scalar_problem(model, folder):
         ctx.tracker.say(f"base: of {name}'s code no reward model can be made ({problem}); a class is written beside it")
         write_scalar_head(model, folder)
-        if problem := scalar_problem(model, folder):
-            raise UserError(code_fails(name, f"as a reward model: {problem}"))
+        problem = scalar_problem(model, folder)
+    if not problem:
+        return
+    if "rm" in ctx.wanted:
+        remedy = "dpo needs none, or take another family"
+        line = f"model.name_or_path: of {name} no reward model can be made ({problem}); {remedy}"
+        raise UserError(code_fails(name, f"as a reward model: {problem}") if is_remote(model) else line)
+    ctx.tracker.say(f"base: of {name} no reward model can be made ({problem}): rm and ppo will refuse it")

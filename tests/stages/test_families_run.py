@@ -123,6 +123,26 @@ class TestBase:
         assert "no reward model" not in done.said and not (tmp_path / "base" / "model" / "scalar_head.py").exists()
 
 
+def test_a_family_that_takes_no_head_is_refused_where_rm_is_asked_for(chain, tmp_path, monkeypatch, capsys):
+    """By base, before anything is trained; for sft and dpo it says a line."""
+    from micro_chain import random_policy
+
+    from pipeline.cli import main
+    from stages import base
+
+    monkeypatch.setattr(base, "family_problem", lambda model: "there is no place for it")
+    random_policy(chain.tokenizer, 0).save_pretrained(tmp_path / "source")
+    chain.tokenizer.save_pretrained(tmp_path / "source")
+    config = (chain.root / "micro.yaml").read_text().replace(f"{chain.root}/sft/model", str(tmp_path / "source"))
+    (tmp_path / "micro.yaml").write_text(config)
+    command = ["-c", str(tmp_path / "micro.yaml"), "--artifacts", str(tmp_path / "artifacts")]
+    assert main(["run", "rm", *command]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "no reward model can be made (there is no place for it); dpo needs none" in line
+    assert main(["run", "base", *command]) == 0
+    assert "rm and ppo will refuse it" in capsys.readouterr().out
+
+
 def test_rm_publishes_no_model_whose_logit_is_another_number(chain):
     """As a class with layers between trunk and head would give it."""
     from micro_chain import random_reward_model
@@ -135,3 +155,25 @@ def test_rm_publishes_no_model_whose_logit_is_another_number(chain):
         UserError, match="LlamaForSequenceClassification gives a response the logit .* its score here is"
     ):
         rm.refuse_another_logit(model, group, chain.tokenizer.pad_token_id)
+
+
+def test_ppo_takes_a_reward_model_that_came_without_the_padding_that_base_has_added(chain, tmp_path):
+    """Its vocabulary is a token smaller; what it publishes as value model reads all that the policy says."""
+    import copy
+
+    from micro_chain import random_policy
+    from transformers import AutoModelForSequenceClassification
+
+    tokenizer, policy = copy.deepcopy(chain.tokenizer), random_policy(chain.tokenizer, 0)
+    tokenizer.add_special_tokens({"pad_token": "<|new pad|>"})
+    have = policy.config.vocab_size
+    policy.resize_token_embeddings(have + 1, mean_resizing=False)
+    policy.save_pretrained(tmp_path / "sft" / "model")
+    tokenizer.save_pretrained(tmp_path / "sft" / "model")
+    choices = "total_episodes=8 batch_size=8 mini_batch_size=4 response_length=6 max_length=60 ptx_coef=0"
+    settings = [f"ppo.{choice}" for choice in choices.split()] + [f"ppo.reward_model={chain.root / 'other_rm/model'}"]
+    settings += ["evaluate.policies=[sft]"]
+    done = chain.run("ppo", tmp_path / "ppo", *settings, inputs={"sft": tmp_path / "sft"})
+    assert done.figures["updates"] == 1
+    value_model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ppo" / "value_model")
+    assert value_model.get_input_embeddings().weight.shape[0] == have + 1
