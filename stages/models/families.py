@@ -64,15 +64,15 @@ def cache_name(model) -> str | None:
 
 
 def ordinary_ids(config, count: int) -> list[int]:
-    """`count` token ids for trying a model, none of them one that its configuration gives a meaning (padding, ends)."""
-    text = config.get_text_config()
-    special = set()
+    """`count` token ids for trying a model, spread over the vocabulary but its end, where rows may never have been
+    trained; none of them is one to which the configuration gives a meaning (padding, ends)."""
+    text, special = config.get_text_config(), set()
     for name in ("pad_token_id", "eos_token_id", "bos_token_id", "unk_token_id", "decoder_start_token_id"):
         given = getattr(text, name, None)
         special.update(given if isinstance(given, (list, tuple)) else [given])
-    found = [i for i in range(3, min(text.vocab_size, 64 + count)) if i not in special]
-    found = found[len(found) // 4 :: 2] if len(found) >= 3 * count else found
-    return [found[i % len(found)] for i in range(count)]
+    size = getattr(text, "vocab_size", None) or 64
+    spread = [int(0.8 * size * (i + 1) / (count + 1)) for i in range(count)]
+    return [next((i for i in range(at, size) if i not in special), at) for at in spread]
 
 
 # -- mixtures of experts ---------------------------------------------------------------------------------
