@@ -201,7 +201,7 @@ def take_step(
     read = [None if isinstance(x, Tensor) else int(x.lengths.sum()) for x in real]
     with quiet():
         made = {step.model: make(config, step.model, adapter, checkpointing, attention, packed) for step in steps}
-    with quiet(), FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
+    with quiet(), experts_by_shape(), FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
         models: dict[str, nn.Module] = {}
         for name, model in made.items():
             model.to_empty(device="cpu")
@@ -254,6 +254,21 @@ def take_step(
             shared=weights < separate,
             adapted=any(map(is_adapted, models.values())),
         )
+
+
+@contextlib.contextmanager
+def experts_by_shape() -> Iterator[None]:
+    """Inside, mixtures of experts multiply by transformers' own operation for grouped rows, which knows its shapes in
+    every dtype; torch's has them for bfloat16 alone."""
+    from transformers.integrations import moe
+
+    kept = getattr(moe, "_can_use_grouped_mm", None)
+    moe._can_use_grouped_mm = lambda *_: False
+    try:
+        yield
+    finally:
+        if kept is not None:
+            moe._can_use_grouped_mm = kept
 
 
 def make(config, name: str, adapter: dict, checkpointing: bool, attention: str, packed: bool) -> nn.Module:
