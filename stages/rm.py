@@ -39,6 +39,7 @@ from stages.common import (
 )
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
 from stages.models.adapters import plain, save_merged, with_adapter
+from stages.models.families import off_the_gpu
 from stages.models.forward import response_scores, score_all
 from stages.models.loading import load_tokenizer, new_reward_model
 from stages.models.sharding import full, is_sharded, publishable
@@ -355,10 +356,12 @@ def refuse_another_logit(model, group, pad_id: int) -> None:
         UserError: the model's own logit, less reward_bias, is another number.
     """
     response = next((r for r in group.responses if r), [])
-    ours = response_scores(model, make_rows([group.prompt], [response], pad_id)).item()
     inner = plain(model)
-    inner.eval()
-    theirs = inner(input_ids=torch.tensor([group.prompt + response])).logits[0, 0].item() - inner.config.reward_bias
+    with off_the_gpu(inner):
+        ours = response_scores(model, make_rows([group.prompt], [response], pad_id)).item()
+        inner.eval()
+        logit = inner(input_ids=torch.tensor([group.prompt + response])).logits[0, 0].item()
+    theirs = logit - inner.config.reward_bias
     if not abs(ours - theirs) <= 1e-4 * max(1.0, abs(ours)):
         raise UserError(
             f"rm: {type(inner).__name__} gives a response the logit {theirs:.5f} (less reward_bias), its score here "

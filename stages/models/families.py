@@ -63,6 +63,21 @@ def cache_name(model) -> str | None:
     return next((name for name in ("cache", "past_key_values") if name in known), None)
 
 
+@contextmanager
+def off_the_gpu(model) -> Iterator[None]:
+    """Inside, a model whose attention only a GPU computes (flash_attention_2) takes sdpa, so that it can be tried where
+    it was loaded."""
+    kernel = getattr(model.config, "_attn_implementation", None)
+    if kernel is None or "flash" not in kernel:
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(kernel)
+
+
 def ordinary_ids(config, count: int) -> list[int]:
     """`count` token ids for trying a model, spread over the vocabulary but its end, where rows may never have been
     trained; none of them is one to which the configuration gives a meaning (padding, ends)."""
@@ -244,7 +259,7 @@ def head_problem(model) -> str | None:
         return f"{type(model).__name__} names no trunk (base_model_prefix)"
     ids = torch.tensor([ordinary_ids(model.config, 5)], device=head.weight.device)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), off_the_gpu(model):
             logits = model(input_ids=ids).logits
             states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             expected = head(states.to(head.weight.dtype))[:, -1]

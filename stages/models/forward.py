@@ -9,6 +9,7 @@ from torch import Tensor
 from data.groups import Rows, make_rows
 from stages.models.adapters import plain
 from stages.models.ensemble import Ensemble
+from stages.models.families import off_the_gpu
 from stages.models.head import head_logprobs
 from stages.models.loading import score_head
 from stages.models.packing import trunk_options
@@ -120,8 +121,9 @@ def head_is_linear(model) -> bool:
         ids = torch.tensor([[1, 2, 3]], device=next(inner.parameters()).device)
         training = inner.training
         inner.eval()
-        whole = inner(input_ids=ids, use_cache=False).logits
-        parts = head(inner.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        with off_the_gpu(inner):
+            whole = inner(input_ids=ids, use_cache=False).logits
+            parts = head(inner.base_model(input_ids=ids, use_cache=False).last_hidden_state)
         inner.train(training)
         inner._head_is_linear = whole.shape == parts.shape and torch.allclose(whole, parts, rtol=1e-3, atol=1e-3)
     return inner._head_is_linear

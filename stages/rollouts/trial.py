@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from data.groups import make_rows
-from stages.models.families import ordinary_ids
+from stages.models.families import off_the_gpu, ordinary_ids
 from stages.models.forward import head_is_linear, response_logprobs
 from stages.models.packing import can_pack
 from stages.rollouts.lanes import PackedLane, lane_for
@@ -36,12 +36,13 @@ def reading_problem(model, pad_id: int) -> str | None:
     ids = ordinary_ids(model.config, 12)
     prompts, responses = [ids[:5], ids[5:7], ids[3:6]], [ids[7:11], ids[8:10], ids[9:12]]
     try:
-        if problem := states_problem(model, ids, pad_id):
-            return problem
-        at_once = response_logprobs(model, make_rows(prompts, responses, pad_id))
-        if problem := cache_problem(model, prompts, responses, at_once, pad_id):
-            return problem
-        return packing_problem(model, prompts, responses, at_once, pad_id)
+        with off_the_gpu(model):
+            if problem := states_problem(model, ids, pad_id):
+                return problem
+            at_once = response_logprobs(model, make_rows(prompts, responses, pad_id))
+            if problem := cache_problem(model, prompts, responses, at_once, pad_id):
+                return problem
+            return packing_problem(model, prompts, responses, at_once, pad_id)
     except Exception as error:  # code of any kind
         return told(error)
 

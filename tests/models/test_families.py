@@ -10,7 +10,7 @@ from remote_model import build as build_remote
 from data.groups import make_rows
 from pipeline.errors import UserError
 from stages.models import families as ours
-from stages.models.forward import response_logprobs, response_scores
+from stages.models.forward import head_is_linear, response_logprobs, response_scores
 from stages.models.loading import (
     load_policy,
     load_pretrained,
@@ -130,6 +130,25 @@ def test_the_trial_tells_a_model_that_reads_wrong(causal, fault, told):
         model.set_attn_implementation("eager")
         model.config.is_causal = False
     assert told in str(reading_problem(model, 0))
+
+
+def test_attention_that_only_a_gpu_computes_is_tried_as_sdpa(causal, scalar, monkeypatch):
+    from transformers import AttentionInterface, PreTrainedModel
+
+    def refuse(*args, **options):
+        raise RuntimeError("only on a GPU")
+
+    def switch(model, kernel):  # transformers' own looks for a package of such a name
+        model.config._attn_implementation = kernel
+
+    AttentionInterface.register("flash_test", refuse)
+    monkeypatch.setattr(PreTrainedModel, "set_attn_implementation", switch)
+    policy, reward_model = causal("qwen2"), scalar("qwen2")
+    for model in (policy, reward_model):
+        model.set_attn_implementation("flash_test")
+    assert reading_problem(policy, 0) is None and ours.head_problem(reward_model) is None
+    assert head_is_linear(policy)
+    assert {model.config._attn_implementation for model in (policy, reward_model)} == {"flash_test"}
 
 
 # -- routers ---------------------------------------------------------------------------------------------
