@@ -285,6 +285,7 @@ def bring_up_to_date(
                     console=console,
                     peers=peers,
                     dashboard=dashboard,
+                    wanted=tuple(order),
                 )
                 state = StageState("done", manifest=run_stage(job))
             chain.states[name] = state

@@ -74,6 +74,7 @@ class Job:
     console: Console
     peers: Peers | None = None  # the other processes that work on it
     dashboard: Dashboard = field(default_factory=Dashboard)  # the command's
+    wanted: tuple[str, ...] = ()  # all stages that the command brings up to date
 
     def say(self, line: str) -> None:
         self.console.print(f"{self.name}: {line}", markup=False, highlight=False, soft_wrap=True)
@@ -277,6 +278,7 @@ def prepare(job: Job, run: dict[str, Any]) -> StageRun:
         tracker=tracker,
         stop=job.stop,
         trust_remote_code=job.flags.trust_remote_code,
+        wanted=job.wanted,
         confirm_folders=partial(confirm_folders, job, run, touched_folders(job)),
         **what_it_reads(job.name, job.module, experiment, store, job.manifests, run),
     )

@@ -60,6 +60,7 @@ class StageRun:
     trust_remote_code: bool = False
     sources: dict[str, Source] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)  # kind -> what the manifest will record of it: path, rows, …
+    wanted: tuple[str, ...] = ()  # the stages that the command brings up to date, each after what it needs
     model_revision: str | None = None  # of the model on the Hub that the stage starts from: its commit, if it is known
     # to be called when models from outside (`folders`) are loaded: UserError where their files were touched meanwhile
     confirm_folders: Callable[[], None] = lambda: None

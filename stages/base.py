@@ -4,6 +4,7 @@ loss = − mean log π(token | before)     over documents, each ended by EOS, pa
 """
 
 from functools import partial
+from importlib.metadata import version
 
 import torch
 
@@ -16,10 +17,11 @@ from stages import parallel
 from stages.cards import card
 from stages.common import count, device_of, dtype_of, split_documents, unreadable
 from stages.language_modeling import train_language_model
+from stages.models.families import REMEDY, WHOLE_ROWS, family_problem
 from stages.models.loading import code_fails, from_scratch, load_pretrained, save_model
 from stages.models.publish import given_model
 from stages.models.remote_code import is_remote, scalar_problem, write_scalar_head
-from stages.rollouts.trial import reading_problem
+from stages.rollouts.trial import CACHE, reading_problem
 from stages.settings import DECAY, Training, over_context, setting, total_steps, uneven
 
 NAME = "base"
@@ -96,11 +98,10 @@ def run(ctx: StageRun) -> dict:
         )
         ctx.confirm_folders()
         figures = {"pretrained": m.name_or_path}
+        try_reading(ctx, model, tokenizer.pad_token_id)
         if given.rows is not None:
             figures["same_rows_as_given"] = given.rows == model.get_input_embeddings().weight.shape[0]
         dtype = given.dtype if m.publish_dtype == "as_given" else m.publish_dtype
-        if is_remote(model) and (problem := reading_problem(model, tokenizer.pad_token_id)):
-            raise UserError(code_fails(m.name_or_path, problem))
     else:
         dtype = None if m.publish_dtype == "as_given" else m.publish_dtype
         train, valid = split_documents(ctx)
@@ -156,17 +157,57 @@ def run(ctx: StageRun) -> dict:
     figures = {**figures, "parameters": sum(p.numel() for p in model.parameters())}
     text = card(ctx, "a pretrained language model", figures=figures)
     save_model(model, tokenizer, ctx.publish / "model", card=text, dtype=dtype)
-    if is_remote(model):
+    if m.name_or_path is not None:
         check_reward_model(ctx, model)
     return figures
 
 
+def try_reading(ctx: StageRun, model, pad_id: int) -> None:
+    """See to it that a pretrained model is read right in every way that the stages read it.
+
+    Where a family's cache alone is at fault, its configuration says from here on that samples are drawn without it.
+
+    Raises:
+        UserError: it is no causal language model, or is read otherwise than the stages read it.
+    """
+    name, problem = ctx.experiment.model.name_or_path, reading_problem(model, pad_id)
+    if problem and problem.startswith(CACHE) and not is_remote(model):
+        setattr(model.config, WHOLE_ROWS, True)
+        at_fault, problem = problem, reading_problem(model, pad_id)
+        if problem is None:
+            what = "whole rows are read for each token: right, and slower for long responses"
+            ctx.tracker.say(f"base: {name}: {at_fault}; {what}")
+    if problem:
+        raise UserError(cannot_be_read(name, model, problem))
+
+
+def cannot_be_read(name: str, model, problem: str) -> str:
+    """The line for a model that is read otherwise than the stages read it."""
+    if is_remote(model):
+        return code_fails(name, problem)
+    kind = f"{type(model).__name__}, transformers {version('transformers')}"
+    return f"model.name_or_path: {name}: {problem} ({kind}); {REMEDY}"
+
+
 def check_reward_model(ctx: StageRun, model) -> None:
-    """See to it that rm can put its scalar head on a published model with code of its own: by the class that this
-    brings, or one that is written beside it. UserError where neither can be."""
+    """See to it that rm can put its scalar head on a published model: by the class that its family or its code brings,
+    or by one of ours, which for code is written beside it.
+
+    Raises:
+        UserError: none serves, and rm is among the stages that were asked for. Otherwise a line says so: sft and dpo
+            need none.
+    """
     folder, name = ctx.publish / "model", ctx.experiment.model.name_or_path
-    if problem := scalar_problem(model, folder):
+    if not is_remote(model):
+        problem = family_problem(model)
+    elif problem := scalar_problem(model, folder):
         ctx.tracker.say(f"base: of {name}'s code no reward model can be made ({problem}); a class is written beside it")
         write_scalar_head(model, folder)
-        if problem := scalar_problem(model, folder):
-            raise UserError(code_fails(name, f"as a reward model: {problem}"))
+        problem = scalar_problem(model, folder)
+    if not problem:
+        return
+    if "rm" in ctx.wanted:
+        remedy = "dpo needs none, or take another family"
+        line = f"model.name_or_path: of {name} no reward model can be made ({problem}); {remedy}"
+        raise UserError(code_fails(name, f"as a reward model: {problem}") if is_remote(model) else line)
+    ctx.tracker.say(f"base: of {name} no reward model can be made ({problem}): rm and ppo will refuse it")

@@ -47,6 +47,11 @@ response = tokenizer("Hi there.", add_special_tokens=False)["input_ids"] + [toke
 score = model(torch.tensor([prompt + response])).logits[0, 0] - model.config.reward_bias
 ```
 """
+OWN_HEAD = """\
+
+The family has no sequence classification in transformers that serves: the class with the scalar head stands in
+scalar_head.py, and transformers loads it with `trust_remote_code=True`.
+"""
 ADAPTER = """\
 
 ## Adapter
@@ -60,6 +65,21 @@ peft takes it from the working folder, so change into `adapter/` and load `"."`,
 INHERITED = ("base_model", "license", "license_name", "license_link", "datasets")
 
 
+def use_of(text: str, own_head: bool) -> str:
+    """Return the lines by which a model is used.
+
+    Args:
+        text: ANSWER, SCORE, or "" for a value model.
+        own_head: whether the class of its scalar head is a file of the folder, which those who load it must allow.
+    """
+    if not own_head:
+        return text
+    load = "AutoModelForSequenceClassification.from_pretrained(folder"
+    return OWN_HEAD + text.replace("tokenizer, model = AutoTokenizer.from_pretrained(folder), " + load + ")",
+                                    "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+                                    "model = " + load + ", trust_remote_code=True)")  # fmt: skip
+
+
 def card(
     ctx: StageRun,
     what: str,
@@ -68,6 +88,7 @@ def card(
     figures: dict[str, Any] | None = None,
     source: Path | None = None,
     adapter: tuple[str, str | None] | None = None,
+    own_head: bool = False,
 ) -> str:
     """Return the text of a model card, with no path of this machine in it.
 
@@ -80,6 +101,7 @@ def card(
             here too; None: it began from scratch, or with the model of `model.name_or_path`.
         adapter: (base, revision) of the adapter beside the weights, as `adapters.base_of` names it; None: there is
             none.
+        own_head: whether the class of its scalar head is a file of the folder (`families.is_own_head`).
     """
     manifests = upstream(ctx)
     metadata = metadata_of(ctx, source, manifests, "classification" if use == SCORE else "generation")
@@ -87,7 +109,7 @@ def card(
         f"---\n{metadata}---\n# {ctx.experiment.name} / {ctx.stage}\n",
         f"This folder holds {what}, made by the stage `{ctx.stage}` of the experiment `{ctx.experiment.name}`. "
         f"`manifest.json` beside it records settings, inputs and digests.\n",
-        use.lstrip("\n"),
+        use_of(use, own_head).lstrip("\n"),
         adapter_lines(adapter, use).lstrip("\n"),
         origin_lines(ctx, metadata, manifests),
         table("Data", ("kind", "from", "rows", "read by"), data_rows(ctx, manifests)),

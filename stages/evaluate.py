@@ -645,7 +645,7 @@ def write_responses(
                         "sample": k,
                         "response": response,
                         "finished": measured.finished[i][k],
-                        "score": None if measured.scores is None else measured.scores[i][k],
+                        "score": measured.scores[i][k] if measured.scores is not None else None,
                         "length": measured.lengths[i][k],
                     }
                     for key in ("raw_scores", "held_out_scores"):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from data.streams import Stream, derive_seed, grouped_by_length
-from pipeline.errors import Interrupted
+from pipeline.errors import Interrupted, UserError
 from pipeline.stage import StageRun
 from stages import parallel
 from stages.common import is_sharding
@@ -33,6 +33,7 @@ from stages.engine import (
 )
 from stages.models.adalora import adamw_for, triplets_of
 from stages.models.adapters import is_adapted, plain, trainable
+from stages.models.families import has_routers, routing_kept
 from stages.models.precision import cast_frozen
 from stages.models.sharding import full, is_sharded, made_by_first, publishable, shard
 from stages.objectives.losses import language_model_loss
@@ -64,6 +65,7 @@ def train_language_model(
     dtype: str,
     gradient_checkpointing: bool,
     group_by_length: bool,
+    router_aux_loss_coef: float | None = None,
     samples: Callable[[object], list[dict]] | None = None,
     first: int = 0,
     total: int | None = None,
@@ -74,7 +76,8 @@ def train_language_model(
     {loss, perplexity, steps …}.
 
     A stage may train twice: then `first` steps were taken before this training, `total` are taken in all, and each
-    checkpoint also holds the tensors and the state that are `carried` on from before.
+    checkpoint also holds the tensors and the state that are `carried` on from before. router_aux_loss_coef: weight of
+    the term that balances the experts of a mixture; None: the loss is the cross-entropy alone.
     """
     from datasets import Dataset
     from transformers import PrinterCallback, ProgressCallback
@@ -116,6 +119,7 @@ def train_language_model(
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         ddp_find_unused_parameters=False,
+        router_aux_loss_coef=router_aux_loss_coef or 0.0,  # None would be the configuration's own
     )
     if args.device.type == "cuda":
         args._n_gpu = 1  # one process, one GPU: transformers would wrap the model in DataParallel, which trl refuses
@@ -139,13 +143,18 @@ def train_language_model(
     if is_sharding(ctx):
         trainer_class = with_parts(SFTTrainer)
     trainer_class = with_settings_of_today(trainer_class)
-    trainer = (with_plain_loss(trainer_class) if len(tokenizer) <= SMALL_VOCABULARY else trainer_class)(
-        model=made_by_first(make) if is_sharding(ctx) else make(),
-        args=args,
-        processing_class=tokenizer,
-        callbacks=[keeper.callback()],
-        train_dataset=Dataset.from_list(train_rows).select(order),
-    )
+    trainer_class = with_plain_loss(trainer_class) if len(tokenizer) <= SMALL_VOCABULARY else trainer_class
+    model = made_by_first(make) if is_sharding(ctx) else make()
+    if router_aux_loss_coef and not has_routers(model.config):
+        raise UserError(no_routers(type(plain(model)).__name__))
+    with routing_kept(model.config):  # trl writes its own settings there: other forwards and the artifact want none
+        trainer = trainer_class(
+            model=model,
+            args=args,
+            processing_class=tokenizer,
+            callbacks=[keeper.callback()],
+            train_dataset=Dataset.from_list(train_rows).select(order),
+        )
     known, options = trainer.get_optimizer_cls_and_kwargs(args)
     assert known is torch.optim.AdamW
     adamw, more = adamw_for(trainer.model, steps)
@@ -189,12 +198,29 @@ def with_plain_loss(trainer_class):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             labels = inputs["labels"][:, 1:]
             rest = {name: value for name, value in inputs.items() if name != "labels"}
-            logits = model(**rest, use_cache=False).logits[:, :-1]
-            loss = language_model_loss(logits, labels, num_items_in_batch or (labels != -100).sum().clamp(min=1))
-            # the labels of all processes are counted, whose gradients are then averaged
-            return loss if num_items_in_batch is None else loss * self.accelerator.num_processes
+            if self.aux_loss_enabled:
+                rest["output_router_logits"] = True
+            out = model(**rest, use_cache=False)
+            counted = num_items_in_batch or (labels != -100).sum().clamp(min=1)
+            loss = language_model_loss(out.logits[:, :-1], labels, counted)
+            if num_items_in_batch is not None:  # the labels of all processes, whose gradients are then averaged
+                loss = loss * self.accelerator.num_processes
+            if self.aux_loss_enabled:  # as trl: a mean over micro-batches
+                if out.aux_loss is None:
+                    raise UserError(no_routers(type(plain(self.model)).__name__))
+                parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+                loss = loss + self.router_aux_loss_coef * out.aux_loss / parts
+            return loss
 
     return PlainLossTrainer
+
+
+def no_routers(kind: str) -> str:
+    """The line for a term that balances experts, asked for of a model that has none."""
+    return (
+        f"sft.router_aux_loss_coef: transformers computes no load-balancing loss for a {kind}; set it to null, or "
+        f"take a mixture of experts (Mixtral, Qwen3-MoE …)"
+    )
 
 
 def with_settings_of_today(trainer_class):

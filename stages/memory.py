@@ -27,6 +27,7 @@ from stages.engine import make_trainee
 from stages.language_modeling import SMALL_VOCABULARY
 from stages.models.adapters import is_adapted, plain, share_frozen, trainable, with_adapter
 from stages.models.ensemble import others_of
+from stages.models.families import has_family_class, name_trunk, scalar_class, weightless_causal
 from stages.models.head import CHUNK, head_logprobs
 from stages.models.loading import packaged_gguf, score_head, scratch_config, without_dropout
 from stages.models.packing import register, sees_less, trunk_options
@@ -200,7 +201,7 @@ def take_step(
     read = [None if isinstance(x, Tensor) else int(x.lengths.sum()) for x in real]
     with quiet():
         made = {step.model: make(config, step.model, adapter, checkpointing, attention, packed) for step in steps}
-    with quiet(), FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
+    with quiet(), experts_by_shape(), FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
         models: dict[str, nn.Module] = {}
         for name, model in made.items():
             model.to_empty(device="cpu")
@@ -255,6 +256,21 @@ def take_step(
         )
 
 
+@contextlib.contextmanager
+def experts_by_shape() -> Iterator[None]:
+    """Inside, mixtures of experts multiply by transformers' own operation for grouped rows, which knows its shapes in
+    every dtype; torch's has them for bfloat16 alone."""
+    from transformers.integrations import moe
+
+    kept = getattr(moe, "_can_use_grouped_mm", None)
+    moe._can_use_grouped_mm = lambda *_: False
+    try:
+        yield
+    finally:
+        if kept is not None:
+            moe._can_use_grouped_mm = kept
+
+
 def make(config, name: str, adapter: dict, checkpointing: bool, attention: str, packed: bool) -> nn.Module:
     """One of PPO's models, trained by `adapter`, without memory."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -267,7 +283,12 @@ def make(config, name: str, adapter: dict, checkpointing: bool, attention: str, 
     trust = {"trust_remote_code": is_remote(config)}  # its configuration was loaded by that
     options = trust | {"dtype": torch.float32, "attn_implementation": "eager" if attention == "eager" else "sdpa"}
     with no_init_weights(), torch.device("meta"):
-        model = without_dropout(kind.from_config(config, **options))
+        if scalar and not is_remote(config) and not has_family_class(config):
+            own = scalar_class(weightless_causal(config))
+            model = own._from_config(config, **{key: x for key, x in options.items() if key not in trust})
+        else:
+            model = kind.from_config(config, **options)
+        name_trunk(without_dropout(model))
         forget(kind)
         if packed:
             register(model)

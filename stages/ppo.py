@@ -60,8 +60,9 @@ from stages.engine import (
     pause_if_asked,
     save_checkpoint,
 )
-from stages.models.adapters import is_adapted, save_merged, trainable
+from stages.models.adapters import is_adapted, plain, save_merged, trainable
 from stages.models.ensemble import How, others_of
+from stages.models.families import is_own_head
 from stages.models.forward import response_logprobs, response_values, score_all, text_logprobs
 from stages.models.roles import Roles, load_roles
 from stages.models.sharding import is_sharded, publishable
@@ -562,7 +563,8 @@ def save(ctx: StageRun, model, tokenizer, folder: Path, what: str, use: str, fig
     base = adapter_base(ctx, folder, trunk)
     if base is not None and not use and ctx.config.reward_model is not None:
         base = ("", None)  # its adapter is on that reward model, which lies outside
-    text = card(ctx, what, use, figures=figures, source=source, adapter=base)
+    head = is_own_head(plain(model))
+    text = card(ctx, what, use, figures=figures, source=source, adapter=base, own_head=head)
     options = {"temperature": ctx.config.temperature if use else None, "dtype": publish_dtype(ctx, source)}
     save_merged(model, tokenizer, folder, card=text, base=base or ("", None), **options)
 

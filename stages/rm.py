@@ -15,7 +15,7 @@ import torch
 
 from data import sources
 from data.encode import decode_response, encode_prompt, encode_response
-from data.groups import Pair, batch_groups
+from data.groups import Pair, batch_groups, make_rows
 from data.records import DataError, prompt_key
 from data.streams import Stream, derive_seed
 from data.world import World
@@ -42,6 +42,7 @@ from stages.common import (
 )
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
 from stages.models.adapters import plain, save_merged, with_adapter
+from stages.models.families import is_own_head, off_the_gpu
 from stages.models.forward import response_scores, score_all
 from stages.models.loading import load_tokenizer, new_reward_model
 from stages.models.sharding import full, is_sharded, publishable
@@ -175,9 +176,12 @@ def run(ctx: StageRun) -> dict:
         if fresh and k == 0:
             write_samples(ctx, model, tokenizer, held[:4], shown, done[0]["steps"], accelerator)
         model = publishable(model, partial(make_model, ctx, source, k))
+        if parallel.is_first():
+            refuse_another_logit(model, min(held, key=lambda g: len(g.prompt)), tokenizer.pad_token_id)
         folder = ctx.publish / name
         base = adapter_base(ctx, folder, source)
-        text = card(ctx, "a reward model", SCORE, figures=done[k] | told[k], source=source, adapter=base)
+        told_of = {"figures": done[k] | told[k], "source": source, "adapter": base}
+        text = card(ctx, "a reward model", SCORE, own_head=is_own_head(plain(model)), **told_of)
         options = {"base": base or ("", None), "dtype": publish_dtype(ctx, source)}
         save_merged(model, tokenizer, folder, card=text, **options)
         if fresh and k + 1 < len(names) and ctx.checkpoints.every:
@@ -356,6 +360,33 @@ def demonstration_mean(ctx: StageRun, model, tokenizer, accelerator) -> float:
         model, prompts, responses, pad_id=tokenizer.pad_token_id, batch_size=size, accelerator=accelerator
     )
     return scores.double().mean().item()
+
+
+@torch.no_grad()
+def refuse_another_logit(model, group, pad_id: int) -> None:
+    """See to it that who uses the published model as its card says reads the score that PPO will climb.
+
+    Args:
+        model: the reward model as it will be published, on the CPU.
+        group: a held-out prompt and its responses; the first that has a token is scored, alone in its row.
+        pad_id: the id that pads rows.
+
+    Raises:
+        UserError: the model's own logit, less reward_bias, is another number.
+    """
+    response = next((r for r in group.responses if r), [])
+    inner = plain(model)
+    with off_the_gpu(inner):
+        ours = response_scores(model, make_rows([group.prompt], [response], pad_id)).item()
+        inner.eval()
+        logit = inner(input_ids=torch.tensor([group.prompt + response])).logits[0, 0].item()
+    theirs = logit - inner.config.reward_bias
+    if not abs(ours - theirs) <= 1e-4 * max(1.0, abs(ours)):
+        raise UserError(
+            f"rm: {type(inner).__name__} gives a response the logit {theirs:.5f} (less reward_bias), its score here "
+            f"is {ours:.5f}: the published model would be another one; take a family whose logit is its head on the "
+            f"last hidden state, or dpo, which needs no reward model"
+        )
 
 
 @torch.no_grad()

@@ -69,6 +69,11 @@ class Config(Training):
     num_train_epochs: float = setting(
         2.0, "passes over the demonstrations (the paper: 16, with dropout)", "epochs", gt=0
     )
+    router_aux_loss_coef: float | None = setting(
+        None,
+        "weight of the term that balances the experts of a mixture (Mixtral, Qwen-MoE …); null: it is not in the loss",
+        gt=0,
+    )
     ppo_init: PpoInit | None = setting(None, "{} trains ppo_init/ too, and PPO starts from that; null: from model/")
     sample_tokens: int = setting(48, "length of the generations kept in samples.jsonl; 0: none", "tokens", ge=0)
 
@@ -146,6 +151,7 @@ def run(ctx: StageRun) -> dict:
         device=device_of(ctx.experiment),
         dtype=dtype_of(ctx.experiment),
         gradient_checkpointing=m.gradient_checkpointing,
+        router_aux_loss_coef=c.router_aux_loss_coef,
         samples=lambda live: show_samples(live, tokenizer, shown, seed=ctx.seed, response_length=c.sample_tokens),
         total=steps + more,
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 from data.groups import Rows, make_rows
 from stages.models.adapters import plain
 from stages.models.ensemble import Ensemble
+from stages.models.families import off_the_gpu
 from stages.models.head import head_logprobs
 from stages.models.loading import score_head
 from stages.models.packing import trunk_options
@@ -52,6 +53,15 @@ def text_logprobs(model, ids: Tensor) -> Tensor:
 
         return compute(model, read).view_as(targets)
     return token_logprobs(model(input_ids=inputs, use_cache=False).logits, targets)
+
+
+def next_logits(model, rows: Rows) -> Tensor:
+    """Logits (B, V) of what comes behind each row."""
+    set_mode(model)
+    if head_is_linear(model):
+        inner = plain(model)
+        return compute(model, lambda: inner.get_output_embeddings()(_hidden(model, rows).index_select(0, rows.last)))
+    return model(input_ids=rows.input_ids, **trunk_options(rows)).logits.flatten(0, 1).index_select(0, rows.last)
 
 
 def response_values(model, rows: Rows) -> Tensor:
@@ -111,8 +121,9 @@ def head_is_linear(model) -> bool:
         ids = torch.tensor([[1, 2, 3]], device=next(inner.parameters()).device)
         training = inner.training
         inner.eval()
-        whole = inner(input_ids=ids, use_cache=False).logits
-        parts = head(inner.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        with off_the_gpu(inner):
+            whole = inner(input_ids=ids, use_cache=False).logits
+            parts = head(inner.base_model(input_ids=ids, use_cache=False).last_hidden_state)
         inner.train(training)
         inner._head_is_linear = whole.shape == parts.shape and torch.allclose(whole, parts, rtol=1e-3, atol=1e-3)
     return inner._head_is_linear

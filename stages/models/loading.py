@@ -1,8 +1,6 @@
 """Folders and names → models in their roles, and back. Weights are fp32 (master weights); safetensors only."""
 
-import hashlib
 import importlib.util
-import json
 from pathlib import Path
 
 import torch
@@ -10,8 +8,19 @@ from torch import nn
 
 from data.encode import render
 from pipeline.errors import UserError
+from stages.models.families import (
+    has_family_class,
+    head_problem,
+    name_trunk,
+    names_own_head,
+    refuse_kind,
+    scalar_class,
+    silence_routers,
+    weightless_causal,
+)
 from stages.models.publish import save_model as save_model  # imported from here, too
 from stages.models.remote_code import is_remote, read
+from stages.models.same_tokenizer import same_tokenizer, tokenizer_fingerprint  # noqa: F401 (part of loading)
 
 
 def load_policy(folder: Path, *, attn_implementation: str = "sdpa", trust_remote_code: bool = False):
@@ -30,23 +39,57 @@ def load_policy(folder: Path, *, attn_implementation: str = "sdpa", trust_remote
 
 
 def new_reward_model(folder: Path, *, seed: int, attn_implementation: str = "sdpa", trust_remote_code: bool = False):
-    """The policy in `folder` with its unembedding replaced by a fresh scalar head `score` (InstructGPT §3.5)."""
-    from transformers import AutoModelForSequenceClassification
+    """The policy in `folder` with its unembedding replaced by a fresh scalar head `score` (InstructGPT §3.5).
 
-    model = read(
-        AutoModelForSequenceClassification,
+    The class is transformers' sequence classification of the family where its logit is the head on the last hidden
+    state; where there is none, or it computes more, the family's trunk with a head of ours.
+
+    Raises:
+        UserError: the family's trunk takes no such head.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    options = {
+        "dtype": torch.float32,
+        "attn_implementation": attn_implementation,
+        "use_safetensors": True,
+        "trust_remote_code": trust_remote_code,
+    }
+    config = read(AutoConfig, folder, trust_remote_code=trust_remote_code)
+    if is_remote(config) or has_family_class(config):
+        model = prepare(read(AutoModelForSequenceClassification, folder, num_labels=1, **options))
+        if (problem := refill(model, seed)) is None:
+            return model
+        if is_remote(model):
+            raise UserError(f"{folder}: of this model's code no reward model can be made ({problem}); use dpo")
+    model = prepare(own_scalar_model(folder, config, **options)[0])
+    if (problem := refill(model, seed)) is not None:
+        what = f"of this {config.model_type} model no reward model can be made ({problem})"
+        raise UserError(f"{folder}: {what}; use dpo, which needs none, or another family")
+    return model
+
+
+def refill(model, seed: int) -> str | None:
+    """Draw the head of a new reward model anew, by `seed`; → why the model cannot serve, or None."""
+    head = getattr(model, "score", None) or getattr(model, "classifier", None)
+    if isinstance(head, nn.Linear):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():  # Var(r) ≈ 1 for hidden states of unit scale (Stiennon 2020, appendix C.1)
+            head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / (head.weight.shape[1] + 1) ** 0.5)
+    return head_problem(model)
+
+
+def own_scalar_model(folder: Path, config, **options):
+    """(model, loading info) of the weights in `folder`, a policy's or those of such a reward model, in the class that
+    this house makes of a family of transformers'. config: of the folder."""
+    causal = weightless_causal(config)
+    causal.config.num_labels = 1
+    return scalar_class(causal).from_pretrained(
         folder,
-        num_labels=1,
-        dtype=torch.float32,
-        attn_implementation=attn_implementation,
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
+        config=causal.config,
+        output_loading_info=True,
+        **{name: value for name, value in options.items() if name != "trust_remote_code"},
     )
-    head = score_head(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():  # Var(r) ≈ 1 for hidden states of unit scale (Stiennon 2020, appendix C.1)
-        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / (head.weight.shape[1] + 1) ** 0.5)
-    return prepare(model)
 
 
 def scalar_config(folder: Path, *, trust_remote_code: bool = False):
@@ -72,22 +115,28 @@ def load_scalar_model(folder: Path, *, attn_implementation: str = "sdpa", trust_
     """A trained reward or value model. A head that is not in the file, or a missing reward_bias, is a UserError."""
     from transformers import AutoModelForSequenceClassification
 
-    scalar_config(folder, trust_remote_code=trust_remote_code)
-    model, info = read(
-        AutoModelForSequenceClassification,
-        folder,
-        dtype=torch.float32,
-        attn_implementation=attn_implementation,
-        use_safetensors=True,
-        output_loading_info=True,
-        trust_remote_code=trust_remote_code,
-    )
+    config = scalar_config(folder, trust_remote_code=trust_remote_code)
+    options = {
+        "dtype": torch.float32,
+        "attn_implementation": attn_implementation,
+        "use_safetensors": True,
+        "trust_remote_code": trust_remote_code,
+    }
+    if names_own_head(config, folder):
+        model, info = own_scalar_model(folder, config, **options)
+    else:
+        model, info = read(AutoModelForSequenceClassification, folder, output_loading_info=True, **options)
     if info["missing_keys"]:
         raise UserError(
             f"{folder}: lacks the weights {sorted(info['missing_keys'])[:3]}, so its head would be "
             f"random; train it with `make rm`"
         )
-    return prepare(model)
+    if (problem := head_problem(prepare(model))) is not None:
+        raise UserError(
+            f"{folder}: its logit is not what would be read as its score ({problem}); take a reward model whose logit "
+            f"is a linear head on the last hidden state, as `make rm` makes them"
+        )
+    return model
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False):
@@ -96,33 +145,12 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False):
     return read(AutoTokenizer, folder, trust_remote_code=trust_remote_code)
 
 
-def same_tokenizer(one, other, where: str) -> None:
-    """UserError if two tokenizers would not give the same ids."""
-    if tokenizer_fingerprint(one) != tokenizer_fingerprint(other):
-        raise UserError(
-            f"{where}: its tokenizer is not the policy's (vocabulary {len(other)} against {len(one)}); "
-            f"policy, reward model and value model must share one: train it from this experiment's sft"
-        )
-
-
-def tokenizer_fingerprint(tokenizer) -> str:
-    """sha256 over the vocabulary, merges, special tokens and chat template."""
-    if hasattr(tokenizer, "backend_tokenizer"):  # padding and truncation are whatever the last batch asked for
-        backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
-    else:
-        backend = sorted(tokenizer.get_vocab().items())
-    parts = [
-        json.dumps(backend, sort_keys=True),
-        str(tokenizer.eos_token_id),
-        str(tokenizer.pad_token_id),
-        str(tokenizer.chat_template),
-    ]
-    return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
-
-
 def prepare(model):
-    """Dropout off, weights aligned, no cache; in eval mode."""
+    """Dropout off, weights aligned, no cache, no routers' logits, the trunk named; in eval mode."""
     without_dropout(model)
+    if not is_remote(model):
+        name_trunk(model)
+    silence_routers(model)
     for p in model.parameters():  # mapped from a file, it begins at any byte, and kernels may round otherwise
         if p.data_ptr() % 64:
             p.data = p.data.clone()
@@ -206,7 +234,7 @@ def scratch_config(vocab_size: int, max_position_embeddings: int, **shape):
 def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: bool, revision: str | None = None):
     """(model, tokenizer) of a folder, a Hub id, or `package:NAME`, a Python package that carries a gguf file. revision:
     the commit of the Hub id; None: the newest."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     options = {"trust_remote_code": trust_remote_code, "where": "model.name_or_path"}
     if revision is not None:
@@ -217,12 +245,15 @@ def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: b
         path = name
         options_model = {"use_safetensors": True}
     try:
+        if "gguf_file" not in options:
+            refuse_kind(read(AutoConfig, path, **options), name)
         tokenizer = read(AutoTokenizer, path, **options)
-        model = read(
+        model, info = read(
             AutoModelForCausalLM,
             path,
             dtype=torch.float32,
             attn_implementation=attn_implementation,
+            output_loading_info=True,
             **options,
             **({} if "gguf_file" in options else options_model),
         )
@@ -238,6 +269,14 @@ def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: b
         if not trust_remote_code:
             raise
         raise UserError(code_fails(name, f"{type(error).__name__}: {error}")) from error
+    if info["missing_keys"]:
+        kind = (getattr(model.config, "architectures", None) or ["?"])[0]
+        problem = (
+            f"lacks the weights {sorted(info['missing_keys'])[:3]} of a {type(model).__name__}, which would be random"
+        )
+        raise UserError(
+            f"model.name_or_path: {name} holds a {kind}, and {problem}; give the folder of a language model"
+        )
     if "gguf_file" in options:  # a dequantised model still carries its quantization config and refuses to be saved
         config = model.config
         if hasattr(config, "quantization_config"):
@@ -253,11 +292,6 @@ def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: b
         )
     end_turns_with_eos(tokenizer)
     give_pad_token(tokenizer)
-    if not is_remote(model) and type(model.config) not in AutoModelForSequenceClassification._model_mapping:
-        raise UserError(
-            f"model.name_or_path: transformers has no sequence classification for {model.config.model_type}, and the "
-            f"reward model needs one; choose another family (Llama, Qwen, Mistral, Gemma, GPT-2 …)"
-        )
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         torch.manual_seed(0)  # the new row is random
         model.resize_token_embeddings(len(tokenizer))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from stages.models.families import as_given
 from stages.models.remote_code import is_remote, keep_code, read
 from stages.parallel import is_first
 
@@ -59,7 +60,7 @@ def save_model(
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.use_cache = True
     weights = None if dtype is None else rounded(model, getattr(torch, dtype))
-    with generating(model, generation_config(model, tokenizer, temperature)):
+    with generating(model, generation_config(model, tokenizer, temperature)), as_given(model):
         model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
     model.config.use_cache = False
     tokenizer.save_pretrained(folder)

@@ -13,30 +13,18 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import UserError
+from stages.models.families import (
+    HEAD_FILE,
+    SCALAR,
+    grafted,
+    head_problem,
+    head_text,
+    is_own_head,
+    parent_of,
+    scalar_name,
+)
 
 REMOTE = "transformers_modules."
-SCALAR = "AutoModelForSequenceClassification"
-HEAD_FILE = "scalar_head.py"
-HEAD = '''\
-"""A scalar head on the trunk of {causal}, written by rlhf-pipeline: the model brings no such class."""
-
-from torch import nn
-from transformers.modeling_layers import GenericForSequenceClassification
-
-{imports}
-
-
-class {name}(GenericForSequenceClassification, {parent}):
-    config_class = {trunk}.config_class
-    base_model_prefix = "{prefix}"
-
-    def __init__(self, config):
-        super(GenericForSequenceClassification, self).__init__(config)
-        self.num_labels = config.num_labels
-        self.{prefix} = {trunk}(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
-'''
 
 
 def read(auto, name, *, trust_remote_code: bool, where: str = "", **options):
@@ -60,7 +48,8 @@ def forget(auto) -> None:
     configuration class, takes it for other folders with the same configuration file, and without the `generate` that
     it gives to older code."""
     known = auto._model_mapping._extra_content if hasattr(auto, "_model_mapping") else {}
-    for kind in [kind for kind in known if kind.__module__.startswith(REMOTE)]:
+    remote = lambda kind: getattr(kind, "__module__", "").startswith(REMOTE)  # noqa: E731
+    for kind in [kind for kind, model in known.items() if remote(kind) or remote(model)]:
         del known[kind]
 
 
@@ -77,6 +66,9 @@ def keep_code(model, tokenizer, folder: Path) -> None:
     if not is_remote(model.config) and not is_remote(model):
         if hasattr(model.config, "auto_map"):
             del model.config.auto_map
+        if is_own_head(model):
+            parent = type(model).__mro__[2]  # after the class and ScalarHead
+            model.config.auto_map = {SCALAR: write_head_file(model, type(model).__name__, parent, folder)}
         return
     source, kept = model.config.name_or_path, {}
     commit = getattr(model.config, "_commit_hash", None)  # of a Hub id: what was loaded, whatever is newest by now
@@ -111,26 +103,18 @@ def copy_module(source: str, name: str, folder: Path, commit: str | None = None)
 def write_scalar_head(model, folder: Path) -> None:
     """For a causal model published in `folder` whose code has no sequence classification that serves: a class with its
     trunk and the head `score`, in a file beside its own."""
-    from transformers import PreTrainedModel
-
-    trunk = model.base_model
-    parents = [c for c in type(model).__mro__ if issubclass(c, PreTrainedModel) and isinstance(trunk, c)]
-    imported = {c.__name__: f"from {module_of(c)} import {c.__name__}" for c in (type(trunk), parents[0])}
-    causal = type(model).__name__
-    name = f"{causal.removesuffix('LMHeadModel').removesuffix('ForCausalLM')}ForSequenceClassification"
-    text = HEAD.format(
-        causal=causal,
-        imports="\n".join(imported.values()),
-        name=name,
-        parent=parents[0].__name__,
-        prefix=model.base_model_prefix,
-        trunk=type(trunk).__name__,
-    )
-    (folder / HEAD_FILE).write_text(text, encoding="utf-8")
+    name = write_head_file(model, scalar_name(type(model)), parent_of(model), folder)
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    config["auto_map"][SCALAR] = f"{HEAD_FILE.removesuffix('.py')}.{name}"
+    config["auto_map"][SCALAR] = name
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_head_file(model, name: str, parent: type, folder: Path) -> str:
+    """Write the file of the class `name`, a scalar head on the trunk of `model`; → how auto_map names the class."""
+    text = head_text(name, type(model.base_model), parent, type(model.config), model.base_model_prefix, module_of)
+    (folder / HEAD_FILE).write_text(text, encoding="utf-8")
+    return f"{HEAD_FILE.removesuffix('.py')}.{name}"
 
 
 def module_of(kind: type) -> str:
@@ -161,7 +145,7 @@ def scalar_problem(model, folder: Path) -> str | None:
     trunk = {name for name, _ in scalar.named_parameters() if not name.startswith("score.")}
     if missing := sorted(trunk - {name for name, _ in model.named_parameters()}):
         return f"{kind} has weights that {type(model).__name__} lacks ({missing[0]})"
-    return None
+    return head_problem(grafted(scalar, model.base_model))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from stages.models.forward import head_is_linear
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, same_tokenizer
 from stages.models.packing import can_pack
 from stages.models.precision import cast_frozen
+from stages.models.same_tokenizer import fit_rows
 from stages.models.sharding import is_sharded, made_by_first, shard
 
 CACHED = 2**19  # numbers; measured from 256 to 576 a token, tests/benchmarks/LOG.md
@@ -119,7 +120,7 @@ def load_roles(
 
         def member(path: Path) -> torch.nn.Module:
             with blaming(key, folder):
-                return load(path, **options).requires_grad_(False)
+                return fit_rows(load(path, **options), ids).requires_grad_(False)
 
         return load_reward_model(folder, ensemble, lambda path: place(partial(member, path)))
 
@@ -127,10 +128,11 @@ def load_roles(
     scalar = partial(load_on_trunk, **on)
 
     def value_start() -> torch.nn.Module:
-        model = scalar(reward_model[1], trains=True, **options)
+        model = fit_rows(scalar(reward_model[1], trains=True, **options), ids)
         return model if is_adapted(model) else with_adapter(model, **adapter, scalar=True, seed=value_seed)
 
     policy = place(lambda: with_adapter(load_policy(start, **options), **adapter, seed=policy_seed))
+    ids = plain(policy).get_input_embeddings().weight.shape[0]  # what it can sample
     ref_policy = None if is_adapted(policy) else place(lambda: load_policy(start, **options).requires_grad_(False))
     rewards = scorer(scalar, *reward_model)
     value_model = place(value_start)
@@ -140,7 +142,7 @@ def load_roles(
         value_model.activation_checkpointing_enable()
     again = {
         "policy": partial(load_policy, start, **options),
-        "value_model": partial(scalar, reward_model[1], **options),
+        "value_model": lambda: fit_rows(scalar(reward_model[1], **options), ids),
     }
     return Roles(policy, ref_policy, rewards, value_model, tokenizer, accelerator, looks_on, again=again)
 

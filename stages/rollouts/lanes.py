@@ -1,9 +1,11 @@
 """A batch of sequences that grow by a token a step: a model with its cache behind three calls.
 
 start() → logits (B, V) behind the prompts; step(tokens) → logits behind those, until the next step; keep(index) drops
-the other rows. wide: the layers that `weights_first` turns round. steady: rows should leave seldom and many at a time.
+the other rows, or says False where its cache cannot. wide: the layers that `weights_first` turns round. steady: rows
+should leave seldom and many at a time.
 """
 
+import copy
 import warnings
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +17,8 @@ from transformers.cache_utils import DynamicLayer
 
 from data.groups import make_rows
 from stages.models.adapters import plain
+from stages.models.families import WHOLE_ROWS, cache_name
+from stages.models.forward import next_logits
 from stages.models.packing import trunk_options
 
 WIDE = 512  # inputs from which on a linear layer counts as large
@@ -84,7 +88,8 @@ class PackedLane:
 
     def start(self) -> Tensor:
         rows, cache = self.rows, DynamicCache()
-        options = trunk_options(rows) | {"past_key_values": cache, "use_cache": True}
+        self.name = cache_name(plain(self.model).base_model) or "past_key_values"  # a trunk may pass on what it takes
+        options = trunk_options(rows) | {self.name: cache, "use_cache": True}
         hidden = self._trunk(rows.input_ids, options)[0].index_select(0, rows.last)
         lengths = rows.position_ids[0][rows.prompt_end] + 1
         width = int(lengths.max())
@@ -102,17 +107,18 @@ class PackedLane:
         with weights_first(self.wide):
             return self._read(tokens, self.filled)
 
-    def keep(self, index: Tensor) -> None:
+    def keep(self, index: Tensor) -> bool:
         for layer in self.cache.layers:
             layer.keep(index)
         self.bias, self.positions = self.bias[index], self.positions[index]
+        return True
 
     def _read(self, tokens: Tensor, end: int) -> Tensor:
         """Logits behind one token a row, which sees the cache's columns to `end`; positions move on."""
         options = {
             "position_ids": self.positions,
             "attention_mask": self.bias[:1],  # four dimensions: transformers makes no mask of its own
-            "past_key_values": self.cache,
+            self.name: self.cache,
             "use_cache": True,
             "packing": self.bias[..., :end],
         }
@@ -210,9 +216,12 @@ class RecordedLane(PackedLane):
 
 def lane_for(model, packed: bool):
     """The kind of lane that serves `model` best. packed: it packs, and its head is linear."""
-    if not packed:
-        return PaddedLane
-    return RecordedLane if model.device.type == "cuda" else PackedLane
+    inner = plain(model)
+    if getattr(inner.config, WHOLE_ROWS, False) or (cache_name(inner) is None and not packed):
+        return WholeLane
+    if packed:
+        return RecordedLane if model.device.type == "cuda" else PackedLane
+    return PaddedLane
 
 
 def attention_dtype(hidden: Tensor) -> torch.dtype:
@@ -250,34 +259,101 @@ def _weight_first(layer, x: Tensor) -> Tensor:
 
 
 class PaddedLane:
-    """For any model: prompts padded on the left, transformers' own cache and masks."""
+    """For any model that takes transformers' cache: prompts padded on the left, transformers' masks."""
 
     def __init__(self, model, prompts, response_length: int, pad_id: int):
         device, width, self.wide, self.steady = model.device, max(map(len, prompts)), [], False
-        self.model, self.cache = model, DynamicCache(config=model.config)
+        self.model, self.name = model, cache_name(plain(model))
+        self.drops = None  # not known whether rows can leave
         self.ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
         self.mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=device)
         self.positions = (self.mask.long().cumsum(-1) - 1).clamp(min=0)
 
     def start(self) -> Tensor:
-        return self._forward(self.ids)
+        try:
+            self.cache = DynamicCache(config=self.model.config)
+            return self._forward(self.ids).logits[:, -1]
+        except (ValueError, KeyError):  # some make a cache of their own, and take no other (MiniMax)
+            self.cache = None
+            out = self._forward(self.ids)
+            self.cache = getattr(out, self.name, None)
+            if self.cache is None:
+                raise
+            return out.logits[:, -1]
 
     def step(self, tokens: Tensor) -> Tensor:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=-1)
         self.positions = self.positions[:, -1:] + 1
-        return self._forward(tokens.unsqueeze(-1))
+        return self._forward(tokens.unsqueeze(-1)).logits[:, -1]
 
-    def keep(self, index: Tensor) -> None:
-        self.cache.batch_select_indices(index)
+    def keep(self, index: Tensor) -> bool:
+        rows = len(self.mask)
+        if self.drops is None:
+            layers = getattr(self.cache, "layers", [])
+            can = all(selected(layer, index[:1], rows) is not None for layer in layers)
+            self.drops = bool(layers) and can and not tensors_of(self.cache)
+        if not self.drops:
+            return False
+        for i, layer in enumerate(self.cache.layers):
+            self.cache.layers[i] = selected(layer, index, rows)
         self.mask, self.positions = self.mask[index], self.positions[index]
+        return True
 
-    def _forward(self, ids: Tensor) -> Tensor:
-        out = self.model(
+    def _forward(self, ids: Tensor):
+        return self.model(
             input_ids=ids,
             attention_mask=self.mask,
             position_ids=self.positions,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self.name: self.cache},
         )
-        return out.logits[:, -1]
+
+
+def selected(layer, index: Tensor, rows: int):
+    """A copy of a layer of transformers' cache that holds the rows index (b,) of its `rows`; None where the layer
+    cannot tell them apart: it has no way to choose, or one that leaves some of its tensors whole."""
+    new = copy.copy(layer)
+    for name, value in vars(new).items():
+        if isinstance(value, (dict, list)):
+            setattr(new, name, copy.copy(value))
+    if not hasattr(new, "reorder_cache"):
+        return None
+    new.reorder_cache(index)
+    before, after = tensors_of(layer), tensors_of(new)
+    every = len(before) == len(after) and all(
+        x.dim() == 0 or x.numel() == 0 or (len(x) == rows and len(y) == len(index))
+        for x, y in zip(before, after, strict=False)
+    )
+    return new if every else None
+
+
+def tensors_of(layer) -> list[Tensor]:
+    """The tensors that a layer of a cache holds, or the cache itself beside its layers."""
+    found = []
+    for value in vars(layer).values():
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+        found += [x for x in inside if isinstance(x, Tensor)]
+    return found
+
+
+class WholeLane:
+    """For a model that takes no cache of transformers' (Mamba, RWKV, the first GPT), or reads otherwise with it than
+    without (base's trial tells): every row is read anew at each step, padded on the right as in training."""
+
+    def __init__(self, model, prompts, response_length: int, pad_id: int):
+        self.model, self.pad_id, self.rows = model, pad_id, [list(prompt) for prompt in prompts]
+        self.wide, self.steady = [], False
+
+    def start(self) -> Tensor:
+        rows = make_rows(self.rows, [[] for _ in self.rows], self.pad_id)
+        return next_logits(self.model, rows.to(self.model.device))
+
+    def step(self, tokens: Tensor) -> Tensor:
+        for row, token in zip(self.rows, tokens.tolist(), strict=True):
+            row.append(token)
+        return self.start()
+
+    def keep(self, index: Tensor) -> bool:
+        self.rows = [self.rows[i] for i in index.tolist()]
+        return True

@@ -121,8 +121,8 @@ def _decode(
         rows = rows_to_keep(alive, len(at), lane.steady)
         if rows < len(at):  # those that go on, and as many finished ones as fill up
             kept = going.logical_not().argsort(stable=True)[:rows]
-            lane.keep(kept)
-            at, going, tokens = at[kept], going[kept], tokens[kept]
+            if lane.keep(kept):
+                at, going, tokens = at[kept], going[kept], tokens[kept]
         logits = lane.step(tokens)
 
 

@@ -1,11 +1,15 @@
 """Random models of a few thousand parameters in three shapes, ragged rows for them, and a tokenizer."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from data.encode import train_tokenizer
 from data.groups import make_rows
 
+sys.path.insert(0, str(Path(__file__).parent))  # families
 KINDS = ("llama", "gpt2", "qwen2")
 PAD, VOCAB = 0, 48
 

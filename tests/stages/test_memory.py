@@ -52,6 +52,20 @@ def test_a_step_without_data_holds_what_a_real_one_holds(head, lengths):
     assert foretold.moments == pytest.approx(2 * foretold.weights, rel=0.02)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "granite", "llama4_text", "modernbert-decoder", "olmoe"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_familys_step_is_foretold(kind, dtype):
+    """Mixtures of experts; families without a sequence classification, and one whose trunk has another name."""
+    from transformers import AutoConfig
+
+    shape = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48, "pad_token_id": 0}  # fmt: skip
+    config = AutoConfig.for_model(kind, **shape)
+    for step in (Step("policy", "logits", LENGTHS), Step("reward_model", "scores", LENGTHS)):
+        found = take_step(config, [step], WHOLE, dtype, "cpu")
+        assert found.step > 0 and found.moments == pytest.approx(2 * found.weights, rel=0.1)
+
+
 def test_a_checkpointed_step_holds_less():
     given = (CONFIG, [Step("policy", "logprobs", LENGTHS)], WHOLE, "float32", "cpu")
     plain, spared = take_step(*given), take_step(*given, checkpointing=True)

@@ -1,0 +1,70 @@
+"""A scalar head on the trunk of a causal language model: reward and value models of families that bring no such class.
+
+The file scalar_head.py of a published folder is this text and, below it, the class of the one model that lies there.
+"""
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+
+class ScalarHead:
+    """Mixed into a family's pretrained class. A subclass names its trunk; the logits are those of the head `score` at
+    the last token of each row that is not padding. No cache is asked for: a score needs one pass."""
+
+    trunk_class = None
+    trunk_options = {}  # more arguments of the trunk's constructor
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        setattr(self, self.base_model_prefix, self.trunk_class(config, **self.trunk_options))
+        self.score = nn.Linear(config.get_text_config().hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @classmethod
+    def is_custom_code(cls):  # else transformers would leave buffers of its own trunks as memory happened to be
+        return cls.trunk_class.is_custom_code()
+
+    @classmethod
+    def _can_set_attn_implementation(cls):  # transformers reads the file of the class for these two
+        return cls.trunk_class._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        return cls.trunk_class._can_set_experts_implementation()
+
+    def forward(
+        self, input_ids=None, attention_mask=None, labels=None, use_cache=None, cache=None, past_key_values=None,
+        return_dict=None, **options,
+    ):  # fmt: skip
+        """Score rows.
+
+        Args:
+            input_ids: (rows, tokens), padded with config.pad_token_id on either side.
+            attention_mask: (rows, tokens), 0 where padding is; None: told by the padding's id.
+            labels: (rows,) or (rows, labels) for transformers' loss of a sequence classification.
+            use_cache, cache, past_key_values: are not read.
+            return_dict: False gives a tuple.
+            options: for the trunk.
+
+        Returns:
+            transformers' output with logits (rows, labels), and the loss if there are labels.
+        """
+        if attention_mask is not None:
+            options["attention_mask"] = attention_mask
+        trunk = getattr(self, self.base_model_prefix)
+        logits = self.score(trunk(input_ids=input_ids, **options).last_hidden_state)
+        pad_id = getattr(self.config.get_text_config(), "pad_token_id", None)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            real = attention_mask.bool()
+        elif pad_id is not None and len(logits) > 1:
+            real = input_ids != pad_id
+        else:
+            real = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+        last = (torch.arange(logits.shape[1], device=logits.device) * real.to(logits.device)).argmax(-1)
+        pooled, loss = logits[torch.arange(len(logits), device=logits.device), last], None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled, config=self.config)
+        out = SequenceClassifierOutputWithPast(loss=loss, logits=pooled)
+        return out.to_tuple() if return_dict is False else out
