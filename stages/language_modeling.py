@@ -32,7 +32,7 @@ from stages.engine import (
     stop_training,
 )
 from stages.models.adalora import adamw_for, triplets_of
-from stages.models.adapters import is_adapted, plain, trainable
+from stages.models.adapters import is_adapted, plain, trainable, trains_token_rows
 from stages.models.precision import cast_frozen
 from stages.models.sharding import full, is_sharded, made_by_first, publishable, shard
 from stages.objectives.losses import language_model_loss
@@ -139,8 +139,11 @@ def train_language_model(
     if is_sharding(ctx):
         trainer_class = with_parts(SFTTrainer)
     trainer_class = with_settings_of_today(trainer_class)
-    trainer = (with_plain_loss(trainer_class) if len(tokenizer) <= SMALL_VOCABULARY else trainer_class)(
-        model=made_by_first(make) if is_sharding(ctx) else make(),
+    model = made_by_first(make) if is_sharding(ctx) else make()
+    if len(tokenizer) <= SMALL_VOCABULARY or trains_token_rows(model):  # trl reads the head's weight past peft's
+        trainer_class = with_plain_loss(trainer_class)
+    trainer = trainer_class(
+        model=model,
         args=args,
         processing_class=tokenizer,
         callbacks=[keeper.callback()],
