@@ -21,6 +21,7 @@ from data.near_copies import nearest_copies
 from data.records import DataError, Document, Prompt, Ranking, Reading, judged_pairs, prompt_key
 from data.sources import FORMS, RECORD, Loaded, file_rows, first_line, read, recognise
 from data.template_text import with_variables
+from data.templates import TemplateOverrun
 
 TRAINING = ("rankings", "demonstrations", "documents", "prompts")  # these may share prompts among themselves
 NAMED = 20  # places that are named at most
@@ -190,14 +191,17 @@ def spread(lengths: list[int], unit: str) -> str:
 
 def say_agreement(report: Report, loaded: Loaded, tokenizer) -> None:
     """Report whether rows begin what the chat template writes of the whole conversation (data/agreement.py)."""
-    if tokenizer is None or report.errors or report.kind not in ("demonstrations", "rankings"):
+    if tokenizer is None or report.kind not in ("demonstrations", "rankings"):
         return
     rows, names = [], []
     for record, where in zip(loaded.records, loaded.wheres, strict=True):
         answers = record.answers if isinstance(record, Ranking) else [(record.completion,)]
         rows += [(record.prompt, *answer) for answer in answers]
         names += [where] * len(answers)
-    found = compare(tokenizer, rows, names)
+    try:
+        found = compare(tokenizer, rows, names)
+    except TemplateOverrun:  # which the lengths have told
+        return
     text = found.text("answers" if report.kind == "rankings" else "rows")
     report.facts.append(("chat template", f"{text}; {remedy(tokenizer.chat_template)}" if found.differ else text))
 
@@ -236,7 +240,8 @@ def say_pairs(report: Report, loaded: Loaded, tokenizer, limit: int | None, on_t
             votes[prompt, frozenset((winner, loser))].append(winner)
             better[prompt].setdefault(loser, set()).add(winner)
     others = " · ".join(f"{verdicts[v]:,} {v}" for v in ("tie", "unjudged", "identical"))
-    equal = equal_within(loaded, tokenizer, limit, on_too_long) if tokenizer is not None and not report.errors else []
+    cut = tokenizer is not None and limit is not None and on_too_long == "truncate" and not report.errors
+    equal = equal_within(loaded, tokenizer, limit) if cut else []
     usable = verdicts["usable"] - sum(count for _, count in equal)
     if equal:
         others += f" · {verdicts['usable'] - usable:,} equal within {limit} tokens"
@@ -252,15 +257,14 @@ def say_pairs(report: Report, loaded: Loaded, tokenizer, limit: int | None, on_t
     report.facts.append(("contradictions", text))
 
 
-def equal_within(loaded: Loaded, tokenizer, limit: int | None, on_too_long: str | None) -> list[tuple[str, int]]:
-    """Return (place, pairs) of rankings with pairs of different texts that are the same ids within the limit."""
+def equal_within(loaded: Loaded, tokenizer, limit: int) -> list[tuple[str, int]]:
+    """Return (place, pairs) of rankings with pairs that differ behind the limit alone, where long rows are cut."""
     found = []
     for record, where in zip(loaded.records, loaded.wheres, strict=True):
         responses = [encode_response(tokenizer, *answer) for answer in record.answers]
-        room = None if limit is None else limit - len(encode_prompt(tokenizer, record.prompt))
-        too_long = room is not None and max(map(len, responses)) > room
-        if too_long and (on_too_long != "truncate" or room < 1):
-            continue  # the row is left out as a whole
+        room = limit - len(encode_prompt(tokenizer, record.prompt))
+        if room < 1 or max(map(len, responses)) <= room:
+            continue  # left out as a whole, or not cut
         if count := equal_pairs(record, [response[:room] for response in responses]):
             found.append((where, count))
     return found

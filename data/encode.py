@@ -17,7 +17,7 @@ from data.records import DataError, Demonstration, Document, Ranking, as_message
 from data.templates import TemplateOverrun
 
 EOS, PAD = "<|end|>", "<|pad|>"
-DOCUMENT_END = "document_end_token"  # a key of tokenizer_config.json: what ended a document in pretraining
+DOCUMENT_END = "document_end"  # a key of tokenizer_config.json: what ended a document in pretraining
 DOCUMENT_ENDS = (  # what that is called in models that end turns with something else
     "<|endoftext|>", "<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<EOS_TOKEN>", "<eos>", "[EOS]",
     "<|eos|>", "</s>",
@@ -173,8 +173,8 @@ def end_of_turn(tokenizer) -> str | None:
 def special_tokens(tokenizer) -> list[str]:
     """Return the special tokens of the vocabulary, longest first: those that `split_special_tokens` takes apart. Not
     every added token is one."""
-    found = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return sorted(found | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    found = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted(found, key=len, reverse=True)
 
 
 def _hide(messages: list[dict], special: Sequence[str]) -> tuple[list[dict], dict[str, str]]:

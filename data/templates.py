@@ -87,7 +87,8 @@ class Worker:
     spent: dict[str, tuple[int, float]] = field(default_factory=dict)  # template → conversations, seconds so far
 
     def render(self, template: str, conversations: list[list[dict]], options: dict) -> list[str | TemplateError]:
-        """Return a text or a refusal for each conversation; TemplateOverrun where one takes too much."""
+        """Return a text or a refusal for each conversation; TemplateOverrun where one takes too much, or all of them."""
+        self.refuse_slow(template)
         if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
             self.start()
         request = {"template": template, "conversations": conversations, "options": options}
@@ -98,6 +99,7 @@ class Worker:
             while len(answers) < len(conversations):
                 answer = self.answer()
                 if answer is None:
+                    self.count(template, SECONDS)
                     raise TemplateOverrun(f"it takes more than {SECONDS:g} s of processor time")
                 if "too_much" in answer:
                     raise TemplateOverrun(answer["too_much"])
@@ -115,10 +117,14 @@ class Worker:
         return answers
 
     def count(self, template: str, seconds: float) -> None:
-        """Add what one conversation took; TemplateOverrun where a template is too slow for a file of rows."""
+        """Add what one conversation took; TemplateOverrun as of `refuse_slow`."""
         rows, before = self.spent.get(template, (0, 0.0))
-        rows, total = rows + 1, before + seconds
-        self.spent[template] = rows, total
+        self.spent[template] = rows + 1, before + seconds
+        self.refuse_slow(template)
+
+    def refuse_slow(self, template: str) -> None:
+        """Raise TemplateOverrun where a template has been too slow for a file of rows."""
+        rows, total = self.spent.get(template, (0, 0.0))
         if total > AT_FIRST and total > USUAL * rows:
             mean = f"{total / rows:.2g} s of processor time a conversation"
             raise TemplateOverrun(f"it takes {mean} on average; a usual one takes a thousandth of a second")
