@@ -87,7 +87,7 @@ class Worker:
     spent: dict[str, tuple[int, float]] = field(default_factory=dict)  # template → conversations, seconds so far
 
     def render(self, template: str, conversations: list[list[dict]], options: dict) -> list[str | TemplateError]:
-        """Return a text or a refusal for each conversation; TemplateOverrun where one takes too much, or all of them."""
+        """Return a text or a refusal for each conversation; TemplateOverrun where one or all take too much."""
         self.refuse_slow(template)
         if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
             self.start()

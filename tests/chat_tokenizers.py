@@ -1,6 +1,6 @@
 """Tiny tokenizers with chat templates of the shapes that known models have. Each learns its pieces from TEXTS."""
 
-TEXTS = ["what color is the fox ?", "the fox is red .", "say hello twice .", "A fox. What is red?", "Hm. the bird is blue ."]
+TEXTS = ["what color is the fox ?", "the fox is red .", "say hello twice .", "A fox. What is red?", "Hm. a blue bird ."]
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -53,9 +53,9 @@ def test_a_variable_of_the_template_mends_it(kind):
 
 def test_an_opened_thought_is_named_unless_the_answer_closes_it():
     tokenizer = ready("qwen3.5")
-    plain, closed, cut = differences(
-        tokenizer, [("What is red?", "A fox."), ("What is red?", "Hm.\n</think>\n\nA fox."), ("What is red?", "Hm.", False)]
-    )
+    asked = "What is red?"
+    rows = [(asked, "A fox."), (asked, "Hm.\n</think>\n\nA fox."), (asked, "Hm.", False)]
+    plain, closed, cut = differences(tokenizer, rows)
     assert plain.opens == "<think>" and closed is None and cut.opens == "<think>"
     assert plain.row == "…tart|>assistant\n<think>\nA fox.<|im_end|>"
     assert plain.template.startswith("…tart|>assistant\n<think>\n\n</think>\n\nA fox.")
@@ -99,7 +99,9 @@ def test_a_file_is_summed_up_in_words(monkeypatch):
     rows = [("What is red?", "A fox."), ("What is red?", "Hm.</think>\n\nA fox."), ("Hm.", "the fox is red .")]
     text = compare(ready("qwen3.5"), rows, ["f:1", "f:2", "f:3"]).text("rows")
     assert text.startswith("3 of 3 rows are not what the chat template writes; the first, f:1: the row has '…")
-    assert text.endswith("in 2 of them the generation prompt opens <think>, which the answer does not close: it is taught as a thought")
+    opened = "in 2 of them the generation prompt opens <think>, which the answer does not close: it is taught "
+    assert text.endswith(opened + "as a thought")
     assert compare(ready("chatml"), rows, ["f:1", "f:2", "f:3"]).text("rows") == "3 rows, all as it writes them"
     monkeypatch.setattr("data.agreement.MOST", 2)
-    assert MOST > 100 and compare(ready("zephyr"), rows, ["f:1", "f:2", "f:3"]).text("rows").startswith("2 of the first 2 ")
+    text = compare(ready("zephyr"), rows, ["f:1", "f:2", "f:3"]).text("rows")
+    assert MOST > 100 and text.startswith("2 of the first 2 rows ")

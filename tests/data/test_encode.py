@@ -143,7 +143,7 @@ class TestPromptAndResponse:
 
     @pytest.mark.parametrize("kind", ["qwen3", "qwen3.5", "r1"])
     def test_added_tokens_that_are_not_special_are_what_the_tokenizer_makes_of_them(self, kind):
-        """<think> in a message is the token that the model knows, and the template sees it: it drops what is thought."""
+        """<think> in a message is the token that the model knows, and the template sees it: it drops thoughts."""
         own = make(kind)
         thought = conversation("hello", "<think>\nkind\n</think>\n\nyes", "the fox")
         expected = own.apply_chat_template(thought, add_generation_prompt=True, return_dict=False)
@@ -307,8 +307,8 @@ class TestRows:
 
     @pytest.mark.parametrize(
         "kind, end",
-        [("chatml", "<|endoftext|>"), ("qwen3", "<|endoftext|>"), ("llama2", "</s>"), ("mistral", "</s>"), ("r1", "</s>"),
-         ("llama3", "<|end_of_text|>"), ("gemma", "<eos>"), ("phi", "<|endoftext|>")],
+        [("chatml", "<|endoftext|>"), ("qwen3", "<|endoftext|>"), ("llama2", "</s>"), ("mistral", "</s>"),
+         ("r1", "</s>"), ("llama3", "<|end_of_text|>"), ("gemma", "<eos>"), ("phi", "<|endoftext|>")],
     )  # fmt: skip
     def test_documents_end_with_what_ended_them_in_pretraining(self, kind, end):
         """Not with the end of a turn, whatever EOS has become."""

@@ -4,15 +4,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from stages.models.adapters import (
-    adapter_off,
-    is_adapted,
-    merged,
-    plain,
-    refuse_untrained,
-    trainable,
-    with_adapter,
-)
+from stages.models.adapters import adapter_off, is_adapted, merged, plain, refuse_untrained, trainable, with_adapter
 from stages.models.forward import response_logprobs, response_scores, response_values
 from stages.models.loading import load_policy, load_scalar_model, save_model
 
@@ -63,12 +55,8 @@ def test_a_fresh_adapter_changes_nothing(causal, scalar, kind, rows, adapter):
         atol=0,
     )
     adapted = with_adapter(scalar(kind), **adapter, scalar=True)
-    torch.testing.assert_close(
-        response_scores(adapted, rows), response_scores(scalar(kind), rows), rtol=0, atol=0
-    )
-    torch.testing.assert_close(
-        response_values(adapted, rows), response_values(scalar(kind), rows), rtol=0, atol=0
-    )
+    torch.testing.assert_close(response_scores(adapted, rows), response_scores(scalar(kind), rows), rtol=0, atol=0)
+    torch.testing.assert_close(response_values(adapted, rows), response_values(scalar(kind), rows), rtol=0, atol=0)
 
 
 def test_its_start_depends_on_the_seed_alone(causal, adapter):
@@ -113,9 +101,7 @@ def test_the_base_does_not_move_when_the_adapter_trains(scalar, kind, rows, adap
             assert not torch.equal(p, before[name]), name
 
 
-def test_merged_it_gives_the_adapted_numbers_and_saves_like_any_model(
-    causal, kind, rows, tmp_path, tokenizer, adapter
-):
+def test_merged_it_gives_the_adapted_numbers_and_saves_like_any_model(causal, kind, rows, tmp_path, tokenizer, adapter):
     policy = with_adapter(causal(kind), **adapter)
     shake(policy)
     adapted = response_logprobs(policy, rows)
@@ -149,9 +135,7 @@ def test_lora_dropout_is_off_where_log_probs_must_repeat(causal, rows, adapter):
     numbers."""
     policy = with_adapter(causal("llama"), **adapter, lora_dropout=0.5)
     shake(policy)
-    torch.testing.assert_close(
-        response_logprobs(policy, rows), response_logprobs(policy, rows), rtol=0, atol=0
-    )
+    torch.testing.assert_close(response_logprobs(policy, rows), response_logprobs(policy, rows), rtol=0, atol=0)
 
 
 def test_bitfit_trains_biases_and_the_head_alone(causal, scalar, rows):
@@ -244,7 +228,8 @@ def test_a_head_that_peft_reads_wrongly_is_refused(rows):
 
     shape = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(PhiConfig(**shape, intermediate_size=24, eos_token_id=1, bos_token_id=None))
+    config = PhiConfig(**shape, intermediate_size=24, eos_token_id=1, bos_token_id=None)
+    model = AutoModelForCausalLM.from_config(config)
     torch.nn.init.normal_(model.lm_head.bias)
     with pytest.raises(UserError, match="single rows in the head of this phi model; train all weights"):
         with_adapter(model, method="lora", r=4, new_tokens=[14])

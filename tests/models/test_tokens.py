@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 
 import pytest
 import torch
-from chat_tokenizers import CHATML, DATED, KINDS, QWEN35, ZEPHYR, make
+from chat_tokenizers import CHATML, KINDS, QWEN35, ZEPHYR, make
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from data.agreement import probe
@@ -93,7 +93,7 @@ def test_a_tokenizer_without_an_end_is_refused():
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     model = model_for(tokenizer)
     tokenizer.eos_token = None
-    with pytest.raises(UserError, match="model.name_or_path: the tokenizer of 'mine' names no end token, and its chat "):
+    with pytest.raises(UserError, match="model.name_or_path: the tokenizer of 'mine' names no end token, and its "):
         settled(tokenizer, model)
     tokenizer.chat_template = CHATML.replace("<|im_end|>", "</s>")
     (line, *_) = settled(tokenizer, model).lines
@@ -109,7 +109,7 @@ def test_nothing_is_said_of_rows_that_are_as_the_template_writes_them(kind, line
 def test_rows_off_the_template_are_said_with_both_texts_and_a_remedy():
     (line,) = [line for line in settled(make("qwen3.5")).lines if "rows" in line]
     assert line.startswith("rows are not what its chat template writes (one turn, several turns, ")
-    assert r"the row has '…tart|>assistant\n<think>\nA fox.<|im_end|>', the template '…tart|>assistant\n<think>\n\n<" in line
+    assert r"the row has '…tart|>assistant\n<think>\nA fox.<|im_end|>', the template '…tart|>assistant\n<thi" in line
     assert "its generation prompt opens <think>, and an answer that does not close it is taught as a thought" in line
     assert "set model.chat_template_kwargs (it asks for enable_thinking, as {enable_thinking: false})" in line
     (line,) = [line for line in settled(make("zephyr")).lines if "rows" in line]
@@ -138,7 +138,8 @@ def test_a_template_of_the_users_takes_the_place_of_the_models(tmp_path):
         model = model_for(tokenizer)
         tokenizer.chat_template = None if kind == "chatml" else ZEPHYR
         settled(tokenizer, model, template=QWEN35, variables={"enable_thinking": False})
-        text = reloaded(tokenizer, tmp_path / kind).apply_chat_template(ASKED, add_generation_prompt=True, tokenize=False)
+        own = reloaded(tokenizer, tmp_path / kind)
+        text = own.apply_chat_template(ASKED, add_generation_prompt=True, tokenize=False)
         assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     with pytest.raises(UserError, match="^model.chat_template: its chat template fails on one question and answer"):
         settled(make("chatml"), template="{% for %}")
@@ -180,7 +181,8 @@ class TestClock:
         """Text of another day is that of the day; it is said, with the day."""
         tokenizer, given = make("dated"), make("dated")
         lines = settled(tokenizer).lines
-        assert lines[0] == "its chat template writes today's date or time; in this experiment that stays 29 Nov 2026, 04:05"
+        stays = "in this experiment that stays 29 Nov 2026, 04:05"
+        assert lines[0] == f"its chat template writes today's date or time; {stays}"
         own = reloaded(tokenizer, tmp_path)
         day(0)
         first = given.apply_chat_template(ASKED, tokenize=False)
