@@ -12,9 +12,10 @@ from jinja2 import TemplateError
 
 from data.encode import encode_conversations, encode_response
 from data.records import as_messages
-from data.template_text import own_variables
+from data.template_text import literal, own_variables, with_variables
 
 MOST = 1000  # rows of a file that are looked at
+TRIED = 4  # variables of a template that are tried for a remedy
 AROUND = 24  # characters that are shown before and behind the place
 THOUGHT = re.compile(  # <think>, </think>, <seed:think>, <|thinking|>, [THINK]
     r"(?:<\|?|\[|\u25c1)(/?)(?:\w+:)?(?:think|thinking|thoughts?|reason|reasoning)(?:\|?>|\]|\u25b7)", re.IGNORECASE
@@ -75,7 +76,8 @@ def differences(tokenizer, rows: Sequence[tuple]) -> Iterator[Difference | Templ
 def _difference(tokenizer, row: list[int], template: list[int], opens: str | None) -> Difference:
     texts = [tokenizer.decode(ids) for ids in (row, template)]
     if texts[1].startswith(texts[0]):  # cut into other tokens
-        same = next(i for i, (one, other) in enumerate(zip(row, [*template, None], strict=False)) if one != other)
+        pairs = enumerate(zip(row, [*template, None], strict=False))
+        same = next((i for i, (one, other) in pairs if one != other), len(template))
         at = len(tokenizer.decode(row[:same]))
     else:
         at = next((i for i, (one, other) in enumerate(zip(*texts, strict=False)) if one != other), min(map(len, texts)))
@@ -141,14 +143,26 @@ def probe(tokenizer) -> dict[str, Difference]:
     return {name: difference for name, difference in named if isinstance(difference, Difference)}
 
 
-def remedy(template: object, already: Sequence[str] = ()) -> str:
-    """Return what can be done about differences.
+def remedy(tokenizer, already: Sequence[str] = ()) -> str:
+    """Return what can be done about differences: a variable of the chat template that mends them, if one does.
 
     Args:
-        template: The chat template; other than a text of none but the tokenizer's own code.
+        tokenizer: The tokenizer with its chat template.
         already: Variables of it that are set.
     """
-    names = [name for name in own_variables(template) if name not in already] if isinstance(template, str) else []
-    example = next((f", as {{{name}: false}}" for name in names if "think" in name), "")
-    asks = f"set model.chat_template_kwargs (it asks for {', '.join(names)}{example}), or " if names else ""
-    return f"{asks}give a template that fits the rows as model.chat_template: FILE"
+    other = "give a template that fits the rows as model.chat_template: FILE"
+    template = tokenizer.chat_template
+    if not isinstance(template, str):  # several, or code of the tokenizer's own
+        return other
+    names = [name for name in own_variables(template) if name not in already]
+    names = sorted(names, key=lambda name: "think" not in name and "reason" not in name)[:TRIED]
+    try:
+        for name, value in ((name, value) for name in names for value in (False, True)):
+            tokenizer.chat_template = with_variables(template, {name: value})
+            if not {"one turn", "several turns"} & probe(tokenizer).keys():
+                return f"set model.chat_template_kwargs: {{{name}: {literal(value)}}}, which mends that, or {other}"
+    except TemplateError:  # it takes too long
+        pass
+    finally:
+        tokenizer.chat_template = template
+    return other

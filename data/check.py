@@ -203,7 +203,7 @@ def say_agreement(report: Report, loaded: Loaded, tokenizer) -> None:
     except TemplateOverrun:  # which the lengths have told
         return
     text = found.text("answers" if report.kind == "rankings" else "rows")
-    report.facts.append(("chat template", f"{text}; {remedy(tokenizer.chat_template)}" if found.differ else text))
+    report.facts.append(("chat template", f"{text}; {remedy(tokenizer)}" if found.differ else text))
 
 
 # ── duplicates, pairs, leaks ────────────────────────────────────────────────────────────────────────────────

@@ -159,13 +159,17 @@ def end_of_turn(tokenizer) -> str | None:
     """Return the special token that the chat template writes behind an assistant's turn, or None where it writes none.
 
     Raises:
-        TemplateError, or whatever else the template raises: it does not take one question and answer.
+        TemplateError, or whatever else the template raises: it does not take one question and answer, or does not
+        write them.
     """
-    mark = "\ue000"
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
+    asked, mark = "\ue001", "\ue000"
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": mark}]
     (text,) = render(tokenizer, [turns], tokenize=[False])
     if isinstance(text, TemplateError):
         raise text
+    for what, sign in (("question", asked), ("answer", mark)):
+        if sign not in text:
+            raise TemplateError(f"it leaves out the {what}, and may want messages in parts, as of text and images")
     behind = text.partition(mark)[2].lstrip()
     return next((token for token in special_tokens(tokenizer) if behind.startswith(token)), None)
 

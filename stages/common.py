@@ -229,7 +229,7 @@ def say_off_template(ctx: StageRun, tokenizer, rows: list[tuple], names: list[st
     if parallel.is_first():
         found = compare(tokenizer, rows, names)
         if found.differ:
-            ctx.tracker.say(f"{ctx.stage}: {found.text(what)}; {remedy(tokenizer.chat_template)}")
+            ctx.tracker.say(f"{ctx.stage}: {found.text(what)}; {remedy(tokenizer)}")
 
 
 def load_groups(ctx: StageRun, tokenizer, split: str, *, max_length: int, on_too_long: str):

@@ -102,8 +102,11 @@ def check_token_rows(inner) -> None:
     ids = torch.arange(min(4, inner.config.get_text_config().vocab_size), device=embedding.weight.device)
     hidden = torch.randn(4, head.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(head.weight)
     for end, x in ((embedding, ids), (head, hidden)):
-        wrapped = hasattr(end, "token_adapter")
-        if not wrapped or not torch.equal(end(x), end.token_adapter.get_base_layer()(x)):
+        try:
+            same = hasattr(end, "token_adapter") and torch.equal(end(x), end.token_adapter.get_base_layer()(x))
+        except ValueError:  # a layer that has an adapter, too
+            same = False
+        if not same:
             raise UserError(
                 f"model.peft.method: the tokenizer has tokens that the model had no rows for, and peft cannot train "
                 f"single rows in the {'embedding' if end is embedding else 'head'} of this {inner.config.model_type} "

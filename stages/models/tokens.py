@@ -229,4 +229,4 @@ def agreement_lines(tokenizer, variables: Mapping[str, object]) -> list[str]:
     line = f"rows are not what its chat template writes ({', '.join(found)}): {first.line()}"
     if opens:
         line += f"; its generation prompt opens {opens}, and an answer that does not close it is taught as a thought"
-    return [f"{line}; {remedy(tokenizer.chat_template, list(variables))}"]
+    return [f"{line}; {remedy(tokenizer, list(variables))}"]

@@ -45,10 +45,25 @@ def test_each_template_differs_where_it_does(kind):
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3.5"])
 def test_a_variable_of_the_template_mends_it(kind):
     """All but answers that bring a thought, behind the empty one of the generation prompt."""
-    assert "enable_thinking" in remedy(make(kind).chat_template) and "file" not in remedy(make(kind).chat_template)
+    given = make(kind)
+    assert remedy(given).startswith(
+        "set model.chat_template_kwargs: {enable_thinking: false}, which mends that, or give "
+    )
+    assert given.chat_template == make(kind).chat_template
     tokenizer = ready(kind, enable_thinking=False)
     assert list(probe(tokenizer)) == [THOUGHT]
-    assert "enable_thinking" not in remedy(tokenizer.chat_template, ["enable_thinking"])
+    assert "enable_thinking" not in remedy(tokenizer, ["enable_thinking"])
+
+
+def test_a_variable_that_mends_nothing_is_no_remedy():
+    """Only the one that does is named, whatever it is to be."""
+    tokenizer = ready("zephyr")
+    asks = "{% if enable_thinking is defined and effort is defined %}{% endif %}"
+    tokenizer.chat_template = asks + tokenizer.chat_template
+    assert remedy(tokenizer) == "give a template that fits the rows as model.chat_template: FILE"
+    newline = "<|assistant|>{% if newline is defined and newline %}{{ '\\n' }}{% endif %}{% endif %}"
+    tokenizer.chat_template = asks + ready("zephyr").chat_template.replace("<|assistant|>{% endif %}", newline)
+    assert remedy(tokenizer).startswith("set model.chat_template_kwargs: {newline: true}, which mends that, or ")
 
 
 def test_an_opened_thought_is_named_unless_the_answer_closes_it():

@@ -111,7 +111,7 @@ def test_rows_off_the_template_are_said_with_both_texts_and_a_remedy():
     assert line.startswith("rows are not what its chat template writes (one turn, several turns, ")
     assert r"the row has '…tart|>assistant\n<think>\nA fox.<|im_end|>', the template '…tart|>assistant\n<thi" in line
     assert "its generation prompt opens <think>, and an answer that does not close it is taught as a thought" in line
-    assert "set model.chat_template_kwargs (it asks for enable_thinking, as {enable_thinking: false})" in line
+    assert "; set model.chat_template_kwargs: {enable_thinking: false}, which mends that, or " in line
     (line,) = [line for line in settled(make("zephyr")).lines if "rows" in line]
     assert r"\n<|assistant|>A fox.</s>', the template '" in line and r"\n<|assistant|>\nA fox.</s>\n';" in line
     assert line.endswith("; give a template that fits the rows as model.chat_template: FILE")
@@ -145,6 +145,22 @@ def test_a_template_of_the_users_takes_the_place_of_the_models(tmp_path):
         settled(make("chatml"), template="{% for %}")
     with pytest.raises(UserError, match="^model.chat_template: its chat template fails on one question and answer"):
         settled(make("chatml"), template="{{ raise_exception('never') }}")
+
+
+def test_a_template_that_leaves_messages_out_is_refused():
+    """As those that want them in parts do."""
+    parts = CHATML.replace("m['content']", "m['content'][0]['text']")
+    with pytest.raises(
+        UserError, match=r"model.name_or_path: its chat template fails on .* \(it leaves out the question, "
+    ):
+        tokenizer = make("chatml")
+        tokenizer.chat_template = parts
+        settled(tokenizer)
+    mute = CHATML.replace("{{ m['content'] }}", "{{ m['content'] if m['role'] == 'user' }}")
+    with pytest.raises(
+        UserError, match=r"model.chat_template: its chat template fails .* \(it leaves out the answer, "
+    ):
+        settled(make("chatml"), template=mute)
 
 
 def test_a_model_without_a_template_is_refused_with_what_to_do():
