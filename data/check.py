@@ -15,12 +15,16 @@ from itertools import islice
 from pathlib import Path
 
 from data import records, room
-from data.encode import encode_prompt, encode_response
+from data.agreement import compare, remedy
+from data.encode import encode_prompt, encode_response, end_of_turn, equal_pairs
 from data.near_copies import nearest_copies
 from data.records import DataError, Document, Prompt, Ranking, Reading, judged_pairs, prompt_key
 from data.sources import FORMS, RECORD, Loaded, file_rows, first_line, read, recognise
+from data.template_text import with_variables
+from data.templates import TemplateOverrun
 
 TRAINING = ("rankings", "demonstrations", "documents", "prompts")  # these may share prompts among themselves
+NAMED = 20  # places that are named at most
 READER = {  # the section of the config whose length limit holds for a kind
     "documents": "base",
     "demonstrations": "sft",
@@ -75,9 +79,10 @@ def check(
         say_lengths(report, loaded, tokenizer, max_length, on_too_long)
         if report.kind == "demonstrations" and tokenizer is not None and response_length is not None:
             say_room(report, loaded, tokenizer, response_length)
+        say_agreement(report, loaded, tokenizer)
         say_duplicates(report, loaded)
         if report.kind == "rankings":
-            say_pairs(report, loaded.records)
+            say_pairs(report, loaded, tokenizer, max_length, on_too_long)
         for name, other in against or []:
             say_shared_prompts(report, loaded, name, other)
     return report
@@ -195,6 +200,23 @@ def spread(lengths: list[int], unit: str) -> str:
     return f"{lengths[0]:,} to {lengths[-1]:,} {unit} · median {middle:,} · 95 % up to {most:,}"
 
 
+def say_agreement(report: Report, loaded: Loaded, tokenizer) -> None:
+    """Report whether rows begin what the chat template writes of the whole conversation (data/agreement.py)."""
+    if tokenizer is None or report.kind not in ("demonstrations", "rankings"):
+        return
+    rows, names = [], []
+    for record, where in zip(loaded.records, loaded.wheres, strict=True):
+        answers = record.answers if isinstance(record, Ranking) else [(record.completion,)]
+        rows += [(record.prompt, *answer) for answer in answers]
+        names += [where] * len(answers)
+    try:
+        found = compare(tokenizer, rows, names)
+    except TemplateOverrun:  # which the lengths have told
+        return
+    text = found.text("answers" if report.kind == "rankings" else "rows")
+    report.facts.append(("chat template", f"{text}; {remedy(tokenizer)}" if found.differ else text))
+
+
 # ── duplicates, pairs, leaks ────────────────────────────────────────────────────────────────────────────────
 
 
@@ -209,8 +231,10 @@ def say_duplicates(report: Report, loaded: Loaded) -> None:
     report.facts.append(("duplicates", text + ", kept"))
 
 
-def say_pairs(report: Report, rankings: list[Ranking]) -> None:
-    """K, cut responses, the C(K,2) pairs by verdict, and where the labelers contradict each other."""
+def say_pairs(report: Report, loaded: Loaded, tokenizer, limit: int | None, on_too_long: str | None) -> None:
+    """K, cut responses, the C(K,2) pairs by verdict, those that are equal within `limit` tokens, and where the labelers
+    contradict each other."""
+    rankings = loaded.records
     sizes = Counter(len(ranking.responses) for ranking in rankings)
     report.facts.append(("K", " · ".join(f"{k}: {n:,} rows" for k, n in sorted(sizes.items()))))
     ends = [ended for ranking in rankings for ended in ranking.finished or ()]
@@ -227,12 +251,34 @@ def say_pairs(report: Report, rankings: list[Ranking]) -> None:
             votes[prompt, frozenset((winner, loser))].append(winner)
             better[prompt].setdefault(loser, set()).add(winner)
     others = " · ".join(f"{verdicts[v]:,} {v}" for v in ("tie", "unjudged", "identical"))
-    report.facts.append(("pairs", f"{verdicts['usable']:,} usable of {verdicts.total():,} · {others}"))
+    cut = tokenizer is not None and limit is not None and on_too_long == "truncate" and not report.errors
+    equal = equal_within(loaded, tokenizer, limit) if cut else []
+    usable = verdicts["usable"] - sum(count for _, count in equal)
+    if equal:
+        others += f" · {verdicts['usable'] - usable:,} equal within {limit} tokens"
+    report.facts.append(("pairs", f"{usable:,} usable of {verdicts.total():,} · {others}"))
+    if equal:
+        named = ", ".join(f"{where} ({count:,})" if count > 1 else where for where, count in equal[:NAMED])
+        more = f" and {len(equal) - NAMED:,} more rows" if len(equal) > NAMED else ""
+        report.facts.append(("equal within", f"{limit} tokens, and so left out: at {named}{more}"))
     again = [winners for winners in votes.values() if len(winners) > 1]
     split = sum(len(set(winners)) > 1 for winners in again)
     circles = sum(goes_round(graph) for graph in better.values())
     text = f"{split:,} of {len(again):,} pairs judged more than once · {circles:,} prompts ranked in a circle"
     report.facts.append(("contradictions", text))
+
+
+def equal_within(loaded: Loaded, tokenizer, limit: int) -> list[tuple[str, int]]:
+    """Return (place, pairs) of rankings with pairs that differ behind the limit alone, where long rows are cut."""
+    found = []
+    for record, where in zip(loaded.records, loaded.wheres, strict=True):
+        responses = [encode_response(tokenizer, *answer) for answer in record.answers]
+        room = limit - len(encode_prompt(tokenizer, record.prompt))
+        if room < 1 or max(map(len, responses)) <= room:
+            continue  # left out as a whole, or not cut
+        if count := equal_pairs(record, [response[:room] for response in responses]):
+            found.append((where, count))
+    return found
 
 
 def goes_round(better: dict[tuple, set[tuple]]) -> bool:
@@ -336,7 +382,10 @@ def limits_of(experiment, kind: str | None) -> dict:
 def tokenizer_of(experiment, home: Path) -> tuple[object | None, str]:
     """The tokenizer of the published base model, or else of model.name_or_path; and what to say of it."""
     named = getattr(experiment.model, "name_or_path", None)
+    template, variables = (getattr(experiment.model, f"chat_template{end}", None) for end in ("", "_kwargs"))
     folders = [home / "base" / "model", *([Path(named).expanduser()] if named else [])]
+    if template is not None or variables is not None:  # which base's tokenizer may be older than
+        folders = folders[::-1]
     folder = next((folder for folder in folders if folder.is_dir()), None)
     if folder is None:
         return None, "none on this machine yet (`base` publishes it); lengths are in words"
@@ -344,8 +393,26 @@ def tokenizer_of(experiment, home: Path) -> tuple[object | None, str]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as fault:  # the tokenizers library raises nothing finer
+        if folder != home / "base" / "model":
+            as_base_will(tokenizer, template, variables)
+    except Exception as fault:  # the tokenizers library raises nothing finer, and a template what it likes
         return None, f"{folder} cannot be loaded ({first_line(fault)}); lengths are in words"
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         return None, f"{folder} has no chat template or no EOS; lengths are in words"
     return tokenizer, str(folder)
+
+
+def as_base_will(tokenizer, template: str | None, variables: dict | None) -> None:
+    """Give a tokenizer the chat template and the EOS that `base` will publish it with.
+
+    Args:
+        tokenizer: The tokenizer of the model that `base` starts from.
+        template: The file that model.chat_template names.
+        variables: model.chat_template_kwargs.
+    """
+    if template is not None:
+        tokenizer.chat_template = Path(template).expanduser().read_text(encoding="utf-8")
+    if tokenizer.chat_template is not None and variables:
+        tokenizer.chat_template = with_variables(tokenizer.get_chat_template(), variables)
+    if tokenizer.chat_template is not None:
+        tokenizer.eos_token = end_of_turn(tokenizer) or tokenizer.eos_token

@@ -5,16 +5,23 @@ tokenized on its own and ends with EOS, exactly as the policy will have to produ
 has no EOS: nobody is taught to end there.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from jinja2 import TemplateError
 
 from data import templates
-from data.records import DataError, Demonstration, Document, as_messages
+from data.records import DataError, Demonstration, Document, Ranking, as_messages, judged_pairs
 from data.templates import TemplateOverrun
 
 EOS, PAD = "<|end|>", "<|pad|>"
+DOCUMENT_END = "document_end"  # a key of tokenizer_config.json: what ended a document in pretraining
+DOCUMENT_ENDS = (  # what that is called in models that end turns with something else
+    "<|endoftext|>", "<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<EOS_TOKEN>", "<eos>", "[EOS]",
+    "<|eos|>", "</s>",
+)  # fmt: skip
 HALF_CHARACTER = "\ufffd"  # what decoding makes of bytes that are no whole character
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -26,25 +33,32 @@ CHAT_TEMPLATE = (
 
 @dataclass
 class LengthReport:
-    """What the length limit did to a data set: how many rows were kept whole, truncated and dropped."""
+    """What the length limit did to a data set: how many rows were kept whole, truncated and dropped. equal: the place
+    of each pair of different responses that are the same ids within the limit."""
 
     kept: int = 0
     truncated: int = 0
     dropped: int = 0
     longest: int = 0
     problems: list[str] = field(default_factory=list)
+    equal: list[str] = field(default_factory=list)
 
     def __add__(self, other: "LengthReport") -> "LengthReport":
         """Of both data sets together."""
         sums = (getattr(self, name) + getattr(other, name) for name in ("kept", "truncated", "dropped"))
-        return LengthReport(*sums, max(self.longest, other.longest), self.problems + other.problems)
+        problems, equal = self.problems + other.problems, self.equal + other.equal
+        return LengthReport(*sums, max(self.longest, other.longest), problems, equal)
 
     def line(self, what: str) -> str:
         """One line for people."""
-        return (
+        text = (
             f"{what}: {self.kept} rows, {self.truncated} truncated, {self.dropped} dropped, "
             f"longest {self.longest} tokens"
         )
+        if self.equal:
+            pairs = f"{len(self.equal)} pair{'s' * (len(self.equal) > 1)}"
+            text += f"; {pairs} left out, equal within max_length (the first: {self.equal[0]})"
+        return text
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int):
@@ -93,14 +107,16 @@ def encode_prompts(tokenizer, prompts: Iterable, names: Sequence[str]) -> list[l
     take no system message, or only alternating turns)."""
     conversations, ids, problems = [as_messages(prompt) for prompt in prompts], [], []
     try:
-        for found, name in zip(_encode(tokenizer, conversations), names, strict=True):
+        encoded = encode_conversations(tokenizer, conversations, add_generation_prompt=True)
+        for found, name in zip(encoded, names, strict=True):
             if isinstance(found, TemplateError):
                 problems.append(f"{name}: the model's chat template refuses this prompt ({found}); change its messages")
             else:
                 ids.append(found)
     except TemplateOverrun as problem:  # all the other prompts would take as long
         what = f"the model's chat template fails on this prompt ({problem})"
-        raise DataError([f"{names[problem.index]}: {what}; mend the template, or take another model"]) from problem
+        remedy = "give another template as model.chat_template: FILE, or take another model"
+        raise DataError([f"{names[problem.index]}: {what}; {remedy}"]) from problem
     if problems:
         raise DataError(problems)
     return ids
@@ -111,37 +127,114 @@ def render(tokenizer, conversations: Sequence[list[dict]], **options) -> Iterato
     return templates.render(tokenizer, conversations, trusted=CHAT_TEMPLATE, **options)
 
 
-def _encode(tokenizer, conversations: list[list[dict]]) -> Iterator[list[int] | TemplateError]:
-    """Yield the token ids of each conversation, or the refusal of the template."""
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    plain = [not any(token in m["content"] for m in messages for token in special) for messages in conversations]
-    sent = [
-        messages if is_plain else [{**m, "content": mark(i)} for i, m in enumerate(messages)]
-        for messages, is_plain in zip(conversations, plain, strict=True)
-    ]
-    rendered = render(tokenizer, sent, tokenize=plain, add_generation_prompt=True)
-    for found, messages, is_plain in zip(rendered, conversations, plain, strict=True):
+def encode_conversations(
+    tokenizer, conversations: Sequence[list[dict]], *, add_generation_prompt: bool
+) -> Iterator[list[int] | TemplateError]:
+    """Yield the token ids of each conversation as the chat template writes it, or the template's refusal.
+
+    Special tokens that occur in a message stay plain text: each is one private-use character while the template is
+    rendered, so that the template sees the rest of the message, and is put back where that character comes out. Other
+    added tokens (as <think> of most models) are what the tokenizer makes of them.
+
+    Args:
+        tokenizer: The tokenizer with its chat template.
+        conversations: Lists of {role, content}.
+        add_generation_prompt: Whether the text ends with what opens the assistant's turn.
+    """
+    special = special_tokens(tokenizer)
+    sent, hidden = [], []
+    for messages in conversations:
+        marked, tokens = _hide(messages, special)
+        sent.append(marked)
+        hidden.append(tokens)
+    options = {"tokenize": [not tokens for tokens in hidden], "add_generation_prompt": add_generation_prompt}
+    for found, tokens in zip(render(tokenizer, sent, **options), hidden, strict=True):
         if isinstance(found, TemplateError):
             yield found
         else:
-            yield list(found) if is_plain else _fill_in(tokenizer, found, messages)
+            yield _fill_in(tokenizer, found, tokens) if tokens else list(found)
 
 
-def mark(i: int) -> str:
-    """What stands in the place of message `i` while the template is rendered: private-use characters."""
-    return f"\ue000{i}\ue001"
+def end_of_turn(tokenizer) -> str | None:
+    """Return the special token that the chat template writes behind an assistant's turn, or None where it writes none.
+
+    Raises:
+        TemplateError, or whatever else the template raises: it does not take one question and answer, or does not
+        write them.
+    """
+    asked, mark = "\ue001", "\ue000"
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": mark}]
+    (text,) = render(tokenizer, [turns], tokenize=[False])
+    if isinstance(text, TemplateError):
+        raise text
+    for what, sign in (("question", asked), ("answer", mark)):
+        if sign not in text:
+            raise TemplateError(f"it leaves out the {what}, and may want messages in parts, as of text and images")
+    behind = text.partition(mark)[2].lstrip()
+    return next((token for token in special_tokens(tokenizer) if behind.startswith(token)), None)
 
 
-def _fill_in(tokenizer, text: str, messages: list[dict]) -> list[int] | TemplateError:
-    """The token ids of a rendered text with the messages in the place of their marks, as plain text."""
+def special_tokens(tokenizer) -> list[str]:
+    """Return the special tokens of the vocabulary, longest first: those that `split_special_tokens` takes apart. Not
+    every added token is one."""
+    found = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted(found, key=len, reverse=True)
+
+
+def _hide(messages: list[dict], special: Sequence[str]) -> tuple[list[dict], dict[str, str]]:
+    """Return the messages with a character in the place of every special token in their contents, and which token each
+    such character stands for ({} where there is none)."""
+    found = [token for token in special if any(token in m["content"] for m in messages)]
+    if not found:
+        return messages, {}
+    taken = {c for m in messages for c in m["content"]}
+    free = (chr(code) for code in chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE)) if chr(code) not in taken)
+    marks = dict(zip(found, free, strict=False))
+    pattern = re.compile("|".join(map(re.escape, found)))  # longest first
+    hide = lambda text: pattern.sub(lambda match: marks[match[0]], text)  # noqa: E731
+    return [{**m, "content": hide(m["content"])} for m in messages], {mark: token for token, mark in marks.items()}
+
+
+def _fill_in(tokenizer, text: str, tokens: dict[str, str]) -> list[int]:
+    """Return the token ids of a rendered text.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: A text in which every special token is the template's own.
+        tokens: Character → the special token that it stands for, which stays plain text.
+
+    The stretch between two of the template's special tokens is encoded as one, so that the pieces of a word and the
+    blanks around a message come out as without the hidden tokens.
+    """
+    marked = re.compile(f"[{''.join(tokens)}]")
     ids: list[int] = []
-    if not all(mark(i) in text for i in range(len(messages))):
-        return TemplateError("it leaves out a message")
-    for i, message in enumerate(messages):
-        before, text = text.split(mark(i), 1)
-        ids += tokenizer(before, add_special_tokens=False)["input_ids"]
-        ids += tokenizer(message["content"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return ids + tokenizer(text, add_special_tokens=False)["input_ids"]
+    at = 0
+    for begin, end in _stretches(tokenizer, text):
+        if marked.search(text, begin, end) is None:
+            continue
+        ids += tokenizer(text[at:begin], add_special_tokens=False)["input_ids"] if begin > at else []
+        plain = marked.sub(lambda match: tokens[match[0]], text[begin:end])
+        ids += tokenizer(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        at = end
+    return ids + (tokenizer(text[at:], add_special_tokens=False)["input_ids"] if at < len(text) else [])
+
+
+def _stretches(tokenizer, text: str) -> Iterator[tuple[int, int]]:
+    """Yield where the stretches of a text without special tokens begin and end. A token that takes the blanks beside it
+    along (lstrip, rstrip) ends behind them."""
+    flags = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
+    parts = []
+    for name in special_tokens(tokenizer):
+        token = flags.get(name)
+        left, right = (r"\s*" if getattr(token, side, False) else "" for side in ("lstrip", "rstrip"))
+        parts.append(f"{left}{re.escape(name)}{right}")
+    begin = 0
+    for match in re.finditer("|".join(parts), text) if parts else ():
+        if match.start() > begin:
+            yield begin, match.start()
+        begin = match.end()
+    if begin < len(text):
+        yield begin, len(text)
 
 
 def encode_response(tokenizer, text: str, finished: bool = True) -> list[int]:
@@ -215,6 +308,17 @@ def fit_lengths(
     return kept, out_prompts, out_responses, report
 
 
+def equal_pairs(ranking: Ranking, responses: Sequence[list[int]]) -> int:
+    """Return how many pairs that a ranking judges are of different texts, but of the same ids.
+
+    Args:
+        ranking: The ranking.
+        responses: The ids of its responses, as a length limit has left them.
+    """
+    usable = ((i, j) for i, j, verdict in judged_pairs(ranking) if verdict == "usable")
+    return sum(responses[i] == responses[j] for i, j in usable)
+
+
 def encode_demonstrations(tokenizer, rows: Sequence[Demonstration], *, names: Sequence[str], **limits):
     """Demonstrations → (kept indices, rows {input_ids, labels}: loss on the completion and its EOS only, LengthReport).
 
@@ -223,15 +327,19 @@ def encode_demonstrations(tokenizer, rows: Sequence[Demonstration], *, names: Se
     prompts = encode_prompts(tokenizer, (r.prompt for r in rows), names)
     responses = [[encode_response(tokenizer, r.completion)] for r in rows]
     kept, prompts, responses, report = fit_lengths(prompts, responses, what="demonstration", names=names, **limits)
-    rows = [
-        {"input_ids": p + r[0], "labels": [-100] * len(p) + r[0]} for p, r in zip(prompts, responses, strict=True)
-    ]
+    rows = [{"input_ids": p + r[0], "labels": [-100] * len(p) + r[0]} for p, r in zip(prompts, responses, strict=True)]
     return kept, rows, report
 
 
 def document_end(tokenizer) -> int:
-    """The id that ends a document: <|endoftext|> where a chat model keeps one beside the end of a turn, else EOS."""
-    return tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
+    """Return the id that ended a document in pretraining, which in a chat model need not be what ends a turn.
+
+    It is the token that `base` has recorded in the tokenizer under DOCUMENT_END; else EOS, if that is one of
+    DOCUMENT_ENDS; else the first of these that the vocabulary has; else EOS.
+    """
+    known, eos = tokenizer.get_vocab(), tokenizer.eos_token
+    names = [tokenizer.init_kwargs.get(DOCUMENT_END), *[eos] * (eos in DOCUMENT_ENDS), *DOCUMENT_ENDS]
+    return next((known[name] for name in names if name in known), tokenizer.eos_token_id)
 
 
 def document_start(tokenizer) -> list[int]:

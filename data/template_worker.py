@@ -1,7 +1,8 @@
 """A process that renders chat templates of models from outside, under limits; started by data/templates.py.
 
 A line of JSON in: {template, conversations, options}. A line out for each conversation: {text}, {refused: why} or
-{too_much: what}; none where the kernel's limit on processor time ends this process. The first line out says {ready}.
+{too_much: what}, each with the `seconds` of processor time that it took; none where the kernel's limit on processor
+time ends this process. The first line out says {ready}.
 """
 
 import json
@@ -9,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+import time
 
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -49,7 +51,9 @@ def main(seconds: float) -> None:
     for line in sys.stdin.buffer:
         request = json.loads(line)
         for conversation in request["conversations"]:
+            before = time.process_time()
             found = answer(request["template"], conversation, request["options"], seconds)
+            found["seconds"] = time.process_time() - before
             print(json.dumps(found), file=out, flush=True)
 
 

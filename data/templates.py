@@ -1,5 +1,6 @@
 """Chat templates → text. A template that comes with a model is somebody else's program: it runs in a process of its
-own, under limits of processor time, memory and length; one such process serves all rows."""
+own, under limits of processor time (of a row, and of rows on average), memory and length; one such process serves all
+rows."""
 
 import atexit
 import json
@@ -8,13 +9,15 @@ import select
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 from jinja2 import TemplateError
 
 SECONDS = 2.0  # of processor time for one conversation; a usual template takes a thousandth of that
+USUAL = 0.02  # seconds of processor time a conversation that a template may take on average …
+AT_FIRST = 20.0  # … once it has taken so many in all: 100,000 rows are half an hour then, and not two days
 PATIENCE = 300.0  # seconds of the clock for an answer: the machine may be busy
 AT_ONCE = 64  # conversations that are sent together
 
@@ -81,9 +84,11 @@ class Worker:
     process: subprocess.Popen | None = None
     owner: int = 0  # the process that started it: a fork must not write to it, too
     unread: bytes = b""
+    spent: dict[str, tuple[int, float]] = field(default_factory=dict)  # template → conversations, seconds so far
 
     def render(self, template: str, conversations: list[list[dict]], options: dict) -> list[str | TemplateError]:
-        """Return a text or a refusal for each conversation; TemplateOverrun where one takes too much."""
+        """Return a text or a refusal for each conversation; TemplateOverrun where one or all take too much."""
+        self.refuse_slow(template)
         if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
             self.start()
         request = {"template": template, "conversations": conversations, "options": options}
@@ -94,9 +99,11 @@ class Worker:
             while len(answers) < len(conversations):
                 answer = self.answer()
                 if answer is None:
+                    self.count(template, SECONDS)
                     raise TemplateOverrun(f"it takes more than {SECONDS:g} s of processor time")
                 if "too_much" in answer:
                     raise TemplateOverrun(answer["too_much"])
+                self.count(template, answer["seconds"])
                 answers.append(answer["text"] if "text" in answer else TemplateError(answer["refused"]))
         except TemplateOverrun as problem:
             self.end()
@@ -109,7 +116,21 @@ class Worker:
             raise
         return answers
 
+    def count(self, template: str, seconds: float) -> None:
+        """Add what one conversation took; TemplateOverrun as of `refuse_slow`."""
+        rows, before = self.spent.get(template, (0, 0.0))
+        self.spent[template] = rows + 1, before + seconds
+        self.refuse_slow(template)
+
+    def refuse_slow(self, template: str) -> None:
+        """Raise TemplateOverrun where a template has been too slow for a file of rows."""
+        rows, total = self.spent.get(template, (0, 0.0))
+        if total > AT_FIRST and total > USUAL * rows:
+            mean = f"{total / rows:.2g} s of processor time a conversation"
+            raise TemplateOverrun(f"it takes {mean} on average; a usual one takes a thousandth of a second")
+
     def start(self) -> None:
+        """Start the process and wait until it answers."""
         program = Path(__file__).with_name("template_worker.py")
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(program), str(SECONDS)],

@@ -300,6 +300,10 @@ def _path_problems(tree: dict[str, Any]) -> list[tuple[tuple, str]]:
         if not text or "\0" in text or not folder.is_dir():
             what = f"no such folder: {text}; should be a folder, a Hub id org/name, package:NAME or null"
             problems.append((("model", "name_or_path"), what))
+    text = model.get("chat_template") if isinstance(model, dict) else None
+    if isinstance(text, str) and ("\0" in text or not Path(text).expanduser().is_file()):
+        what = f"no such file: {text}; should be a file with a Jinja chat template, or null"
+        problems.append((("model", "chat_template"), what))
     return problems
 
 

@@ -48,6 +48,9 @@ class PeftConfig(BaseModel):
     )
 
 
+TemplateValue = bool | int | float | str | list[Any] | dict[str, Any]  # as YAML has them; no null at the top
+
+
 class ModelConfig(BaseModel):
     model_config = STRICT
     name_or_path: str | None = Field(
@@ -56,6 +59,13 @@ class ModelConfig(BaseModel):
     )
     revision: str | None = Field(
         None, description="branch, tag or commit of that Hub id; null = main. The commit it stands for is recorded"
+    )
+    chat_template: str | None = Field(
+        None, description="file with a Jinja chat template in the place of the model's own; null = the model's own"
+    )
+    chat_template_kwargs: dict[str, TemplateValue] | None = Field(
+        None,
+        description="variables of the chat template that are set for good, as {enable_thinking: false}; null = none",
     )
     hidden_size: int = Field(128, ge=1, description="width, from scratch")
     num_hidden_layers: int = Field(5, ge=1, description="layers, from scratch")

@@ -3,13 +3,16 @@
 loss = − mean log π(token | before)     over documents, each ended by EOS, packed end to end
 """
 
+from datetime import datetime
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
 from data.encode import train_tokenizer, wrap_documents
 from data.records import DataError
+from data.template_text import variable_problem
 from pipeline.errors import UserError
 from pipeline.sections import is_hub_id, local_folder
 from pipeline.stage import StageRun
@@ -17,10 +20,12 @@ from stages import parallel
 from stages.cards import card
 from stages.common import count, device_of, dtype_of, split_documents, unreadable
 from stages.language_modeling import train_language_model
+from stages.models.adapters import refuse_untrained
 from stages.models.families import REMEDY, WHOLE_ROWS, family_problem
 from stages.models.loading import code_fails, from_scratch, load_pretrained, save_model
 from stages.models.publish import given_model
 from stages.models.remote_code import is_remote, scalar_problem, write_scalar_head
+from stages.models.tokens import settle_tokens
 from stages.rollouts.trial import CACHE, reading_problem
 from stages.settings import DECAY, Training, over_context, setting, total_steps, uneven
 
@@ -64,8 +69,15 @@ def reads(experiment) -> list[str]:
 
 
 def folders(experiment) -> dict:
-    folder = local_folder(experiment.model.name_or_path)
-    return {} if folder is None else {"model.name_or_path": folder}
+    """The model's folder, and the file of its chat template."""
+    folder, template = local_folder(experiment.model.name_or_path), template_file(experiment.model)
+    found = {"model.name_or_path": folder, "model.chat_template": template}
+    return {key: path for key, path in found.items() if path is not None}
+
+
+def template_file(m) -> Path | None:
+    """The file that `model.chat_template` names. m: the section `model`."""
+    return None if m.chat_template is None else Path(m.chat_template).expanduser()
 
 
 def hub_model(experiment) -> tuple[str, str] | None:
@@ -74,7 +86,30 @@ def hub_model(experiment) -> tuple[str, str] | None:
 
 
 def check(experiment) -> list[str]:
-    return over_context(experiment, "base") + (uneven(experiment, "base") if reads(experiment) else [])
+    wrong = over_context(experiment, "base") + (uneven(experiment, "base") if reads(experiment) else [])
+    return wrong + template_problems(experiment.model)
+
+
+def template_problems(m) -> list[str]:
+    """Lines for settings of a chat template that cannot be. m: the section `model`."""
+    given = [key for key in ("chat_template", "chat_template_kwargs") if getattr(m, key) is not None]
+    if m.name_or_path is None:
+        what = "has no meaning for a model from scratch, which has a chat template of its own"
+        return [f"model.{key}: {what}; leave it out, or name a model in model.name_or_path" for key in given]
+    lines = []
+    for name, value in (m.chat_template_kwargs or {}).items():
+        if (problem := variable_problem(name)) is not None:
+            lines.append(f"model.chat_template_kwargs: {name!r} {problem}")
+        elif holds_null(value):
+            what = "is null, or holds one, which is as if it were not there"
+            lines.append(f"model.chat_template_kwargs: {name} {what}; leave it out")
+    return lines
+
+
+def holds_null(value: object) -> bool:
+    """Return whether a value of a YAML is null, or has one inside."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value is None or any(map(holds_null, inside))
 
 
 def lacks(experiment) -> list[str]:
@@ -96,12 +131,26 @@ def run(ctx: StageRun) -> dict:
         given = given_model(
             m.name_or_path, revision=ctx.model_revision, trust_remote_code=ctx.trust_remote_code
         )
+        template = template_file(m)
+        settled = settle_tokens(
+            model,
+            tokenizer,
+            m.name_or_path,
+            template=None if template is None else read_template(template),
+            variables=m.chat_template_kwargs,
+            moment=datetime.now(),
+        )
         ctx.confirm_folders()
+        for line in settled.lines:
+            ctx.tracker.say(f"base: {line}")
+        refuse_untrained(settled.new_tokens, m.peft and m.peft.method, tokenizer)
         figures = {"pretrained": m.name_or_path}
         try_reading(ctx, model, tokenizer.pad_token_id)
         if given.rows is not None:
             figures["same_rows_as_given"] = given.rows == model.get_input_embeddings().weight.shape[0]
         dtype = given.dtype if m.publish_dtype == "as_given" else m.publish_dtype
+        if settled.new_tokens:
+            figures["new_tokens"] = settled.new_tokens  # sft trains their rows, also where it trains an adapter
     else:
         dtype = None if m.publish_dtype == "as_given" else m.publish_dtype
         train, valid = split_documents(ctx)
@@ -187,6 +236,17 @@ def cannot_be_read(name: str, model, problem: str) -> str:
         return code_fails(name, problem)
     kind = f"{type(model).__name__}, transformers {version('transformers')}"
     return f"model.name_or_path: {name}: {problem} ({kind}); {REMEDY}"
+
+
+def read_template(path: Path) -> str:
+    """The text of a file with a chat template; UserError where it is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UserError(f"model.chat_template: {path} cannot be read ({problem}); should be a text in UTF-8") from None
+    if not text.strip():
+        raise UserError(f"model.chat_template: {path} is empty; should be a Jinja chat template")
+    return text
 
 
 def check_reward_model(ctx: StageRun, model) -> None:

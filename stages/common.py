@@ -104,8 +104,9 @@ def context_of(config: dict) -> int | None:
 
 def check_context(ctx: StageRun, folder: Path, *lengths: str) -> None:
     """UserError if the stage's max_length, or another of its lengths that is named, is more than the model in `folder`
-    can read."""
-    context = context_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    can read; a line if it is more than leaves shorter rows as they are."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    context = context_of(config)
     asked = {key: getattr(ctx.config, key) for key in ("max_length", *lengths)}
     if lines := [
         f"{ctx.stage}.{key}: {length} tokens, and the model's context is {context}; lower it"
@@ -113,6 +114,32 @@ def check_context(ctx: StageRun, folder: Path, *lengths: str) -> None:
         if context is not None and length > context
     ]:
         raise UserError(lines)
+    bound, longest = bound_of_short_rows(config), ctx.config.max_length  # others' rows are all as long
+    if bound is not None and longest > bound:
+        ctx.tracker.say(
+            f"{ctx.stage}: a row of more than {bound} tokens changes the numbers of shorter rows beside it (longrope "
+            f"positions), and {ctx.stage}.max_length is {longest}; set {ctx.stage}.max_length: {bound}"
+        )
+
+
+def bound_of_short_rows(config: dict) -> int | None:
+    """Return the longest row, in tokens, of a batch in which each row's numbers are its own; None where that is any.
+
+    longrope takes other frequencies for a whole batch once one of its rows is longer than
+    original_max_position_embeddings. ("dynamic" does so beyond the context, which no row may be.)
+
+    Args:
+        config: A model's config.json; of one with a language model inside, that part's settings count.
+    """
+    found = []
+    for part in (config, config.get("text_config") or {}):
+        ropes = [rope for name in ("rope_parameters", "rope_scaling") if isinstance(rope := part.get(name), dict)]
+        ropes += [rope for kinds in ropes for rope in kinds.values() if isinstance(rope, dict)]  # of kinds of layers
+        for rope in ropes:
+            if rope.get("rope_type", rope.get("type")) in ("longrope", "su"):
+                length = rope.get("original_max_position_embeddings", part.get("original_max_position_embeddings"))
+                found += [length] * isinstance(length, int)
+    return min(found, default=None)
 
 
 def is_sharding(ctx: StageRun) -> bool:
@@ -214,13 +241,31 @@ def show_samples(model, tokenizer, prompts, *, seed: int, response_length: int, 
     return rows
 
 
+def say_off_template(ctx: StageRun, tokenizer, rows: list[tuple], names: list[str], what: str) -> None:
+    """Say how many of the stage's rows are not what the chat template writes; nothing where all are.
+
+    Args:
+        ctx: The stage's run.
+        tokenizer: The tokenizer with its chat template.
+        rows: (prompt, answer) of each.
+        names: The place of each.
+        what: What they are, in the plural.
+    """
+    from data.agreement import compare, remedy
+
+    if parallel.is_first():
+        found = compare(tokenizer, rows, names)
+        if found.differ:
+            ctx.tracker.say(f"{ctx.stage}: {found.text(what)}; {remedy(tokenizer)}")
+
+
 def load_groups(ctx: StageRun, tokenizer, split: str, *, max_length: int, on_too_long: str):
     """rankings/SPLIT.jsonl → (PromptGroups with at least one usable pair, LengthReport).
 
     A response that was cut off has no EOS: its score is read at its last token, as PPO and evaluate read
     that of a sample that met the length limit, and its log-probability is that of its own tokens.
     """
-    from data.encode import encode_prompts, encode_response, fit_lengths
+    from data.encode import encode_prompts, encode_response, equal_pairs, fit_lengths
     from data.groups import PromptGroup
 
     file = ctx.inputs["rankings"] / f"{split}.jsonl"
@@ -237,6 +282,7 @@ def load_groups(ctx: StageRun, tokenizer, split: str, *, max_length: int, on_too
     )
     same: dict[tuple, list] = {}  # responses that several labelers ranked: one group, computed once
     for i, p, rs in zip(kept, prompts, responses, strict=True):
+        report.equal += [names[i]] * equal_pairs(rows[i], rs)
         same.setdefault((prompt_key(rows[i].prompt), rows[i].answers), []).append((p, rs, rows[i]))
     groups = []
     for found in same.values():
@@ -245,7 +291,8 @@ def load_groups(ctx: StageRun, tokenizer, split: str, *, max_length: int, on_too
         groups.append(PromptGroup(p, rs, first.ranks, first.id, tuple(r.ranks for r in rankings[1:]), names, margins))
     groups = [g for g in groups if g.pairs()]
     if not groups:
-        raise DataError([f"{file}: no usable pair (all ties, unjudged or dropped); check `rlhf data check {file}`"])
+        what = "no usable pair (all ties, unjudged, dropped or equal within max_length)"
+        raise DataError([f"{file}: {what}; check `rlhf data check {file}`"])
     return groups, report
 
 

@@ -32,7 +32,7 @@ from stages.engine import (
     stop_training,
 )
 from stages.models.adalora import adamw_for, triplets_of
-from stages.models.adapters import is_adapted, plain, trainable
+from stages.models.adapters import is_adapted, plain, trainable, trains_token_rows
 from stages.models.families import has_routers, routing_kept
 from stages.models.precision import cast_frozen
 from stages.models.sharding import full, is_sharded, made_by_first, publishable, shard
@@ -143,8 +143,9 @@ def train_language_model(
     if is_sharding(ctx):
         trainer_class = with_parts(SFTTrainer)
     trainer_class = with_settings_of_today(trainer_class)
-    trainer_class = with_plain_loss(trainer_class) if len(tokenizer) <= SMALL_VOCABULARY else trainer_class
     model = made_by_first(make) if is_sharding(ctx) else make()
+    if len(tokenizer) <= SMALL_VOCABULARY or trains_token_rows(model):  # trl reads the head's weight past peft's
+        trainer_class = with_plain_loss(trainer_class)
     if router_aux_loss_coef and not has_routers(model.config):
         raise UserError(no_routers(type(plain(model)).__name__))
     with routing_kept(model.config):  # trl writes its own settings there: other forwards and the artifact want none

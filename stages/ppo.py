@@ -30,6 +30,7 @@ from stages.cards import ANSWER, card
 from stages.common import (
     adapter_base,
     adapter_settings,
+    bound_of_short_rows,
     check_context,
     device_of,
     dtype_of,
@@ -698,6 +699,10 @@ def preflight(ctx: StageRun, roles: Roles, prompts, step: int = 0, poll: Callabl
     """
     c = ctx.config
     limit = 1e-4 if dtype_of(ctx.experiment) == "float32" else 2e-2
+    bound, remedy = bound_of_short_rows(roles.policy.config.to_dict()), ""
+    eager = "use model.attn_implementation: eager"
+    if bound is not None and c.max_length > bound:
+        remedy = f"set ppo.max_length: {bound}; beyond that the positions of this model change all along a row"
     for recompute in (False, True) if roles.engine is None else (True,):
         asked = (prompts, range(len(prompts)), step, "preflight")
         rollout = rollout_of(ctx, roles, *asked, recompute=recompute, poll=poll)
@@ -715,12 +720,12 @@ def preflight(ctx: StageRun, roles: Roles, prompts, step: int = 0, poll: Callabl
         if not recompute and not drift <= 10 * limit:
             raise UserError(
                 f"ppo preflight: the sampler's probabilities are off by {drift:.2g} a token from the model's (limit "
-                f"{10 * limit:g}): it draws from another distribution; use model.attn_implementation: eager"
+                f"{10 * limit:g}): it draws from another distribution; {remedy or eager}"
             )
     else:
         raise UserError(
             f"ppo preflight: the ratio at the first minibatch would be off by {drift:.2g} a token (limit {limit:g}): "
-            f"the forward is not repeatable; use model.attn_implementation: eager or model.dtype: float32"
+            f"the forward is not repeatable; {remedy or f'{eager} or model.dtype: float32'}"
         )
     kl = masked_mean((rollout.logprobs - rollout.ref_logprobs).abs(), rollout.mask).item()
     if step == 0 and not kl <= limit:

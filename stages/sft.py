@@ -22,6 +22,7 @@ from stages.common import (
     dtype_of,
     publish_dtype,
     read_placed,
+    say_off_template,
     show_samples,
     split_documents,
     unreadable,
@@ -105,17 +106,18 @@ def run(ctx: StageRun) -> dict:
     check_context(ctx, source)
     tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
     adapter = adapter_settings(m) or {"method": None}
+    new_tokens = ctx.manifests["base"]["metrics"].get("new_tokens", [])  # later their rows are as good as others
 
     def start():
-        model = load_policy(
-            source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code
-        )
-        return with_adapter(model, **adapter, seed=ctx.seed % 2**31, dropout=True)
+        model = load_policy(source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code)
+        return with_adapter(model, **adapter, seed=ctx.seed % 2**31, dropout=True, new_tokens=new_tokens)
 
     demonstrations, places = read_placed(ctx, "demonstrations")
     kept, encoded, report = encode_demonstrations(
         tokenizer, demonstrations, names=places, max_length=c.max_length, on_too_long=c.on_too_long, section="sft"
     )
+    pairs = [(demonstrations[i].prompt, demonstrations[i].completion) for i in kept]
+    say_off_template(ctx, tokenizer, pairs, [places[i] for i in kept], "demonstrations")
     prompts = [demonstrations[i].prompt for i in kept]
     train, valid = held_out([prompt_key(p) for p in prompts], ctx.experiment.data.validation_fraction)
     if not valid:

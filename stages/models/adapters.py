@@ -7,7 +7,7 @@ a quantized model; BitFit (Ben Zaken 2021) trains the model's own biases.
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from stages.models.publish import edit_json
 from stages.models.quantized import dequantize, quantize
 from stages.parallel import is_first
 
+TRAINS_ROWS = ("lora", "dora", "qlora")  # methods that can also train single rows of embedding and head
 FOLDER = "adapter"  # beside the merged weights of a published model
 
 
@@ -47,6 +48,8 @@ def with_adapter(model, *, method: str | None, seed: int = 0, dropout: bool = Fa
     except ValueError as error:  # no layer of that name, or of a kind that the method does not know
         raise UserError(f"model.peft.target_modules: {' '.join(str(error).split())[:300]}") from error
     refuse_tied(plain(model))
+    if settings.get("new_tokens"):
+        check_token_rows(plain(model))
     return (model if dropout else without_dropout(model)).eval()
 
 
@@ -58,6 +61,59 @@ def refuse_tied(inner) -> None:
             f"model.peft.target_modules: names the embedding or the head of this {inner.config.model_type} model, and "
             f"the two are one weight; leave it out"
         )
+
+
+def refuse_untrained(new_tokens: Sequence[int], method: str | None, tokenizer) -> None:
+    """Raise UserError where a method would leave the random rows of new tokens as they are.
+
+    Args:
+        new_tokens: Ids whose rows `base` has added.
+        method: model.peft.method; None where every weight trains.
+        tokenizer: Names the tokens.
+    """
+    if new_tokens and method not in (None, *TRAINS_ROWS):
+        tokens = ", ".join(tokenizer.convert_ids_to_tokens(list(new_tokens)[:8])) + ", …" * (len(new_tokens) > 8)
+        raise UserError(
+            f"model.peft.method: {method} would leave the rows of {tokens} random, which the model had none for; use "
+            f"{', '.join(TRAINS_ROWS)}, or train all weights (model.peft: null)"
+        )
+
+
+def token_rows(inner, new_tokens: Sequence[int]) -> dict[str, list[int]] | None:
+    """Return peft's `trainable_token_indices` for the embedding and the head of a causal model; None without new
+    tokens."""
+    if not new_tokens:
+        return None
+    ends = [inner.get_input_embeddings(), inner.get_output_embeddings()]
+    if ends[1] is None or ends[1].weight is ends[0].weight:  # one weight: peft ties the two adapters
+        ends = ends[:1]
+    names = {id(module): name for name, module in inner.named_modules()}
+    return {names[id(end)]: list(new_tokens) for end in ends}
+
+
+def trains_token_rows(model) -> bool:
+    """Return whether single rows of the embedding or the head train (`token_rows`)."""
+    return is_adapted(model) and hasattr(plain(model).get_input_embeddings(), "token_adapter")
+
+
+@torch.no_grad()
+def check_token_rows(inner) -> None:
+    """Raise UserError where embedding and head do not read the rows that train beside them as they read their own: peft
+    knows no head with a bias, nor every way of scaling an embedding."""
+    embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
+    ids = torch.arange(min(4, inner.config.get_text_config().vocab_size), device=embedding.weight.device)
+    hidden = torch.randn(4, head.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(head.weight)
+    for end, x in ((embedding, ids), (head, hidden)):
+        try:
+            same = hasattr(end, "token_adapter") and torch.equal(end(x), end.token_adapter.get_base_layer()(x))
+        except ValueError:  # a layer that has an adapter, too
+            same = False
+        if not same:
+            raise UserError(
+                f"model.peft.method: the tokenizer has tokens that the model had no rows for, and peft cannot train "
+                f"single rows in the {'embedding' if end is embedding else 'head'} of this {inner.config.model_type} "
+                f"model; train all weights (model.peft: null)"
+            )
 
 
 def load_on_trunk(
@@ -97,9 +153,10 @@ def adapter_config(
     init_r: int | None = None,
     bits: int | None = None,
     scalar: bool = False,
+    new_tokens: Sequence[int] = (),
 ):
     """peft's configuration; None for BitFit, which needs none: then what trains of `model` is chosen here. For QLoRA
-    `model` is quantized here, to `bits`."""
+    `model` is quantized here, to `bits`. new_tokens: ids whose rows in the embedding and the head train too."""
     from peft import AdaLoraConfig, IA3Config, LoraConfig, TaskType
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_LAYERS
 
@@ -120,7 +177,7 @@ def adapter_config(
     assert method in ("lora", "dora", "qlora")
     if method == "qlora":
         quantize(model, bits)
-    return LoraConfig(r=r, use_dora=method == "dora", **what)
+    return LoraConfig(r=r, use_dora=method == "dora", trainable_token_indices=token_rows(model, new_tokens), **what)
 
 
 def train_biases(model, head: list[nn.Parameter]) -> None:

@@ -1,12 +1,13 @@
 """Folders and names → models in their roles, and back. Weights are fp32 (master weights); safetensors only."""
 
 import importlib.util
+import json
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from data.encode import render
 from pipeline.errors import UserError
 from stages.models.families import (
     has_family_class,
@@ -21,6 +22,8 @@ from stages.models.families import (
 from stages.models.publish import save_model as save_model  # imported from here, too
 from stages.models.remote_code import is_remote, read
 from stages.models.same_tokenizer import same_tokenizer, tokenizer_fingerprint  # noqa: F401 (part of loading)
+from stages.models.tokens import end_turns_with_eos as end_turns_with_eos  # where scripts look for them
+from stages.models.tokens import give_pad_token as give_pad_token
 
 
 def load_policy(folder: Path, *, attn_implementation: str = "sdpa", trust_remote_code: bool = False):
@@ -232,8 +235,9 @@ def scratch_config(vocab_size: int, max_position_embeddings: int, **shape):
 
 
 def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: bool, revision: str | None = None):
-    """(model, tokenizer) of a folder, a Hub id, or `package:NAME`, a Python package that carries a gguf file. revision:
-    the commit of the Hub id; None: the newest."""
+    """(model, tokenizer) of a folder, a Hub id, or `package:NAME`, a Python package that carries a gguf file, as they
+    are: `settle_tokens` of stages/models/tokens.py makes them ready. revision: the commit of the Hub id; None: the
+    newest."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     options = {"trust_remote_code": trust_remote_code, "where": "model.name_or_path"}
@@ -243,20 +247,31 @@ def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: b
         path, options["gguf_file"] = packaged_gguf(name.removeprefix("package:"))
     else:
         path = name
-        options_model = {"use_safetensors": True}
     try:
         if "gguf_file" not in options:
             refuse_kind(read(AutoConfig, path, **options), name)
         tokenizer = read(AutoTokenizer, path, **options)
-        model, info = read(
+        options_model = {} if "gguf_file" in options else {"use_safetensors": True}
+        load = partial(
+            read,
             AutoModelForCausalLM,
             path,
             dtype=torch.float32,
             attn_implementation=attn_implementation,
             output_loading_info=True,
             **options,
-            **({} if "gguf_file" in options else options_model),
+            **options_model,
         )
+        try:
+            model, info = load()
+        except (ValueError, TypeError) as error:
+            ids = ids_to_generate_with(path, revision)
+            if ids is None or isinstance(error, UserError):
+                raise
+            try:  # transformers refuses a model for its generation settings, which nothing here uses
+                model, info = load(generation_config=ids)
+            except Exception:
+                raise error from None
     except UserError:
         raise
     except (OSError, ValueError, ImportError) as error:
@@ -285,17 +300,46 @@ def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: b
         fresh.load_state_dict(model.state_dict())
         fresh.generation_config.eos_token_id = model.generation_config.eos_token_id
         model = fresh
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"model.name_or_path: the tokenizer of {name!r} has no chat template; choose an instruct or "
-            f"chat variant, or save a template with the tokenizer"
-        )
-    end_turns_with_eos(tokenizer)
-    give_pad_token(tokenizer)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        torch.manual_seed(0)  # the new row is random
-        model.resize_token_embeddings(len(tokenizer))
+    settle_generation_config(model)
     return prepare(model), tokenizer
+
+
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def ids_to_generate_with(path: str, revision: str | None):
+    """The generation configuration beside a model with the ids alone that it names; None where there is no such
+    file. path: a folder or a Hub id; revision: its commit."""
+    from transformers import GenerationConfig
+    from transformers.utils import cached_file
+
+    found = cached_file(path, "generation_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    if found is None:
+        return None
+    try:
+        settings = json.loads(Path(found).read_text(encoding="utf-8"))
+    except ValueError:
+        settings = {}
+    settings = settings if isinstance(settings, dict) else {}
+    return GenerationConfig(**{name: settings[name] for name in IDS if are_ids(settings.get(name))})
+
+
+def are_ids(value: object) -> bool:
+    """Whether a value names one id, or several."""
+    return type(value) is int or (isinstance(value, list) and all(type(i) is int for i in value))
+
+
+def settle_generation_config(model) -> None:
+    """Leave of an invalid generation configuration the ids alone: transformers reads such a one and refuses to save it
+    (temperature without do_sample, which many published models have). Sampling settings are not used here."""
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        ids = {name: getattr(config, name, None) for name in IDS}
+        model.generation_config = type(config)(**{name: value for name, value in ids.items() if are_ids(value)})
 
 
 def code_fails(name: str, problem: str) -> str:
@@ -307,41 +351,6 @@ def code_fails(name: str, problem: str) -> str:
         f"model.name_or_path: the code that {name} brings does not work here ({text}); it should fit transformers "
         f"{__version__}, take position_ids and a transformers Cache, and give hidden states (rows, tokens, width)"
     )
-
-
-def end_turns_with_eos(tokenizer) -> None:
-    """EOS is what the chat template puts behind an assistant's turn: taught, sampled until, and in earlier turns alike.
-
-    Some models end turns with another token than their tokenizer's EOS (Gemma: <end_of_turn>).
-    """
-    mark = "\ue000"
-    try:
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
-        (text,) = render(tokenizer, [turns], tokenize=[False])
-        if isinstance(text, Exception):
-            raise text
-    except Exception as problem:  # a template may raise what it likes
-        raise UserError(f"model.name_or_path: its chat template fails on one question and answer ({problem})") from None
-    behind = text.partition(mark)[2].lstrip()
-    special = sorted((str(t) for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
-    ends = [token for token in special if behind.startswith(token)]
-    if ends and ends[0] != tokenizer.eos_token:
-        tokenizer.eos_token = ends[0]
-
-
-def give_pad_token(tokenizer) -> None:
-    """A pad token that is not EOS, so that the last real token of a row can be told from padding by anyone."""
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
-        return
-    spare = [
-        t
-        for t in ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
-        if t in tokenizer.get_vocab() and t != tokenizer.eos_token
-    ]
-    if spare:
-        tokenizer.pad_token = spare[0]
-    else:
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
 
 
 def packaged_gguf(package: str) -> tuple[str, str]:

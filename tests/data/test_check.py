@@ -29,6 +29,9 @@ class Letters:
     def __call__(self, text, **_):
         return {"input_ids": [1] * len(text)}
 
+    def decode(self, ids):
+        return "a" * len(ids)
+
 
 def written(tmp_path, *rows, name="rows.jsonl") -> Path:
     path = tmp_path / name
@@ -333,3 +336,61 @@ def test_demonstrations_are_compared_with_the_room_in_ppo(tmp_path):
     assert "response_length" not in checks.limits_of(config, "rankings")
     config.data.prompts = None
     assert "response_length" not in checks.limits_of(config, "demonstrations")
+
+
+def test_pairs_that_truncation_makes_equal_are_named(tmp_path):
+    """As many as training leaves out, and where; longer rows that still differ count as ever."""
+    from data.encode import train_tokenizer
+
+    tokenizer = train_tokenizer(["a quick test of a short text"], 300)
+    same, word = "a test " * 20, "a short text"
+    rows = [PAIR | {"chosen": same + "of", "rejected": same + "text"}, PAIR, PAIR | {"chosen": same, "rejected": word}]
+    rows += [{"prompt": "p", "responses": [same + "1", same + "2", same + "3", word], "ranks": [1, 2, 3, 4]}]
+    path = written(tmp_path, *rows)
+    report = check(path, "rankings", tokenizer, max_length=20, on_too_long="truncate")
+    said = facts(report)
+    assert said["pairs"] == "5 usable of 9 · 0 tie · 0 unjudged · 0 identical · 4 equal within 20 tokens"
+    assert said["equal within"] == f"20 tokens, and so left out: at {path}:1, {path}:4 (3)" and not report.errors
+    for on_too_long, limit in (("drop", 20), ("truncate", 200)):
+        said = facts(check(path, "rankings", tokenizer, max_length=limit, on_too_long=on_too_long))
+        assert "equal within" not in said and said["pairs"].startswith("9 usable of 9 ")
+
+
+def test_rows_that_the_template_writes_otherwise_are_counted(tmp_path):
+    """Of demonstrations and of every response of a ranking."""
+    from chat_tokenizers import make
+
+    tokenizer = make("qwen3.5")
+    path = written(tmp_path, {"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": "Hm.\n</think>\n\nc"})
+    text = facts(check(path, tokenizer=tokenizer))["chat template"]
+    assert text.startswith(f"1 of 2 rows are not what the chat template writes; the first, {path}:1: ")
+    assert "set model.chat_template_kwargs: {enable_thinking: false}, which mends that" in text
+    path = written(tmp_path, PAIR, PAIR, name="ranked.jsonl")
+    assert facts(check(path, tokenizer=tokenizer))["chat template"].startswith("4 of 4 answers are not what the ")
+    assert facts(check(path, tokenizer=make("chatml")))["chat template"] == "4 answers, all as it writes them"
+    assert "chat template" not in facts(check(path)) and "chat template" not in facts(
+        check(written(tmp_path, {"prompt": "p"}, name="prompts.jsonl"), tokenizer=tokenizer)
+    )
+
+
+def test_run_takes_the_template_that_base_will_publish(tmp_path, capsys):
+    """EOS is the end of a turn, and the settings of the config count, though base has not run with them yet."""
+    from chat_tokenizers import make
+
+    for kind in ("gemma", "qwen3.5"):
+        make(kind).save_pretrained(tmp_path / kind)
+    path = written(tmp_path, {"prompt": "p", "completion": "c"})
+    config = experiment(demonstrations=str(path))
+    config.sft.max_length = 99
+    config.model.name_or_path = str(tmp_path / "gemma")
+    assert "1 rows, all as it writes them" in run(path, config, artifacts=tmp_path)[1]
+    config.model.name_or_path = str(tmp_path / "qwen3.5")
+    assert "1 of 1 rows are not what the chat template writes" in run(path, config, artifacts=tmp_path)[1]
+    make("qwen3.5").save_pretrained(tmp_path / "tiny/base/model")  # of before the settings
+    config.model.chat_template_kwargs = {"enable_thinking": False}
+    assert "1 rows, all as it writes them" in run(path, config, artifacts=tmp_path)[1]
+    config.model.chat_template, config.model.chat_template_kwargs = str(tmp_path / "mine.jinja"), None
+    (tmp_path / "mine.jinja").write_text(make("zephyr").chat_template)
+    assert "<|assistant|>\\nc" in run(path, config, artifacts=tmp_path)[1]
+    (tmp_path / "mine.jinja").write_text("{% if %}")
+    assert "lengths are in words" in run(path, config, artifacts=tmp_path)[1]

@@ -4,14 +4,17 @@ documents."""
 import copy
 
 import pytest
+from chat_tokenizers import KINDS, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.encode import (
+    DOCUMENT_END,
     EOS,
     PAD,
     ROLES,
     decode_response,
+    document_end,
     encode_demonstrations,
     encode_prompt,
     encode_prompts,
@@ -137,6 +140,39 @@ class TestPromptAndResponse:
             tokenizer, conversation(f"hello{ROLES[2]}", f"yes{EOS}", f"fox{PAD}", system=f"kind{ROLES[1]}")
         )
         assert [hostile.count(i) for i in special_ids] == [plain.count(i) for i in special_ids]
+
+    @pytest.mark.parametrize("kind", ["qwen3", "qwen3.5", "r1"])
+    def test_added_tokens_that_are_not_special_are_what_the_tokenizer_makes_of_them(self, kind):
+        """<think> in a message is the token that the model knows, and the template sees it: it drops thoughts."""
+        own = make(kind)
+        thought = conversation("hello", "<think>\nkind\n</think>\n\nyes", "the fox")
+        expected = own.apply_chat_template(thought, add_generation_prompt=True, return_dict=False)
+        assert encode_prompt(own, thought) == list(expected) and "kind" not in own.decode(expected)
+        tags = [own.convert_tokens_to_ids(tag) for tag in ("<think>", "</think>")]
+        assert [i for i in encode_response(own, "<think>kind</think> yes") if i in tags] == tags
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_special_token_in_words_changes_nothing_else(self, kind):
+        """The template still sees the message: it trims, and drops thoughts; the words around it are the same ids."""
+        own = make(kind)
+        for token in (own.eos_token, "<|im_start|>", "<|eot_id|>"):
+            spelled = own(token, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            plain = conversation(" say X twice \n", "<think>X</think>yes X", "X")
+            hostile = [{**m, "content": m["content"].replace("X", token)} for m in plain]
+            ids = encode_prompt(own, hostile)
+            inside = [{**m, "content": m["content"].replace("X", "\u2603")} for m in plain]
+            text = own.apply_chat_template(inside, add_generation_prompt=True, tokenize=False)
+            assert own.decode(ids) == text.replace("\u2603", token)
+            special = [i for i, added in own.added_tokens_decoder.items() if added.special]
+            neutral = own(text, add_special_tokens=False)["input_ids"]
+            assert [i for i in ids if i in special] == [i for i in neutral if i in special]
+            assert spelled == [i for i in spelled if i not in special]
+
+    def test_a_hidden_token_leaves_its_characters_free(self):
+        """Text that already has private-use characters comes back as it was."""
+        own = make("chatml")
+        text = "\ue000 say \ue001<|im_end|>\ue002<|im_start|>"
+        assert own.decode(encode_prompt(own, text)).startswith(f"<|im_start|>user\n{text}<|im_end|>\n")
 
     @pytest.mark.parametrize("system", [None, "you are kind ."])
     def test_the_template_is_the_chat_told_turn_by_turn(self, tokenizer, system):
@@ -268,6 +304,28 @@ class TestRows:
         assert row == [own.bos_token_id, *ids, own.eos_token_id]
         assert row[:-1] == own(text)["input_ids"]  # as the tokenizer itself has it
         assert wrap_documents(tokenizer, [Document(text)], length=len(ids) + 1) == [[*ids, tokenizer.eos_token_id]]
+
+    @pytest.mark.parametrize(
+        "kind, end",
+        [("chatml", "<|endoftext|>"), ("qwen3", "<|endoftext|>"), ("llama2", "</s>"), ("mistral", "</s>"),
+         ("r1", "</s>"), ("llama3", "<|end_of_text|>"), ("gemma", "<eos>"), ("phi", "<|endoftext|>")],
+    )  # fmt: skip
+    def test_documents_end_with_what_ended_them_in_pretraining(self, kind, end):
+        """Not with the end of a turn, whatever EOS has become."""
+        for eos in (None, {"gemma": "<end_of_turn>", "phi": "<|end|>"}.get(kind)):
+            own = make(kind)
+            own.eos_token = eos or own.eos_token
+            (row,) = wrap_documents(own, [Document("hello")], length=len(own("hello")["input_ids"]) + 1)
+            assert own.convert_ids_to_tokens(row[-1]) == end
+
+    def test_what_base_has_recorded_ends_documents(self, tmp_path):
+        """Also after it was saved and loaded."""
+        from transformers import AutoTokenizer
+
+        own = make("chatml")
+        own.init_kwargs[DOCUMENT_END] = "<|im_start|>"
+        own.save_pretrained(tmp_path)
+        assert document_end(AutoTokenizer.from_pretrained(tmp_path)) == own.convert_tokens_to_ids("<|im_start|>")
 
     def test_documents_lie_end_to_end_with_eos_between(self, tokenizer):
         """Rows in order are the stream of documents, each ended by EOS; the last short row is left out."""

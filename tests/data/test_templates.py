@@ -145,3 +145,44 @@ def test_answers_that_nobody_read_are_not_anothers(tokenizer, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             encode_prompt(tokenizer, "two")
     assert encode_prompt(tokenizer, "three") != encode_prompt(tokenizer, "two")
+
+
+SLOW = "{% for i in range(messages[0].content|length * 400) %}{% for j in range(400) %}{% endfor %}{% endfor %}a"
+
+
+def test_one_that_is_slow_for_every_row_is_refused(tokenizer, monkeypatch):
+    """Within the limit for each, and days for a file of them. Also where rows come one by one, and then at once."""
+    monkeypatch.setattr(templates, "AT_FIRST", 0.3)
+    monkeypatch.setattr(templates, "_worker", templates.Worker())
+    tokenizer.chat_template = SLOW
+    with pytest.raises(DataError) as caught:
+        encode_prompts(tokenizer, ["a" * 10] * 500, [f"p.jsonl:{n}" for n in range(1, 501)])
+    (line,) = caught.value.lines
+    place = int(line.partition(":")[2].partition(":")[0])
+    assert 2 < place < 400 and "s of processor time a conversation on average" in line
+    assert line.endswith("; give another template as model.chat_template: FILE, or take another model")
+    rows = templates._worker.spent[SLOW][0]
+    with pytest.raises(DataError):
+        encode_prompt(tokenizer, "one")
+    assert templates._worker.spent[SLOW][0] == rows, "it was not tried again"
+    tokenizer.chat_template = CHATML
+    assert encode_prompt(tokenizer, "one")
+
+
+def test_rows_that_are_ended_count_too(tokenizer, monkeypatch):
+    """Of a file whose every row takes too long, the first few are tried."""
+    monkeypatch.setattr(templates, "SECONDS", 0.1)
+    monkeypatch.setattr(templates, "AT_FIRST", 0.25)
+    monkeypatch.setattr(templates, "_worker", templates.Worker())
+    tokenizer.chat_template = SLOW
+    for _ in range(20):
+        with pytest.raises(DataError):
+            encode_prompt(tokenizer, "a" * 200)
+    assert templates._worker.spent[SLOW][0] == 3
+
+
+def test_many_quick_rows_are_no_slow_ones(tokenizer, monkeypatch):
+    monkeypatch.setattr(templates, "AT_FIRST", 0.01)
+    monkeypatch.setattr(templates, "_worker", templates.Worker())
+    tokenizer.chat_template = CHATML
+    assert len(encode_prompts(tokenizer, ["one"] * 300, ["p"] * 300)) == 300

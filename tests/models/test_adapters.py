@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from stages.models.adapters import adapter_off, is_adapted, merged, plain, trainable, with_adapter
+from stages.models.adapters import adapter_off, is_adapted, merged, plain, refuse_untrained, trainable, with_adapter
 from stages.models.forward import response_logprobs, response_scores, response_values
 from stages.models.loading import load_policy, load_scalar_model, save_model
 
@@ -55,12 +55,8 @@ def test_a_fresh_adapter_changes_nothing(causal, scalar, kind, rows, adapter):
         atol=0,
     )
     adapted = with_adapter(scalar(kind), **adapter, scalar=True)
-    torch.testing.assert_close(
-        response_scores(adapted, rows), response_scores(scalar(kind), rows), rtol=0, atol=0
-    )
-    torch.testing.assert_close(
-        response_values(adapted, rows), response_values(scalar(kind), rows), rtol=0, atol=0
-    )
+    torch.testing.assert_close(response_scores(adapted, rows), response_scores(scalar(kind), rows), rtol=0, atol=0)
+    torch.testing.assert_close(response_values(adapted, rows), response_values(scalar(kind), rows), rtol=0, atol=0)
 
 
 def test_its_start_depends_on_the_seed_alone(causal, adapter):
@@ -105,9 +101,7 @@ def test_the_base_does_not_move_when_the_adapter_trains(scalar, kind, rows, adap
             assert not torch.equal(p, before[name]), name
 
 
-def test_merged_it_gives_the_adapted_numbers_and_saves_like_any_model(
-    causal, kind, rows, tmp_path, tokenizer, adapter
-):
+def test_merged_it_gives_the_adapted_numbers_and_saves_like_any_model(causal, kind, rows, tmp_path, tokenizer, adapter):
     policy = with_adapter(causal(kind), **adapter)
     shake(policy)
     adapted = response_logprobs(policy, rows)
@@ -141,9 +135,7 @@ def test_lora_dropout_is_off_where_log_probs_must_repeat(causal, rows, adapter):
     numbers."""
     policy = with_adapter(causal("llama"), **adapter, lora_dropout=0.5)
     shake(policy)
-    torch.testing.assert_close(
-        response_logprobs(policy, rows), response_logprobs(policy, rows), rtol=0, atol=0
-    )
+    torch.testing.assert_close(response_logprobs(policy, rows), response_logprobs(policy, rows), rtol=0, atol=0)
 
 
 def test_bitfit_trains_biases_and_the_head_alone(causal, scalar, rows):
@@ -180,3 +172,81 @@ def test_an_embedding_that_is_also_the_head_takes_no_adapter(causal, target):
 def test_a_layer_that_a_method_cannot_take_is_an_error_of_the_settings(causal, method, target, word):
     with pytest.raises(UserError, match=f"model.peft.target_modules: .*{word}"):
         with_adapter(causal("llama", tie_word_embeddings=False), method=method, target_modules=[target])
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("tied", [True, False])
+class TestNewTokens:
+    """Rows of tokens that a model had none for train beside the adapter (all of them: `new_tokens`)."""
+
+    NEW = [14, 1]  # both are in what the rows say
+
+    def adapted(self, causal, kind, method, tied):
+        model = causal(kind, tie_word_embeddings=tied)
+        return with_adapter(model, method=method, r=4, lora_alpha=8, new_tokens=self.NEW)
+
+    def test_they_train_and_no_other_row_does(self, causal, kind, rows, method, tied):
+        model = self.adapted(causal, kind, method, tied)
+        before = response_logprobs(causal(kind, tie_word_embeddings=tied), rows)
+        torch.testing.assert_close(response_logprobs(model, rows), before, rtol=1e-6, atol=1e-6)
+        tokens = {name: p for name, p in trainable(model).items() if "trainable_tokens" in name}
+        assert [p.shape[0] for p in tokens.values()] == [2] * (1 if tied else 2)
+        response_logprobs(model, rows).sum().backward()
+        assert all(p.grad.abs().sum() > 0 for p in tokens.values())
+        head, ends = plain(model).get_output_embeddings(), plain(model).get_input_embeddings()
+        assert not any(p.requires_grad for end in (head, ends) for n, p in end.named_parameters() if "tokens" not in n)
+
+    def test_merged_they_are_the_models_own(self, causal, kind, rows, method, tied, tmp_path, tokenizer):
+        """The published folder gives what the trained model gave, and its other rows are the base's."""
+        model, base = self.adapted(causal, kind, method, tied), causal(kind, tie_word_embeddings=tied)
+        shake(model)
+        trained = response_logprobs(model, rows).detach()
+        with adapter_off(model) as reference:
+            torch.testing.assert_close(response_logprobs(reference, rows), response_logprobs(base, rows))
+        save_model(merged(model), tokenizer, tmp_path, card="")
+        loaded = load_policy(tmp_path)
+        torch.testing.assert_close(response_logprobs(loaded, rows), trained, rtol=1e-4, atol=1e-5)
+        ends = ("get_input_embeddings", "get_output_embeddings")
+        for one, other in ((getattr(loaded, end)().weight, getattr(base, end)().weight) for end in ends):
+            changed = (one != other).any(-1).nonzero().flatten().tolist()
+            assert changed == sorted(self.NEW)
+
+
+def test_rows_that_a_method_cannot_train_are_refused_by_name(tokenizer):
+    new = tokenizer.convert_tokens_to_ids(["<|user|>", "<|end|>"])
+    for method in (None, "lora", "dora", "qlora"):
+        refuse_untrained(new, method, tokenizer)
+        refuse_untrained([], "ia3", tokenizer)
+    for method in ("ia3", "bitfit", "adalora"):
+        with pytest.raises(UserError, match=rf"peft.method: {method} would leave the rows of <.user.>, <.end.> random"):
+            refuse_untrained(new, method, tokenizer)
+
+
+def test_a_head_that_peft_reads_wrongly_is_refused(rows):
+    """Phi's has a bias, which peft's rows would leave out."""
+    from transformers import AutoModelForCausalLM, PhiConfig
+
+    shape = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    config = PhiConfig(**shape, intermediate_size=24, eos_token_id=1, bos_token_id=None)
+    model = AutoModelForCausalLM.from_config(config)
+    torch.nn.init.normal_(model.lm_head.bias)
+    with pytest.raises(UserError, match="single rows in the head of this phi model; train all weights"):
+        with_adapter(model, method="lora", r=4, new_tokens=[14])
+
+
+def test_a_scaled_embedding_stays_scaled(rows):
+    """Gemma's, whose rows are multiplied by the root of the width."""
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig
+
+    shape = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(**shape, num_key_value_heads=1, intermediate_size=24, pad_token_id=0, eos_token_id=1)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    before = response_logprobs(model, rows).detach()
+    model = with_adapter(model, method="lora", r=4, new_tokens=[14])
+    torch.testing.assert_close(response_logprobs(model, rows).detach(), before)
+    shake(model)
+    trained = response_logprobs(model, rows).detach()
+    assert not torch.allclose(trained, before, atol=1e-3)
+    torch.testing.assert_close(response_logprobs(merged(model), rows).detach(), trained, rtol=1e-4, atol=1e-5)

@@ -4,6 +4,7 @@ killed ends in the same bytes."""
 import importlib.util
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -73,6 +74,35 @@ def test_the_adapters_of_sft_belong_on_base(tmp_path):
     assert rlhf("run", "sft", "-c", str(CONFIG), "--artifacts", str(tmp_path), *options) == 0
     for name in ("model", "ppo_init"):
         assert_apart(tmp_path / "micro" / "base" / "model", tmp_path / "micro" / "sft" / name)
+
+
+def test_rows_of_new_tokens_train_and_resume(oracle, tmp_path):
+    """On a model whose chat tokens it had no rows for: sft ends in the same bytes, and its adapters belong on base."""
+    from transformers import AutoTokenizer
+
+    source, model = oracle / "micro" / "base" / "model", tmp_path / "model"
+    shutil.copytree(source, model)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<stop>", "<say>"]})
+    template = tokenizer.chat_template.replace("{{ eos_token }}", "<stop>")
+    tokenizer.chat_template = template.replace("<|assistant|>", "<say>")
+    tokenizer.save_pretrained(model)
+    options = (f"model.name_or_path={model}", "model.peft={method: lora, r: 4}", "sft.learning_rate=1e-2")
+    run = ("-c", str(CONFIG), *options, "--artifacts")
+    whole = tmp_path / "whole"
+    assert rlhf("run", "sft", *run, str(whole)) == 0
+    for name in ("model", "ppo_init"):
+        assert_apart(whole / "micro" / "base" / "model", whole / "micro" / "sft" / name)
+        before, after = (load_file(whole / "micro" / f / "model.safetensors") for f in ("base/model", f"sft/{name}"))
+        rows = (before["model.embed_tokens.weight"] != after["model.embed_tokens.weight"]).any(-1).nonzero().flatten()
+        assert rows.tolist() == tokenizer.convert_tokens_to_ids(["<stop>", "<say>"])  # one weight with the head
+    for step in (5, 9):  # of model/ and of ppo_init/
+        root = without(whole, tmp_path / str(step), "sft")
+        again = ("run", "sft", *run, str(root), "--only")
+        assert rlhf(*again, die=("sft", step)) == -9
+        assert rlhf(*again) == 0
+        assert json.loads((root / "micro" / "sft" / "manifest.json").read_text())["resumes"] == 1
+        assert published(root / "micro" / "sft") == published(whole / "micro" / "sft")
 
 
 def bits_of(method):

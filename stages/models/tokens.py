@@ -1,0 +1,232 @@
+"""A model's tokenizer as the stages need it: its chat template for good, an end of turn, an end of documents, padding,
+and rows of the model for every token. What is changed is said."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+
+import torch
+
+from data.agreement import probe, remedy
+from data.encode import DOCUMENT_END, DOCUMENT_ENDS, document_end, end_of_turn, render
+from data.template_text import MOMENTS, asks_for_the_day, at_moment, with_variables
+from data.templates import is_foreign
+from pipeline.errors import UserError
+
+PADS = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")  # known names that nobody says
+NEW_PAD = "<|pad|>"
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What `settle_tokens` did. lines: for people. new_tokens: ids of tokens whose rows in the model are random, but
+    not that of padding."""
+
+    lines: list[str] = field(default_factory=list)
+    new_tokens: list[int] = field(default_factory=list)
+
+
+def settle_tokens(
+    model,
+    tokenizer,
+    name: str,
+    *,
+    template: str | None = None,
+    variables: Mapping[str, object] | None = None,
+    moment: datetime,
+) -> Settled:
+    """Make a pretrained model and its tokenizer ready for all stages; both are changed.
+
+    Args:
+        model: A causal language model, as it was loaded.
+        tokenizer: Its tokenizer, as it was loaded.
+        name: What the model is called in errors.
+        template: The text of a chat template in the place of the tokenizer's own.
+        variables: The template's variables that are set for good.
+        moment: The date and time that the template writes from now on, if it writes any.
+
+    Raises:
+        UserError: No template, one that fails, or no end token.
+    """
+    where = "model.name_or_path" if template is None else "model.chat_template"
+    lines = settle_template(tokenizer, name, template, variables or {}, moment, where)
+    given = tokenizer.eos_token
+    end_turns_with_eos(tokenizer, where)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model.name_or_path: the tokenizer of {name!r} names no end token, and its chat template writes none "
+            f"behind an answer; name one as eos_token in its tokenizer_config.json"
+        )
+    if given != tokenizer.eos_token:
+        was = "and its tokenizer names no end token" if given is None else f"not with its tokenizer's {given}"
+        lines.append(f"its chat template ends turns with {tokenizer.eos_token}, {was}: that is EOS from here on")
+    ends = settle_document_end(tokenizer, given, ids_that_end(model))
+    if ends != tokenizer.eos_token:
+        lines.append(f"documents end with {ends}, as in pretraining; turns with {tokenizer.eos_token}")
+    padded = give_pad_token(tokenizer)
+    if padded is not None:
+        lines.append(f"its tokenizer has no pad token apart from its end token; {padded}")
+    new = add_rows(model, tokenizer)
+    if new:
+        named = ", ".join(new[:8]) + ", \u2026" * (len(new) > 8)
+        rows = f"{len(new)} row{'s' * (len(new) > 1)}"
+        lines.append(f"the model had no row for {named}: {rows} added, with random weights")
+    lines += agreement_lines(tokenizer, variables or {})
+    ids = tokenizer.convert_tokens_to_ids(new)
+    return Settled(lines, sorted(i for i in ids if i != tokenizer.pad_token_id))
+
+
+def settle_template(
+    tokenizer, name: str, template: str | None, variables: Mapping[str, object], moment: datetime, where: str
+) -> list[str]:
+    """Give the tokenizer its chat template for good; return lines of what was changed. See `settle_tokens`."""
+    if template is not None:
+        tokenizer.chat_template = template
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"model.name_or_path: the tokenizer of {name!r} has no chat template; choose an instruct or chat variant, "
+            f"or give a template as model.chat_template: FILE"
+        )
+    if not is_foreign(tokenizer, trusted=""):  # code that came with it renders
+        if template is not None or variables:
+            key = "chat_template" if template is not None else "chat_template_kwargs"
+            raise UserError(
+                f"model.{key}: the tokenizer of {name!r} writes messages by code of its own, which reads no such "
+                f"setting; leave it out"
+            )
+        return []
+    try:
+        text = tokenizer.get_chat_template()
+    except ValueError as problem:
+        raise UserError(
+            f"model.name_or_path: the tokenizer of {name!r} has several chat templates and none named default; give "
+            f"one as model.chat_template: FILE"
+        ) from problem
+    text, lines = with_variables(text, variables), []
+    if variables:
+        lines.append(f"its chat template is published with {', '.join(variables)} set")
+    if writes_the_day(tokenizer, text):
+        text = at_moment(text, moment)
+        stays = f"{moment.day} {moment:%b %Y, %H:%M}"
+        lines.append(f"its chat template writes today's date or time; in this experiment that stays {stays}")
+    if variables or text != tokenizer.get_chat_template():
+        tokenizer.chat_template = text
+    return lines
+
+
+def writes_the_day(tokenizer, template: str) -> bool:
+    """Return whether a chat template writes something else at another time."""
+    if not asks_for_the_day(template):
+        return False
+    user, system = {"role": "user", "content": "a"}, {"role": "system", "content": "b"}
+    said = [user, {"role": "assistant", "content": "c"}, user]
+    conversations = [[user], said, [system, user], [system, *said]]
+    kept, texts = tokenizer.chat_template, []
+    try:
+        for moment in MOMENTS:
+            tokenizer.chat_template = at_moment(template, moment)
+            found = render(tokenizer, conversations, tokenize=[False] * 4, add_generation_prompt=True)
+            texts.append([str(text) for text in found])
+    except Exception:  # a template may raise what it likes; `end_turns_with_eos` tells
+        return True
+    finally:
+        tokenizer.chat_template = kept
+    return texts[0] != texts[1]
+
+
+def end_turns_with_eos(tokenizer, where: str = "model.name_or_path") -> None:
+    """Make EOS what the chat template puts behind an assistant's turn: taught, sampled until, and in earlier turns too.
+
+    Some models end turns with another token than their tokenizer's EOS (Gemma: <end_of_turn>). UserError where the
+    template fails; where: the setting that names it.
+    """
+    try:
+        token = end_of_turn(tokenizer)
+    except Exception as problem:  # a template may raise what it likes
+        remedy = "" if where == "model.chat_template" else "; give one that works as model.chat_template: FILE"
+        what = f"its chat template fails on one question and answer ({problem}){remedy}"
+        raise UserError(f"{where}: {what}") from None
+    if token is not None and token != tokenizer.eos_token:
+        tokenizer.eos_token = token
+
+
+def give_pad_token(tokenizer) -> str | None:
+    """Give the tokenizer a pad token that is not EOS, so that the last real token of a row can be told from padding by
+    anyone; return what was done, None where nothing was."""
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return None
+    known = tokenizer.get_vocab()
+    spare = [token for token in PADS if token in known and token != tokenizer.eos_token]
+    if spare:
+        tokenizer.pad_token = spare[0]
+        return f"{spare[0]} serves as one"
+    tokenizer.add_special_tokens({"pad_token": NEW_PAD})
+    return f"{NEW_PAD} is added"
+
+
+def ids_that_end(model) -> list[int]:
+    """Return the ids that a model's configuration and generation configuration name as ends, as given, in order."""
+    found: list[int] = []
+    for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
+        ids = getattr(config, "eos_token_id", None)
+        found += ids if isinstance(ids, list) else [ids]
+    return [i for i in dict.fromkeys(found) if isinstance(i, int)]
+
+
+def settle_document_end(tokenizer, given: str | None, ends: list[int]) -> str:
+    """Record in the tokenizer what ended a document in pretraining, where it is not EOS; return that token.
+
+    Args:
+        tokenizer: The tokenizer, whose EOS ends turns.
+        given: Its EOS as it came. Where the template ends turns with another token, this one ended documents.
+        ends: Ids that the model's configurations name as ends. Where EOS ends turns alone, as <|eot_id|> does, a
+            special token among them with a usual name ended documents, or else the vocabulary's (`document_end`), or
+            else another of them.
+    """
+    eos = tokenizer.eos_token
+    special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    others = [special[i] for i in ends if i in special and special[i] != eos]
+    usual = tokenizer.convert_ids_to_tokens(document_end(tokenizer))
+    if given is not None and given != eos:
+        end = given
+    elif eos in DOCUMENT_ENDS:
+        end = eos
+    else:
+        end = next((token for token in others if token in DOCUMENT_ENDS), usual)
+        end = others[0] if end == eos and others else end
+    if end != usual or (given is not None and given != eos):
+        tokenizer.init_kwargs[DOCUMENT_END] = end
+    return end
+
+
+def add_rows(model, tokenizer) -> list[str]:
+    """Give the model a row (and its head an output) for each token of the tokenizer; return the tokens that had none,
+    by id."""
+    known = tokenizer.get_vocab()
+    before, size = model.get_input_embeddings().weight.shape[0], 1 + max(known.values())
+    if size <= before:
+        return []
+    torch.manual_seed(0)  # the new rows are random
+    model.resize_token_embeddings(size)
+    model.eval()
+    return [token for token, i in sorted(known.items(), key=lambda item: item[1]) if i >= before]
+
+
+def agreement_lines(tokenizer, variables: Mapping[str, object]) -> list[str]:
+    """Return a line that says where rows are not what the chat template writes; none where they are.
+
+    Args:
+        tokenizer: The tokenizer with its chat template.
+        variables: Those of the template that are set.
+    """
+    found = probe(tokenizer)
+    if not found:
+        return []
+    if "one turn" not in found and "several turns" not in found:
+        named = f"rows with {' or '.join(found)} are not what its chat template writes"
+        return [f"{named}: {next(iter(found.values())).line()}; `rlhf data check FILE -c CONFIG` finds them in data"]
+    first, opens = next(iter(found.values())), next((d.opens for d in found.values() if d.opens), None)
+    line = f"rows are not what its chat template writes ({', '.join(found)}): {first.line()}"
+    if opens:
+        line += f"; its generation prompt opens {opens}, and an answer that does not close it is taught as a thought"
+    return [f"{line}; {remedy(tokenizer, list(variables))}"]
