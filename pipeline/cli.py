@@ -17,10 +17,11 @@ import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline import files, sections
+from pipeline import files, hints, sections
 from pipeline.errors import Interrupted, PeerLost, TrainingStopped, UserError
 from pipeline.stage import StopFlag
 
@@ -44,7 +45,8 @@ stages, in their order:  {" ".join(STAGES)}
   --restart              drop what an interrupted run has saved and begin anew
   --override-config      go on with an interrupted run under changed settings; both are recorded (seed, data and what
                          orders a stage's rows stay). Also: replace finished stages that another YAML of the same
-                         name: made; without it that is refused, or asked at a terminal
+                         name: made, or that were made with settings of a command line which this one leaves out;
+                         without it that is refused, or asked at a terminal
   --allow-elastic        go on with an interrupted run at another number of processes
   --debug                show tracebacks
   --trust-remote-code    run code that a model's folder or repository brings, also the copy in its artifacts
@@ -57,6 +59,7 @@ exit codes: 0 done or up to date; 2 a mistake in config, data or artifacts; 3 tr
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    arguments = None
     for stream in (sys.stdout, sys.stderr):  # a terminal that has no → must not end a run
         stream.reconfigure(errors="replace")
     try:
@@ -70,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in argv:
             traceback.print_exc()
-        return explain(error)
+        return explain(error, caller_of(arguments))
 
 
 def at_hand(arguments: argparse.Namespace) -> None:
@@ -83,8 +86,18 @@ def at_hand(arguments: argparse.Namespace) -> None:
         arguments.artifacts = str(local_folder(arguments.remote))
 
 
-def explain(error: Exception) -> int:
-    """Says in a line (or a line a mistake) what ended the command; returns the exit code."""
+def caller_of(arguments: argparse.Namespace | None) -> hints.Caller:
+    """How the user calls this command; None: the command line could not be read."""
+    if arguments is None:
+        return hints.caller_of(None, None)
+    place = getattr(arguments, "remote", None) or getattr(arguments, "artifacts", None)
+    flags = ["--trust-remote-code"] if getattr(arguments, "trust_remote_code", False) else []
+    return hints.caller_of(getattr(arguments, "config", None), place, getattr(arguments, "overrides", []), flags)
+
+
+def explain(error: Exception, caller: hints.Caller | None = None) -> int:
+    """Says in a line (or a line a mistake) what ended the command; returns the exit code. caller: by whose config,
+    artifacts and settings the commands in it are filled in."""
     if isinstance(error, Interrupted):
         at = (
             f" at step {error.step}" + (f" of {error.total}" if error.total else "")
@@ -100,7 +113,7 @@ def explain(error: Exception) -> int:
         isinstance(error, UserError) or type(error).__name__ == "DataError"
     ):  # data.records.DataError has the same shape
         for line in error.lines:
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {hints.filled(line, caller or hints.Caller())}", file=sys.stderr)
         return 2
     if isinstance(error, PeerLost):
         from pipeline import processes
@@ -238,7 +251,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     text = "print what each stage will need of a device's memory (launch.device=cuda: of a GPU that is not here)"
     doctor.add_argument("--memory", action="store_true", help=text)
     doctor.add_argument("--trust-remote-code", action="store_true", help="with --memory: run code that a model brings")
-    command("clean", "say what an experiment's artifacts are, then remove them")
+    clean = command("clean", "say what an experiment's artifacts are, ask, and remove them")
+    clean.add_argument("--yes", action="store_true", help="remove them without asking")
     chat = command("chat", "talk to several policies side by side")
     chat.add_argument("--models", required=True, metavar="A,B", help="stages whose models answer, as sft,ppo")
     chat.add_argument(
@@ -321,11 +335,13 @@ def open_store(arguments: argparse.Namespace, experiment: Any, stages: dict[str,
 
     checks = [module.check for module in (stages or {}).values() if hasattr(module, "check")]
     shared = getattr(arguments, "remote", None) is not None
-    origin = None if stages is None else Origin.of(arguments.config, type(experiment), checks, shared)
+    said = tuple(arguments.overrides)
+    origin = None if stages is None else Origin.of(arguments.config, type(experiment), checks, shared, said)
     return ArtifactStore(arguments.artifacts, experiment.name, origin)
 
 
-def make_console() -> Any:
+def make_console(caller: hints.Caller | None = None) -> Any:
+    """A console for tables and lines. caller: by whom the commands in plain text are filled in."""
     from rich.console import Console
 
     # in a pipe rich believes in 80 columns, and tables would lose their text
@@ -336,6 +352,13 @@ def make_console() -> Any:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     console.on_broken_pipe = go_on_unheard
+    if caller is not None:
+        as_it_is = console.print
+
+        def say(*things: Any, **options: Any) -> None:
+            as_it_is(*(hints.filled(x, caller) if isinstance(x, str) else x for x in things), **options)
+
+        console.print = say
     return console
 
 
@@ -359,7 +382,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         processes.watch_launcher(stop, met)
         experiment, stages = load(arguments, tree=tree)
         launch.prepare(experiment)
-        store, console = open_store(arguments, experiment, stages), make_console()
+        store, console = open_store(arguments, experiment, stages), make_console(caller_of(arguments))
         flags = flags_of(arguments)
         patience = experiment.launch.timeout
         peers = processes.join(experiment.launch.processes * experiment.launch.nodes, patience)
@@ -404,7 +427,7 @@ def submit_command(arguments: argparse.Namespace) -> int:
         line for n in waiting for line in running.refusals(n, n == arguments.stage, chain.states[n], flags, processes)
     ]:
         raise UserError(lines)
-    if lines := chain.of_other_files(waiting, arguments.stage, flags):
+    if lines := chain.replaced(waiting, arguments.stage, flags):
         raise UserError(lines)
     folder = (store.base / "slurm").absolute()
     artifacts = arguments.remote or str(store.root.absolute())
@@ -480,7 +503,8 @@ def status_command(arguments: argparse.Namespace) -> int:
     from pipeline.running import headline
 
     experiment, stages = load(arguments)
-    store, console = open_store(arguments, experiment), make_console()
+    caller = caller_of(arguments)
+    store, console = open_store(arguments, experiment), make_console(caller)
     styles = {
         "done": "green",
         "stale": "yellow",
@@ -493,7 +517,8 @@ def status_command(arguments: argparse.Namespace) -> int:
     for title in ("stage", "state", "when", "size", "result"):
         table.add_column(title, justify="right" if title == "size" else "left", overflow="fold")
     needed = {need for module in stages.values() for need in all_needs(module, experiment)}
-    for name, state in plan.assess(experiment, store, stages).items():
+    states = plan.assess(experiment, store, stages)
+    for name, state in states.items():
         when = size = result = ""
         if state.manifest is not None:
             when = f"{datetime.fromisoformat(state.manifest['finished_at']).astimezone():%Y-%m-%d %H:%M}"
@@ -501,9 +526,11 @@ def status_command(arguments: argparse.Namespace) -> int:
         if store.folder(name).is_dir():
             size = human_bytes(store.size(name))
         idle = name == "world" and name not in needed and state.kind == "missing"
-        sentence = "not needed: no data is the world's" if idle else state.sentence()
+        sentence = "not needed: no data is the world's" if idle else hints.filled(state.sentence(), caller)
         table.add_row(name, Text(sentence, style=styles[state.kind]), when, size, Text(result))
     console.print(table)
+    for line in plan.remembered(states, store, arguments.overrides):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -516,9 +543,11 @@ def human_bytes(count: float) -> str:
 
 
 def clean_command(arguments: argparse.Namespace) -> int:
-    """Removes artifacts/NAME and nothing else; refuses where a process works there, or something else lies there."""
+    """Removes artifacts/NAME and nothing else, if a person at the terminal or --yes says so; refuses where a process
+    works there, or something else lies there."""
     from pipeline import config, files
     from pipeline.artifacts import ArtifactStore
+    from pipeline.origin import ask, at_terminal
 
     tree = config.read_tree(arguments.config, arguments.overrides)
     store = ArtifactStore(arguments.artifacts, config.read_name(tree))
@@ -539,7 +568,14 @@ def clean_command(arguments: argparse.Namespace) -> int:
         for name in stages:  # a process may have come since
             held.enter_context(store.hold(name))
         size = human_bytes(sum(store.size(name) for name in found))
-        print(f"removing {store.base} ({size}): {' '.join(found) or 'empty'}")
+        what = f"{store.base} ({size}): {' '.join(found) or 'empty'}"
+        if not arguments.yes:
+            if not at_terminal():
+                raise UserError(f"{what}; nobody is there to be asked: --yes (make: YES=1) removes it")
+            if not ask(f"{what}\nRemove it?", StopFlag()):
+                print("nothing removed")
+                return 0
+        print(f"removing {what}")
         # away at once, and removed with no lock file open: NFS would keep that, and its folder
         os.rename(store.base, doomed)
     files.remove(doomed)
@@ -559,7 +595,7 @@ def doctor_command(arguments: argparse.Namespace) -> int:
         if experiment is None:
             raise UserError("doctor --memory: of which experiment? Add -c CONFIG, as configs/tiny.yaml")
         return stage.plan_memory(experiment, trust_remote_code=arguments.trust_remote_code)
-    return stage.run(experiment, artifacts=arguments.artifacts)
+    return stage.run(experiment, artifacts=arguments.artifacts, fill=partial(hints.filled, caller=caller_of(arguments)))
 
 
 def chat_command(arguments: argparse.Namespace) -> int:

@@ -41,7 +41,7 @@ def test_run_and_run_again(rlhf):
     assert (code, err) == (0, "") and "fit: done in" in out
     code, out, err = rlhf("run", "page", "--debug", "fit.steps=3")
     assert code == 0 and out.count("up to date") == 3
-    code, out, err = rlhf("run", "page")
+    code, out, err = rlhf("run", "page", "fit.steps=12")
     assert code == 0 and "fit: stale because fit.steps 3 → 12; running" in out
 
 
@@ -329,10 +329,37 @@ ARTIFACTS = "artifacts/small/text"
 def test_clean_says_what_it_removes_and_removes_only_that(rlhf, tmp_path):
     rlhf("run", "text")
     Path("artifacts/other").mkdir()
-    code, out, err = rlhf("clean")
+    code, out, err = rlhf("clean", "--yes")
     assert (code, err) == (0, "") and out.startswith("removing artifacts/small (") and out.endswith("): text\n")
     assert [path.name for path in Path("artifacts").iterdir()] == ["other"]
-    assert rlhf("clean")[:2] == (0, "artifacts/small: nothing there\n")
+    assert rlhf("clean", "--yes")[:2] == (0, "artifacts/small: nothing there\n")
+
+
+def test_clean_removes_nothing_where_nobody_can_be_asked(rlhf):
+    rlhf("run", "text")
+    code, out, err = rlhf("clean")
+    assert code == 2 and out == "" and err.startswith("error: artifacts/small (") and err.count("\n") == 1
+    assert "nobody is there to be asked: --yes (make: YES=1) removes it" in err
+    assert Path(ARTIFACTS, "manifest.json").exists()
+
+
+@pytest.mark.parametrize("typed, removed", [("y", True), ("n", False), ("", False)])
+def test_clean_asks_at_a_terminal(rlhf, tmp_path, typed, removed):
+    import pty
+
+    rlhf("run", "text")
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", "tests.pipeline.fakes", "clean", "-c", "small.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdin=follower, stdout=follower, stderr=follower)
+    os.close(follower)
+    said = b""
+    while b"[y/N] " not in said:
+        said += os.read(leader, 1000)
+    os.write(leader, f"{typed}\n".encode())
+    assert process.wait(60) == 0 and b"artifacts/small (" in said and b"): text" in said
+    os.close(leader)
+    assert Path(ARTIFACTS).exists() is not removed
 
 
 @pytest.mark.parametrize(
@@ -393,13 +420,13 @@ def test_clean_holds_what_it_removes(rlhf, monkeypatch):
     with artifacts.ArtifactStore("artifacts", "small").lock("fit"):
         with monkeypatch.context() as patch:
             patch.setattr(artifacts.ArtifactStore, "is_held", lambda *_: False)
-            code, out, err = rlhf("clean")
+            code, out, err = rlhf("clean", "--yes")
     assert code == 2 and out == "" and f"process {os.getpid()} on " in err and Path(ARTIFACTS, "manifest.json").exists()
     Path("artifacts/.tmp-small/half").mkdir(parents=True)  # what a clean left that was killed
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
         patch.setattr(os, "rename", look)
-        assert rlhf("clean")[0] == 0
+        assert rlhf("clean", "--yes")[0] == 0
     assert held == ["text", "fit"] and list(Path("artifacts").iterdir()) == []
 
 

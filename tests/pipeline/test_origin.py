@@ -132,3 +132,78 @@ def test_a_signal_ends_the_question_and_without_a_terminal_there_is_none(monkeyp
         with pytest.raises(Interrupted):
             origin.ask("Replace them?", stop)
     os.close(leader)
+
+
+def forgotten_line(stages, word, target="page", value="12"):
+    key = word.partition("=")[0]
+    return (
+        f"error: artifacts/small: {stages}: made with {word} on the command line, which this one leaves out; "
+        f"`rlhf run {target} -c small.yaml {word}` keeps what is there, "
+        f"`rlhf run {target} -c small.yaml {key}={value}` makes it anew as the file says\n"
+    )
+
+
+def test_a_setting_of_last_times_command_line_is_not_left_out_unseen(rlhf):  # noqa: F811
+    """A stage that is finished is not trained anew for want of it; both commands work as they are printed."""
+    assert rlhf("run", "fit", "fit.steps=3")[0] == 0
+    before = manifests()
+    assert rlhf("run", "page") == (2, "", forgotten_line("fit", "fit.steps=3"))
+    assert manifests() == before
+    assert rlhf("run", "page", "fit.steps=3")[0] == 0
+    assert {path: text for path, text in manifests().items() if path in before} == before
+    assert rlhf("run", "page", "text.words=3")[2] == forgotten_line("fit", "fit.steps=3").replace(
+        "small.yaml fit.steps=3`", "small.yaml fit.steps=3 text.words=3`"
+    ).replace("fit.steps=12`", "fit.steps=12 text.words=3`")
+    code, out, _ = rlhf("run", "page", "fit.steps=12")
+    assert code == 0 and "fit: stale because fit.steps 3 → 12; running" in out
+    code, out, _ = rlhf("run", "page")
+    assert code == 0 and out.count("up to date") == 3
+
+
+def test_override_config_leaves_it_out(rlhf):  # noqa: F811
+    assert rlhf("run", "page", "fit.steps=3", "text.words=4")[0] == 0
+    code, out, err = rlhf("run", "page")
+    assert code == 2 and err == forgotten_line("text", "text.words=4", value="3") + forgotten_line("fit", "fit.steps=3")
+    code, out, _ = rlhf("run", "page", "--override-config")
+    assert code == 0 and "text: stale because text.words 4 → 3; running" in out
+
+
+@pytest.mark.parametrize(
+    "then, file, now",
+    [
+        ("fit.steps=3", fakes.CONFIG, "fit.steps=4"),  # another value
+        ("fit.steps=3", fakes.CONFIG.replace("words: 3", "words: 4"), ""),  # its input is made anew anyway, see below
+        ("fit.steps=3", fakes.CONFIG.replace("steps: 12", "steps: 12\n  learning_rate: 0.5"), ""),  # stale by the file
+        ("launch.threads=1", fakes.CONFIG, ""),  # no stage depends on it
+    ],
+)
+def test_a_command_that_would_make_it_anew_anyway_is_not_asked(rlhf, then, file, now):  # noqa: F811
+    assert rlhf("run", "page", then)[0] == 0
+    Path("small.yaml").write_text(file)
+    if "words: 4" in file:
+        assert rlhf("run", "text")[0] == 0
+    assert rlhf("run", "page", *[now] * bool(now))[0] == 0
+
+
+def test_status_says_what_the_command_line_was(rlhf):  # noqa: F811
+    assert rlhf("run", "page", "fit.steps=3", "seed=4")[0] == 0
+    out = rlhf("status")[1]
+    assert "the command line made text, fit, page with seed=4; fit with fit.steps=3: " in out.replace("\n", " ")
+    assert "`rlhf status -c small.yaml seed=4 fit.steps=3` looks with that" in out
+    assert "command line" not in rlhf("status", "fit.steps=3", "seed=4")[1]
+    assert "command line" not in rlhf("status", "fit.steps=5", "seed=4")[1]
+
+
+def test_whole_sections_and_data_are_settings_of_the_command_line_too(tmp_path):
+    from pipeline.fingerprints import Change
+    from pipeline.origin import forgotten, lines_of_forgotten
+
+    record = {"config": {"command_line": ["model.peft={method: lora}", "data.prompts=my.jsonl"]}}
+    changes = [Change("", True, "model.peft.method", "lora", None), Change("", False, "data.prompts")]
+    assert forgotten(record, changes, []) == record["config"]["command_line"]
+    assert forgotten(record, changes, ["model.peft.r=3"]) == []
+    assert forgotten(record, [*changes, Change("sft artifact changed", False)], []) == []
+    (line,) = lines_of_forgotten("ppo", tmp_path, {"sft": (record["config"]["command_line"], changes)})
+    assert "-c CONFIG 'model.peft={method: lora}' data.prompts=my.jsonl` keeps" in line
+    assert "`rlhf run ppo -c CONFIG --override-config` makes it anew" in line
+    assert forgotten({"config": {}}, changes, []) == []  # an older version's
