@@ -256,13 +256,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     chat = command("chat", "talk to several policies side by side")
     chat.add_argument("--models", required=True, metavar="A,B", help="stages whose models answer, as sft,ppo")
     chat.add_argument(
-        "--temperature", type=float, default=1.0, help="of sampling; 0 = always the likeliest token"
+        "--temperature", type=float, default=0.0, help="of sampling; 0 (the default) = always the likeliest token"
     )
     chat.add_argument(
         "--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability"
     )
     chat.add_argument("--seed", type=int, default=0, help="of sampling")
-    chat.add_argument("--max-new-tokens", type=int, default=None, help="longest answer, in tokens")
+    text = "longest answer, in tokens (default: evaluate.response_length)"
+    chat.add_argument("--max-new-tokens", type=int, default=None, help=text)
+    chat.add_argument("--system", default=None, metavar="TEXT", help="system message")
     chat.add_argument("--trust-remote-code", action="store_true", help="run code that a model brings")
     data = commands.add_parser("data", help="look at data files without training", allow_abbrev=False)
     actions = data.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
@@ -470,6 +472,7 @@ def help_command(arguments: argparse.Namespace) -> int:
     from rich.text import Text
 
     from pipeline import config, launch
+    from pipeline.tracking import TIMES, TIMING
 
     launch.set_environment({})
     module = stage_modules()[arguments.stage]
@@ -488,9 +491,10 @@ def help_command(arguments: argparse.Namespace) -> int:
             console.print()
             console.print(table)
     if module.METRICS:
-        console.print("\n[bold]metrics[/bold]")
-        for name, sentence in module.METRICS.items():
-            console.print(Text(f"{name}: {sentence}"))
+        for title, figures in (("metrics", module.METRICS), (f"{TIMING}, a row a step", TIMES)):
+            console.print(f"\n[bold]{title}[/bold]")
+            for name, sentence in figures.items():
+                console.print(Text(f"{name}: {sentence}"))
     return 0
 
 
@@ -524,7 +528,7 @@ def status_command(arguments: argparse.Namespace) -> int:
             when = f"{datetime.fromisoformat(state.manifest['finished_at']).astimezone():%Y-%m-%d %H:%M}"
             result = " · ".join(headline(stages[name], state.manifest["metrics"]))
         if store.folder(name).is_dir():
-            size = human_bytes(store.size(name))
+            size = files.human_bytes(store.size(name))
         idle = name == "world" and name not in needed and state.kind == "missing"
         sentence = "not needed: no data is the world's" if idle else hints.filled(state.sentence(), caller)
         table.add_row(name, Text(sentence, style=styles[state.kind]), when, size, Text(result))
@@ -534,18 +538,10 @@ def status_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def human_bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def clean_command(arguments: argparse.Namespace) -> int:
     """Removes artifacts/NAME and nothing else, if a person at the terminal or --yes says so; refuses where a process
     works there, or something else lies there."""
-    from pipeline import config, files
+    from pipeline import config
     from pipeline.artifacts import ArtifactStore
     from pipeline.origin import ask, at_terminal
 
@@ -567,7 +563,7 @@ def clean_command(arguments: argparse.Namespace) -> int:
     with ExitStack() as held:
         for name in stages:  # a process may have come since
             held.enter_context(store.hold(name))
-        size = human_bytes(sum(store.size(name) for name in found))
+        size = files.human_bytes(sum(store.size(name) for name in found))
         what = f"{store.base} ({size}): {' '.join(found) or 'empty'}"
         if not arguments.yes:
             if not at_terminal():
@@ -611,6 +607,7 @@ def chat_command(arguments: argparse.Namespace) -> int:
         top_p=arguments.top_p,
         seed=arguments.seed,
         max_new_tokens=arguments.max_new_tokens,
+        system=arguments.system,
         trust_remote_code=arguments.trust_remote_code,
     )
 

@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 from pipeline.fingerprints import Today, all_needs, folders, hub_model, sources
 from pipeline.processes import Peers, relying_on
 from pipeline.stage import Source, StageRun, StopFlag
-from pipeline.tracking import Dashboard, Tracker, figure, plain
+from pipeline.tracking import Dashboard, Tracker, duration, figure, plain
 
 if TYPE_CHECKING:
     from pipeline.plan import StageState
@@ -427,10 +427,3 @@ def git_state() -> dict[str, Any] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit.strip(), "dirty": bool(changes.strip())}
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

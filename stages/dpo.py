@@ -33,6 +33,7 @@ from stages.common import (
     place,
     show_samples,
 )
+from stages.disk import say_written
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee, pause_if_asked
 from stages.models.adapters import adapter_off, is_adapted, save_merged, with_adapter
 from stages.models.forward import response_logprobs
@@ -145,6 +146,8 @@ def run(ctx: StageRun) -> dict:
         adam_beta2=c.adam_beta2,
         steps=steps,
     )
+
+    say_written(ctx, [policy], [policy], steps, sets=int(c.keep == "best"))
 
     # 2 the loss of a micro-batch of prompts, a part of a batch with so many prompts and tokens of first responses
     def forward(part, ref, rows, prompts, tokens):

@@ -38,6 +38,7 @@ from stages.common import (
     split_documents,
     unreadable,
 )
+from stages.disk import say_written
 from stages.engine import (
     Average,
     Best,
@@ -318,6 +319,9 @@ def run(ctx: StageRun) -> dict:
         f"ppo: {len(train)} prompts, {len(held)} held out; {run.updates} updates of {c.batch_size} episodes, "
         f"{steps_per_update(c)} optimizer steps each"
     )
+    trained = [roles.policy, roles.value_model]
+    published = trained + [roles.policy] * c.publish_ema
+    say_written(ctx, published, trained, run.updates, sets=(c.keep == "best") + c.publish_ema)
     step = resume(ctx, roles, run, train[: 2 * c.per_device_train_batch_size])
     prompts_per_update, rows_per_update = c.batch_size // c.samples_per_prompt, steps_per_update(c) * ptx_batch_size(c)
     prompts = Stream(len(train), derive_seed(ctx.seed, "prompts"), cursor=drawn.prompts)
@@ -393,7 +397,7 @@ def run(ctx: StageRun) -> dict:
                 "lr": rate,
                 "episode": run.drawn.episodes,
             }
-            ctx.tracker.log(step, row)
+            ctx.tracker.log(step, row, c.batch_size / row["eps"], sum(rollout.lengths()))
             progress.update(step, score=row["objective/scores"], kl=row["objective/kl"])
             if c.kl_target is not None and math.isfinite(row["objective/kl"]):
                 steered = adaptive_kl_coef(kl_coef, row["objective/kl"], c.kl_target, c.batch_size, c.kl_horizon)

@@ -37,6 +37,7 @@ from stages.common import (
     read_world,
     unreadable,
 )
+from stages.disk import say_written
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
 from stages.models.adapters import plain, save_merged, with_adapter
 from stages.models.forward import response_scores, score_all
@@ -141,6 +142,9 @@ def run(ctx: StageRun) -> dict:
     for k in range(c.ensemble):
         # 1 the policy's trunk, a fresh scalar head
         model, trainee = make_member(ctx, source, accelerator, k, steps)
+        if k == 0:
+            sets = c.ensemble - 1 + (c.keep == "best")
+            say_written(ctx, [model], [model], c.ensemble * steps, sets=sets, copies=c.ensemble)
         tools = (model, tokenizer.pad_token_id, accelerator, packing(ctx, model))
         if fresh := k == len(done):
             # 2 train

@@ -144,6 +144,7 @@ def run(ctx: StageRun) -> dict:
         gradient_checkpointing=m.gradient_checkpointing,
         samples=lambda live: show_samples(live, tokenizer, shown, seed=ctx.seed, response_length=c.sample_tokens),
         total=steps + more,
+        published=1 if c.ppo_init is None else 2,
     )
     found = ctx.checkpoints.newest()
     if found is not None and "finished" in found.state:  # interrupted while ppo_init trained: model/ is made

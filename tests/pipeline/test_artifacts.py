@@ -281,3 +281,25 @@ def test_too_little_space_names_what_is_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 5))
     with pytest.raises(UserError, match=r"needs 2,000,000 bytes and 5 are free"):
         files.require_space(tmp_path, 2_000_000)
+
+
+def test_times_are_published_beside_the_artifact_and_are_no_part_of_it(tmp_path):
+    """Another run's are other bytes: the digest does not see them. A redo brings its own, or takes the old away."""
+    store = ArtifactStore(tmp_path, "small")
+    times = store.folder("sft") / "timing.jsonl"
+    for number, text in enumerate(("one", "two", None)):
+        with store.lock("sft"):
+            store.begin("sft", {"run_id": str(number)})
+            if text is not None:
+                (store.work_folder("sft") / "timing.jsonl").write_text(text)
+            content = store.folder("sft") / ".tmp-publish"
+            content.mkdir()
+            (content / "weights").write_text("w")
+            manifest = store.publish("sft", content, record(str(number)))
+        assert set(manifest["outputs"]) == {"weights"} and strange(store.folder("sft")) == []
+        assert (times.read_text() if times.exists() else None) == text
+    with store.lock("sft"):
+        times.write_text("of an interrupted run")
+        os.unlink(store.folder("sft") / "manifest.json")
+        store.drop_run("sft")
+    assert not times.exists()
