@@ -518,8 +518,11 @@ def status_command(arguments: argparse.Namespace) -> int:
         "damaged": "red",
     }
     table = Table(title=f"{experiment.name} in {store.base}", title_justify="left")
-    for title in ("stage", "state", "when", "size", "result"):
-        table.add_column(title, justify="right" if title == "size" else "left", overflow="fold")
+    columns = ("stage", "state", "when", "size", "result")
+    columns = columns if console.width >= 72 else columns[:2]  # five columns of a few letters are unreadable
+    for title in columns:
+        options = {"justify": "right" if title == "size" else "left", "no_wrap": title == "stage"}
+        table.add_column(title, overflow="fold", **options)
     needed = {need for module in stages.values() for need in all_needs(module, experiment)}
     states = plan.assess(experiment, store, stages)
     for name, state in states.items():
@@ -531,7 +534,8 @@ def status_command(arguments: argparse.Namespace) -> int:
             size = files.human_bytes(store.size(name))
         idle = name == "world" and name not in needed and state.kind == "missing"
         sentence = "not needed: no data is the world's" if idle else hints.filled(state.sentence(), caller)
-        table.add_row(name, Text(sentence, style=styles[state.kind]), when, size, Text(result))
+        row = (name, Text(sentence, style=styles[state.kind]), when, size, Text(result))
+        table.add_row(*row[: len(columns)])
     console.print(table)
     for line in plan.remembered(states, store, arguments.overrides):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -115,28 +115,29 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def lines_of_forgotten(target: str, base: Path, found: dict[str, tuple[list[str], list[Change]]]) -> list[str]:
-    """Return a line for each set of settings that the command line named last time and does not name now.
+    """Return a line that names the settings that last time's command lines had and this one has not, and the two
+    commands there are to choose from; none where nothing was found.
 
     Args:
         target: the stage that this command is asked for.
         base: the experiment's folder.
         found: stage → what `forgotten` gave, and the stage's changes.
     """
-    stages: dict[tuple[str, ...], list[str]] = {}
-    for stage, (words, _) in found.items():
-        stages.setdefault(tuple(words), []).append(stage)
-    lines = []
-    for words, names in stages.items():
-        changes = {change.key: change for name in names for change in found[name][1]}
-        keys = [word.partition("=")[0] for word in words]
-        whole = all(key in changes and changes[key].is_setting for key in keys)
-        anew = shlex.join(f"{key}={_written(changes[key].new)}" for key in keys) if whole else "--override-config"
-        lines.append(
-            f"{base}: {', '.join(names)}: made with {' '.join(words)} on the command line, which this one leaves out; "
-            f"`rlhf run {target} -c CONFIG {shlex.join(words)}` keeps what is there, `rlhf run {target} -c CONFIG "
-            f"{anew}` makes it anew as the file says"
-        )
-    return lines
+    if not found:
+        return []
+    changes = {change.key: change for _, some in found.values() for change in some}
+    words = {word.partition("=")[0]: word for some, _ in found.values() for word in some}
+    whole = all(key in changes and changes[key].is_setting for key in words)
+    anew = shlex.join(f"{key}={_written(changes[key].new)}" for key in words) if whole else "--override-config"
+    stages: dict[str, list[str]] = {}
+    for stage, (some, _) in found.items():
+        stages.setdefault(" ".join(some), []).append(stage)
+    made = "; ".join(f"{', '.join(names)} with {said}" for said, names in stages.items())
+    run = f"`rlhf run {target} -c CONFIG"
+    return [
+        f"{base}: made by a command line that said more than this one: {made}; {run} {shlex.join(words.values())}` "
+        f"keeps what is there, {run} {anew}` makes it anew as the file says"
+    ]
 
 
 def _written(value: Any) -> str:

@@ -16,17 +16,19 @@ from stages.common import context_of, device_of, dtype_of
 POLICIES = ("base", "sft", "ppo", "dpo")
 COLOURS = ("blue", "dark_orange3", "medium_purple", "green")
 HELP = """\
-Type a question: every policy answers it. Each remembers the talk so far with its own answers.
+Type a question: every policy answers it, and remembers the talk so far with
+its own answers.
 
-/greedy        always the likeliest token: the same question gets the same answer (so it begins)
-/sample        draw each token by its probability, as PPO and evaluate do; /sample 0.7 draws closer to the likeliest
-/seed N        another draw of /sample
-/top_p X       with /sample: only from the likeliest tokens of this total probability (1: all)
-/max N         longest answer, in tokens; one that needs more is cut off
-/system TEXT   system message, which says who answers and how (alone: none)
-/reset         forget the talk so far
-/memory off    ask each question by itself; /memory on: remember again
-/quit          leave, as Ctrl-D does"""
+/greedy       always the likeliest token: asked twice, the same answer
+/sample       draw tokens by their probability, as PPO and evaluate do
+/sample 0.7   the same at a lower temperature: nearer to the likeliest
+/seed N       another draw
+/top_p X      draw from the likeliest tokens of this total probability
+/max N        longest answer, in tokens; one that needs more is cut off
+/system TEXT  system message: who answers, and how (alone: none)
+/reset        forget the talk so far
+/memory off   ask each question by itself (/memory on: remember again)
+/quit         leave, as Ctrl-D does"""
 COMMANDS = ("/help", "/greedy", "/sample", "/temp", "/seed", "/top_p", "/max", "/system", "/reset", "/memory", "/quit")
 
 

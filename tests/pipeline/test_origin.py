@@ -134,12 +134,11 @@ def test_a_signal_ends_the_question_and_without_a_terminal_there_is_none(monkeyp
     os.close(leader)
 
 
-def forgotten_line(stages, word, target="page", value="12"):
-    key = word.partition("=")[0]
+def forgotten_line(made, words, file, target="page"):
+    run = f"`rlhf run {target} -c small.yaml"
     return (
-        f"error: artifacts/small: {stages}: made with {word} on the command line, which this one leaves out; "
-        f"`rlhf run {target} -c small.yaml {word}` keeps what is there, "
-        f"`rlhf run {target} -c small.yaml {key}={value}` makes it anew as the file says\n"
+        f"error: artifacts/small: made by a command line that said more than this one: {made}; {run} {words}` keeps "
+        f"what is there, {run} {file}` makes it anew as the file says\n"
     )
 
 
@@ -147,13 +146,12 @@ def test_a_setting_of_last_times_command_line_is_not_left_out_unseen(rlhf):  # n
     """A stage that is finished is not trained anew for want of it; both commands work as they are printed."""
     assert rlhf("run", "fit", "fit.steps=3")[0] == 0
     before = manifests()
-    assert rlhf("run", "page") == (2, "", forgotten_line("fit", "fit.steps=3"))
+    assert rlhf("run", "page") == (2, "", forgotten_line("fit with fit.steps=3", "fit.steps=3", "fit.steps=12"))
     assert manifests() == before
     assert rlhf("run", "page", "fit.steps=3")[0] == 0
     assert {path: text for path, text in manifests().items() if path in before} == before
-    assert rlhf("run", "page", "text.words=3")[2] == forgotten_line("fit", "fit.steps=3").replace(
-        "small.yaml fit.steps=3`", "small.yaml fit.steps=3 text.words=3`"
-    ).replace("fit.steps=12`", "fit.steps=12 text.words=3`")
+    beside = ("fit.steps=3 text.words=3", "fit.steps=12 text.words=3")
+    assert rlhf("run", "page", "text.words=3")[2] == forgotten_line("fit with fit.steps=3", *beside)
     code, out, _ = rlhf("run", "page", "fit.steps=12")
     assert code == 0 and "fit: stale because fit.steps 3 → 12; running" in out
     code, out, _ = rlhf("run", "page")
@@ -163,7 +161,9 @@ def test_a_setting_of_last_times_command_line_is_not_left_out_unseen(rlhf):  # n
 def test_override_config_leaves_it_out(rlhf):  # noqa: F811
     assert rlhf("run", "page", "fit.steps=3", "text.words=4")[0] == 0
     code, out, err = rlhf("run", "page")
-    assert code == 2 and err == forgotten_line("text", "text.words=4", value="3") + forgotten_line("fit", "fit.steps=3")
+    made = "text with text.words=4; fit with fit.steps=3"
+    both = ("text.words=4 fit.steps=3", "text.words=3 fit.steps=12")
+    assert (code, err) == (2, forgotten_line(made, *both)), "each command says all that it takes"
     code, out, _ = rlhf("run", "page", "--override-config")
     assert code == 0 and "text: stale because text.words 4 → 3; running" in out
 
