@@ -268,9 +268,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     chat.add_argument("--trust-remote-code", action="store_true", help="run code that a model brings")
     data = commands.add_parser("data", help="look at data files without training", allow_abbrev=False)
     actions = data.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
-    text = "show kind, rows, lengths, duplicates, leaks and every bad row of a file"
+    text = "show kind, rows, lengths, duplicates, leaks and every bad row of a file, or of all data that a config names"
     check = actions.add_parser("check", help=text, description=text, allow_abbrev=False)
-    check.add_argument("file", metavar="FILE")
+    check.add_argument("file", metavar="FILE", nargs="?", help="without one: all data that CONFIG names")
     check.add_argument(
         "-c", "--config", metavar="FILE", help="the experiment whose tokenizer and max_length count"
     )
@@ -280,7 +280,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     check.add_argument("--debug", action="store_true", help="show tracebacks")
 
-    words, settings = without_settings(argv) if argv[:1] == ["run"] else (argv, [])
+    words, settings = without_settings(argv) if argv[:1] in (["run"], ["data"]) else (argv, [])
     arguments, rest = parser.parse_known_args(words)
     arguments.words = argv
     arguments.overrides = settings + [word for word in rest if is_setting(word)]
@@ -299,10 +299,11 @@ def is_setting(word: str) -> bool:
 
 
 def without_settings(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The words of `rlhf run` but its key=value, and these: argparse would take the first of them for the stage."""
+    """The words of a command but its key=value, and these: argparse would take the first of them for the stage, or for
+    the data file."""
     words, settings = [], []
     for before, word in zip(["", *argv], argv, strict=False):
-        is_value = before in ("-c", "--config", "--artifacts")
+        is_value = before in ("-c", "--config", "--artifacts") or (argv[0] == "data" and Path(word).exists())
         (settings if is_setting(word) and not is_value else words).append(word)
     return words, settings
 
@@ -625,6 +626,11 @@ def data_command(arguments: argparse.Namespace) -> int:
     else:
         launch.set_environment({})
     check = importlib.import_module("data.check")
+    if arguments.file is None:
+        if experiment is None or arguments.kind is not None:
+            lacking = "--kind needs a FILE" if experiment is not None else "give a FILE, or -c CONFIG for all its data"
+            raise UserError(f"command line: {lacking}; see `rlhf data check --help`")
+        return check.run_all(experiment, artifacts=arguments.artifacts)
     return check.run(arguments.file, arguments.kind, experiment, artifacts=arguments.artifacts)
 
 
