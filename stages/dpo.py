@@ -29,6 +29,7 @@ from stages.common import (
     group_order,
     in_parts,
     load_groups,
+    note_default_rate,
     packing,
     place,
     show_samples,
@@ -69,8 +70,10 @@ FIXED = (
 class Config(PreferenceTraining):
     """Direct preference optimisation over all pairs of each ranking, or over whole rankings."""
 
-    learning_rate: float = setting(1e-6, "peak learning rate", "per step", gt=0)
-    gradient_accumulation_steps: int = setting(4, ACCUMULATED, ge=1)
+    learning_rate: float = setting(
+        1e-6, "peak learning rate (trl's); with adapters about ten times as much", "per step", gt=0
+    )
+    gradient_accumulation_steps: int = setting(2, ACCUMULATED, ge=1)
     beta: float = setting(0.1, "how strongly the policy is held to the reference", gt=0)
     loss_type: Annotated[list[LossType], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)] = setting(
         ["sigmoid"],
@@ -119,6 +122,7 @@ def run(ctx: StageRun) -> dict:
     report += held_report
     steps = total_steps(c, len(groups))
     ctx.tracker.say(f"dpo: {report.line('rankings')}; {len(held)} rankings held out; {steps} steps")
+    note_default_rate(ctx)
     load = partial(
         load_policy, source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code
     )

@@ -73,7 +73,9 @@ class Config(Section):
     policies: list[str] = setting(
         ["base", "sft", "ppo", "dpo", "best_of_n"], "of base, sft, ppo, dpo, best_of_n; sft is always in"
     )
-    best_of: int = setting(16, "n of best_of_n; 1 leaves it out", "samples", ge=1)
+    best_of: int = setting(
+        4, "n of best_of_n; 1 leaves it out; it costs as much as n policies with one sample a prompt", "samples", ge=1
+    )
     samples_per_prompt: int = setting(
         1, "samples of each policy to each prompt (best_of_n: always one); more make intervals narrower", ge=1
     )
@@ -83,7 +85,7 @@ class Config(Section):
         "demonstrations, as question and answer); auto: chat for a pretrained model, plain for one from scratch",
     )
     few_shot_examples: int = setting(4, "demonstrations shown where base_prompt is few_shot", "rows", ge=1)
-    num_prompts: int | None = setting(None, "how many evaluation prompts; null: all", "prompts", ge=2)
+    num_prompts: int | None = setting(128, "take the first so many evaluation prompts; null: all", "prompts", ge=2)
     response_length: int = setting(128, "longest response, EOS included", "tokens", ge=1)
     max_length: int = setting(512, "longest prompt and response together", "tokens", ge=8)
     on_too_long: TooLong = too_long_prompt()
@@ -245,7 +247,13 @@ def load_tools(ctx: StageRun) -> Tools:
 
 def load_prompts(ctx: StageRun, tokenizer) -> tuple[list, list[list[int]]]:
     """Return the evaluation prompts that leave room for a response, and their ids through the chat template."""
-    records, places = (part[: ctx.config.num_prompts] for part in read_placed(ctx, "evaluation_prompts"))
+    records, places = read_placed(ctx, "evaluation_prompts")
+    if ctx.config.num_prompts is not None and ctx.config.num_prompts < len(records):
+        ctx.tracker.say(
+            f"evaluate: the first {ctx.config.num_prompts} of {len(records)} evaluation prompts; evaluate.num_prompts "
+            f"takes more (null: all)"
+        )
+    records, places = (part[: ctx.config.num_prompts] for part in (records, places))
     kept, ids, report = fit_prompts(ctx, tokenizer, (r.prompt for r in records), places)
     ctx.tracker.say(f"evaluate: {report.line('evaluation prompts')}")
     return [p if isinstance(p, str) else list(p) for p in (records[i].prompt for i in kept)], ids

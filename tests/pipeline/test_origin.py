@@ -207,3 +207,14 @@ def test_whole_sections_and_data_are_settings_of_the_command_line_too(tmp_path):
     assert "-c CONFIG 'model.peft={method: lora}' data.prompts=my.jsonl` keeps" in line
     assert "`rlhf run ppo -c CONFIG --override-config` makes it anew" in line
     assert forgotten({"config": {}}, changes, []) == []  # an older version's
+
+
+def test_an_interrupted_run_names_the_command_that_goes_on(rlhf):  # noqa: F811
+    assert rlhf("run", "fit", "fit.fail_at=7", "fit.learning_rate=0.5")[0] == 3
+    code, _, err = rlhf("run", "fit", "fit.fail_at=7")
+    assert code == 2 and err == (
+        "error: fit: interrupted at step 4, since then fit.learning_rate 0.5 → 0.01; `rlhf run fit -c small.yaml "
+        "fit.learning_rate=0.5 fit.fail_at=7` goes on as it began, --restart begins anew, --override-config goes on "
+        "with the new settings\n"
+    )
+    assert rlhf("run", "fit", "fit.learning_rate=0.5", "fit.fail_at=7")[0] == 3
