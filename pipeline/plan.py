@@ -263,8 +263,9 @@ def bring_up_to_date(
     if others and peers is None and at_terminal():
         for line in others:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-        others = [] if ask("Replace what is there?", stop) else others
-    if others:
+        if not ask("Replace what is there?", stop):
+            raise UserError(f"{store.base}: nothing was replaced; the lines above say how to go on")
+    elif others:
         raise UserError(others)
     for note in chain.hub.notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)

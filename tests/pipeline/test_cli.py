@@ -1,5 +1,6 @@
 """The command: exit codes, one line a mistake, help, status, signals."""
 
+import contextlib
 import json
 import os
 import signal
@@ -343,22 +344,31 @@ def test_clean_removes_nothing_where_nobody_can_be_asked(rlhf):
     assert Path(ARTIFACTS, "manifest.json").exists()
 
 
-@pytest.mark.parametrize("typed, removed", [("y", True), ("n", False), ("", False)])
-def test_clean_asks_at_a_terminal(rlhf, tmp_path, typed, removed):
+def at_a_terminal(folder, typed, *words):
+    """Run the command at a terminal where a person answers its question: (exit code, what it said before and after)."""
     import pty
 
-    rlhf("run", "text")
     leader, follower = pty.openpty()
-    command = [sys.executable, "-m", "tests.pipeline.fakes", "clean", "-c", "small.yaml"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdin=follower, stdout=follower, stderr=follower)
+    command = [sys.executable, "-m", "tests.pipeline.fakes", *words, "-c", "small.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdin=follower, stdout=follower, stderr=follower)
     os.close(follower)
-    said = b""
-    while b"[y/N] " not in said:
-        said += os.read(leader, 1000)
+    before, after = b"", b""
+    while b"[y/N] " not in before:
+        before += os.read(leader, 1000)
     os.write(leader, f"{typed}\n".encode())
-    assert process.wait(60) == 0 and b"artifacts/small (" in said and b"): text" in said
+    with contextlib.suppress(OSError):  # the other end is closed
+        while more := os.read(leader, 1000):
+            after += more
     os.close(leader)
+    return process.wait(60), before.decode(errors="replace"), after.decode(errors="replace")
+
+
+@pytest.mark.parametrize("typed, removed", [("y", True), ("n", False), ("", False)])
+def test_clean_asks_at_a_terminal(rlhf, tmp_path, typed, removed):
+    rlhf("run", "text")
+    code, asked, _ = at_a_terminal(tmp_path, typed, "clean")
+    assert code == 0 and "artifacts/small (" in asked and "): text" in asked
     assert Path(ARTIFACTS).exists() is not removed
 
 

@@ -15,7 +15,7 @@ from pipeline.errors import Interrupted
 from pipeline.origin import Origin, lines_of_others
 from pipeline.stage import StopFlag
 from tests.pipeline import fakes
-from tests.pipeline.test_cli import rlhf  # noqa: F401 (a fixture)
+from tests.pipeline.test_cli import at_a_terminal, rlhf  # noqa: F401 (a fixture)
 
 OTHER = fakes.CONFIG.replace("steps: 12", "steps: 3")
 
@@ -218,3 +218,17 @@ def test_an_interrupted_run_names_the_command_that_goes_on(rlhf):  # noqa: F811
         "with the new settings\n"
     )
     assert rlhf("run", "fit", "fit.learning_rate=0.5", "fit.fail_at=7")[0] == 3
+
+
+@pytest.mark.parametrize("typed, code", [("y", 0), ("n", 2)])
+def test_at_a_terminal_a_setting_that_is_left_out_is_asked_about(rlhf, tmp_path, typed, code):  # noqa: F811
+    assert rlhf("run", "page", "fit.steps=3")[0] == 0
+    before = manifests()
+    found, asked, after = at_a_terminal(tmp_path, typed, "run", "page")
+    assert found == code and asked.count("fit with fit.steps=3") == 1
+    assert asked.endswith("Replace what is there? [y/N] ")
+    if typed == "n":
+        assert manifests() == before
+        assert "error: artifacts/small: nothing was replaced; the lines above say how to go on" in after
+    else:
+        assert "fit: stale because fit.steps 3 → 12; running" in after
