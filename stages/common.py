@@ -232,8 +232,8 @@ def load_groups(ctx: StageRun, tokenizer, split: str, *, max_length: int, on_too
         groups.append(PromptGroup(p, rs, first.ranks, first.id, tuple(r.ranks for r in rankings[1:]), names, margins))
     groups = [g for g in groups if g.pairs()]
     if not groups:
-        what = "no usable pair (all ties, unjudged or dropped); `rlhf data check"
-        raise DataError([f"{file}: {what} {file} -c CONFIG` says more"])
+        look = f"`rlhf data check {file} -c CONFIG` says more"
+        raise DataError([f"{file}: no usable pair (all ties, unjudged or dropped); {look}"])
     return groups, report
 
 
