@@ -8,7 +8,6 @@ MODELS    ?= sft,ppo
 BENCH     ?= ppo
 KILLS     ?= 200
 EXTRAS    ?= dev
-YES       ?=
 PYTHON    ?= python3
 
 VENV  := .venv
@@ -104,7 +103,7 @@ lint: $(STAMP) ## ruff
 	@$(VENV)/bin/ruff check .
 
 clean-artifacts: $(STAMP) ## say what CONFIG's artifacts are, ask, and remove them (YES=1: without asking)
-	@$(RLHF) clean $(PLACE) $(if $(filter 1 y yes,$(YES)),--yes) $(SETTINGS)
+	@$(RLHF) clean $(PLACE) $(if $(filter command,$(origin YES)),$(if $(filter 1 y yes,$(YES)),--yes)) $(SETTINGS)
 
 bench: $(STAMP) ## run tests/benchmarks/BENCH.py (BENCH=ppo)
 	@test -f tests/benchmarks/$(BENCH).py || { echo "error: tests/benchmarks/$(BENCH).py: no such benchmark; there are: $(basename $(notdir $(wildcard tests/benchmarks/*.py)))" >&2; exit 2; }

@@ -77,8 +77,11 @@ def test_a_variable_that_is_none_is_refused(make, words, said):
     assert code == 2 and called is None and said in err and err.count("\n") == 1
 
 
-def test_clean_artifacts_asks_unless_told(make):
-    assert "--yes" not in make("clean-artifacts")[1] and make("clean-artifacts", "YES=1")[1][-1] == "--yes"
+def test_clean_artifacts_asks_unless_told(make, monkeypatch):
+    """On its command line: a YES that stands in the environment for another program is none."""
+    monkeypatch.setenv("YES", "1")
+    assert "--yes" not in make("clean-artifacts")[1] and "--yes" not in make("clean-artifacts", "YES=0")[1]
+    assert make("clean-artifacts", "YES=1")[1][-1] == "--yes"
 
 
 def test_setup_shows_that_it_is_alive():
