@@ -1,4 +1,5 @@
-"""What a file of data is, before anything trains on it: `rlhf data check FILE [-c CONFIG]`.
+"""What a file of data is, before anything trains on it: `rlhf data check FILE [-c CONFIG]`; or what all
+data of a config are, without a FILE.
 
 Kind and forms, lengths, duplicates, what rankings hold, prompts shared with other files word by word or
 nearly so, what a length limit would do, and every error that reading it would raise. Reader and token
@@ -9,7 +10,7 @@ import json
 import math
 import sys
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
 from itertools import islice
 from pathlib import Path
@@ -32,6 +33,18 @@ READER = {  # the section of the config whose length limit holds for a kind
     "prompts": "ppo",
     "evaluation_prompts": "evaluate",
 }
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a config takes of a source: so many records after the first ones; hub: of a data set on the Hub."""
+
+    skip: int = 0
+    limit: int | None = None
+    hub: str | None = None
+    split: str = "train"
+    subset: str | None = None
+    revision: str | None = None
 
 
 @dataclass
@@ -57,13 +70,15 @@ def check(
     tokenizer=None,
     max_length: int | None = None,
     on_too_long: str | None = "error",
-    against: list[tuple[str, str | Path]] | None = None,
+    against: list[tuple] | None = None,
+    part: Part | None = None,
     response_length: int | None = None,
 ) -> Report:
     """Look through a file as `kind`, or as what its keys say. Lengths: tokens, or words without a tokenizer.
 
     max_length (tokens), on_too_long: of the section that reads this kind; for prompts without the response.
-    against: (kind or other name, file) of data that may not share prompts with this file.
+    against: (kind or other name, file, and perhaps the part of it that is read) of data that may not share prompts with
+    this file. part: which part of this file is read; None: all of it.
     response_length: of ppo, which demonstrations' answers are compared with.
     """
     report = Report(Path(path), kind or guess_kind(path))
@@ -72,9 +87,11 @@ def check(
         first = next((f"{where}: {named_keys(value)}" for where, value in file_rows(path, reading)), "")
         report.errors += reading.errors or [first]
         return report
-    loaded = read(report.kind, path)
+    loaded = read_part(report.kind, path, part)
     report.errors += loaded.errors
     say_rows(report, loaded)
+    if part is not None and (part.skip or part.limit is not None):
+        report.facts.append(("taken", f"records {part.skip + 1:,} to {part.skip + len(loaded.records):,}"))
     if loaded.records:
         say_lengths(report, loaded, tokenizer, max_length, on_too_long)
         if report.kind == "demonstrations" and tokenizer is not None and response_length is not None:
@@ -83,9 +100,22 @@ def check(
         say_duplicates(report, loaded)
         if report.kind == "rankings":
             say_pairs(report, loaded, tokenizer, max_length, on_too_long)
-        for name, other in against or []:
-            say_shared_prompts(report, loaded, name, other)
+        for name, other, *rest in against or []:
+            say_shared_prompts(report, loaded, name, other, *rest)
     return report
+
+
+def read_part(kind: str, path: str | Path, part: Part | None) -> Loaded:
+    """Read what a config takes of a file, or of a data set on the Hub; without `part` the whole file."""
+    if part is None:
+        return read(kind, path)
+    most = None if part.limit is None else part.skip + part.limit
+    place = {"path": path} if part.hub is None else {"hub": part.hub, "split": part.split, "subset": part.subset}
+    loaded = read(kind, **place, limit=most, **({} if part.hub is None else {"revision": part.revision}))
+    if part.skip >= len(loaded.records) and not loaded.errors:
+        what = f"holds {len(loaded.records)} records and skip passes over {part.skip}; lower skip"
+        loaded.errors.append(f"{part.hub or path}: {what}")
+    return replace(loaded, records=loaded.records[part.skip :], wheres=loaded.wheres[part.skip :])
 
 
 def guess_kind(path: str | Path) -> str | None:
@@ -290,7 +320,9 @@ def goes_round(better: dict[tuple, set[tuple]]) -> bool:
     return False
 
 
-def say_shared_prompts(report: Report, loaded: Loaded, name: str, other: str | Path) -> None:
+def say_shared_prompts(
+    report: Report, loaded: Loaded, name: str, other: str | Path, part: Part | None = None
+) -> None:
     """Report the prompts of this file that stand in another one too.
 
     Training data may share prompts with training data. With anything else a shared prompt is an
@@ -299,7 +331,7 @@ def say_shared_prompts(report: Report, loaded: Loaded, name: str, other: str | P
     kind = name if name in FORMS else guess_kind(other)
     if kind is None or "documents" in (kind, report.kind):
         return
-    theirs = read(kind, other)
+    theirs = read_part(kind, other, part)
     seen, keys = prompts_of(theirs), keys_of(loaded)
     shared = [i for i, key in enumerate(keys) if key in seen]
     unread = f" ({len(theirs.errors):,} errors in it: check it too)" if theirs.errors else ""
@@ -340,20 +372,73 @@ def run(path, kind: str | None, experiment, console=None, artifacts: str | Path 
     path, limits, note = Path(path).expanduser(), {}, None
     if experiment is not None:
         home = Path(artifacts) / experiment.name
-        files = files_of(experiment, home)
+        files, parts = files_of(experiment, home), parts_of(experiment)
         same = [name for name, file in files.items() if path.exists() and file.samefile(path)]
         kind = kind or (same[0] if same else guess_kind(path))
         limits = limits_of(experiment, kind)
-        limits["against"] = [(name, file) for name, file in files.items() if name != kind]
+        limits["against"] = [(name, file, parts[name]) for name, file in files.items() if name != kind]
+        limits["part"] = parts[kind] if kind in same else None
         limits["tokenizer"], note = tokenizer_of(experiment, home)
     report = check(path, kind, **limits)
     if note:
         report.facts.append(("tokenizer", note))
+    say(report, console)
+    return 2 if report.errors else 0
+
+
+def say(report: Report, console=None) -> None:
+    """Print a report, and its errors to stderr."""
     for line in report.lines():
-        print(line, file=console.file if console is not None else sys.stdout)  # no markup, no wrapping
+        print(line, file=console.file if console is not None else sys.stdout, flush=True)  # no markup, no wrapping
     for line in DataError(report.errors).lines:
         print(f"error: {line}", file=sys.stderr)
-    return 2 if report.errors else 0
+
+
+def run_all(experiment, console=None, artifacts: str | Path = "artifacts") -> int:
+    """Print a report of each kind of data that a config names, and what came of all.
+
+    Args:
+        experiment: the validated config.
+        console: where to; by default standard output.
+        artifacts: the folder of all experiments, where the embedded world's data and the tokenizer are.
+
+    Returns:
+        2 if there are errors in any, otherwise 0.
+    """
+    out = console.file if console is not None else sys.stdout
+    home = Path(artifacts) / experiment.name
+    files, parts, wrong = files_of(experiment, home), parts_of(experiment), {}
+    tokenizer, note = tokenizer_of(experiment, home)
+    print(f"tokenizer: {note}", file=out)
+    for kind, part in parts.items():
+        print(f"\n-- data.{kind}", file=out)
+        if part.hub is None and kind not in files:
+            print("written by the stage world, which has not run yet", file=out)
+            continue
+        others = [(name, file, parts[name]) for name, file in files.items() if name != kind]
+        limits = limits_of(experiment, kind) | {"against": others, "tokenizer": tokenizer, "part": part}
+        report = check(files.get(kind, Path(part.hub or "")), kind, **limits)
+        say(report, console)
+        if report.errors:
+            wrong[kind] = len(report.errors)
+    found = ", ".join(f"{kind} {count:,}" for kind, count in wrong.items())
+    print(f"\n{len(parts)} kinds of data, " + (f"errors: {found}" if wrong else "no errors"), file=out)
+    return 2 if wrong else 0
+
+
+def parts_of(experiment) -> dict[str, Part]:
+    """What of each kind of data the config takes; a kind that is null is not in it."""
+    parts = {}
+    for kind in FORMS:
+        source = getattr(experiment.data, kind, None)
+        if source is None:
+            continue
+        fields = ("skip", "limit", "split", "subset", "revision")
+        given = {name: getattr(source, name) for name in fields if hasattr(source, name)}
+        place = getattr(source, "path", source)
+        here = place == "world" or Path(place).expanduser().exists()
+        parts[kind] = Part(**given, hub=None if here else place)
+    return parts
 
 
 def files_of(experiment, home: Path) -> dict[str, Path]:

@@ -31,7 +31,7 @@ from typing import Any
 from pipeline import checkpoints, files
 from pipeline.errors import UserError
 from pipeline.origin import Origin
-from pipeline.tracking import JOURNALS
+from pipeline.tracking import JOURNALS, TIMING
 
 RESERVED = {"manifest.json", "run.json", "checkpoints"}
 FIELDS = {"fingerprint", "config", "inputs", "outputs", "metrics", "finished_at", "run_id"}
@@ -211,12 +211,12 @@ class ArtifactStore:
         is the manifest without `outputs` and `digest`. Under the lock. Returns the manifest."""
         assert stage in self._held, "publish without the lock"
         folder, work = self.folder(stage), self.work_folder(stage)
-        journals = [work / name for name in JOURNALS]
+        journals = [work / name for name in (*JOURNALS, TIMING)]
         journals = [path for path in journals if path.exists() and path.stat().st_size]
         files.require_space(folder, sum(path.stat().st_size for path in journals))
         for path in journals:
             shutil.copyfile(path, content / path.name)
-        names = files.list_files(content)
+        names = [name for name in files.list_files(content) if name != TIMING]  # another run's would be other bytes
         for name in names:
             assert is_publishable(name), f"{stage} may not publish {name}"
         manifest = files.seal(record | {"outputs": files.describe_files(content, names)})
@@ -229,6 +229,8 @@ class ArtifactStore:
         folder = self.folder(stage)
         files.give_usual_modes(content)
         files.fsync_tree(content)
+        if not (content / TIMING).exists():
+            files.remove(folder / TIMING)  # of what is replaced: no manifest names it
         files.remove(folder / ".publish")
         os.rename(content, folder / ".publish")  # from here on the new artifact wins, whatever happens
         files.fsync_folder(folder)
@@ -298,7 +300,7 @@ class ArtifactStore:
         self._end_run(stage)
         if not os.path.lexists(folder / "manifest.json"):
             _remove_whole(folder / "checkpoints")
-            for name in JOURNALS:
+            for name in (*JOURNALS, TIMING):
                 files.remove(folder / name)
 
     def _end_run(self, stage: str) -> None:

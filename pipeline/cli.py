@@ -18,10 +18,11 @@ import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline import files, sections
+from pipeline import files, hints, sections
 from pipeline.errors import Interrupted, PeerLost, TrainingStopped, UserError
 from pipeline.stage import StopFlag
 
@@ -45,7 +46,8 @@ stages, in their order:  {" ".join(STAGES)}
   --restart              drop what an interrupted run has saved and begin anew
   --override-config      go on with an interrupted run under changed settings; both are recorded (seed, data and what
                          orders a stage's rows stay). Also: replace finished stages that another YAML of the same
-                         name: made; without it that is refused, or asked at a terminal
+                         name: made, or that were made with settings of a command line which this one leaves out;
+                         without it that is refused, or asked at a terminal
   --allow-elastic        go on with an interrupted run at another number of processes
   --debug                show tracebacks
   --trust-remote-code    run code that a model's folder or repository brings, also the copy in its artifacts
@@ -58,6 +60,7 @@ exit codes: 0 done or up to date; 2 a mistake in config, data or artifacts; 3 tr
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    arguments = None
     for stream in (sys.stdout, sys.stderr):  # a terminal that has no → must not end a run
         stream.reconfigure(errors="replace")
     try:
@@ -71,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in argv:
             traceback.print_exc()
-        return explain(error)
+        return explain(error, caller_of(arguments))
 
 
 def at_hand(arguments: argparse.Namespace) -> None:
@@ -84,8 +87,18 @@ def at_hand(arguments: argparse.Namespace) -> None:
         arguments.artifacts = str(local_folder(arguments.remote))
 
 
-def explain(error: Exception) -> int:
-    """Says in a line (or a line a mistake) what ended the command; returns the exit code."""
+def caller_of(arguments: argparse.Namespace | None) -> hints.Caller:
+    """How the user calls this command; None: the command line could not be read."""
+    if arguments is None:
+        return hints.caller_of(None, None)
+    place = getattr(arguments, "remote", None) or getattr(arguments, "artifacts", None)
+    flags = ["--trust-remote-code"] if getattr(arguments, "trust_remote_code", False) else []
+    return hints.caller_of(getattr(arguments, "config", None), place, getattr(arguments, "overrides", []), flags)
+
+
+def explain(error: Exception, caller: hints.Caller | None = None) -> int:
+    """Says in a line (or a line a mistake) what ended the command; returns the exit code. caller: by whose config,
+    artifacts and settings the commands in it are filled in."""
     if isinstance(error, Interrupted):
         at = (
             f" at step {error.step}" + (f" of {error.total}" if error.total else "")
@@ -101,7 +114,7 @@ def explain(error: Exception) -> int:
         isinstance(error, UserError) or type(error).__name__ == "DataError"
     ):  # data.records.DataError has the same shape
         for line in error.lines:
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {hints.filled(line, caller or hints.Caller())}", file=sys.stderr)
         return 2
     if isinstance(error, PeerLost):
         from pipeline import processes
@@ -239,23 +252,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
     text = "print what each stage will need of a device's memory (launch.device=cuda: of a GPU that is not here)"
     doctor.add_argument("--memory", action="store_true", help=text)
     doctor.add_argument("--trust-remote-code", action="store_true", help="with --memory: run code that a model brings")
-    command("clean", "say what an experiment's artifacts are, then remove them")
+    clean = command("clean", "say what an experiment's artifacts are, ask, and remove them")
+    clean.add_argument("--yes", action="store_true", help="remove them without asking")
     chat = command("chat", "talk to several policies side by side")
     chat.add_argument("--models", required=True, metavar="A,B", help="stages whose models answer, as sft,ppo")
     chat.add_argument(
-        "--temperature", type=float, default=1.0, help="of sampling; 0 = always the likeliest token"
+        "--temperature", type=float, default=0.0, help="of sampling; 0 (the default) = always the likeliest token"
     )
     chat.add_argument(
         "--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability"
     )
     chat.add_argument("--seed", type=int, default=0, help="of sampling")
-    chat.add_argument("--max-new-tokens", type=int, default=None, help="longest answer, in tokens")
+    text = "longest answer, in tokens (default: evaluate.response_length)"
+    chat.add_argument("--max-new-tokens", type=int, default=None, help=text)
+    chat.add_argument("--system", default=None, metavar="TEXT", help="system message")
     chat.add_argument("--trust-remote-code", action="store_true", help="run code that a model brings")
     data = commands.add_parser("data", help="look at data files without training", allow_abbrev=False)
     actions = data.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
-    text = "show kind, rows, lengths, duplicates, leaks and every bad row of a file"
+    text = "show kind, rows, lengths, duplicates, leaks and every bad row of a file, or of all data that a config names"
     check = actions.add_parser("check", help=text, description=text, allow_abbrev=False)
-    check.add_argument("file", metavar="FILE")
+    check.add_argument("file", metavar="FILE", nargs="?", help="without one: all data that CONFIG names")
     check.add_argument(
         "-c", "--config", metavar="FILE", help="the experiment whose tokenizer and max_length count"
     )
@@ -265,7 +281,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     check.add_argument("--debug", action="store_true", help="show tracebacks")
 
-    words, settings = without_settings(argv) if argv[:1] == ["run"] else (argv, [])
+    words, settings = without_settings(argv) if argv[:1] in (["run"], ["data"]) else (argv, [])
     arguments, rest = parser.parse_known_args(words)
     arguments.words = argv
     arguments.overrides = settings + [word for word in rest if is_setting(word)]
@@ -284,10 +300,11 @@ def is_setting(word: str) -> bool:
 
 
 def without_settings(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The words of `rlhf run` but its key=value, and these: argparse would take the first of them for the stage."""
+    """The words of a command but its key=value, and these: argparse would take the first of them for the stage, or for
+    the data file."""
     words, settings = [], []
     for before, word in zip(["", *argv], argv, strict=False):
-        is_value = before in ("-c", "--config", "--artifacts")
+        is_value = before in ("-c", "--config", "--artifacts") or (argv[0] == "data" and Path(word).exists())
         (settings if is_setting(word) and not is_value else words).append(word)
     return words, settings
 
@@ -322,11 +339,13 @@ def open_store(arguments: argparse.Namespace, experiment: Any, stages: dict[str,
 
     checks = [module.check for module in (stages or {}).values() if hasattr(module, "check")]
     shared = getattr(arguments, "remote", None) is not None
-    origin = None if stages is None else Origin.of(arguments.config, type(experiment), checks, shared)
+    said = tuple(arguments.overrides)
+    origin = None if stages is None else Origin.of(arguments.config, type(experiment), checks, shared, said)
     return ArtifactStore(arguments.artifacts, experiment.name, origin)
 
 
-def make_console() -> Any:
+def make_console(caller: hints.Caller | None = None) -> Any:
+    """A console for tables and lines. caller: by whom the commands in plain text are filled in."""
     from rich.console import Console
 
     # in a pipe rich believes in 80 columns, and tables would lose their text
@@ -337,6 +356,13 @@ def make_console() -> Any:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     console.on_broken_pipe = go_on_unheard
+    if caller is not None:
+        as_it_is = console.print
+
+        def say(*things: Any, **options: Any) -> None:
+            as_it_is(*(hints.filled(x, caller) if isinstance(x, str) else x for x in things), **options)
+
+        console.print = say
     return console
 
 
@@ -360,7 +386,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         processes.watch_launcher(stop, met)
         experiment, stages = load(arguments, tree=tree)
         launch.prepare(experiment)
-        store, console = open_store(arguments, experiment, stages), make_console()
+        store, console = open_store(arguments, experiment, stages), make_console(caller_of(arguments))
         flags = flags_of(arguments)
         patience = experiment.launch.timeout
         peers = processes.join(experiment.launch.processes * experiment.launch.nodes, patience)
@@ -405,7 +431,7 @@ def submit_command(arguments: argparse.Namespace) -> int:
         line for n in waiting for line in running.refusals(n, n == arguments.stage, chain.states[n], flags, processes)
     ]:
         raise UserError(lines)
-    if lines := chain.of_other_files(waiting, arguments.stage, flags):
+    if lines := chain.replaced(waiting, arguments.stage, flags):
         raise UserError(lines)
     folder = (store.base / "slurm").absolute()
     artifacts = arguments.remote or str(store.root.absolute())
@@ -449,6 +475,7 @@ def help_command(arguments: argparse.Namespace) -> int:
     from rich.text import Text
 
     from pipeline import config, launch
+    from pipeline.tracking import TIMES, TIMING
 
     launch.set_environment({})
     module = stage_modules()[arguments.stage]
@@ -467,9 +494,10 @@ def help_command(arguments: argparse.Namespace) -> int:
             console.print()
             console.print(table)
     if module.METRICS:
-        console.print("\n[bold]metrics[/bold]")
-        for name, sentence in module.METRICS.items():
-            console.print(Text(f"{name}: {sentence}"))
+        for title, figures in (("metrics", module.METRICS), (f"{TIMING}, a row a step", TIMES)):
+            console.print(f"\n[bold]{title}[/bold]")
+            for name, sentence in figures.items():
+                console.print(Text(f"{name}: {sentence}"))
     return 0
 
 
@@ -482,7 +510,8 @@ def status_command(arguments: argparse.Namespace) -> int:
     from pipeline.running import headline
 
     experiment, stages = load(arguments)
-    store, console = open_store(arguments, experiment), make_console()
+    caller = caller_of(arguments)
+    store, console = open_store(arguments, experiment), make_console(caller)
     styles = {
         "done": "green",
         "stale": "yellow",
@@ -492,35 +521,36 @@ def status_command(arguments: argparse.Namespace) -> int:
         "damaged": "red",
     }
     table = Table(title=f"{experiment.name} in {store.base}", title_justify="left")
-    for title in ("stage", "state", "when", "size", "result"):
-        table.add_column(title, justify="right" if title == "size" else "left", overflow="fold")
+    columns = ("stage", "state", "when", "size", "result")
+    columns = columns if console.width >= 72 else columns[:2]  # five columns of a few letters are unreadable
+    for title in columns:
+        options = {"justify": "right" if title == "size" else "left", "no_wrap": title == "stage"}
+        table.add_column(title, overflow="fold", **options)
     needed = {need for module in stages.values() for need in all_needs(module, experiment)}
-    for name, state in plan.assess(experiment, store, stages).items():
+    states = plan.assess(experiment, store, stages)
+    for name, state in states.items():
         when = size = result = ""
         if state.manifest is not None:
             when = f"{datetime.fromisoformat(state.manifest['finished_at']).astimezone():%Y-%m-%d %H:%M}"
             result = " · ".join(headline(stages[name], state.manifest["metrics"]))
         if store.folder(name).is_dir():
-            size = human_bytes(store.size(name))
+            size = files.human_bytes(store.size(name))
         idle = name == "world" and name not in needed and state.kind == "missing"
-        sentence = "not needed: no data is the world's" if idle else state.sentence()
-        table.add_row(name, Text(sentence, style=styles[state.kind]), when, size, Text(result))
+        sentence = "not needed: no data is the world's" if idle else hints.filled(state.sentence(), caller)
+        row = (name, Text(sentence, style=styles[state.kind]), when, size, Text(result))
+        table.add_row(*row[: len(columns)])
     console.print(table)
+    for line in plan.remembered(states, store, arguments.overrides):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
-def human_bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def clean_command(arguments: argparse.Namespace) -> int:
-    """Removes artifacts/NAME and nothing else; refuses where a process works there, or something else lies there."""
-    from pipeline import config, files
+    """Removes artifacts/NAME and nothing else, if a person at the terminal or --yes says so; refuses where a process
+    works there, or something else lies there."""
+    from pipeline import config
     from pipeline.artifacts import ArtifactStore
+    from pipeline.origin import ask, at_terminal
 
     tree = config.read_tree(arguments.config, arguments.overrides)
     store = ArtifactStore(arguments.artifacts, config.read_name(tree))
@@ -540,8 +570,15 @@ def clean_command(arguments: argparse.Namespace) -> int:
     with ExitStack() as held:
         for name in stages:  # a process may have come since
             held.enter_context(store.hold(name))
-        size = human_bytes(sum(store.size(name) for name in found))
-        print(f"removing {store.base} ({size}): {' '.join(found) or 'empty'}")
+        size = files.human_bytes(sum(store.size(name) for name in found))
+        what = f"{store.base} ({size}): {' '.join(found) or 'empty'}"
+        if not arguments.yes:
+            if not at_terminal():
+                raise UserError(f"{what}; nobody is there to be asked: --yes (make: YES=1) removes it")
+            if not ask(f"{what}\nRemove it?", StopFlag()):
+                print("nothing removed")
+                return 0
+        print(f"removing {what}")
         # away at once, and removed with no lock file open: NFS would keep that, and its folder
         os.rename(store.base, doomed)
     files.remove(doomed)
@@ -561,7 +598,7 @@ def doctor_command(arguments: argparse.Namespace) -> int:
         if experiment is None:
             raise UserError("doctor --memory: of which experiment? Add -c CONFIG, as configs/tiny.yaml")
         return stage.plan_memory(experiment, trust_remote_code=arguments.trust_remote_code)
-    return stage.run(experiment, artifacts=arguments.artifacts)
+    return stage.run(experiment, artifacts=arguments.artifacts, fill=partial(hints.filled, caller=caller_of(arguments)))
 
 
 def chat_command(arguments: argparse.Namespace) -> int:
@@ -577,6 +614,7 @@ def chat_command(arguments: argparse.Namespace) -> int:
         top_p=arguments.top_p,
         seed=arguments.seed,
         max_new_tokens=arguments.max_new_tokens,
+        system=arguments.system,
         trust_remote_code=arguments.trust_remote_code,
     )
 
@@ -590,6 +628,11 @@ def data_command(arguments: argparse.Namespace) -> int:
     else:
         launch.set_environment({})
     check = importlib.import_module("data.check")
+    if arguments.file is None:
+        if experiment is None or arguments.kind is not None:
+            lacking = "--kind needs a FILE" if experiment is not None else "give a FILE, or -c CONFIG for all its data"
+            raise UserError(f"command line: {lacking}; see `rlhf data check --help`")
+        return check.run_all(experiment, artifacts=arguments.artifacts)
     return check.run(arguments.file, arguments.kind, experiment, artifacts=arguments.artifacts)
 
 

@@ -198,9 +198,23 @@ def require_space(folder: Path, needed: int) -> None:
         raise UserError(f"{folder}: needs {needed:,} bytes and {free:,} are free; make room, then run again")
 
 
+def free_bytes(folder: Path) -> int:
+    """Return the room that the disk of a folder has."""
+    return shutil.disk_usage(folder).free
+
+
 def remove(path: Path) -> None:
     """Removes a file, a link or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def human_bytes(count: float) -> str:
+    """A number of bytes as people say it: 12 kB, 1.3 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

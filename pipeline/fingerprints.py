@@ -179,7 +179,7 @@ def compare(name: str, record: dict[str, Any], today: Today) -> list[Change]:
     if record["fingerprint"] == today.fingerprint:
         return []
     kinds = _other_places(record["config"], today.config)
-    changes = [Change(f"data.{kind} {before} → {after}", False) for kind, (before, after) in kinds.items()]
+    changes = [Change(f"data.{kind} {a} → {b}", False, f"data.{kind}") for kind, (a, b) in kinds.items()]
     said = {f"data.{kind}" for kind in kinds}  # with the keys in them
     if not (_kinds(record["config"]) and _kinds(today.config)):
         said |= {"data", "data.validation_fraction"}
@@ -204,7 +204,8 @@ def compare(name: str, record: dict[str, Any], today: Today) -> list[Change]:
             if None not in commits:
                 digests = f"commit {commits[0][:7]} → {commits[1][:7]}"
             counted = f", rows {rows[0]} → {rows[1]}" if None not in rows else ""
-            changes.append(Change(f"data.{kind} changed ({facts[1].get('path')}, {digests}{counted})", False))
+            text = f"data.{kind} changed ({facts[1].get('path')}, {digests}{counted})"
+            changes.append(Change(text, False, f"data.{kind}"))
         elif key.startswith("folder:"):
             name = key.removeprefix("folder:")
             if name not in {change.key for change in changes}:  # else another folder is named, and that is said

@@ -1,6 +1,8 @@
 """Which stage needs which; what is done, stale (and why) or interrupted (and where); bringing a stage up to
 date."""
 
+import shlex
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -13,7 +15,7 @@ from pipeline.digests import Digests
 from pipeline.errors import Interrupted, UserError
 from pipeline.fingerprints import Change, Today, all_needs, compare, describe_today, lacking
 from pipeline.hub import Hub
-from pipeline.origin import ask, lines_of_others
+from pipeline.origin import ask, at_terminal, forgotten, lines_of_forgotten, lines_of_others
 from pipeline.processes import Peers
 from pipeline.remote import Remote
 from pipeline.running import Flags, Job, is_dropped, refusals, run_stage
@@ -32,7 +34,7 @@ class StageState:
     total: int | None = None
     manifest: dict[str, Any] | None = None  # of the finished artifact, fresh or stale, if it holds
     run: dict[str, Any] | None = None  # run.json of an interrupted run
-    changes: list[Change] = field(default_factory=list)  # since the interrupted run began
+    changes: list[Change] = field(default_factory=list)  # since the stage was finished, or the interrupted run began
     waiting: list[str] = field(default_factory=list)  # "rm is stale": what must run before
 
     def sentence(self) -> str:
@@ -71,7 +73,8 @@ class Chain:
         today = describe_today(name, self.stages[name], self.experiment, manifests, *facts)
         if self.store.origin is None:
             return today
-        return replace(today, config=today.config | {"file": self.store.origin.record(self.store.base)})
+        made = {"file": self.store.origin.record(self.store.base), "command_line": list(self.store.origin.overrides)}
+        return replace(today, config=today.config | made)
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """run.json and manifest of the stage, then those of the others, as far as they can be read."""
@@ -114,11 +117,12 @@ class Chain:
             for need in self.needs(name)
             if self.states[need].kind != "done"
         ]
-        manifest, damage, reasons = None, [], []
+        manifest, damage, reasons, since = None, [], [], []
         try:
             if store.manifest(name) is not None:
                 manifest = store.verify(name)
-                reasons = waiting + [change.text for change in compare(name, manifest, today)]
+                since = compare(name, manifest, today)
+                reasons = waiting + [change.text for change in since]
         except UserError as error:
             damage = error.lines
         try:
@@ -141,7 +145,7 @@ class Chain:
         if manifest is None:
             lines = lacking(self.stages[name], self.experiment)
             return StageState("missing", [line.partition(",")[0] for line in lines])
-        return StageState("stale" if reasons else "done", reasons, manifest=manifest)
+        return StageState("stale" if reasons else "done", reasons, manifest=manifest, changes=since)
 
     def begins_anew(self, name: str, is_target: bool, flags: Flags) -> bool:
         """Whether a run of the stage will begin from the beginning, and not go on with an interrupted one."""
@@ -161,6 +165,25 @@ class Chain:
             elif state.run is not None and state.changes and is_dropped(name == target, state, flags):
                 replaced.append((name, state.run))
         return lines_of_others(self.store.origin, self.store.base, replaced)
+
+    def of_other_commands(self, order: list[str], target: str, flags: Flags) -> list[str]:
+        """A line for the finished stages that this command would make anew for no other reason than that a setting of
+        last time's command line is not on this one's."""
+        if self.store.origin is None or flags.override_config:
+            return []
+        found = {}
+        for name in order:
+            state, manifest = self.states[name], self.elsewhere.get(name)
+            manifest = state.manifest if state.kind == "stale" else manifest
+            if manifest is not None:
+                changes = state.changes if state.kind == "stale" else compare(name, manifest, self.today(name))
+                if words := forgotten(manifest, changes, self.store.origin.overrides):
+                    found[name] = (words, changes)
+        return lines_of_forgotten(target, self.store.base, found)
+
+    def replaced(self, order: list[str], target: str, flags: Flags) -> list[str]:
+        """A line for each thing that a person should say yes to before this command replaces it."""
+        return self.of_other_files(order, target, flags) + self.of_other_commands(order, target, flags)
 
     def look_again(self, name: str) -> None:
         """Assess a finished stage anew if a file that it is made of was edited since this command began."""
@@ -244,8 +267,13 @@ def bring_up_to_date(
             lines += chain.today(name, chain.begins_anew(name, name == target, flags)).problems
     if lines:
         raise UserError(dict.fromkeys(lines))  # stages that read the same file say the same of it
-    others = chain.of_other_files(order, target, flags)
-    if others and (peers is not None or not ask("\n".join([*others, "Replace them?"]), stop)):
+    others = chain.replaced(order, target, flags)
+    if others and peers is None and at_terminal():
+        for line in others:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if not ask("Replace what is there?", stop):
+            raise UserError(f"{store.base}: nothing was replaced; the lines above say how to go on")
+    elif others:
         raise UserError(others)
     for note in chain.hub.notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
@@ -303,6 +331,26 @@ def pushed(remote: Remote, name: str, made: bool) -> list[str]:
     except UserError as error:
         return error.lines
     return []
+
+
+def remembered(states: dict[str, StageState], store: ArtifactStore, overrides: Sequence[str]) -> list[str]:
+    """A line for `status` on settings that finished stages were made with, and that its own command line leaves out:
+    with them the stages may well be done.
+
+    Args:
+        states: as `assess` gave them.
+        store: the artifacts.
+        overrides: the settings of this command line.
+    """
+    then: dict[str, list[str]] = {}
+    for name, state in states.items():
+        if state.kind == "stale":
+            for word in forgotten(state.manifest, state.changes, overrides):
+                then.setdefault(word, []).append(name)
+    if not then:
+        return []
+    made = "; ".join(f"{', '.join(names)} with {word}" for word, names in then.items())
+    return [f"the command line made {made}: `rlhf status -c CONFIG {shlex.join(then)}` looks with that"]
 
 
 def refuse_unready(needs: dict[str, StageState]) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import random
+import shlex
 import socket
 import subprocess
 import time
@@ -21,10 +22,10 @@ from pipeline.artifacts import ArtifactStore, now
 from pipeline.cache import Cache
 from pipeline.digests import Digests
 from pipeline.errors import UserError
-from pipeline.fingerprints import Today, all_needs, folders, hub_model, sources
+from pipeline.fingerprints import Change, Today, all_needs, folders, hub_model, sources
 from pipeline.processes import Peers, relying_on
 from pipeline.stage import Source, StageRun, StopFlag
-from pipeline.tracking import Dashboard, Tracker, figure, plain
+from pipeline.tracking import Dashboard, Tracker, duration, figure, plain
 
 if TYPE_CHECKING:
     from pipeline.plan import StageState
@@ -174,11 +175,18 @@ def refusals(
     at = f"{name}: interrupted at step {state.step}, since then"
     if inputs:
         return [f"{at} {text}; --restart begins anew" for text in inputs + [change.text for change in settings]]
+    then = {word.partition("=")[0]: word for word in state.run["config"].get("command_line", [])}
+
+    def as_before(change: Change) -> str:
+        """The command that says again what the command line of the run said."""
+        word = then.get(change.key)
+        return "" if word is None else f"`rlhf run {name} -c CONFIG {shlex.quote(word)}` goes on as it began, "
+
     fixed = "which an interrupted run keeps; set it back to go on, --restart begins anew"
     remedy = "--restart begins anew, --override-config goes on with the new settings"
     lines = [f"{at} {change.text}, {fixed}" for change in settings if change.is_fixed]
     if not flags.override_config:
-        lines += [f"{at} {change.text}; {remedy}" for change in settings if not change.is_fixed]
+        lines += [f"{at} {change.text}; {as_before(change)}{remedy}" for change in settings if not change.is_fixed]
     if lines:
         return lines
     before, today = state.run["world_size"], processes or launch.facts()["world_size"]
@@ -435,10 +443,3 @@ def git_state() -> dict[str, Any] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit.strip(), "dirty": bool(changes.strip())}
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -2,7 +2,8 @@
 asked for.
 
 metrics.jsonl, evaluations.jsonl and samples.jsonl hold no time of day, so that a run that was stopped and
-went on writes the same bytes as one that was not.
+went on writes the same bytes as one that was not. What the clock and the memory say of a step is in timing.jsonl, which
+is published beside them and is no part of the artifact's digest.
 """
 
 import json
@@ -31,6 +32,13 @@ from pipeline import files
 INIT_SECONDS = 8.0  # for wandb's first answer; WANDB_INIT_TIMEOUT says otherwise
 FINISH_SECONDS = 60.0  # for the rest of a stage's figures to go there
 JOURNALS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
+TIMING = "timing.jsonl"
+TIMES = {  # what a row of it holds beside `step`; wandb gets them as `time/…`
+    "seconds": "of the step, forward, backward and update (ppo: sampling too), without evaluation and checkpoints",
+    "tokens": "of the step's batch, padding not counted, in all processes (ppo: of its episodes, prompts included)",
+    "tokens_per_second": "tokens / seconds",
+    "memory_gb": "the most that the first process has held so far: of a GPU's memory, or without one of the machine's",
+}
 
 
 def plain(value: Any) -> Any:
@@ -117,10 +125,23 @@ class Tracker:
 
     # -- journals ----------------------------------------------------------------------------------------
 
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """One row of metrics.jsonl: what one optimizer step (PPO: one update) was like."""
+    def log(self, step: int, metrics: dict[str, Any], seconds: float | None = None, tokens: int | None = None) -> None:
+        """Write what one optimizer step (PPO: one update) was like: a row of metrics.jsonl, and one of timing.jsonl.
+
+        Args:
+            step: its number.
+            metrics: its figures, none of the clock.
+            seconds: how long it took; None: there is no row of timing.jsonl.
+            tokens: of its batch, in all processes.
+        """
         self._append("metrics.jsonl", [{"step": step, **metrics}])
-        self._to_wandb({key: value for key, value in metrics.items() if not isinstance(value, str)}, step)
+        times: dict[str, Any] = {}
+        if seconds is not None:
+            times = {"seconds": round(seconds, 4), "tokens": tokens}
+            times |= {"tokens_per_second": round((tokens or 0) / max(seconds, 1e-9), 1), "memory_gb": memory_gb()}
+            self._append(TIMING, [{"step": step, **times}])
+        told = {key: value for key, value in metrics.items() if not isinstance(value, str)}
+        self._to_wandb(told | {f"time/{key}": value for key, value in times.items()}, step)
 
     def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
         """One row of evaluations.jsonl: held-out figures after `step` steps."""
@@ -138,11 +159,11 @@ class Tracker:
         """Drops every row after `step`: a run goes on from a checkpoint and writes those rows again. -1 drops
         all. owes_look: also what a held-out look at `step` wrote, which will be made again."""
         self.close_journals()
-        for name in JOURNALS:
+        for name in (*JOURNALS, TIMING):
             path = self.folder / name
             if not path.exists():
                 continue
-            kept, last = [], step - (owes_look and name != JOURNALS[0])
+            kept, last = [], step - (owes_look and name in JOURNALS[1:])
             for line in path.read_bytes().splitlines(keepends=True):
                 try:
                     row = json.loads(line)
@@ -193,7 +214,8 @@ class Tracker:
 
     def progress(self, total: int, description: str, start: int = 0) -> "ProgressLine":
         """A context manager whose `.update(step, **figures)` moves a bar, or prints a line now and then."""
-        return ProgressLine(self.console, total, f"{self.stage}: {description}", start)
+        own = description.removeprefix(self.stage).strip()
+        return ProgressLine(self.console, total, f"{self.stage}: {own}" if own else self.stage, start)
 
     # -- wandb: a convenience that must never stop training ----------------------------------------------
 
@@ -239,23 +261,26 @@ class Tracker:
 
 
 class ProgressLine:
-    """A rich bar on a terminal; elsewhere a line every tenth of the way or every 30 seconds, whichever comes
-    first... but never more often than once a second."""
+    """A rich bar on a terminal; elsewhere a line with the time so far and the time left: at every tenth of the way, as
+    soon as the first steps tell how long it will take, and else twice a minute (less often where it takes hours), but
+    never more often than once a second."""
 
     def __init__(self, console: Console, total: int, description: str, start: int):
         self.console, self.total, self.description, self.step = console, total, description, start
         self._bar: Progress | None = None
-        self._said_step, self._said_at = start, time.monotonic()
+        self._began = self._said_at = time.monotonic()
+        self._start = self._said_step = start
+        self._first: tuple[int, float] | None = None  # the step that was done first, and when
 
     def __enter__(self) -> "ProgressLine":
         if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=24 if self.console.width >= 80 else 8),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[figures]}", style="dim"),
+                *[TextColumn("{task.fields[figures]}", style="dim")] * (self.console.width >= 60),
                 console=self.console,
                 transient=True,
             )
@@ -267,22 +292,60 @@ class ProgressLine:
 
     def update(self, step: int, **figures: Any) -> None:
         """`step` of `total` is done; `figures` are shown beside it."""
-        self.step = step
+        self.step, now = step, time.monotonic()
+        left = self._left(step, now)
         text = " ".join(f"{name} {figure(value)}" for name, value in figures.items())
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=text)
             return
-        waited = time.monotonic() - self._said_at
+        waited, elapsed = now - self._said_at, now - self._began
         tenth = step - self._said_step >= max(self.total / 10, 1) and waited >= 1
-        if tenth or waited >= 30:
-            line = f"{self.description} {step}/{self.total} {text}".rstrip()
+        first = self._said_step == self._start and step - self._start >= 2 and elapsed >= 5
+        if tenth or first or waited >= min(300, max(30, elapsed / 20)):
+            line = f"{self.description}: {step}/{self.total} {text}".rstrip() + f" · {duration(elapsed)}"
+            line += f" · about {duration(roughly(left))} left" if left is not None and step < self.total else ""
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-            self._said_step, self._said_at = step, time.monotonic()
+            self._said_step, self._said_at = step, now
+
+    def _left(self, step: int, now: float) -> float | None:
+        """Seconds until the end at the pace so far, without what came before the first step was done; None where no
+        step tells."""
+        if self._first is None:
+            self._first = (step, now)
+            return (now - self._began) / (step - self._start) * (self.total - step) if step > self._start else None
+        first, at = self._first
+        return (now - at) / (step - first) * (self.total - step) if step > first else None
 
     def __exit__(self, *_: Any) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 12 s, 1 min 50 s, 2 h 10 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def roughly(seconds: float) -> float:
+    """An estimate without the digits that it does not have: whole seconds below 20, then 5, 10 or 60 of them."""
+    unit = 1 if seconds < 20 else 5 if seconds < 60 else 10 if seconds < 600 else 60
+    return max(1.0, round(seconds / unit) * unit)
+
+
+def memory_gb() -> float:
+    """The most that this process has held so far, in GB: of the GPU's memory where it computes on one, otherwise of the
+    machine's."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts in bytes there
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
 
 
 def figure(value: Any) -> str:

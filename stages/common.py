@@ -157,6 +157,20 @@ def place(ctx: StageRun, make: Callable, accelerator):
     return model
 
 
+def note_default_rate(ctx: StageRun, *keys: str) -> None:
+    """Say so where adapters train and a learning rate is the default, which suits the training of every weight. keys:
+    of the stage's learning rates; by default learning_rate."""
+    if ctx.experiment.model.peft is None:
+        return
+    for key in keys or ("learning_rate",):
+        if key not in ctx.config.model_fields_set:
+            rate = getattr(ctx.config, key)
+            ctx.tracker.say(
+                f"{ctx.stage}: {key} is the default {rate:g}, which suits the training of every weight; for adapters "
+                f"about ten times as much is usual: {ctx.stage}.{key}={10 * rate:g}"
+            )
+
+
 def adapter_settings(model_section) -> dict | None:
     """The `model.peft` section as keyword arguments; None where every weight trains."""
     peft = model_section.peft
@@ -292,7 +306,8 @@ def load_groups(ctx: StageRun, tokenizer, split: str, *, max_length: int, on_too
     groups = [g for g in groups if g.pairs()]
     if not groups:
         what = "no usable pair (all ties, unjudged, dropped or equal within max_length)"
-        raise DataError([f"{file}: {what}; check `rlhf data check {file}`"])
+        look = f"`rlhf data check {file} -c CONFIG` says more"
+        raise DataError([f"{file}: {what}; {look}"])
     return groups, report
 
 

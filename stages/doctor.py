@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata, util
 from pathlib import Path
 from typing import NamedTuple
@@ -38,8 +38,18 @@ class Line(NamedTuple):
     remedy: str = ""
 
 
-def run(experiment=None, artifacts: str | Path = "artifacts", console=None) -> int:
-    """Prints the findings; 0, or 2 if something needed is missing. `experiment`: validated, or None."""
+def run(experiment=None, artifacts: str | Path = "artifacts", console=None, fill: Callable[[str], str] = str) -> int:
+    """Print the findings.
+
+    Args:
+        experiment: validated, or None.
+        artifacts: the folder of all experiments.
+        console: where to; by default the terminal.
+        fill: what makes of a remedy the command as the user would type it.
+
+    Returns:
+        0, or 2 if something needed is missing.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -66,7 +76,7 @@ def run(experiment=None, artifacts: str | Path = "artifacts", console=None) -> i
         for line in found:
             text = Text(line.found)
             if line.remedy:
-                text.append(f"\n→ {line.remedy}", "cyan" if line.mark == NOTE else "bold cyan")
+                text.append(f"\n→ {fill(line.remedy)}", "cyan" if line.mark == NOTE else "bold cyan")
             what = Text(line.what, "dim" if line.mark == NOTE else "")
             table.add_row(Text(line.mark, styles[line.mark]), what, text)
         console.print(table)
@@ -281,7 +291,7 @@ def config(experiment) -> Iterator[Line]:
     from stages.common import unreadable
 
     if experiment is None:
-        yield Line(NOTE, "experiment", "none was named", "rlhf doctor -c configs/tiny.yaml looks at one")
+        yield Line(NOTE, "experiment", "none was named", "`rlhf doctor -c configs/tiny.yaml` looks at one")
         return
     yield Line(GOOD, "experiment", f"{experiment.name}: every setting is valid")
     model = experiment.model.name_or_path
@@ -324,10 +334,10 @@ def config(experiment) -> Iterator[Line]:
         else:
             here = Path(place).expanduser().exists()
             if not here:
-                remedy = f"set data.{kind} to a file; rlhf data check FILE looks into one"
+                remedy = f"set data.{kind} to a file; `rlhf data check -c CONFIG` looks into all that are named"
                 yield Line(BAD, f"data.{kind}", f"{place} is not there", remedy)
             elif wrong := unreadable(experiment, [kind]):
-                remedy = f"mend the file; rlhf data check {place} --kind {kind} looks through all of it"
+                remedy = f"mend the file; `rlhf data check {place} --kind {kind} -c CONFIG` looks through all of it"
                 yield Line(BAD, f"data.{kind}", "\n".join(wrong), remedy)
             else:
                 yield Line(GOOD, f"data.{kind}", place)

@@ -30,11 +30,13 @@ from stages.common import (
     group_order,
     in_parts,
     load_groups,
+    note_default_rate,
     packing,
     place,
     publish_dtype,
     show_samples,
 )
+from stages.disk import say_written
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee, pause_if_asked
 from stages.models.adapters import adapter_off, is_adapted, save_merged, with_adapter
 from stages.models.forward import response_logprobs
@@ -70,8 +72,10 @@ FIXED = (
 class Config(PreferenceTraining):
     """Direct preference optimisation over all pairs of each ranking, or over whole rankings."""
 
-    learning_rate: float = setting(1e-6, "peak learning rate", "per step", gt=0)
-    gradient_accumulation_steps: int = setting(4, ACCUMULATED, ge=1)
+    learning_rate: float = setting(
+        1e-6, "peak learning rate (trl's); with adapters about ten times as much", "per step", gt=0
+    )
+    gradient_accumulation_steps: int = setting(2, ACCUMULATED, ge=1)
     beta: float = setting(0.1, "how strongly the policy is held to the reference", gt=0)
     loss_type: Annotated[list[LossType], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)] = setting(
         ["sigmoid"],
@@ -120,6 +124,7 @@ def run(ctx: StageRun) -> dict:
     report += held_report
     steps = total_steps(c, len(groups))
     ctx.tracker.say(f"dpo: {report.line('rankings')}; {len(held)} rankings held out; {steps} steps")
+    note_default_rate(ctx)
     load = partial(
         load_policy, source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code
     )
@@ -147,6 +152,8 @@ def run(ctx: StageRun) -> dict:
         adam_beta2=c.adam_beta2,
         steps=steps,
     )
+
+    say_written(ctx, [policy], [policy], steps, sets=int(c.keep == "best"))
 
     # 2 the loss of a micro-batch of prompts, a part of a batch with so many prompts and tokens of first responses
     def forward(part, ref, rows, prompts, tokens):

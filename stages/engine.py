@@ -5,6 +5,7 @@ PPO drives these pieces itself; the reward model and DPO share the loop `fit`.
 
 import heapq
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -466,7 +467,7 @@ def fit(
     step = start
     with ctx.tracker.progress(whole, ctx.stage, first + start) as progress:
         while step < steps and not best.exhausted:
-            step += 1
+            step, began = step + 1, time.perf_counter()
             batch = order[(step - 1) * batch_size : step * batch_size]
             logged: dict[str, float] = {}
             parts = list(cut(parallel.share(batch, [costs[i] for i in batch])))
@@ -479,7 +480,8 @@ def fit(
             logged = parallel.total(logged)
             rate = learning_rate(step)
             logged["grad_norm"] = optimizer_step(trainee, rate, step)
-            ctx.tracker.log(first + step, {**logged, "lr": rate})
+            took, tokens = time.perf_counter() - began, sum(costs[i] for i in batch)
+            ctx.tracker.log(first + step, {**logged, "lr": rate}, took, tokens)
             progress.update(first + step, **{k: v for k, v in logged.items() if k in ("loss", judge)})
             if step % eval_steps == 0 or step == steps:
                 figures = look(step)

@@ -81,7 +81,9 @@ class Config(Section):
         "of base, sft, ppo, dpo, best_of_n; sft is always in. Not set: those that the data allow (dpo with rankings; "
         "ppo and best_of_n with prompts and rankings). Without prompts rm trains a judge where best_of_n is named",
     )
-    best_of: int = setting(16, "n of best_of_n; 1 leaves it out", "samples", ge=1)
+    best_of: int = setting(
+        4, "n of best_of_n; 1 leaves it out; it costs as much as n policies with one sample a prompt", "samples", ge=1
+    )
     samples_per_prompt: int = setting(
         1, "samples of each policy to each prompt (best_of_n: always one); more make intervals narrower", ge=1
     )
@@ -91,7 +93,7 @@ class Config(Section):
         "demonstrations, as question and answer); auto: chat for a pretrained model, plain for one from scratch",
     )
     few_shot_examples: int = setting(4, "demonstrations shown where base_prompt is few_shot", "rows", ge=1)
-    num_prompts: int | None = setting(None, "how many evaluation prompts; null: all", "prompts", ge=2)
+    num_prompts: int | None = setting(128, "take the first so many evaluation prompts; null: all", "prompts", ge=2)
     response_length: int = setting(128, "longest response, EOS included", "tokens", ge=1)
     max_length: int = setting(512, "longest prompt and response together", "tokens", ge=8)
     on_too_long: TooLong = too_long_prompt()
@@ -319,6 +321,11 @@ def load_prompts(ctx: StageRun, tokenizer) -> tuple[list, list[list[int]]]:
     if kind == "demonstrations":
         first = {prompt_key(records[i].prompt): i for i in reversed(held_back(ctx, records)[1])}
         records, places = ([part[i] for i in sorted(first.values())] for part in (records, places))
+    if ctx.config.num_prompts is not None and ctx.config.num_prompts < len(records):
+        ctx.tracker.say(
+            f"evaluate: the first {ctx.config.num_prompts} of {len(records)} evaluation prompts; evaluate.num_prompts "
+            f"takes more (null: all)"
+        )
     records, places = (part[: ctx.config.num_prompts] for part in (records, places))
     kept, ids, report = fit_prompts(ctx, tokenizer, (r.prompt for r in records), places)
     ctx.tracker.say(f"evaluate: {report.line('evaluation prompts')}")

@@ -6,6 +6,7 @@ What transformers writes is staged, hashed and published by our checkpoint store
 import contextlib
 import math
 import shutil
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from pipeline.errors import Interrupted, UserError
 from pipeline.stage import StageRun
 from stages import parallel
 from stages.common import is_sharding
+from stages.disk import say_written
 from stages.engine import (
     Best,
     Trainee,
@@ -70,14 +72,16 @@ def train_language_model(
     first: int = 0,
     total: int | None = None,
     carried: tuple[dict, dict] = ({}, {}),
+    published: int = 1,
 ):
     """make() → a model, always the same one, with its adapter. Rows are {input_ids, labels}, labels −100 where no loss
     is. → (the trained model on the CPU; in other processes than the first one without weights, if they hold parts),
     {loss, perplexity, steps …}.
 
-    A stage may train twice: then `first` steps were taken before this training, `total` are taken in all, and each
-    checkpoint also holds the tensors and the state that are `carried` on from before. router_aux_loss_coef: weight of
-    the term that balances the experts of a mixture; None: the loss is the cross-entropy alone.
+    A stage may train twice: then `first` steps were taken before this training, `total` are taken in all, each
+    checkpoint also holds the tensors and the state that are `carried` on from before, and `published` models come of
+    it. router_aux_loss_coef: weight of the term that balances the experts of a mixture; None: the loss is the
+    cross-entropy alone.
     """
     from datasets import Dataset
     from transformers import PrinterCallback, ProgressCallback
@@ -135,6 +139,7 @@ def train_language_model(
     keeper = _Keeper(
         ctx=ctx, steps=steps, best=best, eval_steps=eval_steps, samples=samples, first=first, total=whole,
         carried=carried, autocast=lambda: trainer.accelerator.autocast(),
+        tokens=lambda s: sum(len(train_rows[i]["input_ids"]) for i in order[(s - 1) * batch : s * batch]),
         learning_rate=lambda s: learning_rate_at(s, steps, learning_rate, lr_scheduler_type, warmup_steps),
         held_out_loss=lambda live, leaves=lambda: False: held_out_loss(
             live, held_out_rows, tokenizer.pad_token_id, per_device_train_batch_size, trainer.accelerator, leaves)
@@ -171,6 +176,9 @@ def train_language_model(
         keeper.owes_look = found.state.get("owes_look", False)
     if is_adapted(trainer.model) and dtype == "bfloat16":  # else transformers' checkpoints hold frozen weights too
         cast_frozen(trainer.model, torch.bfloat16)
+    if first == 0:
+        sets = published - 1 + (keep == "best")
+        say_written(ctx, [trainer.model], [trainer.model], whole, sets=sets, copies=published)
     if is_sharding(ctx):
         trainer.take_part(found.path / "trainer" if found else None)
     with ctx.tracker.progress(whole, ctx.stage, found.step if found else first) as progress:
@@ -353,12 +361,13 @@ class _Keeper:
 
     def __init__(
         self, *, ctx: StageRun, steps: int, best: Best, eval_steps: int, samples, held_out_loss, first, total, carried,
-        autocast, learning_rate,
+        autocast, learning_rate, tokens,
     ):  # fmt: skip
         self.ctx, self.steps, self.best, self.eval_steps = ctx, steps, best, eval_steps
         self.first, self.total, self.carried = first, total, carried
         self.samples, self.held_out_loss, self.progress = samples, held_out_loss, None
         self.owes_look, self.autocast, self.learning_rate = False, autocast, learning_rate
+        self.tokens, self.began, self.seconds = tokens, 0.0, 0.0  # of the last step: when it began, how long it took
 
     @staticmethod
     def trainee(model) -> Trainee:
@@ -382,7 +391,7 @@ class _Keeper:
         if "loss" not in logs:
             return
         row = {"loss": logs["loss"], "grad_norm": logs.get("grad_norm"), "lr": self.learning_rate(state.global_step)}
-        self.ctx.tracker.log(self.first + state.global_step, row)
+        self.ctx.tracker.log(self.first + state.global_step, row, self.seconds, self.tokens(state.global_step))
         self.progress.update(self.first + state.global_step, loss=logs["loss"])
 
     def look(self, model, state, control) -> None:
@@ -426,6 +435,7 @@ class _Keeper:
                 keeper.before_step(model, optimizer, state)
 
             def on_step_begin(self, args, state, control, **_):
+                keeper.began = time.perf_counter()
                 keeper.seed_dropout(state)
 
             def on_log(self, args, state, control, logs=None, **_):
@@ -441,6 +451,7 @@ class _Keeper:
                         raise _Exhausted
 
             def on_step_end(self, args, state, control, model=None, **_):
+                keeper.seconds = time.perf_counter() - keeper.began
                 if state.global_step % keeper.eval_steps == 0 or state.global_step == keeper.steps:
                     try:
                         keeper.look(model, state, control)

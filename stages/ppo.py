@@ -36,12 +36,14 @@ from stages.common import (
     dtype_of,
     fit_prompts,
     is_sharding,
+    note_default_rate,
     packing,
     publish_dtype,
     read_placed,
     split_documents,
     unreadable,
 )
+from stages.disk import say_written
 from stages.engine import (
     Average,
     Best,
@@ -122,9 +124,9 @@ HELD_OUT = {"score": "scores", "kl": "kl", "rlhf_reward": "rlhf_reward", "length
 class Config(Section):
     """PPO-ptx. batch_size and mini_batch_size count episodes; an update is one batch."""
 
-    total_episodes: int = setting(256_000, "episodes in all (the paper's)", "episodes", ge=1)
-    batch_size: int = setting(512, "episodes of one update", "episodes", ge=2)
-    mini_batch_size: int = setting(64, "episodes of one optimizer step", "episodes", ge=1)
+    total_episodes: int = setting(2048, "episodes in all (the paper: 256,000, in batches of 512)", "episodes", ge=1)
+    batch_size: int = setting(64, "episodes of one update (the paper: 512)", "episodes", ge=2)
+    mini_batch_size: int = setting(32, "episodes of one optimizer step (the paper: 64)", "episodes", ge=1)
     per_device_train_batch_size: int = setting(
         8,
         "most episodes in one forward and backward (on a CPU fewer, where they would leave its cache); changes memory, "
@@ -142,14 +144,21 @@ class Config(Section):
     max_length: int = setting(512, "longest prompt and response together", "tokens", ge=8)
     on_too_long: TooLong = too_long_prompt()
     temperature: float = setting(1.0, "divides the logits in sampling, reference and update alike", gt=0)
-    learning_rate: float = setting(9.65e-6, "the policy's, after the warm-up", "per step", gt=0)
+    learning_rate: float = setting(
+        3e-6,
+        "the policy's, after the warm-up (trl's; the paper's for 1.3B: 9.65e-6); with adapters about ten times as much",
+        "per step",
+        gt=0,
+    )
     value_learning_rate: float = setting(9e-6, "the value model's (the paper's)", "per step", gt=0)
-    warmup_steps: int = setting(10, "updates of linear warm-up from a tenth", "updates", ge=0)
+    warmup_steps: int = setting(3, "updates of linear warm-up from a tenth (the paper: 10)", "updates", ge=0)
     lr_scheduler_type: Schedule = setting("constant", "shape of both learning rates after the warm-up")
     max_grad_norm: float = setting(
         1.0, "clips the norm of the policy's gradient after ptx is added, and of the value model's, each apart", gt=0
     )
-    kl_coef: float = setting(0.02, "β, the penalty on KL to the SFT policy", "reward per nat", ge=0)
+    kl_coef: float = setting(
+        0.05, "β, the penalty on KL to the SFT policy (trl's; the paper: 0.02)", "reward per nat", ge=0
+    )
     kl_estimator: Literal["k1", "k3"] = setting("k1", "how the penalty estimates KL at a token")
     kl_target: float | None = setting(
         None, "KL that kl_coef is steered to (Ziegler 2019); null: kl_coef stays as it is", "nats a response", gt=0
@@ -166,7 +175,9 @@ class Config(Section):
         "keep grad_norm/ptx and grad_norm/ppo of one size",
         ge=0,
     )
-    ptx_ratio: float = setting(8.0, "pretraining rows per episode, in each pass over the batch", "rows", gt=0)
+    ptx_ratio: float = setting(
+        1.0, "pretraining rows per episode, in each pass over the batch (the paper: 8)", "rows", gt=0
+    )
     ptx_length: int = setting(128, "length of a packed pretraining row", "tokens", ge=8)
     missing_eos_score: float | None = setting(
         -1.0,
@@ -180,7 +191,7 @@ class Config(Section):
         False, "scale rewards about their mean to a standard deviation of 1 over the batch; the mean stays"
     )
     whiten_advantages: bool = setting(True, "whiten advantages over the batch")
-    eval_steps: int = setting(20, "held-out prompts every so many updates", "updates", ge=1)
+    eval_steps: int = setting(8, "held-out prompts every so many updates", "updates", ge=1)
     eval_prompts: int = setting(64, "how many prompts are held out for that (a fifth of them at most)", "prompts", ge=1)
     keep: Literal["best", "last"] = setting(
         "last",
@@ -328,6 +339,10 @@ def run(ctx: StageRun) -> dict:
         f"ppo: {len(train)} prompts, {len(held)} held out; {run.updates} updates of {c.batch_size} episodes, "
         f"{steps_per_update(c)} optimizer steps each"
     )
+    note_default_rate(ctx, "learning_rate", "value_learning_rate")
+    trained = [roles.policy, roles.value_model]
+    published = trained + [roles.policy] * c.publish_ema
+    say_written(ctx, published, trained, run.updates, sets=(c.keep == "best") + c.publish_ema)
     step = resume(ctx, roles, run, train[: 2 * c.per_device_train_batch_size])
     prompts_per_update, rows_per_update = c.batch_size // c.samples_per_prompt, steps_per_update(c) * ptx_batch_size(c)
     prompts = Stream(len(train), derive_seed(ctx.seed, "prompts"), cursor=drawn.prompts)
@@ -403,7 +418,7 @@ def run(ctx: StageRun) -> dict:
                 "lr": rate,
                 "episode": run.drawn.episodes,
             }
-            ctx.tracker.log(step, row)
+            ctx.tracker.log(step, row, c.batch_size / row["eps"], sum(rollout.lengths()))
             progress.update(step, score=row["objective/scores"], kl=row["objective/kl"])
             if c.kl_target is not None and math.isfinite(row["objective/kl"]):
                 steered = adaptive_kl_coef(kl_coef, row["objective/kl"], c.kl_target, c.batch_size, c.kl_horizon)

@@ -33,6 +33,7 @@ from stages.common import (
     group_order,
     in_parts,
     load_groups,
+    note_default_rate,
     packing,
     place,
     publish_dtype,
@@ -40,6 +41,7 @@ from stages.common import (
     read_world,
     unreadable,
 )
+from stages.disk import say_written
 from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
 from stages.models.adapters import plain, save_merged, with_adapter
 from stages.models.families import is_own_head, off_the_gpu
@@ -47,7 +49,7 @@ from stages.models.forward import response_scores, score_all
 from stages.models.loading import load_tokenizer, new_reward_model
 from stages.models.sharding import full, is_sharded, publishable
 from stages.objectives.losses import plackett_luce_loss, ranking_loss
-from stages.settings import PreferenceTraining, over_context, reward_models, setting, total_steps
+from stages.settings import ACCUMULATED, PreferenceTraining, over_context, reward_models, setting, total_steps
 from stages.statistics import (
     accuracy_by,
     agreements,
@@ -80,8 +82,10 @@ FIXED = (
 class Config(PreferenceTraining):
     """The K-wise ranking reward model."""
 
-    learning_rate: float = setting(9e-6, "peak learning rate (the paper's)", "per step", gt=0)
-    gradient_accumulation_steps: int = setting(8, "micro-batches a step (the paper: 64 prompts a step)", ge=1)
+    learning_rate: float = setting(
+        1e-5, "peak learning rate (the paper's: 9e-6); with adapters about ten times as much", "per step", gt=0
+    )
+    gradient_accumulation_steps: int = setting(2, f"{ACCUMULATED} (the paper: 64 prompts a step)", ge=1)
     loss_type: Literal["sigmoid", "plackett_luce"] = setting(
         "sigmoid", "sigmoid: all pairs of a ranking (the paper); plackett_luce: the likelihood of its whole order"
     )
@@ -137,6 +141,7 @@ def run(ctx: StageRun) -> dict:
         f"rm: {report.line('rankings')}; {sum(len(g.pairs()) for g in groups)} pairs; "
         f"{len(held)} rankings held out; {steps} steps" + f" for each of {len(names)} models" * (len(names) > 1)
     )
+    note_default_rate(ctx)
     validation = sources.load("rankings", path=ctx.inputs["rankings"] / "validation.jsonl")
     shown = {ranking.id: ranking.prompt for ranking in validation}
 
@@ -154,6 +159,9 @@ def run(ctx: StageRun) -> dict:
     for k, name in enumerate(names):
         # 1 the policy's trunk, a fresh scalar head
         model, trainee = make_member(ctx, source, accelerator, k, steps)
+        if k == 0:
+            sets = len(names) - 1 + (c.keep == "best")
+            say_written(ctx, [model], [model], len(names) * steps, sets=sets, copies=len(names))
         tools = (model, tokenizer.pad_token_id, accelerator, packing(ctx, model))
         if fresh := k == len(done):
             # 2 train

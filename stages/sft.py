@@ -20,6 +20,7 @@ from stages.common import (
     check_context,
     device_of,
     dtype_of,
+    note_default_rate,
     publish_dtype,
     read_placed,
     say_off_template,
@@ -32,7 +33,17 @@ from stages.language_modeling import train_language_model
 from stages.models.adapters import save_merged, trainable, with_adapter
 from stages.models.loading import load_policy, load_tokenizer
 from stages.models.quantized import MISSING
-from stages.settings import Section, TooLong, Training, over_context, setting, too_long, total_steps, uneven
+from stages.settings import (
+    ACCUMULATED,
+    Section,
+    TooLong,
+    Training,
+    over_context,
+    setting,
+    too_long,
+    total_steps,
+    uneven,
+)
 
 NAME = "sft"
 METRICS = {
@@ -64,9 +75,15 @@ class PpoInit(Section):
 class Config(Training):
     """Supervised fine-tuning with trl's SFTTrainer."""
 
-    learning_rate: float = setting(9.65e-6, "peak learning rate (the paper's for 1.3B and 6B)", "per step", gt=0)
+    learning_rate: float = setting(
+        2e-5,
+        "peak learning rate (trl's; the paper's: 9.65e-6 for 1.3B and 6B); with adapters about ten times as much",
+        "per step",
+        gt=0,
+    )
     on_too_long: TooLong = too_long()
-    per_device_train_batch_size: int = setting(32, "demonstrations in one forward and backward", "rows", ge=1)
+    per_device_train_batch_size: int = setting(8, "demonstrations in one forward and backward", "rows", ge=1)
+    gradient_accumulation_steps: int = setting(4, f"{ACCUMULATED} (the paper: 32 rows a step)", ge=1)
     num_train_epochs: float = setting(
         2.0, "passes over the demonstrations (the paper: 16, with dropout)", "epochs", gt=0
     )
@@ -128,6 +145,7 @@ def run(ctx: StageRun) -> dict:
     steps, more = total_steps(c, len(rows)), 0
     if c.ppo_init is not None:
         more = total_steps(c.model_copy(update=dict(c.ppo_init) | {"max_steps": None}), len(mixed))
+    note_default_rate(ctx)
     ctx.tracker.say(
         f"sft: {report.line('demonstrations')}; {len(held)} held out; {steps} steps"
         + (f", then {more} for ppo_init" if more else "")
@@ -156,6 +174,7 @@ def run(ctx: StageRun) -> dict:
         router_aux_loss_coef=c.router_aux_loss_coef,
         samples=lambda live: show_samples(live, tokenizer, shown, seed=ctx.seed, response_length=c.sample_tokens),
         total=steps + more,
+        published=1 if c.ppo_init is None else 2,
     )
     found = ctx.checkpoints.newest()
     if found is not None and "finished" in found.state:  # interrupted while ppo_init trained: model/ is made

@@ -104,12 +104,12 @@ def scalar_config(folder: Path, *, trust_remote_code: bool = False):
     if not kind.endswith("ForSequenceClassification") or config.num_labels != 1:
         raise UserError(
             f"{folder}: holds a {kind} with {config.num_labels} labels; a reward model is an "
-            f"AutoModelForSequenceClassification folder with num_labels=1 (make rm)"
+            f"AutoModelForSequenceClassification folder with num_labels=1 (`rlhf run rm -c CONFIG` makes one)"
         )
     if getattr(config, "reward_bias", None) is None:
         raise UserError(
             f"{folder}/config.json: has no reward_bias (the mean score of the demonstrations, which is "
-            f'subtracted); make the model with `make rm`, or add "reward_bias": 0.0 if it is known'
+            f'subtracted); make the model with `rlhf run rm -c CONFIG`, or add "reward_bias": 0.0 if it is known'
         )
     return config
 
@@ -132,7 +132,7 @@ def load_scalar_model(folder: Path, *, attn_implementation: str = "sdpa", trust_
     if info["missing_keys"]:
         raise UserError(
             f"{folder}: lacks the weights {sorted(info['missing_keys'])[:3]}, so its head would be "
-            f"random; train it with `make rm`"
+            f"random; train it with `rlhf run rm -c CONFIG`"
         )
     if (problem := head_problem(prepare(model))) is not None:
         raise UserError(

@@ -311,3 +311,25 @@ def test_whoever_the_umask_lets_read_can_read_an_artifact_and_its_checkpoints(tm
     found = {path: path.stat().st_mode & 0o777 for path in store.folder("sft").rglob("*") if path.is_file()}
     assert {name.name for name in found} >= {"adapter_model.safetensors", "logps.safetensors", "manifest.json"}
     assert {path: bits for path, bits in found.items() if bits != mode and path.name != ".lock"} == {}
+
+
+def test_times_are_published_beside_the_artifact_and_are_no_part_of_it(tmp_path):
+    """Another run's are other bytes: the digest does not see them. A redo brings its own, or takes the old away."""
+    store = ArtifactStore(tmp_path, "small")
+    times = store.folder("sft") / "timing.jsonl"
+    for number, text in enumerate(("one", "two", None)):
+        with store.lock("sft"):
+            store.begin("sft", {"run_id": str(number)})
+            if text is not None:
+                (store.work_folder("sft") / "timing.jsonl").write_text(text)
+            content = store.folder("sft") / ".tmp-publish"
+            content.mkdir()
+            (content / "weights").write_text("w")
+            manifest = store.publish("sft", content, record(str(number)))
+        assert set(manifest["outputs"]) == {"weights"} and strange(store.folder("sft")) == []
+        assert (times.read_text() if times.exists() else None) == text
+    with store.lock("sft"):
+        times.write_text("of an interrupted run")
+        os.unlink(store.folder("sft") / "manifest.json")
+        store.drop_run("sft")
+    assert not times.exists()

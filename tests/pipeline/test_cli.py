@@ -1,5 +1,6 @@
 """The command: exit codes, one line a mistake, help, status, signals."""
 
+import contextlib
 import json
 import os
 import signal
@@ -41,7 +42,7 @@ def test_run_and_run_again(rlhf):
     assert (code, err) == (0, "") and "fit: done in" in out
     code, out, err = rlhf("run", "page", "--debug", "fit.steps=3")
     assert code == 0 and out.count("up to date") == 3
-    code, out, err = rlhf("run", "page")
+    code, out, err = rlhf("run", "page", "fit.steps=12")
     assert code == 0 and "fit: stale because fit.steps 3 → 12; running" in out
 
 
@@ -338,10 +339,46 @@ ARTIFACTS = "artifacts/small/text"
 def test_clean_says_what_it_removes_and_removes_only_that(rlhf, tmp_path):
     rlhf("run", "text")
     Path("artifacts/other").mkdir()
-    code, out, err = rlhf("clean")
+    code, out, err = rlhf("clean", "--yes")
     assert (code, err) == (0, "") and out.startswith("removing artifacts/small (") and out.endswith("): text\n")
     assert [path.name for path in Path("artifacts").iterdir()] == ["other"]
-    assert rlhf("clean")[:2] == (0, "artifacts/small: nothing there\n")
+    assert rlhf("clean", "--yes")[:2] == (0, "artifacts/small: nothing there\n")
+
+
+def test_clean_removes_nothing_where_nobody_can_be_asked(rlhf):
+    rlhf("run", "text")
+    code, out, err = rlhf("clean")
+    assert code == 2 and out == "" and err.startswith("error: artifacts/small (") and err.count("\n") == 1
+    assert "nobody is there to be asked: --yes (make: YES=1) removes it" in err
+    assert Path(ARTIFACTS, "manifest.json").exists()
+
+
+def at_a_terminal(folder, typed, *words):
+    """Run the command at a terminal where a person answers its question: (exit code, what it said before and after)."""
+    import pty
+
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", "tests.pipeline.fakes", *words, "-c", "small.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdin=follower, stdout=follower, stderr=follower)
+    os.close(follower)
+    before, after = b"", b""
+    while b"[y/N] " not in before:
+        before += os.read(leader, 1000)
+    os.write(leader, f"{typed}\n".encode())
+    with contextlib.suppress(OSError):  # the other end is closed
+        while more := os.read(leader, 1000):
+            after += more
+    os.close(leader)
+    return process.wait(60), before.decode(errors="replace"), after.decode(errors="replace")
+
+
+@pytest.mark.parametrize("typed, removed", [("y", True), ("n", False), ("", False)])
+def test_clean_asks_at_a_terminal(rlhf, tmp_path, typed, removed):
+    rlhf("run", "text")
+    code, asked, _ = at_a_terminal(tmp_path, typed, "clean")
+    assert code == 0 and "artifacts/small (" in asked and "): text" in asked
+    assert Path(ARTIFACTS).exists() is not removed
 
 
 @pytest.mark.parametrize(
@@ -402,13 +439,13 @@ def test_clean_holds_what_it_removes(rlhf, monkeypatch):
     with artifacts.ArtifactStore("artifacts", "small").lock("fit"):
         with monkeypatch.context() as patch:
             patch.setattr(artifacts.ArtifactStore, "is_held", lambda *_: False)
-            code, out, err = rlhf("clean")
+            code, out, err = rlhf("clean", "--yes")
     assert code == 2 and out == "" and f"process {os.getpid()} on " in err and Path(ARTIFACTS, "manifest.json").exists()
     Path("artifacts/.tmp-small/half").mkdir(parents=True)  # what a clean left that was killed
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
         patch.setattr(os, "rename", look)
-        assert rlhf("clean")[0] == 0
+        assert rlhf("clean", "--yes")[0] == 0
     assert held == ["text", "fit"] and list(Path("artifacts").iterdir()) == []
 
 

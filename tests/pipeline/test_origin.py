@@ -15,7 +15,7 @@ from pipeline.errors import Interrupted
 from pipeline.origin import Origin, lines_of_others
 from pipeline.stage import StopFlag
 from tests.pipeline import fakes
-from tests.pipeline.test_cli import rlhf  # noqa: F401 (a fixture)
+from tests.pipeline.test_cli import at_a_terminal, rlhf  # noqa: F401 (a fixture)
 
 OTHER = fakes.CONFIG.replace("steps: 12", "steps: 3")
 
@@ -132,3 +132,103 @@ def test_a_signal_ends_the_question_and_without_a_terminal_there_is_none(monkeyp
         with pytest.raises(Interrupted):
             origin.ask("Replace them?", stop)
     os.close(leader)
+
+
+def forgotten_line(made, words, file, target="page"):
+    run = f"`rlhf run {target} -c small.yaml"
+    return (
+        f"error: artifacts/small: made by a command line that said more than this one: {made}; {run} {words}` keeps "
+        f"what is there, {run} {file}` makes it anew as the file says\n"
+    )
+
+
+def test_a_setting_of_last_times_command_line_is_not_left_out_unseen(rlhf):  # noqa: F811
+    """A stage that is finished is not trained anew for want of it; both commands work as they are printed."""
+    assert rlhf("run", "fit", "fit.steps=3")[0] == 0
+    before = manifests()
+    assert rlhf("run", "page") == (2, "", forgotten_line("fit with fit.steps=3", "fit.steps=3", "fit.steps=12"))
+    assert manifests() == before
+    assert rlhf("run", "page", "fit.steps=3")[0] == 0
+    assert {path: text for path, text in manifests().items() if path in before} == before
+    beside = ("fit.steps=3 text.words=3", "fit.steps=12 text.words=3")
+    assert rlhf("run", "page", "text.words=3")[2] == forgotten_line("fit with fit.steps=3", *beside)
+    code, out, _ = rlhf("run", "page", "fit.steps=12")
+    assert code == 0 and "fit: stale because fit.steps 3 → 12; running" in out
+    code, out, _ = rlhf("run", "page")
+    assert code == 0 and out.count("up to date") == 3
+
+
+def test_override_config_leaves_it_out(rlhf):  # noqa: F811
+    assert rlhf("run", "page", "fit.steps=3", "text.words=4")[0] == 0
+    code, out, err = rlhf("run", "page")
+    made = "text with text.words=4; fit with fit.steps=3"
+    both = ("text.words=4 fit.steps=3", "text.words=3 fit.steps=12")
+    assert (code, err) == (2, forgotten_line(made, *both)), "each command says all that it takes"
+    code, out, _ = rlhf("run", "page", "--override-config")
+    assert code == 0 and "text: stale because text.words 4 → 3; running" in out
+
+
+@pytest.mark.parametrize(
+    "then, file, now",
+    [
+        ("fit.steps=3", fakes.CONFIG, "fit.steps=4"),  # another value
+        ("fit.steps=3", fakes.CONFIG.replace("words: 3", "words: 4"), ""),  # its input is made anew anyway, see below
+        ("fit.steps=3", fakes.CONFIG.replace("steps: 12", "steps: 12\n  learning_rate: 0.5"), ""),  # stale by the file
+        ("launch.threads=1", fakes.CONFIG, ""),  # no stage depends on it
+    ],
+)
+def test_a_command_that_would_make_it_anew_anyway_is_not_asked(rlhf, then, file, now):  # noqa: F811
+    assert rlhf("run", "page", then)[0] == 0
+    Path("small.yaml").write_text(file)
+    if "words: 4" in file:
+        assert rlhf("run", "text")[0] == 0
+    assert rlhf("run", "page", *[now] * bool(now))[0] == 0
+
+
+def test_status_says_what_the_command_line_was(rlhf):  # noqa: F811
+    assert rlhf("run", "page", "fit.steps=3", "seed=4")[0] == 0
+    out = rlhf("status")[1]
+    assert "the command line made text, fit, page with seed=4; fit with fit.steps=3: " in out.replace("\n", " ")
+    assert "`rlhf status -c small.yaml seed=4 fit.steps=3` looks with that" in out
+    assert "command line" not in rlhf("status", "fit.steps=3", "seed=4")[1]
+    assert "command line" not in rlhf("status", "fit.steps=5", "seed=4")[1]
+
+
+def test_whole_sections_and_data_are_settings_of_the_command_line_too(tmp_path):
+    from pipeline.fingerprints import Change
+    from pipeline.origin import forgotten, lines_of_forgotten
+
+    record = {"config": {"command_line": ["model.peft={method: lora}", "data.prompts=my.jsonl"]}}
+    changes = [Change("", True, "model.peft.method", "lora", None), Change("", False, "data.prompts")]
+    assert forgotten(record, changes, []) == record["config"]["command_line"]
+    assert forgotten(record, changes, ["model.peft.r=3"]) == []
+    assert forgotten(record, [*changes, Change("sft artifact changed", False)], []) == []
+    (line,) = lines_of_forgotten("ppo", tmp_path, {"sft": (record["config"]["command_line"], changes)})
+    assert "-c CONFIG 'model.peft={method: lora}' data.prompts=my.jsonl` keeps" in line
+    assert "`rlhf run ppo -c CONFIG --override-config` makes it anew" in line
+    assert forgotten({"config": {}}, changes, []) == []  # an older version's
+
+
+def test_an_interrupted_run_names_the_command_that_goes_on(rlhf):  # noqa: F811
+    assert rlhf("run", "fit", "fit.fail_at=7", "fit.learning_rate=0.5")[0] == 3
+    code, _, err = rlhf("run", "fit", "fit.fail_at=7")
+    assert code == 2 and err == (
+        "error: fit: interrupted at step 4, since then fit.learning_rate 0.5 → 0.01; `rlhf run fit -c small.yaml "
+        "fit.learning_rate=0.5 fit.fail_at=7` goes on as it began, --restart begins anew, --override-config goes on "
+        "with the new settings\n"
+    )
+    assert rlhf("run", "fit", "fit.learning_rate=0.5", "fit.fail_at=7")[0] == 3
+
+
+@pytest.mark.parametrize("typed, code", [("y", 0), ("n", 2)])
+def test_at_a_terminal_a_setting_that_is_left_out_is_asked_about(rlhf, tmp_path, typed, code):  # noqa: F811
+    assert rlhf("run", "page", "fit.steps=3")[0] == 0
+    before = manifests()
+    found, asked, after = at_a_terminal(tmp_path, typed, "run", "page")
+    assert found == code and asked.count("fit with fit.steps=3") == 1
+    assert asked.endswith("Replace what is there? [y/N] ")
+    if typed == "n":
+        assert manifests() == before
+        assert "error: artifacts/small: nothing was replaced; the lines above say how to go on" in after
+    else:
+        assert "fit: stale because fit.steps 3 → 12; running" in after

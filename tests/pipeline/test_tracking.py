@@ -70,6 +70,93 @@ def test_progress_is_quiet_when_nobody_watches(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) <= 1  # at most one line a second
 
 
+class Clock:
+    """time.monotonic that a test moves."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(tracking.time, "monotonic", lambda: self.now)
+
+
+def lines_of(clock, seconds, total, start=0, wait=0.0, every=1):
+    """What a progress line says where the first step comes after `wait` seconds and each one takes so many."""
+    said = []
+    console = SimpleNamespace(is_terminal=False, print=lambda line, **_: said.append(line))
+    with tracking.ProgressLine(console, total, "sft", start) as progress:
+        clock.now += wait
+        for step in range(start + 1, total + 1):
+            clock.now += seconds
+            progress.update(step, loss=1.6789)
+    return said
+
+
+def test_progress_outside_a_terminal_has_the_time_so_far_and_the_time_left(monkeypatch):
+    said = lines_of(Clock(monkeypatch), 0.1, 900)
+    assert said[0] == "sft: 51/900 loss 1.68 · 5 s · about 80 s left", "as soon as a few seconds tell"
+    assert said[1].startswith("sft: 141/900 loss 1.68 · 14 s · about 80 s left") and len(said) == 10
+    assert said[-1].startswith("sft: 861/900") and said[-1].endswith(" · 86 s · about 4 s left")
+
+
+def test_what_comes_before_the_first_step_does_not_count_for_the_pace(monkeypatch):
+    """Loading, compiling, the first look."""
+    said = lines_of(Clock(monkeypatch), 10.0, 12, wait=600.0)
+    assert said[1] == "sft: 3/12 loss 1.68 · 10 min 30 s · about 1 min 30 s left"
+
+
+def test_a_run_that_goes_on_counts_its_own_steps(monkeypatch):
+    said = lines_of(Clock(monkeypatch), 10.0, 100, start=90)
+    assert said[0] == "sft: 92/100 loss 1.68 · 20 s · about 80 s left"
+    assert said[-1] == "sft: 98/100 loss 1.68 · 80 s · about 20 s left"
+
+
+def test_long_runs_say_less_often(monkeypatch):
+    said = lines_of(Clock(monkeypatch), 10.0, 8640)  # a day
+    assert 280 < len(said) < 500 and said[2].endswith(" · 80 s · about 23 h 59 min left")
+
+
+def test_a_line_names_its_stage_once(tmp_path, capsys):
+    tracker = Tracker(tmp_path, "dpo", console=Console(force_terminal=False, width=100))
+    assert tracker.progress(3, "dpo").description == "dpo"
+    assert tracker.progress(3, "dpo reference").description == "dpo: reference"
+
+
+def test_what_the_clock_says_of_a_step_is_in_a_file_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "memory_gb", lambda: 1.25)
+    tracker = Tracker(tmp_path, "sft")
+    tracker.log(1, {"loss": 1.0}, 0.5, 1000)
+    tracker.log(2, {"loss": 0.5}, 0.25, 1000)
+    tracker.log(3, {"loss": 0.5})
+    times = {"seconds": 0.5, "tokens": 1000, "tokens_per_second": 2000.0, "memory_gb": 1.25}
+    assert rows(tmp_path / "timing.jsonl")[0] == {"step": 1, **times} and set(times) == set(tracking.TIMES)
+    assert [row["step"] for row in rows(tmp_path / "timing.jsonl")] == [1, 2]
+    assert rows(tmp_path / "metrics.jsonl")[0] == {"step": 1, "loss": 1.0}
+    tracker.rewind(1, owes_look=True)
+    assert [row["step"] for row in rows(tmp_path / "timing.jsonl")] == [1]
+
+
+def test_memory_is_that_of_this_process(monkeypatch):
+    import resource
+
+    before = tracking.memory_gb()
+    assert abs(before - resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9) < 0.01
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5_250_000_000)
+    assert tracking.memory_gb() == 5.25
+
+
+def test_wandb_gets_the_times_too(tmp_path, monkeypatch):
+    told = []
+    nothing = lambda *_, **__: None  # noqa: E731
+    log = lambda metrics, step: told.append(metrics)  # noqa: E731
+    fake = SimpleNamespace(init=nothing, log=log, finish=nothing, Settings=dict)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    tracker = Tracker(tmp_path, "sft", Settings(), "id", "small")
+    tracker.log(1, {"loss": 1.0}, 0.5, 100)
+    tracker.close()
+    assert told[0]["loss"] == 1.0 and told[0]["time/tokens_per_second"] == 200.0 and told[0]["time/memory_gb"] > 0
+
+
 def test_progress_draws_a_bar_on_a_terminal(tmp_path, capsys):
     console = Console(force_terminal=True, width=100)
     with Tracker(tmp_path, "ppo", console=console).progress(10, "updates") as progress:

@@ -183,8 +183,8 @@ def arm(die: tuple[str, int] | None, term: tuple[str, int] | None) -> None:
 
     log, save = tracking.Tracker.log, checkpoints.CheckpointStore.save
 
-    def dying_log(self, step, metrics):
-        log(self, step, metrics)
+    def dying_log(self, step, metrics, *times):
+        log(self, step, metrics, *times)
         at(self.stage, step)
 
     def dying_save(self, step, *args, **kwargs):

@@ -312,7 +312,8 @@ class Journal:
             kill_at,
         )
 
-    def log(self, step, metrics):
+    def log(self, step, metrics, seconds, tokens):
+        assert seconds >= 0 and tokens > 0
         self.rows.append((step, metrics))
         if step == self.stop_at:
             self.stop.requested = True

@@ -1,0 +1,110 @@
+"""All data of a config in one look: a report a kind, what the config takes of each, and what is wrong in any."""
+
+import io
+import json
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from data import check as checks
+from pipeline import cli
+from tests.data.test_check import experiment
+
+
+def write(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def part(path, **fields):
+    return SimpleNamespace(**({"path": path, "skip": 0, "limit": None} | fields))
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Two hundred prompts in one file, of which the first 150 train and the others are evaluated; answers of a third
+    file; documents that the world has not written."""
+    prompts = write(tmp_path / "all.jsonl", *({"prompt": f"question {i:03d} of all {i * i} {i}"} for i in range(200)))
+    answers = [{"prompt": f"ask {i} for {i * 7}", "completion": "a b"} for i in range(9)]
+    config = experiment(
+        prompts=part(prompts, limit=150),
+        evaluation_prompts=part(prompts, skip=150),
+        demonstrations=write(tmp_path / "answers.jsonl", *answers),
+    )
+    config.evaluate = SimpleNamespace(max_length=30, response_length=10, on_too_long="error")
+    return config
+
+
+def look(config, tmp_path):
+    console = Console(file=io.StringIO(), width=40)
+    code = checks.run_all(config, console, artifacts=tmp_path / "artifacts")
+    head, *parts = console.file.getvalue().split("\n-- data.")
+    *kinds, (last, end) = [part.split("\n", 1) for part in parts]
+    end, _, verdict = end.rpartition("\n\n")
+    return code, dict([*kinds, (last, end)]), verdict.strip()
+
+
+def test_every_kind_that_is_named_has_a_report(config, tmp_path, capsys):
+    code, reports, verdict = look(config, tmp_path)
+    assert (code, verdict) == (0, "4 kinds of data, no errors") and capsys.readouterr().err == ""
+    assert set(reports) == {"documents", "demonstrations", "prompts", "evaluation_prompts"}  # rankings is null
+    assert "the stage world, which has not run yet" in reports["documents"]
+    assert "records 1 to 150" in reports["prompts"] and "records 151 to 200" in reports["evaluation_prompts"]
+    assert "kind                    evaluation_prompts\n" in reports["evaluation_prompts"]
+    assert "taken" not in reports["demonstrations"]
+
+
+def test_two_parts_of_one_file_do_not_leak_into_each_other(config, tmp_path, capsys):
+    """But where they overlap they do, also in the look at the file alone."""
+    config.data.evaluation_prompts.skip = 148
+    code, reports, verdict = look(config, tmp_path)
+    assert code == 2 and verdict == "4 kinds of data, errors: prompts 2, evaluation_prompts 2"
+    assert "also in evaluation_prompts  2 of 150 prompts" in reports["prompts"]
+    assert capsys.readouterr().err.count("a leak") == 4
+    config.data.evaluation_prompts.skip = 150
+    console = Console(file=io.StringIO())
+    assert checks.run(config.data.prompts.path, None, config, console, artifacts=tmp_path / "artifacts") == 0
+    assert "also in evaluation_prompts  0 of 150 prompts" in console.file.getvalue()
+
+
+def test_what_is_wrong_in_any_is_told_with_its_place(config, tmp_path, capsys):
+    config.data.rankings = write(tmp_path / "bad.jsonl", {"prompt": "x", "chosen": 3, "rejected": "b"})
+    config.data.evaluation_prompts.skip = 400
+    config.rm = SimpleNamespace(max_length=30, on_too_long="drop")
+    code, reports, verdict = look(config, tmp_path)
+    err = capsys.readouterr().err
+    assert code == 2 and verdict == "5 kinds of data, errors: rankings 1, evaluation_prompts 1"
+    assert "bad.jsonl:1: " in err and "holds 200 records and skip passes over 400; lower skip" in err
+
+
+def test_the_worlds_files_and_the_hubs_are_read_too(config, tmp_path, monkeypatch, capsys):
+    write(tmp_path / "artifacts" / "tiny" / "world" / "documents.jsonl", {"text": "a b c"})
+    config.data.demonstrations = part("org/name", limit=3, split="train", subset="small", revision=None)
+    asked = []
+
+    def rows(hub, *which):
+        asked.append((hub, *which[:4]))
+        yield from ((f"{hub}: index {i}", {"prompt": f"p{i}", "completion": "c"}) for i in range(9))
+
+    monkeypatch.setattr("data.sources.hub_rows", rows)
+    code, reports, _ = look(config, tmp_path)
+    assert code == 0 and "records 1 to 3" in reports["demonstrations"] and "org/name" in reports["demonstrations"]
+    assert asked == [("org/name", "train", "small", None, 3)]
+    assert "document length  3 to 3 words" in reports["documents"]
+
+
+def test_the_command(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(cli, "load", lambda arguments: (arguments.overrides, None))
+    monkeypatch.setattr(checks, "run_all", lambda experiment, artifacts: seen.append((experiment, artifacts)) or 2)
+    assert cli.main(["data", "check", "-c", "a.yaml", "seed=1", "--artifacts", "out"]) == 2
+    assert seen == [(["seed=1"], "out")]
+    assert cli.main(["data", "check"]) == 2 and "give a FILE, or -c CONFIG" in capsys.readouterr().err
+    assert cli.main(["data", "check", "-c", "a.yaml", "--kind", "prompts"]) == 2
+    assert "--kind needs a FILE" in capsys.readouterr().err
+    write(tmp_path / "a=b.jsonl", {"text": "a"})
+    monkeypatch.setattr(checks, "run", lambda file, *_, **__: seen.append(file) or 0)
+    assert cli.main(["data", "check", "a=b.jsonl"]) == 0 and seen[-1] == "a=b.jsonl"

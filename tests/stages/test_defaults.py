@@ -1,0 +1,91 @@
+"""What a YAML with a model and data alone asks for: work of minutes to hours, and rates for models of today's sizes."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import cli
+from pipeline.config import experiment_type, load_experiment
+from stages.settings import total_steps
+from tests.stages.micro_chain import MicroChain
+from tests.stages.test_disk import LORA, SMALL
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = cli.stage_modules()
+DECISIVE = {  # settings whose default is another than it was: a shipped config says them itself
+    "sft": ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    "rm": ("learning_rate", "gradient_accumulation_steps"),
+    "dpo": ("learning_rate", "gradient_accumulation_steps"),
+    "ppo": ("total_episodes", "batch_size", "mini_batch_size", "learning_rate", "value_learning_rate", "warmup_steps",
+            "kl_coef", "ptx_ratio", "eval_steps"),
+    "evaluate": ("best_of", "num_prompts"),
+}  # fmt: skip
+
+
+def loaded(path):
+    sections = {name: module.Config for name, module in STAGES.items()}
+    checks = [module.check for module in STAGES.values() if hasattr(module, "check")]
+    return load_experiment(path, [], experiment_type(sections), checks)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    return MicroChain(tmp_path_factory.mktemp("chain"))
+
+
+def test_a_short_yaml_is_no_work_of_days(tmp_path):
+    """PPO: within half a million sampled tokens, under an hour for a 135M model on two CPU cores (150 a second)."""
+    kinds = ("documents", "demonstrations", "prompts", "evaluation_prompts", "rankings")
+    data = ", ".join(f"{kind}: org/data" for kind in kinds)
+    (tmp_path / "short.yaml").write_text(f"name: short\nmodel: {{name_or_path: org/model}}\ndata: {{{data}}}\n")
+    experiment = loaded(tmp_path / "short.yaml")
+    ppo, evaluate = experiment.ppo, experiment.evaluate
+    assert ppo.total_episodes * ppo.response_length <= 500_000
+    updates = ppo.total_episodes / ppo.batch_size
+    assert 20 <= updates <= 100 and ppo.warmup_steps <= updates / 5 and ppo.eval_steps <= updates / 3
+    assert ppo.ptx_ratio * ppo.ptx_length <= ppo.response_length, "no more text than episodes"
+    answers = evaluate.num_prompts * (evaluate.best_of + 4 * evaluate.samples_per_prompt)
+    assert answers * evaluate.response_length <= 200_000
+    # sixty demonstrations and sixty rankings are steps enough to move
+    assert total_steps(experiment.sft, 57) >= 3 and total_steps(experiment.rm, 54) >= 3
+    assert total_steps(experiment.dpo, 54) >= 3
+
+
+@pytest.mark.parametrize("stage, key", [("ppo", "total_episodes"), ("ppo", "batch_size"), ("sft", "learning_rate"),
+                                        ("rm", "gradient_accumulation_steps"), ("ppo", "kl_coef")])  # fmt: skip
+def test_the_papers_scale_is_named_where_the_default_is_smaller(stage, key):
+    assert "the paper" in STAGES[stage].Config.model_fields[key].description
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_mean_what_they_meant(path, monkeypatch):
+    """Whatever a default is, they say what decides their length and their steps."""
+    monkeypatch.chdir(ROOT)
+    experiment = loaded(path)
+    left_out = [
+        f"{stage}.{key}"
+        for stage, keys in DECISIVE.items()
+        for key in keys
+        if key not in getattr(experiment, stage).model_fields_set
+    ]
+    assert left_out == []
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ppo"])
+def test_a_rate_for_all_weights_is_named_where_adapters_train(chain, tmp_path, stage):
+    few = {"sft": "sft.max_steps=1", "rm": "rm.max_steps=1", "dpo": "dpo.max_steps=1", "ppo": "ppo.total_episodes=4"}
+    rate = getattr(chain.experiment(), stage).learning_rate
+    said = chain.run(stage, tmp_path / "default", *SMALL, few[stage], LORA).said
+    line = f"{stage}: learning_rate is the default {rate:g}, which suits the training of every weight; for adapters"
+    assert said.count(line) == 1 and f"{stage}.learning_rate={10 * rate:g}" in said
+    own = [f"{stage}.learning_rate=1e-4", *["ppo.value_learning_rate=1e-4"] * (stage == "ppo")]
+    assert "is the default" not in chain.run(stage, tmp_path / "own", *SMALL, few[stage], LORA, *own).said
+    assert "is the default" not in chain.run(stage, tmp_path / "whole", *SMALL, few[stage]).said
+
+
+def test_evaluate_says_how_many_of_the_prompts_it_takes(chain, tmp_path):
+    lengths = {"response_length": 4, "max_length": 64, "perplexity_length": 32, "best_of": 1}
+    short = [f"evaluate.{key}={value}" for key, value in lengths.items()]
+    said = chain.run("evaluate", tmp_path / "some", *short, "evaluate.num_prompts=3").said
+    assert "evaluate: the first 3 of 10 evaluation prompts; evaluate.num_prompts takes more" in said
+    assert "evaluate: the first" not in chain.run("evaluate", tmp_path / "all", *short).said
