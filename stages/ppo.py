@@ -562,7 +562,7 @@ def save(ctx: StageRun, model, tokenizer, folder: Path, what: str, use: str, fig
     base = adapter_base(ctx, folder, trunk)
     if base is not None and not use and ctx.config.reward_model is not None:
         base = ("", None)  # its adapter is on that reward model, which lies outside
-    text = card(ctx, what, use, figures=figures, source=source, adapter=base)
+    text = card(ctx, what, use, figures=figures, source=source, adapter=base, is_scalar=not use)
     options = {"temperature": ctx.config.temperature if use else None, "dtype": publish_dtype(ctx, source)}
     save_merged(model, tokenizer, folder, card=text, base=base or ("", None), **options)
 
