@@ -100,7 +100,7 @@ class Alarms:
         lengths = self._push("length", row["objective/length"], SHORT)
         if min(map(len, (ends, first_ends, scores, first_scores))) == SHORT:
             before, now, low, high = (sum(x) / SHORT for x in (first_ends, ends, first_scores, scores))
-            if max(ends) < FEWER * before and high > low:
+            if before > ENDS and max(ends) < FEWER * before and high > low:
                 found["unfinished"] = (
                     f"{now:.0%} of the responses of {SHORT} updates ended with EOS, {before:.0%} did at first, and the "
                     f"score rose from {low:.3g} to {high:.3g}: being cut pays; set ppo.missing_eos_score below the "

@@ -89,6 +89,7 @@ def card(
     source: Path | None = None,
     adapter: tuple[str, str | None] | None = None,
     own_head: bool = False,
+    is_scalar: bool | None = None,
 ) -> str:
     """Return the text of a model card, with no path of this machine in it.
 
@@ -102,15 +103,17 @@ def card(
         adapter: (base, revision) of the adapter beside the weights, as `adapters.base_of` names it; None: there is
             none.
         own_head: whether the class of its scalar head is a file of the folder (`families.is_own_head`).
+        is_scalar: whether the model has a scalar head; None: whether its use is SCORE.
     """
     manifests = upstream(ctx)
-    metadata = metadata_of(ctx, source, manifests, "classification" if use == SCORE else "generation")
+    is_scalar = use == SCORE if is_scalar is None else is_scalar
+    metadata = metadata_of(ctx, source, manifests, "classification" if is_scalar else "generation")
     parts = [
         f"---\n{metadata}---\n# {ctx.experiment.name} / {ctx.stage}\n",
         f"This folder holds {what}, made by the stage `{ctx.stage}` of the experiment `{ctx.experiment.name}`. "
         f"`manifest.json` beside it records settings, inputs and digests.\n",
         use_of(use, own_head).lstrip("\n"),
-        adapter_lines(adapter, use).lstrip("\n"),
+        adapter_lines(adapter, is_scalar).lstrip("\n"),
         origin_lines(ctx, metadata, manifests),
         table("Data", ("kind", "from", "rows", "read by"), data_rows(ctx, manifests)),
         table("Settings that are not the defaults", ("setting", "value"), settings_of(ctx)),
@@ -119,12 +122,12 @@ def card(
     return "\n".join(part for part in parts if part)
 
 
-def adapter_lines(adapter: tuple[str, str | None] | None, use: str) -> str:
+def adapter_lines(adapter: tuple[str, str | None] | None, is_scalar: bool) -> str:
     """Say how the adapter is loaded; "" without one."""
     if adapter is None:
         return ""
     base, revision = adapter
-    task = "CausalLM" if use == ANSWER else "SequenceClassification"
+    task = "SequenceClassification" if is_scalar else "CausalLM"
     more = ", num_labels=1" if task != "CausalLM" else ""
     if not base:
         return "\n## Adapter\n\n`adapter/` holds what was trained apart, on a model that lies outside the experiment.\n"

@@ -579,8 +579,8 @@ def save(ctx: StageRun, model, tokenizer, folder: Path, what: str, use: str, fig
     base = adapter_base(ctx, folder, trunk)
     if base is not None and not use and ctx.config.reward_model is not None:
         base = ("", None)  # its adapter is on that reward model, which lies outside
-    head = is_own_head(plain(model))
-    text = card(ctx, what, use, figures=figures, source=source, adapter=base, own_head=head)
+    kind = {"is_scalar": not use, "own_head": is_own_head(plain(model))}
+    text = card(ctx, what, use, figures=figures, source=source, adapter=base, **kind)
     options = {"temperature": ctx.config.temperature if use else None, "dtype": publish_dtype(ctx, source)}
     save_merged(model, tokenizer, folder, card=text, base=base or ("", None), **options)
 

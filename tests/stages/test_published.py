@@ -61,6 +61,8 @@ def test_a_policy_says_at_which_temperature_it_was_trained(chain, tmp_path):
         found = read(done.folder / folder / "generation_config.json")
         assert (found["temperature"], found["top_k"], found["top_p"], found["do_sample"]) == (0.7, 0, 1.0, True)
     assert not (done.folder / "value_model" / "generation_config.json").exists()
+    tags = {place: (done.folder / place / "README.md").read_text() for place in ("model", "value_model")}
+    assert "pipeline_tag: text-generation" in tags["model"] and "text-classification" in tags["value_model"]
     line = "ppo: the demonstrations' answers have 12 tokens in the median, 95 % up to 12; "
     assert line in done.said and "are over 8, ppo.response_length: such answers are cut" in done.said
 
