@@ -124,24 +124,24 @@ def run(ctx: StageRun) -> dict:
             trust_remote_code=ctx.trust_remote_code,
             revision=ctx.model_revision,
         )
-        template, given, moment = template_file(m), m.chat_template_kwargs, datetime.now()
+        template, given = template_file(m), m.chat_template_kwargs
         settled = settle_tokens(
             model,
             tokenizer,
             m.name_or_path,
             template=None if template is None else read_template(template),
             variables=given,
-            moment=moment,
+            moment=datetime.now(),
         )
         ctx.confirm_folders()
         for line in settled.lines:
             ctx.tracker.say(f"base: {line}")
         refuse_untrained(settled.new_tokens, m.peft and m.peft.method, tokenizer)
         figures = {"pretrained": m.name_or_path}
-        if settled.stopped:
-            figures["template_moment"] = moment.isoformat(timespec="seconds")
         if settled.new_tokens:
             figures["new_tokens"] = settled.new_tokens  # sft trains their rows, also where it trains an adapter
+        if settled.stopped is not None:
+            figures["template_moment"] = settled.stopped.isoformat(timespec="seconds")
         if is_remote(model) and (problem := reading_problem(model, tokenizer.pad_token_id)):
             raise UserError(code_fails(m.name_or_path, problem))
     else:

@@ -20,11 +20,11 @@ NEW_PAD = "<|pad|>"
 @dataclass(frozen=True)
 class Settled:
     """What `settle_tokens` did. lines: for people. new_tokens: ids of tokens whose rows in the model are random, but
-    not that of padding. stopped: whether the template's clock stands still."""
+    not that of padding. stopped: the moment at which the template's clock stands still; None without a clock."""
 
     lines: list[str] = field(default_factory=list)
     new_tokens: list[int] = field(default_factory=list)
-    stopped: bool = False
+    stopped: datetime | None = None
 
 
 def settle_tokens(
@@ -74,7 +74,7 @@ def settle_tokens(
         lines.append(f"the model had no row for {named}: {rows} added, with random weights")
     lines += agreement_lines(tokenizer, variables or {})
     ids = tokenizer.convert_tokens_to_ids(new)
-    return Settled(lines, sorted(i for i in ids if i != tokenizer.pad_token_id), stopped)
+    return Settled(lines, sorted(i for i in ids if i != tokenizer.pad_token_id), moment if stopped else None)
 
 
 def settle_template(
