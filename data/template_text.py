@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import datetime
 
 CLOCK = "strftime_now"  # transformers' only function of the day or the hour
-DIRECTIVE = re.compile(r"%[-_0^#]*[EO]?[A-Za-z]")
+DIRECTIVE = re.compile(r"(?<!{)%[-_0^#]*[EO]?[A-Za-z]")
 USUAL = tuple("%" + letter for letter in "aAbBcdHIjmMpSUwWxXyYZ")  # C89's
 PERCENT = "\ue000"  # stands for %% while directives are replaced
 MOMENTS = (datetime(1987, 8, 13, 3, 42, 31), datetime(2044, 1, 2, 17, 5, 9))  # differ in every part
@@ -64,10 +64,10 @@ def asks_for_the_day(template: str) -> bool:
 def at_moment(template: str, moment: datetime) -> str:
     """Return the template with the clock stopped: its function of date and time is a macro that knows `moment` alone.
 
-    Each directive of a format (%d, %B, …) is replaced by what it is at that moment: C89's, and whichever others stand
-    in the template.
+    Each directive of a format (%d, %B, …) is replaced by what it is at that moment: those that stand in the template,
+    so that two hours of a day give the same text unless the hour is written; or else C89's.
     """
-    directives = dict.fromkeys([*USUAL, *DIRECTIVE.findall(template)])
+    directives = dict.fromkeys(DIRECTIVE.findall(template) or USUAL)
     steps = [f'replace("%%", {literal(PERCENT)})']
     steps += [f"replace({literal(d)}, {literal(text)})" for d in directives if (text := _written(moment, d)) != d]
     steps.append(f'replace({literal(PERCENT)}, "%")')

@@ -151,6 +151,8 @@ def run(ctx: StageRun) -> dict:
         dtype = given.dtype if m.publish_dtype == "as_given" else m.publish_dtype
         if settled.new_tokens:
             figures["new_tokens"] = settled.new_tokens  # sft trains their rows, also where it trains an adapter
+        if settled.stopped is not None:
+            figures["template_moment"] = settled.stopped.isoformat(timespec="seconds")
     else:
         dtype = None if m.publish_dtype == "as_given" else m.publish_dtype
         train, valid = split_documents(ctx)

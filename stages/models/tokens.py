@@ -20,10 +20,11 @@ NEW_PAD = "<|pad|>"
 @dataclass(frozen=True)
 class Settled:
     """What `settle_tokens` did. lines: for people. new_tokens: ids of tokens whose rows in the model are random, but
-    not that of padding."""
+    not that of padding. stopped: the moment at which the template's clock stands still; None without a clock."""
 
     lines: list[str] = field(default_factory=list)
     new_tokens: list[int] = field(default_factory=list)
+    stopped: datetime | None = None
 
 
 def settle_tokens(
@@ -49,7 +50,7 @@ def settle_tokens(
         UserError: No template, one that fails, or no end token.
     """
     where = "model.name_or_path" if template is None else "model.chat_template"
-    lines = settle_template(tokenizer, name, template, variables or {}, moment, where)
+    lines, stopped = settle_template(tokenizer, name, template, variables or {}, moment, where)
     given = tokenizer.eos_token
     end_turns_with_eos(tokenizer, where)
     if tokenizer.eos_token_id is None:
@@ -73,13 +74,14 @@ def settle_tokens(
         lines.append(f"the model had no row for {named}: {rows} added, with random weights")
     lines += agreement_lines(tokenizer, variables or {})
     ids = tokenizer.convert_tokens_to_ids(new)
-    return Settled(lines, sorted(i for i in ids if i != tokenizer.pad_token_id))
+    return Settled(lines, sorted(i for i in ids if i != tokenizer.pad_token_id), moment if stopped else None)
 
 
 def settle_template(
     tokenizer, name: str, template: str | None, variables: Mapping[str, object], moment: datetime, where: str
-) -> list[str]:
-    """Give the tokenizer its chat template for good; return lines of what was changed. See `settle_tokens`."""
+) -> tuple[list[str], bool]:
+    """Give the tokenizer its chat template for good; return lines of what was changed, and whether the template's clock
+    was stopped. See `settle_tokens`."""
     if template is not None:
         tokenizer.chat_template = template
     if tokenizer.chat_template is None:
@@ -94,7 +96,7 @@ def settle_template(
                 f"model.{key}: the tokenizer of {name!r} writes messages by code of its own, which reads no such "
                 f"setting; leave it out"
             )
-        return []
+        return [], False
     try:
         text = tokenizer.get_chat_template()
     except ValueError as problem:
@@ -105,13 +107,13 @@ def settle_template(
     text, lines = with_variables(text, variables), []
     if variables:
         lines.append(f"its chat template is published with {', '.join(variables)} set")
-    if writes_the_day(tokenizer, text):
+    if stopped := writes_the_day(tokenizer, text):
+        stays = "in this experiment that stays"
         text = at_moment(text, moment)
-        stays = f"{moment.day} {moment:%b %Y, %H:%M}"
-        lines.append(f"its chat template writes today's date or time; in this experiment that stays {stays}")
+        lines.append(f"its chat template writes today's date or time; {stays} {moment.day} {moment:%b %Y, %H:%M}")
     if variables or text != tokenizer.get_chat_template():
         tokenizer.chat_template = text
-    return lines
+    return lines, stopped
 
 
 def writes_the_day(tokenizer, template: str) -> bool:

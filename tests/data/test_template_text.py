@@ -77,6 +77,16 @@ def test_a_stopped_clock_writes_its_moment(form, monkeypatch):
     assert stopped == expected and NOW.strftime(form) in stopped
 
 
+def test_two_hours_of_a_day_are_one_text_where_the_hour_is_not_written():
+    """So two experiments of a day have the same tokenizer. What only looks like a directive is none."""
+    later = NOW.replace(hour=17, second=9)
+    spaced = "{%if true%}{%set x = 1%}{%for m in messages%}" + DATED + "{%endfor%}{%endif%}"
+    for template in (DATED, spaced):
+        assert at_moment(template, NOW) == at_moment(template, later) != at_moment(template, datetime(2026, 11, 30))
+    computed = "{% set d = '%' %}{{ strftime_now(d ~ 'd ' ~ d ~ 'B') }}"
+    assert rendered(at_moment(computed, NOW)) == "29 November"
+
+
 def test_a_clock_that_was_stopped_stays_so():
     """A published template as the start of another experiment."""
     once = at_moment(DATED, NOW)

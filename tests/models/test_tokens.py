@@ -197,6 +197,7 @@ class TestClock:
         """Text of another day is that of the day; it is said, with the day."""
         tokenizer, given = make("dated"), make("dated")
         lines = settled(tokenizer).lines
+        assert settled(make("dated")).stopped == NOW and settled(make("llama3")).stopped is None
         stays = "in this experiment that stays 29 Nov 2026, 04:05"
         assert lines[0] == f"its chat template writes today's date or time; {stays}"
         own = reloaded(tokenizer, tmp_path)
