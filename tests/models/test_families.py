@@ -1,6 +1,8 @@
 """Families of models: read right, or refused by what they are; scalar heads for all; caches; what tokenizers share."""
 
+import copy
 import json
+import pickle
 
 import families
 import pytest
@@ -257,6 +259,16 @@ def test_no_file_of_a_folder_is_run_for_a_head_of_ours(tmp_path):
     file.write_text("raise SystemExit('it ran')\n")
     with pytest.raises(UserError, match="brings its own code.*--trust-remote-code"):
         load_scalar_model(folder)
+
+
+def test_a_model_with_a_head_of_ours_can_be_described_to_another_process(tmp_path):
+    """As `sharding.made_by_first` does, or every process would read all of its weights; and copied."""
+    model = new_reward_model(families.build("granite", tmp_path / "source"), seed=0)
+    rows = make_rows([[20, 30]], [[40]], 0)
+    with torch.no_grad():
+        for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+            assert type(other) is type(model) and other.score.weight is not model.score.weight
+            assert torch.equal(response_scores(other, rows), response_scores(model, rows))
 
 
 def test_a_logit_that_is_more_than_a_head_is_not_read_as_one(tmp_path):
