@@ -153,6 +153,14 @@ def test_attention_that_only_a_gpu_computes_is_tried_as_sdpa(causal, scalar, mon
     assert {model.config._attn_implementation for model in (policy, reward_model)} == {"flash_test"}
 
 
+@pytest.mark.parametrize("family, linear", [("recurrent_gemma", False), ("gemma3_text", True), ("granite", False)])
+def test_a_head_that_caps_its_logits_is_told_whatever_its_setting_is_called(family, linear, tmp_path):
+    """Small logits hide a cap: those of a trained model do not."""
+    model = load_policy(families.build(family, tmp_path / "source"))
+    assert head_is_linear(model) is linear
+    assert head_is_linear(model) is linear and not model.base_model._forward_hooks
+
+
 # -- routers ---------------------------------------------------------------------------------------------
 
 
