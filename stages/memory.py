@@ -301,7 +301,8 @@ def make(config, name: str, adapter: dict, checkpointing: bool, attention: str, 
 def head_is_linear(model) -> bool:
     """By the settings that transformers' models have for it: trying it out would take numbers."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
-    scaled = [getattr(config, name, None) for name in ("logits_scaling", "logit_scale", "final_logit_softcapping")]
+    names = ("logits_scaling", "logit_scale", "lm_head_multiplier", "final_logit_softcapping", "logits_soft_cap")
+    scaled = [getattr(config, name, None) for name in names]
     return type(head) is nn.Linear and head.bias is None and all(x in (None, 1.0) for x in scaled)
 
 

@@ -8,6 +8,7 @@ import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -160,17 +161,34 @@ def has_family_class(config) -> bool:
 def scalar_class(causal) -> type:
     """The class of reward models on the trunk of a causal model of transformers' own: `ScalarHead` on its family's
     pretrained class. causal: such a model; its weights are not read."""
+    kinds = (parent_of(causal), type(causal.config), type(causal.base_model))
+    return make_scalar_class(scalar_name(type(causal)), *kinds, causal.base_model_prefix)
+
+
+@lru_cache
+def make_scalar_class(name: str, parent: type, config_class: type, trunk: type, prefix: str) -> type:
+    """The class `name`; prefix: its attribute that holds the trunk. A model of it is sent to another process by these
+    parts, for no module there has it."""
     from stages.models.scalar_head import ScalarHead
 
-    trunk = type(causal.base_model)
+    def described(model, protocol):
+        return blank_scalar, (name, parent, config_class, trunk, prefix), model.__dict__
+
     parts = {
         "__module__": __name__,
-        "config_class": type(causal.config),
-        "base_model_prefix": causal.base_model_prefix,
+        "__reduce_ex__": described,
+        "config_class": config_class,
+        "base_model_prefix": prefix,
         "trunk_class": trunk,
         "trunk_options": trunk_options_of(trunk),
     }
-    return type(scalar_name(type(causal)), (ScalarHead, parent_of(causal)), parts)
+    return type(name, (ScalarHead, parent), parts)
+
+
+def blank_scalar(*parts):
+    """A model of `make_scalar_class(*parts)` that has nothing yet."""
+    kind = make_scalar_class(*parts)
+    return kind.__new__(kind)
 
 
 def trunk_options_of(trunk: type) -> dict:

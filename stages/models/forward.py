@@ -3,6 +3,8 @@
 Only the positions that are read pay for a head: response tokens for log-probs and values, the last token for scores.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ from stages.models.loading import score_head
 from stages.models.packing import trunk_options
 from stages.models.sharding import compute
 from stages.objectives.logprobs import entropy, token_logprobs
+
+LARGE = 200.0  # logits that every cap changes (30 and 50 are usual)
 
 
 def response_logprobs(model, rows: Rows, temperature: float = 1.0, with_entropy: bool = False):
@@ -110,23 +114,37 @@ def _hidden(model, rows: Rows) -> Tensor:
 @torch.no_grad()
 def head_is_linear(model) -> bool:
     """Whether logits are the output embedding's weight times the trunk's states and nothing more (Gemma caps them,
-    Granite and Cohere scale them, Phi adds a bias). Tried once a model, on three tokens."""
+    Granite and Cohere scale them, Phi adds a bias). Tried once a model, on three tokens, with states so long that a
+    cap shows whatever the weights are."""
     inner = plain(model)
     if not hasattr(inner, "_head_is_linear"):
         head = inner.get_output_embeddings()
-        capped = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
-        if type(head) is not torch.nn.Linear or head.bias is not None or capped:
+        if type(head) is not torch.nn.Linear or head.bias is not None:
             inner._head_is_linear = False
             return False
         ids = torch.tensor([[1, 2, 3]], device=next(inner.parameters()).device)
         training = inner.training
         inner.eval()
         with off_the_gpu(inner):
-            whole = inner(input_ids=ids, use_cache=False).logits
-            parts = head(inner.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+            states = inner.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            factor = LARGE / head(states).abs().max().clamp(min=1e-6)
+            longer = inner.base_model.register_forward_hook(partial(_times, factor))
+            try:
+                whole = inner(input_ids=ids, use_cache=False).logits
+            finally:
+                longer.remove()
+            parts = head(states * factor)
         inner.train(training)
-        inner._head_is_linear = whole.shape == parts.shape and torch.allclose(whole, parts, rtol=1e-3, atol=1e-3)
+        same = whole.shape == parts.shape and torch.allclose(whole, parts, rtol=1e-3, atol=1e-3 * LARGE)
+        inner._head_is_linear = same
     return inner._head_is_linear
+
+
+def _times(factor: Tensor, trunk, args, out):
+    """A hook by which a trunk gives its states times `factor`; where it gives them otherwise, none is done."""
+    if hasattr(out, "last_hidden_state"):
+        out.last_hidden_state = out.last_hidden_state * factor
+    return out
 
 
 def _head(model, hidden: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Families of models: read right, or refused by what they are; scalar heads for all; caches; what tokenizers share."""
 
+import copy
 import json
+import pickle
 
 import families
 import pytest
@@ -151,6 +153,14 @@ def test_attention_that_only_a_gpu_computes_is_tried_as_sdpa(causal, scalar, mon
     assert {model.config._attn_implementation for model in (policy, reward_model)} == {"flash_test"}
 
 
+@pytest.mark.parametrize("family, linear", [("recurrent_gemma", False), ("gemma3_text", True), ("granite", False)])
+def test_a_head_that_caps_its_logits_is_told_whatever_its_setting_is_called(family, linear, tmp_path):
+    """Small logits hide a cap: those of a trained model do not."""
+    model = load_policy(families.build(family, tmp_path / "source"))
+    assert head_is_linear(model) is linear
+    assert head_is_linear(model) is linear and not model.base_model._forward_hooks
+
+
 # -- routers ---------------------------------------------------------------------------------------------
 
 
@@ -257,6 +267,16 @@ def test_no_file_of_a_folder_is_run_for_a_head_of_ours(tmp_path):
     file.write_text("raise SystemExit('it ran')\n")
     with pytest.raises(UserError, match="brings its own code.*--trust-remote-code"):
         load_scalar_model(folder)
+
+
+def test_a_model_with_a_head_of_ours_can_be_described_to_another_process(tmp_path):
+    """As `sharding.made_by_first` does, or every process would read all of its weights; and copied."""
+    model = new_reward_model(families.build("granite", tmp_path / "source"), seed=0)
+    rows = make_rows([[20, 30]], [[40]], 0)
+    with torch.no_grad():
+        for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+            assert type(other) is type(model) and other.score.weight is not model.score.weight
+            assert torch.equal(response_scores(other, rows), response_scores(model, rows))
 
 
 def test_a_logit_that_is_more_than_a_head_is_not_read_as_one(tmp_path):
