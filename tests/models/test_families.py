@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from datetime import datetime
 
 import families
 import pytest
@@ -15,15 +16,18 @@ from stages.models import families as ours
 from stages.models.forward import head_is_linear, response_logprobs, response_scores
 from stages.models.loading import (
     load_policy,
-    load_pretrained,
     load_scalar_model,
     load_tokenizer,
     new_reward_model,
     same_tokenizer,
     save_model,
 )
+from stages.models.loading import (
+    load_pretrained as load_as_given,
+)
 from stages.models.remote_code import scalar_problem, write_scalar_head
 from stages.models.same_tokenizer import fit_rows
+from stages.models.tokens import settle_tokens
 from stages.rollouts import lanes
 from stages.rollouts.transformers import sample_with_logprobs
 from stages.rollouts.trial import CACHE, reading_problem
@@ -46,6 +50,13 @@ READ = {  # family: how its rows are read, and whether rm has to write it a head
     "gemma4_text": ("packed", True),
     "modernbert-decoder": ("padded", True),
 }
+
+
+def load_pretrained(name, **options):
+    """A model and its tokenizer as base has them: loaded, and its tokens settled."""
+    model, tokenizer = load_as_given(name, **options)
+    settle_tokens(model, tokenizer, name, moment=datetime(2026, 1, 2))
+    return model, tokenizer
 
 
 def attention_of(family):
