@@ -259,15 +259,17 @@ def portable_tokenizer(config: dict[str, Any], pre_tokenizer: dict[str, Any], ad
 def write_old_positions(model, folder: Path) -> None:
     """Write the rotary positions of config.json under transformers 4's names too.
 
-    They stay unwritten where the installed transformers would then read something else, and where transformers 4 could
-    not say them.
+    They stay unwritten where the installed transformers would then read something else, where transformers 4 could not
+    say them, and where a model brings its own configuration class, which has names of its own.
     """
     from transformers import AutoConfig
 
+    if is_remote(model.config):
+        return
     path = folder / "config.json"
     before = path.read_text(encoding="utf-8")
     edit_json(path, with_old_positions)
-    if is_remote(model.config) or path.read_text(encoding="utf-8") == before:
+    if path.read_text(encoding="utf-8") == before:
         return
     try:
         same = positions_of(AutoConfig.from_pretrained(folder)) == positions_of(model.config)

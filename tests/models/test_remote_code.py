@@ -72,6 +72,17 @@ def run_base(tmp_path, source, *flags, **model) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_configuration_of_its_own_stays_as_it_writes_itself(kind, tmp_path, tokenizer):
+    """transformers 4's names of positions belong to its classes: another one would take `rope_scaling` for its own."""
+    _, folder = published(tmp_path, tokenizer, kind)
+    written = json.loads((folder / "config.json").read_text())
+    model = load_policy(folder, attn_implementation=KINDS[kind], trust_remote_code=True)
+    model.config.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert "rope_scaling" not in written and written.get("rope_parameters") == again.get("rope_parameters")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_way_of_reading_gives_the_models_own_numbers(kind, tmp_path, tokenizer, ragged):
     """Policy and reward model, on padded rows and, where it packs, on packed ones, against its forward row by row."""
     _, folder = published(tmp_path, tokenizer, kind)
