@@ -16,7 +16,7 @@ SMALL = ("ppo.batch_size=4", "ppo.mini_batch_size=4", "ppo.response_length=8", "
          "sft.max_length=64", "rm.max_length=64", "dpo.max_length=64", "sft.sample_tokens=0", "dpo.sample_tokens=0",
          "ppo.eval_steps=99", "sft.per_device_train_batch_size=2", "rm.gradient_accumulation_steps=1",
          "rm.per_device_train_batch_size=2", "dpo.per_device_train_batch_size=2", "dpo.gradient_accumulation_steps=1",
-         "ppo.on_too_long=drop", "checkpoints.every=2")  # fmt: skip
+         "sft.gradient_accumulation_steps=1", "ppo.on_too_long=drop", "checkpoints.every=2")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -58,11 +58,15 @@ class Tracker:
     def __init__(self, stop, stop_at):
         self.rows, self.stop, self.stop_at = [], stop, stop_at
 
-    def log(self, step, row):
+    def log(self, step, row, seconds, tokens):
+        assert seconds > 0 and tokens > 0
         self.rows.append({"step": step, **row})
         self.stop.requested = step == self.stop_at
 
     def evaluation(self, step, row):
+        pass
+
+    def say(self, line):
         pass
 
     @contextlib.contextmanager
