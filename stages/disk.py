@@ -25,7 +25,13 @@ class Written:
 
 
 def written(
-    published: Sequence, trained: Sequence, *, sets: int = 0, saves: int = 0, keep: int = 1, copies: int = 1,
+    published: Sequence,
+    trained: Sequence,
+    *,
+    sets: int = 0,
+    saves: int = 0,
+    keep: int = 1,
+    copies: int = 1,
     bytes_per_weight: int = 4,
 ) -> Written:
     """Compute what a stage writes.
