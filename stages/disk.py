@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pipeline.files import free_bytes, human_bytes
 from pipeline.stage import StageRun
+from stages.common import publish_dtype
 from stages.models.adalora import triplets_of
 from stages.models.adapters import is_adapted, plain, trainable
 
@@ -84,8 +85,15 @@ def say_written(ctx: StageRun, published: Sequence, trained: Sequence, steps: in
         steps: of the whole stage.
     """
     store = ctx.checkpoints
+    sources = [ctx.inputs[stage] / "model" for stage in ("sft", "base") if stage in ctx.inputs]
+    is_half = bool(sources) and publish_dtype(ctx, sources[0]) is not None
     found = written(
-        published, trained, saves=(steps - 1) // store.every if store.every else 0, keep=store.keep, **options
+        published,
+        trained,
+        saves=(steps - 1) // store.every if store.every else 0,
+        keep=store.keep,
+        bytes_per_weight=2 if is_half else 4,
+        **options,
     )
     line = f"writes {human_bytes(found.models)} of weights"
     if found.kept:
