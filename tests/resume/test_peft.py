@@ -66,7 +66,7 @@ def assert_apart(base, folder):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(before, expected, atol=1e-4), "nothing was trained"
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == ""
+    assert (folder / "adapter" / config["base_model_name_or_path"]).resolve() == base.resolve()
 
 
 def test_the_adapters_of_sft_belong_on_base(tmp_path):
