@@ -384,8 +384,8 @@ MUTANTS = [
     Mutant(
         "rm",
         "an ensemble's first model is published for all",
-        'folder = ctx.publish / ("model" if k == 0 else f"ensemble/{k}")',
-        'folder = ctx.publish / ("model" if k == 0 else "model")',
+        "folder = ctx.publish / name",
+        'folder = ctx.publish / "model"',
     ),
     Mutant(
         "rm",
@@ -420,7 +420,7 @@ MUTANTS = [
     Mutant(
         "rm",
         "an ensemble's accuracy is its first model's",
-        "mean = [sum(part) / c.ensemble for part in zip(*margins, strict=True)]",
+        "mean = [sum(part) / c.ensemble for part in zip(*margins[: c.ensemble], strict=True)]",
         "mean = margins[0]",
     ),
     # ── dpo ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -843,8 +843,8 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "missing_eos_score is not applied",
-        "torch.tensor([a.finished for a in answers]), c.missing_eos_score)",
-        "torch.tensor([a.finished for a in answers]), None)",
+        "scores = final_scores(own, finished, c.missing_eos_score)",
+        "scores = final_scores(own, finished, None)",
     ),
     Mutant(
         "evaluate",
