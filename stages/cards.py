@@ -132,7 +132,10 @@ def adapter_lines(adapter: tuple[str, str | None] | None, is_scalar: bool) -> st
     if not base:
         return "\n## Adapter\n\n`adapter/` holds what was trained apart, on a model that lies outside the experiment.\n"
     kind = f"AutoModelFor{task}"
-    where = RELATIVE.format(kind=kind, more=more) if base.startswith(".") else f" at the commit `{revision}`"
+    if base.startswith("."):
+        where = RELATIVE.format(kind=kind, more=more)
+    else:
+        where = f" at the commit `{revision}`" if revision else ": a path from the folder where `rlhf` ran"
     return ADAPTER.format(auto=f"AutoPeftModelFor{task}", base=base, more=more, where=where)
 
 

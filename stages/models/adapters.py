@@ -212,9 +212,15 @@ def merged(model):
 
 
 def base_of(source: Path, folder: Path) -> tuple[str, None]:
-    """Name the base of an adapter in folder/adapter: the model in `source`, as a path from there, which holds wherever
-    both are moved together. (A path of this machine would hold nowhere else.)"""
-    return os.path.relpath(source, folder / FOLDER).replace(os.sep, "/"), None
+    """Name the base of an adapter in folder/adapter, the model in `source`.
+
+    peft takes a path from the working folder. Artifacts below it, as they are by default, are named from there, so that
+    AutoPeftModel finds the base; others from the adapter's folder, which holds wherever both are moved together. (A
+    path of this machine would hold nowhere else.)
+    """
+    here = Path.cwd()
+    start = here if source.resolve().is_relative_to(here) else folder / FOLDER
+    return os.path.relpath(source, start).replace(os.sep, "/"), None
 
 
 def save_adapter(model, folder: Path, base: tuple[str, str | None] = ("", None)) -> None:

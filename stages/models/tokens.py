@@ -61,7 +61,7 @@ def settle_tokens(
     if given != tokenizer.eos_token:
         was = "and its tokenizer names no end token" if given is None else f"not with its tokenizer's {given}"
         lines.append(f"its chat template ends turns with {tokenizer.eos_token}, {was}: that is EOS from here on")
-    ends = settle_document_end(tokenizer, given, ids_that_end(model))
+    ends = settle_document_end(tokenizer, given, ids_that_end(model), model.get_input_embeddings().weight.shape[0])
     if ends != tokenizer.eos_token:
         lines.append(f"documents end with {ends}, as in pretraining; turns with {tokenizer.eos_token}")
     padded = give_pad_token(tokenizer)
@@ -175,7 +175,7 @@ def ids_that_end(model) -> list[int]:
     return [i for i in dict.fromkeys(found) if isinstance(i, int)]
 
 
-def settle_document_end(tokenizer, given: str | None, ends: list[int]) -> str:
+def settle_document_end(tokenizer, given: str | None, ends: list[int], rows: int) -> str:
     """Record in the tokenizer what ended a document in pretraining, where it is not EOS; return that token.
 
     Args:
@@ -184,6 +184,7 @@ def settle_document_end(tokenizer, given: str | None, ends: list[int]) -> str:
         ends: Ids that the model's configurations name as ends. Where EOS ends turns alone, as <|eot_id|> does, a
             special token among them with a usual name ended documents, or else the vocabulary's (`document_end`), or
             else another of them.
+        rows: Of the model as it came: a token without one ended nothing in pretraining.
     """
     eos = tokenizer.eos_token
     special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -196,6 +197,8 @@ def settle_document_end(tokenizer, given: str | None, ends: list[int]) -> str:
     else:
         end = next((token for token in others if token in DOCUMENT_ENDS), usual)
         end = others[0] if end == eos and others else end
+    if tokenizer.convert_tokens_to_ids(end) >= rows:
+        end = eos
     if end != usual or (given is not None and given != eos):
         tokenizer.init_kwargs[DOCUMENT_END] = end
     return end

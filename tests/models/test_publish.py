@@ -271,6 +271,9 @@ def test_an_adapter_finds_its_base_from_its_own_folder_also_when_all_is_moved(
                 p.add_(0.1)
     name, revision = base_of(base, folder)
     assert (name, revision) == ("../../../base/model", None)
+    with monkeypatch.context() as below:
+        below.chdir(tmp_path)
+        assert base_of(base, folder) == ("made/base/model", None)
     save_merged(model, tokenizer, folder, card="", base=(name, revision))
     shutil.move(tmp_path / "made", tmp_path / "moved")
     ids = torch.tensor([[5, 6, 7, 8]])

@@ -10,7 +10,7 @@ from chat_tokenizers import CHATML, KINDS, QWEN35, ZEPHYR, make
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from data.agreement import probe
-from data.encode import document_end, encode_prompt
+from data.encode import document_end, encode_prompt, train_tokenizer
 from pipeline.errors import UserError
 from stages.models.loading import load_pretrained, save_model
 from stages.models.tokens import end_turns_with_eos, give_pad_token, settle_tokens
@@ -86,6 +86,16 @@ def test_an_end_of_documents_of_an_unusual_name_is_recorded(tmp_path):
         settled(tokenizer, model)
         own = reloaded(tokenizer, tmp_path / str(from_config))
         assert own.eos_token == "<|im_end|>" and own.convert_ids_to_tokens(document_end(own)) == "<stop>"
+
+
+def test_a_token_without_a_row_ended_no_document(tmp_path):
+    """transformers adds <|endoftext|> to a Qwen2's tokenizer, whatever its model was trained on."""
+    tokenizer = train_tokenizer(["a quick test of a short text"], 300)
+    rows, eos = len(tokenizer), tokenizer.eos_token
+    tokenizer.add_special_tokens({"pad_token": "<|endoftext|>"})
+    settled(tokenizer, model_for(tokenizer, rows=rows))
+    own = reloaded(tokenizer, tmp_path)
+    assert own.convert_ids_to_tokens(document_end(own)) == own.eos_token == eos
 
 
 def test_a_tokenizer_without_an_end_is_refused():

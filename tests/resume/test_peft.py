@@ -37,7 +37,7 @@ def biased(oracle, tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(oracle / "micro" / "base" / "model")
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=len(tokenizer),
+        vocab_size=len(tokenizer) + 1,  # and <|endoftext|>, which transformers adds to a Qwen2's tokenizer
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,

@@ -164,6 +164,7 @@ def test_data_of_stages_further_up_are_named_where_they_are_what_it_was_made_of(
     [
         (("../../../base/model", None), ["`../../../base/model`", 'change into `adapter/` and load `"."`']),
         (("org/name", "0123"), ["`org/name` at the commit `0123`"]),
+        (("art/x/base/model", None), ["`art/x/base/model`: a path from the folder where `rlhf` ran"]),
         (("", None), ["lies outside the experiment"]),
     ],
 )
