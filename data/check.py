@@ -429,7 +429,8 @@ def run_all(experiment, console=None, artifacts: str | Path = "artifacts") -> in
         if report.errors:
             wrong[kind] = len(report.errors)
     found = ", ".join(f"{kind} {count:,}" for kind, count in wrong.items())
-    print(f"\n{len(parts)} kind{'s' * (len(parts) > 1)} of data, " + (f"errors: {found}" if wrong else "no errors"), file=out)
+    kinds = f"{len(parts)} kind{'s' * (len(parts) > 1)} of data"
+    print(f"\n{kinds}, " + (f"errors: {found}" if wrong else "no errors"), file=out)
     return 2 if wrong else 0
 
 

@@ -121,13 +121,22 @@ class TestExperiment:
         ctx = fake_run(tmp_path)
         table = report_experiment.settings_table(ctx.manifests, report_experiment.defaults_of(type(ctx.experiment)))
         rows = {row[0].text: (row[1].text, row[1].small, row[2].text) for row in table.rows}
-        assert rows.pop("sft.learning_rate") == ("0.0002", "", "9.65e-06")
+        assert rows.pop("sft.learning_rate") == ("0.0002", "", "2e-05")
         assert rows.pop("sft.num_train_epochs")[0] == "3.0"
-        assert rows.pop("ppo.kl_coef") == ("0.1", "changed on the way: 0.05 → 0.1", "0.02")
+        assert rows.pop("ppo.kl_coef") == ("0.1", "changed on the way: 0.05 → 0.1", "0.05")
         assert rows.pop("model.name_or_path") == ("org/small", "", "null")
         assert rows.pop("checkpoints.every") == ("25", "", "null")
         assert {key for key in rows if not key.startswith("model.")} == set()  # ppo.gamma is 1.0 as it comes
+        assert {key: value[0] for key, value in rows.items() if "peft" in key} == {"model.peft.r": "8"}
         assert not table.folded and "default</th>" in page_of(ctx)
+
+    def test_a_section_that_is_null_by_default_is_listed_though_all_in_it_are_defaults(self, tmp_path):
+        ctx = fake_run(tmp_path)
+        ctx.manifests["sft"]["config"]["model"] = {"peft": {"method": "lora", "r": 16, "bits": None}}
+        ctx.manifests["sft"]["config"]["sft"] = {"ppo_init": {"num_train_epochs": 2.0}, "learning_rate": 0.1}
+        table = report_experiment.settings_table(ctx.manifests, report_experiment.defaults_of(type(ctx.experiment)))
+        rows = [(row[0].text, row[1].text, row[1].small, row[2].text) for row in table.rows]
+        assert ("model.peft", "{}", "", "null") in rows and ("sft.ppo_init", "{}", "", "null") in rows
 
     def test_many_settings_are_folded(self, tmp_path):
         ctx = fake_run(tmp_path)
