@@ -219,6 +219,15 @@ class TestWithoutEverything:
         assert "gold" not in page.lower()
         assert "gold" in page_of(fake_run(tmp_path / "other")).lower()
 
+    def test_no_dashed_line_is_explained_that_is_not_drawn(self, tmp_path):
+        ctx = fake_run(tmp_path, world=False, gold=False)
+        assert "prefer the same response." in page_of(ctx)  # neither is known
+        results = results_of(ctx)
+        results["reward_model"]["labeler_agreement"] = 0.7
+        write_results(ctx, results)
+        page = page_of(ctx)
+        assert "dashed: how often two labelers agree." in page and "best reachable on these" not in page
+
     def test_no_share_of_a_way_that_was_not_gone(self, tmp_path):
         """Where the held-out judge sees a loss, no negative share of the gain is given."""
         ctx = fake_run(tmp_path, gold=False, held_out=True)
