@@ -90,7 +90,7 @@ def check(
     loaded = read_part(report.kind, path, part)
     report.errors += loaded.errors
     say_rows(report, loaded)
-    if part is not None and (part.skip or part.limit is not None):
+    if part is not None and (part.skip or part.limit is not None) and loaded.records:
         report.facts.append(("taken", f"records {part.skip + 1:,} to {part.skip + len(loaded.records):,}"))
     if loaded.records:
         say_lengths(report, loaded, tokenizer, max_length, on_too_long)
@@ -404,38 +404,51 @@ def run_all(experiment, console=None, artifacts: str | Path = "artifacts") -> in
 
     Returns:
         2 if there are errors in any, otherwise 0.
+
+    Raises:
+        DataError: The config names no data.
     """
     out = console.file if console is not None else sys.stdout
     home = Path(artifacts) / experiment.name
     files, parts, wrong = files_of(experiment, home), parts_of(experiment), {}
     tokenizer, note = tokenizer_of(experiment, home)
     print(f"tokenizer: {note}", file=out)
+    if not parts:
+        what = "names no file and no Hub id, so no stage has anything to read"
+        raise DataError([f"data: {what}; name demonstrations, and what else the stages are to read"])
     for kind, part in parts.items():
         print(f"\n-- data.{kind}", file=out)
-        if part.hub is None and kind not in files:
+        place = place_of(experiment, kind)
+        if place == "world" and kind not in files:
             print("written by the stage world, which has not run yet", file=out)
             continue
         others = [(name, file, parts[name]) for name, file in files.items() if name != kind]
         limits = limits_of(experiment, kind) | {"against": others, "tokenizer": tokenizer, "part": part}
-        report = check(files.get(kind, Path(part.hub or "")), kind, **limits)
+        report = check(files.get(kind, Path(place).expanduser()), kind, **limits)
         say(report, console)
         if report.errors:
             wrong[kind] = len(report.errors)
     found = ", ".join(f"{kind} {count:,}" for kind, count in wrong.items())
-    print(f"\n{len(parts)} kinds of data, " + (f"errors: {found}" if wrong else "no errors"), file=out)
+    kinds = f"{len(parts)} kind{'s' * (len(parts) > 1)} of data"
+    print(f"\n{kinds}, " + (f"errors: {found}" if wrong else "no errors"), file=out)
     return 2 if wrong else 0
+
+
+def place_of(experiment, kind: str) -> str | None:
+    """The path or Hub id of a kind of data, "world" for the embedded world's; None where the config names none."""
+    source = getattr(experiment.data, kind, None)
+    return getattr(source, "path", source)
 
 
 def parts_of(experiment) -> dict[str, Part]:
     """What of each kind of data the config takes; a kind that is null is not in it."""
     parts = {}
     for kind in FORMS:
-        source = getattr(experiment.data, kind, None)
-        if source is None:
+        source, place = getattr(experiment.data, kind, None), place_of(experiment, kind)
+        if place is None:
             continue
-        fields = ("skip", "limit", "split", "subset", "revision")
+        fields = () if isinstance(source, str) else ("skip", "limit", "split", "subset", "revision")  # str has a split
         given = {name: getattr(source, name) for name in fields if hasattr(source, name)}
-        place = getattr(source, "path", source)
         here = place == "world" or Path(place).expanduser().exists()
         parts[kind] = Part(**given, hub=None if here else place)
     return parts
@@ -445,9 +458,7 @@ def files_of(experiment, home: Path) -> dict[str, Path]:
     """The files of the `data:` section that are on this machine; those of the world lie in its artifact."""
     files = {}
     for kind in FORMS:
-        source = getattr(experiment.data, kind, None)
-        place = getattr(source, "path", source)
-        if place is not None:
+        if (place := place_of(experiment, kind)) is not None:
             files[kind] = home / "world" / f"{kind}.jsonl" if place == "world" else Path(place).expanduser()
     return {kind: file for kind, file in files.items() if file.is_file()}
 

@@ -37,7 +37,8 @@ TIMES = {  # what a row of it holds beside `step`; wandb gets them as `time/…`
     "seconds": "of the step, forward, backward and update (ppo: sampling too), without evaluation and checkpoints",
     "tokens": "of the step's batch, padding not counted, in all processes (ppo: of its episodes, prompts included)",
     "tokens_per_second": "tokens / seconds",
-    "memory_gb": "the most that the first process has held so far: of a GPU's memory, or without one of the machine's",
+    "memory_gb": "the most that the first process has held so far: of a GPU's memory since the stage began, or without "
+    "one of the machine's since the command did",
 }
 
 
@@ -117,6 +118,7 @@ class Tracker:
         self.writes = writes  # False in a process that helps another one, which writes
         self.folder, self.stage, self.run_id = Path(folder), stage, run_id
         self.console = console or Console()
+        forget_peak()
         self._open: dict[str, Any] = {}
         self._dashboard = dashboard or Dashboard()
         self._wandb = None
@@ -336,11 +338,22 @@ def roughly(seconds: float) -> float:
     return max(1.0, round(seconds / unit) * unit)
 
 
-def memory_gb() -> float:
-    """The most that this process has held so far, in GB: of the GPU's memory where it computes on one, otherwise of the
-    machine's."""
+def on_gpu() -> Any:
+    """torch, where this process computes on a GPU; otherwise None."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+    return torch if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None
+
+
+def forget_peak() -> None:
+    """Count the most of a GPU's memory from here on: the stages of one command share a process."""
+    if (torch := on_gpu()) is not None:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def memory_gb() -> float:
+    """The most that this process has held, in GB: of the GPU's memory since `forget_peak` where it computes on one,
+    otherwise of the machine's since it began."""
+    if (torch := on_gpu()) is not None:
         return round(torch.cuda.max_memory_allocated() / 1e9, 3)
     import resource
 

@@ -267,21 +267,21 @@ def place_of(fact: dict[str, Any]) -> str:
 def settings_of(ctx: StageRun) -> list[tuple[str, str]]:
     """List the settings of the stage and of its model that are not the defaults."""
     sections = {ctx.stage: ctx.config, "model": ctx.experiment.model}
-    rows = [row for name, section in sections.items() for row in changed(section, name)]
-    return [(key, f"`{shown(value)}`") for key, value in [("seed", ctx.seed), *rows]]
+    rows = [("seed", ctx.seed)] * (ctx.seed != 0)
+    rows += [row for name, section in sections.items() for row in changed(section, name)]
+    return [(key, f"`{shown(value)}`") for key, value in rows]
 
 
 def changed(section: BaseModel, prefix: str) -> list[tuple[str, Any]]:
-    """(dotted key, value) of what a section's fields hold that are not at their defaults; of a section that is none by
-    default, all."""
+    """(dotted key, value) of what a section's fields hold that are not at their defaults; a section that is none by
+    default and has nothing but defaults is {}."""
     rows: list[tuple[str, Any]] = []
     for key, info in type(section).model_fields.items():
         value = getattr(section, key)
         default = info.get_default(call_default_factory=True)
-        if isinstance(value, BaseModel) and default is None:
-            rows += [(f"{prefix}.{key}.{name}", item) for name, item in value.model_dump(mode="json").items()]
-        elif isinstance(value, BaseModel):
-            rows += changed(value, f"{prefix}.{key}")
+        if isinstance(value, BaseModel):
+            inner = changed(value, f"{prefix}.{key}")
+            rows += inner or [(f"{prefix}.{key}", {})] * (default is None)
         elif value != default:
             rows.append((f"{prefix}.{key}", value))
     return rows

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import PurePath
-from typing import Any
+from typing import Any, get_args
 
 from stages.report_svg import graph
 from stages.report_table import Cell, Table, dense
@@ -227,13 +227,23 @@ def part_of(source: dict) -> str:
 # -- settings ----------------------------------------------------------------------------------------------
 
 
-def defaults_of(experiment: type) -> dict[str, dict]:
-    """Return the default settings of every section of an experiment's type, as a manifest would record them."""
-    made = {name: info.get_default(call_default_factory=True) for name, info in experiment.model_fields.items()}
-    return {name: value.model_dump(mode="json") for name, value in made.items() if hasattr(value, "model_dump")}
+def defaults_of(experiment: type) -> dict[str, Any]:
+    """Return the defaults of an experiment's type, as manifests record settings, by dotted key; inside a section that
+    is null by default (model.peft), those that hold once it is given."""
+    found: dict[str, Any] = {}
+    for name, info in experiment.model_fields.items():
+        made = info.get_default(call_default_factory=True)
+        if hasattr(made, "model_dump"):
+            found |= flat(made.model_dump(mode="json"), name)
+            for key, field in type(made).model_fields.items():
+                inner = next((kind for kind in get_args(field.annotation) if hasattr(kind, "model_fields")), None)
+                for part, inside in inner.model_fields.items() if inner is not None else ():
+                    if not inside.is_required():
+                        found[f"{name}.{key}.{part}"] = inside.get_default(call_default_factory=True)
+    return found
 
 
-def settings_table(manifests: dict[str, dict], defaults: dict[str, dict]) -> Table | None:
+def settings_table(manifests: dict[str, dict], defaults: dict[str, Any]) -> Table | None:
     """List every setting that differs from its default; None where all are as they come.
 
     Args:
@@ -245,13 +255,12 @@ def settings_table(manifests: dict[str, dict], defaults: dict[str, dict]) -> Tab
     stages = ordered(manifests)
     for stage, manifest in stages:
         for name in (stage, *COMMON):
-            before, recorded = flat(defaults.get(name, {}), name), section(manifest, name)
-            for key, value in (flat(recorded, name) if recorded else {}).items():
-                if key not in before or value != before[key]:
-                    known[key] = shown(before.get(key))
-                    found.setdefault((key, shown(value)), []).append(stage)
+            recorded = section(manifest, name)
+            for key, value in differing(recorded, name, defaults).items():
+                known[key] = shown(defaults.get(key))
+                found.setdefault((key, shown(value)), []).append(stage)
         fraction = section(manifest, "data").get("validation_fraction")
-        usual = defaults.get("data", {}).get("validation_fraction")
+        usual = defaults.get("data.validation_fraction")
         if fraction is not None and fraction != usual:
             known["data.validation_fraction"] = shown(usual)
             found.setdefault(("data.validation_fraction", shown(fraction)), []).append(stage)
@@ -270,6 +279,20 @@ def settings_table(manifests: dict[str, dict], defaults: dict[str, dict]) -> Tab
     label = "Settings that differ from their default"
     folded = f"{label}: {len(rows)}" if len(rows) > MANY_SETTINGS else ""
     return Table(label, ("setting", "value", "default"), tuple(rows), frozenset({0, 1, 2}), folded)
+
+
+def differing(recorded: dict, prefix: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a recorded section differs from its defaults, by dotted key; a section inside that is null by
+    default is {} where it was given with nothing but defaults."""
+    found: dict[str, Any] = {}
+    for name, value in recorded.items():
+        key = f"{prefix}.{name}"
+        inner = flat(value, key)
+        differs = {k: item for k, item in inner.items() if k not in defaults or item != defaults[k]}
+        if not differs and isinstance(value, dict) and key in defaults and defaults[key] is None:
+            differs = {key: {}}
+        found |= differs
+    return found
 
 
 def flat(value: Any, prefix: str) -> dict[str, Any]:

@@ -57,19 +57,23 @@ def learning(journals: dict[str, Journal], rm: dict) -> list[Figure]:
         if stage in journals:
             figures += curve(journals[stage], title, unit, caption, stage, "loss", log_y=stage == "base")
         if stage == "rm" and stage in journals:
-            levels = [
-                (number(rm.get(k)), text)
-                for k, text in (("accuracy_ceiling", "best reachable"), ("labeler_agreement", "two labelers"))
+            known = [
+                (number(rm.get(key)), mark, words)
+                for key, mark, words in (
+                    ("labeler_agreement", "two labelers", "how often two labelers agree"),
+                    ("accuracy_ceiling", "best reachable", "the best reachable on these labels"),
+                )
             ]
+            known = [level for level in known if level[0] is not None]
+            dashed = f"; dashed: {' and '.join(words for *_, words in known)}" if known else ""
             figures += curve(
                 journals["rm"],
                 "Reward model accuracy",
                 "share of pairs",
-                "Share of pairs on which reward model and labeler prefer the same response; "
-                "dashed: how often two labelers agree, and the best reachable on these labels.",
+                f"Share of pairs on which reward model and labeler prefer the same response{dashed}.",
                 "rm",
                 "accuracy",
-                levels=[(v, text) for v, text in levels if v is not None],
+                levels=[(value, mark) for value, mark, _ in known],
             )
     if "dpo" in journals and any("rewards/chosen" in row for row in journals["dpo"].metrics):
         chosen, rejected = (series(journals["dpo"].metrics, f"rewards/{k}") for k in ("chosen", "rejected"))

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from data import check as checks
+from data.records import DataError
 from pipeline import cli
 from tests.data.test_check import experiment
 
@@ -93,6 +94,35 @@ def test_the_worlds_files_and_the_hubs_are_read_too(config, tmp_path, monkeypatc
     assert code == 0 and "records 1 to 3" in reports["demonstrations"] and "org/name" in reports["demonstrations"]
     assert asked == [("org/name", "train", "small", None, 3)]
     assert "document length  3 to 3 words" in reports["documents"]
+
+
+def test_a_hub_id_without_a_part_is_read_as_training_reads_it(config, tmp_path, monkeypatch, capsys):
+    """A string has a method `split`, which is none of a data set's."""
+    config.data.demonstrations = "org/name"
+    asked = []
+
+    def rows(hub, *which):
+        asked.append((hub, *which[:4]))
+        yield f"{hub}: index 0", {"prompt": "p", "completion": "c"}
+
+    monkeypatch.setattr("data.sources.hub_rows", rows)
+    code, reports, _ = look(config, tmp_path)
+    assert (code, asked) == (0, [("org/name", "train", None, None, None)])
+    assert "errors                      none" in reports["demonstrations"]
+
+
+def test_a_folder_is_no_file_of_the_worlds(config, tmp_path, capsys):
+    config.data.demonstrations = str(tmp_path)
+    code, reports, verdict = look(config, tmp_path)
+    assert code == 2 and verdict == "4 kinds of data, errors: demonstrations 1" and "world" in reports["documents"]
+    assert f"{tmp_path}: cannot be read" in capsys.readouterr().err and "world" not in reports["demonstrations"]
+
+
+def test_a_config_without_data_is_refused(config, tmp_path):
+    for kind in vars(config.data):
+        setattr(config.data, kind, None)
+    with pytest.raises(DataError, match="names no file"):
+        look(config, tmp_path)
 
 
 def test_the_command(monkeypatch, tmp_path, capsys):

@@ -145,6 +145,18 @@ def test_memory_is_that_of_this_process(monkeypatch):
     assert tracking.memory_gb() == 5.25
 
 
+def test_a_stages_memory_is_not_that_of_the_stage_before_it(tmp_path, monkeypatch):
+    """Of one command's stages, which share a process, on a GPU."""
+    held = {"peak": 40e9}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: held["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: held.update(peak=3e9))
+    tracker = Tracker(tmp_path, "dpo")
+    tracker.log(1, {"loss": 1.0}, 0.5, 1000)
+    assert rows(tmp_path / "timing.jsonl")[0]["memory_gb"] == 3.0
+
+
 def test_wandb_gets_the_times_too(tmp_path, monkeypatch):
     told = []
     nothing = lambda *_, **__: None  # noqa: E731

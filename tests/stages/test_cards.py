@@ -81,7 +81,7 @@ def rows_of(text: str, title: str) -> list[list[str]]:
 
 
 def test_a_card_names_model_data_settings_and_figures_and_no_path(tmp_path):
-    model = ModelConfig(name_or_path=str(tmp_path / "models" / "given"), peft={"method": "lora", "r": 4})
+    model = ModelConfig(name_or_path=str(tmp_path / "models" / "given"), peft={"method": "dora", "r": 4})
     config = ppo.Config(kl_coef=0.07, reward_model=str(tmp_path / "judges" / "judge"))
     hub = {"path": "org/prompts", "revision": "abcdef0123", **TOTAL, "rows": None, "limit": 20, "skip": 10}
     data = {"prompts": hub, "documents": {"path": str(tmp_path / "texts" / "docs.jsonl"), **TOTAL}}
@@ -96,11 +96,21 @@ def test_a_card_names_model_data_settings_and_figures_and_no_path(tmp_path):
     ]
     settings = dict(rows_of(text, "Settings that are not the defaults"))
     assert settings["ppo.kl_coef"] == "0.07" and settings["ppo.reward_model"] == "judge" and settings["seed"] == "3"
-    assert settings["model.peft.method"] == "lora" and settings["model.peft.r"] == "4"
+    assert {key: value for key, value in settings.items() if "peft" in key} == {
+        "model.peft.method": "dora",
+        "model.peft.r": "4",
+    }
     assert "ppo.cliprange" not in settings
     assert rows_of(text, "Figures") == [["score", "0.5"], ["best_step", "3"]]
     assert "the folder `given`" in text and str(tmp_path) not in text
     assert ModelCard(text).data.datasets == ["org/prompts"] and ModelCard(text).data.base_model is None
+
+
+def test_a_section_of_defaults_that_is_null_by_default_is_listed_as_one(tmp_path):
+    ctx = context("sft", sft.Config(ppo_init={}), ModelConfig(name_or_path=str(tmp_path), peft={}))
+    ctx.seed = 0
+    settings = dict(rows_of(card(ctx, "a policy", ANSWER), "Settings that are not the defaults"))
+    assert settings == {"sft.ppo_init": "{}", "model.name_or_path": tmp_path.name, "model.peft": "{}"}
 
 
 def test_metadata_go_from_card_to_card(tmp_path, monkeypatch):

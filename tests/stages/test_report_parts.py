@@ -127,7 +127,16 @@ class TestExperiment:
         assert rows.pop("model.name_or_path") == ("org/small", "", "null")
         assert rows.pop("checkpoints.every") == ("25", "", "null")
         assert {key for key in rows if not key.startswith("model.")} == set()  # ppo.gamma is 1.0 as it comes
+        assert {key: value[0] for key, value in rows.items() if "peft" in key} == {"model.peft.r": "8"}
         assert not table.folded and "default</th>" in page_of(ctx)
+
+    def test_a_section_that_is_null_by_default_is_listed_though_all_in_it_are_defaults(self, tmp_path):
+        ctx = fake_run(tmp_path)
+        ctx.manifests["sft"]["config"]["model"] = {"peft": {"method": "lora", "r": 16, "bits": None}}
+        ctx.manifests["sft"]["config"]["sft"] = {"ppo_init": {"num_train_epochs": 2.0}, "learning_rate": 0.1}
+        table = report_experiment.settings_table(ctx.manifests, report_experiment.defaults_of(type(ctx.experiment)))
+        rows = [(row[0].text, row[1].text, row[1].small, row[2].text) for row in table.rows]
+        assert ("model.peft", "{}", "", "null") in rows and ("sft.ppo_init", "{}", "", "null") in rows
 
     def test_many_settings_are_folded(self, tmp_path):
         ctx = fake_run(tmp_path)
@@ -209,6 +218,15 @@ class TestWithoutEverything:
         page = page_of(fake_run(tmp_path, gold=False, world=False))
         assert "gold" not in page.lower()
         assert "gold" in page_of(fake_run(tmp_path / "other")).lower()
+
+    def test_no_dashed_line_is_explained_that_is_not_drawn(self, tmp_path):
+        ctx = fake_run(tmp_path, world=False, gold=False)
+        assert "prefer the same response." in page_of(ctx)  # neither is known
+        results = results_of(ctx)
+        results["reward_model"]["labeler_agreement"] = 0.7
+        write_results(ctx, results)
+        page = page_of(ctx)
+        assert "dashed: how often two labelers agree." in page and "best reachable on these" not in page
 
     def test_no_share_of_a_way_that_was_not_gone(self, tmp_path):
         """Where the held-out judge sees a loss, no negative share of the gain is given."""
