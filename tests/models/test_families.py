@@ -49,6 +49,7 @@ READ = {  # family: how its rows are read, and whether rm has to write it a head
     "lfm2": ("padded", True),
     "gemma4_text": ("packed", True),
     "modernbert-decoder": ("padded", True),
+    "apertus": ("packed", True),  # its activations are made in the configuration's dtype
 }
 
 
