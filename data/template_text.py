@@ -3,7 +3,7 @@ stopped."""
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 
 CLOCK = "strftime_now"  # transformers' only function of the day or the hour
@@ -54,6 +54,11 @@ def own_variables(template: str) -> list[str]:
     """Return the names that a template asks for by `… is defined` and that the tokenizer does not give it: what
     `with_variables` may set."""
     return list(dict.fromkeys(name for name in ASKED_FOR.findall(template) if name not in (*GIVEN, *RESERVED)))
+
+
+def unread_variables(template: str, names: Iterable[str]) -> list[str]:
+    """Return those of `names` that occur nowhere in a template: setting them would change nothing."""
+    return [name for name in names if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", template)]
 
 
 def asks_for_the_day(template: str) -> bool:

@@ -9,7 +9,14 @@ import torch
 
 from data.agreement import probe, remedy
 from data.encode import DOCUMENT_END, DOCUMENT_ENDS, document_end, end_of_turn, render
-from data.template_text import MOMENTS, asks_for_the_day, at_moment, with_variables
+from data.template_text import (
+    MOMENTS,
+    asks_for_the_day,
+    at_moment,
+    own_variables,
+    unread_variables,
+    with_variables,
+)
 from data.templates import is_foreign
 from pipeline.errors import UserError
 
@@ -104,6 +111,10 @@ def settle_template(
             f"model.name_or_path: the tokenizer of {name!r} has several chat templates and none named default; give "
             f"one as model.chat_template: FILE"
         ) from problem
+    if unread := unread_variables(text, variables):
+        asked = own_variables(text)
+        remedy = f"it asks for {', '.join(asked)}" if asked else "leave it out"
+        raise UserError(f"model.chat_template_kwargs: the chat template of {name!r} reads no {unread[0]}; {remedy}")
     text, lines = with_variables(text, variables), []
     if variables:
         lines.append(f"its chat template is published with {', '.join(variables)} set")

@@ -172,9 +172,19 @@ def test_a_model_without_a_template_is_refused_with_what_to_do():
     tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
     with pytest.raises(UserError, match="has several chat templates and none named default"):
         settled(tokenizer, model)
-    tokenizer.chat_template = {"tool_use": "{{ 1 }}", "default": CHATML}
+    reads = CHATML + "{{ a }}"
+    tokenizer.chat_template = {"tool_use": "{{ 1 }}", "default": reads}
     settled(tokenizer, model, variables={"a": 1})
-    assert tokenizer.chat_template == "{%- set a = 1 %}\n" + CHATML
+    assert tokenizer.chat_template == "{%- set a = 1 %}\n" + reads
+
+
+def test_a_variable_that_the_template_does_not_read_is_refused():
+    """A misspelled one would be published, and change nothing."""
+    asks = "reads no enable_thinkin; it asks for enable_thinking$"
+    with pytest.raises(UserError, match=f"^model.chat_template_kwargs: the chat template of 'mine' {asks}"):
+        settled(make("qwen3"), variables={"enable_thinkin": False})
+    with pytest.raises(UserError, match="reads no enable_thinking; leave it out$"):
+        settled(make("chatml"), variables={"enable_thinking": False})
 
 
 class TestClock:
