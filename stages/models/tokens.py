@@ -111,11 +111,13 @@ def settle_template(
             f"model.name_or_path: the tokenizer of {name!r} has several chat templates and none named default; give "
             f"one as model.chat_template: FILE"
         ) from problem
-    if unread := unread_variables(text, variables):
-        asked = own_variables(text)
-        remedy = f"it asks for {', '.join(asked)}" if asked else "leave it out"
-        raise UserError(f"model.chat_template_kwargs: the chat template of {name!r} reads no {unread[0]}; {remedy}")
-    text, lines = with_variables(text, variables), []
+    lines, unread = [], unread_variables(text, variables)
+    if unread:
+        asked = f" (it asks for {', '.join(own_variables(text))})" if own_variables(text) else ""
+        what = "which model.chat_template_kwargs sets: no effect"
+        lines.append(f"its chat template reads no {' or '.join(unread)}{asked}, {what}")
+        variables = {variable: value for variable, value in variables.items() if variable not in unread}
+    text = with_variables(text, variables)
     if variables:
         lines.append(f"its chat template is published with {', '.join(variables)} set")
     if stopped := writes_the_day(tokenizer, text):

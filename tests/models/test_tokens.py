@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 
 import pytest
 import torch
-from chat_tokenizers import CHATML, KINDS, QWEN35, ZEPHYR, make
+from chat_tokenizers import CHATML, KINDS, QWEN3, QWEN35, ZEPHYR, make
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from data.agreement import probe
@@ -178,13 +178,17 @@ def test_a_model_without_a_template_is_refused_with_what_to_do():
     assert tokenizer.chat_template == "{%- set a = 1 %}\n" + reads
 
 
-def test_a_variable_that_the_template_does_not_read_is_refused():
+def test_a_variable_that_the_template_does_not_read_is_said():
     """A misspelled one would be published, and change nothing."""
-    asks = "reads no enable_thinkin; it asks for enable_thinking$"
-    with pytest.raises(UserError, match=f"^model.chat_template_kwargs: the chat template of 'mine' {asks}"):
-        settled(make("qwen3"), variables={"enable_thinkin": False})
-    with pytest.raises(UserError, match="reads no enable_thinking; leave it out$"):
-        settled(make("chatml"), variables={"enable_thinking": False})
+    tokenizer = make("qwen3")
+    lines = settled(tokenizer, variables={"enable_thinkin": False}).lines
+    said = "its chat template reads no enable_thinkin (it asks for enable_thinking), which model.chat_template_kwargs "
+    assert lines[0] == said + "sets: no effect" and tokenizer.chat_template == QWEN3
+    assert not any("published with" in line for line in lines)
+    lines = settled(make("qwen3"), variables={"a": 1, "enable_thinking": False}).lines
+    assert lines[0].startswith("its chat template reads no a (it") and "with enable_thinking set" in lines[1]
+    (line, *_) = settled(make("chatml"), variables={"a": 1, "b": 1}).lines
+    assert line.startswith("its chat template reads no a or b, which ")
 
 
 class TestClock:
