@@ -8,9 +8,11 @@ from datetime import datetime
 import families
 import pytest
 import torch
+from chat_tokenizers import make
 from remote_model import build as build_remote
 
 from data.groups import make_rows
+from data.template_text import at_moment
 from pipeline.errors import UserError
 from stages.models import families as ours
 from stages.models.forward import head_is_linear, response_logprobs, response_scores
@@ -367,6 +369,17 @@ class TestTokenizersThatMakeTheSameIds:
             assert len(policys) > len(as_it_came) and policys.eos_token != as_it_came.eos_token
         if shape == "turns":
             assert policys.eos_token != as_it_came.eos_token
+
+    def test_a_clock_that_base_has_stopped_is_no_difference(self):
+        """On any later day; a template that writes the day otherwise is still named."""
+        policys, as_it_came = make("dated"), make("dated")
+        policys.chat_template = at_moment(policys.chat_template, datetime(2026, 1, 2))
+        given = as_it_came.chat_template
+        same_tokenizer(policys, as_it_came, "rm")
+        assert as_it_came.chat_template == given
+        as_it_came.chat_template = given.replace("%d %b %Y", "%Y, %d %b")
+        with pytest.raises(UserError, match="of a question, its chat template writes"):
+            same_tokenizer(policys, as_it_came, "rm")
 
     @pytest.mark.parametrize("shape", ["bos", "metaspace"])
     def test_another_template_is_named(self, shape, tmp_path):
