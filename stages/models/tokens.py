@@ -1,6 +1,7 @@
 """A model's tokenizer as the stages need it: its chat template for good, an end of turn, an end of documents, padding,
 and rows of the model for every token. What is changed is said."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -19,6 +20,7 @@ from data.template_text import (
 )
 from data.templates import is_foreign
 from pipeline.errors import UserError
+from stages.models.remote_code import is_remote
 
 PADS = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")  # known names that nobody says
 NEW_PAD = "<|pad|>"
@@ -221,10 +223,31 @@ def add_rows(model, tokenizer) -> list[str]:
     before, size = model.get_input_embeddings().weight.shape[0], 1 + max(known.values())
     if size <= before:
         return []
+    new = [token for token, i in sorted(known.items(), key=lambda item: item[1]) if i >= before]
     torch.manual_seed(0)  # the new rows are random
     model.resize_token_embeddings(size)
     model.eval()
-    return [token for token, i in sorted(known.items(), key=lambda item: item[1]) if i >= before]
+    if (table := left_behind(model, before, size)) is not None:
+        tokens = ", ".join(new[:8]) + ", \u2026" * (len(new) > 8)
+        raise UserError(
+            f"model.name_or_path: the model has no row for {tokens}, and a {type(model).__name__} cannot be given one "
+            f"({table} has a row for each token, too); let its tokenizer name tokens that the model has, as pad_token "
+            f"for example"
+        )
+    return new
+
+
+def left_behind(model, before: int, after: int) -> str | None:
+    """Return the name of a tensor that still has a row for each of `before` tokens, where the model's configuration now
+    asks for `after`: a table that transformers does not resize. None where there is none, or the class is code of the
+    model's own."""
+    if is_remote(model):
+        return None
+    with torch.device("meta"):
+        asked = type(model)._from_config(copy.deepcopy(model.config)).state_dict()
+    pairs = ((name, x.shape, asked[name].shape) for name, x in model.state_dict().items() if name in asked)
+    stays = lambda had, wants: (before, after) in zip(had, wants, strict=False)  # noqa: E731
+    return next((name for name, had, wants in pairs if stays(had, wants)), None)
 
 
 def agreement_lines(tokenizer, variables: Mapping[str, object]) -> list[str]:

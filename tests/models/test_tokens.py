@@ -4,6 +4,7 @@ import copy
 import json
 from datetime import datetime, timedelta
 
+import families
 import pytest
 import torch
 from chat_tokenizers import CHATML, KINDS, QWEN3, QWEN35, ZEPHYR, make
@@ -274,6 +275,17 @@ class TestRows:
         found = settled(tokenizer)
         assert any(line.endswith("; <|pad|> is added") for line in found.lines) and found.new_tokens == []
         assert any(line.startswith("the model had no row for <|pad|>: 1 row added") for line in found.lines)
+
+    def test_a_model_that_can_be_given_no_rows_is_refused(self, tmp_path):
+        """DeepSeek V4's has a table of experts by token beside them, which stays as long as it is."""
+        folder = families.build("deepseek_v4", tmp_path, "bos")
+        model, tokenizer = load_pretrained(str(folder), attn_implementation="eager", trust_remote_code=False)
+        what = "the model has no row for <.pad.>, and a DeepseekV4ForCausalLM cannot be given one .*tid2eid has a row"
+        with pytest.raises(UserError, match=f"^model.name_or_path: {what}"):
+            settled(tokenizer, model)
+        model, tokenizer = load_pretrained(str(folder), attn_implementation="eager", trust_remote_code=False)
+        tokenizer.pad_token = "<|end_of_text|>"
+        assert settled(tokenizer, model).new_tokens == []
 
     def test_a_model_with_rows_to_spare_keeps_them(self):
         tokenizer = make("chatml")
