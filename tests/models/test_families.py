@@ -131,6 +131,10 @@ class TestWhatIsNoCausalLanguageModel:
         save_model(scalar("llama", vocab_size=len(tokenizer), tie_word_embeddings=False), tokenizer, tmp_path, card="")
         with pytest.raises(UserError, match="lacks the weights.*lm_head"):
             load_pretrained(str(tmp_path), attn_implementation="sdpa", trust_remote_code=False)
+        tied = scalar("qwen2", vocab_size=len(tokenizer), tie_word_embeddings=True)
+        save_model(tied, tokenizer, tmp_path, card="")
+        with pytest.raises(UserError, match="Qwen2ForSequenceClassification, and lacks a head that gives tokens; give"):
+            load_pretrained(str(tmp_path), attn_implementation="sdpa", trust_remote_code=False)
 
 
 @pytest.mark.parametrize("fault, told", [
