@@ -160,6 +160,8 @@ def shown(text: str) -> str:
 def fit_rows(model, rows: int):
     """A reward model whose embedding has a row for each id that the policy can sample or pad with: those that it lacks
     are the mean of its own."""
+    if (getattr(model.config.get_text_config(), "vocab_size", None) or 0) >= rows:  # some name no embedding (TrOCR)
+        return model
     have = model.get_input_embeddings().weight.shape[0]
     if have < rows:
         mean = model.get_input_embeddings().weight.mean(0)

@@ -425,6 +425,13 @@ class TestTokenizersThatMakeTheSameIds:
             torch.testing.assert_close(response_scores(model, rows), before, rtol=0, atol=0)
             assert response_scores(model, make_rows([[have, have + 1]], [[3]], 0)).isfinite().all()
 
+    def test_one_that_has_all_rows_need_not_name_its_embedding(self, tmp_path):
+        folder = families.build("trocr", tmp_path / "source")
+        model = new_reward_model(folder, seed=0, attn_implementation="eager")
+        with pytest.raises(NotImplementedError):
+            model.get_input_embeddings()
+        assert fit_rows(model, model.config.vocab_size) is model
+
 
 ADDED = {"id": 999, "content": "<think>", "single_word": False, "lstrip": False, "rstrip": False,
          "normalized": False, "special": False}  # fmt: skip
