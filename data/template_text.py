@@ -3,7 +3,7 @@ stopped."""
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 
 CLOCK = "strftime_now"  # transformers' only function of the day or the hour
@@ -15,6 +15,7 @@ GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token",
          "cls_token", "sep_token", "mask_token", "raise_exception", CLOCK)  # fmt: skip
 RESERVED = ("true", "false", "none", "True", "False", "None", "and", "or", "not", "if", "in", "is", "else", "elif",
             "for", "set", "loop", "self", "super", "varargs", "kwargs", "caller")  # fmt: skip
+STOPPED = re.compile(rf"{{%- macro {CLOCK}\(format\) %}}.*?{{%- endmacro %}}\n", re.DOTALL)  # as `at_moment` writes
 ASKED_FOR = re.compile(r"(?<![\w.'\"])([A-Za-z_]\w*)\s+is\s+(?:not\s+)?defined")
 
 
@@ -56,6 +57,11 @@ def own_variables(template: str) -> list[str]:
     return list(dict.fromkeys(name for name in ASKED_FOR.findall(template) if name not in (*GIVEN, *RESERVED)))
 
 
+def unread_variables(template: str, names: Iterable[str]) -> list[str]:
+    """Return those of `names` that occur nowhere in a template: setting them would change nothing."""
+    return [name for name in names if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", template)]
+
+
 def asks_for_the_day(template: str) -> bool:
     """Return whether the template names the function that gives today's date and time."""
     return CLOCK in template
@@ -72,6 +78,18 @@ def at_moment(template: str, moment: datetime) -> str:
     steps += [f"replace({literal(d)}, {literal(text)})" for d in directives if (text := _written(moment, d)) != d]
     steps.append(f'replace({literal(PERCENT)}, "%")')
     return f"{{%- macro {CLOCK}(format) %}}{{{{ format | {' | '.join(steps)} }}}}{{%- endmacro %}}\n{template}"
+
+
+def stopped_clock(template: str) -> str:
+    """Return the beginning of a template by which `at_moment` has stopped its clock; "" where it has not."""
+    found = STOPPED.match(template)
+    return found[0] if found else ""
+
+
+def with_clock_of(template: str, other: str) -> str:
+    """Return the template with its clock stopped as that of another template is, if the other's alone is stopped."""
+    runs = asks_for_the_day(template) and not stopped_clock(template)
+    return stopped_clock(other) + template if runs else template
 
 
 def _written(moment: datetime, directive: str) -> str:

@@ -172,12 +172,26 @@ def adapter_config(
             raise UserError(f"model.peft.method: peft knows no ia3 for a {model.config.model_type} model; use lora")
         return IA3Config(**what)  # keys, values and feed-forward layers, by peft's names of them
     what |= {"lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "target_modules": target_modules}
+    if target_modules == "all-linear":
+        what["exclude_modules"] = own_layers(model) or None
     if method == "adalora":  # the penalty and the pruning are the optimizer's: stages/models/adalora.py
         return AdaLoraConfig(init_r=init_r or math.ceil(1.5 * r), target_r=r, orth_reg_weight=0.0, total_step=1, **what)
     assert method in ("lora", "dora", "qlora")
     if method == "qlora":
         quantize(model, bits)
     return LoraConfig(r=r, use_dora=method == "dora", trainable_token_indices=token_rows(model, new_tokens), **what)
+
+
+def own_layers(inner) -> list[str]:
+    """Return the names of linear layers that a family computes otherwise, as Llama 4's routers, which give two tensors:
+    an adapter adds to the one result of a plain layer."""
+    return [
+        name
+        for name, module in inner.named_modules()
+        if isinstance(module, nn.Linear)
+        and type(module).__module__.startswith("transformers.models.")
+        and type(module).forward is not nn.Linear.forward
+    ]
 
 
 def train_biases(model, head: list[nn.Parameter]) -> None:

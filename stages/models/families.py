@@ -304,8 +304,11 @@ def family_problem(model) -> str | None:
         )
         if same and head_problem(grafted(scalar, model.base_model)) is None:
             return None
-    with torch.device("meta"):
-        scalar = scalar_class(model)(config)
+    try:
+        with torch.device("meta"):
+            scalar = scalar_class(model)._from_config(config)  # as from_pretrained: a saved dtype is a name until then
+    except Exception as error:  # a trunk's constructor may ask for anything
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return head_problem(grafted(scalar, model.base_model))
 
 

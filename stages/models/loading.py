@@ -284,11 +284,10 @@ def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: b
         if not trust_remote_code:
             raise
         raise UserError(code_fails(name, f"{type(error).__name__}: {error}")) from error
-    if info["missing_keys"]:
-        kind = (getattr(model.config, "architectures", None) or ["?"])[0]
-        problem = (
-            f"lacks the weights {sorted(info['missing_keys'])[:3]} of a {type(model).__name__}, which would be random"
-        )
+    kind = (getattr(model.config, "architectures", None) or ["?"])[0]
+    if info["missing_keys"] or kind.endswith(OTHER_HEADS):
+        missing = f"the weights {sorted(info['missing_keys'])[:3]} of a {type(model).__name__}, which would be random"
+        problem = f"lacks {missing if info['missing_keys'] else 'a head that gives tokens'}"
         raise UserError(
             f"model.name_or_path: {name} holds a {kind}, and {problem}; give the folder of a language model"
         )
@@ -304,6 +303,8 @@ def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: b
     return prepare(model), tokenizer
 
 
+# of a tied model, the embedding would be taken for the unembedding that it never was
+OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 

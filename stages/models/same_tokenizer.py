@@ -13,6 +13,7 @@ import torch
 from jinja2 import TemplateError
 
 from data.encode import encode_response, render
+from data.template_text import with_clock_of
 from pipeline.errors import UserError
 
 TEXTS = (  # what pre-tokenisers and normalisers treat in ways of their own
@@ -112,7 +113,7 @@ def template_difference(one, other) -> str | None:
     if other.chat_template is None:
         return "it has no chat template"
     for opens in (True, False):
-        for mine, its, asked in zip(*(written(t, opens) for t in (one, other)), CONVERSATIONS, strict=True):
+        for mine, its, asked in zip(written(one, opens), written_alike(other, one, opens), CONVERSATIONS, strict=True):
             if mine == its or (isinstance(mine, TemplateError) and isinstance(its, TemplateError)):
                 continue
             what = "a question" if len(asked) == 1 else f"{len(asked)} messages"
@@ -127,6 +128,17 @@ def template_difference(one, other) -> str | None:
 def written(tokenizer, opens: bool) -> list:
     """The ids of each of CONVERSATIONS, or the template's refusal. opens: with the prompt for an answer."""
     return list(render(tokenizer, CONVERSATIONS, tokenize=[True] * len(CONVERSATIONS), add_generation_prompt=opens))
+
+
+def written_alike(tokenizer, one, opens: bool) -> list:
+    """As `written`; a clock of the template is stopped as that of `one` is, which base has done: no matter of texts."""
+    kept = tokenizer.chat_template
+    try:
+        if isinstance(kept, str) and isinstance(one.chat_template, str):
+            tokenizer.chat_template = with_clock_of(kept, one.chat_template)
+        return written(tokenizer, opens)
+    finally:
+        tokenizer.chat_template = kept
 
 
 def named(tokenizer, ids: Sequence[int], other: Sequence[int]) -> str:
@@ -148,6 +160,8 @@ def shown(text: str) -> str:
 def fit_rows(model, rows: int):
     """A reward model whose embedding has a row for each id that the policy can sample or pad with: those that it lacks
     are the mean of its own."""
+    if (getattr(model.config.get_text_config(), "vocab_size", None) or 0) >= rows:  # some name no embedding (TrOCR)
+        return model
     have = model.get_input_embeddings().weight.shape[0]
     if have < rows:
         mean = model.get_input_embeddings().weight.mean(0)

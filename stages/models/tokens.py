@@ -1,6 +1,7 @@
 """A model's tokenizer as the stages need it: its chat template for good, an end of turn, an end of documents, padding,
 and rows of the model for every token. What is changed is said."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -9,9 +10,17 @@ import torch
 
 from data.agreement import probe, remedy
 from data.encode import DOCUMENT_END, DOCUMENT_ENDS, document_end, end_of_turn, render
-from data.template_text import MOMENTS, asks_for_the_day, at_moment, with_variables
+from data.template_text import (
+    MOMENTS,
+    asks_for_the_day,
+    at_moment,
+    own_variables,
+    unread_variables,
+    with_variables,
+)
 from data.templates import is_foreign
 from pipeline.errors import UserError
+from stages.models.remote_code import is_remote
 
 PADS = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")  # known names that nobody says
 NEW_PAD = "<|pad|>"
@@ -104,7 +113,13 @@ def settle_template(
             f"model.name_or_path: the tokenizer of {name!r} has several chat templates and none named default; give "
             f"one as model.chat_template: FILE"
         ) from problem
-    text, lines = with_variables(text, variables), []
+    lines, unread = [], unread_variables(text, variables)
+    if unread:
+        asked = f" (it asks for {', '.join(own_variables(text))})" if own_variables(text) else ""
+        what = "which model.chat_template_kwargs sets: no effect"
+        lines.append(f"its chat template reads no {' or '.join(unread)}{asked}, {what}")
+        variables = {variable: value for variable, value in variables.items() if variable not in unread}
+    text = with_variables(text, variables)
     if variables:
         lines.append(f"its chat template is published with {', '.join(variables)} set")
     if stopped := writes_the_day(tokenizer, text):
@@ -211,10 +226,31 @@ def add_rows(model, tokenizer) -> list[str]:
     before, size = model.get_input_embeddings().weight.shape[0], 1 + max(known.values())
     if size <= before:
         return []
+    new = [token for token, i in sorted(known.items(), key=lambda item: item[1]) if i >= before]
     torch.manual_seed(0)  # the new rows are random
     model.resize_token_embeddings(size)
     model.eval()
-    return [token for token, i in sorted(known.items(), key=lambda item: item[1]) if i >= before]
+    if (table := left_behind(model, before, size)) is not None:
+        tokens = ", ".join(new[:8]) + ", \u2026" * (len(new) > 8)
+        raise UserError(
+            f"model.name_or_path: the model has no row for {tokens}, and a {type(model).__name__} cannot be given one "
+            f"({table} has a row for each token, too); let its tokenizer name tokens that the model has, as pad_token "
+            f"for example"
+        )
+    return new
+
+
+def left_behind(model, before: int, after: int) -> str | None:
+    """Return the name of a tensor that still has a row for each of `before` tokens, where the model's configuration now
+    asks for `after`: a table that transformers does not resize. None where there is none, or the class is code of the
+    model's own."""
+    if is_remote(model):
+        return None
+    with torch.device("meta"):
+        asked = type(model)._from_config(copy.deepcopy(model.config)).state_dict()
+    pairs = ((name, x.shape, asked[name].shape) for name, x in model.state_dict().items() if name in asked)
+    stays = lambda had, wants: (before, after) in zip(had, wants, strict=False)  # noqa: E731
+    return next((name for name, had, wants in pairs if stays(had, wants)), None)
 
 
 def agreement_lines(tokenizer, variables: Mapping[str, object]) -> list[str]:

@@ -7,7 +7,15 @@ import pytest
 from chat_tokenizers import DATED, KINDS, QWEN3
 from transformers.utils import chat_template_utils
 
-from data.template_text import at_moment, literal, own_variables, variable_problem, with_variables
+from data.template_text import (
+    at_moment,
+    literal,
+    own_variables,
+    stopped_clock,
+    variable_problem,
+    with_clock_of,
+    with_variables,
+)
 
 NOW = datetime(2026, 11, 29, 4, 5, 6)
 
@@ -91,3 +99,10 @@ def test_a_clock_that_was_stopped_stays_so():
     """A published template as the start of another experiment."""
     once = at_moment(DATED, NOW)
     assert rendered(at_moment(once, datetime(1999, 1, 1)), bos_token="") == rendered(once, bos_token="")
+
+
+def test_a_clock_is_stopped_as_another_templates():
+    once = at_moment(DATED, NOW)
+    assert with_clock_of(DATED, once) == once and stopped_clock(once) + DATED == once
+    assert with_clock_of(DATED, DATED) == DATED and with_clock_of(once, at_moment(DATED, datetime(1999, 1, 1))) == once
+    assert with_clock_of(QWEN3, once) == QWEN3

@@ -91,6 +91,7 @@ FAMILIES = {
     "starcoder2": Family(options={"sliding_window": None}, tokenizer="bare"),
     "modernbert-decoder": Family(options={"cls_token_id": 0, "sep_token_id": 0}, tokenizer="opt"),
     "nanochat": Family(),
+    "apertus": Family(),
     # mixtures of experts
     "mixtral": Family(options={"sliding_window": None}, tokenizer="metaspace"),
     "mixtral-router": Family("mixtral", {"output_router_logits": True}, settings=("sft.router_aux_loss_coef=0.02",)),

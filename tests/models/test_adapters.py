@@ -6,7 +6,7 @@ import torch
 from pipeline.errors import UserError
 from stages.models.adapters import adapter_off, is_adapted, merged, plain, refuse_untrained, trainable, with_adapter
 from stages.models.forward import response_logprobs, response_scores, response_values
-from stages.models.loading import load_policy, load_scalar_model, save_model
+from stages.models.loading import load_policy, load_scalar_model, prepare, save_model
 
 METHODS = {"lora": "lora_", "dora": "lora_", "adalora": "lora_", "ia3": "ia3_"}  # and a part of their weights' names
 
@@ -233,6 +233,23 @@ def test_a_head_that_peft_reads_wrongly_is_refused(rows):
     torch.nn.init.normal_(model.lm_head.bias)
     with pytest.raises(UserError, match="single rows in the head of this phi model; train all weights"):
         with_adapter(model, method="lora", r=4, new_tokens=[14])
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
+def test_a_router_that_is_a_linear_layer_gets_no_adapter(rows, method):
+    """Llama 4's gives scores and logits; its other layers are adapted."""
+    from transformers import AutoModelForCausalLM, Llama4TextConfig
+
+    shape = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+    more = {"num_key_value_heads": 1, "intermediate_size": 16, "intermediate_size_mlp": 16, "num_local_experts": 2}
+    torch.manual_seed(0)
+    config = Llama4TextConfig(**shape, **more, interleave_moe_layer_step=1, pad_token_id=0, eos_token_id=1)
+    model = prepare(AutoModelForCausalLM.from_config(config))
+    before = response_logprobs(model, rows).detach()
+    model = with_adapter(model, method=method, r=4)
+    torch.testing.assert_close(response_logprobs(model, rows).detach(), before)
+    names = list(trainable(model))
+    assert any("q_proj" in name for name in names) and not any("router" in name for name in names)
 
 
 def test_a_scaled_embedding_stays_scaled(rows):

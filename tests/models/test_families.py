@@ -8,9 +8,11 @@ from datetime import datetime
 import families
 import pytest
 import torch
+from chat_tokenizers import make
 from remote_model import build as build_remote
 
 from data.groups import make_rows
+from data.template_text import at_moment
 from pipeline.errors import UserError
 from stages.models import families as ours
 from stages.models.forward import head_is_linear, response_logprobs, response_scores
@@ -49,6 +51,7 @@ READ = {  # family: how its rows are read, and whether rm has to write it a head
     "lfm2": ("padded", True),
     "gemma4_text": ("packed", True),
     "modernbert-decoder": ("padded", True),
+    "apertus": ("packed", True),  # its activations are made in the configuration's dtype
 }
 
 
@@ -128,6 +131,10 @@ class TestWhatIsNoCausalLanguageModel:
         """transformers would make it up."""
         save_model(scalar("llama", vocab_size=len(tokenizer), tie_word_embeddings=False), tokenizer, tmp_path, card="")
         with pytest.raises(UserError, match="lacks the weights.*lm_head"):
+            load_pretrained(str(tmp_path), attn_implementation="sdpa", trust_remote_code=False)
+        tied = scalar("qwen2", vocab_size=len(tokenizer), tie_word_embeddings=True)
+        save_model(tied, tokenizer, tmp_path, card="")
+        with pytest.raises(UserError, match="Qwen2ForSequenceClassification, and lacks a head that gives tokens; give"):
             load_pretrained(str(tmp_path), attn_implementation="sdpa", trust_remote_code=False)
 
 
@@ -368,6 +375,17 @@ class TestTokenizersThatMakeTheSameIds:
         if shape == "turns":
             assert policys.eos_token != as_it_came.eos_token
 
+    def test_a_clock_that_base_has_stopped_is_no_difference(self):
+        """On any later day; a template that writes the day otherwise is still named."""
+        policys, as_it_came = make("dated"), make("dated")
+        policys.chat_template = at_moment(policys.chat_template, datetime(2026, 1, 2))
+        given = as_it_came.chat_template
+        same_tokenizer(policys, as_it_came, "rm")
+        assert as_it_came.chat_template == given
+        as_it_came.chat_template = given.replace("%d %b %Y", "%Y, %d %b")
+        with pytest.raises(UserError, match="of a question, its chat template writes"):
+            same_tokenizer(policys, as_it_came, "rm")
+
     @pytest.mark.parametrize("shape", ["bos", "metaspace"])
     def test_another_template_is_named(self, shape, tmp_path):
         policys, other = self.pair(tmp_path, shape)
@@ -407,6 +425,13 @@ class TestTokenizersThatMakeTheSameIds:
             fit_rows(model, have + 2)
             torch.testing.assert_close(response_scores(model, rows), before, rtol=0, atol=0)
             assert response_scores(model, make_rows([[have, have + 1]], [[3]], 0)).isfinite().all()
+
+    def test_one_that_has_all_rows_need_not_name_its_embedding(self, tmp_path):
+        folder = families.build("trocr", tmp_path / "source")
+        model = new_reward_model(folder, seed=0, attn_implementation="eager")
+        with pytest.raises(NotImplementedError):
+            model.get_input_embeddings()
+        assert fit_rows(model, model.config.vocab_size) is model
 
 
 ADDED = {"id": 999, "content": "<think>", "single_word": False, "lstrip": False, "rstrip": False,

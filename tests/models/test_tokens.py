@@ -4,9 +4,10 @@ import copy
 import json
 from datetime import datetime, timedelta
 
+import families
 import pytest
 import torch
-from chat_tokenizers import CHATML, KINDS, QWEN35, ZEPHYR, make
+from chat_tokenizers import CHATML, KINDS, QWEN3, QWEN35, ZEPHYR, make
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from data.agreement import probe
@@ -182,9 +183,23 @@ def test_a_model_without_a_template_is_refused_with_what_to_do():
     tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
     with pytest.raises(UserError, match="has several chat templates and none named default"):
         settled(tokenizer, model)
-    tokenizer.chat_template = {"tool_use": "{{ 1 }}", "default": CHATML}
+    reads = CHATML + "{{ a }}"
+    tokenizer.chat_template = {"tool_use": "{{ 1 }}", "default": reads}
     settled(tokenizer, model, variables={"a": 1})
-    assert tokenizer.chat_template == "{%- set a = 1 %}\n" + CHATML
+    assert tokenizer.chat_template == "{%- set a = 1 %}\n" + reads
+
+
+def test_a_variable_that_the_template_does_not_read_is_said():
+    """A misspelled one would be published, and change nothing."""
+    tokenizer = make("qwen3")
+    lines = settled(tokenizer, variables={"enable_thinkin": False}).lines
+    said = "its chat template reads no enable_thinkin (it asks for enable_thinking), which model.chat_template_kwargs "
+    assert lines[0] == said + "sets: no effect" and tokenizer.chat_template == QWEN3
+    assert not any("published with" in line for line in lines)
+    lines = settled(make("qwen3"), variables={"a": 1, "enable_thinking": False}).lines
+    assert lines[0].startswith("its chat template reads no a (it") and "with enable_thinking set" in lines[1]
+    (line, *_) = settled(make("chatml"), variables={"a": 1, "b": 1}).lines
+    assert line.startswith("its chat template reads no a or b, which ")
 
 
 class TestClock:
@@ -270,6 +285,17 @@ class TestRows:
         found = settled(tokenizer)
         assert any(line.endswith("; <|pad|> is added") for line in found.lines) and found.new_tokens == []
         assert any(line.startswith("the model had no row for <|pad|>: 1 row added") for line in found.lines)
+
+    def test_a_model_that_can_be_given_no_rows_is_refused(self, tmp_path):
+        """DeepSeek V4's has a table of experts by token beside them, which stays as long as it is."""
+        folder = families.build("deepseek_v4", tmp_path, "bos")
+        model, tokenizer = load_pretrained(str(folder), attn_implementation="eager", trust_remote_code=False)
+        what = "the model has no row for <.pad.>, and a DeepseekV4ForCausalLM cannot be given one .*tid2eid has a row"
+        with pytest.raises(UserError, match=f"^model.name_or_path: {what}"):
+            settled(tokenizer, model)
+        model, tokenizer = load_pretrained(str(folder), attn_implementation="eager", trust_remote_code=False)
+        tokenizer.pad_token = "<|end_of_text|>"
+        assert settled(tokenizer, model).new_tokens == []
 
     def test_a_model_with_rows_to_spare_keeps_them(self):
         tokenizer = make("chatml")
