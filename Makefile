@@ -93,7 +93,7 @@ status: $(STAMP) ## which stages are done, stale (and why), interrupted, missing
 doctor: $(STAMP) ## versions, device, threads, disk, and what is missing
 	@$(RLHF) doctor $(PLACE) $(SETTINGS)
 chat: $(STAMP) ## talk to policies side by side (MODELS=sft,ppo)
-	@$(RLHF) chat $(PLACE) --models $(MODELS) $(SETTINGS)
+	@$(RLHF) chat $(PLACE) --models '$(MODELS)' $(SETTINGS)
 
 test: $(STAMP) ## the quick tests
 	@$(VENV)/bin/pytest -q

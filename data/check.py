@@ -26,12 +26,12 @@ from data.templates import TemplateOverrun
 
 TRAINING = ("rankings", "demonstrations", "documents", "prompts")  # these may share prompts among themselves
 NAMED = 20  # places that are named at most
-READER = {  # the section of the config whose length limit holds for a kind
-    "documents": "base",
-    "demonstrations": "sft",
-    "rankings": "rm",
-    "prompts": "ppo",
-    "evaluation_prompts": "evaluate",
+READERS = {  # the sections of the config whose length limits hold for a kind
+    "documents": ("base",),
+    "demonstrations": ("sft",),
+    "rankings": ("rm", "dpo"),
+    "prompts": ("ppo",),
+    "evaluation_prompts": ("evaluate",),
 }
 
 
@@ -465,7 +465,9 @@ def files_of(experiment, home: Path) -> dict[str, Path]:
 
 def limits_of(experiment, kind: str | None) -> dict:
     """max_length and on_too_long for this kind; a prompt has to leave room for response_length."""
-    section = getattr(experiment, READER.get(kind, ""), None)
+    sections = [getattr(experiment, name, None) for name in READERS.get(kind, ())]
+    sections = [section for section in sections if getattr(section, "max_length", None) is not None]
+    section = min(sections, key=lambda section: section.max_length, default=None)  # the strictest decides
     length = getattr(section, "max_length", None)
     if length is not None and RECORD[kind] is RECORD["prompts"]:
         length -= getattr(section, "response_length", 0)

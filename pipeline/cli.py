@@ -609,7 +609,7 @@ def chat_command(arguments: argparse.Namespace) -> int:
     return importlib.import_module("stages.chat").run(
         experiment,
         open_store(arguments, experiment),
-        models=[name for name in arguments.models.split(",") if name],
+        models=[name.strip() for name in arguments.models.split(",") if name.strip()],
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         seed=arguments.seed,

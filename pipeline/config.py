@@ -273,6 +273,11 @@ def _name_problems(tree: dict[str, Any]) -> list[tuple[tuple, str]]:
     return [(("name",), f"{name!r} cannot name a folder; should be {right}")]
 
 
+def taken_from(text: str) -> str:
+    """Say from where a relative path was taken: from the working folder, not from the YAML's."""
+    return "" if Path(text).expanduser().is_absolute() else f" (from {Path.cwd()})"
+
+
 def _path_problems(tree: dict[str, Any]) -> list[tuple[tuple, str]]:
     """Local paths that do not exist, found on the tree itself so that they stand beside the errors of
     validation."""
@@ -292,9 +297,8 @@ def _path_problems(tree: dict[str, Any]) -> list[tuple[tuple, str]]:
         elif not text or "\0" in text:
             problems.append((where, "is empty; should be world, a path or a Hub id"))
         elif not is_hub_id(text) and not Path(text).expanduser().exists():
-            problems.append(
-                (where, f"no such file: {text}; should be world, an existing path or a Hub id org/name")
-            )
+            right = f"world, an existing path{taken_from(text)} or a Hub id org/name"
+            problems.append((where, f"no such file: {text}; should be {right}"))
     text = model.get("name_or_path") if isinstance(model, dict) else None
     if isinstance(text, str) and (folder := local_folder(text)) is not None:
         if not text or "\0" in text or not folder.is_dir():

@@ -135,8 +135,8 @@ def lines_of_forgotten(target: str, base: Path, found: dict[str, tuple[list[str]
     made = "; ".join(f"{', '.join(names)} with {said}" for said, names in stages.items())
     run = f"`rlhf run {target} -c CONFIG"
     return [
-        f"{base}: made by a command line that said more than this one: {made}; {run} {shlex.join(words.values())}` "
-        f"keeps what is there, {run} {anew}` makes it anew as the file says"
+        f"{base}: last made with settings on the command line that this one leaves out ({made}); "
+        f"{run} {shlex.join(words.values())}` keeps what is there, {run} {anew}` trains it anew with the file's"
     ]
 
 

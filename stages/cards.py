@@ -45,6 +45,7 @@ prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hello!"}], 
                                        return_dict=False)
 response = tokenizer("Hi there.", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 score = model(torch.tensor([prompt + response])).logits[0, 0] - model.config.reward_bias
+print(score.item())
 ```
 """
 OWN_HEAD = """\

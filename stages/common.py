@@ -11,7 +11,7 @@ from data.records import DataError, prompt_key
 from data.streams import derive_seed, grouped_by_length, held_out
 from pipeline.errors import UserError
 from pipeline.fingerprints import source_of
-from pipeline.sections import is_hub_id
+from pipeline.sections import is_hub_id, local_folder
 from pipeline.stage import StageRun
 from stages import parallel
 
@@ -102,17 +102,36 @@ def context_of(config: dict) -> int | None:
     return next(filter(None, known), None)
 
 
+def beyond_context(experiment, stage: str, *lengths: str) -> list[str]:
+    """Return a line for each length of a stage that is more than the given model reads, where that is a folder of this
+    machine: told before anything runs. lengths: settings of the stage beside max_length."""
+    folder = local_folder(experiment.model.name_or_path)
+    if folder is None or not (folder / "config.json").is_file():
+        return []
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:  # base says so
+        return []
+    context = context_of(config) if isinstance(config, dict) else None
+    return too_long_for(context, getattr(experiment, stage), stage, *lengths)
+
+
+def too_long_for(context: int | None, section, stage: str, *lengths: str) -> list[str]:
+    """Return a line for each length of a stage's section that is more than the model's context in tokens; None: it is
+    not known."""
+    asked = {key: getattr(section, key) for key in ("max_length", *lengths)}
+    return [
+        f"{stage}.{key}: {length} tokens, and the model's context is {context}; set {stage}.{key} to {context} or less"
+        for key, length in asked.items()
+        if context is not None and length > context
+    ]
+
+
 def check_context(ctx: StageRun, folder: Path, *lengths: str) -> None:
     """UserError if the stage's max_length, or another of its lengths that is named, is more than the model in `folder`
     can read; a line if it is more than leaves shorter rows as they are."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    context = context_of(config)
-    asked = {key: getattr(ctx.config, key) for key in ("max_length", *lengths)}
-    if lines := [
-        f"{ctx.stage}.{key}: {length} tokens, and the model's context is {context}; lower it"
-        for key, length in asked.items()
-        if context is not None and length > context
-    ]:
+    if lines := too_long_for(context_of(config), ctx.config, ctx.stage, *lengths):
         raise UserError(lines)
     bound, longest = bound_of_short_rows(config), ctx.config.max_length  # others' rows are all as long
     if bound is not None and longest > bound:

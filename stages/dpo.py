@@ -23,6 +23,7 @@ from stages.cards import ANSWER, card
 from stages.common import (
     adapter_base,
     adapter_settings,
+    beyond_context,
     check_context,
     cut_by_tokens,
     device_of,
@@ -109,6 +110,10 @@ def check(experiment) -> list[str]:
     if c.label_smoothing and not {"sigmoid", "robust"} & set(names):
         wrong.append(f"dpo.label_smoothing: has no meaning with loss_type {', '.join(names)}; use sigmoid, or 0")
     return wrong
+
+
+def lacks(experiment) -> list[str]:
+    return beyond_context(experiment, "dpo")
 
 
 def run(ctx: StageRun) -> dict:

@@ -31,6 +31,7 @@ from pipeline.tracking import plain
 from stages import overoptimisation, parallel
 from stages.asking import DESCRIPTIONS, Answer, Asked, answer_of, ask, form_of_base
 from stages.common import (
+    beyond_context,
     check_context,
     context_of,
     device_of,
@@ -157,7 +158,8 @@ def lengths_of_text(experiment) -> list[str]:
 
 
 def lacks(experiment) -> list[str]:
-    return unreadable(experiment, reads(experiment))
+    lengths = beyond_context(experiment, "evaluate", *lengths_of_text(experiment))
+    return lengths + unreadable(experiment, reads(experiment))
 
 
 def run(ctx: StageRun) -> dict:

@@ -30,6 +30,7 @@ from stages.cards import ANSWER, card
 from stages.common import (
     adapter_base,
     adapter_settings,
+    beyond_context,
     bound_of_short_rows,
     check_context,
     device_of,
@@ -269,7 +270,8 @@ def check(experiment) -> list[str]:
 
 def lacks(experiment) -> list[str]:
     """With a line if vLLM is to sample and is not there."""
-    return no_engine(experiment) + unreadable(experiment, reads(experiment))
+    lengths = beyond_context(experiment, "ppo", *["ptx_length"] * bool(experiment.ppo.ptx_coef))
+    return no_engine(experiment) + lengths + unreadable(experiment, reads(experiment))
 
 
 @dataclass(frozen=True)

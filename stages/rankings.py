@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.stage import StageRun
 from stages import parallel
 from stages.common import (
+    beyond_context,
     check_context,
     device_of,
     dtype_of,
@@ -82,7 +83,8 @@ def check(experiment) -> list[str]:
 
 
 def lacks(experiment) -> list[str]:
-    return unreadable(experiment, reads(experiment))
+    sampled = [] if experiment.data.rankings is not None else beyond_context(experiment, "rankings")
+    return sampled + unreadable(experiment, reads(experiment))
 
 
 def run(ctx: StageRun) -> dict:

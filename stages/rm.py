@@ -26,6 +26,7 @@ from stages.cards import SCORE, card
 from stages.common import (
     adapter_base,
     adapter_settings,
+    beyond_context,
     check_context,
     cut_by_tokens,
     device_of,
@@ -122,7 +123,7 @@ def check(experiment) -> list[str]:
 
 
 def lacks(experiment) -> list[str]:
-    return unreadable(experiment, reads(experiment))
+    return beyond_context(experiment, "rm") + unreadable(experiment, reads(experiment))
 
 
 def run(ctx: StageRun) -> dict:

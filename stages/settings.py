@@ -53,7 +53,10 @@ def over_context(experiment, stage: str, *lengths: str) -> list[str]:
 def no_room(experiment, stage: str) -> list[str]:
     """A line if response_length leaves no room for a prompt."""
     c = getattr(experiment, stage)
-    what = f"{c.response_length} leaves no room for a prompt in max_length {c.max_length}; lower it, or raise that"
+    what = (
+        f"{c.response_length} leaves no room for a prompt in {stage}.max_length {c.max_length}; lower "
+        f"{stage}.response_length or raise {stage}.max_length"
+    )
     return [f"{stage}.response_length: {what}"] if c.response_length >= c.max_length else []
 
 

@@ -17,6 +17,7 @@ from stages.cards import ANSWER, card
 from stages.common import (
     adapter_base,
     adapter_settings,
+    beyond_context,
     check_context,
     device_of,
     dtype_of,
@@ -112,7 +113,8 @@ def lacks(experiment) -> list[str]:
     """With a line where QLoRA's package is missing: sft is the first stage that asks for it."""
     peft = experiment.model.peft
     missing = peft is not None and peft.method == "qlora" and find_spec("bitsandbytes") is None
-    return [MISSING] * missing + unreadable(experiment, reads(experiment))
+    lengths = beyond_context(experiment, "sft")
+    return [MISSING] * missing + lengths + unreadable(experiment, reads(experiment))
 
 
 def run(ctx: StageRun) -> dict:

@@ -1,5 +1,6 @@
 """Configuration: what YAML means, every mistake at once, where it stands and what would be right."""
 
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -105,7 +106,7 @@ model:
             "e.yaml:11: ppo.num_mini_batches: unknown key; use mini_batch_size",
             "e.yaml:12: dpoo: unknown key; did you mean ppo?",
             "e.yaml:14: data.prompts: no such file: missing.jsonl; "
-            "should be world, an existing path or a Hub id org/name",
+            f"should be world, an existing path (from {Path.cwd()}) or a Hub id org/name",
             "e.yaml:15: data.rankings: the world has no rankings file; null lets the simulated labelers rank",
             "e.yaml:17: model.num_attention_heads: true; should be an integer",
             "override ppo.betas=[1]: ppo.betas.1: is missing; should be list of number: of Adam",

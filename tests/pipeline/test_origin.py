@@ -137,8 +137,8 @@ def test_a_signal_ends_the_question_and_without_a_terminal_there_is_none(monkeyp
 def forgotten_line(made, words, file, target="page"):
     run = f"`rlhf run {target} -c small.yaml"
     return (
-        f"error: artifacts/small: made by a command line that said more than this one: {made}; {run} {words}` keeps "
-        f"what is there, {run} {file}` makes it anew as the file says\n"
+        f"error: artifacts/small: last made with settings on the command line that this one leaves out ({made}); "
+        f"{run} {words}` keeps what is there, {run} {file}` trains it anew with the file's\n"
     )
 
 

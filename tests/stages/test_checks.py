@@ -68,11 +68,28 @@ def test_a_length_over_the_context_of_a_model_that_is_there(tmp_path, config):
     check_context(ctx, tmp_path)
     with pytest.raises(UserError) as caught:
         check_context(ctx, tmp_path, "ptx_length")
-    assert caught.value.lines == ["ppo.ptx_length: 65 tokens, and the model's context is 64; lower it"]
+    what = "65 tokens, and the model's context is 64"
+    assert caught.value.lines == [f"ppo.ptx_length: {what}; set ppo.ptx_length to 64 or less"]
     lengths.max_length = 70
     with pytest.raises(UserError) as caught:
         check_context(ctx, tmp_path, "ptx_length")
     assert [line.split(":")[0] for line in caught.value.lines] == ["ppo.max_length", "ppo.ptx_length"]
+
+
+def test_all_lengths_over_a_given_models_context_are_told_before_anything_runs(tmp_path):
+    """A folder's context is known at once: no stage may find it out after another has trained for hours."""
+    model = tmp_path / "my model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"max_position_embeddings": 64}))
+    settings = (f"model.name_or_path={model}", "sft.max_length=64")
+    experiment = experiment_of(tmp_path, *settings)
+    for stage in ("rm", "dpo", "ppo", "evaluate"):
+        first, length = STAGES[stage].lacks(experiment)[0], getattr(experiment, stage).max_length
+        what = f"{length} tokens, and the model's context is 64"
+        assert first == f"{stage}.max_length: {what}; set {stage}.max_length to 64 or less"
+    assert lacks(tmp_path, "sft", *settings) == []
+    (model / "config.json").unlink()
+    assert [line for line in lacks(tmp_path, "rm", *settings) if "context" in line] == []
 
 
 def test_a_model_that_names_no_context_is_not_checked(tmp_path):
@@ -94,7 +111,8 @@ def test_evaluate_checks_the_length_of_its_packed_rows_too(tmp_path):
 @pytest.mark.parametrize("stage", ["rankings", "ppo", "evaluate"])
 def test_a_response_has_to_leave_room_for_a_prompt(tmp_path, stage):
     (line,) = problems(tmp_path, f"{stage}.response_length=512")
-    assert line.startswith(f"{stage}.response_length: 512 leaves no room for a prompt in max_length 512; ")
+    what = f"512 leaves no room for a prompt in {stage}.max_length 512"
+    assert line == f"{stage}.response_length: {what}; lower {stage}.response_length or raise {stage}.max_length"
 
 
 @pytest.mark.parametrize(
