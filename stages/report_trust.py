@@ -58,7 +58,10 @@ def by_held_out(results: dict, name: str, who: str) -> list[tuple[bool, str]]:
         f"{who} gains {fixed(gain)} over SFT by the reward model, and {fixed(seen['value'])} by the held-out one"
         f"{f' ({span(seen)})' if seen['ci95'] else ''}"
     )
-    if gain <= 0:
+    if gain < 0:
+        text = text.replace(f"gains {fixed(gain)} over SFT", f"loses {fixed(-gain)} against SFT")
+        return [(True, text.replace(", and ", "; its gain is ") + ".")]
+    if gain == 0:
         return [(False, f"{text}.")]
     if low <= 0:
         return [(True, f"{text}: no clear gain, and the score may have been won from the first one's mistakes.")]

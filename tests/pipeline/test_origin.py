@@ -205,7 +205,7 @@ def test_whole_sections_and_data_are_settings_of_the_command_line_too(tmp_path):
     assert forgotten(record, [*changes, Change("sft artifact changed", False)], []) == []
     (line,) = lines_of_forgotten("ppo", tmp_path, {"sft": (record["config"]["command_line"], changes)})
     assert "-c CONFIG 'model.peft={method: lora}' data.prompts=my.jsonl` keeps" in line
-    assert "`rlhf run ppo -c CONFIG --override-config` makes it anew" in line
+    assert "`rlhf run ppo -c CONFIG --override-config` trains it anew" in line
     assert forgotten({"config": {}}, changes, []) == []  # an older version's
 
 

@@ -425,3 +425,15 @@ class TestReading:
             manifest["config"]["data"] = {"demonstrations": {"path": HOSTILE, "rows": 1}}
         page = page_of(ctx)
         assert "<script" not in page and "<img" not in page
+
+
+def test_a_policy_that_loses_is_said_to_lose():
+    """A loss speaks against a policy as clearly as a gain that does not hold."""
+    from stages.report_trust import by_held_out
+
+    seen = {"held_out": {"difference_to_sft": {"value": -0.1, "ci95": [-0.3, 0.1]}}}
+    results = {"overoptimisation": {"ppo": seen}, "policies": {"ppo": {"score": -0.88}, "sft": {"score": -0.21}}}
+    ((is_warning, text),) = by_held_out(results, "ppo", "PPO")
+    assert is_warning and text.startswith(
+        "PPO loses 0.67 against SFT by the reward model; its gain is \u22120.10 by the held-out one"
+    )
