@@ -257,8 +257,8 @@ def left_out(ctx: StageRun) -> list[str]:
     """Say which figures the experiment's data do not give."""
     lines = []
     if "rm" not in ctx.inputs:
-        way = "; name best_of_n in evaluate.policies, and rm trains one" if ranks(ctx.experiment) else ""
-        lines.append(f"no reward model judges: no scores{way}")
+        way = "; to get scores, add best_of_n to evaluate.policies: that trains one" if ranks(ctx.experiment) else ""
+        lines.append(f"no reward model judges, so there are no scores{way}")
     if ctx.experiment.data.documents is None:
         lines.append("no documents (data.documents): no perplexity of pretraining text")
     return lines
