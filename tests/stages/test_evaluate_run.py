@@ -731,7 +731,7 @@ def test_without_reward_model_and_documents_what_can_be_measured_is(chain, tmp_p
         assert {policy[key] for key in missing} == {None} and not policy["judge_climbed"]
         assert policy["length"] > 0 and policy["eos_rate"] is not None
     assert results["policies"]["dpo"]["kl_to_sft"] != 0.0 and finished.figures["score"] is None
-    assert "no scores; name best_of_n in evaluate.policies" in finished.said and "no perplexity" in finished.said
+    assert "to get scores, add best_of_n to evaluate.policies" in finished.said and "no perplexity" in finished.said
 
     asked = tmp_path / "asked.jsonl"
     write_rows(asked, [{"prompt": prompt} for prompt in held])
