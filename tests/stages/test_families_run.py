@@ -136,7 +136,8 @@ def test_a_family_that_takes_no_head_is_refused_where_rm_is_asked_for(chain, tmp
     config = (chain.root / "micro.yaml").read_text().replace(f"{chain.root}/sft/model", str(tmp_path / "source"))
     (tmp_path / "micro.yaml").write_text(config)
     command = ["-c", str(tmp_path / "micro.yaml"), "--artifacts", str(tmp_path / "artifacts")]
-    assert main(["run", "rm", *command]) == 2
+    fitting = [f"{stage}.max_length=32" for stage in ("sft", "rm", "dpo")]  # the model's context is short
+    assert main(["run", "rm", *command, *fitting]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert "no reward model can be made (there is no place for it); dpo needs none" in line
     assert main(["run", "base", *command]) == 0
