@@ -35,15 +35,18 @@ PROBES = (  # what a conversation has, its messages before the answer, the answe
 
 @dataclass(frozen=True)
 class Difference:
-    """Where a row leaves the template's text. row, template: both texts around the place. opens: the tag of a thought
-    that the generation prompt opens and the answer does not close, or None."""
+    """A place where a row differs from what the chat template writes.
+
+    row, template: both texts around that place. opens: the tag of a thought that the generation prompt opens and the
+    answer does not close, or None.
+    """
 
     row: str
     template: str
     opens: str | None = None
 
     def line(self) -> str:
-        """Both texts, in words that go on a sentence about a row."""
+        """Return both texts, in words that continue a sentence about a row."""
         if self.row == self.template:
             return f"the same text {self.row!r} is other tokens there"
         return f"the row has {self.row!r}, the template {self.template!r}"
@@ -100,14 +103,15 @@ def _opened(text: str) -> str | None:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What `compare` found. rows: how many were looked at, of `of`; differ: (name, Difference) of those that differ."""
+    """The result of `compare`. rows: how many were compared, of `of` in all; differ: (name, Difference) of each that
+    differs."""
 
     rows: int
     of: int
     differ: list[tuple[str, Difference]]
 
     def text(self, what: str) -> str:
-        """How many rows differ, and the first of them, in words. what: the rows are, in the plural."""
+        """Say how many rows differ, and how the first one does. what: what the rows are, in the plural."""
         looked = f"{self.rows:,}" if self.rows == self.of else f"the first {self.rows:,}"
         if not self.differ:
             return f"{looked} {what}, all as it writes them"

@@ -44,7 +44,7 @@ class LengthReport:
     equal: list[str] = field(default_factory=list)
 
     def __add__(self, other: "LengthReport") -> "LengthReport":
-        """Of both data sets together."""
+        """Return the report of both data sets together."""
         sums = (getattr(self, name) + getattr(other, name) for name in ("kept", "truncated", "dropped"))
         problems, equal = self.problems + other.problems, self.equal + other.equal
         return LengthReport(*sums, max(self.longest, other.longest), problems, equal)

@@ -66,29 +66,10 @@ def test_a_term_for_experts_is_refused_where_there_are_none(chain, tmp_path):
 @pytest.mark.parametrize("items", [None, 7])
 def test_the_experts_term_is_trls(chain, tmp_path, items):
     """Loss and gradients of the plain loss, that of a small vocabulary, against trl's own."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from plain_loss import assert_is_trls
 
-    from stages.language_modeling import with_plain_loss
-
-    tokenizer, found = chain.tokenizer, []
-    for kind in (SFTTrainer, with_plain_loss(SFTTrainer)):
-        options = {"use_cpu": True, "bf16": False, "report_to": "none", "activation_checkpointing": False}
-        options |= {"router_aux_loss_coef": 0.5, "dataset_kwargs": {"skip_prepare_dataset": True}}
-        rows = Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}])
-        args = SFTConfig(output_dir=str(tmp_path), **options)
-        trainer = kind(model=mixtral(tokenizer), args=args, train_dataset=rows, processing_class=tokenizer)
-        trainer.current_gradient_accumulation_steps = 2
-        pad = tokenizer.pad_token_id
-        ids = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, pad, pad]])
-        labels = torch.tensor([[-100, -100, 7, 8, 9], [-100, 11, 12, -100, -100]])
-        batch = {"input_ids": ids, "attention_mask": (ids != pad).long(), "labels": labels}
-        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=items)
-        loss.backward()
-        found.append((loss.item(), {name: p.grad for name, p in trainer.model.named_parameters()}))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
-    for name, gradient in found[0][1].items():
-        torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-4, atol=1e-6)
+    tokenizer = chain.tokenizer
+    assert_is_trls(lambda: mixtral(tokenizer), tokenizer, items, tmp_path, accumulated=2, router_aux_loss_coef=0.5)
 
 
 class TestBase:
