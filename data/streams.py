@@ -74,11 +74,16 @@ def held_out(keys: Sequence[str], fraction: float, least: int | None = None) -> 
 def grouped_by_length(lengths: Sequence[int], batch_size: int, count: int, seed: int, window: int = 16) -> list[int]:
     """`count` indices of an endless shuffled order in which the rows of a batch are of like length: less padding.
 
-    Within windows of `window` batches rows are sorted by length and cut into batches, and the batches shuffled.
+    Within windows of `window` batches rows are sorted by length and cut into batches, and the batches shuffled. A
+    window ends where a pass over the rows ends, so each pass holds every row once, however few there are; the rows
+    left over at the end of a pass share a batch with the first ones of the next. A longer order begins as a shorter
+    one.
     """
     stream, order = Stream(len(lengths), seed), []
     while len(order) < count:
-        rows = sorted(stream.take(window * batch_size), key=lambda i: lengths[i])
+        left_in_pass = len(lengths) - stream.cursor % len(lengths)
+        batches_now = min(window, max(1, left_in_pass // batch_size))
+        rows = sorted(stream.take(batches_now * batch_size), key=lambda i: lengths[i])
         batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         random.Random(derive_seed(seed, "batches", len(order))).shuffle(batches)
         order += [i for batch in batches for i in batch]

@@ -154,6 +154,21 @@ class TestGroupedByLength:
         assert sorted(self.order(200)) == list(range(200))
         assert sorted(self.order(40)) == sorted(Stream(200, 1).take(40))
 
+    def test_each_pass_over_few_rows_holds_every_row_once(self):
+        """Also where a window of batches is longer than a pass, and where a pass is no whole number of batches."""
+
+        @SETTINGS
+        @given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 16), seeds)
+        def covers(size, batch_size, window, seed):
+            lengths = [1 + (7 * i) % 5 for i in range(size)]
+            order = grouped_by_length(lengths, batch_size, 3 * size, seed, window)
+            whole = size // batch_size * batch_size  # the rest shares a batch with the next pass
+            assert len({*order[:whole]}) == whole
+            if size == whole:
+                assert all(sorted(order[k * size : (k + 1) * size]) == list(range(size)) for k in range(3))
+
+        covers()
+
     def test_rows_of_a_batch_are_of_like_length(self):
         """The padding of batches of 8 is less than half of what the plain stream would need."""
 
