@@ -22,11 +22,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline import files, hints, sections
+from pipeline import hints
+from pipeline.config import sections
 from pipeline.errors import Interrupted, PeerLost, TrainingStopped, UserError
 from pipeline.stage import StopFlag
+from pipeline.store import files
 
 STAGES = ("world", "base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate", "report")
+
+PACKAGES = {"ppo": "stages.ppo.run"}  # stages that are a package, and the module in it that is the stage
 
 RUN_HELP = f"""\
 usage: rlhf run STAGE -c CONFIG [flags] [key=value ...]
@@ -79,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def at_hand(arguments: argparse.Namespace) -> None:
     """Of artifacts on object storage `remote` is the address, and `artifacts` the folder of this machine."""
-    from pipeline.remote import is_url, local_folder
+    from pipeline.store.remote import is_url, local_folder
 
     place = getattr(arguments, "artifacts", None)
     arguments.remote = place if place is not None and is_url(place) else None
@@ -117,7 +121,7 @@ def explain(error: Exception, caller: hints.Caller | None = None) -> int:
             print(f"error: {hints.filled(line, caller or hints.Caller())}", file=sys.stderr)
         return 2
     if isinstance(error, PeerLost):
-        from pipeline import processes
+        from pipeline.launch import processes
 
         what = f"another process of this run is gone, or took longer than launch.timeout ({error})"
         print(f"error: {what}; run again to go on", file=sys.stderr)
@@ -180,7 +184,7 @@ def signal_handlers(stop: StopFlag) -> Iterator[None]:
     """SIGTERM, SIGINT and SIGUSR1 ask for a stop at the next step; a second SIGTERM or SIGINT kills at once (one after
     SIGUSR1 is the first: a queue that warned ends the job with it, and a save may be under way)."""
 
-    from pipeline.processes import place_in_environment
+    from pipeline.launch.processes import place_in_environment
 
     first, ended = place_in_environment()[0] == 0, []
 
@@ -314,7 +318,7 @@ def without_settings(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def stage_modules() -> dict[str, Any]:
     """The stages by name, each after what it needs."""
-    return {name: importlib.import_module(f"stages.{name}") for name in STAGES}
+    return {name: importlib.import_module(PACKAGES.get(name, f"stages.{name}")) for name in STAGES}
 
 
 def load(
@@ -322,7 +326,8 @@ def load(
 ) -> tuple[Any, dict[str, Any]]:
     """The validated experiment and the stage modules. The environment is set between reading the file (if `tree` is
     not what it says) and the imports."""
-    from pipeline import config, launch
+    from pipeline.config import validation as config
+    from pipeline.launch import environment as launch
 
     tree = tree or config.read_tree(arguments.config, arguments.overrides)
     launch.set_environment(tree.values)
@@ -334,8 +339,8 @@ def load(
 
 def open_store(arguments: argparse.Namespace, experiment: Any, stages: dict[str, Any] | None = None) -> Any:
     """The artifacts of an experiment. stages: of a command that may make them."""
-    from pipeline.artifacts import ArtifactStore
     from pipeline.origin import Origin
+    from pipeline.store.artifacts import ArtifactStore
 
     checks = [module.check for module in (stages or {}).values() if hasattr(module, "check")]
     shared = getattr(arguments, "remote", None) is not None
@@ -376,8 +381,11 @@ def run_command(arguments: argparse.Namespace) -> int:
         return submit_command(arguments)
     stop = StopFlag()
     with signal_handlers(stop):
-        from pipeline import config, launch, plan, processes, running
-        from pipeline.remote import Remote
+        from pipeline import plan, running
+        from pipeline.config import validation as config
+        from pipeline.launch import environment as launch
+        from pipeline.launch import processes
+        from pipeline.store.remote import Remote
 
         tree = config.read_tree(arguments.config, arguments.overrides)
         if (count := processes.wanted(tree.values)) > 1:
@@ -409,7 +417,8 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 def submit_command(arguments: argparse.Namespace) -> int:
     """`rlhf run STAGE --submit slurm`: a job for each stage that is not up to date."""
-    from pipeline import plan, running, slurm
+    from pipeline import plan, running
+    from pipeline.launch import slurm
 
     if arguments.submit is None:
         raise UserError("command line: --dry-run shows what --submit would do; give --submit slurm, too")
@@ -474,7 +483,8 @@ def help_command(arguments: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from pipeline import config, launch
+    from pipeline.config import validation as config
+    from pipeline.launch import environment as launch
     from pipeline.tracking import TIMES, TIMING
 
     launch.set_environment({})
@@ -548,9 +558,9 @@ def status_command(arguments: argparse.Namespace) -> int:
 def clean_command(arguments: argparse.Namespace) -> int:
     """Removes artifacts/NAME and nothing else, if a person at the terminal or --yes says so; refuses where a process
     works there, or something else lies there."""
-    from pipeline import config
-    from pipeline.artifacts import ArtifactStore
+    from pipeline.config import validation as config
     from pipeline.origin import ask, at_terminal
+    from pipeline.store.artifacts import ArtifactStore
 
     tree = config.read_tree(arguments.config, arguments.overrides)
     store = ArtifactStore(arguments.artifacts, config.read_name(tree))
@@ -590,10 +600,10 @@ def doctor_command(arguments: argparse.Namespace) -> int:
     if arguments.config is not None:
         experiment, _ = load(arguments)
     else:
-        from pipeline import launch
+        from pipeline.launch import environment as launch
 
         launch.set_environment({})
-    stage = importlib.import_module("stages.doctor")
+    stage = importlib.import_module("stages.tools.doctor")
     if arguments.memory:
         if experiment is None:
             raise UserError("doctor --memory: of which experiment? Add -c CONFIG, as configs/tiny.yaml")
@@ -602,11 +612,11 @@ def doctor_command(arguments: argparse.Namespace) -> int:
 
 
 def chat_command(arguments: argparse.Namespace) -> int:
-    from pipeline import launch
+    from pipeline.launch import environment as launch
 
     experiment, _ = load(arguments)
     launch.prepare(experiment)
-    return importlib.import_module("stages.chat").run(
+    return importlib.import_module("stages.tools.chat").run(
         experiment,
         open_store(arguments, experiment),
         models=[name.strip() for name in arguments.models.split(",") if name.strip()],
@@ -620,7 +630,7 @@ def chat_command(arguments: argparse.Namespace) -> int:
 
 
 def data_command(arguments: argparse.Namespace) -> int:
-    from pipeline import launch
+    from pipeline.launch import environment as launch
 
     experiment = None
     if arguments.config is not None:
@@ -649,7 +659,7 @@ COMMANDS = {
 def entry() -> NoReturn:
     """`rlhf`, and `python -m pipeline.cli`: `main`, and the end of the process."""
     code = main()
-    from pipeline.processes import end_this_one
+    from pipeline.launch.processes import end_this_one
 
     end_this_one(code)
 

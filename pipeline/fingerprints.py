@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import files
-from pipeline.digests import Digests
-from pipeline.hub import Hub, Named, Recorded
-from pipeline.sections import DataSource, is_hub_id
+from pipeline.config.sections import DataSource, is_hub_id
 from pipeline.stage import Source
+from pipeline.store import files
+from pipeline.store.digests import Digests
+from pipeline.store.hub import Hub, Named, Recorded
 
 COMMITS = ("revision", "asked_revision")  # of a name on the Hub, in a recorded config: what it was, what was asked for
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline import files
-from pipeline.config import load_experiment
+from pipeline.config.validation import load_experiment
+from pipeline.config.yaml_tree import read_tree
 from pipeline.errors import Interrupted, UserError
 from pipeline.fingerprints import Change
 from pipeline.stage import StopFlag
-from pipeline.yaml_tree import read_tree
+from pipeline.store import files
 
 APART = ("name", "launch", "tracking", "checkpoints")  # what of a file no finished stage depends on
 WORDS = ("null", "true", "false")  # that YAML reads as values

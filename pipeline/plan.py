@@ -10,16 +10,16 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.artifacts import ArtifactStore
-from pipeline.digests import Digests
 from pipeline.errors import Interrupted, UserError
 from pipeline.fingerprints import Change, Today, all_needs, compare, describe_today, lacking
-from pipeline.hub import Hub
+from pipeline.launch.processes import Peers
 from pipeline.origin import ask, at_terminal, forgotten, lines_of_forgotten, lines_of_others
-from pipeline.processes import Peers
-from pipeline.remote import Remote
 from pipeline.running import Flags, Job, is_dropped, refusals, run_stage
 from pipeline.stage import StopFlag
+from pipeline.store.artifacts import ArtifactStore
+from pipeline.store.digests import Digests
+from pipeline.store.hub import Hub
+from pipeline.store.remote import Remote
 from pipeline.tracking import Dashboard
 
 

@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from pipeline import checkpoints, files, launch
-from pipeline.artifacts import ArtifactStore, now
-from pipeline.cache import Cache
-from pipeline.digests import Digests
 from pipeline.errors import UserError
 from pipeline.fingerprints import Change, Today, all_needs, folders, hub_model, sources
-from pipeline.processes import Peers, relying_on
+from pipeline.launch import environment as launch
+from pipeline.launch.processes import Peers, relying_on
 from pipeline.stage import Source, StageRun, StopFlag
+from pipeline.store import checkpoints, files
+from pipeline.store.artifacts import ArtifactStore, now
+from pipeline.store.cache import Cache
+from pipeline.store.digests import Digests
 from pipeline.tracking import Dashboard, Tracker, duration, figure, plain
 
 if TYPE_CHECKING:

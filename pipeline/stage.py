@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache import Cache
-from pipeline.checkpoints import CheckpointStore
+from pipeline.store.cache import Cache
+from pipeline.store.checkpoints import CheckpointStore
 from pipeline.tracking import Tracker
 
 

@@ -27,7 +27,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from pipeline import files
+from pipeline.store import files
 
 INIT_SECONDS = 8.0  # for wandb's first answer; WANDB_INIT_TIMEOUT says otherwise
 FINISH_SECONDS = 60.0  # for the rest of a stage's figures to go there

@@ -13,13 +13,10 @@ import torch
 from data.encode import train_tokenizer, wrap_documents
 from data.records import DataError
 from data.template_text import variable_problem
+from pipeline.config.sections import is_hub_id, local_folder
 from pipeline.errors import UserError
-from pipeline.sections import is_hub_id, local_folder
+from pipeline.launch import parallel
 from pipeline.stage import StageRun
-from stages import parallel
-from stages.cards import card
-from stages.common import count, device_of, dtype_of, split_documents, unreadable
-from stages.language_modeling import train_language_model
 from stages.models.adapters import refuse_untrained
 from stages.models.families import REMEDY, WHOLE_ROWS, family_problem
 from stages.models.loading import code_fails, from_scratch, load_pretrained, save_model
@@ -27,7 +24,10 @@ from stages.models.publish import given_model
 from stages.models.remote_code import is_remote, scalar_problem, write_scalar_head
 from stages.models.tokens import settle_tokens
 from stages.rollouts.trial import CACHE, reading_problem
-from stages.settings import DECAY, Training, over_context, setting, total_steps, uneven
+from stages.settings.training import DECAY, Training, over_context, setting, total_steps, uneven
+from stages.shared.cards import card
+from stages.shared.inputs import count, device_of, dtype_of, split_documents, unreadable
+from stages.training.text import train_language_model
 
 NAME = "base"
 METRICS = {

@@ -17,10 +17,18 @@ from pydantic import BeforeValidator
 
 from data import sources
 from data.groups import batch_groups
+from pipeline.launch import parallel
 from pipeline.stage import StageRun
-from stages import parallel
-from stages.cards import ANSWER, card
-from stages.common import (
+from stages.models.adapters import adapter_off, is_adapted, save_merged, with_adapter
+from stages.models.forward import response_logprobs
+from stages.models.loading import load_policy, load_tokenizer
+from stages.models.sharding import is_sharded, publishable
+from stages.objectives.logprobs import sequence_logps
+from stages.objectives.losses import chosen_loss, dpo_loss, plackett_luce_loss
+from stages.settings.training import ACCUMULATED, PreferenceTraining, over_context, setting, total_steps
+from stages.shared.cards import ANSWER, card
+from stages.shared.disk import say_written
+from stages.shared.inputs import (
     adapter_base,
     adapter_settings,
     beyond_context,
@@ -37,15 +45,7 @@ from stages.common import (
     publish_dtype,
     show_samples,
 )
-from stages.disk import say_written
-from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee, pause_if_asked
-from stages.models.adapters import adapter_off, is_adapted, save_merged, with_adapter
-from stages.models.forward import response_logprobs
-from stages.models.loading import load_policy, load_tokenizer
-from stages.models.sharding import is_sharded, publishable
-from stages.objectives.logprobs import sequence_logps
-from stages.objectives.losses import chosen_loss, dpo_loss, plackett_luce_loss
-from stages.settings import ACCUMULATED, PreferenceTraining, over_context, setting, total_steps
+from stages.training.loop import fit, learning_rate_at, make_accelerator, make_trainee, pause_if_asked
 
 NAME = "dpo"
 LossType = Literal["sigmoid", "robust", "ipo", "hinge", "plackett_luce", "sft"]

@@ -3,10 +3,10 @@
 Policies are sampled at temperature 1. The judge is the gold scorer in the embedded world, otherwise the reward model;
 where the data allow none, there are no scores, and without documents no perplexity.
 A response without EOS scores `missing_eos_score`, if one is given. best_of_n is the SFT sample with the highest reward
-model score out of n. A base model that never saw the chat template is asked in plain text (`stages/asking.py`).
-Intervals are over tasks in the embedded world, elsewhere over prompts (`stages/statistics.py`).
-Three checks of over-optimisation need no gold (`stages/overoptimisation.py`); some prompts are answered greedily too,
-for people to read (`stages/greedy.py`).
+model score out of n. A base model that never saw the chat template is asked in plain text (`evaluation/asking.py`).
+Intervals are over tasks in the embedded world, elsewhere over prompts (`evaluation/statistics.py`).
+Three checks of over-optimisation need no gold (`evaluation/overoptimisation.py`); some prompts are answered greedily
+too, for people to read (`evaluation/greedy.py`).
 """
 
 import json
@@ -23,14 +23,26 @@ from data.groups import make_rows
 from data.near_copies import near_copies
 from data.records import prompt_key
 from data.streams import Stream, derive_seed, held_out
-from data.world import World
-from pipeline import files
+from data.world.world import World
 from pipeline.errors import UserError
+from pipeline.launch import parallel
 from pipeline.stage import StageRun
+from pipeline.store import files
 from pipeline.tracking import plain
-from stages import overoptimisation, parallel
-from stages.asking import DESCRIPTIONS, Answer, Asked, answer_of, ask, form_of_base
-from stages.common import (
+from stages.evaluation import overoptimisation
+from stages.evaluation.asking import DESCRIPTIONS, Answer, Asked, answer_of, ask, form_of_base
+from stages.evaluation.greedy import answer_greedily
+from stages.evaluation.results import Measured, order_by_gold, summarise
+from stages.evaluation.shown_prompts import chosen_prompts
+from stages.models.ensemble import How, load_reward_model
+from stages.models.forward import response_logprobs, score_all, text_logprobs
+from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
+from stages.models.packing import can_pack
+from stages.objectives.logprobs import sequence_logps
+from stages.objectives.rewards import final_scores
+from stages.rollouts.transformers import sample
+from stages.settings.training import Section, TooLong, no_room, over_context, setting, too_long_prompt
+from stages.shared.inputs import (
     beyond_context,
     check_context,
     context_of,
@@ -44,19 +56,8 @@ from stages.common import (
     split_documents,
     unreadable,
 )
-from stages.engine import make_accelerator, micro_batches, pause_if_asked
-from stages.greedy import answer_greedily
-from stages.models.ensemble import How, load_reward_model
-from stages.models.forward import response_logprobs, score_all, text_logprobs
-from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
-from stages.models.packing import can_pack
-from stages.objectives.logprobs import sequence_logps
-from stages.objectives.rewards import final_scores
-from stages.results import Measured, order_by_gold, summarise
-from stages.rollouts.transformers import sample
-from stages.settings import Section, TooLong, no_room, over_context, setting, too_long_prompt
-from stages.shown_prompts import chosen_prompts
-from stages.wanted import judges, policies, ranks, simulates
+from stages.shared.wanted import judges, policies, ranks, simulates
+from stages.training.loop import make_accelerator, micro_batches, pause_if_asked
 
 NAME = "evaluate"
 METRICS: dict[str, str] = {}

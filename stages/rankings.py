@@ -10,15 +10,18 @@ from functools import partial
 
 import numpy as np
 
-from data import labelers
 from data.encode import decode_response
 from data.records import DataError, Ranking, judged_pairs, prompt_key, to_json, write_jsonl
 from data.streams import Stream, derive_seed, held_out
-from data.world import World
+from data.world.world import World, labelers
 from pipeline.errors import UserError
+from pipeline.launch import parallel
 from pipeline.stage import StageRun
-from stages import parallel
-from stages.common import (
+from stages.evaluation.statistics import labeler_agreement
+from stages.models.loading import load_policy, load_tokenizer
+from stages.rollouts.transformers import sample
+from stages.settings.training import Section, TooLong, no_room, over_context, setting, too_long_prompt
+from stages.shared.inputs import (
     beyond_context,
     check_context,
     device_of,
@@ -30,12 +33,8 @@ from stages.common import (
     read_world,
     unreadable,
 )
-from stages.engine import make_accelerator, micro_batches, pause_if_asked
-from stages.models.loading import load_policy, load_tokenizer
-from stages.rollouts.transformers import sample
-from stages.settings import Section, TooLong, no_room, over_context, setting, too_long_prompt
-from stages.statistics import labeler_agreement
-from stages.wanted import simulates
+from stages.shared.wanted import simulates
+from stages.training.loop import make_accelerator, micro_batches, pause_if_asked
 
 NAME = "rankings"
 METRICS: dict[str, str] = {}

@@ -4,24 +4,22 @@ The page's text is made of the measured numbers alone; the same artifacts give t
 left out: an experiment of SFT and DPO alone has a page too. One file a subject: what was run (`report_experiment.py`),
 tables (`report_table.py`), plots (`report_plots.py`, drawn by `report_svg.py`), whether the score can be trusted
 (`report_trust.py`), samples (`report_samples.py`), sentences (`report_words.py`, `report_glossary.py`), and the table
-in the terminal (`report_terminal.py`). The page itself is `report.html.j2`, its looks `report_style.j2`.
+in the terminal (`page/terminal.py`). The page itself is `page/report.html.j2`, its looks `page/style.j2`.
 """
 
 import json
 from pathlib import Path
 
 from pipeline.stage import StageRun
-from stages import report_experiment as experiment_of
-from stages import report_plots as plots
-from stages import report_samples as samples
-from stages import report_table as tables
-from stages import report_trust as trust
-from stages.report_glossary import glossary
-from stages.report_plots import Journal
-from stages.report_terminal import show
-from stages.report_words import NAMES, complete, fixed, judge_of, moment, notes, summary, tiles
-from stages.settings import Section, setting
-from stages.wanted import judges, policies
+from stages.page import experiment as experiment_of
+from stages.page import plots, samples, trust
+from stages.page import table as tables
+from stages.page.glossary import glossary
+from stages.page.plots import Journal
+from stages.page.terminal import show
+from stages.page.words import NAMES, complete, fixed, judge_of, moment, notes, summary, tiles
+from stages.settings.training import Section, setting
+from stages.shared.wanted import judges, policies
 
 __all__ = ["show"]  # what the command line calls when the stage is up to date
 
@@ -133,7 +131,7 @@ def template():
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("page")),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -18,12 +18,29 @@ from data.encode import decode_response, encode_prompt, encode_response
 from data.groups import Pair, batch_groups, make_rows
 from data.records import DataError, prompt_key
 from data.streams import Stream, derive_seed
-from data.world import World
+from data.world.world import World
 from pipeline.errors import UserError
+from pipeline.launch import parallel
 from pipeline.stage import StageRun
-from stages import parallel
-from stages.cards import SCORE, card
-from stages.common import (
+from stages.evaluation.statistics import (
+    accuracy_by,
+    agreements,
+    expected_calibration_error,
+    labeler_agreement,
+    pair_accuracy,
+    reliability,
+    rights,
+)
+from stages.models.adapters import plain, save_merged, with_adapter
+from stages.models.families import is_own_head, off_the_gpu
+from stages.models.forward import response_scores, score_all
+from stages.models.loading import load_tokenizer, new_reward_model
+from stages.models.sharding import full, is_sharded, publishable
+from stages.objectives.losses import plackett_luce_loss, ranking_loss
+from stages.settings.training import ACCUMULATED, PreferenceTraining, over_context, reward_models, setting, total_steps
+from stages.shared.cards import SCORE, card
+from stages.shared.disk import say_written
+from stages.shared.inputs import (
     adapter_base,
     adapter_settings,
     beyond_context,
@@ -42,25 +59,8 @@ from stages.common import (
     read_world,
     unreadable,
 )
-from stages.disk import say_written
-from stages.engine import fit, learning_rate_at, make_accelerator, make_trainee
-from stages.models.adapters import plain, save_merged, with_adapter
-from stages.models.families import is_own_head, off_the_gpu
-from stages.models.forward import response_scores, score_all
-from stages.models.loading import load_tokenizer, new_reward_model
-from stages.models.sharding import full, is_sharded, publishable
-from stages.objectives.losses import plackett_luce_loss, ranking_loss
-from stages.settings import ACCUMULATED, PreferenceTraining, over_context, reward_models, setting, total_steps
-from stages.statistics import (
-    accuracy_by,
-    agreements,
-    expected_calibration_error,
-    labeler_agreement,
-    pair_accuracy,
-    reliability,
-    rights,
-)
-from stages.wanted import simulates
+from stages.shared.wanted import simulates
+from stages.training.loop import fit, learning_rate_at, make_accelerator, make_trainee
 
 NAME = "rm"
 METRICS = {

@@ -11,10 +11,24 @@ from data.records import DataError, prompt_key
 from data.room import quantiles
 from data.streams import Stream, derive_seed, held_out
 from pipeline.errors import UserError
+from pipeline.launch import parallel
 from pipeline.stage import StageRun
-from stages import parallel
-from stages.cards import ANSWER, card
-from stages.common import (
+from stages.models.adapters import save_merged, trainable, with_adapter
+from stages.models.loading import load_policy, load_tokenizer
+from stages.models.quantized import MISSING
+from stages.settings.training import (
+    ACCUMULATED,
+    Section,
+    TooLong,
+    Training,
+    over_context,
+    setting,
+    too_long,
+    total_steps,
+    uneven,
+)
+from stages.shared.cards import ANSWER, card
+from stages.shared.inputs import (
     adapter_base,
     adapter_settings,
     beyond_context,
@@ -29,22 +43,8 @@ from stages.common import (
     split_documents,
     unreadable,
 )
-from stages.engine import Trainee, has_settings_of_today
-from stages.language_modeling import train_language_model
-from stages.models.adapters import save_merged, trainable, with_adapter
-from stages.models.loading import load_policy, load_tokenizer
-from stages.models.quantized import MISSING
-from stages.settings import (
-    ACCUMULATED,
-    Section,
-    TooLong,
-    Training,
-    over_context,
-    setting,
-    too_long,
-    total_steps,
-    uneven,
-)
+from stages.training.loop import Trainee, has_settings_of_today
+from stages.training.text import train_language_model
 
 NAME = "sft"
 METRICS = {

@@ -3,11 +3,11 @@
 import json
 
 from data.records import write_jsonl
-from data.world import World
+from data.world.world import World
+from pipeline.config.sections import OF_WORLD
 from pipeline.errors import UserError
-from pipeline.sections import OF_WORLD
 from pipeline.stage import StageRun
-from stages.settings import Section, setting
+from stages.settings.training import Section, setting
 
 NAME = "world"
 METRICS: dict[str, str] = {}

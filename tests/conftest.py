@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pipeline.launch import set_environment
+from pipeline.launch.environment import set_environment
 
 MODULES = tempfile.TemporaryDirectory(prefix="rlhf-modules-")
 os.environ["HF_MODULES_CACHE"] = MODULES.name

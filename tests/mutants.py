@@ -21,19 +21,38 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {
-    "ppo": ("tests/stages/test_ppo_run.py", "tests/objectives/test_ppo_step.py"),
+    "ppo": ("tests/stages/ppo/test_ppo_run.py", "tests/objectives/test_ppo_step.py"),
     "rm": ("tests/stages/test_rm_run.py",),
     "dpo": ("tests/stages/test_dpo_run.py",),
     "rankings": ("tests/stages/test_rankings_run.py",),
-    "evaluate": ("tests/stages/test_results.py", "tests/stages/test_asking.py", "tests/stages/test_evaluate_run.py"),
+    "evaluate": (
+        "tests/stages/evaluation/test_results.py",
+        "tests/stages/evaluation/test_asking.py",
+        "tests/stages/test_evaluate_run.py",
+    ),
 }
 
 # Read once, before the first mutant, and never of ours.
 LIBRARIES = ["pytest", "accelerate", "transformers.trainer", "transformers.models.llama.modeling_llama"]
+
+
+@cache
+def sources() -> dict[str, str]:
+    """Return {path: text} of every module in stages/."""
+    paths = sorted((ROOT / "stages").rglob("*.py"))
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+
+
+def holders(stage: str, text: str) -> list[str]:
+    """Return the paths of the modules that hold a text: of the stage's own modules, else of all in stages/."""
+    found = [path for path, source in sources().items() if text in source]
+    own = [path for path in found if path == f"stages/{stage}.py" or path.startswith(f"stages/{stage}/")]
+    return own or found
 
 
 @dataclass(frozen=True)
@@ -43,7 +62,7 @@ class Mutant:
     stage: whose tests (TESTS) are to notice it.
     breaks: what is wrong with it, in words.
     old, new: a text that stands once in the file, and what stands there in the mutant.
-    file: where; by default the stage's own.
+    file: where; by default the one module of the stage, or else of stages/, that holds `old`.
     """
 
     stage: str
@@ -54,7 +73,8 @@ class Mutant:
 
     @property
     def path(self) -> str:
-        return self.file or f"stages/{self.stage}.py"
+        """The file of stages/ that holds `old`; the first one where several do, which test_mutants refuses."""
+        return self.file or next(iter(holders(self.stage, self.old)), f"stages/{self.stage}.py")
 
 
 MUTANTS = [
@@ -959,42 +979,42 @@ MUTANTS = [
         "the halves change places",
         "if which is None or known[i] == which]",
         "if which is None or known[i] != which]",
-        "stages/results.py",
+        "stages/evaluation/results.py",
     ),
     Mutant(
         "evaluate",
         "samples of a prompt are clusters of their own",
         "return (share_estimate if share else mean_estimate)(values, repeated)",
         "return (share_estimate if share else mean_estimate)(values, range(len(values)))",
-        "stages/results.py",
+        "stages/evaluation/results.py",
     ),
     Mutant(
         "evaluate",
         "the reward model judges where there is gold",
         "    if measured.gold is None:\n        return np.array(measured.scores, float)\n    return",
         "    if True:\n        return np.array(measured.scores, float)\n    return",
-        "stages/results.py",
+        "stages/evaluation/results.py",
     ),
     Mutant(
         "evaluate",
         "the difference to SFT turned round",
         "gaps = judged.mean(1) - baseline.mean(1)",
         "gaps = baseline.mean(1) - judged.mean(1)",
-        "stages/results.py",
+        "stages/evaluation/results.py",
     ),
     Mutant(
         "evaluate",
         "the worse of two responses is the one to score higher",
         "(1 if gold[i] > gold[j] else -1)",
         "(1 if gold[i] < gold[j] else -1)",
-        "stages/results.py",
+        "stages/evaluation/results.py",
     ),
     Mutant(
         "evaluate",
         "perplexity is the mean loss",
         "return {\"value\": _exp(found[\"value\"]), \"ci95\": ci95}",
         "return {\"value\": found[\"value\"], \"ci95\": ci95}",
-        "stages/results.py",
+        "stages/evaluation/results.py",
     ),
 ]
 

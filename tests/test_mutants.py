@@ -4,12 +4,14 @@ import ast
 from collections import Counter
 
 import pytest
-from mutants import MUTANTS, ROOT, TESTS
+from mutants import MUTANTS, ROOT, TESTS, holders
 
 
 @pytest.mark.parametrize("stage", TESTS)
 def test_a_mutant_changes_one_place(stage):
     for mutant in (mutant for mutant in MUTANTS if mutant.stage == stage):
+        found = holders(mutant.stage, mutant.old)
+        assert mutant.file or len(found) == 1, f"{mutant.old!r} stands in {found}"
         text = (ROOT / mutant.path).read_text(encoding="utf-8")
         assert text.count(mutant.old) == 1, f"{mutant.path} holds {mutant.old!r} {text.count(mutant.old)} times"
         assert mutant.old != mutant.new

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.launch.parallel import is_first
 from stages.models.ensemble import members
 from stages.models.loading import (
     load_scalar_model,
@@ -25,7 +26,6 @@ from stages.models.loading import (
 )
 from stages.models.publish import edit_json
 from stages.models.quantized import dequantize, quantize
-from stages.parallel import is_first
 
 TRAINS_ROWS = ("lora", "dora", "qlora")  # methods that can also train single rows of embedding and head
 FOLDER = "adapter"  # beside the merged weights of a published model

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from pipeline.launch.parallel import is_first
 from stages.models.families import as_given
 from stages.models.remote_code import is_remote, keep_code, read
-from stages.parallel import is_first
 
 # The old names of what `rope_parameters` holds, where they are not rope_theta and partial_rotary_factor.
 ROPE_NAMES = {

@@ -73,7 +73,7 @@ def packed(weight: Tensor, bits: int) -> dict[str, Tensor]:
     # a row a block: bitsandbytes 0.50.2 takes wrong scales on a CPU where rows are of 16, 32, 48, 80 … weights
     rows = F.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
     nibbles, first = functional.quantize_4bit(rows, blocksize=BLOCK, quant_type="nf4")
-    with torch.device("cpu"):  # stages/memory.py makes models on none
+    with torch.device("cpu"):  # stages/tools/memory.py makes models on none
         code = functional.create_dynamic_map()
     offset, code = first.absmax.mean(), code.to(weight.device)
     absmax, second = functional.quantize_blockwise(first.absmax - offset, code=code, blocksize=SCALES)

@@ -18,11 +18,11 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipeline.errors import UserError
+from pipeline.launch.parallel import from_first, is_first, rank_and_size
 from stages.models.adapters import plain
 from stages.models.ensemble import members
 from stages.models.packing import packs, register
 from stages.models.precision import castable, uncast
-from stages.parallel import from_first, is_first, rank_and_size
 
 Found = TypeVar("Found")
 

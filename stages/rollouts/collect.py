@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.streams import derive_seed
-from stages import parallel
+from pipeline.launch import parallel
 from stages.models.adapters import adapter_off
 from stages.models.forward import response_logprobs, response_scores, response_values
 from stages.models.roles import Roles

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipeline.errors import TrainingStopped, UserError
-from stages import parallel
+from pipeline.launch import parallel
 from stages.models.adapters import plain
 from stages.models.file_tensors import file_tensors, tied_head
 from stages.rollouts.transformers import Sampled

@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE.parent.parent))  # the code beside this file, wherev
 from pairs import keep, stamp  # noqa: E402
 
 from pipeline import cli, running  # noqa: E402
-from pipeline.checkpoints import CheckpointStore  # noqa: E402
+from pipeline.store.checkpoints import CheckpointStore  # noqa: E402
 
 STAGES = ("base", "sft", "rm", "ppo", "dpo")
 

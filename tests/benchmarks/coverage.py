@@ -1,4 +1,4 @@
-"""How often the 95 % intervals of `stages/statistics.py` hold the truth, on simulated evaluations.
+"""How often the 95 % intervals of `stages/evaluation/statistics.py` hold the truth, on simulated evaluations.
 
     python tests/benchmarks/coverage.py [--draws 4000] [--naive-draws 400]
 

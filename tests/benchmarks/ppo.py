@@ -138,7 +138,7 @@ class Session:
         return (row.pairs or pairs) * scale * (ours + peer * (not row.ptx)) / 60
 
     def our_setup(self, row: Row) -> dict:
-        """The workload, and everything else by stages/ppo.py's defaults."""
+        """The workload, and everything else by stages/ppo/run.py's defaults."""
         longest, batch = LONGEST[row.model], row.episodes
         options = {
             "total_episodes": batch,

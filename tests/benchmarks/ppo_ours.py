@@ -2,7 +2,8 @@
 
     python tests/benchmarks/ppo_ours.py
 
-`update` does what one turn of the loop in stages/ppo.py does, with its functions; the clocks hang on names it looks up.
+`update` does what one turn of the loop in stages/ppo/run.py does, with its functions; the clocks hang on names it
+looks up.
 """
 
 import sys
@@ -22,8 +23,6 @@ from ppo_models import NEVER, PAD, SHAPES, ceilings, craft
 from safetensors.torch import load_file
 
 from data.groups import make_rows
-from stages import ppo
-from stages.engine import Average, Skips, make_accelerator, make_trainee
 from stages.models.forward import response_logprobs, response_scores, response_values
 from stages.models.loading import load_policy, load_scalar_model
 from stages.models.packing import can_pack
@@ -32,8 +31,10 @@ from stages.objectives.advantages import gae
 from stages.objectives.losses import policy_loss, value_loss
 from stages.objectives.masked import masked_whiten
 from stages.objectives.rewards import kl_per_token, token_rewards
+from stages.ppo import run as ppo
 from stages.rollouts import collect
 from stages.rollouts.transformers import sample, sample_with_logprobs
+from stages.training.loop import Average, Skips, make_accelerator, make_trainee
 
 PHASES = {  # a name that is looked up in a module → the phase its time belongs to
     (collect, "sample_with_logprobs"): "decode",
@@ -86,7 +87,7 @@ class Ours:
         self.tokens += kwargs.get("input_ids", args[0] if args else torch.empty(0)).numel()
 
     def setup(self, *, options: dict, eos_id: int) -> dict:
-        """Settings of stages/ppo.py (what they leave out keeps its default) and fresh optimizers."""
+        """Settings of stages/ppo/run.py (what they leave out keeps its default) and fresh optimizers."""
         config = ppo.Config(**options)
         experiment = SimpleNamespace(model=SimpleNamespace(dtype=self.dtype))
         tracker = SimpleNamespace(say=lambda line: print(line, file=sys.stderr))
@@ -127,7 +128,7 @@ class Ours:
         }
 
     def iterate(self, prompts, text) -> list[int]:
-        """Steps 2 to 6 of stages/ppo.py:run."""
+        """Steps 2 to 6 of stages/ppo/run.py:run."""
         ctx, c, roles, step = self.ctx, self.ctx.config, self.roles, self.step
         rollout = ppo.rollout_of(ctx, roles, prompts, range(len(prompts)), step, recompute=self.recompute)
         mask = rollout.mask

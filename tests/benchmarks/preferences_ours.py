@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 
 from data.groups import PromptGroup, batch_groups
 from stages import dpo, rm
-from stages.common import cut_by_tokens
-from stages.engine import make_accelerator, make_trainee, optimizer_step
 from stages.models.forward import response_logprobs, response_scores
 from stages.models.loading import load_policy, load_scalar_model
 from stages.models.packing import can_pack
 from stages.objectives.logprobs import sequence_logps
+from stages.shared.inputs import cut_by_tokens
+from stages.training.loop import make_accelerator, make_trainee, optimizer_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -43,14 +43,14 @@ from sweeps.words import span, with_interval  # noqa: E402
 from data.encode import encode_prompt, encode_response  # noqa: E402
 from data.records import judged_pairs  # noqa: E402
 from data.sources import load  # noqa: E402
-from pipeline.artifacts import ArtifactStore  # noqa: E402
 from pipeline.errors import UserError  # noqa: E402
 from pipeline.running import duration  # noqa: E402
 from pipeline.stage import StopFlag  # noqa: E402
+from pipeline.store.artifacts import ArtifactStore  # noqa: E402
+from stages.evaluation.statistics import wins  # noqa: E402
 from stages.models.loading import load_tokenizer  # noqa: E402
-from stages.report_svg import Figure, dot_plot  # noqa: E402
-from stages.report_words import fixed  # noqa: E402
-from stages.statistics import wins  # noqa: E402
+from stages.page.svg import Figure, dot_plot  # noqa: E402
+from stages.page.words import fixed  # noqa: E402
 
 SEEDS = (3, 4, 5, 6, 7)
 """Settings were chosen on seeds 0 to 2."""

@@ -24,10 +24,10 @@ from sweeps.page import page, picture, pictures, table  # noqa: E402
 from sweeps.points import Point, Variant, best_of_points, keep, policy_point, variants_of  # noqa: E402
 from sweeps.words import markdown, with_interval  # noqa: E402
 
-from pipeline.artifacts import ArtifactStore  # noqa: E402
-from pipeline.config import experiment_type, load_experiment  # noqa: E402
+from pipeline.config.validation import experiment_type, load_experiment  # noqa: E402
 from pipeline.plan import assess  # noqa: E402
 from pipeline.stage import StopFlag  # noqa: E402
+from pipeline.store.artifacts import ArtifactStore  # noqa: E402
 from tests.pipeline import fakes  # noqa: E402
 
 
@@ -203,10 +203,10 @@ def test_log_ratios_as_one_reads_them_off_the_logits(packed):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from stages import evaluate
-    from stages.asking import Answer
-    from stages.engine import make_accelerator
+    from stages.evaluation.asking import Answer
     from stages.models.loading import prepare
     from stages.models.packing import can_pack
+    from stages.training.loop import make_accelerator
 
     torch.manual_seed(0)
     shape = LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)

@@ -8,9 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data import labelers, records
-from data.world import MIXTURE, World
-from data.world_writers import MAX_WORDS, demonstrate
+from data import records
+from data.world.world import MIXTURE, World, labelers
+from data.world.writers import MAX_WORDS, demonstrate
 
 SIZES = {"documents": 3000, "demonstrations": 600, "prompts": 600, "evaluation_prompts": 200}
 

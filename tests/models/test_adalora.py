@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 
-from pipeline.checkpoints import load_optimizer, optimizer_tensors
-from stages.engine import keeping_settings, make_trainee, optimizer_step, regrouped
+from pipeline.store.checkpoints import load_optimizer, optimizer_tensors
 from stages.models import adalora
 from stages.models.adalora import AdaLora, budget_at, orthogonality_gradient, triplets_of
 from stages.models.adapters import plain, trainable, with_adapter
 from stages.models.forward import response_logprobs
+from stages.training.loop import keeping_settings, make_trainee, optimizer_step, regrouped
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 RANK, FIRST, STEPS = 2, 5, 40

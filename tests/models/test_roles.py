@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from data.encode import train_tokenizer
+from pipeline.config.sections import PeftConfig
 from pipeline.errors import UserError
-from pipeline.sections import PeftConfig
-from stages import ppo
 from stages.models.adapters import is_adapted, plain, save_merged, trainable, with_adapter
 from stages.models.forward import response_logprobs, response_scores, response_values
 from stages.models.loading import load_policy, load_scalar_model, new_reward_model, save_model
 from stages.models.quantized import quantize
+from stages.ppo import run as ppo
 from stages.rollouts.collect import reference_logprobs
 from stages.rollouts.rollout import Rollout
 from stages.rollouts.transformers import sample

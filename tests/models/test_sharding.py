@@ -18,9 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from data.groups import make_rows
 from pipeline.errors import UserError
-from pipeline.processes import places
-from stages import memory
-from stages.engine import gradient_cosine, gradient_norm, make_trainee, optimizer_parts, optimizer_step
+from pipeline.launch.parallel import in_step, is_first, rank_and_size
+from pipeline.launch.processes import places
 from stages.models.adapters import adapter_off, is_adapted, load_on_trunk, plain, save_merged, with_adapter
 from stages.models.ensemble import members
 from stages.models.forward import head_is_linear, response_logprobs, response_scores, response_values, text_logprobs
@@ -40,7 +39,8 @@ from stages.models.sharding import (
     shard,
     whole,
 )
-from stages.parallel import in_step, is_first, rank_and_size
+from stages.tools import memory
+from stages.training.loop import gradient_cosine, gradient_norm, make_trainee, optimizer_parts, optimizer_step
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [9, 8]]
 RESPONSES = [[1, 2, 3, 4], [3, 4], [7, 7, 2]]
@@ -170,7 +170,7 @@ def check_steps():
         torch.testing.assert_close(q.full_tensor(), p, atol=1e-5, rtol=1e-4, msg=name)
 
     # what is saved is whole, in the first process, and goes back into parts
-    from pipeline.checkpoints import load_optimizer, optimizer_tensors
+    from pipeline.store.checkpoints import load_optimizer, optimizer_tensors
 
     weights = full(trainees[1].tensors())
     tensors, rest = optimizer_tensors(trainees[1].optimizer)

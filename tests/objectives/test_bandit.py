@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stages import ppo
-from stages.engine import Average, Skips, make_trainee
 from stages.models.packing import can_pack
 from stages.models.roles import Roles
 from stages.objectives.advantages import gae
 from stages.objectives.rewards import kl_per_token, token_rewards
+from stages.ppo import run as ppo
+from stages.training.loop import Average, Skips, make_trainee
 
 PAD, EOS = 0, 1
 PROMPT = [2, 3]

@@ -12,12 +12,12 @@ import torch
 
 from data.groups import make_rows
 from pipeline.errors import TrainingStopped, UserError
-from stages import ppo
-from stages.engine import Average, Skips, make_trainee
 from stages.models.packing import can_pack
 from stages.models.roles import Roles
+from stages.ppo import run as ppo
 from stages.rollouts import collect
 from stages.rollouts.collect import reference_logprobs
+from stages.training.loop import Average, Skips, make_trainee
 
 PAD, EOS, VOCAB = 0, 1, 24
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 19, 12, 6], [11, 4]]

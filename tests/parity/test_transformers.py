@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from data.groups import make_rows
-from stages.engine import learning_rate_at, make_trainee
 from stages.models.forward import response_logprobs
+from stages.training.loop import learning_rate_at, make_trainee
 
 
 @pytest.mark.parametrize(

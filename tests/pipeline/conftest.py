@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.artifacts import ArtifactStore
-from pipeline.config import experiment_type, load_experiment
+from pipeline.config.validation import experiment_type, load_experiment
+from pipeline.store.artifacts import ArtifactStore
 from tests.pipeline import fakes
 
 

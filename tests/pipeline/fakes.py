@@ -12,8 +12,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from pipeline.config.sections import STRICT
 from pipeline.errors import Interrupted, TrainingStopped
-from pipeline.sections import STRICT
 
 CONFIG = """\
 name: small
@@ -57,7 +57,7 @@ def run_fit(ctx):
     import torch
     from safetensors.torch import save_file
 
-    from pipeline.checkpoints import load_optimizer, optimizer_tensors
+    from pipeline.store.checkpoints import load_optimizer, optimizer_tensors
 
     config, words = ctx.config, json.loads((ctx.inputs["text"] / "words" / "all.json").read_text())
     model = torch.nn.Linear(4, 1)

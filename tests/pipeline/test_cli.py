@@ -330,7 +330,8 @@ def test_a_second_signal_kills_at_once(tmp_path, number):
 
 
 def test_torch_is_imported_after_the_handlers_stand():
-    code = "import sys; import pipeline.cli, pipeline.plan, pipeline.launch; sys.exit('torch' in sys.modules)"
+    modules = "pipeline.cli, pipeline.plan, pipeline.launch.environment"
+    code = f"import sys; import {modules}; sys.exit('torch' in sys.modules)"
     end(start(ROOT, "-c", code), 0)
 
 ARTIFACTS = "artifacts/small/text"
@@ -405,7 +406,7 @@ def test_clean_with_a_config_that_names_nothing_removes_nothing(rlhf, text, line
 def test_clean_refuses_what_is_held_and_what_is_not_its_own(rlhf, tmp_path):
     rlhf("run", "text")
     Path("artifacts/small/notes").mkdir()
-    code = "import sys, time; from pipeline.artifacts import ArtifactStore\n"
+    code = "import sys, time; from pipeline.store.artifacts import ArtifactStore\n"
     code += "with ArtifactStore('artifacts', 'small').lock('text'): print('held', flush=True); time.sleep(60)\n"
     other = start(tmp_path, "-c", code)
     try:
@@ -423,7 +424,7 @@ def test_clean_refuses_what_is_held_and_what_is_not_its_own(rlhf, tmp_path):
 
 def test_clean_holds_what_it_removes(rlhf, monkeypatch):
     """A run that begins after the look at the locks is refused, or refuses the clean; a full disk is no hindrance."""
-    from pipeline import artifacts
+    from pipeline.store import artifacts
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -452,7 +453,7 @@ def test_clean_holds_what_it_removes(rlhf, monkeypatch):
 def test_more_processes_than_gpus(monkeypatch):
     import torch
 
-    from pipeline.processes import join
+    from pipeline.launch.processes import join
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

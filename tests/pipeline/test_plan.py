@@ -641,7 +641,7 @@ def test_deleted_checkpoints_do_not_make_a_finished_stage_work(world):
 
 
 def test_another_process_count_needs_allow_elastic(world):
-    from pipeline import files
+    from pipeline.store import files
 
     interrupt(world, 6)
     path = world.store.folder("fit") / "run.json"

@@ -64,7 +64,7 @@ def _as_link(file: Path) -> None:
 
 def problems(checkpoint: Path) -> list[str]:
     """What the store's own check says of a checkpoint, whoever's run it is of."""
-    from pipeline.checkpoints import CheckpointStore
+    from pipeline.store.checkpoints import CheckpointStore
 
     try:
         run_id = json.loads((checkpoint / "manifest.json").read_text()).get("run_id", "")

@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.launch import set_environment
+from pipeline.launch.environment import set_environment
 
 LIBRARIES = ["trl", "transformers", "datasets", "accelerate", "torch", "peft"]
 # what changes a disk; with ? where not every machine has the call
@@ -137,7 +137,7 @@ def run(argv: list[str], folder: Path, fault: Fault | None = None) -> Ended:
 
 def two_together(argv: list[str], folder: Path) -> list[Running]:
     """Two processes of one run under way."""
-    from pipeline.processes import places
+    from pipeline.launch.processes import places
 
     folders = [folder / f"process-{i}" for i in range(2)]
     for one in folders:
@@ -217,7 +217,7 @@ def forget(item: str) -> None:
     """
     kind, _, name = item.partition(".")
     if kind == "state":
-        from pipeline.checkpoints import CheckpointStore
+        from pipeline.store.checkpoints import CheckpointStore
 
         newest = CheckpointStore.newest
 
@@ -229,7 +229,7 @@ def forget(item: str) -> None:
 
         CheckpointStore.newest = forgetful
     elif kind == "tensors":
-        from pipeline.checkpoints import Checkpoint
+        from pipeline.store.checkpoints import Checkpoint
 
         tensors = Checkpoint.tensors
         Checkpoint.tensors = lambda self, group: {

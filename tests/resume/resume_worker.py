@@ -57,7 +57,7 @@ def start_together(
 ) -> list[multiprocessing.Process]:
     """The processes of `rlhf_together`, as a launcher would start them. tokens: a folder into which each writes how
     many tokens it read through an embedding."""
-    from pipeline.processes import places
+    from pipeline.launch.processes import places
 
     return [
         start(
@@ -173,7 +173,8 @@ def count_tokens() -> list[int]:
 
 def arm(die: tuple[str, int] | None, term: tuple[str, int] | None) -> None:
     """Let this process die, or get SIGTERM, at a step."""
-    from pipeline import checkpoints, tracking
+    from pipeline import tracking
+    from pipeline.store import checkpoints
 
     def at(stage: str, step: int) -> None:
         if (stage, step) == die:

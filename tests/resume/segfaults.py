@@ -37,7 +37,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 
 from fault_worker import LIBRARIES  # noqa: E402
 
-from pipeline.launch import set_environment  # noqa: E402
+from pipeline.launch.environment import set_environment  # noqa: E402
 
 CONFIG = HERE / "micro.yaml"
 SMALL = ("sft.max_steps=2", "sft.ppo_init=null", "sft.sample_tokens=0", "sft.eval_steps=2",

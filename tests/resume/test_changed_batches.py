@@ -10,7 +10,7 @@ from data.streams import derive_seed
 from pipeline import cli
 from pipeline.errors import UserError
 from pipeline.fingerprints import Today, compare
-from stages import ppo
+from stages.ppo import run as ppo
 
 SEED = 1  # micro.yaml's
 
@@ -153,7 +153,7 @@ def test_a_training_on_rows_keeps_what_decides_their_order(stage):
 
 
 def test_fixed_settings_are_settings():
-    from pipeline.config import COMMON
+    from pipeline.config.validation import COMMON
 
     sections = {name: module.Config for name, module in STAGES.items()} | COMMON
     for module in STAGES.values():

@@ -14,12 +14,12 @@ from rich.console import Console
 
 from data.encode import train_tokenizer
 from pipeline import cli
-from pipeline.cache import Cache
-from pipeline.checkpoints import CheckpointStore
-from pipeline.config import experiment_type, load_experiment
+from pipeline.config.validation import experiment_type, load_experiment
 from pipeline.fingerprints import all_needs, sources
 from pipeline.running import set_seeds
 from pipeline.stage import Source, StageRun, StopFlag
+from pipeline.store.cache import Cache
+from pipeline.store.checkpoints import CheckpointStore
 from pipeline.tracking import Tracker, plain
 
 WORDS = "the fox is red blue old kind what color yes no hello ? .".split()

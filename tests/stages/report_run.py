@@ -7,10 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from pipeline import cli
-from pipeline.config import experiment_type
-from stages import overoptimisation, report
-from stages import report_plots as plots
-from stages.results import Measured, order_by_gold, summarise
+from pipeline.config.validation import experiment_type
+from stages import report
+from stages.evaluation import overoptimisation
+from stages.evaluation.results import Measured, order_by_gold, summarise
+from stages.page import plots
 
 MADE_OF = {
     "world": "",

@@ -2,8 +2,8 @@
 
 A case draws data as an evaluation finds them: tasks of uneven sizes, of which some are harder than others, several
 prompts a task and several samples a prompt; or prompts with rankings of K responses; or seeds. `coverage` counts how
-often the interval of `stages.statistics` holds the truth, and how often a bootstrap that takes observations for
-independent does.
+often the interval of `stages.evaluation.statistics` holds the truth, and how often a bootstrap that takes
+observations for independent does.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.statistics import difference_estimate, mean_estimate, pair_accuracy, share_estimate, win_rate
+from stages.evaluation.statistics import difference_estimate, mean_estimate, pair_accuracy, share_estimate, win_rate
 
 Data = tuple[np.ndarray, np.ndarray]
 """Observations (N, …) and the cluster of each (N,)."""

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline import cli
-from pipeline.config import experiment_type, load_experiment
+from pipeline.config.validation import experiment_type, load_experiment
 from pipeline.errors import UserError
 from stages import world
-from stages.common import check_context
-from stages.settings import total_steps
+from stages.settings.training import total_steps
+from stages.shared.inputs import check_context
 
 STAGES = cli.stage_modules()
 

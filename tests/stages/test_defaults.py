@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from pipeline import cli
-from pipeline.config import experiment_type, load_experiment
-from stages.settings import total_steps
+from pipeline.config.validation import experiment_type, load_experiment
+from stages.settings.training import total_steps
 from tests.stages.micro_chain import MicroChain
-from tests.stages.test_disk import LORA, SMALL
+from tests.stages.shared.test_disk import LORA, SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = cli.stage_modules()

@@ -14,12 +14,13 @@ import second_route as plain
 import torch
 from micro_chain import spy, write_rows
 
-from data import world_writers
-from data.world import World
-from pipeline.checkpoints import CheckpointStore
+from data.world import writers as world_writers
+from data.world.world import World
 from pipeline.errors import UserError
-from stages import evaluate, report_samples
-from stages.report_words import NAMES, complete
+from pipeline.store.checkpoints import CheckpointStore
+from stages import evaluate
+from stages.page import samples as report_samples
+from stages.page.words import NAMES, complete
 
 LENGTH = 8  # of a response
 SMALL = {"max_length": 48, "response_length": LENGTH, "perplexity_length": 8, "batch_size": 4}

@@ -11,9 +11,9 @@ from torch import distributed as dist
 from torch import multiprocessing as mp
 
 from pipeline.errors import PeerLost
-from pipeline.processes import relying_on
-from stages import parallel
-from stages.settings import batch_of_each
+from pipeline.launch import parallel
+from pipeline.launch.processes import relying_on
+from stages.settings.training import batch_of_each
 
 
 @pytest.mark.parametrize("hands", [1, 2, 3, 8])
@@ -103,7 +103,7 @@ ENDING = """
 import torch
 from torch import distributed as dist
 
-from pipeline.processes import end_this_one
+from pipeline.launch.processes import end_this_one
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 tensors = [torch.ones(10) for _ in range(20000)]

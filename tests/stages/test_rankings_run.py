@@ -12,8 +12,8 @@ import second_route as plain
 import torch
 from micro_chain import write_rows
 
-from data.labelers import LABELERS
-from data.world import World
+from data.world.labelers import LABELERS
+from data.world.world import World
 from stages import rankings
 
 NAMES = [labeler.name for labeler in LABELERS]

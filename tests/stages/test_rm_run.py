@@ -14,7 +14,7 @@ from micro_chain import watch_fit, write_rows
 
 from stages import rm
 from stages.models.ensemble import others_of
-from stages.settings import reward_models
+from stages.settings.training import reward_models
 
 STEPS = {
     "max_steps": 4,

@@ -4,7 +4,7 @@ import pytest
 
 from data.encode import encode_prompt, encode_response
 from tests.stages.micro_chain import MicroChain, spy
-from tests.stages.test_disk import SMALL, STEPS
+from tests.stages.shared.test_disk import SMALL, STEPS
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_padding_is_not_counted(chain, tmp_path):
 
 
 def test_ppo_counts_its_episodes_with_their_prompts(chain, tmp_path, monkeypatch):
-    from stages import ppo
+    from stages.ppo import run as ppo
 
     rollouts = spy(monkeypatch, ppo, "rollout_of")
     done = chain.run("ppo", tmp_path / "ppo", *SMALL, "ppo.total_episodes=8", "checkpoints.every=0")

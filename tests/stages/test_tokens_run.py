@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from data.encode import encode_prompt, encode_response
 from pipeline import cli
 from pipeline.errors import UserError
-from stages.common import bound_of_short_rows
 from stages.models.loading import load_policy
+from stages.shared.inputs import bound_of_short_rows
 
 LLAMA = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 LORA = "model.peft={method: lora, r: 2, lora_alpha: 4}"
@@ -117,7 +117,7 @@ class TestSft:
     def test_rows_of_new_tokens_train_beside_an_adapter(self, chain, tmp_path, small, monkeypatch):
         """In the embedding and in the head; what is published is what was trained, and the rest of both is base's.
         Whatever the vocabulary's size: trl's own loss for large ones reads the head in another way."""
-        monkeypatch.setattr("stages.language_modeling.SMALL_VOCABULARY", small)
+        monkeypatch.setattr("stages.training.text.SMALL_VOCABULARY", small)
         new = chain.tokenizer.convert_tokens_to_ids(["<|end|>", "<|assistant|>"])
         figures = {"base": {"digest": "base", "metrics": {"new_tokens": new}}}
         settings = (LORA, "sft.max_steps=6", "sft.learning_rate=1e-2", "sft.per_device_train_batch_size=4")

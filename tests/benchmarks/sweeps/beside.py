@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import cli, files, launch
-from pipeline.artifacts import ArtifactStore
+from pipeline import cli
 from pipeline.errors import UserError
+from pipeline.launch import environment as launch
 from pipeline.plan import Chain, StageState, bring_up_to_date
 from pipeline.running import Flags
 from pipeline.stage import StopFlag
+from pipeline.store import files
+from pipeline.store.artifacts import ArtifactStore
 from sweeps.words import markdown
 
 

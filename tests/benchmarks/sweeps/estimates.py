@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from stages.statistics import difference_estimate, mean_estimate, share_estimate
+from stages.evaluation.statistics import difference_estimate, mean_estimate, share_estimate
 
 SAME = 0.03
 """Differences in gold up to this one count as none."""
@@ -40,8 +40,8 @@ def estimate(seeds: Sequence[Series], share: bool = False) -> dict:
         share: Whether every value lies in [0, 1].
 
     Returns:
-        As `stages.statistics.mean_estimate`: over seeds where there are several, over the tasks of the only one
-        otherwise.
+        As `stages.evaluation.statistics.mean_estimate`: over seeds where there are several, over the tasks of the
+        only one otherwise.
     """
     if len(seeds) > 1:
         return over_seeds([one.mean() for one in seeds], share)

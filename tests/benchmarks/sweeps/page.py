@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from stages import report_svg
-from stages.report_svg import Axes, Figure
-from stages.report_words import fixed, percent
+from stages.page import svg as report_svg
+from stages.page.svg import Axes, Figure
+from stages.page.words import fixed, percent
 from sweeps.estimates import unit_of
 from sweeps.points import Variant
 from sweeps.words import span

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.artifacts import ArtifactStore
+from pipeline.store.artifacts import ArtifactStore
 from sweeps.estimates import Series, best_of, best_of_kl, estimate, over_seeds
 
 MEASURES = ("scores", "gold", "kl", "lengths", "finished")

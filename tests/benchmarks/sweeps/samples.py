@@ -9,15 +9,15 @@ import json
 from functools import partial
 from typing import Literal
 
-from data.world import World
+from data.world.world import World
 from pipeline.stage import StageRun
 from stages import evaluate
-from stages.asking import form_of_base
-from stages.common import read_world
-from stages.engine import pause_if_asked
+from stages.evaluation.asking import form_of_base
+from stages.evaluation.results import perplexity_estimate
 from stages.models.packing import can_pack
-from stages.results import perplexity_estimate
-from stages.settings import setting
+from stages.settings.training import setting
+from stages.shared.inputs import read_world
+from stages.training.loop import pause_if_asked
 
 NAME = "samples"
 METRICS: dict[str, str] = {}

@@ -1,0 +1,1 @@
+"""The embedded world: a grammar, tasks, writers and labelers that need no download."""

@@ -1,0 +1,195 @@
+"""The embedded world: a small English with facts, moods and manners, from which every stage's data can be made.
+
+`World.build(seed)` → documents, demonstrations, prompts, evaluation prompts (JSON-ready rows), the same for the same
+seed. `World.gold(prompt, response)` scores a response, `World.labeler_utilities(...)` is what five simulated
+labelers think of K of them. `to_json` / `from_json` carry all of it through `world.json`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import numpy as np
+
+from data.world import gold as world_gold
+from data.world import labelers
+from data.world import text as world_text
+from data.world import writers as world_writers
+from data.world.grammar import Language, Task
+from data.world.tasks import Shares, divide, spread_evenly
+from data.world.writers import MIXTURE, Rates
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows of each kind of data."""
+
+    documents: int = 15_000
+    demonstrations: int = 1_500
+    prompts: int = 2_000
+    evaluation_prompts: int = 400
+
+
+class World:
+    """A seed, sizes, error rates and a language; everything else follows from them."""
+
+    def __init__(self, seed: int, sizes: Sizes, rates: Rates, tables: dict):
+        self.seed, self.sizes, self.rates = seed, sizes, rates
+        self.language = Language(tables)
+        self._requests = self.language.requests()
+
+    @classmethod
+    def build(cls, seed: int = 0, sizes: Sizes | None = None, rates: Rates | None = None, **overrides) -> World:
+        """A world from its seed. `overrides` are fields of `Sizes` (documents=…) or of `Rates` (false_fact=…)."""
+        sizes, rates = asdict(sizes or Sizes()), asdict(rates or Rates())
+        for name, value in overrides.items():
+            if name not in sizes and name not in rates:
+                raise ValueError(f"{name}: no such size or rate; there are {', '.join((*sizes, *rates))}")
+            (sizes if name in sizes else rates)[name] = value
+        return cls(seed, Sizes(**sizes), Rates(**rates), world_text.tables())
+
+    def to_json(self) -> dict:
+        """All that this world is, as JSON values."""
+        rates = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.rates).items()}
+        return {"seed": self.seed, "sizes": asdict(self.sizes), "rates": rates, "language": self.language.tables}
+
+    @classmethod
+    def from_json(cls, value: dict) -> World:
+        """The world that `to_json` described."""
+        rates = {name: tuple(v) if isinstance(v, list) else v for name, v in value["rates"].items()}
+        return cls(value["seed"], Sizes(**value["sizes"]), Rates(**rates), value["language"])
+
+    # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def documents(self) -> Iterator[dict]:
+        """Yield the pretraining corpus as {text} rows; its dialogues use requests of the training share alone."""
+        rng = self._rng("documents")
+        for _ in range(self.sizes.documents):
+            yield {"text": world_writers.document(self.language, rng, self.rates, self.shares.training)}
+
+    def demonstrations(self) -> Iterator[dict]:
+        """Yield {prompt, completion} rows by demonstrators of mixed quality."""
+        rng = self._rng("demonstrations")
+        for prompt, task in self._split("demonstrations"):
+            completion = world_writers.demonstrate(self.language, rng, task, self.rates)
+            yield {"prompt": prompt, "completion": completion}
+
+    def prompts(self) -> Iterator[dict]:
+        """Yield {prompt} rows for rankings and PPO; none of them is a demonstration's."""
+        return ({"prompt": prompt} for prompt, _ in self._split("prompts"))
+
+    def evaluation_prompts(self) -> Iterator[dict]:
+        """Yield {prompt} rows: half set tasks that no training data sets, half known tasks in wordings of their own."""
+        return ({"prompt": prompt} for prompt, _ in self._split("evaluation_prompts"))
+
+    def asked(self, prompts: Iterable[str], documents: Iterable[str]) -> set[Task]:
+        """Return every task that the given prompts set or that a document's dialogue asks for.
+
+        Args:
+            prompts: Prompts of this world (of demonstrations, rankings or PPO).
+            documents: Texts of the corpus.
+
+        Returns:
+            The tasks, whatever the wording.
+        """
+        text = "\n".join(documents)
+        return {self.task(prompt) for prompt in prompts} | {
+            task for request, task in self._requests.items() if request in text
+        }
+
+    @cached_property
+    def shares(self) -> Shares:
+        """The requests of this world, divided into what training may use and what it may not."""
+        return divide(self._requests, self._rng("shares"))
+
+    def _rng(self, purpose: str) -> random.Random:
+        return random.Random(f"{self.seed}/{purpose}")
+
+    def _split(self, name: str) -> list[tuple[str, Task]]:
+        """Return the (prompt, task) rows of one of the three kinds of prompts; no prompt is in two of them."""
+        return self._splits[name]
+
+    @cached_property
+    def _splits(self) -> dict[str, list[tuple[str, Task]]]:
+        rng = self._rng("prompts")
+        splits = {"demonstrations": [], "prompts": [], "evaluation_prompts": []}
+        for kind in MIXTURE:
+            pool = self._addressed(rng, self.shares.training[kind])
+            for name in ("demonstrations", "prompts"):
+                count = _available(name, kind, quotas(getattr(self.sizes, name))[kind], len(pool))
+                splits[name] += pool[:count]
+                del pool[:count]
+            total = self.sizes.evaluation_prompts
+            halves = (self.shares.held_out, total // 2), (self.shares.reworded, total - total // 2)
+            for share, size in halves:
+                pool = self._addressed(rng, share[kind])
+                count = _available("evaluation_prompts", kind, quotas(size)[kind], len(pool))
+                splits["evaluation_prompts"] += spread_evenly(pool, count)
+        for rows in splits.values():
+            rng.shuffle(rows)
+        return splits
+
+    def _addressed(self, rng: random.Random, requests: list[tuple[str, Task]]) -> list[tuple[str, Task]]:
+        """Return every request with every opener and closer, shuffled."""
+        rows = [(prompt, task) for text, task in requests for prompt in self.language.addressed(text)]
+        rng.shuffle(rows)
+        return rows
+
+    # ── judgement ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def request(self, prompt: str) -> str:
+        """Return a prompt's request, without opener and closer.
+
+        Raises:
+            ValueError: The prompt is none of this world's.
+        """
+        request = prompt
+        for opener in filter(None, self.language.tables["openers"]):
+            request = request.removeprefix(opener + " ")
+        for closer in filter(None, self.language.tables["closers"]):
+            request = request.removesuffix(" " + closer)
+        if request not in self._requests:
+            raise ValueError(f"not a request of the embedded world: {prompt!r}")
+        return request
+
+    def knows(self, prompt) -> bool:
+        """Return whether a prompt is a request of this world."""
+        try:
+            self.request(prompt)
+        except (AttributeError, ValueError):  # messages, or other words
+            return False
+        return True
+
+    def task(self, prompt: str) -> Task:
+        """Return what a prompt asks for; ValueError if it is none of this world's."""
+        return self._requests[self.request(prompt)]
+
+    def gold(self, prompt: str, response: str, finished: bool = True) -> dict[str, float]:
+        """helpful, honest, harmless and overall (their mean), each in [0, 1].
+
+        `finished`: the response ended by itself and was not cut off at the length limit.
+        """
+        return world_gold.score(self.language, self.task(prompt), response, finished)
+
+    def labeler_utilities(self, prompt: str, responses: list[str], finished: list[bool] | None = None) -> np.ndarray:
+        """What each labeler thinks of each response, before noise: (labelers, K)."""
+        finished = [True] * len(responses) if finished is None else finished
+        golds = [self.gold(prompt, r, f) for r, f in zip(responses, finished, strict=True)]
+        return labelers.utilities(golds, responses, self.language.tables["words"]["polite"])
+
+
+def quotas(total: int) -> dict[str, int]:
+    """`total` split by MIXTURE; the first kind takes what rounding leaves."""
+    counts = {kind: int(total * share) for kind, share in MIXTURE.items()}
+    counts["fact"] += total - sum(counts.values())
+    return counts
+
+
+def _available(name: str, kind: str, count: int, available: int) -> int:
+    """Return `count`; ValueError if so many different prompts of this kind cannot be made."""
+    if count > available:
+        raise ValueError(f"{name}: {count} prompts of the kind {kind} asked for, {available} are left")
+    return count

@@ -1,0 +1,1 @@
+"""How processes start and work together: environment, data parallelism, SLURM."""

@@ -1,0 +1,1 @@
+"""How policies are asked, compared and judged, and with which intervals."""

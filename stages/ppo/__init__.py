@@ -1,0 +1,1 @@
+"""The stage ppo: run (the seven steps), sampling, alarms."""

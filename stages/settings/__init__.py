@@ -1,0 +1,1 @@
+"""What each stage declares: settings, metrics, inputs, checks. Imports no torch."""

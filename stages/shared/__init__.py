@@ -1,0 +1,1 @@
+"""What several stages read and write in the same way."""

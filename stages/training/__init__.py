@@ -1,0 +1,1 @@
+"""The training loops that base, sft, rm, dpo and ppo share."""

@@ -1,0 +1,79 @@
+"""Digests are taken once for as long as nobody touches a file, and again where a change may not show in its times."""
+
+import hashlib
+import os
+import time
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.store import digests
+from pipeline.store.digests import Digests
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The paths that are hashed from now on."""
+    paths, hash_of = [], digests.hash_of
+    monkeypatch.setattr(digests, "hash_of", lambda path: (paths.append(path), hash_of(path))[1])
+    return paths
+
+
+def sha256(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_a_file_that_nobody_touches_is_read_once(tmp_path, reads, monkeypatch):
+    monkeypatch.setattr(digests, "SETTLED", 0.0)
+    file, known = tmp_path / "rows.jsonl", Digests()
+    file.write_text("{}\n\n{}\n")
+    time.sleep(0.02)
+    facts = known.facts(file)
+    assert facts.sha256 == sha256("{}\n\n{}\n") and facts.rows == 2
+    assert known.facts(file) == facts and reads == [file]
+    file.write_text("{}\n")
+    assert known.facts(file).sha256 == sha256("{}\n") and len(reads) == 2
+
+
+def test_a_file_that_is_new_is_read_again(tmp_path, reads):
+    """A second write within the file system's tick may leave size and times as they were."""
+    file, known = tmp_path / "notes.txt", Digests()
+    file.write_text("a")
+    known.facts(file)
+    stamp = file.stat()
+    file.write_text("b")
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert known.facts(file).sha256 == sha256("b") and known.facts(file).rows is None
+
+
+def test_old_content_that_is_put_back_shows(tmp_path):
+    file, known = tmp_path / "a", Digests()
+    file.write_text("a")
+    stamp, before = file.stat(), known.facts(file)
+    file.write_text("b")
+    file.write_text("a")
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    after = known.facts(file)
+    assert after.sha256 == before.sha256 and after.signature != before.signature
+
+
+def test_a_folder_is_its_files_but_hidden_ones(tmp_path):
+    folder, known = tmp_path / "model", Digests()
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "a.bin").write_text("a")
+    before = known.facts(folder)
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "lock").write_text("")
+    assert known.facts(folder) == before
+    (folder / "deep" / "a.bin").rename(folder / "b.bin")
+    assert known.facts(folder).sha256 != before.sha256
+
+
+def test_what_cannot_be_read_or_is_being_written_is_named(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"gone: cannot be read \(No such file or directory\)"):
+        Digests().facts(tmp_path / "gone")
+    file = tmp_path / "growing"
+    file.write_text("a")
+    monkeypatch.setattr(digests, "hash_of", lambda path: path.write_text("more"))
+    with pytest.raises(UserError, match="growing: is being written; run again when that is done"):
+        Digests().facts(file)

@@ -1,0 +1,196 @@
+"""A name on the Hub is asked for once a command, and its commit is what counts; a stand-in for the Hub answers."""
+
+import hashlib
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
+
+from pipeline.errors import UserError
+from pipeline.store.hub import Hub, Named, Recorded
+from tests.pipeline import fakes
+from tests.pipeline.test_plan import interrupt, kinds, refused
+
+A, B, C = ("a" * 40, "b" * 40, "c" * 40)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """`hub.says`: the commit of each (kind, name, revision), or an exception; `hub.asked`: what was asked for."""
+    here = SimpleNamespace(says={}, asked=[], cache=tmp_path / "hub")
+
+    class Api:
+        def dataset_info(self, name, revision=None, timeout=None):
+            return self.answer("dataset", name, revision)
+
+        def model_info(self, name, revision=None, timeout=None):
+            return self.answer("model", name, revision)
+
+        def answer(self, *thing):
+            here.asked.append(thing)
+            found = here.says.get(thing, OfflineModeIsEnabled("offline mode is enabled"))
+            if isinstance(found, Exception):
+                raise found
+            return SimpleNamespace(sha=found)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(here.cache))
+    return here
+
+
+def not_found():
+    response = SimpleNamespace(status_code=404, headers={}, request=None)
+    return RepositoryNotFoundError("Repository Not Found for url: x.\nMore", response=response)
+
+
+SET = ("dataset", "org/set", None)
+
+
+def test_the_hub_is_asked_once_and_not_for_a_commit(hub):
+    hub.says = {SET: A, ("model", "org/set", "v1"): B}
+    known = Hub()
+    assert [known.commit(Named("dataset", "org/set")) for _ in range(2)] == [(A, "")] * 2
+    assert known.commit(Named("model", "org/set", "v1")) == (B, "")
+    assert known.commit(Named("model", "org/set", C)) == (C, "")
+    assert hub.asked == [SET, ("model", "org/set", "v1")] and known.notes == []
+
+
+def test_where_the_hub_cannot_be_asked_what_was_recorded_stands(hub):
+    known, thing = Hub(), Named("dataset", "org/set")
+    records = [Recorded("org/set", "v1", B), Recorded("org/set", None, None), Recorded("org/set", None, A)]
+    assert known.commit(thing, records) == known.commit(thing, records) == (A, "")
+    assert known.notes == [f"org/set: the Hub cannot be asked; going on with the recorded commit {A[:7]}"]
+    assert hub.asked == [SET]
+
+
+def test_else_what_lies_in_the_cache_and_else_nothing(hub):
+    folder = hub.cache / "datasets--org--set"
+    assert Hub().commit(Named("dataset", "org/set")) == (None, "")
+    (folder / "snapshots" / B).mkdir(parents=True)
+    assert Hub().commit(Named("dataset", "org/set")) == (B, "")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(A)
+    (folder / "refs" / "v1").write_text(C)
+    assert Hub().commit(Named("dataset", "org/set")) == (A, "")
+    assert Hub().commit(Named("dataset", "org/set", "v1")) == (C, "")
+    assert Hub().commit(Named("dataset", "org/set", "v2")) == (None, "")
+
+
+def test_what_the_hub_does_not_know_is_a_mistake_unless_it_was_known(hub):
+    hub.says = {SET: not_found()}
+    commit, problem = Hub().commit(Named("dataset", "org/set"))
+    assert commit is None and problem.startswith("org/set: Repository Not Found for url: x; check the name, the")
+    assert Hub().commit(Named("dataset", "org/set"), [Recorded("org/set", None, A)]) == (A, "")
+
+
+def test_a_hub_id_is_an_input_too(world, hub):
+    world.stages = fakes.stages(reads=["prompts"])
+    world.run("fit", "data.prompts=org/set")
+    digest = hashlib.sha256(b"org/set@main").hexdigest()
+    assert world.store.manifest("fit")["inputs"]["data:prompts"] == digest
+    (reason,) = world.states("data.prompts=org/other")["fit"].reasons
+    assert reason.startswith("data.prompts changed (org/other, ")
+
+
+def test_the_manifest_names_the_commit_and_a_moved_one_makes_stale(world, hub):
+    world.stages, at = fakes.stages(reads=["prompts"]), "data.prompts=org/set"
+    hub.says[SET] = A
+    world.run("fit", at)
+    recorded = world.store.manifest("fit")["config"]["data"]["prompts"]
+    assert (recorded["path"], recorded["revision"]) == ("org/set", A)
+    assert kinds(world.states(at))["fit"] == "done"
+    hub.says[SET] = B
+    assert world.states(at)["fit"].reasons == ["data.prompts changed (org/set, commit aaaaaaa → bbbbbbb)"]
+    assert kinds(world.states(f"data.prompts={{path: org/set, revision: {A}}}"))["fit"] == "done"
+    del hub.says[SET]
+    assert kinds(world.states(at))["fit"] == "done"
+    world.run("fit", at)
+    assert world.console.lines[0] == "org/set: the Hub cannot be asked; going on with the recorded commit aaaaaaa"
+    hub.says[SET] = B
+    world.run("fit", at)
+    assert world.store.manifest("fit")["config"]["data"]["prompts"]["revision"] == B
+
+
+def test_a_stage_reads_the_commit_that_the_manifest_names(world, hub):
+    seen = []
+    world.stages = fakes.stages(reads=["prompts"])
+    world.stages["fit"].hub_model = lambda experiment: ("model.name_or_path", "org/model")
+    world.stages["fit"].run = lambda ctx: seen.append((ctx.source("prompts"), ctx.model_revision)) or {}
+    hub.says = {("dataset", "org/set", "v1"): A, ("model", "org/model", "v2"): B}
+    at = ("data.prompts={path: org/set, revision: v1}", "model.name_or_path=org/model", "model.revision=v2")
+    world.run("fit", *at)
+    ((source, revision),) = seen
+    assert (source.hub, source.revision, revision) == ("org/set", A, B)
+    assert world.store.manifest("fit")["config"]["model"]["revision"] == B
+    hub.says["model", "org/model", "v2"] = C
+    assert world.states(*at)["fit"].reasons == ["model.name_or_path changed (org/model, commit bbbbbbb → ccccccc)"]
+    assert kinds(world.states(*at))["text"] == "done"  # of which no model on the Hub is a part
+    at = (at[0], at[1], f"model.revision={B}")
+    assert kinds(world.states(*at))["fit"] == "done"
+
+
+def test_a_revision_whose_commit_nobody_knows_is_asked_for_all_the_same(world, hub):
+    """And not the main branch in its place."""
+    seen = []
+    world.stages = fakes.stages(reads=["prompts"])
+    world.stages["fit"].hub_model = lambda experiment: ("model.name_or_path", "org/model")
+    world.stages["fit"].run = lambda ctx: seen.append((ctx.source("prompts").revision, ctx.model_revision)) or {}
+    settings = ("data.prompts={path: org/set, revision: v1}", "model.name_or_path=org/model", "model.revision=v2")
+    world.run("fit", *settings)
+    assert seen == [("v1", "v2")]
+
+
+def test_an_interrupted_run_does_not_go_on_with_another_commit(world, hub):
+    world.stages, at = fakes.stages(reads=["prompts"]), "data.prompts=org/set"
+    hub.says[SET] = A
+    interrupt(world, 6, at)
+    hub.says[SET] = B
+    (line,) = refused(world, "fit", at, override_config=True)
+    assert "since then data.prompts changed (org/set, commit aaaaaaa → bbbbbbb); --restart begins anew" in line
+    del hub.says[SET]
+    world.run("fit", at)
+    assert world.store.manifest("fit")["config"]["data"]["prompts"]["revision"] == A
+
+
+def test_another_stage_that_reads_the_same_set_goes_by_its_record(world, hub):
+    world.stages, at = fakes.stages(reads=["prompts"]), "data.prompts=org/set"
+    world.stages["page"].reads = lambda experiment: ["prompts"]
+    hub.says[SET] = A
+    world.run("fit", at)
+    hub.says.clear()
+    world.run("page", at)
+    assert world.store.manifest("page")["config"]["data"]["prompts"]["revision"] == A
+
+
+def test_a_commit_that_an_older_version_did_not_record_makes_nothing_stale(world, hub):
+    """The run that makes the stage anew records it."""
+    world.stages, at = fakes.stages(reads=["prompts"]), "data.prompts=org/set"
+    world.run("fit", at)
+    assert world.store.manifest("fit")["config"]["data"]["prompts"]["revision"] is None
+    hub.says[SET] = A
+    assert kinds(world.states(at))["fit"] == "done"
+    world.run("fit", at, force=True)
+    assert world.store.manifest("fit")["config"]["data"]["prompts"]["revision"] == A
+
+
+def test_a_name_that_the_hub_does_not_know_is_told_before_anything_runs(world, hub):
+    world.stages, hub.says[SET] = fakes.stages(reads=["prompts"]), not_found()
+    (line,) = refused(world, "fit", "data.prompts=org/set")
+    assert line.startswith("data.prompts: org/set: Repository Not Found") and world.store.manifest("text") is None
+
+
+@pytest.mark.parametrize(
+    "settings, line",
+    [
+        (["model.revision=v1"], "override model.revision=v1: model.revision: null is no Hub id, and has no revisions"),
+        (["data.prompts={path: world, revision: v1}"], "data.prompts.revision: world is no Hub id, and has no revis"),
+        (["model.name_or_path=org/x", "model.revision=../../a"], "'../../a' names no branch, tag or commit; give one"),
+    ],
+)
+def test_revisions_that_name_nothing(world, settings, line):
+    world.overrides = settings
+    with pytest.raises(UserError) as caught:
+        world.load()
+    assert any(line in said for said in caught.value.lines)

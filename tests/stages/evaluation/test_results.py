@@ -1,0 +1,140 @@
+"""From what was measured to results.json: figures recomputed by hand, halves apart, judges that say what they are."""
+
+import math
+
+import numpy as np
+import pytest
+
+from stages.evaluation.results import GOLD, Measured, order_by_gold, perplexity_estimate, summarise
+
+TASKS = ["a", "a", "b", "b", "c", "d", "e", "f"]
+KNOWN = [True, True, True, True, False, False, False, False]
+
+
+def measured(rng, shift=0.0, samples=3, gold=True, best_of_n=False):
+    def rows(make):
+        return [[make() for _ in range(1 if best_of_n else samples)] for _ in TASKS]
+
+    return Measured(
+        asked="chat",
+        responses=rows(lambda: "x"),
+        finished=rows(lambda: bool(rng.random() < 0.8)),
+        scores=rows(lambda: float(rng.normal() + shift)),
+        kl=None if best_of_n else rows(lambda: float(rng.random())),
+        lengths=rows(lambda: int(rng.integers(3, 20))),
+        gold=rows(lambda: {name: float(np.clip(rng.random() + shift / 4, 0, 1)) for name in GOLD}) if gold else None,
+        text_losses=None if best_of_n else [float(x) for x in rng.random(10) + 1],
+    )
+
+
+@pytest.fixture
+def pair():
+    rng = np.random.default_rng(0)
+    return measured(rng, 1.0), measured(rng)
+
+
+def test_every_mean_is_the_plain_mean_over_all_samples(pair):
+    own, sft = pair
+    found = summarise(own, sft, TASKS, KNOWN)
+    measured_rows = {"score": own.scores, "kl_to_sft": own.kl, "length": own.lengths, "eos_rate": own.finished}
+    for key, rows in measured_rows.items():
+        assert found[key] == pytest.approx(np.mean(rows))
+        assert found["ci95"][key][0] <= found[key] <= found["ci95"][key][1]
+    assert found["pretrain_perplexity"] == pytest.approx(math.exp(np.mean(own.text_losses)))
+    for name in GOLD:
+        assert found["gold"][name] == pytest.approx(np.mean([[g[name] for g in row] for row in own.gold]))
+
+
+def test_the_two_halves_are_reported_apart_and_make_up_the_whole(pair):
+    own, sft = pair
+    found = summarise(own, sft, TASKS, KNOWN)
+    overall = np.array([[g["overall"] for g in row] for row in own.gold])
+    assert found["gold_known_tasks"]["overall"] == pytest.approx(overall[:4].mean())
+    assert found["gold_held_out_tasks"]["overall"] == pytest.approx(overall[4:].mean())
+    assert (found["gold_known_tasks"]["n"], found["gold_known_tasks"]["clusters"]) == (4, 2)
+    assert (found["gold_held_out_tasks"]["n"], found["gold_held_out_tasks"]["clusters"]) == (4, 4)
+    assert summarise(own, sft, TASKS, [True] * 8)["gold_held_out_tasks"] is None
+    assert summarise(own, sft, TASKS, None)["gold_known_tasks"] is None
+
+
+def test_the_win_rate_compares_every_sample_with_every_sample_of_the_same_prompt(pair):
+    own, sft = pair
+    wins = [
+        (a["overall"] > b["overall"]) + 0.5 * (a["overall"] == b["overall"])
+        for ours, theirs in zip(own.gold, sft.gold, strict=True)
+        for a in ours
+        for b in theirs
+    ]
+    assert summarise(own, sft, TASKS, KNOWN)["win_rate_vs_sft"]["value"] == pytest.approx(np.mean(wins))
+    other = summarise(sft, own, TASKS, KNOWN)["win_rate_vs_sft"]["value"]
+    assert other == pytest.approx(1 - np.mean(wins))
+
+
+def test_without_gold_the_reward_model_judges_and_says_whether_it_was_climbed():
+    rng = np.random.default_rng(1)
+    own, sft = measured(rng, 1.0, gold=False), measured(rng, gold=False)
+    found = summarise(own, sft, TASKS, None, judge_climbed=True)
+    assert found["gold"] is None and found["gold_held_out_tasks"] is None
+    assert found["judge_climbed"] and found["win_rate_vs_sft"]["value"] > 0.5
+    assert found["difference_to_sft"]["value"] == pytest.approx(np.mean(own.scores) - np.mean(sft.scores))
+
+
+def test_best_of_n_that_its_judge_selected_has_no_win_rate():
+    """Whatever the scores are worth: the best of n beats one more draw n times in n + 1."""
+    rng = np.random.default_rng(2)
+    draws = rng.random((20_000, 16))
+    assert np.mean(draws.max(1) > rng.random(20_000)) == pytest.approx(16 / 17, abs=0.01)
+    own, sft = measured(rng, gold=False, best_of_n=True), measured(rng, gold=False)
+    found = summarise(own, sft, TASKS, None, judge_climbed=True, selected=True)
+    assert found["win_rate_vs_sft"] is None and found["judge_climbed"]
+    assert found["kl_to_sft"] is None and found["pretrain_perplexity"] is None
+
+
+def test_differences_are_paired_on_the_same_prompts():
+    """Prompts that differ much in how hard they are widen the interval of a mean, not that of the difference."""
+    rng = np.random.default_rng(3)
+    hard = rng.normal(0, 10, len(TASKS))
+    better, baseline = ([[float(h + offset + rng.normal(0, 0.01))] for h in hard] for offset in (1.0, 0.0))
+    make = lambda scores: Measured("chat", [["x"]] * 8, [[True]] * 8, scores, None, [[3]] * 8, None, None)  # noqa: E731
+    found = summarise(make(better), make(baseline), TASKS, None)
+    low, high = found["difference_to_sft"]["ci95"]
+    assert 0.9 < low <= 1.0 <= high < 1.1
+    assert found["ci95"]["score"][1] - found["ci95"]["score"][0] > 5
+
+
+def test_perplexity_has_an_interval_over_rows():
+    assert perplexity_estimate(None) is None and perplexity_estimate([]) is None
+    found = perplexity_estimate([1.0, 2.0, 3.0])
+    assert found["value"] == pytest.approx(math.exp(2.0))
+    assert found["ci95"][0] < found["value"] < found["ci95"][1]
+    assert perplexity_estimate([1e4, 1e4])["value"] == math.inf
+
+
+def test_a_checkpoint_carries_what_was_measured(pair):
+    own, _ = pair
+    assert Measured(**own.state()) == own
+
+
+def test_the_reward_model_is_held_to_gold_on_both_halves():
+    """Two prompts of three samples: by hand, pairs of equal gold do not count and equal scores count half."""
+    gold = [[{"overall": x} for x in row] for row in ([0.1, 0.5, 0.5], [0.9, 0.2, 0.4])]
+    scores = [[0.0, 1.0, 0.0], [3.0, 2.0, 1.0]]
+    sft = Measured("chat", [["x"] * 3] * 2, [[True] * 3] * 2, scores, None, [[3] * 3] * 2, gold, None)
+    found = order_by_gold(sft, ["a", "b"], [True, False])
+    assert found["known_tasks"]["value"] == pytest.approx((1 + 0.5) / 2)  # right, a toss-up; one pair is equal in gold
+    assert found["held_out_tasks"]["value"] == pytest.approx(2 / 3)  # 0.9 first, but 0.2 before 0.4
+    assert order_by_gold(sft, ["a", "b"], [True, True])["held_out_tasks"] is None
+    assert order_by_gold(sft, ["a", "b"], None) is None
+
+
+def test_differences_that_are_all_equal_are_no_certainty():
+    """Gold, which is bounded, gets an interval that is no point; scores, which are not, get none. SFT has none."""
+    same = [[{name: 0.5 for name in GOLD}]] * 8
+    make = lambda gold: Measured("chat", [["x"]] * 8, [[True]] * 8, [[-1.0]] * 8, None, [[3]] * 8, gold, None)  # noqa: E731
+    own, sft = make(same), make(same)
+    low, high = summarise(own, sft, TASKS, KNOWN)["difference_to_sft"]["ci95"]
+    assert -1 < low < -0.1 and 0.1 < high < 1
+    own, sft = make(None), make(None)
+    found = summarise(own, sft, TASKS, None)
+    assert found["difference_to_sft"] == {"value": 0.0, "ci95": None} and found["ci95"]["score"] is None
+    assert summarise(sft, sft, TASKS, None)["difference_to_sft"] is None

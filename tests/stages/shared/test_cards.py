@@ -1,0 +1,185 @@
+"""Model cards: what they tell a person to type gives what the project computes, and what they say is true."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from data.encode import encode_prompt, encode_response, train_tokenizer
+from data.groups import make_rows
+from pipeline.config.sections import ModelConfig
+from pipeline.store import files
+from stages import sft
+from stages.models.forward import response_scores
+from stages.models.loading import from_scratch, load_scalar_model, load_tokenizer, new_reward_model, save_model
+from stages.ppo import run as ppo
+from stages.shared.cards import ANSWER, SCORE, card
+
+TOTAL = {"rows": 60, "skip": 0, "limit": None, "subset": None, "split": "train"}
+
+
+def context(stage="rm", config=None, model=None, data=None, manifests=None, inputs=None):
+    """A stage's context, as far as cards read it."""
+    return SimpleNamespace(
+        stage=stage,
+        experiment=SimpleNamespace(name="fake", model=model or ModelConfig()),
+        config=config or sft.Config(),
+        seed=3,
+        manifests=manifests or {},
+        inputs=inputs or {},
+        data=data or {},
+        model_revision=None,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """model/ where a person would be who types what its card says; the card is one of a policy."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = train_tokenizer(["the fox is red . what colour is the fox ?"] * 3, 300)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = from_scratch(tokenizer, seed=0, attn_implementation="sdpa", max_position_embeddings=128, **shape)
+    text = card(context(), "a policy trained by PPO-ptx", ANSWER)
+    save_model(model, tokenizer, tmp_path / "model", card=text, temperature=1.0)
+    return tmp_path / "model"
+
+
+def typed(folder) -> dict:
+    """What the card's Python leaves."""
+    (code,) = re.findall("```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    names = {}
+    exec(code, names)
+    return names
+
+
+def test_a_reward_models_card_gives_the_score_that_ppo_gets(folder):
+    model, tokenizer = new_reward_model(folder, seed=1), load_tokenizer(folder)
+    model.config.reward_bias = 0.75
+    save_model(model, tokenizer, folder, card=card(context(), "a reward model", SCORE))
+    ids = encode_prompt(tokenizer, "Hello!"), encode_response(tokenizer, "Hi there.")
+    rows = make_rows(*([part] for part in ids), tokenizer.pad_token_id)
+    with torch.no_grad():
+        expected = response_scores(load_scalar_model(folder), rows).item()
+    found = typed(folder)
+    assert found["prompt"] + found["response"] == ids[0] + ids[1]
+    assert found["score"].item() == pytest.approx(expected, abs=1e-6) and abs(expected) > 1e-3
+
+
+def test_a_policys_card_samples_an_answer_with_no_settings_of_its_own(folder, capsys):
+    found = typed(folder)
+    assert found["prompt"]["input_ids"][0].tolist() == encode_prompt(found["tokenizer"], "Hello!")
+    assert 0 < len(found["answer"]) <= 64 and capsys.readouterr().out.strip()
+    (call,) = re.findall(r"generate\((.*?)\)", (folder / "README.md").read_text())
+    assert call == "**prompt, max_new_tokens=64" and found["model"].generation_config.top_k == 0
+
+
+def rows_of(text: str, title: str) -> list[list[str]]:
+    """The rows of a card's table below a heading."""
+    lines = text.partition(f"## {title}\n\n")[2].partition("\n\n")[0].splitlines()
+    return [[cell.strip(" `") for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+
+
+def test_a_card_names_model_data_settings_and_figures_and_no_path(tmp_path):
+    model = ModelConfig(name_or_path=str(tmp_path / "models" / "given"), peft={"method": "dora", "r": 4})
+    config = ppo.Config(kl_coef=0.07, reward_model=str(tmp_path / "judges" / "judge"))
+    hub = {"path": "org/prompts", "revision": "abcdef0123", **TOTAL, "rows": None, "limit": 20, "skip": 10}
+    data = {"prompts": hub, "documents": {"path": str(tmp_path / "texts" / "docs.jsonl"), **TOTAL}}
+    manifests = {"sft": {"config": {"data": {"demonstrations": {"path": "world"}, "validation_fraction": 0.05}}}}
+    manifests["world"] = {"metrics": {"demonstrations": 1500}}
+    ctx = context("ppo", config, model, data, manifests, {name: tmp_path / name for name in manifests})
+    text = card(ctx, "a policy", ANSWER, figures={"score": 0.5, "reliability": [1], "best_step": 3, "kept": True})
+    assert rows_of(text, "Data") == [
+        ["demonstrations", "the embedded world", "1500", "sft"],
+        ["documents", "docs.jsonl", "60", "ppo"],
+        ["prompts", "org/prompts` train abcdef0, after the first 10, 20 of them", "–", "ppo"],
+    ]
+    settings = dict(rows_of(text, "Settings that are not the defaults"))
+    assert settings["ppo.kl_coef"] == "0.07" and settings["ppo.reward_model"] == "judge" and settings["seed"] == "3"
+    assert {key: value for key, value in settings.items() if "peft" in key} == {
+        "model.peft.method": "dora",
+        "model.peft.r": "4",
+    }
+    assert "ppo.cliprange" not in settings
+    assert rows_of(text, "Figures") == [["score", "0.5"], ["best_step", "3"]]
+    assert "the folder `given`" in text and str(tmp_path) not in text
+    assert ModelCard(text).data.datasets == ["org/prompts"] and ModelCard(text).data.base_model is None
+
+
+def test_a_section_of_defaults_that_is_null_by_default_is_listed_as_one(tmp_path):
+    ctx = context("sft", sft.Config(ppo_init={}), ModelConfig(name_or_path=str(tmp_path), peft={}))
+    ctx.seed = 0
+    settings = dict(rows_of(card(ctx, "a policy", ANSWER), "Settings that are not the defaults"))
+    assert settings == {"sft.ppo_init": "{}", "model.name_or_path": tmp_path.name, "model.peft": "{}"}
+
+
+def test_metadata_go_from_card_to_card(tmp_path, monkeypatch):
+    """The licence of a folder that was given, by its card; a Hub id as base_model; data sets of the chain alone."""
+    given = tmp_path / "given"
+    given.mkdir()
+    (given / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: llama3.1\nbase_model: someone/else\ndatasets: [theirs/data]\n---\n# It\n"
+    )
+    model, shelf = ModelConfig(name_or_path=str(given)), tmp_path / "base" / "model"
+    text = card(context("base", model=model), "a pretrained language model")
+    found = ModelCard(text).data
+    assert (found.license, found.license_name, found.base_model, found.datasets) == ("other", "llama3.1", None, None)
+    assert "the licence other" in text
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(given / "README.md"))
+    model = ModelConfig(name_or_path="org/name")
+    shelf.mkdir(parents=True)
+    (shelf / "README.md").write_text(card(context("base", model=model), "a pretrained language model"))
+    manifest = {"config": {"model": {"revision": "0123456789"}}}
+    data = {"demonstrations": {"path": "org/demonstrations", **TOTAL}}
+    ctx = context("sft", model=model, data=data, manifests={"base": manifest}, inputs={"base": shelf.parent})
+    text = card(ctx, "a policy", ANSWER, source=shelf)
+    found = ModelCard(text).data
+    assert (found.base_model, found.license, found.license_name) == ("org/name", "other", "llama3.1")
+    assert found.datasets == ["org/demonstrations"] and found.pipeline_tag == "text-generation"
+    assert "`org/name` at the commit `0123456789`" in text
+
+
+def test_what_is_not_known_is_not_said(tmp_path, monkeypatch):
+    def nothing(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", nothing)
+    text = card(context("base", model=ModelConfig(name_or_path="org/name")), "a pretrained language model")
+    assert ModelCard(text).data.license is None and "licence is not known" in text
+    (tmp_path / "README.md").write_text("---\nlicense: [un\n---\nno metadata")
+    text = card(context(model=ModelConfig(name_or_path="org/name")), "a policy", source=tmp_path)
+    assert ModelCard(text).data.license is None
+    assert "trained from scratch" in card(context(), "a policy")
+
+
+def test_data_of_stages_further_up_are_named_where_they_are_what_it_was_made_of(tmp_path):
+    def manifest(stage, data, inputs):
+        facts = {kind: {"path": f"{kind}.jsonl", **TOTAL} for kind in data}
+        sealed = files.seal({"config": {"data": facts}, "inputs": inputs})
+        (tmp_path / stage).mkdir()
+        files.write_json(tmp_path / stage / "manifest.json", sealed)
+        return sealed
+
+    rankings = manifest("rankings", ["rankings"], {})
+    manifest("base", ["documents"], {})
+    rm = manifest("rm", ["demonstrations"], {"rankings": rankings["digest"], "base": "of another one", "data:x": "0"})
+    ctx = context("ppo", manifests={"rm": rm}, inputs={"rm": tmp_path / "rm"})
+    found = rows_of(card(ctx, "a policy"), "Data")
+    assert [(row[0], row[3]) for row in found] == [("demonstrations", "rm"), ("rankings", "rankings")]
+
+
+@pytest.mark.parametrize(
+    "base, words",
+    [
+        (("../../../base/model", None), ["`../../../base/model`", 'change into `adapter/` and load `"."`']),
+        (("org/name", "0123"), ["`org/name` at the commit `0123`"]),
+        (("art/x/base/model", None), ["`art/x/base/model`: a path from the folder where `rlhf` ran"]),
+        (("", None), ["lies outside the experiment"]),
+    ],
+)
+def test_an_adapters_base_is_named(base, words):
+    text = card(context(), "a policy", ANSWER, adapter=base)
+    assert all(word in text for word in words)
+    assert ("AutoPeftModelForCausalLM" in text) == bool(base[0])

@@ -1,0 +1,177 @@
+"""The plain loss that small vocabularies train with, against trl's own; and what the optimizer of base and sft is told:
+rates and options of today's settings, step by step, also after a resume."""
+
+import contextlib
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from pipeline.errors import Interrupted, TrainingStopped
+from pipeline.stage import StopFlag
+from pipeline.store import files
+from pipeline.store.checkpoints import CheckpointStore
+from stages.training.loop import learning_rate_at
+from stages.training.text import train_language_model
+
+STEPS, FIRST = 8, 3  # FIRST: steps of an earlier training of the stage
+TODAY = {"learning_rate": 0.01, "lr_scheduler_type": "cosine_with_min_lr", "warmup_steps": 2, "weight_decay": 0.1,
+         "adam_beta2": 0.95}  # fmt: skip
+
+
+@pytest.mark.parametrize("items", [None, 7])
+def test_the_plain_loss_is_trls(tmp_path, items):
+    """Loss and the gradient of every weight, with masked labels and padding."""
+    from plain_loss import assert_is_trls
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from data.encode import train_tokenizer
+
+    tokenizer = train_tokenizer(["the fox is red .", "say hello twice ."] * 3, vocab_size=300)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+
+    def make():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, initializer_range=0.3))
+
+    assert_is_trls(make, tokenizer, items, tmp_path)
+
+
+class Tracker:
+    """Rows in memory; a stop is asked for at one of them, and heard after the next step."""
+
+    def __init__(self, stop, stop_at):
+        self.rows, self.stop, self.stop_at = [], stop, stop_at
+
+    def log(self, step, row, seconds, tokens):
+        assert seconds > 0 and tokens > 0
+        self.rows.append({"step": step, **row})
+        self.stop.requested = step == self.stop_at
+
+    def evaluation(self, step, row):
+        pass
+
+    def say(self, line):
+        pass
+
+    @contextlib.contextmanager
+    def progress(self, total, description, start=0):
+        yield SimpleNamespace(update=lambda step, **figures: None)
+
+
+@pytest.fixture
+def train(tmp_path):
+    """train(stop_at=…, settings…) → (journal rows, [what AdamW's groups were told at each step]), going on from before.
+    harm: done to the model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from data.encode import train_tokenizer
+
+    tokenizer = train_tokenizer(["the fox is red .", "say hello twice ."] * 3, vocab_size=300)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+
+    def make():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape))
+
+    def run(stop_at=None, harm=lambda model: None, **settings):
+        stop, told = StopFlag(), []
+        store = CheckpointStore(tmp_path / "checkpoints", 100, 2, "run", say=lambda line: None)
+        tracker = Tracker(stop, stop_at)
+        ctx = SimpleNamespace(stage="sft", seed=1, checkpoints=store, tracker=tracker, stop=stop)
+        rows = [{"input_ids": ids, "labels": ids} for ids in ([5, 6, 7], [8, 9, 10, 11], [12, 13], [5, 13, 7])]
+
+        def made():
+            model = make()
+            harm(model)
+            return model
+
+        def hear(optimizer, args, kwargs):
+            keys = ("lr", "weight_decay", "betas")
+            told.append([{key: group[key] for key in keys} for group in optimizer.param_groups])
+
+        hook = register_optimizer_step_pre_hook(hear)
+        options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_grad_norm": 1.0} | {
+            "keep": "last", "patience": None, "eval_steps": 100, "device": "cpu", "dtype": "float32",
+            "gradient_checkpointing": False, "group_by_length": False, "steps": STEPS}  # fmt: skip
+        try:
+            train_language_model(
+                ctx, made, tokenizer, rows, rows[:1], **options, **(TODAY | settings), first=FIRST, total=FIRST + STEPS
+            )
+        except Interrupted:
+            assert stop_at is not None
+        finally:
+            hook.remove()
+        return tracker.rows, told
+
+    return run
+
+
+def assert_told(found, settings, first=1):
+    """Each step from `first` on was taken as `settings` say, and its row says so."""
+    rows, told = found
+    s = TODAY | settings
+    schedule = [s[key] for key in ("learning_rate", "lr_scheduler_type", "warmup_steps")]
+    rates = [learning_rate_at(step, STEPS, *schedule) for step in range(first, first + len(rows))]
+    assert [row["step"] for row in rows] == list(range(FIRST + first, FIRST + first + len(rows)))
+    assert [row["lr"] for row in rows] == rates
+    shared = {"betas": (0.9, s["adam_beta2"])}
+    decay = [{"weight_decay": s["weight_decay"]}, {"weight_decay": 0.0}]  # norms and biases are the second group
+    assert told == [[shared | group | {"lr": rate} for group in decay] for rate in rates]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "cosine_with_min_lr"])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_a_step_has_the_rate_that_any_stage_would_give_it(train, schedule, warmup):
+    settings = {"lr_scheduler_type": schedule, "warmup_steps": warmup}
+    found = train(**settings)
+    assert len(found[0]) == STEPS and found[0][0]["lr"] > 0
+    assert_told(found, settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"learning_rate": 0.002},
+        {"lr_scheduler_type": "linear", "warmup_steps": 6},
+        {"weight_decay": 0.0, "adam_beta2": 0.8},
+    ],
+)
+def test_a_run_that_goes_on_is_told_todays_settings(train, settings):
+    assert_told(train(stop_at=FIRST + 3), {})
+    found = train(**settings)
+    assert [row["step"] for row in found[0]] == [FIRST + step for step in range(5, STEPS + 1)]
+    assert_told(found, settings, first=5)
+
+
+def test_weight_decay_may_begin_in_a_run_that_goes_on(train):
+    train(stop_at=FIRST + 3, weight_decay=0.0)
+    assert_told(train(), {}, first=5)
+
+
+def test_a_checkpoint_with_a_schedule_of_transformers_is_gone_on_from(train, tmp_path):
+    """Checkpoints once held one, with a peak of its own."""
+    from transformers import get_scheduler
+
+    train(stop_at=FIRST + 3)
+    folder = tmp_path / "checkpoints" / f"step-{FIRST + 4:08d}"
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in range(2)]
+    options = {"min_lr_rate": 0.1}
+    old = get_scheduler("cosine_with_min_lr", torch.optim.AdamW(groups, lr=0.7), 2, STEPS, options)
+    torch.save(old.state_dict(), folder / "trainer" / "scheduler.pt")
+    manifest = files.read_sealed(folder / "manifest.json")
+    manifest["files"] = files.describe_files(folder, list(manifest["files"]))
+    files.write_json(folder / "manifest.json", files.seal(manifest))
+    assert_told(train(), {}, first=5)
+
+
+def test_a_gradient_that_is_not_finite_stops_with_a_way_to_go_on(train):
+    with pytest.raises(TrainingStopped) as caught:
+        train(harm=lambda model: model.model.norm.weight.data.fill_(math.nan))
+    assert str(caught.value) == (
+        f"sft: the gradient at step {FIRST + 1} is not finite; this step was not taken. Run again with a lower "
+        f"learning_rate or max_grad_norm and --override-config, or with model.dtype: float32 and --restart"
+    )
