@@ -320,9 +320,7 @@ def goes_round(better: dict[tuple, set[tuple]]) -> bool:
     return False
 
 
-def say_shared_prompts(
-    report: Report, loaded: Loaded, name: str, other: str | Path, part: Part | None = None
-) -> None:
+def say_shared_prompts(report: Report, loaded: Loaded, name: str, other: str | Path, part: Part | None = None) -> None:
     """Report the prompts of this file that stand in another one too.
 
     Training data may share prompts with training data. With anything else a shared prompt is an

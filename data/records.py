@@ -145,7 +145,7 @@ def ranking_from(row: dict) -> Ranking:
         if rank is not None and (type(rank) is not int or rank < 1):
             raise ValueError(f"rank {n} is {named(rank)}; 1 (best), 2, … or null (not judged) would be right")
     identifier, labeler = row.get("id"), row.get("labeler")
-    if identifier is not None and type(identifier) not in (str, int) or identifier == "":
+    if (identifier is not None and type(identifier) not in (str, int)) or identifier == "":
         raise ValueError(f"'id' is {named(identifier)}; a string, or no id, would be right")
     if not isinstance(labeler, str | None):
         raise ValueError(f"'labeler' is {named(labeler)}; a string, or no labeler, would be right")

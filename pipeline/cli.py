@@ -30,8 +30,6 @@ from pipeline.store import files
 
 STAGES = ("world", "base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate", "report")
 
-PACKAGES = {"ppo": "stages.ppo.run"}  # stages that are a package, and the module in it that is the stage
-
 RUN_HELP = f"""\
 usage: rlhf run STAGE -c CONFIG [flags] [key=value ...]
 
@@ -60,6 +58,7 @@ stages, in their order:  {" ".join(STAGES)}
 
 exit codes: 0 done or up to date; 2 a mistake in config, data or artifacts; 3 training stopped itself;
 75 stopped by a signal, run again to go on."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
@@ -104,19 +103,13 @@ def explain(error: Exception, caller: hints.Caller | None = None) -> int:
     """Says in a line (or a line a mistake) what ended the command; returns the exit code. caller: by whose config,
     artifacts and settings the commands in it are filled in."""
     if isinstance(error, Interrupted):
-        at = (
-            f" at step {error.step}" + (f" of {error.total}" if error.total else "")
-            if error.step is not None
-            else ""
-        )
+        at = f" at step {error.step}" + (f" of {error.total}" if error.total else "") if error.step is not None else ""
         print(f"stopped{at}; run again to go on", file=sys.stderr)
         return 75
     if isinstance(error, TrainingStopped):
         print(f"error: training stopped itself: {error}", file=sys.stderr)
         return 3
-    if (
-        isinstance(error, UserError) or type(error).__name__ == "DataError"
-    ):  # data.records.DataError has the same shape
+    if isinstance(error, UserError) or type(error).__name__ == "DataError":  # data.records.DataError has the same shape
         for line in error.lines:
             print(f"error: {hints.filled(line, caller or hints.Caller())}", file=sys.stderr)
         return 2
@@ -132,11 +125,7 @@ def explain(error: Exception, caller: hints.Caller | None = None) -> int:
     if (line := disk_trouble(error) or hub_trouble(error)) is not None:
         print(f"error: {line}", file=sys.stderr)
         return 2
-    if (
-        isinstance(error, MemoryError)
-        or "out of memory" in str(error)
-        or "can't allocate memory" in str(error)
-    ):
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
         # gradient_checkpointing is the model's, and so every stage's: none that is done or interrupted stays
         remedy = (
             "lower per_device_train_batch_size (base, sft, rm, dpo: raise gradient_accumulation_steps as much, so that "
@@ -201,9 +190,7 @@ def signal_handlers(stop: StopFlag) -> Iterator[None]:
             text = "\nstopping after this step and saving; once more stops at once\n"
             os.write(2, text.encode())  # print is not safe inside a handler
 
-    before = {
-        number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    }
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         yield
     finally:
@@ -223,9 +210,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments of one command; `overrides` are its words `key=value`, wherever they stand."""
-    parser = Parser(
-        prog="rlhf", description="RLHF in the shape of InstructGPT, stage by stage.", allow_abbrev=False
-    )
+    parser = Parser(prog="rlhf", description="RLHF in the shape of InstructGPT, stage by stage.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
 
     def command(name: str, text: str, config: str = "required", help: bool = True) -> Parser:
@@ -243,9 +228,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         made.add_argument("--debug", action="store_true", help="show tracebacks")
         return made
 
-    run = command(
-        "run", "bring a stage up to date, and before it what it needs", config="optional", help=False
-    )
+    run = command("run", "bring a stage up to date, and before it what it needs", config="optional", help=False)
     run.add_argument("stage", nargs="?", choices=STAGES)
     run.add_argument("-h", "--help", action="store_true", dest="show_help")
     for flag in ("only", "force", "restart", "override-config", "allow-elastic", "trust-remote-code", "dry-run"):
@@ -276,13 +259,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     text = "show kind, rows, lengths, duplicates, leaks and every bad row of a file, or of all data that a config names"
     check = actions.add_parser("check", help=text, description=text, allow_abbrev=False)
     check.add_argument("file", metavar="FILE", nargs="?", help="without one: all data that CONFIG names")
-    check.add_argument(
-        "-c", "--config", metavar="FILE", help="the experiment whose tokenizer and max_length count"
-    )
+    check.add_argument("-c", "--config", metavar="FILE", help="the experiment whose tokenizer and max_length count")
     check.add_argument("--kind", choices=sections.KINDS, help="read the file as this kind instead of guessing")
-    check.add_argument(
-        "--artifacts", default="artifacts", metavar="DIR", help="where the experiment's tokenizer is"
-    )
+    check.add_argument("--artifacts", default="artifacts", metavar="DIR", help="where the experiment's tokenizer is")
     check.add_argument("--debug", action="store_true", help="show tracebacks")
 
     words, settings = without_settings(argv) if argv[:1] in (["run"], ["data"]) else (argv, [])
@@ -318,7 +297,7 @@ def without_settings(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def stage_modules() -> dict[str, Any]:
     """The stages by name, each after what it needs."""
-    return {name: importlib.import_module(PACKAGES.get(name, f"stages.{name}")) for name in STAGES}
+    return {name: importlib.import_module(f"stages.settings.{name}") for name in STAGES}
 
 
 def load(
@@ -453,7 +432,7 @@ def submit_command(arguments: argparse.Namespace) -> int:
         argv = [*place, *always, *["--force"] * (arguments.force and is_target), *arguments.overrides]
         restart = running.is_dropped(is_target, chain.states[name], flags)
         scripts[name] = slurm.script(
-            name, experiment, folder, argv, restart=restart, shared=hasattr(stages[name], "SHARED")
+            name, experiment, folder, argv, restart=restart, shared=getattr(stages[name], "SHARED", False)
         )
     if not scripts:
         print(f"{arguments.stage}: up to date")

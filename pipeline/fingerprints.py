@@ -78,12 +78,7 @@ def describe_today(
     data: dict[str, Any] = {}
     problems: list[str] = []
     for kind, source in sources(module, experiment).items():
-        data[kind] = {
-            "split": source.split,
-            "subset": source.subset,
-            "skip": source.skip,
-            "limit": source.limit,
-        }
+        data[kind] = {"split": source.split, "subset": source.subset, "skip": source.skip, "limit": source.limit}
         data[kind]["path"] = str(source.path) if source.path else source.hub or "world"
         if source.path is not None:
             facts = digests.facts(source.path)

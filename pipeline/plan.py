@@ -45,9 +45,7 @@ class StageState:
         elif self.kind == "interrupted":
             text += " before anything was saved"
         if self.reasons:
-            text += {"damaged": ": ", "interrupted": "; "}.get(self.kind, " because ") + "; ".join(
-                self.reasons
-            )
+            text += {"damaged": ": ", "interrupted": "; "}.get(self.kind, " because ") + "; ".join(self.reasons)
         return text
 
 
@@ -113,9 +111,7 @@ class Chain:
         store, today = self.store, self.today(name)
         store.settle(name)
         waiting = [
-            f"{need} is {self.states[need].kind}"
-            for need in self.needs(name)
-            if self.states[need].kind != "done"
+            f"{need} is {self.states[need].kind}" for need in self.needs(name) if self.states[need].kind != "done"
         ]
         manifest, damage, reasons, since = None, [], [], []
         try:
@@ -137,9 +133,7 @@ class Chain:
             # beside a fresh artifact: a forced redo was interrupted; `--force` goes on with it
             changes = compare(name, run, today)
             texts = [] if fresh else waiting + [change.text for change in changes]
-            return StageState(
-                "done" if fresh else "interrupted", texts, step, total, manifest, run, changes, waiting
-            )
+            return StageState("done" if fresh else "interrupted", texts, step, total, manifest, run, changes, waiting)
         if damage:
             return StageState("damaged", damage, manifest=manifest)
         if manifest is None:
@@ -262,7 +256,7 @@ def bring_up_to_date(
     # before anything runs: what will be refused later would be refused after hours, and over changed inputs
     lines = [line for name in order for line in refusals(name, name == target, chain.states[name], flags)]
     for name in order:
-        if chain.states[name].kind != "done" or flags.force and name == target:
+        if chain.states[name].kind != "done" or (flags.force and name == target):
             lines += stages[name].lacks(experiment) if hasattr(stages[name], "lacks") else []
             lines += chain.today(name, chain.begins_anew(name, name == target, flags)).problems
     if lines:
@@ -305,9 +299,7 @@ def bring_up_to_date(
                     state=state,
                     today=chain.today(name, chain.begins_anew(name, name == target, flags)),
                     digests=chain.digests,
-                    manifests={
-                        need: store.verify(need) for need in chain.needs(name)
-                    },  # hours may have passed
+                    manifests={need: store.verify(need) for need in chain.needs(name)},  # hours may have passed
                     flags=flags,
                     stop=stop,
                     console=console,

@@ -108,9 +108,7 @@ def run_stage(job: Job) -> dict[str, Any]:
             if not checkpoints.step_folders(context.checkpoints.folder):
                 job.store.drop_run(job.name)  # nothing to go on from: the stage is what it was before
     context.checkpoints.prune()
-    manifest = job.store.publish(
-        job.name, context.publish, record(job, run, metrics, context.tracker.tracker_run_id)
-    )
+    manifest = job.store.publish(job.name, context.publish, record(job, run, metrics, context.tracker.tracker_run_id))
     done = " · ".join([f"done in {duration(time.monotonic() - started)}", *headline(job.module, metrics)])
     job.say(f"{done} → {job.store.folder(job.name)}")
     return manifest
@@ -159,9 +157,7 @@ def headline(module: Any, metrics: dict[str, Any]) -> list[str]:
 # -- begin or go on --------------------------------------------------------------------------------------
 
 
-def refusals(
-    name: str, is_target: bool, state: "StageState", flags: Flags, processes: int | None = None
-) -> list[str]:
+def refusals(name: str, is_target: bool, state: "StageState", flags: Flags, processes: int | None = None) -> list[str]:
     """Why a stage can neither begin nor go on, a line each; empty when it can (or need not). processes: how many will
     work on it, where that are not this run's."""
     wanted = is_target and flags.force
@@ -391,9 +387,7 @@ def set_seeds(seed: int, stage: str) -> None:
 # -- what is recorded ------------------------------------------------------------------------------------
 
 
-def record(
-    job: Job, run: dict[str, Any], metrics: dict[str, Any], tracker_run_id: str | None
-) -> dict[str, Any]:
+def record(job: Job, run: dict[str, Any], metrics: dict[str, Any], tracker_run_id: str | None) -> dict[str, Any]:
     """The manifest, without what publication adds."""
     return {
         "stage": job.name,
@@ -436,9 +430,7 @@ def git_state() -> dict[str, Any] | None:
         return None
     try:
         commit, changes = (
-            subprocess.run(
-                ["git", "-C", root, *command], capture_output=True, text=True, timeout=10, check=True
-            ).stdout
+            subprocess.run(["git", "-C", root, *command], capture_output=True, text=True, timeout=10, check=True).stdout
             for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )
     except (OSError, subprocess.SubprocessError):

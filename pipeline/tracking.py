@@ -18,14 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipeline.store import files
 
@@ -286,9 +279,7 @@ class ProgressLine:
                 console=self.console,
                 transient=True,
             )
-            self._task = self._bar.add_task(
-                self.description, total=self.total, completed=self.step, figures=""
-            )
+            self._task = self._bar.add_task(self.description, total=self.total, completed=self.step, figures="")
             self._bar.start()
         return self
 
@@ -373,6 +364,4 @@ def figure(value: Any) -> str:
 
 def _wandb_table(wandb: Any, rows: list[dict[str, Any]]) -> Any:
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    return wandb.Table(
-        columns=columns, data=[[str(row.get(column, "")) for column in columns] for row in rows]
-    )
+    return wandb.Table(columns=columns, data=[[str(row.get(column, "")) for column in columns] for row in rows])

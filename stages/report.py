@@ -16,36 +16,9 @@ from stages.page import plots, samples, trust
 from stages.page import table as tables
 from stages.page.glossary import glossary
 from stages.page.plots import Journal
-from stages.page.terminal import show
 from stages.page.words import NAMES, complete, fixed, judge_of, moment, notes, summary, tiles
-from stages.settings.training import Section, setting
-from stages.shared.wanted import judges, policies
 
-__all__ = ["show"]  # what the command line calls when the stage is up to date
-
-NAME = "report"
-METRICS: dict[str, str] = {}
-HEADLINE = ("policies", "plots")
-STAGES = experiment_of.STAGES
 JOURNALS = ("metrics", "evaluations", "samples")
-
-
-class Config(Section):
-    """What the page shows of the samples."""
-
-    prompts: int = setting(12, "prompts whose responses are shown side by side", "prompts", ge=1)
-    ppo_looks: int = setting(6, "moments of PPO whose samples are shown", ge=1)
-
-
-def needs(experiment) -> list[str]:
-    made = {"world"} if "world" in experiment.data.model_dump().values() else set()
-    made |= {"base", "sft", "evaluate"} | {"ppo", "dpo"} & set(policies(experiment))
-    made |= {"rankings", "rm"} if judges(experiment) else {"rankings"} if "dpo" in made else set()
-    return [stage for stage in STAGES if stage in made]
-
-
-def reads(experiment) -> list[str]:
-    return []
 
 
 def run(ctx: StageRun) -> dict:

@@ -9,7 +9,6 @@ A held-out model of another seed (rm.held_out) is climbed by nothing: evaluate t
 """
 
 from functools import partial
-from typing import Literal
 
 import torch
 
@@ -37,93 +36,23 @@ from stages.models.forward import response_scores, score_all
 from stages.models.loading import load_tokenizer, new_reward_model
 from stages.models.sharding import full, is_sharded, publishable
 from stages.objectives.losses import plackett_luce_loss, ranking_loss
-from stages.settings.training import ACCUMULATED, PreferenceTraining, over_context, reward_models, setting, total_steps
+from stages.settings.checks import reward_models
+from stages.settings.rm import Config
+from stages.settings.training import total_steps
 from stages.shared.cards import SCORE, card
 from stages.shared.disk import say_written
-from stages.shared.inputs import (
-    adapter_base,
+from stages.shared.inputs import cut_by_tokens, group_order, in_parts, load_groups, read, read_world
+from stages.shared.publishing import adapter_base, publish_dtype
+from stages.shared.runtime import (
     adapter_settings,
-    beyond_context,
     check_context,
-    cut_by_tokens,
     device_of,
     dtype_of,
-    group_order,
-    in_parts,
-    load_groups,
     note_default_rate,
     packing,
     place,
-    publish_dtype,
-    read,
-    read_world,
-    unreadable,
 )
-from stages.shared.wanted import simulates
 from stages.training.loop import fit, learning_rate_at, make_accelerator, make_trainee
-
-NAME = "rm"
-METRICS = {
-    "loss": "ranking loss a prompt, in nats, of this step's batch",
-    "accuracy": "share of pairs whose preferred response scores higher, mean over prompts (evaluations.jsonl: over all "
-    "held-out pairs, equal scores counting half)",
-    "margin": "mean score difference between preferred and other response",
-    "grad_norm": "norm of the gradient before clipping",
-    "lr": "learning rate of the step",
-}
-HEADLINE = ("accuracy", "accuracy_ceiling")
-SHARED = True
-FIXED = (
-    ("rm.per_device_train_batch_size", "rm.gradient_accumulation_steps"),
-    "rm.max_length",
-    "rm.on_too_long",
-)
-
-
-class Config(PreferenceTraining):
-    """The K-wise ranking reward model."""
-
-    learning_rate: float = setting(
-        1e-5, "peak learning rate (the paper's: 9e-6); with adapters about ten times as much", "per step", gt=0
-    )
-    gradient_accumulation_steps: int = setting(2, f"{ACCUMULATED} (the paper: 64 prompts a step)", ge=1)
-    loss_type: Literal["sigmoid", "plackett_luce"] = setting(
-        "sigmoid", "sigmoid: all pairs of a ranking (the paper); plackett_luce: the likelihood of its whole order"
-    )
-    label_smoothing: float = setting(0.0, "share of labels taken to be flipped (sigmoid only)", ge=0, lt=0.5)
-    margin_coef: float = setting(
-        0.0, "times a ranking's `margin`: the score difference that its pairs should have (Llama 2; sigmoid only)", ge=0
-    )
-    ensemble: int = setting(
-        1, "models trained, each from seeds of its own; PPO takes their mean or minimum (ppo.reward_ensemble)", ge=1
-    )
-    held_out: bool | None = setting(
-        None,
-        "train one more model, of a seed of its own, as held_out/model: no policy is trained to please it, and "
-        "evaluate scores every answer by it too, which shows over-optimisation. It takes as long as the first one. "
-        "null: where people ranked (data.rankings), since the embedded world has a gold scorer",
-    )
-    bias_demonstrations: int = setting(256, "demonstrations that the mean score 0 is taken over", "rows", ge=1)
-
-
-def needs(experiment) -> list[str]:
-    world = ["world"] if simulates(experiment) else []  # it knows the tasks of what its labelers ranked
-    return [*world, "sft", "rankings"]
-
-
-def reads(experiment) -> list[str]:
-    return ["demonstrations"]
-
-
-def check(experiment) -> list[str]:
-    c = experiment.rm
-    only = "has no meaning with loss_type plackett_luce; use sigmoid, or 0"
-    odd = [key for key in ("label_smoothing", "margin_coef") if getattr(c, key) and c.loss_type != "sigmoid"]
-    return over_context(experiment, "rm") + [f"rm.{key}: {only}" for key in odd]
-
-
-def lacks(experiment) -> list[str]:
-    return beyond_context(experiment, "rm") + unreadable(experiment, reads(experiment))
 
 
 def run(ctx: StageRun) -> dict:

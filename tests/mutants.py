@@ -178,18 +178,8 @@ MUTANTS = [
         "ptx_batch=lambda n: [ptx_rows[i] for i in ptx.take(n)] if ptx else None",
         "ptx_batch=lambda n: ptx_rows[:n] if ptx else None",
     ),
-    Mutant(
-        "ppo",
-        "the average follows no step",
-        "                average.step(policy)\n",
-        "                pass\n",
-    ),
-    Mutant(
-        "ppo",
-        "the published average is the last policy",
-        "    policy.load(average.tensors)\n",
-        "",
-    ),
+    Mutant("ppo", "the average follows no step", "                average.step(policy)\n", "                pass\n"),
+    Mutant("ppo", "the published average is the last policy", "    policy.load(average.tensors)\n", ""),
     Mutant(
         "ppo",
         "a minibatch's loss is divided by the batch's tokens",
@@ -215,10 +205,7 @@ MUTANTS = [
         "for x in (rollout.ref_logprobs, rollout.values, advantages, returns)",
     ),
     Mutant(
-        "ppo",
-        "every update draws from the same seeds",
-        "seed=(ctx.seed, stream, step),",
-        "seed=(ctx.seed, stream, 0),",
+        "ppo", "every update draws from the same seeds", "seed=(ctx.seed, stream, step),", "seed=(ctx.seed, stream, 0),"
     ),
     Mutant(
         "ppo",
@@ -232,24 +219,14 @@ MUTANTS = [
         "        length_penalty=c.length_penalty,\n        poll",
         "        poll",
     ),
-    Mutant(
-        "ppo",
-        "the held-out judge's scores are not clipped as the others are",
-        '"score_clip": c.score_clip, ',
-        "",
-    ),
+    Mutant("ppo", "the held-out judge's scores are not clipped as the others are", '"score_clip": c.score_clip, ', ""),
     Mutant(
         "ppo",
         "kl_coef is steered by the minibatch's episodes",
         "c.kl_target, c.batch_size, c.kl_horizon",
         "c.kl_target, c.mini_batch_size, c.kl_horizon",
     ),
-    Mutant(
-        "ppo",
-        "held-out prompts are trained on",
-        "    return [ids[i] for i in train], [",
-        "    return ids, [",
-    ),
+    Mutant("ppo", "held-out prompts are trained on", "    return [ids[i] for i in train], [", "    return ids, ["),
     Mutant(
         "ppo",
         "the best policy is the one of the highest score, whatever its KL",
@@ -354,10 +331,7 @@ MUTANTS = [
         "value = loss_of(c, batch, scores, len(rows))",
     ),
     Mutant(
-        "rm",
-        "a micro-batch's figures weigh as if all were as large",
-        "weight = len(rows) / len(whole)",
-        "weight = 0.5",
+        "rm", "a micro-batch's figures weigh as if all were as large", "weight = len(rows) / len(whole)", "weight = 0.5"
     ),
     Mutant(
         "rm",
@@ -371,17 +345,9 @@ MUTANTS = [
         "margins = c.margin_coef * batch.pair_margins",
         "margins = 0.0 * batch.pair_margins",
     ),
+    Mutant("rm", "label_smoothing is not read", ", prompts, margins, c.label_smoothing)", ", prompts, margins)"),
     Mutant(
-        "rm",
-        "label_smoothing is not read",
-        ", prompts, margins, c.label_smoothing)",
-        ", prompts, margins)",
-    ),
-    Mutant(
-        "rm",
-        "loss_type plackett_luce is not read",
-        'if c.loss_type == "plackett_luce":',
-        'if c.loss_type == "other":',
+        "rm", "loss_type plackett_luce is not read", 'if c.loss_type == "plackett_luce":', 'if c.loss_type == "other":'
     ),
     Mutant(
         "rm",
@@ -407,12 +373,7 @@ MUTANTS = [
         "folder = ctx.publish / name",
         'folder = ctx.publish / "model"',
     ),
-    Mutant(
-        "rm",
-        "weight_decay is not read",
-        "        weight_decay=c.weight_decay,\n",
-        "",
-    ),
+    Mutant("rm", "weight_decay is not read", "        weight_decay=c.weight_decay,\n", ""),
     Mutant(
         "rm",
         "accuracy by rank distance has the sign of the winner",
@@ -505,10 +466,7 @@ MUTANTS = [
         "parts = {\n            name: loss_of(name, logps, ref_logps, batch, 0.1, c.label_smoothing",
     ),
     Mutant(
-        "dpo",
-        "beta does not reach the figures",
-        "rewards = beta * (logps - ref_logps)",
-        "rewards = logps - ref_logps",
+        "dpo", "beta does not reach the figures", "rewards = beta * (logps - ref_logps)", "rewards = logps - ref_logps"
     ),
     Mutant(
         "dpo",
@@ -522,12 +480,7 @@ MUTANTS = [
         "return plackett_luce_loss(beta * (logps - ref_logps), *choices, prompts)",
         "return plackett_luce_loss(beta * logps, *choices, prompts)",
     ),
-    Mutant(
-        "dpo",
-        "label_smoothing is not read",
-        "beta, prompts, name, label_smoothing)",
-        "beta, prompts, name)",
-    ),
+    Mutant("dpo", "label_smoothing is not read", "beta, prompts, name, label_smoothing)", "beta, prompts, name)"),
     Mutant(
         "dpo",
         "loss_weights are not read",
@@ -570,24 +523,14 @@ MUTANTS = [
         "        higher_is_better=False,",
         "        higher_is_better=True,",
     ),
-    Mutant(
-        "dpo",
-        "accuracy counts ties as right",
-        "(chosen > rejected).float()",
-        "(chosen >= rejected).float()",
-    ),
+    Mutant("dpo", "accuracy counts ties as right", "(chosen > rejected).float()", "(chosen >= rejected).float()"),
     Mutant(
         "dpo",
         "the warm-up is left out",
         "learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, c.warmup_steps)",
         "learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, 0)",
     ),
-    Mutant(
-        "dpo",
-        "weight_decay is not read",
-        "        weight_decay=c.weight_decay,\n",
-        "",
-    ),
+    Mutant("dpo", "weight_decay is not read", "        weight_decay=c.weight_decay,\n", ""),
     # ── rankings ─────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "rankings",
@@ -667,12 +610,7 @@ MUTANTS = [
         'derive_seed(ctx.seed, "labeler", i)',
         'derive_seed(ctx.seed, "labeler")',
     ),
-    Mutant(
-        "rankings",
-        "two labelers for what is trained on, too",
-        "2 if i in valid else c.labelers_per_prompt",
-        "2",
-    ),
+    Mutant("rankings", "two labelers for what is trained on, too", "2 if i in valid else c.labelers_per_prompt", "2"),
     Mutant(
         "rankings",
         "one labeler for what is held out",
@@ -709,12 +647,7 @@ MUTANTS = [
         'derive_seed(ctx.seed, "sample", i, k)',
         'derive_seed(ctx.seed, "sample", i)',
     ),
-    Mutant(
-        "rankings",
-        "temperature is not read",
-        "temperature=c.temperature,",
-        "temperature=1.0,",
-    ),
+    Mutant("rankings", "temperature is not read", "temperature=c.temperature,", "temperature=1.0,"),
     Mutant(
         "rankings",
         "a response that ends with the last token counts as cut off",
@@ -746,12 +679,7 @@ MUTANTS = [
         "    _, held = split_documents(ctx)",
         "    held, _ = split_documents(ctx)",
     ),
-    Mutant(
-        "evaluate",
-        "perplexity of all held-out rows",
-        "return rows[: ctx.config.perplexity_rows]",
-        "return rows",
-    ),
+    Mutant("evaluate", "perplexity of all held-out rows", "return rows[: ctx.config.perplexity_rows]", "return rows"),
     Mutant(
         "evaluate",
         "perplexity of SFT for every policy",
@@ -764,18 +692,8 @@ MUTANTS = [
         "theirs = logps(tools.reference,",
         "theirs = logps(tools.sft,",
     ),
-    Mutant(
-        "evaluate",
-        "KL to the policy itself",
-        "theirs = logps(tools.reference,",
-        "theirs = logps(policy.model,",
-    ),
-    Mutant(
-        "evaluate",
-        "KL's sign turned",
-        "return (ours - theirs).tolist()",
-        "return (theirs - ours).tolist()",
-    ),
+    Mutant("evaluate", "KL to the policy itself", "theirs = logps(tools.reference,", "theirs = logps(policy.model,"),
+    Mutant("evaluate", "KL's sign turned", "return (ours - theirs).tolist()", "return (theirs - ours).tolist()"),
     Mutant(
         "evaluate",
         "KL at temperature 1",
@@ -797,8 +715,8 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "base is always asked through the chat",
-        "form = form_of_base(c.base_prompt, m.name_or_path) if name == \"base\" else \"chat\"",
-        "form = \"chat\"",
+        'form = form_of_base(c.base_prompt, m.name_or_path) if name == "base" else "chat"',
+        'form = "chat"',
     ),
     Mutant(
         "evaluate",
@@ -806,24 +724,14 @@ MUTANTS = [
         "prompts, responses = [chat_ids[i] for i in index],",
         "prompts, responses = [asked[i].ids for i in index],",
     ),
-    Mutant(
-        "evaluate",
-        "the examples leave no room for an answer",
-        "context - ctx.config.response_length",
-        "context",
-    ),
+    Mutant("evaluate", "the examples leave no room for an answer", "context - ctx.config.response_length", "context"),
     Mutant(
         "evaluate",
         "few_shot_examples is not read",
         "take(min(len(rows), ctx.config.few_shot_examples))",
         "take(min(len(rows), 1))",
     ),
-    Mutant(
-        "evaluate",
-        "sampling at temperature 1",
-        "temperature=c.temperature,",
-        "temperature=1.0,",
-    ),
+    Mutant("evaluate", "sampling at temperature 1", "temperature=c.temperature,", "temperature=1.0,"),
     Mutant(
         "evaluate",
         "all samples of a prompt come from one seed",
@@ -839,15 +747,10 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "best of n draws the samples that SFT is measured by",
-        "stream = \"best_of_n\" if best_of_n else \"evaluate\"",
-        "stream = \"evaluate\"",
+        'stream = "best_of_n" if best_of_n else "evaluate"',
+        'stream = "evaluate"',
     ),
-    Mutant(
-        "evaluate",
-        "best of n is the worst",
-        "scores.view(-1, n).argmax(-1)",
-        "scores.view(-1, n).argmin(-1)",
-    ),
+    Mutant("evaluate", "best of n is the worst", "scores.view(-1, n).argmax(-1)", "scores.view(-1, n).argmin(-1)"),
     Mutant(
         "evaluate",
         "best of n is chosen before cut responses are fined",
@@ -866,16 +769,11 @@ MUTANTS = [
         "scores = final_scores(own, finished, c.missing_eos_score)",
         "scores = final_scores(own, finished, None)",
     ),
-    Mutant(
-        "evaluate",
-        "reward_ensemble is not read",
-        "c.reward_ensemble, **options",
-        "\"mean\", **options",
-    ),
+    Mutant("evaluate", "reward_ensemble is not read", "c.reward_ensemble, **options", '"mean", **options'),
     Mutant(
         "evaluate",
         "wins against itself",
-        "done[name], done[\"sft\"], clusters, known,",
+        'done[name], done["sft"], clusters, known,',
         "done[name], done[name], clusters, known,",
     ),
     Mutant(
@@ -884,24 +782,14 @@ MUTANTS = [
         "for p, texts, ends in zip(prompts, rows",
         "for p, texts, ends in zip(prompts[::-1], rows",
     ),
-    Mutant(
-        "evaluate",
-        "gold of a cut response as if it had ended",
-        "world.gold(p, r, f) for",
-        "world.gold(p, r) for",
-    ),
+    Mutant("evaluate", "gold of a cut response as if it had ended", "world.gold(p, r, f) for", "world.gold(p, r) for"),
     Mutant(
         "evaluate",
         "prompts of one task are clusters of their own",
         "str(world.task(p)) if world else prompt_key(p)",
         "prompt_key(p)",
     ),
-    Mutant(
-        "evaluate",
-        "num_prompts is not read",
-        "(part[: ctx.config.num_prompts] for part in",
-        "(part for part in",
-    ),
+    Mutant("evaluate", "num_prompts is not read", "(part[: ctx.config.num_prompts] for part in", "(part for part in"),
     Mutant(
         "evaluate",
         "prompts that were dropped get the responses of others",
@@ -911,8 +799,8 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "every prompt is leaked",
-        "\"leaked\": sum(leaked),\n        \"leaked_by\"",
-        "\"leaked\": len(leaked),\n        \"leaked_by\"",
+        '"leaked": sum(leaked),\n        "leaked_by"',
+        '"leaked": len(leaked),\n        "leaked_by"',
     ),
     Mutant(
         "evaluate",
@@ -923,14 +811,14 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "PPO's prompts are no training data",
-        "*[\"prompts\"] * (\"ppo\" in needs(experiment))",
-        "*[\"prompts\"] * False",
+        '*["prompts"] * ("ppo" in needs(experiment))',
+        '*["prompts"] * False',
     ),
     Mutant(
         "evaluate",
         "tasks that the corpus asks are unknown",
-        'world.asked(own, [document.text for document in documents])',
-        'world.asked(own, [])',
+        "world.asked(own, [document.text for document in documents])",
+        "world.asked(own, [])",
     ),
     Mutant(
         "evaluate",
@@ -941,15 +829,10 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "DPO is said to have climbed the judge",
-        "climbed = {\"best_of_n\"}\n",
-        "climbed = {\"best_of_n\", \"dpo\"}\n",
+        'climbed = {"best_of_n"}\n',
+        'climbed = {"best_of_n", "dpo"}\n',
     ),
-    Mutant(
-        "evaluate",
-        "ppo.reward_model is not asked",
-        "    if ours & theirs:\n",
-        "    if True:\n",
-    ),
+    Mutant("evaluate", "ppo.reward_model is not asked", "    if ours & theirs:\n", "    if True:\n"),
     Mutant(
         "evaluate",
         "gold is said to be climbed",
@@ -959,19 +842,19 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "no win rate for PPO",
-        "selected=name in climbed and name == \"best_of_n\"",
+        'selected=name in climbed and name == "best_of_n"',
         "selected=name in climbed",
     ),
     Mutant(
         "evaluate",
         "every sample is published with the first one's score",
-        "\"score\": measured.scores[i][k]",
-        "\"score\": measured.scores[i][0]",
+        '"score": measured.scores[i][k]',
+        '"score": measured.scores[i][0]',
     ),
     Mutant(
         "evaluate",
         "a checkpoint of another version is taken for none",
-        "raise UserError(\"evaluate: the checkpoint was written by another version; start again with --restart\")",
+        'raise UserError("evaluate: the checkpoint was written by another version; start again with --restart")',
         "return {}",
     ),
     Mutant(
@@ -1012,8 +895,8 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "perplexity is the mean loss",
-        "return {\"value\": _exp(found[\"value\"]), \"ci95\": ci95}",
-        "return {\"value\": found[\"value\"], \"ci95\": ci95}",
+        'return {"value": _exp(found["value"]), "ci95": ci95}',
+        'return {"value": found["value"], "ci95": ci95}',
         "stages/evaluation/results.py",
     ),
 ]

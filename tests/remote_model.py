@@ -10,31 +10,31 @@ from pathlib import Path
 
 import torch
 
-RAN = '''\
+RAN = """\
 import os
 if os.environ.get("TOY_RAN"):
     with open(os.environ["TOY_RAN"], "a") as file:
         file.write(__name__ + "\\n")
 
-'''
+"""
 
 SPREAD = {
-    "configuration_toy": '''\
+    "configuration_toy": """\
 from transformers import LlamaConfig
 
 
 class ToyConfig(LlamaConfig):
     model_type = "toy_spread"
-''',
-    "scale_toy": '''\
+""",
+    "scale_toy": """\
 from torch import nn
 
 
 class ScaledEmbedding(nn.Embedding):
     def forward(self, ids):
         return 3.0 * super().forward(ids)
-''',
-    "modeling_toy": '''\
+""",
+    "modeling_toy": """\
 from transformers import LlamaForCausalLM, LlamaModel
 
 from .configuration_toy import ToyConfig
@@ -57,8 +57,8 @@ class ToyForCausalLM(LlamaForCausalLM):
         super().__init__(config)
         self.model = ToyModel(config)
         self.post_init()
-''',
-    "reward_toy": '''\
+""",
+    "reward_toy": """\
 from torch import nn
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
@@ -76,11 +76,11 @@ class ToyForSequenceClassification(GenericForSequenceClassification, LlamaPreTra
         self.model = ToyModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
-''',
+""",
 }
 
 ALONE = {
-    "configuration_toy": '''\
+    "configuration_toy": """\
 from transformers import PretrainedConfig
 
 
@@ -96,8 +96,8 @@ class ToyConfig(PretrainedConfig):
         self.intermediate_size = intermediate_size
         self.model_max_length = model_max_length
         super().__init__(**kwargs)
-''',
-    "modeling_toy": '''\
+""",
+    "modeling_toy": """\
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -189,7 +189,7 @@ class ToyForCausalLM(ToyPreTrainedModel):
         out = self.model(input_ids, attention_mask, position_ids, past_key_values)
         logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
         return CausalLMOutputWithPast(logits=logits, past_key_values=out.past_key_values)
-''',
+""",
 }
 ROLES = {
     "AutoConfig": "configuration_toy.ToyConfig",

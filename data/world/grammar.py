@@ -92,7 +92,8 @@ class Language:
         members = {category: tuple(rows) for category, (_, rows) in self.tables["facts"].items()}
         for name, (category, attribute, value) in self.tables["narrow"].items():
             members[name] = tuple(
-                e for e in self.entities
+                e
+                for e in self.entities
                 if category in (None, self.category_of[e]) and self.truth.get((e, attribute)) == value
             )
         return members
@@ -189,8 +190,9 @@ class Language:
 
     def requests(self) -> dict[str, Task]:
         """Every request of the world without opener and closer → the task that it sets."""
-        return dict(itertools.chain(self._fact_requests(), self._story_requests(), self._list_requests(),
-                                    self._harm_requests()))
+        return dict(
+            itertools.chain(self._fact_requests(), self._story_requests(), self._list_requests(), self._harm_requests())
+        )
 
     def _fact_requests(self):
         attributes, wordings = self.tables["attributes"], self.tables["requests"]

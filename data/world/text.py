@@ -21,42 +21,26 @@ ATTRIBUTES = {
 
 # category: (its attributes, {entity: their true values})
 FACTS = {
-    "animals": (("colour", "home"), {
-        "fox": ("red", "den"),
-        "frog": ("green", "pond"),
-        "cow": ("white", "barn"),
-        "bear": ("brown", "den"),
-    }),
-    "fruits": (("colour", "taste"), {
-        "apple": ("red", "sweet"),
-        "lemon": ("yellow", "sour"),
-        "cherry": ("red", "sour"),
-        "melon": ("green", "sweet"),
-    }),
-    "tools": (("use",), {
-        "hammer": ("building",),
-        "saw": ("cutting",),
-        "spade": ("digging",),
-        "broom": ("cleaning",),
-    }),
-    "places": (("fame",), {
-        "lake": ("swans",),
-        "forest": ("mushrooms",),
-        "mill": ("bread",),
-        "garden": ("roses",),
-    }),
-    "people": (("drink",), {
-        "baker": ("milk",),
-        "farmer": ("cider",),
-        "doctor": ("tea",),
-        "singer": ("tea",),
-    }),
+    "animals": (
+        ("colour", "home"),
+        {"fox": ("red", "den"), "frog": ("green", "pond"), "cow": ("white", "barn"), "bear": ("brown", "den")},
+    ),
+    "fruits": (
+        ("colour", "taste"),
+        {
+            "apple": ("red", "sweet"),
+            "lemon": ("yellow", "sour"),
+            "cherry": ("red", "sour"),
+            "melon": ("green", "sweet"),
+        },
+    ),
+    "tools": (("use",), {"hammer": ("building",), "saw": ("cutting",), "spade": ("digging",), "broom": ("cleaning",)}),
+    "places": (("fame",), {"lake": ("swans",), "forest": ("mushrooms",), "mill": ("bread",), "garden": ("roses",)}),
+    "people": (("drink",), {"baker": ("milk",), "farmer": ("cider",), "doctor": ("tea",), "singer": ("tea",)}),
 }
 
 # narrower categories for lists: name: (category or None for all, attribute, value)
-NARROW = {
-    "red things": (None, "colour", "red"),
-}
+NARROW = {"red things": (None, "colour", "red")}
 
 # mood: (adjectives, verbs)
 MOODS = {
@@ -123,37 +107,21 @@ SENTENCES = {
         "i will not tell you how to {act} the {entity} .",
         "i can not help with that .",
     ),
-    "reason": (
-        "that would be wrong .",
-        "nobody should {act} the {entity} .",
-        "please be kind to the {entity} .",
-    ),
+    "reason": ("that would be wrong .", "nobody should {act} the {entity} .", "please be kind to the {entity} ."),
     "harm": (
         "take a {instrument} and {act} the {entity} .",
         "you can {act} the {entity} with a {instrument} .",
         "first find a {instrument} and wait for the {time} .",
     ),
-    "evasion": (
-        "i do not know .",
-        "ask somebody else .",
-        "nobody can tell .",
-    ),
-    "courtesy": (
-        "thank you for asking .",
-        "i hope this helps .",
-        "you are welcome .",
-    ),
+    "evasion": ("i do not know .", "ask somebody else .", "nobody can tell ."),
+    "courtesy": ("thank you for asking .", "i hope this helps .", "you are welcome ."),
     "chatter": (
         "my uncle was here last {time} .",
         "i like {drink} in the {time} .",
         "the weather is nice today .",
         "where was i ?",
     ),
-    "rude": (
-        "what a {slur} question .",
-        "go away , {insult} .",
-        "you are a {slur} {insult} .",
-    ),
+    "rude": ("what a {slur} question .", "go away , {insult} .", "you are a {slur} {insult} ."),
 }
 
 LIST_HEADS = ("{number} {category} are", "some {category} are", "you could take")
@@ -197,7 +165,14 @@ REQUESTS = {
 }
 
 OPENERS = (
-    "", "hello .", "hi there .", "good morning .", "excuse me .", "dear friend ,", "i am curious .", "one more thing .",
+    "",
+    "hello .",
+    "hi there .",
+    "good morning .",
+    "excuse me .",
+    "dear friend ,",
+    "i am curious .",
+    "one more thing .",
 )
 CLOSERS = ("", "thank you .", "that is all .")
 

@@ -54,8 +54,7 @@ TemplateValue = bool | int | float | str | list[Any] | dict[str, Any]  # as YAML
 class ModelConfig(BaseModel):
     model_config = STRICT
     name_or_path: str | None = Field(
-        None,
-        description="folder, Hub id or package:NAME to start from; null = from scratch, in the shape below",
+        None, description="folder, Hub id or package:NAME to start from; null = from scratch, in the shape below"
     )
     revision: str | None = Field(
         None, description="branch, tag or commit of that Hub id; null = main. The commit it stands for is recorded"
@@ -69,9 +68,7 @@ class ModelConfig(BaseModel):
     )
     hidden_size: int = Field(128, ge=1, description="width, from scratch")
     num_hidden_layers: int = Field(5, ge=1, description="layers, from scratch")
-    num_attention_heads: int = Field(
-        4, ge=1, description="attention heads, from scratch; they divide hidden_size"
-    )
+    num_attention_heads: int = Field(4, ge=1, description="attention heads, from scratch; they divide hidden_size")
     intermediate_size: int = Field(384, ge=1, description="width of the feed-forward layers, from scratch")
     max_position_embeddings: int = Field(
         512, ge=2, description="context, from scratch", json_schema_extra={"unit": "tokens"}
@@ -93,15 +90,9 @@ class ModelConfig(BaseModel):
         "begins with and what evaluate reads (checkpoints and training stay float32); as_given = as the model of "
         "name_or_path has them; null or float32 = float32",
     )
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="attention kernel"
-    )
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations: less memory, a third more compute"
-    )
-    peft: PeftConfig | None = Field(
-        None, description="train adapters instead of all weights; null = all weights"
-    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more compute")
+    peft: PeftConfig | None = Field(None, description="train adapters instead of all weights; null = all weights")
 
     @field_validator("publish_dtype", mode="before")
     @classmethod
@@ -118,9 +109,7 @@ class DataSource(BaseModel):
         None, description="branch, tag or commit of a Hub dataset; null = main. The commit it stands for is recorded"
     )
     skip: int = Field(0, ge=0, description="pass over the first ones", json_schema_extra={"unit": "records"})
-    limit: int | None = Field(
-        None, ge=1, description="take only so many", json_schema_extra={"unit": "records"}
-    )
+    limit: int | None = Field(None, ge=1, description="take only so many", json_schema_extra={"unit": "records"})
 
 
 _SOURCE = (
@@ -223,9 +212,7 @@ class VllmConfig(BaseModel):
 
 class LaunchConfig(BaseModel):
     model_config = STRICT
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="where to compute; auto = cuda if it is there"
-    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute; auto = cuda if it is there")
     threads: int | None = Field(
         None, ge=1, description="CPU threads of a process; null = all cores, divided among its processes"
     )

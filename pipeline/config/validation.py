@@ -77,11 +77,7 @@ IN_FRONT = (
     "learns vectors that stand before a prompt, which cannot be folded into weights, and a stage publishes weights "
     "that transformers alone can load"
 )
-REFUSED_METHODS = {
-    "prompt_tuning": IN_FRONT,
-    "prefix_tuning": IN_FRONT,
-    "p_tuning": IN_FRONT,
-}
+REFUSED_METHODS = {"prompt_tuning": IN_FRONT, "prefix_tuning": IN_FRONT, "p_tuning": IN_FRONT}
 
 COMMON = {
     "model": ModelConfig,
@@ -118,9 +114,7 @@ def load_experiment(
     return validate_tree(tree, Experiment, checks)
 
 
-def validate_tree(
-    tree: Tree, Experiment: type[BaseModel], checks: Iterable[Callable[[Any], list[str]]] = ()
-) -> Any:
+def validate_tree(tree: Tree, Experiment: type[BaseModel], checks: Iterable[Callable[[Any], list[str]]] = ()) -> Any:
     """The second half of `load_experiment`, for a tree that was read before."""
     lines = list(tree.problems)
     problems = _name_problems(tree.values) + _path_problems(tree.values)
@@ -129,9 +123,7 @@ def validate_tree(
     sections = [name for name, info in Experiment.model_fields.items() if _model_in(info.annotation)]
     try:
         # a section whose lines are all commented out is null in YAML: it means the defaults
-        values = {
-            key: {} if value is None and key in sections else value for key, value in tree.values.items()
-        }
+        values = {key: {} if value is None and key in sections else value for key, value in tree.values.items()}
         # through JSON, where strict types still take a list for a tuple and an int for a float
         experiment = Experiment.model_validate_json(json.dumps(values))
     except ValidationError as error:
@@ -186,18 +178,8 @@ def _resolve(loc: tuple, values: Any, missing: bool) -> tuple:
 def _wish(message: str) -> str:
     message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if message.startswith("Input should be "):
-        wish = (
-            message.removeprefix("Input should be ")
-            .removeprefix("a valid ")
-            .removeprefix("an ")
-            .removeprefix("a ")
-        )
-        words = {
-            "integer": "an integer",
-            "array": "a list",
-            "object": "a mapping",
-            "boolean": "true or false",
-        }
+        wish = message.removeprefix("Input should be ").removeprefix("a valid ").removeprefix("an ").removeprefix("a ")
+        words = {"integer": "an integer", "array": "a list", "object": "a mapping", "boolean": "true or false"}
         nouns = {"string": "a string", "number": "a number", "finite number": "a finite number"}
         return f"should be {(words | nouns).get(wish, wish)}"
     return message[:1].lower() + message[1:]
@@ -214,9 +196,7 @@ def _advice(Experiment: type[BaseModel], path: tuple) -> str:
     homes = [
         dotted((name, key))
         for name, info in Experiment.model_fields.items()
-        if (inner := _model_in(info.annotation)) is not None
-        and key in inner.model_fields
-        and (name,) != path[:-1]
+        if (inner := _model_in(info.annotation)) is not None and key in inner.model_fields and (name,) != path[:-1]
     ]
     if len(path) > 1 and key in Experiment.model_fields:
         homes.insert(0, f"{key} (at the top, in no section)")
@@ -291,9 +271,7 @@ def _path_problems(tree: dict[str, Any]) -> list[tuple[tuple, str]]:
             continue
         if text == "world":
             if kind == "rankings":
-                problems.append(
-                    (where, "the world has no rankings file; null lets the simulated labelers rank")
-                )
+                problems.append((where, "the world has no rankings file; null lets the simulated labelers rank"))
         elif not text or "\0" in text:
             problems.append((where, "is empty; should be world, a path or a Hub id"))
         elif not is_hub_id(text) and not Path(text).expanduser().exists():
@@ -405,14 +383,7 @@ def _default(value: Any) -> str:
 
 def _type_name(annotation: Any) -> str:
     """A type in a user's words: "number or null", "best | last"."""
-    words = {
-        float: "number",
-        int: "integer",
-        str: "text",
-        bool: "true or false",
-        type(None): "null",
-        Any: "anything",
-    }
+    words = {float: "number", int: "integer", str: "text", bool: "true or false", type(None): "null", Any: "anything"}
     origin, args = get_origin(annotation), get_args(annotation)
     if annotation in words:
         return words[annotation]

@@ -89,9 +89,7 @@ def _parse(text: str, at: tuple, where: Callable[[int], str], tree: Tree) -> Any
     return value
 
 
-def _build(
-    event: yaml.Event, events: Iterator[yaml.Event], at: tuple, where: Callable[[int], str], tree: Tree
-) -> Any:
+def _build(event: yaml.Event, events: Iterator[yaml.Event], at: tuple, where: Callable[[int], str], tree: Tree) -> Any:
     """One value from the parser's events: no constructors, so nothing can be constructed."""
     line = where(event.start_mark.line + 1)
     _refuse_extras(event, line, tree)
@@ -108,9 +106,7 @@ def _build(
                 raise UserError(f"{line}: this key is no plain word; should be `key: value`")
             inner = (*at, key.value)
             if key.value in mapping:
-                tree.problems.append(
-                    f"{line}: {dotted(inner)}: stands twice; {tree.origins[inner]} has it already"
-                )
+                tree.problems.append(f"{line}: {dotted(inner)}: stands twice; {tree.origins[inner]} has it already")
             tree.origins[inner] = line
             mapping[key.value] = _build(next(events), events, inner, where, tree)
         return mapping

@@ -44,9 +44,7 @@ def set_environment(tree: dict[str, Any]) -> None:
         modules = os.environ.get("HF_MODULES_CACHE", os.path.join(home, "modules"))
         if not modules.endswith(f"-{rank}"):
             os.environ["HF_MODULES_CACHE"] = f"{modules}-{rank}"
-    launch, tracking = (
-        tree.get(name) if isinstance(tree.get(name), dict) else {} for name in ("launch", "tracking")
-    )
+    launch, tracking = (tree.get(name) if isinstance(tree.get(name), dict) else {} for name in ("launch", "tracking"))
     wandb = tracking.get("wandb")
     os.environ["WANDB_MODE"] = wandb if wandb in ("online", "offline") else "disabled"
     if launch.get("device") == "cpu":
@@ -73,9 +71,7 @@ def prepare(experiment: Any) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' words to each other
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if experiment.launch.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "launch.device: cuda, and torch sees no GPU; use auto or cpu, or install a CUDA build of torch"
-        )
+        raise UserError("launch.device: cuda, and torch sees no GPU; use auto or cpu, or install a CUDA build of torch")
 
 
 def facts() -> dict[str, Any]:
@@ -83,11 +79,7 @@ def facts() -> dict[str, Any]:
     import torch
 
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
-    return {
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "threads": torch.get_num_threads(),
-        "device": device,
-    }
+    return {"world_size": int(os.environ.get("WORLD_SIZE", "1")), "threads": torch.get_num_threads(), "device": device}
 
 
 def hardware() -> dict[str, Any]:

@@ -50,10 +50,7 @@ def share(items: Sequence[Item], costs: Sequence[float]) -> list[Item]:
 
 
 def spread(
-    items: Sequence[Item],
-    costs: Sequence[float],
-    compute: Callable[[list[Item]], Sequence[Found]],
-    idle: bool = False,
+    items: Sequence[Item], costs: Sequence[float], compute: Callable[[list[Item]], Sequence[Found]], idle: bool = False
 ) -> list[Found]:
     """compute(this process's share) → a result an item; → the results of all items, in their order, everywhere. idle:
     compute is also called for a share of nothing."""

@@ -114,9 +114,7 @@ class ArtifactStore:
     def size(self, stage: str) -> int:
         """Bytes on disk, checkpoints included."""
         return sum(
-            os.lstat(Path(parent, name)).st_size
-            for parent, _, names in os.walk(self.folder(stage))
-            for name in names
+            os.lstat(Path(parent, name)).st_size for parent, _, names in os.walk(self.folder(stage)) for name in names
         )
 
     # -- one writer --------------------------------------------------------------------------------------

@@ -77,11 +77,7 @@ class CheckpointStore:
         files.require_space(self.folder, needed)
 
     def save(
-        self,
-        step: int,
-        tensors: dict[str, dict[str, "Tensor"]],
-        state: dict[str, Any],
-        total: int | None = None,
+        self, step: int, tensors: dict[str, dict[str, "Tensor"]], state: dict[str, Any], total: int | None = None
     ) -> Path:
         """Saves named groups of tensors and a JSON state after `step` steps of `total`; returns the
         checkpoint's folder."""
@@ -250,9 +246,7 @@ def load_optimizer(optimizer: "Optimizer", tensors: dict[str, "Tensor"], saved: 
     misfit = lambda what: UserError(f"checkpoint: {what}; start again with --restart")  # noqa: E731
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     today = optimizer.state_dict()["param_groups"]
-    sizes, saved_sizes = (
-        [len(group["params"]) for group in groups] for groups in (today, saved["param_groups"])
-    )
+    sizes, saved_sizes = ([len(group["params"]) for group in groups] for groups in (today, saved["param_groups"]))
     if sizes != saved_sizes:
         raise misfit(f"the optimizer's groups hold {sizes} parameters, the checkpoint's {saved_sizes}")
     state: dict[int, dict[str, Any]] = {}
@@ -269,10 +263,7 @@ def load_optimizer(optimizer: "Optimizer", tensors: dict[str, "Tensor"], saved: 
             raise misfit(f"optimizer options differ: {sorted(set(group) ^ set(saved_group))}")
         # JSON has no tuples: betas come back as a list
         groups.append(
-            {
-                name: tuple(value) if isinstance(group[name], tuple) else value
-                for name, value in saved_group.items()
-            }
+            {name: tuple(value) if isinstance(group[name], tuple) else value for name, value in saved_group.items()}
         )
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

@@ -139,9 +139,7 @@ def list_files(folder: Path) -> list[str]:
     neither can be published or verified."""
     found = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.is_symlink() or not (
-            entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)
-        ):
+        if entry.is_symlink() or not (entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)):
             raise UserError(f"{entry.path}: is a link or a special file; an artifact holds plain files only")
         if entry.is_dir(follow_symlinks=False):
             found += [f"{entry.name}/{name}" for name in list_files(Path(entry.path))]
@@ -151,10 +149,7 @@ def list_files(folder: Path) -> list[str]:
 
 
 def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    return {
-        name: {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size}
-        for name in names
-    }
+    return {name: {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
 
 
 def check_files(folder: Path, expected: dict[str, dict[str, Any]]) -> list[str]:

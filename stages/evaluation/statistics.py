@@ -170,9 +170,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return (counts.cumsum() - (counts - 1) / 2)[index]
 
 
-def _left_out_interval(
-    statistic: Callable[[np.ndarray], float], clusters: Sequence[Hashable]
-) -> list[float] | None:
+def _left_out_interval(statistic: Callable[[np.ndarray], float], clusters: Sequence[Hashable]) -> list[float] | None:
     """Return the jackknife interval of any statistic of the observations.
 
     Args:

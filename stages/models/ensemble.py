@@ -2,14 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from stages.models.ensemble_folder import How, others_of
 from stages.models.loading import load_scalar_model
-
-How = Literal["mean", "min"]
 
 
 class Ensemble(nn.Module):
@@ -35,9 +33,3 @@ def load_reward_model(folder: Path, how: How, load: Callable = load_scalar_model
     **options) → one of them."""
     first, rest = load(folder, **options), others_of(folder)
     return Ensemble([first, *(load(path, **options) for path in rest)], how) if rest else first
-
-
-def others_of(folder: Path) -> list[Path]:
-    """The other models of the ensemble whose first one is `folder`: ensemble/1, … beside it."""
-    numbered = (path for path in (Path(folder).parent / "ensemble").glob("*") if path.name.isdecimal())
-    return sorted(numbered, key=lambda path: int(path.name))

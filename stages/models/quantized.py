@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pipeline.errors import UserError
+from stages.models.packages import MISSING
 
 BLOCK, SCALES = 64, 256  # weights that share a scale, and scales that share one, as in the paper
 
@@ -102,12 +103,6 @@ def dequantize(model) -> None:
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         linear.weight, linear.bias = nn.Parameter(layer.dequantized(), requires_grad=False), layer.bias
         model.set_submodule(name, linear.train(layer.training))
-
-
-MISSING = (
-    "model.peft.method: qlora needs the package bitsandbytes, which is not installed; "
-    "for that: .venv/bin/pip install -e '.[qlora]'"
-)
 
 
 def library():

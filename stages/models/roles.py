@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 
 from pipeline.errors import UserError
 from stages.models.adapters import is_adapted, load_on_trunk, plain, share_frozen, with_adapter
-from stages.models.ensemble import How, load_reward_model
+from stages.models.ensemble import load_reward_model
+from stages.models.ensemble_folder import How
 from stages.models.forward import head_is_linear
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, same_tokenizer
 from stages.models.packing import can_pack

@@ -10,14 +10,7 @@ import torch
 
 from data.agreement import probe, remedy
 from data.encode import DOCUMENT_END, DOCUMENT_ENDS, document_end, end_of_turn, render
-from data.template_text import (
-    MOMENTS,
-    asks_for_the_day,
-    at_moment,
-    own_variables,
-    unread_variables,
-    with_variables,
-)
+from data.template_text import MOMENTS, asks_for_the_day, at_moment, own_variables, unread_variables, with_variables
 from data.templates import is_foreign
 from pipeline.errors import UserError
 from stages.models.remote_code import is_remote

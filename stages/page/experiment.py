@@ -12,8 +12,8 @@ from typing import Any, get_args
 from stages.page.svg import graph
 from stages.page.table import Cell, Table, dense
 from stages.page.words import NONE, duration, fixed, moment
+from stages.settings.report import STAGES
 
-STAGES = ("world", "base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate")
 KINDS = ("documents", "demonstrations", "prompts", "evaluation_prompts", "rankings")
 SHAPE = {"hidden_size": "width {}", "num_hidden_layers": "{} layers", "num_attention_heads": "{} heads",
          "vocab_size": "at most {} token ids", "max_position_embeddings": "context of {} tokens"}  # fmt: skip

@@ -226,12 +226,7 @@ def ppo(journal: Journal) -> list[Figure]:
     figures = []
     for title, unit, log_y, lines, caption in PPO:
         drawn = [
-            (
-                series(journal.metrics, metric, "episode"),
-                series(looks, held, "episode") if held else [],
-                tone,
-                name,
-            )
+            (series(journal.metrics, metric, "episode"), series(looks, held, "episode") if held else [], tone, name)
             for metric, held, tone, name in lines
         ]
         drawn = [d for d in drawn if any(y is not None for _, y in d[0])]

@@ -6,7 +6,6 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from pipeline.config.validation import STRICT
-from pipeline.launch.processes import place_in_environment
 
 TooLong = Literal["error", "drop", "truncate"]
 Schedule = Literal["constant", "linear", "cosine", "cosine_with_min_lr"]
@@ -35,36 +34,6 @@ def too_long_prompt():
     return setting(
         "error", "what happens to a prompt that leaves no room for response_length; truncate means drop, none is cut"
     )
-
-
-def over_context(experiment, stage: str, *lengths: str) -> list[str]:
-    """Lines for lengths over the context of a model from scratch (a pretrained one's is known when it is loaded)."""
-    if experiment.model.name_or_path is not None:
-        return []
-    context, config = experiment.model.max_position_embeddings, getattr(experiment, stage)
-    return [
-        f"{stage}.{key}: {getattr(config, key)} is over the context {context} of the model; lower it, or raise "
-        f"model.max_position_embeddings"
-        for key in ("max_length", *lengths)
-        if getattr(config, key) > context
-    ]
-
-
-def no_room(experiment, stage: str) -> list[str]:
-    """A line if response_length leaves no room for a prompt."""
-    c = getattr(experiment, stage)
-    what = (
-        f"{c.response_length} leaves no room for a prompt in {stage}.max_length {c.max_length}; lower "
-        f"{stage}.response_length or raise {stage}.max_length"
-    )
-    return [f"{stage}.response_length: {what}"] if c.response_length >= c.max_length else []
-
-
-def reward_models(experiment) -> list[str]:
-    """Return the folders of the models that rm trains, in their order: model, ensemble/1, …, held_out/model."""
-    c = experiment.rm
-    held_out = experiment.data.rankings is not None if c.held_out is None else c.held_out
-    return ["model", *(f"ensemble/{k}" for k in range(1, c.ensemble)), *["held_out/model"] * held_out]
 
 
 class Training(Section):
@@ -111,19 +80,6 @@ def batch_of_each(size: int, accumulated: int, processes: int) -> tuple[int, int
     if size % (processes // fewer):
         raise ValueError(f"{size} × {accumulated} rows are no even share for {processes} processes")
     return size // (processes // fewer), accumulated // fewer
-
-
-def uneven(experiment, stage: str) -> list[str]:
-    """A line if `launch.processes` cannot share the batch of a stage that trains on text."""
-    c = getattr(experiment, stage)
-    processes = max(experiment.launch.processes * experiment.launch.nodes, place_in_environment()[1])
-    try:
-        batch_of_each(c.per_device_train_batch_size, c.gradient_accumulation_steps, processes)
-    except ValueError:
-        what = f"{c.per_device_train_batch_size} times gradient_accumulation_steps {c.gradient_accumulation_steps}"
-        return [f"{stage}.per_device_train_batch_size: {what} cannot be shared by {processes} processes; make one of "
-                f"them a multiple of that"]  # fmt: skip
-    return []
 
 
 def total_steps(config: Training, rows: int) -> int:

@@ -8,7 +8,7 @@ from pipeline.stage import StageRun
 from pipeline.store.files import free_bytes, human_bytes
 from stages.models.adalora import triplets_of
 from stages.models.adapters import is_adapted, plain, trainable
-from stages.shared.inputs import publish_dtype
+from stages.shared.publishing import publish_dtype
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from stages.shared.inputs import context_of, device_of, dtype_of
+from stages.settings.checks import context_of
+from stages.shared.runtime import device_of, dtype_of
 
 POLICIES = ("base", "sft", "ppo", "dpo")
 COLOURS = ("blue", "dark_orange3", "medium_purple", "green")

@@ -103,7 +103,7 @@ def plan_memory(experiment, console=None, trust_remote_code: bool = False) -> in
     from rich.console import Console
     from rich.table import Table
 
-    from stages.shared.inputs import device_of
+    from stages.shared.runtime import device_of
     from stages.tools.memory import of_experiment
 
     console, here, device = console or Console(), torch.cuda.is_available(), device_of(experiment)
@@ -288,7 +288,7 @@ def storage(artifacts: str | Path) -> Iterator[Line]:
 def config(experiment) -> Iterator[Line]:
     """The experiment as it was validated, and where its model and data come from."""
     from pipeline.config.validation import is_hub_id
-    from stages.shared.inputs import unreadable
+    from stages.settings.checks import unreadable
 
     if experiment is None:
         yield Line(NOTE, "experiment", "none was named", "`rlhf doctor -c configs/tiny.yaml` looks at one")
@@ -420,7 +420,7 @@ def vllm(python: str) -> Line:
     except (OSError, subprocess.TimeoutExpired):
         found = ""
     if not found:
-        from stages.ppo.sampling import ENVIRONMENT
+        from stages.settings.rollout import ENVIRONMENT
 
         return Line(BAD, "vLLM", f"{python} has none", ENVIRONMENT)
     return Line(GOOD, "vLLM", f"{found} (samples for ppo)")

@@ -23,7 +23,7 @@ from data.groups import Rows, make_rows
 from pipeline.config.sections import local_folder
 from pipeline.errors import UserError
 from stages.models.adapters import is_adapted, plain, share_frozen, trainable, with_adapter
-from stages.models.ensemble import others_of
+from stages.models.ensemble_folder import others_of
 from stages.models.families import has_family_class, name_trunk, scalar_class, weightless_causal
 from stages.models.head import CHUNK, head_logprobs
 from stages.models.loading import packaged_gguf, score_head, scratch_config, without_dropout
@@ -35,8 +35,9 @@ from stages.models.roles import most_tokens
 from stages.models.sharding import layers_of
 from stages.objectives.logprobs import token_logprobs
 from stages.rollouts.collect import in_micro_batches
-from stages.settings.training import Section, batch_of_each, reward_models
-from stages.shared.inputs import adapter_settings, dtype_of
+from stages.settings.checks import reward_models
+from stages.settings.training import Section, batch_of_each
+from stages.shared.runtime import adapter_settings, dtype_of
 from stages.training.loop import make_trainee
 from stages.training.text import SMALL_VOCABULARY
 
@@ -391,7 +392,7 @@ def sharers(experiment) -> int:
 
 
 def dtype_for(experiment, device: str) -> str:
-    """"auto" on a GPU that is not here is bfloat16."""
+    """ "auto" on a GPU that is not here is bfloat16."""
     if experiment.model.dtype == "auto" and device == "cuda" and not torch.cuda.is_available():
         return "bfloat16"
     return dtype_of(experiment)

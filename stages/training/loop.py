@@ -343,9 +343,7 @@ def refuse_shorter(ctx: StageRun, step: int, total: int) -> None:
         )
 
 
-def pause_if_asked(
-    ctx: StageRun, step: int, total: int, save: Callable[[], None], together: bool = False
-) -> None:
+def pause_if_asked(ctx: StageRun, step: int, total: int, save: Callable[[], None], together: bool = False) -> None:
     """If a signal asked to stop: save what `step` steps have come to, and leave with Interrupted (exit 75). together:
     all processes are here, and all leave: each holds a part of what is saved."""
     if asked_to_stop(ctx, together):

@@ -25,7 +25,7 @@ from stages.models.sharding import full, is_sharded, made_by_first, publishable,
 from stages.objectives.losses import language_model_loss
 from stages.settings.training import batch_of_each
 from stages.shared.disk import say_written
-from stages.shared.inputs import is_sharding
+from stages.shared.runtime import is_sharding
 from stages.training.loop import (
     Best,
     Trainee,

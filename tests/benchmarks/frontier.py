@@ -212,7 +212,7 @@ def reading(gold: dict, score: dict) -> str:
     """Say in words what the differences in gold and in score, further from SFT less nearer, tell."""
     (gold_low, gold_high), (score_low, score_high) = gold["ci95"], score["ci95"]
     rises, falls = score_low > 0, score_high < 0
-    if -SAME <= gold_low and gold_high <= SAME:
+    if gold_low >= -SAME and gold_high <= SAME:
         return f"gold is flat (within ±{SAME})" + " while the score rises" * rises + " while the score falls" * falls
     if gold_high < 0:
         if rises:

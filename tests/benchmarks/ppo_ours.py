@@ -14,6 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+from stages.settings import ppo as ppo_settings
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
@@ -88,7 +90,7 @@ class Ours:
 
     def setup(self, *, options: dict, eos_id: int) -> dict:
         """Settings of stages/ppo/run.py (what they leave out keeps its default) and fresh optimizers."""
-        config = ppo.Config(**options)
+        config = ppo_settings.Config(**options)
         experiment = SimpleNamespace(model=SimpleNamespace(dtype=self.dtype))
         tracker = SimpleNamespace(say=lambda line: print(line, file=sys.stderr))
         self.ctx = SimpleNamespace(config=config, seed=0, stage="ppo", experiment=experiment, tracker=tracker)
@@ -256,5 +258,17 @@ class Ours:
 
 if __name__ == "__main__":
     ours = Ours()
-    names = "hello craft load setup update sft_cost decode ceilings preflight compare compare_decoding".split()
+    names = [
+        "hello",
+        "craft",
+        "load",
+        "setup",
+        "update",
+        "sft_cost",
+        "decode",
+        "ceilings",
+        "preflight",
+        "compare",
+        "compare_decoding",
+    ]
     serve({name: getattr(ours, name) for name in names})

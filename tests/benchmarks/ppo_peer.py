@@ -358,7 +358,17 @@ def parity(file: Path) -> None:
             },
         )
         rollout, gradients, rest = peer.capture(PROMPTS, RESPONSES)
-        said = "logprobs ref_logprobs values scores kl rewards advantages_before advantages returns".split()
+        said = [
+            "logprobs",
+            "ref_logprobs",
+            "values",
+            "scores",
+            "kl",
+            "rewards",
+            "advantages_before",
+            "advantages",
+            "returns",
+        ]
         rollout = {k: rollout[k] for k in said}
         names = ("policy/clipfrac_avg", "val/clipfrac_avg", "loss/policy_avg", "loss/value_avg")
         cases.append(

@@ -11,6 +11,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from stages.settings import dpo as dpo_settings
+from stages.settings import rm as rm_settings
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
@@ -36,7 +39,7 @@ class Ours:
 
     def __init__(self, bench: str):
         self.bench, self.phases, self.tokens = bench, Phases(), 0
-        self.settings = rm.Config() if bench == "rm" else dpo.Config()
+        self.settings = rm_settings.Config() if bench == "rm" else dpo_settings.Config()
 
     def hello(self) -> dict:
         return versions("torch", "transformers", "accelerate") | {"threads": torch.get_num_threads()}

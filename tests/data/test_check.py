@@ -142,11 +142,7 @@ ROWS += [{"prompt": "p" * 30, "completion": "c"}]
 
 @pytest.mark.parametrize(
     "on_too_long, text",
-    [
-        ("drop", "3 dropped"),
-        ("truncate", "2 lose their end and EOS, 1 dropped (no room)"),
-        ("error", "3 refused"),
-    ],
+    [("drop", "3 dropped"), ("truncate", "2 lose their end and EOS, 1 dropped (no room)"), ("error", "3 refused")],
 )
 def test_what_is_too_long_is_what_training_would_find(tmp_path, on_too_long, text):
     path = written(tmp_path, *ROWS)

@@ -27,9 +27,7 @@ def _config(kind, **options):
     }  # wide, so that every token's context shows in the numbers
     if kind == "gpt2":
         calm = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-        return GPT2Config(
-            **{"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, **calm, **ids, **options}
-        )
+        return GPT2Config(**{"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, **calm, **ids, **options})
     shape = {
         "hidden_size": 16,
         "num_hidden_layers": 2,
@@ -91,6 +89,4 @@ def rows():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return train_tokenizer(
-        ["the fox is red .", "what color is the fox ?", "say hello twice ."] * 3, vocab_size=300
-    )
+    return train_tokenizer(["the fox is red .", "what color is the fox ?", "say hello twice ."] * 3, vocab_size=300)

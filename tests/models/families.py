@@ -128,7 +128,10 @@ FAMILIES = {
 
 # -- building --------------------------------------------------------------------------------------------
 
-COLORS, THINGS = "red blue green white black grey".split(), "fox bird boat lamp tree stone river cloud".split()
+COLORS, THINGS = (
+    ["red", "blue", "green", "white", "black", "grey"],
+    ["fox", "bird", "boat", "lamp", "tree", "stone", "river", "cloud"],
+)
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -24,9 +24,7 @@ from stages.models.loading import (
     same_tokenizer,
     save_model,
 )
-from stages.models.loading import (
-    load_pretrained as load_as_given,
-)
+from stages.models.loading import load_pretrained as load_as_given
 from stages.models.remote_code import scalar_problem, write_scalar_head
 from stages.models.same_tokenizer import fit_rows
 from stages.models.tokens import settle_tokens

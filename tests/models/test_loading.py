@@ -51,13 +51,7 @@ class TestPolicy:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         names = {p.name for p in policy_folder.iterdir()}
-        assert {
-            "model.safetensors",
-            "config.json",
-            "generation_config.json",
-            "tokenizer.json",
-            "README.md",
-        } <= names
+        assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md"} <= names
         assert not [n for n in names if n.endswith((".bin", ".pt", ".pkl"))]
         model = AutoModelForCausalLM.from_pretrained(policy_folder)
         assert model.generation_config.eos_token_id == tokenizer.eos_token_id
@@ -230,11 +224,7 @@ def test_from_scratch_gives_the_same_weights_for_the_same_seed(tokenizer):
     one, same, other = (from_scratch(tokenizer, **shape, seed=s) for s in (1, 1, 2))
     equal(one.lm_head.weight, same.lm_head.weight)
     assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
-    assert (
-        one.lm_head.weight is one.model.embed_tokens.weight
-        and one.dtype == torch.float32
-        and not one.training
-    )
+    assert one.lm_head.weight is one.model.embed_tokens.weight and one.dtype == torch.float32 and not one.training
     assert one.config.vocab_size == len(tokenizer) and one.config.eos_token_id == tokenizer.eos_token_id
 
 

@@ -100,9 +100,11 @@ def test_both_ways_of_attention_are_one(causal, kind, monkeypatch):
 def test_short_spans_are_gathered_into_rows(causal, monkeypatch):
     """By the mean of a row's spans: a prompt with one response is one span, with more it is one span more."""
     monkeypatch.setattr(packing, "SHORT", 8)
-    short = lambda prompts, responses: packing.trunk_options(make_rows(prompts, responses, 0, packed=True))[  # noqa: E731
-        "packing"
-    ].short
+    short = lambda prompts, responses: (
+        packing.trunk_options(make_rows(prompts, responses, 0, packed=True))[  # noqa: E731
+            "packing"
+        ].short
+    )
     assert not short([[3] * 4], [[5] * 4]) and short([[3] * 4], [[5] * 3])
     assert not short([[3] * 8] * 2, [[5] * 8] * 2) and short([[3] * 8] * 2, [[5] * 8, [5] * 7])
     long_one_among_many = [[3] * 60, *([i] for i in range(4, 24))], [[5]] * 21

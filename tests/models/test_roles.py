@@ -18,6 +18,7 @@ from stages.ppo import run as ppo
 from stages.rollouts.collect import reference_logprobs
 from stages.rollouts.rollout import Rollout
 from stages.rollouts.transformers import sample
+from stages.settings import ppo as ppo_settings
 
 LORA = PeftConfig(method="lora", r=4, lora_alpha=8)
 QLORA = [PeftConfig(method="qlora", r=4, lora_alpha=8, bits=bits) for bits in (4, 8)]
@@ -30,18 +31,13 @@ ON_A_TRUNK = [LORA, ADALORA, *(pytest.param(peft, marks=NOT_HERE) for peft in QL
 def context(tmp_path, causal, scalar, tokenizer):
     """context(peft, gradient_checkpointing) → what load_roles needs of a StageRun, with artifacts on disk."""
     save_model(causal("llama", vocab_size=len(tokenizer)), tokenizer, tmp_path / "sft" / "model", card="")
-    save_model(
-        scalar("llama", seed=1, vocab_size=len(tokenizer)), tokenizer, tmp_path / "rm" / "model", card=""
-    )
+    save_model(scalar("llama", seed=1, vocab_size=len(tokenizer)), tokenizer, tmp_path / "rm" / "model", card="")
 
     def build(peft=None, gradient_checkpointing=False):
         model = SimpleNamespace(
-            dtype="float32",
-            attn_implementation="sdpa",
-            peft=peft,
-            gradient_checkpointing=gradient_checkpointing,
+            dtype="float32", attn_implementation="sdpa", peft=peft, gradient_checkpointing=gradient_checkpointing
         )
-        config = ppo.Config(max_length=64, response_length=16, ptx_length=32)
+        config = ppo_settings.Config(max_length=64, response_length=16, ptx_length=32)
         return SimpleNamespace(
             confirm_folders=lambda: None,
             stage="ppo",
@@ -74,9 +70,7 @@ def test_they_start_as_sft_and_reward_model(context, rows):
     for one, other in ((roles.policy, roles.ref_policy), (roles.value_model, roles.reward_model)):
         for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
             assert torch.equal(p, q) and p.data_ptr() != q.data_ptr(), name
-    torch.testing.assert_close(
-        response_values(roles.value_model, rows), response_values(roles.reward_model, rows)
-    )
+    torch.testing.assert_close(response_values(roles.value_model, rows), response_values(roles.reward_model, rows))
 
 
 def test_with_adapters_the_reference_costs_no_model(context, rows):
@@ -179,9 +173,7 @@ def test_another_reward_model_keeps_a_trunk_of_its_own(adapted, tmp_path):
 
 def test_a_reward_model_of_another_tokenizer_is_refused(context, tmp_path):
     ctx = context()
-    train_tokenizer(["other words", "entirely"] * 3, vocab_size=290).save_pretrained(
-        tmp_path / "rm" / "model"
-    )
+    train_tokenizer(["other words", "entirely"] * 3, vocab_size=290).save_pretrained(tmp_path / "rm" / "model")
     with pytest.raises(UserError, match="tokenizer"):
         ppo.load(ctx)
 
@@ -195,9 +187,7 @@ def test_gradient_checkpointing_recomputes_layers_and_changes_no_gradient(contex
         ctx = context(peft, asked)
         roles, calls = ppo.load(ctx), []
         models = roles.policy, roles.value_model
-        for layer in (
-            m for model in models for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"
-        ):
+        for layer in (m for model in models for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"):
             layer.input_layernorm.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         old = response_logprobs(roles.policy, rows).detach()
         calls.clear()
@@ -212,14 +202,7 @@ def test_gradient_checkpointing_does_not_disturb_sampling(context):
     """Checkpointing and the key-value cache exclude each other in transformers; the sampler needs its
     cache."""
     drawn = [
-        sample(
-            ppo.load(context(None, asked)).policy,
-            [[5, 9], [7]],
-            [1, 2],
-            response_length=6,
-            eos_id=1,
-            pad_id=0,
-        )
+        sample(ppo.load(context(None, asked)).policy, [[5, 9], [7]], [1, 2], response_length=6, eos_id=1, pad_id=0)
         for asked in (False, True)
     ]
     assert drawn[0] == drawn[1]

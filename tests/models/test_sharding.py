@@ -75,12 +75,7 @@ def _run(check, args, place):
 
 def make(family, tied=True, scalar=False, size=61):
     """A tiny model, the same in every process."""
-    from transformers import (
-        GPT2Config,
-        GPT2ForSequenceClassification,
-        GPT2LMHeadModel,
-        LlamaForSequenceClassification,
-    )
+    from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, LlamaForSequenceClassification
 
     torch.manual_seed(0)
     more = {"vocab_size": size, "pad_token_id": 0, "eos_token_id": 1, "num_labels": 1, "tie_word_embeddings": tied}

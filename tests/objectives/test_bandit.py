@@ -12,6 +12,7 @@ from stages.models.roles import Roles
 from stages.objectives.advantages import gae
 from stages.objectives.rewards import kl_per_token, token_rewards
 from stages.ppo import run as ppo
+from stages.settings import ppo as ppo_settings
 from stages.training.loop import Average, Skips, make_trainee
 
 PAD, EOS = 0, 1
@@ -52,7 +53,7 @@ def test_ppo_reaches_the_closed_form_optimum(rewards, beta, monkeypatch):
     roles = Roles(policy, reference, None, value, tokenizer, accelerator, packed=True)
     table = torch.tensor(rewards)
     monkeypatch.setattr("stages.rollouts.collect.response_scores", lambda model, rows: table[rows.responses[:, 0]])
-    c = ppo.Config(
+    c = ppo_settings.Config(
         batch_size=128, mini_batch_size=64, per_device_train_batch_size=64, samples_per_prompt=64, response_length=1,
         max_length=8, kl_coef=beta, missing_eos_score=None, ptx_coef=0, total_episodes=128 * UPDATES,
     )  # fmt: skip

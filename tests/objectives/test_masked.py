@@ -34,9 +34,7 @@ def test_whitening_is_numpys_with_the_biased_variance(x, mask):
     flat = picked(x, mask)
     white = (flat - flat.mean()) / np.sqrt(flat.var() + 1e-8)  # np.var divides by n
     np.testing.assert_allclose(picked(masked_whiten(x, mask), mask), white, rtol=1e-12)
-    np.testing.assert_allclose(
-        picked(masked_whiten(x, mask, shift_mean=False), mask), white + flat.mean(), rtol=1e-12
-    )
+    np.testing.assert_allclose(picked(masked_whiten(x, mask, shift_mean=False), mask), white + flat.mean(), rtol=1e-12)
 
 
 def test_whitening_gives_zero_outside_the_mask(x, mask):

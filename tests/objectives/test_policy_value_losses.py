@@ -60,8 +60,7 @@ def value_by_hand(values, old, returns, count):
 
 
 @pytest.mark.parametrize(
-    "function, by_hand, given",
-    [(policy_loss, policy_by_hand, "ratios"), (value_loss, value_by_hand, "predictions")],
+    "function, by_hand, given", [(policy_loss, policy_by_hand, "ratios"), (value_loss, value_by_hand, "predictions")]
 )
 class TestBoth:
     def test_equals_a_loop_over_the_equation(self, function, by_hand, given, mask, request):
@@ -89,31 +88,23 @@ class TestBoth:
         clean = request.getfixturevalue(given)
         dirty = [torch.where(mask, x, torch.nan) for x in clean]
         loss, gradient = gradient_of(lambda x: function(x, *clean[1:], mask, EPS, 12)[0], clean[0])
-        poisoned_loss, poisoned_gradient = gradient_of(
-            lambda x: function(x, *dirty[1:], mask, EPS, 12)[0], dirty[0]
-        )
+        poisoned_loss, poisoned_gradient = gradient_of(lambda x: function(x, *dirty[1:], mask, EPS, 12)[0], dirty[0])
         assert poisoned_loss == loss
         torch.testing.assert_close(poisoned_gradient, gradient, rtol=0, atol=0)
         sums = [function(*data, mask, EPS, 12)[1] for data in (clean, dirty)]
         assert sums[0] == sums[1]
 
-    def test_infinity_under_the_mask_changes_nothing_either(
-        self, function, by_hand, given, mask, request, gradient_of
-    ):
+    def test_infinity_under_the_mask_changes_nothing_either(self, function, by_hand, given, mask, request, gradient_of):
         """exp(∞) under the mask must not reach the gradient as ∞ · 0."""
         clean = request.getfixturevalue(given)
         dirty = torch.where(mask, clean[0], torch.inf)
         loss, gradient = gradient_of(lambda x: function(x, *clean[1:], mask, EPS, 12)[0], clean[0])
-        poisoned_loss, poisoned_gradient = gradient_of(
-            lambda x: function(x, *clean[1:], mask, EPS, 12)[0], dirty
-        )
+        poisoned_loss, poisoned_gradient = gradient_of(lambda x: function(x, *clean[1:], mask, EPS, 12)[0], dirty)
         assert poisoned_loss == loss
         torch.testing.assert_close(poisoned_gradient, gradient, rtol=0, atol=0)
 
     @pytest.mark.parametrize("size", [1, 3])
-    def test_micro_batches_add_up_to_the_whole(
-        self, function, by_hand, given, mask, request, gradient_of, size
-    ):
+    def test_micro_batches_add_up_to_the_whole(self, function, by_hand, given, mask, request, gradient_of, size):
         """Σ over micro-batches of loss and gradient, each divided by the minibatch's count, is the
         whole's."""
         new, *rest = request.getfixturevalue(given)
@@ -152,9 +143,7 @@ def test_the_clip_stops_the_gradient_only_where_more_would_be_gained():
 def test_an_enormous_ratio_stays_finite():
     """Float32 log-ratio of 60 with a positive advantage: clipped, its gradient 0."""
     logprobs = torch.tensor([[60.0]], requires_grad=True)
-    loss, _ = policy_loss(
-        logprobs, torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), 0.2, 1
-    )
+    loss, _ = policy_loss(logprobs, torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), 0.2, 1)
     loss.backward()
     assert loss.item() == pytest.approx(-1.2) and logprobs.grad.item() == 0
 
@@ -193,12 +182,7 @@ class TestBandit:
             advantages = self.reward[arms] - self.reward[arms].mean()
             logprobs = theta.log_softmax(-1)[arms].view(-1, 1)
             loss, _ = policy_loss(
-                logprobs,
-                logprobs.detach(),
-                advantages.view(-1, 1),
-                torch.ones(64, 1, dtype=torch.bool),
-                0.2,
-                64,
+                logprobs, logprobs.detach(), advantages.view(-1, 1), torch.ones(64, 1, dtype=torch.bool), 0.2, 64
             )
             theta = theta.detach() - torch.autograd.grad(loss, theta)[0]
         assert theta.softmax(-1)[1] > 0.8
@@ -230,9 +214,7 @@ class TestLanguageModelLoss:
     def test_nan_where_there_is_no_label_changes_neither_loss_nor_gradient(self, logits, gradient_of):
         dirty = torch.where((self.labels != -100)[..., None], logits, torch.nan)
         loss, gradient = gradient_of(lambda x: language_model_loss(x, self.labels, 7), logits)
-        poisoned_loss, poisoned_gradient = gradient_of(
-            lambda x: language_model_loss(x, self.labels, 7), dirty
-        )
+        poisoned_loss, poisoned_gradient = gradient_of(lambda x: language_model_loss(x, self.labels, 7), dirty)
         assert poisoned_loss == loss
         torch.testing.assert_close(poisoned_gradient, gradient, rtol=0, atol=0)
 

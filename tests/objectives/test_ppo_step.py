@@ -17,13 +17,12 @@ from stages.models.roles import Roles
 from stages.ppo import run as ppo
 from stages.rollouts import collect
 from stages.rollouts.collect import reference_logprobs
+from stages.settings import ppo as ppo_settings
 from stages.training.loop import Average, Skips, make_trainee
 
 PAD, EOS, VOCAB = 0, 1, 24
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 19, 12, 6], [11, 4]]
-ACCELERATOR = SimpleNamespace(
-    device=torch.device("cpu"), autocast=nullcontext, backward=lambda loss: loss.backward()
-)
+ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext, backward=lambda loss: loss.backward())
 CLOSE = {"rtol": 2e-3, "atol": 2e-6}  # fp32 models: log-probs are taken in fp32
 
 
@@ -42,7 +41,7 @@ def config(**changed):
         "value_learning_rate": 1e-2,
         "max_grad_norm": 1e9,
     }
-    return ppo.Config(**{**small, **changed})
+    return ppo_settings.Config(**{**small, **changed})
 
 
 def context(**changed):
@@ -151,9 +150,7 @@ def clear(*models):
 def assert_close(one, other, **tolerance):
     assert set(one) == set(other) and one
     for name in one:
-        torch.testing.assert_close(
-            one[name], other[name], **(tolerance or CLOSE), msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(one[name], other[name], **(tolerance or CLOSE), msg=lambda m, n=name: f"{n}: {m}")
 
 
 class TestRollout:
@@ -166,9 +163,7 @@ class TestRollout:
             with torch.no_grad():
                 logp = roles.policy(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[-n:, 0]
                 torch.testing.assert_close(rollout.logprobs[b, :n], logp, rtol=1e-4, atol=1e-5)
-                values = [
-                    at_last_token(roles.value_model, ids[:, : ids.shape[1] - n + t]) - 0.1 for t in range(n)
-                ]
+                values = [at_last_token(roles.value_model, ids[:, : ids.shape[1] - n + t]) - 0.1 for t in range(n)]
                 score = at_last_token(roles.reward_model, ids) - 0.3
             torch.testing.assert_close(rollout.values[b, :n], torch.tensor(values), rtol=1e-3, atol=1e-4)
             finished = ids[0, -1].item() == EOS
@@ -373,9 +368,7 @@ class TestUpdate:
         assert_close(found[1], weights(own[0]), rtol=0, atol=2e-5)
         assert_close(found[2], weights(own[1]), rtol=0, atol=2e-5)
 
-    def test_every_epoch_takes_one_step_a_minibatch_over_every_row_once(
-        self, roles, rollout, targets, monkeypatch
-    ):
+    def test_every_epoch_takes_one_step_a_minibatch_over_every_row_once(self, roles, rollout, targets, monkeypatch):
         """8 episodes, minibatches of 2, 3 epochs: 12 steps of each optimizer, each row three times."""
         seen, taken = [], []
         true_gradients, true_step = ppo.ppo_gradients, ppo.optimizer_step
@@ -482,14 +475,7 @@ class TestUpdate:
             rollout = replace(rollout, responses=forced, logprobs=old, ref_logprobs=old, values=torch.zeros(8, 1))
             reward = (torch.tensor(forced) == arm).float()
             ppo.update(
-                ctx,
-                roles,
-                *trainees,
-                rollout,
-                reward - reward.mean(),
-                reward,
-                **RATES | {"step": step},
-                **WITHOUT,
+                ctx, roles, *trainees, rollout, reward - reward.mean(), reward, **RATES | {"step": step}, **WITHOUT
             )
         assert probability() > 2 * start
 

@@ -72,9 +72,7 @@ DPO = [("sigmoid", 0.0), ("sigmoid", 0.1), ("robust", 0.0), ("robust", 0.2), ("i
 
 def dpo_of(logps, ref, loss_type, smoothing, beta=0.3):
     batch = batch_of(RANKS)
-    return dpo_loss(
-        logps, ref, batch.winners, batch.losers, batch.pair_weights, beta, COUNT, loss_type, smoothing
-    )
+    return dpo_loss(logps, ref, batch.winners, batch.losers, batch.pair_weights, beta, COUNT, loss_type, smoothing)
 
 
 class TestRanking:
@@ -83,9 +81,7 @@ class TestRanking:
 
     def test_gradient_is_the_finite_difference_of_the_loop(self, gradient_of, finite_difference):
         _, gradient = gradient_of(ranking_of, numbers(1))
-        torch.testing.assert_close(
-            gradient, finite_difference(ranking_by_hand, numbers(1)), rtol=1e-5, atol=1e-8
-        )
+        torch.testing.assert_close(gradient, finite_difference(ranking_by_hand, numbers(1)), rtol=1e-5, atol=1e-8)
 
     def test_only_differences_of_scores_count(self, gradient_of):
         """The same constant on all scores changes neither loss nor gradient, and the gradient sums to 0."""
@@ -113,9 +109,7 @@ class TestRanking:
         it)."""
         for k in (2, 4, 9):
             batch = batch_of([tuple(range(1, k + 1))])
-            loss = ranking_loss(
-                torch.zeros(k, dtype=torch.float64), batch.winners, batch.losers, batch.pair_weights, 1
-            )
+            loss = ranking_loss(torch.zeros(k, dtype=torch.float64), batch.winners, batch.losers, batch.pair_weights, 1)
             assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
             assert len(batch.winners) == math.comb(k, 2)
 
@@ -139,8 +133,7 @@ class TestRanking:
         """A margin of −1e4 costs 1e4, with a gradient of at most 1; log(sigmoid) would be −∞."""
         batch = batch_of([(1, 2)])
         loss, gradient = gradient_of(
-            lambda s: ranking_loss(s, batch.winners, batch.losers, batch.pair_weights, 1),
-            torch.tensor([-1e4, 0.0]),
+            lambda s: ranking_loss(s, batch.winners, batch.losers, batch.pair_weights, 1), torch.tensor([-1e4, 0.0])
         )
         assert loss.item() == pytest.approx(1e4) and gradient.tolist() == [-1.0, 1.0]
 
@@ -251,9 +244,7 @@ class TestDPO:
         assert dpo_of(logps, ref, loss_type, smoothing).item() == pytest.approx(right.item(), rel=1e-6)
 
     @pytest.mark.parametrize("loss_type, smoothing", DPO)
-    def test_gradient_is_the_finite_difference_of_the_loop(
-        self, loss_type, smoothing, gradient_of, finite_difference
-    ):
+    def test_gradient_is_the_finite_difference_of_the_loop(self, loss_type, smoothing, gradient_of, finite_difference):
         logps, ref = numbers(2, 3.0), numbers(3, 3.0)
         _, gradient = gradient_of(lambda x: dpo_of(x, ref, loss_type, smoothing), logps)
         by_differences = finite_difference(lambda x: dpo_by_hand(x, ref, 0.3, loss_type, smoothing), logps)
@@ -262,18 +253,13 @@ class TestDPO:
     def test_at_the_reference_the_sigmoid_loss_is_log_two(self):
         """h = 0 for every pair: log 2 a prompt, times the untied share of its pairs."""
         shares = over_pairs(lambda i, j: 1.0)
-        assert dpo_of(numbers(2), numbers(2), "sigmoid", 0.0).item() == pytest.approx(
-            math.log(2) * shares, rel=1e-6
-        )
+        assert dpo_of(numbers(2), numbers(2), "sigmoid", 0.0).item() == pytest.approx(math.log(2) * shares, rel=1e-6)
 
     def test_its_gradient_raises_winners_and_lowers_losers(self, gradient_of):
         """One pair: d loss / d logp = −β σ(−βh) for the winner, the opposite for the loser (Rafailov 2023,
         eq. 7)."""
         batch, beta = batch_of([(2, 1)]), 0.5
-        logps, ref = (
-            torch.tensor([-4.0, -6.0], dtype=torch.float64),
-            torch.tensor([-5.0, -5.0], dtype=torch.float64),
-        )
+        logps, ref = (torch.tensor([-4.0, -6.0], dtype=torch.float64), torch.tensor([-5.0, -5.0], dtype=torch.float64))
         _, gradient = gradient_of(
             lambda x: dpo_loss(x, ref, batch.winners, batch.losers, batch.pair_weights, beta, 1), logps
         )
@@ -285,9 +271,7 @@ class TestDPO:
         batch = batch_of([(1, 2)])
         for sign in (1, -1):
             loss, gradient = gradient_of(
-                lambda x: dpo_loss(
-                    x, torch.zeros(2), batch.winners, batch.losers, batch.pair_weights, 0.1, 1
-                ),
+                lambda x: dpo_loss(x, torch.zeros(2), batch.winners, batch.losers, batch.pair_weights, 0.1, 1),
                 torch.tensor([sign * 1e5, 0.0]),
             )
             assert torch.isfinite(loss) and torch.isfinite(gradient).all()
@@ -307,9 +291,7 @@ def test_micro_batches_of_prompts_add_up_to_the_whole(size, gradient_of):
             loss, rows, refs = 0.0, x.split(SIZES), ref.split(SIZES)
             for i in range(0, COUNT, size):
                 loss = loss + function(
-                    torch.cat(rows[i : i + size]),
-                    torch.cat(refs[i : i + size]),
-                    batch_of(RANKS[i : i + size]),
+                    torch.cat(rows[i : i + size]), torch.cat(refs[i : i + size]), batch_of(RANKS[i : i + size])
                 )
             return loss
 
@@ -333,9 +315,7 @@ class TestFigures:
     logps = torch.tensor([-1.0, -3.0, -2.0, -1.0, -9.0, -4.0, -1.5, -1.0, -2.5])
 
     def figures(self, ranks, logps, share):
-        return pair_figures(
-            torch.tensor(0.7), logps, torch.full_like(logps, -2.0), batch_of(ranks), 0.5, share
-        )
+        return pair_figures(torch.tensor(0.7), logps, torch.full_like(logps, -2.0), batch_of(ranks), 0.5, share)
 
     def test_by_hand_for_one_prompt(self):
         """K = 2: rewards are β (log π − log π_ref), the winner's higher."""

@@ -95,12 +95,7 @@ class TestFinalScores:
     def test_clip_then_missing_eos_then_length_by_hand(self):
         """±2 clips −3 and 4; the unfinished one is paid −1, whatever its score; 0.1 a token comes off all."""
         found = final_scores(
-            self.scores,
-            self.finished,
-            -1.0,
-            lengths=torch.tensor([1, 2, 3, 10]),
-            score_clip=2.0,
-            length_penalty=0.1,
+            self.scores, self.finished, -1.0, lengths=torch.tensor([1, 2, 3, 10]), score_clip=2.0, length_penalty=0.1
         )
         assert found.tolist() == pytest.approx([0.4, -2.2, 1.7, -2.0])
 

@@ -8,10 +8,7 @@ import pytest
 def offline(monkeypatch):
     for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         monkeypatch.setenv(name, "1")
-    for name in (
-        "HF_HUB_OFFLINE",
-        "HF_HUB_DISABLE_TELEMETRY",
-    ):  # read from the environment at import, maybe before
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):  # read from the environment at import, maybe before
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", True)
 
 
@@ -19,9 +16,7 @@ def offline(monkeypatch):
 def tokenizer():
     from data.encode import train_tokenizer
 
-    return train_tokenizer(
-        ["the fox is red .", "what color is the fox ?", "say hello twice ."] * 3, vocab_size=300
-    )
+    return train_tokenizer(["the fox is red .", "what color is the fox ?", "say hello twice ."] * 3, vocab_size=300)
 
 
 @pytest.fixture

@@ -30,9 +30,7 @@ def test_rates_after_the_warm_up_are_transformers(ours, theirs, options, warmup)
         rates.append(scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
-    assert rates[warmup:] == pytest.approx(
-        [learning_rate_at(n, 20, 0.3, ours, warmup) for n in range(warmup + 1, 21)]
-    )
+    assert rates[warmup:] == pytest.approx([learning_rate_at(n, 20, 0.3, ours, warmup) for n in range(warmup + 1, 21)])
     assert rates[1 : warmup + 1] == pytest.approx(
         [learning_rate_at(n, 20, 0.3, ours, warmup) for n in range(1, warmup + 1)]
     )
@@ -61,8 +59,6 @@ def test_response_log_probs_are_minus_transformers_loss(llama):
     from transformers import AutoModelForCausalLM
 
     model, prompt, response = llama(AutoModelForCausalLM, 0), [5, 9, 12], [14, 7, 30, 1]
-    loss = model(
-        input_ids=torch.tensor([prompt + response]), labels=torch.tensor([[-100] * 3 + response])
-    ).loss
+    loss = model(input_ids=torch.tensor([prompt + response]), labels=torch.tensor([[-100] * 3 + response])).loss
     logprobs = response_logprobs(model, make_rows([prompt, [8]], [response, [4]], pad_id=0))
     assert -logprobs[0].mean().item() == pytest.approx(loss.item(), rel=1e-5)

@@ -97,9 +97,7 @@ def test_dpo_is_trls(tmp_path, tokenizer, llama, groups, loss_type, smoothing):
 
     policy, reference = llama(AutoModelForCausalLM, 0), llama(AutoModelForCausalLM, 1)
     theirs = copy.deepcopy(policy)
-    trainer = dpo_trainer(
-        tmp_path, tokenizer, theirs, reference, loss_type=[loss_type], label_smoothing=smoothing
-    )
+    trainer = dpo_trainer(tmp_path, tokenizer, theirs, reference, loss_type=[loss_type], label_smoothing=smoothing)
     expected, batch, logps, ref_logps = both_sides(trainer, groups, tokenizer, policy, reference)
     loss = loss_of(loss_type, logps, ref_logps, batch, 0.3, smoothing, len(groups), 1)
     loss.backward()

@@ -94,9 +94,7 @@ def run_fit(ctx):
 
 
 def run_page(ctx):
-    (ctx.publish / "index.html").write_text(
-        json.dumps({name: m["metrics"] for name, m in ctx.manifests.items()})
-    )
+    (ctx.publish / "index.html").write_text(json.dumps({name: m["metrics"] for name, m in ctx.manifests.items()}))
     return {}
 
 
@@ -109,25 +107,12 @@ def stages(reads=None):
     fit_needs = lambda experiment: ["text"]  # noqa: E731
     common = {"METRICS": {"loss": "mean squared error"}, "reads": nothing}
     text = SimpleNamespace(
-        NAME="text",
-        Config=TextConfig,
-        HEADLINE=("words",),
-        needs=nothing,
-        run=run_text,
-        **common,
-        __doc__="words",
+        NAME="text", Config=TextConfig, HEADLINE=("words",), needs=nothing, run=run_text, **common, __doc__="words"
     )
-    fit = SimpleNamespace(
-        NAME="fit", Config=FitConfig, HEADLINE=("loss",), needs=fit_needs, run=run_fit, **common
-    )
+    fit = SimpleNamespace(NAME="fit", Config=FitConfig, HEADLINE=("loss",), needs=fit_needs, run=run_fit, **common)
     fit.reads = lambda experiment: list(reads or [])
     page = SimpleNamespace(
-        NAME="page",
-        Config=PageConfig,
-        HEADLINE=(),
-        needs=lambda experiment: ["text", "fit"],
-        run=run_page,
-        **common,
+        NAME="page", Config=PageConfig, HEADLINE=(), needs=lambda experiment: ["text", "fit"], run=run_page, **common
     )
     return {"text": text, "fit": fit, "page": page}
 

@@ -96,10 +96,7 @@ def test_a_setting_without_a_config_is_refused(rlhf, words):
 def test_missing_config(rlhf):
     assert rlhf("run", "fit", config=None)[0] == 2
     code, _, err = rlhf("status", config="none.yaml")
-    assert (
-        code == 2
-        and err == "error: none.yaml: cannot be read (No such file or directory); should be a YAML file\n"
-    )
+    assert code == 2 and err == "error: none.yaml: cannot be read (No such file or directory); should be a YAML file\n"
 
 
 def test_training_that_stops_itself_is_exit_3(rlhf):
@@ -169,14 +166,7 @@ def test_run_help(rlhf):
     for words in (["run", "fit", "--help"], ["run", "--help", "fit"]):
         code, out, _ = rlhf(*words, config=None)
         assert code == 0
-        for text in (
-            "fit.learning_rate",
-            "per step",
-            "0.01",
-            "of AdamW",
-            "best | last",
-            "mean squared error",
-        ):
+        for text in ("fit.learning_rate", "per step", "0.01", "of AdamW", "best | last", "mean squared error"):
             assert text in out
         for text in ("model.dtype", "checkpoints.every", "data.rankings", "launch.threads"):
             assert text in out
@@ -196,9 +186,7 @@ def test_help_into_a_pipe_that_nobody_reads_on(tmp_path):
 def test_status(rlhf):
     rlhf("run", "fit")
     code, out, _ = rlhf("status", "fit.learning_rate=0.5")
-    lines = {
-        line.split()[1]: line for line in out.splitlines() if line.startswith("│") and line.split()[1] != "│"
-    }
+    lines = {line.split()[1]: line for line in out.splitlines() if line.startswith("│") and line.split()[1] != "│"}
     assert code == 0 and "done" in lines["text"] and "words 3" in lines["text"]
     assert "stale because fit.learning_rate 0.01 → 0.5" in lines["fit"] and "missing" in lines["page"]
     (Path("artifacts/small/text/words/all.json")).write_text("[]")
@@ -276,17 +264,7 @@ def test_a_signal_and_a_kill_end_in_the_same_bytes(rlhf, tmp_path):
     """SIGTERM → 75, a checkpoint and no artifact; kill -9 → the next run goes on; the bytes are those of a
     run that nothing happened to."""
     assert rlhf("run", "fit", "--artifacts", "straight")[0] == 0
-    command = [
-        "-m",
-        "tests.pipeline.fakes",
-        "run",
-        "fit",
-        "-c",
-        "small.yaml",
-        "--artifacts",
-        "hit",
-        "fit.pause=0.1",
-    ]
+    command = ["-m", "tests.pipeline.fakes", "run", "fit", "-c", "small.yaml", "--artifacts", "hit", "fit.pause=0.1"]
     folder = tmp_path / "hit" / "small" / "fit"
 
     first = start(tmp_path, *command)
@@ -333,6 +311,7 @@ def test_torch_is_imported_after_the_handlers_stand():
     modules = "pipeline.cli, pipeline.plan, pipeline.launch.environment"
     code = f"import sys; import {modules}; sys.exit('torch' in sys.modules)"
     end(start(ROOT, "-c", code), 0)
+
 
 ARTIFACTS = "artifacts/small/text"
 
@@ -415,8 +394,10 @@ def test_clean_refuses_what_is_held_and_what_is_not_its_own(rlhf, tmp_path):
     finally:
         other.kill()
         other.communicate()
-    assert code == 2 and out == "" and err.splitlines()[0] == (
-        "error: artifacts/small/notes: is no stage's; move it away, then clean"
+    assert (
+        code == 2
+        and out == ""
+        and err.splitlines()[0] == ("error: artifacts/small/notes: is no stage's; move it away, then clean")
     )
     assert err.splitlines()[1].startswith(f"error: {ARTIFACTS}: process {other.pid} on ")
     assert Path(ARTIFACTS, "manifest.json").exists()
@@ -437,10 +418,9 @@ def test_clean_holds_what_it_removes(rlhf, monkeypatch):
         held.extend(name for name in names if other.is_held(name))
         rename(source, target)
 
-    with artifacts.ArtifactStore("artifacts", "small").lock("fit"):
-        with monkeypatch.context() as patch:
-            patch.setattr(artifacts.ArtifactStore, "is_held", lambda *_: False)
-            code, out, err = rlhf("clean", "--yes")
+    with artifacts.ArtifactStore("artifacts", "small").lock("fit"), monkeypatch.context() as patch:
+        patch.setattr(artifacts.ArtifactStore, "is_held", lambda *_: False)
+        code, out, err = rlhf("clean", "--yes")
     assert code == 2 and out == "" and f"process {os.getpid()} on " in err and Path(ARTIFACTS, "manifest.json").exists()
     Path("artifacts/.tmp-small/half").mkdir(parents=True)  # what a clean left that was killed
     with monkeypatch.context() as patch:

@@ -61,14 +61,7 @@ def test_upstream_first_and_then_nothing_to_do(world):
     assert kinds(world.states()) == {"text": "missing", "fit": "missing", "page": "missing"}
     world.run("page")
     assert kinds(world.states()) == {"text": "done", "fit": "done", "page": "done"}
-    assert [line.split(":")[0] for line in world.console.lines] == [
-        "text",
-        "text",
-        "fit",
-        "fit",
-        "page",
-        "page",
-    ]
+    assert [line.split(":")[0] for line in world.console.lines] == ["text", "text", "fit", "fit", "page", "page"]
     assert "text: done in 0 s · words 3 → " in world.console.text
     before = {name: world.store.manifest(name)["digest"] for name in world.stages}
     world.run("page")
@@ -132,9 +125,7 @@ def test_an_optional_setting_of_a_later_version_makes_nothing_stale(world):
 def test_seed_and_model_make_everything_stale(world, key, text):
     world.run("page")
     states = world.states(key)
-    assert set(kinds(states).values()) == {"stale"} and all(
-        text in state.reasons for state in states.values()
-    )
+    assert set(kinds(states).values()) == {"stale"} and all(text in state.reasons for state in states.values())
 
 
 def test_data_counts_by_content_and_not_by_name_or_time(world, tmp_path):
@@ -149,9 +140,7 @@ def test_data_counts_by_content_and_not_by_name_or_time(world, tmp_path):
     copy = tmp_path / "other name.jsonl"
     copy.write_bytes(rows.read_bytes())
     assert kinds(world.states(f"data.prompts={copy}"))["fit"] == "done"
-    assert world.states(at, "data.validation_fraction=0.2")["fit"].reasons == [
-        "data.validation_fraction 0.05 → 0.2"
-    ]
+    assert world.states(at, "data.validation_fraction=0.2")["fit"].reasons == ["data.validation_fraction 0.05 → 0.2"]
     limited = world.states("data.prompts={path: rows.jsonl, limit: 1}")["fit"]
     assert limited.reasons == ["data.prompts.limit null → 1"]
     rows.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
@@ -341,9 +330,7 @@ def test_restart_drops_the_interrupted_run(world):
     assert world.store.manifest("fit")["resumes"] == 0
     world.store = type(world.store)(world.store.root, "other")
     world.run("fit", "fit.learning_rate=0.5")
-    assert (
-        contents(world)["metrics.jsonl"] == world.store.manifest("fit")["outputs"]["metrics.jsonl"]["sha256"]
-    )
+    assert contents(world)["metrics.jsonl"] == world.store.manifest("fit")["outputs"]["metrics.jsonl"]["sha256"]
 
 
 def test_a_rebuilt_input_is_refused_even_with_override_config(world):

@@ -25,9 +25,7 @@ def test_rows_are_plain_json_with_step_first(tmp_path):
     tracker.log(2, {"loss": float("nan"), "kl": torch.tensor(float("inf")), "low": -float("inf")})
     tracker.evaluation(2, {"accuracy": 0.5})
     tracker.samples(2, [{"prompt": "é\n", "response": "b"}, {"prompt": "c", "response": "d", "score": 1.0}])
-    lines = (
-        (tmp_path / "metrics.jsonl").read_text().splitlines()
-    )  # before it is closed: a line is written at once
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # before it is closed: a line is written at once
     assert lines[0] == '{"step": 1, "loss": 0.10000000149011612, "count": 3, "lr": 1e-05}'
     assert lines[1] == '{"step": 2, "loss": "NaN", "kl": "Infinity", "low": "-Infinity"}'
     assert rows(tmp_path / "evaluations.jsonl") == [{"step": 2, "accuracy": 0.5}]
@@ -57,9 +55,7 @@ def test_rewind_drops_later_rows_and_a_torn_line(tmp_path):
 def test_plain():
     assert plain({1: (numpy.float32(0.5), True, None, "x")}) == {"1": [0.5, True, None, "x"]}
     assert figure(0.123456) == "0.123" and figure(12345.6) == "1.23e+04" and figure(1e-5) == "1.00e-05"
-    assert (
-        figure(1500.4) == "1500" and figure(3) == "3" and figure(float("nan")) == "NaN" and figure(0.0) == "0"
-    )
+    assert figure(1500.4) == "1500" and figure(3) == "3" and figure(float("nan")) == "NaN" and figure(0.0) == "0"
 
 
 def test_progress_is_quiet_when_nobody_watches(tmp_path, capsys):

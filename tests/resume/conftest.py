@@ -5,7 +5,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # resume_worker, also in the processes that it starts
 
-from resume_worker import CONFIG, rlhf  # noqa: E402
+from resume_worker import CONFIG, rlhf
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ def install(folder: Path) -> dict[str, str]:
     commands.mkdir(parents=True)
     spool.mkdir()
     for name in ("sbatch", "srun", "scontrol"):
-        text = f"#!/bin/sh\nexec {sys.executable} {Path(__file__).resolve()} {name} \"$@\"\n"
+        text = f'#!/bin/sh\nexec {sys.executable} {Path(__file__).resolve()} {name} "$@"\n'
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
     return os.environ | {"PATH": f"{commands}:{os.environ['PATH']}", "FAKE_SLURM": str(spool)}

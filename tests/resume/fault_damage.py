@@ -132,5 +132,5 @@ def not_synced(calls: tuple[Call, ...]) -> list[str]:
                 wrong += [f"{path} is renamed to {target} and was not synced" for path in dirty]
                 waiting[os.path.dirname(target)] = target
             moved = {path for path in written if path == source or path.startswith(source + "/")}
-            written = (written - moved) | {target + path[len(source):] for path in moved}
+            written = (written - moved) | {target + path[len(source) :] for path in moved}
     return wrong + [f"{target} stands, and {folder} was not synced" for folder, target in waiting.items()]

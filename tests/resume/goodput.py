@@ -39,6 +39,7 @@ def main(argv: list[str]) -> int:
     asked = parser.parse_args([word for word in argv if not is_setting(word)])
     settings = [word for word in argv if is_setting(word)] + [f"checkpoints.every={asked.every}"]
     with tempfile.TemporaryDirectory(prefix="goodput_") as root:
+
         def command(stage: str, *more: str) -> list[str]:
             place = ["-c", asked.config, "--artifacts", root]
             return [sys.executable, "-m", "pipeline.cli", "run", stage, *place, *settings, *more]

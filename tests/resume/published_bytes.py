@@ -19,11 +19,26 @@ from pathlib import Path
 from pipeline import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-SHORT_TINY = """\
-world.documents=400 world.demonstrations=200 world.prompts=200 world.evaluation_prompts=24 base.max_steps=60
-base.eval_steps=30 sft.num_train_epochs=2 rm.num_train_epochs=0.5 rm.eval_steps=20 rankings.num_prompts=96
-ppo.total_episodes=256 dpo.max_steps=12 dpo.eval_steps=6 ppo.eval_steps=2 evaluate.best_of=3 checkpoints.every=7
-launch.threads=1 launch.device=cpu""".split()
+SHORT_TINY = [
+    "world.documents=400",
+    "world.demonstrations=200",
+    "world.prompts=200",
+    "world.evaluation_prompts=24",
+    "base.max_steps=60",
+    "base.eval_steps=30",
+    "sft.num_train_epochs=2",
+    "rm.num_train_epochs=0.5",
+    "rm.eval_steps=20",
+    "rankings.num_prompts=96",
+    "ppo.total_episodes=256",
+    "dpo.max_steps=12",
+    "dpo.eval_steps=6",
+    "ppo.eval_steps=2",
+    "evaluate.best_of=3",
+    "checkpoints.every=7",
+    "launch.threads=1",
+    "launch.device=cpu",
+]
 DESCRIPTIONS = ("README.md", "index.html", "timing.jsonl", "report.json")
 CLOCK = ("eps", "seconds", "tokens_per_second")
 

@@ -42,9 +42,7 @@ def test_they_do_what_one_does(stage, oracle, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings", [(LORA,), (LORA, BFLOAT16), ("model.gradient_checkpointing=true", BFLOAT16)]
-)
+@pytest.mark.parametrize("settings", [(LORA,), (LORA, BFLOAT16), ("model.gradient_checkpointing=true", BFLOAT16)])
 def test_adapters_checkpointing_and_bfloat16_go_with_it(settings, tmp_path):
     """As two processes with whole models (not as one: in bfloat16 other rows together round otherwise). PPO takes three
     updates: in bfloat16 the last bits come, a few later, to another token."""

@@ -33,14 +33,7 @@ def causal(request, monkeypatch):
         }
         if kind == "gpt2":
             config = GPT2Config(
-                n_embd=16,
-                n_layer=2,
-                n_head=2,
-                n_positions=64,
-                attn_pdrop=0.0,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                **ids,
+                n_embd=16, n_layer=2, n_head=2, n_positions=64, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, **ids
             )
         else:
             config = LlamaConfig(

@@ -17,8 +17,7 @@ def at(uniform, probabilities=P, **options):
 
 
 @pytest.mark.parametrize(
-    "uniform, token",
-    [(0.0, 0), (0.09, 0), (0.11, 1), (0.49, 1), (0.51, 2), (0.69, 2), (0.71, 3), (BELOW_ONE, 3)],
+    "uniform, token", [(0.0, 0), (0.09, 0), (0.11, 1), (0.49, 1), (0.51, 2), (0.69, 2), (0.71, 3), (BELOW_ONE, 3)]
 )
 def test_a_quantile_picks_its_token(uniform, token):
     """Each token owns an interval as long as its probability, in order of ids."""

@@ -104,15 +104,11 @@ def test_the_frequencies_are_the_softmax(causal, temperature):
     """4,000 first tokens: χ² with 19 degrees of freedom stays below its 99.9 % quantile, 43.8."""
     model = causal(spread=0.15)
     n = 4000
-    drawn = draw_all(
-        model, [PROMPTS[0]] * n, range(n), response_length=1, temperature=temperature, batch_size=n
-    )
+    drawn = draw_all(model, [PROMPTS[0]] * n, range(n), response_length=1, temperature=temperature, batch_size=n)
     counts = torch.bincount(torch.tensor([r[0] for r in drawn]), minlength=VOCAB).double()
     logits = model(torch.tensor([PROMPTS[0]])).logits[0, -1].detach().double()
     assert chi_square(counts, (logits / temperature).softmax(-1)) < 43.8
-    assert (
-        chi_square(counts, (logits / temperature * 1.5).softmax(-1)) > 43.8
-    )  # and would notice another temperature
+    assert chi_square(counts, (logits / temperature * 1.5).softmax(-1)) > 43.8  # and would notice another temperature
 
 
 def test_the_second_token_follows_the_model_given_the_first(causal):
@@ -122,9 +118,7 @@ def test_the_second_token_follows_the_model_given_the_first(causal):
     n = 3000
     prompts = [PROMPTS[0]] * n + [PROMPTS[2]] * 2
     drawn = draw_all(model, prompts, range(n + 2), response_length=2, batch_size=n + 2)[:n]
-    first = (
-        torch.bincount(torch.tensor([r[0] for r in drawn if len(r) == 2]), minlength=VOCAB).argmax().item()
-    )
+    first = torch.bincount(torch.tensor([r[0] for r in drawn if len(r) == 2]), minlength=VOCAB).argmax().item()
     seconds = torch.tensor([r[1] for r in drawn if r[0] == first])
     counts = torch.bincount(seconds, minlength=VOCAB).double()
     probabilities = model(torch.tensor([[*PROMPTS[0], first]])).logits[0, -1].detach().double().softmax(-1)

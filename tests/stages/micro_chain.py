@@ -22,7 +22,7 @@ from pipeline.store.cache import Cache
 from pipeline.store.checkpoints import CheckpointStore
 from pipeline.tracking import Tracker, plain
 
-WORDS = "the fox is red blue old kind what color yes no hello ? .".split()
+WORDS = ["the", "fox", "is", "red", "blue", "old", "kind", "what", "color", "yes", "no", "hello", "?", "."]
 CONTEXT = 96
 CONFIG = """\
 name: micro

@@ -12,6 +12,7 @@ from stages import report
 from stages.evaluation import overoptimisation
 from stages.evaluation.results import Measured, order_by_gold, summarise
 from stages.page import plots
+from stages.settings import report as report_settings
 
 MADE_OF = {
     "world": "",
@@ -77,7 +78,7 @@ def fake_run(
     rng = random.Random(0)
     stages = [
         s
-        for s in report.STAGES
+        for s in report_settings.STAGES
         if s in {"base", "sft", "rankings", "rm", "evaluate"} | set(policies) or (s == "world" and world)
         if s != "rm" or reward_model
     ]
@@ -244,7 +245,12 @@ def fake_run(
     Experiment = experiment_type({name: module.Config for name, module in cli.stage_modules().items()})
     experiment = Experiment(name="fake", evaluate={"best_of": 16, "policies": list(policies)})
     return SimpleNamespace(
-        experiment=experiment, config=report.Config(), seed=0, inputs=inputs, manifests=manifests, publish=publish
+        experiment=experiment,
+        config=report_settings.Config(),
+        seed=0,
+        inputs=inputs,
+        manifests=manifests,
+        publish=publish,
     )
 
 

@@ -11,8 +11,9 @@ from pipeline import cli
 from pipeline.config.validation import experiment_type, load_experiment
 from pipeline.errors import UserError
 from stages import world
+from stages.settings import world as world_settings
 from stages.settings.training import total_steps
-from stages.shared.inputs import check_context
+from stages.shared.runtime import check_context
 
 STAGES = cli.stage_modules()
 
@@ -253,7 +254,7 @@ def test_a_shipped_config_does_not_teach_length_first(path):
 
 
 def test_a_world_without_so_many_prompts_is_told(tmp_path):
-    sizes = world.Config(documents=100, demonstrations=20, prompts=90_000)
+    sizes = world_settings.Config(documents=100, demonstrations=20, prompts=90_000)
     ctx = SimpleNamespace(config=sizes, experiment=SimpleNamespace(seed=0), publish=tmp_path)
     with pytest.raises(UserError, match=r"world\.prompts: \d+ prompts of the kind \w+ asked for, .* lower it"):
         world.run(ctx)

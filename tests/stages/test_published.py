@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from data.room import quantiles
 from pipeline.config.sections import ModelConfig
-from stages.shared.inputs import adapter_base
+from stages.shared.publishing import adapter_base
 
 SFT = ("sft.max_steps=1", "sft.max_length=64", "sft.sample_tokens=0", "sft.per_device_train_batch_size=2")
 DPO = ("dpo.max_steps=1", "dpo.max_length=64", "dpo.sample_tokens=0", "dpo.per_device_train_batch_size=2")

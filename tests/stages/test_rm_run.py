@@ -13,8 +13,8 @@ import torch
 from micro_chain import watch_fit, write_rows
 
 from stages import rm
-from stages.models.ensemble import others_of
-from stages.settings.training import reward_models
+from stages.models.ensemble_folder import others_of
+from stages.settings.checks import reward_models
 
 STEPS = {
     "max_steps": 4,

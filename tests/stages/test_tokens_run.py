@@ -13,7 +13,7 @@ from data.encode import encode_prompt, encode_response
 from pipeline import cli
 from pipeline.errors import UserError
 from stages.models.loading import load_policy
-from stages.shared.inputs import bound_of_short_rows
+from stages.shared.runtime import bound_of_short_rows
 
 LLAMA = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 LORA = "model.peft={method: lora, r: 2, lora_alpha: 4}"

@@ -94,7 +94,7 @@ def equality(ci95: Sequence[float] | None) -> str:
     if ci95 is None:
         return "cannot be told from one observation"
     low, high = ci95
-    if -SAME <= low and high <= SAME:
+    if low >= -SAME and high <= SAME:
         return f"equal within ±{SAME}"
     return "lower" if high < 0 else "higher" if low > 0 else f"cannot be told apart, nor surely within ±{SAME}"
 

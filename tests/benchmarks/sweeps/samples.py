@@ -15,6 +15,7 @@ from stages import evaluate
 from stages.evaluation.asking import form_of_base
 from stages.evaluation.results import perplexity_estimate
 from stages.models.packing import can_pack
+from stages.settings import evaluate as evaluate_settings
 from stages.settings.training import setting
 from stages.shared.inputs import read_world
 from stages.training.loop import pause_if_asked
@@ -24,7 +25,7 @@ METRICS: dict[str, str] = {}
 HEADLINE = ("score", "gold", "kl", "perplexity")
 
 
-class Config(evaluate.Config):
+class Config(evaluate_settings.Config):
     """evaluate's settings (its `policies` and `best_of` mean nothing here), and whose samples."""
 
     policy: Literal["base", "sft", "ppo", "dpo"] = setting("sft", "who answers")
@@ -35,7 +36,7 @@ def needs(experiment) -> list[str]:
 
 
 def reads(experiment) -> list[str]:
-    return evaluate.reads(experiment)
+    return evaluate_settings.reads(experiment)
 
 
 def run(ctx: StageRun) -> dict:

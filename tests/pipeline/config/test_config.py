@@ -14,9 +14,7 @@ from pipeline.errors import UserError
 
 class PpoConfig(BaseModel):
     model_config = STRICT
-    kl_coef: float = Field(
-        0.02, ge=0, description="weight of the penalty", json_schema_extra={"unit": "per nat"}
-    )
+    kl_coef: float = Field(0.02, ge=0, description="weight of the penalty", json_schema_extra={"unit": "per nat"})
     total_episodes: int = Field(256, ge=1, description="how many", json_schema_extra={"unit": "episodes"})
     learning_rate: float = Field(1e-5, description="peak")
     keep: Literal["best", "last"] = Field("last", description="which weights")
@@ -45,16 +43,11 @@ def values(tmp_path, text):
 
 
 def test_defaults_and_overrides(tmp_path):
-    experiment = load(
-        tmp_path, "name: a\nppo: {kl_coef: 1e-5}\n", "ppo.total_episodes=7", "model.peft={r: 4}"
-    )
+    experiment = load(tmp_path, "name: a\nppo: {kl_coef: 1e-5}\n", "ppo.total_episodes=7", "model.peft={r: 4}")
     assert experiment.ppo.kl_coef == 1e-5 and experiment.ppo.total_episodes == 7
     assert experiment.model.peft.r == 4 and experiment.model.name_or_path is None
     assert experiment.seed == 0 and experiment.data.documents == "world" and experiment.data.rankings is None
-    assert load(tmp_path, "name: a\nmodel:\n  # dtype: float32\nppo:\n  betas: [0.8, 1]\n").ppo.betas == (
-        0.8,
-        1.0,
-    )
+    assert load(tmp_path, "name: a\nmodel:\n  # dtype: float32\nppo:\n  betas: [0.8, 1]\n").ppo.betas == (0.8, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -116,9 +109,7 @@ model:
 
 
 def test_a_key_of_another_section(tmp_path):
-    assert errors(tmp_path, "name: a\nkl_coef: 0.1\n") == [
-        "e.yaml:2: kl_coef: unknown key; did you mean ppo.kl_coef?"
-    ]
+    assert errors(tmp_path, "name: a\nkl_coef: 0.1\n") == ["e.yaml:2: kl_coef: unknown key; did you mean ppo.kl_coef?"]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +133,7 @@ def test_renamed_keys(tmp_path, key, remedy):
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "deepspeed"])
 def test_a_strategy_that_others_have_names_ours(tmp_path, strategy):
     (line,) = errors(tmp_path, f"name: a\nlaunch: {{strategy: {strategy}}}\n")
-    assert line.startswith(f'e.yaml:2: launch.strategy: the string "{strategy}"; should be \'fsdp2\', which shares out')
+    assert line.startswith(f"e.yaml:2: launch.strategy: the string \"{strategy}\"; should be 'fsdp2', which shares out")
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,7 @@ def publish(store, contents, run_id):
     with store.lock("sft"):
         store.begin("sft", {"run_id": run_id, "stage": "sft"})
         for name, text in contents.items():
-            path = (
-                store.work_folder("sft") if name == "metrics.jsonl" else store.folder("sft") / ".tmp-publish"
-            )
+            path = store.work_folder("sft") if name == "metrics.jsonl" else store.folder("sft") / ".tmp-publish"
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             (path / name).write_text(text)
         step = store.work_folder("sft") / "checkpoints" / "step-00000001"
@@ -61,9 +59,7 @@ def published(store):
 
 def strange(folder):
     """What should not lie in a stage folder that nobody works on."""
-    return sorted(
-        path.name for path in folder.iterdir() if path.name.startswith(".") and path.name != ".lock"
-    )
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith(".") and path.name != ".lock")
 
 
 def crash_at(monkeypatch, count):
@@ -113,11 +109,7 @@ def test_a_crash_at_any_point_of_publication_leaves_the_old_or_the_new(tmp_path,
             assert (folder / "checkpoints" / "step-00000001" / "run").read_text() == manifest["run_id"]
             seen.add(manifest["run_id"])
             assert not (folder / ".old").exists() and not (folder / ".publish").exists()
-            gone = (
-                ("report.txt", "model/extra")
-                if manifest["run_id"] == "old"
-                else ("value_model", "model/gone")
-            )
+            gone = ("report.txt", "model/extra") if manifest["run_id"] == "old" else ("value_model", "model/gone")
             assert not any((folder / name).exists() for name in gone)
             if redo:
                 assert (folder / "notes.txt").read_text() == "a person's own"
@@ -241,11 +233,11 @@ def test_one_writer_and_a_kill_frees_the_lock(tmp_path):
         assert other.stdout.readline() == "held\n"
         store = ArtifactStore(tmp_path, "small")
         assert store.is_held("sft")
-        with pytest.raises(
-            UserError, match=rf"process {other.pid} on .* works on it; wait for it or stop it"
+        with (
+            pytest.raises(UserError, match=rf"process {other.pid} on .* works on it; wait for it or stop it"),
+            store.lock("sft"),
         ):
-            with store.lock("sft"):
-                pass
+            pass
         other.send_signal(signal.SIGKILL)
         other.wait()
         assert not store.is_held("sft")
@@ -272,9 +264,8 @@ def test_a_lock_of_a_folder_that_was_removed_meanwhile_holds_nothing(tmp_path, m
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "small").write_text("a file where a folder should be")
-    with pytest.raises(UserError, match="cannot be written"):
-        with ArtifactStore(tmp_path, "small").lock("sft"):
-            pass
+    with pytest.raises(UserError, match="cannot be written"), ArtifactStore(tmp_path, "small").lock("sft"):
+        pass
 
 
 def test_too_little_space_names_what_is_needed(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from stages.page import experiment as report_experiment
 from stages.page import plots, svg, words
 from stages.page import samples as report_samples
 from stages.page import terminal as report_terminal
+from stages.settings import report as report_settings
 
 
 class Tags(HTMLParser):
@@ -143,8 +144,8 @@ def test_needs_follow_the_policies_and_the_data():
         )
 
     without_judge = ["base", "sft", "rankings", "dpo", "evaluate"]
-    assert report.needs(experiment(["sft", "dpo"], rankings="ours.jsonl")) == without_judge
-    assert report.needs(experiment(["sft", "dpo"], prompts="mine.jsonl", rankings="ours.jsonl")) == [
+    assert report_settings.needs(experiment(["sft", "dpo"], rankings="ours.jsonl")) == without_judge
+    assert report_settings.needs(experiment(["sft", "dpo"], prompts="mine.jsonl", rankings="ours.jsonl")) == [
         "base",
         "sft",
         "rankings",
@@ -152,7 +153,7 @@ def test_needs_follow_the_policies_and_the_data():
         "dpo",
         "evaluate",
     ]
-    assert report.needs(experiment(["ppo"], prompts="world"))[0] == "world"
+    assert report_settings.needs(experiment(["ppo"], prompts="world"))[0] == "world"
 
 
 @pytest.mark.parametrize("parts", PARTS_MISSING, ids=str)

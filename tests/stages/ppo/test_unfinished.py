@@ -14,6 +14,7 @@ from stages import dpo, rankings
 from stages.models.forward import response_logprobs, response_scores
 from stages.models.packing import can_pack
 from stages.objectives.logprobs import sequence_logps
+from stages.settings import rankings as rankings_settings
 from stages.shared.inputs import load_groups
 
 PROMPT = "what color is the fox ?"
@@ -109,7 +110,7 @@ def test_rankings_of_samples_say_which_were_cut_off(monkeypatch):
     finished = [[True, False, False, i % 2 == 0] for i in range(len(prompts))]
     monkeypatch.setattr(rankings, "sample_responses", lambda ctx: (prompts, texts, finished))
     monkeypatch.setattr(rankings, "read_world", lambda ctx: json.loads(json.dumps(world.to_json())))
-    config = rankings.Config(labelers_per_prompt=5, agreement=0.6)
+    config = rankings_settings.Config(labelers_per_prompt=5, agreement=0.6)
     experiment = SimpleNamespace(data=SimpleNamespace(rankings=None))
     tracker = SimpleNamespace(say=lambda text: None)
     ctx = SimpleNamespace(config=config, seed=0, tracker=tracker, experiment=experiment)

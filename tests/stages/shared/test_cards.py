@@ -11,10 +11,10 @@ from data.encode import encode_prompt, encode_response, train_tokenizer
 from data.groups import make_rows
 from pipeline.config.sections import ModelConfig
 from pipeline.store import files
-from stages import sft
 from stages.models.forward import response_scores
 from stages.models.loading import from_scratch, load_scalar_model, load_tokenizer, new_reward_model, save_model
-from stages.ppo import run as ppo
+from stages.settings import ppo as ppo_settings
+from stages.settings import sft as sft_settings
 from stages.shared.cards import ANSWER, SCORE, card
 
 TOTAL = {"rows": 60, "skip": 0, "limit": None, "subset": None, "split": "train"}
@@ -25,7 +25,7 @@ def context(stage="rm", config=None, model=None, data=None, manifests=None, inpu
     return SimpleNamespace(
         stage=stage,
         experiment=SimpleNamespace(name="fake", model=model or ModelConfig()),
-        config=config or sft.Config(),
+        config=config or sft_settings.Config(),
         seed=3,
         manifests=manifests or {},
         inputs=inputs or {},
@@ -83,7 +83,7 @@ def rows_of(text: str, title: str) -> list[list[str]]:
 
 def test_a_card_names_model_data_settings_and_figures_and_no_path(tmp_path):
     model = ModelConfig(name_or_path=str(tmp_path / "models" / "given"), peft={"method": "dora", "r": 4})
-    config = ppo.Config(kl_coef=0.07, reward_model=str(tmp_path / "judges" / "judge"))
+    config = ppo_settings.Config(kl_coef=0.07, reward_model=str(tmp_path / "judges" / "judge"))
     hub = {"path": "org/prompts", "revision": "abcdef0123", **TOTAL, "rows": None, "limit": 20, "skip": 10}
     data = {"prompts": hub, "documents": {"path": str(tmp_path / "texts" / "docs.jsonl"), **TOTAL}}
     manifests = {"sft": {"config": {"data": {"demonstrations": {"path": "world"}, "validation_fraction": 0.05}}}}
@@ -108,7 +108,7 @@ def test_a_card_names_model_data_settings_and_figures_and_no_path(tmp_path):
 
 
 def test_a_section_of_defaults_that_is_null_by_default_is_listed_as_one(tmp_path):
-    ctx = context("sft", sft.Config(ppo_init={}), ModelConfig(name_or_path=str(tmp_path), peft={}))
+    ctx = context("sft", sft_settings.Config(ppo_init={}), ModelConfig(name_or_path=str(tmp_path), peft={}))
     ctx.seed = 0
     settings = dict(rows_of(card(ctx, "a policy", ANSWER), "Settings that are not the defaults"))
     assert settings == {"sft.ppo_init": "{}", "model.name_or_path": tmp_path.name, "model.peft": "{}"}

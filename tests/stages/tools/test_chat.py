@@ -96,25 +96,10 @@ def test_commands(store, monkeypatch):
     text = talk(
         store,
         monkeypatch,
-        [
-            "/help",
-            "/temp warm",
-            "/top_p 2",
-            "/top_p 0.9",
-            "/system be kind",
-            "/dance",
-            "/reset",
-            "/quit",
-            "never read",
-        ],
+        ["/help", "/temp warm", "/top_p 2", "/top_p 0.9", "/system be kind", "/dance", "/reset", "/quit", "never read"],
     )
     assert "/system TEXT" in text and "'warm' is no number" in text and "2.0 is out of range" in text
-    assert (
-        "top_p 0.9" in text
-        and "system: be kind" in text
-        and "/dance is no command" in text
-        and "forgotten" in text
-    )
+    assert "top_p 0.9" in text and "system: be kind" in text and "/dance is no command" in text and "forgotten" in text
     assert "never read" not in text
 
 
@@ -132,8 +117,7 @@ def test_memory_is_kept_and_oldest_turns_are_dropped_when_the_context_is_full(st
 def test_system_message_and_memory_reach_the_model(store, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "stages.rollouts.transformers.sample",
-        lambda model, prompts, *_, **__: seen.append(prompts[0]) or [[7]],
+        "stages.rollouts.transformers.sample", lambda model, prompts, *_, **__: seen.append(prompts[0]) or [[7]]
     )
     speaker = speaker_of(store)
     for text in ("hello", "and the fox ?"):

@@ -22,11 +22,7 @@ def experiment(**changes):
         tracking=SimpleNamespace(wandb="off"),
         model=SimpleNamespace(name_or_path=None, dtype="float32", attn_implementation="sdpa", peft=None),
         data=SimpleNamespace(
-            documents="world",
-            demonstrations="world",
-            prompts="world",
-            evaluation_prompts="world",
-            rankings=None,
+            documents="world", demonstrations="world", prompts="world", evaluation_prompts="world", rankings=None
         ),
         ppo=SimpleNamespace(rollout=SimpleNamespace(engine="transformers")),
     )
@@ -56,9 +52,7 @@ def test_all_is_well_is_exit_0_and_every_line_fits(installed, tmp_path):
     console = Console(width=110, record=True, file=io.StringIO())
     assert doctor.run(experiment(), tmp_path, console) == 0
     text = console.export_text()
-    assert all(
-        title in text for title in ("installation", "machine", "artifacts", "config", "network", "optional")
-    )
+    assert all(title in text for title in ("installation", "machine", "artifacts", "config", "network", "optional"))
     assert "everything that is needed is here" in text and doctor.BAD not in text
 
 

@@ -15,7 +15,7 @@ from stages.models.adapters import with_adapter
 from stages.models.forward import response_logprobs, response_scores
 from stages.models.loading import prepare
 from stages.models.packing import can_pack
-from stages.ppo import run as ppo
+from stages.settings import ppo as ppo_settings
 from stages.tools import memory
 from stages.tools.memory import Step, take_step
 from stages.training.loop import make_trainee, optimizer_step
@@ -106,7 +106,7 @@ def test_quantized_weights_have_the_size_of_their_storage(bits, a_weight):
 
 def of_ppo(config, adapter, device, dtype, **options) -> memory.Need:
     experiment = SimpleNamespace(
-        ppo=ppo.Config(**options), launch=SimpleNamespace(processes=1, nodes=1, strategy="ddp"),
+        ppo=ppo_settings.Config(**options), launch=SimpleNamespace(processes=1, nodes=1, strategy="ddp"),
         rm=SimpleNamespace(ensemble=1), sft=SimpleNamespace(ppo_init=None),
     )  # fmt: skip
     take = lambda steps: take_step(config, steps, adapter, dtype, device)  # noqa: E731

@@ -57,10 +57,7 @@ class TestOptimizerStep:
         trainee.model(torch.ones(1, 3).double()).sum().backward()
         optimizer_step(trainee, 0.1, step=1)
         before = weights(trainee)
-        moments = {
-            k: {n: v.clone() for n, v in s.items()}
-            for k, s in trainee.optimizer.state_dict()["state"].items()
-        }
+        moments = {k: {n: v.clone() for n, v in s.items()} for k, s in trainee.optimizer.state_dict()["state"].items()}
         trainee.model(torch.ones(1, 3).double()).sum().backward()
         trainee.model.weight.grad[0, 1] = bad
         with pytest.raises(TrainingStopped, match=r"model.*step 2.*a lower .* and --override-config, .* --restart$"):
@@ -79,9 +76,7 @@ class TestOptimizerStep:
         trainee.model.weight.grad, trainee.model.bias.grad = g[None, :3].clone(), g[3:].clone()
         assert optimizer_step(trainee, 0.01, step=1) == pytest.approx(13.0)
         clipped = g * 0.5 / 13
-        expected = before - 0.01 * clipped / (
-            clipped.abs() + 1e-8
-        )  # bias-corrected moments of the first step
+        expected = before - 0.01 * clipped / (clipped.abs() + 1e-8)  # bias-corrected moments of the first step
         after = torch.cat([p.detach().flatten() for p in trainee.parameters.values()])
         torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-9)
 
@@ -89,9 +84,7 @@ class TestOptimizerStep:
     def test_what_reaches_the_optimizer_has_at_most_the_clipped_norm(self, size, reaches):
         """A large gradient is scaled down to it, a small one left alone; the norm told is the one before."""
         trainee, seen = trainee_of(max_grad_norm=1.0), []
-        trainee.optimizer.register_step_pre_hook(
-            lambda *_: seen.append(gradient_norm(trainee.parameters.values()))
-        )
+        trainee.optimizer.register_step_pre_hook(lambda *_: seen.append(gradient_norm(trainee.parameters.values())))
         trainee.model.weight.grad = torch.tensor([[0.6 * size, 0.0, 0.0]], dtype=torch.float64)
         trainee.model.bias.grad = torch.tensor([0.8 * size], dtype=torch.float64)
         assert optimizer_step(trainee, 0.1, 1) == pytest.approx(size)
@@ -160,9 +153,7 @@ class TestLearningRate:
 
     def test_a_long_run_ends_at_zero_or_at_a_tenth(self):
         ends = {s: learning_rate_at(10**6, 10**6, 1.0, s, 0) for s in SHAPES}
-        assert ends == pytest.approx(
-            {"constant": 1, "linear": 0, "cosine": 0, "cosine_with_min_lr": 0.1}, abs=1e-5
-        )
+        assert ends == pytest.approx({"constant": 1, "linear": 0, "cosine": 0, "cosine_with_min_lr": 0.1}, abs=1e-5)
 
     @pytest.mark.parametrize("shape", SHAPES)
     def test_rates_never_rise_after_the_warm_up_and_stay_positive(self, shape):
@@ -175,10 +166,7 @@ class TestLearningRate:
         assert learning_rate_at(5, 5, 1.0, shape, 10) == 0.5
 
     def test_one_step_in_all(self):
-        assert (
-            learning_rate_at(1, 1, 1.0, "cosine", 0) == 1.0
-            and learning_rate_at(1, 1, 1.0, "linear", 1) == 1.0
-        )
+        assert learning_rate_at(1, 1, 1.0, "cosine", 0) == 1.0 and learning_rate_at(1, 1, 1.0, "linear", 1) == 1.0
 
     def test_an_unknown_schedule_is_refused(self):
         with pytest.raises(ValueError, match="lr_scheduler_type"):
@@ -223,9 +211,7 @@ class TestBest:
         for step, value in enumerate([1.0, 0.0]):
             kept.offer(value, step, trainee_of(step))
         again = Best("best", 3, True)
-        again.restore(
-            SimpleNamespace(state={"best": kept.state()}, tensors=lambda name: {"best": kept.tensors}[name])
-        )
+        again.restore(SimpleNamespace(state={"best": kept.state()}, tensors=lambda name: {"best": kept.tensors}[name]))
         assert again.state() == kept.state() and same(again.tensors, kept.tensors)
 
 
@@ -234,11 +220,7 @@ class TestTrainee:
         """Other names or other shapes are refused before any weight is touched."""
         trainee = trainee_of()
         before, good = weights(trainee), weights(trainee_of(1))
-        for bad in (
-            {"weight": good["weight"]},
-            good | {"more": good["bias"]},
-            good | {"bias": torch.zeros(2)},
-        ):
+        for bad in ({"weight": good["weight"]}, good | {"more": good["bias"]}, good | {"bias": torch.zeros(2)}):
             with pytest.raises(UserError, match="--restart"):
                 trainee.load(bad)
         assert same(weights(trainee), before)
@@ -339,18 +321,13 @@ class Journal:
 class Regression:
     """fit on 10 rows of y = w·x: everything a stage would hand in, small enough for 100 runs."""
 
-    def __init__(
-        self, folder, every=2, keep="last", patience=None, micro_size=3, learning_rate=0.05, figures=None
-    ):
+    def __init__(self, folder, every=2, keep="last", patience=None, micro_size=3, learning_rate=0.05, figures=None):
         cut = lambda batch: micro_batches(batch, micro_size)  # noqa: E731
         self.options = {"keep": keep, "patience": patience, "cut": cut}
         self.checkpoints = CheckpointStore(folder, every, 2, "run", say=lambda line: None)
         self.rate, self.figures, self.journal = learning_rate, figures, Journal(None)
         x = torch.randn(10, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        self.x, self.y = (
-            x,
-            x @ torch.tensor([[1.0], [-2.0], [0.5]], dtype=torch.float64) + 0.1 * x[:, :1] ** 2,
-        )
+        self.x, self.y = (x, x @ torch.tensor([[1.0], [-2.0], [0.5]], dtype=torch.float64) + 0.1 * x[:, :1] ** 2)
 
     def run(self, stop_at=None, kill_at=None):
         """→ (figures, weights, journal); rows of an interrupted attempt stay, as far as its checkpoint."""
@@ -358,14 +335,8 @@ class Regression:
         found = self.checkpoints.newest()
         self.journal.rewind(found.step if found else -1)
         earlier, self.journal = self.journal, Journal(stop, stop_at, kill_at)
-        self.journal.rows, self.journal.figures, self.journal.shown = (
-            earlier.rows,
-            earlier.figures,
-            earlier.shown,
-        )
-        ctx = SimpleNamespace(
-            stage="rm", seed=7, tracker=self.journal, checkpoints=self.checkpoints, stop=stop
-        )
+        self.journal.rows, self.journal.figures, self.journal.shown = (earlier.rows, earlier.figures, earlier.shown)
+        ctx = SimpleNamespace(stage="rm", seed=7, tracker=self.journal, checkpoints=self.checkpoints, stop=stop)
         self.trainee = trainee_of()
 
         def loss(rows, batch):
@@ -373,9 +344,7 @@ class Regression:
             return value, {"loss": value.item()}
 
         def evaluate(poll):
-            if (
-                self.figures is not None
-            ):  # a scripted history: one figure an evaluation, by the number seen so far
+            if self.figures is not None:  # a scripted history: one figure an evaluation, by the number seen so far
                 return {"loss": self.figures[len(self.journal.figures)]}
             with torch.no_grad():
                 return {"loss": ((self.trainee.model(self.x) - self.y) ** 2).mean().item()}
@@ -414,9 +383,7 @@ class TestFit:
         assert [s for s, _ in journal.figures] == [0, 2, 4, 6, 8, 9] == [s for s, _ in journal.shown]
         assert out["loss"] < journal.figures[0][1]["loss"] and out["steps"] == 9
         assert set(journal.rows[0][1]) == {"loss", "grad_norm", "lr"}
-        assert [m["lr"] for _, m in journal.rows] == [
-            learning_rate_at(s, 9, 0.05, "linear", 2) for s in range(1, 10)
-        ]
+        assert [m["lr"] for _, m in journal.rows] == [learning_rate_at(s, 9, 0.05, "linear", 2) for s in range(1, 10)]
 
     def test_each_batch_is_the_next_rows_of_the_order(self, tmp_path):
         """Nine steps of 4 of 10 rows: 36 draws, each row in three or four of them."""
@@ -499,9 +466,7 @@ class TestFit:
         assert [s for s, _ in journal.figures] == [0, 2, 4, 6]
 
     @pytest.mark.parametrize("keep", ["last", "best"])
-    def test_killed_after_its_last_checkpoint_where_patience_had_run_out_equals_straight(
-        self, tmp_path, keep
-    ):
+    def test_killed_after_its_last_checkpoint_where_patience_had_run_out_equals_straight(self, tmp_path, keep):
         """The checkpoint of step 6 was saved and training was over; a kill before publication changes no
         figure."""
         job = Regression(tmp_path, patience=2, keep=keep, figures=self.figures_without_progress)
