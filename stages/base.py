@@ -36,7 +36,7 @@ def run(ctx: StageRun) -> dict:
     """→ model/ with tokenizer and chat template."""
     m, c = ctx.experiment.model, ctx.config
     if m.name_or_path is not None:
-        if not parallel.is_first():  # which publishes, and there is nothing to share
+        if not parallel.is_rank_zero():  # which publishes, and there is nothing to share
             return {}
         model, tokenizer = load_pretrained(
             str(local_folder(m.name_or_path) or m.name_or_path),

@@ -107,12 +107,14 @@ def run(ctx: StageRun) -> dict:
         sums: dict[str, float] = {}
         tokens = sum(map(tokens_first, held))
         parts, costs = in_parts(ctx, held, packed)
-        for rows, own in parallel.in_step(parallel.share(parts, costs), parts[0] if is_sharded(policy) else None):
+        for rows, own in parallel.padded_micro_batches(
+            parallel.rows_of_this_rank(parts, costs), parts[0] if is_sharded(policy) else None
+        ):
             poll()
             figures = forward(held, reference["validation"], rows, len(held), tokens)[1]
             for key, value in figures.items() if own else ():
                 sums[key] = sums.get(key, 0.0) + value
-        return parallel.total(sums)
+        return parallel.all_reduce_figures(sums)
 
     shown = [r.prompt for r in sources.load("rankings", path=ctx.inputs["rankings"] / "validation.jsonl")[:4]]
 
@@ -175,7 +177,7 @@ def reference_logps(
         digest.update(json.dumps(what).encode())
     digest = digest.hexdigest()
     sizes = [len(g.responses) for g in groups]
-    kept = parallel.from_first(lambda: ctx.cache.recall(f"reference_logps_{split}", digest))
+    kept = parallel.from_rank_zero(lambda: ctx.cache.recall(f"reference_logps_{split}", digest))
     if kept is not None:
         return list(kept["logps"].split(sizes))
 
@@ -185,7 +187,7 @@ def reference_logps(
     def logps_of(own: list[list[int]]):
         off = adapter_off(policy) if is_adapted(policy) else nullcontext()
         with off, ctx.tracker.progress(len(own), "dpo reference") as progress:
-            for done, (rows, mine) in enumerate(parallel.in_step(own, parts[0] if sharded else None), 1):
+            for done, (rows, mine) in enumerate(parallel.padded_micro_batches(own, parts[0] if sharded else None), 1):
                 poll()
                 batch = batch_groups([groups[i] for i in rows], pad_id, packed=packed).to(accelerator.device)
                 with accelerator.autocast():
@@ -194,7 +196,7 @@ def reference_logps(
                     yield sequence_logps(logprobs, batch.rows.response_mask).cpu().split([sizes[i] for i in rows])
                     progress.update(done)
 
-    every = parallel.spread(parts, costs, lambda own: list(logps_of(own)), idle=sharded)
+    every = parallel.compute_and_all_gather(parts, costs, lambda own: list(logps_of(own)), idle=sharded)
     out: dict[int, torch.Tensor] = {}
     for rows, logps in zip(parts, every, strict=True):
         out.update(zip(rows, logps, strict=True))

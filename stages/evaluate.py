@@ -398,10 +398,12 @@ def measure(
             for k in range(len(part))
         ]
 
-    of_each = -(-len(asked) // parallel.rank_and_size()[1])
+    of_each = -(-len(asked) // parallel.rank_and_world_size()[1])
     size = max(1, min(of_each, c.batch_size // min(n, 4)))
     parts = list(micro_batches(list(range(len(asked))), size))
-    found = parallel.spread(parts, [len(part) for part in parts], lambda own: list(map(measure_part, own)))
+    found = parallel.compute_and_all_gather(
+        parts, [len(part) for part in parts], lambda own: list(map(measure_part, own))
+    )
     rows = [row for part in found for row in part]
     return {key: None if rows[0][key] is None else [row[key] for row in rows] for key in rows[0]}
 
@@ -524,7 +526,7 @@ def text_losses(model, rows: list[list[int]], accelerator, size: int) -> list[fl
         return found
 
     parts = list(micro_batches(rows, size))
-    return [loss for some in parallel.spread(parts, list(map(len, parts)), losses) for loss in some]
+    return [loss for some in parallel.compute_and_all_gather(parts, list(map(len, parts)), losses) for loss in some]
 
 
 def write_responses(

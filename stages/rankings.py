@@ -168,7 +168,9 @@ def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]], list[li
         for step in range(begun + 1, total + 1):
             part = range(len(texts), min(len(texts) + c.batch_size, len(prompts)))
             poll = partial(pause_if_asked, ctx, step - 1, total, partial(save, step - 1))
-            sampled = parallel.spread(part, [len(ids[i]) for i in part], partial(responses_to, poll=poll))
+            sampled = parallel.compute_and_all_gather(
+                part, [len(ids[i]) for i in part], partial(responses_to, poll=poll)
+            )
             for group in sampled:
                 texts.append([decode_response(tokenizer, r) for r in group])
                 finished.append([r[-1] == tokenizer.eos_token_id for r in group])

@@ -114,7 +114,7 @@ def run(ctx: StageRun) -> dict:
         if fresh and k == 0:
             write_samples(ctx, model, tokenizer, held[:4], shown, done[0]["steps"], accelerator)
         model = publishable(model, partial(make_model, ctx, source, k))
-        if parallel.is_first():
+        if parallel.is_rank_zero():
             refuse_another_logit(model, min(held, key=lambda g: len(g.prompt)), tokenizer.pad_token_id)
         folder = ctx.publish / name
         base = adapter_base(ctx, folder, source)
@@ -219,10 +219,10 @@ def look_at_held(ctx: StageRun, tools, held, poll=lambda: None) -> tuple[list[fl
         return margins, loss_of(ctx.config, batch, scores, len(held)).item()
 
     def looks(own: list[list[int]]) -> list[tuple[list[float], float]]:
-        every = [(look(rows), mine) for rows, mine in parallel.in_step(own, parts[0] if sharded else None)]
+        every = [(look(rows), mine) for rows, mine in parallel.padded_micro_batches(own, parts[0] if sharded else None)]
         return [found for found, mine in every if mine]
 
-    found = parallel.spread(parts, costs, looks, idle=sharded)
+    found = parallel.compute_and_all_gather(parts, costs, looks, idle=sharded)
     margins = [x for some, _ in found for x in some]
     owners = [(i, pair) for rows in parts for i in rows for pair in held[i].pairs()]
     return margins, owners, sum(value for _, value in found)

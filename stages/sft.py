@@ -89,7 +89,7 @@ def run(ctx: StageRun) -> dict:
     if found is not None and "finished" in found.state:  # interrupted while ppo_init trained: model/ is made
         refuse_another_length(ctx, found, steps)
         model, figures, weights = None, found.state["finished"], {}
-        if parallel.is_first():  # which publishes
+        if parallel.is_rank_zero():  # which publishes
             model, weights = start(), found.tensors("finished")
             Trainee("sft", model, trainable(model), None, 0.0).load(weights)
     else:

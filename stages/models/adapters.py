@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.launch.parallel import is_first
+from pipeline.launch.parallel import is_rank_zero
 from stages.models.ensemble import members
 from stages.models.loading import (
     load_scalar_model,
@@ -245,7 +245,7 @@ def save_adapter(model, folder: Path, base: tuple[str, str | None] = ("", None))
         folder: of the published model.
         base: (Hub id or path, commit of a Hub id) of the model that the adapter is on; "" where that has no name.
     """
-    if not is_adapted(model) or not is_first():
+    if not is_adapted(model) or not is_rank_zero():
         return
     for config in model.peft_config.values():
         config.base_model_name_or_path = ""  # peft would look there for the vocabulary, on the Hub too
@@ -264,7 +264,7 @@ def save_merged(
     """`save_model` of the merged weights, which transformers alone can load, and beside them the adapter, if any. On
     the CPU, where the model stays: merging takes a trunk more, for which a GPU may have no room. base: as of
     `save_adapter`; options: as of `save_model`."""
-    if is_first():
+    if is_rank_zero():
         save_adapter(model, folder, base)
         save_model(merged(model.cpu()), tokenizer, folder, card=card, **options)
 

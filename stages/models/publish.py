@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pipeline.launch.parallel import is_first
+from pipeline.launch.parallel import is_rank_zero
 from stages.models.families import as_given
 from stages.models.remote_code import is_remote, keep_code, read
 
@@ -52,7 +52,7 @@ def save_model(
             settings that the model was given with stay, if they are valid.
         dtype: what the weights are rounded to, as "bfloat16"; None: they are written as they are.
     """
-    if not is_first():
+    if not is_rank_zero():
         return
     folder.mkdir(parents=True, exist_ok=True)
     keep_code(model, tokenizer, folder)

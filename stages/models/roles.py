@@ -67,7 +67,7 @@ class Roles:
         return most_tokens(plain(self.policy).config, self.accelerator.device.type)
 
     def spare(self) -> list[int] | None:
-        """Rows for a forward that only keeps in step with other processes (`parallel.in_step`), where they share
+        """Rows for a forward that only keeps in step with other processes (`parallel.padded_micro_batches`), where they share
         weights."""
         return [0] if is_sharded(self.policy) else None
 

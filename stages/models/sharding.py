@@ -1,7 +1,7 @@
 """Models in parts: each process holds a share of every weight, its gradient and its moments (torch's FSDP2; ZeRO-3).
 
 A forward pass through a sharded model gathers one decoder layer after the other, in all processes at once: they must
-take as many passes as each other (`parallel.in_step`). The sampler, whose passes nobody can count before, reads a copy
+take as many passes as each other (`parallel.padded_micro_batches`). The sampler, whose passes nobody can count before, reads a copy
 that is gathered whole (`whole`). Only the first process reads models whole: it makes them (`made_by_first`)
 and hands out the parts (`shard`).
 """
@@ -18,7 +18,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipeline.errors import UserError
-from pipeline.launch.parallel import from_first, is_first, rank_and_size
+from pipeline.launch.parallel import from_rank_zero, is_rank_zero, rank_and_world_size
 from stages.models.adapters import plain
 from stages.models.ensemble import members
 from stages.models.packing import packs, register
@@ -40,7 +40,7 @@ def made_by_first(make: Callable[[], nn.Module]) -> nn.Module:
         except (pickle.PicklingError, AttributeError, TypeError):
             return None
 
-    sent = from_first(described)
+    sent = from_rank_zero(described)
     if not made:
         made.append(_unpacked(sent) or make())
     return made[0]
@@ -67,10 +67,10 @@ def shard(model, device: torch.device, *, mean: bool = False) -> None:
     means)."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    if rank_and_size()[1] == 1:
+    if rank_and_world_size()[1] == 1:
         model.to(device)
         return
-    mesh = dist.init_device_mesh(device.type, (rank_and_size()[1],))
+    mesh = dist.init_device_mesh(device.type, (rank_and_world_size()[1],))
     for member in members(model):
         inner = plain(member)
         member.__dict__["skeleton"] = skeleton_of(member).to(device)  # not a submodule
@@ -91,9 +91,9 @@ def shard(model, device: torch.device, *, mean: bool = False) -> None:
 def _hand_over(module: nn.Module, device: torch.device) -> None:
     """The weights of `module` that are not in parts yet go from the first process to all, whatever those hold."""
     weights = [p for p in module.parameters() if not isinstance(p, DTensor)]
-    kinds = from_first(lambda: [(p.shape, p.dtype) for p in weights])
+    kinds = from_rank_zero(lambda: [(p.shape, p.dtype) for p in weights])
     for p, (shape, dtype) in zip(weights, kinds, strict=True):
-        x = p.data.to(device).contiguous() if is_first() else torch.empty(shape, dtype=dtype, device=device)
+        x = p.data.to(device).contiguous() if is_rank_zero() else torch.empty(shape, dtype=dtype, device=device)
         dist.broadcast(x, src=0)
         p.data = x
 
@@ -170,9 +170,9 @@ def publishable(model, again: Callable[[], nn.Module] | None = None) -> nn.Modul
     processes into a copy. again() → what the model was made from, where frozen weights may be cast."""
     if is_sharded(model):
         inside = copy.deepcopy(model.skeleton).cpu()
-        _fill(inside, model, keep=is_first())
+        _fill(inside, model, keep=is_rank_zero())
         model = inside
-    if is_first():
+    if is_rank_zero():
         model.cpu()
         if again is not None:
             uncast(model, again)
@@ -199,7 +199,7 @@ def full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, x in tensors.items():
         if isinstance(x, DTensor):
             x = x.full_tensor()
-            x = x.cpu() if is_first() else x.new_empty(0)
+            x = x.cpu() if is_rank_zero() else x.new_empty(0)
         found[name] = x
     return found
 

@@ -491,7 +491,7 @@ def rollout_of(
         engine.follow(roles.policy)
         rollout = collected(recompute=True, by_engine=True)
         # one judgement for all; log-probs of the policy that are not finite are not vLLM's fault
-        off = parallel.from_first(lambda: rollout.engine_kl)
+        off = parallel.from_rank_zero(lambda: rollout.engine_kl)
         if not off <= c.rollout.max_engine_kl and masked_sum(rollout.logprobs, rollout.mask).isfinite():
             raise EngineLost(
                 f"vLLM samples from another distribution: KL to the policy is {off:.2g} nats a token "
@@ -530,7 +530,7 @@ def preflight(ctx: StageRun, roles: Roles, prompts, step: int = 0, poll: Callabl
                 logprobs = response_logprobs(roles.policy, rows, c.temperature).detach()
                 again[torch.tensor(index, device=again.device), : logprobs.shape[1]] = logprobs
         drift = masked_mean(((again - rollout.logprobs).exp() - 1).abs(), rollout.mask).item()
-        drift = parallel.from_first(lambda found=drift: found)  # one judgement, should others differ in a last bit
+        drift = parallel.from_rank_zero(lambda found=drift: found)  # one judgement, should others differ in a last bit
         if drift <= limit:
             break
         if not recompute and not drift <= 10 * limit:
@@ -651,7 +651,7 @@ def ppo_gradients(
     lengths, n = rollout.lengths(), kept_together(c)
     own, size = share_groups(lengths, mini, n), c.per_device_train_batch_size
     parts = in_micro_batches(lengths, own, n, size, roles.most_tokens())
-    for index, mine in parallel.in_step(parts, roles.spare()):
+    for index, mine in parallel.padded_micro_batches(parts, roles.spare()):
         rows = rollout.rows(index, pad_id, roles.packed)
         mask, at = rows.response_mask, torch.tensor(index, device=rollout.mask.device)
         old_logprobs, old_values, advantage, target = (
@@ -677,8 +677,8 @@ def ppo_gradients(
         ):
             figures[key] = figures.get(key, 0.0) + number.item()
     for model in (roles.policy, roles.value_model):
-        parallel.sum_gradients(trainable(model).values())
-    return parallel.total(figures)
+        parallel.all_reduce_gradients(trainable(model).values())
+    return parallel.all_reduce_figures(figures)
 
 
 def ptx_gradient(ctx: StageRun, roles: Roles, policy: Trainee, rows: list[list[int]]) -> dict[str, float]:
@@ -691,15 +691,15 @@ def ptx_gradient(ctx: StageRun, roles: Roles, policy: Trainee, rows: list[list[i
     for p in parameters:
         p.grad = None
     tokens, total = len(rows) * (len(rows[0]) - 1), 0.0
-    parts = list(micro_batches(parallel.share(rows, [1] * len(rows)), c.per_device_train_batch_size))
-    for part, mine in parallel.in_step(parts, rows[:1] if roles.spare() else None):
+    parts = list(micro_batches(parallel.rows_of_this_rank(rows, [1] * len(rows)), c.per_device_train_batch_size))
+    for part, mine in parallel.padded_micro_batches(parts, rows[:1] if roles.spare() else None):
         ids = torch.tensor(part, device=roles.accelerator.device)
         with roles.accelerator.autocast():
             loss = -text_logprobs(roles.policy, ids).sum() / tokens
         total += loss.item() if mine else 0.0
         roles.accelerator.backward((c.ptx_coef if mine else 0.0) * loss)
-    parallel.sum_gradients(parameters)
-    total = parallel.total({"loss": total})["loss"]
+    parallel.all_reduce_gradients(parameters)
+    total = parallel.all_reduce_figures({"loss": total})["loss"]
     ptx = [p.grad for p in parameters]
     figures = {"loss/ptx": total, "grad_norm/ptx": gradient_norm(parameters), "grad_cosine": gradient_cosine(ppo, ptx)}
     for p, one, other in zip(parameters, ppo, ptx, strict=True):
@@ -710,7 +710,7 @@ def ptx_gradient(ctx: StageRun, roles: Roles, policy: Trainee, rows: list[list[i
 def publish_average(ctx: StageRun, roles: Roles, policy: Trainee, average: Average) -> None:
     """model_ema/: the policy with its averaged weights. The policy stays on the CPU, which has room for a copy."""
     if not is_sharded(roles.policy):
-        if not parallel.is_first():
+        if not parallel.is_rank_zero():
             return
         roles.policy.cpu()  # before two more sets of what trains
     last = {name: tensor.clone() for name, tensor in policy.tensors().items()}
@@ -764,7 +764,7 @@ def held_out_figures(ctx: StageRun, roles: Roles, run: Run, held: list[tuple], s
         )
         if is_sharded(roles.judge):  # it takes all processes
             look_on = partial(Tensor.clone, look_on())
-        scores = parallel.from_first(look_on)  # what is kept, and when to stop, hangs on them
+        scores = parallel.from_rank_zero(look_on)  # what is kept, and when to stop, hangs on them
         lengths = rollout.mask.sum(-1).cpu()
         options = {"lengths": lengths, "score_clip": c.score_clip, "length_penalty": c.length_penalty}
         scores = final_scores(scores, rollout.finished.cpu(), c.missing_eos_score, **options)

@@ -91,7 +91,7 @@ def collect(
     with torch.no_grad(), roles.accelerator.autocast():
         own = share_groups(rollout.lengths(), range(len(repeated)), n)
         parts = in_micro_batches(rollout.lengths(), own, n, micro_size, roles.most_tokens())
-        for index, mine in parallel.in_step(parts, roles.spare()):
+        for index, mine in parallel.padded_micro_batches(parts, roles.spare()):
             poll()
             at = torch.tensor(index, device=device)
             rows = rollout.rows(index, tokenizer.pad_token_id, roles.packed)
@@ -106,7 +106,9 @@ def collect(
             for name, x in found.items() if mine else ():
                 getattr(rollout, name)[at] = F.pad(x, (0, width - x.shape[1])) if x.dim() == 2 else x
         computed = [rollout.ref_logprobs, rollout.values, rollout.scores]
-        parallel.sum_tensors(computed + [rollout.logprobs, rollout.entropy] * recompute)  # 0 where others computed
+        parallel.all_reduce_tensors(
+            computed + [rollout.logprobs, rollout.entropy] * recompute
+        )  # 0 where others computed
     if recompute:
         rollout = replace(rollout, engine_kl=drift(sampled.logprobs, rollout.logprobs, rollout.mask))
     scores = final_scores(
@@ -134,7 +136,7 @@ def shared_samples(
     sample: Callable[[list[int]], Sampled], lengths: Sequence[int], n: int, device: torch.device
 ) -> Sampled:
     """sample(episodes) of this process's share, and the others' beside it: all episodes, everywhere."""
-    if parallel.rank_and_size()[1] == 1:
+    if parallel.rank_and_world_size()[1] == 1:
         return sample(list(range(len(lengths))))
 
     def rows(groups: list[range]) -> list[list[tuple]]:
@@ -145,7 +147,9 @@ def shared_samples(
         return [every[i : i + n] for i in range(0, len(every), n)]
 
     groups = [range(i, i + n) for i in range(0, len(lengths), n)]
-    every = [row for group in parallel.spread(groups, [lengths[g[0]] for g in groups], rows) for row in group]
+    every = [
+        row for group in parallel.compute_and_all_gather(groups, [lengths[g[0]] for g in groups], rows) for row in group
+    ]
     responses, logprobs, entropy = zip(*every, strict=True)
     width = max(map(len, responses))
     wide = lambda xs: torch.stack([F.pad(x, (0, width - len(x))) for x in xs]).to(device)  # noqa: E731
@@ -155,7 +159,9 @@ def shared_samples(
 def share_groups(lengths: Sequence[int], index: Sequence[int], n: int) -> list[int]:
     """This process's share of `index`, by tokens; the samples of a prompt stay together as in `in_micro_batches`."""
     groups = [index[i : i + n] for i in range(0, len(index), n)]
-    return [i for group in parallel.share(groups, [sum(lengths[i] for i in g) for g in groups]) for i in group]
+    return [
+        i for group in parallel.rows_of_this_rank(groups, [sum(lengths[i] for i in g) for g in groups]) for i in group
+    ]
 
 
 def in_micro_batches(

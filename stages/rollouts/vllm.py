@@ -82,8 +82,8 @@ class Vllm:
             self.end = weakref.finalize(self, end, self.process, self.connection, self.folder)
 
         names = {name for name, _ in file_tensors(model)} - {tied_head(model)}
-        parallel.from_first(lambda: refuse_other_names(names, self.model, plain(model).config.model_type))
-        parallel.from_first(launched)
+        parallel.from_rank_zero(lambda: refuse_other_names(names, self.model, plain(model).config.model_type))
+        parallel.from_rank_zero(launched)
         self.running = True
         # vLLM 0.32 takes a head that is the embedding over once, and then leaves it as it was
         self.unties = tied_head(model) is not None and plain(model).get_input_embeddings().weight.requires_grad
@@ -103,10 +103,10 @@ class Vllm:
         folder = self.folder / "model"
         problem = write_model(model, folder, self.dtype, self.model, None if self.unties else tied_head(model))
         # others wait for the writing here, and for vLLM below: as long as they have to for each
-        if problem := parallel.from_first(lambda: problem):
+        if problem := parallel.from_rank_zero(lambda: problem):
             raise EngineLost(f"vLLM cannot be handed the weights: {problem}")
         self._ask(message(str(folder)), poll)
-        if parallel.is_first():
+        if parallel.is_rank_zero():
             shutil.rmtree(folder, ignore_errors=True)  # half a model or more, in memory maybe
         self.stale = False
 
@@ -151,7 +151,7 @@ class Vllm:
                 poll()  # a signal that ended it may have been meant for all
                 return EngineLost(f"vLLM {how_it_ended(self.process, self.log)}")
 
-        found = parallel.from_first(answer)
+        found = parallel.from_rank_zero(answer)
         if isinstance(found, EngineLost):
             raise found
         return found
@@ -265,7 +265,7 @@ def write_model(model, folder: Path, dtype: torch.dtype, like: Path, without: st
         finally:
             part.clear()
 
-    problem = begin() if parallel.is_first() else "another process writes"
+    problem = begin() if parallel.is_rank_zero() else "another process writes"
     for name, x in file_tensors(model):
         if problem is not None or name == without:
             continue

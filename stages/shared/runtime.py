@@ -67,7 +67,7 @@ def bound_of_short_rows(config: dict) -> int | None:
 
 def is_sharding(ctx: StageRun) -> bool:
     """Whether each of several processes holds a part of what trains (launch.strategy: fsdp2)."""
-    return parallel.rank_and_size()[1] > 1 and ctx.experiment.launch.strategy == "fsdp2"
+    return parallel.rank_and_world_size()[1] > 1 and ctx.experiment.launch.strategy == "fsdp2"
 
 
 def place(ctx: StageRun, make: Callable, accelerator):

@@ -59,7 +59,7 @@ def say_off_template(ctx: StageRun, tokenizer, rows: list[tuple], names: list[st
     """
     from data.agreement import compare, remedy
 
-    if parallel.is_first():
+    if parallel.is_rank_zero():
         found = compare(tokenizer, rows, names)
         if found.differ:
             ctx.tracker.say(f"{ctx.stage}: {found.text(what)}; {remedy(tokenizer)}")

@@ -119,7 +119,7 @@ def gradient_cosine(one, other) -> float:
     parts = [(part(a).flatten().float(), part(b).flatten().float()) for a, b in pairs]
     dot = sum(float(torch.dot(a, b)) for a, b in parts)
     if any(isinstance(a, DTensor) for a, _ in pairs):
-        dot = parallel.total({"dot": dot})["dot"]
+        dot = parallel.all_reduce_figures({"dot": dot})["dot"]
     norms = [torch.nn.utils.get_total_norm([g for g in gs if g is not None] or [torch.zeros(1)]) for gs in (one, other)]
     size = number(norms[0] * norms[1])
     return dot / size if size > 0 else 0.0
@@ -267,7 +267,7 @@ def save_checkpoint(
         state["best"] = best.state()
         if best.tensors:
             tensors["best"] = best.tensors
-    if any(is_sharded(trainee.model) for trainee in trainees) and parallel.is_first():  # gathering takes its time
+    if any(is_sharded(trainee.model) for trainee in trainees) and parallel.is_rank_zero():  # gathering takes its time
         ctx.checkpoints.require_space(sum(x.nbytes for group in tensors.values() for x in group.values()))
     ctx.checkpoints.save(step, {name: full(group) for name, group in tensors.items()}, state, total)
 
@@ -332,7 +332,7 @@ def optimizer_parts(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 
 def has_settings_of_today(ctx: StageRun, checkpoint) -> bool:
     """Whether a checkpoint was made with the settings and inputs of this run; the same answer in all processes."""
-    return parallel.from_first(lambda: checkpoint.fingerprint == ctx.checkpoints.fingerprint)
+    return parallel.from_rank_zero(lambda: checkpoint.fingerprint == ctx.checkpoints.fingerprint)
 
 
 def refuse_shorter(ctx: StageRun, step: int, total: int) -> None:
@@ -353,13 +353,13 @@ def pause_if_asked(ctx: StageRun, step: int, total: int, save: Callable[[], None
 
 def asked_to_stop(ctx: StageRun, together: bool = False) -> bool:
     """Whether a signal has come. together: to the first process, which hears them; the same answer everywhere."""
-    return parallel.from_first(lambda: ctx.stop.requested) if together else ctx.stop.requested
+    return parallel.from_rank_zero(lambda: ctx.stop.requested) if together else ctx.stop.requested
 
 
 def is_due(ctx: StageRun, step: int, together: bool = False) -> bool:
     """Whether to save after this step. together: the first process's answer, everywhere."""
     due = partial(ctx.checkpoints.due, step)
-    return parallel.from_first(due) if together else due()
+    return parallel.from_rank_zero(due) if together else due()
 
 
 def perplexity_of(loss: float) -> float:
@@ -468,14 +468,14 @@ def fit(
             step, began = step + 1, time.perf_counter()
             batch = order[(step - 1) * batch_size : step * batch_size]
             logged: dict[str, float] = {}
-            parts = list(cut(parallel.share(batch, [costs[i] for i in batch])))
-            for rows, own in parallel.in_step(parts, batch[:1] if together else None):
+            parts = list(cut(parallel.rows_of_this_rank(batch, [costs[i] for i in batch])))
+            for rows, own in parallel.padded_micro_batches(parts, batch[:1] if together else None):
                 share, sums = loss(rows, batch)
                 accelerator.backward(share if own else 0.0 * share)
                 for key, value in sums.items() if own else ():
                     logged[key] = logged.get(key, 0.0) + value
-            parallel.sum_gradients(trainee.parameters.values())
-            logged = parallel.total(logged)
+            parallel.all_reduce_gradients(trainee.parameters.values())
+            logged = parallel.all_reduce_figures(logged)
             rate = learning_rate(step)
             logged["grad_norm"] = optimizer_step(trainee, rate, step)
             took, tokens = time.perf_counter() - began, sum(costs[i] for i in batch)

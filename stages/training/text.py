@@ -89,10 +89,10 @@ def train_language_model(
     from trl import SFTConfig, SFTTrainer
 
     transformers_logging.set_verbosity_error()
-    rank, processes = parallel.rank_and_size()
+    rank, processes = parallel.rank_and_world_size()
     # others write nothing there; but transformers lists it in the end, when the first one may be removing its own
     scratch = Path(ctx.checkpoints.folder) / (f".tmp-trainer-{rank}" if rank else ".tmp-trainer")
-    if parallel.is_first():
+    if parallel.is_rank_zero():
         shutil.rmtree(scratch, ignore_errors=True)
     every = ctx.checkpoints.every
     rows, accumulated = batch_of_each(per_device_train_batch_size, gradient_accumulation_steps, processes)
@@ -185,7 +185,7 @@ def train_language_model(
         keeper.progress = progress
         with contextlib.suppress(_Exhausted):
             trainer.train(resume_from_checkpoint=str(found.path / "trainer") if found else None)
-    if parallel.is_first():
+    if parallel.is_rank_zero():
         shutil.rmtree(scratch, ignore_errors=True)
     step = trainer.state.global_step
     together = is_sharded(trainer.model)
@@ -263,7 +263,7 @@ def with_parts(trainer_class):
     class Sharding(alone_in_saving(trainer_class)):
         def take_part(self, checkpoint: Path | None) -> None:
             """Keep this process's part of the weights, those of the checkpoint if one is given."""
-            if checkpoint is not None and parallel.is_first():
+            if checkpoint is not None and parallel.is_rank_zero():
                 self._load_from_checkpoint(str(checkpoint))
             shard(self.model, self.args.device, mean=True)
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)  # as sharding.casting_anew
@@ -275,7 +275,7 @@ def with_parts(trainer_class):
 
         def save_model(self, output_dir=None, _internal_call=False):
             held, self.model = self.model, publishable(self.model)
-            if parallel.is_first():
+            if parallel.is_rank_zero():
                 super()._save(output_dir)
             self.model = held
 
@@ -295,7 +295,7 @@ def with_parts(trainer_class):
             self.lr_scheduler.load_state_dict(read(Path(checkpoint) / SCHEDULER_NAME))
 
         def _save_rng_state(self, output_dir):
-            if parallel.is_first():
+            if parallel.is_rank_zero():
                 super()._save_rng_state(output_dir)
 
     return Sharding
@@ -326,8 +326,11 @@ def held_out_loss(
     model.eval()
     ordered = sorted(rows, key=lambda r: len(r["input_ids"]))
     parts = list(micro_batches(ordered, batch_size))
-    own, sharded = parallel.share(parts, [sum(len(r["input_ids"]) for r in part) for part in parts]), is_sharded(model)
-    for part, mine in parallel.in_step(own, parts[0] if sharded else None):
+    own, sharded = (
+        parallel.rows_of_this_rank(parts, [sum(len(r["input_ids"]) for r in part) for part in parts]),
+        is_sharded(model),
+    )
+    for part, mine in parallel.padded_micro_batches(own, parts[0] if sharded else None):
         if not sharded and (left := leaves()):
             break
         width = max(len(r["input_ids"]) for r in part)
@@ -341,7 +344,7 @@ def held_out_loss(
             total += language_model_loss(logits, labels, 1.0).item()
             tokens += int((labels != -100).sum())
     model.train(training)
-    sums = parallel.total({"loss": total, "tokens": tokens, "left": left})
+    sums = parallel.all_reduce_figures({"loss": total, "tokens": tokens, "left": left})
     if sums["left"]:
         raise LookLeft
     return sums["loss"] / max(1, sums["tokens"])
@@ -382,7 +385,7 @@ class _Keeper:
 
     def seed_dropout(self, state) -> None:
         """Of several processes each draws its own masks, whatever was drawn before a resume."""
-        rank, size = parallel.rank_and_size()
+        rank, size = parallel.rank_and_world_size()
         if size > 1:
             step = self.first + state.global_step
             torch.manual_seed(derive_seed(self.ctx.seed, self.ctx.stage, "dropout", step, rank))
@@ -416,7 +419,7 @@ class _Keeper:
 
     def saved(self, args, state) -> None:
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if parallel.is_first():
+        if parallel.is_rank_zero():
             (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
         tensors, kept = self.carried
         tensors = tensors | ({"best": full(self.best.tensors)} if self.best.tensors else {})

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from data.groups import make_rows
 from pipeline.errors import UserError
-from pipeline.launch.parallel import in_step, is_first, rank_and_size
+from pipeline.launch.parallel import is_rank_zero, padded_micro_batches, rank_and_world_size
 from pipeline.launch.processes import places
 from stages.models.adapters import adapter_off, is_adapted, load_on_trunk, plain, save_merged, with_adapter
 from stages.models.ensemble import members
@@ -111,7 +111,7 @@ def pair(*args, method=None, **kwargs):
 
 def check_gradients(family, tied, method):
     other, ours = pair(family, tied, method=method)
-    rank, size = rank_and_size()
+    rank, size = rank_and_world_size()
     assert size == 2 and is_sharded(ours) and not is_sharded(other)
     held = sum(p.to_local().numel() for p in ours.parameters())
     assert held < 0.6 * sum(p.numel() for p in other.parameters())
@@ -125,7 +125,7 @@ def check_gradients(family, tied, method):
     for x in expected:
         x.backward()
     parts = [[0, 2], [1]][rank]
-    for i, own in in_step(parts, 0):
+    for i, own in padded_micro_batches(parts, 0):
         found = loss(ours, i)
         torch.testing.assert_close(found, expected[i])
         (found if own else 0.0 * found).backward()
@@ -155,7 +155,7 @@ def check_steps():
     rows = make_rows(PROMPTS, RESPONSES, 0, packed=True)
     options = {"learning_rate": 1e-2, "max_grad_norm": 0.5, "weight_decay": 0.01}
     trainees = [make_trainee("model", model, **options) for model in (other, ours)]
-    rank, _ = rank_and_size()
+    rank, _ = rank_and_world_size()
     for step in range(3):
         response_values(other, rows).sum().backward()
         (response_values(ours, rows).sum() * (0.25 if rank else 0.75)).backward()
@@ -170,7 +170,7 @@ def check_steps():
     weights = full(trainees[1].tensors())
     tensors, rest = optimizer_tensors(trainees[1].optimizer)
     tensors = full(tensors)
-    if is_first():
+    if is_rank_zero():
         assert {k: x.shape for k, x in weights.items()} == {k: p.shape for k, p in other.named_parameters()}
     found = [weights, {name: x.clone() for name, x in tensors.items()}]  # as from a file
     dist.broadcast_object_list(found, src=0)
@@ -195,7 +195,7 @@ def check_whole(method):
     expected = response_logprobs(other, rows)
     with whole(ours) as reader, torch.no_grad():
         assert not is_sharded(reader)
-        if is_first():  # without the other one
+        if is_rank_zero():  # without the other one
             assert torch.equal(response_logprobs(reader, rows), expected)
         assert [p.requires_grad for p in reader.parameters()] == [p.requires_grad for p in other.parameters()]
     assert sum(p.numel() for p in reader.parameters()) == 0
@@ -208,7 +208,7 @@ def check_whole(method):
         with adapter_off(ours), adapter_off(other), torch.no_grad():
             torch.testing.assert_close(response_logprobs(ours, rows), response_logprobs(other, rows))
     made = publishable(ours)
-    if is_first():
+    if is_rank_zero():
         assert type(made) is type(other) and not is_sharded(made)
         for (name, p), (key, q) in zip(other.named_parameters(), made.named_parameters(), strict=True):
             assert name == key and torch.equal(p, q)
@@ -280,7 +280,7 @@ def test_the_memory_of_a_part_is_foretold(dtype, checkpointing, tied):
 
 def check_roles(folders, adapter, dtype):
     """load_roles where the second process finds no weights on its disk: parts and buffers are those of whole models."""
-    first, folder = is_first(), folders[rank_and_size()[0]]
+    first, folder = is_rank_zero(), folders[rank_and_world_size()[0]]
     accelerator = SimpleNamespace(mixed_precision="bf16" if dtype == "bfloat16" else "no", device=torch.device("cpu"))
     common = {"attn_implementation": "sdpa", "trust_remote_code": False}
     roles = load_roles(
@@ -362,7 +362,7 @@ def check_memory_of_making(fault):
     size = memory.size_of(LlamaForCausalLM(config))
 
     def start():
-        assert is_first()
+        assert is_rank_zero()
         if fault:
             raise UserError("no such model")
         torch.manual_seed(0)
@@ -377,7 +377,7 @@ def check_memory_of_making(fault):
     with held:
         model = settled(start, accelerator, 64, sharded=True)
     assert is_sharded(model) and 0.45 * size < sum(part(p).nbytes for p in model.parameters()) < 0.55 * size
-    assert held.most >= size if is_first() else held.most < 0.8 * size, held.most / size
+    assert held.most >= size if is_rank_zero() else held.most < 0.8 * size, held.most / size
 
 
 @pytest.mark.parametrize("fault", [False, *slow((True,))])
@@ -394,7 +394,7 @@ def check_what_cannot_travel(where):
         model = make("llama")
         if where == "sent":
             model.odd = lambda: 0
-        elif is_first():  # a class of a module that the other process does not have
+        elif is_rank_zero():  # a class of a module that the other process does not have
             module = sys.modules["custom"] = ModuleType("custom")
             model.__class__ = module.Custom = type("Custom", (type(model),), {"__module__": "custom"})
         else:
@@ -456,4 +456,4 @@ def test_one_process_keeps_the_whole():
         assert reader is model
     assert all(torch.equal(weights[name], x) for name, x in model.state_dict().items())
     assert compute(model, partial(nn.Module.state_dict, model)).keys() == weights.keys()
-    assert list(in_step([1, 2], None)) == list(in_step([1, 2], 0)) == [(1, True), (2, True)]
+    assert list(padded_micro_batches([1, 2], None)) == list(padded_micro_batches([1, 2], 0)) == [(1, True), (2, True)]

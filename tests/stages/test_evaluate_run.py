@@ -21,6 +21,7 @@ from pipeline.store.checkpoints import CheckpointStore
 from stages import evaluate
 from stages.page import samples as report_samples
 from stages.page.words import NAMES, complete
+from stages.settings import evaluate as evaluate_settings
 
 LENGTH = 8  # of a response
 SMALL = {"max_length": 48, "response_length": LENGTH, "perplexity_length": 8, "batch_size": 4}
@@ -490,10 +491,10 @@ def test_what_ends_the_stage_names_the_policy_and_a_judge_that_was_climbed(files
     """The last line of the stage is made of these."""
     from pipeline.running import headline
 
-    line = " · ".join(headline(evaluate, files.finished.figures))
+    line = " · ".join(headline(evaluate_settings, files.finished.figures))
     assert line.startswith("policy ppo · score ")
     assert line.endswith("judged by the reward model that it was trained to please or selected by")
-    assert "judged" not in " · ".join(headline(evaluate, of_world.finished.figures))
+    assert "judged" not in " · ".join(headline(evaluate_settings, of_world.finished.figures))
 
 
 def test_policies_that_are_left_out_are_not_sampled(few_shot):

@@ -21,7 +21,7 @@ def test_every_place_is_dealt_once_and_the_hands_are_balanced(hands):
     """The largest hand's cost over the mean is at most 1.05 for a batch of 64 rows of a quarter to a whole length."""
     for seed in range(20):
         costs = [random.Random(seed).randint(32, 128) for _ in range(64)]
-        parts = parallel.deal(costs, hands)
+        parts = parallel.split_by_cost(costs, hands)
         assert sorted(i for part in parts for i in part) == list(range(64))
         assert all(part == sorted(part) for part in parts)
         sums = [sum(costs[i] for i in part) for part in parts]
@@ -29,19 +29,19 @@ def test_every_place_is_dealt_once_and_the_hands_are_balanced(hands):
 
 
 def test_fewer_places_than_hands():
-    assert sorted(map(len, parallel.deal([5, 5], 4))) == [0, 0, 1, 1]
-    assert parallel.deal([], 2) == [[], []]
+    assert sorted(map(len, parallel.split_by_cost([5, 5], 4))) == [0, 0, 1, 1]
+    assert parallel.split_by_cost([], 2) == [[], []]
 
 
 def test_one_process_alone_changes_nothing():
     items = [object() for _ in range(5)]
-    assert parallel.share(items, [3, 1, 4, 1, 5]) == items
-    assert parallel.spread(items, [1] * 5, lambda own: own) == items
-    assert parallel.rank_and_size() == (0, 1) and parallel.is_first()
+    assert parallel.rows_of_this_rank(items, [3, 1, 4, 1, 5]) == items
+    assert parallel.compute_and_all_gather(items, [1] * 5, lambda own: own) == items
+    assert parallel.rank_and_world_size() == (0, 1) and parallel.is_rank_zero()
     figures = {"loss": 1.0}
-    assert parallel.total(figures) is figures
+    assert parallel.all_reduce_figures(figures) is figures
     weight = torch.nn.Parameter(torch.ones(2))
-    parallel.sum_gradients([weight])
+    parallel.all_reduce_gradients([weight])
     assert weight.grad is None
 
 
@@ -58,24 +58,24 @@ def worker(rank: int, port: int, queue):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     seen: dict = {}
     # 1 results come back in the order of the items, an empty share included
-    seen["spread"] = parallel.spread([10, 20, 30], [1, 5, 1], lambda own: [x + rank for x in own])
-    seen["one item"] = parallel.spread(["only"], [1], lambda own: own)
-    seen["share"] = parallel.share([10, 20, 30], [1, 5, 1])
+    seen["spread"] = parallel.compute_and_all_gather([10, 20, 30], [1, 5, 1], lambda own: [x + rank for x in own])
+    seen["one item"] = parallel.compute_and_all_gather(["only"], [1], lambda own: own)
+    seen["share"] = parallel.rows_of_this_rank([10, 20, 30], [1, 5, 1])
     # 2 sums by name, whoever has the name
-    seen["total"] = parallel.total({"a": 1.0, "b": 2.0} if rank == 0 else {"a": 0.5, "c": 4.0})
-    seen["first"] = parallel.from_first(lambda: rank)
+    seen["total"] = parallel.all_reduce_figures({"a": 1.0, "b": 2.0} if rank == 0 else {"a": 0.5, "c": 4.0})
+    seen["first"] = parallel.from_rank_zero(lambda: rank)
     # 3 gradients: both have one, one has one, none has one; an embedding's is not contiguous
     both, one, none = (torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(3))
     both.grad = torch.full((3, 2), rank + 1.0).T
     if rank:
         one.grad = torch.ones(2, 3)
-    parallel.sum_gradients([both, one, none])
+    parallel.all_reduce_gradients([both, one, none])
     seen["gradients"] = [None if p.grad is None else p.grad.tolist() for p in (both, one, none)]
     # 4 the other one is gone
     if rank == 0:
         try:
             with relying_on(object()):
-                parallel.total({"a": 1.0})
+                parallel.all_reduce_figures({"a": 1.0})
         except PeerLost:
             seen["lost"] = True
     queue.put((rank, seen))
