@@ -18,11 +18,13 @@ from pathlib import Path
 from data import records, room
 from data.agreement import compare, remedy
 from data.encode import encode_prompt, encode_response, end_of_turn, equal_pairs
+from data.error_lines import shorten
 from data.near_copies import nearest_copies
-from data.records import DataError, Document, Prompt, Ranking, Reading, judged_pairs, prompt_key
+from data.records import Document, Prompt, Ranking, Reading, judged_pairs, prompt_key
 from data.sources import FORMS, RECORD, Loaded, file_rows, first_line, read, recognise
 from data.template_text import with_variables
 from data.templates import TemplateOverrun
+from pipeline.errors import UserError
 
 TRAINING = ("rankings", "demonstrations", "documents", "prompts")  # these may share prompts among themselves
 NAMED = 20  # places that are named at most
@@ -165,7 +167,7 @@ def say_lengths(report: Report, loaded: Loaded, tokenizer, limit: int | None, on
     for record, where in zip(loaded.records, loaded.wheres, strict=True):
         try:
             sizes.append(row_lengths(record, tokenizer))
-        except DataError as fault:  # the chat template does not take this prompt
+        except UserError as fault:  # the chat template does not take this prompt
             refused.append(f"{where}: {fault}")
     if refused:
         report.errors += refused
@@ -388,7 +390,7 @@ def say(report: Report, console=None) -> None:
     """Print a report, and its errors to stderr."""
     for line in report.lines():
         print(line, file=console.file if console is not None else sys.stdout, flush=True)  # no markup, no wrapping
-    for line in DataError(report.errors).lines:
+    for line in shorten(report.errors):
         print(f"error: {line}", file=sys.stderr)
 
 
@@ -404,7 +406,7 @@ def run_all(experiment, console=None, artifacts: str | Path = "artifacts") -> in
         2 if there are errors in any, otherwise 0.
 
     Raises:
-        DataError: The config names no data.
+        UserError: The config names no data.
     """
     out = console.file if console is not None else sys.stdout
     home = Path(artifacts) / experiment.name
@@ -413,7 +415,7 @@ def run_all(experiment, console=None, artifacts: str | Path = "artifacts") -> in
     print(f"tokenizer: {note}", file=out)
     if not parts:
         what = "names no file and no Hub id, so no stage has anything to read"
-        raise DataError([f"data: {what}; name demonstrations, and what else the stages are to read"])
+        raise UserError([f"data: {what}; name demonstrations, and what else the stages are to read"])
     for kind, part in parts.items():
         print(f"\n-- data.{kind}", file=out)
         place = place_of(experiment, kind)

@@ -13,8 +13,10 @@ from itertools import chain
 from jinja2 import TemplateError
 
 from data import templates
-from data.records import DataError, Demonstration, Document, Ranking, as_messages, judged_pairs
+from data.error_lines import shorten
+from data.records import Demonstration, Document, Ranking, as_messages, judged_pairs
 from data.templates import TemplateOverrun
+from pipeline.errors import UserError
 
 EOS, PAD = "<|end|>", "<|pad|>"
 DOCUMENT_END = "document_end"  # a key of tokenizer_config.json: what ended a document in pretraining
@@ -103,7 +105,7 @@ def encode_prompt(tokenizer, prompt) -> list[int]:
 
 
 def encode_prompts(tokenizer, prompts: Iterable, names: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt; DataError with the name (the place) of every one that the chat template refuses (some
+    """Token ids of each prompt; UserError with the name (the place) of every one that the chat template refuses (some
     take no system message, or only alternating turns)."""
     conversations, ids, problems = [as_messages(prompt) for prompt in prompts], [], []
     try:
@@ -116,9 +118,9 @@ def encode_prompts(tokenizer, prompts: Iterable, names: Sequence[str]) -> list[l
     except TemplateOverrun as problem:  # all the other prompts would take as long
         what = f"the model's chat template fails on this prompt ({problem})"
         remedy = "give another template as model.chat_template: FILE, or take another model"
-        raise DataError([f"{names[problem.index]}: {what}; {remedy}"]) from problem
+        raise UserError([f"{names[problem.index]}: {what}; {remedy}"]) from problem
     if problems:
-        raise DataError(problems)
+        raise UserError(shorten(problems))
     return ids
 
 
@@ -302,9 +304,9 @@ def fit_lengths(
     if report.problems:
         extra = len(report.problems) - 5
         more = [f"{section}.max_length: {extra} more rows are too long, {limit}; shorten them, {remedy}"]
-        raise DataError(report.problems[:5] + (more if extra > 0 else []))
+        raise UserError(report.problems[:5] + (more if extra > 0 else []))
     if not kept:
-        raise DataError([f"{section}.max_length: no {what} is left, {limit}; raise it"])
+        raise UserError([f"{section}.max_length: no {what} is left, {limit}; raise it"])
     return kept, out_prompts, out_responses, report
 
 

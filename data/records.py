@@ -26,20 +26,8 @@ from pathlib import Path
 ROLES = ("system", "user", "assistant")
 OPTIONAL = ("labeler", "margin", "finished")  # fields of a ranking that are left out where they say nothing
 METADATA = ("meta", "metadata", "id", "source", "url", "timestamp")  # may stand in every row; not read
-MOST_LINES = 20
 UTF8_BOM = b"\xef\xbb\xbf"
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair: no UTF-8 file and no tokenizer can hold it
-
-
-class DataError(ValueError):
-    """Faults in data. `lines`: "FILE:LINE: what is wrong; what would be right"; at most 20, then a count."""
-
-    def __init__(self, lines: str | Iterable[str]):
-        self.lines = [lines] if isinstance(lines, str) else list(lines)
-        if more := max(0, len(self.lines) - MOST_LINES):
-            file = re.match(r"(.+?)(:\d+)?: |", self.lines[0])[1]
-            self.lines[MOST_LINES:] = [f"{file or 'data'}: and {more} more errors; mend these first, then try again"]
-        super().__init__("\n".join(self.lines))
 
 
 # ── the records ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import records
-from data.records import DataError, Ranking, Reading, Record, message, named
+from data.error_lines import shorten
+from data.records import Ranking, Reading, Record, message, named
+from pipeline.errors import UserError
 
 Turns = list[dict]  # messages that are not checked as a prompt yet
 SPEAKERS = {"human": "user", "gpt": "assistant"}
@@ -226,8 +228,8 @@ def load(
 ) -> list[Record]:
     """The records of `kind` in the file `path` or the Hub data set `hub`, or `limit` of them after the first `skip`.
 
-    A prompt that stands there twice is given once. DataError names every malformed row up to there. revision: the
-    commit of the data set that is read. sha256: what the file must hold; DataError if it is another one by now.
+    A prompt that stands there twice is given once. UserError names every malformed row up to there. revision: the
+    commit of the data set that is read. sha256: what the file must hold; UserError if it is another one by now.
     """
     return load_placed(kind, path, hub, split, subset, limit, skip, revision, sha256)[0]
 
@@ -247,11 +249,11 @@ def load_first(kind: str, path: str | Path, limit: int | None, skip: int, most: 
 
 
 def without_first(loaded: "Loaded", skip: int, name: object) -> tuple[list[Record], list[str]]:
-    """The records after the first `skip`, and their places. DataError for what was wrong, or where none are left."""
+    """The records after the first `skip`, and their places. UserError for what was wrong, or where none are left."""
     if loaded.errors:
-        raise DataError(loaded.errors)
+        raise UserError(shorten(loaded.errors))
     if skip >= len(loaded.records) and not loaded.cut:
-        raise DataError([f"{name}: holds {len(loaded.records)} records and skip passes over {skip}; lower skip"])
+        raise UserError([f"{name}: holds {len(loaded.records)} records and skip passes over {skip}; lower skip"])
     return loaded.records[skip:], loaded.wheres[skip:]
 
 

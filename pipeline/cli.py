@@ -109,7 +109,7 @@ def explain(error: Exception, caller: hints.Caller | None = None) -> int:
     if isinstance(error, TrainingStopped):
         print(f"error: training stopped itself: {error}", file=sys.stderr)
         return 3
-    if isinstance(error, UserError) or type(error).__name__ == "DataError":  # data.records.DataError has the same shape
+    if isinstance(error, UserError):
         for line in error.lines:
             print(f"error: {hints.filled(line, caller or hints.Caller())}", file=sys.stderr)
         return 2

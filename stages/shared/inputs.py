@@ -4,8 +4,9 @@ import dataclasses
 import json
 
 from data import sources
-from data.records import DataError, prompt_key
+from data.records import prompt_key
 from data.streams import derive_seed, grouped_by_length, held_out
+from pipeline.errors import UserError
 from pipeline.stage import StageRun
 
 
@@ -77,7 +78,7 @@ def load_groups(ctx: StageRun, tokenizer, split: str, *, max_length: int, on_too
     if not groups:
         what = "no usable pair (all ties, unjudged, dropped or equal within max_length)"
         look = f"`rlhf data check {file} -c CONFIG` says more"
-        raise DataError([f"{file}: {what}; {look}"])
+        raise UserError([f"{file}: {what}; {look}"])
     return groups, report
 
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from data import check as checks
 from data.check import check, guess_kind
 from data.encode import encode_prompt, encode_response, fit_lengths
-from data.records import DataError
 from data.sources import load
+from pipeline.errors import UserError
 
 
 class Letters:
@@ -160,7 +160,7 @@ def test_what_is_too_long_is_what_training_would_find(tmp_path, on_too_long, tex
     options["names"] = [f"{path}:{n}" for n in range(1, len(records) + 1)]
     if on_too_long == "error":
         assert [line.partition(": ")[0] for line in report.errors] == [f"{path}:{n}" for n in (3, 4, 5)]
-        with pytest.raises(DataError) as caught:
+        with pytest.raises(UserError) as caught:
             fit_lengths(prompts, responses, **options)
         assert len(caught.value.lines) == 3
     else:

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import records
-from data.records import DataError, Demonstration, Document, Prompt, Ranking, write_jsonl
+from data.error_lines import shorten
+from data.records import Demonstration, Document, Prompt, Ranking, write_jsonl
 from data.sources import load
+from pipeline.errors import UserError
 
 SETTINGS = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 
@@ -113,18 +115,18 @@ GOOD = b'{"text": "fine"}\n'
 
 
 def read_jsonl(path) -> list:
-    """The values of all rows; DataError with every fault."""
+    """The values of all rows; UserError with every fault."""
     reading = records.Reading()
     values = [value for _, value in records.read_rows(path, reading)]
     if reading.errors:
-        raise DataError(reading.errors)
+        raise UserError(shorten(reading.errors))
     return values
 
 
 def errors_of(tmp_path, content: bytes) -> list[str]:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         read_jsonl(path)
     return [line.removeprefix(f"{path}:") for line in caught.value.lines]
 
@@ -183,14 +185,14 @@ def test_what_a_file_may_have(tmp_path):
 
 def test_a_missing_file_and_a_folder_are_one_line_each(tmp_path):
     for path in (tmp_path / "none.jsonl", tmp_path):
-        with pytest.raises(DataError) as caught:
+        with pytest.raises(UserError) as caught:
             read_jsonl(path)
         assert caught.value.lines[0].startswith(f"{path}: cannot be read")
 
 
 def test_every_error_is_told_at_once_up_to_twenty(tmp_path):
     lines = errors_of(tmp_path, b"oops\n" * 53)
-    assert len(lines) == 21 and lines[19].startswith("20: ") and lines[20].startswith(" and 33 more errors; mend")
+    assert len(lines) == 21 and lines[19].startswith("20: ") and lines[20].startswith(" and 33 more errors; fix")
 
 
 @SETTINGS
