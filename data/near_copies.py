@@ -45,7 +45,7 @@ def nearest_copies(
     None where there is none; the first where several are equally near. Arguments as of `near_copies`.
     """
     if not 0 < threshold <= 1:
-        raise ValueError(f"threshold is {threshold}; above 0 and at most 1 would be right")
+        raise ValueError(f"threshold is {threshold}; use a number above 0 and at most 1")
     ours, theirs = first_places(texts), first_places(against)
     best: dict[Words, tuple[float, int]] = {}  # words of ours → (index of Jaccard, − place of theirs)
     for length in range(1, LONGEST + 1):

@@ -616,7 +616,7 @@ def data_command(arguments: argparse.Namespace) -> int:
         experiment, _ = load(arguments)
     else:
         launch.set_environment({})
-    check = importlib.import_module("data.check")
+    check = importlib.import_module("data.check.command")
     if arguments.file is None:
         if experiment is None or arguments.kind is not None:
             lacking = "--kind needs a FILE" if experiment is not None else "give a FILE, or -c CONFIG for all its data"

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from data.encode import train_tokenizer, wrap_documents
+from data.documents import wrap_documents
+from data.tokenizer import train_tokenizer
 from pipeline.config.sections import local_folder
 from pipeline.errors import UserError
 from pipeline.launch import parallel

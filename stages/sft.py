@@ -5,9 +5,10 @@ loss = − mean log π(token | prompt, before)     over the tokens of completion
 
 from functools import partial
 
-from data.encode import encode_demonstrations, wrap_documents
+from data.answer_lengths import quantiles
+from data.documents import wrap_documents
+from data.encode import encode_demonstrations
 from data.records import prompt_key
-from data.room import quantiles
 from data.streams import Stream, derive_seed, held_out
 from pipeline.errors import UserError
 from pipeline.launch import parallel

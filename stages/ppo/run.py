@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import room
-from data.encode import decode_response, wrap_documents
+from data import answer_lengths
+from data.documents import wrap_documents
+from data.encode import decode_response
 from data.records import prompt_key
 from data.streams import Stream, derive_seed, held_out
 from pipeline.errors import TrainingStopped, UserError
@@ -143,7 +144,7 @@ def run(ctx: StageRun) -> dict:
     train, held = load_prompts(ctx, roles.tokenizer)
     drawn = refuse_other_prompts(drawn, train)
     ptx_rows = load_ptx(ctx, roles.tokenizer)
-    if line := room.warning(ctx.manifests["sft"]["metrics"].get("answer_tokens", []), c.response_length):
+    if line := answer_lengths.warning(ctx.manifests["sft"]["metrics"].get("answer_tokens", []), c.response_length):
         ctx.tracker.say(f"ppo: {line}")
     run = begin(ctx, roles, updates, drawn)
     ctx.tracker.say(

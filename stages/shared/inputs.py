@@ -29,7 +29,8 @@ def split_documents(ctx: StageRun) -> tuple[list, list]:
 
 def fit_prompts(ctx: StageRun, tokenizer, prompts, places: list[str]):
     """Prompts that leave room for response_length: (which of them, their ids, LengthReport)."""
-    from data.encode import encode_prompts, fit_lengths
+    from data.encode import encode_prompts
+    from data.length_limit import fit_lengths
 
     c, ids = ctx.config, encode_prompts(tokenizer, prompts, places)
     kept, ids, _, report = fit_lengths(
@@ -50,8 +51,9 @@ def load_groups(ctx: StageRun, tokenizer, split: str, *, max_length: int, on_too
     A response that was cut off has no EOS: its score is read at its last token, as PPO and evaluate read
     that of a sample that met the length limit, and its log-probability is that of its own tokens.
     """
-    from data.encode import encode_prompts, encode_response, equal_pairs, fit_lengths
+    from data.encode import encode_prompts, encode_response
     from data.groups import PromptGroup
+    from data.length_limit import equal_pairs, fit_lengths
 
     file = ctx.inputs["rankings"] / f"{split}.jsonl"
     rows, places = sources.load_placed("rankings", path=file)

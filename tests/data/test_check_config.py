@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from data import check as checks
+from data.check import command as checks
 from pipeline import cli
 from pipeline.errors import UserError
 from tests.data.test_check import experiment

@@ -11,8 +11,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from data.forms import FORMS
 from data.records import Demonstration, Document, Prompt, Ranking
-from data.sources import FORMS, load, load_first, load_placed, read
+from data.sources import Source, load, load_first, load_placed, read
 from pipeline.errors import UserError
 
 REAL = Path(__file__).parents[3] / "shared" / "data"  # data sets that lie beside the repository
@@ -178,9 +179,9 @@ def test_prompts_are_taken_from_any_row(tmp_path, kind, row, prompt):
 
 def test_prompts_that_come_again_are_left_out_and_counted(tmp_path):
     path = written(tmp_path, "a", "b", {"prompt": " a\n"}, {"messages": [user("a")]}, "c")
-    loaded = read("prompts", path)
+    loaded = read("prompts", Source(path))
     assert [p.prompt for p in loaded.records] == ["a", "b", "c"] and loaded.duplicates == 2
-    assert loaded.wheres == [f"{path}:1", f"{path}:2", f"{path}:5"]
+    assert loaded.locations == [f"{path}:1", f"{path}:2", f"{path}:5"]
     assert [p.prompt for p in load("prompts", path, limit=3)] == ["a", "b", "c"]
 
 
@@ -343,7 +344,7 @@ def test_a_first_look_reads_so_many_rows_and_judges_no_more_than_these(tmp_path)
 
 def test_keys_that_are_not_read_are_counted(tmp_path):
     row = {"messages": [user("a"), assistant("b")], "score": 1, "id": 5}
-    loaded = read("demonstrations", written(tmp_path, row, row, {"prompt": "p", "completion": "c"}))
+    loaded = read("demonstrations", Source(written(tmp_path, row, row, {"prompt": "p", "completion": "c"})))
     assert loaded.unread == {"score": 2} and sorted(loaded.forms.values()) == [1, 2]
 
 
@@ -360,7 +361,7 @@ def test_keys_that_are_not_read_are_counted(tmp_path):
 def test_the_real_files_load(kind, name, rows):
     if not (REAL / name).exists():
         pytest.skip(f"no {name} beside the repository")
-    loaded = read(kind, REAL / name)
+    loaded = read(kind, Source(REAL / name))
     assert not loaded.errors and len(loaded.records) == rows and loaded.blanks == 0
     assert len(loaded.forms) == 1
 

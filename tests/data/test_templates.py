@@ -6,7 +6,9 @@ import pytest
 from jinja2 import TemplateError
 
 from data import templates
-from data.encode import CHAT_TEMPLATE, encode_prompt, encode_prompts, render, train_tokenizer
+from data.conversations import render
+from data.encode import encode_prompt, encode_prompts
+from data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from pipeline.errors import UserError
 from stages.models.loading import end_turns_with_eos
 
