@@ -92,7 +92,7 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, text: str, finished: boo
     return ids
 
 
-def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+def decode_response(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """Decode a response, without special tokens and without blanks at its ends.
 
     Where the response was cut off inside a character of several bytes, that character is left out: it

@@ -17,5 +17,6 @@ def shorten(lines: Iterable[str]) -> list[str]:
     hidden = len(lines) - MOST_LINES
     if hidden <= 0:
         return lines
-    file = re.match(r"(.+?)(:\d+)?: |", lines[0])[1] or "data"
+    place = re.match(r"(.+?)(:\d+)?: ", lines[0])
+    file = place[1] if place else "data"
     return [*lines[:MOST_LINES], f"{file}: and {hidden} more errors; fix these first, then try again"]

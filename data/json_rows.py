@@ -1,5 +1,7 @@
 """Read the rows of a JSONL file or a JSON array strictly, with file and line of every error."""
 
+from __future__ import annotations
+
 import hashlib
 import io
 import json
@@ -87,7 +89,9 @@ def read_rows(path: str | Path, reading: Reading) -> Generator[tuple[str, object
         handle.close()
 
 
-def _rows_of(path: str | Path, handle: io.BufferedReader, reading: Reading) -> Generator[tuple[str, object]]:
+def _rows_of(
+    path: str | Path, handle: io.BufferedReader[HashedFile], reading: Reading
+) -> Generator[tuple[str, object]]:
     """Yield the rows of an open file after a check of its first bytes."""
     head = handle.peek(4096)[:4096]
     text = head.removeprefix(UTF8_BOM)
@@ -107,7 +111,7 @@ def _rows_of(path: str | Path, handle: io.BufferedReader, reading: Reading) -> G
 
 
 def _line_rows(
-    path: str | Path, handle: io.BufferedReader, offset: int, reading: Reading
+    path: str | Path, handle: io.BufferedReader[HashedFile], offset: int, reading: Reading
 ) -> Generator[tuple[str, object]]:
     """Yield the rows of JSONL from a byte offset on."""
     decode, line = strict_decoder(), 0
@@ -135,7 +139,7 @@ def _line_rows(
 
 
 def _array_rows(
-    path: str | Path, handle: io.BufferedReader, offset: int, reading: Reading
+    path: str | Path, handle: io.BufferedReader[HashedFile], offset: int, reading: Reading
 ) -> Generator[tuple[str, object]]:
     """Yield the rows of a JSON array, decoded one by one so that each error has its line and index."""
     decode = strict_decoder()

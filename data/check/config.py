@@ -80,10 +80,10 @@ def limits_of(experiment: Any, kind: str | None) -> dict[str, Any]:
         for demonstrations also response_length, if there are prompts for PPO.
     """
     sections = [getattr(experiment, name, None) for name in READERS.get(kind or "", ())]
-    limited = [section for section in sections if getattr(section, "max_length", None) is not None]
+    limited: list[Any] = [section for section in sections if getattr(section, "max_length", None) is not None]
     limits: dict[str, Any] = {"max_length": None, "on_too_long": None}
     if limited:
-        section: Any = min(limited, key=lambda section: section.max_length)  # the strictest decides
+        section = min(limited, key=lambda section: section.max_length)  # the strictest decides
         limits["max_length"] = section.max_length
         if kind in PROMPT_KINDS:
             limits["max_length"] -= getattr(section, "response_length", 0)
