@@ -4,10 +4,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.encode import wrap_documents
-from data.records import DataError, prompt_key
+from data.documents import wrap_documents
+from data.records import prompt_key
 from data.streams import derive_seed
 from data.streams import held_out as hold_out
+from pipeline.errors import UserError
 from pipeline.stage import Source
 from stages.models.roles import Roles, load_roles
 from stages.settings.ppo import Config
@@ -102,11 +103,11 @@ def load_prompts(session: Session, c: Config, tokenizer: Any, source: Source) ->
         Training prompts as token ids, and held-out prompts.
 
     Raises:
-        DataError: If fewer than two prompts are left within the limits.
+        UserError: If fewer than two prompts are left within the limits.
     """
     records, places = load_placed_records("prompts", source)
     if len(records) < 2:
-        raise DataError([f"data.prompts: {len(records)} prompt; PPO needs at least 2, one of them to hold out"])
+        raise UserError([f"data.prompts: {len(records)} prompt; PPO needs at least 2, one of them to hold out"])
     limit = LengthLimit(c.max_length, c.on_too_long, session.stage)
     prompts = (r.prompt for r in records)
     kept, ids, report = fit_prompts(tokenizer, prompts, places, limit, c.response_length)
@@ -114,7 +115,7 @@ def load_prompts(session: Session, c: Config, tokenizer: Any, source: Source) ->
     keys = [prompt_key(records[i].prompt) for i in kept]
     train, held = hold_out(keys, 0.0, least=max(1, min(c.eval_prompts, len(ids) // 5)))
     if not held:
-        raise DataError(
+        raise UserError(
             [
                 f"data.prompts: one prompt is left within {c.max_length - c.response_length} tokens; PPO needs at "
                 f"least 2, one of them to hold out"
@@ -133,12 +134,12 @@ def load_ptx_rows(c: Config, tokenizer: Any, source: Source, validation_fraction
         validation_fraction: The fraction of documents that is held out, in all stages.
 
     Raises:
-        DataError: If the documents do not fill one row.
+        UserError: If the documents do not fill one row.
     """
     train, _ = split_documents(source, validation_fraction)
     rows = wrap_documents(tokenizer, train, length=c.ptx_length)
     if not rows:
-        raise DataError(
+        raise UserError(
             [
                 f"data.documents: fewer than ppo.ptx_length = {c.ptx_length} tokens of pretraining text; "
                 f"lower it, give more text, or set ppo.ptx_coef: 0"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from data import room
+from data import answer_lengths
 from data.streams import Stream, derive_seed
 from pipeline.stage import StageRun
 from stages.objectives.advantages import gae
@@ -181,7 +181,7 @@ def set_up(ctx: StageRun) -> Setup:
         ptx_rows = load_ptx_rows(c, roles.tokenizer, ctx.source("documents"), fraction)
         ptx = Stream(len(ptx_rows), derive_seed(session.seed, "ptx"), cursor=drawn.ptx_rows)
     prompts = Stream(len(train), derive_seed(session.seed, "prompts"), cursor=drawn.prompts)
-    if line := room.warning(ctx.manifests["sft"]["metrics"].get("answer_tokens", []), c.response_length):
+    if line := answer_lengths.warning(ctx.manifests["sft"]["metrics"].get("answer_tokens", []), c.response_length):
         session.say(line)
     return Setup(
         run=new_run(session, c, roles, updates, drawn),
