@@ -18,7 +18,7 @@ from stages.ppo import run as ppo
 from stages.rollouts import collect
 from stages.rollouts.collect import reference_logprobs
 from stages.settings import ppo as ppo_settings
-from stages.training.loop import Average, Skips, make_trainee
+from stages.training.trainee import Average, Skips, make_trainee
 
 PAD, EOS, VOCAB = 0, 1, 24
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 19, 12, 6], [11, 4]]
