@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.encode import train_tokenizer, wrap_documents
-from data.records import DataError
+from data.documents import wrap_documents
+from data.tokenizer import train_tokenizer
 from pipeline.config.sections import local_folder
 from pipeline.errors import UserError
 from pipeline.launch import parallel
@@ -86,7 +86,7 @@ def train_from_scratch(
         The model, the tokenizer and the model's figures.
 
     Raises:
-        DataError: There is too little text.
+        UserError: There is too little text.
     """
     train, valid = split_documents(source, fraction)
     tokenizer = train_tokenizer((document.text for document in train), section.vocab_size)
@@ -96,7 +96,7 @@ def train_from_scratch(
     )
     if not train_rows or not held_out_rows:
         problem = f"data.documents: do not fill a training and a held-out row of {config.max_length} tokens"
-        raise DataError([f"{problem}; give more text, or lower base.max_length"])
+        raise UserError([f"{problem}; give more text, or lower base.max_length"])
     make = partial(
         from_scratch,
         tokenizer,

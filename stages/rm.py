@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from data import sources
 from data.encode import decode_response, encode_prompt, encode_response
 from data.groups import GroupBatch, Pair, PromptGroup, batch_groups, make_rows
-from data.records import DataError, Demonstration, Ranking, prompt_key
+from data.records import Demonstration, Ranking, prompt_key
 from data.streams import Stream, derive_seed
 from data.world.world import World
 from pipeline.errors import UserError
@@ -428,7 +428,7 @@ def demonstration_mean(
         seed: The experiment's seed.
 
     Raises:
-        DataError: No demonstration fits.
+        UserError: No demonstration fits.
     """
     pairs = []
     for i in Stream(len(demonstrations), derive_seed(seed, "bias")).take(len(demonstrations)):
@@ -439,7 +439,7 @@ def demonstration_mean(
         if len(pairs) == config.bias_demonstrations:
             break
     if not pairs:
-        raise DataError(
+        raise UserError(
             [
                 f"data.demonstrations: none of them fits in rm.max_length {config.max_length}, and the mean score 0 "
                 f"is taken over them; raise it"

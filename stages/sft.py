@@ -10,9 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from data.encode import LengthReport, encode_demonstrations, wrap_documents
-from data.records import DataError, Demonstration, prompt_key
-from data.room import quantiles
+from data.agreement import Answered
+from data.answer_lengths import quantiles
+from data.documents import wrap_documents
+from data.encode import encode_demonstrations
+from data.length_limit import LengthReport
+from data.records import Demonstration, prompt_key
 from data.streams import Stream, derive_seed, held_out
 from pipeline.errors import UserError
 from pipeline.launch import parallel
@@ -137,7 +140,7 @@ def encode(session: Session, config: Config, source: Source, fraction: float, to
         tokenizer: The tokenizer with its chat template.
 
     Raises:
-        DataError: No prompt is left to hold out.
+        UserError: No prompt is left to hold out.
     """
     demonstrations, places = load_placed_records("demonstrations", source)
     limit = LengthLimit(config.max_length, config.on_too_long, "sft")
@@ -150,14 +153,14 @@ def encode(session: Session, config: Config, source: Source, fraction: float, to
         section=limit.section,
     )
     kept_records: list[Demonstration] = [demonstrations[i] for i in kept]
-    pairs = [(d.prompt, d.completion) for d in kept_records]
+    pairs = [Answered(d.prompt, d.completion) for d in kept_records]
     say_off_template(session, tokenizer, pairs, [places[i] for i in kept], "demonstrations")
     train, valid = held_out([prompt_key(d.prompt) for d in kept_records], fraction)
     if not valid:
         problem = (
             f"one prompt is left within {config.max_length} tokens; at least 2 are needed, one of them to hold out"
         )
-        raise DataError([f"data.demonstrations: {problem}"])
+        raise UserError([f"data.demonstrations: {problem}"])
     return Demonstrations(
         train=[rows[i] for i in train],
         held_out=[rows[i] for i in valid],
@@ -185,7 +188,7 @@ def pretraining_rows(
     rows = wrap_documents(tokenizer, train, length=config.max_length)
     if not rows:
         problem = f"fewer than sft.max_length = {config.max_length} tokens of pretraining text"
-        raise DataError([f"data.documents: {problem}; give more text, or set sft.ppo_init: null"])
+        raise UserError([f"data.documents: {problem}; give more text, or set sft.ppo_init: null"])
     share = config.ppo_init.pretraining_fraction
     labels = sum(label != -100 for row in demonstrations for label in row["labels"])
     count = max(1, round(labels * share / (1 - share) / (config.max_length - 1)))  # a row's first token is no label

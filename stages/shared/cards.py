@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from pipeline.config.sections import is_hub_id
 from pipeline.store.files import is_inside
+from stages.settings.changed import changed, defaults_of
 from stages.shared.provenance import Provenance
 
 ANSWER = """\
@@ -330,35 +329,12 @@ def source_of(fact: dict[str, Any]) -> str:
 
 def settings_of(provenance: Provenance) -> list[tuple[str, str]]:
     """List the settings of the stage and of its model that are not the defaults."""
-    rows: list[tuple[str, Any]] = []
+    settings: dict[str, Any] = {}
     if provenance.seed != 0:
-        rows.append(("seed", provenance.seed))
-    rows += changed(provenance.section, provenance.stage)
-    rows += changed(provenance.model, "model")
-    return [(key, f"`{shown(value)}`") for key, value in rows]
-
-
-def changed(section: BaseModel, prefix: str) -> list[tuple[str, Any]]:
-    """List (dotted key, value) of a section's fields that are not at their defaults.
-
-    A section inside that is null by default, and has only defaults, is listed as {}.
-
-    Args:
-        section: A section of the settings.
-        prefix: Its dotted key.
-    """
-    rows: list[tuple[str, Any]] = []
-    for key, info in type(section).model_fields.items():
-        value = getattr(section, key)
-        default = info.get_default(call_default_factory=True)
-        if isinstance(value, BaseModel):
-            inner = changed(value, f"{prefix}.{key}")
-            if not inner and default is None:
-                inner = [(f"{prefix}.{key}", {})]
-            rows += inner
-        elif value != default:
-            rows.append((f"{prefix}.{key}", value))
-    return rows
+        settings["seed"] = provenance.seed
+    for name, section in ((provenance.stage, provenance.section), ("model", provenance.model)):
+        settings |= changed(section.model_dump(mode="json"), defaults_of(type(section), name), name)
+    return [(key, f"`{shown(value)}`") for key, value in settings.items()]
 
 
 def shown(value: Any) -> str:

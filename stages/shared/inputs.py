@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data import sources
-from data.encode import LengthReport
 from data.groups import PromptGroup
-from data.records import DataError, prompt_key
+from data.length_limit import LengthReport
+from data.records import prompt_key
 from data.streams import held_out
+from pipeline.errors import UserError
 from pipeline.stage import Source
 
 
@@ -70,7 +71,8 @@ def fit_prompts(
     Returns:
         Indices of the prompts that fit, their token ids, and a report on those that do not.
     """
-    from data.encode import encode_prompts, fit_lengths
+    from data.encode import encode_prompts
+    from data.length_limit import fit_lengths
 
     ids = encode_prompts(tokenizer, prompts, places)
     kept, ids, _, report = fit_lengths(
@@ -101,9 +103,10 @@ def load_groups(file: Path, tokenizer, limit: LengthLimit) -> tuple[list[PromptG
         The groups with at least one usable pair, and a report on rows that were cut or dropped.
 
     Raises:
-        DataError: No usable pair is left.
+        UserError: No usable pair is left.
     """
-    from data.encode import encode_prompts, encode_response, equal_pairs, fit_lengths
+    from data.encode import encode_prompts, encode_response
+    from data.length_limit import equal_pairs, fit_lengths
 
     rows, places = sources.load_placed("rankings", path=file)
     names = [f"{place} ({r.id})" for place, r in zip(places, rows, strict=True)]
@@ -139,7 +142,7 @@ def load_groups(file: Path, tokenizer, limit: LengthLimit) -> tuple[list[PromptG
             groups.append(group)
     if not groups:
         problem = "no usable pair (all ties, unjudged, dropped or equal within max_length)"
-        raise DataError([f"{file}: {problem}; `rlhf data check {file} -c CONFIG` says more"])
+        raise UserError([f"{file}: {problem}; `rlhf data check {file} -c CONFIG` says more"])
     return groups, report
 
 

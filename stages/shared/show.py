@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from data.agreement import Answered, compare, remedy
 from data.streams import derive_seed
 from pipeline.launch import parallel
 from stages.settings.checks import context_of
@@ -70,18 +71,16 @@ def show_samples(
     return rows
 
 
-def say_off_template(session: Session, tokenizer: Any, rows: list[tuple], names: list[str], what: str) -> None:
+def say_off_template(session: Session, tokenizer: Any, rows: Sequence[Answered], names: list[str], what: str) -> None:
     """Print how many rows are not as the chat template writes them; nothing where all are.
 
     Args:
         session: The run.
         tokenizer: The tokenizer with its chat template.
-        rows: (prompt, answer) of each row.
+        rows: Prompt and answer of each row.
         names: The place of each row, for the line.
         what: What the rows are, in the plural.
     """
-    from data.agreement import compare, remedy
-
     if parallel.is_rank_zero():
         comparison = compare(tokenizer, rows, names)
         if comparison.differ:
