@@ -34,12 +34,12 @@ from stages.models.remote_code import SCALAR, forget, is_remote, read
 from stages.models.roles import most_tokens
 from stages.models.sharding import layers_of
 from stages.objectives.logprobs import token_logprobs
-from stages.rollouts.collect import in_micro_batches
 from stages.settings.checks import reward_models
 from stages.settings.training import Section, batch_of_each
 from stages.shared.runtime import adapter_settings, dtype_of
-from stages.training.loop import make_trainee
+from stages.training.batching import in_micro_batches
 from stages.training.text import SMALL_VOCABULARY
+from stages.training.trainee import make_trainee
 
 WIDTH = {"float32": 4, "bfloat16": 2}
 Lengths = list[tuple[int, list[int]]]  # of each prompt, and of its responses
@@ -108,7 +108,7 @@ def of_experiment(experiment, device: str, trust_remote_code: bool = False) -> I
     m, dtype, ranks = experiment.model, dtype_for(experiment, device), processes(experiment)
     parts = sharers(experiment)
     config = model_config(m, trust_remote_code)
-    adapter = adapter_settings(m) or {"method": None}
+    adapter = adapter_settings(m)
     take = lambda steps, adapter=adapter: take_step(  # noqa: E731
         config, steps, adapter, dtype, device, m.gradient_checkpointing, m.attn_implementation, parts
     )

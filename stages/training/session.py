@@ -1,6 +1,7 @@
 """Connect a training loop to its run: checkpoints, the tracker and the request to stop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pipeline.errors import Interrupted
@@ -61,6 +62,18 @@ class Session:
             save()
             raise Interrupted(step, total)
 
+    def leave_if_requested(self, step: int, total: int) -> None:
+        """Leave with Interrupted, on this rank and without saving, if a signal has asked the run to stop.
+
+        For work before the first step, or whose results are kept elsewhere.
+
+        Args:
+            step: Steps taken so far.
+            total: Steps of the whole run.
+        """
+        if self.stop.requested:
+            raise Interrupted(step, total)
+
     def interrupt(self, step: int, total: int, save: Callable[[], None]) -> Callable[[], None]:
         """Return a function to call between two forward passes of a long evaluation or rollout.
 
@@ -72,13 +85,44 @@ class Session:
         return lambda: self.stop_if_requested(step, total, save)
 
 
-def session_of(ctx: StageRun) -> Session:
-    """Return the session of a stage's run."""
+@dataclass
+class PendingEvaluation:
+    """Remember a held-out evaluation that a signal cut short, so that the resumed run makes up for it.
+
+    Every checkpoint that is saved while an evaluation runs says that it is owed.
+    """
+
+    owed: bool = False
+    """Whether an evaluation of the present weights was begun and not finished."""
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Owe an evaluation until the block ends; an exception leaves it owed."""
+        self.owed = True
+        yield
+        self.owed = False
+
+    def state(self) -> dict[str, bool]:
+        """Return what a checkpoint records."""
+        return {"owes_look": self.owed}
+
+    def restore(self, state: dict) -> None:
+        """Continue as a checkpoint's JSON says; {} where there is no checkpoint."""
+        self.owed = state.get("owes_look", False)
+
+
+def session_of(ctx: StageRun, trains: bool = True) -> Session:
+    """Return the session of a stage's run.
+
+    Args:
+        ctx: The run.
+        trains: Whether the stage trains, so that it may shard weights; rankings and evaluate do not.
+    """
     return Session(
         stage=ctx.stage,
         seed=ctx.seed,
         checkpoints=ctx.checkpoints,
         tracker=ctx.tracker,
         stop=ctx.stop,
-        collective=is_sharding(ctx),
+        collective=trains and is_sharding(ctx.experiment),
     )

@@ -39,7 +39,8 @@ from stages.ppo.update import Learners, Rates, update
 from stages.rollouts import collect, transformers
 from stages.rollouts.engine import EngineSpec
 from stages.rollouts.transformers import Decoding, sample, sample_with_logprobs
-from stages.training.loop import Average, Skips, make_accelerator, make_trainee
+from stages.shared.runtime import make_accelerator
+from stages.training.trainee import Average, Skips, make_trainee
 
 PHASES = {  # a name that is looked up in a module → the phase its time belongs to
     (transformers, "sample_with_logprobs"): "decode",
