@@ -133,6 +133,7 @@ def sample(
     temperature: float = 1.0,
     top_p: float = 1.0,
     batch_size: int = 64,
+    poll: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """Return one response to each prompt, as token ids.
 
@@ -144,7 +145,7 @@ def sample(
         response_length, eos_id, pad_id, temperature, top_p, batch_size: As in `Decoding`.
     """
     decoding = Decoding(response_length, eos_id, pad_id, temperature, top_p, batch_size)
-    return sample_with_logprobs(model, prompts, seeds, decoding).responses
+    return sample_with_logprobs(model, prompts, seeds, decoding, poll).responses
 
 
 @torch.no_grad()

@@ -14,9 +14,9 @@ import torch
 
 from data.groups import make_rows
 from pipeline.errors import TrainingStopped, UserError
+from stages.models.forward import response_logprobs
 from stages.models.packing import can_pack
 from stages.models.roles import Roles
-from stages.models.forward import response_logprobs
 from stages.ppo import update as ppo_update
 from stages.ppo.figures import describe, not_finite_episodes
 from stages.ppo.options import UpdateOptions, update_options
