@@ -105,6 +105,7 @@ def test_evaluate_checks_the_length_of_its_packed_rows_too(tmp_path):
     experiment = loaded(tmp_path, "model.name_or_path=org/name", *lengths)
     ctx = SimpleNamespace(stage="evaluate", experiment=experiment, config=experiment.evaluate)
     ctx.inputs, ctx.trust_remote_code = {"sft": tmp_path / "sft"}, False
+    ctx.seed, ctx.checkpoints, ctx.tracker, ctx.stop = 0, None, None, None
     with pytest.raises(UserError, match="evaluate.perplexity_length: 33 tokens, and the model's context is 32"):
         STAGES["evaluate"].run(ctx)
 
