@@ -66,7 +66,7 @@ def run(ctx: StageRun) -> dict:
     return figures
 
 
-# -- from scratch ------------------------------------------------------------------------------------
+# -- from scratch --------------------------------------------------------------------------------
 
 
 def train_from_scratch(
@@ -132,7 +132,7 @@ def train_from_scratch(
     return model, tokenizer, figures
 
 
-# -- a pretrained model ------------------------------------------------------------------------------
+# -- a pretrained model --------------------------------------------------------------------------
 
 
 def load_given(provenance: Provenance, runtime: Runtime) -> tuple[nn.Module, Any, Settled]:
@@ -188,7 +188,7 @@ def describe_given(
 
 
 def check_reading(session: Session, model: nn.Module, name: str, pad_id: int) -> None:
-    """Check that each way in which the stages read rows gives the same results for a pretrained model.
+    """Check that a pretrained model gives the same results in every way that the stages use it.
 
     Where only the family's cache is at fault, the model's config says from here on that samples are
     drawn without it.

@@ -1,9 +1,9 @@
 """Train a policy on rankings by DPO, without a reward model and without sampling.
 
-    loss = − 1/C(K,2) · Σ_pairs log σ( β [ log π/π_ref (y_w) − log π/π_ref (y_l) ] )     (Rafailov 2023, eq. 7)
+    loss = − 1/C(K,2) · Σ_pairs log σ( β [ log π/π_ref (y_w) − log π/π_ref (y_l) ] )
 
-Or the Plackett–Luce likelihood of each whole ranking under the rewards β log π/π_ref (its appendix A.3).
-The policy takes the place of PPO's.
+(Rafailov 2023, eq. 7), or another of the losses that loss_type names. The policy takes the place of
+PPO's.
 """
 
 from collections.abc import Callable, Sequence

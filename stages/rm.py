@@ -1,12 +1,13 @@
 """Train a reward model on rankings: r(x, y), a scalar read at the last token of the response.
 
-    loss = − 1/C(K,2) · Σ_pairs log σ( r(x, y_w) − r(x, y_l) )     mean over prompts (InstructGPT, eq. 1)
+    loss = − 1/C(K,2) · Σ_pairs log σ( r(x, y_w) − r(x, y_l) )     (InstructGPT, eq. 1)
 
-All pairs of a prompt are one batch element: one forward pass over the prompt and its K responses, so
-each response contributes to one gradient. loss_type: plackett_luce takes the likelihood of the whole
-order instead. Afterwards a bias makes the demonstrations score 0 on average (`reward_bias` in
-config.json). With rm.held_out, a further model of another seed is trained: nothing is optimized
-against it, so evaluate can measure over-optimisation with it.
+The batch's loss is the mean over its prompts. All pairs of a prompt are one batch element: one
+forward pass over the prompt and its K responses, so each response contributes to one gradient. (With
+loss_type: plackett_luce it is the likelihood of the whole order instead.) Afterwards, a bias makes
+the demonstrations score 0 on average: `reward_bias` in config.json. With rm.held_out, a further model
+of another seed is trained: nothing is optimized against it, so evaluate measures over-optimisation
+with it.
 """
 
 from collections.abc import Callable, Sequence
@@ -104,7 +105,7 @@ class HeldOut:
 
 @dataclass
 class Members:
-    """The models of the stage that are trained already: figures, and weights as checkpoints carry them."""
+    """The models of the stage that are trained already, with their figures."""
 
     figures: list[dict] = field(default_factory=list)
     """Figures of each trained model."""
@@ -189,7 +190,7 @@ def run(ctx: StageRun) -> dict:
     return {**figures, "truncated": report.truncated, "dropped": report.dropped}
 
 
-# -- several models, one after the other -------------------------------------------------------------
+# -- several models, one after the other ---------------------------------------------------------
 
 
 def restore_members(session: Session, steps: int) -> Members:
@@ -252,7 +253,7 @@ def member_seed(seed: int, k: int) -> int:
 
 
 def make_model(source: Path, runtime: Runtime, adapter: dict[str, Any], seed: int) -> nn.Module:
-    """Return a reward model before training: the policy's trunk, a new scalar head, an adapter if any.
+    """Return an untrained reward model: the policy's trunk, a new scalar head, an adapter if any.
 
     Args:
         source: The folder of the policy.
@@ -264,7 +265,7 @@ def make_model(source: Path, runtime: Runtime, adapter: dict[str, Any], seed: in
     return with_adapter(model, **adapter, scalar=True, seed=seed)
 
 
-# -- training ----------------------------------------------------------------------------------------
+# -- training ------------------------------------------------------------------------------------
 
 
 def ranking_task(
@@ -334,7 +335,7 @@ def loss_of(c: Config, batch: GroupBatch, scores: Tensor, prompts: int) -> Tenso
     return ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights, prompts, margins, c.label_smoothing)
 
 
-# -- held-out rankings -------------------------------------------------------------------------------
+# -- held-out rankings ---------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -350,8 +351,8 @@ def evaluate(
         poll: Called between two forward passes; may raise Interrupted.
 
     Returns:
-        For each pair, the score of the preferred response minus that of the other; the group's index
-        and the pair of each; the mean loss of a prompt.
+        For each pair, the score of the preferred response minus that of the other; of each pair, the
+        group's index and the pair; the mean loss of a prompt.
     """
     parts, costs = batches_of(config, scorer, held).to_evaluate()
     spare = parts[0] if is_sharded(scorer.model) else None
@@ -377,7 +378,7 @@ def evaluate(
 
 
 def clusters_of(validation: list[Ranking], world: World | None) -> dict[str, str]:
-    """Return the cluster of each ranking by its id: its task, or its prompt where tasks are not known.
+    """Return the cluster of each ranking, by its id: its task if known, otherwise its prompt.
 
     Args:
         validation: The held-out rankings.
@@ -411,7 +412,7 @@ def write_samples(session: Session, scorer: Scorer, tokenizer: Any, held: HeldOu
     session.tracker.samples(step, rows)
 
 
-# -- the published score -----------------------------------------------------------------------------
+# -- the published score -------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -421,7 +422,7 @@ def demonstration_mean(
     """Return the mean score of demonstrations, before the bias is subtracted.
 
     Args:
-        config: The stage's settings: at most `bias_demonstrations` that fit in max_length are scored.
+        config: The stage's settings: `bias_demonstrations` are scored that fit in max_length.
         scorer: The model.
         tokenizer: Its tokenizer.
         demonstrations: The demonstrations to draw from.
@@ -452,11 +453,11 @@ def demonstration_mean(
 
 @torch.no_grad()
 def check_published_score(model: nn.Module, group: PromptGroup, pad_id: int) -> None:
-    """Check that the published model, used as its card says, gives the score that PPO will optimize.
+    """Check that the published model, used as its card says, gives the score that PPO optimizes.
 
     Args:
         model: The reward model as it will be published, on the CPU.
-        group: A held-out prompt and its responses; the first with a token is scored, in a row of its own.
+        group: A held-out prompt and its responses; the first that is not empty is scored.
         pad_id: Id of the padding.
 
     Raises:

@@ -176,8 +176,8 @@ def pretraining_rows(
     """Draw packed rows of pretraining text, to be mixed with the demonstrations.
 
     Args:
-        config: The stage's settings; `ppo_init.pretraining_fraction` is the share of all labels that
-            are pretraining text.
+        config: The stage's settings; `ppo_init.pretraining_fraction` is the share of pretraining
+            text in all labels.
         source: Where the documents are.
         fraction: Fraction of the documents that is held out.
         tokenizer: The tokenizer.
@@ -205,7 +205,7 @@ def make_policy(source: Path, runtime: Runtime, adapter: dict[str, Any], provena
         adapter: As `adapter_settings` gives it.
         provenance: The run; base's manifest says which tokens are new.
     """
-    # the embeddings of tokens that base added are untrained, so they train even where an adapter does
+    # tokens that base added have untrained embeddings: these train even where an adapter does
     new_tokens = provenance.manifests["base"]["metrics"].get("new_tokens", [])
     model = load_policy(source, **runtime.load_options())
     return with_adapter(model, **adapter, seed=provenance.seed % 2**31, dropout=True, new_tokens=new_tokens)
@@ -235,8 +235,8 @@ def restore_policy(checkpoint: Checkpoint, make: Any) -> tuple[nn.Module | None,
         make: Returns the model before training.
 
     Returns:
-        The model, its figures and its trained weights; on ranks other than 0, which publish nothing,
-        no model and no weights.
+        The model, its figures and its trained weights; only rank 0, which publishes, gets model and
+        weights.
     """
     figures = checkpoint.state["finished"]
     if not parallel.is_rank_zero():

@@ -1,4 +1,4 @@
-"""Decide how a stage computes: device, dtype, packing, sharding; check that its rows fit the model."""
+"""Decide how a stage computes: device, dtype, packing, sharding; check its lengths."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Runtime:
 
 
 def runtime_of(ctx: StageRun) -> Runtime:
-    """Return how this run computes. The accelerator, and whether rows are packed, are known later."""
+    """Return how this run computes; accelerator and packing are known later."""
     model = ctx.experiment.model
     return Runtime(
         device=device_of(ctx.experiment),
@@ -64,7 +64,7 @@ def with_accelerator(runtime: Runtime) -> Runtime:
 
 
 def make_accelerator(device: str, dtype: str) -> Any:
-    """Return accelerate's Accelerator: device, backward pass, autocast to `dtype` over float32 weights."""
+    """Return accelerate's Accelerator: device, backward pass, autocast to `dtype`."""
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin
 
@@ -102,14 +102,14 @@ def dtype_of(experiment: Any) -> str:
 
 
 def is_sharding(experiment: Any) -> bool:
-    """Return whether each of several processes holds a shard of what trains (launch.strategy: fsdp2)."""
+    """Return whether each of several processes holds a shard of what trains (fsdp2)."""
     return parallel.rank_and_world_size()[1] > 1 and experiment.launch.strategy == "fsdp2"
 
 
 def check_context(session: Session, section: BaseModel, folder: Path, *lengths: str) -> None:
     """Check that the stage's rows fit the context of a model.
 
-    Prints a line where rows longer than a bound would change the results of shorter rows beside them.
+    Prints a line where long rows would change the results of shorter rows beside them.
 
     Args:
         session: The run.
@@ -139,7 +139,7 @@ def bound_of_short_rows(config: dict) -> int | None:
     original_max_position_embeddings. ("dynamic" does so beyond the context, which no row exceeds.)
 
     Args:
-        config: A model's config.json; of one with a language model inside, that part's settings count.
+        config: A model's config.json; if it has a language model inside, that part counts.
 
     Returns:
         The bound; None where rows never influence each other.
@@ -174,7 +174,7 @@ def place_model(make: Callable[[], Any], runtime: Runtime, max_length: int) -> A
 
 
 def note_default_rate(session: Session, section: BaseModel, *keys: str) -> None:
-    """Print a line where adapters train at a default learning rate, which suits the training of all weights.
+    """Print a line where adapters train at a default rate, which suits the training of all weights.
 
     To be called only where adapters train.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Schedule:
-    """A learning rate over a training: a linear warm-up, then a shape; a pure function of the step."""
+    """A learning rate as a pure function of the step: a linear warm-up, then a shape."""
 
     peak: float
     """The highest rate, reached at the end of the warm-up."""

@@ -34,7 +34,7 @@ class Selection:
 
 
 def selection_of(section: Any) -> Selection:
-    """Return the selection, by the held-out loss, that the settings of base, sft, rm or dpo ask for."""
+    """Return the selection by held-out loss that the settings of base, sft, rm or dpo ask for."""
     return Selection(section.keep, section.patience, "loss", higher_is_better=False, eval_steps=section.eval_steps)
 
 

@@ -113,7 +113,7 @@ def test_rankings_of_samples_say_which_were_cut_off(monkeypatch):
     config = rankings_settings.Config(labelers_per_prompt=5, agreement=0.6)
     experiment = SimpleNamespace(data=SimpleNamespace(rankings=None))
     tracker = SimpleNamespace(say=lambda text: None)
-    ctx = SimpleNamespace(config=config, seed=0, tracker=tracker, experiment=experiment)
+    ctx = SimpleNamespace(config=config, seed=0, tracker=tracker, experiment=experiment, inputs={})
     rows, figures = rankings.simulate(ctx)
     of_prompt = dict(zip(prompts, finished, strict=True))
     assert len(rows) > 2 * len(prompts) and all(list(r.finished) == of_prompt[r.prompt] for r in rows)
