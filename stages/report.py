@@ -17,11 +17,13 @@ from stages.page import table as tables
 from stages.page.glossary import glossary
 from stages.page.plots import Journal
 from stages.page.words import NAMES, complete, fixed, judge_of, moment, notes, summary, tiles
+from stages.settings.experiment import Experiment
+from stages.settings.report import ReportSettings
 
 JOURNALS = ("metrics", "evaluations", "samples")
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[ReportSettings, Experiment]) -> dict:
     """→ index.html."""
     folder, manifests = ctx.inputs["evaluate"], ctx.manifests
     results = complete(json.loads((folder / "results.json").read_text(encoding="utf-8")))

@@ -25,7 +25,7 @@ METRICS: dict[str, str] = {}
 HEADLINE = ("score", "gold", "kl", "perplexity")
 
 
-class Config(evaluate_settings.Config):
+class Config(evaluate_settings.EvaluateSettings):
     """evaluate's settings (its `policies` and `best_of` mean nothing here), and whose samples."""
 
     policy: Literal["base", "sft", "ppo", "dpo"] = setting("sft", "who answers")
