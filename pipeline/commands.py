@@ -446,14 +446,14 @@ def guess_kinds(paths: list[str]) -> dict[str, str]:
     Raises:
         UserError: If a kind cannot be guessed, or two files are of the same kind.
     """
-    check = importlib.import_module("data.check")
+    inspect_file = importlib.import_module("data.check.inspect_file")
     by_kind: dict[str, str] = {}
     lines = []
     for path in paths:
         if not Path(path).expanduser().is_file():
             lines.append(f"{path}: no such file; give a data file")
             continue
-        kind = check.guess_kind(Path(path).expanduser())
+        kind = inspect_file.guess_kind(Path(path).expanduser())
         if kind is None:
             lines.append(f"{path}: its rows are of no known kind; `rlhf data check {shlex.quote(path)}` shows why")
         elif kind in by_kind:
@@ -513,7 +513,7 @@ def data_command(arguments: argparse.Namespace) -> int:
     """Run `rlhf data check`: describe one data file, or all data of an experiment."""
     experiment = load_if_given(arguments)
     artifacts = str(Location.of(arguments.artifacts).folder)
-    check = importlib.import_module("data.check")
+    check = importlib.import_module("data.check.command")
     if arguments.file is not None:
         return check.run(arguments.file, arguments.kind, experiment, artifacts=artifacts)
     if experiment is None:

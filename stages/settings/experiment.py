@@ -1,10 +1,7 @@
 """Define `Experiment`, the whole of a validated config, and list the stages."""
 
-from typing import Any
-
 from pydantic import Field
 
-from pipeline.config.section import Section
 from pipeline.config.sections import Common
 from pipeline.stage import Stage
 from stages.settings import base, dpo, evaluate, ppo, rankings, report, rm, sft, world
@@ -36,23 +33,3 @@ class Experiment(Common):
     dpo: DPOSettings = Field(default_factory=DPOSettings)
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     report: ReportSettings = Field(default_factory=ReportSettings)
-
-
-def changed_settings(section: Section) -> dict[str, tuple[Any, Any]]:
-    """Return the settings of a section that differ from their defaults.
-
-    Args:
-        section: The section; sections inside it are compared setting by setting.
-
-    Returns:
-        {setting: (default, value)}, with dotted names for the sections inside.
-    """
-    changed: dict[str, tuple[Any, Any]] = {}
-    for key, info in type(section).model_fields.items():
-        value, default = getattr(section, key), info.get_default(call_default_factory=True)
-        if isinstance(value, Section) and isinstance(default, Section):
-            for inner, pair in changed_settings(value).items():
-                changed[f"{key}.{inner}"] = pair
-        elif value != default:
-            changed[key] = (default, value)
-    return changed

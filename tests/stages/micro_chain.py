@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from rich.console import Console
 
-from data.encode import train_tokenizer
+from data.tokenizer import train_tokenizer
 from pipeline import api
 from pipeline.config.validation import load_experiment
 from pipeline.fingerprints import all_needs, sources
