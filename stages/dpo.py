@@ -25,7 +25,8 @@ from stages.models.loading import load_policy, load_tokenizer
 from stages.models.sharding import is_sharded, publishable
 from stages.objectives.logprobs import sequence_logps
 from stages.objectives.losses import chosen_loss, dpo_loss, plackett_luce_loss
-from stages.settings.dpo import Config
+from stages.settings.dpo import DPOSettings
+from stages.settings.experiment import Experiment
 from stages.settings.training import total_steps
 from stages.shared.cards import ANSWER, ModelCard
 from stages.shared.disk import say_written
@@ -46,8 +47,6 @@ from stages.shared.show import show_samples
 from stages.training.batching import GroupBatches, group_order
 from stages.training.loop import Task, fit
 from stages.training.reference import Reference
-from stages.training.schedule import schedule_of
-from stages.training.selection import selection_of
 from stages.training.session import session_of
 from stages.training.trainee import trainee_of
 
@@ -56,7 +55,7 @@ from stages.training.trainee import trainee_of
 class Objective:
     """The policy and its loss."""
 
-    config: Config
+    config: DPOSettings
     """The stage's settings."""
     policy: nn.Module
     """The policy that trains."""
@@ -96,7 +95,7 @@ class Objective:
         return value, figures
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
     """Publish model/, a policy."""
     config, source, rankings = ctx.config, ctx.inputs["sft"] / "model", ctx.inputs["rankings"]
     session, runtime, provenance = session_of(ctx), with_accelerator(runtime_of(ctx)), provenance_of(ctx)
@@ -156,7 +155,14 @@ def run(ctx: StageRun) -> dict:
         evaluate=partial(evaluate, objective, cut(held), held_ref_logps),
         samples=samples,
     )
-    figures = fit(session, runtime.accelerator, trainee, task, schedule_of(config, steps), selection_of(config))
+    figures = fit(
+        session,
+        runtime.accelerator,
+        trainee,
+        task,
+        config.schedule(steps),
+        config.selection("loss", higher_is_better=False),
+    )
 
     # 3 publish
     figures = {**figures, "truncated": report.truncated, "dropped": report.dropped}

@@ -36,8 +36,9 @@ from stages.models.forward import response_scores, score_all
 from stages.models.loading import load_tokenizer, new_reward_model
 from stages.models.sharding import full, is_sharded, publishable
 from stages.objectives.losses import plackett_luce_loss, ranking_loss
-from stages.settings.checks import reward_models
-from stages.settings.rm import Config
+from stages.settings.experiment import Experiment
+from stages.settings.policies import reward_models
+from stages.settings.rm import RMSettings
 from stages.settings.training import total_steps
 from stages.shared.cards import SCORE, ModelCard
 from stages.shared.disk import say_written
@@ -56,8 +57,6 @@ from stages.shared.runtime import (
 )
 from stages.training.batching import GroupBatches, group_order
 from stages.training.loop import Phase, Task, fit
-from stages.training.schedule import schedule_of
-from stages.training.selection import selection_of
 from stages.training.session import Session, session_of
 from stages.training.trainee import trainee_of
 
@@ -113,7 +112,7 @@ class Members:
     """Weights of each, under "member_K"; only where there are several."""
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
     """Publish model/, and ensemble/1/, … and held_out/model/ if asked for.
 
     Each is an AutoModelForSequenceClassification with one label and reward_bias.
@@ -154,8 +153,8 @@ def run(ctx: StageRun) -> dict:
             order = group_order(groups, steps, batch_size, (ctx.seed, "rm"), k)
             task = ranking_task(config, scorer, groups, held.groups, order)
             phase = phase_of(members, k, steps, len(names))
-            selection = selection_of(config)
-            figures = fit(session, runtime.accelerator, trainee, task, schedule_of(config, steps), selection, phase)
+            selection = config.selection("loss", higher_is_better=False)
+            figures = fit(session, runtime.accelerator, trainee, task, config.schedule(steps), selection, phase)
             members.figures.append(figures)
             if len(names) > 1:
                 members.tensors[f"member_{k}"] = {name: x.clone() for name, x in trainee.tensors().items()}
@@ -269,7 +268,7 @@ def make_model(source: Path, runtime: Runtime, adapter: dict[str, Any], seed: in
 
 
 def ranking_task(
-    config: Config, scorer: Scorer, groups: list[PromptGroup], held: list[PromptGroup], order: list[int]
+    config: RMSettings, scorer: Scorer, groups: list[PromptGroup], held: list[PromptGroup], order: list[int]
 ) -> Task:
     """Return the batches, the loss and the evaluation of a reward model.
 
@@ -307,7 +306,7 @@ def ranking_task(
     )
 
 
-def batches_of(config: Config, scorer: Scorer, groups: list[PromptGroup]) -> GroupBatches:
+def batches_of(config: RMSettings, scorer: Scorer, groups: list[PromptGroup]) -> GroupBatches:
     """Return how batches of some groups are cut.
 
     Args:
@@ -320,7 +319,7 @@ def batches_of(config: Config, scorer: Scorer, groups: list[PromptGroup]) -> Gro
     )
 
 
-def loss_of(c: Config, batch: GroupBatch, scores: Tensor, prompts: int) -> Tensor:
+def loss_of(c: RMSettings, batch: GroupBatch, scores: Tensor, prompts: int) -> Tensor:
     """Compute the loss of a micro-batch, divided by the prompts of the whole batch.
 
     Args:
@@ -340,7 +339,7 @@ def loss_of(c: Config, batch: GroupBatch, scores: Tensor, prompts: int) -> Tenso
 
 @torch.no_grad()
 def evaluate(
-    config: Config, scorer: Scorer, held: list[PromptGroup], poll: Callable[[], None] = lambda: None
+    config: RMSettings, scorer: Scorer, held: list[PromptGroup], poll: Callable[[], None] = lambda: None
 ) -> tuple[list[float], list[tuple[int, Pair]], float]:
     """Score all held-out responses, on all ranks together.
 
@@ -417,7 +416,7 @@ def write_samples(session: Session, scorer: Scorer, tokenizer: Any, held: HeldOu
 
 @torch.no_grad()
 def demonstration_mean(
-    config: Config, scorer: Scorer, tokenizer: Any, demonstrations: list[Demonstration], seed: int
+    config: RMSettings, scorer: Scorer, tokenizer: Any, demonstrations: list[Demonstration], seed: int
 ) -> float:
     """Return the mean score of demonstrations, before the bias is subtracted.
 

@@ -23,7 +23,8 @@ from pipeline.stage import Source, StageRun
 from pipeline.store.checkpoints import Checkpoint
 from stages.models.adapters import trainable, with_adapter
 from stages.models.loading import load_policy, load_tokenizer
-from stages.settings.sft import Config
+from stages.settings.experiment import Experiment
+from stages.settings.sft import SFTSettings
 from stages.settings.training import total_steps
 from stages.shared.cards import ANSWER, ModelCard
 from stages.shared.disk import say_written
@@ -34,8 +35,6 @@ from stages.shared.runtime import Runtime, adapter_settings, check_context, note
 from stages.shared.show import say_off_template, show_samples
 from stages.training.checkpoint import has_current_settings
 from stages.training.loop import Phase
-from stages.training.schedule import schedule_of
-from stages.training.selection import selection_of
 from stages.training.session import Session, session_of
 from stages.training.text import Optimization, TextTask, train_language_model
 from stages.training.text_hooks import weights_of
@@ -57,7 +56,7 @@ class Demonstrations:
     """How many rows were cut or dropped."""
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
     """Publish model/, and ppo_init/ if asked for, with the tokenizer and chat template of base."""
     config, source = ctx.config, ctx.inputs["base"] / "model"
     session, runtime, provenance = session_of(ctx), runtime_of(ctx), provenance_of(ctx)
@@ -94,7 +93,7 @@ def run(ctx: StageRun) -> dict:
     optimization = Optimization(
         config.max_grad_norm, config.weight_decay, config.adam_beta2, config.router_aux_loss_coef
     )
-    selection = selection_of(config)
+    selection = config.selection("loss", higher_is_better=False)
 
     # 1 the policy
     phase = Phase(total=steps + more_steps)
@@ -104,7 +103,7 @@ def run(ctx: StageRun) -> dict:
         check_same_steps(session, checkpoint, steps)
         model, figures, weights = restore_policy(checkpoint, make)
     else:
-        model, figures = train(task, optimization, schedule_of(config, steps), selection, phase)
+        model, figures = train(task, optimization, config.schedule(steps), selection, phase)
         weights = {name: p.detach() for name, p in trainable(model).items()}
     figures = {
         **figures,
@@ -124,12 +123,12 @@ def run(ctx: StageRun) -> dict:
     # not grouped by length: the long rows of text would fill batches of their own
     task = replace(task, train_rows=mixed_rows, group_by_length=False)
     phase = Phase(first=steps, total=steps + more_steps, tensors=tensors, state=state)
-    model, more = train(task, optimization, schedule_of(config, more_steps), selection, phase)
+    model, more = train(task, optimization, config.schedule(more_steps), selection, phase)
     publish(provenance, model, tokenizer, "ppo_init", ModelCard("the policy that PPO starts from", figures=more))
     return figures | {f"ppo_init_{name}": more[name] for name in ("loss", "perplexity", "steps")}
 
 
-def encode(session: Session, config: Config, source: Source, fraction: float, tokenizer: Any) -> Demonstrations:
+def encode(session: Session, config: SFTSettings, source: Source, fraction: float, tokenizer: Any) -> Demonstrations:
     """Load the demonstrations, encode them within the length limit and split them by prompt.
 
     Args:
@@ -171,7 +170,7 @@ def encode(session: Session, config: Config, source: Source, fraction: float, to
 
 
 def pretraining_rows(
-    config: Config, source: Source, fraction: float, tokenizer: Any, demonstrations: list[dict], seed: int
+    config: SFTSettings, source: Source, fraction: float, tokenizer: Any, demonstrations: list[dict], seed: int
 ) -> list[dict]:
     """Draw packed rows of pretraining text, to be mixed with the demonstrations.
 
@@ -211,7 +210,9 @@ def make_policy(source: Path, runtime: Runtime, adapter: dict[str, Any], provena
     return with_adapter(model, **adapter, seed=provenance.seed % 2**31, dropout=True, new_tokens=new_tokens)
 
 
-def announce_written(session: Session, provenance: Provenance, config: Config, steps: int, model: nn.Module) -> None:
+def announce_written(
+    session: Session, provenance: Provenance, config: SFTSettings, steps: int, model: nn.Module
+) -> None:
     """Print what the stage will write to disk.
 
     Args:

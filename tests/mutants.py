@@ -352,8 +352,8 @@ MUTANTS = [
     Mutant(
         "rm",
         "the best model is the one of the highest loss",
-        'section.patience, "loss", higher_is_better=False',
-        'section.patience, "loss", higher_is_better=True',
+        'config.selection("loss", higher_is_better=False)',
+        'config.selection("loss", higher_is_better=True)',
     ),
     Mutant(
         "rm",
@@ -520,15 +520,15 @@ MUTANTS = [
     Mutant(
         "dpo",
         "the best policy is the one of the highest loss",
-        'section.patience, "loss", higher_is_better=False',
-        'section.patience, "loss", higher_is_better=True',
+        'config.selection("loss", higher_is_better=False)',
+        'config.selection("loss", higher_is_better=True)',
     ),
     Mutant("dpo", "accuracy counts ties as right", "(chosen > rejected).float()", "(chosen >= rejected).float()"),
     Mutant(
         "dpo",
         "the warm-up is left out",
-        "section.lr_scheduler_type, section.warmup_steps, total)",
-        "section.lr_scheduler_type, 0, total)",
+        "self.lr_scheduler_type, self.warmup_steps, steps)",
+        "self.lr_scheduler_type, 0, steps)",
     ),
     Mutant("dpo", "weight_decay is not read", "        weight_decay=section.weight_decay,\n", ""),
     # ── rankings ─────────────────────────────────────────────────────────────────────────────────────────────────
