@@ -59,8 +59,8 @@ def run(ctx: StageRun) -> dict:
     load = partial(
         load_policy, source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code
     )
-    adapter = adapter_settings(m) or {"method": None}
-    policy = place(ctx, lambda: with_adapter(load(), **adapter, seed=ctx.seed), accelerator)
+    adapter = adapter_settings(m)
+    policy = place(ctx, lambda: with_adapter(load(), adapter, seed=ctx.seed), accelerator)
     packed = packing(ctx, policy)
 
     # 1 the reference's log-probabilities, once: the policy is the reference before training, its adapter off

@@ -143,7 +143,7 @@ def make_model(ctx: StageRun, source, k: int):
     model = new_reward_model(
         source, seed=seed, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code
     )
-    return with_adapter(model, **(adapter_settings(m) or {"method": None}), scalar=True, seed=seed)
+    return with_adapter(model, adapter_settings(m), scalar=True, seed=seed)
 
 
 def make_member(ctx: StageRun, source, accelerator, k: int, steps: int):

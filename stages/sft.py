@@ -31,12 +31,12 @@ def run(ctx: StageRun) -> dict:
     source = ctx.inputs["base"] / "model"
     check_context(ctx, source)
     tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
-    adapter = adapter_settings(m) or {"method": None}
+    adapter = adapter_settings(m)
     new_tokens = ctx.manifests["base"]["metrics"].get("new_tokens", [])  # later their rows are as good as others
 
     def start():
         model = load_policy(source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code)
-        return with_adapter(model, **adapter, seed=ctx.seed % 2**31, dropout=True, new_tokens=new_tokens)
+        return with_adapter(model, adapter, seed=ctx.seed % 2**31, dropout=True, new_tokens=new_tokens)
 
     demonstrations, places = read_placed(ctx, "demonstrations")
     kept, encoded, report = encode_demonstrations(

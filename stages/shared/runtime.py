@@ -4,12 +4,15 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.stage import StageRun
 from stages.settings.checks import context_of, too_long_for
+
+if TYPE_CHECKING:
+    from stages.models.adapters import AdapterSettings
 
 
 @dataclass(frozen=True)
@@ -131,21 +134,21 @@ def note_default_rate(ctx: StageRun, *keys: str) -> None:
             )
 
 
-def adapter_settings(model_section) -> dict | None:
-    """The `model.peft` section as keyword arguments; None where every weight trains."""
+def adapter_settings(model_section) -> "AdapterSettings":
+    """Return the section `model.peft` as plain values; method None if every weight trains."""
+    from stages.models.adapters import AdapterSettings
+
     peft = model_section.peft
-    return (
-        None
-        if peft is None
-        else {
-            "method": peft.method,
-            "r": peft.r,
-            "lora_alpha": peft.lora_alpha,
-            "lora_dropout": peft.lora_dropout,
-            "target_modules": peft.target_modules,
-            "init_r": peft.init_r,
-            "bits": (peft.bits or 4) if peft.method == "qlora" else None,
-        }
+    if peft is None:
+        return AdapterSettings()
+    return AdapterSettings(
+        method=peft.method,
+        r=peft.r,
+        lora_alpha=peft.lora_alpha,
+        lora_dropout=peft.lora_dropout,
+        target_modules=peft.target_modules,
+        init_r=peft.init_r,
+        bits=(peft.bits or 4) if peft.method == "qlora" else None,
     )
 
 
