@@ -30,7 +30,7 @@ from pipeline.launch import parallel
 from pipeline.stage import StageRun
 from stages.evaluation.statistics import rights
 from stages.evaluation.trust import trust
-from stages.models.adapters import plain, with_adapter
+from stages.models.adapters import AdapterSettings, plain, with_adapter
 from stages.models.families import is_own_head, off_the_gpu
 from stages.models.forward import response_scores, score_all
 from stages.models.loading import load_tokenizer, new_reward_model
@@ -251,7 +251,7 @@ def member_seed(seed: int, k: int) -> int:
     return derive_seed(seed, "member", k) if k else seed
 
 
-def make_model(source: Path, runtime: Runtime, adapter: dict[str, Any], seed: int) -> nn.Module:
+def make_model(source: Path, runtime: Runtime, adapter: AdapterSettings, seed: int) -> nn.Module:
     """Return an untrained reward model: the policy's trunk, a new scalar head, an adapter if any.
 
     Args:
@@ -261,7 +261,7 @@ def make_model(source: Path, runtime: Runtime, adapter: dict[str, Any], seed: in
         seed: Seed of the head and the adapter.
     """
     model = new_reward_model(source, seed=seed, **runtime.load_options())
-    return with_adapter(model, **adapter, scalar=True, seed=seed)
+    return with_adapter(model, adapter, scalar=True, seed=seed)
 
 
 # -- training ------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.stage import Source, StageRun
 from pipeline.store.checkpoints import Checkpoint
-from stages.models.adapters import trainable, with_adapter
+from stages.models.adapters import AdapterSettings, trainable, with_adapter
 from stages.models.loading import load_policy, load_tokenizer
 from stages.settings.experiment import Experiment
 from stages.settings.sft import SFTSettings
@@ -195,7 +195,7 @@ def pretraining_rows(
     return [{"input_ids": rows[i], "labels": rows[i]} for i in order]
 
 
-def make_policy(source: Path, runtime: Runtime, adapter: dict[str, Any], provenance: Provenance) -> nn.Module:
+def make_policy(source: Path, runtime: Runtime, adapter: AdapterSettings, provenance: Provenance) -> nn.Module:
     """Load base's model and add the adapter, if any; the same model at every call.
 
     Args:
@@ -207,7 +207,7 @@ def make_policy(source: Path, runtime: Runtime, adapter: dict[str, Any], provena
     # tokens that base added have untrained embeddings: these train even where an adapter does
     new_tokens = provenance.manifests["base"]["metrics"].get("new_tokens", [])
     model = load_policy(source, **runtime.load_options())
-    return with_adapter(model, **adapter, seed=provenance.seed % 2**31, dropout=True, new_tokens=new_tokens)
+    return with_adapter(model, adapter, seed=provenance.seed % 2**31, dropout=True, new_tokens=new_tokens)
 
 
 def announce_written(

@@ -260,8 +260,8 @@ MUTANTS = [
     Mutant(
         "ppo",
         "an ensemble's mean is taken for its minimum",
-        "        ctx.config.reward_ensemble,\n",
-        '        "mean",\n',
+        "ensemble=ctx.config.reward_ensemble,",
+        'ensemble="mean",',
     ),
     Mutant(
         "ppo",

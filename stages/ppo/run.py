@@ -28,7 +28,7 @@ from pipeline.store import files
 from stages.models.adapters import is_adapted, plain, trainable
 from stages.models.families import is_own_head
 from stages.models.forward import response_logprobs, response_values, score_all, text_logprobs
-from stages.models.roles import Roles, load_roles
+from stages.models.roles import NamedFolder, RoleFolders, RoleOptions, Roles, load_roles
 from stages.models.sharding import is_sharded, publishable
 from stages.objectives.advantages import gae
 from stages.objectives.control import adaptive_kl_coef
@@ -374,7 +374,7 @@ def publish(ctx: StageRun, roles: Roles, run: Run, step: int, figures: dict) -> 
         ("model", "policy", "a policy trained by PPO-ptx", ANSWER),
         ("value_model", "value_model", "PPO's value model", ""),
     ):
-        model = publishable(getattr(roles, role), roles.again[role])
+        model = publishable(getattr(roles, role), roles.reload[role])
         save(ctx, model, roles.tokenizer, ctx.publish / folder, what, use, figures if use else None)
 
 
@@ -404,22 +404,25 @@ def load(ctx: StageRun) -> Roles:
     start = start_folder(ctx)
     check_context(session_of(ctx), ctx.config, start, *["ptx_length"] * bool(ctx.config.ptx_coef))
     given, climbed, looks_on = named_folders(ctx.experiment), "ppo.reward_model", "ppo.held_out_reward_model"
-    roles = load_roles(
-        start,
-        (climbed, given[climbed]) if climbed in given else ("rm", ctx.inputs["rm"] / "model"),
-        ctx.config.reward_ensemble,
-        (looks_on, given[looks_on]) if looks_on in given else None,
-        make_accelerator(device_of(ctx.experiment), dtype_of(ctx.experiment)),
+    own_reward_model = NamedFolder("rm", ctx.inputs["rm"] / "model") if climbed not in given else None
+    folders = RoleFolders(
+        policy=start,
+        reward_model=own_reward_model or NamedFolder(climbed, given[climbed]),
         trunk=None if climbed in given else ctx.inputs["sft"] / "model",
-        adapter=adapter_settings(m),
-        policy_seed=derive_seed(ctx.seed, "policy"),
-        value_seed=derive_seed(ctx.seed, "value"),
+        judge=NamedFolder(looks_on, given[looks_on]) if looks_on in given else None,
+        ensemble=ctx.config.reward_ensemble,
+    )
+    options = RoleOptions(
         gradient_checkpointing=m.gradient_checkpointing,
         attn_implementation=m.attn_implementation,
         trust_remote_code=ctx.trust_remote_code,
         max_length=ctx.config.max_length,
         sharded=is_sharding(ctx.experiment),
+        policy_seed=derive_seed(ctx.seed, "policy"),
+        value_seed=derive_seed(ctx.seed, "value"),
     )
+    accelerator = make_accelerator(device_of(ctx.experiment), dtype_of(ctx.experiment))
+    roles = load_roles(folders, accelerator, adapter_settings(m), options)
     ctx.confirm_folders()  # named ones are loaded
     return replace(
         roles,
@@ -739,7 +742,7 @@ def publish_average(ctx: StageRun, roles: Roles, policy: Trainee, average: Avera
         roles.policy.cpu()  # before two more sets of what trains
     last = {name: tensor.clone() for name, tensor in policy.tensors().items()}
     policy.load(average.tensors)
-    model = publishable(roles.policy, roles.again["policy"])
+    model = publishable(roles.policy, roles.reload["policy"])
     if model is roles.policy and is_adapted(model):
         model = copy.deepcopy(model)  # saving ends the adapter
     save(ctx, model, roles.tokenizer, ctx.publish / "model_ema", "the average of PPO's policies", ANSWER)

@@ -15,7 +15,8 @@ from pipeline.launch import parallel
 from pipeline.stage import StageRun
 from stages.settings.checks import context_of, too_long_for
 
-if TYPE_CHECKING:  # a session is made with what this module says
+if TYPE_CHECKING:  # a session is made with this module, and models load torch
+    from stages.models.adapters import AdapterSettings
     from stages.training.session import Session
 
 
@@ -192,20 +193,22 @@ def note_default_rate(session: Session, section: BaseModel, *keys: str) -> None:
             )
 
 
-def adapter_settings(model_section: Any) -> dict[str, Any]:
-    """Return the keyword arguments that `with_adapter` takes from the section `model`."""
+def adapter_settings(model_section: Any) -> AdapterSettings:
+    """Return the section `model.peft` as plain values; their method is None if every weight trains."""
+    from stages.models.adapters import AdapterSettings
+
     peft = model_section.peft
     if peft is None:
-        return {"method": None}
-    return {
-        "method": peft.method,
-        "r": peft.r,
-        "lora_alpha": peft.lora_alpha,
-        "lora_dropout": peft.lora_dropout,
-        "target_modules": peft.target_modules,
-        "init_r": peft.init_r,
-        "bits": (peft.bits or 4) if peft.method == "qlora" else None,
-    }
+        return AdapterSettings()
+    return AdapterSettings(
+        method=peft.method,
+        r=peft.r,
+        lora_alpha=peft.lora_alpha,
+        lora_dropout=peft.lora_dropout,
+        target_modules=peft.target_modules,
+        init_r=peft.init_r,
+        bits=(peft.bits or 4) if peft.method == "qlora" else None,
+    )
 
 
 def can_pack_rows(session: Session, models: list, max_length: int) -> bool:
