@@ -25,20 +25,19 @@ from stages.models.publish import given_model
 from stages.models.remote_code import is_remote, scalar_problem, write_scalar_head
 from stages.models.tokens import Settled, settle_tokens
 from stages.rollouts.trial import CACHE, reading_problem
-from stages.settings.base import Config, template_file
+from stages.settings.base import BaseSettings, template_file
+from stages.settings.experiment import Experiment
 from stages.settings.training import total_steps
 from stages.shared.cards import ModelCard, card_text
 from stages.shared.inputs import split_documents
 from stages.shared.provenance import Provenance, provenance_of
 from stages.shared.runtime import Runtime, runtime_of
 from stages.shared.show import parameter_count
-from stages.training.schedule import schedule_of
-from stages.training.selection import selection_of
 from stages.training.session import Session, session_of
 from stages.training.text import Optimization, TextTask, train_language_model
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[BaseSettings, Experiment]) -> dict:
     """Publish model/ with its tokenizer and chat template."""
     session, runtime, provenance = session_of(ctx), runtime_of(ctx), provenance_of(ctx)
     section, is_given = ctx.experiment.model, ctx.experiment.model.name_or_path is not None
@@ -66,11 +65,11 @@ def run(ctx: StageRun) -> dict:
     return figures
 
 
-# -- from scratch ------------------------------------------------------------------------------------
+# -- from scratch --------------------------------------------------------------------------------
 
 
 def train_from_scratch(
-    session: Session, runtime: Runtime, config: Config, section: Any, source: Source, fraction: float
+    session: Session, runtime: Runtime, config: BaseSettings, section: Any, source: Source, fraction: float
 ) -> tuple[nn.Module, Any, dict]:
     """Train a tokenizer and a model on documents.
 
@@ -126,13 +125,13 @@ def train_from_scratch(
         tokenizer,
         task,
         Optimization(config.max_grad_norm, config.weight_decay, config.adam_beta2),
-        schedule_of(config, steps),
-        selection_of(config),
+        config.schedule(steps),
+        config.selection("loss", higher_is_better=False),
     )
     return model, tokenizer, figures
 
 
-# -- a pretrained model ------------------------------------------------------------------------------
+# -- a pretrained model --------------------------------------------------------------------------
 
 
 def load_given(provenance: Provenance, runtime: Runtime) -> tuple[nn.Module, Any, Settled]:
@@ -188,7 +187,7 @@ def describe_given(
 
 
 def check_reading(session: Session, model: nn.Module, name: str, pad_id: int) -> None:
-    """Check that each way in which the stages read rows gives the same results for a pretrained model.
+    """Check that a pretrained model gives the same results in every way that the stages use it.
 
     Where only the family's cache is at fault, the model's config says from here on that samples are
     drawn without it.

@@ -1,9 +1,9 @@
 """Train a policy on rankings by DPO, without a reward model and without sampling.
 
-    loss = − 1/C(K,2) · Σ_pairs log σ( β [ log π/π_ref (y_w) − log π/π_ref (y_l) ] )     (Rafailov 2023, eq. 7)
+    loss = − 1/C(K,2) · Σ_pairs log σ( β [ log π/π_ref (y_w) − log π/π_ref (y_l) ] )
 
-Or the Plackett–Luce likelihood of each whole ranking under the rewards β log π/π_ref (its appendix A.3).
-The policy takes the place of PPO's.
+(Rafailov 2023, eq. 7), or another of the losses that loss_type names. The policy takes the place of
+PPO's.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,8 @@ from stages.models.loading import load_policy, load_tokenizer
 from stages.models.sharding import is_sharded, publishable
 from stages.objectives.logprobs import sequence_logps
 from stages.objectives.losses import chosen_loss, dpo_loss, plackett_luce_loss
-from stages.settings.dpo import Config
+from stages.settings.dpo import DPOSettings
+from stages.settings.experiment import Experiment
 from stages.settings.training import total_steps
 from stages.shared.cards import ANSWER, ModelCard
 from stages.shared.disk import say_written
@@ -46,8 +47,6 @@ from stages.shared.show import show_samples
 from stages.training.batching import GroupBatches, group_order
 from stages.training.loop import Task, fit
 from stages.training.reference import Reference
-from stages.training.schedule import schedule_of
-from stages.training.selection import selection_of
 from stages.training.session import session_of
 from stages.training.trainee import trainee_of
 
@@ -56,7 +55,7 @@ from stages.training.trainee import trainee_of
 class Objective:
     """The policy and its loss."""
 
-    config: Config
+    config: DPOSettings
     """The stage's settings."""
     policy: nn.Module
     """The policy that trains."""
@@ -96,7 +95,7 @@ class Objective:
         return value, figures
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
     """Publish model/, a policy."""
     config, source, rankings = ctx.config, ctx.inputs["sft"] / "model", ctx.inputs["rankings"]
     session, runtime, provenance = session_of(ctx), with_accelerator(runtime_of(ctx)), provenance_of(ctx)
@@ -112,7 +111,7 @@ def run(ctx: StageRun) -> dict:
         note_default_rate(session, config)
     load = partial(load_policy, source, **runtime.load_options())
     adapter = adapter_settings(ctx.experiment.model)
-    policy = place_model(lambda: with_adapter(load(), **adapter, seed=ctx.seed), runtime, config.max_length)
+    policy = place_model(lambda: with_adapter(load(), adapter, seed=ctx.seed), runtime, config.max_length)
     runtime = replace(runtime, packed=can_pack_rows(session, [policy], config.max_length))
     cut = partial(
         GroupBatches,
@@ -156,7 +155,14 @@ def run(ctx: StageRun) -> dict:
         evaluate=partial(evaluate, objective, cut(held), held_ref_logps),
         samples=samples,
     )
-    figures = fit(session, runtime.accelerator, trainee, task, schedule_of(config, steps), selection_of(config))
+    figures = fit(
+        session,
+        runtime.accelerator,
+        trainee,
+        task,
+        config.schedule(steps),
+        config.selection("loss", higher_is_better=False),
+    )
 
     # 3 publish
     figures = {**figures, "truncated": report.truncated, "dropped": report.dropped}

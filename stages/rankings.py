@@ -20,6 +20,8 @@ from pipeline.stage import StageRun
 from stages.evaluation.statistics import labeler_agreement
 from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.transformers import sample
+from stages.settings.experiment import Experiment
+from stages.settings.rankings import RankingsSettings
 from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, load_records, read_world
 from stages.shared.runtime import can_pack_rows, check_context, device_of, dtype_of, make_accelerator
 from stages.training.batching import micro_batches
@@ -28,7 +30,7 @@ from stages.training.session import session_of
 NO_NOISE = 1e-4
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[RankingsSettings, Experiment]) -> dict:
     """→ train.jsonl, validation.jsonl."""
     if ctx.experiment.data.rankings is not None:
         rows, figures = load_records("rankings", ctx.source("rankings")), {}

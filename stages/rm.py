@@ -1,12 +1,13 @@
 """Train a reward model on rankings: r(x, y), a scalar read at the last token of the response.
 
-    loss = − 1/C(K,2) · Σ_pairs log σ( r(x, y_w) − r(x, y_l) )     mean over prompts (InstructGPT, eq. 1)
+    loss = − 1/C(K,2) · Σ_pairs log σ( r(x, y_w) − r(x, y_l) )     (InstructGPT, eq. 1)
 
-All pairs of a prompt are one batch element: one forward pass over the prompt and its K responses, so
-each response contributes to one gradient. loss_type: plackett_luce takes the likelihood of the whole
-order instead. Afterwards a bias makes the demonstrations score 0 on average (`reward_bias` in
-config.json). With rm.held_out, a further model of another seed is trained: nothing is optimized
-against it, so evaluate can measure over-optimisation with it.
+The batch's loss is the mean over its prompts. All pairs of a prompt are one batch element: one
+forward pass over the prompt and its K responses, so each response contributes to one gradient. (With
+loss_type: plackett_luce it is the likelihood of the whole order instead.) Afterwards, a bias makes
+the demonstrations score 0 on average: `reward_bias` in config.json. With rm.held_out, a further model
+of another seed is trained: nothing is optimized against it, so evaluate measures over-optimisation
+with it.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,14 +30,15 @@ from pipeline.launch import parallel
 from pipeline.stage import StageRun
 from stages.evaluation.statistics import rights
 from stages.evaluation.trust import trust
-from stages.models.adapters import plain, with_adapter
+from stages.models.adapters import AdapterSettings, plain, with_adapter
 from stages.models.families import is_own_head, off_the_gpu
 from stages.models.forward import response_scores, score_all
 from stages.models.loading import load_tokenizer, new_reward_model
 from stages.models.sharding import full, is_sharded, publishable
 from stages.objectives.losses import plackett_luce_loss, ranking_loss
-from stages.settings.checks import reward_models
-from stages.settings.rm import Config
+from stages.settings.experiment import Experiment
+from stages.settings.policies import reward_models
+from stages.settings.rm import RMSettings
 from stages.settings.training import total_steps
 from stages.shared.cards import SCORE, ModelCard
 from stages.shared.disk import say_written
@@ -55,8 +57,6 @@ from stages.shared.runtime import (
 )
 from stages.training.batching import GroupBatches, group_order
 from stages.training.loop import Phase, Task, fit
-from stages.training.schedule import schedule_of
-from stages.training.selection import selection_of
 from stages.training.session import Session, session_of
 from stages.training.trainee import trainee_of
 
@@ -104,7 +104,7 @@ class HeldOut:
 
 @dataclass
 class Members:
-    """The models of the stage that are trained already: figures, and weights as checkpoints carry them."""
+    """The models of the stage that are trained already, with their figures."""
 
     figures: list[dict] = field(default_factory=list)
     """Figures of each trained model."""
@@ -112,7 +112,7 @@ class Members:
     """Weights of each, under "member_K"; only where there are several."""
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
     """Publish model/, and ensemble/1/, … and held_out/model/ if asked for.
 
     Each is an AutoModelForSequenceClassification with one label and reward_bias.
@@ -153,8 +153,8 @@ def run(ctx: StageRun) -> dict:
             order = group_order(groups, steps, batch_size, (ctx.seed, "rm"), k)
             task = ranking_task(config, scorer, groups, held.groups, order)
             phase = phase_of(members, k, steps, len(names))
-            selection = selection_of(config)
-            figures = fit(session, runtime.accelerator, trainee, task, schedule_of(config, steps), selection, phase)
+            selection = config.selection("loss", higher_is_better=False)
+            figures = fit(session, runtime.accelerator, trainee, task, config.schedule(steps), selection, phase)
             members.figures.append(figures)
             if len(names) > 1:
                 members.tensors[f"member_{k}"] = {name: x.clone() for name, x in trainee.tensors().items()}
@@ -189,7 +189,7 @@ def run(ctx: StageRun) -> dict:
     return {**figures, "truncated": report.truncated, "dropped": report.dropped}
 
 
-# -- several models, one after the other -------------------------------------------------------------
+# -- several models, one after the other ---------------------------------------------------------
 
 
 def restore_members(session: Session, steps: int) -> Members:
@@ -251,8 +251,8 @@ def member_seed(seed: int, k: int) -> int:
     return derive_seed(seed, "member", k) if k else seed
 
 
-def make_model(source: Path, runtime: Runtime, adapter: dict[str, Any], seed: int) -> nn.Module:
-    """Return a reward model before training: the policy's trunk, a new scalar head, an adapter if any.
+def make_model(source: Path, runtime: Runtime, adapter: AdapterSettings, seed: int) -> nn.Module:
+    """Return an untrained reward model: the policy's trunk, a new scalar head, an adapter if any.
 
     Args:
         source: The folder of the policy.
@@ -261,14 +261,14 @@ def make_model(source: Path, runtime: Runtime, adapter: dict[str, Any], seed: in
         seed: Seed of the head and the adapter.
     """
     model = new_reward_model(source, seed=seed, **runtime.load_options())
-    return with_adapter(model, **adapter, scalar=True, seed=seed)
+    return with_adapter(model, adapter, scalar=True, seed=seed)
 
 
-# -- training ----------------------------------------------------------------------------------------
+# -- training ------------------------------------------------------------------------------------
 
 
 def ranking_task(
-    config: Config, scorer: Scorer, groups: list[PromptGroup], held: list[PromptGroup], order: list[int]
+    config: RMSettings, scorer: Scorer, groups: list[PromptGroup], held: list[PromptGroup], order: list[int]
 ) -> Task:
     """Return the batches, the loss and the evaluation of a reward model.
 
@@ -306,7 +306,7 @@ def ranking_task(
     )
 
 
-def batches_of(config: Config, scorer: Scorer, groups: list[PromptGroup]) -> GroupBatches:
+def batches_of(config: RMSettings, scorer: Scorer, groups: list[PromptGroup]) -> GroupBatches:
     """Return how batches of some groups are cut.
 
     Args:
@@ -319,7 +319,7 @@ def batches_of(config: Config, scorer: Scorer, groups: list[PromptGroup]) -> Gro
     )
 
 
-def loss_of(c: Config, batch: GroupBatch, scores: Tensor, prompts: int) -> Tensor:
+def loss_of(c: RMSettings, batch: GroupBatch, scores: Tensor, prompts: int) -> Tensor:
     """Compute the loss of a micro-batch, divided by the prompts of the whole batch.
 
     Args:
@@ -334,12 +334,12 @@ def loss_of(c: Config, batch: GroupBatch, scores: Tensor, prompts: int) -> Tenso
     return ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights, prompts, margins, c.label_smoothing)
 
 
-# -- held-out rankings -------------------------------------------------------------------------------
+# -- held-out rankings ---------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def evaluate(
-    config: Config, scorer: Scorer, held: list[PromptGroup], poll: Callable[[], None] = lambda: None
+    config: RMSettings, scorer: Scorer, held: list[PromptGroup], poll: Callable[[], None] = lambda: None
 ) -> tuple[list[float], list[tuple[int, Pair]], float]:
     """Score all held-out responses, on all ranks together.
 
@@ -350,8 +350,8 @@ def evaluate(
         poll: Called between two forward passes; may raise Interrupted.
 
     Returns:
-        For each pair, the score of the preferred response minus that of the other; the group's index
-        and the pair of each; the mean loss of a prompt.
+        For each pair, the score of the preferred response minus that of the other; of each pair, the
+        group's index and the pair; the mean loss of a prompt.
     """
     parts, costs = batches_of(config, scorer, held).to_evaluate()
     spare = parts[0] if is_sharded(scorer.model) else None
@@ -377,7 +377,7 @@ def evaluate(
 
 
 def clusters_of(validation: list[Ranking], world: World | None) -> dict[str, str]:
-    """Return the cluster of each ranking by its id: its task, or its prompt where tasks are not known.
+    """Return the cluster of each ranking, by its id: its task if known, otherwise its prompt.
 
     Args:
         validation: The held-out rankings.
@@ -411,17 +411,17 @@ def write_samples(session: Session, scorer: Scorer, tokenizer: Any, held: HeldOu
     session.tracker.samples(step, rows)
 
 
-# -- the published score -----------------------------------------------------------------------------
+# -- the published score -------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def demonstration_mean(
-    config: Config, scorer: Scorer, tokenizer: Any, demonstrations: list[Demonstration], seed: int
+    config: RMSettings, scorer: Scorer, tokenizer: Any, demonstrations: list[Demonstration], seed: int
 ) -> float:
     """Return the mean score of demonstrations, before the bias is subtracted.
 
     Args:
-        config: The stage's settings: at most `bias_demonstrations` that fit in max_length are scored.
+        config: The stage's settings: `bias_demonstrations` are scored that fit in max_length.
         scorer: The model.
         tokenizer: Its tokenizer.
         demonstrations: The demonstrations to draw from.
@@ -452,11 +452,11 @@ def demonstration_mean(
 
 @torch.no_grad()
 def check_published_score(model: nn.Module, group: PromptGroup, pad_id: int) -> None:
-    """Check that the published model, used as its card says, gives the score that PPO will optimize.
+    """Check that the published model, used as its card says, gives the score that PPO optimizes.
 
     Args:
         model: The reward model as it will be published, on the CPU.
-        group: A held-out prompt and its responses; the first with a token is scored, in a row of its own.
+        group: A held-out prompt and its responses; the first that is not empty is scored.
         pad_id: Id of the padding.
 
     Raises:

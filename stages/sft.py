@@ -21,9 +21,10 @@ from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.stage import Source, StageRun
 from pipeline.store.checkpoints import Checkpoint
-from stages.models.adapters import trainable, with_adapter
+from stages.models.adapters import AdapterSettings, trainable, with_adapter
 from stages.models.loading import load_policy, load_tokenizer
-from stages.settings.sft import Config
+from stages.settings.experiment import Experiment
+from stages.settings.sft import SFTSettings
 from stages.settings.training import total_steps
 from stages.shared.cards import ANSWER, ModelCard
 from stages.shared.disk import say_written
@@ -34,8 +35,6 @@ from stages.shared.runtime import Runtime, adapter_settings, check_context, note
 from stages.shared.show import say_off_template, show_samples
 from stages.training.checkpoint import has_current_settings
 from stages.training.loop import Phase
-from stages.training.schedule import schedule_of
-from stages.training.selection import selection_of
 from stages.training.session import Session, session_of
 from stages.training.text import Optimization, TextTask, train_language_model
 from stages.training.text_hooks import weights_of
@@ -57,7 +56,7 @@ class Demonstrations:
     """How many rows were cut or dropped."""
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
     """Publish model/, and ppo_init/ if asked for, with the tokenizer and chat template of base."""
     config, source = ctx.config, ctx.inputs["base"] / "model"
     session, runtime, provenance = session_of(ctx), runtime_of(ctx), provenance_of(ctx)
@@ -94,7 +93,7 @@ def run(ctx: StageRun) -> dict:
     optimization = Optimization(
         config.max_grad_norm, config.weight_decay, config.adam_beta2, config.router_aux_loss_coef
     )
-    selection = selection_of(config)
+    selection = config.selection("loss", higher_is_better=False)
 
     # 1 the policy
     phase = Phase(total=steps + more_steps)
@@ -104,7 +103,7 @@ def run(ctx: StageRun) -> dict:
         check_same_steps(session, checkpoint, steps)
         model, figures, weights = restore_policy(checkpoint, make)
     else:
-        model, figures = train(task, optimization, schedule_of(config, steps), selection, phase)
+        model, figures = train(task, optimization, config.schedule(steps), selection, phase)
         weights = {name: p.detach() for name, p in trainable(model).items()}
     figures = {
         **figures,
@@ -124,12 +123,12 @@ def run(ctx: StageRun) -> dict:
     # not grouped by length: the long rows of text would fill batches of their own
     task = replace(task, train_rows=mixed_rows, group_by_length=False)
     phase = Phase(first=steps, total=steps + more_steps, tensors=tensors, state=state)
-    model, more = train(task, optimization, schedule_of(config, more_steps), selection, phase)
+    model, more = train(task, optimization, config.schedule(more_steps), selection, phase)
     publish(provenance, model, tokenizer, "ppo_init", ModelCard("the policy that PPO starts from", figures=more))
     return figures | {f"ppo_init_{name}": more[name] for name in ("loss", "perplexity", "steps")}
 
 
-def encode(session: Session, config: Config, source: Source, fraction: float, tokenizer: Any) -> Demonstrations:
+def encode(session: Session, config: SFTSettings, source: Source, fraction: float, tokenizer: Any) -> Demonstrations:
     """Load the demonstrations, encode them within the length limit and split them by prompt.
 
     Args:
@@ -171,13 +170,13 @@ def encode(session: Session, config: Config, source: Source, fraction: float, to
 
 
 def pretraining_rows(
-    config: Config, source: Source, fraction: float, tokenizer: Any, demonstrations: list[dict], seed: int
+    config: SFTSettings, source: Source, fraction: float, tokenizer: Any, demonstrations: list[dict], seed: int
 ) -> list[dict]:
     """Draw packed rows of pretraining text, to be mixed with the demonstrations.
 
     Args:
-        config: The stage's settings; `ppo_init.pretraining_fraction` is the share of all labels that
-            are pretraining text.
+        config: The stage's settings; `ppo_init.pretraining_fraction` is the share of pretraining
+            text in all labels.
         source: Where the documents are.
         fraction: Fraction of the documents that is held out.
         tokenizer: The tokenizer.
@@ -196,7 +195,7 @@ def pretraining_rows(
     return [{"input_ids": rows[i], "labels": rows[i]} for i in order]
 
 
-def make_policy(source: Path, runtime: Runtime, adapter: dict[str, Any], provenance: Provenance) -> nn.Module:
+def make_policy(source: Path, runtime: Runtime, adapter: AdapterSettings, provenance: Provenance) -> nn.Module:
     """Load base's model and add the adapter, if any; the same model at every call.
 
     Args:
@@ -205,13 +204,15 @@ def make_policy(source: Path, runtime: Runtime, adapter: dict[str, Any], provena
         adapter: As `adapter_settings` gives it.
         provenance: The run; base's manifest says which tokens are new.
     """
-    # the embeddings of tokens that base added are untrained, so they train even where an adapter does
+    # tokens that base added have untrained embeddings: these train even where an adapter does
     new_tokens = provenance.manifests["base"]["metrics"].get("new_tokens", [])
     model = load_policy(source, **runtime.load_options())
-    return with_adapter(model, **adapter, seed=provenance.seed % 2**31, dropout=True, new_tokens=new_tokens)
+    return with_adapter(model, adapter, seed=provenance.seed % 2**31, dropout=True, new_tokens=new_tokens)
 
 
-def announce_written(session: Session, provenance: Provenance, config: Config, steps: int, model: nn.Module) -> None:
+def announce_written(
+    session: Session, provenance: Provenance, config: SFTSettings, steps: int, model: nn.Module
+) -> None:
     """Print what the stage will write to disk.
 
     Args:
@@ -235,8 +236,8 @@ def restore_policy(checkpoint: Checkpoint, make: Any) -> tuple[nn.Module | None,
         make: Returns the model before training.
 
     Returns:
-        The model, its figures and its trained weights; on ranks other than 0, which publish nothing,
-        no model and no weights.
+        The model, its figures and its trained weights; only rank 0, which publishes, gets model and
+        weights.
     """
     figures = checkpoint.state["finished"]
     if not parallel.is_rank_zero():

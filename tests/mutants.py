@@ -157,8 +157,8 @@ MUTANTS = [
     Mutant(
         "ppo",
         "the value model's schedule has the policy's peak",
-        "replace(policy_rate, peak=c.value_learning_rate)",
-        "replace(policy_rate, peak=c.learning_rate)",
+        "c.value_schedule(run.updates)",
+        "c.schedule(run.updates)",
     ),
     Mutant("ppo", "ptx on held-out text", "    train, _ = split_documents(", "    _, train = split_documents("),
     Mutant(
@@ -274,7 +274,7 @@ MUTANTS = [
         'sft / ("ppo_init" if has_ppo_init else "model")',
         'sft / "model"',
     ),
-    Mutant("ppo", "an ensemble's mean is taken for its minimum", "        c.reward_ensemble,\n", '        "mean",\n'),
+    Mutant("ppo", "an ensemble's mean is taken for its minimum", "ensemble=c.reward_ensemble)", 'ensemble="mean")'),
     Mutant(
         "ppo",
         "rlhf_reward takes off k1 whatever is penalised",
@@ -364,8 +364,8 @@ MUTANTS = [
     Mutant(
         "rm",
         "the best model is the one of the highest loss",
-        'section.patience, "loss", higher_is_better=False',
-        'section.patience, "loss", higher_is_better=True',
+        'config.selection("loss", higher_is_better=False)',
+        'config.selection("loss", higher_is_better=True)',
     ),
     Mutant(
         "rm",
@@ -532,15 +532,15 @@ MUTANTS = [
     Mutant(
         "dpo",
         "the best policy is the one of the highest loss",
-        'section.patience, "loss", higher_is_better=False',
-        'section.patience, "loss", higher_is_better=True',
+        'config.selection("loss", higher_is_better=False)',
+        'config.selection("loss", higher_is_better=True)',
     ),
     Mutant("dpo", "accuracy counts ties as right", "(chosen > rejected).float()", "(chosen >= rejected).float()"),
     Mutant(
         "dpo",
         "the warm-up is left out",
-        "section.lr_scheduler_type, section.warmup_steps, total)",
-        "section.lr_scheduler_type, 0, total)",
+        "self.lr_scheduler_type, self.warmup_steps, steps)",
+        "self.lr_scheduler_type, 0, steps)",
     ),
     Mutant("dpo", "weight_decay is not read", "        weight_decay=section.weight_decay,\n", ""),
     # ── rankings ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,12 +8,12 @@ from stages.ppo.options import engine_rules, sampling_options
 from stages.ppo.sampling import Sampler, no_poll
 from stages.rollouts.engine import EngineSpec, RolloutEngine
 from stages.rollouts.transformers import TransformersEngine
-from stages.settings.ppo import Config
+from stages.settings.ppo import PPOSettings
 
 SEED = 3
 
 
-def spec_of(roles: Roles, c: Config) -> EngineSpec:
+def spec_of(roles: Roles, c: PPOSettings) -> EngineSpec:
     """Return what an engine is built from, without folders."""
     return EngineSpec(
         model=Path(),
@@ -31,7 +31,7 @@ def spec_of(roles: Roles, c: Config) -> EngineSpec:
 
 def sampler_of(
     roles: Roles,
-    c: Config,
+    c: PPOSettings,
     engine: RolloutEngine | None = None,
     seed: int = SEED,
     say: Callable[[str], None] = lambda line: None,

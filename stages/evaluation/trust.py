@@ -1,4 +1,4 @@
-"""Measure how far a reward model can be trusted: accuracy, calibration, agreement of the labelers."""
+"""Measure how far a reward model can be trusted: accuracy, calibration, labelers' agreement."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def trust(
     """Return accuracy, in all and broken down, calibration, and the labelers' agreement.
 
     Args:
-        margins: Score of the preferred response minus score of the other one, for each held-out pair.
+        margins: For each held-out pair, the score of the preferred response minus the other one's.
         owners: Index of the held-out group, and the pair, of each margin.
         held: The held-out groups.
         validation: The rankings that they were made of.

@@ -10,25 +10,13 @@ from data.streams import derive_seed
 from data.streams import held_out as hold_out
 from pipeline.errors import UserError
 from pipeline.stage import Source
-from stages.models.roles import Roles, load_roles
-from stages.settings.ppo import Config
+from stages.models.adapters import AdapterSettings
+from stages.models.ensemble_folder import How
+from stages.models.roles import NamedFolder, RoleFolders, RoleOptions, Roles, load_roles
+from stages.settings.ppo import PPOSettings
 from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, split_documents
 from stages.shared.runtime import Runtime, can_pack_rows
 from stages.training.session import Session
-
-
-@dataclass(frozen=True)
-class ModelFolders:
-    """Where the models of a run are loaded from."""
-
-    start: Path
-    """Folder of the model that policy and reference start as."""
-    reward_model: tuple[str, Path]
-    """The setting or stage that names the reward model, for error lines, and its folder."""
-    judge: tuple[str, Path] | None
-    """The same for a reward model that PPO does not climb; None: there is none."""
-    trunk: Path | None
-    """The model that the reward model's adapter was trained on; None if it is not known."""
 
 
 @dataclass(frozen=True)
@@ -46,51 +34,52 @@ def start_folder(sft: Path, has_ppo_init: bool) -> Path:
     return sft / ("ppo_init" if has_ppo_init else "model")
 
 
-def model_folders(start: Path, inputs: dict[str, Path], named: dict[str, Path]) -> ModelFolders:
+def role_folders(start: Path, inputs: dict[str, Path], named: dict[str, Path], ensemble: How) -> RoleFolders:
     """Return where the models of a run are.
 
     Args:
         start: Folder of the model that policy and reference start as.
         inputs: Folders of the upstream stages.
         named: Folders of reward models that the settings name, by setting.
+        ensemble: How the models of rm.ensemble score as one.
     """
-    climbed, watching = "ppo.reward_model", "ppo.held_out_reward_model"
-    judge = (watching, named[watching]) if watching in named else None
+    climbed, held_out = "ppo.reward_model", "ppo.held_out_reward_model"
     if climbed in named:
-        return ModelFolders(start, (climbed, named[climbed]), judge, trunk=None)
-    return ModelFolders(start, ("rm", inputs["rm"] / "model"), judge, trunk=inputs["sft"] / "model")
+        reward_model, trunk = NamedFolder(climbed, named[climbed]), None
+    else:
+        reward_model, trunk = NamedFolder("rm", inputs["rm"] / "model"), inputs["sft"] / "model"
+    judge = NamedFolder(held_out, named[held_out]) if held_out in named else None
+    return RoleFolders(policy=start, reward_model=reward_model, trunk=trunk, judge=judge, ensemble=ensemble)
 
 
-def load_models(session: Session, c: Config, folders: ModelFolders, runtime: Runtime, adapter: dict[str, Any]) -> Roles:
+def load_models(
+    session: Session, folders: RoleFolders, runtime: Runtime, adapter: AdapterSettings, max_length: int
+) -> Roles:
     """Load policy, reference, reward model and value model, each on its device.
 
     Args:
         session: The run, for its seed and for a line if rows cannot be packed.
-        c: The stage's settings.
         folders: Where the models are.
         runtime: How the models compute.
-        adapter: Keyword arguments of `with_adapter`.
+        adapter: Which weights of policy and value model train.
+        max_length: The longest prompt and response together, in tokens.
     """
-    roles = load_roles(
-        folders.start,
-        folders.reward_model,
-        c.reward_ensemble,
-        folders.judge,
-        runtime.accelerator,
-        trunk=folders.trunk,
-        adapter=adapter,
-        policy_seed=derive_seed(session.seed, "policy"),
-        value_seed=derive_seed(session.seed, "value"),
-        gradient_checkpointing=runtime.gradient_checkpointing,
+    options = RoleOptions(
         attn_implementation=runtime.attention,
         trust_remote_code=runtime.trust_remote_code,
-        max_length=c.max_length,
+        max_length=max_length,
+        gradient_checkpointing=runtime.gradient_checkpointing,
         sharded=runtime.sharded,
+        policy_seed=derive_seed(session.seed, "policy"),
+        value_seed=derive_seed(session.seed, "value"),
     )
-    return replace(roles, packed=can_pack_rows(session, roles.models(), c.max_length))
+    roles = load_roles(folders, runtime.accelerator, adapter, options)
+    return replace(roles, packed=can_pack_rows(session, roles.models(), max_length))
 
 
-def load_prompts(session: Session, c: Config, tokenizer: Any, source: Source) -> tuple[list[list[int]], list[HeldOut]]:
+def load_prompts(
+    session: Session, c: PPOSettings, tokenizer: Any, source: Source
+) -> tuple[list[list[int]], list[HeldOut]]:
     """Load the prompts, and split off the held-out ones by their text.
 
     Args:
@@ -124,7 +113,7 @@ def load_prompts(session: Session, c: Config, tokenizer: Any, source: Source) ->
     return [ids[i] for i in train], [HeldOut(records[kept[i]].prompt, ids[i]) for i in held]
 
 
-def load_ptx_rows(c: Config, tokenizer: Any, source: Source, validation_fraction: float) -> list[list[int]]:
+def load_ptx_rows(c: PPOSettings, tokenizer: Any, source: Source, validation_fraction: float) -> list[list[int]]:
     """Load the training part of the documents as packed pretraining rows of ptx_length tokens.
 
     Args:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from stages.rollouts.collect import Sampling, ScoreRules
-from stages.settings.ppo import Config, ptx_batch_size
+from stages.settings.ppo import PPOSettings, ptx_batch_size
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class EngineRules:
     """Whether the run ends with a checkpoint; otherwise the policy itself samples from then on."""
 
 
-def sampling_options(c: Config) -> Sampling:
+def sampling_options(c: PPOSettings) -> Sampling:
     """Return how rollouts are sampled and scored."""
     return Sampling(
         samples_per_prompt=c.samples_per_prompt,
@@ -106,7 +106,7 @@ def sampling_options(c: Config) -> Sampling:
     )
 
 
-def update_options(c: Config, seed: int) -> UpdateOptions:
+def update_options(c: PPOSettings, seed: int) -> UpdateOptions:
     """Return how an update learns from its batch."""
     return UpdateOptions(
         seed=seed,
@@ -121,16 +121,16 @@ def update_options(c: Config, seed: int) -> UpdateOptions:
     )
 
 
-def kl_control(c: Config) -> KlControl:
+def kl_control(c: PPOSettings) -> KlControl:
     """Return how KL is penalised."""
     return KlControl(coef=c.kl_coef, estimator=c.kl_estimator, target=c.kl_target, horizon=c.kl_horizon)
 
 
-def returns_options(c: Config) -> Returns:
+def returns_options(c: PPOSettings) -> Returns:
     """Return how advantages and returns are computed."""
     return Returns(lam=c.lam, gamma=c.gamma, whiten_rewards=c.whiten_rewards, whiten_advantages=c.whiten_advantages)
 
 
-def engine_rules(c: Config) -> EngineRules:
+def engine_rules(c: PPOSettings) -> EngineRules:
     """Return when a rollout engine counts as lost."""
     return EngineRules(max_engine_kl=c.rollout.max_engine_kl, stop_if_lost=c.rollout.on_failure == "stop")

@@ -10,9 +10,8 @@ from torch import nn
 from pipeline.launch import parallel
 from stages.models.adapters import is_adapted, plain
 from stages.models.families import is_own_head
-from stages.models.roles import Roles
+from stages.models.roles import RoleFolders, Roles
 from stages.models.sharding import is_sharded, publishable
-from stages.ppo.inputs import ModelFolders
 from stages.ppo.state import Run
 from stages.shared.cards import ANSWER, ModelCard
 from stages.shared.provenance import Provenance
@@ -25,7 +24,7 @@ class Publication:
 
     provenance: Provenance
     """What the models were made of."""
-    folders: ModelFolders
+    folders: RoleFolders
     """Where the run's models were loaded from."""
     temperature: float
     """The temperature that the policy was trained to be sampled at."""
@@ -48,8 +47,8 @@ def publish(publication: Publication, roles: Roles, run: Run, keep_best: bool, s
         publish_average(publication, roles, run)
     if keep_best and run.best.step != step:
         policy.load(run.best.tensors)
-    publish_policy(publication, publishable(roles.policy, roles.again["policy"]), roles.tokenizer)
-    publish_value_model(publication, publishable(roles.value_model, roles.again["value_model"]), roles.tokenizer)
+    publish_policy(publication, publishable(roles.policy, roles.reload["policy"]), roles.tokenizer)
+    publish_value_model(publication, publishable(roles.value_model, roles.reload["value_model"]), roles.tokenizer)
 
 
 def publish_policy(publication: Publication, model: nn.Module, tokenizer: Any) -> None:
@@ -59,8 +58,8 @@ def publish_policy(publication: Publication, model: nn.Module, tokenizer: Any) -
         what="a policy trained by PPO-ptx",
         use=ANSWER,
         figures=publication.figures,
-        source=publication.folders.start,
-        adapter=adapter_base(publication.provenance, folder, publication.folders.start),
+        source=publication.folders.policy,
+        adapter=adapter_base(publication.provenance, folder, publication.folders.policy),
         own_head=is_own_head(plain(model)),
         is_scalar=False,
     )
@@ -79,15 +78,15 @@ def publish_average(publication: Publication, roles: Roles, run: Run) -> None:
         roles.policy.cpu()
     last_weights = {name: tensor.clone() for name, tensor in policy.tensors().items()}
     policy.load(run.learners.average.tensors)
-    model = publishable(roles.policy, roles.again["policy"])
+    model = publishable(roles.policy, roles.reload["policy"])
     if model is roles.policy and is_adapted(model):
         model = copy.deepcopy(model)  # saving merges the adapter and removes it
     folder = publication.provenance.publish / "model_ema"
     card = ModelCard(
         what="the average of PPO's policies",
         use=ANSWER,
-        source=publication.folders.start,
-        adapter=adapter_base(publication.provenance, folder, publication.folders.start),
+        source=publication.folders.policy,
+        adapter=adapter_base(publication.provenance, folder, publication.folders.policy),
         own_head=is_own_head(plain(model)),
         is_scalar=False,
     )
@@ -104,7 +103,7 @@ def publish_value_model(publication: Publication, model: nn.Module, tokenizer: A
         base = ("", None)  # its adapter is on a reward model from outside the experiment
     card = ModelCard(
         what="PPO's value model",
-        source=publication.folders.start,
+        source=publication.folders.policy,
         adapter=base,
         own_head=is_own_head(plain(model)),
         is_scalar=True,

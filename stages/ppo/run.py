@@ -21,7 +21,7 @@ from stages.objectives.masked import masked_whiten
 from stages.objectives.rewards import kl_per_token, token_rewards
 from stages.ppo.evaluation import evaluate
 from stages.ppo.figures import OF_PTX, OF_UPDATE, describe, not_finite_episodes
-from stages.ppo.inputs import HeldOut, load_models, load_prompts, load_ptx_rows, model_folders, start_folder
+from stages.ppo.inputs import HeldOut, load_models, load_prompts, load_ptx_rows, role_folders, start_folder
 from stages.ppo.options import (
     KlControl,
     Returns,
@@ -38,7 +38,8 @@ from stages.ppo.state import Run, drawn_before, new_run, refuse_other_prompts, r
 from stages.ppo.update import Batch, Rates, update
 from stages.rollouts.engine import EngineLost, EngineSpec
 from stages.rollouts.rollout import Rollout
-from stages.settings.ppo import Config, named_folders, steps_per_update
+from stages.settings.experiment import Experiment
+from stages.settings.ppo import PPOSettings, named_folders, steps_per_update
 from stages.shared.disk import say_written
 from stages.shared.provenance import provenance_of
 from stages.shared.runtime import (
@@ -49,7 +50,6 @@ from stages.shared.runtime import (
     runtime_of,
     with_accelerator,
 )
-from stages.training.schedule import Schedule
 from stages.training.session import session_of
 
 
@@ -89,7 +89,7 @@ class Setup:
     """How the models compute."""
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[PPOSettings, Experiment]) -> dict:
     """Train; publish model/ (the policy), value_model/ and, if asked for, model_ema/.
 
     Returns:
@@ -101,8 +101,7 @@ def run(ctx: StageRun) -> dict:
     session, held_out = run.session, setup.held_out
     kl, returns, options = kl_control(c), returns_options(c), update_options(c, session.seed)
     step = begin(setup, c)
-    policy_rate = Schedule(c.learning_rate, c.lr_scheduler_type, c.warmup_steps, run.updates, warmup_from=0.1)
-    value_rate = replace(policy_rate, peak=c.value_learning_rate)
+    policy_schedule, value_schedule = c.schedule(run.updates), c.value_schedule(run.updates)
     if step == 0 or run.pending.owed:
         evaluate(run, sampler, held_out, kl, step)
     with session.tracker.progress(run.updates, "ppo", step) as progress:
@@ -118,7 +117,7 @@ def run(ctx: StageRun) -> dict:
             # 4 advantage, and the targets of the values
             batch = advantage(rollout, rewards, returns)
             # 5 update
-            rates = Rates(policy=policy_rate.rate_at(step), value=value_rate.rate_at(step))
+            rates = Rates(policy=policy_schedule.rate_at(step), value=value_schedule.rate_at(step))
             learned = learn(setup, batch, options, step, rates)
             # 6 keep
             count_draws(setup, c)
@@ -143,7 +142,7 @@ def run(ctx: StageRun) -> dict:
     return finish(setup, c, kl, step)
 
 
-def set_up(ctx: StageRun) -> Setup:
+def set_up(ctx: StageRun[PPOSettings, Experiment]) -> Setup:
     """Load models and data; return everything that a run iterates with."""
     c, experiment = ctx.config, ctx.experiment
     session, runtime, provenance = session_of(ctx), with_accelerator(runtime_of(ctx)), provenance_of(ctx)
@@ -152,8 +151,8 @@ def set_up(ctx: StageRun) -> Setup:
 
     start = start_folder(ctx.inputs["sft"], has_ppo_init=experiment.sft.ppo_init is not None)
     check_context(session, c, start, *(["ptx_length"] if c.ptx_coef else []))
-    folders = model_folders(start, ctx.inputs, named_folders(experiment))
-    roles = load_models(session, c, folders, runtime, adapter_settings(experiment.model))
+    folders = role_folders(start, ctx.inputs, named_folders(experiment), ensemble=c.reward_ensemble)
+    roles = load_models(session, folders, runtime, adapter_settings(experiment.model), c.max_length)
     ctx.confirm_folders()  # the named ones have been loaded
     name = c.rollout.engine
     launch = getattr(experiment.launch, name, None)  # the section launch.vllm, for example
@@ -193,7 +192,7 @@ def set_up(ctx: StageRun) -> Setup:
     )
 
 
-def begin(setup: Setup, c: Config) -> int:
+def begin(setup: Setup, c: PPOSettings) -> int:
     """Resume the run if it was interrupted, start the engine, and check its numbers.
 
     Returns:
@@ -314,7 +313,7 @@ def learn(setup: Setup, batch: Batch, options: UpdateOptions, step: int, rates: 
     return learned
 
 
-def count_draws(setup: Setup, c: Config) -> None:
+def count_draws(setup: Setup, c: PPOSettings) -> None:
     """Record what an update has drawn, which a resumed run starts from."""
     run, streams = setup.run, setup.streams
     run.drawn = replace(
@@ -326,7 +325,7 @@ def count_draws(setup: Setup, c: Config) -> None:
     )
 
 
-def finish(setup: Setup, c: Config, kl: KlControl, step: int) -> dict:
+def finish(setup: Setup, c: PPOSettings, kl: KlControl, step: int) -> dict:
     """Publish the models; return the figures of the published policy.
 
     Args:

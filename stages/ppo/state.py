@@ -11,7 +11,7 @@ from pipeline.store import files
 from stages.models.roles import Roles
 from stages.ppo.alarms import Alarms
 from stages.ppo.update import Learners
-from stages.settings.ppo import Config, ptx_batch_size, steps_per_update
+from stages.settings.ppo import PPOSettings, ptx_batch_size, steps_per_update
 from stages.training.checkpoint import TrainingState, has_current_settings, load_checkpoint, save_checkpoint
 from stages.training.selection import Best
 from stages.training.session import PendingEvaluation, Session
@@ -116,7 +116,7 @@ class Run:
             )
 
 
-def drawn_before(session: Session, c: Config) -> Drawn:
+def drawn_before(session: Session, c: PPOSettings) -> Drawn:
     """Return what was drawn before the newest checkpoint.
 
     A checkpoint of an older version has no counts. If it was made with today's settings, these give
@@ -145,7 +145,7 @@ def drawn_before(session: Session, c: Config) -> Drawn:
     )
 
 
-def total_updates(session: Session, c: Config, drawn: Drawn) -> int:
+def total_updates(session: Session, c: PPOSettings, drawn: Drawn) -> int:
     """Return how many updates the whole run takes, those before the newest checkpoint included.
 
     Raises:
@@ -183,7 +183,7 @@ def refuse_other_prompts(drawn: Drawn, train: list[list[int]]) -> Drawn:
     return replace(drawn, prompts_digest=digest)
 
 
-def new_run(session: Session, c: Config, roles: Roles, updates: int, drawn: Drawn) -> Run:
+def new_run(session: Session, c: PPOSettings, roles: Roles, updates: int, drawn: Drawn) -> Run:
     """Return a run before its first update, or before its checkpoint is loaded.
 
     Args:
@@ -208,7 +208,7 @@ def new_run(session: Session, c: Config, roles: Roles, updates: int, drawn: Draw
         updates=updates,
         drawn=drawn,
         learners=learners,
-        best=Best(c.keep, c.patience, higher_is_better=True),
+        best=c.selection("rlhf_reward", higher_is_better=True).start(),
         alarms=Alarms(c.alarm_kl, c.alarm_entropy, c.response_length),
         kl_coef=c.kl_coef,
     )

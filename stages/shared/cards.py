@@ -83,7 +83,7 @@ class ModelCard:
     Licence, base model and data sets of its card hold here too. None: the stage began from scratch,
     or with model.name_or_path."""
     adapter: tuple[str, str | None] | None = None
-    """Base model of the adapter beside the weights, as `adapter_base` names it; None: there is no adapter."""
+    """Base model of the adapter beside the weights (`adapter_base`); None: there is no adapter."""
     own_head: bool = False
     """Whether the class of its scalar head is a file of the folder (`families.is_own_head`)."""
     is_scalar: bool | None = None
@@ -95,7 +95,7 @@ def use_of(text: str, own_head: bool) -> str:
 
     Args:
         text: ANSWER, SCORE, or "" for a value model.
-        own_head: Whether the class of its scalar head is a file of the folder, which its users must allow.
+        own_head: Whether the class of its scalar head is a file of the folder.
     """
     if not own_head:
         return text
@@ -155,13 +155,13 @@ def adapter_lines(adapter: tuple[str, str | None] | None, is_scalar: bool) -> st
     return ADAPTER.format(auto=f"AutoPeftModelFor{task}", base=base, more=more, where=where)
 
 
-# -- where it comes from ---------------------------------------------------------------------------------
+# -- origin --------------------------------------------------------------------------------------
 
 
 def upstream(provenance: Provenance) -> dict[str, dict[str, Any]]:
     """Collect the manifests of all stages that led to this one, the nearest first.
 
-    Only stages whose artifacts lie beside the inputs, and are still those that were read, are found.
+    Only stages are found whose artifacts lie beside the inputs, and have not been made again since.
 
     Returns:
         The manifests, by stage.
@@ -239,7 +239,7 @@ def given_card(name: str | None, revision: str | None) -> dict[str, Any]:
 
 
 def inherited(path: Path) -> dict[str, Any]:
-    """Return the metadata of a card that also hold for models made from its model; {} without any."""
+    """Return the metadata of a card that also hold for models made from its model."""
     from huggingface_hub import ModelCard
 
     try:
@@ -268,7 +268,7 @@ def origin_lines(provenance: Provenance, metadata: str, manifests: dict[str, dic
     return f"The chain began with {what}{at}. {under}\n"
 
 
-# -- tables ----------------------------------------------------------------------------------------------
+# -- tables --------------------------------------------------------------------------------------
 
 
 def table(title: str, heads: tuple[str, ...], rows: list[tuple]) -> str:

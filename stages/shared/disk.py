@@ -1,4 +1,4 @@
-"""Estimate what a stage will write to disk, before its first step: published weights and checkpoints."""
+"""Estimate what a stage will write to disk: published weights and checkpoints."""
 
 import math
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def written(
             weights, and one with the adapter.
         trained: Those of them that train. A checkpoint holds their trained weights and AdamW's two
             moments (and AdaLoRA's two averages).
-        sets: Further sets of the first one's trained weights in a checkpoint (the best, an average).
+        sets: Further sets of the first one's trained weights in a checkpoint (best, average).
         saves: Checkpoints saved before the end.
         keep: The most of them that stay.
         copies: How often each of `published` is published (an ensemble, a second start).
@@ -83,7 +83,7 @@ def _adapter_bytes(model: nn.Module) -> int:
 
 
 def _is_adapters(name: str) -> bool:
-    """Return whether a parameter is peft's: an adapter's, or the original of a head that trains as a copy."""
+    """Return whether a parameter is peft's: an adapter's, or the original of a copied head."""
     return ".lora_" in name or ".ia3_" in name or ".original_module." in name
 
 

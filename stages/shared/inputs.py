@@ -37,7 +37,7 @@ def load_records(kind: str, source: Source) -> list:
 
 
 def load_placed_records(kind: str, source: Source) -> tuple[list, list[str]]:
-    """Load records as `load_records` does, with the place (file and line) of each for error lines."""
+    """Load records as `load_records` does, with the location (file and line) of each."""
     return sources.load_placed(kind, **dataclasses.asdict(source))
 
 
@@ -64,7 +64,7 @@ def fit_prompts(
     Args:
         tokenizer: The tokenizer with its chat template.
         prompts: Prompts, each a string or a list of messages.
-        places: The place of each, for error lines.
+        places: The location of each, for error lines.
         limit: The limit of prompt and response together.
         response_length: Tokens that a response may take.
 
@@ -92,7 +92,7 @@ def load_groups(file: Path, tokenizer, limit: LengthLimit) -> tuple[list[PromptG
     """Load rankings and encode each prompt with all its responses.
 
     A response that was cut off has no EOS: its score is read at its last token, as PPO and evaluate
-    do with a sample that reached the length limit, and its log-probability is that of its own tokens.
+    do with a sample that reached the length limit. Its log-probability is that of its own tokens.
 
     Args:
         file: Rankings as JSONL.

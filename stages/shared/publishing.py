@@ -1,4 +1,4 @@
-"""Publish a trained model: weights in the dtype asked for, the adapter beside them, a model card."""
+"""Publish a trained model: weights in the right dtype, the adapter beside them, a model card."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ def publish_model(
     card: ModelCard,
     temperature: float | None = None,
 ) -> None:
-    """Write a model to a folder that transformers loads; an adapter is merged, and also written beside it.
+    """Write a model to a folder that transformers loads; its adapter is merged, and kept beside it.
 
     Args:
         provenance: What the model was made of.

@@ -1,4 +1,4 @@
-"""Decide how a stage computes: device, dtype, packing, sharding; check that its rows fit the model."""
+"""Decide how a stage computes: device, dtype, packing, sharding; check its lengths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from pipeline.launch import parallel
 from pipeline.stage import StageRun
 from stages.settings.checks import context_of, too_long_for
 
-if TYPE_CHECKING:  # a session is made with what this module says
+if TYPE_CHECKING:  # a session is made with this module, and models load torch
+    from stages.models.adapters import AdapterSettings
     from stages.training.session import Session
 
 
@@ -46,7 +47,7 @@ class Runtime:
 
 
 def runtime_of(ctx: StageRun) -> Runtime:
-    """Return how this run computes. The accelerator, and whether rows are packed, are known later."""
+    """Return how this run computes; accelerator and packing are known later."""
     model = ctx.experiment.model
     return Runtime(
         device=device_of(ctx.experiment),
@@ -64,7 +65,7 @@ def with_accelerator(runtime: Runtime) -> Runtime:
 
 
 def make_accelerator(device: str, dtype: str) -> Any:
-    """Return accelerate's Accelerator: device, backward pass, autocast to `dtype` over float32 weights."""
+    """Return accelerate's Accelerator: device, backward pass, autocast to `dtype`."""
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin
 
@@ -102,14 +103,14 @@ def dtype_of(experiment: Any) -> str:
 
 
 def is_sharding(experiment: Any) -> bool:
-    """Return whether each of several processes holds a shard of what trains (launch.strategy: fsdp2)."""
+    """Return whether each of several processes holds a shard of what trains (fsdp2)."""
     return parallel.rank_and_world_size()[1] > 1 and experiment.launch.strategy == "fsdp2"
 
 
 def check_context(session: Session, section: BaseModel, folder: Path, *lengths: str) -> None:
     """Check that the stage's rows fit the context of a model.
 
-    Prints a line where rows longer than a bound would change the results of shorter rows beside them.
+    Prints a line where long rows would change the results of shorter rows beside them.
 
     Args:
         session: The run.
@@ -139,7 +140,7 @@ def bound_of_short_rows(config: dict) -> int | None:
     original_max_position_embeddings. ("dynamic" does so beyond the context, which no row exceeds.)
 
     Args:
-        config: A model's config.json; of one with a language model inside, that part's settings count.
+        config: A model's config.json; if it has a language model inside, that part counts.
 
     Returns:
         The bound; None where rows never influence each other.
@@ -174,7 +175,7 @@ def place_model(make: Callable[[], Any], runtime: Runtime, max_length: int) -> A
 
 
 def note_default_rate(session: Session, section: BaseModel, *keys: str) -> None:
-    """Print a line where adapters train at a default learning rate, which suits the training of all weights.
+    """Print a line where adapters train at a default rate, which suits the training of all weights.
 
     To be called only where adapters train.
 
@@ -192,20 +193,22 @@ def note_default_rate(session: Session, section: BaseModel, *keys: str) -> None:
             )
 
 
-def adapter_settings(model_section: Any) -> dict[str, Any]:
-    """Return the keyword arguments that `with_adapter` takes from the section `model`."""
+def adapter_settings(model_section: Any) -> AdapterSettings:
+    """Return the section `model.peft` as plain values; their method is None if every weight trains."""
+    from stages.models.adapters import AdapterSettings
+
     peft = model_section.peft
     if peft is None:
-        return {"method": None}
-    return {
-        "method": peft.method,
-        "r": peft.r,
-        "lora_alpha": peft.lora_alpha,
-        "lora_dropout": peft.lora_dropout,
-        "target_modules": peft.target_modules,
-        "init_r": peft.init_r,
-        "bits": (peft.bits or 4) if peft.method == "qlora" else None,
-    }
+        return AdapterSettings()
+    return AdapterSettings(
+        method=peft.method,
+        r=peft.r,
+        lora_alpha=peft.lora_alpha,
+        lora_dropout=peft.lora_dropout,
+        target_modules=peft.target_modules,
+        init_r=peft.init_r,
+        bits=(peft.bits or 4) if peft.method == "qlora" else None,
+    )
 
 
 def can_pack_rows(session: Session, models: list, max_length: int) -> bool:

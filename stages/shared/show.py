@@ -1,4 +1,4 @@
-"""Show what a model does: its size, samples of its responses, rows that differ from its chat template."""
+"""Show a model to people: its size, its responses, rows that differ from its chat template."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -78,7 +78,7 @@ def say_off_template(session: Session, tokenizer: Any, rows: Sequence[Answered],
         session: The run.
         tokenizer: The tokenizer with its chat template.
         rows: Prompt and answer of each row.
-        names: The place of each row, for the line.
+        names: The location of each row, for the line.
         what: What the rows are, in the plural.
     """
     if parallel.is_rank_zero():

@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data.groups import Rows, make_rows
+from pipeline.config.section import Section
 from pipeline.config.sections import local_folder
 from pipeline.errors import UserError
-from stages.models.adapters import is_adapted, plain, share_frozen, trainable, with_adapter
+from stages.models.adapters import AdapterSettings, is_adapted, plain, share_frozen, trainable, with_adapter
 from stages.models.ensemble_folder import others_of
 from stages.models.families import has_family_class, name_trunk, scalar_class, weightless_causal
 from stages.models.head import CHUNK, head_logprobs
@@ -34,8 +35,8 @@ from stages.models.remote_code import SCALAR, forget, is_remote, read
 from stages.models.roles import most_tokens
 from stages.models.sharding import layers_of
 from stages.objectives.logprobs import token_logprobs
-from stages.settings.checks import reward_models
-from stages.settings.training import Section, batch_of_each
+from stages.settings.policies import reward_models
+from stages.settings.training import batch_of_each
 from stages.shared.runtime import adapter_settings, dtype_of
 from stages.training.batching import in_micro_batches
 from stages.training.text import SMALL_VOCABULARY
@@ -117,7 +118,7 @@ def of_experiment(experiment, device: str, trust_remote_code: bool = False) -> I
         c = getattr(experiment, stage)
         rows, times = batch_of_each(c.per_device_train_batch_size, c.gradient_accumulation_steps, ranks)
         step = Step("policy", head, rows=rows, width=c.max_length + 1, times=min(2, times))
-        sizes = take([step], {"method": None} if stage == "base" else adapter)
+        sizes = take([step], AdapterSettings() if stage == "base" else adapter)
         trains = sizes.trains["policy"]
         kept = trains * (c.keep == "best") // parts
         if stage == "sft" and c.ppo_init is not None:
@@ -191,7 +192,14 @@ def need(stage: str, sizes: Sizes, kept: int) -> Need:
 
 
 def take_step(
-    config, steps: list[Step], adapter: dict, dtype: str, device: str, checkpointing=False, attention="sdpa", parts=1
+    config,
+    steps: list[Step],
+    adapter: AdapterSettings,
+    dtype: str,
+    device: str,
+    checkpointing=False,
+    attention="sdpa",
+    parts=1,
 ) -> Sizes:
     """One optimizer step of the models that `steps` name, their micro-batches one after another, on fake tensors.
     parts: processes that share each weight (fsdp2): a layer's gradients go as soon as they are there, others after the
@@ -272,7 +280,7 @@ def experts_by_shape() -> Iterator[None]:
             moe._can_use_grouped_mm = kept
 
 
-def make(config, name: str, adapter: dict, checkpointing: bool, attention: str, packed: bool) -> nn.Module:
+def make(config, name: str, adapter: AdapterSettings, checkpointing: bool, attention: str, packed: bool) -> nn.Module:
     """One of PPO's models, trained by `adapter`, without memory."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.initialization import no_init_weights
@@ -295,7 +303,7 @@ def make(config, name: str, adapter: dict, checkpointing: bool, attention: str, 
             register(model)
         if checkpointing:
             model.activation_checkpointing_enable()
-        model = with_adapter(model, **adapter, scalar=scalar)
+        model = with_adapter(model, adapter, scalar=scalar)
     return model.train()
 
 

@@ -23,7 +23,7 @@ def micro_batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
         yield items[start : start + size]
 
 
-# -- prompts with all their responses (rm, dpo) ------------------------------------------------------
+# -- prompts with all their responses (rm, dpo) --------------------------------------------------
 
 
 def group_order(
@@ -75,7 +75,7 @@ class GroupBatches:
         return max(len(g.responses) for g in self.groups)
 
     def to_train(self, rows: list[int]) -> list[list[int]]:
-        """Cut a batch: packed rows into micro-batches of about equal tokens, padded ones by length."""
+        """Cut a batch: packed rows into about equal micro-batches, padded rows by length."""
         if self.packed:
             return balanced(rows, self.tokens, self.size, self.budget)
         return self._sorted(rows)
@@ -90,7 +90,7 @@ class GroupBatches:
         return parts, [sum(self.tokens[i] for i in part) for part in parts]
 
     def _sorted(self, rows: list[int]) -> list[list[int]]:
-        """Cut groups in the order of their lengths, which takes one pass over any number of them."""
+        """Cut groups in the order of their lengths; fast for any number of them."""
         if self.packed:
             return sorted_chunks(rows, self.tokens, sum, self.size, self.budget)
 
@@ -109,7 +109,7 @@ def balanced(rows: list[int], tokens: Sequence[int], size: int, budget: int | No
         rows: Indices of the rows.
         tokens: Tokens of each row, by index.
         size: The most rows in a micro-batch.
-        budget: The most tokens in a micro-batch, in place of `size`; a longer row gets one of its own.
+        budget: The most tokens in a micro-batch, in place of `size`; a longer row is by itself.
     """
     ordered = sorted(rows, key=lambda i: tokens[i], reverse=True)
     least = -(-len(rows) // size) if budget is None else -(-sum(tokens[i] for i in rows) // budget)
@@ -135,7 +135,7 @@ def sorted_chunks(
         tokens: Tokens of each row, by index.
         cost: Tokens of the rows of a micro-batch → tokens of the micro-batch, padding included.
         size: The most rows in a micro-batch.
-        budget: The highest cost of a micro-batch, in place of `size`; a row above it gets one of its own.
+        budget: The highest cost of a micro-batch, in place of `size`; a row above it is by itself.
     """
     parts: list[list[int]] = []
     for row in sorted(rows, key=lambda i: tokens[i]):
@@ -149,11 +149,11 @@ def sorted_chunks(
     return parts
 
 
-# -- sampled responses (ppo) -------------------------------------------------------------------------
+# -- sampled responses (ppo) ---------------------------------------------------------------------
 
 
 def share_groups(lengths: Sequence[int], index: Sequence[int], n: int) -> list[int]:
-    """Return this rank's share of the episodes, by tokens; the samples of a prompt stay on one rank.
+    """Return this rank's share of the episodes; the samples of a prompt stay on one rank.
 
     Args:
         lengths: Tokens of each episode, by index.
@@ -168,7 +168,7 @@ def share_groups(lengths: Sequence[int], index: Sequence[int], n: int) -> list[i
 def in_micro_batches(
     lengths: Sequence[int], index: Sequence[int], n: int, size: int, tokens: int | None = None
 ) -> list[list[int]]:
-    """Cut episodes into micro-batches of like lengths, which have little padding and cost about the same.
+    """Cut episodes into micro-batches of like lengths, which need little padding.
 
     The samples of a prompt stay beside each other, so that a packed row computes the prompt once.
 

@@ -1,4 +1,4 @@
-"""Save and load the tensors of a training: weights that train, optimizers, the best weights, averages.
+"""Save and load the tensors of a training: weights, optimizers, best weights, averages.
 
 A checkpoint holds whole tensors, whether or not ranks hold shards of them, so that a run may go on
 with another number of processes.
@@ -165,7 +165,7 @@ def shard_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str,
 
 
 def has_current_settings(session: Session, checkpoint: Checkpoint) -> bool:
-    """Return whether a checkpoint was made with the settings and inputs of this run, on all ranks."""
+    """Return whether a checkpoint was made with the settings and inputs of this run."""
     return parallel.from_rank_zero(lambda: checkpoint.fingerprint == session.checkpoints.fingerprint)
 
 

@@ -20,7 +20,7 @@ from stages.training.trainee import Trainee, optimizer_step
 
 @dataclass(frozen=True)
 class Task:
-    """What a training computes: the rows of its batches, their loss, and the held-out evaluation."""
+    """What a training computes: its batches, their loss, and the held-out evaluation."""
 
     order: Sequence[int]
     """Indices of the rows of all batches, in order."""
@@ -31,11 +31,11 @@ class Task:
     cut: Callable[[list[int]], Iterable[list[int]]]
     """Rows of a batch on this rank → its micro-batches."""
     loss: Callable[[list[int], Sequence[int]], tuple[Tensor, dict[str, float]]]
-    """(rows of a micro-batch, rows of the batch) → (its share of the batch's loss, figures to sum and log).
+    """(rows of a micro-batch, rows of the batch) → (share of the loss, figures to sum and log).
 
     The shares of all micro-batches add up to the batch's loss, however it is cut."""
     evaluate: Callable[[Callable[[], None]], dict[str, float]]
-    """Evaluate on held-out rows; calls its argument between two forward passes, which may raise Interrupted."""
+    """Evaluate on held-out rows, and call the argument between two forward passes: it may raise."""
     samples: Callable[[], list[dict]] | None = None
     """Return rows for samples.jsonl, after each evaluation; None: no samples."""
 
@@ -146,7 +146,8 @@ def accumulate_gradients(
     """
     figures: dict[str, float] = {}
     parts = list(task.cut(parallel.rows_of_this_rank(batch, [task.costs[i] for i in batch])))
-    # A rank with fewer micro-batches joins in with a spare one of weight 0: other ranks wait for its shards.
+    # Sharded weights are all-gathered in each pass: a rank that has fewer micro-batches than others
+    # joins in with a spare one of weight 0.
     for rows, own in parallel.padded_micro_batches(parts, batch[:1] if collective else None):
         share, sums = task.loss(rows, batch)
         accelerator.backward(share if own else 0.0 * share)

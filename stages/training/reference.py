@@ -1,4 +1,4 @@
-"""Compute the reference's log-probabilities of all responses once, before training, and keep them on disk."""
+"""Compute the reference's log-probabilities once, before training, and keep them on disk."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ class Reference:
     runtime: Runtime
     """How the stage computes."""
     cache: Cache
-    """Where results are kept; a run that resumes, or starts again with other settings, finds them there."""
+    """Where results are kept, for a run that resumes or starts again with other settings."""
     made_by: Sequence[Any]
     """All that the log-probabilities depend on, besides the responses, as JSON values."""
     tracker: Tracker
@@ -77,7 +77,7 @@ class Reference:
         Args:
             own: The micro-batches: indices of groups.
             groups: All groups.
-            spare: The micro-batch that fills up the number of forward passes, where they take all ranks.
+            spare: A micro-batch for extra forward passes, where each pass takes all ranks.
         """
         results = []
         adapter = adapter_off(self.policy) if is_adapted(self.policy) else nullcontext()

@@ -2,12 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A learning rate over a training: a linear warm-up, then a shape; a pure function of the step."""
+    """A learning rate as a pure function of the step: a linear warm-up, then a shape."""
 
     peak: float
     """The highest rate, reached at the end of the warm-up."""
@@ -23,16 +22,6 @@ class Schedule:
     def rate_at(self, step: int) -> float:
         """Return the rate of step 1 … total."""
         return learning_rate_at(step, self.total, self.peak, self.shape, self.warmup_steps, self.warmup_from)
-
-
-def schedule_of(section: Any, total: int) -> Schedule:
-    """Return the schedule that a stage's settings ask for.
-
-    Args:
-        section: The settings of base, sft, rm or dpo.
-        total: Optimizer steps of the training.
-    """
-    return Schedule(section.learning_rate, section.lr_scheduler_type, section.warmup_steps, total)
 
 
 def learning_rate_at(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,11 +31,6 @@ class Selection:
     def start(self) -> Best:
         """Return the record of the best evaluation, before the first one."""
         return Best(self.keep, self.patience, self.higher_is_better)
-
-
-def selection_of(section: Any) -> Selection:
-    """Return the selection, by the held-out loss, that the settings of base, sft, rm or dpo ask for."""
-    return Selection(section.keep, section.patience, "loss", higher_is_better=False, eval_steps=section.eval_steps)
 
 
 @dataclass

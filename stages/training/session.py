@@ -29,7 +29,7 @@ class Session:
     collective: bool
     """Whether every rank takes part in a save because each holds a shard of the weights (fsdp2).
 
-    All ranks then save, and stop, between the same two steps; a forward pass cannot be cut short."""
+    All ranks then save, and stop, between the same two steps; no forward pass can be cut short."""
 
     def say(self, line: str) -> None:
         """Print a line that starts with the stage's name."""
@@ -63,7 +63,7 @@ class Session:
             raise Interrupted(step, total)
 
     def leave_if_requested(self, step: int, total: int) -> None:
-        """Leave with Interrupted, on this rank and without saving, if a signal has asked the run to stop.
+        """Leave with Interrupted, without saving, if a signal has asked this rank to stop.
 
         For work before the first step, or whose results are kept elsewhere.
 
@@ -77,8 +77,8 @@ class Session:
     def interrupt(self, step: int, total: int, save: Callable[[], None]) -> Callable[[], None]:
         """Return a function to call between two forward passes of a long evaluation or rollout.
 
-        It saves and leaves as `stop_if_requested` does. Where every rank takes part in a save it does
-        nothing: the ranks are not at the same forward pass, so they wait for the end of the step.
+        It saves and leaves as `stop_if_requested` does. Where every rank takes part in a save, it
+        does nothing: the ranks are not at the same forward pass, so they finish the step first.
         """
         if self.collective:
             return lambda: None
@@ -87,7 +87,7 @@ class Session:
 
 @dataclass
 class PendingEvaluation:
-    """Remember a held-out evaluation that a signal cut short, so that the resumed run makes up for it.
+    """Remember a held-out evaluation that a signal cut short, for the resumed run to make up for.
 
     Every checkpoint that is saved while an evaluation runs says that it is owed.
     """
@@ -116,7 +116,7 @@ def session_of(ctx: StageRun, trains: bool = True) -> Session:
 
     Args:
         ctx: The run.
-        trains: Whether the stage trains, so that it may shard weights; rankings and evaluate do not.
+        trains: Whether the stage trains; rankings and evaluate do not, and never shard weights.
     """
     return Session(
         stage=ctx.stage,

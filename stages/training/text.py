@@ -129,8 +129,8 @@ def train_language_model(
 
     transformers_logging.set_verbosity_error()
     rank, _ = parallel.rank_and_world_size()
-    # Other ranks write nothing, but transformers lists the folder at the end, when rank 0 may already
-    # be removing its own: so each has one.
+    # Other ranks write nothing, but transformers lists the folder at the end, when rank 0 may be
+    # removing its own: so each has one.
     scratch = Path(session.checkpoints.folder) / (f".tmp-trainer-{rank}" if rank else ".tmp-trainer")
     if parallel.is_rank_zero():
         shutil.rmtree(scratch, ignore_errors=True)
@@ -251,7 +251,7 @@ def make_trainer(
     trainer_class = with_current_settings(trainer_class)
     if len(tokenizer) <= SMALL_VOCABULARY or trains_token_rows(model):
         trainer_class = with_plain_loss(trainer_class)
-    # trl writes routing settings of its own into the model's config: they must not get into the artifact
+    # trl writes routing settings into the model's config: they must not get into the artifact
     with routing_kept(model.config):
         trainer = trainer_class(
             model=model, args=arguments, processing_class=tokenizer, train_dataset=Dataset.from_list(rows)
@@ -330,7 +330,9 @@ def newest_checkpoint(session: Session, phase: Phase, steps: int) -> Checkpoint 
 def held_out_loss(
     model: nn.Module, rows: list[dict], pad_id: int, batch_size: int, accelerator: Any, leave: Callable[[], bool]
 ) -> float:
-    """Return the mean cross-entropy of a label in nats, over all rows and ranks; any batch size gives the same.
+    """Return the mean cross-entropy of a label, in nats, over all rows and ranks.
+
+    The result does not depend on the batch size.
 
     Args:
         model: The model.
@@ -338,7 +340,7 @@ def held_out_loss(
         pad_id: Id of the padding.
         batch_size: Rows of a forward pass.
         accelerator: accelerate's Accelerator, for autocast and the device.
-        leave: Whether to leave, asked between two forward passes; not asked of a sharded model, whose
+        leave: Whether to leave, called between two forward passes; not for a sharded model, whose
             forward passes take all ranks.
 
     Raises:

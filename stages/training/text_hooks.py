@@ -25,11 +25,11 @@ from stages.training.trainee import Trainee, gradient_norm, stop_training
 
 
 class EvaluationCutShort(Exception):
-    """A signal ended a held-out evaluation; nothing of it is kept, and the checkpoint says that it is owed."""
+    """A signal ended a held-out evaluation; nothing of it is kept, and it is owed."""
 
 
 class NoStepLeft(Exception):
-    """The evaluation that a resumed run owed was the last that `patience` allows: no step is taken."""
+    """The evaluation that a resumed run owed has exhausted `patience`: no step is taken."""
 
 
 def perplexity_of(loss: float) -> float:

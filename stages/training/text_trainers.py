@@ -1,7 +1,7 @@
 """Vary trl's SFTTrainer where base and sft need another loss, another resume, or sharded weights.
 
-Each function takes a trainer class and returns a subclass with one change; `trainer_class` in text.py
-combines them. trl is imported by the caller, so the classes are made inside functions.
+Each function takes a trainer class and returns a subclass with one change; `make_trainer` in text.py
+combines them. trl takes seconds to import, so it is imported by the caller.
 """
 
 from functools import partial
@@ -106,7 +106,7 @@ def with_sharding(trainer_class: type) -> type:
             if checkpoint is not None and parallel.is_rank_zero():  # its weights are sent to the other ranks
                 self._load_from_checkpoint(str(checkpoint))
             shard(self.model, self.args.device, mean=True)
-            # casts that autocast cached would outlive the all-gathered weights; see stages/models/sharding.py
+            # autocast would cache a cast of each layer that is all-gathered: the whole model
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
             self.is_distributed_loading_by_transformers = True  # otherwise accelerate would wrap the model
 

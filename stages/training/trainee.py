@@ -1,4 +1,4 @@
-"""Take an optimizer step: measure the gradient, refuse one that is not finite, clip, step, average."""
+"""Take an optimizer step: check that the gradient is finite, clip it, step, average weights."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -139,7 +139,7 @@ def gradient_problem(trainee: Trainee, step: int) -> str | None:
 
 
 def stop_training(problem: str) -> None:
-    """Raise TrainingStopped (exit code 3) for a value that is not finite, and say what can be done."""
+    """Raise TrainingStopped (exit code 3) for a value that is not finite, with a remedy."""
     raise TrainingStopped(
         f"{problem}; this step was not taken. Run again with a lower learning_rate or max_grad_norm and "
         f"--override-config, or with model.dtype: float32 and --restart"
@@ -194,7 +194,7 @@ class Skips:
 
 @dataclass
 class Average:
-    """Keep an exponential moving average of a trainee's weights, updated after each optimizer step."""
+    """An exponential moving average of a trainee's weights, updated after each optimizer step."""
 
     decay: float | None
     """Share of the old average in the new one; None: no average is kept."""

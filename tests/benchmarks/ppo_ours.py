@@ -94,7 +94,7 @@ class Ours:
 
     def setup(self, *, options: dict, eos_id: int) -> dict:
         """Settings of stages/ppo/run.py (what they leave out keeps its default) and fresh optimizers."""
-        config = ppo_settings.Config(**options)
+        config = ppo_settings.PPOSettings(**options)
         self.config = config
         self.roles.tokenizer.eos_token_id = eos_id
         self.learners = None

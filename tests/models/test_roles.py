@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from data.tokenizer import train_tokenizer
-from pipeline.config.sections import PeftConfig
+from pipeline.config.sections import PeftSettings
 from pipeline.errors import UserError
-from stages.models.adapters import is_adapted, plain, save_merged, trainable, with_adapter
+from stages.models.adapters import AdapterSettings, is_adapted, plain, save_merged, trainable, with_adapter
 from stages.models.forward import response_logprobs, response_scores, response_values
 from stages.models.loading import load_policy, load_scalar_model, new_reward_model, save_model
 from stages.models.quantized import quantize
-from stages.ppo.inputs import load_models, model_folders
+from stages.ppo.inputs import load_models, role_folders
 from stages.ppo.options import update_options
 from stages.ppo.update import Batch, ppo_gradients
 from stages.rollouts.collect import reference_logprobs
@@ -24,10 +24,10 @@ from stages.settings import ppo as ppo_settings
 from stages.settings.ppo import named_folders
 from stages.shared.runtime import adapter_settings, runtime_of, with_accelerator
 
-LORA = PeftConfig(method="lora", r=4, lora_alpha=8)
-QLORA = [PeftConfig(method="qlora", r=4, lora_alpha=8, bits=bits) for bits in (4, 8)]
+LORA = PeftSettings(method="lora", r=4, lora_alpha=8)
+QLORA = [PeftSettings(method="qlora", r=4, lora_alpha=8, bits=bits) for bits in (4, 8)]
 NOT_HERE = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-ADALORA = PeftConfig(method="adalora", r=4, lora_alpha=8)
+ADALORA = PeftSettings(method="adalora", r=4, lora_alpha=8)
 ON_A_TRUNK = [LORA, ADALORA, *(pytest.param(peft, marks=NOT_HERE) for peft in QLORA)]
 
 
@@ -41,7 +41,7 @@ def context(tmp_path, causal, scalar, tokenizer):
         model = SimpleNamespace(
             dtype="float32", attn_implementation="sdpa", peft=peft, gradient_checkpointing=gradient_checkpointing
         )
-        config = ppo_settings.Config(max_length=64, response_length=16, ptx_length=32)
+        config = ppo_settings.PPOSettings(max_length=64, response_length=16, ptx_length=32)
         return SimpleNamespace(
             confirm_folders=lambda: None,
             stage="ppo",
@@ -59,10 +59,11 @@ def context(tmp_path, causal, scalar, tokenizer):
 
 def load(ctx):
     """Return the models of a run, as its first lines load them."""
-    folders = model_folders(ctx.inputs["sft"] / "model", ctx.inputs, named_folders(ctx.experiment))
+    c, named = ctx.config, named_folders(ctx.experiment)
+    folders = role_folders(ctx.inputs["sft"] / "model", ctx.inputs, named, c.reward_ensemble)
     runtime = with_accelerator(runtime_of(ctx))
     session = SimpleNamespace(seed=ctx.seed, say=print)
-    return load_models(session, ctx.config, folders, runtime, adapter_settings(ctx.experiment.model))
+    return load_models(session, folders, runtime, adapter_settings(ctx.experiment.model), c.max_length)
 
 
 def trains(model):
@@ -99,7 +100,9 @@ def adapted(request, context, tmp_path, tokenizer):
     """adapted() → as `context`, the reward model trained with an adapter on the SFT policy's trunk; its `peft`: how."""
     settings = {k: v for k, v in vars(request.param).items() if k != "lora_dropout"}
     shutil.rmtree(tmp_path / "rm")
-    model = with_adapter(new_reward_model(tmp_path / "sft" / "model", seed=3), **settings, scalar=True, seed=3)
+    model = with_adapter(
+        new_reward_model(tmp_path / "sft" / "model", seed=3), AdapterSettings(**settings), scalar=True, seed=3
+    )
     torch.manual_seed(5)
     with torch.no_grad():
         for p in trainable(model).values():

@@ -26,7 +26,7 @@ from stages.rollouts import transformers
 from stages.rollouts.collect import reference_logprobs
 from stages.rollouts.engine import EngineLost, Sampled
 from stages.settings import ppo as ppo_settings
-from stages.settings.rollout import RolloutConfig
+from stages.settings.rollout import RolloutSettings
 from stages.training.trainee import Average, Skips, make_trainee
 from tests.ppo_sampler import SEED, sampler_of
 
@@ -51,7 +51,7 @@ def config(**changed):
         "value_learning_rate": 1e-2,
         "max_grad_norm": 1e9,
     }
-    return ppo_settings.Config(**{**small, **changed})
+    return ppo_settings.PPOSettings(**{**small, **changed})
 
 
 def options(**changed) -> UpdateOptions:
@@ -538,7 +538,7 @@ class Engine:
 class TestEngine:
     def sampler(self, roles, engine, **rules):
         """Return a sampler with an engine; rules: settings of ppo.rollout."""
-        return sampler_of(roles, config(rollout=RolloutConfig(**rules)), engine)
+        return sampler_of(roles, config(rollout=RolloutSettings(**rules)), engine)
 
     def test_log_probs_are_the_policys_and_the_distance_is_told(self, roles):
         sampler = self.sampler(roles, Engine(-2.0), max_engine_kl=99.0)
@@ -638,11 +638,11 @@ class TestPreflight:
 
 def test_the_reference_of_an_adapted_policy_is_the_policy_without_its_adapter(roles, rollout):
     """ref_policy None: no second model in memory, and the adapter is on again afterwards."""
-    from stages.models.adapters import trainable, with_adapter
+    from stages.models.adapters import AdapterSettings, trainable, with_adapter
 
     rows = rollout.rows(range(8), PAD, roles.packed)
     base = response_logprobs(roles.policy, rows).detach()
-    policy = with_adapter(copy.deepcopy(roles.policy), method="lora", r=4, lora_alpha=8)
+    policy = with_adapter(copy.deepcopy(roles.policy), AdapterSettings(method="lora", r=4, lora_alpha=8))
     with torch.no_grad():
         for p in trainable(policy).values():
             p += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))

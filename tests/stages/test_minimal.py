@@ -57,10 +57,10 @@ class Real:
         """Return the reward model's loss of one batch of groups."""
         from stages.models.forward import response_scores
         from stages.rm import loss_of
-        from stages.settings.rm import Config
+        from stages.settings.rm import RMSettings
 
         batch = batch_groups(groups, PAD, packed=packed)
-        return loss_of(Config(), batch, response_scores(model, batch.rows), len(groups))
+        return loss_of(RMSettings(), batch, response_scores(model, batch.rows), len(groups))
 
     @staticmethod
     def preference_loss(policy, ref_policy, groups: list[PromptGroup], packed: bool):
@@ -83,10 +83,10 @@ class Real:
         from stages.ppo.options import update_options
         from stages.ppo.update import Batch, ppo_gradients, ptx_gradient
         from stages.rollouts.rollout import Rollout
-        from stages.settings.ppo import Config
+        from stages.settings.ppo import PPOSettings
         from stages.training.trainee import make_trainee
 
-        config = Config(
+        config = PPOSettings(
             total_episodes=4,
             batch_size=4,
             mini_batch_size=4,
