@@ -78,7 +78,7 @@ def states_problem(model: nn.Module, ids: list[int], pad_id: int) -> str | None:
 
 
 def change(one: Tensor, other: Tensor) -> float:
-    """Return the largest difference of two states (T, d), as a share of their norm; infinity for NaN."""
+    """Return the largest difference of two states (T, d) over their norm; infinity for NaN."""
     share = (one - other).norm(dim=-1) / one.norm(dim=-1).clamp(min=1e-12)
     return share.nan_to_num(nan=torch.inf).max().item()
 

@@ -1,4 +1,4 @@
-"""Train a language model of one token a response, whose optimum is known: π* ∝ π_ref · exp(r / β)."""
+"""Train a model of one token a response, whose optimum is known: π* ∝ π_ref · exp(r / β)."""
 
 import copy
 from contextlib import nullcontext
@@ -39,7 +39,7 @@ def probabilities(model):
 @pytest.mark.parametrize("rewards", [(0.0, 0.0, 0.5, -0.5), (0.4, -0.3, 0.1, 0.6)])
 @pytest.mark.parametrize("beta", [0.3, 1.0])
 def test_ppo_reaches_the_closed_form_optimum(rewards, beta, monkeypatch):
-    """Sampling, rewards, advantages and updates of the stage itself bring every probability within 0.02 of π*.
+    """Check that the stage's own steps bring every probability within 0.02 of π*.
 
     With two arms that get a reward, and with four different rewards. A penalty of the wrong sign or
     size, or a score that counts twice, would settle elsewhere.
