@@ -305,7 +305,7 @@ def test_a_logit_that_is_more_than_a_head_is_not_read_as_one(tmp_path):
     theirs = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1)
     theirs.config.reward_bias = 0.0
     save_model(theirs, load_tokenizer(source), tmp_path / "rm", card="")
-    with pytest.raises(UserError, match="its logit is not what would be read as its score.*computes more"):
+    with pytest.raises(UserError, match="its logit is not its score as read here.*computes more"):
         load_scalar_model(tmp_path / "rm")
     assert ours.is_own_head(new_reward_model(source, seed=0))
 

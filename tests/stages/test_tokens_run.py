@@ -105,7 +105,7 @@ class TestBase:
         tokenizer.chat_template = CHATML.replace("<|im_end|>", "<b>")
         model = str(saved(tmp_path / "model", tokenizer, rows))
         code, said = run(name_or_path=model, peft={"method": "ia3"})
-        assert code == 2 and "error: model.peft.method: ia3 would leave the rows of <a>, <b> random" in said
+        assert code == 2 and "error: model.peft.method: ia3 cannot train the new rows of <a>, <b>" in said
         code, said = run(name_or_path=model, peft={"method": "lora"})
         assert code == 0 and "base: the model had no row for <a>, <b>: 2 rows added, with random weights" in said
         manifest = json.loads((tmp_path / "artifacts/mine/base/manifest.json").read_text())
