@@ -1,4 +1,6 @@
-"""Provide random models of a few thousand parameters in three shapes, ragged rows, and a tokenizer."""
+"""Provide random models of a few thousand parameters in three shapes, ragged rows, and a
+tokenizer.
+"""
 
 import sys
 from pathlib import Path
@@ -15,7 +17,9 @@ RESPONSES = [[14, 1], [30, 31, 32, 33, 1], [1], [22, 23, 24]]
 
 
 def shape_of(kind: str) -> dict:
-    """Return what the models here have beside the builders' defaults: heads that share a key head."""
+    """Return what the models here have beside the builders' defaults: heads that share a key
+    head.
+    """
     return {} if kind == "gpt2" else {"num_key_value_heads": 1, "tie_word_embeddings": True}
 
 

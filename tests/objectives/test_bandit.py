@@ -1,4 +1,4 @@
-"""A language model of one token a response, whose optimum under the KL penalty is known: π* ∝ π_ref · exp(r / β)."""
+"""Test PPO on responses of one token, where the optimum is known: π* ∝ π_ref · exp(r / β)."""
 
 import copy
 from contextlib import nullcontext
@@ -33,9 +33,10 @@ def probabilities(model):
 @pytest.mark.parametrize("rewards", [(0.0, 0.0, 0.5, -0.5), (0.4, -0.3, 0.1, 0.6)])
 @pytest.mark.parametrize("beta", [0.3, 1.0])
 def test_ppo_reaches_the_closed_form_optimum(rewards, beta, monkeypatch):
-    """Sampling, rewards, advantages and updates of the stage itself; every probability within 0.02 of π*. With two
-    arms paid apart, and with four different ones; a penalty of the wrong sign or size, or a score paid twice, would
-    settle elsewhere."""
+    """Use the stage's own sampling, rewards, advantages and updates; every probability comes
+    within 0.02 of π*. A penalty of the wrong sign or size, or a score paid twice, would end
+    elsewhere.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     policy, value = llama(AutoModelForCausalLM, 0), llama(AutoModelForSequenceClassification, 1, num_labels=1)

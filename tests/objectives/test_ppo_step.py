@@ -1,10 +1,10 @@
-"""One PPO-ptx update of a tiny model: its gradients by another route, ratio 1 at the start, ptx added and
-not mixed."""
+"""Test one PPO-ptx update of a tiny model: gradients by another route, ratio 1, ptx added."""
 
 import copy
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -59,7 +59,7 @@ def llama(auto, seed, **options):
 
 @pytest.fixture(params=["packed", "padded"])
 def roles(request):
-    """Both layouts of a batch; the tests below hold in either."""
+    """Return roles for each layout of a batch; the tests below hold in both."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     policy = llama(AutoModelForCausalLM, 0)
@@ -80,7 +80,7 @@ def roles(request):
 
 
 def copied(roles, **changed):
-    """The same roles with a policy and a value model of their own."""
+    """Return the same roles with copies of policy and value model."""
     models = {"policy": copy.deepcopy(roles.policy), "value_model": copy.deepcopy(roles.value_model)}
     return replace(roles, **models | changed)
 
@@ -104,7 +104,7 @@ def rollout(roles):
 
 @pytest.fixture
 def targets(rollout):
-    """Advantages and returns of no particular meaning, far from 0."""
+    """Return arbitrary advantages and returns, far from 0."""
     generator = torch.Generator().manual_seed(9)
     return [torch.randn(rollout.values.shape, generator=generator) for _ in range(2)]
 
@@ -119,8 +119,10 @@ def gradients(model):
 
 
 def at_last_token(model, ids):
-    """The scalar head at the last token of one unpadded row (transformers' pooling would skip a sampled pad
-    id)."""
+    """Return the scalar head at the last token of an unpadded row.
+
+    transformers' pooling would skip a sampled pad id.
+    """
     return (model.model(ids).last_hidden_state[0, -1] @ model.score.weight[0]).item()
 
 
@@ -137,8 +139,7 @@ def assert_close(one, other, **tolerance):
 
 class TestRollout:
     def test_says_what_each_plain_model_says_of_each_response_alone(self, roles, rollout):
-        """Log-probs, reference, values before each token, score at the last token: unpadded, one at a
-        time."""
+        """Compare log-probs, reference, values and scores with unpadded rows, one at a time."""
         for b in range(8):
             n = len(rollout.responses[b])
             ids = torch.tensor([rollout.prompts[b] + rollout.responses[b]])
@@ -156,7 +157,7 @@ class TestRollout:
         )
 
     def test_some_responses_end_and_some_do_not(self, rollout):
-        """Else the test above would not see both kinds."""
+        """Otherwise the test above would not cover both."""
         assert 0 < rollout.finished.sum() < 8 and len(set(map(len, rollout.responses))) > 1
 
     def test_samples_of_one_prompt_differ(self, roles, rollout):
@@ -164,14 +165,12 @@ class TestRollout:
         assert sum(rows[2 * i] != rows[2 * i + 1] for i in range(4)) >= 3
 
     def test_a_prompt_drawn_twice_in_one_batch_gets_two_samples(self, roles):
-        """A batch that crosses an epoch, or is larger than the prompts are many, must not hold the same
-        episode twice."""
+        """A batch that crosses an epoch must not contain the same episode twice."""
         twice = ppo.rollout_of(context(samples_per_prompt=1), roles, [PROMPTS[0]] * 4, [7, 7, 7, 7], step=1)
         assert len(set(map(tuple, twice.responses))) > 1
 
     def test_it_depends_on_run_update_and_prompt_and_not_on_the_place_in_the_batch(self, roles, rollout):
-        """The same (update, prompt, sample) drawn in another order gives the same responses; another update
-        others."""
+        """The same (update, prompt, sample) in another order gives the same responses."""
 
         def texts(prompts, ids, step):
             return ppo.rollout_of(context(), roles, prompts, ids, step).responses
@@ -184,16 +183,16 @@ class TestRollout:
 
 class TestGradient:
     def test_at_the_first_minibatch_the_ratio_is_one(self, roles, rollout, targets):
-        """Rollout and update use the same forward: ratio 1, approxkl 0, nothing clipped, in any minibatch
-        order."""
+        """Rollout and update use the same forward pass: ratio 1, approxkl 0, nothing clipped."""
         figures = ppo.ppo_gradients(context(), roles, rollout, *targets, [6, 1, 3, 0])
         assert figures["val/ratio"] == pytest.approx(1.0, abs=1e-5)
         assert figures["policy/approxkl_avg"] == pytest.approx(0.0, abs=1e-10)
         assert figures["policy/clipfrac_avg"] == 0 and figures["val/clipfrac_avg"] == 0
 
     def test_is_that_of_the_equations_over_rows_alone(self, roles, rollout, targets):
-        """Policy: −(1/N) Σ A_t log π at ratio 1. Value: ½(1/N) Σ (V − G)². Plain models, no padding, no
-        micro-batches."""
+        """Policy: −(1/N) Σ A_t log π at ratio 1. Value: ½(1/N) Σ (V − G)². No padding, no
+        micro-batches.
+        """
         mini = [6, 1, 3, 0]
         figures = ppo.ppo_gradients(context(), roles, rollout, *targets, mini)
         found = gradients(roles.policy), gradients(roles.value_model)
@@ -216,7 +215,7 @@ class TestGradient:
 
     @pytest.mark.parametrize("size", [1, 2, 4])
     def test_does_not_depend_on_the_micro_batch(self, roles, rollout, targets, size):
-        """Also after the policy has moved away from the rollout's, where ratios are not 1."""
+        """Also after the policy has changed since the rollout, where ratios are not 1."""
         with torch.no_grad():
             for p in roles.policy.parameters():
                 p += 0.03 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
@@ -243,12 +242,12 @@ class TestGradient:
 class TestPtx:
     @pytest.fixture
     def alone(self, roles, rollout, targets):
-        """The PPO gradient of a minibatch, left in the policy's .grad, and a copy."""
+        """Return a copy of the PPO gradient of a minibatch, which stays in the policy's .grad."""
         ppo.ppo_gradients(context(), roles, rollout, *targets, [0, 1, 2, 3])
         return gradients(roles.policy)
 
     def language_model(self, roles, rows):
-        """(loss, gradient) of transformers' own causal loss on a copy of the policy."""
+        """Return loss and gradient of transformers' causal loss on a copy of the policy."""
         model = copy.deepcopy(roles.policy)
         clear(model)
         ids = torch.tensor(rows)
@@ -293,8 +292,9 @@ def weights(model):
 
 class TestUpdate:
     def run(self, roles, rollout, targets, ptx, max_grad_norm=1e9, value_rate=1e-2, stepped=None, **changed):
-        """update() on copies of the models → (figures, policy weights, value weights). stepped: a list that gets the
-        gradients with which the policy's optimizer steps."""
+        """update() on copies of the models → (figures, policy weights, value weights). stepped: a
+        list that gets the gradients with which the policy's optimizer steps.
+        """
         own = copied(roles)
         policy, value = make_trainees(own, max_grad_norm)
         if stepped is not None:
@@ -318,9 +318,10 @@ class TestUpdate:
         assert_close(without[2], mixed[2], rtol=0, atol=0)
 
     def test_one_minibatch_is_one_adamw_step_down_the_whole_gradient(self, roles, rollout, targets, text_rows):
-        """batch = minibatch, three epochs: torch's own AdamW, at a rate of its own for each model, on the gradient of
-        PPO plus ptx, computed apart and clipped to a norm of 0.5. One step alone would look the same at any length of
-        the gradient, any β and any decay of a few per cent."""
+        """batch = minibatch, three epochs: torch's own AdamW, at a rate of its own for each model,
+        on the gradient of PPO plus ptx, computed apart and clipped to a norm of 0.5. One step alone
+        would look the same at any length of the gradient, any β and any decay of a few per cent.
+        """
         apart = copied(roles)
         own = apart.policy, apart.value_model
         optimizers = [
@@ -351,21 +352,24 @@ class TestUpdate:
         assert_close(found[2], weights(own[1]), rtol=0, atol=2e-5)
 
     def test_every_epoch_takes_one_step_a_minibatch_over_every_row_once(self, roles, rollout, targets, monkeypatch):
-        """8 episodes, minibatches of 2, 3 epochs: 12 steps of each optimizer, each row three times."""
+        """8 episodes, minibatches of 2, 3 epochs: 12 steps of each optimizer, each row three
+        times.
+        """
         seen, taken = [], []
         true_gradients, true_step = ppo.ppo_gradients, ppo.optimizer_step
         monkeypatch.setattr(ppo, "ppo_gradients", lambda *a: (seen.append(a[-1]), true_gradients(*a))[1])
         monkeypatch.setattr(ppo, "optimizer_step", lambda t, *a: (taken.append(t.name), true_step(t, *a))[1])
         self.run(roles, rollout, targets, lambda n: None, mini_batch_size=2, num_ppo_epochs=3)
         assert taken == ["policy", "value_model"] * 12
-        epochs = [sum(seen[4 * e : 4 * e + 4], []) for e in range(3)]
+        epochs = [[*chain(*seen[4 * e : 4 * e + 4])] for e in range(3)]
         assert all(sorted(e) == list(range(8)) for e in epochs) and epochs[0] != epochs[1]
 
     def test_the_sum_of_both_gradients_is_clipped_and_the_norms_are_told_before(
         self, roles, rollout, targets, text_rows
     ):
-        """What reaches the optimizer under a limit far below the norms is the unclipped sum, scaled down to the limit;
-        grad_norm/* tell the unclipped norms."""
+        """What reaches the optimizer under a limit far below the norms is the unclipped sum, scaled
+        down to the limit; grad_norm/* tell the unclipped norms.
+        """
         limit, stepped = 1e-3, []
         figures, _, _ = self.run(roles, rollout, targets, lambda n: text_rows, mini_batch_size=8, stepped=stepped)
         clipped, _, _ = self.run(
@@ -398,8 +402,9 @@ class TestUpdate:
         assert_close(weights(roles.policy), before, rtol=0, atol=0)
 
     def test_a_skipped_step_moves_nothing_is_counted_and_is_logged_as_nan(self, roles, rollout, targets):
-        """One of two minibatches holds a NaN: with max_skipped_steps 1 the other one still steps; at the second NaN
-        training stops, and the weights are finite."""
+        """One of two minibatches holds a NaN: with max_skipped_steps 1 the other one still steps;
+        at the second NaN training stops, and the weights are finite.
+        """
         lines, before = [], weights(roles.policy)
         ctx = context()
         ctx.tracker.say = lines.append
@@ -433,16 +438,17 @@ class TestUpdate:
     def test_the_samples_of_a_prompt_stay_in_one_minibatch_where_they_fit(self):
         """8 episodes, 2 a prompt: minibatches of 4 hold whole prompts, minibatches of 1 cannot."""
         together = ppo.minibatches(context(), 1, 0)
-        assert sorted(sum(together, [])) == list(range(8))
+        assert sorted(chain(*together)) == list(range(8))
         assert all(sorted(mini)[::2] == [i - 1 for i in sorted(mini)[1::2]] for mini in together)
         assert all(i % 2 == 0 for mini in together for i in sorted(mini)[::2])
         apart = ppo.minibatches(context(mini_batch_size=1), 1, 0)
-        assert sorted(sum(apart, [])) == list(range(8)) and len(apart) == 8
+        assert sorted(chain(*apart)) == list(range(8)) and len(apart) == 8
         assert ppo.minibatches(context(), 1, 1) != together
 
     def test_it_raises_the_probability_of_what_was_better_than_expected(self, roles):
-        """A bandit of one prompt: arms drawn by the policy, paid 1 for one token; five updates make it
-        likelier."""
+        """A bandit of one prompt: arms drawn by the policy, paid 1 for one token; five updates make
+        it likelier.
+        """
         ctx, arm = context(response_length=1, samples_per_prompt=8, mini_batch_size=8), 6
         trainees = make_trainees(roles)
         probability = lambda: roles.policy(torch.tensor([[7]])).logits[0, -1].softmax(-1)[arm].item()  # noqa: E731
@@ -463,7 +469,7 @@ class TestUpdate:
 
 
 class Engine:
-    """Another sampler: what it gives for log-probs is off by `off`."""
+    """A sampler whose log-probs are wrong by `off`."""
 
     running = True
 
@@ -522,7 +528,9 @@ class TestPreflight:
         ppo.preflight(context(), roles, PROMPTS)
 
     def test_a_sampler_that_is_a_little_off_is_asked_again(self, roles, monkeypatch):
-        """Within ten times the limit; then the rollout's log-probs and entropies are the model's own."""
+        """Within ten times the limit; then the rollout's log-probs and entropies are the model's
+        own.
+        """
         right = collect.sample_with_logprobs
 
         def off(*args, **options):
@@ -569,7 +577,7 @@ class TestPreflight:
 
 
 def test_the_reference_of_an_adapted_policy_is_the_policy_without_its_adapter(roles, rollout):
-    """ref_policy None: no second model in memory, and the adapter is on again afterwards."""
+    """There is no second model in memory, and the adapter is active again afterwards."""
     from stages.models.adapters import AdapterSettings, trainable, with_adapter
 
     rows = rollout.rows(range(8), PAD, roles.packed)
@@ -592,8 +600,7 @@ def test_episodes_may_be_sampled_a_few_at_a_time(roles, rollout):
 
 
 def test_figures_of_a_rollout_by_hand(rollout):
-    """KL a response is summed over its tokens, entropy and lengths are means, and perfect values explain
-    everything."""
+    """KL is summed over the tokens of a response; entropy and lengths are means."""
     mask = rollout.mask
     moved = replace(rollout, ref_logprobs=rollout.logprobs - 0.25)
     figures = ppo.describe(moved, rollout.values, kl_coef=0.5, kl_estimator="k1")
