@@ -74,8 +74,6 @@ class Roles:
     """Name of a trained role: a function that reloads the model it started from.
 
     Publication needs it, since frozen weights that were cast are written in float32."""
-    engine: Any = None
-    """What samples in place of the policy (a `Vllm`), or None."""
 
     def most_tokens(self) -> int | None:
         """Return the most tokens that a micro-batch should have; see `most_tokens`."""

@@ -35,12 +35,12 @@ from stages.models.remote_code import SCALAR, forget, is_remote, read
 from stages.models.roles import most_tokens
 from stages.models.sharding import layers_of
 from stages.objectives.logprobs import token_logprobs
-from stages.rollouts.collect import in_micro_batches
 from stages.settings.policies import reward_models
 from stages.settings.training import batch_of_each
 from stages.shared.runtime import adapter_settings, dtype_of
-from stages.training.loop import make_trainee
+from stages.training.batching import in_micro_batches
 from stages.training.text import SMALL_VOCABULARY
+from stages.training.trainee import make_trainee
 
 WIDTH = {"float32": 4, "bfloat16": 2}
 Lengths = list[tuple[int, list[int]]]  # of each prompt, and of its responses

@@ -10,7 +10,8 @@ from stages.models import adalora
 from stages.models.adalora import AdaLora, budget_at, orthogonality_gradient, triplets_of
 from stages.models.adapters import AdapterSettings, plain, trainable, with_adapter
 from stages.models.forward import response_logprobs
-from stages.training.loop import keeping_settings, make_trainee, optimizer_step, regrouped
+from stages.training.checkpoint import keep_optimizer_settings, regroup_optimizer
+from stages.training.trainee import make_trainee, optimizer_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 RANK, FIRST, STEPS = 2, 5, 40
@@ -173,7 +174,7 @@ def test_a_run_that_goes_on_with_weight_decay_knows_its_step(causal, rows):
     tensors, state = optimizer_tensors(train(model, rows, 3).optimizer)
     options = {"learning_rate": 1e-2, "max_grad_norm": 1.0, "steps": STEPS, "weight_decay": 0.1}
     trainee = make_trainee("model", model, **options)
-    with keeping_settings(trainee.optimizer):
-        load_optimizer(trainee.optimizer, *regrouped(trainee, tensors, state))
+    with keep_optimizer_settings(trainee.optimizer):
+        load_optimizer(trainee.optimizer, *regroup_optimizer(trainee, tensors, state))
     found = [(group["taken"], group["weight_decay"]) for group in trainee.optimizer.param_groups]
     assert found == [(3, 0.1), (3, 0.0)]

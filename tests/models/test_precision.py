@@ -10,7 +10,7 @@ from stages.models.ensemble import Ensemble
 from stages.models.forward import head_is_linear, response_logprobs, response_scores
 from stages.models.packing import can_pack
 from stages.models.precision import cast_frozen, castable, uncast
-from stages.rollouts.transformers import sample_with_logprobs
+from stages.rollouts.transformers import Decoding, sample_with_logprobs
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 HALF = torch.bfloat16
@@ -42,9 +42,8 @@ def test_an_adapted_policy_trains_the_same(method, tied, causal, kind, rows):
     for one in pair(model):
         with torch.autocast("cpu", HALF):
             logprobs = response_logprobs(one, rows)
-            drawn = sample_with_logprobs(
-                one, [[5, 9, 2], [7]], [1, 2], response_length=6, eos_id=1, pad_id=0, temperature=0.7
-            )
+            decoding = Decoding(6, eos_id=1, pad_id=0, temperature=0.7)
+            drawn = sample_with_logprobs(one, [[5, 9, 2], [7]], [1, 2], decoding)
         logprobs.sum().backward()
         found.append([logprobs.detach(), drawn.logprobs, *(p.grad for p in trainable(one).values())])
         assert drawn.responses

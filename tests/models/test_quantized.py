@@ -17,7 +17,7 @@ from stages.models.loading import load_policy, load_scalar_model, save_model
 from stages.models.packing import can_pack
 from stages.models.precision import cast_frozen, uncast
 from stages.models.quantized import Quantized, quantize
-from stages.rollouts.transformers import sample_with_logprobs
+from stages.rollouts.transformers import Decoding, sample_with_logprobs
 
 try:
     import bitsandbytes
@@ -219,7 +219,7 @@ def test_sampler_and_update_agree_under_autocast(bits, causal):
     from data.groups import make_rows
 
     with torch.autocast("cpu", torch.bfloat16):
-        drawn = sample_with_logprobs(policy, prompts, [1, 2], response_length=6, eos_id=1, pad_id=0)
+        drawn = sample_with_logprobs(policy, prompts, [1, 2], Decoding(6, eos_id=1, pad_id=0))
         again = response_logprobs(policy, make_rows(prompts, drawn.responses, 0, packed=True))
     torch.testing.assert_close(again.detach(), drawn.logprobs, rtol=0, atol=0.1)
 

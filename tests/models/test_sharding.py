@@ -48,7 +48,8 @@ from stages.models.sharding import (
     whole,
 )
 from stages.tools import memory
-from stages.training.loop import gradient_cosine, gradient_norm, make_trainee, optimizer_parts, optimizer_step
+from stages.training.checkpoint import shard_optimizer_tensors
+from stages.training.trainee import gradient_cosine, gradient_norm, make_trainee, optimizer_step
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [9, 8]]
 RESPONSES = [[1, 2, 3, 4], [3, 4], [7, 7, 2]]
@@ -187,7 +188,7 @@ def check_steps():
     _, fresh = pair("llama", scalar=True)
     again = make_trainee("model", fresh, **options)
     again.load(found[0])
-    load_optimizer(again.optimizer, optimizer_parts(again.optimizer, found[1]), rest)
+    load_optimizer(again.optimizer, shard_optimizer_tensors(again.optimizer, found[1]), rest)
     for trainee, model in ((trainees[1], ours), (again, fresh)):
         response_values(model, rows).sum().backward()
         optimizer_step(trainee, 1e-2, 4)

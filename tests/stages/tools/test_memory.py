@@ -18,7 +18,7 @@ from stages.models.packing import can_pack
 from stages.settings import ppo as ppo_settings
 from stages.tools import memory
 from stages.tools.memory import Step, take_step
-from stages.training.loop import make_trainee, optimizer_step
+from stages.training.trainee import make_trainee, optimizer_step
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 WHOLE, LORA = AdapterSettings(), AdapterSettings(method="lora", r=4)
