@@ -69,8 +69,8 @@ def read_rows(path: str | Path, reading: Reading) -> Generator[tuple[str, object
 
     Args:
         path: The file.
-        reading: Gets an error line for a missing, empty or cut-off file, text that is not UTF-8, NUL
-            bytes, a key that stands twice in an object, NaN, and half a surrogate pair.
+        reading: Gets an error line for a missing, empty or cut-off file, text that is not UTF-8,
+            NUL bytes, a key that stands twice in an object, NaN, and half a surrogate pair.
 
     Yields:
         (location, value): the location is "FILE:LINE", in an array "FILE:LINE: index I" (from 0).
@@ -141,7 +141,7 @@ def _line_rows(
 def _array_rows(
     path: str | Path, handle: io.BufferedReader[HashedFile], offset: int, reading: Reading
 ) -> Generator[tuple[str, object]]:
-    """Yield the rows of a JSON array, decoded one by one so that each error has its line and index."""
+    """Yield the rows of a JSON array, decoded one by one for the line and index of each error."""
     decode = strict_decoder()
     lines: list[str] = []
     text, line, location = "", 1, ""

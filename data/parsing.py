@@ -17,7 +17,7 @@ ROLES = ("system", "user", "assistant")
 METADATA = ("meta", "metadata", "id", "source", "url", "timestamp")
 """Keys that any row may have; they are not read."""
 
-# ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── rows ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def parse_demonstration(row: dict) -> Demonstration:
@@ -36,7 +36,7 @@ def parse_prompt(row: dict) -> Prompt:
 
 
 def parse_ranking(row: dict) -> Ranking:
-    """Parse a row {id?, prompt, responses, ranks, …}; a row without an id gets one from its content."""
+    """Parse a row {prompt, responses, ranks, …}; without an id it gets one from its content."""
     prompt, responses, ranks = parse_prompt_value(row), parse_list(row, "responses"), parse_list(row, "ranks")
     if len(responses) < 2:
         raise ValueError(f"a ranking needs at least 2 responses, not {len(responses)}; add one, or delete it")
@@ -77,7 +77,7 @@ def refuse_unknown_keys(row: dict, known: Iterable[str]) -> None:
             raise ValueError(f"unknown key '{key}'; {hint}")
 
 
-# ── fields ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── fields ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def parse_prompt_value(row: dict) -> str | tuple[dict, ...]:

@@ -1,9 +1,10 @@
 """Load records of one kind from a file or a data set on the Hub, and check every row on the way.
 
-Files are JSONL, a JSON array or parquet; anything else is a data set on the Hub, read with `datasets`.
-`data/forms` lists which rows are understood. In JSON, rows of our own forms may not have unknown keys,
-which there are misspellings; other forms, parquet and the Hub may have more columns, which are not
-read and which `rlhf data check` lists. Read as prompts, a row of any other kind gives its prompt.
+Files are JSONL, a JSON array or parquet; anything else is a data set on the Hub, read with
+`datasets`. `data/forms` lists which rows are understood. In JSON, rows of our own forms may not
+have unknown keys, which there are misspellings; other forms, parquet and the Hub may have more
+columns, which are not read and which `rlhf data check` lists. Read as prompts, a row of any other
+kind gives its prompt.
 """
 
 from collections import Counter
@@ -87,7 +88,7 @@ def load(
     revision: str | None = None,
     sha256: str | None = None,
 ) -> list:
-    """Load the records of a file or a data set on the Hub; a prompt that stands there twice is given once.
+    """Load the records of a file or a data set on the Hub; a repeated prompt is loaded once.
 
     Args:
         kind: The kind of data: documents, demonstrations, rankings, prompts or evaluation_prompts.
@@ -104,8 +105,8 @@ def load(
         The records.
 
     Raises:
-        UserError: With a line for every malformed row that was read; if no record is left; or if the
-            file is no longer the one that `sha256` names.
+        UserError: With a line for every malformed row that was read; if no record is left; or if
+            the file is no longer the one that `sha256` names.
     """
     return load_placed(kind, path, hub, split, subset, limit, skip, revision, sha256)[0]
 
@@ -127,7 +128,8 @@ def load_placed(
         kind, path, hub, split, subset, limit, skip, revision, sha256: As of `load`.
 
     Returns:
-        (records, locations); a location (FILE:LINE, or an index) names the record in later error lines.
+        (records, locations); a location (FILE:LINE, or an index) names the record in later error
+        lines.
     """
     source = Source(path, hub, split, subset, revision, sha256)
     loaded = read(kind, source, limit=None if limit is None else skip + limit)

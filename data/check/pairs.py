@@ -1,4 +1,4 @@
-"""Report what rankings hold: K, unfinished responses, pairs by verdict, and contradictions between labelers."""
+"""Report what rankings hold: K, unfinished responses, pairs and contradictions."""
 
 from __future__ import annotations
 
@@ -94,7 +94,11 @@ def equal_within(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, limit: int)
 
 
 def has_cycle(better: dict[Answer, set[Answer]]) -> bool:
-    """Return whether a response is, over some steps, better than itself; `better` maps a loser to its winners."""
+    """Return whether a response is better than itself over some steps.
+
+    Args:
+        better: Response → the responses that beat it.
+    """
     try:
         TopologicalSorter(better).prepare()
     except CycleError:

@@ -28,8 +28,8 @@ def add_shared_prompts(report: Report, loaded: Loaded, theirs: Loaded, name: str
         loaded: The records of this file.
         theirs: The records of the other one.
         name: The kind or name of the other one.
-        may_share: Whether both are training data, which may share prompts. Otherwise a shared prompt is
-            an error, and near copies are counted too, for a person to judge.
+        may_share: Whether both are training data, which may share prompts. Otherwise a shared
+            prompt is an error, and near copies are counted too, for a person to judge.
     """
     seen, keys = prompt_locations(theirs), prompt_keys(loaded)
     shared = [i for i, key in enumerate(keys) if key in seen]

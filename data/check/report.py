@@ -62,7 +62,7 @@ class Report:
         return [f"{label:<{width}}  {text}" for label, text in rows]
 
 
-# ── parts of what was loaded ────────────────────────────────────────────────────────────────────────────────
+# ── parts of what was loaded ─────────────────────────────────────────────────────────────────────
 
 
 def prompt_value(record: Record) -> str | tuple[dict, ...]:

@@ -1,6 +1,7 @@
 """List the forms of data that are understood for each kind, and recognise the form of a row.
 
-To add a form: write a module beside this one (see `data/forms/form.py`), and put its `Form` into FORMS.
+To add a form: write a module beside this one (see `data/forms/form.py`), and put its `Form` into
+FORMS.
 """
 
 import difflib

@@ -1,7 +1,8 @@
-"""Convert conversations: {messages} as of OpenAI, {conversations} as of ShareGPT, and the parts of other forms.
+"""Convert conversations: {messages} as of OpenAI, {conversations} as of ShareGPT.
 
 A conversation is a list of {role, content} or {from, value}. As a demonstration, its last assistant
-turn is the completion and everything before it the prompt; as a prompt, it ends with the last user turn.
+turn is the completion and everything before it the prompt; as a prompt, it ends with the last user
+turn.
 """
 
 from data.forms.form import Form

@@ -1,4 +1,7 @@
-"""Convert rows of our own forms: {text}, {prompt}, {prompt, completion} and {prompt, responses, ranks}."""
+"""Convert rows of our own forms.
+
+They are {text}, {prompt}, {prompt, completion} and {prompt, responses, ranks}.
+"""
 
 from data.forms.form import Form
 from data.forms.messages import Messages, read_messages, read_prompt

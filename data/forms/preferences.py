@@ -1,4 +1,4 @@
-r"""Convert preference pairs: `chosen` and `rejected` beside a prompt, an instruction or a conversation, or alone.
+r"""Convert preference pairs: `chosen` and `rejected` beside a prompt, or alone.
 
 A pair is a ranking of K = 2, the chosen response first. Pairs that stand alone are two whole
 conversations, as messages or in the form of Anthropic's hh-rlhf: "\n\nHuman: …\n\nAssistant: …".

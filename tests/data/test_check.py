@@ -257,7 +257,7 @@ def test_damaged_files(tmp_path, content, words):
     assert report.lines()[-1].split() == ["errors", "1"]
 
 
-# ── the command ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── the command ──────────────────────────────────────────────────────────────────────────────────
 
 
 def experiment(**data):

@@ -111,7 +111,7 @@ def test_a_text_that_is_finished_and_the_same_text_cut_off_are_two_responses():
     assert Ranking("x", "p", ("a", "b"), (1, 2)).answers == (("a", True), ("b", True))
 
 
-# ── files: every fault with its place ───────────────────────────────────────────────────────────────────────
+# ── files: every fault with its place ────────────────────────────────────────────────────────────
 
 GOOD = b'{"text": "fine"}\n'
 
@@ -209,7 +209,7 @@ def test_the_array_reader_agrees_with_json(values):
         assert read_jsonl(path) == [*values, 1]
 
 
-# ── rows: every fault with its remedy ───────────────────────────────────────────────────────────────────────
+# ── rows: every fault with its remedy ────────────────────────────────────────────────────────────
 
 DEMONSTRATION, DOCUMENT = parse_demonstration, parse_document
 PROMPT, RANK = parse_prompt, parse_ranking

@@ -63,7 +63,7 @@ def fault(tmp_path, kind, *rows) -> str:
     return line.removeprefix(f"{path}:")
 
 
-# ── forms ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── forms ────────────────────────────────────────────────────────────────────────────────────────
 
 DIALOGUE = (user("a"), assistant("b"), user("c"))
 SHARED = list(DIALOGUE)
@@ -190,7 +190,7 @@ def test_documents(tmp_path):
     assert load("documents", path) == [Document("a"), Document("b")]
 
 
-# ── faults ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── faults ───────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_an_id_stands_once_and_equal_rows_without_one_are_told_apart(tmp_path):
     assert [second.id, third.id] == [f"{first.id}-2", f"{first.id}-3"]
 
 
-# ── files and the Hub ───────────────────────────────────────────────────────────────────────────────────────
+# ── files and the Hub ────────────────────────────────────────────────────────────────────────────
 
 ROWS = [
     {"prompt": None, "messages": [user("a"), assistant("b")], "score": 0.5},

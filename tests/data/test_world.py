@@ -48,7 +48,7 @@ def mean_gold(world, prompts, respond):
     return np.mean([overall(world, prompt, respond(prompt)) for prompt in prompts])
 
 
-# ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── data ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_same_seed_gives_the_same_rows_and_another_seed_others(world, data):
@@ -144,10 +144,10 @@ def test_evaluation_prompts_are_spread_over_tasks(world, data):
 
 
 def test_asked_names_every_task_that_prompts_or_dialogues_set(world, data):
-    asked = world.asked(data["prompts"][:50], data["documents"][:300])
+    asked = world.tasks_in(data["prompts"][:50], data["documents"][:300])
     assert asked >= {world.task(prompt) for prompt in data["prompts"][:50]}
     text = next(text for text in data["documents"] if "?" in text.split(" . ")[0])
-    assert world.asked([], [text]) and not world.asked([], ["the fox is red ."])
+    assert world.tasks_in([], [text]) and not world.tasks_in([], ["the fox is red ."])
 
 
 def test_the_corpus_answers_worse_than_demonstrators(world, data):
@@ -184,7 +184,7 @@ def test_rows_are_records(data):
 def test_some_documents_state_false_facts(world, data):
     language, lying, telling = world.language, 0, 0
     for text in data["documents"]:
-        claims = [claim for sentence in language.read(text) for claim in sentence.claims]
+        claims = [claim for sentence in language.parse(text) for claim in sentence.claims]
         if len(claims) >= 3 and "?" not in text:
             telling += 1
             lying += all(language.truth.get((e, a)) != v for e, a, v in claims)
@@ -193,7 +193,7 @@ def test_some_documents_state_false_facts(world, data):
 
 def test_every_sentence_the_world_writes_is_one_it_recognises(world, data):
     for row in data["demonstrations"]:
-        assert "broken" not in {s.kind for s in world.language.read(row["completion"])}, row["completion"]
+        assert "broken" not in {s.kind for s in world.language.parse(row["completion"])}, row["completion"]
 
 
 def test_too_many_prompts_are_refused_with_the_number_that_is_left():
@@ -217,7 +217,7 @@ def test_json_carries_the_world(world, data, sampled):
             assert ordered.gold(prompt, response) == world.gold(prompt, response)
 
 
-# ── gold: what it rewards ────────────────────────────────────────────────────────────────────────────────────
+# ── gold: what it rewards ────────────────────────────────────────────────────────────────────────
 
 FACT = "hello . what colour is the fox ?"
 TWO = "tell me the colour and the home of the fox ."
@@ -300,7 +300,7 @@ def test_a_prompt_of_another_world_is_refused(world):
         world.gold("what is the meaning of life ?", "the fox is red .")
 
 
-# ── gold: how it could be hacked ─────────────────────────────────────────────────────────────────────────────
+# ── gold: how it could be hacked ─────────────────────────────────────────────────────────────────
 
 STOCK = {
     "empty": "",
@@ -369,7 +369,7 @@ def test_demonstrators_leave_room_and_good_answers_are_within_reach(world, sampl
     assert equal / different < 0.2
 
 
-# ── labelers ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── labelers ─────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module")
