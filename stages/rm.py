@@ -52,7 +52,8 @@ from stages.shared.runtime import (
     packing,
     place,
 )
-from stages.training.loop import fit, learning_rate_at, make_accelerator, make_trainee
+from stages.training.loop import fit, make_accelerator, make_trainee
+from stages.training.schedule import learning_rate_at
 
 
 def run(ctx: StageRun) -> dict:

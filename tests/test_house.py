@@ -71,6 +71,13 @@ def test_imports_between_rooms(path):
         assert not met, f"{name} imports {met}: stages meet in the artifact folder"
 
 
+def test_the_minimal_chain_stands_on_the_formulas_and_the_data():
+    """Of stages, minimal.py imports objectives and the loading of models; nothing of pipeline."""
+    allowed = ("data", "stages.objectives", "stages.models.loading")
+    found = ours(ROOT / "stages/minimal.py")
+    assert not [name for name in found if not name.startswith(allowed)]
+
+
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_wandb_only_in_tracking(path):
     names = {name.split(".")[0] for name in imports(path)}

@@ -64,7 +64,6 @@ from stages.training.loop import (
     gradient_norm,
     has_settings_of_today,
     is_due,
-    learning_rate_at,
     load_checkpoint,
     make_accelerator,
     make_trainee,
@@ -74,6 +73,7 @@ from stages.training.loop import (
     pause_if_asked,
     save_checkpoint,
 )
+from stages.training.schedule import learning_rate_at
 
 SKIPPED = (  # figures of an update that a number which is not finite kept from happening
     "policy/approxkl_avg", "policy/clipfrac_avg", "loss/policy_avg", "loss/value_avg", "val/clipfrac_avg", "val/ratio",

@@ -13,7 +13,7 @@ from pipeline.errors import Interrupted, TrainingStopped
 from pipeline.stage import StopFlag
 from pipeline.store import files
 from pipeline.store.checkpoints import CheckpointStore
-from stages.training.loop import learning_rate_at
+from stages.training.schedule import learning_rate_at
 from stages.training.text import train_language_model
 
 STEPS, FIRST = 8, 3  # FIRST: steps of an earlier training of the stage
