@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,9 @@ from data.encode import encode_prompt, encode_response
 from data.length_limit import fit_lengths
 from data.sources import load
 from pipeline.errors import UserError
+
+
+ROOT = Path(__file__).parents[2]
 
 
 class Letters:
@@ -394,3 +399,17 @@ def test_run_takes_the_template_that_base_will_publish(tmp_path, capsys):
     assert "<|assistant|>\\nc" in run(path, config, artifacts=tmp_path)[1]
     (tmp_path / "mine.jinja").write_text("{% if %}")
     assert "lengths are in words" in run(path, config, artifacts=tmp_path)[1]
+
+
+def test_a_file_is_checked_without_a_heavy_import(tmp_path):
+    """Without a tokenizer the command answers at once: it imports no torch, transformers, datasets or numpy."""
+    path = written(tmp_path, PAIR)
+    code = f"""\
+import sys
+from data.check.command import run
+code = run({str(path)!r}, None, None)
+heavy = {{"torch", "transformers", "datasets", "numpy", "scipy", "pyarrow", "pydantic"}} & set(sys.modules)
+sys.exit(f"{{sorted(heavy)}} imported" if heavy else code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
