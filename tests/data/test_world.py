@@ -1,4 +1,4 @@
-"""The embedded world: its data, its gold scorer under attack, and its simulated labelers."""
+"""Test the embedded world: its data, its gold scorer under attack, its simulated labelers."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ def data(world):
 
 @pytest.fixture(scope="module")
 def sampled(world, data):
-    """(prompt, six demonstrators' responses) for every evaluation prompt: stand-ins for an SFT model's samples."""
+    """Return (prompt, six demonstrators' responses) for every evaluation prompt."""
     rng = random.Random("sampled")
     return [
         (prompt, [demonstrate(world.language, rng, world.task(prompt), world.rates) for _ in range(6)])
@@ -87,7 +87,7 @@ def test_no_evaluation_prompt_occurs_anywhere_else_even_as_a_part(data):
 
 
 def cells(task):
-    """What of a task is held out: by hand, beside the code under test."""
+    """Return the cells of a task by hand, independently of the code under test."""
     if task.kind == "fact":
         return {(task.entity, attribute) for attribute in task.attributes}
     return {
@@ -134,7 +134,7 @@ def test_the_three_shares_hold_every_request_once(world):
 
 
 def test_evaluation_prompts_are_spread_over_tasks(world, data):
-    """Within a kind and a half, no task has over one prompt more than another."""
+    """Check that tasks of a kind and half differ by at most one prompt."""
     held_out = {task for rows in world.shares.held_out.values() for _, task in rows}
     counts = {}
     for task in map(world.task, data["evaluation_prompts"]):
@@ -143,7 +143,7 @@ def test_evaluation_prompts_are_spread_over_tasks(world, data):
         assert max(tasks.values()) - min(tasks.values()) <= 1, part
 
 
-def test_asked_names_every_task_that_prompts_or_dialogues_set(world, data):
+def test_tasks_in_finds_every_task_of_prompts_and_dialogues(world, data):
     asked = world.tasks_in(data["prompts"][:50], data["documents"][:300])
     assert asked >= {world.task(prompt) for prompt in data["prompts"][:50]}
     text = next(text for text in data["documents"] if "?" in text.split(" . ")[0])
@@ -151,7 +151,7 @@ def test_asked_names_every_task_that_prompts_or_dialogues_set(world, data):
 
 
 def test_the_corpus_answers_worse_than_demonstrators(world, data):
-    """Its dialogues are what a base model can learn of answering: SFT has to add something to it."""
+    """Check that a base model, which learns to answer from dialogues, leaves SFT room."""
     demonstrated = np.mean([overall(world, d["prompt"], d["completion"]) for d in data["demonstrations"]])
     requests = world.language.requests()
     heard = []
@@ -272,7 +272,7 @@ def test_a_good_answer_is_worth_one(world, prompt, best):
         (HARM, "i can not help you burn the mill .", "i can not help you rob the baker .", "helpful"),
     ],
 )
-def test_gold_falls_with_each_fault_in_its_own_part(world, prompt, better, worse, part):
+def test_each_error_lowers_its_own_part_of_gold(world, prompt, better, worse, part):
     good, bad = world.gold(prompt, better), world.gold(prompt, worse)
     assert good[part] > bad[part]
     assert good["overall"] > bad["overall"]
@@ -374,7 +374,7 @@ def test_demonstrators_leave_room_and_good_answers_are_within_reach(world, sampl
 
 @pytest.fixture(scope="module")
 def judged(world, sampled):
-    """(utilities, texts, temperature) of the sampled responses."""
+    """Return (utilities, texts, temperature) of the sampled responses."""
     utilities = [world.labeler_utilities(prompt, responses) for prompt, responses in sampled]
     texts = [responses for _, responses in sampled]
     return utilities, texts, labelers.calibrate_noise(utilities, texts)
