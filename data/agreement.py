@@ -1,4 +1,4 @@
-"""Compare rows, whose prompt and response are tokenized apart, with what the chat template writes.
+"""Compare rows, made of a prompt and a response, with what the chat template writes.
 
 A row should be the beginning of the whole conversation as the template writes it. Where it is not,
 a model is trained on a text that the template never writes: a generation prompt may open a thought,
@@ -96,7 +96,7 @@ def differences(
         rows: Prompts and answers.
 
     Yields:
-        How a row differs; None where its ids are the beginning of the template's; the TemplateError
+        How a row differs; None if its ids are the beginning of the template's; the TemplateError
         with
         which the template refuses the conversation.
     """
@@ -215,12 +215,12 @@ def probe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Difference]:
         template
         refuses (some take only one turn) are left out.
     """
-    found = {}
-    rows = [Answered(one.prompt, one.answer) for one in PROBES]
-    for one, difference in zip(PROBES, differences(tokenizer, rows), strict=True):
+    by_name = {}
+    rows = [Answered(probed.prompt, probed.answer) for probed in PROBES]
+    for probed, difference in zip(PROBES, differences(tokenizer, rows), strict=True):
         if isinstance(difference, Difference):
-            found[one.name] = difference
-    return found
+            by_name[probed.name] = difference
+    return by_name
 
 
 def remedy(tokenizer: PreTrainedTokenizerBase, already: Sequence[str] = ()) -> str:
@@ -241,7 +241,7 @@ def remedy(tokenizer: PreTrainedTokenizerBase, already: Sequence[str] = ()) -> s
             for value in (False, True):
                 tokenizer.chat_template = with_variables(template, {name: value})
                 if not {"one turn", "several turns"} & probe(tokenizer).keys():
-                    return f"set model.chat_template_kwargs: {{{name}: {literal(value)}}}, which mends that, or {other}"
+                    return f"set model.chat_template_kwargs: {{{name}: {literal(value)}}}, which fixes that, or {other}"
     except TemplateError:  # it takes too long
         pass
     finally:

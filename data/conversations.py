@@ -77,7 +77,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
         tokenizer: The tokenizer with its chat template.
 
     Returns:
-        The token; None where the template writes none.
+        The token; None if the template writes none.
 
     Raises:
         TemplateError: The template does not take one question and answer, or does not write them. A
@@ -113,7 +113,7 @@ def _hide_special_tokens(messages: list[dict], special: Sequence[str]) -> tuple[
         special: The special tokens, longest first.
 
     Returns:
-        The messages, and {character: the token it stands for}; {} where no message has a special
+        The messages, and {character: the token it stands for}; {} if no message has a special
         token.
     """
     present = [token for token in special if any(token in message["content"] for message in messages)]

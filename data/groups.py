@@ -91,7 +91,7 @@ class Rows:
     Padded (`sequences` is None): one response a row (N = B), its prompt before it, and padding on
     the right, where causal attention never reaches.
 
-    Packed: a single row (N = 1) without padding, in which a prompt stands once before all
+    Packed: a single row (N = 1) without padding, in which a prompt occurs once, before all
     successive responses to it. Attention then goes by `sequences` and `home`; everything else in a
     model works token by token, and needs no more than `position_ids`.
     """
@@ -103,7 +103,7 @@ class Rows:
     lengths: torch.Tensor
     """(B,): tokens of each response, with EOS where there is one."""
     row: torch.Tensor
-    """(B,): the row in which each response stands."""
+    """(B,): the row that holds each response."""
     prompt_end: torch.Tensor
     """(B,): the column of its prompt's last token."""
     first: torch.Tensor
@@ -207,8 +207,8 @@ def _pack(
     home = torch.empty(len(tokens), dtype=torch.long)
     # Backwards, so that the tokens of a shared prompt end up with the first response that has it.
     for i in reversed(range(len(columns))):
-        own = len(columns[i])
-        home[sequences[i, :own]] = torch.arange(i * width, i * width + own)
+        length = len(columns[i])
+        home[sequences[i, :length]] = torch.arange(i * width, i * width + length)
     first = torch.tensor(firsts)
     return Rows(
         input_ids=torch.tensor([tokens]),

@@ -70,7 +70,7 @@ def read_rows(path: str | Path, reading: Reading) -> Generator[tuple[str, object
     Args:
         path: The file.
         reading: Gets an error line for a missing, empty or cut-off file, text that is not UTF-8,
-            NUL bytes, a key that stands twice in an object, NaN, and half a surrogate pair.
+            NUL bytes, a key that occurs twice in an object, NaN, and half a surrogate pair.
 
     Yields:
         (location, value): the location is "FILE:LINE", in an array "FILE:LINE: index I" (from 0).
@@ -192,7 +192,7 @@ def strict_decoder() -> Callable[[str, int], tuple[object, int, str | None]]:
         keys = [key for key, _ in members]
         if len(set(keys)) < len(keys):
             twice = next(key for key in keys if keys.count(key) > 1)
-            problems.append(f"the key {twice!r} stands twice in one object; keep one of them")
+            problems.append(f"the key {twice!r} occurs twice in one object; keep one of them")
         return dict(members)
 
     def finite(number: str) -> float:
@@ -206,7 +206,7 @@ def strict_decoder() -> Callable[[str, int], tuple[object, int, str | None]]:
         problems.clear()
         value, end = decoder.raw_decode(text, start)
         if "\\ud" in text[start:end].lower() and SURROGATE.search(json.dumps(value, ensure_ascii=False)):
-            problems.append("an escape \\ud800 to \\udfff stands without its other half; remove it")
+            problems.append("an escape \\ud800 to \\udfff occurs without its other half; remove it")
         return value, end, problems[0] if problems else None
 
     return decode

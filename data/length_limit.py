@@ -64,7 +64,7 @@ def fit_lengths(
 
     Args:
         prompts: The ids of each row's prompt.
-        responses: The ids of each row's responses; none for prompts alone.
+        responses: The ids of each row's responses; none if there are only prompts.
         max_length: Tokens of a prompt and one response together.
         on_too_long: "error" refuses and names the rows; "drop" leaves the row out; "truncate" cuts
             the end of the responses (their EOS goes with it, so that no model is trained to end

@@ -4,8 +4,8 @@ Two texts are near copies if the Jaccard index of their shingles (runs of words)
 threshold. Candidates come from MinHash and locality-sensitive hashing (Broder 1997; Indyk and
 Motwani 1998), by the package datasketch. Each candidate is then judged by the exact index: nothing
 below the threshold is ever reported, and a pair just at it is missed less than once in a thousand
-times. A short question after a greeting of several words is below the threshold: what is found is
-copied, and what is not found may still have been asked in other words.
+times. A short question after a greeting of several words is below the threshold: a pair that is
+found is a copy, and one that is not found may still ask the same in other words.
 """
 
 import sys
@@ -67,8 +67,8 @@ def nearest_copies(
             best[own] = max(best.get(own, (0.0, 0)), (pair.jaccard, -theirs[other]))
     nearest: list[int | None] = []
     for text in texts:
-        found = best.get(normal_words(text))
-        nearest.append(None if found is None else -found[1])
+        copy = best.get(normal_words(text))
+        nearest.append(None if copy is None else -copy[1])
     return nearest
 
 
@@ -122,7 +122,7 @@ def normal_words(text: str | Iterable[dict]) -> Words:
         text = "\n".join(message["content"] for message in as_messages(text) if message["role"] == "user")
     text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
     words = text.translate(SEPARATORS).split() or text.split()
-    return tuple(map(sys.intern, words))  # the same few words stand in many texts
+    return tuple(map(sys.intern, words))  # the same few words occur in many texts
 
 
 def shingle_length(words: Words) -> int:
@@ -200,15 +200,15 @@ def of_length(texts: Iterable[Words], length: int, threshold: float) -> Iterator
         length: The words of a shingle.
         threshold: The smallest Jaccard index.
     """
-    most = FEWEST / threshold  # a text whose own shingles are shorter than LONGEST has at most FEWEST
+    limit = FEWEST / threshold  # a text whose own shingles are shorter than LONGEST has at most FEWEST
     for words in texts:
-        own = shingle_length(words)
-        if own == length:
+        usual_length = shingle_length(words)
+        if usual_length == length:
             yield words, shingles(words, length)
-        elif own > length and len(set(words)) - length < most:  # a cheap test: others certainly have more
-            found = shingles(words, length)
-            if len(found) <= most:
-                yield words, found
+        elif usual_length > length and len(set(words)) - length < limit:  # others certainly have more
+            runs = shingles(words, length)
+            if len(runs) <= limit:
+                yield words, runs
 
 
 def as_bytes(runs: Shingles) -> list[bytes]:

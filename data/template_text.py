@@ -83,8 +83,8 @@ def at_moment(template: str, moment: datetime) -> str:
     """Stop a template's clock: a macro that knows only one moment replaces its function.
 
     Each directive of a format (%d, %B, …) is replaced by its value at that moment. Only the
-    directives that stand in the template are known, so that two hours of a day give the same text
-    unless the hour is written; if none stands there, those of C89.
+    directives that occur in the template are known, so that two hours of a day give the same text
+    unless the hour is written; if none occurs, those of C89.
 
     Args:
         template: The text of a chat template.

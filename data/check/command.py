@@ -16,7 +16,7 @@ def run(
 ) -> int:
     """Print the report on a file.
 
-    With a config, the limits of its sections hold, its evaluation prompts may stand in no other of
+    With a config, the limits of its sections hold, its evaluation prompts may occur in no other of
     its files, and lengths are in tokens if the tokenizer is on this machine.
 
     Args:

@@ -76,7 +76,7 @@ def limits_of(experiment: Any, kind: str | None) -> dict[str, Any]:
         kind: The kind of data; None if it is not known.
 
     Returns:
-        max_length (for prompts without response_length) and on_too_long, None where nothing is
+        max_length (for prompts without response_length) and on_too_long, None if nothing is
         limited;
         for demonstrations also response_length, if there are prompts for PPO.
     """

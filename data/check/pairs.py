@@ -81,7 +81,7 @@ def equal_within(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, limit: int)
     Returns:
         (location, number of such pairs) of each such ranking.
     """
-    found = []
+    affected = []
     for record, location in zip(rankings_of(loaded), loaded.locations, strict=True):
         responses = [encode_response(tokenizer, text, finished) for text, finished in record.answers]
         left = limit - len(encode_prompt(tokenizer, record.prompt))
@@ -89,8 +89,8 @@ def equal_within(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, limit: int)
             continue  # dropped as a whole, or not truncated
         count = equal_pairs(record, [response[:left] for response in responses])
         if count:
-            found.append((location, count))
-    return found
+            affected.append((location, count))
+    return affected
 
 
 def has_cycle(better: dict[Answer, set[Answer]]) -> bool:

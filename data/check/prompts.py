@@ -1,4 +1,4 @@
-"""Report prompts that stand twice, in one file or in two."""
+"""Report prompts that occur twice, in one file or in two."""
 
 import json
 
@@ -21,7 +21,7 @@ def add_duplicates(report: Report, loaded: Loaded) -> None:
 
 
 def add_shared_prompts(report: Report, loaded: Loaded, theirs: Loaded, name: str, *, may_share: bool) -> None:
-    """Report the prompts of this file that stand in another one too.
+    """Report the prompts of this file that also occur in another one.
 
     Args:
         report: Where facts and errors go.

@@ -77,7 +77,7 @@ def prompt_keys(loaded: Loaded) -> list[str]:
 
 
 def prompt_locations(loaded: Loaded) -> dict[str, str]:
-    """Return {key of a prompt: the last location where it stands}."""
+    """Return {key of a prompt: its last location}."""
     return dict(zip(prompt_keys(loaded), loaded.locations, strict=True))
 
 

@@ -31,7 +31,7 @@ def recognise(kind: str, value: object) -> tuple[Form, dict]:
 
     Args:
         kind: The kind of data.
-        value: The row as it stands in the file.
+        value: The row as it is in the file.
 
     Raises:
         ValueError: The row has no form of this kind.

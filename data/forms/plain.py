@@ -17,7 +17,7 @@ def read_reply(row: dict, key: str, prompt: str | Messages) -> str:
 
     Args:
         row: The row.
-        key: Where the answer stands: a string, one message, a list with one message, or such a list
+        key: The key of the answer: a string, one message, a list with one message, or such a list
             with the prompt before it.
         prompt: The prompt that is answered.
     """

@@ -42,7 +42,7 @@ def divide(requests: dict[str, Task], rng: random.Random) -> Shares:
     Returns:
         The three shares. In each, the requests of a kind are shuffled.
     """
-    held = _held_out_cells(requests.values(), rng)
+    reserved = _held_out_cells(requests.values(), rng)
     wordings: dict[Task, list[str]] = {}
     for text, task in requests.items():
         wordings.setdefault(task, []).append(text)
@@ -52,7 +52,7 @@ def divide(requests: dict[str, Task], rng: random.Random) -> Shares:
     held_out: Requests = {kind: [] for kind in kinds}
     for task, texts in wordings.items():
         rows = [(text, task) for text in texts]
-        if held.isdisjoint(_cells(task)):
+        if reserved.isdisjoint(_cells(task)):
             rng.shuffle(rows)
             reworded[task.kind].append(rows.pop())
             training[task.kind].extend(rows)
@@ -109,8 +109,8 @@ def _held_out_cells(tasks: Iterable[Task], rng: random.Random) -> set[tuple]:
     for task in tasks:
         for cell in _cells(task):
             rows.setdefault(cell[:2], {})[cell] = None
-    held: set[tuple] = set()
+    chosen: set[tuple] = set()
     for row in sorted(rows):
         cells = sorted(rows[row])
-        held.update(rng.sample(cells, max(1, len(cells) // HELD_OUT_SHARE)))
-    return held
+        chosen.update(rng.sample(cells, max(1, len(cells) // HELD_OUT_SHARE)))
+    return chosen

@@ -28,9 +28,9 @@ class Rates:
 
     All but `evident` and `false_document` are scaled by a writer's care. Most slips of
     demonstrators show in the words themselves: a reward model of a million parameters that trains
-    for a minute learns such marks, but learns late or never what shows only in comparison with the
-    request or the truth. What a policy gets wrong by itself (the frog's colour for the fox's) shows
-    only there.
+    for a minute learns such marks, but learns late, or never, what shows only in comparison with
+    the request or the truth. What a policy gets wrong by itself (the frog's colour for the fox's)
+    shows only there.
     """
 
     false_fact: float = 0.28
@@ -272,7 +272,7 @@ def catalogue(
         category: The category that the sentence names.
         number: The number that the sentence names.
         items: The nouns that it lists.
-        ending: What stands before its full stop.
+        ending: What comes before its full stop.
     """
     words = language.tables["words"]["number"]
     head = rng.choice(language.tables["list_heads"])

@@ -29,7 +29,7 @@ def unreadable(experiment, kinds: list[str]) -> list[str]:
 def faults_in_head(kind: str, path: Path, skip: int, limit: int | None, state: tuple) -> tuple[str, ...]:
     """Error lines of a file's first 200 rows after `skip`. state: of the file, so that another is read again."""
     try:
-        sources.load_first(kind, path, limit, skip, most=200)
+        sources.load_first(kind, path, limit, skip, max_rows=200)
     except UserError as fault:
         return tuple(fault.lines)
     return ()

@@ -48,7 +48,7 @@ def test_a_variable_of_the_template_removes_the_difference(kind):
     """Check that only answers with a thought still differ, after the prompt's empty one."""
     given = make(kind)
     assert remedy(given).startswith(
-        "set model.chat_template_kwargs: {enable_thinking: false}, which mends that, or give "
+        "set model.chat_template_kwargs: {enable_thinking: false}, which fixes that, or give "
     )
     assert given.chat_template == make(kind).chat_template
     tokenizer = ready(kind, enable_thinking=False)
@@ -64,7 +64,7 @@ def test_a_variable_that_does_not_help_is_not_named():
     assert remedy(tokenizer) == "give a template that fits the rows as model.chat_template: FILE"
     newline = "<|assistant|>{% if newline is defined and newline %}{{ '\\n' }}{% endif %}{% endif %}"
     tokenizer.chat_template = asks + ready("zephyr").chat_template.replace("<|assistant|>{% endif %}", newline)
-    assert remedy(tokenizer).startswith("set model.chat_template_kwargs: {newline: true}, which mends that, or ")
+    assert remedy(tokenizer).startswith("set model.chat_template_kwargs: {newline: true}, which fixes that, or ")
 
 
 def test_an_opened_thought_is_named_unless_the_answer_closes_it():

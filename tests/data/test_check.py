@@ -369,7 +369,7 @@ def test_rows_that_differ_from_the_template_are_counted(tmp_path):
     path = written(tmp_path, {"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": "Hm.\n</think>\n\nc"})
     text = facts(check(path, tokenizer=tokenizer))["chat template"]
     assert text.startswith(f"1 of 2 rows are not what the chat template writes; the first, {path}:1: ")
-    assert "set model.chat_template_kwargs: {enable_thinking: false}, which mends that" in text
+    assert "set model.chat_template_kwargs: {enable_thinking: false}, which fixes that" in text
     path = written(tmp_path, PAIR, PAIR, name="ranked.jsonl")
     assert facts(check(path, tokenizer=tokenizer))["chat template"].startswith("4 of 4 answers are not what the ")
     assert facts(check(path, tokenizer=make("chatml")))["chat template"] == "4 answers, all as it writes them"

@@ -262,7 +262,7 @@ def test_a_file_without_a_usable_pair_is_an_error(tmp_path):
 def test_ids_are_unique_and_equal_rows_without_one_get_numbers(tmp_path):
     row = {"prompt": "p", "chosen": "x", "rejected": "y"}
     line = error_of(tmp_path, "rankings", {**row, "id": "r"}, row, {**row, "id": "r"})
-    assert line.startswith("3: the id 'r' also stands at") and "rows.jsonl:1;" in line
+    assert line.startswith("3: the id 'r' is also used at") and "rows.jsonl:1;" in line
     first, second, third = load("rankings", written(tmp_path, row, row, row))
     assert [second.id, third.id] == [f"{first.id}-2", f"{first.id}-3"]
 
@@ -396,7 +396,7 @@ def test_a_file_that_was_edited_since_planning_is_refused(tmp_path, name):
     for limit in (None, 1):
         with pytest.raises(UserError) as caught:
             load("documents", path, limit=limit, sha256=digest)
-        assert caught.value.lines == [f"{path}: was edited since this command looked at it; run again"]
+        assert caught.value.lines == [f"{path}: was edited since this command inspected it; run again"]
 
 
 def prepared(cache, name, commit, texts):
