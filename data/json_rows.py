@@ -92,7 +92,13 @@ def read_rows(path: str | Path, reading: Reading) -> Generator[tuple[str, object
 def _rows_of(
     path: str | Path, handle: io.BufferedReader[HashedFile], reading: Reading
 ) -> Generator[tuple[str, object]]:
-    """Yield the rows of an open file after a check of its first bytes."""
+    """Yield the rows of an open file after a check of its first bytes.
+
+    Args:
+        path: Its path, for locations.
+        handle: The open file.
+        reading: As of `read_rows`.
+    """
     head = handle.peek(4096)[:4096]
     text = head.removeprefix(UTF8_BOM)
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -113,7 +119,14 @@ def _rows_of(
 def _line_rows(
     path: str | Path, handle: io.BufferedReader[HashedFile], offset: int, reading: Reading
 ) -> Generator[tuple[str, object]]:
-    """Yield the rows of JSONL from a byte offset on."""
+    """Yield the rows of JSONL.
+
+    Args:
+        path: The path, for locations.
+        handle: The open file.
+        offset: The bytes before it, a byte order mark.
+        reading: As of `read_rows`.
+    """
     decode, line = strict_decoder(), 0
     for line, raw in enumerate(handle, 1):
         start, offset = offset, offset + len(raw)
@@ -141,7 +154,14 @@ def _line_rows(
 def _array_rows(
     path: str | Path, handle: io.BufferedReader[HashedFile], offset: int, reading: Reading
 ) -> Generator[tuple[str, object]]:
-    """Yield the rows of a JSON array, decoded one by one for the line and index of each error."""
+    """Yield the rows of a JSON array, decoded one by one for the line and index of each error.
+
+    Args:
+        path: The path, for locations.
+        handle: The open file.
+        offset: The bytes before it, a byte order mark.
+        reading: As of `read_rows`.
+    """
     decode = strict_decoder()
     lines: list[str] = []
     text, line, location = "", 1, ""

@@ -92,8 +92,8 @@ def load(
 
     Args:
         kind: The kind of data: documents, demonstrations, rankings, prompts or evaluation_prompts.
-        path: The file; or
-        hub: the id of the data set.
+        path: The file; None for a data set on the Hub.
+        hub: The id of the data set; None for a file.
         split: The split of the data set.
         subset: The subset of the data set.
         limit: The number of records to load at most.
@@ -223,7 +223,13 @@ def read(kind: str, source: Source, limit: int | None = None, max_rows: int | No
 
 
 def source_rows(source: Source, limit: int | None, reading: Reading) -> Generator[tuple[str, object]]:
-    """Return an iterator over (location, row) of a source of any format."""
+    """Return an iterator over (location, row) of a source of any format.
+
+    Args:
+        source: Where the rows come from.
+        limit: With a limit, rows of the Hub are streamed.
+        reading: Gets error lines, and the digest if asked for.
+    """
     if source.hub is not None:
         return hub_rows(source.hub, source.split, source.subset, source.revision, limit, reading)
     assert source.path is not None

@@ -76,6 +76,12 @@ def cached_rows(hub: str, split: str, subset: str | None, commit: str) -> Any:
 
     Without a network, `datasets` itself would silently take the newest commit that it has prepared.
 
+    Args:
+        hub: The id of the data set.
+        split: The split.
+        subset: The subset; None for the default one, or the only one in the cache.
+        commit: The full commit id.
+
     Raises:
         ConnectionError: Other commits are on this machine, and the Hub does not give this one.
     """
