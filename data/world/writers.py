@@ -1,9 +1,9 @@
 """Write the texts of the embedded world: demonstrations of mixed quality, and documents.
 
 Every function takes the language and a `random.Random` and returns text; nothing here keeps state.
-The private ones share their arguments: `task` is what was asked for, `slips` throws the dice for one
-writer's errors, and documents take `rates` (how often writers go wrong) and `requests` (those that
-dialogues may use).
+The private ones share their arguments: `task` is what was asked for, `slips` throws the dice for
+one writer's errors, and documents take `rates` (how often writers go wrong) and `requests` (those
+that dialogues may use).
 """
 
 from __future__ import annotations
