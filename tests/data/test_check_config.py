@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from data.check import command as checks
-from pipeline import cli
+from pipeline import cli, commands
 from pipeline.errors import UserError
 from tests.data.test_check import experiment
 
@@ -130,7 +130,7 @@ def test_a_config_without_data_is_refused(config, tmp_path):
 def test_the_command(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     seen = []
-    monkeypatch.setattr(cli, "load", lambda arguments: (arguments.overrides, None))
+    monkeypatch.setattr(commands, "load", lambda arguments: arguments.overrides)
     monkeypatch.setattr(checks, "run_all", lambda experiment, artifacts: seen.append((experiment, artifacts)) or 2)
     assert cli.main(["data", "check", "-c", "a.yaml", "seed=1", "--artifacts", "out"]) == 2
     assert seen == [(["seed=1"], "out")]
