@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from data.encode import train_tokenizer, wrap_documents
-from data.records import DataError
+from data.documents import wrap_documents
+from data.tokenizer import train_tokenizer
 from pipeline.config.sections import local_folder
 from pipeline.errors import UserError
 from pipeline.launch import parallel
@@ -23,7 +23,8 @@ from stages.models.publish import given_model
 from stages.models.remote_code import is_remote, scalar_problem, write_scalar_head
 from stages.models.tokens import settle_tokens
 from stages.rollouts.trial import CACHE, reading_problem
-from stages.settings.base import template_file
+from stages.settings.base import BaseSettings, template_file
+from stages.settings.experiment import Experiment
 from stages.settings.training import total_steps
 from stages.shared.cards import card
 from stages.shared.inputs import split_documents
@@ -32,7 +33,7 @@ from stages.shared.show import count
 from stages.training.text import train_language_model
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[BaseSettings, Experiment]) -> dict:
     """→ model/ with tokenizer and chat template."""
     m, c = ctx.experiment.model, ctx.config
     if m.name_or_path is not None:
@@ -77,7 +78,7 @@ def run(ctx: StageRun) -> dict:
         )
         if not rows or not held:
             problem = f"data.documents: do not fill a training and a held-out row of {c.max_length} tokens"
-            raise DataError([f"{problem}; give more text, or lower base.max_length"])
+            raise UserError([f"{problem}; give more text, or lower base.max_length"])
         start = partial(
             from_scratch,
             tokenizer,

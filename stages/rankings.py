@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from data.encode import decode_response
-from data.records import DataError, Ranking, judged_pairs, prompt_key, to_json, write_jsonl
+from data.records import Ranking, judged_pairs, prompt_key, to_json, write_jsonl
 from data.streams import Stream, derive_seed, held_out
 from data.world.world import World, labelers
 from pipeline.errors import UserError
@@ -20,6 +20,8 @@ from pipeline.stage import StageRun
 from stages.evaluation.statistics import labeler_agreement
 from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.transformers import sample
+from stages.settings.experiment import Experiment
+from stages.settings.rankings import RankingsSettings
 from stages.shared.inputs import fit_prompts, read, read_placed, read_world
 from stages.shared.runtime import check_context, device_of, dtype_of, packing
 from stages.training.loop import make_accelerator, micro_batches, pause_if_asked
@@ -27,7 +29,7 @@ from stages.training.loop import make_accelerator, micro_batches, pause_if_asked
 NO_NOISE = 1e-4
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[RankingsSettings, Experiment]) -> dict:
     """→ train.jsonl, validation.jsonl."""
     if ctx.experiment.data.rankings is not None:
         rows, figures = read(ctx, "rankings"), {}
@@ -37,7 +39,7 @@ def run(ctx: StageRun) -> dict:
     for name, part in (("train", train), ("validation", valid)):
         part = [rows[i] for i in part]
         if not any(usable_pairs(r) for r in part):
-            raise DataError(
+            raise UserError(
                 [
                     f"data.rankings: the {name} split ({len(part)} rankings) has no usable pair; give more "
                     f"rankings, or change rankings.validation_fraction"

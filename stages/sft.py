@@ -5,15 +5,18 @@ loss = − mean log π(token | prompt, before)     over the tokens of completion
 
 from functools import partial
 
-from data.encode import encode_demonstrations, wrap_documents
-from data.records import DataError, prompt_key
-from data.room import quantiles
+from data.answer_lengths import quantiles
+from data.documents import wrap_documents
+from data.encode import encode_demonstrations
+from data.records import prompt_key
 from data.streams import Stream, derive_seed, held_out
 from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.stage import StageRun
 from stages.models.adapters import save_merged, trainable, with_adapter
 from stages.models.loading import load_policy, load_tokenizer
+from stages.settings.experiment import Experiment
+from stages.settings.sft import SFTSettings
 from stages.settings.training import total_steps
 from stages.shared.cards import ANSWER, card
 from stages.shared.inputs import read_placed, split_documents
@@ -24,7 +27,7 @@ from stages.training.loop import Trainee, has_settings_of_today
 from stages.training.text import train_language_model
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
     """→ model/, with the tokenizer and chat template of base; and ppo_init/ if asked for. An adapter apart is one on
     base's model."""
     m, c = ctx.experiment.model, ctx.config
@@ -48,7 +51,7 @@ def run(ctx: StageRun) -> dict:
     train, valid = held_out([prompt_key(p) for p in prompts], ctx.experiment.data.validation_fraction)
     if not valid:
         problem = f"one prompt is left within {c.max_length} tokens; at least 2 are needed, one of them to hold out"
-        raise DataError([f"data.demonstrations: {problem}"])
+        raise UserError([f"data.demonstrations: {problem}"])
     rows, held = ([encoded[i] for i in part] for part in (train, valid))
     mixed = [] if c.ppo_init is None else rows + pretraining_rows(ctx, tokenizer, rows)
     steps, more = total_steps(c, len(rows)), 0
@@ -138,7 +141,7 @@ def pretraining_rows(ctx: StageRun, tokenizer, demonstrations: list[dict]) -> li
     rows = wrap_documents(tokenizer, train, length=ctx.config.max_length)
     if not rows:
         problem = f"fewer than sft.max_length = {ctx.config.max_length} tokens of pretraining text"
-        raise DataError([f"data.documents: {problem}; give more text, or set sft.ppo_init: null"])
+        raise UserError([f"data.documents: {problem}; give more text, or set sft.ppo_init: null"])
     labels = sum(label != -100 for row in demonstrations for label in row["labels"])
     wanted = max(1, round(labels * fraction / (1 - fraction) / (ctx.config.max_length - 1)))
     order = Stream(len(rows), derive_seed(ctx.seed, "ppo_init")).take(wanted)

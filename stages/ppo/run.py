@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import room
-from data.encode import decode_response, wrap_documents
-from data.records import DataError, prompt_key
+from data import answer_lengths
+from data.documents import wrap_documents
+from data.encode import decode_response
+from data.records import prompt_key
 from data.streams import Stream, derive_seed, held_out
 from pipeline.errors import TrainingStopped, UserError
 from pipeline.launch import parallel
@@ -39,7 +40,8 @@ from stages.ppo.sampling import engine_of, start_engine
 from stages.rollouts.collect import collect, in_micro_batches, share_groups
 from stages.rollouts.rollout import Rollout
 from stages.rollouts.vllm import EngineLost
-from stages.settings.ppo import Config, named_folders, ptx_batch_size, steps_per_update
+from stages.settings.experiment import Experiment
+from stages.settings.ppo import PPOSettings, named_folders, ptx_batch_size, steps_per_update
 from stages.shared.cards import ANSWER, card
 from stages.shared.disk import say_written
 from stages.shared.inputs import fit_prompts, read_placed, split_documents
@@ -134,7 +136,7 @@ class Run:
         pause_if_asked(self.ctx, at, self.updates, lambda: None, is_sharding(self.ctx))
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[PPOSettings, Experiment]) -> dict:
     """→ model/ (policy), value_model/, and model_ema/ if asked for."""
     c = ctx.config
     drawn = drawn_before(ctx)
@@ -143,7 +145,7 @@ def run(ctx: StageRun) -> dict:
     train, held = load_prompts(ctx, roles.tokenizer)
     drawn = refuse_other_prompts(drawn, train)
     ptx_rows = load_ptx(ctx, roles.tokenizer)
-    if line := room.warning(ctx.manifests["sft"]["metrics"].get("answer_tokens", []), c.response_length):
+    if line := answer_lengths.warning(ctx.manifests["sft"]["metrics"].get("answer_tokens", []), c.response_length):
         ctx.tracker.say(f"ppo: {line}")
     run = begin(ctx, roles, updates, drawn)
     ctx.tracker.say(
@@ -421,14 +423,14 @@ def load_prompts(ctx: StageRun, tokenizer) -> tuple[list[list[int]], list[tuple]
     c = ctx.config
     records, places = read_placed(ctx, "prompts")
     if len(records) < 2:
-        raise DataError([f"data.prompts: {len(records)} prompt; PPO needs at least 2, one of them to hold out"])
+        raise UserError([f"data.prompts: {len(records)} prompt; PPO needs at least 2, one of them to hold out"])
     kept, ids, report = fit_prompts(ctx, tokenizer, (r.prompt for r in records), places)
     ctx.tracker.say(f"ppo: {report.line('prompts')}")
     train, held = held_out(
         [prompt_key(records[i].prompt) for i in kept], 0.0, least=max(1, min(c.eval_prompts, len(ids) // 5))
     )
     if not held:
-        raise DataError(
+        raise UserError(
             [
                 f"data.prompts: one prompt is left within {c.max_length - c.response_length} tokens; PPO needs at "
                 f"least 2, one of them to hold out"
@@ -445,7 +447,7 @@ def load_ptx(ctx: StageRun, tokenizer) -> list[list[int]] | None:
     train, _ = split_documents(ctx)
     rows = wrap_documents(tokenizer, train, length=c.ptx_length)
     if not rows:
-        raise DataError(
+        raise UserError(
             [
                 f"data.documents: fewer than ppo.ptx_length = {c.ptx_length} tokens of pretraining text; "
                 f"lower it, give more text, or set ppo.ptx_coef: 0"
@@ -585,7 +587,7 @@ def stop_at(ctx: StageRun, run: Run, step: int) -> None:
         )
 
 
-def kept_together(c: Config) -> int:
+def kept_together(c: PPOSettings) -> int:
     """How many samples of a prompt stay in one minibatch: all, if whole prompts fill it, else each is on its own."""
     return c.samples_per_prompt if c.mini_batch_size % c.samples_per_prompt == 0 else 1
 

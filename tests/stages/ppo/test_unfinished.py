@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data.encode import encode_prompt, train_tokenizer
+from data.encode import encode_prompt
 from data.groups import PromptGroup, batch_groups
 from data.records import Ranking, judged_pairs, write_jsonl
+from data.tokenizer import train_tokenizer
 from data.world.world import World
 from stages import dpo, rankings
 from stages.models.forward import response_logprobs, response_scores
@@ -110,7 +111,7 @@ def test_rankings_of_samples_say_which_were_cut_off(monkeypatch):
     finished = [[True, False, False, i % 2 == 0] for i in range(len(prompts))]
     monkeypatch.setattr(rankings, "sample_responses", lambda ctx: (prompts, texts, finished))
     monkeypatch.setattr(rankings, "read_world", lambda ctx: json.loads(json.dumps(world.to_json())))
-    config = rankings_settings.Config(labelers_per_prompt=5, agreement=0.6)
+    config = rankings_settings.RankingsSettings(labelers_per_prompt=5, agreement=0.6)
     experiment = SimpleNamespace(data=SimpleNamespace(rankings=None))
     tracker = SimpleNamespace(say=lambda text: None)
     ctx = SimpleNamespace(config=config, seed=0, tracker=tracker, experiment=experiment)
