@@ -40,6 +40,7 @@ STYLE = {
     "ytick.color": COLOURS["line"],
     "ytick.labelcolor": COLOURS["soft"],
     "ytick.major.size": 0,
+    "ytick.major.pad": 7,
     "xtick.minor.size": 0,
     "ytick.minor.size": 0,
     "legend.frameon": False,
@@ -244,8 +245,7 @@ def draw_mark(axes: "Axes", mark: Mark) -> None:
     elif isinstance(mark, Dots):
         draw_dots(axes, mark)
     elif isinstance(mark, Cloud):
-        xs, ys = columns_of(known_points(mark.points))
-        axes.plot(xs, ys, "o", color=colour(mark.tone), markersize=3.6, markeredgewidth=0, alpha=0.3)
+        draw_cloud(axes, mark)
     elif isinstance(mark, Spans):
         xs, lows, highs = (list(column) for column in zip(*mark.spans, strict=True))
         axes.vlines(xs, lows, highs, color=colour(mark.tone), linewidth=2.5, alpha=0.65)
@@ -267,6 +267,17 @@ def draw_dots(axes: "Axes", dots: Dots) -> None:
     tips = [tip for tip, (x, y) in zip(dots.tips, dots.points, strict=False) if x is not None and y is not None]
     tips = tips or [f"{y:.4g} at {x:.4g}" for x, y in points]
     line.set_gid(TIPS + TIPS.join(tips))
+
+
+def draw_cloud(axes: "Axes", cloud: Cloud) -> None:
+    """Draw small dots as one path of very short lines, a tenth of the size of as many markers."""
+    length = 1e-4 * (axes.get_xlim()[1] - axes.get_xlim()[0])  # of no length, they would not be drawn
+    xs, ys = [], []
+    for x, y in known_points(cloud.points):
+        xs += [x, x + length, math.nan]
+        ys += [y, y, math.nan]
+    (line,) = axes.plot(xs, ys, color=colour(cloud.tone), linewidth=3.6, alpha=0.3)
+    line.get_path().should_simplify = False
 
 
 def draw_level(axes: "Axes", level: Level) -> None:
