@@ -302,7 +302,7 @@ def find_leaked(ctx: StageRun, prompts, world: World | None) -> list[bool]:
         documents = (
             load_records("documents", ctx.source("documents")) if ctx.experiment.data.documents is not None else []
         )
-        asked = world.asked(own, [document.text for document in documents])
+        asked = world.tasks_in(own, [document.text for document in documents])
         copies = near_copies(prompts, [prompt for prompt in everything if not world.knows(prompt)])
         known = [world.task(p) in asked or copied for p, copied in zip(prompts, copies, strict=True)]
         ctx.tracker.say(

@@ -826,8 +826,8 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "tasks that the corpus asks are unknown",
-        "world.asked(own, [document.text for document in documents])",
-        "world.asked(own, [])",
+        "world.tasks_in(own, [document.text for document in documents])",
+        "world.tasks_in(own, [])",
     ),
     Mutant(
         "evaluate",

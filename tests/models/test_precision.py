@@ -1,4 +1,4 @@
-"""Frozen weights in the dtype of autocast: half the memory, and every number as it was."""
+"""Test frozen weights in the dtype of autocast: half the memory, and the same numbers."""
 
 import copy
 
@@ -25,7 +25,7 @@ def shake(model):
 
 
 def pair(model):
-    """(the model, a copy with frozen weights cast), both tried out before."""
+    """Return a model and a copy with frozen weights cast; both were tried out before."""
     can_pack(model, 64), head_is_linear(model)
     other = copy.deepcopy(model)
     cast_frozen(other, HALF)
@@ -35,7 +35,7 @@ def pair(model):
 @pytest.mark.parametrize("method", ["lora", "ia3", "dora"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_adapted_policy_trains_the_same(method, tied, causal, kind, rows):
-    """Loss, gradients and samples, to the last bit."""
+    """Loss, gradients and samples are equal, bit for bit."""
     model = with_adapter(causal(kind, tie_word_embeddings=tied), AdapterSettings(method=method, r=2))
     shake(model)
     found = []
@@ -80,7 +80,7 @@ def test_frozen_scorers_score_the_same(scalar, kind, rows):
 
 @pytest.mark.parametrize("method", ["lora", "ia3", "bitfit"])
 def test_publication_has_the_weights_that_were_loaded(method, causal, rows):
-    """Merged as if nothing had been cast."""
+    """The merged weights are as if nothing had been cast."""
     load = lambda: causal("qwen2", seed=3)  # noqa: E731  (its queries, keys and values have biases)
     model = with_adapter(load(), AdapterSettings(method=method, r=2))
     shake(model)

@@ -1,4 +1,4 @@
-"""PPO's four models as they come from their folders: who trains, who does not, and at what memory."""
+"""Test PPO's four models as loaded from their folders: who trains, and what memory they share."""
 
 import importlib.util
 import shutil
@@ -33,7 +33,9 @@ ON_A_TRUNK = [LORA, ADALORA, *(pytest.param(peft, marks=NOT_HERE) for peft in QL
 
 @pytest.fixture
 def context(tmp_path, causal, scalar, tokenizer):
-    """context(peft, gradient_checkpointing) → what load_roles needs of a StageRun, with artifacts on disk."""
+    """Return context(peft, gradient_checkpointing): what the stage reads of a StageRun, with
+    artifacts.
+    """
     save_model(causal("llama", vocab_size=len(tokenizer)), tokenizer, tmp_path / "sft" / "model", card="")
     save_model(scalar("llama", seed=1, vocab_size=len(tokenizer)), tokenizer, tmp_path / "rm" / "model", card="")
 
@@ -78,7 +80,7 @@ def test_policy_and_value_model_train_the_others_do_not(context):
 
 
 def test_they_start_as_sft_and_reward_model(context, rows):
-    """Policy = reference, value model = reward model, each a copy of its own."""
+    """Policy = reference and value model = reward model, each with weights of its own."""
     roles = load(context())
     for one, other in ((roles.policy, roles.ref_policy), (roles.value_model, roles.reward_model)):
         for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
@@ -97,7 +99,9 @@ def test_with_adapters_the_reference_costs_no_model(context, rows):
 
 @pytest.fixture(params=ON_A_TRUNK, ids=["lora", "adalora", "qlora 4", "qlora 8"])
 def adapted(request, context, tmp_path, tokenizer):
-    """adapted() → as `context`, the reward model trained with an adapter on the SFT policy's trunk; its `peft`: how."""
+    """Return adapted(), like `context`, with a reward model trained as an adapter on SFT's
+    trunk.
+    """
     settings = {k: v for k, v in vars(request.param).items() if k != "lora_dropout"}
     shutil.rmtree(tmp_path / "rm")
     model = with_adapter(
@@ -118,21 +122,21 @@ def adapted(request, context, tmp_path, tokenizer):
 
 
 def accumulate(ctx, roles, rows, ragged, old):
-    """The gradients of an update of PPO, behind log-probs `old`."""
+    """Accumulate the gradients of an update, given log-probs `old`."""
     zeros, ones = torch.zeros(rows.responses.shape), torch.ones(rows.responses.shape)
     rollout = Rollout(*ragged, [0, 1, 2, 3], rows.response_mask, old, old, zeros, zeros, zeros[:, 0], zeros[:, 0])
     ppo_gradients(roles, Batch(rollout, ones, ones), list(range(4)), update_options(ctx.config, ctx.seed))
 
 
 def step(ctx, roles, rows, ragged):
-    """The gradients of an update of PPO, and what policy and reward model say before it."""
+    """Return the gradients of an update, and the log-probs and scores before it."""
     old, scores = response_logprobs(roles.policy, rows).detach(), response_scores(roles.reward_model, rows)
     accumulate(ctx, roles, rows, ragged, old)
     return [old, scores, *(p.grad for m in (roles.policy, roles.value_model) for p in trainable(m).values())]
 
 
 def test_four_roles_stand_on_one_trunk(adapted, rows, ragged, monkeypatch):
-    """In memory once, and the same numbers as four models of their own."""
+    """It is in memory once, and the numbers are those of four separate models."""
     ctx, found, sizes = adapted(), [], []
     for shares in (True, False):
         if not shares:
@@ -159,7 +163,7 @@ def test_an_adapted_reward_model_scores_as_its_merged_weights(adapted, rows, tmp
 
 
 def test_publishing_one_role_leaves_the_others_alone(adapted, rows, tokenizer, tmp_path):
-    """Merging writes into no trunk that others stand on; the published folder is what the adapted policy was."""
+    """Merging changes no shared trunk; the published folder is the adapted policy."""
     roles = load(adapted())
     with torch.no_grad():
         for p in trainable(roles.policy).values():
@@ -179,7 +183,7 @@ def test_publishing_one_role_leaves_the_others_alone(adapted, rows, tokenizer, t
 
 
 def test_another_reward_model_keeps_a_trunk_of_its_own(adapted, tmp_path):
-    """What its adapter was trained on is not known here."""
+    """The model that its adapter was trained on is not known here."""
     ctx = adapted()
     ctx.experiment.ppo = ctx.config = ctx.config.model_copy(update={"reward_model": str(tmp_path / "rm" / "model")})
     roles = load(ctx)
@@ -195,8 +199,7 @@ def test_a_reward_model_of_another_tokenizer_is_refused(context, tmp_path):
 
 @pytest.mark.parametrize("peft", [None, LORA])
 def test_gradient_checkpointing_recomputes_layers_and_changes_no_gradient(context, rows, ragged, peft):
-    """Each layer runs once in forward and once more in backward; a knob that does nothing would run it
-    once."""
+    """Each layer runs once forward and once more in the backward pass."""
     found = {}
     for asked in (False, True):
         ctx = context(peft, asked)
@@ -214,8 +217,9 @@ def test_gradient_checkpointing_recomputes_layers_and_changes_no_gradient(contex
 
 
 def test_gradient_checkpointing_does_not_disturb_sampling(context):
-    """Checkpointing and the key-value cache exclude each other in transformers; the sampler needs its
-    cache."""
+    """transformers excludes checkpointing and cache at the same time; the sampler needs its
+    cache.
+    """
     drawn = [
         sample(load(context(None, asked)).policy, [[5, 9], [7]], [1, 2], response_length=6, eos_id=1, pad_id=0)
         for asked in (False, True)

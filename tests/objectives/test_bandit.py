@@ -15,20 +15,16 @@ from stages.ppo.run import advantage, reward
 from stages.ppo.update import Learners, Rates, update
 from stages.settings import ppo as ppo_settings
 from stages.training.trainee import Average, Skips, make_trainee
+from tests.builders import EOS, PAD, build, tiny_config
 from tests.ppo_sampler import sampler_of
 
-PAD, EOS = 0, 1
 PROMPT = [2, 3]
 UPDATES = 120
 
 
 def llama(auto, seed, **options):
-    from transformers import LlamaConfig
-
-    torch.manual_seed(seed)
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-    ids = {"vocab_size": 4, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None, "use_cache": False}
-    return auto.from_config(LlamaConfig(**shape, **ids, initializer_range=0.3, **options)).float().eval()
+    """Return a random Llama of one layer and four ids in eval mode."""
+    return build(auto, seed, tiny_config(vocab_size=4, num_hidden_layers=1, **options))
 
 
 def probabilities(model):

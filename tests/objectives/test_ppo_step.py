@@ -29,9 +29,10 @@ from stages.rollouts.engine import EngineLost, Sampled
 from stages.settings import ppo as ppo_settings
 from stages.settings.rollout import RolloutSettings
 from stages.training.trainee import Average, Skips, make_trainee
+from tests.builders import EOS, PAD, build, tiny_config
 from tests.ppo_sampler import SEED, sampler_of
 
-PAD, EOS, VOCAB = 0, 1, 24
+VOCAB = 24
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 19, 12, 6], [11, 4]]
 ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext, backward=lambda loss: loss.backward())
 CLOSE = {"rtol": 2e-3, "atol": 2e-6}  # fp32 models: log-probs are taken in fp32
@@ -72,28 +73,8 @@ def run_preflight(roles, step=0) -> bool:
 
 
 def llama(auto, seed, **options):
-    from transformers import LlamaConfig
-
-    torch.manual_seed(seed)
-    return (
-        auto.from_config(
-            LlamaConfig(
-                vocab_size=VOCAB,
-                hidden_size=16,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                intermediate_size=24,
-                max_position_embeddings=64,
-                pad_token_id=PAD,
-                eos_token_id=EOS,
-                bos_token_id=None,
-                initializer_range=0.2,
-                **options,
-            )
-        )
-        .float()
-        .eval()
-    )
+    """Return a random Llama of VOCAB ids in eval mode."""
+    return build(auto, seed, tiny_config(vocab_size=VOCAB, initializer_range=0.2, **options))
 
 
 @pytest.fixture(params=["packed", "padded"])
