@@ -28,7 +28,7 @@ from pipeline.errors import UserError  # noqa: E402
 from pipeline.stage import StopFlag  # noqa: E402
 from pipeline.store.artifacts import ArtifactStore  # noqa: E402
 from pipeline.tracking import duration  # noqa: E402
-from stages.page.words import fixed  # noqa: E402
+from stages.page.numbers import fixed  # noqa: E402
 
 SEEDS = (3, 4, 5, 6, 7)
 """Settings were chosen on seeds 0 to 2."""

@@ -105,7 +105,7 @@ class TestBase:
         tokenizer.chat_template = CHATML.replace("<|im_end|>", "<b>")
         model = str(saved(tmp_path / "model", tokenizer, rows))
         code, said = run(name_or_path=model, peft={"method": "ia3"})
-        assert code == 2 and "error: model.peft.method: ia3 would leave the rows of <a>, <b> random" in said
+        assert code == 2 and "error: model.peft.method: ia3 cannot train the new rows of <a>, <b>" in said
         code, said = run(name_or_path=model, peft={"method": "lora"})
         assert code == 0 and "base: the model had no row for <a>, <b>: 2 rows added, with random weights" in said
         manifest = json.loads((tmp_path / "artifacts/mine/base/manifest.json").read_text())
@@ -224,7 +224,7 @@ class TestLongRope:
         for length, times in ((17, 1), (16, 0)):
             settings = (f"{stage}.max_length={length}", f"{stage}.on_too_long=drop", *short)
             said = chain.run(stage, tmp_path / str(length), *settings, inputs=inputs).said
-            assert said.count(f"{stage}: a row of more than 16 tokens changes the numbers of shorter rows ") == times
+            assert said.count(f"{stage}: a row of more than 16 tokens changes the results of shorter rows ") == times
             assert said.count(f"and {stage}.max_length is 17; set {stage}.max_length: 16") == times
 
     def test_ppo_says_what_helps_and_it_does(self, chain, stretched, tmp_path):
