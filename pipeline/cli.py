@@ -118,7 +118,7 @@ def explain(error: Exception, caller: hints.Caller | None = None) -> int:
 
         what = f"another process of this run is gone, or took longer than launch.timeout ({error})"
         print(f"error: {what}; run again to go on", file=sys.stderr)
-        return 1 if processes.place_in_environment()[0] == 0 else processes.LOST_ANOTHER
+        return 1 if processes.rank_and_size_from_environment()[0] == 0 else processes.EXIT_PEER_LOST
     if isinstance(error, BrokenPipeError):  # `rlhf status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -145,7 +145,7 @@ def explain(error: Exception, caller: hints.Caller | None = None) -> int:
 def disk_trouble(error: Exception) -> str | None:
     """A line for what a disk can refuse; None for any other error."""
     number = error.errno if isinstance(error, OSError) else None
-    if number not in files.DISK:
+    if number not in files.DISK_ERRORS:
         return None
     path = Path(getattr(error, "filename", None) or ".")
     line = f"{path}: {os.strerror(number)}"
@@ -173,9 +173,9 @@ def signal_handlers(stop: StopFlag) -> Iterator[None]:
     """SIGTERM, SIGINT and SIGUSR1 ask for a stop at the next step; a second SIGTERM or SIGINT kills at once (one after
     SIGUSR1 is the first: a queue that warned ends the job with it, and a save may be under way)."""
 
-    from pipeline.launch.processes import place_in_environment
+    from pipeline.launch.processes import rank_and_size_from_environment
 
-    first, ended = place_in_environment()[0] == 0, []
+    first, ended = rank_and_size_from_environment()[0] == 0, []
 
     def ask(number: int, frame: Any) -> None:
         if not first:
@@ -363,14 +363,14 @@ def run_command(arguments: argparse.Namespace) -> int:
         from pipeline import plan, running
         from pipeline.config import validation as config
         from pipeline.launch import environment as launch
-        from pipeline.launch import processes
+        from pipeline.launch import launcher, processes
         from pipeline.store.remote import Remote
 
         tree = config.read_tree(arguments.config, arguments.overrides)
-        if (count := processes.wanted(tree.values)) > 1:
-            return processes.start(arguments.words, count)
+        if (count := launcher.processes_to_start(tree.values)) > 1:
+            return launcher.start(arguments.words, count)
         met = threading.Event()
-        processes.watch_launcher(stop, met)
+        launcher.watch_launcher(stop, met)
         experiment, stages = load(arguments, tree=tree)
         launch.prepare(experiment)
         store, console = open_store(arguments, experiment, stages), make_console(caller_of(arguments))
@@ -380,15 +380,15 @@ def run_command(arguments: argparse.Namespace) -> int:
         met.set()
         if peers is not None and peers.rank > 0:
             well = running.follow(peers, experiment, store, stages, flags)
-            processes.leave(peers, patience, well)
+            processes.disconnect(peers, patience, well)
             return 0 if well else 1
         try:
             remote = None if arguments.remote is None else Remote(arguments.remote, store)
             plan.bring_up_to_date(arguments.stage, experiment, store, stages, flags, stop, console, peers, remote)
         except BaseException:
-            processes.leave(peers, 1.0, well=False)
+            processes.disconnect(peers, 1.0, succeeded=False)
             raise
-        processes.leave(peers, patience)
+        processes.disconnect(peers, patience)
         if hasattr(stages[arguments.stage], "show"):
             stages[arguments.stage].show(store.folder(arguments.stage), console)
     return 0
@@ -538,8 +538,8 @@ def clean_command(arguments: argparse.Namespace) -> int:
     """Removes artifacts/NAME and nothing else, if a person at the terminal or --yes says so; refuses where a process
     works there, or something else lies there."""
     from pipeline.config import validation as config
-    from pipeline.origin import ask, at_terminal
     from pipeline.store.artifacts import ArtifactStore
+    from pipeline.terminal import ask, at_terminal
 
     tree = config.read_tree(arguments.config, arguments.overrides)
     store = ArtifactStore(arguments.artifacts, config.read_name(tree))
@@ -638,9 +638,9 @@ COMMANDS = {
 def entry() -> NoReturn:
     """`rlhf`, and `python -m pipeline.cli`: `main`, and the end of the process."""
     code = main()
-    from pipeline.launch.processes import end_this_one
+    from pipeline.launch.processes import exit_process
 
-    end_this_one(code)
+    exit_process(code)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,18 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.changes import Change, compare
 from pipeline.errors import Interrupted, UserError
-from pipeline.fingerprints import Change, Today, all_needs, compare, describe_today, lacking
+from pipeline.fingerprints import Today, all_needs, describe_today, lacking
 from pipeline.launch.processes import Peers
-from pipeline.origin import ask, at_terminal, forgotten, lines_of_forgotten, lines_of_others
+from pipeline.origin import forgotten, lines_of_forgotten, lines_of_others
 from pipeline.running import Flags, Job, is_dropped, refusals, run_stage
 from pipeline.stage import StopFlag
 from pipeline.store.artifacts import ArtifactStore
 from pipeline.store.digests import Digests
 from pipeline.store.hub import Hub
 from pipeline.store.remote import Remote
+from pipeline.terminal import ask, at_terminal
 from pipeline.tracking import Dashboard
 
 
@@ -109,7 +111,7 @@ class Chain:
     def assess(self, name: str) -> StageState:
         """The state of one stage, given the states of those it needs."""
         store, today = self.store, self.today(name)
-        store.settle(name)
+        store.recover_if_idle(name)
         waiting = [
             f"{need} is {self.states[need].kind}" for need in self.needs(name) if self.states[need].kind != "done"
         ]

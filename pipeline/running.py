@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from pipeline.changes import Change
 from pipeline.errors import UserError
-from pipeline.fingerprints import Change, Today, all_needs, folders, hub_model, sources
+from pipeline.fingerprints import Today, all_needs, folders, hub_model, sources
 from pipeline.launch import environment as launch
-from pipeline.launch.processes import Peers, relying_on
+from pipeline.launch import hardware
+from pipeline.launch.processes import Peers, detect_lost_peers
 from pipeline.stage import Source, StageRun, StopFlag
 from pipeline.store import checkpoints, files
 from pipeline.store.artifacts import ArtifactStore, now
 from pipeline.store.cache import Cache
 from pipeline.store.digests import Digests
-from pipeline.tracking import Dashboard, Tracker, duration, figure, plain
+from pipeline.tracking import Dashboard, Tracker, format_duration, format_number, json_value
 
 if TYPE_CHECKING:
     from pipeline.plan import StageState
@@ -94,10 +96,10 @@ def run_stage(job: Job) -> dict[str, Any]:
     if job.peers is not None and getattr(job.module, "SHARED", False):
         checkpoint = context.checkpoints.newest()
         made_of = {"inputs": run["inputs"], "config": run["config"]}
-        job.peers.tell({"stage": job.name, "at": None if checkpoint is None else checkpoint.step, "made_of": made_of})
+        job.peers.send({"stage": job.name, "at": None if checkpoint is None else checkpoint.step, "made_of": made_of})
     try:
-        with files.naming(context.publish), relying_on(job.peers):
-            metrics = plain(job.module.run(context))
+        with files.name_in_errors(context.publish), detect_lost_peers(job.peers):
+            metrics = json_value(job.module.run(context))
         if lines := remade(job, context) + edited(job, run, context):
             raise UserError(lines)
         finished = True
@@ -109,7 +111,7 @@ def run_stage(job: Job) -> dict[str, Any]:
                 job.store.drop_run(job.name)  # nothing to go on from: the stage is what it was before
     context.checkpoints.prune()
     manifest = job.store.publish(job.name, context.publish, record(job, run, metrics, context.tracker.tracker_run_id))
-    done = " · ".join([f"done in {duration(time.monotonic() - started)}", *headline(job.module, metrics)])
+    done = " · ".join([f"done in {format_duration(time.monotonic() - started)}", *headline(job.module, metrics)])
     job.say(f"{done} → {job.store.folder(job.name)}")
     return manifest
 
@@ -151,7 +153,7 @@ def has_checkpoints(context: StageRun) -> bool:
 
 def headline(module: Any, metrics: dict[str, Any]) -> list[str]:
     """The figures that a stage puts first, as far as it has them: "kl 3.2"."""
-    return [f"{key} {figure(metrics[key])}" for key in module.HEADLINE if metrics.get(key) is not None]
+    return [f"{key} {format_number(metrics[key])}" for key in module.HEADLINE if metrics.get(key) is not None]
 
 
 # -- begin or go on --------------------------------------------------------------------------------------
@@ -307,7 +309,7 @@ def checkpoints_of(experiment: Any, work: Path, **options: Any) -> checkpoints.C
     """The checkpoints of a run that works in that folder. Where `checkpoints.every` is null: every 50 steps, and fewer
     where that would take too much of the time."""
     every, keep = experiment.checkpoints.every, experiment.checkpoints.keep
-    rhythm = {"every": 50, "most": 0.035} if every is None else {"every": every}
+    rhythm = {"every": 50, "max_share": 0.035} if every is None else {"every": every}
     return checkpoints.CheckpointStore(work / "checkpoints", **rhythm, keep=keep, **options)
 
 
@@ -347,7 +349,7 @@ def what_it_reads(
 def follow(peers: Peers, experiment: Any, store: ArtifactStore, stages: dict[str, Any], flags: Flags) -> bool:
     """What a process does that is not the first: its share of each stage that the first one names, until that one is
     done; → whether all went well. What it publishes goes to a folder of its own and away when the stage ends."""
-    while "end" not in (message := peers.hear()):
+    while "end" not in (message := peers.receive()):
         name = message["stage"]
         module = stages[name]
         manifests = {need: store.manifest(need) for need in all_needs(module, experiment)}  # verified by the first
@@ -355,7 +357,9 @@ def follow(peers: Peers, experiment: Any, store: ArtifactStore, stages: dict[str
         files.remove(folder)
         folder.mkdir()
         try:
-            saved = checkpoints_of(experiment, store.work_folder(name), run_id="", writes=False, at=message["at"])
+            saved = checkpoints_of(
+                experiment, store.work_folder(name), run_id="", writes=False, resume_step=message["at"]
+            )
             set_seeds(experiment.seed, name)
             context = StageRun(
                 publish=folder,
@@ -366,7 +370,7 @@ def follow(peers: Peers, experiment: Any, store: ArtifactStore, stages: dict[str
                 trust_remote_code=flags.trust_remote_code,
                 **what_it_reads(name, module, experiment, store, manifests, message["made_of"]),
             )
-            with relying_on(peers):
+            with detect_lost_peers(peers):
                 module.run(context)
         finally:
             files.remove(folder)
@@ -404,7 +408,7 @@ def record(job: Job, run: dict[str, Any], metrics: dict[str, Any], tracker_run_i
         "threads": run["threads"],
         "device": run.get("device"),
         "strategy": run.get("strategy"),
-        "hardware": launch.hardware(),
+        "hardware": hardware.describe_hardware(),
         "command": job.flags.command or None,
         "started_at": run["started_at"],
         "finished_at": now(),

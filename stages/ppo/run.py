@@ -23,7 +23,7 @@ from data.streams import Stream, derive_seed, held_out
 from pipeline.errors import TrainingStopped, UserError
 from pipeline.launch import parallel
 from pipeline.stage import StageRun
-from pipeline.store import files
+from pipeline.store import integrity
 from stages.models.adapters import is_adapted, plain, save_merged, trainable
 from stages.models.families import is_own_head
 from stages.models.forward import response_logprobs, response_values, score_all, text_logprobs
@@ -297,7 +297,7 @@ def updates_in_all(ctx: StageRun, drawn: Drawn) -> int:
 def refuse_other_prompts(drawn: Drawn, train: list[list[int]]) -> Drawn:
     """Return `drawn` with the digest of the prompts to draw from. UserError if the run drew from others before: their
     order is another, and some would come again."""
-    digest = files.sha256_json(train)
+    digest = integrity.sha256_json(train)
     if drawn.prompts_digest not in (None, digest):
         raise UserError(
             "ppo: the prompts that are left within the limits are not those that the interrupted run draws from; set "

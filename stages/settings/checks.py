@@ -8,7 +8,7 @@ from data import sources
 from data.records import DataError
 from pipeline.config.sections import local_folder
 from pipeline.fingerprints import source_of
-from pipeline.launch.processes import place_in_environment
+from pipeline.launch.processes import rank_and_size_from_environment
 from stages.settings.training import batch_of_each
 
 
@@ -101,7 +101,7 @@ def reward_models(experiment) -> list[str]:
 def uneven(experiment, stage: str) -> list[str]:
     """A line if `launch.processes` cannot share the batch of a stage that trains on text."""
     c = getattr(experiment, stage)
-    processes = max(experiment.launch.processes * experiment.launch.nodes, place_in_environment()[1])
+    processes = max(experiment.launch.processes * experiment.launch.nodes, rank_and_size_from_environment()[1])
     try:
         batch_of_each(c.per_device_train_batch_size, c.gradient_accumulation_steps, processes)
     except ValueError:

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from pipeline.config.sections import is_hub_id
 from pipeline.stage import StageRun
-from pipeline.store.files import is_inside
+from pipeline.store.integrity import is_inside
 
 ANSWER = """\
 
@@ -147,7 +147,7 @@ def upstream(ctx: StageRun) -> dict[str, dict[str, Any]]:
     """Return the manifests of all stages that this one stands on, as far as they lie beside its inputs: {stage:
     manifest}, the nearest first."""
     from pipeline.errors import UserError
-    from pipeline.store import files
+    from pipeline.store import integrity
 
     found, waiting = {}, [(name, manifest, ctx.inputs[name]) for name, manifest in ctx.manifests.items()]
     while waiting:
@@ -160,7 +160,7 @@ def upstream(ctx: StageRun) -> dict[str, dict[str, Any]]:
             if ":" in need or not is_inside(need) or not path.is_file():
                 continue
             try:
-                further = files.read_sealed(path)
+                further = integrity.read_sealed(path)
             except UserError:
                 continue
             if further.get("digest") == digest:

@@ -98,7 +98,7 @@ def say_written(ctx: StageRun, published: Sequence, trained: Sequence, steps: in
     line = f"writes {human_bytes(found.models)} of weights"
     if found.kept:
         line += f" and keeps {found.kept} checkpoint{'s' * (found.kept > 1)} of {human_bytes(found.checkpoint)}"
-        line += f": {human_bytes(found.in_all)} in all" + ", at most" * (store.most is not None)
+        line += f": {human_bytes(found.in_all)} in all" + ", at most" * (store.max_share is not None)
     room = free_bytes(ctx.publish)
     short = "" if room > found.in_all + found.checkpoint else "; make room, or lower checkpoints.keep"
     ctx.tracker.say(f"{ctx.stage}: {line}; {human_bytes(room)} are free{short}")

@@ -255,7 +255,7 @@ def save_checkpoint(
 ) -> None:
     """Weights that train and optimizers as safetensors, the rest as JSON; one step, atomically; whole, whoever holds
     which part of them. carried: further groups of tensors."""
-    from pipeline.store.checkpoints import optimizer_tensors
+    from pipeline.store.optimizer_state import optimizer_tensors
 
     tensors = dict(carried or {})
     if average is not None and average.tensors:
@@ -282,7 +282,7 @@ def load_checkpoint(
 ):
     """Restore from the newest valid checkpoint; → (step, state), (0, {}) where there is none. first: steps that other
     trainings of the stage took before this one."""
-    from pipeline.store.checkpoints import load_optimizer
+    from pipeline.store.optimizer_state import load_optimizer
 
     found = ctx.checkpoints.newest()
     if found is None or found.step <= first:

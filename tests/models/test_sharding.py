@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from data.groups import make_rows
 from pipeline.errors import UserError
 from pipeline.launch.parallel import is_rank_zero, padded_micro_batches, rank_and_world_size
-from pipeline.launch.processes import places
+from pipeline.launch.launcher import process_environments
 from stages.models.adapters import adapter_off, is_adapted, load_on_trunk, plain, save_merged, with_adapter
 from stages.models.ensemble import members
 from stages.models.forward import head_is_linear, response_logprobs, response_scores, response_values, text_logprobs
@@ -54,7 +54,7 @@ def together(check, *args):
     """check(*args) in two processes; its assertions are this test's."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers", "peft"])
-    children = [context.Process(target=_run, args=(check, args, place)) for place in places(2)]
+    children = [context.Process(target=_run, args=(check, args, place)) for place in process_environments(2)]
     for child in children:
         child.start()
     for child in children:
@@ -165,7 +165,7 @@ def check_steps():
         torch.testing.assert_close(q.full_tensor(), p, atol=1e-5, rtol=1e-4, msg=name)
 
     # what is saved is whole, in the first process, and goes back into parts
-    from pipeline.store.checkpoints import load_optimizer, optimizer_tensors
+    from pipeline.store.optimizer_state import load_optimizer, optimizer_tensors
 
     weights = full(trainees[1].tensors())
     tensors, rest = optimizer_tensors(trainees[1].optimizer)

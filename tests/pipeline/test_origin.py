@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline import origin
+from pipeline import terminal
 from pipeline.errors import Interrupted
 from pipeline.origin import Origin, lines_of_others
 from pipeline.stage import StopFlag
@@ -116,13 +116,13 @@ def test_a_person_at_a_terminal_is_asked(monkeypatch, capsys, typed, answer):
     with os.fdopen(follower) as terminal:
         monkeypatch.setattr(sys, "stdin", terminal)
         os.write(leader, f"{typed}\n".encode())
-        assert origin.ask("Replace them?", StopFlag()) is answer
+        assert terminal.ask("Replace them?", StopFlag()) is answer
     os.close(leader)
     assert "Replace them? [y/N] " in capsys.readouterr().out
 
 
 def test_a_signal_ends_the_question_and_without_a_terminal_there_is_none(monkeypatch):
-    assert origin.ask("Replace them?", StopFlag()) is False
+    assert terminal.ask("Replace them?", StopFlag()) is False
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: True, write=lambda _: None, flush=lambda: None))
     leader, follower = pty.openpty()
     stop = StopFlag()
@@ -130,7 +130,7 @@ def test_a_signal_ends_the_question_and_without_a_terminal_there_is_none(monkeyp
         monkeypatch.setattr(sys, "stdin", terminal)
         threading.Timer(0.1, lambda: setattr(stop, "requested", True)).start()
         with pytest.raises(Interrupted):
-            origin.ask("Replace them?", stop)
+            terminal.ask("Replace them?", stop)
     os.close(leader)
 
 
@@ -138,7 +138,7 @@ def forgotten_line(made, words, file, target="page"):
     run = f"`rlhf run {target} -c small.yaml"
     return (
         f"error: artifacts/small: last made with settings on the command line that this one leaves out ({made}); "
-        f"{run} {words}` keeps what is there, {run} {file}` trains it anew with the file's\n"
+        f"{run} {words}` keeps what is there, {run} {file}` trains again with the file's\n"
     )
 
 
@@ -195,7 +195,7 @@ def test_status_says_what_the_command_line_was(rlhf):  # noqa: F811
 
 
 def test_whole_sections_and_data_are_settings_of_the_command_line_too(tmp_path):
-    from pipeline.fingerprints import Change
+    from pipeline.changes import Change
     from pipeline.origin import forgotten, lines_of_forgotten
 
     record = {"config": {"command_line": ["model.peft={method: lora}", "data.prompts=my.jsonl"]}}
@@ -205,7 +205,7 @@ def test_whole_sections_and_data_are_settings_of_the_command_line_too(tmp_path):
     assert forgotten(record, [*changes, Change("sft artifact changed", False)], []) == []
     (line,) = lines_of_forgotten("ppo", tmp_path, {"sft": (record["config"]["command_line"], changes)})
     assert "-c CONFIG 'model.peft={method: lora}' data.prompts=my.jsonl` keeps" in line
-    assert "`rlhf run ppo -c CONFIG --override-config` trains it anew" in line
+    assert "`rlhf run ppo -c CONFIG --override-config` trains again" in line
     assert forgotten({"config": {}}, changes, []) == []  # an older version's
 
 

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from pipeline import tracking
-from pipeline.tracking import Tracker, figure, plain
+from pipeline.tracking import Tracker, format_number, json_value
 
 
 def rows(path):
@@ -52,10 +52,19 @@ def test_rewind_drops_later_rows_and_a_torn_line(tmp_path):
     Tracker(tmp_path / "new", "ppo").rewind(3)  # nothing there: nothing to do
 
 
-def test_plain():
-    assert plain({1: (numpy.float32(0.5), True, None, "x")}) == {"1": [0.5, True, None, "x"]}
-    assert figure(0.123456) == "0.123" and figure(12345.6) == "1.23e+04" and figure(1e-5) == "1.00e-05"
-    assert figure(1500.4) == "1500" and figure(3) == "3" and figure(float("nan")) == "NaN" and figure(0.0) == "0"
+def test_values_and_numbers():
+    assert json_value({1: (numpy.float32(0.5), True, None, "x")}) == {"1": [0.5, True, None, "x"]}
+    assert (
+        format_number(0.123456) == "0.123"
+        and format_number(12345.6) == "1.23e+04"
+        and format_number(1e-5) == "1.00e-05"
+    )
+    assert (
+        format_number(1500.4) == "1500"
+        and format_number(3) == "3"
+        and format_number(float("nan")) == "NaN"
+        and format_number(0.0) == "0"
+    )
 
 
 def test_progress_is_quiet_when_nobody_watches(tmp_path, capsys):
@@ -126,7 +135,7 @@ def test_what_the_clock_says_of_a_step_is_in_a_file_of_its_own(tmp_path, monkeyp
     assert rows(tmp_path / "timing.jsonl")[0] == {"step": 1, **times} and set(times) == set(tracking.TIMES)
     assert [row["step"] for row in rows(tmp_path / "timing.jsonl")] == [1, 2]
     assert rows(tmp_path / "metrics.jsonl")[0] == {"step": 1, "loss": 1.0}
-    tracker.rewind(1, owes_look=True)
+    tracker.rewind(1, owes_evaluation=True)
     assert [row["step"] for row in rows(tmp_path / "timing.jsonl")] == [1]
 
 

@@ -137,12 +137,12 @@ def run(argv: list[str], folder: Path, fault: Fault | None = None) -> Ended:
 
 def two_together(argv: list[str], folder: Path) -> list[Running]:
     """Two processes of one run under way."""
-    from pipeline.launch.processes import places
+    from pipeline.launch.launcher import process_environments
 
     folders = [folder / f"process-{i}" for i in range(2)]
     for one in folders:
         one.mkdir(exist_ok=True)
-    return [Running(argv, one, Fault(place=place)) for one, place in zip(folders, places(2), strict=True)]
+    return [Running(argv, one, Fault(place=place)) for one, place in zip(folders, process_environments(2), strict=True)]
 
 
 def killed_after(argv: list[str], folder: Path, seconds: float, number: int = signal.SIGKILL) -> Ended:

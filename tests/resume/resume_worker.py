@@ -57,7 +57,7 @@ def start_together(
 ) -> list[multiprocessing.Process]:
     """The processes of `rlhf_together`, as a launcher would start them. tokens: a folder into which each writes how
     many tokens it read through an embedding."""
-    from pipeline.launch.processes import places
+    from pipeline.launch.launcher import process_environments
 
     return [
         start(
@@ -68,7 +68,7 @@ def start_together(
             tokens=tokens and tokens / str(i),
             reads=not (one_reads and i),
         )
-        for i, place in enumerate(places(size))
+        for i, place in enumerate(process_environments(size))
     ]
 
 

@@ -8,8 +8,9 @@ from resume_worker import CONFIG, assert_same_figures, rlhf, rows_of, without
 
 from data.streams import derive_seed
 from pipeline import cli
+from pipeline.changes import compare
 from pipeline.errors import UserError
-from pipeline.fingerprints import Today, compare
+from pipeline.fingerprints import Today
 from stages.ppo import run as ppo
 from stages.settings import ppo as ppo_settings
 

@@ -23,9 +23,9 @@ def test_the_hardware_is_described(monkeypatch):
     """As the machine's own files say; a system without them gives what Python knows, and no crash."""
     import pathlib
 
-    from pipeline.launch import environment as launch
+    from pipeline.launch.hardware import describe_hardware
 
-    found = launch.hardware()
+    found = describe_hardware()
     assert found["cpu"] and found["cores"] == len(os.sched_getaffinity(0)) and found["memory_gb"] > 0.1
     files = {
         "/proc/cpuinfo": "processor\t: 0\nmodel name\t: Some CPU 9000 @ 3GHz\n",
@@ -33,15 +33,15 @@ def test_the_hardware_is_described(monkeypatch):
         "/sys/fs/cgroup/memory.max": "8000000000\n",
     }
     monkeypatch.setattr(pathlib.Path, "read_text", lambda self: files[str(self)])
-    assert launch.hardware() | {"cores": 0} == {
+    assert describe_hardware() | {"cores": 0} == {
         "cpu": "Some CPU 9000 @ 3GHz", "cores": 0, "memory_gb": 8.0,
         "devices": found["devices"], "device_memory_gb": found["device_memory_gb"],
     }  # fmt: skip
     files["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert launch.hardware()["memory_gb"] == 16.4
+    assert describe_hardware()["memory_gb"] == 16.4
 
     def nothing(self):
         raise FileNotFoundError(self)
 
     monkeypatch.setattr(pathlib.Path, "read_text", nothing)
-    assert launch.hardware()["cpu"] and launch.hardware()["memory_gb"] is None
+    assert describe_hardware()["cpu"] and describe_hardware()["memory_gb"] is None

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.store import artifacts, files
+from pipeline.store import artifacts, files, integrity
 from pipeline.store.artifacts import ArtifactStore
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -98,7 +98,7 @@ def test_a_crash_at_any_point_of_publication_leaves_the_old_or_the_new(tmp_path,
         if made[0] < at:
             break
         store = ArtifactStore(tmp_path / str(at), "small")
-        store.settle("sft")
+        store.recover_if_idle("sft")
         folder = store.folder("sft")
         manifest = store.manifest("sft") if folder.exists() else None
         if manifest is None:
@@ -164,7 +164,7 @@ def test_damage_is_found_and_named(tmp_path, name):
             bad[offset] ^= 1 << bit
             path.write_bytes(bad)
             (line,) = damaged(store)
-            assert line.startswith(f"{path}: sha256 is ") and "`rlhf run sft -c CONFIG --force` makes it anew" in line
+            assert line.startswith(f"{path}: sha256 is ") and "`rlhf run sft -c CONFIG --force` rebuilds it" in line
     path.write_bytes(good[:-1])
     assert damaged(store)[0].startswith(f"{path}: has {len(good) - 1} bytes and should have {len(good)}")
     path.unlink()
@@ -183,7 +183,7 @@ def test_damage_of_the_manifest_is_found(tmp_path):
         bad[offset] ^= 1
         path.write_bytes(bad)
         try:  # a space that became another space is no damage
-            same = store.manifest("sft") == files.read_sealed(path)
+            same = store.manifest("sft") == integrity.read_sealed(path)
         except UserError as error:
             same = str(path) in str(error)
         assert same
@@ -198,7 +198,7 @@ def test_a_stray_file_in_a_model_folder_is_damage_and_a_note_beside_is_not(tmp_p
     store.verify("sft")
     stray = store.folder("sft") / "model" / "pytorch_model.bin"
     stray.write_text("code")
-    assert damaged(store) == [f"{stray}: is not in the manifest; `rlhf run sft -c CONFIG --force` makes it anew"]
+    assert damaged(store) == [f"{stray}: is not in the manifest; `rlhf run sft -c CONFIG --force` rebuilds it"]
 
 
 @pytest.mark.parametrize("name", ["../../escape", "/etc/hostname", "model/../../../escape"])
@@ -206,9 +206,9 @@ def test_a_manifest_cannot_name_files_outside(tmp_path, name):
     store = ArtifactStore(tmp_path, "small")
     publish(store, OLD, "old")
     path = store.folder("sft") / "manifest.json"
-    manifest = files.read_sealed(path)
+    manifest = integrity.read_sealed(path)
     manifest["outputs"][name] = {"sha256": "0", "bytes": 0}
-    files.write_json(path, files.seal(manifest))
+    files.write_json(path, integrity.seal(manifest))
     assert any("leaves the folder" in line for line in damaged(store))
 
 
@@ -250,13 +250,13 @@ def test_one_writer_and_a_kill_frees_the_lock(tmp_path):
 
 
 def test_a_lock_of_a_folder_that_was_removed_meanwhile_holds_nothing(tmp_path, monkeypatch):
-    take = artifacts._try_lock
+    take = artifacts.try_lock
 
     def late(handle, patience):
         (tmp_path / "small").rename(tmp_path / "doomed")
         return take(handle, patience)
 
-    monkeypatch.setattr(artifacts, "_try_lock", late)
+    monkeypatch.setattr(artifacts, "try_lock", late)
     with pytest.raises(UserError, match="sft: was removed just now; run again"):
         with ArtifactStore(tmp_path, "small").lock("sft"):
             pass

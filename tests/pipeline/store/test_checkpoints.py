@@ -10,7 +10,8 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.store import files
-from pipeline.store.checkpoints import CheckpointStore, load_optimizer, optimizer_tensors, progress, step_folders
+from pipeline.store.checkpoints import CheckpointStore, progress, step_folders
+from pipeline.store.optimizer_state import load_optimizer, optimizer_tensors
 from tests.pipeline.store.test_artifacts import Crash, crash_at
 
 
@@ -82,7 +83,7 @@ def test_an_optimizer_of_another_shape_is_refused_untouched():
     train(model, optimizer, 0, 2)
     tensors, state = optimizer_tensors(optimizer)
     other = torch.optim.AdamW([{"params": [torch.zeros(3)]}, {"params": [torch.zeros(2)]}])
-    with pytest.raises(UserError, match="groups hold .*; start again with --restart$"):
+    with pytest.raises(UserError, match="groups have .*; start again with --restart$"):
         load_optimizer(other, tensors, state)
     wide = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Linear(8, 1))
     groups = [{"params": [wide[0].weight, wide[1].weight]}, {"params": [wide[0].bias, wide[1].bias]}]
@@ -164,7 +165,7 @@ def test_saving_may_take_only_so_much_of_the_time(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("pipeline.store.checkpoints.time.monotonic", lambda: clock[0])
     store = make(tmp_path)
-    store.most = 0.05
+    store.max_share = 0.05
 
     def slow_save(step):
         store.require_space(0)

@@ -14,8 +14,8 @@ from pipeline.store.digests import Digests
 @pytest.fixture
 def reads(monkeypatch):
     """The paths that are hashed from now on."""
-    paths, hash_of = [], digests.hash_of
-    monkeypatch.setattr(digests, "hash_of", lambda path: (paths.append(path), hash_of(path))[1])
+    paths, compute_sha256 = [], digests.compute_sha256
+    monkeypatch.setattr(digests, "compute_sha256", lambda path: (paths.append(path), compute_sha256(path))[1])
     return paths
 
 
@@ -24,7 +24,7 @@ def sha256(text):
 
 
 def test_a_file_that_nobody_touches_is_read_once(tmp_path, reads, monkeypatch):
-    monkeypatch.setattr(digests, "SETTLED", 0.0)
+    monkeypatch.setattr(digests, "TIMESTAMP_STEP", 0.0)
     file, known = tmp_path / "rows.jsonl", Digests()
     file.write_text("{}\n\n{}\n")
     time.sleep(0.02)
@@ -74,6 +74,6 @@ def test_what_cannot_be_read_or_is_being_written_is_named(tmp_path, monkeypatch)
         Digests().facts(tmp_path / "gone")
     file = tmp_path / "growing"
     file.write_text("a")
-    monkeypatch.setattr(digests, "hash_of", lambda path: path.write_text("more"))
+    monkeypatch.setattr(digests, "compute_sha256", lambda path: path.write_text("more"))
     with pytest.raises(UserError, match="growing: is being written; run again when that is done"):
         Digests().facts(file)

@@ -9,7 +9,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
 from pipeline.errors import UserError
-from pipeline.store.hub import Hub, Named, Recorded
+from pipeline.store.hub import Hub, HubName, RecordedCommit
 from tests.pipeline import fakes
 from tests.pipeline.test_plan import interrupt, kinds, refused
 
@@ -51,38 +51,42 @@ SET = ("dataset", "org/set", None)
 def test_the_hub_is_asked_once_and_not_for_a_commit(hub):
     hub.says = {SET: A, ("model", "org/set", "v1"): B}
     known = Hub()
-    assert [known.commit(Named("dataset", "org/set")) for _ in range(2)] == [(A, "")] * 2
-    assert known.commit(Named("model", "org/set", "v1")) == (B, "")
-    assert known.commit(Named("model", "org/set", C)) == (C, "")
+    assert [known.commit(HubName("dataset", "org/set")) for _ in range(2)] == [(A, "")] * 2
+    assert known.commit(HubName("model", "org/set", "v1")) == (B, "")
+    assert known.commit(HubName("model", "org/set", C)) == (C, "")
     assert hub.asked == [SET, ("model", "org/set", "v1")] and known.notes == []
 
 
 def test_where_the_hub_cannot_be_asked_what_was_recorded_stands(hub):
-    known, thing = Hub(), Named("dataset", "org/set")
-    records = [Recorded("org/set", "v1", B), Recorded("org/set", None, None), Recorded("org/set", None, A)]
+    known, thing = Hub(), HubName("dataset", "org/set")
+    records = [
+        RecordedCommit("org/set", "v1", B),
+        RecordedCommit("org/set", None, None),
+        RecordedCommit("org/set", None, A),
+    ]
     assert known.commit(thing, records) == known.commit(thing, records) == (A, "")
-    assert known.notes == [f"org/set: the Hub cannot be asked; going on with the recorded commit {A[:7]}"]
+    assert known.notes == [f"org/set: the Hub gave no answer; continuing with the recorded commit {A[:7]}"]
     assert hub.asked == [SET]
 
 
 def test_else_what_lies_in_the_cache_and_else_nothing(hub):
     folder = hub.cache / "datasets--org--set"
-    assert Hub().commit(Named("dataset", "org/set")) == (None, "")
+    assert Hub().commit(HubName("dataset", "org/set")) == (None, "")
     (folder / "snapshots" / B).mkdir(parents=True)
-    assert Hub().commit(Named("dataset", "org/set")) == (B, "")
+    assert Hub().commit(HubName("dataset", "org/set")) == (B, "")
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(A)
     (folder / "refs" / "v1").write_text(C)
-    assert Hub().commit(Named("dataset", "org/set")) == (A, "")
-    assert Hub().commit(Named("dataset", "org/set", "v1")) == (C, "")
-    assert Hub().commit(Named("dataset", "org/set", "v2")) == (None, "")
+    assert Hub().commit(HubName("dataset", "org/set")) == (A, "")
+    assert Hub().commit(HubName("dataset", "org/set", "v1")) == (C, "")
+    assert Hub().commit(HubName("dataset", "org/set", "v2")) == (None, "")
 
 
 def test_what_the_hub_does_not_know_is_a_mistake_unless_it_was_known(hub):
     hub.says = {SET: not_found()}
-    commit, problem = Hub().commit(Named("dataset", "org/set"))
+    commit, problem = Hub().commit(HubName("dataset", "org/set"))
     assert commit is None and problem.startswith("org/set: Repository Not Found for url: x; check the name, the")
-    assert Hub().commit(Named("dataset", "org/set"), [Recorded("org/set", None, A)]) == (A, "")
+    assert Hub().commit(HubName("dataset", "org/set"), [RecordedCommit("org/set", None, A)]) == (A, "")
 
 
 def test_a_hub_id_is_an_input_too(world, hub):
@@ -107,7 +111,7 @@ def test_the_manifest_names_the_commit_and_a_moved_one_makes_stale(world, hub):
     del hub.says[SET]
     assert kinds(world.states(at))["fit"] == "done"
     world.run("fit", at)
-    assert world.console.lines[0] == "org/set: the Hub cannot be asked; going on with the recorded commit aaaaaaa"
+    assert world.console.lines[0] == "org/set: the Hub gave no answer; continuing with the recorded commit aaaaaaa"
     hub.says[SET] = B
     world.run("fit", at)
     assert world.store.manifest("fit")["config"]["data"]["prompts"]["revision"] == B

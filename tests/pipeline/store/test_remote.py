@@ -9,7 +9,7 @@ import pytest
 from pipeline import cli
 from pipeline.errors import UserError
 from pipeline.store.artifacts import ArtifactStore
-from pipeline.store.files import seal
+from pipeline.store.integrity import seal
 from pipeline.store.remote import Remote, is_url, local_folder
 
 
@@ -161,7 +161,7 @@ def test_what_does_not_hold_is_not_taken(damage, machines):
         two.run("fit")
     assert len(caught.value.lines) == 1
     assert caught.value.lines[0].startswith(f"{two.remote.url}: fit/")
-    assert "`rlhf run fit -c CONFIG --force` makes it anew" in caught.value.lines[0]
+    assert "`rlhf run fit -c CONFIG --force` rebuilds it" in caught.value.lines[0]
     assert not (two.store.folder("fit") / "manifest.json").exists()
     assert not list(two.store.root.rglob("escaped"))
     machines("one").run("fit")
@@ -237,7 +237,7 @@ def test_one_that_is_out_of_reach_matters_only_where_something_is_needed(machine
         patch.setattr(two.remote.files, "cat_file", dead)
         with pytest.raises(UserError) as caught:
             two.run("fit")
-    what = "no route; check the address, the rights and the connection"
+    what = "no route; check the address, the permissions and the connection"
     assert caught.value.lines == [f"--artifacts {two.remote.url}: {what}"]
     with monkeypatch.context() as patch:
         patch.setattr(two.remote.files, "cat_file", dead)
@@ -256,7 +256,7 @@ def test_addresses(tmp_path, monkeypatch, capsys):
         Remote("nosuch://x", ArtifactStore(folder, "small"))
     assert "nosuch" in caught.value.lines[0]
     (tmp_path / "e.yaml").write_text("name: small\n")
-    for address, what in (("file:///tmp/x", "give its path alone"), ("ftp://me:secret@host/x", "out of the address")):
+    for address, what in (("file:///tmp/x", "give only its path"), ("ftp://me:secret@host/x", "out of the address")):
         assert cli.main(["clean", "-c", "e.yaml", "--artifacts", address]) == 2
         said = capsys.readouterr().err
         assert what in said and "secret" not in said and said.count("\n") == 1

@@ -12,7 +12,7 @@ from torch import multiprocessing as mp
 
 from pipeline.errors import PeerLost
 from pipeline.launch import parallel
-from pipeline.launch.processes import relying_on
+from pipeline.launch.processes import detect_lost_peers
 from stages.settings.training import batch_of_each
 
 
@@ -74,7 +74,7 @@ def worker(rank: int, port: int, queue):
     # 4 the other one is gone
     if rank == 0:
         try:
-            with relying_on(object()):
+            with detect_lost_peers(object()):
                 parallel.all_reduce_figures({"a": 1.0})
         except PeerLost:
             seen["lost"] = True
@@ -103,14 +103,14 @@ ENDING = """
 import torch
 from torch import distributed as dist
 
-from pipeline.launch.processes import end_this_one
+from pipeline.launch.processes import exit_process
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 tensors = [torch.ones(10) for _ in range(20000)]
 while tensors:  # gloo's threads have the last ones when this process ends
     dist.all_reduce(tensors.pop(), async_op=True)
 print("said")
-end_this_one(75)
+exit_process(75)
 """
 
 
