@@ -138,15 +138,15 @@ def _changed_fixed_settings(
         old, new: the settings before and now, by dotted key.
     """
     changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
-    found = {key for key in changed if key == "seed" or key.startswith("data.")}
+    fixed_keys = {key for key in changed if key == "seed" or key.startswith("data.")}
     for entry in fixed:
         keys = (entry,) if isinstance(entry, str) else entry
         before: list[Any] = [old.get(key) for key in keys]
         after: list[Any] = [new.get(key) for key in keys]
         is_product = len(keys) > 1 and None not in before + after
         if not (is_product and math.prod(before) == math.prod(after)):
-            found |= changed & set(keys)
-    return found
+            fixed_keys |= changed & set(keys)
+    return fixed_keys
 
 
 def _locations(config: dict[str, Any]) -> dict[str, Any]:

@@ -121,7 +121,8 @@ def _resolve_commit(
     """
     known = []
     for record in records:
-        known += [found for found in _recorded_commits(record["config"], name.kind) if found.name == name.name]
+        commits = _recorded_commits(record["config"], name.kind)
+        known += [commit for commit in commits if commit.name == name.name]
     # without this exception, a new version of this program would make such stages stale
     if known and known[0].commit is None and name.revision is None and not from_scratch:
         return None, ""
@@ -151,14 +152,14 @@ def sources(module: Any, experiment: Any) -> dict[str, Source]:
 
     For data of the embedded world it is an empty Source: the stage `world` writes the files.
     """
-    found = {}
+    by_kind = {}
     for kind in module.reads(experiment):
-        if (value := getattr(experiment.data, kind)) is not None:  # `lacking` reports it
-            found[kind] = source_of(value)
-    return found
+        if (value := getattr(experiment.data, kind)) is not None:  # `missing_data` reports it
+            by_kind[kind] = source_of(value)
+    return by_kind
 
 
-def lacking(module: Any, experiment: Any) -> list[str]:
+def missing_data(module: Any, experiment: Any) -> list[str]:
     """Return an error line for each kind of data that a stage reads and the config lacks."""
     ways = getattr(module, "WITHOUT", {})
     return [

@@ -77,7 +77,7 @@ class Origin:
             record["from_artifacts"] = os.path.relpath(self.path, os.path.realpath(base))
         return record
 
-    def made(self, config: dict[str, Any], base: Path) -> bool:
+    def matches(self, config: dict[str, Any], base: Path) -> bool:
         """Return whether a stage was produced with this file or with one of the same settings.
 
         Args:
@@ -87,11 +87,10 @@ class Origin:
         recorded = config.get("file")
         if recorded is None:  # an older version recorded no file
             return True
-        own = self.record(base)
-        return any(own[key] == recorded.get(key) for key in own)
+        return any(value == recorded.get(key) for key, value in self.record(base).items())
 
 
-def lines_of_others(origin: Origin, base: Path, replaced: list[tuple[str, dict[str, Any]]]) -> list[str]:
+def errors_about_other_files(origin: Origin, base: Path, replaced: list[tuple[str, dict[str, Any]]]) -> list[str]:
     """Return an error line for each other config file whose stages a command would replace.
 
     Args:
@@ -101,7 +100,7 @@ def lines_of_others(origin: Origin, base: Path, replaced: list[tuple[str, dict[s
     """
     stages_by_path: dict[str, list[str]] = {}
     for stage, record in replaced:
-        if not origin.made(record["config"], base):
+        if not origin.matches(record["config"], base):
             stages_by_path.setdefault(record["config"]["file"]["path"], []).append(stage)
     return [
         f"{base}: {', '.join(dict.fromkeys(stages))}: made with {path}, and {origin.path} has the same name and other "
@@ -110,7 +109,7 @@ def lines_of_others(origin: Origin, base: Path, replaced: list[tuple[str, dict[s
     ]
 
 
-def forgotten(record: dict[str, Any], changes: list[Change], overrides: Iterable[str]) -> list[str]:
+def dropped_overrides(record: dict[str, Any], changes: list[Change], overrides: Iterable[str]) -> list[str]:
     """Return the settings of an old command line whose absence alone makes a stage stale.
 
     Args:
@@ -136,13 +135,15 @@ def _overlap(one: str, other: str) -> bool:
     return bool(one and other) and (f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}."))
 
 
-def lines_of_forgotten(target: str, base: Path, stale: dict[str, tuple[list[str], list[Change]]]) -> list[str]:
+def errors_about_dropped_overrides(
+    target: str, base: Path, stale: dict[str, tuple[list[str], list[Change]]]
+) -> list[str]:
     """Return an error line about settings that the present command line leaves out.
 
     Args:
         target: the stage that the command asks for.
         base: the experiment's folder.
-        stale: stage → what `forgotten` returned, and the stage's changes.
+        stale: stage → what `dropped_overrides` returned, and the stage's changes.
 
     Returns:
         One line with the two commands to choose from; none if `stale` is empty.

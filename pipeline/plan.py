@@ -12,9 +12,9 @@ from rich.console import Console
 
 from pipeline.changes import Change, compare
 from pipeline.errors import Interrupted, UserError
-from pipeline.fingerprints import Today, all_needs, describe_today, lacking
+from pipeline.fingerprints import Today, all_needs, describe_today, missing_data
 from pipeline.launch.processes import Peers
-from pipeline.origin import forgotten, lines_of_forgotten, lines_of_others
+from pipeline.origin import dropped_overrides, errors_about_dropped_overrides, errors_about_other_files
 from pipeline.running import Flags, Job, is_dropped, refusals, run_stage
 from pipeline.stage import StopFlag
 from pipeline.store.artifacts import ArtifactStore
@@ -139,7 +139,7 @@ class Chain:
         if damage:
             return StageState("damaged", damage, manifest=manifest)
         if manifest is None:
-            lines = lacking(self.stages[name], self.experiment)
+            lines = missing_data(self.stages[name], self.experiment)
             return StageState("missing", [line.partition(",")[0] for line in lines])
         return StageState("stale" if reasons else "done", reasons, manifest=manifest, changes=since)
 
@@ -160,7 +160,7 @@ class Chain:
                 replaced.append((name, state.manifest))
             elif state.run is not None and state.changes and is_dropped(name == target, state, flags):
                 replaced.append((name, state.run))
-        return lines_of_others(self.store.origin, self.store.base, replaced)
+        return errors_about_other_files(self.store.origin, self.store.base, replaced)
 
     def of_other_commands(self, order: list[str], target: str, flags: Flags) -> list[str]:
         """A line for the finished stages that this command would make anew for no other reason than that a setting of
@@ -173,9 +173,9 @@ class Chain:
             manifest = state.manifest if state.kind == "stale" else manifest
             if manifest is not None:
                 changes = state.changes if state.kind == "stale" else compare(name, manifest, self.today(name))
-                if words := forgotten(manifest, changes, self.store.origin.overrides):
+                if words := dropped_overrides(manifest, changes, self.store.origin.overrides):
                     found[name] = (words, changes)
-        return lines_of_forgotten(target, self.store.base, found)
+        return errors_about_dropped_overrides(target, self.store.base, found)
 
     def replaced(self, order: list[str], target: str, flags: Flags) -> list[str]:
         """A line for each thing that a person should say yes to before this command replaces it."""
@@ -210,7 +210,7 @@ class Chain:
                 wanted.update(self.needs(name))
         closure = [name for name in order if name in wanted]
         found: dict[str, str] = {}  # kind of data → what the first stage that reads it says
-        for line in (line for name in closure for line in lacking(self.stages[name], self.experiment)):
+        for line in (line for name in closure for line in missing_data(self.stages[name], self.experiment)):
             found.setdefault(line.partition(":")[0], line)
         if found:
             raise UserError(list(found.values()))
@@ -339,7 +339,7 @@ def remembered(states: dict[str, StageState], store: ArtifactStore, overrides: S
     then: dict[str, list[str]] = {}
     for name, state in states.items():
         if state.kind == "stale":
-            for word in forgotten(state.manifest, state.changes, overrides):
+            for word in dropped_overrides(state.manifest, state.changes, overrides):
                 then.setdefault(word, []).append(name)
     if not then:
         return []

@@ -69,7 +69,7 @@ def test_upstream_first_and_then_nothing_to_do(world):
     assert {name: world.store.manifest(name)["digest"] for name in world.stages} == before
 
 
-def test_manifest_holds_what_the_contract_names(world):
+def test_the_manifest_has_the_fields_of_the_contract(world):
     world.run("fit")
     manifest = world.store.manifest("fit")
     fields = (

@@ -1,4 +1,4 @@
-"""The environment that a run gives the libraries before it imports them."""
+"""Test the environment variables that a run sets, and the description of the hardware."""
 
 import os
 import subprocess
@@ -13,14 +13,14 @@ print(pyarrow.default_memory_pool().backend_name, len(os.listdir("/proc/self/tas
 
 
 def test_arrow_starts_no_thread_and_brings_no_allocator():
-    """A process that forks must have one thread; and crashes in Arrow's own allocator are reported."""
+    """A process that forks needs one thread; crashes in Arrow's own allocator are reported."""
     unset = {name: value for name, value in os.environ.items() if "ARROW" not in name} | {"OMP_NUM_THREADS": "1"}
     ended = subprocess.run([sys.executable, "-c", ARROW], env=unset, capture_output=True, text=True, check=True)
     assert ended.stdout.split() == ["system", "1"]
 
 
 def test_the_hardware_is_described(monkeypatch):
-    """As the machine's own files say; a system without them gives what Python knows, and no crash."""
+    """A system without Linux's files gives what Python knows, and no error."""
     import pathlib
 
     from pipeline.launch.hardware import describe_hardware

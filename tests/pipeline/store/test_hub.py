@@ -1,4 +1,4 @@
-"""A name on the Hub is asked for once a command, and its commit is what counts; a stand-in for the Hub answers."""
+"""Test names on the Hub: one request per command, commits as inputs; a fake Hub answers."""
 
 import hashlib
 from types import SimpleNamespace
@@ -18,7 +18,11 @@ A, B, C = ("a" * 40, "b" * 40, "c" * 40)
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """`hub.says`: the commit of each (kind, name, revision), or an exception; `hub.asked`: what was asked for."""
+    """Return a fake Hub.
+
+    `hub.says` maps (kind, name, revision) to a commit or an exception; `hub.asked` lists the
+    requests.
+    """
     here = SimpleNamespace(says={}, asked=[], cache=tmp_path / "hub")
 
     class Api:
@@ -48,7 +52,7 @@ def not_found():
 SET = ("dataset", "org/set", None)
 
 
-def test_the_hub_is_asked_once_and_not_for_a_commit(hub):
+def test_each_name_is_requested_once_and_commits_never(hub):
     hub.says = {SET: A, ("model", "org/set", "v1"): B}
     known = Hub()
     assert [known.commit(HubName("dataset", "org/set")) for _ in range(2)] == [(A, "")] * 2
@@ -57,7 +61,7 @@ def test_the_hub_is_asked_once_and_not_for_a_commit(hub):
     assert hub.asked == [SET, ("model", "org/set", "v1")] and known.notes == []
 
 
-def test_where_the_hub_cannot_be_asked_what_was_recorded_stands(hub):
+def test_offline_the_recorded_commit_is_used(hub):
     known, thing = Hub(), HubName("dataset", "org/set")
     records = [
         RecordedCommit("org/set", "v1", B),
@@ -69,7 +73,7 @@ def test_where_the_hub_cannot_be_asked_what_was_recorded_stands(hub):
     assert hub.asked == [SET]
 
 
-def test_else_what_lies_in_the_cache_and_else_nothing(hub):
+def test_offline_without_a_record_the_cached_commit_is_used(hub):
     folder = hub.cache / "datasets--org--set"
     assert Hub().commit(HubName("dataset", "org/set")) == (None, "")
     (folder / "snapshots" / B).mkdir(parents=True)
@@ -82,7 +86,7 @@ def test_else_what_lies_in_the_cache_and_else_nothing(hub):
     assert Hub().commit(HubName("dataset", "org/set", "v2")) == (None, "")
 
 
-def test_what_the_hub_does_not_know_is_a_mistake_unless_it_was_known(hub):
+def test_a_name_unknown_to_the_hub_is_an_error_without_a_record(hub):
     hub.says = {SET: not_found()}
     commit, problem = Hub().commit(HubName("dataset", "org/set"))
     assert commit is None and problem.startswith("org/set: Repository Not Found for url: x; check the name, the")
@@ -98,7 +102,7 @@ def test_a_hub_id_is_an_input_too(world, hub):
     assert reason.startswith("data.prompts changed (org/other, ")
 
 
-def test_the_manifest_names_the_commit_and_a_moved_one_makes_stale(world, hub):
+def test_the_manifest_records_the_commit_and_another_one_makes_stale(world, hub):
     world.stages, at = fakes.stages(reads=["prompts"]), "data.prompts=org/set"
     hub.says[SET] = A
     world.run("fit", at)
@@ -130,13 +134,13 @@ def test_a_stage_reads_the_commit_that_the_manifest_names(world, hub):
     assert world.store.manifest("fit")["config"]["model"]["revision"] == B
     hub.says["model", "org/model", "v2"] = C
     assert world.states(*at)["fit"].reasons == ["model.name_or_path changed (org/model, commit bbbbbbb → ccccccc)"]
-    assert kinds(world.states(*at))["text"] == "done"  # of which no model on the Hub is a part
+    assert kinds(world.states(*at))["text"] == "done"  # it depends on no model on the Hub
     at = (at[0], at[1], f"model.revision={B}")
     assert kinds(world.states(*at))["fit"] == "done"
 
 
-def test_a_revision_whose_commit_nobody_knows_is_asked_for_all_the_same(world, hub):
-    """And not the main branch in its place."""
+def test_a_revision_with_an_unknown_commit_is_passed_on(world, hub):
+    """The main branch must not be used in its place."""
     seen = []
     world.stages = fakes.stages(reads=["prompts"])
     world.stages["fit"].hub_model = lambda experiment: ("model.name_or_path", "org/model")
@@ -146,7 +150,7 @@ def test_a_revision_whose_commit_nobody_knows_is_asked_for_all_the_same(world, h
     assert seen == [("v1", "v2")]
 
 
-def test_an_interrupted_run_does_not_go_on_with_another_commit(world, hub):
+def test_an_interrupted_run_does_not_resume_with_another_commit(world, hub):
     world.stages, at = fakes.stages(reads=["prompts"]), "data.prompts=org/set"
     hub.says[SET] = A
     interrupt(world, 6, at)
@@ -158,7 +162,7 @@ def test_an_interrupted_run_does_not_go_on_with_another_commit(world, hub):
     assert world.store.manifest("fit")["config"]["data"]["prompts"]["revision"] == A
 
 
-def test_another_stage_that_reads_the_same_set_goes_by_its_record(world, hub):
+def test_another_stages_record_gives_the_commit_too(world, hub):
     world.stages, at = fakes.stages(reads=["prompts"]), "data.prompts=org/set"
     world.stages["page"].reads = lambda experiment: ["prompts"]
     hub.says[SET] = A
@@ -169,7 +173,7 @@ def test_another_stage_that_reads_the_same_set_goes_by_its_record(world, hub):
 
 
 def test_a_commit_that_an_older_version_did_not_record_makes_nothing_stale(world, hub):
-    """The run that makes the stage anew records it."""
+    """The next run that starts from scratch records the commit."""
     world.stages, at = fakes.stages(reads=["prompts"]), "data.prompts=org/set"
     world.run("fit", at)
     assert world.store.manifest("fit")["config"]["data"]["prompts"]["revision"] is None
@@ -179,7 +183,7 @@ def test_a_commit_that_an_older_version_did_not_record_makes_nothing_stale(world
     assert world.store.manifest("fit")["config"]["data"]["prompts"]["revision"] == A
 
 
-def test_a_name_that_the_hub_does_not_know_is_told_before_anything_runs(world, hub):
+def test_an_unknown_name_is_reported_before_anything_runs(world, hub):
     world.stages, hub.says[SET] = fakes.stages(reads=["prompts"]), not_found()
     (line,) = refused(world, "fit", "data.prompts=org/set")
     assert line.startswith("data.prompts: org/set: Repository Not Found") and world.store.manifest("text") is None
@@ -193,7 +197,7 @@ def test_a_name_that_the_hub_does_not_know_is_told_before_anything_runs(world, h
         (["model.name_or_path=org/x", "model.revision=../../a"], "'../../a' names no branch, tag or commit; give one"),
     ],
 )
-def test_revisions_that_name_nothing(world, settings, line):
+def test_invalid_revisions(world, settings, line):
     world.overrides = settings
     with pytest.raises(UserError) as caught:
         world.load()
