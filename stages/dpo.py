@@ -38,7 +38,8 @@ from stages.shared.runtime import (
     place,
 )
 from stages.shared.show import show_samples
-from stages.training.loop import fit, learning_rate_at, make_accelerator, make_trainee, pause_if_asked
+from stages.training.loop import fit, make_accelerator, make_trainee, pause_if_asked
+from stages.training.schedule import learning_rate_at
 
 
 def run(ctx: StageRun) -> dict:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from data.encode import wrap_documents
+from data.documents import wrap_documents
 from data.groups import make_rows
 from data.near_copies import near_copies
 from data.records import prompt_key

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from data.encode import decode_response
-from data.records import DataError, Ranking, judged_pairs, prompt_key, to_json, write_jsonl
+from data.records import Ranking, judged_pairs, prompt_key, to_json, write_jsonl
 from data.streams import Stream, derive_seed, held_out
 from data.world.world import World, labelers
 from pipeline.errors import UserError
@@ -37,7 +37,7 @@ def run(ctx: StageRun) -> dict:
     for name, part in (("train", train), ("validation", valid)):
         part = [rows[i] for i in part]
         if not any(usable_pairs(r) for r in part):
-            raise DataError(
+            raise UserError(
                 [
                     f"data.rankings: the {name} split ({len(part)} rankings) has no usable pair; give more "
                     f"rankings, or change rankings.validation_fraction"

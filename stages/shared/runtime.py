@@ -2,12 +2,49 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.stage import StageRun
 from stages.settings.checks import context_of, too_long_for
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a stage computes: where, in which numbers, and how rows go through its models."""
+
+    device: str
+    """"cpu" or "cuda"."""
+    dtype: str
+    """"float32" or "bfloat16": what products are computed in; trained weights stay float32."""
+    attention: str
+    """Attention kernel, as model.attn_implementation."""
+    sharded: bool
+    """Whether each of several processes holds a shard of the weights that train (fsdp2)."""
+    gradient_checkpointing: bool
+    """Whether activations are recomputed in the backward pass."""
+    trust_remote_code: bool
+    """Whether code that a model brings may run."""
+    accelerator: Any = None
+    """accelerate's Accelerator (autocast, backward, device); None where trl makes its own."""
+    packed: bool = False
+    """Whether the responses of a prompt share one row, in which the prompt is computed once."""
+
+
+def runtime_of(ctx: StageRun) -> Runtime:
+    """Return how this run computes. The accelerator, and whether rows are packed, are known later."""
+    model = ctx.experiment.model
+    return Runtime(
+        device=device_of(ctx.experiment),
+        dtype=dtype_of(ctx.experiment),
+        attention=model.attn_implementation,
+        sharded=is_sharding(ctx),
+        gradient_checkpointing=model.gradient_checkpointing,
+        trust_remote_code=ctx.trust_remote_code,
+    )
 
 
 def device_of(experiment) -> str:

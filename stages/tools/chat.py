@@ -335,8 +335,8 @@ def reply(speaker: Speaker, text: str, settings: Settings, turn: int, dtype: str
 
     from data.encode import encode_prompt
     from data.groups import make_rows
-    from data.records import DataError
     from data.streams import derive_seed
+    from pipeline.errors import UserError
     from stages.evaluation.asking import answer_of, ask
     from stages.models.forward import response_scores
     from stages.models.loading import tokenizer_fingerprint
@@ -355,7 +355,7 @@ def reply(speaker: Speaker, text: str, settings: Settings, turn: int, dtype: str
             forgotten += 1
             asked = ask(tokenizer, speaker.form, [*system, *past, question])
         chat_ids = asked.ids if speaker.form == "chat" else encode_prompt(tokenizer, [*system, *past, question])
-    except DataError as error:  # a template that takes no system message
+    except UserError as error:  # a template that takes no system message
         return Answer("", problem=f"{error}{', or /system alone' * bool(system)}")
     room = min(settings.max_new_tokens, context - len(asked.ids))
     if room < 1:

@@ -183,30 +183,6 @@ class Average:
             update_average(self.tensors, trainee.tensors(), self.decay)
 
 
-def learning_rate_at(
-    step: int, total: int, peak: float, schedule: str, warmup_steps: int, warmup_from: float = 0.0
-) -> float:
-    """The rate of step 1 … total: a linear warm-up, then the schedule; a pure function of step.
-
-    The warm-up goes from 0 (not itself a step) to the peak; with warmup_from > 0 step 1 has warmup_from·peak.
-    constant; linear to 0; cosine to 0; cosine_with_min_lr to a tenth of the peak (InstructGPT).
-    """
-    if step <= warmup_steps:
-        done = (step - 1 if warmup_from else step) / warmup_steps
-        return peak * (warmup_from + (1 - warmup_from) * done)
-    done = (step - warmup_steps - 1) / max(1, total - warmup_steps)
-    if schedule == "constant":
-        return peak
-    if schedule == "linear":
-        return peak * (1 - done)
-    cosine = 0.5 * (1 + math.cos(math.pi * done))
-    if schedule == "cosine":
-        return peak * cosine
-    if schedule == "cosine_with_min_lr":
-        return peak * (0.1 + 0.9 * cosine)
-    raise ValueError(f"lr_scheduler_type is {schedule!r}; it can be constant, linear, cosine or cosine_with_min_lr")
-
-
 @dataclass
 class Best:
     """The best held-out figure so far and, where `keep: best`, the weights that reached it."""

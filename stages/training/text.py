@@ -33,13 +33,13 @@ from stages.training.loop import (
     gradient_norm,
     is_due,
     keeping_settings,
-    learning_rate_at,
     micro_batches,
     optimizer_parts,
     perplexity_of,
     refuse_shorter,
     stop_training,
 )
+from stages.training.schedule import learning_rate_at
 
 SMALL_VOCABULARY = 8192
 

@@ -5,7 +5,8 @@ import torch
 
 from data.groups import make_rows
 from stages.models.forward import response_logprobs
-from stages.training.loop import learning_rate_at, make_trainee
+from stages.training.loop import make_trainee
+from stages.training.schedule import learning_rate_at
 
 
 @pytest.mark.parametrize(

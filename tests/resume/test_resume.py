@@ -10,7 +10,7 @@ from resume_worker import CONFIG, published, rlhf, without
 from safetensors.torch import load_file, save_file
 
 from data.world.world import World
-from stages.training.loop import learning_rate_at
+from stages.training.schedule import learning_rate_at
 
 STAGES = ("base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate")
 JOURNALS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")

@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.store.checkpoints import CheckpointStore
 from stages import evaluate
 from stages.page import samples as report_samples
-from stages.page.words import NAMES, complete
+from stages.page.results import NAMES, complete
 from stages.settings import evaluate as evaluate_settings
 
 LENGTH = 8  # of a response

@@ -17,7 +17,6 @@ from stages.training.loop import (
     balanced,
     fit,
     gradient_norm,
-    learning_rate_at,
     load_checkpoint,
     make_trainee,
     micro_batches,
@@ -25,6 +24,7 @@ from stages.training.loop import (
     save_checkpoint,
     sorted_chunks,
 )
+from stages.training.schedule import learning_rate_at
 
 SHAPES = ("constant", "linear", "cosine", "cosine_with_min_lr")
 

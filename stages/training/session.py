@@ -1,0 +1,84 @@
+"""Connect a training loop to its run: checkpoints, the tracker and the request to stop."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pipeline.errors import Interrupted
+from pipeline.launch import parallel
+from pipeline.stage import StageRun, StopFlag
+from pipeline.store.checkpoints import CheckpointStore
+from pipeline.tracking import Tracker
+from stages.shared.runtime import is_sharding
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a training loop needs of its run, and nothing else of it."""
+
+    stage: str
+    """Name of the stage, for lines and error messages."""
+    seed: int
+    """The experiment's seed."""
+    checkpoints: CheckpointStore
+    """Where checkpoints are saved, and resumed from."""
+    tracker: Tracker
+    """Where metrics, held-out figures, samples and lines go."""
+    stop: StopFlag
+    """Whether a signal has asked the run to stop. Only rank 0 hears signals."""
+    collective: bool
+    """Whether every rank takes part in a save because each holds a shard of the weights (fsdp2).
+
+    All ranks then save, and stop, between the same two steps; a forward pass cannot be cut short."""
+
+    def say(self, line: str) -> None:
+        """Print a line that starts with the stage's name."""
+        self.tracker.say(f"{self.stage}: {line}")
+
+    def save_is_due(self, step: int) -> bool:
+        """Return whether to save after `step` steps; where all ranks save, the answer of rank 0."""
+        if self.collective:
+            return parallel.from_rank_zero(lambda: self.checkpoints.due(step))
+        return self.checkpoints.due(step)
+
+    def stop_is_requested(self) -> bool:
+        """Return whether a signal has come; where all ranks save, the answer of rank 0."""
+        if self.collective:
+            return parallel.from_rank_zero(lambda: self.stop.requested)
+        return self.stop.requested
+
+    def stop_if_requested(self, step: int, total: int, save: Callable[[], None]) -> None:
+        """Save and leave with Interrupted (exit code 75) if a signal has asked the run to stop.
+
+        Args:
+            step: Steps taken so far.
+            total: Steps of the whole run.
+            save: Saves a checkpoint of `step`.
+
+        Raises:
+            Interrupted: After the checkpoint is saved.
+        """
+        if self.stop_is_requested():
+            save()
+            raise Interrupted(step, total)
+
+    def interrupt(self, step: int, total: int, save: Callable[[], None]) -> Callable[[], None]:
+        """Return a function to call between two forward passes of a long evaluation or rollout.
+
+        It saves and leaves as `stop_if_requested` does. Where every rank takes part in a save it does
+        nothing: the ranks are not at the same forward pass, so they wait for the end of the step.
+        """
+        if self.collective:
+            return lambda: None
+        return lambda: self.stop_if_requested(step, total, save)
+
+
+def session_of(ctx: StageRun) -> Session:
+    """Return the session of a stage's run."""
+    return Session(
+        stage=ctx.stage,
+        seed=ctx.seed,
+        checkpoints=ctx.checkpoints,
+        tracker=ctx.tracker,
+        stop=ctx.stop,
+        collective=is_sharding(ctx),
+    )
