@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.sections import DataSource, is_hub_id
-from pipeline.stage import Source
+from pipeline.stage import Source, Stage
 from pipeline.store import integrity
 from pipeline.store.digests import Digests
 from pipeline.store.hub import Hub, HubName, RecordedCommit
@@ -38,16 +38,16 @@ class Today:
     """An error line for each name that the Hub does not know: with any, the stage cannot run."""
 
 
-def all_needs(module: Any, experiment: Any) -> list[str]:
+def all_needs(stage: Stage, experiment: Any) -> list[str]:
     """Return the stages that a stage needs: those it names, and `world` if that writes its data."""
-    needs = list(module.needs(experiment))
-    from_world = any(getattr(experiment.data, kind) == "world" for kind in module.reads(experiment))
+    needs = list(stage.needs(experiment))
+    from_world = any(getattr(experiment.data, kind) == "world" for kind in stage.reads(experiment))
     return ["world", *needs] if from_world and "world" not in needs else needs
 
 
 def describe_today(
     name: str,
-    module: Any,
+    stage: Stage,
     experiment: Any,
     manifests: dict[str, dict[str, Any] | None],
     digests: Digests,
@@ -59,7 +59,7 @@ def describe_today(
 
     Args:
         name: the stage.
-        module: its declaration.
+        stage: its declaration.
         experiment: the validated config.
         manifests: of the stages that it needs; None if there is none yet.
         digests: of files and folders, as far as this command has computed them.
@@ -70,11 +70,11 @@ def describe_today(
         from_scratch: the stage will start from the beginning, and such a name gets its commit now.
     """
     everything = experiment.model_dump(mode="json")
-    needs = all_needs(module, experiment)
+    needs = all_needs(stage, experiment)
     inputs = {need: manifest["digest"] for need in needs if (manifest := manifests[need]) is not None}
     data: dict[str, Any] = {}
     problems: list[str] = []
-    for kind, source in sources(module, experiment).items():
+    for kind, source in sources(stage, experiment).items():
         data[kind] = {"split": source.split, "subset": source.subset, "skip": source.skip, "limit": source.limit}
         data[kind]["path"] = str(source.path) if source.path else source.hub or "world"
         if source.path is not None:
@@ -88,7 +88,7 @@ def describe_today(
                 problems.append(f"data.{kind}: {problem}")
             inputs[f"data:{kind}"] = hashlib.sha256(f"{source.hub}@{commit or 'main'}".encode()).hexdigest()
             data[kind] |= {"revision": commit, "asked_revision": source.revision}
-    for key, folder in folders(module, experiment).items():
+    for key, folder in stage.folders(experiment).items():
         inputs[f"folder:{key}"] = digests.facts(folder).sha256
     if data:
         data["validation_fraction"] = everything["data"]["validation_fraction"]
@@ -97,7 +97,7 @@ def describe_today(
     config = {key: everything[key] for key in recorded_keys if key in everything} | {"data": data}
     model = config.get("model", {})
     revision = model.pop("revision", None)
-    if (key_and_name := hub_model(module, experiment)) is not None:
+    if (key_and_name := stage.hub_model(experiment)) is not None:
         key, repository = key_and_name
         commit, problem = _resolve_commit(hub, HubName("model", repository, revision), records, from_scratch)
         if problem:
@@ -106,7 +106,7 @@ def describe_today(
         if commit is not None:
             inputs[f"hub:{key}"] = commit
     fingerprint = integrity.sha256_json({"stage": name, **fingerprinted_settings(name, config), "inputs": inputs})
-    waiting, fixed = frozenset(needs) - inputs.keys(), getattr(module, "FIXED", ())
+    waiting, fixed = frozenset(needs) - inputs.keys(), stage.fixed
     return Today(fingerprint, config, inputs, waiting, fixed, tuple(problems))
 
 
@@ -142,30 +142,25 @@ def _recorded_commits(config: dict[str, Any], kind: str) -> list[RecordedCommit]
     ]
 
 
-def hub_model(module: Any, experiment: Any) -> tuple[str, str] | None:
-    """Return (setting, name) of the model on the Hub that a stage starts from, if any."""
-    return module.hub_model(experiment) if hasattr(module, "hub_model") else None
-
-
-def sources(module: Any, experiment: Any) -> dict[str, Source]:
+def sources(stage: Stage, experiment: Any) -> dict[str, Source]:
     """Return the source of each kind of data that a stage reads.
 
     For data of the embedded world it is an empty Source: the stage `world` writes the files.
     """
     by_kind = {}
-    for kind in module.reads(experiment):
+    for kind in stage.reads(experiment):
         if (value := getattr(experiment.data, kind)) is not None:  # `missing_data` reports it
             by_kind[kind] = source_of(value)
     return by_kind
 
 
-def missing_data(module: Any, experiment: Any) -> list[str]:
+def missing_data(stage: Stage, experiment: Any) -> list[str]:
     """Return an error line for each kind of data that a stage reads and the config lacks."""
-    ways = getattr(module, "WITHOUT", {})
+    ways = stage.without
     return [
-        f"data.{kind}: none is given, and {module.NAME} reads it; give a file or a Hub id"
+        f"data.{kind}: none is given, and {stage.name} reads it; give a file or a Hub id"
         + (f", or {ways[kind]}" if kind in ways else "")
-        for kind in module.reads(experiment)
+        for kind in stage.reads(experiment)
         if getattr(experiment.data, kind) is None
     ]
 
@@ -179,11 +174,6 @@ def source_of(value: str | DataSource) -> Source:
     if is_hub_id(text):
         return Source(hub=text, **fields)
     return Source(path=Path(text).expanduser(), **fields)
-
-
-def folders(module: Any, experiment: Any) -> dict[str, Path]:
-    """Return the model folders from outside that a stage reads, by the setting that names each."""
-    return module.folders(experiment) if hasattr(module, "folders") else {}
 
 
 def fingerprinted_settings(name: str, config: dict[str, Any]) -> dict[str, Any]:

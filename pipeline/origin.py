@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from pipeline.changes import Change
+from pipeline.config.sections import Common
 from pipeline.config.validation import load_experiment
 from pipeline.config.yaml_tree import read_tree
 from pipeline.errors import UserError
@@ -43,7 +42,7 @@ class Origin:
     def of(
         cls,
         path: str | Path,
-        Experiment: type[BaseModel],
+        experiment_class: type[Common],
         checks: Iterable[Callable[[Any], list[str]]] = (),
         shared: bool = False,
         overrides: tuple[str, ...] = (),
@@ -52,13 +51,13 @@ class Origin:
 
         Args:
             path: the file.
-            Experiment: the type that it is validated as.
+            experiment_class: the type that it is validated as.
             checks: further checks of the settings.
             shared: see the field.
             overrides: see the field.
         """
         try:
-            values = load_experiment(path, [], Experiment, checks).model_dump(mode="json")
+            values = load_experiment(path, [], experiment_class, checks).model_dump(mode="json")
         except UserError:  # it is complete only together with the command line's settings
             values = read_tree(path).values
         settings = integrity.sha256_json({key: value for key, value in values.items() if key not in IGNORED_KEYS})

@@ -42,14 +42,22 @@ from stages.objectives.logprobs import sequence_logps
 from stages.objectives.rewards import final_scores
 from stages.rollouts.transformers import sample
 from stages.settings.checks import context_of
-from stages.settings.evaluate import RM_FIGURES, STAGES, kind_asked, lengths_of_text, trained_on
-from stages.settings.wanted import policies, ranks
+from stages.settings.evaluate import (
+    RM_FIGURES,
+    STAGES,
+    EvaluateSettings,
+    prompt_kind,
+    text_lengths,
+    training_prompt_kinds,
+)
+from stages.settings.experiment import Experiment
+from stages.settings.policies import compared_policies, has_rankings
 from stages.shared.inputs import fit_prompts, read, read_placed, read_world, split_documents
 from stages.shared.runtime import check_context, device_of, dtype_of, packing
 from stages.training.loop import make_accelerator, micro_batches, pause_if_asked
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
     """Measure every policy on the same prompts, and compare.
 
     Publishes results.json and responses.jsonl (every sample, with its judgements).
@@ -60,13 +68,13 @@ def run(ctx: StageRun) -> dict:
     c, m = ctx.config, ctx.experiment.model
     tools = load_tools(ctx)
     prompts, ids = load_prompts(ctx, tools.tokenizer)
-    of_world = getattr(ctx.experiment.data, kind_asked(ctx.experiment)) == "world"
+    of_world = getattr(ctx.experiment.data, prompt_kind(ctx.experiment)) == "world"
     world = World.from_json(read_world(ctx)) if of_world else None
     clusters = [str(world.task(p)) if world else prompt_key(p) for p in prompts]
     leaked = find_leaked(ctx, prompts, world)
     text_rows = held_out_text(ctx, tools.tokenizer)
     names = [s for s in STAGES if s in ctx.inputs]
-    if c.best_of > 1 and "best_of_n" in policies(ctx.experiment):
+    if c.best_of > 1 and "best_of_n" in compared_policies(ctx.experiment):
         names.append("best_of_n")
     for line in left_out(ctx):
         ctx.tracker.say(f"evaluate: {line}")
@@ -144,7 +152,7 @@ def left_out(ctx: StageRun) -> list[str]:
     """Say which figures the experiment's data do not give."""
     lines = []
     if "rm" not in ctx.inputs:
-        way = "; to get scores, add best_of_n to evaluate.policies: that trains one" if ranks(ctx.experiment) else ""
+        way = "; to get scores, add best_of_n to evaluate.policies: that trains one" if has_rankings(ctx.experiment) else ""
         lines.append(f"no reward model judges, so there are no scores{way}")
     if ctx.experiment.data.documents is None:
         lines.append("no documents (data.documents): no perplexity of pretraining text")
@@ -182,7 +190,7 @@ class Policy:
 def load_tools(ctx: StageRun) -> Tools:
     """Load SFT, the reference and the reward model, each where it computes."""
     c, m, folder = ctx.config, ctx.experiment.model, ctx.inputs["sft"] / "model"
-    check_context(ctx, folder, *lengths_of_text(ctx.experiment))
+    check_context(ctx, folder, *text_lengths(ctx.experiment))
     accelerator = make_accelerator(device_of(ctx.experiment), dtype_of(ctx.experiment))
     options = {"attn_implementation": m.attn_implementation, "trust_remote_code": ctx.trust_remote_code}
 
@@ -205,7 +213,7 @@ def load_tools(ctx: StageRun) -> Tools:
 def load_prompts(ctx: StageRun, tokenizer) -> tuple[list, list[list[int]]]:
     """Return the evaluation prompts that leave room for a response, and their ids through the chat template. Without
     a file of them: the prompts of the demonstrations that sft held out, each once."""
-    kind = kind_asked(ctx.experiment)
+    kind = prompt_kind(ctx.experiment)
     records, places = read_placed(ctx, kind)
     if kind == "demonstrations":
         first = {prompt_key(records[i].prompt): i for i in reversed(held_back(ctx, records)[1])}
@@ -258,8 +266,8 @@ def find_leaked(ctx: StageRun, prompts, world: World | None) -> list[bool]:
     Returns:
         (P,) flags.
     """
-    trained = {kind: [record.prompt for record in read(ctx, kind)] for kind in trained_on(ctx.experiment)}
-    if kind_asked(ctx.experiment) == "demonstrations":
+    trained = {kind: [record.prompt for record in read(ctx, kind)] for kind in training_prompt_kinds(ctx.experiment)}
+    if prompt_kind(ctx.experiment) == "demonstrations":
         rows = read(ctx, "demonstrations")
         trained["demonstrations"] = [rows[i].prompt for i in held_back(ctx, rows)[0]]
     if world is not None:

@@ -20,6 +20,8 @@ from pipeline.stage import StageRun
 from stages.evaluation.statistics import labeler_agreement
 from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.transformers import sample
+from stages.settings.experiment import Experiment
+from stages.settings.rankings import RankingsSettings
 from stages.shared.inputs import fit_prompts, read, read_placed, read_world
 from stages.shared.runtime import check_context, device_of, dtype_of, packing
 from stages.training.loop import make_accelerator, micro_batches, pause_if_asked
@@ -27,7 +29,7 @@ from stages.training.loop import make_accelerator, micro_batches, pause_if_asked
 NO_NOISE = 1e-4
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[RankingsSettings, Experiment]) -> dict:
     """→ train.jsonl, validation.jsonl."""
     if ctx.experiment.data.rankings is not None:
         rows, figures = read(ctx, "rankings"), {}

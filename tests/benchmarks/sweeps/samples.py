@@ -9,26 +9,31 @@ import json
 from functools import partial
 from typing import Literal
 
+from pydantic import Field
+
 from data.world.world import World
-from pipeline.stage import StageRun
+from pipeline.config.section import setting
+from pipeline.stage import Stage, StageRun
 from stages import evaluate
 from stages.evaluation.asking import form_of_base
 from stages.evaluation.results import perplexity_estimate
 from stages.models.packing import can_pack
 from stages.settings import evaluate as evaluate_settings
-from stages.settings.training import setting
+from stages.settings.experiment import Experiment
 from stages.shared.inputs import read_world
 from stages.training.loop import pause_if_asked
 
-NAME = "samples"
-METRICS: dict[str, str] = {}
-HEADLINE = ("score", "gold", "kl", "perplexity")
 
-
-class Config(evaluate_settings.Config):
+class SamplesSettings(evaluate_settings.EvaluateSettings):
     """evaluate's settings (its `policies` and `best_of` mean nothing here), and whose samples."""
 
     policy: Literal["base", "sft", "ppo", "dpo"] = setting("sft", "who answers")
+
+
+class SweepExperiment(Experiment):
+    """Hold an experiment that has the stage samples, too."""
+
+    samples: SamplesSettings = Field(default_factory=SamplesSettings)
 
 
 def needs(experiment) -> list[str]:
@@ -81,3 +86,14 @@ def run(ctx: StageRun) -> dict:
 
 def _mean(rows: list[list[float]]) -> float:
     return sum(map(sum, rows)) / sum(map(len, rows))
+
+
+STAGE = Stage(
+    name="samples",
+    summary="Sample a policy, score and measure the samples.",
+    settings=SamplesSettings,
+    run=run,
+    needs=needs,
+    reads=reads,
+    headline=("score", "gold", "kl", "perplexity"),
+)

@@ -124,8 +124,8 @@ def test_the_manifest_records_the_commit_and_another_one_makes_stale(world, hub)
 def test_a_stage_reads_the_commit_that_the_manifest_names(world, hub):
     seen = []
     world.stages = fakes.stages(reads=["prompts"])
-    world.stages["fit"].hub_model = lambda experiment: ("model.name_or_path", "org/model")
-    world.stages["fit"].run = lambda ctx: seen.append((ctx.source("prompts"), ctx.model_revision)) or {}
+    fakes.change(world.stages, "fit", hub_model=lambda experiment: ("model.name_or_path", "org/model"))
+    fakes.change(world.stages, "fit", run=lambda ctx: seen.append((ctx.source("prompts"), ctx.model_revision)) or {})
     hub.says = {("dataset", "org/set", "v1"): A, ("model", "org/model", "v2"): B}
     at = ("data.prompts={path: org/set, revision: v1}", "model.name_or_path=org/model", "model.revision=v2")
     world.run("fit", *at)
@@ -143,8 +143,10 @@ def test_a_revision_with_an_unknown_commit_is_passed_on(world, hub):
     """The main branch must not be used in its place."""
     seen = []
     world.stages = fakes.stages(reads=["prompts"])
-    world.stages["fit"].hub_model = lambda experiment: ("model.name_or_path", "org/model")
-    world.stages["fit"].run = lambda ctx: seen.append((ctx.source("prompts").revision, ctx.model_revision)) or {}
+    fakes.change(world.stages, "fit", hub_model=lambda experiment: ("model.name_or_path", "org/model"))
+    fakes.change(
+        world.stages, "fit", run=lambda ctx: seen.append((ctx.source("prompts").revision, ctx.model_revision)) or {}
+    )
     settings = ("data.prompts={path: org/set, revision: v1}", "model.name_or_path=org/model", "model.revision=v2")
     world.run("fit", *settings)
     assert seen == [("v1", "v2")]
@@ -156,7 +158,7 @@ def test_an_interrupted_run_does_not_resume_with_another_commit(world, hub):
     interrupt(world, 6, at)
     hub.says[SET] = B
     (line,) = refused(world, "fit", at, override_config=True)
-    assert "since then data.prompts changed (org/set, commit aaaaaaa → bbbbbbb); --restart begins anew" in line
+    assert "since then data.prompts changed (org/set, commit aaaaaaa → bbbbbbb); --restart starts again" in line
     del hub.says[SET]
     world.run("fit", at)
     assert world.store.manifest("fit")["config"]["data"]["prompts"]["revision"] == A
@@ -164,7 +166,7 @@ def test_an_interrupted_run_does_not_resume_with_another_commit(world, hub):
 
 def test_another_stages_record_gives_the_commit_too(world, hub):
     world.stages, at = fakes.stages(reads=["prompts"]), "data.prompts=org/set"
-    world.stages["page"].reads = lambda experiment: ["prompts"]
+    fakes.change(world.stages, "page", reads=lambda experiment: ["prompts"])
     hub.says[SET] = A
     world.run("fit", at)
     hub.says.clear()
@@ -192,9 +194,15 @@ def test_an_unknown_name_is_reported_before_anything_runs(world, hub):
 @pytest.mark.parametrize(
     "settings, line",
     [
-        (["model.revision=v1"], "override model.revision=v1: model.revision: null is no Hub id, and has no revisions"),
-        (["data.prompts={path: world, revision: v1}"], "data.prompts.revision: world is no Hub id, and has no revis"),
-        (["model.name_or_path=org/x", "model.revision=../../a"], "'../../a' names no branch, tag or commit; give one"),
+        (
+            ["model.revision=v1"],
+            "override model.revision=v1: model.revision: null is not a Hub id and has no revisions",
+        ),
+        (["data.prompts={path: world, revision: v1}"], "data.prompts.revision: world is not a Hub id and has no revis"),
+        (
+            ["model.name_or_path=org/x", "model.revision=../../a"],
+            "'../../a' is not the name of a branch, tag or commit; correct it",
+        ),
     ],
 )
 def test_invalid_revisions(world, settings, line):
