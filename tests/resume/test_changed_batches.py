@@ -113,7 +113,7 @@ def test_smaller_micro_batches_of_the_same_batch_are_accepted(oracle, tmp_path):
     said = refused(root, tmp_path, "sft", "sft.gradient_accumulation_steps=4")
     assert said == (
         "error: sft: interrupted at step 4, since then sft.gradient_accumulation_steps 2 → 4, which an interrupted run "
-        "keeps; set it back to go on, --restart starts again"
+        "keeps; set it back to resume, --restart starts again"
     )
     smaller = ("sft.per_device_train_batch_size=2", "sft.gradient_accumulation_steps=4", "--override-config")
     assert rlhf(*command(root, "sft", *smaller)) == 0
