@@ -68,7 +68,7 @@ class Ended:
     """How a run ended: exit code (−9 for SIGKILL), output, seconds since strace was attached."""
 
     code: int
-    said: str
+    output: str
     seconds: float
     calls: tuple[Call, ...] = ()
 
@@ -88,8 +88,8 @@ class Running:
 
     def __init__(self, argv: list[str], folder: Path, fault: Fault | None = None):
         fault = fault or Fault()
-        self.said, self.trace, gate = folder / "said.txt", folder / "trace.txt", folder / "go"
-        for leftover in (self.said, self.trace, gate):
+        self.output, self.trace, gate = folder / "output.txt", folder / "trace.txt", folder / "go"
+        for leftover in (self.output, self.trace, gate):
             leftover.unlink(missing_ok=True)
         self.child = multiprocessing.get_context("forkserver").Process(target=_main, args=(argv, str(folder), fault))
         self.child.start()
@@ -108,10 +108,10 @@ class Running:
             what = f"error={fault.error}" if fault.error else "signal=KILL"
             command += ["-e", f"inject={fault.at[0]}:{what}:when={fault.at[1]}"]
         tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        said = tracer.stderr.readline()
-        if "attached" not in said:
+        output = tracer.stderr.readline()
+        if "attached" not in output:
             self.child.kill()
-            raise RuntimeError(f"strace cannot hold a process here: {said.strip()}")
+            raise RuntimeError(f"strace cannot hold a process here: {output.strip()}")
         return tracer
 
     def signal(self, number: int) -> None:
@@ -127,9 +127,9 @@ class Running:
         seconds = time.monotonic() - self.began
         if self.tracer is not None:
             self.tracer.communicate(timeout=30)
-        said = self.said.read_text(errors="replace") if self.said.exists() else ""
+        output = self.output.read_text(errors="replace") if self.output.exists() else ""
         calls = read_calls(self.trace, self.child.pid) if self.trace.exists() else ()
-        return Ended(self.child.exitcode, said, seconds, calls)
+        return Ended(self.child.exitcode, output, seconds, calls)
 
 
 def run(argv: list[str], folder: Path, fault: Fault | None = None) -> Ended:
@@ -169,7 +169,7 @@ def read_calls(trace: Path, pid: int) -> tuple[Call, ...]:
 
 
 def _main(argv: list[str], folder: str, fault: Fault) -> None:
-    out = os.open(os.path.join(folder, "said.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    out = os.open(os.path.join(folder, "output.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(out, 1), os.dup2(out, 2)
     while not os.path.exists(os.path.join(folder, "go")):
         time.sleep(0.002)

@@ -42,17 +42,17 @@ BEST_EARLY = {"ppo": ("ppo.learning_rate=0.3", "ppo.kl_coef=1.0")}  # the best e
 BEFORE_HANDLERS = 0.5  # seconds within which a signal may come before the handlers are installed
 
 
-class Wrong(Exception):
+class TryFailed(Exception):
     """Report a try that did not end as it should."""
 
 
-class NotHere(Exception):
+class NotPossibleHere(Exception):
     """Report a try that is impossible on this machine."""
 
 
 def expect(holds: bool, otherwise: str) -> None:
     if not holds:
-        raise Wrong(otherwise)
+        raise TryFailed(otherwise)
 
 
 @dataclass
@@ -113,12 +113,12 @@ class Try:
     def interrupt(self, step: int = 5) -> None:
         """Kill a run after a step's row of metrics.jsonl; for step 5 it has checkpoints 2 and 4."""
         code = self.run(Fault(die=(self.stage, step))).code
-        expect(code == -9, f"exit {code}, and it was to be killed at step {step}")
+        expect(code == -9, f"exit code {code}; it should have been killed at step {step}")
 
     def checkpoints(self) -> list[Path]:
         return sorted((self.work / "checkpoints").glob("step-*"))
 
-    def lost(self) -> int:
+    def unsaved_steps(self) -> int:
         """Return how many steps are in the journal and not in a checkpoint."""
         if not (self.work / "metrics.jsonl").exists() or (self.work / "manifest.json").exists():
             return 0
@@ -133,50 +133,50 @@ class Try:
         rows = [len(file.read_text().splitlines()) if file.exists() else 0 for file in (self.work / right.name, right)]
         return rows[0] >= rows[1] or (self.work / "manifest.json").exists()
 
-    def go_on(self, at_most: int = EVERY) -> Ended:
+    def resume(self, at_most: int = EVERY) -> Ended:
         """Resume, check that no more than a save interval is recomputed, and `finish`."""
-        lost = self.lost()
-        expect(lost <= at_most, f"{lost} steps are computed again; {at_most} at most")
+        lost = self.unsaved_steps()
+        expect(lost <= at_most, f"{lost} steps are recomputed; at most {at_most} expected")
         return self.finish()
 
     def finish(self) -> Ended:
         """Run to the end; check for the chain's bytes and that nothing unfinished is left."""
         ended = self.run()
-        expect(ended.code == 0, f"going on ended with {ended.code}: {last_line(ended.said)}")
-        self.same()
+        expect(ended.code == 0, f"the resumed run ended with {ended.code}: {last_line(ended.output)}")
+        self.check_bytes()
         return ended
 
-    def same(self) -> None:
+    def check_bytes(self) -> None:
         ours, right = published(self.work), published(self.chain.folder(self.stage))
         odd = sorted(path for path in {*ours, *right} if ours.get(path) != right.get(path))
-        expect(not odd, f"other bytes in {', '.join(odd)}")
+        expect(not odd, f"different bytes in {', '.join(odd)}")
         left = [p.name for p in self.work.rglob(".tmp-*")]
         expect(not left, f"left behind: {left}")
 
 
 def last_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "(nothing was said)"
+    return lines[-1] if lines else "(no output)"
 
 
 def refused(ended: Ended, *names: str) -> None:
     """Check for exit code 2 and error lines that contain each of the names."""
-    expect(ended.code == 2, f"exit {ended.code} in place of 2: {last_line(ended.said)}")
-    lines = [line for line in ended.said.splitlines() if line.startswith("error: ")]
-    expect(bool(lines) and "Traceback" not in ended.said, "no error line, or a traceback")
+    expect(ended.code == 2, f"exit code {ended.code} instead of 2: {last_line(ended.output)}")
+    lines = [line for line in ended.output.splitlines() if line.startswith("error: ")]
+    expect(bool(lines) and "Traceback" not in ended.output, "no error line, or a traceback")
     missing = [name for name in names if not any(name in line for line in lines)]
     expect(not missing, f"the error does not name {missing}: {lines[0]}")
 
 
-def measured(chain: Chain, stage: str) -> None:
+def measure(chain: Chain, stage: str) -> None:
     """Measure a stage's duration and system calls, and check that it gives the same bytes twice."""
     if stage in chain.calls:
         return
     with tempfile.TemporaryDirectory(prefix="faults_") as folder:
         one = Try(chain, stage, Path(folder))
         ended = one.run(Fault(trace=True))
-        expect(ended.code == 0, f"{stage} does not run: {last_line(ended.said)}")
-        one.same()
+        expect(ended.code == 0, f"{stage} does not run: {last_line(ended.output)}")
+        one.check_bytes()
         inside = str(one.root)
         chain.traces[stage] = ended.calls
         chain.calls[stage] = [c for c in ended.calls if not c.failed and any(p.startswith(inside) for p in c.paths)]
@@ -206,8 +206,8 @@ def crash_points(chain: Chain, stage: str, kills: int):
 
         def trial(t: Try, call=call):
             ended = t.run(Fault(at=(call.name, call.number)))
-            expect(ended.code == -9, f"exit {ended.code}, and it was to be killed at {call.name}")
-            t.go_on()
+            expect(ended.code == -9, f"exit code {ended.code}; it should have been killed at {call.name}")
+            t.resume()
 
         yield f"{call.name}.{call.number}", trial
 
@@ -218,7 +218,7 @@ def random_kills(chain: Chain, stage: str, kills: int):
 
         def trial(t: Try, after=after):
             killed_after(t.argv(), t.folder, after)
-            t.go_on()
+            t.resume()
 
         yield str(i), trial
 
@@ -230,8 +230,8 @@ def kills_in_one_run(chain: Chain, stage: str, kills: int):
         landed = 0
         for after in instants(20, 0.1, 0.5 * chain.seconds[stage], seed=2):
             landed += killed_after(t.argv(), t.folder, after).code == -9
-        expect(landed >= 10, f"only {landed} kills found it running")
-        t.go_on()
+        expect(landed >= 10, f"only {landed} kills hit a running process")
+        t.resume()
 
     yield "0", trial
 
@@ -246,8 +246,8 @@ def one_of_two(chain: Chain, stage: str, kills: int):
     def whole(t: Try) -> float:
         running = two_together(t.argv(), t.folder)
         ended = [process.wait() for process in running]
-        said = " / ".join(last_line(one.said) for one in ended)
-        expect([one.code for one in ended] == [0, 0], f"two processes ended with {[e.code for e in ended]}: {said}")
+        output = " / ".join(last_line(one.output) for one in ended)
+        expect([one.code for one in ended] == [0, 0], f"two processes ended with {[e.code for e in ended]}: {output}")
         return max(one.seconds for one in ended)
 
     if stage not in chain.together:
@@ -273,7 +273,7 @@ def one_of_two(chain: Chain, stage: str, kills: int):
             whole(t)
             ours = published(t.work)
             odd = sorted(path for path in {*ours, *right} if ours.get(path) != right.get(path))
-            expect(not odd, f"other bytes in {', '.join(odd)}")
+            expect(not odd, f"different bytes in {', '.join(odd)}")
 
         yield f"{i}", trial
 
@@ -295,14 +295,14 @@ def signals(chain: Chain, stage: str, kills: int):
             ended = running.wait()
             took = time.monotonic() - asked
             if ended.code == 0:
-                expect(over, "it took no notice of the signal")
-                t.same()
+                expect(over, "it ignored the signal")
+                t.check_bytes()
                 return
             early = ended.code in (-number, 130, 1) and after < BEFORE_HANDLERS  # before the handlers are installed
-            expect(ended.code == 75 or early, f"exit {ended.code} after signal {number}: {last_line(ended.said)}")
+            expect(ended.code == 75 or early, f"exit {ended.code} after signal {number}: {last_line(ended.output)}")
             expect(took <= GRACE, f"{took:.1f} s from the signal to the end")
-            expect(not (t.work / "manifest.json").exists(), "it was stopped, and there is an artifact")
-            t.go_on(at_most=0)
+            expect(not (t.work / "manifest.json").exists(), "it was stopped, but there is an artifact")
+            t.resume(at_most=0)
 
         yield str(i), trial
 
@@ -318,8 +318,8 @@ def two_signals(chain: Chain, stage: str, kills: int):
             running.child.join(0.05)
             running.signal(second)
             ended = running.wait()
-            expect(ended.code in (0, 75, -second), f"exit {ended.code}: {last_line(ended.said)}")
-            t.go_on()
+            expect(ended.code in (0, 75, -second), f"exit {ended.code}: {last_line(ended.output)}")
+            t.resume()
 
         yield str(i), trial
 
@@ -334,11 +334,11 @@ def failing_call(errors: tuple[str, ...], names: tuple[str, ...]) -> Case:
             def trial(t: Try, call=call, error=error):
                 ended = t.run(Fault(at=(call.name, call.number), error=error))
                 if ended.code == 0:  # a call whose failure costs nothing, such as the last one of a clean-up
-                    expect(call.name != "fsync", "an fsync failed, and nobody noticed")
+                    expect(call.name != "fsync", "an fsync failed unnoticed")
                 else:
                     refused(ended, str(t.root))
                     damaged = [str(p) for p in t.checkpoints() if damage.problems(p)]
-                    expect(not damaged, f"no longer whole: {damaged}")
+                    expect(not damaged, f"damaged: {damaged}")
                 t.finish()
 
             yield f"{call.name}.{call.number}.{error}", trial
@@ -353,7 +353,7 @@ def full_disk(chain: Chain, stage: str, kills: int):
         def trial(t: Try, room=room, names=names):
             there = list(t.root.rglob("*"))
             size, count = sum(p.stat().st_size + 4096 for p in there), len(there) + 1
-            with damage.small_disk(t.root, size + room, count + names, NotHere) as grow:
+            with damage.small_disk(t.root, size + room, count + names, NotPossibleHere) as grow:
                 refused(t.run(), "bytes", str(t.root))
                 grow()
                 t.finish()
@@ -381,8 +381,8 @@ def damaged_checkpoint(spoils: Callable[[Path], Iterator[tuple[str, Callable[[Pa
                 t.interrupt()
                 spoil(t.checkpoints()[-1])
                 ended = t.finish()
-                expect("set aside" in ended.said, "the damage was not said")
-                expect("resuming from step 2" in ended.said, "it did not go on from the one before")
+                expect("set aside" in ended.output, "the damage was not reported")
+                expect("resuming from step 2" in ended.output, "it did not resume from the checkpoint before")
 
             yield name, trial
 
@@ -398,7 +398,7 @@ def every_flip(chain: Chain, stage: str, kills: int):
             copy = t.folder / sample.name
             shutil.copytree(sample, copy)
             missed = damage.missed_flips(copy, name, 100)
-            expect(not missed, f"bits that nobody missed: {missed}")
+            expect(not missed, f"flipped bits that were not noticed: {missed}")
 
         yield name, trial
 
@@ -423,15 +423,15 @@ def other_user(chain: Chain, stage: str, kills: int):
 
     def trial(t: Try):
         if os.geteuid() != 0:
-            raise NotHere("only root can become somebody else")
+            raise NotPossibleHere("only root can run as another user")
         library = Path(os.__file__)
         if not all(path.stat().st_mode & 0o005 == 0o005 for path in (library.parent, *library.parent.parents)):
-            raise NotHere("another user cannot read this Python")
+            raise NotPossibleHere("another user cannot read this Python")
         for path in (t.folder, *t.folder.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
         ended = t.run(Fault(user=65534))
-        if "Permission denied" in ended.said and str(ROOT) in ended.said:
-            raise NotHere("another user cannot read this project")
+        if "Permission denied" in ended.output and str(ROOT) in ended.output:
+            raise NotPossibleHere("another user cannot read this project")
         refused(ended, str(t.root))
         expect(ended.seconds < 5, f"it took {ended.seconds:.1f} s")
 
@@ -466,8 +466,8 @@ def other_clock(chain: Chain, stage: str, kills: int):
         for i, path in enumerate(t.checkpoints()):
             for file in (path, *path.rglob("*")):
                 os.utime(file, (1e9 - i * 1e6,) * 2)
-        said = t.finish().said
-        expect("damaged" not in said and "resuming from step 4" in said, "the newest was not taken")
+        output = t.finish().output
+        expect("damaged" not in output and "resuming from step 4" in output, "the newest checkpoint was not loaded")
 
     yield "0", trial
 
@@ -480,11 +480,11 @@ def kept_one(chain: Chain, stage: str, kills: int):
         def trial(t: Try, call=call):
             t.settings = ("checkpoints.keep=1",)
             first = t.run(Fault(at=(call.name, call.number)))
-            expect(first.code in (-9, 0), f"exit {first.code}: {last_line(first.said)}")
+            expect(first.code in (-9, 0), f"exit {first.code}: {last_line(first.output)}")
             journal = t.work / "metrics.jsonl"
             if first.code == -9 and journal.exists() and len(journal.read_text().splitlines()) > EVERY:
-                expect(any(not damage.problems(p) for p in t.checkpoints()), "no checkpoint holds")
-            t.go_on()
+                expect(any(not damage.problems(p) for p in t.checkpoints()), "there is no valid checkpoint")
+            t.resume()
 
         yield f"{call.name}.{call.number}", trial
 
@@ -494,9 +494,9 @@ def little_memory(chain: Chain, stage: str, kills: int):
 
     def trial(t: Try):
         ended = t.run(Fault(exhaust=5))
-        expect(ended.code == 1 and "Traceback" not in ended.said, f"exit {ended.code}: {last_line(ended.said)}")
-        expect("error: out of memory; lower" in ended.said, f"it does not say what to turn: {last_line(ended.said)}")
-        expect(not damage.problems(t.checkpoints()[-1]), "the newest checkpoint does not hold")
+        expect(ended.code == 1 and "Traceback" not in ended.output, f"exit {ended.code}: {last_line(ended.output)}")
+        expect("error: out of memory; lower" in ended.output, f"it names no setting: {last_line(ended.output)}")
+        expect(not damage.problems(t.checkpoints()[-1]), "the newest checkpoint is damaged")
         t.finish()
 
     yield "0", trial
@@ -561,7 +561,7 @@ def rebuilt_input(chain: Chain, stage: str, kills: int):
         place = ["-c", str(CONFIG), "--artifacts", str(t.root), "--only"]
         (t.folder / "other").mkdir()
         made = run(["run", need, *place, "--force", key[need]], t.folder / "other")
-        expect(made.code == 0, f"{need} does not run: {last_line(made.said)}")
+        expect(made.code == 0, f"{need} does not run: {last_line(made.output)}")
         refused(t.run(None, key[need]), need, "→")
 
     yield need, trial
@@ -573,8 +573,8 @@ def other_threads(chain: Chain, stage: str, kills: int):
     def trial(t: Try):
         t.interrupt()
         ended = t.run(None, "launch.threads=2")
-        expect(ended.code == 0, f"exit {ended.code}: {last_line(ended.said)}")
-        expect(ended.said.count("last bits may differ") == 1, "it was not said once")
+        expect(ended.code == 0, f"exit {ended.code}: {last_line(ended.output)}")
+        expect(ended.output.count("last bits may differ") == 1, "it was not reported exactly once")
         expect(json.loads((t.work / "manifest.json").read_text())["threads"] == 2, "it is not in the manifest")
 
     yield "0", trial
@@ -592,8 +592,8 @@ def done_again(chain: Chain, stage: str, kills: int):
             else:
                 shutil.rmtree(t.work / "checkpoints")
             ended = t.run()
-            expect(ended.code == 0 and "running" not in ended.said, f"it ran: {last_line(ended.said)}")
-            t.same()
+            expect(ended.code == 0 and "running" not in ended.output, f"it ran: {last_line(ended.output)}")
+            t.check_bytes()
 
         yield name, trial
 
@@ -625,43 +625,43 @@ def forgotten_items(chain: Chain, stage: str, kills: int):
                 shutil.rmtree(t.work, ignore_errors=True)
                 if item == "state.owes_look":
                     fault = Fault(term=(stage, {"sft": 5}.get(stage, 6)))  # trl logs a step after its evaluation
-                    expect(t.run(fault).code == 75, "the signal in the look at step 6 did not end in 75")
+                    expect(t.run(fault).code == 75, "the signal during the evaluation at step 6 did not end in 75")
                 else:
                     t.interrupt(moment)
                 ended = t.run(Fault(forget=item))
                 if ended.code != 0 or published(t.work) != right:
                     return
-            raise Wrong("nobody noticed that it was missing")
+            raise TryFailed("its absence was not noticed")
 
         yield item, trial
 
 
 CASES: dict[str, tuple[str, Case]] = {
     "C1": ("killed at a call that changes the disk", crash_points),
-    "C2": ("killed at any instant", random_kills),
+    "C2": ("killed at a random moment", random_kills),
     "C3": ("killed twenty times in one run", kills_in_one_run),
-    "C4": ("SIGTERM, SIGINT, SIGUSR1 at any instant", signals),
+    "C4": ("SIGTERM, SIGINT, SIGUSR1 at a random moment", signals),
     "C5": ("two signals", two_signals),
     "C6": ("no space left at a write", failing_call(("ENOSPC",), ("write", "pwrite64", "mkdir"))),
     "C6d": ("a disk that fills up", full_disk),
     "C7": ("a sync or rename fails", failing_call(("EIO", "EROFS"), ("fsync", "fdatasync", "rename"))),
     "C7f": ("a limit on file sizes", small_files),
-    "C8": ("checkpoint file cut short", damaged_checkpoint(damage.cuts)),
+    "C8": ("truncated checkpoint file", damaged_checkpoint(damage.cuts)),
     "C9": ("checkpoint file with a flipped bit", damaged_checkpoint(damage.flips)),
-    "C9b": ("a hundred flips a file, found", every_flip),
-    "C10": ("checkpoint file gone, a stray, a link, an empty folder", damaged_checkpoint(damage.misfits)),
-    "C8i": ("input file damaged or gone", damaged_input),
+    "C9b": ("a hundred bit flips per file, detected", every_flip),
+    "C10": ("missing or stray checkpoint file, a link, an empty folder", damaged_checkpoint(damage.misfits)),
+    "C8i": ("input file damaged or missing", damaged_input),
     "C11": ("artifacts of another user", other_user),
     "C12": ("two runs at once", two_runs),
-    "C13": ("file times turned round", other_clock),
+    "C13": ("reversed file times", other_clock),
     "C14": ("one checkpoint kept, killed at removals", kept_one),
-    "C15": ("memory runs out", little_memory),
-    "C16": ("one of two processes killed at any instant", one_of_two),
+    "C15": ("out of memory", little_memory),
+    "C16": ("one of two processes killed at a random moment", one_of_two),
     "C18": ("synced before and after each rename", synced),
-    "D1": ("settings changed before going on", changed_settings),
+    "D1": ("settings changed before a resume", changed_settings),
     "D2": ("harmless settings changed", harmless_settings),
-    "D4": ("an input made anew", rebuilt_input),
-    "D6": ("a finished stage again", done_again),
+    "D4": ("an input rebuilt", rebuilt_input),
+    "D6": ("a finished stage run again", done_again),
     "D7": ("another number of threads", other_threads),
     "M": ("an item left out of the load", forgotten_items),
 }
@@ -679,7 +679,7 @@ TESTS = {  # of the suite: the subject, the files, and the -k expression for the
            "ties or identical or pair or verdicts"),
     "E9": ("reward model that does not fit", ["models/test_loading.py", "models/test_roles.py"],
            "refused or no_reward_model"),
-    "E10": ("reference that is not the policy, forwards that differ", ["objectives/test_ppo_step.py"], "preflight"),
+    "E10": ("reference differs from the policy, forward passes differ", ["objectives/test_ppo_step.py"], "preflight"),
     "E11": ("numbers that are not finite",
             ["objectives/test_ppo_step.py", "stages/training/test_engine.py"], "finite or nan"),
     "E12": ("alarms", ["stages/ppo/test_alarms.py"], ""),
@@ -712,11 +712,11 @@ def suite(name: str) -> tuple[int, int, str]:
 
 
 def make_chain(folder: Path) -> Chain:
-    """Return a finished chain; raise Wrong if it does not run."""
+    """Return a finished chain; raise TryFailed if it does not run."""
     preload()
     chain = Chain(folder / "artifacts")
     ended = run(["run", "evaluate", "-c", str(CONFIG), "--artifacts", str(chain.root)], folder)
-    expect(ended.code == 0, f"the chain does not run: {last_line(ended.said)}")
+    expect(ended.code == 0, f"the chain does not run: {last_line(ended.output)}")
     return chain
 
 
@@ -729,9 +729,9 @@ def attempt(chain: Chain, stage: str, label: str, trial: Trial, keep: bool = Fal
     folder = Path(tempfile.mkdtemp(prefix="faults_"))
     try:
         trial(Try(chain, stage, folder))
-    except NotHere as reason:
+    except NotPossibleHere as reason:
         return f"not here: {reason}"
-    except Wrong as wrong:
+    except TryFailed as wrong:
         return str(wrong)
     except Exception as problem:
         return f"{type(problem).__name__}: {problem}"
@@ -745,7 +745,7 @@ def attempt(chain: Chain, stage: str, label: str, trial: Trial, keep: bool = Fal
 
 def trials_of(chain: Chain, case: str, stage: str, kills: int) -> list[tuple[str, Trial]]:
     """Return a case's tries for a stage: at most `kills`, with damaged files four times as many."""
-    measured(chain, stage)
+    measure(chain, stage)
     most = max(3, kills * (4 if case in ("C8", "C8i", "C10", "M") else 1))
     return spread([(f"{case}/{stage}/{name}", trial) for name, trial in CASES[case][1](chain, stage, kills)], most)
 
@@ -786,7 +786,7 @@ def main() -> int:
                     failures.append((f"{case}/{stage}", "no try was made"))
                 if trials:
                     book(case, CASES[case][0], stage, tries, tries - len(bad), absent[0] if absent else "")
-        except Wrong as wrong:
+        except TryFailed as wrong:
             print(f"error: {wrong}", file=sys.stderr)
             return 2
         for name in (c for c in asked.cases if c in TESTS):

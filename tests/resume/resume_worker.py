@@ -21,7 +21,7 @@ def rlhf(
     term: tuple[str, int] | None = None,
     term_at_token: int | None = None,
     takes: Path | None = None,
-    said: Path | None = None,
+    output: Path | None = None,
 ) -> int:
     """Run `rlhf` in a new process that is forked after the libraries were imported.
 
@@ -33,12 +33,12 @@ def rlhf(
         term_at_token: which of the tokens that it samples (counted in rows at a time) brings
             SIGTERM. If it samples another one after that, the exit code is 99.
         takes: a file for each draw from a data.streams.Stream, as a line [size, seed, [index, …]].
-        said: a file for what it prints.
+        output: a file for what it prints.
 
     Returns:
         The exit code, −9 for SIGKILL.
     """
-    child = start(argv, die=die, term=term, term_at_token=term_at_token, takes=takes, said=said)
+    child = start(argv, die=die, term=term, term_at_token=term_at_token, takes=takes, output=output)
     return end([child])[0]
 
 
@@ -88,12 +88,12 @@ def start_together(
 
 def start(
     argv, environment: dict[str, str] | None = None, die=None, term=None, term_at_token=None, tokens=None, reads=True,
-    takes=None, said=None,
+    takes=None, output=None,
 ):  # fmt: skip
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trl", "transformers", "datasets", "accelerate", "torch", "peft"])
     place = environment or {}
-    arguments = (list(argv), place, die, term, term_at_token, tokens, reads, takes, said)
+    arguments = (list(argv), place, die, term, term_at_token, tokens, reads, takes, output)
     child = context.Process(target=_main, args=arguments)
     child.start()
     return child
@@ -111,11 +111,11 @@ def end(children: list[multiprocessing.Process], seconds: float = 300) -> list[i
     return codes
 
 
-def _main(argv: list[str], environment: dict[str, str], die, term, term_at_token, tokens, reads, takes, said) -> None:
+def _main(argv: list[str], environment: dict[str, str], die, term, term_at_token, tokens, reads, takes, output) -> None:
     from pipeline import cli
 
-    if said is not None:
-        handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    if output is not None:
+        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(handle, 1), os.dup2(handle, 2)
     os.environ.update(environment)
     arm(die, term)
@@ -223,7 +223,7 @@ def published(folder):
     return found
 
 
-def without(oracle, tmp_path, stage):
+def copy_without(oracle, tmp_path, stage):
     """Copy the oracle's artifacts, without `stage`."""
     root = tmp_path / "artifacts"
     shutil.copytree(oracle, root)

@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from resume_worker import CONFIG, assert_same_figures, rlhf, rows_of, without
+from resume_worker import CONFIG, assert_same_figures, copy_without, rlhf, rows_of
 
 from data.streams import derive_seed
 from pipeline import api
@@ -23,9 +23,9 @@ def command(root, stage, *more):
 
 def refused(root, tmp_path, stage, *settings):
     """Return the error line of a run that resumes with other settings."""
-    said = tmp_path / "said"
-    assert rlhf(*command(root, stage, *settings, "--override-config"), said=said) == 2
-    (line,) = [line for line in said.read_text().splitlines() if line.startswith("error: ")]
+    output = tmp_path / "output"
+    assert rlhf(*command(root, stage, *settings, "--override-config"), output=output) == 2
+    (line,) = [line for line in output.read_text().splitlines() if line.startswith("error: ")]
     return line
 
 
@@ -47,7 +47,7 @@ def taken(file, stream):
 )
 def test_ppo_resumes_with_another_batch_size(changed, episodes, oracle, tmp_path):
     """It stops after 4 updates of 8 episodes; 54 prompts are drawn in a permutation per epoch."""
-    root, takes = without(oracle, tmp_path, "ppo"), tmp_path / "takes"
+    root, takes = copy_without(oracle, tmp_path, "ppo"), tmp_path / "takes"
     assert rlhf(*command(root, "ppo"), term=("ppo", 4), takes=takes) == 75
     changed = [f"ppo.{setting}" for setting in changed]
     assert rlhf(*command(root, "ppo", *changed, "--override-config"), takes=takes) == 0
@@ -64,7 +64,7 @@ def test_ppo_resumes_with_another_batch_size(changed, episodes, oracle, tmp_path
 
 def test_ppo_refuses_batches_that_cannot_end_at_total_episodes(oracle, tmp_path):
     """24 of 64 episodes are done, and the rest is no multiple of 16. The run stays as it was."""
-    root = without(oracle, tmp_path, "ppo")
+    root = copy_without(oracle, tmp_path, "ppo")
     assert rlhf(*command(root, "ppo"), term=("ppo", 3)) == 75
     assert refused(root, tmp_path, "ppo", "ppo.batch_size=16") == (
         "error: ppo.batch_size: 24 of 64 episodes are done, and batches of 16 do not end there; choose a divisor of 8, "
@@ -77,10 +77,10 @@ def test_ppo_refuses_batches_that_cannot_end_at_total_episodes(oracle, tmp_path)
 
 
 def test_ppo_refuses_limits_that_change_the_prompts(oracle, tmp_path):
-    root = without(oracle, tmp_path, "ppo")
+    root = copy_without(oracle, tmp_path, "ppo")
     assert rlhf(*command(root, "ppo"), term=("ppo", 2)) == 75
-    said = refused(root, tmp_path, "ppo", "ppo.max_length=20", "ppo.on_too_long=drop")
-    assert said.endswith("; set ppo.max_length, ppo.response_length and ppo.on_too_long back, or --restart")
+    output = refused(root, tmp_path, "ppo", "ppo.max_length=20", "ppo.on_too_long=drop")
+    assert output.endswith("; set ppo.max_length, ppo.response_length and ppo.on_too_long back, or --restart")
 
 
 def test_an_old_checkpoint_without_counts_needs_the_same_settings():
@@ -96,7 +96,7 @@ def test_an_old_checkpoint_without_counts_needs_the_same_settings():
 
 def test_rankings_resumes_with_another_batch_size(oracle, tmp_path):
     """Each of its labelers ranks a prompt once, whatever batch it is in."""
-    root = without(oracle, tmp_path, "rankings")
+    root = copy_without(oracle, tmp_path, "rankings")
     assert rlhf(*command(root, "rankings"), die=("rankings", 2)) == -9
     assert rlhf(*command(root, "rankings", "rankings.batch_size=5", "--override-config")) == 0
     for name in ("train.jsonl", "validation.jsonl"):
@@ -108,10 +108,10 @@ def test_rankings_resumes_with_another_batch_size(oracle, tmp_path):
 
 def test_smaller_micro_batches_of_the_same_batch_are_accepted(oracle, tmp_path):
     """For less memory, 4 × 2 rows become 2 × 4, and the steps see the same rows."""
-    root = without(oracle, tmp_path, "sft")
+    root = copy_without(oracle, tmp_path, "sft")
     assert rlhf(*command(root, "sft"), term=("sft", 3)) == 75
-    said = refused(root, tmp_path, "sft", "sft.gradient_accumulation_steps=4")
-    assert said == (
+    output = refused(root, tmp_path, "sft", "sft.gradient_accumulation_steps=4")
+    assert output == (
         "error: sft: interrupted at step 4, since then sft.gradient_accumulation_steps 2 → 4, which an interrupted run "
         "keeps; set it back to resume, --restart starts again"
     )
@@ -122,11 +122,13 @@ def test_smaller_micro_batches_of_the_same_batch_are_accepted(oracle, tmp_path):
 
 def test_sft_keeps_the_steps_of_the_model_in_training(oracle, tmp_path):
     """It stops while ppo_init trains, whose checkpoints count on from the 8 steps of model/."""
-    root = without(oracle, tmp_path, "sft")
+    root = copy_without(oracle, tmp_path, "sft")
     assert rlhf(*command(root, "sft"), term=("sft", 10)) == 75
     for steps in (6, 12):
-        said = refused(root, tmp_path, "sft", f"sft.max_steps={steps}")
-        assert f"model/ is trained, in 8 steps, and sft.max_steps or sft.num_train_epochs now ask for {steps}; " in said
+        output = refused(root, tmp_path, "sft", f"sft.max_steps={steps}")
+        assert (
+            f"model/ is trained, in 8 steps, and sft.max_steps or sft.num_train_epochs now ask for {steps}; " in output
+        )
     assert rlhf(*command(root, "sft")) == 0
 
 

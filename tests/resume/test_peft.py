@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from resume_worker import CONFIG, published, rlhf, without
+from resume_worker import CONFIG, copy_without, published, rlhf
 from safetensors.torch import load_file
 
 from stages.models.loading import load_policy
@@ -101,7 +101,7 @@ def test_rows_of_new_tokens_are_trained_and_resumed(oracle, tmp_path):
         rows = (before["model.embed_tokens.weight"] != after["model.embed_tokens.weight"]).any(-1).nonzero().flatten()
         assert rows.tolist() == tokenizer.convert_tokens_to_ids(["<stop>", "<say>"])  # shares its weight with the head
     for step in (5, 9):  # of model/ and of ppo_init/
-        root = without(whole, tmp_path / str(step), "sft")
+        root = copy_without(whole, tmp_path / str(step), "sft")
         again = ("run", "sft", *run, str(root), "--only")
         assert rlhf(*again, die=("sft", step)) == -9
         assert rlhf(*again) == 0
@@ -137,7 +137,7 @@ def test_a_method_in_every_stage(method, biased, tmp_path):
             assert all(small < 3e-7 for _, small in found), "more than an adapter was added to the base"
             assert max(large for large, _ in found) > 1e-5, "nothing was trained"
     for stage in BEFORE:
-        root = without(chain, tmp_path / stage, stage)
+        root = copy_without(chain, tmp_path / stage, stage)
         again = ("run", stage, *run, str(root), "--only")
         assert rlhf(*again, die=(stage, 5)) == -9
         assert rlhf(*again) == 0

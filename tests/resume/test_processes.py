@@ -12,6 +12,7 @@ import torch
 from resume_worker import (
     CONFIG,
     assert_same_figures,
+    copy_without,
     end,
     published,
     rlhf,
@@ -19,7 +20,6 @@ from resume_worker import (
     rows_of,
     start,
     start_together,
-    without,
 )
 from safetensors.torch import load_file
 
@@ -29,7 +29,7 @@ LONG = [pytest.param(stage, marks=pytest.mark.slow) for stage in ("base", "ranki
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo", *LONG])
 def test_two_processes_give_the_results_of_one(stage, oracle, tmp_path):
     """Rows, their order and samples are the same, and weights up to rounding."""
-    root = without(oracle, tmp_path, stage)
+    root = copy_without(oracle, tmp_path, stage)
     run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
     assert rlhf_together(*run) == [0, 0]
     folder, alone = root / "micro" / stage, oracle / "micro" / stage
@@ -60,7 +60,7 @@ def test_each_process_does_about_half_of_the_work(stage, oracle, tmp_path):
 
     Every process samples and scores those for itself.
     """
-    roots = [without(oracle, tmp_path / name, stage) for name in ("together", "alone")]
+    roots = [copy_without(oracle, tmp_path / name, stage) for name in ("together", "alone")]
     few = [f"{stage}.eval_steps=8", *["rm.bias_demonstrations=8"] * (stage == "rm")]
     runs = [("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only", *few) for root in roots]
     assert end(start_together(runs[0], tokens=tmp_path)) == [0, 0]
@@ -73,7 +73,7 @@ def test_each_process_does_about_half_of_the_work(stage, oracle, tmp_path):
 @pytest.fixture(scope="module")
 def together(oracle, tmp_path_factory):
     """Return the artifacts of PPO and the reward model from two undisturbed processes."""
-    root = without(oracle, tmp_path_factory.mktemp("together"), "ppo")
+    root = copy_without(oracle, tmp_path_factory.mktemp("together"), "ppo")
     run = ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only")
     assert rlhf_together(*run) == [0, 0]
     return root
@@ -82,7 +82,7 @@ def together(oracle, tmp_path_factory):
 @pytest.mark.parametrize("who", [0, 1])
 def test_after_one_is_killed_the_other_ends(who, oracle, together, tmp_path):
     """It ends in time without an artifact or a half checkpoint; a rerun gives the same bytes."""
-    root = without(oracle, tmp_path, "ppo")
+    root = copy_without(oracle, tmp_path, "ppo")
     run = ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only")
     codes = rlhf_together(*run, die=(who, "ppo", 5), seconds=60)
     assert codes[who] == -signal.SIGKILL and codes[1 - who] == (4 if who == 0 else 1)
@@ -99,7 +99,7 @@ def test_both_leave_a_held_out_evaluation(stage, step, oracle, tmp_path):
     """Rank 0 gets a signal during the evaluation at step 6: 75, then the undisturbed bytes."""
     found = []
     for name in ("whole", "left"):
-        root = without(oracle, tmp_path / name, stage)
+        root = copy_without(oracle, tmp_path / name, stage)
         run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
         folder = root / "micro" / stage
         if name == "left":
@@ -114,7 +114,7 @@ def test_both_leave_a_held_out_evaluation(stage, step, oracle, tmp_path):
 
 @pytest.mark.slow
 def test_one_hangs_and_the_other_gives_up(oracle, tmp_path):
-    root = without(oracle, tmp_path, "ppo")
+    root = copy_without(oracle, tmp_path, "ppo")
     run = ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only", "launch.timeout=10")
     children = start_together(run)
     wait_for_rows(root / "micro" / "ppo", 2)
@@ -125,7 +125,7 @@ def test_one_hangs_and_the_other_gives_up(oracle, tmp_path):
 
 def test_another_number_of_processes_needs_a_flag(oracle, tmp_path):
     """From 2 to 1 to 2: refused, then with --allow-elastic the same losses as one process."""
-    root = without(oracle, tmp_path, "ppo")
+    root = copy_without(oracle, tmp_path, "ppo")
     run = ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only")
     assert rlhf_together(*run, die=(0, "ppo", 3))[0] == -signal.SIGKILL
     assert rlhf(*run) == 2
@@ -192,7 +192,7 @@ def test_the_launcher_passes_on_a_signal(oracle, together, tmp_path):
 
     At last the bytes are those of two undisturbed processes.
     """
-    root = without(oracle, tmp_path, "ppo")
+    root = copy_without(oracle, tmp_path, "ppo")
     folder = root / "micro" / "ppo"
     process, err = started(root)
     wait_for_rows(folder, 2)
@@ -219,7 +219,7 @@ def test_the_launcher_passes_on_a_signal(oracle, together, tmp_path):
 
 @pytest.mark.slow
 def test_the_launcher_reports_which_process_died(oracle, tmp_path):
-    root = without(oracle, tmp_path, "ppo")
+    root = copy_without(oracle, tmp_path, "ppo")
     process, err = started(root)
     wait_for_rows(root / "micro" / "ppo", 1)
     os.kill(children_of(process.pid)[1], signal.SIGKILL)
@@ -230,13 +230,15 @@ def test_the_launcher_reports_which_process_died(oracle, tmp_path):
 @pytest.mark.slow
 def test_exit_codes_of_rank_zero_are_those_of_the_run(oracle, tmp_path):
     """An alarm that stops (3) leaves a checkpoint; a mistake (2) is one line, printed once."""
-    root = without(oracle, tmp_path, "ppo")
+    root = copy_without(oracle, tmp_path, "ppo")
     process, err = started(root, "ppo.on_alarm=stop", "ppo.alarm_kl=1e-6", "checkpoints.every=0")
     assert process.wait(60) == 3, err.read_text()
     assert err.read_text().count("training stopped itself") == 1
     folder = root / "micro" / "ppo"
     assert list((folder / "checkpoints").glob("step-*/manifest.json")) and not (folder / "manifest.json").exists()
-    process, err = started(without(oracle, tmp_path / "other", "ppo"), "ppo.max_length=24", "ppo.response_length=23")
+    process, err = started(
+        copy_without(oracle, tmp_path / "other", "ppo"), "ppo.max_length=24", "ppo.response_length=23"
+    )
     assert process.wait(60) == 2
     lines = err.read_text().splitlines()
     assert len(set(lines)) == len(lines) and all(line.startswith("error: ") for line in lines)
@@ -245,7 +247,7 @@ def test_exit_codes_of_rank_zero_are_those_of_the_run(oracle, tmp_path):
 @pytest.mark.slow
 def test_a_second_signal_ends_all_processes_at_once(oracle, tmp_path):
     """Rank 0 is blocked at that time, waiting for a process that hangs."""
-    root = without(oracle, tmp_path, "ppo")
+    root = copy_without(oracle, tmp_path, "ppo")
     process, _ = started(root)
     wait_for_rows(root / "micro" / "ppo", 1)
     workers = children_of(process.pid)
@@ -266,7 +268,7 @@ def test_a_second_signal_ends_all_processes_at_once(oracle, tmp_path):
     ],
 )
 def test_torchrun_and_accelerate(launcher, oracle, together, tmp_path):
-    root = without(oracle, tmp_path, "ppo")
+    root = copy_without(oracle, tmp_path, "ppo")
     command = [sys.executable, "-m", *launcher, "-m", "pipeline.cli"]
     command += ["run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -277,7 +279,7 @@ def test_torchrun_and_accelerate(launcher, oracle, together, tmp_path):
 
 
 def test_an_environment_that_does_not_fit_is_refused(oracle, tmp_path):
-    root = without(oracle, tmp_path, "ppo")
+    root = copy_without(oracle, tmp_path, "ppo")
     run = ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only")
     assert end([start((*run, "launch=null"))]) == [0]
     assert end([start(run, {"WORLD_SIZE": "2"})]) == [2]

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from remote_model import build
-from resume_worker import CONFIG, assert_same_figures, published, rlhf, rows_of, without
+from resume_worker import CONFIG, assert_same_figures, copy_without, published, rlhf, rows_of
 
 from data.tokenizer import train_tokenizer
 from pipeline.cli import main
@@ -52,7 +52,7 @@ def chain(request, tmp_path_factory):
 def test_killed_runs_end_in_the_same_bytes(chain, tmp_path):
     oracle, options, _ = chain
     for stage, step in (("sft", 5), ("rankings", 2), ("rm", 5), ("ppo", 5), ("dpo", 5), ("evaluate", 2)):
-        root = without(oracle, tmp_path / stage, stage)
+        root = copy_without(oracle, tmp_path / stage, stage)
         again = ("run", stage, *options, "--artifacts", str(root), "--only")
         assert rlhf(*again, die=(stage, step)) == -9
         assert rlhf(*again) == 0
@@ -98,7 +98,7 @@ def test_no_stage_and_no_chat_runs_an_artifacts_code_without_the_flag(chain, tmp
 def test_several_processes_pass_on_the_flag(stage, strategy, chain, tmp_path):
     """Two processes with a module cache each publish the figures of one, and all of the code."""
     oracle, options, _ = chain
-    root = without(oracle, tmp_path, stage)
+    root = copy_without(oracle, tmp_path, stage)
     argv = ["run", stage, *options, "launch.processes=2", f"launch.strategy={strategy}", "--only", "--artifacts"]
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-m", "pipeline.cli", *argv, str(root)]
@@ -114,7 +114,7 @@ def test_several_processes_pass_on_the_flag(stage, strategy, chain, tmp_path):
 
 def test_jobs_get_the_flag(chain, tmp_path, capsys):
     oracle, options, _ = chain
-    root = without(oracle, tmp_path, "sft")
+    root = copy_without(oracle, tmp_path, "sft")
     assert main(["run", "sft", *options, "--artifacts", str(root), "--submit", "slurm", "--dry-run"]) == 0
     assert "--trust-remote-code" in capsys.readouterr().out
 
@@ -136,7 +136,7 @@ def test_with_an_adapter(chain, tmp_path):
     _, options, _ = chain
     options = [*options, "model.peft={method: lora, r: 4}", "--artifacts"]
     assert rlhf("run", "evaluate", *options, str(tmp_path / "whole")) == 0
-    root = without(tmp_path / "whole", tmp_path, "ppo")
+    root = copy_without(tmp_path / "whole", tmp_path, "ppo")
     again = ("run", "ppo", *options, str(root), "--only")
     assert rlhf(*again, die=("ppo", 5)) == -9
     assert rlhf(*again) == 0

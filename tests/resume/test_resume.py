@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from resume_worker import CONFIG, published, rlhf, without
+from resume_worker import CONFIG, copy_without, published, rlhf
 from safetensors.torch import load_file, save_file
 
 from data.world.world import World
@@ -24,7 +24,7 @@ def test_killed_and_resumed_it_gives_the_same_bytes(stage, step, oracle, tmp_pat
 
     For sft also early and late in the training of ppo_init/, for rm in that of its second model.
     """
-    root = without(oracle, tmp_path, stage)
+    root = copy_without(oracle, tmp_path, stage)
     run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
     step = {"rankings": 2, "evaluate": 2}.get(stage, step)
     assert rlhf(*run, die=(stage, step)) == -9
@@ -37,7 +37,7 @@ def test_killed_and_resumed_it_gives_the_same_bytes(stage, step, oracle, tmp_pat
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
 def test_a_signal_ends_in_75_with_a_checkpoint_and_no_artifact(stage, oracle, tmp_path):
-    root = without(oracle, tmp_path, stage)
+    root = copy_without(oracle, tmp_path, stage)
     run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
     assert rlhf(*run, term=(stage, 3)) == 75
     folder = root / "micro" / stage
@@ -57,7 +57,7 @@ def slow(*case):
 )  # fmt: skip
 def test_a_signal_does_not_wait_for_a_held_out_evaluation(stage, step, look, oracle, tmp_path):
     """The step is saved and its evaluation is owed, also at the last step of rm, dpo and ppo."""
-    root = without(oracle, tmp_path, stage)
+    root = copy_without(oracle, tmp_path, stage)
     run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
     assert rlhf(*run, term=(stage, step)) == 75
     folder = root / "micro" / stage
@@ -73,7 +73,7 @@ def test_a_signal_does_not_wait_for_a_held_out_evaluation(stage, step, look, ora
 )
 def test_an_owed_evaluation_is_written_once(stage, step, later, oracle, tmp_path):
     """A signal cuts the evaluation at step 6 short; the next run repeats it and is killed."""
-    root = without(oracle, tmp_path, stage)
+    root = copy_without(oracle, tmp_path, stage)
     run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
     assert rlhf(*run, term=(stage, step)) == 75
     assert rlhf(*run, die=(stage, later)) == -9
@@ -90,7 +90,7 @@ def test_patience_may_end_with_the_owed_evaluation(stage, step, oracle, tmp_path
     options += {"sft": ["sft.ppo_init=null"], "rm": ["rm.ensemble=1"], "ppo": ["ppo.kl_coef=10"]}[stage]
     found = []
     for name in ("whole", "left"):
-        root = without(oracle, tmp_path / name, stage)
+        root = copy_without(oracle, tmp_path / name, stage)
         run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only", *options)
         if name == "left":
             assert rlhf(*run, term=(stage, step)) == 75
@@ -107,7 +107,7 @@ def test_changed_settings_apply_from_the_checkpoint_on(stage, oracle, tmp_path):
 
     Weight decay puts weights into other groups of rm's and dpo's optimizer.
     """
-    root = without(oracle, tmp_path, stage)
+    root = copy_without(oracle, tmp_path, stage)
     run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
     today = {"learning_rate": 2e-4, "lr_scheduler_type": "linear", "warmup_steps": 3, "weight_decay": 0.1}
     assert rlhf(*run, die=(stage, 5)) == -9
@@ -124,7 +124,7 @@ def test_changed_settings_apply_from_the_checkpoint_on(stage, oracle, tmp_path):
 @pytest.mark.parametrize("stage, token", [("ppo", 60), ("ppo", 85), ("rankings", 20), ("evaluate", 40)])
 def test_a_signal_during_a_rollout_acts_before_the_next_token(stage, token, oracle, tmp_path):
     """PPO saves the state after the previous update, the last one in its journal."""
-    root = without(oracle, tmp_path, stage)
+    root = copy_without(oracle, tmp_path, stage)
     run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
     assert rlhf(*run, term_at_token=token) == 75
     folder = root / "micro" / stage
@@ -143,7 +143,7 @@ def test_an_alarm_before_a_signal_stops_the_resumed_run(oracle, tmp_path):
     The next start stops; the one after that resumes, until another alarm (an untrained policy's
     responses run to the limit).
     """
-    root = without(oracle, tmp_path, "ppo")
+    root = copy_without(oracle, tmp_path, "ppo")
     run = ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only")
     run += ("ppo.eval_steps=1", "ppo.alarm_kl=1e-9", "ppo.on_alarm=stop")
     assert rlhf(*run, term=("ppo", 2)) == 75
@@ -153,7 +153,7 @@ def test_an_alarm_before_a_signal_stops_the_resumed_run(oracle, tmp_path):
 @pytest.mark.parametrize("stage, shorter", [("ppo", "total_episodes=48"), ("dpo", "max_steps=6")])
 def test_a_run_that_ends_at_its_checkpoint_keeps_the_best(stage, shorter, oracle, tmp_path):
     """It has kept no best weights until then: the present ones are the best."""
-    root = without(oracle, tmp_path, stage)
+    root = copy_without(oracle, tmp_path, stage)
     run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
     assert rlhf(*run, f"{stage}.keep=last", die=(stage, 7)) == -9
     assert rlhf(*run, f"{stage}.keep=best", f"{stage}.{shorter}", "--override-config") == 0
@@ -162,7 +162,7 @@ def test_a_run_that_ends_at_its_checkpoint_keeps_the_best(stage, shorter, oracle
 
 def test_a_held_out_reward_model_is_logged_and_selects(oracle, tmp_path):
     """Its score is beside the other's, and `keep: best` goes by it."""
-    root = without(oracle, tmp_path, "ppo")
+    root = copy_without(oracle, tmp_path, "ppo")
     judge = oracle / "micro" / "rm" / "ensemble" / "1"
     options = [f"ppo.held_out_reward_model={judge}", "ppo.missing_eos_score=null", "evaluate.missing_eos_score=null"]
     assert rlhf("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only", *options) == 0
@@ -175,7 +175,7 @@ def test_a_held_out_reward_model_is_logged_and_selects(oracle, tmp_path):
 
 def test_scores_that_are_not_finite_are_skipped_or_stop_the_run(oracle, tmp_path):
     """Each update's row has the same figures as any other, without values; nothing is learned."""
-    root = without(oracle, tmp_path, "ppo")
+    root = copy_without(oracle, tmp_path, "ppo")
     broken = tmp_path / "broken"
     shutil.copytree(oracle / "micro" / "rm" / "model", broken)
     weights = load_file(broken / "model.safetensors")
@@ -230,7 +230,7 @@ def test_evaluation_prompts_seen_in_training_are_reported(oracle, tmp_path):
     asked = tmp_path / "asked.jsonl"
     new = "sing of ships that sail far away in winter ?"
     asked.write_text("".join(json.dumps({"prompt": f"  {prompt}"}) + "\n" for prompt in [*old, new]))
-    root = without(oracle, tmp_path, "evaluate")
+    root = copy_without(oracle, tmp_path, "evaluate")
     data = [f"data.{kind}=world" for kind in ("documents", "demonstrations", "prompts")]
     data += [f"data.evaluation_prompts={asked}", "evaluate.on_too_long=drop", "evaluate.best_of=2"]
     assert rlhf("run", "evaluate", "-c", str(CONFIG), "--artifacts", str(root), "--only", *data) == 0
@@ -301,7 +301,7 @@ def test_reference_log_probabilities_are_cached(oracle, tmp_path):
 @pytest.mark.parametrize("stage", ["base", "sft"])
 def test_no_checkpoint_is_saved_after_patience_ended(stage, oracle, tmp_path):
     """A run that resumed from a checkpoint of that step would take another step."""
-    root = without(oracle, tmp_path, stage)
+    root = copy_without(oracle, tmp_path, stage)
     worse = [f"{stage}.patience=1", f"{stage}.eval_steps=2", f"{stage}.learning_rate=5", "sft.ppo_init=null"]
     assert rlhf("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only", *worse) == 0
     folder = root / "micro" / stage
@@ -313,7 +313,7 @@ def test_no_checkpoint_is_saved_after_patience_ended(stage, oracle, tmp_path):
 
 def test_without_regular_checkpoints_the_second_training_restarts(oracle, tmp_path):
     """With checkpoints.every: 0, the only checkpoint is the signal's, of the first training."""
-    root = without(oracle, tmp_path, "sft")
+    root = copy_without(oracle, tmp_path, "sft")
     run = ("run", "sft", "-c", str(CONFIG), "--artifacts", str(root), "--only", "checkpoints.every=0")
     assert rlhf(*run, term=("sft", 3)) == 75
     assert rlhf(*run) == 0
@@ -325,7 +325,7 @@ def test_prompts_of_the_world_with_other_demonstrations(oracle, tmp_path):
 
     Here the file contains each of the evaluation prompts, so that none is held out.
     """
-    root = without(oracle, tmp_path, "sft")
+    root = copy_without(oracle, tmp_path, "sft")
     prompts = [json.loads(line)["prompt"] for line in (root / "micro/world/evaluation_prompts.jsonl").open()]
     own = tmp_path / "own.jsonl"
     own.write_text("".join(json.dumps({"prompt": p, "completion": "the fox is red ."}) + "\n" for p in prompts))

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from resume_worker import CONFIG, assert_same_figures, published, rlhf, rlhf_together, rows_of, without
+from resume_worker import CONFIG, assert_same_figures, copy_without, published, rlhf, rlhf_together, rows_of
 from safetensors.torch import load_file
 
 FSDP = "launch.strategy=fsdp2"
@@ -35,7 +35,7 @@ def slow(*stages):
 
 @pytest.mark.parametrize("stage", slow("base", "sft", "rm", "ppo", "dpo"))
 def test_shards_give_the_results_of_whole_models(stage, oracle, tmp_path):
-    root = without(oracle, tmp_path, stage)
+    root = copy_without(oracle, tmp_path, stage)
     assert rlhf_together(*command(stage, root, FSDP), one_reads=True) == [0, 0]
     assert_same_results(root / "micro" / stage, oracle / "micro" / stage)
 
@@ -53,7 +53,7 @@ def test_adapters_gradient_checkpointing_and_bfloat16(settings, tmp_path):
     for stage in ("sft", "rm", "ppo", "dpo"):
         found = []
         for strategy in ("ddp", "fsdp2"):
-            parts = without(root, tmp_path / stage / strategy, stage)
+            parts = copy_without(root, tmp_path / stage / strategy, stage)
             run = command(stage, parts, f"launch.strategy={strategy}", *settings)
             assert rlhf_together(*run, one_reads=strategy == "fsdp2") == [0, 0]
             found.append(parts / "micro" / stage)
@@ -69,7 +69,7 @@ def undisturbed(oracle, tmp_path_factory):
 
     def of(stage):
         if stage not in made:
-            root = without(oracle, tmp_path_factory.mktemp(stage), stage)
+            root = copy_without(oracle, tmp_path_factory.mktemp(stage), stage)
             assert rlhf_together(*command(stage, root, FSDP)) == [0, 0]
             made[stage] = published(root / "micro" / stage)
         return made[stage]
@@ -80,7 +80,7 @@ def undisturbed(oracle, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage, who", [("sft", 0), ("rm", 1), ("ppo", 0), ("ppo", 1), ("dpo", 1)])
 def test_killed_and_resumed_they_give_the_same_bytes(stage, who, oracle, undisturbed, tmp_path):
-    root = without(oracle, tmp_path, stage)
+    root = copy_without(oracle, tmp_path, stage)
     codes = rlhf_together(*command(stage, root, FSDP), die=(who, stage, 5), seconds=60)
     assert codes == ([1, -signal.SIGKILL] if who else [-signal.SIGKILL, 4])  # 4: it has lost its peer
     assert list((root / "micro" / stage / "checkpoints").glob("step-*/manifest.json"))
@@ -91,7 +91,7 @@ def test_killed_and_resumed_they_give_the_same_bytes(stage, who, oracle, undistu
 @pytest.mark.parametrize("stage", ["ppo", *slow("sft", "rm", "dpo")])
 def test_a_signal_to_rank_zero_ends_both_with_a_checkpoint(stage, oracle, undisturbed, tmp_path):
     """Also without regular saves: a save takes both processes."""
-    root = without(oracle, tmp_path, stage)
+    root = copy_without(oracle, tmp_path, stage)
     run = command(stage, root, FSDP, "checkpoints.every=100")
     assert rlhf_together(*run, term=(0, stage, 4), seconds=60)[0] == 75
     folder = root / "micro" / stage
@@ -105,7 +105,7 @@ def test_a_signal_to_rank_zero_ends_both_with_a_checkpoint(stage, oracle, undist
 @pytest.mark.slow
 def test_checkpoints_resume_with_any_strategy(oracle, tmp_path):
     """From 2 with shards to 1 to 2 with whole models: the losses are those of one process."""
-    root = without(oracle, tmp_path, "ppo")
+    root = copy_without(oracle, tmp_path, "ppo")
     folder, alone = root / "micro" / "ppo", oracle / "micro" / "ppo"
     assert rlhf_together(*command("ppo", root, FSDP), die=(0, "ppo", 3))[0] == -signal.SIGKILL
     assert rlhf(*command("ppo", root, FSDP, "--allow-elastic"), die=("ppo", 5)) == -signal.SIGKILL

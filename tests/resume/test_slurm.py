@@ -7,7 +7,7 @@ import sys
 
 import fake_slurm
 import pytest
-from resume_worker import CONFIG, published, rlhf, without
+from resume_worker import CONFIG, copy_without, published, rlhf
 
 
 def submit(environment, *argv):
@@ -48,7 +48,7 @@ def test_a_refusal_of_sbatch_is_one_line(tmp_path):
 def test_a_preempted_job_resumes_and_the_next_one_waits(oracle, tmp_path):
     """dpo in two processes is told to save halfway and is queued again; evaluate comes after it."""
     environment = fake_slurm.install(tmp_path / "slurm")
-    root = without(oracle, tmp_path, "dpo")
+    root = copy_without(oracle, tmp_path, "dpo")
     options = ("launch.processes=2", "dpo.max_steps=40", "evaluate.policies=[sft,dpo]", "evaluate.best_of=1")
     ended = submit(environment, "evaluate", "--artifacts", str(root), *options)
     assert ended.returncode == 0, ended.stderr
@@ -71,7 +71,7 @@ def test_a_preempted_job_resumes_and_the_next_one_waits(oracle, tmp_path):
 def test_a_forced_redo_resumes_after_a_preemption(oracle, tmp_path):
     """It is beside an up-to-date artifact; and what is certain to be refused is not submitted."""
     environment = fake_slurm.install(tmp_path / "slurm")
-    root, long = without(oracle, tmp_path, "dpo"), "dpo.max_steps=40"
+    root, long = copy_without(oracle, tmp_path, "dpo"), "dpo.max_steps=40"
     assert rlhf("run", "dpo", "-c", str(CONFIG), "--artifacts", str(root), "--only", long) == 0
     folder = root / "micro" / "dpo"
     before = json.loads((folder / "manifest.json").read_text())
