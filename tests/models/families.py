@@ -365,7 +365,7 @@ def policy_differences(folder: Path, attention: str = "sdpa") -> tuple[str, floa
     from stages.models.loading import load_policy
     from stages.models.packing import can_pack
     from stages.rollouts.lanes import WholeLane, lane_for
-    from stages.rollouts.transformers import sample_with_logprobs
+    from stages.rollouts.transformers import Decoding, sample_with_logprobs
 
     tokenizer, (prompts, responses) = AutoTokenizer.from_pretrained(folder), draw_rows()
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32).eval()
@@ -374,8 +374,8 @@ def policy_differences(folder: Path, attention: str = "sdpa") -> tuple[str, floa
     lane = lane_for(model, packed and head_is_linear(model))
     with torch.no_grad():
         found = response_logprobs(model, make_rows(prompts, responses, tokenizer.pad_token_id, packed=packed))
-        options = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
-        drawn = sample_with_logprobs(model, prompts, range(len(prompts)), response_length=24, **options)
+        decoding = Decoding(24, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
+        drawn = sample_with_logprobs(model, prompts, range(len(prompts)), decoding)
         differences = apart(plain, prompts, responses, found), apart(plain, prompts, drawn.responses, drawn.logprobs)
     return "packed" if packed else "whole rows" if lane is WholeLane else "padded", *differences
 

@@ -29,7 +29,7 @@ from stages.models.remote_code import scalar_problem, write_scalar_head
 from stages.models.same_tokenizer import fit_rows
 from stages.models.tokens import settle_tokens
 from stages.rollouts import lanes
-from stages.rollouts.transformers import sample_with_logprobs
+from stages.rollouts.transformers import Decoding, sample_with_logprobs
 from stages.rollouts.trial import CACHE, reading_problem
 
 READ = {  # family: how its rows are read, and whether rm has to write it a head
@@ -195,7 +195,7 @@ def test_no_forward_asks_for_routers_and_the_flag_is_published_as_it_was_given(g
         model = load_policy(tmp_path / folder)
     rows = make_rows([[20, 30, 40], [50]], [[60, 70], [80]], tokenizer.pad_token_id)
     assert response_logprobs(model, rows).isfinite().all()
-    sample_with_logprobs(model, [[20, 30], [40]], [0, 1], response_length=4, eos_id=-1, pad_id=0)
+    sample_with_logprobs(model, [[20, 30], [40]], [0, 1], Decoding(4, eos_id=-1, pad_id=0))
 
 
 # -- caches ----------------------------------------------------------------------------------------------
@@ -205,17 +205,17 @@ def test_rows_leave_the_cache_of_a_hybrid_model(tmp_path, monkeypatch):
     """And a row's numbers are the same whether the others go on or not."""
     folder = families.build("qwen3_5_text", tmp_path / "source")
     model, prompts = load_policy(folder), families.draw_rows()[0]
-    options = {"response_length": 12, "eos_id": 30, "pad_id": 0}
+    decoding = Decoding(12, eos_id=30, pad_id=0)
     kept = []
     keep = lanes.PaddedLane.keep
     monkeypatch.setattr(lanes.PaddedLane, "keep", lambda *a: (kept.append(keep(*a)), kept[-1])[1])
-    monkeypatch.setattr("stages.rollouts.transformers.LEAVE", 1.0)
+    monkeypatch.setattr("stages.rollouts.transformers.KEEP_ALL_ABOVE", 1.0)
     monkeypatch.setattr("stages.rollouts.transformers.pick", pick_or_end)
-    left = sample_with_logprobs(model, prompts, range(4), **options)
+    left = sample_with_logprobs(model, prompts, range(4), decoding)
     assert kept and all(kept) and len(set(map(len, left.responses))) > 2
-    monkeypatch.setattr(lanes, "selected", lambda *_: None)
+    monkeypatch.setattr(lanes, "select_rows", lambda *_: None)
     kept.clear()
-    stayed = sample_with_logprobs(model, prompts, range(4), **options)
+    stayed = sample_with_logprobs(model, prompts, range(4), decoding)
     assert kept and not any(kept)
     assert left.responses == stayed.responses
     torch.testing.assert_close(left.logprobs, stayed.logprobs, rtol=1e-4, atol=1e-5)
@@ -245,7 +245,7 @@ def test_a_layer_that_keeps_a_tensor_whole_drops_no_row():
     for kind, can in ((lanes.DynamicLayer, True), (Whole, False), (Pair, False)):
         layer = kind()
         layer.update(keys, keys)
-        chosen = lanes.selected(layer, torch.tensor([0, 2]), 3)
+        chosen = lanes.select_rows(layer, torch.tensor([0, 2]), 3)
         assert (chosen is not None) == can
         assert layer.keys.shape[0] == 3
         if can:

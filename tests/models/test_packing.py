@@ -8,7 +8,7 @@ from stages.models import packing
 from stages.models.forward import response_logprobs
 from stages.models.loading import prepare
 from stages.models.packing import can_pack
-from stages.rollouts.transformers import sample_with_logprobs
+from stages.rollouts.transformers import Decoding, sample_with_logprobs
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -68,7 +68,7 @@ def test_every_family_reads_and_samples_as_its_plain_self(family):
     found = response_logprobs(model, make_rows(PROMPTS, RESPONSES, 0, packed=packs))
     for i, pair in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         torch.testing.assert_close(found[i, : len(pair[1])], alone(plain, *pair), rtol=1e-4, atol=1e-4)
-    drawn = sample_with_logprobs(model, PROMPTS, range(4), response_length=24, eos_id=1, pad_id=0)
+    drawn = sample_with_logprobs(model, PROMPTS, range(4), Decoding(24, eos_id=1, pad_id=0))
     for i, pair in enumerate(zip(PROMPTS, drawn.responses, strict=True)):
         torch.testing.assert_close(drawn.logprobs[i, : len(pair[1])], alone(plain, *pair), rtol=1e-4, atol=1e-4)
 

@@ -187,8 +187,8 @@ def test_an_interrupted_run_names_the_command_to_resume_it(rlhf):  # noqa: F811
     code, _, err = rlhf("run", "fit", "fit.fail_at=7")
     assert code == 2 and err == (
         "error: fit: interrupted at step 4, since then fit.learning_rate 0.5 → 0.01; `rlhf run fit -c small.yaml "
-        "fit.learning_rate=0.5 fit.fail_at=7` resumes with the old setting, --restart starts again, --override-config resumes "
-        "with the new settings\n"
+        "fit.learning_rate=0.5 fit.fail_at=7` resumes with the old setting, --restart starts again, "
+        "--override-config resumes with the new settings\n"
     )
     assert rlhf("run", "fit", "fit.learning_rate=0.5", "fit.fail_at=7")[0] == 3
 

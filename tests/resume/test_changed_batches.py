@@ -11,7 +11,7 @@ from pipeline import api
 from pipeline.changes import compare
 from pipeline.errors import UserError
 from pipeline.fingerprints import Today
-from stages.ppo import run as ppo
+from stages.ppo import state
 from stages.settings import ppo as ppo_settings
 
 SEED = 1  # of micro.yaml
@@ -87,11 +87,11 @@ def test_an_old_checkpoint_without_counts_needs_the_same_settings():
     """An older version made it: batches of 8, 2 samples per prompt, 4 steps of 4 ptx rows each."""
     settings = {"batch_size": 8, "mini_batch_size": 4, "num_ppo_epochs": 2, "samples_per_prompt": 2, "ptx_ratio": 1.0}
     store = SimpleNamespace(fingerprint="then", newest=lambda: SimpleNamespace(step=3, state={}, fingerprint="then"))
-    ctx = SimpleNamespace(config=ppo_settings.PPOSettings(**settings), checkpoints=store)
-    assert ppo.drawn_before(ctx) == ppo.Drawn(episodes=24, prompts=12, ptx_rows=48, optimizer_steps=12)
+    c, session = ppo_settings.PPOSettings(**settings), SimpleNamespace(checkpoints=store)
+    assert state.drawn_before(session, c) == state.Drawn(episodes=24, prompts=12, ptx_rows=48, optimizer_steps=12)
     store.fingerprint = "now"
-    with pytest.raises(UserError, match=r"did not count what it drew; .*, or --restart"):
-        ppo.drawn_before(ctx)
+    with pytest.raises(UserError, match="did not count what it drew; .*, or --restart"):
+        state.drawn_before(session, c)
 
 
 def test_rankings_resumes_with_another_batch_size(oracle, tmp_path):

@@ -1,10 +1,12 @@
-"""The sampler against the plain model: argmax at a temperature near 0, softmax frequencies at others, seeds
-by row."""
+"""Compare the sampler with the plain model.
+
+Argmax at a temperature near 0, frequencies of the softmax at others, a seed for each row.
+"""
 
 import pytest
 import torch
 
-from stages.rollouts.transformers import rows_to_keep, sample, sample_with_logprobs
+from stages.rollouts.transformers import Decoding, rows_to_keep, sample, sample_with_logprobs
 
 PAD, EOS, VOCAB = 0, 1, 20
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 19, 12, 6], [11, 4], [5, 9, 2]]
@@ -134,7 +136,12 @@ def test_top_p_is_applied_to_what_is_drawn(causal):
 def test_it_can_be_ended_before_any_token(causal):
     """poll() is heard before each token of each batch; what it raises goes through."""
     heard = []
-    whole = draw_all(causal(), batch_size=2, poll=lambda: heard.append(1))
+    decoding = Decoding(8, eos_id=EOS, pad_id=PAD, batch_size=2)
+
+    def draw_polling(poll):
+        return sample_with_logprobs(causal(), PROMPTS, SEEDS, decoding, poll).responses
+
+    whole = draw_polling(lambda: heard.append(1))
     assert len(heard) >= max(map(len, whole)) and whole == draw_all(causal(), batch_size=2)
 
     def third():
@@ -144,7 +151,7 @@ def test_it_can_be_ended_before_any_token(causal):
 
     heard.clear()
     with pytest.raises(InterruptedError):
-        draw_all(causal(), batch_size=2, poll=third)
+        draw_polling(third)
     assert len(heard) == 3
 
 
@@ -160,9 +167,9 @@ def test_sampling_leaves_no_graph_and_no_trace_in_the_global_generator(causal):
 
 def test_an_adapted_model_samples_as_its_merged_self(causal):
     """The sampler runs through a PeftModel, key-value cache included."""
-    from stages.models.adapters import merged, trainable, with_adapter
+    from stages.models.adapters import AdapterSettings, merged, trainable, with_adapter
 
-    policy = with_adapter(causal(seed=3), method="lora", r=4, lora_alpha=8)
+    policy = with_adapter(causal(seed=3), AdapterSettings(method="lora", r=4, lora_alpha=8))
     with torch.no_grad():
         for p in trainable(policy).values():
             p += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
@@ -177,9 +184,8 @@ def test_logprobs_and_entropies_are_those_of_whole_logits(causal, kind):
     end at several times, and one prompt stands three times in succession."""
     model = causal(kind, spread=0.15)
     prompts = [PROMPTS[0]] * 3 + PROMPTS[1:] * 2
-    found = sample_with_logprobs(
-        model, prompts, range(len(prompts)), response_length=9, eos_id=EOS, pad_id=PAD, temperature=0.8, batch_size=6
-    )
+    decoding = Decoding(9, eos_id=EOS, pad_id=PAD, temperature=0.8, batch_size=6)
+    found = sample_with_logprobs(model, prompts, range(len(prompts)), decoding)
     assert len(set(map(len, found.responses))) > 2 and len(set(map(tuple, found.responses[:3]))) == 3
     assert found.logprobs.shape == (len(prompts), max(map(len, found.responses)))
     for b, (prompt, response) in enumerate(zip(prompts, found.responses, strict=True)):
@@ -196,9 +202,9 @@ def test_logprobs_and_entropies_are_those_of_whole_logits(causal, kind):
 def test_under_bfloat16_autocast_it_samples_and_its_figures_are_fp32(causal):
     """As on a GPU: log-probs near the fp32 model's, entropies not rounded to bf16's steps."""
     model = causal(spread=0.15)
-    options = {"response_length": 6, "eos_id": EOS, "pad_id": PAD}
+    decoding = Decoding(6, eos_id=EOS, pad_id=PAD)
     with torch.autocast("cpu", torch.bfloat16):
-        found = sample_with_logprobs(model, PROMPTS, SEEDS, **options)
+        found = sample_with_logprobs(model, PROMPTS, SEEDS, decoding)
     assert found.logprobs.dtype == found.entropy.dtype == torch.float32
     assert (found.entropy != found.entropy.bfloat16().float()).any()
     for b, (prompt, response) in enumerate(zip(PROMPTS, found.responses, strict=True)):
@@ -213,5 +219,5 @@ def test_a_model_of_nans_gives_nan_logprobs_and_no_crash(causal):
     model = causal()
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
-    found = sample_with_logprobs(model, PROMPTS[:2], SEEDS[:2], response_length=3, eos_id=EOS, pad_id=PAD)
+    found = sample_with_logprobs(model, PROMPTS[:2], SEEDS[:2], Decoding(3, eos_id=EOS, pad_id=PAD))
     assert found.logprobs[:, 0].isnan().all() and all(0 <= t < VOCAB for r in found.responses for t in r)

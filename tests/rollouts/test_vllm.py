@@ -1,5 +1,7 @@
-"""The line to vLLM, with a stand-in behind it that computes by transformers (stand_in/vllm.py); and the real one, where
-RLHF_VLLM names the Python of an environment with it."""
+"""Check the connection to vLLM, with a stand-in that computes with transformers (stand_in/vllm.py).
+
+And the real vLLM, where RLHF_VLLM names the Python of an environment with it.
+"""
 
 import contextlib
 import gc
@@ -15,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.errors import Interrupted, UserError
-from stages.models.adapters import trainable, with_adapter
-from stages.rollouts.vllm import EngineLost, Vllm, write_model
+from stages.models.adapters import AdapterSettings, trainable, with_adapter
+from stages.rollouts.engine import EngineLost, SampleRequest
+from stages.rollouts.vllm import Vllm, VllmOptions, write_model
 
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 11]]
 SEEDS = [11, 12, 13]
@@ -55,9 +58,18 @@ def python(tmp_path_factory):
 
 
 def made(folder, line, python, poll=lambda: None, policy=None, **options):
-    """vLLM with the model in `folder`, started; a stand-in is told `options`."""
-    where = {"python": python, "devices": None, "dtype": "float32", "timeout": 300.0}
-    engine = Vllm(folder, line, line.with_name("log"), **where, arguments={"max_model_len": 64} | options)
+    """Return a started vLLM with the model in `folder`; a stand-in gets `options`."""
+    settings = VllmOptions(
+        model=folder,
+        folder=line,
+        log=line.with_name("log"),
+        python=python,
+        devices=None,
+        dtype="float32",
+        timeout=300.0,
+        arguments={"max_model_len": 64} | options,
+    )
+    engine = Vllm(settings)
     engine.start(loaded(folder) if policy is None else policy, poll)
     return engine
 
@@ -69,8 +81,8 @@ def engine(folder, python, tmp_path_factory):
 
 
 def sample(engine, poll=lambda: None, temperature=0.7, length=6, prompts=PROMPTS, seeds=SEEDS, eos=EOS):
-    options = {"response_length": length, "temperature": temperature, "eos_id": eos}
-    return engine.sample(prompts, seeds, **options, poll=poll, device=torch.device("cpu"))
+    request = SampleRequest(prompts, list(seeds), 1, length, temperature, eos)
+    return engine.sample(request, poll)
 
 
 def logprobs_of(model, prompt, response, temperature):
@@ -110,30 +122,26 @@ def test_other_end_tokens_of_the_published_model_end_no_response(folder, engine,
 
 @pytest.mark.parametrize("method", [None, "lora", "dora"])
 def test_weights_follow_the_policy(folder, engine, method):
-    policy = with_adapter(loaded(folder), method=method, r=2)
-    engine.stale = True
-    engine.follow(policy)
+    policy = with_adapter(loaded(folder), AdapterSettings(method=method, r=2))
+    engine.update_weights(policy)
     assert_of(policy, sample(engine))
     for p in trainable(policy).values():
         p.data += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-    engine.follow(policy)  # nobody said that it had changed
     with pytest.raises(AssertionError):
         assert_of(policy, sample(engine))
-    engine.stale = True
-    engine.follow(policy)
+    engine.update_weights(policy)
     assert_of(policy, sample(engine))
-    assert not list(engine.folder.iterdir()), "the weights stay behind"
+    assert not list(engine.options.folder.iterdir()), "the weights are left there"
 
 
 @pytest.mark.parametrize("method", [None, "lora"])
 def test_a_head_that_is_the_embedding_follows_too(python, tmp_path, method):
     folder = saved(tmp_path / "model", tie_word_embeddings=True)
-    policy = with_adapter(loaded(folder), method=method, r=2)
+    policy = with_adapter(loaded(folder), AdapterSettings(method=method, r=2))
     with contextlib.closing(made(folder, tmp_path / "line", python, policy=policy)) as engine:
         for p in trainable(policy).values():
             p.data += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-        engine.stale = True
-        engine.follow(policy)
+        engine.update_weights(policy)
         assert_of(policy, sample(engine), within=1e-4)
 
 
@@ -159,18 +167,17 @@ def test_weights_for_which_there_is_no_room(folder, engine, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    engine.stale = True
     with monkeypatch.context() as patch:
         patch.setattr("stages.rollouts.vllm.save_file", full)
-        with pytest.raises(EngineLost, match="cannot be handed the weights: .*No space left"):
-            engine.follow(loaded(folder))
-    engine.follow(loaded(folder))
+        with pytest.raises(EngineLost, match="cannot be given the weights: .*No space left"):
+            engine.update_weights(loaded(folder))
+    engine.update_weights(loaded(folder))
 
 
 def test_a_model_whose_files_name_weights_otherwise_is_refused(folder, python, tmp_path):
     model = loaded(folder)
     model.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(UserError, match="vllm cannot follow a llama model.*extra.*use transformers"):
+    with pytest.raises(UserError, match="vllm cannot be given the weights of a llama model.*extra.*use transformers"):
         made(folder, tmp_path / "line", python, policy=model)
 
 
@@ -199,10 +206,10 @@ def test_no_place_for_its_files_is_an_error_of_the_settings(folder, python):
 def test_its_end_is_noticed_and_its_log_stays(folder, python, tmp_path):
     engine = made(folder, tmp_path / "line", python, dies_at=2)
     sample(engine)
-    with pytest.raises(EngineLost, match="vLLM is gone, by exit code 9; its last words: it dies .more in .*log"):
+    with pytest.raises(EngineLost, match="vLLM ended with exit code 9; its last words: it dies .more in .*log"):
         sample(engine)
     engine.close()
-    assert not engine.running and not (tmp_path / "line").exists()
+    assert not (tmp_path / "line").exists()
     assert "it dies" in (tmp_path / "log").read_text()
 
 
@@ -216,7 +223,7 @@ def test_signals_are_heard_here_and_not_there_and_it_ends_with_us(folder, python
     assert len(sample(engine).responses) == 3
     with pytest.raises(Interrupted):
         sample(engine, poll=stop)
-    process, folder = engine.process, engine.folder
+    process, folder = engine.process, engine.options.folder
     del engine  # as at the end of this process
     gc.collect()
     assert process.returncode == 0 and not folder.exists()
@@ -258,7 +265,7 @@ def test_the_real_one(tmp_path, method, tied):
     """A model of a width that vLLM's kernels know; weights that change; the same seeds, the same samples."""
     shape = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 128, "max_position_embeddings": 64}
     folder = saved(tmp_path / "model", **shape, vocab_size=64, tie_word_embeddings=tied)
-    policy = with_adapter(loaded(folder), method=method, r=2)
+    policy = with_adapter(loaded(folder), AdapterSettings(method=method, r=2))
     options = {"max_model_len": 48, "max_num_batched_tokens": 64, "gpu_memory_utilization": 0.1}
     options |= {"enforce_eager": True, "skip_tokenizer_init": True, "policy": policy}
     with contextlib.closing(made(folder, tmp_path / "line", os.environ["RLHF_VLLM"], **options)) as engine:
@@ -271,6 +278,5 @@ def test_the_real_one(tmp_path, method, tied):
             p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
         with pytest.raises(AssertionError):
             assert_of(policy, sampled, within=1e-3)
-        engine.stale = True
-        engine.follow(policy)
+        engine.update_weights(policy)
         assert_of(policy, sample(engine), within=1e-3)

@@ -15,7 +15,7 @@ import second_route as plain
 import torch
 from micro_chain import spy
 
-from stages.ppo import run as ppo
+from stages.ppo import sampling, update
 
 SMALL = {
     "batch_size": 8,
@@ -100,7 +100,8 @@ class Again:
 def run_ppo(chain, folder, monkeypatch, choices, *more, inputs=None) -> Run:
     """Run PPO with the recorders in place."""
     more += ("evaluate.policies=[sft]",)  # else evaluate's own settings would have to be PPO's
-    collected, divided, added = (spy(monkeypatch, ppo, name) for name in ("collect", "minibatches", "ptx_gradient"))
+    collected = spy(monkeypatch, sampling, "collect")
+    divided, added = (spy(monkeypatch, update, name) for name in ("minibatches", "ptx_gradient"))
     settings = [f"ppo.{key}={json.dumps(value)}" for key, value in choices.items()]
     finished = chain.run("ppo", folder, *settings, *more, inputs=inputs)
     batches, looks, divisions = {}, {}, {}
@@ -114,7 +115,7 @@ def run_ppo(chain, folder, monkeypatch, choices, *more, inputs=None) -> Run:
     for call in divided:
         divisions.setdefault(call.args[1], []).extend(call.result)
     settings = chain.experiment(*settings, *more).ppo
-    return Run(finished, settings, batches, looks, divisions, [call.args[3] for call in added])
+    return Run(finished, settings, batches, looks, divisions, [call.args[2] for call in added])
 
 
 @dataclass
