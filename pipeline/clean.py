@@ -18,9 +18,9 @@ def clean_command(arguments: argparse.Namespace) -> int:
     """
     from pipeline.config.validation import read_name
     from pipeline.config.yaml_tree import read_tree
-    from pipeline.origin import ask, at_terminal
     from pipeline.stage import StopFlag
     from pipeline.store.artifacts import ArtifactStore
+    from pipeline.terminal import ask, at_terminal
 
     name = read_name(read_tree(arguments.config, arguments.overrides))
     store = ArtifactStore(Location.of(arguments.artifacts).folder, name)

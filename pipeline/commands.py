@@ -110,15 +110,15 @@ def run_command(arguments: argparse.Namespace) -> int:
     with stop_on_signals(stop):
         from pipeline import plan, running
         from pipeline.config.yaml_tree import read_tree
-        from pipeline.launch import environment, processes
+        from pipeline.launch import environment, launcher, processes
         from pipeline.state import flags_of
         from pipeline.store.remote import Remote
 
         tree = read_tree(arguments.config, arguments.overrides)
-        if (count := processes.wanted(tree.values)) > 1:
-            return processes.start(arguments.words, count)
+        if (count := launcher.processes_to_start(tree.values)) > 1:
+            return launcher.start(arguments.words, count)
         met = threading.Event()
-        processes.watch_launcher(stop, met)
+        launcher.watch_launcher(stop, met)
         experiment, stages = api.validate(tree), api.stages()
         environment.prepare(experiment)
         location, console = Location.of(arguments.artifacts), make_console(hints.caller_from(arguments))
@@ -129,15 +129,15 @@ def run_command(arguments: argparse.Namespace) -> int:
         met.set()
         if peers is not None and peers.rank > 0:
             well = running.follow(peers, experiment, store, stages, flags)
-            processes.leave(peers, patience, well)
+            processes.disconnect(peers, patience, well)
             return 0 if well else 1
         try:
             remote = None if location.url is None else Remote(location.url, store)
             plan.bring_up_to_date(arguments.stage, experiment, store, stages, flags, stop, console, peers, remote)
         except BaseException:
-            processes.leave(peers, 1.0, well=False)
+            processes.disconnect(peers, 1.0, succeeded=False)
             raise
-        processes.leave(peers, patience)
+        processes.disconnect(peers, patience)
         stages[arguments.stage].show(store.folder(arguments.stage), console)
     return 0
 

@@ -17,7 +17,7 @@ WORDS = {"null", "true", "false"}
 
 def init_command(arguments: argparse.Namespace) -> int:
     """Run `rlhf init`: write a short config that works."""
-    from pipeline.chain import missing_data, wanted_stages
+    from pipeline.chain import missing_data_of, wanted_stages
     from pipeline.config.yaml_tree import parse_tree
 
     path = Path(arguments.output)
@@ -26,7 +26,7 @@ def init_command(arguments: argparse.Namespace) -> int:
     text = compose(name_from(path), arguments.model, guess_kinds(arguments.data), arguments.device)
     experiment, stages = api.validate(parse_tree(text, str(path))), api.stages()
     wanted = wanted_stages(experiment, stages)
-    if lines := missing_data([name for name in stages if name in wanted], stages, experiment):
+    if lines := missing_data_of([name for name in stages if name in wanted], stages, experiment):
         raise UserError(lines)
     try:
         with open(path, "x", encoding="utf-8") as file:

@@ -10,12 +10,13 @@ from pipeline.chain import Chain, print_line
 from pipeline.config.sections import Common
 from pipeline.errors import Interrupted, UserError
 from pipeline.launch.processes import Peers
-from pipeline.origin import ask, at_terminal, forgotten
+from pipeline.origin import dropped_overrides
 from pipeline.running import Job, run_stage
 from pipeline.stage import Stage, StopFlag
 from pipeline.state import Flags, StageState, refusals
 from pipeline.store.artifacts import ArtifactStore
 from pipeline.store.remote import Remote
+from pipeline.terminal import ask, at_terminal
 from pipeline.tracking import Dashboard
 
 
@@ -204,7 +205,7 @@ def lines_of_remembered_settings(
     then: dict[str, list[str]] = {}
     for name, state in states.items():
         if state.kind == "stale" and state.manifest is not None:
-            for word in forgotten(state.manifest, state.changes, overrides):
+            for word in dropped_overrides(state.manifest, state.changes, overrides):
                 then.setdefault(word, []).append(name)
     if not then:
         return []
