@@ -38,7 +38,7 @@ class Drawn:
 
 @dataclass
 class Run:
-    """What trains, and everything that carries on from one update to the next."""
+    """The trained models, and everything else that carries on from one update to the next."""
 
     session: Session
     """Checkpoints, tracker and the request to stop."""
@@ -88,7 +88,7 @@ class Run:
         return TrainingState(trainees, self.best, self.learners.average)
 
     def poll(self, step: int) -> Callable[[], None]:
-        """Return a function for the middle of work: on a signal it saves update `step` and leaves."""
+        """Return a function for the middle of work: on a signal it saves `step` and leaves."""
         return self.session.interrupt(step, self.updates, partial(self.save, step))
 
     def save_before_failure(self, step: int) -> None:
