@@ -81,7 +81,7 @@ class TransformersEngine:
             return _sample_on_all_ranks(sample_some, request, self.spec.device)
 
     def close(self) -> None:
-        """Forget the policy's reference; nothing else is held."""
+        """Forget the policy; there is nothing else to free."""
         self.model = None
 
 
