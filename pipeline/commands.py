@@ -416,9 +416,8 @@ def refuse_to_clean(store: Any, present: list[str], stages: list[str]) -> None:
 def init_command(arguments: argparse.Namespace) -> int:
     """Run `rlhf init`: write a short config that works."""
     from pipeline.config.yaml_tree import parse_tree
-    from pipeline.fingerprints import lacking
     from pipeline.new_config import compose, name_from
-    from pipeline.plan import wanted_stages
+    from pipeline.plan import missing_data, wanted_stages
 
     path = Path(arguments.output)
     if path.exists():
@@ -426,8 +425,7 @@ def init_command(arguments: argparse.Namespace) -> int:
     text = compose(name_from(path), arguments.model, guess_kinds(arguments.data), arguments.device)
     experiment, stages = api.validate(parse_tree(text, str(path))), api.stages()
     wanted = wanted_stages(experiment, stages)
-    lines = [line for name in stages if name in wanted for line in lacking(stages[name], experiment)]
-    if lines:
+    if lines := missing_data([name for name in stages if name in wanted], stages, experiment):
         raise UserError(lines)
     try:
         with open(path, "x", encoding="utf-8") as file:

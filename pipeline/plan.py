@@ -217,12 +217,8 @@ class Chain:
                 assert not late, f"{name} needs {late}, which must be listed before it"
                 wanted.update(self.needs(name))
         closure = [name for name in order if name in wanted]
-        first: dict[str, str] = {}  # kind of data → line of the first stage that reads it
-        for name in closure:
-            for line in lacking(self.stages[name], self.experiment):
-                first.setdefault(line.partition(":")[0], line)
-        if first:
-            raise UserError(list(first.values()))
+        if lines := missing_data(closure, self.stages, self.experiment):
+            raise UserError(lines)
         return closure
 
 
@@ -237,6 +233,21 @@ def assess(experiment: Common, store: ArtifactStore, stages: Mapping[str, Stage]
     for name in stages:
         chain.states[name] = chain.assess(name)
     return chain.states
+
+
+def missing_data(names: Sequence[str], stages: Mapping[str, Stage], experiment: Common) -> list[str]:
+    """Return a line for each kind of data that some stage reads and that the config does not give.
+
+    Args:
+        names: The stages to check, in order; the first that reads a kind is the one that is named.
+        stages: All stages by name.
+        experiment: The validated experiment.
+    """
+    first: dict[str, str] = {}
+    for name in names:
+        for line in lacking(stages[name], experiment):
+            first.setdefault(line.partition(":")[0], line)
+    return list(first.values())
 
 
 def wanted_stages(experiment: Common, stages: Mapping[str, Stage]) -> set[str]:

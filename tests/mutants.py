@@ -820,8 +820,8 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "PPO's prompts are no training data",
-        '*["prompts"] * ("ppo" in needs(experiment))',
-        '*["prompts"] * False',
+        'if "ppo" in stages:',
+        "if False:",
     ),
     Mutant(
         "evaluate",

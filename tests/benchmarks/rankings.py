@@ -34,7 +34,6 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))  # the code beside this file, wherever another copy is installed
 
-from stages.page.svg import Figure, dot_plot  # noqa: E402
 from sweeps.beside import Workshop, command, options, parsed, relative, sampling  # noqa: E402
 from sweeps.estimates import Series, best_of, difference, estimate, gold_order, unit_of  # noqa: E402
 from sweeps.page import page  # noqa: E402
