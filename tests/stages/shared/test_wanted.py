@@ -4,7 +4,7 @@ import pytest
 
 from pipeline import api, cli
 from pipeline.errors import UserError
-from pipeline.plan import Chain, assess
+from pipeline.chain import Chain, assess
 from pipeline.store.artifacts import ArtifactStore
 
 STAGES = api.stages()
