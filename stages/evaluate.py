@@ -27,8 +27,8 @@ from data.world.world import World
 from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.stage import StageRun
-from pipeline.store import files
-from pipeline.tracking import plain
+from pipeline.store import integrity
+from pipeline.tracking import json_value
 from stages.evaluation import overoptimisation
 from stages.evaluation.asking import DESCRIPTIONS, Answer, Asked, answer_of, ask, form_of_base
 from stages.evaluation.greedy import answer_greedily
@@ -52,9 +52,17 @@ from stages.settings.evaluate import (
 )
 from stages.settings.experiment import Experiment
 from stages.settings.policies import compared_policies, has_rankings
-from stages.shared.inputs import fit_prompts, read, read_placed, read_world, split_documents
-from stages.shared.runtime import check_context, device_of, dtype_of, packing
-from stages.training.loop import make_accelerator, micro_batches, pause_if_asked
+from stages.shared.inputs import (
+    LengthLimit,
+    fit_prompts,
+    load_placed_records,
+    load_records,
+    read_world,
+    split_documents,
+)
+from stages.shared.runtime import can_pack_rows, check_context, device_of, dtype_of, make_accelerator
+from stages.training.batching import micro_batches
+from stages.training.session import session_of
 
 
 def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
@@ -66,10 +74,11 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
         The figures of the manifest.
     """
     c, m = ctx.config, ctx.experiment.model
+    session = session_of(ctx, trains=False)
     tools = load_tools(ctx)
     prompts, ids = load_prompts(ctx, tools.tokenizer)
     of_world = getattr(ctx.experiment.data, prompt_kind(ctx.experiment)) == "world"
-    world = World.from_json(read_world(ctx)) if of_world else None
+    world = World.from_json(read_world(ctx.inputs)) if of_world else None
     clusters = [str(world.task(p)) if world else prompt_key(p) for p in prompts]
     leaked = find_leaked(ctx, prompts, world)
     text_rows = held_out_text(ctx, tools.tokenizer)
@@ -88,7 +97,7 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
             asked = ask_all(ctx, tools, prompts, ids, form)
             model = tools.sft if name in ("sft", "best_of_n") else tools.load(ctx.inputs[name] / "model")
             here = Policy(name, model, tools.packed and can_pack(model, c.max_length))
-            poll = partial(pause_if_asked, ctx, len(done), len(names), lambda: None)
+            poll = partial(session.leave_if_requested, len(done), len(names))
             rows = measure(ctx, tools, here, asked, ids, poll)
             losses = None if name == "best_of_n" else text_losses(model, text_rows, tools.accelerator, c.batch_size)
             gold = None if world is None else [
@@ -100,7 +109,7 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
             if len(done) < len(names):
                 state = {"measured": {name: measured.state() for name, measured in done.items()}}
                 ctx.checkpoints.save(len(done), {}, state, len(names))
-                pause_if_asked(ctx, len(done), len(names), lambda: None)
+                session.leave_if_requested(len(done), len(names))
 
     greedy = greedy_rows(ctx, tools, prompts, ids, {name: done[name] for name in names}, world)
     known = leaked if world else None
@@ -125,7 +134,7 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
         "missing_eos_score": c.missing_eos_score,
         "response_length": c.response_length,
     }  # fmt: skip
-    (ctx.publish / "results.json").write_text(json.dumps(plain(results), indent=1) + "\n", encoding="utf-8")
+    (ctx.publish / "results.json").write_text(json.dumps(json_value(results), indent=1) + "\n", encoding="utf-8")
     write_responses(ctx, prompts, clusters, known, {name: done[name] for name in names})
     with (ctx.publish / "greedy.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in greedy)
@@ -152,7 +161,11 @@ def left_out(ctx: StageRun) -> list[str]:
     """Say which figures the experiment's data do not give."""
     lines = []
     if "rm" not in ctx.inputs:
-        way = "; to get scores, add best_of_n to evaluate.policies: that trains one" if has_rankings(ctx.experiment) else ""
+        way = (
+            "; to get scores, add best_of_n to evaluate.policies: that trains one"
+            if has_rankings(ctx.experiment)
+            else ""
+        )
         lines.append(f"no reward model judges, so there are no scores{way}")
     if ctx.experiment.data.documents is None:
         lines.append("no documents (data.documents): no perplexity of pretraining text")
@@ -190,7 +203,7 @@ class Policy:
 def load_tools(ctx: StageRun) -> Tools:
     """Load SFT, the reference and the reward model, each where it computes."""
     c, m, folder = ctx.config, ctx.experiment.model, ctx.inputs["sft"] / "model"
-    check_context(ctx, folder, *text_lengths(ctx.experiment))
+    check_context(session_of(ctx, trains=False), c, folder, *text_lengths(ctx.experiment))
     accelerator = make_accelerator(device_of(ctx.experiment), dtype_of(ctx.experiment))
     options = {"attn_implementation": m.attn_implementation, "trust_remote_code": ctx.trust_remote_code}
 
@@ -206,7 +219,11 @@ def load_tools(ctx: StageRun) -> Tools:
             other = load_scalar_model(ctx.inputs["rm"] / "held_out" / "model", **options).to(accelerator.device)
     sft = load(folder)
     reference = sft if ctx.experiment.sft.ppo_init is None else load(ctx.inputs["sft"] / "ppo_init")
-    packed = packing(ctx, sft, reference, *(model for model in (reward_model, other) if model is not None))
+    packed = can_pack_rows(
+        session_of(ctx, trains=False),
+        [sft, reference, *(model for model in (reward_model, other) if model is not None)],
+        c.max_length,
+    )
     return Tools(tokenizer, accelerator, load, sft, reference, reward_model, other, packed)
 
 
@@ -214,7 +231,7 @@ def load_prompts(ctx: StageRun, tokenizer) -> tuple[list, list[list[int]]]:
     """Return the evaluation prompts that leave room for a response, and their ids through the chat template. Without
     a file of them: the prompts of the demonstrations that sft held out, each once."""
     kind = prompt_kind(ctx.experiment)
-    records, places = read_placed(ctx, kind)
+    records, places = load_placed_records(kind, ctx.source(kind))
     if kind == "demonstrations":
         first = {prompt_key(records[i].prompt): i for i in reversed(held_back(ctx, records)[1])}
         records, places = ([part[i] for i in sorted(first.values())] for part in (records, places))
@@ -224,7 +241,13 @@ def load_prompts(ctx: StageRun, tokenizer) -> tuple[list, list[list[int]]]:
             f"takes more (null: all)"
         )
     records, places = (part[: ctx.config.num_prompts] for part in (records, places))
-    kept, ids, report = fit_prompts(ctx, tokenizer, (r.prompt for r in records), places)
+    kept, ids, report = fit_prompts(
+        tokenizer,
+        (r.prompt for r in records),
+        places,
+        LengthLimit(ctx.config.max_length, ctx.config.on_too_long, "evaluate"),
+        ctx.config.response_length,
+    )
     ctx.tracker.say(f"evaluate: {report.line('evaluation prompts')}")
     if kind == "demonstrations":
         ctx.tracker.say(
@@ -240,7 +263,7 @@ def ask_all(ctx: StageRun, tools: Tools, prompts, ids: list[list[int]], form: st
         return [Asked("chat", own, tools.tokenizer.eos_token_id) for own in ids]
     examples = []
     if form == "few_shot":
-        rows = read(ctx, "demonstrations")
+        rows = load_records("demonstrations", ctx.source("demonstrations"))
         order = Stream(len(rows), derive_seed(ctx.seed, "few_shot")).take(min(len(rows), ctx.config.few_shot_examples))
         examples = [rows[i] for i in order]
     config = json.loads((ctx.inputs["sft"] / "model" / "config.json").read_text(encoding="utf-8"))
@@ -266,15 +289,20 @@ def find_leaked(ctx: StageRun, prompts, world: World | None) -> list[bool]:
     Returns:
         (P,) flags.
     """
-    trained = {kind: [record.prompt for record in read(ctx, kind)] for kind in training_prompt_kinds(ctx.experiment)}
+    trained = {
+        kind: [record.prompt for record in load_records(kind, ctx.source(kind))]
+        for kind in training_prompt_kinds(ctx.experiment)
+    }
     if prompt_kind(ctx.experiment) == "demonstrations":
-        rows = read(ctx, "demonstrations")
+        rows = load_records("demonstrations", ctx.source("demonstrations"))
         trained["demonstrations"] = [rows[i].prompt for i in held_back(ctx, rows)[0]]
     if world is not None:
         everything = [prompt for some in trained.values() for prompt in some]
         own = [prompt for prompt in everything if world.knows(prompt)]
-        documents = read(ctx, "documents") if ctx.experiment.data.documents is not None else []
-        asked = world.asked(own, [document.text for document in documents])
+        documents = (
+            load_records("documents", ctx.source("documents")) if ctx.experiment.data.documents is not None else []
+        )
+        asked = world.tasks_in(own, [document.text for document in documents])
         copies = near_copies(prompts, [prompt for prompt in everything if not world.knows(prompt)])
         known = [world.task(p) in asked or copied for p, copied in zip(prompts, copies, strict=True)]
         ctx.tracker.say(
@@ -308,7 +336,7 @@ def climbed_by_judge(ctx: StageRun, names: Sequence[str]) -> set[str]:
         climbed.add("ppo")
     else:
         ours, theirs = (
-            {files.sha256_file(path) for path in place.rglob("*.safetensors")}
+            {integrity.sha256_file(path) for path in place.rglob("*.safetensors")}
             for place in (ctx.inputs["rm"] / "model", Path(folder).expanduser())
         )
         if ours & theirs:
@@ -320,7 +348,7 @@ def held_out_text(ctx: StageRun, tokenizer) -> list[list[int]]:
     """Return packed rows of the documents that base and PPO-ptx did not train on; none without documents."""
     if ctx.experiment.data.documents is None:
         return []
-    _, held = split_documents(ctx)
+    _, held = split_documents(ctx.source("documents"), ctx.experiment.data.validation_fraction)
     rows = wrap_documents(tokenizer, held, length=ctx.config.perplexity_length)
     return rows[: ctx.config.perplexity_rows]
 
@@ -458,7 +486,7 @@ def greedy_rows(
         with tools.accelerator.autocast():
             answers = answer_greedily(
                 model, tools.tokenizer, asked, longest, context,
-                batch_size=c.batch_size, poll=partial(pause_if_asked, ctx, len(done) - 1, len(done), lambda: None),
+                batch_size=c.batch_size, poll=partial(session_of(ctx, trains=False).leave_if_requested, len(done) - 1, len(done)),
             )  # fmt: skip
         fits = [k for k, (i, a) in enumerate(zip(chosen, answers, strict=True))
                 if len(ids[i]) + len(a.response) <= c.max_length and tools.reward_model is not None]  # fmt: skip

@@ -22,9 +22,10 @@ from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.transformers import sample
 from stages.settings.experiment import Experiment
 from stages.settings.rankings import RankingsSettings
-from stages.shared.inputs import fit_prompts, read, read_placed, read_world
-from stages.shared.runtime import check_context, device_of, dtype_of, packing
-from stages.training.loop import make_accelerator, micro_batches, pause_if_asked
+from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, load_records, read_world
+from stages.shared.runtime import can_pack_rows, check_context, device_of, dtype_of, make_accelerator
+from stages.training.batching import micro_batches
+from stages.training.session import session_of
 
 NO_NOISE = 1e-4
 
@@ -32,7 +33,7 @@ NO_NOISE = 1e-4
 def run(ctx: StageRun[RankingsSettings, Experiment]) -> dict:
     """→ train.jsonl, validation.jsonl."""
     if ctx.experiment.data.rankings is not None:
-        rows, figures = read(ctx, "rankings"), {}
+        rows, figures = load_records("rankings", ctx.source("rankings")), {}
     else:
         rows, figures = simulate(ctx)
     train, valid = held_out(split_keys(ctx, [r.prompt for r in rows]), ctx.config.validation_fraction)
@@ -65,7 +66,7 @@ def split_keys(ctx: StageRun, prompts) -> list[str]:
     """
     if ctx.experiment.data.rankings is not None:
         return [prompt_key(p) for p in prompts]
-    world = World.from_json(read_world(ctx))
+    world = World.from_json(read_world(ctx.inputs))
     return [f"{ctx.seed} {world.request(p)}" for p in prompts]
 
 
@@ -78,7 +79,7 @@ def simulate(ctx: StageRun) -> tuple[list[Ranking], dict]:
     c = ctx.config
     prompts, texts, finished = sample_responses(ctx)
     answers = [list(zip(*row, strict=True)) for row in zip(texts, finished, strict=True)]  # as of a Ranking
-    world = World.from_json(read_world(ctx))
+    world = World.from_json(read_world(ctx.inputs))
     utilities = [world.labeler_utilities(*row) for row in zip(prompts, texts, finished, strict=True)]
     try:
         noise = labelers.calibrate_noise(utilities, answers, c.agreement)
@@ -120,19 +121,22 @@ def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]], list[li
     c, m = ctx.config, ctx.experiment.model
     accelerator = make_accelerator(device_of(ctx.experiment), dtype_of(ctx.experiment))
     source = ctx.inputs["sft"] / "model"
-    check_context(ctx, source)
+    session = session_of(ctx, trains=False)
+    check_context(session, c, source)
     tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
     policy = load_policy(source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code).to(
         accelerator.device
     )
-    packing(ctx, policy)  # then its prompts are read once for all their samples
-    records, places = read_placed(ctx, "prompts")
+    can_pack_rows(session, [policy], c.max_length)  # then its prompts are read once for all their samples
+    records, places = load_placed_records("prompts", ctx.source("prompts"))
     chosen = Stream(len(records), derive_seed(ctx.seed, "prompts")).take(
         min(len(records), c.num_prompts or len(records))
     )
     prompts = [records[i].prompt for i in chosen]
     names = [places[i] for i in chosen]
-    kept, ids, report = fit_prompts(ctx, tokenizer, prompts, names)
+    kept, ids, report = fit_prompts(
+        tokenizer, prompts, names, LengthLimit(c.max_length, c.on_too_long, "rankings"), c.response_length
+    )
     prompts = [prompts[i] for i in kept]
     ctx.tracker.say(f"rankings: {report.line('prompts')}; {c.samples_per_prompt} samples each")
     found = ctx.checkpoints.newest()
@@ -169,7 +173,7 @@ def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]], list[li
     with ctx.tracker.progress(total, "rankings", begun) as progress:
         for step in range(begun + 1, total + 1):
             part = range(len(texts), min(len(texts) + c.batch_size, len(prompts)))
-            poll = partial(pause_if_asked, ctx, step - 1, total, partial(save, step - 1))
+            poll = session.interrupt(step - 1, total, partial(save, step - 1))
             sampled = parallel.compute_and_all_gather(
                 part, [len(ids[i]) for i in part], partial(responses_to, poll=poll)
             )

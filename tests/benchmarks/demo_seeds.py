@@ -30,7 +30,7 @@ from pipeline.errors import Interrupted, UserError  # noqa: E402
 from pipeline.stage import StopFlag  # noqa: E402
 from pipeline.store.artifacts import ArtifactStore  # noqa: E402
 from stages.page.numbers import fixed  # noqa: E402
-from stages.page.results import ASKED
+from stages.page.results import PROMPTED
 
 SEEDS = (3, 4, 5, 6, 7)
 """Settings were chosen on seeds 0 to 2."""
@@ -121,7 +121,7 @@ def table(rows: Sequence[dict]) -> str:
 def figures(row: dict) -> list[Figure]:
     """Return the lines of the table, in their order; `row` is that of a seed, whose settings are those of all."""
     labels = {name: label.format(n=row["best_of"]) for name, label in LABELS.items()}
-    asked = ASKED[row["policies"]["base"]["asked"]]
+    asked = PROMPTED[row["policies"]["base"]["asked"]]
     found = []
     for half, where in HALVES.items():
         gold = {name: reader("policies", name, half, "overall") for name in labels}

@@ -1,4 +1,4 @@
-"""Models in parts, against the same models whole: in two processes that talk over gloo."""
+"""Test sharded models against whole ones, in two processes that communicate by gloo."""
 
 import copy
 import multiprocessing
@@ -18,15 +18,23 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from data.groups import make_rows
 from pipeline.errors import UserError
+from pipeline.launch.launcher import process_environments
 from pipeline.launch.parallel import is_rank_zero, padded_micro_batches, rank_and_world_size
-from pipeline.launch.processes import places
-from stages.models.adapters import adapter_off, is_adapted, load_on_trunk, plain, save_merged, with_adapter
+from stages.models.adapters import (
+    AdapterSettings,
+    adapter_off,
+    is_adapted,
+    load_on_trunk,
+    plain,
+    save_merged,
+    with_adapter,
+)
 from stages.models.ensemble import members
 from stages.models.forward import head_is_linear, response_logprobs, response_scores, response_values, text_logprobs
 from stages.models.loading import load_policy, load_scalar_model, new_reward_model, prepare, save_model
 from stages.models.packing import can_pack
 from stages.models.precision import cast_frozen
-from stages.models.roles import load_roles, settled
+from stages.models.roles import NamedFolder, RoleFolders, RoleOptions, load_roles, settled
 from stages.models.sharding import (
     compute,
     full,
@@ -40,7 +48,8 @@ from stages.models.sharding import (
     whole,
 )
 from stages.tools import memory
-from stages.training.loop import gradient_cosine, gradient_norm, make_trainee, optimizer_parts, optimizer_step
+from stages.training.checkpoint import shard_optimizer_tensors
+from stages.training.trainee import gradient_cosine, gradient_norm, make_trainee, optimizer_step
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [9, 8]]
 RESPONSES = [[1, 2, 3, 4], [3, 4], [7, 7, 2]]
@@ -51,10 +60,10 @@ def slow(*cases):
 
 
 def together(check, *args):
-    """check(*args) in two processes; its assertions are this test's."""
+    """Run check(*args) in two processes; its assertions are those of the test."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers", "peft"])
-    children = [context.Process(target=_run, args=(check, args, place)) for place in places(2)]
+    children = [context.Process(target=_run, args=(check, args, place)) for place in process_environments(2)]
     for child in children:
         child.start()
     for child in children:
@@ -90,9 +99,11 @@ def make(family, tied=True, scalar=False, size=61):
 
 
 def pair(*args, method=None, **kwargs):
-    """(a whole model, the same in parts)."""
+    """Return a whole model, and the same one sharded."""
     ours, other = (
-        with_adapter(make(*args, **kwargs), method=method, r=2, seed=3) if method else make(*args, **kwargs)
+        with_adapter(make(*args, **kwargs), AdapterSettings(method=method, r=2), seed=3)
+        if method
+        else make(*args, **kwargs)
         for _ in range(2)
     )
     if method:  # as after some training: an untouched adapter changes nothing
@@ -102,7 +113,7 @@ def pair(*args, method=None, **kwargs):
                 for p in model.parameters():
                     if p.requires_grad:
                         p.add_(0.1 * torch.randn_like(p))
-    for model in (other, ours):  # found out before, as roles.settled does
+    for model in (other, ours):  # tried before sharding, as roles.settled does
         assert can_pack(model, 64)
         head_is_linear(model)
     shard(ours, torch.device("cpu"))
@@ -146,7 +157,7 @@ def check_gradients(family, tied, method):
     "family, tied, method", [("llama", False, "lora"), *slow(("llama", True, None), ("gpt2", True, None))]
 )
 def test_losses_and_gradients_are_the_whole_models(family, tied, method):
-    """Also where one process has one micro-batch and the other two."""
+    """Also if one process has one micro-batch and the other two."""
     together(check_gradients, family, tied, method)
 
 
@@ -164,8 +175,8 @@ def check_steps():
     for (name, p), q in zip(other.named_parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(q.full_tensor(), p, atol=1e-5, rtol=1e-4, msg=name)
 
-    # what is saved is whole, in the first process, and goes back into parts
-    from pipeline.store.checkpoints import load_optimizer, optimizer_tensors
+    # the saved state is whole, on rank 0, and can be sharded again
+    from pipeline.store.optimizer_state import load_optimizer, optimizer_tensors
 
     weights = full(trainees[1].tensors())
     tensors, rest = optimizer_tensors(trainees[1].optimizer)
@@ -177,7 +188,7 @@ def check_steps():
     _, fresh = pair("llama", scalar=True)
     again = make_trainee("model", fresh, **options)
     again.load(found[0])
-    load_optimizer(again.optimizer, optimizer_parts(again.optimizer, found[1]), rest)
+    load_optimizer(again.optimizer, shard_optimizer_tensors(again.optimizer, found[1]), rest)
     for trainee, model in ((trainees[1], ours), (again, fresh)):
         response_values(model, rows).sum().backward()
         optimizer_step(trainee, 1e-2, 4)
@@ -220,7 +231,7 @@ def test_a_whole_copy_reads_as_the_model_does(method):
 
 
 class Held(memory.Live):
-    """Counts also what FSDP takes and gives back outside torch's dispatcher."""
+    """Count memory, including what FSDP allocates and frees outside torch's dispatcher."""
 
     def see(self, tensor):
         super().see(part(tensor))
@@ -246,7 +257,7 @@ def check_memory(dtype, checkpointing, tied):
     )  # fmt: skip
     lengths = [(24, [20, 12, 20]), (16, [20, 20])]
     step = memory.Step("policy", "logprobs", lengths, times=2)
-    foretold = memory.take_step(config, [step], {"method": None}, dtype, "cpu", checkpointing, parts=2)
+    foretold = memory.take_step(config, [step], AdapterSettings(), dtype, "cpu", checkpointing, parts=2)
     model = prepare(LlamaForCausalLM(config))
     if checkpointing:
         model.activation_checkpointing_enable()
@@ -279,27 +290,34 @@ def test_the_memory_of_a_part_is_foretold(dtype, checkpointing, tied):
 
 
 def check_roles(folders, adapter, dtype):
-    """load_roles where the second process finds no weights on its disk: parts and buffers are those of whole models."""
+    """Check load_roles if rank 1 finds no weights on its disk: shards and buffers are those of
+    whole models.
+    """
     first, folder = is_rank_zero(), folders[rank_and_world_size()[0]]
     accelerator = SimpleNamespace(mixed_precision="bf16" if dtype == "bfloat16" else "no", device=torch.device("cpu"))
     common = {"attn_implementation": "sdpa", "trust_remote_code": False}
-    roles = load_roles(
-        folder / "sft", ("rm", folder / "rm" / "model"), "mean", ("judge", folder / "judge"), accelerator,
-        trunk=folder / "sft", adapter=adapter, policy_seed=1, value_seed=2, gradient_checkpointing=True, max_length=64,
-        sharded=True, **common,
-    )  # fmt: skip
+    folders = RoleFolders(
+        policy=folder / "sft",
+        reward_model=NamedFolder("rm", folder / "rm" / "model"),
+        trunk=folder / "sft",
+        judge=NamedFolder("judge", folder / "judge"),
+    )
+    options = RoleOptions(
+        **common, max_length=64, gradient_checkpointing=True, sharded=True, policy_seed=1, value_seed=2
+    )
+    roles = load_roles(folders, accelerator, adapter, options)
     found = [member for model in roles.models() for member in members(model)]
-    wrapped = adapter["method"] in ("lora", "dora")
+    wrapped = adapter.method in ("lora", "dora")
     assert len(found) == (5 if wrapped else 6) and all(map(is_sharded, found))
     expected = [None] * len(found)
     if first:
-        scalar = partial(load_on_trunk, trunk=folder / "sft" if adapter["method"] else None, **common)
+        scalar = partial(load_on_trunk, trunk=folder / "sft" if adapter.method else None, **common)
         value = scalar(folder / "rm" / "model", trains=True)
         expected = [
-            with_adapter(load_policy(folder / "sft"), **adapter, seed=1),
+            with_adapter(load_policy(folder / "sft"), adapter, seed=1),
             *([] if wrapped else [load_policy(folder / "sft").requires_grad_(False)]),
             *(scalar(folder / "rm" / name).requires_grad_(False) for name in ("model", "ensemble/1")),
-            value if is_adapted(value) else with_adapter(value, **adapter, scalar=True, seed=2),
+            value if is_adapted(value) else with_adapter(value, adapter, scalar=True, seed=2),
             load_scalar_model(folder / "judge").requires_grad_(False),
         ]
         if dtype == "bfloat16":
@@ -330,11 +348,11 @@ def check_roles(folders, adapter, dtype):
 @pytest.mark.parametrize(
     "family, adapter, dtype",
     [
-        ("llama", {"method": "lora", "r": 2}, "bfloat16"),
+        ("llama", AdapterSettings(method="lora", r=2), "bfloat16"),
         *slow(
-            ("llama", {"method": None}, "bfloat16"),
-            ("llama", {"method": "dora", "r": 2}, "float32"),
-            ("gpt2", {"method": "bitfit"}, "float32"),
+            ("llama", AdapterSettings(), "bfloat16"),
+            ("llama", AdapterSettings(method="dora", r=2), "float32"),
+            ("gpt2", AdapterSettings(method="bitfit"), "float32"),
         ),
     ],
 )
@@ -344,8 +362,8 @@ def test_one_process_reads_for_all(family, adapter, dtype, tmp_path, tokenizer):
     save_model(make(family, size=size), tokenizer, folders[0] / "sft", card="")
     for seed, folder in enumerate((folders[0] / "rm" / "model", folders[0] / "rm" / "ensemble" / "1")):
         model = new_reward_model(folders[0] / "sft", seed=seed)
-        if adapter["method"]:
-            model = with_adapter(model, **adapter, scalar=True, seed=seed)
+        if adapter.method:
+            model = with_adapter(model, adapter, scalar=True, seed=seed)
         plain(model).config.reward_bias = 0.5
         save_merged(model, tokenizer, folder, card="")
     judge = make(family, scalar=True, size=size)
@@ -356,7 +374,7 @@ def test_one_process_reads_for_all(family, adapter, dtype, tmp_path, tokenizer):
 
 
 def check_memory_of_making(fault):
-    """What a process holds at most while a model is made and shared out: the second one its part and a layer."""
+    """Check the peak memory of making and sharding a model: on rank 1, its shard and a layer."""
     shape = {"hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 4, "intermediate_size": 128}
     config = LlamaConfig(vocab_size=100, **shape)
     size = memory.size_of(LlamaForCausalLM(config))
@@ -382,19 +400,21 @@ def check_memory_of_making(fault):
 
 @pytest.mark.parametrize("fault", [False, *slow((True,))])
 def test_only_the_first_process_holds_a_whole_model(fault):
-    """And what is wrong with it, all say."""
+    """And an error in it is raised on all ranks."""
     together(check_memory_of_making, fault)
 
 
 def check_what_cannot_travel(where):
-    """Each process makes what the first cannot describe, or the second not understand; the weights are the first's."""
+    """Check models that rank 0 cannot pickle or rank 1 cannot unpickle: each rank makes them, with
+    rank 0's weights.
+    """
     made = []
 
     def start():
         model = make("llama")
         if where == "sent":
             model.odd = lambda: 0
-        elif is_rank_zero():  # a class of a module that the other process does not have
+        elif is_rank_zero():  # a class in a module that the other process does not have
             module = sys.modules["custom"] = ModuleType("custom")
             model.__class__ = module.Custom = type("Custom", (type(model),), {"__module__": "custom"})
         else:
@@ -416,7 +436,7 @@ def test_a_model_that_cannot_travel_is_read_by_each(where):
 
 
 def check_no_stale_weights():
-    """Weights that are loaded after a forward without a backward count in the next one."""
+    """Check that weights loaded after a forward pass without backward count in the next one."""
     _, ours = pair("llama")
     rows = make_rows(PROMPTS, RESPONSES, 0, packed=True)
     with torch.no_grad():
@@ -431,7 +451,7 @@ def test_weights_that_are_loaded_count():
 
 
 class Layer(nn.Module):
-    """A layer that holds one of the same kind."""
+    """A layer that contains one of the same kind."""
 
     def __init__(self, *inside):
         super().__init__()

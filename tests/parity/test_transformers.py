@@ -1,12 +1,12 @@
-"""Learning rates, what decays and log-probabilities against transformers' own."""
+"""Compare learning rates, weight decay and log-probabilities with transformers' own."""
 
 import pytest
 import torch
 
 from data.groups import make_rows
 from stages.models.forward import response_logprobs
-from stages.training.loop import make_trainee
 from stages.training.schedule import learning_rate_at
+from stages.training.trainee import make_trainee
 
 
 @pytest.mark.parametrize(
@@ -20,8 +20,9 @@ from stages.training.schedule import learning_rate_at
 )
 @pytest.mark.parametrize("warmup", [0, 4])
 def test_rates_after_the_warm_up_are_transformers(ours, theirs, options, warmup):
-    """Step n here, in any stage, is call n − 1 there. (In the warm-up ours is one ahead: transformers spends its first
-    step at 0; and its "constant" has none.)"""
+    """Step n here is call n − 1 there. During warm-up ours is one step ahead: transformers'
+    first step has a rate of 0.
+    """
     from transformers import get_scheduler
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
@@ -39,13 +40,13 @@ def test_rates_after_the_warm_up_are_transformers(ours, theirs, options, warmup)
 
 @pytest.mark.parametrize("adapter", [None, "lora", "dora"])
 def test_what_decays_is_what_decays_in_transformers(llama, tmp_path, adapter):
-    """rm and dpo group their weights as transformers does those of base and sft, in the same order."""
+    """rm and dpo group their weights as transformers does for base and sft."""
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-    from stages.models.adapters import with_adapter
+    from stages.models.adapters import AdapterSettings, with_adapter
 
     model = llama(AutoModelForCausalLM, 0, attention_bias=True)
-    model = with_adapter(model, method=adapter, **({} if adapter is None else {"r": 2}))
+    model = with_adapter(model, AdapterSettings(method=adapter, **{} if adapter is None else {"r": 2}))
     ours = make_trainee("model", model, learning_rate=0.1, max_grad_norm=1.0, weight_decay=0.1).optimizer
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", weight_decay=0.1)
     theirs = Trainer(model=model, args=args).create_optimizer()

@@ -60,7 +60,7 @@ class TestBase:
         assert "<think>\n\n</think>" in tokenizer.decode(encode_prompt(tokenizer, "hello"))
         file.write_text(CHATML)
         code, said = run(**options)
-        assert code == 0 and "what lies in model.chat_template changed" in said
+        assert code == 0 and "the contents of model.chat_template changed" in said
         assert "think" not in json.dumps(AutoTokenizer.from_pretrained(tmp_path / self.published).chat_template[50:])
         code, said = run(**options | {"chat_template_kwargs": None})
         assert code == 0 and "model.chat_template_kwargs" in said
@@ -69,10 +69,10 @@ class TestBase:
         "model, line",
         [
             ({"name_or_path": "org/name", "chat_template": "x.j2"}, "model.chat_template: no such file: x.j2; should "),
-            ({"chat_template_kwargs": {"a": 1}}, "model.chat_template_kwargs: has no meaning for a model from scratch"),
+            ({"chat_template_kwargs": {"a": 1}}, "model.chat_template_kwargs: has no effect on a model from scratch"),
             ({"name_or_path": "org/name", "chat_template_kwargs": {"messages": 1}}, "'messages' is what the "),
             ({"name_or_path": "org/name", "chat_template_kwargs": {"a-b": 1}}, "'a-b' cannot be the name of a variable"),
-            ({"name_or_path": "org/name", "chat_template_kwargs": {"a": [{"b": None}]}}, "a is null, or holds one"),
+            ({"name_or_path": "org/name", "chat_template_kwargs": {"a": [{"b": None}]}}, "a is or contains null"),
             ({"name_or_path": "org/name", "chat_template_kwargs": {"a": None}}, "model.chat_template_kwargs"),
         ],
     )
@@ -105,7 +105,7 @@ class TestBase:
         tokenizer.chat_template = CHATML.replace("<|im_end|>", "<b>")
         model = str(saved(tmp_path / "model", tokenizer, rows))
         code, said = run(name_or_path=model, peft={"method": "ia3"})
-        assert code == 2 and "error: model.peft.method: ia3 would leave the rows of <a>, <b> random" in said
+        assert code == 2 and "error: model.peft.method: ia3 cannot train the new rows of <a>, <b>" in said
         code, said = run(name_or_path=model, peft={"method": "lora"})
         assert code == 0 and "base: the model had no row for <a>, <b>: 2 rows added, with random weights" in said
         manifest = json.loads((tmp_path / "artifacts/mine/base/manifest.json").read_text())
@@ -224,7 +224,7 @@ class TestLongRope:
         for length, times in ((17, 1), (16, 0)):
             settings = (f"{stage}.max_length={length}", f"{stage}.on_too_long=drop", *short)
             said = chain.run(stage, tmp_path / str(length), *settings, inputs=inputs).said
-            assert said.count(f"{stage}: a row of more than 16 tokens changes the numbers of shorter rows ") == times
+            assert said.count(f"{stage}: a row of more than 16 tokens changes the results of shorter rows ") == times
             assert said.count(f"and {stage}.max_length is 17; set {stage}.max_length: 16") == times
 
     def test_ppo_says_what_helps_and_it_does(self, chain, stretched, tmp_path):

@@ -21,7 +21,7 @@ from stages.models.packing import can_pack
 from stages.settings import evaluate as evaluate_settings
 from stages.settings.experiment import Experiment
 from stages.shared.inputs import read_world
-from stages.training.loop import pause_if_asked
+from stages.training.session import session_of
 
 
 class SamplesSettings(evaluate_settings.EvaluateSettings):
@@ -57,13 +57,15 @@ def run(ctx: StageRun) -> dict:
     c = ctx.config
     tools = evaluate.load_tools(ctx)
     prompts, ids = evaluate.load_prompts(ctx, tools.tokenizer)
-    world = None if ctx.experiment.data.evaluation_prompts != "world" else World.from_json(read_world(ctx))
+    world = None if ctx.experiment.data.evaluation_prompts != "world" else World.from_json(read_world(ctx.inputs))
     form = form_of_base(c.base_prompt, ctx.experiment.model.name_or_path) if c.policy == "base" else "chat"
     model = tools.sft if c.policy == "sft" else tools.load(ctx.inputs[c.policy] / "model")
     policy = evaluate.Policy(c.policy, model, tools.packed and can_pack(model, c.max_length))
     with ctx.tracker.progress(1, f"{c.samples_per_prompt} samples a prompt") as progress:
         asked = evaluate.ask_all(ctx, tools, prompts, ids, form)
-        rows = evaluate.measure(ctx, tools, policy, asked, ids, partial(pause_if_asked, ctx, 0, 1, lambda: None))
+        rows = evaluate.measure(
+            ctx, tools, policy, asked, ids, partial(session_of(ctx, trains=False).leave_if_requested, 0, 1)
+        )
         progress.update(1)
     gold = None if world is None else [
         [world.gold(prompt, text, end)["overall"] for text, end in zip(texts, ends, strict=True)]
