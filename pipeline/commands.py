@@ -91,7 +91,7 @@ def make_console(caller: hints.Caller | None = None) -> Any:
     return CommandConsole(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_COLUMNS)
 
 
-# -- run ---------------------------------------------------------------------------------------------
+# -- run -----------------------------------------------------------------------------------------
 
 
 def run_command(arguments: argparse.Namespace) -> int:
@@ -110,14 +110,14 @@ def run_command(arguments: argparse.Namespace) -> int:
     with stop_on_signals(stop):
         from pipeline import plan, running
         from pipeline.config.yaml_tree import read_tree
-        from pipeline.launch import environment, processes
+        from pipeline.launch import environment, launcher, processes
         from pipeline.store.remote import Remote
 
         tree = read_tree(arguments.config, arguments.overrides)
-        if (count := processes.wanted(tree.values)) > 1:
-            return processes.start(arguments.words, count)
+        if (count := launcher.processes_to_start(tree.values)) > 1:
+            return launcher.start(arguments.words, count)
         met = threading.Event()
-        processes.watch_launcher(stop, met)
+        launcher.watch_launcher(stop, met)
         experiment, stages = api.validate(tree), api.stages()
         environment.prepare(experiment)
         location, console = Location.of(arguments.artifacts), make_console(hints.caller_from(arguments))
@@ -128,15 +128,15 @@ def run_command(arguments: argparse.Namespace) -> int:
         met.set()
         if peers is not None and peers.rank > 0:
             well = running.follow(peers, experiment, store, stages, flags)
-            processes.leave(peers, patience, well)
+            processes.disconnect(peers, patience, well)
             return 0 if well else 1
         try:
             remote = None if location.url is None else Remote(location.url, store)
             plan.bring_up_to_date(arguments.stage, experiment, store, stages, flags, stop, console, peers, remote)
         except BaseException:
-            processes.leave(peers, 1.0, well=False)
+            processes.disconnect(peers, 1.0, succeeded=False)
             raise
-        processes.leave(peers, patience)
+        processes.disconnect(peers, patience)
         stages[arguments.stage].show(store.folder(arguments.stage), console)
     return 0
 
@@ -301,7 +301,7 @@ def print_settings(console: Any, title: str, rows: list[Any]) -> None:
     console.print(table)
 
 
-# -- status ------------------------------------------------------------------------------------------
+# -- status --------------------------------------------------------------------------------------
 
 
 def status_command(arguments: argparse.Namespace) -> int:
@@ -349,7 +349,7 @@ def reason_not_needed(name: str, last: str) -> str:
     return f"not needed by {last}"
 
 
-# -- clean -------------------------------------------------------------------------------------------
+# -- clean ---------------------------------------------------------------------------------------
 
 
 def clean_command(arguments: argparse.Namespace) -> int:
@@ -359,9 +359,9 @@ def clean_command(arguments: argparse.Namespace) -> int:
     """
     from pipeline.config.validation import read_name
     from pipeline.config.yaml_tree import read_tree
-    from pipeline.origin import ask, at_terminal
     from pipeline.stage import StopFlag
     from pipeline.store.artifacts import ArtifactStore
+    from pipeline.terminal import ask, at_terminal
 
     name = read_name(read_tree(arguments.config, arguments.overrides))
     store = ArtifactStore(Location.of(arguments.artifacts).folder, name)
@@ -385,7 +385,7 @@ def clean_command(arguments: argparse.Namespace) -> int:
                 print("nothing removed")
                 return 0
         print(f"removing {what}")
-        # Renamed first, and removed when no lock file is open any more: NFS would keep an open file and its folder.
+        # Renamed now, and removed when no lock file is open any more: NFS would keep an open file.
         os.rename(store.base, doomed)
     files.remove(doomed)
     return 0
@@ -410,15 +410,14 @@ def refuse_to_clean(store: Any, present: list[str], stages: list[str]) -> None:
         raise UserError(lines)
 
 
-# -- init --------------------------------------------------------------------------------------------
+# -- init ----------------------------------------------------------------------------------------
 
 
 def init_command(arguments: argparse.Namespace) -> int:
     """Run `rlhf init`: write a short config that works."""
     from pipeline.config.yaml_tree import parse_tree
-    from pipeline.fingerprints import lacking
     from pipeline.new_config import compose, name_from
-    from pipeline.plan import wanted_stages
+    from pipeline.plan import missing_data_of, wanted_stages
 
     path = Path(arguments.output)
     if path.exists():
@@ -426,8 +425,7 @@ def init_command(arguments: argparse.Namespace) -> int:
     text = compose(name_from(path), arguments.model, guess_kinds(arguments.data), arguments.device)
     experiment, stages = api.validate(parse_tree(text, str(path))), api.stages()
     wanted = wanted_stages(experiment, stages)
-    lines = [line for name in stages if name in wanted for line in lacking(stages[name], experiment)]
-    if lines:
+    if lines := missing_data_of([name for name in stages if name in wanted], stages, experiment):
         raise UserError(lines)
     try:
         with open(path, "x", encoding="utf-8") as file:
@@ -465,7 +463,7 @@ def guess_kinds(paths: list[str]) -> dict[str, str]:
     return by_kind
 
 
-# -- doctor, chat, data ------------------------------------------------------------------------------
+# -- doctor, chat, data --------------------------------------------------------------------------
 
 
 def doctor_command(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Plan a command: assess the stages it needs, refuse what cannot work, and run what is not up to date."""
+"""Plan a command: assess stages, refuse what cannot work, run what is not up to date."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -9,11 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.changes import Change, compare
 from pipeline.config.sections import Common
 from pipeline.errors import Interrupted, UserError
-from pipeline.fingerprints import Change, Today, all_needs, compare, describe_today, lacking
+from pipeline.fingerprints import Today, all_needs, describe_today, missing_data
 from pipeline.launch.processes import Peers
-from pipeline.origin import ask, at_terminal, forgotten, lines_of_forgotten, lines_of_others
+from pipeline.origin import dropped_overrides, errors_about_dropped_overrides, errors_about_other_files
 from pipeline.running import Job, run_stage
 from pipeline.stage import Stage, StopFlag
 from pipeline.state import Flags, StageState, is_dropped, refusals
@@ -21,6 +22,7 @@ from pipeline.store.artifacts import ArtifactStore
 from pipeline.store.digests import Digests
 from pipeline.store.hub import Hub
 from pipeline.store.remote import Remote
+from pipeline.terminal import ask, at_terminal
 from pipeline.tracking import Dashboard
 
 
@@ -102,7 +104,7 @@ class Chain:
     def assess(self, name: str) -> StageState:
         """Return the state of a stage, given the states of the stages it needs."""
         store, today = self.store, self.today(name)
-        store.settle(name)
+        store.recover_if_idle(name)
         waiting = [
             f"{need} is {self.states[need].kind}" for need in self.needs(name) if self.states[need].kind != "done"
         ]
@@ -126,14 +128,14 @@ class Chain:
         if store.is_held(name):
             return StageState("running", [], step, total, manifest)
         if run is not None:
-            # with an artifact that is up to date: a forced rerun was interrupted, and --force resumes it
+            # if the artifact is up to date, a forced rerun was interrupted: --force resumes it
             changes = compare(name, run, today)
             texts = [] if fresh else waiting + [change.text for change in changes]
             return StageState("done" if fresh else "interrupted", texts, step, total, manifest, run, changes, waiting)
         if damage:
             return StageState("damaged", damage, manifest=manifest)
         if manifest is None:
-            lines = lacking(self.stages[name], self.experiment)
+            lines = missing_data(self.stages[name], self.experiment)
             return StageState("missing", [line.partition(",")[0] for line in lines])
         return StageState("stale" if reasons else "done", reasons, manifest=manifest, changes=since)
 
@@ -157,7 +159,7 @@ class Chain:
                 replaced.append((name, state.manifest))
             elif state.run is not None and state.changes and is_dropped(name == target, state, flags):
                 replaced.append((name, state.run))
-        return lines_of_others(self.store.origin, self.store.base, replaced)
+        return errors_about_other_files(self.store.origin, self.store.base, replaced)
 
     def conflicts_with_other_commands(self, order: list[str], target: str, flags: Flags) -> list[str]:
         """Return a line for the finished stages that are stale only because of the command line.
@@ -174,9 +176,9 @@ class Chain:
             else:
                 manifest = self.stale_in_storage.get(name)
                 changes = [] if manifest is None else compare(name, manifest, self.today(name))
-            if manifest is not None and (words := forgotten(manifest, changes, self.store.origin.overrides)):
+            if manifest is not None and (words := dropped_overrides(manifest, changes, self.store.origin.overrides)):
                 stale[name] = (words, changes)
-        return lines_of_forgotten(target, self.store.base, stale)
+        return errors_about_dropped_overrides(target, self.store.base, stale)
 
     def conflicts(self, order: list[str], target: str, flags: Flags) -> list[str]:
         """Return a line for each thing that a person should confirm before it is replaced."""
@@ -184,13 +186,13 @@ class Chain:
         return files + self.conflicts_with_other_commands(order, target, flags)
 
     def reassess_if_edited(self, name: str) -> None:
-        """Assess a finished stage again if one of its input files was edited during this command."""
+        """Assess a finished stage again if an input file was edited during this command."""
         state = self.states[name]
         if state.kind == "done" and state.manifest is not None and compare(name, state.manifest, self.today(name)):
             self.states[name] = self.assess(name)
 
     def edited_upstream(self, name: str) -> list[str]:
-        """Return a line for each earlier stage that was up to date in this command and no longer is.
+        """Return a line for each earlier stage that was up to date and no longer is.
 
         Without this check later stages would be made from old and new files.
         """
@@ -217,12 +219,8 @@ class Chain:
                 assert not late, f"{name} needs {late}, which must be listed before it"
                 wanted.update(self.needs(name))
         closure = [name for name in order if name in wanted]
-        first: dict[str, str] = {}  # kind of data → line of the first stage that reads it
-        for name in closure:
-            for line in lacking(self.stages[name], self.experiment):
-                first.setdefault(line.partition(":")[0], line)
-        if first:
-            raise UserError(list(first.values()))
+        if lines := missing_data_of(closure, self.stages, self.experiment):
+            raise UserError(lines)
         return closure
 
 
@@ -237,6 +235,21 @@ def assess(experiment: Common, store: ArtifactStore, stages: Mapping[str, Stage]
     for name in stages:
         chain.states[name] = chain.assess(name)
     return chain.states
+
+
+def missing_data_of(names: Sequence[str], stages: Mapping[str, Stage], experiment: Common) -> list[str]:
+    """Return a line for each kind of data that some stage reads and that the config does not give.
+
+    Args:
+        names: The stages to check, in order; the first that reads a kind is the one that is named.
+        stages: All stages by name.
+        experiment: The validated experiment.
+    """
+    first: dict[str, str] = {}
+    for name in names:
+        for line in missing_data(stages[name], experiment):
+            first.setdefault(line.partition(":")[0], line)
+    return list(first.values())
 
 
 def wanted_stages(experiment: Common, stages: Mapping[str, Stage]) -> set[str]:
@@ -291,8 +304,8 @@ def bring_up_to_date(
     if flags.only:
         refuse_unready({need: chain.states[need] for need in chain.needs(target)})
         order = [target]
-    # Everything is checked before anything runs: otherwise a refusal could come after hours of work,
-    # when inputs have already been replaced.
+    # Everything is checked before anything runs: otherwise a refusal could come after hours of
+    # work, when inputs have already been replaced.
     refuse_impossible(chain, order, target, flags)
     confirm_replacing(chain, order, target, flags, stop, console, can_ask=peers is None)
     for note in chain.hub.notes:
@@ -433,7 +446,7 @@ def lines_of_remembered_settings(
     then: dict[str, list[str]] = {}
     for name, state in states.items():
         if state.kind == "stale" and state.manifest is not None:
-            for word in forgotten(state.manifest, state.changes, overrides):
+            for word in dropped_overrides(state.manifest, state.changes, overrides):
                 then.setdefault(word, []).append(name)
     if not then:
         return []

@@ -27,8 +27,8 @@ from data.world.world import World
 from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.stage import StageRun
-from pipeline.store import files
-from pipeline.tracking import plain
+from pipeline.store import integrity
+from pipeline.tracking import json_value
 from stages.evaluation import overoptimisation
 from stages.evaluation.asking import DESCRIPTIONS, Answer, Asked, answer_of, ask, form_of_base
 from stages.evaluation.greedy import answer_greedily
@@ -134,7 +134,7 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
         "missing_eos_score": c.missing_eos_score,
         "response_length": c.response_length,
     }  # fmt: skip
-    (ctx.publish / "results.json").write_text(json.dumps(plain(results), indent=1) + "\n", encoding="utf-8")
+    (ctx.publish / "results.json").write_text(json.dumps(json_value(results), indent=1) + "\n", encoding="utf-8")
     write_responses(ctx, prompts, clusters, known, {name: done[name] for name in names})
     with (ctx.publish / "greedy.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in greedy)
@@ -302,7 +302,7 @@ def find_leaked(ctx: StageRun, prompts, world: World | None) -> list[bool]:
         documents = (
             load_records("documents", ctx.source("documents")) if ctx.experiment.data.documents is not None else []
         )
-        asked = world.asked(own, [document.text for document in documents])
+        asked = world.tasks_in(own, [document.text for document in documents])
         copies = near_copies(prompts, [prompt for prompt in everything if not world.knows(prompt)])
         known = [world.task(p) in asked or copied for p, copied in zip(prompts, copies, strict=True)]
         ctx.tracker.say(
@@ -336,7 +336,7 @@ def climbed_by_judge(ctx: StageRun, names: Sequence[str]) -> set[str]:
         climbed.add("ppo")
     else:
         ours, theirs = (
-            {files.sha256_file(path) for path in place.rglob("*.safetensors")}
+            {integrity.sha256_file(path) for path in place.rglob("*.safetensors")}
             for place in (ctx.inputs["rm"] / "model", Path(folder).expanduser())
         )
         if ours & theirs:

@@ -820,14 +820,14 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "PPO's prompts are no training data",
-        '*["prompts"] * ("ppo" in needs(experiment))',
-        '*["prompts"] * False',
+        'if "ppo" in stages:',
+        "if False:",
     ),
     Mutant(
         "evaluate",
         "tasks that the corpus asks are unknown",
-        "world.asked(own, [document.text for document in documents])",
-        "world.asked(own, [])",
+        "world.tasks_in(own, [document.text for document in documents])",
+        "world.tasks_in(own, [])",
     ),
     Mutant(
         "evaluate",

@@ -6,7 +6,7 @@ from typing import Any
 
 from data.documents import wrap_documents
 from data.records import prompt_key
-from data.streams import derive_seed
+from data.streams import Stream, derive_seed
 from data.streams import held_out as hold_out
 from pipeline.errors import UserError
 from pipeline.stage import Source
@@ -27,6 +27,24 @@ class HeldOut:
     """Text or messages, as the file has it."""
     ids: list[int]
     """The same as token ids."""
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The prompts and pretraining rows of a run, drawn in another order in each epoch."""
+
+    train: list[list[int]]
+    """Training prompts as token ids."""
+    prompts: Stream
+    """Draws indices of them."""
+    ptx_rows: list[list[int]]
+    """Packed pretraining rows; empty for plain PPO."""
+    ptx: Stream | None
+    """Draws indices of them; None for plain PPO."""
+
+    def next_texts(self, count: int) -> list[list[int]]:
+        """Return the next pretraining rows."""
+        return [self.ptx_rows[i] for i in self.ptx.take(count)]
 
 
 def start_folder(sft: Path, has_ppo_init: bool) -> Path:

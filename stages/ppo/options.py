@@ -8,7 +8,7 @@ from stages.settings.ppo import PPOSettings, ptx_batch_size
 
 @dataclass(frozen=True)
 class Clipping:
-    """How far one update may move what it learns from."""
+    """Limits on how far one update moves policy and values."""
 
     ratio: float
     """ε: ratios of new to old probability are clipped to 1 ± ε."""
@@ -28,7 +28,7 @@ class Ptx:
 
 @dataclass(frozen=True)
 class UpdateOptions:
-    """How one update learns from a batch of episodes."""
+    """Sizes, seed and losses of one update."""
 
     seed: int
     """The experiment's seed; minibatches are drawn by it."""
@@ -70,7 +70,7 @@ class KlControl:
 
 
 @dataclass(frozen=True)
-class Returns:
+class AdvantageOptions:
     """How rewards become advantages and returns."""
 
     lam: float
@@ -85,7 +85,7 @@ class Returns:
 
 @dataclass(frozen=True)
 class EngineRules:
-    """When a rollout engine counts as lost, and what happens then."""
+    """The limit beyond which a rollout engine counts as lost, and the reaction to it."""
 
     max_engine_kl: float
     """The largest KL(sampler ‖ policy) in nats a token."""
@@ -126,9 +126,11 @@ def kl_control(c: PPOSettings) -> KlControl:
     return KlControl(coef=c.kl_coef, estimator=c.kl_estimator, target=c.kl_target, horizon=c.kl_horizon)
 
 
-def returns_options(c: PPOSettings) -> Returns:
+def advantage_options(c: PPOSettings) -> AdvantageOptions:
     """Return how advantages and returns are computed."""
-    return Returns(lam=c.lam, gamma=c.gamma, whiten_rewards=c.whiten_rewards, whiten_advantages=c.whiten_advantages)
+    return AdvantageOptions(
+        lam=c.lam, gamma=c.gamma, whiten_rewards=c.whiten_rewards, whiten_advantages=c.whiten_advantages
+    )
 
 
 def engine_rules(c: PPOSettings) -> EngineRules:

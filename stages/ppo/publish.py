@@ -20,7 +20,7 @@ from stages.shared.publishing import adapter_base, publish_model
 
 @dataclass(frozen=True)
 class Publication:
-    """Everything that the published folders have in common."""
+    """The facts that the cards of all published models share."""
 
     provenance: Provenance
     """What the models were made of."""

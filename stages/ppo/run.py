@@ -1,9 +1,9 @@
 """Train a policy by PPO-ptx: prompts, a reward model and pretraining text → a better policy.
 
-    maximise  E[ r(x, y) − β log( π(y|x) / π_SFT(y|x) ) ]  +  γ E[ log π(x_pretrain) ]      β =
-    kl_coef, γ = ptx_coef
+    maximise  E[ r(x, y) − β log( π(y|x) / π_SFT(y|x) ) ]  +  γ E[ log π(x_pretrain) ]
 
-This is equation 2 of InstructGPT. Read `run`: one update is the numbered list 1 … 7.
+This is equation 2 of InstructGPT, with β = kl_coef and γ = ptx_coef. Read `run`: one update is the
+numbered list 1 … 7.
 """
 
 import math
@@ -21,14 +21,14 @@ from stages.objectives.masked import masked_whiten
 from stages.objectives.rewards import kl_per_token, token_rewards
 from stages.ppo.evaluation import evaluate
 from stages.ppo.figures import OF_PTX, OF_UPDATE, describe, not_finite_episodes
-from stages.ppo.inputs import HeldOut, load_models, load_prompts, load_ptx_rows, role_folders, start_folder
+from stages.ppo.inputs import HeldOut, Streams, load_models, load_prompts, load_ptx_rows, role_folders, start_folder
 from stages.ppo.options import (
+    AdvantageOptions,
     KlControl,
-    Returns,
     UpdateOptions,
+    advantage_options,
     engine_rules,
     kl_control,
-    returns_options,
     sampling_options,
     update_options,
 )
@@ -54,26 +54,8 @@ from stages.training.session import session_of
 
 
 @dataclass(frozen=True)
-class Streams:
-    """Where the rows of a run are drawn from, each epoch in another order."""
-
-    train: list[list[int]]
-    """Training prompts as token ids."""
-    prompts: Stream
-    """Draws indices of them."""
-    ptx_rows: list[list[int]]
-    """Packed pretraining rows; empty for plain PPO."""
-    ptx: Stream | None
-    """Draws indices of them; None for plain PPO."""
-
-    def next_texts(self, count: int) -> list[list[int]]:
-        """Return the next pretraining rows."""
-        return [self.ptx_rows[i] for i in self.ptx.take(count)]
-
-
-@dataclass(frozen=True)
 class Setup:
-    """What `run` iterates with."""
+    """Everything that a run needs: state, models, data."""
 
     run: Run
     """What trains, and carries on from one update to the next."""
@@ -99,7 +81,7 @@ def run(ctx: StageRun[PPOSettings, Experiment]) -> dict:
     setup = set_up(ctx)
     run, sampler, streams = setup.run, setup.sampler, setup.streams
     session, held_out = run.session, setup.held_out
-    kl, returns, options = kl_control(c), returns_options(c), update_options(c, session.seed)
+    kl, gae_options, options = kl_control(c), advantage_options(c), update_options(c, session.seed)
     step = begin(setup, c)
     policy_schedule, value_schedule = c.schedule(run.updates), c.value_schedule(run.updates)
     if step == 0 or run.pending.owed:
@@ -113,9 +95,9 @@ def run(ctx: StageRun[PPOSettings, Experiment]) -> dict:
             # 2 sample, and run every model over the samples
             rollout = sample(run, sampler, streams, indices, step)
             # 3 reward: the score at the last token, minus kl_coef · KL at each token
-            rewards = reward(rollout, kl_coef, kl.estimator, returns.whiten_rewards)
+            rewards = reward(rollout, kl_coef, kl.estimator, gae_options.whiten_rewards)
             # 4 advantage, and the targets of the values
-            batch = advantage(rollout, rewards, returns)
+            batch = advantage(rollout, rewards, gae_options)
             # 5 update
             rates = Rates(policy=policy_schedule.rate_at(step), value=value_schedule.rate_at(step))
             learned = learn(setup, batch, options, step, rates)
@@ -220,11 +202,12 @@ def begin(setup: Setup, c: PPOSettings) -> int:
     computed_on = f"{setup.runtime.accelerator.device.type} {setup.runtime.dtype}"
     if sampler.is_external:
         computed_on += f" {sampler.name}"
-    # a run that was begun elsewhere: other kernels agreed with each other there
+    # if the run was begun elsewhere, it was other kernels whose results agreed
     if run.computed_on != computed_on:
         few = streams.train[: 2 * c.per_device_train_batch_size]
-        limits = {"dtype": setup.runtime.dtype, "max_length": c.max_length}
-        run.recompute = preflight(sampler, few, **limits, step=step, poll=leave)
+        run.recompute = preflight(
+            sampler, few, dtype=setup.runtime.dtype, max_length=c.max_length, step=step, poll=leave
+        )
         run.computed_on = computed_on
     return step
 
@@ -267,7 +250,7 @@ def reward(rollout: Rollout, kl_coef: float, kl_estimator: str, whiten: bool) ->
     return rewards
 
 
-def advantage(rollout: Rollout, rewards: Tensor, options: Returns) -> Batch:
+def advantage(rollout: Rollout, rewards: Tensor, options: AdvantageOptions) -> Batch:
     """Return what an update learns from: advantages and returns (B, R), by GAE.
 
     Args:
@@ -301,7 +284,8 @@ def learn(setup: Setup, batch: Batch, options: UpdateOptions, step: int, rates: 
         names = OF_UPDATE
         if streams.ptx is not None:
             names += OF_PTX
-            # the rows that the update would have taken: the order of the following ones stays
+            # draw the rows that the update would have taken, so that those of later updates stay
+            # the same
             optimizer_steps = options.batch_size // options.mini_batch_size * options.epochs
             streams.ptx.take(optimizer_steps * options.ptx.rows)
         return dict.fromkeys(names, math.nan)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from pipeline.errors import TrainingStopped, UserError
-from pipeline.store import files
+from pipeline.store import integrity
 from stages.models.roles import Roles
 from stages.ppo.alarms import Alarms
 from stages.ppo.update import Learners
@@ -38,7 +38,7 @@ class Drawn:
 
 @dataclass
 class Run:
-    """What trains, and everything that carries on from one update to the next."""
+    """The trained models, and everything else that carries on from one update to the next."""
 
     session: Session
     """Checkpoints, tracker and the request to stop."""
@@ -88,7 +88,7 @@ class Run:
         return TrainingState(trainees, self.best, self.learners.average)
 
     def poll(self, step: int) -> Callable[[], None]:
-        """Return a function for the middle of work: on a signal it saves update `step` and leaves."""
+        """Return a function for the middle of work: on a signal it saves `step` and leaves."""
         return self.session.interrupt(step, self.updates, partial(self.save, step))
 
     def save_before_failure(self, step: int) -> None:
@@ -174,7 +174,7 @@ def refuse_other_prompts(drawn: Drawn, train: list[list[int]]) -> Drawn:
         UserError: If the run has drawn from other prompts so far: their order would be another one,
             and some would be drawn twice.
     """
-    digest = files.sha256_json(train)
+    digest = integrity.sha256_json(train)
     if drawn.prompts_digest not in (None, digest):
         raise UserError(
             "ppo: the prompts within the limits are not those that the interrupted run draws from; set ppo.max_length, "

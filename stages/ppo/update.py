@@ -1,4 +1,4 @@
-"""Update policy and value model from one batch: PPO's gradients, the pretraining gradient, steps."""
+"""Update policy and value model from one batch: PPO's gradients, ptx's gradient, steps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from stages.training.trainee import (
 
 @dataclass(frozen=True)
 class Batch:
-    """A rollout, and what an update learns from it."""
+    """A rollout with its advantages and returns."""
 
     rollout: Rollout
     """B episodes."""
@@ -40,7 +40,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Learners:
-    """What an update changes."""
+    """Everything that an update changes."""
 
     policy: Trainee
     """The policy and its optimizer."""

@@ -1,7 +1,7 @@
 """Try a pretrained model on a few tokens before anything is trained.
 
-The stages read a model in several ways: whole rows, packed rows, token by token with a cache. All of them
-must give the same numbers, and no token may change what comes before it.
+The stages read a model in several ways: whole rows, packed rows, token by token with a cache. All
+of them must give the same numbers, and no token may change what comes before it.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,9 +25,9 @@ TOLERANCE = {"rtol": 1e-3, "atol": 1e-3}  # of log-probabilities, in nats
 def reading_problem(model: nn.Module, pad_id: int) -> str | None:
     """Return why a causal model cannot be read as the stages read it; None if it can.
 
-    The trial compares the trunk's hidden states of rows with different ends, and of rows padded on the
-    right; log-probabilities of rows that are padded on the left, grow token by token with the cache, and
-    leave it when they end; and those of packed rows and their cache, if the model packs.
+    The trial compares the trunk's hidden states of rows with different ends, and of rows padded on
+    the right; log-probabilities of rows that are padded on the left, grow token by token with the
+    cache, and leave it when they end; and those of packed rows and their cache, if the model packs.
 
     Args:
         model: A transformers model in eval mode, in float32.
@@ -78,7 +78,7 @@ def states_problem(model: nn.Module, ids: list[int], pad_id: int) -> str | None:
 
 
 def change(one: Tensor, other: Tensor) -> float:
-    """Return the largest difference of two states (T, d), as a share of their norm; infinity for NaN."""
+    """Return the largest difference of two states (T, d) over their norm; infinity for NaN."""
     share = (one - other).norm(dim=-1) / one.norm(dim=-1).clamp(min=1e-12)
     return share.nan_to_num(nan=torch.inf).max().item()
 

@@ -23,10 +23,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))  # the code beside this file, wherever another copy is installed
 
-from stages.page.words import fixed  # noqa: E402
 from sweeps.beside import Workshop, adaptive, command, options, parsed, relative, sampling  # noqa: E402
 from sweeps.estimates import SAME, difference, unit_of  # noqa: E402
-from sweeps.page import NAMES, curves, page, pictures, short, table  # noqa: E402
+from sweeps.page import NAMES, curves, page, plots_of, short, table  # noqa: E402
 from sweeps.points import (  # noqa: E402
     Point,
     Variant,
@@ -42,7 +41,8 @@ from sweeps.words import with_interval  # noqa: E402
 from pipeline.errors import UserError  # noqa: E402
 from pipeline.stage import StopFlag  # noqa: E402
 from pipeline.store.artifacts import ArtifactStore  # noqa: E402
-from pipeline.tracking import duration  # noqa: E402
+from pipeline.tracking import format_duration  # noqa: E402
+from stages.page.numbers import fixed  # noqa: E402
 
 SEEDS = (3, 4, 5)
 """Settings were chosen on seeds 0 to 2."""
@@ -90,7 +90,7 @@ def run(argv: list[str], stop: StopFlag) -> None:
     title = f"{first.name}: reward against KL"
     seeds = " ".join(str(chain.seed) for chain, _ in planned)
     meta = f"{asked.config}, seeds {seeds}, {rows[0]['prompts']} prompts each, {max(row['date'] for row in rows)}"
-    html = page(title, meta, sentences, pictures(variants), [table(variants)])
+    html = page(title, meta, sentences, plots_of(variants), [table(variants)])
     place = Path(asked.artifacts) / f"{first.name}.frontier" / "index.html"
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(html, encoding="utf-8")
@@ -98,7 +98,7 @@ def run(argv: list[str], stop: StopFlag) -> None:
     for text in sentences:
         shop.say(text)
     shop.say(f"\nlines: {relative(file)}")
-    shop.say(f"picture: {place} ({duration(time.monotonic() - began)})")
+    shop.say(f"picture: {place} ({format_duration(time.monotonic() - began)})")
 
 
 def plan(shop: Workshop, first: Any, asked, names: list[str]) -> tuple[Any, list[tuple[str, dict, Any]]]:
@@ -137,7 +137,7 @@ def sweep(
     found: list[tuple[Point, dict]] = []
     for at, (method, setting, variation) in enumerate(variations, start=1):
         store = ArtifactStore(beside, variation.name)
-        so_far = duration(time.monotonic() - began)
+        so_far = format_duration(time.monotonic() - began)
         what = (
             " ".join(f"{method}.{key} {value:g}" for key, value in setting.items()) or f"best of 1 to {asked.best_of}"
         )

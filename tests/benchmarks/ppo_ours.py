@@ -32,7 +32,7 @@ from stages.models.roles import Roles
 from stages.objectives.losses import policy_loss, value_loss
 from stages.ppo import update as ppo_update
 from stages.ppo.figures import describe, not_finite_episodes
-from stages.ppo.options import engine_rules, returns_options, sampling_options, update_options
+from stages.ppo.options import engine_rules, advantage_options, sampling_options, update_options
 from stages.ppo.run import advantage, reward
 from stages.ppo.sampling import Sampler, make_sampler, no_poll, preflight
 from stages.ppo.update import Learners, Rates, update
@@ -136,8 +136,8 @@ class Ours:
         """Take steps 2 to 6 of stages/ppo/run.py:run; return the responses' lengths."""
         c, roles, step = self.config, self.roles, self.step
         rollout = self.sampler(roles).rollout(prompts, range(len(prompts)), step, recompute=self.recompute)
-        returns = returns_options(c)
-        batch = advantage(rollout, reward(rollout, c.kl_coef, c.kl_estimator, returns.whiten_rewards), returns)
+        how = advantage_options(c)
+        batch = advantage(rollout, reward(rollout, c.kl_coef, c.kl_estimator, how.whiten_rewards), how)
         if problem := not_finite_episodes(rollout, batch.advantages, step):
             raise ValueError(problem)
         next_texts = (lambda n: text[:n]) if text else None

@@ -126,7 +126,7 @@ def test_rows_off_the_template_are_said_with_both_texts_and_a_remedy():
     assert line.startswith("rows are not what its chat template writes (one turn, several turns, ")
     assert r"the row has '…tart|>assistant\n<think>\nA fox.<|im_end|>', the template '…tart|>assistant\n<thi" in line
     assert "its generation prompt opens <think>, and an answer that does not close it is taught as a thought" in line
-    assert "; set model.chat_template_kwargs: {enable_thinking: false}, which mends that, or " in line
+    assert "; set model.chat_template_kwargs: {enable_thinking: false}, which fixes that, or " in line
     (line,) = [line for line in settled(make("zephyr")).lines if "rows" in line]
     assert r"\n<|assistant|>A fox.</s>', the template '" in line and r"\n<|assistant|>\nA fox.</s>\n';" in line
     assert line.endswith("; give a template that fits the rows as model.chat_template: FILE")

@@ -1,4 +1,4 @@
-"""Test PPO on responses of one token, where the optimum is known: π* ∝ π_ref · exp(r / β)."""
+"""Train a model of one token a response, whose optimum is known: π* ∝ π_ref · exp(r / β)."""
 
 import copy
 from contextlib import nullcontext
@@ -10,7 +10,7 @@ import torch
 
 from stages.models.packing import can_pack
 from stages.models.roles import Roles
-from stages.ppo.options import returns_options, update_options
+from stages.ppo.options import advantage_options, update_options
 from stages.ppo.run import advantage, reward
 from stages.ppo.update import Learners, Rates, update
 from stages.settings import ppo as ppo_settings
@@ -35,9 +35,10 @@ def probabilities(model):
 @pytest.mark.parametrize("rewards", [(0.0, 0.0, 0.5, -0.5), (0.4, -0.3, 0.1, 0.6)])
 @pytest.mark.parametrize("beta", [0.3, 1.0])
 def test_ppo_reaches_the_closed_form_optimum(rewards, beta, monkeypatch):
-    """Use the stage's own sampling, rewards, advantages and updates; every probability comes
-    within 0.02 of π*. A penalty of the wrong sign or size, or a score paid twice, would end
-    elsewhere.
+    """Check that the stage's own steps bring every probability within 0.02 of π*.
+
+    With two arms that get a reward, and with four different rewards. A penalty of the wrong sign or
+    size, or a score that counts twice, would settle elsewhere.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -61,7 +62,7 @@ def test_ppo_reaches_the_closed_form_optimum(rewards, beta, monkeypatch):
     learners, sampler = Learners(*trainees, Average(None), Skips(0)), sampler_of(roles, c, seed=5)
     right = (probabilities(reference).log() + table / beta).softmax(-1)
     assert (right - probabilities(policy)).abs().max() > 0.05  # there is a way to go
-    options, returns = update_options(c, seed=5), replace(returns_options(c), whiten_advantages=False)
+    options, returns = update_options(c, seed=5), replace(advantage_options(c), whiten_advantages=False)
     for step in range(1, UPDATES + 1):
         rollout = sampler.rollout([PROMPT, PROMPT], [0, 1], step, recompute=False)
         rewards_of = reward(rollout, beta, c.kl_estimator, whiten=False)

@@ -1,4 +1,7 @@
-"""Test one PPO-ptx update of a tiny model: gradients by another route, ratio 1, ptx added."""
+"""Check one PPO-ptx update of a tiny model.
+
+Its gradients by another route, ratio 1 at the start, ptx added and not mixed.
+"""
 
 import copy
 import math
@@ -54,7 +57,7 @@ def config(**changed):
 
 
 def options(**changed) -> UpdateOptions:
-    """Return how an update learns, with some settings changed."""
+    """Return the options of an update, with some settings changed."""
     return update_options(config(**changed), SEED)
 
 
@@ -76,7 +79,7 @@ def llama(auto, seed, **options):
 
 @pytest.fixture(params=["packed", "padded"])
 def roles(request):
-    """Return roles for each layout of a batch; the tests below hold in both."""
+    """Return the models of a run; the tests below hold with packed and with padded rows."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     policy = llama(AutoModelForCausalLM, 0)
@@ -121,7 +124,7 @@ def rollout(roles):
 
 @pytest.fixture
 def targets(rollout):
-    """Return arbitrary advantages and returns, far from 0."""
+    """Return random advantages and returns, far from 0."""
     generator = torch.Generator().manual_seed(9)
     return [torch.randn(rollout.values.shape, generator=generator) for _ in range(2)]
 
@@ -138,8 +141,7 @@ def gradients(model):
 def at_last_token(model, ids):
     """Return the scalar head at the last token of an unpadded row.
 
-    transformers' pooling would skip a sampled pad id.
-    """
+    transformers' pooling would skip a sampled pad id."""
     return (model.model(ids).last_hidden_state[0, -1] @ model.score.weight[0]).item()
 
 
@@ -155,8 +157,8 @@ def assert_close(one, other, **tolerance):
 
 
 class TestRollout:
-    def test_says_what_each_plain_model_says_of_each_response_alone(self, roles, rollout):
-        """Compare log-probs, reference, values and scores with unpadded rows, one at a time."""
+    def test_has_the_numbers_of_plain_models_on_each_response(self, roles, rollout):
+        """Log-probs, reference, values before each token, score at the last; no padding."""
         for b in range(8):
             n = len(rollout.responses[b])
             ids = torch.tensor([rollout.prompts[b] + rollout.responses[b]])
@@ -174,7 +176,7 @@ class TestRollout:
         )
 
     def test_some_responses_end_and_some_do_not(self, rollout):
-        """Otherwise the test above would not cover both."""
+        """Otherwise the test above would not see both kinds."""
         assert 0 < rollout.finished.sum() < 8 and len(set(map(len, rollout.responses))) > 1
 
     def test_samples_of_one_prompt_differ(self, roles, rollout):
@@ -182,12 +184,12 @@ class TestRollout:
         assert sum(rows[2 * i] != rows[2 * i + 1] for i in range(4)) >= 3
 
     def test_a_prompt_drawn_twice_in_one_batch_gets_two_samples(self, roles):
-        """A batch that crosses an epoch must not contain the same episode twice."""
+        """A batch may cross an epoch, or be larger than the number of prompts."""
         twice = sample_rollout(roles, [PROMPTS[0]] * 4, [7, 7, 7, 7], samples_per_prompt=1)
         assert len(set(map(tuple, twice.responses))) > 1
 
-    def test_it_depends_on_run_update_and_prompt_and_not_on_the_place_in_the_batch(self, roles, rollout):
-        """The same (update, prompt, sample) in another order gives the same responses."""
+    def test_it_depends_on_run_update_and_prompt_and_not_on_the_order_in_the_batch(self, roles, rollout):
+        """The same update, prompt and sample give the same response; another update another one."""
 
         def texts(prompts, ids, step):
             return sample_rollout(roles, prompts, ids, step).responses
@@ -200,16 +202,14 @@ class TestRollout:
 
 class TestGradient:
     def test_at_the_first_minibatch_the_ratio_is_one(self, roles, rollout, targets):
-        """Rollout and update use the same forward pass: ratio 1, approxkl 0, nothing clipped."""
+        """Rollout and update use the same forward pass, so approxkl is 0 and nothing is clipped."""
         figures = ppo_gradients(roles, Batch(rollout, *targets), [6, 1, 3, 0], options())
         assert figures["val/ratio"] == pytest.approx(1.0, abs=1e-5)
         assert figures["policy/approxkl_avg"] == pytest.approx(0.0, abs=1e-10)
         assert figures["policy/clipfrac_avg"] == 0 and figures["val/clipfrac_avg"] == 0
 
-    def test_is_that_of_the_equations_over_rows_alone(self, roles, rollout, targets):
-        """Policy: −(1/N) Σ A_t log π at ratio 1. Value: ½(1/N) Σ (V − G)². No padding, no
-        micro-batches.
-        """
+    def test_is_that_of_the_equations_over_single_rows(self, roles, rollout, targets):
+        """Policy: −(1/N) Σ A_t log π at ratio 1. Value: ½(1/N) Σ (V − G)². With plain models."""
         mini = [6, 1, 3, 0]
         figures = ppo_gradients(roles, Batch(rollout, *targets), mini, options())
         found = gradients(roles.policy), gradients(roles.value_model)
@@ -232,7 +232,7 @@ class TestGradient:
 
     @pytest.mark.parametrize("size", [1, 2, 4])
     def test_does_not_depend_on_the_micro_batch(self, roles, rollout, targets, size):
-        """Also after the policy has changed since the rollout, where ratios are not 1."""
+        """Also after the policy has moved away from the rollout's, where ratios are not 1."""
         with torch.no_grad():
             for p in roles.policy.parameters():
                 p += 0.03 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
@@ -247,7 +247,7 @@ class TestGradient:
         assert_close(results[0][1], results[1][1])
         assert_close(results[0][2], results[1][2])
 
-    def test_the_value_loss_leaves_the_policy_alone_and_the_other_way_round(self, roles, rollout, targets):
+    def test_each_loss_has_a_gradient_in_its_own_model_only(self, roles, rollout, targets):
         """Two models, two optimizers, no vf_coef: with 0 advantages the policy's gradient is 0."""
         advantages, returns = targets
         ppo_gradients(roles, Batch(rollout, torch.zeros_like(advantages), returns), [0, 1, 2, 3], options())
@@ -259,12 +259,12 @@ class TestGradient:
 class TestPtx:
     @pytest.fixture
     def alone(self, roles, rollout, targets):
-        """Return a copy of the PPO gradient of a minibatch, which stays in the policy's .grad."""
+        """Accumulate the PPO gradient of a minibatch in the policy; return a copy."""
         ppo_gradients(roles, Batch(rollout, *targets), [0, 1, 2, 3], options())
         return gradients(roles.policy)
 
     def language_model(self, roles, rows):
-        """Return loss and gradient of transformers' causal loss on a copy of the policy."""
+        """Return transformers' own causal loss of a copy of the policy, and its gradient."""
         model = copy.deepcopy(roles.policy)
         clear(model)
         ids = torch.tensor(rows)
@@ -276,8 +276,7 @@ class TestPtx:
     def test_the_sum_is_the_ppo_gradient_plus_coef_times_the_language_models(
         self, roles, trainees, alone, text_rows, micro
     ):
-        """Added, not mixed: InstructGPT's eq. 2, with γ times the mean cross-entropy a token; any
-        micro-batch size."""
+        """InstructGPT's eq. 2: γ times the mean cross-entropy a token, at any micro-batch size."""
         how = options(ptx_coef=3.0, per_device_train_batch_size=micro)
         figures = ptx_gradient(roles, trainees[0], text_rows, how)
         loss, ptx = self.language_model(roles, text_rows)
@@ -304,7 +303,7 @@ PLAIN = {"step": 1, "rates": RATES, "next_texts": None, "say": lambda line: None
 
 
 def learners_of(roles, max_grad_norm=1e9) -> Learners:
-    """Return what an update of these models changes."""
+    """Return policy and value model with their optimizers, without an average."""
     return Learners(*make_trainees(roles, max_grad_norm), Average(None), Skips(0))
 
 
@@ -348,10 +347,10 @@ class TestUpdate:
         assert_close(without[2], mixed[2], rtol=0, atol=0)
 
     def test_one_minibatch_is_one_adamw_step_down_the_whole_gradient(self, roles, rollout, targets, text_rows):
-        """batch = minibatch, three epochs: torch's own AdamW, at a rate of its own for each model,
-        on the gradient of PPO plus ptx, computed apart and clipped to a norm of 0.5. One step alone
-        would look the same at any length of the gradient, any β and any decay of a few per cent.
-        """
+        """Compare with torch's own AdamW on the gradient of PPO plus ptx, clipped to a norm of 0.5.
+
+        One minibatch, three epochs, a learning rate for each model. A single step would be the same
+        for any length of the gradient, any β and a weight decay of a few per cent."""
         apart = copied(roles)
         own = apart.policy, apart.value_model
         optimizers = [
@@ -366,7 +365,7 @@ class TestUpdate:
                 norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
                 optimizer.step()
                 clear(model)
-        assert min(norms[:4]) > 0.5 > norms[5], "the limit is felt, but for the last step of the value model"
+        assert min(norms[:4]) > 0.5 > norms[5], "the limit acts, except in the last step of the value model"
 
         found = self.run(
             roles,
@@ -382,9 +381,7 @@ class TestUpdate:
         assert_close(found[2], weights(own[1]), rtol=0, atol=2e-5)
 
     def test_every_epoch_takes_one_step_a_minibatch_over_every_row_once(self, roles, rollout, targets, monkeypatch):
-        """8 episodes, minibatches of 2, 3 epochs: 12 steps of each optimizer, each row three
-        times.
-        """
+        """8 episodes, minibatches of 2, 3 epochs: 12 steps of each optimizer."""
         seen, taken = [], []
         true_gradients, true_step = ppo_update.ppo_gradients, ppo_update.optimizer_step
 
@@ -400,15 +397,13 @@ class TestUpdate:
         monkeypatch.setattr(ppo_update, "optimizer_step", note_step)
         self.run(roles, rollout, targets, None, mini_batch_size=2, num_ppo_epochs=3)
         assert taken == ["policy", "value_model"] * 12
-        epochs = [[*chain(*seen[4 * e : 4 * e + 4])] for e in range(3)]
+        epochs = [list(chain(*seen[4 * e : 4 * e + 4])) for e in range(3)]
         assert all(sorted(e) == list(range(8)) for e in epochs) and epochs[0] != epochs[1]
 
-    def test_the_sum_of_both_gradients_is_clipped_and_the_norms_are_told_before(
+    def test_the_sum_of_both_gradients_is_clipped_and_the_norms_are_from_before(
         self, roles, rollout, targets, text_rows
     ):
-        """What reaches the optimizer under a limit far below the norms is the unclipped sum, scaled
-        down to the limit; grad_norm/* tell the unclipped norms.
-        """
+        """Under a low limit the optimizer gets the sum, scaled down; grad_norm/* are unclipped."""
         limit, stepped = 1e-3, []
         figures, _, _ = self.run(roles, rollout, targets, lambda n: text_rows, mini_batch_size=8, stepped=stepped)
         clipped, _, _ = self.run(
@@ -422,8 +417,7 @@ class TestUpdate:
             assert clipped[name] == figures[name] > 100 * limit
 
     def test_a_value_gradient_that_is_not_finite_leaves_the_policy_alone_too(self, roles, rollout, targets):
-        """Both gradients are looked at before either model moves: the message says that nothing was
-        updated."""
+        """Both gradients are checked before either model moves: the message says "not taken"."""
         before = weights(roles.policy)
         returns = targets[1].clone()
         returns[0, 0] = torch.nan
@@ -432,9 +426,9 @@ class TestUpdate:
         assert_close(weights(roles.policy), before, rtol=0, atol=0)
 
     def test_a_skipped_step_moves_nothing_is_counted_and_is_logged_as_nan(self, roles, rollout, targets):
-        """One of two minibatches holds a NaN: with max_skipped_steps 1 the other one still steps;
-        at the second NaN training stops, and the weights are finite.
-        """
+        """One of two minibatches has a NaN; with max_skipped_steps 1 the other one still steps.
+
+        At the second NaN training stops, and the weights are finite."""
         lines, before = [], weights(roles.policy)
         bad = minibatches(options(), 1, 0)[0][0]
         advantages = targets[0].clone()
@@ -475,9 +469,7 @@ class TestUpdate:
         assert minibatches(options(), 1, 1) != together
 
     def test_it_raises_the_probability_of_what_was_better_than_expected(self, roles):
-        """A bandit of one prompt: arms drawn by the policy, paid 1 for one token; five updates
-        make it likelier.
-        """
+        """A bandit of one prompt with reward 1 for one token: five updates make it likelier."""
         changed, arm = {"response_length": 1, "samples_per_prompt": 8, "mini_batch_size": 8}, 6
         learners = learners_of(roles)
         probability = lambda: roles.policy(torch.tensor([[7]])).logits[0, -1].softmax(-1)[arm].item()  # noqa: E731
@@ -497,7 +489,7 @@ class TestUpdate:
 
 
 class Engine:
-    """A sampler whose log-probs are wrong by `off`."""
+    """Sample without the policy, with log-probabilities that are all `logprob`."""
 
     is_policy = False
 
@@ -524,7 +516,7 @@ class TestEngine:
         """Return a sampler with an engine; rules: settings of ppo.rollout."""
         return sampler_of(roles, config(rollout=RolloutSettings(**rules)), engine)
 
-    def test_log_probs_are_the_policys_and_the_distance_is_told(self, roles):
+    def test_log_probs_are_the_policys_and_the_kl_is_recorded(self, roles):
         sampler = self.sampler(roles, Engine(-2.0), max_engine_kl=99.0)
         rollout = sampler.rollout(PROMPTS, range(4), 1, recompute=False)
         with torch.no_grad():
@@ -573,10 +565,8 @@ class TestPreflight:
     def test_passes_where_policy_and_reference_are_one_model(self, roles):
         run_preflight(roles)
 
-    def test_a_sampler_that_is_a_little_off_is_asked_again(self, roles, monkeypatch):
-        """Within ten times the limit; then the rollout's log-probs and entropies are the model's
-        own.
-        """
+    def test_a_sampler_that_is_slightly_off_has_its_log_probs_recomputed(self, roles, monkeypatch):
+        """Within ten times the limit: log-probs and entropies are then the model's own."""
         right = transformers.sample_with_logprobs
 
         def off(*args, **options):
@@ -592,7 +582,7 @@ class TestPreflight:
         torch.testing.assert_close(again.logprobs, logprobs)
         torch.testing.assert_close(again.entropy, entropy)
 
-    def test_on_the_way_a_policy_may_have_left_its_reference(self, roles):
+    def test_after_the_start_policy_and_reference_may_differ(self, roles):
         with torch.no_grad():
             roles.ref_policy.lm_head.weight += 0.05 * torch.randn_like(roles.ref_policy.lm_head.weight)
         assert run_preflight(roles, step=3) is False
@@ -612,7 +602,7 @@ class TestPreflight:
         with pytest.raises(UserError, match="preflight"):
             run_preflight(roles)
 
-    def test_refuses_noise_of_training_mode_alone(self, roles):
+    def test_refuses_noise_that_only_training_mode_has(self, roles):
         """The update runs in it; the rollout does not."""
         noise = torch.Generator().manual_seed(0)
         roles.policy.model.norm.register_forward_hook(
@@ -623,7 +613,7 @@ class TestPreflight:
 
 
 def test_the_reference_of_an_adapted_policy_is_the_policy_without_its_adapter(roles, rollout):
-    """There is no second model in memory, and the adapter is active again afterwards."""
+    """There is no second model in memory, and the adapter is on again afterwards."""
     from stages.models.adapters import AdapterSettings, trainable, with_adapter
 
     rows = rollout.rows(range(8), PAD, roles.packed)
@@ -646,7 +636,7 @@ def test_episodes_may_be_sampled_a_few_at_a_time(roles, rollout):
 
 
 def test_figures_of_a_rollout_by_hand(rollout):
-    """KL is summed over the tokens of a response; entropy and lengths are means."""
+    """KL is a sum over a response, entropy and lengths are means, perfect values explain all."""
     mask = rollout.mask
     moved = replace(rollout, ref_logprobs=rollout.logprobs - 0.25)
     figures = describe(moved, rollout.values, kl_coef=0.5, kl_estimator="k1")

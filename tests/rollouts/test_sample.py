@@ -29,8 +29,7 @@ def greedy(model, prompt, length):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_near_temperature_zero_it_is_argmax_decoding(causal, kind):
-    """Cache, left padding, batches of any size, rows that leave the batch: none of them shows in the
-    tokens."""
+    """Cache, left padding, batch size and rows that leave the batch do not change the tokens."""
     lengths = set()
     for seed in (0, 1, 9, 11):
         model = causal(kind, seed)
@@ -42,8 +41,7 @@ def test_near_temperature_zero_it_is_argmax_decoding(causal, kind):
 
 
 def test_eos_ends_a_row_and_the_others_go_on(causal):
-    """Every response has its EOS last or not at all, and without one the full length; both kinds in one
-    batch."""
+    """Each response ends with EOS, or has the full length and no EOS; both kinds in one batch."""
     responses = draw_all(causal(spread=0.1), [PROMPTS[0], PROMPTS[2]] * 20, range(40), response_length=12)
     for response in responses:
         assert EOS not in response[:-1]
@@ -52,7 +50,7 @@ def test_eos_ends_a_row_and_the_others_go_on(causal):
 
 
 def test_how_many_rows_a_cache_keeps():
-    """All that go on, always; with wide layers multiples of four, from a half of the rows down."""
+    """All unfinished rows; with wide layers multiples of four, once half of the rows have ended."""
     for wide in (False, True):
         for held in range(1, 70):
             for alive in range(1, held + 1):
@@ -73,7 +71,7 @@ def test_a_model_that_always_ends_gives_eos_alone(causal):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_response_depends_on_prompt_and_seed_not_on_its_batch(causal, kind):
-    """In batches of 1, 5 and 15, in another order: the same response for the same (prompt, seed)."""
+    """In batches of 1, 5 and 15, and in another order: one response for each prompt and seed."""
     model, prompts, seeds = causal(kind, spread=0.15), PROMPTS * 3, range(15)
     together = draw_all(model, prompts, seeds)
     assert 8 in map(len, together) and len(set(map(len, together))) > 2  # rows leave at several times
@@ -114,8 +112,7 @@ def test_the_frequencies_are_the_softmax(causal, temperature):
 
 
 def test_the_second_token_follows_the_model_given_the_first(causal):
-    """Frequencies of second tokens after the commonest first one, of rows that stood in a padded, thinning
-    batch."""
+    """Compare frequencies of second tokens after the commonest first one, in a padded batch."""
     model = causal(spread=0.15)
     n = 3000
     prompts = [PROMPTS[0]] * n + [PROMPTS[2]] * 2
@@ -128,35 +125,35 @@ def test_the_second_token_follows_the_model_given_the_first(causal):
 
 
 def test_top_p_is_applied_to_what_is_drawn(causal):
-    """With a tiny nucleus every token is the most probable one: argmax decoding at temperature 1."""
+    """With a tiny nucleus every token is the most probable one, at temperature 1 too."""
     model = causal(seed=2)
     assert draw_all(model, top_p=1e-6) == [greedy(model, p, 8) for p in PROMPTS]
 
 
 def test_it_can_be_ended_before_any_token(causal):
-    """poll() is heard before each token of each batch; what it raises goes through."""
-    heard = []
+    """poll() is called before each token of each batch; what it raises ends the sampling."""
+    calls = []
     decoding = Decoding(8, eos_id=EOS, pad_id=PAD, batch_size=2)
 
     def draw_polling(poll):
         return sample_with_logprobs(causal(), PROMPTS, SEEDS, decoding, poll).responses
 
-    whole = draw_polling(lambda: heard.append(1))
-    assert len(heard) >= max(map(len, whole)) and whole == draw_all(causal(), batch_size=2)
+    whole = draw_polling(lambda: calls.append(1))
+    assert len(calls) >= max(map(len, whole)) and whole == draw_all(causal(), batch_size=2)
 
     def third():
-        heard.append(1)
-        if len(heard) == 3:
+        calls.append(1)
+        if len(calls) == 3:
             raise InterruptedError
 
-    heard.clear()
+    calls.clear()
     with pytest.raises(InterruptedError):
         draw_polling(third)
-    assert len(heard) == 3
+    assert len(calls) == 3
 
 
 def test_sampling_leaves_no_graph_and_no_trace_in_the_global_generator(causal):
-    """Randomness comes from the seeds alone, and the caller's generator does not move."""
+    """Randomness comes only from the seeds; the caller's generator does not move."""
     model = causal()
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -180,8 +177,9 @@ def test_an_adapted_model_samples_as_its_merged_self(causal):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_logprobs_and_entropies_are_those_of_whole_logits(causal, kind):
-    """What the sampler says of each token is what the plain model says of the finished text, at its temperature; rows
-    end at several times, and one prompt stands three times in succession."""
+    """Compare each token's figures with those of the plain model on the finished text.
+
+    Rows end at different times, and one prompt occurs three times in a row."""
     model = causal(kind, spread=0.15)
     prompts = [PROMPTS[0]] * 3 + PROMPTS[1:] * 2
     decoding = Decoding(9, eos_id=EOS, pad_id=PAD, temperature=0.8, batch_size=6)
@@ -200,7 +198,7 @@ def test_logprobs_and_entropies_are_those_of_whole_logits(causal, kind):
 
 
 def test_under_bfloat16_autocast_it_samples_and_its_figures_are_fp32(causal):
-    """As on a GPU: log-probs near the fp32 model's, entropies not rounded to bf16's steps."""
+    """As on a GPU: log-probs close to the fp32 model's, entropies not rounded to bf16."""
     model = causal(spread=0.15)
     decoding = Decoding(6, eos_id=EOS, pad_id=PAD)
     with torch.autocast("cpu", torch.bfloat16):

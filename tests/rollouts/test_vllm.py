@@ -28,7 +28,7 @@ EOS = 1
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model as files."""
+    """Return the folder of a model."""
     return saved(tmp_path_factory.mktemp("start") / "model")
 
 
@@ -50,7 +50,7 @@ def loaded(folder):
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
-    """The Python of an environment with the stand-in."""
+    """Return the Python of an environment with the stand-in."""
     script = tmp_path_factory.mktemp("environment") / "python"
     script.write_text(f'#!/bin/sh\nPYTHONPATH="{Path(__file__).with_name("stand_in")}" exec {sys.executable} "$@"\n')
     script.chmod(0o755)
@@ -111,8 +111,7 @@ def test_samples_and_their_log_probs(folder, engine):
 
 
 def test_other_end_tokens_of_the_published_model_end_no_response(folder, engine, python, tmp_path):
-    """The folder's generation_config.json names all that ended a text for the given model; PPO's response ends at the
-    tokenizer's EOS alone."""
+    """Only the tokenizer's EOS ends a response, whatever generation_config.json names."""
     shutil.copytree(folder, tmp_path / "model")
     ends = tmp_path / "model" / "generation_config.json"
     ends.write_text(json.dumps(json.loads(ends.read_text()) | {"eos_token_id": list(range(20))}))
@@ -169,51 +168,51 @@ def test_weights_for_which_there_is_no_room(folder, engine, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("stages.rollouts.vllm.save_file", full)
-        with pytest.raises(EngineLost, match="cannot be given the weights: .*No space left"):
+        with pytest.raises(EngineLost, match=r"cannot be given the weights: .*No space left"):
             engine.update_weights(loaded(folder))
     engine.update_weights(loaded(folder))
 
 
-def test_a_model_whose_files_name_weights_otherwise_is_refused(folder, python, tmp_path):
+def test_a_model_whose_files_name_weights_differently_is_refused(folder, python, tmp_path):
     model = loaded(folder)
     model.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(UserError, match="vllm cannot be given the weights of a llama model.*extra.*use transformers"):
+    with pytest.raises(UserError, match=r"vllm cannot be given the weights of a llama model.*extra.*use transformers"):
         made(folder, tmp_path / "line", python, policy=model)
 
 
-def test_an_error_of_it_is_told_and_it_goes_on(engine):
+def test_an_error_is_reported_and_it_continues(engine):
     with pytest.raises(EngineLost, match="vLLM says AssertionError"):
         sample(engine, length=100)  # longer than max_model_len
     assert len(sample(engine).responses) == 3
 
 
-def test_a_start_that_fails_is_told_in_its_words(folder, python, tmp_path):
+def test_a_start_that_fails_is_reported_with_its_message(folder, python, tmp_path):
     with pytest.raises(EngineLost, match="vLLM says ValueError: no room on the GPU"):
         made(folder, tmp_path / "line", python, refuses="no room on\nthe GPU")
 
 
-def test_a_python_without_vllm_is_told(folder, tmp_path, monkeypatch):
+def test_a_python_without_vllm_is_reported(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).with_name("stand_in")))  # ours is not that environment's
     with pytest.raises(EngineLost, match="No module named 'vllm'"):
         made(folder, tmp_path / "line", sys.executable)
 
 
-def test_no_place_for_its_files_is_an_error_of_the_settings(folder, python):
-    with pytest.raises(UserError, match="launch.vllm: .*/proc/nowhere"):
+def test_no_folder_for_its_files_is_an_error_of_the_settings(folder, python):
+    with pytest.raises(UserError, match=r"launch.vllm: .*/proc/nowhere"):
         made(folder, Path("/proc/nowhere"), python)
 
 
 def test_its_end_is_noticed_and_its_log_stays(folder, python, tmp_path):
     engine = made(folder, tmp_path / "line", python, dies_at=2)
     sample(engine)
-    with pytest.raises(EngineLost, match="vLLM ended with exit code 9; its last words: it dies .more in .*log"):
+    with pytest.raises(EngineLost, match=r"vLLM ended with exit code 9; its last words: it dies .more in .*log"):
         sample(engine)
     engine.close()
     assert not (tmp_path / "line").exists()
     assert "it dies" in (tmp_path / "log").read_text()
 
 
-def test_signals_are_heard_here_and_not_there_and_it_ends_with_us(folder, python, tmp_path):
+def test_it_ignores_signals_and_ends_with_us(folder, python, tmp_path):
     def stop():
         raise Interrupted(1, 2)
 
@@ -229,29 +228,29 @@ def test_signals_are_heard_here_and_not_there_and_it_ends_with_us(folder, python
     assert process.returncode == 0 and not folder.exists()
 
 
-def test_a_signal_that_ends_it_is_asked_for_here_first(folder, python, tmp_path):
+def test_a_signal_that_ended_it_interrupts_us_first(folder, python, tmp_path):
     engine = made(folder, tmp_path / "line", python)
     engine.process.kill()
     engine.process.wait()
-    heard = iter([None])
+    signals = iter([None])
 
     def poll():
-        if (found := next(heard, Interrupted(1, 2))) is not None:
-            raise found
+        if (signal_come := next(signals, Interrupted(1, 2))) is not None:
+            raise signal_come
 
     with pytest.raises(Interrupted):
         sample(engine, poll=poll)
 
 
 @pytest.mark.parametrize("many", [1, 30_000])
-def test_one_that_hangs_is_lost_and_killed(folder, python, tmp_path, monkeypatch, many):
-    """Also where the line takes no more of a message."""
+def test_if_it_hangs_it_is_lost_and_killed(folder, python, tmp_path, monkeypatch, many):
+    """Also where the connection takes no more of a message."""
     monkeypatch.setattr("stages.rollouts.vllm.SECONDS_TO_END", 0.5)
     engine = made(folder, tmp_path / "line", python)
     engine.process.send_signal(signal.SIGSTOP)
     engine.timeout = 0.5
     polled = []
-    with pytest.raises(EngineLost, match="vLLM has not answered for 0.5 seconds"):
+    with pytest.raises(EngineLost, match=r"vLLM has not answered for 0\.5 seconds"):
         sample(engine, poll=lambda: polled.append(1), prompts=PROMPTS * many, seeds=SEEDS * many)
     engine.close()
     assert polled and engine.process.returncode == -signal.SIGKILL
@@ -262,7 +261,7 @@ def test_one_that_hangs_is_lost_and_killed(folder, python, tmp_path, monkeypatch
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("method", [None, "lora"])
 def test_the_real_one(tmp_path, method, tied):
-    """A model of a width that vLLM's kernels know; weights that change; the same seeds, the same samples."""
+    """A model of a width that vLLM's kernels support; weights that change; seeds that repeat."""
     shape = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 128, "max_position_embeddings": 64}
     folder = saved(tmp_path / "model", **shape, vocab_size=64, tie_word_embeddings=tied)
     policy = with_adapter(loaded(folder), AdapterSettings(method=method, r=2))

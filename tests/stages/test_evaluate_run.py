@@ -472,11 +472,15 @@ class TestGreedy:
     def test_the_prompts_are_those_that_the_report_shows(self, files):
         rows = files.finished.rows("greedy.jsonl")
         shown = report_samples.side_by_side(
-            files.finished.rows("responses.jsonl"), rows, complete(files.results), NAMES, 12, report_samples.Systems()
+            files.finished.rows("responses.jsonl"),
+            rows,
+            complete(files.results),
+            NAMES,
+            12,
+            report_samples.SystemPrompts(),
         )
-        found = [item.answers for _, items in shown for item in items]
-        assert found and all(likeliest is not None for answers in found for n, _, likeliest in answers
-                             if n != "best_of_n")  # fmt: skip
+        answers = [answer for _, prompts in shown for prompt in prompts for answer in prompt.answers]
+        assert answers and all(answer.greedy is not None for answer in answers if answer.policy != "best_of_n")
 
     def test_none_where_none_are_asked_for_and_shorter_ones_where_that_is(self, chain, tmp_path):
         choices = SMALL | {"best_of": 1, "policies": "[ppo]", "num_prompts": 4}

@@ -60,7 +60,7 @@ class TestBase:
         assert "<think>\n\n</think>" in tokenizer.decode(encode_prompt(tokenizer, "hello"))
         file.write_text(CHATML)
         code, said = run(**options)
-        assert code == 0 and "what lies in model.chat_template changed" in said
+        assert code == 0 and "the contents of model.chat_template changed" in said
         assert "think" not in json.dumps(AutoTokenizer.from_pretrained(tmp_path / self.published).chat_template[50:])
         code, said = run(**options | {"chat_template_kwargs": None})
         assert code == 0 and "model.chat_template_kwargs" in said
@@ -69,10 +69,10 @@ class TestBase:
         "model, line",
         [
             ({"name_or_path": "org/name", "chat_template": "x.j2"}, "model.chat_template: no such file: x.j2; should "),
-            ({"chat_template_kwargs": {"a": 1}}, "model.chat_template_kwargs: has no meaning for a model from scratch"),
+            ({"chat_template_kwargs": {"a": 1}}, "model.chat_template_kwargs: has no effect on a model from scratch"),
             ({"name_or_path": "org/name", "chat_template_kwargs": {"messages": 1}}, "'messages' is what the "),
             ({"name_or_path": "org/name", "chat_template_kwargs": {"a-b": 1}}, "'a-b' cannot be the name of a variable"),
-            ({"name_or_path": "org/name", "chat_template_kwargs": {"a": [{"b": None}]}}, "a is null, or holds one"),
+            ({"name_or_path": "org/name", "chat_template_kwargs": {"a": [{"b": None}]}}, "a is or contains null"),
             ({"name_or_path": "org/name", "chat_template_kwargs": {"a": None}}, "model.chat_template_kwargs"),
         ],
     )
