@@ -63,7 +63,7 @@ class Settings:
 
 @dataclass
 class Speaker:
-    """A policy in conversation. history: its turns as messages; form: how it is asked (`evaluation/asking.py`)."""
+    """A policy in conversation. history: its turns as messages; form: how it is asked (`evaluation/forms.py`)."""
 
     name: str
     model: Any
@@ -163,10 +163,10 @@ def run(
 
 def introduction(settings: Settings, speakers: list[Speaker], judge: Judge | None) -> list[str]:
     """What a talk begins with: the settings, whose scores are shown, and that there is a memory."""
-    from stages.evaluation.asking import DESCRIPTIONS
+    from stages.evaluation.forms import DESCRIPTIONS
 
     lines = [str(settings)]
-    lines += [f"{s.name} is asked {DESCRIPTIONS[s.form]}" for s in speakers if s.form != "chat"]
+    lines += [f"{s.name} is prompted {DESCRIPTIONS[s.form]}" for s in speakers if s.form != "chat"]
     if judge is not None:
         lines.append(f"scored by this experiment's reward model, as evaluate does{cut_rule(judge)}")
     lines.append(
@@ -217,7 +217,7 @@ def load(
     """Return the speakers, and the judge where rm is published."""
     from transformers.utils import logging
 
-    from stages.evaluation.asking import form_of_base
+    from stages.evaluation.forms import form_of_base
     from stages.models.ensemble import load_reward_model
     from stages.models.loading import load_policy, load_tokenizer, tokenizer_fingerprint
 
@@ -337,7 +337,7 @@ def reply(speaker: Speaker, text: str, settings: Settings, turn: int, dtype: str
     from data.groups import make_rows
     from data.records import DataError
     from data.streams import derive_seed
-    from stages.evaluation.asking import answer_of, ask
+    from stages.evaluation.forms import make_query, parse_answer
     from stages.models.forward import response_scores
     from stages.models.loading import tokenizer_fingerprint
     from stages.objectives.rewards import final_scores
@@ -349,11 +349,11 @@ def reply(speaker: Speaker, text: str, settings: Settings, turn: int, dtype: str
     question = {"role": "user", "content": text}
     past = speaker.history if settings.memory else []
     try:
-        asked = ask(tokenizer, speaker.form, [*system, *past, question])
+        asked = make_query(tokenizer, speaker.form, [*system, *past, question])
         while len(asked.ids) + settings.max_new_tokens > context and past:
             del past[:2]
             forgotten += 1
-            asked = ask(tokenizer, speaker.form, [*system, *past, question])
+            asked = make_query(tokenizer, speaker.form, [*system, *past, question])
         chat_ids = asked.ids if speaker.form == "chat" else encode_prompt(tokenizer, [*system, *past, question])
     except DataError as error:  # a template that takes no system message
         return Answer("", problem=f"{error}{', or /system alone' * bool(system)}")
@@ -373,7 +373,7 @@ def reply(speaker: Speaker, text: str, settings: Settings, turn: int, dtype: str
             eos_id=asked.end_id,
             pad_id=tokenizer.pad_token_id,
         )[0]
-        answer, score = answer_of(tokenizer, asked, sampled), None
+        answer, score = parse_answer(tokenizer, asked, sampled), None
         if judge is not None and judge.tokens == tokenizer_fingerprint(tokenizer):
             rows = make_rows([chat_ids], [answer.response], tokenizer.pad_token_id).to(model.device)
             own = response_scores(judge.model, rows).float().cpu()

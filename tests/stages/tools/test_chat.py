@@ -253,7 +253,7 @@ def test_base_from_scratch_is_asked_in_plain_text_as_evaluate_asks_it(store, mon
     text = talk(store, monkeypatch, ["hello fox"], models=["base", "sft"])
     tokenizer = load_tokenizer(store.folder("sft") / "model")
     assert [tokenizer.decode(ids).strip() for ids in seen] == ["hello fox", "<|user|> hello fox<|assistant|>"]
-    assert "base is asked in plain text" in text and text.count("score ") == 2
+    assert "base is prompted in plain text" in text and text.count("score ") == 2
     monkeypatch.setattr(EXPERIMENT.model, "name_or_path", "org/name")
     assert "plain text" not in talk(store, monkeypatch, ["hello fox"], models=["base"])
     assert seen[2] == seen[1]
