@@ -95,12 +95,16 @@ doctor: $(STAMP) ## versions, device, threads, disk, and what is missing
 chat: $(STAMP) ## talk to policies side by side (MODELS=sft,ppo)
 	@$(RLHF) chat $(PLACE) --models '$(MODELS)' $(SETTINGS)
 
+# One worker a core, and one thread a worker: the tests' models are so small that a second thread only costs. A file's tests stay
+# in one worker, since they share its fixtures.
 test: $(STAMP) ## the quick tests
-	@$(VENV)/bin/pytest -q
+	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n auto --dist loadfile
 test-slow: $(STAMP) ## the slow ones: whole chains, kills, real training
 	@$(VENV)/bin/pytest -q -m slow
-lint: $(STAMP) ## ruff
+lint: $(STAMP) ## ruff (rules and format) and mypy
 	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
 
 clean-artifacts: $(STAMP) ## say what CONFIG's artifacts are, ask, and remove them (YES=1: without asking)
 	@$(RLHF) clean $(PLACE) $(if $(filter command,$(origin YES)),$(if $(filter 1 y yes,$(YES)),--yes)) $(SETTINGS)
