@@ -898,8 +898,8 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "samples of a prompt are clusters of their own",
-        "return (share_estimate if share else mean_estimate)(values, repeated)",
-        "return (share_estimate if share else mean_estimate)(values, range(len(values)))",
+        "mean_estimate(values, of_cluster)",
+        "mean_estimate(values, range(len(values)))",
         "stages/evaluation/results.py",
     ),
     Mutant(
@@ -926,8 +926,8 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "perplexity is the mean loss",
-        'return {"value": _exp(found["value"]), "ci95": ci95}',
-        'return {"value": found["value"], "ci95": ci95}',
+        'return {"value": _exp(estimate["value"]), "ci95": ci95}',
+        'return {"value": estimate["value"], "ci95": ci95}',
         "stages/evaluation/results.py",
     ),
 ]
