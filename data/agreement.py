@@ -1,123 +1,187 @@
-"""Do rows, prompt and response tokenized apart, begin what the chat template writes of the whole conversation?
+"""Compare rows, whose prompt and response are tokenized apart, with what the chat template writes.
 
-Where they do not, training is on a text that the template never writes: a generation prompt may open a thought, or lack
-a newline; a template may drop thoughts, or trim answers.
+A row should be the beginning of the whole conversation as the template writes it. Where it is not, a
+model is trained on a text that the template never writes: a generation prompt may open a thought, or
+lack a newline; a template may drop thoughts, or trim answers.
 """
 
+from __future__ import annotations
+
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2 import TemplateError
 
-from data.encode import encode_conversations, encode_response
+from data.conversations import encode_conversations
+from data.encode import encode_response
 from data.records import as_messages
 from data.template_text import literal, own_variables, with_variables
 
-MOST = 1000  # rows of a file that are looked at
-TRIED = 4  # variables of a template that are tried for a remedy
-AROUND = 24  # characters that are shown before and behind the place
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MOST_ROWS = 1000
+"""Rows of a file that are compared at most."""
+MOST_VARIABLES = 4
+"""Variables of a template that are tried as a remedy at most."""
+CONTEXT = 24
+"""Characters that are shown before and after the first difference."""
 THOUGHT = re.compile(  # <think>, </think>, <seed:think>, <|thinking|>, [THINK]
     r"(?:<\|?|\[|\u25c1)(/?)(?:\w+:)?(?:think|thinking|thoughts?|reason|reasoning)(?:\|?>|\]|\u25b7)", re.IGNORECASE
 )
-USER = {"role": "user", "content": "What is red?"}
-FIRST = [USER]
-LATER = [USER, {"role": "assistant", "content": "A fox."}, USER]
-THOUGHTFUL = [USER, {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nA fox."}, USER]
-PROBES = (  # what a conversation has, its messages before the answer, the answer
-    ("one turn", FIRST, "A fox."),
-    ("several turns", LATER, "A fox."),
-    ("a thought in an earlier answer", THOUGHTFUL, "A fox."),
-    ("a thought in the answer", FIRST, "<think>\nHm.\n</think>\n\nA fox."),
-    ("blanks around the answer", FIRST, " A fox. \n"),
+"""The tag that opens or closes a thought; group 1 is "/" where it closes one."""
+
+
+class Probe(NamedTuple):
+    """Describe a conversation with which a template is tried."""
+
+    name: str
+    """What is special about it."""
+    prompt: list[dict]
+    """Its messages before the answer."""
+    answer: str
+    """The answer."""
+
+
+_USER = {"role": "user", "content": "What is red?"}
+_EARLIER = {"role": "assistant", "content": "A fox."}
+_EARLIER_THOUGHT = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nA fox."}
+PROBES = (
+    Probe("one turn", [_USER], "A fox."),
+    Probe("several turns", [_USER, _EARLIER, _USER], "A fox."),
+    Probe("a thought in an earlier answer", [_USER, _EARLIER_THOUGHT, _USER], "A fox."),
+    Probe("a thought in the answer", [_USER], "<think>\nHm.\n</think>\n\nA fox."),
+    Probe("blanks around the answer", [_USER], " A fox. \n"),
 )
+
+
+class Answered(NamedTuple):
+    """Hold a prompt and an answer to it: what a row is made of."""
+
+    prompt: str | Iterable[dict]
+    """A string or messages, as of `encode_prompt`."""
+    answer: str
+    """The text of the answer."""
+    finished: bool = True
+    """Whether the answer ended by itself."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A place where a row differs from what the chat template writes.
-
-    row, template: both texts around that place. opens: the tag of a thought that the generation prompt opens and the
-    answer does not close, or None.
-    """
+    """Describe the first place where a row differs from what the chat template writes."""
 
     row: str
+    """The row's text around that place."""
     template: str
+    """The template's text around that place."""
     opens: str | None = None
+    """The tag of a thought that the generation prompt opens and the answer does not close, or None."""
 
     def line(self) -> str:
-        """Return both texts, in words that continue a sentence about a row."""
+        """Return both texts in words that continue a sentence about a row."""
         if self.row == self.template:
             return f"the same text {self.row!r} is other tokens there"
         return f"the row has {self.row!r}, the template {self.template!r}"
 
 
-def differences(tokenizer, rows: Sequence[tuple]) -> Iterator[Difference | TemplateError | None]:
-    """Yield how each row differs from its conversation as the chat template writes it; None where its ids begin the
-    template's; the template's refusal where it refuses the conversation.
+def differences(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Answered]
+) -> Iterator[Difference | TemplateError | None]:
+    """Compare each row with its conversation as the chat template writes it.
 
     Args:
         tokenizer: The tokenizer with its chat template.
-        rows: (prompt, answer) or (prompt, answer, whether it is finished); prompts as of `encode_prompt`.
+        rows: Prompts and answers.
+
+    Yields:
+        How a row differs; None where its ids are the beginning of the template's; the TemplateError with
+        which the template refuses the conversation.
     """
-    rows = [(as_messages(prompt), answer, *finished) for prompt, answer, *finished in rows]
-    whole = [[*prompt, {"role": "assistant", "content": answer}] for prompt, answer, *_ in rows]
-    asked = encode_conversations(tokenizer, [prompt for prompt, *_ in rows], add_generation_prompt=True)
-    written = encode_conversations(tokenizer, whole, add_generation_prompt=False)
-    for (_, answer, *finished), prompt, template in zip(rows, asked, written, strict=True):
-        if isinstance(prompt, TemplateError) or isinstance(template, TemplateError):
-            yield prompt if isinstance(prompt, TemplateError) else template
-            continue
-        row = prompt + encode_response(tokenizer, answer, *finished)
-        if template[: len(row)] == row:
-            yield None
+    prompts = [as_messages(row.prompt) for row in rows]
+    conversations = [
+        [*prompt, {"role": "assistant", "content": row.answer}] for prompt, row in zip(prompts, rows, strict=True)
+    ]
+    encoded_prompts = encode_conversations(tokenizer, prompts, add_generation_prompt=True)
+    encoded_conversations = encode_conversations(tokenizer, conversations, add_generation_prompt=False)
+    for row, prompt, written in zip(rows, encoded_prompts, encoded_conversations, strict=True):
+        if isinstance(prompt, TemplateError):
+            yield prompt
+        elif isinstance(written, TemplateError):
+            yield written
         else:
-            opens = _opened(tokenizer.decode(prompt)) and _opened(tokenizer.decode(row))
-            yield _difference(tokenizer, row, template, opens)
+            ids = prompt + encode_response(tokenizer, row.answer, row.finished)
+            if written[: len(ids)] == ids:
+                yield None
+            else:
+                opens = _open_thought(_decode(tokenizer, prompt)) and _open_thought(_decode(tokenizer, ids))
+                yield _first_difference(tokenizer, ids, written, opens)
 
 
-def _difference(tokenizer, row: list[int], template: list[int], opens: str | None) -> Difference:
-    texts = [tokenizer.decode(ids) for ids in (row, template)]
-    if texts[1].startswith(texts[0]):  # cut into other tokens
+def _first_difference(
+    tokenizer: PreTrainedTokenizerBase, row: list[int], template: list[int], opens: str | None
+) -> Difference:
+    """Return the first difference between a row's ids and the template's.
+
+    Args:
+        tokenizer: The tokenizer.
+        row: The ids of the row.
+        template: The ids of the conversation, of which the row's are not the beginning.
+        opens: As of `Difference`.
+    """
+    row_text, template_text = _decode(tokenizer, row), _decode(tokenizer, template)
+    if template_text.startswith(row_text):  # the same text in other tokens
         pairs = enumerate(zip(row, [*template, None], strict=False))
-        same = next((i for i, (one, other) in pairs if one != other), len(template))
-        at = len(tokenizer.decode(row[:same]))
-    else:
-        at = next((i for i, (one, other) in enumerate(zip(*texts, strict=False)) if one != other), min(map(len, texts)))
-    shown = [_around(text, at) for text in texts]
-    if texts[1].startswith(texts[0]):
-        shown[1] = shown[0]
-    return Difference(*shown, opens)
+        equal = next((i for i, (one, other) in pairs if one != other), len(template))
+        excerpt = _excerpt(row_text, len(_decode(tokenizer, row[:equal])))
+        return Difference(excerpt, excerpt, opens)
+    characters = enumerate(zip(row_text, template_text, strict=False))
+    shorter = min(len(row_text), len(template_text))
+    position = next((i for i, (one, other) in characters if one != other), shorter)
+    return Difference(_excerpt(row_text, position), _excerpt(template_text, position), opens)
 
 
-def _around(text: str, at: int) -> str:
-    before, behind = text[max(0, at - AROUND) : at], text[at : at + AROUND]
-    return "\u2026" * (at > AROUND) + before + behind + "\u2026" * (at + AROUND < len(text))
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """Return the text of token ids."""
+    return str(tokenizer.decode(ids))
 
 
-def _opened(text: str) -> str | None:
-    """Return the tag of a thought that the text opens last and does not close."""
+def _excerpt(text: str, position: int) -> str:
+    """Return the text around a position, with … where it goes on."""
+    excerpt = text[max(0, position - CONTEXT) : position + CONTEXT]
+    if position > CONTEXT:
+        excerpt = "\u2026" + excerpt
+    if position + CONTEXT < len(text):
+        excerpt += "\u2026"
+    return excerpt
+
+
+def _open_thought(text: str) -> str | None:
+    """Return the last tag of a thought if it opens one; None if the thought is closed or there is none."""
     tags = list(THOUGHT.finditer(text))
     return tags[-1][0] if tags and not tags[-1][1] else None
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """The result of `compare`. rows: how many were compared, of `of` in all; differ: (name, Difference) of each that
-    differs."""
+    """Hold the result of `compare`."""
 
-    rows: int
-    of: int
+    compared: int
+    """The number of rows that were compared."""
+    total: int
+    """The number of all rows."""
     differ: list[tuple[str, Difference]]
+    """(name, difference) of each row that differs."""
 
     def text(self, what: str) -> str:
-        """Say how many rows differ, and how the first one does. what: what the rows are, in the plural."""
-        looked = f"{self.rows:,}" if self.rows == self.of else f"the first {self.rows:,}"
+        """Say how many rows differ and how the first one does; `what` names the rows in the plural."""
+        compared = f"{self.compared:,}" if self.compared == self.total else f"the first {self.compared:,}"
         if not self.differ:
-            return f"{looked} {what}, all as it writes them"
-        counted = f"{len(self.differ):,} of {looked} {what} are not what the chat template writes"
+            return f"{compared} {what}, all as it writes them"
         name, first = self.differ[0]
-        text = f"{counted}; the first, {name}: {first.line()}"
+        text = f"{len(self.differ):,} of {compared} {what} are not what the chat template writes"
+        text += f"; the first, {name}: {first.line()}"
         opened = [difference.opens for _, difference in self.differ if difference.opens]
         if opened:
             which = "all of them" if len(opened) == len(self.differ) else f"{len(opened):,} of them"
@@ -126,45 +190,56 @@ class Agreement:
         return text
 
 
-def compare(tokenizer, rows: Sequence[tuple], names: Sequence[str]) -> Agreement:
-    """Return how the first MOST rows agree with what the chat template writes.
+def compare(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Answered], names: Sequence[str]) -> Agreement:
+    """Compare the first 1000 rows with what the chat template writes.
 
     Args:
         tokenizer: The tokenizer with its chat template.
-        rows: As of `differences`.
-        names: The place of each.
+        rows: Prompts and answers.
+        names: The location of each row.
     """
-    looked = rows[:MOST]
-    found = zip(names, differences(tokenizer, looked), strict=False)
-    return Agreement(len(looked), len(rows), [(name, d) for name, d in found if isinstance(d, Difference)])
+    compared = rows[:MOST_ROWS]
+    differ = []
+    for name, difference in zip(names, differences(tokenizer, compared), strict=False):
+        if isinstance(difference, Difference):
+            differ.append((name, difference))
+    return Agreement(len(compared), len(rows), differ)
 
 
-def probe(tokenizer) -> dict[str, Difference]:
-    """Return where rows leave what the chat template writes, by what is in a conversation (see PROBES). Conversations
-    that it refuses (some take one turn alone) are left out."""
-    found = differences(tokenizer, [(prompt, answer) for _, prompt, answer in PROBES])
-    named = zip((name for name, *_ in PROBES), found, strict=True)
-    return {name: difference for name, difference in named if isinstance(difference, Difference)}
+def probe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Difference]:
+    """Try a template with the conversations of PROBES.
+
+    Returns:
+        {what is special about a conversation: how rows of it differ}. Conversations that the template
+        refuses (some take only one turn) are left out.
+    """
+    found = {}
+    rows = [Answered(one.prompt, one.answer) for one in PROBES]
+    for one, difference in zip(PROBES, differences(tokenizer, rows), strict=True):
+        if isinstance(difference, Difference):
+            found[one.name] = difference
+    return found
 
 
-def remedy(tokenizer, already: Sequence[str] = ()) -> str:
-    """Return what can be done about differences: a variable of the chat template that mends them, if one does.
+def remedy(tokenizer: PreTrainedTokenizerBase, already: Sequence[str] = ()) -> str:
+    """Say what can be done about differences: set a variable of the template, if one helps, or change the template.
 
     Args:
         tokenizer: The tokenizer with its chat template.
-        already: Variables of it that are set.
+        already: Variables of the template that are set.
     """
     other = "give a template that fits the rows as model.chat_template: FILE"
     template = tokenizer.chat_template
-    if not isinstance(template, str):  # several, or code of the tokenizer's own
+    if not isinstance(template, str):  # several templates, or code of the tokenizer's own
         return other
     names = [name for name in own_variables(template) if name not in already]
-    names = sorted(names, key=lambda name: "think" not in name and "reason" not in name)[:TRIED]
+    names.sort(key=lambda name: "think" not in name and "reason" not in name)  # the likely ones first
     try:
-        for name, value in ((name, value) for name in names for value in (False, True)):
-            tokenizer.chat_template = with_variables(template, {name: value})
-            if not {"one turn", "several turns"} & probe(tokenizer).keys():
-                return f"set model.chat_template_kwargs: {{{name}: {literal(value)}}}, which mends that, or {other}"
+        for name in names[:MOST_VARIABLES]:
+            for value in (False, True):
+                tokenizer.chat_template = with_variables(template, {name: value})
+                if not {"one turn", "several turns"} & probe(tokenizer).keys():
+                    return f"set model.chat_template_kwargs: {{{name}: {literal(value)}}}, which mends that, or {other}"
     except TemplateError:  # it takes too long
         pass
     finally:

@@ -1,7 +1,9 @@
-"""A prompt and its K responses: the batch element of everything that learns from preferences.
+"""Lay prompts with their K responses out as batches: the element of everything that learns from preferences.
 
-InstructGPT (§3.5) makes all C(K,2) comparisons of a prompt one batch element. A PromptGroup holds the ids; a
-GroupBatch lays groups of any K out as rows, padded or packed, and names their pairs.
+InstructGPT (§3.5) makes all C(K, 2) comparisons of a prompt one batch element. A PromptGroup holds the
+ids, Rows lay responses out as tensors (padded or packed), and a GroupBatch adds the pairs of groups of
+any K. Shape letters: B responses, N rows, T tokens of a row, R tokens of the longest response, W tokens
+of the longest prompt with its response.
 """
 
 from collections.abc import Sequence
@@ -12,226 +14,317 @@ import torch
 
 
 class Pair(NamedTuple):
-    """A judged, untied pair of different responses of a group: rows of the winner and the loser, the labeler who
-    said so (a number), and the pair's weight."""
+    """Name a judged, untied pair of different responses of a group."""
 
     winner: int
+    """The row of the better response."""
     loser: int
+    """The row of the worse response."""
     labeler: int
+    """The index of the labeler who judged the pair."""
     weight: float
+    """The pair's weight in the loss."""
 
 
 @dataclass(frozen=True)
 class PromptGroup:
-    """One prompt, its K responses and their ranks: 1 = best, equal = tie, None = not judged.
-
-    responses: ids with EOS, but of those that were cut off.
-    more_ranks: what further labelers made of the same responses, which are computed once for all of them. labelers,
-    margins: each labeler's name, and the score difference that all pairs of the ranking should have at least (0).
-    """
+    """Hold one prompt, its K responses and how labelers ranked them."""
 
     prompt: list[int]
+    """Token ids of the prompt."""
     responses: list[list[int]]
+    """Token ids of the K responses, each with EOS unless it was cut off."""
     ranks: tuple[int | None, ...] = ()
+    """The first labeler's ranks: 1 is best, equal ranks are a tie, None was not judged."""
     id: str = ""
+    """The id of the ranking."""
     more_ranks: tuple[tuple[int | None, ...], ...] = ()
+    """The ranks by further labelers of the same responses, which are computed once for all of them."""
     labelers: tuple[str | None, ...] = ()
+    """The name of each labeler."""
     margins: tuple[float, ...] = ()
+    """For each labeler the score difference that every pair should have at least; 0 for none."""
 
     def pairs(self) -> list[Pair]:
-        """Every usable pair, a labeler after the other.
+        """Return every usable pair, labeler by labeler.
 
-        weight: 1 / C(K, 2) over the K responses that the labeler judged, over the number of labelers: every prompt
-        weighs the same at any K (ties weigh nothing).
+        A pair weighs 1 / C(K, 2), with the K responses that its labeler judged, divided by the number of
+        labelers. So every prompt weighs the same at any K; ties weigh nothing.
         """
-        pairs, responses = [], self.responses
+        pairs = []
         for labeler, ranks in enumerate(self.rankings()):
-            judged = [i for i, rank in enumerate(ranks) if rank is not None]
-            weight = 2.0 / (max(2, len(judged)) * (max(2, len(judged)) - 1)) / (1 + len(self.more_ranks))
-            better = ((i, j) for i in judged for j in judged if ranks[i] < ranks[j] and responses[i] != responses[j])
-            pairs += [Pair(i, j, labeler, weight) for i, j in better]
+            judged = [(i, rank) for i, rank in enumerate(ranks) if rank is not None]
+            k = max(2, len(judged))
+            weight = 2.0 / (k * (k - 1)) / (1 + len(self.more_ranks))
+            for i, rank in judged:
+                for j, other in judged:
+                    if rank < other and self.responses[i] != self.responses[j]:
+                        pairs.append(Pair(i, j, labeler, weight))
         return pairs
 
     def rankings(self) -> tuple[tuple[int | None, ...], ...]:
-        """The ranks of every labeler."""
+        """Return the ranks by every labeler."""
         return (self.ranks, *self.more_ranks)
 
     def first(self) -> list[tuple[int, float]]:
-        """(response, weight) of those that each labeler put first; the weights of a group sum to 1 where all of its
-        labelers judged."""
-        found = []
+        """Return (response, weight) of the responses that each labeler ranked first.
+
+        The weights of a group sum to 1 if all of its labelers judged.
+        """
+        weighted = []
         for ranks in self.rankings():
             best = min((rank for rank in ranks if rank is not None), default=None)
             rows = [i for i, rank in enumerate(ranks) if rank is not None and rank == best]
-            found += [(i, 1.0 / len(rows) / (1 + len(self.more_ranks))) for i in rows]
-        return found
+            weighted += [(i, 1.0 / len(rows) / (1 + len(self.more_ranks))) for i in rows]
+        return weighted
 
     def tokens(self) -> int:
-        """What a forward pass computes: the prompt once, and the responses."""
+        """Return the tokens that a packed forward pass computes: the prompt once, and the responses."""
         return len(self.prompt) + sum(map(len, self.responses))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """B responses laid out in N rows of T tokens, in one of two ways.
+    """Hold B responses with their prompts, laid out in N rows of T tokens in one of two ways.
 
-    Padded (`sequences` None): one response a row (N = B), its prompt before it, padding on the right, which causal
-    attention never reaches. Packed: one row (N = 1) in which nothing is padded, and a prompt that several responses
-    in succession have stands once before them; position_ids (1, T) start anew with each prompt, and behind it for
-    each of its responses. Then spans holds the lengths in that row, (prompt, its responses) one after another;
-    sequences (B, W) the tokens of each response's own prompt and response, in order (the rest of a row repeats its
-    last); home (T,) the place in B·W that holds each token. Attention goes by them; all else is a token's own matter.
+    Padded (`sequences` is None): one response a row (N = B), its prompt before it, and padding on the
+    right, where causal attention never reaches.
 
-    responses (B, R), lengths (B,): ids and number of response tokens, with EOS where there is one; row (B,): the row of
-    each response; prompt_end, first (B,): the columns of its prompt's last token and of its own first.
+    Packed: a single row (N = 1) without padding, in which a prompt stands once before all successive
+    responses to it. Attention then goes by `sequences` and `home`; everything else in a model works
+    token by token, and needs no more than `position_ids`.
     """
 
     input_ids: torch.Tensor
+    """(N, T): token ids."""
     responses: torch.Tensor
+    """(B, R): token ids of the responses, padded on the right."""
     lengths: torch.Tensor
+    """(B,): tokens of each response, with EOS where there is one."""
     row: torch.Tensor
+    """(B,): the row in which each response stands."""
     prompt_end: torch.Tensor
+    """(B,): the column of its prompt's last token."""
     first: torch.Tensor
+    """(B,): the column of its own first token."""
     position_ids: torch.Tensor | None = None
+    """(1, T), packed only: positions, which restart at each prompt, and after the prompt for each
+    response to it."""
     sequences: torch.Tensor | None = None
+    """(B, W), packed only: the columns of each response's own prompt and response, in order; the
+    remainder repeats its last column."""
     home: torch.Tensor | None = None
+    """(T,), packed only: for each token an index into `sequences`, flattened to B·W, that holds it."""
     spans: tuple[tuple[int, tuple[int, ...]], ...] | None = None
+    """Packed only: (length of a prompt, lengths of its responses), in the order of the row."""
 
     @property
     def response_mask(self) -> torch.Tensor:
-        """(B, R), True where a response token is real."""
+        """Return (B, R): True where a response token is real."""
         return torch.arange(self.responses.shape[1], device=self.lengths.device) < self.lengths.unsqueeze(-1)
 
     @property
     def before(self) -> torch.Tensor:
-        """(B, R): index into the N·T tokens of the one that precedes each response token. Valid under the mask."""
+        """Return (B, R): index into the N·T tokens of the one before each response token.
+
+        Its logits predict the response token. Valid under `response_mask`.
+        """
         steps = torch.arange(self.responses.shape[1], device=self.first.device)
         column = torch.where(steps == 0, self.prompt_end.unsqueeze(-1), self.first.unsqueeze(-1) + steps - 1)
         return self.row.unsqueeze(-1) * self.input_ids.shape[1] + column
 
     @property
     def last(self) -> torch.Tensor:
-        """(B,): index into the N·T tokens of the last token of each response (of its prompt, if it has none)."""
+        """Return (B,): index into the N·T tokens of each response's last token (its prompt's, if it is empty)."""
         end = torch.where(self.lengths > 0, self.first + self.lengths - 1, self.prompt_end)
         return self.row * self.input_ids.shape[1] + end
 
-    def to(self, device) -> "Rows":
-        return Rows(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in vars(self).values()))
+    def to(self, device: torch.device | str) -> "Rows":
+        """Return a copy with its tensors on a device."""
+        moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in vars(self).items()}
+        return Rows(**moved)
 
 
 def make_rows(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int, *, packed: bool = False
 ) -> Rows:
-    """prompts[i] + responses[i] as rows; packed: for models that can (`can_pack` of stages/models/packing.py)."""
-    most = max(1, *map(len, responses))
-    ids = torch.tensor([[*r, *[pad_id] * (most - len(r))] for r in responses])
-    lengths = torch.tensor([len(r) for r in responses])
+    """Lay responses out as rows, each after its prompt.
+
+    Args:
+        prompts: Token ids of each response's prompt (B).
+        responses: Token ids of the responses (B).
+        pad_id: The id of padding.
+        packed: Whether to pack all of them into one row without padding, each run of equal prompts once;
+            only for models that can (`can_pack` of stages/models/packing.py).
+    """
+    longest = max(1, *map(len, responses))
+    ids = torch.tensor([[*response, *[pad_id] * (longest - len(response))] for response in responses])
+    lengths = torch.tensor([len(response) for response in responses])
     if packed:
         return _pack(prompts, responses, ids, lengths)
-    rows = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
+    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
     width = max(map(len, rows))
-    first = torch.tensor([len(p) for p in prompts])
-    padded = torch.tensor([x + [pad_id] * (width - len(x)) for x in rows])
+    first = torch.tensor([len(prompt) for prompt in prompts])
+    padded = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
     return Rows(padded, ids, lengths, torch.arange(len(rows)), first - 1, first)
 
 
-def _pack(prompts, responses, ids: torch.Tensor, lengths: torch.Tensor) -> Rows:
-    tokens, positions, ends, firsts, places, before, spans = [], [], [], [], [], None, []
+def _pack(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], ids: torch.Tensor, lengths: torch.Tensor
+) -> Rows:
+    """Pack responses and their prompts into one row.
+
+    Args:
+        prompts: Token ids of each response's prompt (B).
+        responses: Token ids of the responses (B).
+        ids: (B, R), the responses as a padded tensor.
+        lengths: (B,), their lengths.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    prompt_ends: list[int] = []
+    firsts: list[int] = []
+    columns: list[list[int]] = []  # of each response: the columns of its prompt and of itself
+    spans: list[tuple[int, list[int]]] = []
+    previous, start = None, 0
     for prompt, response in zip(prompts, responses, strict=True):
-        if before is None or list(prompt) != list(before):
-            start, before = len(tokens), prompt
+        if previous is None or list(prompt) != list(previous):
+            start, previous = len(tokens), prompt
             tokens += prompt
             positions += range(len(prompt))
             spans.append((len(prompt), []))
         spans[-1][1].append(len(response))
-        ends.append(start + len(prompt) - 1)
+        prompt_ends.append(start + len(prompt) - 1)
         firsts.append(len(tokens))
-        places.append([*range(start, start + len(prompt)), *range(len(tokens), len(tokens) + len(response))])
+        columns.append([*range(start, start + len(prompt)), *range(len(tokens), len(tokens) + len(response))])
         tokens += response
         positions += range(len(prompt), len(prompt) + len(response))
-    width = max(map(len, places))
-    sequences = torch.tensor([s + s[-1:] * (width - len(s)) for s in places])
+    width = max(map(len, columns))
+    sequences = torch.tensor([row + row[-1:] * (width - len(row)) for row in columns])
     home = torch.empty(len(tokens), dtype=torch.long)
-    for i in reversed(range(len(places))):  # of the places that hold a shared prompt, the first
-        home[sequences[i, : len(places[i])]] = torch.arange(i * width, i * width + len(places[i]))
-    end, first = torch.tensor(ends), torch.tensor(firsts)
+    # Backwards, so that a shared prompt's tokens end up at their first place, with every write defined.
+    for i in reversed(range(len(columns))):
+        own = len(columns[i])
+        home[sequences[i, :own]] = torch.arange(i * width, i * width + own)
+    first = torch.tensor(firsts)
     return Rows(
-        torch.tensor([tokens]),
-        ids,
-        lengths,
-        torch.zeros_like(first),
-        end,
-        first,
-        torch.tensor([positions]),
-        sequences,
-        home,
-        tuple((prompt, tuple(rest)) for prompt, rest in spans),
+        input_ids=torch.tensor([tokens]),
+        responses=ids,
+        lengths=lengths,
+        row=torch.zeros_like(first),
+        prompt_end=torch.tensor(prompt_ends),
+        first=first,
+        position_ids=torch.tensor([positions]),
+        sequences=sequences,
+        home=home,
+        spans=tuple((prompt, tuple(answers)) for prompt, answers in spans),
     )
 
 
 @dataclass(frozen=True)
 class GroupBatch:
-    """G groups laid out as rows; B = ΣK responses, in order.
+    """Hold G groups as rows (B = ΣK responses, in order) with all of their usable pairs.
 
-    winners, losers, pair_weights, pair_margins (N,): the responses of every usable pair, its weight (1/C(K,2)) and
-    its margin; pair_group (N,): its group; groups: G.
-    choice (N,): pairs with the same winner by the same labeler are one choice, of the winner out of itself and the
-    losers; choice_weights (C,): 1/(K − 1) each over the number of labelers.
-    first, first_weights (F,): the responses that labelers put first (see `PromptGroup.first`).
+    Shape letters: P pairs, C choices, F first responses.
     """
 
     rows: Rows
+    """The B responses."""
     winners: torch.Tensor
+    """(P,): the better response of each pair."""
     losers: torch.Tensor
+    """(P,): the worse response of each pair."""
     pair_weights: torch.Tensor
+    """(P,): the weight of each pair, as of `PromptGroup.pairs`."""
     pair_margins: torch.Tensor
+    """(P,): the score difference that each pair should have at least."""
     pair_group: torch.Tensor
+    """(P,): the group of each pair."""
     choice: torch.Tensor
+    """(P,): the choice that each pair belongs to. Pairs with the same winner by the same labeler are one
+    choice: of the winner out of itself and the losers."""
     choice_weights: torch.Tensor
+    """(C,): the weight of each choice, 1/(K − 1) divided by the number of labelers."""
     first: torch.Tensor
+    """(F,): the responses that labelers ranked first, as of `PromptGroup.first`."""
     first_weights: torch.Tensor
+    """(F,): their weights."""
     groups: int
+    """G, the number of groups."""
 
     def mean(self, x: torch.Tensor) -> float:
-        """Mean over prompts of the mean over a prompt's pairs: x (N,). Prompts without a pair do not count."""
+        """Return the mean over prompts of the mean of x (P,) over a prompt's pairs.
+
+        Prompts without a pair do not count.
+        """
         sizes = torch.bincount(self.pair_group, minlength=self.groups)
         return ((x / sizes[self.pair_group]).sum() / (sizes > 0).sum().clamp(min=1)).item()
 
-    def to(self, device) -> "GroupBatch":
-        return GroupBatch(*(x if isinstance(x, int) else x.to(device) for x in vars(self).values()))
+    def to(self, device: torch.device | str) -> "GroupBatch":
+        """Return a copy with its tensors on a device."""
+        moved = {name: x if isinstance(x, int) else x.to(device) for name, x in vars(self).items()}
+        return GroupBatch(**moved)
 
 
 def batch_groups(groups: Sequence[PromptGroup], pad_id: int, *, packed: bool = False) -> GroupBatch:
-    """Groups of any K, mixed, ties and unjudged included, as one batch. Responses without a rank ride along.
+    """Lay groups out as one batch; they may differ in K and have ties and unjudged responses.
 
-    packed: no padding, and each prompt once (for models that can, `can_pack`); else a padded row a response.
+    Responses without a rank take part in the forward pass, but in no pair.
+
+    Args:
+        groups: The groups.
+        pad_id: The id of padding.
+        packed: As of `make_rows`.
     """
-    pairs, owners, margins, choices, first, start = [], [], [], {}, [], 0
-    for g, group in enumerate(groups):
+    winners: list[int] = []
+    losers: list[int] = []
+    weights: list[float] = []
+    margins: list[float] = []
+    owners: list[int] = []  # the group of each pair
+    pair_choices: list[int] = []  # the choice of each pair
+    choices: dict[tuple[int, int, int], int] = {}  # (group, labeler, winner) → index of the choice
+    choice_weights: list[float] = []
+    first: list[tuple[int, float]] = []
+    start = 0  # the first response of the group
+    for index, group in enumerate(groups):
+        rankings = group.rankings()
         for pair in group.pairs():
-            row = pair._replace(winner=start + pair.winner, loser=start + pair.loser)
-            if (choice := (g, pair.labeler, row.winner)) not in choices:
-                judged = sum(rank is not None for rank in group.rankings()[pair.labeler])
-                choices[choice] = 1.0 / (judged - 1) / len(group.rankings())
-            pairs.append(row)
-            owners.append(g)
+            winner = start + pair.winner
+            choice = (index, pair.labeler, winner)
+            if choice not in choices:
+                judged = sum(rank is not None for rank in rankings[pair.labeler])
+                choices[choice] = len(choices)
+                choice_weights.append(1.0 / (judged - 1) / len(rankings))
+            winners.append(winner)
+            losers.append(start + pair.loser)
+            weights.append(pair.weight)
             margins.append(group.margins[pair.labeler] if group.margins else 0.0)
+            owners.append(index)
+            pair_choices.append(choices[choice])
         first += [(start + i, weight) for i, weight in group.first()]
         start += len(group.responses)
-    number = {name: i for i, name in enumerate(choices)}
-    texts = [(group.prompt, group.responses) for group in groups]
-    as_long = lambda x: torch.tensor(x, dtype=torch.long)  # noqa: E731
-    as_float = lambda x: torch.tensor(x, dtype=torch.float32)  # noqa: E731
+    prompts = [group.prompt for group in groups for _ in group.responses]
+    responses = [response for group in groups for response in group.responses]
     return GroupBatch(
-        make_rows([p for p, rs in texts for _ in rs], [r for _, rs in texts for r in rs], pad_id, packed=packed),
-        as_long([p.winner for p in pairs]),
-        as_long([p.loser for p in pairs]),
-        as_float([p.weight for p in pairs]),
-        as_float(margins),
-        as_long(owners),
-        as_long([number[g, p.labeler, p.winner] for g, p in zip(owners, pairs, strict=True)]),
-        as_float(list(choices.values())),
-        as_long([i for i, _ in first]),
-        as_float([w for _, w in first]),
-        len(groups),
+        rows=make_rows(prompts, responses, pad_id, packed=packed),
+        winners=_integers(winners),
+        losers=_integers(losers),
+        pair_weights=_floats(weights),
+        pair_margins=_floats(margins),
+        pair_group=_integers(owners),
+        choice=_integers(pair_choices),
+        choice_weights=_floats(choice_weights),
+        first=_integers([i for i, _ in first]),
+        first_weights=_floats([weight for _, weight in first]),
+        groups=len(groups),
     )
+
+
+def _integers(values: list[int]) -> torch.Tensor:
+    """Return an integer tensor, also of an empty list."""
+    return torch.tensor(values, dtype=torch.long)
+
+
+def _floats(values: list[float]) -> torch.Tensor:
+    """Return a float32 tensor, also of an empty list."""
+    return torch.tensor(values, dtype=torch.float32)

@@ -1,24 +1,29 @@
-"""Near copies: prompts that are all but the same as others.
+"""Find near copies: prompts that are the same as others except for a few words.
 
-Two texts are near copies if the Jaccard index of their shingles (runs of words) reaches a
-threshold. Candidates come from MinHash and locality-sensitive hashing (Broder 1997; Indyk and
-Motwani 1998), by the package datasketch. Each candidate is then judged by the exact index: nothing
-below the threshold is ever reported, and a pair just at it is missed less than once in a thousand
-times. A short question behind a greeting of several words is below the threshold: what is found is
-copied, and what is not found may still be asked in other words.
+Two texts are near copies if the Jaccard index of their shingles (runs of words) reaches a threshold.
+Candidates come from MinHash and locality-sensitive hashing (Broder 1997; Indyk and Motwani 1998), by
+the package datasketch. Each candidate is then judged by the exact index: nothing below the threshold is
+ever reported, and a pair just at it is missed less than once in a thousand times. A short question after
+a greeting of several words is below the threshold: what is found is copied, and what is not found may
+still have been asked in other words.
 """
 
 import sys
 import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from data.records import as_messages
 
-LONGEST = 3  # words of a shingle
-FEWEST = 4  # shingles of a text that has as many words: shorter texts get shorter shingles
-PERMUTATIONS = 128  # numbers in a MinHash
-MISSED = 1e-3  # share of pairs just at the threshold that need not become candidates
+LONGEST = 3
+"""Words of a shingle at most."""
+FEWEST = 4
+"""Shingles of a text with at least as many words: shorter texts get shorter shingles."""
+PERMUTATIONS = 128
+"""Numbers in a MinHash."""
+MISSED = 1e-3
+"""The share of pairs just at the threshold that may fail to become candidates."""
 
 Words = tuple[str, ...]
 Shingles = frozenset[Words]
@@ -27,55 +32,64 @@ Shingles = frozenset[Words]
 def near_copies(
     texts: Sequence[str | Iterable[dict]], against: Sequence[str | Iterable[dict]], threshold: float = 0.8
 ) -> list[bool]:
-    """Return, for each of `texts`, whether it is a near copy of any text of `against`.
+    """Return for each text whether it is a near copy of any other.
 
     Args:
-        texts: strings, or prompts as lists of {role, content}, of which the user's turns count.
-        against: the same.
-        threshold: least Jaccard index of two near copies, above 0 and at most 1.
+        texts: Strings, or prompts as lists of {role, content}, of which the user's turns count.
+        against: The texts to compare with.
+        threshold: The smallest Jaccard index of two near copies, above 0 and at most 1.
     """
-    return [found is not None for found in nearest_copies(texts, against, threshold)]
+    return [copy is not None for copy in nearest_copies(texts, against, threshold)]
 
 
 def nearest_copies(
     texts: Sequence[str | Iterable[dict]], against: Sequence[str | Iterable[dict]], threshold: float = 0.8
 ) -> list[int | None]:
-    """Return, for each of `texts`, the index of the text of `against` that it is the nearest copy of.
+    """Return for each text the index of the one in `against` that it is the nearest copy of.
 
-    None where there is none; the first where several are equally near. Arguments as of `near_copies`.
+    Args:
+        texts: As of `near_copies`.
+        against: As of `near_copies`.
+        threshold: As of `near_copies`.
+
+    Returns:
+        For each text an index, the first one if several are equally near; None if there is none.
     """
     if not 0 < threshold <= 1:
-        raise ValueError(f"threshold is {threshold}; above 0 and at most 1 would be right")
-    ours, theirs = first_places(texts), first_places(against)
-    best: dict[Words, tuple[float, int]] = {}  # words of ours → (index of Jaccard, − place of theirs)
+        raise ValueError(f"threshold is {threshold}; use a number above 0 and at most 1")
+    ours, theirs = first_indices(texts), first_indices(against)
+    best: dict[Words, tuple[float, int]] = {}  # words of ours → (Jaccard index, − index in theirs)
     for length in range(1, LONGEST + 1):
-        if len(ours) <= len(theirs):  # the fewer ones are indexed
-            pairs = similar_pairs(ours, theirs, length, threshold)
-        else:
-            pairs = ((own, other, index) for other, own, index in similar_pairs(theirs, ours, length, threshold))
-        for own, other, index in pairs:
-            best[own] = max(best.get(own, (0.0, 0)), (index, -theirs[other]))
-    found = (best.get(normal_words(text)) for text in texts)
-    return [None if nearest is None else -nearest[1] for nearest in found]
+        swap = len(ours) > len(theirs)  # the smaller side is indexed
+        indexed, queries = (theirs, ours) if swap else (ours, theirs)
+        for pair in similar_pairs(indexed, queries, length, threshold):
+            own, other = (pair.query, pair.indexed) if swap else (pair.indexed, pair.query)
+            best[own] = max(best.get(own, (0.0, 0)), (pair.jaccard, -theirs[other]))
+    nearest: list[int | None] = []
+    for text in texts:
+        found = best.get(normal_words(text))
+        nearest.append(None if found is None else -found[1])
+    return nearest
 
 
-def first_places(texts: Iterable[str | Iterable[dict]]) -> dict[Words, int]:
-    """Return the words of each text → the first place of such a text; without those that have no word."""
-    places: dict[Words, int] = {}
-    for place, text in enumerate(texts):
-        if words := normal_words(text):
-            places.setdefault(words, place)
-    return places
+def first_indices(texts: Iterable[str | Iterable[dict]]) -> dict[Words, int]:
+    """Return {words of a text: the first index of such a text}; texts without a word are left out."""
+    indices: dict[Words, int] = {}
+    for index, text in enumerate(texts):
+        words = normal_words(text)
+        if words:
+            indices.setdefault(words, index)
+    return indices
 
 
 # ── words and shingles ──────────────────────────────────────────────────────────────────────────────────────
 
 
-class Separators(dict):
-    """A table for str.translate, filled as it is asked: code point → what stands for it.
+class Separators(dict[int, str]):
+    """Map code points for str.translate, filled on demand.
 
-    Punctuation, white space and control characters part words. Letters of scripts that are written
-    without spaces between words are a word each.
+    Punctuation, white space and control characters become spaces. Letters of scripts that are written
+    without spaces between words become a word each.
     """
 
     def __missing__(self, code: int) -> str:
@@ -83,12 +97,14 @@ class Separators(dict):
         category = unicodedata.category(letter)
         if category[0] in "PZC":
             self[code] = " "
+        elif category == "Lo" and is_unspaced(letter):
+            self[code] = f" {letter} "
         else:
-            self[code] = f" {letter} " if category == "Lo" and unspaced(letter) else letter
+            self[code] = letter
         return self[code]
 
 
-def unspaced(letter: str) -> bool:
+def is_unspaced(letter: str) -> bool:
     """Return whether a letter is Chinese, Japanese, Thai, Lao, Khmer or Burmese."""
     scripts = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
     return unicodedata.name(letter, "").startswith(scripts)
@@ -98,9 +114,9 @@ SEPARATORS = Separators()
 
 
 def normal_words(text: str | Iterable[dict]) -> Words:
-    """Return the words of a text, or of the user's turns of a prompt: in one case and one Unicode form.
+    """Return the words of a text, or of a prompt's user turns, in one case and one Unicode form.
 
-    Without punctuation, unless there is nothing else.
+    Punctuation is left out, unless there is nothing else.
     """
     if not isinstance(text, str):
         text = "\n".join(message["content"] for message in as_messages(text) if message["role"] == "user")
@@ -110,82 +126,103 @@ def normal_words(text: str | Iterable[dict]) -> Words:
 
 
 def shingle_length(words: Words) -> int:
-    """Return the words of a shingle, where `words` is the shorter of two texts.
+    """Return the length of shingles, in words, for a pair of texts whose shorter one is `words`.
 
-    Three, so that the order of words counts. Two or one for texts of fewer than six words, so that
-    those of four have four shingles yet: one more word before or behind such a text leaves four
-    shingles of five in common, 0.8.
+    Three, so that the order of words counts. Two or one for texts of fewer than six words, so that those
+    of four words still have four shingles: one more word before or after such a text leaves four shingles
+    of five in common, 0.8.
     """
     return max(1, min(LONGEST, len(words) - FEWEST + 1))
 
 
 def shingles(words: Words, length: int) -> Shingles:
-    """Return the runs of `length` words; of fewer words than that, all of them as one."""
+    """Return the runs of `length` words; of fewer words than that, all of them as one run."""
     return frozenset(zip(*(words[i:] for i in range(length)), strict=False)) or frozenset([words])
 
 
 # ── pairs ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def similar_pairs(
-    indexed: Iterable[Words], asked: Iterable[Words], length: int, threshold: float
-) -> Iterator[tuple[Words, Words, float]]:
-    """Yield (one of `indexed`, one of `asked`, their Jaccard index) for all near copies of which the
-    shorter text has shingles of `length` words.
+@dataclass(frozen=True)
+class SimilarPair:
+    """Hold two texts that are near copies."""
 
-    `indexed` are held in memory with their shingles; `asked` pass by one at a time.
+    indexed: Words
+    """The one that was indexed."""
+    query: Words
+    """The one that was looked up."""
+    jaccard: float
+    """The Jaccard index of their shingles."""
+
+
+def similar_pairs(
+    indexed: Iterable[Words], queries: Iterable[Words], length: int, threshold: float
+) -> Iterator[SimilarPair]:
+    """Yield all near copies whose shorter text has shingles of `length` words.
+
+    Args:
+        indexed: Texts that are kept in memory with their shingles.
+        queries: Texts that are looked up one at a time.
+        length: The words of a shingle.
+        threshold: The smallest Jaccard index.
     """
-    from datasketch import MinHash, MinHashLSH  # brings scipy, which takes a second
+    from datasketch import MinHash, MinHashLSH  # imports scipy, which takes a second
 
     options = {"num_perm": PERMUTATIONS, "hashfunc": zlib.crc32, "scheme": "affine32"}
-    held = list(of_length(indexed, length, threshold))
-    if not held:
+    candidates = list(of_length(indexed, length, threshold))
+    if not candidates:
         return
     index = MinHashLSH(num_perm=PERMUTATIONS, params=bands(threshold))
-    for key, sketch in enumerate(MinHash.generator((as_bytes(own) for _, own in held), **options)):
+    for key, sketch in enumerate(MinHash.generator((as_bytes(own) for _, own in candidates), **options)):
         index.insert(key, sketch)
     empty = MinHash(**options)
-    for words, theirs in of_length(asked, length, threshold):
+    for words, theirs in of_length(queries, length, threshold):
         sketch = empty.copy()
         sketch.update_batch(as_bytes(theirs))
         for key in index.query(sketch):
-            other, own = held[key]
-            if min(shingle_length(words), shingle_length(other)) == length:
-                shared = len(own & theirs)
-                jaccard = shared / (len(own) + len(theirs) - shared)
-                if jaccard >= threshold:
-                    yield other, words, jaccard
+            other, own = candidates[key]
+            if min(shingle_length(words), shingle_length(other)) != length:
+                continue
+            shared = len(own & theirs)
+            jaccard = shared / (len(own) + len(theirs) - shared)
+            if jaccard >= threshold:
+                yield SimilarPair(other, words, jaccard)
 
 
 def of_length(texts: Iterable[Words], length: int, threshold: float) -> Iterator[tuple[Words, Shingles]]:
-    """Yield the texts, with their shingles of `length` words, that can be in a pair of which the
-    shorter text has such.
+    """Yield (text, its shingles) for the texts that can be in a pair of this shingle length.
 
-    A longer text can only if it has hardly more shingles: the index of two sets is at most the
-    ratio of their sizes.
+    A text with longer shingles of its own can only if it has hardly more shingles than the shorter text:
+    the Jaccard index of two sets is at most the ratio of their sizes.
+
+    Args:
+        texts: The texts.
+        length: The words of a shingle.
+        threshold: The smallest Jaccard index.
     """
     most = FEWEST / threshold  # a text whose own shingles are shorter than LONGEST has at most FEWEST
     for words in texts:
         own = shingle_length(words)
         if own == length:
             yield words, shingles(words, length)
-        elif own > length and len(set(words)) - length < most:  # others have more for certain
+        elif own > length and len(set(words)) - length < most:  # a cheap test: others certainly have more
             found = shingles(words, length)
             if len(found) <= most:
                 yield words, found
 
 
-def as_bytes(found: Shingles) -> list[bytes]:
-    return ["\0".join(shingle).encode("utf-8", "surrogatepass") for shingle in found]
+def as_bytes(runs: Shingles) -> list[bytes]:
+    """Return shingles as the bytes that are hashed."""
+    return ["\0".join(shingle).encode("utf-8", "surrogatepass") for shingle in runs]
 
 
 def bands(threshold: float) -> tuple[int, int]:
-    """Return (bands, rows) of the index.
+    """Return (bands, rows) of the index for a threshold.
 
     The most rows with which a pair at the threshold is missed with a probability of at most MISSED,
-    (1 − thresholdʳᵒʷˢ)ᵇᵃⁿᵈˢ: more rows are fewer candidates that are judged in vain.
+    (1 − threshold^rows)^bands: the more rows, the fewer candidates are judged in vain.
     """
-    for rows in range(PERMUTATIONS // 2, 1, -1):  # datasketch wants two bands
+    for rows in range(PERMUTATIONS // 2, 1, -1):  # datasketch needs at least two bands
         if (1 - threshold**rows) ** (PERMUTATIONS // rows) <= MISSED:
             return PERMUTATIONS // rows, rows
     return PERMUTATIONS, 1

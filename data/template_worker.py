@@ -1,8 +1,8 @@
-"""A process that renders chat templates of models from outside, under limits; started by data/templates.py.
+"""Render chat templates that come from outside, under limits: the process that data/templates.py starts.
 
-A line of JSON in: {template, conversations, options}. A line out for each conversation: {text}, {refused: why} or
-{too_much: what}, each with the `seconds` of processor time that it took; none where the kernel's limit on processor
-time ends this process. The first line out says {ready}.
+It reads a line of JSON, {template, conversations, options}, and writes a line for each conversation:
+{text}, {refused: why} or {too_much: what}, each with the `seconds` of processor time that it took; no
+line if the kernel's limit on processor time ends this process. The first line out says {ready}.
 """
 
 import json
@@ -15,21 +15,30 @@ import time
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-MEBIBYTES = 512  # of memory, beside what Python and its libraries have taken
+MEBIBYTES = 512
+"""Memory that a template may take, beyond what Python and its libraries have taken."""
 
 
 def answer(template: str, conversation: list[dict], options: dict, seconds: float) -> dict:
-    """Render one conversation, in so many seconds of processor time at most."""
+    """Render one conversation.
+
+    Args:
+        template: The text of the chat template.
+        conversation: A list of {role, content}.
+        options: Further variables of the template.
+        seconds: Processor time after which the kernel ends this process.
+    """
     most = 10**6 + 20 * sum(len(str(message)) for message in conversation)
-    signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends the process, also in the middle of one operation
+    # SIGPROF ends the process, even in the middle of a single operation.
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         (text,), _ = render_jinja_template([conversation], chat_template=template, **options)
     except MemoryError:
         return {"too_much": f"it takes more than {MEBIBYTES} MiB of memory"}
-    except TemplateError as problem:
-        return {"refused": str(problem)}
-    except Exception as problem:  # a template may raise what it likes
-        return {"refused": f"{type(problem).__name__}: {problem}"}
+    except TemplateError as error:
+        return {"refused": str(error)}
+    except Exception as error:  # a template may raise anything
+        return {"refused": f"{type(error).__name__}: {error}"}
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
     if len(text) > most:
@@ -38,23 +47,24 @@ def answer(template: str, conversation: list[dict], options: dict, seconds: floa
 
 
 def main(seconds: float) -> None:
-    """Answer until nobody writes any more. seconds: of processor time a conversation."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the other end decides when this one ends
+    """Answer requests until standard input ends; `seconds` is the processor time of a conversation."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the parent decides when this process ends
         signal.signal(number, signal.SIG_IGN)
     with open("/proc/self/statm", encoding="ascii") as file:
         taken = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + MEBIBYTES * 2**20,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # A template cannot print, but a library may: only `out` reaches the parent.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # a template cannot print, but a library may
+    os.dup2(2, 1)
     print(json.dumps({"ready": True}), file=out, flush=True)
     for line in sys.stdin.buffer:
         request = json.loads(line)
         for conversation in request["conversations"]:
             before = time.process_time()
-            found = answer(request["template"], conversation, request["options"], seconds)
-            found["seconds"] = time.process_time() - before
-            print(json.dumps(found), file=out, flush=True)
+            result = answer(request["template"], conversation, request["options"], seconds)
+            result["seconds"] = time.process_time() - before
+            print(json.dumps(result), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
-"""Chat templates → text. A template that comes with a model is somebody else's program: it runs in a process of its
-own, under limits of processor time (of a row, and of rows on average), memory and length; one such process serves all
-rows."""
+"""Render chat templates: a model's own template is somebody else's program, so it runs in a separate process.
+
+That process has limits of processor time (for one row, and for rows on average), of memory, and of the
+length of the text. One such process serves all rows.
+"""
+
+from __future__ import annotations
 
 import atexit
 import json
@@ -12,90 +16,130 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-SECONDS = 2.0  # of processor time for one conversation; a usual template takes a thousandth of that
-USUAL = 0.02  # seconds of processor time a conversation that a template may take on average …
-AT_FIRST = 20.0  # … once it has taken so many in all: 100,000 rows are half an hour then, and not two days
-PATIENCE = 300.0  # seconds of the clock for an answer: the machine may be busy
-AT_ONCE = 64  # conversations that are sent together
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SECONDS = 2.0
+"""Processor time that one conversation may take; a usual template takes a thousandth of that."""
+USUAL = 0.02
+"""Processor time, in seconds a conversation, that a template may take on average …"""
+AT_FIRST = 20.0
+"""… once it has taken so many seconds: 100,000 rows then take half an hour at most, not two days."""
+PATIENCE = 300.0
+"""Seconds to wait for an answer: the machine may be busy."""
+AT_ONCE = 64
+"""Conversations that are sent together."""
 
 
 class TemplateOverrun(TemplateError):
-    """A template that takes more than the limits allow: it is no use to try it on other rows. index: of the
-    conversation, among those that were given together."""
+    """Say that a template exceeds a limit, so that it is no use to try it on other rows."""
 
     index = 0
+    """The index of the conversation, among those that were given together."""
 
 
 def render(
-    tokenizer, conversations: Sequence[list[dict]], *, trusted: str, tokenize: Sequence[bool], **options
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[list[dict]],
+    *,
+    trusted: str,
+    tokenize: Sequence[bool],
+    **options: Any,
 ) -> Iterator[list[int] | str | TemplateError]:
-    """Yield what the tokenizer's `apply_chat_template` makes of each conversation, or the TemplateError with which the
-    template refuses it; the template is not trusted.
+    """Render each conversation as the tokenizer's `apply_chat_template` would, without trusting the template.
 
     Args:
-        tokenizer: transformers' tokenizer.
-        conversations: lists of {role, content}.
-        trusted: a template of ours, which is rendered in this process. So is a tokenizer's that has a method of its
-            own for it: that is code, and was allowed to run.
-        tokenize: of each conversation, whether token ids are wanted, or text.
-        options: more of `apply_chat_template`'s options, plain values.
+        tokenizer: The tokenizer with its chat template.
+        conversations: Lists of {role, content}.
+        trusted: A template of ours, which is rendered in this process. So is the template of a tokenizer
+            with a method of its own for it: that is code, and was allowed to run.
+        tokenize: For each conversation whether token ids are wanted, or text.
+        options: Further options of `apply_chat_template`, plain values.
+
+    Yields:
+        Token ids or text, or the TemplateError with which the template refuses the conversation.
 
     Raises:
-        TemplateOverrun: the template takes too much time, memory or text.
+        TemplateOverrun: The template takes too much time, memory or text.
     """
-    wanted = zip(conversations, tokenize, strict=True)
+    requests = zip(conversations, tokenize, strict=True)
     if not is_foreign(tokenizer, trusted):
-        for conversation, ids in wanted:
-            more = {"return_dict": False} if ids else {}
+        for conversation, wants_ids in requests:
+            more = {"return_dict": False} if wants_ids else {}
             try:
-                yield tokenizer.apply_chat_template(conversation, tokenize=ids, **more, **options)
+                yield tokenizer.apply_chat_template(conversation, tokenize=wants_ids, **more, **options)
             except TemplateError as refusal:
                 yield refusal
         return
     template, options = tokenizer.get_chat_template(), {**tokenizer.special_tokens_map, **options}
     done = 0
-    while batch := list(islice(wanted, AT_ONCE)):
+    while batch := list(islice(requests, AT_ONCE)):
         try:
             answers = _worker.render(template, [conversation for conversation, _ in batch], options)
-        except TemplateOverrun as problem:
-            problem.index += done
+        except TemplateOverrun as error:
+            error.index += done
             raise
         done += len(batch)
-        for answer, (_, ids) in zip(answers, batch, strict=True):
-            yield tokenizer(answer, add_special_tokens=False)["input_ids"] if ids and type(answer) is str else answer
+        for answer, (_, wants_ids) in zip(answers, batch, strict=True):
+            if wants_ids and isinstance(answer, str):
+                yield tokenizer(answer, add_special_tokens=False)["input_ids"]
+            else:
+                yield answer
 
 
-def is_foreign(tokenizer, trusted: str) -> bool:
-    """Return whether the tokenizer renders messages by a template that came from outside."""
+def is_foreign(tokenizer: PreTrainedTokenizerBase, trusted: str) -> bool:
+    """Return whether a tokenizer renders messages by a template that came from outside.
+
+    Args:
+        tokenizer: The tokenizer.
+        trusted: The template of ours.
+    """
     from transformers import PreTrainedTokenizerBase
 
     usual = PreTrainedTokenizerBase.apply_chat_template
-    own = getattr(type(tokenizer), "apply_chat_template", None)
-    return own is usual and tokenizer.chat_template is not None and tokenizer.chat_template != trusted
+    method = getattr(type(tokenizer), "apply_chat_template", None)
+    return method is usual and tokenizer.chat_template is not None and tokenizer.chat_template != trusted
 
 
 @dataclass
 class Worker:
-    """The process that renders: started when it is needed, and again where a limit has ended it; it ends with us."""
+    """Run the process that renders: it starts when needed, restarts after a limit has ended it, and ends with us."""
 
     process: subprocess.Popen | None = None
-    owner: int = 0  # the process that started it: a fork must not write to it, too
+    """The process, or None before it starts."""
+    owner: int = 0
+    """The process that started it: a fork of ours must not write to it too."""
     unread: bytes = b""
-    spent: dict[str, tuple[int, float]] = field(default_factory=dict)  # template → conversations, seconds so far
+    """What it has written and nobody has parsed yet."""
+    spent: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """Template → (conversations, seconds of processor time) so far."""
 
     def render(self, template: str, conversations: list[list[dict]], options: dict) -> list[str | TemplateError]:
-        """Return a text or a refusal for each conversation; TemplateOverrun where one or all take too much."""
+        """Return the text or the refusal of each conversation.
+
+        Args:
+            template: The text of the chat template.
+            conversations: Lists of {role, content}.
+            options: Further variables of the template.
+
+        Raises:
+            TemplateOverrun: One conversation, or all of them, take too much.
+        """
         self.refuse_slow(template)
-        if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
-            self.start()
+        process = self.process
+        if process is None or self.owner != os.getpid() or process.poll() is not None:
+            process = self.start()
         request = {"template": template, "conversations": conversations, "options": options}
         answers: list[str | TemplateError] = []
         try:
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")  # all of it is read before any is answered
-            self.process.stdin.flush()
+            assert process.stdin is not None
+            # The worker reads all of the request before it answers any of it, so this cannot block both.
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
             while len(answers) < len(conversations):
                 answer = self.answer()
                 if answer is None:
@@ -105,34 +149,35 @@ class Worker:
                     raise TemplateOverrun(answer["too_much"])
                 self.count(template, answer["seconds"])
                 answers.append(answer["text"] if "text" in answer else TemplateError(answer["refused"]))
-        except TemplateOverrun as problem:
+        except TemplateOverrun as error:
             self.end()
-            problem.index = len(answers)
+            error.index = len(answers)
             raise
-        except BaseException as problem:  # an interrupt, say: an answer that is yet to come is not another request's
+        except BaseException as error:
+            # After an interrupt, say, an answer that is still to come must not be taken for the next request's.
             self.end()
-            if isinstance(problem, BrokenPipeError):
-                raise RuntimeError("the process that renders chat templates was ended; run again") from problem
+            if isinstance(error, BrokenPipeError):
+                raise RuntimeError("the process that renders chat templates was ended; run again") from error
             raise
         return answers
 
     def count(self, template: str, seconds: float) -> None:
-        """Add what one conversation took; TemplateOverrun as of `refuse_slow`."""
+        """Count one conversation and the processor time it took; TemplateOverrun as of `refuse_slow`."""
         rows, before = self.spent.get(template, (0, 0.0))
         self.spent[template] = rows + 1, before + seconds
         self.refuse_slow(template)
 
     def refuse_slow(self, template: str) -> None:
-        """Raise TemplateOverrun where a template has been too slow for a file of rows."""
+        """Raise TemplateOverrun if a template has been too slow for a file of rows."""
         rows, total = self.spent.get(template, (0, 0.0))
         if total > AT_FIRST and total > USUAL * rows:
             mean = f"{total / rows:.2g} s of processor time a conversation"
             raise TemplateOverrun(f"it takes {mean} on average; a usual one takes a thousandth of a second")
 
-    def start(self) -> None:
-        """Start the process and wait until it answers."""
+    def start(self) -> subprocess.Popen:
+        """Start the process, and return it once it answers."""
         program = Path(__file__).with_name("template_worker.py")
-        self.process = subprocess.Popen(
+        process = self.process = subprocess.Popen(
             [sys.executable, "-P", str(program), str(SECONDS)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -145,9 +190,11 @@ class Worker:
         if self.answer() is None:
             self.end()
             raise RuntimeError(f"{program} did not start")
+        return process
 
     def answer(self) -> dict | None:
-        """Return the next line that the process writes; None where it has ended."""
+        """Return the next line that the process writes; None if it has ended."""
+        assert self.process is not None and self.process.stdout is not None
         while b"\n" not in self.unread:
             if not select.select([self.process.stdout], [], [], PATIENCE)[0]:
                 raise TemplateOverrun(f"it takes more than {PATIENCE:.0f} s")
@@ -159,13 +206,14 @@ class Worker:
         return json.loads(line)
 
     def end(self) -> None:
-        """End the process, if this one started it."""
+        """End the process, if this process started it."""
         process, self.process = self.process, None
         if process is not None and self.owner == os.getpid():
             process.kill()
             process.wait()
-            process.stdout.close()
-            process.stdin.close()
+            for pipe in (process.stdout, process.stdin):
+                if pipe is not None:
+                    pipe.close()
 
 
 _worker = Worker()

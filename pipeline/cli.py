@@ -109,7 +109,7 @@ def explain(error: Exception, caller: hints.Caller | None = None) -> int:
     if isinstance(error, TrainingStopped):
         print(f"error: training stopped itself: {error}", file=sys.stderr)
         return 3
-    if isinstance(error, UserError) or type(error).__name__ == "DataError":  # data.records.DataError has the same shape
+    if isinstance(error, UserError):
         for line in error.lines:
             print(f"error: {hints.filled(line, caller or hints.Caller())}", file=sys.stderr)
         return 2
@@ -616,7 +616,7 @@ def data_command(arguments: argparse.Namespace) -> int:
         experiment, _ = load(arguments)
     else:
         launch.set_environment({})
-    check = importlib.import_module("data.check")
+    check = importlib.import_module("data.check.command")
     if arguments.file is None:
         if experiment is None or arguments.kind is not None:
             lacking = "--kind needs a FILE" if experiment is not None else "give a FILE, or -c CONFIG for all its data"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from data.encode import train_tokenizer, wrap_documents
-from data.records import DataError
+from data.documents import wrap_documents
+from data.tokenizer import train_tokenizer
 from pipeline.config.sections import local_folder
 from pipeline.errors import UserError
 from pipeline.launch import parallel
@@ -77,7 +77,7 @@ def run(ctx: StageRun) -> dict:
         )
         if not rows or not held:
             problem = f"data.documents: do not fill a training and a held-out row of {c.max_length} tokens"
-            raise DataError([f"{problem}; give more text, or lower base.max_length"])
+            raise UserError([f"{problem}; give more text, or lower base.max_length"])
         start = partial(
             from_scratch,
             tokenizer,

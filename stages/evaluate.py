@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.encode import wrap_documents
+from data.documents import wrap_documents
 from data.records import prompt_key
 from data.world.world import World
 from pipeline.errors import UserError

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from data.encode import decode_response
-from data.records import DataError, Ranking, judged_pairs, prompt_key, to_json, write_jsonl
+from data.records import Ranking, judged_pairs, prompt_key, to_json, write_jsonl
 from data.streams import Stream, derive_seed, held_out
 from data.world.world import World, labelers
 from pipeline.errors import UserError
@@ -122,7 +122,7 @@ def run(ctx: StageRun) -> dict:
     for name, indices in (("train", train), ("validation", validation)):
         part = [rows[i] for i in indices]
         if not any(usable_pairs(row) for row in part):
-            raise DataError(
+            raise UserError(
                 [
                     f"data.rankings: the {name} split ({len(part)} rankings) has no usable pair; add rankings, or "
                     f"change rankings.validation_fraction"

@@ -1,106 +1,140 @@
-"""report: what the stages wrote → one HTML page that opens without a network, and the table that ends a run.
+"""Make the report: one HTML page that opens without a network, and its plots as PNG files.
 
-The page's text is made of the measured numbers alone; the same artifacts give the same bytes. What was not measured is
-left out: an experiment of SFT and DPO alone has a page too. One file a subject: what was run (`report_experiment.py`),
-tables (`report_table.py`), plots (`report_plots.py`, drawn by `report_svg.py`), whether the score can be trusted
-(`report_trust.py`), samples (`report_samples.py`), sentences (`report_words.py`, `report_glossary.py`), and the table
-in the terminal (`page/terminal.py`). The page itself is `page/report.html.j2`, its looks `page/style.j2`.
+The page is made of the measured numbers only, and the same artifacts give the same bytes. What was
+not measured is left out, so an experiment of SFT and DPO without PPO has a page too.
+
+The room `page/` has one file for each subject. `experiment.py`, `data_table.py`,
+`settings_table.py` and `lineage.py` say what was run. `results_tables.py` and `trust.py` give the
+results as tables, `sentences.py` in words, `curves.py`, `gains.py` and `trust_plots.py` as plots;
+`samples.py` chooses samples. `drawing.py` draws the plots, `inline.py` fits them to the page,
+`report.html.j2` and `style.j2` are the page, and `terminal.py` prints the table that ends a run.
 """
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipeline.stage import StageRun
-from stages.page import experiment as experiment_of
-from stages.page import plots, samples, trust
-from stages.page import table as tables
+from stages.page import curves, gains, lineage, results_tables, samples, trust, trust_plots
+from stages.page.curves import Journal
+from stages.page.data_table import data_table
+from stages.page.drawing import Picture, picture
+from stages.page.experiment import facts
 from stages.page.glossary import glossary
-from stages.page.plots import Journal
-from stages.page.words import NAMES, complete, fixed, judge_of, moment, notes, summary, tiles
+from stages.page.manifests import section
+from stages.page.numbers import fixed, moment
+from stages.page.plot import Plot
+from stages.page.results import NAMES, complete
+from stages.page.sentences import judge_of, notes, summary, tiles
+from stages.page.settings_table import settings_table
+from stages.settings.changed import defaults_of
 
-JOURNALS = ("metrics", "evaluations", "samples")
+if TYPE_CHECKING:
+    import jinja2
 
 
-def run(ctx: StageRun) -> dict:
-    """→ index.html."""
-    folder, manifests = ctx.inputs["evaluate"], ctx.manifests
+def run(ctx: StageRun) -> dict[str, Any]:
+    """Write index.html and plots/*.png.
+
+    Returns:
+        The number of policies and of plots on the page.
+    """
+    manifests, folder = ctx.manifests, ctx.inputs["evaluate"]
     results = complete(json.loads((folder / "results.json").read_text(encoding="utf-8")))
-    responses, greedy = (read_rows(folder / f"{name}.jsonl") for name in ("responses", "greedy"))
-    journals = {
-        stage: Journal(*(read_rows(inner / f"{kind}.jsonl") for kind in JOURNALS))
-        for stage, inner in ctx.inputs.items()
-    }
-    best_of, found = ctx.experiment.evaluate.best_of, results["policies"]
+    responses, greedy = read_rows(folder / "responses.jsonl"), read_rows(folder / "greedy.jsonl")
+    journals = {stage: read_journal(inputs) for stage, inputs in ctx.inputs.items()}
+    best_of = ctx.experiment.evaluate.best_of
     names = NAMES | {"best_of_n": f"best of {best_of}"}
     rm = manifests.get("rm", {}).get("metrics", {})
-    sections = {
-        "gains": plots.win_rates(results, names)
-        + plots.gold_parts(results, names)
-        + plots.frontier(results, journals.get("ppo"), best_of, names),
-        "gold": trust.gold_figures(responses, list(found), names),
-        "length": trust.length_figures(responses, list(found), names),
-        "calibration": trust.calibration(rm),
-        "learning": plots.learning(journals, results["reward_model"]),
-        "ppo": plots.ppo(journals["ppo"]) if "ppo" in journals else [],
+    plots = {
+        "gains": gains.win_rates(results, names)
+        + gains.gold_parts(results, names)
+        + gains.frontier(results, journals.get("ppo"), best_of, names),
+        "gold": trust_plots.gold_plots(responses, list(results["policies"]), names),
+        "length": trust_plots.length_plots(responses, list(results["policies"]), names),
+        "calibration": trust_plots.calibration(rm),
+        "learning": curves.learning(journals, results["reward_model"]),
+        "ppo": curves.ppo(journals["ppo"]) if "ppo" in journals else [],
     }
-    systems = samples.Systems()
+    systems = samples.SystemPrompts()
     groups = samples.side_by_side(responses, greedy, results, names, ctx.config.prompts, systems)
-    looks = samples.looks(journals["ppo"], ctx.config.ppo_looks, systems) if "ppo" in journals else []
+    moments = samples.moments(journals["ppo"], ctx.config.ppo_looks, systems) if "ppo" in journals else []
     page = template().render(
         name=ctx.experiment.name,
         seed=ctx.seed,
         results=results,
         names=names,
         judge=judge_of(results),
-        sections=sections,
         finished=moment(manifests["evaluate"]["finished_at"]),
-        facts=experiment_of.facts(manifests),
-        data=experiment_of.data_table(manifests, results),
-        settings=experiment_of.settings_table(manifests, experiment_of.defaults_of(type(ctx.experiment))),
+        sections=draw_all(plots, ctx.publish / "plots"),
+        facts=facts(manifests),
+        data=data_table(manifests, results),
+        settings=settings_table(manifests, defaults_of(type(ctx.experiment))),
         summary=summary(results, names),
         notes=notes(results),
         tiles=tiles(results, names),
-        results_tables=tables.results_tables(results, names),
+        results_tables=results_tables.policy_tables(results, names),
         gold_tables=trust.gold_table(responses, results, names),
-        trust_says=trust.sentences(results, names),
+        trust_sentences=trust.sentences(results, names),
         trust_tables=trust.tables(results, names),
-        accuracy_tables=tables.accuracy_tables(rm),
+        accuracy_tables=results_tables.accuracy_tables(rm),
         groups=groups,
-        looks=looks,
+        moments=moments,
         systems=systems,
-        lineage=experiment_of.lineage_table(manifests),
-        drawing=experiment_of.drawing(manifests),
-        glossary=glossary(things_on_the_page(results, manifests)),
+        lineage=lineage.lineage_table(manifests),
+        lineage_picture=picture(lineage.lineage_plot(manifests), ctx.publish / "plots"),
+        glossary=glossary(topics_of(results, manifests)),
     )
     (ctx.publish / "index.html").write_text(page, encoding="utf-8")
-    return {"policies": len(found), "plots": sum(map(len, sections.values()))}
+    return {"policies": len(results["policies"]), "plots": sum(len(some) for some in plots.values())}
 
 
-def things_on_the_page(results: dict, manifests: dict[str, dict]) -> set[str]:
-    """Return what the page tells of, as `glossary` asks for it."""
-    shown, checks = results["policies"], [found for found in results["overoptimisation"].values() if found]
-    seen = {
+def draw_all(plots: dict[str, list[Plot]], folder: Path) -> dict[str, list[Picture]]:
+    """Draw every plot for the page and as a PNG file.
+
+    Args:
+        plots: Section of the page → its plots.
+        folder: Where the PNG files are written.
+    """
+    return {section: [picture(plot, folder) for plot in some] for section, some in plots.items()}
+
+
+def topics_of(results: dict[str, Any], manifests: dict[str, dict[str, Any]]) -> set[str]:
+    """Return the topics that the page covers, for its glossary.
+
+    Args:
+        results: results.json, completed.
+        manifests: Stage → its manifest.
+    """
+    policies = results["policies"]
+    checks = [check for check in results["overoptimisation"].values() if check]
+    is_covered = {
         "gold": results["judge"] == "gold",
         "rm": "rm" in manifests or results["reward_model"]["accuracy"] is not None,
-        "held_out": any(found["held_out"] for found in checks),
-        "win_rate": any(p["win_rate_vs_sft"] for p in shown.values()),
-        "perplexity": any(p["pretrain_perplexity"] is not None for p in shown.values()),
+        "held_out": any(check["held_out"] for check in checks),
+        "win_rate": any(policy["win_rate_vs_sft"] for policy in policies.values()),
+        "perplexity": any(policy["pretrain_perplexity"] is not None for policy in policies.values()),
         "over": bool(checks) or results["judge"] == "gold",
-        "adapter": any(experiment_of.section(m, "model").get("peft") for m in manifests.values()),
+        "adapter": any(section(manifest, "model").get("peft") for manifest in manifests.values()),
     }
-    return set(shown) | {thing for thing, is_there in seen.items() if is_there}
+    return set(policies) | {topic for topic, covered in is_covered.items() if covered}
 
 
-def read_rows(path: Path) -> list[dict]:
-    """Rows of a journal; [] where the stage wrote none."""
+def read_journal(folder: Path) -> Journal:
+    """Read what a stage logged."""
+    return Journal(*(read_rows(folder / f"{kind}.jsonl") for kind in ("metrics", "evaluations", "samples")))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a JSON Lines file; none where the stage wrote no such file."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
-def template():
-    """The page, with everything that is put into it escaped: samples are untrusted text."""
+def template() -> "jinja2.Template":
+    """Return the page's template, which escapes all text: samples are untrusted."""
     import jinja2
 
     environment = jinja2.Environment(

@@ -15,7 +15,7 @@ import torch
 from data import sources
 from data.encode import decode_response, encode_prompt, encode_response
 from data.groups import Pair, batch_groups, make_rows
-from data.records import DataError, prompt_key
+from data.records import prompt_key
 from data.streams import Stream, derive_seed
 from data.world.world import World
 from pipeline.errors import UserError
@@ -287,7 +287,7 @@ def demonstration_mean(ctx: StageRun, model, tokenizer, accelerator) -> float:
         if len(pairs) == c.bias_demonstrations:
             break
     if not pairs:
-        raise DataError(
+        raise UserError(
             [
                 f"data.demonstrations: none of them fits in rm.max_length {c.max_length}, and the mean score 0 "
                 f"is taken over them; raise it"

@@ -5,9 +5,10 @@ loss = − mean log π(token | prompt, before)     over the tokens of completion
 
 from functools import partial
 
-from data.encode import encode_demonstrations, wrap_documents
-from data.records import DataError, prompt_key
-from data.room import quantiles
+from data.answer_lengths import quantiles
+from data.documents import wrap_documents
+from data.encode import encode_demonstrations
+from data.records import prompt_key
 from data.streams import Stream, derive_seed, held_out
 from pipeline.errors import UserError
 from pipeline.launch import parallel
@@ -48,7 +49,7 @@ def run(ctx: StageRun) -> dict:
     train, valid = held_out([prompt_key(p) for p in prompts], ctx.experiment.data.validation_fraction)
     if not valid:
         problem = f"one prompt is left within {c.max_length} tokens; at least 2 are needed, one of them to hold out"
-        raise DataError([f"data.demonstrations: {problem}"])
+        raise UserError([f"data.demonstrations: {problem}"])
     rows, held = ([encoded[i] for i in part] for part in (train, valid))
     mixed = [] if c.ppo_init is None else rows + pretraining_rows(ctx, tokenizer, rows)
     steps, more = total_steps(c, len(rows)), 0
@@ -138,7 +139,7 @@ def pretraining_rows(ctx: StageRun, tokenizer, demonstrations: list[dict]) -> li
     rows = wrap_documents(tokenizer, train, length=ctx.config.max_length)
     if not rows:
         problem = f"fewer than sft.max_length = {ctx.config.max_length} tokens of pretraining text"
-        raise DataError([f"data.documents: {problem}; give more text, or set sft.ppo_init: null"])
+        raise UserError([f"data.documents: {problem}; give more text, or set sft.ppo_init: null"])
     labels = sum(label != -100 for row in demonstrations for label in row["labels"])
     wanted = max(1, round(labels * fraction / (1 - fraction) / (ctx.config.max_length - 1)))
     order = Stream(len(rows), derive_seed(ctx.seed, "ppo_init")).take(wanted)

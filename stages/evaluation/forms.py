@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from data.encode import decode_response, document_end, encode_prompt, encode_response
+from data.documents import document_end
+from data.encode import decode_response, encode_prompt, encode_response
 from data.records import Demonstration, as_messages
 
 Form = Literal["chat", "plain", "few_shot"]

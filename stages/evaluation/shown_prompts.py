@@ -19,12 +19,13 @@ def chosen_prompts(measured: dict[str, Measured], count: int) -> list[tuple[str,
     """Choose the prompts to show.
 
     Args:
-        measured: What was measured of each policy, with SFT. The first sample of each prompt counts.
+        measured: What was measured of each policy, with SFT. The first sample of each prompt
+            counts.
         count: The most prompts to choose.
 
     Returns:
-        Pairs of a group (GAINS, BETWEEN, LOSES or FLATTERED) and the indices of its prompts; no prompt is
-        in two groups. Without a judge only BETWEEN, with prompts at equal distances.
+        Pairs of a group (GAINS, BETWEEN, LOSES or FLATTERED) and the indices of its prompts; no
+        prompt is in two groups. Without a judge only BETWEEN, with prompts at equal distances.
     """
     if count == 0:
         return []
@@ -47,14 +48,15 @@ def choose(
 ) -> list[tuple[str, list[int]]]:
     """Choose prompts by the judge's values of the main policy's and SFT's answers.
 
-    GAINS and LOSES are the prompts at which the main policy gains and loses most. FLATTERED are those
-    whose reward model score ranks highest compared with gold. BETWEEN are spread over the rest.
+    GAINS and LOSES are the prompts at which the main policy gains and loses most. FLATTERED are
+    those whose reward model score ranks highest compared with gold. BETWEEN are spread over the
+    rest.
 
     Args:
         ours: The judge's value of the main policy's answer to each prompt; None without a judge.
         sft: The judge's value of SFT's answers.
-        scores: If the judge is gold, the reward model's scores of the main policy's answers; otherwise
-            None.
+        scores: If the judge is gold, the reward model's scores of the main policy's answers;
+            otherwise None.
         total: The number of prompts.
         count: The most prompts to choose.
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from jinja2 import TemplateError
 
-from data.encode import encode_response, render
+from data.conversations import render
+from data.encode import encode_response
 from data.template_text import with_clock_of
 from pipeline.errors import UserError
 

@@ -9,7 +9,8 @@ from datetime import datetime
 import torch
 
 from data.agreement import probe, remedy
-from data.encode import DOCUMENT_END, DOCUMENT_ENDS, document_end, end_of_turn, render
+from data.conversations import end_of_turn, render
+from data.documents import DOCUMENT_END, DOCUMENT_ENDS, document_end
 from data.template_text import MOMENTS, asks_for_the_day, at_moment, own_variables, unread_variables, with_variables
 from data.templates import is_foreign
 from pipeline.errors import UserError

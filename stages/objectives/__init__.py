@@ -1,1 +1,1 @@
-"""The formula sheet: pure functions of tensors; imports torch alone. Shapes: B rows, R response tokens, N pairs."""
+"""Define the mathematics of training as pure functions of tensors; they import torch only."""

@@ -1,11 +1,17 @@
-"""The losses. Each is a sum over its elements divided by `count`, the number in the whole (mini-)batch: hand the
-same count to every micro-batch and their gradients add up to the gradient of the whole."""
+"""Compute the losses of all stages: pure functions of tensors.
+
+Each is a sum over its elements divided by `count`, their number in the whole (mini-)batch. Give the
+same count to every micro-batch, and their gradients add up to the gradient of the whole.
+
+Shapes: B responses (rows), R response tokens, N pairs, C choices, T tokens of a row, V vocabulary.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stages.objectives.masked import masked_sum
+from stages.objectives.pair_losses import PAIR_LOSSES, smoothed_logistic
 
 
 def ranking_loss(
@@ -17,35 +23,50 @@ def ranking_loss(
     margins: Tensor | float = 0.0,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """InstructGPT eq. 1: (1/count) Σ_pairs w · ℓ(r_winner − r_loser − m), w = 1/C(K,2), count = prompts.
+    """Return the reward model's pairwise loss, (1/count) Σ_pairs w · ℓ(r_winner − r_loser − m).
 
-    ℓ(d) = −(1−s) log σ(d) − s log σ(−d), s = label_smoothing: the share of labels taken to be flipped. m: margins
-    (Llama 2, eq. 2). scores (B,); winners, losers (N,) rows; weights, margins (N,). 0 (with a gradient of 0) where
-    there is no pair.
+    ℓ(d) = −(1−s) log σ(d) − s log σ(−d) with s = label_smoothing. With s = 0 and m = 0 this is
+    InstructGPT's eq. 1; the margin m is Llama 2's eq. 2.
+
+    Args:
+        scores: r(x, y), (B,).
+        winners: Rows of the preferred responses, (N,).
+        losers: Rows of the others, (N,).
+        weights: w = 1/C(K, 2) of each pair, (N,).
+        count: Prompts in the whole batch.
+        margins: Score difference that each pair should have at least, (N,) or one number.
+        label_smoothing: Share of labels that are assumed to be flipped.
+
+    Returns:
+        A scalar; 0, with a gradient of 0, if there is no pair.
     """
     gaps = scores[winners] - scores[losers] - margins
     return (weights * smoothed_logistic(gaps, label_smoothing)).sum() / count
 
 
-def smoothed_logistic(gaps: Tensor, label_smoothing: float) -> Tensor:
-    """−(1−s) log σ(d) − s log σ(−d)."""
-    if label_smoothing == 0.0:
-        return -F.logsigmoid(gaps)
-    return -(1 - label_smoothing) * F.logsigmoid(gaps) - label_smoothing * F.logsigmoid(-gaps)
-
-
 def plackett_luce_loss(
     utilities: Tensor, winners: Tensor, losers: Tensor, choice: Tensor, choice_weights: Tensor, count: float
 ) -> Tensor:
-    """−log P(order) under Plackett–Luce (Rafailov 2023, eq. 18): (1/count) Σ_choices w · −log( e^{u_winner} /
-    (e^{u_winner} + Σ_losers e^u) ), w = 1/(K − 1): with K = 2 it is the pairwise logistic loss.
+    """Return −log P(order) under the Plackett–Luce model (Rafailov 2023, eq. 18).
 
-    utilities (B,): scores, or β log π/π_ref; winners, losers, choice (N,), choice_weights (C,): see GroupBatch. Of an
-    order with ties, each tied response is chosen out of itself and those ranked below it.
+    An order is a sequence of choices, each of a winner out of itself and the responses below it:
+    (1/count) Σ_choices w · −log( e^{u_winner} / (e^{u_winner} + Σ_losers e^u) ). With K = 2 this
+    is the pairwise logistic loss. In an order with ties, each tied response is chosen out of itself
+    and those ranked below it.
+
+    Args:
+        utilities: u, (B,): scores, or β log π/π_ref.
+        winners: Rows of the chosen responses, one for each (choice, loser) pair, (N,).
+        losers: Rows of the responses that they were preferred to, (N,).
+        choice: Index of the choice that each pair belongs to, (N,); see GroupBatch.
+        choice_weights: w = 1/(K − 1) of each choice, (C,).
+        count: Prompts in the whole batch.
     """
     gaps = utilities[losers] - utilities[winners]
     nothing = gaps.new_zeros(len(choice_weights))
-    top = nothing.scatter_reduce(0, choice, gaps.detach(), "amax")  # at least 0, the winner's own exponent
+    # A log-sum-exp over each choice's losers. The winner's own exponent is 0, so the maximum is at
+    # least 0. It is a constant: its gradient cancels.
+    top = nothing.scatter_reduce(0, choice, gaps.detach(), "amax")
     others = nothing.index_add(0, choice, (gaps - top[choice]).exp())
     return (choice_weights * (top + ((-top).exp() + others).log())).sum() / count
 
@@ -53,37 +74,68 @@ def plackett_luce_loss(
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float, count: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped surrogate (Schulman 2017, eq. 7): Σ max(−A ρ, −A clip(ρ, 1−ε, 1+ε)) / count, ρ = π/π_old.
+    """Return PPO's surrogate, Σ max(−A ρ, −A clip(ρ, 1−ε, 1+ε)) / count (Schulman 2017, eq. 7).
 
-    All (B, R); count = response tokens of the minibatch. → (loss, sums over the mask: ratio, clipped, approxkl).
+    Args:
+        logprobs: log π of each response token, (B, R).
+        old_logprobs: log π_old, of the policy that sampled, (B, R); ρ = π/π_old.
+        advantages: A, (B, R).
+        mask: True at response tokens, (B, R).
+        cliprange: ε.
+        count: Response tokens in the whole minibatch.
+
+    Returns:
+        The loss, and sums over the mask without a gradient: `ratio`, `clipped` (tokens at which the
+        clipped term is the larger one) and `approxkl` (½ log²ρ, in nats).
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
-    plain = -advantages * ratio
+    unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     with torch.no_grad():
         sums = {
             "ratio": masked_sum(ratio, mask),
-            "clipped": masked_sum((clipped > plain).float(), mask),
+            "clipped": masked_sum((clipped > unclipped).float(), mask),
             "approxkl": masked_sum(0.5 * log_ratio**2, mask),
         }
-    return masked_sum(torch.maximum(plain, clipped), mask) / count, sums
+    return masked_sum(torch.maximum(unclipped, clipped), mask) / count, sums
 
 
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float, count: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """½ Σ max((V − G)², (clip(V, V_old ± ε) − G)²) / count, all (B, R) (PPO2's value clipping)."""
+    """Return the clipped value loss, ½ Σ max((V − G)², (clip(V, V_old ± ε) − G)²) / count.
+
+    This is the value clipping of OpenAI Baselines' PPO2.
+
+    Args:
+        values: V before each response token, (B, R).
+        old_values: V_old, of the value model when the policy sampled, (B, R).
+        returns: G, (B, R).
+        mask: True at response tokens, (B, R).
+        cliprange_value: ε, in units of reward.
+        count: Response tokens in the whole minibatch.
+
+    Returns:
+        The loss, and sums over the mask without a gradient: `clipped`.
+    """
+    # Off the mask anything may stand, NaN included, and max(NaN, 0) would pass it on.
     values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
     near = torch.minimum(torch.maximum(values, old_values - cliprange_value), old_values + cliprange_value)
-    plain, clipped = (values - returns) ** 2, (near - returns) ** 2
+    unclipped, clipped = (values - returns) ** 2, (near - returns) ** 2
     with torch.no_grad():
-        sums = {"clipped": masked_sum((clipped > plain).float(), mask)}
-    return 0.5 * masked_sum(torch.maximum(plain, clipped), mask) / count, sums
+        sums = {"clipped": masked_sum((clipped > unclipped).float(), mask)}
+    return 0.5 * masked_sum(torch.maximum(unclipped, clipped), mask) / count, sums
 
 
-def language_model_loss(logits: Tensor, labels: Tensor, count: float) -> Tensor:
-    """−Σ log p(label) / count over labels ≠ −100: logits (B, T, V), labels (B, T) already shifted."""
+def language_model_loss(logits: Tensor, labels: Tensor, count: float | Tensor) -> Tensor:
+    """Return −Σ log p(label) / count over the labels that are not −100.
+
+    Args:
+        logits: (B, T, V).
+        labels: (B, T), shifted already: the label at t is what the logits at t predict.
+        count: Labels in the whole batch.
+    """
     counted = labels != -100
     return F.cross_entropy(logits[counted].float(), labels[counted], reduction="sum") / count
 
@@ -99,31 +151,35 @@ def dpo_loss(
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """DPO over pairs of rows (Rafailov 2023, eq. 7): Σ w · ℓ(h) / count, h = log-ratio margin of winner over loser.
+    """Return DPO's loss over pairs of responses, Σ_pairs w · ℓ / count (Rafailov 2023, eq. 7).
 
-    logps, ref_logps (B,); winners, losers, weights (N,) with w = 1/C(K,2); count = prompts.
-    sigmoid: −(1−s) log σ(βh) − s log σ(−βh), s = label_smoothing (conservative DPO, Mitchell 2023);
-    robust: (−(1−s) log σ(βh) + s log σ(−βh)) / (1 − 2s), unbiased if s of the labels are flipped (Chowdhury 2024,
-    eq. 9); ipo: (h − 1/(2β))² (Azar 2023, eq. 17); hinge: max(0, 1 − βh) (SLiC, Zhao 2023).
+    Args:
+        logps: log π(y|x), (B,).
+        ref_logps: log π_ref(y|x), (B,).
+        winners: Rows of the preferred responses, (N,).
+        losers: Rows of the others, (N,).
+        weights: w = 1/C(K, 2) of each pair, (N,).
+        beta: β.
+        count: Prompts in the whole batch.
+        loss_type: ℓ, a name in PAIR_LOSSES.
+        label_smoothing: Share of labels that are assumed to be flipped.
     """
-    ratios, s = logps - ref_logps, label_smoothing
-    h = ratios[winners] - ratios[losers]
-    if loss_type == "sigmoid":
-        losses = smoothed_logistic(beta * h, s)
-    elif loss_type == "robust":
-        losses = (-(1 - s) * F.logsigmoid(beta * h) + s * F.logsigmoid(-beta * h)) / (1 - 2 * s)
-    elif loss_type == "ipo":
-        losses = (h - 1 / (2 * beta)) ** 2
-    elif loss_type == "hinge":
-        losses = torch.relu(1 - beta * h)
-    else:
-        raise ValueError(f"loss_type is {loss_type!r}; it can be sigmoid, robust, ipo or hinge")
+    if loss_type not in PAIR_LOSSES:
+        raise ValueError(f"loss_type: {loss_type!r} is not a pair loss; use one of {', '.join(PAIR_LOSSES)}")
+    ratios = logps - ref_logps
+    losses = PAIR_LOSSES[loss_type](ratios[winners], ratios[losers], beta, label_smoothing)
     return (weights * losses).sum() / count
 
 
 def chosen_loss(logps: Tensor, rows: Tensor, weights: Tensor, tokens: float) -> Tensor:
-    """Cross-entropy a token of the responses that were put first, −Σ w · log π(y) / tokens: what `sft` adds to DPO.
+    """Return the cross-entropy per token of the responses ranked first, −Σ w · log π(y) / tokens.
 
-    logps (B,); rows, weights (F,); tokens: Σ w · length over the whole batch.
+    It is what `sft` in dpo.loss_type adds to DPO.
+
+    Args:
+        logps: log π(y|x), (B,).
+        rows: Rows of the responses ranked first, (F,).
+        weights: w of each, (F,).
+        tokens: Σ w · length over the whole batch.
     """
     return -(weights * logps[rows]).sum() / tokens

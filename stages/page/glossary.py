@@ -1,45 +1,49 @@
-"""The words of the report, a sentence each; only those that the page uses. Pure."""
+"""Explain the words of the report, a sentence each, and only those that a page uses."""
 
-WORDS = (  # what must be there (a policy, "gold", "rm", "held_out", "adapter"; "" always), word, meaning
-    ("", "Policy", "A language model seen as what chooses each next token of an answer."),
-    ("base", "Base", "The language model before it was taught to answer."),
-    ("", "SFT", "Supervised fine-tuning: base after it learned to imitate demonstrations; what the others start from."),
-    ("rm", "Reward model", "A model that scores an answer, learned from which of two answers people preferred."),
-    ("rm", "Score", "The reward model's number for an answer; demonstrations score 0 on average."),
-    ("held_out", "Held-out reward model",
-     "A second reward model of another seed, which no policy was trained to please."),
-    ("ppo", "PPO", "Proximal policy optimisation: raises the score by small steps, with a penalty for leaving SFT."),
-    ("ppo", "Episode", "One prompt, one sampled answer and its reward: what PPO learns from."),
+WORDS = (
+    ("", "Policy", "A language model, seen as the thing that chooses each next token of a response."),
+    ("base", "Base model", "The language model before it was taught to respond to prompts."),
+    ("", "SFT", "Supervised fine-tuning: the base model after it imitated demonstrations, from which the other "
+     "policies start."),
+    ("rm", "Reward model", "A model that scores a response, trained on which of two responses people preferred."),
+    ("rm", "Score", "The reward model's value of a response; demonstrations score 0 on average."),
+    ("held_out", "Held-out reward model", "A second reward model of another seed, which no policy was trained on."),
+    ("ppo", "PPO", "Proximal policy optimisation, which raises the score in small steps and penalises moving away "
+     "from SFT."),
+    ("ppo", "Episode", "One prompt, one sampled response and its reward, from which PPO learns."),
     ("ppo", "ptx", "Pretraining text that is mixed into PPO's updates, so that the policy does not forget it."),
-    ("dpo", "DPO", "Direct preference optimisation: learns from the same preferences without a reward model."),
+    ("dpo", "DPO", "Direct preference optimisation, which learns from the same preferences without a reward model."),
     ("best_of_n", "Best of n", "The one of n SFT samples that the reward model scores highest; nothing is trained."),
-    ("gold", "Gold", "The embedded world's own measure of an answer, 0 to 1, which nothing is trained on."),
-    ("gold", "Held-out tasks", "Tasks of evaluation prompts that no training data set, in any words."),
-    ("win_rate", "Win rate", "Share of prompts on which the judge prefers a policy's answer to SFT's; ties are half."),
-    ("", "KL", "How far a policy has gone from SFT: the mean log-ratio of its answers' probabilities, in nats."),
+    ("gold", "Gold", "The embedded world's own measure of a response, from 0 to 1, which nothing is trained on."),
+    ("gold", "Held-out tasks", "Tasks of evaluation prompts that do not occur in training data, in any words."),
+    ("win_rate", "Win rate", "The share of prompts on which the judge prefers a policy's response to SFT's, where a "
+     "tie counts as half."),
+    ("", "KL", "How far a policy has moved from SFT: the mean log-ratio of the probabilities of its responses, in "
+     "nats."),
     ("", "Nat", "The unit of information to the base e; 1 nat is about 1.44 bits."),
-    ("perplexity", "Perplexity", "How many tokens a model hesitates between on average; lower is better."),
+    ("perplexity", "Perplexity", "The number of tokens among which a model is undecided on average; lower is better."),
     ("", "Token", "A piece of text, a word or a part of one, that models read and write."),
-    ("", "EOS", "The token that ends an answer; an answer without it was cut off at the length limit."),
-    ("", "Greedy answer", "The likeliest token at each place, in place of a sample by chance."),
-    ("over", "Over-optimisation", "A score that rises while what it stands for does not."),
-    ("over", "Rank correlation", "How well the order by one number is the order by another: 1 the same, −1 reversed."),
-    ("", "95\u00a0% interval", "A range that would hold the true value in 95 of 100 such experiments."),
-    ("rm", "Calibration error (ECE)", "How far the reward model's confidence is from how often it is right."),
-    ("rm", "K", "How many answers to a prompt a labeler ranked at once."),
+    ("", "EOS", "The token that ends a response; a response without it was cut off at the length limit."),
+    ("", "Greedy response", "The response that takes the most likely token at each position, instead of sampling."),
+    ("over", "Over-optimisation", "A score that rises while what it should measure does not."),
+    ("over", "Rank correlation", "How well two numbers agree on an order: 1 is the same order, −1 the reverse."),
+    ("", "95\u00a0% interval", "A range that would contain the true value in 95 of 100 such experiments."),
+    ("rm", "Calibration error (ECE)", "How far the reward model's confidence is from how often it is correct."),
+    ("rm", "K", "The number of responses to a prompt that a labeler ranked at once."),
     ("adapter", "Adapter", "Small matrices that are trained in place of the model's own weights."),
 )  # fmt: skip
+"""(what a page must contain to need the word, "" for every page; the word; its meaning)."""
 
 
-def glossary(there: set[str]) -> list[tuple[str, str]]:
-    """Return the words that a page with these things uses.
+def glossary(topics: set[str]) -> list[tuple[str, str]]:
+    """Return the words that a page uses.
 
     Args:
-        there: Policies on the page, and "gold", "rm", "held_out", "win_rate", "perplexity", "over", "adapter" where
-            it tells of them.
+        topics: The policies on the page, and "gold", "rm", "held_out", "win_rate", "perplexity",
+            "over" and "adapter" where the page covers them.
 
     Returns:
-        (word, meaning), in alphabetical order.
+        (word, meaning) of each, in alphabetical order.
     """
-    found = [(word, meaning) for needs, word, meaning in WORDS if not needs or needs in there]
-    return sorted(found, key=lambda item: item[0].lower())
+    used = [(word, meaning) for topic, word, meaning in WORDS if not topic or topic in topics]
+    return sorted(used, key=lambda item: item[0].lower())

@@ -1,115 +1,156 @@
-"""Which samples the report shows, and how: prompts side by side, greedy answers beside sampled ones, system prompts
-once. Rows of responses.jsonl, greedy.jsonl and PPO's samples.jsonl in, what the page draws out. Pure."""
+"""Choose the samples that the page shows: policies side by side, and PPO's while it trained."""
 
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 from stages.evaluation.shown_prompts import BETWEEN, FLATTERED, GAINS, LOSES, choose, main_policy
-from stages.page.plots import Journal, episodes_by_step
+from stages.page.curves import Journal, episodes_by_step
 from stages.page.trust import by_prompt
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A prompt and what the policies answered. answers: (policy, first sample or None, greedy answer or None)."""
+class Answer:
+    """What a policy answered to a prompt."""
 
-    turns: list[dict]
+    policy: str
+    """The policy."""
+    sampled: Row | None
+    """Its first sample, a row of responses.jsonl."""
+    greedy: Row | None
+    """Its greedy response, a row of greedy.jsonl."""
+
+
+@dataclass(frozen=True)
+class ShownPrompt:
+    """A prompt and what the policies answered."""
+
+    turns: list[dict[str, str]]
+    """The messages of the prompt, without the system prompt."""
     system: int | None
-    """The number of its system prompt among those of the page, from 0; None without one."""
-    answers: list[tuple[str, dict | None, dict | None]]
+    """The index of its system prompt in `SystemPrompts`; None without one."""
+    answers: list[Answer]
+    """An answer of each policy."""
 
 
 @dataclass
-class Systems:
-    """The system prompts of the page, each once, in the order in which they were met."""
+class SystemPrompts:
+    """The system prompts of the page, each once, in the order in which they occur."""
 
     texts: list[str] = field(default_factory=list)
+    """The texts."""
     counts: list[int] = field(default_factory=list)
+    """How many shown prompts have each of them."""
     without: int = 0
+    """How many shown prompts have none."""
 
-    def split(self, prompt) -> tuple[list[dict], int | None]:
-        """Take the system prompt off a prompt: the other turns, and its number (None without one)."""
+    def split(self, prompt: str | list[dict[str, str]]) -> tuple[list[dict[str, str]], int | None]:
+        """Separate a prompt from its system prompt, which is recorded.
+
+        Returns:
+            The other turns, and the index of the system prompt (None without one).
+        """
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if not turns or turns[0].get("role") != "system" or not turns[1:]:
+        if len(turns) < 2 or turns[0].get("role") != "system":
             self.without += 1
             return turns, None
         text = turns[0]["content"]
         if text not in self.texts:
             self.texts.append(text)
             self.counts.append(0)
-        number = self.texts.index(text)
-        self.counts[number] += 1
-        return turns[1:], number
+        index = self.texts.index(text)
+        self.counts[index] += 1
+        return turns[1:], index
 
     @property
     def is_one_for_all(self) -> bool:
-        """Whether every prompt has the same system prompt, so that none needs to name it."""
+        """Return whether every prompt has the same system prompt, so that none needs to name it."""
         return len(self.texts) == 1 and self.without == 0
 
 
 def side_by_side(
-    responses: list[dict], greedy: list[dict], results: dict, names: dict[str, str], count: int, systems: Systems
-) -> list[tuple[str, list[Shown]]]:
-    """Choose prompts by rule, and put every policy's answers to each beside each other.
+    responses: list[Row], greedy: list[Row], results: Row, names: dict[str, str], count: int, systems: SystemPrompts
+) -> list[tuple[str, list[ShownPrompt]]]:
+    """Choose prompts by rule, and put the answers of all policies side by side.
 
     Args:
         responses: Rows of responses.jsonl.
-        greedy: Rows of greedy.jsonl; none of an older version.
+        greedy: Rows of greedy.jsonl; empty for an older version.
         results: results.json, completed.
         names: Policy → its name on the page.
-        count: How many prompts, at most.
-        systems: Takes in the system prompts.
+        count: How many prompts to show, at most.
+        systems: Records the system prompts.
 
     Returns:
-        (title, prompts) of each group: largest gains and losses, some in between, and where the reward model flatters
-        most. Without a judge: prompts at even distances.
+        (title, prompts) of each group: the largest gains and losses, some in between, and those
+        that the reward model overrates most. Without a judge, prompts at regular intervals.
     """
     policies = list(results["policies"])
-    main, gold = main_policy(policies), results["judge"] == "gold"
-    rows = {n: [some[0] for some in by_prompt(responses, n)] for n in policies}
-    if not rows["sft"]:
+    main, is_gold = main_policy(policies), results["judge"] == "gold"
+    first_samples = {name: [group[0] for group in by_prompt(responses, name)] for name in policies}
+    sft_rows = first_samples["sft"]
+    if not sft_rows:
         return []
-    judged = {n: judgements(rows[n], gold) for n in {main, "sft"}}
-    scores = judgements(rows[main], False) if gold else None
+    ours, theirs = (judgements(first_samples[name], is_gold) for name in (main, "sft"))
+    scores = judgements(first_samples[main], False) if is_gold else None
     titles = {
         GAINS: f"{names[main]} gains most over SFT",
-        BETWEEN: "In between, at even distances" if judged[main] else "At even distances in the file",
+        BETWEEN: "In between, at regular intervals" if ours else "At regular intervals in the file",
         LOSES: f"{names[main]} loses most against SFT",
         FLATTERED: f"The reward model overrates {names[main]} most",
     }
-    likeliest = {(row["policy"], key(row["prompt"])): row for row in greedy}
+    greedy_rows = {(row["policy"], key(row["prompt"])): row for row in greedy}
+    groups = []
+    for group, indices in choose(ours, theirs, scores, len(sft_rows), count):
+        prompts = []
+        for i in indices:
+            prompt = sft_rows[i]["prompt"]
+            answers = []
+            for name in policies:
+                rows = first_samples[name]
+                sampled = rows[i] if i < len(rows) else None
+                answers.append(Answer(name, sampled, greedy_rows.get((name, key(prompt)))))
+            prompts.append(ShownPrompt(*systems.split(prompt), answers))
+        groups.append((titles[group], prompts))
+    return groups
 
-    def show(i: int) -> Shown:
-        prompt = rows["sft"][i]["prompt"]
-        answers = [(n, rows[n][i] if i < len(rows[n]) else None, likeliest.get((n, key(prompt)))) for n in policies]
-        return Shown(*systems.split(prompt), answers)
 
-    chosen = choose(judged[main], judged["sft"], scores, len(rows["sft"]), count)
-    return [(titles[name], [show(i) for i in some]) for name, some in chosen]
+def judgements(rows: list[Row], is_gold: bool) -> list[float] | None:
+    """Return the judge's value of each row; None where any row has none."""
+    values = [row["gold"]["overall"] if is_gold else row.get("score") for row in rows]
+    return None if any(value is None for value in values) else values
 
 
-def judgements(rows: list[dict], gold: bool) -> list[float] | None:
-    """Return what the judge says of each row; None where it says nothing of some."""
-    found = [row["gold"]["overall"] if gold else row.get("score") for row in rows]
-    return None if any(value is None for value in found) else found
-
-
-def key(prompt) -> str:
+def key(prompt: str | list[dict[str, str]]) -> str:
+    """Return a prompt as a key of a dictionary."""
     return json.dumps(prompt, ensure_ascii=False, sort_keys=True)
 
 
-def looks(journal: Journal, count: int, systems: Systems) -> list[tuple[int, list[dict]]]:
-    """(episode, samples) at `count` moments of PPO, the first and the last among them; samples with `turns` and
-    `system` in place of their prompt."""
+def moments(journal: Journal, count: int, systems: SystemPrompts) -> list[tuple[int, list[Row]]]:
+    """Choose moments of PPO, and return the samples of each.
+
+    Args:
+        journal: PPO's journal.
+        count: How many moments to show, at most; the first and the last are among them.
+        systems: Records the system prompts.
+
+    Returns:
+        (episode, rows of samples.jsonl) of each, with `turns` and `system` added to the rows.
+    """
     episodes = episodes_by_step(journal)
     steps = sorted({row["step"] for row in journal.samples} & episodes.keys())
     if not steps or not journal.metrics:
         return []
     count = min(count, len(steps))
     chosen = sorted({steps[round(k * (len(steps) - 1) / max(1, count - 1))] for k in range(count)})
-
-    def show(row: dict) -> dict:
-        turns, system = systems.split(row["prompt"])
-        return {**row, "turns": turns, "system": system}
-
-    return [(episodes[step], [show(r) for r in journal.samples if r["step"] == step]) for step in chosen]
+    shown = []
+    for step in chosen:
+        rows = []
+        for row in journal.samples:
+            if row["step"] == step:
+                turns, system = systems.split(row["prompt"])
+                rows.append({**row, "turns": turns, "system": system})
+        shown.append((episodes[step], rows))
+    return shown

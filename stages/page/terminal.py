@@ -1,49 +1,38 @@
-"""The table that ends a run: results.json in, lines on a console out."""
+"""Print the table that ends a run, from results.json."""
 
 import json
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 from pipeline.errors import UserError
+from stages.page.numbers import NONE, fixed, interval, number, percent
+from stages.page.results import NAMES, complete, quality
+from stages.page.sentences import cut_sentences, marks, notes
 from stages.page.trust import warnings
-from stages.page.words import (
-    NAMES,
-    NONE,
-    complete,
-    cut_sentences,
-    fixed,
-    interval,
-    marks,
-    notes,
-    number,
-    percent,
-    quality,
-)
 
 
-def show(folder: Path, console) -> None:
-    """Print what results.json says, and where the page is. `folder`: the report's artifact."""
-    from rich.table import Table
+def show(folder: Path, console: Console) -> None:
+    """Print the results, and where the page is.
+
+    Args:
+        folder: The artifact of the stage report.
+        console: Where to print.
+
+    Raises:
+        UserError: If results.json is missing.
+    """
     from rich.text import Text
 
     file = folder.parent / "evaluate" / "results.json"
     if not file.is_file():
-        raise UserError(f"{file}: is missing; `rlhf run evaluate -c CONFIG` makes it")
+        raise UserError(f"{file}: is missing; run `rlhf run evaluate -c CONFIG`")
     results = complete(json.loads(file.read_text(encoding="utf-8")))
-    policies = results["policies"]
-    table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))
-    rows = {name: figures_of(name, p) for name, p in policies.items()}
-    columns = [c for c in next(iter(rows.values())) if any(row[c] != NONE for row in rows.values())]
-    table.add_column("policy", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    fair = [n for n, p in policies.items() if not p["judge_climbed"] and quality(p) is not None]
-    best = max(fair, key=lambda n: quality(policies[n]), default=None)  # what climbed its judge is no winner by it
-    for name, row in rows.items():
-        cells = [NAMES.get(name, name) + marks(policies[name]), *(row[column] for column in columns)]
-        table.add_row(*cells, style="green" if name == best else "")
-    title = f"\n{folder.parent.name}: policies on evaluation prompts"  # a title of the table's would wrap with it
+    # The title is printed on its own: a title of the table would wrap at the table's width.
+    title = f"\n{folder.parent.name}: policies on evaluation prompts"
     console.print(Text(title, style="bold"), soft_wrap=True)
-    console.print(table)
+    console.print(policy_table(results["policies"]))
     if line := reward_model_line(results["reward_model"]):
         console.print(Text(f"\n{line}"))
     for line in notes(results):
@@ -53,30 +42,49 @@ def show(folder: Path, console) -> None:
     console.print(Text(f"report: {folder / 'index.html'}", style="bold"), soft_wrap=True)
 
 
-def figures_of(name: str, p: dict) -> dict[str, str]:
-    """Return a policy's cells by column; NONE where there is no number."""
-    rate = p["win_rate_vs_sft"]
+def policy_table(policies: dict[str, dict[str, Any]]) -> Any:
+    """Return the table of policies, without the columns that have no value, the best row green."""
+    from rich.table import Table
+
+    rows = {name: cells_of(name, policy) for name, policy in policies.items()}
+    columns = [c for c in next(iter(rows.values())) if any(row[c] != NONE for row in rows.values())]
+    table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))
+    table.add_column("policy", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    # A policy that maximised the judge's score does not count as the best by that judge.
+    fairly_judged = [n for n, p in policies.items() if not p["judge_climbed"] and quality(p) is not None]
+    best = max(fairly_judged, key=lambda n: quality(policies[n]) or 0.0, default=None)
+    for name, row in rows.items():
+        label = NAMES.get(name, name) + marks(policies[name])
+        table.add_row(label, *(row[column] for column in columns), style="green" if name == best else "")
+    return table
+
+
+def cells_of(name: str, policy: dict[str, Any]) -> dict[str, str]:
+    """Return a policy's cells by column, `NONE` where there is no number."""
+    rate = policy["win_rate_vs_sft"]
     won = NONE if name == "sft" or not rate else f"{percent(rate['value'])}  ({interval(*rate['ci95'])})"
     return {
-        "gold": fixed((p["gold"] or {}).get("overall"), 3),
-        "new tasks": fixed((p["gold_held_out_tasks"] or {}).get("overall"), 3),
-        "score": fixed(p["score"]),
+        "gold": fixed((policy["gold"] or {}).get("overall"), 3),
+        "new tasks": fixed((policy["gold_held_out_tasks"] or {}).get("overall"), 3),
+        "score": fixed(policy["score"]),
         "win rate against SFT": won,
-        "KL to SFT": fixed(p["kl_to_sft"], 1),
-        "perplexity": fixed(p["pretrain_perplexity"]),
-        "length": fixed(p["length"], 1),
+        "KL to SFT": fixed(policy["kl_to_sft"], 1),
+        "perplexity": fixed(policy["pretrain_perplexity"]),
+        "length": fixed(policy["length"], 1),
     }
 
 
-def reward_model_line(rm: dict) -> str:
-    """Say how often the reward model is right; "" where there is none."""
-    if number(rm["accuracy"]) is None:
+def reward_model_line(reward_model: dict[str, Any]) -> str:
+    """Return a line on the reward model's accuracy; "" where there is no reward model."""
+    if number(reward_model["accuracy"]) is None:
         return ""
-    beside = [
-        f"{text} {fixed(100 * rm[key], 1)}"
-        for key, text in (("accuracy_ceiling", "best reachable"), ("labeler_agreement", "labelers"))
-        if number(rm[key]) is not None
-    ]
-    more = f"; {', '.join(beside)}" if beside else ""
-    span = f" ({interval(*rm['accuracy_ci95'], 1)})" if rm["accuracy_ci95"] else ""
-    return f"reward model: right on {percent(rm['accuracy'], 1)} of held-out pairs{span}{more}"
+    span = f" ({interval(*reward_model['accuracy_ci95'], 1)})" if reward_model["accuracy_ci95"] else ""
+    line = f"reward model: correct on {percent(reward_model['accuracy'], 1)} of held-out pairs{span}"
+    references = []
+    if number(reward_model["accuracy_ceiling"]) is not None:
+        references.append(f"best possible {fixed(100 * reward_model['accuracy_ceiling'], 1)}")
+    if number(reward_model["labeler_agreement"]) is not None:
+        references.append(f"labelers {fixed(100 * reward_model['labeler_agreement'], 1)}")
+    return f"{line}; {', '.join(references)}" if references else line

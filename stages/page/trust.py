@@ -1,327 +1,281 @@
-"""Does the score still mean what it should? With a gold scorer and without: samples and figures of `evaluate` in;
-figures, tables and sentences of the page out. Pure."""
+"""Say whether the score still measures what it should, in sentences and tables.
 
-from collections.abc import Sequence
+Four signs need no gold scorer: another reward model, the length of responses, responses that were
+cut off, and the reward model's own accuracy. Where there is gold, it is compared with the score.
+"""
 
-import numpy as np
+from dataclasses import dataclass
+from typing import Any
 
-from stages.evaluation.statistics import mean_estimate, rank_correlation, share_estimate
-from stages.page.svg import Axes, Figure
-from stages.page.table import Cell, Table, cell, dense, policy, share
-from stages.page.words import NONE, fixed, number, percent
+from stages.evaluation.statistics import rank_correlation
+from stages.page.numbers import NONE, capitalised, fixed, number, percent
+from stages.page.table import Cell, Table, dense, estimate_cell, policy_cell, share_cell, value_cell
 
-LARGE = {"width": 520, "height": 320}
-
-
-# -- without gold ------------------------------------------------------------------------------------------
+Results = dict[str, Any]
 
 
-def sentences(results: dict, names: dict[str, str]) -> list[str]:
-    """Say what the checks that need no gold found, of the policies whose score was raised.
+@dataclass(frozen=True)
+class Finding:
+    """What a check found."""
+
+    text: str
+    """A sentence."""
+    is_warning: bool = False
+    """Whether it speaks against the score."""
+
+
+# -- sentences -----------------------------------------------------------------------------------
+
+
+def sentences(results: Results, names: dict[str, str]) -> list[str]:
+    """Return what the checks that need no gold found, of the policies whose score was raised.
 
     Args:
         results: results.json, completed.
         names: Policy → its name on the page.
     """
-    says = [sentence for _, sentence in findings(results, names)]
-    if any((found or {}).get("held_out") for found in results["overoptimisation"].values()):
-        says.append("The held-out model learned from the same rankings: what these teach wrongly, both have learned.")
-    elif says:
-        says.append("There is no held-out reward model to ask; rm.held_out: true trains one.")
-    return says
+    texts = [finding.text for finding in findings(results, names)]
+    if any((checks or {}).get("held_out") for checks in results["overoptimisation"].values()):
+        texts.append("The held-out model learned from the same rankings, so both share the mistakes in them.")
+    elif texts:
+        texts.append("There is no held-out reward model for comparison; rm.held_out: true trains one.")
+    return texts
 
 
-def warnings(results: dict, names: dict[str, str]) -> list[str]:
-    """Return those sentences that speak against the score."""
-    return [sentence for is_warning, sentence in findings(results, names) if is_warning]
+def warnings(results: Results, names: dict[str, str]) -> list[str]:
+    """Return only those sentences that speak against the score."""
+    return [finding.text for finding in findings(results, names) if finding.is_warning]
 
 
-def findings(results: dict, names: dict[str, str]) -> list[tuple[bool, str]]:
-    """Return (whether it speaks against the score, sentence) of each thing that the checks found."""
-    found = []
+def findings(results: Results, names: dict[str, str]) -> list[Finding]:
+    """Return what each check found, policy by policy."""
+    everything = []
     for name in ("ppo", "dpo", "best_of_n"):
         if results["overoptimisation"].get(name) is not None:
-            who = names[name][:1].upper() + names[name][1:]
-            found += by_held_out(results, name, who) + by_length(results, name, who) + by_ends(results, name, who)
-    return found
+            shown = capitalised(names[name])
+            checks = (by_held_out(results, name, shown), by_length(results, name, shown), by_ends(results, name, shown))
+            everything += [finding for finding in checks if finding is not None]
+    return everything
 
 
-def by_held_out(results: dict, name: str, who: str) -> list[tuple[bool, str]]:
-    """Compare a policy's gain over SFT by the reward model with its gain by the held-out one."""
-    held = results["overoptimisation"][name]["held_out"]
-    own, sft = (number(results["policies"][n]["score"]) for n in (name, "sft"))
-    if held is None or held["difference_to_sft"] is None or own is None or sft is None:
-        return []
-    gain, seen = own - sft, held["difference_to_sft"]
-    low = (seen["ci95"] or [seen["value"]])[0]
-    text = (
-        f"{who} gains {fixed(gain)} over SFT by the reward model, and {fixed(seen['value'])} by the held-out one"
-        f"{f' ({span(seen)})' if seen['ci95'] else ''}"
-    )
+def by_held_out(results: Results, name: str, shown: str) -> Finding | None:
+    """Compare a policy's gain over SFT by the reward model with its gain by the held-out one.
+
+    Args:
+        results: results.json, completed.
+        name: The policy.
+        shown: Its name at the beginning of a sentence.
+
+    Returns:
+        What was found, or None where either gain is unknown.
+    """
+    held_out = results["overoptimisation"][name]["held_out"]
+    score, sft_score = (number(results["policies"][policy]["score"]) for policy in (name, "sft"))
+    if held_out is None or held_out["difference_to_sft"] is None or score is None or sft_score is None:
+        return None
+    gain, other = score - sft_score, held_out["difference_to_sft"]
+    other_text = f"{fixed(other['value'])} by the held-out one"
+    if other["ci95"]:
+        other_text += f" ({span(other)})"
     if gain < 0:
-        text = text.replace(f"gains {fixed(gain)} over SFT", f"loses {fixed(-gain)} against SFT")
-        return [(True, text.replace(", and ", "; its gain is ") + ".")]
+        text = f"{shown} loses {fixed(-gain)} against SFT by the reward model; its gain is {other_text}."
+        return Finding(text, is_warning=True)
+    text = f"{shown} gains {fixed(gain)} over SFT by the reward model, and {other_text}"
     if gain == 0:
-        return [(False, f"{text}.")]
-    if low <= 0:
-        return [(True, f"{text}: no clear gain, and the score may have been won from the first one's mistakes.")]
-    holds = "all" if seen["value"] >= gain else percent(seen["value"] / gain)
-    return [(False, f"{text}: {holds} of it holds.")]
+        return Finding(f"{text}.")
+    lowest = (other["ci95"] or [other["value"]])[0]
+    if lowest <= 0:
+        text += ": no clear gain, so the score may come from the first model's mistakes."
+        return Finding(text, is_warning=True)
+    confirmed = "all" if other["value"] >= gain else percent(other["value"] / gain)
+    return Finding(f"{text}, which confirms {confirmed} of it.")
 
 
-def by_length(results: dict, name: str, who: str) -> list[tuple[bool, str]]:
-    """Say whether a policy's gain over SFT goes with longer answers."""
-    found = results["overoptimisation"][name]["length"]
-    gain = found and found["gain"]
-    ours, sft = (number(results["policies"][n]["length"]) for n in (name, "sft"))
-    if not gain or gain["ci95"] is None or ours is None or sft is None:
-        return []
-    rho = f"rank correlation {fixed(gain['value'])}, {span(gain)}"
-    if gain["ci95"][0] > 0 and ours > sft:
-        text = (
-            f"{who}'s answers gain most where they grew longest ({rho}), and their mean length grew from "
-            f"{fixed(sft, 1)} to {fixed(ours, 1)} tokens: part of the gain may be length alone."
-        )
-        return [(True, text)]
-    if gain["ci95"][0] > 0:
-        return [(False, f"{who}'s gain goes with length ({rho}), but its answers did not grow longer on average.")]
-    return [(False, f"{who}'s gain does not clearly go with longer answers ({rho}).")]
+def by_length(results: Results, name: str, shown: str) -> Finding | None:
+    """Say whether a policy's gain over SFT goes with longer responses.
 
+    Args:
+        results: results.json, completed.
+        name: The policy.
+        shown: Its name at the beginning of a sentence.
 
-def by_ends(results: dict, name: str, who: str) -> list[tuple[bool, str]]:
-    """Warn where the reward model likes answers that never end at least as much as others."""
-    gap = (results["overoptimisation"][name]["cut"] or {}).get("difference")
-    if gap is None or gap["ci95"] is None or gap["value"] < 0:
-        return []
-    score = results["missing_eos_score"]
-    but = "nothing keeps a policy from never ending" if score is None else (
-        f"only missing_eos_score {fixed(score, 1)} keeps a policy from never ending"
-    )  # fmt: skip
+    Returns:
+        What was found, or None where the correlation is unknown.
+    """
+    check = results["overoptimisation"][name]["length"]
+    gain = check["gain"] if check else None
+    length, sft_length = (number(results["policies"][policy]["length"]) for policy in (name, "sft"))
+    if not gain or gain["ci95"] is None or length is None or sft_length is None:
+        return None
+    correlation = f"rank correlation {fixed(gain['value'])}, {span(gain)}"
+    if gain["ci95"][0] <= 0:
+        return Finding(f"{shown}'s gain does not clearly go with longer responses ({correlation}).")
+    if length <= sft_length:
+        return Finding(f"{shown}'s gain goes with length ({correlation}), but its mean response did not grow longer.")
     text = (
-        f"The reward model does not like {who}'s cut answers less than its finished ones (difference "
-        f"{fixed(gap['value'])}, {span(gap)}): {but}."
+        f"{shown}'s responses gain most where they grew longest ({correlation}), and their mean length grew from "
+        f"{fixed(sft_length, 1)} to {fixed(length, 1)} tokens: length alone may explain part of the gain."
     )
-    return [(True, text)]
+    return Finding(text, is_warning=True)
 
 
-def span(found: dict) -> str:
+def by_ends(results: Results, name: str, shown: str) -> Finding | None:
+    """Warn where the reward model scores cut-off responses at least as high as finished ones.
+
+    Args:
+        results: results.json, completed.
+        name: The policy.
+        shown: Its name at the beginning of a sentence.
+
+    Returns:
+        The warning, or None where there is no reason for one.
+    """
+    difference = (results["overoptimisation"][name]["cut"] or {}).get("difference")
+    if difference is None or difference["ci95"] is None or difference["value"] < 0:
+        return None
+    penalty = results["missing_eos_score"]
+    if penalty is None:
+        safeguard = "nothing keeps a policy from never ending"
+    else:
+        safeguard = f"only missing_eos_score {fixed(penalty, 1)} keeps a policy from never ending"
+    text = (
+        f"The reward model does not score {shown}'s cut-off responses lower than its finished ones (difference "
+        f"{fixed(difference['value'])}, {span(difference)}): {safeguard}."
+    )
+    return Finding(text, is_warning=True)
+
+
+def span(estimate: dict[str, Any]) -> str:
     """Return "95 % interval a to b" of an estimate that has one."""
-    return f"95\u00a0% interval {fixed(found['ci95'][0])} to {fixed(found['ci95'][1])}"
+    return f"95\u00a0% interval {fixed(estimate['ci95'][0])} to {fixed(estimate['ci95'][1])}"
 
 
-def tables(results: dict, names: dict[str, str]) -> list[Table]:
-    """Return the three checks as tables, policies in rows; a check that could not be made gives none."""
-    checks = {n: found for n, found in results["overoptimisation"].items() if found is not None}
-    held, lengths, ends = [], [], []
-    for name, found in checks.items():
-        p, own = results["policies"][name], found["held_out"]
-        if own:
-            gain, rate = own["difference_to_sft"] or {}, own["win_rate_vs_sft"] or {}
-            sft = number(results["policies"]["sft"]["score"])
-            ours = None if name == "sft" or None in (number(p["score"]), sft) else p["score"] - sft
-            held.append((policy(name, names), cell(p["score"], 2), cell(own["score"]["value"], 2, own["score"]["ci95"]),
-                         cell(ours, 2), cell(gain.get("value"), 2, gain.get("ci95")),
-                         share(rate.get("value"), rate.get("ci95"))))  # fmt: skip
-        if within := found["length"]:
-            parts = [within["within"], within["gain"] or {}]
-            lengths.append((policy(name, names), cell(p["length"], 1),
-                            *(cell(part.get("value"), 2, part.get("ci95")) for part in parts)))  # fmt: skip
-        if not (cut := found["cut"]):
-            continue
-        gap = cut["difference"] or {}
-        ends.append((policy(name, names), Cell(f"{cut['n']:,}", percent(cut["share"], 1)),
-                     cell(cut["finished_score"], 2), cell(cut["cut_score"], 2),
-                     cell(gap.get("value"), 2, gap.get("ci95"))))  # fmt: skip
-    heads = (
-        ("Against a reward model of another seed", ("policy", "score of the reward model", "of the held-out one",
-         "gain over SFT, by the first", "gain over SFT, by the held-out one", "wins against SFT by the held-out one")),
-        ("Score against length, answers that ended", ("policy", "mean length, all answers",
-         "rank correlation of score and length", "of the gains over SFT in both, by prompt")),
-        ("Answers that were cut off", ("policy", "cut", "finished ones score", "cut ones score (before "
-         "missing_eos_score)", "cut less finished")),
-    )  # fmt: skip
-    parts = zip(heads, (held, lengths, ends), strict=True)
-    found = [Table(label, head, tuple(rows)) for (label, head), rows in parts]
-    return [dense(table) for table in found if table.rows]
+# -- tables --------------------------------------------------------------------------------------
 
 
-def length_figures(samples: list[dict], policies: Sequence[str], names: dict[str, str]) -> list[Figure]:
-    """Score against length over the answers that ended; [] for samples of an older version, or without scores."""
-    rows = [r for r in samples if r.get("finished") and number(r.get("score")) is not None and "length" in r]
-    points = {n: [(r["length"], r["score"], cluster_of(r)) for r in rows if r["policy"] == n] for n in policies}
-    points = {n: some for n, some in points.items() if len(some) >= 10}
-    if not points:
-        return []
-    curves = {n: binned(some, 5, mean_estimate) for n, some in points.items()}
-    xs = [b[0] for c in curves.values() for b in c]
-    axes = Axes(xs, [y for c in curves.values() for b in c for y in b[1:]], "length, tokens", "score", **LARGE)
-    for n, curve in curves.items():
-        axes.line([b[:2] for b in curve], n, "faint" if n == "base" else "line")
-        for x, mean, low, high in curve:
-            axes.bar(x, low, high, n)
-            axes.dots([(x, mean)], n, 3.4, f"{names[n]}: mean score {mean:.2f} at {x:.1f} tokens")
-    figure = Figure(
-        "Score against length",
-        axes.svg("mean score against length, for each policy"),
-        "Five equal groups of each policy's finished answers by length, with 95 % intervals. A line that climbs "
-        "steeply says that the reward model pays for length.",
-        tuple((names[n], n, "dot") for n in curves),
+def tables(results: Results, names: dict[str, str]) -> list[Table]:
+    """Return the checks that need no gold as tables, policies in rows.
+
+    Args:
+        results: results.json, completed.
+        names: Policy → its name on the page.
+
+    Returns:
+        A table for each check that could be made.
+    """
+    checks = {name: found for name, found in results["overoptimisation"].items() if found is not None}
+    held_out = [held_out_row(results, names, name) for name, check in checks.items() if check["held_out"]]
+    lengths = [length_row(results, names, name) for name, check in checks.items() if check["length"]]
+    cut = [cut_row(results, names, name) for name, check in checks.items() if check["cut"]]
+    candidates = [
+        Table("Against a reward model of another seed",
+              ("policy", "score of the reward model", "score of the held-out one", "gain over SFT, by the first",
+               "gain over SFT, by the held-out one", "wins against SFT by the held-out one"), tuple(held_out)),
+        Table("Score against length, responses that ended",
+              ("policy", "mean length, all responses", "rank correlation of score and length",
+               "rank correlation of the gains over SFT in both, by prompt"), tuple(lengths)),
+        Table("Responses that were cut off",
+              ("policy", "cut off", "mean score of finished ones",
+               "mean score of cut-off ones (before missing_eos_score)", "difference, cut off less finished"),
+              tuple(cut)),
+    ]  # fmt: skip
+    return [dense(table) for table in candidates if table.rows]
+
+
+def held_out_row(results: Results, names: dict[str, str], name: str) -> tuple[Cell, ...]:
+    """Return a policy's row of the comparison with the held-out reward model."""
+    held_out = results["overoptimisation"][name]["held_out"]
+    score, sft_score = (number(results["policies"][policy]["score"]) for policy in (name, "sft"))
+    gain = None if name == "sft" or score is None or sft_score is None else score - sft_score
+    rate = held_out["win_rate_vs_sft"] or {}
+    return (
+        policy_cell(name, names),
+        value_cell(score, 2),
+        estimate_cell(held_out["score"], 2),
+        value_cell(gain, 2),
+        estimate_cell(held_out["difference_to_sft"], 2),
+        share_cell(rate.get("value"), rate.get("ci95")),
     )
-    return [figure]
 
 
-def cluster_of(row: dict) -> str:
-    """Return what counts as one independent unit: the task where it is known, otherwise the prompt."""
-    return row.get("cluster") or str(row["prompt"])
+def length_row(results: Results, names: dict[str, str], name: str) -> tuple[Cell, ...]:
+    """Return a policy's row of the correlation of score and length."""
+    check = results["overoptimisation"][name]["length"]
+    length = value_cell(results["policies"][name]["length"], 1)
+    return (policy_cell(name, names), length, estimate_cell(check["within"], 2), estimate_cell(check["gain"], 2))
 
 
-# -- with gold ---------------------------------------------------------------------------------------------
+def cut_row(results: Results, names: dict[str, str], name: str) -> tuple[Cell, ...]:
+    """Return a policy's row of the scores of cut-off and finished responses."""
+    cut = results["overoptimisation"][name]["cut"]
+    return (
+        policy_cell(name, names),
+        Cell(f"{cut['n']:,}", percent(cut["share"], 1)),
+        value_cell(cut["finished_score"], 2),
+        value_cell(cut["cut_score"], 2),
+        estimate_cell(cut["difference"], 2),
+    )
 
 
-def gold_table(samples: list[dict], results: dict, names: dict[str, str]) -> list[Table]:
-    """Compare score and gold over each policy's samples; [] where there is no gold.
+def gold_table(samples: list[dict[str, Any]], results: Results, names: dict[str, str]) -> list[Table]:
+    """Compare score and gold over each policy's samples.
 
-    The columns: Spearman's ρ of score and gold, and the share of the comparisons with SFT's responses to the same
-    prompts on which both prefer the same side.
+    The columns are Spearman's ρ of score and gold, and how often both prefer the same response when
+    a policy's responses are compared with SFT's to the same prompt.
+
+    Args:
+        samples: Rows of responses.jsonl.
+        results: results.json, completed.
+        names: Policy → its name on the page.
+
+    Returns:
+        The table, or none where there is no gold or no score.
     """
     if results["judge"] != "gold":
         return []
-    out = []
+    sft_prompts = by_prompt(samples, "sft")
+    rows = []
     for name in results["policies"]:
-        mine = by_prompt(samples, name)
-        pairs = [(r["score"], r["gold"]["overall"]) for own in mine for r in own if number(r.get("score")) is not None]
-        agree = [
-            (a["score"] - b["score"]) * (a["gold"]["overall"] - b["gold"]["overall"])
-            for own, theirs in zip(mine, by_prompt(samples, "sft"), strict=True)
-            for a in own
-            for b in theirs
-            if number(a.get("score")) is not None and number(b.get("score")) is not None
-        ]
-        decided = [product > 0 for product in agree if product != 0]
-        same = sum(decided) / len(decided) if decided else None
-        rho = rank_correlation(*zip(*pairs, strict=True)) if pairs else None
-        out.append((policy(name, names), cell(rho, 2), Cell(percent(same))))
-    if all(row[1].text == NONE for row in out):
+        prompts = by_prompt(samples, name)
+        scored = [row for rows_of_prompt in prompts for row in rows_of_prompt if number(row.get("score")) is not None]
+        rho = None
+        if scored:
+            rho = rank_correlation([row["score"] for row in scored], [row["gold"]["overall"] for row in scored])
+        rows.append((policy_cell(name, names), value_cell(rho, 2), Cell(percent(agreement(prompts, sft_prompts)))))
+    if all(row[1].text == NONE for row in rows):
         return []
-    head = ("policy", "rank correlation of score and gold", "prefer the same, against SFT's response")
-    return [Table("Score and gold", head, tuple(out))]
+    head = ("policy", "rank correlation of score and gold", "prefer the same response, against SFT's")
+    return [Table("Score and gold", head, tuple(rows))]
 
 
-def by_prompt(samples: list[dict], policy: str) -> list[list[dict]]:
-    """Return a policy's rows of responses.jsonl, grouped by prompt: a new prompt begins at sample 0."""
-    groups: list[list[dict]] = []
+def agreement(prompts: list[list[dict[str, Any]]], sft_prompts: list[list[dict[str, Any]]]) -> float | None:
+    """Return how often score and gold prefer the same response, a policy's or SFT's.
+
+    Args:
+        prompts: The policy's rows of responses.jsonl, grouped by prompt.
+        sft_prompts: SFT's rows, in the same groups.
+
+    Returns:
+        The share of all comparisons in which neither is a tie; None where there are none.
+    """
+    decided = []
+    for ours, theirs in zip(prompts, sft_prompts, strict=True):
+        for a in ours:
+            for b in theirs:
+                if number(a.get("score")) is None or number(b.get("score")) is None:
+                    continue
+                product = (a["score"] - b["score"]) * (a["gold"]["overall"] - b["gold"]["overall"])
+                if product != 0:
+                    decided.append(product > 0)
+    return sum(decided) / len(decided) if decided else None
+
+
+def by_prompt(samples: list[dict[str, Any]], policy: str) -> list[list[dict[str, Any]]]:
+    """Return a policy's rows of responses.jsonl, grouped by prompt: each begins at sample 0."""
+    groups: list[list[dict[str, Any]]] = []
     for row in samples:
         if row["policy"] == policy:
             if row["sample"] == 0:
                 groups.append([])
             groups[-1].append(row)
     return groups
-
-
-def gold_figures(samples: list[dict], policies: Sequence[str], names: dict[str, str]) -> list[Figure]:
-    """Gold against score over all samples of `evaluate` (rows {policy, score, gold})."""
-    rows = [r for r in samples if r.get("gold") and number(r.get("score")) is not None]
-    if not rows:
-        return []
-    policies = [n for n in policies if any(r["policy"] == n for r in rows)]
-    points = {
-        n: [(r["score"], r["gold"]["overall"], cluster_of(r)) for r in rows if r["policy"] == n] for n in policies
-    }
-    everything = [p for n in policies for p in points[n]]
-    labels, size = ("score of the reward model", "gold, overall (0 to 1)"), LARGE
-    plain = Axes([x for x, _, _ in everything], [0.0, 1.0], *labels, **size)
-    for n in policies:
-        plain.cloud([p[:2] for p in points[n]], n)
-    for x, mean, low, high in binned(everything, 10):
-        plain.bar(x, low, high, "ink")
-        plain.dots([(x, mean)], "ink", 4, f"mean gold {mean:.3f} at score {x:.2f}")
-    plain.line([(x, mean) for x, mean, _, _ in binned(everything, 10)], "ink")
-    means = {n: tuple(np.mean([p[:2] for p in points[n]], axis=0)) for n in policies}
-    first = Figure(
-        "Gold against score, all samples",
-        plain.svg("gold against reward model score"),
-        "Each small dot is a response; the line is mean gold in ten equal groups by score, with "
-        "95 % intervals. It should rise all the way: where it bends down, a higher score means a "
-        "worse response.",
-        tuple((names[n], n, "dot") for n in policies),
-    )
-    curves = {n: binned(points[n], 5) for n in policies}
-    xs = [b[0] for c in curves.values() for b in c] + [m[0] for m in means.values()]
-    ys = [b[1] for c in curves.values() for b in c] + [m[1] for m in means.values()]
-    each = Axes(xs, ys, *labels, **size)
-    for n in policies:
-        each.line([b[:2] for b in curves[n]], n, "faint" if n == "base" else "line")
-        each.dots([b[:2] for b in curves[n]], n, 2.6)
-    for n in policies:
-        each.dots([means[n]], n, 7, f"{names[n]}: mean gold {means[n][1]:.3f}, mean score {means[n][0]:.2f}")
-    each.names([(*means[n], names[n], n) for n in policies])
-    second = Figure(
-        "The same, policy by policy",
-        each.svg("gold against score for each policy"),
-        "Five equal groups of each policy's samples, and its mean as the large dot. Where a "
-        "trained policy's line runs below SFT's, the reward model overrates it at the same "
-        "score: over-optimisation.",
-    )
-    return [first, second]
-
-
-def calibration(rm: dict) -> list[Figure]:
-    """How often the reward model is right: by how sure it is, and by how far apart the labeler ranked the two. rm: its
-    manifest's metrics; [] where an older one lacks them."""
-    figures, size = [], LARGE
-    if curve_points := rm.get("reliability"):
-        points = [(b["confidence"], b["accuracy"]) for b in curve_points]
-        labels = ("how sure it is: σ(score difference)", "share of pairs right")
-        axes = Axes([0.5, 1.0], [0.4, 1.0, *(y for _, y in points)], *labels, **size)
-        axes.line([(0.5, 0.5), (1.0, 1.0)], "soft", "faint")
-        axes.line(points, "rm")
-        for (x, y), b in zip(points, curve_points, strict=True):
-            axes.dots([(x, y)], "rm", 4, f"right on {y:.1%} of {b['n_pairs']} pairs at confidence {x:.3f}")
-        figures.append(
-            Figure(
-                "Is the reward model as sure as it should be?",
-                axes.svg("reliability of the reward model"),
-                "Held-out pairs in groups by confidence: on the faint line it is right as often as it says; below it, "
-                "it is too sure.",
-                (("reward model", "rm", "line"), ("as sure as right", "soft", "faint")),
-            )
-        )
-    by_distance = rm.get("accuracy_by_rank_distance") or {}
-    if len(by_distance) > 1:
-        points = [(float(d), b["accuracy"]) for d, b in by_distance.items()]
-        labels = ("ranks apart", "share of pairs right")
-        axes = Axes([x for x, _ in points], [0.5, 1.0, *(y for _, y in points)], *labels, **size)
-        axes.line(points, "rm")
-        for (x, y), b in zip(points, by_distance.values(), strict=True):
-            axes.dots([(x, y)], "rm", 4, f"right on {y:.1%} of {b['n_pairs']} pairs {x:g} apart")
-        figures.append(
-            Figure(
-                "Accuracy by rank distance",
-                axes.svg("accuracy by rank distance"),
-                "Neighbours in a ranking are the hard pairs, the first and the last of it the easy ones.",
-            )
-        )
-    return figures
-
-
-def binned(
-    points: Sequence[tuple[float, float, str]], bins: int, estimate=share_estimate
-) -> list[tuple[float, float, float, float]]:
-    """Group points by x and estimate the mean of y in each group.
-
-    Args:
-        points: (x, y, cluster) of each; y in [0, 1] where the estimate is a share's.
-        bins: How many groups of equal size.
-        estimate: `share_estimate` or `mean_estimate`.
-
-    Returns:
-        (mean x, mean y, ends of the 95 % interval of the mean of y over clusters), a group each; both ends are the
-        mean where there is no interval.
-    """
-    ordered = sorted(points)
-    out = []
-    for part in np.array_split(np.arange(len(ordered)), min(bins, len(ordered))):
-        xs, ys, clusters = zip(*(ordered[i] for i in part), strict=True)
-        found = estimate(ys, clusters)
-        out.append((float(np.mean(xs)), found["value"], *(found["ci95"] or [found["value"]] * 2)))
-    return out

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import room
-from data.encode import decode_response, wrap_documents
-from data.records import DataError, prompt_key
+from data import answer_lengths
+from data.documents import wrap_documents
+from data.encode import decode_response
+from data.records import prompt_key
 from data.streams import Stream, derive_seed, held_out
 from pipeline.errors import TrainingStopped, UserError
 from pipeline.launch import parallel
@@ -143,7 +144,7 @@ def run(ctx: StageRun) -> dict:
     train, held = load_prompts(ctx, roles.tokenizer)
     drawn = refuse_other_prompts(drawn, train)
     ptx_rows = load_ptx(ctx, roles.tokenizer)
-    if line := room.warning(ctx.manifests["sft"]["metrics"].get("answer_tokens", []), c.response_length):
+    if line := answer_lengths.warning(ctx.manifests["sft"]["metrics"].get("answer_tokens", []), c.response_length):
         ctx.tracker.say(f"ppo: {line}")
     run = begin(ctx, roles, updates, drawn)
     ctx.tracker.say(
@@ -421,14 +422,14 @@ def load_prompts(ctx: StageRun, tokenizer) -> tuple[list[list[int]], list[tuple]
     c = ctx.config
     records, places = read_placed(ctx, "prompts")
     if len(records) < 2:
-        raise DataError([f"data.prompts: {len(records)} prompt; PPO needs at least 2, one of them to hold out"])
+        raise UserError([f"data.prompts: {len(records)} prompt; PPO needs at least 2, one of them to hold out"])
     kept, ids, report = fit_prompts(ctx, tokenizer, (r.prompt for r in records), places)
     ctx.tracker.say(f"ppo: {report.line('prompts')}")
     train, held = held_out(
         [prompt_key(records[i].prompt) for i in kept], 0.0, least=max(1, min(c.eval_prompts, len(ids) // 5))
     )
     if not held:
-        raise DataError(
+        raise UserError(
             [
                 f"data.prompts: one prompt is left within {c.max_length - c.response_length} tokens; PPO needs at "
                 f"least 2, one of them to hold out"
@@ -445,7 +446,7 @@ def load_ptx(ctx: StageRun, tokenizer) -> list[list[int]] | None:
     train, _ = split_documents(ctx)
     rows = wrap_documents(tokenizer, train, length=c.ptx_length)
     if not rows:
-        raise DataError(
+        raise UserError(
             [
                 f"data.documents: fewer than ppo.ptx_length = {c.ptx_length} tokens of pretraining text; "
                 f"lower it, give more text, or set ppo.ptx_coef: 0"

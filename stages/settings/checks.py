@@ -5,8 +5,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from data import sources
-from data.records import DataError
 from pipeline.config.sections import local_folder
+from pipeline.errors import UserError
 from pipeline.fingerprints import source_of
 from pipeline.launch.processes import place_in_environment
 from stages.settings.training import batch_of_each
@@ -30,7 +30,7 @@ def faults_in_head(kind: str, path: Path, skip: int, limit: int | None, state: t
     """Error lines of a file's first 200 rows after `skip`. state: of the file, so that another is read again."""
     try:
         sources.load_first(kind, path, limit, skip, most=200)
-    except DataError as fault:
+    except UserError as fault:
         return tuple(fault.lines)
     return ()
 

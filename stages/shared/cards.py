@@ -9,11 +9,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from pipeline.config.sections import is_hub_id
 from pipeline.stage import StageRun
 from pipeline.store.files import is_inside
+from stages.settings.changed import changed, defaults_of
 
 ANSWER = """\
 
@@ -268,24 +267,10 @@ def place_of(fact: dict[str, Any]) -> str:
 def settings_of(ctx: StageRun) -> list[tuple[str, str]]:
     """List the settings of the stage and of its model that are not the defaults."""
     sections = {ctx.stage: ctx.config, "model": ctx.experiment.model}
-    rows = [("seed", ctx.seed)] * (ctx.seed != 0)
-    rows += [row for name, section in sections.items() for row in changed(section, name)]
-    return [(key, f"`{shown(value)}`") for key, value in rows]
-
-
-def changed(section: BaseModel, prefix: str) -> list[tuple[str, Any]]:
-    """(dotted key, value) of what a section's fields hold that are not at their defaults; a section that is none by
-    default and has nothing but defaults is {}."""
-    rows: list[tuple[str, Any]] = []
-    for key, info in type(section).model_fields.items():
-        value = getattr(section, key)
-        default = info.get_default(call_default_factory=True)
-        if isinstance(value, BaseModel):
-            inner = changed(value, f"{prefix}.{key}")
-            rows += inner or [(f"{prefix}.{key}", {})] * (default is None)
-        elif value != default:
-            rows.append((f"{prefix}.{key}", value))
-    return rows
+    rows = {"seed": ctx.seed} if ctx.seed != 0 else {}
+    for name, section in sections.items():
+        rows |= changed(section.model_dump(mode="json"), defaults_of(type(section), name), name)
+    return [(key, f"`{shown(value)}`") for key, value in rows.items()]
 
 
 def shown(value: Any) -> str:

@@ -4,8 +4,9 @@ import dataclasses
 import json
 
 from data import sources
-from data.records import DataError, prompt_key
+from data.records import prompt_key
 from data.streams import derive_seed, grouped_by_length, held_out
+from pipeline.errors import UserError
 from pipeline.stage import StageRun
 
 
@@ -28,7 +29,8 @@ def split_documents(ctx: StageRun) -> tuple[list, list]:
 
 def fit_prompts(ctx: StageRun, tokenizer, prompts, places: list[str]):
     """Prompts that leave room for response_length: (which of them, their ids, LengthReport)."""
-    from data.encode import encode_prompts, fit_lengths
+    from data.encode import encode_prompts
+    from data.length_limit import fit_lengths
 
     c, ids = ctx.config, encode_prompts(tokenizer, prompts, places)
     kept, ids, _, report = fit_lengths(
@@ -49,8 +51,9 @@ def load_groups(ctx: StageRun, tokenizer, split: str, *, max_length: int, on_too
     A response that was cut off has no EOS: its score is read at its last token, as PPO and evaluate read
     that of a sample that met the length limit, and its log-probability is that of its own tokens.
     """
-    from data.encode import encode_prompts, encode_response, equal_pairs, fit_lengths
+    from data.encode import encode_prompts, encode_response
     from data.groups import PromptGroup
+    from data.length_limit import equal_pairs, fit_lengths
 
     file = ctx.inputs["rankings"] / f"{split}.jsonl"
     rows, places = sources.load_placed("rankings", path=file)
@@ -77,7 +80,7 @@ def load_groups(ctx: StageRun, tokenizer, split: str, *, max_length: int, on_too
     if not groups:
         what = "no usable pair (all ties, unjudged, dropped or equal within max_length)"
         look = f"`rlhf data check {file} -c CONFIG` says more"
-        raise DataError([f"{file}: {what}; {look}"])
+        raise UserError([f"{file}: {what}; {look}"])
     return groups, report
 
 

@@ -57,9 +57,9 @@ def say_off_template(ctx: StageRun, tokenizer, rows: list[tuple], names: list[st
         names: The place of each.
         what: What they are, in the plural.
     """
-    from data.agreement import compare, remedy
+    from data.agreement import Answered, compare, remedy
 
     if parallel.is_rank_zero():
-        found = compare(tokenizer, rows, names)
+        found = compare(tokenizer, [Answered(*row) for row in rows], names)
         if found.differ:
             ctx.tracker.say(f"{ctx.stage}: {found.text(what)}; {remedy(tokenizer)}")

@@ -335,7 +335,6 @@ def reply(speaker: Speaker, text: str, settings: Settings, turn: int, dtype: str
 
     from data.encode import encode_prompt
     from data.groups import make_rows
-    from data.records import DataError
     from data.streams import derive_seed
     from stages.evaluation.forms import make_query, parse_answer
     from stages.models.forward import response_scores
@@ -355,7 +354,7 @@ def reply(speaker: Speaker, text: str, settings: Settings, turn: int, dtype: str
             forgotten += 1
             asked = make_query(tokenizer, speaker.form, [*system, *past, question])
         chat_ids = asked.ids if speaker.form == "chat" else encode_prompt(tokenizer, [*system, *past, question])
-    except DataError as error:  # a template that takes no system message
+    except UserError as error:  # a template that takes no system message
         return Answer("", problem=f"{error}{', or /system alone' * bool(system)}")
     room = min(settings.max_new_tokens, context - len(asked.ids))
     if room < 1:

@@ -29,7 +29,8 @@ from sweeps.words import markdown, with_interval  # noqa: E402
 from pipeline.errors import Interrupted, UserError  # noqa: E402
 from pipeline.stage import StopFlag  # noqa: E402
 from pipeline.store.artifacts import ArtifactStore  # noqa: E402
-from stages.page.words import ASKED, fixed  # noqa: E402
+from stages.page.words import fixed  # noqa: E402
+from stages.page.results import ASKED
 
 SEEDS = (3, 4, 5, 6, 7)
 """Settings were chosen on seeds 0 to 2."""

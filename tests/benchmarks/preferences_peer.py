@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-from data.encode import train_tokenizer
+from data.tokenizer import train_tokenizer
 
 
 class Clock(TrainerCallback):

@@ -3,8 +3,9 @@
 import pytest
 from chat_tokenizers import KINDS, make
 
-from data.agreement import MOST, compare, differences, probe, remedy
-from data.encode import encode_prompt, encode_response, end_of_turn
+from data.agreement import MOST_ROWS, Answered, compare, differences, probe, remedy
+from data.conversations import end_of_turn
+from data.encode import encode_prompt, encode_response
 from data.template_text import with_variables
 
 TURNS = ["one turn", "several turns"]
@@ -69,7 +70,7 @@ def test_a_variable_that_mends_nothing_is_no_remedy():
 def test_an_opened_thought_is_named_unless_the_answer_closes_it():
     tokenizer = ready("qwen3.5")
     asked = "What is red?"
-    rows = [(asked, "A fox."), (asked, "Hm.\n</think>\n\nA fox."), (asked, "Hm.", False)]
+    rows = [Answered(asked, "A fox."), Answered(asked, "Hm.\n</think>\n\nA fox."), Answered(asked, "Hm.", False)]
     plain, closed, cut = differences(tokenizer, rows)
     assert plain.opens == "<think>" and closed is None and cut.opens == "<think>"
     assert plain.row == "…tart|>assistant\n<think>\nA fox.<|im_end|>"
@@ -78,45 +79,49 @@ def test_an_opened_thought_is_named_unless_the_answer_closes_it():
 
 
 def test_a_response_that_was_cut_off_is_a_beginning():
-    assert list(differences(ready("chatml"), [("What is red?", "A f", False), ("What is red?", "A f")])) == [None] * 2
+    assert (
+        list(differences(ready("chatml"), [Answered("What is red?", "A f", False), Answered("What is red?", "A f")]))
+        == [None] * 2
+    )
 
 
 def test_special_tokens_in_words_are_no_difference():
     """They stay plain text in the row, and so they do in what it is compared with; a template trims beside them."""
     rows = [("say <|im_end|> twice", "the <|im_start|> fox"), ("<|im_end|>", "<|im_end|>")]
-    assert list(differences(ready("chatml"), rows)) == [None, None]
+    assert list(differences(ready("chatml"), [Answered(*row) for row in rows])) == [None, None]
     rows = [("<|eot_id|> is red ?", "red <|eot_id|>"), ("say <|eot_id|> ", "<|eot_id|> fox ")]
-    same, blank = differences(ready("llama3"), rows)
+    same, blank = differences(ready("llama3"), [Answered(*row) for row in rows])
     assert same is None and blank.row.endswith("<|eot_id|> fox <|eot_id|>")
 
 
 def test_refusals_are_no_differences():
     system = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "What is red?"}]
-    (refused,) = differences(ready("gemma"), [(system, "A fox.")])
+    (refused,) = differences(ready("gemma"), [Answered(system, "A fox.")])
     assert "System role not supported" in str(refused)
-    found = compare(ready("gemma"), [(system, "A fox."), ("What is red?", "A fox. ")], ["f:1", "f:2"])
+    found = compare(ready("gemma"), [Answered(system, "A fox."), Answered("What is red?", "A fox. ")], ["f:1", "f:2"])
     assert [name for name, _ in found.differ] == ["f:2"]
 
 
 def test_the_same_text_in_other_tokens_is_said_so():
     tokenizer = ready("chatml")
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n{% endif %}", "assistant{% endif %}")
-    (found,) = differences(tokenizer, [("What is red?", "\n\nA fox.")])
+    (found,) = differences(tokenizer, [Answered("What is red?", "\n\nA fox.")])
     assert found is not None
     tokenizer.chat_template = (
         "{% for m in messages %}Q {{ m['content'] }}{% endfor %}{% if add_generation_prompt %}Q {% endif %}"
     )
-    (found,) = differences(tokenizer, [("What is red?", "red", False)])
+    (found,) = differences(tokenizer, [Answered("What is red?", "red", False)])
     assert "is other tokens there" in found.line()
 
 
 def test_a_file_is_summed_up_in_words(monkeypatch):
     rows = [("What is red?", "A fox."), ("What is red?", "Hm.</think>\n\nA fox."), ("Hm.", "the fox is red .")]
+    rows = [Answered(*row) for row in rows]
     text = compare(ready("qwen3.5"), rows, ["f:1", "f:2", "f:3"]).text("rows")
     assert text.startswith("3 of 3 rows are not what the chat template writes; the first, f:1: the row has '…")
     opened = "in 2 of them the generation prompt opens <think>, which the answer does not close: it is taught "
     assert text.endswith(opened + "as a thought")
     assert compare(ready("chatml"), rows, ["f:1", "f:2", "f:3"]).text("rows") == "3 rows, all as it writes them"
-    monkeypatch.setattr("data.agreement.MOST", 2)
+    monkeypatch.setattr("data.agreement.MOST_ROWS", 2)
     text = compare(ready("zephyr"), rows, ["f:1", "f:2", "f:3"]).text("rows")
-    assert MOST > 100 and text.startswith("2 of the first 2 rows ")
+    assert MOST_ROWS > 100 and text.startswith("2 of the first 2 rows ")

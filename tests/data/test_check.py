@@ -9,11 +9,14 @@ import pytest
 from jinja2 import TemplateError
 from rich.console import Console
 
-from data import check as checks
-from data.check import check, guess_kind
-from data.encode import encode_prompt, encode_response, fit_lengths
-from data.records import DataError
+from data.check import command as checks
+from data.check.config import limits_of
+from data.check.inspect_file import check, guess_kind
+from data.check.report import OtherFile
+from data.encode import encode_prompt, encode_response
+from data.length_limit import fit_lengths
 from data.sources import load
+from pipeline.errors import UserError
 
 
 class Letters:
@@ -160,7 +163,7 @@ def test_what_is_too_long_is_what_training_would_find(tmp_path, on_too_long, tex
     options["names"] = [f"{path}:{n}" for n in range(1, len(records) + 1)]
     if on_too_long == "error":
         assert [line.partition(": ")[0] for line in report.errors] == [f"{path}:{n}" for n in (3, 4, 5)]
-        with pytest.raises(DataError) as caught:
+        with pytest.raises(UserError) as caught:
             fit_lengths(prompts, responses, **options)
         assert len(caught.value.lines) == 3
     else:
@@ -207,15 +210,16 @@ def test_leaks(tmp_path):
     held_out = written(tmp_path, {"prompt": "c c"}, {"prompt": "d"}, name="held.jsonl")
     training = written(tmp_path, *({"prompt": p, "completion": "x"} for p in "ab"), name="training.jsonl")
     corpus = written(tmp_path, {"text": "a"}, name="corpus.jsonl")
-    against = [("evaluation_prompts", held_out), ("demonstrations", training), ("documents", corpus)]
+    files = (("evaluation_prompts", held_out), ("demonstrations", training), ("documents", corpus))
+    against = [OtherFile(name, file) for name, file in files]
     report = check(mine, against=against)
     assert facts(report)["also in evaluation_prompts"] == "1 of 3 prompts"
     assert facts(report)["also in demonstrations"] == "2 of 3 prompts"  # training data may share prompts
     assert "also in documents" not in facts(report)
     [line] = report.errors
     assert line.startswith(f"{mine}:3: this prompt is at {held_out}:1 (evaluation_prompts) too: a leak; ")
-    assert len(check(mine, "evaluation_prompts", against=[("demonstrations", training)]).errors) == 2
-    assert len(check(training, against=[("validation", training)]).errors) == 2
+    assert len(check(mine, "evaluation_prompts", against=[OtherFile("demonstrations", training)]).errors) == 2
+    assert len(check(training, against=[OtherFile("validation", training)]).errors) == 2
 
 
 def test_near_copies_of_prompts_that_measure_are_counted_apart(tmp_path):
@@ -224,7 +228,7 @@ def test_near_copies_of_prompts_that_measure_are_counted_apart(tmp_path):
     mine = written(tmp_path, *mine, name="prompts.jsonl")
     held_out = written(tmp_path, *({"prompt": p} for p in ("a riddle", "what color is the fox ?")), name="held.jsonl")
     for names, looked in ((["evaluation_prompts", "validation"], 2), (["prompts"], 0)):
-        report = check(mine, against=[(name, held_out) for name in names])
+        report = check(mine, against=[OtherFile(name, held_out) for name in names])
         said = [text for label, text in report.facts if label == "near copies"]
         first = f"the first at {mine}:3, of {held_out}:2"
         assert said == [f"1 of 3 prompts are in {name} but for a few words · {first}" for name in names[:looked]]
@@ -299,7 +303,7 @@ def test_run_with_a_config(tmp_path, capsys):
 
 
 def test_run_counts_in_the_tokens_of_the_base_model(tmp_path, capsys):
-    from data.encode import train_tokenizer
+    from data.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(["a quick test of a short text"], 300)
     tokenizer.save_pretrained(tmp_path / "artifacts/tiny/base/model")
@@ -328,15 +332,15 @@ def test_demonstrations_are_compared_with_the_room_in_ppo(tmp_path):
     assert room(None) is None
     assert "room in ppo" not in facts(check(path, "demonstrations", None, response_length=4))  # words are no tokens
     config = SimpleNamespace(data=SimpleNamespace(prompts="mine"), ppo=SimpleNamespace(response_length=18))
-    assert checks.limits_of(config, "demonstrations")["response_length"] == 18
-    assert "response_length" not in checks.limits_of(config, "rankings")
+    assert limits_of(config, "demonstrations")["response_length"] == 18
+    assert "response_length" not in limits_of(config, "rankings")
     config.data.prompts = None
-    assert "response_length" not in checks.limits_of(config, "demonstrations")
+    assert "response_length" not in limits_of(config, "demonstrations")
 
 
 def test_pairs_that_truncation_makes_equal_are_named(tmp_path):
     """As many as training leaves out, and where; longer rows that still differ count as ever."""
-    from data.encode import train_tokenizer
+    from data.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(["a quick test of a short text"], 300)
     same, word = "a test " * 20, "a short text"

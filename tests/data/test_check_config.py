@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from data import check as checks
-from data.records import DataError
+from data.check import command as checks
 from pipeline import cli
+from pipeline.errors import UserError
 from tests.data.test_check import experiment
 
 
@@ -121,7 +121,7 @@ def test_a_folder_is_no_file_of_the_worlds(config, tmp_path, capsys):
 def test_a_config_without_data_is_refused(config, tmp_path):
     for kind in vars(config.data):
         setattr(config.data, kind, None)
-    with pytest.raises(DataError, match="names no file"):
+    with pytest.raises(UserError, match="names no file"):
         look(config, tmp_path)
 
 

@@ -126,5 +126,5 @@ def test_the_first_of_equals_is_named_and_nothing_against_nothing_is_nothing():
 
 @pytest.mark.parametrize("threshold", [0.0, -1.0, 1.01])
 def test_a_threshold_that_means_nothing_is_refused(threshold):
-    with pytest.raises(ValueError, match="above 0 and at most 1 would be right"):
+    with pytest.raises(ValueError, match="use a number above 0 and at most 1"):
         near_copies(["a"], ["a"], threshold)

@@ -8,8 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import records
-from data.records import DataError, Demonstration, Document, Prompt, Ranking, write_jsonl
+from data.error_lines import shorten
+from data.json_rows import Reading, read_rows
+from data.parsing import parse_demonstration, parse_document, parse_prompt, parse_ranking
+from data.records import Demonstration, Document, Prompt, Ranking, write_jsonl
 from data.sources import load
+from pipeline.errors import UserError
 
 SETTINGS = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 
@@ -113,18 +117,18 @@ GOOD = b'{"text": "fine"}\n'
 
 
 def read_jsonl(path) -> list:
-    """The values of all rows; DataError with every fault."""
-    reading = records.Reading()
-    values = [value for _, value in records.read_rows(path, reading)]
+    """The values of all rows; UserError with every fault."""
+    reading = Reading()
+    values = [value for _, value in read_rows(path, reading)]
     if reading.errors:
-        raise DataError(reading.errors)
+        raise UserError(shorten(reading.errors))
     return values
 
 
 def errors_of(tmp_path, content: bytes) -> list[str]:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         read_jsonl(path)
     return [line.removeprefix(f"{path}:") for line in caught.value.lines]
 
@@ -176,21 +180,21 @@ def test_what_a_file_may_have(tmp_path):
     assert read_jsonl(path) == [{"text": "a\u2028b"}, {"text": "😀"}]
     path.write_bytes(b'\xef\xbb\xbf\n [ {"text": "a"},\r\n\r\n"b"] \n')
     assert read_jsonl(path) == [{"text": "a"}, "b"]
-    reading = records.Reading()
-    wheres = [where for where, _ in records.read_rows(path, reading)]
-    assert wheres == [f"{path}:2: index 0", f"{path}:4: index 1"]
+    reading = Reading()
+    locations = [location for location, _ in read_rows(path, reading)]
+    assert locations == [f"{path}:2: index 0", f"{path}:4: index 1"]
 
 
 def test_a_missing_file_and_a_folder_are_one_line_each(tmp_path):
     for path in (tmp_path / "none.jsonl", tmp_path):
-        with pytest.raises(DataError) as caught:
+        with pytest.raises(UserError) as caught:
             read_jsonl(path)
         assert caught.value.lines[0].startswith(f"{path}: cannot be read")
 
 
 def test_every_error_is_told_at_once_up_to_twenty(tmp_path):
     lines = errors_of(tmp_path, b"oops\n" * 53)
-    assert len(lines) == 21 and lines[19].startswith("20: ") and lines[20].startswith(" and 33 more errors; mend")
+    assert len(lines) == 21 and lines[19].startswith("20: ") and lines[20].startswith(" and 33 more errors; fix")
 
 
 @SETTINGS
@@ -207,8 +211,8 @@ def test_the_array_reader_agrees_with_json(values):
 
 # ── rows: every fault with its remedy ───────────────────────────────────────────────────────────────────────
 
-DEMONSTRATION, DOCUMENT = records.demonstration_from, records.document_from
-PROMPT, RANK = records.prompt_from, records.ranking_from
+DEMONSTRATION, DOCUMENT = parse_demonstration, parse_document
+PROMPT, RANK = parse_prompt, parse_ranking
 RANKING = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}
 
 
@@ -270,16 +274,16 @@ def test_faults_of_a_row_say_what_would_be_right(make, row, words):
 
 def test_rankings_may_have_ties_blank_answers_and_k_of_9():
     row = {"prompt": "p", "responses": [*"abcdefgh", ""], "ranks": [1, 1, None, 2, 3, 4, 5, 6, 9], "id": 7}
-    ranking = records.ranking_from(row)
+    ranking = parse_ranking(row)
     assert ranking.id == "7" and len(ranking.responses) == 9 and ranking.ranks[2] is None
 
 
 def test_an_id_that_is_missing_follows_from_the_content():
-    first, again = records.ranking_from(RANKING), records.ranking_from({**RANKING, "meta": 1})
-    other = records.ranking_from({**RANKING, "ranks": [2, 1]})
-    as_messages = records.ranking_from({**RANKING, "prompt": [{"role": "user", "content": "p"}]})
+    first, again = parse_ranking(RANKING), parse_ranking({**RANKING, "meta": 1})
+    other = parse_ranking({**RANKING, "ranks": [2, 1]})
+    as_messages = parse_ranking({**RANKING, "prompt": [{"role": "user", "content": "p"}]})
     assert first.id == again.id == as_messages.id != other.id
     content = b'[[{"content": "p", "role": "user"}], ["a", "b"], [1, 2], null]'
     assert first.id == hashlib.sha256(content).hexdigest()[:16]
-    ended, cut = (records.ranking_from({**RANKING, "finished": [True, last]}) for last in (True, False))
+    ended, cut = (parse_ranking({**RANKING, "finished": [True, last]}) for last in (True, False))
     assert (ended.id, cut.finished) == (first.id, (True, False)) and cut.id != first.id  # what goes without saying

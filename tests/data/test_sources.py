@@ -11,8 +11,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data.records import DataError, Demonstration, Document, Prompt, Ranking
-from data.sources import FORMS, load, load_first, load_placed, read
+from data.forms import FORMS
+from data.records import Demonstration, Document, Prompt, Ranking
+from data.sources import Source, load, load_first, load_placed, read
+from pipeline.errors import UserError
 
 REAL = Path(__file__).parents[3] / "shared" / "data"  # data sets that lie beside the repository
 
@@ -54,7 +56,7 @@ def one(tmp_path, kind, row):
 def fault(tmp_path, kind, *rows) -> str:
     """The one error line of these rows, without the file."""
     path = written(tmp_path, *rows)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         load(kind, path)
     [line] = caught.value.lines
     assert line.startswith(str(path)) and "; " in line
@@ -177,9 +179,9 @@ def test_prompts_are_taken_from_any_row(tmp_path, kind, row, prompt):
 
 def test_prompts_that_come_again_are_left_out_and_counted(tmp_path):
     path = written(tmp_path, "a", "b", {"prompt": " a\n"}, {"messages": [user("a")]}, "c")
-    loaded = read("prompts", path)
+    loaded = read("prompts", Source(path))
     assert [p.prompt for p in loaded.records] == ["a", "b", "c"] and loaded.duplicates == 2
-    assert loaded.wheres == [f"{path}:1", f"{path}:2", f"{path}:5"]
+    assert loaded.locations == [f"{path}:1", f"{path}:2", f"{path}:5"]
     assert [p.prompt for p in load("prompts", path, limit=3)] == ["a", "b", "c"]
 
 
@@ -241,7 +243,7 @@ def test_a_misshapen_row_is_told_what_would_be_right(tmp_path, kind, row, words)
 def test_all_misshapen_rows_are_told_at_once(tmp_path):
     path = written(tmp_path, {"text": 1}, {"text": "a"}, {"txet": "b"})
     path.write_text(path.read_text() + '{"text": "cut of')
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         load("documents", path)
     assert [line.removeprefix(f"{path}:")[:2] for line in caught.value.lines] == ["1:", "3:", "4:"]
 
@@ -277,7 +279,7 @@ def test_an_array_and_lines_give_the_same(tmp_path):
     array.write_text(json.dumps(rows, indent=2))
     assert load("demonstrations", array) == load("demonstrations", written(tmp_path, *rows))
     array.write_text(json.dumps([rows[0], {"prompt": "p"}], indent=2))
-    with pytest.raises(DataError, match=r"rows\.json:6: index 1: the key 'completion' is missing"):
+    with pytest.raises(UserError, match=r"rows\.json:6: index 1: the key 'completion' is missing"):
         load("demonstrations", array)
 
 
@@ -291,13 +293,13 @@ def test_parquet(tmp_path):
     assert load("demonstrations", path) == [Demonstration("p", "c"), Demonstration("q", "d")]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
     assert load("prompts", path, limit=1) == [Prompt((user("a"),))]
-    with pytest.raises(DataError, match="index 1: the key 'completion' is missing"):
+    with pytest.raises(UserError, match="index 1: the key 'completion' is missing"):
         load("demonstrations", path)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match="not readable as parquet"):
+    with pytest.raises(UserError, match="not readable as parquet"):
         load("prompts", path)
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), path)
-    with pytest.raises(DataError, match="no rows"):
+    with pytest.raises(UserError, match="no rows"):
         load("documents", path)
 
 
@@ -313,10 +315,10 @@ def test_the_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert load("demonstrations", hub="org/name", limit=1) == [Demonstration("a", "b")]
     assert calls == [("org/name", None, {"split": "train", "streaming": True})]
-    with pytest.raises(DataError, match=r"org/name test: index 1: the key 'completion' is missing"):
+    with pytest.raises(UserError, match=r"org/name test: index 1: the key 'completion' is missing"):
         load("demonstrations", hub="org/name", split="test", subset="small")
     assert calls[1] == ("org/name", "small", {"split": "test", "streaming": False})
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         load("prompts", hub="nobody/none")
     assert "doesn't exist on the Hub; check name" in caught.value.lines[0] and len(caught.value.lines) == 1
 
@@ -333,16 +335,16 @@ def test_a_first_look_reads_so_many_rows_and_judges_no_more_than_these(tmp_path)
     assert len(load_first("rankings", path, None, 0, 2)) == 2
     assert len(load_first("rankings", path, None, 1, 2)) == 2
     for skip, most in ((0, 5), (1, 3)):
-        with pytest.raises(DataError, match="4: the key 'responses' is missing"):
+        with pytest.raises(UserError, match="4: the key 'responses' is missing"):
             load_first("rankings", path, None, skip, most)
-    with pytest.raises(DataError, match="not one usable pair"):
+    with pytest.raises(UserError, match="not one usable pair"):
         load_first("rankings", path, 2, 0, 5)
     assert load_first("prompts", written(tmp_path, *["a"] * 5), None, 1, 2) == []
 
 
 def test_keys_that_are_not_read_are_counted(tmp_path):
     row = {"messages": [user("a"), assistant("b")], "score": 1, "id": 5}
-    loaded = read("demonstrations", written(tmp_path, row, row, {"prompt": "p", "completion": "c"}))
+    loaded = read("demonstrations", Source(written(tmp_path, row, row, {"prompt": "p", "completion": "c"})))
     assert loaded.unread == {"score": 2} and sorted(loaded.forms.values()) == [1, 2]
 
 
@@ -359,7 +361,7 @@ def test_keys_that_are_not_read_are_counted(tmp_path):
 def test_the_real_files_load(kind, name, rows):
     if not (REAL / name).exists():
         pytest.skip(f"no {name} beside the repository")
-    loaded = read(kind, REAL / name)
+    loaded = read(kind, Source(REAL / name))
     assert not loaded.errors and len(loaded.records) == rows and loaded.blanks == 0
     assert len(loaded.forms) == 1
 
@@ -390,7 +392,7 @@ def test_a_file_must_hold_what_was_planned_with(tmp_path, name):
     assert load("documents", path, limit=1, skip=1, sha256=digest) == [Document("b")]
     path.write_bytes(path.read_bytes() + b"\n")
     for limit in (None, 1):
-        with pytest.raises(DataError) as caught:
+        with pytest.raises(UserError) as caught:
             load("documents", path, limit=limit, sha256=digest)
         assert caught.value.lines == [f"{path}: was edited since this command looked at it; run again"]
 
@@ -420,9 +422,9 @@ def test_the_commit_that_is_asked_for_is_read(tmp_path, monkeypatch):
     prepared(tmp_path, "org/set", new, ["new", "er"])
     assert load("documents", hub="org/set", revision=old) == [Document("old")]
     assert load("documents", hub="org/set", revision=new, limit=1) == [Document("new")]
-    with pytest.raises(DataError, match="commit ccccccc is not on this machine .commits aaaaaaa, bbbbbbb are"):
+    with pytest.raises(UserError, match="commit ccccccc is not on this machine .commits aaaaaaa, bbbbbbb are"):
         load("documents", hub="org/set", revision=other)
-    with pytest.raises(DataError, match="org/none train: cannot be loaded: "):
+    with pytest.raises(UserError, match="org/none train: cannot be loaded: "):
         load("documents", hub="org/none", revision=other)
 
 

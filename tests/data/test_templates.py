@@ -6,8 +6,9 @@ import pytest
 from jinja2 import TemplateError
 
 from data import templates
-from data.encode import CHAT_TEMPLATE, encode_prompt, encode_prompts, render, train_tokenizer
-from data.records import DataError
+from data.conversations import render
+from data.encode import encode_prompt, encode_prompts
+from data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from pipeline.errors import UserError
 from stages.models.loading import end_turns_with_eos
 
@@ -110,7 +111,7 @@ def test_one_that_waits_for_its_prompt_is_named_with_it(tokenizer):
     """After rows that went well, of more than are sent together; and another template goes on."""
     tokenizer.chat_template = CHATML + "{% if 'go' in messages[0].content %}{{ 'a' * 10**10 }}{% endif %}"
     prompts = ["one"] * 70 + ["go"] + ["one"] * 70
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         encode_prompts(tokenizer, prompts, [f"p.jsonl:{n}" for n in range(1, len(prompts) + 1)])
     (line,) = caught.value.lines
     assert line.startswith("p.jsonl:71: the model's chat template fails on this prompt (it takes more than 512 MiB")
@@ -120,7 +121,7 @@ def test_one_that_waits_for_its_prompt_is_named_with_it(tokenizer):
 
 def test_what_it_raises_is_a_refusal(tokenizer):
     tokenizer.chat_template = "{{ 1 / 0 }}"
-    with pytest.raises(DataError, match=r"a: the model's chat template refuses this prompt \(ZeroDivisionError: div"):
+    with pytest.raises(UserError, match=r"a: the model's chat template refuses this prompt \(ZeroDivisionError: div"):
         encode_prompts(tokenizer, ["one"], "a")
 
 
@@ -155,14 +156,14 @@ def test_one_that_is_slow_for_every_row_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(templates, "AT_FIRST", 0.3)
     monkeypatch.setattr(templates, "_worker", templates.Worker())
     tokenizer.chat_template = SLOW
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         encode_prompts(tokenizer, ["a" * 10] * 500, [f"p.jsonl:{n}" for n in range(1, 501)])
     (line,) = caught.value.lines
     place = int(line.partition(":")[2].partition(":")[0])
     assert 2 < place < 400 and "s of processor time a conversation on average" in line
     assert line.endswith("; give another template as model.chat_template: FILE, or take another model")
     rows = templates._worker.spent[SLOW][0]
-    with pytest.raises(DataError):
+    with pytest.raises(UserError):
         encode_prompt(tokenizer, "one")
     assert templates._worker.spent[SLOW][0] == rows, "it was not tried again"
     tokenizer.chat_template = CHATML
@@ -176,7 +177,7 @@ def test_rows_that_are_ended_count_too(tokenizer, monkeypatch):
     monkeypatch.setattr(templates, "_worker", templates.Worker())
     tokenizer.chat_template = SLOW
     for _ in range(20):
-        with pytest.raises(DataError):
+        with pytest.raises(UserError):
             encode_prompt(tokenizer, "a" * 200)
     assert templates._worker.spent[SLOW][0] == 3
 

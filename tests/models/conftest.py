@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.encode import train_tokenizer
 from data.groups import make_rows
+from data.tokenizer import train_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))  # families
 KINDS = ("llama", "gpt2", "qwen2")

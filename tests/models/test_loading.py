@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.encode import train_tokenizer
 from data.groups import make_rows
+from data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from stages.models.forward import response_logprobs, response_scores, response_values
 from stages.models.loading import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.encode import train_tokenizer
+from data.tokenizer import train_tokenizer
 from stages.models.adapters import base_of, save_merged, with_adapter
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, save_model
 from stages.models.publish import dtype_of_folder, end_tokens, given_model, portable_tokenizer, with_old_positions

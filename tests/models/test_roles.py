@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data.encode import train_tokenizer
+from data.tokenizer import train_tokenizer
 from pipeline.config.sections import PeftConfig
 from pipeline.errors import UserError
 from stages.models.adapters import is_adapted, plain, save_merged, trainable, with_adapter

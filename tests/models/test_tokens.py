@@ -11,7 +11,9 @@ from chat_tokenizers import CHATML, KINDS, QWEN3, QWEN35, ZEPHYR, make
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from data.agreement import probe
-from data.encode import document_end, encode_prompt, train_tokenizer
+from data.documents import document_end
+from data.encode import encode_prompt
+from data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from stages.models.loading import load_pretrained, save_model
 from stages.models.tokens import end_turns_with_eos, give_pad_token, settle_tokens

@@ -18,6 +18,7 @@ from stages.ppo import run as ppo
 from stages.rollouts import collect
 from stages.rollouts.collect import reference_logprobs
 from stages.settings import ppo as ppo_settings
+from stages.settings.rollout import RolloutConfig
 from stages.training.loop import Average, Skips, make_trainee
 
 PAD, EOS, VOCAB = 0, 1, 24
@@ -502,7 +503,7 @@ class Engine:
 class TestEngine:
     def test_log_probs_are_the_policys_and_the_distance_is_told(self, roles):
         other = replace(roles, engine=Engine(off=-2.0))
-        loose = context(rollout=ppo.RolloutConfig(max_engine_kl=99.0))
+        loose = context(rollout=RolloutConfig(max_engine_kl=99.0))
         rollout = ppo.rollout_of(loose, other, PROMPTS, range(4), step=1)
         assert other.engine.followed == [roles.policy]
         with torch.no_grad():
@@ -520,7 +521,7 @@ class TestEngine:
         assert not other.engine.running
 
     def test_or_the_policy_goes_on_by_itself(self, roles):
-        other, c = replace(roles, engine=Engine(-20.0)), context(rollout=ppo.RolloutConfig(on_failure="transformers"))
+        other, c = replace(roles, engine=Engine(-20.0)), context(rollout=RolloutConfig(on_failure="transformers"))
         rollout = ppo.rollout_of(c, other, PROMPTS, range(4), step=1)
         alone = ppo.rollout_of(c, roles, PROMPTS, range(4), step=1)
         assert rollout.responses == alone.responses and not other.engine.running

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch
 from data.groups import PromptGroup, batch_groups
 from stages.dpo import pair_figures
 from stages.objectives.losses import chosen_loss, dpo_loss, plackett_luce_loss, ranking_loss
+from stages.objectives.pair_losses import PAIR_LOSSES
+from stages.settings.dpo import LossType
 
 # Mixed K (2, 4, 9, 5), a tie, an unjudged response, a prompt without any usable pair.
 RANKS = [(1, 2), (2, 1, 2, 4), tuple(range(9, 0, -1)), (1, None, 3, 2, None), (1, 1, 1)]
@@ -277,8 +280,13 @@ class TestDPO:
             assert torch.isfinite(loss) and torch.isfinite(gradient).all()
 
     def test_an_unknown_loss_is_refused(self):
-        with pytest.raises(ValueError, match="sigmoid, robust, ipo or hinge"):
+        with pytest.raises(ValueError, match="sigmoid, robust, ipo, hinge"):
             dpo_of(numbers(2), numbers(3), "exo", 0.0)
+
+    def test_the_setting_names_every_loss_of_the_table(self):
+        """All of dpo.loss_type are pair losses, but for the two that read whole rankings."""
+        assert {*get_args(LossType)} - {"plackett_luce", "sft"} == set(PAIR_LOSSES)
+        assert {name for name, _ in DPO} == set(PAIR_LOSSES)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

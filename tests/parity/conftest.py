@@ -14,7 +14,7 @@ def offline(monkeypatch):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from data.encode import train_tokenizer
+    from data.tokenizer import train_tokenizer
 
     return train_tokenizer(["the fox is red .", "what color is the fox ?", "say hello twice ."] * 3, vocab_size=300)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.encode import train_tokenizer
+from data.tokenizer import train_tokenizer
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, save_model
 
 pytestmark = pytest.mark.slow

@@ -117,17 +117,13 @@ def test_a_stop_is_exit_75(rlhf):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a caller gets its handlers back
 
 
-class DataError(ValueError):
-    lines = ["rows.jsonl:3: is no JSON; mend the line", "rows.jsonl:4: is empty; remove it"]
-
-
 TWO_LINES = "rows.jsonl:3: is no JSON; mend the line\nerror: rows.jsonl:4: is empty; remove it\n"
 
 
 @pytest.mark.parametrize(
     "error, code, expected",
     [
-        (DataError(), 2, TWO_LINES),
+        (UserError(["rows.jsonl:3: is no JSON; mend the line", "rows.jsonl:4: is empty; remove it"]), 2, TWO_LINES),
         (UserError("a: b; c"), 2, "a: b; c\n"),
         (OSError(28, "No space left on device", "/x/model"), 2, "/x/model: No space left on device ("),
         (OSError(13, "Permission denied", "/x"), 2, "/x: Permission denied; make it writable"),

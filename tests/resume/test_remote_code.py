@@ -12,7 +12,7 @@ import pytest
 from remote_model import build
 from resume_worker import CONFIG, assert_same_figures, published, rlhf, rows_of, without
 
-from data.encode import train_tokenizer
+from data.tokenizer import train_tokenizer
 from pipeline.cli import main
 
 pytestmark = pytest.mark.slow

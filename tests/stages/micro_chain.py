@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from rich.console import Console
 
-from data.encode import train_tokenizer
+from data.tokenizer import train_tokenizer
 from pipeline import cli
 from pipeline.config.validation import experiment_type, load_experiment
 from pipeline.fingerprints import all_needs, sources

@@ -24,7 +24,7 @@ from stages import evaluate
 from stages.evaluation import measuring
 from stages.evaluation.results import Measured
 from stages.page import samples as report_samples
-from stages.page.words import NAMES, complete
+from stages.page.results import NAMES, complete
 from stages.settings import evaluate as evaluate_settings
 
 LENGTH = 8  # of a response

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 
-from data.room import quantiles
+from data.answer_lengths import quantiles
 from pipeline.config.sections import ModelConfig
 from stages.shared.publishing import adapter_base
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from stages.page import svg as report_svg
 from stages.page.svg import Axes, Figure
-from stages.page.words import fixed, percent
+from stages.page.numbers import fixed, percent
 from sweeps.estimates import unit_of
 from sweeps.points import Variant
 from sweeps.words import span

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from stages.page.words import fixed
+from stages.page.numbers import fixed
 
 
 def span(ci95: Sequence[float] | None, digits: int = 3) -> str:

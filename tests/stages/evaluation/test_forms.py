@@ -2,8 +2,9 @@
 
 import pytest
 
-from data.encode import encode_prompt, encode_response, train_tokenizer
+from data.encode import encode_prompt, encode_response
 from data.records import Demonstration
+from data.tokenizer import train_tokenizer
 from stages.evaluation.forms import Query, form_of_base, make_query, parse_answer
 
 TEXTS = ["what colour is the fox ? the fox is red .", "Question: where ?\nAnswer: in the den .\n\nQuestion: who ?"] * 3

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data.encode import encode_prompt, train_tokenizer
+from data.encode import encode_prompt
 from data.groups import PromptGroup, batch_groups
 from data.records import Ranking, judged_pairs, write_jsonl
+from data.tokenizer import train_tokenizer
 from data.world.world import World
 from stages import dpo, rankings
 from stages.models.forward import response_logprobs, response_scores

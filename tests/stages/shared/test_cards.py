@@ -7,8 +7,9 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from data.encode import encode_prompt, encode_response, train_tokenizer
+from data.encode import encode_prompt, encode_response
 from data.groups import make_rows
+from data.tokenizer import train_tokenizer
 from pipeline.config.sections import ModelConfig
 from pipeline.store import files
 from stages.models.forward import response_scores

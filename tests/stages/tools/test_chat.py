@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from data.encode import encode_prompt, train_tokenizer
+from data.encode import encode_prompt
+from data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from pipeline.store.artifacts import ArtifactStore
 from stages.models.loading import from_scratch, load_policy, load_tokenizer, new_reward_model, save_model

@@ -27,7 +27,7 @@ def test_the_plain_loss_is_trls(tmp_path, items):
     from plain_loss import assert_is_trls
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from data.encode import train_tokenizer
+    from data.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(["the fox is red .", "say hello twice ."] * 3, vocab_size=300)
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
@@ -67,7 +67,7 @@ def train(tmp_path):
     harm: done to the model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from data.encode import train_tokenizer
+    from data.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(["the fox is red .", "say hello twice ."] * 3, vocab_size=300)
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}

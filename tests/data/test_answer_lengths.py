@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from data.room import STEPS, describe, quantiles, share_over, warning
+from data.answer_lengths import STEPS, describe, quantiles, share_over, warning
 
 
 def test_quantiles_are_lengths_that_so_many_do_not_exceed():

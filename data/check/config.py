@@ -1,0 +1,146 @@
+"""Take from a validated config what checking data needs: files, parts, limits and the tokenizer.
+
+`experiment` is the pipeline's validated config, of which only attributes are read: `data` can know
+neither its class nor the stages' settings.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data.check.report import Part
+from data.conversations import end_of_turn
+from data.forms import FORMS
+from data.sources import PROMPT_KINDS
+from data.tables import first_line
+from data.template_text import with_variables
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+READERS = {
+    "documents": ("base",),
+    "demonstrations": ("sft",),
+    "rankings": ("rm", "dpo"),
+    "prompts": ("ppo",),
+    "evaluation_prompts": ("evaluate",),
+}
+"""Kind of data → the sections of the config whose length limits hold for it."""
+
+
+def source_name(experiment: Any, kind: str) -> str | None:
+    """Return the path or Hub id of a kind of data, "world" for the embedded world's, None if there is none."""
+    source = getattr(experiment.data, kind, None)
+    return getattr(source, "path", source)
+
+
+def parts_of(experiment: Any) -> dict[str, Part]:
+    """Return {kind: what the config takes of it}; a kind that is null is left out."""
+    parts = {}
+    for kind in FORMS:
+        source, name = getattr(experiment.data, kind, None), source_name(experiment, kind)
+        if name is None:
+            continue
+        # A string has a method `split`, which is not a data set's.
+        fields = () if isinstance(source, str) else ("skip", "limit", "split", "subset", "revision")
+        values = {field: getattr(source, field) for field in fields if hasattr(source, field)}
+        is_local = name == "world" or Path(name).expanduser().exists()
+        parts[kind] = Part(**values, hub=None if is_local else name)
+    return parts
+
+
+def files_of(experiment: Any, home: Path) -> dict[str, Path]:
+    """Return {kind: file} for the files of the `data:` section that are on this machine.
+
+    Args:
+        experiment: The validated config.
+        home: The folder of the experiment's artifacts, where the embedded world's files are.
+    """
+    files = {}
+    for kind in FORMS:
+        name = source_name(experiment, kind)
+        if name is None:
+            continue
+        file = home / "world" / f"{kind}.jsonl" if name == "world" else Path(name).expanduser()
+        if file.is_file():
+            files[kind] = file
+    return files
+
+
+def limits_of(experiment: Any, kind: str | None) -> dict[str, Any]:
+    """Return the limits that hold for a kind of data, as arguments of `check`.
+
+    Args:
+        experiment: The validated config.
+        kind: The kind of data; None if it is not known.
+
+    Returns:
+        max_length (for prompts without response_length) and on_too_long, None where nothing is limited;
+        for demonstrations also response_length, if there are prompts for PPO.
+    """
+    sections = [getattr(experiment, name, None) for name in READERS.get(kind or "", ())]
+    limited: list[Any] = [section for section in sections if getattr(section, "max_length", None) is not None]
+    limits: dict[str, Any] = {"max_length": None, "on_too_long": None}
+    if limited:
+        section = min(limited, key=lambda section: section.max_length)  # the strictest decides
+        limits["max_length"] = section.max_length
+        if kind in PROMPT_KINDS:
+            limits["max_length"] -= getattr(section, "response_length", 0)
+        limits["on_too_long"] = getattr(section, "on_too_long", None)
+    if kind == "demonstrations" and getattr(experiment.data, "prompts", None) is not None:
+        limits["response_length"] = getattr(getattr(experiment, "ppo", None), "response_length", None)
+    return limits
+
+
+def tokenizer_of(experiment: Any, home: Path) -> tuple[PreTrainedTokenizerBase | None, str]:
+    """Load the tokenizer of the published base model, otherwise that of model.name_or_path.
+
+    Args:
+        experiment: The validated config.
+        home: The folder of the experiment's artifacts.
+
+    Returns:
+        The tokenizer, or None if there is none on this machine; and a note that says which it is, or
+        why there is none.
+    """
+    model_name = getattr(experiment.model, "name_or_path", None)
+    template = getattr(experiment.model, "chat_template", None)
+    variables = getattr(experiment.model, "chat_template_kwargs", None)
+    published = home / "base" / "model"
+    folders = [published]
+    if model_name:
+        folders.append(Path(model_name).expanduser())
+    if template is not None or variables is not None:
+        folders.reverse()  # base's tokenizer may be older than these settings
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    if folder is None:
+        return None, "none on this machine yet (`base` publishes it); lengths are in words"
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if folder != published:
+            prepare_as_base_does(tokenizer, template, variables)
+    except Exception as error:  # the tokenizers library raises nothing finer, and a template anything
+        return None, f"{folder} cannot be loaded ({first_line(error)}); lengths are in words"
+    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
+        return None, f"{folder} has no chat template or no EOS; lengths are in words"
+    return tokenizer, str(folder)
+
+
+def prepare_as_base_does(tokenizer: PreTrainedTokenizerBase, template: str | None, variables: dict | None) -> None:
+    """Give a tokenizer the chat template and the EOS with which `base` will publish it.
+
+    Args:
+        tokenizer: The tokenizer of the model that `base` starts from.
+        template: The file that model.chat_template names.
+        variables: model.chat_template_kwargs.
+    """
+    if template is not None:
+        tokenizer.chat_template = Path(template).expanduser().read_text(encoding="utf-8")
+    if tokenizer.chat_template is None:
+        return
+    if variables:
+        tokenizer.chat_template = with_variables(tokenizer.get_chat_template(), variables)
+    tokenizer.eos_token = end_of_turn(tokenizer) or tokenizer.eos_token

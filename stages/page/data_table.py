@@ -1,0 +1,138 @@
+"""List the data of a run: files, rows and the stages that read them."""
+
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+from stages.page.manifests import Manifest, metrics_of, ordered, section, sha256_of
+from stages.page.numbers import NONE
+from stages.page.table import Cell, Table, dense
+
+KINDS = ("documents", "demonstrations", "prompts", "evaluation_prompts", "rankings")
+"""The kinds of data, in the order of the table."""
+
+
+@dataclass
+class Source:
+    """Where a kind of data comes from."""
+
+    recorded: dict[str, Any]
+    """What a manifest records of the source."""
+    digest: str | None
+    """The SHA-256 of the file, where it is known."""
+    readers: list[str] = field(default_factory=list)
+    """The stages that read it."""
+
+
+def data_table(manifests: dict[str, Manifest], results: dict[str, Any]) -> Table | None:
+    """List the data by kind.
+
+    Rows are those of the file. Data on the Hub are not counted before they are read; for those, the
+    rows that a stage used are given.
+
+    Args:
+        manifests: Stage → its manifest.
+        results: results.json, completed.
+
+    Returns:
+        The table, or None where no manifest records any data.
+    """
+    sources = sources_of(manifests)
+    used = used_rows(manifests, results)
+    rows = [row_of(kind, sources[kind], metrics_of(manifests, "world").get(kind), used.get(kind))
+            for kind in KINDS if kind in sources]  # fmt: skip
+    if "rankings" in manifests and "rankings" not in sources:
+        rows.append(sampled_rankings(manifests))
+    if not rows:
+        return None
+    head = ("data", "file", "rows", "read by", "sha256")
+    return dense(Table("Data by kind", head, tuple(rows), frozenset({0, 1, 3, 4})))
+
+
+def sources_of(manifests: dict[str, Manifest]) -> dict[str, Source]:
+    """Return kind → its source, as the first stage that read it records it."""
+    sources: dict[str, Source] = {}
+    for stage, manifest in ordered(manifests):
+        for kind, recorded in section(manifest, "data").items():
+            if not isinstance(recorded, dict):
+                continue
+            digest = manifest["inputs"].get(f"data:{kind}")
+            if not digest and recorded["path"] == "world":
+                digest = sha256_of(manifests, "world", f"{kind}.jsonl")
+            sources.setdefault(kind, Source(recorded, digest)).readers.append(stage)
+    return sources
+
+
+def row_of(kind: str, source: Source, written: int | None, used: int | None) -> tuple[Cell, ...]:
+    """Return the row of a kind of data.
+
+    Args:
+        kind: The kind.
+        source: Its source.
+        written: How many rows the stage world wrote of it.
+        used: How many rows a stage says that it used.
+    """
+    recorded = source.recorded
+    is_world = recorded["path"] == "world"
+    count = written if is_world else recorded.get("rows")
+    read = rows_read(count, recorded)
+    text = NONE if used is None else f"{used:,} used"
+    if read is not None:
+        text = f"{read:,}"
+    whole = f"of {count:,} in the file" if read != count else ""
+    if is_world:
+        file = Cell(f"{kind}.jsonl", "from the embedded world")
+    else:
+        file = Cell(file_name(recorded), part_of(recorded))
+    return (Cell(kind.replace("_", " ")), file, Cell(text, whole), Cell(", ".join(source.readers)),
+            Cell((source.digest or NONE)[:12], code=True))  # fmt: skip
+
+
+def sampled_rankings(manifests: dict[str, Manifest]) -> tuple[Cell, ...]:
+    """Return the row of rankings that simulated labelers made."""
+    count = metrics_of(manifests, "rankings").get("rankings")
+    readers = [stage for stage, manifest in ordered(manifests) if "rankings" in manifest["inputs"]]
+    digest = sha256_of(manifests, "rankings", "train.jsonl") or NONE
+    file = Cell("train.jsonl, validation.jsonl", "SFT's samples, ranked by simulated labelers")
+    return (Cell("rankings"), file, Cell(NONE if count is None else f"{count:,}"), Cell(", ".join(readers)),
+            Cell(digest[:12], code=True))  # fmt: skip
+
+
+def rows_read(count: int | None, recorded: dict[str, Any]) -> int | None:
+    """Return how many of a file's `count` rows were read: those after `skip`, at most `limit`."""
+    if count is None:
+        return None
+    remaining = max(0, count - (recorded.get("skip") or 0))
+    return remaining if recorded.get("limit") is None else min(remaining, recorded["limit"])
+
+
+def used_rows(manifests: dict[str, Manifest], results: dict[str, Any]) -> dict[str, int | None]:
+    """Return kind → the rows that a stage says it used."""
+    return {
+        "demonstrations": metrics_of(manifests, "sft").get("rows"),
+        "rankings": metrics_of(manifests, "rankings").get("rankings"),
+        "evaluation_prompts": results.get("prompts"),
+    }
+
+
+def file_name(recorded: dict[str, Any]) -> str:
+    """Return the name of a file without its folder, or the whole name of a data set on the Hub."""
+    path = recorded["path"]
+    is_on_hub = "asked_revision" in recorded or recorded.get("revision")
+    return path if is_on_hub else PurePath(path).name or path
+
+
+def part_of(recorded: dict[str, Any]) -> str:
+    """Say which part of a source was read, and at which commit."""
+    parts = []
+    if recorded.get("split") not in (None, "train"):
+        parts.append(f"split {recorded['split']}")
+    if recorded.get("subset"):
+        parts.append(f"subset {recorded['subset']}")
+    if recorded.get("revision"):
+        parts.append(f"commit {recorded['revision'][:7]}")
+    if recorded.get("skip"):
+        parts.append(f"after the first {recorded['skip']:,}")
+    if recorded.get("limit"):
+        parts.append(f"at most {recorded['limit']:,} rows")
+    return ", ".join(parts)

@@ -1,0 +1,115 @@
+"""Build the tables of results: of the policies and of the reward model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from stages.page.numbers import NONE, number, percent
+from stages.page.sentences import marks
+from stages.page.table import Cell, Table, dense, estimate_cell, gold_cell, policy_cell, share_cell, value_cell
+
+MANY = 10
+"""Rows above which a table of labelers is folded."""
+
+
+# -- policies ------------------------------------------------------------------------------------
+
+
+def policy_tables(results: dict[str, Any], names: dict[str, str]) -> list[Table]:
+    """Return the tables of policies, of gold in parts and of the reward model.
+
+    Args:
+        results: results.json, completed.
+        names: Policy → its name on the page.
+    """
+    policies = results["policies"]
+    rows = tuple(policy_row(name, policy, names) for name, policy in policies.items())
+    columns = ("policy", "gold, 95 % interval", "gold on held-out tasks", "reward model score",
+               "win rate against SFT", "KL to SFT, nats per response", "length, tokens", "ended by itself",
+               "pretraining perplexity")  # fmt: skip
+    tables = [Table("Policies on the evaluation prompts", columns, rows)]
+    if results["judge"] == "gold":
+        rows = tuple(gold_row(name, policy, names) for name, policy in policies.items())
+        columns = ("policy", "helpful", "honest", "harmless", "overall, on known tasks")
+        tables.append(Table("Gold in parts", columns, rows))
+    tables += reward_model_table(results["reward_model"])
+    return [dense(table) for table in tables]
+
+
+def policy_row(name: str, policy: dict[str, Any], names: dict[str, str]) -> tuple[Cell, ...]:
+    """Return a policy's row of the main table."""
+    ci95 = policy["ci95"]
+    gold = gold_cell(policy["gold"])
+    return (
+        policy_cell(name, names, marks(policy)),
+        Cell(gold.text, gold.small, strong=True),
+        gold_cell(policy["gold_held_out_tasks"]),
+        value_cell(policy["score"], 2, ci95["score"]),
+        estimate_cell(None if name == "sft" else policy["win_rate_vs_sft"], 3),
+        value_cell(policy["kl_to_sft"], 2, ci95["kl_to_sft"]),
+        value_cell(policy["length"], 1, ci95["length"]),
+        Cell(percent(policy["eos_rate"], 1)),
+        value_cell(policy["pretrain_perplexity"], 2, ci95["pretrain_perplexity"]),
+    )
+
+
+def gold_row(name: str, policy: dict[str, Any], names: dict[str, str]) -> tuple[Cell, ...]:
+    """Return a policy's row of the table of gold in parts."""
+    gold = policy["gold"] or {}
+    parts = [value_cell(gold.get(part), 3) for part in ("helpful", "honest", "harmless")]
+    return (policy_cell(name, names), *parts, gold_cell(policy["gold_known_tasks"]))
+
+
+# -- the reward model ----------------------------------------------------------------------------
+
+
+def reward_model_table(reward_model: dict[str, Any]) -> list[Table]:
+    """Return the table of the reward model on held-out pairs; none where it was not measured."""
+    if number(reward_model["accuracy"]) is None:
+        return []
+    orders = reward_model["orders_as_gold"] or {}
+    known, held_out = (orders.get(half) or {} for half in ("known_tasks", "held_out_tasks"))
+    columns = ("model", "accuracy, 95 % interval", "best possible on these labels", "two labelers agree",
+               "held-out pairs", "calibration error (ECE)", "orders responses as gold does, known tasks",
+               "orders responses as gold does, held-out tasks")  # fmt: skip
+    row = (
+        Cell("reward model", tone="rm"),
+        share_cell(reward_model["accuracy"], reward_model["accuracy_ci95"]),
+        share_cell(reward_model["accuracy_ceiling"]),
+        share_cell(reward_model["labeler_agreement"]),
+        Cell(NONE if reward_model["n_pairs"] is None else f"{reward_model['n_pairs']:,}"),
+        value_cell(reward_model["ece"], 3),
+        share_cell(known.get("value"), known.get("ci95")),
+        share_cell(held_out.get("value"), held_out.get("ci95")),
+    )
+    return [Table("The reward model on held-out pairs", columns, (row,))]
+
+
+def accuracy_tables(rm: dict[str, Any]) -> list[Table]:
+    """Return the reward model's accuracy in parts, and how often two labelers agree.
+
+    Args:
+        rm: Metrics of the manifest of rm. Parts that an older version lacks give no table.
+    """
+    tables = []
+    for key, label, which in (
+        ("accuracy_by_k", "Accuracy by K, the responses per ranking", "K"),
+        ("accuracy_by_labeler", "Accuracy by labeler", "labeler"),
+    ):
+        parts = rm.get(key) or {}
+        rows = tuple(
+            (Cell(name), share_cell(part["accuracy"], part.get("accuracy_ci95")), Cell(f"{part['n_pairs']:,}"))
+            for name, part in parts.items()
+        )
+        tables.append(Table(label, (which, "accuracy, 95 % interval", "pairs"), rows, folded=fold(label, rows)))
+    label = "How often two labelers agree"
+    pairs = rm.get("agreement_by_labelers") or {}
+    rows = tuple(
+        (Cell(name), share_cell(part["agreement"]), Cell(f"{part['n_pairs']:,}")) for name, part in pairs.items()
+    )
+    tables.append(Table(label, ("labelers", "agree", "pairs"), rows, folded=fold(label, rows)))
+    return [table for table in tables if table.rows]
+
+
+def fold(label: str, rows: Sequence[Any]) -> str:
+    """Return the line that unfolds a long table; "" for a short one."""
+    return f"{label}: {len(rows)} rows" if len(rows) > MANY else ""
