@@ -1,29 +1,35 @@
-"""What can end a command, and with which exit code: see `cli.py`."""
+"""Define the errors that end a command; `pipeline/cli.py` turns each into an exit code."""
 
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """The user's mistake (exit 2): one or more lines "WHERE: what is wrong; what would be right"."""
+    """Report a mistake that the user can correct: in the config, the data or the artifacts (exit 2)."""
 
-    def __init__(self, lines: str | Iterable[str]):
+    def __init__(self, lines: str | Iterable[str]) -> None:
+        """Build the error from one line or several, "PLACE: what is wrong; what to do" each."""
         self.lines = [lines] if isinstance(lines, str) else list(lines)
         super().__init__("\n".join(self.lines))
 
 
 class Interrupted(Exception):
-    """A signal asked for a stop and the stage obeyed (exit 75), after it saved what it had; `step` of `total`
-    is done."""
+    """Report that a stage stopped because a signal asked for it, after saving its state (exit 75)."""
 
-    def __init__(self, step: int | None = None, total: int | None = None):
+    def __init__(self, step: int | None = None, total: int | None = None) -> None:
+        """Build the error from the steps that are done and the steps in all, if they are known."""
         self.step, self.total = step, total
         super().__init__(f"stopped at step {step} of {total}")
 
 
 class TrainingStopped(Exception):
-    """Training stopped itself (exit 3): a loss or gradient was not finite, or a guard fired. The message says
-    at which step."""
+    """Report that a training stopped itself (exit 3).
+
+    Its loss or gradient was not finite, or an alarm was set to stop it. The message names the step.
+    """
 
 
 class PeerLost(Exception):
-    """Another process of this run is gone, or did not answer in time (exit 1). What was saved stays."""
+    """Report that another process of this run ended, or did not answer in time (exit 1).
+
+    What was saved stays, so the run can be resumed.
+    """

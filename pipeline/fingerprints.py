@@ -106,7 +106,7 @@ def describe_today(
         if commit is not None:
             inputs[f"hub:{key}"] = commit
     fingerprint = files.sha256_json({"stage": name, **_settings(name, config), "inputs": inputs})
-    waiting, fixed = frozenset(needs) - inputs.keys(), getattr(module, "FIXED", ())
+    waiting, fixed = frozenset(needs) - inputs.keys(), module.fixed
     return Today(fingerprint, config, inputs, waiting, fixed, tuple(problems))
 
 
@@ -129,7 +129,7 @@ def _recorded(config: dict[str, Any], kind: str) -> list[Recorded]:
 
 def hub_model(module: Any, experiment: Any) -> tuple[str, str] | None:
     """(key, name) of the model on the Hub that a stage starts from; None where it starts from none."""
-    return module.hub_model(experiment) if hasattr(module, "hub_model") else None
+    return module.hub_model(experiment)
 
 
 def sources(module: Any, experiment: Any) -> dict[str, Source]:
@@ -144,9 +144,9 @@ def sources(module: Any, experiment: Any) -> dict[str, Source]:
 
 def lacking(module: Any, experiment: Any) -> list[str]:
     """Return a line for each kind of data that a stage reads and that the config gives none of."""
-    ways = getattr(module, "WITHOUT", {})
+    ways = module.without
     return [
-        f"data.{kind}: none is given, and {module.NAME} reads it; give a file or a Hub id"
+        f"data.{kind}: none is given, and {module.name} reads it; give a file or a Hub id"
         + (f", or {ways[kind]}" if kind in ways else "")
         for kind in module.reads(experiment)
         if getattr(experiment.data, kind) is None
@@ -165,7 +165,7 @@ def source_of(value: str | DataSource) -> Source:
 
 def folders(module: Any, experiment: Any) -> dict[str, Path]:
     """Model folders from outside that a stage reads, by the key that names each."""
-    return module.folders(experiment) if hasattr(module, "folders") else {}
+    return module.folders(experiment)
 
 
 def compare(name: str, record: dict[str, Any], today: Today) -> list[Change]:

@@ -1,10 +1,11 @@
-"""Commands that a line advises, as the user can copy them: with the program, config, artifacts and settings of the
-command that says it.
+"""Fill in the commands that messages advise, so that the user can copy them as they are.
 
-Code writes `rlhf run sft -c CONFIG --force` in backticks, and knows nothing of the command line; what prints the line
-fills it in.
+Code writes `rlhf run sft -c CONFIG --force` in backticks and knows nothing of the command line.
+Where the line is printed, the program, the config, the artifacts and the settings of the running
+command are filled in.
 """
 
+import argparse
 import os
 import re
 import shlex
@@ -19,12 +20,14 @@ COMMAND = re.compile(r"`rlhf ([^`]*)`")
 
 @dataclass(frozen=True)
 class Caller:
-    """How the user calls this command. place: `-c FILE` and, where it is not the usual folder, `--artifacts DIR`; ""
-    without a config. settings: the command line's `key=value`, and flags that every command of this user needs."""
+    """Describe how the user calls the running command."""
 
     program: str = "rlhf"
+    """The program, as a shell finds it."""
     place: str = ""
+    """`-c FILE` and, unless it is the default, `--artifacts DIR`; "" without a config."""
     settings: str = ""
+    """The settings `key=value` of the command line, and flags that the user's other commands need."""
 
 
 def caller_of(
@@ -33,36 +36,52 @@ def caller_of(
     """Return the caller.
 
     Args:
-        config: the file behind -c, None without one.
-        artifacts: the folder or address behind --artifacts.
-        settings: `key=value` of the command line.
-        flags: flags that the user's other commands need as well.
+        config: The file given with -c; None without one.
+        artifacts: The folder or address given with --artifacts.
+        settings: The settings `key=value` of the command line.
+        flags: Flags that the user's other commands need as well.
     """
-    words = [] if config is None else ["-c", config]
-    words += [] if artifacts in (None, "artifacts") else ["--artifacts", artifacts]
-    return Caller(program(), shlex.join(words) if config is not None else "", shlex.join([*settings, *flags]))
+    if config is None:
+        return Caller(program(), "", shlex.join([*settings, *flags]))
+    words = ["-c", config]
+    if artifacts not in (None, "artifacts"):
+        words += ["--artifacts", str(artifacts)]
+    return Caller(program(), shlex.join(words), shlex.join([*settings, *flags]))
+
+
+def caller_from(arguments: argparse.Namespace | None) -> Caller:
+    """Return the caller for parsed arguments; None: they could not be parsed."""
+    if arguments is None:
+        return caller_of(None, None)
+    flags = ["--trust-remote-code"] if arguments.trust_remote_code else []
+    return caller_of(arguments.config, arguments.artifacts, arguments.overrides, flags)
 
 
 def program() -> str:
-    """Return the name under which this command was started: `rlhf` where a shell finds it, otherwise its path."""
+    """Return the name that starts this command again: `rlhf` if a shell finds it, otherwise its path."""
     called = sys.argv[0]
     if called.endswith(os.path.join("pipeline", "cli.py")):
         python = Path(sys.executable)
-        own = os.path.relpath(python) if python.is_relative_to(Path.cwd()) else str(python)
-        return f"{shlex.quote(own)} -m pipeline.cli"
+        text = os.path.relpath(python) if python.is_relative_to(Path.cwd()) else str(python)
+        return f"{shlex.quote(text)} -m pipeline.cli"
     if Path(called).name != "rlhf" or not Path(called).is_file():
-        return "rlhf"  # in another program
-    found = shutil.which("rlhf")
-    if found is not None and os.path.samefile(found, called):
+        return "rlhf"  # called from another program
+    in_path = shutil.which("rlhf")
+    if in_path is not None and os.path.samefile(in_path, called):
         return "rlhf"
     path = Path(called).absolute()
     return shlex.quote(os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path))
 
 
 def filled(text: str, caller: Caller) -> str:
-    """Return a line with the commands in it as this caller would type them: CONFIG replaced, settings at the end."""
+    """Return a line in which each command reads as this caller would type it.
 
-    def command(match: re.Match) -> str:
+    Args:
+        text: The line, with commands such as `rlhf run sft -c CONFIG` in backticks.
+        caller: How the user calls the running command.
+    """
+
+    def command(match: re.Match[str]) -> str:
         words = match[1]
         if caller.place and "-c CONFIG" in words:
             words = words.replace("-c CONFIG", caller.place, 1)

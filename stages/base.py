@@ -23,7 +23,8 @@ from stages.models.publish import given_model
 from stages.models.remote_code import is_remote, scalar_problem, write_scalar_head
 from stages.models.tokens import settle_tokens
 from stages.rollouts.trial import CACHE, reading_problem
-from stages.settings.base import template_file
+from stages.settings.base import BaseSettings, template_file
+from stages.settings.experiment import Experiment
 from stages.settings.training import total_steps
 from stages.shared.cards import card
 from stages.shared.inputs import split_documents
@@ -32,7 +33,7 @@ from stages.shared.show import count
 from stages.training.text import train_language_model
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[BaseSettings, Experiment]) -> dict:
     """→ model/ with tokenizer and chat template."""
     m, c = ctx.experiment.model, ctx.config
     if m.name_or_path is not None:

@@ -23,6 +23,8 @@ from stages.models.loading import load_policy, load_tokenizer
 from stages.models.sharding import is_sharded, publishable
 from stages.objectives.logprobs import sequence_logps
 from stages.objectives.losses import chosen_loss, dpo_loss, plackett_luce_loss
+from stages.settings.dpo import DPOSettings
+from stages.settings.experiment import Experiment
 from stages.settings.training import total_steps
 from stages.shared.cards import ANSWER, card
 from stages.shared.disk import say_written
@@ -42,7 +44,7 @@ from stages.training.loop import fit, make_accelerator, make_trainee, pause_if_a
 from stages.training.schedule import learning_rate_at
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
     """→ model/, a policy."""
     m, c = ctx.experiment.model, ctx.config
     source = ctx.inputs["sft"] / "model"

@@ -28,12 +28,14 @@ from stages.page.results import NAMES, complete
 from stages.page.sentences import judge_of, notes, summary, tiles
 from stages.page.settings_table import settings_table
 from stages.settings.changed import defaults_of
+from stages.settings.experiment import Experiment
+from stages.settings.report import ReportSettings
 
 if TYPE_CHECKING:
     import jinja2
 
 
-def run(ctx: StageRun) -> dict[str, Any]:
+def run(ctx: StageRun[ReportSettings, Experiment]) -> dict[str, Any]:
     """Write index.html and plots/*.png.
 
     Returns:

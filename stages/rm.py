@@ -36,8 +36,9 @@ from stages.models.forward import response_scores, score_all
 from stages.models.loading import load_tokenizer, new_reward_model
 from stages.models.sharding import full, is_sharded, publishable
 from stages.objectives.losses import plackett_luce_loss, ranking_loss
-from stages.settings.checks import reward_models
-from stages.settings.rm import Config
+from stages.settings.experiment import Experiment
+from stages.settings.policies import reward_models
+from stages.settings.rm import RMSettings
 from stages.settings.training import total_steps
 from stages.shared.cards import SCORE, card
 from stages.shared.disk import say_written
@@ -56,7 +57,7 @@ from stages.training.loop import fit, make_accelerator, make_trainee
 from stages.training.schedule import learning_rate_at
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
     """→ model/, an AutoModelForSequenceClassification with one label and reward_bias; ensemble/1/, … and held_out/model
     if asked for."""
     c, source = ctx.config, ctx.inputs["sft"] / "model"
@@ -229,7 +230,7 @@ def look_at_held(ctx: StageRun, tools, held, poll=lambda: None) -> tuple[list[fl
     return margins, owners, sum(value for _, value in found)
 
 
-def loss_of(c: Config, batch, scores, prompts: int):
+def loss_of(c: RMSettings, batch, scores, prompts: int):
     """The loss of a micro-batch, divided by the whole batch's prompts."""
     if c.loss_type == "plackett_luce":
         return plackett_luce_loss(scores, batch.winners, batch.losers, batch.choice, batch.choice_weights, prompts)

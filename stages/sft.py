@@ -15,6 +15,8 @@ from pipeline.launch import parallel
 from pipeline.stage import StageRun
 from stages.models.adapters import save_merged, trainable, with_adapter
 from stages.models.loading import load_policy, load_tokenizer
+from stages.settings.experiment import Experiment
+from stages.settings.sft import SFTSettings
 from stages.settings.training import total_steps
 from stages.shared.cards import ANSWER, card
 from stages.shared.inputs import read_placed, split_documents
@@ -25,7 +27,7 @@ from stages.training.loop import Trainee, has_settings_of_today
 from stages.training.text import train_language_model
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
     """→ model/, with the tokenizer and chat template of base; and ppo_init/ if asked for. An adapter apart is one on
     base's model."""
     m, c = ctx.experiment.model, ctx.config

@@ -47,7 +47,7 @@ def test_imports_between_rooms(path):
     name, room = name_of(path), name_of(path).split(".")[0]
     own = {other for other in ours(path) if other.split(".")[0] == room}
     foreign = ours(path) - own
-    if name == "pipeline.cli":  # names the stages, and looks at data files
+    if name in ("pipeline.api", "pipeline.commands"):  # these name the stages, and inspect data files
         return
     if room == "data":  # and only the errors' class of the pipeline
         foreign -= {"pipeline.errors", "pipeline.errors.UserError"}
@@ -172,33 +172,70 @@ def configs():
 
 @pytest.mark.parametrize("path", configs(), ids=lambda path: path.name if path else "none")
 def test_every_shipped_config_validates(path, monkeypatch):
-    from pipeline import cli
-    from pipeline.config.validation import experiment_type, load_experiment
+    from pipeline import api
 
     assert path is not None, "configs/ is empty"
     monkeypatch.chdir(ROOT)
-    stages = cli.stage_modules()
-    assert tuple(stages) == cli.STAGES
-    sections = {name: module.Config for name, module in stages.items()}
-    checks = [module.check for module in stages.values() if hasattr(module, "check")]
-    experiment = load_experiment(path, [], experiment_type(sections), checks)
-    assert experiment.name == path.stem
+    assert api.load_experiment(path).name == path.stem
 
 
 def test_every_setting_says_what_it_means():
-    from pipeline import cli
-    from pipeline.config.validation import COMMON, describe
+    from pipeline import api
+    from pipeline.config.help import describe
 
-    sections = {name: module.Config for name, module in cli.stage_modules().items()} | COMMON
-    rows = [row for name, section in sections.items() for row in describe(section, name)]
-    assert not [key for key, _, _, _, description in rows if not description]
+    assert not [row.key for row in describe(api.experiment_class(), "") if not row.meaning]
 
 
 def test_stages_declare_what_the_pipeline_asks():
-    from pipeline import cli
+    from pipeline import api
 
-    for name, module in cli.stage_modules().items():
-        assert name == module.NAME
-        for attribute in ("Config", "METRICS", "HEADLINE", "needs", "reads", "run"):
-            assert hasattr(module, attribute), f"stages/{name}.py has no {attribute}"
-        assert all(sentence.strip() for sentence in module.METRICS.values())
+    stages = api.stages()
+    assert tuple(stages) == api.STAGES
+    for name, stage in stages.items():
+        assert name == stage.name and stage.summary.endswith(".")
+        assert api.experiment_class().model_fields[name].annotation is stage.settings
+        assert all(sentence.strip() for sentence in stage.metrics.values())
+        late = [
+            need
+            for need in stage.needs(api.experiment_class()(name="a"))
+            if need in list(stages)[: [*stages].index(name)]
+        ]
+        assert late == stage.needs(api.experiment_class()(name="a")), f"{name} needs a stage that comes after it"
+
+
+TORCH_FREE = ("torch", "transformers", "datasets", "trl", "accelerate", "peft")
+
+
+def imported_by(code, *words):
+    """Run code in a fresh process; return which of TORCH_FREE it imported, and what it printed."""
+    code += f"\nimport sys; print('IMPORTED', sorted(set({TORCH_FREE!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.rpartition("IMPORTED ")[2].strip(), done.stdout + done.stderr
+
+
+def test_declarations_import_no_torch():
+    names = [name for name in map(name_of, MODULES) if name.startswith("stages.settings")]
+    imported, _ = imported_by(f"import importlib\nfor name in {names!r}: importlib.import_module(name)")
+    assert imported == "[]" and "stages.settings.experiment" in names
+
+
+@pytest.mark.parametrize(
+    "words, code",
+    [
+        ("--version", 0),
+        ("run --help", 0),
+        ("run ppo --help", 0),
+        ("status -c configs/tiny.yaml", 0),
+        ("status -c configs/tiny.yaml ppo.kl_coef=high", 2),
+        ("run sft -c configs/tiny.yaml sft.max_length=1000", 2),
+        ("run sft -c configs/none.yaml", 2),
+        ("data check FILE", 0),
+        ("init -o FOLDER/my.yaml --model org/model --data FILE", 0),
+    ],
+)
+def test_quick_commands_import_no_torch(words, code, tmp_path):
+    (tmp_path / "demonstrations.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    words = words.replace("FILE", str(tmp_path / "demonstrations.jsonl")).replace("FOLDER", str(tmp_path))
+    call = f"from pipeline.cli import main\nassert main({[*words.split()]!r}) == {code}"
+    assert imported_by(call)[0] == "[]"

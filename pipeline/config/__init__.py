@@ -1,1 +1,1 @@
-"""The YAML of an experiment: reading, validation, help."""
+"""Parse, validate and describe the YAML of an experiment."""

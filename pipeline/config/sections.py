@@ -1,98 +1,95 @@
-"""The sections that every experiment has beside its stages', and what a source of data or a model may be
-named."""
+"""Define the sections that every experiment has, whatever its stages are.
+
+It also decides whether a path in a config names a local file, a package or a repository on the Hub.
+"""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-# What every config model says of itself: stages use it too.
-STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+from pipeline.config.section import Section, setting
 
 KINDS = ("documents", "demonstrations", "prompts", "evaluation_prompts", "rankings")
+OF_WORLD = ("documents", "demonstrations", "prompts", "evaluation_prompts")  # the stage `world` writes these
 
 HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 PACKAGE = re.compile(r"package:[A-Za-z0-9._-]+")
 FILE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".md", ".yaml", ".yml")
 FILE_SUFFIXES += (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".gguf", ".safetensors", ".bin", ".pt")
 
+TemplateValue = bool | int | float | str | list[Any] | dict[str, Any]  # what YAML can hold, except null
 
-class PeftConfig(BaseModel):
-    model_config = STRICT
+
+class PeftSettings(Section):
+    """Choose how adapters are trained instead of all weights."""
+
     method: Literal[
         "lora", "dora", "ia3", "bitfit", "adalora", "qlora", "prompt_tuning", "prefix_tuning", "p_tuning"
-    ] = Field(
+    ] = setting(
         "lora",
-        description="lora, dora, adalora (lora that moves rank between layers), ia3, bitfit (biases alone) or qlora "
-        "(lora on a quantized base); the others are refused, with the reason",
+        "adapter method: lora, dora, adalora (lora that moves rank between layers), ia3, bitfit (trains only biases) "
+        "or qlora (lora on a quantized base model); the other three are refused with the reason",
     )
-    r: int = Field(
-        16, ge=1, description="rank of the adapter matrices (lora, dora, qlora; adalora: in the end, on average)"
+    r: int = setting(
+        16, "rank of the adapter matrices (lora, dora, qlora; for adalora the final rank, on average)", ge=1
     )
-    lora_alpha: int = Field(
-        32, ge=1, description="adapters are scaled by lora_alpha / r (lora, dora, qlora; adalora: / init_r)"
+    lora_alpha: int = setting(
+        32, "adapters are scaled by lora_alpha / r (lora, dora, qlora; for adalora by lora_alpha / init_r)", ge=1
     )
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout in front of the adapters (not ia3, bitfit)")
-    init_r: int | None = Field(
-        None, ge=1, description="rank that adalora begins with and prunes; null = 1.5 × r, rounded up"
+    lora_dropout: float = setting(0.0, "dropout on the input of the adapters (unused by ia3 and bitfit)", ge=0, lt=1)
+    init_r: int | None = setting(
+        None, "rank that adalora starts with before it prunes; null: 1.5 × r, rounded up", ge=1
     )
-    target_modules: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="names of the layers that get an adapter (not ia3, bitfit)"
+    target_modules: Literal["all-linear"] | list[str] = setting(
+        "all-linear", "names of the layers that get an adapter (unused by ia3 and bitfit)"
     )
-    bits: Literal[4, 8] | None = Field(
+    bits: Literal[4, 8] | None = setting(
         None,
-        description="what qlora holds frozen linear layers in: 4 (NF4 with quantized scales) or 8 (a scale a row); "
-        "null = 4",
-        json_schema_extra={"unit": "bits"},
+        "precision of the frozen linear layers under qlora: 4 (NF4 with quantized scales) or 8 (one scale per row); "
+        "null: 4",
+        "bits",
     )
 
 
-TemplateValue = bool | int | float | str | list[Any] | dict[str, Any]  # as YAML has them; no null at the top
+class ModelSettings(Section):
+    """Choose the base model, or the shape of one that is trained from scratch."""
 
-
-class ModelConfig(BaseModel):
-    model_config = STRICT
-    name_or_path: str | None = Field(
-        None, description="folder, Hub id or package:NAME to start from; null = from scratch, in the shape below"
+    name_or_path: str | None = setting(
+        None, "base model: a folder, a Hub id or package:NAME; null: train from scratch, with the shape below"
     )
-    revision: str | None = Field(
-        None, description="branch, tag or commit of that Hub id; null = main. The commit it stands for is recorded"
+    revision: str | None = setting(
+        None, "branch, tag or commit of the Hub id; null: main. The commit it resolves to is recorded"
     )
-    chat_template: str | None = Field(
-        None, description="file with a Jinja chat template in the place of the model's own; null = the model's own"
+    chat_template: str | None = setting(
+        None, "file with a Jinja chat template that replaces the model's; null: the model's own template"
     )
-    chat_template_kwargs: dict[str, TemplateValue] | None = Field(
-        None,
-        description="variables of the chat template that are set for good, as {enable_thinking: false}; null = none",
+    chat_template_kwargs: dict[str, TemplateValue] | None = setting(
+        None, "variables passed to the chat template every time, such as {enable_thinking: false}; null: none"
     )
-    hidden_size: int = Field(128, ge=1, description="width, from scratch")
-    num_hidden_layers: int = Field(5, ge=1, description="layers, from scratch")
-    num_attention_heads: int = Field(4, ge=1, description="attention heads, from scratch; they divide hidden_size")
-    intermediate_size: int = Field(384, ge=1, description="width of the feed-forward layers, from scratch")
-    max_position_embeddings: int = Field(
-        512, ge=2, description="context, from scratch", json_schema_extra={"unit": "tokens"}
-    )
-    vocab_size: int = Field(
-        1024,
-        ge=8,
-        description="upper bound of the tokenizer trained from scratch",
-        json_schema_extra={"unit": "tokens"},
-    )
-    dtype: Literal["float32", "bfloat16", "auto"] = Field(
+    hidden_size: int = setting(128, "width of the model, from scratch", ge=1)
+    num_hidden_layers: int = setting(5, "number of layers, from scratch", ge=1)
+    num_attention_heads: int = setting(4, "attention heads, from scratch; must divide hidden_size", ge=1)
+    intermediate_size: int = setting(384, "width of the feed-forward layers, from scratch", ge=1)
+    max_position_embeddings: int = setting(512, "context length, from scratch", "tokens", ge=2)
+    vocab_size: int = setting(1024, "largest vocabulary of the tokenizer trained from scratch", "tokens", ge=8)
+    dtype: Literal["float32", "bfloat16", "auto"] = setting(
         "float32",
-        description="what products are computed in; auto = bfloat16 where the hardware has it; trained weights stay "
-        "float32",
+        "precision of the computation; auto: bfloat16 where the hardware supports it. Trained weights stay in float32",
     )
-    publish_dtype: Literal["bfloat16", "as_given"] | None = Field(
+    publish_dtype: Literal["bfloat16", "as_given"] | None = setting(
         None,
-        description="what published weights are written in: bfloat16 halves a folder and rounds what the next stage "
-        "begins with and what evaluate reads (checkpoints and training stay float32); as_given = as the model of "
-        "name_or_path has them; null or float32 = float32",
+        "precision of published weights. bfloat16 halves the size of a folder, and rounds the weights that the next "
+        "stage starts from and that evaluate reads (checkpoints and training stay in float32); as_given: the "
+        "precision of the model in name_or_path; null or float32: float32",
     )
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel")
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more compute")
-    peft: PeftConfig | None = Field(None, description="train adapters instead of all weights; null = all weights")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = setting("sdpa", "attention kernel")
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass: less memory, about a third more compute"
+    )
+    peft: PeftSettings | None = setting(None, "train adapters instead of all weights; null: train all weights")
 
     @field_validator("publish_dtype", mode="before")
     @classmethod
@@ -100,141 +97,144 @@ class ModelConfig(BaseModel):
         return None if value == "float32" else value
 
 
-class DataSource(BaseModel):
-    model_config = STRICT
-    path: str = Field(description="local file, or Hub id org/name")
-    split: str = Field("train", description="split of a Hub dataset")
-    subset: str | None = Field(None, description="subset (configuration) of a Hub dataset")
-    revision: str | None = Field(
-        None, description="branch, tag or commit of a Hub dataset; null = main. The commit it stands for is recorded"
+class DataSource(Section):
+    """Name a file or a Hub dataset, and which of its records to use."""
+
+    path: str = setting(..., "local file, or Hub id org/name")
+    split: str = setting("train", "split of a Hub dataset")
+    subset: str | None = setting(None, "subset (configuration) of a Hub dataset")
+    revision: str | None = setting(
+        None, "branch, tag or commit of a Hub dataset; null: main. The commit it resolves to is recorded"
     )
-    skip: int = Field(0, ge=0, description="pass over the first ones", json_schema_extra={"unit": "records"})
-    limit: int | None = Field(None, ge=1, description="take only so many", json_schema_extra={"unit": "records"})
+    skip: int = setting(0, "number of records to skip at the start", "records", ge=0)
+    limit: int | None = setting(None, "largest number of records to use; null: all", "records", ge=1)
 
 
 _SOURCE = (
-    "world = written by the stage world; or a path; or a Hub id; or {path, split, subset, revision, skip, limit}; or "
-    "null = none. Not set: world, or none beside data of your own"
+    "world: generated by the stage world; or a path; or a Hub id; or {path, split, subset, revision, skip, limit}; or "
+    "null: none. Default: world, or none as soon as any data of your own is set"
 )
-OF_WORLD = ("documents", "demonstrations", "prompts", "evaluation_prompts")  # kinds that the stage world writes
 
 
-class DataConfig(BaseModel):
-    model_config = STRICT
-    documents: str | DataSource | None = Field("world", description=f"text to pretrain on. {_SOURCE}")
-    demonstrations: str | DataSource | None = Field("world", description=f"prompts with good answers. {_SOURCE}")
-    prompts: str | DataSource | None = Field(
-        "world", description=f"prompts to rank responses for and to run PPO on. {_SOURCE}"
+class DataSettings(Section):
+    """Say where each kind of data comes from."""
+
+    documents: str | DataSource | None = setting("world", f"text to pretrain on. {_SOURCE}")
+    demonstrations: str | DataSource | None = setting("world", f"prompts with good responses. {_SOURCE}")
+    prompts: str | DataSource | None = setting(
+        "world", f"prompts whose responses are ranked and that PPO trains on. {_SOURCE}"
     )
-    evaluation_prompts: str | DataSource | None = Field(
+    evaluation_prompts: str | DataSource | None = setting(
         "world",
-        description="prompts that only `evaluate` sees; without any it takes those of the demonstrations that sft held "
-        f"out. {_SOURCE}",
+        "prompts that only `evaluate` uses; without them it uses the prompts of the demonstrations that sft held out. "
+        f"{_SOURCE}",
     )
-    rankings: str | DataSource | None = Field(
+    rankings: str | DataSource | None = setting(
         None,
-        description="rankings by people (path or Hub id); null = the simulated labelers rank SFT's samples, if prompts "
-        "are the world's, else none",
+        "rankings by people (a path or a Hub id). null: if the prompts are the world's, simulated labelers rank "
+        "samples of the SFT model; otherwise there are no rankings",
     )
-    validation_fraction: float = Field(0.05, gt=0, lt=1, description="part of the records that is held out")
+    validation_fraction: float = setting(0.05, "fraction of the records that is held out", gt=0, lt=1)
 
     @model_validator(mode="before")
     @classmethod
     def _no_world_beside_own_data(cls, given: Any) -> Any:
-        """The toy world's data never slip in beside one's own: what is not set is none then."""
+        """Set every kind that is not given to null as soon as one kind is the user's own data.
+
+        Otherwise the embedded world's data would be mixed with the user's without a word.
+        """
         if not isinstance(given, dict):
             return given
         own = any(given.get(kind) not in (None, "world") for kind in OF_WORLD) or given.get("rankings") is not None
         return dict.fromkeys(OF_WORLD) | given if own else given
 
 
-class TrackingConfig(BaseModel):
-    model_config = STRICT
-    wandb: Literal["off", "online", "offline"] = Field(
-        "off", description="Weights & Biases; metrics.jsonl is always there"
+class TrackingSettings(Section):
+    """Choose where metrics are sent besides metrics.jsonl."""
+
+    wandb: Literal["off", "online", "offline"] = setting(
+        "off", "Weights & Biases; metrics.jsonl is written in any case"
     )
-    project: str = Field("rlhf", description="project in Weights & Biases")
+    project: str = setting("rlhf", "project in Weights & Biases")
 
 
-class CheckpointsConfig(BaseModel):
-    model_config = STRICT
-    every: int | None = Field(
+class CheckpointSettings(Section):
+    """Choose how often runs are saved and how many checkpoints are kept."""
+
+    every: int | None = setting(
         None,
+        "steps between two checkpoints; 0: never save; null: 50, or more where saving would take over 3.5 % of the "
+        "time",
+        "steps",
         ge=0,
-        description="how often to save; 0 = never; null = every 50, fewer where that would take over 3.5 % of the time",
-        json_schema_extra={"unit": "steps"},
     )
-    keep: int = Field(2, ge=1, description="how many checkpoints stay on disk")
+    keep: int = setting(2, "number of checkpoints kept on disk", ge=1)
 
 
-class SlurmConfig(BaseModel):
-    """Read by `rlhf run --submit slurm` alone."""
+class SlurmSettings(Section):
+    """Choose what `rlhf run --submit slurm` asks the queue for."""
 
-    model_config = STRICT
-    time: str = Field("04:00:00", pattern=r"^(\d+-)?\d+(:\d\d){0,2}$", description="limit of a job, as sbatch reads it")
-    partition: str | None = Field(None, description="sbatch's --partition")
-    account: str | None = Field(None, description="sbatch's --account")
-    gpus_per_node: int = Field(0, ge=0, description="sbatch's --gpus-per-node; launch.processes is best the same")
-    cpus_per_process: int | None = Field(None, ge=1, description="sbatch's --cpus-per-task")
-    warn_seconds: int = Field(
-        120, ge=1, description="how long before its limit a job is told to save", json_schema_extra={"unit": "seconds"}
+    time: str = setting("04:00:00", "time limit of a job, in sbatch's format", pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")
+    partition: str | None = setting(None, "sbatch's --partition")
+    account: str | None = setting(None, "sbatch's --account")
+    gpus_per_node: int = setting(
+        0, "sbatch's --gpus-per-node; launch.processes should usually be the same number", ge=0
     )
-    max_restarts: int = Field(20, ge=0, description="how often an interrupted job is queued again")
-    setup: list[str] = Field([], description="lines of shell before the job's work, as `module load …`")
-    options: list[str] = Field([], description="more of sbatch's options, as --qos=long")
+    cpus_per_process: int | None = setting(None, "sbatch's --cpus-per-task", ge=1)
+    warn_seconds: int = setting(120, "time before its limit at which a job is told to save", "seconds", ge=1)
+    max_restarts: int = setting(20, "how often an interrupted job is queued again", ge=0)
+    setup: list[str] = setting([], "shell lines to run before the job's work, such as `module load …`")
+    options: list[str] = setting([], "further options for sbatch, such as --qos=long")
 
 
-class VllmConfig(BaseModel):
-    """Read by `ppo` with ppo.rollout.engine: vllm alone."""
+class VllmSettings(Section):
+    """Choose how vLLM runs (used by ppo with ppo.rollout.engine: vllm)."""
 
-    model_config = STRICT
-    python: str | None = Field(
+    python: str | None = setting(
         None,
-        description="Python of the environment that vLLM is installed in; null = this one. It pins torch and "
-        "transformers, and is best one of its own",
+        "Python of the environment in which vLLM is installed; null: this one. vLLM pins torch and transformers, so "
+        "an environment of its own is best",
     )
-    devices: str | None = Field(
+    devices: str | None = setting(
         None,
+        'GPUs that vLLM samples on, by the machine\'s numbering, such as "6,7"; null: those of rank 0',
         pattern=r"^\d+(,\d+)*$",
-        description='GPUs that vLLM samples on, by the machine\'s numbers, as "6,7"; null = those of the first process',
     )
-    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share vLLM's copy of the policy")
-    gpu_memory_utilization: float = Field(
-        0.3, gt=0, le=1, description="share of its GPUs' memory (without one: of the machine's) that vLLM takes"
+    tensor_parallel_size: int = setting(1, "number of GPUs that share vLLM's copy of the policy", ge=1)
+    gpu_memory_utilization: float = setting(
+        0.3, "fraction of its GPUs' memory that vLLM takes (without a GPU: of the machine's memory)", gt=0, le=1
     )
-    folder: str | None = Field(
+    folder: str | None = setting(
         None,
-        description="where the policy's weights are handed over, half a model of files (with bfloat16); null = the "
-        "stage's folder; one in memory, as /dev/shm, is quicker",
+        "folder through which the policy's weights are handed to vLLM (with bfloat16 half the model's size); null: "
+        "the stage's folder; one in memory, such as /dev/shm, is faster",
     )
-    options: dict[str, Any] = Field({}, description="more of vllm.LLM's arguments, as {enforce_eager: true}")
+    options: dict[str, Any] = setting({}, "further arguments for vllm.LLM, such as {enforce_eager: true}")
 
 
-class LaunchConfig(BaseModel):
-    model_config = STRICT
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute; auto = cuda if it is there")
-    threads: int | None = Field(
-        None, ge=1, description="CPU threads of a process; null = all cores, divided among its processes"
+class LaunchSettings(Section):
+    """Choose devices, threads and processes."""
+
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "device to compute on; auto: cuda if available")
+    threads: int | None = setting(
+        None, "CPU threads of each process; null: all cores, divided among the processes", ge=1
     )
-    processes: int = Field(
+    processes: int = setting(
         1,
+        "number of processes on this machine that share each stage's work; they split each batch, so the result "
+        "equals that of one process up to the order of summation",
         ge=1,
-        description="processes that share each stage's work on this machine; they split a batch, so the result is one "
-        "process's to the order of sums",
     )
-    strategy: Literal["ddp", "fsdp2"] = Field(
+    strategy: Literal["ddp", "fsdp2"] = setting(
         "ddp",
-        description="what each of several processes holds of models that train: all of them (ddp), or its share of "
-        "every weight, gradient and moment (fsdp2, torch's fully_shard; others call it ZeRO-3)",
+        "how several processes hold the models they train: ddp: each holds everything; fsdp2: each holds a shard of "
+        "every weight, gradient and optimizer moment (torch's fully_shard, equivalent to ZeRO-3)",
     )
-    nodes: int = Field(1, ge=1, description="machines, with so many processes each; for --submit slurm")
-    slurm: SlurmConfig = Field(SlurmConfig(), description="what --submit slurm asks of the queue")
-    vllm: VllmConfig = Field(VllmConfig(), description="where and how vLLM runs")
-    timeout: float = Field(
-        600,
-        gt=0,
-        description="how long a process waits for another, or for vLLM, before it gives up",
-        json_schema_extra={"unit": "seconds"},
+    nodes: int = setting(1, "number of machines with that many processes each; for --submit slurm", ge=1)
+    slurm: SlurmSettings = setting(SlurmSettings(), "what --submit slurm asks the queue for")
+    vllm: VllmSettings = setting(VllmSettings(), "where and how vLLM runs")
+    timeout: float = setting(
+        600, "how long a process waits for another process, or for vLLM, before it gives up", "seconds", gt=0
     )
 
     @field_validator("strategy", mode="before")
@@ -242,14 +242,56 @@ class LaunchConfig(BaseModel):
     def _no_deepspeed(cls, value: Any) -> Any:
         if value in ("zero1", "zero2", "zero3", "deepspeed"):
             raise ValueError(
-                "should be 'fsdp2', which shares out what ZeRO-3 does, and so what ZeRO-1 and ZeRO-2 do; there is no "
-                "DeepSpeed here"
+                "should be 'fsdp2', which shards the same state as ZeRO-3 (and so covers ZeRO-1 and ZeRO-2); DeepSpeed is "
+                "not supported"
             )
         return value
 
 
+@dataclass(frozen=True)
+class ConfigFile:
+    """Where an experiment was read from."""
+
+    path: Path
+    """The YAML file."""
+    overrides: tuple[str, ...] = ()
+    """Settings given on top of the file, `key=value` each."""
+
+
+class Common(Section):
+    """Hold what every experiment has. The class with the stages' sections derives from this one."""
+
+    name: str = Field(description="name of the experiment and of its folder: letters, digits, `.`, `_`, `-`")
+    seed: int = setting(0, "seed of every random choice", ge=0, lt=2**32)
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    data: DataSettings = Field(default_factory=DataSettings)
+    tracking: TrackingSettings = Field(default_factory=TrackingSettings)
+    checkpoints: CheckpointSettings = Field(default_factory=CheckpointSettings)
+    launch: LaunchSettings = Field(default_factory=LaunchSettings)
+
+    _file: ConfigFile | None = PrivateAttr(None)
+
+    @property
+    def file(self) -> ConfigFile | None:
+        """Where it was read from; None for an experiment that Python code built."""
+        return self._file
+
+
+COMMON: dict[str, type[Section]] = {
+    "model": ModelSettings,
+    "data": DataSettings,
+    "tracking": TrackingSettings,
+    "checkpoints": CheckpointSettings,
+    "launch": LaunchSettings,
+}
+
+
 def is_hub_id(text: str) -> bool:
-    """`org/name`, unless such a path exists, a folder `org` does, or it is named like a file."""
+    """Return whether a text names a repository on the Hub.
+
+    It does if it reads `org/name`, unless such a path or a folder `org` exists here, or it has the
+    suffix of a file.
+    """
     return (
         HUB_ID.fullmatch(text) is not None
         and not text.lower().endswith(FILE_SUFFIXES)
@@ -259,20 +301,28 @@ def is_hub_id(text: str) -> bool:
 
 
 def local_folder(name_or_path: str | None) -> Path | None:
-    """The folder that model.name_or_path names; None for a Hub id, a package or a model from scratch."""
+    """Return the folder that model.name_or_path names.
+
+    Returns:
+        None for a Hub id, a package or a model trained from scratch.
+    """
     if name_or_path is None or PACKAGE.fullmatch(name_or_path) or is_hub_id(name_or_path):
         return None
     return Path(name_or_path).expanduser()
 
 
 def names_hub(tree: dict[str, Any]) -> bool:
-    """Whether a config (as read, not validated) names anything on the Hub; if not, all libraries are told to
-    stay offline."""
+    """Return whether a config, parsed but not validated, names anything on the Hub.
+
+    If it does not, all libraries are told to stay offline.
+    """
     data, model = tree.get("data"), tree.get("model")
     named = [source_path(value) for value in data.values()] if isinstance(data, dict) else []
-    named += [model.get("name_or_path")] if isinstance(model, dict) else []
+    if isinstance(model, dict):
+        named.append(model.get("name_or_path"))
     return any(isinstance(text, str) and is_hub_id(text) for text in named)
 
 
 def source_path(value: Any) -> Any:
+    """Return the path of a source of data, which is either a text or a mapping with the key `path`."""
     return value.get("path") if isinstance(value, dict) else value

@@ -1,7 +1,7 @@
-"""A YAML file and `a.b.c=value` overrides in, plain values out, with where each was written.
+"""Parse a YAML file and `a.b.c=value` overrides into plain values, and remember where each was written.
 
-Read is the small, unsurprising part of YAML 1.2: `1e-5` is a number, only true and false are booleans, `0777`
-and `12:30:00` are strings; tags, anchors, aliases and duplicate keys are errors.
+Only a small, unsurprising part of YAML 1.2 is accepted: `1e-5` is a number, only true and false are
+booleans, `0777` and `12:30:00` are strings; tags, anchors, aliases and duplicate keys are errors.
 """
 
 import json
@@ -16,8 +16,7 @@ import yaml
 from pipeline.errors import UserError
 
 MAX_BYTES, MAX_DEPTH = 2**20, 20
-YAML_REMEDY = "close every bracket and quote, indent with spaces, and put text with special signs in quotes"
-
+YAML_REMEDY = "close every bracket and quote, indent with spaces, and quote text with special characters"
 
 _NULL = re.compile(r"|~|null|Null|NULL")
 _TRUE, _FALSE = re.compile("true|True|TRUE"), re.compile("false|False|FALSE")
@@ -29,24 +28,34 @@ _FLOAT = re.compile(
 
 @dataclass
 class Tree:
-    """A config as read: plain values, where each came from ("FILE:LINE" or "override a=b"), and what was
-    wrong."""
+    """Hold a parsed config."""
 
     values: dict[str, Any]
+    """The plain values."""
     source: str
+    """The file."""
+    overrides: tuple[str, ...] = ()
+    """The settings given on top of the file."""
     origins: dict[tuple, str] = field(default_factory=dict)
+    """Where each key was written, by its path: "FILE:LINE" or "override a=b"."""
     problems: list[str] = field(default_factory=list)
+    """Mistakes found while parsing, one line each."""
 
     def origin(self, path: tuple) -> str:
-        """Where a key was written, or the nearest key above it that was."""
+        """Return where a key was written, or the nearest key above it that was written."""
         while path and path not in self.origins:
             path = path[:-1]
         return self.origins.get(path, self.source)
 
 
 def read_tree(path: str | Path, overrides: Iterable[str] = ()) -> Tree:
-    """Reads a YAML file and puts overrides on top. What cannot be read at all is a UserError; smaller
-    mistakes are noted."""
+    """Parse a YAML file and apply overrides to it.
+
+    Smaller mistakes are noted in `Tree.problems`, so that they are reported with all others.
+
+    Raises:
+        UserError: If the file cannot be parsed at all.
+    """
     path = Path(path)
     try:
         size = path.stat().st_size
@@ -57,20 +66,39 @@ def read_tree(path: str | Path, overrides: Iterable[str] = ()) -> Tree:
         raise UserError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); should be a YAML file") from None
-    tree = Tree({}, str(path))
-    values = _parse(text, (), lambda line: f"{path}:{line}", tree)
+    return parse_tree(text, str(path), overrides)
+
+
+def parse_tree(text: str, source: str, overrides: Iterable[str] = ()) -> Tree:
+    """Parse YAML text and apply overrides to it; see `read_tree`.
+
+    Args:
+        text: The YAML.
+        source: Name of the file, for messages.
+        overrides: Settings on top of it, `section.key=value` each.
+    """
+    overrides = tuple(overrides)
+    tree = Tree({}, source, overrides)
+    values = _parse(text, (), lambda line: f"{source}:{line}", tree)
     if isinstance(values, dict):
         tree.values = values
     elif values is not None or not tree.problems:
-        raise UserError([*tree.problems, f"{path}: is no mapping; should be lines `key: value`"])
+        raise UserError([*tree.problems, f"{source}: is not a mapping; write lines `key: value`"])
     for override in overrides:
         _apply(override, tree)
     return tree
 
 
 def _parse(text: str, at: tuple, where: Callable[[int], str], tree: Tree) -> Any:
-    """YAML text as plain values. `at`: the key that the text is the value of; `where`: names a line."""
-    events = yaml.parse(text, Loader=yaml.SafeLoader)  # lazy: what nests too deep is never parsed to its end
+    """Parse YAML text into plain values.
+
+    Args:
+        text: The YAML.
+        at: Path of the key whose value the text is; () for a whole file.
+        where: Function that names the place of a line number.
+        tree: Receives origins and problems.
+    """
+    events = yaml.parse(text, Loader=yaml.SafeLoader)  # lazy: text that nests too deep is not parsed to its end
     value, documents = None, 0
     try:
         for event in events:
@@ -78,7 +106,7 @@ def _parse(text: str, at: tuple, where: Callable[[int], str], tree: Tree) -> Any
                 documents += 1
                 if documents > 1:
                     line = where(event.start_mark.line + 1)
-                    raise UserError(f"{line}: a second document begins; one file is one experiment")
+                    raise UserError(f"{line}: a second document begins; a file holds one experiment")
                 value = _build(next(events), events, at, where, tree)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -90,7 +118,10 @@ def _parse(text: str, at: tuple, where: Callable[[int], str], tree: Tree) -> Any
 
 
 def _build(event: yaml.Event, events: Iterator[yaml.Event], at: tuple, where: Callable[[int], str], tree: Tree) -> Any:
-    """One value from the parser's events: no constructors, so nothing can be constructed."""
+    """Build one value from the parser's events.
+
+    No YAML constructors are involved, so a config cannot create arbitrary Python objects.
+    """
     line = where(event.start_mark.line + 1)
     _refuse_extras(event, line, tree)
     if len(at) > MAX_DEPTH:
@@ -103,10 +134,12 @@ def _build(event: yaml.Event, events: Iterator[yaml.Event], at: tuple, where: Ca
             line = where(key.start_mark.line + 1)
             _refuse_extras(key, line, tree)
             if not isinstance(key, yaml.ScalarEvent):
-                raise UserError(f"{line}: this key is no plain word; should be `key: value`")
+                raise UserError(f"{line}: this key is not a plain word; write `key: value`")
             inner = (*at, key.value)
             if key.value in mapping:
-                tree.problems.append(f"{line}: {dotted(inner)}: stands twice; {tree.origins[inner]} has it already")
+                tree.problems.append(
+                    f"{line}: {dotted(inner)}: is set twice; {tree.origins[inner]} has it already; remove one"
+                )
             tree.origins[inner] = line
             mapping[key.value] = _build(next(events), events, inner, where, tree)
         return mapping
@@ -119,15 +152,17 @@ def _build(event: yaml.Event, events: Iterator[yaml.Event], at: tuple, where: Ca
 
 
 def _refuse_extras(event: yaml.Event, line: str, tree: Tree) -> None:
+    """Note a problem for an anchor, alias or tag."""
     if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-        tree.problems.append(f"{line}: anchors and aliases (& and *) are not read; write the value out")
+        tree.problems.append(f"{line}: anchors and aliases (& and *) are not supported; write the value out")
     if getattr(event, "tag", None):
-        tree.problems.append(f"{line}: the tag {event.tag} is not read; write the plain value")
+        tree.problems.append(f"{line}: the tag {event.tag} is not supported; write the plain value")
 
 
 def _scalar(event: yaml.ScalarEvent) -> Any:
+    """Return the value of a scalar: null, a boolean, a number or a string."""
     text = event.value
-    if event.style is not None:  # quoted or a block: text, whatever it looks like
+    if event.style is not None:  # quoted or a block: always text
         return text
     if _NULL.fullmatch(text):
         return None
@@ -143,7 +178,7 @@ def _scalar(event: yaml.ScalarEvent) -> Any:
 
 
 def _apply(override: str, tree: Tree) -> None:
-    """Puts `a.b.c=value` on the tree; the value is read as YAML."""
+    """Set `a.b.c=value` in the tree; the value is parsed as YAML."""
     where = f"override {override}"
     key, equals, text = override.partition("=")
     path = tuple(key.split("."))
@@ -165,18 +200,19 @@ def _apply(override: str, tree: Tree) -> None:
         node = node[part]
         if not isinstance(node, dict):
             at = dotted(path[:depth])
-            tree.problems.append(f"{where}: {at} is {show(node)}, no section; set {at}={{…}} as a whole")
+            tree.problems.append(f"{where}: {at} is {show(node)}, not a section; set {at}={{…}} as a whole")
             return
     node[path[-1]] = value
     tree.origins[path] = where
 
 
 def dotted(path: tuple) -> str:
+    """Return a path of keys as one dotted key."""
     return ".".join(str(part) for part in path)
 
 
 def show(value: Any) -> str:
-    """A value in an error message, with its type where that is the point."""
+    """Return a value as error messages show it; strings and containers with their type."""
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, list):

@@ -40,7 +40,8 @@ from stages.ppo.sampling import engine_of, start_engine
 from stages.rollouts.collect import collect, in_micro_batches, share_groups
 from stages.rollouts.rollout import Rollout
 from stages.rollouts.vllm import EngineLost
-from stages.settings.ppo import Config, named_folders, ptx_batch_size, steps_per_update
+from stages.settings.experiment import Experiment
+from stages.settings.ppo import PPOSettings, named_folders, ptx_batch_size, steps_per_update
 from stages.shared.cards import ANSWER, card
 from stages.shared.disk import say_written
 from stages.shared.inputs import fit_prompts, read_placed, split_documents
@@ -135,7 +136,7 @@ class Run:
         pause_if_asked(self.ctx, at, self.updates, lambda: None, is_sharding(self.ctx))
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[PPOSettings, Experiment]) -> dict:
     """→ model/ (policy), value_model/, and model_ema/ if asked for."""
     c = ctx.config
     drawn = drawn_before(ctx)
@@ -586,7 +587,7 @@ def stop_at(ctx: StageRun, run: Run, step: int) -> None:
         )
 
 
-def kept_together(c: Config) -> int:
+def kept_together(c: PPOSettings) -> int:
     """How many samples of a prompt stay in one minibatch: all, if whole prompts fill it, else each is on its own."""
     return c.samples_per_prompt if c.mini_batch_size % c.samples_per_prompt == 0 else 1
 

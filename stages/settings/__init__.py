@@ -1,1 +1,1 @@
-"""What each stage declares: settings, metrics, inputs, checks. Imports no torch."""
+"""Declare each stage: its settings, metrics, inputs and checks. Nothing in here imports torch."""

@@ -1,80 +1,104 @@
-"""What the stage dpo declares: its settings, metrics, inputs and checks."""
+"""Declare the stage dpo: its settings, metrics, inputs and checks."""
 
-from typing import Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator
 
-from pipeline.stage import StageRun
-from stages.settings.checks import beyond_context, over_context
-from stages.settings.training import ACCUMULATED, PreferenceTraining, setting
+from pipeline.config.section import setting
+from pipeline.stage import Stage, StageRun
+from stages.settings.checks import over_context, over_folder_context
+from stages.settings.training import ACCUMULATION, PreferenceTraining
 
-NAME = "dpo"
+if TYPE_CHECKING:
+    from stages.settings.experiment import Experiment
+
 LossType = Literal["sigmoid", "robust", "ipo", "hinge", "plackett_luce", "sft"]
 METRICS = {
-    "loss": "the loss of this step's batch: the sum of its parts, each times its weight",
-    **{f"loss/{name}": f"the part {name} before its weight (where there are several)" for name in get_args(LossType)},
+    "loss": "loss of this step's batch: the sum of its parts, each times its weight",
+    **{f"loss/{name}": f"the part {name} before its weight (if there are several)" for name in get_args(LossType)},
     "rewards/chosen": "mean of β · log(π/π_ref) of the preferred responses",
-    "rewards/rejected": "the same of the other responses",
-    "rewards/accuracies": "share of pairs with the preferred response's reward higher",
-    "rewards/margins": "mean of chosen minus rejected reward",
-    "logps/chosen": "mean log-probability of the preferred responses, in nats a response",
-    "logps/rejected": "the same of the other responses",
+    "rewards/rejected": "the same for the other responses",
+    "rewards/accuracies": "fraction of pairs whose preferred response has the higher reward",
+    "rewards/margins": "mean of the chosen minus the rejected reward",
+    "logps/chosen": "mean log-probability of the preferred responses, in nats per response",
+    "logps/rejected": "the same for the other responses",
     "grad_norm": "norm of the gradient before clipping",
     "lr": "learning rate of the step",
 }
-HEADLINE = ("rewards/accuracies", "rewards/margins")
-SHARED = True
-FIXED = (("dpo.per_device_train_batch_size", "dpo.gradient_accumulation_steps"), "dpo.max_length", "dpo.on_too_long")
 
 
-class Config(PreferenceTraining):
-    """Direct preference optimisation over all pairs of each ranking, or over whole rankings."""
+def as_list(value: Any) -> Any:
+    """Return a single text as a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+class DPOSettings(PreferenceTraining):
+    """Choose how the policy learns from the pairs of each ranking, or from whole rankings."""
 
     learning_rate: float = setting(
-        1e-6, "peak learning rate (trl's); with adapters about ten times as much", "per step", gt=0
+        1e-6, "peak learning rate (trl's default); with adapters about ten times as much", "per step", gt=0
     )
-    gradient_accumulation_steps: int = setting(2, ACCUMULATED, ge=1)
-    beta: float = setting(0.1, "how strongly the policy is held to the reference", gt=0)
-    loss_type: Annotated[list[LossType], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)] = setting(
+    gradient_accumulation_steps: int = setting(2, ACCUMULATION, ge=1)
+    beta: float = setting(0.1, "β, how strongly the policy is kept close to the reference", gt=0)
+    loss_type: Annotated[list[LossType], BeforeValidator(as_list)] = setting(
         ["sigmoid"],
-        "one, or several that are added up: sigmoid, robust, ipo, hinge on pairs (ipo sums log-ratios over tokens, as "
-        "Azar 2023; trl averages them), plackett_luce on the whole order, sft on the responses ranked first",
+        "one loss, or several that are added: sigmoid, robust, ipo, hinge on pairs (ipo sums log-ratios over tokens, "
+        "as in Azar 2023; trl averages them), plackett_luce on the whole order, sft on the responses ranked first",
     )
-    loss_weights: list[float] | None = setting(None, "of each of several losses; null: 1 each")
-    label_smoothing: float = setting(0.0, "share of labels taken to be flipped (sigmoid and robust)", ge=0, lt=0.5)
-    sample_tokens: int = setting(48, "length of the generations kept in samples.jsonl; 0: none", "tokens", ge=0)
+    loss_weights: list[float] | None = setting(None, "weight of each of several losses; null: 1 for each")
+    label_smoothing: float = setting(
+        0.0, "assumed fraction of flipped labels (only with sigmoid and robust)", ge=0, lt=0.5
+    )
+    sample_tokens: int = setting(48, "length of the samples kept in samples.jsonl; 0: none", "tokens", ge=0)
 
     def losses(self) -> dict[str, float]:
-        """Each loss and its weight."""
+        """Return the weight of each loss."""
         return dict(zip(self.loss_type, self.loss_weights or [1.0] * len(self.loss_type), strict=True))
 
 
-def needs(experiment) -> list[str]:
+def needs(experiment: "Experiment") -> list[str]:
+    """Return the stages that must be done first."""
     return ["sft", "rankings"]
 
 
-def reads(experiment) -> list[str]:
-    return []
-
-
-def check(experiment) -> list[str]:
-    c, wrong = experiment.dpo, over_context(experiment, "dpo")
-    names = c.loss_type
+def check(experiment: "Experiment") -> list[str]:
+    """Return a line for each combination of settings that cannot work."""
+    settings, lines = experiment.dpo, over_context(experiment, "dpo")
+    names = settings.loss_type
     if not names or len(set(names)) < len(names):
-        wrong.append(f"dpo.loss_type: {names} names no loss, or one twice; name each once")
-    if c.loss_weights is not None and len(c.loss_weights) != len(names):
-        wrong.append(f"dpo.loss_weights: {len(c.loss_weights)} for {len(names)} of dpo.loss_type; give one for each")
-    if c.label_smoothing and not {"sigmoid", "robust"} & set(names):
-        wrong.append(f"dpo.label_smoothing: has no meaning with loss_type {', '.join(names)}; use sigmoid, or 0")
-    return wrong
+        lines.append(f"dpo.loss_type: {names} is empty or names a loss twice; name each loss once")
+    if settings.loss_weights is not None and len(settings.loss_weights) != len(names):
+        lines.append(
+            f"dpo.loss_weights: {len(settings.loss_weights)} weights for {len(names)} losses in dpo.loss_type; give "
+            f"one for each"
+        )
+    if settings.label_smoothing and not {"sigmoid", "robust"} & set(names):
+        lines.append(f"dpo.label_smoothing: has no effect with loss_type {', '.join(names)}; use sigmoid, or 0")
+    return lines
 
 
-def lacks(experiment) -> list[str]:
-    return beyond_context(experiment, "dpo")
+def missing_requirements(experiment: "Experiment") -> list[str]:
+    """Return a line for each length over the model's context."""
+    return over_folder_context(experiment, "dpo")
 
 
-def run(ctx: StageRun) -> dict:
-    """Run the stage; its libraries are imported only now."""
+def run(ctx: "StageRun[DPOSettings, Experiment]") -> dict[str, Any]:
+    """Run the stage. Its libraries are imported only now."""
     from stages.dpo import run as run_stage
 
     return run_stage(ctx)
+
+
+STAGE = Stage(
+    name="dpo",
+    summary="Train a policy on the rankings directly (direct preference optimisation).",
+    settings=DPOSettings,
+    run=run,
+    needs=needs,
+    metrics=METRICS,
+    headline=("rewards/accuracies", "rewards/margins"),
+    check=check,
+    missing_requirements=missing_requirements,
+    fixed=(("dpo.per_device_train_batch_size", "dpo.gradient_accumulation_steps"), "dpo.max_length", "dpo.on_too_long"),
+    shared=True,
+)

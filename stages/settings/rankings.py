@@ -1,61 +1,88 @@
-"""What the stage rankings declares: its settings, metrics, inputs and checks."""
+"""Declare the stage rankings: its settings, inputs and checks."""
 
-from pipeline.stage import StageRun
-from stages.settings.checks import beyond_context, no_room, over_context, unreadable
-from stages.settings.training import Section, TooLong, setting, too_long_prompt
-from stages.settings.wanted import simulates
+from typing import TYPE_CHECKING, Any
 
-NAME = "rankings"
-METRICS: dict[str, str] = {}
-HEADLINE = ("rankings", "pairs", "labeler_agreement")
-WITHOUT = {"rankings": "data.prompts: world (simulated labelers know the embedded world's prompts only)"}
-SHARED = True
-FIXED = ("rankings.samples_per_prompt", "rankings.response_length", "rankings.max_length", "rankings.on_too_long")
+from pipeline.config.section import Section, setting
+from pipeline.stage import Stage, StageRun
+from stages.settings.checks import no_room_for_prompt, over_context, over_folder_context, unreadable_files
+from stages.settings.policies import simulates_labelers
+from stages.settings.training import TOO_LONG_PROMPT, TooLong
+
+if TYPE_CHECKING:
+    from stages.settings.experiment import Experiment
 
 
-class Config(Section):
-    """Read only where `data.rankings` is null, but for validation_fraction."""
+class RankingsSettings(Section):
+    """Choose how responses are sampled and ranked.
 
-    num_prompts: int | None = setting(None, "how many of the prompts are ranked; null: all", "prompts", ge=2)
-    samples_per_prompt: int = setting(6, "K, responses to each prompt (the paper: 4 to 9)", ge=2)
-    validation_fraction: float = setting(0.1, "share of prompts held out for the reward model's accuracy", gt=0, lt=1)
-    response_length: int = setting(128, "longest response, EOS included", "tokens", ge=1)
-    max_length: int = setting(512, "longest prompt and response together", "tokens", ge=8)
-    on_too_long: TooLong = too_long_prompt()
+    Only validation_fraction is used if data.rankings is set: then people ranked.
+    """
+
+    num_prompts: int | None = setting(None, "number of prompts whose responses are ranked; null: all", "prompts", ge=2)
+    samples_per_prompt: int = setting(6, "K, the number of responses to each prompt (the paper: 4 to 9)", ge=2)
+    validation_fraction: float = setting(
+        0.1, "fraction of the prompts held out for the reward model's accuracy", gt=0, lt=1
+    )
+    response_length: int = setting(128, "largest length of a response, EOS included", "tokens", ge=1)
+    max_length: int = setting(512, "largest length of prompt and response together", "tokens", ge=8)
+    on_too_long: TooLong = setting("error", TOO_LONG_PROMPT)
     temperature: float = setting(1.0, "sampling temperature", gt=0)
     agreement: float = setting(
         0.726,
-        "how often two simulated labelers agree on a pair of different texts (InstructGPT: 72.6 %); sets their noise",
+        "how often two simulated labelers agree on a pair of different responses (InstructGPT: 72.6 %); sets their "
+        "noise",
         gt=0.5,
         lt=1,
     )
     labelers_per_prompt: int = setting(
-        1, "simulated labelers who rank the responses to a training prompt, each on their own", ge=1, le=5
+        1, "number of simulated labelers who rank the responses to a training prompt independently", ge=1, le=5
     )
-    batch_size: int = setting(32, "prompts sampled at a time", "prompts", ge=1)
+    batch_size: int = setting(32, "number of prompts sampled at a time", "prompts", ge=1)
 
 
-def needs(experiment) -> list[str]:
+def needs(experiment: "Experiment") -> list[str]:
+    """Return the stages that must be done first."""
     return ["sft"]
 
 
-def reads(experiment) -> list[str]:
-    return ["prompts"] if simulates(experiment) else ["rankings"]
+def reads(experiment: "Experiment") -> list[str]:
+    """Return the kinds of data it reads: prompts to sample from, or rankings by people."""
+    return ["prompts"] if simulates_labelers(experiment) else ["rankings"]
 
 
-def check(experiment) -> list[str]:
-    if not simulates(experiment):
+def check(experiment: "Experiment") -> list[str]:
+    """Return a line for each combination of settings that cannot work."""
+    if not simulates_labelers(experiment):
         return []  # nothing is sampled
-    return no_room(experiment, "rankings") + over_context(experiment, "rankings")
+    return no_room_for_prompt(experiment, "rankings") + over_context(experiment, "rankings")
 
 
-def lacks(experiment) -> list[str]:
-    sampled = [] if experiment.data.rankings is not None else beyond_context(experiment, "rankings")
-    return sampled + unreadable(experiment, reads(experiment))
+def missing_requirements(experiment: "Experiment") -> list[str]:
+    """Return a line for each length over the model's context and each error in the data."""
+    lines = unreadable_files(experiment, reads(experiment))
+    if experiment.data.rankings is None:
+        lines = over_folder_context(experiment, "rankings") + lines
+    return lines
 
 
-def run(ctx: StageRun) -> dict:
-    """Run the stage; its libraries are imported only now."""
+def run(ctx: "StageRun[RankingsSettings, Experiment]") -> dict[str, Any]:
+    """Run the stage. Its libraries are imported only now."""
     from stages.rankings import run as run_stage
 
     return run_stage(ctx)
+
+
+STAGE = Stage(
+    name="rankings",
+    summary="Sample responses and let simulated labelers rank them, or import rankings by people.",
+    settings=RankingsSettings,
+    run=run,
+    needs=needs,
+    reads=reads,
+    headline=("rankings", "pairs", "labeler_agreement"),
+    check=check,
+    missing_requirements=missing_requirements,
+    without={"rankings": "data.prompts: world (simulated labelers know only the embedded world's prompts)"},
+    fixed=("rankings.samples_per_prompt", "rankings.response_length", "rankings.max_length", "rankings.on_too_long"),
+    shared=True,
+)

@@ -1,45 +1,45 @@
-"""What the stage report declares: its settings, metrics, inputs and checks."""
+"""Declare the stage report: its settings and inputs."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from pipeline.stage import StageRun
-from stages.settings.training import Section, setting
-from stages.settings.wanted import judges, policies
+from pipeline.config.section import Section, setting
+from pipeline.stage import Stage, StageRun
+from stages.settings.policies import compared_policies, needs_reward_model
 
-NAME = "report"
-METRICS: dict[str, str] = {}
-HEADLINE = ("policies", "plots")
-STAGES = ("world", "base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate")
+if TYPE_CHECKING:
+    from stages.settings.experiment import Experiment
 
-
-class Config(Section):
-    """What the page shows of the samples."""
-
-    prompts: int = setting(12, "prompts whose responses are shown side by side", "prompts", ge=1)
-    ppo_looks: int = setting(6, "moments of PPO whose samples are shown", ge=1)
+STAGES = ("world", "base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate")  # those that it can show
 
 
-def needs(experiment) -> list[str]:
-    made = {"world"} if "world" in experiment.data.model_dump().values() else set()
-    made |= {"base", "sft", "evaluate"} | {"ppo", "dpo"} & set(policies(experiment))
-    made |= {"rankings", "rm"} if judges(experiment) else {"rankings"} if "dpo" in made else set()
-    return [stage for stage in STAGES if stage in made]
+class ReportSettings(Section):
+    """Choose how many samples the page shows."""
+
+    prompts: int = setting(12, "number of prompts whose responses are shown side by side", "prompts", ge=1)
+    ppo_looks: int = setting(6, "number of moments of PPO whose samples are shown", ge=1)
 
 
-def reads(experiment) -> list[str]:
-    return []
+def needs(experiment: "Experiment") -> list[str]:
+    """Return the stages that must be done first: all that the experiment uses."""
+    used = {"base", "sft", "evaluate"}
+    if "world" in experiment.data.model_dump().values():
+        used.add("world")
+    used |= {"ppo", "dpo"} & set(compared_policies(experiment))
+    if needs_reward_model(experiment):
+        used |= {"rankings", "rm"}
+    elif "dpo" in used:
+        used.add("rankings")
+    return [stage for stage in STAGES if stage in used]
 
 
-def run(ctx: StageRun) -> dict:
-    """Run the stage; its libraries are imported only now."""
+def run(ctx: "StageRun[ReportSettings, Experiment]") -> dict[str, Any]:
+    """Run the stage. Its libraries are imported only now."""
     from stages.report import run as run_stage
 
     return run_stage(ctx)
-
-
-STAGES = ("world", "base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate")
 
 
 def show(folder: Path, console: Console) -> None:
@@ -47,3 +47,14 @@ def show(folder: Path, console: Console) -> None:
     from stages.page.terminal import show as show_table
 
     show_table(folder, console)
+
+
+STAGE = Stage(
+    name="report",
+    summary="Write one page with the table, the curves and the samples.",
+    settings=ReportSettings,
+    run=run,
+    needs=needs,
+    headline=("policies", "plots"),
+    show=show,
+)

@@ -1,74 +1,102 @@
-"""What the stage rm declares: its settings, metrics, inputs and checks."""
+"""Declare the stage rm: its settings, metrics, inputs and checks."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.stage import StageRun
-from stages.settings.checks import beyond_context, over_context, unreadable
-from stages.settings.training import ACCUMULATED, PreferenceTraining, setting
-from stages.settings.wanted import simulates
+from pipeline.config.section import setting
+from pipeline.stage import Stage, StageRun
+from stages.settings.checks import over_context, over_folder_context, unreadable_files
+from stages.settings.policies import simulates_labelers
+from stages.settings.training import ACCUMULATION, PreferenceTraining
 
-NAME = "rm"
+if TYPE_CHECKING:
+    from stages.settings.experiment import Experiment
+
 METRICS = {
-    "loss": "ranking loss a prompt, in nats, of this step's batch",
-    "accuracy": "share of pairs whose preferred response scores higher, mean over prompts (evaluations.jsonl: over all "
-    "held-out pairs, equal scores counting half)",
-    "margin": "mean score difference between preferred and other response",
+    "loss": "ranking loss per prompt, in nats, of this step's batch",
+    "accuracy": "fraction of pairs whose preferred response scores higher, averaged over prompts (evaluations.jsonl: "
+    "over all held-out pairs; equal scores count half)",
+    "margin": "mean score difference between the preferred and the other response",
     "grad_norm": "norm of the gradient before clipping",
     "lr": "learning rate of the step",
 }
-HEADLINE = ("accuracy", "accuracy_ceiling")
-SHARED = True
-FIXED = (("rm.per_device_train_batch_size", "rm.gradient_accumulation_steps"), "rm.max_length", "rm.on_too_long")
 
 
-class Config(PreferenceTraining):
-    """The K-wise ranking reward model."""
+class RMSettings(PreferenceTraining):
+    """Choose how the reward model learns from rankings of K responses."""
 
     learning_rate: float = setting(
-        1e-5, "peak learning rate (the paper's: 9e-6); with adapters about ten times as much", "per step", gt=0
+        1e-5, "peak learning rate (the paper: 9e-6); with adapters about ten times as much", "per step", gt=0
     )
-    gradient_accumulation_steps: int = setting(2, f"{ACCUMULATED} (the paper: 64 prompts a step)", ge=1)
+    gradient_accumulation_steps: int = setting(2, f"{ACCUMULATION} (the paper: 64 prompts per step)", ge=1)
     loss_type: Literal["sigmoid", "plackett_luce"] = setting(
-        "sigmoid", "sigmoid: all pairs of a ranking (the paper); plackett_luce: the likelihood of its whole order"
+        "sigmoid", "sigmoid: all pairs of a ranking (the paper); plackett_luce: the likelihood of the whole order"
     )
-    label_smoothing: float = setting(0.0, "share of labels taken to be flipped (sigmoid only)", ge=0, lt=0.5)
+    label_smoothing: float = setting(0.0, "assumed fraction of flipped labels (only with sigmoid)", ge=0, lt=0.5)
     margin_coef: float = setting(
-        0.0, "times a ranking's `margin`: the score difference that its pairs should have (Llama 2; sigmoid only)", ge=0
+        0.0,
+        "weight of a ranking's `margin`, the score difference that its pairs should have (Llama 2; only with sigmoid)",
+        ge=0,
     )
     ensemble: int = setting(
-        1, "models trained, each from seeds of its own; PPO takes their mean or minimum (ppo.reward_ensemble)", ge=1
+        1,
+        "number of models trained, each with its own seeds; PPO takes their mean or minimum (ppo.reward_ensemble)",
+        ge=1,
     )
     held_out: bool | None = setting(
         None,
-        "train one more model, of a seed of its own, as held_out/model: no policy is trained to please it, and "
-        "evaluate scores every answer by it too, which shows over-optimisation. It takes as long as the first one. "
-        "null: where people ranked (data.rankings), since the embedded world has a gold scorer",
+        "train one more model with its own seed, as held_out/model. No policy is optimised against it, and evaluate "
+        "scores every response with it too, which shows over-optimisation. It takes as long as the first model. null: "
+        "only if people ranked (data.rankings), because the embedded world has a gold scorer",
     )
-    bias_demonstrations: int = setting(256, "demonstrations that the mean score 0 is taken over", "rows", ge=1)
+    bias_demonstrations: int = setting(256, "number of demonstrations whose mean score is shifted to 0", "rows", ge=1)
 
 
-def needs(experiment) -> list[str]:
-    world = ["world"] if simulates(experiment) else []  # it knows the tasks of what its labelers ranked
-    return [*world, "sft", "rankings"]
+def needs(experiment: "Experiment") -> list[str]:
+    """Return the stages that must be done first.
+
+    The world knows the tasks of the prompts that its labelers ranked.
+    """
+    return ["world", "sft", "rankings"] if simulates_labelers(experiment) else ["sft", "rankings"]
 
 
-def reads(experiment) -> list[str]:
+def reads(experiment: "Experiment") -> list[str]:
+    """Return the kinds of data it reads."""
     return ["demonstrations"]
 
 
-def check(experiment) -> list[str]:
-    c = experiment.rm
-    only = "has no meaning with loss_type plackett_luce; use sigmoid, or 0"
-    odd = [key for key in ("label_smoothing", "margin_coef") if getattr(c, key) and c.loss_type != "sigmoid"]
-    return over_context(experiment, "rm") + [f"rm.{key}: {only}" for key in odd]
+def check(experiment: "Experiment") -> list[str]:
+    """Return a line for each combination of settings that cannot work."""
+    lines, settings = over_context(experiment, "rm"), experiment.rm
+    if settings.loss_type != "sigmoid":
+        for key in ("label_smoothing", "margin_coef"):
+            if getattr(settings, key):
+                lines.append(f"rm.{key}: has no effect with loss_type {settings.loss_type}; use sigmoid, or 0")
+    return lines
 
 
-def lacks(experiment) -> list[str]:
-    return beyond_context(experiment, "rm") + unreadable(experiment, reads(experiment))
+def missing_requirements(experiment: "Experiment") -> list[str]:
+    """Return a line for each length over the model's context and each error in the data."""
+    return over_folder_context(experiment, "rm") + unreadable_files(experiment, reads(experiment))
 
 
-def run(ctx: StageRun) -> dict:
-    """Run the stage; its libraries are imported only now."""
+def run(ctx: "StageRun[RMSettings, Experiment]") -> dict[str, Any]:
+    """Run the stage. Its libraries are imported only now."""
     from stages.rm import run as run_stage
 
     return run_stage(ctx)
+
+
+STAGE = Stage(
+    name="rm",
+    summary="Train the reward model on rankings.",
+    settings=RMSettings,
+    run=run,
+    needs=needs,
+    reads=reads,
+    metrics=METRICS,
+    headline=("accuracy", "accuracy_ceiling"),
+    check=check,
+    missing_requirements=missing_requirements,
+    fixed=(("rm.per_device_train_batch_size", "rm.gradient_accumulation_steps"), "rm.max_length", "rm.on_too_long"),
+    shared=True,
+)

@@ -1,42 +1,53 @@
-"""What the stage world declares: its settings, metrics, inputs and checks."""
+"""Declare the stage world: its settings, figures and checks."""
 
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config.section import Section, setting
 from pipeline.config.sections import OF_WORLD
-from pipeline.stage import StageRun
-from stages.settings.training import Section, setting
+from pipeline.stage import Stage, StageRun
 
-NAME = "world"
-METRICS: dict[str, str] = {}
-HEADLINE = ("documents", "demonstrations", "prompts", "evaluation_prompts")
+if TYPE_CHECKING:
+    from stages.settings.experiment import Experiment
 
 
-class Config(Section):
-    """Sizes of the embedded world."""
+class WorldSettings(Section):
+    """Choose the sizes of the embedded world."""
 
-    documents: int = setting(15000, "pretraining documents", "documents", ge=100)
-    demonstrations: int = setting(1500, "demonstrations by labelers of mixed quality", "rows", ge=20)
-    prompts: int = setting(2000, "prompts for rankings and PPO", "prompts", ge=20)
-    evaluation_prompts: int = setting(400, "prompts that nothing trains on", "prompts", ge=20)
+    documents: int = setting(15000, "number of pretraining documents", "documents", ge=100)
+    demonstrations: int = setting(
+        1500, "number of demonstrations, written by simulated labelers of mixed quality", "rows", ge=20
+    )
+    prompts: int = setting(2000, "number of prompts for rankings and PPO", "prompts", ge=20)
+    evaluation_prompts: int = setting(400, "number of prompts that nothing trains on", "prompts", ge=20)
 
 
-def needs(experiment) -> list[str]:
+def needs(experiment: "Experiment") -> list[str]:
+    """Return the stages that must be done first: none."""
     return []
 
 
-def reads(experiment) -> list[str]:
-    return []
-
-
-def check(experiment) -> list[str]:
-    data = experiment.data
+def check(experiment: "Experiment") -> list[str]:
+    """Return a line for each kind of world data with a split, skip or limit."""
     return [
-        f"data.{k}: world takes no split, skip or limit; write {k}: world, and set its size in the section world"
-        for k in OF_WORLD
-        if getattr(getattr(data, k), "path", None) == "world"
+        f"data.{kind}: world takes no split, skip or limit; write {kind}: world, and set its size in the section world"
+        for kind in OF_WORLD
+        if getattr(getattr(experiment.data, kind), "path", None) == "world"
     ]
 
 
-def run(ctx: StageRun) -> dict:
-    """Run the stage; its libraries are imported only now."""
+def run(ctx: "StageRun[WorldSettings, Experiment]") -> dict[str, Any]:
+    """Run the stage. Its libraries are imported only now."""
     from stages.world import run as run_stage
 
     return run_stage(ctx)
+
+
+STAGE = Stage(
+    name="world",
+    summary="Write the embedded world: documents, demonstrations and prompts.",
+    settings=WorldSettings,
+    run=run,
+    needs=needs,
+    headline=("documents", "demonstrations", "prompts", "evaluation_prompts"),
+    check=check,
+)

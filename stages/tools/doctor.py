@@ -288,7 +288,7 @@ def storage(artifacts: str | Path) -> Iterator[Line]:
 def config(experiment) -> Iterator[Line]:
     """The experiment as it was validated, and where its model and data come from."""
     from pipeline.config.validation import is_hub_id
-    from stages.settings.checks import unreadable
+    from stages.settings.checks import unreadable_files
 
     if experiment is None:
         yield Line(NOTE, "experiment", "none was named", "`rlhf doctor -c configs/tiny.yaml` looks at one")
@@ -336,7 +336,7 @@ def config(experiment) -> Iterator[Line]:
             if not here:
                 remedy = f"set data.{kind} to a file; `rlhf data check -c CONFIG` looks into all that are named"
                 yield Line(BAD, f"data.{kind}", f"{place} is not there", remedy)
-            elif wrong := unreadable(experiment, [kind]):
+            elif wrong := unreadable_files(experiment, [kind]):
                 remedy = f"mend the file; `rlhf data check {place} --kind {kind} -c CONFIG` looks through all of it"
                 yield Line(BAD, f"data.{kind}", "\n".join(wrong), remedy)
             else:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data.groups import Rows, make_rows
+from pipeline.config.section import Section
 from pipeline.config.sections import local_folder
 from pipeline.errors import UserError
 from stages.models.adapters import is_adapted, plain, share_frozen, trainable, with_adapter
@@ -35,8 +36,8 @@ from stages.models.roles import most_tokens
 from stages.models.sharding import layers_of
 from stages.objectives.logprobs import token_logprobs
 from stages.rollouts.collect import in_micro_batches
-from stages.settings.checks import reward_models
-from stages.settings.training import Section, batch_of_each
+from stages.settings.policies import reward_models
+from stages.settings.training import batch_of_each
 from stages.shared.runtime import adapter_settings, dtype_of
 from stages.training.loop import make_trainee
 from stages.training.text import SMALL_VOCABULARY

@@ -90,7 +90,7 @@ class Ours:
 
     def setup(self, *, options: dict, eos_id: int) -> dict:
         """Settings of stages/ppo/run.py (what they leave out keeps its default) and fresh optimizers."""
-        config = ppo_settings.Config(**options)
+        config = ppo_settings.PPOSettings(**options)
         experiment = SimpleNamespace(model=SimpleNamespace(dtype=self.dtype))
         tracker = SimpleNamespace(say=lambda line: print(line, file=sys.stderr))
         self.ctx = SimpleNamespace(config=config, seed=0, stage="ppo", experiment=experiment, tracker=tracker)

@@ -39,7 +39,7 @@ class Ours:
 
     def __init__(self, bench: str):
         self.bench, self.phases, self.tokens = bench, Phases(), 0
-        self.settings = rm_settings.Config() if bench == "rm" else dpo_settings.Config()
+        self.settings = rm_settings.RMSettings() if bench == "rm" else dpo_settings.DPOSettings()
 
     def hello(self) -> dict:
         return versions("torch", "transformers", "accelerate") | {"threads": torch.get_num_threads()}

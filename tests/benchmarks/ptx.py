@@ -25,9 +25,9 @@ from sweeps.points import Point, Variant, keep, policy_point, provenance, sample
 from sweeps.words import with_interval  # noqa: E402
 
 from pipeline.errors import UserError  # noqa: E402
-from pipeline.running import duration  # noqa: E402
 from pipeline.stage import StopFlag  # noqa: E402
 from pipeline.store.artifacts import ArtifactStore  # noqa: E402
+from pipeline.tracking import duration  # noqa: E402
 from stages.page.words import fixed  # noqa: E402
 
 SEEDS = (3, 4, 5, 6, 7)

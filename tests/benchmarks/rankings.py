@@ -44,9 +44,9 @@ from data.encode import encode_prompt, encode_response  # noqa: E402
 from data.records import judged_pairs  # noqa: E402
 from data.sources import load  # noqa: E402
 from pipeline.errors import UserError  # noqa: E402
-from pipeline.running import duration  # noqa: E402
 from pipeline.stage import StopFlag  # noqa: E402
 from pipeline.store.artifacts import ArtifactStore  # noqa: E402
+from pipeline.tracking import duration  # noqa: E402
 from stages.evaluation.statistics import wins  # noqa: E402
 from stages.models.loading import load_tokenizer  # noqa: E402
 from stages.page.svg import Figure, dot_plot  # noqa: E402

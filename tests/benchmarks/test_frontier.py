@@ -24,7 +24,7 @@ from sweeps.page import page, picture, pictures, table  # noqa: E402
 from sweeps.points import Point, Variant, best_of_points, keep, policy_point, variants_of  # noqa: E402
 from sweeps.words import markdown, with_interval  # noqa: E402
 
-from pipeline.config.validation import experiment_type, load_experiment  # noqa: E402
+from pipeline.config.validation import load_experiment  # noqa: E402
 from pipeline.plan import assess  # noqa: E402
 from pipeline.stage import StopFlag  # noqa: E402
 from pipeline.store.artifacts import ArtifactStore  # noqa: E402
@@ -354,8 +354,7 @@ class TestSharing:
         main, other = ArtifactStore(tmp_path, "small"), ArtifactStore(tmp_path / "small.sweep", "other")
 
         def read(*overrides):
-            sections = {name: stage.Config for name, stage in shop.stages.items()}
-            return load_experiment(tmp_path / "small.yaml", overrides, experiment_type(sections))
+            return load_experiment(tmp_path / "small.yaml", overrides, fakes.experiment_class(shop.stages))
 
         shop.bring(read(), main, "page")
         return shop, main, other, read

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data.tokenizer import train_tokenizer
-from pipeline.config.sections import PeftConfig
+from pipeline.config.sections import PeftSettings
 from pipeline.errors import UserError
 from stages.models.adapters import is_adapted, plain, save_merged, trainable, with_adapter
 from stages.models.forward import response_logprobs, response_scores, response_values
@@ -20,10 +20,10 @@ from stages.rollouts.rollout import Rollout
 from stages.rollouts.transformers import sample
 from stages.settings import ppo as ppo_settings
 
-LORA = PeftConfig(method="lora", r=4, lora_alpha=8)
-QLORA = [PeftConfig(method="qlora", r=4, lora_alpha=8, bits=bits) for bits in (4, 8)]
+LORA = PeftSettings(method="lora", r=4, lora_alpha=8)
+QLORA = [PeftSettings(method="qlora", r=4, lora_alpha=8, bits=bits) for bits in (4, 8)]
 NOT_HERE = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-ADALORA = PeftConfig(method="adalora", r=4, lora_alpha=8)
+ADALORA = PeftSettings(method="adalora", r=4, lora_alpha=8)
 ON_A_TRUNK = [LORA, ADALORA, *(pytest.param(peft, marks=NOT_HERE) for peft in QLORA)]
 
 
@@ -37,7 +37,7 @@ def context(tmp_path, causal, scalar, tokenizer):
         model = SimpleNamespace(
             dtype="float32", attn_implementation="sdpa", peft=peft, gradient_checkpointing=gradient_checkpointing
         )
-        config = ppo_settings.Config(max_length=64, response_length=16, ptx_length=32)
+        config = ppo_settings.PPOSettings(max_length=64, response_length=16, ptx_length=32)
         return SimpleNamespace(
             confirm_folders=lambda: None,
             stage="ppo",

@@ -53,7 +53,7 @@ def test_ppo_reaches_the_closed_form_optimum(rewards, beta, monkeypatch):
     roles = Roles(policy, reference, None, value, tokenizer, accelerator, packed=True)
     table = torch.tensor(rewards)
     monkeypatch.setattr("stages.rollouts.collect.response_scores", lambda model, rows: table[rows.responses[:, 0]])
-    c = ppo_settings.Config(
+    c = ppo_settings.PPOSettings(
         batch_size=128, mini_batch_size=64, per_device_train_batch_size=64, samples_per_prompt=64, response_length=1,
         max_length=8, kl_coef=beta, missing_eos_score=None, ptx_coef=0, total_episodes=128 * UPDATES,
     )  # fmt: skip

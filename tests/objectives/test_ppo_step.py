@@ -42,7 +42,7 @@ def config(**changed):
         "value_learning_rate": 1e-2,
         "max_grad_norm": 1e9,
     }
-    return ppo_settings.Config(**{**small, **changed})
+    return ppo_settings.PPOSettings(**{**small, **changed})
 
 
 def context(**changed):

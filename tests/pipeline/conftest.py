@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.config.validation import experiment_type, load_experiment
+from pipeline.config.validation import load_experiment
 from pipeline.store.artifacts import ArtifactStore
 from tests.pipeline import fakes
 
@@ -45,15 +45,14 @@ def world(tmp_path):
     """An experiment of the fake stages: `world.load("fit.steps=3")`, `world.run("fit", …)`,
     `world.states()`."""
     from pipeline import plan
-    from pipeline.running import Flags
+    from pipeline.state import Flags
 
     (tmp_path / "small.yaml").write_text(fakes.CONFIG)
     here = SimpleNamespace(path=tmp_path / "small.yaml", store=ArtifactStore(tmp_path / "artifacts", "small"))
     here.stages, here.overrides, here.remote = fakes.stages(), [], None
 
     def load():
-        Experiment = experiment_type({name: stage.Config for name, stage in here.stages.items()})
-        return load_experiment(here.path, here.overrides, Experiment)
+        return load_experiment(here.path, here.overrides, fakes.experiment_class(here.stages))
 
     def run(target, *overrides, stop=None, **flags):
         here.overrides, here.console = list(overrides), Lines()

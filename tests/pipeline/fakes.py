@@ -7,13 +7,15 @@ Run as a script, this is `rlhf` with these stages.
 import json
 import sys
 import time
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field, create_model
 
-from pipeline.config.sections import STRICT
+from pipeline.config.section import Section
+from pipeline.config.sections import Common
 from pipeline.errors import Interrupted, TrainingStopped
+from pipeline.stage import Stage
 
 CONFIG = """\
 name: small
@@ -28,13 +30,11 @@ launch:
 """
 
 
-class TextConfig(BaseModel):
-    model_config = STRICT
+class TextConfig(Section):
     words: int = Field(5, ge=1, description="how many", json_schema_extra={"unit": "words"})
 
 
-class FitConfig(BaseModel):
-    model_config = STRICT
+class FitConfig(Section):
     steps: int = Field(6, ge=1, description="optimizer steps")
     learning_rate: float = Field(1e-2, gt=0, description="of AdamW", json_schema_extra={"unit": "per step"})
     keep: Literal["best", "last"] = Field("last", description="which weights")
@@ -42,8 +42,8 @@ class FitConfig(BaseModel):
     fail_at: int | None = Field(None, description="step at which training stops itself")
 
 
-class PageConfig(BaseModel):
-    model_config = STRICT
+class PageConfig(Section):
+    pass
 
 
 def run_text(ctx):
@@ -103,26 +103,58 @@ def nothing(experiment):
 
 
 def stages(reads=None):
-    """`reads`: kinds of data that `fit` reads too."""
-    fit_needs = lambda experiment: ["text"]  # noqa: E731
-    common = {"METRICS": {"loss": "mean squared error"}, "reads": nothing}
-    text = SimpleNamespace(
-        NAME="text", Config=TextConfig, HEADLINE=("words",), needs=nothing, run=run_text, **common, __doc__="words"
-    )
-    fit = SimpleNamespace(NAME="fit", Config=FitConfig, HEADLINE=("loss",), needs=fit_needs, run=run_fit, **common)
-    fit.reads = lambda experiment: list(reads or [])
-    page = SimpleNamespace(
-        NAME="page", Config=PageConfig, HEADLINE=(), needs=lambda experiment: ["text", "fit"], run=run_page, **common
-    )
-    return {"text": text, "fit": fit, "page": page}
+    """Return the three stages by name. `reads`: kinds of data that `fit` reads too."""
+    metrics = {"loss": "mean squared error"}
+    return {
+        "text": Stage(
+            name="text",
+            summary="words",
+            settings=TextConfig,
+            run=run_text,
+            needs=nothing,
+            metrics=metrics,
+            headline=("words",),
+        ),
+        "fit": Stage(
+            name="fit",
+            summary="a linear model",
+            settings=FitConfig,
+            run=run_fit,
+            needs=lambda experiment: ["text"],
+            reads=lambda experiment: list(reads or []),
+            metrics=metrics,
+            headline=("loss",),
+        ),
+        "page": Stage(
+            name="page",
+            summary="both",
+            settings=PageConfig,
+            run=run_page,
+            needs=lambda experiment: ["text", "fit"],
+            metrics=metrics,
+        ),
+    }
 
 
-def install(reads=None):
-    """Makes `pipeline.cli` run these stages."""
-    from pipeline import cli
+def experiment_class(stages):
+    """Return the class of an experiment of these stages."""
+    sections = {name: (stage.settings, Field(default_factory=stage.settings)) for name, stage in stages.items()}
+    return create_model("Experiment", __base__=Common, **sections)
 
-    cli.STAGES = ("text", "fit", "page")
-    cli.stage_modules = lambda: stages(reads)
+
+def change(stages, which, /, **changes):
+    """Replace a stage by one that declares something else."""
+    stages[which] = replace(stages[which], **changes)
+
+
+def install(reads=None, made=None):
+    """Make `rlhf` run these stages, or `made`."""
+    from pipeline import api, cli
+
+    made = made or stages(reads)
+    api.STAGES = tuple(made)
+    api.stages = lambda: made
+    api.experiment_class = lambda: experiment_class(made)
     return cli
 
 

@@ -21,12 +21,13 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def rlhf(tmp_path, monkeypatch, capsys):
     """`rlhf("run", "fit")` → (exit code, stdout, stderr), in this process and with the fake stages."""
-    from pipeline import cli
+    from pipeline import api, cli
 
     (tmp_path / "small.yaml").write_text(fakes.CONFIG)
     stages = fakes.stages()
-    monkeypatch.setattr(cli, "STAGES", tuple(stages))
-    monkeypatch.setattr(cli, "stage_modules", lambda: stages)
+    monkeypatch.setattr(api, "STAGES", tuple(stages))
+    monkeypatch.setattr(api, "stages", lambda: stages)
+    monkeypatch.setattr(api, "experiment_class", lambda: fakes.experiment_class(stages))
 
     def run(*words, config="small.yaml"):
         code = cli.main([*words, *(["-c", config] if config else [])])
@@ -59,8 +60,11 @@ def test_artifacts_go_where_they_are_told(rlhf, tmp_path):
         ("run fit fit.steps=x", 'override fit.steps=x: fit.steps: the string "x"; should be an integer'),
         ("run fit data.prompts=gone.jsonl", "override data.prompts=gone.jsonl: data.prompts: no such file"),
         ("run fit --only", "text: is missing; run it first, or leave out --only"),
-        ("run fit --onyl", "command line: '--onyl' is no flag of `rlhf run` and no key=value; see `rlhf run --help`"),
-        ("run fit steps", "command line: 'steps' is no flag of `rlhf run` and no key=value; see `rlhf run --help`"),
+        (
+            "run fit --onyl",
+            "command line: '--onyl' is neither a flag of `rlhf run` nor key=value; see `rlhf run --help`",
+        ),
+        ("run fit steps", "command line: 'steps' is neither a flag of `rlhf run` nor key=value; see `rlhf run --help`"),
         ("run fitt", "command line: argument stage: invalid choice: 'fitt'"),
         ("run", "command line: STAGE is missing; see `rlhf run --help`"),
         ("flatten", "command line: argument COMMAND: invalid choice: 'flatten'"),
@@ -90,7 +94,9 @@ def test_the_command_is_recorded_as_it_was_typed(rlhf):
 @pytest.mark.parametrize("words", ["doctor seed=1", "data check small.yaml seed=1", "run text seed=1"])
 def test_a_setting_without_a_config_is_refused(rlhf, words):
     code, out, err = rlhf(*words.split(), config=None)
-    assert code == 2 and out == "" and err.startswith("error: command line: 'seed=1' changes a setting of no config")
+    assert (
+        code == 2 and out == "" and err.startswith("error: command line: 'seed=1' is a setting, and no config is given")
+    )
 
 
 def test_missing_config(rlhf):
@@ -109,9 +115,9 @@ def test_a_stop_is_exit_75(rlhf):
         os.kill(os.getpid(), signal.SIGUSR1)
         return fakes.run_fit(ctx)
 
-    rlhf.stages["fit"].run = run
+    fakes.change(rlhf.stages, "fit", run=run)
     code, _, err = rlhf("run", "fit")
-    assert code == 75 and "stopped at step 1 of 12; run again to go on" in err
+    assert code == 75 and "stopped at step 1 of 12; run again to resume" in err
     code, out, _ = rlhf("status")
     assert code == 0 and "interrupted at step 1 of 12" in out
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a caller gets its handlers back
@@ -138,7 +144,7 @@ def test_what_a_stage_raises(rlhf, error, code, expected):
     def run(ctx):
         raise error
 
-    rlhf.stages["fit"].run = run
+    fakes.change(rlhf.stages, "fit", run=run)
     got, _, err = rlhf("run", "fit")
     assert got == code and err.startswith(f"error: {expected}") and "Traceback" not in err
     got, _, err = rlhf("run", "fit", "--debug")
@@ -151,7 +157,7 @@ def test_what_to_turn_where_memory_runs_out_leaves_the_algorithm_and_can_go_on(r
     def run(ctx):
         raise MemoryError
 
-    rlhf.stages["fit"].run = run
+    fakes.change(rlhf.stages, "fit", run=run)
     err = rlhf("run", "fit")[2]
     assert "mini_batch_size" not in err and "interrupted run add --override-config" in err and err.count("\n") == 1
 
@@ -194,7 +200,7 @@ def test_status_folds_long_names_and_leaves_out_what_there_is_not(rlhf, monkeypa
         (ctx.publish / ("x" * 60)).write_text("a")
         return {"words": None}
 
-    rlhf.stages["text"].run = run
+    fakes.change(rlhf.stages, "text", run=run)
     code, out, _ = rlhf("run", "text")
     assert code == 0 and "None" not in out and "words" not in out
     assert "words" not in rlhf("status")[1]
@@ -205,13 +211,15 @@ def test_status_folds_long_names_and_leaves_out_what_there_is_not(rlhf, monkeypa
 
 
 def test_a_world_that_no_stage_needs_is_not_missing(rlhf, monkeypatch):
-    rlhf.stages["world"] = fakes.stages()["text"]
+    others = dict(rlhf.stages)
+    rlhf.stages.clear()
+    rlhf.stages.update({"world": fakes.stages()["text"], **others})
     assert "not needed: no data is the world's" in rlhf("status")[1]
 
 
 def test_report_is_shown_after_a_run(rlhf):
     shown = []
-    rlhf.stages["page"].show = lambda folder, console: shown.append(folder)
+    fakes.change(rlhf.stages, "page", show=lambda folder, console: shown.append(folder))
     rlhf("run", "page")
     rlhf("run", "page")
     rlhf("run", "fit")
@@ -266,7 +274,7 @@ def test_a_signal_and_a_kill_end_in_the_same_bytes(rlhf, tmp_path):
     first = start(tmp_path, *command)
     wait_for(first, "step 2")
     first.send_signal(signal.SIGTERM)
-    assert end(first, 75)[1].endswith("of 12; run again to go on\n")
+    assert end(first, 75)[1].endswith("of 12; run again to resume\n")
     assert not (folder / "manifest.json").exists() and (folder / "run.json").exists()
 
     second = start(tmp_path, *command)
@@ -275,7 +283,7 @@ def test_a_signal_and_a_kill_end_in_the_same_bytes(rlhf, tmp_path):
     end(second, -signal.SIGKILL)
     assert not (folder / "manifest.json").exists()
 
-    assert "going on from step 8" in end(start(tmp_path, *command), 0)[0]
+    assert "resuming from step 8" in end(start(tmp_path, *command), 0)[0]
     assert outputs(tmp_path / "hit") == outputs(tmp_path / "straight")
 
 
@@ -283,8 +291,9 @@ def test_a_signal_and_a_kill_end_in_the_same_bytes(rlhf, tmp_path):
 def test_a_second_signal_kills_at_once(tmp_path, number):
     code = (
         "import time\n"
-        "from pipeline import cli\n"
-        "with cli.signal_handlers(cli.StopFlag()):\n"
+        "from pipeline.launch.signals import stop_on_signals\n"
+        "from pipeline.stage import StopFlag\n"
+        "with stop_on_signals(StopFlag()):\n"
         "    print('ready', flush=True)\n"
         "    for _ in range(600): time.sleep(0.1)\n"
     )
@@ -293,7 +302,7 @@ def test_a_second_signal_kills_at_once(tmp_path, number):
     process.send_signal(signal.SIGUSR1)
     process.send_signal(signal.SIGUSR1)
     assert process.stderr.readline() + process.stderr.readline() == (
-        "\nstopping after this step and saving; once more stops at once\n"
+        "\nstopping after this step and saving; send the signal again to stop at once\n"
     )
     assert process.poll() is None
     process.send_signal(number)  # the first of its kind: a queue that warned by SIGUSR1 ends the job with SIGTERM
@@ -304,7 +313,7 @@ def test_a_second_signal_kills_at_once(tmp_path, number):
 
 
 def test_torch_is_imported_after_the_handlers_stand():
-    modules = "pipeline.cli, pipeline.plan, pipeline.launch.environment"
+    modules = "pipeline.commands, pipeline.plan, pipeline.launch.environment"
     code = f"import sys; import {modules}; sys.exit('torch' in sys.modules)"
     end(start(ROOT, "-c", code), 0)
 
@@ -325,7 +334,7 @@ def test_clean_removes_nothing_where_nobody_can_be_asked(rlhf):
     rlhf("run", "text")
     code, out, err = rlhf("clean")
     assert code == 2 and out == "" and err.startswith("error: artifacts/small (") and err.count("\n") == 1
-    assert "nobody is there to be asked: --yes (make: YES=1) removes it" in err
+    assert "nobody is here to be asked: --yes (make: YES=1) removes it" in err
     assert Path(ARTIFACTS, "manifest.json").exists()
 
 
@@ -364,9 +373,9 @@ def test_clean_asks_at_a_terminal(rlhf, tmp_path, typed, removed):
         ("seed: 1\n", "small.yml: name: is missing; should be a string: it names the experiment's folder"),
         ("name:\n", "small.yml:1: name: is missing; should be a string: it names the experiment's folder"),
         ("name: 3\n", "small.yml:1: name: 3; should be a string: it names the experiment's folder"),
-        ("name: ..\n", "small.yml:1: name: '..' cannot name a folder; should be letters, digits, "),
-        ("name: ''\n", "small.yml:1: name: '' cannot name a folder; should be letters, digits, "),
-        ("name: a/../..\n", "small.yml:1: name: 'a/../..' cannot name a folder; should be letters, digits, "),
+        ("name: ..\n", "small.yml:1: name: '..' cannot name a folder; use letters, digits, "),
+        ("name: ''\n", "small.yml:1: name: '' cannot name a folder; use letters, digits, "),
+        ("name: a/../..\n", "small.yml:1: name: 'a/../..' cannot name a folder; use letters, digits, "),
     ],
 )
 def test_clean_with_a_config_that_names_nothing_removes_nothing(rlhf, text, line):
@@ -393,7 +402,8 @@ def test_clean_refuses_what_is_held_and_what_is_not_its_own(rlhf, tmp_path):
     assert (
         code == 2
         and out == ""
-        and err.splitlines()[0] == ("error: artifacts/small/notes: is no stage's; move it away, then clean")
+        and err.splitlines()[0]
+        == ("error: artifacts/small/notes: does not belong to any stage; move it away, then clean")
     )
     assert err.splitlines()[1].startswith(f"error: {ARTIFACTS}: process {other.pid} on ")
     assert Path(ARTIFACTS, "manifest.json").exists()

@@ -188,8 +188,10 @@ def test_a_command_that_would_make_it_anew_anyway_is_not_asked(rlhf, then, file,
 def test_status_says_what_the_command_line_was(rlhf):  # noqa: F811
     assert rlhf("run", "page", "fit.steps=3", "seed=4")[0] == 0
     out = rlhf("status")[1]
-    assert "the command line made text, fit, page with seed=4; fit with fit.steps=3: " in out.replace("\n", " ")
-    assert "`rlhf status -c small.yaml seed=4 fit.steps=3` looks with that" in out
+    assert "made with settings on the command line: text, fit, page with seed=4; fit with fit.steps=3; " in out.replace(
+        "\n", " "
+    )
+    assert "`rlhf status -c small.yaml seed=4 fit.steps=3` includes them" in out
     assert "command line" not in rlhf("status", "fit.steps=3", "seed=4")[1]
     assert "command line" not in rlhf("status", "fit.steps=5", "seed=4")[1]
 
@@ -214,7 +216,7 @@ def test_an_interrupted_run_names_the_command_that_goes_on(rlhf):  # noqa: F811
     code, _, err = rlhf("run", "fit", "fit.fail_at=7")
     assert code == 2 and err == (
         "error: fit: interrupted at step 4, since then fit.learning_rate 0.5 → 0.01; `rlhf run fit -c small.yaml "
-        "fit.learning_rate=0.5 fit.fail_at=7` goes on as it began, --restart begins anew, --override-config goes on "
+        "fit.learning_rate=0.5 fit.fail_at=7` resumes with the old setting, --restart starts again, --override-config resumes "
         "with the new settings\n"
     )
     assert rlhf("run", "fit", "fit.learning_rate=0.5", "fit.fail_at=7")[0] == 3
@@ -229,6 +231,6 @@ def test_at_a_terminal_a_setting_that_is_left_out_is_asked_about(rlhf, tmp_path,
     assert asked.endswith("Replace what is there? [y/N] ")
     if typed == "n":
         assert manifests() == before
-        assert "error: artifacts/small: nothing was replaced; the lines above say how to go on" in after
+        assert "error: artifacts/small: nothing was replaced; the lines above say how to proceed" in after
     else:
         assert "fit: stale because fit.steps 3 → 12; running" in after

@@ -39,10 +39,10 @@ def interrupt(world, step, *overrides, target="fit", **flags):
         ctx.tracker.log = lambda *row: (log(*row), stop.passed())
         return run(ctx)
 
-    world.stages["fit"].run = counted
+    fakes.change(world.stages, "fit", run=counted)
     with pytest.raises(Interrupted) as caught:
         world.run(target, *overrides, stop=stop, **flags)
-    world.stages["fit"].run = run
+    fakes.change(world.stages, "fit", run=run)
     return caught.value
 
 
@@ -114,7 +114,7 @@ def test_an_optional_setting_of_a_later_version_makes_nothing_stale(world):
         later: int | None = None
 
     world.run("page")
-    world.stages["fit"].Config = Later
+    fakes.change(world.stages, "fit", settings=Later)
     assert set(kinds(world.states()).values()) == {"done"}
     assert world.states("fit.later=2")["fit"].reasons == ["fit.later null → 2"]
 
@@ -164,9 +164,10 @@ def test_data_that_leaves_the_world_is_one_phrase(world, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
     world.stages = fakes.stages(reads=["prompts"])
     world.stages = {"world": world.stages.pop("text"), **world.stages}
-    world.stages["world"].NAME = "world"
-    world.stages["fit"].needs = world.stages["page"].needs = fakes.nothing
-    world.stages["fit"].run = lambda ctx: {}
+    fakes.change(world.stages, "world", name="world")
+    for name in ("fit", "page"):
+        fakes.change(world.stages, name, needs=fakes.nothing)
+    fakes.change(world.stages, "fit", run=lambda ctx: {})
     world.path.write_text("name: small\n")
     world.run("fit")
     (reason,) = world.states("data.prompts={path: rows.jsonl, limit: 1}")["fit"].reasons
@@ -177,7 +178,7 @@ def test_what_lies_in_a_folder_from_outside_counts(world, tmp_path):
     folder = tmp_path / "model"
     (folder / ".cache").mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    world.stages["fit"].folders = lambda experiment: {"fit.model": folder}
+    fakes.change(world.stages, "fit", folders=lambda experiment: {"fit.model": folder})
     world.run("fit")
     (folder / ".cache" / "lock").write_text("")
     assert kinds(world.states())["fit"] == "done" and "folder:fit.model" in world.store.manifest("fit")["inputs"]
@@ -190,15 +191,16 @@ def test_world_data_needs_the_stage_world(world):
     seen = {}
     world.stages = fakes.stages(reads=["prompts"])
     world.stages = {"world": world.stages.pop("text"), **world.stages}
-    world.stages["world"].NAME = "world"
-    world.stages["fit"].needs = world.stages["page"].needs = fakes.nothing
+    fakes.change(world.stages, "world", name="world")
+    for name in ("fit", "page"):
+        fakes.change(world.stages, name, needs=fakes.nothing)
 
     def run(ctx):
         seen["source"] = ctx.source("prompts")
         seen["inputs"] = ctx.inputs
         return {}
 
-    world.stages["fit"].run = run
+    fakes.change(world.stages, "fit", run=run)
     world.path.write_text("name: small\n")
     world.run("fit")
     folder = world.store.folder("world")
@@ -226,13 +228,18 @@ def test_only_refuses_what_is_not_done(world):
 
 
 def test_what_the_machine_lacks_for_a_stage_that_will_run_is_told_before_anything_runs(world):
-    world.stages["fit"].lacks = lambda experiment: ["fit: a press is missing; buy one"] * (experiment.fit.steps > 9)
+    fakes.change(
+        world.stages,
+        "fit",
+        missing_requirements=lambda experiment: ["fit: a press is missing; buy one"] * (experiment.fit.steps > 9),
+    )
     assert refused(world, "page") == ["fit: a press is missing; buy one"]
     assert world.store.manifest("text") is None
     world.run("fit", "fit.steps=9")
-    world.stages["fit"].lacks = lambda experiment: ["fit: a press is missing; buy one"]
+    fakes.change(world.stages, "fit", missing_requirements=lambda experiment: ["fit: a press is missing; buy one"])
     world.run("page", "fit.steps=9")  # fit is done, and will not run
-    world.stages["text"].lacks = world.stages["fit"].lacks  # the same file, say: it is told once
+    same = world.stages["fit"].missing_requirements  # the same file, for example: it is reported once
+    fakes.change(world.stages, "text", missing_requirements=same)
     assert refused(world, "fit", "text.words=4") == ["fit: a press is missing; buy one"]
     assert refused(world, "fit", "fit.steps=9", force=True) == ["fit: a press is missing; buy one"]
 
@@ -247,7 +254,7 @@ def test_an_interrupted_stage_goes_on_to_the_same_bytes(world):
     assert world.states()["fit"].sentence() == "interrupted at step 6 of 12"
     random.random()
     world.run("fit")
-    assert "fit: going on from step 6" in world.console.text
+    assert "fit: resuming from step 6" in world.console.text
     assert contents(world) == straight
     assert world.store.manifest("fit")["resumes"] == 1
 
@@ -274,15 +281,15 @@ def test_an_interrupted_stage_with_changed_settings_is_refused(world):
     interrupt(world, 6)
     text = world.store.manifest("text")
     assert refused(world, "page", "fit.learning_rate=0.5", "seed=3") == [
-        "fit: interrupted at step 6, since then text is stale; --restart begins anew",
-        "fit: interrupted at step 6, since then fit.learning_rate 0.01 → 0.5; --restart begins anew",
-        "fit: interrupted at step 6, since then seed 0 → 3; --restart begins anew",
+        "fit: interrupted at step 6, since then text is stale; --restart starts again",
+        "fit: interrupted at step 6, since then fit.learning_rate 0.01 → 0.5; --restart starts again",
+        "fit: interrupted at step 6, since then seed 0 → 3; --restart starts again",
     ]
     assert world.store.manifest("text") == text  # refused before anything ran
     (line,) = refused(world, "fit", "fit.learning_rate=0.5")
     assert line == (
         "fit: interrupted at step 6, since then fit.learning_rate 0.01 → 0.5; "
-        "--restart begins anew, --override-config goes on with the new settings"
+        "--restart starts again, --override-config resumes with the new settings"
     )
     assert world.states("fit.learning_rate=0.5")["fit"].sentence() == (
         "interrupted at step 6 of 12; fit.learning_rate 0.01 → 0.5"
@@ -293,7 +300,7 @@ def test_an_interrupted_stage_with_changed_settings_is_refused(world):
 def test_override_config_goes_on_and_records_both(world):
     interrupt(world, 6)
     world.run("fit", "fit.learning_rate=0.5", override_config=True)
-    assert "going on with fit.learning_rate 0.01 → 0.5" in world.console.text
+    assert "resuming with fit.learning_rate 0.01 → 0.5" in world.console.text
     manifest = world.store.manifest("fit")
     assert manifest["config"]["overridden"] == {"fit.learning_rate": [0.01, 0.5]}
     assert manifest["config"]["fit"]["learning_rate"] == 0.5
@@ -315,9 +322,9 @@ def test_an_override_that_the_stage_refuses_leaves_the_run_as_it_was(world):
     def run(ctx):
         raise UserError("fit.learning_rate: does not suit the checkpoint; lower it")
 
-    world.stages["fit"].run = run
+    fakes.change(world.stages, "fit", run=run)
     refused(world, "fit", "fit.learning_rate=0.5", override_config=True)
-    world.stages["fit"].run = run_fit
+    fakes.change(world.stages, "fit", run=run_fit)
     world.run("fit")
     manifest = world.store.manifest("fit")
     assert "overridden" not in manifest["config"] and manifest["resumes"] == 2
@@ -326,7 +333,7 @@ def test_an_override_that_the_stage_refuses_leaves_the_run_as_it_was(world):
 def test_restart_drops_the_interrupted_run(world):
     interrupt(world, 6)
     world.run("fit", "fit.learning_rate=0.5", restart=True)
-    assert "the interrupted run (at step 6) is dropped" in world.console.text
+    assert "dropping the interrupted run (at step 6)" in world.console.text
     assert world.store.manifest("fit")["resumes"] == 0
     world.store = type(world.store)(world.store.root, "other")
     world.run("fit", "fit.learning_rate=0.5")
@@ -338,7 +345,7 @@ def test_a_rebuilt_input_is_refused_even_with_override_config(world):
     world.run("text", force=True)
     (line,) = refused(world, "fit", override_config=True)
     assert line.startswith("fit: interrupted at step 6, since then text artifact changed (")
-    assert line.endswith("; --restart begins anew")
+    assert line.endswith("; --restart starts again")
     world.run("fit", restart=True)
 
 
@@ -361,12 +368,12 @@ def test_an_input_that_is_rebuilt_while_the_stage_runs_publishes_nothing(world, 
             other.publish("text", content, {**world.store.manifest("text"), "run_id": "another"})
         return metrics
 
-    world.stages["fit"].run = run
+    fakes.change(world.stages, "fit", run=run)
     every = f"checkpoints.every={every}"
     remedy = "run again with --restart" if every.endswith("4") else "run again"
-    assert refused(world, "fit", every, force=redo) == [f"fit: text was made anew while this stage ran; {remedy}"]
+    assert refused(world, "fit", every, force=redo) == [f"fit: text was replaced while this stage ran; {remedy}"]
     assert world.store.manifest("fit") == before and not (world.store.folder("fit") / ".tmp-publish").exists()
-    world.stages["fit"].run = lambda ctx: {}
+    fakes.change(world.stages, "fit", run=lambda ctx: {})
     if "--restart" in remedy:
         (line,) = refused(world, "fit", every)
         assert line.startswith("fit: interrupted at step 8, since then text artifact changed (")
@@ -379,8 +386,8 @@ def test_an_input_that_is_gone_when_the_stage_ends_publishes_nothing(world):
         (world.store.folder("text") / "manifest.json").unlink()
         return {}
 
-    world.stages["fit"].run = run
-    assert refused(world, "fit") == ["fit: text was made anew while this stage ran; run again"]
+    fakes.change(world.stages, "fit", run=run)
+    assert refused(world, "fit") == ["fit: text was replaced while this stage ran; run again"]
     assert world.store.manifest("fit") is None
 
 
@@ -394,7 +401,7 @@ def editing(world, stage, file, *texts):
             file.write_text(text)
         return metrics
 
-    world.stages[stage].run = run_and_edit
+    fakes.change(world.stages, stage, run=run_and_edit)
     return run
 
 
@@ -407,20 +414,20 @@ def test_an_input_that_is_edited_while_the_stage_runs_publishes_nothing(world, t
     if what == "folder":
         world.stages, file, settings = fakes.stages(), tmp_path / "model" / "config.json", settings[1:]
         file.parent.mkdir()
-        world.stages["fit"].folders = lambda experiment: {"fit.model": file.parent}
+        fakes.change(world.stages, "fit", folders=lambda experiment: {"fit.model": file.parent})
     file.write_text('{"prompt": "a"}\n')
     run_fit = editing(world, "fit", file, '{"prompt": "b"}\n')
     if what == "gone":
-        world.stages["fit"].run = lambda ctx: (run_fit(ctx), file.unlink())[0]
+        fakes.change(world.stages, "fit", run=lambda ctx: (run_fit(ctx), file.unlink())[0])
     remedy = "put it back, or add --restart, and run again" if every else "run again"
     place = f"{file.parent} (fit.model)" if what == "folder" else f"{file} (data.prompts)"
-    how = "cannot be read any more" if what == "gone" else "was edited"
+    how = "became unreadable" if what == "gone" else "was edited"
     assert refused(world, "fit", *settings) == [f"fit: {place} {how} while this stage ran; {remedy}"]
     assert world.store.manifest("fit") is None
-    world.stages["fit"].run = run_fit
+    fakes.change(world.stages, "fit", run=run_fit)
     if what != "gone" and every:
         (line,) = refused(world, "fit", *settings, override_config=True)
-        assert line.startswith("fit: interrupted at step 8, since then ") and line.endswith("; --restart begins anew")
+        assert line.startswith("fit: interrupted at step 8, since then ") and line.endswith("; --restart starts again")
     file.write_text('{"prompt": "a"}\n')
     world.run("fit", *settings)
     assert kinds(world.states(*settings))["fit"] == "done"
@@ -431,7 +438,7 @@ def test_a_file_that_is_edited_before_its_stage_begins_is_what_the_manifest_name
     file.write_text('{"prompt": "a"}\n')
     editing(world, "text", file, '{"prompt": "b"}\n')
     seen = []
-    world.stages["fit"].run = lambda ctx: seen.append(ctx.source("prompts").sha256) or {}
+    fakes.change(world.stages, "fit", run=lambda ctx: seen.append(ctx.source("prompts").sha256) or {})
     world.run("fit", f"data.prompts={file}")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert world.store.manifest("fit")["inputs"]["data:prompts"] == digest and seen == [digest]
@@ -445,8 +452,8 @@ def test_a_finished_stage_whose_file_is_edited_while_another_runs_is_made_anew(w
     world.run("fit", at)
     stages = world.stages
     world.stages = {"other": stages["page"], "text": stages["text"], "fit": stages["fit"]}
-    world.stages["other"].needs, world.stages["fit"].needs = fakes.nothing, lambda experiment: ["other", "text"]
-    world.stages["other"].NAME, world.stages["other"].run = "other", lambda ctx: {}
+    fakes.change(world.stages, "other", name="other", needs=fakes.nothing, run=lambda ctx: {})
+    fakes.change(world.stages, "fit", needs=lambda experiment: ["other", "text"])
     world.run("fit", at)
     editing(world, "other", file, '{"prompt": "b"}\n')
     world.run("fit", at)
@@ -476,7 +483,7 @@ def test_a_file_that_is_edited_between_two_stages_that_read_it_is_refused(world,
             return False
 
     stop = Editing()
-    world.stages["fit"].run = lambda ctx: {}
+    fakes.change(world.stages, "fit", run=lambda ctx: {})
     with pytest.raises(UserError) as caught:
         world.run("page", at, stop=stop)
     (line,) = caught.value.lines
@@ -489,7 +496,7 @@ def test_a_folder_that_is_edited_while_it_is_loaded_and_put_back_is_refused(worl
     file = tmp_path / "model" / "config.json"
     file.parent.mkdir()
     file.write_text("{}")
-    world.stages["fit"].folders = lambda experiment: {"fit.model": file.parent}
+    fakes.change(world.stages, "fit", folders=lambda experiment: {"fit.model": file.parent})
     run_fit = world.stages["fit"].run
 
     def run(ctx):
@@ -498,9 +505,9 @@ def test_a_folder_that_is_edited_while_it_is_loaded_and_put_back_is_refused(worl
         ctx.confirm_folders()
         return run_fit(ctx)
 
-    world.stages["fit"].run = run
+    fakes.change(world.stages, "fit", run=run)
     assert refused(world, "fit") == [f"fit: {file.parent} (fit.model) was edited while it was loaded; run again"]
-    world.stages["fit"].run = lambda ctx: ctx.confirm_folders() or run_fit(ctx)
+    fakes.change(world.stages, "fit", run=lambda ctx: ctx.confirm_folders() or run_fit(ctx))
     world.run("fit")
 
 
@@ -537,10 +544,10 @@ def test_a_redo_that_fails_early_leaves_the_finished_artifact_with_its_checkpoin
         assert ctx.checkpoints.newest() is None
         raise UserError("rows.jsonl:3: is no JSON; mend the line")
 
-    world.stages["fit"].run = run
+    fakes.change(world.stages, "fit", run=run)
     refused(world, "fit", force=True)
     assert contents(world) == before and steps(world) == saved and kinds(world.states())["fit"] == "done"
-    world.stages["fit"].run = run_fit
+    fakes.change(world.stages, "fit", run=run_fit)
     interrupt(world, 6, force=True)
     assert steps(world) == saved and steps(world, ".redo/checkpoints") == ["step-00000004", "step-00000006"]
     world.run("fit", "fit.steps=6", restart=True)
@@ -555,7 +562,7 @@ def test_a_forced_redo_that_was_interrupted_goes_on_with_force(world):
     interrupt(world, 6, force=True)
     assert kinds(world.states())["fit"] == "done"
     world.run("fit", force=True)
-    assert "going on from step 6" in world.console.text and contents(world) == before
+    assert "resuming from step 6" in world.console.text and contents(world) == before
 
 
 def test_a_mistake_before_the_first_checkpoint_leaves_nothing_to_go_on_from(world):
@@ -565,10 +572,11 @@ def test_a_mistake_before_the_first_checkpoint_leaves_nothing_to_go_on_from(worl
         ctx.tracker.log(1, {"loss": 1.0})
         raise UserError("rows.jsonl:3: is no JSON; mend the line")
 
-    run_fit, world.stages["fit"].run = world.stages["fit"].run, run
+    run_fit = world.stages["fit"].run
+    fakes.change(world.stages, "fit", run=run)
     assert refused(world, "fit") == ["rows.jsonl:3: is no JSON; mend the line"]
     assert kinds(world.states())["fit"] == "missing"
-    world.stages["fit"].run = run_fit
+    fakes.change(world.stages, "fit", run=run_fit)
     world.run("fit", "fit.learning_rate=0.5")
     assert len((world.store.folder("fit") / "metrics.jsonl").read_text().splitlines()) == 12
 
@@ -612,7 +620,7 @@ def test_a_damaged_newest_checkpoint_falls_back(world):
     (newest / "model.safetensors").write_bytes(b"")
     world.run("fit")
     assert "set aside as .damaged-step-00000009" in world.console.text
-    assert "going on from step 8" in world.console.text
+    assert "resuming from step 8" in world.console.text
     assert contents(world) == straight
     left = sorted(path.name for path in (world.store.folder("fit") / "checkpoints").iterdir())
     assert left == ["step-00000004", "step-00000008"] or left == ["step-00000008"]
@@ -635,10 +643,10 @@ def test_another_process_count_needs_allow_elastic(world):
     run = files.read_sealed(path)
     files.write_json(path, files.seal(run | {"world_size": 2, "threads": 7}))
     assert refused(world, "fit") == [
-        "fit: interrupted at step 6, since then the number of processes 2 → 1; --allow-elastic goes on"
+        "fit: interrupted at step 6, since then the number of processes 2 → 1; --allow-elastic resumes"
     ]
     world.run("fit", allow_elastic=True)
-    assert "world_size 2 → 1, threads 7 → 1: last bits may differ" in world.console.text
+    assert "world_size 2 → 1, threads 7 → 1: the last bits may differ" in world.console.text
 
 
 def test_seeds_are_set_before_every_stage(world):
@@ -651,7 +659,8 @@ def test_seeds_are_set_before_every_stage(world):
         drawn.append((random.random(), float(numpy.random.rand()), float(torch.rand(()))))
         return {}
 
-    world.stages["text"].run = world.stages["fit"].run = run
+    for name in ("text", "fit"):
+        fakes.change(world.stages, name, run=run)
     world.run("fit")
     world.run("text", force=True)
     assert drawn[0] == drawn[2] and drawn[0] != drawn[1]

@@ -371,7 +371,7 @@ def damaged_checkpoint(spoils: Callable[[Path], Iterator[tuple[str, Callable[[Pa
                 spoil(t.checkpoints()[-1])
                 ended = t.finish()
                 expect("set aside" in ended.said, "the damage was not said")
-                expect("going on from step 2" in ended.said, "it did not go on from the one before")
+                expect("resuming from step 2" in ended.said, "it did not go on from the one before")
 
             yield name, trial
 
@@ -456,7 +456,7 @@ def other_clock(chain: Chain, stage: str, kills: int):
             for file in (path, *path.rglob("*")):
                 os.utime(file, (1e9 - i * 1e6,) * 2)
         said = t.finish().said
-        expect("damaged" not in said and "going on from step 4" in said, "the newest was not taken")
+        expect("damaged" not in said and "resuming from step 4" in said, "the newest was not taken")
 
     yield "0", trial
 

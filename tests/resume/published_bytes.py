@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pipeline import cli
+from pipeline import api, cli
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT_TINY = [
@@ -69,7 +69,7 @@ def main() -> int:
 def chain(config: Path, settings: list[str], root: Path) -> dict[str, str]:
     """Run every stage of a config; return {stage/path: digest} of all that is published."""
     artifacts = root / config.stem
-    for stage in cli.STAGES:
+    for stage in api.STAGES:
         if code := cli.main(["run", stage, "-c", str(config), "--artifacts", str(artifacts), *settings]):
             sys.exit(code)
     found = {}

@@ -55,9 +55,9 @@ def import_libraries() -> None:
         importlib.import_module(name)
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    from pipeline import cli
+    from pipeline import api
 
-    cli.stage_modules()
+    api.stages()
     get_checkpoint_conversion_mapping("llama")  # it is computed once in a process
 
 
@@ -141,7 +141,7 @@ def main() -> int:
             code = fork_run(["run", "sft", *place, "--only", *SMALL], folder, die, whole_heap)
             ended[code] += 1
             said = (folder / "said.txt").read_text(errors="replace")
-            right = code == -signal.SIGKILL if die else code == 0 and "going on from step 1" in said
+            right = code == -signal.SIGKILL if die else code == 0 and "resuming from step 1" in said
             if not right:
                 died, failed = (died + 1, failed) if code < 0 else (died, failed + 1)
                 kept = asked.keep / f"run-{number}"

@@ -7,7 +7,7 @@ import pytest
 from resume_worker import CONFIG, assert_same_figures, rlhf, rows_of, without
 
 from data.streams import derive_seed
-from pipeline import cli
+from pipeline import api
 from pipeline.errors import UserError
 from pipeline.fingerprints import Today, compare
 from stages.ppo import run as ppo
@@ -86,7 +86,7 @@ def test_a_checkpoint_that_counts_nothing_is_of_the_same_settings_or_refused():
     """An older version's: batches of 8 with 2 samples a prompt, 4 optimizer steps of 4 ptx rows each."""
     settings = {"batch_size": 8, "mini_batch_size": 4, "num_ppo_epochs": 2, "samples_per_prompt": 2, "ptx_ratio": 1.0}
     store = SimpleNamespace(fingerprint="then", newest=lambda: SimpleNamespace(step=3, state={}, fingerprint="then"))
-    ctx = SimpleNamespace(config=ppo_settings.Config(**settings), checkpoints=store)
+    ctx = SimpleNamespace(config=ppo_settings.PPOSettings(**settings), checkpoints=store)
     assert ppo.drawn_before(ctx) == ppo.Drawn(episodes=24, prompts=12, ptx_rows=48, optimizer_steps=12)
     store.fingerprint = "now"
     with pytest.raises(UserError, match="did not count what it drew; .*, or --restart"):
@@ -112,7 +112,7 @@ def test_smaller_micro_batches_of_the_same_batch_are_taken(oracle, tmp_path):
     said = refused(root, tmp_path, "sft", "sft.gradient_accumulation_steps=4")
     assert said == (
         "error: sft: interrupted at step 4, since then sft.gradient_accumulation_steps 2 → 4, which an interrupted run "
-        "keeps; set it back to go on, --restart begins anew"
+        "keeps; set it back to go on, --restart starts again"
     )
     smaller = ("sft.per_device_train_batch_size=2", "sft.gradient_accumulation_steps=4", "--override-config")
     assert rlhf(*command(root, "sft", *smaller)) == 0
@@ -129,19 +129,19 @@ def test_sft_keeps_the_steps_of_the_model_that_is_trained(oracle, tmp_path):
     assert rlhf(*command(root, "sft")) == 0
 
 
-STAGES = cli.stage_modules()
+STAGES = api.stages()
 
 
 def changes(name, before, after):
     """What `compare` says of two sections of a stage."""
-    fixed = getattr(STAGES[name], "FIXED", ())
+    fixed = STAGES[name].fixed
     record = {"fingerprint": "then", "config": {name: before, "seed": 0}, "inputs": {}}
     return compare(name, record, Today("now", {name: after, "seed": 0}, {}, fixed=fixed))
 
 
 @pytest.mark.parametrize("stage", ["base", "sft", "rm", "dpo"])
 def test_a_training_on_rows_keeps_what_decides_their_order(stage):
-    section = STAGES[stage].Config().model_dump(mode="json")
+    section = STAGES[stage].settings().model_dump(mode="json")
     rows, accumulated = section["per_device_train_batch_size"], section["gradient_accumulation_steps"]
     for changed in ({"per_device_train_batch_size": 2 * rows}, {"gradient_accumulation_steps": 3 * accumulated},
                     {"max_length": 80}):  # fmt: skip
@@ -154,11 +154,11 @@ def test_a_training_on_rows_keeps_what_decides_their_order(stage):
 
 
 def test_fixed_settings_are_settings():
-    from pipeline.config.validation import COMMON
+    from pipeline.config.sections import COMMON
 
-    sections = {name: module.Config for name, module in STAGES.items()} | COMMON
-    for module in STAGES.values():
-        for entry in getattr(module, "FIXED", ()):
+    sections = {name: stage.settings for name, stage in STAGES.items()} | COMMON
+    for stage in STAGES.values():
+        for entry in stage.fixed:
             for key in (entry,) if isinstance(entry, str) else entry:
                 name, *path = key.split(".")
                 fields = sections[name].model_fields

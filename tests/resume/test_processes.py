@@ -198,7 +198,7 @@ def test_the_launcher_hands_on_a_signal(oracle, together, tmp_path):
     assert sorted(workers) == [0, 1]
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 75, err.read_text()
-    assert "run again to go on" in err.read_text() and gone(workers.values(), 1)
+    assert "run again to resume" in err.read_text() and gone(workers.values(), 1)
     assert not (folder / "manifest.json").exists() and list((folder / "checkpoints").glob("step-*/manifest.json"))
 
     process, _ = started(root, "checkpoints.every=0")
@@ -222,7 +222,7 @@ def test_the_launcher_says_who_died(oracle, tmp_path):
     wait_for_rows(root / "micro" / "ppo", 1)
     os.kill(children_of(process.pid)[1], signal.SIGKILL)
     assert process.wait(30) == 1
-    assert "error: process 1 of 2 was ended by SIGKILL; run again to go on" in err.read_text()
+    assert "error: process 1 of 2 was ended by SIGKILL; run again to resume" in err.read_text()
 
 
 @pytest.mark.slow

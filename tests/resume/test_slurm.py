@@ -64,7 +64,7 @@ def test_a_preempted_job_goes_on_and_the_next_one_waits_for_it(oracle, tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["resumes"] == 1 and manifest["world_size"] == 2
     assert (root / "micro" / "evaluate" / "results.json").exists()
-    assert "going on from step" in log
+    assert "resuming from step" in log
 
 
 @pytest.mark.slow

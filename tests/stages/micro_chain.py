@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 
 from data.tokenizer import train_tokenizer
-from pipeline import cli
-from pipeline.config.validation import experiment_type, load_experiment
+from pipeline import api
+from pipeline.config.validation import load_experiment
 from pipeline.fingerprints import all_needs, sources
 from pipeline.running import set_seeds
 from pipeline.stage import Source, StageRun, StopFlag
@@ -84,7 +84,7 @@ class MicroChain:
             self.save(random_reward_model(self.tokenizer, seed, bias), folder)
         (root / "micro.yaml").write_text(CONFIG % {"root": root}, encoding="utf-8")
         (root / "world.yaml").write_text(OF_THE_WORLD % {"root": root}, encoding="utf-8")
-        self.stages = cli.stage_modules()
+        self.stages = api.stages()
 
     def rows(self, name: str) -> list[dict]:
         """The rows of a JSONL file of the chain."""
@@ -96,9 +96,8 @@ class MicroChain:
 
     def experiment(self, *settings: str, config: str = "micro.yaml"):
         """The validated experiment, `settings` as on the command line: section.key=value."""
-        Experiment = experiment_type({name: module.Config for name, module in self.stages.items()})
-        checks = [module.check for module in self.stages.values() if hasattr(module, "check")]
-        return load_experiment(self.root / config, settings, Experiment, checks)
+        checks = [stage.check for stage in self.stages.values()]
+        return load_experiment(self.root / config, settings, api.experiment_class(), checks)
 
     def run(
         self,

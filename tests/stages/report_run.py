@@ -6,8 +6,7 @@ import random
 from pathlib import Path
 from types import SimpleNamespace
 
-from pipeline import cli
-from pipeline.config.validation import experiment_type
+from pipeline import api
 from stages import report
 from stages.evaluation import overoptimisation
 from stages.evaluation.results import Measured, order_by_gold, summarise
@@ -242,11 +241,10 @@ def fake_run(
     )
     publish = tmp_path / "artifacts" / "fake" / "report"
     publish.mkdir()
-    Experiment = experiment_type({name: module.Config for name, module in cli.stage_modules().items()})
-    experiment = Experiment(name="fake", evaluate={"best_of": 16, "policies": list(policies)})
+    experiment = api.experiment_class()(name="fake", evaluate={"best_of": 16, "policies": list(policies)})
     return SimpleNamespace(
         experiment=experiment,
-        config=report_settings.Config(),
+        config=report_settings.ReportSettings(),
         seed=0,
         inputs=inputs,
         manifests=manifests,

@@ -7,22 +7,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline import cli
-from pipeline.config.validation import experiment_type, load_experiment
+from pipeline import api
+from pipeline.config.validation import load_experiment
 from pipeline.errors import UserError
 from stages import world
 from stages.settings import world as world_settings
 from stages.settings.training import total_steps
 from stages.shared.runtime import check_context
 
-STAGES = cli.stage_modules()
+STAGES = api.stages()
 
 
 def loaded(tmp_path, *overrides):
     (tmp_path / "a.yaml").write_text("name: a\n")
-    sections = {name: module.Config for name, module in STAGES.items()}
-    checks = [module.check for module in STAGES.values() if hasattr(module, "check")]
-    return load_experiment(tmp_path / "a.yaml", overrides, experiment_type(sections), checks)
+    return api.load_experiment(tmp_path / "a.yaml", *overrides)
 
 
 def problems(tmp_path, *overrides):
@@ -85,7 +83,7 @@ def test_all_lengths_over_a_given_models_context_are_told_before_anything_runs(t
     settings = (f"model.name_or_path={model}", "sft.max_length=64")
     experiment = experiment_of(tmp_path, *settings)
     for stage in ("rm", "dpo", "ppo", "evaluate"):
-        first, length = STAGES[stage].lacks(experiment)[0], getattr(experiment, stage).max_length
+        first, length = STAGES[stage].missing_requirements(experiment)[0], getattr(experiment, stage).max_length
         what = f"{length} tokens, and the model's context is 64"
         assert first == f"{stage}.max_length: {what}; set {stage}.max_length to 64 or less"
     assert lacks(tmp_path, "sft", *settings) == []
@@ -164,7 +162,7 @@ def test_a_batch_that_several_processes_cannot_share(tmp_path, stage):
 def test_accumulation_is_said_to_make_the_batch():
     """Twice the micro-batches are twice the batch, in half as many steps."""
     for name in ("base", "sft", "rm", "dpo"):
-        config = STAGES[name].Config
+        config = STAGES[name].settings
         once, twice = (config(per_device_train_batch_size=2, gradient_accumulation_steps=n) for n in (1, 2))
         assert total_steps(once, 64) == 2 * total_steps(twice, 64)
         assert "not the gradient" not in config.model_fields["gradient_accumulation_steps"].description
@@ -172,13 +170,12 @@ def test_accumulation_is_said_to_make_the_batch():
 
 def experiment_of(tmp_path, *settings):
     (tmp_path / "a.yaml").write_text("name: a\n")
-    sections = {name: module.Config for name, module in STAGES.items()}
-    return load_experiment(tmp_path / "a.yaml", settings, experiment_type(sections))
+    return load_experiment(tmp_path / "a.yaml", settings, api.experiment_class())
 
 
 def lacks(tmp_path, stage, *settings):
     """What a stage says before anything runs."""
-    return STAGES[stage].lacks(experiment_of(tmp_path, *settings))
+    return STAGES[stage].missing_requirements(experiment_of(tmp_path, *settings))
 
 
 @pytest.mark.parametrize(
@@ -242,8 +239,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 def test_a_shipped_config_does_not_teach_length_first(path):
     """Room for whole answers, and a cut one worth less than nearly every finished one, of which scores are about
     standard normal; ppo and evaluate cut alike, and rm has read rows as long as it scores."""
-    sections = {name: module.Config for name, module in STAGES.items()}
-    experiment = load_experiment(path, [], experiment_type(sections))
+    experiment = load_experiment(path, [], api.experiment_class())
     ppo, evaluate = experiment.ppo, experiment.evaluate
     assert ppo.missing_eos_score is not None and NormalDist().cdf(ppo.missing_eos_score) < 0.025
     for key in ("missing_eos_score", "response_length", "max_length", "temperature"):
@@ -254,7 +250,7 @@ def test_a_shipped_config_does_not_teach_length_first(path):
 
 
 def test_a_world_without_so_many_prompts_is_told(tmp_path):
-    sizes = world_settings.Config(documents=100, demonstrations=20, prompts=90_000)
+    sizes = world_settings.WorldSettings(documents=100, demonstrations=20, prompts=90_000)
     ctx = SimpleNamespace(config=sizes, experiment=SimpleNamespace(seed=0), publish=tmp_path)
     with pytest.raises(UserError, match=r"world\.prompts: \d+ prompts of the kind \w+ asked for, .* lower it"):
         world.run(ctx)

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli
-from pipeline.config.validation import experiment_type, load_experiment
+from pipeline import api
 from stages.settings.training import total_steps
 from tests.stages.micro_chain import MicroChain
 from tests.stages.shared.test_disk import LORA, SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = cli.stage_modules()
+STAGES = api.stages()
 DECISIVE = {  # settings whose default is another than it was: a shipped config says them itself
     "sft": ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps"),
     "rm": ("learning_rate", "gradient_accumulation_steps"),
@@ -23,9 +22,7 @@ DECISIVE = {  # settings whose default is another than it was: a shipped config 
 
 
 def loaded(path):
-    sections = {name: module.Config for name, module in STAGES.items()}
-    checks = [module.check for module in STAGES.values() if hasattr(module, "check")]
-    return load_experiment(path, [], experiment_type(sections), checks)
+    return api.load_experiment(path)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +51,7 @@ def test_a_short_yaml_is_no_work_of_days(tmp_path):
 @pytest.mark.parametrize("stage, key", [("ppo", "total_episodes"), ("ppo", "batch_size"), ("sft", "learning_rate"),
                                         ("rm", "gradient_accumulation_steps"), ("ppo", "kl_coef")])  # fmt: skip
 def test_the_papers_scale_is_named_where_the_default_is_smaller(stage, key):
-    assert "the paper" in STAGES[stage].Config.model_fields[key].description
+    assert "the paper" in STAGES[stage].settings.model_fields[key].description
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

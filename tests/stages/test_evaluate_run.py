@@ -493,7 +493,7 @@ class TestGreedy:
 
 def test_what_ends_the_stage_names_the_policy_and_a_judge_that_was_climbed(files, of_world):
     """The last line of the stage is made of these."""
-    from pipeline.running import headline
+    from pipeline.record import headline
 
     line = " · ".join(headline(evaluate_settings, files.finished.figures))
     assert line.startswith("policy ppo · score ")

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from data.answer_lengths import quantiles
-from pipeline.config.sections import ModelConfig
+from pipeline.config.sections import ModelSettings
 from stages.shared.publishing import adapter_base
 
 SFT = ("sft.max_steps=1", "sft.max_length=64", "sft.sample_tokens=0", "sft.per_device_train_batch_size=2")
@@ -47,7 +47,7 @@ def test_a_dtype_that_is_named(chain, tmp_path, asked, found):
 
 
 def test_float32_by_name_is_the_default_and_makes_nothing_stale():
-    assert ModelConfig(publish_dtype="float32") == ModelConfig() and ModelConfig().publish_dtype is None
+    assert ModelSettings(publish_dtype="float32") == ModelSettings() and ModelSettings().publish_dtype is None
 
 
 def test_a_policy_says_at_which_temperature_it_was_trained(chain, tmp_path):
@@ -80,7 +80,7 @@ def context(tmp_path, name="org/name", method="lora", **metrics):
     record = {"metrics": metrics, "config": {"model": {"revision": "0123"}}}
     return SimpleNamespace(
         stage="sft",
-        experiment=SimpleNamespace(model=ModelConfig(name_or_path=name, peft=method and {"method": method})),
+        experiment=SimpleNamespace(model=ModelSettings(name_or_path=name, peft=method and {"method": method})),
         inputs={"base": tmp_path / "art" / "base"},
         manifests={"base": record},
         publish=tmp_path / "art" / "sft" / ".tmp-publish",

@@ -14,7 +14,7 @@ from micro_chain import watch_fit, write_rows
 
 from stages import rm
 from stages.models.ensemble_folder import others_of
-from stages.settings.checks import reward_models
+from stages.settings.policies import reward_models
 
 STEPS = {
     "max_steps": 4,

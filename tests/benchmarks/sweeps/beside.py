@@ -14,12 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import cli
+from pipeline import api, cli
+from pipeline.commands import make_console
+from pipeline.config.sections import Common
+from pipeline.config.validation import validate_tree
+from pipeline.config.yaml_tree import read_tree
 from pipeline.errors import UserError
 from pipeline.launch import environment as launch
-from pipeline.plan import Chain, StageState, bring_up_to_date
-from pipeline.running import Flags
-from pipeline.stage import StopFlag
+from pipeline.launch.signals import stop_on_signals
+from pipeline.plan import Chain, bring_up_to_date
+from pipeline.stage import Stage, StopFlag
+from pipeline.state import Flags, StageState
 from pipeline.store import files
 from pipeline.store.artifacts import ArtifactStore
 from sweeps.words import markdown
@@ -32,21 +37,23 @@ class Workshop:
     config: str
     overrides: list[str]
     stop: StopFlag
-    console: Any = field(default_factory=cli.make_console)
-    stages: dict[str, Any] = field(default_factory=dict)  # by name; filled by the first `load`
+    console: Any = field(default_factory=make_console)
+    stages: dict[str, Stage] = field(default_factory=api.stages)  # by name
+    experiment_class: type[Common] = field(default_factory=api.experiment_class)
 
     def load(self, *more: str) -> Any:
-        """The validated experiment with `more` overrides on top; torch is imported after the environment is set."""
-        asked = Namespace(config=self.config, overrides=[*self.overrides, *more])
-        experiment, self.stages = cli.load(asked, self.stages)
-        return experiment
+        """Return the validated experiment with `more` overrides on top, and set the environment for it."""
+        tree = read_tree(self.config, [*self.overrides, *more])
+        launch.set_environment(tree.values)
+        return validate_tree(tree, self.experiment_class, [stage.check for stage in self.stages.values()])
 
     def open(self) -> Any:
         """The main experiment; from here on the sweeps' own stage `samples` is known, too."""
         experiment = self.load()
         from sweeps import samples  # imports torch
 
-        self.stages = {**self.stages, samples.NAME: samples}
+        self.stages = {**self.stages, samples.STAGE.name: samples.STAGE}
+        self.experiment_class = samples.SweepExperiment
         return experiment
 
     def bring(self, experiment: Any, store: ArtifactStore, *targets: str) -> None:
@@ -149,7 +156,7 @@ def command(body: Callable[[list[str], StopFlag], None], argv: list[str]) -> int
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
     try:
-        with cli.signal_handlers(stop):
+        with stop_on_signals(stop):
             body(argv, stop)
     except SystemExit as error:  # --help
         return int(error.code or 0)

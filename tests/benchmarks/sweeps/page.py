@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from stages.page import svg as report_svg
 from stages.page.svg import Axes, Figure
+
+from stages.page import svg as report_svg
 from stages.page.numbers import fixed, percent
 from sweeps.estimates import unit_of
 from sweeps.points import Variant

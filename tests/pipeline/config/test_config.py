@@ -4,16 +4,17 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import Field
 
-from pipeline.config.sections import STRICT, is_hub_id, names_hub
-from pipeline.config.validation import describe, experiment_type, load_experiment
+from pipeline.config.help import describe
+from pipeline.config.section import Section
+from pipeline.config.sections import Common, is_hub_id, names_hub
+from pipeline.config.validation import load_experiment
 from pipeline.config.yaml_tree import read_tree
 from pipeline.errors import UserError
 
 
-class PpoConfig(BaseModel):
-    model_config = STRICT
+class PpoConfig(Section):
     kl_coef: float = Field(0.02, ge=0, description="weight of the penalty", json_schema_extra={"unit": "per nat"})
     total_episodes: int = Field(256, ge=1, description="how many", json_schema_extra={"unit": "episodes"})
     learning_rate: float = Field(1e-5, description="peak")
@@ -23,7 +24,8 @@ class PpoConfig(BaseModel):
     whiten: bool = Field(False, description="or not")
 
 
-Experiment = experiment_type({"ppo": PpoConfig})
+class Experiment(Common):
+    ppo: PpoConfig = Field(default_factory=PpoConfig)
 
 
 def load(tmp_path, text, *overrides, checks=()):
@@ -100,7 +102,7 @@ model:
             "e.yaml:12: dpoo: unknown key; did you mean ppo?",
             "e.yaml:14: data.prompts: no such file: missing.jsonl; "
             f"should be world, an existing path (from {Path.cwd()}) or a Hub id org/name",
-            "e.yaml:15: data.rankings: the world has no rankings file; null lets the simulated labelers rank",
+            "e.yaml:15: data.rankings: the world has no file of rankings; use null: simulated labelers rank then",
             "e.yaml:17: model.num_attention_heads: true; should be an integer",
             "override ppo.betas=[1]: ppo.betas.1: is missing; should be list of number: of Adam",
             "override checkpoints.keep=0: checkpoints.keep: 0; should be greater than or equal to 1",
@@ -122,7 +124,7 @@ def test_a_key_of_another_section(tmp_path):
         "checkpoints.keep"), ("max_seq_length", "max_length"), ("vf_coef", "separate optimizers"),
         ("init_kl_coef", "kl_coef"), ("torch_dtype", "model.dtype"), ("lr", "use learning_rate"),
         ("logging_steps", "every step"), ("per_device_eval_batch_size", "per_device_train_batch_size"),
-        ("seed", "did you mean seed (at the top, in no section)?"),
+        ("seed", "did you mean seed (at the top level, outside any section)?"),
     ],
 )  # fmt: skip
 def test_renamed_keys(tmp_path, key, remedy):
@@ -133,26 +135,26 @@ def test_renamed_keys(tmp_path, key, remedy):
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "deepspeed"])
 def test_a_strategy_that_others_have_names_ours(tmp_path, strategy):
     (line,) = errors(tmp_path, f"name: a\nlaunch: {{strategy: {strategy}}}\n")
-    assert line.startswith(f"e.yaml:2: launch.strategy: the string \"{strategy}\"; should be 'fsdp2', which shares out")
+    assert line.startswith(f"e.yaml:2: launch.strategy: the string \"{strategy}\"; should be 'fsdp2', which shards")
 
 
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("name: a\nname: b\n", "e.yaml:2: name: stands twice; e.yaml:1 has it already"),
-        ("name: a\nppo:\n  keep: last\n  keep: last\n", "e.yaml:4: ppo.keep: stands twice; e.yaml:3 has it"),
+        ("name: a\nname: b\n", "e.yaml:2: name: is set twice; e.yaml:1 has it already"),
+        ("name: a\nppo:\n  keep: last\n  keep: last\n", "e.yaml:4: ppo.keep: is set twice; e.yaml:3 has it"),
         ("name: &x a\n", "e.yaml:1: anchors and aliases"),
         ("name: a\nmodel: *x\n", "e.yaml:2: anchors and aliases"),
         ("name: a\n&x model: {}\n", "e.yaml:2: anchors and aliases"),
         ("name: !!python/object/apply:os.system [id]\n", "e.yaml:1: the tag"),
         ("name: !!str 3\n", "e.yaml:1: the tag"),
-        ("name: a\n? [x]\n: 1\n", "e.yaml:2: this key is no plain word"),
-        ("- a\n", "e.yaml: is no mapping"),
-        ("", "e.yaml: is no mapping"),
+        ("name: a\n? [x]\n: 1\n", "e.yaml:2: this key is not a plain word"),
+        ("- a\n", "e.yaml: is not a mapping"),
+        ("", "e.yaml: is not a mapping"),
         ("name: a\n---\nname: b\n", "e.yaml:2: a second document begins"),
         ("name: [a\n", "e.yaml:2: not YAML: expected ',' or ']', but got '<stream end>'; close every bracket"),
         ("name: a\n\tppo: 1\n", "e.yaml:2: not YAML:"),
-        ("seed: 1\n", "e.yaml: name: is missing; should be text: names the experiment's folder"),
+        ("seed: 1\n", "e.yaml: name: is missing; should be text: name of the experiment"),
         ("name: ../x\n", "e.yaml:1: name: '../x' cannot name a folder"),
         ("name: ..\n", "e.yaml:1: name: '..' cannot name a folder"),
         ("name: 3\n", "e.yaml:1: name: 3; should be a string"),
@@ -192,7 +194,7 @@ def test_bom_is_accepted(tmp_path):
         ("ppo.kl_coef=abc", 'ppo.kl_coef: the string "abc"; should be a number'),
         ("ppo.klcoef=1", "ppo.klcoef: unknown key; did you mean ppo.kl_coef?"),
         ("ppoo.kl_coef=1", "ppoo: unknown key; did you mean ppo?"),
-        ("name.x=1", 'name is the string "a", no section'),
+        ("name.x=1", 'name is the string "a", not a section'),
         ("ppo.kl_coef=[", "not YAML"),
         ("data.prompts={path: x.jsonl, limt: 3}", "data.prompts.limt: unknown key; did you mean"),
     ],
@@ -237,9 +239,9 @@ def test_a_mapping_gets_no_noise_from_the_string_branch(tmp_path):
 
 
 def test_describe():
-    rows = {row[0]: row[1:] for row in describe(PpoConfig, "ppo")}
+    rows = {row.key: (row.type, row.default, row.unit, row.meaning) for row in describe(PpoConfig, "ppo")}
     assert rows["ppo.kl_coef"] == ("number", "0.02", "per nat", "weight of the penalty")
     assert rows["ppo.learning_rate"][1] == "1e-5" and rows["ppo.keep"][0] == "best | last"
     assert rows["ppo.targets"][0] == "all or list of text" and rows["ppo.whiten"][1] == "false"
-    model = {row[0]: row[1:] for row in describe(Experiment.model_fields["model"].annotation, "model")}
-    assert model["model.peft"][1] == "null" and model["model.peft.r"][1] == "16"
+    model = {row.key: row.default for row in describe(Experiment.model_fields["model"].annotation, "model")}
+    assert model["model.peft"] == "null" and model["model.peft.r"] == "16"

@@ -116,8 +116,8 @@ def test_the_manifest_names_the_commit_and_a_moved_one_makes_stale(world, hub):
 def test_a_stage_reads_the_commit_that_the_manifest_names(world, hub):
     seen = []
     world.stages = fakes.stages(reads=["prompts"])
-    world.stages["fit"].hub_model = lambda experiment: ("model.name_or_path", "org/model")
-    world.stages["fit"].run = lambda ctx: seen.append((ctx.source("prompts"), ctx.model_revision)) or {}
+    fakes.change(world.stages, "fit", hub_model=lambda experiment: ("model.name_or_path", "org/model"))
+    fakes.change(world.stages, "fit", run=lambda ctx: seen.append((ctx.source("prompts"), ctx.model_revision)) or {})
     hub.says = {("dataset", "org/set", "v1"): A, ("model", "org/model", "v2"): B}
     at = ("data.prompts={path: org/set, revision: v1}", "model.name_or_path=org/model", "model.revision=v2")
     world.run("fit", *at)
@@ -135,8 +135,10 @@ def test_a_revision_whose_commit_nobody_knows_is_asked_for_all_the_same(world, h
     """And not the main branch in its place."""
     seen = []
     world.stages = fakes.stages(reads=["prompts"])
-    world.stages["fit"].hub_model = lambda experiment: ("model.name_or_path", "org/model")
-    world.stages["fit"].run = lambda ctx: seen.append((ctx.source("prompts").revision, ctx.model_revision)) or {}
+    fakes.change(world.stages, "fit", hub_model=lambda experiment: ("model.name_or_path", "org/model"))
+    fakes.change(
+        world.stages, "fit", run=lambda ctx: seen.append((ctx.source("prompts").revision, ctx.model_revision)) or {}
+    )
     settings = ("data.prompts={path: org/set, revision: v1}", "model.name_or_path=org/model", "model.revision=v2")
     world.run("fit", *settings)
     assert seen == [("v1", "v2")]
@@ -148,7 +150,7 @@ def test_an_interrupted_run_does_not_go_on_with_another_commit(world, hub):
     interrupt(world, 6, at)
     hub.says[SET] = B
     (line,) = refused(world, "fit", at, override_config=True)
-    assert "since then data.prompts changed (org/set, commit aaaaaaa → bbbbbbb); --restart begins anew" in line
+    assert "since then data.prompts changed (org/set, commit aaaaaaa → bbbbbbb); --restart starts again" in line
     del hub.says[SET]
     world.run("fit", at)
     assert world.store.manifest("fit")["config"]["data"]["prompts"]["revision"] == A
@@ -156,7 +158,7 @@ def test_an_interrupted_run_does_not_go_on_with_another_commit(world, hub):
 
 def test_another_stage_that_reads_the_same_set_goes_by_its_record(world, hub):
     world.stages, at = fakes.stages(reads=["prompts"]), "data.prompts=org/set"
-    world.stages["page"].reads = lambda experiment: ["prompts"]
+    fakes.change(world.stages, "page", reads=lambda experiment: ["prompts"])
     hub.says[SET] = A
     world.run("fit", at)
     hub.says.clear()
@@ -184,9 +186,15 @@ def test_a_name_that_the_hub_does_not_know_is_told_before_anything_runs(world, h
 @pytest.mark.parametrize(
     "settings, line",
     [
-        (["model.revision=v1"], "override model.revision=v1: model.revision: null is no Hub id, and has no revisions"),
-        (["data.prompts={path: world, revision: v1}"], "data.prompts.revision: world is no Hub id, and has no revis"),
-        (["model.name_or_path=org/x", "model.revision=../../a"], "'../../a' names no branch, tag or commit; give one"),
+        (
+            ["model.revision=v1"],
+            "override model.revision=v1: model.revision: null is not a Hub id and has no revisions",
+        ),
+        (["data.prompts={path: world, revision: v1}"], "data.prompts.revision: world is not a Hub id and has no revis"),
+        (
+            ["model.name_or_path=org/x", "model.revision=../../a"],
+            "'../../a' is not the name of a branch, tag or commit; correct it",
+        ),
     ],
 )
 def test_revisions_that_name_nothing(world, settings, line):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from stages.ppo.alarms import QUIET, SHORT, WINDOW, Alarms
-from stages.ppo.run import Config
+from stages.settings.ppo import PPOSettings
 
 
 def row(**changed):
@@ -86,7 +86,7 @@ def test_a_drowned_gradient_is_told_at_the_third_update_of_a_run(alarms):
     assert run(alarms, [row(grad_norm__ptx=35.0)] * 2) == []
     (line,) = alarms.watch(3, row(grad_norm__ptx=35.0))
     assert line.startswith("update 3: the pretraining gradient was 35 times PPO's")
-    assert Config().ptx_coef == 1.0 and "27.8" in Config.model_fields["ptx_coef"].description
+    assert PPOSettings().ptx_coef == 1.0 and "27.8" in PPOSettings.model_fields["ptx_coef"].description
 
 
 @pytest.mark.parametrize("drowned, times", [({"grad_norm__ptx": 50.0}, "50"), ({"grad_norm__ppo": 50.0}, "50")])

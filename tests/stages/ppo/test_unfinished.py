@@ -111,7 +111,7 @@ def test_rankings_of_samples_say_which_were_cut_off(monkeypatch):
     finished = [[True, False, False, i % 2 == 0] for i in range(len(prompts))]
     monkeypatch.setattr(rankings, "sample_responses", lambda ctx: (prompts, texts, finished))
     monkeypatch.setattr(rankings, "read_world", lambda ctx: json.loads(json.dumps(world.to_json())))
-    config = rankings_settings.Config(labelers_per_prompt=5, agreement=0.6)
+    config = rankings_settings.RankingsSettings(labelers_per_prompt=5, agreement=0.6)
     experiment = SimpleNamespace(data=SimpleNamespace(rankings=None))
     tracker = SimpleNamespace(say=lambda text: None)
     ctx = SimpleNamespace(config=config, seed=0, tracker=tracker, experiment=experiment)

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from data.encode import encode_prompt, encode_response
 from data.groups import make_rows
 from data.tokenizer import train_tokenizer
-from pipeline.config.sections import ModelConfig
+from pipeline.config.sections import ModelSettings
 from pipeline.store import files
 from stages.models.forward import response_scores
 from stages.models.loading import from_scratch, load_scalar_model, load_tokenizer, new_reward_model, save_model
@@ -25,8 +25,8 @@ def context(stage="rm", config=None, model=None, data=None, manifests=None, inpu
     """A stage's context, as far as cards read it."""
     return SimpleNamespace(
         stage=stage,
-        experiment=SimpleNamespace(name="fake", model=model or ModelConfig()),
-        config=config or sft_settings.Config(),
+        experiment=SimpleNamespace(name="fake", model=model or ModelSettings()),
+        config=config or sft_settings.SFTSettings(),
         seed=3,
         manifests=manifests or {},
         inputs=inputs or {},
@@ -83,8 +83,8 @@ def rows_of(text: str, title: str) -> list[list[str]]:
 
 
 def test_a_card_names_model_data_settings_and_figures_and_no_path(tmp_path):
-    model = ModelConfig(name_or_path=str(tmp_path / "models" / "given"), peft={"method": "dora", "r": 4})
-    config = ppo_settings.Config(kl_coef=0.07, reward_model=str(tmp_path / "judges" / "judge"))
+    model = ModelSettings(name_or_path=str(tmp_path / "models" / "given"), peft={"method": "dora", "r": 4})
+    config = ppo_settings.PPOSettings(kl_coef=0.07, reward_model=str(tmp_path / "judges" / "judge"))
     hub = {"path": "org/prompts", "revision": "abcdef0123", **TOTAL, "rows": None, "limit": 20, "skip": 10}
     data = {"prompts": hub, "documents": {"path": str(tmp_path / "texts" / "docs.jsonl"), **TOTAL}}
     manifests = {"sft": {"config": {"data": {"demonstrations": {"path": "world"}, "validation_fraction": 0.05}}}}
@@ -109,7 +109,7 @@ def test_a_card_names_model_data_settings_and_figures_and_no_path(tmp_path):
 
 
 def test_a_section_of_defaults_that_is_null_by_default_is_listed_as_one(tmp_path):
-    ctx = context("sft", sft_settings.Config(ppo_init={}), ModelConfig(name_or_path=str(tmp_path), peft={}))
+    ctx = context("sft", sft_settings.SFTSettings(ppo_init={}), ModelSettings(name_or_path=str(tmp_path), peft={}))
     ctx.seed = 0
     settings = dict(rows_of(card(ctx, "a policy", ANSWER), "Settings that are not the defaults"))
     assert settings == {"sft.ppo_init": "{}", "model.name_or_path": tmp_path.name, "model.peft": "{}"}
@@ -122,14 +122,14 @@ def test_metadata_go_from_card_to_card(tmp_path, monkeypatch):
     (given / "README.md").write_text(
         "---\nlicense: other\nlicense_name: llama3.1\nbase_model: someone/else\ndatasets: [theirs/data]\n---\n# It\n"
     )
-    model, shelf = ModelConfig(name_or_path=str(given)), tmp_path / "base" / "model"
+    model, shelf = ModelSettings(name_or_path=str(given)), tmp_path / "base" / "model"
     text = card(context("base", model=model), "a pretrained language model")
     found = ModelCard(text).data
     assert (found.license, found.license_name, found.base_model, found.datasets) == ("other", "llama3.1", None, None)
     assert "the licence other" in text
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(given / "README.md"))
-    model = ModelConfig(name_or_path="org/name")
+    model = ModelSettings(name_or_path="org/name")
     shelf.mkdir(parents=True)
     (shelf / "README.md").write_text(card(context("base", model=model), "a pretrained language model"))
     manifest = {"config": {"model": {"revision": "0123456789"}}}
@@ -147,10 +147,10 @@ def test_what_is_not_known_is_not_said(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", nothing)
-    text = card(context("base", model=ModelConfig(name_or_path="org/name")), "a pretrained language model")
+    text = card(context("base", model=ModelSettings(name_or_path="org/name")), "a pretrained language model")
     assert ModelCard(text).data.license is None and "licence is not known" in text
     (tmp_path / "README.md").write_text("---\nlicense: [un\n---\nno metadata")
-    text = card(context(model=ModelConfig(name_or_path="org/name")), "a policy", source=tmp_path)
+    text = card(context(model=ModelSettings(name_or_path="org/name")), "a policy", source=tmp_path)
     assert ModelCard(text).data.license is None
     assert "trained from scratch" in card(context(), "a policy")
 

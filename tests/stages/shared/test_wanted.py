@@ -2,13 +2,12 @@
 
 import pytest
 
-from pipeline import cli
-from pipeline.config.validation import experiment_type, load_experiment
+from pipeline import api, cli
 from pipeline.errors import UserError
 from pipeline.plan import Chain, assess
 from pipeline.store.artifacts import ArtifactStore
 
-STAGES = cli.stage_modules()
+STAGES = api.stages()
 MODEL = "name_or_path: org/model"
 
 
@@ -35,9 +34,7 @@ def loaded(tmp_path, data, *settings, model=MODEL):
         lines.append(f"  {name}: {value or tmp_path / f'{name}.jsonl'}")
     text = "\n".join(["name: a", f"model: {{{model}}}", "data:", *lines])
     (tmp_path / "a.yaml").write_text(text + "\n")
-    checks = [module.check for module in STAGES.values() if hasattr(module, "check")]
-    sections = {name: module.Config for name, module in STAGES.items()}
-    return load_experiment(tmp_path / "a.yaml", settings, experiment_type(sections), checks)
+    return api.load_experiment(tmp_path / "a.yaml", *settings)
 
 
 SFT = ["base", "sft"]

@@ -106,7 +106,7 @@ def test_quantized_weights_have_the_size_of_their_storage(bits, a_weight):
 
 def of_ppo(config, adapter, device, dtype, **options) -> memory.Need:
     experiment = SimpleNamespace(
-        ppo=ppo_settings.Config(**options), launch=SimpleNamespace(processes=1, nodes=1, strategy="ddp"),
+        ppo=ppo_settings.PPOSettings(**options), launch=SimpleNamespace(processes=1, nodes=1, strategy="ddp"),
         rm=SimpleNamespace(ensemble=1), sft=SimpleNamespace(ppo_init=None),
     )  # fmt: skip
     take = lambda steps: take_step(config, steps, adapter, dtype, device)  # noqa: E731

@@ -1,0 +1,156 @@
+"""Load experiments and bring stages up to date: the core of `rlhf run`, also for Python code.
+
+This file and `commands.py` are the only ones in this package that import the stages. Imports are
+late: environment variables must be set before torch is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.console import Console
+
+    from pipeline.config.sections import Common
+    from pipeline.config.yaml_tree import Tree
+    from pipeline.stage import Stage
+    from pipeline.state import Flags
+    from pipeline.store.artifacts import ArtifactStore
+    from stages.settings.experiment import Experiment
+
+STAGES = ("world", "base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate", "report")
+
+
+def stages() -> dict[str, Stage]:
+    """Return the declarations of all stages, each after the stages it may need."""
+    from stages.settings import experiment
+
+    return experiment.STAGES
+
+
+def experiment_class() -> type[Common]:
+    """Return the class of a whole experiment."""
+    from stages.settings.experiment import Experiment
+
+    return Experiment
+
+
+@dataclass(frozen=True)
+class Location:
+    """Say where finished stages are kept."""
+
+    folder: Path
+    """Folder on this machine."""
+    url: str | None = None
+    """Address on object storage, if they are kept there too."""
+
+    @classmethod
+    def of(cls, place: str | Path) -> Location:
+        """Return the location that `--artifacts` names: a folder, or an address as s3://bucket/prefix."""
+        from pipeline.store.remote import is_url, local_folder
+
+        text = str(place)
+        return cls(local_folder(text), text) if is_url(text) else cls(Path(place))
+
+
+def load_experiment(path: str | Path, *overrides: str) -> Experiment:
+    """Load and validate an experiment, and set this process's environment as it asks.
+
+    Call it before anything imports torch, if possible: torch and the Hugging Face libraries read
+    some environment variables only once.
+
+    Args:
+        path: The YAML file.
+        *overrides: Settings on top of it, `section.key=value` each.
+
+    Raises:
+        UserError: With one line for every mistake in the config.
+    """
+    from pipeline.config.yaml_tree import read_tree
+
+    return validate(read_tree(path, overrides))
+
+
+def validate(tree: Tree) -> Any:
+    """Set this process's environment for a parsed config, and validate the config."""
+    from pipeline.config.validation import validate_tree
+    from pipeline.launch import environment
+
+    environment.set_environment(tree.values)
+    return validate_tree(tree, experiment_class(), [stage.check for stage in stages().values()])
+
+
+def open_store(experiment: Common, location: Location) -> ArtifactStore:
+    """Return the artifacts of an experiment, to read them."""
+    from pipeline.store.artifacts import ArtifactStore
+
+    return ArtifactStore(location.folder, experiment.name)
+
+
+def open_store_to_run(experiment: Common, location: Location) -> ArtifactStore:
+    """Return the artifacts of an experiment, to make them: manifests record the config's file."""
+    from pipeline.origin import Origin
+    from pipeline.store.artifacts import ArtifactStore
+
+    file = experiment.file
+    if file is None:
+        raise UserError("experiment: was not loaded from a file; use load_experiment")
+    checks = [stage.check for stage in stages().values()]
+    origin = Origin.of(file.path, type(experiment), checks, location.url is not None, file.overrides)
+    return ArtifactStore(location.folder, experiment.name, origin)
+
+
+def run(
+    stage: str,
+    experiment: Experiment,
+    artifacts: str | Path = "artifacts",
+    flags: Flags | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Bring a stage up to date, and first what it needs: what `rlhf run STAGE` does.
+
+    In the main thread Ctrl-C saves and stops; the next call resumes.
+
+    Args:
+        stage: Name of the stage, such as "sft".
+        experiment: What `load_experiment` returned.
+        artifacts: Folder in which finished stages are kept, or an address as s3://bucket/prefix.
+        flags: The flags of `rlhf run`.
+        console: Where progress is printed; by default the terminal or notebook.
+
+    Returns:
+        The stage's folder.
+
+    Raises:
+        UserError: If something must be corrected first.
+        Interrupted: If a signal stopped it; what was done is saved.
+        TrainingStopped: If a training stopped itself.
+    """
+    from rich.console import Console
+
+    from pipeline import plan
+    from pipeline.launch import environment
+    from pipeline.launch.signals import stop_on_signals
+    from pipeline.stage import StopFlag
+    from pipeline.store.remote import Remote
+
+    declarations = stages()
+    if stage not in declarations:
+        raise UserError(f"stage: {stage!r} is not a stage; choose from {', '.join(declarations)}")
+    if experiment.launch.processes * experiment.launch.nodes > 1:
+        raise UserError("launch.processes: a Python process runs stages alone; set it to 1, or use `rlhf run`")
+    location = Location.of(artifacts)
+    stop, console = StopFlag(), console or Console()
+    with stop_on_signals(stop):
+        environment.prepare(experiment)
+        store = open_store_to_run(experiment, location)
+        remote = None if location.url is None else Remote(location.url, store)
+        plan.bring_up_to_date(stage, experiment, store, declarations, flags, stop, console, remote=remote)
+        declarations[stage].show(store.folder(stage), console)
+    return store.folder(stage)

@@ -1,0 +1,534 @@
+"""Implement the commands of `rlhf`. Each takes parsed arguments and returns an exit code.
+
+Libraries and stages are imported late, because environment variables and signal handlers must be
+set before torch is imported.
+"""
+
+import argparse
+import importlib
+import os
+import shlex
+import sys
+import threading
+from contextlib import ExitStack
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline import api, hints
+from pipeline.api import Location
+from pipeline.errors import UserError
+from pipeline.store import files
+
+RUN_HELP = f"""\
+usage: rlhf run STAGE -c CONFIG [flags] [key=value ...]
+
+Brings a stage up to date, and first what it needs. What is already up to date is left alone.
+
+stages, in order:  {" ".join(api.STAGES)}
+`rlhf run STAGE --help` lists every setting of a stage.
+
+  -c, --config FILE      the experiment, such as configs/tiny.yaml
+  --artifacts DIR        where finished stages are kept (default: artifacts); with s3://bucket/prefix they are fetched
+                         from there when needed, and uploaded when done
+  key=value ...          settings on top of the file, such as ppo.kl_coef=0.05
+
+  --only                 run only this stage; it is an error if what it needs is missing or stale
+  --force                run it even if it is up to date or damaged
+  --restart              drop what an interrupted run has saved and start again
+  --override-config      resume an interrupted run under changed settings; both are recorded (the seed, the data and
+                         the order of rows stay). Also: replace finished stages that another YAML with the same
+                         name: made, or that were made with settings on the command line which are missing now;
+                         without this flag that is refused, or asked at a terminal
+  --allow-elastic        resume an interrupted run with another number of processes
+  --debug                show tracebacks
+  --trust-remote-code    run code that a model's folder or repository brings, also the copy in its artifacts
+  --submit slurm         submit one job per stage to sbatch (settings: launch.slurm)
+  --dry-run              with --submit: print the scripts, submit nothing
+
+exit codes: 0 done or up to date; 2 a mistake in config, data or artifacts; 3 training stopped itself;
+75 stopped by a signal, run again to resume."""
+
+STYLES = {
+    "done": "green",
+    "stale": "yellow",
+    "interrupted": "yellow",
+    "running": "cyan",
+    "missing": "dim",
+    "damaged": "red",
+}
+PIPE_COLUMNS = 140  # width of tables that are not printed to a terminal: rich would assume 80 and cut text
+
+
+def load(arguments: argparse.Namespace) -> Any:
+    """Load the experiment that the arguments name, and set the environment as it asks."""
+    return api.load_experiment(arguments.config, *arguments.overrides)
+
+
+def make_console(caller: hints.Caller | None = None) -> Any:
+    """Return a console for tables and lines.
+
+    Args:
+        caller: How the user calls this command: commands in printed text are filled in accordingly.
+    """
+    from rich.console import Console
+
+    class CommandConsole(Console):
+        """Print to the terminal, with the commands in plain text filled in."""
+
+        def print(self, *objects: Any, **options: Any) -> None:
+            """Print objects as rich does."""
+            if caller is not None:
+                objects = tuple(hints.filled(thing, caller) if isinstance(thing, str) else thing for thing in objects)
+            super().print(*objects, **options)
+
+        def on_broken_pipe(self) -> None:
+            """Continue without output when a reader such as `head` ends; rich would exit with 1."""
+            self.quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    return CommandConsole(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_COLUMNS)
+
+
+# -- run ---------------------------------------------------------------------------------------------
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf run`: bring a stage up to date."""
+    if arguments.show_help:
+        return help_command(arguments)
+    if arguments.stage is None or arguments.config is None:
+        missing = "STAGE" if arguments.stage is None else "-c CONFIG"
+        raise UserError(f"command line: {missing} is missing; see `rlhf run --help`")
+    if arguments.submit is not None or arguments.dry_run:
+        return submit_command(arguments)
+    from pipeline.launch.signals import stop_on_signals
+    from pipeline.stage import StopFlag
+
+    stop = StopFlag()
+    with stop_on_signals(stop):
+        from pipeline import plan, running
+        from pipeline.config.yaml_tree import read_tree
+        from pipeline.launch import environment, processes
+        from pipeline.store.remote import Remote
+
+        tree = read_tree(arguments.config, arguments.overrides)
+        if (count := processes.wanted(tree.values)) > 1:
+            return processes.start(arguments.words, count)
+        met = threading.Event()
+        processes.watch_launcher(stop, met)
+        experiment, stages = api.validate(tree), api.stages()
+        environment.prepare(experiment)
+        location, console = Location.of(arguments.artifacts), make_console(hints.caller_from(arguments))
+        store = api.open_store_to_run(experiment, location)
+        flags = flags_of(arguments)
+        patience = experiment.launch.timeout
+        peers = processes.join(experiment.launch.processes * experiment.launch.nodes, patience)
+        met.set()
+        if peers is not None and peers.rank > 0:
+            well = running.follow(peers, experiment, store, stages, flags)
+            processes.leave(peers, patience, well)
+            return 0 if well else 1
+        try:
+            remote = None if location.url is None else Remote(location.url, store)
+            plan.bring_up_to_date(arguments.stage, experiment, store, stages, flags, stop, console, peers, remote)
+        except BaseException:
+            processes.leave(peers, 1.0, well=False)
+            raise
+        processes.leave(peers, patience)
+        stages[arguments.stage].show(store.folder(arguments.stage), console)
+    return 0
+
+
+def flags_of(arguments: argparse.Namespace) -> Any:
+    """Return the flags of `rlhf run`."""
+    from pipeline.state import Flags
+
+    return Flags(
+        only=arguments.only,
+        force=arguments.force,
+        restart=arguments.restart,
+        override_config=arguments.override_config,
+        allow_elastic=arguments.allow_elastic,
+        trust_remote_code=arguments.trust_remote_code,
+        command=shlex.join(["rlhf", *arguments.words]),
+    )
+
+
+def submit_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf run STAGE --submit slurm`: submit one job per stage that is not up to date."""
+    from pipeline import plan
+    from pipeline.launch import slurm
+
+    if arguments.submit is None:
+        raise UserError("command line: --dry-run shows what --submit would do; add --submit slurm")
+    environment = dict(os.environ)  # the user's: `load` adds what holds only on this machine
+    experiment, stages, location = load(arguments), api.stages(), Location.of(arguments.artifacts)
+    store = api.open_store_to_run(experiment, location)
+    chain = plan.Chain(experiment, store, stages)
+    order = chain.closure(arguments.stage)
+    for name in order:
+        chain.states[name] = chain.assess(name)
+    waiting = [
+        name for name in order if chain.states[name].kind != "done" or (arguments.force and name == arguments.stage)
+    ]
+    if arguments.only:
+        plan.refuse_unready({need: chain.states[need] for need in chain.needs(arguments.stage)})
+        waiting = [arguments.stage]
+    refuse_to_submit(chain, waiting, arguments)
+    folder = (store.base / "slurm").absolute()
+    scripts = {}
+    for name in waiting:
+        is_target = name == arguments.stage
+        scripts[name] = slurm.script(
+            name,
+            experiment,
+            folder,
+            job_words(arguments, location, is_target),
+            restart=is_dropped_by(arguments, chain, name),
+            shared=stages[name].shared,
+        )
+    if not scripts:
+        print(f"{arguments.stage}: up to date")
+    elif arguments.dry_run:
+        for name, text in scripts.items():
+            print(f"# -- {folder / name}.sbatch\n{text}")
+    else:
+        needs = {name: chain.needs(name) for name in order}
+        for name, number in slurm.submit(scripts, needs, folder, environment).items():
+            print(f"{name}: job {number}, log {folder / name}-{number}.log")
+    return 0
+
+
+def refuse_to_submit(chain: Any, waiting: list[str], arguments: argparse.Namespace) -> None:
+    """Raise UserError with a line for each reason why a job would fail.
+
+    Args:
+        chain: The assessed stages.
+        waiting: The stages to submit.
+        arguments: The arguments of the command.
+    """
+    from pipeline.state import refusals
+
+    store, launch, flags = chain.store, chain.experiment.launch, flags_of(arguments)
+    lines = [
+        f"{store.folder(name)}: {store.holder(name)} works on it; wait for it"
+        for name in waiting
+        if chain.states[name].kind == "running"
+    ]
+    if lines:
+        raise UserError(lines)
+    for name in waiting:
+        is_target = name == arguments.stage
+        lines += refusals(name, is_target, chain.states[name], flags, launch.nodes * launch.processes)
+    if lines:
+        raise UserError(lines)
+    if lines := chain.conflicts(waiting, arguments.stage, flags):
+        raise UserError(lines)
+
+
+def job_words(arguments: argparse.Namespace, location: Location, is_target: bool) -> list[str]:
+    """Return the words after `rlhf run STAGE` of a job.
+
+    Args:
+        arguments: The arguments of the command that submits it.
+        location: Where finished stages are kept.
+        is_target: Whether the command names the job's stage.
+    """
+    artifacts = location.url or str(location.folder.absolute())
+    words = ["-c", str(Path(arguments.config).absolute()), "--artifacts", artifacts]
+    for flag in ("override-config", "allow-elastic", "trust-remote-code", "debug"):
+        if getattr(arguments, flag.replace("-", "_")):
+            words.append(f"--{flag}")
+    if arguments.force and is_target:
+        words.append("--force")
+    return words + arguments.overrides
+
+
+def is_dropped_by(arguments: argparse.Namespace, chain: Any, name: str) -> bool:
+    """Return whether the command drops the interrupted run of a stage."""
+    from pipeline.state import is_dropped
+
+    return is_dropped(name == arguments.stage, chain.states[name], flags_of(arguments))
+
+
+def help_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf run --help`, or `rlhf run STAGE --help` with every setting of the stage."""
+    if arguments.stage is None:
+        print(RUN_HELP)
+        return 0
+    from rich.text import Text
+
+    from pipeline.config.help import describe
+    from pipeline.config.sections import COMMON
+    from pipeline.launch import environment
+    from pipeline.tracking import TIMES, TIMING
+
+    environment.set_environment({})
+    stage, console = api.stages()[arguments.stage], make_console()
+    console.print(Text(stage.summary), soft_wrap=False)
+    print_settings(console, "settings", describe(stage.settings, arguments.stage))
+    common = [row for name, section in COMMON.items() for row in describe(section, name)]
+    print_settings(console, "settings of every stage", common)
+    if stage.metrics:
+        for title, meanings in (("metrics", stage.metrics), (f"{TIMING}, one row per step", TIMES)):
+            console.print(f"\n[bold]{title}[/bold]")
+            for name, meaning in meanings.items():
+                console.print(Text(f"{name}: {meaning}"))
+    return 0
+
+
+def print_settings(console: Any, title: str, rows: list[Any]) -> None:
+    """Print a table of settings.
+
+    Args:
+        console: Where to print.
+        title: Title of the table.
+        rows: SettingRows; nothing is printed if there are none.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    if not rows:
+        return
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    for heading in ("key", "type", "default", "unit", "meaning"):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "key")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in (row.key, row.type, row.default, row.unit, row.meaning)))
+    console.print()
+    console.print(table)
+
+
+# -- status ------------------------------------------------------------------------------------------
+
+
+def status_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf status`: print a table of the stages' states."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from pipeline import plan
+    from pipeline.record import headline
+
+    experiment, stages = load(arguments), api.stages()
+    caller = hints.caller_from(arguments)
+    store, console = api.open_store(experiment, Location.of(arguments.artifacts)), make_console(caller)
+    table = Table(title=f"{experiment.name} in {store.base}", title_justify="left")
+    columns = ["stage", "state", "when", "size", "result"]
+    if console.width < 72:
+        columns = columns[:2]  # five columns of a few letters each would be unreadable
+    for title in columns:
+        justify: Any = "right" if title == "size" else "left"
+        table.add_column(title, overflow="fold", justify=justify, no_wrap=title == "stage")
+    wanted = plan.wanted_stages(experiment, stages)
+    states = plan.assess(experiment, store, stages)
+    for name, state in states.items():
+        when = size = result = ""
+        if state.manifest is not None:
+            when = f"{datetime.fromisoformat(state.manifest['finished_at']).astimezone():%Y-%m-%d %H:%M}"
+            result = " · ".join(headline(stages[name], state.manifest["metrics"]))
+        if store.folder(name).is_dir():
+            size = files.human_bytes(store.size(name))
+        sentence = hints.filled(state.sentence(), caller)
+        if state.kind == "missing" and name not in wanted:
+            sentence = reason_not_needed(name, list(stages)[-1])
+        row = (name, Text(sentence, style=STYLES[state.kind]), when, size, Text(result))
+        table.add_row(*row[: len(columns)])
+    console.print(table)
+    for line in plan.lines_of_remembered_settings(states, store, arguments.overrides):
+        plan.print_line(console, line)
+    return 0
+
+
+def reason_not_needed(name: str, last: str) -> str:
+    """Return what `status` shows of a missing stage that the last stage does not need."""
+    if name == "world":
+        return "not needed: no data is the world's"
+    return f"not needed by {last}"
+
+
+# -- clean -------------------------------------------------------------------------------------------
+
+
+def clean_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf clean`: remove artifacts/NAME, after a person at the terminal or --yes agrees.
+
+    It refuses if a process works there, or if the folder contains anything else.
+    """
+    from pipeline.config.validation import read_name
+    from pipeline.config.yaml_tree import read_tree
+    from pipeline.origin import ask, at_terminal
+    from pipeline.stage import StopFlag
+    from pipeline.store.artifacts import ArtifactStore
+
+    name = read_name(read_tree(arguments.config, arguments.overrides))
+    store = ArtifactStore(Location.of(arguments.artifacts).folder, name)
+    doomed = store.base.with_name(f".tmp-{store.base.name}")
+    files.remove(doomed)  # left by a clean that was killed
+    if not store.base.is_dir():
+        print(f"{store.base}: nothing there")
+        return 0
+    present = sorted(path.name for path in store.base.iterdir())
+    stages = [name for name in api.STAGES if name in present]
+    refuse_to_clean(store, present, stages)
+    with ExitStack() as locks:
+        for name in stages:  # a process may have started meanwhile
+            locks.enter_context(store.hold(name))
+        size = files.human_bytes(sum(store.size(name) for name in present))
+        what = f"{store.base} ({size}): {' '.join(present) or 'empty'}"
+        if not arguments.yes:
+            if not at_terminal():
+                raise UserError(f"{what}; nobody is here to be asked: --yes (make: YES=1) removes it")
+            if not ask(f"{what}\nRemove it?", StopFlag()):
+                print("nothing removed")
+                return 0
+        print(f"removing {what}")
+        # Renamed first, and removed when no lock file is open any more: NFS would keep an open file and its folder.
+        os.rename(store.base, doomed)
+    files.remove(doomed)
+    return 0
+
+
+def refuse_to_clean(store: Any, present: list[str], stages: list[str]) -> None:
+    """Raise UserError with a line for each reason not to remove an experiment's folder.
+
+    Args:
+        store: Its artifacts.
+        present: Names in its folder.
+        stages: Those of them that are stages.
+    """
+    lines = []
+    for name in present:
+        if name not in (*api.STAGES, "wandb", "slurm") and not name.startswith("."):
+            lines.append(f"{store.base / name}: does not belong to any stage; move it away, then clean")
+    for name in stages:
+        if store.is_held(name):
+            lines.append(f"{store.folder(name)}: {store.holder(name)} works on it; wait for it or stop it")
+    if lines:
+        raise UserError(lines)
+
+
+# -- init --------------------------------------------------------------------------------------------
+
+
+def init_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf init`: write a short config that works."""
+    from pipeline.config.yaml_tree import parse_tree
+    from pipeline.fingerprints import lacking
+    from pipeline.new_config import compose, name_from
+    from pipeline.plan import wanted_stages
+
+    path = Path(arguments.output)
+    if path.exists():
+        raise UserError(f"{path}: exists and is not overwritten; choose another file with -o")
+    text = compose(name_from(path), arguments.model, guess_kinds(arguments.data), arguments.device)
+    experiment, stages = api.validate(parse_tree(text, str(path))), api.stages()
+    wanted = wanted_stages(experiment, stages)
+    lines = [line for name in stages if name in wanted for line in lacking(stages[name], experiment)]
+    if lines:
+        raise UserError(lines)
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another file with -o") from None
+    print(text)
+    words = shlex.join(["-c", str(path)])
+    print(f"written to {path}; next: rlhf run {list(stages)[-1]} {words}")
+    return 0
+
+
+def guess_kinds(paths: list[str]) -> dict[str, str]:
+    """Return the data files by kind, as `rlhf data check` guesses the kinds.
+
+    Raises:
+        UserError: If a kind cannot be guessed, or two files are of the same kind.
+    """
+    inspect_file = importlib.import_module("data.check.inspect_file")
+    by_kind: dict[str, str] = {}
+    lines = []
+    for path in paths:
+        if not Path(path).expanduser().is_file():
+            lines.append(f"{path}: no such file; give a data file")
+            continue
+        kind = inspect_file.guess_kind(Path(path).expanduser())
+        if kind is None:
+            lines.append(f"{path}: its rows are of no known kind; `rlhf data check {shlex.quote(path)}` shows why")
+        elif kind in by_kind:
+            lines.append(f"{path}: contains {kind}, as {by_kind[kind]} does; join them to one file")
+        else:
+            by_kind[kind] = path
+    if lines:
+        raise UserError(lines)
+    return by_kind
+
+
+# -- doctor, chat, data ------------------------------------------------------------------------------
+
+
+def doctor_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf doctor`: check this machine, or compute the memory that an experiment needs."""
+    experiment = load_if_given(arguments)
+    doctor = importlib.import_module("stages.tools.doctor")
+    if arguments.memory:
+        if experiment is None:
+            raise UserError("doctor --memory: needs an experiment; add -c CONFIG, such as configs/tiny.yaml")
+        return doctor.plan_memory(experiment, trust_remote_code=arguments.trust_remote_code)
+    artifacts = str(Location.of(arguments.artifacts).folder)
+    return doctor.run(experiment, artifacts=artifacts, fill=partial(hints.filled, caller=hints.caller_from(arguments)))
+
+
+def load_if_given(arguments: argparse.Namespace) -> Any:
+    """Load the experiment if -c names one; otherwise set the usual environment and return None."""
+    if arguments.config is not None:
+        return load(arguments)
+    from pipeline.launch import environment
+
+    environment.set_environment({})
+    return None
+
+
+def chat_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf chat`: talk to several policies side by side."""
+    from pipeline.launch import environment
+
+    experiment = load(arguments)
+    environment.prepare(experiment)
+    return importlib.import_module("stages.tools.chat").run(
+        experiment,
+        api.open_store(experiment, Location.of(arguments.artifacts)),
+        models=[name.strip() for name in arguments.models.split(",") if name.strip()],
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        max_new_tokens=arguments.max_new_tokens,
+        system=arguments.system,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+
+def data_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf data check`: describe one data file, or all data of an experiment."""
+    experiment = load_if_given(arguments)
+    artifacts = str(Location.of(arguments.artifacts).folder)
+    check = importlib.import_module("data.check.command")
+    if arguments.file is not None:
+        return check.run(arguments.file, arguments.kind, experiment, artifacts=artifacts)
+    if experiment is None:
+        raise UserError("command line: give a FILE, or -c CONFIG for all its data; see `rlhf data check --help`")
+    if arguments.kind is not None:
+        raise UserError("command line: --kind needs a FILE; see `rlhf data check --help`")
+    return check.run_all(experiment, artifacts=artifacts)
+
+
+COMMANDS = {
+    "run": run_command,
+    "status": status_command,
+    "init": init_command,
+    "clean": clean_command,
+    "doctor": doctor_command,
+    "chat": chat_command,
+    "data": data_command,
+}

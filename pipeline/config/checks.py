@@ -1,0 +1,185 @@
+"""Check the settings that every experiment has: names, paths, revisions and combinations.
+
+Checks of the parsed tree return (path of keys, what is wrong); checks of the validated experiment
+return whole lines "section.key: what is wrong; what to do".
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.sections import KINDS, Common, DataSource, ModelSettings, is_hub_id, local_folder, source_path
+
+REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]*")
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+# Adapter methods that no stage can train, and why.
+IN_FRONT = (
+    "learns vectors that are put before a prompt; they cannot be merged into the weights, and every stage publishes "
+    "weights that plain transformers can load"
+)
+REFUSED_METHODS = {"prompt_tuning": IN_FRONT, "prefix_tuning": IN_FRONT, "p_tuning": IN_FRONT}
+
+Problem = tuple[tuple, str]
+
+
+# -- the parsed tree ---------------------------------------------------------------------------------
+
+
+def name_problems(tree: dict[str, Any]) -> list[Problem]:
+    """Return what is wrong with a name that cannot be the name of a folder."""
+    name = tree.get("name")
+    if not isinstance(name, str) or NAME.fullmatch(name):
+        return []
+    rule = "use letters, digits, `.`, `_`, `-`, and start with a letter, a digit or `_`"
+    return [(("name",), f"{name!r} cannot name a folder; {rule}")]
+
+
+def path_problems(tree: dict[str, Any]) -> list[Problem]:
+    """Return a problem for every local path that does not exist.
+
+    The parsed tree is checked, not the validated experiment: that way these problems are reported
+    together with the errors of validation.
+    """
+    data, model = tree.get("data"), tree.get("model")
+    problems = data_path_problems(data) if isinstance(data, dict) else []
+    return problems + (model_path_problems(model) if isinstance(model, dict) else [])
+
+
+def data_path_problems(data: dict[str, Any]) -> list[Problem]:
+    """Return the problems of the paths in the section `data`."""
+    problems: list[Problem] = []
+    for kind in KINDS:
+        value = data.get(kind)
+        text = source_path(value)
+        where = ("data", kind, "path") if isinstance(value, dict) else ("data", kind)
+        if not isinstance(text, str):
+            continue
+        if text == "world":
+            if kind == "rankings":
+                problems.append((where, "the world has no file of rankings; use null: simulated labelers rank then"))
+        elif not text or "\0" in text:
+            problems.append((where, "is empty; should be world, a path or a Hub id"))
+        elif not is_hub_id(text) and not Path(text).expanduser().exists():
+            remedy = f"should be world, an existing path{relative_to(text)} or a Hub id org/name"
+            problems.append((where, f"no such file: {text}; {remedy}"))
+    return problems
+
+
+def model_path_problems(model: dict[str, Any]) -> list[Problem]:
+    """Return the problems of the paths in the section `model`."""
+    problems: list[Problem] = []
+    text = model.get("name_or_path")
+    folder = local_folder(text) if isinstance(text, str) else None
+    if folder is not None and (not text or "\0" in text or not folder.is_dir()):
+        what = f"no such folder: {text}; should be a folder, a Hub id org/name, package:NAME or null"
+        problems.append((("model", "name_or_path"), what))
+    text = model.get("chat_template")
+    if isinstance(text, str) and ("\0" in text or not Path(text).expanduser().is_file()):
+        what = f"no such file: {text}; should be a file with a Jinja chat template, or null"
+        problems.append((("model", "chat_template"), what))
+    return problems
+
+
+def relative_to(text: str) -> str:
+    """Return " (from FOLDER)" for a relative path: it starts at the working folder, not at the YAML's."""
+    return "" if Path(text).expanduser().is_absolute() else f" (from {Path.cwd()})"
+
+
+# -- the validated experiment ------------------------------------------------------------------------
+
+
+def check_common(experiment: Common) -> list[str]:
+    """Return a line for every mistake in the common sections that no single setting shows."""
+    model = experiment.model
+    return [
+        *revision_problems(experiment),
+        *head_problems(model),
+        *adapter_problems(model),
+        *strategy_problems(experiment),
+        *attention_problems(model),
+    ]
+
+
+def revision_problems(experiment: Common) -> list[str]:
+    """Return a line for each revision of something that is not on the Hub, or that is not valid."""
+    named: dict[str, tuple[str, str | None]] = {
+        "model": (experiment.model.name_or_path or "", experiment.model.revision)
+    }
+    for kind in KINDS:
+        source = getattr(experiment.data, kind)
+        if isinstance(source, DataSource):
+            named[f"data.{kind}"] = (source.path, source.revision)
+    problems = []
+    for key, (name, revision) in named.items():
+        if revision is None:
+            continue
+        if not is_hub_id(name):
+            problems.append(f"{key}.revision: {name or 'null'} is not a Hub id and has no revisions; leave it out")
+        elif not REVISION.fullmatch(revision) or ".." in revision:
+            problems.append(
+                f"{key}.revision: {revision!r} is not the name of a branch, tag or commit; correct it or leave it out"
+            )
+    return problems
+
+
+def head_problems(model: ModelSettings) -> list[str]:
+    """Return a line if the attention heads do not fit the width of the model."""
+    width, heads = model.hidden_size, model.num_attention_heads
+    if width % heads:
+        return [f"model.num_attention_heads: {heads} does not divide model.hidden_size {width}; should be a divisor"]
+    if width // heads % 2:
+        return [
+            f"model.num_attention_heads: the size of a head, {width} / {heads} = {width // heads}, is odd; rotary "
+            f"positions need an even size"
+        ]
+    return []
+
+
+def adapter_problems(model: ModelSettings) -> list[str]:
+    """Return a line for each adapter setting that its method does not have."""
+    if model.peft is None:
+        return []
+    method, bits, init_r = model.peft.method, model.peft.bits, model.peft.init_r
+    problems = []
+    if method in REFUSED_METHODS:
+        problems.append(
+            f"model.peft.method: {method} {REFUSED_METHODS[method]}; use lora, dora, adalora, ia3, bitfit or qlora"
+        )
+    if bits is not None and method != "qlora":
+        problems.append(f"model.peft.bits: {bits} has no effect with method {method}; use qlora, or leave it out")
+    if init_r is not None and method != "adalora":
+        problems.append(f"model.peft.init_r: {init_r} has no effect with method {method}; use adalora, or leave it out")
+    elif init_r is not None and init_r < model.peft.r:
+        problems.append(
+            f"model.peft.init_r: {init_r} is lower than r {model.peft.r}, the rank that adalora prunes to; raise it"
+        )
+    return problems
+
+
+def strategy_problems(experiment: Common) -> list[str]:
+    """Return a line if the adapter method cannot be sharded as launch.strategy asks."""
+    peft = experiment.model.peft
+    if peft is None or experiment.launch.strategy != "fsdp2":
+        return []
+    if peft.method == "adalora":
+        return [
+            "launch.strategy: fsdp2 shards each weight by rows, and adalora needs whole weights to compare ranks; use "
+            "ddp, or model.peft.method: lora"
+        ]
+    if peft.method == "qlora":
+        return [
+            "launch.strategy: fsdp2 shards float weights by rows, and qlora's weights are packed bytes that share "
+            "scales; use ddp, or model.peft.method: lora"
+        ]
+    return []
+
+
+def attention_problems(model: ModelSettings) -> list[str]:
+    """Return a line if the attention kernel does not support the precision."""
+    if model.attn_implementation == "flash_attention_2" and model.dtype == "float32":
+        return [
+            "model.attn_implementation: flash_attention_2 does not support float32; set model.dtype: bfloat16, or use "
+            "sdpa"
+        ]
+    return []

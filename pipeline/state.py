@@ -1,0 +1,127 @@
+"""Describe the state of a stage, and decide what the flags of `rlhf run` allow in that state."""
+
+import shlex
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.fingerprints import Change
+from pipeline.launch import environment
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Hold the flags of `rlhf run`."""
+
+    only: bool = False
+    """Run only this stage; what it needs must be up to date."""
+    force: bool = False
+    """Run it even if it is up to date or damaged."""
+    restart: bool = False
+    """Drop an interrupted run and start from the beginning."""
+    override_config: bool = False
+    """Resume an interrupted run under changed settings; replace what other configs made."""
+    allow_elastic: bool = False
+    """Resume an interrupted run with another number of processes."""
+    trust_remote_code: bool = False
+    """Run code that a model brings."""
+    command: str = ""
+    """The command as it was typed; it is recorded in the manifests of what it makes."""
+
+
+@dataclass
+class StageState:
+    """Describe what is there of one stage."""
+
+    kind: str
+    """done, stale, interrupted, running, missing or damaged."""
+    reasons: list[str] = field(default_factory=list)
+    """Why it is not done, one phrase each."""
+    step: int | None = None
+    """Last saved step of an interrupted run; None if nothing was saved."""
+    total: int | None = None
+    """Steps of that run in all, if known."""
+    manifest: dict[str, Any] | None = None
+    """Manifest of the finished artifact, up to date or stale, if its digests hold."""
+    run: dict[str, Any] | None = None
+    """run.json of an interrupted run."""
+    changes: list[Change] = field(default_factory=list)
+    """What changed since the stage was finished, or since the interrupted run began."""
+    waiting: list[str] = field(default_factory=list)
+    """Stages that must run first, as phrases: "rm is stale"."""
+
+    def sentence(self) -> str:
+        """Return the state as `rlhf status` shows it: "stale because ppo.kl_coef 0.05 → 0.1"."""
+        text = self.kind
+        if self.kind in ("interrupted", "running") and self.step is not None:
+            text += f" at step {self.step}" + (f" of {self.total}" if self.total else "")
+        elif self.kind == "interrupted":
+            text += " before anything was saved"
+        if self.reasons:
+            text += {"damaged": ": ", "interrupted": "; "}.get(self.kind, " because ") + "; ".join(self.reasons)
+        return text
+
+    def can_be_fetched(self) -> bool:
+        """Return whether the stage is not done here and no run of it is active or interrupted."""
+        return self.kind in ("missing", "stale", "damaged") and self.run is None
+
+
+def is_dropped(is_target: bool, state: StageState, flags: Flags) -> bool:
+    """Return whether the interrupted run of a stage is dropped.
+
+    --restart drops the run of the stage that the command names. It drops the run of another stage
+    only if that run could not be resumed.
+    """
+    return flags.restart and (is_target or bool(state.changes or state.waiting))
+
+
+def refusals(name: str, is_target: bool, state: StageState, flags: Flags, processes: int | None = None) -> list[str]:
+    """Return why a stage can neither start nor resume, one line each.
+
+    Args:
+        name: The stage.
+        is_target: Whether the command names it.
+        state: Its state.
+        flags: The flags of the command.
+        processes: Number of processes that will run it; None: as many as run this command.
+
+    Returns:
+        No lines if it can run, or need not run.
+    """
+    forced = is_target and flags.force
+    if state.kind == "damaged":
+        return [] if forced or (is_target and flags.restart) else state.reasons
+    if state.kind not in ("interrupted", "done") or (state.kind == "done" and not forced):
+        return []
+    if state.step is None or is_dropped(is_target, state, flags):
+        return []
+    inputs = state.waiting + [change.text for change in state.changes if not change.is_setting]
+    settings = [change for change in state.changes if change.is_setting]
+    since = f"{name}: interrupted at step {state.step}, since then"
+    if inputs:
+        return [f"{since} {text}; --restart starts again" for text in inputs + [change.text for change in settings]]
+    fixed = "which an interrupted run keeps; set it back to resume, --restart starts again"
+    lines = [f"{since} {change.text}, {fixed}" for change in settings if change.is_fixed]
+    if not flags.override_config:
+        remedy = "--restart starts again, --override-config resumes with the new settings"
+        for change in settings:
+            if not change.is_fixed:
+                lines.append(f"{since} {change.text}; {command_to_resume(name, state, change)}{remedy}")
+    if lines or state.run is None:
+        return lines
+    before, today = state.run["world_size"], processes or environment.facts()["world_size"]
+    if before != today and not flags.allow_elastic:
+        return [f"{since} the number of processes {before} → {today}; --allow-elastic resumes"]
+    return []
+
+
+def command_to_resume(name: str, state: StageState, change: Change) -> str:
+    """Return the command that repeats the setting with which the run was started.
+
+    Returns:
+        A phrase that ends in ", "; "" if the setting was not on that run's command line.
+    """
+    recorded = [] if state.run is None else state.run["config"].get("command_line", [])
+    for word in recorded:
+        if word.partition("=")[0] == change.key:
+            return f"`rlhf run {name} -c CONFIG {shlex.quote(word)}` resumes with the old setting, "
+    return ""

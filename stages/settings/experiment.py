@@ -1,0 +1,35 @@
+"""Define `Experiment`, the whole of a validated config, and list the stages."""
+
+from pydantic import Field
+
+from pipeline.config.sections import Common
+from pipeline.stage import Stage
+from stages.settings import base, dpo, evaluate, ppo, rankings, report, rm, sft, world
+from stages.settings.base import BaseSettings
+from stages.settings.dpo import DPOSettings
+from stages.settings.evaluate import EvaluateSettings
+from stages.settings.ppo import PPOSettings
+from stages.settings.rankings import RankingsSettings
+from stages.settings.report import ReportSettings
+from stages.settings.rm import RMSettings
+from stages.settings.sft import SFTSettings
+from stages.settings.world import WorldSettings
+
+# Each stage comes after the stages that it may need.
+STAGES: dict[str, Stage] = {
+    module.STAGE.name: module.STAGE for module in (world, base, sft, rankings, rm, ppo, dpo, evaluate, report)
+}
+
+
+class Experiment(Common):
+    """Hold one experiment: the common sections and one section per stage."""
+
+    world: WorldSettings = Field(default_factory=WorldSettings)
+    base: BaseSettings = Field(default_factory=BaseSettings)
+    sft: SFTSettings = Field(default_factory=SFTSettings)
+    rankings: RankingsSettings = Field(default_factory=RankingsSettings)
+    rm: RMSettings = Field(default_factory=RMSettings)
+    ppo: PPOSettings = Field(default_factory=PPOSettings)
+    dpo: DPOSettings = Field(default_factory=DPOSettings)
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    report: ReportSettings = Field(default_factory=ReportSettings)
