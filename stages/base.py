@@ -1,4 +1,4 @@
-"""base: pretraining text → tokenizer and a small causal language model; or a pretrained model, converted.
+"""Make the base model: train a tokenizer and a small model on text, or convert a pretrained one.
 
 loss = − mean log π(token | before)     over documents, each ended by EOS, packed end to end
 """
@@ -7,148 +7,220 @@ from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from data.documents import wrap_documents
 from data.tokenizer import train_tokenizer
 from pipeline.config.sections import local_folder
 from pipeline.errors import UserError
 from pipeline.launch import parallel
-from pipeline.stage import StageRun
+from pipeline.stage import Source, StageRun
 from stages.models.adapters import refuse_untrained
 from stages.models.families import REMEDY, WHOLE_ROWS, family_problem
 from stages.models.loading import code_fails, from_scratch, load_pretrained, save_model
 from stages.models.publish import given_model
 from stages.models.remote_code import is_remote, scalar_problem, write_scalar_head
-from stages.models.tokens import settle_tokens
+from stages.models.tokens import Settled, settle_tokens
 from stages.rollouts.trial import CACHE, reading_problem
 from stages.settings.base import BaseSettings, template_file
 from stages.settings.experiment import Experiment
 from stages.settings.training import total_steps
-from stages.shared.cards import card
+from stages.shared.cards import ModelCard, card_text
 from stages.shared.inputs import split_documents
-from stages.shared.runtime import device_of, dtype_of
-from stages.shared.show import count
-from stages.training.text import train_language_model
+from stages.shared.provenance import Provenance, provenance_of
+from stages.shared.runtime import Runtime, runtime_of
+from stages.shared.show import parameter_count
+from stages.training.session import Session, session_of
+from stages.training.text import Optimization, TextTask, train_language_model
 
 
 def run(ctx: StageRun[BaseSettings, Experiment]) -> dict:
-    """→ model/ with tokenizer and chat template."""
-    m, c = ctx.experiment.model, ctx.config
-    if m.name_or_path is not None:
-        if not parallel.is_rank_zero():  # which publishes, and there is nothing to share
+    """Publish model/ with its tokenizer and chat template."""
+    session, runtime, provenance = session_of(ctx), runtime_of(ctx), provenance_of(ctx)
+    section, is_given = ctx.experiment.model, ctx.experiment.model.name_or_path is not None
+    if is_given:
+        if not parallel.is_rank_zero():  # rank 0 publishes, and there is no work to share
             return {}
-        model, tokenizer = load_pretrained(
-            str(local_folder(m.name_or_path) or m.name_or_path),
-            attn_implementation=m.attn_implementation,
-            trust_remote_code=ctx.trust_remote_code,
-            revision=ctx.model_revision,
-        )
-        given = given_model(m.name_or_path, revision=ctx.model_revision, trust_remote_code=ctx.trust_remote_code)
-        template = template_file(m)
-        settled = settle_tokens(
-            model,
-            tokenizer,
-            m.name_or_path,
-            template=None if template is None else read_template(template),
-            variables=m.chat_template_kwargs,
-            moment=datetime.now(),
-        )
+        model, tokenizer, settled = load_given(provenance, runtime)
         ctx.confirm_folders()
         for line in settled.lines:
-            ctx.tracker.say(f"base: {line}")
-        refuse_untrained(settled.new_tokens, m.peft and m.peft.method, tokenizer)
-        figures = {"pretrained": m.name_or_path}
-        try_reading(ctx, model, tokenizer.pad_token_id)
-        if given.rows is not None:
-            figures["same_rows_as_given"] = given.rows == model.get_input_embeddings().weight.shape[0]
-        dtype = given.dtype if m.publish_dtype == "as_given" else m.publish_dtype
-        if settled.new_tokens:
-            figures["new_tokens"] = settled.new_tokens  # sft trains their rows, also where it trains an adapter
-        if settled.stopped is not None:
-            figures["template_moment"] = settled.stopped.isoformat(timespec="seconds")
+            session.say(line)
+        refuse_untrained(settled.new_tokens, section.peft and section.peft.method, tokenizer)
+        check_reading(session, model, section.name_or_path, tokenizer.pad_token_id)
+        figures, given_dtype = describe_given(provenance, runtime, model, settled)
     else:
-        dtype = None if m.publish_dtype == "as_given" else m.publish_dtype
-        train, valid = split_documents(ctx)
-        tokenizer = train_tokenizer((document.text for document in train), m.vocab_size)
-        rows, held = (
-            [{"input_ids": r, "labels": r} for r in wrap_documents(tokenizer, documents, length=c.max_length)]
-            for documents in (train, valid)
+        model, tokenizer, figures = train_from_scratch(
+            session, runtime, ctx.config, section, ctx.source("documents"), ctx.experiment.data.validation_fraction
         )
-        if not rows or not held:
-            problem = f"data.documents: do not fill a training and a held-out row of {c.max_length} tokens"
-            raise UserError([f"{problem}; give more text, or lower base.max_length"])
-        start = partial(
-            from_scratch,
-            tokenizer,
-            hidden_size=m.hidden_size,
-            num_hidden_layers=m.num_hidden_layers,
-            num_attention_heads=m.num_attention_heads,
-            intermediate_size=m.intermediate_size,
-            max_position_embeddings=m.max_position_embeddings,
-            attn_implementation=m.attn_implementation,
-            seed=ctx.seed,
-        )
-        with torch.device("meta"):
-            size = count(start())
-        steps = total_steps(c, len(rows))
-        ctx.tracker.say(
-            f"base: {size} parameters, {len(tokenizer)} token ids, "
-            f"{len(rows) * c.max_length:,} training tokens, {steps} steps"
-        )
-        model, figures = train_language_model(
-            ctx,
-            start,
-            tokenizer,
-            rows,
-            held,
-            steps=steps,
-            group_by_length=False,
-            learning_rate=c.learning_rate,
-            lr_scheduler_type=c.lr_scheduler_type,
-            warmup_steps=c.warmup_steps,
-            per_device_train_batch_size=c.per_device_train_batch_size,
-            gradient_accumulation_steps=c.gradient_accumulation_steps,
-            max_grad_norm=c.max_grad_norm,
-            weight_decay=c.weight_decay,
-            adam_beta2=c.adam_beta2,
-            keep=c.keep,
-            patience=c.patience,
-            eval_steps=c.eval_steps,
-            device=device_of(ctx.experiment),
-            dtype=dtype_of(ctx.experiment),
-            gradient_checkpointing=m.gradient_checkpointing,
-        )
+        given_dtype = None
     figures = {**figures, "parameters": sum(p.numel() for p in model.parameters())}
-    text = card(ctx, "a pretrained language model", figures=figures)
+    text = card_text(provenance, ModelCard("a pretrained language model", figures=figures))
+    dtype = given_dtype if section.publish_dtype == "as_given" else section.publish_dtype
     save_model(model, tokenizer, ctx.publish / "model", card=text, dtype=dtype)
-    if m.name_or_path is not None:
-        check_reward_model(ctx, model)
+    if is_given:
+        check_reward_model(session, model, section.name_or_path, ctx.publish / "model", "rm" in ctx.wanted)
     return figures
 
 
-def try_reading(ctx: StageRun, model, pad_id: int) -> None:
-    """See to it that a pretrained model is read right in every way that the stages read it.
+# -- from scratch --------------------------------------------------------------------------------
 
-    Where a family's cache alone is at fault, its configuration says from here on that samples are drawn without it.
+
+def train_from_scratch(
+    session: Session, runtime: Runtime, config: BaseSettings, section: Any, source: Source, fraction: float
+) -> tuple[nn.Module, Any, dict]:
+    """Train a tokenizer and a model on documents.
+
+    Args:
+        session: The run.
+        runtime: How the stage computes.
+        config: The stage's settings.
+        section: The section `model`: the model's shape and vocabulary.
+        source: Where the documents are.
+        fraction: Fraction of the documents to hold out.
+
+    Returns:
+        The model, the tokenizer and the model's figures.
 
     Raises:
-        UserError: it is no causal language model, or is read otherwise than the stages read it.
+        UserError: There is too little text.
     """
-    name, problem = ctx.experiment.model.name_or_path, reading_problem(model, pad_id)
+    train, valid = split_documents(source, fraction)
+    tokenizer = train_tokenizer((document.text for document in train), section.vocab_size)
+    train_rows, held_out_rows = (
+        [{"input_ids": r, "labels": r} for r in wrap_documents(tokenizer, documents, length=config.max_length)]
+        for documents in (train, valid)
+    )
+    if not train_rows or not held_out_rows:
+        problem = f"data.documents: do not fill a training and a held-out row of {config.max_length} tokens"
+        raise UserError([f"{problem}; give more text, or lower base.max_length"])
+    make = partial(
+        from_scratch,
+        tokenizer,
+        hidden_size=section.hidden_size,
+        num_hidden_layers=section.num_hidden_layers,
+        num_attention_heads=section.num_attention_heads,
+        intermediate_size=section.intermediate_size,
+        max_position_embeddings=section.max_position_embeddings,
+        attn_implementation=section.attn_implementation,
+        seed=session.seed,
+    )
+    with torch.device("meta"):  # no memory, and no random number is drawn
+        size = parameter_count(make())
+    steps, tokens = total_steps(config, len(train_rows)), len(train_rows) * config.max_length
+    session.say(f"{size} parameters, {len(tokenizer)} token ids, {tokens:,} training tokens, {steps} steps")
+    task = TextTask(
+        train_rows=train_rows,
+        held_out_rows=held_out_rows,
+        rows_per_device=config.per_device_train_batch_size,
+        accumulation_steps=config.gradient_accumulation_steps,
+        group_by_length=False,
+    )
+    model, figures = train_language_model(
+        session,
+        runtime,
+        make,
+        tokenizer,
+        task,
+        Optimization(config.max_grad_norm, config.weight_decay, config.adam_beta2),
+        config.schedule(steps),
+        config.selection("loss", higher_is_better=False),
+    )
+    return model, tokenizer, figures
+
+
+# -- a pretrained model --------------------------------------------------------------------------
+
+
+def load_given(provenance: Provenance, runtime: Runtime) -> tuple[nn.Module, Any, Settled]:
+    """Load the model of `model.name_or_path` and make its tokenizer ready for all stages.
+
+    Args:
+        provenance: The run's settings.
+        runtime: How the stage computes.
+
+    Returns:
+        The model, the tokenizer, and what was changed in them.
+    """
+    section = provenance.model
+    name, template = section.name_or_path, template_file(section)
+    model, tokenizer = load_pretrained(
+        str(local_folder(name) or name), revision=provenance.model_revision, **runtime.load_options()
+    )
+    settled = settle_tokens(
+        model,
+        tokenizer,
+        name,
+        template=None if template is None else read_template(template),
+        variables=section.chat_template_kwargs,
+        moment=datetime.now(),
+    )
+    return model, tokenizer, settled
+
+
+def describe_given(
+    provenance: Provenance, runtime: Runtime, model: nn.Module, settled: Settled
+) -> tuple[dict[str, Any], str | None]:
+    """Return the figures of a pretrained model, and the dtype that it was given in.
+
+    Args:
+        provenance: The run's settings.
+        runtime: How the stage computes.
+        model: The model.
+        settled: What was changed in it and its tokenizer.
+
+    Returns:
+        Figures for the manifest; the dtype of the given files, None for float32.
+    """
+    name = provenance.model.name_or_path
+    given = given_model(name, revision=provenance.model_revision, trust_remote_code=runtime.trust_remote_code)
+    figures: dict[str, Any] = {"pretrained": name}
+    if given.rows is not None:
+        figures["same_rows_as_given"] = given.rows == model.get_input_embeddings().weight.shape[0]
+    if settled.new_tokens:
+        figures["new_tokens"] = settled.new_tokens  # sft trains their embeddings even where it trains an adapter
+    if settled.stopped is not None:
+        figures["template_moment"] = settled.stopped.isoformat(timespec="seconds")
+    return figures, given.dtype
+
+
+def check_reading(session: Session, model: nn.Module, name: str, pad_id: int) -> None:
+    """Check that a pretrained model gives the same results in every way that the stages use it.
+
+    Where only the family's cache is at fault, the model's config says from here on that samples are
+    drawn without it.
+
+    Args:
+        session: The run.
+        model: The model.
+        name: Its name.
+        pad_id: Id of the padding.
+
+    Raises:
+        UserError: It is no causal language model, or the results differ.
+    """
+    problem = reading_problem(model, pad_id)
     if problem and problem.startswith(CACHE) and not is_remote(model):
+        cache_problem = problem
         setattr(model.config, WHOLE_ROWS, True)
-        at_fault, problem = problem, reading_problem(model, pad_id)
+        problem = reading_problem(model, pad_id)
         if problem is None:
-            what = "whole rows are read for each token: right, and slower for long responses"
-            ctx.tracker.say(f"base: {name}: {at_fault}; {what}")
+            remedy = "whole rows are read for each token: correct, and slower for long responses"
+            session.say(f"{name}: {cache_problem}; {remedy}")
     if problem:
         raise UserError(cannot_be_read(name, model, problem))
 
 
-def cannot_be_read(name: str, model, problem: str) -> str:
-    """The line for a model that is read otherwise than the stages read it."""
+def cannot_be_read(name: str, model: nn.Module, problem: str) -> str:
+    """Return the error line for a model whose results depend on how it is read.
+
+    Args:
+        name: Name of the model.
+        model: The model.
+        problem: What differs.
+    """
     if is_remote(model):
         return code_fails(name, problem)
     kind = f"{type(model).__name__}, transformers {version('transformers')}"
@@ -156,7 +228,11 @@ def cannot_be_read(name: str, model, problem: str) -> str:
 
 
 def read_template(path: Path) -> str:
-    """The text of a file with a chat template; UserError where it is none."""
+    """Return the text of a file with a chat template.
+
+    Raises:
+        UserError: It cannot be read as UTF-8, or is empty.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
@@ -166,25 +242,34 @@ def read_template(path: Path) -> str:
     return text
 
 
-def check_reward_model(ctx: StageRun, model) -> None:
-    """See to it that rm can put its scalar head on a published model: by the class that its family or its code brings,
-    or by one of ours, which for code is written beside it.
+def check_reward_model(session: Session, model: nn.Module, name: str, folder: Path, is_wanted: bool) -> None:
+    """Check that rm can put a scalar head on a published model.
+
+    The class with the head is the family's, that of the code that the model brings, or one of ours,
+    which is then written into the folder. sft and dpo need none.
+
+    Args:
+        session: The run.
+        model: The model.
+        name: Its name.
+        folder: The folder that it was published in.
+        is_wanted: Whether rm is among the stages that the command runs.
 
     Raises:
-        UserError: none serves, and rm is among the stages that were asked for. Otherwise a line says so: sft and dpo
-            need none.
+        UserError: There is no such class, and rm is wanted; otherwise a line says so.
     """
-    folder, name = ctx.publish / "model", ctx.experiment.model.name_or_path
     if not is_remote(model):
         problem = family_problem(model)
     elif problem := scalar_problem(model, folder):
-        ctx.tracker.say(f"base: of {name}'s code no reward model can be made ({problem}); a class is written beside it")
+        session.say(f"{name}'s code gives no reward model ({problem}); a class is written beside it")
         write_scalar_head(model, folder)
         problem = scalar_problem(model, folder)
     if not problem:
         return
-    if "rm" in ctx.wanted:
+    if not is_wanted:
+        session.say(f"no reward model can be made of {name} ({problem}): rm and ppo will refuse it")
+    elif is_remote(model):
+        raise UserError(code_fails(name, f"as a reward model: {problem}"))
+    else:
         remedy = "dpo needs none, or take another family"
-        line = f"model.name_or_path: of {name} no reward model can be made ({problem}); {remedy}"
-        raise UserError(code_fails(name, f"as a reward model: {problem}") if is_remote(model) else line)
-    ctx.tracker.say(f"base: of {name} no reward model can be made ({problem}): rm and ppo will refuse it")
+        raise UserError(f"model.name_or_path: {name}: no reward model can be made ({problem}); {remedy}")

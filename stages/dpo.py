@@ -1,23 +1,25 @@
-"""dpo: rankings → a policy, without a reward model and without sampling; stands wherever ppo's policy does.
+"""Train a policy on rankings by DPO, without a reward model and without sampling.
 
-loss = − 1/C(K,2) · Σ_pairs log σ( β [ log π/π_ref (y_w) − log π/π_ref (y_l) ] )     (Rafailov 2023, eq. 7)
+    loss = − 1/C(K,2) · Σ_pairs log σ( β [ log π/π_ref (y_w) − log π/π_ref (y_l) ] )
 
-Or the Plackett–Luce likelihood of each whole ranking under the rewards β log π/π_ref (its appendix A.3).
+(Rafailov 2023, eq. 7), or another of the losses that loss_type names. The policy takes the place of
+PPO's.
 """
 
-import hashlib
-import json
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from data import sources
-from data.groups import batch_groups
+from data.groups import GroupBatch, PromptGroup, batch_groups
 from pipeline.launch import parallel
 from pipeline.stage import StageRun
-from stages.models.adapters import adapter_off, is_adapted, save_merged, with_adapter
+from stages.models.adapters import with_adapter
 from stages.models.forward import response_logprobs
 from stages.models.loading import load_policy, load_tokenizer
 from stages.models.sharding import is_sharded, publishable
@@ -26,138 +28,222 @@ from stages.objectives.losses import chosen_loss, dpo_loss, plackett_luce_loss
 from stages.settings.dpo import DPOSettings
 from stages.settings.experiment import Experiment
 from stages.settings.training import total_steps
-from stages.shared.cards import ANSWER, card
+from stages.shared.cards import ANSWER, ModelCard
 from stages.shared.disk import say_written
-from stages.shared.inputs import cut_by_tokens, group_order, in_parts, load_groups
-from stages.shared.publishing import adapter_base, publish_dtype
+from stages.shared.inputs import LengthLimit, load_groups
+from stages.shared.provenance import Provenance, provenance_of
+from stages.shared.publishing import adapter_base, publish_model
 from stages.shared.runtime import (
+    Runtime,
     adapter_settings,
+    can_pack_rows,
     check_context,
-    device_of,
-    dtype_of,
     note_default_rate,
-    packing,
-    place,
+    place_model,
+    runtime_of,
+    with_accelerator,
 )
 from stages.shared.show import show_samples
-from stages.training.loop import fit, make_accelerator, make_trainee, pause_if_asked
-from stages.training.schedule import learning_rate_at
+from stages.training.batching import GroupBatches, group_order
+from stages.training.loop import Task, fit
+from stages.training.reference import Reference
+from stages.training.session import session_of
+from stages.training.trainee import trainee_of
 
 
-def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
-    """→ model/, a policy."""
-    m, c = ctx.experiment.model, ctx.config
-    source = ctx.inputs["sft"] / "model"
-    check_context(ctx, source)
-    tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
-    accelerator = make_accelerator(device_of(ctx.experiment), dtype_of(ctx.experiment))
-    limits = {"max_length": c.max_length, "on_too_long": c.on_too_long}
-    groups, report = load_groups(ctx, tokenizer, "train", **limits)
-    held, held_report = load_groups(ctx, tokenizer, "validation", **limits)
-    report += held_report
-    steps = total_steps(c, len(groups))
-    ctx.tracker.say(f"dpo: {report.line('rankings')}; {len(held)} rankings held out; {steps} steps")
-    note_default_rate(ctx)
-    load = partial(
-        load_policy, source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code
-    )
-    adapter = adapter_settings(m) or {"method": None}
-    policy = place(ctx, lambda: with_adapter(load(), **adapter, seed=ctx.seed), accelerator)
-    packed = packing(ctx, policy)
+@dataclass(frozen=True)
+class Objective:
+    """The policy and its loss."""
 
-    # 1 the reference's log-probabilities, once: the policy is the reference before training, its adapter off
-    batch_size = c.per_device_train_batch_size * c.gradient_accumulation_steps
-    order = group_order(ctx, groups, steps, batch_size)
-    drawn = sorted(set(order))
-    poll = partial(pause_if_asked, ctx, 0, steps, lambda: None)
-    options = (ctx, policy, tokenizer.pad_token_id, accelerator, packed, poll)
-    reference = {
-        "train": dict(zip(drawn, reference_logps("train", [groups[i] for i in drawn], *options), strict=True)),
-        "validation": reference_logps("validation", held, *options),
-    }
+    config: DPOSettings
+    """The stage's settings."""
+    policy: nn.Module
+    """The policy that trains."""
+    pad_id: int
+    """Id of the padding."""
+    runtime: Runtime
+    """How the stage computes."""
 
-    trainee = make_trainee(
-        "model",
-        policy,
-        learning_rate=c.learning_rate,
-        max_grad_norm=c.max_grad_norm,
-        weight_decay=c.weight_decay,
-        adam_beta2=c.adam_beta2,
-        steps=steps,
-    )
+    def micro_batch(
+        self, groups: Sequence[PromptGroup], reference: Sequence[Tensor], prompts: int, tokens: float
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Compute the share of a micro-batch in the loss of its batch.
 
-    say_written(ctx, [policy], [policy], steps, sets=int(c.keep == "best"))
+        Args:
+            groups: The micro-batch.
+            reference: log π_ref of the responses of each group, (K,).
+            prompts: Prompts of the batch.
+            tokens: Tokens of the responses of the batch that were put first (`tokens_first`).
 
-    # 2 the loss of a micro-batch of prompts, a part of a batch with so many prompts and tokens of first responses
-    def forward(part, ref, rows, prompts, tokens):
-        batch = batch_groups([part[i] for i in rows], tokenizer.pad_token_id, packed=packed).to(accelerator.device)
-        ref_logps = torch.cat([ref[i] for i in rows]).to(accelerator.device)
+        Returns:
+            The loss, and figures to sum over the batch.
+        """
+        config, accelerator = self.config, self.runtime.accelerator
+        batch = batch_groups(groups, self.pad_id, packed=self.runtime.packed).to(accelerator.device)
+        ref_logps = torch.cat(list(reference)).to(accelerator.device)
         with accelerator.autocast():
-            logprobs = response_logprobs(policy, batch.rows)
+            logprobs = response_logprobs(self.policy, batch.rows)
         logps = sequence_logps(logprobs, batch.rows.response_mask)
         parts = {
-            name: loss_of(name, logps, ref_logps, batch, c.beta, c.label_smoothing, prompts, tokens)
-            for name in c.losses()
+            name: loss_of(name, logps, ref_logps, batch, config.beta, config.label_smoothing, prompts, tokens)
+            for name in config.losses()
         }
-        value = sum(weight * parts[name] for name, weight in c.losses().items())
-        figures = pair_figures(value, logps.detach(), ref_logps, batch, c.beta, len(rows) / prompts)
+        value = sum(weight * parts[name] for name, weight in config.losses().items())
+        figures = pair_figures(value, logps.detach(), ref_logps, batch, config.beta, len(groups) / prompts)
         if len(parts) > 1:
             figures |= {f"loss/{name}": x.item() for name, x in parts.items()}
         return value, figures
 
-    @torch.no_grad()
-    def evaluate(poll) -> dict:
-        sums: dict[str, float] = {}
-        tokens = sum(map(tokens_first, held))
-        parts, costs = in_parts(ctx, held, packed)
-        for rows, own in parallel.padded_micro_batches(
-            parallel.rows_of_this_rank(parts, costs), parts[0] if is_sharded(policy) else None
-        ):
-            poll()
-            figures = forward(held, reference["validation"], rows, len(held), tokens)[1]
-            for key, value in figures.items() if own else ():
-                sums[key] = sums.get(key, 0.0) + value
-        return parallel.all_reduce_figures(sums)
 
-    shown = [r.prompt for r in sources.load("rankings", path=ctx.inputs["rankings"] / "validation.jsonl")[:4]]
+def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
+    """Publish model/, a policy."""
+    config, source, rankings = ctx.config, ctx.inputs["sft"] / "model", ctx.inputs["rankings"]
+    session, runtime, provenance = session_of(ctx), with_accelerator(runtime_of(ctx)), provenance_of(ctx)
+    check_context(session, config, source)
+    tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
+    limit = LengthLimit(config.max_length, config.on_too_long, "dpo")
+    groups, report = load_groups(rankings / "train.jsonl", tokenizer, limit)
+    held, held_report = load_groups(rankings / "validation.jsonl", tokenizer, limit)
+    report += held_report
+    steps = total_steps(config, len(groups))
+    session.say(f"{report.line('rankings')}; {len(held)} rankings held out; {steps} steps")
+    if ctx.experiment.model.peft is not None:
+        note_default_rate(session, config)
+    load = partial(load_policy, source, **runtime.load_options())
+    adapter = adapter_settings(ctx.experiment.model)
+    policy = place_model(lambda: with_adapter(load(), adapter, seed=ctx.seed), runtime, config.max_length)
+    runtime = replace(runtime, packed=can_pack_rows(session, [policy], config.max_length))
+    cut = partial(
+        GroupBatches,
+        size=config.per_device_train_batch_size,
+        budget=config.per_device_train_tokens,
+        packed=runtime.packed,
+    )
+
+    # 1 the reference's log-probabilities, once: the policy is the reference before training
+    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    order = group_order(groups, steps, batch_size, (ctx.seed, "dpo"))
+    drawn = sorted(set(order))
+    leave = partial(session.leave_if_requested, 0, steps)
+    made_by = reference_inputs(provenance, runtime)
+    pad_id = tokenizer.pad_token_id
+    reference = Reference(policy, pad_id, runtime, ctx.cache, made_by, session.tracker, leave)
+    ref_logps = dict(zip(drawn, reference.logps("train", cut([groups[i] for i in drawn])), strict=True))
+    held_ref_logps = reference.logps("validation", cut(held))
+
+    # 2 train
+    trainee = trainee_of(config, policy, steps)
+    say_written(session, provenance, [policy], [policy], steps, sets=int(config.keep == "best"))
+    objective = Objective(config, policy, pad_id, runtime)
+    shown = [r.prompt for r in sources.load("rankings", path=rankings / "validation.jsonl")[:4]]
+
+    def loss(rows: list[int], batch: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+        tokens = sum(tokens_first(groups[i]) for i in batch)
+        return objective.micro_batch([groups[i] for i in rows], [ref_logps[i] for i in rows], len(batch), tokens)
 
     def samples() -> list[dict]:
-        with accelerator.autocast():
-            return show_samples(policy, tokenizer, shown, seed=ctx.seed, response_length=c.sample_tokens)
+        with runtime.accelerator.autocast():
+            return show_samples(policy, tokenizer, shown, seed=ctx.seed, response_length=config.sample_tokens)
 
-    # 3 train
-    figures = fit(
-        ctx,
-        trainee,
-        accelerator,
+    batches = cut(groups)
+    task = Task(
         order=order,
         batch_size=batch_size,
-        costs=[g.tokens() for g in groups],
-        cut=cut_by_tokens(ctx, groups, packed)[0],
-        loss=lambda rows, whole: forward(
-            groups, reference["train"], rows, len(whole), sum(tokens_first(groups[i]) for i in whole)
-        ),
-        evaluate=evaluate,
-        judge="loss",
-        higher_is_better=False,
-        keep=c.keep,
-        patience=c.patience,
-        eval_steps=c.eval_steps,
+        costs=batches.tokens,
+        cut=batches.to_train,
+        loss=loss,
+        evaluate=partial(evaluate, objective, cut(held), held_ref_logps),
         samples=samples,
-        learning_rate=lambda s: learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, c.warmup_steps),
     )
+    figures = fit(
+        session,
+        runtime.accelerator,
+        trainee,
+        task,
+        config.schedule(steps),
+        config.selection("loss", higher_is_better=False),
+    )
+
+    # 3 publish
     figures = {**figures, "truncated": report.truncated, "dropped": report.dropped}
-    base = adapter_base(ctx, ctx.publish / "model", source)
-    text = card(ctx, "a policy trained by DPO", ANSWER, figures=figures, source=source, adapter=base)
-    options = {"base": base or ("", None), "temperature": 1.0, "dtype": publish_dtype(ctx, source)}
-    save_merged(publishable(policy, load), tokenizer, ctx.publish / "model", card=text, **options)
+    folder = ctx.publish / "model"
+    base = adapter_base(provenance, folder, source)
+    card = ModelCard("a policy trained by DPO", ANSWER, figures=figures, source=source, adapter=base)
+    publish_model(provenance, publishable(policy, load), tokenizer, folder, card, temperature=1.0)
     return figures
 
 
-def loss_of(name: str, logps, ref_logps, batch, beta: float, label_smoothing: float, prompts: int, tokens: float):
-    """One of the losses over a micro-batch, divided by the whole batch's prompts (sft: tokens of first responses)."""
+def reference_inputs(provenance: Provenance, runtime: Runtime) -> list[Any]:
+    """List what the reference's log-probabilities depend on, besides the responses.
+
+    Args:
+        provenance: The run.
+        runtime: How the stage computes.
+    """
+    libraries = ["torch", "transformers"]
+    peft = provenance.model.peft
+    if peft is not None and peft.method == "qlora":  # the reference is the quantized base model
+        libraries.append("bitsandbytes")
+    return [
+        provenance.manifests["sft"]["digest"],
+        runtime.dtype,
+        runtime.attention,
+        runtime.packed,
+        runtime.accelerator.device.type,
+        *map(version, libraries),
+    ]
+
+
+@torch.no_grad()
+def evaluate(
+    objective: Objective, batches: GroupBatches, reference: Sequence[Tensor], poll: Callable[[], None]
+) -> dict[str, float]:
+    """Return loss and figures over all held-out groups, of all ranks.
+
+    Args:
+        objective: The policy and its loss.
+        batches: The held-out groups, and how they are cut.
+        reference: log π_ref of the responses of each group, (K,).
+        poll: Called between two forward passes; may raise Interrupted.
+    """
+    groups, sums = batches.groups, {}
+    tokens = sum(map(tokens_first, groups))
+    parts, costs = batches.to_evaluate()
+    spare = parts[0] if is_sharded(objective.policy) else None
+    for rows, is_own in parallel.padded_micro_batches(parallel.rows_of_this_rank(parts, costs), spare):
+        poll()
+        members, ref_logps = [groups[i] for i in rows], [reference[i] for i in rows]
+        _, figures = objective.micro_batch(members, ref_logps, len(groups), tokens)
+        if is_own:
+            for key, value in figures.items():
+                sums[key] = sums.get(key, 0.0) + value
+    return parallel.all_reduce_figures(sums)
+
+
+def loss_of(
+    name: str,
+    logps: Tensor,
+    ref_logps: Tensor,
+    batch: GroupBatch,
+    beta: float,
+    label_smoothing: float,
+    prompts: int,
+    tokens: float,
+) -> Tensor:
+    """Compute one of the losses over a micro-batch, divided by a count of the whole batch.
+
+    Args:
+        name: The loss, as loss_type names it.
+        logps: log π of each response, (N,).
+        ref_logps: log π_ref of each response, (N,).
+        batch: The micro-batch: pairs, choices and their weights.
+        beta: β.
+        label_smoothing: Probability that a preference is wrong.
+        prompts: Prompts of the batch; sft is divided by tokens.
+        tokens: Tokens of the responses that were put first.
+    """
     if name == "sft":
-        return chosen_loss(logps, batch.first, batch.first_weights, tokens or 1.0)  # none: cut off before a word
+        return chosen_loss(logps, batch.first, batch.first_weights, tokens or 1.0)  # 0 if cut off before a token
     if name == "plackett_luce":
         choices = (batch.winners, batch.losers, batch.choice, batch.choice_weights)
         return plackett_luce_loss(beta * (logps - ref_logps), *choices, prompts)
@@ -165,56 +251,24 @@ def loss_of(name: str, logps, ref_logps, batch, beta: float, label_smoothing: fl
     return dpo_loss(logps, ref_logps, *pairs, beta, prompts, name, label_smoothing)
 
 
-@torch.no_grad()
-def reference_logps(
-    split: str, groups, ctx: StageRun, policy, pad_id: int, accelerator, packed: bool, poll=lambda: None
-) -> list[torch.Tensor]:
-    """log π_ref of every response, one tensor (K,) a group; kept under a digest of the model and the groups, so that
-    a run that goes on, or begins anew with other settings, does not compute it again."""
-    m, digest = ctx.experiment.model, hashlib.sha256()
-    made_by = [ctx.manifests["sft"]["digest"], dtype_of(ctx.experiment), m.attn_implementation, packed]
-    made_by += [accelerator.device.type, *map(version, ("torch", "transformers"))]
-    if m.peft is not None and m.peft.method == "qlora":  # the reference is the quantized base
-        made_by += [version("bitsandbytes")]
-    for what in (made_by, *([g.prompt, g.responses] for g in groups)):
-        digest.update(json.dumps(what).encode())
-    digest = digest.hexdigest()
-    sizes = [len(g.responses) for g in groups]
-    kept = parallel.from_rank_zero(lambda: ctx.cache.recall(f"reference_logps_{split}", digest))
-    if kept is not None:
-        return list(kept["logps"].split(sizes))
-
-    parts, costs = in_parts(ctx, groups, packed)
-    sharded = is_sharded(policy)
-
-    def logps_of(own: list[list[int]]):
-        off = adapter_off(policy) if is_adapted(policy) else nullcontext()
-        with off, ctx.tracker.progress(len(own), "dpo reference") as progress:
-            for done, (rows, mine) in enumerate(parallel.padded_micro_batches(own, parts[0] if sharded else None), 1):
-                poll()
-                batch = batch_groups([groups[i] for i in rows], pad_id, packed=packed).to(accelerator.device)
-                with accelerator.autocast():
-                    logprobs = response_logprobs(policy, batch.rows)
-                if mine:
-                    yield sequence_logps(logprobs, batch.rows.response_mask).cpu().split([sizes[i] for i in rows])
-                    progress.update(done)
-
-    every = parallel.compute_and_all_gather(parts, costs, lambda own: list(logps_of(own)), idle=sharded)
-    out: dict[int, torch.Tensor] = {}
-    for rows, logps in zip(parts, every, strict=True):
-        out.update(zip(rows, logps, strict=True))
-    found = [out[i] for i in range(len(groups))]
-    ctx.cache.remember(f"reference_logps_{split}", digest, {"logps": torch.cat(found)})
-    return found
-
-
-def tokens_first(group) -> float:
-    """Tokens of the responses that were put first, by their weights."""
+def tokens_first(group: PromptGroup) -> float:
+    """Return the tokens of the responses that were put first, weighted as in the loss sft."""
     return sum(weight * len(group.responses[i]) for i, weight in group.first())
 
 
-def pair_figures(value, logps, ref_logps, batch, beta: float, share: float) -> dict[str, float]:
-    """trl's figures of a micro-batch, each weighted by its share of the batch's prompts."""
+def pair_figures(
+    value: Tensor, logps: Tensor, ref_logps: Tensor, batch: GroupBatch, beta: float, share: float
+) -> dict[str, float]:
+    """Return trl's figures of a micro-batch, to be summed over the batch.
+
+    Args:
+        value: The micro-batch's share of the loss.
+        logps: log π of each response, (N,).
+        ref_logps: log π_ref of each response, (N,).
+        batch: The micro-batch.
+        beta: β.
+        share: The micro-batch's share of the batch's prompts.
+    """
     rewards = beta * (logps - ref_logps)
     chosen, rejected = rewards[batch.winners], rewards[batch.losers]
     figures = {

@@ -11,8 +11,8 @@ are answered greedily for people to read (`evaluation/greedy.py`).
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from data.documents import wrap_documents
 from data.records import prompt_key
@@ -33,14 +33,22 @@ from stages.evaluation.text import text_losses
 from stages.evaluation.tools import Tools, load_tools
 from stages.evaluation.writing import response_rows, write_jsonl
 from stages.settings.checks import context_of
-from stages.settings.evaluate import STAGES, kind_asked, lengths_of_text, trained_on
-from stages.settings.wanted import policies, ranks
-from stages.shared.inputs import fit_prompts, read, read_placed, read_world, split_documents
-from stages.shared.runtime import check_context, packing, runtime_of
+from stages.settings.evaluate import STAGES, EvaluateSettings, prompt_kind, text_lengths, training_prompt_kinds
+from stages.settings.experiment import Experiment
+from stages.settings.policies import compared_policies, has_rankings
+from stages.shared.inputs import (
+    LengthLimit,
+    fit_prompts,
+    load_placed_records,
+    load_records,
+    read_world,
+    split_documents,
+)
+from stages.shared.runtime import can_pack_rows, check_context, runtime_of
 from stages.training.session import session_of
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
     """Measure every policy on the same prompts, and compare them.
 
     Publishes results.json, responses.jsonl (every sample with its scores) and greedy.jsonl.
@@ -49,14 +57,12 @@ def run(ctx: StageRun) -> dict:
         The figures for the manifest.
     """
     settings, experiment = ctx.config, ctx.experiment
-    # Models are whole on every rank, so rank 0 saves by itself and a stop takes effect between
-    # tokens.
-    session = dataclasses.replace(session_of(ctx), collective=False)
+    session = session_of(ctx, trains=False)
 
     # 1. Load the judges, the prompts and the held-out pretraining text.
     tools, prompts, text_rows = prepare(ctx)
     names = [name for name in STAGES if name in ctx.inputs]
-    if settings.best_of > 1 and "best_of_n" in policies(experiment):
+    if settings.best_of > 1 and "best_of_n" in compared_policies(experiment):
         names.append("best_of_n")
     for line in missing_figures(experiment, judged="rm" in ctx.inputs):
         session.say(line)
@@ -72,7 +78,7 @@ def run(ctx: StageRun) -> dict:
             if form != "chat":
                 session.say(f"base is prompted {DESCRIPTIONS[form]}")
             policy = tools.policy_of(name)
-            poll = session.interrupt(len(measured), len(names), keep_checkpoint)
+            poll = partial(session.leave_if_requested, len(measured), len(names))
             queries = prompts.queries(tools.tokenizer, form)
             answers = measure(tools, policy, queries, prompts.chat_ids, settings, seed=session.seed, poll=poll)
             losses = None
@@ -84,11 +90,11 @@ def run(ctx: StageRun) -> dict:
             if len(measured) < len(names):
                 state = {"measured": {name: of_policy.state() for name, of_policy in measured.items()}}
                 session.checkpoints.save(len(measured), {}, state, len(names))
-                session.stop_if_requested(len(measured), len(names), keep_checkpoint)
+                session.leave_if_requested(len(measured), len(names))
 
     # 3. Let each policy answer some prompts greedily, for the report.
     measured = {name: measured[name] for name in names}
-    poll = session.interrupt(len(names) - 1, len(names), keep_checkpoint)
+    poll = partial(session.leave_if_requested, len(names) - 1, len(names))
     context = context_in(ctx.inputs["sft"] / "model")
     greedy = greedy_rows(tools, prompts, measured, settings, context, poll)
 
@@ -110,28 +116,34 @@ def run(ctx: StageRun) -> dict:
     return manifest_figures(results, "ppo" if "ppo" in names else names[-1])
 
 
-def prepare(ctx: StageRun) -> tuple[Tools, EvaluationPrompts, list[list[int]]]:
+def prepare(ctx: StageRun[EvaluateSettings, Experiment]) -> tuple[Tools, EvaluationPrompts, list[list[int]]]:
     """Load what every policy is measured with.
 
     Returns:
         The tools, the evaluation prompts, and packed rows of documents that base and PPO-ptx did
         not train on (no rows without documents).
     """
-    settings, experiment, session = ctx.config, ctx.experiment, session_of(ctx)
+    settings, experiment, session = ctx.config, ctx.experiment, session_of(ctx, trains=False)
 
     # 1. The judges.
-    check_context(ctx, ctx.inputs["sft"] / "model", *lengths_of_text(experiment))
+    check_context(session, settings, ctx.inputs["sft"] / "model", *text_lengths(experiment))
     tools = load_tools(runtime_of(ctx), ctx.inputs, settings, has_ppo_init=experiment.sft.ppo_init is not None)
-    tools = dataclasses.replace(tools, packed=packing(ctx, *tools.models()))
+    tools = dataclasses.replace(tools, packed=can_pack_rows(session, tools.models(), settings.max_length))
 
     # 2. The prompts that leave room for a response. Without evaluation prompts: those of the
     # demonstrations that sft holds out.
-    kind, fraction = kind_asked(experiment), experiment.data.validation_fraction
+    kind, fraction = prompt_kind(experiment), experiment.data.validation_fraction
     from_sft = kind == "demonstrations"
     records, locations = choose_records(
-        *read_placed(ctx, kind), limit=settings.num_prompts, fraction=fraction if from_sft else None, say=session.say
+        *load_placed_records(kind, ctx.source(kind)),
+        limit=settings.num_prompts,
+        fraction=fraction if from_sft else None,
+        say=session.say,
     )
-    kept, chat_ids, report = fit_prompts(ctx, tools.tokenizer, (record.prompt for record in records), locations)
+    limit = LengthLimit(settings.max_length, settings.on_too_long, ctx.stage)
+    kept, chat_ids, report = fit_prompts(
+        tools.tokenizer, (record.prompt for record in records), locations, limit, settings.response_length
+    )
     session.say(report.line("evaluation prompts"))
     if from_sft:
         session.say(
@@ -141,27 +153,32 @@ def prepare(ctx: StageRun) -> tuple[Tools, EvaluationPrompts, list[list[int]]]:
     texts = [prompt if isinstance(prompt, str) else list(prompt) for prompt in (records[i].prompt for i in kept)]
 
     # 3. What training data knows of them.
-    trained = {kind: [record.prompt for record in read(ctx, kind)] for kind in trained_on(experiment)}
+    trained = {
+        kind: [record.prompt for record in load_records(kind, ctx.source(kind))]
+        for kind in training_prompt_kinds(experiment)
+    }
     if from_sft:
-        demonstrations = read(ctx, "demonstrations")
+        demonstrations = load_records("demonstrations", ctx.source("demonstrations"))
         trained["demonstrations"] = [
             demonstrations[i].prompt for i in split_demonstrations(demonstrations, fraction)[0]
         ]
-    world = World.from_json(read_world(ctx)) if getattr(experiment.data, kind) == "world" else None
+    world = World.from_json(read_world(ctx.inputs)) if getattr(experiment.data, kind) == "world" else None
     if world is None:
         leaked = find_near_copies(texts, trained, session.say)
     else:
-        documents = read(ctx, "documents") if experiment.data.documents is not None else []
+        documents = load_records("documents", ctx.source("documents")) if experiment.data.documents is not None else []
         leaked = find_leaked_tasks(texts, trained, world, [document.text for document in documents], session.say)
 
     # 4. Examples for a few-shot question, and held-out text.
     examples = []
     if settings.base_prompt == "few_shot" and "base" in ctx.inputs:
-        examples = choose_examples(read(ctx, "demonstrations"), settings.few_shot_examples, ctx.seed)
+        examples = choose_examples(
+            load_records("demonstrations", ctx.source("demonstrations")), settings.few_shot_examples, ctx.seed
+        )
     context = context_in(ctx.inputs["sft"] / "model")
     text_rows = []
     if experiment.data.documents is not None:
-        held_out = split_documents(ctx)[1]
+        held_out = split_documents(ctx.source("documents"), fraction)[1]
         text_rows = wrap_documents(tools.tokenizer, held_out, length=settings.perplexity_length)
 
     prompts = EvaluationPrompts(
@@ -181,7 +198,7 @@ def context_in(folder: Path) -> int | None:
     return context_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
 
 
-def missing_figures(experiment: Any, judged: bool) -> list[str]:
+def missing_figures(experiment: Experiment, judged: bool) -> list[str]:
     """Return a line for each figure that cannot be computed from the experiment's data.
 
     Args:
@@ -191,7 +208,7 @@ def missing_figures(experiment: Any, judged: bool) -> list[str]:
     lines = []
     if not judged:
         line = "there is no reward model, so nothing is scored"
-        if ranks(experiment):
+        if has_rankings(experiment):
             line += "; to get scores, add best_of_n to evaluate.policies, which trains one"
         lines.append(line)
     if experiment.data.documents is None:
@@ -207,7 +224,3 @@ def measured_before(checkpoints: CheckpointStore) -> dict[str, Measured]:
     if "measured" not in checkpoint.state:
         raise UserError("evaluate: the checkpoint was written by another version; start again with --restart")
     return {name: Measured(**fields) for name, fields in checkpoint.state["measured"].items()}
-
-
-def keep_checkpoint() -> None:
-    """Save nothing when the run stops: a checkpoint is saved after every policy."""

@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.encode import decode_response, encode_prompt, encode_response, train_tokenizer, wrap_documents
+from data.documents import wrap_documents
+from data.encode import decode_response, encode_prompt, encode_response
 from data.groups import GroupBatch, PromptGroup, Rows, batch_groups, make_rows
 from data.records import Document
 from data.streams import Stream
+from data.tokenizer import train_tokenizer
 from data.world import labelers
 from data.world.world import World
 from stages.models.loading import from_scratch

@@ -24,10 +24,11 @@ from pipeline.stage import StageRun
 from stages.evaluation.statistics import labeler_agreement
 from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.transformers import sample
-from stages.settings.rankings import Config
-from stages.shared.inputs import fit_prompts, read, read_placed, read_world
-from stages.shared.runtime import check_context, packing, runtime_of
-from stages.training.loop import make_accelerator, micro_batches
+from stages.settings.experiment import Experiment
+from stages.settings.rankings import RankingsSettings
+from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, load_records, read_world
+from stages.shared.runtime import can_pack_rows, check_context, make_accelerator, runtime_of
+from stages.training.batching import micro_batches
 from stages.training.session import Session, session_of
 
 NO_NOISE = 1e-4
@@ -69,7 +70,7 @@ class Sampler:
     """Its tokenizer."""
     accelerator: Any
     """accelerate's Accelerator: device and autocast."""
-    settings: Config
+    settings: RankingsSettings
     """The section rankings."""
     seed: int
     """The experiment's seed."""
@@ -102,19 +103,19 @@ class Sampler:
         return list(micro_batches(flat, count))
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[RankingsSettings, Experiment]) -> dict:
     """Publish train.jsonl and validation.jsonl.
 
     Returns:
         The figures for the manifest.
     """
-    settings, session = ctx.config, session_of(ctx)
+    settings, session = ctx.config, session_of(ctx, trains=False)
     figures = {}
     if ctx.experiment.data.rankings is not None:
-        rows = read(ctx, "rankings")
+        rows = load_records("rankings", ctx.source("rankings"))
         keys = [prompt_key(row.prompt) for row in rows]
     else:
-        world = World.from_json(read_world(ctx))
+        world = World.from_json(read_world(ctx.inputs))
         responses = sample_responses(ctx)
         rows, figures = simulate(world, responses, settings, session)
         keys = request_keys(world, [row.prompt for row in rows], session.seed)
@@ -154,7 +155,7 @@ def usable_pairs(ranking: Ranking) -> int:
 
 
 def simulate(
-    world: World, responses: SampledResponses, settings: Config, session: Session
+    world: World, responses: SampledResponses, settings: RankingsSettings, session: Session
 ) -> tuple[list[Ranking], dict[str, float]]:
     """Let simulated labelers rank responses.
 
@@ -213,25 +214,26 @@ def simulate(
     }
 
 
-def sample_responses(ctx: StageRun) -> SampledResponses:
+def sample_responses(ctx: StageRun[RankingsSettings, Experiment]) -> SampledResponses:
     """Sample K responses of SFT to each prompt, with checkpoints between batches."""
     settings, runtime, folder = ctx.config, runtime_of(ctx), ctx.inputs["sft"] / "model"
-    # The model is whole on every rank, so rank 0 saves by itself and a stop takes effect between
-    # tokens.
-    session = dataclasses.replace(session_of(ctx), collective=False)
-    check_context(ctx, folder)
+    session = session_of(ctx, trains=False)
+    check_context(session, settings, folder)
     accelerator = make_accelerator(runtime.device, runtime.dtype)
     tokenizer = load_tokenizer(folder, trust_remote_code=runtime.trust_remote_code)
     policy = load_policy(folder, attn_implementation=runtime.attention, trust_remote_code=runtime.trust_remote_code).to(
         accelerator.device
     )
-    packing(ctx, policy)  # lets the sampler compute each prompt once for all of its samples
+    can_pack_rows(
+        session, [policy], settings.max_length
+    )  # lets the sampler compute each prompt once for all of its samples
 
-    records, locations = read_placed(ctx, "prompts")
+    records, locations = load_placed_records("prompts", ctx.source("prompts"))
     count = min(len(records), settings.num_prompts or len(records))
     chosen = Stream(len(records), derive_seed(session.seed, "prompts")).take(count)
     prompts = [records[i].prompt for i in chosen]
-    kept, ids, report = fit_prompts(ctx, tokenizer, prompts, [locations[i] for i in chosen])
+    limit = LengthLimit(settings.max_length, settings.on_too_long, ctx.stage)
+    kept, ids, report = fit_prompts(tokenizer, prompts, [locations[i] for i in chosen], limit, settings.response_length)
     session.say(f"{report.line('prompts')}; {settings.samples_per_prompt} samples each")
 
     sampler = Sampler(policy, tokenizer, accelerator, settings, session.seed)

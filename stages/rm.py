@@ -1,36 +1,36 @@
-"""rm: rankings → a reward model, r(x, y) a scalar read at the last token of the response.
+"""Train a reward model on rankings: r(x, y), a scalar read at the last token of the response.
 
-    loss = − 1/C(K,2) · Σ_pairs log σ( r(x, y_w) − r(x, y_l) )     mean over prompts (InstructGPT, eq. 1)
+    loss = − 1/C(K,2) · Σ_pairs log σ( r(x, y_w) − r(x, y_l) )     (InstructGPT, eq. 1)
 
-All pairs of a prompt are one batch element: one forward pass over the prompt and its K responses, and each response is
-seen by one gradient. loss_type: plackett_luce takes the likelihood of the whole order instead.
-Afterwards a bias makes the demonstrations score 0 on average; it is `reward_bias` in config.json.
-A held-out model of another seed (rm.held_out) is climbed by nothing: evaluate tells over-optimisation by it.
+The batch's loss is the mean over its prompts. All pairs of a prompt are one batch element: one
+forward pass over the prompt and its K responses, so each response contributes to one gradient. (With
+loss_type: plackett_luce it is the likelihood of the whole order instead.) Afterwards, a bias makes
+the demonstrations score 0 on average: `reward_bias` in config.json. With rm.held_out, a further model
+of another seed is trained: nothing is optimized against it, so evaluate measures over-optimisation
+with it.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from data import sources
 from data.encode import decode_response, encode_prompt, encode_response
-from data.groups import Pair, batch_groups, make_rows
-from data.records import prompt_key
+from data.groups import GroupBatch, Pair, PromptGroup, batch_groups, make_rows
+from data.records import Demonstration, Ranking, prompt_key
 from data.streams import Stream, derive_seed
 from data.world.world import World
 from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.stage import StageRun
-from stages.evaluation.statistics import (
-    accuracy_by,
-    agreements,
-    expected_calibration_error,
-    labeler_agreement,
-    pair_accuracy,
-    reliability,
-    rights,
-)
-from stages.models.adapters import plain, save_merged, with_adapter
+from stages.evaluation.statistics import rights
+from stages.evaluation.trust import trust
+from stages.models.adapters import AdapterSettings, plain, with_adapter
 from stages.models.families import is_own_head, off_the_gpu
 from stages.models.forward import response_scores, score_all
 from stages.models.loading import load_tokenizer, new_reward_model
@@ -40,138 +40,249 @@ from stages.settings.experiment import Experiment
 from stages.settings.policies import reward_models
 from stages.settings.rm import RMSettings
 from stages.settings.training import total_steps
-from stages.shared.cards import SCORE, card
+from stages.shared.cards import SCORE, ModelCard
 from stages.shared.disk import say_written
-from stages.shared.inputs import cut_by_tokens, group_order, in_parts, load_groups, read, read_world
-from stages.shared.publishing import adapter_base, publish_dtype
+from stages.shared.inputs import LengthLimit, load_groups, load_records, read_world
+from stages.shared.provenance import Provenance, provenance_of
+from stages.shared.publishing import adapter_base, publish_model
 from stages.shared.runtime import (
+    Runtime,
     adapter_settings,
+    can_pack_rows,
     check_context,
-    device_of,
-    dtype_of,
     note_default_rate,
-    packing,
-    place,
+    place_model,
+    runtime_of,
+    with_accelerator,
 )
-from stages.training.loop import fit, make_accelerator, make_trainee
-from stages.training.schedule import learning_rate_at
+from stages.training.batching import GroupBatches, group_order
+from stages.training.loop import Phase, Task, fit
+from stages.training.session import Session, session_of
+from stages.training.trainee import trainee_of
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A reward model, and how it computes."""
+
+    model: nn.Module
+    """The reward model."""
+    pad_id: int
+    """Id of the padding."""
+    runtime: Runtime
+    """How the stage computes."""
+
+    def scores(self, groups: Sequence[PromptGroup]) -> tuple[GroupBatch, Tensor]:
+        """Return the batch of some groups, and the scores (N,) of its responses."""
+        batch = batch_groups(groups, self.pad_id, packed=self.runtime.packed).to(self.runtime.accelerator.device)
+        with self.runtime.accelerator.autocast():
+            return batch, response_scores(self.model, batch.rows)
+
+    def score_all(self, prompts: Sequence, responses: Sequence, batch_size: int) -> Tensor:
+        """Return the score of each response, (N,).
+
+        Args:
+            prompts: Token ids of the prompt of each response.
+            responses: Token ids of each response.
+            batch_size: Responses of a forward pass.
+        """
+        options = {"pad_id": self.pad_id, "batch_size": batch_size, "accelerator": self.runtime.accelerator}
+        return score_all(self.model, prompts, responses, **options)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out rankings."""
+
+    groups: list[PromptGroup]
+    """The prompts with their responses, encoded."""
+    rankings: list[Ranking]
+    """The rankings that they were made of."""
+    clusters: dict[str, str]
+    """Cluster of each ranking, by its id, for intervals."""
+
+
+@dataclass
+class Members:
+    """The models of the stage that are trained already, with their figures."""
+
+    figures: list[dict] = field(default_factory=list)
+    """Figures of each trained model."""
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Weights of each, under "member_K"; only where there are several."""
 
 
 def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
-    """→ model/, an AutoModelForSequenceClassification with one label and reward_bias; ensemble/1/, … and held_out/model
-    if asked for."""
-    c, source = ctx.config, ctx.inputs["sft"] / "model"
-    check_context(ctx, source)
-    tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
-    accelerator = make_accelerator(device_of(ctx.experiment), dtype_of(ctx.experiment))
-    limits = {"max_length": c.max_length, "on_too_long": c.on_too_long}
-    groups, report = load_groups(ctx, tokenizer, "train", **limits)
-    held, held_report = load_groups(ctx, tokenizer, "validation", **limits)
-    report += held_report
-    steps, names = total_steps(c, len(groups)), reward_models(ctx.experiment)
-    ctx.tracker.say(
-        f"rm: {report.line('rankings')}; {sum(len(g.pairs()) for g in groups)} pairs; "
-        f"{len(held)} rankings held out; {steps} steps" + f" for each of {len(names)} models" * (len(names) > 1)
-    )
-    note_default_rate(ctx)
-    validation = sources.load("rankings", path=ctx.inputs["rankings"] / "validation.jsonl")
-    shown = {ranking.id: ranking.prompt for ranking in validation}
+    """Publish model/, and ensemble/1/, … and held_out/model/ if asked for.
 
-    found = ctx.checkpoints.newest()
-    if found and found.state.get("steps", steps) != steps:
-        was = found.state["steps"]
-        raise UserError(
-            f"rm: each model of the interrupted run takes {was} steps, and rm.max_steps or rm.num_train_epochs now ask "
-            f"for {steps}; set them back to go on, --restart begins anew"
-        )
-    done = list(found.state.get("members", [])) if found else []  # figures of the models that are trained
-    kept = {f"member_{k}": found.tensors(f"member_{k}") for k in range(len(done))} if found else {}
-    margins, told = [], []
-    clusters = tasks_of_prompts(ctx, validation)
+    Each is an AutoModelForSequenceClassification with one label and reward_bias.
+    """
+    config, source, rankings = ctx.config, ctx.inputs["sft"] / "model", ctx.inputs["rankings"]
+    session, runtime, provenance = session_of(ctx), with_accelerator(runtime_of(ctx)), provenance_of(ctx)
+    check_context(session, config, source)
+    tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
+    limit = LengthLimit(config.max_length, config.on_too_long, "rm")
+    groups, report = load_groups(rankings / "train.jsonl", tokenizer, limit)
+    held_groups, held_report = load_groups(rankings / "validation.jsonl", tokenizer, limit)
+    report += held_report
+    steps, names = total_steps(config, len(groups)), reward_models(ctx.experiment)
+    pairs = sum(len(g.pairs()) for g in groups)
+    line = f"{report.line('rankings')}; {pairs} pairs; {len(held_groups)} rankings held out; {steps} steps"
+    session.say(f"{line} for each of {len(names)} models" if len(names) > 1 else line)
+    if ctx.experiment.model.peft is not None:
+        note_default_rate(session, config)
+    validation = sources.load("rankings", path=rankings / "validation.jsonl")
+    world = World.from_json(read_world(ctx.inputs)) if ctx.experiment.data.rankings is None else None
+    held = HeldOut(held_groups, validation, clusters_of(validation, world))
+    demonstrations = load_records("demonstrations", ctx.source("demonstrations"))
+    members, margins, trusted = restore_members(session, steps), [], []
     for k, name in enumerate(names):
-        # 1 the policy's trunk, a fresh scalar head
-        model, trainee = make_member(ctx, source, accelerator, k, steps)
+        # 1 the policy's trunk, a new scalar head
+        make = partial(make_model, source, runtime, adapter_settings(ctx.experiment.model), member_seed(ctx.seed, k))
+        model = place_model(make, runtime, config.max_length)
+        trainee = trainee_of(config, model, steps)
         if k == 0:
-            sets = len(names) - 1 + (c.keep == "best")
-            say_written(ctx, [model], [model], len(names) * steps, sets=sets, copies=len(names))
-        tools = (model, tokenizer.pad_token_id, accelerator, packing(ctx, model))
-        if fresh := k == len(done):
-            # 2 train
-            order = group_order(ctx, groups, steps, c.per_device_train_batch_size * c.gradient_accumulation_steps, k)
-            state = {"members": done} | ({"steps": steps} if len(names) > 1 else {})
-            rest = {"first": k * steps, "total": len(names) * steps, "carried": (kept, state)}
-            done.append(train(ctx, trainee, tools, groups, held, order, steps, **rest))
+            sets = len(names) - 1 + (config.keep == "best")
+            say_written(session, provenance, [model], [model], len(names) * steps, sets=sets, copies=len(names))
+        packed = can_pack_rows(session, [model], config.max_length)
+        scorer = Scorer(model, tokenizer.pad_token_id, replace(runtime, packed=packed))
+        # 2 train
+        is_new = k == len(members.figures)
+        if is_new:
+            batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+            order = group_order(groups, steps, batch_size, (ctx.seed, "rm"), k)
+            task = ranking_task(config, scorer, groups, held.groups, order)
+            phase = phase_of(members, k, steps, len(names))
+            selection = config.selection("loss", higher_is_better=False)
+            figures = fit(session, runtime.accelerator, trainee, task, config.schedule(steps), selection, phase)
+            members.figures.append(figures)
             if len(names) > 1:
-                kept[f"member_{k}"] = {name: x.clone() for name, x in trainee.tensors().items()}
+                members.tensors[f"member_{k}"] = {name: x.clone() for name, x in trainee.tensors().items()}
         else:
-            trainee.load(kept[f"member_{k}"])
+            trainee.load(members.tensors[f"member_{k}"])
         # 3 how far it can be trusted
-        found_margins, owners, _ = look_at_held(ctx, tools, held)
-        margins.append(found_margins)
-        told.append(trust(found_margins, owners, held, validation, clusters))
+        member_margins, owners, _ = evaluate(config, scorer, held.groups)
+        margins.append(member_margins)
+        trusted.append(trust(member_margins, owners, held.groups, held.rankings, held.clusters))
         # 4 the bias: demonstrations score 0 on average
-        plain(model).config.reward_bias = demonstration_mean(ctx, model, tokenizer, accelerator)
-        if fresh:
-            done[k]["reward_bias"] = plain(model).config.reward_bias
-        if fresh and k == 0:
-            write_samples(ctx, model, tokenizer, held[:4], shown, done[0]["steps"], accelerator)
-        model = publishable(model, partial(make_model, ctx, source, k))
+        bias = demonstration_mean(config, scorer, tokenizer, demonstrations, ctx.seed)
+        plain(model).config.reward_bias = bias
+        if is_new:
+            members.figures[k]["reward_bias"] = bias
+        if is_new and k == 0:
+            write_samples(session, scorer, tokenizer, held, members.figures[0]["steps"])
+        # 5 publish
+        model = publishable(model, make)
         if parallel.is_rank_zero():
-            refuse_another_logit(model, min(held, key=lambda g: len(g.prompt)), tokenizer.pad_token_id)
-        folder = ctx.publish / name
-        base = adapter_base(ctx, folder, source)
-        told_of = {"figures": done[k] | told[k], "source": source, "adapter": base}
-        text = card(ctx, "a reward model", SCORE, own_head=is_own_head(plain(model)), **told_of)
-        options = {"base": base or ("", None), "dtype": publish_dtype(ctx, source)}
-        save_merged(model, tokenizer, folder, card=text, **options)
-        if fresh and k + 1 < len(names) and ctx.checkpoints.every:
-            held_whole = {name: full(tensors) for name, tensors in kept.items()}
-            ctx.checkpoints.save((k + 1) * steps, held_whole, {"members": done, "steps": steps}, len(names) * steps)
-    figures = done[0] | told[0]
-    if c.ensemble > 1:
-        mean = [sum(part) / c.ensemble for part in zip(*margins[: c.ensemble], strict=True)]
-        figures["ensemble_accuracy"] = float(rights(mean).mean())  # of their mean
+            shortest = min(held.groups, key=lambda g: len(g.prompt))
+            check_published_score(model, shortest, tokenizer.pad_token_id)
+        publish(provenance, model, tokenizer, name, members.figures[k] | trusted[k])
+        if is_new and k + 1 < len(names) and session.checkpoints.every:
+            save_members(session, members, k, steps, len(names))
+    figures = members.figures[0] | trusted[0]
+    if config.ensemble > 1:
+        mean = [sum(scores) / config.ensemble for scores in zip(*margins[: config.ensemble], strict=True)]
+        figures["ensemble_accuracy"] = float(rights(mean).mean())  # of the mean of their scores
     if names[-1] == "held_out/model":
         figures["held_out_accuracy"] = float(rights(margins[-1]).mean())
     figures["accuracy_ceiling"] = ctx.manifests["rankings"]["metrics"].get("accuracy_ceiling")
     return {**figures, "truncated": report.truncated, "dropped": report.dropped}
 
 
-def make_model(ctx: StageRun, source, k: int):
-    """The k-th reward model before training, with its adapter: all differ in their seeds."""
-    m = ctx.experiment.model
-    seed = derive_seed(ctx.seed, "member", k) if k else ctx.seed
-    model = new_reward_model(
-        source, seed=seed, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code
-    )
-    return with_adapter(model, **(adapter_settings(m) or {"method": None}), scalar=True, seed=seed)
+# -- several models, one after the other ---------------------------------------------------------
 
 
-def make_member(ctx: StageRun, source, accelerator, k: int, steps: int):
-    """The k-th reward model, where it computes, and its trainee for `steps` steps."""
-    c, model = ctx.config, place(ctx, partial(make_model, ctx, source, k), accelerator)
-    trainee = make_trainee(
-        "model",
-        model,
-        learning_rate=c.learning_rate,
-        max_grad_norm=c.max_grad_norm,
-        weight_decay=c.weight_decay,
-        adam_beta2=c.adam_beta2,
-        steps=steps,
-    )
-    return model, trainee
+def restore_members(session: Session, steps: int) -> Members:
+    """Return the models that an interrupted run has trained.
+
+    Args:
+        session: The run.
+        steps: Steps of each model, as the settings ask.
+
+    Raises:
+        UserError: Each model of the interrupted run takes another number of steps.
+    """
+    checkpoint = session.checkpoints.newest()
+    if checkpoint is None:
+        return Members()
+    before = checkpoint.state.get("steps", steps)
+    if before != steps:
+        raise UserError(
+            f"rm: each model of the interrupted run takes {before} steps, and rm.max_steps or rm.num_train_epochs now "
+            f"ask for {steps}; set them back to go on, --restart starts again"
+        )
+    figures = list(checkpoint.state.get("members", []))
+    tensors = {f"member_{k}": checkpoint.tensors(f"member_{k}") for k in range(len(figures))}
+    return Members(figures, tensors)
 
 
-def train(ctx: StageRun, trainee, tools, groups, held, order: list[int], steps: int, **rest) -> dict:
-    """Train one reward model; → its held-out figures. tools: the model, the padding's id, where it computes, and
-    whether it packs."""
-    c, (model, pad_id, accelerator, packed) = ctx.config, tools
+def phase_of(members: Members, k: int, steps: int, count: int) -> Phase:
+    """Return where the training of a model stands in the stage.
 
-    def loss(rows: list[int], whole: list[int]):
-        batch = batch_groups([groups[i] for i in rows], pad_id, packed=packed).to(accelerator.device)
-        with accelerator.autocast():
-            scores = response_scores(model, batch.rows)
-        value = loss_of(c, batch, scores, len(whole))
+    Args:
+        members: The models that are trained already.
+        k: Index of the model.
+        steps: Steps of each model.
+        count: Number of models.
+    """
+    state: dict[str, Any] = {"members": members.figures}
+    if count > 1:
+        state["steps"] = steps
+    return Phase(first=k * steps, total=count * steps, tensors=members.tensors, state=state)
+
+
+def save_members(session: Session, members: Members, k: int, steps: int, count: int) -> None:
+    """Save a checkpoint between two models.
+
+    Args:
+        session: The run.
+        members: The models that are trained.
+        k: Index of the last of them.
+        steps: Steps of each model.
+        count: Number of models.
+    """
+    tensors = {name: full(group) for name, group in members.tensors.items()}
+    state = {"members": members.figures, "steps": steps}
+    session.checkpoints.save((k + 1) * steps, tensors, state, count * steps)
+
+
+def member_seed(seed: int, k: int) -> int:
+    """Return the seed of the k-th model: the experiment's for the first, others for the rest."""
+    return derive_seed(seed, "member", k) if k else seed
+
+
+def make_model(source: Path, runtime: Runtime, adapter: AdapterSettings, seed: int) -> nn.Module:
+    """Return an untrained reward model: the policy's trunk, a new scalar head, an adapter if any.
+
+    Args:
+        source: The folder of the policy.
+        runtime: How the stage computes.
+        adapter: As `adapter_settings` gives it.
+        seed: Seed of the head and the adapter.
+    """
+    model = new_reward_model(source, seed=seed, **runtime.load_options())
+    return with_adapter(model, adapter, scalar=True, seed=seed)
+
+
+# -- training ------------------------------------------------------------------------------------
+
+
+def ranking_task(
+    config: RMSettings, scorer: Scorer, groups: list[PromptGroup], held: list[PromptGroup], order: list[int]
+) -> Task:
+    """Return the batches, the loss and the evaluation of a reward model.
+
+    Args:
+        config: The stage's settings.
+        scorer: The model.
+        groups: The groups to train on.
+        held: The held-out groups.
+        order: Indices of the groups of all batches.
+    """
+
+    def loss(rows: list[int], whole: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+        batch, scores = scorer.scores([groups[i] for i in rows])
+        value = loss_of(config, batch, scores, len(whole))
         margins = (scores[batch.winners] - scores[batch.losers]).detach()
         weight = len(rows) / len(whole)
         return value, {
@@ -180,139 +291,176 @@ def train(ctx: StageRun, trainee, tools, groups, held, order: list[int], steps: 
             "margin": weight * batch.mean(margins),
         }
 
-    def evaluate(poll) -> dict:
-        margins, _, value = look_at_held(ctx, tools, held, poll)
+    def evaluate_held_out(poll: Callable[[], None]) -> dict[str, float]:
+        margins, _, value = evaluate(config, scorer, held, poll)
         return {"loss": value, "accuracy": float(rights(margins).mean()), "margin": sum(margins) / len(margins)}
 
-    return fit(
-        ctx,
-        trainee,
-        accelerator,
+    batches = batches_of(config, scorer, groups)
+    return Task(
         order=order,
-        batch_size=c.per_device_train_batch_size * c.gradient_accumulation_steps,
-        costs=[g.tokens() for g in groups],
-        cut=cut_by_tokens(ctx, groups, packed)[0],
+        batch_size=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        costs=batches.tokens,
+        cut=batches.to_train,
         loss=loss,
-        evaluate=evaluate,
-        judge="loss",
-        higher_is_better=False,
-        keep=c.keep,
-        patience=c.patience,
-        eval_steps=c.eval_steps,
-        learning_rate=lambda s: learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, c.warmup_steps),
-        **rest,
+        evaluate=evaluate_held_out,
     )
 
 
-@torch.no_grad()
-def look_at_held(ctx: StageRun, tools, held, poll=lambda: None) -> tuple[list[float], list[tuple[int, Pair]], float]:
-    """Score margins of all held-out pairs, whose they are (group, pair), and the mean loss a prompt."""
-    model, pad_id, accelerator, packed = tools
+def batches_of(config: RMSettings, scorer: Scorer, groups: list[PromptGroup]) -> GroupBatches:
+    """Return how batches of some groups are cut.
 
-    sharded = is_sharded(model)
-    parts, costs = in_parts(ctx, held, packed)
-
-    def look(rows: list[int]) -> tuple[list[float], float]:
-        poll()
-        batch = batch_groups([held[i] for i in rows], pad_id, packed=packed).to(accelerator.device)
-        with accelerator.autocast():
-            scores = response_scores(model, batch.rows)
-        margins = (scores[batch.winners] - scores[batch.losers]).tolist()
-        return margins, loss_of(ctx.config, batch, scores, len(held)).item()
-
-    def looks(own: list[list[int]]) -> list[tuple[list[float], float]]:
-        every = [(look(rows), mine) for rows, mine in parallel.padded_micro_batches(own, parts[0] if sharded else None)]
-        return [found for found, mine in every if mine]
-
-    found = parallel.compute_and_all_gather(parts, costs, looks, idle=sharded)
-    margins = [x for some, _ in found for x in some]
-    owners = [(i, pair) for rows in parts for i in rows for pair in held[i].pairs()]
-    return margins, owners, sum(value for _, value in found)
+    Args:
+        config: The stage's settings.
+        scorer: The model; it packs rows or not.
+        groups: The groups.
+    """
+    return GroupBatches(
+        groups, config.per_device_train_batch_size, config.per_device_train_tokens, scorer.runtime.packed
+    )
 
 
-def loss_of(c: RMSettings, batch, scores, prompts: int):
-    """The loss of a micro-batch, divided by the whole batch's prompts."""
+def loss_of(c: RMSettings, batch: GroupBatch, scores: Tensor, prompts: int) -> Tensor:
+    """Compute the loss of a micro-batch, divided by the prompts of the whole batch.
+
+    Args:
+        c: The stage's settings.
+        batch: The micro-batch: pairs, choices and their weights.
+        scores: Score of each response, (N,).
+        prompts: Prompts of the batch.
+    """
     if c.loss_type == "plackett_luce":
         return plackett_luce_loss(scores, batch.winners, batch.losers, batch.choice, batch.choice_weights, prompts)
     margins = c.margin_coef * batch.pair_margins
     return ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights, prompts, margins, c.label_smoothing)
 
 
-def tasks_of_prompts(ctx: StageRun, validation) -> dict[str, str]:
-    """Return the cluster of each validation prompt, by the ranking's id: its task where the embedded world's labelers
-    ranked, otherwise the prompt itself."""
-    world = World.from_json(read_world(ctx)) if ctx.experiment.data.rankings is None else None
-    return {r.id: str(world.task(r.prompt)) if world else prompt_key(r.prompt) for r in validation}
-
-
-def trust(margins: list[float], owners: list[tuple[int, Pair]], held, validation, clusters: dict[str, str]) -> dict:
-    """Say how far the reward model can be trusted: accuracy, in all and in parts, calibration, labelers' agreement.
-
-    Args:
-        margins: Score of the preferred response minus score of the other one, for every held-out pair.
-        owners: The held-out group (its number) and the pair of each margin.
-        held: The held-out groups.
-        validation: The rankings that they were made of.
-        clusters: The cluster of each ranking by its id; intervals are over clusters.
-
-    Returns:
-        Figures for the manifest.
-    """
-    of = [clusters[held[g].id] for g, _ in owners]
-    ranks = [held[g].rankings()[pair.labeler] for g, pair in owners]
-    names = [held[g].labelers[pair.labeler] or "unnamed" for g, pair in owners]
-    distance = [r[pair.loser] - r[pair.winner] for r, (_, pair) in zip(ranks, owners, strict=True)]
-    return {
-        **pair_accuracy(margins, of),
-        "ece": expected_calibration_error(margins),
-        "reliability": reliability(margins),
-        "accuracy_by_k": accuracy_by(margins, [sum(x is not None for x in r) for r in ranks], of),
-        "accuracy_by_rank_distance": accuracy_by(margins, distance, of),
-        "accuracy_by_labeler": accuracy_by(margins, names, of),
-        "labeler_agreement": labeler_agreement(validation),
-        "agreement_by_labelers": {
-            f"{one} / {other}": {"agreement": same / total, "n_pairs": total}
-            for (one, other), (same, total) in sorted(agreements(validation).items())
-        },
-    }
+# -- held-out rankings ---------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def demonstration_mean(ctx: StageRun, model, tokenizer, accelerator) -> float:
-    """Mean score of the demonstrations that fit (at most `bias_demonstrations`), the bias not yet subtracted."""
-    c, rows, pairs = ctx.config, read(ctx, "demonstrations"), []
-    for i in Stream(len(rows), derive_seed(ctx.seed, "bias")).take(len(rows)):
-        pair = (encode_prompt(tokenizer, rows[i].prompt), encode_response(tokenizer, rows[i].completion))
-        if sum(map(len, pair)) <= c.max_length:
+def evaluate(
+    config: RMSettings, scorer: Scorer, held: list[PromptGroup], poll: Callable[[], None] = lambda: None
+) -> tuple[list[float], list[tuple[int, Pair]], float]:
+    """Score all held-out responses, on all ranks together.
+
+    Args:
+        config: The stage's settings.
+        scorer: The model.
+        held: The held-out groups.
+        poll: Called between two forward passes; may raise Interrupted.
+
+    Returns:
+        For each pair, the score of the preferred response minus that of the other; of each pair, the
+        group's index and the pair; the mean loss of a prompt.
+    """
+    parts, costs = batches_of(config, scorer, held).to_evaluate()
+    spare = parts[0] if is_sharded(scorer.model) else None
+
+    def evaluate_part(rows: list[int]) -> tuple[list[float], float]:
+        poll()
+        batch, scores = scorer.scores([held[i] for i in rows])
+        margins = (scores[batch.winners] - scores[batch.losers]).tolist()
+        return margins, loss_of(config, batch, scores, len(held)).item()
+
+    def evaluate_own(own: list[list[int]]) -> list[tuple[list[float], float]]:
+        results = []
+        for rows, is_own in parallel.padded_micro_batches(own, spare):
+            result = evaluate_part(rows)
+            if is_own:
+                results.append(result)
+        return results
+
+    results = parallel.compute_and_all_gather(parts, costs, evaluate_own, idle=spare is not None)
+    margins = [margin for part_margins, _ in results for margin in part_margins]
+    owners = [(i, pair) for rows in parts for i in rows for pair in held[i].pairs()]
+    return margins, owners, sum(value for _, value in results)
+
+
+def clusters_of(validation: list[Ranking], world: World | None) -> dict[str, str]:
+    """Return the cluster of each ranking, by its id: its task if known, otherwise its prompt.
+
+    Args:
+        validation: The held-out rankings.
+        world: The embedded world, where its labelers ranked.
+    """
+    if world is None:
+        return {r.id: prompt_key(r.prompt) for r in validation}
+    return {r.id: str(world.task(r.prompt)) for r in validation}
+
+
+@torch.no_grad()
+def write_samples(session: Session, scorer: Scorer, tokenizer: Any, held: HeldOut, step: int) -> None:
+    """Write a few held-out responses with their scores to samples.jsonl.
+
+    Args:
+        session: The run.
+        scorer: The model.
+        tokenizer: Its tokenizer.
+        held: The held-out rankings.
+        step: The step that the samples are recorded under.
+    """
+    prompts = {ranking.id: ranking.prompt for ranking in held.rankings}
+    rows = []
+    for group in held.groups[:4]:
+        count = len(group.responses)
+        scores = scorer.score_all([group.prompt] * count, group.responses, count)
+        rows += [
+            {"prompt": prompts[group.id], "response": decode_response(tokenizer, r), "score": s}
+            for r, s in zip(group.responses, scores.tolist(), strict=True)
+        ]
+    session.tracker.samples(step, rows)
+
+
+# -- the published score -------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def demonstration_mean(
+    config: RMSettings, scorer: Scorer, tokenizer: Any, demonstrations: list[Demonstration], seed: int
+) -> float:
+    """Return the mean score of demonstrations, before the bias is subtracted.
+
+    Args:
+        config: The stage's settings: `bias_demonstrations` are scored that fit in max_length.
+        scorer: The model.
+        tokenizer: Its tokenizer.
+        demonstrations: The demonstrations to draw from.
+        seed: The experiment's seed.
+
+    Raises:
+        UserError: No demonstration fits.
+    """
+    pairs = []
+    for i in Stream(len(demonstrations), derive_seed(seed, "bias")).take(len(demonstrations)):
+        row = demonstrations[i]
+        pair = (encode_prompt(tokenizer, row.prompt), encode_response(tokenizer, row.completion))
+        if sum(map(len, pair)) <= config.max_length:
             pairs.append(pair)
-        if len(pairs) == c.bias_demonstrations:
+        if len(pairs) == config.bias_demonstrations:
             break
     if not pairs:
         raise UserError(
             [
-                f"data.demonstrations: none of them fits in rm.max_length {c.max_length}, and the mean score 0 "
+                f"data.demonstrations: none of them fits in rm.max_length {config.max_length}, and the mean score 0 "
                 f"is taken over them; raise it"
             ]
         )
     prompts, responses = zip(*pairs, strict=True)
-    size = 4 * c.per_device_train_batch_size
-    scores = score_all(
-        model, prompts, responses, pad_id=tokenizer.pad_token_id, batch_size=size, accelerator=accelerator
-    )
+    scores = scorer.score_all(prompts, responses, 4 * config.per_device_train_batch_size)
     return scores.double().mean().item()
 
 
 @torch.no_grad()
-def refuse_another_logit(model, group, pad_id: int) -> None:
-    """See to it that who uses the published model as its card says reads the score that PPO will climb.
+def check_published_score(model: nn.Module, group: PromptGroup, pad_id: int) -> None:
+    """Check that the published model, used as its card says, gives the score that PPO optimizes.
 
     Args:
-        model: the reward model as it will be published, on the CPU.
-        group: a held-out prompt and its responses; the first that has a token is scored, alone in its row.
-        pad_id: the id that pads rows.
+        model: The reward model as it will be published, on the CPU.
+        group: A held-out prompt and its responses; the first that is not empty is scored.
+        pad_id: Id of the padding.
 
     Raises:
-        UserError: the model's own logit, less reward_bias, is another number.
+        UserError: The model's own logit minus reward_bias is another value.
     """
     response = next((r for r in group.responses if r), [])
     inner = plain(model)
@@ -323,27 +471,29 @@ def refuse_another_logit(model, group, pad_id: int) -> None:
     theirs = logit - inner.config.reward_bias
     if not abs(ours - theirs) <= 1e-4 * max(1.0, abs(ours)):
         raise UserError(
-            f"rm: {type(inner).__name__} gives a response the logit {theirs:.5f} (less reward_bias), its score here "
-            f"is {ours:.5f}: the published model would be another one; take a family whose logit is its head on the "
-            f"last hidden state, or dpo, which needs no reward model"
+            f"rm: {type(inner).__name__} gives a response the logit {theirs:.5f} (minus reward_bias), but its score "
+            f"here is {ours:.5f}, so the published model would give other scores; take a family whose logit is its "
+            f"head on the last hidden state, or dpo, which needs no reward model"
         )
 
 
-@torch.no_grad()
-def write_samples(ctx: StageRun, model, tokenizer, groups, texts: dict, step: int, accelerator) -> None:
-    """A few held-out responses with their scores, for a person to look at. texts: prompts as recorded, by id."""
-    rows = []
-    for group in groups:
-        scores = score_all(
-            model,
-            [group.prompt] * len(group.responses),
-            group.responses,
-            pad_id=tokenizer.pad_token_id,
-            batch_size=len(group.responses),
-            accelerator=accelerator,
-        )
-        rows += [
-            {"prompt": texts[group.id], "response": decode_response(tokenizer, r), "score": s}
-            for r, s in zip(group.responses, scores.tolist(), strict=True)
-        ]
-    ctx.tracker.samples(step, rows)
+def publish(provenance: Provenance, model: nn.Module, tokenizer: Any, name: str, figures: dict) -> None:
+    """Write a reward model to its folder.
+
+    Args:
+        provenance: What the model was made of.
+        model: The model, whole.
+        tokenizer: Its tokenizer.
+        name: Name of the folder.
+        figures: What was measured.
+    """
+    source, folder = provenance.inputs["sft"] / "model", provenance.publish / name
+    card = ModelCard(
+        "a reward model",
+        SCORE,
+        figures=figures,
+        source=source,
+        adapter=adapter_base(provenance, folder, source),
+        own_head=is_own_head(plain(model)),
+    )
+    publish_model(provenance, model, tokenizer, folder, card)

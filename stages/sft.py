@@ -1,148 +1,284 @@
-"""sft: demonstrations → a policy that answers; the reference of everything after.
+"""Fine-tune the base model on demonstrations; the result is the reference of all later stages.
 
 loss = − mean log π(token | prompt, before)     over the tokens of completions and their EOS
 """
 
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
+from torch import nn
+
+from data.agreement import Answered
 from data.answer_lengths import quantiles
 from data.documents import wrap_documents
 from data.encode import encode_demonstrations
-from data.records import prompt_key
+from data.length_limit import LengthReport
+from data.records import Demonstration, prompt_key
 from data.streams import Stream, derive_seed, held_out
 from pipeline.errors import UserError
 from pipeline.launch import parallel
-from pipeline.stage import StageRun
-from stages.models.adapters import save_merged, trainable, with_adapter
+from pipeline.stage import Source, StageRun
+from pipeline.store.checkpoints import Checkpoint
+from stages.models.adapters import AdapterSettings, trainable, with_adapter
 from stages.models.loading import load_policy, load_tokenizer
 from stages.settings.experiment import Experiment
 from stages.settings.sft import SFTSettings
 from stages.settings.training import total_steps
-from stages.shared.cards import ANSWER, card
-from stages.shared.inputs import read_placed, split_documents
-from stages.shared.publishing import adapter_base, publish_dtype
-from stages.shared.runtime import adapter_settings, check_context, device_of, dtype_of, note_default_rate
+from stages.shared.cards import ANSWER, ModelCard
+from stages.shared.disk import say_written
+from stages.shared.inputs import LengthLimit, load_placed_records, split_documents
+from stages.shared.provenance import Provenance, provenance_of
+from stages.shared.publishing import adapter_base, publish_model
+from stages.shared.runtime import Runtime, adapter_settings, check_context, note_default_rate, runtime_of
 from stages.shared.show import say_off_template, show_samples
-from stages.training.loop import Trainee, has_settings_of_today
-from stages.training.text import train_language_model
+from stages.training.checkpoint import has_current_settings
+from stages.training.loop import Phase
+from stages.training.session import Session, session_of
+from stages.training.text import Optimization, TextTask, train_language_model
+from stages.training.text_hooks import weights_of
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """The demonstrations, encoded and split by prompt."""
+
+    train: list[dict]
+    """Rows to train on: {input_ids, labels}, a label being −100 on the prompt."""
+    held_out: list[dict]
+    """Rows of the held-out evaluation."""
+    shown: list
+    """A few held-out prompts, for samples."""
+    answer_tokens: list[int]
+    """Tokens of each completion, all rows together."""
+    report: LengthReport
+    """How many rows were cut or dropped."""
 
 
 def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
-    """→ model/, with the tokenizer and chat template of base; and ppo_init/ if asked for. An adapter apart is one on
-    base's model."""
-    m, c = ctx.experiment.model, ctx.config
-    source = ctx.inputs["base"] / "model"
-    check_context(ctx, source)
-    tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
-    adapter = adapter_settings(m) or {"method": None}
-    new_tokens = ctx.manifests["base"]["metrics"].get("new_tokens", [])  # later their rows are as good as others
+    """Publish model/, and ppo_init/ if asked for, with the tokenizer and chat template of base."""
+    config, source = ctx.config, ctx.inputs["base"] / "model"
+    session, runtime, provenance = session_of(ctx), runtime_of(ctx), provenance_of(ctx)
+    check_context(session, config, source)
+    tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
+    fraction = ctx.experiment.data.validation_fraction
+    data = encode(session, config, ctx.source("demonstrations"), fraction, tokenizer)
+    steps, more_steps, mixed_rows = total_steps(config, len(data.train)), 0, []
+    if config.ppo_init is not None:
+        text = pretraining_rows(config, ctx.source("documents"), fraction, tokenizer, data.train, ctx.seed)
+        mixed_rows = data.train + text
+        more_steps = total_steps(
+            config.model_copy(update={**dict(config.ppo_init), "max_steps": None}), len(mixed_rows)
+        )
+    if ctx.experiment.model.peft is not None:
+        note_default_rate(session, config)
+    line = f"{data.report.line('demonstrations')}; {len(data.held_out)} held out; {steps} steps"
+    session.say(f"{line}, then {more_steps} for ppo_init" if more_steps else line)
+    make = partial(make_policy, source, runtime, adapter_settings(ctx.experiment.model), provenance)
+    samples = partial(
+        show_samples, tokenizer=tokenizer, prompts=data.shown, seed=ctx.seed, response_length=config.sample_tokens
+    )
+    announce = partial(announce_written, session, provenance, config, steps + more_steps)
+    task = TextTask(
+        train_rows=data.train,
+        held_out_rows=data.held_out,
+        rows_per_device=config.per_device_train_batch_size,
+        accumulation_steps=config.gradient_accumulation_steps,
+        group_by_length=True,
+        samples=samples,
+        announce=announce,
+    )
+    train = partial(train_language_model, session, runtime, make, tokenizer)
+    optimization = Optimization(
+        config.max_grad_norm, config.weight_decay, config.adam_beta2, config.router_aux_loss_coef
+    )
+    selection = config.selection("loss", higher_is_better=False)
 
-    def start():
-        model = load_policy(source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code)
-        return with_adapter(model, **adapter, seed=ctx.seed % 2**31, dropout=True, new_tokens=new_tokens)
-
-    demonstrations, places = read_placed(ctx, "demonstrations")
-    kept, encoded, report = encode_demonstrations(
-        tokenizer, demonstrations, names=places, max_length=c.max_length, on_too_long=c.on_too_long, section="sft"
-    )
-    pairs = [(demonstrations[i].prompt, demonstrations[i].completion) for i in kept]
-    say_off_template(ctx, tokenizer, pairs, [places[i] for i in kept], "demonstrations")
-    prompts = [demonstrations[i].prompt for i in kept]
-    train, valid = held_out([prompt_key(p) for p in prompts], ctx.experiment.data.validation_fraction)
-    if not valid:
-        problem = f"one prompt is left within {c.max_length} tokens; at least 2 are needed, one of them to hold out"
-        raise UserError([f"data.demonstrations: {problem}"])
-    rows, held = ([encoded[i] for i in part] for part in (train, valid))
-    mixed = [] if c.ppo_init is None else rows + pretraining_rows(ctx, tokenizer, rows)
-    steps, more = total_steps(c, len(rows)), 0
-    if c.ppo_init is not None:
-        more = total_steps(c.model_copy(update=dict(c.ppo_init) | {"max_steps": None}), len(mixed))
-    note_default_rate(ctx)
-    ctx.tracker.say(
-        f"sft: {report.line('demonstrations')}; {len(held)} held out; {steps} steps"
-        + (f", then {more} for ppo_init" if more else "")
-    )
-    shown = [prompts[i] for i in valid[:4]]
-    fit = partial(
-        train_language_model,
-        ctx,
-        start,
-        tokenizer=tokenizer,
-        held_out_rows=held,
-        learning_rate=c.learning_rate,
-        lr_scheduler_type=c.lr_scheduler_type,
-        warmup_steps=c.warmup_steps,
-        per_device_train_batch_size=c.per_device_train_batch_size,
-        gradient_accumulation_steps=c.gradient_accumulation_steps,
-        max_grad_norm=c.max_grad_norm,
-        weight_decay=c.weight_decay,
-        adam_beta2=c.adam_beta2,
-        keep=c.keep,
-        patience=c.patience,
-        eval_steps=c.eval_steps,
-        device=device_of(ctx.experiment),
-        dtype=dtype_of(ctx.experiment),
-        gradient_checkpointing=m.gradient_checkpointing,
-        router_aux_loss_coef=c.router_aux_loss_coef,
-        samples=lambda live: show_samples(live, tokenizer, shown, seed=ctx.seed, response_length=c.sample_tokens),
-        total=steps + more,
-        published=1 if c.ppo_init is None else 2,
-    )
-    found = ctx.checkpoints.newest()
-    if found is not None and "finished" in found.state:  # interrupted while ppo_init trained: model/ is made
-        refuse_another_length(ctx, found, steps)
-        model, figures, weights = None, found.state["finished"], {}
-        if parallel.is_rank_zero():  # which publishes
-            model, weights = start(), found.tensors("finished")
-            Trainee("sft", model, trainable(model), None, 0.0).load(weights)
+    # 1 the policy
+    phase = Phase(total=steps + more_steps)
+    checkpoint = session.checkpoints.newest()
+    is_trained = checkpoint is not None and "finished" in checkpoint.state  # interrupted while ppo_init trained
+    if is_trained:
+        check_same_steps(session, checkpoint, steps)
+        model, figures, weights = restore_policy(checkpoint, make)
     else:
-        model, figures = fit(train_rows=rows, steps=steps, group_by_length=True)
+        model, figures = train(task, optimization, config.schedule(steps), selection, phase)
         weights = {name: p.detach() for name, p in trainable(model).items()}
-    figures = {**figures, "rows": len(rows), "truncated": report.truncated, "dropped": report.dropped}
-    figures["answer_tokens"] = quantiles([sum(label != -100 for label in row["labels"]) for row in encoded])
-    publish(ctx, model, tokenizer, "model", "a supervised fine-tuned policy", figures)
-    if c.ppo_init is None:
+    figures = {
+        **figures,
+        "rows": len(data.train),
+        "truncated": data.report.truncated,
+        "dropped": data.report.dropped,
+        "answer_tokens": quantiles(data.answer_tokens),
+    }
+    publish(provenance, model, tokenizer, "model", ModelCard("a supervised fine-tuned policy", figures=figures))
+    if config.ppo_init is None:
         return figures
 
-    carried = {"finished": weights}, {"finished": figures, "steps": steps}
-    if ctx.checkpoints.every and (found is None or "finished" not in found.state):
-        ctx.checkpoints.save(steps, *carried, steps + more)
-    # by length, the long rows of text would fill batches of their own and not be mixed in
-    rest = {"first": steps, "carried": carried, "group_by_length": False}
-    model, other = fit(train_rows=mixed, steps=more, **rest)
-    publish(ctx, model, tokenizer, "ppo_init", "the policy that PPO starts from", other)
-    return figures | {f"ppo_init_{name}": other[name] for name in ("loss", "perplexity", "steps")}
+    # 2 the policy that PPO starts from, trained on pretraining text too
+    tensors, state = {"finished": weights}, {"finished": figures, "steps": steps}
+    if session.checkpoints.every and not is_trained:
+        session.checkpoints.save(steps, tensors, state, steps + more_steps)
+    # not grouped by length: the long rows of text would fill batches of their own
+    task = replace(task, train_rows=mixed_rows, group_by_length=False)
+    phase = Phase(first=steps, total=steps + more_steps, tensors=tensors, state=state)
+    model, more = train(task, optimization, config.schedule(more_steps), selection, phase)
+    publish(provenance, model, tokenizer, "ppo_init", ModelCard("the policy that PPO starts from", figures=more))
+    return figures | {f"ppo_init_{name}": more[name] for name in ("loss", "perplexity", "steps")}
 
 
-def publish(ctx: StageRun, model, tokenizer, name: str, what: str, figures: dict) -> None:
-    """Write a policy to the folder `name`. what, figures: for its card."""
-    source, folder = ctx.inputs["base"] / "model", ctx.publish / name
-    base = adapter_base(ctx, folder, source)
-    text = card(ctx, what, ANSWER, figures=figures, source=source, adapter=base)
-    options = {"temperature": 1.0, "dtype": publish_dtype(ctx, source)}
-    save_merged(model, tokenizer, folder, card=text, base=base or ("", None), **options)
+def encode(session: Session, config: SFTSettings, source: Source, fraction: float, tokenizer: Any) -> Demonstrations:
+    """Load the demonstrations, encode them within the length limit and split them by prompt.
+
+    Args:
+        session: The run.
+        config: The stage's settings.
+        source: Where the demonstrations are.
+        fraction: Fraction of the prompts to hold out.
+        tokenizer: The tokenizer with its chat template.
+
+    Raises:
+        UserError: No prompt is left to hold out.
+    """
+    demonstrations, places = load_placed_records("demonstrations", source)
+    limit = LengthLimit(config.max_length, config.on_too_long, "sft")
+    kept, rows, report = encode_demonstrations(
+        tokenizer,
+        demonstrations,
+        names=places,
+        max_length=limit.max_length,
+        on_too_long=limit.on_too_long,
+        section=limit.section,
+    )
+    kept_records: list[Demonstration] = [demonstrations[i] for i in kept]
+    pairs = [Answered(d.prompt, d.completion) for d in kept_records]
+    say_off_template(session, tokenizer, pairs, [places[i] for i in kept], "demonstrations")
+    train, valid = held_out([prompt_key(d.prompt) for d in kept_records], fraction)
+    if not valid:
+        problem = (
+            f"one prompt is left within {config.max_length} tokens; at least 2 are needed, one of them to hold out"
+        )
+        raise UserError([f"data.demonstrations: {problem}"])
+    return Demonstrations(
+        train=[rows[i] for i in train],
+        held_out=[rows[i] for i in valid],
+        shown=[kept_records[i].prompt for i in valid[:4]],
+        answer_tokens=[sum(label != -100 for label in row["labels"]) for row in rows],
+        report=report,
+    )
 
 
-def refuse_another_length(ctx: StageRun, found, steps: int) -> None:
-    """Raise UserError if model/ is trained and the settings now ask for another number of steps: the checkpoints of
-    ppo_init count from there."""
-    was = found.state.get("steps", steps if has_settings_of_today(ctx, found) else None)
-    if was != steps:
+def pretraining_rows(
+    config: SFTSettings, source: Source, fraction: float, tokenizer: Any, demonstrations: list[dict], seed: int
+) -> list[dict]:
+    """Draw packed rows of pretraining text, to be mixed with the demonstrations.
+
+    Args:
+        config: The stage's settings; `ppo_init.pretraining_fraction` is the share of pretraining
+            text in all labels.
+        source: Where the documents are.
+        fraction: Fraction of the documents that is held out.
+        tokenizer: The tokenizer.
+        demonstrations: The rows to mix with.
+        seed: The experiment's seed.
+    """
+    train, _ = split_documents(source, fraction)
+    rows = wrap_documents(tokenizer, train, length=config.max_length)
+    if not rows:
+        problem = f"fewer than sft.max_length = {config.max_length} tokens of pretraining text"
+        raise UserError([f"data.documents: {problem}; give more text, or set sft.ppo_init: null"])
+    share = config.ppo_init.pretraining_fraction
+    labels = sum(label != -100 for row in demonstrations for label in row["labels"])
+    count = max(1, round(labels * share / (1 - share) / (config.max_length - 1)))  # a row's first token is no label
+    order = Stream(len(rows), derive_seed(seed, "ppo_init")).take(count)
+    return [{"input_ids": rows[i], "labels": rows[i]} for i in order]
+
+
+def make_policy(source: Path, runtime: Runtime, adapter: AdapterSettings, provenance: Provenance) -> nn.Module:
+    """Load base's model and add the adapter, if any; the same model at every call.
+
+    Args:
+        source: The folder of base's model.
+        runtime: How the stage computes.
+        adapter: As `adapter_settings` gives it.
+        provenance: The run; base's manifest says which tokens are new.
+    """
+    # tokens that base added have untrained embeddings: these train even where an adapter does
+    new_tokens = provenance.manifests["base"]["metrics"].get("new_tokens", [])
+    model = load_policy(source, **runtime.load_options())
+    return with_adapter(model, adapter, seed=provenance.seed % 2**31, dropout=True, new_tokens=new_tokens)
+
+
+def announce_written(
+    session: Session, provenance: Provenance, config: SFTSettings, steps: int, model: nn.Module
+) -> None:
+    """Print what the stage will write to disk.
+
+    Args:
+        session: The run.
+        provenance: What the models are made of.
+        config: The stage's settings.
+        steps: Steps of the whole stage.
+        model: The model that trains.
+    """
+    copies = 1 if config.ppo_init is None else 2
+    # while ppo_init trains, checkpoints also hold the finished policy
+    sets = copies - 1 + (config.keep == "best")
+    say_written(session, provenance, [model], [model], steps, sets=sets, copies=copies)
+
+
+def restore_policy(checkpoint: Checkpoint, make: Any) -> tuple[nn.Module | None, dict, dict]:
+    """Return the finished policy of a run that was interrupted while ppo_init trained.
+
+    Args:
+        checkpoint: The checkpoint that the run resumes from.
+        make: Returns the model before training.
+
+    Returns:
+        The model, its figures and its trained weights; only rank 0, which publishes, gets model and
+        weights.
+    """
+    figures = checkpoint.state["finished"]
+    if not parallel.is_rank_zero():
+        return None, figures, {}
+    model, weights = make(), checkpoint.tensors("finished")
+    replace(weights_of(model), name="sft").load(weights)
+    return model, figures, weights
+
+
+def check_same_steps(session: Session, checkpoint: Checkpoint, steps: int) -> None:
+    """Check that the settings ask for as many steps of the finished policy as it was trained for.
+
+    The checkpoints of ppo_init count from there.
+
+    Args:
+        session: The run.
+        checkpoint: The checkpoint that the run resumes from.
+        steps: Steps that the settings ask for.
+
+    Raises:
+        UserError: They ask for another number.
+    """
+    trained = checkpoint.state.get("steps", steps if has_current_settings(session, checkpoint) else None)
+    if trained != steps:
+        how_long = "" if trained is None else f", in {trained} steps"
         raise UserError(
-            f"sft: model/ is trained{'' if was is None else f', in {was} steps'}, and sft.max_steps or "
-            f"sft.num_train_epochs now ask for {steps}; set them back to go on, --restart begins anew"
+            f"sft: model/ is trained{how_long}, and sft.max_steps or sft.num_train_epochs now ask for {steps}; set "
+            f"them back to go on, --restart starts again"
         )
 
 
-def pretraining_rows(ctx: StageRun, tokenizer, demonstrations: list[dict]) -> list[dict]:
-    """Packed rows of the training documents with `pretraining_fraction` of all labels, the demonstrations' included."""
-    fraction = ctx.config.ppo_init.pretraining_fraction
-    train, _ = split_documents(ctx)
-    rows = wrap_documents(tokenizer, train, length=ctx.config.max_length)
-    if not rows:
-        problem = f"fewer than sft.max_length = {ctx.config.max_length} tokens of pretraining text"
-        raise UserError([f"data.documents: {problem}; give more text, or set sft.ppo_init: null"])
-    labels = sum(label != -100 for row in demonstrations for label in row["labels"])
-    wanted = max(1, round(labels * fraction / (1 - fraction) / (ctx.config.max_length - 1)))
-    order = Stream(len(rows), derive_seed(ctx.seed, "ppo_init")).take(wanted)
-    return [{"input_ids": rows[i], "labels": rows[i]} for i in order]
+def publish(provenance: Provenance, model: nn.Module | None, tokenizer: Any, name: str, card: ModelCard) -> None:
+    """Write a policy to its folder.
+
+    Args:
+        provenance: What the policy was made of.
+        model: The policy; None on ranks other than 0.
+        tokenizer: Its tokenizer.
+        name: Name of the folder.
+        card: What its card says.
+    """
+    source, folder = provenance.inputs["base"] / "model", provenance.publish / name
+    card = replace(card, use=ANSWER, source=source, adapter=adapter_base(provenance, folder, source))
+    publish_model(provenance, model, tokenizer, folder, card, temperature=1.0)

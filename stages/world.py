@@ -4,12 +4,14 @@ import json
 
 from data.records import write_jsonl
 from data.world.world import World
+from pipeline.config.sections import OF_WORLD
 from pipeline.errors import UserError
 from pipeline.stage import StageRun
-from stages.settings.world import HEADLINE
+from stages.settings.experiment import Experiment
+from stages.settings.world import WorldSettings
 
 
-def run(ctx: StageRun) -> dict:
+def run(ctx: StageRun[WorldSettings, Experiment]) -> dict:
     """Publish a JSONL file of each kind of data, and world.json, from which gold is computed.
 
     Returns:
@@ -24,7 +26,7 @@ def run(ctx: StageRun) -> dict:
         evaluation_prompts=settings.evaluation_prompts,
     )
     counts = {}
-    for kind in HEADLINE:
+    for kind in OF_WORLD:
         try:
             rows = list(getattr(world, kind)())
         except ValueError as problem:  # the world has a limited number of different prompts

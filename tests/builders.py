@@ -18,7 +18,7 @@ IDS = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS)  # stands in for a tok
 
 def tiny_tokenizer(vocab_size: int = 300):
     """Train a byte-level BPE tokenizer with our chat template on three sentences."""
-    from data.encode import train_tokenizer
+    from data.tokenizer import train_tokenizer
 
     return train_tokenizer(list(TEXTS) * 3, vocab_size=vocab_size)
 

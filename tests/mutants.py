@@ -159,7 +159,7 @@ MUTANTS = [
         "for peak in (c.learning_rate, c.value_learning_rate)",
         "for peak in (c.learning_rate, c.learning_rate)",
     ),
-    Mutant("ppo", "ptx on held-out text", "    train, _ = split_documents(ctx)", "    _, train = split_documents(ctx)"),
+    Mutant("ppo", "ptx on held-out text", "    train, _ = split_documents(", "    _, train = split_documents("),
     Mutant(
         "ppo",
         "ptx_coef does not weigh the gradient",
@@ -258,10 +258,7 @@ MUTANTS = [
         'ctx.inputs["sft"] / "model"',
     ),
     Mutant(
-        "ppo",
-        "an ensemble's mean is taken for its minimum",
-        "        ctx.config.reward_ensemble,\n",
-        '        "mean",\n',
+        "ppo", "an ensemble's mean is taken for its minimum", "ensemble=ctx.config.reward_ensemble,", 'ensemble="mean",'
     ),
     Mutant(
         "ppo",
@@ -285,50 +282,50 @@ MUTANTS = [
     Mutant(
         "rm",
         "held-out figures are of the training split",
-        'held, held_report = load_groups(ctx, tokenizer, "validation", **limits)',
-        'held, held_report = load_groups(ctx, tokenizer, "train", **limits)',
+        'held_groups, held_report = load_groups(rankings / "validation.jsonl"',
+        'held_groups, held_report = load_groups(rankings / "train.jsonl"',
     ),
     Mutant(
         "rm",
         "the training split is the held-out one",
-        'groups, report = load_groups(ctx, tokenizer, "train", **limits)',
-        'groups, report = load_groups(ctx, tokenizer, "validation", **limits)',
+        '    groups, report = load_groups(rankings / "train.jsonl"',
+        '    groups, report = load_groups(rankings / "validation.jsonl"',
     ),
     Mutant(
         "rm",
         "the bias of the demonstrations is never taken",
-        "        plain(model).config.reward_bias = demonstration_mean(ctx, model, tokenizer, accelerator)\n",
-        "        plain(model).config.reward_bias = 0.0\n",
+        "        bias = demonstration_mean(config, scorer, tokenizer, demonstrations, ctx.seed)\n",
+        "        bias = 0.0\n",
     ),
     Mutant(
         "rm",
         "the bias is taken twice over",
-        "        plain(model).config.reward_bias = demonstration_mean(ctx, model, tokenizer, accelerator)\n",
-        "        plain(model).config.reward_bias = 2 * demonstration_mean(ctx, model, tokenizer, accelerator)\n",
+        "        bias = demonstration_mean(config, scorer, tokenizer, demonstrations, ctx.seed)\n",
+        "        bias = 2 * demonstration_mean(config, scorer, tokenizer, demonstrations, ctx.seed)\n",
     ),
     Mutant(
         "rm",
         "the bias is over the prompts without their EOS",
-        "encode_response(tokenizer, rows[i].completion))",
-        "encode_response(tokenizer, rows[i].completion)[:-1])",
+        "encode_response(tokenizer, row.completion))",
+        "encode_response(tokenizer, row.completion)[:-1])",
     ),
     Mutant(
         "rm",
         "demonstrations too long for the model are in the bias",
-        "        if sum(map(len, pair)) <= c.max_length:\n            pairs.append(pair)",
-        "        pairs.append((pair[0], pair[1][: c.max_length - len(pair[0])]))",
+        "        if sum(map(len, pair)) <= config.max_length:\n            pairs.append(pair)",
+        "        pairs.append((pair[0], pair[1][: config.max_length - len(pair[0])]))",
     ),
     Mutant(
         "rm",
         "bias_demonstrations is one more",
-        "if len(pairs) == c.bias_demonstrations:",
-        "if len(pairs) == c.bias_demonstrations + 1:",
+        "if len(pairs) == config.bias_demonstrations:",
+        "if len(pairs) == config.bias_demonstrations + 1:",
     ),
     Mutant(
         "rm",
         "a micro-batch's loss is divided by its own prompts",
-        "value = loss_of(c, batch, scores, len(whole))",
-        "value = loss_of(c, batch, scores, len(rows))",
+        "value = loss_of(config, batch, scores, len(whole))",
+        "value = loss_of(config, batch, scores, len(rows))",
     ),
     Mutant(
         "rm", "a micro-batch's figures weigh as if all were as large", "weight = len(rows) / len(whole)", "weight = 0.5"
@@ -336,8 +333,8 @@ MUTANTS = [
     Mutant(
         "rm",
         "the held-out loss is divided by the micro-batch's prompts",
-        "loss_of(ctx.config, batch, scores, len(held)).item()",
-        "loss_of(ctx.config, batch, scores, len(rows)).item()",
+        "loss_of(config, batch, scores, len(held)).item()",
+        "loss_of(config, batch, scores, len(rows)).item()",
     ),
     Mutant(
         "rm",
@@ -352,28 +349,28 @@ MUTANTS = [
     Mutant(
         "rm",
         "the best model is the one of the highest loss",
-        "        higher_is_better=False,",
-        "        higher_is_better=True,",
+        'config.selection("loss", higher_is_better=False)',
+        'config.selection("loss", higher_is_better=True)',
     ),
     Mutant(
         "rm",
         "every model of an ensemble has the same seeds",
-        'seed = derive_seed(ctx.seed, "member", k) if k else ctx.seed',
-        "seed = ctx.seed",
+        'return derive_seed(seed, "member", k) if k else seed',
+        "return seed",
     ),
     Mutant(
         "rm",
         "every model of an ensemble has the same order",
-        "c.per_device_train_batch_size * c.gradient_accumulation_steps, k)",
-        "c.per_device_train_batch_size * c.gradient_accumulation_steps, 0)",
+        'batch_size, (ctx.seed, "rm"), k)',
+        'batch_size, (ctx.seed, "rm"), 0)',
     ),
     Mutant(
         "rm",
         "an ensemble's first model is published for all",
-        "folder = ctx.publish / name",
-        'folder = ctx.publish / "model"',
+        'provenance.inputs["sft"] / "model", provenance.publish / name',
+        'provenance.inputs["sft"] / "model", provenance.publish / "model"',
     ),
-    Mutant("rm", "weight_decay is not read", "        weight_decay=c.weight_decay,\n", ""),
+    Mutant("rm", "weight_decay is not read", "        weight_decay=section.weight_decay,\n", ""),
     Mutant(
         "rm",
         "accuracy by rank distance has the sign of the winner",
@@ -389,8 +386,8 @@ MUTANTS = [
     Mutant(
         "rm",
         "every pair is put down to the first labeler",
-        'names = [held[g].labelers[pair.labeler] or "unnamed" for g, pair in owners]',
-        'names = [held[g].labelers[0] or "unnamed" for g, pair in owners]',
+        'labelers = [held[g].labelers[pair.labeler] or "unnamed" for g, pair in owners]',
+        'labelers = [held[g].labelers[0] or "unnamed" for g, pair in owners]',
     ),
     Mutant(
         "rm",
@@ -401,7 +398,7 @@ MUTANTS = [
     Mutant(
         "rm",
         "an ensemble's accuracy is its first model's",
-        "mean = [sum(part) / c.ensemble for part in zip(*margins[: c.ensemble], strict=True)]",
+        "mean = [sum(scores) / config.ensemble for scores in zip(*margins[: config.ensemble], strict=True)]",
         "mean = margins[0]",
     ),
     # ── dpo ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -420,50 +417,50 @@ MUTANTS = [
     Mutant(
         "dpo",
         "what is kept of the reference does not name the sft model",
-        'made_by = [ctx.manifests["sft"]["digest"], dtype_of',
-        "made_by = [dtype_of",
+        '        provenance.manifests["sft"]["digest"],\n',
+        "",
     ),
     Mutant(
         "dpo",
         "what is kept of the reference does not name the rankings",
-        "for what in (made_by, *([g.prompt, g.responses] for g in groups)):",
-        "for what in (made_by,):",
+        "for value in (made_by, *([g.prompt, g.responses] for g in groups)):",
+        "for value in (made_by,):",
     ),
     Mutant(
         "dpo",
         "both splits are kept under one name",
-        'ctx.cache.remember(f"reference_logps_{split}"',
-        'ctx.cache.remember("reference_logps_train"',
+        'name = batches.groups, f"reference_logps_{split}"',
+        'name = batches.groups, "reference_logps_train"',
     ),
     Mutant(
         "dpo",
         "no reference",
-        '"validation": reference_logps("validation", held, *options),',
-        '"validation": [0 * x for x in reference_logps("validation", held, *options)],',
+        'held_ref_logps = reference.logps("validation", cut(held))',
+        'held_ref_logps = [0 * x for x in reference.logps("validation", cut(held))]',
     ),
     Mutant(
         "dpo",
         "the order of the reference's log-probs is that of the micro-batches",
-        "found = [out[i] for i in range(len(groups))]",
-        "found = list(out.values())",
+        "ordered = [by_index[i] for i in range(len(groups))]",
+        "ordered = list(by_index.values())",
     ),
     Mutant(
         "dpo",
         "held-out figures are of the training split",
-        'held, held_report = load_groups(ctx, tokenizer, "validation", **limits)',
-        'held, held_report = load_groups(ctx, tokenizer, "train", **limits)',
+        'held, held_report = load_groups(rankings / "validation.jsonl"',
+        'held, held_report = load_groups(rankings / "train.jsonl"',
     ),
     Mutant(
         "dpo",
         "the training split is the held-out one",
-        'groups, report = load_groups(ctx, tokenizer, "train", **limits)',
-        'groups, report = load_groups(ctx, tokenizer, "validation", **limits)',
+        '    groups, report = load_groups(rankings / "train.jsonl"',
+        '    groups, report = load_groups(rankings / "validation.jsonl"',
     ),
     Mutant(
         "dpo",
         "beta does not reach the loss",
-        "parts = {\n            name: loss_of(name, logps, ref_logps, batch, c.beta, c.label_smoothing",
-        "parts = {\n            name: loss_of(name, logps, ref_logps, batch, 0.1, c.label_smoothing",
+        "parts = {\n            name: loss_of(name, logps, ref_logps, batch, config.beta, config.label_smoothing",
+        "parts = {\n            name: loss_of(name, logps, ref_logps, batch, 0.1, config.label_smoothing",
     ),
     Mutant(
         "dpo", "beta does not reach the figures", "rewards = beta * (logps - ref_logps)", "rewards = logps - ref_logps"
@@ -484,8 +481,8 @@ MUTANTS = [
     Mutant(
         "dpo",
         "loss_weights are not read",
-        "value = sum(weight * parts[name] for name, weight in c.losses().items())",
-        "value = sum(parts[name] for name in c.losses())",
+        "value = sum(weight * parts[name] for name, weight in config.losses().items())",
+        "value = sum(parts[name] for name in config.losses())",
     ),
     Mutant(
         "dpo",
@@ -508,29 +505,29 @@ MUTANTS = [
     Mutant(
         "dpo",
         "a micro-batch's loss is divided by its own prompts",
-        'groups, reference["train"], rows, len(whole), sum',
-        'groups, reference["train"], rows, len(rows), sum',
+        "[ref_logps[i] for i in rows], len(batch), tokens)",
+        "[ref_logps[i] for i in rows], len(rows), tokens)",
     ),
     Mutant(
         "dpo",
         "a micro-batch's figures weigh as if all were as large",
-        "batch, c.beta, len(rows) / prompts)",
-        "batch, c.beta, 0.5)",
+        "batch, config.beta, len(groups) / prompts)",
+        "batch, config.beta, 0.5)",
     ),
     Mutant(
         "dpo",
         "the best policy is the one of the highest loss",
-        "        higher_is_better=False,",
-        "        higher_is_better=True,",
+        'config.selection("loss", higher_is_better=False)',
+        'config.selection("loss", higher_is_better=True)',
     ),
     Mutant("dpo", "accuracy counts ties as right", "(chosen > rejected).float()", "(chosen >= rejected).float()"),
     Mutant(
         "dpo",
         "the warm-up is left out",
-        "learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, c.warmup_steps)",
-        "learning_rate_at(s, steps, c.learning_rate, c.lr_scheduler_type, 0)",
+        "self.lr_scheduler_type, self.warmup_steps, steps)",
+        "self.lr_scheduler_type, 0, steps)",
     ),
-    Mutant("dpo", "weight_decay is not read", "        weight_decay=c.weight_decay,\n", ""),
+    Mutant("dpo", "weight_decay is not read", "        weight_decay=section.weight_decay,\n", ""),
     # ── rankings ─────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "rankings",
@@ -681,8 +678,8 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "perplexity of training text",
-        "held_out = split_documents(ctx)[1]",
-        "held_out = split_documents(ctx)[0]",
+        'held_out = split_documents(ctx.source("documents"), fraction)[1]',
+        'held_out = split_documents(ctx.source("documents"), fraction)[0]',
     ),
     Mutant("evaluate", "perplexity of all held-out rows", "text_rows[: settings.perplexity_rows]", "text_rows"),
     Mutant(
@@ -837,8 +834,8 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "PPO's prompts are no training data",
-        '*["prompts"] * ("ppo" in needs(experiment))',
-        '*["prompts"] * False',
+        '    if "ppo" in stages:\n        kinds.append("prompts")\n',
+        "",
     ),
     Mutant(
         "evaluate",

@@ -19,7 +19,11 @@ def test_a_mutant_changes_one_place(stage):
 
 
 def test_every_stage_has_at_least_ten_and_no_two_are_the_same():
-    assert len({(m.path, m.old, m.new) for m in MUTANTS}) == len({(m.stage, m.breaks) for m in MUTANTS}) == len(MUTANTS)
+    assert (
+        len({(m.stage, m.path, m.old, m.new) for m in MUTANTS})
+        == len({(m.stage, m.breaks) for m in MUTANTS})
+        == len(MUTANTS)
+    )
     own = Counter(m.stage for m in MUTANTS if not m.file)
     assert set(own) == set(TESTS) and min(own.values()) >= 10
 

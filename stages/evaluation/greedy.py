@@ -15,7 +15,7 @@ from stages.evaluation.results import Measured
 from stages.evaluation.shown_prompts import chosen_prompts
 from stages.evaluation.tools import Tools
 from stages.rollouts.transformers import sample
-from stages.settings.evaluate import Config
+from stages.settings.evaluate import EvaluateSettings
 
 LIKELIEST = 1e-9
 """A top_p that keeps only the likeliest token."""
@@ -27,7 +27,7 @@ def greedy_rows(
     tools: Tools,
     prompts: EvaluationPrompts,
     measured: dict[str, Measured],
-    settings: Config,
+    settings: EvaluateSettings,
     context: int | None,
     poll: Callable[[], None],
 ) -> list[dict]:

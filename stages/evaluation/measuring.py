@@ -17,8 +17,8 @@ from stages.evaluation.tools import Policy, Tools
 from stages.models.forward import response_logprobs
 from stages.objectives.logprobs import sequence_logps
 from stages.rollouts.transformers import sample
-from stages.settings.evaluate import Config
-from stages.training.loop import micro_batches
+from stages.settings.evaluate import EvaluateSettings
+from stages.training.batching import micro_batches
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def measure(
     policy: Policy,
     queries: Sequence[Query],
     chat_ids: Sequence[list[int]],
-    settings: Config,
+    settings: EvaluateSettings,
     *,
     seed: int,
     poll: Callable[[], None],

@@ -7,7 +7,7 @@ import torch
 
 from pipeline.launch import parallel
 from stages.models.forward import text_logprobs
-from stages.training.loop import micro_batches
+from stages.training.batching import micro_batches
 
 
 @torch.no_grad()

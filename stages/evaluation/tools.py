@@ -13,9 +13,8 @@ from stages.models.forward import score_all
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
 from stages.models.packing import can_pack
 from stages.objectives.rewards import final_scores
-from stages.settings.evaluate import STAGES, Config
-from stages.shared.runtime import Runtime
-from stages.training.loop import make_accelerator
+from stages.settings.evaluate import STAGES, EvaluateSettings
+from stages.shared.runtime import Runtime, make_accelerator
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ class Tools:
         return final_scores(scores, finished, self.missing_eos_score)
 
 
-def load_tools(runtime: Runtime, inputs: dict[str, Path], settings: Config, has_ppo_init: bool) -> Tools:
+def load_tools(runtime: Runtime, inputs: dict[str, Path], settings: EvaluateSettings, has_ppo_init: bool) -> Tools:
     """Load SFT, the reference and the reward models onto the device.
 
     Args:

@@ -8,7 +8,9 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +33,55 @@ TRAINS_ROWS = ("lora", "dora", "qlora")  # methods that can also train single ro
 FOLDER = "adapter"  # beside the merged weights of a published model
 
 
-def with_adapter(model, *, method: str | None, seed: int = 0, dropout: bool = False, **settings):
-    """The model itself (`method` None: every weight trains; "bitfit": its biases) or a PeftModel. A scalar head always
-    trains in full. dropout: whether lora_dropout counts, which is for sft. settings: those of `adapter_config`."""
-    if method is None:
+@dataclass(frozen=True)
+class AdapterSettings:
+    """Choose which weights train, and how: the values of the section model.peft."""
+
+    method: str | None = None
+    """None: every weight trains; "bitfit": the biases; otherwise peft's adapter of that name."""
+    r: int = 16
+    """Rank of LoRA, DoRA and QLoRA; of AdaLoRA the mean rank that is left at the end."""
+    lora_alpha: int = 32
+    """Scale of an adapter's output, divided by the rank."""
+    lora_dropout: float = 0.0
+    """Dropout on an adapter's input; used by sft only."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the layers that get an adapter, or "all-linear"."""
+    init_r: int | None = None
+    """AdaLoRA's rank at the start; None: 1.5 · r, rounded up."""
+    bits: int | None = None
+    """Bits per frozen weight, 4 or 8, for QLoRA; None for other methods."""
+
+
+def with_adapter(
+    model: nn.Module,
+    settings: AdapterSettings,
+    *,
+    scalar: bool = False,
+    seed: int = 0,
+    dropout: bool = False,
+    new_tokens: Sequence[int] = (),
+) -> nn.Module:
+    """Choose what trains of a model and wrap it in an adapter where the method is one.
+
+    Args:
+        model: A transformers model; it is changed.
+        settings: The method and its values.
+        scalar: Whether it is a reward or value model, whose head always trains in full.
+        seed: Seed of the adapter's random weights.
+        dropout: Whether lora_dropout is used; only sft does, since PPO's ratios need a deterministic policy.
+        new_tokens: Ids whose rows in the embedding and the head train too.
+
+    Returns:
+        The model itself (all weights, or its biases, train) or a PeftModel, in eval mode.
+
+    Raises:
+        UserError: The method does not fit this model.
+    """
+    if settings.method is None:
         model.requires_grad_(True)
         return model
-    config = adapter_config(model, method=method, **settings)
+    config = adapter_config(model, settings, scalar=scalar, new_tokens=new_tokens)
     if config is None:
         return model
     from peft import get_peft_model
@@ -48,7 +92,7 @@ def with_adapter(model, *, method: str | None, seed: int = 0, dropout: bool = Fa
     except ValueError as error:  # no layer of that name, or of a kind that the method does not know
         raise UserError(f"model.peft.target_modules: {' '.join(str(error).split())[:300]}") from error
     refuse_tied(plain(model))
-    if settings.get("new_tokens"):
+    if new_tokens:
         check_token_rows(plain(model))
     return (model if dropout else without_dropout(model)).eval()
 
@@ -143,24 +187,27 @@ def load_on_trunk(
 
 
 def adapter_config(
-    model,
-    *,
-    method: str,
-    r: int = 16,
-    lora_alpha: int = 32,
-    lora_dropout: float = 0.0,
-    target_modules="all-linear",
-    init_r: int | None = None,
-    bits: int | None = None,
-    scalar: bool = False,
-    new_tokens: Sequence[int] = (),
-):
-    """peft's configuration; None for BitFit, which needs none: then what trains of `model` is chosen here. For QLoRA
-    `model` is quantized here, to `bits`. new_tokens: ids whose rows in the embedding and the head train too."""
+    model: nn.Module, settings: AdapterSettings, *, scalar: bool = False, new_tokens: Sequence[int] = ()
+) -> Any:
+    """Return peft's configuration of an adapter, and prepare the model for it.
+
+    For QLoRA the model's linear layers are quantized here. BitFit needs no configuration: here its
+    biases are chosen to train.
+
+    Args:
+        model: A transformers model; it may be changed.
+        settings: The method and its values; the method is not None.
+        scalar: As of `with_adapter`.
+        new_tokens: As of `with_adapter`.
+
+    Returns:
+        A peft configuration, or None for BitFit.
+    """
     from peft import AdaLoraConfig, IA3Config, LoraConfig, TaskType
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_LAYERS
 
-    what = {
+    method = settings.method
+    options: dict[str, Any] = {
         "task_type": TaskType.SEQ_CLS if scalar else TaskType.CAUSAL_LM,
         "modules_to_save": ["score"] if scalar else None,
     }
@@ -170,16 +217,23 @@ def adapter_config(
     if method == "ia3":
         if model.config.model_type not in IA3_LAYERS:
             raise UserError(f"model.peft.method: peft knows no ia3 for a {model.config.model_type} model; use lora")
-        return IA3Config(**what)  # keys, values and feed-forward layers, by peft's names of them
-    what |= {"lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "target_modules": target_modules}
-    if target_modules == "all-linear":
-        what["exclude_modules"] = own_layers(model) or None
-    if method == "adalora":  # the penalty and the pruning are the optimizer's: stages/models/adalora.py
-        return AdaLoraConfig(init_r=init_r or math.ceil(1.5 * r), target_r=r, orth_reg_weight=0.0, total_step=1, **what)
+        return IA3Config(**options)  # keys, values and feed-forward layers, by peft's names of them
+    options["lora_alpha"] = settings.lora_alpha
+    options["lora_dropout"] = settings.lora_dropout
+    options["target_modules"] = settings.target_modules
+    if settings.target_modules == "all-linear":
+        options["exclude_modules"] = own_layers(model) or None
+    if method == "adalora":
+        # peft's own penalty and schedule are switched off (0 and 1 step): the optimizer of
+        # stages/models/adalora.py does both.
+        first_rank = settings.init_r or math.ceil(1.5 * settings.r)
+        return AdaLoraConfig(init_r=first_rank, target_r=settings.r, orth_reg_weight=0.0, total_step=1, **options)
     assert method in ("lora", "dora", "qlora")
     if method == "qlora":
-        quantize(model, bits)
-    return LoraConfig(r=r, use_dora=method == "dora", trainable_token_indices=token_rows(model, new_tokens), **what)
+        assert settings.bits is not None
+        quantize(model, settings.bits)
+    rows = token_rows(model, new_tokens)
+    return LoraConfig(r=settings.r, use_dora=method == "dora", trainable_token_indices=rows, **options)
 
 
 def own_layers(inner) -> list[str]:

@@ -1,16 +1,17 @@
-"""The models of a PPO run, each in its role; what does not train is in memory once."""
+"""Load the models of a PPO run, each in its role; frozen weights that roles share are in memory once."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
+from torch import bfloat16, nn
 
 from pipeline.errors import UserError
-from stages.models.adapters import is_adapted, load_on_trunk, plain, share_frozen, with_adapter
+from stages.models.adapters import AdapterSettings, is_adapted, load_on_trunk, plain, share_frozen, with_adapter
 from stages.models.ensemble import load_reward_model
 from stages.models.ensemble_folder import How
 from stages.models.forward import head_is_linear
@@ -20,141 +21,208 @@ from stages.models.precision import cast_frozen
 from stages.models.same_tokenizer import fit_rows
 from stages.models.sharding import is_sharded, made_by_first, shard
 
-CACHED = 2**19  # numbers; measured from 256 to 576 a token, tests/benchmarks/LOG.md
+CACHED = 2**19  # numbers of hidden state; measured from 256 to 576 per token, tests/benchmarks/LOG.md
 
 
-def settled(make: Callable[[], torch.nn.Module], accelerator, max_length: int, sharded: bool) -> torch.nn.Module:
-    """make() where it computes: on the accelerator's device or, sharded, in parts. How it can be read is found out in
-    float32; then what does not train is held in the dtype that it computes in."""
+def settled(make: Callable[[], nn.Module], accelerator: Any, max_length: int, sharded: bool) -> nn.Module:
+    """Make a model and move it to where it computes, whole or as this process's shard.
 
-    def tried() -> torch.nn.Module:
+    Args:
+        make: Returns the model, on the CPU.
+        accelerator: Gives the device and whether products are computed in bfloat16.
+        max_length: Longest row in tokens; decides whether the model can read packed rows.
+        sharded: Whether each process keeps a shard; then all processes call this together.
+    """
+
+    def prepared() -> nn.Module:
         model = make()
+        # Both try the model on a few tokens, and compare results in float32: before the cast.
         can_pack(model, max_length)
         head_is_linear(model)
         if accelerator.mixed_precision == "bf16":
-            cast_frozen(model, torch.bfloat16)
+            cast_frozen(model, bfloat16)
         return model
 
     if not sharded:
-        return tried().to(accelerator.device)
-    model = made_by_first(tried)
+        return prepared().to(accelerator.device)
+    model = made_by_first(prepared)
     shard(model, accelerator.device)
     return model
 
 
 @dataclass(frozen=True)
 class Roles:
-    """The models, what they share, and where they compute.
+    """The models of a PPO run, and what they compute with."""
 
-    ref_policy None: the policy with its adapter off. judge: another reward model that only looks on, or None. packed:
-    whether all of them read packed rows. reward_model may be an Ensemble. again: name → function that loads the
-    original model a trained one started from (its frozen weights are needed in float32 at publication). engine: what
-    samples in the place of the policy (a `Vllm`), or None.
-    """
-
-    policy: torch.nn.Module
-    ref_policy: torch.nn.Module | None
-    reward_model: torch.nn.Module
-    value_model: torch.nn.Module
-    tokenizer: object
-    accelerator: object
-    judge: torch.nn.Module | None = None
+    policy: nn.Module
+    """Trains."""
+    ref_policy: nn.Module | None
+    """The policy at its start; None: the policy with its adapter off."""
+    reward_model: nn.Module
+    """Frozen; it may be an Ensemble."""
+    value_model: nn.Module
+    """Trains; starts as the reward model."""
+    tokenizer: Any
+    """Tokenizer of all of them."""
+    accelerator: Any
+    """accelerate's Accelerator."""
+    judge: nn.Module | None = None
+    """Another reward model that scores held-out prompts and that PPO does not climb, or None."""
     packed: bool = False
-    again: dict[str, Callable] = field(default_factory=dict)
-    engine: object | None = None
+    """Whether all of them read packed rows."""
+    reload: dict[str, Callable[[], nn.Module]] = field(default_factory=dict)
+    """Name of a trained role: a function that reloads the model it started from.
+
+    Publication needs it, since frozen weights that were cast are written in float32."""
+    engine: Any = None
+    """What samples in place of the policy (a `Vllm`), or None."""
 
     def most_tokens(self) -> int | None:
+        """Return the most tokens that a micro-batch should have; see `most_tokens`."""
         return most_tokens(plain(self.policy).config, self.accelerator.device.type)
 
     def spare(self) -> list[int] | None:
-        """Rows for a forward that only keeps in step with other processes (`parallel.padded_micro_batches`), where they share
-        weights."""
+        """Return a micro-batch for forward passes whose result is not used, or None without sharding.
+
+        A sharded model gathers its layers in all processes at once, so a process that has no
+        micro-batch left goes on with this one (`parallel.padded_micro_batches`).
+        """
         return [0] if is_sharded(self.policy) else None
 
-    def models(self) -> list[torch.nn.Module]:
-        every = (self.policy, self.ref_policy, self.reward_model, self.value_model, self.judge)
-        return [model for model in every if model is not None]
+    def models(self) -> list[nn.Module]:
+        """Return the models that are there."""
+        candidates = (self.policy, self.ref_policy, self.reward_model, self.value_model, self.judge)
+        return [model for model in candidates if model is not None]
 
 
-def most_tokens(config, device: str) -> int | None:
-    """Tokens of a micro-batch beyond which a CPU only gets slower: their hidden states leave its cache."""
+def most_tokens(config: Any, device: str) -> int | None:
+    """Return the tokens of a micro-batch beyond which a CPU only gets slower; None on other devices.
+
+    Beyond that, the hidden states of a layer no longer fit in the CPU's cache.
+    """
     return max(1, CACHED // config.get_text_config().hidden_size) if device == "cpu" else None
 
 
-def load_roles(
-    start: Path,
-    reward_model: tuple[str, Path],
-    ensemble: How,
-    judge: tuple[str, Path] | None,
-    accelerator,
-    *,
-    trunk: Path | None,
-    adapter: dict,
-    policy_seed: int,
-    value_seed: int,
-    gradient_checkpointing: bool,
-    attn_implementation: str,
-    trust_remote_code: bool,
-    max_length: int,
-    sharded: bool = False,
-) -> Roles:
-    """Policy and reference from the folder `start`; the value model begins as the reward model. reward_model, judge:
-    (the setting that names it, folder). ensemble: how several reward models score as one. trunk: the model that the
-    reward model's adapter was trained on, if that is known: then both stand on it, adapters apart. sharded: each
-    process keeps its part of every model, and no two roles share."""
-    options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-    tokenizer = load_tokenizer(start, trust_remote_code=trust_remote_code)
-    placed: list = []
+@dataclass(frozen=True)
+class NamedFolder:
+    """A model's folder, and what to call it in errors."""
 
-    def place(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-        """On its device, where it shares what it can with those before it: at no time are two trunks too many there."""
-        model = settled(make, accelerator, max_length, sharded)
-        if not sharded:
+    key: str
+    """The setting that names the folder, as "ppo.reward_model"; or the stage that made it."""
+    path: Path
+
+
+@dataclass(frozen=True)
+class RoleFolders:
+    """Where the models of a PPO run are loaded from."""
+
+    policy: Path
+    """Policy and reference."""
+    reward_model: NamedFolder
+    """Reward model and the start of the value model."""
+    trunk: Path | None = None
+    """The model that the reward model's adapter was trained on; None if that is not known.
+
+    If it is known, reward and value model share it, with an adapter each."""
+    judge: NamedFolder | None = None
+    """The reward model that PPO does not climb, or None."""
+    ensemble: How = "mean"
+    """How several reward models beside each other score as one."""
+
+
+@dataclass(frozen=True)
+class RoleOptions:
+    """How the models of a PPO run are loaded."""
+
+    attn_implementation: str
+    trust_remote_code: bool
+    max_length: int
+    """Longest row, in tokens."""
+    gradient_checkpointing: bool = False
+    """Whether policy and value model recompute activations in the backward pass."""
+    sharded: bool = False
+    """Whether each process keeps a shard of every model; then no two roles share weights."""
+    policy_seed: int = 0
+    """Seed of the policy's adapter."""
+    value_seed: int = 0
+    """Seed of the value model's adapter, if it does not continue the reward model's."""
+
+
+def load_roles(folders: RoleFolders, accelerator: Any, adapter: AdapterSettings, options: RoleOptions) -> Roles:
+    """Load all models of a PPO run.
+
+    Args:
+        folders: Where they are.
+        accelerator: What they compute with.
+        adapter: Which weights of policy and value model train.
+        options: How they are loaded.
+
+    Raises:
+        UserError: A folder cannot be loaded, or its tokenizer is not the policy's.
+    """
+    trust = {"trust_remote_code": options.trust_remote_code}
+    loading = {"attn_implementation": options.attn_implementation, **trust}
+    tokenizer = load_tokenizer(folders.policy, **trust)
+    placed: list[nn.Module] = []
+
+    def place(make: Callable[[], nn.Module]) -> nn.Module:
+        # Shares with the models placed before, one at a time: the device never holds two trunks
+        # more than it has to.
+        model = settled(make, accelerator, options.max_length, options.sharded)
+        if not options.sharded:
             share_frozen(model, placed)
         placed.append(model)
         return model
 
-    def scorer(load: Callable, key: str, folder: Path) -> torch.nn.Module:
-        """The reward model that stays as it is in the folder that the setting `key` names."""
-        with blaming(key, folder):
-            same_tokenizer(tokenizer, load_tokenizer(folder, trust_remote_code=trust_remote_code), str(folder))
+    def load_frozen(load: Callable, folder: NamedFolder) -> nn.Module:
+        """Load a reward model, or an ensemble of them, that does not train."""
+        with blaming(folder.key, folder.path):
+            same_tokenizer(tokenizer, load_tokenizer(folder.path, **trust), str(folder.path))
 
-        def member(path: Path) -> torch.nn.Module:
-            with blaming(key, folder):
-                return fit_rows(load(path, **options), ids).requires_grad_(False)
+        def load_member(path: Path) -> nn.Module:
+            with blaming(folder.key, folder.path):
+                return fit_rows(load(path, **loading), ids).requires_grad_(False)
 
-        return load_reward_model(folder, ensemble, lambda path: place(partial(member, path)))
+        return load_reward_model(folder.path, folders.ensemble, lambda path: place(partial(load_member, path)))
 
-    on = {"trunk": trunk if adapter["method"] is not None else None, "bits": adapter.get("bits")}
-    scalar = partial(load_on_trunk, **on)
+    trunk = folders.trunk if adapter.method is not None else None
+    load_scalar = partial(load_on_trunk, trunk=trunk, bits=adapter.bits)
+    value_folder = folders.reward_model.path
 
-    def value_start() -> torch.nn.Module:
-        model = fit_rows(scalar(reward_model[1], trains=True, **options), ids)
-        return model if is_adapted(model) else with_adapter(model, **adapter, scalar=True, seed=value_seed)
+    def load_value_model() -> nn.Module:
+        model = fit_rows(load_scalar(value_folder, trains=True, **loading), ids)
+        if is_adapted(model):
+            return model
+        return with_adapter(model, adapter, scalar=True, seed=options.value_seed)
 
-    policy = place(lambda: with_adapter(load_policy(start, **options), **adapter, seed=policy_seed))
-    ids = plain(policy).get_input_embeddings().weight.shape[0]  # what it can sample
-    ref_policy = None if is_adapted(policy) else place(lambda: load_policy(start, **options).requires_grad_(False))
-    rewards = scorer(scalar, *reward_model)
-    value_model = place(value_start)
-    looks_on = None if judge is None else scorer(load_scalar_model, *judge)
-    if gradient_checkpointing:
+    def load_start() -> nn.Module:
+        return load_policy(folders.policy, **loading)
+
+    policy = place(lambda: with_adapter(load_start(), adapter, seed=options.policy_seed))
+    ids = plain(policy).get_input_embeddings().weight.shape[0]  # all that it can sample
+    ref_policy = None if is_adapted(policy) else place(lambda: load_start().requires_grad_(False))
+    reward_model = load_frozen(load_scalar, folders.reward_model)
+    value_model = place(load_value_model)
+    judge = None if folders.judge is None else load_frozen(load_scalar_model, folders.judge)
+    if options.gradient_checkpointing:
         policy.activation_checkpointing_enable()
         value_model.activation_checkpointing_enable()
-    again = {
-        "policy": partial(load_policy, start, **options),
-        "value_model": lambda: fit_rows(scalar(reward_model[1], **options), ids),
-    }
-    return Roles(policy, ref_policy, rewards, value_model, tokenizer, accelerator, looks_on, again=again)
+    reload = {"policy": load_start, "value_model": lambda: fit_rows(load_scalar(value_folder, **loading), ids)}
+    return Roles(policy, ref_policy, reward_model, value_model, tokenizer, accelerator, judge, reload=reload)
 
 
 @contextmanager
 def blaming(key: str, folder: Path) -> Iterator[None]:
-    """Inside, what is wrong with a reward model's folder that the setting `key` names is a UserError."""
+    """Turn the errors of loading a reward model's folder into a UserError that names the setting.
+
+    Args:
+        key: The setting that names the folder.
+        folder: The folder.
+    """
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
-        what = f"{folder} cannot be loaded ({str(error).splitlines()[0].rstrip(': ')})"
-        raise UserError(f"{key}: {what}; give the model/ folder of a reward model") from error
+        problem = f"{folder} cannot be loaded ({str(error).splitlines()[0].rstrip(': ')})"
+        raise UserError(f"{key}: {problem}; give the model/ folder of a reward model") from error

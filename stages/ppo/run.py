@@ -25,10 +25,10 @@ from pipeline.errors import TrainingStopped, UserError
 from pipeline.launch import parallel
 from pipeline.stage import StageRun
 from pipeline.store import files
-from stages.models.adapters import is_adapted, plain, save_merged, trainable
+from stages.models.adapters import is_adapted, plain, trainable
 from stages.models.families import is_own_head
 from stages.models.forward import response_logprobs, response_values, score_all, text_logprobs
-from stages.models.roles import Roles, load_roles
+from stages.models.roles import NamedFolder, RoleFolders, RoleOptions, Roles, load_roles
 from stages.models.sharding import is_sharded, publishable
 from stages.objectives.advantages import gae
 from stages.objectives.control import adaptive_kl_coef
@@ -37,44 +37,42 @@ from stages.objectives.masked import masked_mean, masked_sum, masked_whiten
 from stages.objectives.rewards import final_scores, kl_per_token, token_rewards
 from stages.ppo.alarms import Alarms
 from stages.ppo.sampling import engine_of, start_engine
-from stages.rollouts.collect import collect, in_micro_batches, share_groups
+from stages.rollouts.collect import collect
 from stages.rollouts.rollout import Rollout
 from stages.rollouts.vllm import EngineLost
 from stages.settings.experiment import Experiment
 from stages.settings.ppo import PPOSettings, named_folders, ptx_batch_size, steps_per_update
-from stages.shared.cards import ANSWER, card
+from stages.shared.cards import ANSWER, ModelCard
 from stages.shared.disk import say_written
-from stages.shared.inputs import fit_prompts, read_placed, split_documents
-from stages.shared.publishing import adapter_base, publish_dtype
+from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, split_documents
+from stages.shared.provenance import provenance_of
+from stages.shared.publishing import adapter_base, publish_model
 from stages.shared.runtime import (
     adapter_settings,
     bound_of_short_rows,
+    can_pack_rows,
     check_context,
     device_of,
     dtype_of,
     is_sharding,
+    make_accelerator,
     note_default_rate,
-    packing,
 )
-from stages.training.loop import (
+from stages.training.batching import in_micro_batches, micro_batches, share_groups
+from stages.training.checkpoint import TrainingState, has_current_settings, load_checkpoint, save_checkpoint
+from stages.training.schedule import learning_rate_at
+from stages.training.selection import Best
+from stages.training.session import session_of
+from stages.training.trainee import (
     Average,
-    Best,
     Skips,
     Trainee,
     gradient_cosine,
     gradient_norm,
-    has_settings_of_today,
-    is_due,
-    load_checkpoint,
-    make_accelerator,
+    gradient_problem,
     make_trainee,
-    micro_batches,
-    not_finite,
     optimizer_step,
-    pause_if_asked,
-    save_checkpoint,
 )
-from stages.training.schedule import learning_rate_at
 
 SKIPPED = (  # figures of an update that a number which is not finite kept from happening
     "policy/approxkl_avg", "policy/clipfrac_avg", "loss/policy_avg", "loss/value_avg", "val/clipfrac_avg", "val/ratio",
@@ -121,19 +119,19 @@ class Run:
         kept["raised"] = list(self.raised) if owes_look else []  # others have been acted on
         kept["drawn"] = asdict(self.drawn)
         trainees = [self.policy, self.value]
-        save_checkpoint(self.ctx, at, self.updates, trainees, self.best, self.state | kept, self.average)
+        save_checkpoint(
+            session_of(self.ctx), at, self.updates, TrainingState(trainees, self.best, self.average), self.state | kept
+        )
 
     def poll(self, at: int, owes_look: bool = False) -> Callable[[], None]:
         """What is called in the middle of work: a signal saves update `at` and ends the run. Where processes share
         weights, all save together, and between updates alone."""
-        if is_sharding(self.ctx):
-            return lambda: None
-        return partial(pause_if_asked, self.ctx, at, self.updates, partial(self.save, at, owes_look))
+        return session_of(self.ctx).interrupt(at, self.updates, partial(self.save, at, owes_look))
 
     def save_what_is_done(self, at: int, owes_look: bool = False) -> None:
         """Where vLLM is lost; a signal that has come meanwhile goes first (exit 75)."""
         self.save(at, owes_look)
-        pause_if_asked(self.ctx, at, self.updates, lambda: None, is_sharding(self.ctx))
+        session_of(self.ctx).stop_if_requested(at, self.updates, lambda: None)
 
 
 def run(ctx: StageRun[PPOSettings, Experiment]) -> dict:
@@ -152,10 +150,13 @@ def run(ctx: StageRun[PPOSettings, Experiment]) -> dict:
         f"ppo: {len(train)} prompts, {len(held)} held out; {run.updates} updates of {c.batch_size} episodes, "
         f"{steps_per_update(c)} optimizer steps each"
     )
-    note_default_rate(ctx, "learning_rate", "value_learning_rate")
+    if ctx.experiment.model.peft is not None:
+        note_default_rate(session_of(ctx), c, "learning_rate", "value_learning_rate")
     trained = [roles.policy, roles.value_model]
     published = trained + [roles.policy] * c.publish_ema
-    say_written(ctx, published, trained, run.updates, sets=(c.keep == "best") + c.publish_ema)
+    say_written(
+        session_of(ctx), provenance_of(ctx), published, trained, run.updates, sets=(c.keep == "best") + c.publish_ema
+    )
     step = resume(ctx, roles, run, train[: 2 * c.per_device_train_batch_size])
     prompts_per_update, rows_per_update = c.batch_size // c.samples_per_prompt, steps_per_update(c) * ptx_batch_size(c)
     prompts = Stream(len(train), derive_seed(ctx.seed, "prompts"), cursor=drawn.prompts)
@@ -239,11 +240,11 @@ def run(ctx: StageRun[PPOSettings, Experiment]) -> dict:
             run.raised += sound(ctx, run.alarms.watch(step, row))
             if step % c.eval_steps == 0 or step == run.updates:
                 look(ctx, roles, run, held, step)
-            if is_due(ctx, step, is_sharding(ctx)) and step < run.updates:
+            if session_of(ctx).save_is_due(step) and step < run.updates:
                 run.save(step)
             stop_at(ctx, run, step)
             if step < run.updates:
-                pause_if_asked(ctx, step, run.updates, partial(run.save, step), is_sharding(ctx))
+                session_of(ctx).stop_if_requested(step, run.updates, partial(run.save, step))
 
     # 7 publish
     # settings that were overridden ended the run at its checkpoint, or want its best, of which it has kept none
@@ -268,7 +269,7 @@ def drawn_before(ctx: StageRun) -> Drawn:
         return Drawn()
     if "drawn" in found.state:
         return Drawn(**found.state["drawn"])
-    if not has_settings_of_today(ctx, found):
+    if not has_current_settings(session_of(ctx), found):
         raise UserError(
             "ppo: the checkpoint was written by an older version, which did not count what it drew; go on with the "
             "settings that it was made with, or --restart"
@@ -330,9 +331,11 @@ def begin(ctx: StageRun, roles: Roles, updates: int, drawn: Drawn) -> Run:
 def resume(ctx: StageRun, roles: Roles, run: Run, prompts: list[list[int]]) -> int:
     """→ the update that the run has come to, as its newest checkpoint says; 0 where there is none. prompts: what the
     preflight samples from, where it has not yet (or on another device)."""
-    step, state = load_checkpoint(ctx, [run.policy, run.value], run.best, run.updates, run.average)
+    step, state = load_checkpoint(
+        session_of(ctx), TrainingState([run.policy, run.value], run.best, run.average), run.updates
+    )
     place = f"{roles.accelerator.device.type} {dtype_of(ctx.experiment)}"
-    leave = partial(pause_if_asked, ctx, step, run.updates, lambda: None)
+    leave = partial(session_of(ctx).leave_if_requested, step, run.updates)
     if roles.engine is not None:
         place += " vllm"
         start_engine(ctx, roles, leave)
@@ -371,7 +374,7 @@ def publish(ctx: StageRun, roles: Roles, run: Run, step: int, figures: dict) -> 
         ("model", "policy", "a policy trained by PPO-ptx", ANSWER),
         ("value_model", "value_model", "PPO's value model", ""),
     ):
-        model = publishable(getattr(roles, role), roles.again[role])
+        model = publishable(getattr(roles, role), roles.reload[role])
         save(ctx, model, roles.tokenizer, ctx.publish / folder, what, use, figures if use else None)
 
 
@@ -379,39 +382,53 @@ def save(ctx: StageRun, model, tokenizer, folder: Path, what: str, use: str, fig
     """Write a policy (`use`: how it is used) or the value model to `folder`. what, figures: for its card."""
     source = start_folder(ctx)
     trunk = source if use else ctx.inputs["sft"] / "model"
-    base = adapter_base(ctx, folder, trunk)
+    base = adapter_base(provenance_of(ctx), folder, trunk)
     if base is not None and not use and ctx.config.reward_model is not None:
         base = ("", None)  # its adapter is on that reward model, which lies outside
-    kind = {"is_scalar": not use, "own_head": is_own_head(plain(model))}
-    text = card(ctx, what, use, figures=figures, source=source, adapter=base, **kind)
-    options = {"temperature": ctx.config.temperature if use else None, "dtype": publish_dtype(ctx, source)}
-    save_merged(model, tokenizer, folder, card=text, base=base or ("", None), **options)
+    card = ModelCard(
+        what,
+        use,
+        figures=figures or {},
+        source=source,
+        adapter=base,
+        own_head=is_own_head(plain(model)),
+        is_scalar=not use,
+    )
+    temperature = ctx.config.temperature if use else None
+    publish_model(provenance_of(ctx), model, tokenizer, folder, card, temperature=temperature)
 
 
 def load(ctx: StageRun) -> Roles:
     """Policy and reference from sft (from its ppo_init/, if there is one); reward model from rm."""
     m = ctx.experiment.model
     start = start_folder(ctx)
-    check_context(ctx, start, *["ptx_length"] * bool(ctx.config.ptx_coef))
+    check_context(session_of(ctx), ctx.config, start, *["ptx_length"] * bool(ctx.config.ptx_coef))
     given, climbed, looks_on = named_folders(ctx.experiment), "ppo.reward_model", "ppo.held_out_reward_model"
-    roles = load_roles(
-        start,
-        (climbed, given[climbed]) if climbed in given else ("rm", ctx.inputs["rm"] / "model"),
-        ctx.config.reward_ensemble,
-        (looks_on, given[looks_on]) if looks_on in given else None,
-        make_accelerator(device_of(ctx.experiment), dtype_of(ctx.experiment)),
+    own_reward_model = NamedFolder("rm", ctx.inputs["rm"] / "model") if climbed not in given else None
+    folders = RoleFolders(
+        policy=start,
+        reward_model=own_reward_model or NamedFolder(climbed, given[climbed]),
         trunk=None if climbed in given else ctx.inputs["sft"] / "model",
-        adapter=adapter_settings(m) or {"method": None},
-        policy_seed=derive_seed(ctx.seed, "policy"),
-        value_seed=derive_seed(ctx.seed, "value"),
+        judge=NamedFolder(looks_on, given[looks_on]) if looks_on in given else None,
+        ensemble=ctx.config.reward_ensemble,
+    )
+    options = RoleOptions(
         gradient_checkpointing=m.gradient_checkpointing,
         attn_implementation=m.attn_implementation,
         trust_remote_code=ctx.trust_remote_code,
         max_length=ctx.config.max_length,
-        sharded=is_sharding(ctx),
+        sharded=is_sharding(ctx.experiment),
+        policy_seed=derive_seed(ctx.seed, "policy"),
+        value_seed=derive_seed(ctx.seed, "value"),
     )
+    accelerator = make_accelerator(device_of(ctx.experiment), dtype_of(ctx.experiment))
+    roles = load_roles(folders, accelerator, adapter_settings(m), options)
     ctx.confirm_folders()  # named ones are loaded
-    return replace(roles, packed=packing(ctx, *roles.models()), engine=engine_of(ctx, start))
+    return replace(
+        roles,
+        packed=can_pack_rows(session_of(ctx), list(roles.models()), ctx.config.max_length),
+        engine=engine_of(ctx, start),
+    )
 
 
 def start_folder(ctx: StageRun) -> Path:
@@ -421,10 +438,16 @@ def start_folder(ctx: StageRun) -> Path:
 def load_prompts(ctx: StageRun, tokenizer) -> tuple[list[list[int]], list[tuple]]:
     """Prompt ids for training and, split off by the prompt's text, (prompt, its ids) for the held-out figures."""
     c = ctx.config
-    records, places = read_placed(ctx, "prompts")
+    records, places = load_placed_records("prompts", ctx.source("prompts"))
     if len(records) < 2:
         raise UserError([f"data.prompts: {len(records)} prompt; PPO needs at least 2, one of them to hold out"])
-    kept, ids, report = fit_prompts(ctx, tokenizer, (r.prompt for r in records), places)
+    kept, ids, report = fit_prompts(
+        tokenizer,
+        (r.prompt for r in records),
+        places,
+        LengthLimit(c.max_length, c.on_too_long, "ppo"),
+        c.response_length,
+    )
     ctx.tracker.say(f"ppo: {report.line('prompts')}")
     train, held = held_out(
         [prompt_key(records[i].prompt) for i in kept], 0.0, least=max(1, min(c.eval_prompts, len(ids) // 5))
@@ -444,7 +467,7 @@ def load_ptx(ctx: StageRun, tokenizer) -> list[list[int]] | None:
     c = ctx.config
     if not c.ptx_coef:
         return None
-    train, _ = split_documents(ctx)
+    train, _ = split_documents(ctx.source("documents"), ctx.experiment.data.validation_fraction)
     rows = wrap_documents(tokenizer, train, length=c.ptx_length)
     if not rows:
         raise UserError(
@@ -629,7 +652,9 @@ def update(
             if rows is not None:
                 figures |= ptx_gradient(ctx, roles, policy, rows)
             figures["grad_norm/value"] = gradient_norm(value.parameters.values())
-            if problem := not_finite(policy, step) or not_finite(value, step):  # neither steps if one cannot
+            if problem := gradient_problem(policy, step) or gradient_problem(
+                value, step
+            ):  # neither steps if one cannot
                 for trainee in (policy, value):
                     trainee.optimizer.zero_grad(set_to_none=True)
                 ctx.tracker.say(f"ppo: {skips.skip(problem)}")
@@ -717,7 +742,7 @@ def publish_average(ctx: StageRun, roles: Roles, policy: Trainee, average: Avera
         roles.policy.cpu()  # before two more sets of what trains
     last = {name: tensor.clone() for name, tensor in policy.tensors().items()}
     policy.load(average.tensors)
-    model = publishable(roles.policy, roles.again["policy"])
+    model = publishable(roles.policy, roles.reload["policy"])
     if model is roles.policy and is_adapted(model):
         model = copy.deepcopy(model)  # saving ends the adapter
     save(ctx, model, roles.tokenizer, ctx.publish / "model_ema", "the average of PPO's policies", ANSWER)

@@ -20,6 +20,7 @@ from stages.objectives.masked import masked_mean
 from stages.objectives.rewards import final_scores, kl_per_token
 from stages.rollouts.rollout import Rollout
 from stages.rollouts.transformers import Sampled, sample_with_logprobs
+from stages.training.batching import in_micro_batches, share_groups
 
 
 def collect(
@@ -156,30 +157,3 @@ def shared_samples(
     return Sampled(list(responses), wide(logprobs), wide(entropy))
 
 
-def share_groups(lengths: Sequence[int], index: Sequence[int], n: int) -> list[int]:
-    """This process's share of `index`, by tokens; the samples of a prompt stay together as in `in_micro_batches`."""
-    groups = [index[i : i + n] for i in range(0, len(index), n)]
-    return [
-        i for group in parallel.rows_of_this_rank(groups, [sum(lengths[i] for i in g) for g in groups]) for i in group
-    ]
-
-
-def in_micro_batches(
-    lengths: Sequence[int], index: Sequence[int], n: int, size: int, tokens: int | None = None
-) -> list[list[int]]:
-    """`index` in parts of at most `size` episodes, like lengths together (little padding, even work), and the samples
-    of a prompt beside each other as long as `index` holds them in whole groups of n. tokens: a part has no more, but
-    for a group that has more by itself."""
-    index = list(index)
-    groups = [index[i : i + n] for i in range(0, len(index), n)]
-    long = lambda part: sum(lengths[i] for i in part)  # noqa: E731
-    groups.sort(key=long)
-    parts: list[list[int]] = [[]]
-    for group in groups:
-        if tokens is not None and parts[-1] and long(parts[-1]) + long(group) > tokens:
-            parts.append([])
-        for i in group:
-            if len(parts[-1]) == size:
-                parts.append([])
-            parts[-1].append(i)
-    return [part for part in parts if part]

@@ -1,18 +1,20 @@
-"""The README.md of a published model: what it is, what it was made of, and how it is used with transformers alone.
+"""Write the model card (README.md) of a published model: what it is, its origin, how to use it.
 
-The head of the file is the metadata that the Hub reads (huggingface_hub's ModelCardData). A stage takes over what the
-card of the model that it began with says of base model, licence and data sets.
+The head of the file is the metadata that the Hub reads (huggingface_hub's ModelCardData). A stage
+takes base model, licence and data sets over from the card of the model that it began with.
 """
 
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.sections import is_hub_id
-from pipeline.stage import StageRun
 from pipeline.store.files import is_inside
 from stages.settings.changed import changed, defaults_of
+from stages.shared.provenance import Provenance
 
 ANSWER = """\
 
@@ -27,12 +29,12 @@ answer = model.generate(**prompt, max_new_tokens=64)[0, prompt["input_ids"].shap
 print(tokenizer.decode(answer, skip_special_tokens=True))
 ```
 
-`generate` samples as in training: `generation_config.json` says at which temperature.
+`generate` samples as in training, at the temperature of `generation_config.json`.
 """
 SCORE = """\
 
-A score is the logit at the response's EOS, less `reward_bias` of `config.json` (by which demonstrations score 0 on
-average): transformers alone does not subtract it.
+A score is the logit at the response's EOS minus `reward_bias` of `config.json`, which makes demonstrations score 0 on
+average. transformers does not subtract it by itself.
 
 ```python
 import torch
@@ -49,28 +51,51 @@ print(score.item())
 """
 OWN_HEAD = """\
 
-The family has no sequence classification in transformers that serves: the class with the scalar head stands in
+transformers has no suitable sequence classification for this family: the class with the scalar head is in
 scalar_head.py, and transformers loads it with `trust_remote_code=True`.
 """
 ADAPTER = """\
 
 ## Adapter
 
-`adapter/` holds what was trained apart, for peft: `{auto}.from_pretrained("adapter"{more})`. Its base is
-`{base}`{where}.
+`adapter/` holds the trained weights by themselves, for peft: `{auto}.from_pretrained("adapter"{more})`. Its base model
+is `{base}`{where}.
 """
-RELATIVE = """: a path from the folder `adapter/`, right wherever the experiment's folder is moved as a whole.
-peft takes it from the working folder, so change into `adapter/` and load `"."`, or give the base yourself:
+RELATIVE = """: a path from the folder `adapter/`, valid as long as the experiment's folder is moved as a whole.
+peft resolves it from the working folder, so change into `adapter/` and load `"."`, or give the base yourself:
 `PeftModel.from_pretrained({kind}.from_pretrained(BASE{more}), "adapter")`"""
 INHERITED = ("base_model", "license", "license_name", "license_link", "datasets")
 
 
+@dataclass(frozen=True)
+class ModelCard:
+    """What the card of one model says, besides its provenance."""
+
+    what: str
+    """What the folder holds, as a noun phrase."""
+    use: str = ""
+    """Python that uses the model: ANSWER, SCORE, or "" for a value model."""
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    """What was measured; single numbers are listed."""
+    source: Path | None = None
+    """Folder of the model that the stage began with.
+
+    Licence, base model and data sets of its card hold here too. None: the stage began from scratch,
+    or with model.name_or_path."""
+    adapter: tuple[str, str | None] | None = None
+    """Base model of the adapter beside the weights (`adapter_base`); None: there is no adapter."""
+    own_head: bool = False
+    """Whether the class of its scalar head is a file of the folder (`families.is_own_head`)."""
+    is_scalar: bool | None = None
+    """Whether the model has a scalar head; None: whether its use is SCORE."""
+
+
 def use_of(text: str, own_head: bool) -> str:
-    """Return the lines by which a model is used.
+    """Return the lines that show how a model is used.
 
     Args:
         text: ANSWER, SCORE, or "" for a value model.
-        own_head: whether the class of its scalar head is a file of the folder, which those who load it must allow.
+        own_head: Whether the class of its scalar head is a file of the folder.
     """
     if not own_head:
         return text
@@ -80,57 +105,48 @@ def use_of(text: str, own_head: bool) -> str:
                                     "model = " + load + ", trust_remote_code=True)")  # fmt: skip
 
 
-def card(
-    ctx: StageRun,
-    what: str,
-    use: str = "",
-    *,
-    figures: dict[str, Any] | None = None,
-    source: Path | None = None,
-    adapter: tuple[str, str | None] | None = None,
-    own_head: bool = False,
-    is_scalar: bool | None = None,
-) -> str:
-    """Return the text of a model card, with no path of this machine in it.
+def card_text(provenance: Provenance, card: ModelCard) -> str:
+    """Return the text of a model card. It holds no path of this machine.
 
     Args:
-        ctx: the stage's context.
-        what: what the folder holds, as a noun phrase.
-        use: the lines of Python that the model is used by, ANSWER or SCORE.
-        figures: what was measured; those that are numbers are listed.
-        source: the folder of the model that the stage began with, whose card's licence, base model and data sets hold
-            here too; None: it began from scratch, or with the model of `model.name_or_path`.
-        adapter: (base, revision) of the adapter beside the weights, as `adapters.base_of` names it; None: there is
-            none.
-        own_head: whether the class of its scalar head is a file of the folder (`families.is_own_head`).
-        is_scalar: whether the model has a scalar head; None: whether its use is SCORE.
+        provenance: What the model was made of.
+        card: What the card says besides.
     """
-    manifests = upstream(ctx)
-    is_scalar = use == SCORE if is_scalar is None else is_scalar
-    metadata = metadata_of(ctx, source, manifests, "classification" if is_scalar else "generation")
+    manifests = upstream(provenance)
+    is_scalar = card.use == SCORE if card.is_scalar is None else card.is_scalar
+    metadata = metadata_of(provenance, card.source, manifests, "classification" if is_scalar else "generation")
+    experiment, stage = provenance.experiment, provenance.stage
     parts = [
-        f"---\n{metadata}---\n# {ctx.experiment.name} / {ctx.stage}\n",
-        f"This folder holds {what}, made by the stage `{ctx.stage}` of the experiment `{ctx.experiment.name}`. "
+        f"---\n{metadata}---\n# {experiment} / {stage}\n",
+        f"This folder holds {card.what}, made by the stage `{stage}` of the experiment `{experiment}`. "
         f"`manifest.json` beside it records settings, inputs and digests.\n",
-        use_of(use, own_head).lstrip("\n"),
-        adapter_lines(adapter, is_scalar).lstrip("\n"),
-        origin_lines(ctx, metadata, manifests),
-        table("Data", ("kind", "from", "rows", "read by"), data_rows(ctx, manifests)),
-        table("Settings that are not the defaults", ("setting", "value"), settings_of(ctx)),
-        table("Figures", ("figure", "value"), numbers(figures or {})),
+        use_of(card.use, card.own_head).lstrip("\n"),
+        adapter_lines(card.adapter, is_scalar).lstrip("\n"),
+        origin_lines(provenance, metadata, manifests),
+        table("Data", ("kind", "from", "rows", "read by"), data_rows(provenance, manifests)),
+        table("Settings that are not the defaults", ("setting", "value"), settings_of(provenance)),
+        table("Figures", ("figure", "value"), numbers(card.figures)),
     ]
     return "\n".join(part for part in parts if part)
 
 
 def adapter_lines(adapter: tuple[str, str | None] | None, is_scalar: bool) -> str:
-    """Say how the adapter is loaded; "" without one."""
+    """Return the lines on how the adapter is loaded; "" without one.
+
+    Args:
+        adapter: Its base model, as `ModelCard.adapter`.
+        is_scalar: Whether the model has a scalar head.
+    """
     if adapter is None:
         return ""
     base, revision = adapter
     task = "SequenceClassification" if is_scalar else "CausalLM"
-    more = ", num_labels=1" if task != "CausalLM" else ""
+    more = ", num_labels=1" if is_scalar else ""
     if not base:
-        return "\n## Adapter\n\n`adapter/` holds what was trained apart, on a model that lies outside the experiment.\n"
+        return (
+            "\n## Adapter\n\n`adapter/` holds the trained weights by themselves, on a base model outside the "
+            "experiment.\n"
+        )
     kind = f"AutoModelFor{task}"
     if base.startswith("."):
         where = RELATIVE.format(kind=kind, more=more)
@@ -139,21 +155,27 @@ def adapter_lines(adapter: tuple[str, str | None] | None, is_scalar: bool) -> st
     return ADAPTER.format(auto=f"AutoPeftModelFor{task}", base=base, more=more, where=where)
 
 
-# -- where it comes from ---------------------------------------------------------------------------------
+# -- origin --------------------------------------------------------------------------------------
 
 
-def upstream(ctx: StageRun) -> dict[str, dict[str, Any]]:
-    """Return the manifests of all stages that this one stands on, as far as they lie beside its inputs: {stage:
-    manifest}, the nearest first."""
+def upstream(provenance: Provenance) -> dict[str, dict[str, Any]]:
+    """Collect the manifests of all stages that led to this one, the nearest first.
+
+    Only stages are found whose artifacts lie beside the inputs, and have not been made again since.
+
+    Returns:
+        The manifests, by stage.
+    """
     from pipeline.errors import UserError
     from pipeline.store import files
 
-    found, waiting = {}, [(name, manifest, ctx.inputs[name]) for name, manifest in ctx.manifests.items()]
+    collected: dict[str, dict[str, Any]] = {}
+    waiting = [(name, manifest, provenance.inputs[name]) for name, manifest in provenance.manifests.items()]
     while waiting:
         name, manifest, folder = waiting.pop(0)
-        if name in found:
+        if name in collected:
             continue
-        found[name] = manifest
+        collected[name] = manifest
         for need, digest in manifest.get("inputs", {}).items():
             path = folder.parent / need / "manifest.json"
             if ":" in need or not is_inside(need) or not path.is_file():
@@ -164,23 +186,33 @@ def upstream(ctx: StageRun) -> dict[str, dict[str, Any]]:
                 continue
             if further.get("digest") == digest:
                 waiting.append((need, further, path.parent))
-    return found
+    return collected
 
 
-def metadata_of(ctx: StageRun, source: Path | None, manifests: dict[str, dict], task: str) -> str:
-    """Return the YAML at the head of the card. base_model, license and datasets stand there only if they are known."""
+def metadata_of(provenance: Provenance, source: Path | None, manifests: dict[str, dict], task: str) -> str:
+    """Return the YAML at the head of the card.
+
+    Args:
+        provenance: What the model was made of.
+        source: As `ModelCard.source`.
+        manifests: Manifests of the stages that led here.
+        task: "generation" or "classification".
+
+    Returns:
+        YAML; base_model, license and datasets are in it only if they are known.
+    """
     from huggingface_hub import ModelCardData
 
-    name = ctx.experiment.model.name_or_path
-    known = inherited(source / "README.md") if source is not None else given_card(name, ctx.model_revision)
+    name = provenance.model.name_or_path
+    known = inherited(source / "README.md") if source is not None else given_card(name, provenance.model_revision)
     if source is None:
-        known.pop("datasets", None)  # what the given model was trained on
+        known.pop("datasets", None)  # the base model was trained on them, not this one
         known["base_model"] = name if is_hub_id(name or "") else None
-    read = {row[1].split()[0].strip("`,") for row in data_rows(ctx, manifests)}
+    read = {row[1].split()[0].strip("`,") for row in data_rows(provenance, manifests)}
     known["datasets"] = sorted({*filter(is_hub_id, read), *(known.get("datasets") or ())})
     data = ModelCardData(
         library_name="transformers",
-        tags=["rlhf", ctx.stage],
+        tags=["rlhf", provenance.stage],
         pipeline_tag=f"text-{task}",
         **{key: value for key, value in known.items() if value},
     )
@@ -188,7 +220,12 @@ def metadata_of(ctx: StageRun, source: Path | None, manifests: dict[str, dict], 
 
 
 def given_card(name: str | None, revision: str | None) -> dict[str, Any]:
-    """What the card of `model.name_or_path` says, a folder's or a Hub repository's; {} where there is none."""
+    """Return the metadata of the card of `model.name_or_path`; {} where there is none.
+
+    Args:
+        name: A folder or a Hub id; None: the chain began from scratch.
+        revision: Commit of a Hub id.
+    """
     if name is None:
         return {}
     if not is_hub_id(name):
@@ -197,27 +234,33 @@ def given_card(name: str | None, revision: str | None) -> dict[str, Any]:
 
     try:
         return inherited(Path(hf_hub_download(name, "README.md", revision=revision)))
-    except Exception:  # no card, no network: nothing is known then
+    except Exception:  # no card or no network: then nothing is known
         return {}
 
 
 def inherited(path: Path) -> dict[str, Any]:
-    """What holds of a model that is made of the one with this card, by the card's metadata; {} without any."""
+    """Return the metadata of a card that also hold for models made from its model."""
     from huggingface_hub import ModelCard
 
     try:
         data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # no file, or one that a person has written as it pleased
+    except Exception:  # no file, or one with other metadata than the Hub's
         return {}
     return {key: data[key] for key in INHERITED if data.get(key)}
 
 
-def origin_lines(ctx: StageRun, metadata: str, manifests: dict[str, dict]) -> str:
-    """Say which model the chain began with, and under which licence it is."""
-    name, base = ctx.experiment.model.name_or_path, manifests.get("base", {})
+def origin_lines(provenance: Provenance, metadata: str, manifests: dict[str, dict]) -> str:
+    """Return a line on the model that the chain began with, and its licence.
+
+    Args:
+        provenance: What the model was made of.
+        metadata: YAML of this card.
+        manifests: Manifests of the stages that led here.
+    """
+    name, base = provenance.model.name_or_path, manifests.get("base", {})
     if name is None:
         return "The model was trained from scratch by the stage `base`.\n"
-    commit = ctx.model_revision or base.get("config", {}).get("model", {}).get("revision")
+    commit = provenance.model_revision or base.get("config", {}).get("model", {}).get("revision")
     what = f"`{name}`" if is_hub_id(name) or name.startswith("package:") else f"the folder `{Path(name).name}`"
     at = f" at the commit `{commit}`" if is_hub_id(name) and commit else ""
     licence = next((line.partition(": ")[2] for line in metadata.splitlines() if line.startswith("license: ")), None)
@@ -225,34 +268,54 @@ def origin_lines(ctx: StageRun, metadata: str, manifests: dict[str, dict]) -> st
     return f"The chain began with {what}{at}. {under}\n"
 
 
-# -- tables ----------------------------------------------------------------------------------------------
+# -- tables --------------------------------------------------------------------------------------
 
 
 def table(title: str, heads: tuple[str, ...], rows: list[tuple]) -> str:
-    """Return a section with a Markdown table; "" without rows."""
+    """Return a section with a Markdown table; "" without rows.
+
+    Args:
+        title: Heading of the section.
+        heads: Headings of the columns.
+        rows: Cells of each row.
+    """
     if not rows:
         return ""
     cells = [heads, ["---"] * len(heads), *rows]
-    plain = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in cells]
-    lines = [f"| {' | '.join(row)} |" for row in plain]
+    escaped = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in cells]
+    lines = [f"| {' | '.join(row)} |" for row in escaped]
     return f"## {title}\n\n" + "\n".join(lines) + "\n"
 
 
-def data_rows(ctx: StageRun, manifests: dict[str, dict]) -> list[tuple]:
-    """List the data of this stage and of those that it stands on: (kind, where from, rows, stages that read it)."""
-    read: dict[tuple, list[str]] = {}
-    records = {ctx.stage: ctx.data} | {name: m.get("config", {}).get("data", {}) for name, m in manifests.items()}
+def data_rows(provenance: Provenance, manifests: dict[str, dict]) -> list[tuple]:
+    """List the data of this stage and of the stages that led to it.
+
+    Args:
+        provenance: What the model was made of.
+        manifests: Manifests of the stages that led here.
+
+    Returns:
+        (kind, source, rows, stages that read it) of each.
+    """
+    readers: dict[tuple, list[str]] = {}
+    records = {provenance.stage: provenance.data} | {
+        name: m.get("config", {}).get("data", {}) for name, m in manifests.items()
+    }
     written = manifests.get("world", {}).get("metrics", {})
     for stage, data in records.items():
         for kind, fact in data.items():
             if isinstance(fact, dict):
-                row = (kind, place_of(fact), fact.get("rows") or written.get(kind) or "–")
-                read.setdefault(row, []).append(stage)
-    return sorted((*row, ", ".join(sorted(stages))) for row, stages in read.items())
+                row = (kind, source_of(fact), fact.get("rows") or written.get(kind) or "–")
+                readers.setdefault(row, []).append(stage)
+    return sorted((*row, ", ".join(sorted(stages))) for row, stages in readers.items())
 
 
-def place_of(fact: dict[str, Any]) -> str:
-    """Where data are from, as a manifest records it: a file's name without its folder."""
+def source_of(fact: dict[str, Any]) -> str:
+    """Return where data come from: a Hub id, or a file's name without its folder.
+
+    Args:
+        fact: What a manifest records of the data.
+    """
     path = str(fact.get("path"))
     if path == "world":
         return "the embedded world"
@@ -264,24 +327,24 @@ def place_of(fact: dict[str, Any]) -> str:
     return text + (f", {fact['limit']} of them" if fact.get("limit") else "")
 
 
-def settings_of(ctx: StageRun) -> list[tuple[str, str]]:
+def settings_of(provenance: Provenance) -> list[tuple[str, str]]:
     """List the settings of the stage and of its model that are not the defaults."""
-    sections = {ctx.stage: ctx.config, "model": ctx.experiment.model}
-    rows = {"seed": ctx.seed} if ctx.seed != 0 else {}
-    for name, section in sections.items():
-        rows |= changed(section.model_dump(mode="json"), defaults_of(type(section), name), name)
-    return [(key, f"`{shown(value)}`") for key, value in rows.items()]
+    settings: dict[str, Any] = {}
+    if provenance.seed != 0:
+        settings["seed"] = provenance.seed
+    for name, section in ((provenance.stage, provenance.section), ("model", provenance.model)):
+        settings |= changed(section.model_dump(mode="json"), defaults_of(type(section), name), name)
+    return [(key, f"`{shown(value)}`") for key, value in settings.items()]
 
 
 def shown(value: Any) -> str:
-    """A setting as YAML has it, without the folders of a path."""
+    """Return a setting's value as YAML writes it; of a path only the last part."""
     if not isinstance(value, str):
         return json.dumps(value)
     is_path = not is_hub_id(value) and (os.sep in value or value.startswith("~"))
     return Path(value).name if is_path else value
 
 
-def numbers(figures: dict[str, Any]) -> list[tuple[str, str]]:
+def numbers(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     """List the figures that are single numbers."""
-    plain = {key: value for key, value in figures.items() if type(value) in (int, float)}
-    return [(key, f"{value:.6g}") for key, value in plain.items()]
+    return [(key, f"{value:.6g}") for key, value in figures.items() if type(value) in (int, float)]

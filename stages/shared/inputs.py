@@ -1,121 +1,157 @@
-"""Small things that several stage files say in the same words."""
+"""Load the records of a stage and encode them within its length limits."""
 
 import dataclasses
 import json
+from collections.abc import Iterable
+from pathlib import Path
 
 from data import sources
+from data.groups import PromptGroup
+from data.length_limit import LengthReport
 from data.records import prompt_key
-from data.streams import derive_seed, grouped_by_length, held_out
+from data.streams import held_out
 from pipeline.errors import UserError
-from pipeline.stage import StageRun
+from pipeline.stage import Source
 
 
-def read(ctx: StageRun, kind: str) -> list:
-    """The records of a kind (documents, demonstrations, …) from where the config's `data:` section says."""
-    return sources.load(kind, **dataclasses.asdict(ctx.source(kind)))
+@dataclasses.dataclass(frozen=True)
+class LengthLimit:
+    """How long a row may be, and what happens to a longer one."""
+
+    max_length: int
+    """The most tokens of a row."""
+    on_too_long: str
+    """"error", "drop" or "truncate"."""
+    section: str
+    """The stage whose settings these are, for error lines."""
 
 
-def read_placed(ctx: StageRun, kind: str) -> tuple[list, list[str]]:
-    """As `read`, and the place of each record, for error lines."""
-    return sources.load_placed(kind, **dataclasses.asdict(ctx.source(kind)))
+def load_records(kind: str, source: Source) -> list:
+    """Load the records of a kind (documents, demonstrations, …).
+
+    Args:
+        kind: The kind of record.
+        source: Where they are, as `StageRun.source` gives it.
+    """
+    return sources.load(kind, **dataclasses.asdict(source))
 
 
-def split_documents(ctx: StageRun) -> tuple[list, list]:
-    """The documents (to train on, held out): the same ones for every stage of an experiment."""
-    documents = read(ctx, "documents")
-    parts = held_out([d.text for d in documents], ctx.experiment.data.validation_fraction)
-    return tuple([documents[i] for i in part] for part in parts)
+def load_placed_records(kind: str, source: Source) -> tuple[list, list[str]]:
+    """Load records as `load_records` does, with the location (file and line) of each."""
+    return sources.load_placed(kind, **dataclasses.asdict(source))
 
 
-def fit_prompts(ctx: StageRun, tokenizer, prompts, places: list[str]):
-    """Prompts that leave room for response_length: (which of them, their ids, LengthReport)."""
+def split_documents(source: Source, fraction: float) -> tuple[list, list]:
+    """Load the documents and split them, in the same way for every stage of an experiment.
+
+    Args:
+        source: Where the documents are.
+        fraction: The fraction to hold out (data.validation_fraction).
+
+    Returns:
+        The documents to train on and the held-out ones.
+    """
+    documents = load_records("documents", source)
+    train, held = held_out([d.text for d in documents], fraction)
+    return [documents[i] for i in train], [documents[i] for i in held]
+
+
+def fit_prompts(
+    tokenizer, prompts: Iterable, places: list[str], limit: LengthLimit, response_length: int
+) -> tuple[list[int], list[list[int]], LengthReport]:
+    """Encode prompts that leave room for a response.
+
+    Args:
+        tokenizer: The tokenizer with its chat template.
+        prompts: Prompts, each a string or a list of messages.
+        places: The location of each, for error lines.
+        limit: The limit of prompt and response together.
+        response_length: Tokens that a response may take.
+
+    Returns:
+        Indices of the prompts that fit, their token ids, and a report on those that do not.
+    """
     from data.encode import encode_prompts
     from data.length_limit import fit_lengths
 
-    c, ids = ctx.config, encode_prompts(tokenizer, prompts, places)
+    ids = encode_prompts(tokenizer, prompts, places)
     kept, ids, _, report = fit_lengths(
         ids,
         [[] for _ in ids],
-        max_length=c.max_length - c.response_length,
-        on_too_long="drop" if c.on_too_long == "truncate" else c.on_too_long,
+        max_length=limit.max_length - response_length,
+        # a prompt that is cut would be another prompt
+        on_too_long="drop" if limit.on_too_long == "truncate" else limit.on_too_long,
         what="prompt",
         names=places,
-        section=ctx.stage,
+        section=limit.section,
     )
     return kept, ids, report
 
 
-def load_groups(ctx: StageRun, tokenizer, split: str, *, max_length: int, on_too_long: str):
-    """rankings/SPLIT.jsonl → (PromptGroups with at least one usable pair, LengthReport).
+def load_groups(file: Path, tokenizer, limit: LengthLimit) -> tuple[list[PromptGroup], LengthReport]:
+    """Load rankings and encode each prompt with all its responses.
 
-    A response that was cut off has no EOS: its score is read at its last token, as PPO and evaluate read
-    that of a sample that met the length limit, and its log-probability is that of its own tokens.
+    A response that was cut off has no EOS: its score is read at its last token, as PPO and evaluate
+    do with a sample that reached the length limit. Its log-probability is that of its own tokens.
+
+    Args:
+        file: Rankings as JSONL.
+        tokenizer: The tokenizer with its chat template.
+        limit: The limit of prompt and response together.
+
+    Returns:
+        The groups with at least one usable pair, and a report on rows that were cut or dropped.
+
+    Raises:
+        UserError: No usable pair is left.
     """
     from data.encode import encode_prompts, encode_response
-    from data.groups import PromptGroup
     from data.length_limit import equal_pairs, fit_lengths
 
-    file = ctx.inputs["rankings"] / f"{split}.jsonl"
     rows, places = sources.load_placed("rankings", path=file)
     names = [f"{place} ({r.id})" for place, r in zip(places, rows, strict=True)]
     kept, prompts, responses, report = fit_lengths(
         encode_prompts(tokenizer, (r.prompt for r in rows), names),
         [[encode_response(tokenizer, *answer) for answer in r.answers] for r in rows],
-        max_length=max_length,
-        on_too_long=on_too_long,
+        max_length=limit.max_length,
+        on_too_long=limit.on_too_long,
         what="ranking",
         names=names,
-        section=ctx.stage,
+        section=limit.section,
     )
-    same: dict[tuple, list] = {}  # responses that several labelers ranked: one group, computed once
-    for i, p, rs in zip(kept, prompts, responses, strict=True):
-        report.equal += [names[i]] * equal_pairs(rows[i], rs)
-        same.setdefault((prompt_key(rows[i].prompt), rows[i].answers), []).append((p, rs, rows[i]))
+    # the same responses may have been ranked by several labelers: they are one group, computed once
+    by_answers: dict[tuple, list] = {}
+    for i, prompt_ids, response_ids in zip(kept, prompts, responses, strict=True):
+        report.equal += [names[i]] * equal_pairs(rows[i], response_ids)
+        key = (prompt_key(rows[i].prompt), rows[i].answers)
+        by_answers.setdefault(key, []).append((prompt_ids, response_ids, rows[i]))
     groups = []
-    for found in same.values():
-        (p, rs, first), rankings = found[0], [row for _, _, row in found]
-        names, margins = tuple(r.labeler for r in rankings), tuple(r.margin or 0.0 for r in rankings)
-        groups.append(PromptGroup(p, rs, first.ranks, first.id, tuple(r.ranks for r in rankings[1:]), names, margins))
-    groups = [g for g in groups if g.pairs()]
+    for members in by_answers.values():
+        prompt_ids, response_ids, first = members[0]
+        rankings = [row for _, _, row in members]
+        group = PromptGroup(
+            prompt_ids,
+            response_ids,
+            first.ranks,
+            first.id,
+            tuple(r.ranks for r in rankings[1:]),
+            tuple(r.labeler for r in rankings),
+            tuple(r.margin or 0.0 for r in rankings),
+        )
+        if group.pairs():
+            groups.append(group)
     if not groups:
-        what = "no usable pair (all ties, unjudged, dropped or equal within max_length)"
-        look = f"`rlhf data check {file} -c CONFIG` says more"
-        raise UserError([f"{file}: {what}; {look}"])
+        problem = "no usable pair (all ties, unjudged, dropped or equal within max_length)"
+        raise UserError([f"{file}: {problem}; `rlhf data check {file} -c CONFIG` says more"])
     return groups, report
 
 
-def group_order(ctx: StageRun, groups, steps: int, batch_size: int, member: int = 0) -> list[int]:
-    """Which groups each of `steps` batches holds, in order: shuffled, like lengths together within four batches.
-    member: which of several models; each has an order of its own."""
-    lengths = [g.tokens() for g in groups]
-    seed = derive_seed(ctx.seed, ctx.stage, *[member] * bool(member))
-    return grouped_by_length(lengths, batch_size, steps * batch_size, seed, window=4)
+def read_world(inputs: dict[str, Path]) -> dict | None:
+    """Return world.json of the embedded world; None where the experiment does not use it.
 
-
-def cut_by_tokens(ctx: StageRun, groups, packed: bool):
-    """(batch → its micro-batches, and the same for all of `groups`, which are many): within per_device_train_tokens or
-    per_device_train_batch_size prompts. Packed micro-batches are balanced, padded ones of like length."""
-    from stages.training.loop import balanced, sorted_chunks
-
-    c = ctx.config
-    limits = (c.per_device_train_batch_size, c.per_device_train_tokens)
-    if packed:
-        tokens = [g.tokens() for g in groups]
-        return lambda rows: balanced(rows, tokens, *limits), lambda rows: sorted_chunks(rows, tokens, sum, *limits)
-    widths = [len(g.prompt) + max(map(len, g.responses)) for g in groups]
-    most = max(len(g.responses) for g in groups)
-    padded = lambda rows: sorted_chunks(rows, widths, lambda part: len(part) * most * max(part), *limits)  # noqa: E731
-    return padded, padded
-
-
-def in_parts(ctx: StageRun, groups, packed: bool) -> tuple[list[list[int]], list[int]]:
-    """All of `groups` in micro-batches for a forward alone, and the tokens of each."""
-    parts = cut_by_tokens(ctx, groups, packed)[1](list(range(len(groups))))
-    return parts, [sum(groups[i].tokens() for i in rows) for rows in parts]
-
-
-def read_world(ctx: StageRun) -> dict | None:
-    """world.json of the embedded world; None where the experiment does not use it."""
-    if "world" not in ctx.inputs:
+    Args:
+        inputs: The artifact folders that the stage reads, by stage.
+    """
+    if "world" not in inputs:
         return None
-    return json.loads((ctx.inputs["world"] / "world.json").read_text(encoding="utf-8"))
+    return json.loads((inputs["world"] / "world.json").read_text(encoding="utf-8"))

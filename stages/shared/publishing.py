@@ -1,31 +1,82 @@
-"""How a stage publishes a model: its dtype and the base that its adapter names."""
+"""Publish a trained model: weights in the right dtype, the adapter beside them, a model card."""
 
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from pipeline.config.sections import is_hub_id
-from pipeline.stage import StageRun
+from stages.shared.cards import ModelCard, card_text
+from stages.shared.provenance import Provenance
 
 
-def publish_dtype(ctx: StageRun, source: Path) -> str | None:
-    """The dtype that a stage writes weights in, as model.publish_dtype asks, if it is not float32. source: the folder
-    of the model that the stage began with."""
+def publish_model(
+    provenance: Provenance,
+    model: nn.Module,
+    tokenizer: Any,
+    folder: Path,
+    card: ModelCard,
+    temperature: float | None = None,
+) -> None:
+    """Write a model to a folder that transformers loads; its adapter is merged, and kept beside it.
+
+    Args:
+        provenance: What the model was made of.
+        model: The model, whole.
+        tokenizer: Its tokenizer.
+        folder: The folder to write, inside `provenance.publish`.
+        card: What its card says. Its `source` is the model that the stage began with, and its
+            `adapter` the base that the adapter names.
+        temperature: The temperature that a policy was trained to be sampled at; None: no policy.
+    """
+    from stages.models.adapters import save_merged
+
+    save_merged(
+        model,
+        tokenizer,
+        folder,
+        card=card_text(provenance, card),
+        base=card.adapter or ("", None),
+        temperature=temperature,
+        dtype=publish_dtype(provenance, card.source),
+    )
+
+
+def publish_dtype(provenance: Provenance, source: Path) -> str | None:
+    """Return the dtype that a stage writes weights in (model.publish_dtype); None for float32.
+
+    Args:
+        provenance: What the model was made of.
+        source: The folder of the model that the stage began with.
+    """
     from stages.models.publish import dtype_of_folder
 
-    asked = ctx.experiment.model.publish_dtype
-    return dtype_of_folder(source) if asked == "as_given" else asked
+    dtype = provenance.model.publish_dtype
+    return dtype_of_folder(source) if dtype == "as_given" else dtype
 
 
-def adapter_base(ctx: StageRun, folder: Path, source: Path) -> tuple[str, str | None] | None:
-    """Name the base of the adapter in what is published as `folder`, the model in `source`; None where no adapter is
-    trained. Base's model goes by its name on the Hub where it is that one, row for row."""
+def adapter_base(provenance: Provenance, folder: Path, source: Path) -> tuple[str, str | None] | None:
+    """Name the base model of a published adapter.
+
+    The model of the stage `base` goes by its name on the Hub if it has the same rows of embeddings
+    as the one there.
+
+    Args:
+        provenance: What the model was made of.
+        folder: The folder that the adapter's model is published in.
+        source: The folder of the base model.
+
+    Returns:
+        A Hub id and its commit, or a path and None; None where no adapter is trained.
+    """
     from stages.models.adapters import base_of
 
-    peft = ctx.experiment.model.peft
+    peft = provenance.model.peft
     if peft is None or peft.method == "bitfit":
         return None
-    base, name = ctx.manifests.get("base"), ctx.experiment.model.name_or_path
-    if base is not None and source.parent == ctx.inputs["base"] and base["metrics"].get("same_rows_as_given"):
-        if name is not None and is_hub_id(name):
-            return name, base["config"]["model"].get("revision")
-    home = next(iter(ctx.inputs.values())).parent / ctx.stage  # where the folder will be
-    return base_of(source, home / folder.relative_to(ctx.publish))
+    base, name = provenance.manifests.get("base"), provenance.model.name_or_path
+    is_base = base is not None and source.parent == provenance.inputs["base"]
+    if is_base and base["metrics"].get("same_rows_as_given") and name is not None and is_hub_id(name):
+        return name, base["config"]["model"].get("revision")
+    artifact = next(iter(provenance.inputs.values())).parent / provenance.stage  # where the folder will be moved
+    return base_of(source, artifact / folder.relative_to(provenance.publish))

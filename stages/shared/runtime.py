@@ -1,15 +1,23 @@
-"""What a stage computes with: device, dtype, packing, sharding, and the context of its model."""
+"""Decide how a stage computes: device, dtype, packing, sharding; check its lengths."""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
 
 from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.stage import StageRun
 from stages.settings.checks import context_of, too_long_for
+
+if TYPE_CHECKING:  # a session is made with this module, and models load torch
+    from stages.models.adapters import AdapterSettings
+    from stages.training.session import Session
 
 
 @dataclass(frozen=True)
@@ -33,128 +41,190 @@ class Runtime:
     packed: bool = False
     """Whether the responses of a prompt share one row, in which the prompt is computed once."""
 
+    def load_options(self) -> dict[str, Any]:
+        """Return the keyword arguments that `load_policy` and `new_reward_model` take from here."""
+        return {"attn_implementation": self.attention, "trust_remote_code": self.trust_remote_code}
+
 
 def runtime_of(ctx: StageRun) -> Runtime:
-    """Return how this run computes. The accelerator, and whether rows are packed, are known later."""
+    """Return how this run computes; accelerator and packing are known later."""
     model = ctx.experiment.model
     return Runtime(
         device=device_of(ctx.experiment),
         dtype=dtype_of(ctx.experiment),
         attention=model.attn_implementation,
-        sharded=is_sharding(ctx),
+        sharded=is_sharding(ctx.experiment),
         gradient_checkpointing=model.gradient_checkpointing,
         trust_remote_code=ctx.trust_remote_code,
     )
 
 
-def device_of(experiment) -> str:
-    """ "cpu" or "cuda", as launch.device asks ("auto": a GPU if there is one)."""
+def with_accelerator(runtime: Runtime) -> Runtime:
+    """Return the runtime with an accelerator for its device and dtype."""
+    return replace(runtime, accelerator=make_accelerator(runtime.device, runtime.dtype))
+
+
+def make_accelerator(device: str, dtype: str) -> Any:
+    """Return accelerate's Accelerator: device, backward pass, autocast to `dtype`."""
+    from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin
+
+    # We accumulate sums divided by counts of the whole batch. Without this, a setting of the
+    # launcher in the environment would divide once more.
+    once = GradientAccumulationPlugin(num_steps=1)
+    mixed = "bf16" if dtype == "bfloat16" else "no"
+    return Accelerator(cpu=device == "cpu", mixed_precision=mixed, gradient_accumulation_plugin=once)
+
+
+def device_of(experiment: Any) -> str:
+    """Return "cpu" or "cuda", as launch.device asks ("auto": a GPU if there is one)."""
     import torch
 
-    asked = experiment.launch.device
-    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+    device = experiment.launch.device
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def dtype_of(experiment) -> str:
-    """ "float32" or "bfloat16", as model.dtype asks ("auto": bfloat16 where the hardware computes in it)."""
+def dtype_of(experiment: Any) -> str:
+    """Return "float32" or "bfloat16", as model.dtype asks.
+
+    "auto" gives bfloat16 where the hardware computes in it.
+    """
     import torch
 
-    asked = experiment.model.dtype
-    if asked != "auto":
-        return asked
+    dtype = experiment.model.dtype
+    if dtype != "auto":
+        return dtype
     if experiment.launch.device != "cpu" and torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     cpu = torch.cpu.get_capabilities()
     return "bfloat16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") or cpu.get("bf16") else "float32"
 
 
-def check_context(ctx: StageRun, folder: Path, *lengths: str) -> None:
-    """UserError if the stage's max_length, or another of its lengths that is named, is more than the model in `folder`
-    can read; a line if it is more than leaves shorter rows as they are."""
+def is_sharding(experiment: Any) -> bool:
+    """Return whether each of several processes holds a shard of what trains (fsdp2)."""
+    return parallel.rank_and_world_size()[1] > 1 and experiment.launch.strategy == "fsdp2"
+
+
+def check_context(session: Session, section: BaseModel, folder: Path, *lengths: str) -> None:
+    """Check that the stage's rows fit the context of a model.
+
+    Prints a line where long rows would change the results of shorter rows beside them.
+
+    Args:
+        session: The run.
+        section: The stage's settings, with max_length.
+        folder: The folder of the model.
+        lengths: Names of further settings that are lengths of rows.
+
+    Raises:
+        UserError: A length is more than the model's context.
+    """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if lines := too_long_for(context_of(config), ctx.config, ctx.stage, *lengths):
+    stage = session.stage
+    if lines := too_long_for(context_of(config), section, stage, *lengths):
         raise UserError(lines)
-    bound, longest = bound_of_short_rows(config), ctx.config.max_length  # others' rows are all as long
+    bound, longest = bound_of_short_rows(config), section.max_length  # rows of the other lengths are all equally long
     if bound is not None and longest > bound:
-        ctx.tracker.say(
-            f"{ctx.stage}: a row of more than {bound} tokens changes the numbers of shorter rows beside it (longrope "
-            f"positions), and {ctx.stage}.max_length is {longest}; set {ctx.stage}.max_length: {bound}"
+        session.say(
+            f"a row of more than {bound} tokens changes the results of shorter rows beside it (longrope "
+            f"positions), and {stage}.max_length is {longest}; set {stage}.max_length: {bound}"
         )
 
 
 def bound_of_short_rows(config: dict) -> int | None:
-    """Return the longest row, in tokens, of a batch in which each row's numbers are its own; None where that is any.
+    """Return the longest row, in tokens, that leaves the results of other rows of its batch alone.
 
     longrope takes other frequencies for a whole batch once one of its rows is longer than
-    original_max_position_embeddings. ("dynamic" does so beyond the context, which no row may be.)
+    original_max_position_embeddings. ("dynamic" does so beyond the context, which no row exceeds.)
 
     Args:
-        config: A model's config.json; of one with a language model inside, that part's settings count.
+        config: A model's config.json; if it has a language model inside, that part counts.
+
+    Returns:
+        The bound; None where rows never influence each other.
     """
-    found = []
-    for part in (config, config.get("text_config") or {}):
-        ropes = [rope for name in ("rope_parameters", "rope_scaling") if isinstance(rope := part.get(name), dict)]
-        ropes += [rope for kinds in ropes for rope in kinds.values() if isinstance(rope, dict)]  # of kinds of layers
+    bounds = []
+    for section in (config, config.get("text_config") or {}):
+        ropes = [rope for name in ("rope_parameters", "rope_scaling") if isinstance(rope := section.get(name), dict)]
+        for by_layer_kind in list(ropes):  # some families have one rope for each kind of layer
+            ropes += [rope for rope in by_layer_kind.values() if isinstance(rope, dict)]
         for rope in ropes:
             if rope.get("rope_type", rope.get("type")) in ("longrope", "su"):
-                length = rope.get("original_max_position_embeddings", part.get("original_max_position_embeddings"))
-                found += [length] * isinstance(length, int)
-    return min(found, default=None)
+                length = rope.get("original_max_position_embeddings", section.get("original_max_position_embeddings"))
+                if isinstance(length, int):
+                    bounds.append(length)
+    return min(bounds, default=None)
 
 
-def is_sharding(ctx: StageRun) -> bool:
-    """Whether each of several processes holds a part of what trains (launch.strategy: fsdp2)."""
-    return parallel.rank_and_world_size()[1] > 1 and ctx.experiment.launch.strategy == "fsdp2"
+def place_model(make: Callable[[], Any], runtime: Runtime, max_length: int) -> Any:
+    """Make a model that trains and move it to its device; with fsdp2, this rank's shard of it.
 
-
-def place(ctx: StageRun, make: Callable, accelerator):
-    """make(), a model that trains, on its device; or this process's part of it."""
+    Args:
+        make: Returns the model, on the CPU.
+        runtime: How the stage computes, with its accelerator.
+        max_length: The longest row, in tokens.
+    """
     from stages.models.roles import settled
 
-    model = settled(make, accelerator, ctx.config.max_length, is_sharding(ctx))
-    if ctx.experiment.model.gradient_checkpointing:
+    model = settled(make, runtime.accelerator, max_length, runtime.sharded)
+    if runtime.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model
 
 
-def note_default_rate(ctx: StageRun, *keys: str) -> None:
-    """Say so where adapters train and a learning rate is the default, which suits the training of every weight. keys:
-    of the stage's learning rates; by default learning_rate."""
-    if ctx.experiment.model.peft is None:
-        return
+def note_default_rate(session: Session, section: BaseModel, *keys: str) -> None:
+    """Print a line where adapters train at a default rate, which suits the training of all weights.
+
+    To be called only where adapters train.
+
+    Args:
+        session: The run.
+        section: The stage's settings.
+        keys: Names of its learning rates; without any, learning_rate.
+    """
     for key in keys or ("learning_rate",):
-        if key not in ctx.config.model_fields_set:
-            rate = getattr(ctx.config, key)
-            ctx.tracker.say(
-                f"{ctx.stage}: {key} is the default {rate:g}, which suits the training of every weight; for adapters "
-                f"about ten times as much is usual: {ctx.stage}.{key}={10 * rate:g}"
+        if key not in section.model_fields_set:
+            rate = getattr(section, key)
+            session.say(
+                f"{key} is the default {rate:g}, which suits the training of every weight; for adapters "
+                f"about ten times as much is usual: {session.stage}.{key}={10 * rate:g}"
             )
 
 
-def adapter_settings(model_section) -> dict | None:
-    """The `model.peft` section as keyword arguments; None where every weight trains."""
+def adapter_settings(model_section: Any) -> AdapterSettings:
+    """Return the section `model.peft` as plain values; their method is None if every weight trains."""
+    from stages.models.adapters import AdapterSettings
+
     peft = model_section.peft
-    return (
-        None
-        if peft is None
-        else {
-            "method": peft.method,
-            "r": peft.r,
-            "lora_alpha": peft.lora_alpha,
-            "lora_dropout": peft.lora_dropout,
-            "target_modules": peft.target_modules,
-            "init_r": peft.init_r,
-            "bits": (peft.bits or 4) if peft.method == "qlora" else None,
-        }
+    if peft is None:
+        return AdapterSettings()
+    return AdapterSettings(
+        method=peft.method,
+        r=peft.r,
+        lora_alpha=peft.lora_alpha,
+        lora_dropout=peft.lora_dropout,
+        target_modules=peft.target_modules,
+        init_r=peft.init_r,
+        bits=(peft.bits or 4) if peft.method == "qlora" else None,
     )
 
 
-def packing(ctx: StageRun, *models) -> bool:
-    """Whether rows go through `models` packed, with each prompt computed once; a line says so where they cannot."""
+def can_pack_rows(session: Session, models: list, max_length: int) -> bool:
+    """Return whether all models can read packed rows, in which each prompt is computed once.
+
+    Prints a line where they cannot.
+
+    Args:
+        session: The run.
+        models: The models, on their device. All are tried, so that each knows how it is read.
+        max_length: The longest row, in tokens.
+    """
     from stages.models.packing import can_pack
 
-    packs = all([can_pack(model, ctx.config.max_length) for model in models])
+    packs = all([can_pack(model, max_length) for model in models])
     if not packs:
         problem = "this model, or its attention kernel, cannot read packed rows"
-        ctx.tracker.say(f"{ctx.stage}: {problem}; each response gets a padded row of its own")
+        session.say(f"{problem}; each response gets a padded row of its own")
     return packs

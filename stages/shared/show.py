@@ -1,21 +1,44 @@
-"""What a stage shows of its models: parameter counts, sample generations, rows that differ from the chat template."""
+"""Show a model to people: its size, its responses, rows that differ from its chat template."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from data.agreement import Answered, compare, remedy
 from data.streams import derive_seed
 from pipeline.launch import parallel
-from pipeline.stage import StageRun
 from stages.settings.checks import context_of
+from stages.training.session import Session
 
 
-def count(model) -> str:
-    """Parameters of a model, for people: 1.1M."""
+def parameter_count(model: nn.Module) -> str:
+    """Return the number of a model's parameters for people, in millions: 1.1M."""
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M"
 
 
-def show_samples(model, tokenizer, prompts, *, seed: int, response_length: int, score=None) -> list[dict]:
-    """Rows {prompt, response, score?} for samples.jsonl: one generation a prompt, the same seeds every time;
-    none where response_length is 0.
+def show_samples(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence,
+    *,
+    seed: int,
+    response_length: int,
+    score: Callable[[Sequence, Sequence], Sequence[float]] | None = None,
+) -> list[dict]:
+    """Sample one response to each prompt, with the same seeds at every call.
 
-    score: response_texts' ids → numbers, called with (prompt_ids, response_ids).
+    Args:
+        model: The policy.
+        tokenizer: Its tokenizer, with the chat template.
+        prompts: Prompts, each a string or a list of messages; those without room for a response are
+            left out.
+        seed: The experiment's seed.
+        response_length: The most tokens of a response; 0: no samples.
+        score: Prompts and responses, as token ids → their scores.
+
+    Returns:
+        Rows {prompt, response, score?} for samples.jsonl.
     """
     if response_length == 0:
         return []
@@ -24,10 +47,11 @@ def show_samples(model, tokenizer, prompts, *, seed: int, response_length: int, 
     from stages.rollouts.transformers import sample
 
     context = context_of(model.config.to_dict()) or 10**9
-    room = [(p, ids) for p in prompts if len(ids := encode_prompt(tokenizer, p)) + response_length <= context]
-    if not room:
+    encoded = [(p, encode_prompt(tokenizer, p)) for p in prompts]
+    fitting = [(p, ids) for p, ids in encoded if len(ids) + response_length <= context]
+    if not fitting:
         return []
-    prompts, ids = zip(*room, strict=True)
+    prompts, ids = zip(*fitting, strict=True)
     with whole(model) as reader:
         responses = sample(
             reader,
@@ -47,19 +71,17 @@ def show_samples(model, tokenizer, prompts, *, seed: int, response_length: int, 
     return rows
 
 
-def say_off_template(ctx: StageRun, tokenizer, rows: list[tuple], names: list[str], what: str) -> None:
-    """Say how many of the stage's rows are not what the chat template writes; nothing where all are.
+def say_off_template(session: Session, tokenizer: Any, rows: Sequence[Answered], names: list[str], what: str) -> None:
+    """Print how many rows are not as the chat template writes them; nothing where all are.
 
     Args:
-        ctx: The stage's run.
+        session: The run.
         tokenizer: The tokenizer with its chat template.
-        rows: (prompt, answer) of each.
-        names: The place of each.
-        what: What they are, in the plural.
+        rows: Prompt and answer of each row.
+        names: The location of each row, for the line.
+        what: What the rows are, in the plural.
     """
-    from data.agreement import Answered, compare, remedy
-
     if parallel.is_rank_zero():
-        found = compare(tokenizer, [Answered(*row) for row in rows], names)
-        if found.differ:
-            ctx.tracker.say(f"{ctx.stage}: {found.text(what)}; {remedy(tokenizer)}")
+        comparison = compare(tokenizer, rows, names)
+        if comparison.differ:
+            session.say(f"{comparison.text(what)}; {remedy(tokenizer)}")

@@ -23,7 +23,7 @@ from data.groups import Rows, make_rows
 from pipeline.config.section import Section
 from pipeline.config.sections import local_folder
 from pipeline.errors import UserError
-from stages.models.adapters import is_adapted, plain, share_frozen, trainable, with_adapter
+from stages.models.adapters import AdapterSettings, is_adapted, plain, share_frozen, trainable, with_adapter
 from stages.models.ensemble_folder import others_of
 from stages.models.families import has_family_class, name_trunk, scalar_class, weightless_causal
 from stages.models.head import CHUNK, head_logprobs
@@ -35,12 +35,12 @@ from stages.models.remote_code import SCALAR, forget, is_remote, read
 from stages.models.roles import most_tokens
 from stages.models.sharding import layers_of
 from stages.objectives.logprobs import token_logprobs
-from stages.rollouts.collect import in_micro_batches
 from stages.settings.policies import reward_models
 from stages.settings.training import batch_of_each
 from stages.shared.runtime import adapter_settings, dtype_of
-from stages.training.loop import make_trainee
+from stages.training.batching import in_micro_batches
 from stages.training.text import SMALL_VOCABULARY
+from stages.training.trainee import make_trainee
 
 WIDTH = {"float32": 4, "bfloat16": 2}
 Lengths = list[tuple[int, list[int]]]  # of each prompt, and of its responses
@@ -109,7 +109,7 @@ def of_experiment(experiment, device: str, trust_remote_code: bool = False) -> I
     m, dtype, ranks = experiment.model, dtype_for(experiment, device), processes(experiment)
     parts = sharers(experiment)
     config = model_config(m, trust_remote_code)
-    adapter = adapter_settings(m) or {"method": None}
+    adapter = adapter_settings(m)
     take = lambda steps, adapter=adapter: take_step(  # noqa: E731
         config, steps, adapter, dtype, device, m.gradient_checkpointing, m.attn_implementation, parts
     )
@@ -118,7 +118,7 @@ def of_experiment(experiment, device: str, trust_remote_code: bool = False) -> I
         c = getattr(experiment, stage)
         rows, times = batch_of_each(c.per_device_train_batch_size, c.gradient_accumulation_steps, ranks)
         step = Step("policy", head, rows=rows, width=c.max_length + 1, times=min(2, times))
-        sizes = take([step], {"method": None} if stage == "base" else adapter)
+        sizes = take([step], AdapterSettings() if stage == "base" else adapter)
         trains = sizes.trains["policy"]
         kept = trains * (c.keep == "best") // parts
         if stage == "sft" and c.ppo_init is not None:
@@ -192,7 +192,14 @@ def need(stage: str, sizes: Sizes, kept: int) -> Need:
 
 
 def take_step(
-    config, steps: list[Step], adapter: dict, dtype: str, device: str, checkpointing=False, attention="sdpa", parts=1
+    config,
+    steps: list[Step],
+    adapter: AdapterSettings,
+    dtype: str,
+    device: str,
+    checkpointing=False,
+    attention="sdpa",
+    parts=1,
 ) -> Sizes:
     """One optimizer step of the models that `steps` name, their micro-batches one after another, on fake tensors.
     parts: processes that share each weight (fsdp2): a layer's gradients go as soon as they are there, others after the
@@ -273,7 +280,7 @@ def experts_by_shape() -> Iterator[None]:
             moe._can_use_grouped_mm = kept
 
 
-def make(config, name: str, adapter: dict, checkpointing: bool, attention: str, packed: bool) -> nn.Module:
+def make(config, name: str, adapter: AdapterSettings, checkpointing: bool, attention: str, packed: bool) -> nn.Module:
     """One of PPO's models, trained by `adapter`, without memory."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.initialization import no_init_weights
@@ -296,7 +303,7 @@ def make(config, name: str, adapter: dict, checkpointing: bool, attention: str, 
             register(model)
         if checkpointing:
             model.activation_checkpointing_enable()
-        model = with_adapter(model, **adapter, scalar=scalar)
+        model = with_adapter(model, adapter, scalar=scalar)
     return model.train()
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """A learning rate over a training: a linear warm-up, then a shape; a pure function of the step."""
+    """A learning rate as a pure function of the step: a linear warm-up, then a shape."""
 
     peak: float
     """The highest rate, reached at the end of the warm-up."""
@@ -27,10 +27,16 @@ class Schedule:
 def learning_rate_at(
     step: int, total: int, peak: float, schedule: str, warmup_steps: int, warmup_from: float = 0.0
 ) -> float:
-    """The rate of step 1 … total: a linear warm-up, then the schedule; a pure function of step.
+    """Return the rate of a step, of 1 … total: a linear warm-up, then the schedule.
 
-    The warm-up goes from 0 (not itself a step) to the peak; with warmup_from > 0 step 1 has warmup_from·peak.
-    constant; linear to 0; cosine to 0; cosine_with_min_lr to a tenth of the peak (InstructGPT).
+    Args:
+        step: The step, from 1.
+        total: Steps of the training.
+        peak: The highest rate.
+        schedule: constant; linear, to 0; cosine, to 0; cosine_with_min_lr, to a tenth of the peak
+            (InstructGPT).
+        warmup_steps: Steps of the warm-up; it starts at 0, before step 1.
+        warmup_from: If above 0, step 1 has this fraction of the peak.
     """
     if step <= warmup_steps:
         done = (step - 1 if warmup_from else step) / warmup_steps

@@ -1,6 +1,7 @@
 """Connect a training loop to its run: checkpoints, the tracker and the request to stop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pipeline.errors import Interrupted
@@ -28,7 +29,7 @@ class Session:
     collective: bool
     """Whether every rank takes part in a save because each holds a shard of the weights (fsdp2).
 
-    All ranks then save, and stop, between the same two steps; a forward pass cannot be cut short."""
+    All ranks then save, and stop, between the same two steps; no forward pass can be cut short."""
 
     def say(self, line: str) -> None:
         """Print a line that starts with the stage's name."""
@@ -61,24 +62,67 @@ class Session:
             save()
             raise Interrupted(step, total)
 
+    def leave_if_requested(self, step: int, total: int) -> None:
+        """Leave with Interrupted, without saving, if a signal has asked this rank to stop.
+
+        For work before the first step, or whose results are kept elsewhere.
+
+        Args:
+            step: Steps taken so far.
+            total: Steps of the whole run.
+        """
+        if self.stop.requested:
+            raise Interrupted(step, total)
+
     def interrupt(self, step: int, total: int, save: Callable[[], None]) -> Callable[[], None]:
         """Return a function to call between two forward passes of a long evaluation or rollout.
 
-        It saves and leaves as `stop_if_requested` does. Where every rank takes part in a save it does
-        nothing: the ranks are not at the same forward pass, so they wait for the end of the step.
+        It saves and leaves as `stop_if_requested` does. Where every rank takes part in a save, it
+        does nothing: the ranks are not at the same forward pass, so they finish the step first.
         """
         if self.collective:
             return lambda: None
         return lambda: self.stop_if_requested(step, total, save)
 
 
-def session_of(ctx: StageRun) -> Session:
-    """Return the session of a stage's run."""
+@dataclass
+class PendingEvaluation:
+    """Remember a held-out evaluation that a signal cut short, for the resumed run to make up for.
+
+    Every checkpoint that is saved while an evaluation runs says that it is owed.
+    """
+
+    owed: bool = False
+    """Whether an evaluation of the present weights was begun and not finished."""
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Owe an evaluation until the block ends; an exception leaves it owed."""
+        self.owed = True
+        yield
+        self.owed = False
+
+    def state(self) -> dict[str, bool]:
+        """Return what a checkpoint records."""
+        return {"owes_look": self.owed}
+
+    def restore(self, state: dict) -> None:
+        """Continue as a checkpoint's JSON says; {} where there is no checkpoint."""
+        self.owed = state.get("owes_look", False)
+
+
+def session_of(ctx: StageRun, trains: bool = True) -> Session:
+    """Return the session of a stage's run.
+
+    Args:
+        ctx: The run.
+        trains: Whether the stage trains; rankings and evaluate do not, and never shard weights.
+    """
     return Session(
         stage=ctx.stage,
         seed=ctx.seed,
         checkpoints=ctx.checkpoints,
         tracker=ctx.tracker,
         stop=ctx.stop,
-        collective=is_sharding(ctx),
+        collective=trains and is_sharding(ctx.experiment),
     )

@@ -1,116 +1,209 @@
-"""Training on text with trl's SFTTrainer, for base and sft: ready rows in, a trained model and its figures out.
+"""Train a language model on rows of token ids with trl's SFTTrainer, for base and sft.
 
-What transformers writes is staged, hashed and published by our checkpoint store; a signal ends in Interrupted.
+transformers writes its checkpoints to a scratch folder; our store hashes and adopts them. The order
+of rows, the learning rate and the held-out loss are ours, so that a run resumes bit for bit.
 """
 
 import contextlib
-import math
 import shutil
-import time
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from data.streams import Stream, derive_seed, grouped_by_length
 from pipeline.errors import Interrupted, UserError
 from pipeline.launch import parallel
-from pipeline.stage import StageRun
-from stages.models.adalora import adamw_for, triplets_of
-from stages.models.adapters import is_adapted, plain, trainable, trains_token_rows
+from pipeline.store.checkpoints import Checkpoint
+from stages.models.adalora import adamw_for
+from stages.models.adapters import is_adapted, plain, trains_token_rows
 from stages.models.families import has_routers, routing_kept
 from stages.models.precision import cast_frozen
-from stages.models.sharding import full, is_sharded, made_by_first, publishable, shard
+from stages.models.sharding import is_sharded, made_by_first, publishable
 from stages.objectives.losses import language_model_loss
 from stages.settings.training import batch_of_each
-from stages.shared.disk import say_written
-from stages.shared.runtime import is_sharding
-from stages.training.loop import (
-    Best,
-    Trainee,
-    asked_to_stop,
-    gradient_norm,
-    is_due,
-    keeping_settings,
-    micro_batches,
-    optimizer_parts,
-    perplexity_of,
-    refuse_shorter,
-    stop_training,
+from stages.shared.runtime import Runtime
+from stages.training.batching import micro_batches
+from stages.training.checkpoint import check_steps_left
+from stages.training.loop import WHOLE_STAGE, Phase
+from stages.training.schedule import Schedule
+from stages.training.selection import Selection
+from stages.training.session import PendingEvaluation, Session
+from stages.training.text_hooks import EvaluationCutShort, NoStepLeft, TextHooks, perplexity_of, weights_of
+from stages.training.text_trainers import (
+    no_routers,
+    saving_on_rank_zero,
+    with_current_settings,
+    with_plain_loss,
+    with_sharding,
 )
-from stages.training.schedule import learning_rate_at
 
 SMALL_VOCABULARY = 8192
 
 
-def train_language_model(
-    ctx: StageRun,
-    make: Callable,
-    tokenizer,
-    train_rows: list[dict],
-    held_out_rows: list[dict],
-    *,
-    learning_rate: float,
-    lr_scheduler_type: str,
-    warmup_steps: int,
-    steps: int,
-    per_device_train_batch_size: int,
-    gradient_accumulation_steps: int,
-    max_grad_norm: float,
-    weight_decay: float,
-    adam_beta2: float,
-    keep: str,
-    patience: int | None,
-    eval_steps: int,
-    device: str,
-    dtype: str,
-    gradient_checkpointing: bool,
-    group_by_length: bool,
-    router_aux_loss_coef: float | None = None,
-    samples: Callable[[object], list[dict]] | None = None,
-    first: int = 0,
-    total: int | None = None,
-    carried: tuple[dict, dict] = ({}, {}),
-    published: int = 1,
-):
-    """make() → a model, always the same one, with its adapter. Rows are {input_ids, labels}, labels −100 where no loss
-    is. → (the trained model on the CPU; in other processes than the first one without weights, if they hold parts),
-    {loss, perplexity, steps …}.
+@dataclass(frozen=True)
+class TextTask:
+    """What a language model is trained on, and how its batches are made.
 
-    A stage may train twice: then `first` steps were taken before this training, `total` are taken in all, each
-    checkpoint also holds the tensors and the state that are `carried` on from before, and `published` models come of
-    it. router_aux_loss_coef: weight of the term that balances the experts of a mixture; None: the loss is the
-    cross-entropy alone.
+    A row is {input_ids, labels}; a label is −100 where there is no loss.
     """
-    from datasets import Dataset
-    from transformers import PrinterCallback, ProgressCallback
+
+    train_rows: list[dict]
+    """Rows to train on."""
+    held_out_rows: list[dict]
+    """Rows of the held-out evaluation."""
+    rows_per_device: int
+    """Rows of a micro-batch, for one process."""
+    accumulation_steps: int
+    """Micro-batches of an optimizer step, for one process."""
+    group_by_length: bool
+    """Whether rows of like length are put into one batch."""
+    samples: Callable[[nn.Module], list[dict]] | None = None
+    """Return rows for samples.jsonl, after each evaluation; None: no samples."""
+    announce: Callable[[nn.Module], None] | None = None
+    """Called with the model before the stage's first step."""
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of an optimizer step, on all ranks together."""
+        return self.rows_per_device * self.accumulation_steps
+
+    def order(self, steps: int, seed: int) -> list[int]:
+        """Return the indices of the rows of all batches.
+
+        The order is fixed before training: transformers' samplers draw from the global generator,
+        whose state at the start of an epoch is another one after a resume.
+        """
+        if self.group_by_length:
+            lengths = [len(row["input_ids"]) for row in self.train_rows]
+            return grouped_by_length(lengths, self.batch_size, steps * self.batch_size, seed)
+        return Stream(len(self.train_rows), seed).take(steps * self.batch_size)
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """Settings of the optimizer and of the loss, besides the learning rate."""
+
+    max_grad_norm: float
+    """The gradient is clipped to this norm."""
+    weight_decay: float
+    """AdamW's decoupled weight decay."""
+    adam_beta2: float
+    """AdamW's second β."""
+    router_aux_loss_coef: float | None = None
+    """Weight of the load-balancing loss of a mixture of experts; None: the cross-entropy only."""
+
+
+def train_language_model(
+    session: Session,
+    runtime: Runtime,
+    make: Callable[[], nn.Module],
+    tokenizer: Any,
+    task: TextTask,
+    optimization: Optimization,
+    schedule: Schedule,
+    selection: Selection,
+    phase: Phase = WHOLE_STAGE,
+) -> tuple[nn.Module, dict]:
+    """Train a model on rows of text; resume from the newest checkpoint.
+
+    Args:
+        session: The run.
+        runtime: How the stage computes.
+        make: Returns the model with its adapter, the same one at every call.
+        tokenizer: The tokenizer.
+        task: Rows and batches.
+        optimization: Settings of the optimizer.
+        schedule: The learning rate; its total is this training's number of steps.
+        selection: How evaluations choose the published weights and end the training.
+        phase: Where the training stands in its stage.
+
+    Returns:
+        The trained model on the CPU, and its figures {loss, perplexity, best_step, steps}. Where
+        weights are sharded, only rank 0 gets a model with weights.
+    """
     from transformers.utils import logging as transformers_logging
-    from trl import SFTConfig, SFTTrainer
 
     transformers_logging.set_verbosity_error()
-    rank, processes = parallel.rank_and_world_size()
-    # others write nothing there; but transformers lists it in the end, when the first one may be removing its own
-    scratch = Path(ctx.checkpoints.folder) / (f".tmp-trainer-{rank}" if rank else ".tmp-trainer")
+    rank, _ = parallel.rank_and_world_size()
+    # Other ranks write nothing, but transformers lists the folder at the end, when rank 0 may be
+    # removing its own: so each has one.
+    scratch = Path(session.checkpoints.folder) / (f".tmp-trainer-{rank}" if rank else ".tmp-trainer")
     if parallel.is_rank_zero():
         shutil.rmtree(scratch, ignore_errors=True)
-    every = ctx.checkpoints.every
-    rows, accumulated = batch_of_each(per_device_train_batch_size, gradient_accumulation_steps, processes)
-    args = SFTConfig(
+    steps, order = schedule.total, task.order(schedule.total, derive_seed(session.seed, session.stage))
+    arguments = trainer_arguments(session, runtime, task, optimization, steps, scratch)
+    model = made_by_first(make) if runtime.sharded else make()
+    trainer = make_trainer(
+        model, arguments, tokenizer, [task.train_rows[i] for i in order], runtime.sharded, optimization
+    )
+    hooks = make_hooks(session, trainer, task, order, schedule, selection, phase)
+    trainer.add_callback(hooks.callback())
+    checkpoint = newest_checkpoint(session, phase, steps)
+    if checkpoint is not None:
+        hooks.best.restore(checkpoint)
+        hooks.pending.restore(checkpoint.state)
+    if is_adapted(trainer.model) and runtime.dtype == "bfloat16":
+        cast_frozen(trainer.model, torch.bfloat16)
+    if task.announce is not None and phase.first == 0:
+        task.announce(trainer.model)
+    written = None if checkpoint is None else checkpoint.path / "trainer"
+    if runtime.sharded:
+        trainer.shard_model(written)
+    with session.tracker.progress(
+        hooks.total, session.stage, checkpoint.step if checkpoint else phase.first
+    ) as progress:
+        hooks.progress = progress
+        with contextlib.suppress(NoStepLeft):
+            trainer.train(resume_from_checkpoint=None if written is None else str(written))
+    if parallel.is_rank_zero():
+        shutil.rmtree(scratch, ignore_errors=True)
+    step = trainer.state.global_step
+    if step < steps and not hooks.best.exhausted and session.stop_is_requested():
+        raise Interrupted(phase.first + step, hooks.total)
+    if selection.keep == "best" and hooks.best.step != step:
+        weights_of(trainer.model).load(hooks.best.tensors)
+    loss = hooks.held_out_loss(trainer.model, lambda: False)
+    model = publishable(trainer.accelerator.unwrap_model(trainer.model), make).eval()
+    plain(model).config.use_cache = False
+    return model, {"loss": loss, "perplexity": perplexity_of(loss), "best_step": hooks.best.step, "steps": step}
+
+
+def trainer_arguments(
+    session: Session, runtime: Runtime, task: TextTask, optimization: Optimization, steps: int, scratch: Path
+) -> Any:
+    """Return the arguments of trl's SFTTrainer.
+
+    Args:
+        session: The run; its checkpoints say how often to save.
+        runtime: How the stage computes.
+        task: Rows and batches.
+        optimization: Settings of the optimizer.
+        steps: Optimizer steps of this training.
+        scratch: Folder that transformers writes to.
+    """
+    from trl import SFTConfig
+
+    every = session.checkpoints.every
+    _, processes = parallel.rank_and_world_size()
+    rows, accumulation_steps = batch_of_each(task.rows_per_device, task.accumulation_steps, processes)
+    arguments = SFTConfig(
         output_dir=str(scratch),
         max_steps=steps,
-        learning_rate=learning_rate,
-        lr_scheduler_type="constant",  # _Keeper sets each step's rate
-        adam_beta2=adam_beta2,
-        weight_decay=weight_decay,
+        lr_scheduler_type="constant",  # TextHooks sets the rate of each step
+        adam_beta2=optimization.adam_beta2,
+        weight_decay=optimization.weight_decay,
         per_device_train_batch_size=rows,
-        gradient_accumulation_steps=accumulated,
-        max_grad_norm=max_grad_norm,
-        use_cpu=device == "cpu",
-        bf16=dtype == "bfloat16",
-        activation_checkpointing=gradient_checkpointing,
-        train_sampling_strategy="sequential",
-        eval_strategy="no",  # held_out_loss below: a mean over tokens, where transformers averages batches
+        gradient_accumulation_steps=accumulation_steps,
+        max_grad_norm=optimization.max_grad_norm,
+        use_cpu=runtime.device == "cpu",
+        bf16=runtime.dtype == "bfloat16",
+        activation_checkpointing=runtime.gradient_checkpointing,
+        train_sampling_strategy="sequential",  # rows come in our order
+        eval_strategy="no",  # `held_out_loss` is a mean over tokens, where transformers averages batches
         save_strategy="steps" if every else "no",
         save_steps=every or 1,
         logging_steps=1,
@@ -118,360 +211,180 @@ def train_language_model(
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        seed=ctx.seed % 2**31,
-        max_length=None,
+        seed=session.seed % 2**31,
+        max_length=None,  # rows are cut before
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         ddp_find_unused_parameters=False,
-        router_aux_loss_coef=router_aux_loss_coef or 0.0,  # None would be the configuration's own
+        router_aux_loss_coef=optimization.router_aux_loss_coef or 0.0,  # None would take the model's own setting
     )
-    if args.device.type == "cuda":
-        args._n_gpu = 1  # one process, one GPU: transformers would wrap the model in DataParallel, which trl refuses
-    # The order of rows is ours, fixed before training: transformers' samplers draw from the global generator, whose
-    # state at an epoch's start is another one after a resume.
-    batch, seed = per_device_train_batch_size * gradient_accumulation_steps, derive_seed(ctx.seed, ctx.stage)
-    if group_by_length:
-        order = grouped_by_length([len(r["input_ids"]) for r in train_rows], batch, steps * batch, seed)
-    else:
-        order = Stream(len(train_rows), seed).take(steps * batch)
-    best = Best(keep, patience, higher_is_better=False)
-    whole = steps if total is None else total
-    keeper = _Keeper(
-        ctx=ctx, steps=steps, best=best, eval_steps=eval_steps, samples=samples, first=first, total=whole,
-        carried=carried, autocast=lambda: trainer.accelerator.autocast(),
-        tokens=lambda s: sum(len(train_rows[i]["input_ids"]) for i in order[(s - 1) * batch : s * batch]),
-        learning_rate=lambda s: learning_rate_at(s, steps, learning_rate, lr_scheduler_type, warmup_steps),
-        held_out_loss=lambda live, leaves=lambda: False: held_out_loss(
-            live, held_out_rows, tokenizer.pad_token_id, per_device_train_batch_size, trainer.accelerator, leaves)
-    )  # fmt: skip
-    trainer_class = alone_in_saving(SFTTrainer) if processes > 1 else SFTTrainer
-    if is_sharding(ctx):
-        trainer_class = with_parts(SFTTrainer)
-    trainer_class = with_settings_of_today(trainer_class)
-    model = made_by_first(make) if is_sharding(ctx) else make()
-    if len(tokenizer) <= SMALL_VOCABULARY or trains_token_rows(model):  # trl reads the head's weight past peft's
-        trainer_class = with_plain_loss(trainer_class)
-    if router_aux_loss_coef and not has_routers(model.config):
+    if arguments.device.type == "cuda":
+        # one process, one GPU: transformers would wrap the model in DataParallel, which trl refuses
+        arguments._n_gpu = 1
+    return arguments
+
+
+def make_trainer(
+    model: nn.Module, arguments: Any, tokenizer: Any, rows: list[dict], sharded: bool, optimization: Optimization
+) -> Any:
+    """Return a trl SFTTrainer with our changes.
+
+    Args:
+        model: The model, with its adapter.
+        arguments: As `trainer_arguments` gives them.
+        tokenizer: The tokenizer.
+        rows: The rows of all batches, in order.
+        sharded: Whether each rank will hold a shard of the weights.
+        optimization: Settings of the optimizer.
+    """
+    from datasets import Dataset
+    from transformers import PrinterCallback, ProgressCallback
+    from trl import SFTTrainer
+
+    if optimization.router_aux_loss_coef and not has_routers(model.config):
         raise UserError(no_routers(type(plain(model)).__name__))
-    with routing_kept(model.config):  # trl writes its own settings there: other forwards and the artifact want none
+    trainer_class = SFTTrainer
+    if sharded:
+        trainer_class = with_sharding(trainer_class)
+    elif parallel.rank_and_world_size()[1] > 1:
+        trainer_class = saving_on_rank_zero(trainer_class)
+    trainer_class = with_current_settings(trainer_class)
+    if len(tokenizer) <= SMALL_VOCABULARY or trains_token_rows(model):
+        trainer_class = with_plain_loss(trainer_class)
+    # trl writes routing settings into the model's config: they must not get into the artifact
+    with routing_kept(model.config):
         trainer = trainer_class(
-            model=model,
-            args=args,
-            processing_class=tokenizer,
-            callbacks=[keeper.callback()],
-            train_dataset=Dataset.from_list(train_rows).select(order),
+            model=model, args=arguments, processing_class=tokenizer, train_dataset=Dataset.from_list(rows)
         )
-    known, options = trainer.get_optimizer_cls_and_kwargs(args)
-    assert known is torch.optim.AdamW
-    adamw, more = adamw_for(trainer.model, steps)
-    trainer.optimizer_cls_and_kwargs = (adamw, options | more)
-    for noisy in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(noisy)
-    found = ctx.checkpoints.newest()
-    if found and (found.step <= first or not (found.path / "trainer").is_dir()):
-        found = None  # of an earlier training
-    if found:
-        refuse_shorter(ctx, found.step - first, steps)
-        keeper.best.restore(found)
-        keeper.owes_look = found.state.get("owes_look", False)
-    if is_adapted(trainer.model) and dtype == "bfloat16":  # else transformers' checkpoints hold frozen weights too
-        cast_frozen(trainer.model, torch.bfloat16)
-    if first == 0:
-        sets = published - 1 + (keep == "best")
-        say_written(ctx, [trainer.model], [trainer.model], whole, sets=sets, copies=published)
-    if is_sharding(ctx):
-        trainer.take_part(found.path / "trainer" if found else None)
-    with ctx.tracker.progress(whole, ctx.stage, found.step if found else first) as progress:
-        keeper.progress = progress
-        with contextlib.suppress(_Exhausted):
-            trainer.train(resume_from_checkpoint=str(found.path / "trainer") if found else None)
-    if parallel.is_rank_zero():
-        shutil.rmtree(scratch, ignore_errors=True)
-    step = trainer.state.global_step
-    together = is_sharded(trainer.model)
-    if step < steps and not keeper.best.exhausted and asked_to_stop(ctx, together):
-        raise Interrupted(first + step, whole)
-    if keep == "best" and best.step != step:
-        keeper.trainee(trainer.model).load(best.tensors)
-    loss = keeper.held_out_loss(trainer.model)
-    model = publishable(trainer.accelerator.unwrap_model(trainer.model), make).eval()
-    plain(model).config.use_cache = False
-    return model, {"loss": loss, "perplexity": perplexity_of(loss), "best_step": best.step, "steps": step}
+    optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(arguments)
+    assert optimizer_class is torch.optim.AdamW
+    optimizer_class, more = adamw_for(trainer.model, arguments.max_steps)  # AdaLoRA has one of its own
+    trainer.optimizer_cls_and_kwargs = (optimizer_class, options | more)
+    for printing in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printing)
+    return trainer
 
 
-def with_plain_loss(trainer_class):
-    """trl's trainer with the cross-entropy of whole logits: the same number. trl computes the head in tiles, twice,
-    which saves the memory of T × V logits and costs a fifth of a step where V is small."""
+def make_hooks(
+    session: Session,
+    trainer: Any,
+    task: TextTask,
+    order: list[int],
+    schedule: Schedule,
+    selection: Selection,
+    phase: Phase,
+) -> TextHooks:
+    """Return what happens between the steps of a training.
 
-    class PlainLossTrainer(trainer_class):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            labels = inputs["labels"][:, 1:]
-            rest = {name: value for name, value in inputs.items() if name != "labels"}
-            if self.aux_loss_enabled:
-                rest["output_router_logits"] = True
-            out = model(**rest, use_cache=False)
-            counted = num_items_in_batch or (labels != -100).sum().clamp(min=1)
-            loss = language_model_loss(out.logits[:, :-1], labels, counted)
-            if num_items_in_batch is not None:  # the labels of all processes, whose gradients are then averaged
-                loss = loss * self.accelerator.num_processes
-            if self.aux_loss_enabled:  # as trl: a mean over micro-batches
-                if out.aux_loss is None:
-                    raise UserError(no_routers(type(plain(self.model)).__name__))
-                parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-                loss = loss + self.router_aux_loss_coef * out.aux_loss / parts
-            return loss
+    Args:
+        session: The run.
+        trainer: As `make_trainer` gives it.
+        task: Rows and batches.
+        order: Indices of the rows of all batches.
+        schedule: The learning rate.
+        selection: How evaluations choose the published weights and end the training.
+        phase: Where the training stands in its stage.
+    """
+    pad_id, size = trainer.processing_class.pad_token_id, task.batch_size
 
-    return PlainLossTrainer
+    def evaluate(model: nn.Module, leave: Callable[[], bool]) -> float:
+        rows = task.held_out_rows
+        return held_out_loss(model, rows, pad_id, task.rows_per_device, trainer.accelerator, leave)
 
+    def step_tokens(step: int) -> int:
+        return sum(len(task.train_rows[i]["input_ids"]) for i in order[(step - 1) * size : step * size])
 
-def no_routers(kind: str) -> str:
-    """The line for a term that balances experts, asked for of a model that has none."""
-    return (
-        f"sft.router_aux_loss_coef: transformers computes no load-balancing loss for a {kind}; set it to null, or "
-        f"take a mixture of experts (Mixtral, Qwen3-MoE …)"
+    return TextHooks(
+        session=session,
+        phase=phase,
+        schedule=schedule,
+        best=selection.start(),
+        eval_steps=selection.eval_steps,
+        held_out_loss=evaluate,
+        step_tokens=step_tokens,
+        autocast=trainer.accelerator.autocast,
+        samples=task.samples,
+        pending=PendingEvaluation(),
     )
 
 
-def with_settings_of_today(trainer_class):
-    """A trainer that goes on with today's AdamW options, not the checkpoint's."""
+def newest_checkpoint(session: Session, phase: Phase, steps: int) -> Checkpoint | None:
+    """Return the checkpoint that this training resumes from; None if it starts at its first step.
 
-    class SettingsOfToday(trainer_class):
-        def _load_optimizer_and_scheduler(self, checkpoint):
-            with keeping_settings(self.optimizer):
-                super()._load_optimizer_and_scheduler(checkpoint)
+    Args:
+        session: The run.
+        phase: Where the training stands in its stage.
+        steps: Optimizer steps of this training.
 
-    return SettingsOfToday
-
-
-def alone_in_saving(trainer_class):
-    """A trainer whose first process saves without the others: transformers would add up floating-point operations."""
-
-    class Alone(trainer_class):
-        def store_flos(self):
-            pass
-
-    return Alone
-
-
-def with_parts(trainer_class):
-    """A trainer of a sharded model, whose checkpoints are those of a whole one: transformers trains what is sharded,
-    and does not resume it."""
-
-    from accelerate.utils import AutocastKwargs
-    from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-
-    class Sharding(alone_in_saving(trainer_class)):
-        def take_part(self, checkpoint: Path | None) -> None:
-            """Keep this process's part of the weights, those of the checkpoint if one is given."""
-            if checkpoint is not None and parallel.is_rank_zero():
-                self._load_from_checkpoint(str(checkpoint))
-            shard(self.model, self.args.device, mean=True)
-            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)  # as sharding.casting_anew
-            self.is_distributed_loading_by_transformers = True
-
-        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-            if not is_sharded(self.model):
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-        def save_model(self, output_dir=None, _internal_call=False):
-            held, self.model = self.model, publishable(self.model)
-            if parallel.is_rank_zero():
-                super()._save(output_dir)
-            self.model = held
-
-        def _save_optimizer_and_scheduler(self, output_dir):
-            state = self.optimizer.state_dict()
-            state["state"] = {index: full(tensors) for index, tensors in state["state"].items()}
-            held, self.optimizer = self.optimizer, _State(state)
-            super()._save_optimizer_and_scheduler(output_dir)  # the first process alone
-            self.optimizer = held
-
-        def _load_optimizer_and_scheduler(self, checkpoint):
-            if checkpoint is None:
-                return
-            read = partial(torch.load, map_location="cpu", weights_only=True, mmap=True)  # nobody holds it whole
-            inner = self.optimizer.optimizer
-            inner.load_state_dict(_sharded_state(inner, read(Path(checkpoint) / OPTIMIZER_NAME)))
-            self.lr_scheduler.load_state_dict(read(Path(checkpoint) / SCHEDULER_NAME))
-
-        def _save_rng_state(self, output_dir):
-            if parallel.is_rank_zero():
-                super()._save_rng_state(output_dir)
-
-    return Sharding
-
-
-class _State:
-    """Stands for an optimizer that has this state."""
-
-    def __init__(self, state: dict):
-        self.state_dict = lambda: state
-
-
-def _sharded_state(optimizer: torch.optim.Optimizer, state: dict) -> dict:
-    """A whole optimizer's state for one whose parameters are sharded."""
-    flat = {f"{index}.{name}": x for index, tensors in state["state"].items() for name, x in tensors.items()}
-    parts = optimizer_parts(optimizer, flat)
-    of = {index: {name: parts[f"{index}.{name}"] for name in tensors} for index, tensors in state["state"].items()}
-    return {**state, "state": of}
+    Raises:
+        UserError: More than `steps` steps are done.
+    """
+    checkpoint = session.checkpoints.newest()
+    if checkpoint is None or checkpoint.step <= phase.first or not (checkpoint.path / "trainer").is_dir():
+        return None  # none, or one of an earlier training of the stage
+    check_steps_left(session.stage, checkpoint.step - phase.first, steps)
+    return checkpoint
 
 
 @torch.no_grad()
 def held_out_loss(
-    model, rows: list[dict], pad_id: int, batch_size: int, accelerator, leaves: Callable[[], bool]
+    model: nn.Module, rows: list[dict], pad_id: int, batch_size: int, accelerator: Any, leave: Callable[[], bool]
 ) -> float:
-    """Mean cross-entropy a label, in nats, over all of `rows`: the same for every batch size. LookLeft on all
-    processes if leaves() was true on one of them between two batches (of a sharded model: it is not asked)."""
-    training, total, tokens, left = model.training, 0.0, 0, False
+    """Return the mean cross-entropy of a label, in nats, over all rows and ranks.
+
+    The result does not depend on the batch size.
+
+    Args:
+        model: The model.
+        rows: {input_ids, labels} of each row.
+        pad_id: Id of the padding.
+        batch_size: Rows of a forward pass.
+        accelerator: accelerate's Accelerator, for autocast and the device.
+        leave: Whether to leave, called between two forward passes; not for a sharded model, whose
+            forward passes take all ranks.
+
+    Raises:
+        EvaluationCutShort: On all ranks, if `leave` returned True on any.
+    """
+    was_training, total, tokens, left = model.training, 0.0, 0, False
+    sharded = is_sharded(model)
     model.eval()
-    ordered = sorted(rows, key=lambda r: len(r["input_ids"]))
-    parts = list(micro_batches(ordered, batch_size))
-    own, sharded = (
-        parallel.rows_of_this_rank(parts, [sum(len(r["input_ids"]) for r in part) for part in parts]),
-        is_sharded(model),
-    )
-    for part, mine in parallel.padded_micro_batches(own, parts[0] if sharded else None):
-        if not sharded and (left := leaves()):
+    parts = list(micro_batches(sorted(rows, key=lambda r: len(r["input_ids"])), batch_size))
+    own = parallel.rows_of_this_rank(parts, [sum(len(r["input_ids"]) for r in part) for part in parts])
+    for part, is_own in parallel.padded_micro_batches(own, parts[0] if sharded else None):
+        if not sharded and (left := leave()):
             break
-        width = max(len(r["input_ids"]) for r in part)
-        pad = lambda ids, fill: ids + [fill] * (width - len(ids))  # noqa: B023, E731
-        ids = torch.tensor([pad(r["input_ids"], pad_id) for r in part], device=accelerator.device)
-        mask = torch.tensor([pad([True] * len(r["input_ids"]), False) for r in part], device=accelerator.device)
-        labels = torch.tensor([pad(r["labels"], -100) for r in part], device=accelerator.device)[:, 1:]
+        batch = padded_batch(part, pad_id, accelerator.device)
+        labels = batch.pop("labels")[:, 1:]
         with accelerator.autocast():
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        if mine:
+            logits = model(**batch, use_cache=False).logits[:, :-1]
+        if is_own:
             total += language_model_loss(logits, labels, 1.0).item()
             tokens += int((labels != -100).sum())
-    model.train(training)
+    model.train(was_training)
     sums = parallel.all_reduce_figures({"loss": total, "tokens": tokens, "left": left})
     if sums["left"]:
-        raise LookLeft
+        raise EvaluationCutShort
     return sums["loss"] / max(1, sums["tokens"])
 
 
-class LookLeft(Exception):
-    """A signal ended a held-out look, of which nothing is kept: the checkpoint says that it is owed."""
+def padded_batch(rows: list[dict], pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Pad rows on the right to the longest of them.
 
+    Args:
+        rows: {input_ids, labels} of each of B rows.
+        pad_id: Id of the padding.
+        device: Device of the result.
 
-class _Exhausted(Exception):
-    """The look that a resumed run made up for was the last that `patience` waits for: there is no step to take."""
-
-
-class _Keeper:
-    """What happens beside trl's loop: learning rates, metrics, samples, refusal of non-finite numbers, checkpoints,
-    stopping."""
-
-    def __init__(
-        self, *, ctx: StageRun, steps: int, best: Best, eval_steps: int, samples, held_out_loss, first, total, carried,
-        autocast, learning_rate, tokens,
-    ):  # fmt: skip
-        self.ctx, self.steps, self.best, self.eval_steps = ctx, steps, best, eval_steps
-        self.first, self.total, self.carried = first, total, carried
-        self.samples, self.held_out_loss, self.progress = samples, held_out_loss, None
-        self.owes_look, self.autocast, self.learning_rate = False, autocast, learning_rate
-        self.tokens, self.began, self.seconds = tokens, 0.0, 0.0  # of the last step: when it began, how long it took
-
-    @staticmethod
-    def trainee(model) -> Trainee:
-        return Trainee("model", model, trainable(model), None, 0.0)
-
-    def before_step(self, model, optimizer, state) -> None:
-        step = state.global_step + 1
-        if not math.isfinite(gradient_norm(model.parameters())):
-            stop_training(f"{self.ctx.stage}: the gradient at step {self.first + step} is not finite")
-        for group in optimizer.param_groups:  # at every step: transformers' scheduler writes there after each
-            group["lr"] = self.learning_rate(step)
-
-    def seed_dropout(self, state) -> None:
-        """Of several processes each draws its own masks, whatever was drawn before a resume."""
-        rank, size = parallel.rank_and_world_size()
-        if size > 1:
-            step = self.first + state.global_step
-            torch.manual_seed(derive_seed(self.ctx.seed, self.ctx.stage, "dropout", step, rank))
-
-    def logged(self, logs: dict, state) -> None:
-        if "loss" not in logs:
-            return
-        row = {"loss": logs["loss"], "grad_norm": logs.get("grad_norm"), "lr": self.learning_rate(state.global_step)}
-        self.ctx.tracker.log(self.first + state.global_step, row, self.seconds, self.tokens(state.global_step))
-        self.progress.update(self.first + state.global_step, loss=logs["loss"])
-
-    def look(self, model, state, control) -> None:
-        """The held-out loss and samples; before the last step a signal ends it with LookLeft."""
-        loss = self.held_out_loss(model, lambda: self.ctx.stop.requested and state.global_step < self.steps)
-        self.owes_look = False
-        self.ctx.tracker.evaluation(self.first + state.global_step, {"loss": loss, "perplexity": perplexity_of(loss)})
-        self.best.offer(loss, state.global_step, self.trainee(model))
-        if self.samples is not None:
-            training = model.training
-            model.eval()
-            with self.autocast():
-                self.ctx.tracker.samples(self.first + state.global_step, self.samples(model))
-            model.train(training)
-        if self.best.exhausted:
-            control.should_training_stop = True
-
-    def check_space(self, model) -> None:
-        """Before transformers writes: what trains, its two moments, and AdaLoRA's two averages."""
-        times = 5 if triplets_of(model) else 3
-        self.ctx.checkpoints.require_space(times * sum(p.nbytes for p in trainable(model).values()))
-
-    def saved(self, args, state) -> None:
-        written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if parallel.is_rank_zero():
-            (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-        tensors, kept = self.carried
-        tensors = tensors | ({"best": full(self.best.tensors)} if self.best.tensors else {})
-        step = self.first + state.global_step
-        kept = kept | {"best": self.best.state(), "owes_look": self.owes_look}
-        self.ctx.checkpoints.adopt(written, step, self.total, kept, tensors)
-
-    def callback(self):
-        """The transformers callback that calls the methods above."""
-        from transformers import TrainerCallback
-
-        keeper = self
-
-        class Callback(TrainerCallback):
-            def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **_):
-                keeper.before_step(model, optimizer, state)
-
-            def on_step_begin(self, args, state, control, **_):
-                keeper.began = time.perf_counter()
-                keeper.seed_dropout(state)
-
-            def on_log(self, args, state, control, logs=None, **_):
-                keeper.logged(logs or {}, state)
-
-            def on_train_begin(self, args, state, control, model=None, **_):
-                if keeper.first + state.global_step == 0 or keeper.owes_look:
-                    try:
-                        keeper.look(model, state, control)
-                    except LookLeft:  # what there is to go on from is on disk
-                        raise Interrupted(keeper.first + state.global_step, keeper.total) from None
-                    if keeper.best.exhausted:
-                        raise _Exhausted
-
-            def on_step_end(self, args, state, control, model=None, **_):
-                keeper.seconds = time.perf_counter() - keeper.began
-                if state.global_step % keeper.eval_steps == 0 or state.global_step == keeper.steps:
-                    try:
-                        keeper.look(model, state, control)
-                    except LookLeft:
-                        keeper.owes_look = True
-                if state.global_step >= keeper.steps or keeper.best.exhausted:
-                    control.should_save = False  # the artifact comes next
-                    return
-                together = is_sharded(model)
-                control.should_save = is_due(keeper.ctx, state.global_step, together)
-                if asked_to_stop(keeper.ctx, together):
-                    control.should_save = control.should_training_stop = True
-                if control.should_save:
-                    keeper.check_space(model)
-
-            def on_save(self, args, state, control, **_):
-                if state.global_step < keeper.steps:
-                    keeper.saved(args, state)
-
-        return Callback()
+    Returns:
+        input_ids, attention_mask and labels, each (B, T); labels are −100 in the padding.
+    """
+    width = max(len(row["input_ids"]) for row in rows)
+    batch: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for row in rows:
+        length = len(row["input_ids"])
+        padding = width - length
+        batch["input_ids"].append(row["input_ids"] + [pad_id] * padding)
+        batch["attention_mask"].append([True] * length + [False] * padding)
+        batch["labels"].append(row["labels"] + [-100] * padding)
+    return {name: torch.tensor(values, device=device) for name, values in batch.items()}

@@ -21,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))  # the code beside this file, wherever another copy is installed
 
+from stages.page.words import fixed  # noqa: E402
 from sweeps.beside import command, options, parsed  # noqa: E402
 from sweeps.estimates import over_seeds  # noqa: E402
 from sweeps.points import keep, provenance, seconds_of  # noqa: E402
@@ -29,7 +30,6 @@ from sweeps.words import markdown, with_interval  # noqa: E402
 from pipeline.errors import Interrupted, UserError  # noqa: E402
 from pipeline.stage import StopFlag  # noqa: E402
 from pipeline.store.artifacts import ArtifactStore  # noqa: E402
-from stages.page.words import fixed  # noqa: E402
 from stages.page.results import ASKED
 
 SEEDS = (3, 4, 5, 6, 7)

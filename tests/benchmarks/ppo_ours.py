@@ -36,7 +36,8 @@ from stages.objectives.rewards import kl_per_token, token_rewards
 from stages.ppo import run as ppo
 from stages.rollouts import collect
 from stages.rollouts.transformers import sample, sample_with_logprobs
-from stages.training.loop import Average, Skips, make_accelerator, make_trainee
+from stages.shared.runtime import make_accelerator
+from stages.training.trainee import Average, Skips, make_trainee
 
 PHASES = {  # a name that is looked up in a module → the phase its time belongs to
     (collect, "sample_with_logprobs"): "decode",

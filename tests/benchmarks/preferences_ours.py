@@ -28,8 +28,10 @@ from stages.models.forward import response_logprobs, response_scores
 from stages.models.loading import load_policy, load_scalar_model
 from stages.models.packing import can_pack
 from stages.objectives.logprobs import sequence_logps
-from stages.shared.inputs import cut_by_tokens
-from stages.training.loop import make_accelerator, make_trainee, optimizer_step
+from stages.shared.runtime import make_accelerator
+from stages.training.batching import GroupBatches
+from stages.training.reference import Reference
+from stages.training.trainee import make_trainee, optimizer_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -98,21 +100,26 @@ class Ours:
     def reference_logps(self, groups):
         if self.bench == "rm":
             return None
-        forgets = SimpleNamespace(recall=lambda *_: None, remember=lambda *_: None)
-        ctx = SimpleNamespace(
-            cache=forgets,
-            config=self.settings,
-            manifests={"sft": {"digest": ""}},
+        reference = Reference(
+            policy=self.reference,
+            pad_id=PAD,
+            runtime=SimpleNamespace(accelerator=self.accelerator, packed=self.packed),
+            cache=SimpleNamespace(recall=lambda *_: None, remember=lambda *_: None),
+            made_by=[],
             tracker=SimpleNamespace(progress=lambda *_: Silent()),
-            experiment=SimpleNamespace(model=SimpleNamespace(dtype=self.dtype, attn_implementation="sdpa")),
+            leave=lambda: None,
         )
         with self.phases.phase("reference"):
-            return dpo.reference_logps("train", groups, ctx, self.reference, PAD, self.accelerator, self.packed)
+            return reference.logps("train", self.batches(groups))
+
+    def batches(self, groups) -> GroupBatches:
+        c = self.settings
+        return GroupBatches(groups, c.per_device_train_batch_size, c.per_device_train_tokens, self.packed)
 
     def gradients(self, groups, references) -> float:
         """What `loss` and `backward` do in the stage's `fit`: all micro-batches of the batch; → the loss."""
         total, c, n = 0.0, self.settings, len(groups)
-        for rows in cut_by_tokens(SimpleNamespace(config=c), groups, self.packed)[0](list(range(n))):
+        for rows in self.batches(groups).to_train(list(range(n))):
             batch = batch_groups([groups[i] for i in rows], PAD, packed=self.packed).to(self.accelerator.device)
             if self.bench == "rm":
                 with self.accelerator.autocast():

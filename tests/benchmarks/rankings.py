@@ -34,6 +34,8 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))  # the code beside this file, wherever another copy is installed
 
+from stages.page.svg import Figure, dot_plot  # noqa: E402
+from stages.page.words import fixed  # noqa: E402
 from sweeps.beside import Workshop, command, options, parsed, relative, sampling  # noqa: E402
 from sweeps.estimates import Series, best_of, difference, estimate, gold_order, unit_of  # noqa: E402
 from sweeps.page import page  # noqa: E402
@@ -49,8 +51,6 @@ from pipeline.store.artifacts import ArtifactStore  # noqa: E402
 from pipeline.tracking import duration  # noqa: E402
 from stages.evaluation.statistics import wins  # noqa: E402
 from stages.models.loading import load_tokenizer  # noqa: E402
-from stages.page.svg import Figure, dot_plot  # noqa: E402
-from stages.page.words import fixed  # noqa: E402
 
 SEEDS = (3, 4, 5, 6, 7)
 """Settings were chosen on seeds 0 to 2."""

@@ -207,7 +207,7 @@ def test_log_ratios_as_one_reads_them_off_the_logits(packed):
     from stages.evaluation.tools import Policy
     from stages.models.loading import prepare
     from stages.models.packing import can_pack
-    from stages.training.loop import make_accelerator
+    from stages.shared.runtime import make_accelerator
 
     torch.manual_seed(0)
     shape = LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)

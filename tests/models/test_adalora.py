@@ -8,9 +8,10 @@ import torch
 from pipeline.store.checkpoints import load_optimizer, optimizer_tensors
 from stages.models import adalora
 from stages.models.adalora import AdaLora, budget_at, orthogonality_gradient, triplets_of
-from stages.models.adapters import plain, trainable, with_adapter
+from stages.models.adapters import AdapterSettings, plain, trainable, with_adapter
 from stages.models.forward import response_logprobs
-from stages.training.loop import keeping_settings, make_trainee, optimizer_step, regrouped
+from stages.training.checkpoint import keep_optimizer_settings, regroup_optimizer
+from stages.training.trainee import make_trainee, optimizer_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 RANK, FIRST, STEPS = 2, 5, 40
@@ -21,7 +22,7 @@ def allocator(causal):
     """(model with a fresh adapter, peft's allocator of its ranks over STEPS steps)."""
     from peft.tuners.adalora.layer import RankAllocator
 
-    model = with_adapter(causal("llama"), method="adalora", r=RANK, init_r=FIRST)
+    model = with_adapter(causal("llama"), AdapterSettings(method="adalora", r=RANK, init_r=FIRST))
     config = model.peft_config["default"]
     config.total_step, config.tinit, config.tfinal = STEPS, round(0.1 * STEPS), STEPS - round(0.5 * STEPS)
     return model, RankAllocator(plain(model), config, "default")
@@ -48,7 +49,7 @@ def test_orthogonality_by_autograd():
 
 def test_the_penalty_is_peft_s(causal):
     """What a step adds to each gradient, against that of the penalty that peft adds to a model's own loss."""
-    model = with_adapter(causal("llama"), method="adalora", r=RANK).double()
+    model = with_adapter(causal("llama"), AdapterSettings(method="adalora", r=RANK)).double()
     weights = list(trainable(model).values())
     generator = torch.Generator().manual_seed(0)
     for p in weights:
@@ -106,7 +107,7 @@ def train(model, rows, steps, optimizer_state=None, first=0, whole=STEPS):
 
 def test_rank_goes_where_it_is_needed_and_stays(causal, kind, rows):
     """Some layers keep more than others; from the middle on the same triplets; the loss falls."""
-    model = with_adapter(causal(kind), method="adalora", r=RANK, init_r=FIRST)
+    model = with_adapter(causal(kind), AdapterSettings(method="adalora", r=RANK, init_r=FIRST))
     before = response_logprobs(model, rows).sum()
     trainee = train(model, rows, STEPS // 2)
     ranks = lambda: [int((t.values != 0).sum()) for t in triplets_of(model)]  # noqa: E731
@@ -123,7 +124,7 @@ def test_rank_goes_where_it_is_needed_and_stays(causal, kind, rows):
 @pytest.mark.parametrize("stop", [7, STEPS // 2 + 3])
 def test_a_run_that_went_on_ends_in_the_same_bits(causal, rows, stop):
     """Stopped while it prunes, and after."""
-    make = lambda: with_adapter(causal("llama"), method="adalora", r=RANK, init_r=FIRST)  # noqa: E731
+    make = lambda: with_adapter(causal("llama"), AdapterSettings(method="adalora", r=RANK, init_r=FIRST))  # noqa: E731
     whole = make()
     train(whole, rows, STEPS)
     begun = make()
@@ -140,7 +141,7 @@ def test_a_run_that_went_on_ends_in_the_same_bits(causal, rows, stop):
 
 def test_a_run_made_longer_keeps_what_it_has_pruned_to(causal, rows):
     """Though the longer one would not have pruned yet."""
-    model = with_adapter(causal("llama"), method="adalora", r=RANK, init_r=FIRST)
+    model = with_adapter(causal("llama"), AdapterSettings(method="adalora", r=RANK, init_r=FIRST))
     trainee = train(model, rows, STEPS // 2 + 1)
     held = [t.values != 0 for t in triplets_of(model)]
     assert not any("sensitivity" in state for state in trainee.optimizer.state.values())
@@ -151,7 +152,7 @@ def test_a_run_made_longer_keeps_what_it_has_pruned_to(causal, rows):
 def test_a_layer_without_a_gradient_is_one_with_a_gradient_of_0(causal):
     found = []
     for none in (True, False):
-        model = with_adapter(causal("llama"), method="adalora", r=RANK)
+        model = with_adapter(causal("llama"), AdapterSettings(method="adalora", r=RANK))
         weights = list(trainable(model).values())
         optimizer = AdaLora(weights, triplets=triplets_of(model), rank=RANK, steps=4, lr=1e-2)
         for _ in range(3):
@@ -163,11 +164,11 @@ def test_a_layer_without_a_gradient_is_one_with_a_gradient_of_0(causal):
 
 
 def test_a_run_that_goes_on_with_weight_decay_knows_its_step(causal, rows):
-    model = with_adapter(causal("llama"), method="adalora", r=RANK, init_r=FIRST)
+    model = with_adapter(causal("llama"), AdapterSettings(method="adalora", r=RANK, init_r=FIRST))
     tensors, state = optimizer_tensors(train(model, rows, 3).optimizer)
     options = {"learning_rate": 1e-2, "max_grad_norm": 1.0, "steps": STEPS, "weight_decay": 0.1}
     trainee = make_trainee("model", model, **options)
-    with keeping_settings(trainee.optimizer):
-        load_optimizer(trainee.optimizer, *regrouped(trainee, tensors, state))
+    with keep_optimizer_settings(trainee.optimizer):
+        load_optimizer(trainee.optimizer, *regroup_optimizer(trainee, tensors, state))
     found = [(group["taken"], group["weight_decay"]) for group in trainee.optimizer.param_groups]
     assert found == [(3, 0.1), (3, 0.0)]

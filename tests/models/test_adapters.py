@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from stages.models.adapters import adapter_off, is_adapted, merged, plain, refuse_untrained, trainable, with_adapter
+from stages.models.adapters import (
+    AdapterSettings,
+    adapter_off,
+    is_adapted,
+    merged,
+    plain,
+    refuse_untrained,
+    trainable,
+    with_adapter,
+)
 from stages.models.forward import response_logprobs, response_scores, response_values
 from stages.models.loading import load_policy, load_scalar_model, prepare, save_model
 
@@ -29,18 +38,18 @@ def shake(model, seed=0):
 
 def test_without_a_method_every_weight_trains(causal, kind):
     model = causal(kind).requires_grad_(False)
-    assert with_adapter(model, method=None) is model
+    assert with_adapter(model, AdapterSettings(method=None)) is model
     assert set(trainable(model)) == {n for n, _ in model.named_parameters()} and not is_adapted(model)
 
 
 def test_only_the_adapters_of_a_policy_train(causal, kind, adapter):
-    names = set(trainable(with_adapter(causal(kind), **adapter)))
+    names = set(trainable(with_adapter(causal(kind), AdapterSettings(**adapter))))
     assert names and all(METHODS[adapter["method"]] in n for n in names)
 
 
 def test_only_adapters_and_head_of_a_scalar_model_train(scalar, kind, adapter):
     """The head trains in full, not through an adapter of its own, and gets a gradient from the score."""
-    model = with_adapter(scalar(kind), **adapter, scalar=True)
+    model = with_adapter(scalar(kind), AdapterSettings(**adapter), scalar=True)
     names = set(trainable(model))
     heads = {n for n in names if METHODS[adapter["method"]] not in n}
     assert len(heads) == 1 and "score" in heads.pop()
@@ -49,21 +58,24 @@ def test_only_adapters_and_head_of_a_scalar_model_train(scalar, kind, adapter):
 
 def test_a_fresh_adapter_changes_nothing(causal, scalar, kind, rows, adapter):
     torch.testing.assert_close(
-        response_logprobs(with_adapter(causal(kind), **adapter), rows),
+        response_logprobs(with_adapter(causal(kind), AdapterSettings(**adapter)), rows),
         response_logprobs(causal(kind), rows),
         rtol=0,
         atol=0,
     )
-    adapted = with_adapter(scalar(kind), **adapter, scalar=True)
+    adapted = with_adapter(scalar(kind), AdapterSettings(**adapter), scalar=True)
     torch.testing.assert_close(response_scores(adapted, rows), response_scores(scalar(kind), rows), rtol=0, atol=0)
     torch.testing.assert_close(response_values(adapted, rows), response_values(scalar(kind), rows), rtol=0, atol=0)
 
 
 def test_its_start_depends_on_the_seed_alone(causal, adapter):
     """Whatever the generator's state was before."""
-    one = with_adapter(causal("llama"), **adapter, seed=5)
+    one = with_adapter(causal("llama"), AdapterSettings(**adapter), seed=5)
     torch.rand(3)
-    same, other = with_adapter(causal("llama"), **adapter, seed=5), with_adapter(causal("llama"), **adapter, seed=6)
+    same, other = (
+        with_adapter(causal("llama"), AdapterSettings(**adapter), seed=5),
+        with_adapter(causal("llama"), AdapterSettings(**adapter), seed=6),
+    )
     for name, p in trainable(one).items():
         assert torch.equal(p, trainable(same)[name])
     if adapter["method"] != "ia3":  # whose scales all start at 1
@@ -72,7 +84,7 @@ def test_its_start_depends_on_the_seed_alone(causal, adapter):
 
 def test_off_it_is_the_base_and_on_again_afterwards(causal, kind, rows, adapter):
     """The reference policy at no memory; the adapter is back even after an error inside."""
-    policy = with_adapter(causal(kind), **adapter)
+    policy = with_adapter(causal(kind), AdapterSettings(**adapter))
     shake(policy)
     trained, base = response_logprobs(policy, rows), response_logprobs(causal(kind), rows)
     assert not torch.allclose(trained, base, atol=1e-3)
@@ -86,7 +98,7 @@ def test_off_it_is_the_base_and_on_again_afterwards(causal, kind, rows, adapter)
 
 def test_the_base_does_not_move_when_the_adapter_trains(scalar, kind, rows, adapter):
     """One optimizer step on the scores: trunk as before, adapters and head moved."""
-    model = with_adapter(scalar(kind), **adapter, scalar=True)
+    model = with_adapter(scalar(kind), AdapterSettings(**adapter), scalar=True)
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     before = {n: p.clone() for n, p in trainable(model).items()}
     optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
@@ -102,7 +114,7 @@ def test_the_base_does_not_move_when_the_adapter_trains(scalar, kind, rows, adap
 
 
 def test_merged_it_gives_the_adapted_numbers_and_saves_like_any_model(causal, kind, rows, tmp_path, tokenizer, adapter):
-    policy = with_adapter(causal(kind), **adapter)
+    policy = with_adapter(causal(kind), AdapterSettings(**adapter))
     shake(policy)
     adapted = response_logprobs(policy, rows)
     folded = merged(policy)
@@ -113,7 +125,7 @@ def test_merged_it_gives_the_adapted_numbers_and_saves_like_any_model(causal, ki
 
 
 def test_a_merged_reward_model_keeps_its_trained_head(scalar, kind, rows, tmp_path, tokenizer, adapter):
-    model = with_adapter(scalar(kind), **adapter, scalar=True)
+    model = with_adapter(scalar(kind), AdapterSettings(**adapter), scalar=True)
     shake(model)
     adapted, values = response_scores(model, rows), response_values(model, rows)
     save_model(merged(model), tokenizer, tmp_path, card="")
@@ -124,8 +136,8 @@ def test_a_merged_reward_model_keeps_its_trained_head(scalar, kind, rows, tmp_pa
 
 def test_the_bias_is_read_through_the_adapter(scalar, kind, rows, adapter):
     """reward_bias of the plain config counts in an adapted model too."""
-    with_bias = with_adapter(scalar(kind, bias=2.0), **adapter, scalar=True)
-    without = with_adapter(scalar(kind, bias=0.0), **adapter, scalar=True)
+    with_bias = with_adapter(scalar(kind, bias=2.0), AdapterSettings(**adapter), scalar=True)
+    without = with_adapter(scalar(kind, bias=0.0), AdapterSettings(**adapter), scalar=True)
     torch.testing.assert_close(response_scores(with_bias, rows), response_scores(without, rows) - 2.0)
     assert plain(with_bias).config.reward_bias == 2.0
 
@@ -133,7 +145,7 @@ def test_the_bias_is_read_through_the_adapter(scalar, kind, rows, adapter):
 def test_lora_dropout_is_off_where_log_probs_must_repeat(causal, rows, adapter):
     """Dropout off in all four models, also after .train(): two forwards of an adapted model are the same
     numbers."""
-    policy = with_adapter(causal("llama"), **adapter, lora_dropout=0.5)
+    policy = with_adapter(causal("llama"), AdapterSettings(**adapter, lora_dropout=0.5))
     shake(policy)
     torch.testing.assert_close(response_logprobs(policy, rows), response_logprobs(policy, rows), rtol=0, atol=0)
 
@@ -141,9 +153,9 @@ def test_lora_dropout_is_off_where_log_probs_must_repeat(causal, rows, adapter):
 def test_bitfit_trains_biases_and_the_head_alone(causal, scalar, rows):
     """Nothing is wrapped; one step moves every bias and nothing else."""
     for model in (causal("gpt2"), causal("qwen2")):
-        assert with_adapter(model, method="bitfit") is model and not is_adapted(model)
+        assert with_adapter(model, AdapterSettings(method="bitfit")) is model and not is_adapted(model)
         assert set(trainable(model)) == {n for n, _ in model.named_parameters() if n.endswith(".bias")}
-    model = with_adapter(scalar("gpt2"), method="bitfit", scalar=True)
+    model = with_adapter(scalar("gpt2"), AdapterSettings(method="bitfit"), scalar=True)
     before = {n: p.clone() for n, p in model.named_parameters()}
     (response_scores(model, rows) ** 2).sum().backward()
     torch.optim.SGD(trainable(model).values(), lr=0.1).step()
@@ -153,25 +165,31 @@ def test_bitfit_trains_biases_and_the_head_alone(causal, scalar, rows):
 
 def test_what_a_method_cannot_do_is_said(causal):
     with pytest.raises(UserError, match="this llama model has none; use lora"):
-        with_adapter(causal("llama"), method="bitfit")
+        with_adapter(causal("llama"), AdapterSettings(method="bitfit"))
     model = causal("llama")
     model.config.model_type = "unheard-of"
     with pytest.raises(UserError, match="peft knows no ia3 for a unheard-of model"):
-        with_adapter(model, method="ia3")
+        with_adapter(model, AdapterSettings(method="ia3"))
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_an_embedding_that_is_also_the_head_takes_no_adapter(causal, target):
     with pytest.raises(UserError, match="model.peft.target_modules: .* one weight; leave it out"):
-        with_adapter(causal("llama", tie_word_embeddings=True), method="lora", target_modules=["q_proj", target])
-    apart = with_adapter(causal("llama", tie_word_embeddings=False), method="lora", target_modules=["q_proj", target])
+        with_adapter(
+            causal("llama", tie_word_embeddings=True), AdapterSettings(method="lora", target_modules=["q_proj", target])
+        )
+    apart = with_adapter(
+        causal("llama", tie_word_embeddings=False), AdapterSettings(method="lora", target_modules=["q_proj", target])
+    )
     assert any(target in name for name in trainable(apart))
 
 
 @pytest.mark.parametrize("method, target, word", [("adalora", "embed_tokens", "Embed"), ("lora", "no_such", "no_such")])
 def test_a_layer_that_a_method_cannot_take_is_an_error_of_the_settings(causal, method, target, word):
     with pytest.raises(UserError, match=f"model.peft.target_modules: .*{word}"):
-        with_adapter(causal("llama", tie_word_embeddings=False), method=method, target_modules=[target])
+        with_adapter(
+            causal("llama", tie_word_embeddings=False), AdapterSettings(method=method, target_modules=[target])
+        )
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
@@ -183,7 +201,7 @@ class TestNewTokens:
 
     def adapted(self, causal, kind, method, tied):
         model = causal(kind, tie_word_embeddings=tied)
-        return with_adapter(model, method=method, r=4, lora_alpha=8, new_tokens=self.NEW)
+        return with_adapter(model, AdapterSettings(method=method, r=4, lora_alpha=8), new_tokens=self.NEW)
 
     def test_they_train_and_no_other_row_does(self, causal, kind, rows, method, tied):
         model = self.adapted(causal, kind, method, tied)
@@ -232,7 +250,7 @@ def test_a_head_that_peft_reads_wrongly_is_refused(rows):
     model = AutoModelForCausalLM.from_config(config)
     torch.nn.init.normal_(model.lm_head.bias)
     with pytest.raises(UserError, match="single rows in the head of this phi model; train all weights"):
-        with_adapter(model, method="lora", r=4, new_tokens=[14])
+        with_adapter(model, AdapterSettings(method="lora", r=4), new_tokens=[14])
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
@@ -246,7 +264,7 @@ def test_a_router_that_is_a_linear_layer_gets_no_adapter(rows, method):
     config = Llama4TextConfig(**shape, **more, interleave_moe_layer_step=1, pad_token_id=0, eos_token_id=1)
     model = prepare(AutoModelForCausalLM.from_config(config))
     before = response_logprobs(model, rows).detach()
-    model = with_adapter(model, method=method, r=4)
+    model = with_adapter(model, AdapterSettings(method=method, r=4))
     torch.testing.assert_close(response_logprobs(model, rows).detach(), before)
     names = list(trainable(model))
     assert any("q_proj" in name for name in names) and not any("router" in name for name in names)
@@ -261,7 +279,7 @@ def test_a_scaled_embedding_stays_scaled(rows):
     config = Gemma3TextConfig(**shape, num_key_value_heads=1, intermediate_size=24, pad_token_id=0, eos_token_id=1)
     model = AutoModelForCausalLM.from_config(config).eval()
     before = response_logprobs(model, rows).detach()
-    model = with_adapter(model, method="lora", r=4, new_tokens=[14])
+    model = with_adapter(model, AdapterSettings(method="lora", r=4), new_tokens=[14])
     torch.testing.assert_close(response_logprobs(model, rows).detach(), before)
     shake(model)
     trained = response_logprobs(model, rows).detach()

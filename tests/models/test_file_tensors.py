@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages.models.adapters import merged, trainable, with_adapter
+from stages.models.adapters import AdapterSettings, merged, trainable, with_adapter
 from stages.models.file_tensors import file_tensors, tied_head
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
@@ -18,7 +18,7 @@ def test_they_are_what_is_published(causal, kind, method, tied, tmp_path):
         if kind == "gpt2":
             pytest.skip("has no linear layers to quantize")
     settings = {"method": method, "r": 2, "bits": 4 if method == "qlora" else None}
-    model = with_adapter(causal(kind, tie_word_embeddings=tied), **settings)
+    model = with_adapter(causal(kind, tie_word_embeddings=tied), AdapterSettings(**settings))
     generator = torch.Generator().manual_seed(0)
     for p in trainable(model).values():
         p.data += 0.3 * torch.randn(p.shape, generator=generator)

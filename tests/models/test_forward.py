@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.groups import make_rows
-from stages.models.adapters import trainable, with_adapter
+from stages.models.adapters import AdapterSettings, trainable, with_adapter
 from stages.models.ensemble import Ensemble
 from stages.models.forward import response_logprobs, response_scores, response_values, score_all
 from stages.models.packing import can_pack
@@ -108,7 +108,7 @@ def test_a_prompt_computed_once_gives_the_numbers_and_gradients_of_one_row_a_res
     for role, build in ((response_logprobs, causal), (response_values, scalar), (response_scores, scalar)):
         model = build(kind)
         if adapted:
-            model = with_adapter(model, method="lora", r=4, lora_alpha=8, scalar=build is scalar)
+            model = with_adapter(model, AdapterSettings(method="lora", r=4, lora_alpha=8), scalar=build is scalar)
             with torch.no_grad():
                 for p in trainable(model).values():
                     p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from stages.models.adapters import merged, plain, trainable, with_adapter
+from stages.models.adapters import AdapterSettings, merged, plain, trainable, with_adapter
 from stages.models.ensemble import Ensemble
 from stages.models.forward import head_is_linear, response_logprobs, response_scores
 from stages.models.packing import can_pack
@@ -36,7 +36,7 @@ def pair(model):
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_adapted_policy_trains_the_same(method, tied, causal, kind, rows):
     """Loss, gradients and samples, to the last bit."""
-    model = with_adapter(causal(kind, tie_word_embeddings=tied), method=method, r=2)
+    model = with_adapter(causal(kind, tie_word_embeddings=tied), AdapterSettings(method=method, r=2))
     shake(model)
     found = []
     for one in pair(model):
@@ -67,7 +67,7 @@ def test_what_is_cast_and_what_is_not(causal, scalar):
     cast_frozen(rewards, HALF)
     for member in rewards.members:
         assert member.score.weight.dtype == torch.float32 and member.model.layers[0].mlp.up_proj.weight.dtype == HALF
-    dora = with_adapter(causal("llama"), method="dora", r=2)
+    dora = with_adapter(causal("llama"), AdapterSettings(method="dora", r=2))
     assert castable(dora) == []
 
 
@@ -83,7 +83,7 @@ def test_frozen_scorers_score_the_same(scalar, kind, rows):
 def test_publication_has_the_weights_that_were_loaded(method, causal, rows):
     """Merged as if nothing had been cast."""
     load = lambda: causal("qwen2", seed=3)  # noqa: E731  (its queries, keys and values have biases)
-    model = with_adapter(load(), method=method, r=2)
+    model = with_adapter(load(), AdapterSettings(method=method, r=2))
     shake(model)
     whole, other = pair(model)
     assert any(p.dtype == HALF for p in other.parameters())

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from data.tokenizer import train_tokenizer
-from stages.models.adapters import base_of, save_merged, with_adapter
+from stages.models.adapters import AdapterSettings, base_of, save_merged, with_adapter
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, save_model
 from stages.models.publish import dtype_of_folder, end_tokens, given_model, portable_tokenizer, with_old_positions
 
@@ -264,7 +264,7 @@ def test_an_adapter_finds_its_base_from_its_own_folder_also_when_all_is_moved(
     save_model(causal("llama", vocab_size=len(tokenizer)), tokenizer, base, card="")
     model = load_policy(base) if kind == "policy" else new_reward_model(base, seed=0)
     model.config.reward_bias = 0.0
-    model = with_adapter(model, method="lora", r=4, lora_alpha=8, scalar=kind == "reward")
+    model = with_adapter(model, AdapterSettings(method="lora", r=4, lora_alpha=8), scalar=kind == "reward")
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.errors import UserError
-from stages.models.adapters import adapter_off, merged, plain, trainable, with_adapter
+from stages.models.adapters import AdapterSettings, adapter_off, merged, plain, trainable, with_adapter
 from stages.models.forward import head_is_linear, response_logprobs, response_scores, response_values
 from stages.models.loading import load_policy, load_scalar_model, save_model
 from stages.models.packing import can_pack
@@ -41,7 +41,7 @@ def linear(inner, outer, seed=0):
 
 def qlora(model, bits, scalar=False):
     """`model` with an adapter that has moved, on its quantized layers."""
-    model = with_adapter(model, method="qlora", bits=bits, r=4, lora_alpha=8, scalar=scalar)
+    model = with_adapter(model, AdapterSettings(method="qlora", bits=bits, r=4, lora_alpha=8), scalar=scalar)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in trainable(model).values():
@@ -182,7 +182,7 @@ def test_off_the_policy_is_the_quantized_base(bits, causal, rows):
     expected = response_logprobs(base, rows)
     with adapter_off(policy) as reference:
         torch.testing.assert_close(response_logprobs(reference, rows), expected, rtol=0, atol=0)
-    fresh = with_adapter(causal("llama"), method="qlora", bits=bits, r=4)
+    fresh = with_adapter(causal("llama"), AdapterSettings(method="qlora", bits=bits, r=4))
     torch.testing.assert_close(response_logprobs(fresh, rows), expected, rtol=0, atol=0)
     assert not torch.allclose(response_logprobs(policy, rows), expected, atol=1e-3)
     assert not torch.allclose(whole, expected, atol=1e-4 if bits == 8 else 1e-2)
@@ -230,7 +230,7 @@ def test_publication_restores_what_was_cast_and_leaves_what_is_packed(bits, caus
 @needs_it
 def test_a_model_without_linear_layers_is_refused(causal):
     with pytest.raises(UserError, match="this gpt2 model has none; use lora"):
-        with_adapter(causal("gpt2"), method="qlora", bits=4)
+        with_adapter(causal("gpt2"), AdapterSettings(method="qlora", bits=4))
 
 
 def test_without_bitsandbytes_it_says_what_to_install(causal, monkeypatch):
@@ -238,4 +238,4 @@ def test_without_bitsandbytes_it_says_what_to_install(causal, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"needs the package bitsandbytes.*pip install -e '\.\[qlora\]'"):
-        with_adapter(causal("llama"), method="qlora", bits=4)
+        with_adapter(causal("llama"), AdapterSettings(method="qlora", bits=4))

@@ -10,7 +10,7 @@ import torch
 from data.tokenizer import train_tokenizer
 from pipeline.config.sections import PeftSettings
 from pipeline.errors import UserError
-from stages.models.adapters import is_adapted, plain, save_merged, trainable, with_adapter
+from stages.models.adapters import AdapterSettings, is_adapted, plain, save_merged, trainable, with_adapter
 from stages.models.forward import response_logprobs, response_scores, response_values
 from stages.models.loading import load_policy, load_scalar_model, new_reward_model, save_model
 from stages.models.quantized import quantize
@@ -87,7 +87,9 @@ def adapted(request, context, tmp_path, tokenizer):
     """adapted() → as `context`, the reward model trained with an adapter on the SFT policy's trunk; its `peft`: how."""
     settings = {k: v for k, v in vars(request.param).items() if k != "lora_dropout"}
     shutil.rmtree(tmp_path / "rm")
-    model = with_adapter(new_reward_model(tmp_path / "sft" / "model", seed=3), **settings, scalar=True, seed=3)
+    model = with_adapter(
+        new_reward_model(tmp_path / "sft" / "model", seed=3), AdapterSettings(**settings), scalar=True, seed=3
+    )
     torch.manual_seed(5)
     with torch.no_grad():
         for p in trainable(model).values():

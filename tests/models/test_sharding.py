@@ -20,13 +20,21 @@ from data.groups import make_rows
 from pipeline.errors import UserError
 from pipeline.launch.parallel import is_rank_zero, padded_micro_batches, rank_and_world_size
 from pipeline.launch.processes import places
-from stages.models.adapters import adapter_off, is_adapted, load_on_trunk, plain, save_merged, with_adapter
+from stages.models.adapters import (
+    AdapterSettings,
+    adapter_off,
+    is_adapted,
+    load_on_trunk,
+    plain,
+    save_merged,
+    with_adapter,
+)
 from stages.models.ensemble import members
 from stages.models.forward import head_is_linear, response_logprobs, response_scores, response_values, text_logprobs
 from stages.models.loading import load_policy, load_scalar_model, new_reward_model, prepare, save_model
 from stages.models.packing import can_pack
 from stages.models.precision import cast_frozen
-from stages.models.roles import load_roles, settled
+from stages.models.roles import NamedFolder, RoleFolders, RoleOptions, load_roles, settled
 from stages.models.sharding import (
     compute,
     full,
@@ -40,7 +48,8 @@ from stages.models.sharding import (
     whole,
 )
 from stages.tools import memory
-from stages.training.loop import gradient_cosine, gradient_norm, make_trainee, optimizer_parts, optimizer_step
+from stages.training.checkpoint import shard_optimizer_tensors
+from stages.training.trainee import gradient_cosine, gradient_norm, make_trainee, optimizer_step
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [9, 8]]
 RESPONSES = [[1, 2, 3, 4], [3, 4], [7, 7, 2]]
@@ -92,7 +101,9 @@ def make(family, tied=True, scalar=False, size=61):
 def pair(*args, method=None, **kwargs):
     """(a whole model, the same in parts)."""
     ours, other = (
-        with_adapter(make(*args, **kwargs), method=method, r=2, seed=3) if method else make(*args, **kwargs)
+        with_adapter(make(*args, **kwargs), AdapterSettings(method=method, r=2), seed=3)
+        if method
+        else make(*args, **kwargs)
         for _ in range(2)
     )
     if method:  # as after some training: an untouched adapter changes nothing
@@ -177,7 +188,7 @@ def check_steps():
     _, fresh = pair("llama", scalar=True)
     again = make_trainee("model", fresh, **options)
     again.load(found[0])
-    load_optimizer(again.optimizer, optimizer_parts(again.optimizer, found[1]), rest)
+    load_optimizer(again.optimizer, shard_optimizer_tensors(again.optimizer, found[1]), rest)
     for trainee, model in ((trainees[1], ours), (again, fresh)):
         response_values(model, rows).sum().backward()
         optimizer_step(trainee, 1e-2, 4)
@@ -246,7 +257,7 @@ def check_memory(dtype, checkpointing, tied):
     )  # fmt: skip
     lengths = [(24, [20, 12, 20]), (16, [20, 20])]
     step = memory.Step("policy", "logprobs", lengths, times=2)
-    foretold = memory.take_step(config, [step], {"method": None}, dtype, "cpu", checkpointing, parts=2)
+    foretold = memory.take_step(config, [step], AdapterSettings(), dtype, "cpu", checkpointing, parts=2)
     model = prepare(LlamaForCausalLM(config))
     if checkpointing:
         model.activation_checkpointing_enable()
@@ -283,23 +294,28 @@ def check_roles(folders, adapter, dtype):
     first, folder = is_rank_zero(), folders[rank_and_world_size()[0]]
     accelerator = SimpleNamespace(mixed_precision="bf16" if dtype == "bfloat16" else "no", device=torch.device("cpu"))
     common = {"attn_implementation": "sdpa", "trust_remote_code": False}
-    roles = load_roles(
-        folder / "sft", ("rm", folder / "rm" / "model"), "mean", ("judge", folder / "judge"), accelerator,
-        trunk=folder / "sft", adapter=adapter, policy_seed=1, value_seed=2, gradient_checkpointing=True, max_length=64,
-        sharded=True, **common,
-    )  # fmt: skip
+    folders = RoleFolders(
+        policy=folder / "sft",
+        reward_model=NamedFolder("rm", folder / "rm" / "model"),
+        trunk=folder / "sft",
+        judge=NamedFolder("judge", folder / "judge"),
+    )
+    options = RoleOptions(
+        **common, max_length=64, gradient_checkpointing=True, sharded=True, policy_seed=1, value_seed=2
+    )
+    roles = load_roles(folders, accelerator, adapter, options)
     found = [member for model in roles.models() for member in members(model)]
-    wrapped = adapter["method"] in ("lora", "dora")
+    wrapped = adapter.method in ("lora", "dora")
     assert len(found) == (5 if wrapped else 6) and all(map(is_sharded, found))
     expected = [None] * len(found)
     if first:
-        scalar = partial(load_on_trunk, trunk=folder / "sft" if adapter["method"] else None, **common)
+        scalar = partial(load_on_trunk, trunk=folder / "sft" if adapter.method else None, **common)
         value = scalar(folder / "rm" / "model", trains=True)
         expected = [
-            with_adapter(load_policy(folder / "sft"), **adapter, seed=1),
+            with_adapter(load_policy(folder / "sft"), adapter, seed=1),
             *([] if wrapped else [load_policy(folder / "sft").requires_grad_(False)]),
             *(scalar(folder / "rm" / name).requires_grad_(False) for name in ("model", "ensemble/1")),
-            value if is_adapted(value) else with_adapter(value, **adapter, scalar=True, seed=2),
+            value if is_adapted(value) else with_adapter(value, adapter, scalar=True, seed=2),
             load_scalar_model(folder / "judge").requires_grad_(False),
         ]
         if dtype == "bfloat16":
@@ -330,11 +346,11 @@ def check_roles(folders, adapter, dtype):
 @pytest.mark.parametrize(
     "family, adapter, dtype",
     [
-        ("llama", {"method": "lora", "r": 2}, "bfloat16"),
+        ("llama", AdapterSettings(method="lora", r=2), "bfloat16"),
         *slow(
-            ("llama", {"method": None}, "bfloat16"),
-            ("llama", {"method": "dora", "r": 2}, "float32"),
-            ("gpt2", {"method": "bitfit"}, "float32"),
+            ("llama", AdapterSettings(), "bfloat16"),
+            ("llama", AdapterSettings(method="dora", r=2), "float32"),
+            ("gpt2", AdapterSettings(method="bitfit"), "float32"),
         ),
     ],
 )
@@ -344,8 +360,8 @@ def test_one_process_reads_for_all(family, adapter, dtype, tmp_path, tokenizer):
     save_model(make(family, size=size), tokenizer, folders[0] / "sft", card="")
     for seed, folder in enumerate((folders[0] / "rm" / "model", folders[0] / "rm" / "ensemble" / "1")):
         model = new_reward_model(folders[0] / "sft", seed=seed)
-        if adapter["method"]:
-            model = with_adapter(model, **adapter, scalar=True, seed=seed)
+        if adapter.method:
+            model = with_adapter(model, adapter, scalar=True, seed=seed)
         plain(model).config.reward_bias = 0.5
         save_merged(model, tokenizer, folder, card="")
     judge = make(family, scalar=True, size=size)

@@ -13,7 +13,7 @@ from stages.objectives.advantages import gae
 from stages.objectives.rewards import kl_per_token, token_rewards
 from stages.ppo import run as ppo
 from stages.settings import ppo as ppo_settings
-from stages.training.loop import Average, Skips, make_trainee
+from stages.training.trainee import Average, Skips, make_trainee
 
 PAD, EOS = 0, 1
 PROMPT = [2, 3]

@@ -19,7 +19,7 @@ from stages.rollouts import collect
 from stages.rollouts.collect import reference_logprobs
 from stages.settings import ppo as ppo_settings
 from stages.settings.rollout import RolloutConfig
-from stages.training.loop import Average, Skips, make_trainee
+from stages.training.trainee import Average, Skips, make_trainee
 
 PAD, EOS, VOCAB = 0, 1, 24
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 19, 12, 6], [11, 4]]
@@ -589,11 +589,11 @@ class TestPreflight:
 
 def test_the_reference_of_an_adapted_policy_is_the_policy_without_its_adapter(roles, rollout):
     """ref_policy None: no second model in memory, and the adapter is on again afterwards."""
-    from stages.models.adapters import trainable, with_adapter
+    from stages.models.adapters import AdapterSettings, trainable, with_adapter
 
     rows = rollout.rows(range(8), PAD, roles.packed)
     base = ppo.response_logprobs(roles.policy, rows).detach()
-    policy = with_adapter(copy.deepcopy(roles.policy), method="lora", r=4, lora_alpha=8)
+    policy = with_adapter(copy.deepcopy(roles.policy), AdapterSettings(method="lora", r=4, lora_alpha=8))
     with torch.no_grad():
         for p in trainable(policy).values():
             p += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))

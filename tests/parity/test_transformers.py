@@ -5,8 +5,8 @@ import torch
 
 from data.groups import make_rows
 from stages.models.forward import response_logprobs
-from stages.training.loop import make_trainee
 from stages.training.schedule import learning_rate_at
+from stages.training.trainee import make_trainee
 
 
 @pytest.mark.parametrize(
@@ -42,10 +42,10 @@ def test_what_decays_is_what_decays_in_transformers(llama, tmp_path, adapter):
     """rm and dpo group their weights as transformers does those of base and sft, in the same order."""
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-    from stages.models.adapters import with_adapter
+    from stages.models.adapters import AdapterSettings, with_adapter
 
     model = llama(AutoModelForCausalLM, 0, attention_bias=True)
-    model = with_adapter(model, method=adapter, **({} if adapter is None else {"r": 2}))
+    model = with_adapter(model, AdapterSettings(method=adapter, **{} if adapter is None else {"r": 2}))
     ours = make_trainee("model", model, learning_rate=0.1, max_grad_norm=1.0, weight_decay=0.1).optimizer
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", weight_decay=0.1)
     theirs = Trainer(model=model, args=args).create_optimizer()

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.rollouts.collect import in_micro_batches
+from stages.training.batching import in_micro_batches
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.errors import Interrupted, UserError
-from stages.models.adapters import trainable, with_adapter
+from stages.models.adapters import AdapterSettings, trainable, with_adapter
 from stages.rollouts.vllm import EngineLost, Vllm, write_model
 
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 11]]
@@ -110,7 +110,7 @@ def test_other_end_tokens_of_the_published_model_end_no_response(folder, engine,
 
 @pytest.mark.parametrize("method", [None, "lora", "dora"])
 def test_weights_follow_the_policy(folder, engine, method):
-    policy = with_adapter(loaded(folder), method=method, r=2)
+    policy = with_adapter(loaded(folder), AdapterSettings(method=method, r=2))
     engine.stale = True
     engine.follow(policy)
     assert_of(policy, sample(engine))
@@ -128,7 +128,7 @@ def test_weights_follow_the_policy(folder, engine, method):
 @pytest.mark.parametrize("method", [None, "lora"])
 def test_a_head_that_is_the_embedding_follows_too(python, tmp_path, method):
     folder = saved(tmp_path / "model", tie_word_embeddings=True)
-    policy = with_adapter(loaded(folder), method=method, r=2)
+    policy = with_adapter(loaded(folder), AdapterSettings(method=method, r=2))
     with contextlib.closing(made(folder, tmp_path / "line", python, policy=policy)) as engine:
         for p in trainable(policy).values():
             p.data += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
@@ -258,7 +258,7 @@ def test_the_real_one(tmp_path, method, tied):
     """A model of a width that vLLM's kernels know; weights that change; the same seeds, the same samples."""
     shape = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 128, "max_position_embeddings": 64}
     folder = saved(tmp_path / "model", **shape, vocab_size=64, tie_word_embeddings=tied)
-    policy = with_adapter(loaded(folder), method=method, r=2)
+    policy = with_adapter(loaded(folder), AdapterSettings(method=method, r=2))
     options = {"max_model_len": 48, "max_num_batched_tokens": 64, "gpu_memory_utilization": 0.1}
     options |= {"enforce_eager": True, "skip_tokenizer_init": True, "policy": policy}
     with contextlib.closing(made(folder, tmp_path / "line", os.environ["RLHF_VLLM"], **options)) as engine:

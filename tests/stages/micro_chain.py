@@ -265,10 +265,11 @@ def watch_fit(monkeypatch, module) -> list[Training]:
     """A Training for each call that `module` makes of `fit`."""
     found, true = [], module.fit
 
-    def watched(ctx, trainee, *args, order, batch_size, **rest):
-        batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    def watched(session, accelerator, trainee, task, *rest):
+        order, size = task.order, task.batch_size
+        batches = [order[at : at + size] for at in range(0, len(order), size)]
         found.append(Training(batches, {name: p.clone() for name, p in trainee.tensors().items()}))
-        return true(ctx, trainee, *args, order=order, batch_size=batch_size, **rest)
+        return true(session, accelerator, trainee, task, *rest)
 
     monkeypatch.setattr(module, "fit", watched)
     return found

@@ -18,7 +18,7 @@ def assert_is_trls(make, tokenizer, items: int | None, folder, accumulated: int 
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from stages.training.text import with_plain_loss
+    from stages.training.text_trainers import with_plain_loss
 
     options |= {"use_cpu": True, "bf16": False, "report_to": "none", "activation_checkpointing": False}
     rows, pad, found = [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}], tokenizer.pad_token_id, []

@@ -63,15 +63,15 @@ def test_a_length_over_the_context_of_a_model_that_is_there(tmp_path, config):
     """Of another length only where the stage names it."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     lengths = SimpleNamespace(max_length=64, ptx_length=65)
-    ctx = SimpleNamespace(stage="ppo", config=lengths)
-    check_context(ctx, tmp_path)
+    session = SimpleNamespace(stage="ppo")
+    check_context(session, lengths, tmp_path)
     with pytest.raises(UserError) as caught:
-        check_context(ctx, tmp_path, "ptx_length")
+        check_context(session, lengths, tmp_path, "ptx_length")
     what = "65 tokens, and the model's context is 64"
     assert caught.value.lines == [f"ppo.ptx_length: {what}; set ppo.ptx_length to 64 or less"]
     lengths.max_length = 70
     with pytest.raises(UserError) as caught:
-        check_context(ctx, tmp_path, "ptx_length")
+        check_context(session, lengths, tmp_path, "ptx_length")
     assert [line.split(":")[0] for line in caught.value.lines] == ["ppo.max_length", "ppo.ptx_length"]
 
 
@@ -93,7 +93,7 @@ def test_all_lengths_over_a_given_models_context_are_told_before_anything_runs(t
 
 def test_a_model_that_names_no_context_is_not_checked(tmp_path):
     (tmp_path / "config.json").write_text('{"text_config": null}')
-    check_context(SimpleNamespace(stage="ppo", config=SimpleNamespace(max_length=10**6)), tmp_path)
+    check_context(SimpleNamespace(stage="ppo"), SimpleNamespace(max_length=10**6), tmp_path)
 
 
 def test_evaluate_checks_the_length_of_its_packed_rows_too(tmp_path):
@@ -103,6 +103,7 @@ def test_evaluate_checks_the_length_of_its_packed_rows_too(tmp_path):
     experiment = loaded(tmp_path, "model.name_or_path=org/name", *lengths)
     ctx = SimpleNamespace(stage="evaluate", experiment=experiment, config=experiment.evaluate)
     ctx.inputs, ctx.trust_remote_code = {"sft": tmp_path / "sft"}, False
+    ctx.seed, ctx.checkpoints, ctx.tracker, ctx.stop = 0, None, None, None
     with pytest.raises(UserError, match="evaluate.perplexity_length: 33 tokens, and the model's context is 32"):
         STAGES["evaluate"].run(ctx)
 

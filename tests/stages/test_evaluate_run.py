@@ -476,7 +476,7 @@ class TestGreedy:
     def test_the_prompts_are_those_that_the_report_shows(self, files):
         rows = files.finished.rows("greedy.jsonl")
         shown = report_samples.side_by_side(
-            files.finished.rows("responses.jsonl"), rows, complete(files.results), NAMES, 12, report_samples.Systems()
+            files.finished.rows("responses.jsonl"), rows, complete(files.results), NAMES, 12, report_samples.SystemPrompts()
         )
         found = [item.answers for _, items in shown for item in items]
         assert found and all(likeliest is not None for answers in found for n, _, likeliest in answers
@@ -495,10 +495,10 @@ def test_what_ends_the_stage_names_the_policy_and_a_judge_that_was_climbed(files
     """The last line of the stage is made of these."""
     from pipeline.record import headline
 
-    line = " · ".join(headline(evaluate_settings, files.finished.figures))
+    line = " · ".join(headline(evaluate_settings.STAGE, files.finished.figures))
     assert line.startswith("policy ppo · score ")
     assert line.endswith("judged by the reward model that it was trained to please or selected by")
-    assert "judged" not in " · ".join(headline(evaluate_settings, of_world.finished.figures))
+    assert "judged" not in " · ".join(headline(evaluate_settings.STAGE, of_world.finished.figures))
 
 
 def test_policies_that_are_left_out_are_not_sampled(few_shot):

@@ -130,13 +130,13 @@ def test_rm_publishes_no_model_whose_logit_is_another_number(chain):
     from micro_chain import random_reward_model
 
     model, group = random_reward_model(chain.tokenizer, 10, 0.3), SimpleNamespace(prompt=[5, 6], responses=[[], [7, 8]])
-    rm.refuse_another_logit(model, group, chain.tokenizer.pad_token_id)
+    rm.check_published_score(model, group, chain.tokenizer.pad_token_id)
     forward = model.forward
     model.forward = lambda *a, **k: SimpleNamespace(logits=forward(*a, **k).logits * 1.01)
     with pytest.raises(
         UserError, match="LlamaForSequenceClassification gives a response the logit .* its score here is"
     ):
-        rm.refuse_another_logit(model, group, chain.tokenizer.pad_token_id)
+        rm.check_published_score(model, group, chain.tokenizer.pad_token_id)
 
 
 def test_ppo_takes_a_reward_model_that_came_without_the_padding_that_base_has_added(chain, tmp_path):

@@ -76,23 +76,23 @@ def test_sft_says_how_long_answers_are(chain, tmp_path):
 # -- the base of an adapter ------------------------------------------------------------------------------
 
 
-def context(tmp_path, name="org/name", method="lora", **metrics):
+def provenance(tmp_path, name="org/name", method="lora", **metrics):
     record = {"metrics": metrics, "config": {"model": {"revision": "0123"}}}
     return SimpleNamespace(
         stage="sft",
-        experiment=SimpleNamespace(model=ModelSettings(name_or_path=name, peft=method and {"method": method})),
+        model=ModelSettings(name_or_path=name, peft=method and {"method": method}),
         inputs={"base": tmp_path / "art" / "base"},
         manifests={"base": record},
         publish=tmp_path / "art" / "sft" / ".tmp-publish",
     )
 
 
-def base_of(ctx):
-    return adapter_base(ctx, ctx.publish / "model", ctx.inputs["base"] / "model")
+def base_of(provenance):
+    return adapter_base(provenance, provenance.publish / "model", provenance.inputs["base"] / "model")
 
 
 def test_an_adapter_on_a_model_of_the_hub_goes_by_its_name(tmp_path):
-    assert base_of(context(tmp_path, same_rows_as_given=True)) == ("org/name", "0123")
+    assert base_of(provenance(tmp_path, same_rows_as_given=True)) == ("org/name", "0123")
 
 
 ELSEWHERE = {"same_rows_as_given": True, "name": "/some/where"}
@@ -101,9 +101,9 @@ ELSEWHERE = {"same_rows_as_given": True, "name": "/some/where"}
 @pytest.mark.parametrize("given", [{"same_rows_as_given": False}, {}, ELSEWHERE])
 def test_an_adapter_on_any_other_model_goes_by_the_way_there(tmp_path, given):
     """Of a base that got rows, the Hub's has not the same; an older manifest does not say."""
-    assert base_of(context(tmp_path, **given)) == ("../../../base/model", None)
+    assert base_of(provenance(tmp_path, **given)) == ("../../../base/model", None)
 
 
 @pytest.mark.parametrize("method", [None, "bitfit"])
 def test_without_an_adapter_there_is_no_base_of_it(tmp_path, method):
-    assert base_of(context(tmp_path, method=method, same_rows_as_given=True)) is None
+    assert base_of(provenance(tmp_path, method=method, same_rows_as_given=True)) is None

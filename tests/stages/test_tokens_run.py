@@ -224,7 +224,7 @@ class TestLongRope:
         for length, times in ((17, 1), (16, 0)):
             settings = (f"{stage}.max_length={length}", f"{stage}.on_too_long=drop", *short)
             said = chain.run(stage, tmp_path / str(length), *settings, inputs=inputs).said
-            assert said.count(f"{stage}: a row of more than 16 tokens changes the numbers of shorter rows ") == times
+            assert said.count(f"{stage}: a row of more than 16 tokens changes the results of shorter rows ") == times
             assert said.count(f"and {stage}.max_length is 17; set {stage}.max_length: 16") == times
 
     def test_ppo_says_what_helps_and_it_does(self, chain, stretched, tmp_path):

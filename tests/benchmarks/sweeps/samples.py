@@ -1,32 +1,38 @@
 """A stage of the sweeps: a policy → N samples a prompt with score, gold, KL and length, and its perplexity.
 
-It runs under the pipeline as the nine of `rlhf` do: it skips itself when nothing changed. Prompts, judge, seeds, form
-of asking and settings are evaluate's, whose samples of a prompt are the first of these; evaluate takes too few of them
-to tell neighbours of a sweep apart.
+It runs under the pipeline as the nine of `rlhf` do: it skips itself when nothing changed. Prompts,
+judge, seeds, form of asking and settings are evaluate's, whose samples of a prompt are the first of
+these; evaluate takes too few of them to tell neighbours of a sweep apart.
 """
 
 import json
+from functools import partial
 from typing import Literal
 
-from pipeline.stage import StageRun
+from pydantic import Field
+
+from pipeline.config.section import setting
+from pipeline.stage import Stage, StageRun
 from stages import evaluate
 from stages.evaluation.forms import form_of_base
 from stages.evaluation.measuring import gold_scores, measure
 from stages.evaluation.results import perplexity_estimate
 from stages.evaluation.text import text_losses
 from stages.settings import evaluate as evaluate_settings
-from stages.settings.training import setting
+from stages.settings.experiment import Experiment
 from stages.training.session import session_of
 
-NAME = "samples"
-METRICS: dict[str, str] = {}
-HEADLINE = ("score", "gold", "kl", "perplexity")
 
-
-class Config(evaluate_settings.Config):
+class SamplesSettings(evaluate_settings.EvaluateSettings):
     """evaluate's settings (its `policies` and `best_of` mean nothing here), and whose samples."""
 
     policy: Literal["base", "sft", "ppo", "dpo"] = setting("sft", "who answers")
+
+
+class SweepExperiment(Experiment):
+    """Hold an experiment that has the stage samples, too."""
+
+    samples: SamplesSettings = Field(default_factory=SamplesSettings)
 
 
 def needs(experiment) -> list[str]:
@@ -40,9 +46,10 @@ def reads(experiment) -> list[str]:
 def run(ctx: StageRun) -> dict:
     """Sample a policy and measure the samples.
 
-    Publishes samples.json: `scores`, `kl`, `gold` (null without a gold scorer), `lengths` and `finished`, each a list
-    of N numbers for each of P prompts; `clusters`, the task of each prompt (the prompt itself where tasks are not
-    known); `known`, whether training data set that task (null where tasks are not known); `asked`; `perplexity`.
+    Publishes samples.json: `scores`, `kl`, `gold` (null without a gold scorer), `lengths` and
+    `finished`, each a list of N numbers for each of P prompts; `clusters`, the task of each prompt
+    (the prompt itself where tasks are not known); `known`, whether training data set that task
+    (null where tasks are not known); `asked`; `perplexity`.
 
     Returns:
         The figures of the manifest.
@@ -51,10 +58,10 @@ def run(ctx: StageRun) -> dict:
     tools, prompts, text_rows = evaluate.prepare(ctx)
     form = form_of_base(c.base_prompt, ctx.experiment.model.name_or_path) if c.policy == "base" else "chat"
     policy = tools.policy_of(c.policy)
-    session = session_of(ctx)
+    session = session_of(ctx, trains=False)
     with ctx.tracker.progress(1, f"{c.samples_per_prompt} samples a prompt") as progress:
         queries = prompts.queries(tools.tokenizer, form)
-        poll = session.interrupt(0, 1, evaluate.keep_checkpoint)
+        poll = partial(session.leave_if_requested, 0, 1)
         rows = measure(tools, policy, queries, prompts.chat_ids, c, seed=ctx.seed, poll=poll)
         progress.update(1)
     gold = gold_scores(prompts.world, prompts.prompts, rows["responses"], rows["finished"])
@@ -79,3 +86,14 @@ def run(ctx: StageRun) -> dict:
 
 def _mean(rows: list[list[float]]) -> float:
     return sum(map(sum, rows)) / sum(map(len, rows))
+
+
+STAGE = Stage(
+    name="samples",
+    summary="Sample a policy, score and measure the samples.",
+    settings=SamplesSettings,
+    run=run,
+    needs=needs,
+    reads=reads,
+    headline=("score", "gold", "kl", "perplexity"),
+)

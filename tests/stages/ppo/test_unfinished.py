@@ -16,7 +16,7 @@ from stages.models.forward import response_logprobs, response_scores
 from stages.models.packing import can_pack
 from stages.objectives.logprobs import sequence_logps
 from stages.settings import rankings as rankings_settings
-from stages.shared.inputs import load_groups
+from stages.shared.inputs import LengthLimit, load_groups
 
 PROMPT = "what color is the fox ?"
 RANKINGS = [
@@ -35,8 +35,7 @@ def tokenizer():
 @pytest.fixture
 def groups(tmp_path, tokenizer):
     write_jsonl(tmp_path / "train.jsonl", RANKINGS)
-    ctx = SimpleNamespace(stage="rm", inputs={"rankings": tmp_path})
-    return load_groups(ctx, tokenizer, "train", max_length=64, on_too_long="error")[0]
+    return load_groups(tmp_path / "train.jsonl", tokenizer, LengthLimit(64, "error", "rm"))[0]
 
 
 def model_of(auto, tokenizer):
@@ -114,7 +113,7 @@ def test_rankings_of_samples_say_which_were_cut_off(monkeypatch):
     config = rankings_settings.RankingsSettings(labelers_per_prompt=5, agreement=0.6)
     experiment = SimpleNamespace(data=SimpleNamespace(rankings=None))
     tracker = SimpleNamespace(say=lambda text: None)
-    ctx = SimpleNamespace(config=config, seed=0, tracker=tracker, experiment=experiment)
+    ctx = SimpleNamespace(config=config, seed=0, tracker=tracker, experiment=experiment, inputs={})
     rows, figures = rankings.simulate(ctx)
     of_prompt = dict(zip(prompts, finished, strict=True))
     assert len(rows) > 2 * len(prompts) and all(list(r.finished) == of_prompt[r.prompt] for r in rows)

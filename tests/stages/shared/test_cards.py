@@ -1,7 +1,7 @@
 """Model cards: what they tell a person to type gives what the project computes, and what they say is true."""
 
 import re
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,23 +16,31 @@ from stages.models.forward import response_scores
 from stages.models.loading import from_scratch, load_scalar_model, load_tokenizer, new_reward_model, save_model
 from stages.settings import ppo as ppo_settings
 from stages.settings import sft as sft_settings
-from stages.shared.cards import ANSWER, SCORE, card
+from stages.shared.cards import ANSWER, SCORE, card_text
+from stages.shared.cards import ModelCard as Card
+from stages.shared.provenance import Provenance
 
 TOTAL = {"rows": 60, "skip": 0, "limit": None, "subset": None, "split": "train"}
 
 
-def context(stage="rm", config=None, model=None, data=None, manifests=None, inputs=None):
-    """A stage's context, as far as cards read it."""
-    return SimpleNamespace(
+def provenance(stage="rm", config=None, model=None, data=None, manifests=None, inputs=None, seed=3):
+    return Provenance(
+        experiment="fake",
         stage=stage,
-        experiment=SimpleNamespace(name="fake", model=model or ModelSettings()),
-        config=config or sft_settings.SFTSettings(),
-        seed=3,
-        manifests=manifests or {},
+        section=config or sft_settings.SFTSettings(),
+        model=model or ModelSettings(),
+        seed=seed,
         inputs=inputs or {},
+        manifests=manifests or {},
         data=data or {},
         model_revision=None,
+        publish=Path(),
     )
+
+
+def card(of, *what, **fields) -> str:
+    """The text of a card."""
+    return card_text(of, Card(*what, **fields))
 
 
 @pytest.fixture
@@ -42,7 +50,7 @@ def folder(tmp_path, monkeypatch):
     tokenizer = train_tokenizer(["the fox is red . what colour is the fox ?"] * 3, 300)
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     model = from_scratch(tokenizer, seed=0, attn_implementation="sdpa", max_position_embeddings=128, **shape)
-    text = card(context(), "a policy trained by PPO-ptx", ANSWER)
+    text = card(provenance(), "a policy trained by PPO-ptx", ANSWER)
     save_model(model, tokenizer, tmp_path / "model", card=text, temperature=1.0)
     return tmp_path / "model"
 
@@ -58,7 +66,7 @@ def typed(folder) -> dict:
 def test_a_reward_models_card_gives_the_score_that_ppo_gets(folder):
     model, tokenizer = new_reward_model(folder, seed=1), load_tokenizer(folder)
     model.config.reward_bias = 0.75
-    save_model(model, tokenizer, folder, card=card(context(), "a reward model", SCORE))
+    save_model(model, tokenizer, folder, card=card(provenance(), "a reward model", SCORE))
     ids = encode_prompt(tokenizer, "Hello!"), encode_response(tokenizer, "Hi there.")
     rows = make_rows(*([part] for part in ids), tokenizer.pad_token_id)
     with torch.no_grad():
@@ -89,8 +97,8 @@ def test_a_card_names_model_data_settings_and_figures_and_no_path(tmp_path):
     data = {"prompts": hub, "documents": {"path": str(tmp_path / "texts" / "docs.jsonl"), **TOTAL}}
     manifests = {"sft": {"config": {"data": {"demonstrations": {"path": "world"}, "validation_fraction": 0.05}}}}
     manifests["world"] = {"metrics": {"demonstrations": 1500}}
-    ctx = context("ppo", config, model, data, manifests, {name: tmp_path / name for name in manifests})
-    text = card(ctx, "a policy", ANSWER, figures={"score": 0.5, "reliability": [1], "best_step": 3, "kept": True})
+    of = provenance("ppo", config, model, data, manifests, {name: tmp_path / name for name in manifests})
+    text = card(of, "a policy", ANSWER, figures={"score": 0.5, "reliability": [1], "best_step": 3, "kept": True})
     assert rows_of(text, "Data") == [
         ["demonstrations", "the embedded world", "1500", "sft"],
         ["documents", "docs.jsonl", "60", "ppo"],
@@ -109,9 +117,8 @@ def test_a_card_names_model_data_settings_and_figures_and_no_path(tmp_path):
 
 
 def test_a_section_of_defaults_that_is_null_by_default_is_listed_as_one(tmp_path):
-    ctx = context("sft", sft_settings.SFTSettings(ppo_init={}), ModelSettings(name_or_path=str(tmp_path), peft={}))
-    ctx.seed = 0
-    settings = dict(rows_of(card(ctx, "a policy", ANSWER), "Settings that are not the defaults"))
+    of = provenance("sft", sft_settings.SFTSettings(ppo_init={}), ModelSettings(name_or_path=str(tmp_path), peft={}), seed=0)
+    settings = dict(rows_of(card(of, "a policy", ANSWER), "Settings that are not the defaults"))
     assert settings == {"sft.ppo_init": "{}", "model.name_or_path": tmp_path.name, "model.peft": "{}"}
 
 
@@ -123,7 +130,7 @@ def test_metadata_go_from_card_to_card(tmp_path, monkeypatch):
         "---\nlicense: other\nlicense_name: llama3.1\nbase_model: someone/else\ndatasets: [theirs/data]\n---\n# It\n"
     )
     model, shelf = ModelSettings(name_or_path=str(given)), tmp_path / "base" / "model"
-    text = card(context("base", model=model), "a pretrained language model")
+    text = card(provenance("base", model=model), "a pretrained language model")
     found = ModelCard(text).data
     assert (found.license, found.license_name, found.base_model, found.datasets) == ("other", "llama3.1", None, None)
     assert "the licence other" in text
@@ -131,11 +138,11 @@ def test_metadata_go_from_card_to_card(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(given / "README.md"))
     model = ModelSettings(name_or_path="org/name")
     shelf.mkdir(parents=True)
-    (shelf / "README.md").write_text(card(context("base", model=model), "a pretrained language model"))
+    (shelf / "README.md").write_text(card(provenance("base", model=model), "a pretrained language model"))
     manifest = {"config": {"model": {"revision": "0123456789"}}}
     data = {"demonstrations": {"path": "org/demonstrations", **TOTAL}}
-    ctx = context("sft", model=model, data=data, manifests={"base": manifest}, inputs={"base": shelf.parent})
-    text = card(ctx, "a policy", ANSWER, source=shelf)
+    of = provenance("sft", model=model, data=data, manifests={"base": manifest}, inputs={"base": shelf.parent})
+    text = card(of, "a policy", ANSWER, source=shelf)
     found = ModelCard(text).data
     assert (found.base_model, found.license, found.license_name) == ("org/name", "other", "llama3.1")
     assert found.datasets == ["org/demonstrations"] and found.pipeline_tag == "text-generation"
@@ -147,12 +154,12 @@ def test_what_is_not_known_is_not_said(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", nothing)
-    text = card(context("base", model=ModelSettings(name_or_path="org/name")), "a pretrained language model")
+    text = card(provenance("base", model=ModelSettings(name_or_path="org/name")), "a pretrained language model")
     assert ModelCard(text).data.license is None and "licence is not known" in text
     (tmp_path / "README.md").write_text("---\nlicense: [un\n---\nno metadata")
-    text = card(context(model=ModelSettings(name_or_path="org/name")), "a policy", source=tmp_path)
+    text = card(provenance(model=ModelSettings(name_or_path="org/name")), "a policy", source=tmp_path)
     assert ModelCard(text).data.license is None
-    assert "trained from scratch" in card(context(), "a policy")
+    assert "trained from scratch" in card(provenance(), "a policy")
 
 
 def test_data_of_stages_further_up_are_named_where_they_are_what_it_was_made_of(tmp_path):
@@ -166,8 +173,8 @@ def test_data_of_stages_further_up_are_named_where_they_are_what_it_was_made_of(
     rankings = manifest("rankings", ["rankings"], {})
     manifest("base", ["documents"], {})
     rm = manifest("rm", ["demonstrations"], {"rankings": rankings["digest"], "base": "of another one", "data:x": "0"})
-    ctx = context("ppo", manifests={"rm": rm}, inputs={"rm": tmp_path / "rm"})
-    found = rows_of(card(ctx, "a policy"), "Data")
+    of = provenance("ppo", manifests={"rm": rm}, inputs={"rm": tmp_path / "rm"})
+    found = rows_of(card(of, "a policy"), "Data")
     assert [(row[0], row[3]) for row in found] == [("demonstrations", "rm"), ("rankings", "rankings")]
 
 
@@ -177,10 +184,10 @@ def test_data_of_stages_further_up_are_named_where_they_are_what_it_was_made_of(
         (("../../../base/model", None), ["`../../../base/model`", 'change into `adapter/` and load `"."`']),
         (("org/name", "0123"), ["`org/name` at the commit `0123`"]),
         (("art/x/base/model", None), ["`art/x/base/model`: a path from the folder where `rlhf` ran"]),
-        (("", None), ["lies outside the experiment"]),
+        (("", None), ["on a base model outside the experiment"]),
     ],
 )
 def test_an_adapters_base_is_named(base, words):
-    text = card(context(), "a policy", ANSWER, adapter=base)
+    text = card(provenance(), "a policy", ANSWER, adapter=base)
     assert all(word in text for word in words)
     assert ("AutoPeftModelForCausalLM" in text) == bool(base[0])

@@ -11,17 +11,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from data.groups import make_rows
-from stages.models.adapters import with_adapter
+from stages.models.adapters import AdapterSettings, with_adapter
 from stages.models.forward import response_logprobs, response_scores
 from stages.models.loading import prepare
 from stages.models.packing import can_pack
 from stages.settings import ppo as ppo_settings
 from stages.tools import memory
 from stages.tools.memory import Step, take_step
-from stages.training.loop import make_trainee, optimizer_step
+from stages.training.trainee import make_trainee, optimizer_step
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-WHOLE, LORA = {"method": None}, {"method": "lora", "r": 4}
+WHOLE, LORA = AdapterSettings(), AdapterSettings(method="lora", r=4)
 CONFIG = LlamaConfig(
     vocab_size=300, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128,
     tie_word_embeddings=True, num_labels=1,
@@ -74,9 +74,9 @@ def test_a_checkpointed_step_holds_less():
 
 
 def test_adalora_keeps_its_averages_beside_the_moments():
-    adapter = {"method": "adalora", "r": 4}
+    adapter = AdapterSettings(method="adalora", r=4)
     foretold = take_step(CONFIG, [Step("reward_model", "scores", LENGTHS)], adapter, "float32", "cpu")
-    model = with_adapter(prepare(LlamaForSequenceClassification(CONFIG)), **adapter, scalar=True)
+    model = with_adapter(prepare(LlamaForSequenceClassification(CONFIG)), adapter, scalar=True)
     trainee = make_trainee("model", model, learning_rate=1e-3, max_grad_norm=1.0, steps=100)
     for step in (1, 2):
         for p in trainee.parameters.values():
@@ -91,16 +91,16 @@ def test_adalora_keeps_its_averages_beside_the_moments():
 @pytest.mark.parametrize("bits, a_weight", [(4, 4 + 8 / 64 + 32 / 64 / 256), (8, 8)])
 def test_quantized_weights_have_the_size_of_their_storage(bits, a_weight):
     """As real layers hold them, and as the papers count: bits a weight with its scales (8: and a float a row)."""
-    adapter = {"method": "qlora", "bits": bits, "r": 4}
+    adapter = AdapterSettings(method="qlora", bits=bits, r=4)
     foretold = take_step(CONFIG, [Step("reward_model", "scores", LENGTHS)], adapter, "float32", "cpu")
-    made = with_adapter(prepare(LlamaForSequenceClassification(CONFIG)), **adapter, scalar=True)
+    made = with_adapter(prepare(LlamaForSequenceClassification(CONFIG)), adapter, scalar=True)
     real = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in made.parameters()}
     assert foretold.weights == pytest.approx(sum(real.values()), rel=0.005)
     shapes = [(w.out_features, w.in_features) for n, w in made.named_modules() if n.endswith("_proj.base_layer")]
     held = sum(p.nbytes for n, p in made.named_parameters() if "_proj.base_layer." in n)
     tables = len(shapes) * (4 * 256 + 4) if bits == 4 else 4 * sum(rows for rows, _ in shapes)
     assert held - tables == pytest.approx(sum(a * b for a, b in shapes) * a_weight / 8, rel=0.002) and len(shapes) == 21
-    whole = take_step(CONFIG, [Step("reward_model", "scores", LENGTHS)], {"method": "lora", "r": 4}, "float32", "cpu")
+    whole = take_step(CONFIG, [Step("reward_model", "scores", LENGTHS)], LORA, "float32", "cpu")
     assert foretold.frozen == whole.frozen and foretold.trains == whole.trains
 
 

@@ -12,19 +12,13 @@ from data.streams import Stream
 from pipeline.errors import Interrupted, TrainingStopped, UserError
 from pipeline.stage import StopFlag
 from pipeline.store.checkpoints import CheckpointStore
-from stages.training.loop import (
-    Best,
-    balanced,
-    fit,
-    gradient_norm,
-    load_checkpoint,
-    make_trainee,
-    micro_batches,
-    optimizer_step,
-    save_checkpoint,
-    sorted_chunks,
-)
-from stages.training.schedule import learning_rate_at
+from stages.training.batching import balanced, micro_batches, sorted_chunks
+from stages.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from stages.training.loop import Task, fit
+from stages.training.schedule import Schedule, learning_rate_at
+from stages.training.selection import Best, Selection
+from stages.training.session import Session
+from stages.training.trainee import gradient_norm, make_trainee, optimizer_step
 
 SHAPES = ("constant", "linear", "cosine", "cosine_with_min_lr")
 
@@ -322,8 +316,7 @@ class Regression:
     """fit on 10 rows of y = w·x: everything a stage would hand in, small enough for 100 runs."""
 
     def __init__(self, folder, every=2, keep="last", patience=None, micro_size=3, learning_rate=0.05, figures=None):
-        cut = lambda batch: micro_batches(batch, micro_size)  # noqa: E731
-        self.options = {"keep": keep, "patience": patience, "cut": cut}
+        self.keep, self.patience, self.cut = keep, patience, lambda batch: micro_batches(batch, micro_size)
         self.checkpoints = CheckpointStore(folder, every, 2, "run", say=lambda line: None)
         self.rate, self.figures, self.journal = learning_rate, figures, Journal(None)
         x = torch.randn(10, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -336,7 +329,7 @@ class Regression:
         self.journal.rewind(found.step if found else -1)
         earlier, self.journal = self.journal, Journal(stop, stop_at, kill_at)
         self.journal.rows, self.journal.figures, self.journal.shown = (earlier.rows, earlier.figures, earlier.shown)
-        ctx = SimpleNamespace(stage="rm", seed=7, tracker=self.journal, checkpoints=self.checkpoints, stop=stop)
+        session = Session("rm", 7, self.checkpoints, self.journal, stop, collective=False)
         self.trainee = trainee_of()
 
         def loss(rows, batch):
@@ -349,22 +342,19 @@ class Regression:
             with torch.no_grad():
                 return {"loss": ((self.trainee.model(self.x) - self.y) ** 2).mean().item()}
 
-        out = fit(
-            ctx,
-            self.trainee,
-            SimpleNamespace(backward=lambda value: value.backward()),
+        task = Task(
             order=Stream(10, 7).take(36),
             costs=[1] * 10,
             batch_size=4,
-            learning_rate=lambda s: learning_rate_at(s, 9, self.rate, "linear", 2),
+            cut=self.cut,
             loss=loss,
             evaluate=evaluate,
-            judge="loss",
-            higher_is_better=False,
-            eval_steps=2,
             samples=lambda: [{"n": 1}],
-            **self.options,
         )
+        accelerator = SimpleNamespace(backward=lambda value: value.backward())
+        schedule = Schedule(self.rate, "linear", warmup_steps=2, total=9)
+        selection = Selection(self.keep, self.patience, "loss", higher_is_better=False, eval_steps=2)
+        out = fit(session, accelerator, self.trainee, task, schedule, selection)
         return out, weights(self.trainee), self.journal
 
 
@@ -497,7 +487,7 @@ class TestFit:
     def test_weight_decay_and_beta_are_todays_after_a_resume(self, tmp_path, before, today, grouped_before):
         """Each weight keeps its moments, whatever group it is in now; once there was one group whatever decayed."""
         options = {"learning_rate": 0.1, "max_grad_norm": 1.0}
-        ctx = SimpleNamespace(stage="rm", checkpoints=CheckpointStore(tmp_path, 1, 2, "run", say=lambda line: None))
+        session = SimpleNamespace(stage="rm", checkpoints=CheckpointStore(tmp_path, 1, 2, "run", say=lambda line: None))
         old = make_trainee("model", normed(), **options, weight_decay=before)
         if not grouped_before:
             adamw = {"lr": 0.1, "betas": (0.9, 0.95), "weight_decay": before, "fused": True}
@@ -505,9 +495,9 @@ class TestFit:
         for step in range(1, 4):
             old.model(torch.randn(5, 3)).square().mean().backward()
             optimizer_step(old, 0.1, step)
-        save_checkpoint(ctx, 3, 9, [old], None, {})
+        save_checkpoint(session, 3, 9, TrainingState([old], Best("last", None, False)), {})
         new = make_trainee("model", normed(), **options, weight_decay=today, adam_beta2=0.9)
-        assert load_checkpoint(ctx, [new], None, 9)[0] == 3
+        assert load_checkpoint(session, TrainingState([new], Best("last", None, False)), 9)[0] == 3
         assert same(weights(new), weights(old))
         for name, p in new.parameters.items():
             assert same(new.optimizer.state[p], old.optimizer.state[old.parameters[name]]), name

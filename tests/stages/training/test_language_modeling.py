@@ -13,8 +13,12 @@ from pipeline.errors import Interrupted, TrainingStopped
 from pipeline.stage import StopFlag
 from pipeline.store import files
 from pipeline.store.checkpoints import CheckpointStore
-from stages.training.schedule import learning_rate_at
-from stages.training.text import train_language_model
+from stages.shared.runtime import Runtime
+from stages.training.loop import Phase
+from stages.training.schedule import Schedule, learning_rate_at
+from stages.training.selection import Selection
+from stages.training.session import Session
+from stages.training.text import Optimization, TextTask, train_language_model
 
 STEPS, FIRST = 8, 3  # FIRST: steps of an earlier training of the stage
 TODAY = {"learning_rate": 0.01, "lr_scheduler_type": "cosine_with_min_lr", "warmup_steps": 2, "weight_decay": 0.1,
@@ -80,7 +84,7 @@ def train(tmp_path):
         stop, told = StopFlag(), []
         store = CheckpointStore(tmp_path / "checkpoints", 100, 2, "run", say=lambda line: None)
         tracker = Tracker(stop, stop_at)
-        ctx = SimpleNamespace(stage="sft", seed=1, checkpoints=store, tracker=tracker, stop=stop)
+        session = Session("sft", 1, store, tracker, stop, collective=False)
         rows = [{"input_ids": ids, "labels": ids} for ids in ([5, 6, 7], [8, 9, 10, 11], [12, 13], [5, 13, 7])]
 
         def made():
@@ -93,13 +97,17 @@ def train(tmp_path):
             told.append([{key: group[key] for key in keys} for group in optimizer.param_groups])
 
         hook = register_optimizer_step_pre_hook(hear)
-        options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_grad_norm": 1.0} | {
-            "keep": "last", "patience": None, "eval_steps": 100, "device": "cpu", "dtype": "float32",
-            "gradient_checkpointing": False, "group_by_length": False, "steps": STEPS}  # fmt: skip
+        s = TODAY | settings
+        runtime = Runtime(
+            "cpu", "float32", "sdpa", sharded=False, gradient_checkpointing=False, trust_remote_code=False
+        )
+        task = TextTask(rows, rows[:1], rows_per_device=1, accumulation_steps=2, group_by_length=False)
+        optimization = Optimization(1.0, s["weight_decay"], s["adam_beta2"])
+        schedule = Schedule(s["learning_rate"], s["lr_scheduler_type"], s["warmup_steps"], STEPS)
+        selection = Selection("last", None, "loss", higher_is_better=False, eval_steps=100)
+        phase = Phase(first=FIRST, total=FIRST + STEPS)
         try:
-            train_language_model(
-                ctx, made, tokenizer, rows, rows[:1], **options, **(TODAY | settings), first=FIRST, total=FIRST + STEPS
-            )
+            train_language_model(session, runtime, made, tokenizer, task, optimization, schedule, selection, phase)
         except Interrupted:
             assert stop_at is not None
         finally:

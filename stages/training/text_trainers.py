@@ -1,0 +1,169 @@
+"""Vary trl's SFTTrainer where base and sft need another loss, another resume, or sharded weights.
+
+Each function takes a trainer class and returns a subclass with one change; `make_trainer` in text.py
+combines them. trl takes seconds to import, so it is imported by the caller.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import UserError
+from pipeline.launch import parallel
+from stages.models.adapters import plain
+from stages.models.sharding import full, is_sharded, publishable, shard
+from stages.objectives.losses import language_model_loss
+from stages.training.checkpoint import keep_optimizer_settings, shard_optimizer_tensors
+
+
+def with_plain_loss(trainer_class: type) -> type:
+    """Compute the cross-entropy from whole logits; the result is the same as trl's.
+
+    trl computes the head in tiles, and twice: that saves the memory of T × V logits, and costs a
+    fifth of a step where the vocabulary V is small. Its tiles also read the head's weight directly,
+    past an adapter on the head.
+    """
+
+    class PlainLossTrainer(trainer_class):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs["labels"][:, 1:]
+            arguments = {name: value for name, value in inputs.items() if name != "labels"}
+            if self.aux_loss_enabled:
+                arguments["output_router_logits"] = True
+            out = model(**arguments, use_cache=False)
+            counted = num_items_in_batch or (labels != -100).sum().clamp(min=1)
+            loss = language_model_loss(out.logits[:, :-1], labels, counted)
+            if num_items_in_batch is not None:
+                # it counts the labels of all processes, and their gradients are averaged afterwards
+                loss = loss * self.accelerator.num_processes
+            if self.aux_loss_enabled:  # averaged over micro-batches, as trl does
+                if out.aux_loss is None:
+                    raise UserError(no_routers(type(plain(self.model)).__name__))
+                parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+                loss = loss + self.router_aux_loss_coef * out.aux_loss / parts
+            return loss
+
+    return PlainLossTrainer
+
+
+def no_routers(kind: str) -> str:
+    """Return the error line for a load-balancing loss of a model without experts.
+
+    Args:
+        kind: Name of the model's class.
+    """
+    return (
+        f"sft.router_aux_loss_coef: transformers computes no load-balancing loss for a {kind}; set it to null, or "
+        f"take a mixture of experts (Mixtral, Qwen3-MoE …)"
+    )
+
+
+def with_current_settings(trainer_class: type) -> type:
+    """Resume with today's AdamW settings. transformers would take those of the checkpoint."""
+
+    class CurrentSettingsTrainer(trainer_class):
+        def _load_optimizer_and_scheduler(self, checkpoint):
+            with keep_optimizer_settings(self.optimizer):
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+    return CurrentSettingsTrainer
+
+
+def saving_on_rank_zero(trainer_class: type) -> type:
+    """Let rank 0 save while the other ranks train on.
+
+    transformers sums floating-point operations over all ranks when it saves: rank 0 would wait for
+    ranks that do not save.
+    """
+
+    class RankZeroSavingTrainer(trainer_class):
+        def store_flos(self):
+            pass
+
+    return RankZeroSavingTrainer
+
+
+def with_sharding(trainer_class: type) -> type:
+    """Train a sharded model, with the checkpoints of a whole one.
+
+    transformers trains a model that we have sharded, but cannot save or resume it. Here, the ranks
+    all-gather what rank 0 writes, so a checkpoint does not depend on the number of processes.
+    """
+
+    from accelerate.utils import AutocastKwargs
+    from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+
+    class ShardedTrainer(saving_on_rank_zero(trainer_class)):
+        def shard_model(self, checkpoint: Path | None) -> None:
+            """Keep this rank's shard of the weights.
+
+            Args:
+                checkpoint: The folder that transformers wrote, whose weights are taken; None: they
+                    stay as they are.
+            """
+            if checkpoint is not None and parallel.is_rank_zero():  # its weights are sent to the other ranks
+                self._load_from_checkpoint(str(checkpoint))
+            shard(self.model, self.args.device, mean=True)
+            # autocast would cache a cast of each layer that is all-gathered: the whole model
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
+            self.is_distributed_loading_by_transformers = True  # otherwise accelerate would wrap the model
+
+        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+            if not is_sharded(self.model):  # `shard_model` has loaded it before
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+        def save_model(self, output_dir=None, _internal_call=False):
+            sharded, self.model = self.model, publishable(self.model)  # all ranks: it all-gathers
+            if parallel.is_rank_zero():
+                super()._save(output_dir)
+            self.model = sharded
+
+        def _save_optimizer_and_scheduler(self, output_dir):
+            state = self.optimizer.state_dict()
+            state["state"] = {index: full(tensors) for index, tensors in state["state"].items()}
+            optimizer, self.optimizer = self.optimizer, _WithState(state)
+            super()._save_optimizer_and_scheduler(output_dir)  # writes on rank 0 only
+            self.optimizer = optimizer
+
+        def _load_optimizer_and_scheduler(self, checkpoint):
+            if checkpoint is None:
+                return
+            # mapped from disk: no rank holds the whole state in memory
+            load = partial(torch.load, map_location="cpu", weights_only=True, mmap=True)
+            optimizer = self.optimizer.optimizer  # inside accelerate's
+            optimizer.load_state_dict(_sharded_state(optimizer, load(Path(checkpoint) / OPTIMIZER_NAME)))
+            self.lr_scheduler.load_state_dict(load(Path(checkpoint) / SCHEDULER_NAME))
+
+        def _save_rng_state(self, output_dir):
+            if parallel.is_rank_zero():  # dropout is seeded anew at every step (TextHooks.seed_dropout)
+                super()._save_rng_state(output_dir)
+
+    return ShardedTrainer
+
+
+class _WithState:
+    """Stand in for an optimizer with a given state."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+        return self.state
+
+
+def _sharded_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Take this rank's shard of a whole optimizer's state.
+
+    Args:
+        optimizer: The optimizer of the sharded parameters.
+        state: state_dict() of an optimizer of whole parameters.
+    """
+    flat = {f"{index}.{name}": x for index, tensors in state["state"].items() for name, x in tensors.items()}
+    shards = shard_optimizer_tensors(optimizer, flat)
+    by_index = {
+        index: {name: shards[f"{index}.{name}"] for name in tensors} for index, tensors in state["state"].items()
+    }
+    return {**state, "state": by_index}

@@ -1,0 +1,231 @@
+"""Take an optimizer step: check that the gradient is finite, clip it, step, average weights."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from pipeline.errors import TrainingStopped, UserError
+from pipeline.launch import parallel
+from stages.models.adalora import adamw_for
+from stages.models.adapters import trainable
+from stages.models.sharding import like, number, part
+from stages.objectives.control import update_average
+
+
+@dataclass
+class Trainee:
+    """A model that trains, with its optimizer."""
+
+    name: str
+    """Name of its tensors in checkpoints, and of the model in error lines."""
+    model: nn.Module
+    """The model; sharded over the ranks or whole."""
+    parameters: dict[str, nn.Parameter]
+    """The parameters that train, by name, in the order of the optimizer's state."""
+    optimizer: torch.optim.Optimizer | None
+    """Its optimizer; None where only the weights are of interest."""
+    max_grad_norm: float
+    """The gradient is clipped to this norm."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the weights that train, by name; they share memory with the model."""
+        return {name: p.detach() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Load weights that train.
+
+        Args:
+            tensors: Whole tensors by name; of sharded parameters this rank's shard is taken.
+
+        Raises:
+            UserError: Names or shapes are not those of this model.
+        """
+        if set(tensors) != set(self.parameters):
+            odd = sorted(set(tensors) ^ set(self.parameters))[:3]
+            raise UserError(
+                f"checkpoint of {self.name}: its weights are not this model's ({odd}); start again with --restart"
+            )
+        for name, p in self.parameters.items():
+            if p.shape != tensors[name].shape:
+                raise UserError(
+                    f"checkpoint of {self.name}: {name} is {tuple(tensors[name].shape)}, the model's is "
+                    f"{tuple(p.shape)}; start again with --restart"
+                )
+        for name, p in self.parameters.items():
+            p.copy_(like(p, tensors[name]))
+
+
+def make_trainee(
+    name: str,
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    max_grad_norm: float,
+    adam_beta2: float = 0.95,
+    weight_decay: float = 0.0,
+    steps: int | None = None,
+) -> Trainee:
+    """Build AdamW, with β = (0.9, `adam_beta2`), over the parameters that require a gradient.
+
+    Args:
+        name: Name of the model in checkpoints and error lines.
+        model: The model, on its device.
+        learning_rate: Rate before the first step; `optimizer_step` sets that of each step.
+        max_grad_norm: The gradient is clipped to this norm.
+        adam_beta2: AdamW's second β.
+        weight_decay: Decoupled weight decay, of all parameters but norms and biases.
+        steps: Optimizer steps of the training; only AdaLoRA needs it.
+    """
+    parameters = trainable(model)
+    adamw, more = adamw_for(model, steps)
+    options = {"lr": learning_rate, "betas": (0.9, adam_beta2), "weight_decay": weight_decay, "fused": True}
+    names = parameter_groups(model, parameters, 2 if weight_decay else 1)
+    groups = [{"params": [parameters[n] for n in group]} for group in names]
+    for group in groups[1:]:
+        group["weight_decay"] = 0.0
+    optimizer = adamw(groups, **options, **more)
+    return Trainee(name, model, parameters, optimizer, max_grad_norm)
+
+
+def parameter_groups(model: nn.Module, names: Iterable[str], count: int) -> list[list[str]]:
+    """Divide the names of parameters into AdamW's groups.
+
+    Args:
+        model: The model that the parameters belong to.
+        names: Names of the parameters that train.
+        count: 1: all in one group; 2: those with weight decay, then those without.
+    """
+    if count == 1:
+        return [list(names)]
+    from transformers import Trainer  # base and sft train by its rule
+
+    decays = set(Trainer.get_decay_parameter_names(None, model))
+    return [[n for n in names if n in decays], [n for n in names if n not in decays]]
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
+    """Return ‖g‖₂ over all parameters that have a gradient; 0 if none has."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return number(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+
+
+def gradient_cosine(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> float:
+    """Return the cosine between two lists of gradients; 0 where one of them vanishes.
+
+    Args:
+        one: A gradient for each parameter; None stands for 0.
+        other: Gradients of the same parameters, in the same order.
+    """
+    pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+    shards = [(part(a).flatten().float(), part(b).flatten().float()) for a, b in pairs]
+    dot = sum(float(torch.dot(a, b)) for a, b in shards)
+    if any(isinstance(a, DTensor) for a, _ in pairs):  # each rank has multiplied its shard only
+        dot = parallel.all_reduce_figures({"dot": dot})["dot"]
+    norms = [torch.nn.utils.get_total_norm([g for g in gs if g is not None] or [torch.zeros(1)]) for gs in (one, other)]
+    size = number(norms[0] * norms[1])
+    return dot / size if size > 0 else 0.0
+
+
+def gradient_problem(trainee: Trainee, step: int) -> str | None:
+    """Return what is wrong with a gradient that is not finite, in words; None if it is finite."""
+    norm = gradient_norm(trainee.parameters.values())
+    return None if math.isfinite(norm) else f"{trainee.name}: the gradient at step {step} is {norm}"
+
+
+def stop_training(problem: str) -> None:
+    """Raise TrainingStopped (exit code 3) for a value that is not finite, with a remedy."""
+    raise TrainingStopped(
+        f"{problem}; this step was not taken. Run again with a lower learning_rate or max_grad_norm and "
+        f"--override-config, or with model.dtype: float32 and --restart"
+    )
+
+
+def optimizer_step(trainee: Trainee, learning_rate: float, step: int) -> float:
+    """Clip the gradient, take an optimizer step and clear the gradient.
+
+    Args:
+        trainee: The model, with its gradient.
+        learning_rate: The rate of this step.
+        step: The step's index, for the error line.
+
+    Returns:
+        The gradient's norm before clipping.
+
+    Raises:
+        TrainingStopped: The gradient is not finite; no step is taken.
+    """
+    if problem := gradient_problem(trainee, step):
+        trainee.optimizer.zero_grad(set_to_none=True)
+        stop_training(problem)
+    norm = number(torch.nn.utils.clip_grad_norm_(trainee.parameters.values(), trainee.max_grad_norm))
+    for group in trainee.optimizer.param_groups:
+        group["lr"] = learning_rate
+    trainee.optimizer.step()
+    trainee.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+@dataclass
+class Skips:
+    """Count the steps that were skipped because a value was not finite."""
+
+    limit: int
+    """The most steps that may be skipped."""
+    count: int = 0
+    """Steps skipped so far."""
+
+    def skip(self, problem: str) -> str:
+        """Count one more skipped step and return the line to print.
+
+        Raises:
+            TrainingStopped: The limit is reached.
+        """
+        if self.count >= self.limit:
+            stop_training(f"{problem} (max_skipped_steps {self.limit})")
+        self.count += 1
+        return f"{problem}: step skipped ({self.count} of at most {self.limit})"
+
+
+@dataclass
+class Average:
+    """An exponential moving average of a trainee's weights, updated after each optimizer step."""
+
+    decay: float | None
+    """Share of the old average in the new one; None: no average is kept."""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """The averaged weights, by name."""
+
+    def start(self, trainee: Trainee) -> None:
+        """Start with the trainee's present weights."""
+        if self.decay is not None:
+            self.tensors = {name: p.clone() for name, p in trainee.tensors().items()}
+
+    def step(self, trainee: Trainee) -> None:
+        """Move the average towards the trainee's present weights."""
+        if self.decay is not None:
+            update_average(self.tensors, trainee.tensors(), self.decay)
+
+
+def trainee_of(section: Any, model: nn.Module, steps: int) -> Trainee:
+    """Return the trainee that the settings of rm or dpo ask for.
+
+    Args:
+        section: The stage's settings.
+        model: The model, on its device.
+        steps: Optimizer steps of the training.
+    """
+    return make_trainee(
+        "model",
+        model,
+        learning_rate=section.learning_rate,
+        max_grad_norm=section.max_grad_norm,
+        weight_decay=section.weight_decay,
+        adam_beta2=section.adam_beta2,
+        steps=steps,
+    )
