@@ -496,15 +496,19 @@ def chat_command(arguments: argparse.Namespace) -> int:
 
     experiment = load(arguments)
     environment.prepare(experiment)
-    return importlib.import_module("stages.tools.chat").run(
+    chat = importlib.import_module("stages.tools.chat")
+    length = arguments.max_new_tokens
+    return chat.run(
         experiment,
         api.open_store(experiment, Location.of(arguments.artifacts)),
-        models=[name.strip() for name in arguments.models.split(",") if name.strip()],
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        max_new_tokens=arguments.max_new_tokens,
-        system=arguments.system,
+        [name.strip() for name in arguments.models.split(",") if name.strip()],
+        chat.Settings(
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+            max_new_tokens=experiment.evaluate.response_length if length is None else length,
+            system=arguments.system or "",
+        ),
         trust_remote_code=arguments.trust_remote_code,
     )
 

@@ -476,11 +476,16 @@ class TestGreedy:
     def test_the_prompts_are_those_that_the_report_shows(self, files):
         rows = files.finished.rows("greedy.jsonl")
         shown = report_samples.side_by_side(
-            files.finished.rows("responses.jsonl"), rows, complete(files.results), NAMES, 12, report_samples.SystemPrompts()
+            files.finished.rows("responses.jsonl"),
+            rows,
+            complete(files.results),
+            NAMES,
+            12,
+            report_samples.SystemPrompts(),
         )
         found = [item.answers for _, items in shown for item in items]
-        assert found and all(likeliest is not None for answers in found for n, _, likeliest in answers
-                             if n != "best_of_n")  # fmt: skip
+        answers = [answer for of_prompt in found for answer in of_prompt if answer.policy != "best_of_n"]
+        assert answers and all(answer.greedy is not None for answer in answers)
 
     def test_none_where_none_are_asked_for_and_shorter_ones_where_that_is(self, chain, tmp_path):
         choices = SMALL | {"best_of": 1, "policies": "[ppo]", "num_prompts": 4}
