@@ -471,12 +471,13 @@ def guess_kinds(paths: list[str]) -> dict[str, str]:
 def doctor_command(arguments: argparse.Namespace) -> int:
     """Run `rlhf doctor`: check this machine, or compute the memory that an experiment needs."""
     experiment = load_if_given(arguments)
-    doctor = importlib.import_module("stages.tools.doctor")
     if arguments.memory:
         if experiment is None:
             raise UserError("doctor --memory: needs an experiment; add -c CONFIG, such as configs/tiny.yaml")
-        return doctor.plan_memory(experiment, trust_remote_code=arguments.trust_remote_code)
+        memory_table = importlib.import_module("stages.tools.memory_table")
+        return memory_table.print_memory(experiment, trust_remote_code=arguments.trust_remote_code)
     artifacts = str(Location.of(arguments.artifacts).folder)
+    doctor = importlib.import_module("stages.tools.doctor")
     return doctor.run(experiment, artifacts=artifacts, fill=partial(hints.filled, caller=hints.caller_from(arguments)))
 
 
