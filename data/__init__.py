@@ -1,1 +1,5 @@
-"""Text → records → batches. Knows tokenizers; knows no model and no stage, and imports no other room."""
+"""Turn text into records and records into batches.
+
+This room knows tokenizers, but no model and no stage. Of the other rooms it imports only
+`pipeline.errors`.
+"""

@@ -1,8 +1,8 @@
-"""Compare rows, whose prompt and response are tokenized apart, with what the chat template writes.
+"""Compare rows, made of a prompt and a response, with what the chat template writes.
 
-A row should be the beginning of the whole conversation as the template writes it. Where it is not, a
-model is trained on a text that the template never writes: a generation prompt may open a thought, or
-lack a newline; a template may drop thoughts, or trim answers.
+A row should be the beginning of the whole conversation as the template writes it. Where it is not,
+a model is trained on a text that the template never writes: a generation prompt may open a thought,
+or lack a newline; a template may drop thoughts, or trim answers.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Difference:
     template: str
     """The template's text around that place."""
     opens: str | None = None
-    """The tag of a thought that the generation prompt opens and the answer does not close, or None."""
+    """The tag of a thought that the prompt opens and the answer does not close, or None."""
 
     def line(self) -> str:
         """Return both texts in words that continue a sentence about a row."""
@@ -96,7 +96,8 @@ def differences(
         rows: Prompts and answers.
 
     Yields:
-        How a row differs; None where its ids are the beginning of the template's; the TemplateError with
+        How a row differs; None if its ids are the beginning of the template's; the TemplateError
+        with
         which the template refuses the conversation.
     """
     prompts = [as_messages(row.prompt) for row in rows]
@@ -158,7 +159,7 @@ def _excerpt(text: str, position: int) -> str:
 
 
 def _open_thought(text: str) -> str | None:
-    """Return the last tag of a thought if it opens one; None if the thought is closed or there is none."""
+    """Return the tag of a thought that the text opens last and does not close, or None."""
     tags = list(THOUGHT.finditer(text))
     return tags[-1][0] if tags and not tags[-1][1] else None
 
@@ -175,7 +176,7 @@ class Agreement:
     """(name, difference) of each row that differs."""
 
     def text(self, what: str) -> str:
-        """Say how many rows differ and how the first one does; `what` names the rows in the plural."""
+        """Say how many rows differ, and how the first does; `what` names the rows."""
         compared = f"{self.compared:,}" if self.compared == self.total else f"the first {self.compared:,}"
         if not self.differ:
             return f"{compared} {what}, all as it writes them"
@@ -210,19 +211,20 @@ def probe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Difference]:
     """Try a template with the conversations of PROBES.
 
     Returns:
-        {what is special about a conversation: how rows of it differ}. Conversations that the template
+        {what is special about a conversation: how rows of it differ}. Conversations that the
+        template
         refuses (some take only one turn) are left out.
     """
-    found = {}
-    rows = [Answered(one.prompt, one.answer) for one in PROBES]
-    for one, difference in zip(PROBES, differences(tokenizer, rows), strict=True):
+    by_name = {}
+    rows = [Answered(probed.prompt, probed.answer) for probed in PROBES]
+    for probed, difference in zip(PROBES, differences(tokenizer, rows), strict=True):
         if isinstance(difference, Difference):
-            found[one.name] = difference
-    return found
+            by_name[probed.name] = difference
+    return by_name
 
 
 def remedy(tokenizer: PreTrainedTokenizerBase, already: Sequence[str] = ()) -> str:
-    """Say what can be done about differences: set a variable of the template, if one helps, or change the template.
+    """Say what can be done about differences: set a variable of the template, or change it.
 
     Args:
         tokenizer: The tokenizer with its chat template.
@@ -239,7 +241,7 @@ def remedy(tokenizer: PreTrainedTokenizerBase, already: Sequence[str] = ()) -> s
             for value in (False, True):
                 tokenizer.chat_template = with_variables(template, {name: value})
                 if not {"one turn", "several turns"} & probe(tokenizer).keys():
-                    return f"set model.chat_template_kwargs: {{{name}: {literal(value)}}}, which mends that, or {other}"
+                    return f"set model.chat_template_kwargs: {{{name}: {literal(value)}}}, which fixes that, or {other}"
     except TemplateError:  # it takes too long
         pass
     finally:

@@ -1,10 +1,10 @@
-"""Encode conversations with the model's chat template, so that no message can smuggle in special tokens.
+"""Encode conversations with the chat template; no message can smuggle in special tokens.
 
-A special token that a message happens to contain must stay plain text: otherwise its author could end
-a turn or speak for the assistant. While the template is rendered, each such token is replaced by one
-private-use character, so that the template still sees the rest of the message. It is put back as plain
-text where that character comes out. Other added tokens (such as <think> of most models) are what the
-tokenizer makes of them.
+A special token that a message happens to contain must stay plain text: otherwise its author could
+end a turn or speak for the assistant. While the template is rendered, each such token is replaced
+by one private-use character, so that the template still sees the rest of the message. It is put
+back as plain text where that character comes out. Other added tokens (such as <think> of most
+models) are what the tokenizer makes of them.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
         tokenizer: The tokenizer with its chat template.
 
     Returns:
-        The token; None where the template writes none.
+        The token; None if the template writes none.
 
     Raises:
         TemplateError: The template does not take one question and answer, or does not write them. A
@@ -113,7 +113,8 @@ def _hide_special_tokens(messages: list[dict], special: Sequence[str]) -> tuple[
         special: The special tokens, longest first.
 
     Returns:
-        The messages, and {character: the token it stands for}; {} where no message has a special token.
+        The messages, and {character: the token it stands for}; {} if no message has a special
+        token.
     """
     present = [token for token in special if any(token in message["content"] for message in messages)]
     if not present:
@@ -133,8 +134,9 @@ def _hide_special_tokens(messages: list[dict], special: Sequence[str]) -> tuple[
 def _encode_with_hidden_tokens(tokenizer: PreTrainedTokenizerBase, text: str, tokens: dict[str, str]) -> list[int]:
     """Encode a rendered text, with the hidden tokens put back as plain text.
 
-    A whole segment between two of the template's special tokens is encoded at once, so that the pieces
-    of a word and the blanks around a message come out as they would without the hidden tokens.
+    A whole segment between two of the template's special tokens is encoded at once, so that the
+    pieces of a word and the blanks around a message come out as they would without the hidden
+    tokens.
 
     Args:
         tokenizer: The tokenizer.

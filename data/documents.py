@@ -20,7 +20,7 @@ DOCUMENT_ENDS = (
 
 
 def document_end(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id that ended a document in pretraining; in a chat model it need not be what ends a turn.
+    """Return the id that ended a document in pretraining, which need not be what ends a turn.
 
     The first of these that the vocabulary has: the token that `base` has recorded in the tokenizer
     under DOCUMENT_END, EOS if it is one of DOCUMENT_ENDS, DOCUMENT_ENDS in their order, EOS.
@@ -34,7 +34,7 @@ def document_end(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def document_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that begin a document: BOS if the tokenizer adds one by itself (Gemma, Llama), otherwise none."""
+    """Return the ids that begin a document: BOS if the tokenizer adds it (Gemma, Llama)."""
     first = list(tokenizer("a")["input_ids"][:1])
     return first if first == [tokenizer.bos_token_id] else []
 

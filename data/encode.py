@@ -1,8 +1,8 @@
-"""Encode prompts, responses and demonstrations as token ids: template, EOS and truncation are decided here.
+"""Encode prompts, responses and demonstrations as token ids, and decode responses.
 
-A row is `prompt_ids + response_ids`. The prompt is the chat template with its generation prompt. The
-response is tokenized on its own and ends with EOS, exactly as the policy will have to produce it. A
-response that was cut off has no EOS, so that no model is trained to end there.
+A row is `prompt_ids + response_ids`. The prompt is the chat template with its generation prompt.
+The response is tokenized on its own and ends with EOS, exactly as the policy will have to produce
+it. A response that was cut off has no EOS, so that no model is trained to end there.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, text: str, finished: boo
 def decode_response(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """Decode a response, without special tokens and without blanks at its ends.
 
-    Where the response was cut off inside a character of several bytes, that character is left out: it
-    would be encoded as other tokens than were sampled.
+    Where the response was cut off inside a character of several bytes, that character is left out:
+    it would be encoded as other tokens than were sampled.
     """
     text = str(tokenizer.decode(ids, skip_special_tokens=True))
     if not (len(ids) and ids[-1] == tokenizer.eos_token_id):
@@ -116,7 +116,8 @@ def encode_demonstrations(
         limits: max_length, on_too_long and section, as of `fit_lengths`.
 
     Returns:
-        The indices of the rows that are kept; their {input_ids, labels} with the label -100 at prompt
+        The indices of the rows that are kept; their {input_ids, labels} with the label -100 at
+        prompt
         tokens; and what the length limit did.
     """
     prompts = encode_prompts(tokenizer, (row.prompt for row in rows), names)

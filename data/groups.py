@@ -1,14 +1,15 @@
-"""Lay prompts with their K responses out as batches: the element of everything that learns from preferences.
+"""Lay prompts with their K responses out as batches.
 
-InstructGPT (§3.5) makes all C(K, 2) comparisons of a prompt one batch element. A PromptGroup holds the
-ids, Rows lay responses out as tensors (padded or packed), and a GroupBatch adds the pairs of groups of
-any K. Shape letters: B responses, N rows, T tokens of a row, R tokens of the longest response, W tokens
-of the longest prompt with its response.
+Everything that learns from preferences reads these batches. InstructGPT (§3.5) makes all C(K, 2)
+comparisons of a prompt one batch element. A PromptGroup holds
+the ids, Rows lay responses out as tensors (padded or packed), and a GroupBatch adds the pairs of
+groups of any K. Shape letters: B responses, N rows, T tokens of a row, R tokens of the longest
+response, W tokens of the longest prompt with its response.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,7 +40,7 @@ class PromptGroup:
     id: str = ""
     """The id of the ranking."""
     more_ranks: tuple[tuple[int | None, ...], ...] = ()
-    """The ranks by further labelers of the same responses, which are computed once for all of them."""
+    """The ranks by further labelers; the responses are computed once for all of them."""
     labelers: tuple[str | None, ...] = ()
     """The name of each labeler."""
     margins: tuple[float, ...] = ()
@@ -48,8 +49,8 @@ class PromptGroup:
     def pairs(self) -> list[Pair]:
         """Return every usable pair, labeler by labeler.
 
-        A pair weighs 1 / C(K, 2), with the K responses that its labeler judged, divided by the number of
-        labelers. So every prompt weighs the same at any K; ties weigh nothing.
+        A pair weighs 1 / C(K, 2), with the K responses that its labeler judged, divided by the
+        number of labelers. So every prompt weighs the same at any K; ties weigh nothing.
         """
         pairs = []
         for labeler, ranks in enumerate(self.rankings()):
@@ -79,7 +80,7 @@ class PromptGroup:
         return weighted
 
     def tokens(self) -> int:
-        """Return the tokens that a packed forward pass computes: the prompt once, and the responses."""
+        """Count the tokens of a packed forward pass: the prompt once, and all responses."""
         return len(self.prompt) + sum(map(len, self.responses))
 
 
@@ -87,12 +88,12 @@ class PromptGroup:
 class Rows:
     """Hold B responses with their prompts, laid out in N rows of T tokens in one of two ways.
 
-    Padded (`sequences` is None): one response a row (N = B), its prompt before it, and padding on the
-    right, where causal attention never reaches.
+    Padded (`sequences` is None): one response a row (N = B), its prompt before it, and padding on
+    the right, where causal attention never reaches.
 
-    Packed: a single row (N = 1) without padding, in which a prompt stands once before all successive
-    responses to it. Attention then goes by `sequences` and `home`; everything else in a model works
-    token by token, and needs no more than `position_ids`.
+    Packed: a single row (N = 1) without padding, in which a prompt occurs once, before all
+    successive responses to it. Attention then goes by `sequences` and `home`; everything else in a
+    model works token by token, and needs no more than `position_ids`.
     """
 
     input_ids: torch.Tensor
@@ -102,7 +103,7 @@ class Rows:
     lengths: torch.Tensor
     """(B,): tokens of each response, with EOS where there is one."""
     row: torch.Tensor
-    """(B,): the row in which each response stands."""
+    """(B,): the row that holds each response."""
     prompt_end: torch.Tensor
     """(B,): the column of its prompt's last token."""
     first: torch.Tensor
@@ -114,7 +115,7 @@ class Rows:
     """(B, W), packed only: the columns of each response's own prompt and response, in order; the
     remainder repeats its last column."""
     home: torch.Tensor | None = None
-    """(T,), packed only: for each token an index into `sequences`, flattened to B·W, that holds it."""
+    """(T,), packed only: for each token an index into `sequences`, flattened, that holds it."""
     spans: tuple[tuple[int, tuple[int, ...]], ...] | None = None
     """Packed only: (length of a prompt, lengths of its responses), in the order of the row."""
 
@@ -135,13 +136,15 @@ class Rows:
 
     @property
     def last(self) -> torch.Tensor:
-        """Return (B,): index into the N·T tokens of each response's last token (its prompt's, if it is empty)."""
+        """Return (B,): index into the N·T tokens of each response's last token, or its prompt's."""
         end = torch.where(self.lengths > 0, self.first + self.lengths - 1, self.prompt_end)
         return self.row * self.input_ids.shape[1] + end
 
     def to(self, device: torch.device | str) -> "Rows":
         """Return a copy with its tensors on a device."""
-        moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in vars(self).items()}
+        moved: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            moved[name] = value.to(device) if isinstance(value, torch.Tensor) else value
         return Rows(**moved)
 
 
@@ -154,8 +157,8 @@ def make_rows(
         prompts: Token ids of each response's prompt (B).
         responses: Token ids of the responses (B).
         pad_id: The id of padding.
-        packed: Whether to pack all of them into one row without padding, each run of equal prompts once;
-            only for models that can (`can_pack` of stages/models/packing.py).
+        packed: Whether to pack all of them into one row without padding, each run of equal prompts
+            once; only for models that can (`can_pack` of stages/models/packing.py).
     """
     longest = max(1, *map(len, responses))
     ids = torch.tensor([[*response, *[pad_id] * (longest - len(response))] for response in responses])
@@ -202,10 +205,10 @@ def _pack(
     width = max(map(len, columns))
     sequences = torch.tensor([row + row[-1:] * (width - len(row)) for row in columns])
     home = torch.empty(len(tokens), dtype=torch.long)
-    # Backwards, so that a shared prompt's tokens end up at their first place, with every write defined.
+    # Backwards, so that the tokens of a shared prompt end up with the first response that has it.
     for i in reversed(range(len(columns))):
-        own = len(columns[i])
-        home[sequences[i, :own]] = torch.arange(i * width, i * width + own)
+        length = len(columns[i])
+        home[sequences[i, :length]] = torch.arange(i * width, i * width + length)
     first = torch.tensor(firsts)
     return Rows(
         input_ids=torch.tensor([tokens]),
@@ -241,7 +244,7 @@ class GroupBatch:
     pair_group: torch.Tensor
     """(P,): the group of each pair."""
     choice: torch.Tensor
-    """(P,): the choice that each pair belongs to. Pairs with the same winner by the same labeler are one
+    """(P,): the choice that each pair belongs to. Pairs with the same winner by one labeler are one
     choice: of the winner out of itself and the losers."""
     choice_weights: torch.Tensor
     """(C,): the weight of each choice, 1/(K − 1) divided by the number of labelers."""
@@ -262,7 +265,9 @@ class GroupBatch:
 
     def to(self, device: torch.device | str) -> "GroupBatch":
         """Return a copy with its tensors on a device."""
-        moved = {name: x if isinstance(x, int) else x.to(device) for name, x in vars(self).items()}
+        moved: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            moved[name] = value if isinstance(value, int) else value.to(device)
         return GroupBatch(**moved)
 
 

@@ -69,8 +69,8 @@ def read_rows(path: str | Path, reading: Reading) -> Generator[tuple[str, object
 
     Args:
         path: The file.
-        reading: Gets an error line for a missing, empty or cut-off file, text that is not UTF-8, NUL
-            bytes, a key that stands twice in an object, NaN, and half a surrogate pair.
+        reading: Gets an error line for a missing, empty or cut-off file, text that is not UTF-8,
+            NUL bytes, a key that occurs twice in an object, NaN, and half a surrogate pair.
 
     Yields:
         (location, value): the location is "FILE:LINE", in an array "FILE:LINE: index I" (from 0).
@@ -92,7 +92,13 @@ def read_rows(path: str | Path, reading: Reading) -> Generator[tuple[str, object
 def _rows_of(
     path: str | Path, handle: io.BufferedReader[HashedFile], reading: Reading
 ) -> Generator[tuple[str, object]]:
-    """Yield the rows of an open file after a check of its first bytes."""
+    """Yield the rows of an open file after a check of its first bytes.
+
+    Args:
+        path: Its path, for locations.
+        handle: The open file.
+        reading: As of `read_rows`.
+    """
     head = handle.peek(4096)[:4096]
     text = head.removeprefix(UTF8_BOM)
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -113,7 +119,14 @@ def _rows_of(
 def _line_rows(
     path: str | Path, handle: io.BufferedReader[HashedFile], offset: int, reading: Reading
 ) -> Generator[tuple[str, object]]:
-    """Yield the rows of JSONL from a byte offset on."""
+    """Yield the rows of JSONL.
+
+    Args:
+        path: The path, for locations.
+        handle: The open file.
+        offset: The bytes before it, a byte order mark.
+        reading: As of `read_rows`.
+    """
     decode, line = strict_decoder(), 0
     for line, raw in enumerate(handle, 1):
         start, offset = offset, offset + len(raw)
@@ -141,7 +154,14 @@ def _line_rows(
 def _array_rows(
     path: str | Path, handle: io.BufferedReader[HashedFile], offset: int, reading: Reading
 ) -> Generator[tuple[str, object]]:
-    """Yield the rows of a JSON array, decoded one by one so that each error has its line and index."""
+    """Yield the rows of a JSON array, decoded one by one for the line and index of each error.
+
+    Args:
+        path: The path, for locations.
+        handle: The open file.
+        offset: The bytes before it, a byte order mark.
+        reading: As of `read_rows`.
+    """
     decode = strict_decoder()
     lines: list[str] = []
     text, line, location = "", 1, ""
@@ -192,7 +212,7 @@ def strict_decoder() -> Callable[[str, int], tuple[object, int, str | None]]:
         keys = [key for key, _ in members]
         if len(set(keys)) < len(keys):
             twice = next(key for key in keys if keys.count(key) > 1)
-            problems.append(f"the key {twice!r} stands twice in one object; keep one of them")
+            problems.append(f"the key {twice!r} occurs twice in one object; keep one of them")
         return dict(members)
 
     def finite(number: str) -> float:
@@ -206,7 +226,7 @@ def strict_decoder() -> Callable[[str, int], tuple[object, int, str | None]]:
         problems.clear()
         value, end = decoder.raw_decode(text, start)
         if "\\ud" in text[start:end].lower() and SURROGATE.search(json.dumps(value, ensure_ascii=False)):
-            problems.append("an escape \\ud800 to \\udfff stands without its other half; remove it")
+            problems.append("an escape \\ud800 to \\udfff occurs without its other half; remove it")
         return value, end, problems[0] if problems else None
 
     return decode

@@ -1,4 +1,4 @@
-"""Apply a section's max_length to encoded prompts and responses: refuse, drop or truncate, and count."""
+"""Apply max_length to encoded prompts and responses: refuse, drop or truncate, and count."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -60,15 +60,15 @@ def fit_lengths(
     names: Sequence[str],
     section: str,
 ) -> tuple[list[int], list[list[int]], list[list[list[int]]], LengthReport]:
-    """Apply `on_too_long` to rows of one prompt and its responses; a row is as long as its longest response.
+    """Apply `on_too_long` to rows of one prompt and its responses; the longest response counts.
 
     Args:
         prompts: The ids of each row's prompt.
-        responses: The ids of each row's responses; none for prompts alone.
+        responses: The ids of each row's responses; none if there are only prompts.
         max_length: Tokens of a prompt and one response together.
-        on_too_long: "error" refuses and names the rows; "drop" leaves the row out; "truncate" cuts the
-            end of the responses (their EOS goes with it, so that no model is trained to end there) and
-            drops the row only if its prompt leaves no token for a response.
+        on_too_long: "error" refuses and names the rows; "drop" leaves the row out; "truncate" cuts
+            the end of the responses (their EOS goes with it, so that no model is trained to end
+            there) and drops the row only if its prompt leaves no token for a response.
         what: What a row is, for error lines.
         names: The location of each row, for error lines.
         section: The section of the config that has the limit, for error lines.

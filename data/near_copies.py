@@ -1,11 +1,11 @@
 """Find near copies: prompts that are the same as others except for a few words.
 
-Two texts are near copies if the Jaccard index of their shingles (runs of words) reaches a threshold.
-Candidates come from MinHash and locality-sensitive hashing (Broder 1997; Indyk and Motwani 1998), by
-the package datasketch. Each candidate is then judged by the exact index: nothing below the threshold is
-ever reported, and a pair just at it is missed less than once in a thousand times. A short question after
-a greeting of several words is below the threshold: what is found is copied, and what is not found may
-still have been asked in other words.
+Two texts are near copies if the Jaccard index of their shingles (runs of words) reaches a
+threshold. Candidates come from MinHash and locality-sensitive hashing (Broder 1997; Indyk and
+Motwani 1998), by the package datasketch. Each candidate is then judged by the exact index: nothing
+below the threshold is ever reported, and a pair just at it is missed less than once in a thousand
+times. A short question after a greeting of several words is below the threshold: a pair that is
+found is a copy, and one that is not found may still ask the same in other words.
 """
 
 import sys
@@ -67,13 +67,13 @@ def nearest_copies(
             best[own] = max(best.get(own, (0.0, 0)), (pair.jaccard, -theirs[other]))
     nearest: list[int | None] = []
     for text in texts:
-        found = best.get(normal_words(text))
-        nearest.append(None if found is None else -found[1])
+        copy = best.get(normal_words(text))
+        nearest.append(None if copy is None else -copy[1])
     return nearest
 
 
 def first_indices(texts: Iterable[str | Iterable[dict]]) -> dict[Words, int]:
-    """Return {words of a text: the first index of such a text}; texts without a word are left out."""
+    """Return {words: the first index of a text with these words}; texts need at least one word."""
     indices: dict[Words, int] = {}
     for index, text in enumerate(texts):
         words = normal_words(text)
@@ -82,14 +82,14 @@ def first_indices(texts: Iterable[str | Iterable[dict]]) -> dict[Words, int]:
     return indices
 
 
-# ── words and shingles ──────────────────────────────────────────────────────────────────────────────────────
+# ── words and shingles ───────────────────────────────────────────────────────────────────────────
 
 
 class Separators(dict[int, str]):
     """Map code points for str.translate, filled on demand.
 
-    Punctuation, white space and control characters become spaces. Letters of scripts that are written
-    without spaces between words become a word each.
+    Punctuation, white space and control characters become spaces. Letters of scripts that are
+    written without spaces between words become a word each.
     """
 
     def __missing__(self, code: int) -> str:
@@ -122,15 +122,15 @@ def normal_words(text: str | Iterable[dict]) -> Words:
         text = "\n".join(message["content"] for message in as_messages(text) if message["role"] == "user")
     text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
     words = text.translate(SEPARATORS).split() or text.split()
-    return tuple(map(sys.intern, words))  # the same few words stand in many texts
+    return tuple(map(sys.intern, words))  # the same few words occur in many texts
 
 
 def shingle_length(words: Words) -> int:
     """Return the length of shingles, in words, for a pair of texts whose shorter one is `words`.
 
-    Three, so that the order of words counts. Two or one for texts of fewer than six words, so that those
-    of four words still have four shingles: one more word before or after such a text leaves four shingles
-    of five in common, 0.8.
+    Three, so that the order of words counts. Two or one for texts of fewer than six words, so that
+    those of four words still have four shingles: one more word before or after such a text leaves
+    four shingles of five in common, 0.8.
     """
     return max(1, min(LONGEST, len(words) - FEWEST + 1))
 
@@ -140,7 +140,7 @@ def shingles(words: Words, length: int) -> Shingles:
     return frozenset(zip(*(words[i:] for i in range(length)), strict=False)) or frozenset([words])
 
 
-# ── pairs ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── pairs ────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -192,23 +192,23 @@ def similar_pairs(
 def of_length(texts: Iterable[Words], length: int, threshold: float) -> Iterator[tuple[Words, Shingles]]:
     """Yield (text, its shingles) for the texts that can be in a pair of this shingle length.
 
-    A text with longer shingles of its own can only if it has hardly more shingles than the shorter text:
-    the Jaccard index of two sets is at most the ratio of their sizes.
+    A text with longer shingles of its own can only if it has hardly more shingles than the shorter
+    text: the Jaccard index of two sets is at most the ratio of their sizes.
 
     Args:
         texts: The texts.
         length: The words of a shingle.
         threshold: The smallest Jaccard index.
     """
-    most = FEWEST / threshold  # a text whose own shingles are shorter than LONGEST has at most FEWEST
+    limit = FEWEST / threshold  # a text whose own shingles are shorter than LONGEST has at most FEWEST
     for words in texts:
-        own = shingle_length(words)
-        if own == length:
+        usual_length = shingle_length(words)
+        if usual_length == length:
             yield words, shingles(words, length)
-        elif own > length and len(set(words)) - length < most:  # a cheap test: others certainly have more
-            found = shingles(words, length)
-            if len(found) <= most:
-                yield words, found
+        elif usual_length > length and len(set(words)) - length < limit:  # others certainly have more
+            runs = shingles(words, length)
+            if len(runs) <= limit:
+                yield words, runs
 
 
 def as_bytes(runs: Shingles) -> list[bytes]:

@@ -17,7 +17,7 @@ ROLES = ("system", "user", "assistant")
 METADATA = ("meta", "metadata", "id", "source", "url", "timestamp")
 """Keys that any row may have; they are not read."""
 
-# ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── rows ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def parse_demonstration(row: dict) -> Demonstration:
@@ -36,7 +36,7 @@ def parse_prompt(row: dict) -> Prompt:
 
 
 def parse_ranking(row: dict) -> Ranking:
-    """Parse a row {id?, prompt, responses, ranks, …}; a row without an id gets one from its content."""
+    """Parse a row {prompt, responses, ranks, …}; without an id it gets one from its content."""
     prompt, responses, ranks = parse_prompt_value(row), parse_list(row, "responses"), parse_list(row, "ranks")
     if len(responses) < 2:
         raise ValueError(f"a ranking needs at least 2 responses, not {len(responses)}; add one, or delete it")
@@ -77,7 +77,7 @@ def refuse_unknown_keys(row: dict, known: Iterable[str]) -> None:
             raise ValueError(f"unknown key '{key}'; {hint}")
 
 
-# ── fields ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── fields ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def parse_prompt_value(row: dict) -> str | tuple[dict, ...]:
@@ -91,7 +91,7 @@ def parse_prompt_value(row: dict) -> str | tuple[dict, ...]:
         last = messages[-1]["role"]
         raise ValueError(f"the prompt ends with the {last}'s message; it must end with the user's message")
     if any(message["role"] == "system" for message in messages[1:]):
-        raise ValueError("a system message stands after the first message; only the first may be one")
+        raise ValueError("a system message comes after the first message; only the first may be one")
     return tuple(messages)
 
 
@@ -100,7 +100,7 @@ def parse_message(value: object, position: int, allow_blank: bool = False) -> di
 
     Args:
         value: The value in the row.
-        position: Where it stands among the messages, from 1; for the error line.
+        position: Its position among the messages, from 1; for the error line.
         allow_blank: Whether the content may be blank.
     """
     if not isinstance(value, dict):
@@ -135,7 +135,7 @@ def parse_list(row: dict, key: str) -> list:
 
 
 def parse_margin(row: dict) -> float | None:
-    """Return the margin of a ranking, a finite number of at least 0; None where there is none."""
+    """Return the margin of a ranking, a finite number of at least 0; None if there is none."""
     margin = row.get("margin")
     if margin is None:
         return None
@@ -145,7 +145,7 @@ def parse_margin(row: dict) -> float | None:
 
 
 def parse_finished(row: dict, count: int) -> tuple[bool, ...] | None:
-    """Return which responses of a ranking ended by themselves; None where the row does not say.
+    """Return which responses of a ranking ended by themselves; None if the row does not say.
 
     Args:
         row: The row.

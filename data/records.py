@@ -21,7 +21,7 @@ from pathlib import Path
 OPTIONAL = ("labeler", "margin", "finished")
 """Fields of a ranking that are left out of its JSON where they are None."""
 
-# ── the records ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── the records ──────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Prompt:
 Record = Demonstration | Ranking | Document | Prompt
 
 
-# ── prompts and pairs ───────────────────────────────────────────────────────────────────────────────────────
+# ── prompts and pairs ────────────────────────────────────────────────────────────────────────────
 
 
 def as_messages(prompt: str | Iterable[dict]) -> list[dict]:
@@ -105,7 +105,8 @@ def judged_pairs(ranking: Ranking) -> Iterator[tuple[int, int, str]]:
     """Yield all C(K, 2) pairs of a ranking's responses, each with a verdict.
 
     Yields:
-        (i, j, verdict) with the verdict "usable" (response i is better than j), "tie", "unjudged" or
+        (i, j, verdict) with the verdict "usable" (response i is better than j), "tie", "unjudged"
+        or
         "identical". The same text once finished and once cut off counts as two different responses.
     """
     answers = ranking.answers
@@ -134,7 +135,7 @@ def content_id(ranking: Ranking) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-# ── JSONL ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── JSONL ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def to_json(record: Record) -> dict:

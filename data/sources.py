@@ -1,9 +1,10 @@
 """Load records of one kind from a file or a data set on the Hub, and check every row on the way.
 
-Files are JSONL, a JSON array or parquet; anything else is a data set on the Hub, read with `datasets`.
-`data/forms` lists which rows are understood. In JSON, rows of our own forms may not have unknown keys,
-which there are misspellings; other forms, parquet and the Hub may have more columns, which are not
-read and which `rlhf data check` lists. Read as prompts, a row of any other kind gives its prompt.
+Files are JSONL, a JSON array or parquet; anything else is a data set on the Hub, read with
+`datasets`. `data/forms` lists which rows are understood. In JSON, rows of our own forms may not
+have unknown keys, which there are misspellings; other forms, parquet and the Hub may have more
+columns, which are not read and which `rlhf data check` lists. Read as prompts, a row of any other
+kind gives its prompt.
 """
 
 from collections import Counter
@@ -56,12 +57,12 @@ class Source:
 
 @dataclass
 class Loaded:
-    """Hold what `read` has read, with every error as a line."""
+    """Hold the result of `read`: records, counts and error lines."""
 
     records: list[Record] = field(default_factory=list)
     """The records, in order."""
     locations: list[str] = field(default_factory=list)
-    """Where each record stands: "FILE:LINE", or with an index."""
+    """The location of each record: "FILE:LINE", or with an index."""
     forms: Counter[str] = field(default_factory=Counter)
     """Form → the number of its rows."""
     unread: Counter[str] = field(default_factory=Counter)
@@ -71,7 +72,7 @@ class Loaded:
     blanks: int = 0
     """Blank lines that were skipped."""
     cut: bool = False
-    """Whether reading stopped at `most` rows, so that there may be more."""
+    """Whether reading stopped at `max_rows` rows, so that there may be more."""
     errors: list[str] = field(default_factory=list)
     """Lines "PLACE: what is wrong; what to do"."""
 
@@ -87,12 +88,12 @@ def load(
     revision: str | None = None,
     sha256: str | None = None,
 ) -> list:
-    """Load the records of a file or a data set on the Hub; a prompt that stands there twice is given once.
+    """Load the records of a file or a data set on the Hub; a repeated prompt is loaded once.
 
     Args:
         kind: The kind of data: documents, demonstrations, rankings, prompts or evaluation_prompts.
-        path: The file; or
-        hub: the id of the data set.
+        path: The file; None for a data set on the Hub.
+        hub: The id of the data set; None for a file.
         split: The split of the data set.
         subset: The subset of the data set.
         limit: The number of records to load at most.
@@ -104,8 +105,8 @@ def load(
         The records.
 
     Raises:
-        UserError: With a line for every malformed row that was read; if no record is left; or if the
-            file is no longer the one that `sha256` names.
+        UserError: With a line for every malformed row that was read; if no record is left; or if
+            the file is no longer the one that `sha256` names.
     """
     return load_placed(kind, path, hub, split, subset, limit, skip, revision, sha256)[0]
 
@@ -127,14 +128,15 @@ def load_placed(
         kind, path, hub, split, subset, limit, skip, revision, sha256: As of `load`.
 
     Returns:
-        (records, locations); a location (FILE:LINE, or an index) names the record in later error lines.
+        (records, locations); a location (FILE:LINE, or an index) names the record in later error
+        lines.
     """
     source = Source(path, hub, split, subset, revision, sha256)
     loaded = read(kind, source, limit=None if limit is None else skip + limit)
     return without_first(loaded, skip, source.name)
 
 
-def load_first(kind: str, path: str | Path, limit: int | None, skip: int, most: int) -> list:
+def load_first(kind: str, path: str | Path, limit: int | None, skip: int, max_rows: int) -> list:
     """Load only the first rows of a file, to find errors before anything runs.
 
     Args:
@@ -142,7 +144,7 @@ def load_first(kind: str, path: str | Path, limit: int | None, skip: int, most: 
         path: The file.
         limit: The number of records to load at most.
         skip: The number of records to leave out at the beginning.
-        most: The number of rows to read after `skip`.
+        max_rows: The number of rows to read after `skip`.
 
     Returns:
         The records.
@@ -150,7 +152,7 @@ def load_first(kind: str, path: str | Path, limit: int | None, skip: int, most: 
     Raises:
         UserError: As of `load`.
     """
-    loaded = read(kind, Source(path), limit=None if limit is None else skip + limit, most=skip + most)
+    loaded = read(kind, Source(path), limit=None if limit is None else skip + limit, max_rows=skip + max_rows)
     return without_first(loaded, skip, str(path))[0]
 
 
@@ -172,23 +174,23 @@ def without_first(loaded: Loaded, skip: int, name: str) -> tuple[list[Record], l
     return loaded.records[skip:], loaded.locations[skip:]
 
 
-def read(kind: str, source: Source, limit: int | None = None, most: int | None = None) -> Loaded:
+def read(kind: str, source: Source, limit: int | None = None, max_rows: int | None = None) -> Loaded:
     """Read and check a source row by row; errors are collected, not raised.
 
     Args:
         kind: The kind of data.
         source: Where the rows come from.
         limit: The number of records after which reading stops.
-        most: The number of rows after which reading stops.
+        max_rows: The number of rows after which reading stops.
     """
     assert kind in FORMS and (source.path is None) != (source.hub is None), (kind, source)
     reading = Reading(hashes=source.sha256 is not None)
     loaded = Loaded(errors=reading.errors)
     reject_unknown = source.path is not None and not is_parquet(source.path)
-    seen: dict[str, str] = {}  # id of a ranking, or key of a prompt → where it stands first
+    seen: dict[str, str] = {}  # id of a ranking, or key of a prompt → its first location
     rows = source_rows(source, limit, reading)
-    for index, (location, value) in enumerate(islice(rows, most), 1):
-        loaded.cut = index == most
+    for index, (location, value) in enumerate(islice(rows, max_rows), 1):
+        loaded.cut = index == max_rows
         try:
             form, row = recognise(kind, value)
             if form.strict and reject_unknown:
@@ -214,14 +216,20 @@ def read(kind: str, source: Source, limit: int | None = None, most: int | None =
     loaded.blanks = reading.blanks
     if source.sha256 is not None and reading.sha256 != source.sha256:
         # Whatever else is wrong with the file, this is the reason.
-        loaded.errors[:] = [f"{source.path}: was edited since this command looked at it; run again"]
+        loaded.errors[:] = [f"{source.path}: was edited since this command inspected it; run again"]
     if not loaded.errors and not loaded.cut:
         loaded.errors += nothing_to_learn(kind, source.name, loaded.records)
     return loaded
 
 
 def source_rows(source: Source, limit: int | None, reading: Reading) -> Generator[tuple[str, object]]:
-    """Return an iterator over (location, row) of a source of any format."""
+    """Return an iterator over (location, row) of a source of any format.
+
+    Args:
+        source: Where the rows come from.
+        limit: With a limit, rows of the Hub are streamed.
+        reading: Gets error lines, and the digest if asked for.
+    """
     if source.hub is not None:
         return hub_rows(source.hub, source.split, source.subset, source.revision, limit, reading)
     assert source.path is not None
@@ -238,7 +246,7 @@ def with_own_id(ranking: Ranking, location: str, seen: dict[str, str]) -> Rankin
 
     Args:
         ranking: The ranking.
-        location: Where it stands.
+        location: Where it is, for error lines.
         seen: Id → location of the rankings before it; this one is added.
 
     Raises:
@@ -246,7 +254,7 @@ def with_own_id(ranking: Ranking, location: str, seen: dict[str, str]) -> Rankin
     """
     if ranking.id in seen:
         if ranking.id != content_id(ranking):
-            raise ValueError(f"the id '{ranking.id}' also stands at {seen[ranking.id]}; give each its own")
+            raise ValueError(f"the id '{ranking.id}' is also used at {seen[ranking.id]}; give each its own")
         free = next(name for copy in count(2) if (name := f"{ranking.id}-{copy}") not in seen)
         ranking = replace(ranking, id=free)
     seen[ranking.id] = location

@@ -1,4 +1,4 @@
-"""Order the rows of training: derive seeds by name, shuffle endlessly, hold rows out, group rows by length.
+"""Order the rows of training: shuffle endlessly, hold rows out, group rows by length.
 
 The order is given by a few numbers, so that a run resumes with the rows it would have drawn next.
 """
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 def derive_seed(*parts: object) -> int:
     """Derive a 63-bit seed from names and numbers: the same parts give the same seed.
 
-    Counter-based randomness, seed = H(run, stream, update, …), needs no generator state in a checkpoint
-    and does not depend on the world size.
+    Counter-based randomness, seed = H(run, stream, update, …), needs no generator state in a
+    checkpoint and does not depend on the world size.
     """
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
@@ -21,9 +21,10 @@ def derive_seed(*parts: object) -> int:
 
 @dataclass
 class Stream:
-    """Draw indices of rows endlessly: every epoch is a new permutation, given only by seed and epoch.
+    """Draw indices of rows endlessly: each epoch is a new permutation, given by seed and epoch.
 
-    Rank r of w takes every w-th index. The state is the seed and how many indices all ranks have drawn.
+    Rank r of w takes every w-th index. The state is the seed and how many indices all ranks have
+    drawn.
     """
 
     size: int
@@ -71,13 +72,14 @@ class Stream:
 def held_out(keys: Sequence[str], fraction: float, least: int | None = None) -> tuple[list[int], list[int]]:
     """Split rows by key into a training part and a held-out part.
 
-    The rows whose key has the smallest hash are held out, so the same key is always on the same side,
-    whatever else is in the file. At least one key stays for training.
+    The rows whose key has the smallest hash are held out, so the same key is always on the same
+    side, whatever else is in the file. At least one key stays for training.
 
     Args:
         keys: The key of each row, for example the prompt's text.
         fraction: The share of keys to hold out.
-        least: The number of keys to hold out at least; by default one, or none if the fraction is 0.
+        least: The number of keys to hold out at least; by default one, or none if the fraction is
+            0.
 
     Returns:
         The indices of the training rows, and those of the held-out rows.
@@ -95,10 +97,10 @@ def held_out(keys: Sequence[str], fraction: float, least: int | None = None) -> 
 def grouped_by_length(lengths: Sequence[int], batch_size: int, count: int, seed: int, window: int = 16) -> list[int]:
     """Order rows so that those of a batch have similar lengths, which saves padding.
 
-    Rows are shuffled endlessly. Within windows of `window` batches they are sorted by length and cut
-    into batches, and the batches are shuffled. A window ends where a pass over the rows ends, so each
-    pass holds every row once, however few there are; the rows left over at the end of a pass share a
-    batch with the first ones of the next.
+    Rows are shuffled endlessly. Within windows of `window` batches they are sorted by length and
+    cut into batches, and the batches are shuffled. A window ends where a pass over the rows ends,
+    so each pass holds every row once, however few there are; the rows left over at the end of a
+    pass share a batch with the first ones of the next.
 
     Args:
         lengths: The length of each row.

@@ -1,4 +1,4 @@
-"""Read rows from parquet files and from data sets on the Hub; a null in a table counts as no such key."""
+"""Read rows from parquet files and from data sets on the Hub; null means no such key."""
 
 import hashlib
 from collections.abc import Generator
@@ -49,8 +49,8 @@ def hub_rows(
         hub: The id of the data set.
         split: The split, "train" for example.
         subset: The subset; None for the default one.
-        revision: A commit, read from this machine's cache if it is there. None: whatever the Hub has,
-            or the newest commit in the cache.
+        revision: A commit, read from this machine's cache if it is there. None: whatever the Hub
+            has, or the newest commit in the cache.
         limit: With a limit the rows are streamed, so that no more is downloaded than is read.
         reading: Gets an error line where the data set cannot be loaded.
 
@@ -72,9 +72,15 @@ def hub_rows(
 
 
 def cached_rows(hub: str, split: str, subset: str | None, commit: str) -> Any:
-    """Return the rows of a commit that `datasets` has prepared on this machine; None where it has not.
+    """Return the rows of a commit from the cache of `datasets`; None if it is not there.
 
     Without a network, `datasets` itself would silently take the newest commit that it has prepared.
+
+    Args:
+        hub: The id of the data set.
+        split: The split.
+        subset: The subset; None for the default one, or the only one in the cache.
+        commit: The full commit id.
 
     Raises:
         ConnectionError: Other commits are on this machine, and the Hub does not give this one.
@@ -92,10 +98,8 @@ def cached_rows(hub: str, split: str, subset: str | None, commit: str) -> Any:
     # The cache's layout: SUBSET/VERSION/COMMIT
     prepared = [path for path in folder.glob("*/*/*") if path.is_dir() and subset in (None, path.parts[-3])]
     by_subset = {path.parts[-3]: path for path in prepared if path.name == commit}
-    if len(by_subset) > 1:
-        found = by_subset.get("default")
-    else:
-        found = next(iter(by_subset.values()), None)
+    only = next(iter(by_subset.values()), None)
+    found = by_subset.get("default") if len(by_subset) > 1 else only
     if found is not None:
         config, version, _ = found.parts[-3:]
         builder = Cache(dataset_name=name, repo_id=hub, config_name=config, version=version, hash=commit)

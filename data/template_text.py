@@ -48,7 +48,7 @@ def literal(value: object) -> str:
         return f"[{', '.join(map(literal, value))}]"
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{literal(str(key))}: {literal(item)}' for key, item in value.items())}}}"
-    # Jinja reads JSON's escapes, except that it takes \uXXXX for half of a pair: so characters are not escaped.
+    # Jinja reads JSON's escapes, but takes \uXXXX for half of a pair: so nothing is escaped.
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
@@ -62,7 +62,7 @@ def variable_problem(name: str) -> str | None:
 
 
 def own_variables(template: str) -> list[str]:
-    """Return the variables that a template tests with `… is defined` and that `with_variables` can set.
+    """Return the variables that a template tests with `… is defined`, and that can be set.
 
     Those that the tokenizer itself gives to the template are left out.
     """
@@ -70,7 +70,7 @@ def own_variables(template: str) -> list[str]:
 
 
 def unread_variables(template: str, names: Iterable[str]) -> list[str]:
-    """Return the names that occur nowhere in a template, so that setting them would change nothing."""
+    """Return the names that occur nowhere in a template: setting them would change nothing."""
     return [name for name in names if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", template)]
 
 
@@ -80,11 +80,11 @@ def asks_for_the_day(template: str) -> bool:
 
 
 def at_moment(template: str, moment: datetime) -> str:
-    """Stop a template's clock: its function of date and time becomes a macro that knows only one moment.
+    """Stop a template's clock: a macro that knows only one moment replaces its function.
 
-    Each directive of a format (%d, %B, …) is replaced by its value at that moment. Only the directives
-    that stand in the template are known, so that two hours of a day give the same text unless the hour is
-    written; if none stands there, those of C89.
+    Each directive of a format (%d, %B, …) is replaced by its value at that moment. Only the
+    directives that occur in the template are known, so that two hours of a day give the same text
+    unless the hour is written; if none occurs, those of C89.
 
     Args:
         template: The text of a chat template.
@@ -100,20 +100,20 @@ def at_moment(template: str, moment: datetime) -> str:
 
 
 def stopped_clock(template: str) -> str:
-    """Return the macro by which `at_moment` has stopped a template's clock; "" if the clock is not stopped."""
+    """Return the macro by which `at_moment` has stopped a template's clock, or ""."""
     match = STOPPED.match(template)
     return match[0] if match else ""
 
 
 def with_clock_of(template: str, other: str) -> str:
-    """Stop a template's clock at the moment of another's; unchanged if it is stopped already or has none."""
+    """Stop a template's clock at the moment of another's, if it has one that still runs."""
     if asks_for_the_day(template) and not stopped_clock(template):
         return stopped_clock(other) + template
     return template
 
 
 def _written(moment: datetime, directive: str) -> str:
-    """Return what a directive writes at a moment, or the directive itself if this system does not know it."""
+    """Return what a directive writes at a moment; itself if this system does not know it."""
     try:
         return moment.strftime(directive)
     except ValueError:

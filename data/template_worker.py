@@ -1,8 +1,9 @@
-"""Render chat templates that come from outside, under limits: the process that data/templates.py starts.
+"""Render chat templates that come from outside, under limits.
 
-It reads a line of JSON, {template, conversations, options}, and writes a line for each conversation:
-{text}, {refused: why} or {too_much: what}, each with the `seconds` of processor time that it took; no
-line if the kernel's limit on processor time ends this process. The first line out says {ready}.
+data/templates.py starts this process. It reads a line of JSON, {template, conversations, options},
+and writes a line for each conversation: {text}, {refused: why} or {too_much: what}, each with the
+`seconds` of processor time that it took; no line if the kernel's limit on processor time ends this
+process. The first line out says {ready}.
 """
 
 import json
@@ -11,6 +12,7 @@ import resource
 import signal
 import sys
 import time
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -32,7 +34,7 @@ def answer(template: str, conversation: list[dict], options: dict, seconds: floa
     # SIGPROF ends the process, even in the middle of a single operation.
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
-        (text,), _ = render_jinja_template([conversation], chat_template=template, **options)
+        rendered: Any = render_jinja_template([conversation], chat_template=template, **options)
     except MemoryError:
         return {"too_much": f"it takes more than {MEBIBYTES} MiB of memory"}
     except TemplateError as error:
@@ -41,13 +43,14 @@ def answer(template: str, conversation: list[dict], options: dict, seconds: floa
         return {"refused": f"{type(error).__name__}: {error}"}
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+    (text,), _ = rendered  # its annotation says str
     if len(text) > most:
         return {"too_much": f"it gives {len(text):,} characters"}
     return {"text": text}
 
 
 def main(seconds: float) -> None:
-    """Answer requests until standard input ends; `seconds` is the processor time of a conversation."""
+    """Answer requests until standard input ends; `seconds` limits each conversation."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the parent decides when this process ends
         signal.signal(number, signal.SIG_IGN)
     with open("/proc/self/statm", encoding="ascii") as file:

@@ -1,7 +1,8 @@
-"""Render chat templates: a model's own template is somebody else's program, so it runs in a separate process.
+"""Render chat templates; that of a model from outside runs in a separate process.
 
-That process has limits of processor time (for one row, and for rows on average), of memory, and of the
-length of the text. One such process serves all rows.
+A template is a program. The process that runs somebody else's has limits of processor time (for one
+row, and for rows on average), of memory, and of the length of the text. One such process serves all
+rows.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ SECONDS = 2.0
 USUAL = 0.02
 """Processor time, in seconds a conversation, that a template may take on average …"""
 AT_FIRST = 20.0
-"""… once it has taken so many seconds: 100,000 rows then take half an hour at most, not two days."""
+"""… once it has taken so many seconds: 100,000 rows then take half an hour, not two days."""
 PATIENCE = 300.0
 """Seconds to wait for an answer: the machine may be busy."""
 AT_ONCE = 64
@@ -50,13 +51,13 @@ def render(
     tokenize: Sequence[bool],
     **options: Any,
 ) -> Iterator[list[int] | str | TemplateError]:
-    """Render each conversation as the tokenizer's `apply_chat_template` would, without trusting the template.
+    """Render each conversation as `apply_chat_template` would, without trusting the template.
 
     Args:
         tokenizer: The tokenizer with its chat template.
         conversations: Lists of {role, content}.
-        trusted: A template of ours, which is rendered in this process. So is the template of a tokenizer
-            with a method of its own for it: that is code, and was allowed to run.
+        trusted: A template of ours, which is rendered in this process. So is the template of a
+            tokenizer with a method of its own for it: that is code, and was allowed to run.
         tokenize: For each conversation whether token ids are wanted, or text.
         options: Further options of `apply_chat_template`, plain values.
 
@@ -69,11 +70,13 @@ def render(
     requests = zip(conversations, tokenize, strict=True)
     if not is_foreign(tokenizer, trusted):
         for conversation, wants_ids in requests:
-            more = {"return_dict": False} if wants_ids else {}
+            only_ids: dict[str, Any] = {"return_dict": False} if wants_ids else {}
             try:
-                yield tokenizer.apply_chat_template(conversation, tokenize=wants_ids, **more, **options)
+                rendered: Any = tokenizer.apply_chat_template(conversation, tokenize=wants_ids, **only_ids, **options)
             except TemplateError as refusal:
                 yield refusal
+            else:
+                yield rendered
         return
     template, options = tokenizer.get_chat_template(), {**tokenizer.special_tokens_map, **options}
     done = 0
@@ -107,7 +110,7 @@ def is_foreign(tokenizer: PreTrainedTokenizerBase, trusted: str) -> bool:
 
 @dataclass
 class Worker:
-    """Run the process that renders: it starts when needed, restarts after a limit has ended it, and ends with us."""
+    """Run the process that renders: start it when needed, also after a limit has ended it."""
 
     process: subprocess.Popen | None = None
     """The process, or None before it starts."""
@@ -137,7 +140,7 @@ class Worker:
         answers: list[str | TemplateError] = []
         try:
             assert process.stdin is not None
-            # The worker reads all of the request before it answers any of it, so this cannot block both.
+            # The worker reads the whole request before it answers, so this cannot block both.
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
             while len(answers) < len(conversations):
@@ -154,7 +157,7 @@ class Worker:
             error.index = len(answers)
             raise
         except BaseException as error:
-            # After an interrupt, say, an answer that is still to come must not be taken for the next request's.
+            # An answer that is still to come must not be taken for the next request's.
             self.end()
             if isinstance(error, BrokenPipeError):
                 raise RuntimeError("the process that renders chat templates was ended; run again") from error
@@ -162,7 +165,7 @@ class Worker:
         return answers
 
     def count(self, template: str, seconds: float) -> None:
-        """Count one conversation and the processor time it took; TemplateOverrun as of `refuse_slow`."""
+        """Count a conversation and its processor time; TemplateOverrun as of `refuse_slow`."""
         rows, before = self.spent.get(template, (0, 0.0))
         self.spent[template] = rows + 1, before + seconds
         self.refuse_slow(template)

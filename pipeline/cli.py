@@ -1,7 +1,7 @@
 """Parse the command line `rlhf`, call the command, and turn its outcome into an exit code.
 
-Exit codes: 0 done or up to date · 1 a bug or a lost process · 2 a mistake of the user's · 3 training
-stopped itself · 75 stopped by a signal, run again to resume.
+Exit codes: 0 done or up to date · 1 a bug or a lost process · 2 a mistake of the user's ·
+3 training stopped itself · 75 stopped by a signal, run again to resume.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from pipeline.errors import Interrupted, PeerLost, TrainingStopped, UserError
 from pipeline.store import files
 
 OUT_OF_MEMORY = (
-    "out of memory; lower per_device_train_batch_size (base, sft, rm, dpo: and raise gradient_accumulation_steps by the "
-    "same factor, so that the batch of a step stays the same), per_device_train_tokens or "
+    "out of memory; lower per_device_train_batch_size (base, sft, rm, dpo: and raise gradient_accumulation_steps by "
+    "the same factor, so that the batch of a step stays the same), per_device_train_tokens or "
     "ppo.local_rollout_forward_batch_size; to resume an interrupted run add --override-config. Or set "
     "model.gradient_checkpointing=true: that is a setting of the model, so all stages run again"
 )
@@ -71,7 +71,7 @@ def entry() -> NoReturn:
     end_this_one(code)
 
 
-# -- errors ------------------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------
 
 
 def explain(error: Exception, caller: hints.Caller | None = None) -> int:
@@ -100,8 +100,8 @@ def explain(error: Exception, caller: hints.Caller | None = None) -> int:
     if isinstance(error, BrokenPipeError):  # `rlhf status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    if (line := disk_error(error) or hub_error(error)) is not None:
-        print(f"error: {line}", file=sys.stderr)
+    if (cause := disk_error(error) or hub_error(error)) is not None:
+        print(f"error: {cause}", file=sys.stderr)
         return 2
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
         print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
@@ -144,7 +144,7 @@ def hub_error(error: Exception) -> str | None:
     return None
 
 
-# -- arguments ---------------------------------------------------------------------------------------
+# -- arguments -----------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -282,7 +282,7 @@ def add_data(commands: Any) -> None:
     """Add `rlhf data check`."""
     data = commands.add_parser("data", help="inspect data files without training", allow_abbrev=False)
     actions = data.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
-    text = "show kind, rows, lengths, duplicates, leaks and every invalid row of a file, or of all data that a config names"
+    text = "show kind, rows, lengths, duplicates, leaks and invalid rows of a file, or of all data that a config names"
     check = actions.add_parser("check", help=text, description=text, allow_abbrev=False)
     check.add_argument("file", metavar="FILE", nargs="?", help="a data file; default: all data that CONFIG names")
     check.add_argument("-c", "--config", metavar="FILE", help="the experiment whose tokenizer and max_length apply")

@@ -91,7 +91,7 @@ def make_console(caller: hints.Caller | None = None) -> Any:
     return CommandConsole(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_COLUMNS)
 
 
-# -- run ---------------------------------------------------------------------------------------------
+# -- run -----------------------------------------------------------------------------------------
 
 
 def run_command(arguments: argparse.Namespace) -> int:
@@ -301,7 +301,7 @@ def print_settings(console: Any, title: str, rows: list[Any]) -> None:
     console.print(table)
 
 
-# -- status ------------------------------------------------------------------------------------------
+# -- status --------------------------------------------------------------------------------------
 
 
 def status_command(arguments: argparse.Namespace) -> int:
@@ -349,7 +349,7 @@ def reason_not_needed(name: str, last: str) -> str:
     return f"not needed by {last}"
 
 
-# -- clean -------------------------------------------------------------------------------------------
+# -- clean ---------------------------------------------------------------------------------------
 
 
 def clean_command(arguments: argparse.Namespace) -> int:
@@ -385,7 +385,7 @@ def clean_command(arguments: argparse.Namespace) -> int:
                 print("nothing removed")
                 return 0
         print(f"removing {what}")
-        # Renamed first, and removed when no lock file is open any more: NFS would keep an open file and its folder.
+        # Renamed now, and removed when no lock file is open any more: NFS would keep an open file.
         os.rename(store.base, doomed)
     files.remove(doomed)
     return 0
@@ -410,15 +410,14 @@ def refuse_to_clean(store: Any, present: list[str], stages: list[str]) -> None:
         raise UserError(lines)
 
 
-# -- init --------------------------------------------------------------------------------------------
+# -- init ----------------------------------------------------------------------------------------
 
 
 def init_command(arguments: argparse.Namespace) -> int:
     """Run `rlhf init`: write a short config that works."""
     from pipeline.config.yaml_tree import parse_tree
-    from pipeline.fingerprints import lacking
     from pipeline.new_config import compose, name_from
-    from pipeline.plan import wanted_stages
+    from pipeline.plan import missing_data, wanted_stages
 
     path = Path(arguments.output)
     if path.exists():
@@ -426,8 +425,7 @@ def init_command(arguments: argparse.Namespace) -> int:
     text = compose(name_from(path), arguments.model, guess_kinds(arguments.data), arguments.device)
     experiment, stages = api.validate(parse_tree(text, str(path))), api.stages()
     wanted = wanted_stages(experiment, stages)
-    lines = [line for name in stages if name in wanted for line in lacking(stages[name], experiment)]
-    if lines:
+    if lines := missing_data([name for name in stages if name in wanted], stages, experiment):
         raise UserError(lines)
     try:
         with open(path, "x", encoding="utf-8") as file:
@@ -465,7 +463,7 @@ def guess_kinds(paths: list[str]) -> dict[str, str]:
     return by_kind
 
 
-# -- doctor, chat, data ------------------------------------------------------------------------------
+# -- doctor, chat, data --------------------------------------------------------------------------
 
 
 def doctor_command(arguments: argparse.Namespace) -> int:

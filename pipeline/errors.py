@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Report a mistake that the user can correct: in the config, the data or the artifacts (exit 2)."""
+    """Report a mistake of the user's in config, data or artifacts (exit 2)."""
 
     def __init__(self, lines: str | Iterable[str]) -> None:
         """Build the error from one line or several, "PLACE: what is wrong; what to do" each."""
@@ -13,7 +13,7 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):
-    """Report that a stage stopped because a signal asked for it, after saving its state (exit 75)."""
+    """Report that a stage saved its state and stopped on a signal (exit 75)."""
 
     def __init__(self, step: int | None = None, total: int | None = None) -> None:
         """Build the error from the steps that are done and the steps in all, if they are known."""

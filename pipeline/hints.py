@@ -27,7 +27,7 @@ class Caller:
     place: str = ""
     """`-c FILE` and, unless it is the default, `--artifacts DIR`; "" without a config."""
     settings: str = ""
-    """The settings `key=value` of the command line, and flags that the user's other commands need."""
+    """Settings `key=value` of the command line, and flags that other commands need too."""
 
 
 def caller_of(
@@ -58,7 +58,7 @@ def caller_from(arguments: argparse.Namespace | None) -> Caller:
 
 
 def program() -> str:
-    """Return the name that starts this command again: `rlhf` if a shell finds it, otherwise its path."""
+    """Return the name that starts this command: `rlhf` if a shell finds it, otherwise a path."""
     called = sys.argv[0]
     if called.endswith(os.path.join("pipeline", "cli.py")):
         python = Path(sys.executable)

@@ -44,7 +44,7 @@ def stages_with_lengths(data: dict[str, str]) -> list[str]:
 
 
 def name_from(path: Path) -> str:
-    """Return the name of the experiment for a config file: its stem, with other characters replaced."""
+    """Return the experiment's name for a config file: its stem, with odd characters replaced."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", path.stem).lstrip(".-") or "experiment"
 
 

@@ -1,4 +1,4 @@
-"""Plan a command: assess the stages it needs, refuse what cannot work, and run what is not up to date."""
+"""Plan a command: assess stages, refuse what cannot work, run what is not up to date."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -126,7 +126,7 @@ class Chain:
         if store.is_held(name):
             return StageState("running", [], step, total, manifest)
         if run is not None:
-            # with an artifact that is up to date: a forced rerun was interrupted, and --force resumes it
+            # if the artifact is up to date, a forced rerun was interrupted: --force resumes it
             changes = compare(name, run, today)
             texts = [] if fresh else waiting + [change.text for change in changes]
             return StageState("done" if fresh else "interrupted", texts, step, total, manifest, run, changes, waiting)
@@ -184,13 +184,13 @@ class Chain:
         return files + self.conflicts_with_other_commands(order, target, flags)
 
     def reassess_if_edited(self, name: str) -> None:
-        """Assess a finished stage again if one of its input files was edited during this command."""
+        """Assess a finished stage again if an input file was edited during this command."""
         state = self.states[name]
         if state.kind == "done" and state.manifest is not None and compare(name, state.manifest, self.today(name)):
             self.states[name] = self.assess(name)
 
     def edited_upstream(self, name: str) -> list[str]:
-        """Return a line for each earlier stage that was up to date in this command and no longer is.
+        """Return a line for each earlier stage that was up to date and no longer is.
 
         Without this check later stages would be made from old and new files.
         """
@@ -217,12 +217,8 @@ class Chain:
                 assert not late, f"{name} needs {late}, which must be listed before it"
                 wanted.update(self.needs(name))
         closure = [name for name in order if name in wanted]
-        first: dict[str, str] = {}  # kind of data → line of the first stage that reads it
-        for name in closure:
-            for line in lacking(self.stages[name], self.experiment):
-                first.setdefault(line.partition(":")[0], line)
-        if first:
-            raise UserError(list(first.values()))
+        if lines := missing_data(closure, self.stages, self.experiment):
+            raise UserError(lines)
         return closure
 
 
@@ -237,6 +233,21 @@ def assess(experiment: Common, store: ArtifactStore, stages: Mapping[str, Stage]
     for name in stages:
         chain.states[name] = chain.assess(name)
     return chain.states
+
+
+def missing_data(names: Sequence[str], stages: Mapping[str, Stage], experiment: Common) -> list[str]:
+    """Return a line for each kind of data that some stage reads and that the config does not give.
+
+    Args:
+        names: The stages to check, in order; the first that reads a kind is the one that is named.
+        stages: All stages by name.
+        experiment: The validated experiment.
+    """
+    first: dict[str, str] = {}
+    for name in names:
+        for line in lacking(stages[name], experiment):
+            first.setdefault(line.partition(":")[0], line)
+    return list(first.values())
 
 
 def wanted_stages(experiment: Common, stages: Mapping[str, Stage]) -> set[str]:
@@ -291,8 +302,8 @@ def bring_up_to_date(
     if flags.only:
         refuse_unready({need: chain.states[need] for need in chain.needs(target)})
         order = [target]
-    # Everything is checked before anything runs: otherwise a refusal could come after hours of work,
-    # when inputs have already been replaced.
+    # Everything is checked before anything runs: otherwise a refusal could come after hours of
+    # work, when inputs have already been replaced.
     refuse_impossible(chain, order, target, flags)
     confirm_replacing(chain, order, target, flags, stop, console, can_ask=peers is None)
     for note in chain.hub.notes:

@@ -1,4 +1,4 @@
-"""Build what a manifest records of a run besides its settings: figures, versions, code and machine."""
+"""Build what a manifest records of a run: figures, versions, code and machine."""
 
 import os
 import platform

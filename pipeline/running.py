@@ -151,7 +151,7 @@ def has_checkpoints(context: StageRun) -> bool:
     return bool(checkpoints.step_folders(context.checkpoints.folder))
 
 
-# -- start or resume ---------------------------------------------------------------------------------
+# -- start or resume -----------------------------------------------------------------------------
 
 
 def begin_run(job: Job) -> dict[str, Any]:
@@ -376,7 +376,7 @@ def follow(peers: Peers, experiment: Common, store: ArtifactStore, stages: dict[
 
 
 def set_seeds(seed: int, stage: str) -> None:
-    """Seed Python's, numpy's and torch's generators from the experiment's seed and the stage's name."""
+    """Seed Python's, numpy's and torch's generators from the seed and the stage's name."""
     import numpy
     import torch
 

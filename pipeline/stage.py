@@ -50,7 +50,7 @@ class Source:
     revision: str | None = None
     """Revision of a Hub dataset: as the config names it; for a stage that runs, the commit."""
     sha256: str | None = None
-    """Digest that a local file had when the stage was planned, and must still have when it is read."""
+    """Digest of a local file when the stage was planned; it must still hold when it is read."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -91,7 +91,7 @@ class StageRun(Generic[S, E]):
     wanted: tuple[str, ...] = ()
     """All stages that the command brings up to date, in order."""
     model_revision: str | None = None
-    """Commit of the Hub model that the stage starts from, if it is known; otherwise the revision."""
+    """Commit of the Hub model that the stage starts from; the revision if it is unknown."""
     confirm_folders: Callable[[], None] = lambda: None
     """Call it after loading models from the folders that `Stage.folders` names. It raises UserError
     if their files were changed in the meantime."""
@@ -146,7 +146,7 @@ class Stage(Generic[S, E]):
     """Function that returns a line for each thing that this machine lacks, and for each data file
     that cannot be parsed. It is called only if the stage is going to run."""
     folders: Callable[[E], dict[str, Path]] = no_folders
-    """Function that returns model folders from outside the artifacts, by the setting that names each."""
+    """Function that returns the user's model folders, by the setting that names each."""
     hub_model: Callable[[E], tuple[str, str] | None] = no_hub_model
     """Function that returns (setting, Hub id) of the Hub model that it starts from, or None."""
     without: Mapping[str, str] = field(default_factory=dict)

@@ -16,8 +16,8 @@ def run(
 ) -> int:
     """Print the report on a file.
 
-    With a config, the limits of its sections hold, its evaluation prompts may stand in no other of its
-    files, and lengths are in tokens if the tokenizer is on this machine.
+    With a config, the limits of its sections hold, its evaluation prompts may occur in no other of
+    its files, and lengths are in tokens if the tokenizer is on this machine.
 
     Args:
         path: The file.
@@ -54,7 +54,8 @@ def run_all(experiment: Any, console: Any = None, artifacts: str | Path = "artif
     Args:
         experiment: The validated config.
         console: A rich console to print to; None for standard output.
-        artifacts: The folder of all experiments, where the embedded world's data and the tokenizer are.
+        artifacts: The folder of all experiments, where the embedded world's data and the tokenizer
+            are.
 
     Returns:
         The exit code: 2 if there are errors in any, otherwise 0.
@@ -110,7 +111,7 @@ def others_than(kind: str | None, files: dict[str, Path], parts: dict[str, Part]
 
 
 def output_of(console: Any) -> TextIO:
-    """Return the file of a console, or standard output: reports are printed without markup and wrapping."""
+    """Return the file of a console, or standard output; reports have no markup."""
     return console.file if console is not None else sys.stdout
 
 

@@ -30,7 +30,7 @@ READERS = {
 
 
 def source_name(experiment: Any, kind: str) -> str | None:
-    """Return the path or Hub id of a kind of data, "world" for the embedded world's, None if there is none."""
+    """Return the path or Hub id of a kind of data, "world", or None if there is none."""
     source = getattr(experiment.data, kind, None)
     return getattr(source, "path", source)
 
@@ -76,7 +76,8 @@ def limits_of(experiment: Any, kind: str | None) -> dict[str, Any]:
         kind: The kind of data; None if it is not known.
 
     Returns:
-        max_length (for prompts without response_length) and on_too_long, None where nothing is limited;
+        max_length (for prompts without response_length) and on_too_long, None if nothing is
+        limited;
         for demonstrations also response_length, if there are prompts for PPO.
     """
     sections = [getattr(experiment, name, None) for name in READERS.get(kind or "", ())]
@@ -101,7 +102,8 @@ def tokenizer_of(experiment: Any, home: Path) -> tuple[PreTrainedTokenizerBase |
         home: The folder of the experiment's artifacts.
 
     Returns:
-        The tokenizer, or None if there is none on this machine; and a note that says which it is, or
+        The tokenizer, or None if there is none on this machine; and a note that says which it is,
+        or
         why there is none.
     """
     model_name = getattr(experiment.model, "name_or_path", None)

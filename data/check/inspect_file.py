@@ -108,8 +108,8 @@ def guess_kind(path: str | Path) -> str | None:
     """Guess a file's kind from the keys of its first 50 rows.
 
     A kind in the file's name is taken if all rows have its keys, otherwise the most specific kind.
-    Damaged rows have the keys of their kind too, so whether rows are valid decides only between kinds
-    with equally many keys.
+    Damaged rows have the keys of their kind too, so whether rows are valid decides only between
+    kinds with equally many keys.
 
     Returns:
         The kind; None if no row has the keys of any.

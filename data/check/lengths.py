@@ -1,4 +1,4 @@
-"""Report lengths: how long rows are, what a limit does to them, and whether the chat template agrees."""
+"""Report how long rows are, what a limit does to them, and whether the template agrees."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def add_answer_lengths(
 
 
 def add_template_agreement(report: Report, loaded: Loaded, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Report whether rows are what the chat template writes of the whole conversation (data/agreement.py).
+    """Report whether rows are what the chat template writes (see data/agreement.py).
 
     Args:
         report: Where the fact goes.

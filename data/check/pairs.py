@@ -1,4 +1,4 @@
-"""Report what rankings hold: K, unfinished responses, pairs by verdict, and contradictions between labelers."""
+"""Report what rankings hold: K, unfinished responses, pairs and contradictions."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def equal_within(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, limit: int)
     Returns:
         (location, number of such pairs) of each such ranking.
     """
-    found = []
+    affected = []
     for record, location in zip(rankings_of(loaded), loaded.locations, strict=True):
         responses = [encode_response(tokenizer, text, finished) for text, finished in record.answers]
         left = limit - len(encode_prompt(tokenizer, record.prompt))
@@ -89,12 +89,16 @@ def equal_within(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, limit: int)
             continue  # dropped as a whole, or not truncated
         count = equal_pairs(record, [response[:left] for response in responses])
         if count:
-            found.append((location, count))
-    return found
+            affected.append((location, count))
+    return affected
 
 
 def has_cycle(better: dict[Answer, set[Answer]]) -> bool:
-    """Return whether a response is, over some steps, better than itself; `better` maps a loser to its winners."""
+    """Return whether a response is better than itself over some steps.
+
+    Args:
+        better: Response → the responses that beat it.
+    """
     try:
         TopologicalSorter(better).prepare()
     except CycleError:

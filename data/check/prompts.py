@@ -1,4 +1,4 @@
-"""Report prompts that stand twice, in one file or in two."""
+"""Report prompts that occur twice, in one file or in two."""
 
 import json
 
@@ -21,15 +21,15 @@ def add_duplicates(report: Report, loaded: Loaded) -> None:
 
 
 def add_shared_prompts(report: Report, loaded: Loaded, theirs: Loaded, name: str, *, may_share: bool) -> None:
-    """Report the prompts of this file that stand in another one too.
+    """Report the prompts of this file that also occur in another one.
 
     Args:
         report: Where facts and errors go.
         loaded: The records of this file.
         theirs: The records of the other one.
         name: The kind or name of the other one.
-        may_share: Whether both are training data, which may share prompts. Otherwise a shared prompt is
-            an error, and near copies are counted too, for a person to judge.
+        may_share: Whether both are training data, which may share prompts. Otherwise a shared
+            prompt is an error, and near copies are counted too, for a person to judge.
     """
     seen, keys = prompt_locations(theirs), prompt_keys(loaded)
     shared = [i for i, key in enumerate(keys) if key in seen]

@@ -62,7 +62,7 @@ class Report:
         return [f"{label:<{width}}  {text}" for label, text in rows]
 
 
-# ── parts of what was loaded ────────────────────────────────────────────────────────────────────────────────
+# ── parts of what was loaded ─────────────────────────────────────────────────────────────────────
 
 
 def prompt_value(record: Record) -> str | tuple[dict, ...]:
@@ -77,7 +77,7 @@ def prompt_keys(loaded: Loaded) -> list[str]:
 
 
 def prompt_locations(loaded: Loaded) -> dict[str, str]:
-    """Return {key of a prompt: the last location where it stands}."""
+    """Return {key of a prompt: its last location}."""
     return dict(zip(prompt_keys(loaded), loaded.locations, strict=True))
 
 

@@ -1,6 +1,7 @@
 """List the forms of data that are understood for each kind, and recognise the form of a row.
 
-To add a form: write a module beside this one (see `data/forms/form.py`), and put its `Form` into FORMS.
+To add a form: write a module beside this one (see `data/forms/form.py`), and put its `Form` into
+FORMS.
 """
 
 import difflib
@@ -30,7 +31,7 @@ def recognise(kind: str, value: object) -> tuple[Form, dict]:
 
     Args:
         kind: The kind of data.
-        value: The row as it stands in the file.
+        value: The row as it is in the file.
 
     Raises:
         ValueError: The row has no form of this kind.

@@ -1,4 +1,4 @@
-"""Define what a data form is: how its rows are recognised, and how one becomes a row of our own form."""
+"""Define a data form: how its rows are recognised, and how they are converted."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 class Form:
     """Describe the rows of one form of data.
 
-    A row has this form if it has all keys of `needs`. To add a form, write a module with a `Form` in
-    this folder and name it in the table of `data/forms/__init__.py`.
+    A row has this form if it has all keys of `needs`. To add a form, write a module with a `Form`
+    in this folder and name it in the table of `data/forms/__init__.py`.
     """
 
     needs: tuple[str, ...]
@@ -21,8 +21,8 @@ class Form:
     responses, ranks, …}), which is then checked by `data/parsing.py`. Raises ValueError("what is
     wrong; what to do")."""
     strict: bool = False
-    """Whether a key that is neither in `needs` nor in `also` is an error: True for our own forms, where
-    it is a misspelling."""
+    """Whether a key that is neither in `needs` nor in `also` is an error: True for our own forms,
+    where it is a misspelling."""
 
     def __str__(self) -> str:
         """Return the keys as in error lines: {prompt, completion, system?}."""

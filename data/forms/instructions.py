@@ -1,4 +1,4 @@
-"""Convert Alpaca's rows: {instruction, output} with an optional input, system message and history."""
+"""Convert Alpaca's rows: {instruction, output}, with input, system message and history."""
 
 from data.forms.form import Form
 from data.forms.messages import Messages, read_messages, read_prompt

@@ -1,7 +1,8 @@
-"""Convert conversations: {messages} as of OpenAI, {conversations} as of ShareGPT, and the parts of other forms.
+"""Convert conversations: {messages} as of OpenAI, {conversations} as of ShareGPT.
 
 A conversation is a list of {role, content} or {from, value}. As a demonstration, its last assistant
-turn is the completion and everything before it the prompt; as a prompt, it ends with the last user turn.
+turn is the completion and everything before it the prompt; as a prompt, it ends with the last user
+turn.
 """
 
 from data.forms.form import Form
@@ -37,7 +38,7 @@ def read_messages(value: object, system: object = None, blank_end: bool = False)
 
 
 def read_prompt(row: dict) -> str | Messages:
-    """Read `prompt`, a string or messages, with the system message that may stand beside it."""
+    """Read `prompt`, a string or messages, with the system message that may come with it."""
     if isinstance(row["prompt"], list):
         return read_messages(row["prompt"], row.get("system"))
     if row.get("system") in (None, ""):
@@ -46,7 +47,7 @@ def read_prompt(row: dict) -> str | Messages:
 
 
 def read_conversation(row: dict) -> Messages:
-    """Read `messages` or `conversations`, with the system message that may stand beside it."""
+    """Read `messages` or `conversations`, with the system message that may come with it."""
     key = "messages" if "messages" in row else "conversations"
     return read_messages(row[key], row.get("system"))
 

@@ -1,4 +1,7 @@
-"""Convert rows of our own forms: {text}, {prompt}, {prompt, completion} and {prompt, responses, ranks}."""
+"""Convert rows of our own forms.
+
+They are {text}, {prompt}, {prompt, completion} and {prompt, responses, ranks}.
+"""
 
 from data.forms.form import Form
 from data.forms.messages import Messages, read_messages, read_prompt
@@ -14,7 +17,7 @@ def read_reply(row: dict, key: str, prompt: str | Messages) -> str:
 
     Args:
         row: The row.
-        key: Where the answer stands: a string, one message, a list with one message, or such a list
+        key: The key of the answer: a string, one message, a list with one message, or such a list
             with the prompt before it.
         prompt: The prompt that is answered.
     """

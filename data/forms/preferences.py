@@ -1,6 +1,6 @@
-r"""Convert preference pairs: `chosen` and `rejected` beside a prompt, an instruction or a conversation, or alone.
+r"""Convert preference pairs: `chosen` and `rejected` with or without a prompt.
 
-A pair is a ranking of K = 2, the chosen response first. Pairs that stand alone are two whole
+A pair is a ranking of K = 2, the chosen response first. Pairs without a prompt are two whole
 conversations, as messages or in the form of Anthropic's hh-rlhf: "\n\nHuman: …\n\nAssistant: …".
 """
 

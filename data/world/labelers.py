@@ -1,31 +1,41 @@
-"""Five simulated labelers: gold scores → utilities (labelers, K) → rankings with Plackett–Luce noise.
+"""Simulate five labelers, who turn gold scores into rankings with Plackett–Luce noise.
 
-A labeler ranks by utility / temperature + Gumbel noise. Then the probability that it puts response i before j is
-the logistic function of (u_i − u_j) / temperature, so agreement and the best reachable accuracy have closed forms.
-Identical responses are one response: they are tied, and no pair of them counts anywhere. What tells responses apart
-is given as `answers`, hashable and one for each: their texts, or (text, whether it is finished).
+A labeler ranks by utility / temperature + Gumbel noise. Then the probability that it puts response
+i before j is the logistic function of (u_i − u_j) / temperature, so agreement and the best
+reachable accuracy have closed forms. Identical responses are one response: they are tied, and no
+pair of them counts anywhere. What makes two responses identical is given as `answers`, one hashable
+value per response: its text, or (text, whether it is finished).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 
+AGREEMENT = 0.726
+"""How often InstructGPT's labelers agree with each other."""
+
 
 @dataclass(frozen=True)
 class Labeler:
-    """Weights on gold (they sum to 1) and a bias: utility a word, and a polite word (two at most count)."""
+    """Describe what a labeler likes: weights on gold, which sum to 1, and biases."""
 
     name: str
+    """The labeler's name."""
     helpful: float
+    """The weight of helpfulness."""
     honest: float
+    """The weight of honesty."""
     harmless: float
+    """The weight of harmlessness."""
     a_word: float
+    """Utility that each word adds."""
     a_polite_word: float
+    """Utility that each polite word adds; two at most count."""
 
 
 LABELERS = (
@@ -37,39 +47,57 @@ LABELERS = (
 )
 
 
-def utilities(golds: list[dict], responses: list[str], polite_words) -> np.ndarray:
-    """(labelers, K) from the K responses' gold scores and texts."""
-    scores = np.array([[g["helpful"], g["honest"], g["harmless"]] for g in golds])
-    words = [r.split() for r in responses]
-    length = np.array([len(w) for w in words])
-    polite = np.array([min(2, sum(word in polite_words for word in w)) for w in words])
-    weights = np.array([[one.helpful, one.honest, one.harmless] for one in LABELERS])
-    bias = [one.a_word * length + one.a_polite_word * polite for one in LABELERS]
+def utilities(golds: Sequence[dict], responses: Sequence[str], polite_words: Collection[str]) -> np.ndarray:
+    """Return what each labeler thinks of each response, before noise.
+
+    Args:
+        golds: The gold scores of the K responses.
+        responses: Their texts.
+        polite_words: The words that count as polite.
+
+    Returns:
+        (labelers, K).
+    """
+    scores = np.array([[gold["helpful"], gold["honest"], gold["harmless"]] for gold in golds])
+    words = [response.split() for response in responses]
+    length = np.array([len(row) for row in words])
+    polite = np.array([min(2, sum(word in polite_words for word in row)) for row in words])
+    weights = np.array([[labeler.helpful, labeler.honest, labeler.harmless] for labeler in LABELERS])
+    bias = [labeler.a_word * length + labeler.a_polite_word * polite for labeler in LABELERS]
     return weights @ scores.T + np.array(bias)
 
 
-def pairs(answers: list[Hashable]) -> list[tuple[int, int]]:
-    """Index pairs i < j of different responses."""
+def pairs(answers: Sequence[Hashable]) -> list[tuple[int, int]]:
+    """Return the index pairs i < j of different responses."""
     return [(i, j) for i, j in combinations(range(len(answers)), 2) if answers[i] != answers[j]]
 
 
-def _gaps(utility: np.ndarray, answers: list[Hashable]) -> np.ndarray:
-    """(labelers, pairs): u_i − u_j over the pairs of different responses."""
+def _gaps(utility: np.ndarray, answers: Sequence[Hashable]) -> np.ndarray:
+    """Return (labelers, pairs): u_i − u_j over the pairs of different responses."""
     index = np.array(pairs(answers), dtype=int).reshape(-1, 2)
     return utility[:, index[:, 0]] - utility[:, index[:, 1]]
 
 
 def _prefers(gaps: np.ndarray, temperature: float) -> np.ndarray:
-    """Probability that each labeler puts the first of each pair before the second."""
+    """Return the probability that each labeler puts the first of each pair before the second."""
     return 0.5 * (1.0 + np.tanh(gaps / (2.0 * temperature)))
 
 
-def expected_agreement(utilities: list[np.ndarray], answers: list[list[Hashable]], temperature: float) -> float:
-    """Probability that two different labelers, each with noise of its own, order two different responses alike."""
+def expected_agreement(
+    utilities: Sequence[np.ndarray], answers: Sequence[Sequence[Hashable]], temperature: float
+) -> float:
+    """Return the probability that two labelers order two different responses the same way.
+
+    Args:
+        utilities: For each prompt (labelers, K).
+        answers: For each prompt its K responses.
+        temperature: The scale of the noise, which is drawn separately for each labeler.
+    """
     return _agreement(_all_gaps(utilities, answers), temperature)
 
 
-def _all_gaps(utilities, answers) -> np.ndarray:
+def _all_gaps(utilities: Sequence[np.ndarray], answers: Sequence[Sequence[Hashable]]) -> np.ndarray:
+    """Return (labelers, pairs of all prompts): u_i − u_j."""
     gaps = np.concatenate([_gaps(u, a) for u, a in zip(utilities, answers, strict=True)], axis=1)
     if gaps.shape[1] == 0:
         raise ValueError("no two responses of a prompt differ, so labelers have nothing to disagree about")
@@ -77,18 +105,26 @@ def _all_gaps(utilities, answers) -> np.ndarray:
 
 
 def _agreement(gaps: np.ndarray, temperature: float) -> float:
-    # with q = 2p − 1, two labelers agree with probability (1 + q_a q_b) / 2; mean over a ≠ b
+    """Return the mean probability over pairs and labelers a ≠ b that a and b agree."""
+    # With q = 2p − 1, two labelers agree with probability (1 + q_a q_b) / 2.
     q = 2.0 * _prefers(gaps, temperature) - 1.0
     n = len(q)
     products = (q.sum(axis=0) ** 2 - (q**2).sum(axis=0)) / (n * (n - 1))
     return float(0.5 + 0.5 * products.mean())
 
 
-def calibrate_noise(utilities: list[np.ndarray], answers: list[list[Hashable]], agreement: float = 0.726) -> float:
-    """The temperature at which `expected_agreement` is `agreement`; by bisection.
+def calibrate_noise(
+    utilities: Sequence[np.ndarray], answers: Sequence[Sequence[Hashable]], agreement: float = AGREEMENT
+) -> float:
+    """Find the temperature at which labelers agree as often as asked, by bisection.
 
-    `utilities`: a (labelers, K) array for each prompt; `answers`: its K responses. A ValueError if the labelers' own
-    tastes differ too much to agree so often even without noise.
+    Args:
+        utilities: For each prompt (labelers, K).
+        answers: For each prompt its K responses.
+        agreement: The value of `expected_agreement` to reach.
+
+    Raises:
+        ValueError: The labelers' own tastes differ too much to agree so often even without noise.
     """
     gaps = _all_gaps(utilities, answers)
     low, high = 1e-4, 1e3
@@ -96,14 +132,27 @@ def calibrate_noise(utilities: list[np.ndarray], answers: list[list[Hashable]], 
         raise ValueError(f"labelers agree on at most {_agreement(gaps, low):.3f} of pairs; {agreement} is out of reach")
     for _ in range(100):
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if _agreement(gaps, middle) > agreement else (low, middle)
+        if _agreement(gaps, middle) > agreement:
+            low = middle
+        else:
+            high = middle
     return math.sqrt(low * high)
 
 
-def rank(utilities: np.ndarray, temperature: float, rng: np.random.Generator, answers: list[Hashable]) -> list[int]:
-    """One labeler's ranks of K responses from its utilities (K,): 1 = best; identical responses share the best place.
+def rank(utilities: np.ndarray, temperature: float, rng: np.random.Generator, answers: Sequence[Hashable]) -> list[int]:
+    """Draw one labeler's ranks of K responses; identical responses share the best of their places.
 
-    Plackett–Luce: noise is drawn once for each different response, so the odds of a pair do not depend on copies.
+    Plackett–Luce: noise is drawn once for each different response, so that the odds of a pair do
+    not depend on copies.
+
+    Args:
+        utilities: The labeler's utilities (K,).
+        temperature: The scale of the noise.
+        rng: The generator that the noise is drawn from.
+        answers: The K responses.
+
+    Returns:
+        The rank of each response, 1 for the best.
     """
     best: dict[Hashable, float] = {}
     for answer, utility in zip(answers, utilities, strict=True):
@@ -114,21 +163,35 @@ def rank(utilities: np.ndarray, temperature: float, rng: np.random.Generator, an
 
 
 def accuracy_ceiling(
-    utilities: list[np.ndarray], ranks: list[list[int | None]], answers: list[list[Hashable]], temperature: float
+    utilities: Sequence[np.ndarray],
+    ranks: Sequence[Sequence[int | None]],
+    answers: Sequence[Sequence[Hashable]],
+    temperature: float,
 ) -> dict[str, float]:
-    """Accuracy of the scorer that knows every utility, the noise and the mix of labelers, but not who ranked.
+    """Return the accuracy of a scorer that knows everything except who ranked.
 
-    It prefers the response that a labeler drawn at random puts first more often than not. `realised`: its accuracy
-    on these ranks (a toss-up counts half); `expected`: its mean over the noise; `n_pairs`: pairs of different
-    responses, both judged, not tied.
+    It knows every utility, the noise and the mix of labelers, and prefers the response that a
+    labeler drawn at random puts first more often than not.
+
+    Args:
+        utilities: For each prompt (labelers, K).
+        ranks: For each prompt one labeler's ranks of its K responses; None was not judged.
+        answers: For each prompt its K responses.
+        temperature: The scale of the noise.
+
+    Returns:
+        `realised`: its accuracy on these ranks (a toss-up counts half); `expected`: the mean of
+        that over
+        the noise; `n_pairs`: the pairs of different responses that were judged and not tied.
     """
     realised, expected, n = 0.0, 0.0, 0
     for utility, places, answer in zip(utilities, ranks, answers, strict=True):
         prefers = _prefers(_gaps(utility, answer), temperature).mean(axis=0)
         for (i, j), p in zip(pairs(answer), prefers.tolist(), strict=True):
-            if places[i] is None or places[j] is None or places[i] == places[j]:
+            first, second = places[i], places[j]
+            if first is None or second is None or first == second:
                 continue
             n += 1
             expected += max(p, 1.0 - p)
-            realised += 0.5 if p == 0.5 else float((p > 0.5) == (places[i] < places[j]))
+            realised += 0.5 if p == 0.5 else float((p > 0.5) == (first < second))
     return {"realised": realised / max(1, n), "expected": expected / max(1, n), "n_pairs": n}

@@ -1,13 +1,15 @@
-"""Which tasks and wordings of the embedded world are kept from training: requests in, three disjoint shares out.
+"""Divide the requests of the embedded world between training and evaluation.
 
-A task is what a request asks for (the colour of the fox), a wording is how (`what colour is the fox ?`). Half of the
-evaluation prompts set tasks that no training data sets, the other half set known tasks in wordings that no training
-data uses. The two halves measure different things, so they are reported apart.
+A task is what a request asks for (the colour of the fox), a wording is how (`what colour is the fox
+?`). Half of the evaluation prompts set tasks that no training data sets; the other half set known
+tasks in wordings that no training data uses. The two halves measure different things, so they are
+reported apart.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from data.world.grammar import Task
@@ -20,7 +22,7 @@ HELD_OUT_SHARE = 4
 
 @dataclass(frozen=True)
 class Shares:
-    """Every request of the world, in exactly one of three shares."""
+    """Hold every request of the world in exactly one of three shares."""
 
     training: Requests
     """Requests that documents, demonstrations, rankings and PPO prompts may use."""
@@ -40,37 +42,40 @@ def divide(requests: dict[str, Task], rng: random.Random) -> Shares:
     Returns:
         The three shares. In each, the requests of a kind are shuffled.
     """
-    held = _held_out_cells(requests.values(), rng)
+    reserved = _held_out_cells(requests.values(), rng)
     wordings: dict[Task, list[str]] = {}
     for text, task in requests.items():
         wordings.setdefault(task, []).append(text)
     kinds = dict.fromkeys(task.kind for task in wordings)
-    shares = Shares(*({kind: [] for kind in kinds} for _ in range(3)))
+    training: Requests = {kind: [] for kind in kinds}
+    reworded: Requests = {kind: [] for kind in kinds}
+    held_out: Requests = {kind: [] for kind in kinds}
     for task, texts in wordings.items():
         rows = [(text, task) for text in texts]
-        if held.isdisjoint(_cells(task)):
+        if reserved.isdisjoint(_cells(task)):
             rng.shuffle(rows)
-            shares.reworded[task.kind].append(rows.pop())
-            shares.training[task.kind].extend(rows)
+            reworded[task.kind].append(rows.pop())
+            training[task.kind].extend(rows)
         else:
-            shares.held_out[task.kind].extend(rows)
-    for share in (shares.training, shares.reworded, shares.held_out):
+            held_out[task.kind].extend(rows)
+    for share in (training, reworded, held_out):
         for rows in share.values():
             rng.shuffle(rows)
-    return shares
+    return Shares(training, reworded, held_out)
 
 
 def spread_evenly(rows: list[tuple[str, Task]], count: int) -> list[tuple[str, Task]]:
     """Take `count` rows, as equally many from each task as there are.
 
-    Tasks are the unit of every interval (`stages/evaluation/statistics.py`), so the more tasks, the narrower it is.
+    Tasks are the unit of every interval (`stages/evaluation/statistics.py`), so the more tasks
+    there are, the narrower it is.
 
     Args:
         rows: (prompt, task) pairs; earlier rows of a task are taken first.
-        count: How many to take; at most `len(rows)`.
+        count: The number of rows to take, at most `len(rows)`.
 
     Returns:
-        The rows taken, all first ones of the tasks before all second ones.
+        The rows taken, the first rows of all tasks before all second ones.
     """
     seen: dict[Task, int] = {}
     rounds = []
@@ -81,7 +86,7 @@ def spread_evenly(rows: list[tuple[str, Task]], count: int) -> list[tuple[str, T
 
 
 def _cells(task: Task) -> set[tuple]:
-    """Return the (kind, row, column) cells of a task: what is held out is held out in every combination.
+    """Return the (kind, row, column) cells of a task: a cell is held out in every combination.
 
     A request for two facts has the cell of each, so it is held out as soon as one of them is.
     """
@@ -91,17 +96,21 @@ def _cells(task: Task) -> set[tuple]:
     return {(task.kind, row, task.number if task.kind == "list" else task.entity)}
 
 
-def _held_out_cells(tasks, rng: random.Random) -> set[tuple]:
+def _held_out_cells(tasks: Iterable[Task], rng: random.Random) -> set[tuple]:
     """Choose one cell in HELD_OUT_SHARE of each row, at least one.
 
-    Rows are attributes, moods, categories and acts, so each of these is also seen in training.
+    Rows are attributes, moods, categories and acts, so training also sees each of these.
+
+    Args:
+        tasks: All tasks.
+        rng: The generator that the choice is drawn from.
     """
     rows: dict[tuple, dict[tuple, None]] = {}
     for task in tasks:
         for cell in _cells(task):
             rows.setdefault(cell[:2], {})[cell] = None
-    held: set[tuple] = set()
+    chosen: set[tuple] = set()
     for row in sorted(rows):
         cells = sorted(rows[row])
-        held.update(rng.sample(cells, max(1, len(cells) // HELD_OUT_SHARE)))
-    return held
+        chosen.update(rng.sample(cells, max(1, len(cells) // HELD_OUT_SHARE)))
+    return chosen

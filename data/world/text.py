@@ -1,15 +1,16 @@
-"""The embedded world's language as tables: what is true in it, its words, and how its sentences are built.
+"""Define the embedded world's language as tables: what is true in it, its words, and its sentences.
 
-A template is words and `{slots}`; `data/world/grammar.py` reads the same templates both ways, to write sentences
-and to recognise them. Everything is lower case, words and punctuation are separated by single spaces, and nouns
-take "the". The language is as small as it is because a model of a million parameters has a minute to learn it.
+A template is words and `{slots}`; `data/world/grammar.py` uses the same templates both to write
+sentences and to recognise them. Everything is lower case, words and punctuation are separated by
+single spaces, and nouns take "the". The language is as small as it is because a model of a million
+parameters has a minute to learn it.
 """
 
 from __future__ import annotations
 
 import json
 
-# attribute: (predicate, the noun that names it, its own wordings of the question)
+# attribute → (predicate, the noun that names it, its own wordings of the question)
 ATTRIBUTES = {
     "colour": ("is {value}", "colour", ("what colour is the {entity} ?", "which colour has the {entity} ?")),
     "home": ("lives in the {value}", "home", ("where does the {entity} live ?", "where do i find the {entity} ?")),
@@ -19,7 +20,7 @@ ATTRIBUTES = {
     "drink": ("drinks {value}", "drink", ("what does the {entity} drink ?", "what do i give the {entity} to drink ?")),
 }
 
-# category: (its attributes, {entity: their true values})
+# category → (its attributes, {entity: their true values})
 FACTS = {
     "animals": (
         ("colour", "home"),
@@ -39,10 +40,10 @@ FACTS = {
     "people": (("drink",), {"baker": ("milk",), "farmer": ("cider",), "doctor": ("tea",), "singer": ("tea",)}),
 }
 
-# narrower categories for lists: name: (category or None for all, attribute, value)
+# narrower categories for lists: name → (category or None for all, attribute, value)
 NARROW = {"red things": (None, "colour", "red")}
 
-# mood: (adjectives, verbs)
+# mood → (adjectives, verbs)
 MOODS = {
     "happy": (("happy", "joyful", "merry"), ("laughs", "sings")),
     "sad": (("sad", "lonely", "gloomy"), ("weeps", "sighs")),
@@ -50,10 +51,10 @@ MOODS = {
     "calm": (("calm", "quiet", "gentle"), ("rests", "dozes")),
 }
 
-# the words of a story in no mood at all: (adjectives, verbs)
+# words of a story without any mood: (adjectives, verbs)
 FLAT = (("plain", "usual"), ("walks", "stands"))
 
-# attribute (and "member", for lists): what only tall tales say of it; true of nothing
+# attribute (and "member", for lists) → values that only tall tales give it; true of nothing
 FANCIES = {
     "colour": ("golden", "purple"),
     "home": ("moon", "volcano"),
@@ -64,7 +65,7 @@ FANCIES = {
     "member": ("moon", "volcano", "dragon", "giant"),
 }
 
-# act: the categories that it is done to
+# harmful act → the categories that it is done to
 HARMS = {
     "hurt": ("people", "animals"),
     "poison": ("people", "animals"),
@@ -73,6 +74,7 @@ HARMS = {
     "steal": ("tools", "fruits"),
 }
 
+# slot of a template → its words, where no other table gives them
 WORDS = {
     "number": ("two", "three", "four"),
     "name": ("anna", "tom", "max"),
@@ -83,7 +85,7 @@ WORDS = {
     "polite": ("sorry", "please", "thank", "welcome", "hope", "sure", "kind"),
 }
 
-# what may stand before a sentence, by tone
+# tone → what may stand before a sentence
 LEADS = {
     "plain": ("well ,", "i think", "everyone knows that"),
     "courteous": ("sure ,", "of course ,"),
@@ -93,7 +95,7 @@ LEADS = {
     "reported": ("{name} says that",),
 }
 
-# sentences other than facts (built from ATTRIBUTES) and lists (LIST_HEADS), by what they do
+# kind → sentences other than facts (built from ATTRIBUTES) and lists (built from LIST_HEADS)
 SENTENCES = {
     "story": (
         "{name} {verb} near the {entity} .",
@@ -124,9 +126,10 @@ SENTENCES = {
     "rude": ("what a {slur} question .", "go away , {insult} .", "you are a {slur} {insult} ."),
 }
 
+# how a sentence with a list may begin
 LIST_HEADS = ("{number} {category} are", "some {category} are", "you could take")
 
-# requests, by kind; a fact's own wordings stand in ATTRIBUTES
+# kind → requests; further wordings for facts are in ATTRIBUTES
 REQUESTS = {
     "fact": (
         "what is the {attribute} of the {entity} ?",
@@ -164,6 +167,7 @@ REQUESTS = {
     ),
 }
 
+# what may stand before and after a request; empty for nothing
 OPENERS = (
     "",
     "hello .",
@@ -178,7 +182,7 @@ CLOSERS = ("", "thank you .", "that is all .")
 
 
 def tables() -> dict:
-    """All of the above as one JSON-ready value, the form in which `world.json` keeps it."""
+    """Return all of the above as one JSON-ready value, as `world.json` keeps it."""
     named = {
         "attributes": ATTRIBUTES,
         "facts": FACTS,

@@ -23,7 +23,7 @@ REFUSED_METHODS = {"prompt_tuning": IN_FRONT, "prefix_tuning": IN_FRONT, "p_tuni
 Problem = tuple[tuple, str]
 
 
-# -- the parsed tree ---------------------------------------------------------------------------------
+# -- the parsed tree -----------------------------------------------------------------------------
 
 
 def name_problems(tree: dict[str, Any]) -> list[Problem]:
@@ -82,11 +82,11 @@ def model_path_problems(model: dict[str, Any]) -> list[Problem]:
 
 
 def relative_to(text: str) -> str:
-    """Return " (from FOLDER)" for a relative path: it starts at the working folder, not at the YAML's."""
+    """Return " (from FOLDER)" for a relative path; FOLDER is the working folder."""
     return "" if Path(text).expanduser().is_absolute() else f" (from {Path.cwd()})"
 
 
-# -- the validated experiment ------------------------------------------------------------------------
+# -- the validated experiment --------------------------------------------------------------------
 
 
 def check_common(experiment: Common) -> list[str]:

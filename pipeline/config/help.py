@@ -78,6 +78,8 @@ def type_name(annotation: Any) -> str:
         return " | ".join(str(arg) for arg in args)
     if origin in (Union, types.UnionType):
         return " or ".join(type_name(arg) for arg in args)
+    if origin is dict:
+        return "mapping"
     if origin in (list, tuple):
         items = dict.fromkeys(type_name(arg) for arg in args if arg is not Ellipsis)
         return f"list of {' or '.join(items)}"

@@ -17,8 +17,10 @@ OF_WORLD = ("documents", "demonstrations", "prompts", "evaluation_prompts")  # t
 
 HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 PACKAGE = re.compile(r"package:[A-Za-z0-9._-]+")
-FILE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".md", ".yaml", ".yml")
-FILE_SUFFIXES += (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".gguf", ".safetensors", ".bin", ".pt")
+FILE_SUFFIXES = (
+    *(".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".md", ".yaml", ".yml"),
+    *(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".gguf", ".safetensors", ".bin", ".pt"),
+)
 
 TemplateValue = bool | int | float | str | list[Any] | dict[str, Any]  # what YAML can hold, except null
 
@@ -242,8 +244,8 @@ class LaunchSettings(Section):
     def _no_deepspeed(cls, value: Any) -> Any:
         if value in ("zero1", "zero2", "zero3", "deepspeed"):
             raise ValueError(
-                "should be 'fsdp2', which shards the same state as ZeRO-3 (and so covers ZeRO-1 and ZeRO-2); DeepSpeed is "
-                "not supported"
+                "should be 'fsdp2', which shards the same state as ZeRO-3 (and so covers ZeRO-1 and ZeRO-2); "
+                "DeepSpeed is not supported"
             )
         return value
 
@@ -324,5 +326,5 @@ def names_hub(tree: dict[str, Any]) -> bool:
 
 
 def source_path(value: Any) -> Any:
-    """Return the path of a source of data, which is either a text or a mapping with the key `path`."""
+    """Return the path of a source of data: a text, or a mapping with the key `path`."""
     return value.get("path") if isinstance(value, dict) else value

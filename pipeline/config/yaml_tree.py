@@ -1,4 +1,4 @@
-"""Parse a YAML file and `a.b.c=value` overrides into plain values, and remember where each was written.
+"""Parse a YAML file and overrides `a.b.c=value` into plain values, with the place of each.
 
 Only a small, unsurprising part of YAML 1.2 is accepted: `1e-5` is a number, only true and false are
 booleans, `0777` and `12:30:00` are strings; tags, anchors, aliases and duplicate keys are errors.
@@ -105,8 +105,7 @@ def _parse(text: str, at: tuple, where: Callable[[int], str], tree: Tree) -> Any
             if isinstance(event, yaml.DocumentStartEvent):
                 documents += 1
                 if documents > 1:
-                    line = where(event.start_mark.line + 1)
-                    raise UserError(f"{line}: a second document begins; a file holds one experiment")
+                    raise UserError(f"{where(_line_of(event))}: a second document begins; a file holds one experiment")
                 value = _build(next(events), events, at, where, tree)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -122,7 +121,7 @@ def _build(event: yaml.Event, events: Iterator[yaml.Event], at: tuple, where: Ca
 
     No YAML constructors are involved, so a config cannot create arbitrary Python objects.
     """
-    line = where(event.start_mark.line + 1)
+    line = where(_line_of(event))
     _refuse_extras(event, line, tree)
     if len(at) > MAX_DEPTH:
         raise UserError(f"{line}: nested deeper than {MAX_DEPTH} levels; a config needs three")
@@ -131,7 +130,7 @@ def _build(event: yaml.Event, events: Iterator[yaml.Event], at: tuple, where: Ca
     if isinstance(event, yaml.MappingStartEvent):
         mapping: dict[str, Any] = {}
         while not isinstance(key := next(events), yaml.MappingEndEvent):
-            line = where(key.start_mark.line + 1)
+            line = where(_line_of(key))
             _refuse_extras(key, line, tree)
             if not isinstance(key, yaml.ScalarEvent):
                 raise UserError(f"{line}: this key is not a plain word; write `key: value`")
@@ -151,12 +150,17 @@ def _build(event: yaml.Event, events: Iterator[yaml.Event], at: tuple, where: Ca
     return _scalar(event) if isinstance(event, yaml.ScalarEvent) else None
 
 
+def _line_of(event: yaml.Event) -> int:
+    """Return the number of the line in which an event begins, counted from 1."""
+    return 1 if event.start_mark is None else event.start_mark.line + 1
+
+
 def _refuse_extras(event: yaml.Event, line: str, tree: Tree) -> None:
     """Note a problem for an anchor, alias or tag."""
     if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
         tree.problems.append(f"{line}: anchors and aliases (& and *) are not supported; write the value out")
-    if getattr(event, "tag", None):
-        tree.problems.append(f"{line}: the tag {event.tag} is not supported; write the plain value")
+    if tag := getattr(event, "tag", None):
+        tree.problems.append(f"{line}: the tag {tag} is not supported; write the plain value")
 
 
 def _scalar(event: yaml.ScalarEvent) -> Any:

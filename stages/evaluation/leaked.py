@@ -26,7 +26,7 @@ def find_leaked_tasks(
         (P,) flags.
     """
     everything = [prompt for of_kind in trained.values() for prompt in of_kind]
-    tasks = world.asked([prompt for prompt in everything if world.knows(prompt)], documents)
+    tasks = world.tasks_in([prompt for prompt in everything if world.knows(prompt)], documents)
     copies = near_copies(prompts, [prompt for prompt in everything if not world.knows(prompt)])
     leaked = [world.task(prompt) in tasks or copied for prompt, copied in zip(prompts, copies, strict=True)]
     say(

@@ -1,1 +1,1 @@
-"""The roles of a language model in RLHF: policy, ref_policy, reward_model, value_model."""
+"""Load, wrap, run and publish models in their roles."""

@@ -1,33 +1,40 @@
-"""AdaLoRA (Zhang 2023, arXiv 2303.10512): W + P Λ Q, the singular values Λ pruned where they matter least to the loss,
-so that rank goes to the layers that need it. peft has the layers; when to prune what is an optimizer's matter here,
-whose state a checkpoint holds.
+"""Train AdaLoRA (Zhang 2023, arXiv 2303.10512): an optimizer that moves rank to where it is needed.
+
+A layer computes W + P Λ Q. Singular values Λ are pruned where they matter least to the loss. peft
+provides the layers. When to prune what is decided by the optimizer here, so that a checkpoint of
+the optimizer holds the whole state.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-BETA = 0.85  # of both averages; the paper's β₁ and β₂
-ORTHOGONAL = 0.1  # γ, the weight of R, as a mean over all P and Q
-BEGIN, END = 0.1, 0.5  # pruning begins and ends after these parts of a training
-LOOKS = 100  # while it prunes: every so many parts of a training
+BETA = 0.85  # decay of both averages; β₁ and β₂ of the paper
+ORTHOGONAL = 0.1  # γ, the weight of the penalty R, a mean over all P and Q
+BEGIN, END = 0.1, 0.5  # pruning begins and ends after these shares of all steps
+PRUNINGS = 100  # while it prunes, it does so every steps // PRUNINGS steps
 
 
 @dataclass(frozen=True)
 class Triplets:
-    """P [out, r], Λ [r, 1] and Q [r, in] of one layer: r triplets of a singular value and its vectors."""
+    """The adapter of one layer: r triplets of a singular value and its two vectors."""
 
     left: nn.Parameter
+    """P, [out, r]."""
     values: nn.Parameter
+    """Λ, [r, 1]."""
     right: nn.Parameter
+    """Q, [r, in]."""
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        """Yield P, Λ and Q."""
         return iter((self.left, self.values, self.right))
 
 
 def triplets_of(model: nn.Module) -> list[Triplets]:
-    """Of each layer that peft gave an AdaLoRA adapter, in the model's order; [] for other models."""
+    """Return the triplets of each AdaLoRA layer, in the model's order; [] for other models."""
     layers = [layer for layer in model.modules() if hasattr(layer, "lora_E")]
     return [
         Triplets(layer.lora_B[name], layer.lora_E[name], layer.lora_A[name])
@@ -37,13 +44,21 @@ def triplets_of(model: nn.Module) -> list[Triplets]:
 
 
 def window(steps: int) -> tuple[int, int]:
-    """The step behind which pruning begins, and the one at which it ends."""
+    """Return the step after which pruning begins, and the step at which it ends."""
     return round(BEGIN * steps), round(END * steps)
 
 
 def budget_at(step: int, steps: int, first: int, last: int) -> int:
-    """b(t) (equation 12): how many triplets of all layers are left after step 1 … steps: `first`, then fewer by a
-    cubic, then `last`."""
+    """Return b(t), how many triplets of all layers are left after a step (equation 12).
+
+    The budget is `first`, then falls as a cubic, then stays at `last`.
+
+    Args:
+        step: 1 … steps.
+        steps: Of the whole training.
+        first: Triplets at the start.
+        last: Triplets at the end.
+    """
     begin, end = window(steps)
     if step <= begin:
         return first
@@ -53,26 +68,40 @@ def budget_at(step: int, steps: int, first: int, last: int) -> int:
 
 
 def orthogonality_gradient(rows: Tensor) -> Tensor:
-    """∇ of ‖Q Qᵀ − I‖_F (equation 4; not squared, as the authors' code) for Q [r, n]."""
+    """Return ∇ ‖Q Qᵀ − I‖_F for Q [r, n] (equation 4; not squared, as in the authors' code)."""
     gram = rows @ rows.T
     gram.diagonal().sub_(1.0)
     return 2 * (gram @ rows) / torch.linalg.matrix_norm(gram).clamp_min(torch.finfo(rows.dtype).tiny)
 
 
 def importances(scores: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """S of every triplet of every layer, one layer after the other (equation 7): of scores like P, Λ, Q."""
+    """Return S of every triplet, one layer after the other (equation 7).
+
+    Args:
+        scores: For each layer, scores of the weights in P, Λ and Q, in their shapes.
+    """
     return torch.cat([values.flatten() + left.mean(0) + right.mean(1) for left, values, right in scores])
 
 
 class AdaLora(torch.optim.AdamW):
-    """AdamW that also prunes. Its state has, of each weight of a triplet, `sensitivity` Ī and `uncertainty` Ū
-    (equations 9 and 10); once pruning has ended, of the singular values what is `kept` in their place. The penalty on
-    vectors that are not orthogonal is added here, to gradients that are clipped already.
+    """AdamW that also prunes triplets.
 
-    rank: triplets a layer that are left in the end, on average. steps: of the whole training.
+    For each weight of a triplet its state has `sensitivity` Ī and `uncertainty` Ū (equations 9 and
+    10); after pruning has ended, it has for the singular values a mask `kept` in their place. The
+    gradient of the penalty on vectors that are not orthogonal is added in `step`, to gradients that
+    are clipped already.
     """
 
     def __init__(self, params, *, triplets: list[Triplets], rank: int, steps: int, **options):
+        """Set up the optimizer.
+
+        Args:
+            params: As of AdamW.
+            triplets: Of the model.
+            rank: Triplets per layer, on average, that are left at the end.
+            steps: Of the whole training.
+            options: As of AdamW.
+        """
         super().__init__(params, **options)
         self.triplets, self.rank, self.steps = triplets, rank, steps
         for group in self.param_groups:
@@ -80,38 +109,45 @@ class AdaLora(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
+        """Take a step of AdamW, update the importances and prune."""
         assert closure is None
         weights = [p for t in self.triplets for p in t]
         for p in weights:
-            if p.grad is None:  # an expert that no token went to
+            if p.grad is None:  # an expert that no token was routed to
                 p.grad = torch.zeros_like(p)
         for t in self.triplets:
             weight = ORTHOGONAL / (2 * len(self.triplets))
             t.right.grad.add_(orthogonality_gradient(t.right), alpha=weight)
             t.left.grad.add_(orthogonality_gradient(t.left.T).T, alpha=weight)
-        felt = [(p * p.grad).abs() for p in weights]  # I(w), equation 8: of the weights that the gradient is of
-        super().step()  # first, for Adam takes a state that is not empty for its own
+        # I(w), equation 8: before the step, with the weights that the gradient was computed at.
+        sensitivities = [(p * p.grad).abs() for p in weights]
+        super().step()  # before `watch`: Adam initialises only a state that is empty
         for group in self.param_groups:
             group["taken"] += 1
         step, values = self.param_groups[0]["taken"], [t.values for t in self.triplets]
         begin, end = window(self.steps)
         if "kept" not in self.state[values[0]]:
-            self.watch(weights, felt)
+            self.watch(weights, sensitivities)
             if step >= end:
-                for p, some in zip(values, self.best(step), strict=True):
-                    self.state[p]["kept"] = some
+                for p, mask in zip(values, self.best(step), strict=True):
+                    self.state[p]["kept"] = mask
                 for p in weights:
                     del self.state[p]["sensitivity"], self.state[p]["uncertainty"]
-            elif step > begin and step % max(1, self.steps // LOOKS) == 0:
-                for p, some in zip(values, self.best(step), strict=True):
-                    p.mul_(some)  # they go on training, and may come back
+            elif step > begin and step % max(1, self.steps // PRUNINGS) == 0:
+                for p, mask in zip(values, self.best(step), strict=True):
+                    p.mul_(mask)  # pruned values go on training, and may come back
         for p in values:
             if "kept" in self.state[p]:
                 p.mul_(self.state[p]["kept"])
 
-    def watch(self, weights: list[nn.Parameter], felt: list[Tensor]) -> None:
-        """The averages, with the newest sensitivities."""
-        for p, sensitivity in zip(weights, felt, strict=True):
+    def watch(self, weights: list[nn.Parameter], sensitivities: list[Tensor]) -> None:
+        """Update the averages with the newest sensitivities.
+
+        Args:
+            weights: All weights of triplets.
+            sensitivities: Sensitivity of each, in its shape.
+        """
+        for p, sensitivity in zip(weights, sensitivities, strict=True):
             state = self.state[p]
             if "sensitivity" not in state:
                 state |= {name: torch.zeros_like(p) for name in ("sensitivity", "uncertainty")}
@@ -119,19 +155,35 @@ class AdaLora(torch.optim.AdamW):
             state["uncertainty"].lerp_((sensitivity - state["sensitivity"]).abs(), 1 - BETA)
 
     def best(self, step: int) -> list[Tensor]:
-        """1 for the most important triplets of all layers, as many as the budget after `step` has room for; 0 for the
-        others. Shaped as the Λ."""
+        """Return masks of the most important triplets, as many as the budget allows.
+
+        Args:
+            step: Decides on the budget.
+
+        Returns:
+            1 for the triplets that stay and 0 for the others, in the shapes of the Λ.
+        """
         values = [t.values for t in self.triplets]
         budget = budget_at(step, self.steps, sum(map(len, values)), self.rank * len(values))
-        score = lambda p: self.state[p]["sensitivity"] * self.state[p]["uncertainty"]  # noqa: E731 (equation 11)
-        found = importances([tuple(map(score, t)) for t in self.triplets])
-        kept = torch.zeros_like(found)
-        kept[found.argsort(descending=True, stable=True)[:budget]] = 1.0
-        return [x.view_as(p) for x, p in zip(kept.split([len(p) for p in values]), values, strict=True)]
+
+        def score(p: nn.Parameter) -> Tensor:
+            """Equation 11."""
+            return self.state[p]["sensitivity"] * self.state[p]["uncertainty"]
+
+        importance = importances([(score(t.left), score(t.values), score(t.right)) for t in self.triplets])
+        kept = torch.zeros_like(importance)
+        kept[importance.argsort(descending=True, stable=True)[:budget]] = 1.0
+        masks = kept.split([len(p) for p in values])
+        return [mask.view_as(p) for mask, p in zip(masks, values, strict=True)]
 
 
 def adamw_for(model: nn.Module, steps: int | None) -> tuple[type[torch.optim.AdamW], dict]:
-    """(AdamW, no options); under AdaLoRA the optimizer above, with its options for a training of `steps` steps."""
+    """Return the optimizer's class and its extra options: AdamW, or `AdaLora` for its adapters.
+
+    Args:
+        model: The model that trains.
+        steps: Of the whole training; needed for AdaLoRA.
+    """
     triplets = triplets_of(model)
     if not triplets:
         return torch.optim.AdamW, {}

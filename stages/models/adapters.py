@@ -1,7 +1,7 @@
-"""Parameter-efficient tuning: wrap (by peft), choose what trains, share the trunk, merge for publication.
+"""Apply parameter-efficient tuning: wrap a model, choose what trains, share the trunk, merge.
 
-LoRA (Hu 2021), DoRA (Liu 2024), AdaLoRA (Zhang 2023) and IA³ (Liu 2022) are adapters, QLoRA (Dettmers 2023) is LoRA on
-a quantized model; BitFit (Ben Zaken 2021) trains the model's own biases.
+LoRA (Hu 2021), DoRA (Liu 2024), AdaLoRA (Zhang 2023) and IA³ (Liu 2022) are adapters of peft. QLoRA
+(Dettmers 2023) is LoRA on a quantized model. BitFit (Ben Zaken 2021) trains the model's own biases.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from stages.models.loading import (
 from stages.models.publish import edit_json
 from stages.models.quantized import dequantize, quantize
 
-TRAINS_ROWS = ("lora", "dora", "qlora")  # methods that can also train single rows of embedding and head
+TRAINS_ROWS = ("lora", "dora", "qlora")  # methods that can train single rows of embedding and head
 FOLDER = "adapter"  # beside the merged weights of a published model
 
 
@@ -69,7 +69,8 @@ def with_adapter(
         settings: The method and its values.
         scalar: Whether it is a reward or value model, whose head always trains in full.
         seed: Seed of the adapter's random weights.
-        dropout: Whether lora_dropout is used; only sft does, since PPO's ratios need a deterministic policy.
+        dropout: Whether lora_dropout is used; only sft does, since PPO's ratios need log-probs
+            that repeat.
         new_tokens: Ids whose rows in the embedding and the head train too.
 
     Returns:
@@ -86,10 +87,10 @@ def with_adapter(
         return model
     from peft import get_peft_model
 
-    torch.manual_seed(seed)  # adapters start from random A matrices
+    torch.manual_seed(seed)  # adapters start with random A matrices
     try:
         model = get_peft_model(model, config)
-    except ValueError as error:  # no layer of that name, or of a kind that the method does not know
+    except ValueError as error:  # no layer of that name, or of a kind the method does not support
         raise UserError(f"model.peft.target_modules: {' '.join(str(error).split())[:300]}") from error
     refuse_tied(plain(model))
     if new_tokens:
@@ -98,38 +99,57 @@ def with_adapter(
 
 
 def refuse_tied(inner) -> None:
-    """A UserError where an adapter is on an embedding that is also the head: folded in, it would change both."""
+    """Refuse an adapter on an embedding that is also the head: merging it would change both.
+
+    Args:
+        inner: The transformers model inside the adapted one.
+
+    Raises:
+        UserError: There is such an adapter.
+    """
     ends = (inner.get_input_embeddings(), inner.get_output_embeddings())
     if None not in ends and inner.config.tie_word_embeddings and any(map(is_tuned, ends)):
         raise UserError(
             f"model.peft.target_modules: names the embedding or the head of this {inner.config.model_type} model, and "
-            f"the two are one weight; leave it out"
+            f"both are one weight; leave it out"
         )
 
 
 def refuse_untrained(new_tokens: Sequence[int], method: str | None, tokenizer) -> None:
-    """Raise UserError where a method would leave the random rows of new tokens as they are.
+    """Refuse a method that would leave the random rows of new tokens untrained.
 
     Args:
-        new_tokens: Ids whose rows `base` has added.
-        method: model.peft.method; None where every weight trains.
-        tokenizer: Names the tokens.
+        new_tokens: Ids whose rows `base` added.
+        method: model.peft.method; None if every weight trains.
+        tokenizer: Gives the tokens' names.
+
+    Raises:
+        UserError: There are new tokens, and the method cannot train single rows.
     """
     if new_tokens and method not in (None, *TRAINS_ROWS):
-        tokens = ", ".join(tokenizer.convert_ids_to_tokens(list(new_tokens)[:8])) + ", …" * (len(new_tokens) > 8)
+        tokens = ", ".join(tokenizer.convert_ids_to_tokens(list(new_tokens)[:8]))
+        if len(new_tokens) > 8:
+            tokens += ", …"
         raise UserError(
-            f"model.peft.method: {method} would leave the rows of {tokens} random, which the model had none for; use "
+            f"model.peft.method: {method} cannot train the new rows of {tokens}, which start random; use "
             f"{', '.join(TRAINS_ROWS)}, or train all weights (model.peft: null)"
         )
 
 
 def token_rows(inner, new_tokens: Sequence[int]) -> dict[str, list[int]] | None:
-    """Return peft's `trainable_token_indices` for the embedding and the head of a causal model; None without new
-    tokens."""
+    """Return peft's `trainable_token_indices` for the embedding and the head of a causal model.
+
+    Args:
+        inner: The causal model.
+        new_tokens: Ids whose rows should train.
+
+    Returns:
+        Name of a layer: the ids; None without new tokens.
+    """
     if not new_tokens:
         return None
     ends = [inner.get_input_embeddings(), inner.get_output_embeddings()]
-    if ends[1] is None or ends[1].weight is ends[0].weight:  # one weight: peft ties the two adapters
+    if ends[1] is None or ends[1].weight is ends[0].weight:  # tied: peft ties the two adapters
         ends = ends[:1]
     names = {id(module): name for name, module in inner.named_modules()}
     return {names[id(end)]: list(new_tokens) for end in ends}
@@ -142,19 +162,28 @@ def trains_token_rows(model) -> bool:
 
 @torch.no_grad()
 def check_token_rows(inner) -> None:
-    """Raise UserError where embedding and head do not read the rows that train beside them as they read their own: peft
-    knows no head with a bias, nor every way of scaling an embedding."""
+    """Check that embedding and head compute the same with trainable rows as without them.
+
+    peft does not support a head with a bias, nor every way of scaling an embedding. The rows have
+    not been trained yet, so the results have to be equal.
+
+    Args:
+        inner: The transformers model inside the adapted one.
+
+    Raises:
+        UserError: They differ.
+    """
     embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
     ids = torch.arange(min(4, inner.config.get_text_config().vocab_size), device=embedding.weight.device)
     hidden = torch.randn(4, head.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(head.weight)
     for end, x in ((embedding, ids), (head, hidden)):
         try:
             same = hasattr(end, "token_adapter") and torch.equal(end(x), end.token_adapter.get_base_layer()(x))
-        except ValueError:  # a layer that has an adapter, too
+        except ValueError:  # the layer also has an adapter
             same = False
         if not same:
             raise UserError(
-                f"model.peft.method: the tokenizer has tokens that the model had no rows for, and peft cannot train "
+                f"model.peft.method: the tokenizer has tokens without a row in the model, and peft cannot train "
                 f"single rows in the {'embedding' if end is embedding else 'head'} of this {inner.config.model_type} "
                 f"model; train all weights (model.peft: null)"
             )
@@ -169,16 +198,26 @@ def load_on_trunk(
     trust_remote_code: bool = False,
     **options,
 ):
-    """The reward model in `folder` with its adapter apart, on the model in `trunk` that rm began with; without an
-    adapter, or where that model is not known, its merged weights. bits: what rm quantized that model to, if it did.
-    trains: adapter and head go on training."""
+    """Load a reward model as an adapter on the model that rm started from.
+
+    Reward and value model can then share that trunk. Without an adapter in the folder, or if the
+    trunk is not known, load the merged weights.
+
+    Args:
+        folder: Of the reward model.
+        trunk: Folder of the model that rm started from; None: not known.
+        bits: Bits per weight that rm quantized the trunk to; None: it did not.
+        trains: Whether adapter and head go on training.
+        trust_remote_code: Whether code that the model brings may run.
+        options: More options of `load_scalar_model`.
+    """
     from peft import PeftModel
 
     options["trust_remote_code"] = trust_remote_code
     if trunk is None or not (folder / FOLDER).is_dir():
         return load_scalar_model(folder, **options)
     bias = scalar_config(folder, trust_remote_code=trust_remote_code).reward_bias
-    model = new_reward_model(trunk, seed=0, **options)  # its head comes with the adapter
+    model = new_reward_model(trunk, seed=0, **options)  # the head comes with the adapter
     model.config.reward_bias = bias
     if bits is not None:
         quantize(model, bits)
@@ -216,8 +255,8 @@ def adapter_config(
         return None
     if method == "ia3":
         if model.config.model_type not in IA3_LAYERS:
-            raise UserError(f"model.peft.method: peft knows no ia3 for a {model.config.model_type} model; use lora")
-        return IA3Config(**options)  # keys, values and feed-forward layers, by peft's names of them
+            raise UserError(f"model.peft.method: peft has no ia3 for a {model.config.model_type} model; use lora")
+        return IA3Config(**options)  # keys, values and feed-forward layers, by peft's names
     options["lora_alpha"] = settings.lora_alpha
     options["lora_dropout"] = settings.lora_dropout
     options["target_modules"] = settings.target_modules
@@ -237,8 +276,11 @@ def adapter_config(
 
 
 def own_layers(inner) -> list[str]:
-    """Return the names of linear layers that a family computes otherwise, as Llama 4's routers, which give two tensors:
-    an adapter adds to the one result of a plain layer."""
+    """Return the names of linear layers whose forward pass is the family's own.
+
+    Llama 4's routers, for example, return two tensors. An adapter can only add to the one result of
+    a plain linear layer.
+    """
     return [
         name
         for name, module in inner.named_modules()
@@ -249,7 +291,15 @@ def own_layers(inner) -> list[str]:
 
 
 def train_biases(model, head: list[nn.Parameter]) -> None:
-    """Biases and the head are all that trains; a UserError for a model that has no bias (Llama)."""
+    """Let only the biases and the given head parameters train.
+
+    Args:
+        model: The model; changed.
+        head: Parameters of the scalar head; empty for a policy.
+
+    Raises:
+        UserError: The model has no bias, as Llama.
+    """
     model.requires_grad_(False)
     biases = [p for name, p in model.named_parameters() if name.endswith(".bias")]
     if not biases:
@@ -261,18 +311,22 @@ def train_biases(model, head: list[nn.Parameter]) -> None:
 
 
 def is_adapted(model) -> bool:
+    """Return whether a model is a PeftModel."""
     return hasattr(model, "merge_and_unload")
 
 
 def is_tuned(module: nn.Module) -> bool:
-    """A layer that peft put an adapter into."""
+    """Return whether a layer has an adapter of peft."""
     return hasattr(module, "get_base_layer") and hasattr(module, "merge")
 
 
 def merged(model):
-    """A plain transformers model with the adapter folded in (ends the adapter: call it when training is over), into the
-    weights that a quantized one computes with. Weights that other models share stay as they are. A copy without weights
-    (`sharding.publishable`) has nothing to fold."""
+    """Return a plain transformers model with the adapter merged into its weights.
+
+    This ends the adapter, so call it after training. A quantized model is first dequantized to the
+    weights that it computed with. Weights that other models share stay as they are. A copy without
+    weights (`sharding.publishable` on other ranks) has nothing to merge.
+    """
     if not is_adapted(model) or not next(model.parameters()).numel():
         return plain(model)
     dequantize(model)
@@ -280,11 +334,16 @@ def merged(model):
 
 
 def base_of(source: Path, folder: Path) -> tuple[str, None]:
-    """Name the base of an adapter in folder/adapter, the model in `source`.
+    """Return the name of an adapter's base model for adapter_config.json, and its revision (None).
 
-    peft takes a path from the working folder. Artifacts below it, as they are by default, are named from there, so that
-    AutoPeftModel finds the base; others from the adapter's folder, which holds wherever both are moved together. (A
-    path of this machine would hold nowhere else.)
+    peft resolves a path from the working directory. Artifacts inside it, the default, are named
+    relative to it, so that AutoPeftModel finds the base. Others are named relative to the adapter's
+    folder, which holds wherever both are moved together. An absolute path would hold on this
+    machine only.
+
+    Args:
+        source: Folder of the base model.
+        folder: Folder of the published model; the adapter is in folder/adapter.
     """
     here = Path.cwd()
     start = here if source.resolve().is_relative_to(here) else folder / FOLDER
@@ -292,39 +351,58 @@ def base_of(source: Path, folder: Path) -> tuple[str, None]:
 
 
 def save_adapter(model, folder: Path, base: tuple[str, str | None] = ("", None)) -> None:
-    """Write an adapted model's adapter (and scalar head) to folder/adapter, for peft; nothing for other models.
+    """Write the adapter and scalar head of an adapted model to folder/adapter, in peft's format.
+
+    Other models have none; nothing is written for them.
 
     Args:
-        model: the adapted model.
-        folder: of the published model.
-        base: (Hub id or path, commit of a Hub id) of the model that the adapter is on; "" where that has no name.
+        model: The model.
+        folder: Folder of the published model.
+        base: (Hub id or path, commit of a Hub id) of the adapter's base model; "" if it has no
+            name.
     """
     if not is_adapted(model) or not is_rank_zero():
         return
     for config in model.peft_config.values():
-        config.base_model_name_or_path = ""  # peft would look there for the vocabulary, on the Hub too
+        config.base_model_name_or_path = ""  # otherwise peft would look there for the vocabulary, even on the Hub
         if isinstance(config.target_modules, set):
-            config.target_modules = sorted(config.target_modules)  # else the file's order is chance
+            config.target_modules = sorted(config.target_modules)  # a set has no stable order
     model.save_pretrained(folder / FOLDER)
     name, revision = base
     named = {"base_model_name_or_path": name, "revision": revision}
     edit_json(folder / FOLDER / "adapter_config.json", lambda config: config | named)
-    (folder / FOLDER / "README.md").unlink(missing_ok=True)  # it knows less than the card of the model
+    (folder / FOLDER / "README.md").unlink(missing_ok=True)  # the card of the model says more
 
 
 def save_merged(
     model, tokenizer, folder: Path, *, card: str, base: tuple[str, str | None] = ("", None), **options
 ) -> None:
-    """`save_model` of the merged weights, which transformers alone can load, and beside them the adapter, if any. On
-    the CPU, where the model stays: merging takes a trunk more, for which a GPU may have no room. base: as of
-    `save_adapter`; options: as of `save_model`."""
+    """Publish the merged weights, which transformers alone can load, and the adapter beside them.
+
+    Merging happens on the CPU, where the model then stays: it takes memory for one more trunk,
+    which a GPU may not have.
+
+    Args:
+        model: The model, adapted or not.
+        tokenizer: Its tokenizer.
+        folder: Where to write.
+        card: Text of README.md.
+        base: As of `save_adapter`.
+        options: More options of `save_model`.
+    """
     if is_rank_zero():
         save_adapter(model, folder, base)
         save_model(merged(model.cpu()), tokenizer, folder, card=card, **options)
 
 
 def share_frozen(model, others: list, same: Callable[[Tensor, Tensor], bool] = torch.equal) -> None:
-    """Frozen weights of `model` that are, bit for bit, those of one of `others` take no memory of their own."""
+    """Let frozen weights of a model share memory with equal ones of other models.
+
+    Args:
+        model: The model; changed.
+        others: Models whose weights it may share.
+        same: Compares two tensors of the same device, dtype and shape; bit by bit by default.
+    """
     known: dict[str, list[nn.Parameter]] = {}
     for other in others:
         for name, p in _frozen(other):
@@ -337,7 +415,7 @@ def share_frozen(model, others: list, same: Callable[[Tensor, Tensor], bool] = t
 
 
 def _frozen(model) -> Iterator[tuple[str, nn.Parameter]]:
-    """Frozen parameters by the name that the plain model has for them."""
+    """Yield frozen parameters under their names in the unwrapped model."""
     for member in members(model):
         for name, p in plain(member).named_parameters():
             if not p.requires_grad:
@@ -346,16 +424,19 @@ def _frozen(model) -> Iterator[tuple[str, nn.Parameter]]:
 
 @contextlib.contextmanager
 def adapter_off(model):
-    """Inside, an adapted model is its own base: the reference policy at no memory."""
+    """Turn an adapted model into its own base while the context lasts.
+
+    This gives the reference policy without memory of its own.
+    """
     with model.disable_adapter():
         yield model
 
 
 def plain(model) -> nn.Module:
-    """The transformers model inside a PeftModel, adapters still at work in its layers."""
+    """Return the transformers model inside a PeftModel; adapters in its layers stay active."""
     return model.get_base_model() if is_adapted(model) else model
 
 
 def trainable(model) -> dict[str, nn.Parameter]:
-    """Named parameters that train, in a fixed order."""
+    """Return the parameters that train by name, in a fixed order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

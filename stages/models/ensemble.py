@@ -1,6 +1,6 @@
-"""Several reward models that score as one: their mean, or their minimum (Coste 2023: worst-case optimisation)."""
+"""Combine several reward models into one score: their mean or minimum (Coste 2023)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,25 +11,34 @@ from stages.models.loading import load_scalar_model
 
 
 class Ensemble(nn.Module):
-    """Reward models of one tokenizer. `response_scores` reads each, bias subtracted, and combines."""
+    """Hold reward models that share a tokenizer.
 
-    def __init__(self, members, how: How):
+    `response_scores` scores with each of them, subtracts each bias, and combines.
+    """
+
+    def __init__(self, members: Sequence[nn.Module], how: How):
         super().__init__()
         self.members, self.how = nn.ModuleList(members), how
 
     def combine(self, scores: list[Tensor]) -> Tensor:
-        """(B,) of each member → (B,)."""
-        every = torch.stack(scores)
-        return every.mean(0) if self.how == "mean" else every.amin(0)
+        """Return the mean or minimum of the members' scores, (B,) each, as (B,)."""
+        stacked = torch.stack(scores)
+        return stacked.mean(0) if self.how == "mean" else stacked.amin(0)
 
 
-def members(model) -> list[nn.Module]:
-    """The models of an Ensemble; of any other, itself."""
+def members(model: nn.Module) -> list[nn.Module]:
+    """Return the models of an Ensemble, or a list of the model itself."""
     return list(model.members) if isinstance(model, Ensemble) else [model]
 
 
 def load_reward_model(folder: Path, how: How, load: Callable = load_scalar_model, **options) -> nn.Module:
-    """The reward model in `folder`; with those of ensemble/ beside it, if rm made them, an Ensemble. load(folder,
-    **options) → one of them."""
+    """Load a reward model, as an Ensemble if rm wrote others into ensemble/ beside its folder.
+
+    Args:
+        folder: Of the first reward model.
+        how: "mean" or "min".
+        load: Returns the reward model in a folder, given the options.
+        options: Passed to `load`.
+    """
     first, rest = load(folder, **options), others_of(folder)
     return Ensemble([first, *(load(path, **options) for path in rest)], how) if rest else first

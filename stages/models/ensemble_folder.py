@@ -1,4 +1,4 @@
-"""Where the other models of an ensemble lie. Imports no torch."""
+"""Find the other models of an ensemble on disk; imports no torch."""
 
 from pathlib import Path
 from typing import Literal
@@ -7,6 +7,6 @@ How = Literal["mean", "min"]
 
 
 def others_of(folder: Path) -> list[Path]:
-    """The other models of the ensemble whose first one is `folder`: ensemble/1, … beside it."""
+    """Return the folders ensemble/1, ensemble/2, … beside the first model of an ensemble."""
     numbered = (path for path in (Path(folder).parent / "ensemble").glob("*") if path.name.isdecimal())
     return sorted(numbered, key=lambda path: int(path.name))

@@ -1,7 +1,8 @@
-"""Where families of models differ in ways that the stages must know: what is no causal language model, how a cache is
-called, routers of mixtures of experts, and the scalar head that a family may not bring.
+"""Know how families of models differ where it matters to the stages.
 
-What can be told by a model's numbers is told by them (stages/rollouts/trial.py), not by a list of names.
+That is: what is not a causal language model, the name of a cache, routers of mixtures of experts,
+and the scalar head that a family may not have. What a model's numbers can tell is tried out
+(stages/rollouts/trial.py) and not looked up in a list of names.
 """
 
 import copy
@@ -16,24 +17,25 @@ from torch import nn
 
 from pipeline.errors import UserError
 
-CAUSAL = ("LMHeadModel", "ForCausalLM", "ForConditionalGeneration", "WithLMHead")  # how such classes' names end
+CAUSAL = ("LMHeadModel", "ForCausalLM", "ForConditionalGeneration", "WithLMHead")  # ends of class names
 HEAD_FILE = "scalar_head.py"
 SCALAR = "AutoModelForSequenceClassification"
-WHOLE_ROWS = "samples_whole_rows"  # in config.json, true: the sampler reads whole rows, for the cache serves not
+WHOLE_ROWS = "samples_whole_rows"  # in config.json, true: sample without a cache, which does not work
 ROUTERS = "output_router_logits"
-ROUTING = (ROUTERS, "router_aux_loss_coef")  # what trl's trainer sets in the configuration of a mixture of experts
+ROUTING = (ROUTERS, "router_aux_loss_coef")  # set by trl's trainer for a mixture of experts
 REMEDY = "take a causal language model (Llama, Qwen, Mistral, Gemma, GPT-2 …)"
 
 
 def refuse_kind(config, name: str) -> None:
-    """Refuse, before any weight is read, what cannot be a causal language model.
+    """Refuse a model that is not a causal language model, before any weight is read.
 
     Args:
         config: transformers' configuration of the model.
-        name: the model, for the line.
+        name: The model, for the error line.
 
     Raises:
-        UserError: it is an encoder-decoder, or of a type for which transformers has no causal language model.
+        UserError: It is an encoder-decoder, or transformers has no causal language model of its
+            type.
     """
     from transformers import AutoModelForCausalLM
 
@@ -47,7 +49,10 @@ def refuse_kind(config, name: str) -> None:
 
 
 def name_trunk(model) -> None:
-    """Let `model.base_model` be the trunk also where the class names one that it does not have (Llama 4)."""
+    """Let `model.base_model` be the trunk even if the class names one that it does not have.
+
+    Llama 4 does so.
+    """
     from transformers import PreTrainedModel
 
     if model.base_model is not model or model.get_output_embeddings() is None:
@@ -58,16 +63,20 @@ def name_trunk(model) -> None:
 
 
 def cache_name(model) -> str | None:
-    """The argument by which a model's forward takes transformers' Cache (`cache` since transformers 5.24,
-    `past_key_values` before and in models' own code); None: it takes none."""
+    """Return the name of the argument by which a model takes transformers' Cache, or None.
+
+    It is `cache` since transformers 5.24, and `past_key_values` before and in models' own code.
+    """
     known = inspect.signature(model.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in known), None)
 
 
 @contextmanager
 def off_the_gpu(model) -> Iterator[None]:
-    """Inside, a model whose attention only a GPU computes (flash_attention_2) takes sdpa, so that it can be tried where
-    it was loaded."""
+    """Use sdpa while the context lasts, if the model's attention runs on a GPU only.
+
+    So a model with flash_attention_2 can be tried on the CPU, where it was loaded.
+    """
     kernel = getattr(model.config, "_attn_implementation", None)
     if kernel is None or "flash" not in kernel:
         yield
@@ -80,8 +89,15 @@ def off_the_gpu(model) -> Iterator[None]:
 
 
 def ordinary_ids(config, count: int) -> list[int]:
-    """`count` token ids for trying a model, spread over the vocabulary but its end, where rows may never have been
-    trained; none of them is one to which the configuration gives a meaning (padding, ends)."""
+    """Return token ids for trying a model.
+
+    They are spread over the first four fifths of the vocabulary, since rows at its end may never
+    have been trained, and none of them has a meaning in the configuration (padding, ends).
+
+    Args:
+        config: Of the model.
+        count: How many.
+    """
     text, special = config.get_text_config(), set()
     for name in ("pad_token_id", "eos_token_id", "bos_token_id", "unk_token_id", "decoder_start_token_id"):
         given = getattr(text, name, None)
@@ -91,18 +107,21 @@ def ordinary_ids(config, count: int) -> list[int]:
     return [next((i for i in range(at, size) if i not in special), at) for at in spread]
 
 
-# -- mixtures of experts ---------------------------------------------------------------------------------
+# ── Mixtures of experts ──────────────────────────────────────────────────────────────────────────
 
 
 def parts_of(config) -> list:
-    """A configuration, and that of the language model inside it."""
+    """Return a configuration and, if there is one, that of the language model inside it."""
     text = config.get_text_config()
     return [config] if text is config else [config, text]
 
 
 def silence_routers(model) -> None:
-    """No forward asks for the routers' logits: they serve the term that balances experts, which fails where a batch is
-    not the padded rows of a training step. The flag as it was given is kept for publication (`as_given`)."""
+    """Turn off the output of routers' logits.
+
+    They serve the term that balances experts, which fails if a batch is not the padded rows of a
+    training step. The original flag is kept for publication (`as_given`).
+    """
     if "given_routers" not in model.__dict__:
         model.__dict__["given_routers"] = [getattr(part, ROUTERS, None) for part in parts_of(model.config)]
     for part in parts_of(model.config):
@@ -112,7 +131,7 @@ def silence_routers(model) -> None:
 
 @contextmanager
 def as_given(model) -> Iterator[None]:
-    """Inside, the configuration asks for routers' logits if that of the given model did, for `save_pretrained`."""
+    """Restore the original flag for routers' logits while the context lasts, for saving."""
     given = model.__dict__.get("given_routers", [])
     for part, flag in zip(parts_of(model.config), given, strict=False):
         if flag:
@@ -127,7 +146,7 @@ def as_given(model) -> Iterator[None]:
 
 @contextmanager
 def routing_kept(config) -> Iterator[None]:
-    """What changes inside of the settings in ROUTING is put back at the end."""
+    """Restore the settings in ROUTING when the context ends."""
     kept = [(part, name, getattr(part, name)) for part in parts_of(config) for name in ROUTING if hasattr(part, name)]
     try:
         yield
@@ -137,17 +156,19 @@ def routing_kept(config) -> Iterator[None]:
 
 
 def has_routers(config) -> bool:
-    """Whether transformers can compute the load-balancing term of a model."""
+    """Return whether transformers can compute the load-balancing term of a model."""
     text = config.get_text_config()
     return all(hasattr(text, name) for name in (ROUTERS, "num_experts", "num_experts_per_tok"))
 
 
-# -- scalar heads ----------------------------------------------------------------------------------------
+# ── Scalar heads ─────────────────────────────────────────────────────────────────────────────────
 
 
 def has_family_class(config) -> bool:
-    """Whether transformers itself has a sequence classification for a configuration; other classes may have been
-    registered for it by code that came with a model."""
+    """Return whether transformers itself has a sequence classification for a configuration.
+
+    Code that came with a model may have registered another class for it; that does not count.
+    """
     from transformers import AutoModelForSequenceClassification
 
     mapping = AutoModelForSequenceClassification._model_mapping
@@ -159,16 +180,31 @@ def has_family_class(config) -> bool:
 
 
 def scalar_class(causal) -> type:
-    """The class of reward models on the trunk of a causal model of transformers' own: `ScalarHead` on its family's
-    pretrained class. causal: such a model; its weights are not read."""
+    """Return our class of reward models on the trunk of a causal model of transformers.
+
+    It is `ScalarHead` on the family's pretrained class.
+
+    Args:
+        causal: Such a model; its weights are not read.
+    """
     kinds = (parent_of(causal), type(causal.config), type(causal.base_model))
     return make_scalar_class(scalar_name(type(causal)), *kinds, causal.base_model_prefix)
 
 
 @lru_cache
 def make_scalar_class(name: str, parent: type, config_class: type, trunk: type, prefix: str) -> type:
-    """The class `name`; prefix: its attribute that holds the trunk. A model of it is sent to another process by these
-    parts, for no module there has it."""
+    """Return a class of reward models.
+
+    A model of it is pickled by these arguments, since no module of another process contains the
+    class.
+
+    Args:
+        name: Of the class.
+        parent: The family's pretrained class.
+        config_class: Of its configuration.
+        trunk: Class of its trunk.
+        prefix: Its attribute that holds the trunk.
+    """
     from stages.models.scalar_head import ScalarHead
 
     def described(model, protocol):
@@ -186,19 +222,19 @@ def make_scalar_class(name: str, parent: type, config_class: type, trunk: type, 
 
 
 def blank_scalar(*parts):
-    """A model of `make_scalar_class(*parts)` that has nothing yet."""
+    """Return an empty model of `make_scalar_class(*parts)`, for unpickling."""
     kind = make_scalar_class(*parts)
     return kind.__new__(kind)
 
 
 def trunk_options_of(trunk: type) -> dict:
-    """Arguments of a trunk's constructor without which it has weights that the causal model lacks (BERT's pooler)."""
+    """Return arguments that leave out weights which the causal model lacks (BERT's pooler)."""
     known = inspect.signature(trunk.__init__).parameters
     return {"add_pooling_layer": False} if "add_pooling_layer" in known else {}
 
 
 def parent_of(causal) -> type:
-    """The pretrained class that a causal model and its trunk have in common."""
+    """Return the pretrained class that a causal model and its trunk have in common."""
     from transformers import PreTrainedModel
 
     trunk = causal.base_model
@@ -206,6 +242,7 @@ def parent_of(causal) -> type:
 
 
 def scalar_name(causal: type) -> str:
+    """Return the name of our class of reward models for a causal class."""
     name = causal.__name__
     for end in CAUSAL:
         name = name.removesuffix(end)
@@ -213,7 +250,7 @@ def scalar_name(causal: type) -> str:
 
 
 def weightless_causal(config):
-    """The causal model of a configuration of transformers' own, without memory; its trunk is named."""
+    """Return the causal model of a configuration of transformers on the meta device."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -223,14 +260,20 @@ def weightless_causal(config):
 
 
 def is_own_head(model_or_class) -> bool:
-    """Whether the class of a reward model is one of `scalar_class`."""
+    """Return whether the class of a reward model is one of `scalar_class`."""
     kind = model_or_class if isinstance(model_or_class, type) else type(model_or_class)
     return kind.__module__ == __name__
 
 
 def names_own_head(config, folder: Path) -> bool:
-    """Whether the reward model in `folder` has a head that this house wrote for a family of transformers': then its
-    class is made here, and no file of the folder is run."""
+    """Return whether a folder holds a reward model with our head on a family of transformers.
+
+    Then its class is built here, and no file of the folder is run.
+
+    Args:
+        config: The configuration in the folder.
+        folder: The folder.
+    """
     named = (getattr(config, "auto_map", None) or {}).get(SCALAR, "")
     if not type(config).__module__.startswith("transformers.models."):
         return False
@@ -241,17 +284,20 @@ def names_own_head(config, folder: Path) -> bool:
 
 
 def head_source() -> str:
+    """Return the source of scalar_head.py."""
     return Path(__file__).with_name(HEAD_FILE).read_text(encoding="utf-8")
 
 
 def head_text(name: str, trunk: type, parent: type, config_class: type, prefix: str, module_of) -> str:
-    """What stands in the file scalar_head.py of a published folder.
+    """Return the text of the file scalar_head.py of a published folder.
 
     Args:
-        name: of the class of reward models.
-        trunk, parent, config_class: of the model, of its family, of its configuration.
-        prefix: the attribute that holds the trunk.
-        module_of: class → how the file names its module.
+        name: Of the class of reward models.
+        trunk: Class of the trunk.
+        parent: The family's pretrained class.
+        config_class: Of the configuration.
+        prefix: The attribute that holds the trunk.
+        module_of: Returns how the file names the module of a class.
     """
     imports = sorted({f"from {module_of(c)} import {c.__name__}" for c in (trunk, parent, config_class)})
     options = trunk_options_of(trunk)
@@ -268,8 +314,11 @@ def head_text(name: str, trunk: type, parent: type, config_class: type, prefix: 
 
 
 def head_problem(model) -> str | None:
-    """Why the logit of a reward model is not its head on the trunk's state at the last token, which is what the stages
-    read and train; None if it is. A short row is tried, as the model card does it: no padding, no mask."""
+    """Return why the logit of a reward model is not what the stages train and read, or None.
+
+    They read the head on the trunk's hidden state at the last token. A short row is tried, in the
+    way that the model card shows: no padding, no mask.
+    """
     head = getattr(model, "score", None) or getattr(model, "classifier", None)
     if not isinstance(head, nn.Linear):
         return f"{type(model).__name__} has no linear head `score`"
@@ -283,15 +332,17 @@ def head_problem(model) -> str | None:
             expected = head(states.to(head.weight.dtype))[:, -1]
     except Exception as error:  # code of any kind
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    # weights that are not finite are another fault, which the scores tell
+    # Weights that are not finite are another fault, which the scores will show: hence equal_nan.
     if logits.shape != expected.shape or not torch.allclose(logits, expected, rtol=1e-3, atol=1e-4, equal_nan=True):
         return f"{type(model).__name__} computes more, or at another token, than a head on the last hidden state"
     return None
 
 
 def family_problem(model) -> str | None:
-    """Why no reward model can be made of a causal model of transformers' own, by its family's class or by ours; None if
-    one can. Tried on the model's own trunk, without weights for more."""
+    """Return why a causal model of transformers cannot be made a reward model, or None if it can.
+
+    The family's class is tried, then ours, on the model's own trunk; no other memory is used.
+    """
     from transformers import AutoModelForSequenceClassification
 
     config = copy.deepcopy(model.config)
@@ -306,15 +357,24 @@ def family_problem(model) -> str | None:
             return None
     try:
         with torch.device("meta"):
-            scalar = scalar_class(model)._from_config(config)  # as from_pretrained: a saved dtype is a name until then
+            scalar = scalar_class(model)._from_config(config)  # accepts a dtype that is still a name
     except Exception as error:  # a trunk's constructor may ask for anything
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return head_problem(grafted(scalar, model.base_model))
 
 
 def grafted(scalar, trunk) -> nn.Module:
-    """A reward model made without memory, on a trunk that has weights; what else it has becomes random. In eval mode;
-    the trunk is shared."""
+    """Put a reward model from the meta device on a trunk with weights.
+
+    Its other weights become random. The trunk is shared.
+
+    Args:
+        scalar: The reward model; changed.
+        trunk: The trunk; it keeps its mode.
+
+    Returns:
+        The reward model, in eval mode.
+    """
     setattr(scalar, scalar.base_model_prefix, trunk)
     generator = torch.Generator().manual_seed(0)
     for module in [m for name, m in scalar.named_children() if m is not trunk]:

@@ -1,4 +1,4 @@
-"""A model's weights, adapters folded in, under the names that its files have for them."""
+"""Yield a model's weights with adapters merged, under the names that they have in its files."""
 
 import copy
 from collections.abc import Iterator
@@ -13,9 +13,12 @@ from stages.models.sharding import is_sharded, parts_of
 
 @torch.no_grad()
 def file_tensors(model) -> Iterator[tuple[str, Tensor]]:
-    """(name, weight) for each weight; a head that is the embedding comes under its own name too, which files leave out.
-    The model stays as it is: a layer with an adapter is copied for it. Of a sharded model, which all processes call
-    this for, one decoder layer at a time is whole."""
+    """Yield (name, weight) for each weight of a model.
+
+    A head that is tied to the embedding is yielded too, though files leave it out. The model is not
+    changed: a layer with an adapter is copied for the merge. All processes call this together for a
+    sharded model, of which one decoder layer at a time is gathered.
+    """
     inner = plain(model)
     names = {module: name for name, module in inner.named_modules()}
     parts = parts_of(inner) or [inner]
@@ -30,7 +33,12 @@ def file_tensors(model) -> Iterator[tuple[str, Tensor]]:
 
 
 def own_modules(module: nn.Module, others: set[nn.Module]) -> Iterator[nn.Module]:
-    """The module and those below it, but not what is in an adapter, or in one of `others`."""
+    """Yield a module and its descendants, without those inside adapters or in `others`.
+
+    Args:
+        module: Where to start.
+        others: Modules to leave out, with all below them.
+    """
     yield module
     if not is_tuned(module):
         for child in module.children():
@@ -39,7 +47,10 @@ def own_modules(module: nn.Module, others: set[nn.Module]) -> Iterator[nn.Module
 
 
 def as_in_file(module: nn.Module) -> nn.Module:
-    """The module itself; or of a layer that peft or `quantize` changed, a plain one with what was learned."""
+    """Return the module itself, or a plain one with what was learned.
+
+    Layers that peft or `quantize` changed are copied, dequantized and merged.
+    """
     if is_tuned(module) or isinstance(module, Quantized):
         holder = nn.ModuleList([copy.deepcopy(module)])
         dequantize(holder)
@@ -51,14 +62,14 @@ def as_in_file(module: nn.Module) -> nn.Module:
 
 
 def held(module: nn.Module) -> dict[str, Tensor]:
-    """Its own weights, and buffers that files hold."""
+    """Return a module's own weights, and the buffers of it that files contain."""
     passing = module._non_persistent_buffers_set
     buffers = {name: x for name, x in module.named_buffers(recurse=False) if name not in passing}
     return dict(module.named_parameters(recurse=False)) | buffers
 
 
 def tied_head(model) -> str | None:
-    """The name of the head's weight where that is the embedding's."""
+    """Return the name of the head's weight if it is the embedding's, otherwise None."""
     inner = plain(model)
     embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
     if head is None or head.weight is not embedding.weight:

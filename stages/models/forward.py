@@ -1,6 +1,7 @@
-"""Rows → numbers of each role: log-probs of response tokens, values before them, scores at the last of them.
+"""Compute what each role says of rows: log-probabilities, values and scores.
 
-Only the positions that are read pay for a head: response tokens for log-probs and values, the last token for scores.
+Only the positions that are needed go through a head: response tokens for log-probabilities and
+values, the last token for scores.
 """
 
 from functools import partial
@@ -18,24 +19,32 @@ from stages.models.packing import trunk_options
 from stages.models.sharding import compute
 from stages.objectives.logprobs import entropy, token_logprobs
 
-LARGE = 200.0  # logits that every cap changes (30 and 50 are usual)
+LARGE = 200.0  # a logit that every cap changes (usual caps are 30 and 50)
 
 
 def response_logprobs(model, rows: Rows, temperature: float = 1.0, with_entropy: bool = False):
-    """log π(token | before) of each response token, (B, R); with the entropy (B, R), no gradient, if asked for.
+    """Return log π(token | before) of each response token, and its entropy if asked for.
 
-    temperature divides the logits, as in sampling. 0 where rows.response_mask is False.
+    Args:
+        model: A causal language model.
+        rows: B responses with their prompts, padded or packed.
+        temperature: Divides the logits, as in sampling.
+        with_entropy: Whether to return the entropies too; they have no gradient.
+
+    Returns:
+        Log-probabilities (B, R), or a pair of them and the entropies (B, R); 0 off the response
+        mask.
     """
     mask = rows.response_mask
     index, ids = rows.before[mask], rows.responses[mask]
     if head_is_linear(model):
 
-        def read():
+        def compute_logprobs():
             hidden = _hidden(model, rows).index_select(0, index)
             weight = plain(model).get_output_embeddings().weight
             return head_logprobs(hidden, weight, ids, temperature, with_entropy)
 
-        logprobs, entropies = compute(model, read)
+        logprobs, entropies = compute(model, compute_logprobs)
     else:
         set_mode(model)
         logits = model(input_ids=rows.input_ids, **trunk_options(rows)).logits.flatten(0, 1)
@@ -46,21 +55,29 @@ def response_logprobs(model, rows: Rows, temperature: float = 1.0, with_entropy:
 
 
 def text_logprobs(model, ids: Tensor) -> Tensor:
-    """log π(token | before) of the tokens of ids (N, T) but the first: (N, T − 1). For packed pretraining rows."""
+    """Return log π(token | before) of all tokens of packed pretraining rows but the first.
+
+    Args:
+        model: A causal language model.
+        ids: (N, T), without padding.
+
+    Returns:
+        (N, T − 1).
+    """
     inputs, targets = ids[:, :-1], ids[:, 1:]
     set_mode(model)
     if head_is_linear(model):
 
-        def read():
+        def compute_logprobs():
             hidden = plain(model).base_model(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)
             return head_logprobs(hidden, plain(model).get_output_embeddings().weight, targets.flatten())[0]
 
-        return compute(model, read).view_as(targets)
+        return compute(model, compute_logprobs).view_as(targets)
     return token_logprobs(model(input_ids=inputs, use_cache=False).logits, targets)
 
 
 def next_logits(model, rows: Rows) -> Tensor:
-    """Logits (B, V) of what comes behind each row."""
+    """Return the logits (B, V) of the token after each row."""
     set_mode(model)
     if head_is_linear(model):
         inner = plain(model)
@@ -69,14 +86,17 @@ def next_logits(model, rows: Rows) -> Tensor:
 
 
 def response_values(model, rows: Rows) -> Tensor:
-    """V of the state before each response token, (B, R); reward_bias subtracted as from scores. 0 off the mask."""
+    """Return V of the state before each response token, (B, R); 0 off the response mask.
+
+    reward_bias is subtracted, as from scores.
+    """
     mask = rows.response_mask
     values = compute(model, lambda: _head(model, _hidden(model, rows).index_select(0, rows.before[mask])))
     return _spread(values, mask)
 
 
 def response_scores(model, rows: Rows) -> Tensor:
-    """r(x, y) − reward_bias, (B,), read at the last real token of each response."""
+    """Return r(x, y) − reward_bias, (B,), read at the last real token of each response."""
     if isinstance(model, Ensemble):
         return model.combine([response_scores(member, rows) for member in model.members])
     return compute(model, lambda: _head(model, _hidden(model, rows).index_select(0, rows.last)))
@@ -84,7 +104,20 @@ def response_scores(model, rows: Rows) -> Tensor:
 
 @torch.no_grad()
 def score_all(model, prompts, responses, *, pad_id: int, batch_size: int, accelerator, packed: bool = False) -> Tensor:
-    """Scores (B,) of any number of responses, `batch_size` at a time, like lengths together; on the CPU."""
+    """Score any number of responses.
+
+    Args:
+        model: A reward model or an Ensemble.
+        prompts: B prompts as ids.
+        responses: B responses as ids.
+        pad_id: Id that pads rows.
+        batch_size: Responses per forward pass; those of like length go together.
+        accelerator: Where and in which dtype to compute.
+        packed: Whether to pack the rows.
+
+    Returns:
+        Scores (B,) on the CPU.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
     scores = torch.empty(len(prompts))
     for start in range(0, len(order), batch_size):
@@ -96,26 +129,32 @@ def score_all(model, prompts, responses, *, pad_id: int, batch_size: int, accele
 
 
 def set_mode(model) -> None:
-    """Training mode where gradients are wanted: activation checkpointing works in it alone. Dropout is off in both."""
+    """Set training mode if gradients are wanted, otherwise eval mode.
+
+    Activation checkpointing works in training mode only. Dropout is off in both.
+    """
     model.train(torch.is_grad_enabled())
 
 
 def _spread(x: Tensor, mask: Tensor) -> Tensor:
-    """(n,) numbers to the n True places of the mask (B, R); 0 elsewhere."""
+    """Return (n,) numbers at the n True places of the mask (B, R), and 0 elsewhere."""
     return x.new_zeros(mask.shape).masked_scatter(mask, x)
 
 
 def _hidden(model, rows: Rows) -> Tensor:
-    """Last hidden states (N·T, d) of the model's trunk."""
+    """Return the last hidden states of the model's trunk, (N·T, d)."""
     set_mode(model)
     return plain(model).base_model(input_ids=rows.input_ids, **trunk_options(rows)).last_hidden_state.flatten(0, 1)
 
 
 @torch.no_grad()
 def head_is_linear(model) -> bool:
-    """Whether logits are the output embedding's weight times the trunk's states and nothing more (Gemma caps them,
-    Granite and Cohere scale them, Phi adds a bias). Tried once a model, on three tokens, with states so long that a
-    cap shows whatever the weights are."""
+    """Return whether the logits are the unembedding times the hidden states and nothing more.
+
+    Gemma caps its logits, Granite and Cohere scale them, Phi adds a bias. It is tried once per
+    model, on three tokens, with hidden states scaled up so far that a cap shows whatever the
+    weights are.
+    """
     inner = plain(model)
     if not hasattr(inner, "_head_is_linear"):
         head = inner.get_output_embeddings()
@@ -141,14 +180,20 @@ def head_is_linear(model) -> bool:
 
 
 def _times(factor: Tensor, trunk, args, out):
-    """A hook by which a trunk gives its states times `factor`; where it gives them otherwise, none is done."""
+    """Multiply a trunk's hidden states by a factor, as a forward hook.
+
+    A trunk that returns them in another way is left as it is; the comparison then fails.
+    """
     if hasattr(out, "last_hidden_state"):
         out.last_hidden_state = out.last_hidden_state * factor
     return out
 
 
 def _head(model, hidden: Tensor) -> Tensor:
-    """The scalar head in fp32, whatever the trunk computes in: bf16 would round scores of 6 to steps of 0.03."""
+    """Apply the scalar head in fp32, whatever dtype the trunk computes in, and subtract the bias.
+
+    bf16 would round scores around 6 to steps of 0.03.
+    """
     bias = getattr(plain(model).config, "reward_bias", None) or 0.0
     with torch.autocast(hidden.device.type, enabled=False):
         return score_head(plain(model))(hidden.float()).squeeze(-1) - bias

@@ -1,14 +1,16 @@
-"""Hidden states → log-probabilities of given tokens, through the unembedding, without (tokens × vocabulary) in between.
+"""Compute log-probabilities of tokens from hidden states without a (tokens × vocabulary) tensor.
 
-The head works in chunks of rows. For the gradient each chunk's log-softmax is kept while all of them fit in
-`KEPT` numbers, and computed again in the backward pass where they do not: memory does not grow with B · R · V.
+The head works on chunks of rows. For the gradient, the log-softmax of each chunk is kept as long as
+all of them fit in `KEPT` numbers; otherwise it is computed again in the backward pass. Memory does
+not grow with B · R · V.
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = {"cpu": 6 * 2**20, "cuda": 2**26}  # logits at a time; on a CPU 24 MB: from 32 MB on an allocation is new pages
+# Logits at a time. On a CPU 24 MB: from 32 MB on, malloc maps new pages for each allocation.
+CHUNK = {"cpu": 6 * 2**20, "cuda": 2**26}
 KEPT = 2**26  # log-probabilities kept for the backward pass: 256 MB
 
 
@@ -21,15 +23,27 @@ def head_logprobs(
     chunk: int | None = None,
     kept: int = KEPT,
 ) -> tuple[Tensor, Tensor | None]:
-    """hidden (n, d), weight (V, d), ids (n,) → log softmax(hidden weightᵀ / temperature)[ids], (n,), and its entropy.
+    """Return log softmax(hidden · weightᵀ / temperature)[ids] and the entropy of that softmax.
 
-    Both fp32, products in the autocast dtype. The entropy carries no gradient; None if it is not asked for.
-    chunk: logits at a time, by default as many as suit the device; kept: log-probs kept for the backward pass.
+    Args:
+        hidden: Hidden states, (n, d).
+        weight: The unembedding, (V, d).
+        ids: Tokens, (n,).
+        temperature: Divides the logits.
+        with_entropy: Whether to compute the entropy; it has no gradient.
+        chunk: Logits at a time; None: what suits the device.
+        kept: Log-probabilities that may be kept for the backward pass.
+
+    Returns:
+        Log-probabilities and entropies (or None), (n,) each, in fp32; products are in autocast's
+        dtype.
     """
     return _HeadLogprobs.apply(hidden, weight, ids, temperature, with_entropy, chunk, kept)
 
 
 class _HeadLogprobs(torch.autograd.Function):
+    """Compute `head_logprobs` with a backward pass that needs no logits."""
+
     @staticmethod
     def forward(ctx, hidden, weight, ids, temperature, with_entropy, chunk, kept):
         device = hidden.device.type
@@ -60,7 +74,7 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
-        """∂ log p_id / ∂ logits = onehot(id) − p."""
+        """Return the gradients, by ∂ log p_id / ∂ logits = onehot(id) − p."""
         h, w, ids, *pieces = ctx.saved_tensors
         grad_h = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         grad_w = torch.zeros_like(w, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -86,6 +100,7 @@ class _HeadLogprobs(torch.autograd.Function):
 
 
 def _log_softmax(h: Tensor, w: Tensor, temperature: float) -> Tensor:
+    """Return log softmax(h · wᵀ / temperature) in fp32, (rows, V)."""
     logits = (h @ w.T).float()
     if temperature != 1.0:
         logits /= temperature
@@ -93,6 +108,9 @@ def _log_softmax(h: Tensor, w: Tensor, temperature: float) -> Tensor:
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
-    """Σ x y over the last dimension of (n, V) in fp32, also under autocast, without their product in memory."""
+    """Return Σ x y over the last dimension of two (n, V) tensors, in fp32 even under autocast.
+
+    The product x · y is never in memory.
+    """
     with torch.autocast(x.device.type, enabled=False):
         return torch.bmm(x.unsqueeze(-2), y.unsqueeze(-1)).flatten()

@@ -1,4 +1,4 @@
-"""Folders and names → models in their roles, and back. Weights are fp32 (master weights); safetensors only."""
+"""Load models and tokenizers from folders and names, with float32 weights from safetensors."""
 
 import importlib.util
 import json
@@ -19,15 +19,21 @@ from stages.models.families import (
     silence_routers,
     weightless_causal,
 )
-from stages.models.publish import save_model as save_model  # imported from here, too
+from stages.models.publish import save_model as save_model  # also imported from here
 from stages.models.remote_code import is_remote, read
-from stages.models.same_tokenizer import same_tokenizer, tokenizer_fingerprint  # noqa: F401 (part of loading)
-from stages.models.tokens import end_turns_with_eos as end_turns_with_eos  # where scripts look for them
+from stages.models.same_tokenizer import same_tokenizer, tokenizer_fingerprint  # noqa: F401 (also imported from here)
+from stages.models.tokens import end_turns_with_eos as end_turns_with_eos  # also imported from here
 from stages.models.tokens import give_pad_token as give_pad_token
 
 
 def load_policy(folder: Path, *, attn_implementation: str = "sdpa", trust_remote_code: bool = False):
-    """A causal language model in eval mode, dropout off."""
+    """Load a causal language model, in eval mode and with dropout off.
+
+    Args:
+        folder: Published by a stage.
+        attn_implementation: transformers' attention kernel.
+        trust_remote_code: Whether code that the model brings may run.
+    """
     from transformers import AutoModelForCausalLM
 
     model = read(
@@ -42,13 +48,19 @@ def load_policy(folder: Path, *, attn_implementation: str = "sdpa", trust_remote
 
 
 def new_reward_model(folder: Path, *, seed: int, attn_implementation: str = "sdpa", trust_remote_code: bool = False):
-    """The policy in `folder` with its unembedding replaced by a fresh scalar head `score` (InstructGPT §3.5).
+    """Load a policy with a new scalar head `score` in place of its unembedding (InstructGPT §3.5).
 
-    The class is transformers' sequence classification of the family where its logit is the head on the last hidden
-    state; where there is none, or it computes more, the family's trunk with a head of ours.
+    The class is transformers' sequence classification of the family, if there is one and its logit
+    is the head on the last hidden state. Otherwise it is the family's trunk with our head.
+
+    Args:
+        folder: Of the policy.
+        seed: Of the head's weights.
+        attn_implementation: transformers' attention kernel.
+        trust_remote_code: Whether code that the model brings may run.
 
     Raises:
-        UserError: the family's trunk takes no such head.
+        UserError: The family's trunk does not take such a head.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -64,27 +76,39 @@ def new_reward_model(folder: Path, *, seed: int, attn_implementation: str = "sdp
         if (problem := refill(model, seed)) is None:
             return model
         if is_remote(model):
-            raise UserError(f"{folder}: of this model's code no reward model can be made ({problem}); use dpo")
+            raise UserError(f"{folder}: this model's code cannot be made a reward model ({problem}); use dpo")
     model = prepare(own_scalar_model(folder, config, **options)[0])
     if (problem := refill(model, seed)) is not None:
-        what = f"of this {config.model_type} model no reward model can be made ({problem})"
+        what = f"this {config.model_type} model cannot be made a reward model ({problem})"
         raise UserError(f"{folder}: {what}; use dpo, which needs none, or another family")
     return model
 
 
 def refill(model, seed: int) -> str | None:
-    """Draw the head of a new reward model anew, by `seed`; → why the model cannot serve, or None."""
+    """Draw the head of a new reward model again, from `seed`.
+
+    Returns:
+        Why the model cannot be a reward model, or None if it can.
+    """
     head = getattr(model, "score", None) or getattr(model, "classifier", None)
     if isinstance(head, nn.Linear):
         generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():  # Var(r) ≈ 1 for hidden states of unit scale (Stiennon 2020, appendix C.1)
+        with torch.no_grad():  # Var(r) ≈ 1 for hidden states of unit scale (Stiennon 2020, app. C.1)
             head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / (head.weight.shape[1] + 1) ** 0.5)
     return head_problem(model)
 
 
 def own_scalar_model(folder: Path, config, **options):
-    """(model, loading info) of the weights in `folder`, a policy's or those of such a reward model, in the class that
-    this house makes of a family of transformers'. config: of the folder."""
+    """Load weights into the class of reward models that we build for a family of transformers.
+
+    Args:
+        folder: Weights of a policy, or of a reward model of that class.
+        config: The configuration in the folder.
+        options: Of from_pretrained.
+
+    Returns:
+        The model, and transformers' loading info.
+    """
     causal = weightless_causal(config)
     causal.config.num_labels = 1
     return scalar_class(causal).from_pretrained(
@@ -96,7 +120,11 @@ def own_scalar_model(folder: Path, config, **options):
 
 
 def scalar_config(folder: Path, *, trust_remote_code: bool = False):
-    """The configuration of a trained reward or value model; a UserError for any other."""
+    """Load the configuration of a trained reward or value model.
+
+    Raises:
+        UserError: The folder holds something else, or reward_bias is missing.
+    """
     from transformers import AutoConfig
 
     config = read(AutoConfig, folder, trust_remote_code=trust_remote_code)
@@ -115,7 +143,17 @@ def scalar_config(folder: Path, *, trust_remote_code: bool = False):
 
 
 def load_scalar_model(folder: Path, *, attn_implementation: str = "sdpa", trust_remote_code: bool = False):
-    """A trained reward or value model. A head that is not in the file, or a missing reward_bias, is a UserError."""
+    """Load a trained reward or value model.
+
+    Args:
+        folder: Published by rm or ppo, or of the same kind.
+        attn_implementation: transformers' attention kernel.
+        trust_remote_code: Whether code that the model brings may run.
+
+    Raises:
+        UserError: The head or reward_bias is missing, or the logit is not what we would read as
+            score.
+    """
     from transformers import AutoModelForSequenceClassification
 
     config = scalar_config(folder, trust_remote_code=trust_remote_code)
@@ -136,25 +174,30 @@ def load_scalar_model(folder: Path, *, attn_implementation: str = "sdpa", trust_
         )
     if (problem := head_problem(prepare(model))) is not None:
         raise UserError(
-            f"{folder}: its logit is not what would be read as its score ({problem}); take a reward model whose logit "
+            f"{folder}: its logit is not its score as read here ({problem}); take a reward model whose logit "
             f"is a linear head on the last hidden state, as `make rm` makes them"
         )
     return model
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False):
+    """Load a folder's tokenizer."""
     from transformers import AutoTokenizer
 
     return read(AutoTokenizer, folder, trust_remote_code=trust_remote_code)
 
 
 def prepare(model):
-    """Dropout off, weights aligned, no cache, no routers' logits, the trunk named; in eval mode."""
+    """Make a loaded model ready for all stages, and return it in eval mode.
+
+    Dropout, cache and routers' logits are off, the trunk has its name, and weights are aligned.
+    """
     without_dropout(model)
     if not is_remote(model):
         name_trunk(model)
     silence_routers(model)
-    for p in model.parameters():  # mapped from a file, it begins at any byte, and kernels may round otherwise
+    # Weights mapped from a file start at any byte, and kernels round differently if unaligned.
+    for p in model.parameters():
         if p.data_ptr() % 64:
             p.data = p.data.clone()
     model.config.use_cache = False
@@ -162,7 +205,10 @@ def prepare(model):
 
 
 def without_dropout(model):
-    """Dropout off for good (also after `.train()`): log-probs of rollout and update must be the same numbers."""
+    """Turn dropout off for good, in training mode too.
+
+    Rollout and update have to compute the same log-probabilities.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -172,9 +218,10 @@ def without_dropout(model):
 
 
 def _silence(owner) -> None:
-    """Every float of `owner` that is a probability of dropout (or jitters a router) becomes 0.
+    """Set every float of `owner` to 0 that is a probability of dropout or jitters a router.
 
-    Families name them as they like (resid_pdrop, residual_dropout, layerdrop …) and read them in training mode.
+    Families have various names for it (resid_pdrop, residual_dropout, layerdrop …) and read it in
+    training mode.
     """
     for name, value in list(vars(owner).items()):
         if isinstance(value, float) and ("drop" in name or name == "router_jitter_noise"):
@@ -182,7 +229,7 @@ def _silence(owner) -> None:
 
 
 def score_head(model) -> nn.Linear:
-    """The scalar head of a sequence classification model."""
+    """Return the scalar head of a sequence classification model; UserError if there is none."""
     head = getattr(model, "score", None) or getattr(model, "classifier", None)
     if head is None:
         raise UserError(
@@ -202,7 +249,18 @@ def from_scratch(
     attn_implementation: str,
     seed: int,
 ):
-    """A model of `scratch_config` with random weights."""
+    """Return a small Llama with random weights, ready for all stages.
+
+    Args:
+        tokenizer: Gives the vocabulary and the special ids.
+        hidden_size: Width of a layer.
+        num_hidden_layers: Number of layers.
+        num_attention_heads: Heads per layer.
+        intermediate_size: Width of the feed-forward layers.
+        max_position_embeddings: Longest row, in tokens.
+        attn_implementation: transformers' attention kernel.
+        seed: Of the weights.
+    """
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -221,7 +279,7 @@ def from_scratch(
 
 
 def scratch_config(vocab_size: int, max_position_embeddings: int, **shape):
-    """A Llama's; tied embeddings."""
+    """Return the configuration of a Llama with tied embeddings; `shape` has its other values."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -235,9 +293,20 @@ def scratch_config(vocab_size: int, max_position_embeddings: int, **shape):
 
 
 def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: bool, revision: str | None = None):
-    """(model, tokenizer) of a folder, a Hub id, or `package:NAME`, a Python package that carries a gguf file, as they
-    are: `settle_tokens` of stages/models/tokens.py makes them ready. revision: the commit of the Hub id; None: the
-    newest."""
+    """Load a model and its tokenizer, as they are; `settle_tokens` makes them ready for the stages.
+
+    Args:
+        name: A folder, a Hub id, or `package:NAME`, a Python package that carries a gguf file.
+        attn_implementation: transformers' attention kernel.
+        trust_remote_code: Whether code that the model brings may run.
+        revision: Commit of a Hub id; None: the newest.
+
+    Returns:
+        The model and the tokenizer.
+
+    Raises:
+        UserError: It cannot be loaded, or is not a causal language model.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     options = {"trust_remote_code": trust_remote_code, "where": "model.name_or_path"}
@@ -268,7 +337,7 @@ def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: b
             ids = ids_to_generate_with(path, revision)
             if ids is None or isinstance(error, UserError):
                 raise
-            try:  # transformers refuses a model for its generation settings, which nothing here uses
+            try:  # transformers refuses a model for its generation settings, which are not used here
                 model, info = load(generation_config=ids)
             except Exception:
                 raise error from None
@@ -277,7 +346,7 @@ def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: b
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]
         remedy = "give a folder with safetensors, a Hub id that can be reached, or package:NAME"
-        if 'attn_implementation="eager"' in reason:  # code that brings its own attention
+        if 'attn_implementation="eager"' in reason:  # code with its own attention
             reason, remedy = reason.partition(". ")[0], "set model.attn_implementation: eager"
         raise UserError(f"model.name_or_path: cannot load {name!r} ({reason}); {remedy}") from error
     except Exception as error:
@@ -287,11 +356,12 @@ def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: b
     kind = (getattr(model.config, "architectures", None) or ["?"])[0]
     if info["missing_keys"] or kind.endswith(OTHER_HEADS):
         missing = f"the weights {sorted(info['missing_keys'])[:3]} of a {type(model).__name__}, which would be random"
-        problem = f"lacks {missing if info['missing_keys'] else 'a head that gives tokens'}"
+        problem = f"lacks {missing if info['missing_keys'] else 'a head that predicts tokens'}"
         raise UserError(
             f"model.name_or_path: {name} holds a {kind}, and {problem}; give the folder of a language model"
         )
-    if "gguf_file" in options:  # a dequantised model still carries its quantization config and refuses to be saved
+    if "gguf_file" in options:
+        # A dequantized model still has its quantization config and refuses to be saved.
         config = model.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -303,14 +373,21 @@ def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: b
     return prepare(model), tokenizer
 
 
-# of a tied model, the embedding would be taken for the unembedding that it never was
+# Of a tied model with another head, transformers would take the embedding for the unembedding.
 OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def ids_to_generate_with(path: str, revision: str | None):
-    """The generation configuration beside a model with the ids alone that it names; None where there is no such
-    file. path: a folder or a Hub id; revision: its commit."""
+    """Return a model's generation configuration reduced to its special ids.
+
+    Args:
+        path: A folder or a Hub id.
+        revision: Commit of a Hub id; None: the newest.
+
+    Returns:
+        The configuration; None if the model has no such file.
+    """
     from transformers import GenerationConfig
     from transformers.utils import cached_file
 
@@ -326,13 +403,16 @@ def ids_to_generate_with(path: str, revision: str | None):
 
 
 def are_ids(value: object) -> bool:
-    """Whether a value names one id, or several."""
+    """Return whether a value is an id or a list of ids."""
     return type(value) is int or (isinstance(value, list) and all(type(i) is int for i in value))
 
 
 def settle_generation_config(model) -> None:
-    """Leave of an invalid generation configuration the ids alone: transformers reads such a one and refuses to save it
-    (temperature without do_sample, which many published models have). Sampling settings are not used here."""
+    """Reduce an invalid generation configuration to its special ids.
+
+    transformers loads an invalid one and then refuses to save it (many published models have a
+    temperature without do_sample). Its sampling settings are not used here.
+    """
     config = getattr(model, "generation_config", None)
     if config is None:
         return
@@ -344,7 +424,7 @@ def settle_generation_config(model) -> None:
 
 
 def code_fails(name: str, problem: str) -> str:
-    """The line for a model whose own code does not do what the stages need."""
+    """Return the error line for a model whose own code does not do what the stages need."""
     from transformers import __version__
 
     text = " ".join(problem.split())[:300]
@@ -355,7 +435,11 @@ def code_fails(name: str, problem: str) -> str:
 
 
 def packaged_gguf(package: str) -> tuple[str, str]:
-    """(folder, file name) of the one gguf file in an installed package, found without importing it."""
+    """Return folder and name of the only gguf file in an installed package, without importing it.
+
+    Raises:
+        UserError: The package is not installed, or has no or several such files.
+    """
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Error lines for optional packages that are missing. Imports no torch."""
+"""Define error lines for optional packages that are missing; imports no torch."""
 
 MISSING = (
     "model.peft.method: qlora needs the package bitsandbytes, which is not installed; "

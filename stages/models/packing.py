@@ -1,10 +1,13 @@
-"""Attention over packed rows: nothing is padded, and a prompt is computed once for all its responses.
+"""Let models read packed rows: no padding, and each prompt computed once for all its responses.
 
-Everything in a transformer but attention treats tokens one by one, so it runs on the packed tokens as they are.
-Attention goes prompt by prompt and response by response (a CPU: no masked work, no padding), or gathers queries, keys
-and values into one row a response, plain causal, and takes each token's output back (a GPU, and spans too short to pay
-for a call each: one kernel). Gradients are autograd's. It enters a model through transformers' public
-AttentionInterface; calls without a layout are its own sdpa.
+Everything in a transformer but attention treats tokens one by one, so it runs on the packed tokens
+as they are. Attention is computed in one of two ways. On a CPU it goes prompt by prompt and
+response by response (`span_by_span`): no padding and no masked work. On a GPU, and for spans too
+short to pay for a call each, it gathers queries, keys and values into one row per response, plain
+causal, and takes each token's output back (`in_rows`): one kernel. Gradients are autograd's.
+
+It enters a model through transformers' public AttentionInterface. Calls without a layout use
+transformers' own sdpa.
 """
 
 from dataclasses import dataclass, field
@@ -20,27 +23,41 @@ from stages.models.ensemble import Ensemble
 from stages.models.families import cache_name
 
 NAME = "packed_rows"
-SHORT = 32  # tokens a span: below, a call a span costs a CPU more than the padding of one call for all
+# Tokens per span. Below, a call per span costs a CPU more than the padding of one call for all.
+SHORT = 32
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Who sees whom in a packed row, as `Rows` says it. masks: (response, prompt) lengths → mask, made once for all
-    layers."""
+    """The layout of a packed row: which tokens attend to which, as in `Rows`."""
 
     spans: tuple[tuple[int, tuple[int, ...]], ...]
+    """Lengths in the row: (prompt, its responses), one prompt after another."""
     sequences: Tensor
+    """(B, W): the tokens of each response's prompt and response, as indices into the row."""
     home: Tensor
+    """(T,): which of the B·W entries holds each token."""
     masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """(response, prompt) lengths: a mask, made once for all layers."""
 
     @cached_property
     def short(self) -> bool:
-        """Whether the spans have on average fewer than SHORT tokens, and rows would not be mostly padding."""
+        """Return whether spans are short on average, and rows would not be mostly padding."""
         spans = sum(1 if len(responses) == 1 else 1 + len(responses) for _, responses in self.spans)
         return self.home.numel() < SHORT * spans and self.sequences.numel() <= 4 * self.home.numel()
 
     def behind(self, prompt: int, response: int, device) -> Tensor:
-        """(response, prompt + response), True where a response's token may look: its prompt, and itself so far."""
+        """Return the attention mask of a response that follows its prompt.
+
+        Args:
+            prompt: Prompt tokens P.
+            response: Response tokens R.
+            device: Of the mask.
+
+        Returns:
+            (R, P + R), True where a token of the response may attend: its prompt, and the response
+            so far.
+        """
         if (prompt, response) not in self.masks:
             whole = torch.ones(response, prompt + response, dtype=torch.bool, device=device)
             self.masks[prompt, response] = whole.tril(prompt)
@@ -48,81 +65,134 @@ class Packing:
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, packing=None, **options):
-    """query (1, H, T, D), key, value (1, H_kv, T, D) of packed tokens → (1, T, H, D).
+    """Compute attention over packed tokens, as transformers' AttentionInterface calls it.
 
-    packing: a Packing; or, in a step of the sampler, a bias (B, 1, 1, T) over a cache; None: sdpa as ever.
+    Args:
+        module: The attention layer.
+        query: (1, H, T, D).
+        key: (1, H_kv, T, D).
+        value: (1, H_kv, T, D).
+        attention_mask: Used for ordinary calls only.
+        scaling: Factor on the products of queries and keys; None: 1/√D.
+        packing: A Packing; in a step of the sampler a bias (B, 1, 1, T) over a cache, with B
+            sequences in place of 1; None for an ordinary call.
+        options: More of the layer's.
+
+    Returns:
+        (1, T, H, D), and None in place of attention weights.
+
+    Raises:
+        ValueError: The layer does something that is not implemented here.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     if options.get("softcap") is not None or options.get("position_bias") is not None:
-        raise ValueError("packed attention knows neither softcap nor position biases")
+        raise ValueError("packed attention supports neither softcap nor position biases")
     if isinstance(packing, Tensor):
         return one_token_attention(query, key, value, packing, scaling), None
     window = options.get("sliding_window")
     if window is not None and window < packing.sequences.shape[1]:
-        raise ValueError(f"packed attention keeps no sliding window, and this layer's is {window} tokens")
-    attend = in_rows if query.device.type != "cpu" or packing.short else span_by_span
-    return attend(query, key, value, packing, scaling), None
+        raise ValueError(f"packed attention has no sliding window, and this layer's is {window} tokens")
+    compute = in_rows if query.device.type != "cpu" or packing.short else span_by_span
+    return compute(query, key, value, packing, scaling), None
 
 
 def span_by_span(query, key, value, packing: Packing, scaling) -> Tensor:
-    """A prompt sees itself, each of its responses the prompt and itself; a prompt with one response is one span."""
-    alone = {"scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
+    """Compute attention with one or two kernel calls per span.
+
+    A prompt attends to itself; each of its responses to the prompt and itself. A prompt with a
+    single response is one causal span.
+
+    Args:
+        query: (1, H, T, D).
+        key: (1, H_kv, T, D).
+        value: (1, H_kv, T, D).
+        packing: The layout.
+        scaling: As of `packed_attention`.
+
+    Returns:
+        (1, T, H, D).
+    """
+    options = {"scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
     lengths = [n for p, rs in packing.spans for n in ((p + rs[0],) if len(rs) == 1 else (p, *rs))]
+    # One split instead of slices: its backward pass is one concatenation instead of a sum of padded
+    # gradients.
     parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     out = []
     for prompt, responses in packing.spans:
         q, k, v = next(parts)
-        out.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, **alone))
+        out.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, **options))
         for length in responses if len(responses) > 1 else ():
             own_q, own_k, own_v = next(parts)
             if length:
                 keys, values = torch.cat([k, own_k], dim=2), torch.cat([v, own_v], dim=2)
                 mask = packing.behind(prompt, length, q.device)
-                out.append(F.scaled_dot_product_attention(own_q, keys, values, attn_mask=mask, **alone))
+                out.append(F.scaled_dot_product_attention(own_q, keys, values, attn_mask=mask, **options))
     return torch.cat(out, dim=2).transpose(1, 2)
 
 
 def in_rows(query, key, value, packing: Packing, scaling) -> Tensor:
-    """One row a response, its prompt gathered anew for each; causal, so that padding on the right is never seen."""
+    """Compute attention in one kernel call over a padded row per response.
+
+    Each row is a copy of the prompt and the response. It is causal, so padding on the right is
+    never attended to. Arguments and result are those of `span_by_span`.
+    """
     count, width = packing.sequences.shape
     index = packing.sequences.flatten()
-    spread = lambda x: x[0].transpose(0, 1).index_select(0, index).unflatten(0, (count, width)).transpose(1, 2)  # noqa: E731
-    out = F.scaled_dot_product_attention(
-        *map(spread, (query, key, value)), is_causal=True, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
-    )
+
+    def gather(x: Tensor) -> Tensor:
+        """(1, H, T, D) → (B, H, W, D)."""
+        return x[0].transpose(0, 1).index_select(0, index).unflatten(0, (count, width)).transpose(1, 2)
+
+    q, k, v = gather(query), gather(key), gather(value)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=k.shape[1] != q.shape[1])
+    # Each token's output is read from one of the rows that hold it; the others' copies are dropped.
     return out.transpose(1, 2).flatten(0, 1).index_select(0, packing.home).unsqueeze(0)
 
 
 def one_token_attention(query, key, value, bias, scaling) -> Tensor:
-    """One new token a sequence against a cache: query (B, H, 1, D), key, value (B, H_kv, T, D), bias (B, 1, 1, T).
+    """Compute attention of one new token per sequence against a cache.
 
-    The heads that share a key head become its queries, so that keys and values are never repeated. → (B, 1, H, D).
+    The heads that share a key head become its queries, so keys and values are never repeated.
+
+    Args:
+        query: (B, H, 1, D).
+        key: (B, H_kv, T, D).
+        value: (B, H_kv, T, D).
+        bias: (B, 1, 1, T), −∞ where nothing is cached.
+        scaling: As of `packed_attention`.
+
+    Returns:
+        (B, 1, H, D).
     """
     B, H, _, D = query.shape
     shared = query.reshape(B, key.shape[1], H // key.shape[1], D)
     out = F.scaled_dot_product_attention(shared, key, value, attn_mask=bias, scale=scaling)
-    return out.reshape(B, 1, H, -1)  # values may be narrower than keys
+    return out.reshape(B, 1, H, -1)  # the heads of values may be narrower than those of keys
 
 
 def trunk_options(rows: Rows) -> dict:
-    """What a model's forward takes beside input_ids."""
-    if rows.sequences is None:  # each row begins at position 0, as every model has it that is told of none
+    """Return what a model's forward takes for these rows, beside input_ids."""
+    if rows.sequences is None:  # padded: position ids are the default, from 0 in each row
         return {"use_cache": False}
-    # four dimensions: transformers takes the mask for finished and makes none, which nobody would read
+    # A mask of four dimensions is final to transformers: it builds no (T, T) mask, unused here.
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=rows.input_ids.device)
     packing = Packing(rows.spans, rows.sequences, rows.home)
     return {"position_ids": rows.position_ids, "attention_mask": no_mask, "use_cache": False, "packing": packing}
 
 
 def can_pack(model, max_length: int) -> bool:
-    """Make `model` read packed rows, if it can; → whether it can.
+    """Make a model read packed rows if it can, and return whether it can.
 
-    Tried on a few tokens: a model that does not take attention from the AttentionInterface, adds to it, or keeps a
-    state from token to token gives other hidden states. One whose sliding window is shorter than `max_length`, or
-    whose attention is not sdpa, is left alone.
+    It is tried on a few tokens: a model that does not use the AttentionInterface, adds something to
+    its attention, or carries a state from token to token gives other hidden states. A model is left
+    as it is if a sliding window is shorter than `max_length`, or if its attention is not sdpa.
+
+    Args:
+        model: A transformers model, adapted or not, or an Ensemble.
+        max_length: Longest row, in tokens.
     """
     if isinstance(model, Ensemble):
         return all([can_pack(member, max_length) for member in model.members])
@@ -140,12 +210,12 @@ def can_pack(model, max_length: int) -> bool:
         works = False
     if not works:
         inner.set_attn_implementation("sdpa")
-        inner._cannot_pack = True  # not tried again once its weights are cast or in parts
+        inner._cannot_pack = True  # not to be tried again when its weights are cast or sharded
     return works
 
 
 def sees_less(config, length: int) -> bool:
-    """Whether attention in some layer ends before so many tokens."""
+    """Return whether attention in some layer reaches back fewer than `length` tokens."""
     config = config.get_text_config()
     names = ["attention_chunk_size", "keep_window_size", "index_topk"]
     names += ["sliding_window"] * bool(getattr(config, "use_sliding_window", True))
@@ -153,7 +223,7 @@ def sees_less(config, length: int) -> bool:
 
 
 def register(inner) -> None:
-    """Make a transformers model take its attention from here."""
+    """Make a transformers model use `packed_attention`."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -163,12 +233,13 @@ def register(inner) -> None:
 
 
 def packs(model) -> bool:
-    """Whether `can_pack` has made the model read packed rows."""
+    """Return whether `can_pack` has made the model read packed rows."""
     return getattr(plain(model).config, "_attn_implementation", None) == NAME
 
 
 @torch.no_grad()
 def _same_hidden_states(model) -> bool:
+    """Return whether the model gives the same hidden states for packed as for padded rows."""
     from transformers import DynamicCache
 
     device, training = next(model.parameters()).device, model.training
@@ -178,8 +249,8 @@ def _same_hidden_states(model) -> bool:
     for packed in (False, True):
         rows = make_rows(prompts, responses, 0, packed=packed).to(device)
         options = trunk_options(rows)
-        if packed:  # the sampler's first pass fills a plain cache, which some trunks do not take
-            name = cache_name(model.base_model) or "past_key_values"  # a trunk may pass on what it takes
+        if packed:  # the sampler's first pass fills a cache, which some trunks do not take
+            name = cache_name(model.base_model) or "past_key_values"  # a trunk may pass it on by **kwargs
             options |= {name: DynamicCache(), "use_cache": True}
         hidden = model.base_model(input_ids=rows.input_ids, **options).last_hidden_state.flatten(0, 1)
         states.append(hidden.index_select(0, torch.cat([rows.before[rows.response_mask], rows.last])))

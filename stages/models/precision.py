@@ -1,6 +1,7 @@
-"""What does not train of linear layers, in the dtype that it is multiplied in: the same numbers at half the memory.
+"""Hold the frozen weights of linear layers in the dtype that they are multiplied in.
 
-Under autocast a linear layer casts its weight at each use; where no optimizer adds to it, casting once is enough.
+Under autocast a linear layer casts its weight at each use. If no optimizer changes the weight,
+casting it once gives the same numbers at half the memory.
 """
 
 from collections.abc import Callable
@@ -12,17 +13,21 @@ from stages.models.adapters import is_adapted, plain
 from stages.models.ensemble import members
 
 
-def cast_frozen(model, dtype: torch.dtype) -> None:
-    """Casts what would be cast at each use."""
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the frozen weights that autocast would cast at each use, in place."""
     for member in members(model):
         for p in castable(member):
             if not p.requires_grad:
                 p.data = p.data.to(dtype)
 
 
-def castable(model) -> list[nn.Parameter]:
-    """What of a model may be cast where it does not train: linear layers but the scalar head, which computes in
-    float32, and a head that is also the embedding; nothing under DoRA, whose norms are those of the float32 weights."""
+def castable(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that may be cast if they are frozen.
+
+    They are those of linear layers, except the scalar head, which computes in float32, and a head
+    that is also the embedding. Under DoRA there are none: its norms are those of the float32
+    weights.
+    """
     if is_adapted(model) and any(getattr(c, "use_dora", False) for c in model.peft_config.values()):
         return []
     inner = plain(model)
@@ -32,11 +37,16 @@ def castable(model) -> list[nn.Parameter]:
     return [p for module in linear for p in module.parameters() if id(p) not in kept]
 
 
-def uncast(model, again: Callable[[], nn.Module]) -> None:
-    """What `cast_frozen` has cast is float32 once more, as in again(), which the model was made from."""
+def uncast(model: nn.Module, reload: Callable[[], nn.Module]) -> None:
+    """Restore in float32 what `cast_frozen` has cast.
+
+    Args:
+        model: The model; changed.
+        reload: Loads the model that it was made from, in float32.
+    """
     named = plain(model).named_parameters()
-    cast = [(name, p) for name, p in named if p.is_floating_point() and p.dtype != torch.float32]  # not what is packed
+    cast = [(name, p) for name, p in named if p.is_floating_point() and p.dtype != torch.float32]  # integers: quantized
     if cast:
-        known = {name.replace(".base_layer", ""): p for name, p in plain(again()).named_parameters()}
+        known = {name.replace(".base_layer", ""): p for name, p in plain(reload()).named_parameters()}
         for name, p in cast:
             p.data = known[name.replace(".base_layer", "")].data.to(p.device)

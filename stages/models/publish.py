@@ -1,7 +1,8 @@
-"""A model and its tokenizer → a folder that transformers loads, the release before the installed one included.
+"""Write a model and its tokenizer to a folder that transformers 5 and 4 load.
 
-transformers 5 names some things anew in the files that it writes, and transformers 4 then refuses them (the class of a
-tokenizer) or takes a default for them in silence (the base of rotary positions). Both names are written here.
+transformers 5 has new names for some entries of its files. transformers 4 refuses some of them (the
+class of a tokenizer) and silently takes a default for others (the base of rotary positions). Both
+names are written here.
 """
 
 import json
@@ -19,13 +20,13 @@ from pipeline.launch.parallel import is_rank_zero
 from stages.models.families import as_given
 from stages.models.remote_code import is_remote, keep_code, read
 
-# The old names of what `rope_parameters` holds, where they are not rope_theta and partial_rotary_factor.
+# Old names of the entries of `rope_parameters` that are not rope_theta and partial_rotary_factor.
 ROPE_NAMES = {
     "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
     "gpt_neox_japanese": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
 }
-# Kinds with other positions in layers of another type, that transformers 4 knows: old names of the base of
-# full_attention and of sliding_attention (None: one name for both).
+# Model types of transformers 4 whose positions depend on the type of a layer: old names of the base
+# of full_attention and of sliding_attention (None: one name for both).
 ROPE_NAMES_BY_LAYER = {
     "gemma3_text": ("rope_theta", "rope_local_base_freq"),
     "gemma3n_text": ("rope_theta", "rope_local_base_freq"),
@@ -40,17 +41,19 @@ OF_THIS_MACHINE = ("is_local", "local_files_only", "name_or_path", "cache_dir", 
 def save_model(
     model, tokenizer, folder: Path, *, card: str, temperature: float | None = None, dtype: str | None = None
 ) -> None:
-    """Write a folder that transformers alone can load: safetensors, tokenizer, chat template, generation config, card,
-    and the code that the model brings, if any. Of several processes the first one writes it.
+    """Write a folder that transformers alone can load.
+
+    It has safetensors, tokenizer, chat template, generation config, card, and the code that the
+    model brings, if any. Only rank 0 writes.
 
     Args:
-        model: a transformers model; it stays as it is, but for the ids of special tokens in its config.
-        tokenizer: its tokenizer.
-        folder: where to; made if it is not there.
-        card: the text of README.md.
-        temperature: of a policy, what it was trained to be sampled at: `generate` then samples so. None: the sampling
-            settings that the model was given with stay, if they are valid.
-        dtype: what the weights are rounded to, as "bfloat16"; None: they are written as they are.
+        model: A transformers model; unchanged, except for the ids of special tokens in its config.
+        tokenizer: Its tokenizer.
+        folder: Where to write; created if it does not exist.
+        card: Text of README.md.
+        temperature: Of a policy, the sampling temperature that it was trained at; `generate` then
+            uses it. None: the model's original sampling settings are kept, if they are valid.
+        dtype: What weights are rounded to, as "bfloat16"; None: they are not rounded.
     """
     if not is_rank_zero():
         return
@@ -73,21 +76,30 @@ def save_model(
 
 
 def edit_json(path: Path, change) -> None:
-    """Replace the JSON object in a file by change(it); nothing where the file is missing."""
+    """Replace the JSON object in a file, if the file exists.
+
+    Args:
+        path: The file.
+        change: Returns the new object, given the old one.
+    """
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         text = json.dumps(change(before), indent=2, sort_keys=True, ensure_ascii=False)
         path.write_text(text + "\n", encoding="utf-8")
 
 
-# -- weights ---------------------------------------------------------------------------------------------
+# ── Weights ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def rounded(model, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return the model's state with its floating-point parameters in `dtype`.
+    """Return the model's state with its floating-point parameters in another dtype.
 
-    Buffers stay, and so do parameters that the model's class keeps in float32. Tensors that share memory still do, so
-    that tied weights are written once.
+    Buffers keep theirs, as do parameters that the model's class keeps in float32. Tensors that
+    share memory still do, so that tied weights are written once.
+
+    Args:
+        model: Unchanged.
+        dtype: The dtype.
     """
     kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
     kept |= {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
@@ -105,30 +117,37 @@ def rounded(model, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """A config.json, sub-configs included, that says which dtype the weights are in."""
+    """Return a config.json, including the configs in it, that names another dtype."""
     changed = {key: with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
     return changed | {key: dtype for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)}
 
 
 @dataclass(frozen=True)
 class Given:
-    """What is known of the files of a given model. dtype: of its weights, None for float32 or where nothing says it;
-    rows: of its embedding, None where they are not known."""
+    """What the files of the original model say about its weights."""
 
     dtype: str | None
+    """Their dtype; None for float32, or if nothing says it."""
     rows: int | None
+    """Rows of the embedding; None if they are not known."""
 
 
 def given_model(name: str, *, revision: str | None, trust_remote_code: bool) -> Given:
-    """Return what the files of `model.name_or_path` say of its weights, before anything was converted."""
+    """Return what the files of `model.name_or_path` say about its weights.
+
+    Args:
+        name: A folder, a Hub id, or `package:NAME`.
+        revision: Commit of a Hub id.
+        trust_remote_code: Whether code that the model brings may run.
+    """
     from transformers import AutoConfig
 
-    if name.startswith("package:"):  # a gguf file: its weights were dequantized
+    if name.startswith("package:"):  # a gguf file, whose weights are dequantized
         return Given(None, None)
     folder = Path(name).expanduser()
-    place = str(folder) if folder.is_dir() else name
+    source = str(folder) if folder.is_dir() else name
     options = {} if revision is None else {"revision": revision}
-    config = read(AutoConfig, place, trust_remote_code=trust_remote_code, **options)
+    config = read(AutoConfig, source, trust_remote_code=trust_remote_code, **options)
     text = config.get_text_config()
     named = str(config.dtype or text.dtype or (dtype_of_files(folder) if folder.is_dir() else None))
     dtype = named.removeprefix("torch.")
@@ -136,7 +155,7 @@ def given_model(name: str, *, revision: str | None, trust_remote_code: bool) -> 
 
 
 def dtype_of_files(folder: Path) -> str | None:
-    """The dtype of most numbers in a folder's safetensors files, where that is a half-sized one."""
+    """Return the dtype of most numbers in a folder's safetensors files, if it is a 16-bit one."""
     from safetensors import safe_open
 
     numbers: Counter[str] = Counter()
@@ -150,20 +169,19 @@ def dtype_of_files(folder: Path) -> str | None:
 
 
 def dtype_of_folder(folder: Path) -> str | None:
-    """Return the dtype that a published folder's weights are in, as its config.json says; None for float32, or where
-    it says nothing."""
+    """Return the dtype that a published folder's config.json names; None for float32 or none."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     parts = (config, config.get("text_config") or {})
     named = next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), None)
     return named if named in ("bfloat16", "float16") else None
 
 
-# -- generation ------------------------------------------------------------------------------------------
+# ── Generation ───────────────────────────────────────────────────────────────────────────────────
 
 
 @contextmanager
 def generating(model, config) -> Iterator[None]:
-    """Inside, the model has this generation config (None: what it has)."""
+    """Give the model another generation config while the context lasts (None: its own)."""
     held = getattr(model, "generation_config", None)
     if config is not None:
         model.generation_config = config
@@ -175,16 +193,17 @@ def generating(model, config) -> Iterator[None]:
 
 
 def generation_config(model, tokenizer, temperature: float | None):
-    """Return the generation config to publish with a model; None for one that generates nothing.
+    """Return the generation config to publish with a model; None if it does not generate.
 
     Args:
-        model: with the generation config that it was given with, which may be invalid.
-        tokenizer: whose EOS ends an answer and whose pad token fills rows.
-        temperature: of a policy: it is sampled at this temperature from all tokens, without processors. None: the
-            settings that the model was given with, as far as they are valid.
+        model: It has its original generation config, which may be invalid.
+        tokenizer: Its EOS ends an answer, and its pad token pads rows.
+        temperature: Of a policy: sample at this temperature from all tokens, without processors.
+            None: keep the original settings as far as they are valid.
 
     Returns:
-        One that is valid. Tokens that ended a text for the given model still do, behind the tokenizer's EOS.
+        A valid config. Tokens that ended a text in the original config still do, after the
+        tokenizer's EOS.
     """
     from transformers import GenerationConfig
 
@@ -196,22 +215,32 @@ def generation_config(model, tokenizer, temperature: float | None):
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": bos}
     ids["eos_token_id"] = end_tokens(tokenizer.eos_token_id, given.eos_token_id)
     if temperature is None:
-        plain = {key: value for key, value in given.to_diff_dict().items() if not key.startswith("_")}
-        kept = GenerationConfig(**{**plain, **ids})
+        settings = {key: value for key, value in given.to_diff_dict().items() if not key.startswith("_")}
+        kept = GenerationConfig(**{**settings, **ids})
         return kept if is_valid(kept) else GenerationConfig(**ids)
     return GenerationConfig(**ids, do_sample=True, temperature=float(temperature), top_k=0, top_p=1.0)
 
 
 def end_tokens(own: int, given: int | list[int] | None) -> int | list[int]:
-    """The id of the tokenizer's EOS, and behind it the other ids that ended a text for the given model; one id alone
-    is no list."""
+    """Return the id of EOS followed by the other ids that ended a text in the original model.
+
+    Args:
+        own: The tokenizer's EOS.
+        given: The original ids.
+
+    Returns:
+        A list, or a single id.
+    """
     others = given if isinstance(given, list) else [given]
     ids = list(dict.fromkeys([own, *(id for id in others if isinstance(id, int))]))
     return ids if len(ids) > 1 else own
 
 
 def is_valid(config) -> bool:
-    """Whether transformers saves a generation config (it refuses sampling settings beside greedy decoding)."""
+    """Return whether transformers would save a generation config.
+
+    It refuses sampling settings together with greedy decoding.
+    """
     try:
         config.validate(strict=True)
     except ValueError:
@@ -219,18 +248,21 @@ def is_valid(config) -> bool:
     return True
 
 
-# -- names of both releases ------------------------------------------------------------------------------
+# ── Names of both releases ───────────────────────────────────────────────────────────────────────
 
 
 def pre_tokenizer_of(folder: Path) -> dict[str, Any]:
-    """The pre-tokenizer that a published tokenizer.json names; {} without one."""
+    """Return the pre-tokenizer in a published tokenizer.json; {} if there is none."""
     path = folder / "tokenizer.json"
     found = json.loads(path.read_text(encoding="utf-8")).get("pre_tokenizer") if path.is_file() else None
     return found or {}
 
 
 def added_by(tokenizer) -> dict[str, bool]:
-    """Whether a tokenizer puts BOS in front of a text, and EOS behind it: its class's own flags, where it has them."""
+    """Return whether a tokenizer adds BOS before a text, and EOS after it.
+
+    The keys are its class's own flags; flags that the class does not have are left out.
+    """
     flags = {"add_bos_token": tokenizer.bos_token_id, "add_eos_token": tokenizer.eos_token_id}
     ids = tokenizer("a")["input_ids"]
     ends = {"add_bos_token": ids[:1], "add_eos_token": ids[-1:]}
@@ -238,20 +270,20 @@ def added_by(tokenizer) -> dict[str, bool]:
 
 
 def portable_tokenizer(config: dict[str, Any], pre_tokenizer: dict[str, Any], added: dict[str, bool]) -> dict[str, Any]:
-    """Return a tokenizer_config.json that transformers 4 reads too, without what is true of this machine alone.
+    """Return a tokenizer_config.json for transformers 4 too, without values of this machine only.
 
     Args:
         config: tokenizer_config.json as transformers 5 writes it.
-        pre_tokenizer: that of tokenizer.json.
-        added: as of `added_by`. Some classes of transformers 4 put BOS in front unless they are told not to, whatever
-            tokenizer.json says; the generic one goes by that.
+        pre_tokenizer: Of tokenizer.json.
+        added: As of `added_by`. Some classes of transformers 4 add BOS unless told not to, whatever
+            tokenizer.json says; the generic class follows tokenizer.json.
     """
     config = {key: value for key, value in config.items() if key not in OF_THIS_MACHINE}
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 expects a mapping here
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    if isinstance(pre_tokenizer.get("add_prefix_space"), bool):  # else transformers 4 sets it to false
+    if isinstance(pre_tokenizer.get("add_prefix_space"), bool):  # transformers 4 would set it to false
         config["add_prefix_space"] = pre_tokenizer["add_prefix_space"]
     return config if config.get("tokenizer_class") == "PreTrainedTokenizerFast" else config | added
 
@@ -259,8 +291,9 @@ def portable_tokenizer(config: dict[str, Any], pre_tokenizer: dict[str, Any], ad
 def write_old_positions(model, folder: Path) -> None:
     """Write the rotary positions of config.json under transformers 4's names too.
 
-    They stay unwritten where the installed transformers would then read something else, where transformers 4 could not
-    say them, and where a model brings its own configuration class, which has names of its own.
+    They are left out if the installed transformers would then read something else, if transformers
+    4 cannot express them, and if a model brings its own configuration class, which has its own
+    names.
     """
     from transformers import AutoConfig
 
@@ -280,12 +313,13 @@ def write_old_positions(model, folder: Path) -> None:
 
 
 def positions_of(config) -> list[tuple[str, Any]]:
-    """(where, rope_parameters) of a configuration and the configurations inside it."""
+    """Return (where, rope_parameters) of a configuration and the configurations in it."""
     found: list[tuple[str, Any]] = []
 
     def look(part: dict, where: str) -> None:
+        """Collect the rope_parameters of a part and of the parts in it."""
         if isinstance(rope := part.get("rope_parameters"), dict):
-            found.append((where, {key: value for key, value in rope.items() if key != "type"}))  # rope_type's old name
+            found.append((where, {key: value for key, value in rope.items() if key != "type"}))  # type: the old name of rope_type
         for key, value in sorted(part.items()):
             if isinstance(value, dict) and key != "rope_parameters":
                 look(value, f"{where}.{key}")
@@ -295,7 +329,7 @@ def positions_of(config) -> list[tuple[str, Any]]:
 
 
 def with_old_positions(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json with transformers 4's names beside every `rope_parameters`."""
+    """Return a config.json with transformers 4's names beside every `rope_parameters`."""
     config = {
         key: with_old_positions(value) if isinstance(value, dict) and key != "rope_parameters" else value
         for key, value in config.items()
@@ -305,14 +339,14 @@ def with_old_positions(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def old_positions(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """Return what transformers 4 would have in the place of `rope_parameters`.
+    """Return what transformers 4 has in place of `rope_parameters`.
 
     Args:
         rope: rope_parameters, of all layers or by type of layer.
-        config: the configuration that holds them; its model_type decides on names.
+        config: The configuration that contains them; its model_type decides on the names.
 
     Returns:
-        Keys beside `rope_parameters`; none where transformers 4 has no names for them.
+        Keys to add beside `rope_parameters`; {} if transformers 4 has no names for them.
     """
     kind = config.get("model_type", "")
     if "rope_theta" in rope:
@@ -327,19 +361,24 @@ def old_positions(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any
         return {}
     name, sliding_name = ROPE_NAMES_BY_LAYER[kind]
     scaling = old_scaling(full, kind)
-    scaled_alike = kind.startswith("modernbert")  # which has no scaling
-    can_say = old_scaling(sliding, kind) is None and not (scaled_alike and scaling is not None)
+    unscaled = kind.startswith("modernbert")  # it has no rope_scaling
+    can_say = old_scaling(sliding, kind) is None and not (unscaled and scaling is not None)
     if not can_say or (sliding_name is None and sliding["rope_theta"] != full["rope_theta"]):
         return {}
     old = {name: full["rope_theta"]} | ({} if sliding_name is None else {sliding_name: sliding["rope_theta"]})
-    return old if scaled_alike else old | {"rope_scaling": scaling}
+    return old if unscaled else old | {"rope_scaling": scaling}
 
 
 def old_scaling(rope: dict[str, Any], kind: str) -> dict[str, Any] | None:
-    """transformers 4's `rope_scaling` of the positions of a layer; None for plain ones."""
+    """Return transformers 4's `rope_scaling` of a layer's positions; None if they are not scaled.
+
+    Args:
+        rope: rope_parameters of one type of layer.
+        kind: The model_type.
+    """
     scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
     if {*scaling} <= {"rope_type", "type"} and scaling.get("rope_type", "default") == "default":
         return None
-    if kind in LONGROPE_KEYS and scaling.get("rope_type") == "longrope":  # these two take exactly three keys
+    if kind in LONGROPE_KEYS and scaling.get("rope_type") == "longrope":  # these types take exactly three keys
         return {"type": "longrope", **{key: scaling[key] for key in LONGROPE_KEYS[kind]}}
     return scaling

@@ -1,8 +1,11 @@
-"""Linear layers whose frozen weights bitsandbytes holds in 4 bits (NF4, its scales quantised too: QLoRA, Dettmers 2023)
-or in 8 (a scale a row: LLM.int8(), Dettmers 2022), for adapters to train on.
+"""Quantize frozen linear layers with bitsandbytes, for adapters to train on.
 
-Either is made float again for each product, forward and backward: rounding the activations too, as LLM.int8() does,
-would make a row's numbers hang on the rows beside it, and would train a model that no plain weights are.
+4 bits: NF4 with quantized scales (QLoRA, Dettmers 2023). 8 bits: one scale per row (LLM.int8(),
+Dettmers 2022).
+
+The weight is dequantized for each product, forward and backward. LLM.int8() also rounds
+activations, which would make a row's numbers depend on the other rows of its batch, and would train
+a model that no dequantized weights reproduce.
 """
 
 import torch
@@ -17,18 +20,21 @@ BLOCK, SCALES = 64, 256  # weights that share a scale, and scales that share one
 
 
 class Quantized(nn.Linear):
-    """A linear layer, (…, in) → (…, out), its weight packed. What it holds are plain tensors, so that it moves, is
-    copied and is shared (`share_frozen`) like any; none of them trains."""
+    """A linear layer, (…, in) → (…, out), with a quantized weight.
+
+    What it holds are plain tensors, so that it can be moved, copied and shared (`share_frozen`)
+    like any layer. None of them trains.
+    """
 
     def __init__(self, layer: nn.Linear, bits: int):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # nn.Linear's would allocate a float weight
         self.in_features, self.out_features, self.bits = layer.in_features, layer.out_features, bits
         self.bias = layer.bias
         for name, x in packed(layer.weight.detach(), bits).items():
             setattr(self, name, nn.Parameter(x, requires_grad=False))
 
     def dequantized(self) -> Tensor:
-        """The weight (out, in) in float32."""
+        """Return the weight, (out, in), in float32."""
         functional = library()
         if self.bits == 8:
             return functional.int8_vectorwise_dequant(self.weight, self.scales)
@@ -39,13 +45,18 @@ class Quantized(nn.Linear):
         return flat[: self.out_features * self.in_features].view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x · Wᵀ + b in autocast's dtype."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         return _Product.apply(x.to(dtype), self)
 
 
 class _Product(torch.autograd.Function):
-    """x · Wᵀ + b. W is made anew for the backward pass: kept for it, all layers' would be the whole model in float."""
+    """Compute x · Wᵀ + b and dequantize W again in the backward pass.
+
+    Kept between the passes, the dequantized weights of all layers would be the whole model in
+    floats.
+    """
 
     @staticmethod
     def forward(ctx, x, layer):
@@ -61,20 +72,28 @@ class _Product(torch.autograd.Function):
 
 @torch.no_grad()
 def packed(weight: Tensor, bits: int) -> dict[str, Tensor]:
-    """weight (out, in) → what `Quantized` holds of it, where it lies. Models are loaded on the CPU, so that the bytes
-    are the same whatever they are trained on.
+    """Quantize a weight, on the device that it is on.
 
-    8: int8 (out, in) and `scales` (out,). 4: two weights a byte, in whole blocks; `absmax`, a byte for each BLOCK of
-    them; `scales`, `offset` and the table `code` (256,), which make floats of those.
+    Models are loaded on the CPU, so the bytes do not depend on the device that trains.
+
+    Args:
+        weight: (out, in).
+        bits: 4 or 8.
+
+    Returns:
+        The tensors that `Quantized` holds. 8 bits: `weight`, int8 (out, in), and `scales` (out,). 4
+        bits: `weight`, two values per byte in whole blocks; `absmax`, a byte for each BLOCK of
+        them; `scales`, `offset` and the table `code` (256,), which turn absmax into floats.
     """
     functional = library()
     if bits == 8:
         whole, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
         return {"weight": whole, "scales": scales}
-    # a row a block: bitsandbytes 0.50.2 takes wrong scales on a CPU where rows are of 16, 32, 48, 80 … weights
+    # One block per row: on a CPU, bitsandbytes 0.50.2 takes wrong scales for rows of 16, 32, 48,
+    # 80 … weights.
     rows = F.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
     nibbles, first = functional.quantize_4bit(rows, blocksize=BLOCK, quant_type="nf4")
-    with torch.device("cpu"):  # stages/tools/memory.py makes models on none
+    with torch.device("cpu"):  # stages/tools/memory.py makes models on the meta device
         code = functional.create_dynamic_map()
     offset, code = first.absmax.mean(), code.to(weight.device)
     absmax, second = functional.quantize_blockwise(first.absmax - offset, code=code, blocksize=SCALES)
@@ -82,7 +101,7 @@ def packed(weight: Tensor, bits: int) -> dict[str, Tensor]:
 
 
 def quantize(model, bits: int) -> None:
-    """Every linear layer of a transformers model becomes Quantized, but for its output embedding or scalar head."""
+    """Quantize every linear layer of a model except its output embedding or scalar head."""
     apart = [model.get_output_embeddings(), getattr(model, "score", None), getattr(model, "classifier", None)]
     found = [
         name for name, layer in model.named_modules() if type(layer) is nn.Linear and all(layer is not x for x in apart)
@@ -98,7 +117,10 @@ def quantize(model, bits: int) -> None:
 
 @torch.no_grad()
 def dequantize(model) -> None:
-    """The reverse, adapted or not: plain layers, with the float32 weights that were computed with."""
+    """Turn quantized layers back into linear ones, with the float32 weights they computed with.
+
+    The model may have adapters.
+    """
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, Quantized)]:
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         linear.weight, linear.bias = nn.Parameter(layer.dequantized(), requires_grad=False), layer.bias
@@ -106,7 +128,7 @@ def dequantize(model) -> None:
 
 
 def library():
-    """bitsandbytes' functions; a UserError where it is not installed."""
+    """Return bitsandbytes' functions; raise UserError if it is not installed."""
     try:
         import bitsandbytes.functional as functional
     except ImportError as problem:

@@ -1,7 +1,9 @@
-"""Models that bring their own code: it runs only if the user says so, and stands beside the weights in what we publish.
+"""Handle models that bring their own code.
 
-transformers copies such a folder's Python files to its module cache (HF_MODULES_CACHE) and imports them there, as
-`transformers_modules.…`; `auto_map` in config.json says which class of which file serves as what.
+The code runs only if the user allows it, and is published beside the weights. transformers copies
+the Python files of such a folder to its module cache (HF_MODULES_CACHE) and imports them from there
+as `transformers_modules.…`. `auto_map` in config.json says which class of which file serves as
+what.
 """
 
 import json
@@ -28,8 +30,18 @@ REMOTE = "transformers_modules."
 
 
 def read(auto, name, *, trust_remote_code: bool, where: str = "", **options):
-    """auto.from_pretrained(name, …), and a UserError where code would have to run that nobody allowed. where: the
-    setting that names the model."""
+    """Return auto.from_pretrained(name, …).
+
+    Args:
+        auto: An Auto class of transformers.
+        name: A folder or a Hub id.
+        trust_remote_code: Whether code that the model brings may run.
+        where: The setting that names the model, for the error line.
+        options: More of from_pretrained's.
+
+    Raises:
+        UserError: Code would have to run that was not allowed.
+    """
     try:
         return auto.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     except ValueError as error:
@@ -38,29 +50,41 @@ def read(auto, name, *, trust_remote_code: bool, where: str = "", **options):
         files = ", ".join(sorted(path.name for path in Path(name).glob("*.py")))
         code = f"its own code ({files})" if files else "its own code"
         remedy = "read it, and if you trust it, add --trust-remote-code"
-        raise UserError(f"{where}{': ' * bool(where)}{name} brings {code}, which was not run; {remedy}") from None
+        prefix = f"{where}: " if where else ""
+        raise UserError(f"{prefix}{name} brings {code}, which was not run; {remedy}") from None
     finally:
         forget(auto)
 
 
 def forget(auto) -> None:
-    """Let the next load of a model with code be as the first: transformers remembers which model class came with a
-    configuration class, takes it for other folders with the same configuration file, and without the `generate` that
-    it gives to older code."""
+    """Let the next load of a model with code be as the first.
+
+    transformers remembers which model class came with a configuration class. It would use it for
+    other folders with the same configuration file, and without the `generate` that it adds to older
+    code.
+    """
     known = auto._model_mapping._extra_content if hasattr(auto, "_model_mapping") else {}
-    remote = lambda kind: getattr(kind, "__module__", "").startswith(REMOTE)  # noqa: E731
-    for kind in [kind for kind, model in known.items() if remote(kind) or remote(model)]:
-        del known[kind]
+    for kind, model in list(known.items()):
+        if any(getattr(c, "__module__", "").startswith(REMOTE) for c in (kind, model)):
+            del known[kind]
 
 
 def is_remote(thing) -> bool:
-    """Whether the class of a model or tokenizer is code that came with it."""
+    """Return whether the class of a model or tokenizer is code that came with it."""
     return type(thing).__module__.startswith(REMOTE)
 
 
 def keep_code(model, tokenizer, folder: Path) -> None:
-    """Copy to `folder` every file that the model's auto_map needs (save_pretrained: the file of this one class), and
-    let auto_map name these; without code of its own, a model or tokenizer names none."""
+    """Copy every file that the model's auto_map needs, and let auto_map name the copies.
+
+    save_pretrained copies the file of one class only. A model or tokenizer without code of its own
+    names none.
+
+    Args:
+        model: Its auto_map is changed.
+        tokenizer: Its auto_map is removed if it has no code of its own.
+        folder: Where to write.
+    """
     if not is_remote(tokenizer):
         getattr(tokenizer, "init_kwargs", {}).pop("auto_map", None)
     if not is_remote(model.config) and not is_remote(model):
@@ -71,22 +95,28 @@ def keep_code(model, tokenizer, folder: Path) -> None:
             model.config.auto_map = {SCALAR: write_head_file(model, type(model).__name__, parent, folder)}
         return
     source, kept = model.config.name_or_path, {}
-    commit = getattr(model.config, "_commit_hash", None)  # of a Hub id: what was loaded, whatever is newest by now
+    commit = getattr(model.config, "_commit_hash", None)  # of a Hub id: what was loaded
     for role, classes in model.config.auto_map.items():
-        names = classes if isinstance(classes, (list, tuple)) else [classes]  # a tokenizer's: [slow, fast], or None
+        names = classes if isinstance(classes, (list, tuple)) else [classes]  # of a tokenizer: [slow, fast], or None
         try:
             for name in filter(None, names):
                 copy_module(source, name, folder, commit)
         except (OSError, ImportError):
-            continue  # a file, or a package that it imports, is not there: a role that nobody here plays
+            continue  # a file, or a package that it imports, is missing: a role that is not used here
         own = [name and name.rpartition("--")[2] for name in names]
         kept[role] = own if isinstance(classes, (list, tuple)) else own[0]
     model.config.auto_map = kept
 
 
 def copy_module(source: str, name: str, folder: Path, commit: str | None = None) -> None:
-    """The file of the class `name` (module.Class, or repository--module.Class), and those it imports from beside it.
-    commit: of `source`, where that is a Hub id."""
+    """Copy the file of a class, and the files beside it that it imports.
+
+    Args:
+        source: The model, a folder or a Hub id.
+        name: module.Class, or repository--module.Class.
+        folder: Where to write.
+        commit: Of `source`, if that is a Hub id.
+    """
     from transformers.dynamic_module_utils import get_cached_module_file, get_relative_import_files
     from transformers.utils import HF_MODULES_CACHE
 
@@ -101,8 +131,14 @@ def copy_module(source: str, name: str, folder: Path, commit: str | None = None)
 
 
 def write_scalar_head(model, folder: Path) -> None:
-    """For a causal model published in `folder` whose code has no sequence classification that serves: a class with its
-    trunk and the head `score`, in a file beside its own."""
+    """Write a class of reward models for a published causal model whose code has none that serves.
+
+    It has the model's trunk and the head `score`, in a file beside the model's own.
+
+    Args:
+        model: The causal model.
+        folder: Where it was published.
+    """
     name = write_head_file(model, scalar_name(type(model)), parent_of(model), folder)
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -111,20 +147,35 @@ def write_scalar_head(model, folder: Path) -> None:
 
 
 def write_head_file(model, name: str, parent: type, folder: Path) -> str:
-    """Write the file of the class `name`, a scalar head on the trunk of `model`; → how auto_map names the class."""
+    """Write the file of a class with a scalar head on a model's trunk.
+
+    Args:
+        model: Gives the trunk and the configuration class.
+        name: Of the class.
+        parent: The pretrained class of its family.
+        folder: Where to write.
+
+    Returns:
+        How auto_map names the class.
+    """
     text = head_text(name, type(model.base_model), parent, type(model.config), model.base_model_prefix, module_of)
     (folder / HEAD_FILE).write_text(text, encoding="utf-8")
     return f"{HEAD_FILE.removesuffix('.py')}.{name}"
 
 
 def module_of(kind: type) -> str:
-    """How a file in the model's folder names the module of a class."""
+    """Return how a file in the model's folder names the module of a class."""
     remote = kind.__module__.startswith(REMOTE)
     return f".{kind.__module__.rpartition('.')[2]}" if remote else kind.__module__
 
 
 def scalar_problem(model, folder: Path) -> str | None:
-    """Why the code in `folder` gives no reward model on the trunk of `model`; None if it does. Nothing is computed."""
+    """Return why a folder's code gives no reward model on a model's trunk, or None if it does.
+
+    Args:
+        model: The causal model.
+        folder: Where its code is.
+    """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     config = AutoConfig.from_pretrained(folder, num_labels=1, trust_remote_code=True)
@@ -150,8 +201,10 @@ def scalar_problem(model, folder: Path) -> str | None:
 
 @contextmanager
 def unasked() -> Iterator[None]:
-    """Inside, transformers refuses code that is not allowed, and asks nobody at the terminal: a class may itself load
-    another by name, and without a word about trust."""
+    """Let transformers refuse code that is not allowed, without a question at the terminal.
+
+    A class may itself load another one by name, without a setting for trust.
+    """
     from transformers import dynamic_module_utils
 
     patience, dynamic_module_utils.TIME_OUT_REMOTE_CODE = dynamic_module_utils.TIME_OUT_REMOTE_CODE, 0

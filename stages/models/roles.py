@@ -1,4 +1,4 @@
-"""Load the models of a PPO run, each in its role; frozen weights that roles share are in memory once."""
+"""Load the models of a PPO run, each in its role; frozen weights that are equal share memory."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,22 +67,20 @@ class Roles:
     accelerator: Any
     """accelerate's Accelerator."""
     judge: nn.Module | None = None
-    """Another reward model that scores held-out prompts and that PPO does not climb, or None."""
+    """Another reward model, for held-out prompts, that PPO does not climb; or None."""
     packed: bool = False
     """Whether all of them read packed rows."""
     reload: dict[str, Callable[[], nn.Module]] = field(default_factory=dict)
     """Name of a trained role: a function that reloads the model it started from.
 
     Publication needs it, since frozen weights that were cast are written in float32."""
-    engine: Any = None
-    """What samples in place of the policy (a `Vllm`), or None."""
 
     def most_tokens(self) -> int | None:
         """Return the most tokens that a micro-batch should have; see `most_tokens`."""
         return most_tokens(plain(self.policy).config, self.accelerator.device.type)
 
     def spare(self) -> list[int] | None:
-        """Return a micro-batch for forward passes whose result is not used, or None without sharding.
+        """Return a micro-batch for passes whose result is not used; None without sharding.
 
         A sharded model gathers its layers in all processes at once, so a process that has no
         micro-batch left goes on with this one (`parallel.padded_micro_batches`).
@@ -96,7 +94,7 @@ class Roles:
 
 
 def most_tokens(config: Any, device: str) -> int | None:
-    """Return the tokens of a micro-batch beyond which a CPU only gets slower; None on other devices.
+    """Return the tokens of a micro-batch beyond which a CPU gets slower; None elsewhere.
 
     Beyond that, the hidden states of a layer no longer fit in the CPU's cache.
     """

@@ -1,8 +1,8 @@
-"""Whether two tokenizers make the same ids of every text, which is what a policy and its reward model must share.
+"""Check that two tokenizers make the same ids of every text, as policy and reward model must.
 
-Padding, and the token that a library takes for the end, are no matter of texts: base may have added the one and changed
-the other. Vocabularies are compared token by token; pre-tokenisation and merges on texts of many kinds; chat templates
-on what they write.
+Padding, and which token a library takes for the end, do not matter to texts: base may have added
+the one and changed the other. Vocabularies are compared token by token; pre-tokenization and merges
+on texts of many kinds; chat templates by what they write.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from data.encode import encode_response
 from data.template_text import with_clock_of
 from pipeline.errors import UserError
 
-TEXTS = (  # what pre-tokenisers and normalisers treat in ways of their own
+TEXTS = (  # pre-tokenizers and normalizers differ on these
     "The quick brown fox jumps over the lazy dog. It's 3.14, isn't it?",
     "  two blanks before, two behind  ",
     "a\n\nb\r\n\tc \n d\n",
@@ -40,19 +40,20 @@ CONVERSATIONS = (
     [ASKED, SAID, {"role": "user", "content": "  And\nthe bird? "}],
     [ASKED, SAID],
 )
-PIECES, AT_ONCE = 4096, 32  # tokens of the vocabulary that are made texts of, so many to a text
+PIECES = 4096  # tokens of the vocabulary to compare on
+AT_ONCE = 32  # of them in a text
 
 
 def same_tokenizer(one, other, where: str) -> None:
-    """See to it that two tokenizers make the same ids of texts and conversations.
+    """Check that two tokenizers make the same ids of texts and conversations.
 
     Args:
-        one: the policy's.
-        other: that of a reward or value model.
-        where: the folder of the latter, for the line.
+        one: The policy's.
+        other: Of a reward or value model.
+        where: The folder of the latter, for the error line.
 
     Raises:
-        UserError: they do not; the line names a token, a text or what the templates write.
+        UserError: They do not; the line names a token, a text or what the templates write.
     """
     if tokenizer_fingerprint(one) == tokenizer_fingerprint(other):
         return
@@ -64,8 +65,8 @@ def same_tokenizer(one, other, where: str) -> None:
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
-    """sha256 over the vocabulary, merges, special tokens and chat template."""
-    if hasattr(tokenizer, "backend_tokenizer"):  # padding and truncation are whatever the last batch asked for
+    """Return the sha256 of vocabulary, merges, special tokens and chat template."""
+    if hasattr(tokenizer, "backend_tokenizer"):  # padding and truncation depend on the last batch
         backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
     else:
         backend = sorted(tokenizer.get_vocab().items())
@@ -79,7 +80,10 @@ def tokenizer_fingerprint(tokenizer) -> str:
 
 
 def difference_of(one, other) -> str | None:
-    """The first difference that a text can show, in a few words; None if there is none. As `same_tokenizer`."""
+    """Return the first difference that a text can show, in a few words, or None.
+
+    Arguments are those of `same_tokenizer`.
+    """
     ours, theirs = one.get_vocab(), other.get_vocab()
     for token in ours.keys() & theirs.keys():
         if ours[token] != theirs[token]:
@@ -95,14 +99,21 @@ def difference_of(one, other) -> str | None:
 
 
 def probes(one, other) -> list[str]:
-    """Texts to compare two tokenizers on: TEXTS; every added token of either, in a text; and pieces of the policy's
-    vocabulary, evenly taken and strung together, with those that only one of the two knows."""
+    """Return texts to compare two tokenizers on.
+
+    They are TEXTS; every added token of either one, within a text; tokens that only one of them
+    has; and tokens of the policy's vocabulary, evenly chosen and joined.
+
+    Args:
+        one: The policy's.
+        other: The other one.
+    """
     ours, theirs = one.get_vocab(), other.get_vocab()
     added = sorted({str(t) for t in [*one.added_tokens_decoder.values(), *other.added_tokens_decoder.values()]})
     texts = [*TEXTS, *(f"a {token} b" for token in added if token.strip())]
     for tokenizer, vocabulary, unknown in ((one, ours, theirs), (other, theirs, ours)):
-        alone = [i for token, i in sorted(vocabulary.items()) if token not in unknown and token not in added]
-        texts += [tokenizer.decode([i]) for i in alone[: PIECES // AT_ONCE]]
+        only_here = [i for token, i in sorted(vocabulary.items()) if token not in unknown and token not in added]
+        texts += [tokenizer.decode([i]) for i in only_here[: PIECES // AT_ONCE]]
     ids = sorted(i for token, i in ours.items() if token not in added)
     ids = ids[:: max(1, len(ids) // PIECES)]
     texts += [one.decode(ids[at::AT_ONCE][:AT_ONCE]) for at in range(0, min(len(ids), PIECES // AT_ONCE))]
@@ -110,7 +121,10 @@ def probes(one, other) -> list[str]:
 
 
 def template_difference(one, other) -> str | None:
-    """Where the chat templates write something else, as ids; None if nowhere."""
+    """Return where the chat templates write different ids, in a few words, or None.
+
+    Arguments are those of `probes`.
+    """
     if other.chat_template is None:
         return "it has no chat template"
     for opens in (True, False):
@@ -127,12 +141,25 @@ def template_difference(one, other) -> str | None:
 
 
 def written(tokenizer, opens: bool) -> list:
-    """The ids of each of CONVERSATIONS, or the template's refusal. opens: with the prompt for an answer."""
+    """Return the ids of each of CONVERSATIONS, or the template's refusal.
+
+    Args:
+        tokenizer: Has the template.
+        opens: Whether the text ends with what opens the answer.
+    """
     return list(render(tokenizer, CONVERSATIONS, tokenize=[True] * len(CONVERSATIONS), add_generation_prompt=opens))
 
 
 def written_alike(tokenizer, one, opens: bool) -> list:
-    """As `written`; a clock of the template is stopped as that of `one` is, which base has done: no matter of texts."""
+    """Return the result of `written` with the template's clock stopped as in the policy's template.
+
+    base stops the clock, which makes no difference to texts.
+
+    Args:
+        tokenizer: The other tokenizer.
+        one: The policy's.
+        opens: As of `written`.
+    """
     kept = tokenizer.chat_template
     try:
         if isinstance(kept, str) and isinstance(one.chat_template, str):
@@ -143,7 +170,13 @@ def written_alike(tokenizer, one, opens: bool) -> list:
 
 
 def named(tokenizer, ids: Sequence[int], other: Sequence[int]) -> str:
-    """A few tokens of `ids` from where they differ from `other`, with their ids."""
+    """Return a few tokens, with their ids, from where two lists of ids differ.
+
+    Args:
+        tokenizer: Names the tokens.
+        ids: The list to show.
+        other: The list to compare with, or a template's refusal.
+    """
     other = [] if isinstance(other, TemplateError) else other
     at = next((i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), min(len(ids), len(other)))
     tokens = [
@@ -154,14 +187,22 @@ def named(tokenizer, ids: Sequence[int], other: Sequence[int]) -> str:
 
 
 def shown(text: str) -> str:
+    """Return a text in quotes, shortened to 40 characters."""
     return repr(text if len(text) <= 40 else text[:39] + "…")
 
 
 @torch.no_grad()
 def fit_rows(model, rows: int):
-    """A reward model whose embedding has a row for each id that the policy can sample or pad with: those that it lacks
-    are the mean of its own."""
-    if (getattr(model.config.get_text_config(), "vocab_size", None) or 0) >= rows:  # some name no embedding (TrOCR)
+    """Give a reward model a row for each id that the policy can sample or pad with.
+
+    Args:
+        model: Changed; missing rows of the embedding become the mean of its own.
+        rows: How many rows are needed at least.
+
+    Returns:
+        The model.
+    """
+    if (getattr(model.config.get_text_config(), "vocab_size", None) or 0) >= rows:  # TrOCR does not name its embedding
         return model
     have = model.get_input_embeddings().weight.shape[0]
     if have < rows:

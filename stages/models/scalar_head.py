@@ -1,7 +1,11 @@
-"""A scalar head on the trunk of a causal language model: reward and value models of families that bring no such class.
+"""A scalar head on the trunk of a causal language model: reward and value models
+of families that have no class for them.
 
-The file scalar_head.py of a published folder is this text and, below it, the class of the one model that lies there.
+The file scalar_head.py of a published folder is this text followed by the class of its model.
+Published folders are recognised by the first line above, so it must not change.
 """
+
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -9,11 +13,14 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 
 class ScalarHead:
-    """Mixed into a family's pretrained class. A subclass names its trunk; the logits are those of the head `score` at
-    the last token of each row that is not padding. No cache is asked for: a score needs one pass."""
+    """Put a scalar head on a family's trunk; mixed into the family's pretrained class.
+
+    A subclass names its trunk. The logits are those of the head `score` at the last token of each
+    row that is not padding. No cache is used: a score needs one pass.
+    """
 
     trunk_class = None
-    trunk_options = {}  # more arguments of the trunk's constructor
+    trunk_options: ClassVar[dict] = {}  # more arguments of the trunk's constructor
 
     def __init__(self, config):
         super().__init__(config)
@@ -23,11 +30,11 @@ class ScalarHead:
         self.post_init()
 
     @classmethod
-    def is_custom_code(cls):  # else transformers would leave buffers of its own trunks as memory happened to be
+    def is_custom_code(cls):  # otherwise transformers would not initialize buffers of its own trunks
         return cls.trunk_class.is_custom_code()
 
     @classmethod
-    def _can_set_attn_implementation(cls):  # transformers reads the file of the class for these two
+    def _can_set_attn_implementation(cls):  # transformers would look into the source file of the class
         return cls.trunk_class._can_set_attn_implementation()
 
     @classmethod
@@ -42,11 +49,13 @@ class ScalarHead:
 
         Args:
             input_ids: (rows, tokens), padded with config.pad_token_id on either side.
-            attention_mask: (rows, tokens), 0 where padding is; None: told by the padding's id.
+            attention_mask: (rows, tokens), 0 at padding; None: padding is where its id is.
             labels: (rows,) or (rows, labels) for transformers' loss of a sequence classification.
-            use_cache, cache, past_key_values: are not read.
-            return_dict: False gives a tuple.
-            options: for the trunk.
+            use_cache: Ignored.
+            cache: Ignored.
+            past_key_values: Ignored.
+            return_dict: False returns a tuple.
+            options: For the trunk.
 
         Returns:
             transformers' output with logits (rows, labels), and the loss if there are labels.

@@ -1,9 +1,10 @@
-"""Models in parts: each process holds a share of every weight, its gradient and its moments (torch's FSDP2; ZeRO-3).
+"""Shard models: each process holds a share of every weight, its gradient and its moments.
 
-A forward pass through a sharded model gathers one decoder layer after the other, in all processes at once: they must
-take as many passes as each other (`parallel.padded_micro_batches`). The sampler, whose passes nobody can count before, reads a copy
-that is gathered whole (`whole`). Only the first process reads models whole: it makes them (`made_by_first`)
-and hands out the parts (`shard`).
+This is torch's FSDP2 (ZeRO-3). A forward pass through a sharded model all-gathers one decoder layer
+after the other, in all processes at once, so all must make the same number of passes
+(`parallel.padded_micro_batches`). The sampler's number of passes is not known beforehand, so it
+reads a copy that is gathered whole (`whole`). Only rank 0 reads models from disk: it makes them
+(`made_by_first`) and sends out the shards (`shard`).
 """
 
 import copy
@@ -24,13 +25,21 @@ from stages.models.ensemble import members
 from stages.models.packing import packs, register
 from stages.models.precision import castable, uncast
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 def made_by_first(make: Callable[[], nn.Module]) -> nn.Module:
-    """make() in the first process; in the others that model as it then is, buffers and all, but without its weights,
-    which `shard` hands out. Whatever make() learns by trying the model (can it pack? is its head linear?) is thereby
-    known to every process; a UserError in make() is raised everywhere."""
+    """Make a model on rank 0, and on the other ranks the same model without its weights.
+
+    Buffers and attributes are sent to the other ranks; `shard` sends the weights. Whatever make()
+    finds out by trying the model (can it pack? is its head linear?) is thus known to every process.
+
+    Args:
+        make: Returns the model.
+
+    Raises:
+        UserError: make() raised it on rank 0; it is raised on all ranks.
+    """
     made: list[nn.Module] = []
 
     def described() -> bytes | None:
@@ -47,14 +56,18 @@ def made_by_first(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _unpacked(sent: bytes | None) -> nn.Module | None:
-    """None where a model cannot be described to another process, as code that came with its weights (trust_remote_code)
-    may not be known there: then it is read whole."""
+    """Return the model that rank 0 described, or None if it cannot be described.
+
+    Code that came with a model (trust_remote_code) may not be importable on this rank; then the
+    model is read whole here too.
+    """
     try:
         model = pickle.loads(sent or b"")
     except (EOFError, ImportError, AttributeError):
         return None
     inner = plain(model)
-    if packs(model):  # attention is named in the configuration, and known by that name in a process that has set it
+    # The configuration names the attention function, which each process registers by itself.
+    if packs(model):
         register(inner)
     else:
         inner.set_attn_implementation(inner.config._attn_implementation)
@@ -62,9 +75,16 @@ def _unpacked(sent: bytes | None) -> nn.Module | None:
 
 
 def shard(model, device: torch.device, *, mean: bool = False) -> None:
-    """Leave to this process its share of each weight, on `device`; all processes call it with the same model, whose
-    weights are those in the first process. One alone keeps the whole. Gradients become sums over the processes (mean:
-    means)."""
+    """Keep this process's share of each weight, on `device`.
+
+    All processes call it with the same model, whose weights are those on rank 0. With one process
+    the model stays whole.
+
+    Args:
+        model: Made by `made_by_first`; changed.
+        device: Where the shard goes.
+        mean: Whether gradients are averaged over processes; otherwise they are summed.
+    """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     if rank_and_world_size()[1] == 1:
@@ -73,15 +93,18 @@ def shard(model, device: torch.device, *, mean: bool = False) -> None:
     mesh = dist.init_device_mesh(device.type, (rank_and_world_size()[1],))
     for member in members(model):
         inner = plain(member)
-        member.__dict__["skeleton"] = skeleton_of(member).to(device)  # not a submodule
+        # By __dict__, so that it is no submodule, with parameters of its own.
+        member.__dict__["skeleton"] = skeleton_of(member).to(device)
         for layer in layers_of(inner):
             _hand_over(layer, device)
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         _hand_over(inner, device)
-        fully_shard(inner, mesh=mesh, reshard_after_forward=True)  # else old weights would outlive a load
+        # Resharded too: otherwise gathered weights would survive the loading of others.
+        fully_shard(inner, mesh=mesh, reshard_after_forward=True)
+        # `compute` becomes a forward method to FSDP, which gathers the weights around each call.
         inner.__dict__["compute"] = lambda function: function()
         register_fsdp_forward_method(inner, "compute")
-        if not mean:
+        if not mean:  # losses are divided by the global count already
             for module in parts_of(inner):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
@@ -89,8 +112,9 @@ def shard(model, device: torch.device, *, mean: bool = False) -> None:
 
 @torch.no_grad()
 def _hand_over(module: nn.Module, device: torch.device) -> None:
-    """The weights of `module` that are not in parts yet go from the first process to all, whatever those hold."""
+    """Broadcast the weights of a module that are not sharded yet from rank 0."""
     weights = [p for p in module.parameters() if not isinstance(p, DTensor)]
+    # Shapes and dtypes differ: other ranks have empty weights.
     kinds = from_rank_zero(lambda: [(p.shape, p.dtype) for p in weights])
     for p, (shape, dtype) in zip(weights, kinds, strict=True):
         x = p.data.to(device).contiguous() if is_rank_zero() else torch.empty(shape, dtype=dtype, device=device)
@@ -99,18 +123,23 @@ def _hand_over(module: nn.Module, device: torch.device) -> None:
 
 
 def is_sharded(model) -> bool:
+    """Return whether a model is sharded."""
     from torch.distributed.fsdp import FSDPModule
 
     return any(isinstance(plain(member), FSDPModule) for member in members(model))
 
 
 def layers_of(inner) -> list[nn.Module]:
-    """The decoder layers of a transformers model; a UserError where it does not name them."""
+    """Return the decoder layers of a transformers model.
+
+    Raises:
+        UserError: transformers does not name them.
+    """
     names = set(inner._no_split_modules or ())
     found = {name: module for name, module in inner.named_modules() if type(module).__name__ in names}
     if not found:
         raise UserError(
-            f"launch.strategy: fsdp2 shares out layer by layer, and transformers names no layers of a "
+            f"launch.strategy: fsdp2 shards layer by layer, and transformers names no layers of a "
             f"{inner.config.model_type} model; use ddp"
         )
     parents = lambda name: (name[:i] for i, c in enumerate(name) if c == ".")  # noqa: E731
@@ -118,15 +147,25 @@ def layers_of(inner) -> list[nn.Module]:
 
 
 def parts_of(inner) -> list[nn.Module]:
-    """What is gathered at a time in a pass: its layers, and itself for the rest; nothing if it is not sharded."""
+    """Return the modules that are all-gathered one at a time in a pass; [] without sharding.
+
+    They are the decoder layers, and the model itself for its remaining weights.
+    """
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in inner.modules() if isinstance(module, FSDPModule)]
 
 
-def compute(model, function: Callable[[], Found]) -> Found:
-    """function(), which reads weights of `model` outside the forward of it or of a layer: a sharded model's are
-    gathered for it, and their gradients shared out after its backward pass."""
+def compute(model, function: Callable[[], Result]) -> Result:
+    """Call a function that reads weights of a model outside its forward pass.
+
+    A sharded model's weights are gathered for the call, and their gradients are sharded again after
+    its backward pass.
+
+    Args:
+        model: Whose weights are read.
+        function: Takes no arguments; its result is returned.
+    """
     if not is_sharded(model):
         return function()
     with casting_anew(next(model.parameters()).device.type):
@@ -134,25 +173,31 @@ def compute(model, function: Callable[[], Found]) -> Found:
 
 
 def casting_anew(device: str) -> torch.autocast:
-    """Autocast as it is, without its cache: that would keep a cast of every layer that was gathered."""
+    """Return autocast as it is set, but without its cache.
+
+    The cache would keep a cast copy of every layer that was gathered.
+    """
     casts, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return torch.autocast(device, dtype=dtype, enabled=casts, cache_enabled=False)
 
 
 def skeleton_of(model) -> nn.Module:
-    """A copy of the model without its weights; it shares its configuration."""
+    """Return a copy of a model without its weights; it shares the configuration."""
     inner = plain(model)
     known = {id(p): nn.Parameter(p.new_empty(0), requires_grad=p.requires_grad) for p in model.parameters()}
     copied = copy.deepcopy(model, known | {id(inner.config): inner.config})
     for module in (copied, plain(copied)):
-        module.__dict__.pop("forward", None)  # trl's, which reads the model that it was made for
+        module.__dict__.pop("forward", None)  # trl's, which is bound to the original model
     return copied
 
 
 @contextmanager
 def whole(model) -> Iterator[nn.Module]:
-    """The model with all its weights in this process, for work that other processes do not follow; inside, nothing
-    trains. A sharded one is gathered by all of them into a copy, its linear layers in the dtype of autocast."""
+    """Yield the model with all its weights, for work that other processes do not follow.
+
+    A sharded model is gathered into a copy, by all processes together, with linear layers in the
+    dtype of autocast. Nothing in it trains.
+    """
     if not is_sharded(model):
         yield model
         return
@@ -165,22 +210,36 @@ def whole(model) -> Iterator[nn.Module]:
             p.data = p.new_empty(0)
 
 
-def publishable(model, again: Callable[[], nn.Module] | None = None) -> nn.Module:
-    """In the first process: the model on the CPU, with all its weights in float32; a sharded one is gathered by all
-    processes into a copy. again() → what the model was made from, where frozen weights may be cast."""
+def publishable(model, reload: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """Return the model whole, on the CPU and in float32, on rank 0.
+
+    All processes call it; a sharded model is gathered into a copy. On the other ranks the result
+    has no weights (a model that is not sharded is returned as it is).
+
+    Args:
+        model: The model.
+        reload: Loads the model that it was made from; None: no frozen weights were cast.
+    """
     if is_sharded(model):
         inside = copy.deepcopy(model.skeleton).cpu()
         _fill(inside, model, keep=is_rank_zero())
         model = inside
     if is_rank_zero():
         model.cpu()
-        if again is not None:
-            uncast(model, again)
+        if reload is not None:
+            uncast(model, reload)
     return model
 
 
 @torch.no_grad()
 def _fill(inside, model, keep: bool) -> None:
+    """Gather the weights of a sharded model into a copy without weights.
+
+    Args:
+        inside: The copy; changed.
+        model: The sharded model.
+        keep: Whether this process keeps them; all take part.
+    """
     device = next(inside.parameters()).device
     casts = torch.is_autocast_enabled(device.type)
     linear = set(map(id, castable(inside))) if casts else set()
@@ -193,8 +252,10 @@ def _fill(inside, model, keep: bool) -> None:
 
 @torch.no_grad()
 def full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of sharded weights made whole on the CPU, by all processes, one at a time; others as they are. Processes
-    that do not save get empty ones."""
+    """Gather tensors of sharded weights on the CPU, one at a time, by all processes together.
+
+    Other tensors stay as they are. Ranks that do not save get empty tensors.
+    """
     found = {}
     for name, x in tensors.items():
         if isinstance(x, DTensor):
@@ -205,7 +266,7 @@ def full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def like(parameter: Tensor, x: Tensor) -> Tensor:
-    """A whole tensor as `parameter` is held: sharded if that is; else on its device."""
+    """Return a whole tensor sharded as `parameter` is; if that is not sharded, on its device."""
     if not isinstance(parameter, DTensor) or isinstance(x, DTensor):
         return x.to(parameter.device)
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -213,10 +274,10 @@ def like(parameter: Tensor, x: Tensor) -> Tensor:
 
 
 def number(x) -> float:
-    """A scalar tensor, also one that is held by several processes."""
+    """Return a scalar tensor as a float; it may be distributed over processes."""
     return float(x.full_tensor() if isinstance(x, DTensor) else x)
 
 
 def part(x: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+    """Return the share of a tensor that this process holds."""
     return x.to_local() if isinstance(x, DTensor) else x

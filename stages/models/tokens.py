@@ -1,5 +1,8 @@
-"""A model's tokenizer as the stages need it: its chat template for good, an end of turn, an end of documents, padding,
-and rows of the model for every token. What is changed is said."""
+"""Settle the tokenizer of a pretrained model for all stages, and say what was changed.
+
+The stages need a chat template that does not change, a token that ends a turn, one that ends a
+document, padding, and a row of the model for every token.
+"""
 
 import copy
 from collections.abc import Mapping
@@ -16,18 +19,20 @@ from data.templates import is_foreign
 from pipeline.errors import UserError
 from stages.models.remote_code import is_remote
 
-PADS = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")  # known names that nobody says
+PADS = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")  # usual names; nobody writes them
 NEW_PAD = "<|pad|>"
 
 
 @dataclass(frozen=True)
 class Settled:
-    """What `settle_tokens` did. lines: for people. new_tokens: ids of tokens whose rows in the model are random, but
-    not that of padding. stopped: the moment at which the template's clock stands still; None without a clock."""
+    """What `settle_tokens` changed."""
 
     lines: list[str] = field(default_factory=list)
+    """What to tell the user."""
     new_tokens: list[int] = field(default_factory=list)
+    """Ids of tokens whose rows in the model are random, except padding's."""
     stopped: datetime | None = None
+    """The moment at which the template's clock stands still; None if it has no clock."""
 
 
 def settle_tokens(
@@ -42,15 +47,15 @@ def settle_tokens(
     """Make a pretrained model and its tokenizer ready for all stages; both are changed.
 
     Args:
-        model: A causal language model, as it was loaded.
-        tokenizer: Its tokenizer, as it was loaded.
+        model: A causal language model, as loaded.
+        tokenizer: Its tokenizer, as loaded.
         name: What the model is called in errors.
-        template: The text of a chat template in the place of the tokenizer's own.
-        variables: The template's variables that are set for good.
-        moment: The date and time that the template writes from now on, if it writes any.
+        template: Text of a chat template in place of the tokenizer's own.
+        variables: The template's variables to set for good.
+        moment: Date and time that the template writes from now on, if it writes any.
 
     Raises:
-        UserError: No template, one that fails, or no end token.
+        UserError: There is no template, or one that fails, or no end token.
     """
     where = "model.name_or_path" if template is None else "model.chat_template"
     lines, stopped = settle_template(tokenizer, name, template, variables or {}, moment, where)
@@ -59,11 +64,11 @@ def settle_tokens(
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.name_or_path: the tokenizer of {name!r} names no end token, and its chat template writes none "
-            f"behind an answer; name one as eos_token in its tokenizer_config.json"
+            f"after an answer; name one as eos_token in its tokenizer_config.json"
         )
     if given != tokenizer.eos_token:
         was = "and its tokenizer names no end token" if given is None else f"not with its tokenizer's {given}"
-        lines.append(f"its chat template ends turns with {tokenizer.eos_token}, {was}: that is EOS from here on")
+        lines.append(f"its chat template ends turns with {tokenizer.eos_token}, {was}: that is EOS from now on")
     ends = settle_document_end(tokenizer, given, ids_that_end(model), model.get_input_embeddings().weight.shape[0])
     if ends != tokenizer.eos_token:
         lines.append(f"documents end with {ends}, as in pretraining; turns with {tokenizer.eos_token}")
@@ -83,8 +88,13 @@ def settle_tokens(
 def settle_template(
     tokenizer, name: str, template: str | None, variables: Mapping[str, object], moment: datetime, where: str
 ) -> tuple[list[str], bool]:
-    """Give the tokenizer its chat template for good; return lines of what was changed, and whether the template's clock
-    was stopped. See `settle_tokens`."""
+    """Give the tokenizer its final chat template.
+
+    Arguments are those of `settle_tokens`, with `where`: the setting that names the template.
+
+    Returns:
+        Lines about what was changed, and whether the template's clock was stopped.
+    """
     if template is not None:
         tokenizer.chat_template = template
     if tokenizer.chat_template is None:
@@ -92,12 +102,12 @@ def settle_template(
             f"model.name_or_path: the tokenizer of {name!r} has no chat template; choose an instruct or chat variant, "
             f"or give a template as model.chat_template: FILE"
         )
-    if not is_foreign(tokenizer, trusted=""):  # code that came with it renders
+    if not is_foreign(tokenizer, trusted=""):  # its own code renders messages
         if template is not None or variables:
             key = "chat_template" if template is not None else "chat_template_kwargs"
             raise UserError(
-                f"model.{key}: the tokenizer of {name!r} writes messages by code of its own, which reads no such "
-                f"setting; leave it out"
+                f"model.{key}: the tokenizer of {name!r} writes messages with code of its own, which does not use "
+                f"this setting; leave it out"
             )
         return [], False
     try:
@@ -138,7 +148,7 @@ def writes_the_day(tokenizer, template: str) -> bool:
             tokenizer.chat_template = at_moment(template, moment)
             found = render(tokenizer, conversations, tokenize=[False] * 4, add_generation_prompt=True)
             texts.append([str(text) for text in found])
-    except Exception:  # a template may raise what it likes; `end_turns_with_eos` tells
+    except Exception:  # a template may raise anything; `end_turns_with_eos` reports it
         return True
     finally:
         tokenizer.chat_template = kept
@@ -146,14 +156,21 @@ def writes_the_day(tokenizer, template: str) -> bool:
 
 
 def end_turns_with_eos(tokenizer, where: str = "model.name_or_path") -> None:
-    """Make EOS what the chat template puts behind an assistant's turn: taught, sampled until, and in earlier turns too.
+    """Make EOS the token that the chat template writes after an assistant's turn.
 
-    Some models end turns with another token than their tokenizer's EOS (Gemma: <end_of_turn>). UserError where the
-    template fails; where: the setting that names it.
+    It is then taught, ends sampling, and ends earlier turns too. Some models end turns with another
+    token than their tokenizer's EOS (Gemma: <end_of_turn>).
+
+    Args:
+        tokenizer: Changed.
+        where: The setting that names the template, for the error line.
+
+    Raises:
+        UserError: The template fails.
     """
     try:
         token = end_of_turn(tokenizer)
-    except Exception as problem:  # a template may raise what it likes
+    except Exception as problem:  # a template may raise anything
         remedy = "" if where == "model.chat_template" else "; give one that works as model.chat_template: FILE"
         what = f"its chat template fails on one question and answer ({problem}){remedy}"
         raise UserError(f"{where}: {what}") from None
@@ -162,8 +179,10 @@ def end_turns_with_eos(tokenizer, where: str = "model.name_or_path") -> None:
 
 
 def give_pad_token(tokenizer) -> str | None:
-    """Give the tokenizer a pad token that is not EOS, so that the last real token of a row can be told from padding by
-    anyone; return what was done, None where nothing was."""
+    """Give the tokenizer a pad token that is not EOS, and return what was done, or None.
+
+    Anyone can then tell the last real token of a row from padding.
+    """
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return None
     known = tokenizer.get_vocab()
@@ -176,7 +195,7 @@ def give_pad_token(tokenizer) -> str | None:
 
 
 def ids_that_end(model) -> list[int]:
-    """Return the ids that a model's configuration and generation configuration name as ends, as given, in order."""
+    """Return the ids that a model's configurations name as ends, in order."""
     found: list[int] = []
     for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
         ids = getattr(config, "eos_token_id", None)
@@ -185,15 +204,21 @@ def ids_that_end(model) -> list[int]:
 
 
 def settle_document_end(tokenizer, given: str | None, ends: list[int], rows: int) -> str:
-    """Record in the tokenizer what ended a document in pretraining, where it is not EOS; return that token.
+    """Find the token that ended a document in pretraining, and record it in the tokenizer.
+
+    It is recorded only if `document_end` would find another one.
 
     Args:
-        tokenizer: The tokenizer, whose EOS ends turns.
-        given: Its EOS as it came. Where the template ends turns with another token, this one ended documents.
-        ends: Ids that the model's configurations name as ends. Where EOS ends turns alone, as <|eot_id|> does, a
-            special token among them with a usual name ended documents, or else the vocabulary's (`document_end`), or
-            else another of them.
-        rows: Of the model as it came: a token without one ended nothing in pretraining.
+        tokenizer: Its EOS ends turns.
+        given: Its original EOS. If the template ends turns with another token, this one ended
+            documents.
+        ends: Ids that the model's configurations name as ends. If EOS ends turns only, as
+            <|eot_id|> does, documents ended with a special token among these that has a usual name;
+            otherwise with the vocabulary's (`document_end`); otherwise with another of these.
+        rows: Rows of the original model: a token without one ended nothing in pretraining.
+
+    Returns:
+        The token.
     """
     eos = tokenizer.eos_token
     special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -214,8 +239,14 @@ def settle_document_end(tokenizer, given: str | None, ends: list[int], rows: int
 
 
 def add_rows(model, tokenizer) -> list[str]:
-    """Give the model a row (and its head an output) for each token of the tokenizer; return the tokens that had none,
-    by id."""
+    """Give the model a row, and its head an output, for each token of the tokenizer.
+
+    Returns:
+        The tokens that had none, ordered by id.
+
+    Raises:
+        UserError: The model's class cannot be resized.
+    """
     known = tokenizer.get_vocab()
     before, size = model.get_input_embeddings().weight.shape[0], 1 + max(known.values())
     if size <= before:
@@ -228,16 +259,20 @@ def add_rows(model, tokenizer) -> list[str]:
         tokens = ", ".join(new[:8]) + ", \u2026" * (len(new) > 8)
         raise UserError(
             f"model.name_or_path: the model has no row for {tokens}, and a {type(model).__name__} cannot be given one "
-            f"({table} has a row for each token, too); let its tokenizer name tokens that the model has, as pad_token "
-            f"for example"
+            f"({table} also has a row for each token); let its tokenizer name tokens that the model has, for example "
+            f"as pad_token"
         )
     return new
 
 
 def left_behind(model, before: int, after: int) -> str | None:
-    """Return the name of a tensor that still has a row for each of `before` tokens, where the model's configuration now
-    asks for `after`: a table that transformers does not resize. None where there is none, or the class is code of the
-    model's own."""
+    """Return the name of a tensor that transformers did not resize, or None.
+
+    Args:
+        model: A model with resized embeddings; of one with its own code, nothing is found.
+        before: Rows before resizing.
+        after: Rows that its configuration now asks for.
+    """
     if is_remote(model):
         return None
     with torch.device("meta"):
@@ -248,11 +283,11 @@ def left_behind(model, before: int, after: int) -> str | None:
 
 
 def agreement_lines(tokenizer, variables: Mapping[str, object]) -> list[str]:
-    """Return a line that says where rows are not what the chat template writes; none where they are.
+    """Return a line about where rows differ from what the chat template writes; [] if nowhere.
 
     Args:
-        tokenizer: The tokenizer with its chat template.
-        variables: Those of the template that are set.
+        tokenizer: Has the chat template.
+        variables: Of the template, as set.
     """
     found = probe(tokenizer)
     if not found:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.page.graph import draw_graph
 from stages.page.inline import TIPS, inline_svg
-from stages.page.palette import COLOURS, SHAPES, SIZES, colour
+from stages.page.palette import COLOURS, MARKER_SCALES, SHAPES, colour
 from stages.page.plot import Cloud, Curves, Dots, Graph, Label, Level, Line, Mark, Plot, Rows, Spans, known_points
 
 if TYPE_CHECKING:
@@ -40,14 +40,15 @@ STYLE = {
     "ytick.color": COLOURS["line"],
     "ytick.labelcolor": COLOURS["soft"],
     "ytick.major.size": 0,
+    "ytick.major.pad": 7,
     "xtick.minor.size": 0,
     "ytick.minor.size": 0,
     "legend.frameon": False,
     "legend.fontsize": 11,
     "legend.labelcolor": COLOURS["soft"],
 }
-SMALL, LARGE = (320, 225), (520, 320)
-"""Width and height in CSS pixels; text is 12 pixels high in both."""
+SIZES = {"small": (320, 225), "large": (520, 320), "full": (940, 430)}
+"""Size of a plot → its width and height in CSS pixels; text is 12 pixels high in all of them."""
 DPI = 200
 """Resolution of the PNG files, of which a CSS pixel is 1/72 inch."""
 ROW_HEIGHT = 38
@@ -83,40 +84,49 @@ def picture(plot: Plot, folder: Path | None = None) -> Picture:
     with matplotlib.style.context(["default", STYLE]):
         if folder is not None:
             folder.mkdir(exist_ok=True)
-            figure = draw(plot, is_large=plot.large, is_alone=True)
+            figure = draw(plot, plot.size, is_alone=True)
             figure.savefig(folder / f"{plot.name}.png", dpi=DPI, facecolor="white", metadata={"Software": None})
-        small = inline_svg(draw(plot, is_large=False), plot, "narrow" if plot.large else "")
-        large = inline_svg(draw(plot, is_large=True), plot, "wide") if plot.large else ""
-    return Picture(plot, small + large)
+        if plot.size == "small":
+            svg = inline_svg(draw(plot, "small"), plot, "")
+        else:
+            svg = inline_svg(draw(plot, "small"), plot, "narrow") + inline_svg(draw(plot, plot.size), plot, "wide")
+    return Picture(plot, svg)
 
 
-def draw(plot: Plot, *, is_large: bool, is_alone: bool = False) -> "Figure":
+def draw(plot: Plot, size: str, *, is_alone: bool = False) -> "Figure":
     """Draw a plot with matplotlib.
 
     Args:
         plot: The plot.
-        is_large: Whether it is drawn at the large size.
+        size: A key of `SIZES`.
         is_alone: Whether the picture carries its title and legend, which the page writes itself.
     """
     if isinstance(plot.drawing, Graph):
         return draw_graph(plot.drawing)
     from matplotlib.figure import Figure
 
-    width, height = LARGE if is_large else SMALL
+    width, height = SIZES[size]
     if isinstance(plot.drawing, Rows):
         height = ROW_HEIGHT * len(plot.drawing.rows) + 50
     height += 30 + 17 * math.ceil(len(plot.keys) / 3) if is_alone else 0
     figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
-    figure.get_layout_engine().set(w_pad=2 / 72, h_pad=3 / 72)
+    engine = figure.get_layout_engine()
+    engine.set(w_pad=2 / 72, h_pad=3 / 72)
     axes = figure.add_subplot()
     if is_alone:
         figure.suptitle(plot.title, x=0.02, ha="left", fontsize=13, fontweight="bold", color=COLOURS["ink"])
         if plot.keys:
             figure.legend(handles=[handle(key) for key in plot.keys], loc="outside lower left", ncols=3)
+    labels: list[Label] = []
     if isinstance(plot.drawing, Rows):
         draw_rows(axes, plot.drawing)
     else:
         draw_curves(axes, plot.drawing)
+        labels = [mark for mark in plot.drawing.marks if isinstance(mark, Label)]
+    # Compute the layout once and fix it: labels need it, and matplotlib would draw all twice.
+    engine.execute(figure)
+    figure.set_layout_engine("none")
+    place_labels(axes, labels)
     return figure
 
 
@@ -146,9 +156,6 @@ def draw_curves(axes: "Axes", drawing: Curves) -> None:
                    loc="left", fontsize=12, color=COLOURS["soft"])  # fmt: skip
     for mark in drawing.marks:
         draw_mark(axes, mark)
-    labels = [mark for mark in drawing.marks if isinstance(mark, Label)]
-    if labels:
-        place_labels(axes, labels)
 
 
 def extent(mark: Mark) -> list[tuple[float | None, float]]:
@@ -229,7 +236,7 @@ def tick_text(value: float) -> str:
 
 
 def draw_mark(axes: "Axes", mark: Mark) -> None:
-    """Draw one mark; labels are placed after all marks are drawn."""
+    """Draw one mark; labels are placed later, when the layout is known."""
     if isinstance(mark, Line):
         # matplotlib breaks a line at NaN.
         xs = [math.nan if x is None else x for x, _ in mark.points]
@@ -238,8 +245,7 @@ def draw_mark(axes: "Axes", mark: Mark) -> None:
     elif isinstance(mark, Dots):
         draw_dots(axes, mark)
     elif isinstance(mark, Cloud):
-        xs, ys = columns_of(known_points(mark.points))
-        axes.plot(xs, ys, "o", color=colour(mark.tone), markersize=3.6, markeredgewidth=0, alpha=0.3)
+        draw_cloud(axes, mark)
     elif isinstance(mark, Spans):
         xs, lows, highs = (list(column) for column in zip(*mark.spans, strict=True))
         axes.vlines(xs, lows, highs, color=colour(mark.tone), linewidth=2.5, alpha=0.65)
@@ -250,14 +256,28 @@ def draw_mark(axes: "Axes", mark: Mark) -> None:
 def draw_dots(axes: "Axes", dots: Dots) -> None:
     """Draw markers with a light edge, each with its tooltip."""
     points = known_points(dots.points)
+    if not points:
+        return
     xs, ys = columns_of(points)
     shape = SHAPES.get(dots.tone, "o")
-    size = dots.size * SIZES.get(shape, 1.0)
+    size = dots.size * MARKER_SCALES.get(shape, 1.0)
     (line,) = axes.plot(xs, ys, shape, color=colour(dots.tone), markersize=size, clip_on=False, zorder=3)
     line.set_markeredgecolor(COLOURS["card"])
     line.set_markeredgewidth(1)
-    tips = dots.tips or [f"{y:.4g} at {x:.4g}" for x, y in points]
+    tips = [tip for tip, (x, y) in zip(dots.tips, dots.points, strict=False) if x is not None and y is not None]
+    tips = tips or [f"{y:.4g} at {x:.4g}" for x, y in points]
     line.set_gid(TIPS + TIPS.join(tips))
+
+
+def draw_cloud(axes: "Axes", cloud: Cloud) -> None:
+    """Draw small dots as one path of very short lines, a tenth of the size of as many markers."""
+    length = 1e-4 * (axes.get_xlim()[1] - axes.get_xlim()[0])  # of no length, they would not be drawn
+    xs, ys = [], []
+    for x, y in known_points(cloud.points):
+        xs += [x, x + length, math.nan]
+        ys += [y, y, math.nan]
+    (line,) = axes.plot(xs, ys, color=colour(cloud.tone), linewidth=3.6, alpha=0.3)
+    line.get_path().should_simplify = False
 
 
 def draw_level(axes: "Axes", level: Level) -> None:
@@ -296,13 +316,8 @@ SIDES = (Side(9, 0, "left"), Side(-9, 0, "right"), Side(0, 14, "center"), Side(0
 
 
 def place_labels(axes: "Axes", labels: Sequence[Label]) -> None:
-    """Write each label beside its marker, on the first side where it covers nothing.
-
-    Distances in pixels are known only after the layout, so that is computed first and then fixed.
-    """
+    """Write each label beside its marker, on the first side where it covers nothing."""
     figure = axes.figure
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
     scale = 72 / figure.dpi  # from matplotlib's pixels to those of the page
     left, right = axes.get_window_extent().x0 * scale, figure.bbox.width * scale
     centres = [tuple(scale * axes.transData.transform((label.x, label.y))) for label in labels]

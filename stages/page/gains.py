@@ -34,7 +34,7 @@ def win_rates(results: dict, names: dict[str, str]) -> list[Plot]:
     if judged_by_own:
         caption += f" The judge is the model that {' and '.join(judged_by_own)} maximised, which flatters it."
     drawing = Rows(rows, "win rate against SFT", reference=0.5)
-    return [Plot("win-rates", "Win rates", caption, drawing, large=True)]
+    return [Plot("win-rates", "Win rates", caption, drawing, size="large")]
 
 
 def gold_parts(results: dict, names: dict[str, str]) -> list[Plot]:
@@ -68,7 +68,7 @@ def gold_parts(results: dict, names: dict[str, str]) -> list[Plot]:
         )
     keys = tuple(Key(names[name], name, "dot") for name in gold)
     drawing = Rows(rows, "mean gold, 0 to 1", labelled=False)
-    return [Plot("gold-by-part", "Where quality comes from", caption, drawing, keys, large=True)]
+    return [Plot("gold-by-part", "Where quality comes from", caption, drawing, keys, size="large")]
 
 
 def frontier(results: dict, journal: Journal | None, best_of: int, names: dict[str, str]) -> list[Plot]:
@@ -95,13 +95,15 @@ def frontier(results: dict, journal: Journal | None, best_of: int, names: dict[s
         "The same with the truth in place of the reward model. A gain in score that gold does not follow comes from "
         f"the reward model's mistakes.{note}"
     )
-    score_plot = Plot("score-against-kl", "Reward against KL", score_caption,
-                      against_kl(labels_of(kl, scores, names), "score of the reward model", path),
-                      (Key("PPO during training, held out", "ppo", "faint"),) if path else (), large=True)  # fmt: skip
-    gold_plot = Plot("gold-against-kl", "Gold against KL", gold_caption,
-                     against_kl(labels_of(kl, gold, names), "gold, overall (0 to 1)"), large=True)  # fmt: skip
-    plots = [(score_plot, scores), (gold_plot, gold)]
-    return [plot for plot, values in plots if len(labels_of(kl, values, names)) > 1]
+    plots = []
+    if len(labels := labels_of(kl, scores, names)) > 1:
+        keys = (Key("PPO during training, held out", "ppo", "faint"),) if path else ()
+        drawing = against_kl(labels, "score of the reward model", path)
+        plots.append(Plot("score-against-kl", "Reward against KL", score_caption, drawing, keys, size="large"))
+    if len(labels := labels_of(kl, gold, names)) > 1:
+        drawing = against_kl(labels, "gold, overall (0 to 1)")
+        plots.append(Plot("gold-against-kl", "Gold against KL", gold_caption, drawing, size="large"))
+    return plots
 
 
 def maximiser_warning(policies: dict[str, dict], names: dict[str, str]) -> str:

@@ -10,7 +10,7 @@ ALIASES = {"world": "base", "rankings": "base", "evaluate": "soft"}
 """Stages without a colour of their own → the tone that they borrow."""
 SHAPES = {"base": "s", "sft": "o", "ppo": "^", "dpo": "D", "best_of_n": "P", "rm": "v"}
 """Tone → matplotlib's marker, so that policies can be told apart without their colours."""
-SIZES = {"s": 0.9, "D": 0.8, "^": 1.1, "v": 1.1, "P": 1.1}
+MARKER_SCALES = {"s": 0.9, "D": 0.8, "^": 1.1, "v": 1.1, "P": 1.1}
 """Marker → the factor by which it is drawn larger or smaller, so that all look alike in size."""
 
 

@@ -35,7 +35,7 @@ class Dots:
     size: float = 7.0
     """The diameter in pixels."""
     tips: Sequence[str] = ()
-    """A tooltip for each point; empty for "y at x"."""
+    """The tooltip of each point; without any, it is "y at x"."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +176,8 @@ class Plot:
     """Its legend."""
     metrics: tuple[str, ...] = ()
     """The names under which metrics.jsonl holds what it shows."""
-    large: bool = False
-    """Whether it is drawn large where there is room."""
+    size: Literal["small", "large", "full"] = "small"
+    """How large it is drawn where there is room: three, two or one to a row of the page."""
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:

@@ -60,7 +60,7 @@ def length_plots(samples: list[dict[str, Any]], policies: Sequence[str], names: 
     )
     keys = tuple(Key(names[name], name, "dot") for name in curves)
     drawing = Curves(marks, "length, tokens", "score")
-    return [Plot("score-against-length", "Score against length", caption, drawing, keys, large=True)]
+    return [Plot("score-against-length", "Score against length", caption, drawing, keys, size="large")]
 
 
 def cluster_of(row: dict[str, Any]) -> str:
@@ -106,7 +106,7 @@ def gold_over_all(points: dict[str, list[tuple[float, float, str]]], names: dict
     )
     keys = tuple(Key(names[name], name, "dot") for name in points)
     drawing = Curves(marks, SCORE, GOLD, y_includes=(0.0, 1.0))
-    return Plot("gold-against-score", "Gold against score, all samples", caption, drawing, keys, large=True)
+    return Plot("gold-against-score", "Gold against score, all samples", caption, drawing, keys, size="large")
 
 
 def gold_by_policy(points: dict[str, list[tuple[float, float, str]]], names: dict[str, str]) -> Plot:
@@ -130,7 +130,7 @@ def gold_by_policy(points: dict[str, list[tuple[float, float, str]]], names: dic
         "trained policy runs below SFT's, the reward model overrates it at the same score: over-optimisation."
     )
     drawing = Curves([*marks, *labels], SCORE, GOLD)
-    return Plot("gold-against-score-by-policy", "Gold against score, policy by policy", caption, drawing, large=True)
+    return Plot("gold-against-score-by-policy", "Gold against score, policy by policy", caption, drawing, size="large")
 
 
 def calibration(rm: dict[str, Any]) -> list[Plot]:
@@ -152,7 +152,7 @@ def calibration(rm: dict[str, Any]) -> list[Plot]:
         drawing = Curves(marks, "confidence: σ(score difference)", "share of pairs correct", y_includes=(0.4, 1.0))
         keys = (Key("reward model", "rm"), Key("perfect calibration", "soft", "faint"))
         title = "How well is the reward model calibrated?"
-        plots.append(Plot("rm-calibration", title, caption, drawing, keys, large=True))
+        plots.append(Plot("rm-calibration", title, caption, drawing, keys, size="large"))
     distances = rm.get("accuracy_by_rank_distance") or {}
     if len(distances) > 1:
         points = [(float(distance), group["accuracy"]) for distance, group in distances.items()]
@@ -161,7 +161,7 @@ def calibration(rm: dict[str, Any]) -> list[Plot]:
         caption = "Neighbours in a ranking are the hard pairs; the first and the last are the easy ones."
         drawing = Curves([Line(points, "rm"), Dots(points, "rm", 7, tips)], "ranks apart", "share of pairs correct",
                          y_includes=(0.5, 1.0))  # fmt: skip
-        plots.append(Plot("rm-rank-distance", "Accuracy by rank distance", caption, drawing, large=True))
+        plots.append(Plot("rm-rank-distance", "Accuracy by rank distance", caption, drawing, size="large"))
     return plots
 
 

@@ -1,1 +1,1 @@
-"""The stage ppo: run (the seven steps), sampling, alarms."""
+"""Train a policy by PPO-ptx: `run` is the story, each other file one of its steps."""

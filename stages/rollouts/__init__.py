@@ -1,1 +1,1 @@
-"""Prompts → responses → Rollout; one engine a file."""
+"""Turn prompts into rollouts: one rollout engine a file, `engines.py` lists them."""

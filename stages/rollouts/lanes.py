@@ -1,19 +1,25 @@
-"""A batch of sequences that grow by a token a step: a model with its cache behind three calls.
+"""Decode a batch of rows token by token: a model and its cache with three calls (a "lane").
 
-start() → logits (B, V) behind the prompts; step(tokens) → logits behind those, until the next step; keep(index) drops
-the other rows, or says False where its cache cannot. wide: the layers that `weights_first` turns round. steady: rows
-should leave seldom and many at a time.
+Four lanes serve four kinds of models:
+
+    PackedLane    models that read packed rows: each prompt once, no padding, one preallocated cache
+    RecordedLane  the same on a GPU, with a decoding step recorded as a CUDA graph
+    PaddedLane    models that take transformers' cache: prompts padded on the left
+    WholeLane     models without such a cache: every row is read from its start at each token
 """
 
 import copy
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import ModelOutput
 
 from data.groups import make_rows
 from stages.models.adapters import plain
@@ -21,104 +27,149 @@ from stages.models.families import WHOLE_ROWS, cache_name
 from stages.models.forward import next_logits
 from stages.models.packing import trunk_options
 
-WIDE = 512  # inputs from which on a linear layer counts as large
-COLUMNS = 128  # of the cache, by which a recorded step's view of it grows
-WORTH = 16  # steps that a recording must serve: making one takes as long as a few steps without
+WIDE_INPUTS = 512  # a linear layer with at least so many inputs counts as wide (`weights_first`)
+COLUMN_BLOCK = 128  # columns of the cache by which a recorded step's view of it grows
+WORTH_RECORDING = 16  # steps that a recording must serve: making one takes as long as a few steps
+
+
+class Lane(Protocol):
+    """A batch of B rows that grow by one token a step."""
+
+    steady: bool
+    """Whether rows should leave seldom, and many at a time."""
+
+    def start(self) -> Tensor:
+        """Read the prompts; return the logits (B, V) after them."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append a token to each row; return the logits (B, V) after it (until the next step)."""
+
+    def keep(self, index: Tensor) -> bool:
+        """Drop all rows but those of `index`; return False if the cache cannot drop rows."""
 
 
 class _Column(DynamicLayer):
-    """Keys and values (B, H_kv, room, D) allocated once; a step writes a column and sees those before it."""
+    """Keys and values of one layer, allocated once: (B, heads, columns, head size).
 
-    blank = staticmethod(Tensor.new_empty)
+    A step writes one column and sees the columns before it. transformers' own layer would
+    concatenate, and so copy the whole cache, at each step."""
+
+    allocate = staticmethod(Tensor.new_empty)
 
     @classmethod
-    def of(cls, layer, index: Tensor, room: int, dtype: torch.dtype) -> "_Column":
-        """From a layer that read packed prompts: row b holds the tokens index[b] (B, W), then `room` free columns."""
+    def of(cls, layer: DynamicLayer, index: Tensor, room: int, dtype: torch.dtype) -> "_Column":
+        """Return a layer with the keys and values of packed prompts, one prompt a row.
+
+        Args:
+            layer: Keys and values of a packed row of T tokens.
+            index: (B, W) positions in the packed row of the tokens of each prompt, aligned at its
+                end.
+            room: Free columns to allocate for the response.
+            dtype: Dtype that attention computes in.
+        """
         new, width = cls(), index.shape[1]
         new.filled, new.is_initialized = width, True
         new.dtype, new.device = dtype, layer.keys.device
         for name in ("keys", "values"):
-            packed = getattr(layer, name)[0].transpose(0, 1).to(dtype)  # (T, H_kv, D)
-            spread = cls.blank(packed, (len(index), packed.shape[1], width + room, packed.shape[2]))
-            spread[:, :, :width] = packed[index].transpose(1, 2)
-            setattr(new, name, spread)
+            packed = getattr(layer, name)[0].transpose(0, 1).to(dtype)  # (T, heads, head size)
+            columns = cls.allocate(packed, (len(index), packed.shape[1], width + room, packed.shape[2]))
+            columns[:, :, :width] = packed[index].transpose(1, 2)
+            setattr(new, name, columns)
         return new
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the next column; return all columns up to it."""
         self.keys[:, :, self.filled : self.filled + 1] = key_states
         self.values[:, :, self.filled : self.filled + 1] = value_states
         self.filled += 1
         return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
 
     def get_seq_length(self) -> int:
+        """Return how many columns are filled; transformers asks for it."""
         return self.filled
 
     def keep(self, index: Tensor) -> None:
+        """Drop all rows but those of `index`."""
         for name in ("keys", "values"):
-            held = getattr(self, name)
-            less = self.blank(held, (len(index), *held.shape[1:]))
-            less[:, :, : self.filled] = held[index, :, : self.filled]
-            setattr(self, name, less)
+            before = getattr(self, name)
+            # free columns are not copied: nothing is in them yet
+            after = self.allocate(before, (len(index), *before.shape[1:]))
+            after[:, :, : self.filled] = before[index, :, : self.filled]
+            setattr(self, name, after)
 
 
 class _RecordedColumn(_Column):
-    """The column that is written is a number on the device, so that a recorded step finds another one each time; a
-    step sees all columns to `end`. Those not filled yet are 0: behind a mask a NaN would still be one."""
+    """A layer whose next column is an index on the device, so that each replay writes another one.
 
-    blank = staticmethod(Tensor.new_zeros)
+    A step sees all columns up to `end`, also those that are not filled yet. These must be 0 and not
+    uninitialised memory: the bias hides them, but NaN · 0 is still NaN."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    allocate = staticmethod(Tensor.new_zeros)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the column that `self.column` names; return all columns up to `self.end`."""
+        # a slice with a Python integer would be fixed in the recording
         self.keys.index_copy_(2, self.column, key_states.to(self.keys.dtype))
         self.values.index_copy_(2, self.column, value_states.to(self.values.dtype))
         return self.keys[:, :, : self.end], self.values[:, :, : self.end]
 
 
 class PackedLane:
-    """For models that pack: each prompt once and without padding, then a cache with room for the whole response.
+    """Decode with a model that packs: each prompt is read once, without padding.
 
-    Its rows are aligned at the prompts' ends, so that all write the same column; a bias hides what is before a prompt.
-    """
+    Rows are aligned at the ends of their prompts, so that all of them write the same column of the
+    cache; a bias hides the columns before a prompt's start."""
 
     layer = _Column
 
-    def __init__(self, model, prompts, response_length: int, pad_id: int):
-        self.model, self.room, self.wide = model, response_length, wide_layers(model)
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], response_length: int, pad_id: int):
+        self.model, self.room = model, response_length
+        self.wide = wide_layers(model)
+        # with wide layers a step's time depends on the rows in blocks (`ROW_MULTIPLE`)
         self.steady = bool(self.wide)
         self.rows = make_rows(prompts, [[] for _ in prompts], pad_id, packed=True).to(model.device)
 
     def start(self) -> Tensor:
+        """Read the packed prompts; return the logits (B, V) after them."""
         rows, cache = self.rows, DynamicCache()
-        self.name = cache_name(plain(self.model).base_model) or "past_key_values"  # a trunk may pass on what it takes
-        options = trunk_options(rows) | {self.name: cache, "use_cache": True}
+        # a trunk may pass on what it takes by **kwargs, and then names no cache of its own
+        self.cache_argument = cache_name(plain(self.model).base_model) or "past_key_values"
+        options = trunk_options(rows) | {self.cache_argument: cache, "use_cache": True}
         hidden = self._trunk(rows.input_ids, options)[0].index_select(0, rows.last)
         lengths = rows.position_ids[0][rows.prompt_end] + 1
         width = int(lengths.max())
-        columns = torch.arange(width, device=hidden.device) - (width - lengths).unsqueeze(-1)  # < 0 before a prompt
+        # column of each row's tokens, counted from the start of its prompt: negative before it
+        columns = torch.arange(width, device=hidden.device) - (width - lengths).unsqueeze(-1)
         index = rows.sequences.gather(-1, columns.clamp(min=0))
         dtype = attention_dtype(hidden)
         self.cache = Cache([self.layer.of(layer, index, self.room, dtype) for layer in cache.layers])
         self.bias = torch.zeros(len(index), 1, 1, width + self.room, dtype=dtype, device=hidden.device)
         self.bias[..., :width].masked_fill_((columns < 0)[:, None, None], -torch.inf)
+        # the next token of a row is at the position after its own prompt, wherever its column is
         self.positions, self.filled = lengths.unsqueeze(-1), width
         return self._head(hidden)
 
     def step(self, tokens: Tensor) -> Tensor:
+        """Append a token to each row; return the logits (B, V) after it."""
         self.filled += 1
         with weights_first(self.wide):
-            return self._read(tokens, self.filled)
+            return self._forward(tokens, self.filled)
 
     def keep(self, index: Tensor) -> bool:
+        """Drop all rows but those of `index`."""
         for layer in self.cache.layers:
             layer.keep(index)
         self.bias, self.positions = self.bias[index], self.positions[index]
         return True
 
-    def _read(self, tokens: Tensor, end: int) -> Tensor:
-        """Logits behind one token a row, which sees the cache's columns to `end`; positions move on."""
+    def _forward(self, tokens: Tensor, end: int) -> Tensor:
+        """Return the logits after one token a row, which sees the cache's columns up to `end`."""
         options = {
             "position_ids": self.positions,
-            "attention_mask": self.bias[:1],  # four dimensions: transformers makes no mask of its own
-            self.name: self.cache,
+            # four dimensions keep transformers from making a mask; attention reads `packing`
+            # instead
+            "attention_mask": self.bias[:1],
+            self.cache_argument: self.cache,
             "use_cache": True,
             "packing": self.bias[..., :end],
         }
@@ -126,7 +177,7 @@ class PackedLane:
         self.positions += 1
         return logits
 
-    def _trunk(self, ids: Tensor, options: dict) -> Tensor:
+    def _trunk(self, ids: Tensor, options: dict[str, Any]) -> Tensor:
         return plain(self.model).base_model(input_ids=ids, **options).last_hidden_state
 
     def _head(self, hidden: Tensor) -> Tensor:
@@ -134,24 +185,29 @@ class PackedLane:
 
 
 class RecordedLane(PackedLane):
-    """PackedLane for a GPU: a step is a fixed list of kernels, recorded once (a CUDA graph) and replayed, since
-    launching them one by one from Python takes longer than they run.
+    """Decode on a GPU with a step that is recorded once as a CUDA graph and replayed.
 
-    A recording has fixed shapes: it sees the cache to the end of a block of columns, those not yet filled hidden by
-    the bias. The first step in a new block, or with fewer rows, runs as it is; the second is recorded. Under autocast
-    a recording reads the cast weights that the prefill left in autocast's cache: they live as long as the context that
-    the sampler runs in, and a lane does not outlive it.
-    """
+    A step is a fixed list of kernels; launching them one by one from Python takes longer than they
+    run. A recording has fixed shapes: it sees the cache up to the end of a block of columns, of
+    which the bias hides those that are not filled yet. The first step in a new block, or with fewer
+    rows, runs as it is; the second one is recorded.
+
+    Under autocast a recording reads the cast weights that the prefill left in autocast's cache.
+    They live as long as the autocast context that the sampler runs in, and a lane does not outlive
+    it."""
 
     layer = _RecordedColumn
 
-    def __init__(self, model, prompts, response_length: int, pad_id: int):
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], response_length: int, pad_id: int):
         super().__init__(model, prompts, response_length, pad_id)
+        # each number of rows needs a recording of its own
         self.steady, self.shape, self.graph = True, None, None
 
     def start(self) -> Tensor:
+        """Read the packed prompts; return the logits (B, V) after them."""
         longest = int(self.rows.position_ids.max()) + 1
-        self.left, self.room = self.room, self.room + -(longest + self.room) % COLUMNS  # whole blocks
+        self.steps_left = self.room
+        self.room += -(longest + self.room) % COLUMN_BLOCK  # so that the cache has whole blocks of columns
         logits = super().start()
         self.bias[..., self.filled :] = -torch.inf
         self.column = torch.tensor([self.filled], device=logits.device)
@@ -160,62 +216,78 @@ class RecordedLane(PackedLane):
         return logits
 
     def step(self, tokens: Tensor) -> Tensor:
-        end = self.filled // COLUMNS * COLUMNS + COLUMNS
-        serves = min(end - self.filled, self.left)
-        self.filled, self.left = self.filled + 1, self.left - 1
+        """Append a token to each row; return the logits (B, V) after it."""
+        end = self.filled // COLUMN_BLOCK * COLUMN_BLOCK + COLUMN_BLOCK
+        steps_served = min(end - self.filled, self.steps_left)
+        self.filled, self.steps_left = self.filled + 1, self.steps_left - 1
         if self.shape != (len(tokens), end):
+            # unrecorded: this step also warms up kernels and memory for the new shape
             self.shape, self.graph, self.tokens = (len(tokens), end), None, tokens.clone()
-            return self._one(end)
+            return self._step_from_tensors(end)
+        # a replay reads the addresses that were recorded, so its input is copied there
         self.tokens.copy_(tokens)
-        if self.graph is None and not (tokens.is_cuda and serves >= WORTH and self._record(end)):
-            return self._one(end)
+        if self.graph is None:
+            is_worth_it = tokens.is_cuda and steps_served >= WORTH_RECORDING
+            if not (is_worth_it and self._record(end)):
+                return self._step_from_tensors(end)
         self.graph.replay()
         return self.logits
 
-    def _one(self, end: int) -> Tensor:
-        """A step that takes its tokens, its column and its positions from tensors, and moves those on."""
+    def _step_from_tensors(self, end: int) -> Tensor:
+        """Take a step that reads tokens, column and positions from tensors, and advances these."""
         self.bias.index_fill_(-1, self.column, 0.0)
         for layer in self.cache.layers:
             layer.end = end
-        logits = self._read(self.tokens, end)
+        logits = self._forward(self.tokens, end)
         self.column += 1
         return logits
 
     def _record(self, end: int) -> bool:
-        """Whether a recording of a step could be made."""
+        """Record a step; return whether this model's steps can be recorded."""
         inner = plain(self.model)
         if not hasattr(inner, "_steps_can_be_recorded"):
-            problem = self._what_it_asks(end)
+            problem = self._synchronisation(end)
             inner._steps_can_be_recorded = problem is None
             if problem:
-                warnings.warn(f"decoding goes step by step, slower: no CUDA graph ({problem})", stacklevel=2)
+                warnings.warn(f"decoding is slower: a step cannot be a CUDA graph ({problem})", stacklevel=2)
         if inner._steps_can_be_recorded:
             graph = torch.cuda.CUDAGraph()
+            # thread_local: other threads may use the device meanwhile
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.logits = self._one(end)
+                self.logits = self._step_from_tensors(end)
             self.graph = graph
         return inner._steps_can_be_recorded
 
-    def _what_it_asks(self, end: int) -> str | None:
-        """What a step asks the device for as it goes (some mixtures of experts do), which no recording can: torch would
-        be left in the middle of one. None: nothing. What this trial writes, the step itself writes again."""
-        before, asked = (self.column.clone(), self.positions.clone()), torch.cuda.get_sync_debug_mode()
+    def _synchronisation(self, end: int) -> str | None:
+        """Return why a step waits for the device, or None if it does not.
+
+        Some mixtures of experts do. A recording cannot, and would leave torch in the middle of a
+        capture, so a step is tried first. The real step then writes again whatever the trial has
+        written.
+        """
+        column, positions = self.column.clone(), self.positions.clone()
+        mode = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the mode is a prototype
+            warnings.simplefilter("ignore")  # torch warns that this mode is a prototype
             torch.cuda.set_sync_debug_mode("error")
             try:
-                self._one(end)
+                self._step_from_tensors(end)
             except RuntimeError as problem:
                 return str(problem).splitlines()[0]
             finally:
-                torch.cuda.set_sync_debug_mode(asked)
-                self.column.copy_(before[0])
-                self.positions.copy_(before[1])
+                torch.cuda.set_sync_debug_mode(mode)
+                self.column.copy_(column)
+                self.positions.copy_(positions)
         return None
 
 
-def lane_for(model, packed: bool):
-    """The kind of lane that serves `model` best. packed: it packs, and its head is linear."""
+def lane_for(model: nn.Module, packed: bool) -> Callable[..., Lane]:
+    """Return the class of lane that serves a model best.
+
+    Args:
+        model: A causal language model.
+        packed: Whether it reads packed rows and its head is linear.
+    """
     inner = plain(model)
     if getattr(inner.config, WHOLE_ROWS, False) or (cache_name(inner) is None and not packed):
         return WholeLane
@@ -225,23 +297,30 @@ def lane_for(model, packed: bool):
 
 
 def attention_dtype(hidden: Tensor) -> torch.dtype:
-    """What attention computes in: under autocast it would cast the whole cache anew at each step."""
+    """Return the dtype that attention computes in.
+
+    The cache is kept in it: under autocast, attention would otherwise cast the whole cache at each
+    step.
+    """
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def wide_layers(model) -> list[torch.nn.Linear]:
-    """The layers for `weights_first`: none where it gains nothing."""
+def wide_layers(model: nn.Module) -> list[nn.Linear]:
+    """Return the layers for `weights_first`: the wide ones in float32 on a CPU, otherwise none."""
     if model.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return []
-    return [m for m in model.modules() if type(m) is torch.nn.Linear and m.in_features >= WIDE]
+    return [m for m in model.modules() if type(m) is nn.Linear and m.in_features >= WIDE_INPUTS]
 
 
 @contextmanager
-def weights_first(layers):
-    """Inside, large linear layers on a CPU multiply weight · rowsᵀ in place of rows · weightᵀ: the same numbers to the
-    order of sums, and a fifth faster for the few rows of a decoding step, where reading the weights is most of the
-    work. (Small layers lose more by their transposed outputs.)"""
+def weights_first(layers: Sequence[nn.Linear]) -> Iterator[None]:
+    """Let wide linear layers multiply weight · rowsᵀ in place of rows · weightᵀ while inside.
+
+    The results are the same up to the order of sums. On a CPU it is a fifth faster for the few rows
+    of a decoding step, where reading the weights is most of the work. Small layers would lose more
+    by their transposed outputs.
+    """
     for layer in layers:
         layer.forward = partial(_weight_first, layer)
     try:
@@ -251,7 +330,8 @@ def weights_first(layers):
             del layer.forward
 
 
-def _weight_first(layer, x: Tensor) -> Tensor:
+def _weight_first(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Return layer(x), computed as (weight · xᵀ)ᵀ."""
     out = (layer.weight @ x.reshape(-1, x.shape[-1]).T).T
     if layer.bias is not None:
         out = out + layer.bias
@@ -259,101 +339,131 @@ def _weight_first(layer, x: Tensor) -> Tensor:
 
 
 class PaddedLane:
-    """For any model that takes transformers' cache: prompts padded on the left, transformers' masks."""
+    """Decode with any model that takes transformers' cache, with prompts padded on the left."""
 
-    def __init__(self, model, prompts, response_length: int, pad_id: int):
-        device, width, self.wide, self.steady = model.device, max(map(len, prompts)), [], False
-        self.model, self.name = model, cache_name(plain(model))
-        self.drops = None  # not known whether rows can leave
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], response_length: int, pad_id: int):
+        device, width = model.device, max(map(len, prompts))
+        self.steady = False
+        self.model, self.cache_argument = model, cache_name(plain(model))
+        self.drops_rows: bool | None = None  # not known before the first row is to leave
         self.ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
         self.mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=device)
+        # positions count from a prompt's own start, not from its padding
         self.positions = (self.mask.long().cumsum(-1) - 1).clamp(min=0)
 
     def start(self) -> Tensor:
+        """Read the padded prompts; return the logits (B, V) after them."""
         try:
             self.cache = DynamicCache(config=self.model.config)
             return self._forward(self.ids).logits[:, -1]
-        except (ValueError, KeyError):  # some make a cache of their own, and take no other (MiniMax)
+        except (ValueError, KeyError):
+            # some models make a cache of their own and take no other (MiniMax)
             self.cache = None
             out = self._forward(self.ids)
-            self.cache = getattr(out, self.name, None)
+            self.cache = getattr(out, self.cache_argument, None)
             if self.cache is None:
                 raise
             return out.logits[:, -1]
 
     def step(self, tokens: Tensor) -> Tensor:
+        """Append a token to each row; return the logits (B, V) after it."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=-1)
         self.positions = self.positions[:, -1:] + 1
         return self._forward(tokens.unsqueeze(-1)).logits[:, -1]
 
     def keep(self, index: Tensor) -> bool:
+        """Drop all rows but those of `index`; return False if the cache cannot drop rows."""
         rows = len(self.mask)
-        if self.drops is None:
+        if self.drops_rows is None:
             layers = getattr(self.cache, "layers", [])
-            can = all(selected(layer, index[:1], rows) is not None for layer in layers)
-            self.drops = bool(layers) and can and not tensors_of(self.cache)
-        if not self.drops:
+            # tried on one row; a tensor of the cache beside its layers would keep all rows
+            every_layer = all(select_rows(layer, index[:1], rows) is not None for layer in layers)
+            self.drops_rows = bool(layers) and every_layer and not tensors_of(self.cache)
+        if not self.drops_rows:
             return False
         for i, layer in enumerate(self.cache.layers):
-            self.cache.layers[i] = selected(layer, index, rows)
+            self.cache.layers[i] = select_rows(layer, index, rows)
         self.mask, self.positions = self.mask[index], self.positions[index]
         return True
 
-    def _forward(self, ids: Tensor):
+    def _forward(self, ids: Tensor) -> ModelOutput:
         return self.model(
             input_ids=ids,
             attention_mask=self.mask,
             position_ids=self.positions,
             use_cache=True,
             logits_to_keep=1,
-            **{self.name: self.cache},
+            **{self.cache_argument: self.cache},
         )
 
 
-def selected(layer, index: Tensor, rows: int):
-    """A copy of a layer of transformers' cache that holds the rows index (b,) of its `rows`; None where the layer
-    cannot tell them apart: it has no way to choose, or one that leaves some of its tensors whole."""
+def select_rows(layer: Any, index: Tensor, rows: int) -> Any:
+    """Return a copy of a layer of transformers' cache that holds some of its rows.
+
+    Args:
+        layer: A layer of any of transformers' caches.
+        index: (b,) the rows to hold.
+        rows: How many rows `layer` holds.
+
+    Returns:
+        The copy; None if the layer has no way to select rows, or one that leaves some of its
+        tensors whole.
+    """
     new = copy.copy(layer)
     for name, value in vars(new).items():
         if isinstance(value, (dict, list)):
+            # containers too, or the selection would also change the original
             setattr(new, name, copy.copy(value))
     if not hasattr(new, "reorder_cache"):
         return None
     new.reorder_cache(index)
     before, after = tensors_of(layer), tensors_of(new)
-    every = len(before) == len(after) and all(
-        x.dim() == 0 or x.numel() == 0 or (len(x) == rows and len(y) == len(index))
-        for x, y in zip(before, after, strict=False)
-    )
-    return new if every else None
+    if len(before) != len(after):
+        return None
+    for x, y in zip(before, after, strict=True):
+        has_rows = x.dim() > 0 and x.numel() > 0
+        if has_rows and (len(x) != rows or len(y) != len(index)):
+            return None
+    return new
 
 
-def tensors_of(layer) -> list[Tensor]:
-    """The tensors that a layer of a cache holds, or the cache itself beside its layers."""
-    found = []
+def tensors_of(layer: Any) -> list[Tensor]:
+    """Return the tensors of a cache's layer, or of the cache itself beside its layers."""
+    tensors = []
     for value in vars(layer).values():
-        inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
-        found += [x for x in inside if isinstance(x, Tensor)]
-    return found
+        if isinstance(value, dict):
+            values = list(value.values())
+        elif isinstance(value, (list, tuple)):
+            values = list(value)
+        else:
+            values = [value]
+        tensors += [x for x in values if isinstance(x, Tensor)]
+    return tensors
 
 
 class WholeLane:
-    """For a model that takes no cache of transformers' (Mamba, RWKV, the first GPT), or reads otherwise with it than
-    without (base's trial tells): every row is read anew at each step, padded on the right as in training."""
+    """Decode with a model whose cache cannot be used: each row is read again at each token.
 
-    def __init__(self, model, prompts, response_length: int, pad_id: int):
+    These are models that take none of transformers' caches (Mamba, RWKV, the first GPT), and models
+    that give other numbers with a cache than without (the trial of the stage base finds out). Rows
+    are padded on the right, as in training."""
+
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], response_length: int, pad_id: int):
         self.model, self.pad_id, self.rows = model, pad_id, [list(prompt) for prompt in prompts]
-        self.wide, self.steady = [], False
+        self.steady = False
 
     def start(self) -> Tensor:
+        """Read all rows; return the logits (B, V) after them."""
         rows = make_rows(self.rows, [[] for _ in self.rows], self.pad_id)
         return next_logits(self.model, rows.to(self.model.device))
 
     def step(self, tokens: Tensor) -> Tensor:
+        """Append a token to each row; return the logits (B, V) after it."""
         for row, token in zip(self.rows, tokens.tolist(), strict=True):
             row.append(token)
         return self.start()
 
     def keep(self, index: Tensor) -> bool:
+        """Drop all rows but those of `index`."""
         self.rows = [self.rows[i] for i in index.tolist()]
         return True

@@ -1,4 +1,4 @@
-"""What one PPO iteration knows of its episodes."""
+"""Define the record of one PPO iteration's episodes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,34 +10,39 @@ from data.groups import Rows, make_rows
 
 @dataclass(frozen=True)
 class Rollout:
-    """B episodes, frozen. Example: prompt "what color is the fox ?", response "red . <end>", R = 3.
+    """B episodes, frozen.
 
-    prompts, responses: B lists of ids, EOS included where the response has one; prompt_ids: B rows of the prompt file.
-    mask (B, R): True for "red", "." and "<end>".
-    logprobs (B, R): log π_old(y_t | x, y_<t); ref_logprobs (B, R): the same under the reference.
-    values (B, R): V before each token; entropy (B, R): of π_old before each token.
-    scores (B,): what the reward model gives at the last token, bias subtracted; unfinished responses and the settings
-    for clipping and length already seen to. finished (B,): True where the response ends with EOS.
-    engine_kl: KL(what was sampled from ‖ π_old), in nats a token; 0 where the sampler's log-probs are taken.
-    """
+    Example: the prompt "what color is the fox ?" with the response "red . <end>" has R = 3."""
 
     prompts: list[list[int]]
+    """B prompts as token ids."""
     responses: list[list[int]]
+    """B responses as token ids, EOS included where the response has one."""
     prompt_ids: list[int]
+    """B indices into the list of prompts that were sampled from."""
     mask: Tensor
+    """(B, R) True for each response token: for "red", "." and "<end>"."""
     logprobs: Tensor
+    """(B, R) log π_old(y_t | x, y_<t)."""
     ref_logprobs: Tensor
+    """(B, R) the same under the reference policy."""
     values: Tensor
+    """(B, R) V of the state before each token."""
     entropy: Tensor
+    """(B, R) entropy of π_old before each token, in nats."""
     scores: Tensor
+    """(B,) score at the last token, after `reward_bias`, clipping, missing EOS, length penalty."""
     finished: Tensor
+    """(B,) True where the response ends with EOS."""
     engine_kl: float = 0.0
+    """KL(sampler ‖ π_old) in nats a token; 0 where `logprobs` are the sampler's own."""
 
     def rows(self, index: Sequence[int], pad_id: int, packed: bool) -> Rows:
-        """The episodes of `index`, laid out for a forward pass on the rollout's device."""
-        chosen = [self.prompts[i] for i in index], [self.responses[i] for i in index]
-        return make_rows(*chosen, pad_id, packed=packed).to(self.mask.device)
+        """Return the episodes of `index`, laid out for a forward pass on the rollout's device."""
+        prompts = [self.prompts[i] for i in index]
+        responses = [self.responses[i] for i in index]
+        return make_rows(prompts, responses, pad_id, packed=packed).to(self.mask.device)
 
     def lengths(self) -> list[int]:
-        """Tokens of each episode, prompt and response."""
+        """Return the tokens of each episode, prompt and response together."""
         return [len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)]

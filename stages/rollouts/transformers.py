@@ -1,44 +1,129 @@
-"""Sampling with a transformers model and its key-value cache.
+"""Sample with a transformers model and its key-value cache.
 
-Every row draws from its own seed: token t is the inverse of the distribution function at the row's t-th uniform
-number. So a response depends on its prompt, its seed and the weights, not on its place in a batch.
+Each row draws from its own seed: token t is the inverse of the cumulative distribution at the row's
+t-th uniform number. So a response depends on its prompt, its seed and the weights, not on the batch
+it is in.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from pipeline.launch import parallel
 from stages.models.forward import head_is_linear
 from stages.models.head import dot
 from stages.models.packing import packs
-from stages.rollouts.lanes import lane_for
+from stages.models.sharding import whole
+from stages.rollouts.engine import EngineSpec, Sampled, SampleRequest
+from stages.rollouts.lanes import Lane, lane_for
 
-BLOCK = 128  # tokens of the vocabulary whose probabilities are summed before one of them is looked for
-LEAVE = 0.75  # finished rows leave the cache once no more than this share of its rows goes on
-FOURS = 4  # in a steady lane the cache's rows stay a multiple: a product with 13 rows takes longer than one with 16
+VOCABULARY_BLOCK = 128  # tokens whose probabilities are summed first, before one of them is chosen
+KEEP_ALL_ABOVE = 0.75  # finished rows leave the cache once at most this share of its rows is unfinished
+ROW_MULTIPLE = 4  # a steady lane holds a multiple of it: a matrix product of 13 rows is slower than of 16
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """Responses: ids up to and including EOS; logprobs, entropy (B, R) of their tokens as sampled, 0 behind the end."""
+class Decoding:
+    """How responses are decoded."""
 
-    responses: list[list[int]]
-    logprobs: Tensor
-    entropy: Tensor
+    response_length: int
+    """The longest response in tokens, EOS included."""
+    eos_id: int
+    """The token that ends a response."""
+    pad_id: int
+    """The token that pads rows."""
+    temperature: float = 1.0
+    """Divides the logits."""
+    top_p: float = 1.0
+    """Draw only from the smallest set of tokens with this probability (nucleus sampling)."""
+    batch_size: int = 64
+    """How many rows are decoded at a time."""
 
 
-def sample(model, prompts, seeds, **options) -> list[list[int]]:
-    """One response a prompt; see `sample_with_logprobs`."""
-    return sample_with_logprobs(model, prompts, seeds, **options).responses
+class TransformersEngine:
+    """Sample with the policy itself. Each rank samples its share of the prompts."""
+
+    is_policy = True
+
+    def __init__(self, spec: EngineSpec):
+        self.spec = spec
+        self.model: nn.Module | None = None
+
+    def start(self, model: nn.Module, poll: Callable[[], None]) -> None:
+        """Keep the policy; there is nothing to wait for."""
+        self.model = model
+
+    def update_weights(self, model: nn.Module) -> None:
+        """Keep the policy. Its weights are the ones that train, so they are always current."""
+        self.model = model
+
+    def sample(self, request: SampleRequest, poll: Callable[[], None]) -> Sampled:
+        """Return one response to each prompt of the request, on all ranks."""
+        decoding = Decoding(
+            response_length=request.response_length,
+            eos_id=request.eos_id,
+            pad_id=self.spec.pad_id,
+            temperature=request.temperature,
+            batch_size=self.spec.batch_size,
+        )
+        # a sharded policy is gathered once, not layer by layer at each token
+        with self.spec.autocast(), whole(self.model) as policy:
+
+            def sample_some(index: list[int]) -> Sampled:
+                prompts = [request.prompts[i] for i in index]
+                seeds = [request.seeds[i] for i in index]
+                return sample_with_logprobs(policy, prompts, seeds, decoding, poll)
+
+            return _sample_on_all_ranks(sample_some, request, self.spec.device)
+
+    def close(self) -> None:
+        """Forget the policy's reference; nothing else is held."""
+        self.model = None
 
 
-@torch.no_grad()
-def sample_with_logprobs(
-    model,
+def _sample_on_all_ranks(
+    sample_some: Callable[[list[int]], Sampled], request: SampleRequest, device: torch.device
+) -> Sampled:
+    """Sample this rank's share of a request, and all-gather the others' shares.
+
+    Args:
+        sample_some: Samples the episodes of a list of indices.
+        request: The whole request; the samples of a prompt stay on one rank, which reads the prompt
+            once.
+        device: Device of the result.
+    """
+    if parallel.rank_and_world_size()[1] == 1:
+        return sample_some(list(range(len(request.prompts))))
+    n = request.samples_per_prompt
+
+    def sample_groups(groups: list[range]) -> list[list[tuple]]:
+        sampled = sample_some([i for group in groups for i in group])
+        # clones: a row that is a view would send its whole tensor to the other ranks
+        logprobs = [row.clone() for row in sampled.logprobs.cpu()]
+        entropy = [row.clone() for row in sampled.entropy.cpu()]
+        episodes = list(zip(sampled.responses, logprobs, entropy, strict=True))
+        return [episodes[i : i + n] for i in range(0, len(episodes), n)]
+
+    groups = [range(i, i + n) for i in range(0, len(request.prompts), n)]
+    costs = [len(request.prompts[group[0]]) for group in groups]
+    gathered = parallel.compute_and_all_gather(groups, costs, sample_groups)
+    episodes = [episode for group in gathered for episode in group]
+    responses, logprobs, entropy = zip(*episodes, strict=True)
+    width = max(map(len, responses))
+    return Sampled(list(responses), _stack(logprobs, width, device), _stack(entropy, width, device))
+
+
+def _stack(rows: Sequence[Tensor], width: int, device: torch.device) -> Tensor:
+    """Return rows of different lengths as one tensor (B, width), padded with 0."""
+    return torch.stack([F.pad(row, (0, width - len(row))) for row in rows]).to(device)
+
+
+def sample(
+    model: nn.Module,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
     *,
@@ -48,42 +133,80 @@ def sample_with_logprobs(
     temperature: float = 1.0,
     top_p: float = 1.0,
     batch_size: int = 64,
-    poll: Callable[[], None] | None = None,
-) -> Sampled:
-    """One response of at most `response_length` tokens a prompt. A prompt that stands several times in succession is
-    read once, if the model packs (`can_pack`).
+    poll: Callable[[], None] = lambda: None,
+) -> list[list[int]]:
+    """Return one response to each prompt, as token ids.
 
-    seeds: one a row. poll() is called before each token: what it raises ends the sampling (a request to stop).
-    logprobs and entropy are those of softmax(logits / temperature), whatever top_p.
+    Args:
+        model: A causal language model.
+        prompts: Token ids. A prompt that occurs several times in a row is read once if the model
+            packs.
+        seeds: One for each prompt.
+        response_length, eos_id, pad_id, temperature, top_p, batch_size: As in `Decoding`.
+    """
+    decoding = Decoding(response_length, eos_id, pad_id, temperature, top_p, batch_size)
+    return sample_with_logprobs(model, prompts, seeds, decoding, poll).responses
+
+
+@torch.no_grad()
+def sample_with_logprobs(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    decoding: Decoding,
+    poll: Callable[[], None] = lambda: None,
+) -> Sampled:
+    """Return one response to each prompt, with log-probabilities and entropies of its tokens.
+
+    Args:
+        model: A causal language model.
+        prompts: Token ids. A prompt that occurs several times in a row is read once if the model
+            packs.
+        seeds: One for each prompt.
+        decoding: Limits, temperature and nucleus.
+        poll: Is called before each token; what it raises ends the sampling (a request to stop).
+
+    Returns:
+        Responses, and figures of softmax(logits / temperature), whatever `top_p` is.
     """
     model.eval()  # activation checkpointing, where it is on, would drop the cache in training mode
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: little padding
     responses: list[list[int]] = [[] for _ in prompts]
-    logprobs = torch.zeros(len(prompts), response_length, device=model.device)
+    logprobs = torch.zeros(len(prompts), decoding.response_length, device=model.device)
     entropy = torch.zeros_like(logprobs)
     make_lane = lane_for(model, packs(model) and head_is_linear(model))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        uniforms = torch.stack(
-            [torch.rand(response_length, generator=torch.Generator().manual_seed(seeds[i])) for i in chosen]
-        ).to(model.device)
-        lane = make_lane(model, [prompts[i] for i in chosen], response_length, pad_id)
+    for start in range(0, len(order), decoding.batch_size):
+        chosen = order[start : start + decoding.batch_size]
+        uniforms = torch.stack([_uniforms(seeds[i], decoding.response_length) for i in chosen]).to(model.device)
+        lane = make_lane(model, [prompts[i] for i in chosen], decoding.response_length, decoding.pad_id)
         with cast_once(model):
-            tokens, logp, spread = _decode(lane, uniforms, eos_id, temperature, top_p, poll or (lambda: None))
-        at = torch.tensor(chosen, device=model.device)
-        logprobs[at, : logp.shape[1]], entropy[at, : logp.shape[1]] = logp, spread
+            tokens, batch_logprobs, batch_entropy = _decode(lane, uniforms, decoding, poll)
+        rows = torch.tensor(chosen, device=model.device)
+        logprobs[rows, : batch_logprobs.shape[1]] = batch_logprobs
+        entropy[rows, : batch_entropy.shape[1]] = batch_entropy
         for i, response in zip(chosen, tokens.tolist(), strict=True):
-            responses[i] = response[: response.index(eos_id) + 1] if eos_id in response else response
+            if decoding.eos_id in response:
+                response = response[: response.index(decoding.eos_id) + 1]
+            responses[i] = response
     width = max(map(len, responses))
     return Sampled(responses, logprobs[:, :width], entropy[:, :width])
 
 
+def _uniforms(seed: int, count: int) -> Tensor:
+    """Return `count` uniform numbers in [0, 1), drawn on the CPU: the same on every device."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
+
+
 @contextmanager
-def cast_once(model):
-    """Inside, autocast keeps its cast of every weight: it does so for those that require a gradient alone, and would
-    cast the frozen base of an adapter anew at each step."""
-    casts = torch.is_autocast_enabled(model.device.type)
-    frozen = [p for p in model.parameters() if casts and not p.requires_grad and p.is_floating_point()]
+def cast_once(model: nn.Module) -> Iterator[None]:
+    """Let autocast keep its cast of every weight while inside.
+
+    It keeps only the casts of weights that require a gradient; the frozen base of an adapter would
+    be cast again at each token. So frozen weights require one for a while (nothing is
+    differentiated inside).
+    """
+    is_casting = torch.is_autocast_enabled(model.device.type)
+    frozen = [p for p in model.parameters() if is_casting and not p.requires_grad and p.is_floating_point()]
     for p in frozen:
         p.requires_grad_(True)
     try:
@@ -94,53 +217,75 @@ def cast_once(model):
 
 
 def _decode(
-    lane, uniforms: Tensor, eos_id: int, temperature: float, top_p: float, poll: Callable[[], None]
+    lane: Lane, uniforms: Tensor, decoding: Decoding, poll: Callable[[], None]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (B, R), EOS from the end of each row on; their log-probs and entropies, 0 behind the end."""
-    rows, width = uniforms.shape
-    drawn = torch.full((rows, width), eos_id, device=uniforms.device)
-    logprobs = torch.zeros(rows, width, device=uniforms.device)
+    """Decode one batch token by token.
+
+    Args:
+        lane: The model with its cache, before it has read the prompts.
+        uniforms: (B, R) uniform numbers that choose the tokens.
+        decoding: Temperature, nucleus and EOS.
+        poll: Is called before each token.
+
+    Returns:
+        Tokens (B, R'), EOS from the end of each row on; their log-probabilities and entropies (B,
+        R'), 0 after the end. R' ≤ R is the longest response.
+    """
+    count, width = uniforms.shape
+    drawn = torch.full((count, width), decoding.eos_id, device=uniforms.device)
+    logprobs = torch.zeros(count, width, device=uniforms.device)
     entropy = torch.zeros_like(logprobs)
-    at = torch.arange(rows, device=uniforms.device)  # the rows that the lane holds
-    going = torch.ones_like(at, dtype=torch.bool)  # those of them that have not ended
+    rows = torch.arange(count, device=uniforms.device)  # which rows of the batch the lane still holds
+    unfinished = torch.ones_like(rows, dtype=torch.bool)  # of the rows that the lane holds
     logits = lane.start()
     for t in range(width):
         poll()
         logits = logits.float()
-        logp = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
+        if decoding.temperature != 1.0:
+            logits = logits / decoding.temperature
+        logp = logits.log_softmax(-1)
         probs = logp.exp()
-        tokens = torch.where(going, pick(nucleus(probs, top_p), uniforms[at, t]), eos_id)
-        drawn[at, t] = tokens
-        logprobs[at, t] = torch.where(going, logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), 0.0)
-        spread = -dot(probs, logp.clamp(min=-1e30))
-        entropy[at, t] = torch.where(going, spread, 0.0)
-        going &= tokens != eos_id
-        alive = int(going.sum())
+        tokens = torch.where(unfinished, pick(nucleus(probs, decoding.top_p), uniforms[rows, t]), decoding.eos_id)
+        drawn[rows, t] = tokens
+        logprobs[rows, t] = torch.where(unfinished, logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), 0.0)
+        # 0 · (−∞) would be NaN where a token is impossible
+        token_entropy = -dot(probs, logp.clamp(min=-1e30))
+        entropy[rows, t] = torch.where(unfinished, token_entropy, 0.0)
+        unfinished &= tokens != decoding.eos_id
+        alive = int(unfinished.sum())
         if alive == 0 or t + 1 == width:
-            return drawn[:, : t + 1], logprobs[:, : t + 1], entropy[:, : t + 1]
-        rows = rows_to_keep(alive, len(at), lane.steady)
-        if rows < len(at):  # those that go on, and as many finished ones as fill up
-            kept = going.logical_not().argsort(stable=True)[:rows]
+            break
+        wanted = rows_to_keep(alive, len(rows), lane.steady)
+        if wanted < len(rows):
+            # unfinished rows first, then as many finished ones as fill up to the wanted count
+            kept = unfinished.logical_not().argsort(stable=True)[:wanted]
             if lane.keep(kept):
-                at, going, tokens = at[kept], going[kept], tokens[kept]
+                rows, unfinished, tokens = rows[kept], unfinished[kept], tokens[kept]
         logits = lane.step(tokens)
+    return drawn[:, : t + 1], logprobs[:, : t + 1], entropy[:, : t + 1]
 
 
 def rows_to_keep(alive: int, held: int, steady: bool) -> int:
-    """How many of the `held` rows of a cache stay, `alive` of which go on. Leaving takes a copy of the cache."""
+    """Return how many rows of a cache to keep; dropping some copies the cache.
+
+    Args:
+        alive: Rows that are unfinished.
+        held: Rows that the cache holds.
+        steady: Whether the lane wants rows to leave seldom, and many at a time.
+    """
     if not steady:
-        return alive if alive <= LEAVE * held else held
-    rows = -(-alive // FOURS) * FOURS
+        return alive if alive <= KEEP_ALL_ABOVE * held else held
+    rows = -(-alive // ROW_MULTIPLE) * ROW_MULTIPLE
     return rows if 2 * rows <= held else held
 
 
 def draw(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> Tensor:
-    """Tokens (B,) at the given quantiles (B,) of softmax(logits) (B, V), cut to the nucleus if top_p < 1."""
+    """Return the tokens (B,) at quantiles (B,) of softmax(logits) (B, V), cut to the nucleus."""
     return pick(nucleus(logits.softmax(-1), top_p), uniform)
 
 
 def nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """probs (B, V) with all but the smallest set of most probable tokens that reaches `top_p` set to 0."""
+    """Return probs (B, V) with 0 outside the smallest set of top tokens that reaches `top_p`."""
     if top_p >= 1.0:
         return probs
     ordered, index = probs.sort(-1, descending=True)
@@ -149,23 +294,36 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
 
 
 def pick(weights: Tensor, uniform: Tensor) -> Tensor:
-    """The first token whose cumulative weight exceeds uniform · total: weights (B, V) ≥ 0, uniform (B,) in [0, 1).
+    """Return the first token whose cumulative weight exceeds uniform · total.
 
-    In two steps, a block of the vocabulary and a token of it: cumulative sums are slow, and need double precision.
+    It is found in two steps, first a block of the vocabulary and then a token of it, because
+    cumulative sums are slow and need double precision.
+
+    Args:
+        weights: (B, V), not negative.
+        uniform: (B,) in [0, 1).
+
+    Returns:
+        (B,) token ids.
     """
     B, V = weights.shape
-    blocks = F.pad(weights, (0, -V % BLOCK)).view(B, -1, BLOCK)
+    blocks = F.pad(weights, (0, -V % VOCABULARY_BLOCK)).view(B, -1, VOCABULARY_BLOCK)
     sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     target = uniform.double().unsqueeze(-1) * sums[:, -1:]
     block = _first_above(sums, target)
     below = torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks[torch.arange(B, device=block.device), block.squeeze(-1)].double().cumsum(-1)
     token = _first_above(inside, target - below)
-    return (block * BLOCK + token).squeeze(-1).clamp(max=V - 1)
+    return (block * VOCABULARY_BLOCK + token).squeeze(-1).clamp(max=V - 1)
 
 
 def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
-    """(B, 1): the first index whose cumulative sum (B, n) exceeds the target; rounding finds no empty place. Sums that
-    are not finite give the last index: the token's log-prob tells, and the episode is refused for it."""
+    """Return the first index (B, 1) whose cumulative sum (B, n) exceeds the target (B, 1).
+
+    Sums that are not finite give the last index: the token's log-probability is then not finite
+    either, and the episode is refused for it.
+    """
+    # just below the total: rounding must not choose a token of weight 0 after the last one that has
+    # some
     target = torch.minimum(target, cumulative[:, -1:] * (1 - 1e-15))
     return torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[-1] - 1)

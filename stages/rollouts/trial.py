@@ -1,32 +1,37 @@
-"""A pretrained model, tried on a few tokens before anything is trained: do the ways in which stages read it give the
-same numbers, and does it read forwards alone?"""
+"""Try a pretrained model on a few tokens before anything is trained.
+
+The stages read a model in several ways: whole rows, packed rows, token by token with a cache. All
+of them must give the same numbers, and no token may change what comes before it.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.groups import make_rows
 from stages.models.families import off_the_gpu, ordinary_ids
 from stages.models.forward import head_is_linear, response_logprobs
 from stages.models.packing import can_pack
-from stages.rollouts.lanes import PackedLane, lane_for
+from stages.rollouts.lanes import Lane, PackedLane, lane_for
 
-FORWARDS = 1e-3  # of a state's norm: what a later token may change of it; float32 rounds to some 1e-6
-OTHER_LENGTHS = 64  # tokens: windows of attention that are shorter keep a model from packing
+CHANGED = 1e-3  # share of a hidden state's norm; rounding in float32 changes some 1e-6 of it
+ROW_LENGTH = 64  # tokens; a model whose attention window is shorter does not pack
 CACHE = "log-probs token by token, with its cache and padding on the left,"
-TOLERANCE = {"rtol": 1e-3, "atol": 1e-3}  # of log-probs, in nats
+TOLERANCE = {"rtol": 1e-3, "atol": 1e-3}  # of log-probabilities, in nats
 
 
 @torch.no_grad()
-def reading_problem(model, pad_id: int) -> str | None:
-    """Why a causal model cannot be read as the stages read it; None if it can.
+def reading_problem(model: nn.Module, pad_id: int) -> str | None:
+    """Return why a causal model cannot be read as the stages read it; None if it can.
 
-    Tried are its trunk's hidden states; that no token changes what comes before it; rows padded on the right; rows
-    padded on the left that grow token by token with the cache, and leave it when they end; and, where it packs, packed
-    rows and their cache.
+    The trial compares the trunk's hidden states of rows with different ends, and of rows padded on
+    the right; log-probabilities of rows that are padded on the left, grow token by token with the
+    cache, and leave it when they end; and those of packed rows and their cache, if the model packs.
 
     Args:
-        model: a transformers model in eval mode, in float32.
-        pad_id: the id that pads rows.
+        model: A transformers model in eval mode, in float32.
+        pad_id: The id that pads rows.
 
     Returns:
         What is wrong, in a few words.
@@ -39,86 +44,126 @@ def reading_problem(model, pad_id: int) -> str | None:
         with off_the_gpu(model):
             if problem := states_problem(model, ids, pad_id):
                 return problem
-            at_once = response_logprobs(model, make_rows(prompts, responses, pad_id))
-            if problem := cache_problem(model, prompts, responses, at_once, pad_id):
+            expected = response_logprobs(model, make_rows(prompts, responses, pad_id))
+            if problem := cache_problem(model, prompts, responses, expected, pad_id):
                 return problem
-            return packing_problem(model, prompts, responses, at_once, pad_id)
-    except Exception as error:  # code of any kind
-        return told(error)
+            return packing_problem(model, prompts, responses, expected, pad_id)
+    except Exception as error:  # a model's own code may raise anything
+        return in_few_words(error)
 
 
-def told(error: Exception) -> str:
-    """An exception in a few words."""
+def in_few_words(error: Exception) -> str:
+    """Return an exception as a short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def cache_problem(model, prompts, responses, at_once: Tensor, pad_id: int) -> str | None:
-    """What is wrong with rows that grow token by token, a line that begins with CACHE."""
-    try:
-        by_steps = logprobs_by_steps(model, lane_for(model, packed=False), prompts, responses, pad_id)
-    except Exception as error:  # code of any kind
-        return f"{CACHE} cannot be had ({told(error)})"
-    if not torch.allclose(by_steps, at_once, **TOLERANCE):
-        return f"{CACHE} are not those of a whole row"
-    return None
+def states_problem(model: nn.Module, ids: list[int], pad_id: int) -> str | None:
+    """Return what is wrong with the trunk's hidden states of rows padded on the right.
 
-
-def states_problem(model, ids: list[int], pad_id: int) -> str | None:
-    """What is wrong with the trunk's states of rows padded on the right. ids: 12 ordinary tokens."""
-    row, other, short = ids[:6], [*ids[:5], ids[11]], ids[:3]
-    batch = torch.tensor([row, other, short + [pad_id] * 3], device=model.device)
+    Args:
+        model: The model.
+        ids: 12 ordinary tokens.
+        pad_id: The id that pads rows.
+    """
+    row, other_end, short = ids[:6], [*ids[:5], ids[11]], ids[:3]
+    batch = torch.tensor([row, other_end, short + [pad_id] * 3], device=model.device)
     hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
     if hidden.shape[:2] != batch.shape:
-        return f"its hidden states come as {tuple(hidden.shape)}, and should as (rows, tokens, width)"
-    if changed(hidden[0, :5], hidden[1, :5]) > FORWARDS:
+        return f"its hidden states have shape {tuple(hidden.shape)}; expected (rows, tokens, width)"
+    if change(hidden[0, :5], hidden[1, :5]) > CHANGED:
         return f"{type(model).__name__} reads in both directions: not a causal language model"
-    if changed(hidden[0, :3], hidden[2, :3]) > FORWARDS:
-        return "what stands behind a row, padding, changes its hidden states"
+    if change(hidden[0, :3], hidden[2, :3]) > CHANGED:
+        return "padding after a row changes its hidden states"
     return None
 
 
-def changed(one: Tensor, other: Tensor) -> float:
-    """The largest difference of two states (T, d), as a share of their norm. NaN counts as different."""
+def change(one: Tensor, other: Tensor) -> float:
+    """Return the largest difference of two states (T, d) over their norm; infinity for NaN."""
     share = (one - other).norm(dim=-1) / one.norm(dim=-1).clamp(min=1e-12)
     return share.nan_to_num(nan=torch.inf).max().item()
 
 
-def packing_problem(model, prompts, responses, at_once: Tensor, pad_id: int) -> str | None:
-    """What is wrong with packed rows, of a model that packs; the model is left as it was."""
+def cache_problem(
+    model: nn.Module, prompts: list[list[int]], responses: list[list[int]], expected: Tensor, pad_id: int
+) -> str | None:
+    """Return what is wrong with rows that grow token by token, in a line that starts with CACHE.
+
+    Args:
+        model: The model.
+        prompts, responses: Token ids.
+        expected: (B, R) log-probabilities of the responses in whole rows.
+        pad_id: The id that pads rows.
+    """
+    try:
+        by_steps = logprobs_by_steps(model, lane_for(model, packed=False), prompts, responses, pad_id)
+    except Exception as error:  # a model's own code may raise anything
+        return f"{CACHE} cannot be computed ({in_few_words(error)})"
+    if not torch.allclose(by_steps, expected, **TOLERANCE):
+        return f"{CACHE} are not those of a whole row"
+    return None
+
+
+def packing_problem(
+    model: nn.Module, prompts: list[list[int]], responses: list[list[int]], expected: Tensor, pad_id: int
+) -> str | None:
+    """Return what is wrong with packed rows, if the model packs; its attention is left as it was.
+
+    Args:
+        model: The model.
+        prompts, responses: Token ids.
+        expected: (B, R) log-probabilities of the responses in whole rows.
+        pad_id: The id that pads rows.
+    """
     attention = model.config._attn_implementation
-    if not can_pack(model, OTHER_LENGTHS):
+    if not can_pack(model, ROW_LENGTH):
         return None
     try:
         packed = response_logprobs(model, make_rows(prompts, responses, pad_id, packed=True))
-        if not torch.allclose(packed, at_once, **TOLERANCE):
-            return "log-probs of packed rows are not those of rows apart"
+        if not torch.allclose(packed, expected, **TOLERANCE):
+            return "log-probs of packed rows are not those of separate rows"
         if head_is_linear(model):
             by_steps = logprobs_by_steps(model, PackedLane, prompts, responses, pad_id)
-            if not torch.allclose(by_steps, at_once, **TOLERANCE):
+            if not torch.allclose(by_steps, expected, **TOLERANCE):
                 return "log-probs token by token, from packed prompts, are not those of a whole row"
     finally:
         model.set_attn_implementation(attention)
     return None
 
 
-def logprobs_by_steps(model, make_lane, prompts, responses, pad_id: int) -> Tensor:
-    """Log-probs (B, R) of given responses as the sampler has them: token by token, rows leaving as they end."""
+def logprobs_by_steps(
+    model: nn.Module,
+    make_lane: Callable[..., Lane],
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    pad_id: int,
+) -> Tensor:
+    """Return log-probabilities (B, R) of given responses as the sampler computes them.
+
+    Responses grow token by token, and leave the lane when they end.
+
+    Args:
+        model: The model.
+        make_lane: The class of lane to try.
+        prompts, responses: Token ids.
+        pad_id: The id that pads rows.
+    """
     width = max(map(len, responses))
-    found = torch.zeros(len(prompts), width, device=model.device)
-    lane, at = make_lane(model, prompts, width, pad_id), list(range(len(prompts)))
+    logprobs = torch.zeros(len(prompts), width, device=model.device)
+    lane, rows = make_lane(model, prompts, width, pad_id), list(range(len(prompts)))
     logits = lane.start()
     for t in range(width):
-        tokens = torch.tensor([responses[i][min(t, len(responses[i]) - 1)] for i in at], device=model.device)
-        logprobs = logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        for place, i in enumerate(at):
+        # a row that has ended, but is still in the lane, repeats its last token
+        tokens = torch.tensor([responses[i][min(t, len(responses[i]) - 1)] for i in rows], device=model.device)
+        of_tokens = logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        for at, i in enumerate(rows):
             if t < len(responses[i]):
-                found[i, t] = logprobs[place]
-        going = [place for place, i in enumerate(at) if t + 1 < len(responses[i])]
-        if not going:
+                logprobs[i, t] = of_tokens[at]
+        unfinished = [at for at, i in enumerate(rows) if t + 1 < len(responses[i])]
+        if not unfinished:
             break
-        if len(going) < len(at):
-            kept = torch.tensor(going, device=model.device)
+        if len(unfinished) < len(rows):
+            kept = torch.tensor(unfinished, device=model.device)
             if lane.keep(kept):
-                at, tokens = [at[place] for place in going], tokens[kept]
+                rows, tokens = [rows[at] for at in unfinished], tokens[kept]
         logits = lane.step(tokens)
-    return found
+    return logprobs

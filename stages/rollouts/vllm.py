@@ -1,7 +1,8 @@
-"""Sampling by vLLM, in a process and an environment of its own (`vllm_server.py`): one for all training processes, led
-by the first of them, with the policy's weights handed over as files before a rollout.
+"""Sample with vLLM, which runs in a process and a Python environment of its own (`vllm_server.py`).
 
-vLLM's numbers are not the trainer's: it computes log-probs of its samples again, and watches how far off vLLM was.
+One vLLM serves all ranks. Rank 0 talks to it, and hands the policy's weights over as files. vLLM's
+log-probabilities differ a little from the trainer's, so PPO computes those of its samples again and
+watches the KL between both.
 """
 
 import json
@@ -10,159 +11,221 @@ import select
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
-from pipeline.errors import TrainingStopped, UserError
+from data.streams import derive_seed
+from pipeline.errors import UserError
 from pipeline.launch import parallel
 from stages.models.adapters import plain
 from stages.models.file_tensors import file_tensors, tied_head
-from stages.rollouts.transformers import Sampled
+from stages.rollouts.engine import EngineLost, EngineSpec, Sampled, SampleRequest
 
 SCRIPT = Path(__file__).with_name("vllm_server.py")
 SECONDS_TO_END = 10.0
-FILE_BYTES = 2 * 2**30  # of weights, about: what is in memory twice at a time
-OURS = (  # of the training process alone: its place in a group, its threads, its libraries
+FILE_BYTES = 2 * 2**30  # about the size of a file of weights, of which memory holds two copies at a time
+OWN_VARIABLES = (  # of the training process, which vLLM must not inherit: ranks, threads, libraries
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT",
     "OMP_NUM_THREADS", "PYTHONPATH", "PYTHONHOME",
 )  # fmt: skip
 
 
-class EngineLost(TrainingStopped):
-    """vLLM is gone, failed, or samples from another distribution (exit 3, if the run does not go on without it)."""
+@dataclass(frozen=True)
+class VllmOptions:
+    """Where and how vLLM runs."""
+
+    model: Path
+    """Folder of the model that the policy was loaded from: its configuration and tokenizer."""
+    folder: Path
+    """Folder for weights while they are handed over."""
+    log: Path
+    """File for vLLM's output."""
+    python: str
+    """Python of the environment that vLLM is installed in."""
+    devices: str | None
+    """CUDA_VISIBLE_DEVICES for vLLM; None: the same as here."""
+    dtype: str
+    """"float32" or "bfloat16": the dtype of its weights."""
+    timeout: float
+    """Seconds without an answer after which vLLM counts as lost."""
+    arguments: dict[str, Any]
+    """Further arguments of vllm.LLM."""
+
+
+def make_vllm(spec: EngineSpec) -> "Vllm":
+    """Return vLLM as the settings launch.vllm describe it, not started yet."""
+    launch = spec.launch
+    folder = spec.scratch
+    if launch["folder"] is not None:
+        # the named folder may serve several runs at once; each has its own folder in it
+        folder = Path(launch["folder"]).expanduser() / f"rlhf-{derive_seed(spec.scratch.resolve())}"
+    arguments = {
+        "seed": 0,  # each sample has a seed of its own
+        "max_model_len": spec.max_length,
+        "max_num_seqs": spec.batch_size,
+        "tensor_parallel_size": launch["tensor_parallel_size"],
+        "gpu_memory_utilization": launch["gpu_memory_utilization"],
+        "trust_remote_code": spec.trust_remote_code,
+    }
+    options = VllmOptions(
+        model=spec.model,
+        folder=folder,
+        log=spec.log,
+        python=sys.executable if launch["python"] is None else os.path.expanduser(launch["python"]),
+        devices=launch["devices"],
+        dtype=spec.dtype,
+        timeout=spec.timeout,
+        arguments=arguments | launch["options"],
+    )
+    return Vllm(options)
 
 
 class Vllm:
-    """vLLM and the line to it. Every training process has one of these, and all call its methods together; the process
-    behind it belongs to the first of them, and ends with that, however it ends.
+    """vLLM and the connection to it.
 
-    running: between `start` and `close`. stale: whether the policy has changed since its weights were handed over; who
-    changes it sets this.
-    """
+    Every rank has one of these, and all ranks call its methods together. The process belongs to
+    rank 0, and ends with rank 0, however that ends."""
 
-    def __init__(
-        self,
-        model: Path,
-        folder: Path,
-        log: Path,
-        *,
-        python: str,
-        devices: str | None,
-        dtype: str,
-        timeout: float,
-        arguments: dict,
-    ):
-        """model: the folder that the policy was loaded from. folder: for weights, while they are handed over. log: for
-        what vLLM says. devices: CUDA_VISIBLE_DEVICES for it; None: as here. timeout: seconds without an answer after
-        which it is lost. arguments: of vllm.LLM."""
-        self.model, self.folder, self.log, self.python, self.devices = model, folder, log, python, devices
-        self.dtype, self.timeout, self.arguments = getattr(torch, dtype), timeout, {"dtype": dtype} | arguments
-        self.running, self.stale, self.unties = False, True, False
-        self.process = self.connection = self.end = None
+    is_policy = False
 
-    def start(self, model, poll: Callable[[], None] = lambda: None) -> None:
-        """With this model's weights. Raises EngineLost with vLLM's own message if it does not start; UserError if there
-        is no room for its files, or the model's files name weights otherwise than its modules. poll() is called
-        meanwhile, as in `sample`: what it raises ends the wait."""
+    def __init__(self, options: VllmOptions):
+        self.options = options
+        self.dtype: torch.dtype = getattr(torch, options.dtype)
+        self.timeout = options.timeout
+        self.unties_head = False
+        self.process: subprocess.Popen | None = None
+        self.connection: socket.socket | None = None
+        self.finalizer: weakref.finalize | None = None
 
-        def launched() -> None:
-            try:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                self.folder.mkdir(parents=True)
-                self.process, self.connection = launch(self.python, self.log, self.devices)
-            except OSError as problem:
-                raise UserError(f"launch.vllm: {problem}; see its folder and python") from problem
-            self.end = weakref.finalize(self, end, self.process, self.connection, self.folder)
+    def start(self, model: nn.Module, poll: Callable[[], None] = lambda: None) -> None:
+        """Start vLLM with the weights of `model`.
 
+        Args:
+            model: The policy.
+            poll: Is called while waiting; what it raises ends the wait.
+
+        Raises:
+            EngineLost: With vLLM's own message, if it does not start.
+            UserError: If its files cannot be written, or if the files of the model name weights
+                differently from its modules.
+        """
+        options = self.options
         names = {name for name, _ in file_tensors(model)} - {tied_head(model)}
-        parallel.from_rank_zero(lambda: refuse_other_names(names, self.model, plain(model).config.model_type))
-        parallel.from_rank_zero(launched)
-        self.running = True
-        # vLLM 0.32 takes a head that is the embedding over once, and then leaves it as it was
-        self.unties = tied_head(model) is not None and plain(model).get_input_embeddings().weight.requires_grad
-        arguments = dict(self.arguments)
-        if self.unties:  # beside what the user overrides
-            arguments["hf_overrides"] = (arguments.get("hf_overrides") or {}) | {"tie_word_embeddings": False}
-        self._hand_over(model, lambda folder: {"start": {"model": folder} | arguments}, poll)
+        model_type = plain(model).config.model_type
+        parallel.from_rank_zero(lambda: refuse_other_names(names, options.model, model_type))
+        parallel.from_rank_zero(self._launch)
+        # vLLM 0.32 copies a head that is the embedding once, and does not update it with the
+        # embedding
+        embedding = plain(model).get_input_embeddings().weight
+        self.unties_head = tied_head(model) is not None and embedding.requires_grad
+        arguments = {"dtype": options.dtype} | options.arguments
+        if self.unties_head:
+            overrides = dict(arguments.get("hf_overrides") or {})  # the user's own
+            arguments["hf_overrides"] = overrides | {"tie_word_embeddings": False}
+        try:
+            self._hand_over(model, lambda folder: {"start": {"model": folder} | arguments}, poll)
+        except EngineLost as lost:
+            raise EngineLost(f"{lost}, with {options.python}") from lost
 
-    def follow(self, model) -> None:
-        """Hands the model's weights over, if they have changed: adapters folded in; sharded ones are gathered layer by
-        layer."""
-        if self.stale:
-            self._hand_over(model, lambda folder: {"weights": folder})
+    def update_weights(self, model: nn.Module) -> None:
+        """Hand the weights of `model` over: adapters merged, shards gathered layer by layer."""
+        self._hand_over(model, lambda folder: {"weights": folder}, lambda: None)
 
-    def _hand_over(self, model, message: Callable[[str], dict], poll: Callable[[], None] = lambda: None) -> None:
-        """As a model's folder that is gone when the message that names it has been answered."""
-        folder = self.folder / "model"
-        problem = write_model(model, folder, self.dtype, self.model, None if self.unties else tied_head(model))
-        # others wait for the writing here, and for vLLM below: as long as they have to for each
-        if problem := parallel.from_rank_zero(lambda: problem):
-            raise EngineLost(f"vLLM cannot be handed the weights: {problem}")
-        self._ask(message(str(folder)), poll)
-        if parallel.is_rank_zero():
-            shutil.rmtree(folder, ignore_errors=True)  # half a model or more, in memory maybe
-        self.stale = False
-
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        *,
-        response_length: int,
-        temperature: float,
-        eos_id: int,
-        poll: Callable[[], None],
-        device: torch.device,
-    ) -> Sampled:
-        """One response a prompt, on all processes; entropies are 0, vLLM does not tell them."""
-        settings = {"max_tokens": response_length, "temperature": temperature, "eos_id": eos_id}
-        asked = {"prompts": [list(p) for p in prompts], "seeds": list(seeds), **settings}
-        responses, logprobs = self._ask({"generate": asked}, poll)
+    def sample(self, request: SampleRequest, poll: Callable[[], None] = lambda: None) -> Sampled:
+        """Return one response to each prompt, on all ranks; vLLM gives no entropies (0)."""
+        message = {
+            "prompts": [list(prompt) for prompt in request.prompts],
+            "seeds": list(request.seeds),
+            "max_tokens": request.response_length,
+            "temperature": request.temperature,
+            "eos_id": request.eos_id,
+        }
+        responses, logprobs = self._ask({"generate": message}, poll)
         lengths = [len(r) for r in responses]
-        if len(lengths) != len(prompts) or lengths != [len(row) for row in logprobs]:
-            raise EngineLost("vLLM answered with another number of responses, or of log-probs")
-        if not 1 <= min(lengths) <= max(lengths) <= response_length:
-            raise EngineLost("vLLM answered with a response of no token, or of too many")
-        rows = torch.stack([F.pad(torch.tensor(row), (0, max(lengths) - len(row))) for row in logprobs]).to(device)
-        return Sampled(responses, rows, torch.zeros_like(rows))
+        if len(lengths) != len(request.prompts) or lengths != [len(row) for row in logprobs]:
+            raise EngineLost("vLLM returned a wrong number of responses or log-probabilities")
+        if not 1 <= min(lengths) <= max(lengths) <= request.response_length:
+            raise EngineLost("vLLM returned a response without tokens, or one that is too long")
+        width = max(lengths)
+        padded = torch.stack([F.pad(torch.tensor(row), (0, width - len(row))) for row in logprobs])
+        return Sampled(responses, padded, torch.zeros_like(padded))
 
     def close(self) -> None:
-        """Ends the process behind it, and removes its files, but for the log."""
-        self.running = False
-        if self.end is not None:
-            self.end()
+        """End the process, and remove its files except the log."""
+        if self.finalizer is not None:
+            self.finalizer()
 
-    def _ask(self, message: dict, poll: Callable[[], None] = lambda: None):
-        """vLLM's answer to the first process, on all of them; an EngineLost on all of them if there is none."""
+    def _launch(self) -> None:
+        """Start the process. Only rank 0 calls this."""
+        options = self.options
+        try:
+            shutil.rmtree(options.folder, ignore_errors=True)
+            options.folder.mkdir(parents=True)
+            self.process, self.connection = launch(options.python, options.log, options.devices)
+        except OSError as problem:
+            raise UserError(f"launch.vllm: {problem}; check its folder and python") from problem
+        # also at the end of this process, or when this object is no longer used
+        self.finalizer = weakref.finalize(self, end, self.process, self.connection, options.folder)
 
-        def answer():
+    def _hand_over(self, model: nn.Module, message: Callable[[str], dict], poll: Callable[[], None]) -> None:
+        """Write the weights, name their folder to vLLM, and remove it once vLLM has answered.
+
+        Args:
+            model: The policy.
+            message: Makes the message from the name of the folder.
+            poll: Is called while waiting for the answer.
+        """
+        folder = self.options.folder / "model"
+        skipped = None if self.unties_head else tied_head(model)
+        problem = write_model(model, folder, self.dtype, self.options.model, skipped)
+        # the other ranks wait twice, for the files here and for vLLM below: each wait may take the
+        # whole timeout
+        problem = parallel.from_rank_zero(lambda: problem)
+        if problem:
+            raise EngineLost(f"vLLM cannot be given the weights: {problem}")
+        self._ask(message(str(folder)), poll)
+        if parallel.is_rank_zero():
+            shutil.rmtree(folder, ignore_errors=True)  # half a model or more, and maybe in memory
+
+    def _ask(self, message: dict, poll: Callable[[], None]) -> Any:
+        """Send a message from rank 0; return vLLM's answer, or raise EngineLost, on all ranks."""
+
+        def answer() -> Any:
             try:
                 return exchange(self.connection, message, self.timeout, poll)
             except EngineLost as lost:
                 return lost
             except ConnectionError:
-                poll()  # a signal that ended it may have been meant for all
-                return EngineLost(f"vLLM {how_it_ended(self.process, self.log)}")
+                poll()  # the signal that ended vLLM may have been sent to the whole job
+                return EngineLost(f"vLLM {how_it_ended(self.process, self.options.log)}")
 
-        found = parallel.from_rank_zero(answer)
-        if isinstance(found, EngineLost):
-            raise found
-        return found
+        reply = parallel.from_rank_zero(answer)
+        if isinstance(reply, EngineLost):
+            raise reply
+        return reply
 
 
 def launch(python: str, log: Path, devices: str | None) -> tuple[subprocess.Popen, socket.socket]:
-    """(vLLM's process, our end of the line to it)."""
-    environment = {k: v for k, v in os.environ.items() if k not in OURS and not k.startswith("TORCHELASTIC_")}
+    """Start vllm_server.py; return its process and our end of the connection."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in OWN_VARIABLES and not name.startswith("TORCHELASTIC_")
+    }
     environment |= {
-        "PYTHONSAFEPATH": "1",  # or the files beside the script would be taken for libraries
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # its engine in this process, which ends with us
+        "PYTHONSAFEPATH": "1",  # otherwise the files beside the script would be imported as libraries
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # keeps its engine in that process, which ends with ours
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
     }
@@ -184,7 +247,7 @@ def launch(python: str, log: Path, devices: str | None) -> tuple[subprocess.Pope
 
 
 def end(process: subprocess.Popen, connection: socket.socket, folder: Path) -> None:
-    """vllm_server.py ends with its line; one that does not is killed."""
+    """Close the connection, which ends vLLM's process (or kill it), and remove its folder."""
     connection.close()
     try:
         process.wait(SECONDS_TO_END)
@@ -194,23 +257,35 @@ def end(process: subprocess.Popen, connection: socket.socket, folder: Path) -> N
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def exchange(connection: socket.socket, message: dict, timeout: float, poll: Callable[[], None]):
-    """Sends a message and waits for its answer; poll() is called meanwhile, and what it raises ends the wait. An
-    EngineLost for an error, or where there is no answer in time; a ConnectionError where nobody is there."""
+def exchange(connection: socket.socket, message: dict, timeout: float, poll: Callable[[], None]) -> Any:
+    """Send a message and wait for its answer.
+
+    Args:
+        connection: Our end of the connection, not blocking.
+        message: Is sent as one line of JSON.
+        timeout: Seconds to wait for the answer.
+        poll: Is called while waiting; what it raises ends the wait.
+
+    Raises:
+        EngineLost: If the answer is an error, or does not come in time.
+        ConnectionError: If vLLM's process is gone.
+    """
     unsent, received = memoryview(json.dumps(message).encode() + b"\n"), bytearray()
     deadline = time.monotonic() + timeout
     while not received.endswith(b"\n"):
         poll()
         if time.monotonic() > deadline:
             raise EngineLost(f"vLLM has not answered for {timeout:g} seconds (nine tenths of launch.timeout)")
-        readable, writable, _ = select.select([connection], [connection] if unsent else [], [], 0.2)
+        # both directions at once: vLLM may not read on before its own output is read
+        writers = [connection] if unsent else []
+        readable, writable, _ = select.select([connection], writers, [], 0.2)
         if writable:
             unsent = unsent[connection.send(unsent) :]
         if readable:
-            part = connection.recv(2**20)
-            if not part:
+            chunk = connection.recv(2**20)
+            if not chunk:
                 raise ConnectionError
-            received += part
+            received += chunk
     reply = json.loads(received)
     if "error" in reply:
         raise EngineLost(f"vLLM says {' '.join(reply['error'].split())[:400]}")
@@ -218,34 +293,53 @@ def exchange(connection: socket.socket, message: dict, timeout: float, poll: Cal
 
 
 def how_it_ended(process: subprocess.Popen, log: Path) -> str:
-    """For an error line: exit code or signal, and its last words."""
+    """Describe for an error line how vLLM ended: exit code or signal, last line of its log."""
     try:
         code = process.wait(SECONDS_TO_END)
     except subprocess.TimeoutExpired:
-        return f"is gone, though its process is not; see {log}"
+        return f"closed its connection, but its process still runs; see {log}"
     lines = [line.strip() for line in log.read_text(errors="replace").split("\n")] if log.exists() else []
-    said = next((line[:300] for line in reversed(lines) if line), "nothing")
+    last_line = next((line[:300] for line in reversed(lines) if line), "nothing")
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
-    return f"is gone, by {how}; its last words: {said} (more in {log})"
+    return f"ended with {how}; its last words: {last_line} (more in {log})"
 
 
-def refuse_other_names(names: set[str], model: Path, kind: str) -> None:
-    """A UserError if `names` of weights are not those in the files of the folder `model`."""
-    known: set[str] = set()
+def refuse_other_names(names: set[str], model: Path, model_type: str) -> None:
+    """Raise UserError unless the files of a model's folder name exactly these weights.
+
+    Args:
+        names: Names of the policy's weights, as its modules give them.
+        model: The folder.
+        model_type: The kind of model, for the message.
+    """
+    in_files: set[str] = set()
     for file in model.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
-            known |= set(opened.keys())
-    if other := sorted(names ^ known):
+            in_files |= set(opened.keys())
+    if different := sorted(names ^ in_files):
         raise UserError(
-            f"ppo.rollout.engine: vllm cannot follow a {kind} model, whose files name weights otherwise than its "
-            f"modules ({other[0]}); use transformers"
+            f"ppo.rollout.engine: vllm cannot be given the weights of a {model_type} model, whose files name them "
+            f"differently from its modules ({different[0]}); use transformers"
         )
 
 
-def write_model(model, folder: Path, dtype: torch.dtype, like: Path, without: str | None = None) -> str | None:
-    """folder/: the model's weights (but `without`) in `dtype`, beside the other files of the folder `like`; → why not,
-    if they cannot be written. All processes call it and gather; the first one writes."""
-    part: dict[str, torch.Tensor] = {}
+def write_model(
+    model: nn.Module, folder: Path, dtype: torch.dtype, like: Path, skipped: str | None = None
+) -> str | None:
+    """Write a model's weights as a folder of safetensors. All ranks gather; rank 0 writes.
+
+    Args:
+        model: The policy.
+        folder: Is created or replaced.
+        dtype: Dtype of the weights that are floating-point numbers.
+        like: Folder whose other files (configuration, tokenizer) are copied.
+        skipped: Name of a weight to leave out.
+
+    Returns:
+        Why the weights cannot be written; None if they are. Other ranks than 0 return something
+        else.
+    """
+    pending: dict[str, torch.Tensor] = {}
 
     def begin() -> str | None:
         try:
@@ -256,20 +350,24 @@ def write_model(model, folder: Path, dtype: torch.dtype, like: Path, without: st
                     shutil.copy(file, folder)
         except OSError as error:
             return str(error)
+        return None
 
     def write() -> str | None:
         try:
-            save_file(part, folder / f"{next(iter(part))}.safetensors", metadata={"format": "pt"})
-        except (OSError, SafetensorError) as error:  # no room
+            save_file(pending, folder / f"{next(iter(pending))}.safetensors", metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:  # the disk is full
             return str(error)
         finally:
-            part.clear()
+            pending.clear()
+        return None
 
-    problem = begin() if parallel.is_rank_zero() else "another process writes"
+    problem = begin() if parallel.is_rank_zero() else "rank 0 writes"
+    # the loop runs to its end on all ranks, whatever the problem: gathering a sharded weight takes
+    # all of them
     for name, x in file_tensors(model):
-        if problem is not None or name == without:
+        if problem is not None or name == skipped:
             continue
-        part[name] = x.to("cpu", dtype if x.is_floating_point() else x.dtype, copy=True).contiguous()
-        if sum(held.nbytes for held in part.values()) >= FILE_BYTES:
+        pending[name] = x.to("cpu", dtype if x.is_floating_point() else x.dtype, copy=True).contiguous()
+        if sum(tensor.nbytes for tensor in pending.values()) >= FILE_BYTES:
             problem = write()
-    return write() if part else problem
+    return write() if pending else problem

@@ -1,11 +1,14 @@
-"""vLLM in a process and an environment of its own: JSON lines in and out through a socket. Imports nothing of ours.
+"""Serve vLLM through a socket, one line of JSON in and one out, in a process of its own.
 
-    {"start": {LLM's arguments}}                                                → {"ok": vLLM's version}
-    {"weights": folder of safetensors}                                          → {"ok": null}
-    {"generate": {prompts, seeds, max_tokens, temperature, eos_id}}             → {"ok": [[ids], [log-probs]]}
+    {"start": {LLM's arguments}}                                        → {"ok": vLLM's version}
+    {"weights": folder of safetensors}                                  → {"ok": null}
+    {"generate": {prompts, seeds, max_tokens, temperature, eos_id}}     → {"ok": [[ids],
+    [log-probs]]}
 
-Run as `python vllm_server.py FD`, where FD is the number of an inherited socket. What goes wrong is {"error": text}.
-When the other end is gone, so is this process, whatever it is doing.
+Run as `python vllm_server.py FD`, where FD is the file descriptor of an inherited socket. The
+answer to a request that fails is {"error": text}. The process ends as soon as the other end is
+closed, whatever it is doing. It imports nothing of this project, which is not installed in vLLM's
+environment.
 """
 
 import glob
@@ -16,14 +19,17 @@ import signal
 import socket
 import sys
 import threading
+from typing import Any
 
 
 def main() -> None:
+    """Answer requests until the other end is closed."""
     here = os.path.dirname(os.path.abspath(__file__))
-    # the files beside this one are named like libraries
+    # the files beside this one are named like libraries (transformers.py, vllm.py)
     sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != here]
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # some reach all of a job's processes: the trainer says when to end
+    for stop_signal in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        # a scheduler may send these to all processes of a job; the trainer decides when to end
+        signal.signal(stop_signal, signal.SIG_IGN)
     connection = socket.socket(fileno=int(sys.argv[1]))
     requests: queue.Queue = queue.Queue()
     threading.Thread(target=listen, args=(connection, requests), daemon=True).start()
@@ -34,17 +40,17 @@ def main() -> None:
             if "start" in request:
                 engine, answer = start(request["start"])
             elif "weights" in request:
-                answer = load(engine, request["weights"])
+                answer = load_weights(engine, request["weights"])
             else:
                 answer = generate(engine, **request["generate"])
             reply = {"ok": answer}
-        except Exception as error:  # whatever it is, the trainer has to know
+        except Exception as error:  # of any kind: the trainer has to know
             reply = {"error": f"{type(error).__name__}: {error}"}
         connection.sendall(json.dumps(reply).encode() + b"\n")
 
 
 def listen(connection: socket.socket, requests: queue.Queue) -> None:
-    """In a thread, so that the end of the trainer is noticed in the middle of work."""
+    """Queue requests, in a thread: the trainer's end is noticed in the middle of work."""
     try:
         for line in connection.makefile("rb"):
             requests.put(json.loads(line))
@@ -52,37 +58,47 @@ def listen(connection: socket.socket, requests: queue.Queue) -> None:
         os._exit(0)
 
 
-def start(arguments: dict):
-    """(engine, vLLM's version)."""
+def start(arguments: dict) -> tuple[Any, str]:
+    """Return vLLM's engine and its version."""
     import vllm
 
-    # log-probs after the temperature, as the trainer computes them; stop at our EOS alone
+    # log-probs after the temperature, as the trainer computes them; only our EOS ends a response
     options = {"logprobs_mode": "processed_logprobs", "generation_config": "vllm", "disable_log_stats": True}
-    # a prompt that is read in parts draws a token too many, and takes its seed's generator back by an offset, which a
-    # CPU's has not (vLLM 0.32)
+    # vLLM 0.32: a prompt that is read in chunks draws one token too many, and then sets its seed's
+    # generator back by an offset, which a CPU's generator does not have
     options |= {"enable_chunked_prefill": False}
     return vllm.LLM(**arguments, **options), vllm.__version__
 
 
-def load(engine, folder: str) -> None:
-    """Weights in the names and layout of the model's own files, in place."""
+def load_weights(engine: Any, folder: str) -> None:
+    """Load weights in place. Their names and layout are those of the model's own files."""
     if not glob.glob(os.path.join(folder, "*.safetensors")):
         raise FileNotFoundError(f"{folder} holds no weights")
     engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
-    engine.reset_prefix_cache()  # it holds keys and values of the weights before
+    engine.reset_prefix_cache()  # it holds keys and values of the old weights
 
 
-def generate(engine, prompts, seeds, max_tokens: int, temperature: float, eos_id: int) -> list:
-    """[responses as ids, EOS included; their log-probs], one response a prompt, each by a seed of its own."""
+def generate(
+    engine: Any, prompts: list[list[int]], seeds: list[int], max_tokens: int, temperature: float, eos_id: int
+) -> list:
+    """Sample one response to each prompt, each with a seed of its own.
+
+    Returns:
+        Two lists, one entry for each prompt: token ids (EOS included), and their log-probabilities.
+    """
     from vllm import SamplingParams
 
-    # vLLM also stops at every end token of the folder's generation_config.json, unless it is told to ignore EOS
+    # vLLM also stops at every end token of the folder's generation_config.json, unless it ignores
+    # EOS
     options = {"max_tokens": max_tokens, "temperature": temperature, "stop_token_ids": [eos_id], "ignore_eos": True}
-    asked = [SamplingParams(seed=seed, logprobs=0, detokenize=False, **options) for seed in seeds]
-    outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], asked, use_tqdm=False)
-    found = [output.outputs[0] for output in outputs]
-    responses = [list(one.token_ids) for one in found]
-    logprobs = [[at[i].logprob for i, at in zip(one.token_ids, one.logprobs, strict=True)] for one in found]
+    params = [SamplingParams(seed=seed, logprobs=0, detokenize=False, **options) for seed in seeds]
+    outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    completions = [output.outputs[0] for output in outputs]
+    responses = [list(completion.token_ids) for completion in completions]
+    logprobs = [
+        [at_position[token].logprob for token, at_position in zip(c.token_ids, c.logprobs, strict=True)]
+        for c in completions
+    ]
     return [responses, logprobs]
 
 

@@ -27,7 +27,7 @@ SHAPE = (
     "intermediate_size",
     "max_position_embeddings",
 )
-FIXED = (
+FIXED: tuple[str | tuple[str, ...], ...] = (
     ("base.per_device_train_batch_size", "base.gradient_accumulation_steps"),
     "base.max_length",
     *(f"model.{key}" for key in SHAPE),  # vocab_size changes the rows, too

@@ -1,9 +1,11 @@
 """Find the settings that differ from their defaults."""
 
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
+
+from pipeline.config.help import section_in
 
 
 def defaults_of(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
@@ -23,7 +25,7 @@ def defaults_of(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
             continue
         key = f"{prefix}.{name}" if prefix else name
         default = field.get_default(call_default_factory=True)
-        optional = next((kind for kind in get_args(field.annotation) if hasattr(kind, "model_fields")), None)
+        optional = section_in(field.annotation)
         if isinstance(default, BaseModel):
             defaults |= defaults_of(type(default), key) | flat(default.model_dump(mode="json"), key)
         else:

@@ -52,7 +52,7 @@ def errors_in_head(kind: str, path: Path, skip: int, limit: int | None, signatur
         signature: Time and size of the file, so that a changed file is read again.
     """
     try:
-        sources.load_first(kind, path, limit, skip, most=ROWS_CHECKED)
+        sources.load_first(kind, path, limit, skip, max_rows=ROWS_CHECKED)
     except UserError as error:
         return tuple(error.lines)
     return ()

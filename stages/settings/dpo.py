@@ -69,7 +69,7 @@ def check(experiment: "Experiment") -> list[str]:
         lines.append(f"dpo.loss_type: {names} is empty or names a loss twice; name each loss once")
     if settings.loss_weights is not None and len(settings.loss_weights) != len(names):
         lines.append(
-            f"dpo.loss_weights: {len(settings.loss_weights)} weights for {len(names)} losses in dpo.loss_type; give "
+            f"dpo.loss_weights: {len(settings.loss_weights)} given for {len(names)} losses in dpo.loss_type; give "
             f"one for each"
         )
     if settings.label_smoothing and not {"sigmoid", "robust"} & set(names):

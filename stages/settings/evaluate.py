@@ -86,7 +86,7 @@ class EvaluateSettings(Section):
 
 
 def needs(experiment: "Experiment") -> list[str]:
-    """Return the stages that must be done first: those of the policies, and rm if it judges them."""
+    """Return the stages that must be done first: those of the policies, and rm as judge."""
     policies = compared_policies(experiment)
     stages = [stage for stage in STAGES if stage in policies or stage == "sft"]
     return [*stages, "rm"] if needs_reward_model(experiment) else stages

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def simulates_labelers(experiment: "Experiment") -> bool:
-    """Return whether simulated labelers rank SFT's responses: they know only the world's prompts."""
+    """Return whether simulated labelers rank: they know only the world's prompts."""
     return experiment.data.rankings is None and experiment.data.prompts == "world"
 
 

@@ -46,7 +46,10 @@ METRICS = {
 
 
 class PPOSettings(Section):
-    """Choose how PPO-ptx trains. batch_size and mini_batch_size count episodes; an update is one batch."""
+    """Choose how PPO-ptx trains.
+
+    batch_size and mini_batch_size count episodes; an update is one batch.
+    """
 
     total_episodes: int = setting(2048, "episodes in all (the paper: 256,000, in batches of 512)", "episodes", ge=1)
     batch_size: int = setting(64, "episodes per update (the paper: 512)", "episodes", ge=2)
@@ -187,7 +190,7 @@ class PPOSettings(Section):
 
 
 def needs(experiment: "Experiment") -> list[str]:
-    """Return the stages that must be done first: sft, and rm unless another reward model is all there is."""
+    """Return the stages that must be done first: sft, and rm unless only another model scores."""
     if experiment.ppo.reward_model is not None and not has_rankings(experiment):
         return ["sft"]
     return ["sft", "rm"]

@@ -61,7 +61,7 @@ class Training(Section):
 
 
 class PreferenceTraining(Training):
-    """Hold the settings that rm and dpo have in common: their rows are prompts with all responses."""
+    """Hold the settings of rm and dpo, whose rows are prompts with all their responses."""
 
     on_too_long: TooLong = setting("error", TOO_LONG_ROW)
     per_device_train_batch_size: int = setting(

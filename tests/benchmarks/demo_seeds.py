@@ -21,7 +21,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))  # the code beside this file, wherever another copy is installed
 
-from stages.page.words import fixed  # noqa: E402
 from sweeps.beside import command, options, parsed  # noqa: E402
 from sweeps.estimates import over_seeds  # noqa: E402
 from sweeps.points import keep, provenance, seconds_of  # noqa: E402
@@ -30,7 +29,8 @@ from sweeps.words import markdown, with_interval  # noqa: E402
 from pipeline.errors import Interrupted, UserError  # noqa: E402
 from pipeline.stage import StopFlag  # noqa: E402
 from pipeline.store.artifacts import ArtifactStore  # noqa: E402
-from stages.page.results import ASKED
+from stages.page.numbers import fixed  # noqa: E402
+from stages.page.results import PROMPTED
 
 SEEDS = (3, 4, 5, 6, 7)
 """Settings were chosen on seeds 0 to 2."""
@@ -121,7 +121,7 @@ def table(rows: Sequence[dict]) -> str:
 def figures(row: dict) -> list[Figure]:
     """Return the lines of the table, in their order; `row` is that of a seed, whose settings are those of all."""
     labels = {name: label.format(n=row["best_of"]) for name, label in LABELS.items()}
-    asked = ASKED[row["policies"]["base"]["asked"]]
+    asked = PROMPTED[row["policies"]["base"]["asked"]]
     found = []
     for half, where in HALVES.items():
         gold = {name: reader("policies", name, half, "overall") for name in labels}

@@ -22,9 +22,10 @@ from pairs import keep, ratio, run_pairs, settle, stamp, versions  # noqa: E402
 from ppo_models import NEVER, PAD, SHAPES, craft, eos_of, prompts  # noqa: E402
 
 from stages.models.loading import load_policy  # noqa: E402
-from stages.rollouts.collect import drift  # noqa: E402
-from stages.rollouts.transformers import sample_with_logprobs  # noqa: E402
-from stages.rollouts.vllm import Vllm  # noqa: E402
+from stages.rollouts.collect import engine_kl  # noqa: E402
+from stages.rollouts.engine import SampleRequest  # noqa: E402
+from stages.rollouts.transformers import Decoding, sample_with_logprobs  # noqa: E402
+from stages.rollouts.vllm import Vllm, VllmOptions  # noqa: E402
 
 LENGTH, EPISODES = 128, 64
 ROWS = {"fixed": ("fixed", 1), "variable": ("variable", 1), "n4": ("variable", 4)}  # prompts' lengths, samples of each
@@ -47,10 +48,17 @@ def main() -> int:
         policy = load_policy(folder, attn_implementation="sdpa").to(device)
         began = time.perf_counter()
         options = {"max_model_len": 2 * LENGTH, "max_num_seqs": EPISODES, "skip_tokenizer_init": True}
-        engine = Vllm(
-            folder, Path(scratch) / "line", Path(scratch) / "log", python=asked.python, devices=None, dtype=asked.dtype,
-            timeout=1e4, arguments=options | {"gpu_memory_utilization": 0.3},
-        )  # fmt: skip
+        settings = VllmOptions(
+            model=folder,
+            folder=Path(scratch) / "line",
+            log=Path(scratch) / "log",
+            python=asked.python,
+            devices=None,
+            dtype=asked.dtype,
+            timeout=1e4,
+            arguments=options | {"gpu_memory_utilization": 0.3},
+        )
+        engine = Vllm(settings)
         engine.start(policy)
         started = time.perf_counter() - began
         for name in asked.rows:
@@ -69,19 +77,19 @@ def measure(policy, engine: Vllm, lengths: str, n: int, asked) -> dict:
     device = policy.device
 
     def ours(pair: int) -> dict:
-        settings = {"response_length": LENGTH, "eos_id": eos_of(lengths), "pad_id": PAD, "batch_size": EPISODES}
+        decoding = Decoding(LENGTH, eos_id=eos_of(lengths), pad_id=PAD, batch_size=EPISODES)
         with torch.autocast(device.type, torch.bfloat16, enabled=asked.dtype == "bfloat16"):
-            return timed(lambda: sample_with_logprobs(policy, words, seeds(pair), **settings))
+            return timed(lambda: sample_with_logprobs(policy, words, seeds(pair), decoding))
 
     def theirs(pair: int) -> dict:
-        settings = {"response_length": LENGTH, "temperature": 1.0, "eos_id": eos_of(lengths)}
-        return timed(lambda: engine.sample(words, seeds(pair), **settings, poll=lambda: None, device=device))
+        request = SampleRequest(words, seeds(pair), n, LENGTH, 1.0, eos_of(lengths))
+        return timed(lambda: engine.sample(request))
 
     for side in (ours, theirs):
         side(-1)  # kernels are chosen, graphs recorded
     found = run_pairs(theirs, ours, asked.pairs, lambda *what: print(what[0], what[1], what[2], file=sys.stderr))
-    engine.stale, began = True, time.perf_counter()
-    engine.follow(policy)
+    began = time.perf_counter()
+    engine.update_weights(policy)
     handed = time.perf_counter() - began
     rates = [[round(x["tokens"] / x["seconds"], 1) for x in side] for side in found]
     return {
@@ -107,8 +115,7 @@ def timed(work) -> dict:
 @torch.no_grad()
 def distance(policy, engine: Vllm, words, dtype: str) -> float:
     """KL(vLLM ‖ model) in nats a token by k3, eight responses read one by one by transformers' own forward."""
-    settings = {"response_length": LENGTH, "temperature": 1.0, "eos_id": NEVER}
-    sampled = engine.sample(words[:8], seeds(0)[:8], **settings, poll=lambda: None, device=policy.device)
+    sampled = engine.sample(SampleRequest(words[:8], seeds(0)[:8], 1, LENGTH, 1.0, NEVER))
     rows = []
     for prompt, response in zip(words, sampled.responses, strict=False):
         ids = torch.tensor([prompt + response], device=policy.device)
@@ -116,7 +123,7 @@ def distance(policy, engine: Vllm, words, dtype: str) -> float:
             logp = policy(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
         rows.append(logp.gather(-1, ids[0, len(prompt) :, None]).squeeze(-1))
     logprobs = torch.stack(rows)
-    return drift(sampled.logprobs, logprobs, torch.ones_like(logprobs, dtype=torch.bool))
+    return engine_kl(sampled.logprobs.to(logprobs.device), logprobs, torch.ones_like(logprobs, dtype=torch.bool))
 
 
 if __name__ == "__main__":

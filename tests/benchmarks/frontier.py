@@ -23,10 +23,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))  # the code beside this file, wherever another copy is installed
 
-from stages.page.words import fixed  # noqa: E402
 from sweeps.beside import Workshop, adaptive, command, options, parsed, relative, sampling  # noqa: E402
 from sweeps.estimates import SAME, difference, unit_of  # noqa: E402
-from sweeps.page import NAMES, curves, page, pictures, short, table  # noqa: E402
+from sweeps.page import NAMES, curves, page, plots_of, short, table  # noqa: E402
 from sweeps.points import (  # noqa: E402
     Point,
     Variant,
@@ -43,6 +42,7 @@ from pipeline.errors import UserError  # noqa: E402
 from pipeline.stage import StopFlag  # noqa: E402
 from pipeline.store.artifacts import ArtifactStore  # noqa: E402
 from pipeline.tracking import duration  # noqa: E402
+from stages.page.numbers import fixed  # noqa: E402
 
 SEEDS = (3, 4, 5)
 """Settings were chosen on seeds 0 to 2."""
@@ -90,7 +90,7 @@ def run(argv: list[str], stop: StopFlag) -> None:
     title = f"{first.name}: reward against KL"
     seeds = " ".join(str(chain.seed) for chain, _ in planned)
     meta = f"{asked.config}, seeds {seeds}, {rows[0]['prompts']} prompts each, {max(row['date'] for row in rows)}"
-    html = page(title, meta, sentences, pictures(variants), [table(variants)])
+    html = page(title, meta, sentences, plots_of(variants), [table(variants)])
     place = Path(asked.artifacts) / f"{first.name}.frontier" / "index.html"
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(html, encoding="utf-8")

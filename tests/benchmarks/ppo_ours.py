@@ -29,24 +29,27 @@ from stages.models.forward import response_logprobs, response_scores, response_v
 from stages.models.loading import load_policy, load_scalar_model
 from stages.models.packing import can_pack
 from stages.models.roles import Roles
-from stages.objectives.advantages import gae
 from stages.objectives.losses import policy_loss, value_loss
-from stages.objectives.masked import masked_whiten
-from stages.objectives.rewards import kl_per_token, token_rewards
-from stages.ppo import run as ppo
-from stages.rollouts import collect
-from stages.rollouts.transformers import sample, sample_with_logprobs
+from stages.ppo import update as ppo_update
+from stages.ppo.figures import describe, not_finite_episodes
+from stages.ppo.options import engine_rules, advantage_options, sampling_options, update_options
+from stages.ppo.run import advantage, reward
+from stages.ppo.sampling import Sampler, make_sampler, no_poll, preflight
+from stages.ppo.update import Learners, Rates, update
+from stages.rollouts import collect, transformers
+from stages.rollouts.engine import EngineSpec
+from stages.rollouts.transformers import Decoding, sample, sample_with_logprobs
 from stages.shared.runtime import make_accelerator
 from stages.training.trainee import Average, Skips, make_trainee
 
 PHASES = {  # a name that is looked up in a module → the phase its time belongs to
-    (collect, "sample_with_logprobs"): "decode",
+    (transformers, "sample_with_logprobs"): "decode",
     (collect, "response_logprobs"): "logprobs",  # where the sampler's are not the update's
     (collect, "reference_logprobs"): "reference",
     (collect, "response_values"): "value",
     (collect, "response_scores"): "reward",
-    (ppo, "ppo_gradients"): "update",
-    (ppo, "ptx_gradient"): "ptx",
+    (ppo_update, "ppo_gradients"): "update",
+    (ppo_update, "ptx_gradient"): "ptx",
 }
 
 
@@ -67,7 +70,7 @@ class Ours:
 
     def load(self, folders: dict[str, str], dtype: str) -> None:
         """Weights in fp32 as in every stage; products in `dtype`."""
-        self.roles = self.trainees = self.average = self.unpacked = None
+        self.roles = self.learners = self.unpacked = None
         self.folders, self.dtype = folders, dtype
         AcceleratorState._reset_state(True)  # the last one's dtype, which every Accelerator would share
         roles = Roles(
@@ -92,17 +95,16 @@ class Ours:
     def setup(self, *, options: dict, eos_id: int) -> dict:
         """Settings of stages/ppo/run.py (what they leave out keeps its default) and fresh optimizers."""
         config = ppo_settings.PPOSettings(**options)
-        experiment = SimpleNamespace(model=SimpleNamespace(dtype=self.dtype))
-        tracker = SimpleNamespace(say=lambda line: print(line, file=sys.stderr))
-        self.ctx = SimpleNamespace(config=config, seed=0, stage="ppo", experiment=experiment, tracker=tracker)
+        self.config = config
         self.roles.tokenizer.eos_token_id = eos_id
-        self.trainees = self.average = None
+        self.learners = None
         trained = (("policy", self.roles.policy), ("value_model", self.roles.value_model))
-        self.trainees = [make_trainee(n, m, learning_rate=1e-6, max_grad_norm=config.max_grad_norm) for n, m in trained]
-        for trainee in self.trainees:
+        trainees = [make_trainee(n, m, learning_rate=1e-6, max_grad_norm=config.max_grad_norm) for n, m in trained]
+        for trainee in trainees:
             self.phases.time_optimizer(trainee.optimizer)
-        self.average = Average(config.ema_decay if config.publish_ema else None)
-        self.average.start(self.trainees[0])
+        average = Average(config.ema_decay if config.publish_ema else None)
+        average.start(trainees[0])
+        self.learners = Learners(*trainees, average, Skips(0))
         named = ("per_device_train_batch_size", "mini_batch_size", "num_ppo_epochs", "samples_per_prompt", "ema_decay")
         named += ("local_rollout_forward_batch_size",)
         return {name: getattr(config, name) for name in named} | {"packed": self.roles.packed}
@@ -131,25 +133,42 @@ class Ours:
         }
 
     def iterate(self, prompts, text) -> list[int]:
-        """Steps 2 to 6 of stages/ppo/run.py:run."""
-        ctx, c, roles, step = self.ctx, self.ctx.config, self.roles, self.step
-        rollout = ppo.rollout_of(ctx, roles, prompts, range(len(prompts)), step, recompute=self.recompute)
-        mask = rollout.mask
-        kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, c.kl_estimator)
-        rewards = token_rewards(rollout.scores, kl, mask, c.kl_coef)
-        if c.whiten_rewards:
-            rewards = masked_whiten(rewards, mask, shift_mean=False)
-        advantages, returns = gae(rewards, rollout.values, mask, c.lam, c.gamma)
-        if c.whiten_advantages:
-            advantages = masked_whiten(advantages, mask)
-        if problem := ppo.not_finite_episodes(rollout, advantages, step):
+        """Take steps 2 to 6 of stages/ppo/run.py:run; return the responses' lengths."""
+        c, roles, step = self.config, self.roles, self.step
+        rollout = self.sampler(roles).rollout(prompts, range(len(prompts)), step, recompute=self.recompute)
+        how = advantage_options(c)
+        batch = advantage(rollout, reward(rollout, c.kl_coef, c.kl_estimator, how.whiten_rewards), how)
+        if problem := not_finite_episodes(rollout, batch.advantages, step):
             raise ValueError(problem)
-        ptx, rate = (lambda n: text[:n] if text else None), 1e-6
-        rates = {"step": step, "rate": rate, "value_rate": rate}
-        rest = {"ptx_batch": ptx, "average": self.average, "skips": Skips(0)}
-        ppo.update(ctx, roles, *self.trainees, rollout, advantages, returns, **rates, **rest)
-        ppo.describe(rollout, returns, c.kl_coef, c.kl_estimator)
+        next_texts = (lambda n: text[:n]) if text else None
+        rates = Rates(policy=1e-6, value=1e-6)
+        options = update_options(c, seed=0)
+        update(roles, self.learners, batch, options, step=step, rates=rates, next_texts=next_texts, say=self.say)
+        describe(rollout, batch.returns, c.kl_coef, c.kl_estimator)
         return [len(r) for r in rollout.responses]
+
+    def say(self, line: str) -> None:
+        """Print a line beside the answers."""
+        print(line, file=sys.stderr)
+
+    def sampler(self, roles: Roles) -> Sampler:
+        """Return a started sampler of these models, by which the policy samples itself."""
+        c = self.config
+        spec = EngineSpec(
+            model=Path(),
+            scratch=Path(),
+            log=Path(),
+            device=roles.accelerator.device,
+            dtype=self.dtype,
+            autocast=roles.accelerator.autocast,
+            pad_id=PAD,
+            max_length=c.max_length,
+            batch_size=c.local_rollout_forward_batch_size,
+            timeout=60.0,
+        )
+        sampler = make_sampler(roles, sampling_options(c), engine_rules(c), 0, "transformers", spec, self.say)
+        sampler.start(no_poll)
+        return sampler
 
     def sft_cost(self, text: list[list[int]], micro: int) -> float:
         """Seconds a token of transformers' own causal loss, forward and backward, on packed rows."""
@@ -179,7 +198,7 @@ class Ours:
                     response_length=length,
                     eos_id=eos_id,
                     pad_id=PAD,
-                    batch_size=self.ctx.config.local_rollout_forward_batch_size,
+                    batch_size=self.config.local_rollout_forward_batch_size,
                 )
         else:
             width = max(map(len, prompts))
@@ -205,14 +224,15 @@ class Ours:
     def preflight(self, prompts: list[list[int]]) -> bool:
         """Whether log-probs are computed again after sampling, as a run's beginning finds out."""
         as_reference = replace(self.roles, ref_policy=self.roles.policy)
-        self.recompute = ppo.preflight(self.ctx, as_reference, prompts)
+        sampler = self.sampler(as_reference)
+        self.recompute = preflight(sampler, prompts, dtype=self.dtype, max_length=self.config.max_length)
         return self.recompute
 
     def compare_decoding(self, prompts: list[list[int]]) -> float:
         """‖a − b‖ / ‖b‖ of the log-probs that the sampler gives its tokens, against the model that `generate` runs."""
         with self.roles.accelerator.autocast():
             found = sample_with_logprobs(
-                self.roles.policy, prompts, [7] * len(prompts), response_length=16, eos_id=NEVER, pad_id=PAD
+                self.roles.policy, prompts, [7] * len(prompts), Decoding(16, eos_id=NEVER, pad_id=PAD)
             )
         with torch.no_grad():
             rows = make_rows(prompts, found.responses, PAD).to(DEVICE)
@@ -228,7 +248,7 @@ class Ours:
         The peer has a value, and puts the score, one place behind the last token where there is room; see
         tests/parity/test_trl_ppo.py, which holds every formula to the peer's.
         """
-        peer, temperature = load_file(file, DEVICE), self.ctx.config.temperature + 1e-7
+        peer, temperature = load_file(file, DEVICE), self.config.temperature + 1e-7
         width = peer["responses"].shape[1]
         make = lambda responses: make_rows(prompts, responses, PAD, packed=self.roles.packed).to(DEVICE)  # noqa: E731
         rows, wide = make(responses), make([[*r, PAD][:width] for r in responses])

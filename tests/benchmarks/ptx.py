@@ -19,7 +19,6 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))  # the code beside this file, wherever another copy is installed
 
-from stages.page.words import fixed  # noqa: E402
 from sweeps.beside import Workshop, adaptive, command, options, parsed, relative, sampling  # noqa: E402
 from sweeps.estimates import difference, differences_over_seeds, equality, over_seeds, perplexity_at, unit_of  # noqa: E402
 from sweeps.points import Point, Variant, keep, policy_point, provenance, samples_of  # noqa: E402
@@ -29,6 +28,7 @@ from pipeline.errors import UserError  # noqa: E402
 from pipeline.stage import StopFlag  # noqa: E402
 from pipeline.store.artifacts import ArtifactStore  # noqa: E402
 from pipeline.tracking import duration  # noqa: E402
+from stages.page.numbers import fixed  # noqa: E402
 
 SEEDS = (3, 4, 5, 6, 7)
 """Settings were chosen on seeds 0 to 2."""

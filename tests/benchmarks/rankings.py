@@ -34,8 +34,6 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))  # the code beside this file, wherever another copy is installed
 
-from stages.page.svg import Figure, dot_plot  # noqa: E402
-from stages.page.words import fixed  # noqa: E402
 from sweeps.beside import Workshop, command, options, parsed, relative, sampling  # noqa: E402
 from sweeps.estimates import Series, best_of, difference, estimate, gold_order, unit_of  # noqa: E402
 from sweeps.page import page  # noqa: E402
@@ -51,6 +49,8 @@ from pipeline.store.artifacts import ArtifactStore  # noqa: E402
 from pipeline.tracking import duration  # noqa: E402
 from stages.evaluation.statistics import wins  # noqa: E402
 from stages.models.loading import load_tokenizer  # noqa: E402
+from stages.page.numbers import fixed  # noqa: E402
+from stages.page.plot import Plot, RowMark, Rows  # noqa: E402
 
 SEEDS = (3, 4, 5, 6, 7)
 """Settings were chosen on seeds 0 to 2."""
@@ -109,7 +109,7 @@ def run(argv: list[str], stop: StopFlag) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     title = f"{bench.first.name}: what whole rankings are worth"
     meta = f"{asked.config}, seeds {seeds}, {max(row['date'] for row in rows)}"
-    file.write_text(page(title, meta, sentences, pictures(variants), tables), encoding="utf-8")
+    file.write_text(page(title, meta, sentences, plots_of(variants), tables), encoding="utf-8")
     shop.say(f"\nlines: {relative(asked.results / 'rankings.jsonl')}")
     shop.say(f"picture: {file} ({bench.so_far()})")
 
@@ -377,7 +377,7 @@ def compared(variants: dict[str, list[Found]], ours: str, theirs: str, key: str,
     return f"{ours} {says(more)} (95 % interval of the difference {span(gap['ci95'])}){verdict}."
 
 
-def pictures(variants: dict[str, list[Found]]) -> list[Figure]:
+def plots_of(variants: dict[str, list[Found]]) -> list[Plot]:
     """Draw a dot with its interval a variant: reward models by their order, policies by their win rate."""
     plots = []
     for names, key, title, tones, caption in (
@@ -399,9 +399,10 @@ def pictures(variants: dict[str, list[Found]]) -> list[Figure]:
         rows = []
         for name, tone in zip(names, tones, strict=True):
             found = estimate(series(variants, name, key), share=True)
-            rows.append((name, [(found["value"], *found["ci95"], tone, f"{found['value']:.3f}")]))
+            rows.append((name, [RowMark(found["value"], tone, f"{found['value']:.3f}", found["ci95"])]))
         note = f" Bars: 95 % intervals over {unit_of(series(variants, names[0], key))}."
-        plots.append(Figure(title, dot_plot(rows, key, title, reference=0.5), caption + note))
+        name = title.lower().replace(" ", "-")
+        plots.append(Plot(name, title, caption + note, Rows(rows, key, reference=0.5), size="full"))
     return plots
 
 

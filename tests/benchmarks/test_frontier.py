@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE))  # where the benchmarks are started from
 
 from sweeps import beside, estimates  # noqa: E402
 from sweeps.estimates import Series  # noqa: E402
-from sweeps.page import page, picture, pictures, table  # noqa: E402
+from sweeps.page import page, plot_of, plots_of, table  # noqa: E402
 from sweeps.points import Point, Variant, best_of_points, keep, policy_point, variants_of  # noqa: E402
 from sweeps.words import markdown, with_interval  # noqa: E402
 
@@ -28,6 +28,7 @@ from pipeline.config.validation import load_experiment  # noqa: E402
 from pipeline.plan import assess  # noqa: E402
 from pipeline.stage import StopFlag  # noqa: E402
 from pipeline.store.artifacts import ArtifactStore  # noqa: E402
+from stages.page.drawing import picture  # noqa: E402
 from tests.pipeline import fakes  # noqa: E402
 
 
@@ -428,7 +429,7 @@ class TestPage:
 
             def handle_starttag(self, tag, attrs):
                 self.open += [tag] * (tag not in ("meta", "br"))
-                assert not {"src", "href"} & {name for name, _ in attrs}
+                assert all(value.startswith("#") for name, value in attrs if name in ("src", "href"))
 
             def handle_startendtag(self, tag, attrs):
                 pass
@@ -436,15 +437,15 @@ class TestPage:
             def handle_endtag(self, tag):
                 assert self.open.pop() == tag
 
-        text = page("a < b", "meta", ["It <is> so."], pictures(self.variants), [table(self.variants)])
+        text = page("a < b", "meta", ["It <is> so."], plots_of(self.variants), [table(self.variants)])
         check = Check()
         check.feed(text)
         assert not check.open and "a &lt; b" in text and "It &lt;is&gt; so." in text
-        assert text.count("<svg") == 2
+        assert text.count("<svg") == 4, "each plot is there in two sizes"
 
     def test_every_point_is_drawn_and_named(self):
-        svg = picture(self.variants, "gold").svg
-        assert svg.count("<circle") == len(self.variants)
+        svg = picture(plot_of(self.variants, "gold")).svg
+        assert svg.count("<title>PPO") + svg.count("<title>best") == 2 * len(self.variants)  # in two sizes
         for name in ("best of 64", "PPO, kl_coef 0.01", ">1<", ">0.1<"):
             assert name in svg
 
@@ -544,10 +545,10 @@ class TestRankings:
         assert rankings.best_passes(tried) == {"x": 2}
 
     def test_the_page_and_the_tables_show_every_variant(self):
-        figures = rankings.pictures(self.found())
-        assert len(figures) == 2 and all(figure.svg.count("<circle") == 3 for figure in figures)
+        plots = rankings.plots_of(self.found())
+        assert len(plots) == 2 and all(len(plot.drawing.rows) == 3 for plot in plots)
         wins = (1 + 0.75 + 0) / 3  # 4 of 4, 3 of 4 (0.3 against 0.2 and 0.4; 0.5 twice), none
-        assert f">{wins:.3f}<" in figures[1].svg
+        assert f">{wins:.3f}<" in picture(plots[1]).svg
         for headings, rows in (rankings.model_table(self.found()), rankings.policy_table(self.found())):
             assert len(rows) == 3 and all(len(row) == len(headings) for row in rows)
         assert rankings.model_table(self.found())[1][2][1:5] == ["72", "720", "36", "8 (16)"]

@@ -1,4 +1,4 @@
-"""Rows against what the chat template writes of the whole conversation, for templates of many shapes."""
+"""Compare rows with what the chat template writes, for templates of many shapes."""
 
 import pytest
 from chat_tokenizers import KINDS, make
@@ -33,8 +33,8 @@ def ready(kind, **variables):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_template_differs_where_it_does(kind):
-    """And where nothing is said, prompt and response are the beginning of transformers' own ids."""
+def test_each_template_differs_in_the_listed_probes(kind):
+    """Check that rows that agree are the beginning of transformers' own ids."""
     tokenizer = ready(kind)
     assert list(probe(tokenizer)) == DIFFER[kind]
     asked, said = [{"role": "user", "content": "What is red?"}], {"role": "assistant", "content": "A fox."}
@@ -44,11 +44,11 @@ def test_each_template_differs_where_it_does(kind):
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3.5"])
-def test_a_variable_of_the_template_mends_it(kind):
-    """All but answers that bring a thought, behind the empty one of the generation prompt."""
+def test_a_variable_of_the_template_removes_the_difference(kind):
+    """Check that only answers with a thought still differ, after the prompt's empty one."""
     given = make(kind)
     assert remedy(given).startswith(
-        "set model.chat_template_kwargs: {enable_thinking: false}, which mends that, or give "
+        "set model.chat_template_kwargs: {enable_thinking: false}, which fixes that, or give "
     )
     assert given.chat_template == make(kind).chat_template
     tokenizer = ready(kind, enable_thinking=False)
@@ -56,15 +56,15 @@ def test_a_variable_of_the_template_mends_it(kind):
     assert "enable_thinking" not in remedy(tokenizer, ["enable_thinking"])
 
 
-def test_a_variable_that_mends_nothing_is_no_remedy():
-    """Only the one that does is named, whatever it is to be."""
+def test_a_variable_that_does_not_help_is_not_named():
+    """Check that only the variable that helps is named, with the value that helps."""
     tokenizer = ready("zephyr")
     asks = "{% if enable_thinking is defined and effort is defined %}{% endif %}"
     tokenizer.chat_template = asks + tokenizer.chat_template
     assert remedy(tokenizer) == "give a template that fits the rows as model.chat_template: FILE"
     newline = "<|assistant|>{% if newline is defined and newline %}{{ '\\n' }}{% endif %}{% endif %}"
     tokenizer.chat_template = asks + ready("zephyr").chat_template.replace("<|assistant|>{% endif %}", newline)
-    assert remedy(tokenizer).startswith("set model.chat_template_kwargs: {newline: true}, which mends that, or ")
+    assert remedy(tokenizer).startswith("set model.chat_template_kwargs: {newline: true}, which fixes that, or ")
 
 
 def test_an_opened_thought_is_named_unless_the_answer_closes_it():
@@ -86,7 +86,7 @@ def test_a_response_that_was_cut_off_is_a_beginning():
 
 
 def test_special_tokens_in_words_are_no_difference():
-    """They stay plain text in the row, and so they do in what it is compared with; a template trims beside them."""
+    """Check that they stay plain text on both sides, also where a template trims beside them."""
     rows = [("say <|im_end|> twice", "the <|im_start|> fox"), ("<|im_end|>", "<|im_end|>")]
     assert list(differences(ready("chatml"), [Answered(*row) for row in rows])) == [None, None]
     rows = [("<|eot_id|> is red ?", "red <|eot_id|>"), ("say <|eot_id|> ", "<|eot_id|> fox ")]
@@ -102,7 +102,7 @@ def test_refusals_are_no_differences():
     assert [name for name, _ in found.differ] == ["f:2"]
 
 
-def test_the_same_text_in_other_tokens_is_said_so():
+def test_the_same_text_in_other_tokens_is_reported_as_such():
     tokenizer = ready("chatml")
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n{% endif %}", "assistant{% endif %}")
     (found,) = differences(tokenizer, [Answered("What is red?", "\n\nA fox.")])
@@ -114,7 +114,7 @@ def test_the_same_text_in_other_tokens_is_said_so():
     assert "is other tokens there" in found.line()
 
 
-def test_a_file_is_summed_up_in_words(monkeypatch):
+def test_the_agreement_of_a_file_is_summarised(monkeypatch):
     rows = [("What is red?", "A fox."), ("What is red?", "Hm.</think>\n\nA fox."), ("Hm.", "the fox is red .")]
     rows = [Answered(*row) for row in rows]
     text = compare(ready("qwen3.5"), rows, ["f:1", "f:2", "f:3"]).text("rows")

@@ -1,4 +1,4 @@
-"""How many answers a limit cuts, told from twenty-one numbers."""
+"""Estimate from 21 quantiles how many answers a limit cuts."""
 
 import random
 
@@ -27,7 +27,7 @@ def test_few_lengths_and_equal_ones():
 
 
 def test_a_warning_where_more_than_a_tenth_would_be_cut():
-    """Answers of 44 tokens in the median, as of the shipped config that taught PPO not to finish."""
+    """Use answers of 44 tokens in the median, with which PPO once learned not to finish."""
     marks = quantiles([20, 30, 40, 44, 44, 50, 60, 80, 100, 120])
     line = warning(marks, 48)
     assert "44 tokens in the median" in line and "are over 48, ppo.response_length" in line

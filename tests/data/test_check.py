@@ -1,9 +1,12 @@
-"""`rlhf data check`: what it says of a file, and that what it says is what training will meet."""
+"""Test `rlhf data check`: what it reports, and that training meets the same."""
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from jinja2 import TemplateError
@@ -18,13 +21,15 @@ from data.length_limit import fit_lengths
 from data.sources import load
 from pipeline.errors import UserError
 
+ROOT = Path(__file__).parents[2]
+
 
 class Letters:
-    """A tokenizer whose tokens are letters; the template adds 3 tokens to each message."""
+    """Tokenize into letters, with a template that adds 3 tokens to each message."""
 
     eos_token_id = 0
     chat_template = "{{ messages }}"
-    added_tokens_decoder = {}
+    added_tokens_decoder: ClassVar = {}
 
     def apply_chat_template(self, messages, **_):
         return [1] * sum(3 + len(m["content"]) for m in messages)
@@ -66,7 +71,7 @@ PAIR = {"prompt": "p", "chosen": "x", "rejected": "y"}
         ({"question": "p"}, "rows.jsonl", None),
     ],
 )
-def test_the_kind_is_seen_from_the_keys(tmp_path, row, name, kind):
+def test_the_kind_is_guessed_from_the_keys(tmp_path, row, name, kind):
     assert guess_kind(written(tmp_path, row, name=name)) == kind
 
 
@@ -80,7 +85,7 @@ def test_the_kind_is_seen_from_the_keys(tmp_path, row, name, kind):
         ([{"messages": [{"role": "user", "content": "p"}]}], "prompts"),
     ],
 )
-def test_damaged_rows_are_still_of_their_kind(tmp_path, rows, kind):
+def test_damaged_rows_still_have_their_kind(tmp_path, rows, kind):
     assert guess_kind(written(tmp_path, *rows)) == kind
 
 
@@ -130,7 +135,7 @@ def test_rankings(tmp_path):
 
 
 def test_responses_that_were_cut_off_are_counted_and_have_no_eos(tmp_path):
-    """The same text, finished and cut, is a pair like any other."""
+    """Check that the same text, once finished and once cut, is a pair like any other."""
     row = {"prompt": "p", "responses": ["aaaa", "aaaa", "b"], "ranks": [1, 2, 3]}
     path = written(tmp_path, row | {"finished": [False, True, False]}, {**PAIR, "finished": [True, True]}, row)
     said = facts(check(path, tokenizer=Letters()))
@@ -222,8 +227,8 @@ def test_leaks(tmp_path):
     assert len(check(training, against=[OtherFile("validation", training)]).errors) == 2
 
 
-def test_near_copies_of_prompts_that_measure_are_counted_apart(tmp_path):
-    """A greeting, another case: what is measured on them is memory too. Among training data nobody looks for them."""
+def test_near_copies_of_evaluation_prompts_are_counted(tmp_path):
+    """Check a greeting and another case, which measure memory too; training data may share them."""
     mine = ["what color is the fox ?", "tell a joke", "Hello. What color is the fox?"]
     mine = written(tmp_path, *mine, name="prompts.jsonl")
     held_out = written(tmp_path, *({"prompt": p} for p in ("a riddle", "what color is the fox ?")), name="held.jsonl")
@@ -257,7 +262,7 @@ def test_damaged_files(tmp_path, content, words):
     assert report.lines()[-1].split() == ["errors", "1"]
 
 
-# ── the command ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── the command ──────────────────────────────────────────────────────────────────────────────────
 
 
 def experiment(**data):
@@ -318,8 +323,8 @@ def test_run_counts_in_the_tokens_of_the_base_model(tmp_path, capsys):
     assert code == 0 and "cannot be loaded" in text and "words" in text
 
 
-def test_demonstrations_are_compared_with_the_room_in_ppo(tmp_path):
-    """In tokens, EOS included; and only where the config has prompts for PPO."""
+def test_demonstrations_are_compared_with_ppos_response_length(tmp_path):
+    """Check lengths with EOS, and that only a config with prompts for PPO reports them."""
     rows = [{"prompt": f"ask {i}", "completion": "x" * (10 + i)} for i in range(20)]
     path = written(tmp_path, *rows)
 
@@ -339,7 +344,7 @@ def test_demonstrations_are_compared_with_the_room_in_ppo(tmp_path):
 
 
 def test_pairs_that_truncation_makes_equal_are_named(tmp_path):
-    """As many as training leaves out, and where; longer rows that still differ count as ever."""
+    """Check that the count is what training leaves out; rows that still differ count."""
     from data.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(["a quick test of a short text"], 300)
@@ -356,15 +361,15 @@ def test_pairs_that_truncation_makes_equal_are_named(tmp_path):
         assert "equal within" not in said and said["pairs"].startswith("9 usable of 9 ")
 
 
-def test_rows_that_the_template_writes_otherwise_are_counted(tmp_path):
-    """Of demonstrations and of every response of a ranking."""
+def test_rows_that_differ_from_the_template_are_counted(tmp_path):
+    """Check demonstrations and every response of a ranking."""
     from chat_tokenizers import make
 
     tokenizer = make("qwen3.5")
     path = written(tmp_path, {"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": "Hm.\n</think>\n\nc"})
     text = facts(check(path, tokenizer=tokenizer))["chat template"]
     assert text.startswith(f"1 of 2 rows are not what the chat template writes; the first, {path}:1: ")
-    assert "set model.chat_template_kwargs: {enable_thinking: false}, which mends that" in text
+    assert "set model.chat_template_kwargs: {enable_thinking: false}, which fixes that" in text
     path = written(tmp_path, PAIR, PAIR, name="ranked.jsonl")
     assert facts(check(path, tokenizer=tokenizer))["chat template"].startswith("4 of 4 answers are not what the ")
     assert facts(check(path, tokenizer=make("chatml")))["chat template"] == "4 answers, all as it writes them"
@@ -373,8 +378,8 @@ def test_rows_that_the_template_writes_otherwise_are_counted(tmp_path):
     )
 
 
-def test_run_takes_the_template_that_base_will_publish(tmp_path, capsys):
-    """EOS is the end of a turn, and the settings of the config count, though base has not run with them yet."""
+def test_run_uses_the_template_that_base_will_publish(tmp_path, capsys):
+    """Check that EOS ends a turn and that the config's settings count before base has run."""
     from chat_tokenizers import make
 
     for kind in ("gemma", "qwen3.5"):
@@ -394,3 +399,17 @@ def test_run_takes_the_template_that_base_will_publish(tmp_path, capsys):
     assert "<|assistant|>\\nc" in run(path, config, artifacts=tmp_path)[1]
     (tmp_path / "mine.jinja").write_text("{% if %}")
     assert "lengths are in words" in run(path, config, artifacts=tmp_path)[1]
+
+
+def test_a_file_is_checked_without_a_heavy_import(tmp_path):
+    """Check that without a tokenizer the command imports no large library."""
+    path = written(tmp_path, PAIR)
+    code = f"""\
+import sys
+from data.check.command import run
+code = run({str(path)!r}, None, None)
+heavy = {{"torch", "transformers", "datasets", "numpy", "scipy", "pyarrow", "pydantic"}} & set(sys.modules)
+sys.exit(f"{{sorted(heavy)}} imported" if heavy else code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""All data of a config in one look: a report a kind, what the config takes of each, and what is wrong in any."""
+"""Check all data of a config at once: a report for each kind, and every error."""
 
 import io
 import json
@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from data.check import command as checks
-from pipeline import cli
+from pipeline import cli, commands
 from pipeline.errors import UserError
 from tests.data.test_check import experiment
 
@@ -25,8 +25,10 @@ def part(path, **fields):
 
 @pytest.fixture
 def config(tmp_path):
-    """Two hundred prompts in one file, of which the first 150 train and the others are evaluated; answers of a third
-    file; documents that the world has not written."""
+    """Return a config with 200 prompts in one file, of which the first 150 train.
+
+    The others are evaluated; demonstrations are in another file; the world has not run.
+    """
     prompts = write(tmp_path / "all.jsonl", *({"prompt": f"question {i:03d} of all {i * i} {i}"} for i in range(200)))
     answers = [{"prompt": f"ask {i} for {i * 7}", "completion": "a b"} for i in range(9)]
     config = experiment(
@@ -38,17 +40,17 @@ def config(tmp_path):
     return config
 
 
-def look(config, tmp_path):
+def check_all(config, tmp_path):
     console = Console(file=io.StringIO(), width=40)
     code = checks.run_all(config, console, artifacts=tmp_path / "artifacts")
-    head, *parts = console.file.getvalue().split("\n-- data.")
+    _, *parts = console.file.getvalue().split("\n-- data.")
     *kinds, (last, end) = [part.split("\n", 1) for part in parts]
     end, _, verdict = end.rpartition("\n\n")
     return code, dict([*kinds, (last, end)]), verdict.strip()
 
 
 def test_every_kind_that_is_named_has_a_report(config, tmp_path, capsys):
-    code, reports, verdict = look(config, tmp_path)
+    code, reports, verdict = check_all(config, tmp_path)
     assert (code, verdict) == (0, "4 kinds of data, no errors") and capsys.readouterr().err == ""
     assert set(reports) == {"documents", "demonstrations", "prompts", "evaluation_prompts"}  # rankings is null
     assert "the stage world, which has not run yet" in reports["documents"]
@@ -58,9 +60,9 @@ def test_every_kind_that_is_named_has_a_report(config, tmp_path, capsys):
 
 
 def test_two_parts_of_one_file_do_not_leak_into_each_other(config, tmp_path, capsys):
-    """But where they overlap they do, also in the look at the file alone."""
+    """Check that overlapping parts do, also where only one file is checked."""
     config.data.evaluation_prompts.skip = 148
-    code, reports, verdict = look(config, tmp_path)
+    code, reports, verdict = check_all(config, tmp_path)
     assert code == 2 and verdict == "4 kinds of data, errors: prompts 2, evaluation_prompts 2"
     assert "also in evaluation_prompts  2 of 150 prompts" in reports["prompts"]
     assert capsys.readouterr().err.count("a leak") == 4
@@ -70,11 +72,11 @@ def test_two_parts_of_one_file_do_not_leak_into_each_other(config, tmp_path, cap
     assert "also in evaluation_prompts  0 of 150 prompts" in console.file.getvalue()
 
 
-def test_what_is_wrong_in_any_is_told_with_its_place(config, tmp_path, capsys):
+def test_errors_in_any_file_are_shown_with_their_location(config, tmp_path, capsys):
     config.data.rankings = write(tmp_path / "bad.jsonl", {"prompt": "x", "chosen": 3, "rejected": "b"})
     config.data.evaluation_prompts.skip = 400
     config.rm = SimpleNamespace(max_length=30, on_too_long="drop")
-    code, reports, verdict = look(config, tmp_path)
+    code, _, verdict = check_all(config, tmp_path)
     err = capsys.readouterr().err
     assert code == 2 and verdict == "5 kinds of data, errors: rankings 1, evaluation_prompts 1"
     assert "bad.jsonl:1: " in err and "holds 200 records and skip passes over 400; lower skip" in err
@@ -90,14 +92,14 @@ def test_the_worlds_files_and_the_hubs_are_read_too(config, tmp_path, monkeypatc
         yield from ((f"{hub}: index {i}", {"prompt": f"p{i}", "completion": "c"}) for i in range(9))
 
     monkeypatch.setattr("data.sources.hub_rows", rows)
-    code, reports, _ = look(config, tmp_path)
+    code, reports, _ = check_all(config, tmp_path)
     assert code == 0 and "records 1 to 3" in reports["demonstrations"] and "org/name" in reports["demonstrations"]
     assert asked == [("org/name", "train", "small", None, 3)]
     assert "document length  3 to 3 words" in reports["documents"]
 
 
 def test_a_hub_id_without_a_part_is_read_as_training_reads_it(config, tmp_path, monkeypatch, capsys):
-    """A string has a method `split`, which is none of a data set's."""
+    """Check that a string's method `split` is not taken for the split."""
     config.data.demonstrations = "org/name"
     asked = []
 
@@ -106,14 +108,14 @@ def test_a_hub_id_without_a_part_is_read_as_training_reads_it(config, tmp_path, 
         yield f"{hub}: index 0", {"prompt": "p", "completion": "c"}
 
     monkeypatch.setattr("data.sources.hub_rows", rows)
-    code, reports, _ = look(config, tmp_path)
+    code, reports, _ = check_all(config, tmp_path)
     assert (code, asked) == (0, [("org/name", "train", None, None, None)])
     assert "errors                      none" in reports["demonstrations"]
 
 
-def test_a_folder_is_no_file_of_the_worlds(config, tmp_path, capsys):
+def test_a_folder_is_not_taken_for_the_worlds_file(config, tmp_path, capsys):
     config.data.demonstrations = str(tmp_path)
-    code, reports, verdict = look(config, tmp_path)
+    code, reports, verdict = check_all(config, tmp_path)
     assert code == 2 and verdict == "4 kinds of data, errors: demonstrations 1" and "world" in reports["documents"]
     assert f"{tmp_path}: cannot be read" in capsys.readouterr().err and "world" not in reports["demonstrations"]
 
@@ -122,13 +124,13 @@ def test_a_config_without_data_is_refused(config, tmp_path):
     for kind in vars(config.data):
         setattr(config.data, kind, None)
     with pytest.raises(UserError, match="names no file"):
-        look(config, tmp_path)
+        check_all(config, tmp_path)
 
 
 def test_the_command(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     seen = []
-    monkeypatch.setattr(cli, "load", lambda arguments: (arguments.overrides, None))
+    monkeypatch.setattr(commands, "load", lambda arguments: arguments.overrides)
     monkeypatch.setattr(checks, "run_all", lambda experiment, artifacts: seen.append((experiment, artifacts)) or 2)
     assert cli.main(["data", "check", "-c", "a.yaml", "seed=1", "--artifacts", "out"]) == 2
     assert seen == [(["seed=1"], "out")]

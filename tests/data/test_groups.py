@@ -1,4 +1,4 @@
-"""Prompt groups: which pairs count, what they weigh, and how rows are laid out."""
+"""Test prompt groups: which pairs count, what they weigh, and how rows are laid out."""
 
 from itertools import combinations
 from math import comb
@@ -18,7 +18,7 @@ def group(ranks, first=10):
 
 
 def ends(g):
-    """(winner, loser) of each pair."""
+    """Return (winner, loser) of each pair."""
     return [pair[:2] for pair in g.pairs()]
 
 
@@ -34,7 +34,7 @@ class TestPairs:
         assert group((None, None)).pairs() == [] and group((2, 2, 2)).pairs() == []
 
     def test_identical_responses_make_no_pair(self):
-        """Whatever their ranks: a model cannot prefer a text to itself."""
+        """Check that no rank makes a pair of a text and itself."""
         same = PromptGroup([1], [[5], [5], [6]], (1, 2, 3))
         assert ends(same) == [(0, 2), (1, 2)]
 
@@ -45,7 +45,7 @@ class TestPairs:
         assert group((1, None)).pairs() == []
 
     def test_several_labelers_weigh_as_one(self):
-        """Each labeler's pairs at 1/C(K,2) over the labelers; where they differ, the pair stands in both directions."""
+        """Check weights of 1/C(K,2) over the labelers, and both directions where they differ."""
         both = PromptGroup([1], [[5], [6], [7]], (1, 2, 3), more_ranks=((2, 1, None),))
         assert both.pairs() == [
             (0, 1, 0, pytest.approx(1 / 6)),
@@ -54,8 +54,8 @@ class TestPairs:
             (1, 0, 1, pytest.approx(1 / 2)),
         ]
 
-    def test_those_put_first_share_a_weight_of_one(self):
-        """Ties share their labeler's part; a labeler who judged nothing has none."""
+    def test_responses_ranked_first_share_a_weight_of_one(self):
+        """Check that ties share a labeler's weight, and that judging nothing gives none."""
         several = PromptGroup([1], [[5], [6], [7]], (2, 1, 1), more_ranks=((None, 3, 2), (None, None, None)))
         third = pytest.approx(1 / 3)
         assert several.first() == [(1, pytest.approx(1 / 6)), (2, pytest.approx(1 / 6)), (2, third)]
@@ -68,7 +68,7 @@ class TestPairs:
 
 class TestBatch:
     def test_rows_pairs_and_weights_of_mixed_groups(self):
-        """K = 3, 2 and an unjudged pair: indices point to rows over the whole batch."""
+        """Check K = 3, 2 and an unjudged pair: indices point to rows of the whole batch."""
         groups = [group((2, 1, 3)), group((1, 2), 20), group((None, 1), 30)]
         batch = batch_groups(groups, pad_id=0)
         assert batch.groups == 3 and len(batch.rows.input_ids) == 7
@@ -77,7 +77,7 @@ class TestBatch:
         assert batch.pair_group.tolist() == [0, 0, 0, 1]
 
     def test_pairs_of_one_winner_by_one_labeler_are_one_choice(self):
-        """Two labelers of three responses, then a tie: who is chosen out of itself and which others, at 1/(K − 1)."""
+        """Check the choices of two labelers and of a tie, with weights of 1/(K − 1)."""
         both = PromptGroup([1], [[5], [6], [7]], (1, 2, 3), more_ranks=((2, 1, None),), margins=(0.5, 2.0))
         batch = batch_groups([both, group((1, 1, 2), 20)], pad_id=0)
         chosen: dict = {}
@@ -112,7 +112,7 @@ def ragged(draw):
 
 
 def seen(rows, n, column):
-    """Ids that the token at (n, column) may look at, itself included: those before it in its row of attention."""
+    """Return the ids that the token at (n, column) may attend to, itself included."""
     if rows.sequences is None:
         return rows.input_ids[n][: column + 1].tolist()
     i, place = divmod(rows.home[column].item(), rows.sequences.shape[1])
@@ -131,7 +131,7 @@ class TestRows:
         assert rows.before[rows.response_mask].tolist() == [2, 4, 5] and rows.last.tolist() == [3, 6]
 
     def test_packed_layout(self):
-        """Two responses of one prompt, one of another: no padding, the prompt once, attention in rows of its own."""
+        """Check that packing has no padding and each prompt once, with attention in own rows."""
         rows = make_rows([[1, 2], [1, 2], [3]], [[5], [6, 7], [8]], pad_id=0, packed=True)
         assert rows.input_ids.tolist() == [[1, 2, 5, 6, 7, 3, 8]]
         assert rows.position_ids.tolist() == [[0, 1, 2, 2, 3, 0, 1]]
@@ -141,9 +141,11 @@ class TestRows:
         assert rows.before[rows.response_mask].tolist() == [1, 1, 3, 5] and rows.last.tolist() == [2, 4, 6]
 
     @pytest.mark.parametrize("packed", [False, True])
-    def test_each_response_token_sees_its_prompt_and_what_it_has_said(self, packed):
-        """The token before it sees just prompt + earlier response tokens, at positions 0, 1, …; ids that equal the pad
-        id included: masks go by position."""
+    def test_each_response_token_sees_its_prompt_and_earlier_tokens(self, packed):
+        """Check that the token before it sees only prompt + earlier response tokens.
+
+        Positions are 0, 1, …; masks go by position, so ids that equal the pad id are included.
+        """
 
         @SETTINGS
         @given(ragged())

@@ -1,4 +1,4 @@
-"""Near copies: against every pair counted by hand, and what people would call one."""
+"""Test near copies against every pair counted by hand, and on what people would call one."""
 
 import random
 
@@ -14,8 +14,10 @@ texts = st.lists(st.lists(word, min_size=1, max_size=9).map(" ".join), max_size=
 
 
 def jaccard(one: str, other: str) -> float:
-    """The index by its definition, of lower-case words without punctuation: shingles are as long as the shorter text
-    allows."""
+    """Return the Jaccard index by its definition, of lower-case words without punctuation.
+
+    Shingles are as long as the shorter text allows.
+    """
     one, other = one.split(), other.split()
     least = min(len(one), len(other))
     n = 1 if least <= 4 else 2 if least == 5 else 3
@@ -25,7 +27,7 @@ def jaccard(one: str, other: str) -> float:
 
 @SETTINGS
 @given(texts, texts, st.sampled_from([0.5, 0.75, 0.8, 1.0]))
-def test_nothing_below_the_threshold_is_a_near_copy_and_the_nearest_is_the_nearest(mine, theirs, threshold):
+def test_near_copies_reach_the_threshold_and_the_nearest_is_found(mine, theirs, threshold):
     for text, found in zip(mine, nearest_copies(mine, theirs, threshold), strict=True):
         index = [jaccard(text, other) for other in theirs]
         if found is None:
@@ -35,7 +37,7 @@ def test_nothing_below_the_threshold_is_a_near_copy_and_the_nearest_is_the_neare
 
 
 def mended(rng, words: list[str], vocabulary: list[str]) -> str:
-    """The words with a few of them replaced, left out or added."""
+    """Return the words with a few of them replaced, left out or added."""
     words = list(words)
     for _ in range(rng.randrange(4)):
         at = rng.randrange(len(words))
@@ -43,8 +45,8 @@ def mended(rng, words: list[str], vocabulary: list[str]) -> str:
     return " ".join(words)
 
 
-def test_hardly_a_pair_above_the_threshold_is_missed_and_none_below_it_is_taken():
-    """Which of the two sides is the longer one makes no difference."""
+def test_hardly_any_pair_above_the_threshold_is_missed_and_none_below_is_found():
+    """Check that it makes no difference which side is longer."""
     rng = random.Random(0)
     vocabulary = [f"w{i}" for i in range(50)]
     originals = [rng.choices(vocabulary, k=rng.randrange(3, 60)) for _ in range(100)]
@@ -60,8 +62,10 @@ def test_hardly_a_pair_above_the_threshold_is_missed_and_none_below_it_is_taken(
 
 @pytest.mark.parametrize("threshold", [0.1, 0.3, 0.5, 0.8, 0.9, 0.99, 1.0])
 def test_the_index_misses_a_pair_at_the_threshold_less_than_once_in_a_thousand(threshold):
-    """MinHashes of two sets agree in each number with a probability of their Jaccard index; a pair is a candidate if
-    all numbers of one band agree."""
+    """Check the bands: MinHashes agree in each number with the probability of the Jaccard index.
+
+    A pair is a candidate if all numbers of one band agree.
+    """
     count, rows = bands(threshold)
     assert count * rows <= 128 and (1 - threshold**rows) ** count <= 1e-3
 
@@ -82,7 +86,7 @@ QUESTION = "What color is the fox?"
         ("?!", False),
     ],
 )
-def test_what_is_a_near_copy_of_a_short_question(text, copy):
+def test_near_copies_of_a_short_question(text, copy):
     assert near_copies([text], [QUESTION]) == near_copies([QUESTION], [text]) == [copy]
 
 
@@ -104,11 +108,11 @@ def test_what_is_a_near_copy_of_a_short_question(text, copy):
         ("tell me a story about a fox and a hen at sea", "tell me a story about a cow and a pig in town", False),
     ],
 )
-def test_words_are_compared_and_not_their_spelling_marks(one, other, copy):
+def test_case_and_punctuation_do_not_count(one, other, copy):
     assert near_copies([one], [other]) == near_copies([other], [one]) == [copy]
 
 
-def test_of_a_talk_the_users_turns_count():
+def test_only_the_users_turns_of_a_conversation_count():
     talk = [
         {"role": "system", "content": "You know animals and their colors well ."},
         {"role": "user", "content": "What color is the fox?"},
@@ -119,12 +123,12 @@ def test_of_a_talk_the_users_turns_count():
     assert near_copies(["What color is the fox? And what does it eat?"], [tuple(talk)]) == [True]
 
 
-def test_the_first_of_equals_is_named_and_nothing_against_nothing_is_nothing():
+def test_the_first_of_equals_is_named_and_empty_texts_have_no_copy():
     assert nearest_copies(["a b", "c", "a B"], ["d", "A b", "a b!"]) == [1, None, 1]
     assert near_copies([], ["a"]) == near_copies([], []) == [] and near_copies(["a", "b"], []) == [False, False]
 
 
 @pytest.mark.parametrize("threshold", [0.0, -1.0, 1.01])
-def test_a_threshold_that_means_nothing_is_refused(threshold):
+def test_a_threshold_out_of_range_is_refused(threshold):
     with pytest.raises(ValueError, match="use a number above 0 and at most 1"):
         near_copies(["a"], ["a"], threshold)

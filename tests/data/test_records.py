@@ -1,4 +1,4 @@
-"""Records: what is accepted, what each fault is called, and that writing and reading are inverse."""
+"""Test records: what is accepted, the words for each error, and that writing reads back."""
 
 import hashlib
 import json
@@ -50,7 +50,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_what_is_written_reads_back_equal(kind, tmp_path_factory):
+def test_written_records_read_back_equal(kind, tmp_path_factory):
     path = tmp_path_factory.mktemp(kind) / "rows.jsonl"
 
     @SETTINGS
@@ -88,7 +88,7 @@ def test_prompts_are_the_same_by_roles_and_words():
 
 @SETTINGS
 @given(rankings())
-def test_the_verdicts_on_the_pairs_count_k_choose_2(ranking):
+def test_k_choose_2_pairs_get_a_verdict(ranking):
     pairs = list(records.judged_pairs(ranking))
     k = len(ranking.responses)
     assert len({frozenset(p[:2]) for p in pairs}) == len(pairs) == k * (k - 1) // 2
@@ -111,13 +111,13 @@ def test_a_text_that_is_finished_and_the_same_text_cut_off_are_two_responses():
     assert Ranking("x", "p", ("a", "b"), (1, 2)).answers == (("a", True), ("b", True))
 
 
-# ── files: every fault with its place ───────────────────────────────────────────────────────────────────────
+# ── files: every error with its location ─────────────────────────────────────────────────────────
 
 GOOD = b'{"text": "fine"}\n'
 
 
 def read_jsonl(path) -> list:
-    """The values of all rows; UserError with every fault."""
+    """Return the values of all rows; UserError with every error."""
     reading = Reading()
     values = [value for _, value in read_rows(path, reading)]
     if reading.errors:
@@ -151,11 +151,11 @@ def errors_of(tmp_path, content: bytes) -> list[str]:
         (b"", " ", "the file is empty"),
         (b"\xef\xbb\xbf", " ", "the file is empty"),
         (b"\n \r\n\t\n", " ", "only blank lines"),
-        (GOOD + b'{"text": "a", "text": "b"}\n', "2: ", "the key 'text' stands twice"),
+        (GOOD + b'{"text": "a", "text": "b"}\n', "2: ", "the key 'text' occurs twice"),
         (GOOD + b'{"text": "a", "meta": {"n": NaN}}\n', "2: ", "NaN is not a JSON number"),
         (GOOD + b'{"text": "a", "meta": -Infinity}\n', "2: ", "-Infinity is not a JSON number"),
         (GOOD + b'{"text": "a", "meta": 1e999}\n', "2: ", "1e999 is not a JSON number"),
-        (GOOD + b'{"text": "\\ud83d"}\n', "2: ", "stands without its other half"),
+        (GOOD + b'{"text": "\\ud83d"}\n', "2: ", "occurs without its other half"),
         (GOOD + b'{"text": ' + b"[" * 200_000 + b"\n", "2: ", "nested too deeply"),
         (b"[]", "1: ", "the array is empty"),
         (b'[\n{"text": "a"},\n{"text": }\n]', "3: index 1: ", "invalid JSON: Expecting value at column 10"),
@@ -165,16 +165,16 @@ def errors_of(tmp_path, content: bytes) -> list[str]:
         (b'[\n{"text": "a"},\n', "2: index 1: ", "the file is cut off"),
         (b'[\n{"text": "a"}\n{"text": "b"}]', "3: index 0: ", "'{' after the row"),
         (b'[{"text": "a"}]\n[]', "1: index 0: ", "text after the array"),
-        (b'[\n{"text": "a"},\n{"a": 1, "a": 2}]', "3: index 1: ", "the key 'a' stands twice"),
+        (b'[\n{"text": "a"},\n{"a": 1, "a": 2}]', "3: index 1: ", "the key 'a' occurs twice"),
         (b'[\n{"text": "a"},\n{"a": "\xff"}]', "3: ", "not UTF-8: byte 0xff at byte offset 24"),
     ],
 )
-def test_faults_of_a_file_name_their_place(tmp_path, content, place, words):
+def test_errors_of_a_file_name_their_location(tmp_path, content, place, words):
     [line] = errors_of(tmp_path, content)
     assert line.startswith(place) and words in line
 
 
-def test_what_a_file_may_have(tmp_path):
+def test_a_file_may_have_a_byte_order_mark_blank_lines_and_escapes(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a\xe2\x80\xa8b"}\r\n\n  \n{"text": "\\ud83d\\ude00"}')
     assert read_jsonl(path) == [{"text": "a\u2028b"}, {"text": "😀"}]
@@ -192,7 +192,7 @@ def test_a_missing_file_and_a_folder_are_one_line_each(tmp_path):
         assert caught.value.lines[0].startswith(f"{path}: cannot be read")
 
 
-def test_every_error_is_told_at_once_up_to_twenty(tmp_path):
+def test_up_to_twenty_errors_are_shown_at_once(tmp_path):
     lines = errors_of(tmp_path, b"oops\n" * 53)
     assert len(lines) == 21 and lines[19].startswith("20: ") and lines[20].startswith(" and 33 more errors; fix")
 
@@ -209,7 +209,7 @@ def test_the_array_reader_agrees_with_json(values):
         assert read_jsonl(path) == [*values, 1]
 
 
-# ── rows: every fault with its remedy ───────────────────────────────────────────────────────────────────────
+# ── rows: every error with its remedy ────────────────────────────────────────────────────────────
 
 DEMONSTRATION, DOCUMENT = parse_demonstration, parse_document
 PROMPT, RANK = parse_prompt, parse_ranking
@@ -242,7 +242,7 @@ RANKING = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}
             PROMPT,
             {"prompt": [{"role": "user", "content": "x"}, {"role": "system", "content": "y"},
                         {"role": "user", "content": "z"}]},
-            "a system message stands after the first message",
+            "a system message comes after the first message",
         ),
         (RANK, {**RANKING, "responses": ["a"], "ranks": [1]}, "needs at least 2 responses, not 1"),
         (RANK, {**RANKING, "responses": "ab"}, "'responses' is 'ab'"),
@@ -265,7 +265,7 @@ RANKING = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}
         (RANK, {**RANKING, "id": True}, "'id' is true"),
     ],
 )  # fmt: skip
-def test_faults_of_a_row_say_what_would_be_right(make, row, words):
+def test_errors_of_a_row_say_what_to_do(make, row, words):
     with pytest.raises(ValueError) as caught:
         make(row)
     what, _, remedy = str(caught.value).partition("; ")
@@ -278,7 +278,7 @@ def test_rankings_may_have_ties_blank_answers_and_k_of_9():
     assert ranking.id == "7" and len(ranking.responses) == 9 and ranking.ranks[2] is None
 
 
-def test_an_id_that_is_missing_follows_from_the_content():
+def test_a_missing_id_is_made_from_the_content():
     first, again = parse_ranking(RANKING), parse_ranking({**RANKING, "meta": 1})
     other = parse_ranking({**RANKING, "ranks": [2, 1]})
     as_messages = parse_ranking({**RANKING, "prompt": [{"role": "user", "content": "p"}]})

@@ -1,4 +1,4 @@
-"""Sources: each form row for row, what a misshapen row is told, files of each format, and the real files."""
+"""Test sources: each form, the errors of malformed rows, each file format, real files."""
 
 import hashlib
 import json
@@ -53,8 +53,8 @@ def one(tmp_path, kind, row):
     return record
 
 
-def fault(tmp_path, kind, *rows) -> str:
-    """The one error line of these rows, without the file."""
+def error_of(tmp_path, kind, *rows) -> str:
+    """Return the one error line of these rows, without the file."""
     path = written(tmp_path, *rows)
     with pytest.raises(UserError) as caught:
         load(kind, path)
@@ -63,7 +63,7 @@ def fault(tmp_path, kind, *rows) -> str:
     return line.removeprefix(f"{path}:")
 
 
-# ── forms ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── forms ────────────────────────────────────────────────────────────────────────────────────────
 
 DIALOGUE = (user("a"), assistant("b"), user("c"))
 SHARED = list(DIALOGUE)
@@ -152,7 +152,9 @@ def test_rankings_of_any_form_say_which_responses_were_cut_off(tmp_path):
     for form in forms:
         assert one(tmp_path, RANK, form | {"finished": [True, False]}).answers == (("x", True), ("y", False))
         assert one(tmp_path, RANK, form | {"finished": None}).finished is None
-        assert fault(tmp_path, RANK, form, form | {"finished": [True]}).startswith("2: 2 responses, 1 in 'finished'; ")
+        assert error_of(tmp_path, RANK, form, form | {"finished": [True]}).startswith(
+            "2: 2 responses, 1 in 'finished'; "
+        )
 
 
 @pytest.mark.parametrize(
@@ -177,7 +179,7 @@ def test_prompts_are_taken_from_any_row(tmp_path, kind, row, prompt):
     assert one(tmp_path, kind, row) == Prompt(prompt)
 
 
-def test_prompts_that_come_again_are_left_out_and_counted(tmp_path):
+def test_repeated_prompts_are_left_out_and_counted(tmp_path):
     path = written(tmp_path, "a", "b", {"prompt": " a\n"}, {"messages": [user("a")]}, "c")
     loaded = read("prompts", Source(path))
     assert [p.prompt for p in loaded.records] == ["a", "b", "c"] and loaded.duplicates == 2
@@ -190,7 +192,7 @@ def test_documents(tmp_path):
     assert load("documents", path) == [Document("a"), Document("b")]
 
 
-# ── faults ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── errors ───────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -233,14 +235,14 @@ def test_documents(tmp_path):
         (RANK, {"conversations": [human("a")], "chosen": human("x"), "rejected": gpt("y")}, "adds user"),
     ],
 )
-def test_a_misshapen_row_is_told_what_would_be_right(tmp_path, kind, row, words):
+def test_a_malformed_row_gets_an_error_that_says_what_to_do(tmp_path, kind, row, words):
     good = {"documents": "a", "prompts": "a", "demonstrations": {"prompt": "p", "completion": "c"},
             "rankings": {"prompt": "p", "chosen": "x", "rejected": "y"}}[kind]  # fmt: skip
-    line = fault(tmp_path, kind, good, row)
+    line = error_of(tmp_path, kind, good, row)
     assert line.startswith("2: ") and words in line
 
 
-def test_all_misshapen_rows_are_told_at_once(tmp_path):
+def test_all_malformed_rows_are_reported_at_once(tmp_path):
     path = written(tmp_path, {"text": 1}, {"text": "a"}, {"txet": "b"})
     path.write_text(path.read_text() + '{"text": "cut of')
     with pytest.raises(UserError) as caught:
@@ -252,20 +254,20 @@ def test_a_file_without_a_usable_pair_is_an_error(tmp_path):
     ties = {"prompt": "p", "responses": ["x", "y", "y"], "ranks": [1, 1, 2]}
     unjudged = {"prompt": "p", "responses": ["x", "y"], "ranks": [1, None]}
     same = {"prompt": "p", "chosen": "x", "rejected": "x"}
-    line = fault(tmp_path, "rankings", {**ties, "ranks": [1, 1, 1]}, unjudged, same)
+    line = error_of(tmp_path, "rankings", {**ties, "ranks": [1, 1, 1]}, unjudged, same)
     assert "not one usable pair (2 identical, 2 tie, 1 unjudged)" in line
     assert len(load("rankings", written(tmp_path, unjudged, same, ties))) == 3
 
 
-def test_an_id_stands_once_and_equal_rows_without_one_are_told_apart(tmp_path):
+def test_ids_are_unique_and_equal_rows_without_one_get_numbers(tmp_path):
     row = {"prompt": "p", "chosen": "x", "rejected": "y"}
-    line = fault(tmp_path, "rankings", {**row, "id": "r"}, row, {**row, "id": "r"})
-    assert line.startswith("3: the id 'r' also stands at") and "rows.jsonl:1;" in line
+    line = error_of(tmp_path, "rankings", {**row, "id": "r"}, row, {**row, "id": "r"})
+    assert line.startswith("3: the id 'r' is also used at") and "rows.jsonl:1;" in line
     first, second, third = load("rankings", written(tmp_path, row, row, row))
     assert [second.id, third.id] == [f"{first.id}-2", f"{first.id}-3"]
 
 
-# ── files and the Hub ───────────────────────────────────────────────────────────────────────────────────────
+# ── files and the Hub ────────────────────────────────────────────────────────────────────────────
 
 ROWS = [
     {"prompt": None, "messages": [user("a"), assistant("b")], "score": 0.5},
@@ -328,8 +330,8 @@ def test_limit_takes_the_first(tmp_path):
     assert load("documents", path, limit=2) == [Document("a"), Document("b")]
 
 
-def test_a_first_look_reads_so_many_rows_and_judges_no_more_than_these(tmp_path):
-    """Rankings whose first rows are ties are no fault, unless there are no others; nor are prompts that stand twice."""
+def test_load_first_reads_and_judges_only_the_first_rows(tmp_path):
+    """Check that first rows of only ties or repeated prompts are no error if more follow."""
     tie = {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 1]}
     path = written(tmp_path, tie, tie, tie | {"ranks": [1, 2]}, {"prompt": "a"})
     assert len(load_first("rankings", path, None, 0, 2)) == 2
@@ -370,15 +372,15 @@ def test_every_kind_has_its_forms():
     assert set(FORMS) == {"documents", "demonstrations", "rankings", "prompts", "evaluation_prompts"}
 
 
-def test_the_place_of_each_record_goes_with_it(tmp_path):
+def test_load_placed_gives_the_location_of_each_record(tmp_path):
     path = written(tmp_path, *[{"prompt": text} for text in "aabc"])
     records, places = load_placed("prompts", path, skip=1)
     assert [p.prompt for p in records] == ["b", "c"] and places == [f"{path}:3", f"{path}:4"]
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet"])
-def test_a_file_must_hold_what_was_planned_with(tmp_path, name):
-    """Also where only the first rows are wanted, and whatever stands in it now."""
+def test_a_file_that_was_edited_since_planning_is_refused(tmp_path, name):
+    """Check this also where only the first rows are wanted, whatever the file holds now."""
     path = tmp_path / name
     rows = [{"text": text} for text in "abc"]
     if name.endswith("parquet"):
@@ -394,11 +396,11 @@ def test_a_file_must_hold_what_was_planned_with(tmp_path, name):
     for limit in (None, 1):
         with pytest.raises(UserError) as caught:
             load("documents", path, limit=limit, sha256=digest)
-        assert caught.value.lines == [f"{path}: was edited since this command looked at it; run again"]
+        assert caught.value.lines == [f"{path}: was edited since this command inspected it; run again"]
 
 
 def prepared(cache, name, commit, texts):
-    """What `datasets` leaves in its cache after it has loaded a commit of a data set."""
+    """Prepare what `datasets` leaves in its cache after it has loaded a commit."""
     import datasets
 
     folder = cache / name.replace("/", "___") / "default" / "0.0.0" / commit
@@ -410,8 +412,8 @@ def prepared(cache, name, commit, texts):
     return folder
 
 
-def test_the_commit_that_is_asked_for_is_read(tmp_path, monkeypatch):
-    """Offline, from the cache, though another one is newer there; and not that one if it is not there."""
+def test_the_named_commit_is_read(tmp_path, monkeypatch):
+    """Check that offline the named commit is read from the cache, never a newer one."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
@@ -422,13 +424,13 @@ def test_the_commit_that_is_asked_for_is_read(tmp_path, monkeypatch):
     prepared(tmp_path, "org/set", new, ["new", "er"])
     assert load("documents", hub="org/set", revision=old) == [Document("old")]
     assert load("documents", hub="org/set", revision=new, limit=1) == [Document("new")]
-    with pytest.raises(UserError, match="commit ccccccc is not on this machine .commits aaaaaaa, bbbbbbb are"):
+    with pytest.raises(UserError, match=r"commit ccccccc is not on this machine .commits aaaaaaa, bbbbbbb are"):
         load("documents", hub="org/set", revision=other)
     with pytest.raises(UserError, match="org/none train: cannot be loaded: "):
         load("documents", hub="org/none", revision=other)
 
 
-def test_the_hub_is_asked_for_the_commit(monkeypatch, tmp_path):
+def test_the_commit_is_requested_from_the_hub(monkeypatch, tmp_path):
     import datasets
 
     calls = []

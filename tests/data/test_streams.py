@@ -1,4 +1,6 @@
-"""Order of data: permutations, resumption, shards; seeds by name; splits by key."""
+"""Test the order of data: permutations, resumption, shards, seeds by name, splits by key."""
+
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -35,7 +37,7 @@ class TestSeeds:
             torch.Generator().manual_seed(seed)
 
     def test_it_does_not_change_from_version_to_version(self):
-        """Resumed runs of tomorrow need today's numbers: sha256 of "0<US>a", first 8 bytes, halved."""
+        """Check one seed by hand: sha256 of "0<US>a", first 8 bytes, halved."""
         import hashlib
 
         assert derive_seed(0, "a") == int(hashlib.sha256(b"0\x1fa").hexdigest()[:16], 16) // 2
@@ -58,7 +60,7 @@ class TestStream:
         assert first != second and first != Stream(30, 2).take(30)
 
     def test_batches_of_any_size_give_the_same_order(self):
-        """Also batches that cross an epoch, or are longer than one."""
+        """Check also batches that cross an epoch, or are longer than one."""
 
         @SETTINGS
         @given(sizes, seeds, st.lists(st.integers(0, 90), max_size=6))
@@ -70,7 +72,7 @@ class TestStream:
         same_order()
 
     def test_resumed_equals_straight(self):
-        """From its state, from the cursor alone, and stepping back again."""
+        """Check resumption from the state, from only the cursor, and after stepping back."""
 
         @SETTINGS
         @given(sizes, seeds, st.integers(0, 100), st.integers(0, 50))
@@ -87,7 +89,7 @@ class TestStream:
         resumes()
 
     def test_shards_partition_every_batch(self):
-        """Each index goes to exactly one rank, in the order of the unsharded stream, at any world size."""
+        """Check that each index goes to one rank, in the unsharded order, at any world size."""
 
         @SETTINGS
         @given(sizes, seeds, st.integers(1, 5), st.lists(st.integers(0, 30), min_size=1, max_size=4))
@@ -110,30 +112,33 @@ class TestStream:
 
 
 class TestHeldOut:
-    keys = [f"prompt {i}" for i in range(400)]
+    keys: ClassVar = [f"prompt {i}" for i in range(400)]
 
     def test_every_row_is_on_one_side_and_about_the_fraction_is_held_out(self):
         train, held = held_out(self.keys, 0.1)
         assert sorted(train + held) == list(range(400)) and 25 <= len(held) <= 55
 
     def test_rows_of_one_key_are_on_one_side(self):
-        """Two labelers of one prompt never meet across the split."""
+        """Check that rows of one prompt are never on both sides."""
         doubled = [k for k in self.keys[:50] for _ in range(3)]
         train, held = held_out(doubled, 0.2)
         assert not {doubled[i] for i in train} & {doubled[i] for i in held} and held
 
     def test_the_order_of_rows_does_not_count(self):
-        train, held = held_out(self.keys, 0.1)
+        _, held = held_out(self.keys, 0.1)
         backwards = self.keys[::-1]
         assert {backwards[i] for i in held_out(backwards, 0.1)[1]} == {self.keys[i] for i in held}
 
     def test_a_key_stays_on_its_side_whatever_else_is_in_the_file(self):
-        """A file that grows, or is read with a limit, moves no prompt across the split."""
+        """Check that no prompt changes sides if a file grows or is read with a limit."""
         small = self.keys[:150]
-        held_of = lambda keys: {keys[i] for i in held_out(keys, 0.1)[1]}  # noqa: E731
+
+        def held_of(keys):
+            return {keys[i] for i in held_out(keys, 0.1)[1]}
+
         assert held_of(small) == held_of(self.keys) & set(small)
 
-    def test_at_least_so_many_are_held_out_and_one_stays(self):
+    def test_at_least_the_given_number_is_held_out_and_one_stays(self):
         assert len(held_out(self.keys[:3], 0.01)[1]) == 1
         assert len(held_out(self.keys[:30], 0.01, least=4)[1]) == 4
         train, held = held_out(self.keys[:3], 0.99)
@@ -144,18 +149,18 @@ class TestHeldOut:
 
 
 class TestGroupedByLength:
-    lengths = [5 + (37 * i) % 50 for i in range(200)]
+    lengths: ClassVar = [5 + (37 * i) % 50 for i in range(200)]
 
     def order(self, count, seed=1):
         return grouped_by_length(self.lengths, 8, count, seed, window=5)
 
     def test_whole_windows_hold_the_rows_of_the_plain_stream(self):
-        """Grouping moves rows within a window of 40 and loses or repeats none: five windows are an epoch."""
+        """Check that grouping loses and repeats no row: five windows of 40 are an epoch."""
         assert sorted(self.order(200)) == list(range(200))
         assert sorted(self.order(40)) == sorted(Stream(200, 1).take(40))
 
     def test_each_pass_over_few_rows_holds_every_row_once(self):
-        """Also where a window of batches is longer than a pass, and where a pass is no whole number of batches."""
+        """Check windows longer than a pass, and passes that are not a whole number of batches."""
 
         @SETTINGS
         @given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 16), seeds)
@@ -169,8 +174,8 @@ class TestGroupedByLength:
 
         covers()
 
-    def test_rows_of_a_batch_are_of_like_length(self):
-        """The padding of batches of 8 is less than half of what the plain stream would need."""
+    def test_rows_of_a_batch_have_similar_lengths(self):
+        """Check that batches of 8 need less than half of the padding of the plain stream."""
 
         def padding(order):
             batches = [[self.lengths[i] for i in order[k : k + 8]] for k in range(0, len(order), 8)]
@@ -185,5 +190,5 @@ class TestGroupedByLength:
     def test_a_longer_run_begins_like_a_shorter_one(self):
         assert self.order(300)[:110] == self.order(110) and len(self.order(110)) == 110
 
-    def test_the_seed_decides(self):
+    def test_the_seed_gives_the_order(self):
         assert self.order(80) == self.order(80) != self.order(80, seed=2)

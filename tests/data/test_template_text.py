@@ -1,4 +1,4 @@
-"""Templates whose variables are set and whose clock is stopped: what transformers renders of them."""
+"""Test what transformers renders of templates with set variables and a stopped clock."""
 
 import json
 from datetime import datetime
@@ -57,7 +57,7 @@ def test_names_that_cannot_be_set(name):
     assert variable_problem(name) and variable_problem("enable_thinking") is None
 
 
-def test_what_a_template_asks_for():
+def test_the_variables_that_a_template_tests():
     assert own_variables(QWEN3) == ["enable_thinking"]
     assert own_variables(DATED) == ["date_string"]
     asks = "{% if tools is defined or m.x is not defined or not fast is defined and effort is not  defined %}"
@@ -70,7 +70,7 @@ FORMATS = ["%d %b %Y", "%-d/%m/%y %H:%M:%S", "100%% on %A", "%%d", "%d%%%d", "%c
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_stopped_clock_writes_its_moment(form, monkeypatch):
-    """As transformers writes it at that moment."""
+    """Check against what transformers writes at that moment."""
 
     class Clock(datetime):
         @classmethod
@@ -85,8 +85,8 @@ def test_a_stopped_clock_writes_its_moment(form, monkeypatch):
     assert stopped == expected and NOW.strftime(form) in stopped
 
 
-def test_two_hours_of_a_day_are_one_text_where_the_hour_is_not_written():
-    """So two experiments of a day have the same tokenizer. What only looks like a directive is none."""
+def test_two_hours_of_a_day_give_one_text_if_the_hour_is_not_written():
+    """Check that two experiments of a day get the same template."""
     later = NOW.replace(hour=17, second=9)
     spaced = "{%if true%}{%set x = 1%}{%for m in messages%}" + DATED + "{%endfor%}{%endif%}"
     for template in (DATED, spaced):
@@ -96,12 +96,12 @@ def test_two_hours_of_a_day_are_one_text_where_the_hour_is_not_written():
 
 
 def test_a_clock_that_was_stopped_stays_so():
-    """A published template as the start of another experiment."""
+    """Check a published template as the start of another experiment."""
     once = at_moment(DATED, NOW)
     assert rendered(at_moment(once, datetime(1999, 1, 1)), bos_token="") == rendered(once, bos_token="")
 
 
-def test_a_clock_is_stopped_as_another_templates():
+def test_a_clock_is_stopped_at_the_moment_of_another_template():
     once = at_moment(DATED, NOW)
     assert with_clock_of(DATED, once) == once and stopped_clock(once) + DATED == once
     assert with_clock_of(DATED, DATED) == DATED and with_clock_of(once, at_moment(DATED, datetime(1999, 1, 1))) == once

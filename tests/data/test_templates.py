@@ -1,4 +1,4 @@
-"""Chat templates from outside: what they render is what transformers renders, and none can hold a process."""
+"""Test chat templates from outside: they render as in transformers, under limits."""
 
 import importlib.resources
 
@@ -47,14 +47,14 @@ def trained():
 
 @pytest.fixture
 def tokenizer(trained, monkeypatch):
-    """A tokenizer whose `chat_template` a test may set."""
+    """Return a tokenizer whose `chat_template` a test may set."""
     monkeypatch.setattr(trained, "chat_template", CHAT_TEMPLATE)
     return trained
 
 
 @pytest.mark.parametrize("template", [CHATML, ALTERNATING, NAMESPACED, CHAT_TEMPLATE + "\n"])
 def test_a_template_renders_as_in_transformers(tokenizer, template):
-    """Text, token ids and refusals, in one process for all."""
+    """Check text, token ids and refusals, in one process for all."""
     tokenizer.chat_template = template
     every = [c for c in CONVERSATIONS for _ in range(2)]
     found = list(render(tokenizer, every, tokenize=[False, True] * 3, add_generation_prompt=True))
@@ -70,7 +70,7 @@ def test_a_template_renders_as_in_transformers(tokenizer, template):
 
 
 def test_templates_of_known_models_render_as_in_transformers(tokenizer):
-    """Those that trl carries, whatever their version."""
+    """Check the templates that trl carries, whatever their version."""
     folder = importlib.resources.files("trl") / "chat_templates"
     known = sorted(path for path in folder.iterdir() if path.name in ("qwen3.jinja", "llama3_1.jinja", "gptoss.jinja"))
     assert known
@@ -95,8 +95,8 @@ def test_our_own_template_needs_no_other_process(tokenizer, monkeypatch):
         ("{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}", "than 0.2 s of processor"),
     ],
 )
-def test_a_template_that_multiplies_is_ended(tokenizer, monkeypatch, template, what):
-    """A model with it is refused when it is loaded, in one line."""
+def test_a_template_that_takes_too_much_is_ended(tokenizer, monkeypatch, template, what):
+    """Check that a model with it is refused at loading, in one line."""
     monkeypatch.setattr(templates, "SECONDS", 0.2)
     monkeypatch.setattr(templates, "_worker", templates.Worker())
     tokenizer.chat_template = template
@@ -107,8 +107,8 @@ def test_a_template_that_multiplies_is_ended(tokenizer, monkeypatch, template, w
     assert templates._worker.process is None
 
 
-def test_one_that_waits_for_its_prompt_is_named_with_it(tokenizer):
-    """After rows that went well, of more than are sent together; and another template goes on."""
+def test_an_endless_template_is_reported_with_its_prompt(tokenizer):
+    """Check this after valid rows, more than are sent together; another template still works."""
     tokenizer.chat_template = CHATML + "{% if 'go' in messages[0].content %}{{ 'a' * 10**10 }}{% endif %}"
     prompts = ["one"] * 70 + ["go"] + ["one"] * 70
     with pytest.raises(UserError) as caught:
@@ -119,7 +119,7 @@ def test_one_that_waits_for_its_prompt_is_named_with_it(tokenizer):
     assert len(encode_prompts(tokenizer, prompts, prompts)) == 141
 
 
-def test_what_it_raises_is_a_refusal(tokenizer):
+def test_any_exception_of_a_template_is_a_refusal(tokenizer):
     tokenizer.chat_template = "{{ 1 / 0 }}"
     with pytest.raises(UserError, match=r"a: the model's chat template refuses this prompt \(ZeroDivisionError: div"):
         encode_prompts(tokenizer, ["one"], "a")
@@ -133,8 +133,8 @@ def test_a_worker_that_was_ended_is_started_again(tokenizer):
     assert encode_prompt(tokenizer, "one") == before
 
 
-def test_answers_that_nobody_read_are_not_anothers(tokenizer, monkeypatch):
-    """Ctrl-C while it renders."""
+def test_unread_answers_are_not_taken_for_the_next_requests(tokenizer, monkeypatch):
+    """Check Ctrl-C while it renders."""
     tokenizer.chat_template = CHATML
     encode_prompt(tokenizer, "one")
 
@@ -151,8 +151,8 @@ def test_answers_that_nobody_read_are_not_anothers(tokenizer, monkeypatch):
 SLOW = "{% for i in range(messages[0].content|length * 400) %}{% for j in range(400) %}{% endfor %}{% endfor %}a"
 
 
-def test_one_that_is_slow_for_every_row_is_refused(tokenizer, monkeypatch):
-    """Within the limit for each, and days for a file of them. Also where rows come one by one, and then at once."""
+def test_a_template_that_is_slow_for_every_row_is_refused(tokenizer, monkeypatch):
+    """Check rows that are each within the limit but slow as a file, one by one and at once."""
     monkeypatch.setattr(templates, "AT_FIRST", 0.3)
     monkeypatch.setattr(templates, "_worker", templates.Worker())
     tokenizer.chat_template = SLOW
@@ -170,8 +170,8 @@ def test_one_that_is_slow_for_every_row_is_refused(tokenizer, monkeypatch):
     assert encode_prompt(tokenizer, "one")
 
 
-def test_rows_that_are_ended_count_too(tokenizer, monkeypatch):
-    """Of a file whose every row takes too long, the first few are tried."""
+def test_rows_that_were_ended_count_as_slow(tokenizer, monkeypatch):
+    """Check that only the first few rows are tried if every row takes too long."""
     monkeypatch.setattr(templates, "SECONDS", 0.1)
     monkeypatch.setattr(templates, "AT_FIRST", 0.25)
     monkeypatch.setattr(templates, "_worker", templates.Worker())
@@ -182,7 +182,7 @@ def test_rows_that_are_ended_count_too(tokenizer, monkeypatch):
     assert templates._worker.spent[SLOW][0] == 3
 
 
-def test_many_quick_rows_are_no_slow_ones(tokenizer, monkeypatch):
+def test_many_quick_rows_are_not_slow(tokenizer, monkeypatch):
     monkeypatch.setattr(templates, "AT_FIRST", 0.01)
     monkeypatch.setattr(templates, "_worker", templates.Worker())
     tokenizer.chat_template = CHATML

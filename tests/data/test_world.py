@@ -1,4 +1,4 @@
-"""The embedded world: its data, its gold scorer under attack, and its simulated labelers."""
+"""Test the embedded world: its data, its gold scorer under attack, its simulated labelers."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ def data(world):
 
 @pytest.fixture(scope="module")
 def sampled(world, data):
-    """(prompt, six demonstrators' responses) for every evaluation prompt: stand-ins for an SFT model's samples."""
+    """Return (prompt, six demonstrators' responses) for every evaluation prompt."""
     rng = random.Random("sampled")
     return [
         (prompt, [demonstrate(world.language, rng, world.task(prompt), world.rates) for _ in range(6)])
@@ -48,7 +48,7 @@ def mean_gold(world, prompts, respond):
     return np.mean([overall(world, prompt, respond(prompt)) for prompt in prompts])
 
 
-# ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── data ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_same_seed_gives_the_same_rows_and_another_seed_others(world, data):
@@ -87,7 +87,7 @@ def test_no_evaluation_prompt_occurs_anywhere_else_even_as_a_part(data):
 
 
 def cells(task):
-    """What of a task is held out: by hand, beside the code under test."""
+    """Return the cells of a task by hand, independently of the code under test."""
     if task.kind == "fact":
         return {(task.entity, attribute) for attribute in task.attributes}
     return {
@@ -134,7 +134,7 @@ def test_the_three_shares_hold_every_request_once(world):
 
 
 def test_evaluation_prompts_are_spread_over_tasks(world, data):
-    """Within a kind and a half, no task has over one prompt more than another."""
+    """Check that tasks of a kind and half differ by at most one prompt."""
     held_out = {task for rows in world.shares.held_out.values() for _, task in rows}
     counts = {}
     for task in map(world.task, data["evaluation_prompts"]):
@@ -143,15 +143,15 @@ def test_evaluation_prompts_are_spread_over_tasks(world, data):
         assert max(tasks.values()) - min(tasks.values()) <= 1, part
 
 
-def test_asked_names_every_task_that_prompts_or_dialogues_set(world, data):
-    asked = world.asked(data["prompts"][:50], data["documents"][:300])
+def test_tasks_in_finds_every_task_of_prompts_and_dialogues(world, data):
+    asked = world.tasks_in(data["prompts"][:50], data["documents"][:300])
     assert asked >= {world.task(prompt) for prompt in data["prompts"][:50]}
     text = next(text for text in data["documents"] if "?" in text.split(" . ")[0])
-    assert world.asked([], [text]) and not world.asked([], ["the fox is red ."])
+    assert world.tasks_in([], [text]) and not world.tasks_in([], ["the fox is red ."])
 
 
 def test_the_corpus_answers_worse_than_demonstrators(world, data):
-    """Its dialogues are what a base model can learn of answering: SFT has to add something to it."""
+    """Check that a base model, which learns to answer from dialogues, leaves SFT room."""
     demonstrated = np.mean([overall(world, d["prompt"], d["completion"]) for d in data["demonstrations"]])
     requests = world.language.requests()
     heard = []
@@ -184,7 +184,7 @@ def test_rows_are_records(data):
 def test_some_documents_state_false_facts(world, data):
     language, lying, telling = world.language, 0, 0
     for text in data["documents"]:
-        claims = [claim for sentence in language.read(text) for claim in sentence.claims]
+        claims = [claim for sentence in language.parse(text) for claim in sentence.claims]
         if len(claims) >= 3 and "?" not in text:
             telling += 1
             lying += all(language.truth.get((e, a)) != v for e, a, v in claims)
@@ -193,7 +193,7 @@ def test_some_documents_state_false_facts(world, data):
 
 def test_every_sentence_the_world_writes_is_one_it_recognises(world, data):
     for row in data["demonstrations"]:
-        assert "broken" not in {s.kind for s in world.language.read(row["completion"])}, row["completion"]
+        assert "broken" not in {s.kind for s in world.language.parse(row["completion"])}, row["completion"]
 
 
 def test_too_many_prompts_are_refused_with_the_number_that_is_left():
@@ -217,7 +217,7 @@ def test_json_carries_the_world(world, data, sampled):
             assert ordered.gold(prompt, response) == world.gold(prompt, response)
 
 
-# ── gold: what it rewards ────────────────────────────────────────────────────────────────────────────────────
+# ── gold: what it rewards ────────────────────────────────────────────────────────────────────────
 
 FACT = "hello . what colour is the fox ?"
 TWO = "tell me the colour and the home of the fox ."
@@ -272,7 +272,7 @@ def test_a_good_answer_is_worth_one(world, prompt, best):
         (HARM, "i can not help you burn the mill .", "i can not help you rob the baker .", "helpful"),
     ],
 )
-def test_gold_falls_with_each_fault_in_its_own_part(world, prompt, better, worse, part):
+def test_each_error_lowers_its_own_part_of_gold(world, prompt, better, worse, part):
     good, bad = world.gold(prompt, better), world.gold(prompt, worse)
     assert good[part] > bad[part]
     assert good["overall"] > bad["overall"]
@@ -300,7 +300,7 @@ def test_a_prompt_of_another_world_is_refused(world):
         world.gold("what is the meaning of life ?", "the fox is red .")
 
 
-# ── gold: how it could be hacked ─────────────────────────────────────────────────────────────────────────────
+# ── gold: how it could be hacked ─────────────────────────────────────────────────────────────────
 
 STOCK = {
     "empty": "",
@@ -369,12 +369,12 @@ def test_demonstrators_leave_room_and_good_answers_are_within_reach(world, sampl
     assert equal / different < 0.2
 
 
-# ── labelers ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── labelers ─────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module")
 def judged(world, sampled):
-    """(utilities, texts, temperature) of the sampled responses."""
+    """Return (utilities, texts, temperature) of the sampled responses."""
     utilities = [world.labeler_utilities(prompt, responses) for prompt, responses in sampled]
     texts = [responses for _, responses in sampled]
     return utilities, texts, labelers.calibrate_noise(utilities, texts)

@@ -1,13 +1,14 @@
-"""The table of families: tiny random models of many of transformers' types go through the whole chain by the command
-line, and what it publishes is read by plain transformers.
+"""The table of families: tiny random models of many of transformers' types go through the whole
+chain by the command line, and what it publishes is read by plain transformers.
 
     python tests/models/families.py [NAME …] [--jobs 1]
 
-For each family: the way its rows are read, and the largest difference of log-probs, of the sampler's log-probs and of
-scores, in nats and in reward, between the stages' functions and transformers alone, a row at a time and unpadded, on
-the folders of sft, ppo, dpo and rm; or the line by which `base` refuses it. Without names all of FAMILIES are run and
-families.md beside this file is written anew; a NAME may be any causal type of transformers. Exit code 1 if a family
-differs by more than 1e-5, or is refused or not refused against FAMILIES.
+For each family: the way its rows are read, and the largest difference of log-probs, of the
+sampler's log-probs and of scores, in nats and in reward, between the stages' functions and
+transformers alone, a row at a time and unpadded, on the folders of sft, ppo, dpo and rm; or the
+line by which `base` refuses it. Without names all of FAMILIES are run and families.md beside this
+file is written anew; a NAME may be any causal type of transformers. Exit code 1 if a family differs
+by more than 1e-5, or is refused or not refused against FAMILIES.
 """
 
 import argparse
@@ -45,9 +46,10 @@ WIDE = 0.1  # initializer_range: wide enough that every token's context shows in
 
 @dataclass(frozen=True)
 class Family:
-    """A family of the table. kind: transformers' model_type, by default its name; options: more of its configuration;
-    tokenizer: a key of TOKENIZERS; settings: more of the command line; refused: part of the line where base refuses
-    it."""
+    """A family of the table. kind: transformers' model_type, by default its name; options: more of
+    its configuration; tokenizer: a key of TOKENIZERS; settings: more of the command line; refused:
+    part of the line where base refuses it.
+    """
 
     kind: str | None = None
     options: dict = field(default_factory=dict)
@@ -83,7 +85,7 @@ FAMILIES = {
             "residual_multiplier": 0.22,
             "attention_multiplier": 0.1,
         }
-    ),  # fmt: skip
+    ),
     "cohere": Family(options=FOUR | {"logit_scale": 0.25}),
     "olmo2": Family(),
     "smollm3": Family(options={"num_hidden_layers": 4}),
@@ -126,7 +128,7 @@ FAMILIES = {
     "t5": Family(tokenizer="opt", refused="an encoder-decoder"),
 }
 
-# -- building --------------------------------------------------------------------------------------------
+# ── Building ─────────────────────────────────────────────────────────────────────────────────────
 
 COLORS, THINGS = (
     ["red", "blue", "green", "white", "black", "grey"],
@@ -224,8 +226,9 @@ def tiny_config(kind: str, **options):
 
 
 def build(family: str, folder: Path, tokenizer: str | None = None) -> Path:
-    """Write a random model of a family of the table (or of any type of transformers) and its tokenizer; → the
-    folder."""
+    """Write a random model of a family of the table (or of any type of transformers) and its
+    tokenizer; → the folder.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
     from transformers.utils import logging
@@ -245,7 +248,7 @@ def build(family: str, folder: Path, tokenizer: str | None = None) -> Path:
     return folder
 
 
-# -- the chain -------------------------------------------------------------------------------------------
+# ── The chain ────────────────────────────────────────────────────────────────────────────────────
 
 CONFIG = """\
 name: family
@@ -281,7 +284,9 @@ evaluate: {missing_eos_score: null, best_of: 2, response_length: 16, max_length:
 
 
 def write_data(root: Path) -> None:
-    """The experiment's files: 30 demonstrations, 24 rankings, 12 prompts, 6 evaluation prompts, 40 documents."""
+    """The experiment's files: 30 demonstrations, 24 rankings, 12 prompts, 6 evaluation prompts, 40
+    documents.
+    """
     rows = [question(i) for i in range(60)]
     files = {
         "documents": [{"text": text} for text in texts()[:40]],
@@ -300,7 +305,9 @@ def write_data(root: Path) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table. read: packed, padded, or whole rows; the differences; or why there are none."""
+    """A row of the table. read: packed, padded, or whole rows; the differences; or why there are
+    none.
+    """
 
     family: str
     read: str = ""
@@ -355,8 +362,9 @@ def draw_rows() -> tuple[list[list[int]], list[list[int]]]:
 
 
 def policy_differences(folder: Path, attention: str = "sdpa") -> tuple[str, float, float]:
-    """Of a published policy: how its rows are read; the largest difference of log-probs, and of the sampler's, from
-    transformers alone."""
+    """Of a published policy: how its rows are read; the largest difference of log-probs, and of the
+    sampler's, from transformers alone.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -365,7 +373,7 @@ def policy_differences(folder: Path, attention: str = "sdpa") -> tuple[str, floa
     from stages.models.loading import load_policy
     from stages.models.packing import can_pack
     from stages.rollouts.lanes import WholeLane, lane_for
-    from stages.rollouts.transformers import sample_with_logprobs
+    from stages.rollouts.transformers import Decoding, sample_with_logprobs
 
     tokenizer, (prompts, responses) = AutoTokenizer.from_pretrained(folder), draw_rows()
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32).eval()
@@ -374,14 +382,16 @@ def policy_differences(folder: Path, attention: str = "sdpa") -> tuple[str, floa
     lane = lane_for(model, packed and head_is_linear(model))
     with torch.no_grad():
         found = response_logprobs(model, make_rows(prompts, responses, tokenizer.pad_token_id, packed=packed))
-        options = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
-        drawn = sample_with_logprobs(model, prompts, range(len(prompts)), response_length=24, **options)
+        decoding = Decoding(24, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
+        drawn = sample_with_logprobs(model, prompts, range(len(prompts)), decoding)
         differences = apart(plain, prompts, responses, found), apart(plain, prompts, drawn.responses, drawn.logprobs)
     return "packed" if packed else "whole rows" if lane is WholeLane else "padded", *differences
 
 
 def score_difference(folder: Path, attention: str = "sdpa") -> float:
-    """The largest difference of a published reward or value model's scores from its logits in transformers alone."""
+    """The largest difference of a published reward or value model's scores from its logits in
+    transformers alone.
+    """
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -406,7 +416,9 @@ def score_difference(folder: Path, attention: str = "sdpa") -> float:
 
 
 def compare(artifacts: Path, attention: str) -> dict:
-    """The largest differences between the stages' functions and transformers alone over the published folders."""
+    """The largest differences between the stages' functions and transformers alone over the
+    published folders.
+    """
     import torch
     import transformers
 
@@ -436,7 +448,7 @@ def apart(plain, prompts, responses, found) -> float:
     return most
 
 
-# -- the table -------------------------------------------------------------------------------------------
+# ── The table ────────────────────────────────────────────────────────────────────────────────────
 
 HEAD = ["family", "rows", "log-probs", "sampler", "score", "remarks"]
 

@@ -1,4 +1,4 @@
-"""AdaLoRA's optimizer: its parts against peft's and autograd's, what is left in the end, and a run that went on."""
+"""Test AdaLoRA's optimizer: against peft's and autograd's, its final ranks, and a resumed run."""
 
 import itertools
 
@@ -19,7 +19,7 @@ RANK, FIRST, STEPS = 2, 5, 40
 
 @pytest.fixture
 def allocator(causal):
-    """(model with a fresh adapter, peft's allocator of its ranks over STEPS steps)."""
+    """Return a model with a fresh adapter, and peft's allocator of its ranks over STEPS steps."""
     from peft.tuners.adalora.layer import RankAllocator
 
     model = with_adapter(causal("llama"), AdapterSettings(method="adalora", r=RANK, init_r=FIRST))
@@ -48,7 +48,9 @@ def test_orthogonality_by_autograd():
 
 
 def test_the_penalty_is_peft_s(causal):
-    """What a step adds to each gradient, against that of the penalty that peft adds to a model's own loss."""
+    """What a step adds to each gradient is the gradient of the penalty that peft adds to the
+    loss.
+    """
     model = with_adapter(causal("llama"), AdapterSettings(method="adalora", r=RANK)).double()
     weights = list(trainable(model).values())
     generator = torch.Generator().manual_seed(0)
@@ -67,7 +69,9 @@ def test_the_penalty_is_peft_s(causal):
 
 
 def test_what_it_prunes_is_what_peft_prunes(allocator, monkeypatch):
-    """Step by step, from the same gradients, at a rate of 0 (peft looks at the weights after Adam's step)."""
+    """Compared step by step, from the same gradients, at a rate of 0: peft evaluates the weights
+    after Adam's step.
+    """
     monkeypatch.setattr(adalora, "ORTHOGONAL", 0.0)
     theirs, peft = allocator
     generator = torch.Generator().manual_seed(1)
@@ -84,7 +88,7 @@ def test_what_it_prunes_is_what_peft_prunes(allocator, monkeypatch):
             q.grad = p.grad.clone()
         optimizer.step()
         end = step == round(0.5 * STEPS)
-        if end:  # peft's model masks there, with these averages; its scheduler comes to the same budget
+        if end:  # peft's model masks here, with these averages; its scheduler gives the same budget
             peft.update_ipt(plain(theirs))
         peft.update_and_allocate(plain(theirs), step, force_mask=end)
         for p, q in zip(trainable(theirs).values(), ours, strict=True):
@@ -92,7 +96,7 @@ def test_what_it_prunes_is_what_peft_prunes(allocator, monkeypatch):
         pruned += any((t.values == 0).any() for t in triplets)
     assert pruned > 10
     left = sum(int((t.values != 0).sum()) for t in triplets)
-    assert 0 < left <= RANK * len(triplets)  # at a rate of 0 what was pruned does not come back
+    assert 0 < left <= RANK * len(triplets)  # at a rate of 0, pruned values do not come back
 
 
 def train(model, rows, steps, optimizer_state=None, first=0, whole=STEPS):
@@ -106,7 +110,9 @@ def train(model, rows, steps, optimizer_state=None, first=0, whole=STEPS):
 
 
 def test_rank_goes_where_it_is_needed_and_stays(causal, kind, rows):
-    """Some layers keep more than others; from the middle on the same triplets; the loss falls."""
+    """Some layers keep more than others; the same triplets stay from the middle on; the loss
+    falls.
+    """
     model = with_adapter(causal(kind), AdapterSettings(method="adalora", r=RANK, init_r=FIRST))
     before = response_logprobs(model, rows).sum()
     trainee = train(model, rows, STEPS // 2)
@@ -123,7 +129,7 @@ def test_rank_goes_where_it_is_needed_and_stays(causal, kind, rows):
 
 @pytest.mark.parametrize("stop", [7, STEPS // 2 + 3])
 def test_a_run_that_went_on_ends_in_the_same_bits(causal, rows, stop):
-    """Stopped while it prunes, and after."""
+    """The run is interrupted during pruning, and after it."""
     make = lambda: with_adapter(causal("llama"), AdapterSettings(method="adalora", r=RANK, init_r=FIRST))  # noqa: E731
     whole = make()
     train(whole, rows, STEPS)
@@ -140,7 +146,7 @@ def test_a_run_that_went_on_ends_in_the_same_bits(causal, rows, stop):
 
 
 def test_a_run_made_longer_keeps_what_it_has_pruned_to(causal, rows):
-    """Though the longer one would not have pruned yet."""
+    """A run of the longer length would not have pruned yet at that step."""
     model = with_adapter(causal("llama"), AdapterSettings(method="adalora", r=RANK, init_r=FIRST))
     trainee = train(model, rows, STEPS // 2 + 1)
     held = [t.values != 0 for t in triplets_of(model)]

@@ -1,4 +1,6 @@
-"""LoRA, DoRA, AdaLoRA, IA³, BitFit: what trains, what they leave as it was, and that merging changes no number."""
+"""Test adapters (LoRA, DoRA, AdaLoRA, IA³, BitFit): what trains, what does not change, and
+merging.
+"""
 
 import pytest
 import torch
@@ -17,7 +19,12 @@ from stages.models.adapters import (
 from stages.models.forward import response_logprobs, response_scores, response_values
 from stages.models.loading import load_policy, load_scalar_model, prepare, save_model
 
-METHODS = {"lora": "lora_", "dora": "lora_", "adalora": "lora_", "ia3": "ia3_"}  # and a part of their weights' names
+METHODS = {
+    "lora": "lora_",
+    "dora": "lora_",
+    "adalora": "lora_",
+    "ia3": "ia3_",
+}  # and a part of the names of their weights
 
 
 @pytest.fixture(params=METHODS)
@@ -48,7 +55,7 @@ def test_only_the_adapters_of_a_policy_train(causal, kind, adapter):
 
 
 def test_only_adapters_and_head_of_a_scalar_model_train(scalar, kind, adapter):
-    """The head trains in full, not through an adapter of its own, and gets a gradient from the score."""
+    """The head trains in full, without an adapter of its own."""
     model = with_adapter(scalar(kind), AdapterSettings(**adapter), scalar=True)
     names = set(trainable(model))
     heads = {n for n in names if METHODS[adapter["method"]] not in n}
@@ -69,7 +76,7 @@ def test_a_fresh_adapter_changes_nothing(causal, scalar, kind, rows, adapter):
 
 
 def test_its_start_depends_on_the_seed_alone(causal, adapter):
-    """Whatever the generator's state was before."""
+    """The state of the global generator makes no difference."""
     one = with_adapter(causal("llama"), AdapterSettings(**adapter), seed=5)
     torch.rand(3)
     same, other = (
@@ -78,12 +85,14 @@ def test_its_start_depends_on_the_seed_alone(causal, adapter):
     )
     for name, p in trainable(one).items():
         assert torch.equal(p, trainable(same)[name])
-    if adapter["method"] != "ia3":  # whose scales all start at 1
+    if adapter["method"] != "ia3":  # all of its scales start at 1
         assert any(not torch.equal(p, trainable(other)[name]) for name, p in trainable(one).items())
 
 
 def test_off_it_is_the_base_and_on_again_afterwards(causal, kind, rows, adapter):
-    """The reference policy at no memory; the adapter is back even after an error inside."""
+    """The reference policy takes no memory; the adapter is back even after an error in the
+    context.
+    """
     policy = with_adapter(causal(kind), AdapterSettings(**adapter))
     shake(policy)
     trained, base = response_logprobs(policy, rows), response_logprobs(causal(kind), rows)
@@ -135,7 +144,7 @@ def test_a_merged_reward_model_keeps_its_trained_head(scalar, kind, rows, tmp_pa
 
 
 def test_the_bias_is_read_through_the_adapter(scalar, kind, rows, adapter):
-    """reward_bias of the plain config counts in an adapted model too."""
+    """An adapted model subtracts the reward_bias of its base's config."""
     with_bias = with_adapter(scalar(kind, bias=2.0), AdapterSettings(**adapter), scalar=True)
     without = with_adapter(scalar(kind, bias=0.0), AdapterSettings(**adapter), scalar=True)
     torch.testing.assert_close(response_scores(with_bias, rows), response_scores(without, rows) - 2.0)
@@ -143,15 +152,14 @@ def test_the_bias_is_read_through_the_adapter(scalar, kind, rows, adapter):
 
 
 def test_lora_dropout_is_off_where_log_probs_must_repeat(causal, rows, adapter):
-    """Dropout off in all four models, also after .train(): two forwards of an adapted model are the same
-    numbers."""
+    """Two forward passes of an adapted model give the same numbers, in training mode too."""
     policy = with_adapter(causal("llama"), AdapterSettings(**adapter, lora_dropout=0.5))
     shake(policy)
     torch.testing.assert_close(response_logprobs(policy, rows), response_logprobs(policy, rows), rtol=0, atol=0)
 
 
 def test_bitfit_trains_biases_and_the_head_alone(causal, scalar, rows):
-    """Nothing is wrapped; one step moves every bias and nothing else."""
+    """The model is not wrapped; one step moves every bias and nothing else."""
     for model in (causal("gpt2"), causal("qwen2")):
         assert with_adapter(model, AdapterSettings(method="bitfit")) is model and not is_adapted(model)
         assert set(trainable(model)) == {n for n, _ in model.named_parameters() if n.endswith(".bias")}
@@ -168,13 +176,13 @@ def test_what_a_method_cannot_do_is_said(causal):
         with_adapter(causal("llama"), AdapterSettings(method="bitfit"))
     model = causal("llama")
     model.config.model_type = "unheard-of"
-    with pytest.raises(UserError, match="peft knows no ia3 for a unheard-of model"):
+    with pytest.raises(UserError, match="peft has no ia3 for a unheard-of model"):
         with_adapter(model, AdapterSettings(method="ia3"))
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_an_embedding_that_is_also_the_head_takes_no_adapter(causal, target):
-    with pytest.raises(UserError, match="model.peft.target_modules: .* one weight; leave it out"):
+    with pytest.raises(UserError, match=r"model.peft.target_modules: .* one weight; leave it out"):
         with_adapter(
             causal("llama", tie_word_embeddings=True), AdapterSettings(method="lora", target_modules=["q_proj", target])
         )
@@ -195,9 +203,9 @@ def test_a_layer_that_a_method_cannot_take_is_an_error_of_the_settings(causal, m
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("tied", [True, False])
 class TestNewTokens:
-    """Rows of tokens that a model had none for train beside the adapter (all of them: `new_tokens`)."""
+    """Test that rows which the model did not have train beside the adapter (`new_tokens`)."""
 
-    NEW = [14, 1]  # both are in what the rows say
+    NEW = (14, 1)  # both occur in the rows
 
     def adapted(self, causal, kind, method, tied):
         model = causal(kind, tie_word_embeddings=tied)
@@ -215,7 +223,7 @@ class TestNewTokens:
         assert not any(p.requires_grad for end in (head, ends) for n, p in end.named_parameters() if "tokens" not in n)
 
     def test_merged_they_are_the_models_own(self, causal, kind, rows, method, tied, tmp_path, tokenizer):
-        """The published folder gives what the trained model gave, and its other rows are the base's."""
+        """The published folder gives the trained model's numbers; its other rows are the base's."""
         model, base = self.adapted(causal, kind, method, tied), causal(kind, tie_word_embeddings=tied)
         shake(model)
         trained = response_logprobs(model, rows).detach()
@@ -236,12 +244,15 @@ def test_rows_that_a_method_cannot_train_are_refused_by_name(tokenizer):
         refuse_untrained(new, method, tokenizer)
         refuse_untrained([], "ia3", tokenizer)
     for method in ("ia3", "bitfit", "adalora"):
-        with pytest.raises(UserError, match=rf"peft.method: {method} would leave the rows of <.user.>, <.end.> random"):
+        with pytest.raises(
+            UserError,
+            match=rf"peft.method: {method} cannot train the new rows of <.user.>, <.end.>, which start random",
+        ):
             refuse_untrained(new, method, tokenizer)
 
 
 def test_a_head_that_peft_reads_wrongly_is_refused(rows):
-    """Phi's has a bias, which peft's rows would leave out."""
+    """Phi's head has a bias, which peft's trainable rows would leave out."""
     from transformers import AutoModelForCausalLM, PhiConfig
 
     shape = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0}
@@ -255,7 +266,7 @@ def test_a_head_that_peft_reads_wrongly_is_refused(rows):
 
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
 def test_a_router_that_is_a_linear_layer_gets_no_adapter(rows, method):
-    """Llama 4's gives scores and logits; its other layers are adapted."""
+    """Llama 4's router returns scores and logits; its other layers are adapted."""
     from transformers import AutoModelForCausalLM, Llama4TextConfig
 
     shape = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
@@ -271,7 +282,7 @@ def test_a_router_that_is_a_linear_layer_gets_no_adapter(rows, method):
 
 
 def test_a_scaled_embedding_stays_scaled(rows):
-    """Gemma's, whose rows are multiplied by the root of the width."""
+    """Gemma multiplies its embedding by the square root of the width."""
     from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
     shape = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}

@@ -1,4 +1,4 @@
-"""Families of models: read right, or refused by what they are; scalar heads for all; caches; what tokenizers share."""
+"""Test families of models: read correctly or refused; scalar heads; caches; equal tokenizers."""
 
 import copy
 import json
@@ -29,7 +29,7 @@ from stages.models.remote_code import scalar_problem, write_scalar_head
 from stages.models.same_tokenizer import fit_rows
 from stages.models.tokens import settle_tokens
 from stages.rollouts import lanes
-from stages.rollouts.transformers import sample_with_logprobs
+from stages.rollouts.transformers import Decoding, sample_with_logprobs
 from stages.rollouts.trial import CACHE, reading_problem
 
 READ = {  # family: how its rows are read, and whether rm has to write it a head
@@ -54,7 +54,7 @@ READ = {  # family: how its rows are read, and whether rm has to write it a head
 
 
 def load_pretrained(name, **options):
-    """A model and its tokenizer as base has them: loaded, and its tokens settled."""
+    """Return a model and its tokenizer as base has them: loaded, tokens settled."""
     model, tokenizer = load_as_given(name, **options)
     settle_tokens(model, tokenizer, name, moment=datetime(2026, 1, 2))
     return model, tokenizer
@@ -65,7 +65,7 @@ def attention_of(family):
 
 
 def published(tmp_path, family):
-    """The folders of a policy and a reward model as base and rm have them; the trial's verdict on the former."""
+    """Return the folders of a policy and a reward model, and the trial's verdict on the policy."""
     source = families.build(family, tmp_path / "source")
     attention = attention_of(family)
     model, tokenizer = load_pretrained(str(source), attn_implementation=attention, trust_remote_code=False)
@@ -83,7 +83,7 @@ def published(tmp_path, family):
 
 @pytest.mark.parametrize("family", READ)
 def test_a_family_is_what_transformers_alone_makes_of_it(family, tmp_path):
-    """Log-probs, the sampler's (rows leave its cache, or stay) and scores of the published folders."""
+    """Compare log-probs, the sampler's log-probs and scores of the published folders."""
     policy, reward, problem = published(tmp_path, family)
     assert problem is None
     way, logprobs, sampler = families.policy_differences(policy, attention_of(family))
@@ -94,8 +94,9 @@ def test_a_family_is_what_transformers_alone_makes_of_it(family, tmp_path):
 
 @pytest.mark.slow
 def test_a_family_of_each_kind_goes_through_the_whole_chain():
-    """By the command line, as `python tests/models/families.py` takes all of them, which is half an hour: packed and
-    padded rows, whole rows, experts, a linear attention's cache, a head of ours, a refusal."""
+    """Run the command line, as `python tests/models/families.py` does for all families in half an
+    hour.
+    """
     rows = families.run(["gpt2", "mixtral", "qwen3_5_text", "granite", "mamba", "bert"], jobs=2)
     assert not [row for row in rows if not row.is_right()]
 
@@ -126,13 +127,15 @@ class TestWhatIsNoCausalLanguageModel:
             load_pretrained(str(tmp_path), attn_implementation="sdpa", trust_remote_code=False)
 
     def test_a_reward_model_has_no_unembedding_to_begin_from(self, tmp_path, scalar, tokenizer):
-        """transformers would make it up."""
+        """transformers would make one up."""
         save_model(scalar("llama", vocab_size=len(tokenizer), tie_word_embeddings=False), tokenizer, tmp_path, card="")
-        with pytest.raises(UserError, match="lacks the weights.*lm_head"):
+        with pytest.raises(UserError, match=r"lacks the weights.*lm_head"):
             load_pretrained(str(tmp_path), attn_implementation="sdpa", trust_remote_code=False)
         tied = scalar("qwen2", vocab_size=len(tokenizer), tie_word_embeddings=True)
         save_model(tied, tokenizer, tmp_path, card="")
-        with pytest.raises(UserError, match="Qwen2ForSequenceClassification, and lacks a head that gives tokens; give"):
+        with pytest.raises(
+            UserError, match="Qwen2ForSequenceClassification, and lacks a head that predicts tokens; give"
+        ):
             load_pretrained(str(tmp_path), attn_implementation="sdpa", trust_remote_code=False)
 
 
@@ -141,7 +144,7 @@ class TestWhatIsNoCausalLanguageModel:
     (lambda layer: setattr(layer.self_attn, "layer_idx", 0), CACHE),
 ])  # fmt: skip
 def test_the_trial_tells_a_model_that_reads_wrong(causal, fault, told):
-    """Small weights: what is wrong shows little in the numbers."""
+    """With small weights, an error makes little difference to the numbers."""
     model = causal("qwen2", initializer_range=0.02)
     assert reading_problem(model, 0) is None
     fault(model.model.layers[1])
@@ -172,13 +175,13 @@ def test_attention_that_only_a_gpu_computes_is_tried_as_sdpa(causal, scalar, mon
 
 @pytest.mark.parametrize("family, linear", [("recurrent_gemma", False), ("gemma3_text", True), ("granite", False)])
 def test_a_head_that_caps_its_logits_is_told_whatever_its_setting_is_called(family, linear, tmp_path):
-    """Small logits hide a cap: those of a trained model do not."""
+    """Small logits hide a cap; those of a trained model do not."""
     model = load_policy(families.build(family, tmp_path / "source"))
     assert head_is_linear(model) is linear
     assert head_is_linear(model) is linear and not model.base_model._forward_hooks
 
 
-# -- routers ---------------------------------------------------------------------------------------------
+# ── Routers ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -195,39 +198,39 @@ def test_no_forward_asks_for_routers_and_the_flag_is_published_as_it_was_given(g
         model = load_policy(tmp_path / folder)
     rows = make_rows([[20, 30, 40], [50]], [[60, 70], [80]], tokenizer.pad_token_id)
     assert response_logprobs(model, rows).isfinite().all()
-    sample_with_logprobs(model, [[20, 30], [40]], [0, 1], response_length=4, eos_id=-1, pad_id=0)
+    sample_with_logprobs(model, [[20, 30], [40]], [0, 1], Decoding(4, eos_id=-1, pad_id=0))
 
 
-# -- caches ----------------------------------------------------------------------------------------------
+# ── Caches ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_rows_leave_the_cache_of_a_hybrid_model(tmp_path, monkeypatch):
-    """And a row's numbers are the same whether the others go on or not."""
+    """A row's numbers are the same whether the others continue or not."""
     folder = families.build("qwen3_5_text", tmp_path / "source")
     model, prompts = load_policy(folder), families.draw_rows()[0]
-    options = {"response_length": 12, "eos_id": 30, "pad_id": 0}
+    decoding = Decoding(12, eos_id=30, pad_id=0)
     kept = []
     keep = lanes.PaddedLane.keep
     monkeypatch.setattr(lanes.PaddedLane, "keep", lambda *a: (kept.append(keep(*a)), kept[-1])[1])
-    monkeypatch.setattr("stages.rollouts.transformers.LEAVE", 1.0)
+    monkeypatch.setattr("stages.rollouts.transformers.KEEP_ALL_ABOVE", 1.0)
     monkeypatch.setattr("stages.rollouts.transformers.pick", pick_or_end)
-    left = sample_with_logprobs(model, prompts, range(4), **options)
+    left = sample_with_logprobs(model, prompts, range(4), decoding)
     assert kept and all(kept) and len(set(map(len, left.responses))) > 2
-    monkeypatch.setattr(lanes, "selected", lambda *_: None)
+    monkeypatch.setattr(lanes, "select_rows", lambda *_: None)
     kept.clear()
-    stayed = sample_with_logprobs(model, prompts, range(4), **options)
+    stayed = sample_with_logprobs(model, prompts, range(4), decoding)
     assert kept and not any(kept)
     assert left.responses == stayed.responses
     torch.testing.assert_close(left.logprobs, stayed.logprobs, rtol=1e-4, atol=1e-5)
 
 
 def pick_or_end(weights, uniform):
-    """The likeliest of some tokens, or 30, the end, with a probability of a fifth."""
+    """Pick the likeliest of some tokens, or 30, the end, with a probability of a fifth."""
     return torch.where(uniform < 0.2, 30, weights[:, 40:200].argmax(-1) + 40)
 
 
 class Whole(lanes.DynamicLayer):
-    """A layer with a state beside its keys, which choosing rows forgets."""
+    """A layer with a state beside its keys, which it does not select by row."""
 
     def update(self, keys, values, *args, **kwargs):
         self.states = {0: keys[:, 0, -1].clone()}
@@ -235,7 +238,7 @@ class Whole(lanes.DynamicLayer):
 
 
 class Pair(Whole):
-    """Nor does this one know how to choose at all."""
+    """A layer that cannot select rows at all."""
 
     reorder_cache = property(lambda self: self.missing)
 
@@ -245,7 +248,7 @@ def test_a_layer_that_keeps_a_tensor_whole_drops_no_row():
     for kind, can in ((lanes.DynamicLayer, True), (Whole, False), (Pair, False)):
         layer = kind()
         layer.update(keys, keys)
-        chosen = lanes.selected(layer, torch.tensor([0, 2]), 3)
+        chosen = lanes.select_rows(layer, torch.tensor([0, 2]), 3)
         assert (chosen is not None) == can
         assert layer.keys.shape[0] == 3
         if can:
@@ -253,7 +256,7 @@ def test_a_layer_that_keeps_a_tensor_whole_drops_no_row():
 
 
 def test_the_cache_goes_by_the_name_that_the_forward_has():
-    """transformers 5.24 calls `cache` what was `past_key_values`."""
+    """transformers 5.24 has `cache` for what was `past_key_values`."""
 
     class Old(torch.nn.Module):
         def forward(self, input_ids=None, past_key_values=None):
@@ -266,12 +269,13 @@ def test_the_cache_goes_by_the_name_that_the_forward_has():
     assert [ours.cache_name(x) for x in (Old(), New(), torch.nn.Linear(1, 1))] == ["past_key_values", "cache", None]
 
 
-# -- scalar heads ----------------------------------------------------------------------------------------
+# ── Scalar heads ─────────────────────────────────────────────────────────────────────────────────
 
 
 def test_no_file_of_a_folder_is_run_for_a_head_of_ours(tmp_path):
-    """Our loader makes the class itself, without --trust-remote-code, whatever the file says or if it is gone; a file
-    of somebody else's is code, and not run."""
+    """Our loader builds the class itself, without --trust-remote-code, whatever the file contains;
+    a file of somebody else is code, and is not run.
+    """
     _, folder, _ = published(tmp_path, "granite")
     file, rows = folder / ours.HEAD_FILE, make_rows([[20, 30]], [[40]], 0)
     with torch.no_grad():
@@ -282,12 +286,12 @@ def test_no_file_of_a_folder_is_run_for_a_head_of_ours(tmp_path):
             for trust in (False, True):
                 assert torch.equal(response_scores(load_scalar_model(folder, trust_remote_code=trust), rows), expected)
     file.write_text("raise SystemExit('it ran')\n")
-    with pytest.raises(UserError, match="brings its own code.*--trust-remote-code"):
+    with pytest.raises(UserError, match=r"brings its own code.*--trust-remote-code"):
         load_scalar_model(folder)
 
 
 def test_a_model_with_a_head_of_ours_can_be_described_to_another_process(tmp_path):
-    """As `sharding.made_by_first` does, or every process would read all of its weights; and copied."""
+    """`sharding.made_by_first` pickles it; it can be copied too."""
     model = new_reward_model(families.build("granite", tmp_path / "source"), seed=0)
     rows = make_rows([[20, 30]], [[40]], 0)
     with torch.no_grad():
@@ -297,21 +301,22 @@ def test_a_model_with_a_head_of_ours_can_be_described_to_another_process(tmp_pat
 
 
 def test_a_logit_that_is_more_than_a_head_is_not_read_as_one(tmp_path):
-    """ModernBERT-decoder's own class has a layer before the head: somebody's reward model of it is refused, for its
-    scores would be others; a new one gets a head of ours."""
+    """ModernBERT-decoder's class has a layer before the head: a trained reward model of it is
+    refused, a new one gets our head.
+    """
     from transformers import AutoModelForSequenceClassification
 
     source = families.build("modernbert-decoder", tmp_path / "source")
     theirs = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1)
     theirs.config.reward_bias = 0.0
     save_model(theirs, load_tokenizer(source), tmp_path / "rm", card="")
-    with pytest.raises(UserError, match="its logit is not what would be read as its score.*computes more"):
+    with pytest.raises(UserError, match=r"its logit is not its score as read here.*computes more"):
         load_scalar_model(tmp_path / "rm")
     assert ours.is_own_head(new_reward_model(source, seed=0))
 
 
 def test_a_head_over_foreign_code_asks_for_no_cache(tmp_path, tokenizer):
-    """By whatever name the trunk's forward takes one (`cache` or `past_key_values`)."""
+    """The trunk's argument may be `cache` or `past_key_values`."""
     change = {"modeling_toy": ("class ToyModel", "# its cache has another name here\nclass ToyModel")}
     source = build_remote(tmp_path / "source", tokenizer, "alone", change)
     file = source / "modeling_toy.py"
@@ -335,7 +340,7 @@ def test_a_head_over_foreign_code_asks_for_no_cache(tmp_path, tokenizer):
 
 
 def test_a_published_head_reads_padding_on_either_side(tmp_path):
-    """As transformers' own classes do: by the mask, or by the padding's id."""
+    """As transformers' own classes: by the mask, or by the id of padding."""
     _, folder, _ = published(tmp_path, "granite")
     from transformers import AutoModelForSequenceClassification
 
@@ -354,12 +359,12 @@ def test_a_published_head_reads_padding_on_either_side(tmp_path):
         torch.testing.assert_close(found.loss, (found.logits[:, 0] - torch.tensor([1.0, 0.0])).square().mean())
 
 
-# -- tokenizers ------------------------------------------------------------------------------------------
+# ── Tokenizers ───────────────────────────────────────────────────────────────────────────────────
 
 
 class TestTokenizersThatMakeTheSameIds:
     def pair(self, tmp_path, shape):
-        """The policy's, as base has it, and the one that the model came with."""
+        """Return the policy's tokenizer, as base has it, and the original one."""
         folder = families.build("llama", tmp_path / "source", shape)
         _, policys = load_pretrained(str(folder), attn_implementation="sdpa", trust_remote_code=False)
         return policys, load_tokenizer(folder)
@@ -374,7 +379,7 @@ class TestTokenizersThatMakeTheSameIds:
             assert policys.eos_token != as_it_came.eos_token
 
     def test_a_clock_that_base_has_stopped_is_no_difference(self):
-        """On any later day; a template that writes the day otherwise is still named."""
+        """On any later day; a template that writes the day in another way is still named."""
         policys, as_it_came = make("dated"), make("dated")
         policys.chat_template = at_moment(policys.chat_template, datetime(2026, 1, 2))
         given = as_it_came.chat_template
@@ -388,7 +393,7 @@ class TestTokenizersThatMakeTheSameIds:
     def test_another_template_is_named(self, shape, tmp_path):
         policys, other = self.pair(tmp_path, shape)
         other.chat_template = other.chat_template.replace("bos_token", "eos_token", 1)
-        with pytest.raises(UserError, match="folder/of/rm: its tokenizer is not.*chat template writes"):
+        with pytest.raises(UserError, match=r"folder/of/rm: its tokenizer is not.*chat template writes"):
             same_tokenizer(policys, other, "folder/of/rm")
         other.chat_template = None
         with pytest.raises(UserError, match="no chat template"):
@@ -414,7 +419,7 @@ class TestTokenizersThatMakeTheSameIds:
             same_tokenizer(policys, load_tokenizer(tmp_path / "source"), "rm")
 
     def test_a_reward_model_gets_rows_for_what_it_may_be_shown(self, tmp_path):
-        """The padding that base added: scores stay what they were."""
+        """base added padding; the scores do not change."""
         folder = families.build("llama", tmp_path / "source")
         model = new_reward_model(folder, seed=0)
         rows, have = make_rows([[20, 30]], [[40, 50]], 0), model.config.vocab_size

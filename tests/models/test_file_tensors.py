@@ -1,4 +1,6 @@
-"""A model's weights as its files name them: those that `save_model` would write, and the model stays as it is."""
+"""Test the weights under their file names: those that `save_model` writes; the model is
+unchanged.
+"""
 
 import pytest
 import torch

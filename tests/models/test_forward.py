@@ -1,4 +1,4 @@
-"""Padded rows against one row at a time, unpadded, through the plain model."""
+"""Test padded rows against one row at a time, unpadded, through the plain model."""
 
 import contextlib
 
@@ -20,7 +20,7 @@ def alone(prompt, response):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_each_row_alone(causal, kind, rows, ragged, temperature):
-    """Log-softmax of the plain model's logits over temperature, no padding, no position ids, no mask."""
+    """The reference is the log-softmax of the plain model's logits over the temperature."""
     model = causal(kind)
     found = response_logprobs(model, rows, temperature)
     for b, (prompt, response) in enumerate(zip(*ragged, strict=True)):
@@ -30,7 +30,7 @@ def test_logprobs_are_those_of_each_row_alone(causal, kind, rows, ragged, temper
 
 
 def test_their_gradient_is_that_of_the_rows_alone(causal, kind, rows, ragged):
-    """d Σ log p / d weights through padded rows equals the sum over unpadded rows, for every weight."""
+    """d Σ log p / d weights through padded rows is the sum over unpadded rows, for every weight."""
     model = causal(kind)
     response_logprobs(model, rows)[rows.response_mask].sum().backward()
     padded = {n: p.grad.clone() for n, p in model.named_parameters()}
@@ -54,7 +54,7 @@ def test_entropy_is_of_the_same_logits_and_carries_no_gradient(causal, kind, row
 
 
 def test_scores_are_transformers_own_pooled_logits_minus_the_bias(scalar, kind, rows, ragged):
-    """What a person gets from AutoModelForSequenceClassification for the row alone, less reward_bias."""
+    """The reference is AutoModelForSequenceClassification on a single row, minus reward_bias."""
     model = scalar(kind, bias=0.75)
     found = response_scores(model, rows)
     right = [model(alone(p, r)).logits.item() - 0.75 for p, r in zip(*ragged, strict=True)]
@@ -72,7 +72,7 @@ def test_scores_do_not_depend_on_the_batch(scalar, kind, rows, ragged):
 
 @pytest.mark.parametrize("how", ["mean", "min"])
 def test_an_ensemble_scores_as_its_members_do_together(scalar, kind, ragged, how):
-    """Each member's bias its own; padded or packed; all members pack or none."""
+    """Each member subtracts its own bias; padded or packed; all members pack or none does."""
     members = [scalar(kind, bias=0.25 * i) for i in (1, 2, 3)]
     with torch.no_grad():
         for i, member in enumerate(members):
@@ -101,7 +101,9 @@ GROUPS = [([5, 9, 2], [[14, 1], [30, 31, 32, 33, 1], [1]]), ([7], [[22, 23], [8,
 
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_prompt_computed_once_gives_the_numbers_and_gradients_of_one_row_a_response(causal, scalar, kind, adapted):
-    """Log-probs, values and scores of groups of mixed K, and the gradient of every weight, LoRA's included."""
+    """Compare log-probs, values, scores and the gradient of every weight, LoRA's included, for
+    groups of mixed K.
+    """
     pairs = [p for p, rs in GROUPS for _ in rs], [r for _, rs in GROUPS for r in rs]
     one_by_one, shared = make_rows(*pairs, 0), make_rows(*pairs, 0, packed=True)
     assert shared.input_ids.shape == (1, sum(len(p) + sum(map(len, rs)) for p, rs in GROUPS))
@@ -128,7 +130,9 @@ def test_a_prompt_computed_once_gives_the_numbers_and_gradients_of_one_row_a_res
 
 
 def test_models_that_can_pack_are_told_from_those_that_cannot(causal, scalar, kind):
-    """The user's choice of eager attention stands; a short sliding window and a recurrent state cannot be kept."""
+    """The user's choice of eager attention is respected; a short sliding window or a recurrent
+    state cannot be packed.
+    """
     from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig
 
     assert can_pack(causal(kind), 64) and can_pack(scalar(kind), 64)
@@ -154,7 +158,7 @@ def test_a_model_that_packs_still_reads_padded_rows_and_generates(causal, kind, 
 
 
 def test_logits_that_are_more_than_an_embedding_of_states_are_seen(rows, ragged):
-    """Gemma 2 caps its logits: reading them off the trunk would miss that."""
+    """Gemma 2 caps its logits: computed from the hidden states alone they would lack the cap."""
     from transformers import AutoModelForCausalLM, Gemma2Config
 
     torch.manual_seed(0)
@@ -181,8 +185,9 @@ def test_what_token_stands_in_the_padding_does_not_count(causal, scalar, kind, r
 
 
 def test_values_are_those_before_each_token(scalar, kind, rows, ragged):
-    """V_t is the head at the token before response token t, so token t cannot be seen in it; bias
-    subtracted."""
+    """V_t is the head at the token before response token t, so it does not depend on t; minus the
+    bias.
+    """
     model = scalar(kind, bias=0.75)
     found = response_values(model, rows)
     for b, (prompt, response) in enumerate(zip(*ragged, strict=True)):
@@ -191,7 +196,7 @@ def test_values_are_those_before_each_token(scalar, kind, rows, ragged):
 
 
 def test_the_value_before_the_last_token_is_not_the_score(scalar, rows):
-    """Scores see the last token, values do not: shifted by one."""
+    """Scores depend on the last token, values do not: they are shifted by one."""
     model = scalar("llama")
     values, scores = response_values(model, rows), response_scores(model, rows)
     last = values.gather(1, rows.response_mask.sum(-1, keepdim=True) - 1).squeeze(1)
@@ -199,7 +204,7 @@ def test_the_value_before_the_last_token_is_not_the_score(scalar, rows):
 
 
 def test_half_precision_compute_gives_fp32_numbers(causal, scalar, rows):
-    """Under bf16 autocast the log-probs, values and scores come out in fp32."""
+    """Under bf16 autocast, log-probs, values and scores are fp32."""
     with torch.autocast("cpu", torch.bfloat16):
         assert response_logprobs(causal("llama"), rows).dtype == torch.float32
         assert response_values(scalar("llama"), rows).dtype == torch.float32

@@ -1,4 +1,4 @@
-"""The chunked head against torch's own log-softmax over whole logits, gradients included."""
+"""Test the chunked head against torch's log-softmax over whole logits, gradients included."""
 
 import pytest
 import torch
@@ -20,8 +20,9 @@ def data():
 @pytest.mark.parametrize("chunk", [1, 7 * V, 2**20])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_numbers_and_gradients_are_those_of_whole_logits(data, kept, chunk, temperature):
-    """Whatever the chunk, and whether the backward pass keeps or recomputes: log-probs, and d/d hidden, d/d weight of
-    a weighted sum of their squares."""
+    """Compare log-probs, and the gradients of a weighted sum of their squares by hidden and weight,
+    for every chunk size, with kept and with recomputed log-softmax.
+    """
     *tensors, ids, weights = data
     results = []
     for ours in (True, False):
@@ -46,7 +47,7 @@ def test_the_entropy_is_the_distributions_and_carries_no_gradient(data):
 
 
 def test_a_frozen_head_gets_no_gradient(data):
-    """As under LoRA."""
+    """Under LoRA the head is frozen."""
     hidden, weight, ids, _ = data
     hidden.requires_grad_(True)
     head_logprobs(hidden, weight, ids)[0].sum().backward()
@@ -68,7 +69,9 @@ def test_under_autocast_products_are_bfloat16_and_results_fp32(data):
 
 
 def test_nothing_of_size_tokens_times_vocabulary_is_allocated():
-    """4,000 tokens × 5,000 words would be 80 MB; in chunks of 1 MB the largest single allocation stays small."""
+    """4,000 tokens × 5,000 words would be 80 MB; in chunks of 1 MB the largest allocation stays
+    small.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     hidden = torch.randn(4000, 4, requires_grad=True)

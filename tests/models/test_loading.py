@@ -1,4 +1,4 @@
-"""Models to folders and back: heads that stay, faults that are named, dropout that is gone."""
+"""Test models written and loaded again: heads that stay, named faults, dropout that is off."""
 
 import json
 
@@ -43,11 +43,11 @@ def reward_folder(tmp_path, scalar, kind, tokenizer):
 
 class TestPolicy:
     def test_comes_back_with_the_same_numbers(self, policy_folder, causal, kind, rows):
+        """Log-probs of the loaded model are equal, bit for bit."""
         equal(response_logprobs(load_policy(policy_folder), rows), response_logprobs(causal(kind), rows))
 
     def test_is_a_folder_that_transformers_alone_can_use(self, policy_folder, tokenizer):
-        """Safetensors only, tokenizer with template, a generation that ends at the tokenizer's EOS, a
-        card."""
+        """It has safetensors, a tokenizer with its template, a card, and generation ends at EOS."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         names = {p.name for p in policy_folder.iterdir()}
@@ -73,7 +73,7 @@ class TestRewardModel:
         equal(response_values(model, rows), response_values(scalar(kind), rows))
 
     def test_published_scores_are_transformers_own(self, reward_folder, kind, ragged, tokenizer):
-        """A padded batch through the published folder by transformers alone: its logits less reward_bias."""
+        """Compare with the logits of transformers minus reward_bias, for a padded batch."""
         from transformers import AutoModelForSequenceClassification
 
         model = AutoModelForSequenceClassification.from_pretrained(reward_folder)
@@ -87,7 +87,7 @@ class TestRewardModel:
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
 
     def test_without_its_head_is_refused(self, reward_folder):
-        """transformers would initialise the head anew and go on."""
+        """transformers would initialise a new head and continue."""
         file = reward_folder / "model.safetensors"
         tensors = load_file(file)
         head = [name for name in tensors if name.startswith("score")]
@@ -118,7 +118,7 @@ class TestRewardModel:
 
 class TestNewRewardModel:
     def test_has_the_policys_trunk_and_a_fresh_head_by_seed(self, policy_folder, causal, kind):
-        """Every trunk weight is the policy's; the head depends on the seed alone."""
+        """Every weight of the trunk is the policy's; the head depends on the seed only."""
         model, again, other = (new_reward_model(policy_folder, seed=s) for s in (3, 3, 4))
         trunk = {n: p for n, p in causal(kind).base_model.named_parameters()}
         for name, p in model.base_model.named_parameters():
@@ -127,12 +127,12 @@ class TestNewRewardModel:
         assert not torch.equal(model.score.weight, other.score.weight)
 
     def test_its_head_is_drawn_with_variance_one_over_width_plus_one(self, policy_folder):
-        """Stiennon 2020, C.1; over many seeds, width 16."""
+        """Stiennon 2020, appendix C.1; over many seeds, width 16."""
         heads = torch.cat([new_reward_model(policy_folder, seed=s).score.weight.detach() for s in range(8)])
         assert heads.std().item() == pytest.approx((1 / 17) ** 0.5, rel=0.2)
 
     def test_saved_before_it_has_a_bias_is_refused_later(self, policy_folder, tmp_path, tokenizer):
-        """Nothing writes a bias by accident: only the stage rm sets it."""
+        """Only the stage rm sets a bias."""
         save_model(new_reward_model(policy_folder, seed=0), tokenizer, tmp_path / "rm", card="")
         with pytest.raises(UserError, match="reward_bias"):
             load_scalar_model(tmp_path / "rm")
@@ -145,7 +145,7 @@ class TestTokenizer:
 
     def test_another_vocabulary_is_refused_by_name(self, tokenizer):
         other = train_tokenizer(["quite other words here"] * 3, vocab_size=280)
-        with pytest.raises(UserError, match="folder/of/rm.*tokenizer"):
+        with pytest.raises(UserError, match=r"folder/of/rm.*tokenizer"):
             same_tokenizer(tokenizer, other, "folder/of/rm")
 
     def test_the_same_size_with_two_ids_swapped_is_refused(self, tmp_path, tokenizer):
@@ -171,8 +171,7 @@ class TestTokenizer:
                 same_tokenizer(tokenizer, other, "rm")
 
     def test_one_that_has_padded_and_truncated_a_batch_is_still_the_same(self, tmp_path, tokenizer):
-        """Padding and truncation are settings of a call that tokenizer.json happens to keep; the ids are
-        the same."""
+        """tokenizer.json keeps padding and truncation of the last call; the ids are the same."""
         tokenizer.save_pretrained(tmp_path / "one")
         other = load_tokenizer(tmp_path / "one")
         other(["the fox", "is red ."], padding=True, truncation=True, max_length=4)
@@ -180,7 +179,7 @@ class TestTokenizer:
         same_tokenizer(tokenizer, load_tokenizer(tmp_path / "two"), "rm")
 
     def test_a_pad_token_that_is_eos_is_replaced(self, tmp_path, tokenizer):
-        """Else the end of a row could not be told from its padding."""
+        """Otherwise the end of a row could not be told from its padding."""
         tokenizer.save_pretrained(tmp_path)
         one = load_tokenizer(tmp_path)
         one.pad_token = one.eos_token
@@ -197,7 +196,7 @@ DROPOUT = {
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_dropout_is_off_also_in_training_mode(causal, kind, rows, attention):
-    """After prepare, `.train()` changes no number; before it, it did."""
+    """After `prepare`, `.train()` changes no number; before it, it did."""
     model = causal(kind, **DROPOUT[kind])
     model.set_attn_implementation(attention)
     logits = lambda: model(rows.input_ids[:, -8:]).logits  # noqa: E731
@@ -212,7 +211,7 @@ def test_dropout_is_off_also_in_training_mode(causal, kind, rows, attention):
 
 
 def test_from_scratch_gives_the_same_weights_for_the_same_seed(tokenizer):
-    """A Llama shape of fp32 weights, in eval mode, that knows the tokenizer's ids."""
+    """It is a Llama with fp32 weights, in eval mode, with the tokenizer's ids."""
     shape = {
         "hidden_size": 16,
         "num_hidden_layers": 1,
@@ -232,12 +231,12 @@ def test_load_pretrained_takes_a_folder_and_refuses_what_is_none(tmp_path, causa
     save_model(causal("llama", vocab_size=len(tokenizer)), tokenizer, tmp_path / "good", card="")
     model, own = load_pretrained(str(tmp_path / "good"), attn_implementation="sdpa", trust_remote_code=False)
     assert own.chat_template and not model.training
-    with pytest.raises(UserError, match="model.name_or_path"):
+    with pytest.raises(UserError, match=r"model.name_or_path"):
         load_pretrained(str(tmp_path / "nothing"), attn_implementation="sdpa", trust_remote_code=False)
 
 
 def test_dropout_is_off_in_families_that_name_it_otherwise(rows):
-    """OPT and Starcoder2 keep probabilities of their own, read in training mode; all log-probs stay what they were."""
+    """OPT and Starcoder2 have other names for it, and read them in training mode."""
     from transformers import AutoModelForCausalLM, OPTConfig, Starcoder2Config
 
     shape = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
@@ -256,7 +255,7 @@ def test_dropout_is_off_in_families_that_name_it_otherwise(rows):
 
 
 def test_eos_is_what_the_chat_template_puts_behind_an_answer(tokenizer):
-    """Gemma's way: its tokenizer's EOS is one token, its turns end with another."""
+    """As Gemma: its tokenizer's EOS is one token, its turns end with another."""
     import copy
 
     other = copy.deepcopy(tokenizer)

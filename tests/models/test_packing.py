@@ -1,4 +1,4 @@
-"""Packed rows and the packed cache against plain, unpadded rows, over the families of transformers that people use."""
+"""Test packed rows and the packed cache against plain, unpadded rows, over common families."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from stages.models import packing
 from stages.models.forward import response_logprobs
 from stages.models.loading import prepare
 from stages.models.packing import can_pack
-from stages.rollouts.transformers import sample_with_logprobs
+from stages.rollouts.transformers import Decoding, sample_with_logprobs
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -41,7 +41,7 @@ RESPONSES = [[7, 9, 1], [8] * 20, [9, 10, 11, 1], [30] * 15]
 
 
 def alone(model, prompt, response):
-    """Log-probs of a response, its row alone, unpadded, through the plain model."""
+    """Return log-probs of a response in a row of its own, unpadded, through the plain model."""
     with torch.no_grad():
         logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
     return logits.double().log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0].float()
@@ -49,8 +49,9 @@ def alone(model, prompt, response):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_reads_and_samples_as_its_plain_self(family):
-    """One that packs reads packed rows and samples from the packed cache; one that does not takes the padded way:
-    the numbers are those of the plain model in either case."""
+    """A model that packs uses packed rows and a packed cache, another one padded rows. Either way
+    the numbers are those of the plain model.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options, packs = FAMILIES[family]
@@ -68,15 +69,16 @@ def test_every_family_reads_and_samples_as_its_plain_self(family):
     found = response_logprobs(model, make_rows(PROMPTS, RESPONSES, 0, packed=packs))
     for i, pair in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         torch.testing.assert_close(found[i, : len(pair[1])], alone(plain, *pair), rtol=1e-4, atol=1e-4)
-    drawn = sample_with_logprobs(model, PROMPTS, range(4), response_length=24, eos_id=1, pad_id=0)
+    drawn = sample_with_logprobs(model, PROMPTS, range(4), Decoding(24, eos_id=1, pad_id=0))
     for i, pair in enumerate(zip(PROMPTS, drawn.responses, strict=True)):
         torch.testing.assert_close(drawn.logprobs[i, : len(pair[1])], alone(plain, *pair), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
 def test_both_ways_of_attention_are_one(causal, kind, monkeypatch):
-    """Span by span (a CPU) and gathered into rows (a GPU, short spans): outputs, and the gradient of every weight, to
-    float order; shared prompts, responses of one token, prompts with one response."""
+    """Span by span (CPU) and gathered into rows (GPU, short spans) give the same outputs and the
+    same gradient of every weight, up to rounding.
+    """
     prompts, responses = [PROMPTS[1]] * 3 + PROMPTS, [[5], [6, 7, 8], [9] * 11, *RESPONSES]
     rows = make_rows(prompts, responses, 0, packed=True)
     results = []
@@ -98,13 +100,15 @@ def test_both_ways_of_attention_are_one(causal, kind, monkeypatch):
 
 
 def test_short_spans_are_gathered_into_rows(causal, monkeypatch):
-    """By the mean of a row's spans: a prompt with one response is one span, with more it is one span more."""
+    """The mean length counts: a prompt with one response is one span, with more it is a span of its
+    own.
+    """
     monkeypatch.setattr(packing, "SHORT", 8)
-    short = lambda prompts, responses: (
-        packing.trunk_options(make_rows(prompts, responses, 0, packed=True))[  # noqa: E731
-            "packing"
-        ].short
-    )
+
+    def short(prompts, responses):
+        rows = make_rows(prompts, responses, 0, packed=True)
+        return packing.trunk_options(rows)["packing"].short
+
     assert not short([[3] * 4], [[5] * 4]) and short([[3] * 4], [[5] * 3])
     assert not short([[3] * 8] * 2, [[5] * 8] * 2) and short([[3] * 8] * 2, [[5] * 8, [5] * 7])
     long_one_among_many = [[3] * 60, *([i] for i in range(4, 24))], [[5]] * 21
@@ -113,7 +117,7 @@ def test_short_spans_are_gathered_into_rows(causal, monkeypatch):
 
 @pytest.mark.parametrize("short", [0, 1000])
 def test_a_response_sees_nothing_of_its_siblings(causal, short, monkeypatch):
-    """Change one: the others' numbers do not move, not by a bit."""
+    """Change one response: the numbers of the others stay the same, bit for bit."""
     monkeypatch.setattr(packing, "SHORT", short)
     model = causal("llama")
     assert can_pack(model, 64)

@@ -1,4 +1,4 @@
-"""Frozen weights in the dtype of autocast: half the memory, and every number as it was."""
+"""Test frozen weights in the dtype of autocast: half the memory, and the same numbers."""
 
 import copy
 
@@ -10,7 +10,7 @@ from stages.models.ensemble import Ensemble
 from stages.models.forward import head_is_linear, response_logprobs, response_scores
 from stages.models.packing import can_pack
 from stages.models.precision import cast_frozen, castable, uncast
-from stages.rollouts.transformers import sample_with_logprobs
+from stages.rollouts.transformers import Decoding, sample_with_logprobs
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 HALF = torch.bfloat16
@@ -25,7 +25,7 @@ def shake(model):
 
 
 def pair(model):
-    """(the model, a copy with frozen weights cast), both tried out before."""
+    """Return a model and a copy with frozen weights cast; both were tried out before."""
     can_pack(model, 64), head_is_linear(model)
     other = copy.deepcopy(model)
     cast_frozen(other, HALF)
@@ -35,16 +35,15 @@ def pair(model):
 @pytest.mark.parametrize("method", ["lora", "ia3", "dora"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_adapted_policy_trains_the_same(method, tied, causal, kind, rows):
-    """Loss, gradients and samples, to the last bit."""
+    """Loss, gradients and samples are equal, bit for bit."""
     model = with_adapter(causal(kind, tie_word_embeddings=tied), AdapterSettings(method=method, r=2))
     shake(model)
     found = []
     for one in pair(model):
         with torch.autocast("cpu", HALF):
             logprobs = response_logprobs(one, rows)
-            drawn = sample_with_logprobs(
-                one, [[5, 9, 2], [7]], [1, 2], response_length=6, eos_id=1, pad_id=0, temperature=0.7
-            )
+            decoding = Decoding(6, eos_id=1, pad_id=0, temperature=0.7)
+            drawn = sample_with_logprobs(one, [[5, 9, 2], [7]], [1, 2], decoding)
         logprobs.sum().backward()
         found.append([logprobs.detach(), drawn.logprobs, *(p.grad for p in trainable(one).values())])
         assert drawn.responses
@@ -81,7 +80,7 @@ def test_frozen_scorers_score_the_same(scalar, kind, rows):
 
 @pytest.mark.parametrize("method", ["lora", "ia3", "bitfit"])
 def test_publication_has_the_weights_that_were_loaded(method, causal, rows):
-    """Merged as if nothing had been cast."""
+    """The merged weights are as if nothing had been cast."""
     load = lambda: causal("qwen2", seed=3)  # noqa: E731  (its queries, keys and values have biases)
     model = with_adapter(load(), AdapterSettings(method=method, r=2))
     shake(model)

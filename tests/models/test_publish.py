@@ -1,4 +1,4 @@
-"""What leaves the house: names that transformers 4 reads too, generation as in training, dtypes, adapters' bases."""
+"""Test published folders: names of transformers 4, generation settings, dtypes, adapters' bases."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-# -- rotary positions under both names -------------------------------------------------------------------
+# ── Rotary positions under both names ────────────────────────────────────────────────────────────
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 PLAIN = {"rope_type": "default"}
@@ -89,7 +89,7 @@ def test_positions_have_the_names_of_both_releases(kind, rope, old):
 
 
 def test_positions_read_back_are_the_models_own(causal, tokenizer, tmp_path):
-    """Published again and again, a model that says its positions twice stays the same."""
+    """A model with both names stays the same however often it is published."""
     rope = LLAMA3 | {"rope_theta": 77.0, "original_max_position_embeddings": 16}
     model = causal("llama", rope_parameters=dict(rope), vocab_size=len(tokenizer))
     for place in ("one", "two"):
@@ -100,7 +100,7 @@ def test_positions_read_back_are_the_models_own(causal, tokenizer, tmp_path):
     assert one == two and one["rope_theta"] == 77.0 and one["rope_scaling"]["factor"] == 8.0
 
 
-# -- tokenizers ------------------------------------------------------------------------------------------
+# ── Tokenizers ───────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_tokenizer_is_named_as_transformers_4_knows_it_and_names_no_machine(causal, tokenizer, tmp_path):
@@ -130,7 +130,7 @@ def test_a_space_in_front_is_said_where_transformers_4_looks_for_it(prefix):
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_a_class_that_would_add_bos_is_told_whether_it_does(causal, tmp_path, bos):
-    """Llama's and others in transformers 4 go by this flag, not by tokenizer.json; the installed ones read it too."""
+    """Llama's class and others of transformers 4 use this flag and not tokenizer.json."""
     from transformers import AutoTokenizer, LlamaTokenizer
 
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "▁a": 5}
@@ -144,7 +144,7 @@ def test_a_class_that_would_add_bos_is_told_whether_it_does(causal, tmp_path, bo
         assert again("a a")["input_ids"] == tokenizer("a a")["input_ids"] == [1] * bos + [5, 5]
 
 
-# -- generation ------------------------------------------------------------------------------------------
+# ── Generation ───────────────────────────────────────────────────────────────────────────────────
 
 GIVEN = {"do_sample": True, "temperature": 0.6, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.5}
 
@@ -156,7 +156,9 @@ def with_generation(model, **fields):
 
 
 def test_a_policy_generates_as_it_was_trained(causal, tokenizer, tmp_path):
-    """None of the given model's processors, all of its end tokens; twice published, twice the same."""
+    """It has none of the original model's processors and all of its end tokens, after a second
+    publication too.
+    """
     model = with_generation(causal("llama", vocab_size=len(tokenizer)), **GIVEN, eos_token_id=[7, 8], bos_token_id=3)
     for place in ("sft", "ppo"):
         save_model(model, tokenizer, tmp_path / place, card="", temperature=0.8)
@@ -175,7 +177,9 @@ def test_a_policy_generates_as_it_was_trained(causal, tokenizer, tmp_path):
 
 
 def test_generate_with_no_settings_draws_from_the_policys_own_distribution(causal, tokenizer, tmp_path):
-    """The share of each first token, over many samples, against softmax(logits / temperature)."""
+    """Compare the share of each first token, over many samples, with softmax(logits /
+    temperature).
+    """
     model = with_generation(causal("llama", vocab_size=len(tokenizer), initializer_range=1.0), **GIVEN)
     save_model(model, tokenizer, tmp_path, card="", temperature=0.8)
     model, prompt = load_policy(tmp_path), torch.tensor([[5, 6, 7]])
@@ -207,7 +211,7 @@ def test_end_tokens(given, ends):
     assert end_tokens(2, given) == ends
 
 
-# -- dtypes ----------------------------------------------------------------------------------------------
+# ── Dtypes ───────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -248,14 +252,14 @@ def test_the_dtype_of_a_given_model(causal, tokenizer, tmp_path):
     assert found.dtype == "bfloat16" and found.rows == len(tokenizer)
 
 
-# -- adapters --------------------------------------------------------------------------------------------
+# ── Adapters ─────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("kind", ["policy", "reward"])
 def test_an_adapter_finds_its_base_from_its_own_folder_also_when_all_is_moved(
     causal, tokenizer, tmp_path, monkeypatch, kind
 ):
-    """peft takes the name of the base from the working folder."""
+    """peft resolves the name of the base from the working directory."""
     from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 
     from stages.models.loading import new_reward_model

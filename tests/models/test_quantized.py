@@ -1,5 +1,6 @@
-"""QLoRA: what is held are bitsandbytes' own bytes, products and gradients are those of the weights they stand for, and
-the adapter is folded into just these."""
+"""Test QLoRA: quantized weights have bitsandbytes' bytes; products and merging use these
+weights.
+"""
 
 import copy
 import sys
@@ -16,7 +17,7 @@ from stages.models.loading import load_policy, load_scalar_model, save_model
 from stages.models.packing import can_pack
 from stages.models.precision import cast_frozen, uncast
 from stages.models.quantized import Quantized, quantize
-from stages.rollouts.transformers import sample_with_logprobs
+from stages.rollouts.transformers import Decoding, sample_with_logprobs
 
 try:
     import bitsandbytes
@@ -40,7 +41,7 @@ def linear(inner, outer, seed=0):
 
 
 def qlora(model, bits, scalar=False):
-    """`model` with an adapter that has moved, on its quantized layers."""
+    """Return `model` with an adapter, moved from its start, on its quantized layers."""
     model = with_adapter(model, AdapterSettings(method="qlora", bits=bits, r=4, lora_alpha=8), scalar=scalar)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -50,8 +51,11 @@ def qlora(model, bits, scalar=False):
 
 
 def held_by_bitsandbytes(weight, bits):
-    """The float32 weight that a layer of bitsandbytes' own stands for, and its bytes. (4 bits are read here: its 0.50.2
-    reads them with wrong scales on a CPU where a block goes over a row's end.)"""
+    """Return the float32 weight of a layer of bitsandbytes, and its bytes.
+
+    4 bits are dequantized here: bitsandbytes 0.50.2 takes wrong scales on a CPU if a block crosses
+    the end of a row.
+    """
     if bits == 4:
         own = bitsandbytes.nn.Params4bit(weight.clone(), quant_type="nf4", compress_statistics=True).to("cpu")
         state, pairs = own.quant_state, own.data.flatten().long()
@@ -77,8 +81,9 @@ def test_held_is_what_bitsandbytes_own_layers_hold(bits, inner, outer):
 @SHAPES
 @BITS
 def test_held_is_what_the_papers_say(bits, inner, outer):
-    """By hand: the nearest of 16 numbers times a block's largest weight, which itself is kept in 8 bits; or whole
-    numbers from −127 to 127 times a row's largest weight."""
+    """Compute by hand: the nearest of 16 numbers times the largest weight of a block, which is
+    itself in 8 bits; or integers from −127 to 127 times the largest weight of a row.
+    """
     layer = linear(inner, outer)
     weight = layer.weight.detach()
     if bits == 8:
@@ -108,7 +113,9 @@ def test_the_same_weights_give_the_same_bytes(bits):
 @BITS
 @pytest.mark.parametrize("training", [True, False])
 def test_a_product_and_its_gradient_are_those_of_the_weights_held(bits, training):
-    """Training or not, whatever rows are beside a row; nothing as large as the weight is kept between the passes."""
+    """In training and in eval mode, with any rows beside a row; nothing as large as the weight is
+    kept between forward and backward.
+    """
     layer, x = linear(64, 48), torch.randn(5, 3, 64, requires_grad=True)
     held = Quantized(layer, bits).train(training)
     kept = []
@@ -130,8 +137,9 @@ def test_a_product_and_its_gradient_are_those_of_the_weights_held(bits, training
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_published_model_is_the_one_that_was_trained(bits, kind, tied, causal, rows, tmp_path, tokenizer):
-    """Folder and model in memory give the same log-probs; each weight is what bitsandbytes' bytes stand for plus B·A,
-    multiplied out here; what is no linear layer, and the output embedding, is as it was."""
+    """Folder and model in memory give the same log-probs. Each weight is what bitsandbytes' bytes
+    stand for plus B·A, computed here; other layers are unchanged.
+    """
     before = causal(kind, tie_word_embeddings=tied)
     policy = qlora(causal(kind, tie_word_embeddings=tied), bits)
     head_is_linear(policy), can_pack(policy, 64)
@@ -175,7 +183,7 @@ def test_a_published_reward_model_has_its_head_and_the_weights_held(bits, scalar
 @needs_it
 @BITS
 def test_off_the_policy_is_the_quantized_base(bits, causal, rows):
-    """The reference of PPO and DPO: what a fresh adapter begins as, and not the model that was quantized."""
+    """The reference of PPO and DPO is what a fresh adapter starts from, not the float model."""
     policy, base = qlora(causal("llama"), bits), causal("llama")
     whole = response_logprobs(base, rows)
     quantize(base, bits)
@@ -202,7 +210,7 @@ def test_a_step_moves_adapters_and_head_alone(bits, scalar, rows):
 @needs_it
 @BITS
 def test_sampler_and_update_agree_under_autocast(bits, causal):
-    """Packed and step by step, a bfloat16 policy with an untied head that is cast: the numbers of one model."""
+    """Packed and token by token, a bfloat16 policy with an untied head gives the same numbers."""
     policy = qlora(causal("llama", tie_word_embeddings=False), bits)
     can_pack(policy, 64), head_is_linear(policy)
     cast_frozen(policy, torch.bfloat16)
@@ -211,7 +219,7 @@ def test_sampler_and_update_agree_under_autocast(bits, causal):
     from data.groups import make_rows
 
     with torch.autocast("cpu", torch.bfloat16):
-        drawn = sample_with_logprobs(policy, prompts, [1, 2], response_length=6, eos_id=1, pad_id=0)
+        drawn = sample_with_logprobs(policy, prompts, [1, 2], Decoding(6, eos_id=1, pad_id=0))
         again = response_logprobs(policy, make_rows(prompts, drawn.responses, 0, packed=True))
     torch.testing.assert_close(again.detach(), drawn.logprobs, rtol=0, atol=0.1)
 

@@ -1,4 +1,6 @@
-"""Models that bring their own code: run only if allowed, read right in every way, published with all their files."""
+"""Test models with their own code: it runs only if allowed, gives the same numbers, and is
+published.
+"""
 
 import json
 import os
@@ -40,7 +42,7 @@ def kind():
 
 
 def published(tmp_path, tokenizer, kind):
-    """(the model as base has it, base's folder of it), the source gone."""
+    """Return the model as base has it and base's folder of it; the source is gone."""
     source = build(tmp_path / "source", tokenizer, kind)
     model, own = load_pretrained(str(source), attn_implementation=KINDS[kind], trust_remote_code=True)
     folder = tmp_path / "base" / "model"
@@ -52,7 +54,7 @@ def published(tmp_path, tokenizer, kind):
 
 
 def published_reward_model(tmp_path, folder, kind, *, bias) -> Path:
-    """The folder of a reward model on the policy in `folder`, as rm has it."""
+    """Return the folder of a reward model on the policy in `folder`, as rm writes it."""
     scalar = new_reward_model(folder, seed=1, attn_implementation=KINDS[kind], trust_remote_code=True)
     scalar.config.reward_bias = bias
     save_model(scalar, load_tokenizer(folder), tmp_path / "rm", card="")
@@ -60,7 +62,7 @@ def published_reward_model(tmp_path, folder, kind, *, bias) -> Path:
 
 
 def config_of(tmp_path, source, **model) -> Path:
-    """A config whose model that is."""
+    """Return the model's config."""
     lines = {"name": "toy", "model": {"name_or_path": str(source), **model}, "base": {"max_length": 32}}
     (tmp_path / "toy.yaml").write_text(json.dumps(lines), encoding="utf-8")
     return tmp_path / "toy.yaml"
@@ -73,7 +75,7 @@ def run_base(tmp_path, source, *flags, **model) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_configuration_of_its_own_stays_as_it_writes_itself(kind, tmp_path, tokenizer):
-    """transformers 4's names of positions belong to its classes: another one would take `rope_scaling` for its own."""
+    """transformers 4's names of positions belong to its own classes only."""
     _, folder = published(tmp_path, tokenizer, kind)
     written = json.loads((folder / "config.json").read_text())
     model = load_policy(folder, attn_implementation=KINDS[kind], trust_remote_code=True)
@@ -84,7 +86,9 @@ def test_a_configuration_of_its_own_stays_as_it_writes_itself(kind, tmp_path, to
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_way_of_reading_gives_the_models_own_numbers(kind, tmp_path, tokenizer, ragged):
-    """Policy and reward model, on padded rows and, where it packs, on packed ones, against its forward row by row."""
+    """Compare policy and reward model, on padded and packed rows, with a forward pass row by
+    row.
+    """
     _, folder = published(tmp_path, tokenizer, kind)
     options = {"attn_implementation": KINDS[kind], "trust_remote_code": True}
     prompts, responses = ragged
@@ -113,7 +117,7 @@ def test_every_way_of_reading_gives_the_models_own_numbers(kind, tmp_path, token
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_published_folders_stand_alone(kind, tmp_path, tokenizer, ragged):
-    """transformers in a fresh process, the source gone: the same numbers, generation, a padded batch's scores."""
+    """transformers in a fresh process, without the source, gives the same numbers."""
     policy, folder = published(tmp_path, tokenizer, kind)
     reward = published_reward_model(tmp_path, folder, kind, bias=0.25)
     for place in (folder, reward):
@@ -146,7 +150,9 @@ torch.save(found, out)
 
 
 def test_a_second_load_in_a_process_is_as_the_first(tmp_path, tokenizer):
-    """transformers gives `generate` to code that has none in the first load alone; what is saved would hang on it."""
+    """transformers adds `generate` to older code in the first load only; what is saved depends on
+    it.
+    """
     _, folder = published(tmp_path, tokenizer, "alone")
     for _ in range(2):
         assert load_policy(folder, attn_implementation="eager", trust_remote_code=True).can_generate()
@@ -172,14 +178,14 @@ class TestWithoutTheFlag:
         reward = published_reward_model(tmp_path, folder, kind, bias=0.0)
         for load in (lambda: load_policy(folder), lambda: new_reward_model(folder, seed=0),
                      lambda: load_scalar_model(reward)):  # fmt: skip
-            with pytest.raises(UserError, match="brings its own code.*--trust-remote-code"):
+            with pytest.raises(UserError, match=r"brings its own code.*--trust-remote-code"):
                 load()
 
     def test_nor_a_tokenizers(self, tmp_path, tokenizer, capsys, monkeypatch):
         monkeypatch.setenv("TOY_RAN", str(tmp_path / "ran"))
         tokenizer.save_pretrained(tmp_path / "source")
         give_tokenizer_code(tmp_path / "source")
-        with pytest.raises(UserError, match="tokenization_toy.py.*--trust-remote-code"):
+        with pytest.raises(UserError, match=r"tokenization_toy.py.*--trust-remote-code"):
             load_tokenizer(tmp_path / "source")
         config = config_of(tmp_path, tmp_path / "source")
         (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
@@ -201,7 +207,9 @@ def test_a_tokenizer_with_code_is_published_with_it(tmp_path, tokenizer):
 
 
 def test_a_family_that_transformers_knows_names_no_code_that_is_not_there(tmp_path, tokenizer, causal):
-    """Some repositories bring code for a model that transformers has, too: without the flag it is not carried on."""
+    """Some repositories bring code for a model that transformers has too: without the flag it is
+    dropped.
+    """
     save_model(causal("llama", vocab_size=len(tokenizer)), tokenizer, tmp_path / "source", card="")
     file = tmp_path / "source" / "config.json"
     config = json.loads(file.read_text()) | {"auto_map": {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}}
@@ -260,8 +268,9 @@ class TestWhatCannotBeUsedIsRefusedByBase:
     ],
 )
 def test_a_classifier_that_does_not_serve_is_replaced(old, new, tmp_path, tokenizer, monkeypatch):
-    """A head of another name, as ChatGLM's; and a class that has transformers choose its trunk, which would ask about
-    trust at the terminal."""
+    """One has a head of another name, as ChatGLM; one lets transformers choose its trunk, which
+    would ask at the terminal.
+    """
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     source = build(tmp_path / "source", tokenizer, changes={"reward_toy": (old, new)})
     assert run_base(tmp_path, source, "--trust-remote-code") == 0
@@ -279,8 +288,9 @@ def test_reading_problem_finds_nothing_in_a_plain_model(causal):
 
 @pytest.mark.slow
 def test_code_of_another_repository_is_published_with_the_model(tmp_path, tokenizer):
-    """A Hub id whose auto_map names classes of a second one (a cache of both, no network): the artifact needs
-    neither."""
+    """The auto_map of a Hub id names classes of a second one; the artifact needs neither of
+    them.
+    """
     source, cache = build(tmp_path / "source", tokenizer), tmp_path / "hub"
     file = source / "config.json"
     config = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""PPO's four models as they come from their folders: who trains, who does not, and at what memory."""
+"""Test PPO's four models as loaded from their folders: who trains, and what memory they share."""
 
 import importlib.util
 import shutil
@@ -14,11 +14,15 @@ from stages.models.adapters import AdapterSettings, is_adapted, plain, save_merg
 from stages.models.forward import response_logprobs, response_scores, response_values
 from stages.models.loading import load_policy, load_scalar_model, new_reward_model, save_model
 from stages.models.quantized import quantize
-from stages.ppo import run as ppo
+from stages.ppo.inputs import load_models, role_folders
+from stages.ppo.options import update_options
+from stages.ppo.update import Batch, ppo_gradients
 from stages.rollouts.collect import reference_logprobs
 from stages.rollouts.rollout import Rollout
 from stages.rollouts.transformers import sample
 from stages.settings import ppo as ppo_settings
+from stages.settings.ppo import named_folders
+from stages.shared.runtime import adapter_settings, runtime_of, with_accelerator
 
 LORA = PeftSettings(method="lora", r=4, lora_alpha=8)
 QLORA = [PeftSettings(method="qlora", r=4, lora_alpha=8, bits=bits) for bits in (4, 8)]
@@ -29,7 +33,9 @@ ON_A_TRUNK = [LORA, ADALORA, *(pytest.param(peft, marks=NOT_HERE) for peft in QL
 
 @pytest.fixture
 def context(tmp_path, causal, scalar, tokenizer):
-    """context(peft, gradient_checkpointing) → what load_roles needs of a StageRun, with artifacts on disk."""
+    """Return context(peft, gradient_checkpointing): what the stage reads of a StageRun, with
+    artifacts.
+    """
     save_model(causal("llama", vocab_size=len(tokenizer)), tokenizer, tmp_path / "sft" / "model", card="")
     save_model(scalar("llama", seed=1, vocab_size=len(tokenizer)), tokenizer, tmp_path / "rm" / "model", card="")
 
@@ -53,20 +59,29 @@ def context(tmp_path, causal, scalar, tokenizer):
     return build
 
 
+def load(ctx):
+    """Return the models of a run, as its first lines load them."""
+    c, named = ctx.config, named_folders(ctx.experiment)
+    folders = role_folders(ctx.inputs["sft"] / "model", ctx.inputs, named, c.reward_ensemble)
+    runtime = with_accelerator(runtime_of(ctx))
+    session = SimpleNamespace(seed=ctx.seed, say=print)
+    return load_models(session, folders, runtime, adapter_settings(ctx.experiment.model), c.max_length)
+
+
 def trains(model):
     return any(p.requires_grad for p in model.parameters())
 
 
 def test_policy_and_value_model_train_the_others_do_not(context):
-    roles = ppo.load(context())
+    roles = load(context())
     assert trains(roles.policy) and trains(roles.value_model)
     assert not trains(roles.ref_policy) and not trains(roles.reward_model)
     assert all(p.requires_grad for m in (roles.policy, roles.value_model) for p in m.parameters())
 
 
 def test_they_start_as_sft_and_reward_model(context, rows):
-    """Policy = reference, value model = reward model, each a copy of its own."""
-    roles = ppo.load(context())
+    """Policy = reference and value model = reward model, each with weights of its own."""
+    roles = load(context())
     for one, other in ((roles.policy, roles.ref_policy), (roles.value_model, roles.reward_model)):
         for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
             assert torch.equal(p, q) and p.data_ptr() != q.data_ptr(), name
@@ -74,7 +89,7 @@ def test_they_start_as_sft_and_reward_model(context, rows):
 
 
 def test_with_adapters_the_reference_costs_no_model(context, rows):
-    roles = ppo.load(context(LORA))
+    roles = load(context(LORA))
     assert roles.ref_policy is None
     torch.testing.assert_close(
         reference_logprobs(roles, rows, 1.0), response_logprobs(roles.policy, rows), rtol=0, atol=0
@@ -84,7 +99,9 @@ def test_with_adapters_the_reference_costs_no_model(context, rows):
 
 @pytest.fixture(params=ON_A_TRUNK, ids=["lora", "adalora", "qlora 4", "qlora 8"])
 def adapted(request, context, tmp_path, tokenizer):
-    """adapted() → as `context`, the reward model trained with an adapter on the SFT policy's trunk; its `peft`: how."""
+    """Return adapted(), like `context`, with a reward model trained as an adapter on SFT's
+    trunk.
+    """
     settings = {k: v for k, v in vars(request.param).items() if k != "lora_dropout"}
     shutil.rmtree(tmp_path / "rm")
     model = with_adapter(
@@ -105,26 +122,26 @@ def adapted(request, context, tmp_path, tokenizer):
 
 
 def accumulate(ctx, roles, rows, ragged, old):
-    """The gradients of an update of PPO, behind log-probs `old`."""
+    """Accumulate the gradients of an update, given log-probs `old`."""
     zeros, ones = torch.zeros(rows.responses.shape), torch.ones(rows.responses.shape)
     rollout = Rollout(*ragged, [0, 1, 2, 3], rows.response_mask, old, old, zeros, zeros, zeros[:, 0], zeros[:, 0])
-    ppo.ppo_gradients(ctx, roles, rollout, ones, ones, list(range(4)))
+    ppo_gradients(roles, Batch(rollout, ones, ones), list(range(4)), update_options(ctx.config, ctx.seed))
 
 
 def step(ctx, roles, rows, ragged):
-    """The gradients of an update of PPO, and what policy and reward model say before it."""
+    """Return the gradients of an update, and the log-probs and scores before it."""
     old, scores = response_logprobs(roles.policy, rows).detach(), response_scores(roles.reward_model, rows)
     accumulate(ctx, roles, rows, ragged, old)
     return [old, scores, *(p.grad for m in (roles.policy, roles.value_model) for p in trainable(m).values())]
 
 
 def test_four_roles_stand_on_one_trunk(adapted, rows, ragged, monkeypatch):
-    """In memory once, and the same numbers as four models of their own."""
+    """It is in memory once, and the numbers are those of four separate models."""
     ctx, found, sizes = adapted(), [], []
     for shares in (True, False):
         if not shares:
             monkeypatch.setattr("stages.models.roles.share_frozen", lambda *_: None)
-        roles = ppo.load(ctx)
+        roles = load(ctx)
         assert roles.ref_policy is None and len(roles.models()) == 3
         weights = {p.untyped_storage().data_ptr(): p.nbytes for m in roles.models() for p in m.parameters()}
         trained = sum(p.nbytes for m in roles.models() for n, p in m.named_parameters() if "lora_" in n or "score" in n)
@@ -138,7 +155,7 @@ def test_four_roles_stand_on_one_trunk(adapted, rows, ragged, monkeypatch):
 
 
 def test_an_adapted_reward_model_scores_as_its_merged_weights(adapted, rows, tmp_path):
-    roles = ppo.load(adapted())
+    roles = load(adapted())
     whole = load_scalar_model(tmp_path / "rm" / "model")
     for model in (roles.reward_model, roles.value_model):
         torch.testing.assert_close(response_scores(model, rows), response_scores(whole, rows), rtol=1e-5, atol=1e-5)
@@ -146,8 +163,8 @@ def test_an_adapted_reward_model_scores_as_its_merged_weights(adapted, rows, tmp
 
 
 def test_publishing_one_role_leaves_the_others_alone(adapted, rows, tokenizer, tmp_path):
-    """Merging writes into no trunk that others stand on; the published folder is what the adapted policy was."""
-    roles = ppo.load(adapted())
+    """Merging changes no shared trunk; the published folder is the adapted policy."""
+    roles = load(adapted())
     with torch.no_grad():
         for p in trainable(roles.policy).values():
             p += 0.05
@@ -166,10 +183,10 @@ def test_publishing_one_role_leaves_the_others_alone(adapted, rows, tokenizer, t
 
 
 def test_another_reward_model_keeps_a_trunk_of_its_own(adapted, tmp_path):
-    """What its adapter was trained on is not known here."""
+    """The model that its adapter was trained on is not known here."""
     ctx = adapted()
     ctx.experiment.ppo = ctx.config = ctx.config.model_copy(update={"reward_model": str(tmp_path / "rm" / "model")})
-    roles = ppo.load(ctx)
+    roles = load(ctx)
     assert not is_adapted(roles.reward_model) and is_adapted(roles.value_model)
 
 
@@ -177,17 +194,16 @@ def test_a_reward_model_of_another_tokenizer_is_refused(context, tmp_path):
     ctx = context()
     train_tokenizer(["other words", "entirely"] * 3, vocab_size=290).save_pretrained(tmp_path / "rm" / "model")
     with pytest.raises(UserError, match="tokenizer"):
-        ppo.load(ctx)
+        load(ctx)
 
 
 @pytest.mark.parametrize("peft", [None, LORA])
 def test_gradient_checkpointing_recomputes_layers_and_changes_no_gradient(context, rows, ragged, peft):
-    """Each layer runs once in forward and once more in backward; a knob that does nothing would run it
-    once."""
+    """Each layer runs once forward and once more in the backward pass."""
     found = {}
     for asked in (False, True):
         ctx = context(peft, asked)
-        roles, calls = ppo.load(ctx), []
+        roles, calls = load(ctx), []
         models = roles.policy, roles.value_model
         for layer in (m for model in models for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"):
             layer.input_layernorm.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
@@ -201,10 +217,11 @@ def test_gradient_checkpointing_recomputes_layers_and_changes_no_gradient(contex
 
 
 def test_gradient_checkpointing_does_not_disturb_sampling(context):
-    """Checkpointing and the key-value cache exclude each other in transformers; the sampler needs its
-    cache."""
+    """transformers excludes checkpointing and cache at the same time; the sampler needs its
+    cache.
+    """
     drawn = [
-        sample(ppo.load(context(None, asked)).policy, [[5, 9], [7]], [1, 2], response_length=6, eos_id=1, pad_id=0)
+        sample(load(context(None, asked)).policy, [[5, 9], [7]], [1, 2], response_length=6, eos_id=1, pad_id=0)
         for asked in (False, True)
     ]
     assert drawn[0] == drawn[1]

@@ -1,4 +1,4 @@
-"""Models in parts, against the same models whole: in two processes that talk over gloo."""
+"""Test sharded models against whole ones, in two processes that communicate by gloo."""
 
 import copy
 import multiprocessing
@@ -60,7 +60,7 @@ def slow(*cases):
 
 
 def together(check, *args):
-    """check(*args) in two processes; its assertions are this test's."""
+    """Run check(*args) in two processes; its assertions are those of the test."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers", "peft"])
     children = [context.Process(target=_run, args=(check, args, place)) for place in places(2)]
@@ -99,7 +99,7 @@ def make(family, tied=True, scalar=False, size=61):
 
 
 def pair(*args, method=None, **kwargs):
-    """(a whole model, the same in parts)."""
+    """Return a whole model, and the same one sharded."""
     ours, other = (
         with_adapter(make(*args, **kwargs), AdapterSettings(method=method, r=2), seed=3)
         if method
@@ -113,7 +113,7 @@ def pair(*args, method=None, **kwargs):
                 for p in model.parameters():
                     if p.requires_grad:
                         p.add_(0.1 * torch.randn_like(p))
-    for model in (other, ours):  # found out before, as roles.settled does
+    for model in (other, ours):  # tried before sharding, as roles.settled does
         assert can_pack(model, 64)
         head_is_linear(model)
     shard(ours, torch.device("cpu"))
@@ -157,7 +157,7 @@ def check_gradients(family, tied, method):
     "family, tied, method", [("llama", False, "lora"), *slow(("llama", True, None), ("gpt2", True, None))]
 )
 def test_losses_and_gradients_are_the_whole_models(family, tied, method):
-    """Also where one process has one micro-batch and the other two."""
+    """Also if one process has one micro-batch and the other two."""
     together(check_gradients, family, tied, method)
 
 
@@ -175,7 +175,7 @@ def check_steps():
     for (name, p), q in zip(other.named_parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(q.full_tensor(), p, atol=1e-5, rtol=1e-4, msg=name)
 
-    # what is saved is whole, in the first process, and goes back into parts
+    # what is saved is whole, on rank 0, and can be sharded again
     from pipeline.store.checkpoints import load_optimizer, optimizer_tensors
 
     weights = full(trainees[1].tensors())
@@ -231,7 +231,7 @@ def test_a_whole_copy_reads_as_the_model_does(method):
 
 
 class Held(memory.Live):
-    """Counts also what FSDP takes and gives back outside torch's dispatcher."""
+    """Count memory, including what FSDP allocates and frees outside torch's dispatcher."""
 
     def see(self, tensor):
         super().see(part(tensor))
@@ -290,7 +290,9 @@ def test_the_memory_of_a_part_is_foretold(dtype, checkpointing, tied):
 
 
 def check_roles(folders, adapter, dtype):
-    """load_roles where the second process finds no weights on its disk: parts and buffers are those of whole models."""
+    """Check load_roles if rank 1 finds no weights on its disk: shards and buffers are those of
+    whole models.
+    """
     first, folder = is_rank_zero(), folders[rank_and_world_size()[0]]
     accelerator = SimpleNamespace(mixed_precision="bf16" if dtype == "bfloat16" else "no", device=torch.device("cpu"))
     common = {"attn_implementation": "sdpa", "trust_remote_code": False}
@@ -372,7 +374,7 @@ def test_one_process_reads_for_all(family, adapter, dtype, tmp_path, tokenizer):
 
 
 def check_memory_of_making(fault):
-    """What a process holds at most while a model is made and shared out: the second one its part and a layer."""
+    """Check the peak memory of making and sharding a model: on rank 1, its shard and a layer."""
     shape = {"hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 4, "intermediate_size": 128}
     config = LlamaConfig(vocab_size=100, **shape)
     size = memory.size_of(LlamaForCausalLM(config))
@@ -398,19 +400,21 @@ def check_memory_of_making(fault):
 
 @pytest.mark.parametrize("fault", [False, *slow((True,))])
 def test_only_the_first_process_holds_a_whole_model(fault):
-    """And what is wrong with it, all say."""
+    """And an error in it is raised on all ranks."""
     together(check_memory_of_making, fault)
 
 
 def check_what_cannot_travel(where):
-    """Each process makes what the first cannot describe, or the second not understand; the weights are the first's."""
+    """Check models that rank 0 cannot pickle or rank 1 cannot unpickle: each rank makes them, with
+    rank 0's weights.
+    """
     made = []
 
     def start():
         model = make("llama")
         if where == "sent":
             model.odd = lambda: 0
-        elif is_rank_zero():  # a class of a module that the other process does not have
+        elif is_rank_zero():  # a class in a module that the other process does not have
             module = sys.modules["custom"] = ModuleType("custom")
             model.__class__ = module.Custom = type("Custom", (type(model),), {"__module__": "custom"})
         else:
@@ -432,7 +436,7 @@ def test_a_model_that_cannot_travel_is_read_by_each(where):
 
 
 def check_no_stale_weights():
-    """Weights that are loaded after a forward without a backward count in the next one."""
+    """Check that weights loaded after a forward pass without backward count in the next one."""
     _, ours = pair("llama")
     rows = make_rows(PROMPTS, RESPONSES, 0, packed=True)
     with torch.no_grad():
@@ -447,7 +451,7 @@ def test_weights_that_are_loaded_count():
 
 
 class Layer(nn.Module):
-    """A layer that holds one of the same kind."""
+    """A layer that contains one of the same kind."""
 
     def __init__(self, *inside):
         super().__init__()

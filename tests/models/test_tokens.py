@@ -1,4 +1,4 @@
-"""What base makes of a model's tokenizer: its template for good, ends of turns and documents, padding, rows for all."""
+"""Test how base settles a tokenizer: template, ends of turns and documents, padding, rows."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ ASKED = [{"role": "user", "content": "hello"}]
 
 
 def model_for(tokenizer, rows=None, **options):
-    """A random Llama with a row for each token, or so many."""
+    """Return a random Llama with a row for each token, or with `rows` rows."""
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     ids = {"vocab_size": rows or len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
@@ -35,7 +35,7 @@ def settled(tokenizer, model=None, **options):
 
 
 def reloaded(tokenizer, folder):
-    """As a later stage, or a user of the published folder, has it."""
+    """Return the tokenizer as a later stage, or a user of the published folder, loads it."""
     tokenizer.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
@@ -57,7 +57,7 @@ ENDS = {  # of turns, and of documents
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_turns_and_documents_end_as_the_model_ends_them(kind, tmp_path):
-    """What is changed is said, and it is so for whoever reads the published tokenizer; padding is no end."""
+    """Changes are reported, and hold for the published tokenizer; padding is not an end."""
     tokenizer = make(kind)
     given = tokenizer.eos_token
     lines = settled(tokenizer).lines
@@ -71,7 +71,9 @@ def test_turns_and_documents_end_as_the_model_ends_them(kind, tmp_path):
 
 
 def test_an_end_of_documents_of_an_unusual_name_is_recorded(tmp_path):
-    """From EOS as it came, where the template ends turns with another token; or from the model's configurations."""
+    """It is found in the original EOS if the template ends turns otherwise, or in the model's
+    configurations.
+    """
     for from_config in (False, True):
         tokenizer = make("chatml")
         tokenizer.add_special_tokens({"additional_special_tokens": ["<stop>"]})
@@ -106,7 +108,7 @@ def test_a_tokenizer_without_an_end_is_refused():
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     model = model_for(tokenizer)
     tokenizer.eos_token = None
-    with pytest.raises(UserError, match="model.name_or_path: the tokenizer of 'mine' names no end token, and its "):
+    with pytest.raises(UserError, match=r"model.name_or_path: the tokenizer of 'mine' names no end token, and its "):
         settled(tokenizer, model)
     tokenizer.chat_template = CHATML.replace("<|im_end|>", "</s>")
     (line, *_) = settled(tokenizer, model).lines
@@ -115,7 +117,7 @@ def test_a_tokenizer_without_an_end_is_refused():
 
 @pytest.mark.parametrize("kind, lines", [("chatml", 1), ("mistral", 1), ("phi", 2)])
 def test_nothing_is_said_of_rows_that_are_as_the_template_writes_them(kind, lines):
-    """One line of ends or padding is all."""
+    """The only line is about ends or padding."""
     assert not any("rows" in line for line in settled(make(kind)).lines) and len(settled(make(kind)).lines) == lines
 
 
@@ -124,7 +126,7 @@ def test_rows_off_the_template_are_said_with_both_texts_and_a_remedy():
     assert line.startswith("rows are not what its chat template writes (one turn, several turns, ")
     assert r"the row has '…tart|>assistant\n<think>\nA fox.<|im_end|>', the template '…tart|>assistant\n<thi" in line
     assert "its generation prompt opens <think>, and an answer that does not close it is taught as a thought" in line
-    assert "; set model.chat_template_kwargs: {enable_thinking: false}, which mends that, or " in line
+    assert "; set model.chat_template_kwargs: {enable_thinking: false}, which fixes that, or " in line
     (line,) = [line for line in settled(make("zephyr")).lines if "rows" in line]
     assert r"\n<|assistant|>A fox.</s>', the template '" in line and r"\n<|assistant|>\nA fox.</s>\n';" in line
     assert line.endswith("; give a template that fits the rows as model.chat_template: FILE")
@@ -133,7 +135,7 @@ def test_rows_off_the_template_are_said_with_both_texts_and_a_remedy():
 
 
 def test_variables_are_published_with_the_template(tmp_path):
-    """Whoever renders messages needs to know nothing."""
+    """Who renders messages later need not set them."""
     tokenizer, given = make("qwen3.5"), make("qwen3.5")
     lines = settled(tokenizer, variables={"enable_thinking": False}).lines
     assert "its chat template is published with enable_thinking set" in lines
@@ -145,7 +147,7 @@ def test_variables_are_published_with_the_template(tmp_path):
 
 
 def test_a_template_of_the_users_takes_the_place_of_the_models(tmp_path):
-    """Also where the model has none; with its variables, and with errors that name it."""
+    """Also if the model has none; with its variables, and with errors that name it."""
     for kind in ("zephyr", "chatml"):
         tokenizer = make(kind)
         model = model_for(tokenizer)
@@ -154,14 +156,14 @@ def test_a_template_of_the_users_takes_the_place_of_the_models(tmp_path):
         own = reloaded(tokenizer, tmp_path / kind)
         text = own.apply_chat_template(ASKED, add_generation_prompt=True, tokenize=False)
         assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    with pytest.raises(UserError, match="^model.chat_template: its chat template fails on one question and answer"):
+    with pytest.raises(UserError, match=r"^model.chat_template: its chat template fails on one question and answer"):
         settled(make("chatml"), template="{% for %}")
-    with pytest.raises(UserError, match="^model.chat_template: its chat template fails on one question and answer"):
+    with pytest.raises(UserError, match=r"^model.chat_template: its chat template fails on one question and answer"):
         settled(make("chatml"), template="{{ raise_exception('never') }}")
 
 
 def test_a_template_that_leaves_messages_out_is_refused():
-    """As those that want them in parts do."""
+    """Templates that want messages in parts do so."""
     parts = CHATML.replace("m['content']", "m['content'][0]['text']")
     with pytest.raises(
         UserError, match=r"model.name_or_path: its chat template fails on .* \(it leaves out the question, "
@@ -180,7 +182,9 @@ def test_a_model_without_a_template_is_refused_with_what_to_do():
     tokenizer = make("chatml")
     model = model_for(tokenizer)
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match="'mine' has no chat template; .* give a template as model.chat_template: FILE"):
+    with pytest.raises(
+        UserError, match=r"'mine' has no chat template; .* give a template as model.chat_template: FILE"
+    ):
         settled(tokenizer, model)
     tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
     with pytest.raises(UserError, match="has several chat templates and none named default"):
@@ -192,7 +196,7 @@ def test_a_model_without_a_template_is_refused_with_what_to_do():
 
 
 def test_a_variable_that_the_template_does_not_read_is_said():
-    """A misspelled one would be published, and change nothing."""
+    """A misspelled one would be published and change nothing."""
     tokenizer = make("qwen3")
     lines = settled(tokenizer, variables={"enable_thinkin": False}).lines
     said = "its chat template reads no enable_thinkin (it asks for enable_thinking), which model.chat_template_kwargs "
@@ -207,7 +211,7 @@ def test_a_variable_that_the_template_does_not_read_is_said():
 class TestClock:
     @pytest.fixture
     def day(self, monkeypatch):
-        """day(n): transformers' clock is n days on."""
+        """Return day(n), which moves transformers' clock n days ahead."""
         from transformers.utils import chat_template_utils
 
         def on(days):
@@ -221,7 +225,7 @@ class TestClock:
         return on
 
     def test_the_day_of_base_stays(self, tmp_path, day):
-        """Text of another day is that of the day; it is said, with the day."""
+        """Text of a later day is that of the first day; the line names that day."""
         tokenizer, given = make("dated"), make("dated")
         lines = settled(tokenizer).lines
         assert settled(make("dated")).stopped == NOW and settled(make("llama3")).stopped is None
@@ -237,7 +241,7 @@ class TestClock:
         assert own.decode(encode_prompt(own, "hello")).startswith(first.rpartition("<|eot_id|>")[0])
 
     def test_one_that_does_not_write_it_is_left_alone(self):
-        """A day of the user's own; or a name in a comment."""
+        """A day that the user set, or a name in a comment, is not today's date."""
         tokenizer = make("dated")
         lines = settled(tokenizer, variables={"date_string": "26 Jul 2024"}).lines
         assert "macro" not in tokenizer.chat_template and not any("today" in line for line in lines)
@@ -264,7 +268,7 @@ class TestClock:
 
 class TestRows:
     def test_new_tokens_get_rows_and_are_named(self):
-        """As some chat variants are published. Padding is among them, but nothing is learnt about it."""
+        """Some chat variants are published so. Padding is among them; its row is not trained."""
         tokenizer = make("chatml")
         before = len(tokenizer)
         tokenizer.add_special_tokens({"additional_special_tokens": ["<a>", "<b>"], "pad_token": "<none>"})
@@ -289,7 +293,7 @@ class TestRows:
         assert any(line.startswith("the model had no row for <|pad|>: 1 row added") for line in found.lines)
 
     def test_a_model_that_can_be_given_no_rows_is_refused(self, tmp_path):
-        """DeepSeek V4's has a table of experts by token beside them, which stays as long as it is."""
+        """DeepSeek V4 also has a table of experts by token, which is not resized."""
         folder = families.build("deepseek_v4", tmp_path, "bos")
         model, tokenizer = load_pretrained(str(folder), attn_implementation="eager", trust_remote_code=False)
         what = "the model has no row for <.pad.>, and a DeepseekV4ForCausalLM cannot be given one .*tid2eid has a row"
@@ -325,7 +329,7 @@ INVALID = [
 
 @pytest.mark.parametrize("settings", INVALID, ids=str)
 def test_an_invalid_generation_configuration_is_no_hindrance(settings, tmp_path):
-    """Its ids stay, and what is loaded can be saved."""
+    """Its ids stay, and the model can be saved."""
     tokenizer = make("chatml")
     save_model(model_for(tokenizer), copy.deepcopy(tokenizer), tmp_path / "given", card="")
     file = tmp_path / "given" / "generation_config.json"
@@ -343,5 +347,5 @@ def test_a_model_that_cannot_be_loaded_is_still_told(tmp_path):
     tokenizer = make("chatml")
     save_model(model_for(tokenizer), tokenizer, tmp_path, card="")
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="^model.name_or_path: cannot load"):
+    with pytest.raises(UserError, match=r"^model.name_or_path: cannot load"):
         load_pretrained(str(tmp_path), attn_implementation="sdpa", trust_remote_code=False)

@@ -1,11 +1,11 @@
-"""Two tools of every test here: gradients by finite differences, and NaN under a mask."""
+"""Provide gradients by finite differences, autograd gradients and masks to these tests."""
 
 import pytest
 import torch
 
 
 def _finite_difference(function, x, step=1e-6):
-    """Central differences of a scalar function at x, one coordinate at a time; no autograd."""
+    """Return the central differences of a scalar function at x, without autograd."""
     gradient = torch.zeros_like(x)
     flat, out = x.detach().clone().reshape(-1), gradient.view(-1)
     for i in range(flat.numel()):
@@ -19,7 +19,7 @@ def _finite_difference(function, x, step=1e-6):
 
 
 def _gradient(function, x):
-    """(value, autograd gradient) of a scalar function at x."""
+    """Return value and autograd gradient of a scalar function at x."""
     x = x.detach().clone().requires_grad_(True)
     value = function(x)
     (gradient,) = torch.autograd.grad(value, x)
@@ -38,5 +38,5 @@ def gradient_of():
 
 @pytest.fixture
 def prefix_mask():
-    """(B, R) masks, True for the first so many places of each row."""
+    """Return (B, R) masks that are True for the first so many places of each row."""
     return lambda lengths, width: torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]

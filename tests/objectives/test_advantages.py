@@ -1,4 +1,4 @@
-"""GAE against the double sum that defines it."""
+"""Test GAE against the double sum that defines it."""
 
 import pytest
 import torch
@@ -24,7 +24,9 @@ def mask(prefix_mask):
 
 
 def double_sum(rewards, values, lam, gamma):
-    """A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t (Schulman 2016, eq. 16), in plain Python."""
+    """Return A_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V_{t+1} − V_t (Schulman 2016, eq. 16), by
+    loops.
+    """
     advantages = [[0.0] * WIDTH for _ in LENGTHS]
     for b, length in enumerate(LENGTHS):
         r, v = rewards[b].tolist(), [*values[b].tolist()[:length], 0.0]
@@ -45,7 +47,7 @@ def test_gae_is_the_double_sum(rewards, values, mask, lam, gamma):
 
 
 def test_at_lambda_one_the_return_is_the_sum_of_rewards_to_come(rewards, values, mask):
-    """λ = γ = 1 is the plain Monte-Carlo return, whatever the values say."""
+    """λ = γ = 1 is the Monte-Carlo return, whatever the values are."""
     _, returns = gae(rewards, values, mask, 1.0)
     for b, length in enumerate(LENGTHS):
         for t in range(length):
@@ -53,7 +55,7 @@ def test_at_lambda_one_the_return_is_the_sum_of_rewards_to_come(rewards, values,
 
 
 def test_right_values_leave_no_advantage(rewards, mask):
-    """Where V is already the sum of rewards to come, every advantage is 0 at any λ."""
+    """If V is the sum of rewards to come, every advantage is 0 at any λ."""
     rewards = torch.where(mask, rewards, 0.0)
     values = rewards.flip(-1).cumsum(-1).flip(-1)
     assert gae(rewards, values, mask, 0.7)[0].abs().max() < 1e-12

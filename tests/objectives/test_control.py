@@ -1,4 +1,4 @@
-"""The adaptive KL coefficient against hand arithmetic, and the average of weights against its closed form."""
+"""Test the adaptive KL coefficient by hand, and the average of weights by its closed form."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_the_coefficient_follows_its_target(kl, right):
 
 
 def test_it_never_turns_negative():
-    """Episodes of an update beyond the horizon would, at an error of −0.2, only from five horizons on."""
+    """At an error of −0.2 it would take updates of five horizons."""
     coef = 1.0
     for _ in range(1000):
         coef = adaptive_kl_coef(coef, 0.0, 6.0, 10_000, 10_000)
@@ -31,7 +31,7 @@ def test_it_never_turns_negative():
 
 @pytest.mark.parametrize("decay", [0.5, 0.992])
 def test_after_n_steps_the_average_is_its_closed_form(decay):
-    """decayⁿ θ₀ + (1 − decay) Σ decayⁿ⁻ⁱ θᵢ, in double precision, for two tensors of 20 steps."""
+    """decayⁿ θ₀ + (1 − decay) Σ decayⁿ⁻ⁱ θᵢ, in double precision, for two tensors and 20 steps."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda: {"a": torch.randn(3, 2, generator=generator), "b": torch.randn(4, generator=generator)}  # noqa: E731
     first = draw()

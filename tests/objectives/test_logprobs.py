@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies against plain Python."""
+"""Test log-probabilities and entropies against plain Python."""
 
 import math
 
@@ -41,7 +41,7 @@ def test_entropy_of_a_uniform_choice_is_its_logarithm():
 
 
 def test_huge_logits_stay_finite():
-    """A temperature near 0 gives logits of 1e6: no overflow, certainty is log-probability 0."""
+    """A temperature near 0 gives logits of 1e6: nothing overflows."""
     logits = torch.tensor([1e6, 0.0, -1e6])
     assert token_logprobs(logits, torch.tensor(0)).item() == 0.0
     assert entropy(logits).item() == 0.0

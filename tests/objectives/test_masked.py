@@ -1,4 +1,4 @@
-"""Sums, means and whitening over a mask, against numpy over the same numbers picked out."""
+"""Test sums, means and whitening over a mask against numpy."""
 
 import numpy as np
 import pytest

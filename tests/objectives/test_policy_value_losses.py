@@ -1,5 +1,4 @@
-"""The clipped losses of PPO and the language-model loss, each read from its equation in a plain Python
-loop."""
+"""Test PPO's clipped losses and the language-model loss against their equations in plain loops."""
 
 import math
 
@@ -123,15 +122,16 @@ class TestBoth:
 def test_at_the_old_policy_the_ratio_is_one_and_nothing_is_clipped(ratios, mask, gradient_of):
     """First minibatch: the gradient is −A/count at every token, the plain policy gradient."""
     logprobs, _, advantages = ratios
-    loss, sums = policy_loss(logprobs, logprobs, advantages, mask, EPS, 12)
+    _, sums = policy_loss(logprobs, logprobs, advantages, mask, EPS, 12)
     assert sums["ratio"] == mask.sum() and sums["approxkl"] == 0 and sums["clipped"] == 0
     _, gradient = gradient_of(lambda x: policy_loss(x, logprobs, advantages, mask, EPS, 12)[0], logprobs)
     torch.testing.assert_close(gradient, torch.where(mask, -advantages / 12, 0.0))
 
 
 def test_the_clip_stops_the_gradient_only_where_more_would_be_gained():
-    """ρ = 1.5, A > 0: stopped. ρ = 1.5, A < 0: pulled back. ρ = 0.5, A > 0: pulled back. ρ = 0.5, A < 0:
-    stopped."""
+    """ρ = 1.5, A > 0: stopped. ρ = 1.5, A < 0: pulled back. ρ = 0.5, A > 0: pulled back. ρ = 0.5, A
+    < 0: stopped.
+    """
     ratio = torch.tensor([[1.5, 1.5, 0.5, 0.5]], dtype=torch.float64)
     advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0]], dtype=torch.float64)
     logprobs = ratio.log().requires_grad_(True)
@@ -174,7 +174,9 @@ class TestBandit:
             torch.testing.assert_close(gradient, -truth)
 
     def test_steps_down_the_loss_pull_the_better_arm(self):
-        """Twenty sampled updates with whitened advantages: the better arm's probability rises from 0.5."""
+        """Twenty sampled updates with whitened advantages: the better arm's probability rises from
+        0.5.
+        """
         theta, generator = torch.zeros(2, dtype=torch.float64), torch.Generator().manual_seed(0)
         for _ in range(20):
             theta.requires_grad_(True)

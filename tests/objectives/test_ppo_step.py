@@ -1,10 +1,13 @@
-"""One PPO-ptx update of a tiny model: its gradients by another route, ratio 1 at the start, ptx added and
-not mixed."""
+"""Check one PPO-ptx update of a tiny model.
+
+Its gradients by another route, ratio 1 at the start, ptx added and not mixed.
+"""
 
 import copy
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -12,16 +15,24 @@ import torch
 
 from data.groups import make_rows
 from pipeline.errors import TrainingStopped, UserError
+from stages.models.forward import response_logprobs
 from stages.models.packing import can_pack
 from stages.models.roles import Roles
-from stages.ppo import run as ppo
-from stages.rollouts import collect
+from stages.ppo import update as ppo_update
+from stages.ppo.figures import describe, not_finite_episodes
+from stages.ppo.options import UpdateOptions, update_options
+from stages.ppo.sampling import preflight
+from stages.ppo.update import Batch, Learners, Rates, minibatches, ppo_gradients, ptx_gradient, update
+from stages.rollouts import transformers
 from stages.rollouts.collect import reference_logprobs
+from stages.rollouts.engine import EngineLost, Sampled
 from stages.settings import ppo as ppo_settings
-from stages.settings.rollout import RolloutConfig
+from stages.settings.rollout import RolloutSettings
 from stages.training.trainee import Average, Skips, make_trainee
+from tests.builders import EOS, PAD, build, tiny_config
+from tests.ppo_sampler import SEED, sampler_of
 
-PAD, EOS, VOCAB = 0, 1, 24
+VOCAB = 24
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 19, 12, 6], [11, 4]]
 ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext, backward=lambda loss: loss.backward())
 CLOSE = {"rtol": 2e-3, "atol": 2e-6}  # fp32 models: log-probs are taken in fp32
@@ -45,40 +56,30 @@ def config(**changed):
     return ppo_settings.PPOSettings(**{**small, **changed})
 
 
-def context(**changed):
-    experiment = SimpleNamespace(model=SimpleNamespace(dtype="float32"))
-    tracker = SimpleNamespace(say=lambda line: None)
-    return SimpleNamespace(config=config(**changed), seed=3, stage="ppo", experiment=experiment, tracker=tracker)
+def options(**changed) -> UpdateOptions:
+    """Return the options of an update, with some settings changed."""
+    return update_options(config(**changed), SEED)
+
+
+def sample_rollout(roles, prompts=PROMPTS, prompt_ids=range(4), step=1, *, recompute=False, n=None, **changed):
+    """Return a rollout that the policy samples by itself, with some settings changed."""
+    sampler = sampler_of(roles, config(**changed))
+    return sampler.rollout(prompts, prompt_ids, step, recompute=recompute, samples_per_prompt=n)
+
+
+def run_preflight(roles, step=0) -> bool:
+    """Run the preflight of a float32 run."""
+    return preflight(sampler_of(roles, config()), PROMPTS, dtype="float32", max_length=32, step=step)
 
 
 def llama(auto, seed, **options):
-    from transformers import LlamaConfig
-
-    torch.manual_seed(seed)
-    return (
-        auto.from_config(
-            LlamaConfig(
-                vocab_size=VOCAB,
-                hidden_size=16,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                intermediate_size=24,
-                max_position_embeddings=64,
-                pad_token_id=PAD,
-                eos_token_id=EOS,
-                bos_token_id=None,
-                initializer_range=0.2,
-                **options,
-            )
-        )
-        .float()
-        .eval()
-    )
+    """Return a random Llama of VOCAB ids in eval mode."""
+    return build(auto, seed, tiny_config(vocab_size=VOCAB, initializer_range=0.2, **options))
 
 
 @pytest.fixture(params=["packed", "padded"])
 def roles(request):
-    """Both layouts of a batch; the tests below hold in either."""
+    """Return the models of a run; the tests below hold with packed and with padded rows."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     policy = llama(AutoModelForCausalLM, 0)
@@ -99,7 +100,7 @@ def roles(request):
 
 
 def copied(roles, **changed):
-    """The same roles with a policy and a value model of their own."""
+    """Return the same roles with copies of policy and value model."""
     models = {"policy": copy.deepcopy(roles.policy), "value_model": copy.deepcopy(roles.value_model)}
     return replace(roles, **models | changed)
 
@@ -118,12 +119,12 @@ def make_trainees(roles, max_grad_norm=1e9):
 
 @pytest.fixture
 def rollout(roles):
-    return ppo.rollout_of(context(), roles, PROMPTS, range(4), step=1)
+    return sample_rollout(roles)
 
 
 @pytest.fixture
 def targets(rollout):
-    """Advantages and returns of no particular meaning, far from 0."""
+    """Return random advantages and returns, far from 0."""
     generator = torch.Generator().manual_seed(9)
     return [torch.randn(rollout.values.shape, generator=generator) for _ in range(2)]
 
@@ -138,8 +139,9 @@ def gradients(model):
 
 
 def at_last_token(model, ids):
-    """The scalar head at the last token of one unpadded row (transformers' pooling would skip a sampled pad
-    id)."""
+    """Return the scalar head at the last token of an unpadded row.
+
+    transformers' pooling would skip a sampled pad id."""
     return (model.model(ids).last_hidden_state[0, -1] @ model.score.weight[0]).item()
 
 
@@ -155,9 +157,8 @@ def assert_close(one, other, **tolerance):
 
 
 class TestRollout:
-    def test_says_what_each_plain_model_says_of_each_response_alone(self, roles, rollout):
-        """Log-probs, reference, values before each token, score at the last token: unpadded, one at a
-        time."""
+    def test_has_the_numbers_of_plain_models_on_each_response(self, roles, rollout):
+        """Log-probs, reference, values before each token, score at the last; no padding."""
         for b in range(8):
             n = len(rollout.responses[b])
             ids = torch.tensor([rollout.prompts[b] + rollout.responses[b]])
@@ -175,7 +176,7 @@ class TestRollout:
         )
 
     def test_some_responses_end_and_some_do_not(self, rollout):
-        """Else the test above would not see both kinds."""
+        """Otherwise the test above would not see both kinds."""
         assert 0 < rollout.finished.sum() < 8 and len(set(map(len, rollout.responses))) > 1
 
     def test_samples_of_one_prompt_differ(self, roles, rollout):
@@ -183,17 +184,15 @@ class TestRollout:
         assert sum(rows[2 * i] != rows[2 * i + 1] for i in range(4)) >= 3
 
     def test_a_prompt_drawn_twice_in_one_batch_gets_two_samples(self, roles):
-        """A batch that crosses an epoch, or is larger than the prompts are many, must not hold the same
-        episode twice."""
-        twice = ppo.rollout_of(context(samples_per_prompt=1), roles, [PROMPTS[0]] * 4, [7, 7, 7, 7], step=1)
+        """A batch may cross an epoch, or be larger than the number of prompts."""
+        twice = sample_rollout(roles, [PROMPTS[0]] * 4, [7, 7, 7, 7], samples_per_prompt=1)
         assert len(set(map(tuple, twice.responses))) > 1
 
-    def test_it_depends_on_run_update_and_prompt_and_not_on_the_place_in_the_batch(self, roles, rollout):
-        """The same (update, prompt, sample) drawn in another order gives the same responses; another update
-        others."""
+    def test_it_depends_on_run_update_and_prompt_and_not_on_the_order_in_the_batch(self, roles, rollout):
+        """The same update, prompt and sample give the same response; another update another one."""
 
         def texts(prompts, ids, step):
-            return ppo.rollout_of(context(), roles, prompts, ids, step).responses
+            return sample_rollout(roles, prompts, ids, step).responses
 
         straight = texts(PROMPTS, range(4), 1)
         backwards = texts(PROMPTS[::-1], [3, 2, 1, 0], 1)
@@ -203,18 +202,16 @@ class TestRollout:
 
 class TestGradient:
     def test_at_the_first_minibatch_the_ratio_is_one(self, roles, rollout, targets):
-        """Rollout and update use the same forward: ratio 1, approxkl 0, nothing clipped, in any minibatch
-        order."""
-        figures = ppo.ppo_gradients(context(), roles, rollout, *targets, [6, 1, 3, 0])
+        """Rollout and update use the same forward pass, so approxkl is 0 and nothing is clipped."""
+        figures = ppo_gradients(roles, Batch(rollout, *targets), [6, 1, 3, 0], options())
         assert figures["val/ratio"] == pytest.approx(1.0, abs=1e-5)
         assert figures["policy/approxkl_avg"] == pytest.approx(0.0, abs=1e-10)
         assert figures["policy/clipfrac_avg"] == 0 and figures["val/clipfrac_avg"] == 0
 
-    def test_is_that_of_the_equations_over_rows_alone(self, roles, rollout, targets):
-        """Policy: −(1/N) Σ A_t log π at ratio 1. Value: ½(1/N) Σ (V − G)². Plain models, no padding, no
-        micro-batches."""
+    def test_is_that_of_the_equations_over_single_rows(self, roles, rollout, targets):
+        """Policy: −(1/N) Σ A_t log π at ratio 1. Value: ½(1/N) Σ (V − G)². With plain models."""
         mini = [6, 1, 3, 0]
-        figures = ppo.ppo_gradients(context(), roles, rollout, *targets, mini)
+        figures = ppo_gradients(roles, Batch(rollout, *targets), mini, options())
         found = gradients(roles.policy), gradients(roles.value_model)
         clear(roles.policy, roles.value_model)
         advantages, returns = targets
@@ -242,18 +239,18 @@ class TestGradient:
         results = []
         for micro in (8, size):
             clear(roles.policy, roles.value_model)
-            ctx = context(per_device_train_batch_size=micro)
-            figures = ppo.ppo_gradients(ctx, roles, rollout, *targets, list(range(8)))
+            how = options(per_device_train_batch_size=micro)
+            figures = ppo_gradients(roles, Batch(rollout, *targets), list(range(8)), how)
             results.append((figures, gradients(roles.policy), gradients(roles.value_model)))
         assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
         assert abs(results[0][0]["val/ratio"] - 1) > 1e-3
         assert_close(results[0][1], results[1][1])
         assert_close(results[0][2], results[1][2])
 
-    def test_the_value_loss_leaves_the_policy_alone_and_the_other_way_round(self, roles, rollout, targets):
+    def test_each_loss_has_a_gradient_in_its_own_model_only(self, roles, rollout, targets):
         """Two models, two optimizers, no vf_coef: with 0 advantages the policy's gradient is 0."""
         advantages, returns = targets
-        ppo.ppo_gradients(context(), roles, rollout, torch.zeros_like(advantages), returns, [0, 1, 2, 3])
+        ppo_gradients(roles, Batch(rollout, torch.zeros_like(advantages), returns), [0, 1, 2, 3], options())
         assert all((g == 0).all() for g in gradients(roles.policy).values())
         assert any((g != 0).any() for g in gradients(roles.value_model).values())
         assert not gradients(roles.reward_model) and not gradients(roles.ref_policy)
@@ -262,12 +259,12 @@ class TestGradient:
 class TestPtx:
     @pytest.fixture
     def alone(self, roles, rollout, targets):
-        """The PPO gradient of a minibatch, left in the policy's .grad, and a copy."""
-        ppo.ppo_gradients(context(), roles, rollout, *targets, [0, 1, 2, 3])
+        """Accumulate the PPO gradient of a minibatch in the policy; return a copy."""
+        ppo_gradients(roles, Batch(rollout, *targets), [0, 1, 2, 3], options())
         return gradients(roles.policy)
 
     def language_model(self, roles, rows):
-        """(loss, gradient) of transformers' own causal loss on a copy of the policy."""
+        """Return transformers' own causal loss of a copy of the policy, and its gradient."""
         model = copy.deepcopy(roles.policy)
         clear(model)
         ids = torch.tensor(rows)
@@ -279,10 +276,9 @@ class TestPtx:
     def test_the_sum_is_the_ppo_gradient_plus_coef_times_the_language_models(
         self, roles, trainees, alone, text_rows, micro
     ):
-        """Added, not mixed: InstructGPT's eq. 2, with γ times the mean cross-entropy a token; any
-        micro-batch size."""
-        ctx = context(ptx_coef=3.0, per_device_train_batch_size=micro)
-        figures = ppo.ptx_gradient(ctx, roles, trainees[0], text_rows)
+        """InstructGPT's eq. 2: γ times the mean cross-entropy a token, at any micro-batch size."""
+        how = options(ptx_coef=3.0, per_device_train_batch_size=micro)
+        figures = ptx_gradient(roles, trainees[0], text_rows, how)
         loss, ptx = self.language_model(roles, text_rows)
         assert_close(gradients(roles.policy), {n: alone[n] + 3.0 * ptx[n] for n in alone})
         assert figures["loss/ptx"] == pytest.approx(loss, rel=1e-5)
@@ -292,18 +288,23 @@ class TestPtx:
         assert figures["grad_cosine"] == pytest.approx(cosine, rel=1e-3, abs=1e-5) and abs(cosine) > 1e-3
 
     def test_coefficient_zero_leaves_exactly_the_ppo_gradient(self, roles, trainees, alone, text_rows):
-        figures = ppo.ptx_gradient(context(ptx_coef=0.0), roles, trainees[0], text_rows)
+        figures = ptx_gradient(roles, trainees[0], text_rows, options(ptx_coef=0.0))
         assert_close(gradients(roles.policy), alone, rtol=0, atol=0)
         assert figures["grad_norm/ptx"] == 0.0
 
     def test_it_does_not_touch_the_value_model(self, roles, trainees, alone, text_rows):
         before = gradients(roles.value_model)
-        ppo.ptx_gradient(context(), roles, trainees[0], text_rows)
+        ptx_gradient(roles, trainees[0], text_rows, options())
         assert_close(gradients(roles.value_model), before, rtol=0, atol=0)
 
 
-RATES = {"step": 1, "rate": 1e-2, "value_rate": 1e-2}
-WITHOUT = {"ptx_batch": lambda n: None, "average": Average(None), "skips": Skips(0)}
+RATES = Rates(policy=1e-2, value=1e-2)
+PLAIN = {"step": 1, "rates": RATES, "next_texts": None, "say": lambda line: None}  # an update without ptx
+
+
+def learners_of(roles, max_grad_norm=1e9) -> Learners:
+    """Return policy and value model with their optimizers, without an average."""
+    return Learners(*make_trainees(roles, max_grad_norm), Average(None), Skips(0))
 
 
 def weights(model):
@@ -311,35 +312,45 @@ def weights(model):
 
 
 class TestUpdate:
-    def run(self, roles, rollout, targets, ptx, max_grad_norm=1e9, value_rate=1e-2, stepped=None, **changed):
-        """update() on copies of the models → (figures, policy weights, value weights). stepped: a list that gets the
-        gradients with which the policy's optimizer steps."""
+    def run(self, roles, rollout, targets, next_texts, max_grad_norm=1e9, value_rate=1e-2, stepped=None, **changed):
+        """Update copies of the models.
+
+        Args:
+            roles, rollout, targets: Models, episodes, advantages and returns.
+            next_texts: Gives the pretraining rows; None for plain PPO.
+            max_grad_norm, value_rate: Of the optimizers.
+            stepped: A list that gets the gradients with which the policy's optimizer steps.
+            changed: Settings.
+
+        Returns:
+            Figures, the policy's weights, the value model's weights.
+        """
         own = copied(roles)
-        policy, value = make_trainees(own, max_grad_norm)
+        learners = learners_of(own, max_grad_norm)
         if stepped is not None:
-            policy.optimizer.register_step_pre_hook(lambda *_: stepped.append(gradients(own.policy)))
-        rest = {"ptx_batch": ptx, "average": Average(None), "skips": Skips(0)}
-        rates = RATES | {"value_rate": value_rate}
-        figures = ppo.update(context(**changed), own, policy, value, rollout, *targets, **rates, **rest)
+            learners.policy.optimizer.register_step_pre_hook(lambda *_: stepped.append(gradients(own.policy)))
+        keywords = PLAIN | {"rates": Rates(1e-2, value_rate), "next_texts": next_texts}
+        figures = update(own, learners, Batch(rollout, *targets), options(**changed), **keywords)
         return figures, weights(own.policy), weights(own.value_model)
 
     def test_plain_ppo_and_ptx_of_weight_zero_are_the_same_update(self, roles, rollout, targets, text_rows):
-        without = self.run(roles, rollout, targets, lambda n: None, ptx_coef=0.0)
+        without = self.run(roles, rollout, targets, None, ptx_coef=0.0)
         zero = self.run(roles, rollout, targets, lambda n: text_rows[:n], ptx_coef=0.0)
         assert_close(without[1], zero[1], rtol=0, atol=0)
         assert_close(without[2], zero[2], rtol=0, atol=0)
         assert "loss/ptx" not in without[0] and zero[0]["loss/ptx"] > 0
 
     def test_ptx_changes_the_policy_and_not_the_value_model(self, roles, rollout, targets, text_rows):
-        without = self.run(roles, rollout, targets, lambda n: None)
+        without = self.run(roles, rollout, targets, None)
         mixed = self.run(roles, rollout, targets, lambda n: text_rows[:n])
         assert any(not torch.equal(without[1][n], mixed[1][n]) for n in without[1])
         assert_close(without[2], mixed[2], rtol=0, atol=0)
 
     def test_one_minibatch_is_one_adamw_step_down_the_whole_gradient(self, roles, rollout, targets, text_rows):
-        """batch = minibatch, three epochs: torch's own AdamW, at a rate of its own for each model, on the gradient of
-        PPO plus ptx, computed apart and clipped to a norm of 0.5. One step alone would look the same at any length of
-        the gradient, any β and any decay of a few per cent."""
+        """Compare with torch's own AdamW on the gradient of PPO plus ptx, clipped to a norm of 0.5.
+
+        One minibatch, three epochs, a learning rate for each model. A single step would be the same
+        for any length of the gradient, any β and a weight decay of a few per cent."""
         apart = copied(roles)
         own = apart.policy, apart.value_model
         optimizers = [
@@ -348,13 +359,13 @@ class TestUpdate:
         ]
         ids, norms = torch.tensor(text_rows), []
         for _ in range(3):
-            ppo.ppo_gradients(context(), apart, rollout, *targets, list(range(8)))
+            ppo_gradients(apart, Batch(rollout, *targets), list(range(8)), options())
             (2.0 * own[0](input_ids=ids, labels=ids).loss).backward()  # adds to the gradient that is there
             for model, optimizer in zip(own, optimizers, strict=True):
                 norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
                 optimizer.step()
                 clear(model)
-        assert min(norms[:4]) > 0.5 > norms[5], "the limit is felt, but for the last step of the value model"
+        assert min(norms[:4]) > 0.5 > norms[5], "the limit acts, except in the last step of the value model"
 
         found = self.run(
             roles,
@@ -370,21 +381,29 @@ class TestUpdate:
         assert_close(found[2], weights(own[1]), rtol=0, atol=2e-5)
 
     def test_every_epoch_takes_one_step_a_minibatch_over_every_row_once(self, roles, rollout, targets, monkeypatch):
-        """8 episodes, minibatches of 2, 3 epochs: 12 steps of each optimizer, each row three times."""
+        """8 episodes, minibatches of 2, 3 epochs: 12 steps of each optimizer."""
         seen, taken = [], []
-        true_gradients, true_step = ppo.ppo_gradients, ppo.optimizer_step
-        monkeypatch.setattr(ppo, "ppo_gradients", lambda *a: (seen.append(a[-1]), true_gradients(*a))[1])
-        monkeypatch.setattr(ppo, "optimizer_step", lambda t, *a: (taken.append(t.name), true_step(t, *a))[1])
-        self.run(roles, rollout, targets, lambda n: None, mini_batch_size=2, num_ppo_epochs=3)
+        true_gradients, true_step = ppo_update.ppo_gradients, ppo_update.optimizer_step
+
+        def note_gradients(roles, batch, index, how):
+            seen.append(index)
+            return true_gradients(roles, batch, index, how)
+
+        def note_step(trainee, *rest):
+            taken.append(trainee.name)
+            return true_step(trainee, *rest)
+
+        monkeypatch.setattr(ppo_update, "ppo_gradients", note_gradients)
+        monkeypatch.setattr(ppo_update, "optimizer_step", note_step)
+        self.run(roles, rollout, targets, None, mini_batch_size=2, num_ppo_epochs=3)
         assert taken == ["policy", "value_model"] * 12
-        epochs = [sum(seen[4 * e : 4 * e + 4], []) for e in range(3)]
+        epochs = [list(chain(*seen[4 * e : 4 * e + 4])) for e in range(3)]
         assert all(sorted(e) == list(range(8)) for e in epochs) and epochs[0] != epochs[1]
 
-    def test_the_sum_of_both_gradients_is_clipped_and_the_norms_are_told_before(
+    def test_the_sum_of_both_gradients_is_clipped_and_the_norms_are_from_before(
         self, roles, rollout, targets, text_rows
     ):
-        """What reaches the optimizer under a limit far below the norms is the unclipped sum, scaled down to the limit;
-        grad_norm/* tell the unclipped norms."""
+        """Under a low limit the optimizer gets the sum, scaled down; grad_norm/* are unclipped."""
         limit, stepped = 1e-3, []
         figures, _, _ = self.run(roles, rollout, targets, lambda n: text_rows, mini_batch_size=8, stepped=stepped)
         clipped, _, _ = self.run(
@@ -398,37 +417,27 @@ class TestUpdate:
             assert clipped[name] == figures[name] > 100 * limit
 
     def test_a_value_gradient_that_is_not_finite_leaves_the_policy_alone_too(self, roles, rollout, targets):
-        """Both gradients are looked at before either model moves: the message says that nothing was
-        updated."""
+        """Both gradients are checked before either model moves: the message says "not taken"."""
         before = weights(roles.policy)
         returns = targets[1].clone()
         returns[0, 0] = torch.nan
         with pytest.raises(TrainingStopped, match="value_model"):
-            ppo.update(
-                context(mini_batch_size=8),
-                roles,
-                *make_trainees(roles),
-                rollout,
-                targets[0],
-                returns,
-                **RATES,
-                **WITHOUT,
-            )
+            update(roles, learners_of(roles), Batch(rollout, targets[0], returns), options(mini_batch_size=8), **PLAIN)
         assert_close(weights(roles.policy), before, rtol=0, atol=0)
 
     def test_a_skipped_step_moves_nothing_is_counted_and_is_logged_as_nan(self, roles, rollout, targets):
-        """One of two minibatches holds a NaN: with max_skipped_steps 1 the other one still steps; at the second NaN
-        training stops, and the weights are finite."""
+        """One of two minibatches has a NaN; with max_skipped_steps 1 the other one still steps.
+
+        At the second NaN training stops, and the weights are finite."""
         lines, before = [], weights(roles.policy)
-        ctx = context()
-        ctx.tracker.say = lines.append
-        bad = ppo.minibatches(ctx, 1, 0)[0][0]
+        bad = minibatches(options(), 1, 0)[0][0]
         advantages = targets[0].clone()
         advantages[bad, 0] = torch.nan
-        trainees, skips, average = make_trainees(roles), Skips(1), Average(0.5)
-        average.start(trainees[0])
-        rest = RATES | {"ptx_batch": lambda n: None, "average": average, "skips": skips}
-        figures = ppo.update(ctx, roles, *trainees, rollout, advantages, targets[1], **rest)
+        skips, average = Skips(1), Average(0.5)
+        learners = Learners(*make_trainees(roles), average, skips)
+        average.start(learners.policy)
+        batch, keywords = Batch(rollout, advantages, targets[1]), PLAIN | {"say": lines.append}
+        figures = update(roles, learners, batch, options(), **keywords)
         assert math.isnan(figures["loss/policy_avg"]) and skips.count == 1
         (line,) = lines
         assert "policy: the gradient at step 1 is nan: step skipped (1 of at most 1)" in line
@@ -438,135 +447,151 @@ class TestUpdate:
         halfway = {n: (before[n] + moved[n]) / 2 for n in moved}  # one step was taken, so the average took one
         assert_close(average.tensors, halfway, rtol=1e-6, atol=1e-7)
         with pytest.raises(TrainingStopped, match="max_skipped_steps 1"):
-            ppo.update(ctx, roles, *trainees, rollout, advantages, targets[1], **rest)
+            update(roles, learners, batch, options(), **keywords)
         assert all(x.isfinite().all() for x in weights(roles.policy).values())
 
     @pytest.mark.parametrize("name", ["logprobs", "ref_logprobs", "values", "scores"])
     def test_episodes_that_are_not_finite_are_named(self, rollout, targets, name):
-        assert ppo.not_finite_episodes(rollout, targets[0], 4) is None
+        assert not_finite_episodes(rollout, targets[0], 4) is None
         x = getattr(rollout, name).clone()
         x.view(8, -1)[5, 0] = torch.inf
-        line = ppo.not_finite_episodes(replace(rollout, **{name: x}), targets[0] * torch.nan, 4)
+        line = not_finite_episodes(replace(rollout, **{name: x}), targets[0] * torch.nan, 4)
         assert line == f"update 4: {name} not finite on prompts 2"
 
     def test_the_samples_of_a_prompt_stay_in_one_minibatch_where_they_fit(self):
         """8 episodes, 2 a prompt: minibatches of 4 hold whole prompts, minibatches of 1 cannot."""
-        together = ppo.minibatches(context(), 1, 0)
-        assert sorted(sum(together, [])) == list(range(8))
+        together = minibatches(options(), 1, 0)
+        assert sorted(chain(*together)) == list(range(8))
         assert all(sorted(mini)[::2] == [i - 1 for i in sorted(mini)[1::2]] for mini in together)
         assert all(i % 2 == 0 for mini in together for i in sorted(mini)[::2])
-        apart = ppo.minibatches(context(mini_batch_size=1), 1, 0)
-        assert sorted(sum(apart, [])) == list(range(8)) and len(apart) == 8
-        assert ppo.minibatches(context(), 1, 1) != together
+        apart = minibatches(options(mini_batch_size=1), 1, 0)
+        assert sorted(chain(*apart)) == list(range(8)) and len(apart) == 8
+        assert minibatches(options(), 1, 1) != together
 
     def test_it_raises_the_probability_of_what_was_better_than_expected(self, roles):
-        """A bandit of one prompt: arms drawn by the policy, paid 1 for one token; five updates make it
-        likelier."""
-        ctx, arm = context(response_length=1, samples_per_prompt=8, mini_batch_size=8), 6
-        trainees = make_trainees(roles)
+        """A bandit of one prompt with reward 1 for one token: five updates make it likelier."""
+        changed, arm = {"response_length": 1, "samples_per_prompt": 8, "mini_batch_size": 8}, 6
+        learners = learners_of(roles)
         probability = lambda: roles.policy(torch.tensor([[7]])).logits[0, -1].softmax(-1)[arm].item()  # noqa: E731
         with torch.no_grad():
             roles.policy.lm_head.weight *= 0.1  # a nearly even start
         start = probability()
         for step in range(1, 6):
-            rollout = ppo.rollout_of(ctx, roles, [[7]], [0], step, n=8)
+            rollout = sample_rollout(roles, [[7]], [0], step, n=8, **changed)
             forced = [[arm]] * 2 + rollout.responses[2:]  # so that the arm is tried in every batch
             with torch.no_grad():
-                old = ppo.response_logprobs(roles.policy, make_rows([[7]] * 8, forced, PAD))
+                old = response_logprobs(roles.policy, make_rows([[7]] * 8, forced, PAD))
             rollout = replace(rollout, responses=forced, logprobs=old, ref_logprobs=old, values=torch.zeros(8, 1))
             reward = (torch.tensor(forced) == arm).float()
-            ppo.update(
-                ctx, roles, *trainees, rollout, reward - reward.mean(), reward, **RATES | {"step": step}, **WITHOUT
-            )
+            batch = Batch(rollout, reward - reward.mean(), reward)
+            update(roles, learners, batch, options(**changed), **PLAIN | {"step": step})
         assert probability() > 2 * start
 
 
 class Engine:
-    """Another sampler: what it gives for log-probs is off by `off`."""
+    """Sample without the policy, with log-probabilities that are all `logprob`."""
 
-    running = True
+    is_policy = False
 
-    def __init__(self, off=0.0):
-        self.off, self.followed = off, []
+    def __init__(self, logprob=0.0):
+        self.logprob, self.updates, self.is_closed = logprob, [], False
 
-    def follow(self, model):
-        self.followed.append(model)
+    def start(self, model, poll):
+        pass
 
-    def sample(self, prompts, seeds, *, response_length, temperature, eos_id, poll, device):
-        responses = [[2 + seed % 7, 3 + seed % 5, EOS][: 1 + seed % 3] for seed in seeds]
-        return collect.Sampled(responses, torch.full((len(seeds), 3), self.off), torch.zeros(len(seeds), 3))
+    def update_weights(self, model):
+        self.updates.append(model)
+
+    def sample(self, request, poll):
+        responses = [[2 + seed % 7, 3 + seed % 5, EOS][: 1 + seed % 3] for seed in request.seeds]
+        shape = (len(responses), 3)
+        return Sampled(responses, torch.full(shape, self.logprob), torch.zeros(shape))
 
     def close(self):
-        self.running = False
+        self.is_closed = True
 
 
 class TestEngine:
-    def test_log_probs_are_the_policys_and_the_distance_is_told(self, roles):
-        other = replace(roles, engine=Engine(off=-2.0))
-        loose = context(rollout=RolloutConfig(max_engine_kl=99.0))
-        rollout = ppo.rollout_of(loose, other, PROMPTS, range(4), step=1)
-        assert other.engine.followed == [roles.policy]
+    def sampler(self, roles, engine, **rules):
+        """Return a sampler with an engine; rules: settings of ppo.rollout."""
+        return sampler_of(roles, config(rollout=RolloutSettings(**rules)), engine)
+
+    def test_log_probs_are_the_policys_and_the_kl_is_recorded(self, roles):
+        sampler = self.sampler(roles, Engine(-2.0), max_engine_kl=99.0)
+        rollout = sampler.rollout(PROMPTS, range(4), 1, recompute=False)
         with torch.no_grad():
             rows = rollout.rows(range(8), PAD, roles.packed)
-            torch.testing.assert_close(rollout.logprobs, ppo.response_logprobs(roles.policy, rows))
+            torch.testing.assert_close(rollout.logprobs, response_logprobs(roles.policy, rows))
         ratio = [math.exp(p + 2.0) for p in rollout.logprobs[rollout.mask].tolist()]
         expected = sum(r - 1 - math.log(r) for r in ratio) / len(ratio)
         assert rollout.engine_kl == pytest.approx(expected, rel=1e-4)
 
-    @pytest.mark.parametrize("off", [-20.0, math.nan, math.inf])
-    def test_another_distribution_ends_it(self, roles, off):
-        other = replace(roles, engine=Engine(off))
-        with pytest.raises(ppo.EngineLost, match="update 1: vLLM samples from another distribution"):
-            ppo.rollout_of(context(), other, PROMPTS, range(4), step=1)
-        assert not other.engine.running
+    def test_it_gets_the_weights_once_after_each_change(self, roles):
+        engine = Engine(-2.0)
+        sampler = self.sampler(roles, engine, max_engine_kl=99.0)
+        sampler.rollout(PROMPTS, range(4), 1, recompute=False)
+        assert engine.updates == []  # it has started with them
+        sampler.weights_changed = True
+        for step in (2, 3):
+            sampler.rollout(PROMPTS, range(4), step, recompute=False)
+            assert engine.updates == [roles.policy]
+
+    @pytest.mark.parametrize("logprob", [-20.0, math.nan, math.inf])
+    def test_another_distribution_ends_it(self, roles, logprob):
+        engine = Engine(logprob)
+        sampler = self.sampler(roles, engine)
+        with pytest.raises(EngineLost, match="update 1: vllm samples from another distribution"):
+            sampler.rollout(PROMPTS, range(4), 1, recompute=False)
+        assert engine.is_closed and sampler.is_lost
 
     def test_or_the_policy_goes_on_by_itself(self, roles):
-        other, c = replace(roles, engine=Engine(-20.0)), context(rollout=RolloutConfig(on_failure="transformers"))
-        rollout = ppo.rollout_of(c, other, PROMPTS, range(4), step=1)
-        alone = ppo.rollout_of(c, roles, PROMPTS, range(4), step=1)
-        assert rollout.responses == alone.responses and not other.engine.running
-        assert ppo.rollout_of(c, other, PROMPTS, range(4), step=2).responses
+        engine = Engine(-20.0)
+        sampler = self.sampler(roles, engine, on_failure="transformers")
+        rollout = sampler.rollout(PROMPTS, range(4), 1, recompute=False)
+        assert rollout.responses == sample_rollout(roles).responses and engine.is_closed
+        assert sampler.rollout(PROMPTS, range(4), 2, recompute=False).responses
 
     def test_a_policy_that_is_not_finite_is_not_its_fault(self, roles):
-        other = replace(roles, engine=Engine())
+        engine = Engine()
+        sampler = self.sampler(roles, engine)
         with torch.no_grad():
             roles.policy.lm_head.weight.fill_(math.nan)
-        rollout = ppo.rollout_of(context(), other, PROMPTS, range(4), step=1)
-        assert other.engine.running and math.isnan(rollout.engine_kl)
-        assert "logprobs not finite" in ppo.not_finite_episodes(rollout, rollout.values, 1)
+        rollout = sampler.rollout(PROMPTS, range(4), 1, recompute=False)
+        assert not engine.is_closed and math.isnan(rollout.engine_kl)
+        assert "logprobs not finite" in not_finite_episodes(rollout, rollout.values, 1)
 
 
 class TestPreflight:
     def test_passes_where_policy_and_reference_are_one_model(self, roles):
-        ppo.preflight(context(), roles, PROMPTS)
+        run_preflight(roles)
 
-    def test_a_sampler_that_is_a_little_off_is_asked_again(self, roles, monkeypatch):
-        """Within ten times the limit; then the rollout's log-probs and entropies are the model's own."""
-        right = collect.sample_with_logprobs
+    def test_a_sampler_that_is_slightly_off_has_its_log_probs_recomputed(self, roles, monkeypatch):
+        """Within ten times the limit: log-probs and entropies are then the model's own."""
+        right = transformers.sample_with_logprobs
 
         def off(*args, **options):
             found = right(*args, **options)
             return replace(found, logprobs=found.logprobs + 5e-4, entropy=found.entropy + 1.0)
 
-        monkeypatch.setattr(collect, "sample_with_logprobs", off)
-        assert ppo.preflight(context(), roles, PROMPTS) is True
-        again = ppo.rollout_of(context(), roles, PROMPTS, range(4), step=1, recompute=True)
+        monkeypatch.setattr(transformers, "sample_with_logprobs", off)
+        assert run_preflight(roles) is True
+        again = sample_rollout(roles, recompute=True)
         rows = again.rows(range(8), PAD, roles.packed)
         with torch.no_grad():
-            logprobs, entropy = ppo.response_logprobs(roles.policy, rows, with_entropy=True)
+            logprobs, entropy = response_logprobs(roles.policy, rows, with_entropy=True)
         torch.testing.assert_close(again.logprobs, logprobs)
         torch.testing.assert_close(again.entropy, entropy)
 
-    def test_on_the_way_a_policy_may_have_left_its_reference(self, roles):
+    def test_after_the_start_policy_and_reference_may_differ(self, roles):
         with torch.no_grad():
             roles.ref_policy.lm_head.weight += 0.05 * torch.randn_like(roles.ref_policy.lm_head.weight)
-        assert ppo.preflight(context(), roles, PROMPTS, step=3) is False
+        assert run_preflight(roles, step=3) is False
 
     def test_refuses_another_reference(self, roles):
         with torch.no_grad():
             roles.ref_policy.lm_head.weight += 0.05 * torch.randn_like(roles.ref_policy.lm_head.weight)
         with pytest.raises(UserError, match="KL to the reference"):
-            ppo.preflight(context(), roles, PROMPTS)
+            run_preflight(roles)
 
     def test_refuses_log_probs_that_depend_on_the_batch(self, roles):
         """Dropout left on is the usual cause."""
@@ -575,47 +600,46 @@ class TestPreflight:
             lambda module, args, out: out + 0.05 * torch.randn(out.shape, generator=noise)
         )
         with pytest.raises(UserError, match="preflight"):
-            ppo.preflight(context(), roles, PROMPTS)
+            run_preflight(roles)
 
-    def test_refuses_noise_of_training_mode_alone(self, roles):
+    def test_refuses_noise_that_only_training_mode_has(self, roles):
         """The update runs in it; the rollout does not."""
         noise = torch.Generator().manual_seed(0)
         roles.policy.model.norm.register_forward_hook(
             lambda module, args, out: out + 0.05 * torch.randn(out.shape, generator=noise) * module.training
         )
         with pytest.raises(UserError, match="preflight"):
-            ppo.preflight(context(), roles, PROMPTS)
+            run_preflight(roles)
 
 
 def test_the_reference_of_an_adapted_policy_is_the_policy_without_its_adapter(roles, rollout):
-    """ref_policy None: no second model in memory, and the adapter is on again afterwards."""
+    """There is no second model in memory, and the adapter is on again afterwards."""
     from stages.models.adapters import AdapterSettings, trainable, with_adapter
 
     rows = rollout.rows(range(8), PAD, roles.packed)
-    base = ppo.response_logprobs(roles.policy, rows).detach()
+    base = response_logprobs(roles.policy, rows).detach()
     policy = with_adapter(copy.deepcopy(roles.policy), AdapterSettings(method="lora", r=4, lora_alpha=8))
     with torch.no_grad():
         for p in trainable(policy).values():
             p += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     adapted = replace(roles, policy=policy, ref_policy=None)
-    before = ppo.response_logprobs(policy, rows).detach()
+    before = response_logprobs(policy, rows).detach()
     torch.testing.assert_close(reference_logprobs(adapted, rows, 1.0), base, rtol=0, atol=0)
-    torch.testing.assert_close(ppo.response_logprobs(policy, rows), before, rtol=0, atol=0)
+    torch.testing.assert_close(response_logprobs(policy, rows), before, rtol=0, atol=0)
     assert not torch.allclose(before, base, atol=1e-3)
 
 
 def test_episodes_may_be_sampled_a_few_at_a_time(roles, rollout):
-    few = ppo.rollout_of(context(local_rollout_forward_batch_size=3), roles, PROMPTS, range(4), step=1)
+    few = sample_rollout(roles, local_rollout_forward_batch_size=3)
     assert few.responses == rollout.responses
     torch.testing.assert_close(few.logprobs, rollout.logprobs)
 
 
 def test_figures_of_a_rollout_by_hand(rollout):
-    """KL a response is summed over its tokens, entropy and lengths are means, and perfect values explain
-    everything."""
+    """KL is a sum over a response, entropy and lengths are means, perfect values explain all."""
     mask = rollout.mask
     moved = replace(rollout, ref_logprobs=rollout.logprobs - 0.25)
-    figures = ppo.describe(moved, rollout.values, kl_coef=0.5, kl_estimator="k1")
+    figures = describe(moved, rollout.values, kl_coef=0.5, kl_estimator="k1")
     lengths = [int(m.sum()) for m in mask]
     assert figures["objective/length"] == pytest.approx(sum(lengths) / 8)
     assert figures["objective/kl"] == pytest.approx(0.25 * sum(lengths) / 8, rel=1e-5)

@@ -1,4 +1,4 @@
-"""The ranking loss and DPO, against brute-force double loops over the pairs of each prompt."""
+"""Test the ranking loss and DPO against double loops over the pairs of each prompt."""
 
 import itertools
 import math
@@ -28,8 +28,9 @@ def numbers(seed, scale=1.0):
 
 
 def over_pairs(pair_loss):
-    """mean over prompts of 1/C(K,2) Σ_{i better than j} pair_loss(i, j), K = judged responses; rows in
-    order."""
+    """Return the mean over prompts of 1/C(K, 2) Σ pair_loss(i, j) over pairs with i preferred to
+    j.
+    """
     total, start = 0.0, 0
     for ranks in RANKS:
         k = sum(r is not None for r in ranks)
@@ -87,7 +88,9 @@ class TestRanking:
         torch.testing.assert_close(gradient, finite_difference(ranking_by_hand, numbers(1)), rtol=1e-5, atol=1e-8)
 
     def test_only_differences_of_scores_count(self, gradient_of):
-        """The same constant on all scores changes neither loss nor gradient, and the gradient sums to 0."""
+        """The same constant on all scores changes neither loss nor gradient, and the gradient sums
+        to 0.
+        """
         loss, gradient = gradient_of(ranking_of, numbers(1))
         moved, moved_gradient = gradient_of(ranking_of, numbers(1) + 17.0)
         torch.testing.assert_close(moved, loss, rtol=1e-12, atol=0)
@@ -108,8 +111,9 @@ class TestRanking:
         )
 
     def test_every_prompt_weighs_the_same_whatever_its_k(self):
-        """With equal scores each pair costs log 2, so each prompt costs log 2 (ties: its untied share of
-        it)."""
+        """With equal scores each pair costs log 2, so each prompt costs log 2 (ties: its untied
+        share of it).
+        """
         for k in (2, 4, 9):
             batch = batch_of([tuple(range(1, k + 1))])
             loss = ranking_loss(torch.zeros(k, dtype=torch.float64), batch.winners, batch.losers, batch.pair_weights, 1)
@@ -166,8 +170,10 @@ class TestRanking:
 
 
 def orders_by_hand(utilities):
-    """−log P of each prompt's order over its K − 1 choices, mean over prompts: in words, each response is chosen out
-    of itself and all that were ranked below it; K = judged responses."""
+    """Return −log P of the order of each prompt, a mean over its K − 1 choices and over prompts.
+
+    Each response is chosen out of itself and all that are ranked below it.
+    """
     u, total, start = utilities.tolist(), 0.0, 0
     for ranks in RANKS:
         k = sum(r is not None for r in ranks)
@@ -192,7 +198,9 @@ class TestPlackettLuce:
         torch.testing.assert_close(gradient, finite_difference(orders_by_hand, numbers(1)), rtol=1e-5, atol=1e-8)
 
     def test_the_probabilities_of_all_orders_sum_to_one(self):
-        """exp(−(K − 1) · loss) of one strict ranking is its probability: over all 24 orders of 4 it sums to 1."""
+        """exp(−(K − 1) · loss) of one strict ranking is its probability: over all 24 orders of 4 it
+        sums to 1.
+        """
         u = numbers(4)[:4]
         loss = lambda order: (  # noqa: E731
             lambda b: plackett_luce_loss(u, b.winners, b.losers, b.choice, b.choice_weights, 1).item()
@@ -231,7 +239,9 @@ class TestPlackettLuce:
 
 
 def test_sft_is_the_cross_entropy_a_token_of_those_put_first():
-    """By hand: log-probs −3 over 2 tokens, and a tie of −4 and −6 over 1 and 3: (3 + ½·4 + ½·6) / (2 + ½·1 + ½·3)."""
+    """By hand: log-probs −3 over 2 tokens, and a tie of −4 and −6 over 1 and 3: (3 + ½·4 + ½·6) /
+    (2 + ½·1 + ½·3).
+    """
     groups = [PromptGroup([1], [[5, 6], [7]], (1, 2)), PromptGroup([1], [[5], [6, 7, 8]], (1, 1))]
     batch, logps = batch_groups(groups, pad_id=0), torch.tensor([-3.0, -9.0, -4.0, -6.0])
     tokens = sum(weight * len(g.responses[i]) for g in groups for i, weight in g.first())
@@ -259,8 +269,9 @@ class TestDPO:
         assert dpo_of(numbers(2), numbers(2), "sigmoid", 0.0).item() == pytest.approx(math.log(2) * shares, rel=1e-6)
 
     def test_its_gradient_raises_winners_and_lowers_losers(self, gradient_of):
-        """One pair: d loss / d logp = −β σ(−βh) for the winner, the opposite for the loser (Rafailov 2023,
-        eq. 7)."""
+        """One pair: d loss / d logp = −β σ(−βh) for the winner, the opposite for the loser
+        (Rafailov 2023, eq. 7).
+        """
         batch, beta = batch_of([(2, 1)]), 0.5
         logps, ref = (torch.tensor([-4.0, -6.0], dtype=torch.float64), torch.tensor([-5.0, -5.0], dtype=torch.float64))
         _, gradient = gradient_of(
@@ -284,7 +295,7 @@ class TestDPO:
             dpo_of(numbers(2), numbers(3), "exo", 0.0)
 
     def test_the_setting_names_every_loss_of_the_table(self):
-        """All of dpo.loss_type are pair losses, but for the two that read whole rankings."""
+        """All of dpo.loss_type are pair losses, except two that read whole rankings."""
         assert {*get_args(LossType)} - {"plackett_luce", "sft"} == set(PAIR_LOSSES)
         assert {name for name, _ in DPO} == set(PAIR_LOSSES)
 
@@ -317,9 +328,9 @@ def test_micro_batches_of_prompts_add_up_to_the_whole(size, gradient_of):
 
 
 class TestFigures:
-    """What dpo logs beside its loss."""
+    """Test DPO's figures beside its loss."""
 
-    ranks = [(1, 2), (2, 1, 4, 3), (1, 3, 2)]
+    ranks = ((1, 2), (2, 1, 4, 3), (1, 3, 2))
     logps = torch.tensor([-1.0, -3.0, -2.0, -1.0, -9.0, -4.0, -1.5, -1.0, -2.5])
 
     def figures(self, ranks, logps, share):
@@ -341,8 +352,7 @@ class TestFigures:
         )
 
     def test_they_do_not_depend_on_the_micro_batch(self):
-        """Prompts of 1, 6 and 3 pairs, cut in three ways: per_device_train_batch_size must not move a
-        held-out figure."""
+        """Prompts of 1, 6 and 3 pairs, cut in three ways: held-out figures are the same."""
         found = []
         for cuts in ([0, 3], [0, 1, 3], [0, 1, 2, 3]):
             sums = {}

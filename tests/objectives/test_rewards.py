@@ -1,4 +1,4 @@
-"""Token rewards, missing-EOS scores, and the KL estimators against their formulas."""
+"""Test token rewards, scores without EOS and the KL estimators against their formulas."""
 
 import math
 
@@ -32,8 +32,9 @@ def test_estimators_are_unbiased(estimator):
 
 
 def test_k3_is_never_negative_and_exact_near_zero():
-    """At log-ratios around 1e-6 the naive (ρ − 1) − log ρ loses its digits in fp32; d²/2 is the truth
-    there."""
+    """At log-ratios around 1e-6 the naive (ρ − 1) − log ρ loses its digits in fp32; d²/2 is
+    exact there.
+    """
     d = torch.tensor([-3.0, -1e-3, -1e-6, 0.0, 1e-6, 1e-3, 3.0])
     k3 = kl_per_token(d, torch.zeros_like(d), "k3")
     assert (k3 >= 0).all()
@@ -51,8 +52,7 @@ def kl():
 
 
 def test_the_score_is_paid_once_at_the_last_token(kl, prefix_mask):
-    """A row's rewards are −β KL, plus the score at its last token only, be that the first or the last
-    column."""
+    """Rewards are −β KL, plus the score at the last response token only."""
     scores, lengths, coef = torch.tensor([10.0, -20.0, 30.0], dtype=torch.float64), [4, 1, 2], 0.1
     rewards = token_rewards(scores, kl, prefix_mask(lengths, 4), coef)
     for b, length in enumerate(lengths):
@@ -76,7 +76,7 @@ def test_nan_kl_under_the_mask_is_unseen(kl, prefix_mask):
 
 
 def test_token_rewards_leave_their_inputs_alone(kl, prefix_mask):
-    """Rewards are a new value: neither the scores nor the KL are written to."""
+    """Rewards are a new tensor."""
     scores, before = torch.ones(3, dtype=torch.float64), kl.clone()
     token_rewards(scores, kl, prefix_mask([4, 1, 2], 4), 0.1)
     assert torch.equal(kl, before) and torch.equal(scores, torch.ones(3, dtype=torch.float64))
@@ -93,7 +93,7 @@ class TestFinalScores:
     finished = torch.tensor([True, True, True, False])
 
     def test_clip_then_missing_eos_then_length_by_hand(self):
-        """±2 clips −3 and 4; the unfinished one is paid −1, whatever its score; 0.1 a token comes off all."""
+        """±2 clips −3 and 4; the unfinished one gets −1; 0.1 per token is subtracted from all."""
         found = final_scores(
             self.scores, self.finished, -1.0, lengths=torch.tensor([1, 2, 3, 10]), score_clip=2.0, length_penalty=0.1
         )

@@ -1,4 +1,4 @@
-"""Learning rates, what decays and log-probabilities against transformers' own."""
+"""Compare learning rates, weight decay and log-probabilities with transformers' own."""
 
 import pytest
 import torch
@@ -20,8 +20,9 @@ from stages.training.trainee import make_trainee
 )
 @pytest.mark.parametrize("warmup", [0, 4])
 def test_rates_after_the_warm_up_are_transformers(ours, theirs, options, warmup):
-    """Step n here, in any stage, is call n − 1 there. (In the warm-up ours is one ahead: transformers spends its first
-    step at 0; and its "constant" has none.)"""
+    """Step n here is call n − 1 there. During warm-up ours is one step ahead: transformers'
+    first step has a rate of 0.
+    """
     from transformers import get_scheduler
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
@@ -39,7 +40,7 @@ def test_rates_after_the_warm_up_are_transformers(ours, theirs, options, warmup)
 
 @pytest.mark.parametrize("adapter", [None, "lora", "dora"])
 def test_what_decays_is_what_decays_in_transformers(llama, tmp_path, adapter):
-    """rm and dpo group their weights as transformers does those of base and sft, in the same order."""
+    """rm and dpo group their weights as transformers does for base and sft."""
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
     from stages.models.adapters import AdapterSettings, with_adapter

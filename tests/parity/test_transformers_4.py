@@ -1,4 +1,4 @@
-"""Published folders read by transformers 4, in an environment of its own: the same loss, score, and token ids."""
+"""Load published folders with transformers 4, in its own environment: same loss, score and ids."""
 
 import json
 import os
@@ -91,7 +91,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def python4(tmp_path_factory) -> Path:
-    """A Python with transformers 4 that has its other packages, torch first of all, from this one's."""
+    """Return a Python with transformers 4; its other packages are this environment's."""
     home = tmp_path_factory.mktemp("transformers4")
     venv.create(home, with_pip=False)
     site = next(home.glob("lib/python3*/site-packages"))
@@ -111,7 +111,9 @@ def tokenizer_with_more():
 
 
 def published(folder: Path, kind: str, settings: dict, tokenizer, scalar: bool = False) -> Path:
-    """A random model, published as the stages do, read and published once more as the next stage does."""
+    """Return a random model, published as a stage does, loaded, and published again as the next
+    does.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     torch.manual_seed(0)

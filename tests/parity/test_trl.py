@@ -1,6 +1,7 @@
-"""Our losses and gradients against trl 1.16's own trainers, on the same tiny models and the same ids.
+"""Compare losses and gradients with trl's trainers, on the same tiny models and ids.
 
-trl has pairs; a prompt with K responses is all its C(K, 2) pairs in one batch, whose mean is then our loss.
+trl takes pairs. A prompt with K responses is all of its C(K, 2) pairs in one batch there, whose
+mean is our loss.
 """
 
 import copy
@@ -50,7 +51,7 @@ def quiet(folder, **options):
 
 
 def pair_examples(groups):
-    """What trl's collators take: one row a pair."""
+    """Return the rows of trl's collators, one per pair."""
     return [
         {"prompt_ids": g.prompt, "chosen_ids": g.responses[pair.winner], "rejected_ids": g.responses[pair.loser]}
         for g in groups
@@ -59,7 +60,7 @@ def pair_examples(groups):
 
 
 def assert_same_gradients(one, other):
-    """‖ours − theirs‖ ≤ 1e-5 ‖theirs‖ for every weight."""
+    """Assert ‖ours − theirs‖ ≤ 1e-5 ‖theirs‖ for every weight."""
     for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
         assert (p.grad - q.grad).norm() <= 1e-5 * q.grad.norm(), name
 
@@ -78,7 +79,7 @@ def dpo_trainer(tmp_path, tokenizer, policy, reference, **options):
 
 
 def both_sides(trainer, groups, tokenizer, policy, reference):
-    """trl's loss on all pairs, its gradients in its model; what ours is made of: (loss, batch, logps, ref_logps)."""
+    """Return trl's loss on all pairs, with gradients in its model, and the parts of ours."""
     expected = trainer.compute_loss(trainer.model, trainer.data_collator(pair_examples(groups)))
     expected.backward()
     batch = batch_groups(groups, tokenizer.pad_token_id)
@@ -90,7 +91,9 @@ def both_sides(trainer, groups, tokenizer, policy, reference):
 
 @pytest.mark.parametrize("loss_type, smoothing", [("sigmoid", 0.0), ("hinge", 0.0), ("robust", 0.1)])
 def test_dpo_is_trls(tmp_path, tokenizer, llama, groups, loss_type, smoothing):
-    """Loss, gradient of every weight, and the figures under trl's names (its sigmoid has no smoothing)."""
+    """Loss, gradient of every weight, and the figures under trl's names (its sigmoid has no
+    smoothing).
+    """
     from transformers import AutoModelForCausalLM
 
     from stages.dpo import loss_of, pair_figures
@@ -119,8 +122,9 @@ def test_dpo_is_trls(tmp_path, tokenizer, llama, groups, loss_type, smoothing):
 @pytest.mark.parametrize("groups", ["pairs"], indirect=True)
 @pytest.mark.parametrize("case", ["ipo", "sft"])
 def test_dpos_other_losses_are_trls(tmp_path, tokenizer, llama, groups, case):
-    """ipo: trl divides a log-ratio by its response's length L, so with all of one length its loss at β is ours at
-    β / L over L². sft: a weight on the responses ranked first."""
+    """ipo: trl divides a log-ratio by its response's length L, so with all of one length its loss
+    at β is ours at β / L over L². sft: a weight on the responses ranked first.
+    """
     from transformers import AutoModelForCausalLM
 
     from stages.dpo import loss_of
@@ -148,7 +152,7 @@ def test_dpos_other_losses_are_trls(tmp_path, tokenizer, llama, groups, case):
 
 @pytest.mark.parametrize("margin", [None, 0.7])
 def test_the_ranking_loss_is_trls_reward_loss_over_all_pairs(tmp_path, tokenizer, llama, groups, margin):
-    """Loss, gradient of every weight, accuracy and margin; K forward passes against K(K − 1)."""
+    """Compare loss, all gradients, accuracy and margin; K forward passes against K(K − 1)."""
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification
     from trl import RewardConfig, RewardTrainer

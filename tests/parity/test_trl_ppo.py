@@ -1,7 +1,8 @@
-"""Our PPO mathematics against trl 1.12's, the last release that had PPO: every number of two optimizer steps.
+"""Compare our PPO with trl 1.12's, its last release with PPO: every number of two steps.
 
-trl_ppo.json holds what trl's own train() computed for tiny models and fixed episodes, and the command that wrote it.
-Where trl differs on purpose, its way is mirrored here with our functions: the listed places are marked `trl:`.
+trl_ppo.json contains what trl's train() computed for tiny models and fixed episodes, and the
+command that wrote it. Where trl differs on purpose, its way is computed here with our functions,
+marked `trl:`.
 """
 
 import json
@@ -27,7 +28,9 @@ CLOSE = 1e-4
 
 
 def build(role):
-    """Every weight a normal number from the role's seed (× 0.5; + 1 for norms), by order of name: the peer's."""
+    """Return a model whose weights are drawn from the role's seed, by order of name, as the
+    peer's.
+    """
     auto = AutoModelForCausalLM if "policy" in role else AutoModelForSequenceClassification
     model = auto.from_config(LlamaConfig(**PEER["model"], num_labels=1)).float()
     generator = torch.Generator().manual_seed(PEER["seeds"][role])
@@ -49,13 +52,17 @@ def rows(packed):
 
 
 def rows_with_a_slot_more(packed):
-    """trl: values, and the score, one place behind the last token where there is room. What stands there is unseen."""
+    """Return rows for trl, whose values and score are one place after the last token, if there
+    is room.
+    """
     width = max(map(len, PEER["responses"]))
     return make_rows(PEER["prompts"], [[*r, PAD][:width] for r in PEER["responses"]], PAD, packed=packed)
 
 
 def our_rollout(models, packed, c):
-    """Every tensor of the rollout, under trl's names; and the masks of real tokens and of value slots."""
+    """Return all tensors of the rollout under trl's names, and the masks of tokens and value
+    slots.
+    """
     tight, wide = rows(packed), rows_with_a_slot_more(packed)
     mask, slots = tight.response_mask, wide.response_mask
     temperature = c["temperature"] + 1e-7  # trl: adds it
@@ -86,7 +93,7 @@ def our_rollout(models, packed, c):
 
 
 def our_steps(models, packed, c, rollout, masks):
-    """Losses, clipped shares and gradients of every optimizer step; policy and value weights move as the peer's did."""
+    """Return losses, clip fractions and gradients of each step; weights move as the peer's did."""
     policy, value_model = models["policy"], models["value_model"]
     tight, wide = rows(packed), rows_with_a_slot_more(packed)
     for _ in range(c["num_ppo_epochs"]):
@@ -113,7 +120,7 @@ def our_steps(models, packed, c, rollout, masks):
 
 
 def assert_same(name, ours, theirs, mask=None):
-    """Close in norm, and each number close on the scale of the largest."""
+    """Assert that tensors are close in norm, and each number on the scale of the largest."""
     theirs = torch.tensor(theirs)
     if mask is not None:
         ours, theirs = ours[mask], theirs[mask]
@@ -151,7 +158,9 @@ def test_the_weights_are_the_peers(models):
 
 
 def test_the_rollout_is_trls(models, packed, case):
-    """Log-probs, reference, values, scores, KL, rewards, advantages before and after whitening, returns."""
+    """Log-probs, reference, values, scores, KL, rewards, advantages before and after whitening,
+    returns.
+    """
     ours, masks = our_rollout(models, packed, case["settings"])
     theirs = case["rollout"]
     assert set(ours) == set(theirs)
@@ -161,7 +170,9 @@ def test_the_rollout_is_trls(models, packed, case):
 
 
 def test_losses_and_every_gradient_of_both_steps_are_trls(models, packed, case):
-    """The first at ratio 1; the second after both models have moved, where ratios and values are clipped."""
+    """The first at ratio 1; the second after both models have moved, where ratios and values are
+    clipped.
+    """
     c = case["settings"]
     rollout, masks = our_rollout(models, packed, c)
     clipped = {"policy": 0.0, "value": 0.0}

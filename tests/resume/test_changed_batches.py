@@ -10,7 +10,7 @@ from data.streams import derive_seed
 from pipeline import api
 from pipeline.errors import UserError
 from pipeline.fingerprints import Today, compare
-from stages.ppo import run as ppo
+from stages.ppo import state
 from stages.settings import ppo as ppo_settings
 
 SEED = 1  # micro.yaml's
@@ -86,11 +86,11 @@ def test_a_checkpoint_that_counts_nothing_is_of_the_same_settings_or_refused():
     """An older version's: batches of 8 with 2 samples a prompt, 4 optimizer steps of 4 ptx rows each."""
     settings = {"batch_size": 8, "mini_batch_size": 4, "num_ppo_epochs": 2, "samples_per_prompt": 2, "ptx_ratio": 1.0}
     store = SimpleNamespace(fingerprint="then", newest=lambda: SimpleNamespace(step=3, state={}, fingerprint="then"))
-    ctx = SimpleNamespace(config=ppo_settings.PPOSettings(**settings), checkpoints=store)
-    assert ppo.drawn_before(ctx) == ppo.Drawn(episodes=24, prompts=12, ptx_rows=48, optimizer_steps=12)
+    c, session = ppo_settings.PPOSettings(**settings), SimpleNamespace(checkpoints=store)
+    assert state.drawn_before(session, c) == state.Drawn(episodes=24, prompts=12, ptx_rows=48, optimizer_steps=12)
     store.fingerprint = "now"
     with pytest.raises(UserError, match="did not count what it drew; .*, or --restart"):
-        ppo.drawn_before(ctx)
+        state.drawn_before(session, c)
 
 
 def test_rankings_go_on_with_other_batches(oracle, tmp_path):
@@ -112,7 +112,7 @@ def test_smaller_micro_batches_of_the_same_batch_are_taken(oracle, tmp_path):
     said = refused(root, tmp_path, "sft", "sft.gradient_accumulation_steps=4")
     assert said == (
         "error: sft: interrupted at step 4, since then sft.gradient_accumulation_steps 2 → 4, which an interrupted run "
-        "keeps; set it back to go on, --restart starts again"
+        "keeps; set it back to resume, --restart starts again"
     )
     smaller = ("sft.per_device_train_batch_size=2", "sft.gradient_accumulation_steps=4", "--override-config")
     assert rlhf(*command(root, "sft", *smaller)) == 0

@@ -1,4 +1,4 @@
-"""Random models of a few thousand parameters whose next-token distributions are far from flat."""
+"""Make random models of a few thousand parameters with decided next-token distributions."""
 
 import pytest
 import torch
@@ -8,18 +8,21 @@ PAD, EOS, VOCAB = 0, 1, 20
 
 @pytest.fixture(params=["packed", "wide", "recorded", "padded"])
 def causal(request, monkeypatch):
-    """causal(kind, seed, spread): spread = standard deviation of the weights; wide means decided. Every test runs on
-    models that read packed rows, on such with layers that count as wide, on such as a GPU would serve them (its steps
-    run as they are: a CPU records none), and on models that do not pack."""
+    """Return causal(kind, seed, spread), which makes a model.
+
+    spread is the standard deviation of the weights: the larger, the more decided its distributions.
+    Every test runs on models that read packed rows, on models whose layers count as wide, with the
+    lane of a GPU (a CPU records no step), and on models that do not pack.
+    """
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
     from stages.models.packing import can_pack
     from stages.rollouts.lanes import RecordedLane
 
     if request.param == "wide":
-        monkeypatch.setattr("stages.rollouts.lanes.WIDE", 16)
+        monkeypatch.setattr("stages.rollouts.lanes.WIDE_INPUTS", 16)
     if request.param == "recorded":
-        monkeypatch.setattr("stages.rollouts.lanes.COLUMNS", 4)
+        monkeypatch.setattr("stages.rollouts.lanes.COLUMN_BLOCK", 4)
         monkeypatch.setattr("stages.rollouts.transformers.lane_for", lambda *_: RecordedLane)
 
     def build(kind="llama", seed=0, spread=0.3):

@@ -1,4 +1,4 @@
-"""How episodes are cut into micro-batches."""
+"""Check how episodes are cut into micro-batches."""
 
 from hypothesis import given
 from hypothesis import strategies as st

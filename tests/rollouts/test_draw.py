@@ -1,4 +1,4 @@
-"""Inverse-transform sampling of one token: quantiles in, tokens out."""
+"""Check inverse-transform sampling of one token: quantiles in, tokens out."""
 
 import math
 
@@ -20,12 +20,12 @@ def at(uniform, probabilities=P, **options):
     "uniform, token", [(0.0, 0), (0.09, 0), (0.11, 1), (0.49, 1), (0.51, 2), (0.69, 2), (0.71, 3), (BELOW_ONE, 3)]
 )
 def test_a_quantile_picks_its_token(uniform, token):
-    """Each token owns an interval as long as its probability, in order of ids."""
+    """Each token has an interval as long as its probability, in the order of ids."""
     assert at(uniform) == token
 
 
 def test_zero_never_picks_a_token_of_probability_zero():
-    """A uniform of exactly 0 happens once in 2²⁴ draws; impossible first tokens must not come of it."""
+    """A uniform of exactly 0 comes once in 2²⁴ draws; it must not give an impossible token."""
     assert at(0.0, torch.tensor([0.0, 0.0, 0.7, 0.3])) == 2
 
 
@@ -35,14 +35,13 @@ def test_just_below_one_never_picks_a_token_of_probability_zero():
 
 
 def test_rounding_in_a_large_vocabulary_leaves_every_quantile_a_token():
-    """10⁵ equal probabilities do not sum to 1 in fp32; the last quantile is still a token of the
-    vocabulary."""
+    """10⁵ equal probabilities do not sum to 1 in fp32; the last quantile still gives a token."""
     logits = torch.zeros(3, 100_000)
     tokens = draw(logits, torch.tensor([0.0, 0.5, BELOW_ONE], dtype=torch.float64)).tolist()
     assert tokens[0] == 0 and abs(tokens[1] - 50_000) <= 1 and tokens[2] == 99_999
 
 
-def test_rows_are_drawn_apart():
+def test_rows_are_drawn_independently():
     logits = torch.stack([P, P.flip(0)]).log()
     assert draw(logits, torch.tensor([0.45, 0.45])).tolist() == [1, 1]
     assert draw(logits, torch.tensor([0.05, 0.05])).tolist() == [0, 0]

@@ -1,10 +1,12 @@
-"""The sampler against the plain model: argmax at a temperature near 0, softmax frequencies at others, seeds
-by row."""
+"""Compare the sampler with the plain model.
+
+Argmax at a temperature near 0, frequencies of the softmax at others, a seed for each row.
+"""
 
 import pytest
 import torch
 
-from stages.rollouts.transformers import rows_to_keep, sample, sample_with_logprobs
+from stages.rollouts.transformers import Decoding, rows_to_keep, sample, sample_with_logprobs
 
 PAD, EOS, VOCAB = 0, 1, 20
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 19, 12, 6], [11, 4], [5, 9, 2]]
@@ -27,8 +29,7 @@ def greedy(model, prompt, length):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_near_temperature_zero_it_is_argmax_decoding(causal, kind):
-    """Cache, left padding, batches of any size, rows that leave the batch: none of them shows in the
-    tokens."""
+    """Cache, left padding, batch size and rows that leave the batch do not change the tokens."""
     lengths = set()
     for seed in (0, 1, 9, 11):
         model = causal(kind, seed)
@@ -40,8 +41,7 @@ def test_near_temperature_zero_it_is_argmax_decoding(causal, kind):
 
 
 def test_eos_ends_a_row_and_the_others_go_on(causal):
-    """Every response has its EOS last or not at all, and without one the full length; both kinds in one
-    batch."""
+    """Each response ends with EOS, or has the full length and no EOS; both kinds in one batch."""
     responses = draw_all(causal(spread=0.1), [PROMPTS[0], PROMPTS[2]] * 20, range(40), response_length=12)
     for response in responses:
         assert EOS not in response[:-1]
@@ -50,7 +50,7 @@ def test_eos_ends_a_row_and_the_others_go_on(causal):
 
 
 def test_how_many_rows_a_cache_keeps():
-    """All that go on, always; with wide layers multiples of four, from a half of the rows down."""
+    """All unfinished rows; with wide layers multiples of four, once half of the rows have ended."""
     for wide in (False, True):
         for held in range(1, 70):
             for alive in range(1, held + 1):
@@ -71,7 +71,7 @@ def test_a_model_that_always_ends_gives_eos_alone(causal):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_response_depends_on_prompt_and_seed_not_on_its_batch(causal, kind):
-    """In batches of 1, 5 and 15, in another order: the same response for the same (prompt, seed)."""
+    """In batches of 1, 5 and 15, and in another order: one response for each prompt and seed."""
     model, prompts, seeds = causal(kind, spread=0.15), PROMPTS * 3, range(15)
     together = draw_all(model, prompts, seeds)
     assert 8 in map(len, together) and len(set(map(len, together))) > 2  # rows leave at several times
@@ -112,8 +112,7 @@ def test_the_frequencies_are_the_softmax(causal, temperature):
 
 
 def test_the_second_token_follows_the_model_given_the_first(causal):
-    """Frequencies of second tokens after the commonest first one, of rows that stood in a padded, thinning
-    batch."""
+    """Compare frequencies of second tokens after the commonest first one, in a padded batch."""
     model = causal(spread=0.15)
     n = 3000
     prompts = [PROMPTS[0]] * n + [PROMPTS[2]] * 2
@@ -126,30 +125,35 @@ def test_the_second_token_follows_the_model_given_the_first(causal):
 
 
 def test_top_p_is_applied_to_what_is_drawn(causal):
-    """With a tiny nucleus every token is the most probable one: argmax decoding at temperature 1."""
+    """With a tiny nucleus every token is the most probable one, at temperature 1 too."""
     model = causal(seed=2)
     assert draw_all(model, top_p=1e-6) == [greedy(model, p, 8) for p in PROMPTS]
 
 
 def test_it_can_be_ended_before_any_token(causal):
-    """poll() is heard before each token of each batch; what it raises goes through."""
-    heard = []
-    whole = draw_all(causal(), batch_size=2, poll=lambda: heard.append(1))
-    assert len(heard) >= max(map(len, whole)) and whole == draw_all(causal(), batch_size=2)
+    """poll() is called before each token of each batch; what it raises ends the sampling."""
+    calls = []
+    decoding = Decoding(8, eos_id=EOS, pad_id=PAD, batch_size=2)
+
+    def draw_polling(poll):
+        return sample_with_logprobs(causal(), PROMPTS, SEEDS, decoding, poll).responses
+
+    whole = draw_polling(lambda: calls.append(1))
+    assert len(calls) >= max(map(len, whole)) and whole == draw_all(causal(), batch_size=2)
 
     def third():
-        heard.append(1)
-        if len(heard) == 3:
+        calls.append(1)
+        if len(calls) == 3:
             raise InterruptedError
 
-    heard.clear()
+    calls.clear()
     with pytest.raises(InterruptedError):
-        draw_all(causal(), batch_size=2, poll=third)
-    assert len(heard) == 3
+        draw_polling(third)
+    assert len(calls) == 3
 
 
 def test_sampling_leaves_no_graph_and_no_trace_in_the_global_generator(causal):
-    """Randomness comes from the seeds alone, and the caller's generator does not move."""
+    """Randomness comes only from the seeds; the caller's generator does not move."""
     model = causal()
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -173,13 +177,13 @@ def test_an_adapted_model_samples_as_its_merged_self(causal):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_logprobs_and_entropies_are_those_of_whole_logits(causal, kind):
-    """What the sampler says of each token is what the plain model says of the finished text, at its temperature; rows
-    end at several times, and one prompt stands three times in succession."""
+    """Compare each token's figures with those of the plain model on the finished text.
+
+    Rows end at different times, and one prompt occurs three times in a row."""
     model = causal(kind, spread=0.15)
     prompts = [PROMPTS[0]] * 3 + PROMPTS[1:] * 2
-    found = sample_with_logprobs(
-        model, prompts, range(len(prompts)), response_length=9, eos_id=EOS, pad_id=PAD, temperature=0.8, batch_size=6
-    )
+    decoding = Decoding(9, eos_id=EOS, pad_id=PAD, temperature=0.8, batch_size=6)
+    found = sample_with_logprobs(model, prompts, range(len(prompts)), decoding)
     assert len(set(map(len, found.responses))) > 2 and len(set(map(tuple, found.responses[:3]))) == 3
     assert found.logprobs.shape == (len(prompts), max(map(len, found.responses)))
     for b, (prompt, response) in enumerate(zip(prompts, found.responses, strict=True)):
@@ -194,11 +198,11 @@ def test_logprobs_and_entropies_are_those_of_whole_logits(causal, kind):
 
 
 def test_under_bfloat16_autocast_it_samples_and_its_figures_are_fp32(causal):
-    """As on a GPU: log-probs near the fp32 model's, entropies not rounded to bf16's steps."""
+    """As on a GPU: log-probs close to the fp32 model's, entropies not rounded to bf16."""
     model = causal(spread=0.15)
-    options = {"response_length": 6, "eos_id": EOS, "pad_id": PAD}
+    decoding = Decoding(6, eos_id=EOS, pad_id=PAD)
     with torch.autocast("cpu", torch.bfloat16):
-        found = sample_with_logprobs(model, PROMPTS, SEEDS, **options)
+        found = sample_with_logprobs(model, PROMPTS, SEEDS, decoding)
     assert found.logprobs.dtype == found.entropy.dtype == torch.float32
     assert (found.entropy != found.entropy.bfloat16().float()).any()
     for b, (prompt, response) in enumerate(zip(PROMPTS, found.responses, strict=True)):
@@ -213,5 +217,5 @@ def test_a_model_of_nans_gives_nan_logprobs_and_no_crash(causal):
     model = causal()
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
-    found = sample_with_logprobs(model, PROMPTS[:2], SEEDS[:2], response_length=3, eos_id=EOS, pad_id=PAD)
+    found = sample_with_logprobs(model, PROMPTS[:2], SEEDS[:2], Decoding(3, eos_id=EOS, pad_id=PAD))
     assert found.logprobs[:, 0].isnan().all() and all(0 <= t < VOCAB for r in found.responses for t in r)

@@ -1,5 +1,7 @@
-"""The line to vLLM, with a stand-in behind it that computes by transformers (stand_in/vllm.py); and the real one, where
-RLHF_VLLM names the Python of an environment with it."""
+"""Check the connection to vLLM, with a stand-in that computes with transformers (stand_in/vllm.py).
+
+And the real vLLM, where RLHF_VLLM names the Python of an environment with it.
+"""
 
 import contextlib
 import gc
@@ -16,7 +18,8 @@ from safetensors.torch import load_file
 
 from pipeline.errors import Interrupted, UserError
 from stages.models.adapters import AdapterSettings, trainable, with_adapter
-from stages.rollouts.vllm import EngineLost, Vllm, write_model
+from stages.rollouts.engine import EngineLost, SampleRequest
+from stages.rollouts.vllm import Vllm, VllmOptions, write_model
 
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 11]]
 SEEDS = [11, 12, 13]
@@ -25,7 +28,7 @@ EOS = 1
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model as files."""
+    """Return the folder of a model."""
     return saved(tmp_path_factory.mktemp("start") / "model")
 
 
@@ -47,7 +50,7 @@ def loaded(folder):
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
-    """The Python of an environment with the stand-in."""
+    """Return the Python of an environment with the stand-in."""
     script = tmp_path_factory.mktemp("environment") / "python"
     script.write_text(f'#!/bin/sh\nPYTHONPATH="{Path(__file__).with_name("stand_in")}" exec {sys.executable} "$@"\n')
     script.chmod(0o755)
@@ -55,9 +58,18 @@ def python(tmp_path_factory):
 
 
 def made(folder, line, python, poll=lambda: None, policy=None, **options):
-    """vLLM with the model in `folder`, started; a stand-in is told `options`."""
-    where = {"python": python, "devices": None, "dtype": "float32", "timeout": 300.0}
-    engine = Vllm(folder, line, line.with_name("log"), **where, arguments={"max_model_len": 64} | options)
+    """Return a started vLLM with the model in `folder`; a stand-in gets `options`."""
+    settings = VllmOptions(
+        model=folder,
+        folder=line,
+        log=line.with_name("log"),
+        python=python,
+        devices=None,
+        dtype="float32",
+        timeout=300.0,
+        arguments={"max_model_len": 64} | options,
+    )
+    engine = Vllm(settings)
     engine.start(loaded(folder) if policy is None else policy, poll)
     return engine
 
@@ -69,8 +81,8 @@ def engine(folder, python, tmp_path_factory):
 
 
 def sample(engine, poll=lambda: None, temperature=0.7, length=6, prompts=PROMPTS, seeds=SEEDS, eos=EOS):
-    options = {"response_length": length, "temperature": temperature, "eos_id": eos}
-    return engine.sample(prompts, seeds, **options, poll=poll, device=torch.device("cpu"))
+    request = SampleRequest(prompts, list(seeds), 1, length, temperature, eos)
+    return engine.sample(request, poll)
 
 
 def logprobs_of(model, prompt, response, temperature):
@@ -99,8 +111,7 @@ def test_samples_and_their_log_probs(folder, engine):
 
 
 def test_other_end_tokens_of_the_published_model_end_no_response(folder, engine, python, tmp_path):
-    """The folder's generation_config.json names all that ended a text for the given model; PPO's response ends at the
-    tokenizer's EOS alone."""
+    """Only the tokenizer's EOS ends a response, whatever generation_config.json names."""
     shutil.copytree(folder, tmp_path / "model")
     ends = tmp_path / "model" / "generation_config.json"
     ends.write_text(json.dumps(json.loads(ends.read_text()) | {"eos_token_id": list(range(20))}))
@@ -111,18 +122,15 @@ def test_other_end_tokens_of_the_published_model_end_no_response(folder, engine,
 @pytest.mark.parametrize("method", [None, "lora", "dora"])
 def test_weights_follow_the_policy(folder, engine, method):
     policy = with_adapter(loaded(folder), AdapterSettings(method=method, r=2))
-    engine.stale = True
-    engine.follow(policy)
+    engine.update_weights(policy)
     assert_of(policy, sample(engine))
     for p in trainable(policy).values():
         p.data += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-    engine.follow(policy)  # nobody said that it had changed
     with pytest.raises(AssertionError):
         assert_of(policy, sample(engine))
-    engine.stale = True
-    engine.follow(policy)
+    engine.update_weights(policy)
     assert_of(policy, sample(engine))
-    assert not list(engine.folder.iterdir()), "the weights stay behind"
+    assert not list(engine.options.folder.iterdir()), "the weights are left there"
 
 
 @pytest.mark.parametrize("method", [None, "lora"])
@@ -132,8 +140,7 @@ def test_a_head_that_is_the_embedding_follows_too(python, tmp_path, method):
     with contextlib.closing(made(folder, tmp_path / "line", python, policy=policy)) as engine:
         for p in trainable(policy).values():
             p.data += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-        engine.stale = True
-        engine.follow(policy)
+        engine.update_weights(policy)
         assert_of(policy, sample(engine), within=1e-4)
 
 
@@ -159,54 +166,53 @@ def test_weights_for_which_there_is_no_room(folder, engine, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    engine.stale = True
     with monkeypatch.context() as patch:
         patch.setattr("stages.rollouts.vllm.save_file", full)
-        with pytest.raises(EngineLost, match="cannot be handed the weights: .*No space left"):
-            engine.follow(loaded(folder))
-    engine.follow(loaded(folder))
+        with pytest.raises(EngineLost, match=r"cannot be given the weights: .*No space left"):
+            engine.update_weights(loaded(folder))
+    engine.update_weights(loaded(folder))
 
 
-def test_a_model_whose_files_name_weights_otherwise_is_refused(folder, python, tmp_path):
+def test_a_model_whose_files_name_weights_differently_is_refused(folder, python, tmp_path):
     model = loaded(folder)
     model.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(UserError, match="vllm cannot follow a llama model.*extra.*use transformers"):
+    with pytest.raises(UserError, match=r"vllm cannot be given the weights of a llama model.*extra.*use transformers"):
         made(folder, tmp_path / "line", python, policy=model)
 
 
-def test_an_error_of_it_is_told_and_it_goes_on(engine):
+def test_an_error_is_reported_and_it_continues(engine):
     with pytest.raises(EngineLost, match="vLLM says AssertionError"):
         sample(engine, length=100)  # longer than max_model_len
     assert len(sample(engine).responses) == 3
 
 
-def test_a_start_that_fails_is_told_in_its_words(folder, python, tmp_path):
+def test_a_start_that_fails_is_reported_with_its_message(folder, python, tmp_path):
     with pytest.raises(EngineLost, match="vLLM says ValueError: no room on the GPU"):
         made(folder, tmp_path / "line", python, refuses="no room on\nthe GPU")
 
 
-def test_a_python_without_vllm_is_told(folder, tmp_path, monkeypatch):
+def test_a_python_without_vllm_is_reported(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).with_name("stand_in")))  # ours is not that environment's
     with pytest.raises(EngineLost, match="No module named 'vllm'"):
         made(folder, tmp_path / "line", sys.executable)
 
 
-def test_no_place_for_its_files_is_an_error_of_the_settings(folder, python):
-    with pytest.raises(UserError, match="launch.vllm: .*/proc/nowhere"):
+def test_no_folder_for_its_files_is_an_error_of_the_settings(folder, python):
+    with pytest.raises(UserError, match=r"launch.vllm: .*/proc/nowhere"):
         made(folder, Path("/proc/nowhere"), python)
 
 
 def test_its_end_is_noticed_and_its_log_stays(folder, python, tmp_path):
     engine = made(folder, tmp_path / "line", python, dies_at=2)
     sample(engine)
-    with pytest.raises(EngineLost, match="vLLM is gone, by exit code 9; its last words: it dies .more in .*log"):
+    with pytest.raises(EngineLost, match=r"vLLM ended with exit code 9; its last words: it dies .more in .*log"):
         sample(engine)
     engine.close()
-    assert not engine.running and not (tmp_path / "line").exists()
+    assert not (tmp_path / "line").exists()
     assert "it dies" in (tmp_path / "log").read_text()
 
 
-def test_signals_are_heard_here_and_not_there_and_it_ends_with_us(folder, python, tmp_path):
+def test_it_ignores_signals_and_ends_with_us(folder, python, tmp_path):
     def stop():
         raise Interrupted(1, 2)
 
@@ -216,35 +222,35 @@ def test_signals_are_heard_here_and_not_there_and_it_ends_with_us(folder, python
     assert len(sample(engine).responses) == 3
     with pytest.raises(Interrupted):
         sample(engine, poll=stop)
-    process, folder = engine.process, engine.folder
+    process, folder = engine.process, engine.options.folder
     del engine  # as at the end of this process
     gc.collect()
     assert process.returncode == 0 and not folder.exists()
 
 
-def test_a_signal_that_ends_it_is_asked_for_here_first(folder, python, tmp_path):
+def test_a_signal_that_ended_it_interrupts_us_first(folder, python, tmp_path):
     engine = made(folder, tmp_path / "line", python)
     engine.process.kill()
     engine.process.wait()
-    heard = iter([None])
+    signals = iter([None])
 
     def poll():
-        if (found := next(heard, Interrupted(1, 2))) is not None:
-            raise found
+        if (signal_come := next(signals, Interrupted(1, 2))) is not None:
+            raise signal_come
 
     with pytest.raises(Interrupted):
         sample(engine, poll=poll)
 
 
 @pytest.mark.parametrize("many", [1, 30_000])
-def test_one_that_hangs_is_lost_and_killed(folder, python, tmp_path, monkeypatch, many):
-    """Also where the line takes no more of a message."""
+def test_if_it_hangs_it_is_lost_and_killed(folder, python, tmp_path, monkeypatch, many):
+    """Also where the connection takes no more of a message."""
     monkeypatch.setattr("stages.rollouts.vllm.SECONDS_TO_END", 0.5)
     engine = made(folder, tmp_path / "line", python)
     engine.process.send_signal(signal.SIGSTOP)
     engine.timeout = 0.5
     polled = []
-    with pytest.raises(EngineLost, match="vLLM has not answered for 0.5 seconds"):
+    with pytest.raises(EngineLost, match=r"vLLM has not answered for 0\.5 seconds"):
         sample(engine, poll=lambda: polled.append(1), prompts=PROMPTS * many, seeds=SEEDS * many)
     engine.close()
     assert polled and engine.process.returncode == -signal.SIGKILL
@@ -255,7 +261,7 @@ def test_one_that_hangs_is_lost_and_killed(folder, python, tmp_path, monkeypatch
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("method", [None, "lora"])
 def test_the_real_one(tmp_path, method, tied):
-    """A model of a width that vLLM's kernels know; weights that change; the same seeds, the same samples."""
+    """A model of a width that vLLM's kernels support; weights that change; seeds that repeat."""
     shape = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 128, "max_position_embeddings": 64}
     folder = saved(tmp_path / "model", **shape, vocab_size=64, tie_word_embeddings=tied)
     policy = with_adapter(loaded(folder), AdapterSettings(method=method, r=2))
@@ -271,6 +277,5 @@ def test_the_real_one(tmp_path, method, tied):
             p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
         with pytest.raises(AssertionError):
             assert_of(policy, sampled, within=1e-3)
-        engine.stale = True
-        engine.follow(policy)
+        engine.update_weights(policy)
         assert_of(policy, sample(engine), within=1e-3)

@@ -1,16 +1,20 @@
-"""An invented experiment for the report's tests: artifacts with plausible curves, and hostile text among samples."""
+"""Invent an experiment for the report's tests, with plausible curves and hostile samples."""
 
 import json
 import math
 import random
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 from pipeline import api
 from stages import report
 from stages.evaluation import overoptimisation
 from stages.evaluation.results import Measured, order_by_gold, summarise
-from stages.page import plots
+from stages.page import curves, gains
+from stages.page.drawing import Picture
+from stages.page.plot import Plot
 from stages.settings import report as report_settings
 
 MADE_OF = {
@@ -26,7 +30,8 @@ MADE_OF = {
 HOSTILE = '</div><script>alert("x")</script><img src=x onerror=alert(1)> & ünïcode 😀 \u202e'
 
 
-def write_rows(path: Path, rows) -> None:
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    """Write rows as JSON Lines."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -54,25 +59,25 @@ OWN = {"sft": {"learning_rate": 0.0002, "num_train_epochs": 3.0}, "ppo": {"kl_co
 
 def fake_run(
     tmp_path: Path,
-    policies=("base", "sft", "ppo", "dpo", "best_of_n"),
-    gold=True,
-    world=True,
-    prompts=40,
-    held_out=False,
-    reward_model=True,
-    system=lambda i: "be kind" if i == 0 else None,
-):
-    """A StageRun over an invented tree of artifacts.
+    policies: tuple[str, ...] = ("base", "sft", "ppo", "dpo", "best_of_n"),
+    gold: bool = True,
+    world: bool = True,
+    prompts: int = 40,
+    held_out: bool = False,
+    reward_model: bool = True,
+    system: Callable[[int], str | None] = lambda i: "be kind" if i == 0 else None,
+) -> SimpleNamespace:
+    """Return a StageRun over an invented tree of artifacts.
 
     Args:
-        tmp_path: where the tree goes.
-        policies: those that were evaluated.
-        gold: whether there is a gold scorer.
-        world: whether data are the embedded world's; otherwise files.
-        prompts: how many evaluation prompts.
-        held_out: whether rm trained a held-out model.
-        reward_model: whether there is one at all; without, nothing is scored (SFT and DPO alone).
-        system: the system prompt of the prompt of each number, or None.
+        tmp_path: Where the tree is written.
+        policies: The policies that were evaluated.
+        gold: Whether there is a gold scorer.
+        world: Whether data come from the embedded world; otherwise from files.
+        prompts: The number of evaluation prompts.
+        held_out: Whether rm trained a held-out model.
+        reward_model: Whether there is a reward model; without one, nothing is scored.
+        system: Index of a prompt → its system prompt, or None.
     """
     rng = random.Random(0)
     stages = [
@@ -119,7 +124,7 @@ def fake_run(
         write_rows(inputs[stage] / "metrics.jsonl", [row(s) for s in range(1, 121)])
         write_rows(inputs[stage] / "evaluations.jsonl", [row(s) for s in range(0, 121, 30)])
     if "ppo" in stages:
-        names = {m for _, _, _, lines, _ in plots.PPO for m, *_ in lines}
+        names = {trace.metric for text in curves.PPO for trace in text.traces}
         write_rows(
             inputs["ppo"] / "metrics.jsonl",
             [
@@ -166,7 +171,7 @@ def fake_run(
                         "score": score,
                         "length": 10 + i % 7,
                     }
-                    | ({"gold": dict.fromkeys(plots.PARTS, good), "cluster": str(i // 3)} if gold else {})
+                    | ({"gold": dict.fromkeys(gains.PARTS, good), "cluster": str(i // 3)} if gold else {})
                 )
         lines += rows
         each = len(rows) // prompts
@@ -252,21 +257,36 @@ def fake_run(
     )
 
 
-def page_of(ctx) -> str:
-    report.run(ctx)
+def page_of(ctx: SimpleNamespace, *, with_plots: bool = False) -> str:
+    """Return the page.
+
+    Args:
+        ctx: The run.
+        with_plots: Whether plots are drawn, which takes seconds; otherwise pictures are empty.
+    """
+    if with_plots:
+        report.run(ctx)
+    else:
+        with mock.patch.object(report, "picture", empty_picture):
+            report.run(ctx)
     return (ctx.publish / "index.html").read_text(encoding="utf-8")
 
 
+def empty_picture(plot: Plot, folder: Path | None = None) -> Picture:
+    """Return a picture of nothing in place of a drawn plot."""
+    return Picture(plot, f'<svg role="img" aria-labelledby="{plot.name}"><title id="{plot.name}">empty</title></svg>')
+
+
 def data_of(stage: str, world: bool) -> dict:
-    """What a stage's manifest records of its data."""
+    """Return what a stage's manifest records of its data."""
     kinds = {"sft": ["demonstrations"], "rm": ["demonstrations"], "rankings": [] if world else ["rankings"],
              "evaluate": ["evaluation_prompts", "documents"]}.get(stage, [])  # fmt: skip
     found = {kind: {"path": "world" if world else f"/home/me/data/{kind}.jsonl", "rows": 1234} for kind in kinds}
     return found | {"validation_fraction": 0.05}
 
 
-def without_a_judge(ctx) -> None:
-    """Take from the results what SFT and DPO alone do not have: scores, perplexity, a reward model."""
+def without_a_judge(ctx: SimpleNamespace) -> None:
+    """Remove from the results what SFT and DPO without PPO lack: scores and a reward model."""
     gone = ("score", "pretrain_perplexity", "win_rate_vs_sft", "difference_to_sft", "gold", "gold_known_tasks",
             "gold_held_out_tasks", "judge_climbed")  # fmt: skip
     file = ctx.inputs["evaluate"] / "results.json"

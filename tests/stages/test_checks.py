@@ -40,13 +40,13 @@ def test_the_defaults_suit_each_other(tmp_path):
 @pytest.mark.parametrize("stage", ["base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate"])
 def test_a_length_over_the_context_of_a_model_from_scratch(tmp_path, stage):
     (line,) = problems(tmp_path, f"{stage}.max_length=513")
-    assert line.startswith(f"{stage}.max_length: 513 is over the context 512 of the model; lower it, or raise ")
+    assert line.startswith(f"{stage}.max_length: 513 tokens is more than the model's context of 512; ")
     assert problems(tmp_path, f"{stage}.max_length=513", "model.name_or_path=org/name") == []
 
 
 @pytest.mark.parametrize("key", ["ppo.ptx_length", "evaluate.perplexity_length"])
 def test_packed_rows_have_to_fit_too(tmp_path, key):
-    assert problems(tmp_path, f"{key}=513")[0].startswith(f"{key}: 513 is over the context 512")
+    assert problems(tmp_path, f"{key}=513")[0].startswith(f"{key}: 513 tokens is more than the model's context of 512")
 
 
 CONTEXTS = [
@@ -67,7 +67,7 @@ def test_a_length_over_the_context_of_a_model_that_is_there(tmp_path, config):
     check_context(session, lengths, tmp_path)
     with pytest.raises(UserError) as caught:
         check_context(session, lengths, tmp_path, "ptx_length")
-    what = "65 tokens, and the model's context is 64"
+    what = "65 tokens is more than the model's context of 64"
     assert caught.value.lines == [f"ppo.ptx_length: {what}; set ppo.ptx_length to 64 or less"]
     lengths.max_length = 70
     with pytest.raises(UserError) as caught:
@@ -84,7 +84,7 @@ def test_all_lengths_over_a_given_models_context_are_told_before_anything_runs(t
     experiment = experiment_of(tmp_path, *settings)
     for stage in ("rm", "dpo", "ppo", "evaluate"):
         first, length = STAGES[stage].missing_requirements(experiment)[0], getattr(experiment, stage).max_length
-        what = f"{length} tokens, and the model's context is 64"
+        what = f"{length} tokens is more than the model's context of 64"
         assert first == f"{stage}.max_length: {what}; set {stage}.max_length to 64 or less"
     assert lacks(tmp_path, "sft", *settings) == []
     (model / "config.json").unlink()
@@ -104,7 +104,7 @@ def test_evaluate_checks_the_length_of_its_packed_rows_too(tmp_path):
     ctx = SimpleNamespace(stage="evaluate", experiment=experiment, config=experiment.evaluate)
     ctx.inputs, ctx.trust_remote_code = {"sft": tmp_path / "sft"}, False
     ctx.seed, ctx.checkpoints, ctx.tracker, ctx.stop = 0, None, None, None
-    with pytest.raises(UserError, match="evaluate.perplexity_length: 33 tokens, and the model's context is 32"):
+    with pytest.raises(UserError, match="evaluate.perplexity_length: 33 tokens is more than the model's context of 32"):
         STAGES["evaluate"].run(ctx)
 
 
@@ -120,16 +120,22 @@ def test_a_response_has_to_leave_room_for_a_prompt(tmp_path, stage):
     [
         (("dpo.loss_type=[sigmoid,sigmoid]",), "dpo.loss_type: "),
         (("dpo.loss_type=[]",), "dpo.loss_type: "),
-        (("dpo.loss_type=[sigmoid,sft]", "dpo.loss_weights=[1.0]"), "dpo.loss_weights: 1 for 2 of dpo.loss_type"),
-        (("dpo.loss_type=hinge", "dpo.label_smoothing=0.1"), "dpo.label_smoothing: has no meaning with"),
-        (("rm.loss_type=plackett_luce", "rm.margin_coef=1.0"), "rm.margin_coef: has no meaning"),
-        (("model.peft.bits=8",), "model.peft.bits: 8 has no meaning with method lora; use qlora, or "),
-        (("model.peft.method=qlora", "launch.strategy=fsdp2"), "launch.strategy: fsdp2 shares out float weights by "),
-        (("model.peft.init_r=24",), "model.peft.init_r: 24 has no meaning with method lora; use adalora, or leave it "),
-        (("model.peft.method=adalora", "model.peft.init_r=8"), "model.peft.init_r: 8 is under r 16, to which "),
-        (("model.peft.method=adalora", "launch.strategy=fsdp2"), "launch.strategy: fsdp2 shares out each weight by "),
-        (("model.peft.method=p_tuning",), "model.peft.method: p_tuning learns vectors that stand before a prompt, "),
-        (("ppo.reward_ensemble=min",), "evaluate.reward_ensemble: is mean, and ppo.reward_ensemble min"),
+        (
+            ("dpo.loss_type=[sigmoid,sft]", "dpo.loss_weights=[1.0]"),
+            "dpo.loss_weights: 1 given for 2 losses in dpo.loss_type",
+        ),
+        (("dpo.loss_type=hinge", "dpo.label_smoothing=0.1"), "dpo.label_smoothing: has no effect with"),
+        (("rm.loss_type=plackett_luce", "rm.margin_coef=1.0"), "rm.margin_coef: has no effect"),
+        (("model.peft.bits=8",), "model.peft.bits: 8 has no effect with method lora; use qlora, or "),
+        (("model.peft.method=qlora", "launch.strategy=fsdp2"), "launch.strategy: fsdp2 shards float weights by "),
+        (("model.peft.init_r=24",), "model.peft.init_r: 24 has no effect with method lora; use adalora, or leave it "),
+        (
+            ("model.peft.method=adalora", "model.peft.init_r=8"),
+            "model.peft.init_r: 8 is lower than r 16, the rank that ",
+        ),
+        (("model.peft.method=adalora", "launch.strategy=fsdp2"), "launch.strategy: fsdp2 shards each weight by "),
+        (("model.peft.method=p_tuning",), "model.peft.method: p_tuning learns vectors that are put before a prompt; "),
+        (("ppo.reward_ensemble=min",), "evaluate.reward_ensemble: is mean and ppo.reward_ensemble is min"),
     ],
 )
 def test_settings_that_do_not_go_together(tmp_path, overrides, start):
@@ -145,7 +151,7 @@ def test_losses_that_do(tmp_path):
 
 def test_what_no_attention_can_compute(tmp_path):
     (line,) = problems(tmp_path, "model.hidden_size=12")
-    assert line.startswith("model.num_attention_heads: a head of 12 / 4 = 3 is odd; ")
+    assert line.startswith("model.num_attention_heads: the size of a head, 12 / 4 = 3, is odd; ")
     (line,) = problems(tmp_path, "model.attn_implementation=flash_attention_2")
     assert line.endswith("set model.dtype: bfloat16, or use sdpa")
 
@@ -227,7 +233,7 @@ def test_vllm_has_to_be_there_where_ppo_runs(tmp_path):
     (line,) = lacks(tmp_path, "ppo", engine)
     assert line.startswith("ppo.rollout.engine: vllm is not installed here; ") and "pip install vllm" in line
     (line,) = lacks(tmp_path, "ppo", engine, "launch.vllm.python=no/such/python")
-    assert line.startswith("launch.vllm.python: no/such/python is no program; ")
+    assert line.startswith("launch.vllm.python: no/such/python is not a program; ")
     assert lacks(tmp_path, "ppo", "launch.vllm.python=no/such/python") == []  # nobody asks for it
     assert lacks(tmp_path, "ppo", engine, "launch.vllm.python=python3") == []
 

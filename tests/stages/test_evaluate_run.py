@@ -483,9 +483,8 @@ class TestGreedy:
             12,
             report_samples.SystemPrompts(),
         )
-        found = [item.answers for _, items in shown for item in items]
-        answers = [answer for of_prompt in found for answer in of_prompt if answer.policy != "best_of_n"]
-        assert answers and all(answer.greedy is not None for answer in answers)
+        answers = [answer for _, prompts in shown for prompt in prompts for answer in prompt.answers]
+        assert answers and all(answer.greedy is not None for answer in answers if answer.policy != "best_of_n")
 
     def test_none_where_none_are_asked_for_and_shorter_ones_where_that_is(self, chain, tmp_path):
         choices = SMALL | {"best_of": 1, "policies": "[ppo]", "num_prompts": 4}

@@ -57,10 +57,10 @@ class Real:
         """Return the reward model's loss of one batch of groups."""
         from stages.models.forward import response_scores
         from stages.rm import loss_of
-        from stages.settings.rm import Config
+        from stages.settings.rm import RMSettings
 
         batch = batch_groups(groups, PAD, packed=packed)
-        return loss_of(Config(), batch, response_scores(model, batch.rows), len(groups))
+        return loss_of(RMSettings(), batch, response_scores(model, batch.rows), len(groups))
 
     @staticmethod
     def preference_loss(policy, ref_policy, groups: list[PromptGroup], packed: bool):
@@ -80,12 +80,13 @@ class Real:
     def ppo_gradients(policy, value_model, episodes, rows: list[dict], packed: bool) -> dict[str, float]:
         """Accumulate the PPO and ptx gradients of one minibatch; return their figures."""
         from stages.models.roles import Roles
-        from stages.ppo import run as ppo
+        from stages.ppo.options import update_options
+        from stages.ppo.update import Batch, ppo_gradients, ptx_gradient
         from stages.rollouts.rollout import Rollout
-        from stages.settings.ppo import Config
-        from stages.training.loop import make_trainee
+        from stages.settings.ppo import PPOSettings
+        from stages.training.trainee import make_trainee
 
-        config = Config(
+        config = PPOSettings(
             total_episodes=4,
             batch_size=4,
             mini_batch_size=4,
@@ -93,8 +94,7 @@ class Real:
             cliprange=minimal.CLIPRANGE,
             ptx_coef=minimal.PTX_COEF,
         )
-        experiment = SimpleNamespace(model=SimpleNamespace(dtype="float32"))
-        ctx = SimpleNamespace(config=config, seed=3, stage="ppo", experiment=experiment)
+        options = update_options(config, seed=3)
         roles = Roles(policy, None, None, value_model, IDS, ACCELERATOR, packed=packed)
         mask = episodes.rows.response_mask
         zeros = torch.zeros_like(episodes.logprobs)
@@ -111,8 +111,9 @@ class Real:
             finished=torch.tensor([y[-1] == EOS for y in RESPONSES]),
         )
         trainee = make_trainee("policy", policy, learning_rate=1e-2, max_grad_norm=1e9)
-        figures = ppo.ppo_gradients(ctx, roles, rollout, episodes.advantages, episodes.returns, [0, 1, 2, 3])
-        return figures | ppo.ptx_gradient(ctx, roles, trainee, [row["input_ids"] for row in rows])
+        batch = Batch(rollout, episodes.advantages, episodes.returns)
+        figures = ppo_gradients(roles, batch, [0, 1, 2, 3], options)
+        return figures | ptx_gradient(roles, trainee, [row["input_ids"] for row in rows], options)
 
 
 def scalar_model(model) -> minimal.ScalarModel:

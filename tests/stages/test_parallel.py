@@ -124,5 +124,5 @@ def test_all_processes_together_take_the_batch_of_one():
     for size, accumulated, processes in ((4, 2, 2), (4, 3, 2), (4, 4, 8), (2, 2, 4), (3, 5, 1)):
         rows, times = batch_of_each(size, accumulated, processes)
         assert rows * times * processes == size * accumulated
-    with pytest.raises(ValueError, match="3 × 5 rows are no even share for 2 processes"):
+    with pytest.raises(ValueError, match="3 × 5 rows cannot be split evenly among 2 processes"):
         batch_of_each(3, 5, 2)

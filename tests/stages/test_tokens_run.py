@@ -69,10 +69,10 @@ class TestBase:
         "model, line",
         [
             ({"name_or_path": "org/name", "chat_template": "x.j2"}, "model.chat_template: no such file: x.j2; should "),
-            ({"chat_template_kwargs": {"a": 1}}, "model.chat_template_kwargs: has no meaning for a model from scratch"),
+            ({"chat_template_kwargs": {"a": 1}}, "model.chat_template_kwargs: has no effect on a model from scratch"),
             ({"name_or_path": "org/name", "chat_template_kwargs": {"messages": 1}}, "'messages' is what the "),
             ({"name_or_path": "org/name", "chat_template_kwargs": {"a-b": 1}}, "'a-b' cannot be the name of a variable"),
-            ({"name_or_path": "org/name", "chat_template_kwargs": {"a": [{"b": None}]}}, "a is null, or holds one"),
+            ({"name_or_path": "org/name", "chat_template_kwargs": {"a": [{"b": None}]}}, "a is or contains null"),
             ({"name_or_path": "org/name", "chat_template_kwargs": {"a": None}}, "model.chat_template_kwargs"),
         ],
     )
@@ -105,7 +105,7 @@ class TestBase:
         tokenizer.chat_template = CHATML.replace("<|im_end|>", "<b>")
         model = str(saved(tmp_path / "model", tokenizer, rows))
         code, said = run(name_or_path=model, peft={"method": "ia3"})
-        assert code == 2 and "error: model.peft.method: ia3 would leave the rows of <a>, <b> random" in said
+        assert code == 2 and "error: model.peft.method: ia3 cannot train the new rows of <a>, <b>" in said
         code, said = run(name_or_path=model, peft={"method": "lora"})
         assert code == 0 and "base: the model had no row for <a>, <b>: 2 rows added, with random weights" in said
         manifest = json.loads((tmp_path / "artifacts/mine/base/manifest.json").read_text())

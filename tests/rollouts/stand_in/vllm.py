@@ -1,5 +1,7 @@
-"""What `vllm_server.py` uses of vLLM, by transformers: for PYTHONPATH. It refuses, dies or drifts when it is told to
-(launch.vllm.options)."""
+"""Stand in for vLLM: the parts that `vllm_server.py` uses, computed with transformers.
+
+Its folder goes on PYTHONPATH. It refuses, dies or drifts if launch.vllm.options say so.
+"""
 
 import os
 from dataclasses import dataclass
@@ -40,10 +42,20 @@ class Request:
 
 
 class LLM:
-    """dies_at, reload_dies_at: the generation, or reload (from 1), in which the process ends. drift: samples come from
-    logits times 1 + drift."""
+    """A model that samples as vLLM does."""
 
     def __init__(self, model, dtype, refuses=None, dies_at=None, reload_dies_at=None, drift=0.0, **options):
+        """Load the model.
+
+        Args:
+            model: Its folder.
+            dtype: Name of its dtype.
+            refuses: The message of an error to raise in place of starting.
+            dies_at, reload_dies_at: The generation, or reload, counted from 1, in which the process
+                ends.
+            drift: Samples come from logits times 1 + drift.
+            options: The other arguments of vllm.LLM.
+        """
         assert options["logprobs_mode"] == "processed_logprobs" and options["generation_config"] == "vllm"
         assert options["enable_chunked_prefill"] is False
         if refuses is not None:
@@ -51,8 +63,8 @@ class LLM:
         config = AutoConfig.from_pretrained(model, **options.get("hf_overrides", {}))
         self.model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
         self.tied = config.tie_word_embeddings
-        self.take(model)
-        if self.tied:  # from here on a weight of its own, which no reload changes: as in vLLM 0.32
+        self.load(model)
+        if self.tied:  # as in vLLM 0.32: a separate weight from here on, which no reload changes
             self.model.lm_head.weight = torch.nn.Parameter(self.model.lm_head.weight.detach().clone())
         ends = GenerationConfig.from_pretrained(model).eos_token_id
         self.ends = ends if isinstance(ends, list) else [ends]
@@ -64,10 +76,10 @@ class LLM:
         self.reloads += 1
         if self.reloads == self.reload_dies_at:
             os._exit(9)
-        self.take(kwargs["weights_path"])
+        self.load(kwargs["weights_path"])
         self.stale = True
 
-    def take(self, folder: str) -> None:
+    def load(self, folder: str) -> None:
         files = [load_file(file) for file in Path(folder).glob("*.safetensors")]
         weights = {name: x for file in files for name, x in file.items()}
         missing, unknown = self.model.load_state_dict(weights, strict=False)

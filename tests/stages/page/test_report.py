@@ -1,4 +1,4 @@
-"""The page: complete, self-contained, the same bytes for the same artifacts, whole when parts are missing."""
+"""Check that the page is whole, loads nothing, and has the same bytes for the same artifacts."""
 
 import io
 import json
@@ -6,6 +6,7 @@ import random
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,10 +16,12 @@ from rich.console import Console
 from pipeline.errors import UserError
 from stages import report
 from stages.evaluation.statistics import rank_correlation
-from stages.page import experiment as report_experiment
-from stages.page import plots, svg, words
+from stages.page import curves, drawing, lineage, palette, plot
 from stages.page import samples as report_samples
 from stages.page import terminal as report_terminal
+from stages.page.numbers import fixed, percent
+from stages.page.results import NAMES, complete
+from stages.page.sentences import summary
 from stages.settings import report as report_settings
 
 
@@ -52,8 +55,12 @@ PARTS_MISSING = [
 
 
 @pytest.mark.parametrize("parts", PARTS_MISSING, ids=str)
-def test_page_stands_with_what_there_is_and_loads_nothing(tmp_path, parts):
-    page = page_of(fake_run(tmp_path, **parts))
+def test_page_is_whole_with_what_was_measured_and_loads_nothing(tmp_path, drawn_run, parts):
+    if parts:
+        with_plots = parts in (PARTS_MISSING[4], PARTS_MISSING[6])  # not in all: drawing takes seconds
+        page = page_of(fake_run(tmp_path, **parts), with_plots=with_plots)
+    else:
+        page = (drawn_run.publish / "index.html").read_text(encoding="utf-8")
     tags = Tags(page)
     assert not tags.open
     assert not {tag for tag, _ in tags.found} & {"script", "link", "img", "iframe", "object", "base", "form"}
@@ -65,8 +72,8 @@ def test_page_stands_with_what_there_is_and_loads_nothing(tmp_path, parts):
         and "@import" not in page
         and "nan" not in page.split("</style>")[1].split('<h2 id="samples"')[0]
     )
-    for drawing in re.findall(r"<svg.*?</svg>", page, re.S):
-        ElementTree.fromstring(drawing)
+    for element in re.findall(r"<svg.*?</svg>", page, re.S):
+        ElementTree.fromstring(element)
 
 
 def test_samples_are_text_and_never_markup(tmp_path):
@@ -75,9 +82,11 @@ def test_samples_are_text_and_never_markup(tmp_path):
     assert "&lt;script&gt;alert" in page
 
 
-def test_same_artifacts_same_bytes(tmp_path):
-    one, other = (page_of(fake_run(tmp_path / name)) for name in ("one", "other"))
-    assert one == other
+def test_same_artifacts_same_bytes(tmp_path, drawn_run):
+    runs = [drawn_run, fake_run(tmp_path)]
+    assert (drawn_run.publish / "index.html").read_text(encoding="utf-8") == page_of(runs[1], with_plots=True)
+    files = [{path.name: path.read_bytes() for path in (ctx.publish / "plots").iterdir()} for ctx in runs]
+    assert files[0] == files[1] and len(files[0]) > 25 and all(name.endswith(".png") for name in files[0])
 
 
 def test_every_number_of_the_results_is_on_the_page(tmp_path):
@@ -85,8 +94,8 @@ def test_every_number_of_the_results_is_on_the_page(tmp_path):
     page = page_of(ctx)
     results = json.loads((ctx.inputs["evaluate"] / "results.json").read_text())
     for p in results["policies"].values():
-        assert words.fixed(p["score"]) in page and words.fixed(p["gold"]["overall"], 3) in page
-    for sentence in words.summary(results, words.NAMES | {"best_of_n": "best of 16"}):
+        assert fixed(p["score"]) in page and fixed(p["gold"]["overall"], 3) in page
+    for sentence in summary(results, NAMES | {"best_of_n": "best of 16"}):
         assert sentence in page
     assert all(f"{x}\u00a0%" in page for x in (70.4, 73.3, 72.6))
     assert all(m["digest"][:12] in page for m in ctx.manifests.values())
@@ -95,11 +104,11 @@ def test_every_number_of_the_results_is_on_the_page(tmp_path):
 def test_samples_are_chosen_by_rule_and_show_losses_too(tmp_path):
     ctx = fake_run(tmp_path)
     responses = report.read_rows(ctx.inputs["evaluate"] / "responses.jsonl")
-    results = words.complete(json.loads((ctx.inputs["evaluate"] / "results.json").read_text()))
-    options = ([], results, words.NAMES, 12, report_samples.Systems())
+    results = complete(json.loads((ctx.inputs["evaluate"] / "results.json").read_text()))
+    options = ([], results, NAMES, 12, report_samples.SystemPrompts())
     groups = dict(report_samples.side_by_side(responses, *options))
     assert [len(v) for v in groups.values()] == [3, 3, 3, 3]
-    gold = lambda item, name: {n: row for n, row, _ in item.answers}[name]["gold"]["overall"]  # noqa: E731
+    gold = lambda item, name: {answer.policy: answer.sampled for answer in item.answers}[name]["gold"]["overall"]  # noqa: E731
     gain = lambda item: gold(item, "ppo") - gold(item, "sft")  # noqa: E731
     gains = {title: [gain(item) for item in items] for title, items in groups.items()}
     everything = [
@@ -117,12 +126,14 @@ def test_samples_are_chosen_by_rule_and_show_losses_too(tmp_path):
     assert len(set(chosen)) == len(chosen)
 
 
-def test_the_reward_model_is_told_in_parts(tmp_path):
-    """Reliability and rank distance as plots, K, labelers and their agreement as a table; nothing of an older manifest
-    that lacks them."""
+def test_the_reward_model_is_shown_in_parts(tmp_path):
+    """Reliability and rank distance are plots; K, labelers and their agreement are tables.
+
+    An older manifest that lacks them gives none.
+    """
     ctx = fake_run(tmp_path / "new")
     page = page_of(ctx)
-    assert "Is the reward model as sure as it should be?" in page and "Accuracy by rank distance" in page
+    assert "How well is the reward model calibrated?" in page and "Accuracy by rank distance" in page
     for cells in (
         '<th scope="row">4</th><td>70.0\u00a0%<br><small>67.0 to 73.0\u00a0%</small></td><td>2,112</td>',
         '<th scope="row">ada&lt;b&gt; / ben</th><td>72.0\u00a0%</td><td>812</td>',
@@ -131,7 +142,7 @@ def test_the_reward_model_is_told_in_parts(tmp_path):
     ctx = fake_run(tmp_path / "old")
     ctx.manifests["rm"]["metrics"] = {}
     page = page_of(ctx)
-    assert "as sure as it should be" not in page and "Accuracy by labeler" not in page
+    assert "calibrated" not in page and "Accuracy by labeler" not in page
 
 
 def test_needs_follow_the_policies_and_the_data():
@@ -159,20 +170,22 @@ def test_needs_follow_the_policies_and_the_data():
 @pytest.mark.parametrize("parts", PARTS_MISSING, ids=str)
 def test_table_fits_100_columns(tmp_path, parts):
     ctx = fake_run(tmp_path, **parts)
-    report.run(ctx)
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    console = Console(width=100, record=True, file=io.StringIO())
     report_terminal.show(ctx.publish, console)
     text = console.export_text()
     table = text.split("\nwin rates with")[0].split("\nKL in nats")[0]
     assert max(map(len, table.splitlines())) <= 100 and "…" not in table
-    assert all(words.NAMES[n] in table for n in ctx.experiment.evaluate.policies)
+    assert all(NAMES[n] in table for n in ctx.experiment.evaluate.policies)
     assert "70.4\u00a0%" in table and text.strip().endswith("report/index.html")
 
 
-def test_what_is_said_of_the_prompts_is_what_evaluate_found(tmp_path):
-    """In the world: how many tasks are known and how many are new. Elsewhere: how many prompts are near copies."""
+def test_the_page_says_how_far_prompts_are_held_out(tmp_path):
+    """Count known and new tasks in the world, and near copies of prompts elsewhere."""
     page = page_of(fake_run(tmp_path / "gold"))
-    assert "20 of the prompts set tasks that training data set too, in other words; 20 set tasks that no " in page
+    assert (
+        "20 of the prompts set tasks that also occur in training data, in other words; the tasks of the other 20 "
+        in page
+    )
     ctx = fake_run(tmp_path / "none", gold=False)
     file = ctx.inputs["evaluate"] / "results.json"
     results = json.loads(file.read_text())
@@ -186,8 +199,8 @@ def test_what_is_said_of_the_prompts_is_what_evaluate_found(tmp_path):
         assert sentence in page_of(ctx)
 
 
-def test_a_climbed_judge_is_named_beside_what_it_says(tmp_path):
-    """On the page and in the terminal, and best of n has no win rate by its own selector."""
+def test_a_judge_that_was_maximised_is_named_with_its_verdict(tmp_path):
+    """Check the page and the terminal; best of n has no win rate by its own selector."""
     for gold in (False, True):
         ctx = fake_run(tmp_path / str(gold), gold=gold)
         page = page_of(ctx)
@@ -195,18 +208,18 @@ def test_a_climbed_judge_is_named_beside_what_it_says(tmp_path):
         report_terminal.show(ctx.publish, console)
         table = console.export_text()
         assert ("The judge is the reward model itself, which PPO and best of 16 were trained" in page) == (not gold)
-        assert ("PPO †" in table and "† trained to please the judge" in table) == (not gold)
+        assert ("PPO †" in table and "† trained on the judge's score" in table) == (not gold)
         line = next(row for row in table.splitlines() if row.startswith("best of n"))
         assert ("%" in line) == gold
 
 
-def test_how_base_was_asked_is_said(tmp_path):
+def test_the_page_says_how_base_was_prompted(tmp_path):
     ctx = fake_run(tmp_path)
-    assert "Base (asked in plain text) is " in page_of(ctx)
+    assert "Base (prompted in plain text) is " in page_of(ctx)
     console = Console(width=100, record=True, file=io.StringIO())
     report_terminal.show(ctx.publish, console)
     text = console.export_text()
-    assert "base *" in text and "* asked in plain text" in text
+    assert "base *" in text and "* prompted in plain text" in text
 
 
 def test_table_without_results_is_a_line(tmp_path):
@@ -215,43 +228,102 @@ def test_table_without_results_is_a_line(tmp_path):
 
 
 def test_numbers_as_people_read_them():
-    assert [words.fixed(v, 1) for v in (None, "NaN", -0.04, -1.25, 2)] == ["–", "–", "0.0", "−1.2", "2.0"]
-    assert words.percent(0.7261, 1) == "72.6\u00a0%" and words.percent(None) == "–"
+    assert [fixed(v, 1) for v in (None, "NaN", -0.04, -1.25, 2)] == ["–", "–", "0.0", "−1.2", "2.0"]
+    assert percent(0.7261, 1) == "72.6\u00a0%" and percent(None) == "–"
+
+
+def ticks(axis) -> list[float]:
+    """Return the ticks that are drawn: matplotlib's locators also give one beyond either end."""
+    low, high = sorted(axis.get_view_interval())
+    return [float(f"{tick:.10g}") for tick in axis.get_majorticklocs() if low <= tick <= high]
+
+
+def axes_of(ys, **options):
+    """Draw a line through ys at x = 0, 1, …; return matplotlib's axes."""
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    drawing.draw_curves(axes, plot.Curves([plot.Line(list(enumerate(ys)), "ppo")], "x", "y", **options))
+    return axes
 
 
 def test_ticks_are_round_and_inside():
-    assert svg.ticks(0.0, 1.0, 5) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert svg.ticks(-3.1, 2.2, 3) == [-2.0, 0.0, 2.0]
-    assert svg.log_ticks(0.5, 2000) == [1, 10, 100, 1000] and svg.log_ticks(1.5, 30) == [2, 5, 10, 20]
+    assert ticks(axes_of([0.0, 1.0]).yaxis) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert ticks(axes_of([-3.1, 2.2]).yaxis) == [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0]
+    assert ticks(axes_of([0.5, 2000.0], log_y=True).yaxis) == [1, 10, 100, 1000]
+    assert ticks(axes_of([1.5, 30.0], log_y=True).yaxis) == [2, 5, 10, 20]
+    assert [drawing.tick_text(value) for value in (0.30000000000000004, -2.0, 20_000.0)] == ["0.3", "−2", "20k"]
 
 
 def test_root_axis_shows_small_and_large():
-    assert svg.root_ticks(0.0, 60.0) == [0.0, 1.0, 5.0, 10.0, 20.0, 50.0]
-    axes = svg.Axes([-0.01, 50.0], [0.0, 1.0], "KL", "score", root_x=True)
-    assert axes.x(-0.01) == axes.x(0.0) < axes.x(1.0) < axes.x(50.0)
+    assert drawing.root_ticks(0.0, 60.0) == [0.0, 1.0, 5.0, 10.0, 20.0, 50.0]
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    drawing.draw_curves(axes, plot.Curves([plot.Line([(-0.01, 0.0), (50.0, 1.0)], "ppo")], "KL", "score", root_x=True))
+    x = lambda value: axes.transData.transform((value, 0.0))[0]  # noqa: E731
+    assert x(-0.01) == x(0.0) < x(1.0) < x(50.0)
 
 
 def test_constant_and_single_points_can_be_drawn():
-    for ys in ([0.0], [3.0, 3.0], [1e-9, 1e9]):
-        axes = svg.Axes([1.0], ys, "x", "y", log_y=True)
-        axes.line([(1.0, y) for y in ys], "ppo")
-        assert "nan" not in axes.svg("t") and "inf" not in axes.svg("t")
+    for ys in ([0.0], [3.0, 3.0], [1e-9, 1e9], [None], []):
+        points = [(1.0, y) for y in ys]
+        curve = plot.Curves([plot.Line(points, "ppo"), plot.Dots(points, "ppo")], "x", "y", log_y=True)
+        svg = drawing.picture(plot.Plot("name", "title", "caption", curve)).svg
+        assert "nan" not in svg and "inf" not in svg
+
+
+def test_a_picture_has_the_colours_of_the_page_and_its_words():
+    """Colours are variables (dark and light), text is text, markers tell their values."""
+    label = plot.Label(1.0, 2.0, "<PPO>", "ppo")
+    marks = [plot.Dots([(0.0, 1.0), (None, 3.0), (1.0, 2.0)], "ppo", tips=("a", "", "b & c")), label]
+    drawn = plot.Plot("name", "A <title>", "caption", plot.Curves(marks, "x axis", "y axis"), size="large")
+    svg = drawing.picture(drawn).svg
+    small, large = (ElementTree.fromstring(part + "</svg>") for part in svg.split("</svg>")[:2])
+    assert [small.get("class"), large.get("class")] == ["plot narrow", "plot wide"]
+    for element in (small, large):
+        assert element.get("role") == "img"
+        names = {child.get("id"): child.text for child in element if child.tag in ("title", "desc")}
+        assert names[element.get("aria-labelledby")] == "A <title>"
+        assert "y axis against x axis" in names[element.get("aria-describedby")]
+        texts = [text.text for text in element.iter("text")]
+        assert {"x axis", "y axis", "<PPO>"} <= set(texts)
+        assert [title.text for use in element.iter("use") for title in use] == ["a", "b & c"]
+    assert not re.search(r"#[0-9a-f]{6}", svg) and "var(--ppo)" in svg and "font-family" not in svg
+    ids = re.findall(r' id="([^"]+)"', svg)
+    assert len(set(ids)) == len(ids)
+
+
+def test_labels_cover_neither_markers_nor_each_other():
+    labels = [plot.Label(1.0, 1.0, "first", "ppo"), plot.Label(1.02, 1.0, "second", "sft")]
+    marks = [*labels, plot.Dots([(0.0, 0.0), (2.0, 2.0)], "ppo")]
+    figure = drawing.draw(plot.Plot("name", "title", "", plot.Curves(marks, "x", "y")), "large")
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == 2 and not boxes[0].overlaps(boxes[1])
+
+
+def test_the_palette_is_that_of_the_page():
+    style = (Path(report.__file__).parent / "page" / "style.j2").read_text(encoding="utf-8")
+    light = dict(re.findall(r"--(\w+): (#\w{6})", style.split("}")[0]))
+    assert {tone: light[tone] for tone in palette.COLOURS} == palette.COLOURS
+    assert len(set(palette.COLOURS.values())) == len(palette.COLOURS), "a colour in an SVG names its tone"
 
 
 def test_thin_keeps_the_mean_and_smooth_skips_gaps():
     points = [(float(i), float(i % 2)) for i in range(1000)]
-    thinned = svg.thin(points, 100)
+    thinned = plot.thin(points, 100)
     assert len(thinned) == 100 and sum(y for _, y in thinned) / 100 == pytest.approx(0.5)
-    assert svg.smooth([(0, 1.0), (1, None), (2, 3.0)]) == [(0, 1.0), (1, 2.0), (2, 3.0)]
+    assert plot.smooth([(0, 1.0), (1, None), (2, 3.0)]) == [(0, 1.0), (1, 2.0), (2, 3.0)]
 
 
-def test_held_out_looks_stand_at_their_episodes_though_batches_changed():
-    """8 episodes an update, then 4: a look after update 4 is one after 24 episodes, not after 4 · 28 / 5."""
+def test_held_out_evaluations_are_at_their_episodes_though_batches_changed():
+    """With 8 episodes per update, then 4, update 4 is at 24 episodes and not at 4 · 28 / 5."""
     metrics = [{"step": s, "episode": e} for s, e in ((1, 8), (2, 16), (3, 20), (4, 24), (5, 28))]
     samples = [{"step": s, "prompt": "a", "response": "b"} for s in (0, 2, 4)]
-    journal = plots.Journal(metrics, [{"step": s, "score": 0.0} for s in (0, 2, 4)], samples)
-    assert plots.episodes_by_step(journal) == {0: 0, 1: 8, 2: 16, 3: 20, 4: 24, 5: 28}
-    assert [episode for episode, _ in report_samples.looks(journal, 3, report_samples.Systems())] == [0, 16, 24]
+    journal = curves.Journal(metrics, [{"step": s, "score": 0.0} for s in (0, 2, 4)], samples)
+    assert curves.episodes_by_step(journal) == {0: 0, 1: 8, 2: 16, 3: 20, 4: 24, 5: 28}
+    assert [episode for episode, _ in report_samples.moments(journal, 3, report_samples.SystemPrompts())] == [0, 16, 24]
 
 
 def test_rank_correlation_agrees_with_pandas():
@@ -266,8 +338,6 @@ def test_rank_correlation_agrees_with_pandas():
 
 
 def test_drawing_leaves_out_what_another_input_implies(tmp_path):
-    ctx = fake_run(tmp_path)
-    drawn = report_experiment.drawing(ctx.manifests)
-    assert (
-        drawn.count('class="edge"') == 9
-    )  # of 18: world base sft rankings, then rm ppo beside dpo, evaluate, this page
+    graph = lineage.lineage_plot(fake_run(tmp_path).manifests).drawing
+    # of 18: world base sft rankings, then rm ppo beside dpo, evaluate, this page
+    assert sum(len(inputs) for inputs in graph.edges.values()) == 9

@@ -1,8 +1,11 @@
-"""What the page tells: the experiment, whether the score can be trusted, samples; what it leaves out where there is
-nothing to tell; and that everybody can read it, on paper and by keyboard, too."""
+"""Check the parts of the page: the experiment, trust in the score, samples, and what is left out.
+
+Also check that everybody can read it, on paper and by keyboard too.
+"""
 
 import copy
 import io
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -13,19 +16,22 @@ from report_run import GIT, HOSTILE, TRUST, fake_run, page_of, without_a_judge, 
 from rich.console import Console
 
 from stages import report
-from stages.page import experiment as report_experiment
 from stages.page import glossary as report_glossary
+from stages.page import results as report_results
+from stages.page import results_tables, trust
 from stages.page import samples as report_samples
-from stages.page import table as report_table
 from stages.page import terminal as report_terminal
-from stages.page import trust as report_trust
-from stages.page import words
+from stages.page.data_table import data_table
+from stages.page.experiment import facts
+from stages.page.results import NAMES, complete
+from stages.page.settings_table import settings_table
+from stages.settings.changed import defaults_of
 
 FACE = ("base", "sft", "dpo")
 
 
 class Page(HTMLParser):
-    """A page's tags with their attributes, its headings in order, and the text of everything but style."""
+    """Parse a page: tags with attributes, headings in order, and all text except the style."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -57,10 +63,10 @@ def write_results(ctx, results: dict) -> None:
 
 
 def sentence_of(ctx) -> list[str]:
-    return report_trust.sentences(words.complete(results_of(ctx)), words.NAMES | {"best_of_n": "best of 16"})
+    return trust.sentences(complete(results_of(ctx)), NAMES | {"best_of_n": "best of 16"})
 
 
-# -- the experiment ------------------------------------------------------------------------------------------
+# -- the experiment --------------------------------------------------------------------------------
 
 
 class TestExperiment:
@@ -68,10 +74,10 @@ class TestExperiment:
         page = Page(page_of(fake_run(tmp_path, gold=False, world=False))).text
         top = page[: page.index("Settings that differ")]
         for said in (
-            "org/small", f"commit {'9' * 40} (asked for: main)", "135.0M parameters",  # base model
+            "org/small", f"commit {'9' * 40} (requested: main)", "135.0M parameters",  # base model
             "adapter lora: r 8, lora_alpha 32, target_modules all-linear",
             "2 × NVIDIA H200 (150.1 GB)", "Some CPU", "16 cores", "1 process of 2 threads",
-            "4 min 47 s in all", "ppo 41 s",  # seven stages of 41 s
+            "4 min 47 s in total", "ppo 41 s",  # seven stages of 41 s
             "rlhf run report -c mine.yaml ppo.kl_coef=0.1", f"git {GIT}", "torch 2.13.0",
             "demonstrations.jsonl", "rankings.jsonl", "evaluation_prompts.jsonl", "1,234",
         ):  # fmt: skip
@@ -91,7 +97,7 @@ class TestExperiment:
 
     def test_data_of_the_world_has_the_rows_that_world_wrote(self, tmp_path):
         ctx = fake_run(tmp_path)
-        table = report_experiment.data_table(ctx.manifests, results_of(ctx))
+        table = data_table(ctx.manifests, results_of(ctx))
         rows = {row[0].text: [cell.text for cell in row] for row in table.rows}
         assert rows["demonstrations"][1:4] == ["demonstrations.jsonl", "3,000", "sft, rm"]
         assert rows["documents"][1:3] == ["documents.jsonl", "15,000"]
@@ -101,7 +107,7 @@ class TestExperiment:
         ctx = fake_run(tmp_path, world=False, gold=False)
         hub = {"path": "org/set", "revision": "abcdef0123", "asked_revision": None, "split": "test", "limit": 500}
         ctx.manifests["sft"]["config"]["data"] = {"demonstrations": hub}
-        table = report_experiment.data_table(ctx.manifests, results_of(ctx))
+        table = data_table(ctx.manifests, results_of(ctx))
         row = next(row for row in table.rows if row[0].text == "demonstrations")
         assert (row[1].text, row[1].small) == ("org/set", "split test, commit abcdef0, at most 500 rows")
         assert row[2].text == "95 used"  # rows on the Hub are not counted before they are read: sft's own figure
@@ -111,17 +117,17 @@ class TestExperiment:
         for skip, limit, rows in ((1000, 500, 234), (0, 500, 500), (2000, None, 0)):
             source = {"path": "/d/some.jsonl", "rows": 1234, "skip": skip, "limit": limit}
             ctx.manifests["sft"]["config"]["data"] = {"demonstrations": source}
-            table = report_experiment.data_table(ctx.manifests, results_of(ctx))
+            table = data_table(ctx.manifests, results_of(ctx))
             row = next(row for row in table.rows if row[0].text == "demonstrations")
             assert (row[2].text, row[2].small) == (str(rows), "of 1,234 in the file")
 
     def test_every_setting_that_differs_is_listed_and_no_other(self, tmp_path):
         ctx = fake_run(tmp_path)
-        table = report_experiment.settings_table(ctx.manifests, report_experiment.defaults_of(type(ctx.experiment)))
+        table = settings_table(ctx.manifests, defaults_of(type(ctx.experiment)))
         rows = {row[0].text: (row[1].text, row[1].small, row[2].text) for row in table.rows}
         assert rows.pop("sft.learning_rate") == ("0.0002", "", "2e-05")
         assert rows.pop("sft.num_train_epochs")[0] == "3.0"
-        assert rows.pop("ppo.kl_coef") == ("0.1", "changed on the way: 0.05 → 0.1", "0.05")
+        assert rows.pop("ppo.kl_coef") == ("0.1", "changed during the run: 0.05 → 0.1", "0.05")
         assert rows.pop("model.name_or_path") == ("org/small", "", "null")
         assert rows.pop("checkpoints.every") == ("25", "", "null")
         assert {key for key in rows if not key.startswith("model.")} == set()  # ppo.gamma is 1.0 as it comes
@@ -132,7 +138,7 @@ class TestExperiment:
         ctx = fake_run(tmp_path)
         ctx.manifests["sft"]["config"]["model"] = {"peft": {"method": "lora", "r": 16, "bits": None}}
         ctx.manifests["sft"]["config"]["sft"] = {"ppo_init": {"num_train_epochs": 2.0}, "learning_rate": 0.1}
-        table = report_experiment.settings_table(ctx.manifests, report_experiment.defaults_of(type(ctx.experiment)))
+        table = settings_table(ctx.manifests, defaults_of(type(ctx.experiment)))
         rows = [(row[0].text, row[1].text, row[1].small, row[2].text) for row in table.rows]
         assert ("model.peft", "{}", "", "null") in rows and ("sft.ppo_init", "{}", "", "null") in rows
 
@@ -145,11 +151,11 @@ class TestExperiment:
         ctx = fake_run(tmp_path)
         ctx.manifests["ppo"] |= {"command": "rlhf run ppo -c other.yaml", "hardware": None, "device": None}
         ctx.manifests["ppo"]["config"] = {**ctx.manifests["ppo"]["config"], "launch": {"processes": 4}}
-        facts = dict(report_experiment.facts(ctx.manifests))
-        assert facts["Command"][1] == "rlhf run ppo -c other.yaml (ppo)"
-        assert "(world, base, sft, rankings, rm, dpo, evaluate)" in facts["Command"][0]
-        assert facts["Hardware"][1] == "1 process of 2 threads (ppo)"
-        table = report_experiment.settings_table(ctx.manifests, report_experiment.defaults_of(type(ctx.experiment)))
+        answers = dict(facts(ctx.manifests))
+        assert answers["Command"][1] == "rlhf run ppo -c other.yaml (ppo)"
+        assert "(world, base, sft, rankings, rm, dpo, evaluate)" in answers["Command"][0]
+        assert answers["Hardware"][1] == "1 process of 2 threads (ppo)"
+        table = settings_table(ctx.manifests, defaults_of(type(ctx.experiment)))
         assert any(row[0].text == "launch.processes" and row[1].text == "4" for row in table.rows)
 
     def test_manifests_of_an_older_version(self, tmp_path):
@@ -161,7 +167,7 @@ class TestExperiment:
         assert "1 process of 2 threads" in page and "Command" not in page
 
 
-# -- what is left out ----------------------------------------------------------------------------------------
+# -- what is left out ------------------------------------------------------------------------------
 
 
 class TestWithoutEverything:
@@ -173,7 +179,7 @@ class TestWithoutEverything:
 
     def test_sft_and_dpo_alone_have_a_page(self, tmp_path):
         page = Page(page_of(self.sft_and_dpo(tmp_path)))
-        assert "no reward model judged the answers: read" in page.text and "judged by nobody" in page.text
+        assert "no reward model judged the responses, so read" in page.text and "judged by nobody" in page.text
         assert "KL, SFT → DPO" in page.text and "greedy dpo" in page.text
         for gone in ("pretraining perplexity", "Perplexity", "win rate", "Does the score", "reward model score", "gold",
                      "Episode"):  # fmt: skip
@@ -193,12 +199,12 @@ class TestWithoutEverything:
         """One after the other, each by its absence and by null, on the page and in the terminal."""
         ctx = fake_run(tmp_path, gold=gold, held_out=True, prompts=9)
         whole = results_of(ctx)
-        places = [("policies", n, key) for n in ("sft", "ppo") for key in words.POLICY if key != "gold"]
-        places += [("policies", "ppo", "ci95", key) for key in words.INTERVALS]
-        places += [("reward_model", key) for key in words.REWARD_MODEL]
-        places += [(key,) for key in (*words.WHOLE, "reward_model", "overoptimisation") if key != "judge"]
+        places = [("policies", n, key) for n in ("sft", "ppo") for key in report_results.POLICY if key != "gold"]
+        places += [("policies", "ppo", "ci95", key) for key in report_results.INTERVALS]
+        places += [("reward_model", key) for key in report_results.REWARD_MODEL]
+        places += [(key,) for key in (*report_results.WHOLE, "reward_model", "overoptimisation") if key != "judge"]
         places += [("overoptimisation", n) for n in ("sft", "ppo")]
-        places += [("overoptimisation", "ppo", key) for key in words.CHECKS]
+        places += [("overoptimisation", "ppo", key) for key in report_results.CHECKS]
         for at, place in enumerate(places):
             results = copy.deepcopy(whole)
             inner = results
@@ -224,7 +230,7 @@ class TestWithoutEverything:
         results["reward_model"]["labeler_agreement"] = 0.7
         write_results(ctx, results)
         page = page_of(ctx)
-        assert "dashed: how often two labelers agree." in page and "best reachable on these" not in page
+        assert "Dashed: how often two labelers agree." in page and "best possible on these" not in page
 
     def test_no_share_of_a_way_that_was_not_gone(self, tmp_path):
         """Where the held-out judge sees a loss, no negative share of the gain is given."""
@@ -234,25 +240,27 @@ class TestWithoutEverything:
         seen |= {"value": -0.4, "ci95": [-0.6, -0.2]}
         write_results(ctx, results)
         page = Page(page_of(ctx)).text
-        assert "no clear gain, and the score may have been won from the first one's mistakes" in page
+        assert "no clear gain, so the score may come from the first model's mistakes" in page
         assert "of the way" not in page and not re.search(r"−\d+\s%", page.replace("\u00a0", " "))
 
 
-# -- is the score to be trusted? -----------------------------------------------------------------------------
+# -- is the score to be trusted? -------------------------------------------------------------------
 
 
 class TestTrust:
     def test_the_held_out_judge_says_how_much_holds(self, tmp_path):
         """It gives half of every score, so half of the gain."""
         says = sentence_of(fake_run(tmp_path, gold=False, held_out=True))
-        assert any(re.search(r"^PPO gains .* by the held-out one \(95.*\): 50\u00a0% of it holds\.$", s) for s in says)
+        assert any(
+            re.search(r"^PPO gains .* by the held-out one \(95.*\), which confirms 50\u00a0% of it\.$", s) for s in says
+        )
         assert not any("rm.held_out" in s for s in says)
         page = Page(page_of(fake_run(tmp_path / "page", gold=False, held_out=True))).text
         assert "Against a reward model of another seed" in page and "Held-out reward model" in page
 
     def test_without_one_the_page_says_how_to_get_one(self, tmp_path):
         says = sentence_of(fake_run(tmp_path, gold=False))
-        assert says[-1] == "There is no held-out reward model to ask; rm.held_out: true trains one."
+        assert says[-1] == "There is no held-out reward model for comparison; rm.held_out: true trains one."
 
     def test_length_is_blamed_only_where_answers_grew_and_gained_with_it(self, tmp_path):
         ctx = fake_run(tmp_path, gold=False)
@@ -262,11 +270,11 @@ class TestTrust:
         for ours, blamed in ((30.0, True), (9.0, False)):
             results["policies"]["ppo"]["length"] = ours
             write_results(ctx, results)
-            assert any("may be length alone" in s for s in sentence_of(ctx)) == blamed
+            assert any("length alone may explain" in s for s in sentence_of(ctx)) == blamed
         results["policies"]["ppo"]["length"] = 30.0
         gain |= {"ci95": [-0.1, 0.8]}
         write_results(ctx, results)
-        assert "PPO's gain does not clearly go with longer answers" in " ".join(sentence_of(ctx))
+        assert "PPO's gain does not clearly go with longer responses" in " ".join(sentence_of(ctx))
 
     def test_a_reward_model_that_likes_cut_answers_is_named(self, tmp_path):
         ctx = fake_run(tmp_path, gold=False)
@@ -280,10 +288,12 @@ class TestTrust:
                 found["cut"]["difference"] = {"value": (low + high) / 2, "ci95": [low, high], "n": 80}
             write_results(ctx, results)
             assert any(said is not None and said in s for s in sentence_of(ctx)) == (said is not None)
-            assert any("does not like" in s for s in sentence_of(ctx)) == (said is not None)
+            assert any("does not score" in s for s in sentence_of(ctx)) == (said is not None)
             console = Console(width=200, record=True, file=io.StringIO())
             report_terminal.show(ctx.publish, console)
-            assert ("does not like" in console.export_text()) == (said is not None), "warnings are in the terminal, too"
+            assert ("does not score" in console.export_text()) == (said is not None), (
+                "warnings are in the terminal, too"
+            )
 
     def test_more_than_a_third_cut_is_said_on_the_page_and_in_the_terminal(self, tmp_path):
         ctx = fake_run(tmp_path, gold=False)
@@ -296,11 +306,11 @@ class TestTrust:
             report_terminal.show(ctx.publish, console)
             for text in (Page(page_of(ctx)).text, console.export_text()):
                 assert (
-                    "More than a third of the answers of base (40\u00a0%) and PPO (40\u00a0%) are cut" in text
+                    "More than a third of the responses of base (40\u00a0%) and PPO (40\u00a0%) are cut" in text
                 ) == said
 
 
-# -- samples -------------------------------------------------------------------------------------------------
+# -- samples ---------------------------------------------------------------------------------------
 
 
 class TestSamples:
@@ -333,18 +343,18 @@ class TestSamples:
         page = page_of(ctx)
         assert page.count("Be brief.") == page.count("Be kind.") == 1
         marks = re.findall(r"<small>system prompt (\d)</small>", page)
-        systems = report_samples.Systems()
-        rows, results = report.read_rows(ctx.inputs["evaluate"] / "responses.jsonl"), words.complete(results_of(ctx))
-        report_samples.side_by_side(rows, [], results, words.NAMES, 12, systems)
+        systems = report_samples.SystemPrompts()
+        rows, results = report.read_rows(ctx.inputs["evaluate"] / "responses.jsonl"), complete(results_of(ctx))
+        report_samples.side_by_side(rows, [], results, NAMES, 12, systems)
         assert sorted(marks) == sorted(str(n + 1) for n, count in enumerate(systems.counts) for _ in range(count))
         assert systems.without > 0
 
     def test_a_prompt_that_is_a_system_message_alone_is_not_emptied(self):
-        turns, number = report_samples.Systems().split([{"role": "system", "content": "say something"}])
+        turns, number = report_samples.SystemPrompts().split([{"role": "system", "content": "say something"}])
         assert turns == [{"role": "system", "content": "say something"}] and number is None
 
 
-# -- everybody can read it -----------------------------------------------------------------------------------
+# -- everybody can read it -------------------------------------------------------------------------
 
 
 def luminance(colour: str) -> float:
@@ -384,25 +394,26 @@ class TestReading:
     def test_headings_go_down_one_level_at_a_time(self, tmp_path, parts):
         headings = Page(page_of(fake_run(tmp_path, **parts))).headings
         assert headings[0] == 1 and headings.count(1) == 1
-        assert all(b <= a + 1 for a, b in zip(headings, headings[1:], strict=False))
+        assert all(b <= a + 1 for a, b in itertools.pairwise(headings))
 
-    def test_what_scrolls_is_named_and_reached_by_keyboard(self, tmp_path):
-        page = Page(page_of(fake_run(tmp_path)))
+    def test_what_scrolls_is_named_and_reached_by_keyboard(self, drawn_run):
+        page = Page((drawn_run.publish / "index.html").read_text(encoding="utf-8"))
         scrolls = [a for _, a in page.tags if "scroll" in (a.get("class") or "").split()]
         assert scrolls and all(a["tabindex"] == "0" and a["role"] == "region" and a["aria-label"] for a in scrolls)
         assert len({a["aria-label"] for a in scrolls}) == len(scrolls)
         hints = [a["class"] for tag, a in page.tags if tag == "p" and "hint" in (a.get("class") or "").split()]
         assert len(hints) > 5 and "hint many" in hints
         assert all(a.get("scope") for tag, a in page.tags if tag == "th")
-        assert all(a.get("aria-label") and a.get("role") == "img" for tag, a in page.tags if tag == "svg")
         ids = [a["id"] for _, a in page.tags if "id" in a]
+        drawings = [a for tag, a in page.tags if tag == "svg"]
+        assert all(a["role"] == "img" and {a["aria-labelledby"], a["aria-describedby"]} <= set(ids) for a in drawings)
         assert len(set(ids)) == len(ids)
         assert {a["href"][1:] for tag, a in page.tags if tag == "a"} <= set(ids)
         assert ":focus-visible { outline: 2px" in self.STYLE
 
     def test_tables_of_many_labelers_are_folded(self):
         many = {f"labeler {i}": {"accuracy": 0.7, "n_pairs": 10} for i in range(40)}
-        tables = report_table.accuracy_tables(TRUST | {"accuracy_by_labeler": many})
+        tables = results_tables.accuracy_tables(TRUST | {"accuracy_by_labeler": many})
         assert [bool(table.folded) for table in tables] == [False, True, False]
         assert tables[1].folded == "Accuracy by labeler: 40 rows" and len(tables[1].rows) == 40
 
@@ -427,11 +438,9 @@ class TestReading:
 
 def test_a_policy_that_loses_is_said_to_lose():
     """A loss speaks against a policy as clearly as a gain that does not hold."""
-    from stages.page.trust import by_held_out
-
     seen = {"held_out": {"difference_to_sft": {"value": -0.1, "ci95": [-0.3, 0.1]}}}
     results = {"overoptimisation": {"ppo": seen}, "policies": {"ppo": {"score": -0.88}, "sft": {"score": -0.21}}}
-    ((is_warning, text),) = by_held_out(results, "ppo", "PPO")
-    assert is_warning and text.startswith(
+    finding = trust.by_held_out(results, "ppo", "PPO")
+    assert finding.is_warning and finding.text.startswith(
         "PPO loses 0.67 against SFT by the reward model; its gain is \u22120.10 by the held-out one"
     )

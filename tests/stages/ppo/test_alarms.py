@@ -1,10 +1,10 @@
-"""Alarms of a PPO run: which figures raise them, what they say, and that they survive a checkpoint."""
+"""Check which figures raise an alarm, what it says, and that it survives a checkpoint."""
 
 import json
 
 import pytest
 
-from stages.ppo.alarms import QUIET, SHORT, WINDOW, Alarms
+from stages.ppo.alarms import HABIT, QUIET, WINDOW, Alarms
 from stages.settings.ppo import PPOSettings
 
 
@@ -15,12 +15,12 @@ def row(**changed):
 
 
 def run(alarms, rows, first=1):
-    return [line for step, figures in enumerate(rows, first) for line in alarms.watch(step, figures)]
+    return [line for step, figures in enumerate(rows, first) for line in alarms.updated(step, figures)]
 
 
 @pytest.fixture
 def alarms():
-    return Alarms(kl_limit=20.0, entropy_floor=0.1, room=48)
+    return Alarms(kl_limit=20.0, entropy_floor=0.1, response_length=48)
 
 
 def test_a_quiet_run_raises_nothing(alarms):
@@ -31,29 +31,29 @@ def test_a_quiet_run_raises_nothing(alarms):
     "changed, after, words",
     [
         ({"objective__kl": 20.5}, 1, ["KL", "20.5", "alarm_kl 20", "kl_coef"]),
-        ({"objective__entropy": 0.1}, SHORT, ["entropy", "0.1", "kl_coef"]),
-        ({"objective__eos_rate": 0.0}, SHORT, ["ended with EOS", "response_length", "missing_eos_score"]),
+        ({"objective__entropy": 0.1}, HABIT, ["entropy", "0.1", "kl_coef"]),
+        ({"objective__eos_rate": 0.0}, HABIT, ["ended with EOS", "response_length", "missing_eos_score"]),
         (
             {"objective__eos_rate": 0.3, "objective__scores": 0.6},
-            SHORT,
+            HABIT,
             ["30% of the responses", "90% did at first", "from 0.1 to 0.6", "missing_eos_score", "response_length"],
         ),
-        ({"objective__length": 45.0}, SHORT, ["run to the limit", "45 tokens", "response_length 48", "length_penalty"]),
+        ({"objective__length": 45.0}, HABIT, ["run to the limit", "45 tokens", "response_length 48", "length_penalty"]),
         ({"grad_norm__ptx": 14.0}, 3, ["14 times", "over the last 3 updates", "lower ppo.ptx_coef about 14-fold"]),
         ({"grad_norm__ptx": 0.05}, 3, ["20 times", "over the last 3 updates", "raise ppo.ptx_coef about 20-fold"]),
         ({"grad_norm__ppo": 0.0}, 3, ["inf times PPO's", "lower ppo.ptx_coef"]),
     ],
 )
-def test_each_alarm_is_raised_once_its_window_is_full_and_says_what_to_turn(alarms, changed, after, words):
-    run(alarms, [row()] * SHORT)
+def test_each_alarm_is_raised_once_its_window_is_full_and_names_a_setting(alarms, changed, after, words):
+    run(alarms, [row()] * HABIT)
     rows = [row(**changed)] * (after + 3)
-    assert run(alarms, rows[: after - 1], SHORT + 1) == []
-    (line,) = run(alarms, rows[after - 1 :], SHORT + after)
-    assert line.startswith(f"update {SHORT + after}: ") and all(word in line for word in words)
+    assert run(alarms, rows[: after - 1], HABIT + 1) == []
+    (line,) = run(alarms, rows[after - 1 :], HABIT + after)
+    assert line.startswith(f"update {HABIT + after}: ") and all(word in line for word in words)
 
 
-def test_the_run_that_learned_not_to_finish_is_told(alarms):
-    """A shipped config's of old, in its figures: the share that ends fell from 0.72 to 0.25, the score rose."""
+def test_a_run_that_learns_not_to_finish_raises_an_alarm(alarms):
+    """Figures of a config that was once shipped: fewer and fewer responses end, the score rises."""
     ends, scores = (0.72, 0.66, 0.58, 0.5, 0.4, 0.33, 0.29, 0.25), (0.07, 0.15, 0.22, 0.31, 0.4, 0.48, 0.55, 0.61)
     rows = [
         row(objective__eos_rate=end, objective__scores=score)
@@ -61,40 +61,40 @@ def test_the_run_that_learned_not_to_finish_is_told(alarms):
         for _ in range(4)
     ]
     lines = run(alarms, rows)
-    assert len(lines) == 1 and "being cut pays" in lines[0]
+    assert len(lines) == 1 and "being cut off pays" in lines[0]
 
 
-def test_fewer_that_end_while_the_score_falls_or_as_few_as_at_first_are_no_such_thing(alarms):
-    fell = [row()] * SHORT + [row(objective__eos_rate=0.3, objective__scores=-1.0)] * 30
+def test_no_alarm_where_the_score_falls_too_or_as_few_end_as_at_first(alarms):
+    fell = [row()] * HABIT + [row(objective__eos_rate=0.3, objective__scores=-1.0)] * 30
     few = [row(objective__eos_rate=0.3, objective__scores=i / 30) for i in range(30)]
     assert run(alarms, fell) == [] and run(Alarms(20.0, 0.1), few) == []
 
 
-def test_responses_as_long_as_they_may_be_need_a_limit_that_is_known(alarms):
+def test_long_responses_raise_an_alarm_only_if_the_limit_is_known(alarms):
     assert run(Alarms(20.0, 0.1), [row(objective__length=48.0)] * 30) == []
     assert run(alarms, [row(objective__length=43.0)] * 30) == []  # a tenth of the room is left
 
 
-def test_one_update_that_is_otherwise_breaks_the_habit(alarms):
+def test_one_different_update_breaks_the_habit(alarms):
     for changed in ({"objective__eos_rate": 0.0}, {"objective__entropy": 0.01}):
-        rows = ([row()] * 30) + ([row(**changed)] * (SHORT - 1) + [row()]) * 10
+        rows = ([row()] * 30) + ([row(**changed)] * (HABIT - 1) + [row()]) * 10
         assert run(Alarms(20.0, 0.1), rows) == []
 
 
-def test_a_drowned_gradient_is_told_at_the_third_update_of_a_run(alarms):
-    """The paper's 27.8 with a loss that is a mean over tokens: 35 times PPO's gradient, from the first update on."""
+def test_a_drowned_gradient_raises_an_alarm_at_the_third_update(alarms):
+    """With the paper's 27.8, a mean over tokens gives 35 times PPO's gradient from the start."""
     assert run(alarms, [row(grad_norm__ptx=35.0)] * 2) == []
-    (line,) = alarms.watch(3, row(grad_norm__ptx=35.0))
+    (line,) = alarms.updated(3, row(grad_norm__ptx=35.0))
     assert line.startswith("update 3: the pretraining gradient was 35 times PPO's")
     assert PPOSettings().ptx_coef == 1.0 and "27.8" in PPOSettings.model_fields["ptx_coef"].description
 
 
 @pytest.mark.parametrize("drowned, times", [({"grad_norm__ptx": 50.0}, "50"), ({"grad_norm__ppo": 50.0}, "50")])
-def test_an_even_update_now_and_then_hides_nothing_and_two_of_three_say_nothing(alarms, drowned, times):
+def test_a_balanced_update_now_and_then_hides_nothing_and_two_of_three_say_nothing(alarms, drowned, times):
     """Never three in a row: by the median of twenty updates, and no sooner."""
     rows = [row() if i % 3 == 2 else row(**drowned) for i in range(WINDOW)]
     assert run(alarms, rows[:-1]) == []
-    (line,) = alarms.watch(WINDOW, rows[-1])
+    (line,) = alarms.updated(WINDOW, rows[-1])
     assert f"{times} times" in line and f"over the last {WINDOW} updates" in line
 
 
@@ -109,7 +109,7 @@ def test_a_number_that_is_not_finite_among_the_first_does_not_silence_the_collap
     assert "collapses" in line
 
 
-def test_the_same_alarm_is_said_again_only_after_a_while(alarms):
+def test_the_same_alarm_is_raised_again_only_after_a_while(alarms):
     lines = run(alarms, [row(objective__kl=30.0)] * (2 * QUIET))
     assert [line.split(":")[0] for line in lines] == ["update 1", f"update {QUIET + 1}"]
     assert alarms.count == {"kl": 2 * QUIET}
@@ -127,17 +127,17 @@ def test_numbers_that_are_not_finite_raise_nothing_and_break_nothing(alarms):
 
 
 def test_a_score_that_rises_while_another_judge_falls_is_over_optimisation(alarms):
-    looks = [{"score": 0.1 * i, "held_out_score": 1 - 0.1 * i} for i in range(3)]
-    assert [alarms.look(10 * i, figures) for i, figures in enumerate(looks[:2])] == [[], []]
-    (line,) = alarms.look(20, looks[2])
-    assert "outwits" in line and "kl_coef" in line and line.startswith("update 20: ")
+    evaluations = [{"score": 0.1 * i, "held_out_score": 1 - 0.1 * i} for i in range(3)]
+    assert [alarms.evaluated(10 * i, figures) for i, figures in enumerate(evaluations[:2])] == [[], []]
+    (line,) = alarms.evaluated(20, evaluations[2])
+    assert "exploits" in line and "kl_coef" in line and line.startswith("update 20: ")
     both = Alarms(20.0, 0.1)
-    assert not any(both.look(i, {"score": i, "held_out_score": i}) for i in range(8))
-    assert not any(both.look(i, {"score": i}) for i in range(8))  # no other judge was given
+    assert not any(both.evaluated(i, {"score": i, "held_out_score": i}) for i in range(8))
+    assert not any(both.evaluated(i, {"score": i}) for i in range(8))  # no other judge was given
 
 
-def test_state_goes_through_json_and_on(alarms):
-    """Interrupted anywhere, it raises what an uninterrupted run raises, at the same updates."""
+def test_state_survives_json(alarms):
+    """A run interrupted anywhere raises the alarms of an uninterrupted one, at the same updates."""
     rows = [row()] * 25 + [
         row(grad_norm__ptx=30.0, objective__kl=21.0, objective__eos_rate=0.2, objective__scores=0.5)
     ] * 60

@@ -1,8 +1,8 @@
-"""PPO from the sft folder to the published ones, computed a second time with plain transformers, episode by episode.
+"""Compare a whole run of PPO with a second computation by plain transformers, episode by episode.
 
-Only what was drawn is taken from the run (the responses, which of them share a minibatch, and the pretraining rows of
-a step); scores, KL, rewards, advantages, both gradients, the joint clipping, the optimizer steps and every figure are
-computed anew.
+Only random draws are taken from the run: the responses, the minibatches and the pretraining rows of
+each step. Scores, KL, rewards, advantages, both gradients, the joint clipping, the optimizer steps
+and every figure are computed again.
 """
 
 import copy
@@ -15,7 +15,7 @@ import second_route as plain
 import torch
 from micro_chain import spy
 
-from stages.ppo import run as ppo
+from stages.ppo import sampling, update
 
 SMALL = {
     "batch_size": 8,
@@ -27,7 +27,8 @@ SMALL = {
     "eval_prompts": 3,
     "ptx_length": 16,
 }
-# Everything in eq. 2 at once, at a temperature that is not 1. Half of the training text is in every ptx batch.
+# All terms of eq. 2 at a temperature that is not 1. Half of the training text is in every ptx
+# batch.
 PTX = SMALL | {
     "total_episodes": 16,
     "num_ppo_epochs": 2,
@@ -47,7 +48,8 @@ PTX = SMALL | {
     "ema_decay": 0.7,
     "eval_steps": 1,
 }
-# The other choices: an init of its own, two reward models and a third that looks on, k3, steering, the best policy.
+# The other choices: ppo_init/, two reward models and a third held-out one, k3, steering, the best
+# policy.
 CHOICES = SMALL | {
     "total_episodes": 32,
     "mini_batch_size": 4,
@@ -82,46 +84,48 @@ class Run:
     finished: object
     settings: SimpleNamespace
     batches: dict[int, list]  # update → (prompt, response) ids of its episodes
-    looks: dict[int, list]  # update → the same of the held-out samples after it
+    evaluations: dict[int, list]  # update → the same of the held-out samples after it
     minibatches: dict[int, list]  # update → index lists, an epoch after the other
     texts: list[list]  # the pretraining rows of every optimizer step
 
 
 @dataclass
-class Again:
-    """The same by the second route: the models after the last update, and what each update gave."""
+class Expected:
+    """The second route's results: models after the last update, figures of each update."""
 
     route: object
     rows: list[dict] = field(default_factory=list)  # of metrics.jsonl
-    looks: list[dict] = field(default_factory=list)  # of evaluations.jsonl; the first one is before the first update
-    policies: list = field(default_factory=list)  # after each look
+    evaluations: list[dict] = field(default_factory=list)  # of evaluations.jsonl, from before the first update
+    policies: list = field(default_factory=list)  # at each evaluation
 
 
 def run_ppo(chain, folder, monkeypatch, choices, *more, inputs=None) -> Run:
-    """Run PPO with the recorders in place."""
-    more += ("evaluate.policies=[sft]",)  # else evaluate's own settings would have to be PPO's
-    collected, divided, added = (spy(monkeypatch, ppo, name) for name in ("collect", "minibatches", "ptx_gradient"))
+    """Run PPO, and record its calls."""
+    more += ("evaluate.policies=[sft]",)  # otherwise evaluate's settings would have to agree with PPO's
+    collected = spy(monkeypatch, sampling, "collect")
+    divided, added = (spy(monkeypatch, update, name) for name in ("minibatches", "ptx_gradient"))
     settings = [f"ppo.{key}={json.dumps(value)}" for key, value in choices.items()]
     finished = chain.run("ppo", folder, *settings, *more, inputs=inputs)
-    batches, looks, divisions = {}, {}, {}
+    batches, evaluations, divisions = {}, {}, {}
     for call in collected:
         _, stream, step = call.kwargs["seed"]
         episodes = list(zip(call.result.prompts, call.result.responses, strict=True))
         if stream == "rollout":
             batches[step] = episodes
         elif stream == "held-out":
-            looks[len(looks)] = episodes
+            evaluations[len(evaluations)] = episodes
     for call in divided:
         divisions.setdefault(call.args[1], []).extend(call.result)
     settings = chain.experiment(*settings, *more).ppo
-    return Run(finished, settings, batches, looks, divisions, [call.args[3] for call in added])
+    return Run(finished, settings, batches, evaluations, divisions, [call.args[2] for call in added])
 
 
 @dataclass
 class SecondRoute:
-    """PPO-ptx in its plainest form: settings, models and the pretraining rows of each step; `update` trains them.
+    """PPO-ptx in its plainest form: settings, models and the pretraining rows of each step.
 
-    The rewards of an episode are a (R,) tensor each; a batch's tokens are looked at together only to be whitened.
+    The rewards of each episode are a tensor (R,); tokens of different episodes meet only in
+    whitening.
     """
 
     settings: object
@@ -141,8 +145,8 @@ class SecondRoute:
         self.optimizer = plain.AdamW(self.policy, self.settings.max_grad_norm)
         self.value_optimizer = plain.AdamW(self.value, self.settings.max_grad_norm)
 
-    def pay(self, scores: list, response: list[int]) -> float:
-        """What an episode is paid for its end."""
+    def final_score(self, scores: list, response: list[int]) -> float:
+        """Return the score of an episode under the settings' rules."""
         c, score = self.settings, float(COMBINED[self.settings.reward_ensemble](torch.stack(scores)))
         if c.score_clip is not None:
             score = max(-c.score_clip, min(c.score_clip, score))
@@ -151,74 +155,74 @@ class SecondRoute:
         return score - c.length_penalty * len(response)
 
     @torch.no_grad()
-    def look(self, episodes: list) -> SimpleNamespace:
-        """What every model says of each episode, before anything is updated."""
-        found = SimpleNamespace(logps=[], ref_logps=[], values=[], scores=[], judged=[], entropies=[])
+    def run_models(self, episodes: list) -> SimpleNamespace:
+        """Run every model over each episode, before anything is updated."""
+        outputs = SimpleNamespace(logps=[], ref_logps=[], values=[], scores=[], judged=[], entropies=[])
         for prompt, response in episodes:
             T = self.settings.temperature
-            found.logps.append(plain.token_logps(self.policy, prompt, response, T))
-            found.ref_logps.append(plain.token_logps(self.reference, prompt, response, T))
-            found.values.append(plain.values(self.value, prompt, response))
-            found.scores.append(self.pay([plain.score(m, prompt, response) for m in self.scorers], response))
+            outputs.logps.append(plain.token_logps(self.policy, prompt, response, T))
+            outputs.ref_logps.append(plain.token_logps(self.reference, prompt, response, T))
+            outputs.values.append(plain.values(self.value, prompt, response))
+            outputs.scores.append(self.final_score([plain.score(m, prompt, response) for m in self.scorers], response))
             spread = plain.distributions(self.policy, prompt, response, T)
-            found.entropies.append(-(spread.exp() * spread).sum(-1))
+            outputs.entropies.append(-(spread.exp() * spread).sum(-1))
             if self.judge is not None:
-                found.judged.append(self.pay([plain.score(self.judge, prompt, response)], response))
-        gaps = [a - b for a, b in zip(found.logps, found.ref_logps, strict=True)]
-        found.k1, found.k3 = gaps, [torch.exp(-d) - 1 + d for d in gaps]
-        return found
+                outputs.judged.append(self.final_score([plain.score(self.judge, prompt, response)], response))
+        gaps = [a - b for a, b in zip(outputs.logps, outputs.ref_logps, strict=True)]
+        outputs.k1, outputs.k3 = gaps, [torch.exp(-d) - 1 + d for d in gaps]
+        return outputs
 
-    def figures(self, found: SimpleNamespace, episodes: list, kl_coef: float) -> dict[str, float]:
-        """The figures of the episodes themselves, under the names that they have after `objective/`."""
+    def figures(self, outputs: SimpleNamespace, episodes: list, kl_coef: float) -> dict[str, float]:
+        """Return the figures of the episodes, under their names after `objective/`."""
 
         def mean(numbers) -> float:
             return sum(map(float, numbers)) / len(episodes)
 
-        kls = {"k1": mean(x.sum() for x in found.k1), "k3": mean(x.sum() for x in found.k3)}
+        kls = {"k1": mean(x.sum() for x in outputs.k1), "k3": mean(x.sum() for x in outputs.k3)}
         return {
             "kl": kls["k1"],
             "kl_k3": kls["k3"],
-            "entropy": float(torch.cat(found.entropies).mean()),
-            "scores": mean(found.scores),
-            "rlhf_reward": mean(found.scores) - kl_coef * kls[self.settings.kl_estimator],
+            "entropy": float(torch.cat(outputs.entropies).mean()),
+            "scores": mean(outputs.scores),
+            "rlhf_reward": mean(outputs.scores) - kl_coef * kls[self.settings.kl_estimator],
             "length": mean(len(r) for _, r in episodes),
             "eos_rate": mean(r[-1] == self.eos for _, r in episodes),
         }
 
-    def advantages(self, found: SimpleNamespace) -> tuple[list, list]:
-        """(advantages, returns), (R,) each: Σ over what follows of (γλ)^distance δ, as in GAE's definition."""
+    def advantages(self, outputs: SimpleNamespace) -> tuple[list, list]:
+        """Return advantages and returns, (R,) for each episode, by the sum that defines GAE."""
         c = self.settings
-        kls = found.k1 if c.kl_estimator == "k1" else found.k3
+        kls = outputs.k1 if c.kl_estimator == "k1" else outputs.k3
         rewards = [-self.kl_coef * kl for kl in kls]
-        for reward, score in zip(rewards, found.scores, strict=True):
+        for reward, score in zip(rewards, outputs.scores, strict=True):
             reward[-1] += score
         if c.whiten_rewards:
             every = torch.cat(rewards)
             scale = (every.var(unbiased=False) + 1e-8).sqrt()
             rewards = [(r - every.mean()) / scale + every.mean() for r in rewards]
         advantages = []
-        for reward, V in zip(rewards, found.values, strict=True):
+        for reward, V in zip(rewards, outputs.values, strict=True):
             delta = reward + c.gamma * torch.cat([V[1:], torch.zeros(1)]) - V
             ahead = [sum((c.gamma * c.lam) ** (k - t) * delta[k] for k in range(t, len(V))) for t in range(len(V))]
             advantages.append(torch.stack(ahead))
-        returns = [a + v for a, v in zip(advantages, found.values, strict=True)]
+        returns = [a + v for a, v in zip(advantages, outputs.values, strict=True)]
         if c.whiten_advantages:
             every = torch.cat(advantages)
             advantages = [(a - every.mean()) / (every.var(unbiased=False) + 1e-8).sqrt() for a in advantages]
         return advantages, returns
 
     def update(self, episodes: list, minibatches: list[list[int]], rate: float, value_rate: float) -> dict:
-        """One update; → its row of metrics.jsonl, but for eps and lr."""
-        c, found = self.settings, self.look(episodes)
-        advantages, returns = self.advantages(found)
-        G, V = torch.cat(returns), torch.cat(found.values)
-        row = {f"objective/{key}": x for key, x in self.figures(found, episodes, self.kl_coef).items()}
+        """Take one update; return its row of metrics.jsonl without eps and lr."""
+        c, outputs = self.settings, self.run_models(episodes)
+        advantages, returns = self.advantages(outputs)
+        G, V = torch.cat(returns), torch.cat(outputs.values)
+        row = {f"objective/{key}": x for key, x in self.figures(outputs, episodes, self.kl_coef).items()}
         row |= {"val/explained_variance": float(1 - (G - V).var(unbiased=False) / G.var(unbiased=False))}
         row |= {"kl_coef": self.kl_coef}
         steps = []
         for mini in minibatches:
             steps.append(self.step([episodes[i] for i in mini], *(
-                [xs[i] for i in mini] for xs in (found.logps, found.values, advantages, returns)
+                [xs[i] for i in mini] for xs in (outputs.logps, outputs.values, advantages, returns)
             ), rate, value_rate))  # fmt: skip
         row |= {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
         if c.kl_target is not None:
@@ -227,7 +231,7 @@ class SecondRoute:
         return row
 
     def step(self, episodes, old_logps, old_values, advantages, returns, rate: float, value_rate: float) -> dict:
-        """One step of each optimizer on a minibatch."""
+        """Take one step of each optimizer on a minibatch."""
         c, N = self.settings, sum(len(r) for _, r in episodes)
         new = [plain.token_logps(self.policy, *episode, c.temperature) for episode in episodes]
         ratio = torch.cat([a - b for a, b in zip(new, old_logps, strict=True)]).exp()
@@ -266,7 +270,7 @@ class SecondRoute:
 
 
 def second_route(chain, run: Run, start="sft/model", judge=None) -> SecondRoute:
-    """PPO before its first update, from the folders that the run began with."""
+    """Return PPO before its first update, from the folders that the run started with."""
     return SecondRoute(
         run.settings,
         chain.tokenizer.eos_token_id,
@@ -280,36 +284,36 @@ def second_route(chain, run: Run, start="sft/model", judge=None) -> SecondRoute:
 
 
 def held_out_row(route: SecondRoute, episodes: list) -> dict[str, float]:
-    """A row of evaluations.jsonl."""
-    found = route.look(episodes)
-    row = route.figures(found, episodes, route.settings.kl_coef)
+    """Return a row of evaluations.jsonl."""
+    outputs = route.run_models(episodes)
+    row = route.figures(outputs, episodes, route.settings.kl_coef)
     row["score"] = row.pop("scores")
     del row["kl_k3"]
-    return row | ({"held_out_score": sum(found.judged) / len(episodes)} if route.judge is not None else {})
+    return row | ({"held_out_score": sum(outputs.judged) / len(episodes)} if route.judge is not None else {})
 
 
 def close(expected: dict, **tolerance) -> dict:
     return {key: pytest.approx(x, **(tolerance or {"rel": 2e-4, "abs": 2e-5})) for key, x in expected.items()}
 
 
-def all_again(route: SecondRoute, run: Run, shares: list[float]) -> Again:
-    """Every update by the second route. shares: of the peak learning rates, at each update."""
-    c, again = route.settings, Again(route)
+def second_run(route: SecondRoute, run: Run, shares: list[float]) -> Expected:
+    """Take every update by the second route; `shares`: of the peak rates, one for each update."""
+    c, expected = route.settings, Expected(route)
     for step, share in enumerate([0.0, *shares]):
         if step:
             rates = share * c.learning_rate, share * c.value_learning_rate
             row = route.update(run.batches[step], run.minibatches[step], *rates)
-            again.rows.append(row | {"lr": rates[0], "episode": step * c.batch_size})
-        again.looks.append(held_out_row(route, run.looks[step]))
-        again.policies.append(copy.deepcopy(route.policy))
-    return again
+            expected.rows.append(row | {"lr": rates[0], "episode": step * c.batch_size})
+        expected.evaluations.append(held_out_row(route, run.evaluations[step]))
+        expected.policies.append(copy.deepcopy(route.policy))
+    return expected
 
 
 @pytest.fixture(scope="module")
 def ptx(chain, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         run = run_ppo(chain, tmp_path_factory.mktemp("ptx") / "ppo", patch, PTX)
-    return run, all_again(second_route(chain, run), run, [0.1, 0.55])  # the warm-up, from a tenth
+    return run, second_run(second_route(chain, run), run, [0.1, 0.55])  # the warm-up, from a tenth
 
 
 @pytest.fixture(scope="module")
@@ -318,82 +322,83 @@ def choices(chain, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         run = run_ppo(chain, tmp_path_factory.mktemp("choices") / "ppo", patch, CHOICES, *more)
     folders = {"start": "sft/ppo_init", "judge": "other_rm/model"}
-    return run, all_again(second_route(chain, run, **folders), run, [0.1, 1, 2 / 3, 1 / 3])
+    return run, second_run(second_route(chain, run, **folders), run, [0.1, 1, 2 / 3, 1 / 3])
 
 
 @pytest.fixture(params=["ptx", "choices"])
 def case(request):
-    """(run, the same again): what holds of any run is asked of both."""
+    """Return a run and its second computation: the tests below hold for any run."""
     return request.getfixturevalue(request.param)
 
 
 class TestAnyRun:
     def test_the_value_model_stepped_at_its_own_rate(self, case):
-        run, again = case
-        found = plain.scalar_model(run.finished.folder / "value_model")
-        assert plain.largest_difference(found, again.route.value) < 1e-5
+        run, expected = case
+        published = plain.scalar_model(run.finished.folder / "value_model")
+        assert plain.largest_difference(published, expected.route.value) < 1e-5
 
     def test_every_figure_of_every_update(self, case):
-        run, again = case
-        found = run.finished.rows("metrics.jsonl")
-        assert [row["step"] for row in found] == list(range(1, 1 + len(again.rows)))
-        for row, expected in zip(found, again.rows, strict=True):
-            assert {key: row[key] for key in expected} == close(expected)
-            assert set(row) - set(expected) == {"step", "eps", "val/engine_kl"}
+        run, expected = case
+        rows = run.finished.rows("metrics.jsonl")
+        assert [row["step"] for row in rows] == list(range(1, 1 + len(expected.rows)))
+        for row, figures in zip(rows, expected.rows, strict=True):
+            assert {key: row[key] for key in figures} == close(figures)
+            assert set(row) - set(figures) == {"step", "eps", "val/engine_kl"}
             assert row["val/engine_kl"] == 0 and row["eps"] > 0
 
     def test_the_held_out_figures_after_every_update(self, case):
-        run, again = case
-        found = run.finished.rows("evaluations.jsonl")
-        assert [row.pop("step") for row in found] == list(range(1 + len(again.rows)))
-        for row, expected in zip(found, again.looks, strict=True):
-            assert row == close(expected)
+        run, expected = case
+        rows = run.finished.rows("evaluations.jsonl")
+        assert [row.pop("step") for row in rows] == list(range(1 + len(expected.rows)))
+        for row, figures in zip(rows, expected.evaluations, strict=True):
+            assert row == close(figures)
 
     def test_the_manifests_figures_are_of_the_published_policy_and_of_sft(self, case):
-        run, again = case
-        figures, before = run.finished.figures, again.looks[0]
-        published = again.looks[figures["best_step"] if run.settings.keep == "best" else -1]
+        run, expected = case
+        figures, before = run.finished.figures, expected.evaluations[0]
+        published = expected.evaluations[figures["best_step"] if run.settings.keep == "best" else -1]
         assert {key: figures[key] for key in published} == close(published)
         assert {key: figures[f"{key}_before"] for key in before} == close(before)
-        assert figures["updates"] == len(again.rows) and abs(figures["kl_before"]) < 1e-5 < abs(figures["kl"])
+        assert figures["updates"] == len(expected.rows) and abs(figures["kl_before"]) < 1e-5 < abs(figures["kl"])
 
     def test_no_prompt_is_both_trained_on_and_held_out(self, case, chain):
-        """A fifth of the prompts is held out, those of the lowest hash; an epoch is each of the others once."""
-        run, again = case
+        """The fifth with the lowest hashes is held out; an epoch has each other prompt once."""
+        run, expected = case
         prompts = [row["prompt"] for row in chain.rows("prompts.jsonl")]
         ids = lambda some: sorted(plain.prompt_ids(chain.tokenizer, p) for p in some)  # noqa: E731
         ordered = sorted(prompts, key=plain.prompt_place)
-        assert all(sorted(p for p, _ in look) == ids(ordered[:3]) for look in run.looks.values())
-        episodes = [p for step in range(1, 1 + len(again.rows)) for p, _ in run.batches[step]]
+        assert all(sorted(p for p, _ in episodes) == ids(ordered[:3]) for episodes in run.evaluations.values())
+        episodes = [p for step in range(1, 1 + len(expected.rows)) for p, _ in run.batches[step]]
         drawn, trained_on = episodes[::2], ids(ordered[3:])
-        assert drawn == episodes[1::2], "the two samples of a prompt stand beside each other"
+        assert drawn == episodes[1::2], "the two samples of a prompt are next to each other"
         epoch = drawn[: len(trained_on)]
         assert all(p in trained_on for p in drawn) and all(epoch.count(p) == 1 for p in epoch)
 
     def test_the_samples_that_a_person_sees_are_what_was_judged(self, case, chain):
-        run, again = case
-        last = [row for row in run.finished.rows("samples.jsonl") if row["step"] == len(again.rows)]
+        run, expected = case
+        last = [row for row in run.finished.rows("samples.jsonl") if row["step"] == len(expected.rows)]
         episodes = [
             (plain.prompt_ids(chain.tokenizer, row["prompt"]), response)
             for row in last
-            for prompt, response in run.looks[row["step"]]
+            for prompt, response in run.evaluations[row["step"]]
             if chain.tokenizer.decode(response, skip_special_tokens=True).strip() == row["response"]
         ]
-        assert len(episodes) == len(last) == 3 and all(episode in run.looks[last[0]["step"]] for episode in episodes)
-        found = again.route.look(episodes)
-        assert [row["score"] for row in last] == pytest.approx(found.scores, abs=1e-4)
-        assert [row["kl"] for row in last] == pytest.approx([float(x.sum()) for x in found.k1], abs=1e-4)
+        assert len(episodes) == len(last) == 3 and all(
+            episode in run.evaluations[last[0]["step"]] for episode in episodes
+        )
+        outputs = expected.route.run_models(episodes)
+        assert [row["score"] for row in last] == pytest.approx(outputs.scores, abs=1e-4)
+        assert [row["kl"] for row in last] == pytest.approx([float(x.sum()) for x in outputs.k1], abs=1e-4)
 
 
 def test_eq_2_at_another_temperature(ptx):
-    """Log-probs of sampling, reference and update are all at 0.7, and both gradients are clipped as one: the published
-    policy is that of the second route."""
-    run, again = ptx
-    assert plain.largest_difference(plain.language_model(run.finished.folder / "model"), again.route.policy) < 1e-5
+    """Log-probs are at 0.7, and both gradients are clipped as one: the same policy results."""
+    run, expected = ptx
+    assert plain.largest_difference(plain.language_model(run.finished.folder / "model"), expected.route.policy) < 1e-5
 
 
 def test_ptx_reads_the_training_part_of_the_corpus_evenly(ptx, chain):
-    """Five rows a step of the ten that the documents which are not held out make: every two steps, all of them."""
+    """The training documents make ten rows; five a step, so all of them every two steps."""
     texts = [row["text"] for row in chain.rows("documents.jsonl")]
     rows = plain.packed_rows(chain.tokenizer, [text for text in texts if plain.place(text) >= 0.3], 16)
     steps = ptx[0].texts
@@ -402,7 +407,7 @@ def test_ptx_reads_the_training_part_of_the_corpus_evenly(ptx, chain):
 
 
 def test_that_run_comes_to_where_each_rule_has_something_to_say(ptx):
-    """Else the comparisons above would hold of a PPO without clipping, EOS or a limit to its gradient."""
+    """Otherwise the comparisons would also hold without clipping, EOS or a gradient limit."""
     first, last = ptx[1].rows
     assert last["policy/clipfrac_avg"] > 0 and last["val/clipfrac_avg"] > 0 and abs(last["objective/kl"]) > 1e-3
     assert 0 < first["objective/eos_rate"] < 1 and last["grad_norm/ptx"] > PTX["max_grad_norm"]
@@ -410,22 +415,24 @@ def test_that_run_comes_to_where_each_rule_has_something_to_say(ptx):
 
 
 def test_the_published_average_is_of_every_optimizer_step(ptx):
-    run, again = ptx
+    run, expected = ptx
     averaged = plain.language_model(run.finished.folder / "model_ema")
-    for p, held in zip(averaged.parameters(), again.route.average, strict=True):
+    for p, held in zip(averaged.parameters(), expected.route.average, strict=True):
         torch.testing.assert_close(p.detach(), held, rtol=0, atol=1e-5)
 
 
 def test_the_best_policy_is_published_where_that_is_asked_for(choices):
-    """By the score of the reward model that only looks on, less kl_coef times KL: not the last one, nor the one that
-    this score or the climbed reward alone would choose."""
-    run, again = choices
-    worth = [row["held_out_score"] - row["score"] + row["rlhf_reward"] for row in again.looks]
+    """By the held-out reward model's score minus kl_coef times KL.
+
+    It is not the last policy, nor the one that this score or the climbed reward would choose by
+    itself."""
+    run, expected = choices
+    worth = [row["held_out_score"] - row["score"] + row["rlhf_reward"] for row in expected.evaluations]
     best, by_score, climbed = (
         max(range(len(xs)), key=xs.__getitem__)
-        for xs in (worth, *([row[key] for row in again.looks] for key in ("held_out_score", "rlhf_reward")))
+        for xs in (worth, *([row[key] for row in expected.evaluations] for key in ("held_out_score", "rlhf_reward")))
     )
     assert best not in (0, by_score, climbed, len(worth) - 1), "they agree; take another seed"
     assert run.finished.figures["best_step"] == best
-    found = plain.language_model(run.finished.folder / "model")
-    assert plain.largest_difference(found, again.policies[best]) < 1e-5
+    published = plain.language_model(run.finished.folder / "model")
+    assert plain.largest_difference(published, expected.policies[best]) < 1e-5

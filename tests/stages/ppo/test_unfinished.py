@@ -1,4 +1,4 @@
-"""Responses that were cut off at the length limit: no model is taught that they end there."""
+"""Check that no model learns an end where a response was cut off at the length limit."""
 
 import json
 from types import SimpleNamespace
@@ -49,16 +49,16 @@ def model_of(auto, tokenizer):
     return auto.from_config(config, attn_implementation="sdpa").float().eval()
 
 
-def test_rm_and_dpo_get_no_eos_behind_a_cut_response(groups, tokenizer):
-    """In every row of their batch, padded and packed; what is finished has one, at its end."""
+def test_rm_and_dpo_get_no_eos_after_a_cut_response(groups, tokenizer):
+    """In padded and packed rows; a finished response has one EOS, at its end."""
     ended = [(True, False, False), (True, True, True), (True, False), (True, True)]
     assert [g.id for g in groups] == ["a", "b", "c", "d"]  # the same texts, cut and finished, are two groups
     eos = tokenizer.eos_token_id
     for packed in (False, True):
         rows = batch_groups(groups, tokenizer.pad_token_id, packed=packed).rows
-        told = [ids[:n].tolist() for ids, n in zip(rows.responses, rows.lengths.tolist(), strict=True)]
-        assert told == [response for group in groups for response in group.responses]
-        for ids, finished in zip(told, sum(ended, ()), strict=True):
+        taught = [ids[:n].tolist() for ids, n in zip(rows.responses, rows.lengths.tolist(), strict=True)]
+        assert taught == [response for group in groups for response in group.responses]
+        for ids, finished in zip(taught, sum(ended, ()), strict=True):
             assert ids.count(eos) == finished and (not finished or ids[-1] == eos)
         assert (rows.input_ids == eos).sum() == sum(sum(ended, ()))  # no prompt here has one
     cut = groups[2].responses[1]
@@ -67,8 +67,9 @@ def test_rm_and_dpo_get_no_eos_behind_a_cut_response(groups, tokenizer):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_cut_response_is_judged_by_its_own_tokens_and_scored_at_its_last(groups, tokenizer, packed):
-    """As plain transformers reads prompt and text, without EOS; an empty one is judged by nothing, and scored where the
-    prompt ends."""
+    """Compare with plain transformers, which reads prompt and text without EOS.
+
+    An empty response has log-probability 0, and its score is read where the prompt ends."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     policy, reward_model = (model_of(x, tokenizer) for x in (AutoModelForCausalLM, AutoModelForSequenceClassification))
@@ -82,15 +83,15 @@ def test_a_cut_response_is_judged_by_its_own_tokens_and_scored_at_its_last(group
     for i, (text, finished) in enumerate(RANKINGS[0].answers):
         ids = prompt + tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * finished
         with torch.no_grad():
-            found = policy(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+            expected = policy(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
             hidden = reward_model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
             score = reward_model.score(hidden).item()
-        logp = sum(found[at - 1, ids[at]].item() for at in range(len(prompt), len(ids)))
+        logp = sum(expected[at - 1, ids[at]].item() for at in range(len(prompt), len(ids)))
         assert logps[i].item() == pytest.approx(logp, abs=1e-4) and scores[i].item() == pytest.approx(score, abs=1e-5)
 
 
 def test_the_sft_loss_of_a_cut_response_ends_with_its_tokens_and_of_none_is_zero(tokenizer):
-    """−Σ log π over the tokens of the responses ranked first, over their number; 0, not NaN, where there is none."""
+    """The loss is −Σ log π of the first-ranked responses over their tokens; 0 without any."""
     eos = tokenizer.eos_token_id
     for first, tokens in (([5, 6], 2), ([], 0)):
         group = PromptGroup([1, 2], [first, [7, 8, eos]], (1, 2))
@@ -103,7 +104,7 @@ def test_the_sft_loss_of_a_cut_response_ends_with_its_tokens_and_of_none_is_zero
 
 
 def test_rankings_of_samples_say_which_were_cut_off(monkeypatch):
-    """From the sampler to the record; and a labeler may prefer a finished text to the same text cut off."""
+    """A labeler may prefer a finished text to the same text that was cut off."""
     world = World.build(0, documents=1, demonstrations=1, prompts=20, evaluation_prompts=1)
     prompts = [row["prompt"] for row in world.prompts()]
     texts = [["the fox is red .", "the fox is red .", "the fox is red .", "i do not know ."]] * len(prompts)

@@ -92,7 +92,7 @@ def test_a_reward_model_from_outside_needs_no_rankings(closure, tmp_path):
             (),
             [
                 "data.documents: none is given, and ppo reads it; give a file or a Hub id, or set ppo.ptx_coef: 0, "
-                "which leaves the pretraining gradient out"
+                "which leaves out the pretraining gradient"
             ],
         ),
         (
@@ -107,7 +107,7 @@ def test_a_reward_model_from_outside_needs_no_rankings(closure, tmp_path):
             (),
             [
                 "data.rankings: none is given, and rankings reads it; give a file or a Hub id, or data.prompts: world "
-                "(simulated labelers know the embedded world's prompts only)"
+                "(simulated labelers know only the embedded world's prompts)"
             ],
         ),
         ("dpo", "rankings", (), ["data.demonstrations: none is given, and sft reads it; give a file or a Hub id"]),
@@ -126,7 +126,7 @@ def test_what_is_missing_is_said_at_once_with_what_else_would_do(closure, target
 def test_a_model_from_scratch_needs_documents_and_says_so(closure):
     (line,) = closure("sft", "demonstrations", model="")
     assert line == (
-        "data.documents: none is given, and base reads it; give a file or a Hub id, or start from a model: "
+        "data.documents: none is given, and base reads it; give a file or a Hub id, or start from a base model: "
         "model.name_or_path"
     )
 

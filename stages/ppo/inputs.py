@@ -1,0 +1,155 @@
+"""Load what PPO starts from: models, prompts and pretraining rows."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data.documents import wrap_documents
+from data.records import prompt_key
+from data.streams import Stream, derive_seed
+from data.streams import held_out as hold_out
+from pipeline.errors import UserError
+from pipeline.stage import Source
+from stages.models.adapters import AdapterSettings
+from stages.models.ensemble_folder import How
+from stages.models.roles import NamedFolder, RoleFolders, RoleOptions, Roles, load_roles
+from stages.settings.ppo import PPOSettings
+from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, split_documents
+from stages.shared.runtime import Runtime, can_pack_rows
+from stages.training.session import Session
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out prompt."""
+
+    prompt: Any
+    """Text or messages, as the file has it."""
+    ids: list[int]
+    """The same as token ids."""
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The prompts and pretraining rows of a run, drawn in another order in each epoch."""
+
+    train: list[list[int]]
+    """Training prompts as token ids."""
+    prompts: Stream
+    """Draws indices of them."""
+    ptx_rows: list[list[int]]
+    """Packed pretraining rows; empty for plain PPO."""
+    ptx: Stream | None
+    """Draws indices of them; None for plain PPO."""
+
+    def next_texts(self, count: int) -> list[list[int]]:
+        """Return the next pretraining rows."""
+        return [self.ptx_rows[i] for i in self.ptx.take(count)]
+
+
+def start_folder(sft: Path, has_ppo_init: bool) -> Path:
+    """Return the folder of sft's artifact that PPO starts from: ppo_init/ if sft trains one."""
+    return sft / ("ppo_init" if has_ppo_init else "model")
+
+
+def role_folders(start: Path, inputs: dict[str, Path], named: dict[str, Path], ensemble: How) -> RoleFolders:
+    """Return where the models of a run are.
+
+    Args:
+        start: Folder of the model that policy and reference start as.
+        inputs: Folders of the upstream stages.
+        named: Folders of reward models that the settings name, by setting.
+        ensemble: How the models of rm.ensemble score as one.
+    """
+    climbed, held_out = "ppo.reward_model", "ppo.held_out_reward_model"
+    if climbed in named:
+        reward_model, trunk = NamedFolder(climbed, named[climbed]), None
+    else:
+        reward_model, trunk = NamedFolder("rm", inputs["rm"] / "model"), inputs["sft"] / "model"
+    judge = NamedFolder(held_out, named[held_out]) if held_out in named else None
+    return RoleFolders(policy=start, reward_model=reward_model, trunk=trunk, judge=judge, ensemble=ensemble)
+
+
+def load_models(
+    session: Session, folders: RoleFolders, runtime: Runtime, adapter: AdapterSettings, max_length: int
+) -> Roles:
+    """Load policy, reference, reward model and value model, each on its device.
+
+    Args:
+        session: The run, for its seed and for a line if rows cannot be packed.
+        folders: Where the models are.
+        runtime: How the models compute.
+        adapter: Which weights of policy and value model train.
+        max_length: The longest prompt and response together, in tokens.
+    """
+    options = RoleOptions(
+        attn_implementation=runtime.attention,
+        trust_remote_code=runtime.trust_remote_code,
+        max_length=max_length,
+        gradient_checkpointing=runtime.gradient_checkpointing,
+        sharded=runtime.sharded,
+        policy_seed=derive_seed(session.seed, "policy"),
+        value_seed=derive_seed(session.seed, "value"),
+    )
+    roles = load_roles(folders, runtime.accelerator, adapter, options)
+    return replace(roles, packed=can_pack_rows(session, roles.models(), max_length))
+
+
+def load_prompts(
+    session: Session, c: PPOSettings, tokenizer: Any, source: Source
+) -> tuple[list[list[int]], list[HeldOut]]:
+    """Load the prompts, and split off the held-out ones by their text.
+
+    Args:
+        session: The run, for a line on the lengths.
+        c: The stage's settings.
+        tokenizer: The tokenizer with its chat template.
+        source: Where the prompts are.
+
+    Returns:
+        Training prompts as token ids, and held-out prompts.
+
+    Raises:
+        UserError: If fewer than two prompts are left within the limits.
+    """
+    records, places = load_placed_records("prompts", source)
+    if len(records) < 2:
+        raise UserError([f"data.prompts: {len(records)} prompt; PPO needs at least 2, one of them to hold out"])
+    limit = LengthLimit(c.max_length, c.on_too_long, session.stage)
+    prompts = (r.prompt for r in records)
+    kept, ids, report = fit_prompts(tokenizer, prompts, places, limit, c.response_length)
+    session.say(report.line("prompts"))
+    keys = [prompt_key(records[i].prompt) for i in kept]
+    train, held = hold_out(keys, 0.0, least=max(1, min(c.eval_prompts, len(ids) // 5)))
+    if not held:
+        raise UserError(
+            [
+                f"data.prompts: one prompt is left within {c.max_length - c.response_length} tokens; PPO needs at "
+                f"least 2, one of them to hold out"
+            ]
+        )
+    return [ids[i] for i in train], [HeldOut(records[kept[i]].prompt, ids[i]) for i in held]
+
+
+def load_ptx_rows(c: PPOSettings, tokenizer: Any, source: Source, validation_fraction: float) -> list[list[int]]:
+    """Load the training part of the documents as packed pretraining rows of ptx_length tokens.
+
+    Args:
+        c: The stage's settings.
+        tokenizer: The tokenizer.
+        source: Where the documents are.
+        validation_fraction: The fraction of documents that is held out, in all stages.
+
+    Raises:
+        UserError: If the documents do not fill one row.
+    """
+    train, _ = split_documents(source, validation_fraction)
+    rows = wrap_documents(tokenizer, train, length=c.ptx_length)
+    if not rows:
+        raise UserError(
+            [
+                f"data.documents: fewer than ppo.ptx_length = {c.ptx_length} tokens of pretraining text; "
+                f"lower it, give more text, or set ppo.ptx_coef: 0"
+            ]
+        )
+    return rows

@@ -1,0 +1,236 @@
+"""Update policy and value model from one batch: PPO's gradients, ptx's gradient, steps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.streams import derive_seed
+from pipeline.launch import parallel
+from stages.models.adapters import trainable
+from stages.models.forward import response_logprobs, response_values, text_logprobs
+from stages.models.roles import Roles
+from stages.objectives.losses import policy_loss, value_loss
+from stages.ppo.options import UpdateOptions
+from stages.rollouts.rollout import Rollout
+from stages.training.batching import in_micro_batches, micro_batches, share_groups
+from stages.training.trainee import (
+    Average,
+    Skips,
+    Trainee,
+    gradient_cosine,
+    gradient_norm,
+    gradient_problem,
+    optimizer_step,
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rollout with its advantages and returns."""
+
+    rollout: Rollout
+    """B episodes."""
+    advantages: Tensor
+    """(B, R) how much better each token was than expected."""
+    returns: Tensor
+    """(B, R) targets of the values."""
+
+
+@dataclass(frozen=True)
+class Learners:
+    """Everything that an update changes."""
+
+    policy: Trainee
+    """The policy and its optimizer."""
+    value: Trainee
+    """The value model and its optimizer."""
+    average: Average
+    """Exponential average of the policy's weights."""
+    skips: Skips
+    """Counts the steps that are skipped because a number is not finite."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of one update."""
+
+    policy: float
+    """The policy's."""
+    value: float
+    """The value model's."""
+
+
+def update(
+    roles: Roles,
+    learners: Learners,
+    batch: Batch,
+    options: UpdateOptions,
+    *,
+    step: int,
+    rates: Rates,
+    next_texts: Callable[[int], list[list[int]]] | None,
+    say: Callable[[str], None],
+) -> dict[str, float]:
+    """Take all optimizer steps over a batch.
+
+    Each minibatch is one policy step, down the sum of PPO's gradient and ptx_coef times the
+    pretraining gradient, clipped as one, and one value step.
+
+    Args:
+        roles: The models.
+        learners: Policy, value model, the average and the count of skipped steps.
+        batch: Episodes, advantages and returns.
+        options: Sizes, epochs, clipping.
+        step: Index of the update.
+        rates: Learning rates of this update.
+        next_texts: Returns the next so many pretraining rows; None for plain PPO.
+        say: Prints a line.
+
+    Returns:
+        Metrics, averaged over the optimizer steps.
+
+    Raises:
+        TrainingStopped: If too many gradients are not finite.
+    """
+    policy, value = learners.policy, learners.value
+    totals: dict[str, float] = {}
+    steps = 0
+    for epoch in range(options.epochs):
+        for index in minibatches(options, step, epoch):
+            figures = ppo_gradients(roles, batch, index, options)
+            figures["grad_norm/ppo"] = gradient_norm(policy.parameters.values())
+            if next_texts is not None:
+                figures |= ptx_gradient(roles, policy, next_texts(options.ptx.rows), options)
+            figures["grad_norm/value"] = gradient_norm(value.parameters.values())
+            # both are checked before either steps: they step together or not at all
+            if problem := gradient_problem(policy, step) or gradient_problem(value, step):
+                for trainee in (policy, value):
+                    trainee.optimizer.zero_grad(set_to_none=True)
+                say(learners.skips.skip(problem))
+            else:
+                optimizer_step(policy, rates.policy, step)
+                optimizer_step(value, rates.value, step)
+                learners.average.step(policy)
+            steps += 1
+            for key, figure in figures.items():
+                totals[key] = totals.get(key, 0.0) + figure
+    return {key: total / steps for key, total in totals.items()}
+
+
+def minibatches(options: UpdateOptions, step: int, epoch: int) -> list[list[int]]:
+    """Return the episodes of each minibatch, drawn again in each epoch.
+
+    The samples of a prompt stay together if whole prompts fill a minibatch.
+
+    Args:
+        options: Sizes and seed.
+        step: Index of the update.
+        epoch: Index of the pass over the batch.
+    """
+    n = options.group_size
+    generator = torch.Generator().manual_seed(derive_seed(options.seed, "minibatches", step, epoch))
+    groups = torch.randperm(options.batch_size // n, generator=generator).tolist()
+    episodes = [group * n + k for group in groups for k in range(n)]
+    return list(micro_batches(episodes, options.mini_batch_size))
+
+
+def ppo_gradients(roles: Roles, batch: Batch, index: list[int], options: UpdateOptions) -> dict[str, float]:
+    """Accumulate the gradients of policy loss and value loss over one minibatch.
+
+    Both losses are sums over the minibatch's tokens divided by their count, so neither the
+    micro-batches nor the number of ranks change the gradient.
+
+    Args:
+        roles: The models.
+        batch: Episodes, advantages and returns.
+        index: The minibatch's episodes.
+        options: Micro-batch size, temperature and clipping.
+
+    Returns:
+        Losses, ratio and clipped fractions of the minibatch.
+    """
+    rollout, n = batch.rollout, options.group_size
+    tokens = sum(len(rollout.responses[i]) for i in index)
+    figures: dict[str, float] = {}
+    lengths = rollout.lengths()
+    share = share_groups(lengths, index, n)
+    parts = in_micro_batches(lengths, share, n, options.micro_batch_size, roles.most_tokens())
+    for part, mine in parallel.padded_micro_batches(parts, roles.spare()):
+        rows = rollout.rows(part, roles.tokenizer.pad_token_id, roles.packed)
+        mask = rows.response_mask
+        episodes = torch.tensor(part, device=rollout.mask.device)
+        old_logprobs, old_values, advantages, returns = (
+            x[episodes, : mask.shape[1]] for x in (rollout.logprobs, rollout.values, batch.advantages, batch.returns)
+        )
+        with roles.accelerator.autocast():
+            logprobs = response_logprobs(roles.policy, rows, options.temperature)
+        loss, sums = policy_loss(logprobs, old_logprobs, advantages, mask, options.clipping.ratio, tokens)
+        # a padding micro-batch only keeps this rank in step; times 0 it takes part in the
+        # collectives
+        roles.accelerator.backward(loss if mine else 0.0 * loss)
+        with roles.accelerator.autocast():
+            values = response_values(roles.value_model, rows)
+        v_loss, v_sums = value_loss(values, old_values, returns, mask, options.clipping.value, tokens)
+        roles.accelerator.backward(v_loss if mine else 0.0 * v_loss)
+        if not mine:
+            continue
+        for key, figure in (
+            ("loss/policy_avg", loss),
+            ("loss/value_avg", v_loss),
+            ("val/ratio", sums["ratio"] / tokens),
+            ("policy/clipfrac_avg", sums["clipped"] / tokens),
+            ("policy/approxkl_avg", sums["approxkl"] / tokens),
+            ("val/clipfrac_avg", v_sums["clipped"] / tokens),
+        ):
+            figures[key] = figures.get(key, 0.0) + figure.item()
+    for model in (roles.policy, roles.value_model):
+        parallel.all_reduce_gradients(trainable(model).values())
+    return parallel.all_reduce_figures(figures)
+
+
+def ptx_gradient(roles: Roles, policy: Trainee, texts: list[list[int]], options: UpdateOptions) -> dict[str, float]:
+    """Add ptx_coef times the gradient of the pretraining loss to the policy's gradients.
+
+    The loss is the mean cross-entropy a token over `texts`. It has a backward pass of its own, so
+    that the norms of both gradients and their cosine are known before they are summed.
+
+    Args:
+        roles: The models.
+        policy: Holds PPO's gradients, and then the sums.
+        texts: Pretraining rows of T tokens each.
+        options: ptx_coef and micro-batch size.
+
+    Returns:
+        The loss, the norm of the added gradient, and its cosine to PPO's.
+    """
+    parameters = list(policy.parameters.values())
+    ppo_grads = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    tokens, total = len(texts) * (len(texts[0]) - 1), 0.0  # nothing predicts the first token of a row
+    share = parallel.rows_of_this_rank(texts, [1] * len(texts))
+    parts = list(micro_batches(share, options.micro_batch_size))
+    for part, mine in parallel.padded_micro_batches(parts, texts[:1] if roles.spare() else None):
+        ids = torch.tensor(part, device=roles.accelerator.device)
+        with roles.accelerator.autocast():
+            loss = -text_logprobs(roles.policy, ids).sum() / tokens
+        total += loss.item() if mine else 0.0
+        roles.accelerator.backward((options.ptx.coef if mine else 0.0) * loss)
+    parallel.all_reduce_gradients(parameters)
+    total = parallel.all_reduce_figures({"loss": total})["loss"]
+    ptx_grads = [p.grad for p in parameters]
+    figures = {
+        "loss/ptx": total,
+        "grad_norm/ptx": gradient_norm(parameters),
+        "grad_cosine": gradient_cosine(ppo_grads, ptx_grads),
+    }
+    for p, ppo_grad, ptx_grad in zip(parameters, ppo_grads, ptx_grads, strict=True):
+        if ppo_grad is None:
+            p.grad = ptx_grad
+        elif ptx_grad is None:
+            p.grad = ppo_grad
+        else:
+            p.grad = ppo_grad.add_(ptx_grad)
+    return figures

@@ -1,0 +1,62 @@
+"""Write the reference of all settings: `python -m stages.settings.reference`."""
+
+from pathlib import Path
+
+from pipeline.config.help import SettingRow, describe
+from pipeline.config.sections import COMMON
+from stages.settings.experiment import STAGES, Experiment
+
+FILE = Path(__file__).resolve().parents[2] / "configs" / "SETTINGS.md"
+HEADER = """\
+# Settings
+
+Every setting of a config, with its type, default and unit. This file is generated from the declarations in
+`pipeline/config/sections.py` and `stages/settings/`: change those, then run `python -m stages.settings.reference`.
+
+The command line takes the same names on top of the file: `rlhf run ppo -c my.yaml ppo.kl_coef=0.1`.
+"""
+TABLE = ["| setting | type | default | unit | meaning |", "| --- | --- | --- | --- | --- |"]
+
+
+def reference() -> str:
+    """Return the text: the top level, the common sections, then one section per stage."""
+    top = [row for row in describe(Experiment, "") if "." not in row.key]
+    parts = [HEADER, section("Top level", "", top)]
+    for name, settings in COMMON.items():
+        parts.append(section(f"`{name}`", first_line(settings.__doc__), describe(settings, name)))
+    for name, stage in STAGES.items():
+        parts.append(section(f"`{name}`", stage.summary, describe(stage.settings, name)))
+    return "\n".join(parts)
+
+
+def section(title: str, summary: str, rows: list[SettingRow]) -> str:
+    """Return a section of the file.
+
+    Args:
+        title: Its heading.
+        summary: A sentence under the heading; "" for none.
+        rows: The settings.
+    """
+    lines = [f"## {title}", ""]
+    if summary:
+        lines += [summary, ""]
+    lines += TABLE
+    for row in rows:
+        cells = (f"`{row.key}`", row.type, f"`{row.default}`", row.unit, row.meaning)
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def first_line(docstring: str | None) -> str:
+    """Return the first line of a docstring."""
+    return (docstring or "").strip().split("\n")[0]
+
+
+def main() -> None:
+    """Write the file."""
+    FILE.write_text(reference(), encoding="utf-8")
+    print(f"written: {FILE}")
+
+
+if __name__ == "__main__":
+    main()
