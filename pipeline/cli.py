@@ -66,9 +66,9 @@ def main(argv: list[str] | None = None) -> int:
 def entry() -> NoReturn:
     """Run `main` and end the process: the program `rlhf`, and `python -m pipeline.cli`."""
     code = main()
-    from pipeline.launch.processes import end_this_one
+    from pipeline.launch.processes import exit_process
 
-    end_this_one(code)
+    exit_process(code)
 
 
 # -- errors --------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def explain(error: Exception, caller: hints.Caller | None = None) -> int:
 
         what = f"another process of this run ended, or took longer than launch.timeout ({error})"
         print(f"error: {what}; run again to resume", file=sys.stderr)
-        return 1 if processes.place_in_environment()[0] == 0 else processes.LOST_ANOTHER
+        return 1 if processes.rank_and_size_from_environment()[0] == 0 else processes.EXIT_PEER_LOST
     if isinstance(error, BrokenPipeError):  # `rlhf status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -123,7 +123,7 @@ def stopped_at(error: Interrupted) -> str:
 def disk_error(error: Exception) -> str | None:
     """Return a line for an error of the disk, such as a full one; None for any other error."""
     number = error.errno if isinstance(error, OSError) else None
-    if number is None or number not in files.DISK:
+    if number is None or number not in files.DISK_ERRORS:
         return None
     path = Path(getattr(error, "filename", None) or ".")
     line = f"{path}: {os.strerror(number)}"

@@ -110,14 +110,14 @@ def run_command(arguments: argparse.Namespace) -> int:
     with stop_on_signals(stop):
         from pipeline import plan, running
         from pipeline.config.yaml_tree import read_tree
-        from pipeline.launch import environment, processes
+        from pipeline.launch import environment, launcher, processes
         from pipeline.store.remote import Remote
 
         tree = read_tree(arguments.config, arguments.overrides)
-        if (count := processes.wanted(tree.values)) > 1:
-            return processes.start(arguments.words, count)
+        if (count := launcher.processes_to_start(tree.values)) > 1:
+            return launcher.start(arguments.words, count)
         met = threading.Event()
-        processes.watch_launcher(stop, met)
+        launcher.watch_launcher(stop, met)
         experiment, stages = api.validate(tree), api.stages()
         environment.prepare(experiment)
         location, console = Location.of(arguments.artifacts), make_console(hints.caller_from(arguments))
@@ -128,15 +128,15 @@ def run_command(arguments: argparse.Namespace) -> int:
         met.set()
         if peers is not None and peers.rank > 0:
             well = running.follow(peers, experiment, store, stages, flags)
-            processes.leave(peers, patience, well)
+            processes.disconnect(peers, patience, well)
             return 0 if well else 1
         try:
             remote = None if location.url is None else Remote(location.url, store)
             plan.bring_up_to_date(arguments.stage, experiment, store, stages, flags, stop, console, peers, remote)
         except BaseException:
-            processes.leave(peers, 1.0, well=False)
+            processes.disconnect(peers, 1.0, succeeded=False)
             raise
-        processes.leave(peers, patience)
+        processes.disconnect(peers, patience)
         stages[arguments.stage].show(store.folder(arguments.stage), console)
     return 0
 
@@ -359,9 +359,9 @@ def clean_command(arguments: argparse.Namespace) -> int:
     """
     from pipeline.config.validation import read_name
     from pipeline.config.yaml_tree import read_tree
-    from pipeline.origin import ask, at_terminal
     from pipeline.stage import StopFlag
     from pipeline.store.artifacts import ArtifactStore
+    from pipeline.terminal import ask, at_terminal
 
     name = read_name(read_tree(arguments.config, arguments.overrides))
     store = ArtifactStore(Location.of(arguments.artifacts).folder, name)
@@ -417,7 +417,7 @@ def init_command(arguments: argparse.Namespace) -> int:
     """Run `rlhf init`: write a short config that works."""
     from pipeline.config.yaml_tree import parse_tree
     from pipeline.new_config import compose, name_from
-    from pipeline.plan import missing_data, wanted_stages
+    from pipeline.plan import missing_data_of, wanted_stages
 
     path = Path(arguments.output)
     if path.exists():
@@ -425,7 +425,7 @@ def init_command(arguments: argparse.Namespace) -> int:
     text = compose(name_from(path), arguments.model, guess_kinds(arguments.data), arguments.device)
     experiment, stages = api.validate(parse_tree(text, str(path))), api.stages()
     wanted = wanted_stages(experiment, stages)
-    if lines := missing_data([name for name in stages if name in wanted], stages, experiment):
+    if lines := missing_data_of([name for name in stages if name in wanted], stages, experiment):
         raise UserError(lines)
     try:
         with open(path, "x", encoding="utf-8") as file:

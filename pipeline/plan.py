@@ -9,11 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.changes import Change, compare
 from pipeline.config.sections import Common
 from pipeline.errors import Interrupted, UserError
-from pipeline.fingerprints import Change, Today, all_needs, compare, describe_today, lacking
+from pipeline.fingerprints import Today, all_needs, describe_today, missing_data
 from pipeline.launch.processes import Peers
-from pipeline.origin import ask, at_terminal, forgotten, lines_of_forgotten, lines_of_others
+from pipeline.origin import dropped_overrides, errors_about_dropped_overrides, errors_about_other_files
 from pipeline.running import Job, run_stage
 from pipeline.stage import Stage, StopFlag
 from pipeline.state import Flags, StageState, is_dropped, refusals
@@ -21,6 +22,7 @@ from pipeline.store.artifacts import ArtifactStore
 from pipeline.store.digests import Digests
 from pipeline.store.hub import Hub
 from pipeline.store.remote import Remote
+from pipeline.terminal import ask, at_terminal
 from pipeline.tracking import Dashboard
 
 
@@ -102,7 +104,7 @@ class Chain:
     def assess(self, name: str) -> StageState:
         """Return the state of a stage, given the states of the stages it needs."""
         store, today = self.store, self.today(name)
-        store.settle(name)
+        store.recover_if_idle(name)
         waiting = [
             f"{need} is {self.states[need].kind}" for need in self.needs(name) if self.states[need].kind != "done"
         ]
@@ -133,7 +135,7 @@ class Chain:
         if damage:
             return StageState("damaged", damage, manifest=manifest)
         if manifest is None:
-            lines = lacking(self.stages[name], self.experiment)
+            lines = missing_data(self.stages[name], self.experiment)
             return StageState("missing", [line.partition(",")[0] for line in lines])
         return StageState("stale" if reasons else "done", reasons, manifest=manifest, changes=since)
 
@@ -157,7 +159,7 @@ class Chain:
                 replaced.append((name, state.manifest))
             elif state.run is not None and state.changes and is_dropped(name == target, state, flags):
                 replaced.append((name, state.run))
-        return lines_of_others(self.store.origin, self.store.base, replaced)
+        return errors_about_other_files(self.store.origin, self.store.base, replaced)
 
     def conflicts_with_other_commands(self, order: list[str], target: str, flags: Flags) -> list[str]:
         """Return a line for the finished stages that are stale only because of the command line.
@@ -174,9 +176,9 @@ class Chain:
             else:
                 manifest = self.stale_in_storage.get(name)
                 changes = [] if manifest is None else compare(name, manifest, self.today(name))
-            if manifest is not None and (words := forgotten(manifest, changes, self.store.origin.overrides)):
+            if manifest is not None and (words := dropped_overrides(manifest, changes, self.store.origin.overrides)):
                 stale[name] = (words, changes)
-        return lines_of_forgotten(target, self.store.base, stale)
+        return errors_about_dropped_overrides(target, self.store.base, stale)
 
     def conflicts(self, order: list[str], target: str, flags: Flags) -> list[str]:
         """Return a line for each thing that a person should confirm before it is replaced."""
@@ -217,7 +219,7 @@ class Chain:
                 assert not late, f"{name} needs {late}, which must be listed before it"
                 wanted.update(self.needs(name))
         closure = [name for name in order if name in wanted]
-        if lines := missing_data(closure, self.stages, self.experiment):
+        if lines := missing_data_of(closure, self.stages, self.experiment):
             raise UserError(lines)
         return closure
 
@@ -235,7 +237,7 @@ def assess(experiment: Common, store: ArtifactStore, stages: Mapping[str, Stage]
     return chain.states
 
 
-def missing_data(names: Sequence[str], stages: Mapping[str, Stage], experiment: Common) -> list[str]:
+def missing_data_of(names: Sequence[str], stages: Mapping[str, Stage], experiment: Common) -> list[str]:
     """Return a line for each kind of data that some stage reads and that the config does not give.
 
     Args:
@@ -245,7 +247,7 @@ def missing_data(names: Sequence[str], stages: Mapping[str, Stage], experiment: 
     """
     first: dict[str, str] = {}
     for name in names:
-        for line in lacking(stages[name], experiment):
+        for line in missing_data(stages[name], experiment):
             first.setdefault(line.partition(":")[0], line)
     return list(first.values())
 
@@ -444,7 +446,7 @@ def lines_of_remembered_settings(
     then: dict[str, list[str]] = {}
     for name, state in states.items():
         if state.kind == "stale" and state.manifest is not None:
-            for word in forgotten(state.manifest, state.changes, overrides):
+            for word in dropped_overrides(state.manifest, state.changes, overrides):
                 then.setdefault(word, []).append(name)
     if not then:
         return []

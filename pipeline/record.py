@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.sections import Common
-from pipeline.launch import environment
+from pipeline.launch import environment, hardware
 from pipeline.stage import Stage
 from pipeline.store.artifacts import now
-from pipeline.tracking import figure
+from pipeline.tracking import format_number
 
 LIBRARIES = (
     "torch",
@@ -55,7 +55,7 @@ def manifest_of(
         "threads": run["threads"],
         "device": run.get("device"),
         "strategy": run.get("strategy"),
-        "hardware": environment.hardware(),
+        "hardware": hardware.describe_hardware(),
         "command": command or None,
         "started_at": run["started_at"],
         "finished_at": now(),
@@ -73,7 +73,7 @@ def process_facts(experiment: Common) -> dict[str, Any]:
 
 def headline(stage: Stage, metrics: dict[str, Any]) -> list[str]:
     """Return the figures that a stage shows first, as far as it has them: "kl 3.2"."""
-    return [f"{key} {figure(metrics[key])}" for key in stage.headline if metrics.get(key) is not None]
+    return [f"{key} {format_number(metrics[key])}" for key in stage.headline if metrics.get(key) is not None]
 
 
 def versions() -> dict[str, str]:

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from pipeline.config.sections import Common
 from pipeline.errors import UserError
-from pipeline.fingerprints import Today, all_needs, folders, hub_model, sources
-from pipeline.launch.processes import Peers, relying_on
+from pipeline.fingerprints import Today, all_needs, sources
+from pipeline.launch.processes import Peers, detect_lost_peers
 from pipeline.record import headline, manifest_of, process_facts
 from pipeline.stage import Source, Stage, StageRun, StopFlag
 from pipeline.state import Flags, StageState, is_dropped, refusals
@@ -22,7 +22,7 @@ from pipeline.store import checkpoints, files
 from pipeline.store.artifacts import ArtifactStore, now
 from pipeline.store.cache import Cache
 from pipeline.store.digests import Digests
-from pipeline.tracking import Dashboard, Tracker, duration, plain
+from pipeline.tracking import Dashboard, Tracker, format_duration, json_value
 
 DEFAULT_EVERY = 50  # steps between two checkpoints where checkpoints.every is null
 MOST_TIME_SAVING = 0.035  # fraction of the time that saving may then take
@@ -89,10 +89,10 @@ def run_stage(job: Job) -> dict[str, Any]:
     if job.peers is not None and job.stage.shared:
         checkpoint = context.checkpoints.newest()
         made_of = {"inputs": run["inputs"], "config": run["config"]}
-        job.peers.tell({"stage": job.name, "at": None if checkpoint is None else checkpoint.step, "made_of": made_of})
+        job.peers.send({"stage": job.name, "at": None if checkpoint is None else checkpoint.step, "made_of": made_of})
     try:
-        with files.naming(context.publish), relying_on(job.peers):
-            metrics = plain(job.stage.run(context))
+        with files.name_in_errors(context.publish), detect_lost_peers(job.peers):
+            metrics = json_value(job.stage.run(context))
         if lines := replaced_inputs(job, context) + edited_inputs(job, run, context):
             raise UserError(lines)
         finished = True
@@ -105,7 +105,7 @@ def run_stage(job: Job) -> dict[str, Any]:
     context.checkpoints.prune()
     record = manifest_of(run, job.experiment.seed, metrics, job.flags.command, context.tracker.tracker_run_id)
     manifest = job.store.publish(job.name, context.publish, record)
-    done = " · ".join([f"done in {duration(time.monotonic() - started)}", *headline(job.stage, metrics)])
+    done = " · ".join([f"done in {format_duration(time.monotonic() - started)}", *headline(job.stage, metrics)])
     job.say(f"{done} → {job.store.folder(job.name)}")
     return manifest
 
@@ -130,7 +130,7 @@ def edited_inputs(job: Job, run: dict[str, Any], context: StageRun) -> list[str]
     The manifest would name the content that it had before.
     """
     outside = {f"data:{kind}": (f"data.{kind}", source.path) for kind, source in context.sources.items()}
-    outside |= {f"folder:{key}": (key, folder) for key, folder in folders(job.stage, job.experiment).items()}
+    outside |= {f"folder:{key}": (key, folder) for key, folder in job.stage.folders(job.experiment).items()}
     remedy = "put it back, or add --restart, and run again" if has_checkpoints(context) else "run again"
     lines = []
     for name, (key, path) in outside.items():
@@ -262,7 +262,7 @@ def prepare(job: Job, run: dict[str, Any]) -> StageRun:
 
 def folder_signatures(job: Job) -> dict[str, tuple]:
     """Return a signature per folder of the user's that changes whenever a file in it is touched."""
-    return {key: job.digests.facts(path).signature for key, path in folders(job.stage, job.experiment).items()}
+    return {key: job.digests.facts(path).signature for key, path in job.stage.folders(job.experiment).items()}
 
 
 def confirm_folders(job: Job, run: dict[str, Any], before: dict[str, tuple]) -> None:
@@ -276,7 +276,7 @@ def confirm_folders(job: Job, run: dict[str, Any], before: dict[str, tuple]) -> 
     Raises:
         UserError: If a folder changed: the weights loaded from it cannot be trusted.
     """
-    for key, path in folders(job.stage, job.experiment).items():
+    for key, path in job.stage.folders(job.experiment).items():
         facts = job.digests.facts(path)
         if facts.sha256 != run["inputs"].get(f"folder:{key}") or facts.signature != before[key]:
             raise UserError(f"{job.name}: {path} ({key}) was edited while it was loaded; run again")
@@ -293,7 +293,7 @@ def checkpoints_of(experiment: Common, work: Path, **options: Any) -> checkpoint
     every, keep = experiment.checkpoints.every, experiment.checkpoints.keep
     rhythm: dict[str, Any] = {"every": every}
     if every is None:
-        rhythm = {"every": DEFAULT_EVERY, "most": MOST_TIME_SAVING}
+        rhythm = {"every": DEFAULT_EVERY, "max_share": MOST_TIME_SAVING}
     return checkpoints.CheckpointStore(work / "checkpoints", **rhythm, keep=keep, **options)
 
 
@@ -326,7 +326,7 @@ def shared_fields(
         entry = manifests["world"]["outputs"].get(file, {})
         return replace(source, path=store.folder("world") / file, sha256=entry.get("sha256"))
 
-    model = {} if hub_model(stage, experiment) is None else made_of["config"]["model"]
+    model = {} if stage.hub_model(experiment) is None else made_of["config"]["model"]
     return {
         "stage": name,
         "experiment": experiment,
@@ -348,7 +348,7 @@ def follow(peers: Peers, experiment: Common, store: ArtifactStore, stages: dict[
     Returns:
         Whether rank 0 ended without an error.
     """
-    while "end" not in (message := peers.hear()):
+    while "end" not in (message := peers.receive()):
         name = message["stage"]
         stage = stages[name]
         # rank 0 has verified these manifests
@@ -357,7 +357,9 @@ def follow(peers: Peers, experiment: Common, store: ArtifactStore, stages: dict[
         files.remove(folder)
         folder.mkdir()
         try:
-            saved = checkpoints_of(experiment, store.work_folder(name), run_id="", writes=False, at=message["at"])
+            saved = checkpoints_of(
+                experiment, store.work_folder(name), run_id="", writes=False, resume_step=message["at"]
+            )
             set_seeds(experiment.seed, name)
             context: StageRun = StageRun(
                 publish=folder,
@@ -368,7 +370,7 @@ def follow(peers: Peers, experiment: Common, store: ArtifactStore, stages: dict[
                 trust_remote_code=flags.trust_remote_code,
                 **shared_fields(name, stage, experiment, store, manifests, message["made_of"]),
             )
-            with relying_on(peers):
+            with detect_lost_peers(peers):
                 stage.run(context)
         finally:
             files.remove(folder)

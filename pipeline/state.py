@@ -4,7 +4,7 @@ import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.fingerprints import Change
+from pipeline.changes import Change
 from pipeline.launch import environment
 
 

@@ -1,9 +1,8 @@
-"""What a stage tells the world while it runs: journals (the truth), progress, samples, and wandb where it is
-asked for.
+"""Record what happens while a stage runs: journals, progress and, if asked for, wandb.
 
-metrics.jsonl, evaluations.jsonl and samples.jsonl hold no time of day, so that a run that was stopped and
-went on writes the same bytes as one that was not. What the clock and the memory say of a step is in timing.jsonl, which
-is published beside them and is no part of the artifact's digest.
+metrics.jsonl, evaluations.jsonl and samples.jsonl contain no time of day, so that a run that was
+interrupted and resumed writes the same bytes as one that was not. Times and memory are in
+timing.jsonl, which is published beside them and is not part of the artifact's digest.
 """
 
 import json
@@ -15,86 +14,102 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipeline.store import files
 
-INIT_SECONDS = 8.0  # for wandb's first answer; WANDB_INIT_TIMEOUT says otherwise
-FINISH_SECONDS = 60.0  # for the rest of a stage's figures to go there
+INIT_SECONDS = 8.0  # for wandb's first answer, unless WANDB_INIT_TIMEOUT is set
+FINISH_SECONDS = 60.0  # for wandb to upload the rest of a stage's figures
 JOURNALS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
 TIMING = "timing.jsonl"
-TIMES = {  # what a row of it holds beside `step`; wandb gets them as `time/…`
-    "seconds": "of the step, forward, backward and update (ppo: sampling too), without evaluation and checkpoints",
-    "tokens": "of the step's batch, padding not counted, in all processes (ppo: of its episodes, prompts included)",
+TIMES = {  # the keys of a row of timing.jsonl besides `step`; wandb gets them as `time/…`
+    "seconds": "of the step: forward, backward and update (ppo: sampling too), without evaluation and checkpoints",
+    "tokens": "in the step's batch, without padding, over all processes (ppo: of its episodes, prompts included)",
     "tokens_per_second": "tokens / seconds",
-    "memory_gb": "the most that the first process has held so far: of a GPU's memory since the stage began, or without "
-    "one of the machine's since the command did",
+    "memory_gb": "peak memory of rank 0 in 10⁹ bytes: of the GPU since the stage began, or without a GPU of the "
+    "process since the command began",
 }
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON holds it: 0-d tensors and numpy scalars become numbers; NaN and infinities become
-    strings, because JSON has no words for them."""
+def json_value(value: Any) -> Any:
+    """Convert a value to what JSON can hold.
+
+    0-d tensors and numpy scalars become numbers. NaN and infinities become strings, since JSON has
+    no numbers for them. Keys become strings, tuples lists.
+    """
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [json_value(item) for item in value]
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if not isinstance(value, float) and hasattr(value, "item"):
-        return plain(value.item())
+        return json_value(value.item())
     value = float(value)
     if math.isfinite(value):
         return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if math.isnan(value):
+        return "NaN"
+    return "Infinity" if value > 0 else "-Infinity"
 
 
 @dataclass
 class Dashboard:
-    """wandb, as far as one command has it: what fails once, or does not answer in time, is not tried again by the
-    command's other stages."""
+    """The state of wandb for one command: after one failure, no stage tries it again."""
 
     lost: bool = False
+    """Whether it has failed, or has not answered in time."""
 
-    def attempt(self, call: Callable[[], Any], seconds: float) -> Any:
-        """Return call(), which a network may hold for ever; TimeoutError after so many seconds. An error that comes
-        later is nobody's any more."""
-        found: dict[str, Any] = {}
+    def call(self, function: Callable[[], Any], seconds: float) -> Any:
+        """Call a function that a network may block for ever.
+
+        Args:
+            function: called in a thread of its own. If it takes too long the thread is left behind,
+                and what it raises later is ignored.
+            seconds: how long to wait.
+
+        Returns:
+            What the function returns.
+
+        Raises:
+            TimeoutError: it did not return in time.
+            Exception: whatever the function raised.
+        """
+        outcome: dict[str, Any] = {}
 
         def run() -> None:
             try:
-                found["value"] = call()
-            except BaseException as error:  # told below, in the thread that asked
-                found["error"] = error
+                outcome["value"] = function()
+            except BaseException as error:  # raised again below, in the thread that waits
+                outcome["error"] = error
 
         thread = threading.Thread(target=run, daemon=True, name="wandb")
         thread.start()
         thread.join(seconds)
         if thread.is_alive():
             raise TimeoutError(f"no answer within {seconds:.0f} s")
-        if "error" in found:
-            raise found["error"]
-        return found["value"]
+        if "error" in outcome:
+            raise outcome["error"]
+        return outcome["value"]
 
-    def lose(self, error: BaseException) -> None:
-        """Say once that there is no wandb any more."""
+    def give_up(self, error: BaseException) -> None:
+        """Stop using wandb, and print a warning the first time."""
         if self.lost:
             return
         self.lost = True
-        first = str(error).strip().splitlines()
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
         print(
-            f"warning: wandb failed ({first[0] if first else type(error).__name__}); this command goes on without it, "
-            f"and metrics.jsonl has all of it",
+            f"warning: wandb failed ({reason}); this command goes on without it, and metrics.jsonl has all of it",
             file=sys.stderr,
         )
 
 
 class Tracker:
-    """The journals of one run of one stage in `folder`. `settings` is the section `tracking` (None = journals
-    only); `dashboard`: the command's."""
+    """The journals of one run of one stage, and its window to people: lines, progress, wandb."""
 
     def __init__(
         self,
@@ -108,66 +123,101 @@ class Tracker:
         writes: bool = True,
         dashboard: Dashboard | None = None,
     ):
-        self.writes = writes  # False in a process that helps another one, which writes
+        """Open a tracker; journals are created by their first row.
+
+        Args:
+            folder: where the journals are.
+            stage: the stage's name.
+            settings: the config's section `tracking`; None for journals only.
+            run_id: the run's id, also in wandb, so that a resumed run continues there.
+            experiment: the experiment's name.
+            config: the settings that wandb shows.
+            console: where lines and progress go.
+            writes: False on every rank but 0, which write no journals.
+            dashboard: the command's; its own if None.
+        """
+        self.writes = writes
         self.folder, self.stage, self.run_id = Path(folder), stage, run_id
         self.console = console or Console()
-        forget_peak()
-        self._open: dict[str, Any] = {}
+        reset_peak_memory()
+        self._open: dict[str, IO[str]] = {}  # journals that have been written to, by file name
         self._dashboard = dashboard or Dashboard()
-        self._wandb = None
+        self._wandb: Any = None  # the module, once a run has begun there
         if settings is not None and settings.wandb != "off" and not self._dashboard.lost:
             self._start_wandb(settings, experiment, config)
 
-    # -- journals ----------------------------------------------------------------------------------------
+    # -- journals ---------------------------------------------------------------------------------
 
     def log(self, step: int, metrics: dict[str, Any], seconds: float | None = None, tokens: int | None = None) -> None:
-        """Write what one optimizer step (PPO: one update) was like: a row of metrics.jsonl, and one of timing.jsonl.
+        """Write rows of metrics.jsonl and timing.jsonl for one optimizer step (PPO: one update).
 
         Args:
-            step: its number.
-            metrics: its figures, none of the clock.
-            seconds: how long it took; None: there is no row of timing.jsonl.
-            tokens: of its batch, in all processes.
+            step: the step's number.
+            metrics: its figures, without any time.
+            seconds: how long it took; None for no row in timing.jsonl.
+            tokens: in its batch, over all processes.
         """
         self._append("metrics.jsonl", [{"step": step, **metrics}])
         times: dict[str, Any] = {}
         if seconds is not None:
-            times = {"seconds": round(seconds, 4), "tokens": tokens}
-            times |= {"tokens_per_second": round((tokens or 0) / max(seconds, 1e-9), 1), "memory_gb": memory_gb()}
+            times = {
+                "seconds": round(seconds, 4),
+                "tokens": tokens,
+                "tokens_per_second": round((tokens or 0) / max(seconds, 1e-9), 1),
+                "memory_gb": memory_gb(),
+            }
             self._append(TIMING, [{"step": step, **times}])
-        told = {key: value for key, value in metrics.items() if not isinstance(value, str)}
-        self._to_wandb(told | {f"time/{key}": value for key, value in times.items()}, step)
+        numbers = {key: value for key, value in metrics.items() if not isinstance(value, str)}
+        self._to_wandb(numbers | {f"time/{key}": value for key, value in times.items()}, step)
 
     def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
-        """One row of evaluations.jsonl: held-out figures after `step` steps."""
+        """Write a row of evaluations.jsonl.
+
+        Args:
+            step: the steps done before this held-out evaluation.
+            metrics: its figures.
+        """
         self._append("evaluations.jsonl", [{"step": step, **metrics}])
         self._to_wandb({f"eval/{key}": value for key, value in metrics.items()}, step)
 
     def samples(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
-        """Rows of samples.jsonl: {prompt, response, score?, kl?, gold?}."""
+        """Write rows of samples.jsonl.
+
+        Args:
+            step: the steps done before they were generated.
+            rows: {prompt, response, score?, kl?, gold?}.
+        """
         rows = [{"step": step, **row} for row in rows]
         self._append("samples.jsonl", rows)
         if self._wandb is not None and rows:
             self._guard(lambda wandb: wandb.log({"samples": _wandb_table(wandb, rows)}, step=step))
 
-    def rewind(self, step: int, owes_look: bool = False) -> None:
-        """Drops every row after `step`: a run goes on from a checkpoint and writes those rows again. -1 drops
-        all. owes_look: also what a held-out look at `step` wrote, which will be made again."""
+    def rewind(self, step: int, owes_evaluation: bool = False) -> None:
+        """Drop the rows that a resumed run will write again.
+
+        Args:
+            step: the step of the checkpoint that it resumes from; -1 drops all rows.
+            owes_evaluation: the held-out evaluation at `step` was cut short and will be repeated;
+                what it wrote is dropped too.
+        """
         self.close_journals()
         for name in (*JOURNALS, TIMING):
             path = self.folder / name
             if not path.exists():
                 continue
-            kept, last = [], step - (owes_look and name in JOURNALS[1:])
+            last = step
+            if owes_evaluation and name in ("evaluations.jsonl", "samples.jsonl"):
+                last = step - 1
+            kept = []
             for line in path.read_bytes().splitlines(keepends=True):
                 try:
                     row = json.loads(line)
                 except ValueError:
-                    continue  # the line that a kill cut in two
+                    continue  # a kill cut the line in two
                 if line.endswith(b"\n") and row["step"] <= last:
                     kept.append(line)
             staged = path.with_name(f".tmp-{name}")
-            with files.naming(staged), open(staged, "wb") as file:
+            with files.name_in_errors(staged), open(staged, "wb") as file:
                 file.writelines(kept)
                 file.flush()
                 os.fsync(file.fileno())
@@ -175,51 +225,64 @@ class Tracker:
             files.fsync_folder(self.folder)
 
     def sync(self) -> None:
-        """Makes the journals durable; called before a checkpoint that stands on them."""
+        """Force the journals to disk, before a checkpoint is saved that relies on their rows."""
         for file in self._open.values():
-            with files.naming(Path(file.name)):
+            with files.name_in_errors(Path(file.name)):
                 os.fsync(file.fileno())
 
     def close_journals(self) -> None:
+        """Close the journals; the next row opens them again."""
         for file in self._open.values():
-            with files.naming(Path(file.name)):  # what a full disk did not take is written once more
+            with files.name_in_errors(Path(file.name)):  # closing writes what is left in the buffer
                 file.close()
         self._open.clear()
 
     def close(self) -> None:
+        """Force the journals to disk, close them and finish wandb's run."""
         self.sync()
         self.close_journals()
         if self._wandb is not None:
-            self._guard(lambda wandb: self._dashboard.attempt(wandb.finish, FINISH_SECONDS))
+            self._guard(lambda wandb: self._dashboard.call(wandb.finish, FINISH_SECONDS))
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Append rows to a journal and flush them, so that a kill of this process loses none."""
         if not self.writes:
             return
         if name not in self._open:
-            self._open[name] = open(self.folder / name, "a", encoding="utf-8")
-        with files.naming(self.folder / name):
+            path = self.folder / name
+            self._open[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (`close_journals` closes it)
+        with files.name_in_errors(self.folder / name):
             for row in rows:
-                self._open[name].write(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n")
+                self._open[name].write(json.dumps(json_value(row), ensure_ascii=False, allow_nan=False) + "\n")
             self._open[name].flush()
 
-    # -- people ------------------------------------------------------------------------------------------
+    # -- lines and progress -----------------------------------------------------------------------
 
     def say(self, line: str) -> None:
+        """Print a line."""
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def progress(self, total: int, description: str, start: int = 0) -> "ProgressLine":
-        """A context manager whose `.update(step, **figures)` moves a bar, or prints a line now and then."""
-        own = description.removeprefix(self.stage).strip()
-        return ProgressLine(self.console, total, f"{self.stage}: {own}" if own else self.stage, start)
+        """Return a context manager whose `update(step, **figures)` shows progress.
 
-    # -- wandb: a convenience that must never stop training ----------------------------------------------
+        Args:
+            total: the number of steps.
+            description: what is counted; the stage's name is put before it.
+            start: steps done before, by the run that is resumed.
+        """
+        detail = description.removeprefix(self.stage).strip()
+        return ProgressLine(self.console, total, f"{self.stage}: {detail}" if detail else self.stage, start)
+
+    # -- wandb: a convenience that must never stop training ---------------------------------------
 
     def _start_wandb(self, settings: Any, experiment: str, config: dict[str, Any] | None) -> None:
+        """Begin or resume a run in wandb."""
         try:
             import wandb
 
-            patience = float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_SECONDS))
-            folder = self.folder.parent if self.folder.name != ".redo" else self.folder.parent.parent
+            timeout = float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_SECONDS))
+            # a redo works in STAGE/.redo, which is removed afterwards
+            stage_folder = self.folder.parent if self.folder.name == ".redo" else self.folder
             options = {
                 "project": settings.project,
                 "name": f"{experiment}/{self.stage}",
@@ -227,20 +290,22 @@ class Tracker:
                 "id": self.run_id or None,
                 "resume": "allow",
                 "mode": settings.wandb,
-                "dir": str(folder),
+                "dir": str(stage_folder.parent),
                 "config": config,
-                "settings": wandb.Settings(silent=True, console="off", init_timeout=patience),
+                "settings": wandb.Settings(silent=True, console="off", init_timeout=timeout),
             }
-            self._dashboard.attempt(lambda: wandb.init(**options), 1.25 * patience)
+            # somewhat longer than wandb's own timeout, whose message is the better one
+            self._dashboard.call(lambda: wandb.init(**options), 1.25 * timeout)
             self._wandb = wandb
-        except Exception as error:  # whatever a network or a service can do
+        except Exception as error:  # whatever a network or a service can raise
             self._lose_wandb(error)
 
     def _to_wandb(self, metrics: dict[str, Any], step: int) -> None:
         if self._wandb is not None:
             self._guard(lambda wandb: wandb.log(metrics, step=step))
 
-    def _guard(self, call: Any) -> None:
+    def _guard(self, call: Callable[[Any], Any]) -> None:
+        """Call a function with the wandb module; an error ends the use of wandb, not training."""
         try:
             call(self._wandb)
         except Exception as error:
@@ -248,66 +313,86 @@ class Tracker:
 
     def _lose_wandb(self, error: Exception) -> None:
         self._wandb = None
-        self._dashboard.lose(error)
+        self._dashboard.give_up(error)
 
     @property
     def tracker_run_id(self) -> str | None:
+        """The run's id in wandb, or None if wandb is off or lost."""
         return self.run_id if self._wandb is not None else None
 
 
 class ProgressLine:
-    """A rich bar on a terminal; elsewhere a line with the time so far and the time left: at every tenth of the way, as
-    soon as the first steps tell how long it will take, and else twice a minute (less often where it takes hours), but
-    never more often than once a second."""
+    """Progress of a stage: a bar on a terminal, otherwise a line now and then.
+
+    A line has the time so far and the time left. There is one at every tenth of the steps, one as
+    soon as the first steps show how long it will take, and otherwise two per minute (fewer when it
+    takes hours), but never more than one per second.
+    """
 
     def __init__(self, console: Console, total: int, description: str, start: int):
+        """Describe what will be shown.
+
+        Args:
+            console: where it is shown.
+            total: the number of steps.
+            description: what is counted.
+            start: steps done before.
+        """
         self.console, self.total, self.description, self.step = console, total, description, start
         self._bar: Progress | None = None
-        self._began = self._said_at = time.monotonic()
-        self._start = self._said_step = start
+        self._began = self._printed_at = time.monotonic()
+        self._start = self._printed_step = start
         self._first: tuple[int, float] | None = None  # the step that was done first, and when
 
     def __enter__(self) -> "ProgressLine":
         if self.console.is_terminal:
-            self._bar = Progress(
+            columns = [
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24 if self.console.width >= 80 else 8),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                *[TextColumn("{task.fields[figures]}", style="dim")] * (self.console.width >= 60),
-                console=self.console,
-                transient=True,
-            )
+            ]
+            if self.console.width >= 60:
+                columns.append(TextColumn("{task.fields[figures]}", style="dim"))
+            self._bar = Progress(*columns, console=self.console, transient=True)
             self._task = self._bar.add_task(self.description, total=self.total, completed=self.step, figures="")
             self._bar.start()
         return self
 
     def update(self, step: int, **figures: Any) -> None:
-        """`step` of `total` is done; `figures` are shown beside it."""
+        """Show that `step` of `total` steps are done.
+
+        Args:
+            step: the steps done, those before `start` included.
+            figures: numbers to show beside it.
+        """
         self.step, now = step, time.monotonic()
-        left = self._left(step, now)
-        text = " ".join(f"{name} {figure(value)}" for name, value in figures.items())
+        left = self._seconds_left(step, now)
+        text = " ".join(f"{name} {format_number(value)}" for name, value in figures.items())
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=text)
             return
-        waited, elapsed = now - self._said_at, now - self._began
-        tenth = step - self._said_step >= max(self.total / 10, 1) and waited >= 1
-        first = self._said_step == self._start and step - self._start >= 2 and elapsed >= 5
-        if tenth or first or waited >= min(300, max(30, elapsed / 20)):
-            line = f"{self.description}: {step}/{self.total} {text}".rstrip() + f" · {duration(elapsed)}"
-            line += f" · about {duration(roughly(left))} left" if left is not None and step < self.total else ""
+        waited, elapsed = now - self._printed_at, now - self._began
+        is_tenth = step - self._printed_step >= max(self.total / 10, 1) and waited >= 1
+        is_first = self._printed_step == self._start and step - self._start >= 2 and elapsed >= 5
+        if is_tenth or is_first or waited >= min(300, max(30, elapsed / 20)):
+            line = f"{self.description}: {step}/{self.total} {text}".rstrip() + f" · {format_duration(elapsed)}"
+            if left is not None and step < self.total:
+                line += f" · about {format_duration(round_estimate(left))} left"
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-            self._said_step, self._said_at = step, now
+            self._printed_step, self._printed_at = step, now
 
-    def _left(self, step: int, now: float) -> float | None:
-        """Seconds until the end at the pace so far, without what came before the first step was done; None where no
-        step tells."""
+    def _seconds_left(self, step: int, now: float) -> float | None:
+        """Estimate the remaining seconds; None before there is anything to estimate from.
+
+        The pace is measured from the first finished step on: loading and compiling come before it.
+        """
         if self._first is None:
             self._first = (step, now)
             return (now - self._began) / (step - self._start) * (self.total - step) if step > self._start else None
-        first, at = self._first
-        return (now - at) / (step - first) * (self.total - step) if step > first else None
+        first_step, first_time = self._first
+        return (now - first_time) / (step - first_step) * (self.total - step) if step > first_step else None
 
     def __exit__(self, *_: Any) -> None:
         if self._bar is not None:
@@ -315,46 +400,30 @@ class ProgressLine:
             self._bar = None
 
 
-def duration(seconds: float) -> str:
-    """A time as people say it: 12 s, 1 min 50 s, 2 h 10 min."""
+def format_duration(seconds: float) -> str:
+    """Format a duration for people: 12 s, 1 min 50 s, 2 h 10 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def roughly(seconds: float) -> float:
-    """An estimate without the digits that it does not have: whole seconds below 20, then 5, 10 or 60 of them."""
-    unit = 1 if seconds < 20 else 5 if seconds < 60 else 10 if seconds < 600 else 60
+def round_estimate(seconds: float) -> float:
+    """Round an estimate to whole seconds below 20, then to multiples of 5, 10 or 60."""
+    if seconds < 20:
+        unit = 1
+    elif seconds < 60:
+        unit = 5
+    elif seconds < 600:
+        unit = 10
+    else:
+        unit = 60
     return max(1.0, round(seconds / unit) * unit)
 
 
-def on_gpu() -> Any:
-    """torch, where this process computes on a GPU; otherwise None."""
-    torch = sys.modules.get("torch")
-    return torch if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None
-
-
-def forget_peak() -> None:
-    """Count the most of a GPU's memory from here on: the stages of one command share a process."""
-    if (torch := on_gpu()) is not None:
-        torch.cuda.reset_peak_memory_stats()
-
-
-def memory_gb() -> float:
-    """The most that this process has held, in GB: of the GPU's memory since `forget_peak` where it computes on one,
-    otherwise of the machine's since it began."""
-    if (torch := on_gpu()) is not None:
-        return round(torch.cuda.max_memory_allocated() / 1e9, 3)
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts in bytes there
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
-
-
-def figure(value: Any) -> str:
-    """A number as people read it: three significant digits."""
-    value = plain(value)
+def format_number(value: Any) -> str:
+    """Format a number for people, with three significant digits."""
+    value = json_value(value)
     if not isinstance(value, float):
         return str(value)
     if value == 0 or 1e-3 <= abs(value) < 1e4:
@@ -362,6 +431,33 @@ def figure(value: Any) -> str:
     return f"{value:.2e}"
 
 
+def torch_on_gpu() -> Any:
+    """Return torch if this process computes on a GPU, otherwise None; never import it."""
+    torch = sys.modules.get("torch")
+    return torch if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None
+
+
+def reset_peak_memory() -> None:
+    """Start measuring the GPU's peak memory again: the stages of one command share a process."""
+    if (torch := torch_on_gpu()) is not None:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def memory_gb() -> float:
+    """Return the peak memory of this process in 10⁹ bytes.
+
+    On a GPU it is the GPU's since `reset_peak_memory`, otherwise the main memory since the process
+    began.
+    """
+    if (torch := torch_on_gpu()) is not None:
+        return round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts in bytes on macOS, elsewhere in KiB
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+
+
 def _wandb_table(wandb: Any, rows: list[dict[str, Any]]) -> Any:
+    """Return rows as a table for wandb, with every key of any row as a column."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return wandb.Table(columns=columns, data=[[str(row.get(column, "")) for column in columns] for row in rows])

@@ -20,7 +20,7 @@ from data.world.world import World
 from pipeline.errors import UserError
 from pipeline.stage import StageRun
 from pipeline.store.checkpoints import CheckpointStore
-from pipeline.tracking import plain
+from pipeline.tracking import json_value
 from stages.evaluation.climbed import policies_that_climbed
 from stages.evaluation.comparison import compare, manifest_figures
 from stages.evaluation.forms import DESCRIPTIONS, form_of_base
@@ -108,7 +108,7 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
         "missing_eos_score": settings.missing_eos_score,
         "response_length": settings.response_length,
     }
-    text = json.dumps(plain(results), indent=1) + "\n"
+    text = json.dumps(json_value(results), indent=1) + "\n"
     (ctx.publish / "results.json").write_text(text, encoding="utf-8")
     rows = response_rows(prompts.prompts, prompts.clusters, prompts.leaked, measured)
     write_jsonl(ctx.publish / "responses.jsonl", rows)

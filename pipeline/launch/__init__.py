@@ -1,1 +1,1 @@
-"""How processes start and work together: environment, data parallelism, SLURM."""
+"""Start the processes of a run and let them work together."""

@@ -1,13 +1,17 @@
-"""Data parallelism: every process holds the same state and computes some of the rows.
+"""Run data-parallel: every rank holds the same state and computes a share of the rows.
 
-All ranks read the same data and take the same decisions; they differ only in the rows that go through the models
-(`rows_of_this_rank`, `compute_and_all_gather`). Gradients and figures are sums over rows, so the sum over ranks equals
-what one process computes, up to the order of summation (`all_reduce_gradients`, `all_reduce_figures`). With one process,
-nothing here changes a bit.
+All ranks read the same data and take the same decisions. They differ only in the rows that they put
+through the models (`rows_of_this_rank`, `compute_and_all_gather`). Gradients and figures are sums
+over rows, so that their sum over the ranks equals what one process computes, up to the order of
+summation (`all_reduce_gradients`, `all_reduce_figures`). With one process, these functions change
+nothing, bit for bit.
+
+The functions that communicate are collective: every rank must call them, in the same order, or all
+of them wait for each other until `launch.timeout`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,123 +20,190 @@ from torch.distributed.tensor import DTensor
 
 from pipeline.errors import UserError
 
-Item, Found = TypeVar("Item"), TypeVar("Found")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
-BUCKET = 16 * 2**20  # elements that are summed at a time
+BUCKET = 16 * 2**20  # elements that are summed in one all-reduce
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """(which process this is, how many there are)."""
-    together = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    """Return this process's rank and the number of processes; (0, 1) if there is only one."""
+    initialized = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if initialized else (0, 1)
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the one that saves and publishes."""
+    """Return whether this is rank 0, the process that saves and publishes."""
     return rank_and_world_size()[0] == 0
 
 
-def split_by_cost(costs: Sequence[float], hands: int) -> list[list[int]]:
-    """Places 0 … len(costs) − 1 in `hands` parts of about equal cost: the dearest first, each to the part that has
-    least. Within a part in their order."""
-    parts: list[list[int]] = [[] for _ in range(hands)]
-    sums = [0.0] * hands
+def split_by_cost(costs: Sequence[float], parts: int) -> list[list[int]]:
+    """Divide items into parts of about equal cost.
+
+    Greedy: the most expensive item first, each to the part with the lowest sum so far. The result
+    depends on nothing but the arguments, so that every rank computes the same division without
+    communication.
+
+    Args:
+        costs: the cost of each item, in any unit.
+        parts: the number of parts.
+
+    Returns:
+        The indices of each part's items, in ascending order.
+    """
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    sums = [0.0] * parts
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        least = min(range(hands), key=lambda h: (sums[h], len(parts[h])))
-        parts[least].append(i)
-        sums[least] += costs[i]
-    return [sorted(part) for part in parts]
+        smallest = min(range(parts), key=lambda part: (sums[part], len(shares[part])))
+        shares[smallest].append(i)
+        sums[smallest] += costs[i]
+    return [sorted(share) for share in shares]
 
 
 def rows_of_this_rank(items: Sequence[Item], costs: Sequence[float]) -> list[Item]:
-    """The items that are this process's to compute."""
+    """Return this rank's share of the items.
+
+    Args:
+        items: all items, the same on every rank.
+        costs: the cost of each.
+    """
     rank, size = rank_and_world_size()
     return list(items) if size == 1 else [items[i] for i in split_by_cost(costs, size)[rank]]
 
 
 def compute_and_all_gather(
-    items: Sequence[Item], costs: Sequence[float], compute: Callable[[list[Item]], Sequence[Found]], idle: bool = False
-) -> list[Found]:
-    """compute(this process's share) → a result an item; → the results of all items, in their order, everywhere. idle:
-    compute is also called for a share of nothing."""
+    items: Sequence[Item], costs: Sequence[float], compute: Callable[[list[Item]], Sequence[Result]], idle: bool = False
+) -> list[Result]:
+    """Compute a result per item, each rank for its own share, and all-gather the results.
+
+    Args:
+        items: all items, the same on every rank.
+        costs: the cost of each.
+        compute: returns a result per item of a share, in their order.
+        idle: whether `compute` is also called on a rank with an empty share. With sharded weights
+            it must be: a forward pass needs all ranks.
+
+    Returns:
+        The results of all items in their order, on every rank.
+    """
     rank, size = rank_and_world_size()
     if size == 1:
         return list(compute(list(items)))
-    parts = split_by_cost(costs, size)
-    own = list(compute([items[i] for i in parts[rank]])) if parts[rank] or idle else []
-    found: list = [None] * len(items)
-    for part, results in zip(parts, all_gather(own), strict=True):
-        for i, result in zip(part, results, strict=True):
-            found[i] = result
-    return found
+    shares = split_by_cost(costs, size)
+    local = list(compute([items[i] for i in shares[rank]])) if shares[rank] or idle else []
+    ordered: list[Any] = [None] * len(items)
+    # all-gather returns the lists in the order of the ranks, which is the order of the shares
+    for share, results in zip(shares, all_gather(local), strict=True):
+        for i, result in zip(share, results, strict=True):
+            ordered[i] = result
+    return ordered
 
 
-def padded_micro_batches(parts: Sequence[Item], spare: Item | None) -> Iterator[tuple[Item, bool]]:
-    """(part, True) of each of this process's parts; and, if `spare` is given, (spare, False) behind them until all
-    processes have had as many: a forward through sharded weights takes all of them."""
-    most = len(parts) if spare is None else max(all_gather(len(parts)))
-    yield from ((part, True) for part in parts)
-    yield from ((spare, False) for _ in range(most - len(parts)))
+def padded_micro_batches(batches: Sequence[Item], filler: Item | None) -> Iterator[tuple[Item, bool]]:
+    """Yield this rank's micro-batches, then fillers until every rank has had equally many.
+
+    A forward or backward pass through sharded weights needs all ranks, so that a rank with fewer
+    micro-batches has to run extra passes whose results are thrown away.
+
+    Args:
+        batches: this rank's micro-batches.
+        filler: the micro-batch for the extra passes; None if weights are not sharded, and none are
+            needed.
+
+    Yields:
+        (micro-batch, whether it counts).
+    """
+    passes = len(batches) if filler is None else max(all_gather(len(batches)))
+    yield from ((batch, True) for batch in batches)
+    if filler is not None:
+        yield from ((filler, False) for _ in range(passes - len(batches)))
 
 
-def all_gather(own: Found) -> list[Found]:
-    """What each process has here, in their order (tensors: on the CPU)."""
+def all_gather(value: Result) -> list[Result]:
+    """Return the value of every rank, in the order of the ranks. Tensors must be on the CPU."""
     size = rank_and_world_size()[1]
     if size == 1:
-        return [own]
-    found: list = [None] * size
-    dist.all_gather_object(found, own)
-    return found
+        return [value]
+    values: list[Any] = [None] * size
+    dist.all_gather_object(values, value)
+    return values
 
 
-def from_rank_zero(decide: Callable[[], Found]) -> Found:
-    """What the first process finds, on all of them; a UserError, too."""
+def from_rank_zero(compute: Callable[[], Result]) -> Result:
+    """Compute a value on rank 0 only and broadcast it.
+
+    Args:
+        compute: called on rank 0.
+
+    Returns:
+        Its result, on every rank.
+
+    Raises:
+        UserError: `compute` raised it. It is raised on every rank, or the others would wait for
+            ever.
+    """
     if rank_and_world_size()[1] == 1:
-        return decide()
-    found: list = [None]
+        return compute()
+    message: list[Any] = [None]
     if is_rank_zero():
         try:
-            found = [decide()]
+            message = [compute()]
         except UserError as error:
-            found = [error]
-    dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], UserError):
-        raise found[0]
-    return found[0]
+            message = [error]
+    dist.broadcast_object_list(message, src=0)
+    if isinstance(message[0], UserError):
+        raise message[0]
+    return message[0]
 
 
 def all_reduce_figures(figures: dict[str, float]) -> dict[str, float]:
-    """Sums, by name, over the processes; the same bits on all of them."""
+    """Return the sum over the ranks of each figure, by name. A rank may lack some of the names.
+
+    The sum is taken in the order of the ranks, so that every rank gets the same bits.
+    """
     if rank_and_world_size()[1] == 1:
         return figures
     sums: dict[str, float] = {}
-    for own in all_gather(figures):
-        for name, value in own.items():
+    for figures_of_rank in all_gather(figures):
+        for name, value in figures_of_rank.items():
             sums[name] = sums.get(name, 0.0) + value
     return sums
 
 
 @torch.no_grad()
 def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Each parameter's gradient becomes the sum over the processes; None where none of them has one. Those of sharded
-    weights are sums already."""
+    """Replace each gradient by its sum over the ranks.
+
+    A parameter that has no gradient on any rank keeps None, so that optimizers skip it as they do
+    with one process. Gradients of sharded parameters are left alone: FSDP has summed them already.
+
+    Args:
+        parameters: the same parameters on every rank, in the same order.
+    """
     parameters = [p for p in parameters if not isinstance(p, DTensor)]
     if rank_and_world_size()[1] == 1 or not parameters:
         return
-    has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32)
-    dist.all_reduce(has)
-    wanted = [p for p, count in zip(parameters, has.tolist(), strict=True) if count]
-    for p in wanted:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    all_reduce_tensors([p.grad for p in wanted])
+    counts = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32)
+    dist.all_reduce(counts)
+    gradients = []
+    for p, count in zip(parameters, counts.tolist(), strict=True):
+        if count:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            gradients.append(p.grad)
+    all_reduce_tensors(gradients)
 
 
 @torch.no_grad()
 def all_reduce_tensors(tensors: Sequence[Tensor]) -> None:
-    """In place, over the processes. Shapes and kinds are the same on all of them."""
+    """Replace tensors, in place, by their sums over the ranks.
+
+    Args:
+        tensors: of the same shapes and dtypes on every rank, in the same order.
+    """
     if rank_and_world_size()[1] == 1:
         return
+    # one call per bucket instead of one per tensor: each call costs a round trip between all ranks
     for bucket in buckets(tensors):
         flat = torch.cat([x.flatten() for x in bucket])
         dist.all_reduce(flat)
@@ -141,13 +212,13 @@ def all_reduce_tensors(tensors: Sequence[Tensor]) -> None:
 
 
 def buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Neighbours of one kind, up to BUCKET elements together."""
-    found: list[list[Tensor]] = []
+    """Group consecutive tensors of the same dtype, up to BUCKET elements per group."""
+    groups: list[list[Tensor]] = []
     room = 0
     for x in tensors:
-        if not found or found[-1][0].dtype != x.dtype or x.numel() > room:
-            found.append([])
+        if not groups or groups[-1][0].dtype != x.dtype or x.numel() > room:
+            groups.append([])
             room = BUCKET
-        found[-1].append(x)
+        groups[-1].append(x)
         room -= x.numel()
-    return found
+    return groups

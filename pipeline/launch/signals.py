@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from pipeline.launch.processes import place_in_environment
+from pipeline.launch.processes import rank_and_size_from_environment
 from pipeline.stage import StopFlag
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -30,7 +30,7 @@ def stop_on_signals(stop: StopFlag) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    is_first_rank = place_in_environment()[0] == 0
+    is_first_rank = rank_and_size_from_environment()[0] == 0
     received: list[int] = []  # SIGTERM and SIGINT so far
 
     def handle(number: int, frame: FrameType | None) -> None:

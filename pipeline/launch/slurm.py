@@ -1,7 +1,8 @@
-"""The stages of an experiment as SLURM jobs: one each, chained by afterok, queued again when it is interrupted.
+"""Submit the stages of an experiment as SLURM jobs: one job per stage, chained by afterok.
 
-A job is told by SIGUSR1 ahead of its time limit, and by SIGTERM where the queue pre-empts with a grace time; it saves,
-ends with 75, asks to be queued again and goes on from its checkpoint. 2 and 3 need a person: they end the chain.
+SLURM warns a job by SIGUSR1 before its time limit, and by SIGTERM when it preempts it with a grace
+period. The job then saves, ends with exit code 75 and puts itself back in the queue, to resume from
+its checkpoint. Exit codes 2 and 3 need a person: they end the chain.
 """
 
 import os
@@ -25,8 +26,9 @@ SCRIPT = """\
 #SBATCH --signal=USR1@{warn_seconds}
 #SBATCH --requeue
 {more}
-# {stage} of {name}, written by `rlhf run --submit slurm`. Ends with 0: done; 2, 3: see the log. Stopped by a signal
-# (75), or killed, it is queued again and goes on from its newest checkpoint; after other errors three times at most.
+# {stage} of {name}, written by `rlhf run --submit slurm`. Exit code 0: done; 2, 3: see the log.
+# After a signal (75) or a kill the job is queued again and resumes from its newest checkpoint;
+# after other errors, three times at most.
 cd {cwd} || exit 2
 {setup}
 restarts=${{SLURM_RESTART_COUNT:-0}}
@@ -50,22 +52,33 @@ exit $code
 
 
 def script(stage: str, experiment: Any, folder: Path, argv: list[str], *, restart: bool, shared: bool) -> str:
-    """The batch script of one stage. argv: what comes after `rlhf run STAGE --only`; restart: drop what is there, at
-    the job's first start alone; folder: where the log goes; shared: whether several processes work on the stage."""
+    """Return the batch script of one stage.
+
+    Args:
+        stage: the stage to run.
+        experiment: the validated config.
+        folder: where the log goes.
+        argv: what follows `rlhf run STAGE --only`.
+        restart: drop an interrupted run, but only at the job's first start, not when it was queued
+            again.
+        shared: whether several processes work on the stage; otherwise it gets one process and no
+            GPUs.
+    """
     launch, slurm = experiment.launch, experiment.launch.slurm
-    asked = {
+    requests = {
         "partition": slurm.partition,
         "account": slurm.account,
-        "gpus-per-node": (slurm.gpus_per_node if shared else 0) or None,
+        "gpus-per-node": (slurm.gpus_per_node or None) if shared else None,
         "cpus-per-task": slurm.cpus_per_process,
     }
-    more = [f"#SBATCH --{key}={value}" for key, value in asked.items() if value is not None]
+    more = [f"#SBATCH --{key}={value}" for key, value in requests.items() if value is not None]
     command = [sys.executable, "-m", "pipeline.cli", "run", stage, "--only", *argv]
     if not shared:
         command += ["launch.nodes=1", "launch.processes=1"]
     return SCRIPT.format(
         name=experiment.name,
         stage=stage,
+        # % begins a placeholder in SLURM's file names
         log=f"{str(folder).replace('%', '%%')}/{stage}-%j.log",
         nodes=launch.nodes if shared else 1,
         processes=launch.processes if shared else 1,
@@ -84,25 +97,38 @@ def script(stage: str, experiment: Any, folder: Path, argv: list[str], *, restar
 def submit(
     scripts: dict[str, str], needs: dict[str, list[str]], folder: Path, environment: dict[str, str]
 ) -> dict[str, str]:
-    """Writes each stage's script below `folder` and hands it to sbatch, after the jobs of the stages it needs.
-    environment: what the jobs inherit. → job numbers. UserError where sbatch refuses; what was submitted is named."""
+    """Write the batch scripts and submit them, each after the jobs of the stages that it needs.
+
+    Args:
+        scripts: the text of each stage's script, in the order of the stages.
+        needs: the stages that each stage needs.
+        folder: where the scripts go.
+        environment: the variables that the jobs inherit.
+
+    Returns:
+        The job number of each stage.
+
+    Raises:
+        UserError: there is no sbatch, or it refuses; the message names the jobs that were
+            submitted.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     jobs: dict[str, str] = {}
     for stage, text in scripts.items():
         path = folder / f"{stage}.sbatch"
-        with files.naming(path):
+        with files.name_in_errors(path):
             path.write_text(text, encoding="utf-8")
         command = ["sbatch", "--parsable"]
         if before := [jobs[need] for need in needs[stage] if need in jobs]:
             command += [f"--dependency=afterok:{':'.join(before)}", "--kill-on-invalid-dep=yes"]
+        command.append(str(path))
         try:
-            options = {"env": environment, "capture_output": True, "text": True, "check": True}
-            ended = subprocess.run([*command, str(path)], **options)
+            ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         except FileNotFoundError:
             raise UserError("--submit slurm: sbatch is not on the PATH; submit from a login node") from None
         except subprocess.CalledProcessError as error:
-            first = (error.stderr or error.stdout).strip().splitlines() or ["it said nothing"]
-            sent = "".join(f"; {name} is job {number}" for name, number in jobs.items())
-            raise UserError(f"--submit slurm: sbatch refused {path}: {first[0]}{sent}") from None
+            lines = (error.stderr or error.stdout).strip().splitlines() or ["it gave no reason"]
+            submitted = "".join(f"; {name} is job {number}" for name, number in jobs.items())
+            raise UserError(f"--submit slurm: sbatch refused {path}: {lines[0]}{submitted}") from None
         jobs[stage] = ended.stdout.strip().split(";")[0]
     return jobs

@@ -1,1 +1,1 @@
-"""What lies on disk: artifacts, checkpoints, caches, and copies on object storage."""
+"""Keep what stages write on disk: artifacts, checkpoints, caches, and copies on object storage."""

@@ -1,8 +1,8 @@
-"""Resumable state inside a stage: tensors and JSON in, a folder `step-00000120/` out, and back again.
+"""Save and load checkpoints: the state from which an interrupted stage resumes.
 
-A checkpoint is complete if and only if its manifest stands and every file holds the digest named there. Only
-safetensors and JSON are read back, so a checkpoint cannot carry code (what transformers' Trainer wrote lies
-in `trainer/`).
+A checkpoint is a folder `step-00000120/`. It is complete only if its manifest is there and every
+file matches its digest. Only safetensors and JSON are loaded, so that a checkpoint cannot carry
+code; what the transformers Trainer writes is kept in `trainer/`.
 """
 
 import json
@@ -15,26 +15,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
-from pipeline.store import files
+from pipeline.store import files, integrity
 
 if TYPE_CHECKING:  # torch is imported late: signal handlers and environment variables come before it
     from torch import Tensor
-    from torch.optim import Optimizer
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint. `state` is JSON as it was saved; `path` may hold `trainer/` (see `adopt`); `fingerprint`:
-    of the settings and inputs that it was made with."""
+    """A verified checkpoint."""
 
     step: int
+    """Steps that were done when it was saved."""
     path: Path
+    """Its folder, which contains `trainer/` if `CheckpointStore.adopt` saved it."""
     state: dict[str, Any]
+    """The JSON state as it was saved."""
     fingerprint: str = ""
+    """The fingerprint of the settings and inputs that it was trained with."""
 
     def tensors(self, name: str) -> dict[str, "Tensor"]:
+        """Load a named group of tensors to the CPU."""
         from safetensors.torch import load_file
 
         return load_file(self.path / f"{name}.safetensors")
@@ -42,35 +45,58 @@ class Checkpoint:
 
 @dataclass
 class CheckpointStore:
-    """The checkpoints of one run of one stage. `every`: steps between saves, 0 = none; `keep`: how many
-    stay; `most`: the share of the time that saving may take, None = any."""
+    """The checkpoints of one run of one stage."""
 
     folder: Path
+    """Where the `step-…` folders are."""
     every: int
+    """Steps between two saves; 0 for none."""
     keep: int
+    """How many checkpoints to keep; at least one is kept."""
     run_id: str
+    """The run that they belong to; checkpoints of other runs are not loaded."""
     fingerprint: str = ""
+    """Recorded in every checkpoint."""
     say: Callable[[str], None] = print
-    before_save: Callable[[], None] = lambda: None  # makes the journals durable that a checkpoint stands on
-    most: float | None = None
-    writes: bool = True  # False in a process that helps another one: nothing is saved, that one's checkpoints are read
-    at: int | None = None  # then the step of the checkpoint to begin from, as the other one says
+    """Prints a line."""
+    before_save: Callable[[], None] = lambda: None
+    """Called before each save: forces to disk the journals whose rows a resume relies on."""
+    max_share: float | None = None
+    """The largest share of the run's time that saves may take; None for no limit."""
+    writes: bool = True
+    """False on every rank but 0: nothing is saved, and rank 0's checkpoint is loaded."""
+    resume_step: int | None = None
+    """On these ranks: the step that rank 0 resumes from; None if from the beginning."""
     _verified: Checkpoint | None = None
+    """What `newest` returned, until the next save."""
     _began: float = field(default_factory=lambda: time.monotonic())
-    _saving_since: float | None = None  # where a save has begun before its files came here
-    _last: float = 0.0  # seconds of the last save
-    _seconds: float = 0.0  # of all saves
+    """When the run began or resumed (all times: monotonic clock, seconds)."""
+    _saving_since: float | None = None
+    """When the save in progress began; None outside a save."""
+    _last: float = 0.0
+    """Seconds that the last save took."""
+    _seconds: float = 0.0
+    """Seconds that all saves of this process took."""
 
     def due(self, step: int) -> bool:
-        """Whether to save after this step: every `every` steps, but for saves that would take too much of the time."""
+        """Return whether to save now: at multiples of `every`, as far as `max_share` allows."""
         if not self.writes or self.every == 0 or step % self.every:
             return False
-        cost = self._seconds + self._last
-        return self.most is None or cost <= self.most * (time.monotonic() - self._began)
+        cost = self._seconds + self._last  # the next save probably takes as long as the last one
+        return self.max_share is None or cost <= self.max_share * (time.monotonic() - self._began)
 
     def require_space(self, needed: int) -> None:
-        """UserError where a checkpoint of so many bytes has no room. A save begins with it, also one whose files
-        another writer makes before `adopt`."""
+        """Check that a checkpoint fits on the disk.
+
+        Call this first when another writer produces the files for `adopt`: the time of the save
+        counts from here.
+
+        Args:
+            needed: bytes.
+
+        Raises:
+            UserError: the disk has less free space.
+        """
         if self._saving_since is None:
             self._saving_since = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -79,10 +105,22 @@ class CheckpointStore:
     def save(
         self, step: int, tensors: dict[str, dict[str, "Tensor"]], state: dict[str, Any], total: int | None = None
     ) -> Path:
-        """Saves named groups of tensors and a JSON state after `step` steps of `total`; returns the
-        checkpoint's folder."""
-        needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
-        return self._write(step, total, tensors, state, needed, None)
+        """Save a checkpoint.
+
+        Args:
+            step: steps done so far.
+            tensors: named groups; each becomes one safetensors file.
+            state: everything else, as JSON values.
+            total: steps of the whole run, shown by `rlhf status`.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            UserError: the disk has too little free space.
+            OSError: the disk failed; earlier checkpoints are still there.
+        """
+        return self._write(step, total, tensors, state, None)
 
     def adopt(
         self,
@@ -92,61 +130,92 @@ class CheckpointStore:
         extra_state: dict[str, Any] | None = None,
         tensors: dict[str, dict[str, "Tensor"]] | None = None,
     ) -> Path:
-        """The same for a folder that another writer (transformers' Trainer) filled: it is moved in as
-        `trainer/`."""
-        tensors = tensors or {}
-        needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
-        return self._write(step, total, tensors, extra_state or {}, needed, Path(folder))
+        """Save a checkpoint whose main part another writer (the transformers Trainer) has written.
 
-    def _write(self, step, total, tensors, state, needed, trainer: Path | None) -> Path:
+        Args:
+            folder: what it wrote; the folder is moved into the checkpoint as `trainer/`.
+            step: steps done so far.
+            total: steps of the whole run.
+            extra_state: our own state, as JSON values.
+            tensors: our own named groups of tensors.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            UserError, OSError: as `save`.
+        """
+        return self._write(step, total, tensors or {}, extra_state or {}, Path(folder))
+
+    def _write(
+        self,
+        step: int,
+        total: int | None,
+        tensors: dict[str, dict[str, "Tensor"]],
+        state: dict[str, Any],
+        trainer: Path | None,
+    ) -> Path:
+        """Write a checkpoint under a temporary name, force it to disk and rename it into place."""
         final = self.folder / f"step-{step:08d}"
         if not self.writes:
             return final
         if final.is_dir() and not self._problems(final):
+            # saved before: a signal arrived right after a regular save
             if trainer is not None:
                 files.remove(trainer)
             self._saving_since = None
-            return final  # saved before: a signal came right after a regular save
-        self.require_space(needed)
+            return final
+        self.require_space(sum(tensor.nbytes for group in tensors.values() for tensor in group.values()))
         self.before_save()
-        self._sweep()
+        self._remove_leftovers()
         staged = self.folder / f".tmp-step-{step:08d}"
         staged.mkdir()
         for name, group in tensors.items():
             _save_tensors(group, staged / f"{name}.safetensors")
-        with files.naming(staged / "state.json"):
+        with files.name_in_errors(staged / "state.json"):
             (staged / "state.json").write_text(json.dumps(state), encoding="utf-8")
         if trainer is not None:
             os.rename(trainer, staged / "trainer")
-        contents = files.describe_files(staged, files.list_files(staged))
-        manifest = {"step": step, "total": total, "run_id": self.run_id, "fingerprint": self.fingerprint}
-        manifest |= {"files": contents, "versions": _versions()}
-        files.give_usual_modes(staged)
+        manifest = {
+            "step": step,
+            "total": total,
+            "run_id": self.run_id,
+            "fingerprint": self.fingerprint,
+            "files": integrity.describe_files(staged, integrity.list_files(staged)),
+            "versions": _versions(),
+        }
+        files.set_default_modes(staged)
+        # The order matters: first the files are on disk, then the manifest that vouches for them,
+        # then the name.
         files.fsync_tree(staged)
-        files.write_json(staged / "manifest.json", files.seal(manifest))
-        if final.exists():  # a damaged or foreign one under the same number makes way
+        files.write_json(staged / "manifest.json", integrity.seal(manifest))
+        if final.exists():  # a damaged one, or one of another run, under the same number
             os.rename(final, self.folder / f".tmp-replaced-{final.name}")
         os.rename(staged, final)
         files.fsync_folder(self.folder)
         self._verified = None
         self.prune()
+        assert self._saving_since is not None  # since `require_space`
         self._last = time.monotonic() - self._saving_since
         self._seconds, self._saving_since = self._seconds + self._last, None
         return final
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint of this run that holds, by step. What does not hold is set aside, and a line
-        says so."""
+        """Return the newest valid checkpoint of this run, or None if there is none.
+
+        Newer ones that are damaged or of another run are renamed to `.damaged-…`, and a line says
+        so.
+        """
         if self._verified is not None:
             return self._verified
         if not self.writes:
-            return self._given()
+            return self._checkpoint_of_rank_zero()
         set_aside = 0
         for folder in reversed(step_folders(self.folder)):
             problems = self._problems(folder)
             if not problems:
                 state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-                fingerprint = files.read_sealed(folder / "manifest.json").get("fingerprint", "")
+                fingerprint = integrity.read_sealed(folder / "manifest.json").get("fingerprint", "")
                 self._verified = Checkpoint(_step(folder), folder, state, fingerprint)
                 return self._verified
             aside = folder.with_name(f".damaged-{folder.name}")
@@ -155,117 +224,80 @@ class CheckpointStore:
             set_aside += 1
             self.say(f"checkpoint {folder} set aside as {aside.name}: {problems[0]}")
         if set_aside:
-            self.say(f"no checkpoint in {self.folder} holds: starting from the beginning")
+            self.say(f"no valid checkpoint in {self.folder}: starting from the beginning")
         return None
 
-    def _given(self) -> Checkpoint | None:
-        """The checkpoint that the writer found to hold, and began from."""
-        if self.at is None:
+    def _checkpoint_of_rank_zero(self) -> Checkpoint | None:
+        """Return the checkpoint that rank 0 has verified and resumes from, if any."""
+        if self.resume_step is None:
             return None
-        folder = self.folder / f"step-{self.at:08d}"
-        self._verified = Checkpoint(self.at, folder, json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        folder = self.folder / f"step-{self.resume_step:08d}"
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        self._verified = Checkpoint(self.resume_step, folder, state)
         return self._verified
 
     def prune(self) -> None:
-        """Keeps the `keep` newest by step (never by file time); at least one."""
+        """Remove all but the `keep` newest checkpoints.
+
+        The newest is the one of the highest step: file times change when a folder is copied.
+        """
         for folder in step_folders(self.folder)[: -max(self.keep, 1)]:
             doomed = folder.with_name(f".tmp-pruned-{folder.name}")
             files.remove(doomed)
-            # renamed first: a kill in the middle of the removal leaves no half checkpoint under a good name
+            # renamed first: a kill during the removal must not leave half a checkpoint under a
+            # valid name
             os.rename(folder, doomed)
             files.remove(doomed)
-        self._sweep()
+        self._remove_leftovers()
 
-    def _sweep(self) -> None:
-        """Removes what a crash left half written or half removed (a stage's own scratch folders stay)."""
+    def _remove_leftovers(self) -> None:
+        """Remove what a crash left half written or half removed.
+
+        Other `.tmp-…` folders belong to the stage and stay.
+        """
         for kind in ("step", "pruned", "replaced"):
             for leftover in self.folder.glob(f".tmp-{kind}-*"):
                 files.remove(leftover)
 
     def _problems(self, folder: Path) -> list[str]:
-        """Why a checkpoint cannot be used; empty when it can."""
+        """Return why a checkpoint cannot be used; empty if it can."""
         try:
-            manifest = files.read_sealed(folder / "manifest.json")
+            manifest = integrity.read_sealed(folder / "manifest.json")
             if manifest.get("run_id") != self.run_id:
                 return [f"it belongs to another run ({manifest.get('run_id')})"]
             if manifest.get("step") != _step(folder):
-                return [f"its manifest is of step {manifest.get('step')}"]
+                return [f"its manifest is for step {manifest.get('step')}"]
             expected = manifest.get("files", {})
             if "state.json" not in expected:
                 return ["its manifest names no state.json"]
-            strays = set(files.list_files(folder)) - set(expected) - {"manifest.json"}
+            strays = set(integrity.list_files(folder)) - set(expected) - {"manifest.json"}
             if strays:
                 return [f"{folder / min(strays)}: is not in the manifest"]
-            return files.check_files(folder, expected)
+            return integrity.check_files(folder, expected)
         except UserError as error:
             return error.lines
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """The folders `step-…`, oldest first."""
+    """Return the folders `step-…` below `folder`, oldest first."""
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name)), key=_step)
 
 
 def progress(folder: Path) -> tuple[int, int | None] | None:
-    """Step and total of the newest checkpoint, without verifying it: for `status`. None = nothing was
-    saved."""
+    """Return the newest checkpoint's step and total without verifying its files, for `rlhf status`.
+
+    Returns:
+        (step, total of steps or None if it is unknown), or None if nothing was saved.
+    """
     folders = step_folders(folder)
     if not folders:
         return None
     try:
-        return _step(folders[-1]), files.read_sealed(folders[-1] / "manifest.json").get("total")
+        return _step(folders[-1]), integrity.read_sealed(folders[-1] / "manifest.json").get("total")
     except UserError:
         return _step(folders[-1]), None
-
-
-def optimizer_tensors(optimizer: "Optimizer") -> tuple[dict[str, "Tensor"], dict[str, Any]]:
-    """An optimizer's state as tensors for safetensors and a rest for JSON; `load_optimizer` takes both back,
-    exactly."""
-    import torch
-
-    state = optimizer.state_dict()
-    tensors, scalars = {}, {}
-    for index, values in state["state"].items():
-        for name, value in values.items():
-            if torch.is_tensor(value):
-                tensors[f"{index}.{name}"] = value
-            else:
-                scalars[f"{index}.{name}"] = value
-    groups = []
-    for group in state["param_groups"]:
-        bad = [name for name, value in group.items() if torch.is_tensor(value)]
-        assert not bad, f"optimizer options held as tensors are not saved: {bad}"
-        groups.append(dict(group))
-    return tensors, {"scalars": scalars, "param_groups": groups}
-
-
-def load_optimizer(optimizer: "Optimizer", tensors: dict[str, "Tensor"], saved: dict[str, Any]) -> None:
-    """Puts back what `optimizer_tensors` gave. UserError, before it changes anything, where shapes do not fit."""
-    misfit = lambda what: UserError(f"checkpoint: {what}; start again with --restart")  # noqa: E731
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    today = optimizer.state_dict()["param_groups"]
-    sizes, saved_sizes = ([len(group["params"]) for group in groups] for groups in (today, saved["param_groups"]))
-    if sizes != saved_sizes:
-        raise misfit(f"the optimizer's groups hold {sizes} parameters, the checkpoint's {saved_sizes}")
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in [*tensors.items(), *saved["scalars"].items()]:
-        index, name = key.split(".", 1)
-        parameter = parameters[int(index)]
-        shape = getattr(value, "shape", ())
-        if len(shape) > 0 and shape != parameter.shape:
-            raise misfit(f"optimizer state {key} is {tuple(shape)}, its parameter {tuple(parameter.shape)}")
-        state.setdefault(int(index), {})[name] = value
-    groups = []
-    for group, saved_group in zip(today, saved["param_groups"], strict=True):
-        if set(group) != set(saved_group):
-            raise misfit(f"optimizer options differ: {sorted(set(group) ^ set(saved_group))}")
-        # JSON has no tuples: betas come back as a list
-        groups.append(
-            {name: tuple(value) if isinstance(group[name], tuple) else value for name, value in saved_group.items()}
-        )
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _step(folder: Path) -> int:
@@ -273,20 +305,24 @@ def _step(folder: Path) -> int:
 
 
 def _save_tensors(group: dict[str, "Tensor"], path: Path) -> None:
-    """safetensors refuses tensors that share memory (tied embeddings): each name gets memory of its own."""
+    """Write a group of tensors to a safetensors file.
+
+    safetensors refuses tensors that share memory, as tied embeddings do: the second one is copied.
+    """
     from safetensors.torch import save_file
 
-    seen, plain = set(), {}
+    seen, separate = set(), {}
     for name, tensor in group.items():
         tensor = tensor.detach().cpu()
         memory = tensor.untyped_storage().data_ptr()
-        plain[name] = tensor.contiguous().clone() if memory in seen or not tensor.is_contiguous() else tensor
+        separate[name] = tensor.contiguous().clone() if memory in seen or not tensor.is_contiguous() else tensor
         seen.add(memory)
-    with files.naming(path):
-        save_file(plain, path)
+    with files.name_in_errors(path):
+        save_file(separate, path)
 
 
 def _versions() -> dict[str, str]:
+    """Return the versions of the libraries that wrote the tensors."""
     import safetensors
     import torch
 

@@ -1,4 +1,4 @@
-"""Digests of files and folders from outside, taken once for as long as nobody touches them."""
+"""Compute digests of data files and model folders, again only after they have changed."""
 
 import os
 import time
@@ -7,74 +7,92 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.errors import UserError
-from pipeline.store import files
+from pipeline.store import integrity
 
-SETTLED = 2.0  # seconds: a file system may give two writes within so little time the same timestamp
+TIMESTAMP_STEP = 2.0  # seconds: a file system may give two writes that are closer than this the same timestamp
 
 
 class Facts(NamedTuple):
-    """What is known of a file or folder. rows: lines of a JSONL file; None of others."""
+    """What is known about a file or folder."""
 
     sha256: str
+    """Digest of the file, or of the folder's file names and digests."""
     rows: int | None
-    signature: tuple  # see `signature`
+    """Non-empty lines of a JSONL file; None for anything else."""
+    signature: tuple
+    """See `signature`."""
 
 
 @dataclass
 class Digests:
-    """What files and folders hold, by their paths. A command asks again and again: they are read again only where
-    their signature has changed since, or where they were so new then that a change need not show in it."""
+    """The facts that this command has computed, by path.
 
-    _known: dict[Path, tuple[Facts, bool]] = field(default_factory=dict)  # and whether the signature tells a change
+    A command asks for the same digests many times. A file is read again only if its signature has
+    changed, or if it was so new at the first reading that a later change might not show in the
+    signature.
+    """
+
+    _known: dict[Path, tuple[Facts, bool]] = field(default_factory=dict)
+    """The facts of a path, and whether its signature is certain to show a later change."""
 
     def facts(self, path: Path) -> Facts:
-        """Return what a file or folder holds now. UserError where it cannot be read."""
+        """Return the current facts about a file or folder.
+
+        Raises:
+            UserError: it cannot be read, or it changed while it was being read.
+        """
         try:
             before = signature(path)
             if path in self._known:
-                found, tells = self._known[path]
-                if tells and found.signature == before:
-                    return found
+                facts, shows_changes = self._known[path]
+                if shows_changes and facts.signature == before:
+                    return facts
             began = time.time_ns()
-            found = Facts(hash_of(path), count_rows(path), before)
+            facts = Facts(compute_sha256(path), count_rows(path), before)
             if signature(path) != before:
                 raise UserError(f"{path}: is being written; run again when that is done")
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); should be a file or folder") from None
         newest = max((changed for *_, changed in before), default=0)
-        self._known[path] = found, newest < began - SETTLED * 1e9
-        return found
+        self._known[path] = facts, newest < began - TIMESTAMP_STEP * 1e9
+        return facts
 
 
 def signature(path: Path) -> tuple:
-    """What changes whenever a file, or one of a folder's, is written or replaced: name, device, inode, size, times of
-    change. Also where the old content is put back: no program can set the last of the times."""
-    found = []
-    for name in names_in(path) if path.is_dir() else [""]:
-        handle = os.open(path / name if name else path, os.O_RDONLY)  # opening makes NFS look again
+    """Return what changes whenever a file, or a file in a folder, is written or replaced.
+
+    Returns:
+        A tuple (name, device, inode, bytes, mtime, ctime) per file, times in nanoseconds. A change
+        shows even
+        if the old contents and mtime are restored afterwards: programs cannot set the ctime.
+    """
+    entries = []
+    for name in list_visible_files(path) if path.is_dir() else [""]:
+        # opening makes NFS ask its server, where a plain stat may answer from a cache
+        handle = os.open(path / name if name else path, os.O_RDONLY)
         try:
-            facts = os.fstat(handle)
+            stat = os.fstat(handle)
         finally:
             os.close(handle)
-        found.append((name, facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns))
-    return tuple(found)
+        entries.append((name, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    return tuple(entries)
 
 
-def names_in(folder: Path) -> list[str]:
-    """The files of a folder, as relative paths, but hidden ones (caches, .git)."""
+def list_visible_files(folder: Path) -> list[str]:
+    """List the files below `folder` as relative paths, without hidden ones (caches, .git)."""
     names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     return [name for name in names if not any(part.startswith(".") for part in Path(name).parts)]
 
 
-def hash_of(path: Path) -> str:
-    """A file's sha256; a folder's from the names and digests of its files."""
+def compute_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, or one of the names and digests of a folder's files."""
     if path.is_dir():
-        return files.sha256_json({name: files.sha256_file(path / name) for name in names_in(path)})
-    return files.sha256_file(path)
+        return integrity.sha256_json({name: integrity.sha256_file(path / name) for name in list_visible_files(path)})
+    return integrity.sha256_file(path)
 
 
 def count_rows(path: Path) -> int | None:
-    """Lines of a JSONL file; None where counting would mean parsing."""
+    """Count the non-empty lines of a JSONL file; return None for other files."""
     if path.suffix != ".jsonl" or not path.is_file():
         return None
     with open(path, "rb") as file:

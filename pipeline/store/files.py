@@ -1,8 +1,6 @@
-"""Files that survive a crash: atomic JSON, fsync, digests, a space check. Everything here takes and gives
-plain paths."""
+"""Write files so that they survive a crash, and report a full or read-only disk by file name."""
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -10,71 +8,88 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
 
-NUMBER = re.compile(r"\(os error (\d+)\)")  # in what safetensors and tokenizers (an Exception) raise
-TORCH_WRITES = "iostream error|PytorchStreamWriter|unexpected pos"  # in what torch.save raises
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG}
-
-
-def canonical_json(value: Any) -> bytes:
-    """The one spelling of a JSON value that digests are taken of."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def sha256_json(value: Any) -> str:
-    return hashlib.sha256(canonical_json(value)).hexdigest()
-
-
-def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# safetensors and tokenizers are written in Rust: the error number is only in the text of what they
+# raise.
+RUST_ERROR_NUMBER = re.compile(r"\(os error (\d+)\)")
+TORCH_WRITE_ERRORS = "iostream error|PytorchStreamWriter|unexpected pos"  # the texts that torch.save raises with
+DISK_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+}
+RESERVE = 2**20  # bytes that a write must leave free
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """What a disk refuses inside names a file: where the error does not (fsync, writes, safetensors), it is `path`."""
+def name_in_errors(path: Path) -> Iterator[None]:
+    """Add a file name to disk errors that carry none.
+
+    fsync, writes to an open file, safetensors and torch.save all fail without saying which file
+    they were writing. Errors that are not about the disk, or that already name a file, pass
+    unchanged.
+
+    Args:
+        path: the file that the block writes.
+
+    Raises:
+        OSError: in place of the original error, with the same error number and `path` as its file
+            name.
+    """
     try:
         yield
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
-        if type(error).__name__ in ("SafetensorError", "Exception") and (found := NUMBER.search(str(error))):
-            number = int(found[1])
-        if isinstance(error, RuntimeError) and re.search(TORCH_WRITES, str(error)):  # torch does not say which
-            there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-            number = errno.ENOSPC if shutil.disk_usage(there).free < 2**20 else errno.EIO
-        if number not in DISK or getattr(error, "filename", None) is not None:
+        # tokenizers raises a bare Exception
+        if type(error).__name__ in ("SafetensorError", "Exception") and (match := RUST_ERROR_NUMBER.search(str(error))):
+            number = int(match[1])
+        if isinstance(error, RuntimeError) and re.search(TORCH_WRITE_ERRORS, str(error)):
+            # torch does not give the number either: a disk without free space is full, any other is
+            # broken
+            existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+            number = errno.ENOSPC if shutil.disk_usage(existing).free < RESERVE else errno.EIO
+        if number is None or number not in DISK_ERRORS or getattr(error, "filename", None) is not None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def fsync_file(path: Path) -> None:
-    with open(path, "rb") as file, naming(path):
+    """Force the contents of a file to disk."""
+    with open(path, "rb") as file, name_in_errors(path):
         os.fsync(file.fileno())
 
 
 def fsync_folder(path: Path) -> None:
-    """Makes the names in a folder durable: after a rename, the new name survives a power cut."""
+    """Force the names in a folder to disk: without it, a rename may be lost in a power cut."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with naming(path):
+        with name_in_errors(path):
             os.fsync(handle)
     finally:
         os.close(handle)
 
 
 def fsync_tree(folder: Path) -> None:
+    """Force every file and folder below `folder` to disk, children before their parents."""
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
             fsync_file(Path(parent, name))
         fsync_folder(Path(parent))
 
 
-def usual_mode(folder: Path) -> int:
-    """The mode that files which are opened in a folder have: by the umask, or by the folder's default ACL."""
+def default_mode(folder: Path) -> int:
+    """Return the permissions that a new file gets from the umask or the folder's ACL."""
+    # The umask cannot be read without setting it, and ACLs override it: creating a file is the only
+    # sure way.
     probe = folder / ".tmp-mode"
     with open(probe, "wb") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
@@ -82,124 +97,54 @@ def usual_mode(folder: Path) -> int:
     return mode
 
 
-def give_usual_modes(folder: Path) -> None:
-    """Give every file below `folder` the usual mode: safetensors writes files that only their owner can read."""
-    usual = usual_mode(folder)
+def set_default_modes(folder: Path) -> None:
+    """Give every file below `folder` the default permissions.
+
+    Files from safetensors would otherwise be readable only by their owner.
+    """
+    mode = default_mode(folder)
     for parent, _, names in os.walk(folder):
         for name in names:
             path = os.path.join(parent, name)
-            if stat.S_IMODE(os.lstat(path).st_mode) != usual:
-                os.chmod(path, usual)
+            if stat.S_IMODE(os.lstat(path).st_mode) != mode:
+                os.chmod(path, mode)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes readable JSON so that `path` holds either the old value or the new one, never a part."""
+    """Write JSON atomically: after a crash, `path` holds the old value or the new one."""
     staged = path.with_name(f".tmp-{path.name}")
-    with naming(staged), open(staged, "w", encoding="utf-8") as file:
+    with name_in_errors(staged), open(staged, "w", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        # The contents must be on disk before the rename is, or a power cut leaves an empty file
+        # under the name.
         file.flush()
         os.fsync(file.fileno())
     os.replace(staged, path)
     fsync_folder(path.parent)
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
-    """Reads a JSON object that carries its own `digest`; a UserError names the file when it does not hold."""
-    try:
-        if path.is_symlink():
-            raise ValueError("it is a symbolic link")
-        content = path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error})") from None
-    return unsealed(content, str(path))
-
-
-def unsealed(content: bytes, name: str) -> dict[str, Any]:
-    """What `read_sealed` reads, from bytes that are called `name`."""
-    try:
-        value = json.loads(content.decode(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("it is not a JSON object")
-        expected = str(value.get("digest"))
-        actual = sha256_json({key: item for key, item in value.items() if key != "digest"})
-        if expected != actual:
-            raise ValueError(f"its digest is {actual[:12]} and should be {expected[:12]}")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}: damaged ({error})") from None
-    return value
-
-
-def seal(value: dict[str, Any]) -> dict[str, Any]:
-    """The same object with its `digest`, which `read_sealed` checks."""
-    return {**value, "digest": sha256_json({key: item for key, item in value.items() if key != "digest"})}
-
-
-def list_files(folder: Path) -> list[str]:
-    """Every file below, as sorted relative POSIX paths. A symbolic link or a special file is a UserError:
-    neither can be published or verified."""
-    found = []
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.is_symlink() or not (entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)):
-            raise UserError(f"{entry.path}: is a link or a special file; an artifact holds plain files only")
-        if entry.is_dir(follow_symlinks=False):
-            found += [f"{entry.name}/{name}" for name in list_files(Path(entry.path))]
-        else:
-            found.append(entry.name)
-    return found
-
-
-def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    return {name: {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
-
-
-def check_files(folder: Path, expected: dict[str, dict[str, Any]]) -> list[str]:
-    """Compares the files of a manifest with the disk: lines "PATH: what is wrong", empty when all hold."""
-    problems = []
-    for name, facts in expected.items():
-        path = folder / name
-        if not is_inside(name):
-            problems.append(f"{folder}: the manifest names {name!r}, which leaves the folder")
-        elif _has_link(folder, name):
-            problems.append(f"{path}: is a symbolic link")
-        elif not path.is_file():
-            problems.append(f"{path}: is missing")
-        elif (size := path.stat().st_size) != facts.get("bytes"):
-            problems.append(f"{path}: has {size} bytes and should have {facts.get('bytes')}")
-        elif (digest := sha256_file(path)) != facts.get("sha256"):
-            problems.append(f"{path}: sha256 is {digest[:12]} and should be {str(facts.get('sha256'))[:12]}")
-    return problems
-
-
-def is_inside(name: str) -> bool:
-    """Whether a relative path from a manifest stays in its folder."""
-    parts = PurePosixPath(name).parts
-    return bool(parts) and not name.startswith("/") and ".." not in parts and "\0" not in name
-
-
-def _has_link(folder: Path, name: str) -> bool:
-    path = folder
-    for part in PurePosixPath(name).parts:
-        path = path / part
-        if path.is_symlink():
-            return True
-    return False
-
-
 def require_space(folder: Path, needed: int) -> None:
-    """Refuses before writing rather than in the middle of it. `needed`: bytes; a mebibyte is kept in
-    reserve."""
+    """Check that a write fits on the disk before it begins.
+
+    Args:
+        folder: where the files will be written; it must exist.
+        needed: bytes; RESERVE is added to them.
+
+    Raises:
+        UserError: the disk has less free space.
+    """
     free = shutil.disk_usage(folder).free
-    if free < needed + 2**20:
+    if free < needed + RESERVE:
         raise UserError(f"{folder}: needs {needed:,} bytes and {free:,} are free; make room, then run again")
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the room that the disk of a folder has."""
+    """Return the free space on the disk that holds `folder`, in bytes."""
     return shutil.disk_usage(folder).free
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link or a folder, if it is there."""
+    """Remove a file, a link or a whole folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -207,7 +152,7 @@ def remove(path: Path) -> None:
 
 
 def human_bytes(count: float) -> str:
-    """A number of bytes as people say it: 12 kB, 1.3 GB."""
+    """Format a number of bytes for people: 12 kB, 1.3 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from pipeline.store import files
+from pipeline.store import integrity
 
 
 def policies_that_climbed(names: Collection[str], judge: Path | None, ppo_reward_model: str | None) -> set[str]:
@@ -30,4 +30,4 @@ def policies_that_climbed(names: Collection[str], judge: Path | None, ppo_reward
 
 def _weights(folder: Path) -> set[str]:
     """Return the digests of all weight files below a folder."""
-    return {files.sha256_file(path) for path in folder.rglob("*.safetensors")}
+    return {integrity.sha256_file(path) for path in folder.rglob("*.safetensors")}

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from pipeline.errors import TrainingStopped, UserError
-from pipeline.store import files
+from pipeline.store import integrity
 from stages.models.roles import Roles
 from stages.ppo.alarms import Alarms
 from stages.ppo.update import Learners
@@ -174,7 +174,7 @@ def refuse_other_prompts(drawn: Drawn, train: list[list[int]]) -> Drawn:
         UserError: If the run has drawn from other prompts so far: their order would be another one,
             and some would be drawn twice.
     """
-    digest = files.sha256_json(train)
+    digest = integrity.sha256_json(train)
     if drawn.prompts_digest not in (None, digest):
         raise UserError(
             "ppo: the prompts within the limits are not those that the interrupted run draws from; set ppo.max_length, "

@@ -10,7 +10,7 @@ from pipeline.config.section import Section
 from pipeline.config.sections import local_folder
 from pipeline.errors import UserError
 from pipeline.fingerprints import source_of
-from pipeline.launch.processes import place_in_environment
+from pipeline.launch.processes import rank_and_size_from_environment
 from stages.settings.training import batch_of_each
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def uneven_batches(experiment: "Experiment", stage: str) -> list[str]:
     """Return a line if the processes cannot split the batch of a stage that trains on text."""
     section = getattr(experiment, stage)
     size, accumulated = section.per_device_train_batch_size, section.gradient_accumulation_steps
-    processes = max(experiment.launch.processes * experiment.launch.nodes, place_in_environment()[1])
+    processes = max(experiment.launch.processes * experiment.launch.nodes, rank_and_size_from_environment()[1])
     try:
         batch_of_each(size, accumulated, processes)
     except ValueError:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.sections import is_hub_id
-from pipeline.store.files import is_inside
+from pipeline.store.integrity import is_inside
 from stages.settings.changed import changed, defaults_of
 from stages.shared.provenance import Provenance
 
@@ -167,7 +167,7 @@ def upstream(provenance: Provenance) -> dict[str, dict[str, Any]]:
         The manifests, by stage.
     """
     from pipeline.errors import UserError
-    from pipeline.store import files
+    from pipeline.store import integrity
 
     collected: dict[str, dict[str, Any]] = {}
     waiting = [(name, manifest, provenance.inputs[name]) for name, manifest in provenance.manifests.items()]
@@ -181,7 +181,7 @@ def upstream(provenance: Provenance) -> dict[str, dict[str, Any]]:
             if ":" in need or not is_inside(need) or not path.is_file():
                 continue
             try:
-                further = files.read_sealed(path)
+                further = integrity.read_sealed(path)
             except UserError:
                 continue
             if further.get("digest") == digest:

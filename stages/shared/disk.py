@@ -125,7 +125,7 @@ def say_written(
         plural = "s" if total.kept > 1 else ""
         line += f" and keeps {total.kept} checkpoint{plural} of {human_bytes(total.checkpoint)}"
         line += f": {human_bytes(total.in_all)} in all"
-        if store.most is not None:
+        if store.max_share is not None:
             line += ", at most"
     free = free_bytes(provenance.publish)
     line += f"; {human_bytes(free)} are free"

@@ -45,7 +45,7 @@ def save_checkpoint(session: Session, step: int, total: int, training: TrainingS
         training: What holds the tensors. Of sharded models, all ranks must call this.
         state: Further JSON to save; it is not changed.
     """
-    from pipeline.store.checkpoints import optimizer_tensors
+    from pipeline.store.optimizer_state import optimizer_tensors
 
     tensors, state = dict(training.carried), dict(state)
     if training.average is not None and training.average.tensors:
@@ -78,7 +78,7 @@ def load_checkpoint(session: Session, training: TrainingState, total: int, first
     Raises:
         UserError: The checkpoint is of another model, or more steps are done than `total`.
     """
-    from pipeline.store.checkpoints import load_optimizer
+    from pipeline.store.optimizer_state import load_optimizer
 
     average, checkpoint = training.average, session.checkpoints.newest()
     if checkpoint is None or checkpoint.step <= first:

@@ -41,7 +41,7 @@ from sweeps.words import with_interval  # noqa: E402
 from pipeline.errors import UserError  # noqa: E402
 from pipeline.stage import StopFlag  # noqa: E402
 from pipeline.store.artifacts import ArtifactStore  # noqa: E402
-from pipeline.tracking import duration  # noqa: E402
+from pipeline.tracking import format_duration  # noqa: E402
 from stages.page.numbers import fixed  # noqa: E402
 
 SEEDS = (3, 4, 5)
@@ -98,7 +98,7 @@ def run(argv: list[str], stop: StopFlag) -> None:
     for text in sentences:
         shop.say(text)
     shop.say(f"\nlines: {relative(file)}")
-    shop.say(f"picture: {place} ({duration(time.monotonic() - began)})")
+    shop.say(f"picture: {place} ({format_duration(time.monotonic() - began)})")
 
 
 def plan(shop: Workshop, first: Any, asked, names: list[str]) -> tuple[Any, list[tuple[str, dict, Any]]]:
@@ -137,7 +137,7 @@ def sweep(
     found: list[tuple[Point, dict]] = []
     for at, (method, setting, variation) in enumerate(variations, start=1):
         store = ArtifactStore(beside, variation.name)
-        so_far = duration(time.monotonic() - began)
+        so_far = format_duration(time.monotonic() - began)
         what = (
             " ".join(f"{method}.{key} {value:g}" for key, value in setting.items()) or f"best of 1 to {asked.best_of}"
         )

@@ -27,7 +27,7 @@ from sweeps.words import with_interval  # noqa: E402
 from pipeline.errors import UserError  # noqa: E402
 from pipeline.stage import StopFlag  # noqa: E402
 from pipeline.store.artifacts import ArtifactStore  # noqa: E402
-from pipeline.tracking import duration  # noqa: E402
+from pipeline.tracking import format_duration  # noqa: E402
 from stages.page.numbers import fixed  # noqa: E402
 
 SEEDS = (3, 4, 5, 6, 7)
@@ -67,11 +67,11 @@ def run(argv: list[str], stop: StopFlag) -> None:
     found: dict[str, list[tuple[Point, dict]]] = {name: [] for name in policies}  # (point, manifest), a seed each
     for seed, chain in chains:
         main = ArtifactStore(asked.artifacts, chain.name)
-        shop.say(f"\nptx, seed {seed}: the chain ({duration(time.monotonic() - began)} so far)")
+        shop.say(f"\nptx, seed {seed}: the chain ({format_duration(time.monotonic() - began)} so far)")
         shop.bring(chain, main, "ppo")
         for name, (policy, setting) in policies.items():
             store = ArtifactStore(Path(asked.artifacts) / f"{chain.name}.ptx", beside[seed][name].name)
-            shop.say(f"\nptx, seed {seed}: {name} ({duration(time.monotonic() - began)} so far)")
+            shop.say(f"\nptx, seed {seed}: {name} ({format_duration(time.monotonic() - began)} so far)")
             shop.bring_beside(beside[seed][name], store, "samples", main)
             point = policy_point(samples_of(store), policy, setting, seed)
             if point.perplexity is None:
@@ -84,7 +84,7 @@ def run(argv: list[str], stop: StopFlag) -> None:
     shop.show(f"{first.name}, seeds {seeds}: what PPO forgets", *table(variants))
     for line in verdict(variants):
         shop.say(line)
-    shop.say(f"\nlines: {relative(asked.results / 'ptx.jsonl')} ({duration(time.monotonic() - began)})")
+    shop.say(f"\nlines: {relative(asked.results / 'ptx.jsonl')} ({format_duration(time.monotonic() - began)})")
 
 
 def refuse(experiment) -> None:

@@ -46,7 +46,7 @@ from data.sources import load  # noqa: E402
 from pipeline.errors import UserError  # noqa: E402
 from pipeline.stage import StopFlag  # noqa: E402
 from pipeline.store.artifacts import ArtifactStore  # noqa: E402
-from pipeline.tracking import duration  # noqa: E402
+from pipeline.tracking import format_duration  # noqa: E402
 from stages.evaluation.statistics import wins  # noqa: E402
 from stages.models.loading import load_tokenizer  # noqa: E402
 from stages.page.numbers import fixed  # noqa: E402
@@ -155,7 +155,7 @@ class Bench:
     began: float
 
     def so_far(self) -> str:
-        return duration(time.monotonic() - self.began)
+        return format_duration(time.monotonic() - self.began)
 
     def try_passes(self) -> list[Found]:
         """Train each reward model with every number of passes, on the seed that is not reported."""

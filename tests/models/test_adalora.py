@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from pipeline.store.checkpoints import load_optimizer, optimizer_tensors
+from pipeline.store.optimizer_state import load_optimizer, optimizer_tensors
 from stages.models import adalora
 from stages.models.adalora import AdaLora, budget_at, orthogonality_gradient, triplets_of
 from stages.models.adapters import AdapterSettings, plain, trainable, with_adapter

@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from data.groups import make_rows
 from pipeline.errors import UserError
+from pipeline.launch.launcher import process_environments
 from pipeline.launch.parallel import is_rank_zero, padded_micro_batches, rank_and_world_size
-from pipeline.launch.processes import places
 from stages.models.adapters import (
     AdapterSettings,
     adapter_off,
@@ -63,7 +63,7 @@ def together(check, *args):
     """Run check(*args) in two processes; its assertions are those of the test."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers", "peft"])
-    children = [context.Process(target=_run, args=(check, args, place)) for place in places(2)]
+    children = [context.Process(target=_run, args=(check, args, place)) for place in process_environments(2)]
     for child in children:
         child.start()
     for child in children:
@@ -175,8 +175,8 @@ def check_steps():
     for (name, p), q in zip(other.named_parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(q.full_tensor(), p, atol=1e-5, rtol=1e-4, msg=name)
 
-    # what is saved is whole, on rank 0, and can be sharded again
-    from pipeline.store.checkpoints import load_optimizer, optimizer_tensors
+    # the saved state is whole, on rank 0, and can be sharded again
+    from pipeline.store.optimizer_state import load_optimizer, optimizer_tensors
 
     weights = full(trainees[1].tensors())
     tensors, rest = optimizer_tensors(trainees[1].optimizer)

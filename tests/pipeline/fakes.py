@@ -57,7 +57,7 @@ def run_fit(ctx):
     import torch
     from safetensors.torch import save_file
 
-    from pipeline.store.checkpoints import load_optimizer, optimizer_tensors
+    from pipeline.store.optimizer_state import load_optimizer, optimizer_tensors
 
     config, words = ctx.config, json.loads((ctx.inputs["text"] / "words" / "all.json").read_text())
     model = torch.nn.Linear(4, 1)

@@ -11,13 +11,13 @@ from pipeline import hints
 from pipeline.hints import Caller, filled
 from tests.pipeline.test_cli import rlhf  # noqa: F401 (a fixture)
 
-LINE = "a/b: is missing; `rlhf run sft -c CONFIG --force` makes it anew"
+LINE = "a/b: is missing; `rlhf run sft -c CONFIG --force` rebuilds it"
 
 
 def test_a_command_gets_place_and_settings():
     caller = Caller(".venv/bin/rlhf", "-c my.yaml --artifacts out", "sft.max_steps=3")
     made = "`.venv/bin/rlhf run sft -c my.yaml --artifacts out --force sft.max_steps=3`"
-    assert filled(LINE, caller) == f"a/b: is missing; {made} makes it anew"
+    assert filled(LINE, caller) == f"a/b: is missing; {made} rebuilds it"
     assert (
         filled("`rlhf data check a.jsonl` or `make rm`", caller) == "`.venv/bin/rlhf data check a.jsonl` or `make rm`"
     )
@@ -52,7 +52,7 @@ def test_errors_and_status_name_the_users_own_command(rlhf):  # noqa: F811
     Path("out dir/small/text/words/all.json").write_text("[]")
     code, _, err = rlhf("run", "page", *place, "text.words=4")
     advised = "`rlhf run text -c small.yaml --artifacts 'out dir' --force text.words=4`"
-    assert code == 2 and f"; {advised} makes it anew" in err
+    assert code == 2 and f"; {advised} rebuilds it" in err
     code, out, _ = rlhf("status", *place, "text.words=4")
     assert code == 0 and advised.replace(" ", "") in "".join(
         line.split("│")[2].strip().replace(" ", "") for line in out.splitlines() if line.startswith("│")

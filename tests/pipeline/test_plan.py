@@ -69,7 +69,7 @@ def test_upstream_first_and_then_nothing_to_do(world):
     assert {name: world.store.manifest(name)["digest"] for name in world.stages} == before
 
 
-def test_manifest_holds_what_the_contract_names(world):
+def test_the_manifest_has_the_fields_of_the_contract(world):
     world.run("fit")
     manifest = world.store.manifest("fit")
     fields = (
@@ -184,7 +184,7 @@ def test_what_lies_in_a_folder_from_outside_counts(world, tmp_path):
     assert kinds(world.states())["fit"] == "done" and "folder:fit.model" in world.store.manifest("fit")["inputs"]
     (folder / "config.json").write_text("{ }")
     (reason,) = world.states()["fit"].reasons
-    assert reason.startswith("what lies in fit.model changed (")
+    assert reason.startswith("the contents of fit.model changed (")
 
 
 def test_world_data_needs_the_stage_world(world):
@@ -596,7 +596,7 @@ def test_damage_is_refused_and_force_redoes(world):
     assert kinds(states) == {"text": "done", "fit": "damaged", "page": "stale"}
     assert str(path) in states["fit"].sentence() and states["page"].reasons == ["fit is damaged"]
     (line,) = refused(world, "page")
-    assert line.startswith(f"{path}: has ") and line.endswith("`rlhf run fit -c CONFIG --force` makes it anew")
+    assert line.startswith(f"{path}: has ") and line.endswith("`rlhf run fit -c CONFIG --force` rebuilds it")
     assert refused(world, "fit") == [line] and refused(world, "page", force=True) == [line]
     world.run("fit", force=True)
     assert kinds(world.states())["fit"] == "done"
@@ -636,12 +636,12 @@ def test_deleted_checkpoints_do_not_make_a_finished_stage_work(world):
 
 
 def test_another_process_count_needs_allow_elastic(world):
-    from pipeline.store import files
+    from pipeline.store import files, integrity
 
     interrupt(world, 6)
     path = world.store.folder("fit") / "run.json"
-    run = files.read_sealed(path)
-    files.write_json(path, files.seal(run | {"world_size": 2, "threads": 7}))
+    run = integrity.read_sealed(path)
+    files.write_json(path, integrity.seal(run | {"world_size": 2, "threads": 7}))
     assert refused(world, "fit") == [
         "fit: interrupted at step 6, since then the number of processes 2 → 1; --allow-elastic resumes"
     ]

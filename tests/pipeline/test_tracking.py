@@ -1,5 +1,4 @@
-"""Journals are the truth: plain JSON, no time of day, rewound to a checkpoint; wandb can fail without
-harm."""
+"""Test tracking: journals without times, rewinding, progress lines, and failures of wandb."""
 
 import json
 import sys
@@ -12,7 +11,7 @@ import torch
 from rich.console import Console
 
 from pipeline import tracking
-from pipeline.tracking import Tracker, figure, plain
+from pipeline.tracking import Tracker, format_number, json_value
 
 
 def rows(path):
@@ -25,7 +24,7 @@ def test_rows_are_plain_json_with_step_first(tmp_path):
     tracker.log(2, {"loss": float("nan"), "kl": torch.tensor(float("inf")), "low": -float("inf")})
     tracker.evaluation(2, {"accuracy": 0.5})
     tracker.samples(2, [{"prompt": "é\n", "response": "b"}, {"prompt": "c", "response": "d", "score": 1.0}])
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # before it is closed: a line is written at once
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # before closing: each row is flushed at once
     assert lines[0] == '{"step": 1, "loss": 0.10000000149011612, "count": 3, "lr": 1e-05}'
     assert lines[1] == '{"step": 2, "loss": "NaN", "kl": "Infinity", "low": "-Infinity"}'
     assert rows(tmp_path / "evaluations.jsonl") == [{"step": 2, "accuracy": 0.5}]
@@ -33,7 +32,7 @@ def test_rows_are_plain_json_with_step_first(tmp_path):
     tracker.close()
 
 
-def test_rewind_drops_later_rows_and_a_torn_line(tmp_path):
+def test_rewind_drops_later_rows_and_an_incomplete_line(tmp_path):
     tracker = Tracker(tmp_path, "ppo")
     for step in range(1, 6):
         tracker.log(step, {"loss": 1.0})
@@ -49,13 +48,22 @@ def test_rewind_drops_later_rows_and_a_torn_line(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     tracker.rewind(-1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == b"" and sorted(tmp_path.glob(".tmp*")) == []
-    Tracker(tmp_path / "new", "ppo").rewind(3)  # nothing there: nothing to do
+    Tracker(tmp_path / "new", "ppo").rewind(3)  # without files, there is nothing to do
 
 
-def test_plain():
-    assert plain({1: (numpy.float32(0.5), True, None, "x")}) == {"1": [0.5, True, None, "x"]}
-    assert figure(0.123456) == "0.123" and figure(12345.6) == "1.23e+04" and figure(1e-5) == "1.00e-05"
-    assert figure(1500.4) == "1500" and figure(3) == "3" and figure(float("nan")) == "NaN" and figure(0.0) == "0"
+def test_values_and_numbers():
+    assert json_value({1: (numpy.float32(0.5), True, None, "x")}) == {"1": [0.5, True, None, "x"]}
+    assert (
+        format_number(0.123456) == "0.123"
+        and format_number(12345.6) == "1.23e+04"
+        and format_number(1e-5) == "1.00e-05"
+    )
+    assert (
+        format_number(1500.4) == "1500"
+        and format_number(3) == "3"
+        and format_number(float("nan")) == "NaN"
+        and format_number(0.0) == "0"
+    )
 
 
 def test_progress_is_quiet_when_nobody_watches(tmp_path, capsys):
@@ -63,11 +71,11 @@ def test_progress_is_quiet_when_nobody_watches(tmp_path, capsys):
     with Tracker(tmp_path, "ppo", console=console).progress(1000, "updates") as progress:
         for step in range(1, 1001):
             progress.update(step, loss=0.5)
-    assert len(capsys.readouterr().out.splitlines()) <= 1  # at most one line a second
+    assert len(capsys.readouterr().out.splitlines()) <= 1  # at most one line per second
 
 
 class Clock:
-    """time.monotonic that a test moves."""
+    """Replace time.monotonic by a clock that the test sets."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0
@@ -75,7 +83,15 @@ class Clock:
 
 
 def lines_of(clock, seconds, total, start=0, wait=0.0, every=1):
-    """What a progress line says where the first step comes after `wait` seconds and each one takes so many."""
+    """Return the progress lines of a run.
+
+    Args:
+        clock: the clock to advance.
+        seconds: what each step takes.
+        total: the number of steps.
+        start: steps done before.
+        wait: seconds before the first step.
+    """
     said = []
     console = SimpleNamespace(is_terminal=False, print=lambda line, **_: said.append(line))
     with tracking.ProgressLine(console, total, "sft", start) as progress:
@@ -86,26 +102,26 @@ def lines_of(clock, seconds, total, start=0, wait=0.0, every=1):
     return said
 
 
-def test_progress_outside_a_terminal_has_the_time_so_far_and_the_time_left(monkeypatch):
+def test_progress_lines_have_elapsed_and_remaining_time(monkeypatch):
     said = lines_of(Clock(monkeypatch), 0.1, 900)
     assert said[0] == "sft: 51/900 loss 1.68 · 5 s · about 80 s left", "as soon as a few seconds tell"
     assert said[1].startswith("sft: 141/900 loss 1.68 · 14 s · about 80 s left") and len(said) == 10
     assert said[-1].startswith("sft: 861/900") and said[-1].endswith(" · 86 s · about 4 s left")
 
 
-def test_what_comes_before_the_first_step_does_not_count_for_the_pace(monkeypatch):
-    """Loading, compiling, the first look."""
+def test_time_before_the_first_step_does_not_count_for_the_pace(monkeypatch):
+    """Loading, compiling and the first held-out evaluation come before it."""
     said = lines_of(Clock(monkeypatch), 10.0, 12, wait=600.0)
     assert said[1] == "sft: 3/12 loss 1.68 · 10 min 30 s · about 1 min 30 s left"
 
 
-def test_a_run_that_goes_on_counts_its_own_steps(monkeypatch):
+def test_a_resumed_run_counts_its_own_steps(monkeypatch):
     said = lines_of(Clock(monkeypatch), 10.0, 100, start=90)
     assert said[0] == "sft: 92/100 loss 1.68 · 20 s · about 80 s left"
     assert said[-1] == "sft: 98/100 loss 1.68 · 80 s · about 20 s left"
 
 
-def test_long_runs_say_less_often(monkeypatch):
+def test_long_runs_print_fewer_lines(monkeypatch):
     said = lines_of(Clock(monkeypatch), 10.0, 8640)  # a day
     assert 280 < len(said) < 500 and said[2].endswith(" · 80 s · about 23 h 59 min left")
 
@@ -116,7 +132,7 @@ def test_a_line_names_its_stage_once(tmp_path, capsys):
     assert tracker.progress(3, "dpo reference").description == "dpo: reference"
 
 
-def test_what_the_clock_says_of_a_step_is_in_a_file_of_its_own(tmp_path, monkeypatch):
+def test_times_are_in_a_file_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "memory_gb", lambda: 1.25)
     tracker = Tracker(tmp_path, "sft")
     tracker.log(1, {"loss": 1.0}, 0.5, 1000)
@@ -126,7 +142,7 @@ def test_what_the_clock_says_of_a_step_is_in_a_file_of_its_own(tmp_path, monkeyp
     assert rows(tmp_path / "timing.jsonl")[0] == {"step": 1, **times} and set(times) == set(tracking.TIMES)
     assert [row["step"] for row in rows(tmp_path / "timing.jsonl")] == [1, 2]
     assert rows(tmp_path / "metrics.jsonl")[0] == {"step": 1, "loss": 1.0}
-    tracker.rewind(1, owes_look=True)
+    tracker.rewind(1, owes_evaluation=True)
     assert [row["step"] for row in rows(tmp_path / "timing.jsonl")] == [1]
 
 
@@ -141,8 +157,8 @@ def test_memory_is_that_of_this_process(monkeypatch):
     assert tracking.memory_gb() == 5.25
 
 
-def test_a_stages_memory_is_not_that_of_the_stage_before_it(tmp_path, monkeypatch):
-    """Of one command's stages, which share a process, on a GPU."""
+def test_peak_memory_is_measured_per_stage(tmp_path, monkeypatch):
+    """The stages of one command share a process, and so the GPU's peak memory."""
     held = {"peak": 40e9}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
@@ -195,8 +211,8 @@ def test_a_wandb_failure_is_one_line_and_training_goes_on(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("hangs", ["init", "finish"])
-def test_wandb_that_does_not_answer_is_given_up(tmp_path, monkeypatch, capsys, hangs):
-    """After some seconds, and the stages that follow in the command do not ask it again."""
+def test_an_unresponsive_wandb_is_given_up(tmp_path, monkeypatch, capsys, hangs):
+    """It is given up after some seconds, and the command's later stages do not try it again."""
     held, begun = threading.Event(), []
 
     def init(**options):
@@ -224,8 +240,8 @@ def test_wandb_that_does_not_answer_is_given_up(tmp_path, monkeypatch, capsys, h
     )
 
 
-def test_wandb_has_seconds_to_begin(tmp_path, monkeypatch):
-    """And not the minute and a half that it takes by itself."""
+def test_wandb_has_a_short_timeout(tmp_path, monkeypatch):
+    """wandb's own default is a minute and a half."""
     given = {}
     nothing = lambda *_, **__: None  # noqa: E731
     init = lambda **options: given.update(options["settings"])  # noqa: E731
@@ -235,7 +251,7 @@ def test_wandb_has_seconds_to_begin(tmp_path, monkeypatch):
     assert given["init_timeout"] <= 10 and tracker.tracker_run_id == "id"
 
 
-def test_the_stages_of_a_command_share_what_became_of_wandb(world, monkeypatch, capsys):
+def test_the_stages_of_a_command_share_the_state_of_wandb(world, monkeypatch, capsys):
     """The next command tries again."""
     begun = []
 

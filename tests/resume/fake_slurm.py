@@ -1,6 +1,7 @@
-"""A queue on one machine: `sbatch`, `srun` and `scontrol` as far as our scripts use them, and who runs the jobs.
+"""Imitate SLURM on one machine: `sbatch`, `srun` and `scontrol` as far as our scripts use them.
 
-Installed under these three names into a folder on the PATH; the spool's folder is in FAKE_SLURM.
+`install` puts them under these names into a folder for the PATH. FAKE_SLURM names the folder of the
+queue, and `run_jobs` runs it.
 """
 
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 
 
 def install(folder: Path) -> dict[str, str]:
-    """Puts the three commands below `folder`; → the environment of whoever uses them."""
+    """Write the three commands below `folder` and return the environment to use them with."""
     commands, spool = folder / "bin", folder / "spool"
     commands.mkdir(parents=True)
     spool.mkdir()
@@ -38,7 +39,7 @@ def sbatch(spool: Path, argv: list[str]) -> int:
 
 
 def srun(argv: list[str]) -> int:
-    """Every task, with a signal handed on to all of them; the largest exit code."""
+    """Run every task, pass signals on to all of them, and return the largest exit code."""
     command = argv[next(i for i, word in enumerate(argv) if not word.startswith("-")) :]
     count = int(os.environ["SLURM_NTASKS"])
     places = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(count)]
@@ -57,8 +58,15 @@ def scontrol(spool: Path, argv: list[str]) -> int:
 
 
 def run_jobs(environment: dict[str, str], preempt=None) -> list[tuple[str, int]]:
-    """Runs what is queued, in order, as the dependencies allow; → (job, exit code) of every start. preempt(job, start):
-    when to send the job its warning: a function that is asked again and again, or None."""
+    """Run the queue in order, as the dependencies allow.
+
+    Args:
+        preempt: called with (job, start); returns when to send the job its warning, as a function
+            that is polled, or None.
+
+    Returns:
+        (job, exit code) of every start.
+    """
     spool = Path(environment["FAKE_SLURM"])
     ended: dict[str, int] = {}
     starts: list[tuple[str, int]] = []

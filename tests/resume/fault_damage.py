@@ -1,4 +1,4 @@
-"""What can be done to a checkpoint, a file or a disk, and whether the checks see it."""
+"""Damage checkpoints, files and disks, and see whether the checks notice."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def file_names(folder: Path) -> list[str]:
 
 
 def flip(file: Path, bit: int | None = None) -> None:
-    """Turns one bit; without a number, one a third of the way in."""
+    """Flip one bit of a file: the given one, or one a third of the way in."""
     data = bytearray(file.read_bytes())
     bit = len(data) * 8 // 3 if bit is None else bit
     data[bit // 8] ^= 1 << bit % 8
@@ -27,12 +27,12 @@ def flip(file: Path, bit: int | None = None) -> None:
 
 
 def cut(share: float) -> Spoil:
-    """Cuts a file to a share of its size, by two bytes at least: the last may be a line's end, which nobody misses."""
+    """Truncate a file to a share of its size, by at least two bytes: one may be a newline."""
     return lambda file: os.truncate(file, max(0, min(int(file.stat().st_size * share), file.stat().st_size - 2)))
 
 
 def within(name: str, spoil: Spoil) -> Spoil:
-    """The same for a file of a folder."""
+    """Apply a kind of damage to a file of a folder."""
     return lambda folder: spoil(folder / name)
 
 
@@ -56,14 +56,14 @@ def misfits(checkpoint: Path) -> Iterator[tuple[str, Spoil]]:
 
 
 def _as_link(file: Path) -> None:
-    """The same bytes, behind a symbolic link."""
+    """Replace a file by a symbolic link to the same bytes."""
     there = file.parent.parent.parent / f"elsewhere-{file.name}"
     shutil.move(file, there)
     file.symlink_to(there)
 
 
 def problems(checkpoint: Path) -> list[str]:
-    """What the store's own check says of a checkpoint, whoever's run it is of."""
+    """Return what the store's own check says of a checkpoint, whichever run it belongs to."""
     from pipeline.store.checkpoints import CheckpointStore
 
     try:
@@ -74,7 +74,7 @@ def problems(checkpoint: Path) -> list[str]:
 
 
 def missed_flips(checkpoint: Path, name: str, count: int) -> list[int]:
-    """Of `count` bits of a file, at random places, those whose turning the check does not see."""
+    """Flip `count` bits of a file at random positions, and return those that the check misses."""
     file = checkpoint / name
     whole = file.read_bytes()
     assert not problems(checkpoint), problems(checkpoint)
@@ -89,8 +89,17 @@ def missed_flips(checkpoint: Path, name: str, count: int) -> list[int]:
 
 @contextmanager
 def small_disk(folder: Path, size: int, names: int, not_here: type[Exception]) -> Iterator[Callable[[], None]]:
-    """`folder` with what it holds on a disk of its own of so many bytes and file names; yields a function that makes it
-    large. Raises not_here(reason) where nothing may be mounted."""
+    """Move a folder to a small disk of its own.
+
+    Args:
+        folder: the folder; its contents are copied to the disk.
+        size: bytes that the disk has room for.
+        names: how many files it has room for.
+        not_here: the exception to raise where nothing can be mounted.
+
+    Yields:
+        A function that makes the disk large.
+    """
     kept = folder.with_name(f"{folder.name}-kept")
     folder.rename(kept)
     folder.mkdir()
@@ -107,8 +116,11 @@ def small_disk(folder: Path, size: int, names: int, not_here: type[Exception]) -
 
 
 def not_synced(calls: tuple[Call, ...]) -> list[str]:
-    """Renames into place, of a traced run, before which something written was not synced, or after which the folder was
-    not. Names that begin with a dot are not in place yet, or any more."""
+    """Return the renames of a traced run that a power cut could undo or expose.
+
+    What was written must be synced before the rename, and the folder after it. Names that begin
+    with a dot are not in place yet, or no longer.
+    """
     wrong: list[str] = []
     written: set[str] = set()
     waiting: dict[str, str] = {}  # folder → what was renamed into it

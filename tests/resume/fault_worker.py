@@ -1,7 +1,7 @@
-"""`rlhf` in a child process to which something happens: at a system call (strace), at an instant, in a load.
+"""Run `rlhf` in a child process and inject a fault: at a system call, at a moment, or in a load.
 
-The child is forked from a server that has imported the libraries, and waits at a gate until strace (6 or later) holds
-it: a try takes the seconds of the run alone.
+The child is forked from a server that has imported the libraries. It waits until strace (6 or
+later) is attached, so that a try takes only the time of the run itself.
 """
 
 import multiprocessing
@@ -20,7 +20,7 @@ from pathlib import Path
 from pipeline.launch.environment import set_environment
 
 LIBRARIES = ["trl", "transformers", "datasets", "accelerate", "torch", "peft"]
-# what changes a disk; with ? where not every machine has the call
+# calls that change the disk; with ? where not every machine has the call
 CALLS = ("write", "pwrite64", "writev", "fsync", "fdatasync", "?rename", "?renameat", "renameat2", "?unlink",
          "unlinkat", "?rmdir", "?mkdir", "mkdirat", "ftruncate", "?link", "linkat", "?sendfile",
          "?copy_file_range")  # fmt: skip
@@ -33,11 +33,12 @@ PATIENCE = 300.0  # seconds
 class Fault:
     """What happens to a run.
 
-    at: (name, n), the main thread's n-th call of that name, at which it is killed, or which fails with `error` (as
-    "ENOSPC"). die, term: (stage, step) after whose row of metrics.jsonl it is killed, or gets SIGTERM. trace: calls are
-    written down. forget: an item of the checkpoint that the load leaves out (see `forget`). file_size: limit of the
-    process in bytes. user: another user's number. exhaust: step after whose row of metrics.jsonl torch asks for more
-    memory than there is. place: what the environment says where this is one of several processes that work together.
+    at: (name, n): at the main thread's n-th call of that name it is killed, or the call fails with
+    `error`, such as "ENOSPC". die, term: (stage, step): after that row of metrics.jsonl it is
+    killed, or gets SIGTERM. trace: record its system calls. forget: an item of the checkpoint to
+    leave out of the load (see `forget`). file_size: the largest file in bytes that it may write.
+    user: the number of another user to run as. exhaust: the step after whose row torch asks for
+    more memory than there is. place: the environment variables of one of several processes.
     """
 
     at: tuple[str, int] | None = None
@@ -54,7 +55,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Call:
-    """One system call: its name, which of that name it is in its thread (from 1), the paths that it names."""
+    """One system call: its name, its number among those of that name in its thread, its paths."""
 
     name: str
     number: int
@@ -64,35 +65,35 @@ class Call:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended. code: its exit code, −9 for SIGKILL; said: its output; seconds: from the gate on."""
+    """How a run ended: exit code (−9 for SIGKILL), output, seconds since strace was attached."""
 
     code: int
-    said: str
+    output: str
     seconds: float
     calls: tuple[Call, ...] = ()
 
 
 def preload() -> None:
-    """Let the server import the libraries once, in the environment of a run: some read it when they are imported.
+    """Make the server import the libraries once, in the environment of a run.
 
-    Without that environment the server has a second thread (jemalloc's, in Arrow) when it forks, and its children
-    share Arrow's allocator with it.
+    Some of them read the environment when they are imported. Without it the server has a second
+    thread (jemalloc's, in Arrow) when it forks, and its children share Arrow's allocator with it.
     """
     set_environment({})
     multiprocessing.get_context("forkserver").set_forkserver_preload(LIBRARIES)
 
 
 class Running:
-    """A run under way; its output, gate and trace are in `folder`."""
+    """A run in progress; its output and trace are in `folder`."""
 
     def __init__(self, argv: list[str], folder: Path, fault: Fault | None = None):
         fault = fault or Fault()
-        self.said, self.trace, gate = folder / "said.txt", folder / "trace.txt", folder / "go"
-        for leftover in (self.said, self.trace, gate):
+        self.output, self.trace, gate = folder / "output.txt", folder / "trace.txt", folder / "go"
+        for leftover in (self.output, self.trace, gate):
             leftover.unlink(missing_ok=True)
         self.child = multiprocessing.get_context("forkserver").Process(target=_main, args=(argv, str(folder), fault))
         self.child.start()
-        multiprocessing.process._children.discard(self.child)  # starting another, in another thread, would reap it
+        multiprocessing.process._children.discard(self.child)  # a start in another thread would reap this child
         self.tracer = self._attach(fault) if fault.trace or fault.at else None
         gate.touch()
         self.began = time.monotonic()
@@ -107,10 +108,10 @@ class Running:
             what = f"error={fault.error}" if fault.error else "signal=KILL"
             command += ["-e", f"inject={fault.at[0]}:{what}:when={fault.at[1]}"]
         tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        said = tracer.stderr.readline()
-        if "attached" not in said:
+        output = tracer.stderr.readline()
+        if "attached" not in output:
             self.child.kill()
-            raise RuntimeError(f"strace cannot hold a process here: {said.strip()}")
+            raise RuntimeError(f"strace cannot hold a process here: {output.strip()}")
         return tracer
 
     def signal(self, number: int) -> None:
@@ -126,9 +127,9 @@ class Running:
         seconds = time.monotonic() - self.began
         if self.tracer is not None:
             self.tracer.communicate(timeout=30)
-        said = self.said.read_text(errors="replace") if self.said.exists() else ""
+        output = self.output.read_text(errors="replace") if self.output.exists() else ""
         calls = read_calls(self.trace, self.child.pid) if self.trace.exists() else ()
-        return Ended(self.child.exitcode, said, seconds, calls)
+        return Ended(self.child.exitcode, output, seconds, calls)
 
 
 def run(argv: list[str], folder: Path, fault: Fault | None = None) -> Ended:
@@ -136,17 +137,17 @@ def run(argv: list[str], folder: Path, fault: Fault | None = None) -> Ended:
 
 
 def two_together(argv: list[str], folder: Path) -> list[Running]:
-    """Two processes of one run under way."""
-    from pipeline.launch.processes import places
+    """Start two processes of one run."""
+    from pipeline.launch.launcher import process_environments
 
     folders = [folder / f"process-{i}" for i in range(2)]
     for one in folders:
         one.mkdir(exist_ok=True)
-    return [Running(argv, one, Fault(place=place)) for one, place in zip(folders, places(2), strict=True)]
+    return [Running(argv, one, Fault(place=place)) for one, place in zip(folders, process_environments(2), strict=True)]
 
 
 def killed_after(argv: list[str], folder: Path, seconds: float, number: int = signal.SIGKILL) -> Ended:
-    """The signal comes so many seconds after the start; if the run has ended before, it has."""
+    """Kill a run some seconds after its start, unless it has ended before."""
     running = Running(argv, folder)
     running.child.join(seconds)
     running.signal(number)
@@ -154,7 +155,7 @@ def killed_after(argv: list[str], folder: Path, seconds: float, number: int = si
 
 
 def read_calls(trace: Path, pid: int) -> tuple[Call, ...]:
-    """The calls of one thread, in order."""
+    """Return the system calls of one thread, in order."""
     found, numbers = [], {}
     for line in trace.read_text(errors="replace").splitlines():
         match = LINE.match(line)
@@ -168,7 +169,7 @@ def read_calls(trace: Path, pid: int) -> tuple[Call, ...]:
 
 
 def _main(argv: list[str], folder: str, fault: Fault) -> None:
-    out = os.open(os.path.join(folder, "said.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    out = os.open(os.path.join(folder, "output.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(out, 1), os.dup2(out, 2)
     while not os.path.exists(os.path.join(folder, "go")):
         time.sleep(0.002)
@@ -194,7 +195,7 @@ def _main(argv: list[str], folder: str, fault: Fault) -> None:
 
 
 def exhaust(step: int) -> None:
-    """Let torch's allocator fail after a step."""
+    """Make torch's allocator fail after a step."""
     import torch
 
     from pipeline.tracking import Tracker
@@ -210,10 +211,11 @@ def exhaust(step: int) -> None:
 
 
 def forget(item: str) -> None:
-    """Make every checkpoint that is loaded lack an item.
+    """Leave an item out of every checkpoint that is loaded.
 
-    "state.KEY": that key of the JSON; "tensors.NAME": a group of tensors, all zeros; "trainer.NAME": what transformers'
-    Trainer restores from that file, left as it is at the start; "journals": what they hold beyond the checkpoint stays.
+    "state.KEY" is a key of the JSON; "tensors.NAME" a group of tensors, which become zeros;
+    "trainer.NAME" what the transformers Trainer loads from that file, which stays as at the start;
+    "journals" keeps the rows after the checkpoint.
     """
     kind, _, name = item.partition(".")
     if kind == "state":

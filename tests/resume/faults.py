@@ -1,13 +1,14 @@
-"""The fault matrix: stages are killed, starved of disk and damaged, and must end in the bytes of a run that nobody
-touched.
+"""Run the fault matrix: kill, starve and damage stages, and compare the resulting bytes.
 
-    python tests/resume/faults.py [--kills 200] [--cases C1 C2 …] [--stages rm ppo …] [--only C1/rm/rename.3]
+    python tests/resume/faults.py [--kills 200] [--cases C1 C2 …] [--stages rm ppo …] [--only
+    C1/rm/rename.3]
 
-Each try starts from the finished artifacts of a small chain (micro.yaml) in which one stage has not run. Prints a
-table, case by case: tries, passed; and for each failure what was wrong and the command that repeats it. Cases bear the
-numbers of a list of faults: C crashes and storage, D changed inputs, E bad data, S hostile input; M leaves an item of
-the checkpoint out of the load, and passes if that is noticed (other bytes, or a refusal). E, S and some others are
-tests of the suite, run by name. System calls are interrupted by strace.
+Each try starts from the finished artifacts of a small chain (micro.yaml) in which one stage has not
+run, and must end with the same bytes. Prints a table with the tries of each case and how many
+passed; for each failure, what was wrong and the command that repeats it. The letters: C crashes and
+storage, D changed inputs, E bad data, S hostile input, M an item of the checkpoint that is left out
+of the load, which must be noticed by other bytes or a refusal. E, S and some others are tests of
+the suite, run by name. System calls are interrupted with strace.
 """
 
 import argparse
@@ -35,43 +36,46 @@ from fault_worker import Call, Ended, Fault, Running, instants, killed_after, pr
 CONFIG = HERE / "micro.yaml"
 STAGES = ("sft", "rm", "ppo", "dpo")
 GRACE = 10.0  # seconds from a signal to the end
-PARTED = 15.0  # seconds in which a process ends after the one that it works with
+PARTED = 15.0  # seconds in which a process ends after its peer
 EVERY = 2  # checkpoints.every of micro.yaml
-BEST_EARLY = {"ppo": ("ppo.learning_rate=0.3", "ppo.kl_coef=1.0")}  # the best look comes before the interruption
-BEFORE_HANDLERS = 0.5  # seconds within which a signal may come before anybody listens
+BEST_EARLY = {"ppo": ("ppo.learning_rate=0.3", "ppo.kl_coef=1.0")}  # the best evaluation comes before the interruption
+BEFORE_HANDLERS = 0.5  # seconds within which a signal may come before the handlers are installed
 
 
-class Wrong(Exception):
-    """A try that did not end as it should."""
+class TryFailed(Exception):
+    """Report a try that did not end as it should."""
 
 
-class NotHere(Exception):
-    """A try that this machine does not allow."""
+class NotPossibleHere(Exception):
+    """Report a try that is impossible on this machine."""
 
 
 def expect(holds: bool, otherwise: str) -> None:
     if not holds:
-        raise Wrong(otherwise)
+        raise TryFailed(otherwise)
 
 
 @dataclass
 class Chain:
-    """Finished artifacts; of each stage alone, its seconds, its calls that change something below the artifacts, and
-    the newest checkpoint of an interrupted run."""
+    """Finished artifacts, and for each stage measurements of a run of its own.
+
+    These are its duration in seconds, its system calls, those that change something below the
+    artifacts, and the newest checkpoint of an interrupted run.
+    """
 
     root: Path
     seconds: dict[str, float] = field(default_factory=dict)
     calls: dict[str, list[Call]] = field(default_factory=dict)
     traces: dict[str, tuple[Call, ...]] = field(default_factory=dict)
     saved: dict[str, Path] = field(default_factory=dict)
-    together: dict[str, tuple[dict, float]] = field(default_factory=dict)  # two processes' bytes and seconds
+    together: dict[str, tuple[dict, float]] = field(default_factory=dict)  # bytes and seconds of two processes
 
     def folder(self, stage: str) -> Path:
         return self.root / "micro" / stage
 
 
 def published(folder: Path) -> dict:
-    """{path: digest} of what a stage published; rows of metrics.jsonl without the one figure of the clock."""
+    """Return {path: digest} of what a stage published, metrics.jsonl as rows without `eps`."""
     manifest = json.loads((folder / "manifest.json").read_text())
     found = {path: entry["sha256"] for path, entry in manifest["outputs"].items()}
     if "metrics.jsonl" in found:
@@ -82,7 +86,7 @@ def published(folder: Path) -> dict:
 
 @dataclass
 class Try:
-    """A copy of the chain without `stage`, and how to run that."""
+    """A copy of the chain without `stage`, and the commands to run that stage."""
 
     chain: Chain
     stage: str
@@ -107,15 +111,15 @@ class Try:
         return run(self.argv(*more), self.folder, fault)
 
     def interrupt(self, step: int = 5) -> None:
-        """A run that was killed after that step's row of metrics.jsonl: checkpoints of steps 2 and 4."""
+        """Kill a run after a step's row of metrics.jsonl; for step 5 it has checkpoints 2 and 4."""
         code = self.run(Fault(die=(self.stage, step))).code
-        expect(code == -9, f"exit {code}, and it was to be killed at step {step}")
+        expect(code == -9, f"exit code {code}; it should have been killed at step {step}")
 
     def checkpoints(self) -> list[Path]:
         return sorted((self.work / "checkpoints").glob("step-*"))
 
-    def lost(self) -> int:
-        """Steps that are in the journal and not in a checkpoint."""
+    def unsaved_steps(self) -> int:
+        """Return how many steps are in the journal and not in a checkpoint."""
         if not (self.work / "metrics.jsonl").exists() or (self.work / "manifest.json").exists():
             return 0
         lines = (self.work / "metrics.jsonl").read_text().splitlines()
@@ -124,55 +128,55 @@ class Try:
         return max(rows, default=0) - max(saved, default=0)
 
     def is_trained(self) -> bool:
-        """Whether its last step is done."""
+        """Return whether the last step is done."""
         right = self.chain.folder(self.stage) / "metrics.jsonl"
         rows = [len(file.read_text().splitlines()) if file.exists() else 0 for file in (self.work / right.name, right)]
         return rows[0] >= rows[1] or (self.work / "manifest.json").exists()
 
-    def go_on(self, at_most: int = EVERY) -> Ended:
-        """What is recomputed is at most a save interval, and `finish`."""
-        lost = self.lost()
-        expect(lost <= at_most, f"{lost} steps are computed again; {at_most} at most")
+    def resume(self, at_most: int = EVERY) -> Ended:
+        """Resume, check that no more than a save interval is recomputed, and `finish`."""
+        lost = self.unsaved_steps()
+        expect(lost <= at_most, f"{lost} steps are recomputed; at most {at_most} expected")
         return self.finish()
 
     def finish(self) -> Ended:
-        """Run to the end: the bytes are the chain's, and nothing half-written is left."""
+        """Run to the end; check for the chain's bytes and that nothing unfinished is left."""
         ended = self.run()
-        expect(ended.code == 0, f"going on ended with {ended.code}: {last_line(ended.said)}")
-        self.same()
+        expect(ended.code == 0, f"the resumed run ended with {ended.code}: {last_line(ended.output)}")
+        self.check_bytes()
         return ended
 
-    def same(self) -> None:
+    def check_bytes(self) -> None:
         ours, right = published(self.work), published(self.chain.folder(self.stage))
         odd = sorted(path for path in {*ours, *right} if ours.get(path) != right.get(path))
-        expect(not odd, f"other bytes in {', '.join(odd)}")
+        expect(not odd, f"different bytes in {', '.join(odd)}")
         left = [p.name for p in self.work.rglob(".tmp-*")]
         expect(not left, f"left behind: {left}")
 
 
 def last_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "(nothing was said)"
+    return lines[-1] if lines else "(no output)"
 
 
 def refused(ended: Ended, *names: str) -> None:
-    """Exit 2, error lines, no traceback, and a line names what it is about."""
-    expect(ended.code == 2, f"exit {ended.code} in place of 2: {last_line(ended.said)}")
-    lines = [line for line in ended.said.splitlines() if line.startswith("error: ")]
-    expect(bool(lines) and "Traceback" not in ended.said, "no error line, or a traceback")
+    """Check for exit code 2 and error lines that contain each of the names."""
+    expect(ended.code == 2, f"exit code {ended.code} instead of 2: {last_line(ended.output)}")
+    lines = [line for line in ended.output.splitlines() if line.startswith("error: ")]
+    expect(bool(lines) and "Traceback" not in ended.output, "no error line, or a traceback")
     missing = [name for name in names if not any(name in line for line in lines)]
     expect(not missing, f"the error does not name {missing}: {lines[0]}")
 
 
-def measured(chain: Chain, stage: str) -> None:
-    """What a stage takes alone: the seconds, the calls. And that it makes the same bytes twice."""
+def measure(chain: Chain, stage: str) -> None:
+    """Measure a stage's duration and system calls, and check that it gives the same bytes twice."""
     if stage in chain.calls:
         return
     with tempfile.TemporaryDirectory(prefix="faults_") as folder:
         one = Try(chain, stage, Path(folder))
         ended = one.run(Fault(trace=True))
-        expect(ended.code == 0, f"{stage} does not run: {last_line(ended.said)}")
-        one.same()
+        expect(ended.code == 0, f"{stage} does not run: {last_line(ended.output)}")
+        one.check_bytes()
         inside = str(one.root)
         chain.traces[stage] = ended.calls
         chain.calls[stage] = [c for c in ended.calls if not c.failed and any(p.startswith(inside) for p in c.paths)]
@@ -186,61 +190,64 @@ def measured(chain: Chain, stage: str) -> None:
 
 
 def spread(items: list, count: int) -> list:
-    """At most `count` of the items, evenly spread."""
+    """Return at most `count` of the items, evenly spaced."""
     return [items[i * len(items) // count] for i in range(count)] if len(items) > count else items
 
 
-# -- crashes and storage: (chain, stage, kills) → tries, each a name and a function of a Try ------------------------
+# -- crashes and storage: (chain, stage, kills) → pairs of a name and a function of a Try ----------
 
 Trial = Callable[[Try], None]
 Case = Callable[[Chain, str, int], Iterator[tuple[str, Trial]]]
 
 
 def crash_points(chain: Chain, stage: str, kills: int):
-    """SIGKILL at a call that changes something: all of them, or evenly spread ones if there are more than `kills`."""
+    """Send SIGKILL at calls that change something: all of them, or `kills` evenly spaced ones."""
     for call in spread(chain.calls[stage], kills):
 
         def trial(t: Try, call=call):
             ended = t.run(Fault(at=(call.name, call.number)))
-            expect(ended.code == -9, f"exit {ended.code}, and it was to be killed at {call.name}")
-            t.go_on()
+            expect(ended.code == -9, f"exit code {ended.code}; it should have been killed at {call.name}")
+            t.resume()
 
         yield f"{call.name}.{call.number}", trial
 
 
 def random_kills(chain: Chain, stage: str, kills: int):
-    """SIGKILL at any instant, loading and publishing included."""
+    """Send SIGKILL at random moments, also while loading and publishing."""
     for i, after in enumerate(instants(kills, 0.0, chain.seconds[stage], seed=1)):
 
         def trial(t: Try, after=after):
             killed_after(t.argv(), t.folder, after)
-            t.go_on()
+            t.resume()
 
         yield str(i), trial
 
 
 def kills_in_one_run(chain: Chain, stage: str, kills: int):
-    """Twenty kills of one run, while it loads its checkpoint too."""
+    """Kill one run twenty times, also while it loads its checkpoint."""
 
     def trial(t: Try):
         landed = 0
         for after in instants(20, 0.1, 0.5 * chain.seconds[stage], seed=2):
             landed += killed_after(t.argv(), t.folder, after).code == -9
-        expect(landed >= 10, f"only {landed} kills found it running")
-        t.go_on()
+        expect(landed >= 10, f"only {landed} kills hit a running process")
+        t.resume()
 
     yield "0", trial
 
 
 def one_of_two(chain: Chain, stage: str, kills: int):
-    """SIGKILL for one of two processes at any instant: the other ends in time, no half checkpoint stands, and two more
-    come to the bytes of two that nobody touched. (Those are not one process's: sums have another order.)"""
+    """Send SIGKILL to one of two processes at a random moment.
+
+    The other one must end in time and leave no half checkpoint, and two more must end with the
+    bytes of two undisturbed ones. (Those differ from one process's, since sums have another order.)
+    """
 
     def whole(t: Try) -> float:
         running = two_together(t.argv(), t.folder)
         ended = [process.wait() for process in running]
-        said = " / ".join(last_line(one.said) for one in ended)
-        expect([one.code for one in ended] == [0, 0], f"two processes ended with {[e.code for e in ended]}: {said}")
+        output = " / ".join(last_line(one.output) for one in ended)
+        expect([one.code for one in ended] == [0, 0], f"two processes ended with {[e.code for e in ended]}: {output}")
         return max(one.seconds for one in ended)
 
     if stage not in chain.together:
@@ -252,7 +259,7 @@ def one_of_two(chain: Chain, stage: str, kills: int):
     for i, after in enumerate(instants(max(4, kills // 4), 0.0, seconds, seed=8)):
 
         def trial(t: Try, who=i % 2, after=after):
-            running = two_together(t.argv("launch.timeout=5"), t.folder)  # also the limit for meeting
+            running = two_together(t.argv("launch.timeout=5"), t.folder)  # also the time limit for meeting
             running[who].child.join(after)
             running[who].signal(signal.SIGKILL)
             killed, began = running[who].wait().code == -9, time.monotonic()
@@ -266,13 +273,17 @@ def one_of_two(chain: Chain, stage: str, kills: int):
             whole(t)
             ours = published(t.work)
             odd = sorted(path for path in {*ours, *right} if ours.get(path) != right.get(path))
-            expect(not odd, f"other bytes in {', '.join(odd)}")
+            expect(not odd, f"different bytes in {', '.join(odd)}")
 
         yield f"{i}", trial
 
 
 def signals(chain: Chain, stage: str, kills: int):
-    """SIGTERM, SIGINT or SIGUSR1 at any instant: 75 in time, no artifact, then the same bytes. Or it had ended."""
+    """Send SIGTERM, SIGINT or SIGUSR1 at a random moment.
+
+    The run must end in time with 75 and without an artifact, and a resumed one with the same bytes;
+    or it had ended before the signal.
+    """
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     for i, after in enumerate(instants(max(3, kills // 4), 0.0, chain.seconds[stage], seed=3)):
 
@@ -284,20 +295,20 @@ def signals(chain: Chain, stage: str, kills: int):
             ended = running.wait()
             took = time.monotonic() - asked
             if ended.code == 0:
-                expect(over, "it took no notice of the signal")
-                t.same()
+                expect(over, "it ignored the signal")
+                t.check_bytes()
                 return
-            early = ended.code in (-number, 130, 1) and after < BEFORE_HANDLERS  # before anybody listens
-            expect(ended.code == 75 or early, f"exit {ended.code} after signal {number}: {last_line(ended.said)}")
+            early = ended.code in (-number, 130, 1) and after < BEFORE_HANDLERS  # before the handlers are installed
+            expect(ended.code == 75 or early, f"exit {ended.code} after signal {number}: {last_line(ended.output)}")
             expect(took <= GRACE, f"{took:.1f} s from the signal to the end")
-            expect(not (t.work / "manifest.json").exists(), "it was stopped, and there is an artifact")
-            t.go_on(at_most=0)
+            expect(not (t.work / "manifest.json").exists(), "it was stopped, but there is an artifact")
+            t.resume(at_most=0)
 
         yield str(i), trial
 
 
 def two_signals(chain: Chain, stage: str, kills: int):
-    """SIGTERM, and another or SIGKILL while it saves: the newest checkpoint that holds survives."""
+    """Send SIGTERM, then SIGTERM or SIGKILL during the save: a valid checkpoint survives."""
     for i, after in enumerate(instants(max(2, kills // 10), BEFORE_HANDLERS, chain.seconds[stage], seed=4)):
 
         def trial(t: Try, after=after, second=(signal.SIGTERM, signal.SIGKILL)[i % 2]):
@@ -307,14 +318,14 @@ def two_signals(chain: Chain, stage: str, kills: int):
             running.child.join(0.05)
             running.signal(second)
             ended = running.wait()
-            expect(ended.code in (0, 75, -second), f"exit {ended.code}: {last_line(ended.said)}")
-            t.go_on()
+            expect(ended.code in (0, 75, -second), f"exit {ended.code}: {last_line(ended.output)}")
+            t.resume()
 
         yield str(i), trial
 
 
 def failing_call(errors: tuple[str, ...], names: tuple[str, ...]) -> Case:
-    """A call fails: one line that names a path; what stood before stands; then the same bytes."""
+    """Make a system call fail: one line names a path, files stay, a rerun gives the same bytes."""
 
     def case(chain: Chain, stage: str, kills: int):
         calls = [call for call in chain.calls[stage] if call.name in names]
@@ -322,12 +333,12 @@ def failing_call(errors: tuple[str, ...], names: tuple[str, ...]) -> Case:
 
             def trial(t: Try, call=call, error=error):
                 ended = t.run(Fault(at=(call.name, call.number), error=error))
-                if ended.code == 0:  # it was one whose failure costs nothing, such as the last of a clean-up
-                    expect(call.name != "fsync", "an fsync failed, and nobody noticed")
+                if ended.code == 0:  # a call whose failure costs nothing, such as the last one of a clean-up
+                    expect(call.name != "fsync", "an fsync failed unnoticed")
                 else:
                     refused(ended, str(t.root))
                     damaged = [str(p) for p in t.checkpoints() if damage.problems(p)]
-                    expect(not damaged, f"no longer whole: {damaged}")
+                    expect(not damaged, f"damaged: {damaged}")
                 t.finish()
 
             yield f"{call.name}.{call.number}.{error}", trial
@@ -336,13 +347,13 @@ def failing_call(errors: tuple[str, ...], names: tuple[str, ...]) -> Case:
 
 
 def full_disk(chain: Chain, stage: str, kills: int):
-    """A disk with little room: one line with path and bytes free; with room again, the same bytes."""
+    """Fill the disk: one line has path and free bytes; with room, the bytes are the same."""
     for name, room, names in (("bytes", 40_000, 10_000), ("names", 2**25, 14), ("more names", 2**25, 30)):
 
         def trial(t: Try, room=room, names=names):
             there = list(t.root.rglob("*"))
             size, count = sum(p.stat().st_size + 4096 for p in there), len(there) + 1
-            with damage.small_disk(t.root, size + room, count + names, NotHere) as grow:
+            with damage.small_disk(t.root, size + room, count + names, NotPossibleHere) as grow:
                 refused(t.run(), "bytes", str(t.root))
                 grow()
                 t.finish()
@@ -351,7 +362,7 @@ def full_disk(chain: Chain, stage: str, kills: int):
 
 
 def small_files(chain: Chain, stage: str, kills: int):
-    """No file may be larger than so many bytes: one line; without the limit, the same bytes."""
+    """Limit the size of files: one line; without the limit, the bytes are the same."""
 
     def trial(t: Try):
         refused(t.run(Fault(file_size=20_000)), str(t.root))
@@ -361,7 +372,7 @@ def small_files(chain: Chain, stage: str, kills: int):
 
 
 def damaged_checkpoint(spoils: Callable[[Path], Iterator[tuple[str, Callable[[Path], None]]]]) -> Case:
-    """The newest checkpoint is damaged: found before use, said, the one before is taken."""
+    """Damage the newest checkpoint: this is reported, and the one before it is loaded."""
 
     def case(chain: Chain, stage: str, kills: int):
         for name, spoil in spoils(chain.saved[stage]):
@@ -370,8 +381,8 @@ def damaged_checkpoint(spoils: Callable[[Path], Iterator[tuple[str, Callable[[Pa
                 t.interrupt()
                 spoil(t.checkpoints()[-1])
                 ended = t.finish()
-                expect("set aside" in ended.said, "the damage was not said")
-                expect("resuming from step 2" in ended.said, "it did not go on from the one before")
+                expect("set aside" in ended.output, "the damage was not reported")
+                expect("resuming from step 2" in ended.output, "it did not resume from the checkpoint before")
 
             yield name, trial
 
@@ -379,7 +390,7 @@ def damaged_checkpoint(spoils: Callable[[Path], Iterator[tuple[str, Callable[[Pa
 
 
 def every_flip(chain: Chain, stage: str, kills: int):
-    """A bit at a hundred places of each file of a checkpoint: the check finds every one."""
+    """Flip a bit at a hundred positions of each file of a checkpoint: the check finds every one."""
     sample = chain.saved[stage]
     for name in damage.file_names(sample):
 
@@ -387,13 +398,13 @@ def every_flip(chain: Chain, stage: str, kills: int):
             copy = t.folder / sample.name
             shutil.copytree(sample, copy)
             missed = damage.missed_flips(copy, name, 100)
-            expect(not missed, f"bits that nobody missed: {missed}")
+            expect(not missed, f"flipped bits that were not noticed: {missed}")
 
         yield name, trial
 
 
 def damaged_input(chain: Chain, stage: str, kills: int):
-    """A file of an upstream artifact is flipped, cut or gone: exit 2, and the file is named."""
+    """Flip, truncate or remove a file of an upstream artifact: exit code 2 names the file."""
     for need in json.loads((chain.folder(stage) / "manifest.json").read_text())["inputs"]:
         if not (chain.folder(need) / "manifest.json").exists():
             continue
@@ -408,19 +419,19 @@ def damaged_input(chain: Chain, stage: str, kills: int):
 
 
 def other_user(chain: Chain, stage: str, kills: int):
-    """Artifacts that this user may not write: one line, before a model is loaded."""
+    """Use artifacts that this user must not write: one line, before a model is loaded."""
 
     def trial(t: Try):
         if os.geteuid() != 0:
-            raise NotHere("only root can become somebody else")
+            raise NotPossibleHere("only root can run as another user")
         library = Path(os.__file__)
         if not all(path.stat().st_mode & 0o005 == 0o005 for path in (library.parent, *library.parent.parents)):
-            raise NotHere("another user cannot read this Python")
+            raise NotPossibleHere("another user cannot read this Python")
         for path in (t.folder, *t.folder.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
         ended = t.run(Fault(user=65534))
-        if "Permission denied" in ended.said and str(ROOT) in ended.said:
-            raise NotHere("another user cannot read this project")
+        if "Permission denied" in ended.output and str(ROOT) in ended.output:
+            raise NotPossibleHere("another user cannot read this project")
         refused(ended, str(t.root))
         expect(ended.seconds < 5, f"it took {ended.seconds:.1f} s")
 
@@ -428,13 +439,13 @@ def other_user(chain: Chain, stage: str, kills: int):
 
 
 def two_runs(chain: Chain, stage: str, kills: int):
-    """The second of two runs is refused at once and names the first; after a kill the lock is free."""
+    """Start a second run: it is refused and names the first, whose kill frees the lock."""
 
     def trial(t: Try):
         first = Running(t.argv(), t.folder)
         while not (t.work / "run.json").exists() and first.child.is_alive():
             time.sleep(0.01)
-        first.signal(signal.SIGSTOP)  # it holds its lock for as long as we like
+        first.signal(signal.SIGSTOP)  # it holds its lock for as long as this test needs
         (t.folder / "second").mkdir()
         try:
             refused(run(t.argv(), t.folder / "second"), f"process {first.child.pid}")
@@ -448,51 +459,51 @@ def two_runs(chain: Chain, stage: str, kills: int):
 
 
 def other_clock(chain: Chain, stage: str, kills: int):
-    """Times of files say the opposite of their steps: the newest is by step, and pruning takes the oldest by step."""
+    """Reverse the times of checkpoints: steps decide which is newest and which are pruned."""
 
     def trial(t: Try):
         t.interrupt()
         for i, path in enumerate(t.checkpoints()):
             for file in (path, *path.rglob("*")):
                 os.utime(file, (1e9 - i * 1e6,) * 2)
-        said = t.finish().said
-        expect("damaged" not in said and "resuming from step 4" in said, "the newest was not taken")
+        output = t.finish().output
+        expect("damaged" not in output and "resuming from step 4" in output, "the newest checkpoint was not loaded")
 
     yield "0", trial
 
 
 def kept_one(chain: Chain, stage: str, kills: int):
-    """checkpoints.keep: 1, killed at a removal or a rename: a checkpoint that holds is there at every instant."""
+    """Kill with checkpoints.keep: 1 at removals and renames: one is always valid."""
     calls = [c for c in chain.calls[stage] if c.name.startswith(("unlink", "rmdir", "rename"))]
     for call in spread(calls, max(4, kills // 2)):
 
         def trial(t: Try, call=call):
             t.settings = ("checkpoints.keep=1",)
             first = t.run(Fault(at=(call.name, call.number)))
-            expect(first.code in (-9, 0), f"exit {first.code}: {last_line(first.said)}")
+            expect(first.code in (-9, 0), f"exit {first.code}: {last_line(first.output)}")
             journal = t.work / "metrics.jsonl"
             if first.code == -9 and journal.exists() and len(journal.read_text().splitlines()) > EVERY:
-                expect(any(not damage.problems(p) for p in t.checkpoints()), "no checkpoint holds")
-            t.go_on()
+                expect(any(not damage.problems(p) for p in t.checkpoints()), "there is no valid checkpoint")
+            t.resume()
 
         yield f"{call.name}.{call.number}", trial
 
 
 def little_memory(chain: Chain, stage: str, kills: int):
-    """Memory runs out: one line with what to turn; what was saved is there, and without the limit the same bytes."""
+    """Run out of memory: one line names settings; without the limit, the bytes are the same."""
 
     def trial(t: Try):
         ended = t.run(Fault(exhaust=5))
-        expect(ended.code == 1 and "Traceback" not in ended.said, f"exit {ended.code}: {last_line(ended.said)}")
-        expect("error: out of memory; lower" in ended.said, f"it does not say what to turn: {last_line(ended.said)}")
-        expect(not damage.problems(t.checkpoints()[-1]), "the newest checkpoint does not hold")
+        expect(ended.code == 1 and "Traceback" not in ended.output, f"exit {ended.code}: {last_line(ended.output)}")
+        expect("error: out of memory; lower" in ended.output, f"it names no setting: {last_line(ended.output)}")
+        expect(not damage.problems(t.checkpoints()[-1]), "the newest checkpoint is damaged")
         t.finish()
 
     yield "0", trial
 
 
 def synced(chain: Chain, stage: str, kills: int):
-    """Every rename into place comes after an fsync of what was written and before one of the folder it is in."""
+    """Check that each rename comes after an fsync of the file and before one of the folder."""
 
     def trial(t: Try):
         wrong = damage.not_synced(chain.traces[stage])
@@ -501,11 +512,14 @@ def synced(chain: Chain, stage: str, kills: int):
     yield "0", trial
 
 
-# -- changed inputs ---------------------------------------------------------------------------------------------
+# -- changed inputs --------------------------------------------------------------------------------
 
 
 def changed_settings(chain: Chain, stage: str, kills: int):
-    """An interrupted run with another setting is refused, naming the key, old and new; as it was, it goes on."""
+    """Change a setting of an interrupted run: it is refused with key, old and new value.
+
+    With the old setting it resumes.
+    """
     changes = {
         f"{stage}.learning_rate": "1.5e-3",
         "seed": "2",
@@ -526,7 +540,7 @@ def changed_settings(chain: Chain, stage: str, kills: int):
 
 
 def harmless_settings(chain: Chain, stage: str, kills: int):
-    """A change that cannot change the result is taken without a word of refusal, and the bytes are the same."""
+    """Change a setting that cannot change the result: it resumes to the same bytes."""
     for setting in ("checkpoints.every=3", "checkpoints.keep=3"):
 
         def trial(t: Try, setting=setting):
@@ -538,7 +552,7 @@ def harmless_settings(chain: Chain, stage: str, kills: int):
 
 
 def rebuilt_input(chain: Chain, stage: str, kills: int):
-    """An upstream artifact is made anew with another seed: an interrupted run refuses, naming both digests."""
+    """Rebuild an upstream artifact with another seed: the refusal names both digests."""
     need = {"sft": "base", "rm": "rankings", "ppo": "rm", "dpo": "rankings"}[stage]
     key = {"base": "base.learning_rate=2e-3", "rankings": "rankings.temperature=0.9", "rm": "rm.learning_rate=2e-3"}
 
@@ -547,27 +561,27 @@ def rebuilt_input(chain: Chain, stage: str, kills: int):
         place = ["-c", str(CONFIG), "--artifacts", str(t.root), "--only"]
         (t.folder / "other").mkdir()
         made = run(["run", need, *place, "--force", key[need]], t.folder / "other")
-        expect(made.code == 0, f"{need} does not run: {last_line(made.said)}")
+        expect(made.code == 0, f"{need} does not run: {last_line(made.output)}")
         refused(t.run(None, key[need]), need, "→")
 
     yield need, trial
 
 
 def other_threads(chain: Chain, stage: str, kills: int):
-    """Another number of threads: said once, and recorded."""
+    """Resume with another number of threads: this is reported once and recorded."""
 
     def trial(t: Try):
         t.interrupt()
         ended = t.run(None, "launch.threads=2")
-        expect(ended.code == 0, f"exit {ended.code}: {last_line(ended.said)}")
-        expect(ended.said.count("last bits may differ") == 1, "it was not said once")
+        expect(ended.code == 0, f"exit {ended.code}: {last_line(ended.output)}")
+        expect(ended.output.count("last bits may differ") == 1, "it was not reported exactly once")
         expect(json.loads((t.work / "manifest.json").read_text())["threads"] == 2, "it is not in the manifest")
 
     yield "0", trial
 
 
 def done_again(chain: Chain, stage: str, kills: int):
-    """A finished stage with fresh file times, or without its checkpoints, does nothing."""
+    """Run a finished stage with new file times, or without its checkpoints: nothing happens."""
     for name in ("touched", "no checkpoints"):
 
         def trial(t: Try, name=name):
@@ -578,21 +592,25 @@ def done_again(chain: Chain, stage: str, kills: int):
             else:
                 shutil.rmtree(t.work / "checkpoints")
             ended = t.run()
-            expect(ended.code == 0 and "running" not in ended.said, f"it ran: {last_line(ended.said)}")
-            t.same()
+            expect(ended.code == 0 and "running" not in ended.output, f"it ran: {last_line(ended.output)}")
+            t.check_bytes()
 
         yield name, trial
 
 
 def forgotten_items(chain: Chain, stage: str, kills: int):
-    """Each item of the checkpoint is left out of the load in turn, at the moments that give it a meaning: the bytes
-    differ, or the run refuses, at one of them. owes_look has one where a signal ended a held-out look."""
+    """Leave each item of the checkpoint out of the load, at the moments at which it matters.
+
+    At one of them the bytes must differ or the run be refused. owes_look matters only where a
+    signal cut a held-out evaluation short.
+    """
     newest, moments = chain.saved[stage], {"sft": (5, 11), "rm": (5, 13)}.get(stage, (5,))
     items = [f"state.{key}" for key in json.loads((newest / "state.json").read_text())]
     items += [f"tensors.{path.stem}" for path in sorted(newest.glob("*.safetensors"))]
     items += ["trainer.model", "trainer.optimizer", "trainer.trainer_state"] * (newest / "trainer").is_dir()
-    # against a changed number of steps of rm and sft, another device of ppo; of alarms that a signal in a look
-    # overtook; and what ppo has drawn, which under unchanged settings its number of updates says too
+    # guards: against another number of steps (rm, sft) or device (ppo), for alarms during an
+    # evaluation that a signal ended, and for what ppo has drawn, which follows from its updates if
+    # no setting has changed
     guards = ("state.steps", "state.place", "state.raised", "state.drawn")
     items = [item for item in items if item not in guards]
     for item in [*items, "journals"]:
@@ -606,51 +624,52 @@ def forgotten_items(chain: Chain, stage: str, kills: int):
             for moment in moments:
                 shutil.rmtree(t.work, ignore_errors=True)
                 if item == "state.owes_look":
-                    fault = Fault(term=(stage, {"sft": 5}.get(stage, 6)))  # trl logs a step behind the look at it
-                    expect(t.run(fault).code == 75, "the signal in the look at step 6 did not end in 75")
+                    fault = Fault(term=(stage, {"sft": 5}.get(stage, 6)))  # trl logs a step after its evaluation
+                    expect(t.run(fault).code == 75, "the signal during the evaluation at step 6 did not end in 75")
                 else:
                     t.interrupt(moment)
                 ended = t.run(Fault(forget=item))
                 if ended.code != 0 or published(t.work) != right:
                     return
-            raise Wrong("nobody noticed that it was missing")
+            raise TryFailed("its absence was not noticed")
 
         yield item, trial
 
 
 CASES: dict[str, tuple[str, Case]] = {
     "C1": ("killed at a call that changes the disk", crash_points),
-    "C2": ("killed at any instant", random_kills),
+    "C2": ("killed at a random moment", random_kills),
     "C3": ("killed twenty times in one run", kills_in_one_run),
-    "C4": ("SIGTERM, SIGINT, SIGUSR1 at any instant", signals),
+    "C4": ("SIGTERM, SIGINT, SIGUSR1 at a random moment", signals),
     "C5": ("two signals", two_signals),
     "C6": ("no space left at a write", failing_call(("ENOSPC",), ("write", "pwrite64", "mkdir"))),
     "C6d": ("a disk that fills up", full_disk),
     "C7": ("a sync or rename fails", failing_call(("EIO", "EROFS"), ("fsync", "fdatasync", "rename"))),
     "C7f": ("a limit on file sizes", small_files),
-    "C8": ("checkpoint file cut short", damaged_checkpoint(damage.cuts)),
+    "C8": ("truncated checkpoint file", damaged_checkpoint(damage.cuts)),
     "C9": ("checkpoint file with a flipped bit", damaged_checkpoint(damage.flips)),
-    "C9b": ("a hundred flips a file, found", every_flip),
-    "C10": ("checkpoint file gone, a stray, a link, an empty folder", damaged_checkpoint(damage.misfits)),
-    "C8i": ("input file damaged or gone", damaged_input),
+    "C9b": ("a hundred bit flips per file, detected", every_flip),
+    "C10": ("missing or stray checkpoint file, a link, an empty folder", damaged_checkpoint(damage.misfits)),
+    "C8i": ("input file damaged or missing", damaged_input),
     "C11": ("artifacts of another user", other_user),
     "C12": ("two runs at once", two_runs),
-    "C13": ("file times turned round", other_clock),
+    "C13": ("reversed file times", other_clock),
     "C14": ("one checkpoint kept, killed at removals", kept_one),
-    "C15": ("memory runs out", little_memory),
-    "C16": ("one of two processes killed at any instant", one_of_two),
+    "C15": ("out of memory", little_memory),
+    "C16": ("one of two processes killed at a random moment", one_of_two),
     "C18": ("synced before and after each rename", synced),
-    "D1": ("settings changed before going on", changed_settings),
+    "D1": ("settings changed before a resume", changed_settings),
     "D2": ("harmless settings changed", harmless_settings),
-    "D4": ("an input made anew", rebuilt_input),
-    "D6": ("a finished stage again", done_again),
+    "D4": ("an input rebuilt", rebuilt_input),
+    "D6": ("a finished stage run again", done_again),
     "D7": ("another number of threads", other_threads),
     "M": ("an item left out of the load", forgotten_items),
 }
-TESTS = {  # of the suite: what it is about, files and the words that choose among their tests
+TESTS = {  # of the suite: the subject, the files, and the -k expression for their tests
     "C17": ("another number of processes, one that hangs", ["resume/test_processes.py"], "another_number or hangs"),
     "D3": ("data file changed", ["pipeline/test_plan.py"], "changed_data_file or data_counts"),
-    "D5": ("checkpoint of another version or shape", ["stages/test_engine.py", "pipeline/test_checkpoints.py"],
+    "D5": ("checkpoint of another version or shape",
+           ["stages/training/test_engine.py", "pipeline/store/test_checkpoints.py"],
            "another_model or another_shape or another_run"),
     "E1": ("malformed rows", ["data/test_records.py", "data/test_sources.py", "data/test_check.py"],
            "faults_of or misshapen or damaged_files"),
@@ -660,20 +679,21 @@ TESTS = {  # of the suite: what it is about, files and the words that choose amo
            "ties or identical or pair or verdicts"),
     "E9": ("reward model that does not fit", ["models/test_loading.py", "models/test_roles.py"],
            "refused or no_reward_model"),
-    "E10": ("reference that is not the policy, forwards that differ", ["objectives/test_ppo_step.py"], "preflight"),
-    "E11": ("numbers that are not finite", ["objectives/test_ppo_step.py", "stages/test_engine.py"], "finite or nan"),
-    "E12": ("alarms", ["stages/test_alarms.py"], ""),
+    "E10": ("reference differs from the policy, forward passes differ", ["objectives/test_ppo_step.py"], "preflight"),
+    "E11": ("numbers that are not finite",
+            ["objectives/test_ppo_step.py", "stages/training/test_engine.py"], "finite or nan"),
+    "E12": ("alarms", ["stages/ppo/test_alarms.py"], ""),
     "S1": ("pickles, remote code, damaged headers",
-           ["pipeline/test_artifacts.py", "pipeline/test_checkpoints.py", "models/test_loading.py"],
+           ["pipeline/store/test_artifacts.py", "pipeline/store/test_checkpoints.py", "models/test_loading.py"],
            "pickle or remote or hostile or outside"),
-    "S3": ("paths that leave the folder", ["pipeline/test_artifacts.py"], "outside or link"),
-    "S4": ("YAML", ["pipeline/test_config.py"], "hostile or scalars or one_mistake"),
+    "S3": ("paths that leave the folder", ["pipeline/store/test_artifacts.py"], "outside or link"),
+    "S4": ("YAML", ["pipeline/config/test_config.py"], "hostile or scalars or one_mistake"),
     "S8": ("no network, no wandb", ["pipeline/test_tracking.py", "pipeline/test_cli.py"], "wandb or offline"),
 }  # fmt: skip
 
 
 def suite(name: str) -> tuple[int, int, str]:
-    """(tries, passed, what failed) of the suite's tests for a fault."""
+    """Return (tries, passed, what failed) of the suite's tests for a fault."""
     _, files, words = TESTS[name]
     report = Path(tempfile.mkdtemp(prefix="faults_")) / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "", f"--junitxml={report}"]
@@ -688,26 +708,30 @@ def suite(name: str) -> tuple[int, int, str]:
     return total - skipped, total - skipped - bad, last_line(ended.stdout) if bad or ended.returncode else ""
 
 
-# -- the program ------------------------------------------------------------------------------------------------
+# -- the program -----------------------------------------------------------------------------------
 
 
 def make_chain(folder: Path) -> Chain:
-    """A finished chain; raises Wrong if it does not run."""
+    """Return a finished chain; raise TryFailed if it does not run."""
     preload()
     chain = Chain(folder / "artifacts")
     ended = run(["run", "evaluate", "-c", str(CONFIG), "--artifacts", str(chain.root)], folder)
-    expect(ended.code == 0, f"the chain does not run: {last_line(ended.said)}")
+    expect(ended.code == 0, f"the chain does not run: {last_line(ended.output)}")
     return chain
 
 
 def attempt(chain: Chain, stage: str, label: str, trial: Trial, keep: bool = False) -> str | None:
-    """One try in a folder of its own; → what was wrong, None if nothing, "not here: …" if it cannot be made here."""
+    """Perform one try in a folder of its own.
+
+    Returns:
+        What was wrong; None if nothing was; "not here: …" if this machine cannot perform it.
+    """
     folder = Path(tempfile.mkdtemp(prefix="faults_"))
     try:
         trial(Try(chain, stage, folder))
-    except NotHere as reason:
+    except NotPossibleHere as reason:
         return f"not here: {reason}"
-    except Wrong as wrong:
+    except TryFailed as wrong:
         return str(wrong)
     except Exception as problem:
         return f"{type(problem).__name__}: {problem}"
@@ -720,9 +744,8 @@ def attempt(chain: Chain, stage: str, label: str, trial: Trial, keep: bool = Fal
 
 
 def trials_of(chain: Chain, case: str, stage: str, kills: int) -> list[tuple[str, Trial]]:
-    """A case's tries of a stage; where there are many, evenly spread ones: as many as kills, four times as many where
-    files are damaged."""
-    measured(chain, stage)
+    """Return a case's tries for a stage: at most `kills`, with damaged files four times as many."""
+    measure(chain, stage)
     most = max(3, kills * (4 if case in ("C8", "C8i", "C10", "M") else 1))
     return spread([(f"{case}/{stage}/{name}", trial) for name, trial in CASES[case][1](chain, stage, kills)], most)
 
@@ -763,7 +786,7 @@ def main() -> int:
                     failures.append((f"{case}/{stage}", "no try was made"))
                 if trials:
                     book(case, CASES[case][0], stage, tries, tries - len(bad), absent[0] if absent else "")
-        except Wrong as wrong:
+        except TryFailed as wrong:
             print(f"error: {wrong}", file=sys.stderr)
             return 2
         for name in (c for c in asked.cases if c in TESTS):

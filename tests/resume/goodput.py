@@ -1,12 +1,13 @@
-"""Effective training time under repeated kills: the time that an uninterrupted run takes over that of a killed one.
+"""Measure the time of an undisturbed run over that of a run that is killed repeatedly.
 
     python tests/resume/goodput.py [-c configs/tiny.yaml] [--stage ppo] [--every 12] [key=value …]
 
-Makes what the stage needs in a folder of its own, runs the stage once without a kill, then again with SIGKILL at
-random instants (exponential, on average every 20 save intervals) and a restart at once, imports included. Both must
-publish the same bytes. --every: steps between saves; choose it, and the length of the run, so that an interval is 30
-seconds or more and the run long enough for some kills. Prints a JSON line, kept in results/goodput.jsonl. For
-configs/tiny.yaml on two cores: ppo.total_episodes=32000 makes a run of about a quarter of an hour.
+Runs everything that the stage needs in a folder of its own, then the stage once without kills, then
+again with SIGKILL at random moments (exponential, on average every 20 save intervals) and immediate
+restarts, imports included. Both must publish the same bytes. --every sets the steps between saves:
+choose it so that an interval is 30 seconds or more, and the run long enough for some kills. Prints
+a JSON line, which is kept in results/goodput.jsonl. For configs/tiny.yaml on two cores,
+ppo.total_episodes=32000 gives a run of about a quarter of an hour.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from pairs import keep, stamp  # noqa: E402
 
 from pipeline.cli import is_setting  # noqa: E402
 
-LAST_NEEDED = {"sft": "base", "rm": "rankings", "ppo": "rm", "dpo": "rankings"}  # which needs the rest in turn
+LAST_NEEDED = {"sft": "base", "rm": "rankings", "ppo": "rm", "dpo": "rankings"}  # which needs all the others
 
 
 def main(argv: list[str]) -> int:
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> int:
 
 
 def timed(command: list[str], instants: list[float]) -> tuple[float, int]:
-    """Seconds until the command has ended well, and kills on the way: each so long after the start before it."""
+    """Return the seconds until the command has succeeded, and the number of kills on the way."""
     began, kills = time.monotonic(), 0
     waiting = iter(instants)
     while True:

@@ -1,12 +1,12 @@
-"""Record the bytes that two short chains publish, and compare them after a change that should not move any.
+"""Record the bytes that two short chains publish, or compare them with recorded ones.
 
     python tests/resume/published_bytes.py record FILE
     python tests/resume/published_bytes.py compare FILE
 
-The chains are micro.yaml of this folder (every stage, PPO's initial policy, an ensemble, an average of the policy) and
-a short configs/tiny.yaml. Digests belong to one machine and one set of library versions, so no recorded file is part of
-the project. Left out are the figures of the clock and the texts that describe a result and no number of it: model
-cards and the report.
+The chains are micro.yaml of this folder (every stage, PPO's initial policy, an ensemble, an average
+of the policy) and a short configs/tiny.yaml. Digests are valid for one machine and one set of
+library versions, so no recorded file is part of the project. Times are left out, and so are texts
+that describe a result without containing its numbers: model cards and the report.
 """
 
 import argparse
@@ -44,7 +44,11 @@ CLOCK = ("eps", "seconds", "tokens_per_second")
 
 
 def main() -> int:
-    """Run both chains; write their digests, or compare with those of FILE. Return 1 where any differs."""
+    """Run both chains and write their digests, or compare them with those in FILE.
+
+    Returns:
+        1 if any of them differs, otherwise 0.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["record", "compare"])
     parser.add_argument("file", type=Path)
@@ -81,7 +85,7 @@ def chain(config: Path, settings: list[str], root: Path) -> dict[str, str]:
 
 
 def digest(path: Path) -> str:
-    """Return the sha256 of a file; of a journal without the figures of the clock."""
+    """Return the SHA-256 of a file, and for a journal that of its rows without times."""
     if path.suffix != ".jsonl":
         return hashlib.sha256(path.read_bytes()).hexdigest()
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

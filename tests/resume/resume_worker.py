@@ -1,5 +1,4 @@
-"""Runs `rlhf` in a child process that can be made to die, by SIGKILL, at a chosen step of a chosen stage; or in several
-that work together. And what the tests compare of its artifacts."""
+"""Run `rlhf` in child processes that die at a chosen step, and compare the artifacts."""
 
 import hashlib
 import json
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 CONFIG = Path(__file__).with_name("micro.yaml")
-DERIVED = ("eps", "val/explained_variance")  # of the clock; a ratio whose denominator can all but vanish
+DERIVED = ("eps", "val/explained_variance")  # rates; and a ratio whose denominator can almost vanish
 
 
 def rlhf(
@@ -22,16 +21,24 @@ def rlhf(
     term: tuple[str, int] | None = None,
     term_at_token: int | None = None,
     takes: Path | None = None,
-    said: Path | None = None,
+    output: Path | None = None,
 ) -> int:
-    """Exit code of `rlhf argv` in a fresh process; −9 where it died of SIGKILL. The libraries are imported only once.
+    """Run `rlhf` in a new process that is forked after the libraries were imported.
 
-    die, term: (stage, step) after whose row of metrics.jsonl (rankings, evaluate: whose checkpoint) the process
-    kills itself, or gets SIGTERM. term_at_token: which of the tokens that it draws (rows at a time) brings SIGTERM; if
-    it draws another one after that, the exit code is 99. takes: a file to which each draw from a data.streams.Stream is
-    appended, as a line [size, seed, [index, …]]. said: a file that gets what the process prints.
+    Args:
+        argv: its arguments.
+        die: (stage, step) after whose row of metrics.jsonl it kills itself with SIGKILL (rankings,
+            evaluate: after whose checkpoint).
+        term: the same with SIGTERM.
+        term_at_token: which of the tokens that it samples (counted in rows at a time) brings
+            SIGTERM. If it samples another one after that, the exit code is 99.
+        takes: a file for each draw from a data.streams.Stream, as a line [size, seed, [index, …]].
+        output: a file for what it prints.
+
+    Returns:
+        The exit code, −9 for SIGKILL.
     """
-    child = start(argv, die=die, term=term, term_at_token=term_at_token, takes=takes, said=said)
+    child = start(argv, die=die, term=term, term_at_token=term_at_token, takes=takes, output=output)
     return end([child])[0]
 
 
@@ -42,8 +49,12 @@ def rlhf_together(
     seconds: float = 300,
     one_reads: bool = False,
 ) -> list[int]:
-    """Exit codes of two processes of one `rlhf argv`. die, term: (which of them, stage, step), as above. one_reads: the
-    second one fails if it reads a model."""
+    """Run one `rlhf` command in two processes, and return their exit codes.
+
+    Args:
+        die, term: (rank, stage, step), as for `rlhf`.
+        one_reads: the second process fails if it loads a model.
+    """
     return end(start_together(argv, die, term=term, one_reads=one_reads), seconds)
 
 
@@ -55,9 +66,12 @@ def start_together(
     term: tuple[int, str, int] | None = None,
     one_reads: bool = False,
 ) -> list[multiprocessing.Process]:
-    """The processes of `rlhf_together`, as a launcher would start them. tokens: a folder into which each writes how
-    many tokens it read through an embedding."""
-    from pipeline.launch.processes import places
+    """Start the processes of `rlhf_together` as a launcher does.
+
+    Args:
+        tokens: a folder where each process writes how many tokens went through its embedding.
+    """
+    from pipeline.launch.launcher import process_environments
 
     return [
         start(
@@ -68,25 +82,25 @@ def start_together(
             tokens=tokens and tokens / str(i),
             reads=not (one_reads and i),
         )
-        for i, place in enumerate(places(size))
+        for i, place in enumerate(process_environments(size))
     ]
 
 
 def start(
     argv, environment: dict[str, str] | None = None, die=None, term=None, term_at_token=None, tokens=None, reads=True,
-    takes=None, said=None,
+    takes=None, output=None,
 ):  # fmt: skip
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trl", "transformers", "datasets", "accelerate", "torch", "peft"])
     place = environment or {}
-    arguments = (list(argv), place, die, term, term_at_token, tokens, reads, takes, said)
+    arguments = (list(argv), place, die, term, term_at_token, tokens, reads, takes, output)
     child = context.Process(target=_main, args=arguments)
     child.start()
     return child
 
 
 def end(children: list[multiprocessing.Process], seconds: float = 300) -> list[int]:
-    """The exit codes of processes that end within so many seconds."""
+    """Return the exit codes of processes that must end within so many seconds."""
     deadline = time.monotonic() + seconds
     for child in children:
         child.join(max(0.0, deadline - time.monotonic()))
@@ -97,11 +111,11 @@ def end(children: list[multiprocessing.Process], seconds: float = 300) -> list[i
     return codes
 
 
-def _main(argv: list[str], environment: dict[str, str], die, term, term_at_token, tokens, reads, takes, said) -> None:
+def _main(argv: list[str], environment: dict[str, str], die, term, term_at_token, tokens, reads, takes, output) -> None:
     from pipeline import cli
 
-    if said is not None:
-        handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    if output is not None:
+        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(handle, 1), os.dup2(handle, 2)
     os.environ.update(environment)
     arm(die, term)
@@ -132,7 +146,7 @@ def _main(argv: list[str], environment: dict[str, str], die, term, term_at_token
 
 
 def record_takes(file: Path) -> None:
-    """Append to the file what this process draws from streams of rows from now on."""
+    """Append what this process draws from streams of rows to a file, from now on."""
     from data.streams import Stream
 
     take = Stream.take
@@ -147,7 +161,7 @@ def record_takes(file: Path) -> None:
 
 
 def refuse_to_read() -> None:
-    """From now on a model that is read in this process is an error."""
+    """Make loading a model in this process an error, from now on."""
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -158,7 +172,7 @@ def refuse_to_read() -> None:
 
 
 def count_tokens() -> list[int]:
-    """[tokens that went through an embedding of this process from now on]."""
+    """Return [the tokens that go through an embedding of this process from now on]."""
     from torch.nn import Embedding
 
     forward, read = Embedding.forward, [0]
@@ -172,7 +186,7 @@ def count_tokens() -> list[int]:
 
 
 def arm(die: tuple[str, int] | None, term: tuple[str, int] | None) -> None:
-    """Let this process die, or get SIGTERM, at a step."""
+    """Make this process die, or get SIGTERM, at a step."""
     from pipeline import tracking
     from pipeline.store import checkpoints
 
@@ -199,7 +213,7 @@ def arm(die: tuple[str, int] | None, term: tuple[str, int] | None) -> None:
 
 
 def published(folder):
-    """{path: sha256} of everything that a stage published; of metrics.jsonl without the one figure of the clock."""
+    """Return {path: SHA-256} of what a stage published, metrics.jsonl without its rate."""
     outputs = json.loads((folder / "manifest.json").read_text())["outputs"]
     found = {path: hashlib.sha256((folder / path).read_bytes()).hexdigest() for path in outputs}
     assert found == {path: entry["sha256"] for path, entry in outputs.items()}
@@ -209,8 +223,8 @@ def published(folder):
     return found
 
 
-def without(oracle, tmp_path, stage):
-    """A copy of the oracle's artifacts in which `stage` has never run."""
+def copy_without(oracle, tmp_path, stage):
+    """Copy the oracle's artifacts, without `stage`."""
     root = tmp_path / "artifacts"
     shutil.copytree(oracle, root)
     shutil.rmtree(root / "micro" / stage)
@@ -222,8 +236,13 @@ def rows_of(folder, name="metrics.jsonl"):
 
 
 def assert_same_figures(found, expected, first=1e-5, later=1e-3):
-    """Losses within `first` over the first three steps, and no figure off by more than `later` after them (or, of large
-    ones, by a few times that share)."""
+    """Check that two journals agree up to rounding.
+
+    Args:
+        first: the largest difference of losses in the first three steps.
+        later: the largest difference of any figure after them; for large figures, a few times that
+            share.
+    """
     assert [row["step"] for row in found] == [row["step"] for row in expected]
     for i, (row, other) in enumerate(zip(found, expected, strict=True)):
         assert row.keys() == other.keys()

@@ -1,22 +1,25 @@
-"""Run sft many times in forked processes and count those that die of a signal, such as a segmentation fault.
+"""Run sft many times in forked processes and count those that die of a signal, such as SIGSEGV.
 
     nice -n 19 taskset -c 1 python tests/resume/segfaults.py --runs 3000
 
-Under the fault matrix sft died of a segmentation fault twice in about 700 runs, once in a run that nothing had touched,
-once in one that went on from a checkpoint. Each child here is forked, as there, from a process that has imported the
-libraries, and takes `rlhf run sft` from the command line to the published folder: config and plan, demonstrations,
-tokenizer, the model's threaded load, the Arrow table, trl's trainer, checkpoints, publication. Every second run is
-killed after a step, and the next one goes on from its checkpoint.
+In the fault matrix, sft died of a segmentation fault twice in about 700 runs, once in an
+undisturbed run and once in a resumed one. Each child here is forked, as there, from a process that
+has imported the libraries, and takes `rlhf run sft` from the command line to the published folder:
+config and plan, demonstrations, tokenizer, the model's threaded loading, the Arrow table, trl's
+trainer, checkpoints, publication. Every second run is killed after a step, and the next one resumes
+from its checkpoint.
 
-What it leaves out, to make a run short: only two optimizer steps on a tiny model, no ppo_init, no samples; nothing is
-damaged and no system call is intercepted. The parent imports more than the matrix's server does, and keeps what it
-imported out of the children's garbage collections, but for every fifth run. Artifacts are in memory where /dev/shm is.
+To make a run short there are only two optimizer steps on a tiny model, no ppo_init and no samples;
+nothing is damaged and no system call is intercepted. The parent imports more than the matrix's
+server does, and excludes what it imported from the children's garbage collections, except in every
+fifth run. Artifacts are in memory if there is a /dev/shm.
 
---before runs as the matrix did when the fault was seen: without a run's environment at import, so that the parent has a
-second thread (Arrow's jemalloc) when it forks, children share Arrow's mimalloc with it, and tqdm's bars have threads.
+--before runs as the matrix did when the fault was seen: without a run's environment at import, so
+that the parent has a second thread (Arrow's jemalloc) when it forks, children share Arrow's
+mimalloc with it, and tqdm's bars have threads.
 
-Prints runs, deaths and seconds. The output of a run that died and its native backtraces (gdb's, from the core) stay in
---keep. Exits with 1 if a run died or failed.
+Prints runs, deaths and seconds. The output of a run that died and its native backtraces (gdb's,
+from the core) stay in --keep. Exits with 1 if a run died or failed.
 """
 
 import argparse
@@ -48,7 +51,7 @@ AS_BEFORE = {"ARROW_DEFAULT_MEMORY_POOL": "mimalloc", "JE_ARROW_MALLOC_CONF": "b
 
 
 def import_libraries() -> None:
-    """Import what a run of sft imports, so that a child only runs it."""
+    """Import what a run of sft imports, so that a child does not have to."""
     import importlib
 
     for name in (*LIBRARIES, "trl.trainer.sft_trainer", "wandb"):
@@ -58,7 +61,7 @@ def import_libraries() -> None:
     from pipeline import api
 
     api.stages()
-    get_checkpoint_conversion_mapping("llama")  # it is computed once in a process
+    get_checkpoint_conversion_mapping("llama")  # it is computed once per process
 
 
 def fork_run(argv: list[str], folder: Path, die: tuple[str, int] | None = None, whole_heap: bool = False) -> int:
@@ -66,10 +69,10 @@ def fork_run(argv: list[str], folder: Path, die: tuple[str, int] | None = None, 
 
     Args:
         die: stage and step after whose row of metrics.jsonl the child kills itself.
-        whole_heap: whether garbage collections in the child also look at what the parent imported.
+        whole_heap: whether garbage collections in the child also visit what the parent imported.
 
     Returns:
-        The child's exit code; minus the number of the signal that it died of.
+        The child's exit code, or minus the number of the signal that it died of.
     """
     child = os.fork()
     if child:
@@ -90,11 +93,11 @@ def fork_run(argv: list[str], folder: Path, die: tuple[str, int] | None = None, 
         sys.stdout.flush()
         os._exit(code)
     finally:
-        os._exit(99)  # an exception must not go on in the parent's code
+        os._exit(99)  # an exception must not continue in the parent's code
 
 
 def save_backtraces(folder: Path) -> None:
-    """Write the native frames of all threads of each core in `folder` beside it, and remove the core."""
+    """Replace each core in `folder` by a file with the native frames of all threads."""
     for core in folder.glob("core*"):
         command = ["gdb", "-batch", "-ex", "thread apply all bt", "-ex", "info registers", "-ex", "x/8i $pc"]
         with (folder / f"backtraces-{core.name}.txt").open("w") as file:
@@ -103,7 +106,7 @@ def save_backtraces(folder: Path) -> None:
 
 
 def threads() -> int:
-    """Return how many threads this process has, those that Python does not know included."""
+    """Return how many threads this process has, including those that Python does not know."""
     return len(os.listdir("/proc/self/task"))
 
 

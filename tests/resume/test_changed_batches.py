@@ -1,19 +1,20 @@
-"""An interrupted run that goes on with batches of another size knows what it has drawn, or refuses before it starts."""
+"""Test that a run that resumes with another batch size knows what it has drawn, or is refused."""
 
 import json
 from types import SimpleNamespace
 
 import pytest
-from resume_worker import CONFIG, assert_same_figures, rlhf, rows_of, without
+from resume_worker import CONFIG, assert_same_figures, copy_without, rlhf, rows_of
 
 from data.streams import derive_seed
 from pipeline import api
+from pipeline.changes import compare
 from pipeline.errors import UserError
-from pipeline.fingerprints import Today, compare
+from pipeline.fingerprints import Today
 from stages.ppo import state
 from stages.settings import ppo as ppo_settings
 
-SEED = 1  # micro.yaml's
+SEED = 1  # of micro.yaml
 
 
 def command(root, stage, *more):
@@ -21,15 +22,15 @@ def command(root, stage, *more):
 
 
 def refused(root, tmp_path, stage, *settings):
-    """The error line of a run that is told to go on with other settings."""
-    said = tmp_path / "said"
-    assert rlhf(*command(root, stage, *settings, "--override-config"), said=said) == 2
-    (line,) = [line for line in said.read_text().splitlines() if line.startswith("error: ")]
+    """Return the error line of a run that resumes with other settings."""
+    output = tmp_path / "output"
+    assert rlhf(*command(root, stage, *settings, "--override-config"), output=output) == 2
+    (line,) = [line for line in output.read_text().splitlines() if line.startswith("error: ")]
     return line
 
 
 def taken(file, stream):
-    """Size of a PPO stream, and all indices that were drawn from it, in order."""
+    """Return the size of a PPO stream and all indices that were drawn from it, in order."""
     rows = [json.loads(line) for line in file.open()]
     rows = [row for row in rows if row[1] == derive_seed(SEED, stream)]
     return rows[0][0], [index for row in rows for index in row[2]]
@@ -44,9 +45,9 @@ def taken(file, stream):
     ],
     ids=["smaller", "larger", "other minibatches"],
 )
-def test_ppo_goes_on_with_other_batches_from_where_it_was(changed, episodes, oracle, tmp_path):
-    """Interrupted after 4 updates of 8 episodes. 54 prompts and their epochs are drawn in a permutation each."""
-    root, takes = without(oracle, tmp_path, "ppo"), tmp_path / "takes"
+def test_ppo_resumes_with_another_batch_size(changed, episodes, oracle, tmp_path):
+    """It stops after 4 updates of 8 episodes; 54 prompts are drawn in a permutation per epoch."""
+    root, takes = copy_without(oracle, tmp_path, "ppo"), tmp_path / "takes"
     assert rlhf(*command(root, "ppo"), term=("ppo", 4), takes=takes) == 75
     changed = [f"ppo.{setting}" for setting in changed]
     assert rlhf(*command(root, "ppo", *changed, "--override-config"), takes=takes) == 0
@@ -62,8 +63,8 @@ def test_ppo_goes_on_with_other_batches_from_where_it_was(changed, episodes, ora
 
 
 def test_ppo_refuses_batches_that_cannot_end_at_total_episodes(oracle, tmp_path):
-    """24 of 64 episodes are done, and 16 does not divide the rest. The run is left as it was."""
-    root = without(oracle, tmp_path, "ppo")
+    """24 of 64 episodes are done, and the rest is no multiple of 16. The run stays as it was."""
+    root = copy_without(oracle, tmp_path, "ppo")
     assert rlhf(*command(root, "ppo"), term=("ppo", 3)) == 75
     assert refused(root, tmp_path, "ppo", "ppo.batch_size=16") == (
         "error: ppo.batch_size: 24 of 64 episodes are done, and batches of 16 do not end there; choose a divisor of 8, "
@@ -75,15 +76,15 @@ def test_ppo_refuses_batches_that_cannot_end_at_total_episodes(oracle, tmp_path)
     assert rlhf(*command(root, "ppo")) == 0
 
 
-def test_ppo_refuses_limits_that_leave_other_prompts(oracle, tmp_path):
-    root = without(oracle, tmp_path, "ppo")
+def test_ppo_refuses_limits_that_change_the_prompts(oracle, tmp_path):
+    root = copy_without(oracle, tmp_path, "ppo")
     assert rlhf(*command(root, "ppo"), term=("ppo", 2)) == 75
-    said = refused(root, tmp_path, "ppo", "ppo.max_length=20", "ppo.on_too_long=drop")
-    assert said.endswith("; set ppo.max_length, ppo.response_length and ppo.on_too_long back, or --restart")
+    output = refused(root, tmp_path, "ppo", "ppo.max_length=20", "ppo.on_too_long=drop")
+    assert output.endswith("; set ppo.max_length, ppo.response_length and ppo.on_too_long back, or --restart")
 
 
-def test_a_checkpoint_that_counts_nothing_is_of_the_same_settings_or_refused():
-    """An older version's: batches of 8 with 2 samples a prompt, 4 optimizer steps of 4 ptx rows each."""
+def test_an_old_checkpoint_without_counts_needs_the_same_settings():
+    """An older version made it: batches of 8, 2 samples per prompt, 4 steps of 4 ptx rows each."""
     settings = {"batch_size": 8, "mini_batch_size": 4, "num_ppo_epochs": 2, "samples_per_prompt": 2, "ptx_ratio": 1.0}
     store = SimpleNamespace(fingerprint="then", newest=lambda: SimpleNamespace(step=3, state={}, fingerprint="then"))
     c, session = ppo_settings.PPOSettings(**settings), SimpleNamespace(checkpoints=store)
@@ -93,9 +94,9 @@ def test_a_checkpoint_that_counts_nothing_is_of_the_same_settings_or_refused():
         state.drawn_before(session, c)
 
 
-def test_rankings_go_on_with_other_batches(oracle, tmp_path):
-    """A prompt is ranked once by each of its labelers, whatever batch it came in."""
-    root = without(oracle, tmp_path, "rankings")
+def test_rankings_resumes_with_another_batch_size(oracle, tmp_path):
+    """Each of its labelers ranks a prompt once, whatever batch it is in."""
+    root = copy_without(oracle, tmp_path, "rankings")
     assert rlhf(*command(root, "rankings"), die=("rankings", 2)) == -9
     assert rlhf(*command(root, "rankings", "rankings.batch_size=5", "--override-config")) == 0
     for name in ("train.jsonl", "validation.jsonl"):
@@ -105,12 +106,12 @@ def test_rankings_go_on_with_other_batches(oracle, tmp_path):
         assert ours == usual
 
 
-def test_smaller_micro_batches_of_the_same_batch_are_taken(oracle, tmp_path):
-    """What a machine with less memory needs: 4 × 2 rows become 2 × 4, and the steps see the same rows."""
-    root = without(oracle, tmp_path, "sft")
+def test_smaller_micro_batches_of_the_same_batch_are_accepted(oracle, tmp_path):
+    """For less memory, 4 × 2 rows become 2 × 4, and the steps see the same rows."""
+    root = copy_without(oracle, tmp_path, "sft")
     assert rlhf(*command(root, "sft"), term=("sft", 3)) == 75
-    said = refused(root, tmp_path, "sft", "sft.gradient_accumulation_steps=4")
-    assert said == (
+    output = refused(root, tmp_path, "sft", "sft.gradient_accumulation_steps=4")
+    assert output == (
         "error: sft: interrupted at step 4, since then sft.gradient_accumulation_steps 2 → 4, which an interrupted run "
         "keeps; set it back to resume, --restart starts again"
     )
@@ -119,13 +120,15 @@ def test_smaller_micro_batches_of_the_same_batch_are_taken(oracle, tmp_path):
     assert_same_figures(rows_of(root / "micro" / "sft"), rows_of(oracle / "micro" / "sft"))
 
 
-def test_sft_keeps_the_steps_of_the_model_that_is_trained(oracle, tmp_path):
-    """Interrupted while ppo_init trains: its checkpoints count on from the 8 steps of model/."""
-    root = without(oracle, tmp_path, "sft")
+def test_sft_keeps_the_steps_of_the_model_in_training(oracle, tmp_path):
+    """It stops while ppo_init trains, whose checkpoints count on from the 8 steps of model/."""
+    root = copy_without(oracle, tmp_path, "sft")
     assert rlhf(*command(root, "sft"), term=("sft", 10)) == 75
     for steps in (6, 12):
-        said = refused(root, tmp_path, "sft", f"sft.max_steps={steps}")
-        assert f"model/ is trained, in 8 steps, and sft.max_steps or sft.num_train_epochs now ask for {steps}; " in said
+        output = refused(root, tmp_path, "sft", f"sft.max_steps={steps}")
+        assert (
+            f"model/ is trained, in 8 steps, and sft.max_steps or sft.num_train_epochs now ask for {steps}; " in output
+        )
     assert rlhf(*command(root, "sft")) == 0
 
 
@@ -133,14 +136,14 @@ STAGES = api.stages()
 
 
 def changes(name, before, after):
-    """What `compare` says of two sections of a stage."""
+    """Return what `compare` says of two sections of a stage."""
     fixed = STAGES[name].fixed
     record = {"fingerprint": "then", "config": {name: before, "seed": 0}, "inputs": {}}
     return compare(name, record, Today("now", {name: after, "seed": 0}, {}, fixed=fixed))
 
 
 @pytest.mark.parametrize("stage", ["base", "sft", "rm", "dpo"])
-def test_a_training_on_rows_keeps_what_decides_their_order(stage):
+def test_settings_that_order_the_rows_are_fixed(stage):
     section = STAGES[stage].settings().model_dump(mode="json")
     rows, accumulated = section["per_device_train_batch_size"], section["gradient_accumulation_steps"]
     for changed in ({"per_device_train_batch_size": 2 * rows}, {"gradient_accumulation_steps": 3 * accumulated},

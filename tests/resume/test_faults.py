@@ -1,4 +1,4 @@
-"""A part of the fault matrix, so that every run of the slow tests sees it; `make faults` runs all of it."""
+"""Run a part of the fault matrix with the slow tests; `make faults` runs all of it."""
 
 import subprocess
 import sys

@@ -1,5 +1,4 @@
-"""Each way of tuning in each stage: it trains, changes only what it should, publishes a whole model, and a run that was
-killed ends in the same bytes."""
+"""Test each PEFT method in each stage: what it trains and publishes, and that it resumes."""
 
 import importlib.util
 import json
@@ -8,13 +7,18 @@ import shutil
 
 import pytest
 import torch
-from resume_worker import CONFIG, published, rlhf, without
+from resume_worker import CONFIG, copy_without, published, rlhf
 from safetensors.torch import load_file
 
 from stages.models.loading import load_policy
 from stages.models.quantized import Quantized
 
-BEFORE = {"sft": "base/model", "rm": "sft/model", "ppo": "sft/ppo_init", "dpo": "sft/model"}  # what each begins with
+BEFORE = {
+    "sft": "base/model",
+    "rm": "sft/model",
+    "ppo": "sft/ppo_init",
+    "dpo": "sft/model",
+}  # the model that each begins with
 ANY_LINEAR = r"_proj\.weight$"
 CHANGES = {
     "lora": ANY_LINEAR,
@@ -30,7 +34,7 @@ RANK = 4
 
 @pytest.fixture(scope="module")
 def biased(oracle, tmp_path_factory):
-    """A folder with a small Qwen2: a model that has biases."""
+    """Return a folder with a small Qwen2, a model that has biases."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     folder = tmp_path_factory.mktemp("qwen2")
@@ -55,7 +59,7 @@ def biased(oracle, tmp_path_factory):
 
 
 def assert_apart(base, folder):
-    """The adapter that lies in a published model's folder gives on `base` what that model gives."""
+    """Check that a published folder's adapter on `base` equals the published model."""
     from peft import PeftModel
 
     ids = torch.tensor([[5, 6, 7, 8, 9]])
@@ -76,8 +80,8 @@ def test_the_adapters_of_sft_belong_on_base(tmp_path):
         assert_apart(tmp_path / "micro" / "base" / "model", tmp_path / "micro" / "sft" / name)
 
 
-def test_rows_of_new_tokens_train_and_resume(oracle, tmp_path):
-    """On a model whose chat tokens it had no rows for: sft ends in the same bytes, and its adapters belong on base."""
+def test_rows_of_new_tokens_are_trained_and_resumed(oracle, tmp_path):
+    """The model has no rows for its chat tokens; sft resumes exactly, and adapters fit on base."""
     from transformers import AutoTokenizer
 
     source, model = oracle / "micro" / "base" / "model", tmp_path / "model"
@@ -95,9 +99,9 @@ def test_rows_of_new_tokens_train_and_resume(oracle, tmp_path):
         assert_apart(whole / "micro" / "base" / "model", whole / "micro" / "sft" / name)
         before, after = (load_file(whole / "micro" / f / "model.safetensors") for f in ("base/model", f"sft/{name}"))
         rows = (before["model.embed_tokens.weight"] != after["model.embed_tokens.weight"]).any(-1).nonzero().flatten()
-        assert rows.tolist() == tokenizer.convert_tokens_to_ids(["<stop>", "<say>"])  # one weight with the head
+        assert rows.tolist() == tokenizer.convert_tokens_to_ids(["<stop>", "<say>"])  # shares its weight with the head
     for step in (5, 9):  # of model/ and of ppo_init/
-        root = without(whole, tmp_path / str(step), "sft")
+        root = copy_without(whole, tmp_path / str(step), "sft")
         again = ("run", "sft", *run, str(root), "--only")
         assert rlhf(*again, die=("sft", step)) == -9
         assert rlhf(*again) == 0
@@ -116,7 +120,7 @@ def test_a_method_in_every_stage(method, biased, tmp_path):
         pytest.skip("bitsandbytes is not installed (the extra qlora)")
     chain = tmp_path / "whole"
     options = [f"model.name_or_path={biased}", f"model.peft={{method: {method}, r: {RANK}}}"]
-    options += ["rm.keep=last", "ppo.keep=last"]  # the best may be what a stage began with
+    options += ["rm.keep=last", "ppo.keep=last"]  # the best model may be the one that the stage began with
     run = ("-c", str(CONFIG), *options, "--artifacts")
     assert rlhf("run", "evaluate", *run, str(chain)) == 0
     for stage, source in BEFORE.items():
@@ -133,7 +137,7 @@ def test_a_method_in_every_stage(method, biased, tmp_path):
             assert all(small < 3e-7 for _, small in found), "more than an adapter was added to the base"
             assert max(large for large, _ in found) > 1e-5, "nothing was trained"
     for stage in BEFORE:
-        root = without(chain, tmp_path / stage, stage)
+        root = copy_without(chain, tmp_path / stage, stage)
         again = ("run", stage, *run, str(root), "--only")
         assert rlhf(*again, die=(stage, 5)) == -9
         assert rlhf(*again) == 0
@@ -142,8 +146,11 @@ def test_a_method_in_every_stage(method, biased, tmp_path):
 
 
 def learned(before, after, bits):
-    """Of what a stage added to a weight as its base held it: the largest singular value, and the first that an adapter
-    of this rank has not."""
+    """Measure what a stage added to a weight.
+
+    Returns:
+        Its largest singular value, and the first one beyond the adapter's rank.
+    """
     if bits is not None:
         layer = torch.nn.Linear(before.shape[1], before.shape[0], bias=False)
         layer.weight.data = before

@@ -1,5 +1,4 @@
-"""Two processes that share a stage: the numbers of one, and what happens when one of them dies, hangs or is told to
-stop."""
+"""Test two processes that share a stage: results, and the death, hang or stop of one."""
 
 import json
 import os
@@ -13,6 +12,7 @@ import torch
 from resume_worker import (
     CONFIG,
     assert_same_figures,
+    copy_without,
     end,
     published,
     rlhf,
@@ -20,7 +20,6 @@ from resume_worker import (
     rows_of,
     start,
     start_together,
-    without,
 )
 from safetensors.torch import load_file
 
@@ -28,10 +27,9 @@ LONG = [pytest.param(stage, marks=pytest.mark.slow) for stage in ("base", "ranki
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo", *LONG])
-def test_two_processes_do_what_one_does(stage, oracle, tmp_path):
-    """From the same upstream artifacts: the same rows in the same order, the same samples, weights to the order of
-    sums."""
-    root = without(oracle, tmp_path, stage)
+def test_two_processes_give_the_results_of_one(stage, oracle, tmp_path):
+    """Rows, their order and samples are the same, and weights up to rounding."""
+    root = copy_without(oracle, tmp_path, stage)
     run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
     assert rlhf_together(*run) == [0, 0]
     folder, alone = root / "micro" / stage, oracle / "micro" / stage
@@ -58,9 +56,11 @@ def test_two_processes_do_what_one_does(stage, oracle, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo", "dpo"])
 def test_each_process_does_about_half_of_the_work(stage, oracle, tmp_path):
-    """Tokens through an embedding; few held-out evaluations and few demonstrations for the reward model's bias, since
-    every process samples and scores those for itself."""
-    roots = [without(oracle, tmp_path / name, stage) for name in ("together", "alone")]
+    """Count tokens through an embedding, with few held-out evaluations and few demonstrations.
+
+    Every process samples and scores those for itself.
+    """
+    roots = [copy_without(oracle, tmp_path / name, stage) for name in ("together", "alone")]
     few = [f"{stage}.eval_steps=8", *["rm.bias_demonstrations=8"] * (stage == "rm")]
     runs = [("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only", *few) for root in roots]
     assert end(start_together(runs[0], tokens=tmp_path)) == [0, 0]
@@ -72,17 +72,17 @@ def test_each_process_does_about_half_of_the_work(stage, oracle, tmp_path):
 
 @pytest.fixture(scope="module")
 def together(oracle, tmp_path_factory):
-    """PPO and the reward model by two processes that nobody disturbs."""
-    root = without(oracle, tmp_path_factory.mktemp("together"), "ppo")
+    """Return the artifacts of PPO and the reward model from two undisturbed processes."""
+    root = copy_without(oracle, tmp_path_factory.mktemp("together"), "ppo")
     run = ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only")
     assert rlhf_together(*run) == [0, 0]
     return root
 
 
 @pytest.mark.parametrize("who", [0, 1])
-def test_one_is_killed_and_the_other_ends(who, oracle, together, tmp_path):
-    """In time, with no artifact and no half checkpoint; started again they come to the same bytes."""
-    root = without(oracle, tmp_path, "ppo")
+def test_after_one_is_killed_the_other_ends(who, oracle, together, tmp_path):
+    """It ends in time without an artifact or a half checkpoint; a rerun gives the same bytes."""
+    root = copy_without(oracle, tmp_path, "ppo")
     run = ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only")
     codes = rlhf_together(*run, die=(who, "ppo", 5), seconds=60)
     assert codes[who] == -signal.SIGKILL and codes[1 - who] == (4 if who == 0 else 1)
@@ -95,11 +95,11 @@ def test_one_is_killed_and_the_other_ends(who, oracle, together, tmp_path):
 
 
 @pytest.mark.parametrize("stage, step", [("sft", 5), pytest.param("dpo", 6, marks=pytest.mark.slow)])
-def test_they_leave_a_held_out_look_together(stage, step, oracle, tmp_path):
-    """A signal to the first in the look at step 6: 75, a checkpoint, and then the bytes of two undisturbed ones."""
+def test_both_leave_a_held_out_evaluation(stage, step, oracle, tmp_path):
+    """Rank 0 gets a signal during the evaluation at step 6: 75, then the undisturbed bytes."""
     found = []
     for name in ("whole", "left"):
-        root = without(oracle, tmp_path / name, stage)
+        root = copy_without(oracle, tmp_path / name, stage)
         run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
         folder = root / "micro" / stage
         if name == "left":
@@ -114,7 +114,7 @@ def test_they_leave_a_held_out_look_together(stage, step, oracle, tmp_path):
 
 @pytest.mark.slow
 def test_one_hangs_and_the_other_gives_up(oracle, tmp_path):
-    root = without(oracle, tmp_path, "ppo")
+    root = copy_without(oracle, tmp_path, "ppo")
     run = ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only", "launch.timeout=10")
     children = start_together(run)
     wait_for_rows(root / "micro" / "ppo", 2)
@@ -123,9 +123,9 @@ def test_one_hangs_and_the_other_gives_up(oracle, tmp_path):
     children[1].kill()
 
 
-def test_another_number_of_processes_needs_a_word(oracle, tmp_path):
-    """2 → 1 → 2: refused, then accepted with --allow-elastic; the same prompts, samples and losses as one alone."""
-    root = without(oracle, tmp_path, "ppo")
+def test_another_number_of_processes_needs_a_flag(oracle, tmp_path):
+    """From 2 to 1 to 2: refused, then with --allow-elastic the same losses as one process."""
+    root = copy_without(oracle, tmp_path, "ppo")
     run = ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only")
     assert rlhf_together(*run, die=(0, "ppo", 3))[0] == -signal.SIGKILL
     assert rlhf(*run) == 2
@@ -139,7 +139,7 @@ def test_another_number_of_processes_needs_a_word(oracle, tmp_path):
 
 
 def wait_for_rows(folder, count, seconds=60):
-    """Until the stage in `folder` has logged so many steps."""
+    """Wait until the stage in `folder` has logged so many steps."""
     deadline = time.monotonic() + seconds
     while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_bytes().splitlines()) < count:
         assert time.monotonic() < deadline, "no rows"
@@ -147,16 +147,16 @@ def wait_for_rows(folder, count, seconds=60):
 
 
 def started(root, *more):
-    """The command itself, with its own launcher."""
+    """Start the command with its own launcher."""
     argv = ["run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only", "launch.processes=2", *more]
-    err = root.parent / "err.txt"  # a pipe would be held by whoever outlives the launcher
+    err = root.parent / "err.txt"  # a pipe would stay open in whatever outlives the launcher
     with err.open("w") as file:
         command = [sys.executable, "-m", "pipeline.cli", *argv]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file), err
 
 
 def stat(pid):
-    """(state, parent) of a process; None if there is none."""
+    """Return (state, parent) of a process; None if there is none."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             state, parent = file.read().rsplit(") ", 1)[1].split()[:2]
@@ -166,7 +166,7 @@ def stat(pid):
 
 
 def children_of(pid):
-    """{rank: process id} of a launcher's processes."""
+    """Return {rank: process id} of a launcher's processes."""
     found = {}
     for child in map(int, filter(str.isdecimal, os.listdir("/proc"))):
         if (stat(child) or ("", 0))[1] == pid:
@@ -177,7 +177,7 @@ def children_of(pid):
 
 
 def gone(pids, seconds):
-    """Whether they have ended (nobody may be there to fetch their exit codes)."""
+    """Return whether they have ended (nobody may be there to fetch their exit codes)."""
     deadline = time.monotonic() + seconds
     while any((stat(pid) or "Z")[0] != "Z" for pid in pids):
         if time.monotonic() > deadline:
@@ -187,10 +187,12 @@ def gone(pids, seconds):
 
 
 @pytest.mark.slow
-def test_the_launcher_hands_on_a_signal(oracle, together, tmp_path):
-    """75, a checkpoint, nobody left. Then the launcher itself is killed: the first process saves, and all end. Then the
-    bytes of two that nobody disturbed."""
-    root = without(oracle, tmp_path, "ppo")
+def test_the_launcher_passes_on_a_signal(oracle, together, tmp_path):
+    """It passes a signal on: 75, and no process is left. When it is killed, rank 0 saves first.
+
+    At last the bytes are those of two undisturbed processes.
+    """
+    root = copy_without(oracle, tmp_path, "ppo")
     folder = root / "micro" / "ppo"
     process, err = started(root)
     wait_for_rows(folder, 2)
@@ -216,8 +218,8 @@ def test_the_launcher_hands_on_a_signal(oracle, together, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_launcher_says_who_died(oracle, tmp_path):
-    root = without(oracle, tmp_path, "ppo")
+def test_the_launcher_reports_which_process_died(oracle, tmp_path):
+    root = copy_without(oracle, tmp_path, "ppo")
     process, err = started(root)
     wait_for_rows(root / "micro" / "ppo", 1)
     os.kill(children_of(process.pid)[1], signal.SIGKILL)
@@ -226,24 +228,26 @@ def test_the_launcher_says_who_died(oracle, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_training_decides_is_the_exit_code_of_all(oracle, tmp_path):
-    """An alarm that stops (3) leaves a checkpoint; a mistake (2) is one line, said once."""
-    root = without(oracle, tmp_path, "ppo")
+def test_exit_codes_of_rank_zero_are_those_of_the_run(oracle, tmp_path):
+    """An alarm that stops (3) leaves a checkpoint; a mistake (2) is one line, printed once."""
+    root = copy_without(oracle, tmp_path, "ppo")
     process, err = started(root, "ppo.on_alarm=stop", "ppo.alarm_kl=1e-6", "checkpoints.every=0")
     assert process.wait(60) == 3, err.read_text()
     assert err.read_text().count("training stopped itself") == 1
     folder = root / "micro" / "ppo"
     assert list((folder / "checkpoints").glob("step-*/manifest.json")) and not (folder / "manifest.json").exists()
-    process, err = started(without(oracle, tmp_path / "other", "ppo"), "ppo.max_length=24", "ppo.response_length=23")
+    process, err = started(
+        copy_without(oracle, tmp_path / "other", "ppo"), "ppo.max_length=24", "ppo.response_length=23"
+    )
     assert process.wait(60) == 2
     lines = err.read_text().splitlines()
     assert len(set(lines)) == len(lines) and all(line.startswith("error: ") for line in lines)
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_all_at_once(oracle, tmp_path):
-    """Though the first process sits in a wait for one that hangs."""
-    root = without(oracle, tmp_path, "ppo")
+def test_a_second_signal_ends_all_processes_at_once(oracle, tmp_path):
+    """Rank 0 is blocked at that time, waiting for a process that hangs."""
+    root = copy_without(oracle, tmp_path, "ppo")
     process, _ = started(root)
     wait_for_rows(root / "micro" / "ppo", 1)
     workers = children_of(process.pid)
@@ -263,8 +267,8 @@ def test_a_second_signal_ends_all_at_once(oracle, tmp_path):
         ["accelerate.commands.launch", "--config_file", "configs/launch/one-node.yaml", "--num_processes", "2"],
     ],
 )
-def test_launched_by_hand(launcher, oracle, together, tmp_path):
-    root = without(oracle, tmp_path, "ppo")
+def test_torchrun_and_accelerate(launcher, oracle, together, tmp_path):
+    root = copy_without(oracle, tmp_path, "ppo")
     command = [sys.executable, "-m", *launcher, "-m", "pipeline.cli"]
     command += ["run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -275,7 +279,7 @@ def test_launched_by_hand(launcher, oracle, together, tmp_path):
 
 
 def test_an_environment_that_does_not_fit_is_refused(oracle, tmp_path):
-    root = without(oracle, tmp_path, "ppo")
+    root = copy_without(oracle, tmp_path, "ppo")
     run = ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only")
     assert end([start((*run, "launch=null"))]) == [0]
     assert end([start(run, {"WORLD_SIZE": "2"})]) == [2]

@@ -1,5 +1,4 @@
-"""The whole chain on models that bring their own code: killed runs end in the same bytes, what is published loads with
-transformers alone, and nothing runs without the flag."""
+"""Test the whole chain on models with code of their own: resume, publication, and the flag."""
 
 import io
 import json
@@ -10,14 +9,14 @@ import sys
 
 import pytest
 from remote_model import build
-from resume_worker import CONFIG, assert_same_figures, published, rlhf, rows_of, without
+from resume_worker import CONFIG, assert_same_figures, copy_without, published, rlhf, rows_of
 
 from data.tokenizer import train_tokenizer
 from pipeline.cli import main
 
 pytestmark = pytest.mark.slow
 
-ATTENTION = {"spread": "sdpa", "alone": "eager"}  # what each kind of model can be loaded with
+ATTENTION = {"spread": "sdpa", "alone": "eager"}  # the classes that each kind of model can be loaded with
 PUBLISHED = {
     "AutoModelForCausalLM": ["base/model", "sft/model", "sft/ppo_init", "ppo/model", "ppo/model_ema", "dpo/model"],
     "AutoModelForSequenceClassification": ["rm/model", "rm/ensemble/1", "ppo/value_model"],
@@ -38,7 +37,7 @@ for folder in folders:
 
 @pytest.fixture(scope="module", params=ATTENTION)
 def chain(request, tmp_path_factory):
-    """(artifacts, the words of the command behind the stage) of the chain on a model whose folder is gone since."""
+    """Return (artifacts, arguments) of the chain on a model whose folder is then removed."""
     root = tmp_path_factory.mktemp(request.param)
     assert rlhf("run", "world", "-c", str(CONFIG), "--artifacts", str(root / "artifacts")) == 0
     documents = (root / "artifacts" / "micro" / "world" / "documents.jsonl").read_text().splitlines()
@@ -53,7 +52,7 @@ def chain(request, tmp_path_factory):
 def test_killed_runs_end_in_the_same_bytes(chain, tmp_path):
     oracle, options, _ = chain
     for stage, step in (("sft", 5), ("rankings", 2), ("rm", 5), ("ppo", 5), ("dpo", 5), ("evaluate", 2)):
-        root = without(oracle, tmp_path / stage, stage)
+        root = copy_without(oracle, tmp_path / stage, stage)
         again = ("run", stage, *options, "--artifacts", str(root), "--only")
         assert rlhf(*again, die=(stage, step)) == -9
         assert rlhf(*again) == 0
@@ -62,8 +61,8 @@ def test_killed_runs_end_in_the_same_bytes(chain, tmp_path):
 
 
 @pytest.mark.parametrize("auto", PUBLISHED)
-def test_what_is_published_needs_transformers_alone(auto, chain, tmp_path):
-    """A copy, the model's own folder out of reach, in a fresh process."""
+def test_published_models_need_only_transformers(auto, chain, tmp_path):
+    """A copy is loaded in a new process, while the model's own folder is out of reach."""
     oracle, _, source = chain
     shutil.copytree(oracle / "micro", tmp_path / "micro")
     folders = [str(tmp_path / "micro" / name) for name in PUBLISHED[auto]]
@@ -96,17 +95,18 @@ def test_no_stage_and_no_chat_runs_an_artifacts_code_without_the_flag(chain, tmp
 
 
 @pytest.mark.parametrize("stage, strategy", [("sft", "ddp"), ("rm", "fsdp2"), ("ppo", "fsdp2")])
-def test_several_processes_hand_the_flag_on(stage, strategy, chain, tmp_path):
-    """Two real processes, a cache of modules each: the figures of one, and all of the code published."""
+def test_several_processes_pass_on_the_flag(stage, strategy, chain, tmp_path):
+    """Two processes with a module cache each publish the figures of one, and all of the code."""
     oracle, options, _ = chain
-    root = without(oracle, tmp_path, stage)
+    root = copy_without(oracle, tmp_path, stage)
     argv = ["run", stage, *options, "launch.processes=2", f"launch.strategy={strategy}", "--only", "--artifacts"]
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-m", "pipeline.cli", *argv, str(root)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "modules-1").is_dir()
-    # rm's rate of 3e-2 makes much of a last bit: Adam's second step is about as large where a gradient is all but 0
+    # rm's rate of 3e-2 magnifies last bits: Adam's second step is about as large for a gradient
+    # close to 0
     first = 5e-5 if stage == "rm" else 1e-5
     assert_same_figures(rows_of(root / "micro" / stage), rows_of(oracle / "micro" / stage), first=first)
     assert published(root / "micro" / stage).keys() == published(oracle / "micro" / stage).keys()
@@ -114,13 +114,13 @@ def test_several_processes_hand_the_flag_on(stage, strategy, chain, tmp_path):
 
 def test_jobs_get_the_flag(chain, tmp_path, capsys):
     oracle, options, _ = chain
-    root = without(oracle, tmp_path, "sft")
+    root = copy_without(oracle, tmp_path, "sft")
     assert main(["run", "sft", *options, "--artifacts", str(root), "--submit", "slurm", "--dry-run"]) == 0
     assert "--trust-remote-code" in capsys.readouterr().out
 
 
-def test_memory_is_foretold(chain, capsys, tmp_path):
-    """Of a model without a class for sequence classification: as base has published it."""
+def test_memory_is_predicted(chain, capsys, tmp_path):
+    """The model has no class for sequence classification; it is measured as base published it."""
     oracle, options, source = chain
     place = ["doctor", "--memory", *options, "--artifacts", str(oracle)]
     lacks = source.parent.name.startswith("alone")
@@ -132,11 +132,11 @@ def test_memory_is_foretold(chain, capsys, tmp_path):
 
 
 def test_with_an_adapter(chain, tmp_path):
-    """Shared trunk, adapters apart; a killed ppo ends in the same bytes."""
+    """With a shared trunk and separate adapters, a killed ppo ends with the same bytes."""
     _, options, _ = chain
     options = [*options, "model.peft={method: lora, r: 4}", "--artifacts"]
     assert rlhf("run", "evaluate", *options, str(tmp_path / "whole")) == 0
-    root = without(tmp_path / "whole", tmp_path, "ppo")
+    root = copy_without(tmp_path / "whole", tmp_path, "ppo")
     again = ("run", "ppo", *options, str(root), "--only")
     assert rlhf(*again, die=("ppo", 5)) == -9
     assert rlhf(*again) == 0

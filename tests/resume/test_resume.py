@@ -1,11 +1,12 @@
-"""Killed once in each stage and started again: the same bytes as a run that nobody touched."""
+"""Test that a chain that is killed once in each stage ends with the bytes of an undisturbed one."""
 
+import itertools
 import json
 import shutil
 
 import pytest
 import torch
-from resume_worker import CONFIG, published, rlhf, without
+from resume_worker import CONFIG, copy_without, published, rlhf
 from safetensors.torch import load_file, save_file
 
 from data.world.world import World
@@ -18,10 +19,12 @@ JOURNALS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
 @pytest.mark.parametrize(
     "stage, step", [*[(stage, 5) for stage in STAGES], ("sft", 9), ("sft", 11), ("rm", 9), ("rm", 11)]
 )
-def test_killed_and_started_again_gives_the_same_bytes(stage, step, oracle, tmp_path):
-    """After the checkpoint of step 4, before that of 6; sft also early and late in the training of ppo_init/, rm in
-    that of its second model."""
-    root = without(oracle, tmp_path, stage)
+def test_killed_and_resumed_it_gives_the_same_bytes(stage, step, oracle, tmp_path):
+    """Kill after the checkpoint of step 4 and before that of 6.
+
+    For sft also early and late in the training of ppo_init/, for rm in that of its second model.
+    """
+    root = copy_without(oracle, tmp_path, stage)
     run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
     step = {"rankings": 2, "evaluate": 2}.get(stage, step)
     assert rlhf(*run, die=(stage, step)) == -9
@@ -34,7 +37,7 @@ def test_killed_and_started_again_gives_the_same_bytes(stage, step, oracle, tmp_
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
 def test_a_signal_ends_in_75_with_a_checkpoint_and_no_artifact(stage, oracle, tmp_path):
-    root = without(oracle, tmp_path, stage)
+    root = copy_without(oracle, tmp_path, stage)
     run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
     assert rlhf(*run, term=(stage, 3)) == 75
     folder = root / "micro" / stage
@@ -52,9 +55,9 @@ def slow(*case):
     "stage, step, look", [slow("base", 5, 6), ("sft", 5, 6), slow("rm", 6, 6), ("rm", 16, 16), slow("dpo", 8, 8),
                           slow("ppo", 6, 6), ("ppo", 8, 8)]
 )  # fmt: skip
-def test_a_signal_does_not_wait_for_a_held_out_look(stage, step, look, oracle, tmp_path):
-    """The checkpoint is of the step, the look at it is owed; the last steps of rm, dpo and ppo are such steps too."""
-    root = without(oracle, tmp_path, stage)
+def test_a_signal_does_not_wait_for_a_held_out_evaluation(stage, step, look, oracle, tmp_path):
+    """The step is saved and its evaluation is owed, also at the last step of rm, dpo and ppo."""
+    root = copy_without(oracle, tmp_path, stage)
     run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
     assert rlhf(*run, term=(stage, step)) == 75
     folder = root / "micro" / stage
@@ -68,9 +71,9 @@ def test_a_signal_does_not_wait_for_a_held_out_look(stage, step, look, oracle, t
 @pytest.mark.parametrize(
     "stage, step, later", [slow("base", 5, 7), ("sft", 5, 7), slow("rm", 6, 7), slow("dpo", 6, 7), ("ppo", 6, 7)]
 )
-def test_a_look_that_was_made_up_for_is_written_once(stage, step, later, oracle, tmp_path):
-    """The look at step 6 is left for a signal; the next run makes it, and is killed before it saves again."""
-    root = without(oracle, tmp_path, stage)
+def test_an_owed_evaluation_is_written_once(stage, step, later, oracle, tmp_path):
+    """A signal cuts the evaluation at step 6 short; the next run repeats it and is killed."""
+    root = copy_without(oracle, tmp_path, stage)
     run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
     assert rlhf(*run, term=(stage, step)) == 75
     assert rlhf(*run, die=(stage, later)) == -9
@@ -81,13 +84,13 @@ def test_a_look_that_was_made_up_for_is_written_once(stage, step, later, oracle,
 
 
 @pytest.mark.parametrize("stage, step", [("sft", 2), slow("rm", 3), slow("ppo", 3)])
-def test_patience_may_end_with_the_look_that_was_left(stage, step, oracle, tmp_path):
+def test_patience_may_end_with_the_owed_evaluation(stage, step, oracle, tmp_path):
     rate = 5 if stage == "sft" else 0.5
     options = [f"{stage}.patience=1", f"{stage}.learning_rate={rate}", f"{stage}.keep=last"]
     options += {"sft": ["sft.ppo_init=null"], "rm": ["rm.ensemble=1"], "ppo": ["ppo.kl_coef=10"]}[stage]
     found = []
     for name in ("whole", "left"):
-        root = without(oracle, tmp_path / name, stage)
+        root = copy_without(oracle, tmp_path / name, stage)
         run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only", *options)
         if name == "left":
             assert rlhf(*run, term=(stage, step)) == 75
@@ -99,10 +102,12 @@ def test_patience_may_end_with_the_look_that_was_left(stage, step, oracle, tmp_p
 
 
 @pytest.mark.parametrize("stage", ["sft", *map(slow, ("base", "rm", "dpo"))])
-def test_changed_settings_hold_from_the_checkpoint_on(stage, oracle, tmp_path):
-    """Also in the second training of sft and rm, which counts its own steps. Weight decay puts weights in other groups
-    of rm's and dpo's optimizer."""
-    root = without(oracle, tmp_path, stage)
+def test_changed_settings_apply_from_the_checkpoint_on(stage, oracle, tmp_path):
+    """Also in the second training of sft and rm, which counts its own steps.
+
+    Weight decay puts weights into other groups of rm's and dpo's optimizer.
+    """
+    root = copy_without(oracle, tmp_path, stage)
     run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
     today = {"learning_rate": 2e-4, "lr_scheduler_type": "linear", "warmup_steps": 3, "weight_decay": 0.1}
     assert rlhf(*run, die=(stage, 5)) == -9
@@ -117,9 +122,9 @@ def test_changed_settings_hold_from_the_checkpoint_on(stage, oracle, tmp_path):
 
 
 @pytest.mark.parametrize("stage, token", [("ppo", 60), ("ppo", 85), ("rankings", 20), ("evaluate", 40)])
-def test_a_signal_inside_a_rollout_waits_for_no_other_token(stage, token, oracle, tmp_path):
-    """PPO saves the state after the update before: what its last row says is in a checkpoint."""
-    root = without(oracle, tmp_path, stage)
+def test_a_signal_during_a_rollout_acts_before_the_next_token(stage, token, oracle, tmp_path):
+    """PPO saves the state after the previous update, the last one in its journal."""
+    root = copy_without(oracle, tmp_path, stage)
     run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
     assert rlhf(*run, term_at_token=token) == 75
     folder = root / "micro" / stage
@@ -132,10 +137,13 @@ def test_a_signal_inside_a_rollout_waits_for_no_other_token(stage, token, oracle
     assert published(folder) == published(oracle / "micro" / stage)
 
 
-def test_an_alarm_that_a_signal_overtook_stops_the_run_all_the_same(oracle, tmp_path):
-    """Raised in the update whose held-out look a signal ended: the next start stops, and the one after that goes on,
-    until another alarm (what an untrained policy says runs to the limit)."""
-    root = without(oracle, tmp_path, "ppo")
+def test_an_alarm_before_a_signal_stops_the_resumed_run(oracle, tmp_path):
+    """It was raised in the update whose held-out evaluation a signal cut short.
+
+    The next start stops; the one after that resumes, until another alarm (an untrained policy's
+    responses run to the limit).
+    """
+    root = copy_without(oracle, tmp_path, "ppo")
     run = ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only")
     run += ("ppo.eval_steps=1", "ppo.alarm_kl=1e-9", "ppo.on_alarm=stop")
     assert rlhf(*run, term=("ppo", 2)) == 75
@@ -143,18 +151,18 @@ def test_an_alarm_that_a_signal_overtook_stops_the_run_all_the_same(oracle, tmp_
 
 
 @pytest.mark.parametrize("stage, shorter", [("ppo", "total_episodes=48"), ("dpo", "max_steps=6")])
-def test_a_run_that_is_ended_at_its_checkpoint_may_want_the_best(stage, shorter, oracle, tmp_path):
-    """Of which it has kept none until then: the weights that stand there are."""
-    root = without(oracle, tmp_path, stage)
+def test_a_run_that_ends_at_its_checkpoint_keeps_the_best(stage, shorter, oracle, tmp_path):
+    """It has kept no best weights until then: the present ones are the best."""
+    root = copy_without(oracle, tmp_path, stage)
     run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
     assert rlhf(*run, f"{stage}.keep=last", die=(stage, 7)) == -9
     assert rlhf(*run, f"{stage}.keep=best", f"{stage}.{shorter}", "--override-config") == 0
     assert json.loads((root / "micro" / stage / "manifest.json").read_text())["metrics"]["best_step"] == 6
 
 
-def test_a_held_out_reward_model_looks_on_and_judges(oracle, tmp_path):
-    """Its score stands beside the other's, and `keep: best` goes by it."""
-    root = without(oracle, tmp_path, "ppo")
+def test_a_held_out_reward_model_is_logged_and_selects(oracle, tmp_path):
+    """Its score is beside the other's, and `keep: best` goes by it."""
+    root = copy_without(oracle, tmp_path, "ppo")
     judge = oracle / "micro" / "rm" / "ensemble" / "1"
     options = [f"ppo.held_out_reward_model={judge}", "ppo.missing_eos_score=null", "evaluate.missing_eos_score=null"]
     assert rlhf("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only", *options) == 0
@@ -165,9 +173,9 @@ def test_a_held_out_reward_model_looks_on_and_judges(oracle, tmp_path):
     assert metrics["best_step"] == max(scores, key=scores.get)
 
 
-def test_scores_that_are_not_finite_are_skipped_or_end_the_run(oracle, tmp_path):
-    """Each update's row has the figures of any other, without their values; nothing is learned."""
-    root = without(oracle, tmp_path, "ppo")
+def test_scores_that_are_not_finite_are_skipped_or_stop_the_run(oracle, tmp_path):
+    """Each update's row has the same figures as any other, without values; nothing is learned."""
+    root = copy_without(oracle, tmp_path, "ppo")
     broken = tmp_path / "broken"
     shutil.copytree(oracle / "micro" / "rm" / "model", broken)
     weights = load_file(broken / "model.safetensors")
@@ -184,8 +192,8 @@ def test_scores_that_are_not_finite_are_skipped_or_end_the_run(oracle, tmp_path)
     assert all(torch.equal(start[name], end[name]) for name in end)
 
 
-def test_journals_hold_each_step_once(oracle):
-    """And nothing of the clock but PPO's eps, episodes a second: all else is compared to the byte above."""
+def test_journals_have_each_step_once(oracle):
+    """No row has a time but PPO's eps (episodes per second); the rest is compared above."""
     for stage in ("base", "sft", "rm", "ppo", "dpo"):
         rows = [json.loads(line) for line in (oracle / "micro" / stage / "metrics.jsonl").open()]
         manifest = json.loads((oracle / "micro" / stage / "manifest.json").read_text())
@@ -196,16 +204,19 @@ def test_journals_hold_each_step_once(oracle):
             assert (oracle / "micro" / stage / name).exists() or (stage, name) == ("base", "samples.jsonl")
 
 
-def test_samples_hold_prompts_as_the_file_has_them(oracle):
+def test_samples_have_prompts_as_in_the_file(oracle):
     prompts = {json.loads(line)["prompt"] for line in (oracle / "micro" / "world" / "prompts.jsonl").open()}
     for stage in ("rm", "ppo"):
         rows = [json.loads(line) for line in (oracle / "micro" / stage / "samples.jsonl").open()]
         assert rows and {row["prompt"] for row in rows} <= prompts
 
 
-def test_evaluation_prompts_that_were_trained_on_are_counted_and_told(oracle, tmp_path):
-    """In the world by task, whatever the words. Elsewhere near copies: here all of the demonstrations' prompts, with
-    other white space, and one that is like none of them."""
+def test_evaluation_prompts_seen_in_training_are_reported(oracle, tmp_path):
+    """In the embedded world by task, however it is worded; elsewhere by near copies.
+
+    Here these are all prompts of the demonstrations with other white space, and one that resembles
+    none of them.
+    """
     rows = lambda kind: [json.loads(line) for line in (oracle / "micro" / "world" / f"{kind}.jsonl").open()]  # noqa: E731
     world = World.from_json(json.loads((oracle / "micro" / "world" / "world.json").read_text()))
     trained = {world.task(row["prompt"]) for kind in ("demonstrations", "prompts") for row in rows(kind)}
@@ -219,7 +230,7 @@ def test_evaluation_prompts_that_were_trained_on_are_counted_and_told(oracle, tm
     asked = tmp_path / "asked.jsonl"
     new = "sing of ships that sail far away in winter ?"
     asked.write_text("".join(json.dumps({"prompt": f"  {prompt}"}) + "\n" for prompt in [*old, new]))
-    root = without(oracle, tmp_path, "evaluate")
+    root = copy_without(oracle, tmp_path, "evaluate")
     data = [f"data.{kind}=world" for kind in ("documents", "demonstrations", "prompts")]
     data += [f"data.evaluation_prompts={asked}", "evaluate.on_too_long=drop", "evaluate.best_of=2"]
     assert rlhf("run", "evaluate", "-c", str(CONFIG), "--artifacts", str(root), "--only", *data) == 0
@@ -236,13 +247,13 @@ def test_evaluation_prompts_that_were_trained_on_are_counted_and_told(oracle, tm
         if by == "task":
             assert results["judge"] == "gold" and not climbed
             assert all(policy["gold_held_out_tasks"] for policy in results["policies"].values())
-        else:  # the reward model judges, which PPO climbed and best of n is selected by
+        else:  # the reward model is the judge that PPO climbed and that selects best of n
             assert results["judge"] == "reward_model" and climbed == {"ppo", "best_of_n"}
             assert results["policies"]["best_of_n"]["win_rate_vs_sft"] is None
 
 
 def test_ppo_starts_from_ppo_init_and_publishes_its_average(oracle):
-    """Its reference is the other SFT model, and kl_coef follows kl_target by Ziegler's rule from row to row."""
+    """Its reference is the other SFT model; kl_coef follows kl_target by Ziegler's rule."""
     load = lambda *parts: load_file(oracle.joinpath("micro", *parts) / "model.safetensors")  # noqa: E731
     start, sft, last, average = (
         load(*parts) for parts in (("sft", "ppo_init"), ("sft", "model"), ("ppo", "model"), ("ppo", "model_ema"))
@@ -251,13 +262,16 @@ def test_ppo_starts_from_ppo_init_and_publishes_its_average(oracle):
     assert 0 < distance(average, start) < min(distance(average, sft), distance(last, start))
     rows = [json.loads(line) for line in (oracle / "micro" / "ppo" / "metrics.jsonl").open()]
     assert abs(rows[0]["objective/kl"]) < 0.05 and rows[0]["kl_coef"] == 0.02
-    for row, following in zip(rows, rows[1:], strict=False):
+    for row, following in itertools.pairwise(rows):
         error = min(max(row["objective/kl"] / 0.5 - 1, -0.2), 0.2)
         assert following["kl_coef"] == pytest.approx(row["kl_coef"] * (1 + error * 8 / 64))
 
 
-def test_the_reward_models_of_an_ensemble_differ_and_know_their_bias(oracle):
-    """rm.ensemble: 2. Each scores the demonstrations 0 on average by a bias of its own; accuracy is told in parts."""
+def test_the_reward_models_of_an_ensemble_have_biases_of_their_own(oracle):
+    """With rm.ensemble: 2, each has a bias with which demonstrations score 0 on average.
+
+    Accuracy is reported for each of them.
+    """
     folders = [oracle / "micro" / "rm" / name for name in ("model", "ensemble/1")]
     one, other = (load_file(folder / "model.safetensors") for folder in folders)
     assert set(one) == set(other) and not any(one[n].equal(other[n]) for n in one if one[n].dim() == 2)
@@ -273,8 +287,8 @@ def test_the_reward_models_of_an_ensemble_differ_and_know_their_bias(oracle):
     assert 0 <= metrics["ensemble_accuracy"] <= 1
 
 
-def test_the_references_numbers_are_not_computed_again(oracle, tmp_path):
-    """A redo of dpo with another beta finds them in its cache, under the digest of model and rankings."""
+def test_reference_log_probabilities_are_cached(oracle, tmp_path):
+    """A redo of dpo with another beta finds them in its cache, by model and rankings."""
     root = tmp_path / "artifacts"
     shutil.copytree(oracle, root)
     cached = sorted((root / "micro" / "dpo" / ".cache").iterdir())
@@ -285,9 +299,9 @@ def test_the_references_numbers_are_not_computed_again(oracle, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["base", "sft"])
-def test_a_training_that_patience_ended_saves_nothing_more(stage, oracle, tmp_path):
-    """At that step the artifact comes next: a run that went on from it would take another step."""
-    root = without(oracle, tmp_path, stage)
+def test_no_checkpoint_is_saved_after_patience_ended(stage, oracle, tmp_path):
+    """A run that resumed from a checkpoint of that step would take another step."""
+    root = copy_without(oracle, tmp_path, stage)
     worse = [f"{stage}.patience=1", f"{stage}.eval_steps=2", f"{stage}.learning_rate=5", "sft.ppo_init=null"]
     assert rlhf("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only", *worse) == 0
     folder = root / "micro" / stage
@@ -297,19 +311,21 @@ def test_a_training_that_patience_ended_saves_nothing_more(stage, oracle, tmp_pa
     assert f"step-{rows[-1]:08d}" not in saved
 
 
-def test_the_second_training_of_sft_begins_anew_without_regular_checkpoints(oracle, tmp_path):
-    """With checkpoints.every: 0 the one that a signal asked for is of the first training; ppo_init takes none."""
-    root = without(oracle, tmp_path, "sft")
+def test_without_regular_checkpoints_the_second_training_restarts(oracle, tmp_path):
+    """With checkpoints.every: 0, the only checkpoint is the signal's, of the first training."""
+    root = copy_without(oracle, tmp_path, "sft")
     run = ("run", "sft", "-c", str(CONFIG), "--artifacts", str(root), "--only", "checkpoints.every=0")
     assert rlhf(*run, term=("sft", 3)) == 75
     assert rlhf(*run) == 0
     assert published(root / "micro" / "sft") == published(oracle / "micro" / "sft")
 
 
-def test_the_worlds_prompts_beside_demonstrations_of_ones_own(oracle, tmp_path):
-    """The reward model still knows the tasks of what was ranked, and what the file holds counts as seen: here each of
-    the evaluation prompts, so that none is held out."""
-    root = without(oracle, tmp_path, "sft")
+def test_prompts_of_the_world_with_other_demonstrations(oracle, tmp_path):
+    """The reward model knows the tasks of ranked prompts; the file's prompts count as seen.
+
+    Here the file contains each of the evaluation prompts, so that none is held out.
+    """
+    root = copy_without(oracle, tmp_path, "sft")
     prompts = [json.loads(line)["prompt"] for line in (root / "micro/world/evaluation_prompts.jsonl").open()]
     own = tmp_path / "own.jsonl"
     own.write_text("".join(json.dumps({"prompt": p, "completion": "the fox is red ."}) + "\n" for p in prompts))

@@ -1,12 +1,11 @@
-"""Two processes that hold half of every weight each (launch.strategy: fsdp2): the numbers of two whole ones, and saves,
-signals and resumes that take both."""
+"""Test fsdp2 with two processes: same results as ddp, and saves, signals and resumes."""
 
 import json
 import signal
 
 import pytest
 import torch
-from resume_worker import CONFIG, assert_same_figures, published, rlhf, rlhf_together, rows_of, without
+from resume_worker import CONFIG, assert_same_figures, copy_without, published, rlhf, rlhf_together, rows_of
 from safetensors.torch import load_file
 
 FSDP = "launch.strategy=fsdp2"
@@ -18,7 +17,7 @@ def command(stage, root, *settings):
 
 
 def assert_same_results(folder, other, **within):
-    """The same files; figures and weights to the order of sums."""
+    """Check that two artifacts have the same files, and figures and weights up to rounding."""
     ours, theirs = (json.loads((x / "manifest.json").read_text())["outputs"] for x in (folder, other))
     assert ours.keys() == theirs.keys()
     for name in ("metrics.jsonl", "evaluations.jsonl"):
@@ -35,39 +34,42 @@ def slow(*stages):
 
 
 @pytest.mark.parametrize("stage", slow("base", "sft", "rm", "ppo", "dpo"))
-def test_they_do_what_one_does(stage, oracle, tmp_path):
-    root = without(oracle, tmp_path, stage)
+def test_shards_give_the_results_of_whole_models(stage, oracle, tmp_path):
+    root = copy_without(oracle, tmp_path, stage)
     assert rlhf_together(*command(stage, root, FSDP), one_reads=True) == [0, 0]
     assert_same_results(root / "micro" / stage, oracle / "micro" / stage)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [(LORA,), (LORA, BFLOAT16), ("model.gradient_checkpointing=true", BFLOAT16)])
-def test_adapters_checkpointing_and_bfloat16_go_with_it(settings, tmp_path):
-    """As two processes with whole models (not as one: in bfloat16 other rows together round otherwise). PPO takes three
-    updates: in bfloat16 the last bits come, a few later, to another token."""
+def test_adapters_gradient_checkpointing_and_bfloat16(settings, tmp_path):
+    """Compared with two ddp processes: with one, bfloat16 would round other rows together.
+
+    PPO does three updates: in bfloat16, last bits lead to another token a few updates later.
+    """
     root = tmp_path / "alone"
     settings += ("ppo.total_episodes=24",)
     assert rlhf("run", "evaluate", "-c", str(CONFIG), "--artifacts", str(root), *settings) == 0
     for stage in ("sft", "rm", "ppo", "dpo"):
         found = []
         for strategy in ("ddp", "fsdp2"):
-            parts = without(root, tmp_path / stage / strategy, stage)
+            parts = copy_without(root, tmp_path / stage / strategy, stage)
             run = command(stage, parts, f"launch.strategy={strategy}", *settings)
             assert rlhf_together(*run, one_reads=strategy == "fsdp2") == [0, 0]
             found.append(parts / "micro" / stage)
-        # the value model's gradient, clipped from 700 to 1, magnifies last bits; so does Adam those of bfloat16
+        # the value model's gradient, clipped from 700 to 1, magnifies last bits; Adam does so in
+        # bfloat16
         assert_same_results(*found, first=1e-3 if BFLOAT16 in settings else 1e-5, later=1e-2)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(oracle, tmp_path_factory):
-    """{stage: artifacts of two processes that nobody disturbs}, made when asked for."""
+    """Return a function that makes a stage's artifacts with two undisturbed processes."""
     made = {}
 
     def of(stage):
         if stage not in made:
-            root = without(oracle, tmp_path_factory.mktemp(stage), stage)
+            root = copy_without(oracle, tmp_path_factory.mktemp(stage), stage)
             assert rlhf_together(*command(stage, root, FSDP)) == [0, 0]
             made[stage] = published(root / "micro" / stage)
         return made[stage]
@@ -77,33 +79,33 @@ def undisturbed(oracle, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage, who", [("sft", 0), ("rm", 1), ("ppo", 0), ("ppo", 1), ("dpo", 1)])
-def test_killed_they_go_on_to_the_same_bytes(stage, who, oracle, undisturbed, tmp_path):
-    root = without(oracle, tmp_path, stage)
+def test_killed_and_resumed_they_give_the_same_bytes(stage, who, oracle, undisturbed, tmp_path):
+    root = copy_without(oracle, tmp_path, stage)
     codes = rlhf_together(*command(stage, root, FSDP), die=(who, stage, 5), seconds=60)
-    assert codes == ([1, -signal.SIGKILL] if who else [-signal.SIGKILL, 4])  # 4: it knows that it lost the other
+    assert codes == ([1, -signal.SIGKILL] if who else [-signal.SIGKILL, 4])  # 4: it has lost its peer
     assert list((root / "micro" / stage / "checkpoints").glob("step-*/manifest.json"))
     assert rlhf_together(*command(stage, root, FSDP), one_reads=True) == [0, 0]
     assert published(root / "micro" / stage) == undisturbed(stage)
 
 
 @pytest.mark.parametrize("stage", ["ppo", *slow("sft", "rm", "dpo")])
-def test_a_signal_to_the_first_ends_both_with_a_checkpoint(stage, oracle, undisturbed, tmp_path):
-    """Also with no regular saves: what is saved takes both."""
-    root = without(oracle, tmp_path, stage)
+def test_a_signal_to_rank_zero_ends_both_with_a_checkpoint(stage, oracle, undisturbed, tmp_path):
+    """Also without regular saves: a save takes both processes."""
+    root = copy_without(oracle, tmp_path, stage)
     run = command(stage, root, FSDP, "checkpoints.every=100")
     assert rlhf_together(*run, term=(0, stage, 4), seconds=60)[0] == 75
     folder = root / "micro" / stage
     assert not (folder / "manifest.json").exists()
     saved = [path.parent.name for path in (folder / "checkpoints").glob("step-*/manifest.json")]
-    assert len(saved) == 1 and int(saved[0].removeprefix("step-")) in (4, 5), saved  # trl logs a step behind
+    assert len(saved) == 1 and int(saved[0].removeprefix("step-")) in (4, 5), saved  # trl logs a step later
     assert rlhf_together(*run) == [0, 0]
     assert published(folder) == undisturbed(stage)
 
 
 @pytest.mark.slow
-def test_checkpoints_know_no_strategy(oracle, tmp_path):
-    """2 in parts → 1 → 2 with whole models: the same prompts, samples and losses as one alone."""
-    root = without(oracle, tmp_path, "ppo")
+def test_checkpoints_resume_with_any_strategy(oracle, tmp_path):
+    """From 2 with shards to 1 to 2 with whole models: the losses are those of one process."""
+    root = copy_without(oracle, tmp_path, "ppo")
     folder, alone = root / "micro" / "ppo", oracle / "micro" / "ppo"
     assert rlhf_together(*command("ppo", root, FSDP), die=(0, "ppo", 3))[0] == -signal.SIGKILL
     assert rlhf(*command("ppo", root, FSDP, "--allow-elastic"), die=("ppo", 5)) == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""`rlhf run --submit slurm` against a queue on this machine: the chain as jobs, one of them pre-empted."""
+"""Test `rlhf run --submit slurm` with a fake queue: the chain as jobs, one of them preempted."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import sys
 
 import fake_slurm
 import pytest
-from resume_worker import CONFIG, published, rlhf, without
+from resume_worker import CONFIG, copy_without, published, rlhf
 
 
 def submit(environment, *argv):
@@ -27,13 +27,13 @@ def test_dry_run_prints_what_would_be_submitted(tmp_path):
     for line in ("nodes=2", "ntasks-per-node=2", "partition=gpu", "time=1-00:00:00", "signal=USR1@120", "requeue"):
         assert f"#SBATCH --{line}\n" in scripts[-1]
     assert "restart=--restart\n" in scripts[-1] and "restart=\n" in scripts[0]  # of the target, at its first start
-    assert "--nodes=1\n" in scripts[0] and "launch.processes=1" in scripts[0]  # world is one process's work
+    assert "--nodes=1\n" in scripts[0] and "launch.processes=1" in scripts[0]  # one process does the work of world
     assert not (tmp_path / "a").exists() and not list((tmp_path / "slurm" / "spool").iterdir())
     check = subprocess.run(["bash", "-n"], input=scripts[-1].split("\n", 1)[1], text=True, capture_output=True)
     assert check.returncode == 0, check.stderr
 
 
-def test_what_sbatch_refuses_is_one_line(tmp_path):
+def test_a_refusal_of_sbatch_is_one_line(tmp_path):
     environment = fake_slurm.install(tmp_path / "slurm")
     (tmp_path / "slurm" / "bin" / "sbatch").write_text("#!/bin/sh\necho 'Invalid partition' >&2; exit 1\n")
     ended = submit(environment, "world", "--artifacts", str(tmp_path / "a"))
@@ -45,10 +45,10 @@ def test_what_sbatch_refuses_is_one_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_preempted_job_goes_on_and_the_next_one_waits_for_it(oracle, tmp_path):
-    """dpo by two processes, told to save in the middle, queued again; evaluate after it."""
+def test_a_preempted_job_resumes_and_the_next_one_waits(oracle, tmp_path):
+    """dpo in two processes is told to save halfway and is queued again; evaluate comes after it."""
     environment = fake_slurm.install(tmp_path / "slurm")
-    root = without(oracle, tmp_path, "dpo")
+    root = copy_without(oracle, tmp_path, "dpo")
     options = ("launch.processes=2", "dpo.max_steps=40", "evaluate.policies=[sft,dpo]", "evaluate.best_of=1")
     ended = submit(environment, "evaluate", "--artifacts", str(root), *options)
     assert ended.returncode == 0, ended.stderr
@@ -68,10 +68,10 @@ def test_a_preempted_job_goes_on_and_the_next_one_waits_for_it(oracle, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_forced_redo_goes_on_after_a_preemption(oracle, tmp_path):
-    """Beside a fresh artifact, which would be called up to date; and what is sure to be refused is not submitted."""
+def test_a_forced_redo_resumes_after_a_preemption(oracle, tmp_path):
+    """It is beside an up-to-date artifact; and what is certain to be refused is not submitted."""
     environment = fake_slurm.install(tmp_path / "slurm")
-    root, long = without(oracle, tmp_path, "dpo"), "dpo.max_steps=40"
+    root, long = copy_without(oracle, tmp_path, "dpo"), "dpo.max_steps=40"
     assert rlhf("run", "dpo", "-c", str(CONFIG), "--artifacts", str(root), "--only", long) == 0
     folder = root / "micro" / "dpo"
     before = json.loads((folder / "manifest.json").read_text())
@@ -92,7 +92,7 @@ def test_a_forced_redo_goes_on_after_a_preemption(oracle, tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_chain_as_jobs(oracle, tmp_path):
-    """One process a job: the bytes of the chain that nobody submitted."""
+    """With one process per job, the bytes are those of the chain that was not submitted."""
     environment = fake_slurm.install(tmp_path / "slurm")
     root = tmp_path / "artifacts"
     ended = submit(environment, "evaluate", "--artifacts", str(root))

@@ -1,11 +1,11 @@
-"""ppo.rollout.engine: vllm, by a stand-in for it: what it samples is learned from, and what happens where it fails."""
+"""Test ppo.rollout.engine: vllm with a stand-in: training on its samples, and its failures."""
 
 import json
 import sys
 from pathlib import Path
 
 import pytest
-from resume_worker import CONFIG, rlhf, rlhf_together, rows_of, without
+from resume_worker import CONFIG, copy_without, rlhf, rlhf_together, rows_of
 
 STAND_IN = Path(__file__).parents[1] / "rollouts" / "stand_in"
 
@@ -19,23 +19,23 @@ def command(root, *settings):
 
 
 def test_it_samples_and_the_policy_learns_from_it(oracle, tmp_path):
-    root = without(oracle, tmp_path, "ppo")
+    root = copy_without(oracle, tmp_path, "ppo")
     assert rlhf(*command(root)) == 0
     folder = root / "micro" / "ppo"
     rows, other = rows_of(folder, "metrics.jsonl"), rows_of(oracle / "micro" / "ppo", "metrics.jsonl")
     assert len(rows) == len(other) == 8
     assert all(0 <= row["val/engine_kl"] < 1e-6 for row in rows)
     assert all(row["val/ratio"] == pytest.approx(1, abs=0.05) for row in rows)
-    # the same prompts and weights, other draws
+    # the same prompts and weights, other samples
     assert [row["objective/scores"] for row in rows] != [row["objective/scores"] for row in other]
     assert not list(folder.glob(".tmp-*"))
     assert json.loads((folder / "manifest.json").read_text())["metrics"]["updates"] == 8
 
 
 @pytest.mark.slow
-def test_killed_it_goes_on_to_the_same_figures(oracle, tmp_path):
-    """This stand-in's samples hang on prompt, seed and weights alone; vLLM's also on what it computes beside them."""
-    root, other = without(oracle, tmp_path / "a", "ppo"), without(oracle, tmp_path / "b", "ppo")
+def test_killed_and_resumed_it_gives_the_same_figures(oracle, tmp_path):
+    """The stand-in's samples depend only on prompt, seed and weights, unlike vLLM's."""
+    root, other = copy_without(oracle, tmp_path / "a", "ppo"), copy_without(oracle, tmp_path / "b", "ppo")
     assert rlhf(*command(root), die=("ppo", 5)) == -9
     assert rlhf(*command(root)) == 0
     assert rlhf(*command(other)) == 0
@@ -44,9 +44,9 @@ def test_killed_it_goes_on_to_the_same_figures(oracle, tmp_path):
     assert rows[0] == rows[1]
 
 
-def test_lost_it_stops_with_a_checkpoint_and_the_next_run_goes_on(oracle, tmp_path):
-    """Generations: the preflight, the look at 0, then an update each, and a look after 3."""
-    root = without(oracle, tmp_path, "ppo")
+def test_without_vllm_it_stops_with_a_checkpoint_and_resumes(oracle, tmp_path):
+    """It generates for the preflight, the evaluations at 0 and 3, and each update."""
+    root = copy_without(oracle, tmp_path, "ppo")
     assert rlhf(*command(root, "launch.vllm.options={dies_at: 5}", "checkpoints.every=0")) == 3
     assert [p.name for p in (root / "micro" / "ppo" / "checkpoints").iterdir()] == ["step-00000002"]
     assert rlhf(*command(root)) == 0
@@ -54,9 +54,9 @@ def test_lost_it_stops_with_a_checkpoint_and_the_next_run_goes_on(oracle, tmp_pa
 
 
 @pytest.mark.slow
-def test_lost_while_weights_are_handed_over_it_stops_too(oracle, tmp_path):
-    """A reload comes before each rollout but the first."""
-    root = without(oracle, tmp_path, "ppo")
+def test_a_failure_during_the_transfer_of_weights_stops_too(oracle, tmp_path):
+    """Weights are loaded again before each rollout but the first."""
+    root = copy_without(oracle, tmp_path, "ppo")
     assert rlhf(*command(root, "launch.vllm.options={reload_dies_at: 2}", "checkpoints.every=0")) == 3
     folder = root / "micro" / "ppo"
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000002"]
@@ -68,15 +68,15 @@ def test_lost_while_weights_are_handed_over_it_stops_too(oracle, tmp_path):
 
 @pytest.mark.slow
 def test_a_start_that_fails(oracle, tmp_path):
-    root = without(oracle, tmp_path, "ppo")
+    root = copy_without(oracle, tmp_path, "ppo")
     assert rlhf(*command(root, "launch.vllm.options={refuses: no room}")) == 2
     settings = ("launch.vllm.options={refuses: no room}", "ppo.rollout.on_failure=transformers")
     assert rlhf(*command(root, *settings)) == 0
 
 
 @pytest.mark.slow
-def test_nothing_stays_in_the_folder_for_weights(oracle, tmp_path):
-    root, weights = without(oracle, tmp_path, "ppo"), tmp_path / "weights"
+def test_the_folder_for_weights_is_emptied(oracle, tmp_path):
+    root, weights = copy_without(oracle, tmp_path, "ppo"), tmp_path / "weights"
     assert rlhf(*command(root, f"launch.vllm.folder={weights}"), term=("ppo", 3)) == 75
     assert weights.is_dir() and not list(weights.iterdir())
     assert rlhf(*command(root, f"launch.vllm.folder={weights}")) == 0
@@ -84,8 +84,8 @@ def test_nothing_stays_in_the_folder_for_weights(oracle, tmp_path):
 
 
 @pytest.mark.slow
-def test_lost_in_a_look_it_stops_too(oracle, tmp_path):
-    root = without(oracle, tmp_path, "ppo")
+def test_a_failure_during_an_evaluation_stops_too(oracle, tmp_path):
+    root = copy_without(oracle, tmp_path, "ppo")
     assert rlhf(*command(root, "launch.vllm.options={dies_at: 6}", "checkpoints.every=0")) == 3
     assert [p.name for p in (root / "micro" / "ppo" / "checkpoints").iterdir()] == ["step-00000003"]
     assert rlhf(*command(root)) == 0
@@ -94,8 +94,8 @@ def test_lost_in_a_look_it_stops_too(oracle, tmp_path):
 
 
 @pytest.mark.slow
-def test_lost_the_run_goes_on_without_it_if_asked(oracle, tmp_path):
-    root = without(oracle, tmp_path, "ppo")
+def test_on_request_the_run_continues_without_vllm(oracle, tmp_path):
+    root = copy_without(oracle, tmp_path, "ppo")
     settings = ("launch.vllm.options={dies_at: 5}", "ppo.rollout.on_failure=transformers")
     assert rlhf(*command(root, *settings)) == 0
     assert len(rows_of(root / "micro" / "ppo", "metrics.jsonl")) == 8
@@ -103,7 +103,7 @@ def test_lost_the_run_goes_on_without_it_if_asked(oracle, tmp_path):
 
 @pytest.mark.slow
 def test_samples_of_another_distribution_are_refused(oracle, tmp_path):
-    root = without(oracle, tmp_path, "ppo")
+    root = copy_without(oracle, tmp_path, "ppo")
     settings = ("launch.vllm.options={drift: 3.0}", "ppo.rollout.max_engine_kl=0.001")
     assert rlhf(*command(root, *settings)) == 3
     assert rlhf(*command(root, "launch.vllm.options={drift: 3.0}", "ppo.rollout.max_engine_kl=100.0")) == 0
@@ -114,7 +114,7 @@ def test_samples_of_another_distribution_are_refused(oracle, tmp_path):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("peft", ["null", "{method: lora, r: 2}"])
 def test_two_processes_learn_from_one(oracle, tmp_path, strategy, peft):
-    root = without(oracle, tmp_path, "ppo")
+    root = copy_without(oracle, tmp_path, "ppo")
     settings = (f"launch.strategy={strategy}", f"model.peft={peft}")
     assert rlhf("run", "rm", "-c", str(CONFIG), "--artifacts", str(root), f"model.peft={peft}") == 0
     assert rlhf_together(*command(root, *settings)) == [0, 0]

@@ -20,7 +20,7 @@ from pipeline.running import set_seeds
 from pipeline.stage import Source, StageRun, StopFlag
 from pipeline.store.cache import Cache
 from pipeline.store.checkpoints import CheckpointStore
-from pipeline.tracking import Tracker, plain
+from pipeline.tracking import Tracker, json_value
 
 WORDS = ["the", "fox", "is", "red", "blue", "old", "kind", "what", "color", "yes", "no", "hello", "?", "."]
 CONTEXT = 96
@@ -146,7 +146,7 @@ class MicroChain:
                 for kind, source in sources(module, experiment).items()
             },
         )
-        figures = plain(module.run(context))
+        figures = json_value(module.run(context))
         context.tracker.close()
         return Finished(figures, folder, "\n".join(said))
 

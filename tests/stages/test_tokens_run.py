@@ -60,7 +60,7 @@ class TestBase:
         assert "<think>\n\n</think>" in tokenizer.decode(encode_prompt(tokenizer, "hello"))
         file.write_text(CHATML)
         code, said = run(**options)
-        assert code == 0 and "what lies in model.chat_template changed" in said
+        assert code == 0 and "the contents of model.chat_template changed" in said
         assert "think" not in json.dumps(AutoTokenizer.from_pretrained(tmp_path / self.published).chat_template[50:])
         code, said = run(**options | {"chat_template_kwargs": None})
         assert code == 0 and "model.chat_template_kwargs" in said

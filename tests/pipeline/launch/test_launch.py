@@ -1,4 +1,4 @@
-"""The environment that a run gives the libraries before it imports them."""
+"""Test the environment variables that a run sets, and the description of the hardware."""
 
 import os
 import subprocess
@@ -13,19 +13,19 @@ print(pyarrow.default_memory_pool().backend_name, len(os.listdir("/proc/self/tas
 
 
 def test_arrow_starts_no_thread_and_brings_no_allocator():
-    """A process that forks must have one thread; and crashes in Arrow's own allocator are reported."""
+    """A process that forks needs one thread; crashes in Arrow's own allocator are reported."""
     unset = {name: value for name, value in os.environ.items() if "ARROW" not in name} | {"OMP_NUM_THREADS": "1"}
     ended = subprocess.run([sys.executable, "-c", ARROW], env=unset, capture_output=True, text=True, check=True)
     assert ended.stdout.split() == ["system", "1"]
 
 
 def test_the_hardware_is_described(monkeypatch):
-    """As the machine's own files say; a system without them gives what Python knows, and no crash."""
+    """A system without Linux's files gives what Python knows, and no error."""
     import pathlib
 
-    from pipeline.launch import environment as launch
+    from pipeline.launch.hardware import describe_hardware
 
-    found = launch.hardware()
+    found = describe_hardware()
     assert found["cpu"] and found["cores"] == len(os.sched_getaffinity(0)) and found["memory_gb"] > 0.1
     files = {
         "/proc/cpuinfo": "processor\t: 0\nmodel name\t: Some CPU 9000 @ 3GHz\n",
@@ -33,15 +33,15 @@ def test_the_hardware_is_described(monkeypatch):
         "/sys/fs/cgroup/memory.max": "8000000000\n",
     }
     monkeypatch.setattr(pathlib.Path, "read_text", lambda self: files[str(self)])
-    assert launch.hardware() | {"cores": 0} == {
+    assert describe_hardware() | {"cores": 0} == {
         "cpu": "Some CPU 9000 @ 3GHz", "cores": 0, "memory_gb": 8.0,
         "devices": found["devices"], "device_memory_gb": found["device_memory_gb"],
     }  # fmt: skip
     files["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert launch.hardware()["memory_gb"] == 16.4
+    assert describe_hardware()["memory_gb"] == 16.4
 
     def nothing(self):
         raise FileNotFoundError(self)
 
     monkeypatch.setattr(pathlib.Path, "read_text", nothing)
-    assert launch.hardware()["cpu"] and launch.hardware()["memory_gb"] is None
+    assert describe_hardware()["cpu"] and describe_hardware()["memory_gb"] is None

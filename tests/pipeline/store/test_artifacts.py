@@ -1,4 +1,4 @@
-"""Artifacts: whole or not at all, at every point where a process can die; damage is found; one writer."""
+"""Test artifacts: atomic publication, detection of damage, and the lock."""
 
 import contextlib
 import os
@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.store import artifacts, files
+from pipeline.store import artifacts, files, integrity
 from pipeline.store.artifacts import ArtifactStore
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 class Crash(BaseException):
-    """Stands for a kill: nothing in the code under test catches it."""
+    """Stand for a kill: nothing in the code under test catches it."""
 
 
 def record(run_id, fingerprint="f"):
@@ -38,7 +38,7 @@ NEW = {"model/weights": "new", "model/extra/deep": "new", "report.txt": "new", "
 
 
 def publish(store, contents, run_id):
-    """One run as the pipeline does it, from begin to publication."""
+    """Perform one run as the pipeline does, from `begin` to publication."""
     with store.lock("sft"):
         store.begin("sft", {"run_id": run_id, "stage": "sft"})
         for name, text in contents.items():
@@ -52,19 +52,22 @@ def publish(store, contents, run_id):
 
 
 def published(store):
-    """What the manifest says is there, verified, as {name: text}."""
+    """Return {name: text} of everything in the manifest, verified."""
     manifest = store.verify("sft")
     return {name: (store.folder("sft") / name).read_text() for name in manifest["outputs"]}
 
 
 def strange(folder):
-    """What should not lie in a stage folder that nobody works on."""
+    """Return the temporary files that an idle stage folder must not contain."""
     return sorted(path.name for path in folder.iterdir() if path.name.startswith(".") and path.name != ".lock")
 
 
 def crash_at(monkeypatch, count):
-    """Lets the count-th change of the disk from now on fail, before it happens. Returns a counter of the
-    changes."""
+    """Make the count-th change of the disk from now on raise Crash before it happens.
+
+    Returns:
+        A list with one number, the changes so far.
+    """
     made = [0]
 
     def counted(function):
@@ -83,7 +86,7 @@ def crash_at(monkeypatch, count):
 
 
 @pytest.mark.parametrize("redo", [False, True])
-def test_a_crash_at_any_point_of_publication_leaves_the_old_or_the_new(tmp_path, monkeypatch, redo):
+def test_a_crash_during_publication_leaves_the_old_or_the_new_artifact(tmp_path, monkeypatch, redo):
     at, seen = 0, set()
     while True:
         at += 1
@@ -98,7 +101,7 @@ def test_a_crash_at_any_point_of_publication_leaves_the_old_or_the_new(tmp_path,
         if made[0] < at:
             break
         store = ArtifactStore(tmp_path / str(at), "small")
-        store.settle("sft")
+        store.recover_if_idle("sft")
         folder = store.folder("sft")
         manifest = store.manifest("sft") if folder.exists() else None
         if manifest is None:
@@ -118,13 +121,13 @@ def test_a_crash_at_any_point_of_publication_leaves_the_old_or_the_new(tmp_path,
             assert left in ([], [".redo"]), (at, left)
             if manifest is not None and manifest["run_id"] == "new":
                 assert left == [] and store.run("sft") is None
-        # and the next run goes through as if nothing had been
+        # the next run succeeds as if nothing had happened
         publish(store, {**NEW, "model/weights": "newer"}, "newer")
         assert published(store)["model/weights"] == "newer" and strange(folder) == []
     assert at > 30 and seen == ({"old", "new"} if redo else {"none", "new"})
 
 
-def test_a_redo_keeps_the_old_artifact_until_the_new_one_stands(tmp_path):
+def test_a_redo_keeps_the_old_artifact_until_the_new_one_is_complete(tmp_path):
     store = ArtifactStore(tmp_path, "small")
     publish(store, OLD, "old")
     with store.lock("sft"):
@@ -153,7 +156,7 @@ def damaged(store):
 
 
 @pytest.mark.parametrize("name", ["model/weights", "metrics.jsonl"])
-def test_damage_is_found_and_named(tmp_path, name):
+def test_damage_is_reported_by_file_name(tmp_path, name):
     store = ArtifactStore(tmp_path, "small")
     publish(store, OLD, "old")
     path = store.folder("sft") / name
@@ -164,7 +167,7 @@ def test_damage_is_found_and_named(tmp_path, name):
             bad[offset] ^= 1 << bit
             path.write_bytes(bad)
             (line,) = damaged(store)
-            assert line.startswith(f"{path}: sha256 is ") and "`rlhf run sft -c CONFIG --force` makes it anew" in line
+            assert line.startswith(f"{path}: sha256 is ") and "`rlhf run sft -c CONFIG --force` rebuilds it" in line
     path.write_bytes(good[:-1])
     assert damaged(store)[0].startswith(f"{path}: has {len(good) - 1} bytes and should have {len(good)}")
     path.unlink()
@@ -173,7 +176,7 @@ def test_damage_is_found_and_named(tmp_path, name):
     assert any(f"{path}: is a symbolic link" in line for line in damaged(store))
 
 
-def test_damage_of_the_manifest_is_found(tmp_path):
+def test_damage_of_the_manifest_is_detected(tmp_path):
     store = ArtifactStore(tmp_path, "small")
     publish(store, OLD, "old")
     path = store.folder("sft") / "manifest.json"
@@ -182,8 +185,8 @@ def test_damage_of_the_manifest_is_found(tmp_path):
         bad = bytearray(good)
         bad[offset] ^= 1
         path.write_bytes(bad)
-        try:  # a space that became another space is no damage
-            same = store.manifest("sft") == files.read_sealed(path)
+        try:  # whitespace may change without changing the object
+            same = store.manifest("sft") == integrity.read_sealed(path)
         except UserError as error:
             same = str(path) in str(error)
         assert same
@@ -191,14 +194,14 @@ def test_damage_of_the_manifest_is_found(tmp_path):
     assert "damaged" in damaged(store)[0]
 
 
-def test_a_stray_file_in_a_model_folder_is_damage_and_a_note_beside_is_not(tmp_path):
+def test_a_stray_file_is_damage_only_in_a_model_folder(tmp_path):
     store = ArtifactStore(tmp_path, "small")
     publish(store, OLD, "old")
     (store.folder("sft") / "notes.txt").write_text("mine")
     store.verify("sft")
     stray = store.folder("sft") / "model" / "pytorch_model.bin"
     stray.write_text("code")
-    assert damaged(store) == [f"{stray}: is not in the manifest; `rlhf run sft -c CONFIG --force` makes it anew"]
+    assert damaged(store) == [f"{stray}: is not in the manifest; `rlhf run sft -c CONFIG --force` rebuilds it"]
 
 
 @pytest.mark.parametrize("name", ["../../escape", "/etc/hostname", "model/../../../escape"])
@@ -206,9 +209,9 @@ def test_a_manifest_cannot_name_files_outside(tmp_path, name):
     store = ArtifactStore(tmp_path, "small")
     publish(store, OLD, "old")
     path = store.folder("sft") / "manifest.json"
-    manifest = files.read_sealed(path)
+    manifest = integrity.read_sealed(path)
     manifest["outputs"][name] = {"sha256": "0", "bytes": 0}
-    files.write_json(path, files.seal(manifest))
+    files.write_json(path, integrity.seal(manifest))
     assert any("leaves the folder" in line for line in damaged(store))
 
 
@@ -222,7 +225,7 @@ def test_a_link_cannot_be_published(tmp_path):
             store.publish("sft", content, record("a"))
 
 
-def test_one_writer_and_a_kill_frees_the_lock(tmp_path):
+def test_one_process_has_the_lock_and_a_kill_releases_it(tmp_path):
     code = (
         "import sys, time; from pipeline.store.artifacts import ArtifactStore\n"
         f"with ArtifactStore({str(tmp_path)!r}, 'small').lock('sft'):\n"
@@ -242,40 +245,40 @@ def test_one_writer_and_a_kill_frees_the_lock(tmp_path):
         other.wait()
         assert not store.is_held("sft")
         with store.lock("sft"):
-            assert not store.is_held("sft")  # by another process
+            assert not store.is_held("sft")  # that is: by no other process
     finally:
         other.kill()
         other.wait()
         other.stdout.close()
 
 
-def test_a_lock_of_a_folder_that_was_removed_meanwhile_holds_nothing(tmp_path, monkeypatch):
-    take = artifacts._try_lock
+def test_a_lock_in_a_folder_that_was_removed_is_refused(tmp_path, monkeypatch):
+    take = artifacts.try_lock
 
     def late(handle, patience):
         (tmp_path / "small").rename(tmp_path / "doomed")
         return take(handle, patience)
 
-    monkeypatch.setattr(artifacts, "_try_lock", late)
-    with pytest.raises(UserError, match="sft: was removed just now; run again"):
-        with ArtifactStore(tmp_path, "small").lock("sft"):
-            pass
+    monkeypatch.setattr(artifacts, "try_lock", late)
+    removed = pytest.raises(UserError, match="sft: was removed just now; run again")
+    with removed, ArtifactStore(tmp_path, "small").lock("sft"):
+        pass
 
 
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "small").write_text("a file where a folder should be")
     with pytest.raises(UserError, match="cannot be written"), ArtifactStore(tmp_path, "small").lock("sft"):
         pass
 
 
-def test_too_little_space_names_what_is_needed(tmp_path, monkeypatch):
+def test_too_little_space_is_reported_in_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 5))
     with pytest.raises(UserError, match=r"needs 2,000,000 bytes and 5 are free"):
         files.require_space(tmp_path, 2_000_000)
 
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
-def test_whoever_the_umask_lets_read_can_read_an_artifact_and_its_checkpoints(tmp_path, umask, mode):
+def test_files_have_the_permissions_of_the_umask(tmp_path, umask, mode):
     """safetensors writes files that only their owner can read."""
     import torch
     from safetensors.torch import save_file
@@ -304,8 +307,11 @@ def test_whoever_the_umask_lets_read_can_read_an_artifact_and_its_checkpoints(tm
     assert {path: bits for path, bits in found.items() if bits != mode and path.name != ".lock"} == {}
 
 
-def test_times_are_published_beside_the_artifact_and_are_no_part_of_it(tmp_path):
-    """Another run's are other bytes: the digest does not see them. A redo brings its own, or takes the old away."""
+def test_times_are_published_outside_the_digest(tmp_path):
+    """Times differ between runs, so the digest does not cover them.
+
+    A redo publishes its own times, or removes the old ones if it has none.
+    """
     store = ArtifactStore(tmp_path, "small")
     times = store.folder("sft") / "timing.jsonl"
     for number, text in enumerate(("one", "two", None)):

@@ -1,4 +1,4 @@
-"""The cache: what was kept comes back to the bit, and nothing else comes back."""
+"""Test the cache: tensors come back bit for bit, and damaged or outdated entries do not."""
 
 import torch
 
@@ -7,13 +7,13 @@ from pipeline.store.cache import Cache
 TENSORS = {"logps": torch.tensor([1.5, -2.25, float("-inf")]), "more": torch.arange(4).view(2, 2)}
 
 
-def test_what_was_kept_comes_back_exactly(tmp_path):
+def test_round_trip(tmp_path):
     Cache(tmp_path / "c").remember("reference", "abc", TENSORS)
     found = Cache(tmp_path / "c").recall("reference", "abc")
     assert set(found) == set(TENSORS) and all(torch.equal(found[k], TENSORS[k]) for k in TENSORS)
 
 
-def test_made_of_something_else_it_is_not_there(tmp_path):
+def test_another_digest_gives_nothing(tmp_path):
     cache = Cache(tmp_path / "c")
     assert cache.recall("reference", "abc") is None
     cache.remember("reference", "abc", TENSORS)
@@ -23,8 +23,8 @@ def test_made_of_something_else_it_is_not_there(tmp_path):
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["reference.safetensors"]
 
 
-def test_damage_anywhere_is_as_if_it_were_not_there(tmp_path):
-    """Each byte of the file flipped in turn, and the file cut at each length: the same numbers or none."""
+def test_a_damaged_file_gives_nothing(tmp_path):
+    """Flip each byte of the file, and cut it at each length: it gives the same tensors or none."""
     cache = Cache(tmp_path / "c")
     cache.remember("reference", "abc", TENSORS)
     path = tmp_path / "c" / "reference.safetensors"

@@ -1,5 +1,4 @@
-"""Checkpoints: what goes in comes out, to the bit; the newest that holds is taken; a crash leaves one that
-holds."""
+"""Test checkpoints: exact round trips, crashes, and choice of the newest valid one."""
 
 import contextlib
 import json
@@ -10,7 +9,8 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.store import files
-from pipeline.store.checkpoints import CheckpointStore, load_optimizer, optimizer_tensors, progress, step_folders
+from pipeline.store.checkpoints import CheckpointStore, progress, step_folders
+from pipeline.store.optimizer_state import load_optimizer, optimizer_tensors
 from tests.pipeline.store.test_artifacts import Crash, crash_at
 
 
@@ -27,7 +27,7 @@ def save(store, step, **state):
     return store.save(step, {"model": {"w": torch.full((3,), float(step))}}, {"n": step, **state}, 100)
 
 
-def test_tensors_and_state_come_back_exactly(tmp_path):
+def test_round_trip_of_tensors_and_state(tmp_path):
     store = make(tmp_path)
     w = torch.randn(3, 4)
     group = {
@@ -60,7 +60,7 @@ def train(model, optimizer, start, stop):
         optimizer.step()
 
 
-def test_training_goes_on_to_the_same_bytes(tmp_path):
+def test_resumed_training_gives_the_same_bytes(tmp_path):
     straight, optimizer = parts()
     train(straight, optimizer, 0, 12)
     model, optimizer = parts()
@@ -77,12 +77,12 @@ def test_training_goes_on_to_the_same_bytes(tmp_path):
         assert torch.equal(tensor, again.state_dict()[name])
 
 
-def test_an_optimizer_of_another_shape_is_refused_untouched():
+def test_an_optimizer_of_another_shape_is_refused_unchanged():
     model, optimizer = parts()
     train(model, optimizer, 0, 2)
     tensors, state = optimizer_tensors(optimizer)
     other = torch.optim.AdamW([{"params": [torch.zeros(3)]}, {"params": [torch.zeros(2)]}])
-    with pytest.raises(UserError, match="groups hold .*; start again with --restart$"):
+    with pytest.raises(UserError, match=r"groups have .*; start again with --restart$"):
         load_optimizer(other, tensors, state)
     wide = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Linear(8, 1))
     groups = [{"params": [wide[0].weight, wide[1].weight]}, {"params": [wide[0].bias, wide[1].bias]}]
@@ -91,13 +91,13 @@ def test_an_optimizer_of_another_shape_is_refused_untouched():
     with pytest.raises(UserError, match=misfit):
         load_optimizer(other, tensors, state)
     other = torch.optim.SGD([{"params": group["params"]} for group in optimizer.param_groups])
-    with pytest.raises(UserError, match="optimizer options differ: .*; start again with --restart$"):
+    with pytest.raises(UserError, match=r"optimizer options differ: .*; start again with --restart$"):
         load_optimizer(other, tensors, state)
     assert other.state_dict()["state"] == {}
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "delete", "stray", "link", "empty", "renumber", "state"])
-def test_the_newest_that_holds_is_taken_and_a_line_says_so(tmp_path, harm):
+def test_the_newest_valid_checkpoint_is_loaded_and_damage_reported(tmp_path, harm):
     store = make(tmp_path)
     save(store, 10)
     newest = save(store, 20)
@@ -128,7 +128,7 @@ def test_the_newest_that_holds_is_taken_and_a_line_says_so(tmp_path, harm):
     assert [path.name for path in step_folders(store.folder)] == ["step-00000010"]
 
 
-def test_nothing_that_holds_is_said_and_not_silent(tmp_path):
+def test_no_valid_checkpoint_is_reported(tmp_path):
     store = make(tmp_path)
     (save(store, 10) / "state.json").unlink()
     store = make(tmp_path)
@@ -138,13 +138,13 @@ def test_nothing_that_holds_is_said_and_not_silent(tmp_path):
     assert empty.newest() is None and empty.say == []
 
 
-def test_checkpoints_of_another_run_are_not_taken(tmp_path):
+def test_checkpoints_of_another_run_are_not_loaded(tmp_path):
     save(make(tmp_path, "a"), 10)
     store = make(tmp_path, "b")
     assert store.newest() is None and "belongs to another run" in store.say[0]
 
 
-def test_prune_goes_by_step_and_not_by_time(tmp_path):
+def test_prune_goes_by_step_not_by_file_time(tmp_path):
     store = make(tmp_path, keep=2)
     for step in (10, 20):
         save(store, step)
@@ -159,12 +159,12 @@ def test_due():
     assert not make(files.Path("x"), every=0).due(10)
 
 
-def test_saving_may_take_only_so_much_of_the_time(tmp_path, monkeypatch):
-    """Steps of a second, saves of two: at most a twentieth of the time means one save in 40 seconds, not one in ten."""
+def test_saves_are_limited_to_a_share_of_the_time(tmp_path, monkeypatch):
+    """Steps of 1 s, saves of 2 s and a share of 5 % make one save in 40 s, not in 10."""
     clock = [0.0]
     monkeypatch.setattr("pipeline.store.checkpoints.time.monotonic", lambda: clock[0])
     store = make(tmp_path)
-    store.most = 0.05
+    store.max_share = 0.05
 
     def slow_save(step):
         store.require_space(0)
@@ -186,12 +186,12 @@ def test_saving_a_step_twice_keeps_the_first(tmp_path):
     before = (save(store, 10) / "manifest.json").read_bytes()
     save(store, 10)
     assert (store.folder / "step-00000010" / "manifest.json").read_bytes() == before
-    (store.folder / "step-00000010" / "state.json").write_text("{}")  # unless it does not hold
+    (store.folder / "step-00000010" / "state.json").write_text("{}")  # only if it is damaged is it written again
     save(store, 10)
     assert make(tmp_path).newest().step == 10
 
 
-def test_adopt_takes_a_trainers_folder(tmp_path):
+def test_adopt_moves_the_trainers_folder(tmp_path):
     store = make(tmp_path)
     written = store.folder / ".tmp-trainer" / "checkpoint-10"
     written.mkdir(parents=True)
@@ -206,7 +206,7 @@ def test_adopt_takes_a_trainers_folder(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_a_crash_at_any_point_of_a_save_leaves_one_that_holds(tmp_path, monkeypatch, keep):
+def test_a_crash_during_a_save_leaves_a_valid_checkpoint(tmp_path, monkeypatch, keep):
     at, seen = 0, set()
     while True:
         at += 1
@@ -221,7 +221,7 @@ def test_a_crash_at_any_point_of_a_save_leaves_one_that_holds(tmp_path, monkeypa
             break
         store = make(folder, keep=keep)
         seen.add(store.newest().step)
-        assert store.say == []  # none of what was there is broken
+        assert store.say == []  # nothing that was there is damaged
         save(store, 40)
         assert make(folder, keep=keep).newest().step == 40
         left = sorted(path.name for path in store.folder.iterdir())
@@ -229,7 +229,7 @@ def test_a_crash_at_any_point_of_a_save_leaves_one_that_holds(tmp_path, monkeypa
     assert seen == {20, 30} and at > 10
 
 
-def test_manifest_holds_what_the_contract_names(tmp_path):
+def test_the_manifest_has_the_fields_of_the_contract(tmp_path):
     manifest = json.loads((save(make(tmp_path), 10) / "manifest.json").read_text())
     assert manifest.keys() == {"step", "total", "run_id", "fingerprint", "files", "versions", "digest"}
     assert set(manifest["files"]) == {"model.safetensors", "state.json"}

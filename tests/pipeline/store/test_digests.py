@@ -1,4 +1,4 @@
-"""Digests are taken once for as long as nobody touches a file, and again where a change may not show in its times."""
+"""Test digests: an unchanged file is read once, unless its times might hide a change."""
 
 import hashlib
 import os
@@ -13,9 +13,9 @@ from pipeline.store.digests import Digests
 
 @pytest.fixture
 def reads(monkeypatch):
-    """The paths that are hashed from now on."""
-    paths, hash_of = [], digests.hash_of
-    monkeypatch.setattr(digests, "hash_of", lambda path: (paths.append(path), hash_of(path))[1])
+    """Return a list that collects the paths that are hashed from now on."""
+    paths, compute_sha256 = [], digests.compute_sha256
+    monkeypatch.setattr(digests, "compute_sha256", lambda path: (paths.append(path), compute_sha256(path))[1])
     return paths
 
 
@@ -23,8 +23,8 @@ def sha256(text):
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def test_a_file_that_nobody_touches_is_read_once(tmp_path, reads, monkeypatch):
-    monkeypatch.setattr(digests, "SETTLED", 0.0)
+def test_an_unchanged_file_is_read_once(tmp_path, reads, monkeypatch):
+    monkeypatch.setattr(digests, "TIMESTAMP_STEP", 0.0)
     file, known = tmp_path / "rows.jsonl", Digests()
     file.write_text("{}\n\n{}\n")
     time.sleep(0.02)
@@ -35,8 +35,8 @@ def test_a_file_that_nobody_touches_is_read_once(tmp_path, reads, monkeypatch):
     assert known.facts(file).sha256 == sha256("{}\n") and len(reads) == 2
 
 
-def test_a_file_that_is_new_is_read_again(tmp_path, reads):
-    """A second write within the file system's tick may leave size and times as they were."""
+def test_a_new_file_is_read_again(tmp_path, reads):
+    """A second write within the file system's clock tick can leave size and times as they were."""
     file, known = tmp_path / "notes.txt", Digests()
     file.write_text("a")
     known.facts(file)
@@ -46,7 +46,7 @@ def test_a_file_that_is_new_is_read_again(tmp_path, reads):
     assert known.facts(file).sha256 == sha256("b") and known.facts(file).rows is None
 
 
-def test_old_content_that_is_put_back_shows(tmp_path):
+def test_restored_contents_are_noticed(tmp_path):
     file, known = tmp_path / "a", Digests()
     file.write_text("a")
     stamp, before = file.stat(), known.facts(file)
@@ -57,7 +57,7 @@ def test_old_content_that_is_put_back_shows(tmp_path):
     assert after.sha256 == before.sha256 and after.signature != before.signature
 
 
-def test_a_folder_is_its_files_but_hidden_ones(tmp_path):
+def test_hidden_files_of_a_folder_do_not_count(tmp_path):
     folder, known = tmp_path / "model", Digests()
     (folder / "deep").mkdir(parents=True)
     (folder / "deep" / "a.bin").write_text("a")
@@ -69,11 +69,11 @@ def test_a_folder_is_its_files_but_hidden_ones(tmp_path):
     assert known.facts(folder).sha256 != before.sha256
 
 
-def test_what_cannot_be_read_or_is_being_written_is_named(tmp_path, monkeypatch):
+def test_an_unreadable_or_changing_file_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"gone: cannot be read \(No such file or directory\)"):
         Digests().facts(tmp_path / "gone")
     file = tmp_path / "growing"
     file.write_text("a")
-    monkeypatch.setattr(digests, "hash_of", lambda path: path.write_text("more"))
+    monkeypatch.setattr(digests, "compute_sha256", lambda path: path.write_text("more"))
     with pytest.raises(UserError, match="growing: is being written; run again when that is done"):
         Digests().facts(file)

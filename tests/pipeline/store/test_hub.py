@@ -1,4 +1,4 @@
-"""A name on the Hub is asked for once a command, and its commit is what counts; a stand-in for the Hub answers."""
+"""Test names on the Hub: one request per command, commits as inputs; a fake Hub answers."""
 
 import hashlib
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
 from pipeline.errors import UserError
-from pipeline.store.hub import Hub, Named, Recorded
+from pipeline.store.hub import Hub, HubName, RecordedCommit
 from tests.pipeline import fakes
 from tests.pipeline.test_plan import interrupt, kinds, refused
 
@@ -18,7 +18,11 @@ A, B, C = ("a" * 40, "b" * 40, "c" * 40)
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """`hub.says`: the commit of each (kind, name, revision), or an exception; `hub.asked`: what was asked for."""
+    """Return a fake Hub.
+
+    `hub.says` maps (kind, name, revision) to a commit or an exception; `hub.asked` lists the
+    requests.
+    """
     here = SimpleNamespace(says={}, asked=[], cache=tmp_path / "hub")
 
     class Api:
@@ -48,41 +52,45 @@ def not_found():
 SET = ("dataset", "org/set", None)
 
 
-def test_the_hub_is_asked_once_and_not_for_a_commit(hub):
+def test_each_name_is_requested_once_and_commits_never(hub):
     hub.says = {SET: A, ("model", "org/set", "v1"): B}
     known = Hub()
-    assert [known.commit(Named("dataset", "org/set")) for _ in range(2)] == [(A, "")] * 2
-    assert known.commit(Named("model", "org/set", "v1")) == (B, "")
-    assert known.commit(Named("model", "org/set", C)) == (C, "")
+    assert [known.commit(HubName("dataset", "org/set")) for _ in range(2)] == [(A, "")] * 2
+    assert known.commit(HubName("model", "org/set", "v1")) == (B, "")
+    assert known.commit(HubName("model", "org/set", C)) == (C, "")
     assert hub.asked == [SET, ("model", "org/set", "v1")] and known.notes == []
 
 
-def test_where_the_hub_cannot_be_asked_what_was_recorded_stands(hub):
-    known, thing = Hub(), Named("dataset", "org/set")
-    records = [Recorded("org/set", "v1", B), Recorded("org/set", None, None), Recorded("org/set", None, A)]
+def test_offline_the_recorded_commit_is_used(hub):
+    known, thing = Hub(), HubName("dataset", "org/set")
+    records = [
+        RecordedCommit("org/set", "v1", B),
+        RecordedCommit("org/set", None, None),
+        RecordedCommit("org/set", None, A),
+    ]
     assert known.commit(thing, records) == known.commit(thing, records) == (A, "")
-    assert known.notes == [f"org/set: the Hub cannot be asked; going on with the recorded commit {A[:7]}"]
+    assert known.notes == [f"org/set: the Hub gave no answer; continuing with the recorded commit {A[:7]}"]
     assert hub.asked == [SET]
 
 
-def test_else_what_lies_in_the_cache_and_else_nothing(hub):
+def test_offline_without_a_record_the_cached_commit_is_used(hub):
     folder = hub.cache / "datasets--org--set"
-    assert Hub().commit(Named("dataset", "org/set")) == (None, "")
+    assert Hub().commit(HubName("dataset", "org/set")) == (None, "")
     (folder / "snapshots" / B).mkdir(parents=True)
-    assert Hub().commit(Named("dataset", "org/set")) == (B, "")
+    assert Hub().commit(HubName("dataset", "org/set")) == (B, "")
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(A)
     (folder / "refs" / "v1").write_text(C)
-    assert Hub().commit(Named("dataset", "org/set")) == (A, "")
-    assert Hub().commit(Named("dataset", "org/set", "v1")) == (C, "")
-    assert Hub().commit(Named("dataset", "org/set", "v2")) == (None, "")
+    assert Hub().commit(HubName("dataset", "org/set")) == (A, "")
+    assert Hub().commit(HubName("dataset", "org/set", "v1")) == (C, "")
+    assert Hub().commit(HubName("dataset", "org/set", "v2")) == (None, "")
 
 
-def test_what_the_hub_does_not_know_is_a_mistake_unless_it_was_known(hub):
+def test_a_name_unknown_to_the_hub_is_an_error_without_a_record(hub):
     hub.says = {SET: not_found()}
-    commit, problem = Hub().commit(Named("dataset", "org/set"))
+    commit, problem = Hub().commit(HubName("dataset", "org/set"))
     assert commit is None and problem.startswith("org/set: Repository Not Found for url: x; check the name, the")
-    assert Hub().commit(Named("dataset", "org/set"), [Recorded("org/set", None, A)]) == (A, "")
+    assert Hub().commit(HubName("dataset", "org/set"), [RecordedCommit("org/set", None, A)]) == (A, "")
 
 
 def test_a_hub_id_is_an_input_too(world, hub):
@@ -94,7 +102,7 @@ def test_a_hub_id_is_an_input_too(world, hub):
     assert reason.startswith("data.prompts changed (org/other, ")
 
 
-def test_the_manifest_names_the_commit_and_a_moved_one_makes_stale(world, hub):
+def test_the_manifest_records_the_commit_and_another_one_makes_stale(world, hub):
     world.stages, at = fakes.stages(reads=["prompts"]), "data.prompts=org/set"
     hub.says[SET] = A
     world.run("fit", at)
@@ -107,7 +115,7 @@ def test_the_manifest_names_the_commit_and_a_moved_one_makes_stale(world, hub):
     del hub.says[SET]
     assert kinds(world.states(at))["fit"] == "done"
     world.run("fit", at)
-    assert world.console.lines[0] == "org/set: the Hub cannot be asked; going on with the recorded commit aaaaaaa"
+    assert world.console.lines[0] == "org/set: the Hub gave no answer; continuing with the recorded commit aaaaaaa"
     hub.says[SET] = B
     world.run("fit", at)
     assert world.store.manifest("fit")["config"]["data"]["prompts"]["revision"] == B
@@ -126,13 +134,13 @@ def test_a_stage_reads_the_commit_that_the_manifest_names(world, hub):
     assert world.store.manifest("fit")["config"]["model"]["revision"] == B
     hub.says["model", "org/model", "v2"] = C
     assert world.states(*at)["fit"].reasons == ["model.name_or_path changed (org/model, commit bbbbbbb → ccccccc)"]
-    assert kinds(world.states(*at))["text"] == "done"  # of which no model on the Hub is a part
+    assert kinds(world.states(*at))["text"] == "done"  # it depends on no model on the Hub
     at = (at[0], at[1], f"model.revision={B}")
     assert kinds(world.states(*at))["fit"] == "done"
 
 
-def test_a_revision_whose_commit_nobody_knows_is_asked_for_all_the_same(world, hub):
-    """And not the main branch in its place."""
+def test_a_revision_with_an_unknown_commit_is_passed_on(world, hub):
+    """The main branch must not be used in its place."""
     seen = []
     world.stages = fakes.stages(reads=["prompts"])
     fakes.change(world.stages, "fit", hub_model=lambda experiment: ("model.name_or_path", "org/model"))
@@ -144,7 +152,7 @@ def test_a_revision_whose_commit_nobody_knows_is_asked_for_all_the_same(world, h
     assert seen == [("v1", "v2")]
 
 
-def test_an_interrupted_run_does_not_go_on_with_another_commit(world, hub):
+def test_an_interrupted_run_does_not_resume_with_another_commit(world, hub):
     world.stages, at = fakes.stages(reads=["prompts"]), "data.prompts=org/set"
     hub.says[SET] = A
     interrupt(world, 6, at)
@@ -156,7 +164,7 @@ def test_an_interrupted_run_does_not_go_on_with_another_commit(world, hub):
     assert world.store.manifest("fit")["config"]["data"]["prompts"]["revision"] == A
 
 
-def test_another_stage_that_reads_the_same_set_goes_by_its_record(world, hub):
+def test_another_stages_record_gives_the_commit_too(world, hub):
     world.stages, at = fakes.stages(reads=["prompts"]), "data.prompts=org/set"
     fakes.change(world.stages, "page", reads=lambda experiment: ["prompts"])
     hub.says[SET] = A
@@ -167,7 +175,7 @@ def test_another_stage_that_reads_the_same_set_goes_by_its_record(world, hub):
 
 
 def test_a_commit_that_an_older_version_did_not_record_makes_nothing_stale(world, hub):
-    """The run that makes the stage anew records it."""
+    """The next run that starts from scratch records the commit."""
     world.stages, at = fakes.stages(reads=["prompts"]), "data.prompts=org/set"
     world.run("fit", at)
     assert world.store.manifest("fit")["config"]["data"]["prompts"]["revision"] is None
@@ -177,7 +185,7 @@ def test_a_commit_that_an_older_version_did_not_record_makes_nothing_stale(world
     assert world.store.manifest("fit")["config"]["data"]["prompts"]["revision"] == A
 
 
-def test_a_name_that_the_hub_does_not_know_is_told_before_anything_runs(world, hub):
+def test_an_unknown_name_is_reported_before_anything_runs(world, hub):
     world.stages, hub.says[SET] = fakes.stages(reads=["prompts"]), not_found()
     (line,) = refused(world, "fit", "data.prompts=org/set")
     assert line.startswith("data.prompts: org/set: Repository Not Found") and world.store.manifest("text") is None
@@ -197,7 +205,7 @@ def test_a_name_that_the_hub_does_not_know_is_told_before_anything_runs(world, h
         ),
     ],
 )
-def test_revisions_that_name_nothing(world, settings, line):
+def test_invalid_revisions(world, settings, line):
     world.overrides = settings
     with pytest.raises(UserError) as caught:
         world.load()

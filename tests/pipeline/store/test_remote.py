@@ -1,4 +1,4 @@
-"""Artifacts on object storage: fsspec's storage in memory, and S3 as moto plays it where that is installed."""
+"""Test object storage with fsspec's memory file system, and with moto's S3 if that is installed."""
 
 import importlib.util
 import json
@@ -9,7 +9,7 @@ import pytest
 from pipeline import cli
 from pipeline.errors import UserError
 from pipeline.store.artifacts import ArtifactStore
-from pipeline.store.files import seal
+from pipeline.store.integrity import seal
 from pipeline.store.remote import Remote, is_url, local_folder
 
 
@@ -30,7 +30,7 @@ def url(request, monkeypatch):
     for name, value in {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "k",
                         "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    bucket = f"bucket-{port}"  # what moto holds outlives its server
+    bucket = f"bucket-{port}"  # moto's contents outlive its server
     fsspec.filesystem("s3", skip_instance_cache=True).mkdir(bucket)
     yield f"s3://{bucket}/rlhf"
     fsspec.filesystem("s3").clear_instance_cache()
@@ -39,7 +39,7 @@ def url(request, monkeypatch):
 
 @pytest.fixture
 def machines(world, url, tmp_path):
-    """machine(name) → the world as of one machine, whose artifacts are also at the address."""
+    """Return machine(name), which switches the world to one machine's folder."""
 
     def machine(name):
         world.store = ArtifactStore(tmp_path / name, "small")
@@ -50,13 +50,13 @@ def machines(world, url, tmp_path):
 
 
 def there(world):
-    """{path below the experiment: content} of the storage."""
+    """Return {path below the experiment: content} of the storage."""
     files, base = world.remote.files, world.remote.base.lstrip("/")
     files.invalidate_cache()
     return {path.lstrip("/").removeprefix(base + "/"): files.cat_file(path) for path in files.find(world.remote.base)}
 
 
-def test_what_one_machine_made_another_does_not_make_again(machines):
+def test_a_finished_stage_is_fetched_instead_of_run(machines):
     one = machines("one")
     one.run("fit")
     made, names = one.store.verify("fit"), set(there(one))
@@ -71,8 +71,8 @@ def test_what_one_machine_made_another_does_not_make_again(machines):
     assert "fetched" not in two.console.text
 
 
-def test_what_is_up_to_date_here_stays_and_the_later_one_stays_there(machines):
-    """Two machines with other settings do not undo each other's work."""
+def test_the_local_artifact_stays_and_the_later_one_stays_in_the_storage(machines):
+    """Two machines with different settings do not undo each other's work."""
     one = machines("one")
     one.run("fit")
     old = one.store.verify("fit")
@@ -95,14 +95,14 @@ def test_what_is_up_to_date_here_stays_and_the_later_one_stays_there(machines):
 
 
 def age(world, stage):
-    """As if what is there were of yesterday."""
+    """Date the stage in the storage back to 2020."""
     files, path = world.remote.files, f"{world.remote.base}/{stage}/manifest.json"
     manifest = json.loads(files.cat_file(path)) | {"finished_at": "2020-01-01T00:00:00+00:00"}
     manifest.pop("digest")
     files.pipe_file(path, json.dumps(seal(manifest)).encode())
 
 
-def test_what_is_stale_there_is_not_taken(machines):
+def test_a_stale_stage_is_not_fetched(machines):
     one = machines("one")
     one.run("fit", "fit.steps=3")
     two = machines("two")
@@ -110,8 +110,8 @@ def test_what_is_stale_there_is_not_taken(machines):
     assert "text: missing; fetched" in two.console.text and "fit: running" in two.console.text
 
 
-def test_an_upload_that_broke_off_is_no_artifact_and_is_made_good(machines, monkeypatch):
-    """The stage behind it is made all the same; the command says so at its end."""
+def test_an_interrupted_upload_is_no_artifact_and_is_repeated(machines, monkeypatch):
+    """The next stage still runs, and the command reports the failure at its end."""
     one = machines("one")
     put, count = one.remote.files.put_file, []
 
@@ -135,8 +135,11 @@ def test_an_upload_that_broke_off_is_no_artifact_and_is_made_good(machines, monk
 
 
 @pytest.mark.parametrize("damage", ["a file", "a missing file", "the manifest", "a path", "a name", "a field"])
-def test_what_does_not_hold_is_not_taken(damage, machines):
-    """One line with the remedy; what is done here needs nothing from there; --force makes it good there too."""
+def test_a_damaged_stage_in_the_storage_is_not_fetched(damage, machines):
+    """Damage in the storage is one line with the remedy.
+
+    A machine that has the stage itself does not care, and --force repairs the storage too.
+    """
     one = machines("one")
     one.run("fit")
     files, base = one.remote.files, f"{one.remote.base}/fit"
@@ -161,7 +164,7 @@ def test_what_does_not_hold_is_not_taken(damage, machines):
         two.run("fit")
     assert len(caught.value.lines) == 1
     assert caught.value.lines[0].startswith(f"{two.remote.url}: fit/")
-    assert "`rlhf run fit -c CONFIG --force` makes it anew" in caught.value.lines[0]
+    assert "`rlhf run fit -c CONFIG --force` rebuilds it" in caught.value.lines[0]
     assert not (two.store.folder("fit") / "manifest.json").exists()
     assert not list(two.store.root.rglob("escaped"))
     machines("one").run("fit")
@@ -173,7 +176,7 @@ def test_what_does_not_hold_is_not_taken(damage, machines):
     assert "fit: running" not in three.console.text
 
 
-def test_a_damaged_stage_here_comes_from_there(machines):
+def test_a_damaged_local_stage_is_fetched(machines):
     one = machines("one")
     one.run("fit")
     made = one.store.verify("fit")
@@ -184,7 +187,7 @@ def test_a_damaged_stage_here_comes_from_there(machines):
     assert one.store.verify("fit") == made
 
 
-def test_an_interrupted_run_here_goes_on_here(machines):
+def test_an_interrupted_local_run_is_not_fetched_over(machines):
     one = machines("one")
     one.run("fit")
     two = machines("two")
@@ -197,8 +200,8 @@ def test_an_interrupted_run_here_goes_on_here(machines):
 
 
 @pytest.mark.parametrize("how", ["done", "begun"])
-def test_what_another_process_makes_here_meanwhile_is_not_fetched_over(machines, how):
-    """It made the stage, or began to and was stopped, after the look at it and before its lock was taken."""
+def test_a_concurrent_local_run_is_not_fetched_over(machines, how):
+    """The other process finishes or begins the stage between the first check and the lock."""
     one = machines("one")
     one.run("fit")
     there = one.remote.manifest("fit")
@@ -225,7 +228,7 @@ def test_what_another_process_makes_here_meanwhile_is_not_fetched_over(machines,
     assert ("fit: running" in two.console.text) == (how == "begun")
 
 
-def test_one_that_is_out_of_reach_matters_only_where_something_is_needed(machines, monkeypatch):
+def test_an_unreachable_storage_matters_only_if_it_is_needed(machines, monkeypatch):
     one = machines("one")
     one.run("fit")
     two = machines("two")
@@ -237,7 +240,7 @@ def test_one_that_is_out_of_reach_matters_only_where_something_is_needed(machine
         patch.setattr(two.remote.files, "cat_file", dead)
         with pytest.raises(UserError) as caught:
             two.run("fit")
-    what = "no route; check the address, the rights and the connection"
+    what = "no route; check the address, the permissions and the connection"
     assert caught.value.lines == [f"--artifacts {two.remote.url}: {what}"]
     with monkeypatch.context() as patch:
         patch.setattr(two.remote.files, "cat_file", dead)
@@ -256,14 +259,14 @@ def test_addresses(tmp_path, monkeypatch, capsys):
         Remote("nosuch://x", ArtifactStore(folder, "small"))
     assert "nosuch" in caught.value.lines[0]
     (tmp_path / "e.yaml").write_text("name: small\n")
-    for address, what in (("file:///tmp/x", "give its path alone"), ("ftp://me:secret@host/x", "out of the address")):
+    for address, what in (("file:///tmp/x", "give only its path"), ("ftp://me:secret@host/x", "out of the address")):
         assert cli.main(["clean", "-c", "e.yaml", "--artifacts", address]) == 2
         said = capsys.readouterr().err
         assert what in said and "secret" not in said and said.count("\n") == 1
 
 
-def test_the_commands_know_addresses(tmp_path, monkeypatch, capsys):
-    """status looks at this machine's folder of the address."""
+def test_commands_accept_addresses(tmp_path, monkeypatch, capsys):
+    """The commands use this machine's folder for the address."""
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "here"))
     (tmp_path / "e.yaml").write_text("name: small\n")
     assert cli.main(["clean", "-c", "e.yaml", "--artifacts", "memory://bucket/x"]) == 0

@@ -11,7 +11,7 @@ from data.encode import encode_prompt, encode_response
 from data.groups import make_rows
 from data.tokenizer import train_tokenizer
 from pipeline.config.sections import ModelSettings
-from pipeline.store import files
+from pipeline.store import files, integrity
 from stages.models.forward import response_scores
 from stages.models.loading import from_scratch, load_scalar_model, load_tokenizer, new_reward_model, save_model
 from stages.settings import ppo as ppo_settings
@@ -165,7 +165,7 @@ def test_what_is_not_known_is_not_said(tmp_path, monkeypatch):
 def test_data_of_stages_further_up_are_named_where_they_are_what_it_was_made_of(tmp_path):
     def manifest(stage, data, inputs):
         facts = {kind: {"path": f"{kind}.jsonl", **TOTAL} for kind in data}
-        sealed = files.seal({"config": {"data": facts}, "inputs": inputs})
+        sealed = integrity.seal({"config": {"data": facts}, "inputs": inputs})
         (tmp_path / stage).mkdir()
         files.write_json(tmp_path / stage / "manifest.json", sealed)
         return sealed

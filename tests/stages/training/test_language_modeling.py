@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pipeline.errors import Interrupted, TrainingStopped
 from pipeline.stage import StopFlag
-from pipeline.store import files
+from pipeline.store import files, integrity
 from pipeline.store.checkpoints import CheckpointStore
 from stages.shared.runtime import Runtime
 from stages.training.loop import Phase
@@ -170,9 +170,9 @@ def test_a_checkpoint_with_a_schedule_of_transformers_is_gone_on_from(train, tmp
     options = {"min_lr_rate": 0.1}
     old = get_scheduler("cosine_with_min_lr", torch.optim.AdamW(groups, lr=0.7), 2, STEPS, options)
     torch.save(old.state_dict(), folder / "trainer" / "scheduler.pt")
-    manifest = files.read_sealed(folder / "manifest.json")
-    manifest["files"] = files.describe_files(folder, list(manifest["files"]))
-    files.write_json(folder / "manifest.json", files.seal(manifest))
+    manifest = integrity.read_sealed(folder / "manifest.json")
+    manifest["files"] = integrity.describe_files(folder, list(manifest["files"]))
+    files.write_json(folder / "manifest.json", integrity.seal(manifest))
     assert_told(train(), {}, first=5)
 
 

@@ -1,0 +1,141 @@
+"""Detect damage by digests: of files, of JSON objects, and of the files in a manifest."""
+
+import hashlib
+import json
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pipeline.errors import UserError
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return the canonical encoding of a JSON value, the one that digests are computed from."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def sha256_json(value: Any) -> str:
+    """Return the SHA-256 of a JSON value's canonical encoding, in hexadecimal."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's contents, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a JSON object with its own digest under the key `digest`."""
+    return {**value, "digest": sha256_json({key: item for key, item in value.items() if key != "digest"})}
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read a JSON object that carries its own digest.
+
+    Args:
+        path: a file that was written with `seal`.
+
+    Returns:
+        The object, `digest` included.
+
+    Raises:
+        UserError: the file cannot be read, is a symbolic link, is not JSON or does not match its
+            digest.
+    """
+    try:
+        if path.is_symlink():
+            raise ValueError("it is a symbolic link")
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error})") from None
+    return parse_sealed(content, str(path))
+
+
+def parse_sealed(content: bytes, name: str) -> dict[str, Any]:
+    """Parse a JSON object that carries its own digest.
+
+    Args:
+        content: the bytes of the file.
+        name: what error messages call it.
+
+    Raises:
+        UserError: the bytes are not JSON, or do not match the digest.
+    """
+    try:
+        value = json.loads(content.decode(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it is not a JSON object")
+        expected = str(value.get("digest"))
+        actual = sha256_json({key: item for key, item in value.items() if key != "digest"})
+        if expected != actual:
+            raise ValueError(f"its digest is {actual[:12]} and should be {expected[:12]}")
+    except (ValueError, RecursionError) as error:  # flipped bits can turn a file into very deep nesting
+        raise UserError(f"{name}: damaged ({error})") from None
+    return value
+
+
+def list_files(folder: Path) -> list[str]:
+    """List every file below `folder`, as sorted relative POSIX paths.
+
+    Raises:
+        UserError: there is a symbolic link or a special file. What a link points to can change
+            after it was verified, so artifacts contain none.
+    """
+    names = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        is_folder = entry.is_dir(follow_symlinks=False)
+        if entry.is_symlink() or not (is_folder or entry.is_file(follow_symlinks=False)):
+            raise UserError(f"{entry.path}: is a link or a special file; artifacts contain regular files only")
+        if is_folder:
+            names += [f"{entry.name}/{name}" for name in list_files(Path(entry.path))]
+        else:
+            names.append(entry.name)
+    return names
+
+
+def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Return `{name: {"sha256", "bytes"}}`, as manifests record it, for files below `folder`."""
+    return {name: {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
+
+
+def check_files(folder: Path, expected: dict[str, dict[str, Any]]) -> list[str]:
+    """Compare files on disk with what a manifest says of them.
+
+    Args:
+        folder: the folder that the names are relative to.
+        expected: the manifest's `{name: {"sha256", "bytes"}}`.
+
+    Returns:
+        A line `PATH: what is wrong` for each file that does not match; empty if all match.
+    """
+    problems = []
+    for name, facts in expected.items():
+        path = folder / name
+        if not is_inside(name):
+            problems.append(f"{folder}: the manifest names {name!r}, which leaves the folder")
+        elif _has_link(folder, name):
+            problems.append(f"{path}: is a symbolic link")
+        elif not path.is_file():
+            problems.append(f"{path}: is missing")
+        elif (size := path.stat().st_size) != facts.get("bytes"):  # before the digest: it costs nothing
+            problems.append(f"{path}: has {size} bytes and should have {facts.get('bytes')}")
+        elif (digest := sha256_file(path)) != facts.get("sha256"):
+            problems.append(f"{path}: sha256 is {digest[:12]} and should be {str(facts.get('sha256'))[:12]}")
+    return problems
+
+
+def is_inside(name: str) -> bool:
+    """Return whether a relative path from a manifest stays inside its folder."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not name.startswith("/") and ".." not in parts and "\0" not in name
+
+
+def _has_link(folder: Path, name: str) -> bool:
+    """Return whether the file, or a folder on the way to it, is a symbolic link."""
+    path = folder
+    for part in PurePosixPath(name).parts:
+        path = path / part
+        if path.is_symlink():
+            return True
+    return False
