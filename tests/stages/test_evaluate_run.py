@@ -14,11 +14,15 @@ import second_route as plain
 import torch
 from micro_chain import spy, write_rows
 
+from data.records import prompt_key
+from data.streams import held_out
 from data.world import writers as world_writers
 from data.world.world import World
 from pipeline.errors import UserError
 from pipeline.store.checkpoints import CheckpointStore
 from stages import evaluate
+from stages.evaluation import measuring
+from stages.evaluation.results import Measured
 from stages.page import samples as report_samples
 from stages.page.results import NAMES, complete
 from stages.settings import evaluate as evaluate_settings
@@ -91,8 +95,8 @@ def run_evaluate(chain, folder, choices, *more, sample=None, **options) -> Run:
     settings = [f"evaluate.{key}={value}" for key, value in choices.items()]
     with pytest.MonkeyPatch.context() as patch:
         if sample is not None:
-            patch.setattr(evaluate, "sample", sample)
-        calls = spy(patch, evaluate, "sample")
+            patch.setattr(measuring, "sample", sample)
+        calls = spy(patch, measuring, "sample")
         finished = chain.run("evaluate", folder, *settings, *more, **options)
     results = json.loads((finished.folder / "results.json").read_text())
     rows = [Draw(*row) for call in calls for row in zip(call.args[1], call.args[2], call.result, strict=True)]
@@ -230,7 +234,7 @@ class TestResponses:
                 alone = chain.tokenizer(text_of(prompt), add_special_tokens=False)["input_ids"]
                 assert draw.prompt == (alone if name == "base" else chat_ids(chain.tokenizer, prompt))
         assert [row["asked"] for row in files.results["policies"].values()] == ["plain", *["chat"] * 4]
-        assert "base is asked in plain text" in files.finished.said
+        assert "base is prompted in plain text" in files.finished.said
 
     def test_each_is_drawn_from_its_own_model_at_the_temperature(self, chain, files):
         for name in ("base", "sft", "ppo", "dpo", "best_of_n"):
@@ -495,10 +499,10 @@ def test_what_ends_the_stage_names_the_policy_and_a_judge_that_was_climbed(files
     """The last line of the stage is made of these."""
     from pipeline.record import headline
 
-    line = " · ".join(headline(evaluate_settings, files.finished.figures))
+    line = " · ".join(headline(evaluate_settings.STAGE, files.finished.figures))
     assert line.startswith("policy ppo · score ")
     assert line.endswith("judged by the reward model that it was trained to please or selected by")
-    assert "judged" not in " · ".join(headline(evaluate_settings, of_world.finished.figures))
+    assert "judged" not in " · ".join(headline(evaluate_settings.STAGE, of_world.finished.figures))
 
 
 def test_policies_that_are_left_out_are_not_sampled(few_shot):
@@ -521,8 +525,9 @@ class TestAgain:
         """From the checkpoint before the last policy: that one is sampled, and the files are the same."""
         state = CheckpointStore(files.finished.folder / "checkpoints", every=0, keep=2, run_id="1").newest().state
         assert list(state["measured"]) == ["base", "sft", "ppo", "dpo"]
-        monkeypatch.setattr(evaluate, "measured_before", lambda ctx: state["measured"])
-        calls = spy(monkeypatch, evaluate, "sample")
+        before = {name: Measured(**fields) for name, fields in state["measured"].items()}
+        monkeypatch.setattr(evaluate, "measured_before", lambda checkpoints: before)
+        calls = spy(monkeypatch, measuring, "sample")
         choices = [f"evaluate.{key}={x}" for key, x in PLAIN.items()]
         more = (f"data.evaluation_prompts={prompts[0]}", f"ppo.missing_eos_score={MISSING}")
         manifests = {"rm": {"digest": "rm", "metrics": files.results["reward_model"]}}
@@ -535,15 +540,8 @@ class TestAgain:
         store = CheckpointStore(tmp_path, every=0, keep=2, run_id="1")
         store.save(1, {}, {"policies": {"base": {}}})
         with pytest.raises(UserError, match="--restart"):
-            evaluate.measured_before(Context(store))
-        assert evaluate.measured_before(Context(CheckpointStore(tmp_path / "none", 0, 2, "1"))) == {}
-
-
-@dataclass(frozen=True)
-class Context:
-    """As much of a StageRun as is asked for its checkpoints."""
-
-    checkpoints: CheckpointStore
+            evaluate.measured_before(store)
+        assert evaluate.measured_before(CheckpointStore(tmp_path / "none", 0, 2, "1")) == {}
 
 
 class TestNearCopies:
@@ -728,7 +726,7 @@ def test_without_reward_model_and_documents_what_can_be_measured_is(chain, tmp_p
     results = json.loads((finished.folder / "results.json").read_text())
     assert list(results["policies"]) == ["base", "sft", "dpo"] and results["judge"] is None
     demonstrations = [row["prompt"] for row in chain.rows("demonstrations.jsonl")]
-    held = [demonstrations[i] for i in evaluate.held_out(list(map(evaluate.prompt_key, demonstrations)), 0.3)[1]]
+    held = [demonstrations[i] for i in held_out([prompt_key(prompt) for prompt in demonstrations], 0.3)[1]]
     rows = finished.rows("responses.jsonl")
     assert 0 < len(held) < len(demonstrations) and [r["prompt"] for r in rows if r["policy"] == "dpo"] == held
     assert {row["score"] for row in rows} == {None} and results["reward_model"]["accuracy"] is None

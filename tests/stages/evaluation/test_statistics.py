@@ -176,7 +176,7 @@ class TestWinRate:
         assert one["ci95"] == pytest.approx([1 - other["ci95"][1], 1 - other["ci95"][0]])
 
     def test_other_prompts_are_refused(self):
-        with pytest.raises(ValueError, match="1 prompts of ours and 3 of theirs"):
+        with pytest.raises(ValueError, match="ours has 1 prompts and theirs 3"):
             win_rate([[1.0]], [[1.0], [2.0], [3.0]], "abc")
         with pytest.raises(ValueError):
             difference_estimate([1.0], [1.0, 2.0, 3.0], "abc")

@@ -16,8 +16,8 @@ from stages.models.forward import response_logprobs, response_scores
 from stages.models.loading import prepare
 from stages.models.packing import can_pack
 from stages.settings import ppo as ppo_settings
-from stages.tools import memory
-from stages.tools.memory import Step, take_step
+from stages.tools import memory, memory_step
+from stages.tools.memory_step import Step, take_step
 from stages.training.trainee import make_trainee, optimizer_step
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -43,7 +43,7 @@ def test_a_step_without_data_holds_what_a_real_one_holds(head, lengths):
     read = response_scores if head == "scores" else response_logprobs
     for _ in range(2):
         there = [*model.parameters(), *(x for state in trainee.optimizer.state.values() for x in state.values())]
-        live = memory.Live()
+        live = memory_step.LiveBytes()
         live.known.update(x.untyped_storage() for x in there)
         with live:
             read(model, rows).sum().backward()
