@@ -1,5 +1,7 @@
-"""evaluate from the published folders to results.json, computed a second time with plain transformers: a response at a
-time. Taken from the run are the ids that were sampled, and from which seeds."""
+"""Compute results.json again with plain transformers, one response at a time.
+
+Only the sampled ids and their seeds are taken from the run.
+"""
 
 import functools
 import itertools
@@ -58,7 +60,7 @@ language_model, scalar_model = functools.cache(plain.language_model), functools.
 
 @dataclass(frozen=True)
 class Draw:
-    """A response as it was sampled."""
+    """A sampled response."""
 
     prompt: list[int]
     seed: int
@@ -130,7 +132,7 @@ def scores_again(chain, prompt, ids: list[int], how, missing: float | None) -> f
 
 @torch.no_grad()
 def kl_again(chain, run: Run, policy: str, reference: str, prompts: list, temperature: float) -> list[float]:
-    """Return log π(y|x) − log π_ref(y|x) of each sample: the policy behind what it read, the other behind the chat."""
+    """Return log π(y|x) − log π_ref(y|x) of each sample; the reference reads it as a chat."""
     own, other = (language_model(chain.root / folder) for folder in (f"{policy}/model", reference))
     draws = run.draws[policy]
     each = len(draws) // len(prompts)
@@ -150,14 +152,14 @@ def perplexity_again(chain, policy: str, rows: list[list[int]]) -> float:
 
 
 def held_out_rows(chain, held: bool = True) -> list[list[int]]:
-    """Return packed rows of the documents whose hash lies below the fraction (or, not `held`, of the others)."""
+    """Return packed rows of the held-out documents (or, if not `held`, of the others)."""
     texts = [row["text"] for row in chain.rows("documents.jsonl")]
     return plain.packed_rows(chain.tokenizer, [text for text in texts if (plain.place(text) < 0.3) == held], 8)
 
 
 @torch.no_grad()
 def draw_again(model, draw: Draw, temperature: float) -> list[int]:
-    """Sample once more: each token is the first whose cumulative probability exceeds the seed's next uniform number."""
+    """Sample again, token by token, from the cumulative probabilities and the seed's numbers."""
     uniforms = torch.rand(LENGTH, generator=torch.Generator().manual_seed(draw.seed))
     ids: list[int] = []
     for uniform in uniforms[: len(draw.ids)]:
@@ -167,17 +169,18 @@ def draw_again(model, draw: Draw, temperature: float) -> list[int]:
 
 
 def wins(ours: list[list[float]], theirs: list[list[float]]) -> float:
-    """Return the share of all pairs of responses to the same prompt that ours win; ties count half."""
+    """Return the share of pairs of responses to one prompt that ours win; ties count half."""
     found = [(a > b) + 0.5 * (a == b) for mine, other in zip(ours, theirs, strict=True) for a in mine for b in other]
     return statistics.mean(found)
 
 
 def by_prompt(rows: list[dict], value) -> list[list[float]]:
-    """Return value(row) of each row, a list a prompt, in the order of the rows."""
+    """Return value(row) of each row, a list per prompt, in the order of the rows."""
     return [[value(row) for row in some] for _, some in itertools.groupby(rows, key=lambda row: str(row["prompt"]))]
 
 
-# ── data of one's own ────────────────────────────────────────────────────────────────────────────────────────────
+# ── data of one's own
+# ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +218,7 @@ def few_shot(chain, tmp_path_factory):
 
 
 class TestResponses:
-    """What is asked, and what is sampled."""
+    """Check the queries and the samples."""
 
     def test_every_policy_answers_every_prompt_in_order(self, files, prompts):
         assert list(files.results["policies"]) == ["base", "sft", "ppo", "dpo", "best_of_n"]
@@ -296,7 +299,7 @@ class TestFigures:
             assert files.figures(name)["score"] == pytest.approx(statistics.mean(expected), abs=1e-4)
 
     def test_scores_of_the_least_of_two_models(self, chain, few_shot):
-        """A response that was cut off has its own score where none is given for it."""
+        """Without missing_eos_score, a response that was cut off keeps its own score."""
         for name in ("base", "ppo"):
             expected = [
                 scores_again(chain, row["prompt"], draw.ids, min, None)
@@ -363,7 +366,7 @@ class TestFigures:
         assert files.figures("base")["win_rate_vs_sft"]["value"] != 0.5
 
     def test_intervals_are_over_prompts(self, files):
-        """Student's, of eight means of two samples; not of sixteen samples."""
+        """It is Student's interval of eight means of two samples, not of sixteen samples."""
         assert files.results["clusters"] == files.figures("dpo")["win_rate_vs_sft"]["clusters"] == 8
         means = [statistics.mean(some) for some in by_prompt(files.rows("dpo"), lambda row: row["score"])]
         half = 2.36462 * statistics.stdev(means) / math.sqrt(8)  # t of 7 degrees of freedom
@@ -392,7 +395,7 @@ class TestFigures:
 
 
 class TestOverOptimisation:
-    """What the report needs to tell whether the score can be trusted, without gold."""
+    """Check the figures that tell whether the score can be trusted without gold."""
 
     def test_rows_have_their_length_and_the_reward_models_own_score(self, chain, files):
         """The last one also of answers that were cut, whose score is a fixed one."""
@@ -452,7 +455,7 @@ class TestOverOptimisation:
 
 
 class TestGreedy:
-    """Some prompts are answered by the likeliest tokens, too, with room to end."""
+    """Check the greedy answers, which have more room to end."""
 
     def test_answers_are_the_likeliest_tokens_in_the_form_in_which_each_is_asked(self, chain, files, prompts):
         rows = files.finished.rows("greedy.jsonl")
@@ -522,7 +525,7 @@ class TestAgain:
             assert (twice.finished.folder / name).read_bytes() == (files.finished.folder / name).read_bytes()
 
     def test_what_was_measured_before_is_not_measured_again(self, chain, files, prompts, tmp_path, monkeypatch):
-        """From the checkpoint before the last policy: that one is sampled, and the files are the same."""
+        """Resume from the checkpoint before the last policy: only that one is sampled."""
         state = CheckpointStore(files.finished.folder / "checkpoints", every=0, keep=2, run_id="1").newest().state
         assert list(state["measured"]) == ["base", "sft", "ppo", "dpo"]
         before = {name: Measured(**fields) for name, fields in state["measured"].items()}
@@ -580,12 +583,13 @@ class TestNearCopies:
         assert "prompts 1" not in found.finished.said
 
 
-# ── the embedded world ───────────────────────────────────────────────────────────────────────────────────────────
+# ── the embedded world
+# ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Prompts of the world, and for each of them an answer of a demonstrator."""
+    """Prompts of the world, with a demonstrator's answer to each."""
 
     rules: World
     answers: dict[str, str]
@@ -594,7 +598,8 @@ class Asked:
 @pytest.fixture(scope="module")
 def asked(chain, tmp_path_factory):
     """A folder as of the stage world whose evaluation prompts are some of its own, and four of what demonstrations ask
-    behind other greetings, one of these twice. What the first one asks is asked in a document, too."""
+    behind other greetings, one of these twice. What the first one asks is asked in a document, too.
+    """
     made = chain.run("world", tmp_path_factory.mktemp("world") / "world", config="world.yaml")
     rules = World.from_json(json.loads((made.folder / "world.json").read_text(encoding="utf-8")))
     rows = [row["prompt"] for row in made.rows("evaluation_prompts.jsonl")][:14]
@@ -688,7 +693,7 @@ class TestOfTheWorld:
             assert (clusters[one] == clusters[other]) == (tasks[one] == tasks[other])
 
     def test_gold_judges_all_of_them(self, of_world):
-        """Nobody climbed it, and best of n was not selected by it."""
+        """No policy was trained on gold, and best of n was not selected by it."""
         gold = lambda row: row["gold"]["overall"]  # noqa: E731
         sft = by_prompt(of_world.rows("sft"), gold)
         assert of_world.results["judge"] == "gold"
@@ -719,7 +724,7 @@ class TestOfTheWorld:
 
 
 def test_without_reward_model_and_documents_what_can_be_measured_is(chain, tmp_path):
-    """Demonstrations and rankings alone: the prompts that sft held out, and no number that nothing gives."""
+    """With only demonstrations and rankings, sft's held-out prompts serve, and nothing is made up."""
     settings = [f"evaluate.{key}={value}" for key, value in SMALL.items()] + ["evaluate.max_length=96"]
     given = ["data.documents=null", "data.prompts=null", "data.evaluation_prompts=null"]
     finished = chain.run("evaluate", tmp_path / "less", *settings, *given)

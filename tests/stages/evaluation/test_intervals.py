@@ -1,4 +1,7 @@
-"""How often the intervals hold the truth, on simulated evaluations (`tests/benchmarks/coverage.py` tries more)."""
+"""Check how often the intervals contain the true value, on simulated evaluations.
+
+`tests/benchmarks/coverage.py` tries more of them.
+"""
 
 import pytest
 

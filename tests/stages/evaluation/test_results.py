@@ -1,4 +1,4 @@
-"""From what was measured to results.json: figures recomputed by hand, halves apart, judges that say what they are."""
+"""Check the entries of results.json: figures recomputed by hand, halves, and judges."""
 
 import math
 

@@ -1,6 +1,6 @@
-"""Figures with uncertainty: intervals by hand and along independent routes, ties, calibration, agreement of labelers.
+"""Check estimates and their intervals by hand and along independent routes.
 
-`test_intervals.py` simulates how often the intervals hold the truth.
+`test_intervals.py` simulates how often the intervals contain the true value.
 """
 
 import itertools

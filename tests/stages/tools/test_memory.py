@@ -1,4 +1,4 @@
-"""doctor --memory: what is foretold is what a real step takes."""
+"""Check that `doctor --memory` predicts what a real step needs."""
 
 import importlib.util
 import json
