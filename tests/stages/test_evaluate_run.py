@@ -185,8 +185,7 @@ def by_prompt(rows: list[dict], value) -> list[list[float]]:
 
 @pytest.fixture(scope="module")
 def prompts(chain, tmp_path_factory):
-    """(a file of twelve prompts, the eight that are asked): the third is too long, the fifth a conversation, and of
-    the first nine alone."""
+    """Return a file of twelve prompts, and the eight of the first nine that fit."""
     rows = [row["prompt"] for row in chain.rows("evaluation_prompts.jsonl")]
     rows.insert(2, "the fox is red . " * 10)
     rows.insert(4, [{"role": "system", "content": "kind"}, {"role": "user", "content": "what color is the fox ?"}])
@@ -197,7 +196,7 @@ def prompts(chain, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(chain, prompts, tmp_path_factory):
-    """All policies, base in plain text, two samples a prompt at another temperature; scores are the mean of two."""
+    """Run all policies, base in plain text, with two samples each and two reward models."""
     figures = {"accuracy": 0.61, "n_pairs": 44, "ece": 0.2, "reward_bias": 0.3}
     return run_evaluate(
         chain,
@@ -211,7 +210,7 @@ def files(chain, prompts, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def few_shot(chain, tmp_path_factory):
-    """base and ppo with SFT: base after two demonstrations; PPO began from ppo_init, and climbed another judge."""
+    """Run base (few-shot), ppo (from ppo_init, with another judge) and SFT."""
     more = ("sft.ppo_init={num_train_epochs: 1}", "ppo.missing_eos_score=null", "ppo.reward_ensemble=min")
     judge = f"ppo.reward_model={chain.root}/other_rm/model"
     return run_evaluate(chain, tmp_path_factory.mktemp("few") / "shot", FEW_SHOT, *more, judge)
@@ -265,7 +264,7 @@ class TestResponses:
         assert sum(one != other for one, other in texts) > 4
 
     def test_base_after_some_demonstrations(self, chain, few_shot):
-        """The same two before each question, but the last alone where both have no room; no token of the template."""
+        """The same two precede each question, or only the last if both do not fit."""
         examples = {
             f"Question: {row['prompt']}\nAnswer: {row['completion']}\n\n" for row in chain.rows("demonstrations.jsonl")
         }
@@ -289,7 +288,7 @@ class TestResponses:
 
 class TestFigures:
     def test_scores(self, chain, files):
-        """The mean of both reward models, each bias subtracted; a fixed score where the end is missing."""
+        """It is the mean of both reward models, or a fixed score without EOS."""
         for name in ("base", "sft", "ppo", "dpo"):
             expected = [
                 scores_again(chain, row["prompt"], draw.ids, lambda found: statistics.mean(list(found)), MISSING)
@@ -328,7 +327,7 @@ class TestFigures:
             assert found["eos_rate"] == pytest.approx(statistics.mean(row["finished"] for row in files.rows(name)))
 
     def test_kl_to_sft(self, chain, files, prompts):
-        """At the temperature of sampling; base's own ids behind its plain prompt, SFT's reading of them in the chat."""
+        """The policy reads its own query, and SFT reads the same answer in the chat."""
         for name in ("base", "sft", "ppo", "dpo"):
             expected = kl_again(chain, files, name, "sft/model", prompts[1], 0.7)
             assert files.figures(name)["kl_to_sft"] == pytest.approx(statistics.mean(expected), abs=1e-3), name
@@ -374,7 +373,7 @@ class TestFigures:
         assert files.figures("dpo")["ci95"]["score"] == pytest.approx([center - half, center + half], rel=1e-4)
 
     def test_a_judge_that_was_climbed_says_so(self, files, few_shot):
-        """Best of n is selected by it, PPO trained to please it, unless it pleased another; DPO never saw it."""
+        """Best of n and PPO climbed it, unless PPO had another judge; DPO did not."""
         climbed = {name: row["judge_climbed"] for name, row in files.results["policies"].items()}
         assert climbed == {"base": False, "sft": False, "ppo": True, "dpo": False, "best_of_n": True}
         assert files.results["judge"] == "reward_model"
@@ -424,7 +423,7 @@ class TestOverOptimisation:
         assert (files.results["missing_eos_score"], files.results["response_length"]) == (MISSING, LENGTH)
 
     def test_a_held_out_reward_model_scores_every_answer(self, chain, tmp_path):
-        """It stands apart from the ensemble: scores of the policies are what they are without it."""
+        """It is not part of the ensemble: the policies' scores are the same without it."""
         import shutil
 
         shutil.copytree(chain.root / "rm", tmp_path / "rm")
@@ -597,8 +596,9 @@ class Asked:
 
 @pytest.fixture(scope="module")
 def asked(chain, tmp_path_factory):
-    """A folder as of the stage world whose evaluation prompts are some of its own, and four of what demonstrations ask
-    behind other greetings, one of these twice. What the first one asks is asked in a document, too.
+    """Write a folder like that of the stage world, with some tasks that training data sets too.
+
+    Demonstrations set four of the tasks after other greetings, and a document sets the first one.
     """
     made = chain.run("world", tmp_path_factory.mktemp("world") / "world", config="world.yaml")
     rules = World.from_json(json.loads((made.folder / "world.json").read_text(encoding="utf-8")))
@@ -617,7 +617,7 @@ def asked(chain, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def of_world(chain, asked, tmp_path_factory):
-    """Every policy says, as the seed has it, a demonstrator's answer or one to another prompt, some of them cut off."""
+    """Let policies answer as demonstrators do, some to another prompt, some cut off."""
     made, world = asked
     tokenizer, models = chain.tokenizer, []
     ids = {tuple(plain.prompt_ids(tokenizer, prompt)): prompt for prompt in world.answers}
@@ -642,7 +642,7 @@ def of_world(chain, asked, tmp_path_factory):
 
 class TestOfTheWorld:
     def known(self, made, rules: World, documents: bool = True) -> set:
-        """Return the tasks of all demonstrations and prompts, and (`documents`) of each request in a document."""
+        """Return the tasks of demonstrations, prompts and (`documents`) documents."""
         prompts = [row["prompt"] for kind in ("demonstrations", "prompts") for row in made.rows(f"{kind}.jsonl")]
         texts = [row["text"] for row in made.rows("documents.jsonl")]
         held = {task for text, task in rules.language.requests().items() if any(text in held for held in texts)}
@@ -661,7 +661,7 @@ class TestOfTheWorld:
         assert of_world.finished.figures["gold"] == of_world.figures("best_of_n")["gold"]["overall"]
 
     def test_known_tasks(self, asked, of_world):
-        """Those of the demonstrations behind other greetings among them, though no prompt stands twice."""
+        """Tasks that demonstrations set after other greetings are known, too."""
         made, world = asked
         known = self.known(made, world.rules)
         expected = {prompt: world.rules.task(prompt) in known for prompt in world.answers}
@@ -724,7 +724,7 @@ class TestOfTheWorld:
 
 
 def test_without_reward_model_and_documents_what_can_be_measured_is(chain, tmp_path):
-    """With only demonstrations and rankings, sft's held-out prompts serve, and nothing is made up."""
+    """With only demonstrations and rankings, sft's held-out prompts are evaluated."""
     settings = [f"evaluate.{key}={value}" for key, value in SMALL.items()] + ["evaluate.max_length=96"]
     given = ["data.documents=null", "data.prompts=null", "data.evaluation_prompts=null"]
     finished = chain.run("evaluate", tmp_path / "less", *settings, *given)

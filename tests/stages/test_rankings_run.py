@@ -65,7 +65,7 @@ def peoples(chain, given, tmp_path_factory):
 
 class TestOfPeople:
     def test_all_rows_of_a_prompt_are_on_one_side(self, given, peoples):
-        """A prompt is held out if its hash is below 0.3, whatever the labeler and the white space."""
+        """A prompt is held out if its hash is below 0.3, however it is spaced."""
         train, held = both(peoples)
         key = lambda row: " ".join(row["prompt"].split())  # noqa: E731
         assert {row["id"] for row in held} == {row["id"] for row in given if plain.prompt_place(row["prompt"]) < 0.3}
@@ -185,7 +185,7 @@ class TestSimulated:
         assert len({row["id"] for row in train + held}) == len(train + held)
 
     def test_who_ranks(self, world, calm, noisy):
-        """A training prompt has the labelers that are set, and a held-out one two different ones."""
+        """A training prompt has the labelers that are set, a held-out one has two."""
         for finished, asked in ((calm, 3), (noisy, 1)):
             for rows, count in zip(both(finished), (asked, 2), strict=True):
                 who: dict[str, list[str]] = {}
@@ -195,7 +195,7 @@ class TestSimulated:
                 assert {name for names in who.values() for name in names} == set(NAMES)
 
     def test_without_noise_ranks_are_the_labelers_taste(self, world, calm):
-        """Each row ranks by its labeler's utilities; a cut text is not the same as a finished one."""
+        """Each row ranks by its labeler's utilities of the answers as they ended."""
         assert "without noise" in calm.said
         decided = by_gold = 0
         for row in sum(both(calm), []):

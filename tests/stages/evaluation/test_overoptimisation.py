@@ -38,7 +38,7 @@ class TestEstimates:
 
     @pytest.mark.parametrize("clusters", [30, 300])
     def test_95_of_100_intervals_of_a_correlation_hold_the_truth(self, clusters):
-        """Three answers a prompt whose errors hang together; of many clusters, groups are left out."""
+        """Errors of a prompt's three answers are correlated; many clusters are grouped."""
         assert clusters < MAX_GROUPS or clusters > MAX_GROUPS
         rng, hits, tries = np.random.default_rng(1), 0, 60
         of = np.repeat(np.arange(clusters), 3)
