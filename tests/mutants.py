@@ -164,8 +164,8 @@ MUTANTS = [
     Mutant(
         "ppo",
         "ptx_coef does not weigh the gradient",
-        "roles.accelerator.backward((options.ptx.coef if mine else 0.0) * loss)",
-        "roles.accelerator.backward((1.0 if mine else 0.0) * loss)",
+        "roles.accelerator.backward((options.ptx.coef if is_own else 0.0) * loss)",
+        "roles.accelerator.backward((1.0 if is_own else 0.0) * loss)",
     ),
     Mutant(
         "ppo",
@@ -293,6 +293,7 @@ MUTANTS = [
         "winner and loser change places in the loss",
         "return ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights",
         "return ranking_loss(scores, batch.losers, batch.winners, batch.pair_weights",
+        "stages/training/ranking.py",
     ),
     Mutant(
         "rm",
@@ -309,13 +310,13 @@ MUTANTS = [
     Mutant(
         "rm",
         "the bias of the demonstrations is never taken",
-        "        bias = demonstration_mean(config, scorer, tokenizer, demonstrations, ctx.seed)\n",
+        "        bias = demonstration_mean(config, scorer, tokenizer, data.demonstrations, ctx.seed)\n",
         "        bias = 0.0\n",
     ),
     Mutant(
         "rm",
         "the bias is taken twice over",
-        "        bias = demonstration_mean(config, scorer, tokenizer, demonstrations, ctx.seed)\n",
+        "        bias = demonstration_mean(config, scorer, tokenizer, data.demonstrations, ctx.seed)\n",
         "        bias = 2 * demonstration_mean(config, scorer, tokenizer, demonstrations, ctx.seed)\n",
     ),
     Mutant(
@@ -413,7 +414,7 @@ MUTANTS = [
     Mutant(
         "rm",
         "an ensemble's accuracy is its first model's",
-        "mean = [sum(scores) / config.ensemble for scores in zip(*margins[: config.ensemble], strict=True)]",
+        "mean = [sum(scores) / ensemble for scores in zip(*margins[:ensemble], strict=True)]",
         "mean = margins[0]",
     ),
     # ── dpo ──────────────────────────────────────────────────────────────────────────────────────────────────────

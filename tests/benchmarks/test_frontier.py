@@ -24,8 +24,8 @@ from sweeps.page import page, plot_of, plots_of, table  # noqa: E402
 from sweeps.points import Point, Variant, best_of_points, keep, policy_point, variants_of  # noqa: E402
 from sweeps.words import markdown, with_interval  # noqa: E402
 
+from pipeline.chain import assess  # noqa: E402
 from pipeline.config.validation import load_experiment  # noqa: E402
-from pipeline.plan import assess  # noqa: E402
 from pipeline.stage import StopFlag  # noqa: E402
 from pipeline.store.artifacts import ArtifactStore  # noqa: E402
 from stages.page.drawing import picture  # noqa: E402
