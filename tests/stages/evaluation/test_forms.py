@@ -23,7 +23,7 @@ def test_a_model_from_scratch_is_prompted_in_plain_text_and_a_pretrained_one_thr
 
 
 def test_plain_ids_begin_a_document_as_the_corpus_holds_it(tokenizer):
-    """What follows the prompt in a document of the corpus follows it here, and no token of the template is in it."""
+    """The prompt has the ids that it has in a document, and no token of the template."""
     query = make_query(tokenizer, "plain", "what colour is the fox ?")
     document = tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"]
     assert query.ids == document[: len(query.ids)]

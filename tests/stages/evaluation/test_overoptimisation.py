@@ -1,4 +1,4 @@
-"""Checks that need no gold, by hand on small numbers; their intervals by simulation; which prompts are shown."""
+"""Check the over-optimisation checks by hand and by simulation, and which prompts are shown."""
 
 import dataclasses
 import itertools
@@ -38,7 +38,7 @@ class TestEstimates:
 
     @pytest.mark.parametrize("clusters", [30, 300])
     def test_95_of_100_intervals_of_a_correlation_hold_the_truth(self, clusters):
-        """Three answers a prompt whose errors hang together; of many clusters, groups are left out."""
+        """Errors of a prompt's three answers are correlated; many clusters are grouped."""
         assert clusters < MAX_GROUPS or clusters > MAX_GROUPS
         rng, hits, tries = np.random.default_rng(1), 0, 60
         of = np.repeat(np.arange(clusters), 3)
@@ -105,7 +105,9 @@ class TestChecks:
         found = overoptimisation.check_cut_answers(own, range(8))
         assert (found["n"], found["share"], found["finished_score"], found["cut_score"]) == (8, 0.5, 1.0, 5.5)
         assert found["difference"]["value"] == 4.5 and found["difference"]["ci95"][0] > 0
-        few = overoptimisation.check_cut_answers(measured([[1.0, -3.0]] * 4, [[5, 9]] * 4, [[True, False]] * 4), range(4))
+        few = overoptimisation.check_cut_answers(
+            measured([[1.0, -3.0]] * 4, [[5, 9]] * 4, [[True, False]] * 4), range(4)
+        )
         assert few["difference"] is None and few["n"] == 4
         older = overoptimisation.check_cut_answers(dataclasses.replace(own, raw_scores=None), range(8))
         assert older["share"] == 0.5 and older["cut_score"] is None
@@ -118,7 +120,9 @@ class TestChecks:
         found = overoptimisation.check_held_out_judge(own, sft, range(30))
         assert found["difference_to_sft"]["value"] == pytest.approx(0.5)
         assert found["score"]["value"] == pytest.approx(self.NOISE.mean() + 0.5)
-        assert overoptimisation.check_held_out_judge(measured(self.NOISE.tolist(), self.LENGTHS), sft, range(30)) is None
+        assert (
+            overoptimisation.check_held_out_judge(measured(self.NOISE.tolist(), self.LENGTHS), sft, range(30)) is None
+        )
         assert overoptimisation.check_held_out_judge(sft, sft, range(30))["difference_to_sft"] is None
 
     def test_nothing_is_checked_where_nothing_was_scored(self):

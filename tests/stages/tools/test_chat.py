@@ -1,4 +1,4 @@
-"""chat: what is typed, what is answered, what is remembered; with tiny models of random weights."""
+"""Check chat: commands, answers and memory, with tiny models of random weights."""
 
 import io
 import re
@@ -26,7 +26,7 @@ EXPERIMENT = SimpleNamespace(
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Published sft, ppo, base (other weights each) and rm (an ensemble of two); no dpo."""
+    """Publish sft, ppo and base with different weights, and rm with an ensemble of two; no dpo."""
     store = ArtifactStore(tmp_path_factory.mktemp("artifacts"), "fake")
     tokenizer = train_tokenizer(["the fox is red . what colour is the fox ?"] * 3, 300)
     shape = dict(
@@ -80,7 +80,7 @@ def test_answers_side_by_side_with_scores_until_the_input_ends(store, monkeypatc
 
 
 def test_an_ensemble_scores_as_evaluate_has_it_do(store, monkeypatch):
-    """The second of the two is 100 above the first."""
+    """The second model of the ensemble scores 100 higher than the first."""
     text = talk(store, monkeypatch, ["what colour is the fox ?"])
     assert text.count("score -") == 2
     monkeypatch.setattr(EXPERIMENT.evaluate, "reward_ensemble", "mean")
@@ -201,7 +201,7 @@ def test_a_folder_talks_too(store, monkeypatch):
 
 
 def test_the_likeliest_token_is_taken_unless_told(store):
-    """Token by token what transformers' greedy decoding gives."""
+    """Compare token by token with transformers' greedy decoding."""
     import torch
 
     speaker = speaker_of(store)
@@ -216,13 +216,13 @@ def test_the_likeliest_token_is_taken_unless_told(store):
 
 
 def answering(monkeypatch, *answers):
-    """Let policies answer with these ids, one after the other."""
+    """Let policies answer with these ids, one after another."""
     given = iter(answers)
     monkeypatch.setattr("stages.rollouts.transformers.sample", lambda *_, **__: [next(given)])
 
 
 def test_a_cut_answer_scores_what_evaluate_gives_it(store, monkeypatch):
-    """However high the reward model's own number is; and it is never the green one."""
+    """Whatever the reward model's own score is. A cut answer is never green."""
     monkeypatch.setattr(EXPERIMENT.evaluate, "missing_eos_score", 3.0)
     ended = load_tokenizer(store.folder("sft") / "model").eos_token_id
     answering(monkeypatch, [7, 8], [7, 8, ended])
@@ -279,7 +279,11 @@ def test_memory_is_said_and_can_be_turned_off(store, monkeypatch, capsys):
     decode = load_tokenizer(store.folder("sft") / "model").decode
     asked = [[part.split("<")[0].strip() for part in decode(ids).split("<|user|>")[1:]] for ids in seen]
     assert asked == [["one"], ["one", "two"], ["three"], ["four"]]
-    assert "memory is on: each policy reads the conversation so far" in text and "memory off" in text and "forgotten" in text
+    assert (
+        "memory is on: each policy reads the conversation so far" in text
+        and "memory off" in text
+        and "forgotten" in text
+    )
     prompts = [line for line in capsys.readouterr().out.splitlines() if "▸" in line]
     assert prompts == ["you ▸ ", "you, turn 2 ▸ ", "you, turn 3 ▸ ", "you ▸ ", "you ▸ ", "you, turn 4 ▸ ", "you ▸ ",
                        "you, turn 2 ▸ "]  # fmt: skip

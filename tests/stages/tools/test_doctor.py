@@ -1,4 +1,4 @@
-"""doctor: each finding as a person would meet it; what is needed and missing is exit 2."""
+"""Check each finding of doctor; something required and missing is exit code 2."""
 
 import io
 from functools import reduce
