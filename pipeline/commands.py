@@ -244,12 +244,13 @@ def reason_not_needed(name: str, last: str) -> str:
 def doctor_command(arguments: argparse.Namespace) -> int:
     """Run `rlhf doctor`: check this machine, or compute the memory that an experiment needs."""
     experiment = load_if_given(arguments)
-    doctor = importlib.import_module("stages.tools.doctor")
     if arguments.memory:
         if experiment is None:
             raise UserError("doctor --memory: needs an experiment; add -c CONFIG, such as configs/tiny.yaml")
-        return doctor.plan_memory(experiment, trust_remote_code=arguments.trust_remote_code)
+        memory_table = importlib.import_module("stages.tools.memory_table")
+        return memory_table.print_memory(experiment, trust_remote_code=arguments.trust_remote_code)
     artifacts = str(Location.of(arguments.artifacts).folder)
+    doctor = importlib.import_module("stages.tools.doctor")
     return doctor.run(experiment, artifacts=artifacts, fill=partial(hints.filled, caller=hints.caller_from(arguments)))
 
 
@@ -269,15 +270,19 @@ def chat_command(arguments: argparse.Namespace) -> int:
 
     experiment = load(arguments)
     environment.prepare(experiment)
-    return importlib.import_module("stages.tools.chat").run(
+    chat = importlib.import_module("stages.tools.chat")
+    length = arguments.max_new_tokens
+    return chat.run(
         experiment,
         api.open_store(experiment, Location.of(arguments.artifacts)),
-        models=[name.strip() for name in arguments.models.split(",") if name.strip()],
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        max_new_tokens=arguments.max_new_tokens,
-        system=arguments.system,
+        [name.strip() for name in arguments.models.split(",") if name.strip()],
+        chat.Settings(
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+            max_new_tokens=experiment.evaluate.response_length if length is None else length,
+            system=arguments.system or "",
+        ),
         trust_remote_code=arguments.trust_remote_code,
     )
 
