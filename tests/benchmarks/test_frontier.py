@@ -22,8 +22,8 @@ from sweeps.page import page, plot_of, plots_of, table
 from sweeps.points import Point, Variant, best_of_points, policy_point, save_rows, variants_of
 from sweeps.text import markdown, with_interval
 
+from pipeline.chain import assess
 from pipeline.config.validation import load_experiment
-from pipeline.plan import assess
 from pipeline.stage import StopFlag
 from pipeline.store.artifacts import ArtifactStore
 from stages.page.drawing import picture
@@ -212,8 +212,9 @@ def test_log_ratios_equal_those_from_logits(packed):
     """Compare evaluate's KL on rows of several lengths with single responses, token by token."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from stages import evaluate
-    from stages.evaluation.asking import Answer
+    from stages.evaluation.forms import Answer
+    from stages.evaluation.measuring import log_ratios
+    from stages.evaluation.tools import Policy
     from stages.models.loading import prepare
     from stages.models.packing import can_pack
     from stages.shared.runtime import make_accelerator
@@ -230,12 +231,11 @@ def test_log_ratios_equal_those_from_logits(packed):
             logits = [model(torch.tensor([prompt + response[:at]])).logits[0, -1] / 0.7 for model in models]
             total += (logits[0].log_softmax(-1)[token] - logits[1].log_softmax(-1)[token]).item()
         expected.append(total)
-    ctx = SimpleNamespace(config=SimpleNamespace(temperature=0.7))
     tools = SimpleNamespace(
         tokenizer=SimpleNamespace(pad_token_id=0), accelerator=make_accelerator("cpu", "float32"), reference=reference
     )
     answers = [Answer("", True, response, response) for response in responses]
-    ratios = evaluate.log_ratios(ctx, tools, evaluate.Policy("ppo", policy, packed), prompts, prompts, answers)
+    ratios = log_ratios(tools, Policy("ppo", policy, packed), prompts, prompts, answers, 0.7)
     assert ratios == pytest.approx(expected, abs=1e-5)
 
 

@@ -1,5 +1,8 @@
-"""DPO from rankings to the published folder, computed a second time with plain transformers: a response at a time, the
-pairs written out. Taken from the run is which prompts a batch holds."""
+"""Check the stage dpo against a second computation with plain transformers.
+
+It takes one response at a time, with the pairs written out. From the run it takes only the
+prompts of each batch.
+"""
 
 import copy
 import statistics
@@ -39,7 +42,7 @@ ORDERS = STEPS | {
 
 
 class SecondRoute:
-    """A policy that trains on groups against the policy that it was: its losses, its steps, its held-out figures."""
+    """A policy that trains on groups, with its untrained self as reference."""
 
     def __init__(self, chain, settings, sft="sft/model"):
         self.settings = settings
@@ -48,11 +51,11 @@ class SecondRoute:
         self.optimizer = plain.AdamW(self.model, settings.max_grad_norm, settings.weight_decay)
 
     def logps(self, model, group) -> torch.Tensor:
-        """(K,): of each response as a whole, its EOS included."""
+        """Return log π of each response with its EOS, (K,)."""
         return torch.stack([plain.token_logps(model, group.prompt, response).sum() for response in group.responses])
 
     def look(self, groups: list) -> tuple[torch.Tensor, dict]:
-        """(the loss, the figures) of a batch: every prompt weighs the same, whatever its K."""
+        """Return loss and figures of a batch; all prompts weigh the same, whatever K."""
         c, parts, pairs = self.settings, {name: [] for name in self.settings.loss_type}, []
         tokens = 0.0
         for group in groups:
@@ -86,14 +89,14 @@ class SecondRoute:
         return loss, figures | ({f"loss/{name}": x.item() for name, x in parts.items()} if len(parts) > 1 else {})
 
     def step(self, groups: list, rate: float) -> dict[str, float]:
-        """One step; → its row of metrics.jsonl."""
+        """Take a step and return its row of metrics.jsonl."""
         loss, figures = self.look(groups)
         norm = self.optimizer.step(plain.gradients_of(loss, self.model), rate)
         return figures | {"grad_norm": norm, "lr": rate}
 
 
 def first_by(group) -> dict[int, float]:
-    """The responses that labelers put first: a labeler's weight is shared by those that it tied there."""
+    """Return the responses that were put first; tied ones share their labeler's weight."""
     found: dict[int, float] = {}
     for ranks in group.ranks:
         best = min(rank for rank in ranks if rank is not None)
@@ -103,7 +106,7 @@ def first_by(group) -> dict[int, float]:
 
 
 def run_dpo(chain, folder, choices, **options):
-    """(the finished run, its training, its settings)."""
+    """Return the finished run, its training and its settings."""
     with pytest.MonkeyPatch.context() as patch:
         trainings = watch_fit(patch, dpo)
         settings = [f"dpo.{key}={x}" for key, x in choices.items()]
@@ -112,7 +115,7 @@ def run_dpo(chain, folder, choices, **options):
 
 
 def train_again(chain, settings, training):
-    """(the second route after its steps, rows of metrics.jsonl, of evaluations.jsonl, and the model after each)."""
+    """Return the second computation, its rows of both journals, and the model after each step."""
     train, held = (plain.groups_of(chain.tokenizer, chain.rows(f"rankings/{x}.jsonl")) for x in ("train", "validation"))
     route = SecondRoute(chain, settings)
     rows, looks, models = [], {}, {}
@@ -131,8 +134,10 @@ def close(row: dict) -> dict:
 
 
 def assert_same(finished, rows, looks, every: int) -> None:
-    """Both journals are the second route's. Before the first step all rewards are 0 but for rounding, which decides
-    what share of the winners' is the higher one there."""
+    """Both journals equal the second computation's.
+
+    Before the first step all rewards are 0 up to rounding, so the first accuracy is left out.
+    """
     for name, expected, steps in (
         ("metrics.jsonl", rows, [1, 2, 3, 4]),
         ("evaluations.jsonl", list(looks.values()), list(range(0, 5, every))),
@@ -174,7 +179,7 @@ class TestPairs:
 
 
 def test_whole_orders_with_the_first_responses_likelihood_and_the_best_policy(chain, tmp_path):
-    """Two losses by their weights; published is the policy of the lowest held-out loss, with its figures."""
+    """With two weighted losses, the policy of the lowest held-out loss is published."""
     finished, training, settings = run_dpo(chain, tmp_path / "dpo", ORDERS)
     _, rows, looks, models = train_again(chain, settings, training)
     assert_same(finished, rows, looks, every=1)
@@ -187,16 +192,16 @@ def test_whole_orders_with_the_first_responses_likelihood_and_the_best_policy(ch
 
 
 class TestReference:
-    """Its log-probs are kept beside the stage, under what they were made of."""
+    """Log-probabilities are kept beside the stage, under a digest of what they depend on."""
 
     def run(self, chain, folder, cache, digest="one", choices=PAIRS | {"max_steps": 1}, **inputs):
-        """inputs: folders in the place of the chain's `sft` and `rankings`."""
+        """Run dpo with other folders in place of the chain's `sft` and `rankings`."""
         manifests = {"sft": {"digest": digest, "metrics": {}}}
         return run_dpo(chain, folder, choices, cache=cache, inputs=inputs, manifests=manifests)[0]
 
     @pytest.mark.parametrize("changed", ["sft", "rankings"])
     def test_another_sft_model_or_other_rankings_get_their_own(self, chain, tmp_path, changed):
-        """Beside what an earlier run kept, the figures are those of a run that begins with nothing."""
+        """With results of an earlier run on disk, figures equal those of a run without."""
         if changed == "sft":
             other = {"sft": chain.root / "dpo", "digest": "two"}
         else:  # each prompt's responses the other way round, with the ranks that they had
@@ -213,7 +218,7 @@ class TestReference:
         assert beside.rows("evaluations.jsonl")[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
 
     def test_the_same_one_computes_nothing_again(self, chain, tmp_path):
-        """Other settings of the training alone: what is kept stays as it is, and is used."""
+        """Where only training settings differ, what is kept is used."""
         cache = tmp_path / "cache"
         self.run(chain, tmp_path / "one", cache)
         before = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}

@@ -1,5 +1,4 @@
-"""The stage rankings: people's rows split by prompt, and simulated ones made of what SFT says, read back from the files
-that it publishes."""
+"""Check the files that rankings publishes: people's rankings, split, and simulated ones."""
 
 import itertools
 import json
@@ -20,12 +19,12 @@ NAMES = [labeler.name for labeler in LABELERS]
 
 
 def both(finished) -> tuple[list[dict], list[dict]]:
-    """The rows of train.jsonl and of validation.jsonl."""
+    """Return the rows of train.jsonl and of validation.jsonl."""
     return finished.rows("train.jsonl"), finished.rows("validation.jsonl")
 
 
 def usable(row: dict) -> list[tuple[int, int]]:
-    """(better, worse) of every pair that says something."""
+    """Return (better, worse) of every usable pair."""
     ranks, texts = row["ranks"], row["responses"]
     K = range(len(ranks))
     return [(i, j) for i in K for j in K
@@ -33,7 +32,7 @@ def usable(row: dict) -> list[tuple[int, int]]:
 
 
 def agreement(rows: list[dict]) -> float:
-    """Share of the pairs of one prompt, tied by neither of two labelers, that they order alike."""
+    """Return the share of untied pairs that two labelers of a prompt order alike."""
     by_prompt: dict[str, list[dict]] = {}
     for row in rows:
         by_prompt.setdefault(row["prompt"], []).append(row)
@@ -48,7 +47,7 @@ def agreement(rows: list[dict]) -> float:
 
 @pytest.fixture(scope="module")
 def given(chain):
-    """The chain's rankings, some of them once more with their prompt spaced otherwise."""
+    """Write the chain's rankings, some of them twice, with other white space in the prompt."""
     rows = chain.rows("rankings.jsonl")
     return rows + [
         row | {"prompt": f"  {row['prompt'].replace(' ', '  ')}", "labeler": "cleo", "id": f"{row['id']} cleo"}
@@ -66,7 +65,7 @@ def peoples(chain, given, tmp_path_factory):
 
 class TestOfPeople:
     def test_all_rows_of_a_prompt_are_on_one_side(self, given, peoples):
-        """Whatever the labeler and the white space: below 0.3 of the hash of the prompt they are held out."""
+        """A prompt is held out if its hash is below 0.3, however it is spaced."""
         train, held = both(peoples)
         key = lambda row: " ".join(row["prompt"].split())  # noqa: E731
         assert {row["id"] for row in held} == {row["id"] for row in given if plain.prompt_place(row["prompt"]) < 0.3}
@@ -94,8 +93,11 @@ SEED = 5  # of micro_chain.py
 
 
 def answers(prompts: list[str], completions: list[str]) -> dict[str, list[tuple[str, bool]]]:
-    """Five (text, whether it ended by itself) for each prompt: a demonstrator's, an answer to another prompt, the first
-    one cut off, the first one with an insult, and another stranger's, or the same stranger's once more."""
+    """Return five answers (text, finished) to each prompt.
+
+    A demonstrator's, an answer to another prompt, the first one cut off, the first one with an
+    insult, and an answer to a third prompt or the second one again.
+    """
     found = {}
     for i, prompt in enumerate(prompts):
         own, other, third = (completions[(i + n) % len(prompts)] for n in (0, 1, 2))
@@ -107,7 +109,7 @@ def answers(prompts: list[str], completions: list[str]) -> dict[str, list[tuple[
 
 @pytest.fixture(scope="module")
 def world(chain):
-    """A folder as of the stage world, whose prompts are those that demonstrators have answered."""
+    """Write a folder like that of the stage world, with the demonstrations' prompts as prompts."""
     chain.run("world", chain.root / "world", config="world.yaml")
     rows = chain.rows("world/demonstrations.jsonl")
     write_rows(chain.root / "asked" / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows])
@@ -121,7 +123,7 @@ def world(chain):
 
 
 def simulate(chain, world, folder, monkeypatch, **settings):
-    """The stage on those prompts, with those answers in the place of SFT's."""
+    """Run the stage on those prompts, with those answers in place of SFT's."""
     ids = {tuple(plain.prompt_ids(chain.tokenizer, prompt)): prompt for prompt in world.answers}
 
     def told(policy, prompts, seeds, *, eos_id, **options):
@@ -137,7 +139,7 @@ def simulate(chain, world, folder, monkeypatch, **settings):
 
 
 def utilities(world, row: dict) -> list[float]:
-    """What the row's labeler thinks of its responses."""
+    """Return the utility of each response to the row's labeler."""
     finished = [dict(world.answers[row["prompt"]])[text] for text in row["responses"]]
     every = world.rules.labeler_utilities(row["prompt"], row["responses"], finished)
     return every[NAMES.index(row["labeler"])].tolist()
@@ -150,7 +152,7 @@ def simulated(chain, world, tmp_path_factory, name, **settings):
 
 @pytest.fixture(scope="module")
 def calm(chain, world, tmp_path_factory):
-    """An agreement out of reach: everybody ranks by their taste alone. Three labelers a training prompt."""
+    """Run with an agreement out of reach, so without noise; three labelers per training prompt."""
     return simulated(chain, world, tmp_path_factory, "calm", agreement=0.999, labelers_per_prompt=3)
 
 
@@ -161,12 +163,12 @@ def noisy(chain, world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def blind(chain, world, tmp_path_factory):
-    """Hardly anything but noise."""
+    """Run with almost only noise."""
     return simulated(chain, world, tmp_path_factory, "blind", agreement=0.501, labelers_per_prompt=2)
 
 
 def request(world, prompt: str) -> str:
-    """The longest request of the world that the prompt holds: what is left without opener and closer."""
+    """Return a prompt's request, without opener and closer: the longest one it contains."""
     return max((text for text in world.rules.language.requests() if text in prompt), key=len)
 
 
@@ -183,8 +185,7 @@ class TestSimulated:
         assert len({row["id"] for row in train + held}) == len(train + held)
 
     def test_who_ranks(self, world, calm, noisy):
-        """As many labelers as asked for a training prompt, two for one that is held out; different ones, and each of
-        the five somewhere."""
+        """A training prompt has the labelers that are set, a held-out one has two."""
         for finished, asked in ((calm, 3), (noisy, 1)):
             for rows, count in zip(both(finished), (asked, 2), strict=True):
                 who: dict[str, list[str]] = {}
@@ -194,7 +195,7 @@ class TestSimulated:
                 assert {name for names in who.values() for name in names} == set(NAMES)
 
     def test_without_noise_ranks_are_the_labelers_taste(self, world, calm):
-        """Of who is named, for what it is worth as it ended; the same text is one text."""
+        """Each row ranks by its labeler's utilities of the answers as they ended."""
         assert "without noise" in calm.said
         decided = by_gold = 0
         for row in sum(both(calm), []):
@@ -214,7 +215,7 @@ class TestSimulated:
         assert decided > 500 and by_gold > 5
 
     def test_with_noise_a_pair_is_decided_with_the_probability_of_its_utilities(self, world, noisy):
-        """The logistic function of their difference over the noise, as far as chance allows."""
+        """It is the logistic function of the difference over the noise, up to chance."""
         noise, kept, expected, variance = noisy.figures["noise"], 0, 0.0, 0.0
         for row in sum(both(noisy), []):
             worth, texts = utilities(world, row), row["responses"]
@@ -226,7 +227,7 @@ class TestSimulated:
         assert abs(kept - expected) < 4 * math.sqrt(variance) < 0.2 * expected
 
     def test_nobodys_noise_is_another_ones(self, blind):
-        """Where noise decides, a labeler's rankings differ from prompt to prompt, and two labelers' of one prompt."""
+        """Noise differs between prompts, and between labelers of one prompt."""
         train, held = both(blind)
         for name in NAMES:
             own = [tuple(row["ranks"]) for row in train if row["labeler"] == name and len(set(row["responses"])) == K]
@@ -234,7 +235,7 @@ class TestSimulated:
         assert abs(agreement(train) - 0.5) < 0.12
 
     def test_the_noise_is_the_one_of_the_agreement_that_was_asked_for(self, world, noisy):
-        """By every pair of different texts and every two of the five labelers."""
+        """Recomputed from every pair of different texts and every two of the five labelers."""
         agree = []
         for prompt, said in world.answers.items():
             texts, finished = (list(part) for part in zip(*said, strict=True))
@@ -269,8 +270,10 @@ class TestSimulated:
 
 
 def test_what_is_ranked_is_what_sft_says_at_the_temperature_asked_for(chain, world, tmp_path):
-    """SFT itself samples: by plain transformers, the log-probs of what it said are those of softmax(logits / 0.6), as
-    far as chance allows. Prompts that leave no room are left out with their samples."""
+    """The samples' log-probabilities are those of softmax(logits / 0.6), up to chance.
+
+    Prompts that leave no room are left out with their samples.
+    """
     choices = {"samples_per_prompt": 4, "response_length": 6, "max_length": 60, "num_prompts": 30, "batch_size": 8,
                "on_too_long": "drop", "temperature": 0.6}  # fmt: skip
     settings = [f"rankings.{key}={x}" for key, x in choices.items()]

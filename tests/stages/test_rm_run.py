@@ -1,5 +1,8 @@
-"""The reward model from rankings to the published folder, computed a second time with plain transformers: a response at
-a time, the pairs written out. Taken from the run are the head's first weights and which prompts a batch holds."""
+"""Check the stage rm against a second computation with plain transformers.
+
+It takes one response at a time, with the pairs written out. From the run it takes only the head's
+initial weights and the prompts of each batch.
+"""
 
 import copy
 import itertools
@@ -39,7 +42,7 @@ ORDERS = STEPS | {"learning_rate": 4e-2, "loss_type": "plackett_luce", "keep": "
 
 
 class SecondRoute:
-    """A reward model that trains on groups: its loss, its steps, and its held-out figures."""
+    """A reward model that trains on groups: its loss, its steps and its held-out figures."""
 
     def __init__(self, chain, settings, start: dict):
         from transformers import AutoModelForSequenceClassification
@@ -62,7 +65,7 @@ class SecondRoute:
         return plain.pairwise_loss(group, scores, c.label_smoothing, c.margin_coef)
 
     def step(self, groups: list, rate: float) -> dict[str, float]:
-        """One step; → its row of metrics.jsonl. Every prompt weighs the same, whatever its K."""
+        """Take a step and return its row of metrics.jsonl; all prompts weigh the same."""
         scores = [self.scores(group) for group in groups]
         loss = sum(map(self.loss, groups, scores)) / len(groups)
         margins = [[(s[i] - s[j]).item() for i, j, _ in g.pairs()] for g, s in zip(groups, scores, strict=True)]
@@ -77,12 +80,15 @@ class SecondRoute:
 
     @torch.no_grad()
     def margins(self, groups: list) -> list[float]:
-        """Of every pair, a prompt after the other."""
+        """Return the margin of every pair, prompt by prompt."""
         return pair_margins(groups, [self.scores(group) for group in groups])
 
     @torch.no_grad()
     def held_out(self, groups: list) -> dict[str, float]:
-        """A row of evaluations.jsonl: all pairs weigh the same in accuracy and margin, all prompts in the loss."""
+        """Return a row of evaluations.jsonl.
+
+        All pairs weigh the same in accuracy and margin, all prompts in the loss.
+        """
         scores = [self.scores(group) for group in groups]
         margins = pair_margins(groups, scores)
         loss = statistics.mean(self.loss(group, some).item() for group, some in zip(groups, scores, strict=True))
@@ -98,7 +104,7 @@ def accuracy(margins: list[float]) -> float:
 
 
 def run_rm(chain, folder, choices, *more, **options):
-    """(the finished run, its trainings, the groups of train.jsonl and of validation.jsonl, its settings)."""
+    """Return the finished run, its trainings, training and held-out groups, and its settings."""
     with pytest.MonkeyPatch.context() as patch:
         trainings = watch_fit(patch, rm)
         settings = [f"rm.{key}={x}" for key, x in choices.items()]
@@ -108,7 +114,7 @@ def run_rm(chain, folder, choices, *more, **options):
 
 
 def train_again(chain, settings, training, train, held):
-    """(the second route after its steps, rows of metrics.jsonl, of evaluations.jsonl, and the model after each)."""
+    """Return the second computation, its rows of both journals, and the model after each step."""
     route = SecondRoute(chain, settings, training.start)
     rows, looks, models = [], {0: route.held_out(held)}, {0: copy.deepcopy(route.model)}
     for step, (batch, share) in enumerate(zip(training.batches, SHARES, strict=True), 1):
@@ -126,16 +132,16 @@ def pairs(chain, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pairs_again(chain, pairs):
-    """The second route of both models."""
+    """Return the second computation of both models."""
     _, trainings, (train, held), settings = pairs
     return [train_again(chain, settings, training, train, held) for training in trainings]
 
 
 class TestPairs:
-    """Two models on all pairs, with smoothed labels, margins and weight decay."""
+    """Check two models on all pairs, with smoothed labels, margins and weight decay."""
 
     def test_the_published_models(self, pairs, pairs_again):
-        """Trained on train.jsonl, every prompt once however many labelers it had, from sft's weights."""
+        """Training takes each prompt of train.jsonl once, however many labelers it had."""
         finished, trainings, (train, _), _ = pairs
         assert any(len(group.ranks) == 2 for group in train) and len(train) == 24
         for folder, training, (route, *_) in zip(("model", "ensemble/1"), trainings, pairs_again, strict=True):
@@ -163,7 +169,7 @@ class TestPairs:
             assert row == {key: pytest.approx(x, rel=1e-4, abs=1e-5) for key, x in again.items()}
 
     def test_how_far_it_is_trusted(self, pairs, pairs_again):
-        """Accuracy in all and in parts over every held-out pair of every labeler, as the published folders say."""
+        """Accuracy counts every held-out pair of every labeler, scored by the published models."""
         (finished, _, (_, held), _), (route, *_) = pairs, pairs_again[0]
         figures, margins = finished.figures, route.margins(held)
         owners = [(group, *pair) for group in held for pair in group.pairs()]
@@ -186,7 +192,7 @@ class TestPairs:
         assert figures["accuracy_ceiling"] == 0.875, "what the stage rankings says of its labelers"
 
     def test_its_calibration(self, pairs, pairs_again):
-        """Each pair in one of ten bins of σ(|margin|): Σ share · |right − confidence|."""
+        """ece is Σ share · |right − confidence| over ten bins of σ(|margin|)."""
         margins, bins = pairs_again[0][0].margins(pairs[2][1]), {}
         for margin in margins:
             confidence = 1 / (1 + math.exp(-abs(margin)))
@@ -210,8 +216,7 @@ class TestPairs:
         assert pairs[0].figures["ensemble_accuracy"] == pytest.approx(accuracy([a + b for a, b in both]))
 
     def test_demonstrations_score_0_on_average(self, pairs, chain):
-        """Each model's own: reward_bias is the mean of its logits over all ten, and what a person is shown has it
-        taken off."""
+        """reward_bias is the mean of a model's own logits; samples show scores minus it."""
         finished = pairs[0]
         shown = {row["response"]: row["score"] for row in finished.rows("samples.jsonl")}
         for folder in ("model", "ensemble/1"):
@@ -237,7 +242,7 @@ class TestPairs:
 
 
 def test_whole_orders_and_the_best_model(chain, tmp_path):
-    """plackett_luce; published is the model of the lowest held-out loss, with its figures, and not the last one."""
+    """With plackett_luce and keep: best, the model of the lowest held-out loss is published."""
     finished, (training,), (train, held), settings = run_rm(chain, tmp_path / "rm", ORDERS)
     _, rows, looks, models = train_again(chain, settings, training, train, held)
     for row, again in zip(finished.rows("metrics.jsonl"), rows, strict=True):
@@ -251,7 +256,7 @@ def test_whole_orders_and_the_best_model(chain, tmp_path):
 
 
 def test_the_mean_is_over_as_many_demonstrations_as_asked_for_of_those_that_fit(chain, tmp_path):
-    """Nine of ten, and none of the four that are too long: a mean that some nine of the ten have."""
+    """Nine demonstrations are scored, and none of the four that are too long."""
     rows = chain.rows("demonstrations.jsonl")
     long = {"prompt": "hello ?", "completion": "the fox is red . " * 20}
     write_rows(tmp_path / "some.jsonl", [row for short in rows[:8:2] for row in (short, long)] + rows[1:8:2] + rows[8:])
@@ -272,7 +277,7 @@ def test_the_mean_is_over_as_many_demonstrations_as_asked_for_of_those_that_fit(
 
 
 class TestHeldOut:
-    """One more model, which evaluate alone asks."""
+    """A further model is trained, which only evaluate uses."""
 
     def test_by_default_where_people_ranked(self, chain):
         people, world = chain.experiment("rm.held_out=null"), chain.experiment("rm.held_out=null", config="world.yaml")
