@@ -142,13 +142,13 @@ def plan(
         The chain, and (method, setting, experiment) of each variation; best of n first, its setting
         {}.
     """
-    seed_override = [override for override in chain_overrides if override.startswith("seed=")]
+    seed_overrides = [override for override in chain_overrides if override.startswith("seed=")]
     settings = [("dpo", beta) for beta in with_own(args.betas, first.dpo.beta)]
     settings += [("ppo", coef) for coef in with_own(args.kl_coefs, first.ppo.kl_coef)]
-    best_of_n = runner.load(*seed_override, "name=best_of_n", *sampling_overrides(first, "sft", args.best_of))
+    best_of_n = runner.load(*seed_overrides, "name=best_of_n", *sampling_overrides(first, "sft", args.best_of))
     variations = [("best_of_n", {}, best_of_n)]
     for stage, value in settings:
-        varied = runner.load(*seed_override, *variant(stage, value), *sampling_overrides(first, stage, args.samples))
+        varied = runner.load(*seed_overrides, *variant(stage, value), *sampling_overrides(first, stage, args.samples))
         variations.append((stage, {KEYS[stage]: value}, varied))
     return runner.load(*chain_overrides), variations
 
@@ -192,7 +192,17 @@ def sweep(
 
 
 def line(experiment: str, args: Namespace, point: Point, manifest: dict) -> dict:
-    """Return the JSON object of a point, with the provenance that its manifest gives."""
+    """Return the JSON object of a point.
+
+    Args:
+        experiment: Name of the config's own experiment.
+        args: The command line.
+        point: The point.
+        manifest: Manifest of the stage that made its policy.
+
+    Returns:
+        The object.
+    """
     return {
         "bench": "frontier",
         "experiment": experiment,

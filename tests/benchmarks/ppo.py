@@ -228,7 +228,7 @@ class Session:
             self.warm = True
 
     def our_update(self, row: Row, seed: int, text: list[list[int]] | None = None) -> dict:
-        """Measure one update of ours, with `text` for ptx."""
+        """Measure one update of ours on the prompts of `seed`, with rows of `text` for ptx."""
         return self.workers["ours"].ask("update", prompts=self.prompts(row, seed), text=text)
 
     def peer_update(self, row: Row, seed: int) -> dict:
@@ -389,9 +389,8 @@ def our_figures(session: Session, row: Row, ours: list[dict], peak_flops: float)
         sizes = [len(p) for p in session.prompts(row, 100 + pair)]
         groups = [(size, answer["lengths"][i * row.n : (i + 1) * row.n]) for i, size in enumerate(sizes)]
         tokens = sum(size + sum(lengths) for size, lengths in groups)
-        necessary.append(
-            (4 + 2 * row.epochs) * tokens - row.episodes
-        )  # the sampler does not have to read the last token
+        # The sampler does not have to read the last token of an episode.
+        necessary.append((4 + 2 * row.epochs) * tokens - row.episodes)
         flops = necessary_flops(shape, groups, row.epochs)
         fractions.append(flops["all"] / answer["seconds"] / peak_flops)
         update_fractions.append(
@@ -410,7 +409,16 @@ def our_figures(session: Session, row: Row, ours: list[dict], peak_flops: float)
 
 
 def epochs_law(session: Session, row: Row, ours: list[dict]) -> dict:
-    """Compare the time of several passes over a batch with that of as many one-pass updates."""
+    """Compare the time of several passes over a batch with that of as many one-pass updates.
+
+    Args:
+        session: The session.
+        row: The row measured, with several epochs.
+        ours: Our answers to it.
+
+    Returns:
+        "update_s": seconds by number of epochs; "linear": several epochs over as many single ones.
+    """
     once = replace(row, epochs=1)
     session.our_setup(once)
 

@@ -325,7 +325,7 @@ def measure_step(session: Session, row: Row, pairs: int) -> dict:
 
 
 def measure_growth(session: Session, row: Row, pairs: int) -> dict:
-    """Measure our seconds for a prompt at K = 9 over K = 2, in turns, on equally many prompts."""
+    """Measure our time for a prompt at K = 9 over K = 2, in turns, on equally many prompts."""
     session.start(row.dtype)
 
     def step(k: int, seed: int) -> dict:

@@ -450,8 +450,7 @@ def conditions(variants: dict[str, list[Outcome]], args: Namespace) -> list[str]
         f"Intervals are 95 %, over {unit_of(series(variants, ONE_PAIR, BEST))}; differences are paired.",
         f"{EQUAL_LABELS} has as many labelled pairs in total ({labels['pairs']:,.0f}, against "
         f"{one['pairs']:,.0f} with one pair a prompt) and in a step, and the same learning rate; {chosen}, so steps "
-        f"({labels['steps']:,.0f} and "
-        f"{one['steps']:,.0f}) and computed tokens differ.",
+        f"({labels['steps']:,.0f} and {one['steps']:,.0f}) and computed tokens differ.",
         f"{EQUAL_COMPUTE} computes as many tokens in a pass and in a step as one pair a prompt, with "
         f"{compute['pairs'] / one['pairs']:.1f} times the labels ({compute['pairs']:,.0f}).",
     ]
@@ -482,7 +481,7 @@ def compared(
         ours: One variant.
         theirs: The other one.
         key: The figure.
-        says: "more" or "less" with the number → the predicate of the sentence.
+        predicate: "0.123 more" or "0.123 less" → the predicate of the sentence.
 
     Returns:
         The sentence.

@@ -396,9 +396,8 @@ class TestSharing:
         capsys.readouterr()
         experiments.update_variant(load_variant("name=other"), other, "page", main)
         assert "running" not in capsys.readouterr().out
-        assert {state.kind for state in assess(load_variant("name=other"), other, experiments.stages).values()} == {
-            "done"
-        }
+        states = assess(load_variant("name=other"), other, experiments.stages)
+        assert {state.kind for state in states.values()} == {"done"}
 
     def test_running_one_again_leaves_the_other_unchanged(self, setting):
         experiments, main, other, load_variant = setting

@@ -102,7 +102,7 @@ class ExperimentRunner:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def print_table(self, title: str, headings: list[str], rows: list[list[str]]) -> None:
-        """Print a Markdown table with a title."""
+        """Print a Markdown table of headings and rows below a title."""
         self.print_line(f"\n{title}\n\n{markdown(headings, rows)}\n")
 
 
