@@ -94,7 +94,7 @@ def line(store: ArtifactStore, args: Namespace, seed: int) -> dict:
     if results["judge"] != "gold":
         raise UserError(f"{args.config}: the judge is {results['judge']}; the table needs the embedded world's gold")
     if results["samples_per_prompt"] < 2:
-        raise UserError("evaluate.samples_per_prompt: it is 1; the table compares two responses of SFT; use 2 or more")
+        raise UserError("evaluate.samples_per_prompt: 1 is too few to compare two responses of SFT; use 2 or more")
     manifests = {stage: store.manifest(stage) for stage in STAGES}
     return {
         "bench": "demo_seeds",
