@@ -32,13 +32,14 @@ from stages.models.roles import Roles
 from stages.objectives.losses import policy_loss, value_loss
 from stages.ppo import update as ppo_update
 from stages.ppo.figures import describe, not_finite_episodes
-from stages.ppo.options import engine_rules, advantage_options, sampling_options, update_options
+from stages.ppo.options import advantage_options, engine_rules, sampling_options, update_options
 from stages.ppo.run import advantage, reward
 from stages.ppo.sampling import Sampler, make_sampler, no_poll, preflight
 from stages.ppo.update import Learners, Rates, update
 from stages.rollouts import collect, transformers
 from stages.rollouts.engine import EngineSpec
 from stages.rollouts.transformers import Decoding, sample, sample_with_logprobs
+from stages.scorers import reward_model
 from stages.shared.runtime import make_accelerator
 from stages.training.trainee import Average, Skips, make_trainee
 
@@ -47,7 +48,7 @@ PHASES = {  # a name that is looked up in a module → the phase its time belong
     (collect, "response_logprobs"): "logprobs",  # where the sampler's are not the update's
     (collect, "reference_logprobs"): "reference",
     (collect, "response_values"): "value",
-    (collect, "response_scores"): "reward",
+    (reward_model, "response_scores"): "reward",
     (ppo_update, "ppo_gradients"): "update",
     (ppo_update, "ptx_gradient"): "ptx",
 }
@@ -191,15 +192,8 @@ class Ours:
         began = time.perf_counter()
         if engine == "ours":
             with self.roles.accelerator.autocast():
-                found = sample(
-                    model,
-                    prompts,
-                    seeds,
-                    response_length=length,
-                    eos_id=eos_id,
-                    pad_id=PAD,
-                    batch_size=self.config.local_rollout_forward_batch_size,
-                )
+                batch_size = self.config.local_rollout_forward_batch_size
+                found = sample(model, prompts, seeds, Decoding(length, eos_id, PAD, batch_size=batch_size))
         else:
             width = max(map(len, prompts))
             ids = torch.tensor([[PAD] * (width - len(p)) + p for p in prompts], device=model.device)
