@@ -43,7 +43,7 @@ def show_samples(
     if response_length == 0:
         return []
     from data.encode import decode_response, encode_prompt
-    from stages.models.sharding import whole
+    from stages.models.sharding import gathered
     from stages.rollouts.transformers import Decoding, sample
 
     context = context_of(model.config.to_dict()) or 10**9
@@ -54,7 +54,7 @@ def show_samples(
     prompts, ids = zip(*fitting, strict=True)
     seeds = [derive_seed(seed, "samples", i) for i in range(len(ids))]
     decoding = Decoding(response_length, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
-    with whole(model) as reader:
+    with gathered(model) as reader:
         responses = sample(reader, ids, seeds, decoding)
     rows = [
         {"prompt": p if isinstance(p, str) else list(p), "response": decode_response(tokenizer, r)}
