@@ -22,7 +22,7 @@ from pipeline.store import checkpoints, files
 from pipeline.store.artifacts import ArtifactStore, now
 from pipeline.store.cache import Cache
 from pipeline.store.digests import Digests
-from pipeline.tracking import Dashboard, Tracker, format_duration, json_value
+from pipeline.tracking import Dashboard, Tracker, WandbRun, format_duration, json_value
 
 DEFAULT_EVERY = 50  # steps between two checkpoints where checkpoints.every is null
 MOST_TIME_SAVING = 0.035  # fraction of the time that saving may then take
@@ -227,11 +227,8 @@ def prepare(job: Job, run: dict[str, Any]) -> StageRun:
     tracker = Tracker(
         work,
         job.name,
-        experiment.tracking,
-        run["run_id"],
-        experiment.name,
-        run["config"],
-        job.console,
+        WandbRun(experiment.tracking, run["run_id"], experiment.name, run["config"]),
+        console=job.console,
         dashboard=job.dashboard,
     )
     saved = checkpoints_of(

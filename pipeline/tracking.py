@@ -108,6 +108,20 @@ class Dashboard:
         )
 
 
+@dataclass(frozen=True)
+class WandbRun:
+    """What a run of a stage is called in wandb, and what is shown of it there."""
+
+    settings: Any
+    """The config's section `tracking`."""
+    run_id: str = ""
+    """The run's id, also in wandb, so that a resumed run continues there."""
+    experiment: str = ""
+    """The experiment's name."""
+    config: dict[str, Any] | None = None
+    """The settings that wandb shows."""
+
+
 class Tracker:
     """The journals of one run of one stage, and its window to people: lines, progress, wandb."""
 
@@ -115,10 +129,7 @@ class Tracker:
         self,
         folder: Path,
         stage: str,
-        settings: Any = None,
-        run_id: str = "",
-        experiment: str = "",
-        config: dict[str, Any] | None = None,
+        wandb_run: WandbRun | None = None,
         console: Console | None = None,
         writes: bool = True,
         dashboard: Dashboard | None = None,
@@ -128,23 +139,21 @@ class Tracker:
         Args:
             folder: where the journals are.
             stage: the stage's name.
-            settings: the config's section `tracking`; None for journals only.
-            run_id: the run's id, also in wandb, so that a resumed run continues there.
-            experiment: the experiment's name.
-            config: the settings that wandb shows.
+            wandb_run: what the run is in wandb; None for journals only.
             console: where lines and progress go.
             writes: False on every rank but 0, which write no journals.
             dashboard: the command's; its own if None.
         """
         self.writes = writes
-        self.folder, self.stage, self.run_id = Path(folder), stage, run_id
+        self.folder, self.stage = Path(folder), stage
+        self.run_id = "" if wandb_run is None else wandb_run.run_id
         self.console = console or Console()
         reset_peak_memory()
         self._open: dict[str, IO[str]] = {}  # journals that have been written to, by file name
         self._dashboard = dashboard or Dashboard()
         self._wandb: Any = None  # the module, once a run has begun there
-        if settings is not None and settings.wandb != "off" and not self._dashboard.lost:
-            self._start_wandb(settings, experiment, config)
+        if wandb_run is not None and wandb_run.settings.wandb != "off" and not self._dashboard.lost:
+            self._start_wandb(wandb_run)
 
     # -- journals ---------------------------------------------------------------------------------
 
@@ -275,7 +284,7 @@ class Tracker:
 
     # -- wandb: a convenience that must never stop training ---------------------------------------
 
-    def _start_wandb(self, settings: Any, experiment: str, config: dict[str, Any] | None) -> None:
+    def _start_wandb(self, run: WandbRun) -> None:
         """Begin or resume a run in wandb."""
         try:
             import wandb
@@ -284,14 +293,14 @@ class Tracker:
             # a redo works in STAGE/.redo, which is removed afterwards
             stage_folder = self.folder.parent if self.folder.name == ".redo" else self.folder
             options = {
-                "project": settings.project,
-                "name": f"{experiment}/{self.stage}",
-                "group": experiment,
-                "id": self.run_id or None,
+                "project": run.settings.project,
+                "name": f"{run.experiment}/{self.stage}",
+                "group": run.experiment,
+                "id": run.run_id or None,
                 "resume": "allow",
-                "mode": settings.wandb,
+                "mode": run.settings.wandb,
                 "dir": str(stage_folder.parent),
-                "config": config,
+                "config": run.config,
                 "settings": wandb.Settings(silent=True, console="off", init_timeout=timeout),
             }
             # somewhat longer than wandb's own timeout, whose message is the better one

@@ -10,6 +10,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,14 @@ from data.streams import Stream, derive_seed, held_out
 from data.world.world import World, labelers
 from pipeline.errors import UserError
 from pipeline.launch import parallel
-from pipeline.stage import StageRun
+from pipeline.stage import Source, StageRun
 from stages.evaluation.statistics import labeler_agreement
 from stages.models.loading import load_policy, load_tokenizer
-from stages.rollouts.transformers import sample
+from stages.rollouts.transformers import Decoding, sample
 from stages.settings.experiment import Experiment
 from stages.settings.rankings import RankingsSettings
 from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, load_records, read_world
-from stages.shared.runtime import can_pack_rows, check_context, make_accelerator, runtime_of
+from stages.shared.runtime import Runtime, can_pack_rows, check_context, make_accelerator, runtime_of
 from stages.training.batching import micro_batches
 from stages.training.session import Session, session_of
 
@@ -88,18 +89,16 @@ class Sampler:
         """
         count = self.settings.samples_per_prompt
         seeds = [derive_seed(self.seed, "sample", i, k) for i in indices for k in range(count)]
+        decoding = Decoding(
+            response_length=self.settings.response_length,
+            eos_id=self.tokenizer.eos_token_id,
+            pad_id=self.tokenizer.pad_token_id,
+            temperature=self.settings.temperature,
+            batch_size=len(seeds),
+        )
+        prompts = [ids[i] for i in indices for _ in range(count)]
         with self.accelerator.autocast():
-            flat = sample(
-                self.policy,
-                [ids[i] for i in indices for _ in range(count)],
-                seeds,
-                response_length=self.settings.response_length,
-                temperature=self.settings.temperature,
-                batch_size=len(seeds),
-                eos_id=self.tokenizer.eos_token_id,
-                pad_id=self.tokenizer.pad_token_id,
-                poll=poll,
-            )
+            flat = sample(self.policy, prompts, seeds, decoding, poll)
         return list(micro_batches(flat, count))
 
 
@@ -116,7 +115,8 @@ def run(ctx: StageRun[RankingsSettings, Experiment]) -> dict:
         keys = [prompt_key(row.prompt) for row in rows]
     else:
         world = World.from_json(read_world(ctx.inputs))
-        responses = sample_responses(ctx)
+        runtime, folder = runtime_of(ctx), ctx.inputs["sft"] / "model"
+        responses = sample_responses(settings, session, runtime, folder, ctx.source("prompts"))
         rows, figures = simulate(world, responses, settings, session)
         keys = request_keys(world, [row.prompt for row in rows], session.seed)
     train, validation = held_out(keys, settings.validation_fraction)
@@ -214,10 +214,18 @@ def simulate(
     }
 
 
-def sample_responses(ctx: StageRun[RankingsSettings, Experiment]) -> SampledResponses:
-    """Sample K responses of SFT to each prompt, with checkpoints between batches."""
-    settings, runtime, folder = ctx.config, runtime_of(ctx), ctx.inputs["sft"] / "model"
-    session = session_of(ctx, trains=False)
+def sample_responses(
+    settings: RankingsSettings, session: Session, runtime: Runtime, folder: Path, source: Source
+) -> SampledResponses:
+    """Sample K responses of SFT to each prompt, with checkpoints between batches.
+
+    Args:
+        settings: The section rankings.
+        session: The run; it resumes from its newest checkpoint.
+        runtime: How the stage computes.
+        folder: The folder of the SFT model.
+        source: Where the prompts are.
+    """
     check_context(session, settings, folder)
     accelerator = make_accelerator(runtime.device, runtime.dtype)
     tokenizer = load_tokenizer(folder, trust_remote_code=runtime.trust_remote_code)
@@ -228,11 +236,11 @@ def sample_responses(ctx: StageRun[RankingsSettings, Experiment]) -> SampledResp
         session, [policy], settings.max_length
     )  # lets the sampler compute each prompt once for all of its samples
 
-    records, locations = load_placed_records("prompts", ctx.source("prompts"))
+    records, locations = load_placed_records("prompts", source)
     count = min(len(records), settings.num_prompts or len(records))
     chosen = Stream(len(records), derive_seed(session.seed, "prompts")).take(count)
     prompts = [records[i].prompt for i in chosen]
-    limit = LengthLimit(settings.max_length, settings.on_too_long, ctx.stage)
+    limit = LengthLimit(settings.max_length, settings.on_too_long, session.stage)
     kept, ids, report = fit_prompts(tokenizer, prompts, [locations[i] for i in chosen], limit, settings.response_length)
     session.say(f"{report.line('prompts')}; {settings.samples_per_prompt} samples each")
 

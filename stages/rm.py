@@ -27,7 +27,7 @@ from data.streams import Stream, derive_seed
 from data.world.world import World
 from pipeline.errors import UserError
 from pipeline.launch import parallel
-from pipeline.stage import StageRun
+from pipeline.stage import Source, StageRun
 from stages.evaluation.statistics import rights
 from stages.evaluation.trust import trust
 from stages.models.adapters import AdapterSettings, unwrapped, with_adapter
@@ -35,6 +35,7 @@ from stages.models.families import is_own_head, off_the_gpu
 from stages.models.forward import response_scores
 from stages.models.loading import load_tokenizer, new_reward_model
 from stages.models.sharding import gather_tensors, publishable
+from stages.scorers.scorer import ScoreRequest
 from stages.settings.experiment import Experiment
 from stages.settings.policies import reward_models
 from stages.settings.rm import RMSettings
@@ -56,7 +57,7 @@ from stages.shared.runtime import (
 )
 from stages.training.batching import group_order
 from stages.training.loop import Phase, fit
-from stages.training.ranking import Scorer, evaluate, ranking_task
+from stages.training.ranking import RankingModel, evaluate, ranking_task
 from stages.training.session import Session, session_of
 from stages.training.trainee import trainee_of
 
@@ -106,7 +107,9 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
     session, runtime, provenance = session_of(ctx), with_accelerator(runtime_of(ctx)), provenance_of(ctx)
     check_context(session, config, source)
     tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
-    data = load_data(ctx, tokenizer)
+    # without rankings in the config, the embedded world's labelers ranked: then tasks are known
+    world = World.from_json(read_world(ctx.inputs)) if ctx.experiment.data.rankings is None else None
+    data = load_data(config, tokenizer, ctx.inputs["rankings"], ctx.source("demonstrations"), world)
     held, steps, names = data.held_out, total_steps(config, len(data.groups)), reward_models(ctx.experiment)
     pairs = sum(len(g.pairs()) for g in data.groups)
     line = f"{data.report.line('rankings')}; {pairs} pairs; {len(held.groups)} rankings held out; {steps} steps"
@@ -123,13 +126,13 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
             sets = len(names) - 1 + (config.keep == "best")
             say_written(session, provenance, [model], [model], len(names) * steps, sets=sets, copies=len(names))
         packed = can_pack_rows(session, [model], config.max_length)
-        scorer = Scorer(model, tokenizer.pad_token_id, replace(runtime, packed=packed))
+        ranker = RankingModel(model, tokenizer.pad_token_id, replace(runtime, packed=packed))
         # 2 train
         is_new = k == len(members.figures)
         if is_new:
             batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
             order = group_order(data.groups, steps, batch_size, (ctx.seed, "rm"), k)
-            task = ranking_task(config, scorer, data.groups, held.groups, order)
+            task = ranking_task(config, ranker, data.groups, held.groups, order)
             phase = phase_of(members, k, steps, len(names))
             selection = config.selection("loss", higher_is_better=False)
             figures = fit(session, runtime.accelerator, trainee, task, config.schedule(steps), selection, phase)
@@ -139,16 +142,16 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
         else:
             trainee.load(members.tensors[f"member_{k}"])
         # 3 how far it can be trusted
-        member_margins, owners, _ = evaluate(config, scorer, held.groups)
+        member_margins, owners, _ = evaluate(config, ranker, held.groups)
         margins.append(member_margins)
         trusted.append(trust(member_margins, owners, held.groups, held.rankings, held.clusters))
         # 4 the bias: demonstrations score 0 on average
-        bias = demonstration_mean(config, scorer, tokenizer, data.demonstrations, ctx.seed)
+        bias = demonstration_mean(config, ranker, tokenizer, data.demonstrations, ctx.seed)
         unwrapped(model).config.reward_bias = bias
         if is_new:
             members.figures[k]["reward_bias"] = bias
         if is_new and k == 0:
-            write_samples(session, scorer, tokenizer, held, members.figures[0]["steps"])
+            write_samples(session, ranker, tokenizer, held, members.figures[0]["steps"])
         # 5 publish
         model = publishable(model, make)
         if parallel.is_rank_zero():
@@ -162,23 +165,24 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
     return {**figures, "truncated": data.report.truncated, "dropped": data.report.dropped}
 
 
-def load_data(ctx: StageRun[RMSettings, Experiment], tokenizer: Any) -> Data:
+def load_data(config: RMSettings, tokenizer: Any, rankings: Path, demonstrations: Source, world: World | None) -> Data:
     """Load the rankings and the demonstrations.
 
     Args:
-        ctx: The run.
+        config: The stage's settings.
         tokenizer: The tokenizer with its chat template.
+        rankings: The artifact folder of the stage rankings.
+        demonstrations: Where the demonstrations are.
+        world: The embedded world, where its labelers ranked.
     """
-    rankings, limit = ctx.inputs["rankings"], LengthLimit(ctx.config.max_length, ctx.config.on_too_long, "rm")
+    limit = LengthLimit(config.max_length, config.on_too_long, "rm")
     groups, report = load_groups(rankings / "train.jsonl", tokenizer, limit)
     held_groups, held_report = load_groups(rankings / "validation.jsonl", tokenizer, limit)
     validation = sources.load("rankings", path=rankings / "validation.jsonl")
-    # without rankings in the config, the embedded world's labelers ranked: then tasks are known
-    world = World.from_json(read_world(ctx.inputs)) if ctx.experiment.data.rankings is None else None
     return Data(
         groups=groups,
         held_out=HeldOut(held_groups, validation, clusters_of(validation, world)),
-        demonstrations=load_records("demonstrations", ctx.source("demonstrations")),
+        demonstrations=load_records("demonstrations", demonstrations),
         report=report + held_report,
     )
 
@@ -294,12 +298,12 @@ def clusters_of(validation: list[Ranking], world: World | None) -> dict[str, str
 
 
 @torch.no_grad()
-def write_samples(session: Session, scorer: Scorer, tokenizer: Any, held: HeldOut, step: int) -> None:
+def write_samples(session: Session, ranker: RankingModel, tokenizer: Any, held: HeldOut, step: int) -> None:
     """Write a few held-out responses with their scores to samples.jsonl.
 
     Args:
         session: The run.
-        scorer: The model.
+        ranker: The model.
         tokenizer: Its tokenizer.
         held: The held-out rankings.
         step: The step that the samples are recorded under.
@@ -308,7 +312,8 @@ def write_samples(session: Session, scorer: Scorer, tokenizer: Any, held: HeldOu
     rows = []
     for group in held.groups[:4]:
         count = len(group.responses)
-        scores = scorer.score_all([group.prompt] * count, group.responses, count)
+        request = ScoreRequest([group.prompt] * count, group.responses, tokenizer)
+        scores = ranker.scorer(batch_size=count).score(request)
         rows += [
             {"prompt": prompts[group.id], "response": decode_response(tokenizer, r), "score": s}
             for r, s in zip(group.responses, scores.tolist(), strict=True)
@@ -321,13 +326,13 @@ def write_samples(session: Session, scorer: Scorer, tokenizer: Any, held: HeldOu
 
 @torch.no_grad()
 def demonstration_mean(
-    config: RMSettings, scorer: Scorer, tokenizer: Any, demonstrations: list[Demonstration], seed: int
+    config: RMSettings, ranker: RankingModel, tokenizer: Any, demonstrations: list[Demonstration], seed: int
 ) -> float:
     """Return the mean score of demonstrations, before the bias is subtracted.
 
     Args:
         config: The stage's settings: `bias_demonstrations` are scored that fit in max_length.
-        scorer: The model.
+        ranker: The model.
         tokenizer: Its tokenizer.
         demonstrations: The demonstrations to draw from.
         seed: The experiment's seed.
@@ -351,7 +356,8 @@ def demonstration_mean(
             ]
         )
     prompts, responses = zip(*pairs, strict=True)
-    scores = scorer.score_all(prompts, responses, 4 * config.per_device_train_batch_size)
+    scorer = ranker.scorer(batch_size=4 * config.per_device_train_batch_size)
+    scores = scorer.score(ScoreRequest(prompts, responses, tokenizer))
     return scores.double().mean().item()
 
 

@@ -310,14 +310,14 @@ MUTANTS = [
     Mutant(
         "rm",
         "the bias of the demonstrations is never taken",
-        "        bias = demonstration_mean(config, scorer, tokenizer, data.demonstrations, ctx.seed)\n",
+        "        bias = demonstration_mean(config, ranker, tokenizer, data.demonstrations, ctx.seed)\n",
         "        bias = 0.0\n",
     ),
     Mutant(
         "rm",
         "the bias is taken twice over",
-        "        bias = demonstration_mean(config, scorer, tokenizer, data.demonstrations, ctx.seed)\n",
-        "        bias = 2 * demonstration_mean(config, scorer, tokenizer, demonstrations, ctx.seed)\n",
+        "        bias = demonstration_mean(config, ranker, tokenizer, data.demonstrations, ctx.seed)\n",
+        "        bias = 2 * demonstration_mean(config, ranker, tokenizer, data.demonstrations, ctx.seed)\n",
     ),
     Mutant(
         "rm",

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from stages.models.roles import Roles
 from stages.ppo.options import engine_rules, sampling_options
-from stages.ppo.sampling import Sampler, no_poll
+from stages.ppo.sampling import Sampler, no_poll, scorer_of
 from stages.rollouts.engine import EngineSpec, RolloutEngine
 from stages.rollouts.transformers import TransformersEngine
+from stages.scorers.scorer import Scorer
 from stages.settings.ppo import PPOSettings
 
 SEED = 3
@@ -35,6 +36,7 @@ def sampler_of(
     engine: RolloutEngine | None = None,
     seed: int = SEED,
     say: Callable[[str], None] = lambda line: None,
+    scorer: Scorer | None = None,
 ) -> Sampler:
     """Return a started sampler of these models.
 
@@ -44,9 +46,12 @@ def sampler_of(
         engine: Samples in place of the policy.
         seed: The experiment's seed.
         say: Gets the lines that are printed.
+        scorer: Scores in place of the reward model.
     """
+    scorer = scorer or scorer_of(roles, roles.reward_model, c.per_device_train_batch_size)
+    sampling, rules = sampling_options(c), engine_rules(c)
     own = TransformersEngine(spec_of(roles, c))
     name = "transformers" if engine is None else "vllm"
-    sampler = Sampler(roles, sampling_options(c), engine_rules(c), seed, name, engine or own, own, Path("no.log"), say)
+    sampler = Sampler(roles, scorer, sampling, rules, seed, name, engine or own, own, Path("no.log"), say)
     sampler.start(no_poll)
     return sampler

@@ -56,7 +56,7 @@ def test_imports_between_rooms(path):
     if name.startswith("stages.objectives"):
         outside = {other.split(".")[0] for other in imports(path)} - sys.stdlib_module_names - {"torch", "stages"}
         assert not outside and all(other.startswith("stages.objectives") for other in ours(path)), f"{name}: {outside}"
-    if room == "data" or name.startswith(("stages.objectives", "stages.models", "stages.rollouts")):
+    if room == "data" or name.startswith(("stages.objectives", "stages.models", "stages.rollouts", "stages.scorers")):
         configs = {other for other in imports(path) if re.match(r"(pydantic|pipeline\.(config|sections))\b", other)}
         assert not configs, f"{name} imports {configs}: config objects stop at the stage files"
     if room == "stages":

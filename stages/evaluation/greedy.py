@@ -14,7 +14,7 @@ from stages.evaluation.prompts import EvaluationPrompts
 from stages.evaluation.results import Measured
 from stages.evaluation.shown_prompts import chosen_prompts
 from stages.evaluation.tools import Tools
-from stages.rollouts.transformers import sample
+from stages.rollouts.transformers import Decoding, sample
 from stages.settings.evaluate import EvaluateSettings
 
 LIKELIEST = 1e-9
@@ -136,16 +136,14 @@ def answer_greedily(
         return []
     if context is not None:
         length = max(1, min(length, context - max(len(query.ids) for query in queries)))
-    sampled = sample(
-        model,
-        [query.ids for query in queries],
-        # The seeds have no effect: only one token is left to draw.
-        [derive_seed(0, "greedy", i) for i in range(len(queries))],
+    decoding = Decoding(
         response_length=length,
-        top_p=LIKELIEST,
-        batch_size=batch_size,
         eos_id=queries[0].end_id,
         pad_id=tokenizer.pad_token_id,
-        poll=poll,
+        top_p=LIKELIEST,
+        batch_size=batch_size,
     )
+    # The seeds have no effect: only one token is left to draw.
+    seeds = [derive_seed(0, "greedy", i) for i in range(len(queries))]
+    sampled = sample(model, [query.ids for query in queries], seeds, decoding, poll)
     return [parse_answer(tokenizer, query, ids) for query, ids in zip(queries, sampled, strict=True)]

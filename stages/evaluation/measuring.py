@@ -16,7 +16,7 @@ from stages.evaluation.forms import Answer, Query, parse_answer
 from stages.evaluation.tools import Policy, Tools
 from stages.models.forward import response_logprobs
 from stages.objectives.logprobs import sequence_logps
-from stages.rollouts.transformers import sample
+from stages.rollouts.transformers import Decoding, sample
 from stages.settings.evaluate import EvaluateSettings
 from stages.training.batching import micro_batches
 
@@ -55,18 +55,16 @@ def measure(
     def measure_prompts(indices: list[int]) -> list[dict[str, list | None]]:
         """Measure the answers to some prompts; return one dictionary of (S,) lists per prompt."""
         repeated = [i for i in indices for _ in range(count)]
+        seeds = [derive_seed(seed, stream, i, k) for i in indices for k in range(count)]
+        decoding = Decoding(
+            response_length=settings.response_length,
+            eos_id=queries[indices[0]].end_id,
+            pad_id=tools.tokenizer.pad_token_id,
+            temperature=settings.temperature,
+            batch_size=(4 if count > 1 else 1) * settings.batch_size,
+        )
         with tools.accelerator.autocast():
-            sampled = sample(
-                policy.model,
-                [queries[i].ids for i in repeated],
-                [derive_seed(seed, stream, i, k) for i in indices for k in range(count)],
-                response_length=settings.response_length,
-                temperature=settings.temperature,
-                batch_size=(4 if count > 1 else 1) * settings.batch_size,
-                eos_id=queries[indices[0]].end_id,
-                pad_id=tools.tokenizer.pad_token_id,
-                poll=poll,
-            )
+            sampled = sample(policy.model, [queries[i].ids for i in repeated], seeds, decoding, poll)
         answers = [parse_answer(tools.tokenizer, queries[i], ids) for i, ids in zip(repeated, sampled, strict=True)]
         prompts = [chat_ids[i] for i in repeated]
         columns = score(tools, policy, prompts, answers, best_of=count if best_of_n else None)

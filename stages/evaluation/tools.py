@@ -9,10 +9,11 @@ import torch
 
 from stages.evaluation.forms import Answer
 from stages.models.ensemble import load_reward_model
-from stages.models.forward import score_all
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
 from stages.models.packing import can_pack
 from stages.objectives.rewards import final_scores
+from stages.scorers.scorer import ScoreRequest, ScorerSpec
+from stages.scorers.scorers import SCORERS
 from stages.settings.evaluate import STAGES, EvaluateSettings
 from stages.shared.runtime import Runtime, make_accelerator
 
@@ -95,15 +96,15 @@ class Tools:
         Returns:
             (B,) scores, on the CPU.
         """
-        return score_all(
-            reward_model,
-            list(chat_ids),
-            [answer.response for answer in answers],
+        spec = ScorerSpec(
+            reward_model=reward_model,
             pad_id=self.tokenizer.pad_token_id,
-            batch_size=self.batch_size,
             accelerator=self.accelerator,
+            batch_size=self.batch_size,
             packed=packed,
         )
+        request = ScoreRequest(list(chat_ids), [answer.response for answer in answers], self.tokenizer)
+        return SCORERS["reward_model"](spec).score(request)
 
     def with_missing_eos(self, scores: torch.Tensor, answers: Sequence[Answer]) -> torch.Tensor:
         """Return the scores (B,), with `missing_eos_score` for unfinished answers if it is set."""

@@ -7,15 +7,15 @@ from torch import Tensor
 
 from data.encode import decode_response
 from pipeline.launch import parallel
-from stages.models.forward import score_all
 from stages.models.sharding import is_sharded
 from stages.ppo.figures import describe
 from stages.ppo.inputs import HeldOut
 from stages.ppo.options import KlControl
-from stages.ppo.sampling import Sampler
+from stages.ppo.sampling import Sampler, scorer_of
 from stages.ppo.state import Run
 from stages.rollouts.engine import EngineLost
 from stages.rollouts.rollout import Rollout
+from stages.scorers.scorer import ScoreRequest
 
 FIGURES = {  # name in evaluations.jsonl → name in metrics.jsonl
     "score": "objective/scores",
@@ -74,24 +74,15 @@ def evaluate(run: Run, sampler: Sampler, held_out: list[HeldOut], kl: KlControl,
 def held_out_scores(sampler: Sampler, rollout: Rollout) -> Tensor:
     """Return the scores (B,) of the reward model that PPO does not climb, under the same rules."""
     roles, sampling = sampler.roles, sampler.sampling
-
-    def score() -> Tensor:
-        return score_all(
-            roles.judge,
-            rollout.prompts,
-            rollout.responses,
-            pad_id=roles.tokenizer.pad_token_id,
-            batch_size=sampling.micro_batch_size,
-            accelerator=roles.accelerator,
-            packed=roles.packed,
-        )
+    scorer = scorer_of(roles, roles.judge, sampling.micro_batch_size)
+    request = ScoreRequest(rollout.prompts, rollout.responses, roles.tokenizer)
 
     # rank 0's scores on all ranks: the best policy and the end of the run depend on them
     if is_sharded(roles.judge):  # its forward pass takes all ranks
-        scores = score()
+        scores = scorer.score(request)
         scores = parallel.from_rank_zero(lambda: scores)
     else:
-        scores = parallel.from_rank_zero(score)
+        scores = parallel.from_rank_zero(lambda: scorer.score(request))
     return sampling.scores.apply(scores, rollout.finished.cpu(), rollout.mask.sum(-1).cpu())
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.launch import parallel
@@ -17,6 +18,8 @@ from stages.rollouts.engine import EngineLost, EngineSpec, RolloutEngine
 from stages.rollouts.engines import ENGINES
 from stages.rollouts.rollout import Rollout
 from stages.rollouts.transformers import TransformersEngine
+from stages.scorers.scorer import Scorer, ScorerSpec
+from stages.scorers.scorers import SCORERS
 from stages.settings.rollout import INSTALL
 from stages.shared.runtime import bound_of_short_rows
 from stages.training.batching import in_micro_batches
@@ -32,6 +35,8 @@ class Sampler:
 
     roles: Roles
     """The models."""
+    scorer: Scorer
+    """Scores the responses."""
     sampling: Sampling
     """How rollouts are sampled and scored."""
     rules: EngineRules
@@ -115,7 +120,17 @@ class Sampler:
 
         def collect_with(engine: RolloutEngine, recompute: bool) -> Rollout:
             seed = (self.seed, stream, step)
-            return collect(self.roles, engine, sampling, prompts, prompt_ids, seed=seed, recompute=recompute, poll=poll)
+            return collect(
+                self.roles,
+                self.scorer,
+                engine,
+                sampling,
+                prompts,
+                prompt_ids,
+                seed=seed,
+                recompute=recompute,
+                poll=poll,
+            )
 
         if self.is_lost or not self.is_external:
             return collect_with(self.policy_engine, recompute)
@@ -182,7 +197,26 @@ def make_sampler(
     """
     engine = ENGINES[name](spec)
     policy_engine = engine if engine.is_policy else TransformersEngine(spec)
-    return Sampler(roles, sampling, rules, seed, name, engine, policy_engine, spec.log, say)
+    scorer = scorer_of(roles, roles.reward_model, sampling.micro_batch_size)
+    return Sampler(roles, scorer, sampling, rules, seed, name, engine, policy_engine, spec.log, say)
+
+
+def scorer_of(roles: Roles, reward_model: nn.Module | None, batch_size: int) -> Scorer:
+    """Return what scores by one of the reward models of a run.
+
+    Args:
+        roles: The models.
+        reward_model: The one that PPO climbs, or the one that it does not.
+        batch_size: The most responses in a forward pass, where they do not come as rows.
+    """
+    spec = ScorerSpec(
+        reward_model=reward_model,
+        pad_id=roles.tokenizer.pad_token_id,
+        accelerator=roles.accelerator,
+        batch_size=batch_size,
+        packed=roles.packed,
+    )
+    return SCORERS["reward_model"](spec)
 
 
 def preflight(

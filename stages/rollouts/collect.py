@@ -13,18 +13,19 @@ from data.groups import Rows
 from data.streams import derive_seed
 from pipeline.launch import parallel
 from stages.models.adapters import adapter_off
-from stages.models.forward import response_logprobs, response_scores, response_values
+from stages.models.forward import response_logprobs, response_values
 from stages.models.roles import Roles
 from stages.objectives.masked import masked_mean
 from stages.objectives.rewards import final_scores, kl_per_token
 from stages.rollouts.engine import RolloutEngine, Sampled, SampleRequest
 from stages.rollouts.rollout import Rollout
+from stages.scorers.scorer import Scorer, ScoreRequest
 from stages.training.batching import in_micro_batches, share_groups
 
 
 @dataclass(frozen=True)
 class ScoreRules:
-    """What becomes of a reward model's score before it is a reward."""
+    """What becomes of a scorer's score before it is a reward."""
 
     missing_eos_score: float | None = None
     """Score of a response without EOS; None: its own."""
@@ -37,7 +38,7 @@ class ScoreRules:
         """Return the scores (B,) under these rules.
 
         Args:
-            scores: (B,) as the reward model gives them.
+            scores: (B,) as the scorer gives them.
             finished: (B,) True where the response ends with EOS.
             lengths: (B,) tokens of the responses.
         """
@@ -64,11 +65,12 @@ class Sampling:
     micro_batch_size: int
     """The most episodes in one forward pass of the models."""
     scores: ScoreRules
-    """What becomes of the reward model's scores."""
+    """What becomes of the scorer's scores."""
 
 
 def collect(
     roles: Roles,
+    scorer: Scorer,
     engine: RolloutEngine,
     sampling: Sampling,
     prompts: Sequence[Sequence[int]],
@@ -82,6 +84,7 @@ def collect(
 
     Args:
         roles: The models.
+        scorer: Scores the responses.
         engine: Samples the responses.
         sampling: How they are sampled and scored.
         prompts: Token ids.
@@ -110,7 +113,7 @@ def collect(
         scores=torch.zeros(len(request.prompts), device=device),
         finished=torch.tensor([r[-1] == tokenizer.eos_token_id for r in sampled.responses], device=device),
     )
-    rollout = replace(rollout, **judge(roles, rollout, sampling, recompute, poll))
+    rollout = replace(rollout, **judge(roles, scorer, rollout, sampling, recompute, poll))
     if recompute:
         rollout = replace(rollout, engine_kl=engine_kl(sampled.logprobs, rollout.logprobs, rollout.mask))
     return replace(rollout, scores=sampling.scores.apply(rollout.scores, rollout.finished, lengths))
@@ -146,12 +149,13 @@ def make_request(
 
 @torch.no_grad()
 def judge(
-    roles: Roles, rollout: Rollout, sampling: Sampling, recompute: bool, poll: Callable[[], None]
+    roles: Roles, scorer: Scorer, rollout: Rollout, sampling: Sampling, recompute: bool, poll: Callable[[], None]
 ) -> dict[str, Tensor]:
-    """Run reference, value model and reward model over sampled responses, each rank over its share.
+    """Run reference, value model and scorer over sampled responses, each rank over its share.
 
     Args:
         roles: The models.
+        scorer: Scores the responses; it gets the rows that the models read.
         rollout: Prompts, responses and their mask.
         sampling: Temperature, micro-batches and samples a prompt.
         recompute: Run the policy too.
@@ -170,10 +174,12 @@ def judge(
         for index, is_own in parallel.padded_micro_batches(chunks, roles.spare()):
             poll()
             rows = rollout.rows(index, roles.tokenizer.pad_token_id, roles.packed)
+            prompts, responses = [rollout.prompts[i] for i in index], [rollout.responses[i] for i in index]
+            request = ScoreRequest(prompts, responses, roles.tokenizer, rows)
             outputs = {
                 "ref_logprobs": reference_logprobs(roles, rows, sampling.temperature),
                 "values": response_values(roles.value_model, rows),
-                "scores": response_scores(roles.reward_model, rows),
+                "scores": scorer.score(request).to(rollout.scores),
             }
             if recompute:
                 logprobs, entropy = response_logprobs(roles.policy, rows, sampling.temperature, with_entropy=True)

@@ -8,7 +8,6 @@ it is in.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -127,9 +126,8 @@ def sample(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
-    *,
+    decoding: Decoding,
     poll: Callable[[], None] = lambda: None,
-    **decoding: Any,
 ) -> list[list[int]]:
     """Return one response to each prompt, as token ids.
 
@@ -138,10 +136,10 @@ def sample(
         prompts: Token ids. A prompt that occurs several times in a row is read once if the model
             packs.
         seeds: One for each prompt.
+        decoding: Limits, temperature and nucleus.
         poll: Is called before each token; what it raises ends the sampling (a request to stop).
-        decoding: The fields of `Decoding`.
     """
-    return sample_with_logprobs(model, prompts, seeds, Decoding(**decoding), poll).responses
+    return sample_with_logprobs(model, prompts, seeds, decoding, poll).responses
 
 
 @torch.no_grad()

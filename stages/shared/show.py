@@ -44,7 +44,7 @@ def show_samples(
         return []
     from data.encode import decode_response, encode_prompt
     from stages.models.sharding import gathered
-    from stages.rollouts.transformers import sample
+    from stages.rollouts.transformers import Decoding, sample
 
     context = context_of(model.config.to_dict()) or 10**9
     encoded = [(p, encode_prompt(tokenizer, p)) for p in prompts]
@@ -52,15 +52,10 @@ def show_samples(
     if not fitting:
         return []
     prompts, ids = zip(*fitting, strict=True)
+    seeds = [derive_seed(seed, "samples", i) for i in range(len(ids))]
+    decoding = Decoding(response_length, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
     with gathered(model) as reader:
-        responses = sample(
-            reader,
-            ids,
-            [derive_seed(seed, "samples", i) for i in range(len(ids))],
-            response_length=response_length,
-            eos_id=tokenizer.eos_token_id,
-            pad_id=tokenizer.pad_token_id,
-        )
+        responses = sample(reader, ids, seeds, decoding)
     rows = [
         {"prompt": p if isinstance(p, str) else list(p), "response": decode_response(tokenizer, r)}
         for p, r in zip(prompts, responses, strict=True)

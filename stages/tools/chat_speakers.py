@@ -174,7 +174,7 @@ def reply(speaker: Speaker, text: str, settings: "Settings", turn: int, dtype: s
     from data.encode import encode_prompt
     from data.streams import derive_seed
     from stages.evaluation.forms import make_query, parse_answer
-    from stages.rollouts.transformers import sample
+    from stages.rollouts.transformers import Decoding, sample
 
     model, tokenizer, forgotten = speaker.model, speaker.tokenizer, 0
     context = context_of(model.config.to_dict()) or UNBOUNDED
@@ -201,17 +201,15 @@ def reply(speaker: Speaker, text: str, settings: "Settings", turn: int, dtype: s
     if room < 1:
         problem = f"the question has {len(query.ids)} tokens, and the context only {context}; ask something shorter"
         return Answer("", problem=problem)
+    decoding = Decoding(
+        response_length=room,
+        eos_id=query.end_id,
+        pad_id=tokenizer.pad_token_id,
+        temperature=settings.temperature or 1.0,
+        top_p=settings.top_p if settings.temperature else LIKELIEST,
+    )
     with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        sampled = sample(
-            model,
-            [query.ids],
-            [derive_seed(settings.seed, "chat", turn)],
-            response_length=room,
-            temperature=settings.temperature or 1.0,
-            top_p=settings.top_p if settings.temperature else LIKELIEST,
-            eos_id=query.end_id,
-            pad_id=tokenizer.pad_token_id,
-        )[0]
+        sampled = sample(model, [query.ids], [derive_seed(settings.seed, "chat", turn)], decoding)[0]
         answer = parse_answer(tokenizer, query, sampled)
         score = score_answer(judge, speaker, chat_ids, answer.response, answer.finished)
     speaker.history += [question, {"role": "assistant", "content": answer.text}]

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from data.groups import GroupBatch, Pair, PromptGroup, batch_groups
 from pipeline.launch import parallel
 from stages.evaluation.statistics import rights
-from stages.models.forward import response_scores, score_all
+from stages.models.forward import response_scores
 from stages.models.sharding import is_sharded
 from stages.objectives.losses import plackett_luce_loss, ranking_loss
+from stages.scorers.reward_model import RewardModelScorer
+from stages.scorers.scorer import ScorerSpec
 from stages.settings.rm import RMSettings
 from stages.shared.runtime import Runtime
 from stages.training.batching import GroupBatches
@@ -19,8 +21,8 @@ from stages.training.loop import Task
 
 
 @dataclass(frozen=True)
-class Scorer:
-    """A reward model, and how it computes."""
+class RankingModel:
+    """A reward model in training, and how it computes."""
 
     model: nn.Module
     """The reward model."""
@@ -35,33 +37,30 @@ class Scorer:
         with self.runtime.accelerator.autocast():
             return batch, response_scores(self.model, batch.rows)
 
-    def score_all(self, prompts: Sequence, responses: Sequence, batch_size: int) -> Tensor:
-        """Return the score of each response, (N,).
+    def scorer(self, batch_size: int) -> RewardModelScorer:
+        """Return what scores responses by this model, as PPO and evaluate do.
 
         Args:
-            prompts: Token ids of the prompt of each response.
-            responses: Token ids of each response.
             batch_size: Responses of a forward pass.
         """
-        options = {"pad_id": self.pad_id, "batch_size": batch_size, "accelerator": self.runtime.accelerator}
-        return score_all(self.model, prompts, responses, **options)
+        return RewardModelScorer(ScorerSpec(self.model, self.pad_id, self.runtime.accelerator, batch_size))
 
 
 def ranking_task(
-    config: RMSettings, scorer: Scorer, groups: list[PromptGroup], held: list[PromptGroup], order: list[int]
+    config: RMSettings, ranker: RankingModel, groups: list[PromptGroup], held: list[PromptGroup], order: list[int]
 ) -> Task:
     """Return the batches, the loss and the evaluation of a reward model.
 
     Args:
         config: The stage's settings.
-        scorer: The model.
+        ranker: The model.
         groups: The groups to train on.
         held: The held-out groups.
         order: Indices of the groups of all batches.
     """
 
     def loss(rows: list[int], whole: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
-        batch, scores = scorer.scores([groups[i] for i in rows])
+        batch, scores = ranker.scores([groups[i] for i in rows])
         value = loss_of(config, batch, scores, len(whole))
         margins = (scores[batch.winners] - scores[batch.losers]).detach()
         weight = len(rows) / len(whole)
@@ -72,10 +71,10 @@ def ranking_task(
         }
 
     def evaluate_held_out(poll: Callable[[], None]) -> dict[str, float]:
-        margins, _, value = evaluate(config, scorer, held, poll)
+        margins, _, value = evaluate(config, ranker, held, poll)
         return {"loss": value, "accuracy": float(rights(margins).mean()), "margin": sum(margins) / len(margins)}
 
-    batches = batches_of(config, scorer, groups)
+    batches = batches_of(config, ranker, groups)
     return Task(
         order=order,
         batch_size=config.per_device_train_batch_size * config.gradient_accumulation_steps,
@@ -86,16 +85,16 @@ def ranking_task(
     )
 
 
-def batches_of(config: RMSettings, scorer: Scorer, groups: list[PromptGroup]) -> GroupBatches:
+def batches_of(config: RMSettings, ranker: RankingModel, groups: list[PromptGroup]) -> GroupBatches:
     """Return how batches of some groups are cut.
 
     Args:
         config: The stage's settings.
-        scorer: The model; it packs rows or not.
+        ranker: The model; it packs rows or not.
         groups: The groups.
     """
     return GroupBatches(
-        groups, config.per_device_train_batch_size, config.per_device_train_tokens, scorer.runtime.packed
+        groups, config.per_device_train_batch_size, config.per_device_train_tokens, ranker.runtime.packed
     )
 
 
@@ -116,13 +115,13 @@ def loss_of(c: RMSettings, batch: GroupBatch, scores: Tensor, prompts: int) -> T
 
 @torch.no_grad()
 def evaluate(
-    config: RMSettings, scorer: Scorer, held: list[PromptGroup], poll: Callable[[], None] = lambda: None
+    config: RMSettings, ranker: RankingModel, held: list[PromptGroup], poll: Callable[[], None] = lambda: None
 ) -> tuple[list[float], list[tuple[int, Pair]], float]:
     """Score all held-out responses, on all ranks together.
 
     Args:
         config: The stage's settings.
-        scorer: The model.
+        ranker: The model.
         held: The held-out groups.
         poll: Called between two forward passes; may raise Interrupted.
 
@@ -130,12 +129,12 @@ def evaluate(
         For each pair, the score of the preferred response minus the other one's; of each pair, its
         group's index and the pair itself; the mean loss of a prompt.
     """
-    parts, costs = batches_of(config, scorer, held).to_evaluate()
-    spare = parts[0] if is_sharded(scorer.model) else None
+    parts, costs = batches_of(config, ranker, held).to_evaluate()
+    spare = parts[0] if is_sharded(ranker.model) else None
 
     def evaluate_part(rows: list[int]) -> tuple[list[float], float]:
         poll()
-        batch, scores = scorer.scores([held[i] for i in rows])
+        batch, scores = ranker.scores([held[i] for i in rows])
         margins = (scores[batch.winners] - scores[batch.losers]).tolist()
         return margins, loss_of(config, batch, scores, len(held)).item()
 

@@ -39,6 +39,7 @@ from stages.ppo.update import Learners, Rates, update
 from stages.rollouts import collect, transformers
 from stages.rollouts.engine import EngineSpec
 from stages.rollouts.transformers import Decoding, sample, sample_with_logprobs
+from stages.scorers import reward_model
 from stages.settings import ppo as ppo_settings
 from stages.shared.runtime import make_accelerator
 from stages.training.trainee import Average, Skips, make_trainee
@@ -48,7 +49,7 @@ PHASES = {
     (collect, "response_logprobs"): "logprobs",  # only if the sampler's log-probabilities are recomputed
     (collect, "reference_logprobs"): "reference",
     (collect, "response_values"): "value",
-    (collect, "response_scores"): "reward",
+    (reward_model, "response_scores"): "reward",
     (ppo_update, "ppo_gradients"): "update",
     (ppo_update, "ptx_gradient"): "ptx",
 }
@@ -247,15 +248,8 @@ class Ours:
         began = time.perf_counter()
         if engine == "ours":
             with self.roles.accelerator.autocast():
-                responses = sample(
-                    model,
-                    prompts,
-                    seeds,
-                    response_length=length,
-                    eos_id=eos_id,
-                    pad_id=PAD,
-                    batch_size=self.config.local_rollout_forward_batch_size,
-                )
+                batch_size = self.config.local_rollout_forward_batch_size
+                responses = sample(model, prompts, seeds, Decoding(length, eos_id, PAD, batch_size=batch_size))
         else:
             width = max(map(len, prompts))
             ids = torch.tensor([[PAD] * (width - len(p)) + p for p in prompts], device=model.device)

@@ -26,7 +26,7 @@ from stages.ppo.options import update_options
 from stages.ppo.update import Batch, ppo_gradients
 from stages.rollouts.collect import reference_logprobs
 from stages.rollouts.rollout import Rollout
-from stages.rollouts.transformers import sample
+from stages.rollouts.transformers import Decoding, sample
 from stages.settings import ppo as ppo_settings
 from stages.settings.ppo import named_folders
 from stages.shared.runtime import adapter_settings, runtime_of, with_accelerator
@@ -228,7 +228,7 @@ def test_gradient_checkpointing_does_not_disturb_sampling(context):
     cache.
     """
     drawn = [
-        sample(load(context(None, asked)).policy, [[5, 9], [7]], [1, 2], response_length=6, eos_id=1, pad_id=0)
+        sample(load(context(None, asked)).policy, [[5, 9], [7]], [1, 2], Decoding(6, eos_id=1, pad_id=0))
         for asked in (False, True)
     ]
     assert drawn[0] == drawn[1]

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from pipeline import tracking
-from pipeline.tracking import Tracker, format_number, json_value
+from pipeline.tracking import Tracker, WandbRun, format_number, json_value
 
 
 def rows(path):
@@ -175,7 +175,7 @@ def test_wandb_gets_the_times_too(tmp_path, monkeypatch):
     log = lambda metrics, step: told.append(metrics)  # noqa: E731
     fake = SimpleNamespace(init=nothing, log=log, finish=nothing, Settings=dict)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    tracker = Tracker(tmp_path, "sft", Settings(), "id", "small")
+    tracker = Tracker(tmp_path, "sft", WandbRun(Settings(), "id", "small"))
     tracker.log(1, {"loss": 1.0}, 0.5, 100)
     tracker.close()
     assert told[0]["loss"] == 1.0 and told[0]["time/tokens_per_second"] == 200.0 and told[0]["time/memory_gb"] > 0
@@ -202,7 +202,7 @@ def test_a_wandb_failure_is_one_line_and_training_goes_on(tmp_path, monkeypatch,
     if broken != "import":
         setattr(fake, broken, fail)
     monkeypatch.setitem(sys.modules, "wandb", None if broken == "import" else fake)
-    tracker = Tracker(tmp_path, "ppo", Settings(), "id", "small")
+    tracker = Tracker(tmp_path, "ppo", WandbRun(Settings(), "id", "small"))
     for step in (1, 2):
         tracker.log(step, {"loss": 1.0})
     tracker.close()
@@ -228,7 +228,7 @@ def test_an_unresponsive_wandb_is_given_up(tmp_path, monkeypatch, capsys, hangs)
     dashboard = tracking.Dashboard()
     for stage in ("base", "sft"):
         (tmp_path / stage).mkdir()
-        tracker = Tracker(tmp_path / stage, stage, Settings(), "id", "small", dashboard=dashboard)
+        tracker = Tracker(tmp_path / stage, stage, WandbRun(Settings(), "id", "small"), dashboard=dashboard)
         tracker.log(1, {"loss": 1.0})
         tracker.close()
         assert len(rows(tmp_path / stage / "metrics.jsonl")) == 1
@@ -246,7 +246,7 @@ def test_wandb_has_a_short_timeout(tmp_path, monkeypatch):
     nothing = lambda *_, **__: None  # noqa: E731
     init = lambda **options: given.update(options["settings"])  # noqa: E731
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, log=nothing, finish=nothing, Settings=dict))
-    tracker = Tracker(tmp_path, "ppo", Settings(), "id", "small")
+    tracker = Tracker(tmp_path, "ppo", WandbRun(Settings(), "id", "small"))
     tracker.close()
     assert given["init_timeout"] <= 10 and tracker.tracker_run_id == "id"
 
@@ -268,4 +268,4 @@ def test_the_stages_of_a_command_share_the_state_of_wandb(world, monkeypatch, ca
 
 def test_wandb_is_not_imported_when_it_is_off(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would raise
-    Tracker(tmp_path, "ppo", Settings(wandb="off"), "id").log(1, {})
+    Tracker(tmp_path, "ppo", WandbRun(Settings(wandb="off"), "id")).log(1, {})

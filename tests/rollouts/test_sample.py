@@ -14,7 +14,7 @@ SEEDS = [101, 202, 303, 404, 505]
 
 
 def draw_all(model, prompts=PROMPTS, seeds=SEEDS, response_length=8, **options):
-    return sample(model, prompts, seeds, response_length=response_length, eos_id=EOS, pad_id=PAD, **options)
+    return sample(model, prompts, seeds, Decoding(response_length, eos_id=EOS, pad_id=PAD, **options))
 
 
 def greedy(model, prompt, length):

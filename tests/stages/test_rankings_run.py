@@ -126,7 +126,7 @@ def simulate(chain, world, folder, monkeypatch, **settings):
     """Run the stage on those prompts, with those answers in place of SFT's."""
     ids = {tuple(plain.prompt_ids(chain.tokenizer, prompt)): prompt for prompt in world.answers}
 
-    def told(policy, prompts, seeds, *, eos_id, **options):
+    def told(policy, prompts, seeds, decoding, poll):
         given = {prompt: iter(texts) for prompt, texts in world.answers.items()}
         chosen = [next(given[ids[tuple(prompt)]]) for prompt in prompts]
         return [plain.response_ids(chain.tokenizer, text, finished) for text, finished in chosen]

@@ -1,0 +1,1 @@
+"""Score responses: the interface of a reward, and what implements it."""
