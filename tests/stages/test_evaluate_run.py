@@ -148,7 +148,7 @@ def perplexity_again(chain, policy: str, rows: list[list[int]]) -> float:
 def held_out_rows(chain, held: bool = True) -> list[list[int]]:
     """Return packed rows of the documents whose hash lies below the fraction (or, not `held`, of the others)."""
     texts = [row["text"] for row in chain.rows("documents.jsonl")]
-    return plain.packed_rows(chain.tokenizer, [text for text in texts if (plain.place(text) < 0.3) == held], 8)
+    return plain.packed_rows(chain.tokenizer, [text for text in texts if (plain.hash_fraction(text) < 0.3) == held], 8)
 
 
 @torch.no_grad()
