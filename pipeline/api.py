@@ -1,7 +1,7 @@
 """Load experiments and bring stages up to date: the core of `rlhf run`, also for Python code.
 
-This file and `commands.py` are the only ones in this package that import the stages. Imports are
-late: environment variables must be set before torch is imported.
+Of this package only this file, `commands.py` and `init.py` import the stages or the data room.
+Imports are late: environment variables must be set before torch is imported.
 """
 
 from __future__ import annotations

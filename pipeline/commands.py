@@ -7,19 +7,19 @@ set before torch is imported.
 import argparse
 import importlib
 import os
-import shlex
 import sys
 import threading
-from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from pipeline import api, hints
 from pipeline.api import Location
+from pipeline.clean import clean_command
 from pipeline.errors import UserError
+from pipeline.init import init_command
 from pipeline.store import files
+from pipeline.submit import submit_command
 
 RUN_HELP = f"""\
 usage: rlhf run STAGE -c CONFIG [flags] [key=value ...]
@@ -111,6 +111,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         from pipeline import plan, running
         from pipeline.config.yaml_tree import read_tree
         from pipeline.launch import environment, launcher, processes
+        from pipeline.state import flags_of
         from pipeline.store.remote import Remote
 
         tree = read_tree(arguments.config, arguments.overrides)
@@ -139,118 +140,6 @@ def run_command(arguments: argparse.Namespace) -> int:
         processes.disconnect(peers, patience)
         stages[arguments.stage].show(store.folder(arguments.stage), console)
     return 0
-
-
-def flags_of(arguments: argparse.Namespace) -> Any:
-    """Return the flags of `rlhf run`."""
-    from pipeline.state import Flags
-
-    return Flags(
-        only=arguments.only,
-        force=arguments.force,
-        restart=arguments.restart,
-        override_config=arguments.override_config,
-        allow_elastic=arguments.allow_elastic,
-        trust_remote_code=arguments.trust_remote_code,
-        command=shlex.join(["rlhf", *arguments.words]),
-    )
-
-
-def submit_command(arguments: argparse.Namespace) -> int:
-    """Run `rlhf run STAGE --submit slurm`: submit one job per stage that is not up to date."""
-    from pipeline import plan
-    from pipeline.launch import slurm
-
-    if arguments.submit is None:
-        raise UserError("command line: --dry-run shows what --submit would do; add --submit slurm")
-    environment = dict(os.environ)  # the user's: `load` adds what holds only on this machine
-    experiment, stages, location = load(arguments), api.stages(), Location.of(arguments.artifacts)
-    store = api.open_store_to_run(experiment, location)
-    chain = plan.Chain(experiment, store, stages)
-    order = chain.closure(arguments.stage)
-    for name in order:
-        chain.states[name] = chain.assess(name)
-    waiting = [
-        name for name in order if chain.states[name].kind != "done" or (arguments.force and name == arguments.stage)
-    ]
-    if arguments.only:
-        plan.refuse_unready({need: chain.states[need] for need in chain.needs(arguments.stage)})
-        waiting = [arguments.stage]
-    refuse_to_submit(chain, waiting, arguments)
-    folder = (store.base / "slurm").absolute()
-    scripts = {}
-    for name in waiting:
-        is_target = name == arguments.stage
-        scripts[name] = slurm.script(
-            name,
-            experiment,
-            folder,
-            job_words(arguments, location, is_target),
-            restart=is_dropped_by(arguments, chain, name),
-            shared=stages[name].shared,
-        )
-    if not scripts:
-        print(f"{arguments.stage}: up to date")
-    elif arguments.dry_run:
-        for name, text in scripts.items():
-            print(f"# -- {folder / name}.sbatch\n{text}")
-    else:
-        needs = {name: chain.needs(name) for name in order}
-        for name, number in slurm.submit(scripts, needs, folder, environment).items():
-            print(f"{name}: job {number}, log {folder / name}-{number}.log")
-    return 0
-
-
-def refuse_to_submit(chain: Any, waiting: list[str], arguments: argparse.Namespace) -> None:
-    """Raise UserError with a line for each reason why a job would fail.
-
-    Args:
-        chain: The assessed stages.
-        waiting: The stages to submit.
-        arguments: The arguments of the command.
-    """
-    from pipeline.state import refusals
-
-    store, launch, flags = chain.store, chain.experiment.launch, flags_of(arguments)
-    lines = [
-        f"{store.folder(name)}: {store.holder(name)} works on it; wait for it"
-        for name in waiting
-        if chain.states[name].kind == "running"
-    ]
-    if lines:
-        raise UserError(lines)
-    for name in waiting:
-        is_target = name == arguments.stage
-        lines += refusals(name, is_target, chain.states[name], flags, launch.nodes * launch.processes)
-    if lines:
-        raise UserError(lines)
-    if lines := chain.conflicts(waiting, arguments.stage, flags):
-        raise UserError(lines)
-
-
-def job_words(arguments: argparse.Namespace, location: Location, is_target: bool) -> list[str]:
-    """Return the words after `rlhf run STAGE` of a job.
-
-    Args:
-        arguments: The arguments of the command that submits it.
-        location: Where finished stages are kept.
-        is_target: Whether the command names the job's stage.
-    """
-    artifacts = location.url or str(location.folder.absolute())
-    words = ["-c", str(Path(arguments.config).absolute()), "--artifacts", artifacts]
-    for flag in ("override-config", "allow-elastic", "trust-remote-code", "debug"):
-        if getattr(arguments, flag.replace("-", "_")):
-            words.append(f"--{flag}")
-    if arguments.force and is_target:
-        words.append("--force")
-    return words + arguments.overrides
-
-
-def is_dropped_by(arguments: argparse.Namespace, chain: Any, name: str) -> bool:
-    """Return whether the command drops the interrupted run of a stage."""
-    from pipeline.state import is_dropped
-
-    return is_dropped(name == arguments.stage, chain.states[name], flags_of(arguments))
 
 
 def help_command(arguments: argparse.Namespace) -> int:
@@ -309,7 +198,7 @@ def status_command(arguments: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from pipeline import plan
+    from pipeline import chain, plan
     from pipeline.record import headline
 
     experiment, stages = load(arguments), api.stages()
@@ -322,8 +211,8 @@ def status_command(arguments: argparse.Namespace) -> int:
     for title in columns:
         justify: Any = "right" if title == "size" else "left"
         table.add_column(title, overflow="fold", justify=justify, no_wrap=title == "stage")
-    wanted = plan.wanted_stages(experiment, stages)
-    states = plan.assess(experiment, store, stages)
+    wanted = chain.wanted_stages(experiment, stages)
+    states = chain.assess(experiment, store, stages)
     for name, state in states.items():
         when = size = result = ""
         if state.manifest is not None:
@@ -338,7 +227,7 @@ def status_command(arguments: argparse.Namespace) -> int:
         table.add_row(*row[: len(columns)])
     console.print(table)
     for line in plan.lines_of_remembered_settings(states, store, arguments.overrides):
-        plan.print_line(console, line)
+        chain.print_line(console, line)
     return 0
 
 
@@ -349,132 +238,19 @@ def reason_not_needed(name: str, last: str) -> str:
     return f"not needed by {last}"
 
 
-# -- clean ---------------------------------------------------------------------------------------
-
-
-def clean_command(arguments: argparse.Namespace) -> int:
-    """Run `rlhf clean`: remove artifacts/NAME, after a person at the terminal or --yes agrees.
-
-    It refuses if a process works there, or if the folder contains anything else.
-    """
-    from pipeline.config.validation import read_name
-    from pipeline.config.yaml_tree import read_tree
-    from pipeline.stage import StopFlag
-    from pipeline.store.artifacts import ArtifactStore
-    from pipeline.terminal import ask, at_terminal
-
-    name = read_name(read_tree(arguments.config, arguments.overrides))
-    store = ArtifactStore(Location.of(arguments.artifacts).folder, name)
-    doomed = store.base.with_name(f".tmp-{store.base.name}")
-    files.remove(doomed)  # left by a clean that was killed
-    if not store.base.is_dir():
-        print(f"{store.base}: nothing there")
-        return 0
-    present = sorted(path.name for path in store.base.iterdir())
-    stages = [name for name in api.STAGES if name in present]
-    refuse_to_clean(store, present, stages)
-    with ExitStack() as locks:
-        for name in stages:  # a process may have started meanwhile
-            locks.enter_context(store.hold(name))
-        size = files.human_bytes(sum(store.size(name) for name in present))
-        what = f"{store.base} ({size}): {' '.join(present) or 'empty'}"
-        if not arguments.yes:
-            if not at_terminal():
-                raise UserError(f"{what}; nobody is here to be asked: --yes (make: YES=1) removes it")
-            if not ask(f"{what}\nRemove it?", StopFlag()):
-                print("nothing removed")
-                return 0
-        print(f"removing {what}")
-        # Renamed now, and removed when no lock file is open any more: NFS would keep an open file.
-        os.rename(store.base, doomed)
-    files.remove(doomed)
-    return 0
-
-
-def refuse_to_clean(store: Any, present: list[str], stages: list[str]) -> None:
-    """Raise UserError with a line for each reason not to remove an experiment's folder.
-
-    Args:
-        store: Its artifacts.
-        present: Names in its folder.
-        stages: Those of them that are stages.
-    """
-    lines = []
-    for name in present:
-        if name not in (*api.STAGES, "wandb", "slurm") and not name.startswith("."):
-            lines.append(f"{store.base / name}: does not belong to any stage; move it away, then clean")
-    for name in stages:
-        if store.is_held(name):
-            lines.append(f"{store.folder(name)}: {store.holder(name)} works on it; wait for it or stop it")
-    if lines:
-        raise UserError(lines)
-
-
-# -- init ----------------------------------------------------------------------------------------
-
-
-def init_command(arguments: argparse.Namespace) -> int:
-    """Run `rlhf init`: write a short config that works."""
-    from pipeline.config.yaml_tree import parse_tree
-    from pipeline.new_config import compose, name_from
-    from pipeline.plan import missing_data_of, wanted_stages
-
-    path = Path(arguments.output)
-    if path.exists():
-        raise UserError(f"{path}: exists and is not overwritten; choose another file with -o")
-    text = compose(name_from(path), arguments.model, guess_kinds(arguments.data), arguments.device)
-    experiment, stages = api.validate(parse_tree(text, str(path))), api.stages()
-    wanted = wanted_stages(experiment, stages)
-    if lines := missing_data_of([name for name in stages if name in wanted], stages, experiment):
-        raise UserError(lines)
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another file with -o") from None
-    print(text)
-    words = shlex.join(["-c", str(path)])
-    print(f"written to {path}; next: rlhf run {list(stages)[-1]} {words}")
-    return 0
-
-
-def guess_kinds(paths: list[str]) -> dict[str, str]:
-    """Return the data files by kind, as `rlhf data check` guesses the kinds.
-
-    Raises:
-        UserError: If a kind cannot be guessed, or two files are of the same kind.
-    """
-    inspect_file = importlib.import_module("data.check.inspect_file")
-    by_kind: dict[str, str] = {}
-    lines = []
-    for path in paths:
-        if not Path(path).expanduser().is_file():
-            lines.append(f"{path}: no such file; give a data file")
-            continue
-        kind = inspect_file.guess_kind(Path(path).expanduser())
-        if kind is None:
-            lines.append(f"{path}: its rows are of no known kind; `rlhf data check {shlex.quote(path)}` shows why")
-        elif kind in by_kind:
-            lines.append(f"{path}: contains {kind}, as {by_kind[kind]} does; join them to one file")
-        else:
-            by_kind[kind] = path
-    if lines:
-        raise UserError(lines)
-    return by_kind
-
-
 # -- doctor, chat, data --------------------------------------------------------------------------
 
 
 def doctor_command(arguments: argparse.Namespace) -> int:
     """Run `rlhf doctor`: check this machine, or compute the memory that an experiment needs."""
     experiment = load_if_given(arguments)
-    doctor = importlib.import_module("stages.tools.doctor")
     if arguments.memory:
         if experiment is None:
             raise UserError("doctor --memory: needs an experiment; add -c CONFIG, such as configs/tiny.yaml")
-        return doctor.plan_memory(experiment, trust_remote_code=arguments.trust_remote_code)
+        memory_table = importlib.import_module("stages.tools.memory_table")
+        return memory_table.print_memory(experiment, trust_remote_code=arguments.trust_remote_code)
     artifacts = str(Location.of(arguments.artifacts).folder)
+    doctor = importlib.import_module("stages.tools.doctor")
     return doctor.run(experiment, artifacts=artifacts, fill=partial(hints.filled, caller=hints.caller_from(arguments)))
 
 
@@ -494,15 +270,19 @@ def chat_command(arguments: argparse.Namespace) -> int:
 
     experiment = load(arguments)
     environment.prepare(experiment)
-    return importlib.import_module("stages.tools.chat").run(
+    chat = importlib.import_module("stages.tools.chat")
+    length = arguments.max_new_tokens
+    return chat.run(
         experiment,
         api.open_store(experiment, Location.of(arguments.artifacts)),
-        models=[name.strip() for name in arguments.models.split(",") if name.strip()],
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        max_new_tokens=arguments.max_new_tokens,
-        system=arguments.system,
+        [name.strip() for name in arguments.models.split(",") if name.strip()],
+        chat.Settings(
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+            max_new_tokens=experiment.evaluate.response_length if length is None else length,
+            system=arguments.system or "",
+        ),
         trust_remote_code=arguments.trust_remote_code,
     )
 

@@ -1,5 +1,6 @@
 """Describe the state of a stage, and decide what the flags of `rlhf run` allow in that state."""
 
+import argparse
 import shlex
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,19 @@ class Flags:
     """Run code that a model brings."""
     command: str = ""
     """The command as it was typed; it is recorded in the manifests of what it makes."""
+
+
+def flags_of(arguments: argparse.Namespace) -> Flags:
+    """Return the flags of `rlhf run` from its parsed arguments."""
+    return Flags(
+        only=arguments.only,
+        force=arguments.force,
+        restart=arguments.restart,
+        override_config=arguments.override_config,
+        allow_elastic=arguments.allow_elastic,
+        trust_remote_code=arguments.trust_remote_code,
+        command=shlex.join(["rlhf", *arguments.words]),
+    )
 
 
 @dataclass

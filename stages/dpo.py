@@ -166,10 +166,7 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
 
     # 3 publish
     figures = {**figures, "truncated": report.truncated, "dropped": report.dropped}
-    folder = ctx.publish / "model"
-    base = adapter_base(provenance, folder, source)
-    card = ModelCard("a policy trained by DPO", ANSWER, figures=figures, source=source, adapter=base)
-    publish_model(provenance, publishable(policy, load), tokenizer, folder, card, temperature=1.0)
+    publish(provenance, publishable(policy, load), tokenizer, figures)
     return figures
 
 
@@ -249,6 +246,21 @@ def loss_of(
         return plackett_luce_loss(beta * (logps - ref_logps), *choices, prompts)
     pairs = (batch.winners, batch.losers, batch.pair_weights)
     return dpo_loss(logps, ref_logps, *pairs, beta, prompts, name, label_smoothing)
+
+
+def publish(provenance: Provenance, model: nn.Module, tokenizer: Any, figures: dict) -> None:
+    """Write the policy to model/.
+
+    Args:
+        provenance: What the policy was made of.
+        model: The policy, whole.
+        tokenizer: Its tokenizer.
+        figures: What was measured.
+    """
+    source, folder = provenance.inputs["sft"] / "model", provenance.publish / "model"
+    base = adapter_base(provenance, folder, source)
+    card = ModelCard("a policy trained by DPO", ANSWER, figures=figures, source=source, adapter=base)
+    publish_model(provenance, model, tokenizer, folder, card, temperature=1.0)
 
 
 def tokens_first(group: PromptGroup) -> float:

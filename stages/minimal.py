@@ -15,6 +15,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ BETA = 0.5  # β of DPO's eq. 7
 class ScalarModel(nn.Module):
     """A trunk with a scalar head in place of the unembedding: a reward or a value model."""
 
-    def __init__(self, trunk: nn.Module, head: nn.Linear, bias: float = 0.0):
+    def __init__(self, trunk: nn.Module, head: nn.Linear, bias: float = 0.0) -> None:
         super().__init__()
         self.trunk, self.head, self.bias = trunk, head, bias
 
@@ -80,7 +81,7 @@ def response_logprobs(policy: nn.Module, rows: Rows) -> Tensor:
 
 
 @torch.no_grad()
-def sample(policy: nn.Module, prompts: Sequence[list[int]], tokenizer) -> list[list[int]]:
+def sample(policy: nn.Module, prompts: Sequence[list[int]], tokenizer: Any) -> list[list[int]]:
     """Sample a response to each prompt at temperature 1, to its EOS or cut off after R tokens."""
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     width = max(map(len, prompts))
@@ -188,7 +189,7 @@ def train_on_text(policy: nn.Module, rows: Sequence[dict], pad_id: int, steps: i
     minimize(lambda: text_loss(policy, [rows[i] for i in stream.take(32)], pad_id), policy, steps, learning_rate)
 
 
-def rank(sft: nn.Module, world: World, prompts: Sequence[str], tokenizer) -> list[PromptGroup]:
+def rank(sft: nn.Module, world: World, prompts: Sequence[str], tokenizer: Any) -> list[PromptGroup]:
     """Sample K responses to each prompt and let five simulated labelers rank them."""
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     sampled = []  # K responses of each prompt
@@ -228,7 +229,7 @@ def train_reward_model(
 
 
 def train_ppo(
-    sft: nn.Module, reward_model: ScalarModel, prompts: Sequence[list[int]], documents: Sequence[dict], tokenizer
+    sft: nn.Module, reward_model: ScalarModel, prompts: Sequence[list[int]], documents: Sequence[dict], tokenizer: Any
 ) -> nn.Module:
     """Maximise E[r(x, y) − β log π/π_SFT] + γ E[log π(x_pretrain)] (InstructGPT, eq. 2)."""
     policy, value_model = copy.deepcopy(sft), copy.deepcopy(reward_model)
@@ -273,7 +274,7 @@ def train_dpo(sft: nn.Module, groups: Sequence[PromptGroup], pad_id: int) -> nn.
     return policy
 
 
-def gold_score(policy: nn.Module, world: World, prompts: Sequence[str], tokenizer) -> float:
+def gold_score(policy: nn.Module, world: World, prompts: Sequence[str], tokenizer: Any) -> float:
     """Return the mean gold score, in [0, 1], of one response to each prompt; not for training."""
     responses = sample(policy, [encode_prompt(tokenizer, prompt) for prompt in prompts], tokenizer)
     texts = [decode_response(tokenizer, y) for y in responses]

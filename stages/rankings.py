@@ -1,12 +1,16 @@
-"""rankings: K responses of SFT to each prompt, ranked by labelers; or people's own rankings, validated and split.
+"""Publish rankings of several responses to each prompt, split into training and validation.
 
-The split is by prompt, never within one, and in the embedded world by request. There `labelers_per_prompt` of five
-simulated labelers rank a training prompt, and two of them every validation prompt, so that their agreement can be
-read from the file.
+Either people's rankings, checked and split; or, in the embedded world, K responses of SFT to each
+prompt, ranked by simulated labelers. The split is by prompt, and in the embedded world by request.
+There `labelers_per_prompt` of five labelers rank a training prompt, and two of them rank every
+validation prompt, so that their agreement can be computed.
 """
 
+import dataclasses
 import random
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -23,164 +27,260 @@ from stages.rollouts.transformers import sample
 from stages.settings.experiment import Experiment
 from stages.settings.rankings import RankingsSettings
 from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, load_records, read_world
-from stages.shared.runtime import can_pack_rows, check_context, device_of, dtype_of, make_accelerator
+from stages.shared.runtime import can_pack_rows, check_context, make_accelerator, runtime_of
 from stages.training.batching import micro_batches
-from stages.training.session import session_of
+from stages.training.session import Session, session_of
 
 NO_NOISE = 1e-4
+"""Temperature of the labelers' noise at which their rankings are certain."""
+MANY_UNFINISHED = 0.1
+"""Share of unfinished responses above which a warning is printed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledResponses:
+    """K responses of SFT to each of P prompts."""
+
+    prompts: list[str]
+    """The prompts."""
+    texts: list[list[str]]
+    """The responses, (P, K)."""
+    finished: list[list[bool]]
+    """Whether each response ended with EOS, (P, K)."""
+
+    @property
+    def answers(self) -> list[list[tuple[str, bool]]]:
+        """The text of each response and whether it is finished, as in `Ranking.answers`."""
+        return [list(zip(*row, strict=True)) for row in zip(self.texts, self.finished, strict=True)]
+
+    @property
+    def unfinished_share(self) -> float:
+        """The share of responses that were cut off."""
+        flags = [ended for row in self.finished for ended in row]
+        return sum(not ended for ended in flags) / len(flags)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """SFT and what is needed to sample from it."""
+
+    policy: Any
+    """The SFT model."""
+    tokenizer: Any
+    """Its tokenizer."""
+    accelerator: Any
+    """accelerate's Accelerator: device and autocast."""
+    settings: RankingsSettings
+    """The section rankings."""
+    seed: int
+    """The experiment's seed."""
+
+    def sample(self, indices: Sequence[int], ids: Sequence[list[int]], poll: Callable) -> list[list[list[int]]]:
+        """Sample K responses to each of some prompts.
+
+        Args:
+            indices: Which prompts.
+            ids: The ids of all prompts.
+            poll: Called between tokens; raises if the run is to stop.
+
+        Returns:
+            The ids of K responses for each index.
+        """
+        count = self.settings.samples_per_prompt
+        seeds = [derive_seed(self.seed, "sample", i, k) for i in indices for k in range(count)]
+        with self.accelerator.autocast():
+            flat = sample(
+                self.policy,
+                [ids[i] for i in indices for _ in range(count)],
+                seeds,
+                response_length=self.settings.response_length,
+                temperature=self.settings.temperature,
+                batch_size=len(seeds),
+                eos_id=self.tokenizer.eos_token_id,
+                pad_id=self.tokenizer.pad_token_id,
+                poll=poll,
+            )
+        return list(micro_batches(flat, count))
 
 
 def run(ctx: StageRun[RankingsSettings, Experiment]) -> dict:
-    """→ train.jsonl, validation.jsonl."""
+    """Publish train.jsonl and validation.jsonl.
+
+    Returns:
+        The figures for the manifest.
+    """
+    settings, session = ctx.config, session_of(ctx, trains=False)
+    figures = {}
     if ctx.experiment.data.rankings is not None:
-        rows, figures = load_records("rankings", ctx.source("rankings")), {}
+        rows = load_records("rankings", ctx.source("rankings"))
+        keys = [prompt_key(row.prompt) for row in rows]
     else:
-        rows, figures = simulate(ctx)
-    train, valid = held_out(split_keys(ctx, [r.prompt for r in rows]), ctx.config.validation_fraction)
-    for name, part in (("train", train), ("validation", valid)):
-        part = [rows[i] for i in part]
-        if not any(usable_pairs(r) for r in part):
+        world = World.from_json(read_world(ctx.inputs))
+        responses = sample_responses(ctx)
+        rows, figures = simulate(world, responses, settings, session)
+        keys = request_keys(world, [row.prompt for row in rows], session.seed)
+    train, validation = held_out(keys, settings.validation_fraction)
+    for name, indices in (("train", train), ("validation", validation)):
+        part = [rows[i] for i in indices]
+        if not any(usable_pairs(row) for row in part):
             raise UserError(
                 [
-                    f"data.rankings: the {name} split ({len(part)} rankings) has no usable pair; give more "
-                    f"rankings, or change rankings.validation_fraction"
+                    f"data.rankings: the {name} split ({len(part)} rankings) has no usable pair; add rankings, or "
+                    f"change rankings.validation_fraction"
                 ]
             )
-        write_jsonl(ctx.publish / f"{name}.jsonl", (to_json(r) for r in part))
-    held = [rows[i] for i in valid]
+        write_jsonl(ctx.publish / f"{name}.jsonl", (to_json(row) for row in part))
     return {
         "rankings": len(rows),
-        "pairs": sum(map(usable_pairs, rows)),
+        "pairs": sum(usable_pairs(row) for row in rows),
         "train": len(train),
-        "validation": len(valid),
-        "labeler_agreement": labeler_agreement(held),
+        "validation": len(validation),
+        "labeler_agreement": labeler_agreement([rows[i] for i in validation]),
         **figures,
     }
 
 
-def split_keys(ctx: StageRun, prompts) -> list[str]:
-    """Return a key for each prompt; prompts of one key stay on one side of the split.
+def request_keys(world: World, prompts: Sequence[str], seed: int) -> list[str]:
+    """Return a key for each of the world's prompts; prompts with one key are not split.
 
-    The key is the request where simulated labelers rank the embedded world's prompts: the same question behind another
-    greeting, and the same answers to it, would otherwise stand on both sides. Elsewhere it is the prompt.
+    The key is the request. Otherwise the same question after another greeting, and the same
+    responses to it, would be on both sides.
     """
-    if ctx.experiment.data.rankings is not None:
-        return [prompt_key(p) for p in prompts]
-    world = World.from_json(read_world(ctx.inputs))
-    return [f"{ctx.seed} {world.request(p)}" for p in prompts]
+    return [f"{seed} {world.request(prompt)}" for prompt in prompts]
 
 
-def usable_pairs(r: Ranking) -> int:
-    return sum(verdict == "usable" for _, _, verdict in judged_pairs(r))
+def usable_pairs(ranking: Ranking) -> int:
+    """Count the pairs of a ranking that say which of two different responses is better."""
+    return sum(verdict == "usable" for _, _, verdict in judged_pairs(ranking))
 
 
-def simulate(ctx: StageRun) -> tuple[list[Ranking], dict]:
-    """Sample K responses a prompt from SFT, calibrate the labelers' noise on them, and rank."""
-    c = ctx.config
-    prompts, texts, finished = sample_responses(ctx)
-    answers = [list(zip(*row, strict=True)) for row in zip(texts, finished, strict=True)]  # as of a Ranking
-    world = World.from_json(read_world(ctx.inputs))
+def simulate(
+    world: World, responses: SampledResponses, settings: RankingsSettings, session: Session
+) -> tuple[list[Ranking], dict[str, float]]:
+    """Let simulated labelers rank responses.
+
+    Their noise is calibrated on these responses, so that two labelers agree as often as
+    `rankings.agreement` says.
+
+    Args:
+        world: The embedded world, which knows how good a response is.
+        responses: SFT's responses.
+        settings: The section rankings.
+        session: The run: its seed, and where lines go.
+
+    Returns:
+        The rankings, and figures for the manifest.
+    """
+    prompts, texts, finished = responses.prompts, responses.texts, responses.finished
+    answers = responses.answers
     utilities = [world.labeler_utilities(*row) for row in zip(prompts, texts, finished, strict=True)]
     try:
-        noise = labelers.calibrate_noise(utilities, answers, c.agreement)
-    except ValueError as problem:  # an SFT model that babbles: tastes differ more than its answers do
-        ctx.tracker.say(f"rankings: {problem}; ranked without noise. Train base and sft longer")
+        noise = labelers.calibrate_noise(utilities, answers, settings.agreement)
+    except ValueError as problem:
+        # The responses of a poor SFT model hardly differ in quality, so only taste is left to
+        # disagree on.
+        session.say(f"{problem}; they rank without noise. Train base and sft longer")
         noise = NO_NOISE
-    valid = set(held_out(split_keys(ctx, prompts), c.validation_fraction)[1])
-    unfinished = sum(not f for fs in finished for f in fs) / sum(map(len, finished))
-    if unfinished > 0.1:  # labelers judge what is there, and no model learns how such a response ends
-        ctx.tracker.say(f"rankings: {unfinished:.0%} of the responses were cut off; raise rankings.response_length")
-    rows, owner = [], []
-    for i, (prompt, responses) in enumerate(zip(prompts, texts, strict=True)):
-        chooser = random.Random(derive_seed(ctx.seed, "labeler", i))
-        for who in chooser.sample(range(len(labelers.LABELERS)), 2 if i in valid else c.labelers_per_prompt):
-            rng = np.random.default_rng(derive_seed(ctx.seed, "rank", i, who))
-            ranks = tuple(map(int, labelers.rank(utilities[i][who], noise, rng, answers[i])))
-            name, ended = labelers.LABELERS[who].name, tuple(finished[i])
-            rows.append(Ranking(f"{i:05d}-{name}", prompt, tuple(responses), ranks, name, finished=ended))
-            owner.append(i)
-    judged = [k for k, i in enumerate(owner) if i in valid]
+    if responses.unfinished_share > MANY_UNFINISHED:
+        # Labelers rank a response as it is; no model learns from it how such a response should end.
+        session.say(f"{responses.unfinished_share:.0%} of the responses were cut off; raise rankings.response_length")
+    keys = request_keys(world, prompts, session.seed)
+    validation = set(held_out(keys, settings.validation_fraction)[1])
+    rows: list[Ranking] = []
+    ranked: list[int] = []  # which prompt each row ranks
+    for i, prompt in enumerate(prompts):
+        count = 2 if i in validation else settings.labelers_per_prompt
+        chooser = random.Random(derive_seed(session.seed, "labeler", i))
+        for k in chooser.sample(range(len(labelers.LABELERS)), count):
+            rng = np.random.default_rng(derive_seed(session.seed, "rank", i, k))
+            ranks = tuple(int(rank) for rank in labelers.rank(utilities[i][k], noise, rng, answers[i]))
+            name = labelers.LABELERS[k].name
+            ended = tuple(finished[i])
+            rows.append(Ranking(f"{i:05d}-{name}", prompt, tuple(texts[i]), ranks, name, finished=ended))
+            ranked.append(i)
+    held = [at for at, i in enumerate(ranked) if i in validation]
     ceiling = labelers.accuracy_ceiling(
-        [utilities[owner[k]] for k in judged],
-        [list(rows[k].ranks) for k in judged],
-        [list(rows[k].answers) for k in judged],
+        [utilities[ranked[at]] for at in held],
+        [list(rows[at].ranks) for at in held],
+        [list(rows[at].answers) for at in held],
         noise,
     )
     return rows, {
         "noise": noise,
-        "unfinished": unfinished,
+        "unfinished": responses.unfinished_share,
         "expected_agreement": labelers.expected_agreement(utilities, answers, noise),
         "accuracy_ceiling": ceiling["realised"],
         "expected_accuracy_ceiling": ceiling["expected"],
     }
 
 
-def sample_responses(ctx: StageRun) -> tuple[list[str], list[list[str]], list[list[bool]]]:
-    """(prompts, K response texts of each, whether each ended with EOS), by SFT; a checkpoint every
-    `checkpoints.every` batches."""
-    c, m = ctx.config, ctx.experiment.model
-    accelerator = make_accelerator(device_of(ctx.experiment), dtype_of(ctx.experiment))
-    source = ctx.inputs["sft"] / "model"
+def sample_responses(ctx: StageRun[RankingsSettings, Experiment]) -> SampledResponses:
+    """Sample K responses of SFT to each prompt, with checkpoints between batches."""
+    settings, runtime, folder = ctx.config, runtime_of(ctx), ctx.inputs["sft"] / "model"
     session = session_of(ctx, trains=False)
-    check_context(session, c, source)
-    tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
-    policy = load_policy(source, attn_implementation=m.attn_implementation, trust_remote_code=ctx.trust_remote_code).to(
+    check_context(session, settings, folder)
+    accelerator = make_accelerator(runtime.device, runtime.dtype)
+    tokenizer = load_tokenizer(folder, trust_remote_code=runtime.trust_remote_code)
+    policy = load_policy(folder, attn_implementation=runtime.attention, trust_remote_code=runtime.trust_remote_code).to(
         accelerator.device
     )
-    can_pack_rows(session, [policy], c.max_length)  # then its prompts are read once for all their samples
-    records, places = load_placed_records("prompts", ctx.source("prompts"))
-    chosen = Stream(len(records), derive_seed(ctx.seed, "prompts")).take(
-        min(len(records), c.num_prompts or len(records))
-    )
+    can_pack_rows(
+        session, [policy], settings.max_length
+    )  # lets the sampler compute each prompt once for all of its samples
+
+    records, locations = load_placed_records("prompts", ctx.source("prompts"))
+    count = min(len(records), settings.num_prompts or len(records))
+    chosen = Stream(len(records), derive_seed(session.seed, "prompts")).take(count)
     prompts = [records[i].prompt for i in chosen]
-    names = [places[i] for i in chosen]
-    kept, ids, report = fit_prompts(
-        tokenizer, prompts, names, LengthLimit(c.max_length, c.on_too_long, "rankings"), c.response_length
-    )
-    prompts = [prompts[i] for i in kept]
-    ctx.tracker.say(f"rankings: {report.line('prompts')}; {c.samples_per_prompt} samples each")
-    found = ctx.checkpoints.newest()
-    texts: list[list[str]] = found.state["texts"] if found else []
-    finished: list[list[bool]] = found.state["finished"] if found else []
+    limit = LengthLimit(settings.max_length, settings.on_too_long, ctx.stage)
+    kept, ids, report = fit_prompts(tokenizer, prompts, [locations[i] for i in chosen], limit, settings.response_length)
+    session.say(f"{report.line('prompts')}; {settings.samples_per_prompt} samples each")
+
+    sampler = Sampler(policy, tokenizer, accelerator, settings, session.seed)
+    return sample_in_batches(sampler, [prompts[i] for i in kept], ids, session)
+
+
+def sample_in_batches(
+    sampler: Sampler, prompts: list[str], ids: Sequence[list[int]], session: Session
+) -> SampledResponses:
+    """Sample responses to all prompts in batches, each rank its share of a batch.
+
+    Args:
+        sampler: SFT.
+        prompts: P prompts.
+        ids: Their ids through the chat template.
+        session: The run; it resumes from its newest checkpoint.
+
+    Returns:
+        The responses.
+    """
+    checkpoint = session.checkpoints.newest()
+    texts: list[list[str]] = checkpoint.state["texts"] if checkpoint else []
+    finished: list[list[bool]] = checkpoint.state["finished"] if checkpoint else []
     if len(texts) > len(prompts):
         raise UserError(
-            f"rankings.num_prompts: {len(texts)} prompts have their responses and {len(prompts)} are asked for now; "
-            f"ask for more, or --restart"
+            f"rankings.num_prompts: the interrupted run has responses to {len(texts)} prompts, and only "
+            f"{len(prompts)} are set now; set more, or use --restart"
         )
-    begun = found.step if found else 0
-    total = begun + -(-(len(prompts) - len(texts)) // c.batch_size)  # batch_size may be another than before
+    size, eos_id = sampler.settings.batch_size, sampler.tokenizer.eos_token_id
+    first = checkpoint.step if checkpoint else 0
+    total = first + -(-(len(prompts) - len(texts)) // size)  # batch_size may have changed since
 
     def save(step: int) -> None:
         if step:
-            ctx.checkpoints.save(step, {}, {"texts": texts, "finished": finished}, total)
+            session.checkpoints.save(step, {}, {"texts": texts, "finished": finished}, total)
 
-    def responses_to(part: list[int], poll) -> list[list[list[int]]]:
-        seeds = [derive_seed(ctx.seed, "sample", i, k) for i in part for k in range(c.samples_per_prompt)]
-        with accelerator.autocast():
-            flat = sample(
-                policy,
-                [ids[i] for i in part for _ in range(c.samples_per_prompt)],
-                seeds,
-                response_length=c.response_length,
-                temperature=c.temperature,
-                batch_size=len(seeds),
-                eos_id=tokenizer.eos_token_id,
-                pad_id=tokenizer.pad_token_id,
-                poll=poll,
-            )
-        return list(micro_batches(flat, c.samples_per_prompt))
-
-    with ctx.tracker.progress(total, "rankings", begun) as progress:
-        for step in range(begun + 1, total + 1):
-            part = range(len(texts), min(len(texts) + c.batch_size, len(prompts)))
+    with session.tracker.progress(total, "rankings", first) as progress:
+        for step in range(first + 1, total + 1):
+            batch = range(len(texts), min(len(texts) + size, len(prompts)))
             poll = session.interrupt(step - 1, total, partial(save, step - 1))
             sampled = parallel.compute_and_all_gather(
-                part, [len(ids[i]) for i in part], partial(responses_to, poll=poll)
+                batch, [len(ids[i]) for i in batch], partial(sampler.sample, ids=ids, poll=poll)
             )
-            for group in sampled:
-                texts.append([decode_response(tokenizer, r) for r in group])
-                finished.append([r[-1] == tokenizer.eos_token_id for r in group])
+            for responses in sampled:
+                texts.append([decode_response(sampler.tokenizer, response) for response in responses])
+                finished.append([response[-1] == eos_id for response in responses])
             progress.update(step)
-            if step < total and ctx.checkpoints.due(step):
+            if step < total and session.save_is_due(step):
                 save(step)
-    return prompts, texts, finished
+    return SampledResponses(prompts, texts, finished)

@@ -3,14 +3,13 @@
     loss = − 1/C(K,2) · Σ_pairs log σ( r(x, y_w) − r(x, y_l) )     (InstructGPT, eq. 1)
 
 The batch's loss is the mean over its prompts. All pairs of a prompt are one batch element: one
-forward pass over the prompt and its K responses, so each response contributes to one gradient. (With
-loss_type: plackett_luce it is the likelihood of the whole order instead.) Afterwards, a bias makes
-the demonstrations score 0 on average: `reward_bias` in config.json. With rm.held_out, a further model
-of another seed is trained: nothing is optimized against it, so evaluate measures over-optimisation
-with it.
+forward pass over the prompt and its K responses, so each response contributes to one gradient.
+(With loss_type: plackett_luce it is the likelihood of the whole order instead.) Afterwards, a bias
+makes the demonstrations score 0 on average: `reward_bias` in config.json. With rm.held_out, a
+further model of another seed is trained: nothing is optimized against it, so evaluate measures
+over-optimisation with it.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 
 from data import sources
 from data.encode import decode_response, encode_prompt, encode_response
-from data.groups import GroupBatch, Pair, PromptGroup, batch_groups, make_rows
+from data.groups import PromptGroup, make_rows
+from data.length_limit import LengthReport
 from data.records import Demonstration, Ranking, prompt_key
 from data.streams import Stream, derive_seed
 from data.world.world import World
@@ -32,10 +32,9 @@ from stages.evaluation.statistics import rights
 from stages.evaluation.trust import trust
 from stages.models.adapters import AdapterSettings, plain, with_adapter
 from stages.models.families import is_own_head, off_the_gpu
-from stages.models.forward import response_scores, score_all
+from stages.models.forward import response_scores
 from stages.models.loading import load_tokenizer, new_reward_model
-from stages.models.sharding import full, is_sharded, publishable
-from stages.objectives.losses import plackett_luce_loss, ranking_loss
+from stages.models.sharding import full, publishable
 from stages.settings.experiment import Experiment
 from stages.settings.policies import reward_models
 from stages.settings.rm import RMSettings
@@ -55,39 +54,11 @@ from stages.shared.runtime import (
     runtime_of,
     with_accelerator,
 )
-from stages.training.batching import GroupBatches, group_order
-from stages.training.loop import Phase, Task, fit
+from stages.training.batching import group_order
+from stages.training.loop import Phase, fit
+from stages.training.ranking import Scorer, evaluate, ranking_task
 from stages.training.session import Session, session_of
 from stages.training.trainee import trainee_of
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """A reward model, and how it computes."""
-
-    model: nn.Module
-    """The reward model."""
-    pad_id: int
-    """Id of the padding."""
-    runtime: Runtime
-    """How the stage computes."""
-
-    def scores(self, groups: Sequence[PromptGroup]) -> tuple[GroupBatch, Tensor]:
-        """Return the batch of some groups, and the scores (N,) of its responses."""
-        batch = batch_groups(groups, self.pad_id, packed=self.runtime.packed).to(self.runtime.accelerator.device)
-        with self.runtime.accelerator.autocast():
-            return batch, response_scores(self.model, batch.rows)
-
-    def score_all(self, prompts: Sequence, responses: Sequence, batch_size: int) -> Tensor:
-        """Return the score of each response, (N,).
-
-        Args:
-            prompts: Token ids of the prompt of each response.
-            responses: Token ids of each response.
-            batch_size: Responses of a forward pass.
-        """
-        options = {"pad_id": self.pad_id, "batch_size": batch_size, "accelerator": self.runtime.accelerator}
-        return score_all(self.model, prompts, responses, **options)
 
 
 @dataclass(frozen=True)
@@ -100,6 +71,20 @@ class HeldOut:
     """The rankings that they were made of."""
     clusters: dict[str, str]
     """Cluster of each ranking, by its id, for intervals."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the stage reads."""
+
+    groups: list[PromptGroup]
+    """The prompts to train on, with their responses."""
+    held_out: HeldOut
+    """The held-out rankings."""
+    demonstrations: list[Demonstration]
+    """The demonstrations that score 0 on average."""
+    report: LengthReport
+    """How many rankings were cut or dropped."""
 
 
 @dataclass
@@ -117,24 +102,17 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
 
     Each is an AutoModelForSequenceClassification with one label and reward_bias.
     """
-    config, source, rankings = ctx.config, ctx.inputs["sft"] / "model", ctx.inputs["rankings"]
+    config, source = ctx.config, ctx.inputs["sft"] / "model"
     session, runtime, provenance = session_of(ctx), with_accelerator(runtime_of(ctx)), provenance_of(ctx)
     check_context(session, config, source)
     tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
-    limit = LengthLimit(config.max_length, config.on_too_long, "rm")
-    groups, report = load_groups(rankings / "train.jsonl", tokenizer, limit)
-    held_groups, held_report = load_groups(rankings / "validation.jsonl", tokenizer, limit)
-    report += held_report
-    steps, names = total_steps(config, len(groups)), reward_models(ctx.experiment)
-    pairs = sum(len(g.pairs()) for g in groups)
-    line = f"{report.line('rankings')}; {pairs} pairs; {len(held_groups)} rankings held out; {steps} steps"
+    data = load_data(ctx, tokenizer)
+    held, steps, names = data.held_out, total_steps(config, len(data.groups)), reward_models(ctx.experiment)
+    pairs = sum(len(g.pairs()) for g in data.groups)
+    line = f"{data.report.line('rankings')}; {pairs} pairs; {len(held.groups)} rankings held out; {steps} steps"
     session.say(f"{line} for each of {len(names)} models" if len(names) > 1 else line)
     if ctx.experiment.model.peft is not None:
         note_default_rate(session, config)
-    validation = sources.load("rankings", path=rankings / "validation.jsonl")
-    world = World.from_json(read_world(ctx.inputs)) if ctx.experiment.data.rankings is None else None
-    held = HeldOut(held_groups, validation, clusters_of(validation, world))
-    demonstrations = load_records("demonstrations", ctx.source("demonstrations"))
     members, margins, trusted = restore_members(session, steps), [], []
     for k, name in enumerate(names):
         # 1 the policy's trunk, a new scalar head
@@ -150,8 +128,8 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
         is_new = k == len(members.figures)
         if is_new:
             batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-            order = group_order(groups, steps, batch_size, (ctx.seed, "rm"), k)
-            task = ranking_task(config, scorer, groups, held.groups, order)
+            order = group_order(data.groups, steps, batch_size, (ctx.seed, "rm"), k)
+            task = ranking_task(config, scorer, data.groups, held.groups, order)
             phase = phase_of(members, k, steps, len(names))
             selection = config.selection("loss", higher_is_better=False)
             figures = fit(session, runtime.accelerator, trainee, task, config.schedule(steps), selection, phase)
@@ -165,7 +143,7 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
         margins.append(member_margins)
         trusted.append(trust(member_margins, owners, held.groups, held.rankings, held.clusters))
         # 4 the bias: demonstrations score 0 on average
-        bias = demonstration_mean(config, scorer, tokenizer, demonstrations, ctx.seed)
+        bias = demonstration_mean(config, scorer, tokenizer, data.demonstrations, ctx.seed)
         plain(model).config.reward_bias = bias
         if is_new:
             members.figures[k]["reward_bias"] = bias
@@ -179,14 +157,30 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
         publish(provenance, model, tokenizer, name, members.figures[k] | trusted[k])
         if is_new and k + 1 < len(names) and session.checkpoints.every:
             save_members(session, members, k, steps, len(names))
-    figures = members.figures[0] | trusted[0]
-    if config.ensemble > 1:
-        mean = [sum(scores) / config.ensemble for scores in zip(*margins[: config.ensemble], strict=True)]
-        figures["ensemble_accuracy"] = float(rights(mean).mean())  # of the mean of their scores
-    if names[-1] == "held_out/model":
-        figures["held_out_accuracy"] = float(rights(margins[-1]).mean())
+    figures = members.figures[0] | trusted[0] | accuracy_of_others(names, config.ensemble, margins)
     figures["accuracy_ceiling"] = ctx.manifests["rankings"]["metrics"].get("accuracy_ceiling")
-    return {**figures, "truncated": report.truncated, "dropped": report.dropped}
+    return {**figures, "truncated": data.report.truncated, "dropped": data.report.dropped}
+
+
+def load_data(ctx: StageRun[RMSettings, Experiment], tokenizer: Any) -> Data:
+    """Load the rankings and the demonstrations.
+
+    Args:
+        ctx: The run.
+        tokenizer: The tokenizer with its chat template.
+    """
+    rankings, limit = ctx.inputs["rankings"], LengthLimit(ctx.config.max_length, ctx.config.on_too_long, "rm")
+    groups, report = load_groups(rankings / "train.jsonl", tokenizer, limit)
+    held_groups, held_report = load_groups(rankings / "validation.jsonl", tokenizer, limit)
+    validation = sources.load("rankings", path=rankings / "validation.jsonl")
+    # without rankings in the config, the embedded world's labelers ranked: then tasks are known
+    world = World.from_json(read_world(ctx.inputs)) if ctx.experiment.data.rankings is None else None
+    return Data(
+        groups=groups,
+        held_out=HeldOut(held_groups, validation, clusters_of(validation, world)),
+        demonstrations=load_records("demonstrations", ctx.source("demonstrations")),
+        report=report + held_report,
+    )
 
 
 # -- several models, one after the other ---------------------------------------------------------
@@ -246,6 +240,23 @@ def save_members(session: Session, members: Members, k: int, steps: int, count: 
     session.checkpoints.save((k + 1) * steps, tensors, state, count * steps)
 
 
+def accuracy_of_others(names: list[str], ensemble: int, margins: list[list[float]]) -> dict[str, float]:
+    """Return the accuracy of the ensemble, by the mean of its scores, and of the held-out model.
+
+    Args:
+        names: Folders of all models.
+        ensemble: How many of them, from the first, are the ensemble.
+        margins: Margins of all held-out pairs, for each model.
+    """
+    figures = {}
+    if ensemble > 1:
+        mean = [sum(scores) / ensemble for scores in zip(*margins[:ensemble], strict=True)]
+        figures["ensemble_accuracy"] = float(rights(mean).mean())
+    if names[-1] == "held_out/model":
+        figures["held_out_accuracy"] = float(rights(margins[-1]).mean())
+    return figures
+
+
 def member_seed(seed: int, k: int) -> int:
     """Return the seed of the k-th model: the experiment's for the first, others for the rest."""
     return derive_seed(seed, "member", k) if k else seed
@@ -267,113 +278,7 @@ def make_model(source: Path, runtime: Runtime, adapter: AdapterSettings, seed: i
 # -- training ------------------------------------------------------------------------------------
 
 
-def ranking_task(
-    config: RMSettings, scorer: Scorer, groups: list[PromptGroup], held: list[PromptGroup], order: list[int]
-) -> Task:
-    """Return the batches, the loss and the evaluation of a reward model.
-
-    Args:
-        config: The stage's settings.
-        scorer: The model.
-        groups: The groups to train on.
-        held: The held-out groups.
-        order: Indices of the groups of all batches.
-    """
-
-    def loss(rows: list[int], whole: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
-        batch, scores = scorer.scores([groups[i] for i in rows])
-        value = loss_of(config, batch, scores, len(whole))
-        margins = (scores[batch.winners] - scores[batch.losers]).detach()
-        weight = len(rows) / len(whole)
-        return value, {
-            "loss": value.item(),
-            "accuracy": weight * batch.mean((margins > 0).float()),
-            "margin": weight * batch.mean(margins),
-        }
-
-    def evaluate_held_out(poll: Callable[[], None]) -> dict[str, float]:
-        margins, _, value = evaluate(config, scorer, held, poll)
-        return {"loss": value, "accuracy": float(rights(margins).mean()), "margin": sum(margins) / len(margins)}
-
-    batches = batches_of(config, scorer, groups)
-    return Task(
-        order=order,
-        batch_size=config.per_device_train_batch_size * config.gradient_accumulation_steps,
-        costs=batches.tokens,
-        cut=batches.to_train,
-        loss=loss,
-        evaluate=evaluate_held_out,
-    )
-
-
-def batches_of(config: RMSettings, scorer: Scorer, groups: list[PromptGroup]) -> GroupBatches:
-    """Return how batches of some groups are cut.
-
-    Args:
-        config: The stage's settings.
-        scorer: The model; it packs rows or not.
-        groups: The groups.
-    """
-    return GroupBatches(
-        groups, config.per_device_train_batch_size, config.per_device_train_tokens, scorer.runtime.packed
-    )
-
-
-def loss_of(c: RMSettings, batch: GroupBatch, scores: Tensor, prompts: int) -> Tensor:
-    """Compute the loss of a micro-batch, divided by the prompts of the whole batch.
-
-    Args:
-        c: The stage's settings.
-        batch: The micro-batch: pairs, choices and their weights.
-        scores: Score of each response, (N,).
-        prompts: Prompts of the batch.
-    """
-    if c.loss_type == "plackett_luce":
-        return plackett_luce_loss(scores, batch.winners, batch.losers, batch.choice, batch.choice_weights, prompts)
-    margins = c.margin_coef * batch.pair_margins
-    return ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights, prompts, margins, c.label_smoothing)
-
-
 # -- held-out rankings ---------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def evaluate(
-    config: RMSettings, scorer: Scorer, held: list[PromptGroup], poll: Callable[[], None] = lambda: None
-) -> tuple[list[float], list[tuple[int, Pair]], float]:
-    """Score all held-out responses, on all ranks together.
-
-    Args:
-        config: The stage's settings.
-        scorer: The model.
-        held: The held-out groups.
-        poll: Called between two forward passes; may raise Interrupted.
-
-    Returns:
-        For each pair, the score of the preferred response minus that of the other; of each pair, the
-        group's index and the pair; the mean loss of a prompt.
-    """
-    parts, costs = batches_of(config, scorer, held).to_evaluate()
-    spare = parts[0] if is_sharded(scorer.model) else None
-
-    def evaluate_part(rows: list[int]) -> tuple[list[float], float]:
-        poll()
-        batch, scores = scorer.scores([held[i] for i in rows])
-        margins = (scores[batch.winners] - scores[batch.losers]).tolist()
-        return margins, loss_of(config, batch, scores, len(held)).item()
-
-    def evaluate_own(own: list[list[int]]) -> list[tuple[list[float], float]]:
-        results = []
-        for rows, is_own in parallel.padded_micro_batches(own, spare):
-            result = evaluate_part(rows)
-            if is_own:
-                results.append(result)
-        return results
-
-    results = parallel.compute_and_all_gather(parts, costs, evaluate_own, idle=spare is not None)
-    margins = [margin for part_margins, _ in results for margin in part_margins]
-    owners = [(i, pair) for rows in parts for i in rows for pair in held[i].pairs()]
-    return margins, owners, sum(value for _, value in results)
 
 
 def clusters_of(validation: list[Ranking], world: World | None) -> dict[str, str]:

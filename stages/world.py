@@ -1,4 +1,4 @@
-"""world: the embedded world, written out as ordinary files that every other stage reads as it would read a user's."""
+"""Publish the embedded world as ordinary files, which other stages read like a user's own files."""
 
 import json
 
@@ -12,20 +12,24 @@ from stages.settings.world import WorldSettings
 
 
 def run(ctx: StageRun[WorldSettings, Experiment]) -> dict:
-    """→ {documents,demonstrations,prompts,evaluation_prompts}.jsonl, and world.json, from which gold is computed."""
-    c = ctx.config
+    """Publish a JSONL file of each kind of data, and world.json, from which gold is computed.
+
+    Returns:
+        The number of rows of each kind, for the manifest.
+    """
+    settings = ctx.config
     world = World.build(
         ctx.experiment.seed,
-        documents=c.documents,
-        demonstrations=c.demonstrations,
-        prompts=c.prompts,
-        evaluation_prompts=c.evaluation_prompts,
+        documents=settings.documents,
+        demonstrations=settings.demonstrations,
+        prompts=settings.prompts,
+        evaluation_prompts=settings.evaluation_prompts,
     )
     counts = {}
     for kind in OF_WORLD:
         try:
             rows = list(getattr(world, kind)())
-        except ValueError as problem:  # it has so many different prompts and no more
+        except ValueError as problem:  # the world has a limited number of different prompts
             remedy = "lower it, or the other numbers of prompts in the section world"
             raise UserError(f"world.{problem}; {remedy}") from None
         counts[kind] = len(rows)

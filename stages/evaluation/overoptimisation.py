@@ -1,11 +1,14 @@
-"""Is the score still worth what it was? Three checks that need no gold scorer: pure, from what `evaluate` measured.
+"""Check for over-optimisation of the reward model in three ways that need no gold scorer. Pure.
 
-A policy that is trained on a reward model's score, or selected by it, may climb the model's mistakes in place of what
-the score stands for (Gao et al. 2023). The signs that are looked for:
+A policy that is trained on a reward model's score, or selected by it, can exploit the reward
+model's mistakes instead of getting better (Gao et al. 2023). The checks look for three signs:
 
-1. Length: whether a policy's longer answers are the ones that score higher, and gained most over SFT (Singhal 2023).
-2. Cut answers: what the reward model itself would give to answers that never ended; `missing_eos_score` hides it.
-3. A held-out judge: how much of the gain a reward model of another seed sees, which nothing was trained to please.
+1. Length: the policy's longer answers score higher, and it gained most where it grew longest
+   (Singhal et al. 2023).
+2. Cut answers: the reward model itself likes answers that never ended; `missing_eos_score` hides
+   it.
+3. A held-out judge: a reward model of another seed, which nothing was trained to please, sees less
+   of the gain.
 
 Array shapes: P prompts, S samples of each.
 """
@@ -23,115 +26,153 @@ from stages.evaluation.statistics import (
     win_rate,
 )
 
-LEAST = 5
-"""Answers of each kind below which nothing is said of them."""
+MIN_ANSWERS = 5
+"""Fewest answers of a kind from which anything is estimated."""
 
 
-def check(own: Measured, sft: Measured, clusters: Sequence[Hashable]) -> dict | None:
+def check(policy: Measured, sft: Measured, clusters: Sequence[Hashable]) -> dict | None:
     """Run the three checks on a policy.
 
     Args:
-        own: What was measured of the policy.
-        sft: The same of SFT, on the same prompts.
+        policy: What was measured of the policy.
+        sft: What was measured of SFT, on the same prompts.
         clusters: The cluster of each of the P prompts; intervals are over clusters.
 
     Returns:
-        {"length", "cut", "held_out"}; each None where it cannot be computed. None where nothing was scored.
+        {"length", "cut", "held_out"}, each None if it cannot be computed. None if nothing was
+        scored.
     """
-    if own.scores is None:
+    if policy.scores is None:
         return None
-    return {"length": length(own, sft, clusters), "cut": cut(own, clusters), "held_out": held_out(own, sft, clusters)}
+    return {
+        "length": check_length(policy, sft, clusters),
+        "cut": check_cut_answers(policy, clusters),
+        "held_out": check_held_out_judge(policy, sft, clusters),
+    }
 
 
-def length(own: Measured, sft: Measured, clusters: Sequence[Hashable]) -> dict | None:
-    """Correlate score with length, over the answers that ended (the others have all one length).
+def check_length(policy: Measured, sft: Measured, clusters: Sequence[Hashable]) -> dict | None:
+    """Correlate score with length over finished answers (cut answers all have one length).
 
     Args:
-        own: What was measured of the policy.
-        sft: The same of SFT.
+        policy: What was measured of the policy.
+        sft: What was measured of SFT.
         clusters: The cluster of each prompt.
 
     Returns:
-        {"within": Spearman's ρ of score and length over the policy's answers, "gain": the same of how much higher and
-        how much longer its answers are than SFT's, prompt by prompt}, as `correlation_estimate`; "gain" is None for
-        SFT itself. None where fewer than LEAST answers ended.
+        Two estimates of Spearman's ρ, as from `correlation_estimate`; None with fewer than
+        MIN_ANSWERS finished answers. "within": score and length over the policy's answers. "gain":
+        the differences of score and of length to SFT's answers over prompts; None for SFT.
     """
-    rows = [
-        (size, score, cluster)
-        for sizes, scores, ends, cluster in zip(own.lengths, own.scores, own.finished, clusters, strict=True)
-        for size, score, ended in zip(sizes, scores, ends, strict=True)
-        if ended
-    ]
-    if len(rows) < LEAST:
+    lengths, scores, of_cluster = [], [], []
+    rows = zip(policy.lengths, policy.scores, policy.finished, clusters, strict=True)
+    for prompt_lengths, prompt_scores, ends, cluster in rows:
+        for length, score, ended in zip(prompt_lengths, prompt_scores, ends, strict=True):
+            if ended:
+                lengths.append(length)
+                scores.append(score)
+                of_cluster.append(cluster)
+    if len(lengths) < MIN_ANSWERS:
         return None
-    found = {"within": correlation_estimate(*zip(*rows, strict=True)), "gain": None}
-    if own is not sft and sft.scores is not None:
-        longer, better = (_gaps(own, sft, values) for values in ("lengths", "scores"))
-        kept = [i for i in range(len(clusters)) if longer[i] is not None]
-        if len(kept) >= LEAST:
-            parts = [[values[i] for i in kept] for values in (longer, better, list(clusters))]
-            found["gain"] = correlation_estimate(*parts)
-    return found
+    gain = None
+    if policy is not sft and sft.scores is not None:
+        length_gains = _gains(policy.lengths, policy.finished, sft.lengths, sft.finished)
+        score_gains = _gains(policy.scores, policy.finished, sft.scores, sft.finished)
+        kept = [i for i in range(len(clusters)) if length_gains[i] is not None]
+        if len(kept) >= MIN_ANSWERS:
+            gain = correlation_estimate(
+                [length_gains[i] for i in kept], [score_gains[i] for i in kept], [clusters[i] for i in kept]
+            )
+    return {"within": correlation_estimate(lengths, scores, of_cluster), "gain": gain}
 
 
-def _gaps(own: Measured, sft: Measured, name: str) -> list[float | None]:
-    """Return how much higher the mean of a quantity is over a prompt's answers that ended than over SFT's, (P,); None
-    for a prompt to which one of the two ended no answer."""
-
-    def means(measured: Measured) -> list[float | None]:
-        rows = zip(getattr(measured, name), measured.finished, strict=True)
-        kept = [[x for x, ended in zip(values, ends, strict=True) if ended] for values, ends in rows]
-        return [float(np.mean(some)) if some else None for some in kept]
-
-    pairs = zip(means(own), means(sft), strict=True)
-    return [None if a is None or b is None else round(a - b, 9) for a, b in pairs]  # ranks see no rounding errors
-
-
-def cut(own: Measured, clusters: Sequence[Hashable]) -> dict:
-    """Compare the reward model's own scores of answers that were cut off with those of answers that ended.
+def _gains(
+    values: list[list[float]], finished: list[list[bool]], sft_values: list[list[float]], sft_finished: list[list[bool]]
+) -> list[float | None]:
+    """Subtract SFT's mean over each prompt's finished answers from the policy's.
 
     Args:
-        own: What was measured of the policy.
+        values: (P, S) values of the policy's answers.
+        finished: (P, S) whether each of them finished.
+        sft_values: The values of SFT's answers.
+        sft_finished: Whether each of those finished.
+
+    Returns:
+        (P,) differences; None for a prompt to which one of the two finished no answer.
+    """
+    gains: list[float | None] = []
+    for mean, sft_mean in zip(
+        _finished_means(values, finished), _finished_means(sft_values, sft_finished), strict=True
+    ):
+        # Rounding makes equal differences equal again, so that they are ties to a rank correlation.
+        gains.append(None if mean is None or sft_mean is None else round(mean - sft_mean, 9))
+    return gains
+
+
+def _finished_means(values: list[list[float]], finished: list[list[bool]]) -> list[float | None]:
+    """Return the mean value of each prompt's finished answers, (P,); None without one."""
+    means: list[float | None] = []
+    for row, ends in zip(values, finished, strict=True):
+        kept = [value for value, ended in zip(row, ends, strict=True) if ended]
+        means.append(float(np.mean(kept)) if kept else None)
+    return means
+
+
+def check_cut_answers(policy: Measured, clusters: Sequence[Hashable]) -> dict:
+    """Compare the reward model's own scores of answers that were cut off with those that finished.
+
+    Args:
+        policy: What was measured of the policy.
         clusters: The cluster of each prompt.
 
     Returns:
-        {"share": of the answers that were cut, "n": how many, "finished_score", "cut_score": mean raw scores (before
-        `missing_eos_score`), "difference": cut less finished, as `contrast_estimate`}. Scores are None for a kind of
-        which there is no answer, the difference where there are fewer than LEAST of either, all three for what an
-        older version measured.
+        "n": how many answers were cut off. "share": their share of all answers. "finished_score",
+        "cut_score": mean raw scores (before `missing_eos_score`); None for a kind without answers.
+        "difference": cut minus finished, as from `contrast_estimate`; None with fewer than
+        MIN_ANSWERS of either kind. The last three are None for measurements of an older version,
+        which have no raw scores.
     """
-    ended = np.array([flag for row in own.finished for flag in row], bool)
-    found = {"n": int((~ended).sum()), "share": float((~ended).mean())}
-    none = {"finished_score": None, "cut_score": None, "difference": None}
-    if own.raw_scores is None:
-        return found | none
-    raw = np.array([score for row in own.raw_scores for score in row], float)
-    of = [cluster for cluster, row in zip(clusters, own.finished, strict=True) for _ in row]
-    each = {"finished_score": raw[ended], "cut_score": raw[~ended]}
-    means = {name: float(scores.mean()) if len(scores) else None for name, scores in each.items()}
-    enough = min(len(scores) for scores in each.values()) >= LEAST
-    return found | means | {"difference": contrast_estimate(raw, ~ended, of) if enough else None}
+    finished = np.array([flag for row in policy.finished for flag in row], bool)
+    figures = {"n": int((~finished).sum()), "share": float((~finished).mean())}
+    if policy.raw_scores is None:
+        return figures | {"finished_score": None, "cut_score": None, "difference": None}
+    raw = np.array([score for row in policy.raw_scores for score in row], float)
+    of_cluster = [cluster for cluster, row in zip(clusters, policy.finished, strict=True) for _ in row]
+    figures |= {"finished_score": _mean(raw[finished]), "cut_score": _mean(raw[~finished]), "difference": None}
+    if min(finished.sum(), (~finished).sum()) >= MIN_ANSWERS:
+        figures["difference"] = contrast_estimate(raw, ~finished, of_cluster)
+    return figures
 
 
-def held_out(own: Measured, sft: Measured, clusters: Sequence[Hashable]) -> dict | None:
+def _mean(values: np.ndarray) -> float | None:
+    """Return the mean; None without values."""
+    return float(values.mean()) if len(values) else None
+
+
+def check_held_out_judge(policy: Measured, sft: Measured, clusters: Sequence[Hashable]) -> dict | None:
     """Judge a policy by the reward model of another seed.
 
     Args:
-        own: What was measured of the policy.
-        sft: The same of SFT.
+        policy: What was measured of the policy.
+        sft: What was measured of SFT.
         clusters: The cluster of each prompt.
 
     Returns:
-        {"score": its mean, "difference_to_sft": of mean scores (None for SFT itself), "win_rate_vs_sft"}, each as in
-        `stages/evaluation/statistics.py`; None where there is no such reward model.
+        Estimates as in `stages/evaluation/statistics.py`; None if there is no such reward model.
+        "score": the policy's mean score.
+        "difference_to_sft": the difference of mean scores; None for SFT.
+        "win_rate_vs_sft": how often the policy's answer scores higher; None for SFT.
     """
-    if own.held_out_scores is None or sft.held_out_scores is None:
+    if policy.held_out_scores is None or sft.held_out_scores is None:
         return None
-    ours, theirs = (np.array(m.held_out_scores, float) for m in (own, sft))
-    repeated = [cluster for cluster, row in zip(clusters, ours, strict=True) for _ in row]
-    different = own is not sft
-    return {
-        "score": mean_estimate(ours.ravel().tolist(), repeated),
-        "difference_to_sft": difference_estimate(ours.mean(1), theirs.mean(1), clusters) if different else None,
-        "win_rate_vs_sft": win_rate(ours, theirs, clusters) if different else None,
+    scores, sft_scores = np.array(policy.held_out_scores, float), np.array(sft.held_out_scores, float)
+    of_cluster = [cluster for cluster, row in zip(clusters, scores, strict=True) for _ in row]
+    figures = {
+        "score": mean_estimate(scores.ravel().tolist(), of_cluster),
+        "difference_to_sft": None,
+        "win_rate_vs_sft": None,
     }
+    if policy is not sft:
+        figures["difference_to_sft"] = difference_estimate(scores.mean(1), sft_scores.mean(1), clusters)
+        figures["win_rate_vs_sft"] = win_rate(scores, sft_scores, clusters)
+    return figures

@@ -1,5 +1,7 @@
-"""Which prompts show most: chosen by rule, so that nobody picks the nice ones. `evaluate` answers them greedily, and
-the report shows them. Pure."""
+"""Choose the prompts whose answers are shown to people, by a rule instead of by hand. Pure.
+
+The stage evaluate answers these prompts greedily, and the report shows the answers.
+"""
 
 from collections.abc import Sequence
 
@@ -9,31 +11,33 @@ GAINS, BETWEEN, LOSES, FLATTERED = "gains", "between", "loses", "flattered"
 
 
 def main_policy(names: Sequence[str]) -> str:
-    """Return the policy that samples are chosen by: PPO, otherwise DPO, otherwise the last one."""
+    """Return the policy that prompts are chosen by: PPO, otherwise DPO, otherwise the last one."""
     return next((name for name in ("ppo", "dpo") if name in names), list(names)[-1])
 
 
-def chosen_prompts(done: dict[str, Measured], count: int) -> list[tuple[str, list[int]]]:
-    """Choose prompts to show, by rule: so nobody picks the nice ones.
+def chosen_prompts(measured: dict[str, Measured], count: int) -> list[tuple[str, list[int]]]:
+    """Choose the prompts to show.
 
     Args:
-        done: What was measured of each policy, SFT among them. The first sample to each prompt counts.
-        count: How many prompts, at most.
+        measured: What was measured of each policy, with SFT. The first sample of each prompt
+            counts.
+        count: The most prompts to choose.
 
     Returns:
-        (GAINS, BETWEEN, LOSES or FLATTERED, prompts by number) of each group, none twice. Where nothing was judged:
-        only BETWEEN, at even distances.
+        Pairs of a group (GAINS, BETWEEN, LOSES or FLATTERED) and the indices of its prompts; no
+        prompt is in two groups. Without a judge only BETWEEN, with prompts at equal distances.
     """
     if count == 0:
         return []
-    judged = {name: first_judgements(done[name]) for name in {main_policy(list(done)), "sft"}}
-    measured = done[main_policy(list(done))]
-    scores = None if measured.gold is None or measured.scores is None else [row[0] for row in measured.scores]
-    return choose(judged[main_policy(list(done))], judged["sft"], scores, len(done["sft"].responses), count)
+    policy, sft = measured[main_policy(list(measured))], measured["sft"]
+    scores = None
+    if policy.gold is not None and policy.scores is not None:
+        scores = [row[0] for row in policy.scores]
+    return choose(first_judgements(policy), first_judgements(sft), scores, len(sft.responses), count)
 
 
 def first_judgements(measured: Measured) -> list[float] | None:
-    """Return what the judge says of the first sample to each prompt; None where there is no judge."""
+    """Return the judge's value of the first sample of each prompt; None without a judge."""
     if measured.gold is not None:
         return [row[0]["overall"] for row in measured.gold]
     return None if measured.scores is None else [row[0] for row in measured.scores]
@@ -42,34 +46,46 @@ def first_judgements(measured: Measured) -> list[float] | None:
 def choose(
     ours: Sequence[float] | None, sft: Sequence[float] | None, scores: Sequence[float] | None, total: int, count: int
 ) -> list[tuple[str, list[int]]]:
-    """Choose prompts by what the judge says of both answers to each; as `chosen_prompts`.
+    """Choose prompts by the judge's values of the main policy's and SFT's answers.
+
+    GAINS and LOSES are the prompts at which the main policy gains and loses most. FLATTERED are
+    those whose reward model score ranks highest compared with gold. BETWEEN are spread over the
+    rest.
 
     Args:
-        ours: The judge's word on the main policy's answers; None where there is no judge.
-        sft: The same of SFT's.
-        scores: Where the judge is gold: the reward model's scores of the main policy's answers, otherwise None.
-        total: How many prompts there are.
-        count: How many are wanted.
+        ours: The judge's value of the main policy's answer to each prompt; None without a judge.
+        sft: The judge's value of SFT's answers.
+        scores: If the judge is gold, the reward model's scores of the main policy's answers;
+            otherwise None.
+        total: The number of prompts.
+        count: The most prompts to choose.
+
+    Returns:
+        As from `chosen_prompts`.
     """
     count = min(count, total)
     if ours is None or sft is None:
         return [(BETWEEN, [(2 * k + 1) * total // (2 * count) for k in range(count)])] if count else []
     order = sorted(range(total), key=lambda i: (sft[i] - ours[i], i))
-    part = max(1, count // (3 if scores is None else 4))
-    gains, loses = order[:part], [i for i in order[::-1] if i not in order[:part]][:part]
+    size = max(1, count // (3 if scores is None else 4))
+    gains = order[:size]
+    loses = [i for i in order[::-1] if i not in gains][:size]
     taken = {*gains, *loses}
     flattered: list[int] = []
     if scores is not None:
-        by_score, by_judge = places(scores), places(ours)
-        doubtful = sorted(range(total), key=lambda i: by_judge[i] - by_score[i])
-        flattered = [i for i in doubtful if i not in taken][:part]
+        by_score, by_judge = positions(scores), positions(ours)
+        most_flattered_first = sorted(range(total), key=lambda i: by_judge[i] - by_score[i])
+        flattered = [i for i in most_flattered_first if i not in taken][:size]
         taken |= set(flattered)
     rest = [i for i in order if i not in taken]
-    some = list(dict.fromkeys(rest[(2 * k + 1) * len(rest) // (2 * part)] for k in range(part))) if rest else []
-    groups = [(GAINS, gains), (BETWEEN, some), (LOSES, loses), (FLATTERED, flattered)]
+    between: list[int] = []
+    if rest:
+        between = list(dict.fromkeys(rest[(2 * k + 1) * len(rest) // (2 * size)] for k in range(size)))
+    groups = [(GAINS, gains), (BETWEEN, between), (LOSES, loses), (FLATTERED, flattered)]
     return [(name, chosen) for name, chosen in groups if chosen]
 
 
-def places(values: Sequence[float]) -> dict[int, int]:
-    """Return the place of each index when the values are sorted."""
-    return {i: place for place, i in enumerate(sorted(range(len(values)), key=lambda i: (values[i], i)))}
+def positions(values: Sequence[float]) -> dict[int, int]:
+    """Return the position of each index when the values are sorted in ascending order."""
+    order = sorted(range(len(values)), key=lambda i: (values[i], i))
+    return {i: position for position, i in enumerate(order)}

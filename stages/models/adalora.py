@@ -7,6 +7,7 @@ the optimizer holds the whole state.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ class AdaLora(torch.optim.AdamW):
     are clipped already.
     """
 
-    def __init__(self, params, *, triplets: list[Triplets], rank: int, steps: int, **options):
+    def __init__(self, params: Any, *, triplets: list[Triplets], rank: int, steps: int, **options: Any) -> None:
         """Set up the optimizer.
 
         Args:
@@ -108,7 +109,7 @@ class AdaLora(torch.optim.AdamW):
             group["taken"] = 0  # steps so far
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> None:
         """Take a step of AdamW, update the importances and prune."""
         assert closure is None
         weights = [p for t in self.triplets for p in t]

@@ -98,7 +98,7 @@ def with_adapter(
     return (model if dropout else without_dropout(model)).eval()
 
 
-def refuse_tied(inner) -> None:
+def refuse_tied(inner: nn.Module) -> None:
     """Refuse an adapter on an embedding that is also the head: merging it would change both.
 
     Args:
@@ -115,7 +115,7 @@ def refuse_tied(inner) -> None:
         )
 
 
-def refuse_untrained(new_tokens: Sequence[int], method: str | None, tokenizer) -> None:
+def refuse_untrained(new_tokens: Sequence[int], method: str | None, tokenizer: Any) -> None:
     """Refuse a method that would leave the random rows of new tokens untrained.
 
     Args:
@@ -136,7 +136,7 @@ def refuse_untrained(new_tokens: Sequence[int], method: str | None, tokenizer) -
         )
 
 
-def token_rows(inner, new_tokens: Sequence[int]) -> dict[str, list[int]] | None:
+def token_rows(inner: nn.Module, new_tokens: Sequence[int]) -> dict[str, list[int]] | None:
     """Return peft's `trainable_token_indices` for the embedding and the head of a causal model.
 
     Args:
@@ -155,13 +155,13 @@ def token_rows(inner, new_tokens: Sequence[int]) -> dict[str, list[int]] | None:
     return {names[id(end)]: list(new_tokens) for end in ends}
 
 
-def trains_token_rows(model) -> bool:
+def trains_token_rows(model: nn.Module) -> bool:
     """Return whether single rows of the embedding or the head train (`token_rows`)."""
     return is_adapted(model) and hasattr(plain(model).get_input_embeddings(), "token_adapter")
 
 
 @torch.no_grad()
-def check_token_rows(inner) -> None:
+def check_token_rows(inner: nn.Module) -> None:
     """Check that embedding and head compute the same with trainable rows as without them.
 
     peft does not support a head with a bias, nor every way of scaling an embedding. The rows have
@@ -196,8 +196,8 @@ def load_on_trunk(
     bits: int | None = None,
     trains: bool = False,
     trust_remote_code: bool = False,
-    **options,
-):
+    **options: Any,
+) -> nn.Module:
     """Load a reward model as an adapter on the model that rm started from.
 
     Reward and value model can then share that trunk. Without an adapter in the folder, or if the
@@ -275,7 +275,7 @@ def adapter_config(
     return LoraConfig(r=settings.r, use_dora=method == "dora", trainable_token_indices=rows, **options)
 
 
-def own_layers(inner) -> list[str]:
+def own_layers(inner: nn.Module) -> list[str]:
     """Return the names of linear layers whose forward pass is the family's own.
 
     Llama 4's routers, for example, return two tensors. An adapter can only add to the one result of
@@ -290,7 +290,7 @@ def own_layers(inner) -> list[str]:
     ]
 
 
-def train_biases(model, head: list[nn.Parameter]) -> None:
+def train_biases(model: nn.Module, head: list[nn.Parameter]) -> None:
     """Let only the biases and the given head parameters train.
 
     Args:
@@ -310,7 +310,7 @@ def train_biases(model, head: list[nn.Parameter]) -> None:
         p.requires_grad_(True)
 
 
-def is_adapted(model) -> bool:
+def is_adapted(model: nn.Module) -> bool:
     """Return whether a model is a PeftModel."""
     return hasattr(model, "merge_and_unload")
 
@@ -320,7 +320,7 @@ def is_tuned(module: nn.Module) -> bool:
     return hasattr(module, "get_base_layer") and hasattr(module, "merge")
 
 
-def merged(model):
+def merged(model: nn.Module) -> nn.Module:
     """Return a plain transformers model with the adapter merged into its weights.
 
     This ends the adapter, so call it after training. A quantized model is first dequantized to the
@@ -350,7 +350,7 @@ def base_of(source: Path, folder: Path) -> tuple[str, None]:
     return os.path.relpath(source, start).replace(os.sep, "/"), None
 
 
-def save_adapter(model, folder: Path, base: tuple[str, str | None] = ("", None)) -> None:
+def save_adapter(model: nn.Module, folder: Path, base: tuple[str, str | None] = ("", None)) -> None:
     """Write the adapter and scalar head of an adapted model to folder/adapter, in peft's format.
 
     Other models have none; nothing is written for them.
@@ -375,7 +375,13 @@ def save_adapter(model, folder: Path, base: tuple[str, str | None] = ("", None))
 
 
 def save_merged(
-    model, tokenizer, folder: Path, *, card: str, base: tuple[str, str | None] = ("", None), **options
+    model: nn.Module,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    card: str,
+    base: tuple[str, str | None] = ("", None),
+    **options: Any,
 ) -> None:
     """Publish the merged weights, which transformers alone can load, and the adapter beside them.
 
@@ -395,7 +401,7 @@ def save_merged(
         save_model(merged(model.cpu()), tokenizer, folder, card=card, **options)
 
 
-def share_frozen(model, others: list, same: Callable[[Tensor, Tensor], bool] = torch.equal) -> None:
+def share_frozen(model: nn.Module, others: list, same: Callable[[Tensor, Tensor], bool] = torch.equal) -> None:
     """Let frozen weights of a model share memory with equal ones of other models.
 
     Args:
@@ -414,7 +420,7 @@ def share_frozen(model, others: list, same: Callable[[Tensor, Tensor], bool] = t
                 break
 
 
-def _frozen(model) -> Iterator[tuple[str, nn.Parameter]]:
+def _frozen(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield frozen parameters under their names in the unwrapped model."""
     for member in members(model):
         for name, p in plain(member).named_parameters():
@@ -423,7 +429,7 @@ def _frozen(model) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 @contextlib.contextmanager
-def adapter_off(model):
+def adapter_off(model: nn.Module) -> Iterator[nn.Module]:
     """Turn an adapted model into its own base while the context lasts.
 
     This gives the reference policy without memory of its own.
@@ -432,11 +438,11 @@ def adapter_off(model):
         yield model
 
 
-def plain(model) -> nn.Module:
+def plain(model: nn.Module) -> nn.Module:
     """Return the transformers model inside a PeftModel; adapters in its layers stay active."""
     return model.get_base_model() if is_adapted(model) else model
 
 
-def trainable(model) -> dict[str, nn.Parameter]:
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that train by name, in a fixed order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

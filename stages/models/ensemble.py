@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ class Ensemble(nn.Module):
     `response_scores` scores with each of them, subtracts each bias, and combines.
     """
 
-    def __init__(self, members: Sequence[nn.Module], how: How):
+    def __init__(self, members: Sequence[nn.Module], how: How) -> None:
         super().__init__()
         self.members, self.how = nn.ModuleList(members), how
 
@@ -31,7 +32,7 @@ def members(model: nn.Module) -> list[nn.Module]:
     return list(model.members) if isinstance(model, Ensemble) else [model]
 
 
-def load_reward_model(folder: Path, how: How, load: Callable = load_scalar_model, **options) -> nn.Module:
+def load_reward_model(folder: Path, how: How, load: Callable = load_scalar_model, **options: Any) -> nn.Module:
     """Load a reward model, as an Ensemble if rm wrote others into ensemble/ beside its folder.
 
     Args:

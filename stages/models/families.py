@@ -7,10 +7,11 @@ and the scalar head that a family may not have. What a model's numbers can tell 
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ ROUTING = (ROUTERS, "router_aux_loss_coef")  # set by trl's trainer for a mixtur
 REMEDY = "take a causal language model (Llama, Qwen, Mistral, Gemma, GPT-2 …)"
 
 
-def refuse_kind(config, name: str) -> None:
+def refuse_kind(config: Any, name: str) -> None:
     """Refuse a model that is not a causal language model, before any weight is read.
 
     Args:
@@ -48,7 +49,7 @@ def refuse_kind(config, name: str) -> None:
         raise UserError(f"model.name_or_path: {name} holds a {kind}, {problem}; {REMEDY}")
 
 
-def name_trunk(model) -> None:
+def name_trunk(model: nn.Module) -> None:
     """Let `model.base_model` be the trunk even if the class names one that it does not have.
 
     Llama 4 does so.
@@ -62,7 +63,7 @@ def name_trunk(model) -> None:
         model.base_model_prefix = inside[0]
 
 
-def cache_name(model) -> str | None:
+def cache_name(model: nn.Module) -> str | None:
     """Return the name of the argument by which a model takes transformers' Cache, or None.
 
     It is `cache` since transformers 5.24, and `past_key_values` before and in models' own code.
@@ -72,7 +73,7 @@ def cache_name(model) -> str | None:
 
 
 @contextmanager
-def off_the_gpu(model) -> Iterator[None]:
+def off_the_gpu(model: nn.Module) -> Iterator[None]:
     """Use sdpa while the context lasts, if the model's attention runs on a GPU only.
 
     So a model with flash_attention_2 can be tried on the CPU, where it was loaded.
@@ -88,7 +89,7 @@ def off_the_gpu(model) -> Iterator[None]:
         model.set_attn_implementation(kernel)
 
 
-def ordinary_ids(config, count: int) -> list[int]:
+def ordinary_ids(config: Any, count: int) -> list[int]:
     """Return token ids for trying a model.
 
     They are spread over the first four fifths of the vocabulary, since rows at its end may never
@@ -110,13 +111,13 @@ def ordinary_ids(config, count: int) -> list[int]:
 # ── Mixtures of experts ──────────────────────────────────────────────────────────────────────────
 
 
-def parts_of(config) -> list:
+def parts_of(config: Any) -> list:
     """Return a configuration and, if there is one, that of the language model inside it."""
     text = config.get_text_config()
     return [config] if text is config else [config, text]
 
 
-def silence_routers(model) -> None:
+def silence_routers(model: nn.Module) -> None:
     """Turn off the output of routers' logits.
 
     They serve the term that balances experts, which fails if a batch is not the padded rows of a
@@ -130,7 +131,7 @@ def silence_routers(model) -> None:
 
 
 @contextmanager
-def as_given(model) -> Iterator[None]:
+def as_given(model: nn.Module) -> Iterator[None]:
     """Restore the original flag for routers' logits while the context lasts, for saving."""
     given = model.__dict__.get("given_routers", [])
     for part, flag in zip(parts_of(model.config), given, strict=False):
@@ -145,7 +146,7 @@ def as_given(model) -> Iterator[None]:
 
 
 @contextmanager
-def routing_kept(config) -> Iterator[None]:
+def routing_kept(config: Any) -> Iterator[None]:
     """Restore the settings in ROUTING when the context ends."""
     kept = [(part, name, getattr(part, name)) for part in parts_of(config) for name in ROUTING if hasattr(part, name)]
     try:
@@ -155,7 +156,7 @@ def routing_kept(config) -> Iterator[None]:
             setattr(part, name, value)
 
 
-def has_routers(config) -> bool:
+def has_routers(config: Any) -> bool:
     """Return whether transformers can compute the load-balancing term of a model."""
     text = config.get_text_config()
     return all(hasattr(text, name) for name in (ROUTERS, "num_experts", "num_experts_per_tok"))
@@ -164,7 +165,7 @@ def has_routers(config) -> bool:
 # ── Scalar heads ─────────────────────────────────────────────────────────────────────────────────
 
 
-def has_family_class(config) -> bool:
+def has_family_class(config: Any) -> bool:
     """Return whether transformers itself has a sequence classification for a configuration.
 
     Code that came with a model may have registered another class for it; that does not count.
@@ -179,7 +180,7 @@ def has_family_class(config) -> bool:
     return kind.__module__.startswith("transformers.models.")
 
 
-def scalar_class(causal) -> type:
+def scalar_class(causal: nn.Module) -> type:
     """Return our class of reward models on the trunk of a causal model of transformers.
 
     It is `ScalarHead` on the family's pretrained class.
@@ -207,7 +208,7 @@ def make_scalar_class(name: str, parent: type, config_class: type, trunk: type, 
     """
     from stages.models.scalar_head import ScalarHead
 
-    def described(model, protocol):
+    def described(model: nn.Module, protocol: int) -> tuple:
         return blank_scalar, (name, parent, config_class, trunk, prefix), model.__dict__
 
     parts = {
@@ -221,7 +222,7 @@ def make_scalar_class(name: str, parent: type, config_class: type, trunk: type, 
     return type(name, (ScalarHead, parent), parts)
 
 
-def blank_scalar(*parts):
+def blank_scalar(*parts: Any) -> nn.Module:
     """Return an empty model of `make_scalar_class(*parts)`, for unpickling."""
     kind = make_scalar_class(*parts)
     return kind.__new__(kind)
@@ -233,7 +234,7 @@ def trunk_options_of(trunk: type) -> dict:
     return {"add_pooling_layer": False} if "add_pooling_layer" in known else {}
 
 
-def parent_of(causal) -> type:
+def parent_of(causal: nn.Module) -> type:
     """Return the pretrained class that a causal model and its trunk have in common."""
     from transformers import PreTrainedModel
 
@@ -249,7 +250,7 @@ def scalar_name(causal: type) -> str:
     return f"{name}ForSequenceClassification"
 
 
-def weightless_causal(config):
+def weightless_causal(config: Any) -> nn.Module:
     """Return the causal model of a configuration of transformers on the meta device."""
     from transformers import AutoModelForCausalLM
 
@@ -259,13 +260,13 @@ def weightless_causal(config):
     return model
 
 
-def is_own_head(model_or_class) -> bool:
+def is_own_head(model_or_class: nn.Module | type) -> bool:
     """Return whether the class of a reward model is one of `scalar_class`."""
     kind = model_or_class if isinstance(model_or_class, type) else type(model_or_class)
     return kind.__module__ == __name__
 
 
-def names_own_head(config, folder: Path) -> bool:
+def names_own_head(config: Any, folder: Path) -> bool:
     """Return whether a folder holds a reward model with our head on a family of transformers.
 
     Then its class is built here, and no file of the folder is run.
@@ -288,7 +289,9 @@ def head_source() -> str:
     return Path(__file__).with_name(HEAD_FILE).read_text(encoding="utf-8")
 
 
-def head_text(name: str, trunk: type, parent: type, config_class: type, prefix: str, module_of) -> str:
+def head_text(
+    name: str, trunk: type, parent: type, config_class: type, prefix: str, module_of: Callable[[type], str]
+) -> str:
     """Return the text of the file scalar_head.py of a published folder.
 
     Args:
@@ -313,7 +316,7 @@ def head_text(name: str, trunk: type, parent: type, config_class: type, prefix: 
     )
 
 
-def head_problem(model) -> str | None:
+def head_problem(model: nn.Module) -> str | None:
     """Return why the logit of a reward model is not what the stages train and read, or None.
 
     They read the head on the trunk's hidden state at the last token. A short row is tried, in the
@@ -338,7 +341,7 @@ def head_problem(model) -> str | None:
     return None
 
 
-def family_problem(model) -> str | None:
+def family_problem(model: nn.Module) -> str | None:
     """Return why a causal model of transformers cannot be made a reward model, or None if it can.
 
     The family's class is tried, then ours, on the model's own trunk; no other memory is used.
@@ -363,7 +366,7 @@ def family_problem(model) -> str | None:
     return head_problem(grafted(scalar, model.base_model))
 
 
-def grafted(scalar, trunk) -> nn.Module:
+def grafted(scalar: nn.Module, trunk: nn.Module) -> nn.Module:
     """Put a reward model from the meta device on a trunk with weights.
 
     Its other weights become random. The trunk is shared.

@@ -12,7 +12,7 @@ from stages.models.sharding import is_sharded, parts_of
 
 
 @torch.no_grad()
-def file_tensors(model) -> Iterator[tuple[str, Tensor]]:
+def file_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, weight) for each weight of a model.
 
     A head that is tied to the embedding is yielded too, though files leave it out. The model is not
@@ -68,7 +68,7 @@ def held(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters(recurse=False)) | buffers
 
 
-def tied_head(model) -> str | None:
+def tied_head(model: nn.Module) -> str | None:
     """Return the name of the head's weight if it is the embedding's, otherwise None."""
     inner = plain(model)
     embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()

@@ -4,10 +4,12 @@ Only the positions that are needed go through a head: response tokens for log-pr
 values, the last token for scores.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.groups import Rows, make_rows
 from stages.models.adapters import plain
@@ -22,7 +24,7 @@ from stages.objectives.logprobs import entropy, token_logprobs
 LARGE = 200.0  # a logit that every cap changes (usual caps are 30 and 50)
 
 
-def response_logprobs(model, rows: Rows, temperature: float = 1.0, with_entropy: bool = False):
+def response_logprobs(model: nn.Module, rows: Rows, temperature: float = 1.0, with_entropy: bool = False) -> Any:
     """Return log π(token | before) of each response token, and its entropy if asked for.
 
     Args:
@@ -39,7 +41,7 @@ def response_logprobs(model, rows: Rows, temperature: float = 1.0, with_entropy:
     index, ids = rows.before[mask], rows.responses[mask]
     if head_is_linear(model):
 
-        def compute_logprobs():
+        def compute_logprobs() -> tuple[Tensor, Tensor | None]:
             hidden = _hidden(model, rows).index_select(0, index)
             weight = plain(model).get_output_embeddings().weight
             return head_logprobs(hidden, weight, ids, temperature, with_entropy)
@@ -54,7 +56,7 @@ def response_logprobs(model, rows: Rows, temperature: float = 1.0, with_entropy:
     return (_spread(logprobs, mask), _spread(entropies, mask)) if with_entropy else _spread(logprobs, mask)
 
 
-def text_logprobs(model, ids: Tensor) -> Tensor:
+def text_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
     """Return log π(token | before) of all tokens of packed pretraining rows but the first.
 
     Args:
@@ -68,7 +70,7 @@ def text_logprobs(model, ids: Tensor) -> Tensor:
     set_mode(model)
     if head_is_linear(model):
 
-        def compute_logprobs():
+        def compute_logprobs() -> Tensor:
             hidden = plain(model).base_model(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)
             return head_logprobs(hidden, plain(model).get_output_embeddings().weight, targets.flatten())[0]
 
@@ -76,7 +78,7 @@ def text_logprobs(model, ids: Tensor) -> Tensor:
     return token_logprobs(model(input_ids=inputs, use_cache=False).logits, targets)
 
 
-def next_logits(model, rows: Rows) -> Tensor:
+def next_logits(model: nn.Module, rows: Rows) -> Tensor:
     """Return the logits (B, V) of the token after each row."""
     set_mode(model)
     if head_is_linear(model):
@@ -85,7 +87,7 @@ def next_logits(model, rows: Rows) -> Tensor:
     return model(input_ids=rows.input_ids, **trunk_options(rows)).logits.flatten(0, 1).index_select(0, rows.last)
 
 
-def response_values(model, rows: Rows) -> Tensor:
+def response_values(model: nn.Module, rows: Rows) -> Tensor:
     """Return V of the state before each response token, (B, R); 0 off the response mask.
 
     reward_bias is subtracted, as from scores.
@@ -95,7 +97,7 @@ def response_values(model, rows: Rows) -> Tensor:
     return _spread(values, mask)
 
 
-def response_scores(model, rows: Rows) -> Tensor:
+def response_scores(model: nn.Module, rows: Rows) -> Tensor:
     """Return r(x, y) − reward_bias, (B,), read at the last real token of each response."""
     if isinstance(model, Ensemble):
         return model.combine([response_scores(member, rows) for member in model.members])
@@ -103,7 +105,16 @@ def response_scores(model, rows: Rows) -> Tensor:
 
 
 @torch.no_grad()
-def score_all(model, prompts, responses, *, pad_id: int, batch_size: int, accelerator, packed: bool = False) -> Tensor:
+def score_all(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    batch_size: int,
+    accelerator: Any,
+    packed: bool = False,
+) -> Tensor:
     """Score any number of responses.
 
     Args:
@@ -128,7 +139,7 @@ def score_all(model, prompts, responses, *, pad_id: int, batch_size: int, accele
     return scores
 
 
-def set_mode(model) -> None:
+def set_mode(model: nn.Module) -> None:
     """Set training mode if gradients are wanted, otherwise eval mode.
 
     Activation checkpointing works in training mode only. Dropout is off in both.
@@ -141,14 +152,14 @@ def _spread(x: Tensor, mask: Tensor) -> Tensor:
     return x.new_zeros(mask.shape).masked_scatter(mask, x)
 
 
-def _hidden(model, rows: Rows) -> Tensor:
+def _hidden(model: nn.Module, rows: Rows) -> Tensor:
     """Return the last hidden states of the model's trunk, (N·T, d)."""
     set_mode(model)
     return plain(model).base_model(input_ids=rows.input_ids, **trunk_options(rows)).last_hidden_state.flatten(0, 1)
 
 
 @torch.no_grad()
-def head_is_linear(model) -> bool:
+def head_is_linear(model: nn.Module) -> bool:
     """Return whether the logits are the unembedding times the hidden states and nothing more.
 
     Gemma caps its logits, Granite and Cohere scale them, Phi adds a bias. It is tried once per
@@ -179,7 +190,7 @@ def head_is_linear(model) -> bool:
     return inner._head_is_linear
 
 
-def _times(factor: Tensor, trunk, args, out):
+def _times(factor: Tensor, trunk: nn.Module, args: tuple, out: Any) -> Any:
     """Multiply a trunk's hidden states by a factor, as a forward hook.
 
     A trunk that returns them in another way is left as it is; the comparison then fails.
@@ -189,7 +200,7 @@ def _times(factor: Tensor, trunk, args, out):
     return out
 
 
-def _head(model, hidden: Tensor) -> Tensor:
+def _head(model: nn.Module, hidden: Tensor) -> Tensor:
     """Apply the scalar head in fp32, whatever dtype the trunk computes in, and subtract the bias.
 
     bf16 would round scores around 6 to steps of 0.03.

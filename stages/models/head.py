@@ -5,6 +5,8 @@ all of them fit in `KEPT` numbers; otherwise it is computed again in the backwar
 not grow with B · R · V.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -45,7 +47,16 @@ class _HeadLogprobs(torch.autograd.Function):
     """Compute `head_logprobs` with a backward pass that needs no logits."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, ids, temperature, with_entropy, chunk, kept):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        ids: Tensor,
+        temperature: float,
+        with_entropy: bool,
+        chunk: int | None,
+        kept: int,
+    ) -> tuple[Tensor, Tensor | None]:
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -73,7 +84,7 @@ class _HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, _):
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
         """Return the gradients, by ∂ log p_id / ∂ logits = onehot(id) − p."""
         h, w, ids, *pieces = ctx.saved_tensors
         grad_h = torch.empty_like(h) if ctx.needs_input_grad[0] else None

@@ -4,6 +4,7 @@ import importlib.util
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ from stages.models.tokens import end_turns_with_eos as end_turns_with_eos  # als
 from stages.models.tokens import give_pad_token as give_pad_token
 
 
-def load_policy(folder: Path, *, attn_implementation: str = "sdpa", trust_remote_code: bool = False):
+def load_policy(folder: Path, *, attn_implementation: str = "sdpa", trust_remote_code: bool = False) -> nn.Module:
     """Load a causal language model, in eval mode and with dropout off.
 
     Args:
@@ -47,7 +48,9 @@ def load_policy(folder: Path, *, attn_implementation: str = "sdpa", trust_remote
     return prepare(model)
 
 
-def new_reward_model(folder: Path, *, seed: int, attn_implementation: str = "sdpa", trust_remote_code: bool = False):
+def new_reward_model(
+    folder: Path, *, seed: int, attn_implementation: str = "sdpa", trust_remote_code: bool = False
+) -> nn.Module:
     """Load a policy with a new scalar head `score` in place of its unembedding (InstructGPT §3.5).
 
     The class is transformers' sequence classification of the family, if there is one and its logit
@@ -84,7 +87,7 @@ def new_reward_model(folder: Path, *, seed: int, attn_implementation: str = "sdp
     return model
 
 
-def refill(model, seed: int) -> str | None:
+def refill(model: nn.Module, seed: int) -> str | None:
     """Draw the head of a new reward model again, from `seed`.
 
     Returns:
@@ -98,7 +101,7 @@ def refill(model, seed: int) -> str | None:
     return head_problem(model)
 
 
-def own_scalar_model(folder: Path, config, **options):
+def own_scalar_model(folder: Path, config: Any, **options: Any) -> tuple[nn.Module, dict]:
     """Load weights into the class of reward models that we build for a family of transformers.
 
     Args:
@@ -119,7 +122,7 @@ def own_scalar_model(folder: Path, config, **options):
     )
 
 
-def scalar_config(folder: Path, *, trust_remote_code: bool = False):
+def scalar_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Load the configuration of a trained reward or value model.
 
     Raises:
@@ -142,7 +145,7 @@ def scalar_config(folder: Path, *, trust_remote_code: bool = False):
     return config
 
 
-def load_scalar_model(folder: Path, *, attn_implementation: str = "sdpa", trust_remote_code: bool = False):
+def load_scalar_model(folder: Path, *, attn_implementation: str = "sdpa", trust_remote_code: bool = False) -> nn.Module:
     """Load a trained reward or value model.
 
     Args:
@@ -180,14 +183,14 @@ def load_scalar_model(folder: Path, *, attn_implementation: str = "sdpa", trust_
     return model
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False):
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Load a folder's tokenizer."""
     from transformers import AutoTokenizer
 
     return read(AutoTokenizer, folder, trust_remote_code=trust_remote_code)
 
 
-def prepare(model):
+def prepare(model: nn.Module) -> nn.Module:
     """Make a loaded model ready for all stages, and return it in eval mode.
 
     Dropout, cache and routers' logits are off, the trunk has its name, and weights are aligned.
@@ -204,7 +207,7 @@ def prepare(model):
     return model.eval()
 
 
-def without_dropout(model):
+def without_dropout(model: nn.Module) -> nn.Module:
     """Turn dropout off for good, in training mode too.
 
     Rollout and update have to compute the same log-probabilities.
@@ -217,7 +220,7 @@ def without_dropout(model):
     return model
 
 
-def _silence(owner) -> None:
+def _silence(owner: Any) -> None:
     """Set every float of `owner` to 0 that is a probability of dropout or jitters a router.
 
     Families have various names for it (resid_pdrop, residual_dropout, layerdrop …) and read it in
@@ -228,7 +231,7 @@ def _silence(owner) -> None:
             setattr(owner, name, 0.0)
 
 
-def score_head(model) -> nn.Linear:
+def score_head(model: nn.Module) -> nn.Linear:
     """Return the scalar head of a sequence classification model; UserError if there is none."""
     head = getattr(model, "score", None) or getattr(model, "classifier", None)
     if head is None:
@@ -239,7 +242,7 @@ def score_head(model) -> nn.Linear:
 
 
 def from_scratch(
-    tokenizer,
+    tokenizer: Any,
     *,
     hidden_size: int,
     num_hidden_layers: int,
@@ -248,7 +251,7 @@ def from_scratch(
     max_position_embeddings: int,
     attn_implementation: str,
     seed: int,
-):
+) -> nn.Module:
     """Return a small Llama with random weights, ready for all stages.
 
     Args:
@@ -278,7 +281,7 @@ def from_scratch(
     return prepare(LlamaForCausalLM(config))
 
 
-def scratch_config(vocab_size: int, max_position_embeddings: int, **shape):
+def scratch_config(vocab_size: int, max_position_embeddings: int, **shape: Any) -> Any:
     """Return the configuration of a Llama with tied embeddings; `shape` has its other values."""
     from transformers import LlamaConfig
 
@@ -292,7 +295,9 @@ def scratch_config(vocab_size: int, max_position_embeddings: int, **shape):
     )
 
 
-def load_pretrained(name: str, *, attn_implementation: str, trust_remote_code: bool, revision: str | None = None):
+def load_pretrained(
+    name: str, *, attn_implementation: str, trust_remote_code: bool, revision: str | None = None
+) -> tuple[nn.Module, Any]:
     """Load a model and its tokenizer, as they are; `settle_tokens` makes them ready for the stages.
 
     Args:
@@ -378,7 +383,7 @@ OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuesti
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def ids_to_generate_with(path: str, revision: str | None):
+def ids_to_generate_with(path: str, revision: str | None) -> Any:
     """Return a model's generation configuration reduced to its special ids.
 
     Args:
@@ -407,7 +412,7 @@ def are_ids(value: object) -> bool:
     return type(value) is int or (isinstance(value, list) and all(type(i) is int for i in value))
 
 
-def settle_generation_config(model) -> None:
+def settle_generation_config(model: nn.Module) -> None:
     """Reduce an invalid generation configuration to its special ids.
 
     transformers loads an invalid one and then refuses to save it (many published models have a

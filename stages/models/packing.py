@@ -12,10 +12,11 @@ transformers' own sdpa.
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.groups import Rows, make_rows
 from stages.models.adapters import plain
@@ -46,7 +47,7 @@ class Packing:
         spans = sum(1 if len(responses) == 1 else 1 + len(responses) for _, responses in self.spans)
         return self.home.numel() < SHORT * spans and self.sequences.numel() <= 4 * self.home.numel()
 
-    def behind(self, prompt: int, response: int, device) -> Tensor:
+    def behind(self, prompt: int, response: int, device: torch.device) -> Tensor:
         """Return the attention mask of a response that follows its prompt.
 
         Args:
@@ -64,7 +65,16 @@ class Packing:
         return self.masks[prompt, response]
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, packing=None, **options):
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    packing: Packing | Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Any]:
     """Compute attention over packed tokens, as transformers' AttentionInterface calls it.
 
     Args:
@@ -99,7 +109,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
     return compute(query, key, value, packing, scaling), None
 
 
-def span_by_span(query, key, value, packing: Packing, scaling) -> Tensor:
+def span_by_span(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None) -> Tensor:
     """Compute attention with one or two kernel calls per span.
 
     A prompt attends to itself; each of its responses to the prompt and itself. A prompt with a
@@ -133,7 +143,7 @@ def span_by_span(query, key, value, packing: Packing, scaling) -> Tensor:
     return torch.cat(out, dim=2).transpose(1, 2)
 
 
-def in_rows(query, key, value, packing: Packing, scaling) -> Tensor:
+def in_rows(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None) -> Tensor:
     """Compute attention in one kernel call over a padded row per response.
 
     Each row is a copy of the prompt and the response. It is causal, so padding on the right is
@@ -152,7 +162,7 @@ def in_rows(query, key, value, packing: Packing, scaling) -> Tensor:
     return out.transpose(1, 2).flatten(0, 1).index_select(0, packing.home).unsqueeze(0)
 
 
-def one_token_attention(query, key, value, bias, scaling) -> Tensor:
+def one_token_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float | None) -> Tensor:
     """Compute attention of one new token per sequence against a cache.
 
     The heads that share a key head become its queries, so keys and values are never repeated.
@@ -183,7 +193,7 @@ def trunk_options(rows: Rows) -> dict:
     return {"position_ids": rows.position_ids, "attention_mask": no_mask, "use_cache": False, "packing": packing}
 
 
-def can_pack(model, max_length: int) -> bool:
+def can_pack(model: nn.Module, max_length: int) -> bool:
     """Make a model read packed rows if it can, and return whether it can.
 
     It is tried on a few tokens: a model that does not use the AttentionInterface, adds something to
@@ -214,7 +224,7 @@ def can_pack(model, max_length: int) -> bool:
     return works
 
 
-def sees_less(config, length: int) -> bool:
+def sees_less(config: Any, length: int) -> bool:
     """Return whether attention in some layer reaches back fewer than `length` tokens."""
     config = config.get_text_config()
     names = ["attention_chunk_size", "keep_window_size", "index_topk"]
@@ -222,7 +232,7 @@ def sees_less(config, length: int) -> bool:
     return any((getattr(config, name, None) or length) < length for name in names)
 
 
-def register(inner) -> None:
+def register(inner: nn.Module) -> None:
     """Make a transformers model use `packed_attention`."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -232,13 +242,13 @@ def register(inner) -> None:
     inner.set_attn_implementation(NAME)
 
 
-def packs(model) -> bool:
+def packs(model: nn.Module) -> bool:
     """Return whether `can_pack` has made the model read packed rows."""
     return getattr(plain(model).config, "_attn_implementation", None) == NAME
 
 
 @torch.no_grad()
-def _same_hidden_states(model) -> bool:
+def _same_hidden_states(model: nn.Module) -> bool:
     """Return whether the model gives the same hidden states for packed as for padded rows."""
     from transformers import DynamicCache
 

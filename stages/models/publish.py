@@ -8,13 +8,14 @@ names are written here.
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pipeline.launch.parallel import is_rank_zero
 from stages.models.families import as_given
@@ -39,7 +40,13 @@ OF_THIS_MACHINE = ("is_local", "local_files_only", "name_or_path", "cache_dir", 
 
 
 def save_model(
-    model, tokenizer, folder: Path, *, card: str, temperature: float | None = None, dtype: str | None = None
+    model: nn.Module,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    card: str,
+    temperature: float | None = None,
+    dtype: str | None = None,
 ) -> None:
     """Write a folder that transformers alone can load.
 
@@ -75,7 +82,7 @@ def save_model(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def edit_json(path: Path, change) -> None:
+def edit_json(path: Path, change: Callable[[dict], dict]) -> None:
     """Replace the JSON object in a file, if the file exists.
 
     Args:
@@ -91,7 +98,7 @@ def edit_json(path: Path, change) -> None:
 # ── Weights ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def rounded(model, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def rounded(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Return the model's state with its floating-point parameters in another dtype.
 
     Buffers keep theirs, as do parameters that the model's class keeps in float32. Tensors that
@@ -180,7 +187,7 @@ def dtype_of_folder(folder: Path) -> str | None:
 
 
 @contextmanager
-def generating(model, config) -> Iterator[None]:
+def generating(model: nn.Module, config: Any) -> Iterator[None]:
     """Give the model another generation config while the context lasts (None: its own)."""
     held = getattr(model, "generation_config", None)
     if config is not None:
@@ -192,7 +199,7 @@ def generating(model, config) -> Iterator[None]:
             model.generation_config = held
 
 
-def generation_config(model, tokenizer, temperature: float | None):
+def generation_config(model: nn.Module, tokenizer: Any, temperature: float | None) -> Any:
     """Return the generation config to publish with a model; None if it does not generate.
 
     Args:
@@ -236,7 +243,7 @@ def end_tokens(own: int, given: int | list[int] | None) -> int | list[int]:
     return ids if len(ids) > 1 else own
 
 
-def is_valid(config) -> bool:
+def is_valid(config: Any) -> bool:
     """Return whether transformers would save a generation config.
 
     It refuses sampling settings together with greedy decoding.
@@ -258,7 +265,7 @@ def pre_tokenizer_of(folder: Path) -> dict[str, Any]:
     return found or {}
 
 
-def added_by(tokenizer) -> dict[str, bool]:
+def added_by(tokenizer: Any) -> dict[str, bool]:
     """Return whether a tokenizer adds BOS before a text, and EOS after it.
 
     The keys are its class's own flags; flags that the class does not have are left out.
@@ -288,7 +295,7 @@ def portable_tokenizer(config: dict[str, Any], pre_tokenizer: dict[str, Any], ad
     return config if config.get("tokenizer_class") == "PreTrainedTokenizerFast" else config | added
 
 
-def write_old_positions(model, folder: Path) -> None:
+def write_old_positions(model: nn.Module, folder: Path) -> None:
     """Write the rotary positions of config.json under transformers 4's names too.
 
     They are left out if the installed transformers would then read something else, if transformers
@@ -312,7 +319,7 @@ def write_old_positions(model, folder: Path) -> None:
         path.write_text(before, encoding="utf-8")
 
 
-def positions_of(config) -> list[tuple[str, Any]]:
+def positions_of(config: Any) -> list[tuple[str, Any]]:
     """Return (where, rope_parameters) of a configuration and the configurations in it."""
     found: list[tuple[str, Any]] = []
 

@@ -8,6 +8,8 @@ activations, which would make a row's numbers depend on the other rows of its ba
 a model that no dequantized weights reproduce.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ class Quantized(nn.Linear):
     like any layer. None of them trains.
     """
 
-    def __init__(self, layer: nn.Linear, bits: int):
+    def __init__(self, layer: nn.Linear, bits: int) -> None:
         nn.Module.__init__(self)  # nn.Linear's would allocate a float weight
         self.in_features, self.out_features, self.bits = layer.in_features, layer.out_features, bits
         self.bias = layer.bias
@@ -59,14 +61,14 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, layer):
+    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:
         ctx.layer = layer
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
         return F.linear(x, layer.dequantized().to(x.dtype), bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         return grad @ ctx.layer.dequantized().to(grad.dtype), None
 
 
@@ -100,7 +102,7 @@ def packed(weight: Tensor, bits: int) -> dict[str, Tensor]:
     return {"weight": nibbles, "absmax": absmax, "scales": second.absmax, "offset": offset, "code": code}
 
 
-def quantize(model, bits: int) -> None:
+def quantize(model: nn.Module, bits: int) -> None:
     """Quantize every linear layer of a model except its output embedding or scalar head."""
     apart = [model.get_output_embeddings(), getattr(model, "score", None), getattr(model, "classifier", None)]
     found = [
@@ -116,7 +118,7 @@ def quantize(model, bits: int) -> None:
 
 
 @torch.no_grad()
-def dequantize(model) -> None:
+def dequantize(model: nn.Module) -> None:
     """Turn quantized layers back into linear ones, with the float32 weights they computed with.
 
     The model may have adapters.
@@ -127,7 +129,7 @@ def dequantize(model) -> None:
         model.set_submodule(name, linear.train(layer.training))
 
 
-def library():
+def library() -> Any:
     """Return bitsandbytes' functions; raise UserError if it is not installed."""
     try:
         import bitsandbytes.functional as functional

@@ -11,8 +11,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from pipeline.errors import UserError
 from stages.models.families import (
@@ -29,7 +31,7 @@ from stages.models.families import (
 REMOTE = "transformers_modules."
 
 
-def read(auto, name, *, trust_remote_code: bool, where: str = "", **options):
+def read(auto: Any, name: str | Path, *, trust_remote_code: bool, where: str = "", **options: Any) -> Any:
     """Return auto.from_pretrained(name, …).
 
     Args:
@@ -56,7 +58,7 @@ def read(auto, name, *, trust_remote_code: bool, where: str = "", **options):
         forget(auto)
 
 
-def forget(auto) -> None:
+def forget(auto: Any) -> None:
     """Let the next load of a model with code be as the first.
 
     transformers remembers which model class came with a configuration class. It would use it for
@@ -69,12 +71,12 @@ def forget(auto) -> None:
             del known[kind]
 
 
-def is_remote(thing) -> bool:
+def is_remote(thing: Any) -> bool:
     """Return whether the class of a model or tokenizer is code that came with it."""
     return type(thing).__module__.startswith(REMOTE)
 
 
-def keep_code(model, tokenizer, folder: Path) -> None:
+def keep_code(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Copy every file that the model's auto_map needs, and let auto_map name the copies.
 
     save_pretrained copies the file of one class only. A model or tokenizer without code of its own
@@ -130,7 +132,7 @@ def copy_module(source: str, name: str, folder: Path, commit: str | None = None)
         shutil.copyfile(path, target)
 
 
-def write_scalar_head(model, folder: Path) -> None:
+def write_scalar_head(model: nn.Module, folder: Path) -> None:
     """Write a class of reward models for a published causal model whose code has none that serves.
 
     It has the model's trunk and the head `score`, in a file beside the model's own.
@@ -146,7 +148,7 @@ def write_scalar_head(model, folder: Path) -> None:
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_head_file(model, name: str, parent: type, folder: Path) -> str:
+def write_head_file(model: nn.Module, name: str, parent: type, folder: Path) -> str:
     """Write the file of a class with a scalar head on a model's trunk.
 
     Args:
@@ -169,7 +171,7 @@ def module_of(kind: type) -> str:
     return f".{kind.__module__.rpartition('.')[2]}" if remote else kind.__module__
 
 
-def scalar_problem(model, folder: Path) -> str | None:
+def scalar_problem(model: nn.Module, folder: Path) -> str | None:
     """Return why a folder's code gives no reward model on a model's trunk, or None if it does.
 
     Args:

@@ -8,9 +8,11 @@ on texts of many kinds; chat templates by what they write.
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from torch import nn
 
 from data.conversations import render
 from data.encode import encode_response
@@ -44,7 +46,7 @@ PIECES = 4096  # tokens of the vocabulary to compare on
 AT_ONCE = 32  # of them in a text
 
 
-def same_tokenizer(one, other, where: str) -> None:
+def same_tokenizer(one: Any, other: Any, where: str) -> None:
     """Check that two tokenizers make the same ids of texts and conversations.
 
     Args:
@@ -64,7 +66,7 @@ def same_tokenizer(one, other, where: str) -> None:
         )
 
 
-def tokenizer_fingerprint(tokenizer) -> str:
+def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Return the sha256 of vocabulary, merges, special tokens and chat template."""
     if hasattr(tokenizer, "backend_tokenizer"):  # padding and truncation depend on the last batch
         backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
@@ -79,7 +81,7 @@ def tokenizer_fingerprint(tokenizer) -> str:
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
 
 
-def difference_of(one, other) -> str | None:
+def difference_of(one: Any, other: Any) -> str | None:
     """Return the first difference that a text can show, in a few words, or None.
 
     Arguments are those of `same_tokenizer`.
@@ -98,7 +100,7 @@ def difference_of(one, other) -> str | None:
     return template_difference(one, other)
 
 
-def probes(one, other) -> list[str]:
+def probes(one: Any, other: Any) -> list[str]:
     """Return texts to compare two tokenizers on.
 
     They are TEXTS; every added token of either one, within a text; tokens that only one of them
@@ -120,7 +122,7 @@ def probes(one, other) -> list[str]:
     return texts
 
 
-def template_difference(one, other) -> str | None:
+def template_difference(one: Any, other: Any) -> str | None:
     """Return where the chat templates write different ids, in a few words, or None.
 
     Arguments are those of `probes`.
@@ -140,7 +142,7 @@ def template_difference(one, other) -> str | None:
     return None
 
 
-def written(tokenizer, opens: bool) -> list:
+def written(tokenizer: Any, opens: bool) -> list:
     """Return the ids of each of CONVERSATIONS, or the template's refusal.
 
     Args:
@@ -150,7 +152,7 @@ def written(tokenizer, opens: bool) -> list:
     return list(render(tokenizer, CONVERSATIONS, tokenize=[True] * len(CONVERSATIONS), add_generation_prompt=opens))
 
 
-def written_alike(tokenizer, one, opens: bool) -> list:
+def written_alike(tokenizer: Any, one: Any, opens: bool) -> list:
     """Return the result of `written` with the template's clock stopped as in the policy's template.
 
     base stops the clock, which makes no difference to texts.
@@ -169,7 +171,7 @@ def written_alike(tokenizer, one, opens: bool) -> list:
         tokenizer.chat_template = kept
 
 
-def named(tokenizer, ids: Sequence[int], other: Sequence[int]) -> str:
+def named(tokenizer: Any, ids: Sequence[int], other: Sequence[int]) -> str:
     """Return a few tokens, with their ids, from where two lists of ids differ.
 
     Args:
@@ -192,7 +194,7 @@ def shown(text: str) -> str:
 
 
 @torch.no_grad()
-def fit_rows(model, rows: int):
+def fit_rows(model: nn.Module, rows: int) -> nn.Module:
     """Give a reward model a row for each id that the policy can sample or pad with.
 
     Args:

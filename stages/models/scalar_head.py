@@ -5,10 +5,10 @@ The file scalar_head.py of a published folder is this text followed by the class
 Published folders are recognised by the first line above, so it must not change.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 
@@ -22,7 +22,7 @@ class ScalarHead:
     trunk_class = None
     trunk_options: ClassVar[dict] = {}  # more arguments of the trunk's constructor
 
-    def __init__(self, config):
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
         setattr(self, self.base_model_prefix, self.trunk_class(config, **self.trunk_options))
@@ -30,21 +30,28 @@ class ScalarHead:
         self.post_init()
 
     @classmethod
-    def is_custom_code(cls):  # otherwise transformers would not initialize buffers of its own trunks
+    def is_custom_code(cls) -> bool:  # otherwise transformers would not initialize buffers of its own trunks
         return cls.trunk_class.is_custom_code()
 
     @classmethod
-    def _can_set_attn_implementation(cls):  # transformers would look into the source file of the class
+    def _can_set_attn_implementation(cls) -> bool:  # transformers would look into the source file of the class
         return cls.trunk_class._can_set_attn_implementation()
 
     @classmethod
-    def _can_set_experts_implementation(cls):
+    def _can_set_experts_implementation(cls) -> bool:
         return cls.trunk_class._can_set_experts_implementation()
 
     def forward(
-        self, input_ids=None, attention_mask=None, labels=None, use_cache=None, cache=None, past_key_values=None,
-        return_dict=None, **options,
-    ):  # fmt: skip
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> SequenceClassifierOutputWithPast | tuple:
         """Score rows.
 
         Args:

@@ -74,7 +74,7 @@ def _unpacked(sent: bytes | None) -> nn.Module | None:
     return model
 
 
-def shard(model, device: torch.device, *, mean: bool = False) -> None:
+def shard(model: nn.Module, device: torch.device, *, mean: bool = False) -> None:
     """Keep this process's share of each weight, on `device`.
 
     All processes call it with the same model, whose weights are those on rank 0. With one process
@@ -122,14 +122,14 @@ def _hand_over(module: nn.Module, device: torch.device) -> None:
         p.data = x
 
 
-def is_sharded(model) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Return whether a model is sharded."""
     from torch.distributed.fsdp import FSDPModule
 
     return any(isinstance(plain(member), FSDPModule) for member in members(model))
 
 
-def layers_of(inner) -> list[nn.Module]:
+def layers_of(inner: nn.Module) -> list[nn.Module]:
     """Return the decoder layers of a transformers model.
 
     Raises:
@@ -146,7 +146,7 @@ def layers_of(inner) -> list[nn.Module]:
     return [module for name, module in found.items() if not any(p in found for p in parents(name))]
 
 
-def parts_of(inner) -> list[nn.Module]:
+def parts_of(inner: nn.Module) -> list[nn.Module]:
     """Return the modules that are all-gathered one at a time in a pass; [] without sharding.
 
     They are the decoder layers, and the model itself for its remaining weights.
@@ -156,7 +156,7 @@ def parts_of(inner) -> list[nn.Module]:
     return [module for module in inner.modules() if isinstance(module, FSDPModule)]
 
 
-def compute(model, function: Callable[[], Result]) -> Result:
+def compute(model: nn.Module, function: Callable[[], Result]) -> Result:
     """Call a function that reads weights of a model outside its forward pass.
 
     A sharded model's weights are gathered for the call, and their gradients are sharded again after
@@ -181,7 +181,7 @@ def casting_anew(device: str) -> torch.autocast:
     return torch.autocast(device, dtype=dtype, enabled=casts, cache_enabled=False)
 
 
-def skeleton_of(model) -> nn.Module:
+def skeleton_of(model: nn.Module) -> nn.Module:
     """Return a copy of a model without its weights; it shares the configuration."""
     inner = plain(model)
     known = {id(p): nn.Parameter(p.new_empty(0), requires_grad=p.requires_grad) for p in model.parameters()}
@@ -192,7 +192,7 @@ def skeleton_of(model) -> nn.Module:
 
 
 @contextmanager
-def whole(model) -> Iterator[nn.Module]:
+def whole(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the model with all its weights, for work that other processes do not follow.
 
     A sharded model is gathered into a copy, by all processes together, with linear layers in the
@@ -210,7 +210,7 @@ def whole(model) -> Iterator[nn.Module]:
             p.data = p.new_empty(0)
 
 
-def publishable(model, reload: Callable[[], nn.Module] | None = None) -> nn.Module:
+def publishable(model: nn.Module, reload: Callable[[], nn.Module] | None = None) -> nn.Module:
     """Return the model whole, on the CPU and in float32, on rank 0.
 
     All processes call it; a sharded model is gathered into a copy. On the other ranks the result
@@ -232,7 +232,7 @@ def publishable(model, reload: Callable[[], nn.Module] | None = None) -> nn.Modu
 
 
 @torch.no_grad()
-def _fill(inside, model, keep: bool) -> None:
+def _fill(inside: nn.Module, model: nn.Module, keep: bool) -> None:
     """Gather the weights of a sharded model into a copy without weights.
 
     Args:
@@ -273,7 +273,7 @@ def like(parameter: Tensor, x: Tensor) -> Tensor:
     return distribute_tensor(x.to(parameter.device), mesh, placements, src_data_rank=None)
 
 
-def number(x) -> float:
+def number(x: Tensor) -> float:
     """Return a scalar tensor as a float; it may be distributed over processes."""
     return float(x.full_tensor() if isinstance(x, DTensor) else x)
 

@@ -8,8 +8,10 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 import torch
+from torch import nn
 
 from data.agreement import probe, remedy
 from data.conversations import end_of_turn, render
@@ -36,8 +38,8 @@ class Settled:
 
 
 def settle_tokens(
-    model,
-    tokenizer,
+    model: nn.Module,
+    tokenizer: Any,
     name: str,
     *,
     template: str | None = None,
@@ -86,7 +88,7 @@ def settle_tokens(
 
 
 def settle_template(
-    tokenizer, name: str, template: str | None, variables: Mapping[str, object], moment: datetime, where: str
+    tokenizer: Any, name: str, template: str | None, variables: Mapping[str, object], moment: datetime, where: str
 ) -> tuple[list[str], bool]:
     """Give the tokenizer its final chat template.
 
@@ -135,7 +137,7 @@ def settle_template(
     return lines, stopped
 
 
-def writes_the_day(tokenizer, template: str) -> bool:
+def writes_the_day(tokenizer: Any, template: str) -> bool:
     """Return whether a chat template writes something else at another time."""
     if not asks_for_the_day(template):
         return False
@@ -155,7 +157,7 @@ def writes_the_day(tokenizer, template: str) -> bool:
     return texts[0] != texts[1]
 
 
-def end_turns_with_eos(tokenizer, where: str = "model.name_or_path") -> None:
+def end_turns_with_eos(tokenizer: Any, where: str = "model.name_or_path") -> None:
     """Make EOS the token that the chat template writes after an assistant's turn.
 
     It is then taught, ends sampling, and ends earlier turns too. Some models end turns with another
@@ -178,7 +180,7 @@ def end_turns_with_eos(tokenizer, where: str = "model.name_or_path") -> None:
         tokenizer.eos_token = token
 
 
-def give_pad_token(tokenizer) -> str | None:
+def give_pad_token(tokenizer: Any) -> str | None:
     """Give the tokenizer a pad token that is not EOS, and return what was done, or None.
 
     Anyone can then tell the last real token of a row from padding.
@@ -194,7 +196,7 @@ def give_pad_token(tokenizer) -> str | None:
     return f"{NEW_PAD} is added"
 
 
-def ids_that_end(model) -> list[int]:
+def ids_that_end(model: nn.Module) -> list[int]:
     """Return the ids that a model's configurations name as ends, in order."""
     found: list[int] = []
     for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
@@ -203,7 +205,7 @@ def ids_that_end(model) -> list[int]:
     return [i for i in dict.fromkeys(found) if isinstance(i, int)]
 
 
-def settle_document_end(tokenizer, given: str | None, ends: list[int], rows: int) -> str:
+def settle_document_end(tokenizer: Any, given: str | None, ends: list[int], rows: int) -> str:
     """Find the token that ended a document in pretraining, and record it in the tokenizer.
 
     It is recorded only if `document_end` would find another one.
@@ -238,7 +240,7 @@ def settle_document_end(tokenizer, given: str | None, ends: list[int], rows: int
     return end
 
 
-def add_rows(model, tokenizer) -> list[str]:
+def add_rows(model: nn.Module, tokenizer: Any) -> list[str]:
     """Give the model a row, and its head an output, for each token of the tokenizer.
 
     Returns:
@@ -265,7 +267,7 @@ def add_rows(model, tokenizer) -> list[str]:
     return new
 
 
-def left_behind(model, before: int, after: int) -> str | None:
+def left_behind(model: nn.Module, before: int, after: int) -> str | None:
     """Return the name of a tensor that transformers did not resize, or None.
 
     Args:
@@ -282,7 +284,7 @@ def left_behind(model, before: int, after: int) -> str | None:
     return next((name for name, had, wants in pairs if stays(had, wants)), None)
 
 
-def agreement_lines(tokenizer, variables: Mapping[str, object]) -> list[str]:
+def agreement_lines(tokenizer: Any, variables: Mapping[str, object]) -> list[str]:
     """Return a line about where rows differ from what the chat template writes; [] if nowhere.
 
     Args:

@@ -28,7 +28,7 @@ def no_poll() -> None:
 
 @dataclass
 class Sampler:
-    """Everything that rollouts of one run have in common, and the engine that samples them."""
+    """The engine that samples a run's rollouts, and the settings that all of them share."""
 
     roles: Roles
     """The models."""
@@ -100,7 +100,7 @@ class Sampler:
             prompts: Token ids.
             prompt_ids: For each prompt, its index in the list that it was drawn from.
             step: Index of the update.
-            recompute: Compute log-probabilities again although the policy samples by itself.
+            recompute: Compute log-probabilities again even if the policy itself samples.
             stream: Name of a stream of random numbers. A response is drawn by run, stream, update,
                 prompt and index of the sample.
             samples_per_prompt: By default as the settings say.
@@ -260,15 +260,15 @@ def ratio_error(roles: Roles, rollout: Rollout, sampling: Sampling) -> float:
     """
     # as in the update: with gradients, and with other rows together than in the rollout
     order = range(len(rollout.responses))[::-1]
-    parts = in_micro_batches(
+    micro_batches = in_micro_batches(
         rollout.lengths(), order, sampling.samples_per_prompt, sampling.micro_batch_size, roles.most_tokens()
     )
     logprobs = torch.zeros_like(rollout.logprobs)
     with roles.accelerator.autocast():
-        for index in parts:
+        for index in micro_batches:
             rows = rollout.rows(index, roles.tokenizer.pad_token_id, roles.packed)
-            found = response_logprobs(roles.policy, rows, sampling.temperature).detach()
-            logprobs[torch.tensor(index, device=logprobs.device), : found.shape[1]] = found
+            update_logprobs = response_logprobs(roles.policy, rows, sampling.temperature).detach()
+            logprobs[torch.tensor(index, device=logprobs.device), : update_logprobs.shape[1]] = update_logprobs
     error = masked_mean(((logprobs - rollout.logprobs).exp() - 1).abs(), rollout.mask).item()
     # rank 0 decides for all; others could differ in the last bit
     return parallel.from_rank_zero(lambda: error)

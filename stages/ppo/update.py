@@ -156,11 +156,11 @@ def ppo_gradients(roles: Roles, batch: Batch, index: list[int], options: UpdateO
     figures: dict[str, float] = {}
     lengths = rollout.lengths()
     share = share_groups(lengths, index, n)
-    parts = in_micro_batches(lengths, share, n, options.micro_batch_size, roles.most_tokens())
-    for part, mine in parallel.padded_micro_batches(parts, roles.spare()):
-        rows = rollout.rows(part, roles.tokenizer.pad_token_id, roles.packed)
+    chunks = in_micro_batches(lengths, share, n, options.micro_batch_size, roles.most_tokens())
+    for chunk, is_own in parallel.padded_micro_batches(chunks, roles.spare()):
+        rows = rollout.rows(chunk, roles.tokenizer.pad_token_id, roles.packed)
         mask = rows.response_mask
-        episodes = torch.tensor(part, device=rollout.mask.device)
+        episodes = torch.tensor(chunk, device=rollout.mask.device)
         old_logprobs, old_values, advantages, returns = (
             x[episodes, : mask.shape[1]] for x in (rollout.logprobs, rollout.values, batch.advantages, batch.returns)
         )
@@ -169,12 +169,12 @@ def ppo_gradients(roles: Roles, batch: Batch, index: list[int], options: UpdateO
         loss, sums = policy_loss(logprobs, old_logprobs, advantages, mask, options.clipping.ratio, tokens)
         # a padding micro-batch only keeps this rank in step; times 0 it takes part in the
         # collectives
-        roles.accelerator.backward(loss if mine else 0.0 * loss)
+        roles.accelerator.backward(loss if is_own else 0.0 * loss)
         with roles.accelerator.autocast():
             values = response_values(roles.value_model, rows)
         v_loss, v_sums = value_loss(values, old_values, returns, mask, options.clipping.value, tokens)
-        roles.accelerator.backward(v_loss if mine else 0.0 * v_loss)
-        if not mine:
+        roles.accelerator.backward(v_loss if is_own else 0.0 * v_loss)
+        if not is_own:
             continue
         for key, figure in (
             ("loss/policy_avg", loss),
@@ -211,13 +211,13 @@ def ptx_gradient(roles: Roles, policy: Trainee, texts: list[list[int]], options:
         p.grad = None
     tokens, total = len(texts) * (len(texts[0]) - 1), 0.0  # nothing predicts the first token of a row
     share = parallel.rows_of_this_rank(texts, [1] * len(texts))
-    parts = list(micro_batches(share, options.micro_batch_size))
-    for part, mine in parallel.padded_micro_batches(parts, texts[:1] if roles.spare() else None):
-        ids = torch.tensor(part, device=roles.accelerator.device)
+    chunks = list(micro_batches(share, options.micro_batch_size))
+    for chunk, is_own in parallel.padded_micro_batches(chunks, texts[:1] if roles.spare() else None):
+        ids = torch.tensor(chunk, device=roles.accelerator.device)
         with roles.accelerator.autocast():
             loss = -text_logprobs(roles.policy, ids).sum() / tokens
-        total += loss.item() if mine else 0.0
-        roles.accelerator.backward((options.ptx.coef if mine else 0.0) * loss)
+        total += loss.item() if is_own else 0.0
+        roles.accelerator.backward((options.ptx.coef if is_own else 0.0) * loss)
     parallel.all_reduce_gradients(parameters)
     total = parallel.all_reduce_figures({"loss": total})["loss"]
     ptx_grads = [p.grad for p in parameters]

@@ -165,9 +165,9 @@ def judge(
     judged["scores"] = torch.zeros_like(rollout.scores)
     lengths, n, width = rollout.lengths(), sampling.samples_per_prompt, rollout.mask.shape[1]
     share = share_groups(lengths, range(len(lengths)), n)
-    parts = in_micro_batches(lengths, share, n, sampling.micro_batch_size, roles.most_tokens())
+    chunks = in_micro_batches(lengths, share, n, sampling.micro_batch_size, roles.most_tokens())
     with roles.accelerator.autocast():
-        for index, mine in parallel.padded_micro_batches(parts, roles.spare()):
+        for index, is_own in parallel.padded_micro_batches(chunks, roles.spare()):
             poll()
             rows = rollout.rows(index, roles.tokenizer.pad_token_id, roles.packed)
             outputs = {
@@ -178,7 +178,7 @@ def judge(
             if recompute:
                 logprobs, entropy = response_logprobs(roles.policy, rows, sampling.temperature, with_entropy=True)
                 outputs |= {"logprobs": logprobs, "entropy": entropy}
-            if not mine:
+            if not is_own:
                 continue  # a forward pass only to keep in step with ranks that have more micro-batches
             episodes = torch.tensor(index, device=rollout.mask.device)
             for name, x in outputs.items():

@@ -8,6 +8,7 @@ it is in.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +82,7 @@ class TransformersEngine:
             return _sample_on_all_ranks(sample_some, request, self.spec.device)
 
     def close(self) -> None:
-        """Forget the policy's reference; nothing else is held."""
+        """Forget the policy; there is nothing else to free."""
         self.model = None
 
 
@@ -127,13 +128,8 @@ def sample(
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
     *,
-    response_length: int,
-    eos_id: int,
-    pad_id: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    batch_size: int = 64,
     poll: Callable[[], None] = lambda: None,
+    **decoding: Any,
 ) -> list[list[int]]:
     """Return one response to each prompt, as token ids.
 
@@ -142,10 +138,10 @@ def sample(
         prompts: Token ids. A prompt that occurs several times in a row is read once if the model
             packs.
         seeds: One for each prompt.
-        response_length, eos_id, pad_id, temperature, top_p, batch_size: As in `Decoding`.
+        poll: Is called before each token; what it raises ends the sampling (a request to stop).
+        decoding: The fields of `Decoding`.
     """
-    decoding = Decoding(response_length, eos_id, pad_id, temperature, top_p, batch_size)
-    return sample_with_logprobs(model, prompts, seeds, decoding, poll).responses
+    return sample_with_logprobs(model, prompts, seeds, Decoding(**decoding), poll).responses
 
 
 @torch.no_grad()

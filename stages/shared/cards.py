@@ -240,10 +240,10 @@ def given_card(name: str | None, revision: str | None) -> dict[str, Any]:
 
 def inherited(path: Path) -> dict[str, Any]:
     """Return the metadata of a card that also hold for models made from its model."""
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard as HubCard
 
     try:
-        data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+        data = HubCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
     except Exception:  # no file, or one with other metadata than the Hub's
         return {}
     return {key: data[key] for key in INHERITED if data.get(key)}

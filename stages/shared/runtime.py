@@ -194,7 +194,7 @@ def note_default_rate(session: Session, section: BaseModel, *keys: str) -> None:
 
 
 def adapter_settings(model_section: Any) -> AdapterSettings:
-    """Return the section `model.peft` as plain values; their method is None if every weight trains."""
+    """Return the section `model.peft` as plain values; method None if every weight trains."""
     from stages.models.adapters import AdapterSettings
 
     peft = model_section.peft

@@ -1,7 +1,7 @@
 """Vary trl's SFTTrainer where base and sft need another loss, another resume, or sharded weights.
 
-Each function takes a trainer class and returns a subclass with one change; `make_trainer` in text.py
-combines them. trl takes seconds to import, so it is imported by the caller.
+Each function takes a trainer class and returns a subclass with one change; `make_trainer` in
+text.py combines them. trl takes seconds to import, so it is imported by the caller.
 """
 
 from functools import partial

@@ -23,12 +23,13 @@ from ppo_models import PAD, SHAPES, ceilings, craft
 from safetensors.torch import load_file
 
 from data.groups import PromptGroup, batch_groups
-from stages import dpo, rm
+from stages import dpo
 from stages.models.forward import response_logprobs, response_scores
 from stages.models.loading import load_policy, load_scalar_model
 from stages.models.packing import can_pack
 from stages.objectives.logprobs import sequence_logps
 from stages.shared.runtime import make_accelerator
+from stages.training import ranking
 from stages.training.batching import GroupBatches
 from stages.training.reference import Reference
 from stages.training.trainee import make_trainee, optimizer_step
@@ -124,7 +125,7 @@ class Ours:
             if self.bench == "rm":
                 with self.accelerator.autocast():
                     scores = response_scores(self.model, batch.rows)
-                value = rm.loss_of(c, batch, scores, n)
+                value = ranking.loss_of(c, batch, scores, n)
             else:
                 ref_logps = torch.cat([references[i] for i in rows]).to(self.accelerator.device)
                 with self.accelerator.autocast():

@@ -24,8 +24,8 @@ from sweeps.page import page, plot_of, plots_of, table  # noqa: E402
 from sweeps.points import Point, Variant, best_of_points, keep, policy_point, variants_of  # noqa: E402
 from sweeps.words import markdown, with_interval  # noqa: E402
 
+from pipeline.chain import assess  # noqa: E402
 from pipeline.config.validation import load_experiment  # noqa: E402
-from pipeline.plan import assess  # noqa: E402
 from pipeline.stage import StopFlag  # noqa: E402
 from pipeline.store.artifacts import ArtifactStore  # noqa: E402
 from stages.page.drawing import picture  # noqa: E402
@@ -203,8 +203,9 @@ def test_log_ratios_as_one_reads_them_off_the_logits(packed):
     """evaluate's KL, which the sweeps take: each answer alone, token by token, against rows of several lengths."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from stages import evaluate
-    from stages.evaluation.asking import Answer
+    from stages.evaluation.forms import Answer
+    from stages.evaluation.measuring import log_ratios
+    from stages.evaluation.tools import Policy
     from stages.models.loading import prepare
     from stages.models.packing import can_pack
     from stages.shared.runtime import make_accelerator
@@ -221,12 +222,11 @@ def test_log_ratios_as_one_reads_them_off_the_logits(packed):
             logits = [model(torch.tensor([prompt + response[:at]])).logits[0, -1] / 0.7 for model in models]
             total += (logits[0].log_softmax(-1)[token] - logits[1].log_softmax(-1)[token]).item()
         expected.append(total)
-    ctx = SimpleNamespace(config=SimpleNamespace(temperature=0.7))
     tools = SimpleNamespace(
         tokenizer=SimpleNamespace(pad_token_id=0), accelerator=make_accelerator("cpu", "float32"), reference=reference
     )
     answers = [Answer("", True, response, response) for response in responses]
-    found = evaluate.log_ratios(ctx, tools, evaluate.Policy("ppo", policy, packed), prompts, prompts, answers)
+    found = log_ratios(tools, Policy("ppo", policy, packed), prompts, prompts, answers, 0.7)
     assert found == pytest.approx(expected, abs=1e-5)
 
 

@@ -46,7 +46,7 @@ from stages.models.sharding import (
     shard,
     whole,
 )
-from stages.tools import memory
+from stages.tools import memory_step
 from stages.training.checkpoint import shard_optimizer_tensors
 from stages.training.trainee import gradient_cosine, gradient_norm, make_trainee, optimizer_step
 from tests.forked import process
@@ -228,7 +228,7 @@ def test_a_whole_copy_reads_as_the_model_does(method):
     together(check_whole, method)
 
 
-class Held(memory.Live):
+class Held(memory_step.LiveBytes):
     """Count memory, including what FSDP allocates and frees outside torch's dispatcher."""
 
     def see(self, tensor):
@@ -254,12 +254,12 @@ def check_memory(dtype, checkpointing, tied):
         tie_word_embeddings=tied,
     )  # fmt: skip
     lengths = [(24, [20, 12, 20]), (16, [20, 20])]
-    step = memory.Step("policy", "logprobs", lengths, times=2)
-    foretold = memory.take_step(config, [step], AdapterSettings(), dtype, "cpu", checkpointing, parts=2)
+    step = memory_step.Step("policy", "logprobs", lengths, times=2)
+    foretold = memory_step.take_step(config, [step], AdapterSettings(), dtype, "cpu", checkpointing, parts=2)
     model = prepare(LlamaForCausalLM(config))
     if checkpointing:
         model.activation_checkpointing_enable()
-    whole_size = memory.size_of(model)
+    whole_size = memory_step.size_of(model)
     assert can_pack(model, 200) and head_is_linear(model)
     shard(model, torch.device("cpu"))
     prompts = [[i + 3] * n for i, (n, responses) in enumerate(lengths) for _ in responses]
@@ -375,7 +375,7 @@ def check_memory_of_making(fault):
     """Check the peak memory of making and sharding a model: on rank 1, its shard and a layer."""
     shape = {"hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 4, "intermediate_size": 128}
     config = LlamaConfig(vocab_size=100, **shape)
-    size = memory.size_of(LlamaForCausalLM(config))
+    size = memory_step.size_of(LlamaForCausalLM(config))
 
     def start():
         assert is_rank_zero()

@@ -296,7 +296,7 @@ class TestRows:
         """DeepSeek V4 also has a table of experts by token, which is not resized."""
         folder = families.build("deepseek_v4", tmp_path, "bos")
         model, tokenizer = load_pretrained(str(folder), attn_implementation="eager", trust_remote_code=False)
-        what = "the model has no row for <.pad.>, and a DeepseekV4ForCausalLM cannot be given one .*tid2eid has a row"
+        what = "the model has no row for <.pad.>, and a DeepseekV4ForCausalLM cannot be given one .*tid2eid also has a row"
         with pytest.raises(UserError, match=f"^model.name_or_path: {what}"):
             settled(tokenizer, model)
         model, tokenizer = load_pretrained(str(folder), attn_implementation="eager", trust_remote_code=False)

@@ -44,7 +44,7 @@ class Lines:
 def world(tmp_path):
     """An experiment of the fake stages: `world.load("fit.steps=3")`, `world.run("fit", …)`,
     `world.states()`."""
-    from pipeline import plan
+    from pipeline import chain, plan
     from pipeline.state import Flags
 
     (tmp_path / "small.yaml").write_text(fakes.CONFIG)
@@ -62,7 +62,7 @@ def world(tmp_path):
 
     def states(*overrides):
         here.overrides = list(overrides)
-        return plan.assess(load(), here.store, here.stages)
+        return chain.assess(load(), here.store, here.stages)
 
     here.load, here.run, here.states = load, run, states
     return here

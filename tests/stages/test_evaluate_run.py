@@ -1,5 +1,7 @@
-"""evaluate from the published folders to results.json, computed a second time with plain transformers: a response at a
-time. Taken from the run are the ids that were sampled, and from which seeds."""
+"""Compute results.json again with plain transformers, one response at a time.
+
+Only the sampled ids and their seeds are taken from the run.
+"""
 
 import functools
 import itertools
@@ -14,11 +16,15 @@ import second_route as plain
 import torch
 from micro_chain import spy, write_rows
 
+from data.records import prompt_key
+from data.streams import held_out
 from data.world import writers as world_writers
 from data.world.world import World
 from pipeline.errors import UserError
 from pipeline.store.checkpoints import CheckpointStore
 from stages import evaluate
+from stages.evaluation import measuring
+from stages.evaluation.results import Measured
 from stages.page import samples as report_samples
 from stages.page.results import NAMES, complete
 from stages.settings import evaluate as evaluate_settings
@@ -54,7 +60,7 @@ language_model, scalar_model = functools.cache(plain.language_model), functools.
 
 @dataclass(frozen=True)
 class Draw:
-    """A response as it was sampled."""
+    """A sampled response."""
 
     prompt: list[int]
     seed: int
@@ -91,8 +97,8 @@ def run_evaluate(chain, folder, choices, *more, sample=None, **options) -> Run:
     settings = [f"evaluate.{key}={value}" for key, value in choices.items()]
     with pytest.MonkeyPatch.context() as patch:
         if sample is not None:
-            patch.setattr(evaluate, "sample", sample)
-        calls = spy(patch, evaluate, "sample")
+            patch.setattr(measuring, "sample", sample)
+        calls = spy(patch, measuring, "sample")
         finished = chain.run("evaluate", folder, *settings, *more, **options)
     results = json.loads((finished.folder / "results.json").read_text())
     rows = [Draw(*row) for call in calls for row in zip(call.args[1], call.args[2], call.result, strict=True)]
@@ -126,7 +132,7 @@ def scores_again(chain, prompt, ids: list[int], how, missing: float | None) -> f
 
 @torch.no_grad()
 def kl_again(chain, run: Run, policy: str, reference: str, prompts: list, temperature: float) -> list[float]:
-    """Return log π(y|x) − log π_ref(y|x) of each sample: the policy behind what it read, the other behind the chat."""
+    """Return log π(y|x) − log π_ref(y|x) of each sample; the reference reads it as a chat."""
     own, other = (language_model(chain.root / folder) for folder in (f"{policy}/model", reference))
     draws = run.draws[policy]
     each = len(draws) // len(prompts)
@@ -146,14 +152,14 @@ def perplexity_again(chain, policy: str, rows: list[list[int]]) -> float:
 
 
 def held_out_rows(chain, held: bool = True) -> list[list[int]]:
-    """Return packed rows of the documents whose hash lies below the fraction (or, not `held`, of the others)."""
+    """Return packed rows of the held-out documents (or, if not `held`, of the others)."""
     texts = [row["text"] for row in chain.rows("documents.jsonl")]
     return plain.packed_rows(chain.tokenizer, [text for text in texts if (plain.hash_fraction(text) < 0.3) == held], 8)
 
 
 @torch.no_grad()
 def draw_again(model, draw: Draw, temperature: float) -> list[int]:
-    """Sample once more: each token is the first whose cumulative probability exceeds the seed's next uniform number."""
+    """Sample again, token by token, from the cumulative probabilities and the seed's numbers."""
     uniforms = torch.rand(LENGTH, generator=torch.Generator().manual_seed(draw.seed))
     ids: list[int] = []
     for uniform in uniforms[: len(draw.ids)]:
@@ -163,23 +169,23 @@ def draw_again(model, draw: Draw, temperature: float) -> list[int]:
 
 
 def wins(ours: list[list[float]], theirs: list[list[float]]) -> float:
-    """Return the share of all pairs of responses to the same prompt that ours win; ties count half."""
+    """Return the share of pairs of responses to one prompt that ours win; ties count half."""
     found = [(a > b) + 0.5 * (a == b) for mine, other in zip(ours, theirs, strict=True) for a in mine for b in other]
     return statistics.mean(found)
 
 
 def by_prompt(rows: list[dict], value) -> list[list[float]]:
-    """Return value(row) of each row, a list a prompt, in the order of the rows."""
+    """Return value(row) of each row, a list per prompt, in the order of the rows."""
     return [[value(row) for row in some] for _, some in itertools.groupby(rows, key=lambda row: str(row["prompt"]))]
 
 
-# ── data of one's own ────────────────────────────────────────────────────────────────────────────────────────────
+# ── data of one's own
+# ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module")
 def prompts(chain, tmp_path_factory):
-    """(a file of twelve prompts, the eight that are asked): the third is too long, the fifth a conversation, and of
-    the first nine alone."""
+    """Return a file of twelve prompts, and the eight of the first nine that fit."""
     rows = [row["prompt"] for row in chain.rows("evaluation_prompts.jsonl")]
     rows.insert(2, "the fox is red . " * 10)
     rows.insert(4, [{"role": "system", "content": "kind"}, {"role": "user", "content": "what color is the fox ?"}])
@@ -190,7 +196,7 @@ def prompts(chain, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(chain, prompts, tmp_path_factory):
-    """All policies, base in plain text, two samples a prompt at another temperature; scores are the mean of two."""
+    """Run all policies, base in plain text, with two samples each and two reward models."""
     figures = {"accuracy": 0.61, "n_pairs": 44, "ece": 0.2, "reward_bias": 0.3}
     return run_evaluate(
         chain,
@@ -204,14 +210,14 @@ def files(chain, prompts, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def few_shot(chain, tmp_path_factory):
-    """base and ppo with SFT: base after two demonstrations; PPO began from ppo_init, and climbed another judge."""
+    """Run base (few-shot), ppo (from ppo_init, with another judge) and SFT."""
     more = ("sft.ppo_init={num_train_epochs: 1}", "ppo.missing_eos_score=null", "ppo.reward_ensemble=min")
     judge = f"ppo.reward_model={chain.root}/other_rm/model"
     return run_evaluate(chain, tmp_path_factory.mktemp("few") / "shot", FEW_SHOT, *more, judge)
 
 
 class TestResponses:
-    """What is asked, and what is sampled."""
+    """Check the queries and the samples."""
 
     def test_every_policy_answers_every_prompt_in_order(self, files, prompts):
         assert list(files.results["policies"]) == ["base", "sft", "ppo", "dpo", "best_of_n"]
@@ -230,7 +236,7 @@ class TestResponses:
                 alone = chain.tokenizer(text_of(prompt), add_special_tokens=False)["input_ids"]
                 assert draw.prompt == (alone if name == "base" else chat_ids(chain.tokenizer, prompt))
         assert [row["asked"] for row in files.results["policies"].values()] == ["plain", *["chat"] * 4]
-        assert "base is asked in plain text" in files.finished.said
+        assert "base is prompted in plain text" in files.finished.said
 
     def test_each_is_drawn_from_its_own_model_at_the_temperature(self, chain, files):
         for name in ("base", "sft", "ppo", "dpo", "best_of_n"):
@@ -258,7 +264,7 @@ class TestResponses:
         assert sum(one != other for one, other in texts) > 4
 
     def test_base_after_some_demonstrations(self, chain, few_shot):
-        """The same two before each question, but the last alone where both have no room; no token of the template."""
+        """The same two precede each question, or only the last if both do not fit."""
         examples = {
             f"Question: {row['prompt']}\nAnswer: {row['completion']}\n\n" for row in chain.rows("demonstrations.jsonl")
         }
@@ -282,7 +288,7 @@ class TestResponses:
 
 class TestFigures:
     def test_scores(self, chain, files):
-        """The mean of both reward models, each bias subtracted; a fixed score where the end is missing."""
+        """It is the mean of both reward models, or a fixed score without EOS."""
         for name in ("base", "sft", "ppo", "dpo"):
             expected = [
                 scores_again(chain, row["prompt"], draw.ids, lambda found: statistics.mean(list(found)), MISSING)
@@ -292,7 +298,7 @@ class TestFigures:
             assert files.figures(name)["score"] == pytest.approx(statistics.mean(expected), abs=1e-4)
 
     def test_scores_of_the_least_of_two_models(self, chain, few_shot):
-        """A response that was cut off has its own score where none is given for it."""
+        """Without missing_eos_score, a response that was cut off keeps its own score."""
         for name in ("base", "ppo"):
             expected = [
                 scores_again(chain, row["prompt"], draw.ids, min, None)
@@ -321,7 +327,7 @@ class TestFigures:
             assert found["eos_rate"] == pytest.approx(statistics.mean(row["finished"] for row in files.rows(name)))
 
     def test_kl_to_sft(self, chain, files, prompts):
-        """At the temperature of sampling; base's own ids behind its plain prompt, SFT's reading of them in the chat."""
+        """The policy reads its own query, and SFT reads the same answer in the chat."""
         for name in ("base", "sft", "ppo", "dpo"):
             expected = kl_again(chain, files, name, "sft/model", prompts[1], 0.7)
             assert files.figures(name)["kl_to_sft"] == pytest.approx(statistics.mean(expected), abs=1e-3), name
@@ -359,7 +365,7 @@ class TestFigures:
         assert files.figures("base")["win_rate_vs_sft"]["value"] != 0.5
 
     def test_intervals_are_over_prompts(self, files):
-        """Student's, of eight means of two samples; not of sixteen samples."""
+        """It is Student's interval of eight means of two samples, not of sixteen samples."""
         assert files.results["clusters"] == files.figures("dpo")["win_rate_vs_sft"]["clusters"] == 8
         means = [statistics.mean(some) for some in by_prompt(files.rows("dpo"), lambda row: row["score"])]
         half = 2.36462 * statistics.stdev(means) / math.sqrt(8)  # t of 7 degrees of freedom
@@ -367,7 +373,7 @@ class TestFigures:
         assert files.figures("dpo")["ci95"]["score"] == pytest.approx([center - half, center + half], rel=1e-4)
 
     def test_a_judge_that_was_climbed_says_so(self, files, few_shot):
-        """Best of n is selected by it, PPO trained to please it, unless it pleased another; DPO never saw it."""
+        """Best of n and PPO climbed it, unless PPO had another judge; DPO did not."""
         climbed = {name: row["judge_climbed"] for name, row in files.results["policies"].items()}
         assert climbed == {"base": False, "sft": False, "ppo": True, "dpo": False, "best_of_n": True}
         assert files.results["judge"] == "reward_model"
@@ -388,7 +394,7 @@ class TestFigures:
 
 
 class TestOverOptimisation:
-    """What the report needs to tell whether the score can be trusted, without gold."""
+    """Check the figures that tell whether the score can be trusted without gold."""
 
     def test_rows_have_their_length_and_the_reward_models_own_score(self, chain, files):
         """The last one also of answers that were cut, whose score is a fixed one."""
@@ -417,7 +423,7 @@ class TestOverOptimisation:
         assert (files.results["missing_eos_score"], files.results["response_length"]) == (MISSING, LENGTH)
 
     def test_a_held_out_reward_model_scores_every_answer(self, chain, tmp_path):
-        """It stands apart from the ensemble: scores of the policies are what they are without it."""
+        """It is not part of the ensemble: the policies' scores are the same without it."""
         import shutil
 
         shutil.copytree(chain.root / "rm", tmp_path / "rm")
@@ -448,7 +454,7 @@ class TestOverOptimisation:
 
 
 class TestGreedy:
-    """Some prompts are answered by the likeliest tokens, too, with room to end."""
+    """Check the greedy answers, which have more room to end."""
 
     def test_answers_are_the_likeliest_tokens_in_the_form_in_which_each_is_asked(self, chain, files, prompts):
         rows = files.finished.rows("greedy.jsonl")
@@ -495,10 +501,10 @@ def test_what_ends_the_stage_names_the_policy_and_a_judge_that_was_climbed(files
     """The last line of the stage is made of these."""
     from pipeline.record import headline
 
-    line = " · ".join(headline(evaluate_settings, files.finished.figures))
+    line = " · ".join(headline(evaluate_settings.STAGE, files.finished.figures))
     assert line.startswith("policy ppo · score ")
     assert line.endswith("judged by the reward model that it was trained to please or selected by")
-    assert "judged" not in " · ".join(headline(evaluate_settings, of_world.finished.figures))
+    assert "judged" not in " · ".join(headline(evaluate_settings.STAGE, of_world.finished.figures))
 
 
 def test_policies_that_are_left_out_are_not_sampled(few_shot):
@@ -518,11 +524,12 @@ class TestAgain:
             assert (twice.finished.folder / name).read_bytes() == (files.finished.folder / name).read_bytes()
 
     def test_what_was_measured_before_is_not_measured_again(self, chain, files, prompts, tmp_path, monkeypatch):
-        """From the checkpoint before the last policy: that one is sampled, and the files are the same."""
+        """Resume from the checkpoint before the last policy: only that one is sampled."""
         state = CheckpointStore(files.finished.folder / "checkpoints", every=0, keep=2, run_id="1").newest().state
         assert list(state["measured"]) == ["base", "sft", "ppo", "dpo"]
-        monkeypatch.setattr(evaluate, "measured_before", lambda ctx: state["measured"])
-        calls = spy(monkeypatch, evaluate, "sample")
+        before = {name: Measured(**fields) for name, fields in state["measured"].items()}
+        monkeypatch.setattr(evaluate, "measured_before", lambda checkpoints: before)
+        calls = spy(monkeypatch, measuring, "sample")
         choices = [f"evaluate.{key}={x}" for key, x in PLAIN.items()]
         more = (f"data.evaluation_prompts={prompts[0]}", f"ppo.missing_eos_score={MISSING}")
         manifests = {"rm": {"digest": "rm", "metrics": files.results["reward_model"]}}
@@ -535,15 +542,8 @@ class TestAgain:
         store = CheckpointStore(tmp_path, every=0, keep=2, run_id="1")
         store.save(1, {}, {"policies": {"base": {}}})
         with pytest.raises(UserError, match="--restart"):
-            evaluate.measured_before(Context(store))
-        assert evaluate.measured_before(Context(CheckpointStore(tmp_path / "none", 0, 2, "1"))) == {}
-
-
-@dataclass(frozen=True)
-class Context:
-    """As much of a StageRun as is asked for its checkpoints."""
-
-    checkpoints: CheckpointStore
+            evaluate.measured_before(store)
+        assert evaluate.measured_before(CheckpointStore(tmp_path / "none", 0, 2, "1")) == {}
 
 
 class TestNearCopies:
@@ -582,12 +582,13 @@ class TestNearCopies:
         assert "prompts 1" not in found.finished.said
 
 
-# ── the embedded world ───────────────────────────────────────────────────────────────────────────────────────────
+# ── the embedded world
+# ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Prompts of the world, and for each of them an answer of a demonstrator."""
+    """Prompts of the world, with a demonstrator's answer to each."""
 
     rules: World
     answers: dict[str, str]
@@ -595,8 +596,10 @@ class Asked:
 
 @pytest.fixture(scope="module")
 def asked(chain, tmp_path_factory):
-    """A folder as of the stage world whose evaluation prompts are some of its own, and four of what demonstrations ask
-    behind other greetings, one of these twice. What the first one asks is asked in a document, too."""
+    """Write a folder like that of the stage world, with some tasks that training data sets too.
+
+    Demonstrations set four of the tasks after other greetings, and a document sets the first one.
+    """
     made = chain.run("world", tmp_path_factory.mktemp("world") / "world", config="world.yaml")
     rules = World.from_json(json.loads((made.folder / "world.json").read_text(encoding="utf-8")))
     rows = [row["prompt"] for row in made.rows("evaluation_prompts.jsonl")][:14]
@@ -614,7 +617,7 @@ def asked(chain, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def of_world(chain, asked, tmp_path_factory):
-    """Every policy says, as the seed has it, a demonstrator's answer or one to another prompt, some of them cut off."""
+    """Let policies answer as demonstrators do, some to another prompt, some cut off."""
     made, world = asked
     tokenizer, models = chain.tokenizer, []
     ids = {tuple(plain.prompt_ids(tokenizer, prompt)): prompt for prompt in world.answers}
@@ -639,7 +642,7 @@ def of_world(chain, asked, tmp_path_factory):
 
 class TestOfTheWorld:
     def known(self, made, rules: World, documents: bool = True) -> set:
-        """Return the tasks of all demonstrations and prompts, and (`documents`) of each request in a document."""
+        """Return the tasks of demonstrations, prompts and (`documents`) documents."""
         prompts = [row["prompt"] for kind in ("demonstrations", "prompts") for row in made.rows(f"{kind}.jsonl")]
         texts = [row["text"] for row in made.rows("documents.jsonl")]
         held = {task for text, task in rules.language.requests().items() if any(text in held for held in texts)}
@@ -658,7 +661,7 @@ class TestOfTheWorld:
         assert of_world.finished.figures["gold"] == of_world.figures("best_of_n")["gold"]["overall"]
 
     def test_known_tasks(self, asked, of_world):
-        """Those of the demonstrations behind other greetings among them, though no prompt stands twice."""
+        """Tasks that demonstrations set after other greetings are known, too."""
         made, world = asked
         known = self.known(made, world.rules)
         expected = {prompt: world.rules.task(prompt) in known for prompt in world.answers}
@@ -690,7 +693,7 @@ class TestOfTheWorld:
             assert (clusters[one] == clusters[other]) == (tasks[one] == tasks[other])
 
     def test_gold_judges_all_of_them(self, of_world):
-        """Nobody climbed it, and best of n was not selected by it."""
+        """No policy was trained on gold, and best of n was not selected by it."""
         gold = lambda row: row["gold"]["overall"]  # noqa: E731
         sft = by_prompt(of_world.rows("sft"), gold)
         assert of_world.results["judge"] == "gold"
@@ -721,14 +724,14 @@ class TestOfTheWorld:
 
 
 def test_without_reward_model_and_documents_what_can_be_measured_is(chain, tmp_path):
-    """Demonstrations and rankings alone: the prompts that sft held out, and no number that nothing gives."""
+    """With only demonstrations and rankings, sft's held-out prompts are evaluated."""
     settings = [f"evaluate.{key}={value}" for key, value in SMALL.items()] + ["evaluate.max_length=96"]
     given = ["data.documents=null", "data.prompts=null", "data.evaluation_prompts=null"]
     finished = chain.run("evaluate", tmp_path / "less", *settings, *given)
     results = json.loads((finished.folder / "results.json").read_text())
     assert list(results["policies"]) == ["base", "sft", "dpo"] and results["judge"] is None
     demonstrations = [row["prompt"] for row in chain.rows("demonstrations.jsonl")]
-    held = [demonstrations[i] for i in evaluate.held_out(list(map(evaluate.prompt_key, demonstrations)), 0.3)[1]]
+    held = [demonstrations[i] for i in held_out([prompt_key(prompt) for prompt in demonstrations], 0.3)[1]]
     rows = finished.rows("responses.jsonl")
     assert 0 < len(held) < len(demonstrations) and [r["prompt"] for r in rows if r["policy"] == "dpo"] == held
     assert {row["score"] for row in rows} == {None} and results["reward_model"]["accuracy"] is None

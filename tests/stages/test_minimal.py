@@ -56,8 +56,8 @@ class Real:
     def reward_loss(model, groups: list[PromptGroup], packed: bool):
         """Return the reward model's loss of one batch of groups."""
         from stages.models.forward import response_scores
-        from stages.rm import loss_of
         from stages.settings.rm import RMSettings
+        from stages.training.ranking import loss_of
 
         batch = batch_groups(groups, PAD, packed=packed)
         return loss_of(RMSettings(), batch, response_scores(model, batch.rows), len(groups))

@@ -22,7 +22,8 @@ from pipeline.config.yaml_tree import read_tree
 from pipeline.errors import UserError
 from pipeline.launch import environment as launch
 from pipeline.launch.signals import stop_on_signals
-from pipeline.plan import Chain, bring_up_to_date
+from pipeline.plan import bring_up_to_date
+from pipeline.chain import Chain
 from pipeline.stage import Stage, StopFlag
 from pipeline.state import Flags, StageState
 from pipeline.store import files

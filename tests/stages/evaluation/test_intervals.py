@@ -1,4 +1,7 @@
-"""How often the intervals hold the truth, on simulated evaluations (`tests/benchmarks/coverage.py` tries more)."""
+"""Check how often the intervals contain the true value, on simulated evaluations.
+
+`tests/benchmarks/coverage.py` tries more of them.
+"""
 
 import pytest
 
@@ -48,8 +51,7 @@ def test_with_15_clusters_and_more_about_95_of_100_do(case):
     "case", [wins_case(74, 0.7), gold_case(47, 0.7), pairs_case(16, 0.75), seeds_case(5)], ids=name
 )
 def test_observations_taken_for_independent_hold_it_less_often(case):
-    """Why tasks, prompts and seeds are clusters: a bootstrap over prompts, over pairs or over the prompts of all seeds
-    claims 95 % and holds the truth in at most 85 % of the same data."""
+    """A bootstrap over prompts, pairs or the prompts of all seeds covers at most 85 %, not 95 %."""
     found = coverage(case, 200, naive=True)
     assert found["naive_coverage"] <= 0.85 < 0.9 <= found["coverage"]
 

@@ -1,4 +1,4 @@
-"""Checks that need no gold, by hand on small numbers; their intervals by simulation; which prompts are shown."""
+"""Check the over-optimisation checks by hand and by simulation, and which prompts are shown."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,7 @@ import scipy.stats
 from stages.evaluation import overoptimisation
 from stages.evaluation.results import Measured
 from stages.evaluation.shown_prompts import BETWEEN, FLATTERED, GAINS, LOSES, choose, chosen_prompts, main_policy
-from stages.evaluation.statistics import MOST_GROUPS, contrast_estimate, correlation_estimate
+from stages.evaluation.statistics import MAX_GROUPS, contrast_estimate, correlation_estimate
 
 
 def measured(scores, lengths, finished=None, raw=None, held_out=None, gold=None) -> Measured:
@@ -38,8 +38,8 @@ class TestEstimates:
 
     @pytest.mark.parametrize("clusters", [30, 300])
     def test_95_of_100_intervals_of_a_correlation_hold_the_truth(self, clusters):
-        """Three answers a prompt whose errors hang together; of many clusters, groups are left out."""
-        assert clusters < MOST_GROUPS or clusters > MOST_GROUPS
+        """Errors of a prompt's three answers are correlated; many clusters are grouped."""
+        assert clusters < MAX_GROUPS or clusters > MAX_GROUPS
         rng, hits, tries = np.random.default_rng(1), 0, 60
         of = np.repeat(np.arange(clusters), 3)
         big = np.random.default_rng(2)
@@ -93,33 +93,37 @@ class TestChecks:
         lengths = np.array(self.LENGTHS)
         lengths[:10], scores[:10], ends[:10] = 99, -50.0, False
         own = measured(scores.tolist(), lengths.tolist(), ends.tolist())
-        found = overoptimisation.length(own, own, range(30))["within"]
+        found = overoptimisation.check_length(own, own, range(30))["within"]
         expected = scipy.stats.spearmanr(lengths[10:].ravel(), scores[10:].ravel()).statistic
         assert found["value"] == pytest.approx(expected) and found["n"] == 40
         none = dataclasses.replace(own, finished=[[False] * 2] * 30)
-        assert overoptimisation.length(none, own, range(30)) is None
+        assert overoptimisation.check_length(none, own, range(30)) is None
 
     def test_cut_answers_are_compared_by_what_the_reward_model_itself_says(self):
         ends = [[True, False]] * 8
         own = measured([[1.0, -3.0]] * 8, [[5, 9]] * 8, ends, raw=[[1.0, 2.0 + k] for k in range(8)])
-        found = overoptimisation.cut(own, range(8))
+        found = overoptimisation.check_cut_answers(own, range(8))
         assert (found["n"], found["share"], found["finished_score"], found["cut_score"]) == (8, 0.5, 1.0, 5.5)
         assert found["difference"]["value"] == 4.5 and found["difference"]["ci95"][0] > 0
-        few = overoptimisation.cut(measured([[1.0, -3.0]] * 4, [[5, 9]] * 4, [[True, False]] * 4), range(4))
+        few = overoptimisation.check_cut_answers(
+            measured([[1.0, -3.0]] * 4, [[5, 9]] * 4, [[True, False]] * 4), range(4)
+        )
         assert few["difference"] is None and few["n"] == 4
-        older = overoptimisation.cut(dataclasses.replace(own, raw_scores=None), range(8))
+        older = overoptimisation.check_cut_answers(dataclasses.replace(own, raw_scores=None), range(8))
         assert older["share"] == 0.5 and older["cut_score"] is None
-        whole = overoptimisation.cut(measured([[1.0]] * 8, [[5]] * 8), range(8))
+        whole = overoptimisation.check_cut_answers(measured([[1.0]] * 8, [[5]] * 8), range(8))
         assert whole["n"] == 0 and whole["cut_score"] is None and whole["finished_score"] == 1.0
 
     def test_the_held_out_judge_is_asked_the_same_way(self):
         sft = measured(self.NOISE.tolist(), self.LENGTHS, held_out=self.NOISE.tolist())
         own = measured(self.NOISE.tolist(), self.LENGTHS, held_out=(self.NOISE + 0.5).tolist())
-        found = overoptimisation.held_out(own, sft, range(30))
+        found = overoptimisation.check_held_out_judge(own, sft, range(30))
         assert found["difference_to_sft"]["value"] == pytest.approx(0.5)
         assert found["score"]["value"] == pytest.approx(self.NOISE.mean() + 0.5)
-        assert overoptimisation.held_out(measured(self.NOISE.tolist(), self.LENGTHS), sft, range(30)) is None
-        assert overoptimisation.held_out(sft, sft, range(30))["difference_to_sft"] is None
+        assert (
+            overoptimisation.check_held_out_judge(measured(self.NOISE.tolist(), self.LENGTHS), sft, range(30)) is None
+        )
+        assert overoptimisation.check_held_out_judge(sft, sft, range(30))["difference_to_sft"] is None
 
     def test_nothing_is_checked_where_nothing_was_scored(self):
         own = measured(None, [[3]] * 6)

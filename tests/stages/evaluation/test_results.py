@@ -1,4 +1,4 @@
-"""From what was measured to results.json: figures recomputed by hand, halves apart, judges that say what they are."""
+"""Check the entries of results.json: figures recomputed by hand, halves, and judges."""
 
 import math
 
@@ -91,7 +91,7 @@ def test_best_of_n_that_its_judge_selected_has_no_win_rate():
 
 
 def test_differences_are_paired_on_the_same_prompts():
-    """Prompts that differ much in how hard they are widen the interval of a mean, not that of the difference."""
+    """Prompts of varied difficulty widen the interval of a mean, not of a difference."""
     rng = np.random.default_rng(3)
     hard = rng.normal(0, 10, len(TASKS))
     better, baseline = ([[float(h + offset + rng.normal(0, 0.01))] for h in hard] for offset in (1.0, 0.0))
@@ -116,7 +116,7 @@ def test_a_checkpoint_carries_what_was_measured(pair):
 
 
 def test_the_reward_model_is_held_to_gold_on_both_halves():
-    """Two prompts of three samples: by hand, pairs of equal gold do not count and equal scores count half."""
+    """By hand: pairs of equal gold do not count, and equal scores count half."""
     gold = [[{"overall": x} for x in row] for row in ([0.1, 0.5, 0.5], [0.9, 0.2, 0.4])]
     scores = [[0.0, 1.0, 0.0], [3.0, 2.0, 1.0]]
     sft = Measured("chat", [["x"] * 3] * 2, [[True] * 3] * 2, scores, None, [[3] * 3] * 2, gold, None)
@@ -128,7 +128,7 @@ def test_the_reward_model_is_held_to_gold_on_both_halves():
 
 
 def test_differences_that_are_all_equal_are_no_certainty():
-    """Gold, which is bounded, gets an interval that is no point; scores, which are not, get none. SFT has none."""
+    """Gold is bounded, so its interval has a width; equal scores have no interval."""
     same = [[{name: 0.5 for name in GOLD}]] * 8
     make = lambda gold: Measured("chat", [["x"]] * 8, [[True]] * 8, [[-1.0]] * 8, None, [[3]] * 8, gold, None)  # noqa: E731
     own, sft = make(same), make(same)

@@ -1,6 +1,6 @@
-"""Figures with uncertainty: intervals by hand and along independent routes, ties, calibration, agreement of labelers.
+"""Check estimates and their intervals by hand and along independent routes.
 
-`test_intervals.py` simulates how often the intervals hold the truth.
+`test_intervals.py` simulates how often the intervals contain the true value.
 """
 
 import itertools
@@ -46,7 +46,7 @@ class TestMean:
         assert (found["n"], found["clusters"]) == (16, 16)
 
     def test_equal_observations_of_a_cluster_are_worth_one(self):
-        """Ten equal observations a cluster: the interval of one each, and √10 times as wide as if they were apart."""
+        """Ten equal observations per cluster count as one each."""
         x = np.random.default_rng(2).normal(size=100)
         clustered = mean_estimate(np.repeat(x, 10), np.repeat(np.arange(100), 10))
         assert clustered["ci95"] == pytest.approx(mean_estimate(x, range(100))["ci95"])
@@ -54,7 +54,7 @@ class TestMean:
         assert width(clustered) / width(alone) == pytest.approx(math.sqrt(10), rel=0.02)
 
     def test_clusters_of_uneven_sizes_by_hand(self):
-        """Clusters (1, 2, 3), (5) and (4, 6): without each, the means are 5, 16/5 and 11/4, and that of all is 3.5."""
+        """The means without each cluster are 5, 16/5 and 11/4, and the whole mean is 3.5."""
         found = mean_estimate([5, 1, 2, 4, 3, 6], ["b", "a", "a", "c", "a", "c"])
         error = math.sqrt(2 / 3 * ((5 - 3.5) ** 2 + (3.2 - 3.5) ** 2 + (2.75 - 3.5) ** 2))
         assert found["value"] == 3.5 and (found["n"], found["clusters"]) == (6, 3)
@@ -87,8 +87,10 @@ class TestMean:
 
 class TestShare:
     def test_all_won_does_not_mean_always(self):
-        """16 of 16 by hand: 18 of 20 with two won and two lost clusters more, whose standard error is √(0.9 · 0.1/19)
-        and whose t has 19 degrees of freedom (2.093)."""
+        """By hand, 16 of 16 with four clusters added is 18 of 20.
+
+        Its standard error is √(0.9 · 0.1/19), and its t has 19 degrees of freedom (2.093).
+        """
         found = share_estimate([1.0] * 16, range(16))
         assert found["value"] == 1.0
         assert found["ci95"] == pytest.approx([0.9 - 2.093 * math.sqrt(0.09 / 19), 1.0], abs=1e-3)
@@ -130,7 +132,7 @@ class TestShare:
         assert below > 1.05 * above and width(found) == pytest.approx(width(mean), rel=0.1)
 
     def test_against_scipys_binomial_interval(self):
-        """14 of 16, each its own cluster: about as wide as Wilson's, which is for independent flips."""
+        """14 of 16 in clusters of one: about as wide as Wilson's for independent flips."""
         from scipy.stats import binomtest
 
         wilson = binomtest(14, 16).proportion_ci(method="wilson")
@@ -140,7 +142,7 @@ class TestShare:
 
 class TestDifference:
     def test_it_is_paired(self):
-        """What makes a prompt hard for both drops out: 0.02 more everywhere is 0.02, however prompts differ."""
+        """The difficulty of a prompt cancels: 0.02 more on each is 0.02."""
         theirs = np.random.default_rng(0).uniform(0.2, 0.6, 50)
         found = difference_estimate(theirs + 0.02, theirs, np.arange(50) // 2)
         assert found["value"] == pytest.approx(0.02) and found["ci95"] == pytest.approx([0.02, 0.02])
@@ -176,7 +178,7 @@ class TestWinRate:
         assert one["ci95"] == pytest.approx([1 - other["ci95"][1], 1 - other["ci95"][0]])
 
     def test_other_prompts_are_refused(self):
-        with pytest.raises(ValueError, match="1 prompts of ours and 3 of theirs"):
+        with pytest.raises(ValueError, match="ours has 1 prompts and theirs 3"):
             win_rate([[1.0]], [[1.0], [2.0], [3.0]], "abc")
         with pytest.raises(ValueError):
             difference_estimate([1.0], [1.0, 2.0, 3.0], "abc")
@@ -195,7 +197,7 @@ class TestPairAccuracy:
         assert found["accuracy"] == pytest.approx(2.5 / 4) and (found["n_pairs"], found["n_clusters"]) == (4, 2)
 
     def test_its_interval_is_over_prompts(self):
-        """One prompt of nine right pairs and one of one wrong pair are two observations: anything is possible."""
+        """Nine right pairs of one prompt and a wrong one of another are two clusters."""
         found = pair_accuracy([1.0] * 9 + [-1.0], [7] * 9 + [3])
         assert found["accuracy"] == pytest.approx(0.9)
         assert found["accuracy_ci95"][0] < 0.2 and found["accuracy_ci95"][1] > 0.95
@@ -219,13 +221,12 @@ class TestCalibration:
         assert expected_calibration_error([-1000.0] * 4) == pytest.approx(1.0)
 
     def test_two_bins_by_hand(self):
-        """0.92 twice, half right: off by 0.42. 0.61 four times, all right: off by 0.39. Weighted by their
-        sizes."""
+        """Two pairs at 0.92 are off by 0.42, and four at 0.61 by 0.39; sizes are weights."""
         margins = [margin(0.92), -margin(0.92), *[margin(0.61)] * 4]
         assert expected_calibration_error(margins) == pytest.approx((2 * 0.42 + 4 * 0.39) / 6)
 
     def test_ten_bins_lie_between_one_half_and_one(self):
-        """0.61 (right) and 0.68 (wrong) are in bins of their own: off by 0.39 and 0.68, not by their mean."""
+        """0.61 (right) and 0.68 (wrong) are in two bins, which are off by 0.39 and 0.68."""
         assert expected_calibration_error([margin(0.61), -margin(0.68)]) == pytest.approx((0.39 + 0.68) / 2)
 
     def test_indifference_is_calibrated(self):
@@ -289,7 +290,7 @@ class TestParts:
         assert found["2"] == pair_accuracy([-1.0, 0.0, 2.0], list("abc"))  # its interval, too
 
     def test_the_reliability_curve_by_hand(self):
-        """Margins ±ln 4: confidence 0.8; two of three right. A margin of 0: confidence ½, half right."""
+        """Margins ±ln 4: confidence 0.8, two of three right. Margin 0: ½, half right."""
         curve = reliability([math.log(4), math.log(4), -math.log(4), 0.0])
         assert [b["n_pairs"] for b in curve] == [1, 3]
         assert curve[0]["confidence"] == 0.5 and curve[0]["accuracy"] == 0.5

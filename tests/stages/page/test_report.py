@@ -26,7 +26,7 @@ from stages.settings import report as report_settings
 
 
 class Tags(HTMLParser):
-    """Every tag and attribute of a page, and whether tags close in order."""
+    """Parse a page: its tags and attributes; tags must close in order."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -222,12 +222,12 @@ def test_the_page_says_how_base_was_prompted(tmp_path):
     assert "base *" in text and "* prompted in plain text" in text
 
 
-def test_table_without_results_is_a_line(tmp_path):
+def test_missing_results_give_an_error_line(tmp_path):
     with pytest.raises(UserError, match="rlhf run evaluate -c CONFIG"):
         report_terminal.show(tmp_path / "report", Console())
 
 
-def test_numbers_as_people_read_them():
+def test_numbers_are_formatted_for_people():
     assert [fixed(v, 1) for v in (None, "NaN", -0.04, -1.25, 2)] == ["–", "–", "0.0", "−1.2", "2.0"]
     assert percent(0.7261, 1) == "72.6\u00a0%" and percent(None) == "–"
 
@@ -274,7 +274,7 @@ def test_constant_and_single_points_can_be_drawn():
 
 
 def test_a_picture_has_the_colours_of_the_page_and_its_words():
-    """Colours are variables (dark and light), text is text, markers tell their values."""
+    """Check that colours are variables, text is text and markers have tooltips."""
     label = plot.Label(1.0, 2.0, "<PPO>", "ppo")
     marks = [plot.Dots([(0.0, 1.0), (None, 3.0), (1.0, 2.0)], "ppo", tips=("a", "", "b & c")), label]
     drawn = plot.Plot("name", "A <title>", "caption", plot.Curves(marks, "x axis", "y axis"), size="large")

@@ -55,14 +55,17 @@ class Page(HTMLParser):
 
 
 def results_of(ctx) -> dict:
+    """Return results.json."""
     return json.loads((ctx.inputs["evaluate"] / "results.json").read_text())
 
 
 def write_results(ctx, results: dict) -> None:
+    """Replace results.json."""
     (ctx.inputs["evaluate"] / "results.json").write_text(json.dumps(results))
 
 
-def sentence_of(ctx) -> list[str]:
+def sentences_of(ctx) -> list[str]:
+    """Return the sentences of the checks that need no gold."""
     return trust.sentences(complete(results_of(ctx)), NAMES | {"best_of_n": "best of 16"})
 
 
@@ -95,7 +98,7 @@ class TestExperiment:
         assert "trained from scratch" in page and "width 96" in page and "all weights, no adapter" in page
         assert "Adapter" not in page[page.index("Glossary") :]
 
-    def test_data_of_the_world_has_the_rows_that_world_wrote(self, tmp_path):
+    def test_data_of_the_world_shows_the_rows_that_world_wrote(self, tmp_path):
         ctx = fake_run(tmp_path)
         table = data_table(ctx.manifests, results_of(ctx))
         rows = {row[0].text: [cell.text for cell in row] for row in table.rows}
@@ -103,7 +106,7 @@ class TestExperiment:
         assert rows["documents"][1:3] == ["documents.jsonl", "15,000"]
         assert rows["rankings"][1] == "train.jsonl, validation.jsonl"
 
-    def test_data_of_the_hub_name_the_commit_and_the_part(self, tmp_path):
+    def test_data_from_the_hub_shows_commit_and_split(self, tmp_path):
         ctx = fake_run(tmp_path, world=False, gold=False)
         hub = {"path": "org/set", "revision": "abcdef0123", "asked_revision": None, "split": "test", "limit": 500}
         ctx.manifests["sft"]["config"]["data"] = {"demonstrations": hub}
@@ -112,7 +115,7 @@ class TestExperiment:
         assert (row[1].text, row[1].small) == ("org/set", "split test, commit abcdef0, at most 500 rows")
         assert row[2].text == "95 used"  # rows on the Hub are not counted before they are read: sft's own figure
 
-    def test_of_a_part_of_a_file_both_counts_are_told(self, tmp_path):
+    def test_part_of_a_file_shows_rows_read_and_rows_in_the_file(self, tmp_path):
         ctx = fake_run(tmp_path, world=False, gold=False)
         for skip, limit, rows in ((1000, 500, 234), (0, 500, 500), (2000, None, 0)):
             source = {"path": "/d/some.jsonl", "rows": 1234, "skip": skip, "limit": limit}
@@ -130,11 +133,11 @@ class TestExperiment:
         assert rows.pop("ppo.kl_coef") == ("0.1", "changed during the run: 0.05 → 0.1", "0.05")
         assert rows.pop("model.name_or_path") == ("org/small", "", "null")
         assert rows.pop("checkpoints.every") == ("25", "", "null")
-        assert {key for key in rows if not key.startswith("model.")} == set()  # ppo.gamma is 1.0 as it comes
+        assert {key for key in rows if not key.startswith("model.")} == set()  # ppo.gamma is 1.0 by default
         assert {key: value[0] for key, value in rows.items() if "peft" in key} == {"model.peft.r": "8"}
         assert not table.folded and "default</th>" in page_of(ctx)
 
-    def test_a_section_that_is_null_by_default_is_listed_though_all_in_it_are_defaults(self, tmp_path):
+    def test_an_optional_section_is_listed_even_with_default_values(self, tmp_path):
         ctx = fake_run(tmp_path)
         ctx.manifests["sft"]["config"]["model"] = {"peft": {"method": "lora", "r": 16, "bits": None}}
         ctx.manifests["sft"]["config"]["sft"] = {"ppo_init": {"num_train_epochs": 2.0}, "learning_rate": 0.1}
@@ -172,7 +175,7 @@ class TestExperiment:
 
 class TestWithoutEverything:
     def sft_and_dpo(self, tmp_path):
-        """An experiment of SFT and DPO alone: no reward model, no PPO, no gold scorer."""
+        """Return an experiment of SFT and DPO: no reward model, no PPO, no gold scorer."""
         ctx = fake_run(tmp_path, policies=FACE, gold=False, world=False, reward_model=False)
         without_a_judge(ctx)
         return ctx
@@ -196,7 +199,7 @@ class TestWithoutEverything:
 
     @pytest.mark.parametrize("gold", [True, False])
     def test_any_figure_may_be_missing_or_null(self, tmp_path, gold):
-        """One after the other, each by its absence and by null, on the page and in the terminal."""
+        """Remove each figure, or set it to null, and make the page and the terminal table."""
         ctx = fake_run(tmp_path, gold=gold, held_out=True, prompts=9)
         whole = results_of(ctx)
         places = [("policies", n, key) for n in ("sft", "ppo") for key in report_results.POLICY if key != "gold"]
@@ -218,12 +221,12 @@ class TestWithoutEverything:
             report_terminal.show(ctx.publish, Console(file=io.StringIO()))
             assert "None" not in Page(page_of(ctx)).text.replace("None of these", ""), place
 
-    def test_gold_is_not_spoken_of_where_there_is_none(self, tmp_path):
+    def test_gold_is_not_mentioned_where_there_is_none(self, tmp_path):
         page = page_of(fake_run(tmp_path, gold=False, world=False))
         assert "gold" not in page.lower()
         assert "gold" in page_of(fake_run(tmp_path / "other")).lower()
 
-    def test_no_dashed_line_is_explained_that_is_not_drawn(self, tmp_path):
+    def test_only_dashed_lines_that_are_drawn_are_explained(self, tmp_path):
         ctx = fake_run(tmp_path, world=False, gold=False)
         assert "prefer the same response." in page_of(ctx)  # neither is known
         results = results_of(ctx)
@@ -232,8 +235,8 @@ class TestWithoutEverything:
         page = page_of(ctx)
         assert "Dashed: how often two labelers agree." in page and "best possible on these" not in page
 
-    def test_no_share_of_a_way_that_was_not_gone(self, tmp_path):
-        """Where the held-out judge sees a loss, no negative share of the gain is given."""
+    def test_a_loss_is_not_given_as_a_share_of_the_gain(self, tmp_path):
+        """Check that a loss by the held-out model gives no negative share."""
         ctx = fake_run(tmp_path, gold=False, held_out=True)
         results = results_of(ctx)
         seen = results["overoptimisation"]["ppo"]["held_out"]["difference_to_sft"]
@@ -244,13 +247,13 @@ class TestWithoutEverything:
         assert "of the way" not in page and not re.search(r"−\d+\s%", page.replace("\u00a0", " "))
 
 
-# -- is the score to be trusted? -------------------------------------------------------------------
+# -- can the score be trusted? --------------------------------------------------------------------
 
 
 class TestTrust:
-    def test_the_held_out_judge_says_how_much_holds(self, tmp_path):
-        """It gives half of every score, so half of the gain."""
-        says = sentence_of(fake_run(tmp_path, gold=False, held_out=True))
+    def test_the_held_out_model_confirms_a_share_of_the_gain(self, tmp_path):
+        """Check that half the score confirms half the gain."""
+        says = sentences_of(fake_run(tmp_path, gold=False, held_out=True))
         assert any(
             re.search(r"^PPO gains .* by the held-out one \(95.*\), which confirms 50\u00a0% of it\.$", s) for s in says
         )
@@ -258,11 +261,11 @@ class TestTrust:
         page = Page(page_of(fake_run(tmp_path / "page", gold=False, held_out=True))).text
         assert "Against a reward model of another seed" in page and "Held-out reward model" in page
 
-    def test_without_one_the_page_says_how_to_get_one(self, tmp_path):
-        says = sentence_of(fake_run(tmp_path, gold=False))
+    def test_without_a_held_out_model_the_page_says_how_to_train_one(self, tmp_path):
+        says = sentences_of(fake_run(tmp_path, gold=False))
         assert says[-1] == "There is no held-out reward model for comparison; rm.held_out: true trains one."
 
-    def test_length_is_blamed_only_where_answers_grew_and_gained_with_it(self, tmp_path):
+    def test_length_is_blamed_only_where_responses_grew_and_gained_with_it(self, tmp_path):
         ctx = fake_run(tmp_path, gold=False)
         results = results_of(ctx)
         gain = {"value": 0.6, "ci95": [0.4, 0.8], "n": 40}
@@ -270,13 +273,13 @@ class TestTrust:
         for ours, blamed in ((30.0, True), (9.0, False)):
             results["policies"]["ppo"]["length"] = ours
             write_results(ctx, results)
-            assert any("length alone may explain" in s for s in sentence_of(ctx)) == blamed
+            assert any("length alone may explain" in s for s in sentences_of(ctx)) == blamed
         results["policies"]["ppo"]["length"] = 30.0
         gain |= {"ci95": [-0.1, 0.8]}
         write_results(ctx, results)
-        assert "PPO's gain does not clearly go with longer responses" in " ".join(sentence_of(ctx))
+        assert "PPO's gain does not clearly go with longer responses" in " ".join(sentences_of(ctx))
 
-    def test_a_reward_model_that_likes_cut_answers_is_named(self, tmp_path):
+    def test_a_reward_model_that_scores_cut_responses_high_is_reported(self, tmp_path):
         ctx = fake_run(tmp_path, gold=False)
         results = results_of(ctx)
         for low, high, missing, said in (
@@ -287,15 +290,13 @@ class TestTrust:
             for found in results["overoptimisation"].values():
                 found["cut"]["difference"] = {"value": (low + high) / 2, "ci95": [low, high], "n": 80}
             write_results(ctx, results)
-            assert any(said is not None and said in s for s in sentence_of(ctx)) == (said is not None)
-            assert any("does not score" in s for s in sentence_of(ctx)) == (said is not None)
+            assert any(said is not None and said in s for s in sentences_of(ctx)) == (said is not None)
+            assert any("does not score" in s for s in sentences_of(ctx)) == (said is not None)
             console = Console(width=200, record=True, file=io.StringIO())
             report_terminal.show(ctx.publish, console)
-            assert ("does not score" in console.export_text()) == (said is not None), (
-                "warnings are in the terminal, too"
-            )
+            assert ("does not score" in console.export_text()) == (said is not None), "warnings are in the terminal too"
 
-    def test_more_than_a_third_cut_is_said_on_the_page_and_in_the_terminal(self, tmp_path):
+    def test_more_than_a_third_cut_is_reported_on_the_page_and_in_the_terminal(self, tmp_path):
         ctx = fake_run(tmp_path, gold=False)
         results = results_of(ctx)
         for rate, said in ((0.60, True), (0.70, False)):
@@ -314,7 +315,7 @@ class TestTrust:
 
 
 class TestSamples:
-    def test_greedy_answers_stand_beside_the_sampled_ones_in_full(self, tmp_path):
+    def test_greedy_responses_are_shown_in_full_beside_sampled_ones(self, tmp_path):
         ctx = fake_run(tmp_path)
         rows = report.read_rows(ctx.inputs["evaluate"] / "greedy.jsonl")
         long = "word " * 3000 + "the end"
@@ -326,13 +327,13 @@ class TestSamples:
         kinds = [re.findall(r'<span class="figures">(\w+)', block) for block in blocks]
         assert kinds and all(found in (["sampled", "greedy"], ["selected"]) for found in kinds)
 
-    def test_without_greedy_answers_the_samples_are_there(self, tmp_path):
+    def test_samples_are_shown_without_greedy_responses(self, tmp_path):
         ctx = fake_run(tmp_path)
         (ctx.inputs["evaluate"] / "greedy.jsonl").unlink()
         page = page_of(ctx)
         assert '<span class="figures">sampled' in page and '<span class="figures">greedy' not in page
 
-    def test_a_system_prompt_of_all_is_shown_once(self, tmp_path):
+    def test_a_shared_system_prompt_is_shown_once(self, tmp_path):
         page = page_of(fake_run(tmp_path, policies=FACE, gold=False, system=lambda i: "You are a kind helper."))
         assert page.count("You are a kind helper.") == 1
         assert "system prompt of every prompt below" in page and "system prompt 1" not in page
@@ -349,7 +350,7 @@ class TestSamples:
         assert sorted(marks) == sorted(str(n + 1) for n, count in enumerate(systems.counts) for _ in range(count))
         assert systems.without > 0
 
-    def test_a_prompt_that_is_a_system_message_alone_is_not_emptied(self):
+    def test_a_prompt_of_only_a_system_message_is_kept(self):
         turns, number = report_samples.SystemPrompts().split([{"role": "system", "content": "say something"}])
         assert turns == [{"role": "system", "content": "say something"}] and number is None
 
@@ -358,13 +359,14 @@ class TestSamples:
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance of #rrggbb (WCAG 2.2)."""
+    """Return the relative luminance of #rrggbb (WCAG 2.2)."""
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     r, g, b = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts)
     return 0.2126 * r + 0.7152 * g + 0.0722 * b
 
 
 def contrast(one: str, other: str) -> float:
+    """Return the contrast ratio of two colours (WCAG 2.2)."""
     light, dark = sorted((luminance(one), luminance(other)), reverse=True)
     return (light + 0.05) / (dark + 0.05)
 
@@ -373,7 +375,7 @@ class TestReading:
     STYLE = (Path(report.__file__).parent / "page" / "style.j2").read_text(encoding="utf-8")
 
     @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
-    def test_every_colour_of_text_stands_out(self, scheme):
+    def test_every_text_colour_has_enough_contrast(self, scheme):
         blocks = re.findall(r":root \{(.*?)\}", self.STYLE, re.S)
         palettes = [dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in blocks]
         palette = palettes[scheme]
@@ -382,7 +384,7 @@ class TestReading:
         low = {(text, on): round(contrast(palette[text], palette[on]), 2) for text in texts for on in ("bg", "card")}
         assert min(low.values()) >= 4.5, {pair: value for pair, value in low.items() if value < 4.5}
 
-    def test_paper_is_light_whole_and_keeps_its_legends(self):
+    def test_print_is_light_complete_and_keeps_legends(self):
         assert "@media screen and (prefers-color-scheme: dark)" in self.STYLE, "dark colours would be printed"
         paper = self.STYLE[self.STYLE.index("@media print") :]
         assert "size: A4" in self.STYLE
@@ -396,7 +398,7 @@ class TestReading:
         assert headings[0] == 1 and headings.count(1) == 1
         assert all(b <= a + 1 for a, b in itertools.pairwise(headings))
 
-    def test_what_scrolls_is_named_and_reached_by_keyboard(self, drawn_run):
+    def test_scrolling_regions_are_named_and_reachable_by_keyboard(self, drawn_run):
         page = Page((drawn_run.publish / "index.html").read_text(encoding="utf-8"))
         scrolls = [a for _, a in page.tags if "scroll" in (a.get("class") or "").split()]
         assert scrolls and all(a["tabindex"] == "0" and a["role"] == "region" and a["aria-label"] for a in scrolls)
@@ -417,7 +419,7 @@ class TestReading:
         assert [bool(table.folded) for table in tables] == [False, True, False]
         assert tables[1].folded == "Accuracy by labeler: 40 rows" and len(tables[1].rows) == 40
 
-    def test_the_glossary_has_the_words_of_the_page_alone(self, tmp_path):
+    def test_the_glossary_has_only_the_words_of_the_page(self, tmp_path):
         assert all(meaning.endswith(".") and ". " not in meaning for _, _, meaning in report_glossary.WORDS)
         whole = dict(report_glossary.glossary({need for need, _, _ in report_glossary.WORDS}))
         assert len(whole) == len(report_glossary.WORDS)
@@ -426,7 +428,7 @@ class TestReading:
         page = Page(page_of(fake_run(tmp_path))).text
         assert all(meaning in page for word, meaning in whole.items() if word not in ("Held-out reward model",))
 
-    def test_hostile_text_in_every_place_is_text(self, tmp_path):
+    def test_hostile_text_is_escaped_everywhere(self, tmp_path):
         ctx = fake_run(tmp_path, world=False, gold=False, system=lambda i: HOSTILE)
         for manifest in ctx.manifests.values():
             manifest |= {"command": HOSTILE, "device": HOSTILE}
@@ -436,8 +438,8 @@ class TestReading:
         assert "<script" not in page and "<img" not in page
 
 
-def test_a_policy_that_loses_is_said_to_lose():
-    """A loss speaks against a policy as clearly as a gain that does not hold."""
+def test_a_policy_that_loses_is_reported_as_losing():
+    """Check that a loss is a warning, as an unconfirmed gain is."""
     seen = {"held_out": {"difference_to_sft": {"value": -0.1, "ci95": [-0.3, 0.1]}}}
     results = {"overoptimisation": {"ppo": seen}, "policies": {"ppo": {"score": -0.88}, "sft": {"score": -0.21}}}
     finding = trust.by_held_out(results, "ppo", "PPO")

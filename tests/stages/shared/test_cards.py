@@ -1,4 +1,4 @@
-"""Model cards: what they tell a person to type gives what the project computes, and what they say is true."""
+"""Check that a model card's Python computes what the project computes, and its text."""
 
 import re
 from pathlib import Path
@@ -39,13 +39,13 @@ def provenance(stage="rm", config=None, model=None, data=None, manifests=None, i
 
 
 def card(of, *what, **fields) -> str:
-    """The text of a card."""
+    """Return the text of a card."""
     return card_text(of, Card(*what, **fields))
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """model/ where a person would be who types what its card says; the card is one of a policy."""
+    """Change to a folder with model/, a policy with its card."""
     monkeypatch.chdir(tmp_path)
     tokenizer = train_tokenizer(["the fox is red . what colour is the fox ?"] * 3, 300)
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -56,7 +56,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def typed(folder) -> dict:
-    """What the card's Python leaves."""
+    """Run the card's Python and return its variables."""
     (code,) = re.findall("```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     names = {}
     exec(code, names)
@@ -85,7 +85,7 @@ def test_a_policys_card_samples_an_answer_with_no_settings_of_its_own(folder, ca
 
 
 def rows_of(text: str, title: str) -> list[list[str]]:
-    """The rows of a card's table below a heading."""
+    """Return the rows of a card's table below a heading."""
     lines = text.partition(f"## {title}\n\n")[2].partition("\n\n")[0].splitlines()
     return [[cell.strip(" `") for cell in line.strip("|").split(" | ")] for line in lines[2:]]
 
@@ -117,13 +117,15 @@ def test_a_card_names_model_data_settings_and_figures_and_no_path(tmp_path):
 
 
 def test_a_section_of_defaults_that_is_null_by_default_is_listed_as_one(tmp_path):
-    of = provenance("sft", sft_settings.SFTSettings(ppo_init={}), ModelSettings(name_or_path=str(tmp_path), peft={}), seed=0)
+    of = provenance(
+        "sft", sft_settings.SFTSettings(ppo_init={}), ModelSettings(name_or_path=str(tmp_path), peft={}), seed=0
+    )
     settings = dict(rows_of(card(of, "a policy", ANSWER), "Settings that are not the defaults"))
     assert settings == {"sft.ppo_init": "{}", "model.name_or_path": tmp_path.name, "model.peft": "{}"}
 
 
 def test_metadata_go_from_card_to_card(tmp_path, monkeypatch):
-    """The licence of a folder that was given, by its card; a Hub id as base_model; data sets of the chain alone."""
+    """They are the given model's licence, a Hub id as base_model, and the chain's data sets."""
     given = tmp_path / "given"
     given.mkdir()
     (given / "README.md").write_text(

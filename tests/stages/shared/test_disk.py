@@ -1,4 +1,4 @@
-"""What a stage says that it will write is what lies there when it is done."""
+"""Check that a stage writes as many bytes as it announces."""
 
 import re
 
@@ -25,7 +25,7 @@ def chain(tmp_path_factory):
 
 
 def weights(folder) -> int:
-    """Bytes of the tensors below a folder: files of safetensors without their headers, and transformers' optimizer."""
+    """Return the bytes of the tensors below a folder, of transformers' optimizer too."""
     found = 0
     for path in folder.rglob("*.safetensors"):
         found += path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little")
@@ -61,7 +61,7 @@ def test_what_is_said_is_what_is_written(chain, tmp_path, stage, more):
 
 
 def test_a_model_of_known_size():
-    """Published in float32; a checkpoint has the weights and two moments; adapters are small, and beside the model."""
+    """Published weights are float32; a checkpoint has the trained weights and two moments."""
     model = random_policy(make_tokenizer(), 0)
     size = 4 * sum(p.numel() for p in model.parameters())
     assert written([model], [model], saves=9, keep=2) == Written(size, 3 * size, 2)

@@ -1,10 +1,10 @@
-"""An experiment whose data are not all of a chain's: which stages it has, and what is said of the others."""
+"""Check which stages an experiment has by its data, and what is said of the others."""
 
 import pytest
 
 from pipeline import api, cli
 from pipeline.errors import UserError
-from pipeline.plan import Chain, assess
+from pipeline.chain import Chain, assess
 from pipeline.store.artifacts import ArtifactStore
 
 STAGES = api.stages()
@@ -13,8 +13,11 @@ MODEL = "name_or_path: org/model"
 
 @pytest.fixture
 def closure(tmp_path):
-    """closure(target, data, *settings) → the stages that the target stands on, in their order, or the lines of the
-    UserError. data: kinds of which the user gives a file, "kind=world" and "kind=null" too."""
+    """Return closure(target, data, *settings) → the stages that the target needs, in their order.
+
+    Where there is a UserError, its lines are returned. data: kinds of which the user gives a file;
+    "kind=world" and "kind=null" are possible too.
+    """
 
     def found(target, data, *settings, model=MODEL):
         experiment = loaded(tmp_path, data, *settings, model=model)
@@ -60,7 +63,7 @@ def test_a_stage_asks_only_for_the_data_that_it_and_its_inputs_read(closure, tar
 
 
 def test_a_whole_chain_stays_whole(closure):
-    """Every kind of data given, or the world's: nothing is left out, PPO and reward model included."""
+    """With all kinds of data given, or the world's, no stage is left out."""
     own = "documents demonstrations prompts evaluation_prompts rankings"
     whole = ["base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate", "report"]
     assert closure("report", own) == whole

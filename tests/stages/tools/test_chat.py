@@ -1,4 +1,4 @@
-"""chat: what is typed, what is answered, what is remembered; with tiny models of random weights."""
+"""Check chat: commands, answers and memory, with tiny models of random weights."""
 
 import io
 import re
@@ -12,7 +12,7 @@ from data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from pipeline.store.artifacts import ArtifactStore
 from stages.models.loading import from_scratch, load_policy, load_tokenizer, new_reward_model, save_model
-from stages.tools import chat
+from stages.tools import chat, chat_commands, chat_panels, chat_speakers
 
 EXPERIMENT = SimpleNamespace(
     name="fake",
@@ -26,7 +26,7 @@ EXPERIMENT = SimpleNamespace(
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Published sft, ppo, base (other weights each) and rm (an ensemble of two); no dpo."""
+    """Publish sft, ppo and base with different weights, and rm with an ensemble of two; no dpo."""
     store = ArtifactStore(tmp_path_factory.mktemp("artifacts"), "fake")
     tokenizer = train_tokenizer(["the fox is red . what colour is the fox ?"] * 3, 300)
     shape = dict(
@@ -53,16 +53,22 @@ def store(tmp_path_factory):
     return store
 
 
+def settings_of(**values) -> chat_commands.Settings:
+    """Return settings, with the command line's defaults for those that are not given."""
+    defaults = {"temperature": 0.0, "top_p": 1.0, "seed": 0, "max_new_tokens": 6}
+    return chat_commands.Settings(**(defaults | values))
+
+
 def talk(store, monkeypatch, lines, models=("sft", "ppo"), width=100, **settings) -> str:
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
     console = Console(width=width, record=True, file=io.StringIO())
-    assert chat.run(EXPERIMENT, store, list(models), console=console, **settings) == 0
+    assert chat.run(EXPERIMENT, store, list(models), settings_of(**settings), console=console) == 0
     return console.export_text()
 
 
-def speaker_of(store, stage="sft") -> chat.Speaker:
+def speaker_of(store, stage="sft") -> chat_speakers.Speaker:
     folder = store.folder(stage) / "model"
-    return chat.Speaker(stage, load_policy(folder), load_tokenizer(folder))
+    return chat_speakers.Speaker(stage, load_policy(folder), load_tokenizer(folder))
 
 
 def test_answers_side_by_side_with_scores_until_the_input_ends(store, monkeypatch):
@@ -74,7 +80,7 @@ def test_answers_side_by_side_with_scores_until_the_input_ends(store, monkeypatc
 
 
 def test_an_ensemble_scores_as_evaluate_has_it_do(store, monkeypatch):
-    """The second of the two is 100 above the first."""
+    """The second model of the ensemble scores 100 higher than the first."""
     text = talk(store, monkeypatch, ["what colour is the fox ?"])
     assert text.count("score -") == 2
     monkeypatch.setattr(EXPERIMENT.evaluate, "reward_ensemble", "mean")
@@ -99,20 +105,22 @@ def test_commands(store, monkeypatch):
         monkeypatch,
         ["/help", "/temp warm", "/top_p 2", "/top_p 0.9", "/system be kind", "/dance", "/reset", "/quit", "never read"],
     )
-    assert "/system TEXT" in text and "'warm' is no number" in text and "2.0 is out of range" in text
-    assert "top_p 0.9" in text and "system: be kind" in text and "/dance is no command" in text and "forgotten" in text
+    assert "/system TEXT" in text and "'warm' is not a number" in text and "2.0 is out of range" in text
+    assert (
+        "top_p 0.9" in text and "system: be kind" in text and "/dance is not a command" in text and "forgotten" in text
+    )
     assert "never read" not in text
 
 
 def test_memory_is_kept_and_oldest_turns_are_dropped_when_the_context_is_full(store):
-    speaker, settings = speaker_of(store), chat.Settings(1.0, 1.0, 0, 6)
+    speaker, settings = speaker_of(store), chat_commands.Settings(1.0, 1.0, 0, 6)
     for turn in range(8):
-        answer = chat.reply(speaker, "what colour is the fox ?", settings, turn, "float32", None)
+        answer = chat_speakers.reply(speaker, "what colour is the fox ?", settings, turn, "float32", None)
         assert answer.text == speaker.history[-1]["content"] and not answer.problem
     assert 2 <= len(speaker.history) < 16
     assert len(encode_prompt(speaker.tokenizer, speaker.history[:-1])) + 6 <= 64
-    problem = chat.reply(speaker, "fox " * 100, settings, 9, "float32", None).problem
-    assert "the whole context" in problem
+    problem = chat_speakers.reply(speaker, "fox " * 100, settings, 9, "float32", None).problem
+    assert "and the context only" in problem
 
 
 def test_system_message_and_memory_reach_the_model(store, monkeypatch):
@@ -122,7 +130,7 @@ def test_system_message_and_memory_reach_the_model(store, monkeypatch):
     )
     speaker = speaker_of(store)
     for text in ("hello", "and the fox ?"):
-        chat.reply(speaker, text, chat.Settings(1.0, 1.0, 0, 6, "be kind"), 0, "float32", None)
+        chat_speakers.reply(speaker, text, chat_commands.Settings(1.0, 1.0, 0, 6, "be kind"), 0, "float32", None)
     assert speaker.tokenizer.decode(seen[0]) == "<|system|> be kind<|user|> hello<|assistant|>"
     assert seen[1][: len(seen[0])] == seen[0] and speaker.tokenizer.decode(seen[1]).endswith(
         "<|user|> and the fox ?<|assistant|>"
@@ -133,11 +141,11 @@ def test_a_template_that_takes_no_system_message_is_a_problem_of_that_turn(store
     speaker = speaker_of(store)
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     speaker.tokenizer.chat_template = refusing + speaker.tokenizer.chat_template
-    settings = chat.Settings(1.0, 1.0, 0, 6, "be kind")
-    problem = chat.reply(speaker, "hello", settings, 0, "float32", None).problem
-    assert "no system" in problem and "/system alone" in problem
+    settings = chat_commands.Settings(1.0, 1.0, 0, 6, "be kind")
+    problem = chat_speakers.reply(speaker, "hello", settings, 0, "float32", None).problem
+    assert "no system" in problem and "/system without a text" in problem
     settings.system = ""
-    assert not chat.reply(speaker, "hello", settings, 0, "float32", None).problem
+    assert not chat_speakers.reply(speaker, "hello", settings, 0, "float32", None).problem
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
@@ -150,7 +158,7 @@ def test_a_line_that_is_no_text_is_asked_for_again(store, monkeypatch, errors):
 
 def test_escape_codes_of_a_model_do_not_reach_the_terminal():
     console = Console(width=80, record=True, file=io.StringIO(), force_terminal=True)
-    chat.show([("sft", chat.Answer("a\x1b]0;title\x07 [red]b[/red] \x9bc", 3))], console)
+    chat_panels.print_panels([("sft", chat_speakers.Answer("a\x1b]0;title\x07 [red]b[/red] \x9bc", 3))], console)
     out = console.file.getvalue()
     assert "\x1b]0" not in out and "\x9b" not in out and "\x07" not in out and "[red]b[/red]" in out
 
@@ -166,15 +174,15 @@ def test_escape_codes_of_a_model_do_not_reach_the_terminal():
 )
 def test_models_that_cannot_talk_are_the_users_mistake(store, models, what):
     with pytest.raises(UserError, match=what):
-        chat.run(EXPERIMENT, store, models)
+        chat.run(EXPERIMENT, store, models, settings_of())
 
 
 @pytest.mark.parametrize(
     "settings", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"max_new_tokens": 0}]
 )
 def test_senseless_settings_are_the_users_mistake(store, settings):
-    with pytest.raises(UserError, match="should be"):
-        chat.run(EXPERIMENT, store, ["sft"], **settings)
+    with pytest.raises(UserError, match="; use "):
+        chat.run(EXPERIMENT, store, ["sft"], settings_of(**settings))
 
 
 def test_a_damaged_artifact_is_named(store):
@@ -183,7 +191,7 @@ def test_a_damaged_artifact_is_named(store):
     try:
         file.write_bytes(whole.replace(b"1", b"2", 1))
         with pytest.raises(UserError, match="config.json: sha256"):
-            chat.run(EXPERIMENT, store, ["sft", "ppo"])
+            chat.run(EXPERIMENT, store, ["sft", "ppo"], settings_of())
     finally:
         file.write_bytes(whole)
 
@@ -193,7 +201,7 @@ def test_a_folder_talks_too(store, monkeypatch):
 
 
 def test_the_likeliest_token_is_taken_unless_told(store):
-    """Token by token what transformers' greedy decoding gives."""
+    """Compare token by token with transformers' greedy decoding."""
     import torch
 
     speaker = speaker_of(store)
@@ -201,24 +209,26 @@ def test_the_likeliest_token_is_taken_unless_told(store):
     with torch.no_grad():
         options = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": speaker.tokenizer.pad_token_id}
         right = speaker.model.generate(torch.tensor([ids]), **options)[0, len(ids) :]
-    answer = chat.reply(speaker, "what colour is the fox ?", chat.Settings(0.0, 1.0, 0, 6), 1, "float32", None)
+    answer = chat_speakers.reply(
+        speaker, "what colour is the fox ?", chat_commands.Settings(0.0, 1.0, 0, 6), 1, "float32", None
+    )
     assert answer.text == speaker.tokenizer.decode(right, skip_special_tokens=True) and answer.tokens == len(right)
 
 
 def answering(monkeypatch, *answers):
-    """Let policies answer with these ids, one after the other."""
+    """Let policies answer with these ids, one after another."""
     given = iter(answers)
     monkeypatch.setattr("stages.rollouts.transformers.sample", lambda *_, **__: [next(given)])
 
 
 def test_a_cut_answer_scores_what_evaluate_gives_it(store, monkeypatch):
-    """However high the reward model's own number is; and it is never the green one."""
+    """Whatever the reward model's own score is. A cut answer is never green."""
     monkeypatch.setattr(EXPERIMENT.evaluate, "missing_eos_score", 3.0)
     ended = load_tokenizer(store.folder("sft") / "model").eos_token_id
     answering(monkeypatch, [7, 8], [7, 8, ended])
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     console = Console(width=100, record=True, file=io.StringIO(), force_terminal=True)
-    assert chat.run(EXPERIMENT, store, ["sft", "ppo"], console=console) == 0
+    assert chat.run(EXPERIMENT, store, ["sft", "ppo"], settings_of(), console=console) == 0
     text = console.export_text(clear=False, styles=True)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     cut, whole = re.findall(r"score ([+-][\d.]+)", plain)
@@ -241,7 +251,7 @@ def test_a_finished_answer_with_the_highest_score_is_green(store, monkeypatch):
     answering(monkeypatch, [7, 8], [7, 8, ended])
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     console = Console(width=100, record=True, file=io.StringIO(), force_terminal=True)
-    chat.run(EXPERIMENT, store, ["sft", "ppo"], console=console)
+    chat.run(EXPERIMENT, store, ["sft", "ppo"], settings_of(), console=console)
     green = re.findall(r"\x1b\[1;32mscore ([+-][\d.]+)", console.export_text(styles=True))
     assert len(green) == 1 and -500 < float(green[0]) < -90
 
@@ -254,7 +264,7 @@ def test_base_from_scratch_is_asked_in_plain_text_as_evaluate_asks_it(store, mon
     text = talk(store, monkeypatch, ["hello fox"], models=["base", "sft"])
     tokenizer = load_tokenizer(store.folder("sft") / "model")
     assert [tokenizer.decode(ids).strip() for ids in seen] == ["hello fox", "<|user|> hello fox<|assistant|>"]
-    assert "base is asked in plain text" in text and text.count("score ") == 2
+    assert "base is prompted in plain text" in text and text.count("score ") == 2
     monkeypatch.setattr(EXPERIMENT.model, "name_or_path", "org/name")
     assert "plain text" not in talk(store, monkeypatch, ["hello fox"], models=["base"])
     assert seen[2] == seen[1]
@@ -269,7 +279,11 @@ def test_memory_is_said_and_can_be_turned_off(store, monkeypatch, capsys):
     decode = load_tokenizer(store.folder("sft") / "model").decode
     asked = [[part.split("<")[0].strip() for part in decode(ids).split("<|user|>")[1:]] for ids in seen]
     assert asked == [["one"], ["one", "two"], ["three"], ["four"]]
-    assert "memory is on: each policy reads the talk so far" in text and "memory off" in text and "forgotten" in text
+    assert (
+        "memory is on: each policy reads the conversation so far" in text
+        and "memory off" in text
+        and "forgotten" in text
+    )
     prompts = [line for line in capsys.readouterr().out.splitlines() if "▸" in line]
     assert prompts == ["you ▸ ", "you, turn 2 ▸ ", "you, turn 3 ▸ ", "you ▸ ", "you ▸ ", "you, turn 4 ▸ ", "you ▸ ",
                        "you, turn 2 ▸ "]  # fmt: skip
@@ -283,6 +297,6 @@ def test_a_full_context_says_what_it_forgot(store, monkeypatch):
 def test_the_length_can_be_changed(store, monkeypatch):
     text = talk(store, monkeypatch, ["/max 3", "hello", "/max 0", "/max many", "/mx 3"], ["sft"])
     assert "at most 3 tokens" in text and "3 tokens, cut off" in text
-    assert "0 is too few" in text and "'many' is no whole number; as /max 3" in text
-    assert "/mx is no command; is it /max?" in text
-    assert "/seed counts with /sample" in talk(store, monkeypatch, ["/seed 3"], ["sft"])
+    assert "0 is too few" in text and "'many' is not a whole number; for example /max 3" in text
+    assert "/mx is not a command; did you mean /max?" in text
+    assert "/seed takes effect with /sample" in talk(store, monkeypatch, ["/seed 3"], ["sft"])

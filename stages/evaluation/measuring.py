@@ -1,0 +1,184 @@
+"""Sample a policy's answers to the evaluation prompts, and score them.
+
+Array shapes: P prompts, S samples of each, B answers.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from data.groups import make_rows
+from data.streams import derive_seed
+from data.world.world import World
+from pipeline.launch import parallel
+from stages.evaluation.forms import Answer, Query, parse_answer
+from stages.evaluation.tools import Policy, Tools
+from stages.models.forward import response_logprobs
+from stages.objectives.logprobs import sequence_logps
+from stages.rollouts.transformers import sample
+from stages.settings.evaluate import EvaluateSettings
+from stages.training.batching import micro_batches
+
+
+@torch.no_grad()
+def measure(
+    tools: Tools,
+    policy: Policy,
+    queries: Sequence[Query],
+    chat_ids: Sequence[list[int]],
+    settings: EvaluateSettings,
+    *,
+    seed: int,
+    poll: Callable[[], None],
+) -> dict[str, list | None]:
+    """Sample a policy's answers and score them, each rank its share of the prompts.
+
+    Args:
+        tools: The judges and the reference.
+        policy: The policy; "best_of_n" keeps the sample of each prompt that scores highest.
+        queries: The P prompts in the form in which the policy is prompted.
+        chat_ids: The ids of the same prompts through the chat template, which the judges read.
+        settings: The section evaluate.
+        seed: The experiment's seed.
+        poll: Called between tokens; raises if the run is to stop.
+
+    Returns:
+        `responses`, `finished`, `scores`, `raw_scores`, `held_out_scores` (None without a reward
+        model), `kl` (None for best of n) and `lengths`: (P, S) lists, as in `Measured`.
+    """
+    best_of_n = policy.name == "best_of_n"
+    count = settings.best_of if best_of_n else settings.samples_per_prompt
+    # Best of n draws from another stream than SFT's own samples, because it is compared with them.
+    stream = "best_of_n" if best_of_n else "evaluate"
+
+    def measure_prompts(indices: list[int]) -> list[dict[str, list | None]]:
+        """Measure the answers to some prompts; return one dictionary of (S,) lists per prompt."""
+        repeated = [i for i in indices for _ in range(count)]
+        with tools.accelerator.autocast():
+            sampled = sample(
+                policy.model,
+                [queries[i].ids for i in repeated],
+                [derive_seed(seed, stream, i, k) for i in indices for k in range(count)],
+                response_length=settings.response_length,
+                temperature=settings.temperature,
+                batch_size=(4 if count > 1 else 1) * settings.batch_size,
+                eos_id=queries[indices[0]].end_id,
+                pad_id=tools.tokenizer.pad_token_id,
+                poll=poll,
+            )
+        answers = [parse_answer(tools.tokenizer, queries[i], ids) for i, ids in zip(repeated, sampled, strict=True)]
+        prompts = [chat_ids[i] for i in repeated]
+        columns = score(tools, policy, prompts, answers, best_of=count if best_of_n else None)
+        if not best_of_n:
+            query_ids = [queries[i].ids for i in repeated]
+            columns["kl"] = log_ratios(tools, policy, query_ids, prompts, answers, settings.temperature)
+        return split_columns(columns, len(indices))
+
+    # Small parts share the prompts evenly among ranks, and let a stop take effect soon. A part of
+    # several samples per prompt samples up to four batches at a time, and is scored in batches.
+    per_rank = -(-len(queries) // parallel.rank_and_world_size()[1])
+    size = max(1, min(per_rank, settings.batch_size // min(count, 4)))
+    parts = list(micro_batches(list(range(len(queries))), size))
+    by_part = parallel.compute_and_all_gather(
+        parts, [len(part) for part in parts], lambda mine: [measure_prompts(part) for part in mine]
+    )
+    rows = [row for part in by_part for row in part]
+    return {key: None if rows[0][key] is None else [row[key] for row in rows] for key in rows[0]}
+
+
+def score(
+    tools: Tools, policy: Policy, chat_ids: Sequence[list[int]], answers: Sequence[Answer], best_of: int | None = None
+) -> dict[str, list | None]:
+    """Score answers by the reward model and by the held-out reward model.
+
+    Args:
+        tools: The judges.
+        policy: The policy that answered.
+        chat_ids: The ids of each answer's prompt through the chat template.
+        answers: B answers, those to one prompt next to each other.
+        best_of: Keep the highest-scoring answer of each `best_of` neighbours; None keeps all.
+
+    Returns:
+        The columns of `measure`, a value per answer that is kept; `kl` is None.
+    """
+    raw = scores = held_out = None
+    if tools.reward_model is not None:
+        raw = tools.raw_scores(tools.reward_model, chat_ids, answers, policy.packed)
+        scores = tools.with_missing_eos(raw, answers)
+    kept = list(range(len(answers)))
+    if best_of is not None:
+        best = scores.view(-1, best_of).argmax(-1).tolist()
+        kept = [group * best_of + position for group, position in enumerate(best)]
+    kept_answers = [answers[i] for i in kept]
+    if tools.held_out_reward_model is not None:
+        prompts = [chat_ids[i] for i in kept]
+        held_out = tools.raw_scores(tools.held_out_reward_model, prompts, kept_answers, policy.packed)
+        held_out = tools.with_missing_eos(held_out, kept_answers).tolist()
+    return {
+        "responses": [answer.text for answer in kept_answers],
+        "finished": [answer.finished for answer in kept_answers],
+        "scores": None if scores is None else scores[kept].tolist(),
+        "raw_scores": None if raw is None else raw[kept].tolist(),
+        "held_out_scores": held_out,
+        "kl": None,
+        "lengths": [len(answer.sampled) for answer in kept_answers],
+    }
+
+
+def split_columns(columns: dict[str, list | None], prompts: int) -> list[dict[str, list | None]]:
+    """Split columns of P·S values into one dictionary of (S,) lists for each of P prompts."""
+    each = len(columns["responses"]) // prompts
+    return [
+        {key: None if values is None else values[k * each : (k + 1) * each] for key, values in columns.items()}
+        for k in range(prompts)
+    ]
+
+
+def log_ratios(
+    tools: Tools,
+    policy: Policy,
+    query_ids: Sequence[list[int]],
+    chat_ids: Sequence[list[int]],
+    answers: Sequence[Answer],
+    temperature: float,
+) -> list[float]:
+    """Compute log π(y|x) − log π_ref(y|x) of each answer, in nats; their mean estimates the KL.
+
+    The policy reads the ids that it sampled, in the form in which it was prompted; the reference
+    reads the same answer as a response in a chat.
+
+    Args:
+        tools: The tokenizer, the reference and the accelerator.
+        policy: The policy that answered.
+        query_ids: The ids that each answer continued.
+        chat_ids: The ids of the same prompts through the chat template.
+        answers: B answers.
+        temperature: Divides the logits, as in sampling.
+
+    Returns:
+        B log-ratios.
+    """
+
+    def logps(model: Any, prompts: Sequence[list[int]], responses: list[list[int]]) -> torch.Tensor:
+        rows = make_rows(prompts, responses, tools.tokenizer.pad_token_id, packed=policy.packed)
+        rows = rows.to(tools.accelerator.device)
+        with tools.accelerator.autocast():
+            logprobs = response_logprobs(model, rows, temperature)
+        return sequence_logps(logprobs, rows.response_mask).float().cpu()
+
+    of_policy = logps(policy.model, query_ids, [answer.sampled for answer in answers])
+    of_reference = logps(tools.reference, chat_ids, [answer.response for answer in answers])
+    return (of_policy - of_reference).tolist()
+
+
+def gold_scores(
+    world: World | None, prompts: Sequence[str], responses: list[list[str]], finished: list[list[bool]]
+) -> list[list[dict[str, float]]] | None:
+    """Score responses (P, S) by the embedded world's gold scorer; None without a world."""
+    if world is None:
+        return None
+    return [
+        [world.gold(prompt, response, ended) for response, ended in zip(texts, ends, strict=True)]
+        for prompt, texts, ends in zip(prompts, responses, finished, strict=True)
+    ]

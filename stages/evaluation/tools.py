@@ -1,0 +1,154 @@
+"""Hold the models that measure a policy, and the policy being measured."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.evaluation.forms import Answer
+from stages.models.ensemble import load_reward_model
+from stages.models.forward import score_all
+from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
+from stages.models.packing import can_pack
+from stages.objectives.rewards import final_scores
+from stages.settings.evaluate import STAGES, EvaluateSettings
+from stages.shared.runtime import Runtime, make_accelerator
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy that is being measured."""
+
+    name: str
+    """Its name in results.json."""
+    model: Any
+    """The model, on its device."""
+    packed: bool
+    """Whether its rows and the judges' are packed."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What measures every policy: the tokenizer, the judges, and how to load a policy."""
+
+    tokenizer: Any
+    """SFT's tokenizer, which all policies share."""
+    accelerator: Any
+    """accelerate's Accelerator: device and autocast."""
+    load: Callable[[Path], Any]
+    """Load the policy in a folder onto the device."""
+    folders: dict[str, Path]
+    """The model folder of each policy."""
+    sft: Any
+    """The SFT model. It is also the policy behind best_of_n."""
+    reference: Any
+    """The policy that KL is measured against: the one that PPO's penalty is against."""
+    reward_model: Any
+    """The judge of the experiment; None if the experiment trains no reward model."""
+    held_out_reward_model: Any
+    """A reward model that nothing was trained to please; None if the stage rm trained none."""
+    packed: bool
+    """Whether all of these models can read packed rows."""
+    batch_size: int
+    """Rows in a forward pass."""
+    max_length: int
+    """Tokens in the longest row."""
+    missing_eos_score: float | None
+    """Score of a response without EOS; None leaves the reward model's own score."""
+
+    def models(self) -> list[Any]:
+        """Return the models that are loaded, each once."""
+        models = [self.sft]
+        if self.reference is not self.sft:
+            models.append(self.reference)
+        models += [model for model in (self.reward_model, self.held_out_reward_model) if model is not None]
+        return models
+
+    def model_of(self, name: str) -> Any:
+        """Return a policy's model; SFT and best of n share the one that is loaded already."""
+        if name in ("sft", "best_of_n"):
+            return self.sft
+        return self.load(self.folders[name])
+
+    def policy_of(self, name: str) -> Policy:
+        """Return a policy that is ready to be measured."""
+        model = self.model_of(name)
+        return Policy(name, model, self.packs(model))
+
+    def packs(self, model: Any) -> bool:
+        """Return whether rows can be packed for a policy and for the judges."""
+        return self.packed and can_pack(model, self.max_length)
+
+    def raw_scores(
+        self, reward_model: Any, chat_ids: Sequence[list[int]], answers: Sequence[Answer], packed: bool
+    ) -> torch.Tensor:
+        """Score answers as a reward model itself does, without `missing_eos_score`.
+
+        Args:
+            reward_model: The judge.
+            chat_ids: The ids of each answer's prompt through the chat template.
+            answers: B answers.
+            packed: Whether rows are packed.
+
+        Returns:
+            (B,) scores, on the CPU.
+        """
+        return score_all(
+            reward_model,
+            list(chat_ids),
+            [answer.response for answer in answers],
+            pad_id=self.tokenizer.pad_token_id,
+            batch_size=self.batch_size,
+            accelerator=self.accelerator,
+            packed=packed,
+        )
+
+    def with_missing_eos(self, scores: torch.Tensor, answers: Sequence[Answer]) -> torch.Tensor:
+        """Return the scores (B,), with `missing_eos_score` for unfinished answers if it is set."""
+        finished = torch.tensor([answer.finished for answer in answers])
+        return final_scores(scores, finished, self.missing_eos_score)
+
+
+def load_tools(runtime: Runtime, inputs: dict[str, Path], settings: EvaluateSettings, has_ppo_init: bool) -> Tools:
+    """Load SFT, the reference and the reward models onto the device.
+
+    Args:
+        runtime: How the stage computes.
+        inputs: The artifact folder of each upstream stage.
+        settings: The section evaluate.
+        has_ppo_init: Whether sft published a model of its own for PPO to start from.
+
+    Returns:
+        The tools; `packed` is False.
+    """
+    accelerator = make_accelerator(runtime.device, runtime.dtype)
+    options = {"attn_implementation": runtime.attention, "trust_remote_code": runtime.trust_remote_code}
+
+    def load(folder: Path) -> Any:
+        return load_policy(folder, **options).to(accelerator.device)
+
+    reward_model = held_out_reward_model = None
+    if "rm" in inputs:
+        reward_model = load_reward_model(inputs["rm"] / "model", settings.reward_ensemble, **options)
+        reward_model = reward_model.to(accelerator.device)
+        folder = inputs["rm"] / "held_out" / "model"
+        if folder.is_dir():
+            held_out_reward_model = load_scalar_model(folder, **options).to(accelerator.device)
+    folder = inputs["sft"] / "model"
+    sft = load(folder)
+    return Tools(
+        tokenizer=load_tokenizer(folder, trust_remote_code=runtime.trust_remote_code),
+        accelerator=accelerator,
+        load=load,
+        folders={name: inputs[name] / "model" for name in STAGES if name in inputs},
+        sft=sft,
+        reference=load(inputs["sft"] / "ppo_init") if has_ppo_init else sft,
+        reward_model=reward_model,
+        held_out_reward_model=held_out_reward_model,
+        packed=False,
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+        missing_eos_score=settings.missing_eos_score,
+    )

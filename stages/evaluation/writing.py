@@ -1,0 +1,49 @@
+"""Write what evaluate publishes: responses.jsonl, and rows of JSON in general."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from stages.evaluation.results import Measured
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """Write a file with one JSON object per line."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def response_rows(
+    prompts: Sequence, clusters: Sequence[str], leaked: Sequence[bool], measured: dict[str, Measured]
+) -> Iterator[dict]:
+    """Yield the rows of responses.jsonl: each policy's samples for each prompt, with their scores.
+
+    Args:
+        prompts: P prompts, strings or messages.
+        clusters: The cluster of each prompt.
+        leaked: Whether training data sets each prompt's task too; written where there is gold.
+        measured: What was measured of each policy.
+
+    Yields:
+        {policy, prompt, sample, response, finished, score, length, raw_score?, held_out_score?,
+        gold?, cluster?, known_task?}
+    """
+    for name, of_policy in measured.items():
+        for i, prompt in enumerate(prompts):
+            for k, response in enumerate(of_policy.responses[i]):
+                row = {
+                    "policy": name,
+                    "prompt": prompt,
+                    "sample": k,
+                    "response": response,
+                    "finished": of_policy.finished[i][k],
+                    "score": of_policy.scores[i][k] if of_policy.scores is not None else None,
+                    "length": of_policy.lengths[i][k],
+                }
+                if of_policy.raw_scores is not None:
+                    row["raw_score"] = of_policy.raw_scores[i][k]
+                if of_policy.held_out_scores is not None:
+                    row["held_out_score"] = of_policy.held_out_scores[i][k]
+                if of_policy.gold is not None:
+                    row |= {"gold": of_policy.gold[i][k], "cluster": clusters[i], "known_task": leaked[i]}
+                yield row

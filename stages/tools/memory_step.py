@@ -1,0 +1,340 @@
+"""Take one optimizer step on shapes only, and count the bytes that it needs.
+
+torch's FakeTensorMode runs the real models, heads, adapters and optimizers on tensors without
+numbers, in seconds and without memory. `LiveBytes` counts the tensors that are alive.
+"""
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from data.groups import Rows, make_rows
+from stages.models.adapters import AdapterSettings, is_adapted, plain, share_frozen, trainable, with_adapter
+from stages.models.families import has_family_class, name_trunk, scalar_class, weightless_causal
+from stages.models.head import CHUNK, head_logprobs
+from stages.models.loading import score_head, without_dropout
+from stages.models.packing import register, sees_less, trunk_options
+from stages.models.precision import cast_frozen, castable
+from stages.models.quantized import Quantized
+from stages.models.remote_code import forget, is_remote
+from stages.models.sharding import layers_of
+from stages.objectives.logprobs import token_logprobs
+from stages.training.trainee import make_trainee
+
+WIDTH = {"float32": 4, "bfloat16": 2}
+"""Bytes of a number."""
+Lengths = list[tuple[int, list[int]]]
+"""The length of each prompt, and the lengths of its responses."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Count the bytes of the tensors that are alive, and their maximum."""
+
+    def __init__(self) -> None:
+        """Start from nothing."""
+        super().__init__()
+        self.now = self.most = 0
+        self.known: weakref.WeakSet = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Run an operation, and count the tensors that it returns."""
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.add(tensor)
+        return result
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor until it is freed; tensors that share storage count once."""
+        if (storage := tensor.untyped_storage()) not in self.known:
+            self.known.add(storage)
+            self.grow(storage.nbytes())
+            weakref.finalize(storage, self.grow, -storage.nbytes())
+
+    def grow(self, size: int) -> None:
+        """Add a number of bytes, negative when a tensor is freed."""
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One micro-batch of a model that trains."""
+
+    model: str
+    """"policy", "reward_model" or "value_model"."""
+    head: str
+    """What the loss reads: "logprobs", "scores" or "values" of responses; or of text rows, "text"
+    (log-probabilities in chunks) or "logits" (all logits at once)."""
+    lengths: Lengths = ()
+    """Of prompts and responses."""
+    rows: int = 0
+    """Rows of text."""
+    width: int = 0
+    """Tokens in a row of text; 0 for responses."""
+    times: int = 1
+    """2 if the batch has several micro-batches, so that a gradient exists already; otherwise 1."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The bytes that a step needs. `weights`, `moments` and `step` are those of one process."""
+
+    weights: int
+    """All weights together."""
+    models: dict[str, int]
+    """The whole weights of each model."""
+    frozen: dict[str, int]
+    """The weights of each model if nothing of it trained."""
+    trains: dict[str, int]
+    """The weights of each model that train."""
+    moments: int
+    """Adam's moments."""
+    step: int
+    """The most that the step holds in addition: activations and gradients."""
+    shared: bool
+    """Whether models share frozen weights."""
+    adapted: bool
+    """Whether a model has an adapter, which can be turned off."""
+
+
+def take_step(
+    config,
+    steps: list[Step],
+    adapter: AdapterSettings,
+    dtype: str,
+    device: str,
+    checkpointing=False,
+    attention="sdpa",
+    parts=1,
+) -> Sizes:
+    """Take one optimizer step on fake tensors, and return the bytes that it needs.
+
+    Args:
+        config: transformers' configuration of the model.
+        steps: A micro-batch of each model that trains, in order.
+        adapter: How adapters are trained.
+        dtype: "float32" or "bfloat16", which products are computed in.
+        device: "cpu" or "cuda", which decides how rows are packed.
+        checkpointing: Whether activations are recomputed in the backward pass.
+        attention: `model.attn_implementation`.
+        parts: How many processes hold a shard of each weight (fsdp2). A layer's gradients are then
+            freed as soon as they are computed, and those outside the layers after the pass; the
+            shards of the gradients, and the weights that are gathered for a pass, are added at the
+            end.
+    """
+    longest = max([step.width for step in steps] + [p + max(rs) for step in steps for p, rs in step.lengths])
+    packed = attention == "sdpa" and not sees_less(config, longest)
+    real = [laid_out(step, packed) for step in steps]  # how rows are packed depends on their contents
+    read = [None if isinstance(x, Tensor) else int(x.lengths.sum()) for x in real]
+    with quiet():
+        made = {step.model: make(config, step.model, adapter, checkpointing, attention, packed) for step in steps}
+    with quiet(), experts_by_shape(), FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+        models: dict[str, nn.Module] = {}
+        for name, model in made.items():
+            model.to_empty(device="cpu")
+            plain(model).tie_weights()
+            if dtype == "bfloat16":
+                cast_frozen(model, torch.bfloat16)
+            if parts == 1:
+                share_frozen(model, list(models.values()), same=lambda *_: True)
+            for p in (p for layer in layers_of(plain(model)) for p in layer.parameters() if parts > 1):
+                if p.requires_grad:
+                    p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            models[name] = model
+        weights, separate = live.now, sum(map(size_of, models.values()))
+        options = {"steps": 100, "learning_rate": 1.0, "max_grad_norm": 1.0}
+        trainees = [make_trainee(name, model, **options) for name, model in models.items()]
+        for _ in range(2):  # the first step creates Adam's moments
+            live.most, before, apart = live.now, live.now, []
+            for head, turn in (("any", 0), ("any", 1), ("text", 0), ("text", 1)):
+                for step, batch, tokens in zip(steps, real, read, strict=True):
+                    if turn >= step.times or (step.head == "text") != (head == "text"):
+                        continue
+                    model = models[step.model]
+                    if (head, turn) == ("text", 0):  # PPO keeps its own gradient aside while it computes the text's
+                        apart += [p.grad for p in trainable(model).values()]
+                        model.zero_grad(set_to_none=True)
+                    casts = {"enabled": dtype == "bfloat16", "cache_enabled": parts == 1}
+                    with torch.autocast("cpu", torch.bfloat16, **casts):
+                        loss = forward(model, step, faked(batch, tokens), device)
+                    loss.sum().backward()
+                    del loss
+                    if parts > 1:  # the gradients outside the layers
+                        model.zero_grad(set_to_none=True)
+            apart.clear()
+            for trainee in trainees:
+                trainee.optimizer.step()
+                trainee.optimizer.zero_grad(set_to_none=True)
+        trains = {name: sum(p.nbytes for p in trainable(model).values()) for name, model in models.items()}
+        aside = sum(trains[step.model] for step in steps if step.head == "text" and len(steps) > 1)
+        step, moments = live.most - before, before - weights
+        if parts > 1:  # shards of gradients, of PPO and of the text; Adam has no moments yet
+            moments = 2 * sum(trains.values())
+            step += (sum(trains.values()) + aside) // parts + max(map(gathered_at_once, models.values()))
+        return Sizes(
+            weights=weights // parts,
+            models={name: size_of(model) for name, model in models.items()},
+            frozen={name: frozen_size(model, dtype) for name, model in models.items()},
+            trains=trains,
+            moments=moments // parts,
+            step=step,
+            shared=weights < separate,
+            adapted=any(map(is_adapted, models.values())),
+        )
+
+
+@contextlib.contextmanager
+def experts_by_shape() -> Iterator[None]:
+    """Let mixtures of experts multiply by transformers' own grouped operation inside this context.
+
+    It computes shapes in every dtype; torch's operation does so only in bfloat16.
+    """
+    from transformers.integrations import moe
+
+    kept = getattr(moe, "_can_use_grouped_mm", None)
+    moe._can_use_grouped_mm = lambda *_: False
+    try:
+        yield
+    finally:
+        if kept is not None:
+            moe._can_use_grouped_mm = kept
+
+
+def make(config, name: str, adapter: AdapterSettings, checkpointing: bool, attention: str, packed: bool) -> nn.Module:
+    """Return a model without memory, as it trains.
+
+    Args:
+        config: transformers' configuration of the model.
+        name: "policy", "reward_model" or "value_model".
+        adapter: How adapters are trained.
+        checkpointing: Whether activations are recomputed in the backward pass.
+        attention: `model.attn_implementation`.
+        packed: Whether rows are packed.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.initialization import no_init_weights
+
+    scalar = name in ("reward_model", "value_model")
+    kind = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    trust = {"trust_remote_code": is_remote(config)}  # the flag was given when its configuration was loaded
+    options = trust | {"dtype": torch.float32, "attn_implementation": "eager" if attention == "eager" else "sdpa"}
+    with no_init_weights(), torch.device("meta"):
+        if scalar and not is_remote(config) and not has_family_class(config):
+            own = scalar_class(weightless_causal(config))
+            model = own._from_config(config, **{key: x for key, x in options.items() if key not in trust})
+        else:
+            model = kind.from_config(config, **options)
+        name_trunk(without_dropout(model))
+        forget(kind)
+        if packed:
+            register(model)
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model = with_adapter(model, adapter, scalar=scalar)
+    return model.train()
+
+
+def head_is_linear(model) -> bool:
+    """Return whether a model's logits are only a matrix product, by its settings.
+
+    `stages/models/forward.py` tries it instead, which takes numbers.
+    """
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    names = ("logits_scaling", "logit_scale", "lm_head_multiplier", "final_logit_softcapping", "logits_soft_cap")
+    scaled = [getattr(config, name, None) for name in names]
+    return type(head) is nn.Linear and head.bias is None and all(x in (None, 1.0) for x in scaled)
+
+
+def forward(model, step: Step, batch, device: str) -> Tensor:
+    """Compute the loss's input as `stages/models/forward.py` does.
+
+    That module finds the positions to read by the numbers in a mask, which fake tensors do not
+    have.
+
+    Args:
+        model: The model.
+        step: The micro-batch.
+        batch: Its rows, from `faked`.
+        device: "cpu" or "cuda".
+    """
+    inner, words = plain(model), step.head in ("text", "logits", "logprobs")
+    if step.width:
+        inputs, read = {"input_ids": batch[:, :-1], "use_cache": False}, batch[:, 1:].flatten()
+        places = torch.empty(read.shape, dtype=torch.long)
+    else:
+        rows, read = batch
+        options = trunk_options(rows)
+        if "packing" in options:  # a GPU gathers rows, but fake tensors claim to be on a CPU
+            options["packing"].__dict__["short"] = device == "cuda" or options["packing"].short
+        inputs, places = {"input_ids": rows.input_ids, **options}, rows.last if step.head == "scores" else read
+    if step.head == "logits" or (words and not head_is_linear(inner)):
+        return token_logprobs(model(**inputs).logits.flatten(0, 1).index_select(0, places).float(), read)
+    hidden = inner.base_model(**inputs).last_hidden_state.flatten(0, 1).index_select(0, places)
+    if words:
+        return head_logprobs(hidden, inner.get_output_embeddings().weight, read, chunk=CHUNK[device])[0]
+    with torch.autocast("cpu", enabled=False):
+        return score_head(inner)(hidden.float())
+
+
+def laid_out(step: Step, packed: bool) -> Rows | Tensor:
+    """Return the rows of a micro-batch, with real numbers."""
+    if step.width:
+        return torch.zeros(step.rows, step.width, dtype=torch.long)
+    prompts = [[i] * n for i, (n, responses) in enumerate(step.lengths) for _ in responses]
+    return make_rows(prompts, [[0] * n for _, responses in step.lengths for n in responses], 0, packed=packed)
+
+
+def faked(batch: Rows | Tensor, tokens: int | None):
+    """Return the same shapes without numbers; for Rows also a position for each response token."""
+
+    def empty(x: Tensor) -> Tensor:
+        return torch.empty(x.shape, dtype=x.dtype)
+
+    if isinstance(batch, Tensor):
+        return empty(batch)
+    parts = {f.name: empty(x) for f in fields(batch) if isinstance(x := getattr(batch, f.name), Tensor)}
+    return replace(batch, **parts), torch.empty(tokens, dtype=torch.long)
+
+
+def gathered_at_once(model: nn.Module) -> int:
+    """Return the bytes of whole weights that a sharded model holds at once during a pass.
+
+    They are the weights outside its layers, of one layer, and of the next one.
+    """
+    layers = list(map(size_of, layers_of(plain(model))))
+    return size_of(model) - sum(layers) + 2 * max(layers)
+
+
+def frozen_size(model: nn.Module, dtype: str) -> int:
+    """Return the bytes of a model if no weight trained and none were quantized."""
+    whole = castable(model) if dtype == "bfloat16" else []
+    packed = [layer for layer in model.modules() if isinstance(layer, Quantized)]
+    held = sum(p.nbytes for layer in packed for name, p in layer.named_parameters() if name != "bias")
+    floats = sum(layer.in_features * layer.out_features * WIDTH[dtype] for layer in packed)
+    return size_of(model) - sum(p.nbytes // 2 for p in whole if p.dtype == torch.float32) - held + floats
+
+
+def size_of(model: nn.Module) -> int:
+    """Return the bytes of a model's weights."""
+    return sum(p.nbytes for p in model.parameters())
+
+
+@contextlib.contextmanager
+def quiet():
+    """Suppress the warnings of peft and torch about tensors without numbers."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,84 @@
+"""Print the memory that each training stage needs of a device."""
+
+from typing import Any
+
+COLUMNS = ("weights", "moments", "kept", "step", "sampling")
+
+
+def print_memory(experiment: Any, console: Any = None, trust_remote_code: bool = False) -> int:
+    """Print a table of the memory that each training stage needs, and whether this machine has it.
+
+    Args:
+        experiment: The validated experiment.
+        console: A rich Console; by default the terminal.
+        trust_remote_code: Whether code that the model brings may run.
+
+    Returns:
+        The exit code, 0.
+    """
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from stages.shared.runtime import device_of
+    from stages.tools.memory import of_experiment
+
+    console, device = console or Console(), device_of(experiment)
+    table = Table("", *COLUMNS, "in all", box=None, padding=(0, 2, 0, 0))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    most = 0
+    with console.status("taking a step of each stage without data"):
+        for need in of_experiment(experiment, device, trust_remote_code):
+            sizes = [getattr(need, name) for name in COLUMNS]
+            table.add_row(need.stage, *[readable(size) for size in sizes], readable(need.most))
+            most = max(most, need.most)
+    console.print(table)
+    holder = "each GPU" if device == "cuda" else "each process on the CPU"
+    console.print(
+        f"\nThe most that {holder} will hold, with the longest rows that the settings allow. moments: of Adam; kept: "
+        f"averages and best weights; step: activations and gradients; sampling: the cache, and weights cast for it. "
+        f"Of step and sampling only the larger counts. Rankings from a file are taken to be pairs."
+    )
+    if experiment.ppo.rollout.engine == "vllm":
+        settings = experiment.launch.vllm
+        where = "this machine" if device == "cpu" else f"GPUs {settings.devices or 'of rank 0'}"
+        share = f"{settings.gpu_memory_utilization:.0%} of the memory of {where}"
+        console.print(f"vLLM takes {share} in addition, throughout ppo (launch.vllm.gpu_memory_utilization).")
+    warn_if_too_much(experiment, device, most, torch.cuda.is_available(), console)
+    return 0
+
+
+def warn_if_too_much(experiment: Any, device: str, most: int, has_gpu: bool, console: Any) -> None:
+    """Print a line if this machine has less memory than an experiment needs.
+
+    Args:
+        experiment: The validated experiment.
+        device: "cuda" or "cpu"; a GPU that this machine does not have is not checked.
+        most: The most bytes that a process needs.
+        has_gpu: Whether this machine has a GPU.
+        console: A rich Console.
+    """
+    import torch
+
+    from stages.tools.doctor_machine import memory_gb
+
+    if (device == "cuda") != has_gpu:
+        return
+    if has_gpu:
+        room = torch.cuda.mem_get_info()[1] / 1e9
+    else:
+        room = memory_gb()[0]
+        most *= experiment.launch.processes  # the processes share this machine's memory
+    if most > room * 1e9:
+        console.print(
+            f"{most / 1e9:.1f} GB are needed, and this machine has {room:.1f}: lower per_device_train_batch_size, or "
+            f"set model.gradient_checkpointing: true or model.peft: {{method: lora}}"
+        )
+
+
+def readable(size: int) -> str:
+    """Return a number of bytes for people; "" for none."""
+    if size >= 1e9:
+        return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e6:.0f} MB" if size else ""

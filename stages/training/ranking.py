@@ -1,0 +1,153 @@
+"""Train and evaluate a reward model on ranked prompt groups: its batches, loss and scores."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from data.groups import GroupBatch, Pair, PromptGroup, batch_groups
+from pipeline.launch import parallel
+from stages.evaluation.statistics import rights
+from stages.models.forward import response_scores, score_all
+from stages.models.sharding import is_sharded
+from stages.objectives.losses import plackett_luce_loss, ranking_loss
+from stages.settings.rm import RMSettings
+from stages.shared.runtime import Runtime
+from stages.training.batching import GroupBatches
+from stages.training.loop import Task
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A reward model, and how it computes."""
+
+    model: nn.Module
+    """The reward model."""
+    pad_id: int
+    """Id of the padding."""
+    runtime: Runtime
+    """How the stage computes."""
+
+    def scores(self, groups: Sequence[PromptGroup]) -> tuple[GroupBatch, Tensor]:
+        """Return the batch of some groups, and the scores (N,) of its responses."""
+        batch = batch_groups(groups, self.pad_id, packed=self.runtime.packed).to(self.runtime.accelerator.device)
+        with self.runtime.accelerator.autocast():
+            return batch, response_scores(self.model, batch.rows)
+
+    def score_all(self, prompts: Sequence, responses: Sequence, batch_size: int) -> Tensor:
+        """Return the score of each response, (N,).
+
+        Args:
+            prompts: Token ids of the prompt of each response.
+            responses: Token ids of each response.
+            batch_size: Responses of a forward pass.
+        """
+        options = {"pad_id": self.pad_id, "batch_size": batch_size, "accelerator": self.runtime.accelerator}
+        return score_all(self.model, prompts, responses, **options)
+
+
+def ranking_task(
+    config: RMSettings, scorer: Scorer, groups: list[PromptGroup], held: list[PromptGroup], order: list[int]
+) -> Task:
+    """Return the batches, the loss and the evaluation of a reward model.
+
+    Args:
+        config: The stage's settings.
+        scorer: The model.
+        groups: The groups to train on.
+        held: The held-out groups.
+        order: Indices of the groups of all batches.
+    """
+
+    def loss(rows: list[int], whole: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+        batch, scores = scorer.scores([groups[i] for i in rows])
+        value = loss_of(config, batch, scores, len(whole))
+        margins = (scores[batch.winners] - scores[batch.losers]).detach()
+        weight = len(rows) / len(whole)
+        return value, {
+            "loss": value.item(),
+            "accuracy": weight * batch.mean((margins > 0).float()),
+            "margin": weight * batch.mean(margins),
+        }
+
+    def evaluate_held_out(poll: Callable[[], None]) -> dict[str, float]:
+        margins, _, value = evaluate(config, scorer, held, poll)
+        return {"loss": value, "accuracy": float(rights(margins).mean()), "margin": sum(margins) / len(margins)}
+
+    batches = batches_of(config, scorer, groups)
+    return Task(
+        order=order,
+        batch_size=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        costs=batches.tokens,
+        cut=batches.to_train,
+        loss=loss,
+        evaluate=evaluate_held_out,
+    )
+
+
+def batches_of(config: RMSettings, scorer: Scorer, groups: list[PromptGroup]) -> GroupBatches:
+    """Return how batches of some groups are cut.
+
+    Args:
+        config: The stage's settings.
+        scorer: The model; it packs rows or not.
+        groups: The groups.
+    """
+    return GroupBatches(
+        groups, config.per_device_train_batch_size, config.per_device_train_tokens, scorer.runtime.packed
+    )
+
+
+def loss_of(c: RMSettings, batch: GroupBatch, scores: Tensor, prompts: int) -> Tensor:
+    """Compute the loss of a micro-batch, divided by the prompts of the whole batch.
+
+    Args:
+        c: The stage's settings.
+        batch: The micro-batch: pairs, choices and their weights.
+        scores: Score of each response, (N,).
+        prompts: Prompts of the batch.
+    """
+    if c.loss_type == "plackett_luce":
+        return plackett_luce_loss(scores, batch.winners, batch.losers, batch.choice, batch.choice_weights, prompts)
+    margins = c.margin_coef * batch.pair_margins
+    return ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights, prompts, margins, c.label_smoothing)
+
+
+@torch.no_grad()
+def evaluate(
+    config: RMSettings, scorer: Scorer, held: list[PromptGroup], poll: Callable[[], None] = lambda: None
+) -> tuple[list[float], list[tuple[int, Pair]], float]:
+    """Score all held-out responses, on all ranks together.
+
+    Args:
+        config: The stage's settings.
+        scorer: The model.
+        held: The held-out groups.
+        poll: Called between two forward passes; may raise Interrupted.
+
+    Returns:
+        For each pair, the score of the preferred response minus the other one's; of each pair, its
+        group's index and the pair itself; the mean loss of a prompt.
+    """
+    parts, costs = batches_of(config, scorer, held).to_evaluate()
+    spare = parts[0] if is_sharded(scorer.model) else None
+
+    def evaluate_part(rows: list[int]) -> tuple[list[float], float]:
+        poll()
+        batch, scores = scorer.scores([held[i] for i in rows])
+        margins = (scores[batch.winners] - scores[batch.losers]).tolist()
+        return margins, loss_of(config, batch, scores, len(held)).item()
+
+    def evaluate_own(own: list[list[int]]) -> list[tuple[list[float], float]]:
+        results = []
+        for rows, is_own in parallel.padded_micro_batches(own, spare):
+            result = evaluate_part(rows)
+            if is_own:
+                results.append(result)
+        return results
+
+    results = parallel.compute_and_all_gather(parts, costs, evaluate_own, idle=spare is not None)
+    margins = [margin for part_margins, _ in results for margin in part_margins]
+    owners = [(i, pair) for rows in parts for i in rows for pair in held[i].pairs()]
+    return margins, owners, sum(value for _, value in results)

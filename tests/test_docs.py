@@ -1,0 +1,75 @@
+"""Check the prose: links lead somewhere, the README is short, and what the pages show runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    path
+    for path in ROOT.rglob("*.md")
+    if not {".venv", ".vllm", "artifacts", "node_modules", ".pytest_cache"} & set(path.relative_to(ROOT).parts)
+)
+LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
+COMMAND = re.compile(r"^(?:\.venv/bin/)?rlhf (\w+)", re.MULTILINE)
+TARGET = re.compile(r"^make ([a-z-]+)", re.MULTILINE)
+
+
+def name_of(path: Path) -> str:
+    """Return a page's path from the root, for the ids of tests."""
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_link_leads_to_a_file(page):
+    text = page.read_text(encoding="utf-8")
+    missing = [link for link in LINK.findall(text) if "://" not in link and not (page.parent / link).exists()]
+    assert not missing, f"{name_of(page)} links to {missing}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_shown_command_exists(page):
+    """`make TARGET` is a target of the Makefile and `rlhf COMMAND` a command, wherever a block shows one."""
+    from pipeline import commands
+
+    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert not [name for name in TARGET.findall(blocks) if not re.search(rf"^{name}:", makefile, re.MULTILINE)]
+    assert not [name for name in COMMAND.findall(blocks) if name not in commands.COMMANDS]
+
+
+def test_the_readme_has_at_most_1500_words():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1500
+
+
+def shown_code(page: Path) -> dict[str, str]:
+    """Return the Python blocks of a page's sections, those of one section joined: {heading: code}."""
+    sections = re.split(r"^### ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    blocks = {
+        text.splitlines()[0]: re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL) for text in sections
+    }
+    return {heading: "\n".join(parts) for heading, parts in blocks.items() if parts}
+
+
+SHOWN = shown_code(ROOT / "CONTRIBUTING.md")
+
+
+@pytest.mark.parametrize("heading", SHOWN)
+def test_what_contributing_shows_runs(heading, tmp_path):
+    """In a process of its own and an empty folder, as a reader who pastes it."""
+    done = subprocess.run(
+        [sys.executable, "-c", SHOWN[heading]],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_contributing_shows_each_extension_point():
+    for kind in ("pair loss", "reward", "rollout engine", "data form", "stage"):
+        assert any(kind in heading for heading in SHOWN), kind
