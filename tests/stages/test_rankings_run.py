@@ -65,7 +65,7 @@ def peoples(chain, given, tmp_path_factory):
 
 class TestOfPeople:
     def test_all_rows_of_a_prompt_are_on_one_side(self, given, peoples):
-        """Prompts whose hash is below 0.3 are held out, whatever the labeler and the white space."""
+        """Prompts whose hash is below 0.3 are held out, whatever its white space."""
         train, held_out = both(peoples)
         key = lambda row: " ".join(row["prompt"].split())  # noqa: E731
         assert {row["id"] for row in held_out} == {
@@ -157,7 +157,7 @@ def simulated(chain, world, tmp_path_factory, name, **settings):
 
 @pytest.fixture(scope="module")
 def calm(chain, world, tmp_path_factory):
-    """Run with an agreement out of reach, so without noise; three labelers for a training prompt."""
+    """Run with an agreement out of reach, so without noise; three labelers per training prompt."""
     return simulated(chain, world, tmp_path_factory, "calm", agreement=0.999, labelers_per_prompt=3)
 
 
