@@ -9,8 +9,8 @@ the quick tests that should notice it in a new process.
     .venv/bin/python tests/mutants.py --file ppo --only 3
     .venv/bin/python tests/mutants.py --list
 
-For each mutant a line says whether it was noticed, and by which test first; the exit code is 1 if one
-LIVES. tests/test_mutants.py checks that every mutant still fits the code.
+For each mutant a line says whether it was noticed, and by which test first; the exit code is 1 if
+one LIVES. tests/test_mutants.py checks that every mutant still fits the code.
 """
 
 import argparse
@@ -959,7 +959,7 @@ def copy_tree(folder: Path) -> Path:
 
 
 def run_tests(tree: str, tests: tuple[str, ...], log: str) -> None:
-    """Run pytest on a tree, and exit with its code, or with 99 if it tested code of another tree."""
+    """Run pytest on a tree and exit with its code, or with 99 if it tested another tree's code."""
     os.chdir(tree)
     sys.path[:] = [tree, *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
     with open(log, "w", encoding="utf-8") as file:

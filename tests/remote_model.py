@@ -1,8 +1,8 @@
 """Write folders of tiny models that bring their own code.
 
 spread is a Llama with scaled embeddings: its sequence classification is in a file that only
-auto_map names, and its scale in a third one. alone is written without transformers' layers, as Baichuan is:
-its own attention, no sequence classification, no `generate`.
+auto_map names, and its scale in a third one. alone is written without transformers' layers, as
+Baichuan is: its own attention, no sequence classification, no `generate`.
 
 Each file of code appends its name to the file $TOY_RAN when it is imported.
 """

@@ -201,18 +201,15 @@ class TestBestOfN:
 @pytest.mark.parametrize("packed", [False, True])
 def test_log_ratios_as_one_reads_them_off_the_logits(packed):
     """evaluate's KL, which the sweeps take: each answer alone, token by token, against rows of several lengths."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from stages.evaluation.forms import Answer
     from stages.evaluation.measuring import log_ratios
     from stages.evaluation.tools import Policy
     from stages.models.loading import prepare
     from stages.models.packing import can_pack
     from stages.shared.runtime import make_accelerator
+    from tests.builders import tiny_causal
 
-    torch.manual_seed(0)
-    shape = LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    policy, reference = models = [prepare(LlamaForCausalLM(shape)) for _ in range(2)]
+    policy, reference = models = [prepare(tiny_causal("llama", seed)) for seed in (0, 1)]
     assert not packed or all([can_pack(model, 16) for model in models])
     prompts, responses = [[3, 4], [5], [6, 7, 8], [3, 4]], [[9, 2], [1, 1, 1, 2], [4], [2]]
     expected = []

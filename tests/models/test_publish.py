@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.tokenizer import train_tokenizer
 from stages.models.adapters import AdapterSettings, base_of, save_merged, with_adapter
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, save_model
 from stages.models.publish import dtype_of_folder, end_tokens, given_model, portable_tokenizer, with_old_positions
+from tests.builders import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(["the fox is red . what colour is the fox ?"] * 3, 300)
+    return tiny_tokenizer()
 
 
 def read_json(path):

@@ -8,7 +8,7 @@ import families
 import pytest
 import torch
 from chat_tokenizers import CHATML, KINDS, QWEN3, QWEN35, ZEPHYR, make
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from data.agreement import probe
 from data.documents import document_end
@@ -17,6 +17,7 @@ from data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from stages.models.loading import load_pretrained, save_model
 from stages.models.tokens import end_turns_with_eos, give_pad_token, settle_tokens
+from tests.builders import tiny_causal
 
 NOW = datetime(2026, 11, 29, 4, 5)
 ASKED = [{"role": "user", "content": "hello"}]
@@ -24,10 +25,7 @@ ASKED = [{"role": "user", "content": "hello"}]
 
 def model_for(tokenizer, rows=None, **options):
     """Return a random Llama with a row for each token, or with `rows` rows."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    ids = {"vocab_size": rows or len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-    return LlamaForCausalLM(LlamaConfig(**shape, **ids | options))
+    return tiny_causal("llama", 0, tokenizer, **{"vocab_size": rows or len(tokenizer), "pad_token_id": None, **options})
 
 
 def settled(tokenizer, model=None, **options):
@@ -296,7 +294,9 @@ class TestRows:
         """DeepSeek V4 also has a table of experts by token, which is not resized."""
         folder = families.build("deepseek_v4", tmp_path, "bos")
         model, tokenizer = load_pretrained(str(folder), attn_implementation="eager", trust_remote_code=False)
-        what = "the model has no row for <.pad.>, and a DeepseekV4ForCausalLM cannot be given one .*tid2eid also has a row"
+        what = (
+            "the model has no row for <.pad.>, and a DeepseekV4ForCausalLM cannot be given one .*tid2eid also has a row"
+        )
         with pytest.raises(UserError, match=f"^model.name_or_path: {what}"):
             settled(tokenizer, model)
         model, tokenizer = load_pretrained(str(folder), attn_implementation="eager", trust_remote_code=False)
