@@ -30,11 +30,11 @@ from pipeline.launch import parallel
 from pipeline.stage import StageRun
 from stages.evaluation.statistics import rights
 from stages.evaluation.trust import trust
-from stages.models.adapters import AdapterSettings, plain, with_adapter
+from stages.models.adapters import AdapterSettings, unwrapped, with_adapter
 from stages.models.families import is_own_head, off_the_gpu
 from stages.models.forward import response_scores
 from stages.models.loading import load_tokenizer, new_reward_model
-from stages.models.sharding import full, publishable
+from stages.models.sharding import gather_tensors, publishable
 from stages.settings.experiment import Experiment
 from stages.settings.policies import reward_models
 from stages.settings.rm import RMSettings
@@ -144,7 +144,7 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
         trusted.append(trust(member_margins, owners, held.groups, held.rankings, held.clusters))
         # 4 the bias: demonstrations score 0 on average
         bias = demonstration_mean(config, scorer, tokenizer, data.demonstrations, ctx.seed)
-        plain(model).config.reward_bias = bias
+        unwrapped(model).config.reward_bias = bias
         if is_new:
             members.figures[k]["reward_bias"] = bias
         if is_new and k == 0:
@@ -235,7 +235,7 @@ def save_members(session: Session, members: Members, k: int, steps: int, count: 
         steps: Steps of each model.
         count: Number of models.
     """
-    tensors = {name: full(group) for name, group in members.tensors.items()}
+    tensors = {name: gather_tensors(group) for name, group in members.tensors.items()}
     state = {"members": members.figures, "steps": steps}
     session.checkpoints.save((k + 1) * steps, tensors, state, count * steps)
 
@@ -368,7 +368,7 @@ def check_published_score(model: nn.Module, group: PromptGroup, pad_id: int) -> 
         UserError: The model's own logit minus reward_bias is another value.
     """
     response = next((r for r in group.responses if r), [])
-    inner = plain(model)
+    inner = unwrapped(model)
     with off_the_gpu(inner):
         ours = response_scores(model, make_rows([group.prompt], [response], pad_id)).item()
         inner.eval()
@@ -399,6 +399,6 @@ def publish(provenance: Provenance, model: nn.Module, tokenizer: Any, name: str,
         figures=figures,
         source=source,
         adapter=adapter_base(provenance, folder, source),
-        own_head=is_own_head(plain(model)),
+        own_head=is_own_head(unwrapped(model)),
     )
     publish_model(provenance, model, tokenizer, folder, card)

@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.stage import Source, StageRun
 from pipeline.store.checkpoints import Checkpoint
-from stages.models.adapters import AdapterSettings, trainable, with_adapter
+from stages.models.adapters import AdapterSettings, trainable_parameters, with_adapter
 from stages.models.loading import load_policy, load_tokenizer
 from stages.settings.experiment import Experiment
 from stages.settings.sft import SFTSettings
@@ -104,7 +104,7 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
         model, figures, weights = restore_policy(checkpoint, make)
     else:
         model, figures = train(task, optimization, config.schedule(steps), selection, phase)
-        weights = {name: p.detach() for name, p in trainable(model).items()}
+        weights = {name: p.detach() for name, p in trainable_parameters(model).items()}
     figures = {
         **figures,
         "rows": len(data.train),

@@ -92,9 +92,9 @@ def with_adapter(
         model = get_peft_model(model, config)
     except ValueError as error:  # no layer of that name, or of a kind the method does not support
         raise UserError(f"model.peft.target_modules: {' '.join(str(error).split())[:300]}") from error
-    refuse_tied(plain(model))
+    refuse_tied(unwrapped(model))
     if new_tokens:
-        check_token_rows(plain(model))
+        check_token_rows(unwrapped(model))
     return (model if dropout else without_dropout(model)).eval()
 
 
@@ -108,7 +108,7 @@ def refuse_tied(inner: nn.Module) -> None:
         UserError: There is such an adapter.
     """
     ends = (inner.get_input_embeddings(), inner.get_output_embeddings())
-    if None not in ends and inner.config.tie_word_embeddings and any(map(is_tuned, ends)):
+    if None not in ends and inner.config.tie_word_embeddings and any(map(has_adapter, ends)):
         raise UserError(
             f"model.peft.target_modules: names the embedding or the head of this {inner.config.model_type} model, and "
             f"both are one weight; leave it out"
@@ -157,7 +157,7 @@ def token_rows(inner: nn.Module, new_tokens: Sequence[int]) -> dict[str, list[in
 
 def trains_token_rows(model: nn.Module) -> bool:
     """Return whether single rows of the embedding or the head train (`token_rows`)."""
-    return is_adapted(model) and hasattr(plain(model).get_input_embeddings(), "token_adapter")
+    return is_adapted(model) and hasattr(unwrapped(model).get_input_embeddings(), "token_adapter")
 
 
 @torch.no_grad()
@@ -315,12 +315,12 @@ def is_adapted(model: nn.Module) -> bool:
     return hasattr(model, "merge_and_unload")
 
 
-def is_tuned(module: nn.Module) -> bool:
+def has_adapter(module: nn.Module) -> bool:
     """Return whether a layer has an adapter of peft."""
     return hasattr(module, "get_base_layer") and hasattr(module, "merge")
 
 
-def merged(model: nn.Module) -> nn.Module:
+def merge_adapter(model: nn.Module) -> nn.Module:
     """Return a plain transformers model with the adapter merged into its weights.
 
     This ends the adapter, so call it after training. A quantized model is first dequantized to the
@@ -328,12 +328,12 @@ def merged(model: nn.Module) -> nn.Module:
     weights (`sharding.publishable` on other ranks) has nothing to merge.
     """
     if not is_adapted(model) or not next(model.parameters()).numel():
-        return plain(model)
+        return unwrapped(model)
     dequantize(model)
     return model.merge_and_unload(safe_merge=True)
 
 
-def base_of(source: Path, folder: Path) -> tuple[str, None]:
+def name_of_base(source: Path, folder: Path) -> tuple[str, None]:
     """Return the name of an adapter's base model for adapter_config.json, and its revision (None).
 
     peft resolves a path from the working directory. Artifacts inside it, the default, are named
@@ -398,7 +398,7 @@ def save_merged(
     """
     if is_rank_zero():
         save_adapter(model, folder, base)
-        save_model(merged(model.cpu()), tokenizer, folder, card=card, **options)
+        save_model(merge_adapter(model.cpu()), tokenizer, folder, card=card, **options)
 
 
 def share_frozen(model: nn.Module, others: list, same: Callable[[Tensor, Tensor], bool] = torch.equal) -> None:
@@ -423,7 +423,7 @@ def share_frozen(model: nn.Module, others: list, same: Callable[[Tensor, Tensor]
 def _frozen(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield frozen parameters under their names in the unwrapped model."""
     for member in members(model):
-        for name, p in plain(member).named_parameters():
+        for name, p in unwrapped(member).named_parameters():
             if not p.requires_grad:
                 yield name.replace(".base_layer", ""), p
 
@@ -438,11 +438,11 @@ def adapter_off(model: nn.Module) -> Iterator[nn.Module]:
         yield model
 
 
-def plain(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """Return the transformers model inside a PeftModel; adapters in its layers stay active."""
     return model.get_base_model() if is_adapted(model) else model
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that train by name, in a fixed order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

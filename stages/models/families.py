@@ -111,7 +111,7 @@ def ordinary_ids(config: Any, count: int) -> list[int]:
 # ── Mixtures of experts ──────────────────────────────────────────────────────────────────────────
 
 
-def parts_of(config: Any) -> list:
+def config_parts(config: Any) -> list:
     """Return a configuration and, if there is one, that of the language model inside it."""
     text = config.get_text_config()
     return [config] if text is config else [config, text]
@@ -121,34 +121,36 @@ def silence_routers(model: nn.Module) -> None:
     """Turn off the output of routers' logits.
 
     They serve the term that balances experts, which fails if a batch is not the padded rows of a
-    training step. The original flag is kept for publication (`as_given`).
+    training step. The original flag is kept for publication (`original_routers`).
     """
     if "given_routers" not in model.__dict__:
-        model.__dict__["given_routers"] = [getattr(part, ROUTERS, None) for part in parts_of(model.config)]
-    for part in parts_of(model.config):
+        model.__dict__["given_routers"] = [getattr(part, ROUTERS, None) for part in config_parts(model.config)]
+    for part in config_parts(model.config):
         if getattr(part, ROUTERS, None):
             setattr(part, ROUTERS, False)
 
 
 @contextmanager
-def as_given(model: nn.Module) -> Iterator[None]:
+def original_routers(model: nn.Module) -> Iterator[None]:
     """Restore the original flag for routers' logits while the context lasts, for saving."""
     given = model.__dict__.get("given_routers", [])
-    for part, flag in zip(parts_of(model.config), given, strict=False):
+    for part, flag in zip(config_parts(model.config), given, strict=False):
         if flag:
             setattr(part, ROUTERS, flag)
     try:
         yield
     finally:
-        for part, flag in zip(parts_of(model.config), given, strict=False):
+        for part, flag in zip(config_parts(model.config), given, strict=False):
             if flag:
                 setattr(part, ROUTERS, False)
 
 
 @contextmanager
-def routing_kept(config: Any) -> Iterator[None]:
+def routing_restored(config: Any) -> Iterator[None]:
     """Restore the settings in ROUTING when the context ends."""
-    kept = [(part, name, getattr(part, name)) for part in parts_of(config) for name in ROUTING if hasattr(part, name)]
+    kept = [
+        (part, name, getattr(part, name)) for part in config_parts(config) for name in ROUTING if hasattr(part, name)
+    ]
     try:
         yield
     finally:
@@ -356,17 +358,17 @@ def family_problem(model: nn.Module) -> str | None:
         same = scalar.base_model_prefix == model.base_model_prefix and isinstance(
             scalar.base_model, type(model.base_model)
         )
-        if same and head_problem(grafted(scalar, model.base_model)) is None:
+        if same and head_problem(graft(scalar, model.base_model)) is None:
             return None
     try:
         with torch.device("meta"):
             scalar = scalar_class(model)._from_config(config)  # accepts a dtype that is still a name
     except Exception as error:  # a trunk's constructor may ask for anything
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return head_problem(grafted(scalar, model.base_model))
+    return head_problem(graft(scalar, model.base_model))
 
 
-def grafted(scalar: nn.Module, trunk: nn.Module) -> nn.Module:
+def graft(scalar: nn.Module, trunk: nn.Module) -> nn.Module:
     """Put a reward model from the meta device on a trunk with weights.
 
     Its other weights become random. The trunk is shared.

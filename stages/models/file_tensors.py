@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from stages.models.adapters import is_tuned, plain
+from stages.models.adapters import has_adapter, unwrapped
 from stages.models.quantized import Quantized, dequantize
-from stages.models.sharding import is_sharded, parts_of
+from stages.models.sharding import fsdp_modules, is_sharded
 
 
 @torch.no_grad()
@@ -19,14 +19,14 @@ def file_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     changed: a layer with an adapter is copied for the merge. All processes call this together for a
     sharded model, of which one decoder layer at a time is gathered.
     """
-    inner = plain(model)
+    inner = unwrapped(model)
     names = {module: name for name, module in inner.named_modules()}
-    parts = parts_of(inner) or [inner]
+    parts = fsdp_modules(inner) or [inner]
     for part in parts:
         if is_sharded(model):
             part.unshard()
         for module in own_modules(part, set(parts) - {part}):
-            for name, x in held(as_in_file(module)).items():
+            for name, x in own_tensors(as_in_file(module)).items():
                 yield f"{names[module]}.{name}".lstrip("."), x
         if is_sharded(model):
             part.reshard()
@@ -40,7 +40,7 @@ def own_modules(module: nn.Module, others: set[nn.Module]) -> Iterator[nn.Module
         others: Modules to leave out, with all below them.
     """
     yield module
-    if not is_tuned(module):
+    if not has_adapter(module):
         for child in module.children():
             if child not in others:
                 yield from own_modules(child, others)
@@ -51,17 +51,17 @@ def as_in_file(module: nn.Module) -> nn.Module:
 
     Layers that peft or `quantize` changed are copied, dequantized and merged.
     """
-    if is_tuned(module) or isinstance(module, Quantized):
+    if has_adapter(module) or isinstance(module, Quantized):
         holder = nn.ModuleList([copy.deepcopy(module)])
         dequantize(holder)
         module = holder[0]
-    if is_tuned(module):
+    if has_adapter(module):
         module.merge()
         module = module.get_base_layer()
     return module
 
 
-def held(module: nn.Module) -> dict[str, Tensor]:
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return a module's own weights, and the buffers of it that files contain."""
     passing = module._non_persistent_buffers_set
     buffers = {name: x for name, x in module.named_buffers(recurse=False) if name not in passing}
@@ -70,7 +70,7 @@ def held(module: nn.Module) -> dict[str, Tensor]:
 
 def tied_head(model: nn.Module) -> str | None:
     """Return the name of the head's weight if it is the embedding's, otherwise None."""
-    inner = plain(model)
+    inner = unwrapped(model)
     embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
     if head is None or head.weight is not embedding.weight:
         return None

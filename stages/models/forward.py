@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from data.groups import Rows, make_rows
-from stages.models.adapters import plain
+from stages.models.adapters import unwrapped
 from stages.models.ensemble import Ensemble
 from stages.models.families import off_the_gpu
 from stages.models.head import head_logprobs
 from stages.models.loading import score_head
 from stages.models.packing import trunk_options
-from stages.models.sharding import compute
+from stages.models.sharding import compute_gathered
 from stages.objectives.logprobs import entropy, token_logprobs
 
 LARGE = 200.0  # a logit that every cap changes (usual caps are 30 and 50)
@@ -43,10 +43,10 @@ def response_logprobs(model: nn.Module, rows: Rows, temperature: float = 1.0, wi
 
         def compute_logprobs() -> tuple[Tensor, Tensor | None]:
             hidden = _hidden(model, rows).index_select(0, index)
-            weight = plain(model).get_output_embeddings().weight
+            weight = unwrapped(model).get_output_embeddings().weight
             return head_logprobs(hidden, weight, ids, temperature, with_entropy)
 
-        logprobs, entropies = compute(model, compute_logprobs)
+        logprobs, entropies = compute_gathered(model, compute_logprobs)
     else:
         set_mode(model)
         logits = model(input_ids=rows.input_ids, **trunk_options(rows)).logits.flatten(0, 1)
@@ -71,10 +71,10 @@ def text_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
     if head_is_linear(model):
 
         def compute_logprobs() -> Tensor:
-            hidden = plain(model).base_model(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-            return head_logprobs(hidden, plain(model).get_output_embeddings().weight, targets.flatten())[0]
+            hidden = unwrapped(model).base_model(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+            return head_logprobs(hidden, unwrapped(model).get_output_embeddings().weight, targets.flatten())[0]
 
-        return compute(model, compute_logprobs).view_as(targets)
+        return compute_gathered(model, compute_logprobs).view_as(targets)
     return token_logprobs(model(input_ids=inputs, use_cache=False).logits, targets)
 
 
@@ -82,8 +82,10 @@ def next_logits(model: nn.Module, rows: Rows) -> Tensor:
     """Return the logits (B, V) of the token after each row."""
     set_mode(model)
     if head_is_linear(model):
-        inner = plain(model)
-        return compute(model, lambda: inner.get_output_embeddings()(_hidden(model, rows).index_select(0, rows.last)))
+        inner = unwrapped(model)
+        return compute_gathered(
+            model, lambda: inner.get_output_embeddings()(_hidden(model, rows).index_select(0, rows.last))
+        )
     return model(input_ids=rows.input_ids, **trunk_options(rows)).logits.flatten(0, 1).index_select(0, rows.last)
 
 
@@ -93,7 +95,7 @@ def response_values(model: nn.Module, rows: Rows) -> Tensor:
     reward_bias is subtracted, as from scores.
     """
     mask = rows.response_mask
-    values = compute(model, lambda: _head(model, _hidden(model, rows).index_select(0, rows.before[mask])))
+    values = compute_gathered(model, lambda: _head(model, _hidden(model, rows).index_select(0, rows.before[mask])))
     return _spread(values, mask)
 
 
@@ -101,7 +103,7 @@ def response_scores(model: nn.Module, rows: Rows) -> Tensor:
     """Return r(x, y) − reward_bias, (B,), read at the last real token of each response."""
     if isinstance(model, Ensemble):
         return model.combine([response_scores(member, rows) for member in model.members])
-    return compute(model, lambda: _head(model, _hidden(model, rows).index_select(0, rows.last)))
+    return compute_gathered(model, lambda: _head(model, _hidden(model, rows).index_select(0, rows.last)))
 
 
 @torch.no_grad()
@@ -155,7 +157,7 @@ def _spread(x: Tensor, mask: Tensor) -> Tensor:
 def _hidden(model: nn.Module, rows: Rows) -> Tensor:
     """Return the last hidden states of the model's trunk, (N·T, d)."""
     set_mode(model)
-    return plain(model).base_model(input_ids=rows.input_ids, **trunk_options(rows)).last_hidden_state.flatten(0, 1)
+    return unwrapped(model).base_model(input_ids=rows.input_ids, **trunk_options(rows)).last_hidden_state.flatten(0, 1)
 
 
 @torch.no_grad()
@@ -166,7 +168,7 @@ def head_is_linear(model: nn.Module) -> bool:
     model, on three tokens, with hidden states scaled up so far that a cap shows whatever the
     weights are.
     """
-    inner = plain(model)
+    inner = unwrapped(model)
     if not hasattr(inner, "_head_is_linear"):
         head = inner.get_output_embeddings()
         if type(head) is not torch.nn.Linear or head.bias is not None:
@@ -205,6 +207,6 @@ def _head(model: nn.Module, hidden: Tensor) -> Tensor:
 
     bf16 would round scores around 6 to steps of 0.03.
     """
-    bias = getattr(plain(model).config, "reward_bias", None) or 0.0
+    bias = getattr(unwrapped(model).config, "reward_bias", None) or 0.0
     with torch.autocast(hidden.device.type, enabled=False):
-        return score_head(plain(model))(hidden.float()).squeeze(-1) - bias
+        return score_head(unwrapped(model))(hidden.float()).squeeze(-1) - bias

@@ -21,8 +21,8 @@ from stages.models.families import (
     weightless_causal,
 )
 from stages.models.publish import save_model as save_model  # also imported from here
-from stages.models.remote_code import is_remote, read
-from stages.models.same_tokenizer import same_tokenizer, tokenizer_fingerprint  # noqa: F401 (also imported from here)
+from stages.models.remote_code import from_pretrained, is_remote
+from stages.models.same_tokenizer import check_same_tokenizer, tokenizer_fingerprint  # noqa: F401 (also imported from here)
 from stages.models.tokens import end_turns_with_eos as end_turns_with_eos  # also imported from here
 from stages.models.tokens import give_pad_token as give_pad_token
 
@@ -37,7 +37,7 @@ def load_policy(folder: Path, *, attn_implementation: str = "sdpa", trust_remote
     """
     from transformers import AutoModelForCausalLM
 
-    model = read(
+    model = from_pretrained(
         AutoModelForCausalLM,
         folder,
         dtype=torch.float32,
@@ -73,21 +73,21 @@ def new_reward_model(
         "use_safetensors": True,
         "trust_remote_code": trust_remote_code,
     }
-    config = read(AutoConfig, folder, trust_remote_code=trust_remote_code)
+    config = from_pretrained(AutoConfig, folder, trust_remote_code=trust_remote_code)
     if is_remote(config) or has_family_class(config):
-        model = prepare(read(AutoModelForSequenceClassification, folder, num_labels=1, **options))
-        if (problem := refill(model, seed)) is None:
+        model = prepare(from_pretrained(AutoModelForSequenceClassification, folder, num_labels=1, **options))
+        if (problem := draw_head(model, seed)) is None:
             return model
         if is_remote(model):
             raise UserError(f"{folder}: this model's code cannot be made a reward model ({problem}); use dpo")
-    model = prepare(own_scalar_model(folder, config, **options)[0])
-    if (problem := refill(model, seed)) is not None:
+    model = prepare(load_own_scalar_model(folder, config, **options)[0])
+    if (problem := draw_head(model, seed)) is not None:
         what = f"this {config.model_type} model cannot be made a reward model ({problem})"
         raise UserError(f"{folder}: {what}; use dpo, which needs none, or another family")
     return model
 
 
-def refill(model: nn.Module, seed: int) -> str | None:
+def draw_head(model: nn.Module, seed: int) -> str | None:
     """Draw the head of a new reward model again, from `seed`.
 
     Returns:
@@ -101,7 +101,7 @@ def refill(model: nn.Module, seed: int) -> str | None:
     return head_problem(model)
 
 
-def own_scalar_model(folder: Path, config: Any, **options: Any) -> tuple[nn.Module, dict]:
+def load_own_scalar_model(folder: Path, config: Any, **options: Any) -> tuple[nn.Module, dict]:
     """Load weights into the class of reward models that we build for a family of transformers.
 
     Args:
@@ -130,7 +130,7 @@ def scalar_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoConfig
 
-    config = read(AutoConfig, folder, trust_remote_code=trust_remote_code)
+    config = from_pretrained(AutoConfig, folder, trust_remote_code=trust_remote_code)
     kind = (config.architectures or ["?"])[0]
     if not kind.endswith("ForSequenceClassification") or config.num_labels != 1:
         raise UserError(
@@ -167,9 +167,9 @@ def load_scalar_model(folder: Path, *, attn_implementation: str = "sdpa", trust_
         "trust_remote_code": trust_remote_code,
     }
     if names_own_head(config, folder):
-        model, info = own_scalar_model(folder, config, **options)
+        model, info = load_own_scalar_model(folder, config, **options)
     else:
-        model, info = read(AutoModelForSequenceClassification, folder, output_loading_info=True, **options)
+        model, info = from_pretrained(AutoModelForSequenceClassification, folder, output_loading_info=True, **options)
     if info["missing_keys"]:
         raise UserError(
             f"{folder}: lacks the weights {sorted(info['missing_keys'])[:3]}, so its head would be "
@@ -187,7 +187,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Load a folder's tokenizer."""
     from transformers import AutoTokenizer
 
-    return read(AutoTokenizer, folder, trust_remote_code=trust_remote_code)
+    return from_pretrained(AutoTokenizer, folder, trust_remote_code=trust_remote_code)
 
 
 def prepare(model: nn.Module) -> nn.Module:
@@ -215,12 +215,12 @@ def without_dropout(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        _silence(module)
-    _silence(model.config)
+        _zero_dropout(module)
+    _zero_dropout(model.config)
     return model
 
 
-def _silence(owner: Any) -> None:
+def _zero_dropout(owner: Any) -> None:
     """Set every float of `owner` to 0 that is a probability of dropout or jitters a router.
 
     Families have various names for it (resid_pdrop, residual_dropout, layerdrop …) and read it in
@@ -323,11 +323,11 @@ def load_pretrained(
         path = name
     try:
         if "gguf_file" not in options:
-            refuse_kind(read(AutoConfig, path, **options), name)
-        tokenizer = read(AutoTokenizer, path, **options)
+            refuse_kind(from_pretrained(AutoConfig, path, **options), name)
+        tokenizer = from_pretrained(AutoTokenizer, path, **options)
         options_model = {} if "gguf_file" in options else {"use_safetensors": True}
         load = partial(
-            read,
+            from_pretrained,
             AutoModelForCausalLM,
             path,
             dtype=torch.float32,

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.groups import Rows, make_rows
-from stages.models.adapters import plain
+from stages.models.adapters import unwrapped
 from stages.models.ensemble import Ensemble
 from stages.models.families import cache_name
 
@@ -206,10 +206,10 @@ def can_pack(model: nn.Module, max_length: int) -> bool:
     """
     if isinstance(model, Ensemble):
         return all([can_pack(member, max_length) for member in model.members])
-    inner = plain(model)
-    if sees_less(inner.config, max_length):
+    inner = unwrapped(model)
+    if has_short_window(inner.config, max_length):
         return False
-    if packs(model):
+    if reads_packed_rows(model):
         return True
     if getattr(inner.config, "_attn_implementation", None) != "sdpa" or getattr(inner, "_cannot_pack", False):
         return False
@@ -224,7 +224,7 @@ def can_pack(model: nn.Module, max_length: int) -> bool:
     return works
 
 
-def sees_less(config: Any, length: int) -> bool:
+def has_short_window(config: Any, length: int) -> bool:
     """Return whether attention in some layer reaches back fewer than `length` tokens."""
     config = config.get_text_config()
     names = ["attention_chunk_size", "keep_window_size", "index_topk"]
@@ -242,9 +242,9 @@ def register(inner: nn.Module) -> None:
     inner.set_attn_implementation(NAME)
 
 
-def packs(model: nn.Module) -> bool:
+def reads_packed_rows(model: nn.Module) -> bool:
     """Return whether `can_pack` has made the model read packed rows."""
-    return getattr(plain(model).config, "_attn_implementation", None) == NAME
+    return getattr(unwrapped(model).config, "_attn_implementation", None) == NAME
 
 
 @torch.no_grad()

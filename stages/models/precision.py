@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from stages.models.adapters import is_adapted, plain
+from stages.models.adapters import is_adapted, unwrapped
 from stages.models.ensemble import members
 
 
@@ -30,7 +30,7 @@ def castable(model: nn.Module) -> list[nn.Parameter]:
     """
     if is_adapted(model) and any(getattr(c, "use_dora", False) for c in model.peft_config.values()):
         return []
-    inner = plain(model)
+    inner = unwrapped(model)
     apart = [inner.get_input_embeddings(), getattr(inner, "score", None), getattr(inner, "classifier", None)]
     kept = {id(p) for module in apart if module is not None for p in module.parameters()}
     linear = [module for module in inner.modules() if type(module) is nn.Linear]
@@ -44,9 +44,9 @@ def uncast(model: nn.Module, reload: Callable[[], nn.Module]) -> None:
         model: The model; changed.
         reload: Loads the model that it was made from, in float32.
     """
-    named = plain(model).named_parameters()
+    named = unwrapped(model).named_parameters()
     cast = [(name, p) for name, p in named if p.is_floating_point() and p.dtype != torch.float32]  # integers: quantized
     if cast:
-        known = {name.replace(".base_layer", ""): p for name, p in plain(reload()).named_parameters()}
+        known = {name.replace(".base_layer", ""): p for name, p in unwrapped(reload()).named_parameters()}
         for name, p in cast:
             p.data = known[name.replace(".base_layer", "")].data.to(p.device)

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from pipeline.launch.parallel import is_rank_zero
-from stages.models.families import as_given
-from stages.models.remote_code import is_remote, keep_code, read
+from stages.models.families import original_routers
+from stages.models.remote_code import from_pretrained, is_remote, keep_code
 
 # Old names of the entries of `rope_parameters` that are not rope_theta and partial_rotary_factor.
 ROPE_NAMES = {
@@ -70,7 +70,7 @@ def save_model(
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.use_cache = True
     weights = None if dtype is None else rounded(model, getattr(torch, dtype))
-    with generating(model, generation_config(model, tokenizer, temperature)), as_given(model):
+    with given_generation_config(model, generation_config(model, tokenizer, temperature)), original_routers(model):
         model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
     model.config.use_cache = False
     tokenizer.save_pretrained(folder)
@@ -154,7 +154,7 @@ def given_model(name: str, *, revision: str | None, trust_remote_code: bool) -> 
     folder = Path(name).expanduser()
     source = str(folder) if folder.is_dir() else name
     options = {} if revision is None else {"revision": revision}
-    config = read(AutoConfig, source, trust_remote_code=trust_remote_code, **options)
+    config = from_pretrained(AutoConfig, source, trust_remote_code=trust_remote_code, **options)
     text = config.get_text_config()
     named = str(config.dtype or text.dtype or (dtype_of_files(folder) if folder.is_dir() else None))
     dtype = named.removeprefix("torch.")
@@ -187,7 +187,7 @@ def dtype_of_folder(folder: Path) -> str | None:
 
 
 @contextmanager
-def generating(model: nn.Module, config: Any) -> Iterator[None]:
+def given_generation_config(model: nn.Module, config: Any) -> Iterator[None]:
     """Give the model another generation config while the context lasts (None: its own)."""
     held = getattr(model, "generation_config", None)
     if config is not None:

@@ -32,12 +32,12 @@ class Quantized(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's would allocate a float weight
         self.in_features, self.out_features, self.bits = layer.in_features, layer.out_features, bits
         self.bias = layer.bias
-        for name, x in packed(layer.weight.detach(), bits).items():
+        for name, x in quantized_tensors(layer.weight.detach(), bits).items():
             setattr(self, name, nn.Parameter(x, requires_grad=False))
 
     def dequantized(self) -> Tensor:
         """Return the weight, (out, in), in float32."""
-        functional = library()
+        functional = bitsandbytes_functions()
         if self.bits == 8:
             return functional.int8_vectorwise_dequant(self.weight, self.scales)
         known = {"absmax": self.scales, "code": self.code, "blocksize": SCALES}
@@ -73,7 +73,7 @@ class _Product(torch.autograd.Function):
 
 
 @torch.no_grad()
-def packed(weight: Tensor, bits: int) -> dict[str, Tensor]:
+def quantized_tensors(weight: Tensor, bits: int) -> dict[str, Tensor]:
     """Quantize a weight, on the device that it is on.
 
     Models are loaded on the CPU, so the bytes do not depend on the device that trains.
@@ -87,7 +87,7 @@ def packed(weight: Tensor, bits: int) -> dict[str, Tensor]:
         bits: `weight`, two values per byte in whole blocks; `absmax`, a byte for each BLOCK of
         them; `scales`, `offset` and the table `code` (256,), which turn absmax into floats.
     """
-    functional = library()
+    functional = bitsandbytes_functions()
     if bits == 8:
         whole, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
         return {"weight": whole, "scales": scales}
@@ -129,7 +129,7 @@ def dequantize(model: nn.Module) -> None:
         model.set_submodule(name, linear.train(layer.training))
 
 
-def library() -> Any:
+def bitsandbytes_functions() -> Any:
     """Return bitsandbytes' functions; raise UserError if it is not installed."""
     try:
         import bitsandbytes.functional as functional

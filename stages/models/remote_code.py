@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from stages.models.families import (
     HEAD_FILE,
     SCALAR,
-    grafted,
+    graft,
     head_problem,
     head_text,
     is_own_head,
@@ -31,7 +31,7 @@ from stages.models.families import (
 REMOTE = "transformers_modules."
 
 
-def read(auto: Any, name: str | Path, *, trust_remote_code: bool, where: str = "", **options: Any) -> Any:
+def from_pretrained(auto: Any, name: str | Path, *, trust_remote_code: bool, where: str = "", **options: Any) -> Any:
     """Return auto.from_pretrained(name, …).
 
     Args:
@@ -55,10 +55,10 @@ def read(auto: Any, name: str | Path, *, trust_remote_code: bool, where: str = "
         prefix = f"{where}: " if where else ""
         raise UserError(f"{prefix}{name} brings {code}, which was not run; {remedy}") from None
     finally:
-        forget(auto)
+        forget_remote_classes(auto)
 
 
-def forget(auto: Any) -> None:
+def forget_remote_classes(auto: Any) -> None:
     """Let the next load of a model with code be as the first.
 
     transformers remembers which model class came with a configuration class. It would use it for
@@ -184,12 +184,12 @@ def scalar_problem(model: nn.Module, folder: Path) -> str | None:
     if SCALAR not in config.auto_map:
         return "it brings no sequence classification"
     try:
-        with torch.device("meta"), unasked():
+        with torch.device("meta"), without_questions():
             scalar = AutoModelForSequenceClassification.from_config(config, trust_remote_code=True)
     except Exception as error:  # code of any kind
         return f"{type(error).__name__}: {error}"
     finally:
-        forget(AutoModelForSequenceClassification)
+        forget_remote_classes(AutoModelForSequenceClassification)
     kind = type(scalar).__name__
     if not kind.endswith("ForSequenceClassification"):
         return f"its sequence classification is a {kind}, and the name should end with ForSequenceClassification"
@@ -198,11 +198,11 @@ def scalar_problem(model: nn.Module, folder: Path) -> str | None:
     trunk = {name for name, _ in scalar.named_parameters() if not name.startswith("score.")}
     if missing := sorted(trunk - {name for name, _ in model.named_parameters()}):
         return f"{kind} has weights that {type(model).__name__} lacks ({missing[0]})"
-    return head_problem(grafted(scalar, model.base_model))
+    return head_problem(graft(scalar, model.base_model))
 
 
 @contextmanager
-def unasked() -> Iterator[None]:
+def without_questions() -> Iterator[None]:
     """Let transformers refuse code that is not allowed, without a question at the terminal.
 
     A class may itself load another one by name, without a setting for trust.

@@ -11,20 +11,20 @@ from safetensors import SafetensorError
 from torch import bfloat16, nn
 
 from pipeline.errors import UserError
-from stages.models.adapters import AdapterSettings, is_adapted, load_on_trunk, plain, share_frozen, with_adapter
+from stages.models.adapters import AdapterSettings, is_adapted, load_on_trunk, share_frozen, unwrapped, with_adapter
 from stages.models.ensemble import load_reward_model
 from stages.models.ensemble_folder import How
 from stages.models.forward import head_is_linear
-from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, same_tokenizer
+from stages.models.loading import check_same_tokenizer, load_policy, load_scalar_model, load_tokenizer
 from stages.models.packing import can_pack
 from stages.models.precision import cast_frozen
 from stages.models.same_tokenizer import fit_rows
-from stages.models.sharding import is_sharded, made_by_first, shard
+from stages.models.sharding import is_sharded, make_on_rank_zero, shard
 
 CACHED = 2**19  # numbers of hidden state; measured from 256 to 576 per token, tests/benchmarks/LOG.md
 
 
-def settled(make: Callable[[], nn.Module], accelerator: Any, max_length: int, sharded: bool) -> nn.Module:
+def make_on_device(make: Callable[[], nn.Module], accelerator: Any, max_length: int, sharded: bool) -> nn.Module:
     """Make a model and move it to where it computes, whole or as this process's shard.
 
     Args:
@@ -45,7 +45,7 @@ def settled(make: Callable[[], nn.Module], accelerator: Any, max_length: int, sh
 
     if not sharded:
         return prepared().to(accelerator.device)
-    model = made_by_first(prepared)
+    model = make_on_rank_zero(prepared)
     shard(model, accelerator.device)
     return model
 
@@ -77,7 +77,7 @@ class Roles:
 
     def most_tokens(self) -> int | None:
         """Return the most tokens that a micro-batch should have; see `most_tokens`."""
-        return most_tokens(plain(self.policy).config, self.accelerator.device.type)
+        return most_tokens(unwrapped(self.policy).config, self.accelerator.device.type)
 
     def spare(self) -> list[int] | None:
         """Return a micro-batch for passes whose result is not used; None without sharding.
@@ -166,7 +166,7 @@ def load_roles(folders: RoleFolders, accelerator: Any, adapter: AdapterSettings,
     def place(make: Callable[[], nn.Module]) -> nn.Module:
         # Shares with the models placed before, one at a time: the device never holds two trunks
         # more than it has to.
-        model = settled(make, accelerator, options.max_length, options.sharded)
+        model = make_on_device(make, accelerator, options.max_length, options.sharded)
         if not options.sharded:
             share_frozen(model, placed)
         placed.append(model)
@@ -174,11 +174,11 @@ def load_roles(folders: RoleFolders, accelerator: Any, adapter: AdapterSettings,
 
     def load_frozen(load: Callable, folder: NamedFolder) -> nn.Module:
         """Load a reward model, or an ensemble of them, that does not train."""
-        with blaming(folder.key, folder.path):
-            same_tokenizer(tokenizer, load_tokenizer(folder.path, **trust), str(folder.path))
+        with named_in_errors(folder.key, folder.path):
+            check_same_tokenizer(tokenizer, load_tokenizer(folder.path, **trust), str(folder.path))
 
         def load_member(path: Path) -> nn.Module:
-            with blaming(folder.key, folder.path):
+            with named_in_errors(folder.key, folder.path):
                 return fit_rows(load(path, **loading), ids).requires_grad_(False)
 
         return load_reward_model(folder.path, folders.ensemble, lambda path: place(partial(load_member, path)))
@@ -197,7 +197,7 @@ def load_roles(folders: RoleFolders, accelerator: Any, adapter: AdapterSettings,
         return load_policy(folders.policy, **loading)
 
     policy = place(lambda: with_adapter(load_start(), adapter, seed=options.policy_seed))
-    ids = plain(policy).get_input_embeddings().weight.shape[0]  # all that it can sample
+    ids = unwrapped(policy).get_input_embeddings().weight.shape[0]  # all that it can sample
     ref_policy = None if is_adapted(policy) else place(lambda: load_start().requires_grad_(False))
     reward_model = load_frozen(load_scalar, folders.reward_model)
     value_model = place(load_value_model)
@@ -210,7 +210,7 @@ def load_roles(folders: RoleFolders, accelerator: Any, adapter: AdapterSettings,
 
 
 @contextmanager
-def blaming(key: str, folder: Path) -> Iterator[None]:
+def named_in_errors(key: str, folder: Path) -> Iterator[None]:
     """Turn the errors of loading a reward model's folder into a UserError that names the setting.
 
     Args:

@@ -46,7 +46,7 @@ PIECES = 4096  # tokens of the vocabulary to compare on
 AT_ONCE = 32  # of them in a text
 
 
-def same_tokenizer(one: Any, other: Any, where: str) -> None:
+def check_same_tokenizer(one: Any, other: Any, where: str) -> None:
     """Check that two tokenizers make the same ids of texts and conversations.
 
     Args:
@@ -84,23 +84,23 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def difference_of(one: Any, other: Any) -> str | None:
     """Return the first difference that a text can show, in a few words, or None.
 
-    Arguments are those of `same_tokenizer`.
+    Arguments are those of `check_same_tokenizer`.
     """
     ours, theirs = one.get_vocab(), other.get_vocab()
     for token in ours.keys() & theirs.keys():
         if ours[token] != theirs[token]:
             moved = min((t for t in ours.keys() & theirs.keys() if ours[t] != theirs[t]), key=ours.get)
             return f"the token {moved!r} has id {theirs[moved]} there and {ours[moved]} here"
-    for text in probes(one, other):
+    for text in probe_texts(one, other):
         mine, its = (encode_response(t, text, finished=False) for t in (one, other))
         if mine != its:
-            return f"the text {shown(text)} becomes {named(other, its, mine)} there and {named(one, mine, its)} here"
+            return f"the text {shortened(text)} becomes {named_tokens(other, its, mine)} there and {named_tokens(one, mine, its)} here"
     if one.eos_token not in theirs:
         return f"answers end with {one.eos_token!r}, which it does not know"
     return template_difference(one, other)
 
 
-def probes(one: Any, other: Any) -> list[str]:
+def probe_texts(one: Any, other: Any) -> list[str]:
     """Return texts to compare two tokenizers on.
 
     They are TEXTS; every added token of either one, within a text; tokens that only one of them
@@ -125,24 +125,28 @@ def probes(one: Any, other: Any) -> list[str]:
 def template_difference(one: Any, other: Any) -> str | None:
     """Return where the chat templates write different ids, in a few words, or None.
 
-    Arguments are those of `probes`.
+    Arguments are those of `probe_texts`.
     """
     if other.chat_template is None:
         return "it has no chat template"
     for opens in (True, False):
-        for mine, its, asked in zip(written(one, opens), written_alike(other, one, opens), CONVERSATIONS, strict=True):
+        for mine, its, asked in zip(
+            template_ids(one, opens), template_ids_at_clock_of(other, one, opens), CONVERSATIONS, strict=True
+        ):
             if mine == its or (isinstance(mine, TemplateError) and isinstance(its, TemplateError)):
                 continue
             what = "a question" if len(asked) == 1 else f"{len(asked)} messages"
             texts = [
-                f"refuses {what}" if isinstance(found, TemplateError) else f"writes {named(tokenizer, found, rest)}"
+                f"refuses {what}"
+                if isinstance(found, TemplateError)
+                else f"writes {named_tokens(tokenizer, found, rest)}"
                 for tokenizer, found, rest in ((other, its, mine), (one, mine, its))
             ]
             return f"of {what}, its chat template {texts[0]}, and the policy's {texts[1]}"
     return None
 
 
-def written(tokenizer: Any, opens: bool) -> list:
+def template_ids(tokenizer: Any, opens: bool) -> list:
     """Return the ids of each of CONVERSATIONS, or the template's refusal.
 
     Args:
@@ -152,26 +156,26 @@ def written(tokenizer: Any, opens: bool) -> list:
     return list(render(tokenizer, CONVERSATIONS, tokenize=[True] * len(CONVERSATIONS), add_generation_prompt=opens))
 
 
-def written_alike(tokenizer: Any, one: Any, opens: bool) -> list:
-    """Return the result of `written` with the template's clock stopped as in the policy's template.
+def template_ids_at_clock_of(tokenizer: Any, one: Any, opens: bool) -> list:
+    """Return the result of `template_ids` with the template's clock stopped as in the policy's template.
 
     base stops the clock, which makes no difference to texts.
 
     Args:
         tokenizer: The other tokenizer.
         one: The policy's.
-        opens: As of `written`.
+        opens: As of `template_ids`.
     """
     kept = tokenizer.chat_template
     try:
         if isinstance(kept, str) and isinstance(one.chat_template, str):
             tokenizer.chat_template = with_clock_of(kept, one.chat_template)
-        return written(tokenizer, opens)
+        return template_ids(tokenizer, opens)
     finally:
         tokenizer.chat_template = kept
 
 
-def named(tokenizer: Any, ids: Sequence[int], other: Sequence[int]) -> str:
+def named_tokens(tokenizer: Any, ids: Sequence[int], other: Sequence[int]) -> str:
     """Return a few tokens, with their ids, from where two lists of ids differ.
 
     Args:
@@ -188,7 +192,7 @@ def named(tokenizer: Any, ids: Sequence[int], other: Sequence[int]) -> str:
     return " ".join(tokens) or "nothing more"
 
 
-def shown(text: str) -> str:
+def shortened(text: str) -> str:
     """Return a text in quotes, shortened to 40 characters."""
     return repr(text if len(text) <= 40 else text[:39] + "…")
 

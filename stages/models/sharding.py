@@ -3,8 +3,8 @@
 This is torch's FSDP2 (ZeRO-3). A forward pass through a sharded model all-gathers one decoder layer
 after the other, in all processes at once, so all must make the same number of passes
 (`parallel.padded_micro_batches`). The sampler's number of passes is not known beforehand, so it
-reads a copy that is gathered whole (`whole`). Only rank 0 reads models from disk: it makes them
-(`made_by_first`) and sends out the shards (`shard`).
+reads a copy that is gathered whole (`gathered`). Only rank 0 reads models from disk: it makes them
+(`make_on_rank_zero`) and sends out the shards (`shard`).
 """
 
 import copy
@@ -20,15 +20,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipeline.errors import UserError
 from pipeline.launch.parallel import from_rank_zero, is_rank_zero, rank_and_world_size
-from stages.models.adapters import plain
+from stages.models.adapters import unwrapped
 from stages.models.ensemble import members
-from stages.models.packing import packs, register
+from stages.models.packing import reads_packed_rows, register
 from stages.models.precision import castable, uncast
 
 Result = TypeVar("Result")
 
 
-def made_by_first(make: Callable[[], nn.Module]) -> nn.Module:
+def make_on_rank_zero(make: Callable[[], nn.Module]) -> nn.Module:
     """Make a model on rank 0, and on the other ranks the same model without its weights.
 
     Buffers and attributes are sent to the other ranks; `shard` sends the weights. Whatever make()
@@ -45,17 +45,17 @@ def made_by_first(make: Callable[[], nn.Module]) -> nn.Module:
     def described() -> bytes | None:
         made.append(make())
         try:
-            return pickle.dumps(skeleton_of(made[0]))
+            return pickle.dumps(without_weights(made[0]))
         except (pickle.PicklingError, AttributeError, TypeError):
             return None
 
     sent = from_rank_zero(described)
     if not made:
-        made.append(_unpacked(sent) or make())
+        made.append(_unpickled(sent) or make())
     return made[0]
 
 
-def _unpacked(sent: bytes | None) -> nn.Module | None:
+def _unpickled(sent: bytes | None) -> nn.Module | None:
     """Return the model that rank 0 described, or None if it cannot be described.
 
     Code that came with a model (trust_remote_code) may not be importable on this rank; then the
@@ -65,9 +65,9 @@ def _unpacked(sent: bytes | None) -> nn.Module | None:
         model = pickle.loads(sent or b"")
     except (EOFError, ImportError, AttributeError):
         return None
-    inner = plain(model)
+    inner = unwrapped(model)
     # The configuration names the attention function, which each process registers by itself.
-    if packs(model):
+    if reads_packed_rows(model):
         register(inner)
     else:
         inner.set_attn_implementation(inner.config._attn_implementation)
@@ -81,7 +81,7 @@ def shard(model: nn.Module, device: torch.device, *, mean: bool = False) -> None
     the model stays whole.
 
     Args:
-        model: Made by `made_by_first`; changed.
+        model: Made by `make_on_rank_zero`; changed.
         device: Where the shard goes.
         mean: Whether gradients are averaged over processes; otherwise they are summed.
     """
@@ -92,26 +92,26 @@ def shard(model: nn.Module, device: torch.device, *, mean: bool = False) -> None
         return
     mesh = dist.init_device_mesh(device.type, (rank_and_world_size()[1],))
     for member in members(model):
-        inner = plain(member)
+        inner = unwrapped(member)
         # By __dict__, so that it is no submodule, with parameters of its own.
-        member.__dict__["skeleton"] = skeleton_of(member).to(device)
-        for layer in layers_of(inner):
-            _hand_over(layer, device)
+        member.__dict__["skeleton"] = without_weights(member).to(device)
+        for layer in decoder_layers(inner):
+            _broadcast_weights(layer, device)
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-        _hand_over(inner, device)
+        _broadcast_weights(inner, device)
         # Resharded too: otherwise gathered weights would survive the loading of others.
         fully_shard(inner, mesh=mesh, reshard_after_forward=True)
-        # `compute` becomes a forward method to FSDP, which gathers the weights around each call.
+        # `compute_gathered` becomes a forward method to FSDP, which gathers the weights around each call.
         inner.__dict__["compute"] = lambda function: function()
         register_fsdp_forward_method(inner, "compute")
         if not mean:  # losses are divided by the global count already
-            for module in parts_of(inner):
+            for module in fsdp_modules(inner):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
 
 
 @torch.no_grad()
-def _hand_over(module: nn.Module, device: torch.device) -> None:
+def _broadcast_weights(module: nn.Module, device: torch.device) -> None:
     """Broadcast the weights of a module that are not sharded yet from rank 0."""
     weights = [p for p in module.parameters() if not isinstance(p, DTensor)]
     # Shapes and dtypes differ: other ranks have empty weights.
@@ -126,10 +126,10 @@ def is_sharded(model: nn.Module) -> bool:
     """Return whether a model is sharded."""
     from torch.distributed.fsdp import FSDPModule
 
-    return any(isinstance(plain(member), FSDPModule) for member in members(model))
+    return any(isinstance(unwrapped(member), FSDPModule) for member in members(model))
 
 
-def layers_of(inner: nn.Module) -> list[nn.Module]:
+def decoder_layers(inner: nn.Module) -> list[nn.Module]:
     """Return the decoder layers of a transformers model.
 
     Raises:
@@ -146,7 +146,7 @@ def layers_of(inner: nn.Module) -> list[nn.Module]:
     return [module for name, module in found.items() if not any(p in found for p in parents(name))]
 
 
-def parts_of(inner: nn.Module) -> list[nn.Module]:
+def fsdp_modules(inner: nn.Module) -> list[nn.Module]:
     """Return the modules that are all-gathered one at a time in a pass; [] without sharding.
 
     They are the decoder layers, and the model itself for its remaining weights.
@@ -156,7 +156,7 @@ def parts_of(inner: nn.Module) -> list[nn.Module]:
     return [module for module in inner.modules() if isinstance(module, FSDPModule)]
 
 
-def compute(model: nn.Module, function: Callable[[], Result]) -> Result:
+def compute_gathered(model: nn.Module, function: Callable[[], Result]) -> Result:
     """Call a function that reads weights of a model outside its forward pass.
 
     A sharded model's weights are gathered for the call, and their gradients are sharded again after
@@ -168,11 +168,11 @@ def compute(model: nn.Module, function: Callable[[], Result]) -> Result:
     """
     if not is_sharded(model):
         return function()
-    with casting_anew(next(model.parameters()).device.type):
-        return plain(model).compute(function)
+    with autocast_without_cache(next(model.parameters()).device.type):
+        return unwrapped(model).compute(function)
 
 
-def casting_anew(device: str) -> torch.autocast:
+def autocast_without_cache(device: str) -> torch.autocast:
     """Return autocast as it is set, but without its cache.
 
     The cache would keep a cast copy of every layer that was gathered.
@@ -181,18 +181,18 @@ def casting_anew(device: str) -> torch.autocast:
     return torch.autocast(device, dtype=dtype, enabled=casts, cache_enabled=False)
 
 
-def skeleton_of(model: nn.Module) -> nn.Module:
+def without_weights(model: nn.Module) -> nn.Module:
     """Return a copy of a model without its weights; it shares the configuration."""
-    inner = plain(model)
+    inner = unwrapped(model)
     known = {id(p): nn.Parameter(p.new_empty(0), requires_grad=p.requires_grad) for p in model.parameters()}
     copied = copy.deepcopy(model, known | {id(inner.config): inner.config})
-    for module in (copied, plain(copied)):
+    for module in (copied, unwrapped(copied)):
         module.__dict__.pop("forward", None)  # trl's, which is bound to the original model
     return copied
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[nn.Module]:
+def gathered(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the model with all its weights, for work that other processes do not follow.
 
     A sharded model is gathered into a copy, by all processes together, with linear layers in the
@@ -203,7 +203,7 @@ def whole(model: nn.Module) -> Iterator[nn.Module]:
         return
     inside = model.skeleton
     try:
-        _fill(inside, model, keep=True)
+        _gather_into(inside, model, keep=True)
         yield inside
     finally:
         for p in inside.parameters():
@@ -222,7 +222,7 @@ def publishable(model: nn.Module, reload: Callable[[], nn.Module] | None = None)
     """
     if is_sharded(model):
         inside = copy.deepcopy(model.skeleton).cpu()
-        _fill(inside, model, keep=is_rank_zero())
+        _gather_into(inside, model, keep=is_rank_zero())
         model = inside
     if is_rank_zero():
         model.cpu()
@@ -232,7 +232,7 @@ def publishable(model: nn.Module, reload: Callable[[], nn.Module] | None = None)
 
 
 @torch.no_grad()
-def _fill(inside: nn.Module, model: nn.Module, keep: bool) -> None:
+def _gather_into(inside: nn.Module, model: nn.Module, keep: bool) -> None:
     """Gather the weights of a sharded model into a copy without weights.
 
     Args:
@@ -251,7 +251,7 @@ def _fill(inside: nn.Module, model: nn.Module, keep: bool) -> None:
 
 
 @torch.no_grad()
-def full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def gather_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Gather tensors of sharded weights on the CPU, one at a time, by all processes together.
 
     Other tensors stay as they are. Ranks that do not save get empty tensors.
@@ -265,7 +265,7 @@ def full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def like(parameter: Tensor, x: Tensor) -> Tensor:
+def shard_like(parameter: Tensor, x: Tensor) -> Tensor:
     """Return a whole tensor sharded as `parameter` is; if that is not sharded, on its device."""
     if not isinstance(parameter, DTensor) or isinstance(x, DTensor):
         return x.to(parameter.device)
@@ -273,11 +273,11 @@ def like(parameter: Tensor, x: Tensor) -> Tensor:
     return distribute_tensor(x.to(parameter.device), mesh, placements, src_data_rank=None)
 
 
-def number(x: Tensor) -> float:
+def to_float(x: Tensor) -> float:
     """Return a scalar tensor as a float; it may be distributed over processes."""
     return float(x.full_tensor() if isinstance(x, DTensor) else x)
 
 
-def part(x: Tensor) -> Tensor:
+def local_shard(x: Tensor) -> Tensor:
     """Return the share of a tensor that this process holds."""
     return x.to_local() if isinstance(x, DTensor) else x

@@ -71,7 +71,7 @@ def settle_tokens(
     if given != tokenizer.eos_token:
         was = "and its tokenizer names no end token" if given is None else f"not with its tokenizer's {given}"
         lines.append(f"its chat template ends turns with {tokenizer.eos_token}, {was}: that is EOS from now on")
-    ends = settle_document_end(tokenizer, given, ids_that_end(model), model.get_input_embeddings().weight.shape[0])
+    ends = settle_document_end(tokenizer, given, end_ids(model), model.get_input_embeddings().weight.shape[0])
     if ends != tokenizer.eos_token:
         lines.append(f"documents end with {ends}, as in pretraining; turns with {tokenizer.eos_token}")
     padded = give_pad_token(tokenizer)
@@ -196,7 +196,7 @@ def give_pad_token(tokenizer: Any) -> str | None:
     return f"{NEW_PAD} is added"
 
 
-def ids_that_end(model: nn.Module) -> list[int]:
+def end_ids(model: nn.Module) -> list[int]:
     """Return the ids that a model's configurations name as ends, in order."""
     found: list[int] = []
     for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
@@ -257,7 +257,7 @@ def add_rows(model: nn.Module, tokenizer: Any) -> list[str]:
     torch.manual_seed(0)  # the new rows are random
     model.resize_token_embeddings(size)
     model.eval()
-    if (table := left_behind(model, before, size)) is not None:
+    if (table := unresized_table(model, before, size)) is not None:
         tokens = ", ".join(new[:8]) + ", \u2026" * (len(new) > 8)
         raise UserError(
             f"model.name_or_path: the model has no row for {tokens}, and a {type(model).__name__} cannot be given one "
@@ -267,7 +267,7 @@ def add_rows(model: nn.Module, tokenizer: Any) -> list[str]:
     return new
 
 
-def left_behind(model: nn.Module, before: int, after: int) -> str | None:
+def unresized_table(model: nn.Module, before: int, after: int) -> str | None:
     """Return the name of a tensor that transformers did not resize, or None.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from pipeline.launch import parallel
-from stages.models.adapters import is_adapted, plain
+from stages.models.adapters import is_adapted, unwrapped
 from stages.models.families import is_own_head
 from stages.models.roles import RoleFolders, Roles
 from stages.models.sharding import is_sharded, publishable
@@ -60,7 +60,7 @@ def publish_policy(publication: Publication, model: nn.Module, tokenizer: Any) -
         figures=publication.figures,
         source=publication.folders.policy,
         adapter=adapter_base(publication.provenance, folder, publication.folders.policy),
-        own_head=is_own_head(plain(model)),
+        own_head=is_own_head(unwrapped(model)),
         is_scalar=False,
     )
     publish_model(publication.provenance, model, tokenizer, folder, card, publication.temperature)
@@ -87,7 +87,7 @@ def publish_average(publication: Publication, roles: Roles, run: Run) -> None:
         use=ANSWER,
         source=publication.folders.policy,
         adapter=adapter_base(publication.provenance, folder, publication.folders.policy),
-        own_head=is_own_head(plain(model)),
+        own_head=is_own_head(unwrapped(model)),
         is_scalar=False,
     )
     publish_model(publication.provenance, model, roles.tokenizer, folder, card, publication.temperature)
@@ -105,7 +105,7 @@ def publish_value_model(publication: Publication, model: nn.Module, tokenizer: A
         what="PPO's value model",
         source=publication.folders.policy,
         adapter=base,
-        own_head=is_own_head(plain(model)),
+        own_head=is_own_head(unwrapped(model)),
         is_scalar=True,
     )
     publish_model(publication.provenance, model, tokenizer, folder, card)

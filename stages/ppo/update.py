@@ -8,7 +8,7 @@ from torch import Tensor
 
 from data.streams import derive_seed
 from pipeline.launch import parallel
-from stages.models.adapters import trainable
+from stages.models.adapters import trainable_parameters
 from stages.models.forward import response_logprobs, response_values, text_logprobs
 from stages.models.roles import Roles
 from stages.objectives.losses import policy_loss, value_loss
@@ -186,7 +186,7 @@ def ppo_gradients(roles: Roles, batch: Batch, index: list[int], options: UpdateO
         ):
             figures[key] = figures.get(key, 0.0) + figure.item()
     for model in (roles.policy, roles.value_model):
-        parallel.all_reduce_gradients(trainable(model).values())
+        parallel.all_reduce_gradients(trainable_parameters(model).values())
     return parallel.all_reduce_figures(figures)
 
 

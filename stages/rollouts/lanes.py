@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import ModelOutput
 
 from data.groups import make_rows
-from stages.models.adapters import plain
+from stages.models.adapters import unwrapped
 from stages.models.families import WHOLE_ROWS, cache_name
 from stages.models.forward import next_logits
 from stages.models.packing import trunk_options
@@ -133,7 +133,7 @@ class PackedLane:
         """Read the packed prompts; return the logits (B, V) after them."""
         rows, cache = self.rows, DynamicCache()
         # a trunk may pass on what it takes by **kwargs, and then names no cache of its own
-        self.cache_argument = cache_name(plain(self.model).base_model) or "past_key_values"
+        self.cache_argument = cache_name(unwrapped(self.model).base_model) or "past_key_values"
         options = trunk_options(rows) | {self.cache_argument: cache, "use_cache": True}
         hidden = self._trunk(rows.input_ids, options)[0].index_select(0, rows.last)
         lengths = rows.position_ids[0][rows.prompt_end] + 1
@@ -178,10 +178,10 @@ class PackedLane:
         return logits
 
     def _trunk(self, ids: Tensor, options: dict[str, Any]) -> Tensor:
-        return plain(self.model).base_model(input_ids=ids, **options).last_hidden_state
+        return unwrapped(self.model).base_model(input_ids=ids, **options).last_hidden_state
 
     def _head(self, hidden: Tensor) -> Tensor:
-        return plain(self.model).get_output_embeddings()(hidden).contiguous()
+        return unwrapped(self.model).get_output_embeddings()(hidden).contiguous()
 
 
 class RecordedLane(PackedLane):
@@ -244,7 +244,7 @@ class RecordedLane(PackedLane):
 
     def _record(self, end: int) -> bool:
         """Record a step; return whether this model's steps can be recorded."""
-        inner = plain(self.model)
+        inner = unwrapped(self.model)
         if not hasattr(inner, "_steps_can_be_recorded"):
             problem = self._synchronisation(end)
             inner._steps_can_be_recorded = problem is None
@@ -288,7 +288,7 @@ def lane_for(model: nn.Module, packed: bool) -> Callable[..., Lane]:
         model: A causal language model.
         packed: Whether it reads packed rows and its head is linear.
     """
-    inner = plain(model)
+    inner = unwrapped(model)
     if getattr(inner.config, WHOLE_ROWS, False) or (cache_name(inner) is None and not packed):
         return WholeLane
     if packed:
@@ -344,7 +344,7 @@ class PaddedLane:
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], response_length: int, pad_id: int):
         device, width = model.device, max(map(len, prompts))
         self.steady = False
-        self.model, self.cache_argument = model, cache_name(plain(model))
+        self.model, self.cache_argument = model, cache_name(unwrapped(model))
         self.drops_rows: bool | None = None  # not known before the first row is to leave
         self.ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
         self.mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=device)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from pipeline.launch import parallel
 from stages.models.forward import head_is_linear
 from stages.models.head import dot
-from stages.models.packing import packs
-from stages.models.sharding import whole
+from stages.models.packing import reads_packed_rows
+from stages.models.sharding import gathered
 from stages.rollouts.engine import EngineSpec, Sampled, SampleRequest
 from stages.rollouts.lanes import Lane, lane_for
 
@@ -72,7 +72,7 @@ class TransformersEngine:
             batch_size=self.spec.batch_size,
         )
         # a sharded policy is gathered once, not layer by layer at each token
-        with self.spec.autocast(), whole(self.model) as policy:
+        with self.spec.autocast(), gathered(self.model) as policy:
 
             def sample_some(index: list[int]) -> Sampled:
                 prompts = [request.prompts[i] for i in index]
@@ -170,7 +170,7 @@ def sample_with_logprobs(
     responses: list[list[int]] = [[] for _ in prompts]
     logprobs = torch.zeros(len(prompts), decoding.response_length, device=model.device)
     entropy = torch.zeros_like(logprobs)
-    make_lane = lane_for(model, packs(model) and head_is_linear(model))
+    make_lane = lane_for(model, reads_packed_rows(model) and head_is_linear(model))
     for start in range(0, len(order), decoding.batch_size):
         chosen = order[start : start + decoding.batch_size]
         uniforms = torch.stack([_uniforms(seeds[i], decoding.response_length) for i in chosen]).to(model.device)

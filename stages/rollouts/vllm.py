@@ -28,7 +28,7 @@ from torch import nn
 from data.streams import derive_seed
 from pipeline.errors import UserError
 from pipeline.launch import parallel
-from stages.models.adapters import plain
+from stages.models.adapters import unwrapped
 from stages.models.file_tensors import file_tensors, tied_head
 from stages.rollouts.engine import EngineLost, EngineSpec, Sampled, SampleRequest
 
@@ -122,12 +122,12 @@ class Vllm:
         """
         options = self.options
         names = {name for name, _ in file_tensors(model)} - {tied_head(model)}
-        model_type = plain(model).config.model_type
+        model_type = unwrapped(model).config.model_type
         parallel.from_rank_zero(lambda: refuse_other_names(names, options.model, model_type))
         parallel.from_rank_zero(self._launch)
         # vLLM 0.32 copies a head that is the embedding once, and does not update it with the
         # embedding
-        embedding = plain(model).get_input_embeddings().weight
+        embedding = unwrapped(model).get_input_embeddings().weight
         self.unties_head = tied_head(model) is not None and embedding.requires_grad
         arguments = {"dtype": options.dtype} | options.arguments
         if self.unties_head:

@@ -8,7 +8,7 @@ from torch import nn
 
 from pipeline.store.files import free_bytes, human_bytes
 from stages.models.adalora import triplets_of
-from stages.models.adapters import is_adapted, plain, trainable
+from stages.models.adapters import is_adapted, trainable_parameters, unwrapped
 from stages.shared.provenance import Provenance
 from stages.shared.publishing import publish_dtype
 from stages.training.session import Session
@@ -54,7 +54,7 @@ def written(
         copies: How often each of `published` is published (an ensemble, a second start).
         bytes_per_weight: Bytes of a published weight; weights that train are float32.
     """
-    models = sum(copies * (_weights(plain(m)) * bytes_per_weight + _adapter_bytes(m)) for m in published)
+    models = sum(copies * (_weights(unwrapped(m)) * bytes_per_weight + _adapter_bytes(m)) for m in published)
     sizes = [_trained_bytes(m) for m in trained]
     times = [5 if triplets_of(m) else 3 for m in trained]
     checkpoint = sum(n * size for n, size in zip(times, sizes, strict=True)) + sets * sizes[0]
@@ -74,7 +74,7 @@ def _weights_in(parameter: nn.Parameter) -> int:
 
 def _trained_bytes(model: nn.Module) -> int:
     """Return the bytes of the weights that train, in float32."""
-    return sum(4 * p.numel() for p in trainable(model).values())
+    return sum(4 * p.numel() for p in trainable_parameters(model).values())
 
 
 def _adapter_bytes(model: nn.Module) -> int:

@@ -69,7 +69,7 @@ def adapter_base(provenance: Provenance, folder: Path, source: Path) -> tuple[st
     Returns:
         A Hub id and its commit, or a path and None; None where no adapter is trained.
     """
-    from stages.models.adapters import base_of
+    from stages.models.adapters import name_of_base
 
     peft = provenance.model.peft
     if peft is None or peft.method == "bitfit":
@@ -79,4 +79,4 @@ def adapter_base(provenance: Provenance, folder: Path, source: Path) -> tuple[st
     if is_base and base["metrics"].get("same_rows_as_given") and name is not None and is_hub_id(name):
         return name, base["config"]["model"].get("revision")
     artifact = next(iter(provenance.inputs.values())).parent / provenance.stage  # where the folder will be moved
-    return base_of(source, artifact / folder.relative_to(provenance.publish))
+    return name_of_base(source, artifact / folder.relative_to(provenance.publish))

@@ -166,9 +166,9 @@ def place_model(make: Callable[[], Any], runtime: Runtime, max_length: int) -> A
         runtime: How the stage computes, with its accelerator.
         max_length: The longest row, in tokens.
     """
-    from stages.models.roles import settled
+    from stages.models.roles import make_on_device
 
-    model = settled(make, runtime.accelerator, max_length, runtime.sharded)
+    model = make_on_device(make, runtime.accelerator, max_length, runtime.sharded)
     if runtime.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model

@@ -43,7 +43,7 @@ def show_samples(
     if response_length == 0:
         return []
     from data.encode import decode_response, encode_prompt
-    from stages.models.sharding import whole
+    from stages.models.sharding import gathered
     from stages.rollouts.transformers import sample
 
     context = context_of(model.config.to_dict()) or 10**9
@@ -52,7 +52,7 @@ def show_samples(
     if not fitting:
         return []
     prompts, ids = zip(*fitting, strict=True)
-    with whole(model) as reader:
+    with gathered(model) as reader:
         responses = sample(
             reader,
             ids,

@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from stages.models.adapters import AdapterSettings
 from stages.models.ensemble_folder import others_of
 from stages.models.loading import packaged_gguf, scratch_config
-from stages.models.remote_code import SCALAR, is_remote, read
+from stages.models.remote_code import SCALAR, from_pretrained, is_remote
 from stages.models.roles import most_tokens
 from stages.settings.policies import reward_models
 from stages.settings.training import batch_of_each
@@ -190,7 +190,9 @@ def model_config(m, trust_remote_code: bool = False):
         path = str(local_folder(m.name_or_path) or m.name_or_path)
         options = {} if m.revision is None else {"revision": m.revision}
     try:
-        config = read(AutoConfig, path, where="model.name_or_path", trust_remote_code=trust_remote_code, **options)
+        config = from_pretrained(
+            AutoConfig, path, where="model.name_or_path", trust_remote_code=trust_remote_code, **options
+        )
     except UserError:
         raise
     except (OSError, ValueError) as problem:

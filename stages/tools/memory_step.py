@@ -17,15 +17,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data.groups import Rows, make_rows
-from stages.models.adapters import AdapterSettings, is_adapted, plain, share_frozen, trainable, with_adapter
+from stages.models.adapters import (
+    AdapterSettings,
+    is_adapted,
+    share_frozen,
+    trainable_parameters,
+    unwrapped,
+    with_adapter,
+)
 from stages.models.families import has_family_class, name_trunk, scalar_class, weightless_causal
 from stages.models.head import CHUNK, head_logprobs
 from stages.models.loading import score_head, without_dropout
-from stages.models.packing import register, sees_less, trunk_options
+from stages.models.packing import has_short_window, register, trunk_options
 from stages.models.precision import cast_frozen, castable
 from stages.models.quantized import Quantized
-from stages.models.remote_code import forget, is_remote
-from stages.models.sharding import layers_of
+from stages.models.remote_code import forget_remote_classes, is_remote
+from stages.models.sharding import decoder_layers
 from stages.objectives.logprobs import token_logprobs
 from stages.training.trainee import make_trainee
 
@@ -132,7 +139,7 @@ def take_step(
             end.
     """
     longest = max([step.width for step in steps] + [p + max(rs) for step in steps for p, rs in step.lengths])
-    packed = attention == "sdpa" and not sees_less(config, longest)
+    packed = attention == "sdpa" and not has_short_window(config, longest)
     real = [laid_out(step, packed) for step in steps]  # how rows are packed depends on their contents
     read = [None if isinstance(x, Tensor) else int(x.lengths.sum()) for x in real]
     with quiet():
@@ -141,12 +148,12 @@ def take_step(
         models: dict[str, nn.Module] = {}
         for name, model in made.items():
             model.to_empty(device="cpu")
-            plain(model).tie_weights()
+            unwrapped(model).tie_weights()
             if dtype == "bfloat16":
                 cast_frozen(model, torch.bfloat16)
             if parts == 1:
                 share_frozen(model, list(models.values()), same=lambda *_: True)
-            for p in (p for layer in layers_of(plain(model)) for p in layer.parameters() if parts > 1):
+            for p in (p for layer in decoder_layers(unwrapped(model)) for p in layer.parameters() if parts > 1):
                 if p.requires_grad:
                     p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
             models[name] = model
@@ -161,7 +168,7 @@ def take_step(
                         continue
                     model = models[step.model]
                     if (head, turn) == ("text", 0):  # PPO keeps its own gradient aside while it computes the text's
-                        apart += [p.grad for p in trainable(model).values()]
+                        apart += [p.grad for p in trainable_parameters(model).values()]
                         model.zero_grad(set_to_none=True)
                     casts = {"enabled": dtype == "bfloat16", "cache_enabled": parts == 1}
                     with torch.autocast("cpu", torch.bfloat16, **casts):
@@ -174,7 +181,7 @@ def take_step(
             for trainee in trainees:
                 trainee.optimizer.step()
                 trainee.optimizer.zero_grad(set_to_none=True)
-        trains = {name: sum(p.nbytes for p in trainable(model).values()) for name, model in models.items()}
+        trains = {name: sum(p.nbytes for p in trainable_parameters(model).values()) for name, model in models.items()}
         aside = sum(trains[step.model] for step in steps if step.head == "text" and len(steps) > 1)
         step, moments = live.most - before, before - weights
         if parts > 1:  # shards of gradients, of PPO and of the text; Adam has no moments yet
@@ -236,7 +243,7 @@ def make(config, name: str, adapter: AdapterSettings, checkpointing: bool, atten
         else:
             model = kind.from_config(config, **options)
         name_trunk(without_dropout(model))
-        forget(kind)
+        forget_remote_classes(kind)
         if packed:
             register(model)
         if checkpointing:
@@ -268,7 +275,7 @@ def forward(model, step: Step, batch, device: str) -> Tensor:
         batch: Its rows, from `faked`.
         device: "cpu" or "cuda".
     """
-    inner, words = plain(model), step.head in ("text", "logits", "logprobs")
+    inner, words = unwrapped(model), step.head in ("text", "logits", "logprobs")
     if step.width:
         inputs, read = {"input_ids": batch[:, :-1], "use_cache": False}, batch[:, 1:].flatten()
         places = torch.empty(read.shape, dtype=torch.long)
@@ -312,7 +319,7 @@ def gathered_at_once(model: nn.Module) -> int:
 
     They are the weights outside its layers, of one layer, and of the next one.
     """
-    layers = list(map(size_of, layers_of(plain(model))))
+    layers = list(map(size_of, decoder_layers(unwrapped(model))))
     return size_of(model) - sum(layers) + 2 * max(layers)
 
 

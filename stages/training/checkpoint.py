@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.store.checkpoints import Checkpoint
-from stages.models.sharding import full, is_sharded, like
+from stages.models.sharding import gather_tensors, is_sharded, shard_like
 from stages.training.selection import Best
 from stages.training.session import Session
 from stages.training.trainee import Average, Trainee, parameter_groups
@@ -59,7 +59,7 @@ def save_checkpoint(session: Session, step: int, total: int, training: TrainingS
     # check the disk before all-gathering shards, which takes a while
     if any(is_sharded(trainee.model) for trainee in training.trainees) and parallel.is_rank_zero():
         session.checkpoints.require_space(sum(x.nbytes for group in tensors.values() for x in group.values()))
-    session.checkpoints.save(step, {name: full(group) for name, group in tensors.items()}, state, total)
+    session.checkpoints.save(step, {name: gather_tensors(group) for name, group in tensors.items()}, state, total)
 
 
 def load_checkpoint(session: Session, training: TrainingState, total: int, first: int = 0) -> tuple[int, dict]:
@@ -96,7 +96,9 @@ def load_checkpoint(session: Session, training: TrainingState, total: int, first
     if average is not None and average.decay is not None:
         if (checkpoint.path / "average.safetensors").is_file():
             parameters = training.trainees[0].parameters
-            average.tensors = {name: like(parameters[name], x) for name, x in checkpoint.tensors("average").items()}
+            average.tensors = {
+                name: shard_like(parameters[name], x) for name, x in checkpoint.tensors("average").items()
+            }
         else:  # no average was asked for until now: it starts here
             average.start(training.trainees[0])
     return checkpoint.step - first, checkpoint.state
@@ -160,7 +162,7 @@ def shard_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str,
     for key, x in tensors.items():
         parameter = parameters[int(key.split(".")[0])]
         is_shard = isinstance(parameter, DTensor) and x.dim()  # a scalar is the same on all ranks
-        sharded[key] = like(parameter, x) if is_shard else x
+        sharded[key] = shard_like(parameter, x) if is_shard else x
     return sharded
 
 

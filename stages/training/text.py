@@ -19,10 +19,10 @@ from pipeline.errors import Interrupted, UserError
 from pipeline.launch import parallel
 from pipeline.store.checkpoints import Checkpoint
 from stages.models.adalora import adamw_for
-from stages.models.adapters import is_adapted, plain, trains_token_rows
-from stages.models.families import has_routers, routing_kept
+from stages.models.adapters import is_adapted, trains_token_rows, unwrapped
+from stages.models.families import has_routers, routing_restored
 from stages.models.precision import cast_frozen
-from stages.models.sharding import is_sharded, made_by_first, publishable
+from stages.models.sharding import is_sharded, make_on_rank_zero, publishable
 from stages.objectives.losses import language_model_loss
 from stages.settings.training import batch_of_each
 from stages.shared.runtime import Runtime
@@ -136,7 +136,7 @@ def train_language_model(
         shutil.rmtree(scratch, ignore_errors=True)
     steps, order = schedule.total, task.order(schedule.total, derive_seed(session.seed, session.stage))
     arguments = trainer_arguments(session, runtime, task, optimization, steps, scratch)
-    model = made_by_first(make) if runtime.sharded else make()
+    model = make_on_rank_zero(make) if runtime.sharded else make()
     trainer = make_trainer(
         model, arguments, tokenizer, [task.train_rows[i] for i in order], runtime.sharded, optimization
     )
@@ -168,7 +168,7 @@ def train_language_model(
         weights_of(trainer.model).load(hooks.best.tensors)
     loss = hooks.held_out_loss(trainer.model, lambda: False)
     model = publishable(trainer.accelerator.unwrap_model(trainer.model), make).eval()
-    plain(model).config.use_cache = False
+    unwrapped(model).config.use_cache = False
     return model, {"loss": loss, "perplexity": perplexity_of(loss), "best_step": hooks.best.step, "steps": step}
 
 
@@ -242,7 +242,7 @@ def make_trainer(
     from trl import SFTTrainer
 
     if optimization.router_aux_loss_coef and not has_routers(model.config):
-        raise UserError(no_routers(type(plain(model)).__name__))
+        raise UserError(no_routers(type(unwrapped(model)).__name__))
     trainer_class = SFTTrainer
     if sharded:
         trainer_class = with_sharding(trainer_class)
@@ -252,7 +252,7 @@ def make_trainer(
     if len(tokenizer) <= SMALL_VOCABULARY or trains_token_rows(model):
         trainer_class = with_plain_loss(trainer_class)
     # trl writes routing settings into the model's config: they must not get into the artifact
-    with routing_kept(model.config):
+    with routing_restored(model.config):
         trainer = trainer_class(
             model=model, args=arguments, processing_class=tokenizer, train_dataset=Dataset.from_list(rows)
         )

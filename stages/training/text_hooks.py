@@ -15,8 +15,8 @@ from data.streams import derive_seed
 from pipeline.errors import Interrupted
 from pipeline.launch import parallel
 from stages.models.adalora import triplets_of
-from stages.models.adapters import trainable
-from stages.models.sharding import full
+from stages.models.adapters import trainable_parameters
+from stages.models.sharding import gather_tensors
 from stages.training.loop import Phase
 from stages.training.schedule import Schedule
 from stages.training.selection import Best
@@ -164,7 +164,7 @@ class TextHooks:
         It holds the weights that train and AdamW's two moments (and AdaLoRA's two averages).
         """
         times = 5 if triplets_of(model) else 3
-        self.session.checkpoints.require_space(times * sum(p.nbytes for p in trainable(model).values()))
+        self.session.checkpoints.require_space(times * sum(p.nbytes for p in trainable_parameters(model).values()))
 
     def after_save(self, args: Any, state: Any) -> None:
         """Move the folder that transformers wrote into our store of checkpoints."""
@@ -173,7 +173,7 @@ class TextHooks:
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
         tensors = dict(self.phase.tensors)
         if self.best.tensors:
-            tensors["best"] = full(self.best.tensors)
+            tensors["best"] = gather_tensors(self.best.tensors)
         saved_state = self.phase.state | {"best": self.best.state()} | self.pending.state()
         self.session.checkpoints.adopt(folder, self.stage_step(state), self.total, saved_state, tensors)
 
@@ -209,4 +209,4 @@ class TextHooks:
 
 def weights_of(model: nn.Module) -> Trainee:
     """Return a view of the weights that train, without an optimizer."""
-    return Trainee("model", model, trainable(model), None, 0.0)
+    return Trainee("model", model, trainable_parameters(model), None, 0.0)

@@ -12,8 +12,8 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.launch import parallel
-from stages.models.adapters import plain
-from stages.models.sharding import full, is_sharded, publishable, shard
+from stages.models.adapters import unwrapped
+from stages.models.sharding import gather_tensors, is_sharded, publishable, shard
 from stages.objectives.losses import language_model_loss
 from stages.training.checkpoint import keep_optimizer_settings, shard_optimizer_tensors
 
@@ -40,7 +40,7 @@ def with_plain_loss(trainer_class: type) -> type:
                 loss = loss * self.accelerator.num_processes
             if self.aux_loss_enabled:  # averaged over micro-batches, as trl does
                 if out.aux_loss is None:
-                    raise UserError(no_routers(type(plain(self.model)).__name__))
+                    raise UserError(no_routers(type(unwrapped(self.model)).__name__))
                 parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
                 loss = loss + self.router_aux_loss_coef * out.aux_loss / parts
             return loss
@@ -122,7 +122,7 @@ def with_sharding(trainer_class: type) -> type:
 
         def _save_optimizer_and_scheduler(self, output_dir):
             state = self.optimizer.state_dict()
-            state["state"] = {index: full(tensors) for index, tensors in state["state"].items()}
+            state["state"] = {index: gather_tensors(tensors) for index, tensors in state["state"].items()}
             optimizer, self.optimizer = self.optimizer, _WithState(state)
             super()._save_optimizer_and_scheduler(output_dir)  # writes on rank 0 only
             self.optimizer = optimizer

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 from pipeline.errors import TrainingStopped, UserError
 from pipeline.launch import parallel
 from stages.models.adalora import adamw_for
-from stages.models.adapters import trainable
-from stages.models.sharding import like, number, part
+from stages.models.adapters import trainable_parameters
+from stages.models.sharding import local_shard, shard_like, to_float
 from stages.objectives.control import update_average
 
 
@@ -58,7 +58,7 @@ class Trainee:
                     f"{tuple(p.shape)}; start again with --restart"
                 )
         for name, p in self.parameters.items():
-            p.copy_(like(p, tensors[name]))
+            p.copy_(shard_like(p, tensors[name]))
 
 
 def make_trainee(
@@ -82,7 +82,7 @@ def make_trainee(
         weight_decay: Decoupled weight decay, of all parameters but norms and biases.
         steps: Optimizer steps of the training; only AdaLoRA needs it.
     """
-    parameters = trainable(model)
+    parameters = trainable_parameters(model)
     adamw, more = adamw_for(model, steps)
     options = {"lr": learning_rate, "betas": (0.9, adam_beta2), "weight_decay": weight_decay, "fused": True}
     names = parameter_groups(model, parameters, 2 if weight_decay else 1)
@@ -112,7 +112,7 @@ def parameter_groups(model: nn.Module, names: Iterable[str], count: int) -> list
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
     """Return ‖g‖₂ over all parameters that have a gradient; 0 if none has."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    return number(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+    return to_float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
 
 
 def gradient_cosine(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> float:
@@ -123,12 +123,12 @@ def gradient_cosine(one: Sequence[Tensor | None], other: Sequence[Tensor | None]
         other: Gradients of the same parameters, in the same order.
     """
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
-    shards = [(part(a).flatten().float(), part(b).flatten().float()) for a, b in pairs]
+    shards = [(local_shard(a).flatten().float(), local_shard(b).flatten().float()) for a, b in pairs]
     dot = sum(float(torch.dot(a, b)) for a, b in shards)
     if any(isinstance(a, DTensor) for a, _ in pairs):  # each rank has multiplied its shard only
         dot = parallel.all_reduce_figures({"dot": dot})["dot"]
     norms = [torch.nn.utils.get_total_norm([g for g in gs if g is not None] or [torch.zeros(1)]) for gs in (one, other)]
-    size = number(norms[0] * norms[1])
+    size = to_float(norms[0] * norms[1])
     return dot / size if size > 0 else 0.0
 
 
@@ -163,7 +163,7 @@ def optimizer_step(trainee: Trainee, learning_rate: float, step: int) -> float:
     if problem := gradient_problem(trainee, step):
         trainee.optimizer.zero_grad(set_to_none=True)
         stop_training(problem)
-    norm = number(torch.nn.utils.clip_grad_norm_(trainee.parameters.values(), trainee.max_grad_norm))
+    norm = to_float(torch.nn.utils.clip_grad_norm_(trainee.parameters.values(), trainee.max_grad_norm))
     for group in trainee.optimizer.param_groups:
         group["lr"] = learning_rate
     trainee.optimizer.step()

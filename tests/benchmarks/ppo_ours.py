@@ -32,7 +32,7 @@ from stages.models.roles import Roles
 from stages.objectives.losses import policy_loss, value_loss
 from stages.ppo import update as ppo_update
 from stages.ppo.figures import describe, not_finite_episodes
-from stages.ppo.options import engine_rules, advantage_options, sampling_options, update_options
+from stages.ppo.options import advantage_options, engine_rules, sampling_options, update_options
 from stages.ppo.run import advantage, reward
 from stages.ppo.sampling import Sampler, make_sampler, no_poll, preflight
 from stages.ppo.update import Learners, Rates, update

@@ -399,12 +399,12 @@ def score_difference(folder: Path, attention: str = "sdpa") -> float:
     from stages.models.forward import response_scores
     from stages.models.loading import load_scalar_model
     from stages.models.packing import can_pack
-    from stages.models.remote_code import forget
+    from stages.models.remote_code import forget_remote_classes
 
     options = {"attn_implementation": attention, "dtype": torch.float32}
     options["trust_remote_code"] = (folder / "scalar_head.py").is_file()
     plain = AutoModelForSequenceClassification.from_pretrained(folder, **options).eval()
-    forget(AutoModelForSequenceClassification)
+    forget_remote_classes(AutoModelForSequenceClassification)
     model, (prompts, responses) = load_scalar_model(folder, attn_implementation=attention), draw_rows()
     with torch.no_grad():
         ours = response_scores(model, make_rows(prompts, responses, 0, packed=can_pack(model, 110)))

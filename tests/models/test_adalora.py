@@ -8,7 +8,7 @@ import torch
 from pipeline.store.optimizer_state import load_optimizer, optimizer_tensors
 from stages.models import adalora
 from stages.models.adalora import AdaLora, budget_at, orthogonality_gradient, triplets_of
-from stages.models.adapters import AdapterSettings, plain, trainable, with_adapter
+from stages.models.adapters import AdapterSettings, trainable_parameters, unwrapped, with_adapter
 from stages.models.forward import response_logprobs
 from stages.training.checkpoint import keep_optimizer_settings, regroup_optimizer
 from stages.training.trainee import make_trainee, optimizer_step
@@ -25,7 +25,7 @@ def allocator(causal):
     model = with_adapter(causal("llama"), AdapterSettings(method="adalora", r=RANK, init_r=FIRST))
     config = model.peft_config["default"]
     config.total_step, config.tinit, config.tfinal = STEPS, round(0.1 * STEPS), STEPS - round(0.5 * STEPS)
-    return model, RankAllocator(plain(model), config, "default")
+    return model, RankAllocator(unwrapped(model), config, "default")
 
 
 def test_the_budget_is_peft_s(allocator):
@@ -52,7 +52,7 @@ def test_the_penalty_is_peft_s(causal):
     loss.
     """
     model = with_adapter(causal("llama"), AdapterSettings(method="adalora", r=RANK)).double()
-    weights = list(trainable(model).values())
+    weights = list(trainable_parameters(model).values())
     generator = torch.Generator().manual_seed(0)
     for p in weights:
         p.data += 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
@@ -63,7 +63,7 @@ def test_the_penalty_is_peft_s(causal):
     model.zero_grad()
     ids = torch.tensor([[5, 6, 7]])
     model.peft_config["default"].orth_reg_weight = adalora.ORTHOGONAL
-    (model(input_ids=ids, labels=ids).loss - plain(model)(input_ids=ids, labels=ids).loss).backward()
+    (model(input_ids=ids, labels=ids).loss - unwrapped(model)(input_ids=ids, labels=ids).loss).backward()
     for p, ours in zip(weights, found, strict=True):
         torch.testing.assert_close(ours, p.grad, atol=1e-12, rtol=1e-9)
 
@@ -75,23 +75,23 @@ def test_what_it_prunes_is_what_peft_prunes(allocator, monkeypatch):
     monkeypatch.setattr(adalora, "ORTHOGONAL", 0.0)
     theirs, peft = allocator
     generator = torch.Generator().manual_seed(1)
-    for p in trainable(theirs).values():
+    for p in trainable_parameters(theirs).values():
         p.data = torch.randn(p.shape, generator=generator)
-    ours = [p.detach().clone().requires_grad_() for p in trainable(theirs).values()]
-    of = dict(zip(map(id, trainable(theirs).values()), ours, strict=True))
+    ours = [p.detach().clone().requires_grad_() for p in trainable_parameters(theirs).values()]
+    of = dict(zip(map(id, trainable_parameters(theirs).values()), ours, strict=True))
     triplets = [adalora.Triplets(*(of[id(p)] for p in t)) for t in triplets_of(theirs)]
     optimizer = AdaLora(ours, triplets=triplets, rank=RANK, steps=STEPS, lr=0.0, weight_decay=0.0)
     pruned = 0
     for step in range(1, round(0.5 * STEPS) + 1):
-        for p, q in zip(trainable(theirs).values(), ours, strict=True):
+        for p, q in zip(trainable_parameters(theirs).values(), ours, strict=True):
             p.grad = torch.randn(p.shape, generator=generator)
             q.grad = p.grad.clone()
         optimizer.step()
         end = step == round(0.5 * STEPS)
         if end:  # peft's model masks here, with these averages; its scheduler gives the same budget
-            peft.update_ipt(plain(theirs))
-        peft.update_and_allocate(plain(theirs), step, force_mask=end)
-        for p, q in zip(trainable(theirs).values(), ours, strict=True):
+            peft.update_ipt(unwrapped(theirs))
+        peft.update_and_allocate(unwrapped(theirs), step, force_mask=end)
+        for p, q in zip(trainable_parameters(theirs).values(), ours, strict=True):
             assert torch.equal(p, q), step
         pruned += any((t.values == 0).any() for t in triplets)
     assert pruned > 10
@@ -138,10 +138,10 @@ def test_a_run_that_went_on_ends_in_the_same_bits(causal, rows, stop):
     tensors, state = optimizer_tensors(trainee.optimizer)
     tensors = {name: x.clone() for name, x in tensors.items()}
     again = make()
-    for p, q in zip(trainable(again).values(), trainable(begun).values(), strict=True):
+    for p, q in zip(trainable_parameters(again).values(), trainable_parameters(begun).values(), strict=True):
         p.data.copy_(q)
     train(again, rows, STEPS - stop, (tensors, state), first=stop)
-    for p, q in itertools.zip_longest(trainable(again).values(), trainable(whole).values()):
+    for p, q in itertools.zip_longest(trainable_parameters(again).values(), trainable_parameters(whole).values()):
         assert torch.equal(p, q)
 
 
@@ -159,7 +159,7 @@ def test_a_layer_without_a_gradient_is_one_with_a_gradient_of_0(causal):
     found = []
     for none in (True, False):
         model = with_adapter(causal("llama"), AdapterSettings(method="adalora", r=RANK))
-        weights = list(trainable(model).values())
+        weights = list(trainable_parameters(model).values())
         optimizer = AdaLora(weights, triplets=triplets_of(model), rank=RANK, steps=4, lr=1e-2)
         for _ in range(3):
             for i, p in enumerate(weights):

@@ -10,10 +10,10 @@ from stages.models.adapters import (
     AdapterSettings,
     adapter_off,
     is_adapted,
-    merged,
-    plain,
+    merge_adapter,
     refuse_untrained,
-    trainable,
+    trainable_parameters,
+    unwrapped,
     with_adapter,
 )
 from stages.models.forward import response_logprobs, response_scores, response_values
@@ -39,25 +39,25 @@ def shake(model, seed=0):
     """Move every trainable weight, as training would (LoRA's B starts at 0)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in trainable(model).values():
+        for p in trainable_parameters(model).values():
             p += 0.3 * torch.randn(p.shape, generator=generator)
 
 
 def test_without_a_method_every_weight_trains(causal, kind):
     model = causal(kind).requires_grad_(False)
     assert with_adapter(model, AdapterSettings(method=None)) is model
-    assert set(trainable(model)) == {n for n, _ in model.named_parameters()} and not is_adapted(model)
+    assert set(trainable_parameters(model)) == {n for n, _ in model.named_parameters()} and not is_adapted(model)
 
 
 def test_only_the_adapters_of_a_policy_train(causal, kind, adapter):
-    names = set(trainable(with_adapter(causal(kind), AdapterSettings(**adapter))))
+    names = set(trainable_parameters(with_adapter(causal(kind), AdapterSettings(**adapter))))
     assert names and all(METHODS[adapter["method"]] in n for n in names)
 
 
 def test_only_adapters_and_head_of_a_scalar_model_train(scalar, kind, adapter):
     """The head trains in full, without an adapter of its own."""
     model = with_adapter(scalar(kind), AdapterSettings(**adapter), scalar=True)
-    names = set(trainable(model))
+    names = set(trainable_parameters(model))
     heads = {n for n in names if METHODS[adapter["method"]] not in n}
     assert len(heads) == 1 and "score" in heads.pop()
     assert not any("score" in n and METHODS[adapter["method"]] in n for n in names)
@@ -83,10 +83,12 @@ def test_its_start_depends_on_the_seed_alone(causal, adapter):
         with_adapter(causal("llama"), AdapterSettings(**adapter), seed=5),
         with_adapter(causal("llama"), AdapterSettings(**adapter), seed=6),
     )
-    for name, p in trainable(one).items():
-        assert torch.equal(p, trainable(same)[name])
+    for name, p in trainable_parameters(one).items():
+        assert torch.equal(p, trainable_parameters(same)[name])
     if adapter["method"] != "ia3":  # all of its scales start at 1
-        assert any(not torch.equal(p, trainable(other)[name]) for name, p in trainable(one).items())
+        assert any(
+            not torch.equal(p, trainable_parameters(other)[name]) for name, p in trainable_parameters(one).items()
+        )
 
 
 def test_off_it_is_the_base_and_on_again_afterwards(causal, kind, rows, adapter):
@@ -109,8 +111,8 @@ def test_the_base_does_not_move_when_the_adapter_trains(scalar, kind, rows, adap
     """One optimizer step on the scores: trunk as before, adapters and head moved."""
     model = with_adapter(scalar(kind), AdapterSettings(**adapter), scalar=True)
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    before = {n: p.clone() for n, p in trainable(model).items()}
-    optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
+    before = {n: p.clone() for n, p in trainable_parameters(model).items()}
+    optimizer = torch.optim.SGD(trainable_parameters(model).values(), lr=0.1)
     for _ in range(2):  # at the first step only B (and the head) has a gradient
         optimizer.zero_grad()
         response_scores(model, rows).sum().backward()
@@ -126,7 +128,7 @@ def test_merged_it_gives_the_adapted_numbers_and_saves_like_any_model(causal, ki
     policy = with_adapter(causal(kind), AdapterSettings(**adapter))
     shake(policy)
     adapted = response_logprobs(policy, rows)
-    folded = merged(policy)
+    folded = merge_adapter(policy)
     assert not is_adapted(folded)
     torch.testing.assert_close(response_logprobs(folded, rows), adapted, rtol=1e-3, atol=1e-4)
     save_model(folded, tokenizer, tmp_path, card="")
@@ -137,7 +139,7 @@ def test_a_merged_reward_model_keeps_its_trained_head(scalar, kind, rows, tmp_pa
     model = with_adapter(scalar(kind), AdapterSettings(**adapter), scalar=True)
     shake(model)
     adapted, values = response_scores(model, rows), response_values(model, rows)
-    save_model(merged(model), tokenizer, tmp_path, card="")
+    save_model(merge_adapter(model), tokenizer, tmp_path, card="")
     loaded = load_scalar_model(tmp_path)
     torch.testing.assert_close(response_scores(loaded, rows), adapted, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(response_values(loaded, rows), values, rtol=1e-3, atol=1e-3)
@@ -148,7 +150,7 @@ def test_the_bias_is_read_through_the_adapter(scalar, kind, rows, adapter):
     with_bias = with_adapter(scalar(kind, bias=2.0), AdapterSettings(**adapter), scalar=True)
     without = with_adapter(scalar(kind, bias=0.0), AdapterSettings(**adapter), scalar=True)
     torch.testing.assert_close(response_scores(with_bias, rows), response_scores(without, rows) - 2.0)
-    assert plain(with_bias).config.reward_bias == 2.0
+    assert unwrapped(with_bias).config.reward_bias == 2.0
 
 
 def test_lora_dropout_is_off_where_log_probs_must_repeat(causal, rows, adapter):
@@ -162,13 +164,13 @@ def test_bitfit_trains_biases_and_the_head_alone(causal, scalar, rows):
     """The model is not wrapped; one step moves every bias and nothing else."""
     for model in (causal("gpt2"), causal("qwen2")):
         assert with_adapter(model, AdapterSettings(method="bitfit")) is model and not is_adapted(model)
-        assert set(trainable(model)) == {n for n, _ in model.named_parameters() if n.endswith(".bias")}
+        assert set(trainable_parameters(model)) == {n for n, _ in model.named_parameters() if n.endswith(".bias")}
     model = with_adapter(scalar("gpt2"), AdapterSettings(method="bitfit"), scalar=True)
     before = {n: p.clone() for n, p in model.named_parameters()}
     (response_scores(model, rows) ** 2).sum().backward()
-    torch.optim.SGD(trainable(model).values(), lr=0.1).step()
+    torch.optim.SGD(trainable_parameters(model).values(), lr=0.1).step()
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert moved == set(trainable(model)) == {n for n in before if n.endswith(".bias")} | {"score.weight"}
+    assert moved == set(trainable_parameters(model)) == {n for n in before if n.endswith(".bias")} | {"score.weight"}
 
 
 def test_what_a_method_cannot_do_is_said(causal):
@@ -189,7 +191,7 @@ def test_an_embedding_that_is_also_the_head_takes_no_adapter(causal, target):
     apart = with_adapter(
         causal("llama", tie_word_embeddings=False), AdapterSettings(method="lora", target_modules=["q_proj", target])
     )
-    assert any(target in name for name in trainable(apart))
+    assert any(target in name for name in trainable_parameters(apart))
 
 
 @pytest.mark.parametrize("method, target, word", [("adalora", "embed_tokens", "Embed"), ("lora", "no_such", "no_such")])
@@ -215,11 +217,11 @@ class TestNewTokens:
         model = self.adapted(causal, kind, method, tied)
         before = response_logprobs(causal(kind, tie_word_embeddings=tied), rows)
         torch.testing.assert_close(response_logprobs(model, rows), before, rtol=1e-6, atol=1e-6)
-        tokens = {name: p for name, p in trainable(model).items() if "trainable_tokens" in name}
+        tokens = {name: p for name, p in trainable_parameters(model).items() if "trainable_tokens" in name}
         assert [p.shape[0] for p in tokens.values()] == [2] * (1 if tied else 2)
         response_logprobs(model, rows).sum().backward()
         assert all(p.grad.abs().sum() > 0 for p in tokens.values())
-        head, ends = plain(model).get_output_embeddings(), plain(model).get_input_embeddings()
+        head, ends = unwrapped(model).get_output_embeddings(), unwrapped(model).get_input_embeddings()
         assert not any(p.requires_grad for end in (head, ends) for n, p in end.named_parameters() if "tokens" not in n)
 
     def test_merged_they_are_the_models_own(self, causal, kind, rows, method, tied, tmp_path, tokenizer):
@@ -229,7 +231,7 @@ class TestNewTokens:
         trained = response_logprobs(model, rows).detach()
         with adapter_off(model) as reference:
             torch.testing.assert_close(response_logprobs(reference, rows), response_logprobs(base, rows))
-        save_model(merged(model), tokenizer, tmp_path, card="")
+        save_model(merge_adapter(model), tokenizer, tmp_path, card="")
         loaded = load_policy(tmp_path)
         torch.testing.assert_close(response_logprobs(loaded, rows), trained, rtol=1e-4, atol=1e-5)
         ends = ("get_input_embeddings", "get_output_embeddings")
@@ -277,7 +279,7 @@ def test_a_router_that_is_a_linear_layer_gets_no_adapter(rows, method):
     before = response_logprobs(model, rows).detach()
     model = with_adapter(model, AdapterSettings(method=method, r=4))
     torch.testing.assert_close(response_logprobs(model, rows).detach(), before)
-    names = list(trainable(model))
+    names = list(trainable_parameters(model))
     assert any("q_proj" in name for name in names) and not any("router" in name for name in names)
 
 
@@ -295,4 +297,4 @@ def test_a_scaled_embedding_stays_scaled(rows):
     shake(model)
     trained = response_logprobs(model, rows).detach()
     assert not torch.allclose(trained, before, atol=1e-3)
-    torch.testing.assert_close(response_logprobs(merged(model), rows).detach(), trained, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(response_logprobs(merge_adapter(model), rows).detach(), trained, rtol=1e-4, atol=1e-5)

@@ -17,11 +17,11 @@ from pipeline.errors import UserError
 from stages.models import families as ours
 from stages.models.forward import head_is_linear, response_logprobs, response_scores
 from stages.models.loading import (
+    check_same_tokenizer,
     load_policy,
     load_scalar_model,
     load_tokenizer,
     new_reward_model,
-    same_tokenizer,
     save_model,
 )
 from stages.models.loading import load_pretrained as load_as_given
@@ -291,7 +291,7 @@ def test_no_file_of_a_folder_is_run_for_a_head_of_ours(tmp_path):
 
 
 def test_a_model_with_a_head_of_ours_can_be_described_to_another_process(tmp_path):
-    """`sharding.made_by_first` pickles it; it can be copied too."""
+    """`sharding.make_on_rank_zero` pickles it; it can be copied too."""
     model = new_reward_model(families.build("granite", tmp_path / "source"), seed=0)
     rows = make_rows([[20, 30]], [[40]], 0)
     with torch.no_grad():
@@ -372,7 +372,7 @@ class TestTokenizersThatMakeTheSameIds:
     @pytest.mark.parametrize("shape", families.TOKENIZERS)
     def test_what_base_adds_and_changes_is_no_difference(self, shape, tmp_path):
         policys, as_it_came = self.pair(tmp_path, shape)
-        same_tokenizer(policys, as_it_came, "rm")
+        check_same_tokenizer(policys, as_it_came, "rm")
         if shape == "bos":
             assert len(policys) > len(as_it_came) and policys.eos_token != as_it_came.eos_token
         if shape == "turns":
@@ -383,21 +383,21 @@ class TestTokenizersThatMakeTheSameIds:
         policys, as_it_came = make("dated"), make("dated")
         policys.chat_template = at_moment(policys.chat_template, datetime(2026, 1, 2))
         given = as_it_came.chat_template
-        same_tokenizer(policys, as_it_came, "rm")
+        check_same_tokenizer(policys, as_it_came, "rm")
         assert as_it_came.chat_template == given
         as_it_came.chat_template = given.replace("%d %b %Y", "%Y, %d %b")
         with pytest.raises(UserError, match="of a question, its chat template writes"):
-            same_tokenizer(policys, as_it_came, "rm")
+            check_same_tokenizer(policys, as_it_came, "rm")
 
     @pytest.mark.parametrize("shape", ["bos", "metaspace"])
     def test_another_template_is_named(self, shape, tmp_path):
         policys, other = self.pair(tmp_path, shape)
         other.chat_template = other.chat_template.replace("bos_token", "eos_token", 1)
         with pytest.raises(UserError, match=r"folder/of/rm: its tokenizer is not.*chat template writes"):
-            same_tokenizer(policys, other, "folder/of/rm")
+            check_same_tokenizer(policys, other, "folder/of/rm")
         other.chat_template = None
         with pytest.raises(UserError, match="no chat template"):
-            same_tokenizer(policys, other, "rm")
+            check_same_tokenizer(policys, other, "rm")
 
     @pytest.mark.parametrize(
         "change, told",
@@ -416,7 +416,7 @@ class TestTokenizersThatMakeTheSameIds:
         change(content)
         file.write_text(json.dumps(content))
         with pytest.raises(UserError, match=told):
-            same_tokenizer(policys, load_tokenizer(tmp_path / "source"), "rm")
+            check_same_tokenizer(policys, load_tokenizer(tmp_path / "source"), "rm")
 
     def test_a_reward_model_gets_rows_for_what_it_may_be_shown(self, tmp_path):
         """base added padding; the scores do not change."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages.models.adapters import AdapterSettings, merged, trainable, with_adapter
+from stages.models.adapters import AdapterSettings, merge_adapter, trainable_parameters, with_adapter
 from stages.models.file_tensors import file_tensors, tied_head
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
@@ -22,7 +22,7 @@ def test_they_are_what_is_published(causal, kind, method, tied, tmp_path):
     settings = {"method": method, "r": 2, "bits": 4 if method == "qlora" else None}
     model = with_adapter(causal(kind, tie_word_embeddings=tied), AdapterSettings(**settings))
     generator = torch.Generator().manual_seed(0)
-    for p in trainable(model).values():
+    for p in trainable_parameters(model).values():
         p.data += 0.3 * torch.randn(p.shape, generator=generator)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     found = {name: x.clone() for name, x in file_tensors(model)}
@@ -30,7 +30,7 @@ def test_they_are_what_is_published(causal, kind, method, tied, tmp_path):
     if tied:
         head = found.pop(tied_head(model))
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
-    merged(model).save_pretrained(tmp_path)
+    merge_adapter(model).save_pretrained(tmp_path)
     expected = load_file(tmp_path / "model.safetensors")
     assert found.keys() == expected.keys()
     for name, x in expected.items():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.groups import make_rows
-from stages.models.adapters import AdapterSettings, trainable, with_adapter
+from stages.models.adapters import AdapterSettings, trainable_parameters, with_adapter
 from stages.models.ensemble import Ensemble
 from stages.models.forward import response_logprobs, response_scores, response_values, score_all
 from stages.models.packing import can_pack
@@ -112,7 +112,7 @@ def test_a_prompt_computed_once_gives_the_numbers_and_gradients_of_one_row_a_res
         if adapted:
             model = with_adapter(model, AdapterSettings(method="lora", r=4, lora_alpha=8), scalar=build is scalar)
             with torch.no_grad():
-                for p in trainable(model).values():
+                for p in trainable_parameters(model).values():
                     p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
         assert can_pack(model, 64)
         weights = torch.rand(role(model, shared).shape, generator=torch.Generator().manual_seed(3))

@@ -11,6 +11,7 @@ from data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from stages.models.forward import response_logprobs, response_scores, response_values
 from stages.models.loading import (
+    check_same_tokenizer,
     end_turns_with_eos,
     from_scratch,
     give_pad_token,
@@ -20,7 +21,6 @@ from stages.models.loading import (
     load_tokenizer,
     new_reward_model,
     prepare,
-    same_tokenizer,
     save_model,
 )
 
@@ -141,12 +141,12 @@ class TestNewRewardModel:
 class TestTokenizer:
     def test_a_saved_one_is_the_same(self, tmp_path, tokenizer):
         tokenizer.save_pretrained(tmp_path)
-        same_tokenizer(tokenizer, load_tokenizer(tmp_path), "rm")
+        check_same_tokenizer(tokenizer, load_tokenizer(tmp_path), "rm")
 
     def test_another_vocabulary_is_refused_by_name(self, tokenizer):
         other = train_tokenizer(["quite other words here"] * 3, vocab_size=280)
         with pytest.raises(UserError, match=r"folder/of/rm.*tokenizer"):
-            same_tokenizer(tokenizer, other, "folder/of/rm")
+            check_same_tokenizer(tokenizer, other, "folder/of/rm")
 
     def test_the_same_size_with_two_ids_swapped_is_refused(self, tmp_path, tokenizer):
         tokenizer.save_pretrained(tmp_path)
@@ -159,7 +159,7 @@ class TestTokenizer:
         other = load_tokenizer(tmp_path)
         assert len(other) == len(tokenizer)
         with pytest.raises(UserError):
-            same_tokenizer(tokenizer, other, "rm")
+            check_same_tokenizer(tokenizer, other, "rm")
 
     def test_another_template_or_eos_is_refused(self, tmp_path, tokenizer):
         tokenizer.save_pretrained(tmp_path)
@@ -168,7 +168,7 @@ class TestTokenizer:
             for name, value in change.items():
                 setattr(other, name, value)
             with pytest.raises(UserError):
-                same_tokenizer(tokenizer, other, "rm")
+                check_same_tokenizer(tokenizer, other, "rm")
 
     def test_one_that_has_padded_and_truncated_a_batch_is_still_the_same(self, tmp_path, tokenizer):
         """tokenizer.json keeps padding and truncation of the last call; the ids are the same."""
@@ -176,7 +176,7 @@ class TestTokenizer:
         other = load_tokenizer(tmp_path / "one")
         other(["the fox", "is red ."], padding=True, truncation=True, max_length=4)
         other.save_pretrained(tmp_path / "two")
-        same_tokenizer(tokenizer, load_tokenizer(tmp_path / "two"), "rm")
+        check_same_tokenizer(tokenizer, load_tokenizer(tmp_path / "two"), "rm")
 
     def test_a_pad_token_that_is_eos_is_replaced(self, tmp_path, tokenizer):
         """Otherwise the end of a row could not be told from its padding."""

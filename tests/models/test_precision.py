@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from stages.models.adapters import AdapterSettings, merged, plain, trainable, with_adapter
+from stages.models.adapters import AdapterSettings, merge_adapter, trainable_parameters, unwrapped, with_adapter
 from stages.models.ensemble import Ensemble
 from stages.models.forward import head_is_linear, response_logprobs, response_scores
 from stages.models.packing import can_pack
@@ -20,7 +20,7 @@ def shake(model):
     """Move every trainable weight, as training would."""
     torch.manual_seed(0)
     with torch.no_grad():
-        for p in trainable(model).values():
+        for p in trainable_parameters(model).values():
             p += 0.3 * torch.randn(p.shape)
 
 
@@ -45,7 +45,7 @@ def test_an_adapted_policy_trains_the_same(method, tied, causal, kind, rows):
             decoding = Decoding(6, eos_id=1, pad_id=0, temperature=0.7)
             drawn = sample_with_logprobs(one, [[5, 9, 2], [7]], [1, 2], decoding)
         logprobs.sum().backward()
-        found.append([logprobs.detach(), drawn.logprobs, *(p.grad for p in trainable(one).values())])
+        found.append([logprobs.detach(), drawn.logprobs, *(p.grad for p in trainable_parameters(one).values())])
         assert drawn.responses
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -87,6 +87,6 @@ def test_publication_has_the_weights_that_were_loaded(method, causal, rows):
     whole, other = pair(model)
     assert any(p.dtype == HALF for p in other.parameters())
     uncast(other, load)
-    assert all(p.dtype == torch.float32 for p in plain(other).parameters())
-    for p, q in zip(merged(whole).parameters(), merged(other).parameters(), strict=True):
+    assert all(p.dtype == torch.float32 for p in unwrapped(other).parameters())
+    for p, q in zip(merge_adapter(whole).parameters(), merge_adapter(other).parameters(), strict=True):
         assert torch.equal(p, q)

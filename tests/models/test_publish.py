@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages.models.adapters import AdapterSettings, base_of, save_merged, with_adapter
+from stages.models.adapters import AdapterSettings, name_of_base, save_merged, with_adapter
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, save_model
 from stages.models.publish import dtype_of_folder, end_tokens, given_model, portable_tokenizer, with_old_positions
 from tests.builders import tiny_tokenizer
@@ -273,11 +273,11 @@ def test_an_adapter_finds_its_base_from_its_own_folder_also_when_all_is_moved(
         for p in model.parameters():
             if p.requires_grad:
                 p.add_(0.1)
-    name, revision = base_of(base, folder)
+    name, revision = name_of_base(base, folder)
     assert (name, revision) == ("../../../base/model", None)
     with monkeypatch.context() as below:
         below.chdir(tmp_path)
-        assert base_of(base, folder) == ("made/base/model", None)
+        assert name_of_base(base, folder) == ("made/base/model", None)
     save_merged(model, tokenizer, folder, card="", base=(name, revision))
     shutil.move(tmp_path / "made", tmp_path / "moved")
     ids = torch.tensor([[5, 6, 7, 8]])

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.errors import UserError
-from stages.models.adapters import AdapterSettings, adapter_off, merged, plain, trainable, with_adapter
+from stages.models.adapters import (
+    AdapterSettings,
+    adapter_off,
+    merge_adapter,
+    trainable_parameters,
+    unwrapped,
+    with_adapter,
+)
 from stages.models.forward import head_is_linear, response_logprobs, response_scores, response_values
 from stages.models.loading import load_policy, load_scalar_model, save_model
 from stages.models.packing import can_pack
@@ -45,7 +52,7 @@ def qlora(model, bits, scalar=False):
     model = with_adapter(model, AdapterSettings(method="qlora", bits=bits, r=4, lora_alpha=8), scalar=scalar)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in trainable(model).values():
+        for p in trainable_parameters(model).values():
             p += 0.3 * torch.randn(p.shape, generator=generator)
     return model
 
@@ -152,7 +159,7 @@ def test_the_published_model_is_the_one_that_was_trained(bits, kind, tied, causa
     other = dict(policy.named_parameters())
     for name, (a, scale) in delta.items():
         delta[name] = scale * other[f"base_model.model.{name}.lora_B.default.weight"].double() @ a
-    save_model(merged(policy), tokenizer, tmp_path, card="")
+    save_model(merge_adapter(policy), tokenizer, tmp_path, card="")
     published = load_policy(tmp_path)
     torch.testing.assert_close(response_logprobs(published, rows), trained, rtol=1e-4, atol=1e-4)
     assert delta and not any("quant" in key for key in published.config.to_dict())
@@ -171,10 +178,10 @@ def test_the_published_model_is_the_one_that_was_trained(bits, kind, tied, causa
 @BITS
 def test_a_published_reward_model_has_its_head_and_the_weights_held(bits, scalar, rows, tmp_path, tokenizer):
     model = qlora(scalar("qwen2"), bits, scalar=True)
-    heads = [p for name, p in trainable(model).items() if "lora_" not in name]
+    heads = [p for name, p in trainable_parameters(model).items() if "lora_" not in name]
     assert [p.dtype for p in heads] == [torch.float32] and heads[0].shape == (1, 16)
     scores, values = response_scores(model, rows).detach(), response_values(model, rows).detach()
-    save_model(merged(model), tokenizer, tmp_path, card="")
+    save_model(merge_adapter(model), tokenizer, tmp_path, card="")
     loaded = load_scalar_model(tmp_path)
     torch.testing.assert_close(response_scores(loaded, rows), scores, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(response_values(loaded, rows), values, rtol=1e-4, atol=1e-4)
@@ -202,9 +209,9 @@ def test_a_step_moves_adapters_and_head_alone(bits, scalar, rows):
     model = qlora(scalar("llama"), bits, scalar=True)
     before = {name: p.clone() for name, p in model.named_parameters()}
     response_scores(model, rows).square().sum().backward()
-    torch.optim.SGD(trainable(model).values(), lr=0.1).step()
+    torch.optim.SGD(trainable_parameters(model).values(), lr=0.1).step()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == set(trainable(model)) and all("lora_" in n or "score" in n for n in moved)
+    assert moved == set(trainable_parameters(model)) and all("lora_" in n or "score" in n for n in moved)
 
 
 @needs_it
@@ -214,7 +221,7 @@ def test_sampler_and_update_agree_under_autocast(bits, causal):
     policy = qlora(causal("llama", tie_word_embeddings=False), bits)
     can_pack(policy, 64), head_is_linear(policy)
     cast_frozen(policy, torch.bfloat16)
-    assert plain(policy).lm_head.weight.dtype == torch.bfloat16
+    assert unwrapped(policy).lm_head.weight.dtype == torch.bfloat16
     prompts = [[5, 9, 2], [7]]
     from data.groups import make_rows
 
@@ -231,7 +238,7 @@ def test_publication_restores_what_was_cast_and_leaves_what_is_packed(bits, caus
     whole, cast = qlora(load(), bits), qlora(load(), bits)
     cast_frozen(cast, torch.bfloat16)
     uncast(cast, load)
-    for p, q in zip(merged(whole).parameters(), merged(cast).parameters(), strict=True):
+    for p, q in zip(merge_adapter(whole).parameters(), merge_adapter(cast).parameters(), strict=True):
         assert p.dtype == torch.float32 and torch.equal(p, q)
 
 

@@ -10,7 +10,14 @@ import torch
 from data.tokenizer import train_tokenizer
 from pipeline.config.sections import PeftSettings
 from pipeline.errors import UserError
-from stages.models.adapters import AdapterSettings, is_adapted, plain, save_merged, trainable, with_adapter
+from stages.models.adapters import (
+    AdapterSettings,
+    is_adapted,
+    save_merged,
+    trainable_parameters,
+    unwrapped,
+    with_adapter,
+)
 from stages.models.forward import response_logprobs, response_scores, response_values
 from stages.models.loading import load_policy, load_scalar_model, new_reward_model, save_model
 from stages.models.quantized import quantize
@@ -109,7 +116,7 @@ def adapted(request, context, tmp_path, tokenizer):
     )
     torch.manual_seed(5)
     with torch.no_grad():
-        for p in trainable(model).values():
+        for p in trainable_parameters(model).values():
             p += 0.1 * torch.randn_like(p)
     model.config.reward_bias = 0.25
     save_merged(model, tokenizer, tmp_path / "rm" / "model", card="")
@@ -132,7 +139,7 @@ def step(ctx, roles, rows, ragged):
     """Return the gradients of an update, and the log-probs and scores before it."""
     old, scores = response_logprobs(roles.policy, rows).detach(), response_scores(roles.reward_model, rows)
     accumulate(ctx, roles, rows, ragged, old)
-    return [old, scores, *(p.grad for m in (roles.policy, roles.value_model) for p in trainable(m).values())]
+    return [old, scores, *(p.grad for m in (roles.policy, roles.value_model) for p in trainable_parameters(m).values())]
 
 
 def test_four_roles_stand_on_one_trunk(adapted, rows, ragged, monkeypatch):
@@ -147,7 +154,7 @@ def test_four_roles_stand_on_one_trunk(adapted, rows, ragged, monkeypatch):
         trained = sum(p.nbytes for m in roles.models() for n, p in m.named_parameters() if "lora_" in n or "score" in n)
         sizes.append(sum(weights.values()) - trained)
         found.append(step(ctx, roles, rows, ragged))
-    trunk = sum(p.nbytes for p in plain(roles.policy).parameters()) - sum(
+    trunk = sum(p.nbytes for p in unwrapped(roles.policy).parameters()) - sum(
         p.nbytes for n, p in roles.policy.named_parameters() if "lora_" in n
     )
     assert sizes[0] <= trunk < sizes[1] / 2.5
@@ -166,7 +173,7 @@ def test_publishing_one_role_leaves_the_others_alone(adapted, rows, tokenizer, t
     """Merging changes no shared trunk; the published folder is the adapted policy."""
     roles = load(adapted())
     with torch.no_grad():
-        for p in trainable(roles.policy).values():
+        for p in trainable_parameters(roles.policy).values():
             p += 0.05
     logprobs, scores = response_logprobs(roles.policy, rows).detach(), response_scores(roles.reward_model, rows)
     save_merged(roles.policy, tokenizer, tmp_path / "published", card="")

@@ -24,8 +24,8 @@ from stages.models.adapters import (
     adapter_off,
     is_adapted,
     load_on_trunk,
-    plain,
     save_merged,
+    unwrapped,
     with_adapter,
 )
 from stages.models.ensemble import members
@@ -33,18 +33,18 @@ from stages.models.forward import head_is_linear, response_logprobs, response_sc
 from stages.models.loading import load_policy, load_scalar_model, new_reward_model, prepare, save_model
 from stages.models.packing import can_pack
 from stages.models.precision import cast_frozen
-from stages.models.roles import NamedFolder, RoleFolders, RoleOptions, load_roles, settled
+from stages.models.roles import NamedFolder, RoleFolders, RoleOptions, load_roles, make_on_device
 from stages.models.sharding import (
-    compute,
-    full,
+    compute_gathered,
+    decoder_layers,
+    gather_tensors,
+    gathered,
     is_sharded,
-    layers_of,
-    like,
-    made_by_first,
-    part,
+    local_shard,
+    make_on_rank_zero,
     publishable,
     shard,
-    whole,
+    shard_like,
 )
 from stages.tools import memory_step
 from stages.training.checkpoint import shard_optimizer_tensors
@@ -146,7 +146,7 @@ def check_gradients(family, tied, method):
     norms = [gradient_norm(ps) for ps in every]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     turned = [p.grad.roll(1, 0) if p.dim() > 1 else p.grad for p in every[0]]
-    held = [like(p, x) for p, x in zip(every[1], turned, strict=True)]
+    held = [shard_like(p, x) for p, x in zip(every[1], turned, strict=True)]
     cosine = gradient_cosine([p.grad for p in every[0]], turned)
     assert gradient_cosine([p.grad for p in every[1]], held) == pytest.approx(cosine, abs=1e-5)
 
@@ -176,9 +176,9 @@ def check_steps():
     # the saved state is whole, on rank 0, and can be sharded again
     from pipeline.store.optimizer_state import load_optimizer, optimizer_tensors
 
-    weights = full(trainees[1].tensors())
+    weights = gather_tensors(trainees[1].tensors())
     tensors, rest = optimizer_tensors(trainees[1].optimizer)
-    tensors = full(tensors)
+    tensors = gather_tensors(tensors)
     if is_rank_zero():
         assert {k: x.shape for k, x in weights.items()} == {k: p.shape for k, p in other.named_parameters()}
     found = [weights, {name: x.clone() for name, x in tensors.items()}]  # as from a file
@@ -202,15 +202,15 @@ def check_whole(method):
     other, ours = pair("llama", False, method=method)
     rows = make_rows(PROMPTS, RESPONSES, 0, packed=True)
     expected = response_logprobs(other, rows)
-    with whole(ours) as reader, torch.no_grad():
+    with gathered(ours) as reader, torch.no_grad():
         assert not is_sharded(reader)
         if is_rank_zero():  # without the other one
             assert torch.equal(response_logprobs(reader, rows), expected)
         assert [p.requires_grad for p in reader.parameters()] == [p.requires_grad for p in other.parameters()]
     assert sum(p.numel() for p in reader.parameters()) == 0
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        with whole(ours) as reader:
-            assert plain(reader).lm_head.weight.dtype == torch.bfloat16
+        with gathered(ours) as reader:
+            assert unwrapped(reader).lm_head.weight.dtype == torch.bfloat16
             found = response_logprobs(reader, rows)
         assert torch.equal(found, response_logprobs(other, rows))
     if method:
@@ -231,8 +231,8 @@ def test_a_whole_copy_reads_as_the_model_does(method):
 class Held(memory_step.LiveBytes):
     """Count memory, including what FSDP allocates and frees outside torch's dispatcher."""
 
-    def see(self, tensor):
-        super().see(part(tensor))
+    def add(self, tensor):
+        super().add(local_shard(tensor))
 
     def __enter__(self):
         for name in ("alloc_storage", "free_storage"):
@@ -268,7 +268,7 @@ def check_memory(dtype, checkpointing, tied):
     for _ in range(2):
         moments = [x for state in trainee.optimizer.state.values() for x in state.values()]
         held = Held()
-        held.known.update(part(x).untyped_storage() for x in [*model.parameters(), *moments])
+        held.known.update(local_shard(x).untyped_storage() for x in [*model.parameters(), *moments])
         with held:
             for _ in range(2):
                 with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -276,9 +276,9 @@ def check_memory(dtype, checkpointing, tied):
                 found.sum().backward()
                 del found
             optimizer_step(trainee, 1e-3, 1)
-    assert foretold.weights == pytest.approx(sum(part(p).nbytes for p in model.parameters()), rel=0.01)
+    assert foretold.weights == pytest.approx(sum(local_shard(p).nbytes for p in model.parameters()), rel=0.01)
     assert foretold.weights == pytest.approx(whole_size / 2, rel=0.01)
-    assert foretold.moments == pytest.approx(sum(part(x).nbytes for x in moments), rel=0.01)
+    assert foretold.moments == pytest.approx(sum(local_shard(x).nbytes for x in moments), rel=0.01)
     assert foretold.step == pytest.approx(held.most, rel=0.15), (foretold.step, held.most)
 
 
@@ -323,10 +323,10 @@ def check_roles(folders, adapter, dtype):
                 cast_frozen(model, torch.bfloat16)
     cast = 0
     for ours, other in zip(found, expected, strict=True):
-        assert can_pack(ours, 64) and (plain(ours).get_output_embeddings() is None or head_is_linear(ours))
+        assert can_pack(ours, 64) and (unwrapped(ours).get_output_embeddings() is None or head_is_linear(ours))
         for name, p in ours.named_parameters():
             whole, trains = p.full_tensor(), p.requires_grad
-            assert part(p).numel() < whole.numel() or whole.shape[0] == 1, name
+            assert local_shard(p).numel() < whole.numel() or whole.shape[0] == 1, name
             cast += whole.dtype == torch.bfloat16
             if first:
                 q = other.get_parameter(name)
@@ -339,7 +339,7 @@ def check_roles(folders, adapter, dtype):
             assert torch.equal(x, held[1][name]) and (not first or torch.equal(x, other.get_buffer(name)))
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             rows = make_rows(PROMPTS, RESPONSES, 0, packed=True)
-            (response_logprobs if plain(ours).get_output_embeddings() else response_scores)(ours, rows)
+            (response_logprobs if unwrapped(ours).get_output_embeddings() else response_scores)(ours, rows)
     assert bool(cast) == (dtype == "bfloat16")
 
 
@@ -362,7 +362,7 @@ def test_one_process_reads_for_all(family, adapter, dtype, tmp_path, tokenizer):
         model = new_reward_model(folders[0] / "sft", seed=seed)
         if adapter.method:
             model = with_adapter(model, adapter, scalar=True, seed=seed)
-        plain(model).config.reward_bias = 0.5
+        unwrapped(model).config.reward_bias = 0.5
         save_merged(model, tokenizer, folder, card="")
     judge = make(family, scalar=True, size=size)
     judge.config.reward_bias = 0.0
@@ -387,12 +387,12 @@ def check_memory_of_making(fault):
     accelerator = SimpleNamespace(mixed_precision="no", device=torch.device("cpu"))
     if fault:
         with pytest.raises(UserError, match="no such model"):
-            settled(start, accelerator, 64, sharded=True)
+            make_on_device(start, accelerator, 64, sharded=True)
         return
     held = Held()
     with held:
-        model = settled(start, accelerator, 64, sharded=True)
-    assert is_sharded(model) and 0.45 * size < sum(part(p).nbytes for p in model.parameters()) < 0.55 * size
+        model = make_on_device(start, accelerator, 64, sharded=True)
+    assert is_sharded(model) and 0.45 * size < sum(local_shard(p).nbytes for p in model.parameters()) < 0.55 * size
     assert held.most >= size if is_rank_zero() else held.most < 0.8 * size, held.most / size
 
 
@@ -420,7 +420,7 @@ def check_what_cannot_travel(where):
         made.append(model)
         return model
 
-    model = made_by_first(start)
+    model = make_on_rank_zero(start)
     assert model is made[0] and len(made) == 1
     shard(model, torch.device("cpu"))
     other = make("llama")
@@ -440,7 +440,7 @@ def check_no_stale_weights():
     with torch.no_grad():
         before = response_logprobs(ours, rows)
         for p in ours.parameters():
-            p.copy_(like(p, 2.0 * p.full_tensor()))
+            p.copy_(shard_like(p, 2.0 * p.full_tensor()))
         assert not torch.allclose(response_logprobs(ours, rows), before)
 
 
@@ -459,10 +459,10 @@ class Layer(nn.Module):
 def test_layers_are_the_outermost_of_those_that_transformers_names():
     inner = nn.Sequential(nn.Linear(2, 2), Layer(Layer()), Layer())
     inner._no_split_modules = ["Layer"]
-    assert layers_of(inner) == [inner[1], inner[2]]
+    assert decoder_layers(inner) == [inner[1], inner[2]]
     inner._no_split_modules, inner.config = [], SimpleNamespace(model_type="odd")
     with pytest.raises(UserError, match="no layers of a odd model; use ddp"):
-        layers_of(inner)
+        decoder_layers(inner)
 
 
 def test_one_process_keeps_the_whole():
@@ -470,8 +470,8 @@ def test_one_process_keeps_the_whole():
     weights = copy.deepcopy(model.state_dict())
     shard(model, torch.device("cpu"))
     assert not is_sharded(model) and publishable(model) is model
-    with whole(model) as reader:
+    with gathered(model) as reader:
         assert reader is model
     assert all(torch.equal(weights[name], x) for name, x in model.state_dict().items())
-    assert compute(model, partial(nn.Module.state_dict, model)).keys() == weights.keys()
+    assert compute_gathered(model, partial(nn.Module.state_dict, model)).keys() == weights.keys()
     assert list(padded_micro_batches([1, 2], None)) == list(padded_micro_batches([1, 2], 0)) == [(1, True), (2, True)]

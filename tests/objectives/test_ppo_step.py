@@ -614,13 +614,13 @@ class TestPreflight:
 
 def test_the_reference_of_an_adapted_policy_is_the_policy_without_its_adapter(roles, rollout):
     """There is no second model in memory, and the adapter is on again afterwards."""
-    from stages.models.adapters import AdapterSettings, trainable, with_adapter
+    from stages.models.adapters import AdapterSettings, trainable_parameters, with_adapter
 
     rows = rollout.rows(range(8), PAD, roles.packed)
     base = response_logprobs(roles.policy, rows).detach()
     policy = with_adapter(copy.deepcopy(roles.policy), AdapterSettings(method="lora", r=4, lora_alpha=8))
     with torch.no_grad():
-        for p in trainable(policy).values():
+        for p in trainable_parameters(policy).values():
             p += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     adapted = replace(roles, policy=policy, ref_policy=None)
     before = response_logprobs(policy, rows).detach()

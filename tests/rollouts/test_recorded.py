@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from stages.models.packing import packs
+from stages.models.packing import reads_packed_rows
 from stages.rollouts import lanes
 from stages.rollouts.transformers import Decoding, sample_with_logprobs
 
@@ -31,6 +31,6 @@ def test_recorded_steps_are_the_steps(causal, monkeypatch, autocast):
             warnings.simplefilter("error")
             decoding = Decoding(40, eos_id=EOS, pad_id=PAD, batch_size=20)
             found.append(sample_with_logprobs(model, PROMPTS, range(len(PROMPTS)), decoding))
-    assert len(replays) > 5 if packs(model) else not replays
+    assert len(replays) > 5 if reads_packed_rows(model) else not replays
     assert found[0].responses == found[1].responses and len(set(map(len, found[0].responses))) > 2
     assert torch.equal(found[0].logprobs, found[1].logprobs) and torch.equal(found[0].entropy, found[1].entropy)

@@ -164,15 +164,15 @@ def test_sampling_leaves_no_graph_and_no_trace_in_the_global_generator(causal):
 
 def test_an_adapted_model_samples_as_its_merged_self(causal):
     """The sampler runs through a PeftModel, key-value cache included."""
-    from stages.models.adapters import AdapterSettings, merged, trainable, with_adapter
+    from stages.models.adapters import AdapterSettings, merge_adapter, trainable_parameters, with_adapter
 
     policy = with_adapter(causal(seed=3), AdapterSettings(method="lora", r=4, lora_alpha=8))
     with torch.no_grad():
-        for p in trainable(policy).values():
+        for p in trainable_parameters(policy).values():
             p += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     adapted = draw_all(policy, temperature=0.5)
     assert adapted != draw_all(causal(seed=3), temperature=0.5)
-    assert adapted == draw_all(merged(policy), temperature=0.5)
+    assert adapted == draw_all(merge_adapter(policy), temperature=0.5)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

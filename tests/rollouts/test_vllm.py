@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.errors import Interrupted, UserError
-from stages.models.adapters import AdapterSettings, trainable, with_adapter
+from stages.models.adapters import AdapterSettings, trainable_parameters, with_adapter
 from stages.rollouts.engine import EngineLost, SampleRequest
 from stages.rollouts.vllm import Vllm, VllmOptions, write_model
 from tests.builders import EOS, tiny_causal
@@ -120,7 +120,7 @@ def test_weights_follow_the_policy(folder, engine, method):
     policy = with_adapter(loaded(folder), AdapterSettings(method=method, r=2))
     engine.update_weights(policy)
     assert_of(policy, sample(engine))
-    for p in trainable(policy).values():
+    for p in trainable_parameters(policy).values():
         p.data += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     with pytest.raises(AssertionError):
         assert_of(policy, sample(engine))
@@ -134,7 +134,7 @@ def test_a_head_that_is_the_embedding_follows_too(python, tmp_path, method):
     folder = saved(tmp_path / "model", tie_word_embeddings=True)
     policy = with_adapter(loaded(folder), AdapterSettings(method=method, r=2))
     with contextlib.closing(made(folder, tmp_path / "line", python, policy=policy)) as engine:
-        for p in trainable(policy).values():
+        for p in trainable_parameters(policy).values():
             p.data += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
         engine.update_weights(policy)
         assert_of(policy, sample(engine), within=1e-4)
@@ -269,7 +269,7 @@ def test_the_real_one(tmp_path, method, tied):
         assert sample(engine).responses == sampled.responses
         many = 200 * PROMPTS  # more tokens than it reads at a time
         assert_of(policy, sample(engine, prompts=many, seeds=range(600)), within=1e-3, prompts=many)
-        for p in trainable(policy).values():
+        for p in trainable_parameters(policy).values():
             p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
         with pytest.raises(AssertionError):
             assert_of(policy, sampled, within=1e-3)

@@ -77,7 +77,10 @@ class TestBase:
             ({"name_or_path": "org/name", "chat_template": "x.j2"}, "model.chat_template: no such file: x.j2; should "),
             ({"chat_template_kwargs": {"a": 1}}, "model.chat_template_kwargs: has no effect on a model from scratch"),
             ({"name_or_path": "org/name", "chat_template_kwargs": {"messages": 1}}, "'messages' is what the "),
-            ({"name_or_path": "org/name", "chat_template_kwargs": {"a-b": 1}}, "'a-b' cannot be the name of a "),
+            (
+                {"name_or_path": "org/name", "chat_template_kwargs": {"a-b": 1}},
+                "'a-b' cannot be the name of a variable",
+            ),
             ({"name_or_path": "org/name", "chat_template_kwargs": {"a": [{"b": None}]}}, "a is or contains null"),
             ({"name_or_path": "org/name", "chat_template_kwargs": {"a": None}}, "model.chat_template_kwargs"),
         ],

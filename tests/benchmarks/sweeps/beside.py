@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import api, cli
+from pipeline.chain import Chain
 from pipeline.commands import make_console
 from pipeline.config.sections import Common
 from pipeline.config.validation import validate_tree
@@ -23,7 +24,6 @@ from pipeline.errors import UserError
 from pipeline.launch import environment as launch
 from pipeline.launch.signals import stop_on_signals
 from pipeline.plan import bring_up_to_date
-from pipeline.chain import Chain
 from pipeline.stage import Stage, StopFlag
 from pipeline.state import Flags, StageState
 from pipeline.store import files

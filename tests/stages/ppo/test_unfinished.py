@@ -96,19 +96,17 @@ def test_the_sft_loss_of_a_cut_response_ends_with_its_tokens_and_of_none_is_zero
         assert loss.item() == (3.0 if tokens else 0.0) and logps.grad.isfinite().all() and logps.grad[1] == 0
 
 
-def test_rankings_of_samples_say_which_were_cut_off(monkeypatch):
+def test_rankings_of_samples_say_which_were_cut_off():
     """A labeler may prefer a finished text to the same text that was cut off."""
     world = World.build(0, documents=1, demonstrations=1, prompts=20, evaluation_prompts=1)
     prompts = [row["prompt"] for row in world.prompts()]
     texts = [["the fox is red .", "the fox is red .", "the fox is red .", "i do not know ."]] * len(prompts)
     finished = [[True, False, False, i % 2 == 0] for i in range(len(prompts))]
-    monkeypatch.setattr(rankings, "sample_responses", lambda ctx: (prompts, texts, finished))
-    monkeypatch.setattr(rankings, "read_world", lambda ctx: json.loads(json.dumps(world.to_json())))
-    config = rankings_settings.RankingsSettings(labelers_per_prompt=5, agreement=0.6)
-    experiment = SimpleNamespace(data=SimpleNamespace(rankings=None))
-    tracker = SimpleNamespace(say=lambda text: None)
-    ctx = SimpleNamespace(config=config, seed=0, tracker=tracker, experiment=experiment, inputs={})
-    rows, figures = rankings.simulate(ctx)
+    responses = rankings.SampledResponses(prompts, texts, finished)
+    reloaded = World.from_json(json.loads(json.dumps(world.to_json())))
+    settings = rankings_settings.RankingsSettings(labelers_per_prompt=5, agreement=0.6)
+    session = SimpleNamespace(seed=0, say=lambda text: None)
+    rows, figures = rankings.simulate(reloaded, responses, settings, session)
     of_prompt = dict(zip(prompts, finished, strict=True))
     assert len(rows) > 2 * len(prompts) and all(list(r.finished) == of_prompt[r.prompt] for r in rows)
     for r in rows:

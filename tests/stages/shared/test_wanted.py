@@ -3,8 +3,8 @@
 import pytest
 
 from pipeline import api, cli
-from pipeline.errors import UserError
 from pipeline.chain import Chain, assess
+from pipeline.errors import UserError
 from pipeline.store.artifacts import ArtifactStore
 
 STAGES = api.stages()
