@@ -260,7 +260,7 @@ def test_an_interrupted_stage_goes_on_to_the_same_bytes(world):
 
 
 def test_journals_end_where_the_checkpoint_does(world):
-    """A kill after step 6 with the last checkpoint at 4: rows 5 and 6 are written again, not twice."""
+    """After a kill at step 6 and a checkpoint at 4, rows 5 and 6 are replaced, not repeated."""
     interrupt(world, 4)
     journal = world.store.folder("fit") / "metrics.jsonl"
     with open(journal, "a") as file:
@@ -352,8 +352,10 @@ def test_a_rebuilt_input_is_refused_even_with_override_config(world):
 @pytest.mark.parametrize("every", [0, 4])
 @pytest.mark.parametrize("redo", [False, True])
 def test_an_input_that_is_rebuilt_while_the_stage_runs_publishes_nothing(world, every, redo):
-    """What a finished artifact was stays; the run goes on as any whose input changed: with --restart, or (nothing was
-    saved) by itself."""
+    """The finished artifact stays, and the run continues like any with a changed input.
+
+    That needs --restart, unless nothing was saved.
+    """
     if redo:
         world.run("fit", "checkpoints.every=0")
     before, run_fit = world.store.manifest("fit"), world.stages["fit"].run

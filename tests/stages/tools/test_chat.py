@@ -190,7 +190,7 @@ def test_a_damaged_artifact_is_named(store):
     whole = file.read_bytes()
     try:
         file.write_bytes(whole.replace(b"1", b"2", 1))
-        with pytest.raises(UserError, match="config.json: sha256"):
+        with pytest.raises(UserError, match=r"config\.json: sha256"):
             chat.run(EXPERIMENT, store, ["sft", "ppo"], settings_of())
     finally:
         file.write_bytes(whole)
