@@ -155,7 +155,7 @@ def test_what_a_stage_raises(rlhf, error, code, expected):
 
 
 def test_what_to_turn_where_memory_runs_out_leaves_the_algorithm_and_can_go_on(rlhf):
-    """The hint names no mini-batch size, which changes results, and how to resume with a new batch."""
+    """The hint leaves the algorithm as it is, and says how to resume with another batch."""
 
     def run(ctx):
         raise MemoryError
@@ -419,7 +419,7 @@ def test_clean_refuses_what_is_held_and_what_is_not_its_own(rlhf, tmp_path):
 
 
 def test_clean_holds_what_it_removes(rlhf, monkeypatch):
-    """A run that starts after the check of the locks is refused, or the clean is; a full disk is fine."""
+    """A run that starts after the check of the locks is refused, or the clean is."""
     from pipeline.store import artifacts
 
     def full(*_):
