@@ -123,13 +123,13 @@ def test_a_class_of_its_own_stays():
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-def test_a_space_in_front_is_said_where_transformers_4_looks_for_it(prefix):
+def test_a_leading_space_is_declared_where_transformers_4_looks_for_it(prefix):
     found = portable_tokenizer({}, {"type": "ByteLevel", "add_prefix_space": prefix}, {})
     assert found == {"add_prefix_space": prefix}
 
 
 @pytest.mark.parametrize("bos", [True, False])
-def test_a_class_that_would_add_bos_is_told_whether_it_does(causal, tmp_path, bos):
+def test_a_class_that_would_add_bos_is_configured(causal, tmp_path, bos):
     """Llama's class and others of transformers 4 use this flag and not tokenizer.json."""
     from transformers import AutoTokenizer, LlamaTokenizer
 

@@ -50,7 +50,7 @@ def test_run_and_run_again(rlhf):
     assert code == 0 and "fit: stale because fit.steps 3 → 12; running" in out
 
 
-def test_artifacts_go_where_they_are_told(rlhf, tmp_path):
+def test_artifacts_go_to_the_requested_folder(rlhf, tmp_path):
     assert rlhf("run", "text", "--artifacts", "elsewhere")[0] == 0
     assert (tmp_path / "elsewhere" / "small" / "text" / "manifest.json").exists()
     assert not (tmp_path / "artifacts").exists()
@@ -154,7 +154,7 @@ def test_what_a_stage_raises(rlhf, error, code, expected):
     assert got == code and "Traceback" in err
 
 
-def test_what_to_turn_where_memory_runs_out_leaves_the_algorithm_and_can_go_on(rlhf):
+def test_the_hint_when_memory_runs_out_keeps_the_algorithm(rlhf):
     """The hint leaves the algorithm as it is, and says how to resume with another batch."""
 
     def run(ctx):
@@ -335,7 +335,7 @@ def test_clean_says_what_it_removes_and_removes_only_that(rlhf, tmp_path):
     assert rlhf("clean", "--yes")[:2] == (0, "artifacts/small: nothing there\n")
 
 
-def test_clean_removes_nothing_where_nobody_can_be_asked(rlhf):
+def test_clean_removes_nothing_without_a_terminal(rlhf):
     rlhf("run", "text")
     code, out, err = rlhf("clean")
     assert code == 2 and out == "" and err.startswith("error: artifacts/small (") and err.count("\n") == 1

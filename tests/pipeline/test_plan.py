@@ -227,7 +227,7 @@ def test_only_refuses_what_is_not_done(world):
     assert line == "text: is stale because text.words 3 → 4; run it first, or leave out --only"
 
 
-def test_what_the_machine_lacks_for_a_stage_that_will_run_is_told_before_anything_runs(world):
+def test_missing_requirements_of_stages_to_run_are_reported_before_anything_runs(world):
     fakes.change(
         world.stages,
         "fit",
@@ -446,7 +446,7 @@ def test_a_file_that_is_edited_before_its_stage_begins_is_what_the_manifest_name
     assert world.store.manifest("fit")["inputs"]["data:prompts"] == digest and seen == [digest]
 
 
-def test_a_finished_stage_whose_file_is_edited_while_another_runs_is_made_anew(world, tmp_path):
+def test_a_finished_stage_whose_file_is_edited_while_another_runs_is_run_again(world, tmp_path):
     """It was up to date when the command began."""
     world.stages, file = fakes.stages(reads=["prompts"]), tmp_path / "rows.jsonl"
     at = f"data.prompts={file}"

@@ -109,7 +109,7 @@ class TestBase:
         assert "no reward model" not in done.said and not (tmp_path / "base" / "model" / "scalar_head.py").exists()
 
 
-def test_a_family_that_takes_no_head_is_refused_where_rm_is_asked_for(chain, tmp_path, monkeypatch, capsys):
+def test_a_family_that_takes_no_head_is_refused_for_rm(chain, tmp_path, monkeypatch, capsys):
     """Base refuses it before anything is trained; where only sft and dpo follow, it warns."""
     from micro_chain import random_policy
 

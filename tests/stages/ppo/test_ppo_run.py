@@ -421,7 +421,7 @@ def test_the_published_average_is_of_every_optimizer_step(ptx):
         torch.testing.assert_close(p.detach(), held, rtol=0, atol=1e-5)
 
 
-def test_the_best_policy_is_published_where_that_is_asked_for(choices):
+def test_the_best_policy_is_published_if_requested(choices):
     """By the held-out reward model's score minus kl_coef times KL.
 
     It is not the last policy, nor the one that this score or the climbed reward would choose by

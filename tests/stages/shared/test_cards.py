@@ -150,7 +150,7 @@ def test_metadata_go_from_card_to_card(tmp_path, monkeypatch):
     assert "`org/name` at the commit `0123456789`" in text
 
 
-def test_what_is_not_known_is_not_said(tmp_path, monkeypatch):
+def test_a_card_omits_what_is_unknown(tmp_path, monkeypatch):
     def nothing(*_, **__):
         raise OSError("no network")
 

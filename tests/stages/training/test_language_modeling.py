@@ -135,7 +135,7 @@ def test_a_step_has_the_rate_that_any_stage_would_give_it(train, schedule, warmu
         {"weight_decay": 0.0, "adam_beta2": 0.8},
     ],
 )
-def test_a_run_that_goes_on_is_told_todays_settings(train, settings):
+def test_a_resumed_run_uses_the_current_settings(train, settings):
     assert_told(train(stop_at=FIRST + 3), {})
     found = train(**settings)
     assert [row["step"] for row in found[0]] == [FIRST + step for step in range(5, STEPS + 1)]
