@@ -218,10 +218,9 @@ def test_log_ratios_equal_those_from_logits(packed):
     from stages.models.loading import prepare
     from stages.models.packing import can_pack
     from stages.shared.runtime import make_accelerator
+    from tests.builders import tiny_causal
 
-    torch.manual_seed(0)
-    shape = LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    policy, reference = models = [prepare(LlamaForCausalLM(shape)) for _ in range(2)]
+    policy, reference = models = [prepare(tiny_causal("llama", seed)) for seed in (0, 1)]
     assert not packed or all([can_pack(model, 16) for model in models])
     prompts, responses = [[3, 4], [5], [6, 7, 8], [3, 4]], [[9, 2], [1, 1, 1, 2], [4], [2]]
     expected = []
