@@ -130,15 +130,9 @@ def simulate(chain, world, folder, monkeypatch, **settings):
     """Run the stage on the world's prompts with `world.answers` in place of sampled responses."""
     ids = {tuple(plain.prompt_ids(chain.tokenizer, prompt)): prompt for prompt in world.answers}
 
-<<<<<<< HEAD
-    def told(policy, prompts, seeds, decoding, poll):
-        given = {prompt: iter(texts) for prompt, texts in world.answers.items()}
-        chosen = [next(given[ids[tuple(prompt)]]) for prompt in prompts]
-=======
-    def answer(policy, prompts, seeds, *, eos_id, **options):
+    def answer(policy, prompts, seeds, decoding, poll):
         remaining = {prompt: iter(texts) for prompt, texts in world.answers.items()}
         chosen = [next(remaining[ids[tuple(prompt)]]) for prompt in prompts]
->>>>>>> h19-TS
         return [plain.response_ids(chain.tokenizer, text, finished) for text, finished in chosen]
 
     monkeypatch.setattr(rankings, "sample", answer)

@@ -102,19 +102,11 @@ def test_rankings_of_samples_say_which_were_cut_off():
     prompts = [row["prompt"] for row in world.prompts()]
     texts = [["the fox is red .", "the fox is red .", "the fox is red .", "i do not know ."]] * len(prompts)
     finished = [[True, False, False, i % 2 == 0] for i in range(len(prompts))]
-<<<<<<< HEAD
-    world = World.from_json(json.loads(json.dumps(world.to_json())))
-    responses = rankings.SampledResponses(prompts, texts, finished)
-    config = rankings_settings.RankingsSettings(labelers_per_prompt=5, agreement=0.6)
-    session = SimpleNamespace(seed=0, say=lambda line: None)
-    rows, figures = rankings.simulate(world, responses, config, session)
-=======
     responses = rankings.SampledResponses(prompts, texts, finished)
     reloaded = World.from_json(json.loads(json.dumps(world.to_json())))
     settings = rankings_settings.RankingsSettings(labelers_per_prompt=5, agreement=0.6)
     session = SimpleNamespace(seed=0, say=lambda text: None)
     rows, figures = rankings.simulate(reloaded, responses, settings, session)
->>>>>>> h19-TS
     of_prompt = dict(zip(prompts, finished, strict=True))
     assert len(rows) > 2 * len(prompts) and all(list(r.finished) == of_prompt[r.prompt] for r in rows)
     for r in rows:
