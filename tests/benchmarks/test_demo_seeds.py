@@ -109,7 +109,7 @@ def test_differences_are_paired_by_seed(rows):
 
 
 def test_both_halves_are_there_and_how_base_was_asked(rows):
-    assert cells(rows, "gold, all prompts: base (asked in plain text)")[:3] == ["0.300", "0.400", "0.500"]
+    assert cells(rows, "gold, all prompts: base (prompted in plain text)")[:3] == ["0.300", "0.400", "0.500"]
     assert cells(rows, "gold, held-out tasks: best of 16")[:3] == ["0.700", "0.800", "0.900"]
 
 
