@@ -98,7 +98,7 @@ chat: $(STAMP) ## talk to policies side by side (MODELS=sft,ppo)
 # One worker a core, and one thread a worker: the tests' models are so small that a second thread only costs. A file's tests stay
 # in one worker, since they share its fixtures.
 test: $(STAMP) ## the quick tests
-	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n auto --dist loadfile
+	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n logical --dist loadfile --no-loadscope-reorder
 test-slow: $(STAMP) ## the slow ones: whole chains, kills, real training
 	@$(VENV)/bin/pytest -q -m slow
 lint: $(STAMP) ## ruff (rules and format) and mypy

@@ -1,1 +1,1 @@
-"""The RLHF stages: one story a file; they meet in the artifact directory and never import each other."""
+"""The stages of RLHF, one file each. They meet in the artifact directory, never by imports."""

@@ -1,4 +1,4 @@
-"""Tiny tokenizers with chat templates of the shapes that known models have. Each learns its pieces from TEXTS."""
+"""Make tiny tokenizers, trained on TEXTS, with chat templates like those of known models."""
 
 TEXTS = ["what color is the fox ?", "the fox is red .", "say hello twice .", "A fox. What is red?", "Hm. a blue bird ."]
 
@@ -67,7 +67,7 @@ QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 HEADERS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 OLD = ("<unk>", "<s>", "</s>")
 THINK = ("<think>", "</think>")
-KINDS = {  # template, special tokens, added ones that are not special, and their roles
+KINDS = {  # template, special tokens, other added tokens, and the special tokens' roles
     "chatml": (CHATML, QWEN, (), {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}),
     "llama2": (LLAMA2, OLD, (), {"bos_token": "<s>", "eos_token": "</s>"}),
     "mistral": (MISTRAL, (*OLD, "[INST]", "[/INST]"), (), {"bos_token": "<s>", "eos_token": "</s>"}),
@@ -85,7 +85,7 @@ KINDS = {  # template, special tokens, added ones that are not special, and thei
 
 
 def make(kind: str):
-    """The tokenizer of one of KINDS, a new one each time."""
+    """Return a new tokenizer of one of KINDS."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

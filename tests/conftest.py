@@ -1,5 +1,7 @@
-"""Tests stay quiet and offline: `rlhf`'s environment without a Hub id, before any library is imported; and the copies
-that transformers makes of models' own code go to a folder that is removed."""
+"""Keep the tests quiet and offline by the environment that `rlhf` sets before its imports.
+
+The copies that transformers makes of models' own code go to a temporary folder.
+"""
 
 import os
 import sys

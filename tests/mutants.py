@@ -1,16 +1,16 @@
-"""Faults that the quick tests have to notice, and a tool that shows that they do.
+"""Check that the quick tests notice faults, by making them one at a time in a copy of the code.
 
-Each mutant is a realistic fault of one line: a sign, a split, a temperature, a denominator, a file, an index. The tool
-copies the tree to a temporary folder (the code here is never touched), makes one mutant at a time there, and runs the
-quick tests that should notice it, in a process of its own.
+Each mutant is a realistic fault of one line: a sign, a split, a temperature, a denominator, a file,
+an index. The tool copies the tree to a temporary folder, makes one mutant at a time there, and runs
+the quick tests that should notice it in a new process.
 
-    .venv/bin/python tests/mutants.py                  all of them: about 10 s each on one core
+    .venv/bin/python tests/mutants.py                  all mutants: about 10 s each on one core
     .venv/bin/python tests/mutants.py --file ppo       those of one stage
     .venv/bin/python tests/mutants.py --file ppo --only 3
     .venv/bin/python tests/mutants.py --list
 
-A line says for each mutant whether it was noticed, and by which test first; the exit code is 1 if one LIVES. A test
-(tests/test_mutants.py) sees to it that every mutant still fits the code.
+For each mutant a line says whether it was noticed, and by which test first; the exit code is 1 if
+one LIVES. tests/test_mutants.py checks that every mutant still fits the code.
 """
 
 import argparse
@@ -37,7 +37,7 @@ TESTS = {
     ),
 }
 
-# Read once, before the first mutant, and never of ours.
+# Imported once, before the first mutant. None of our modules: each child imports those of its tree.
 LIBRARIES = ["pytest", "accelerate", "transformers.trainer", "transformers.models.llama.modeling_llama"]
 
 
@@ -49,36 +49,35 @@ def sources() -> dict[str, str]:
 
 
 def holders(stage: str, text: str) -> list[str]:
-    """Return the paths of the modules that hold a text: of the stage's own modules, else of all in stages/."""
-    found = [path for path, source in sources().items() if text in source]
-    own = [path for path in found if path == f"stages/{stage}.py" or path.startswith(f"stages/{stage}/")]
-    return own or found
+    """Return the modules that contain a text: those of the stage, or if none does, of stages/."""
+    paths = [path for path, source in sources().items() if text in source]
+    own = [path for path in paths if path == f"stages/{stage}.py" or path.startswith(f"stages/{stage}/")]
+    return own or paths
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault.
-
-    stage: whose tests (TESTS) are to notice it.
-    breaks: what is wrong with it, in words.
-    old, new: a text that stands once in the file, and what stands there in the mutant.
-    file: where; by default the one module of the stage, or else of stages/, that holds `old`.
-    """
+    """A fault, made by replacing one text."""
 
     stage: str
+    """The stage whose tests (TESTS) have to notice it."""
     breaks: str
+    """The fault in words."""
     old: str
+    """A text that occurs once in the file."""
     new: str
+    """The text that replaces it."""
     file: str = ""
+    """The file; by default the only module of the stage, or of stages/, that contains `old`."""
 
     @property
     def path(self) -> str:
-        """The file of stages/ that holds `old`; the first one where several do, which test_mutants refuses."""
+        """Return the file that contains `old`; test_mutants refuses several."""
         return self.file or next(iter(holders(self.stage, self.old)), f"stages/{self.stage}.py")
 
 
 MUTANTS = [
-    # ── ppo ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── ppo ───────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "ppo",
         "no KL in the reward",
@@ -281,7 +280,7 @@ MUTANTS = [
         '"objective/rlhf_reward": scores - kl_coef * (k3 if kl_estimator == "k3" else kl)',
         '"objective/rlhf_reward": scores - kl_coef * kl',
     ),
-    # ── rm ───────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── rm ────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "rm",
         "winner and loser change places in the figures",
@@ -417,7 +416,7 @@ MUTANTS = [
         "mean = [sum(scores) / ensemble for scores in zip(*margins[:ensemble], strict=True)]",
         "mean = margins[0]",
     ),
-    # ── dpo ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── dpo ───────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "dpo",
         "winner and loser change places in the loss",
@@ -544,7 +543,7 @@ MUTANTS = [
         "self.lr_scheduler_type, 0, steps)",
     ),
     Mutant("dpo", "weight_decay is not read", "        weight_decay=section.weight_decay,\n", ""),
-    # ── rankings ─────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── rankings ──────────────────────────────────────────────────────────────────────────────
     Mutant(
         "rankings",
         "split by row and not by prompt",
@@ -690,7 +689,7 @@ MUTANTS = [
         "batch = range(len(texts), min(len(texts)",
         "batch = range(max(0, len(texts) - 1), min(len(texts)",
     ),
-    # ── evaluate ─────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── evaluate ──────────────────────────────────────────────────────────────────────────────
     Mutant(
         "evaluate",
         "perplexity of training text",
@@ -941,11 +940,11 @@ MUTANTS = [
 ]
 
 
-# ── the tool ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the tool ──────────────────────────────────────────────────────────────────────────────────
 
 
 def copy_tree(folder: Path) -> Path:
-    """The files that git knows or would add, as they stand here, in a new folder."""
+    """Copy the files that git knows or would add to a new folder, and return it."""
     listed = subprocess.run(
         ["git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard"],
         capture_output=True,
@@ -960,7 +959,7 @@ def copy_tree(folder: Path) -> Path:
 
 
 def run_tests(tree: str, tests: tuple[str, ...], log: str) -> None:
-    """pytest in this process on the tree; exits with its code, 99 where other code than the tree's was tested."""
+    """Run pytest on a tree and exit with its code, or with 99 if it tested another tree's code."""
     os.chdir(tree)
     sys.path[:] = [tree, *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
     with open(log, "w", encoding="utf-8") as file:
@@ -975,7 +974,7 @@ def run_tests(tree: str, tests: tuple[str, ...], log: str) -> None:
 
 
 def tested(tree: Path, tests: tuple[str, ...]) -> tuple[int, str]:
-    """(pytest's exit code on the tree, its first line of failure), in a fresh process that has read the libraries."""
+    """Return pytest's exit code on a tree and the first line of failure, from a new process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
     log = tree.parent / "log"
@@ -991,17 +990,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--file", choices=list(TESTS), help="only the mutants of this stage")
     parser.add_argument("--only", type=int, help="only the mutant with this number")
-    parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
-    asked = parser.parse_args(argv)
-    chosen = [m for m in MUTANTS if asked.file in (None, m.stage)]
-    numbered = [(n, m) for n, m in enumerate(chosen, 1) if asked.only in (None, n)]
-    if asked.list:
+    parser.add_argument("--list", action="store_true", help="list the mutants, and run nothing")
+    arguments = parser.parse_args(argv)
+    chosen = [m for m in MUTANTS if arguments.file in (None, m.stage)]
+    numbered = [(n, m) for n, m in enumerate(chosen, 1) if arguments.only in (None, n)]
+    if arguments.list:
         for n, mutant in numbered:
             print(f"{n:3} {mutant.stage:9} {mutant.path}: {mutant.breaks}")
         return 0
-    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # or a mutant of the same size and second is taken for the last
+    os.environ["PYTHONDONTWRITEBYTECODE"] = (
+        "1"  # otherwise a mutant of the same size and second is taken for the previous one
+    )
     os.environ.pop("PYTHONPATH", None)
-    living = 0
+    survivors = 0
     with tempfile.TemporaryDirectory(prefix="rlhf-mutants-") as folder:
         tree = copy_tree(Path(folder) / "tree")
         for stage in dict.fromkeys(mutant.stage for _, mutant in numbered):
@@ -1010,16 +1011,16 @@ def main(argv: list[str] | None = None) -> int:
         for n, mutant in numbered:
             file = tree / mutant.path
             text = file.read_text(encoding="utf-8")
-            assert text.count(mutant.old) == 1, f"{mutant.path}: {mutant.old!r} does not stand there once"
+            assert text.count(mutant.old) == 1, f"{mutant.path}: {mutant.old!r} does not occur once"
             file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
             code, first = tested(tree, TESTS[mutant.stage])
             file.write_text(text, encoding="utf-8")
             assert code in (0, 1, 2), f"pytest ended with {code}"
-            living += code == 0
+            survivors += code == 0
             verdict = "noticed" if code else "LIVES  "
             print(f"{n:3} {mutant.stage:9} {verdict} {mutant.breaks}  {first}", flush=True)
-    print(f"{len(numbered) - living} of {len(numbered)} mutants noticed")
-    return min(living, 1)
+    print(f"{len(numbered) - survivors} of {len(numbered)} mutants noticed")
+    return min(survivors, 1)
 
 
 if __name__ == "__main__":

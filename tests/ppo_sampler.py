@@ -1,4 +1,4 @@
-"""Make a sampler of PPO without a run around it."""
+"""Make PPO's sampler without a run of the stage."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +43,8 @@ def sampler_of(
     Args:
         roles: The models.
         c: The settings of the stage.
-        engine: Samples in place of the policy.
+        engine: The engine that samples; None for the policy itself.
+
         seed: The experiment's seed.
         say: Gets the lines that are printed.
         scorer: Scores in place of the reward model.

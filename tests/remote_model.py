@@ -1,8 +1,10 @@
-"""Folders with tiny models that bring their own code, for tests. Nothing here is imported by the house.
+"""Write folders of tiny models that bring their own code.
 
-spread: a Llama whose embeddings are scaled, its sequence classification in a file of its own, which nothing but
-auto_map names, its scale in a further one. alone: written without any of transformers' layers, as Baichuan is: its own
-attention, no sequence classification, no `generate`. Every file says in the file `ran` of a folder that it ran.
+spread is a Llama with scaled embeddings: its sequence classification is in a file that only
+auto_map names, and its scale in a third one. alone is written without transformers' layers, as
+Baichuan is: its own attention, no sequence classification, no `generate`.
+
+Each file of code appends its name to the file $TOY_RAN when it is imported.
 """
 
 import json
@@ -212,7 +214,14 @@ class ToyTokenizer(PreTrainedTokenizerFast):
 
 
 def build(folder: Path, tokenizer, kind: str = "spread", changes: dict[str, tuple[str, str]] | None = None) -> Path:
-    """Writes such a model, untrained; → the folder. changes: file → (old text, new text) of its code."""
+    """Write an untrained model with its code, and return the folder.
+
+    Args:
+        folder: A folder that does not exist yet.
+        tokenizer: The model's tokenizer.
+        kind: "spread" or "alone".
+        changes: {file: (old text, new text)} of the code.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
@@ -234,7 +243,7 @@ def build(folder: Path, tokenizer, kind: str = "spread", changes: dict[str, tupl
 
 
 def give_tokenizer_code(folder: Path) -> None:
-    """The tokenizer in the folder is now one with code, too."""
+    """Turn the tokenizer of a folder into one with its own code."""
     (folder / "tokenization_toy.py").write_text(RAN + TOKENIZER, encoding="utf-8")
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -244,24 +253,30 @@ def give_tokenizer_code(folder: Path) -> None:
 
 
 def weights(kind: str, vocabulary: int) -> dict[str, torch.Tensor]:
+    """Return random weights of a model of that kind and vocabulary size."""
     generator = torch.Generator().manual_seed(0)
     width, inner = SHAPE["hidden_size"], SHAPE["intermediate_size"]
-    normal = lambda *shape: torch.randn(shape, generator=generator) * 0.3  # noqa: E731
-    found = {"model.embed_tokens.weight": normal(vocabulary, width), "lm_head.weight": normal(vocabulary, width)}
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * 0.3
+
+    tensors = {"model.embed_tokens.weight": normal(vocabulary, width), "lm_head.weight": normal(vocabulary, width)}
     for i in range(SHAPE["num_hidden_layers"]):
-        at, attention = f"model.layers.{i}.", f"model.layers.{i}.self_attn."
-        found[f"{attention}o_proj.weight"] = normal(width, width)
+        layer, attention = f"model.layers.{i}.", f"model.layers.{i}.self_attn."
+        tensors[f"{attention}o_proj.weight"] = normal(width, width)
         if kind == "spread":
-            found |= {f"{attention}q_proj.weight": normal(width, width)}
-            found |= {f"{attention}{x}_proj.weight": normal(width // 2, width) for x in "kv"}
-            found |= {f"{at}mlp.{x}_proj.weight": normal(inner, width) for x in ("gate", "up")}
-            found |= {f"{at}mlp.down_proj.weight": normal(width, inner)}
-            found |= {f"{at}{x}_layernorm.weight": torch.ones(width) for x in ("input", "post_attention")}
+            tensors |= {f"{attention}q_proj.weight": normal(width, width)}
+            tensors |= {f"{attention}{x}_proj.weight": normal(width // 2, width) for x in "kv"}
+            tensors |= {f"{layer}mlp.{x}_proj.weight": normal(inner, width) for x in ("gate", "up")}
+            tensors |= {f"{layer}mlp.down_proj.weight": normal(width, inner)}
+            tensors |= {f"{layer}{x}_layernorm.weight": torch.ones(width) for x in ("input", "post_attention")}
         else:
-            found |= {f"{attention}W_pack.weight": normal(3 * width, width)}
-            found |= {f"{at}up_proj.weight": normal(inner, width), f"{at}up_proj.bias": normal(inner)}
-            found |= {f"{at}down_proj.weight": normal(width, inner), f"{at}down_proj.bias": normal(width)}
+            tensors |= {f"{attention}W_pack.weight": normal(3 * width, width)}
+            tensors |= {f"{layer}up_proj.weight": normal(inner, width), f"{layer}up_proj.bias": normal(inner)}
+            tensors |= {f"{layer}down_proj.weight": normal(width, inner), f"{layer}down_proj.bias": normal(width)}
             for x in ("norm", "after"):
-                found |= {f"{at}{x}.weight": torch.ones(width), f"{at}{x}.bias": torch.zeros(width)}
-    found["model.norm.weight"] = torch.ones(width)
-    return found | ({"model.norm.bias": torch.zeros(width)} if kind == "alone" else {})
+                tensors |= {f"{layer}{x}.weight": torch.ones(width), f"{layer}{x}.bias": torch.zeros(width)}
+    tensors["model.norm.weight"] = torch.ones(width)
+    if kind == "alone":
+        tensors["model.norm.bias"] = torch.zeros(width)
+    return tensors

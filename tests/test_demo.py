@@ -1,4 +1,4 @@
-"""configs/tiny.yaml from start to end, as `make demo` runs it: each policy beats the last; nothing is done twice."""
+"""Test configs/tiny.yaml as `make demo` runs it: every policy improves, nothing is done twice."""
 
 import json
 import subprocess
@@ -12,6 +12,7 @@ STAGES = ("world", "base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate", "r
 
 
 def rlhf(*argv: str) -> subprocess.CompletedProcess:
+    """Run `rlhf` in a new process, and check that it succeeds."""
     code = "import sys; from pipeline.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -20,6 +21,7 @@ def rlhf(*argv: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory):
+    """Return the artifacts of all stages."""
     root = tmp_path_factory.mktemp("demo")
     rlhf("run", "report", "-c", "configs/tiny.yaml", "--artifacts", str(root))
     return root
@@ -28,7 +30,7 @@ def artifacts(tmp_path_factory):
 @pytest.mark.slow
 def test_each_policy_is_better_than_the_one_before(artifacts):
     results = json.loads((artifacts / "tiny/evaluate/results.json").read_text())
-    for part in ("gold", "gold_known_tasks", "gold_held_out_tasks"):  # on tasks that training never set, too
+    for part in ("gold", "gold_known_tasks", "gold_held_out_tasks"):  # also on tasks outside the training data
         gold = {name: policy[part]["overall"] for name, policy in results["policies"].items()}
         assert gold["base"] < gold["sft"] < gold["dpo"] and gold["sft"] < gold["ppo"], part
     assert results["policies"]["base"]["asked"] == "plain"
@@ -39,7 +41,8 @@ def test_each_policy_is_better_than_the_one_before(artifacts):
 
 
 @pytest.mark.slow
-def test_a_second_run_does_nothing_and_a_changed_setting_redoes_what_follows(artifacts):
+def test_a_second_run_does_nothing_and_a_changed_setting_makes_later_stages_stale(artifacts):
+
     before = {s: (artifacts / "tiny" / s / "manifest.json").read_bytes() for s in STAGES}
     again = rlhf("run", "report", "-c", "configs/tiny.yaml", "--artifacts", str(artifacts)).stdout
     assert all(f"{s}: up to date" in again for s in STAGES)

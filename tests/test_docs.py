@@ -32,7 +32,7 @@ def test_every_link_leads_to_a_file(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_shown_command_exists(page):
-    """`make TARGET` is a target of the Makefile and `rlhf COMMAND` a command, wherever a block shows one."""
+    """Each `make TARGET` in a block is a target of the Makefile, each `rlhf COMMAND` a command."""
     from pipeline import commands
 
     blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL))
@@ -46,7 +46,7 @@ def test_the_readme_has_at_most_1500_words():
 
 
 def shown_code(page: Path) -> dict[str, str]:
-    """Return the Python blocks of a page's sections, those of one section joined: {heading: code}."""
+    """Return {heading: code} of a page, with the Python blocks of each section joined."""
     sections = re.split(r"^### ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     blocks = {
         text.splitlines()[0]: re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL) for text in sections
@@ -59,7 +59,7 @@ SHOWN = shown_code(ROOT / "CONTRIBUTING.md")
 
 @pytest.mark.parametrize("heading", SHOWN)
 def test_what_contributing_shows_runs(heading, tmp_path):
-    """In a process of its own and an empty folder, as a reader who pastes it."""
+    """Each section runs in a new process and an empty folder, as for a reader who pastes it."""
     done = subprocess.run(
         [sys.executable, "-c", SHOWN[heading]],
         cwd=tmp_path,

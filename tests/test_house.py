@@ -1,5 +1,8 @@
-"""The house holds: who may import whom, nothing happens at import time, the README's map is the real one,
-every shipped configuration validates. Read from syntax trees, so that a late import counts too."""
+"""Test the house rules: who may import whom, nothing at import time, the README's tree, the
+configs.
+
+Imports are read from syntax trees, so that late imports count, too.
+"""
 
 import ast
 import importlib
@@ -18,27 +21,28 @@ STAGES = ("world", "base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate", "r
 
 
 def name_of(path):
-    """stages/ppo/run.py → stages.ppo.run, data/__init__.py → data"""
+    """Return a file's module: stages/ppo/run.py → stages.ppo.run, data/__init__.py → data."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imports(path):
-    """Every module that a file imports, anywhere in it; `from a import b` gives a and a.b."""
-    found = set()
+    """Return all modules that a file imports anywhere; `from a import b` gives a and a.b."""
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            modules.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
-            found.add(node.module)
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+            modules.add(node.module)
+            modules.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
-            found.add(ast.unparse(node.args[0]).strip("'\"f").split("{")[0].rstrip("."))
-    return found
+            modules.add(ast.unparse(node.args[0]).strip("'\"f").split("{")[0].rstrip("."))
+    return modules
 
 
 def ours(path):
+    """Return the modules of the three rooms that a file imports."""
     return {name for name in imports(path) if name.split(".")[0] in ROOMS}
 
 
@@ -49,7 +53,7 @@ def test_imports_between_rooms(path):
     foreign = ours(path) - own
     if name in ("pipeline.api", "pipeline.commands", "pipeline.init"):  # these name the stages, and inspect data files
         return
-    if room == "data":  # and only the errors' class of the pipeline
+    if room == "data":  # of the pipeline, data may import the class of errors
         foreign -= {"pipeline.errors", "pipeline.errors.UserError"}
     if room in ("data", "pipeline"):
         assert not foreign, f"{name} imports {foreign}"
@@ -65,7 +69,7 @@ def test_imports_between_rooms(path):
             other
             for other in own
             if not name.startswith("stages.ppo.") or not other.startswith("stages.ppo.")
-            if not name.startswith("stages.settings.")  # a declaration imports its own stage, when that runs
+            if not name.startswith("stages.settings.")  # a declaration imports its stage when that runs
             if any(other == stage or other.startswith(f"{stage}.") for stage in others)
         }
         assert not met, f"{name} imports {met}: stages meet in the artifact folder"
@@ -74,8 +78,8 @@ def test_imports_between_rooms(path):
 def test_the_minimal_chain_stands_on_the_formulas_and_the_data():
     """Of stages, minimal.py imports objectives and the loading of models; nothing of pipeline."""
     allowed = ("data", "stages.objectives", "stages.models.loading")
-    found = ours(ROOT / "stages/minimal.py")
-    assert not [name for name in found if not name.startswith(allowed)]
+    modules = ours(ROOT / "stages/minimal.py")
+    assert not [name for name in modules if not name.startswith(allowed)]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -85,14 +89,13 @@ def test_wandb_only_in_tracking(path):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_every_module_imports_and_says_what_it_is(path):
+def test_every_module_can_be_imported_and_has_a_docstring(path):
     module = importlib.import_module(name_of(path))
     assert (module.__doc__ or "").strip(), f"{path}: no docstring"
 
 
 def test_nothing_happens_at_import_time():
-    """No network, no device, no thread of a library, no file: importing everything in a bare process just
-    works."""
+    """All modules can be imported in a process without network and devices."""
     names = [name_of(path) for path in MODULES]
     code = f"""\
 import importlib, socket, sys
@@ -122,18 +125,20 @@ PATH_LIKE = re.compile(r"[\w.-]+/|[\w.-]+\.(py|md|yaml|toml|txt|j2)|Makefile|LIC
 
 
 def tree_block():
-    """The README's fenced block whose first line is `rlhf-pipeline/`, without that line."""
+    """Return the README's fenced block whose first line is `rlhf-pipeline/`, without that line."""
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    begins = [at for at in range(1, len(lines)) if lines[at] == "rlhf-pipeline/" and lines[at - 1].startswith("```")]
-    assert len(begins) == 1, "README.md has no fenced block that begins with the line `rlhf-pipeline/`"
-    end = next(at for at in range(begins[0], len(lines)) if lines[at].startswith("```"))
-    return lines[begins[0] + 1 : end]
+    starts = [i for i in range(1, len(lines)) if lines[i] == "rlhf-pipeline/" and lines[i - 1].startswith("```")]
+    assert len(starts) == 1, "README.md has no fenced block that begins with the line `rlhf-pipeline/`"
+    end = next(i for i in range(starts[0], len(lines)) if lines[i].startswith("```"))
+    return lines[starts[0] + 1 : end]
 
 
 def tree_paths():
-    """Every path in that block, folders with a slash at the end. In a line: the indentation (spaces, or drawn
-    branches), one name or several, and after two spaces what is said of them; a line without a name goes on
-    with that."""
+    """Return every path in the README's tree; folders end with a slash.
+
+    A line has an indentation (spaces or drawn branches), one or more names, and after two spaces
+    their description. A line without a name continues the description.
+    """
     paths, parents = [], []  # parents: (indentation, folder/)
     for line in tree_block():
         bare = re.sub("[│├└─]", " ", line)
@@ -150,31 +155,34 @@ def tree_paths():
 
 
 def test_the_readmes_tree_is_the_real_one():
-    said = tree_paths()
-    for path in said:
+    named = tree_paths()
+    for path in named:
         real = ROOT / path
         assert real.is_dir() if path.endswith("/") else real.is_file(), f"README.md names {path}"
     for room in ROOMS:
-        assert f"{room}/" in said, f"README.md's tree leaves out {room}/"
+        assert f"{room}/" in named, f"README.md's tree leaves out {room}/"
         listed = {
-            path.rstrip("/").rsplit("/", 1)[0] for path in said if path.startswith(f"{room}/") and path != f"{room}/"
+            path.rstrip("/").rsplit("/", 1)[0] for path in named if path.startswith(f"{room}/") and path != f"{room}/"
         }
-        for folder in sorted(listed):  # a folder of which something is listed is listed whole
-            there = {path for path in (ROOT / folder).iterdir() if not path.name.startswith("__")}
-            names = {str(path.relative_to(ROOT)) + "/" * path.is_dir() for path in there}
-            assert names <= set(said), f"README.md's tree leaves out {sorted(names - set(said))}"
+        for folder in sorted(listed):  # the tree lists all of a folder, or nothing
+            contents = [path for path in (ROOT / folder).iterdir() if not path.name.startswith("__")]
+            names = {
+                f"{path.relative_to(ROOT)}/" if path.is_dir() else str(path.relative_to(ROOT)) for path in contents
+            }
+            assert names <= set(named), f"README.md's tree leaves out {sorted(names - set(named))}"
 
 
-def configs():
-    found = sorted(path for path in (ROOT / "configs").rglob("*.y*ml") if "launch" not in path.parts)
-    return found or [None]
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.y*ml") if "launch" not in path.parts)
 
 
-@pytest.mark.parametrize("path", configs(), ids=lambda path: path.name if path else "none")
+def test_there_are_shipped_configs():
+    assert CONFIGS, "configs/ is empty"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_config_validates(path, monkeypatch):
     from pipeline import api
 
-    assert path is not None, "configs/ is empty"
     monkeypatch.chdir(ROOT)
     assert api.load_experiment(path).name == path.stem
 
@@ -186,7 +194,7 @@ def test_every_setting_says_what_it_means():
     assert not [row.key for row in describe(api.experiment_class(), "") if not row.meaning]
 
 
-def test_stages_declare_what_the_pipeline_asks():
+def test_stages_declare_what_the_pipeline_needs():
     from pipeline import api
 
     stages = api.stages()
@@ -195,19 +203,17 @@ def test_stages_declare_what_the_pipeline_asks():
         assert name == stage.name and stage.summary.endswith(".")
         assert api.experiment_class().model_fields[name].annotation is stage.settings
         assert all(sentence.strip() for sentence in stage.metrics.values())
-        late = [
-            need
-            for need in stage.needs(api.experiment_class()(name="a"))
-            if need in list(stages)[: [*stages].index(name)]
-        ]
-        assert late == stage.needs(api.experiment_class()(name="a")), f"{name} needs a stage that comes after it"
+        earlier = list(stages)[: list(stages).index(name)]
+        late = [need for need in stage.needs(api.experiment_class()(name="a")) if need not in earlier]
+        assert not late, f"{name} needs {late}, which come after it"
 
 
 TORCH_FREE = ("torch", "transformers", "datasets", "trl", "accelerate", "peft")
 
 
 def imported_by(code, *words):
-    """Run code in a fresh process; return which of TORCH_FREE it imported, and what it printed."""
+    """Run code in a new process; return which of TORCH_FREE it imported, and its output."""
+
     code += f"\nimport sys; print('IMPORTED', sorted(set({TORCH_FREE!r}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""make's command line: settings reach rlhf word for word, and a variable that is none is refused."""
+"""Test make's command line: settings reach rlhf unchanged, and unknown variables are refused."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 
 @pytest.fixture
 def make(tmp_path):
-    """`make("ppo", "ppo.kl_coef=0.2")` → (exit code, what rlhf was called with, stderr)."""
+    """Return make(words…), which returns the exit code, the arguments of rlhf and stderr."""
     stub, calls = tmp_path / "rlhf", tmp_path / "calls"
     stub.write_text(f'#!/bin/sh\nfor word; do printf "%s\\n" "$word"; done > {calls}\n')
     stub.chmod(0o755)
@@ -36,8 +36,8 @@ PLACE = ["-c", "configs/tiny.yaml", "--artifacts", "artifacts"]
 def test_a_setting_reaches_every_command(make, target):
     code, called, err = make(target, "ppo.kl_coef=0.2")
     assert code == 0 and called[-1] == "ppo.kl_coef=0.2", err
-    at = called.index("-c")
-    assert called[at : at + 4] == PLACE
+    start = called.index("-c")
+    assert called[start : start + 4] == PLACE
 
 
 @pytest.mark.parametrize(
@@ -51,18 +51,18 @@ def test_a_setting_reaches_every_command(make, target):
         "a.b=",
     ],
 )
-def test_it_arrives_as_it_was_typed(make, word):
+def test_a_setting_arrives_as_it_was_typed(make, word):
     code, called, err = make("ppo", word, "CONFIG=my dir/it's.yaml")
     assert code == 0 and called == ["run", "ppo", "-c", "my dir/it's.yaml", *PLACE[2:], word], err
 
 
-def test_set_stands_beside_them(make):
+def test_set_adds_to_dotted_variables(make):
     _, called, _ = make("ppo", "a.b=1", 'SET=c.d="x y" --restart')
     assert called == ["run", "ppo", *PLACE, "a.b=1", "c.d=x y", "--restart"]
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, message",
     [
         (["ppo", "CONFG=x.yaml"], "CONFG=x.yaml: make has no variable CONFG here; did you mean CONFIG=x.yaml?"),
         (["ppo", "config=x.yaml"], "did you mean CONFIG=x.yaml?"),
@@ -72,21 +72,21 @@ def test_set_stands_beside_them(make):
         (["clean-artifacts", "FORCE=1"], "variables are CONFIG ARTIFACTS SET MODELS BENCH KILLS EXTRAS YES PYTHON"),
     ],
 )
-def test_a_variable_that_is_none_is_refused(make, words, said):
+def test_an_unknown_variable_is_refused(make, words, message):
     code, called, err = make(*words)
-    assert code == 2 and called is None and said in err and err.count("\n") == 1
+    assert code == 2 and called is None and message in err and err.count("\n") == 1
 
 
-def test_clean_artifacts_asks_unless_told(make, monkeypatch):
-    """On its command line: a YES that stands in the environment for another program is none."""
+def test_clean_artifacts_asks_without_yes(make, monkeypatch):
+    """YES counts on make's command line only, not in the environment."""
     monkeypatch.setenv("YES", "1")
     assert "--yes" not in make("clean-artifacts")[1] and "--yes" not in make("clean-artifacts", "YES=0")[1]
     assert make("clean-artifacts", "YES=1")[1][-1] == "--yes"
 
 
-def test_setup_shows_that_it_is_alive():
+def test_setup_shows_its_progress():
     """Neither of pip's two calls is quiet."""
     command = ["make", "-n", "-W", "pyproject.toml", "-C", str(ROOT), "setup", "VENV=.elsewhere"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    calls = [line for line in said.splitlines() if "pip install" in line]
-    assert len(calls) == 2 and not [line for line in calls if " -q" in line] and "setup: .elsewhere" in said
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    calls = [line for line in output.splitlines() if "pip install" in line]
+    assert len(calls) == 2 and not [line for line in calls if " -q" in line] and "setup: .elsewhere" in output

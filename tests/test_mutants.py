@@ -1,4 +1,4 @@
-"""The list of mutants fits the code: each changes one place, into code that Python still reads."""
+"""Test that each mutant changes one place of the code, into code that still parses."""
 
 import ast
 from collections import Counter
@@ -10,10 +10,11 @@ from mutants import MUTANTS, ROOT, TESTS, holders
 @pytest.mark.parametrize("stage", TESTS)
 def test_a_mutant_changes_one_place(stage):
     for mutant in (mutant for mutant in MUTANTS if mutant.stage == stage):
-        found = holders(mutant.stage, mutant.old)
-        assert mutant.file or len(found) == 1, f"{mutant.old!r} stands in {found}"
+        paths = holders(mutant.stage, mutant.old)
+        assert mutant.file or len(paths) == 1, f"{mutant.old!r} is in {paths}"
         text = (ROOT / mutant.path).read_text(encoding="utf-8")
-        assert text.count(mutant.old) == 1, f"{mutant.path} holds {mutant.old!r} {text.count(mutant.old)} times"
+        assert text.count(mutant.old) == 1, f"{mutant.path} has {mutant.old!r} {text.count(mutant.old)} times"
+
         assert mutant.old != mutant.new
         ast.parse(text.replace(mutant.old, mutant.new), mutant.breaks)
 

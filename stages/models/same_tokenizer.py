@@ -94,7 +94,8 @@ def difference_of(one: Any, other: Any) -> str | None:
     for text in probe_texts(one, other):
         mine, its = (encode_response(t, text, finished=False) for t in (one, other))
         if mine != its:
-            return f"the text {shortened(text)} becomes {named_tokens(other, its, mine)} there and {named_tokens(one, mine, its)} here"
+            there, here = named_tokens(other, its, mine), named_tokens(one, mine, its)
+            return f"the text {shortened(text)} becomes {there} there and {here} here"
     if one.eos_token not in theirs:
         return f"answers end with {one.eos_token!r}, which it does not know"
     return template_difference(one, other)
@@ -157,7 +158,7 @@ def template_ids(tokenizer: Any, opens: bool) -> list:
 
 
 def template_ids_at_clock_of(tokenizer: Any, one: Any, opens: bool) -> list:
-    """Return the result of `template_ids` with the template's clock stopped as in the policy's template.
+    """Return the result of `template_ids` with the clock stopped as in the policy's template.
 
     base stops the clock, which makes no difference to texts.
 

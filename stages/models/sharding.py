@@ -101,7 +101,7 @@ def shard(model: nn.Module, device: torch.device, *, mean: bool = False) -> None
         _broadcast_weights(inner, device)
         # Resharded too: otherwise gathered weights would survive the loading of others.
         fully_shard(inner, mesh=mesh, reshard_after_forward=True)
-        # `compute_gathered` becomes a forward method to FSDP, which gathers the weights around each call.
+        # `compute` becomes a forward method to FSDP, which gathers the weights around each call.
         inner.__dict__["compute"] = lambda function: function()
         register_fsdp_forward_method(inner, "compute")
         if not mean:  # losses are divided by the global count already

@@ -209,7 +209,7 @@ class TestLengths:
         both = drop + cut
         assert (both.kept, both.truncated, both.dropped, both.longest) == (2, 1, 3, 10)
 
-    def test_prompts_alone_can_only_be_dropped(self):
+    def test_prompts_can_only_be_dropped(self):
         with pytest.raises(UserError) as error:
             limit([[1] * 9], [[]], on_too_long="error")
         (line,) = error.value.lines

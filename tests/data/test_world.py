@@ -389,7 +389,7 @@ def test_utilities_follow_gold_with_a_bias_of_each_labeler(world, sampled):
     assert all(one.helpful + one.honest + one.harmless == pytest.approx(1) for one in labelers.LABELERS)
 
 
-def test_calibrated_labelers_agree_as_often_as_asked(judged):
+def test_calibrated_labelers_have_the_requested_agreement(judged):
     utilities, texts, temperature = judged
     assert labelers.expected_agreement(utilities, texts, temperature) == pytest.approx(0.726, abs=1e-6)
     rng = np.random.default_rng(0)

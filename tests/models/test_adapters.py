@@ -75,7 +75,7 @@ def test_a_fresh_adapter_changes_nothing(causal, scalar, kind, rows, adapter):
     torch.testing.assert_close(response_values(adapted, rows), response_values(scalar(kind), rows), rtol=0, atol=0)
 
 
-def test_its_start_depends_on_the_seed_alone(causal, adapter):
+def test_its_start_depends_only_on_the_seed(causal, adapter):
     """The state of the global generator makes no difference."""
     one = with_adapter(causal("llama"), AdapterSettings(**adapter), seed=5)
     torch.rand(3)
@@ -160,7 +160,7 @@ def test_lora_dropout_is_off_where_log_probs_must_repeat(causal, rows, adapter):
     torch.testing.assert_close(response_logprobs(policy, rows), response_logprobs(policy, rows), rtol=0, atol=0)
 
 
-def test_bitfit_trains_biases_and_the_head_alone(causal, scalar, rows):
+def test_bitfit_trains_only_biases_and_the_head(causal, scalar, rows):
     """The model is not wrapped; one step moves every bias and nothing else."""
     for model in (causal("gpt2"), causal("qwen2")):
         assert with_adapter(model, AdapterSettings(method="bitfit")) is model and not is_adapted(model)
@@ -173,7 +173,7 @@ def test_bitfit_trains_biases_and_the_head_alone(causal, scalar, rows):
     assert moved == set(trainable_parameters(model)) == {n for n in before if n.endswith(".bias")} | {"score.weight"}
 
 
-def test_what_a_method_cannot_do_is_said(causal):
+def test_what_a_method_cannot_do_is_refused(causal):
     with pytest.raises(UserError, match="this llama model has none; use lora"):
         with_adapter(causal("llama"), AdapterSettings(method="bitfit"))
     model = causal("llama")

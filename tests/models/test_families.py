@@ -82,7 +82,7 @@ def published(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", READ)
-def test_a_family_is_what_transformers_alone_makes_of_it(family, tmp_path):
+def test_a_family_computes_what_transformers_computes(family, tmp_path):
     """Compare log-probs, the sampler's log-probs and scores of the published folders."""
     policy, reward, problem = published(tmp_path, family)
     assert problem is None
@@ -111,7 +111,7 @@ class TestWhatIsNoCausalLanguageModel:
         assert len(refusal.value.lines) == 1
 
     @pytest.mark.parametrize("family", ["bert", "roberta"])
-    def test_what_reads_in_both_directions_is_told_by_its_numbers(self, family, tmp_path):
+    def test_bidirectional_models_are_detected_by_their_numbers(self, family, tmp_path):
         source = families.build(family, tmp_path / "source")
         model, tokenizer = load_pretrained(str(source), attn_implementation="sdpa", trust_remote_code=False)
         kind = type(model).__name__
@@ -174,7 +174,7 @@ def test_attention_that_only_a_gpu_computes_is_tried_as_sdpa(causal, scalar, mon
 
 
 @pytest.mark.parametrize("family, linear", [("recurrent_gemma", False), ("gemma3_text", True), ("granite", False)])
-def test_a_head_that_caps_its_logits_is_told_whatever_its_setting_is_called(family, linear, tmp_path):
+def test_a_head_that_caps_its_logits_is_detected(family, linear, tmp_path):
     """Small logits hide a cap; those of a trained model do not."""
     model = load_policy(families.build(family, tmp_path / "source"))
     assert head_is_linear(model) is linear

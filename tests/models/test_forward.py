@@ -19,7 +19,7 @@ def alone(prompt, response):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_those_of_each_row_alone(causal, kind, rows, ragged, temperature):
+def test_logprobs_are_those_of_each_row_by_itself(causal, kind, rows, ragged, temperature):
     """The reference is the log-softmax of the plain model's logits over the temperature."""
     model = causal(kind)
     found = response_logprobs(model, rows, temperature)
@@ -29,7 +29,7 @@ def test_logprobs_are_those_of_each_row_alone(causal, kind, rows, ragged, temper
         torch.testing.assert_close(found[b][rows.response_mask[b]], torch.tensor(right), **CLOSE)
 
 
-def test_their_gradient_is_that_of_the_rows_alone(causal, kind, rows, ragged):
+def test_their_gradient_is_that_of_rows_by_themselves(causal, kind, rows, ragged):
     """d Σ log p / d weights through padded rows is the sum over unpadded rows, for every weight."""
     model = causal(kind)
     response_logprobs(model, rows)[rows.response_mask].sum().backward()
@@ -129,7 +129,7 @@ def test_a_prompt_computed_once_gives_the_numbers_and_gradients_of_one_row_a_res
             torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-4)
 
 
-def test_models_that_can_pack_are_told_from_those_that_cannot(causal, scalar, kind):
+def test_models_that_can_pack_are_distinguished_from_others(causal, scalar, kind):
     """The user's choice of eager attention is respected; a short sliding window or a recurrent
     state cannot be packed.
     """

@@ -46,7 +46,7 @@ class TestPolicy:
         """Log-probs of the loaded model are equal, bit for bit."""
         equal(response_logprobs(load_policy(policy_folder), rows), response_logprobs(causal(kind), rows))
 
-    def test_is_a_folder_that_transformers_alone_can_use(self, policy_folder, tokenizer):
+    def test_transformers_can_use_the_folder_without_us(self, policy_folder, tokenizer):
         """It has safetensors, a tokenizer with its template, a card, and generation ends at EOS."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -227,7 +227,7 @@ def test_from_scratch_gives_the_same_weights_for_the_same_seed(tokenizer):
     assert one.config.vocab_size == len(tokenizer) and one.config.eos_token_id == tokenizer.eos_token_id
 
 
-def test_load_pretrained_takes_a_folder_and_refuses_what_is_none(tmp_path, causal, tokenizer):
+def test_load_pretrained_takes_only_folders(tmp_path, causal, tokenizer):
     save_model(causal("llama", vocab_size=len(tokenizer)), tokenizer, tmp_path / "good", card="")
     model, own = load_pretrained(str(tmp_path / "good"), attn_implementation="sdpa", trust_remote_code=False)
     assert own.chat_template and not model.training
@@ -254,7 +254,7 @@ def test_dropout_is_off_in_families_that_name_it_otherwise(rows):
         assert model.training
 
 
-def test_eos_is_what_the_chat_template_puts_behind_an_answer(tokenizer):
+def test_eos_is_what_the_chat_template_puts_after_a_response(tokenizer):
     """As Gemma: its tokenizer's EOS is one token, its turns end with another."""
     import copy
 

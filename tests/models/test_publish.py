@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.tokenizer import train_tokenizer
 from stages.models.adapters import AdapterSettings, name_of_base, save_merged, with_adapter
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, save_model
 from stages.models.publish import dtype_of_folder, end_tokens, given_model, portable_tokenizer, with_old_positions
+from tests.builders import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(["the fox is red . what colour is the fox ?"] * 3, 300)
+    return tiny_tokenizer()
 
 
 def read_json(path):
@@ -123,13 +123,13 @@ def test_a_class_of_its_own_stays():
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-def test_a_space_in_front_is_said_where_transformers_4_looks_for_it(prefix):
+def test_a_leading_space_is_declared_where_transformers_4_looks_for_it(prefix):
     found = portable_tokenizer({}, {"type": "ByteLevel", "add_prefix_space": prefix}, {})
     assert found == {"add_prefix_space": prefix}
 
 
 @pytest.mark.parametrize("bos", [True, False])
-def test_a_class_that_would_add_bos_is_told_whether_it_does(causal, tmp_path, bos):
+def test_a_class_that_would_add_bos_is_configured(causal, tmp_path, bos):
     """Llama's class and others of transformers 4 use this flag and not tokenizer.json."""
     from transformers import AutoTokenizer, LlamaTokenizer
 

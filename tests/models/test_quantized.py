@@ -205,7 +205,7 @@ def test_off_the_policy_is_the_quantized_base(bits, causal, rows):
 
 @needs_it
 @BITS
-def test_a_step_moves_adapters_and_head_alone(bits, scalar, rows):
+def test_a_step_changes_only_adapters_and_head(bits, scalar, rows):
     model = qlora(scalar("llama"), bits, scalar=True)
     before = {name: p.clone() for name, p in model.named_parameters()}
     response_scores(model, rows).square().sum().backward()

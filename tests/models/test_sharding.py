@@ -1,7 +1,6 @@
 """Test sharded models against whole ones, in two processes that communicate by gloo."""
 
 import copy
-import multiprocessing
 import os
 import shutil
 import sys
@@ -50,6 +49,7 @@ from stages.models.sharding import (
 from stages.tools import memory_step
 from stages.training.checkpoint import shard_optimizer_tensors
 from stages.training.trainee import gradient_cosine, gradient_norm, make_trainee, optimizer_step
+from tests.forked import process
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [9, 8]]
 RESPONSES = [[1, 2, 3, 4], [3, 4], [7, 7, 2]]
@@ -61,9 +61,7 @@ def slow(*cases):
 
 def together(check, *args):
     """Run check(*args) in two processes; its assertions are those of the test."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "peft"])
-    children = [context.Process(target=_run, args=(check, args, place)) for place in process_environments(2)]
+    children = [process(_run, check, args, variables) for variables in process_environments(2)]
     for child in children:
         child.start()
     for child in children:

@@ -8,7 +8,7 @@ import families
 import pytest
 import torch
 from chat_tokenizers import CHATML, KINDS, QWEN3, QWEN35, ZEPHYR, make
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from data.agreement import probe
 from data.documents import document_end
@@ -17,6 +17,7 @@ from data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from stages.models.loading import load_pretrained, save_model
 from stages.models.tokens import end_turns_with_eos, give_pad_token, settle_tokens
+from tests.builders import tiny_causal
 
 NOW = datetime(2026, 11, 29, 4, 5)
 ASKED = [{"role": "user", "content": "hello"}]
@@ -24,10 +25,7 @@ ASKED = [{"role": "user", "content": "hello"}]
 
 def model_for(tokenizer, rows=None, **options):
     """Return a random Llama with a row for each token, or with `rows` rows."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    ids = {"vocab_size": rows or len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-    return LlamaForCausalLM(LlamaConfig(**shape, **ids | options))
+    return tiny_causal("llama", 0, tokenizer, **{"vocab_size": rows or len(tokenizer), "pad_token_id": None, **options})
 
 
 def settled(tokenizer, model=None, **options):
@@ -116,12 +114,12 @@ def test_a_tokenizer_without_an_end_is_refused():
 
 
 @pytest.mark.parametrize("kind, lines", [("chatml", 1), ("mistral", 1), ("phi", 2)])
-def test_nothing_is_said_of_rows_that_are_as_the_template_writes_them(kind, lines):
+def test_rows_that_follow_the_template_are_not_reported(kind, lines):
     """The only line is about ends or padding."""
     assert not any("rows" in line for line in settled(make(kind)).lines) and len(settled(make(kind)).lines) == lines
 
 
-def test_rows_off_the_template_are_said_with_both_texts_and_a_remedy():
+def test_rows_off_the_template_are_reported_with_both_texts_and_a_remedy():
     (line,) = [line for line in settled(make("qwen3.5")).lines if "rows" in line]
     assert line.startswith("rows are not what its chat template writes (one turn, several turns, ")
     assert r"the row has '…tart|>assistant\n<think>\nA fox.<|im_end|>', the template '…tart|>assistant\n<thi" in line
@@ -195,7 +193,7 @@ def test_a_model_without_a_template_is_refused_with_what_to_do():
     assert tokenizer.chat_template == "{%- set a = 1 %}\n" + reads
 
 
-def test_a_variable_that_the_template_does_not_read_is_said():
+def test_a_variable_that_the_template_does_not_read_is_reported():
     """A misspelled one would be published and change nothing."""
     tokenizer = make("qwen3")
     lines = settled(tokenizer, variables={"enable_thinkin": False}).lines
@@ -283,7 +281,7 @@ class TestRows:
         assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) == model.lm_head.weight.shape[0]
         assert torch.equal(model.get_input_embeddings().weight[:before], kept) and not model.training
 
-    def test_a_pad_token_that_is_added_is_said_and_trains_nobody(self):
+    def test_an_added_pad_token_is_reported_and_not_trained(self):
         tokenizer = make("mistral")
         (line,) = settled(tokenizer).lines
         assert line == "its tokenizer has no pad token apart from its end token; <unk> serves as one"
@@ -345,7 +343,7 @@ def test_an_invalid_generation_configuration_is_no_hindrance(settings, tmp_path)
     model.save_pretrained(tmp_path / "published")
 
 
-def test_a_model_that_cannot_be_loaded_is_still_told(tmp_path):
+def test_a_model_that_cannot_be_loaded_is_still_reported(tmp_path):
     tokenizer = make("chatml")
     save_model(model_for(tokenizer), tokenizer, tmp_path, card="")
     (tmp_path / "model.safetensors").unlink()

@@ -1,4 +1,4 @@
-"""A clean place for tests of the pipeline: one thread, a folder of their own, os.environ as it was."""
+"""Give each test of the pipeline its own folder, one thread, and restore os.environ."""
 
 import os
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ def clean(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    monkeypatch.setattr(os, "fsync", lambda handle: None)  # what it does to a disk no test here can see
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # no test here cuts the power
     yield
     os.environ.clear()
     os.environ.update(before)
@@ -25,7 +25,7 @@ def clean(tmp_path, monkeypatch):
 
 
 class Lines:
-    """A console that keeps what it is told."""
+    """A console that keeps its lines."""
 
     is_terminal = False
 

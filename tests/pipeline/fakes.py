@@ -1,5 +1,4 @@
-"""Three small stages for tests of the pipeline: `text` writes words, `fit` trains a linear model on them,
-`page` reads both.
+"""Declare three small stages: `text` writes words, `fit` trains on them, `page` reads both.
 
 Run as a script, this is `rlhf` with these stages.
 """

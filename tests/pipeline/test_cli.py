@@ -20,7 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def rlhf(tmp_path, monkeypatch, capsys):
-    """`rlhf("run", "fit")` → (exit code, stdout, stderr), in this process and with the fake stages."""
+    """Return rlhf(words…), which runs in this process with the fake stages.
+
+    It returns the exit code, stdout and stderr.
+    """
     from pipeline import api, cli
 
     (tmp_path / "small.yaml").write_text(fakes.CONFIG)
@@ -47,7 +50,7 @@ def test_run_and_run_again(rlhf):
     assert code == 0 and "fit: stale because fit.steps 3 → 12; running" in out
 
 
-def test_artifacts_go_where_they_are_told(rlhf, tmp_path):
+def test_artifacts_go_to_the_requested_folder(rlhf, tmp_path):
     assert rlhf("run", "text", "--artifacts", "elsewhere")[0] == 0
     assert (tmp_path / "elsewhere" / "small" / "text" / "manifest.json").exists()
     assert not (tmp_path / "artifacts").exists()
@@ -151,8 +154,8 @@ def test_what_a_stage_raises(rlhf, error, code, expected):
     assert got == code and "Traceback" in err
 
 
-def test_what_to_turn_where_memory_runs_out_leaves_the_algorithm_and_can_go_on(rlhf):
-    """ppo.mini_batch_size would change what is learnt; a batch setting needs a word where a run was interrupted."""
+def test_the_hint_when_memory_runs_out_keeps_the_algorithm(rlhf):
+    """The hint leaves the algorithm as it is, and says how to resume with another batch."""
 
     def run(ctx):
         raise MemoryError
@@ -265,8 +268,10 @@ def outputs(folder):
 
 
 def test_a_signal_and_a_kill_end_in_the_same_bytes(rlhf, tmp_path):
-    """SIGTERM → 75, a checkpoint and no artifact; kill -9 → the next run goes on; the bytes are those of a
-    run that nothing happened to."""
+    """After SIGTERM (75, with a checkpoint) and kill -9, the next run resumes.
+
+    The bytes are those of an undisturbed run.
+    """
     assert rlhf("run", "fit", "--artifacts", "straight")[0] == 0
     command = ["-m", "tests.pipeline.fakes", "run", "fit", "-c", "small.yaml", "--artifacts", "hit", "fit.pause=0.1"]
     folder = tmp_path / "hit" / "small" / "fit"
@@ -330,7 +335,7 @@ def test_clean_says_what_it_removes_and_removes_only_that(rlhf, tmp_path):
     assert rlhf("clean", "--yes")[:2] == (0, "artifacts/small: nothing there\n")
 
 
-def test_clean_removes_nothing_where_nobody_can_be_asked(rlhf):
+def test_clean_removes_nothing_without_a_terminal(rlhf):
     rlhf("run", "text")
     code, out, err = rlhf("clean")
     assert code == 2 and out == "" and err.startswith("error: artifacts/small (") and err.count("\n") == 1
@@ -339,7 +344,11 @@ def test_clean_removes_nothing_where_nobody_can_be_asked(rlhf):
 
 
 def at_a_terminal(folder, typed, *words):
-    """Run the command at a terminal where a person answers its question: (exit code, what it said before and after)."""
+    """Run the command at a terminal and answer its question.
+
+    Returns:
+        The exit code, and the output before and after the answer.
+    """
     import pty
 
     leader, follower = pty.openpty()
@@ -410,7 +419,7 @@ def test_clean_refuses_what_is_held_and_what_is_not_its_own(rlhf, tmp_path):
 
 
 def test_clean_holds_what_it_removes(rlhf, monkeypatch):
-    """A run that begins after the look at the locks is refused, or refuses the clean; a full disk is no hindrance."""
+    """A run that starts after the check of the locks is refused, or the clean is."""
     from pipeline.store import artifacts
 
     def full(*_):

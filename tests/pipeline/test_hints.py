@@ -62,7 +62,7 @@ def test_errors_and_status_name_the_users_own_command(rlhf):  # noqa: F811
 
 
 def test_no_line_advises_a_config_that_nobody_fills_in():
-    """A command with -c CONFIG stands in backticks and begins with rlhf: else `filled` does not see it."""
+    """`filled` only finds commands that are in backticks and begin with rlhf."""
     root = Path(__file__).resolve().parents[2]
     files = [path for room in ("data", "pipeline", "stages") for path in (root / room).rglob("*.py")]
     lines = [

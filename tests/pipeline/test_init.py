@@ -50,7 +50,7 @@ def test_kinds_are_guessed_and_the_config_is_complete(init):
         assert getattr(experiment, stage).on_too_long == "drop"
 
 
-def test_a_chain_of_sft_alone(init):
+def test_a_chain_of_only_sft(init):
     assert init("--model", "org/model", "--data", "demonstrations of mine.jsonl")[0] == 0
     text = Path("my.yaml").read_text()
     assert "ppo" not in text and "rm:" not in text and len(text.splitlines()) < 16

@@ -227,7 +227,7 @@ def test_only_refuses_what_is_not_done(world):
     assert line == "text: is stale because text.words 3 → 4; run it first, or leave out --only"
 
 
-def test_what_the_machine_lacks_for_a_stage_that_will_run_is_told_before_anything_runs(world):
+def test_missing_requirements_of_stages_to_run_are_reported_before_anything_runs(world):
     fakes.change(
         world.stages,
         "fit",
@@ -260,7 +260,7 @@ def test_an_interrupted_stage_goes_on_to_the_same_bytes(world):
 
 
 def test_journals_end_where_the_checkpoint_does(world):
-    """A kill after step 6 with the last checkpoint at 4: rows 5 and 6 are written again, not twice."""
+    """After a kill at step 6 and a checkpoint at 4, rows 5 and 6 are replaced, not repeated."""
     interrupt(world, 4)
     journal = world.store.folder("fit") / "metrics.jsonl"
     with open(journal, "a") as file:
@@ -352,8 +352,10 @@ def test_a_rebuilt_input_is_refused_even_with_override_config(world):
 @pytest.mark.parametrize("every", [0, 4])
 @pytest.mark.parametrize("redo", [False, True])
 def test_an_input_that_is_rebuilt_while_the_stage_runs_publishes_nothing(world, every, redo):
-    """What a finished artifact was stays; the run goes on as any whose input changed: with --restart, or (nothing was
-    saved) by itself."""
+    """The finished artifact stays, and the run continues like any with a changed input.
+
+    That needs --restart, unless nothing was saved.
+    """
     if redo:
         world.run("fit", "checkpoints.every=0")
     before, run_fit = world.store.manifest("fit"), world.stages["fit"].run
@@ -444,7 +446,7 @@ def test_a_file_that_is_edited_before_its_stage_begins_is_what_the_manifest_name
     assert world.store.manifest("fit")["inputs"]["data:prompts"] == digest and seen == [digest]
 
 
-def test_a_finished_stage_whose_file_is_edited_while_another_runs_is_made_anew(world, tmp_path):
+def test_a_finished_stage_whose_file_is_edited_while_another_runs_is_run_again(world, tmp_path):
     """It was up to date when the command began."""
     world.stages, file = fakes.stages(reads=["prompts"]), tmp_path / "rows.jsonl"
     at = f"data.prompts={file}"

@@ -25,7 +25,7 @@ def test_a_person_at_a_terminal_is_asked(monkeypatch, capsys, typed, answer):
     assert "Replace them? [y/N] " in capsys.readouterr().out
 
 
-def test_a_signal_ends_the_question_and_without_a_terminal_nothing_is_asked(monkeypatch):
+def test_a_signal_ends_the_question_and_without_a_terminal_there_is_none(monkeypatch):
     assert terminal.ask("Replace them?", StopFlag()) is False
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: True, write=lambda _: None, flush=lambda: None))
     leader, follower = pty.openpty()

@@ -4,6 +4,7 @@ The child is forked from a server that has imported the libraries. It waits unti
 later) is attached, so that a try takes only the time of the run itself.
 """
 
+import gc
 import multiprocessing
 import os
 import random
@@ -19,7 +20,8 @@ from pathlib import Path
 
 from pipeline.launch.environment import set_environment
 
-LIBRARIES = ["trl", "transformers", "datasets", "accelerate", "torch", "peft"]
+LIBRARIES = ["torch", "datasets", "accelerate", "peft", "transformers.trainer",
+             "transformers.models.llama.modeling_llama", "trl.trainer.sft_trainer"]  # fmt: skip
 # calls that change the disk; with ? where not every machine has the call
 CALLS = ("write", "pwrite64", "writev", "fsync", "fdatasync", "?rename", "?renameat", "renameat2", "?unlink",
          "unlinkat", "?rmdir", "?mkdir", "mkdirat", "ftruncate", "?link", "linkat", "?sendfile",
@@ -169,6 +171,7 @@ def read_calls(trace: Path, pid: int) -> tuple[Call, ...]:
 
 
 def _main(argv: list[str], folder: str, fault: Fault) -> None:
+    gc.freeze()  # otherwise each full collection walks through all objects of the libraries
     out = os.open(os.path.join(folder, "output.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(out, 1), os.dup2(out, 2)
     while not os.path.exists(os.path.join(folder, "go")):

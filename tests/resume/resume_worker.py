@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import process
+
 CONFIG = Path(__file__).with_name("micro.yaml")
 DERIVED = ("eps", "val/explained_variance")  # rates; and a ratio whose denominator can almost vanish
 
@@ -90,11 +92,8 @@ def start(
     argv, environment: dict[str, str] | None = None, die=None, term=None, term_at_token=None, tokens=None, reads=True,
     takes=None, output=None,
 ):  # fmt: skip
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trl", "transformers", "datasets", "accelerate", "torch", "peft"])
-    place = environment or {}
-    arguments = (list(argv), place, die, term, term_at_token, tokens, reads, takes, output)
-    child = context.Process(target=_main, args=arguments)
+    variables = environment or {}
+    child = process(_main, list(argv), variables, die, term, term_at_token, tokens, reads, takes, output)
     child.start()
     return child
 

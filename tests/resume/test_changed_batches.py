@@ -90,7 +90,7 @@ def test_an_old_checkpoint_without_counts_needs_the_same_settings():
     c, session = ppo_settings.PPOSettings(**settings), SimpleNamespace(checkpoints=store)
     assert state.drawn_before(session, c) == state.Drawn(episodes=24, prompts=12, ptx_rows=48, optimizer_steps=12)
     store.fingerprint = "now"
-    with pytest.raises(UserError, match="did not count what it drew; .*, or --restart"):
+    with pytest.raises(UserError, match=r"did not count what it drew; .*, or --restart"):
         state.drawn_before(session, c)
 
 

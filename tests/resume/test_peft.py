@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from stages.models.loading import load_policy
 from stages.models.quantized import Quantized
+from tests.builders import tiny_causal
 
 BEFORE = {
     "sft": "base/model",
@@ -35,25 +36,16 @@ RANK = 4
 @pytest.fixture(scope="module")
 def biased(oracle, tmp_path_factory):
     """Return a folder with a small Qwen2, a model that has biases."""
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("qwen2")
     tokenizer = AutoTokenizer.from_pretrained(oracle / "micro" / "base" / "model")
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer) + 1,  # and <|endoftext|>, which transformers adds to a Qwen2's tokenizer
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=32,
-        max_position_embeddings=96,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
+    rows = len(tokenizer) + 1  # and <|endoftext|>, which transformers adds to a Qwen2's tokenizer
+    shape = {"num_hidden_layers": 1, "num_key_value_heads": 1, "max_position_embeddings": 96}
+    model = tiny_causal(
+        "qwen2", 0, tokenizer, vocab_size=rows, initializer_range=0.02, tie_word_embeddings=True, **shape
     )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

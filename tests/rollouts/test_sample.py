@@ -60,7 +60,7 @@ def test_how_many_rows_a_cache_keeps():
     assert [rows_to_keep(n, 4, True) for n in (3, 1)] == [4, 4]
 
 
-def test_a_model_that_always_ends_gives_eos_alone(causal):
+def test_a_model_that_always_ends_gives_only_eos(causal):
     model = causal()
     model.lm_head = torch.nn.Linear(16, VOCAB)
     with torch.no_grad():

@@ -20,10 +20,10 @@ from pipeline.errors import Interrupted, UserError
 from stages.models.adapters import AdapterSettings, trainable_parameters, with_adapter
 from stages.rollouts.engine import EngineLost, SampleRequest
 from stages.rollouts.vllm import Vllm, VllmOptions, write_model
+from tests.builders import EOS, tiny_causal
 
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 11]]
 SEEDS = [11, 12, 13]
-EOS = 1
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +33,8 @@ def folder(tmp_path_factory):
 
 
 def saved(folder, **options) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    ids = {"vocab_size": 20, "eos_token_id": EOS, "pad_token_id": 0, "bos_token_id": None}
-    LlamaForCausalLM(LlamaConfig(**shape | ids | options, initializer_range=0.3)).save_pretrained(folder)
+    """Save a tiny Llama, whose configuration `options` change, and return its folder."""
+    tiny_causal("llama", **{"vocab_size": 20, **options}).save_pretrained(folder)
     return folder
 
 

@@ -1,7 +1,8 @@
-"""A micro chain: data files and models of a few thousand random weights, and the run of any one stage over them.
+"""Make data files and random models of a few thousand weights, and run any single stage on them.
 
-No stage has to run before another one can be tested: what is upstream stands there, made by transformers alone. All
-that a policy can say is WORDS and the end of a turn, each of them one token, so its texts and their ids are one to one.
+No stage has to run before another one can be tested: the upstream folders are written directly with
+transformers. A policy can only generate WORDS and the end of a turn, each of them one token, so
+that its texts and their ids map one to one.
 """
 
 import json
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from rich.console import Console
 
@@ -21,9 +23,11 @@ from pipeline.stage import Source, StageRun, StopFlag
 from pipeline.store.cache import Cache
 from pipeline.store.checkpoints import CheckpointStore
 from pipeline.tracking import Tracker, json_value
+from tests.builders import tiny_causal, tiny_scalar
 
 WORDS = ["the", "fox", "is", "red", "blue", "old", "kind", "what", "color", "yes", "no", "hello", "?", "."]
 CONTEXT = 96
+SHAPE = {"max_position_embeddings": CONTEXT, "tie_word_embeddings": False, "initializer_range": 0.4}
 CONFIG = """\
 name: micro
 seed: 5
@@ -51,30 +55,40 @@ launch: {device: cpu, threads: 1}
 
 @dataclass(frozen=True)
 class Finished:
-    """What a stage's `run` gave: its figures, the folder that it published and its journals, and the lines it said."""
+    """The outcome of a stage's `run`."""
 
     figures: dict
+    """The figures that `run` returned."""
     folder: Path
+    """The folder with the published files and the journals."""
     said: str
+    """The lines that the stage printed."""
 
     def rows(self, name: str) -> list[dict]:
-        """The rows of one of the folder's JSONL files."""
+        """Return the rows of one of the folder's JSONL files."""
         return read_rows(self.folder / name)
 
 
 def read_rows(path: Path) -> list[dict]:
+    """Return the rows of a JSONL file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write rows as a JSONL file, and make its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 class MicroChain:
-    """Folders `root/STAGE` as the stages would have published them, and the data files that they read."""
+    """Folders `root/STAGE` as the stages would have published them, and their data files."""
 
     def __init__(self, root: Path):
+        """Write the folders and files.
+
+        Args:
+            root: The folder for all of them.
+        """
         self.root = root
         self.tokenizer = make_tokenizer()
         write_data(root)
@@ -87,15 +101,21 @@ class MicroChain:
         self.stages = api.stages()
 
     def rows(self, name: str) -> list[dict]:
-        """The rows of a JSONL file of the chain."""
+        """Return the rows of a JSONL file of the chain."""
         return read_rows(self.root / name)
 
     def save(self, model, folder: str) -> None:
+        """Save a model with the chain's tokenizer in a folder below `root`."""
         model.save_pretrained(self.root / folder)
         self.tokenizer.save_pretrained(self.root / folder)
 
     def experiment(self, *settings: str, config: str = "micro.yaml"):
-        """The validated experiment, `settings` as on the command line: section.key=value."""
+        """Return the validated experiment.
+
+        Args:
+            settings: As on the command line, section.key=value.
+            config: Name of the configuration file.
+        """
         checks = [stage.check for stage in self.stages.values()]
         return load_experiment(self.root / config, settings, api.experiment_class(), checks)
 
@@ -109,17 +129,18 @@ class MicroChain:
         config: str = "micro.yaml",
         cache: Path | None = None,
     ) -> Finished:
-        """The stage's `run` in this process, into a new folder.
+        """Run a stage in this process, into a new folder.
 
         Args:
-            stage: its name.
-            folder: where what it publishes and its journals go.
+            stage: The stage's name.
+            folder: For the published files and the journals.
             settings: `section.key=value`, as on the command line.
-            inputs: folders of upstream stages in the place of the chain's own.
-            manifests: manifests of upstream stages; by default a digest that is the stage's name, and no figures.
-            config: micro.yaml, whose data are files; or world.yaml, whose data are the embedded world's, in the input
-                `world`.
-            cache: the stage's cache; by default a folder of the run's own.
+            inputs: Folders of upstream stages that replace the chain's.
+            manifests: Manifests of upstream stages; by default the digest is the stage's name, and
+                there are no figures.
+            config: "micro.yaml", whose data are files; or "world.yaml", whose data are the embedded
+                world's, in the input `world`.
+            cache: The stage's cache; by default a folder of this run.
         """
         module, experiment = self.stages[stage], self.experiment(*settings, config=config)
         needs = all_needs(module, experiment)
@@ -152,7 +173,7 @@ class MicroChain:
 
 
 def make_tokenizer():
-    """Every one of WORDS is a token of its own; any other text is bytes and pieces."""
+    """Train a tokenizer for which each of WORDS is one token; other text is bytes and pieces."""
     tokenizer = train_tokenizer([" ".join(WORDS)] * 2 + WORDS * 2, vocab_size=400)
     for word in WORDS:
         assert len(tokenizer(word)["input_ids"]) == 1, word
@@ -160,17 +181,21 @@ def make_tokenizer():
 
 
 def say(generator: torch.Generator, words: int) -> str:
-    """A text of so many words."""
+    """Return a text of that many random words."""
     return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (words,), generator=generator))
 
 
 def write_data(root: Path) -> None:
-    """documents, demonstrations, prompts, evaluation prompts and rankings; in none of them a prompt stands twice."""
+    """Write documents, demonstrations, prompts, evaluation prompts and rankings.
+
+    No file has a prompt twice.
+    """
     generator = torch.Generator().manual_seed(0)
     prompts: list[str] = []
     while len(prompts) < 35:
         prompt = say(generator, int(torch.randint(2, 7, (), generator=generator)))
-        prompts += [prompt] * (prompt not in prompts)
+        if prompt not in prompts:
+            prompts.append(prompt)
     write_rows(root / "prompts.jsonl", [{"prompt": p} for p in prompts[:15]])
     write_rows(root / "evaluation_prompts.jsonl", [{"prompt": p} for p in prompts[15:25]])
     answered = [{"prompt": p, "completion": say(generator, 3 + i % 4)} for i, p in enumerate(prompts[25:])]
@@ -178,14 +203,17 @@ def write_data(root: Path) -> None:
     write_rows(root / "documents.jsonl", [{"text": say(generator, 12 + i % 5)} for i in range(19)])
     rankings = [row for i, prompt in enumerate(prompts[:30]) for row in rank(generator, prompt, 3 + i % 3, 1 + i % 2)]
     write_rows(root / "rankings.jsonl", rankings)
-    held = prompts[1:30:5]
-    write_rows(root / "rankings" / "train.jsonl", [row for row in rankings if row["prompt"] not in held])
-    write_rows(root / "rankings" / "validation.jsonl", [row for row in rankings if row["prompt"] in held])
+    held_out = prompts[1:30:5]
+    write_rows(root / "rankings" / "train.jsonl", [row for row in rankings if row["prompt"] not in held_out])
+    write_rows(root / "rankings" / "validation.jsonl", [row for row in rankings if row["prompt"] in held_out])
 
 
 def rank(generator: torch.Generator, prompt: str, K: int, labelers: int) -> list[dict]:
-    """Rankings of K responses to a prompt, a row a labeler: some tied, some not judged, a text that stands twice, and
-    one labeler who says how sure she is."""
+    """Return rankings of K responses to a prompt, one row for each labeler.
+
+    Some responses are tied, some not judged, and one text occurs twice. The first labeler also
+    gives a margin.
+    """
     responses = [say(generator, int(torch.randint(1, 8, (), generator=generator))) for _ in range(K)]
     if K == 4:
         responses[3] = responses[1]
@@ -196,39 +224,21 @@ def rank(generator: torch.Generator, prompt: str, K: int, labelers: int) -> list
             ranks[ranks.index(3)] = 2
             ranks[ranks.index(5)] = None
         row = {"id": f"{prompt} {labeler}", "prompt": prompt, "responses": responses, "ranks": ranks}
-        rows.append(row | {"labeler": labeler} | ({"margin": 0.5} if labeler == "ada" else {}))
+        row["labeler"] = labeler
+        if labeler == "ada":
+            row["margin"] = 0.5
+        rows.append(row)
     return rows
-
-
-def config_of(tokenizer):
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=CONTEXT,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        tie_word_embeddings=False,
-        initializer_range=0.4,  # wide, so that every token's context shows in the numbers
-    )
 
 
 @torch.no_grad()
 def random_policy(tokenizer, seed: int):
-    """Random weights that say WORDS alone, and end a turn with a probability of about a fifth.
+    """Return a model that only generates WORDS and ends a turn with a probability of about 1/5.
 
-    The first number of the hidden state is the same everywhere, so the first column of the head is a bias. Attention is
-    strong: what stands before a token shows in it.
+    The first entry of its hidden state is constant, so that the first column of the head is a bias.
+    Attention is strong, so that a token's logits depend clearly on the tokens before it.
     """
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config_of(tokenizer)).float().eval()
+    model = tiny_causal("llama", seed, tokenizer, **SHAPE)
     model.model.embed_tokens.weight[:, 0] = 4.0
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight *= 3.0
@@ -236,53 +246,49 @@ def random_policy(tokenizer, seed: int):
         layer.mlp.down_proj.weight[0] = 0.0
     head = model.lm_head.weight
     head[:, 0] = -200.0
-    said = [tokenizer(word)["input_ids"][0] for word in WORDS]
-    head[said, 0] = 0.0
+    word_ids = [tokenizer(word)["input_ids"][0] for word in WORDS]
+    head[word_ids, 0] = 0.0
     head[tokenizer.eos_token_id, 0] = 6.0
     return model
 
 
 def random_reward_model(tokenizer, seed: int, bias: float):
-    from transformers import AutoModelForSequenceClassification
-
-    torch.manual_seed(seed)
-    config = config_of(tokenizer)
-    config.num_labels = 1
-    model = AutoModelForSequenceClassification.from_config(config).float().eval()
-    model.config.reward_bias = bias
-    return model
+    """Return a random reward model with a reward bias."""
+    return tiny_scalar("llama", seed, tokenizer, bias, **SHAPE)
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a stage handed to the loop `fit`: the rows of each batch, and the weights that training began with."""
+    """One call of the training loop `fit`."""
 
     batches: list[list[int]]
+    """The indices of the rows of each batch."""
     start: dict[str, torch.Tensor]
+    """The weights that training began with."""
 
 
-def watch_fit(monkeypatch, module) -> list[Training]:
-    """A Training for each call that `module` makes of `fit`."""
-    found, true = [], module.fit
+def watch_fit(monkeypatch: pytest.MonkeyPatch, module) -> list[Training]:
+    """Return a list that gets a Training for each call that `module` makes of `fit`."""
+    trainings, fit = [], module.fit
 
     def watched(session, accelerator, trainee, task, *rest):
         order, size = task.order, task.batch_size
-        batches = [order[at : at + size] for at in range(0, len(order), size)]
-        found.append(Training(batches, {name: p.clone() for name, p in trainee.tensors().items()}))
-        return true(session, accelerator, trainee, task, *rest)
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        trainings.append(Training(batches, {name: p.clone() for name, p in trainee.tensors().items()}))
+        return fit(session, accelerator, trainee, task, *rest)
 
     monkeypatch.setattr(module, "fit", watched)
-    return found
+    return trainings
 
 
-def spy(monkeypatch, module, name: str) -> list[SimpleNamespace]:
-    """Let `module.name` be what it is, and keep what each call of it was given and gave: (args, kwargs, result)."""
-    calls, true = [], getattr(module, name)
+def spy(monkeypatch: pytest.MonkeyPatch, module, name: str) -> list[SimpleNamespace]:
+    """Return a list that gets (args, kwargs, result) of each call of `module.name`."""
+    calls, function = [], getattr(module, name)
 
     def watched(*args, **kwargs):
         call = SimpleNamespace(args=args, kwargs=kwargs, result=None)
         calls.append(call)
-        call.result = true(*args, **kwargs)
+        call.result = function(*args, **kwargs)
         return call.result
 
     monkeypatch.setattr(module, name, watched)

@@ -1,6 +1,6 @@
-"""The other way to each number: transformers as it comes, a row at a time and unpadded, and the formulas written out.
+"""Compute the numbers of the stages a second time, with unpadded rows and written-out formulas.
 
-Nothing of the stages, the objectives or the engine is used here.
+Models are loaded with transformers only; nothing of the stages or the objectives is used here.
 """
 
 import hashlib
@@ -14,50 +14,55 @@ from torch import Tensor
 
 
 def language_model(folder: Path):
+    """Load a causal language model in float32."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def scalar_model(folder: Path):
+    """Load a reward or value model in float32."""
     from transformers import AutoModelForSequenceClassification
 
     return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def prompt_ids(tokenizer, prompt: str) -> list[int]:
+    """Return the ids of a prompt in the chat template, with the generation prompt."""
     messages = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
 
 
 def response_ids(tokenizer, text: str, finished: bool = True) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * finished
+    """Return the ids of a response, with EOS if it is finished."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id] if finished else ids
 
 
 def token_logps(model, prompt: list[int], response: list[int], temperature: float = 1.0) -> Tensor:
-    """(R,): log-probability of each token of the response under softmax(logits / temperature)."""
+    """Return (R,): log-probabilities of the response tokens under softmax(logits / temperature)."""
     return distributions(model, prompt, response, temperature)[torch.arange(len(response)), torch.tensor(response)]
 
 
 def distributions(model, prompt: list[int], response: list[int], temperature: float = 1.0) -> Tensor:
-    """(R, V): log-probabilities of every token before each token of the response."""
+    """Return (R, V): log-probabilities of the whole vocabulary at each token of the response."""
     logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
     return (logits / temperature).log_softmax(-1)
 
 
 def score(model, prompt: list[int], response: list[int]) -> Tensor:
-    """The score of a whole response, the bias subtracted."""
+    """Return the score of a whole response minus the bias."""
     return model(torch.tensor([prompt + response])).logits[0, 0] - model.config.reward_bias
 
 
 def values(model, prompt: list[int], response: list[int]) -> Tensor:
-    """(R,): the value of what stands before each token of the response, the bias subtracted."""
+    """Return (R,): the value of the context before each response token, minus the bias."""
     hidden = model.model(torch.tensor([prompt + response])).last_hidden_state[0, len(prompt) - 1 : -1]
     return hidden @ model.score.weight[0] - model.config.reward_bias
 
 
 def greedy(model, prompt: list[int], length: int, eos: int) -> list[int]:
-    """The likeliest continuation, token by token."""
+    """Return the greedy continuation of a prompt, with EOS if it ends within `length` tokens."""
     response: list[int] = []
     with torch.no_grad():
         while len(response) < length and (not response or response[-1] != eos):
@@ -66,32 +71,41 @@ def greedy(model, prompt: list[int], length: int, eos: int) -> list[int]:
 
 
 def packed_rows(tokenizer, texts: list[str], length: int) -> list[list[int]]:
-    """Texts, each ended by EOS, end to end in rows of `length` ids; what is left over makes no row."""
+    """Join texts, each with EOS, and cut them into rows of `length` ids; drop the remainder."""
     stream = [i for text in texts for i in response_ids(tokenizer, text)]
-    return [stream[at : at + length] for at in range(0, len(stream) - length + 1, length)]
+    return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
 
 
-def place(key: str) -> float:
-    """Where in [0, 1) the hash of a key lies: what lies below a fraction is held out."""
+def hash_fraction(key: str) -> float:
+    """Return the hash of a key as a number in [0, 1).
+
+    Keys below the validation fraction are held out.
+    """
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
-def prompt_place(prompt: str) -> float:
-    return place(json.dumps([["user", " ".join(prompt.split())]], ensure_ascii=False))
+def prompt_hash_fraction(prompt: str) -> float:
+    """Return the hash of a prompt, without regard to white space, as a number in [0, 1)."""
+    return hash_fraction(json.dumps([["user", " ".join(prompt.split())]], ensure_ascii=False))
 
 
 @dataclass
 class Group:
-    """A prompt and its K responses as ids, and what each labeler made of them: ranks, and a margin for all pairs."""
+    """A prompt with its K responses and their rankings."""
 
     prompt: list[int]
+    """The prompt's ids."""
     responses: list[list[int]]
+    """The ids of each response."""
     labelers: list[str]
+    """The labelers' names."""
     ranks: list[list[int | None]]
+    """Each labeler's ranks of the K responses; None for a response that was not judged."""
     margins: list[float]
+    """Each labeler's margin, which holds for all pairs."""
 
     def pairs(self) -> list[tuple[int, int, int]]:
-        """(winner, loser, labeler) of every two different responses that a labeler judged and did not tie."""
+        """Return (winner, loser, labeler) of all pairs of different responses without a tie."""
         K = range(len(self.responses))
         return [
             (i, j, who)
@@ -102,24 +116,33 @@ class Group:
         ]
 
     def judged(self, who: int) -> int:
-        """How many responses the labeler ranked."""
+        """Return the number of responses that the labeler ranked."""
         return sum(rank is not None for rank in self.ranks[who])
 
 
 def groups_of(tokenizer, rows: list[dict]) -> list[Group]:
-    """Rows of a rankings file: several labelers' rows of one prompt are one group."""
-    found: dict[str, Group] = {}
+    """Group the rows of a rankings file by prompt."""
+    groups: dict[str, Group] = {}
     for row in rows:
         responses = [response_ids(tokenizer, text) for text in row["responses"]]
-        group = found.setdefault(row["prompt"], Group(prompt_ids(tokenizer, row["prompt"]), responses, [], [], []))
+        group = groups.setdefault(row["prompt"], Group(prompt_ids(tokenizer, row["prompt"]), responses, [], [], []))
         group.labelers.append(row["labeler"])
         group.ranks.append(row["ranks"])
         group.margins.append(row.get("margin") or 0.0)
-    return list(found.values())
+    return list(groups.values())
 
 
 def pairwise_loss(group: Group, utilities: Tensor, label_smoothing: float = 0.0, margin_coef: float = 0.0) -> Tensor:
-    """Mean over labelers of 1/C(K, 2) Σ over a labeler's pairs of −log σ(difference of utilities): eq. 1."""
+    """Return the K-wise pair loss (InstructGPT, eq. 1) of a group.
+
+    It is the mean over labelers of 1/C(K, 2) Σ −log σ(utility difference) over the labeler's pairs.
+
+    Args:
+        group: A prompt with its rankings.
+        utilities: (K,) a score for each response.
+        label_smoothing: Probability that a pair is labeled the wrong way round.
+        margin_coef: Factor of the labelers' margins, which are subtracted from the differences.
+    """
     total, flipped = torch.zeros(()), label_smoothing
     for i, j, who in group.pairs():
         gap = utilities[i] - utilities[j] - margin_coef * group.margins[who]
@@ -129,8 +152,11 @@ def pairwise_loss(group: Group, utilities: Tensor, label_smoothing: float = 0.0,
 
 
 def order_loss(group: Group, utilities: Tensor) -> Tensor:
-    """Mean over labelers of 1/(K − 1) Σ over choices of −log of the chosen one's share of e^utility, among it and those
-    that the labeler put below it: Plackett–Luce."""
+    """Return the Plackett–Luce loss of a group.
+
+    It is the mean over labelers of 1/(K − 1) Σ −log p(choice), where p is the chosen response's
+    share of e^utility among itself and the responses that the labeler ranked below it.
+    """
     total = torch.zeros(())
     for who in range(len(group.ranks)):
         below: dict[int, list[int]] = {}
@@ -144,9 +170,13 @@ def order_loss(group: Group, utilities: Tensor) -> Tensor:
 
 
 class AdamW:
-    """AdamW, β = (0.9, 0.95), ε = 1e-8, of all parameters of a model, the norm clipped before; norms do not decay."""
+    """Optimize a model by AdamW with β = (0.9, 0.95), ε = 1e-8 and clipped gradients.
+
+    The weights of normalization layers do not decay.
+    """
 
     def __init__(self, model, max_grad_norm: float, weight_decay: float = 0.0):
+        """Start with zero moments."""
         self.model, self.max_grad_norm, self.steps = model, max_grad_norm, 0
         self.decays = [0.0 if "norm" in name else weight_decay for name, _ in model.named_parameters()]
         self.first = [torch.zeros_like(p) for p in model.parameters()]
@@ -154,7 +184,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, gradients: list[Tensor], rate: float) -> float:
-        """One step down `gradients`; return their norm before it was clipped."""
+        """Take a step and return the norm of the gradients before clipping."""
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
         scale = min(1.0, self.max_grad_norm / (norm + 1e-6))
         self.steps += 1
@@ -168,17 +198,20 @@ class AdamW:
 
 
 def gradients_of(loss: Tensor, model) -> list[Tensor]:
-    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters(), found, strict=True)]
+    """Return the gradient for each parameter of a model; zeros where there is none."""
+    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters(), gradients, strict=True)]
 
 
 def norm_of(gradients: list[Tensor]) -> float:
+    """Return the norm of all gradients together."""
     return float(torch.cat([g.flatten() for g in gradients]).norm())
 
 
 @torch.no_grad()
 def largest_difference(one, other) -> float:
-    """Over all weights of two models."""
+    """Return the largest absolute difference between the weights of two models."""
+
     mine, theirs = dict(one.named_parameters()), dict(other.named_parameters())
     assert mine.keys() == theirs.keys()
     return max(float((mine[name] - theirs[name]).abs().max()) for name in mine)

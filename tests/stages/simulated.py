@@ -1,9 +1,9 @@
-"""Simulated evaluations whose truth is known, to see how often an interval covers it.
+"""Simulate evaluations with a known truth, and count how often an interval covers it.
 
-A case draws data as an evaluation finds them: tasks of uneven sizes, of which some are harder than others, several
-prompts a task and several samples a prompt; or prompts with rankings of K responses; or seeds. `coverage` counts how
-often the interval of `stages.evaluation.statistics` holds the truth, and how often a bootstrap that takes
-observations for independent does.
+A case draws data like those of an evaluation: tasks of uneven sizes and difficulties, with several
+prompts for each task and several samples for each prompt; or prompts with rankings of K responses;
+or seeds. `coverage` counts how often the interval of `stages.evaluation.statistics` contains the
+truth, and how often that of a bootstrap over observations does, which takes them for independent.
 """
 
 from collections.abc import Callable
@@ -16,41 +16,48 @@ from stages.evaluation.statistics import difference_estimate, mean_estimate, pai
 Data = tuple[np.ndarray, np.ndarray]
 """Observations (N, …) and the cluster of each (N,)."""
 SAMPLES = 4
-"""Samples of a prompt."""
+"""Number of samples of a prompt."""
 SPREAD = 3.0
-"""a + b of the Beta distribution of a task's own rate: the smaller, the more tasks differ."""
+"""a + b of the Beta distribution of the tasks' rates: the smaller, the more tasks differ."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Data with a known truth, and the estimate that is tried on them."""
+    """Data with a known truth, and the interval that is tested on them."""
 
     kind: str
+    """The estimated quantity."""
     setting: str
+    """The parameters of the data, in words."""
     clusters: int
+    """Number of clusters."""
     truth: float
+    """The true value."""
     draw: Callable[[np.random.Generator], Data]
+    """Draws a data set."""
     interval: Callable[[np.ndarray, np.ndarray], list[float]]
+    """Estimates the interval from observations and clusters."""
     naive: Callable[[np.ndarray], np.ndarray] | None = None
-    """Observations → the numbers that a bootstrap over them takes for independent."""
+    """Maps observations to the numbers that the bootstrap resamples."""
 
     @property
     def name(self) -> str:
+        """Return a title of the case."""
         return f"{self.kind}, {self.setting}, {self.clusters} clusters"
 
 
 def coverage(case: Case, draws: int, seed: int = 0, naive: bool = False) -> dict:
-    """Count how often intervals hold the truth.
+    """Count how often intervals contain the truth.
 
     Args:
-        case: What is drawn and estimated.
-        draws: How many data sets.
-        seed: Of the generator.
-        naive: Whether the bootstrap over observations is tried, too (slow).
+        case: The data and their estimate.
+        draws: Number of data sets.
+        seed: Seed of the generator.
+        naive: Whether to try the bootstrap over observations, too (slow).
 
     Returns:
-        {"coverage": share of the intervals with the truth in them, "width": their mean width, "naive_coverage": the
-        same of the bootstrap's, or None}.
+        {"coverage": share of intervals that contain the truth, "width": their mean width,
+        "naive_coverage": the share for the bootstrap, or None}.
     """
     rng = np.random.default_rng(seed)
     hits, naive_hits, widths = 0, 0, []
@@ -70,16 +77,16 @@ def coverage(case: Case, draws: int, seed: int = 0, naive: bool = False) -> dict
 
 
 def bootstrap(values: np.ndarray, rng: np.random.Generator, draws: int = 200) -> np.ndarray:
-    """Return the percentile interval of the mean of observations that are taken for independent."""
+    """Return the percentile interval of a mean, with observations taken for independent."""
     means = values[rng.integers(0, len(values), (draws, len(values)))].mean(1)
     return np.quantile(means, [0.025, 0.975])
 
 
-# ── what is drawn ────────────────────────────────────────────────────────────────────────────────────────────
+# ── cases ────────────────────────────────────────────────────────────────────────────
 
 
 def prompts_of_tasks(rng: np.random.Generator, tasks: int, one_large: bool = False) -> np.ndarray:
-    """Return the task of each prompt: 1 to some 8 prompts a task, as in the embedded world, in no order."""
+    """Return the task of each prompt: 1 to about 8 prompts for each task, in random order."""
     sizes = 1 + rng.poisson(2.2, tasks)
     if one_large:
         sizes[0] = sizes[1:].sum() // 2  # a third of all prompts
@@ -87,12 +94,12 @@ def prompts_of_tasks(rng: np.random.Generator, tasks: int, one_large: bool = Fal
 
 
 def task_rates(rng: np.random.Generator, tasks: int, mean: float) -> np.ndarray:
-    """Return each task's own rate, whose mean is given."""
+    """Return a rate for each task, with the given mean."""
     return rng.beta(mean * SPREAD, (1 - mean) * SPREAD, tasks)
 
 
 def wins_case(tasks: int, rate: float, ties: float = 0.0, samples: int = SAMPLES, one_large: bool = False) -> Case:
-    """A win rate: the comparisons that are not tied are won at the task's own rate."""
+    """Return a case of win rates: comparisons that are not tied are won at the task's rate."""
 
     def draw(rng):
         task = prompts_of_tasks(rng, tasks, one_large)
@@ -106,12 +113,16 @@ def wins_case(tasks: int, rate: float, ties: float = 0.0, samples: int = SAMPLES
     def naive(values):
         return (1 + values.mean(1)) / 2
 
-    setting = f"rate {rate}" + f", {ties:.0%} ties" * bool(ties) + ", one task with a third of all prompts" * one_large
+    setting = f"rate {rate}"
+    if ties:
+        setting += f", {ties:.0%} ties"
+    if one_large:
+        setting += ", one task with a third of all prompts"
     return Case("wins", setting, tasks, rate * (1 - ties) + 0.5 * ties, draw, interval, naive)
 
 
 def gold_case(tasks: int, perfect: float) -> Case:
-    """Mean gold: 1 at the task's own rate, else anything from 0.1 to 0.9."""
+    """Return a case of mean gold: 1 at the task's rate, otherwise uniform from 0.1 to 0.9."""
 
     def draw(rng):
         task = prompts_of_tasks(rng, tasks)
@@ -125,7 +136,10 @@ def gold_case(tasks: int, perfect: float) -> Case:
 
 
 def harder_tasks_asked_more_case(tasks: int) -> Case:
-    """Wins where tasks with more than three prompts are won at 0.6 and the others at 0.9: the truth is over prompts."""
+    """Return a case where tasks with more than three prompts are won at 0.6, the others at 0.9.
+
+    The truth is the mean over prompts.
+    """
     counts = np.random.default_rng(1).poisson(2.2, 1_000_000) + 1
     truth = float((counts * np.where(counts > 3, 0.6, 0.9)).sum() / counts.sum())
 
@@ -142,7 +156,7 @@ def harder_tasks_asked_more_case(tasks: int) -> Case:
 
 
 def difference_case(tasks: int) -> Case:
-    """Gold of one policy less that of another on the same prompts: hard for both where it is hard."""
+    """Return a case of gold differences of two policies on prompts that are hard for both."""
     gain = 0.1
 
     def draw(rng):
@@ -158,7 +172,7 @@ def difference_case(tasks: int) -> Case:
 
 
 def pairs_case(prompts: int, accuracy: float) -> Case:
-    """Accuracy of a reward model over all pairs of prompts with 4 to 9 responses each."""
+    """Return a case of a reward model's accuracy over all pairs of 4 to 9 responses to a prompt."""
 
     def draw(rng):
         responses = rng.integers(4, 10, prompts)
@@ -173,7 +187,12 @@ def pairs_case(prompts: int, accuracy: float) -> Case:
 
 
 def seeds_case(seeds: int, share: bool = False) -> Case:
-    """A table over seeds: the mean over seeds of a policy's gold (as a share or not) on each seed's 60 prompts."""
+    """Return a case of a mean over seeds, of a policy's gold on each seed's 60 prompts.
+
+    Args:
+        seeds: Number of seeds.
+        share: Whether the figure is estimated as a share.
+    """
     prompts = 60
 
     def draw(rng):
@@ -184,7 +203,8 @@ def seeds_case(seeds: int, share: bool = False) -> Case:
         means = values.reshape(seeds, prompts).mean(1)
         return (share_estimate if share else mean_estimate)(means, range(seeds))["ci95"]
 
-    return Case("seeds", "60 prompts each" + ", as a share" * share, seeds, 0.8, draw, interval, lambda x: x)
+    setting = "60 prompts each, as a share" if share else "60 prompts each"
+    return Case("seeds", setting, seeds, 0.8, draw, interval, lambda x: x)
 
 
 TASKS = (8, 16, 47, 74)

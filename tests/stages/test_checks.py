@@ -1,4 +1,4 @@
-"""What the stages refuse before anything runs: lengths that cannot fit, kernels that cannot compute."""
+"""Test what the stages refuse before anything runs, such as lengths that cannot fit."""
 
 import json
 from pathlib import Path
@@ -19,12 +19,13 @@ STAGES = api.stages()
 
 
 def loaded(tmp_path, *overrides):
+    """Return the experiment of a config with these settings, checked."""
     (tmp_path / "a.yaml").write_text("name: a\n")
     return api.load_experiment(tmp_path / "a.yaml", *overrides)
 
 
 def problems(tmp_path, *overrides):
-    """The error lines of a config with these settings, without where they were written."""
+    """Return the error lines of a config with these settings, without their location."""
     try:
         loaded(tmp_path, *overrides)
     except UserError as error:
@@ -32,7 +33,7 @@ def problems(tmp_path, *overrides):
     return []
 
 
-def test_the_defaults_suit_each_other(tmp_path):
+def test_the_defaults_fit_together(tmp_path):
     assert problems(tmp_path) == []
     assert problems(tmp_path, "model.peft={method: qlora, bits: 8}") == problems(tmp_path, "model.peft={}") == []
 
@@ -59,8 +60,8 @@ CONTEXTS = [
 
 
 @pytest.mark.parametrize("config", CONTEXTS)
-def test_a_length_over_the_context_of_a_model_that_is_there(tmp_path, config):
-    """Of another length only where the stage names it."""
+def test_a_length_over_the_context_of_a_loaded_model(tmp_path, config):
+    """Lengths other than max_length are checked only if the stage names them."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     lengths = SimpleNamespace(max_length=64, ptx_length=65)
     session = SimpleNamespace(stage="ppo")
@@ -75,8 +76,8 @@ def test_a_length_over_the_context_of_a_model_that_is_there(tmp_path, config):
     assert [line.split(":")[0] for line in caught.value.lines] == ["ppo.max_length", "ppo.ptx_length"]
 
 
-def test_all_lengths_over_a_given_models_context_are_told_before_anything_runs(tmp_path):
-    """A folder's context is known at once: no stage may find it out after another has trained for hours."""
+def test_all_lengths_over_a_local_models_context_are_reported_before_anything_runs(tmp_path):
+    """A local model's context is known at once, so no earlier stage trains for hours first."""
     model = tmp_path / "my model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps({"max_position_embeddings": 64}))
@@ -86,9 +87,9 @@ def test_all_lengths_over_a_given_models_context_are_told_before_anything_runs(t
         first, length = STAGES[stage].missing_requirements(experiment)[0], getattr(experiment, stage).max_length
         what = f"{length} tokens is more than the model's context of 64"
         assert first == f"{stage}.max_length: {what}; set {stage}.max_length to 64 or less"
-    assert lacks(tmp_path, "sft", *settings) == []
+    assert missing(tmp_path, "sft", *settings) == []
     (model / "config.json").unlink()
-    assert [line for line in lacks(tmp_path, "rm", *settings) if "context" in line] == []
+    assert [line for line in missing(tmp_path, "rm", *settings) if "context" in line] == []
 
 
 def test_a_model_that_names_no_context_is_not_checked(tmp_path):
@@ -104,7 +105,8 @@ def test_evaluate_checks_the_length_of_its_packed_rows_too(tmp_path):
     ctx = SimpleNamespace(stage="evaluate", experiment=experiment, config=experiment.evaluate)
     ctx.inputs, ctx.trust_remote_code = {"sft": tmp_path / "sft"}, False
     ctx.seed, ctx.checkpoints, ctx.tracker, ctx.stop = 0, None, None, None
-    with pytest.raises(UserError, match="evaluate.perplexity_length: 33 tokens is more than the model's context of 32"):
+    too_long = r"evaluate\.perplexity_length: 33 tokens is more than the model's context of 32"
+    with pytest.raises(UserError, match=too_long):
         STAGES["evaluate"].run(ctx)
 
 
@@ -138,18 +140,18 @@ def test_a_response_has_to_leave_room_for_a_prompt(tmp_path, stage):
         (("ppo.reward_ensemble=min",), "evaluate.reward_ensemble: is mean and ppo.reward_ensemble is min"),
     ],
 )
-def test_settings_that_do_not_go_together(tmp_path, overrides, start):
+def test_settings_that_exclude_each_other(tmp_path, overrides, start):
     (line,) = problems(tmp_path, *overrides)
     assert line.startswith(start)
 
 
-def test_losses_that_do(tmp_path):
+def test_losses_that_fit_together(tmp_path):
     weighted = ("dpo.loss_type=[robust,sft]", "dpo.loss_weights=[1.0,0.2]", "dpo.label_smoothing=0.1")
     ensemble = ("rm.ensemble=3", "ppo.reward_ensemble=min", "evaluate.reward_ensemble=min")
     assert problems(tmp_path, *weighted, *ensemble, "rm.loss_type=plackett_luce") == []
 
 
-def test_what_no_attention_can_compute(tmp_path):
+def test_shapes_and_dtypes_that_no_attention_computes(tmp_path):
     (line,) = problems(tmp_path, "model.hidden_size=12")
     assert line.startswith("model.num_attention_heads: the size of a head, 12 / 4 = 3, is odd; ")
     (line,) = problems(tmp_path, "model.attn_implementation=flash_attention_2")
@@ -158,7 +160,7 @@ def test_what_no_attention_can_compute(tmp_path):
 
 @pytest.mark.parametrize("stage", ["base", "sft"])
 def test_a_batch_that_several_processes_cannot_share(tmp_path, stage):
-    """base and sft take whole rows each; rm, dpo and ppo deal out whatever there is."""
+    """In base and sft each process takes whole rows; rm, dpo and ppo distribute any batch."""
     sizes = (f"{stage}.per_device_train_batch_size=3", f"{stage}.gradient_accumulation_steps=1")
     (line,) = problems(tmp_path, *sizes, "launch.processes=2")
     assert line.startswith(f"{stage}.per_device_train_batch_size: 3 times gradient_accumulation_steps 1 cannot")
@@ -166,8 +168,8 @@ def test_a_batch_that_several_processes_cannot_share(tmp_path, stage):
     assert problems(tmp_path, sizes[0], f"{stage}.gradient_accumulation_steps=2", "launch.processes=2") == []
 
 
-def test_accumulation_is_said_to_make_the_batch():
-    """Twice the micro-batches are twice the batch, in half as many steps."""
+def test_accumulation_multiplies_the_batch():
+    """Twice the micro-batches give twice the batch, in half as many steps."""
     for name in ("base", "sft", "rm", "dpo"):
         config = STAGES[name].settings
         once, twice = (config(per_device_train_batch_size=2, gradient_accumulation_steps=n) for n in (1, 2))
@@ -176,12 +178,13 @@ def test_accumulation_is_said_to_make_the_batch():
 
 
 def experiment_of(tmp_path, *settings):
+    """Return the experiment of a config with these settings, without the stages' checks."""
     (tmp_path / "a.yaml").write_text("name: a\n")
     return load_experiment(tmp_path / "a.yaml", settings, api.experiment_class())
 
 
-def lacks(tmp_path, stage, *settings):
-    """What a stage says before anything runs."""
+def missing(tmp_path, stage, *settings):
+    """Return the missing requirements of a stage."""
     return STAGES[stage].missing_requirements(experiment_of(tmp_path, *settings))
 
 
@@ -196,56 +199,60 @@ def lacks(tmp_path, stage, *settings):
         ("evaluate", "evaluation_prompts", {"prompt": "a"}),
     ],
 )
-def test_a_file_that_cannot_be_read_is_told_before_anything_runs(tmp_path, stage, kind, row):
+def test_an_unreadable_file_is_reported_before_anything_runs(tmp_path, stage, kind, row):
     file, other = tmp_path / "rows.jsonl", row | {next(iter(row)): "other"}
 
-    def told(*rows):
+    def problems_of(*rows):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return lacks(tmp_path, stage, f"data.{kind}={{path: {file}, skip: 1}}")
+        return missing(tmp_path, stage, f"data.{kind}={{path: {file}, skip: 1}}")
 
-    assert told(row, other) == []
-    assert [line.startswith(f"{file}:2: the key ") for line in told(row, {})] == [True]
-    assert told(row) == [f"{file}: holds 1 records and skip passes over 1; lower skip"]
-    assert lacks(tmp_path, stage, f"data.{kind}=org/name") == lacks(tmp_path, stage) == []  # the Hub, the world
+    assert problems_of(row, other) == []
+    assert [line.startswith(f"{file}:2: the key ") for line in problems_of(row, {})] == [True]
+    assert problems_of(row) == [f"{file}: holds 1 records and skip passes over 1; lower skip"]
+    assert missing(tmp_path, stage, f"data.{kind}=org/name") == missing(tmp_path, stage) == []  # the Hub, the world
 
 
 def test_evaluate_compares_its_prompts_with_what_the_policies_trained_on(tmp_path):
-    """Simulated rankings are of `prompts`; without PPO and with rankings of one's own nobody trains on those."""
+    """Without PPO and with given rankings, no policy is trained on `prompts`."""
     own = {kind: f"data.{kind}=org/{kind}" for kind in ("evaluation_prompts", "demonstrations", "prompts", "rankings")}
     without_ppo = "evaluate.policies=[sft,dpo]"
     world = ["evaluation_prompts", "documents", "demonstrations", "prompts"]
-    asked = own["evaluation_prompts"]
+    prompts = own["evaluation_prompts"]
     for settings, kinds in (
         ([], world),
         ([without_ppo], world),
-        ([asked, "data.documents=world", "data.demonstrations=world", "data.prompts=world"], world),
-        ([asked, own["demonstrations"]], ["evaluation_prompts", "demonstrations"]),
+        ([prompts, "data.documents=world", "data.demonstrations=world", "data.prompts=world"], world),
+        ([prompts, own["demonstrations"]], ["evaluation_prompts", "demonstrations"]),
         ([own["demonstrations"]], ["demonstrations"]),
-        ([asked, own["rankings"], without_ppo], ["evaluation_prompts", "demonstrations", "rankings"]),
+        ([prompts, own["rankings"], without_ppo], ["evaluation_prompts", "demonstrations", "rankings"]),
         (own.values(), ["evaluation_prompts", "demonstrations", "rankings", "prompts"]),
     ):
         assert STAGES["evaluate"].reads(experiment_of(tmp_path, *settings)) == kinds
 
 
-def test_vllm_has_to_be_there_where_ppo_runs(tmp_path):
+def test_vllm_has_to_be_installed_where_ppo_runs(tmp_path):
     engine = "ppo.rollout.engine=vllm"
     assert problems(tmp_path, engine) == []
-    (line,) = lacks(tmp_path, "ppo", engine)
+    (line,) = missing(tmp_path, "ppo", engine)
     assert line.startswith("ppo.rollout.engine: vllm is not installed here; ") and "pip install vllm" in line
-    (line,) = lacks(tmp_path, "ppo", engine, "launch.vllm.python=no/such/python")
+    (line,) = missing(tmp_path, "ppo", engine, "launch.vllm.python=no/such/python")
     assert line.startswith("launch.vllm.python: no/such/python is not a program; ")
-    assert lacks(tmp_path, "ppo", "launch.vllm.python=no/such/python") == []  # nobody asks for it
-    assert lacks(tmp_path, "ppo", engine, "launch.vllm.python=python3") == []
+    assert missing(tmp_path, "ppo", "launch.vllm.python=no/such/python") == []  # the engine is not vllm
+    assert missing(tmp_path, "ppo", engine, "launch.vllm.python=python3") == []
 
 
-ROOM = {"smollm2": 160, "qwen3-0.6b": 768, "llama3-8b": 1024, "llama3-70b": 1024}  # nearly all of their answers end
+# tokens within which nearly all responses of these models end
+ROOM = {"smollm2": 160, "qwen3-0.6b": 768, "llama3-8b": 1024, "llama3-70b": 1024}
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_config_does_not_teach_length_first(path):
-    """Room for whole answers, and a cut one worth less than nearly every finished one, of which scores are about
-    standard normal; ppo and evaluate cut alike, and rm has read rows as long as it scores."""
+    """Whole responses fit, and a truncated one scores less than nearly every finished one.
+
+    Scores of finished responses are about standard normal. ppo and evaluate truncate alike, and rm
+    trains on rows as long as those that it scores.
+    """
     experiment = load_experiment(path, [], api.experiment_class())
     ppo, evaluate = experiment.ppo, experiment.evaluate
     assert ppo.missing_eos_score is not None and NormalDist().cdf(ppo.missing_eos_score) < 0.025
@@ -256,7 +263,8 @@ def test_a_shipped_config_does_not_teach_length_first(path):
     assert ppo.response_length >= ROOM.get(path.stem, 0) and 0.05 <= ppo.ptx_coef <= 2.0
 
 
-def test_a_world_without_so_many_prompts_is_told(tmp_path):
+def test_more_prompts_than_the_world_has_are_refused(tmp_path):
+
     sizes = world_settings.WorldSettings(documents=100, demonstrations=20, prompts=90_000)
     ctx = SimpleNamespace(config=sizes, experiment=SimpleNamespace(seed=0), publish=tmp_path)
     with pytest.raises(UserError, match=r"world\.prompts: \d+ prompts of the kind \w+ asked for, .* lower it"):

@@ -63,23 +63,30 @@ class Draw:
     """A sampled response."""
 
     prompt: list[int]
+    """The ids of the prompt."""
     seed: int
+    """The seed that it was sampled with."""
     ids: list[int]
+    """The ids of the response."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its results, and each policy's samples, in their order."""
+    """A finished run of the stage."""
 
     finished: object
+    """The figures and the folder."""
     results: dict
+    """The contents of results.json."""
     draws: dict[str, list[Draw]]
+    """Each policy's samples in their order."""
 
     def rows(self, policy: str) -> list[dict]:
         """Return the policy's rows of responses.jsonl."""
         return [row for row in self.finished.rows("responses.jsonl") if row["policy"] == policy]
 
     def figures(self, policy: str) -> dict:
+        """Return the policy's figures in results.json."""
         return self.results["policies"][policy]
 
 
@@ -91,7 +98,7 @@ def run_evaluate(chain, folder, choices, *more, sample=None, **options) -> Run:
         folder: Where the run goes.
         choices: Settings of the section evaluate.
         more: Further settings, `section.key=value`.
-        sample: What stands in the place of sampling, if anything does.
+        sample: A function in place of sampling.
         options: As of `MicroChain.run`.
     """
     settings = [f"evaluate.{key}={value}" for key, value in choices.items()]
@@ -107,17 +114,19 @@ def run_evaluate(chain, folder, choices, *more, sample=None, **options) -> Run:
         each = choices.get("best_of", 16) if name == "best_of_n" else results["samples_per_prompt"]
         count = results["prompts"] * each
         draws[name], rows = rows[:count], rows[count:]
-    assert not rows, "samples that belong to nobody"
+    assert not rows, "samples without a policy"
     return Run(finished, results, draws)
 
 
 def chat_ids(tokenizer, prompt) -> list[int]:
+    """Return the ids of a prompt, a text or a list of messages, in the chat template."""
     if isinstance(prompt, str):
         return plain.prompt_ids(tokenizer, prompt)
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
 
 
 def text_of(prompt) -> str:
+    """Return the text of a prompt without roles."""
     return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
 
 
@@ -136,25 +145,28 @@ def kl_again(chain, run: Run, policy: str, reference: str, prompts: list, temper
     own, other = (language_model(chain.root / folder) for folder in (f"{policy}/model", reference))
     draws = run.draws[policy]
     each = len(draws) // len(prompts)
-    found = []
+    differences = []
     for i, draw in enumerate(draws):
         chat = chat_ids(chain.tokenizer, prompts[i // each])
         ours = plain.token_logps(own, draw.prompt, draw.ids, temperature).sum()
-        found.append((ours - plain.token_logps(other, chat, draw.ids, temperature).sum()).item())
-    return found
+        differences.append((ours - plain.token_logps(other, chat, draw.ids, temperature).sum()).item())
+    return differences
 
 
 @torch.no_grad()
 def perplexity_again(chain, policy: str, rows: list[list[int]]) -> float:
+    """Return the perplexity of a policy on rows of ids."""
     model = language_model(chain.root / policy / "model")
     losses = [-plain.token_logps(model, row[:1], row[1:]).mean().item() for row in rows]
     return math.exp(statistics.mean(losses))
 
 
-def held_out_rows(chain, held: bool = True) -> list[list[int]]:
-    """Return packed rows of the held-out documents (or, if not `held`, of the others)."""
+def document_rows(chain, validation: bool = True) -> list[list[int]]:
+    """Return packed rows of the held-out documents (or, if not `validation`, of the others)."""
     texts = [row["text"] for row in chain.rows("documents.jsonl")]
-    return plain.packed_rows(chain.tokenizer, [text for text in texts if (plain.place(text) < 0.3) == held], 8)
+    return plain.packed_rows(
+        chain.tokenizer, [text for text in texts if (plain.hash_fraction(text) < 0.3) == validation], 8
+    )
 
 
 @torch.no_grad()
@@ -170,8 +182,8 @@ def draw_again(model, draw: Draw, temperature: float) -> list[int]:
 
 def wins(ours: list[list[float]], theirs: list[list[float]]) -> float:
     """Return the share of pairs of responses to one prompt that ours win; ties count half."""
-    found = [(a > b) + 0.5 * (a == b) for mine, other in zip(ours, theirs, strict=True) for a in mine for b in other]
-    return statistics.mean(found)
+    outcomes = [(a > b) + 0.5 * (a == b) for mine, other in zip(ours, theirs, strict=True) for a in mine for b in other]
+    return statistics.mean(outcomes)
 
 
 def by_prompt(rows: list[dict], value) -> list[list[float]]:
@@ -179,8 +191,7 @@ def by_prompt(rows: list[dict], value) -> list[list[float]]:
     return [[value(row) for row in some] for _, some in itertools.groupby(rows, key=lambda row: str(row["prompt"]))]
 
 
-# ── data of one's own
-# ────────────────────────────────────────────────────────────────────────────────────────────
+# ── own data ──
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +239,7 @@ class TestResponses:
         assert (files.results["prompts"], files.results["samples_per_prompt"]) == (8, 2)
         assert "8 rows, 0 truncated, 1 dropped" in files.finished.said
 
-    def test_policies_are_asked_through_the_chat_and_base_in_plain_text(self, chain, files, prompts):
+    def test_policies_are_prompted_by_the_chat_template_and_base_in_plain_text(self, chain, files, prompts):
         for name, draws in files.draws.items():
             each = len(draws) // 8
             for i, draw in enumerate(draws):
@@ -291,7 +302,7 @@ class TestFigures:
         """It is the mean of both reward models, or a fixed score without EOS."""
         for name in ("base", "sft", "ppo", "dpo"):
             expected = [
-                scores_again(chain, row["prompt"], draw.ids, lambda found: statistics.mean(list(found)), MISSING)
+                scores_again(chain, row["prompt"], draw.ids, lambda scores: statistics.mean(list(scores)), MISSING)
                 for row, draw in zip(files.rows(name), files.draws[name], strict=True)
             ]
             assert [row["score"] for row in files.rows(name)] == pytest.approx(expected, abs=1e-4), name
@@ -309,7 +320,7 @@ class TestFigures:
     def test_best_of_n_is_the_highest_of_its_own_samples(self, chain, files, prompts):
         draws, choices = files.draws["best_of_n"], set()
         for i, row in enumerate(files.rows("best_of_n")):
-            mean = lambda found: statistics.mean(list(found))  # noqa: E731
+            mean = lambda scores: statistics.mean(list(scores))  # noqa: E731
             own = draws[5 * i : 5 * i + 5]
             scores = [scores_again(chain, prompts[1][i], draw.ids, mean, MISSING) for draw in own]
             best = max(range(5), key=scores.__getitem__)
@@ -317,14 +328,14 @@ class TestFigures:
             assert plain.response_ids(chain.tokenizer, row["response"], row["finished"]) == own[best].ids
             choices.add(best)
         assert len(choices) > 2
-        found = files.figures("best_of_n")
-        assert found["kl_to_sft"] is None and found["pretrain_perplexity"] is None
+        figures = files.figures("best_of_n")
+        assert figures["kl_to_sft"] is None and figures["pretrain_perplexity"] is None
 
     def test_lengths_and_ends(self, files):
         for name in ("base", "sft", "ppo", "dpo"):
-            found, draws = files.figures(name), files.draws[name]
-            assert found["length"] == pytest.approx(statistics.mean(len(draw.ids) for draw in draws))
-            assert found["eos_rate"] == pytest.approx(statistics.mean(row["finished"] for row in files.rows(name)))
+            figures, draws = files.figures(name), files.draws[name]
+            assert figures["length"] == pytest.approx(statistics.mean(len(draw.ids) for draw in draws))
+            assert figures["eos_rate"] == pytest.approx(statistics.mean(row["finished"] for row in files.rows(name)))
 
     def test_kl_to_sft(self, chain, files, prompts):
         """The policy reads its own query, and SFT reads the same answer in the chat."""
@@ -335,33 +346,33 @@ class TestFigures:
 
     def test_kl_is_to_the_policy_that_ppo_began_from(self, chain, few_shot):
         """ppo_init, where SFT trained one: SFT itself has a KL then. Of few-shot answers, too."""
-        asked = [row["prompt"] for row in few_shot.rows("sft")]
+        prompts = [row["prompt"] for row in few_shot.rows("sft")]
         for name in ("base", "sft", "ppo"):
-            expected = kl_again(chain, few_shot, name, "sft/ppo_init", asked, 1.0)
+            expected = kl_again(chain, few_shot, name, "sft/ppo_init", prompts, 1.0)
             assert few_shot.figures(name)["kl_to_sft"] == pytest.approx(statistics.mean(expected), abs=1e-3), name
         assert few_shot.figures("sft")["kl_to_sft"] > 0.1
 
-    def test_perplexity_is_of_the_first_held_out_rows(self, chain, files, few_shot):
-        rows = held_out_rows(chain)
+    def test_perplexity_is_of_the_first_document_rows(self, chain, files, few_shot):
+        rows = document_rows(chain)
         assert len(rows) > 5
         for run, count in ((files, 4), (few_shot, len(rows))):
             for name in set(run.results["policies"]) - {"best_of_n"}:
-                found = run.figures(name)["pretrain_perplexity"]
-                assert found == pytest.approx(perplexity_again(chain, name, rows[:count]), rel=1e-4), name
-        others = perplexity_again(chain, "base", held_out_rows(chain, held=False))
+                perplexity = run.figures(name)["pretrain_perplexity"]
+                assert perplexity == pytest.approx(perplexity_again(chain, name, rows[:count]), rel=1e-4), name
+        others = perplexity_again(chain, "base", document_rows(chain, validation=False))
         assert others != pytest.approx(few_shot.figures("base")["pretrain_perplexity"], rel=1e-2)
 
     def test_wins_and_differences_by_the_reward_model(self, files):
         sft = by_prompt(files.rows("sft"), lambda row: row["score"])
         for name in ("base", "sft", "ppo", "dpo"):
             own = by_prompt(files.rows(name), lambda row: row["score"])
-            found = files.figures(name)
-            assert found["win_rate_vs_sft"]["value"] == pytest.approx(wins(own, sft))
+            figures = files.figures(name)
+            assert figures["win_rate_vs_sft"]["value"] == pytest.approx(wins(own, sft))
             gaps = [statistics.mean(a) - statistics.mean(b) for a, b in zip(own, sft, strict=True)]
             if name == "sft":
-                assert found["difference_to_sft"] is None
+                assert figures["difference_to_sft"] is None
             else:
-                assert found["difference_to_sft"]["value"] == pytest.approx(statistics.mean(gaps), abs=1e-6)
+                assert figures["difference_to_sft"]["value"] == pytest.approx(statistics.mean(gaps), abs=1e-6)
         assert files.figures("base")["win_rate_vs_sft"]["value"] != 0.5
 
     def test_intervals_are_over_prompts(self, files):
@@ -372,7 +383,7 @@ class TestFigures:
         center = statistics.mean(means)
         assert files.figures("dpo")["ci95"]["score"] == pytest.approx([center - half, center + half], rel=1e-4)
 
-    def test_a_judge_that_was_climbed_says_so(self, files, few_shot):
+    def test_a_judge_that_was_climbed_is_marked(self, files, few_shot):
         """Best of n and PPO climbed it, unless PPO had another judge; DPO did not."""
         climbed = {name: row["judge_climbed"] for name, row in files.results["policies"].items()}
         assert climbed == {"base": False, "sft": False, "ppo": True, "dpo": False, "best_of_n": True}
@@ -402,7 +413,7 @@ class TestOverOptimisation:
             rows, draws = files.rows(name), files.draws[name]
             assert [row["length"] for row in rows] == [len(draw.ids) for draw in draws]
             expected = [
-                scores_again(chain, row["prompt"], draw.ids, lambda found: statistics.mean(list(found)), None)
+                scores_again(chain, row["prompt"], draw.ids, lambda scores: statistics.mean(list(scores)), None)
                 for row, draw in zip(rows, draws, strict=True)
             ]
             assert [row["raw_score"] for row in rows] == pytest.approx(expected, abs=1e-4), name
@@ -412,9 +423,9 @@ class TestOverOptimisation:
         assert not any("held_out_score" in row for row in files.rows("sft"))
 
     def test_the_checks_are_of_all_policies(self, files):
-        found = files.results["overoptimisation"]
-        assert list(found) == list(files.results["policies"])
-        for name, checks in found.items():
+        every = files.results["overoptimisation"]
+        assert list(every) == list(files.results["policies"])
+        for name, checks in every.items():
             rows = files.rows(name)
             assert checks["cut"]["n"] == sum(not row["finished"] for row in rows)
             ended = [row["raw_score"] for row in rows if row["finished"]]
@@ -441,13 +452,13 @@ class TestOverOptimisation:
                 with torch.no_grad():
                     own = plain.score(judge, chat_ids(chain.tokenizer, row["prompt"]), draw.ids).item()
                 assert row["held_out_score"] == pytest.approx(own if ended else -1.0, abs=1e-4)
-            held = run.results["overoptimisation"][name]["held_out"]
-            assert held["score"]["value"] == pytest.approx(statistics.mean(row["held_out_score"] for row in rows))
+            judged = run.results["overoptimisation"][name]["held_out"]
+            assert judged["score"]["value"] == pytest.approx(statistics.mean(row["held_out_score"] for row in rows))
         pair = [by_prompt(run.rows(n), lambda row: row["held_out_score"]) for n in ("ppo", "sft")]
-        held = run.results["overoptimisation"]["ppo"]["held_out"]
-        assert held["win_rate_vs_sft"]["value"] == pytest.approx(wins(*pair))
+        judged = run.results["overoptimisation"]["ppo"]["held_out"]
+        assert judged["win_rate_vs_sft"]["value"] == pytest.approx(wins(*pair))
         gap = statistics.mean(a[0] - b[0] for a, b in zip(*pair, strict=True))
-        assert held["difference_to_sft"]["value"] == pytest.approx(gap)
+        assert judged["difference_to_sft"]["value"] == pytest.approx(gap)
         strip = lambda row: {k: v for k, v in row.items() if k != "held_out_score"}  # noqa: E731
         assert [strip(r) for r in run.finished.rows("responses.jsonl")] == bare.finished.rows("responses.jsonl")
         assert all("held_out_score" in row for row in run.rows("best_of_n"))
@@ -456,22 +467,22 @@ class TestOverOptimisation:
 class TestGreedy:
     """Check the greedy answers, which have more room to end."""
 
-    def test_answers_are_the_likeliest_tokens_in_the_form_in_which_each_is_asked(self, chain, files, prompts):
+    def test_responses_are_the_likeliest_tokens_after_each_policys_form_of_prompt(self, chain, files, prompts):
         rows = files.finished.rows("greedy.jsonl")
         eos = chain.tokenizer.eos_token_id
         assert {row["policy"] for row in rows} == {"base", "sft", "ppo", "dpo"}, "best of n has no likeliest answer"
         for row in rows:
-            asked = prompts[1][row["index"]]
-            assert row["prompt"] == asked
-            ids = chat_ids(chain.tokenizer, asked)
+            prompt = prompts[1][row["index"]]
+            assert row["prompt"] == prompt
+            ids = chat_ids(chain.tokenizer, prompt)
             if row["policy"] == "base":
-                ids = chain.tokenizer(text_of(asked), add_special_tokens=False)["input_ids"]
+                ids = chain.tokenizer(text_of(prompt), add_special_tokens=False)["input_ids"]
             model = language_model(chain.root / row["policy"] / "model")
             again = plain.greedy(model, ids, 4 * LENGTH, eos)
             assert row["response"] == chain.tokenizer.decode(again, skip_special_tokens=True).strip()
             assert (row["length"], row["finished"]) == (len(again), again[-1] == eos)
             if row["policy"] != "base" and len(ids) + len(again) <= 48:
-                own = scores_again(chain, asked, again, lambda found: statistics.mean(list(found)), MISSING)
+                own = scores_again(chain, prompt, again, lambda scores: statistics.mean(list(scores)), MISSING)
                 assert row["score"] == pytest.approx(own, abs=1e-4)
         assert any(row["length"] > LENGTH for row in rows), "the length that is scored cuts none of them"
 
@@ -488,7 +499,7 @@ class TestGreedy:
         answers = [answer for _, prompts in shown for prompt in prompts for answer in prompt.answers]
         assert answers and all(answer.greedy is not None for answer in answers if answer.policy != "best_of_n")
 
-    def test_none_where_none_are_asked_for_and_shorter_ones_where_that_is(self, chain, tmp_path):
+    def test_settings_of_greedy_responses(self, chain, tmp_path):
         choices = SMALL | {"best_of": 1, "policies": "[ppo]", "num_prompts": 4}
         none = run_evaluate(chain, tmp_path / "none", choices | {"greedy_prompts": 0})
         assert none.finished.rows("greedy.jsonl") == []
@@ -570,20 +581,19 @@ class TestNearCopies:
         return run_evaluate(chain, folder / "out", choices, *data)
 
     def test_of_what_some_policy_was_trained_on(self, chain, tmp_path):
-        found = self.run(chain, tmp_path, "[ppo]")
-        assert (found.results["leaked"], found.results["leaked_by"]) == (4, "near copy")
-        assert "4 of 6 evaluation prompts" in found.finished.said
-        assert "(demonstrations 2, rankings 1, prompts 1)" in found.finished.said
+        run = self.run(chain, tmp_path, "[ppo]")
+        assert (run.results["leaked"], run.results["leaked_by"]) == (4, "near copy")
+        assert "4 of 6 evaluation prompts" in run.finished.said
+        assert "(demonstrations 2, rankings 1, prompts 1)" in run.finished.said
 
     def test_without_ppo_its_prompts_do_not_count(self, chain, tmp_path):
-        found = self.run(chain, tmp_path, "[dpo]")
-        assert found.results["leaked"] == found.finished.figures["leaked"] == 3
-        assert found.finished.figures["score"] == found.figures("dpo")["score"]
-        assert "prompts 1" not in found.finished.said
+        run = self.run(chain, tmp_path, "[dpo]")
+        assert run.results["leaked"] == run.finished.figures["leaked"] == 3
+        assert run.finished.figures["score"] == run.figures("dpo")["score"]
+        assert "prompts 1" not in run.finished.said
 
 
-# ── the embedded world
-# ───────────────────────────────────────────────────────────────────────────────────────────
+# ── the embedded world ──
 
 
 @dataclass(frozen=True)
@@ -595,7 +605,7 @@ class Asked:
 
 
 @pytest.fixture(scope="module")
-def asked(chain, tmp_path_factory):
+def asked_world(chain, tmp_path_factory):
     """Write a folder like that of the stage world, with some tasks that training data sets too.
 
     Demonstrations set four of the tasks after other greetings, and a document sets the first one.
@@ -616,26 +626,26 @@ def asked(chain, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def of_world(chain, asked, tmp_path_factory):
+def of_world(chain, asked_world, tmp_path_factory):
     """Let policies answer as demonstrators do, some to another prompt, some cut off."""
-    made, world = asked
+    made, world = asked_world
     tokenizer, models = chain.tokenizer, []
     ids = {tuple(plain.prompt_ids(tokenizer, prompt)): prompt for prompt in world.answers}
     ids |= {tuple(tokenizer(prompt)["input_ids"]): prompt for prompt in world.answers}
     texts = list(world.answers.values())
 
-    def told(policy, prompts, seeds, **options):
+    def answer(policy, prompts, seeds, **options):
         if policy not in models:
             models.append(policy)
-        found = []
+        responses = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             luck = random.Random(f"{seed} {models.index(policy)}")
             own = luck.random() < 0.5
             text = world.answers[ids[tuple(prompt)]] if own else luck.choice(texts)
-            found.append(plain.response_ids(tokenizer, text, luck.random() < 0.8))
-        return found
+            responses.append(plain.response_ids(tokenizer, text, luck.random() < 0.8))
+        return responses
 
-    more = {"config": "world.yaml", "inputs": {"world": made.folder}, "sample": told}
+    more = {"config": "world.yaml", "inputs": {"world": made.folder}, "sample": answer}
     folder = tmp_path_factory.mktemp("of_world") / "evaluate"
     return run_evaluate(chain, folder, OF_THE_WORLD, "model.name_or_path=null", **more)
 
@@ -645,24 +655,25 @@ class TestOfTheWorld:
         """Return the tasks of demonstrations, prompts and (`documents`) documents."""
         prompts = [row["prompt"] for kind in ("demonstrations", "prompts") for row in made.rows(f"{kind}.jsonl")]
         texts = [row["text"] for row in made.rows("documents.jsonl")]
-        held = {task for text, task in rules.language.requests().items() if any(text in held for held in texts)}
-        return {rules.task(prompt) for prompt in prompts} | (held if documents else set())
+        tasks = {task for request, task in rules.language.requests().items() if any(request in text for text in texts)}
+        known = {rules.task(prompt) for prompt in prompts}
+        return known | tasks if documents else known
 
-    def test_gold_is_of_the_own_prompt_and_of_how_it_ended(self, asked, of_world):
-        rules = asked[1].rules
+    def test_gold_is_of_the_own_prompt_and_of_how_it_ended(self, asked_world, of_world):
+        rules = asked_world[1].rules
         rows = of_world.finished.rows("responses.jsonl")
         for row in rows:
             assert row["gold"] == rules.gold(row["prompt"], row["response"], row["finished"])
         assert len({row["gold"]["overall"] for row in rows}) > 5
-        for name, found in of_world.results["policies"].items():
+        for name, figures in of_world.results["policies"].items():
             for part in ("helpful", "honest", "harmless", "overall"):
                 mean = statistics.mean(row["gold"][part] for row in of_world.rows(name))
-                assert found["gold"][part] == pytest.approx(mean)
+                assert figures["gold"][part] == pytest.approx(mean)
         assert of_world.finished.figures["gold"] == of_world.figures("best_of_n")["gold"]["overall"]
 
-    def test_known_tasks(self, asked, of_world):
+    def test_known_tasks(self, asked_world, of_world):
         """Tasks that demonstrations set after other greetings are known, too."""
-        made, world = asked
+        made, world = asked_world
         known = self.known(made, world.rules)
         expected = {prompt: world.rules.task(prompt) in known for prompt in world.answers}
         rows = of_world.rows("sft")
@@ -676,16 +687,16 @@ class TestOfTheWorld:
         assert f"{19 - count} set tasks that no training data set" in of_world.finished.said
 
     def test_both_halves_apart(self, of_world):
-        for name, found in of_world.results["policies"].items():
+        for name, figures in of_world.results["policies"].items():
             for half, which in (("gold_known_tasks", True), ("gold_held_out_tasks", False)):
                 rows = [row for row in of_world.rows(name) if row["known_task"] == which]
                 mean = statistics.mean(row["gold"]["overall"] for row in rows)
-                assert found[half]["overall"] == pytest.approx(mean)
-                assert found[half]["n"] == len({row["prompt"] for row in rows})
+                assert figures[half]["overall"] == pytest.approx(mean)
+                assert figures[half]["n"] == len({row["prompt"] for row in rows})
 
-    def test_prompts_of_one_task_are_one_cluster(self, asked, of_world):
-        rules = asked[1].rules
-        tasks = {prompt: rules.task(prompt) for prompt in asked[1].answers}
+    def test_prompts_of_one_task_are_one_cluster(self, asked_world, of_world):
+        rules = asked_world[1].rules
+        tasks = {prompt: rules.task(prompt) for prompt in asked_world[1].answers}
         assert of_world.results["clusters"] == len(set(tasks.values())) < len(tasks)
         assert of_world.figures("dpo")["win_rate_vs_sft"]["clusters"] == of_world.results["clusters"]
         clusters = {row["prompt"]: row["cluster"] for row in of_world.rows("base")}
@@ -697,16 +708,16 @@ class TestOfTheWorld:
         gold = lambda row: row["gold"]["overall"]  # noqa: E731
         sft = by_prompt(of_world.rows("sft"), gold)
         assert of_world.results["judge"] == "gold"
-        for name, found in of_world.results["policies"].items():
+        for name, figures in of_world.results["policies"].items():
             own = by_prompt(of_world.rows(name), gold)
-            assert found["win_rate_vs_sft"]["value"] == pytest.approx(wins(own, sft))
+            assert figures["win_rate_vs_sft"]["value"] == pytest.approx(wins(own, sft))
             gaps = [statistics.mean(a) - statistics.mean(b) for a, b in zip(own, sft, strict=True)]
             if name != "sft":
-                assert found["difference_to_sft"]["value"] == pytest.approx(statistics.mean(gaps))
-            assert not found["judge_climbed"]
-        assert len({found["win_rate_vs_sft"]["value"] for found in of_world.results["policies"].values()}) > 2
+                assert figures["difference_to_sft"]["value"] == pytest.approx(statistics.mean(gaps))
+            assert not figures["judge_climbed"]
+        assert len({figures["win_rate_vs_sft"]["value"] for figures in of_world.results["policies"].values()}) > 2
 
-    def test_how_the_reward_model_orders_what_sft_said(self, of_world):
+    def test_how_the_reward_model_orders_sft_samples(self, of_world):
         rights: dict[bool, list[float]] = {True: [], False: []}
         for _, some in itertools.groupby(of_world.rows("sft"), key=lambda row: row["prompt"]):
             for a, b in itertools.combinations(some, 2):
@@ -714,12 +725,12 @@ class TestOfTheWorld:
                 gap = (a["score"] - b["score"]) * better
                 if better:
                     rights[a["known_task"]].append(0.5 if gap == 0 else float(gap > 0))
-        found = of_world.results["reward_model"]["orders_as_gold"]
+        figures = of_world.results["reward_model"]["orders_as_gold"]
         for half, which in (("known_tasks", True), ("held_out_tasks", False)):
-            assert found[half]["value"] == pytest.approx(statistics.mean(rights[which]))
-            assert found[half]["n"] == len(rights[which]) > 5
+            assert figures[half]["value"] == pytest.approx(statistics.mean(rights[which]))
+            assert figures[half]["n"] == len(rights[which]) > 5
 
-    def test_base_from_scratch_is_asked_in_plain_text_without_being_told(self, of_world):
+    def test_base_from_scratch_is_prompted_in_plain_text_by_default(self, of_world):
         assert of_world.figures("base")["asked"] == "plain" and of_world.figures("dpo")["asked"] == "chat"
 
 
@@ -731,9 +742,10 @@ def test_without_reward_model_and_documents_what_can_be_measured_is(chain, tmp_p
     results = json.loads((finished.folder / "results.json").read_text())
     assert list(results["policies"]) == ["base", "sft", "dpo"] and results["judge"] is None
     demonstrations = [row["prompt"] for row in chain.rows("demonstrations.jsonl")]
-    held = [demonstrations[i] for i in held_out([prompt_key(prompt) for prompt in demonstrations], 0.3)[1]]
+    held_out_prompts = [demonstrations[i] for i in held_out([prompt_key(prompt) for prompt in demonstrations], 0.3)[1]]
     rows = finished.rows("responses.jsonl")
-    assert 0 < len(held) < len(demonstrations) and [r["prompt"] for r in rows if r["policy"] == "dpo"] == held
+    assert 0 < len(held_out_prompts) < len(demonstrations)
+    assert [row["prompt"] for row in rows if row["policy"] == "dpo"] == held_out_prompts
     assert {row["score"] for row in rows} == {None} and results["reward_model"]["accuracy"] is None
     for policy in results["policies"].values():
         missing = ("score", "pretrain_perplexity", "win_rate_vs_sft", "difference_to_sft", "gold")
@@ -742,9 +754,9 @@ def test_without_reward_model_and_documents_what_can_be_measured_is(chain, tmp_p
     assert results["policies"]["dpo"]["kl_to_sft"] != 0.0 and finished.figures["score"] is None
     assert "to get scores, add best_of_n to evaluate.policies" in finished.said and "no perplexity" in finished.said
 
-    asked = tmp_path / "asked.jsonl"
-    write_rows(asked, [{"prompt": prompt} for prompt in held])
-    whole = chain.run("evaluate", tmp_path / "whole", *settings, f"data.evaluation_prompts={asked}")
+    prompts_file = tmp_path / "asked.jsonl"
+    write_rows(prompts_file, [{"prompt": prompt} for prompt in held_out_prompts])
+    whole = chain.run("evaluate", tmp_path / "whole", *settings, f"data.evaluation_prompts={prompts_file}")
     judged = json.loads((whole.folder / "results.json").read_text())["policies"]
     for name, policy in results["policies"].items():  # a judge more changes nothing else
         assert policy["kl_to_sft"] == judged[name]["kl_to_sft"] and judged[name]["score"] is not None

@@ -1,4 +1,4 @@
-"""What stages do where a family of models is not as Llama: routers, caches that do not serve, other logits."""
+"""Test stages on model families that differ from Llama: routers, unusable caches, other logits."""
 
 import json
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ SHAPE = {
 
 
 def mixtral(tokenizer, **options):
+    """Return a random Mixtral; `options` change its configuration."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -25,7 +26,7 @@ def mixtral(tokenizer, **options):
 
 
 def run_sft(chain, folder, model, *settings):
-    """sft from that model; → (what it gave, the configuration that it published)."""
+    """Run sft on a model; return the finished run and the published configuration."""
     model.save_pretrained(folder / "base" / "model")
     chain.tokenizer.save_pretrained(folder / "base" / "model")
     settings = ("sft.max_steps=2", "sft.eval_steps=2", "sft.sample_tokens=6", "sft.max_length=80", *settings)
@@ -35,17 +36,19 @@ def run_sft(chain, folder, model, *settings):
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_a_mixture_of_experts_trains_and_is_published_as_it_was_given(chain, tmp_path, given):
-    """trl asks the model for routers' logits and weighs them as its configuration says: the loss holds no such term
-    unless a setting names it, samples are drawn, and a batch is generated from what is published."""
+def test_a_mixture_of_experts_trains_and_keeps_its_configuration(chain, tmp_path, given):
+    """The loss has no router term unless a setting names it, although trl adds one by default.
+
+    Samples are drawn in training, and the published model generates a batch.
+    """
     from transformers import AutoModelForCausalLM
 
     options = {"output_router_logits": given, "router_aux_loss_coef": 0.3}
     done, config = run_sft(chain, tmp_path / "none", mixtral(chain.tokenizer, **options))
     plain, _ = run_sft(chain, tmp_path / "zero", mixtral(chain.tokenizer, router_aux_loss_coef=0.0))
     named, other = run_sft(chain, tmp_path / "named", mixtral(chain.tokenizer, **options), "sft.router_aux_loss_coef=2")
-    for found in (config, other):
-        assert {key: found[key] for key in options} == options
+    for published in (config, other):
+        assert {key: published[key] for key in options} == options
     losses = [[row["loss"] for row in run.rows("metrics.jsonl")] for run in (done, plain, named)]
     assert losses[0] == losses[1]
     assert losses[2][0] > losses[0][0] + 1.9, "the term is at least 1, when experts are used alike"
@@ -59,13 +62,13 @@ def test_a_mixture_of_experts_trains_and_is_published_as_it_was_given(chain, tmp
 def test_a_term_for_experts_is_refused_where_there_are_none(chain, tmp_path):
     from micro_chain import random_policy
 
-    with pytest.raises(UserError, match="sft.router_aux_loss_coef: .* LlamaForCausalLM; set it to null"):
+    with pytest.raises(UserError, match=r"sft.router_aux_loss_coef: .* LlamaForCausalLM; set it to null"):
         run_sft(chain, tmp_path, random_policy(chain.tokenizer, 0), "sft.router_aux_loss_coef=0.1")
 
 
 @pytest.mark.parametrize("items", [None, 7])
 def test_the_experts_term_is_trls(chain, tmp_path, items):
-    """Loss and gradients of the plain loss, that of a small vocabulary, against trl's own."""
+    """Loss and gradients of the plain loss, used for a small vocabulary, equal trl's."""
     from plain_loss import assert_is_trls
 
     tokenizer = chain.tokenizer
@@ -78,8 +81,10 @@ class TestBase:
         chain.tokenizer.save_pretrained(tmp_path / "source")
         return chain.run("base", tmp_path / "base", f"model.name_or_path={tmp_path / 'source'}", *settings)
 
-    def test_a_family_whose_cache_reads_otherwise_is_sampled_by_whole_rows(self, chain, tmp_path):
-        """A decoder that counts positions from the cache and knows no position_ids: padding on the left moves them."""
+    def test_a_family_with_an_unusable_cache_is_sampled_by_whole_rows(self, chain, tmp_path):
+        """A decoder that counts positions from the cache, without position_ids, fails on left
+        padding.
+        """
         from transformers import BartConfig, BartForCausalLM
 
         tokenizer, _ = chain.tokenizer, torch.manual_seed(0)
@@ -104,8 +109,8 @@ class TestBase:
         assert "no reward model" not in done.said and not (tmp_path / "base" / "model" / "scalar_head.py").exists()
 
 
-def test_a_family_that_takes_no_head_is_refused_where_rm_is_asked_for(chain, tmp_path, monkeypatch, capsys):
-    """By base, before anything is trained; for sft and dpo it says a line."""
+def test_a_family_that_takes_no_head_is_refused_for_rm(chain, tmp_path, monkeypatch, capsys):
+    """Base refuses it before anything is trained; where only sft and dpo follow, it warns."""
     from micro_chain import random_policy
 
     from pipeline.cli import main
@@ -126,21 +131,20 @@ def test_a_family_that_takes_no_head_is_refused_where_rm_is_asked_for(chain, tmp
 
 
 def test_rm_publishes_no_model_whose_logit_is_another_number(chain):
-    """As a class with layers between trunk and head would give it."""
+    """A class with layers between trunk and head would give another number."""
     from micro_chain import random_reward_model
 
     model, group = random_reward_model(chain.tokenizer, 10, 0.3), SimpleNamespace(prompt=[5, 6], responses=[[], [7, 8]])
     rm.check_published_score(model, group, chain.tokenizer.pad_token_id)
     forward = model.forward
     model.forward = lambda *a, **k: SimpleNamespace(logits=forward(*a, **k).logits * 1.01)
-    with pytest.raises(
-        UserError, match="LlamaForSequenceClassification gives a response the logit .* its score here is"
-    ):
+    logit_differs = r"LlamaForSequenceClassification gives a response the logit .* its score here is"
+    with pytest.raises(UserError, match=logit_differs):
         rm.check_published_score(model, group, chain.tokenizer.pad_token_id)
 
 
-def test_ppo_takes_a_reward_model_that_came_without_the_padding_that_base_has_added(chain, tmp_path):
-    """Its vocabulary is a token smaller; what it publishes as value model reads all that the policy says."""
+def test_ppo_takes_a_reward_model_without_the_padding_token_that_base_added(chain, tmp_path):
+    """The reward model's vocabulary is a token smaller, and the value model's is the policy's."""
     import copy
 
     from micro_chain import random_policy
@@ -148,8 +152,8 @@ def test_ppo_takes_a_reward_model_that_came_without_the_padding_that_base_has_ad
 
     tokenizer, policy = copy.deepcopy(chain.tokenizer), random_policy(chain.tokenizer, 0)
     tokenizer.add_special_tokens({"pad_token": "<|new pad|>"})
-    have = policy.config.vocab_size
-    policy.resize_token_embeddings(have + 1, mean_resizing=False)
+    size = policy.config.vocab_size
+    policy.resize_token_embeddings(size + 1, mean_resizing=False)
     policy.save_pretrained(tmp_path / "sft" / "model")
     tokenizer.save_pretrained(tmp_path / "sft" / "model")
     choices = "total_episodes=8 batch_size=8 mini_batch_size=4 response_length=6 max_length=60 ptx_coef=0"
@@ -158,4 +162,4 @@ def test_ppo_takes_a_reward_model_that_came_without_the_padding_that_base_has_ad
     done = chain.run("ppo", tmp_path / "ppo", *settings, inputs={"sft": tmp_path / "sft"})
     assert done.figures["updates"] == 1
     value_model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ppo" / "value_model")
-    assert value_model.get_input_embeddings().weight.shape[0] == have + 1
+    assert value_model.get_input_embeddings().weight.shape[0] == size + 1

@@ -1,4 +1,4 @@
-"""What stages publish: dtypes, the base of an adapter, what `generate` does with a policy. By the micro chain."""
+"""Test published folders: dtypes, an adapter's base model, the policy's generation settings."""
 
 import json
 from types import SimpleNamespace
@@ -15,51 +15,56 @@ DPO = ("dpo.max_steps=1", "dpo.max_length=64", "dpo.sample_tokens=0", "dpo.per_d
 
 
 def dtypes(folder) -> set[str]:
+    """Return the dtypes of a folder's weights."""
     return {str(x.dtype).removeprefix("torch.") for x in load_file(folder / "model.safetensors").values()}
 
 
 def read(path) -> dict:
+    """Return the contents of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_as_given_goes_from_stage_to_stage(chain, tmp_path):
-    """A model in bfloat16 stays in half the bytes, through base and what follows; by default it is float32."""
-    (tmp_path / "given").mkdir()
+    """With publish_dtype as_given, base, sft and dpo keep a base model's bfloat16."""
     from stages.models.loading import load_policy, save_model
 
-    given = tmp_path / "given"
-    save_model(load_policy(chain.root / "base" / "model"), chain.tokenizer, given, card="", dtype="bfloat16")
-    asked = (f"model.name_or_path={given}", "model.publish_dtype=as_given")
-    base = chain.run("base", tmp_path / "base", *asked)
-    sft = chain.run("sft", tmp_path / "sft", *asked, *SFT, inputs={"base": tmp_path / "base"})
-    dpo = chain.run("dpo", tmp_path / "dpo", *asked, *DPO, inputs={"sft": tmp_path / "sft"})
+    original = tmp_path / "original"
+    original.mkdir()
+    save_model(load_policy(chain.root / "base" / "model"), chain.tokenizer, original, card="", dtype="bfloat16")
+    settings = (f"model.name_or_path={original}", "model.publish_dtype=as_given")
+    base = chain.run("base", tmp_path / "base", *settings)
+    sft = chain.run("sft", tmp_path / "sft", *settings, *SFT, inputs={"base": tmp_path / "base"})
+    dpo = chain.run("dpo", tmp_path / "dpo", *settings, *DPO, inputs={"sft": tmp_path / "sft"})
     for done in (base, sft, dpo):
         assert dtypes(done.folder / "model") == {"bfloat16"}, done.folder
         assert read(done.folder / "model" / "config.json")["dtype"] == "bfloat16"
-    assert dtypes(chain.run("base", tmp_path / "plain", asked[0]).folder / "model") == {"float32"}
+    assert dtypes(chain.run("base", tmp_path / "plain", settings[0]).folder / "model") == {"float32"}
     assert base.figures["same_rows_as_given"] is True
 
 
-@pytest.mark.parametrize("asked, found", [("bfloat16", {"bfloat16"}), ("float32", {"float32"}), ("null", {"float32"})])
-def test_a_dtype_that_is_named(chain, tmp_path, asked, found):
-    done = chain.run("sft", tmp_path / "sft", f"model.publish_dtype={asked}", *SFT)
-    assert dtypes(done.folder / "model") == found
+@pytest.mark.parametrize(
+    "setting, published", [("bfloat16", {"bfloat16"}), ("float32", {"float32"}), ("null", {"float32"})]
+)
+def test_a_dtype_that_is_named(chain, tmp_path, setting, published):
+    done = chain.run("sft", tmp_path / "sft", f"model.publish_dtype={setting}", *SFT)
+    assert dtypes(done.folder / "model") == published
 
 
 def test_float32_by_name_is_the_default_and_makes_nothing_stale():
     assert ModelSettings(publish_dtype="float32") == ModelSettings() and ModelSettings().publish_dtype is None
 
 
-def test_a_policy_says_at_which_temperature_it_was_trained(chain, tmp_path):
+def test_a_policys_generation_settings_have_the_training_temperature(chain, tmp_path):
     small = ("ppo.batch_size=4", "ppo.mini_batch_size=2", "ppo.total_episodes=4", "ppo.eval_prompts=2")
     lengths = ("ppo.max_length=48", "ppo.response_length=8", "ppo.ptx_length=8", "ppo.ptx_ratio=1", "ppo.ema_decay=0.5")
-    told = {"sft": {"digest": "sft", "metrics": {"answer_tokens": quantiles([6] * 8 + [12] * 12)}}}
+    manifests = {"sft": {"digest": "sft", "metrics": {"answer_tokens": quantiles([6] * 8 + [12] * 12)}}}
     done = chain.run(
-        "ppo", tmp_path / "ppo", *small, *lengths, "ppo.temperature=0.7", "ppo.publish_ema=true", manifests=told
+        "ppo", tmp_path / "ppo", *small, *lengths, "ppo.temperature=0.7", "ppo.publish_ema=true", manifests=manifests
     )
     for folder in ("model", "model_ema"):
-        found = read(done.folder / folder / "generation_config.json")
-        assert (found["temperature"], found["top_k"], found["top_p"], found["do_sample"]) == (0.7, 0, 1.0, True)
+        options = read(done.folder / folder / "generation_config.json")
+        assert (options["temperature"], options["top_k"], options["top_p"]) == (0.7, 0, 1.0)
+        assert options["do_sample"] is True
     assert not (done.folder / "value_model" / "generation_config.json").exists()
     tags = {place: (done.folder / place / "README.md").read_text() for place in ("model", "value_model")}
     assert "pipeline_tag: text-generation" in tags["model"] and "text-classification" in tags["value_model"]
@@ -67,16 +72,24 @@ def test_a_policy_says_at_which_temperature_it_was_trained(chain, tmp_path):
     assert line in done.said and "are over 8, ppo.response_length: such answers are cut" in done.said
 
 
-def test_sft_says_how_long_answers_are(chain, tmp_path):
+def test_sft_records_the_lengths_of_responses(chain, tmp_path):
     done = chain.run("sft", tmp_path / "sft", *SFT)
     lengths = [1 + len(chain.tokenizer(r["completion"])["input_ids"]) for r in chain.rows("demonstrations.jsonl")]
     assert done.figures["answer_tokens"] == quantiles(lengths)
 
 
-# -- the base of an adapter ------------------------------------------------------------------------------
+# ── the base model of an adapter ──
 
 
 def provenance(tmp_path, name="org/name", method="lora", **metrics):
+    """Return what `adapter_base` reads of a run of sft.
+
+    Args:
+        tmp_path: The artifacts' parent folder.
+        name: The setting model.name_or_path.
+        method: The adapter's method; None for no adapter.
+        metrics: Metrics of base's manifest.
+    """
     record = {"metrics": metrics, "config": {"model": {"revision": "0123"}}}
     return SimpleNamespace(
         stage="sft",
@@ -88,10 +101,11 @@ def provenance(tmp_path, name="org/name", method="lora", **metrics):
 
 
 def base_of(provenance):
+    """Return the base model, and its revision, that the adapter's files name."""
     return adapter_base(provenance, provenance.publish / "model", provenance.inputs["base"] / "model")
 
 
-def test_an_adapter_on_a_model_of_the_hub_goes_by_its_name(tmp_path):
+def test_an_adapter_on_a_model_of_the_hub_names_it(tmp_path):
     assert base_of(provenance(tmp_path, same_rows_as_given=True)) == ("org/name", "0123")
 
 
@@ -99,11 +113,12 @@ ELSEWHERE = {"same_rows_as_given": True, "name": "/some/where"}
 
 
 @pytest.mark.parametrize("given", [{"same_rows_as_given": False}, {}, ELSEWHERE])
-def test_an_adapter_on_any_other_model_goes_by_the_way_there(tmp_path, given):
-    """Of a base that got rows, the Hub's has not the same; an older manifest does not say."""
+def test_an_adapter_on_any_other_model_names_a_relative_path(tmp_path, given):
+    """That is so if base added rows, if its manifest is older, and for a local model."""
+
     assert base_of(provenance(tmp_path, **given)) == ("../../../base/model", None)
 
 
 @pytest.mark.parametrize("method", [None, "bitfit"])
-def test_without_an_adapter_there_is_no_base_of_it(tmp_path, method):
+def test_without_an_adapter_there_is_no_base_model_to_name(tmp_path, method):
     assert base_of(provenance(tmp_path, method=method, same_rows_as_given=True)) is None

@@ -1,4 +1,4 @@
-"""Check the files that rankings publishes: people's rankings, split, and simulated ones."""
+"""Test the stage rankings by its published files, with rankings of people and simulated ones."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ def both(finished) -> tuple[list[dict], list[dict]]:
 
 
 def usable(row: dict) -> list[tuple[int, int]]:
-    """Return (better, worse) of every usable pair."""
+    """Return (better, worse) of every usable pair: judged, not tied, different texts."""
     ranks, texts = row["ranks"], row["responses"]
     K = range(len(ranks))
     return [(i, j) for i in K for j in K
@@ -32,7 +32,7 @@ def usable(row: dict) -> list[tuple[int, int]]:
 
 
 def agreement(rows: list[dict]) -> float:
-    """Return the share of untied pairs that two labelers of a prompt order alike."""
+    """Return the share of pairs that two labelers of a prompt order alike; ties do not count."""
     by_prompt: dict[str, list[dict]] = {}
     for row in rows:
         by_prompt.setdefault(row["prompt"], []).append(row)
@@ -47,7 +47,7 @@ def agreement(rows: list[dict]) -> float:
 
 @pytest.fixture(scope="module")
 def given(chain):
-    """Write the chain's rankings, some of them twice, with other white space in the prompt."""
+    """Return the chain's rankings, a fourth of them again with other white space."""
     rows = chain.rows("rankings.jsonl")
     return rows + [
         row | {"prompt": f"  {row['prompt'].replace(' ', '  ')}", "labeler": "cleo", "id": f"{row['id']} cleo"}
@@ -65,27 +65,30 @@ def peoples(chain, given, tmp_path_factory):
 
 class TestOfPeople:
     def test_all_rows_of_a_prompt_are_on_one_side(self, given, peoples):
-        """A prompt is held out if its hash is below 0.3, however it is spaced."""
-        train, held = both(peoples)
+        """Prompts whose hash is below 0.3 are held out, whatever its white space."""
+        train, held_out = both(peoples)
         key = lambda row: " ".join(row["prompt"].split())  # noqa: E731
-        assert {row["id"] for row in held} == {row["id"] for row in given if plain.prompt_place(row["prompt"]) < 0.3}
-        assert not {key(row) for row in train} & {key(row) for row in held}
-        assert len(held) > len({key(row) for row in held}), "a prompt with two rows is among them"
+        assert {row["id"] for row in held_out} == {
+            row["id"] for row in given if plain.prompt_hash_fraction(row["prompt"]) < 0.3
+        }
+        assert not {key(row) for row in train} & {key(row) for row in held_out}
+        assert len(held_out) > len({key(row) for row in held_out}), "a prompt with two rows is among them"
 
     def test_nothing_is_lost_or_changed(self, given, peoples):
-        train, held = both(peoples)
-        published = {row["id"]: row for row in train + held}
-        assert len(published) == len(train) + len(held) == len(given)
+        train, held_out = both(peoples)
+        published = {row["id"]: row for row in train + held_out}
+        assert len(published) == len(train) + len(held_out) == len(given)
         for row in given:
             assert row.items() <= published[row["id"]].items()
 
     def test_the_figures(self, given, peoples):
-        train, held = both(peoples)
+        train, held_out = both(peoples)
         figures = peoples.figures
-        assert (figures["rankings"], figures["train"], figures["validation"]) == (len(given), len(train), len(held))
+        assert (figures["rankings"], figures["train"]) == (len(given), len(train))
+        assert figures["validation"] == len(held_out)
         assert figures["pairs"] == sum(len(usable(row)) for row in given)
-        assert figures["labeler_agreement"] == pytest.approx(agreement(held))
-        assert agreement(held) != agreement(given)
+        assert figures["labeler_agreement"] == pytest.approx(agreement(held_out))
+        assert agreement(held_out) != agreement(given)
 
 
 K = 5
@@ -93,23 +96,24 @@ SEED = 5  # of micro_chain.py
 
 
 def answers(prompts: list[str], completions: list[str]) -> dict[str, list[tuple[str, bool]]]:
-    """Return five answers (text, finished) to each prompt.
+    """Return five responses (text, whether it ended with EOS) for each prompt.
 
-    A demonstrator's, an answer to another prompt, the first one cut off, the first one with an
-    insult, and an answer to a third prompt or the second one again.
+    They are a demonstrator's response, a response to another prompt, the first one cut off, the
+    first one with an insult, and one to a third prompt (for each third prompt, the second one
+    again).
     """
-    found = {}
+    responses = {}
     for i, prompt in enumerate(prompts):
         own, other, third = (completions[(i + n) % len(prompts)] for n in (0, 1, 2))
         last = other if i % 3 == 0 else third
         texts = [(own, True), (other, True), (f"{own} the", False), (f"{own} you are an idiot .", True), (last, True)]
-        found[prompt] = texts
-    return found
+        responses[prompt] = texts
+    return responses
 
 
 @pytest.fixture(scope="module")
 def world(chain):
-    """Write a folder like that of the stage world, with the demonstrations' prompts as prompts."""
+    """Return a folder as of the stage world whose prompts are those of its demonstrations."""
     chain.run("world", chain.root / "world", config="world.yaml")
     rows = chain.rows("world/demonstrations.jsonl")
     write_rows(chain.root / "asked" / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows])
@@ -123,15 +127,15 @@ def world(chain):
 
 
 def simulate(chain, world, folder, monkeypatch, **settings):
-    """Run the stage on those prompts, with those answers in place of SFT's."""
+    """Run the stage on the world's prompts with `world.answers` in place of sampled responses."""
     ids = {tuple(plain.prompt_ids(chain.tokenizer, prompt)): prompt for prompt in world.answers}
 
-    def told(policy, prompts, seeds, decoding, poll):
-        given = {prompt: iter(texts) for prompt, texts in world.answers.items()}
-        chosen = [next(given[ids[tuple(prompt)]]) for prompt in prompts]
+    def answer(policy, prompts, seeds, decoding, poll):
+        remaining = {prompt: iter(texts) for prompt, texts in world.answers.items()}
+        chosen = [next(remaining[ids[tuple(prompt)]]) for prompt in prompts]
         return [plain.response_ids(chain.tokenizer, text, finished) for text, finished in chosen]
 
-    monkeypatch.setattr(rankings, "sample", told)
+    monkeypatch.setattr(rankings, "sample", answer)
     small = {"samples_per_prompt": K, "max_length": 96, "response_length": 8, "batch_size": 7,
              "validation_fraction": 0.3}  # fmt: skip
     overrides = [f"rankings.{key}={x}" for key, x in (small | settings).items()]
@@ -139,13 +143,14 @@ def simulate(chain, world, folder, monkeypatch, **settings):
 
 
 def utilities(world, row: dict) -> list[float]:
-    """Return the utility of each response to the row's labeler."""
+    """Return the row's labeler's utility of each of its responses."""
     finished = [dict(world.answers[row["prompt"]])[text] for text in row["responses"]]
     every = world.rules.labeler_utilities(row["prompt"], row["responses"], finished)
     return every[NAMES.index(row["labeler"])].tolist()
 
 
 def simulated(chain, world, tmp_path_factory, name, **settings):
+    """Run `simulate` for a fixture, in a folder of that name."""
     with pytest.MonkeyPatch.context() as patch:
         return simulate(chain, world, tmp_path_factory.mktemp(name) / "rankings", patch, **settings)
 
@@ -158,47 +163,52 @@ def calm(chain, world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def noisy(chain, world, tmp_path_factory):
+    """Run with noise that gives a plausible agreement."""
     return simulated(chain, world, tmp_path_factory, "noisy", agreement=0.62)
 
 
 @pytest.fixture(scope="module")
 def blind(chain, world, tmp_path_factory):
-    """Run with almost only noise."""
+    """Run with hardly anything but noise."""
     return simulated(chain, world, tmp_path_factory, "blind", agreement=0.501, labelers_per_prompt=2)
 
 
 def request(world, prompt: str) -> str:
-    """Return a prompt's request, without opener and closer: the longest one it contains."""
+    """Return the longest request of the world in a prompt, which is the prompt without greeting."""
     return max((text for text in world.rules.language.requests() if text in prompt), key=len)
 
 
 class TestSimulated:
-    def test_every_prompt_is_ranked_with_all_that_was_said_to_it(self, world, calm):
-        train, held = both(calm)
-        assert {row["prompt"] for row in train + held} == set(world.answers)
-        places = {p: plain.place(f"{SEED} {request(world, p)}") for p in world.answers}
-        assert {row["prompt"] for row in held} == {p for p, place in places.items() if place < 0.3}
-        # the same question behind another greeting is on the same side
-        assert not {request(world, row["prompt"]) for row in held} & {request(world, row["prompt"]) for row in train}
-        for row in train + held:
+    def test_every_prompt_is_ranked_with_all_its_responses(self, world, calm):
+        train, held_out = both(calm)
+        assert {row["prompt"] for row in train + held_out} == set(world.answers)
+        fractions = {p: plain.hash_fraction(f"{SEED} {request(world, p)}") for p in world.answers}
+        assert {row["prompt"] for row in held_out} == {p for p, fraction in fractions.items() if fraction < 0.3}
+        # the same question after another greeting is in the same split
+        requests = [{request(world, row["prompt"]) for row in rows} for rows in (train, held_out)]
+        assert not requests[0] & requests[1]
+        for row in train + held_out:
             assert row["responses"] == [text for text, _ in world.answers[row["prompt"]]]
-        assert len({row["id"] for row in train + held}) == len(train + held)
+        assert len({row["id"] for row in train + held_out}) == len(train + held_out)
 
     def test_who_ranks(self, world, calm, noisy):
-        """A training prompt has the labelers that are set, a held-out one has two."""
-        for finished, asked in ((calm, 3), (noisy, 1)):
-            for rows, count in zip(both(finished), (asked, 2), strict=True):
-                who: dict[str, list[str]] = {}
+        """A training prompt has as many labelers as the setting says, a held-out one has two.
+
+        They are different ones, and each of the five labelers occurs.
+        """
+        for finished, labelers in ((calm, 3), (noisy, 1)):
+            for rows, count in zip(both(finished), (labelers, 2), strict=True):
+                by_prompt: dict[str, list[str]] = {}
                 for row in rows:
-                    who.setdefault(row["prompt"], []).append(row["labeler"])
-                assert all(len(names) == len(set(names)) == count for names in who.values())
-                assert {name for names in who.values() for name in names} == set(NAMES)
+                    by_prompt.setdefault(row["prompt"], []).append(row["labeler"])
+                assert all(len(names) == len(set(names)) == count for names in by_prompt.values())
+                assert {name for names in by_prompt.values() for name in names} == set(NAMES)
 
     def test_without_noise_ranks_are_the_labelers_taste(self, world, calm):
-        """Each row ranks by its labeler's utilities of the answers as they ended."""
+        """Ranks follow the utilities of the row's labeler, and equal texts get equal ranks."""
         assert "without noise" in calm.said
         decided = by_gold = 0
-        for row in sum(both(calm), []):
+        for row in itertools.chain(*both(calm)):
             worth, texts = utilities(world, row), row["responses"]
             if row["labeler"] == "ada":  # gold itself
                 finished = [flag for _, flag in world.answers[row["prompt"]]]
@@ -209,15 +219,15 @@ class TestSimulated:
             for i, j in itertools.permutations(range(K), 2):
                 if texts[i] == texts[j]:
                     assert row["ranks"][i] == row["ranks"][j]
-                elif worth[i] > worth[j] + 3e-3:  # farther than what is left of the noise
+                elif worth[i] > worth[j] + 3e-3:  # more than the remaining noise
                     assert row["ranks"][i] < row["ranks"][j], row
                     decided += 1
         assert decided > 500 and by_gold > 5
 
     def test_with_noise_a_pair_is_decided_with_the_probability_of_its_utilities(self, world, noisy):
-        """It is the logistic function of the difference over the noise, up to chance."""
+        """It is the logistic function of their difference over the noise, within chance."""
         noise, kept, expected, variance = noisy.figures["noise"], 0, 0.0, 0.0
-        for row in sum(both(noisy), []):
+        for row in itertools.chain(*both(noisy)):
             worth, texts = utilities(world, row), row["responses"]
             for i, j in itertools.permutations(range(K), 2):
                 if worth[i] > worth[j] and texts[i] != texts[j]:
@@ -226,19 +236,19 @@ class TestSimulated:
                     expected, variance = expected + p, variance + p * (1 - p)
         assert abs(kept - expected) < 4 * math.sqrt(variance) < 0.2 * expected
 
-    def test_nobodys_noise_is_another_ones(self, blind):
-        """Noise differs between prompts, and between labelers of one prompt."""
-        train, held = both(blind)
+    def test_the_noise_of_prompts_and_labelers_is_independent(self, blind):
+        """A labeler's rankings differ between prompts, and two labelers' differ on one prompt."""
+        train, _ = both(blind)
         for name in NAMES:
             own = [tuple(row["ranks"]) for row in train if row["labeler"] == name and len(set(row["responses"])) == K]
             assert len(set(own)) > 0.6 * len(own) > 4
         assert abs(agreement(train) - 0.5) < 0.12
 
-    def test_the_noise_is_the_one_of_the_agreement_that_was_asked_for(self, world, noisy):
-        """Recomputed from every pair of different texts and every two of the five labelers."""
+    def test_the_noise_gives_the_requested_agreement(self, world, noisy):
+        """The expected agreement is over all pairs of different texts and of the five labelers."""
         agree = []
-        for prompt, said in world.answers.items():
-            texts, finished = (list(part) for part in zip(*said, strict=True))
+        for prompt, responses in world.answers.items():
+            texts, finished = (list(part) for part in zip(*responses, strict=True))
             worth = world.rules.labeler_utilities(prompt, texts, finished)
             for i, j in itertools.combinations(range(K), 2):
                 if texts[i] != texts[j]:
@@ -248,38 +258,39 @@ class TestSimulated:
         assert noisy.figures["expected_agreement"] == pytest.approx(0.62, abs=1e-3)
 
     def test_the_figures_are_of_the_published_rows(self, world, noisy):
-        train, held = both(noisy)
+        train, held_out = both(noisy)
         figures = noisy.figures
-        assert (figures["rankings"], figures["train"], figures["validation"]) == (
-            len(train + held), len(train), len(held))  # fmt: skip
-        assert figures["pairs"] == sum(len(usable(row)) for row in train + held)
-        assert figures["labeler_agreement"] == pytest.approx(agreement(held))
+        assert (figures["train"], figures["validation"]) == (len(train), len(held_out))
+        assert figures["rankings"] == len(train + held_out)
+        assert figures["pairs"] == sum(len(usable(row)) for row in train + held_out)
+        assert figures["labeler_agreement"] == pytest.approx(agreement(held_out))
         assert figures["unfinished"] == pytest.approx(1 / K) and "20% of the responses were cut off" in noisy.said
 
-    def test_the_ceiling_is_of_a_scorer_that_knows_all_but_who_ranks_on_the_held_out_rows(self, world, noisy):
-        noise, hits, hopes = noisy.figures["noise"], [], []
+    def test_the_ceiling_is_of_a_scorer_that_knows_all_utilities_but_not_the_labeler(self, world, noisy):
+        """It is measured on the held-out rows."""
+        noise, hits, expected_hits = noisy.figures["noise"], [], []
         for row in both(noisy)[1]:
             finished = [flag for _, flag in world.answers[row["prompt"]]]
             worth = world.rules.labeler_utilities(row["prompt"], row["responses"], finished).tolist()
             for i, j in usable(row):
                 p = statistics.mean(1 / (1 + math.exp((u[j] - u[i]) / noise)) for u in worth)
                 hits.append(1.0 if p > 0.5 else 0.5 if p == 0.5 else 0.0)
-                hopes.append(max(p, 1 - p))
+                expected_hits.append(max(p, 1 - p))
         assert noisy.figures["accuracy_ceiling"] == pytest.approx(statistics.mean(hits))
-        assert noisy.figures["expected_accuracy_ceiling"] == pytest.approx(statistics.mean(hopes))
+        assert noisy.figures["expected_accuracy_ceiling"] == pytest.approx(statistics.mean(expected_hits))
 
 
-def test_what_is_ranked_is_what_sft_says_at_the_temperature_asked_for(chain, world, tmp_path):
-    """The samples' log-probabilities are those of softmax(logits / 0.6), up to chance.
+def test_the_ranked_responses_are_sft_samples_at_the_requested_temperature(chain, world, tmp_path):
+    """Their log-probabilities are those of softmax(logits / 0.6) by transformers, within chance.
 
-    Prompts that leave no room are left out with their samples.
+    Prompts without room for a response are dropped.
     """
     choices = {"samples_per_prompt": 4, "response_length": 6, "max_length": 60, "num_prompts": 30, "batch_size": 8,
                "on_too_long": "drop", "temperature": 0.6}  # fmt: skip
     settings = [f"rankings.{key}={x}" for key, x in choices.items()]
     options = {"config": "world.yaml", "inputs": {"world": world.folder}}
     finished = chain.run("rankings", tmp_path / "rankings", *settings, **options)
-    rows = {row["prompt"]: row for row in sum(both(finished), [])}
+    rows = {row["prompt"]: row for row in itertools.chain(*both(finished))}
     lengths = {prompt: len(plain.prompt_ids(chain.tokenizer, prompt)) for prompt in world.answers}
     assert 10 < len(rows) < 30 and max(lengths[prompt] for prompt in rows) <= 54 < max(lengths.values())
     model, surprise, variance, cut = plain.language_model(chain.root / "sft/model"), 0.0, 0.0, []
@@ -290,9 +301,10 @@ def test_what_is_ranked_is_what_sft_says_at_the_temperature_asked_for(chain, wor
             cut.append(len(ids) > 6)
             with torch.no_grad():
                 spread = plain.distributions(model, plain.prompt_ids(chain.tokenizer, prompt), ids[:6], 0.6)
-            told = spread[torch.arange(len(ids[:6])), torch.tensor(ids[:6])]
+            logps = spread[torch.arange(len(ids[:6])), torch.tensor(ids[:6])]
             entropy = -(spread.exp() * spread).sum(-1)
-            surprise += (told + entropy).sum().item()
+            surprise += (logps + entropy).sum().item()
+
             variance += ((spread.exp() * spread.clamp(min=-1e4) ** 2).sum(-1) - entropy**2).sum().item()
     assert abs(surprise) < 3 * math.sqrt(variance)
     assert finished.figures["unfinished"] == pytest.approx(statistics.mean(cut)) and 0 < statistics.mean(cut) < 1

@@ -1,7 +1,7 @@
-"""Check the stage rm against a second computation with plain transformers.
+"""Test the reward model from the rankings to the published folder against a second computation.
 
-It takes one response at a time, with the pairs written out. From the run it takes only the head's
-initial weights and the prompts of each batch.
+The second route uses transformers only, one response at a time, with the pairs written out. It
+takes from the run only the head's first weights and which prompts each batch holds.
 """
 
 import copy
@@ -28,7 +28,8 @@ STEPS = {
     "eval_steps": 2,
     "bias_demonstrations": 10,
 }
-SHARES = [0.5, 1.0, 1.0, 0.55]  # of the peak rate: a warm-up of two steps, then a cosine to a tenth
+# shares of the peak rate: a warm-up of two steps, then a cosine decay to a tenth
+SHARES = [0.5, 1.0, 1.0, 0.55]
 PAIRS = STEPS | {
     "learning_rate": 5e-3,
     "label_smoothing": 0.1,
@@ -42,9 +43,16 @@ ORDERS = STEPS | {"learning_rate": 4e-2, "loss_type": "plackett_luce", "keep": "
 
 
 class SecondRoute:
-    """A reward model that trains on groups: its loss, its steps and its held-out figures."""
+    """Train a reward model on groups."""
 
     def __init__(self, chain, settings, start: dict):
+        """Load the SFT model with a scalar head.
+
+        Args:
+            chain: The micro chain.
+            settings: Settings of the stage.
+            start: The run's first weights, of which the head's are taken.
+        """
         from transformers import AutoModelForSequenceClassification
 
         self.settings = settings
@@ -56,23 +64,28 @@ class SecondRoute:
         self.optimizer = plain.AdamW(self.model, settings.max_grad_norm, settings.weight_decay)
 
     def scores(self, group) -> torch.Tensor:
+        """Return (K,): the score of each response."""
         return torch.stack([plain.score(self.model, group.prompt, response) for response in group.responses])
 
     def loss(self, group, scores) -> torch.Tensor:
+        """Return the loss of one group."""
         c = self.settings
         if c.loss_type == "plackett_luce":
             return plain.order_loss(group, scores)
         return plain.pairwise_loss(group, scores, c.label_smoothing, c.margin_coef)
 
     def step(self, groups: list, rate: float) -> dict[str, float]:
-        """Take a step and return its row of metrics.jsonl; all prompts weigh the same."""
+        """Take one step and return its row of metrics.jsonl.
+
+        Every prompt has the same weight, whatever its K.
+        """
         scores = [self.scores(group) for group in groups]
         loss = sum(map(self.loss, groups, scores)) / len(groups)
         margins = [[(s[i] - s[j]).item() for i, j, _ in g.pairs()] for g, s in zip(groups, scores, strict=True)]
         norm = self.optimizer.step(plain.gradients_of(loss, self.model), rate)
         return {
             "loss": loss.item(),
-            "accuracy": statistics.mean(statistics.mean(m > 0 for m in some) for some in margins),
+            "accuracy": statistics.mean(statistics.mean(m > 0 for m in group) for group in margins),
             "margin": statistics.mean(map(statistics.mean, margins)),
             "grad_norm": norm,
             "lr": rate,
@@ -80,31 +93,46 @@ class SecondRoute:
 
     @torch.no_grad()
     def margins(self, groups: list) -> list[float]:
-        """Return the margin of every pair, prompt by prompt."""
+        """Return the margins of all pairs, prompt by prompt."""
         return pair_margins(groups, [self.scores(group) for group in groups])
 
     @torch.no_grad()
     def held_out(self, groups: list) -> dict[str, float]:
         """Return a row of evaluations.jsonl.
 
-        All pairs weigh the same in accuracy and margin, all prompts in the loss.
+        All pairs have the same weight in accuracy and margin, all prompts in the loss.
         """
         scores = [self.scores(group) for group in groups]
         margins = pair_margins(groups, scores)
-        loss = statistics.mean(self.loss(group, some).item() for group, some in zip(groups, scores, strict=True))
+        losses = [self.loss(*group_and_scores).item() for group_and_scores in zip(groups, scores, strict=True)]
+        loss = statistics.mean(losses)
         return {"loss": loss, "accuracy": accuracy(margins), "margin": statistics.mean(margins)}
 
 
 def pair_margins(groups: list, scores: list) -> list[float]:
+    """Return the score differences of all pairs, prompt by prompt."""
     return [(s[i] - s[j]).item() for g, s in zip(groups, scores, strict=True) for i, j, _ in g.pairs()]
 
 
 def accuracy(margins: list[float]) -> float:
+    """Return the share of positive margins; a margin of 0 counts half."""
     return statistics.mean(1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins)
 
 
 def run_rm(chain, folder, choices, *more, **options):
-    """Return the finished run, its trainings, training and held-out groups, and its settings."""
+    """Run the stage.
+
+    Args:
+        chain: The micro chain.
+        folder: For the run's files.
+        choices: Settings of the section rm.
+        more: Further settings, `section.key=value`.
+        options: As of `MicroChain.run`.
+
+    Returns:
+        The finished run; its trainings; the groups of train.jsonl and of validation.jsonl; the
+        settings.
+    """
     with pytest.MonkeyPatch.context() as patch:
         trainings = watch_fit(patch, rm)
         settings = [f"rm.{key}={x}" for key, x in choices.items()]
@@ -113,15 +141,27 @@ def run_rm(chain, folder, choices, *more, **options):
     return finished, trainings, groups, chain.experiment(*settings).rm
 
 
-def train_again(chain, settings, training, train, held):
-    """Return the second computation, its rows of both journals, and the model after each step."""
+def train_again(chain, settings, training, train, validation):
+    """Repeat a training by the second route.
+
+    Args:
+        chain: The micro chain.
+        settings: Settings of the stage.
+        training: The run's batches and first weights.
+        train: Groups of train.jsonl.
+        validation: Groups of validation.jsonl.
+
+    Returns:
+        The second route after its steps; rows of metrics.jsonl; {step: row} of evaluations.jsonl;
+        {step: model} at these evaluations.
+    """
     route = SecondRoute(chain, settings, training.start)
-    rows, looks, models = [], {0: route.held_out(held)}, {0: copy.deepcopy(route.model)}
+    rows, evaluations, models = [], {0: route.held_out(validation)}, {0: copy.deepcopy(route.model)}
     for step, (batch, share) in enumerate(zip(training.batches, SHARES, strict=True), 1):
         rows.append(route.step([train[i] for i in batch], share * settings.learning_rate))
         if step % settings.eval_steps == 0:
-            looks[step], models[step] = route.held_out(held), copy.deepcopy(route.model)
-    return route, rows, looks, models
+            evaluations[step], models[step] = route.held_out(validation), copy.deepcopy(route.model)
+    return route, rows, evaluations, models
 
 
 @pytest.fixture(scope="module")
@@ -132,16 +172,16 @@ def pairs(chain, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pairs_again(chain, pairs):
-    """Return the second computation of both models."""
-    _, trainings, (train, held), settings = pairs
-    return [train_again(chain, settings, training, train, held) for training in trainings]
+    """Return the second route's results for both models."""
+    _, trainings, (train, validation), settings = pairs
+    return [train_again(chain, settings, training, train, validation) for training in trainings]
 
 
 class TestPairs:
-    """Check two models on all pairs, with smoothed labels, margins and weight decay."""
+    """Test two models on all pairs, with label smoothing, margins and weight decay."""
 
     def test_the_published_models(self, pairs, pairs_again):
-        """Training takes each prompt of train.jsonl once, however many labelers it had."""
+        """They start from the SFT weights and see every prompt once, whatever its labelers."""
         finished, trainings, (train, _), _ = pairs
         assert any(len(group.ranks) == 2 for group in train) and len(train) == 24
         for folder, training, (route, *_) in zip(("model", "ensemble/1"), trainings, pairs_again, strict=True):
@@ -154,27 +194,26 @@ class TestPairs:
         assert not torch.equal(one.start["score.weight"], other.start["score.weight"])
 
     def test_every_step(self, pairs, pairs_again):
-        found = pairs[0].rows("metrics.jsonl")
-        assert [row.pop("step") for row in found] == list(range(1, 9))
-        expected = pairs_again[0][1] + pairs_again[1][1]
-        for row, again in zip(found, expected, strict=True):
-            assert row == {key: pytest.approx(x, rel=1e-4, abs=1e-5) for key, x in again.items()}
-        assert max(row["grad_norm"] for row in found) > 2 * PAIRS["max_grad_norm"]
+        rows = pairs[0].rows("metrics.jsonl")
+        assert [row.pop("step") for row in rows] == list(range(1, 9))
+        for row, expected in zip(rows, pairs_again[0][1] + pairs_again[1][1], strict=True):
+            assert row == {key: pytest.approx(x, rel=1e-4, abs=1e-5) for key, x in expected.items()}
+        assert max(row["grad_norm"] for row in rows) > 2 * PAIRS["max_grad_norm"]
 
     def test_held_out_figures_are_of_validation_jsonl(self, pairs, pairs_again):
-        found = pairs[0].rows("evaluations.jsonl")
-        assert [row.pop("step") for row in found] == [0, 2, 4, 6, 8]
-        expected = [*pairs_again[0][2].values(), *list(pairs_again[1][2].values())[1:]]
-        for row, again in zip(found, expected, strict=True):
-            assert row == {key: pytest.approx(x, rel=1e-4, abs=1e-5) for key, x in again.items()}
+        rows = pairs[0].rows("evaluations.jsonl")
+        assert [row.pop("step") for row in rows] == [0, 2, 4, 6, 8]
+        every = [*pairs_again[0][2].values(), *list(pairs_again[1][2].values())[1:]]
+        for row, expected in zip(rows, every, strict=True):
+            assert row == {key: pytest.approx(x, rel=1e-4, abs=1e-5) for key, x in expected.items()}
 
-    def test_how_far_it_is_trusted(self, pairs, pairs_again):
-        """Accuracy counts every held-out pair of every labeler, scored by the published models."""
-        (finished, _, (_, held), _), (route, *_) = pairs, pairs_again[0]
-        figures, margins = finished.figures, route.margins(held)
-        owners = [(group, *pair) for group in held for pair in group.pairs()]
+    def test_accuracy_overall_and_by_k_labeler_and_rank_distance(self, pairs, pairs_again):
+        """Every held-out pair of every labeler counts; the figures are the published model's."""
+        (finished, _, (_, validation), _), (route, *_) = pairs, pairs_again[0]
+        figures, margins = finished.figures, route.margins(validation)
+        owners = [(group, *pair) for group in validation for pair in group.pairs()]
         assert figures["n_pairs"] == len(margins) and figures["accuracy"] == pytest.approx(accuracy(margins))
-        assert 0.2 < figures["accuracy"] < 0.8, "else much that is wrong would give the same"
+        assert 0.2 < figures["accuracy"] < 0.8, "an extreme accuracy would hide many faults"
         low, high = figures["accuracy_ci95"]
         assert low < figures["accuracy"] < high
         for name, key_of in (
@@ -187,17 +226,18 @@ class TestPairs:
                 parts.setdefault(str(key_of(*owner)), []).append(margin)
             published = {key: (part["accuracy"], part["n_pairs"]) for key, part in figures[name].items()}
             assert len(parts) > 1 and published == {
-                key: (pytest.approx(accuracy(some)), len(some)) for key, some in parts.items()
+                key: (pytest.approx(accuracy(part)), len(part)) for key, part in parts.items()
             }, name
-        assert figures["accuracy_ceiling"] == 0.875, "what the stage rankings says of its labelers"
+        assert figures["accuracy_ceiling"] == 0.875, "from the manifest of rankings"
 
     def test_its_calibration(self, pairs, pairs_again):
-        """ece is Σ share · |right − confidence| over ten bins of σ(|margin|)."""
+        """The error is Σ share · |accuracy − confidence| over ten bins of σ(|margin|)."""
         margins, bins = pairs_again[0][0].margins(pairs[2][1]), {}
         for margin in margins:
             confidence = 1 / (1 + math.exp(-abs(margin)))
             bins.setdefault(min(9, int((confidence - 0.5) * 20)), []).append((confidence, accuracy([margin])))
-        expected = sum(abs(sum(c for c, _ in some) - sum(r for _, r in some)) for some in bins.values()) / len(margins)
+        gaps = [abs(sum(c for c, _ in entries) - sum(r for _, r in entries)) for entries in bins.values()]
+        expected = sum(gaps) / len(margins)
         assert pairs[0].figures["ece"] == pytest.approx(expected, abs=1e-4)
 
     def test_labelers_agree_as_the_file_says(self, pairs):
@@ -211,12 +251,12 @@ class TestPairs:
         assert pairs[0].figures["labeler_agreement"] == pytest.approx(same / total) and total > 3
 
     def test_accuracy_of_their_mean(self, pairs, pairs_again):
-        held = pairs[2][1]
-        both = zip(*(route.margins(held) for route, *_ in pairs_again), strict=True)
+        validation = pairs[2][1]
+        both = zip(*(route.margins(validation) for route, *_ in pairs_again), strict=True)
         assert pairs[0].figures["ensemble_accuracy"] == pytest.approx(accuracy([a + b for a, b in both]))
 
     def test_demonstrations_score_0_on_average(self, pairs, chain):
-        """reward_bias is the mean of a model's own logits; samples show scores minus it."""
+        """Each reward_bias is the mean of the model's logits; shown scores exclude it."""
         finished = pairs[0]
         shown = {row["response"]: row["score"] for row in finished.rows("samples.jsonl")}
         for folder in ("model", "ensemble/1"):
@@ -230,33 +270,34 @@ class TestPairs:
             assert abs(model.config.reward_bias) > 1e-3
             if folder == "model":
                 assert finished.figures["reward_bias"] == model.config.reward_bias
-                said = [(row["prompt"], text) for row in chain.rows("rankings/validation.jsonl")
-                        for text in row["responses"] if text in shown]  # fmt: skip
+                samples = [(row["prompt"], text) for row in chain.rows("rankings/validation.jsonl")
+                           for text in row["responses"] if text in shown]  # fmt: skip
                 scored = {
                     text: plain.score(
                         model, plain.prompt_ids(chain.tokenizer, prompt), plain.response_ids(chain.tokenizer, text)
                     ).item()
-                    for prompt, text in said
+                    for prompt, text in samples
                 }
                 assert shown == {text: pytest.approx(x, abs=1e-4) for text, x in scored.items()} and len(shown) > 8
 
 
 def test_whole_orders_and_the_best_model(chain, tmp_path):
-    """With plackett_luce and keep: best, the model of the lowest held-out loss is published."""
-    finished, (training,), (train, held), settings = run_rm(chain, tmp_path / "rm", ORDERS)
-    _, rows, looks, models = train_again(chain, settings, training, train, held)
-    for row, again in zip(finished.rows("metrics.jsonl"), rows, strict=True):
-        assert row["loss"] == pytest.approx(again["loss"], rel=1e-3)
-    best = min(looks, key=lambda step: looks[step]["loss"])
-    assert best not in (0, 4), "take another rate"
+    """The model of the lowest held-out Plackett–Luce loss is published, not the last one."""
+    finished, (training,), (train, validation), settings = run_rm(chain, tmp_path / "rm", ORDERS)
+    _, rows, evaluations, models = train_again(chain, settings, training, train, validation)
+    for row, expected in zip(finished.rows("metrics.jsonl"), rows, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    best = min(evaluations, key=lambda step: evaluations[step]["loss"])
+    assert best not in (0, 4), "choose another learning rate"
     assert finished.figures["best_step"] == best
-    found = plain.scalar_model(finished.folder / "model")
-    assert plain.largest_difference(found, models[best]) < 1e-3 < 1e-2 < plain.largest_difference(found, models[4])
-    assert finished.figures["accuracy"] == pytest.approx(looks[best]["accuracy"])
+    published = plain.scalar_model(finished.folder / "model")
+    assert plain.largest_difference(published, models[best]) < 1e-3
+    assert plain.largest_difference(published, models[4]) > 1e-2
+    assert finished.figures["accuracy"] == pytest.approx(evaluations[best]["accuracy"])
 
 
-def test_the_mean_is_over_as_many_demonstrations_as_asked_for_of_those_that_fit(chain, tmp_path):
-    """Nine demonstrations are scored, and none of the four that are too long."""
+def test_the_bias_is_over_the_requested_number_of_demonstrations_that_fit(chain, tmp_path):
+    """It is the mean over nine of the ten that fit; the four that are too long do not count."""
     rows = chain.rows("demonstrations.jsonl")
     long = {"prompt": "hello ?", "completion": "the fox is red . " * 20}
     write_rows(tmp_path / "some.jsonl", [row for short in rows[:8:2] for row in (short, long)] + rows[1:8:2] + rows[8:])
@@ -271,13 +312,13 @@ def test_the_mean_is_over_as_many_demonstrations_as_asked_for_of_those_that_fit(
                         plain.response_ids(chain.tokenizer, row["completion"])).item()
             for row in rows
         ]  # fmt: skip
-    means = [statistics.mean(some) for some in itertools.combinations(scores, 9)]
+    means = [statistics.mean(nine) for nine in itertools.combinations(scores, 9)]
     assert min(abs(mean - config["reward_bias"]) for mean in means) < 1e-6
     assert config["reward_bias"] != pytest.approx(statistics.mean(scores), abs=1e-6)
 
 
 class TestHeldOut:
-    """A further model is trained, which only evaluate uses."""
+    """Test the held-out reward model, which only the stage evaluate uses."""
 
     def test_by_default_where_people_ranked(self, chain):
         people, world = chain.experiment("rm.held_out=null"), chain.experiment("rm.held_out=null", config="world.yaml")
@@ -290,7 +331,7 @@ class TestHeldOut:
 
     def test_it_is_of_another_seed_and_no_member_of_the_ensemble(self, chain, tmp_path):
         choices = STEPS | {"ensemble": 2, "held_out": "true", "max_steps": 2}
-        finished, (one, two, other), (_, held), _ = run_rm(chain, tmp_path / "rm", choices)
+        finished, (one, two, other), (_, validation), _ = run_rm(chain, tmp_path / "rm", choices)
         assert "2 steps for each of 3 models" in finished.said
         assert other.batches not in (one.batches, two.batches)
         for member in (one, two):
@@ -300,8 +341,9 @@ class TestHeldOut:
         margins = []
         with torch.no_grad():
             for model in models:
-                scores = [torch.stack([plain.score(model, g.prompt, r) for r in g.responses]) for g in held]
-                margins.append(pair_margins(held, scores))
+                scores = [torch.stack([plain.score(model, g.prompt, r) for r in g.responses]) for g in validation]
+                margins.append(pair_margins(validation, scores))
+
         both = [a + b for a, b in zip(*margins[:2], strict=True)]
         assert finished.figures["held_out_accuracy"] == pytest.approx(accuracy(margins[2]))
         assert finished.figures["ensemble_accuracy"] == pytest.approx(accuracy(both))

@@ -1,19 +1,14 @@
-"""timing.jsonl: a row a step, with the tokens that the step read."""
+"""Test timing.jsonl: one row for each step, with the tokens that the step processed."""
 
 import pytest
 
 from data.encode import encode_prompt, encode_response
-from tests.stages.micro_chain import MicroChain, spy
+from tests.stages.micro_chain import spy
 from tests.stages.shared.test_disk import SMALL, STEPS
 
 
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    return MicroChain(tmp_path_factory.mktemp("chain"))
-
-
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ppo"])
-def test_each_step_says_how_long_it_took_and_how_many_tokens_it_read(chain, tmp_path, stage):
+def test_each_step_has_its_seconds_and_tokens(chain, tmp_path, stage):
     done = chain.run(stage, tmp_path / stage, *SMALL, STEPS[stage], "checkpoints.every=0")
     rows, metrics = done.rows("timing.jsonl"), done.rows("metrics.jsonl")
     assert [row["step"] for row in rows] == [row["step"] for row in metrics] == list(range(1, 10))
@@ -21,11 +16,11 @@ def test_each_step_says_how_long_it_took_and_how_many_tokens_it_read(chain, tmp_
         assert set(row) == {"step", "seconds", "tokens", "tokens_per_second", "memory_gb"}
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"], rel=0.05)
         assert 0.05 < row["memory_gb"] < 20
-    assert not {"seconds", "tokens", "memory_gb"} & set(metrics[0]), "none of it is among the bytes that must repeat"
+    assert not {"seconds", "tokens", "memory_gb"} & set(metrics[0]), "these are not among the bytes that must repeat"
 
 
 def test_padding_is_not_counted(chain, tmp_path):
-    """Of batches of one row each, every step has the tokens of a demonstration; of two, of two together."""
+    """A batch of one row has the tokens of a demonstration, one of two rows those of two."""
     tokens = {}
     for size in (1, 2):
         settings = ("sft.max_steps=4", f"sft.per_device_train_batch_size={size}", "sft.gradient_accumulation_steps=1")
@@ -44,5 +39,5 @@ def test_ppo_counts_its_episodes_with_their_prompts(chain, tmp_path, monkeypatch
     done = chain.run("ppo", tmp_path / "ppo", *SMALL, "ppo.total_episodes=8", "checkpoints.every=0")
     trained = [call.result for call in rollouts]
     assert len(trained) == 2
-    right = [sum(map(len, rollout.prompts)) + sum(map(len, rollout.responses)) for rollout in trained]
-    assert [row["tokens"] for row in done.rows("timing.jsonl")] == right
+    expected = [sum(map(len, rollout.prompts)) + sum(map(len, rollout.responses)) for rollout in trained]
+    assert [row["tokens"] for row in done.rows("timing.jsonl")] == expected

@@ -1,29 +1,35 @@
-"""Stages over models whose tokens, templates or positions need care: what they say, refuse and learn."""
+"""Test stages on models whose tokens, templates or positions need care."""
 
 import json
 
 import pytest
 import torch
 from chat_tokenizers import CHATML, QWEN35, make
-from micro_chain import CONTEXT, WORDS, config_of, write_rows
+from micro_chain import CONTEXT, SHAPE, WORDS, write_rows
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from data.encode import encode_prompt, encode_response
 from pipeline import cli
 from pipeline.errors import UserError
 from stages.models.loading import load_policy
 from stages.shared.runtime import bound_of_short_rows
+from tests.builders import tiny_causal, tiny_config
 
-LLAMA = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 LORA = "model.peft={method: lora, r: 2, lora_alpha: 4}"
 
 
 def saved(folder, tokenizer, rows=None, **options):
-    """A random Llama with a row for each token (or so many), in a folder with its tokenizer."""
-    torch.manual_seed(0)
-    config = LlamaConfig(**LLAMA, vocab_size=rows or len(tokenizer), eos_token_id=tokenizer.eos_token_id, **options)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    """Save a random Llama with its tokenizer, and return the folder.
+
+    Args:
+        folder: For the model.
+        tokenizer: The tokenizer.
+        rows: Number of embedding rows; None for one for each token.
+        options: Changes of the model's configuration.
+    """
+    model = tiny_causal("llama", 0, tokenizer, **{"vocab_size": rows or len(tokenizer), **options})
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -31,7 +37,7 @@ def saved(folder, tokenizer, rows=None, **options):
 class TestBase:
     @pytest.fixture
     def run(self, tmp_path, capsys):
-        """run(model=settings, …) → (exit code, all that `rlhf run base` said)."""
+        """Return run(model=settings, …), which returns exit code and output of `rlhf run base`."""
 
         def base(*words, **model):
             config = tmp_path / "mine.yaml"
@@ -48,8 +54,8 @@ class TestBase:
     def published(self):
         return "artifacts/mine/base/model"
 
-    def test_a_template_file_is_part_of_what_base_is_made_of(self, run, tmp_path):
-        """Rendered by the published tokenizer; changed, base is made anew."""
+    def test_a_template_file_is_an_input_of_base(self, run, tmp_path):
+        """The published tokenizer renders by it, and base is stale when it changes."""
         model = str(saved(tmp_path / "model", make("zephyr")))
         file = tmp_path / "mine.jinja"
         file.write_text(QWEN35)
@@ -79,7 +85,7 @@ class TestBase:
             ({"name_or_path": "org/name", "chat_template_kwargs": {"a": None}}, "model.chat_template_kwargs"),
         ],
     )
-    def test_settings_that_cannot_be_are_refused(self, run, model, line):
+    def test_invalid_settings_are_refused(self, run, model, line):
         code, said = run(**model)
         assert code == 2 and line in said and len(said.splitlines()) == 1
 
@@ -118,8 +124,10 @@ class TestBase:
 class TestSft:
     @pytest.mark.parametrize("small", [8192, 0])
     def test_rows_of_new_tokens_train_beside_an_adapter(self, chain, tmp_path, small, monkeypatch):
-        """In the embedding and in the head; what is published is what was trained, and the rest of both is base's.
-        Whatever the vocabulary's size: trl's own loss for large ones reads the head in another way."""
+        """In embedding and head only these rows change, and the adapter gives the published logits.
+
+        This holds for small and large vocabularies, for which trl's loss uses the head differently.
+        """
         monkeypatch.setattr("stages.training.text.SMALL_VOCABULARY", small)
         new = chain.tokenizer.convert_tokens_to_ids(["<|end|>", "<|assistant|>"])
         figures = {"base": {"digest": "base", "metrics": {"new_tokens": new}}}
@@ -132,7 +140,7 @@ class TestSft:
             name: set((before[name] != after[name]).any(-1).nonzero().flatten().tolist())
             for name in ("model.embed_tokens.weight", "lm_head.weight")
         }
-        assert rows["model.embed_tokens.weight"] == {assistant}, "nothing stands behind an end"
+        assert rows["model.embed_tokens.weight"] == {assistant}, "no token follows an end token"
         assert {end} <= rows["lm_head.weight"] <= {end, assistant}
         plain = chain.run("sft", tmp_path / "plain", *settings)
         without = load_file(plain.folder / "model/model.safetensors")
@@ -158,8 +166,8 @@ class TestSft:
 
 
 class TestPairs:
-    def test_pairs_that_truncation_makes_equal_are_said(self, chain, tmp_path):
-        """In rm and in dpo; the others of their rankings train."""
+    def test_pairs_that_truncation_makes_equal_are_reported(self, chain, tmp_path):
+        """Both rm and dpo report them and train on the remaining pairs of the rankings."""
         long = " ".join(WORDS[:3] * 20)
         ranked = {"responses": [f"{long} yes", f"{long} no", "red"], "ranks": [1, 2, 3]}
         rows = [{"id": str(i), "prompt": f"{WORDS[i]} ?", **ranked} for i in range(4)]
@@ -170,10 +178,10 @@ class TestPairs:
             said = chain.run(stage, tmp_path / stage, *limits, inputs={"rankings": tmp_path / "rankings"}).said
             where = tmp_path / "rankings" / "train.jsonl"
             assert f"; 4 pairs left out, equal within max_length (the first: {where}:1 (0))" in said
-            with pytest.raises(ValueError, match="no usable pair .*equal within max_length"):
-                alone = [{**row, "ranks": [1, 2, None]} for row in rows[:2]]
-                write_rows(tmp_path / stage / "no" / "train.jsonl", alone)
-                write_rows(tmp_path / stage / "no" / "validation.jsonl", alone)
+            with pytest.raises(ValueError, match=r"no usable pair .*equal within max_length"):
+                equal_pairs = [{**row, "ranks": [1, 2, None]} for row in rows[:2]]
+                write_rows(tmp_path / stage / "no" / "train.jsonl", equal_pairs)
+                write_rows(tmp_path / stage / "no" / "validation.jsonl", equal_pairs)
                 chain.run(stage, tmp_path / stage / "none", *limits, inputs={"rankings": tmp_path / stage / "no"})
         assert "left out" not in chain.run("rm", tmp_path / "whole", "rm.max_steps=1", "rm.max_length=96").said
 
@@ -192,21 +200,21 @@ BOUNDS = [
 
 
 @pytest.mark.parametrize("config, bound", BOUNDS)
-def test_how_long_rows_may_be_beside_shorter_ones(config, bound):
+def test_the_longest_row_that_does_not_change_shorter_ones(config, bound):
     assert bound_of_short_rows(config) == bound
 
 
 @pytest.fixture(scope="module")
 def stretched(chain, tmp_path_factory):
-    """Folders of a policy and a reward model whose positions change beyond 16 tokens."""
+    """Return folders of a policy and a reward model whose positions change beyond 16 tokens."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Phi3Config
 
-    root, given = tmp_path_factory.mktemp("longrope"), config_of(chain.tokenizer)
-    half = given.hidden_size // given.num_attention_heads // 2
+    root, llama = tmp_path_factory.mktemp("longrope"), tiny_config("llama", chain.tokenizer, **SHAPE)
+    half = llama.hidden_size // llama.num_attention_heads // 2
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
     rope |= {"short_factor": [1.0] * half, "long_factor": [8.0] * half}
     config = Phi3Config(
-        **{name: getattr(given, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers",
+        **{name: getattr(llama, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers",
            "num_attention_heads", "intermediate_size", "max_position_embeddings", "initializer_range",
            "pad_token_id", "eos_token_id", "bos_token_id")},
         original_max_position_embeddings=16, rope_parameters=rope, num_labels=1, reward_bias=0.0,
@@ -220,21 +228,23 @@ def stretched(chain, tmp_path_factory):
 
 class TestLongRope:
     @pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
-    def test_training_says_so(self, chain, stretched, stage, tmp_path):
-        """With a length that helps."""
+    def test_training_reports_it(self, chain, stretched, stage, tmp_path):
+        """The message names a length that avoids the change."""
         inputs = {name: folder for name, folder in stretched.items() if name == ("base" if stage == "sft" else "sft")}
-        short = (f"{stage}.max_steps=1", *[f"{stage}.sample_tokens=0"] * (stage != "rm"))
+        short = [f"{stage}.max_steps=1"]
+        if stage != "rm":
+            short.append(f"{stage}.sample_tokens=0")
         for length, times in ((17, 1), (16, 0)):
             settings = (f"{stage}.max_length={length}", f"{stage}.on_too_long=drop", *short)
             said = chain.run(stage, tmp_path / str(length), *settings, inputs=inputs).said
             assert said.count(f"{stage}: a row of more than 16 tokens changes the results of shorter rows ") == times
             assert said.count(f"and {stage}.max_length is 17; set {stage}.max_length: 16") == times
 
-    def test_ppo_says_what_helps_and_it_does(self, chain, stretched, tmp_path):
+    def test_ppo_names_a_length_that_works(self, chain, stretched, tmp_path):
         settings = ("ppo.total_episodes=4", "ppo.batch_size=4", "ppo.mini_batch_size=4", "ppo.ptx_coef=0")
         settings += ("ppo.on_too_long=drop",)
         inputs = {"sft": stretched["sft"], "rm": stretched["rm"]}
-        with pytest.raises(UserError, match="ppo preflight: .*; set ppo.max_length: 16; beyond that the position"):
+        with pytest.raises(UserError, match=r"ppo preflight: .*; set ppo.max_length: 16; in longer rows the pos"):
             lengths = ("ppo.max_length=40", "ppo.response_length=30")
             chain.run("ppo", tmp_path / "long", *settings, *lengths, inputs=inputs)
         lengths = ("ppo.max_length=16", "ppo.response_length=8")

@@ -1,4 +1,4 @@
-"""Configuration: what YAML means, every mistake at once, where it stands and what would be right."""
+"""Test the configuration: what YAML means, and that all mistakes are reported with a correction."""
 
 from pathlib import Path
 from typing import Literal
@@ -175,7 +175,7 @@ def test_hostile_files(tmp_path):
     (tmp_path / "e.yaml").write_bytes(b"#" * (2**20 + 1))
     with pytest.raises(UserError, match="at most 1,048,576"):
         load_experiment("e.yaml", [], Experiment)
-    with pytest.raises(UserError, match="none.yaml: cannot be read"):
+    with pytest.raises(UserError, match=r"none\.yaml: cannot be read"):
         load_experiment("none.yaml", [], Experiment)
     with pytest.raises(UserError, match="cannot be read"):
         load_experiment(".", [], Experiment)

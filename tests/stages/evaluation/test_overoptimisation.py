@@ -114,7 +114,7 @@ class TestChecks:
         whole = overoptimisation.check_cut_answers(measured([[1.0]] * 8, [[5]] * 8), range(8))
         assert whole["n"] == 0 and whole["cut_score"] is None and whole["finished_score"] == 1.0
 
-    def test_the_held_out_judge_is_asked_the_same_way(self):
+    def test_the_held_out_judge_is_used_the_same_way(self):
         sft = measured(self.NOISE.tolist(), self.LENGTHS, held_out=self.NOISE.tolist())
         own = measured(self.NOISE.tolist(), self.LENGTHS, held_out=(self.NOISE + 0.5).tolist())
         found = overoptimisation.check_held_out_judge(own, sft, range(30))

@@ -180,7 +180,7 @@ class TestWithoutEverything:
         without_a_judge(ctx)
         return ctx
 
-    def test_sft_and_dpo_alone_have_a_page(self, tmp_path):
+    def test_only_sft_and_dpo_have_a_page(self, tmp_path):
         page = Page(page_of(self.sft_and_dpo(tmp_path)))
         assert "no reward model judged the responses, so read" in page.text and "judged by nobody" in page.text
         assert "KL, SFT → DPO" in page.text and "greedy dpo" in page.text
@@ -189,7 +189,7 @@ class TestWithoutEverything:
             assert gone not in page.text, gone
         assert {"#trust", "#ppo"} & {a.get("href") for _, a in page.tags} == set()
 
-    def test_sft_and_dpo_alone_have_a_table(self, tmp_path):
+    def test_only_sft_and_dpo_have_a_table(self, tmp_path):
         ctx = self.sft_and_dpo(tmp_path)
         console = Console(width=100, record=True, file=io.StringIO())
         report_terminal.show(ctx.publish, console)

@@ -366,7 +366,7 @@ class TestAnyRun:
         run, expected = case
         prompts = [row["prompt"] for row in chain.rows("prompts.jsonl")]
         ids = lambda some: sorted(plain.prompt_ids(chain.tokenizer, p) for p in some)  # noqa: E731
-        ordered = sorted(prompts, key=plain.prompt_place)
+        ordered = sorted(prompts, key=plain.prompt_hash_fraction)
         assert all(sorted(p for p, _ in episodes) == ids(ordered[:3]) for episodes in run.evaluations.values())
         episodes = [p for step in range(1, 1 + len(expected.rows)) for p, _ in run.batches[step]]
         drawn, trained_on = episodes[::2], ids(ordered[3:])
@@ -400,7 +400,7 @@ def test_eq_2_at_another_temperature(ptx):
 def test_ptx_reads_the_training_part_of_the_corpus_evenly(ptx, chain):
     """The training documents make ten rows; five a step, so all of them every two steps."""
     texts = [row["text"] for row in chain.rows("documents.jsonl")]
-    rows = plain.packed_rows(chain.tokenizer, [text for text in texts if plain.place(text) >= 0.3], 16)
+    rows = plain.packed_rows(chain.tokenizer, [text for text in texts if plain.hash_fraction(text) >= 0.3], 16)
     steps = ptx[0].texts
     assert len(rows) == 10 and [len(step) for step in steps] == [5] * 4
     assert sorted(steps[0] + steps[1]) == sorted(steps[2] + steps[3]) == sorted(rows)
@@ -421,7 +421,7 @@ def test_the_published_average_is_of_every_optimizer_step(ptx):
         torch.testing.assert_close(p.detach(), held, rtol=0, atol=1e-5)
 
 
-def test_the_best_policy_is_published_where_that_is_asked_for(choices):
+def test_the_best_policy_is_published_if_requested(choices):
     """By the held-out reward model's score minus kl_coef times KL.
 
     It is not the last policy, nor the one that this score or the climbed reward would choose by

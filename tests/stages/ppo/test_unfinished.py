@@ -9,7 +9,6 @@ import torch
 from data.encode import encode_prompt
 from data.groups import PromptGroup, batch_groups
 from data.records import Ranking, judged_pairs, write_jsonl
-from data.tokenizer import train_tokenizer
 from data.world.world import World
 from stages import dpo, rankings
 from stages.models.forward import response_logprobs, response_scores
@@ -17,6 +16,7 @@ from stages.models.packing import can_pack
 from stages.objectives.logprobs import sequence_logps
 from stages.settings import rankings as rankings_settings
 from stages.shared.inputs import LengthLimit, load_groups
+from tests.builders import build, tiny_config, tiny_tokenizer
 
 PROMPT = "what color is the fox ?"
 RANKINGS = [
@@ -29,7 +29,7 @@ RANKINGS = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer([PROMPT, "the fox is red .", "hello"] * 3, vocab_size=300)
+    return tiny_tokenizer()
 
 
 @pytest.fixture
@@ -39,14 +39,7 @@ def groups(tmp_path, tokenizer):
 
 
 def model_of(auto, tokenizer):
-    from transformers import LlamaConfig
-
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, initializer_range=0.3, num_labels=1, **shape
-    )
-    return auto.from_config(config, attn_implementation="sdpa").float().eval()
+    return build(auto, 0, tiny_config("llama", tokenizer, num_labels=1))
 
 
 def test_rm_and_dpo_get_no_eos_after_a_cut_response(groups, tokenizer):
@@ -109,11 +102,11 @@ def test_rankings_of_samples_say_which_were_cut_off():
     prompts = [row["prompt"] for row in world.prompts()]
     texts = [["the fox is red .", "the fox is red .", "the fox is red .", "i do not know ."]] * len(prompts)
     finished = [[True, False, False, i % 2 == 0] for i in range(len(prompts))]
-    world = World.from_json(json.loads(json.dumps(world.to_json())))
     responses = rankings.SampledResponses(prompts, texts, finished)
-    config = rankings_settings.RankingsSettings(labelers_per_prompt=5, agreement=0.6)
-    session = SimpleNamespace(seed=0, say=lambda line: None)
-    rows, figures = rankings.simulate(world, responses, config, session)
+    reloaded = World.from_json(json.loads(json.dumps(world.to_json())))
+    settings = rankings_settings.RankingsSettings(labelers_per_prompt=5, agreement=0.6)
+    session = SimpleNamespace(seed=0, say=lambda text: None)
+    rows, figures = rankings.simulate(reloaded, responses, settings, session)
     of_prompt = dict(zip(prompts, finished, strict=True))
     assert len(rows) > 2 * len(prompts) and all(list(r.finished) == of_prompt[r.prompt] for r in rows)
     for r in rows:

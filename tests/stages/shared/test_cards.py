@@ -9,16 +9,16 @@ from huggingface_hub import ModelCard
 
 from data.encode import encode_prompt, encode_response
 from data.groups import make_rows
-from data.tokenizer import train_tokenizer
 from pipeline.config.sections import ModelSettings
 from pipeline.store import files, integrity
 from stages.models.forward import response_scores
-from stages.models.loading import from_scratch, load_scalar_model, load_tokenizer, new_reward_model, save_model
+from stages.models.loading import load_scalar_model, load_tokenizer, new_reward_model, save_model
 from stages.settings import ppo as ppo_settings
 from stages.settings import sft as sft_settings
 from stages.shared.cards import ANSWER, SCORE, card_text
 from stages.shared.cards import ModelCard as Card
 from stages.shared.provenance import Provenance
+from tests.builders import tiny_causal, tiny_tokenizer
 
 TOTAL = {"rows": 60, "skip": 0, "limit": None, "subset": None, "split": "train"}
 
@@ -47,9 +47,8 @@ def card(of, *what, **fields) -> str:
 def folder(tmp_path, monkeypatch):
     """Change to a folder with model/, a policy with its card."""
     monkeypatch.chdir(tmp_path)
-    tokenizer = train_tokenizer(["the fox is red . what colour is the fox ?"] * 3, 300)
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    model = from_scratch(tokenizer, seed=0, attn_implementation="sdpa", max_position_embeddings=128, **shape)
+    tokenizer = tiny_tokenizer()
+    model = tiny_causal("llama", 0, tokenizer, max_position_embeddings=128)
     text = card(provenance(), "a policy trained by PPO-ptx", ANSWER)
     save_model(model, tokenizer, tmp_path / "model", card=text, temperature=1.0)
     return tmp_path / "model"
@@ -151,7 +150,7 @@ def test_metadata_go_from_card_to_card(tmp_path, monkeypatch):
     assert "`org/name` at the commit `0123456789`" in text
 
 
-def test_what_is_not_known_is_not_said(tmp_path, monkeypatch):
+def test_a_card_omits_what_is_unknown(tmp_path, monkeypatch):
     def nothing(*_, **__):
         raise OSError("no network")
 

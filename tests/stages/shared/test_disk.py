@@ -48,7 +48,7 @@ def weights(folder) -> int:
         ("ppo", (LORA, "ppo.keep=best")),
     ],
 )
-def test_what_is_said_is_what_is_written(chain, tmp_path, stage, more):
+def test_the_predicted_size_is_the_written_size(chain, tmp_path, stage, more):
     done = chain.run(stage, tmp_path / stage, STEPS[stage], *SMALL, *more)
     line = next(line for line in done.said.splitlines() if line.startswith(f"{stage}: writes "))
     models, each, in_all = ((float(n), unit) for n, unit in re.findall(r"([\d.]+) (B|kB|MB|GB)", line)[:3])

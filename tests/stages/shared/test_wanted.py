@@ -122,11 +122,11 @@ def test_a_reward_model_from_outside_needs_no_rankings(closure, tmp_path):
         ),
     ],
 )
-def test_what_is_missing_is_said_at_once_with_what_else_would_do(closure, target, data, settings, lines):
+def test_all_missing_requirements_are_reported_with_alternatives(closure, target, data, settings, lines):
     assert closure(target, data, *settings) == lines
 
 
-def test_a_model_from_scratch_needs_documents_and_says_so(closure):
+def test_a_model_from_scratch_needs_documents(closure):
     (line,) = closure("sft", "demonstrations", model="")
     assert line == (
         "data.documents: none is given, and base reads it; give a file or a Hub id, or start from a base model: "
@@ -149,7 +149,7 @@ def test_status_says_what_a_stage_would_need(tmp_path):
     assert states["sft"].sentence() == "missing"
 
 
-def test_a_report_of_demonstrations_and_rankings_alone(chain, tmp_path, monkeypatch, capsys):
+def test_a_report_with_only_demonstrations_and_rankings(chain, tmp_path, monkeypatch, capsys):
     """From the command line: SFT and DPO are trained and compared, and nothing else is."""
     settings = {
         "sft": "max_steps: 1, max_length: 64, sample_tokens: 0, per_device_train_batch_size: 2",

@@ -149,7 +149,7 @@ def test_a_template_that_takes_no_system_message_is_a_problem_of_that_turn(store
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
-def test_a_line_that_is_no_text_is_asked_for_again(store, monkeypatch, errors):
+def test_a_line_that_is_not_text_is_requested_again(store, monkeypatch, errors):
     stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors)
     monkeypatch.setattr("sys.stdin", stdin)
     console = Console(width=100, record=True, file=io.StringIO())
@@ -190,7 +190,7 @@ def test_a_damaged_artifact_is_named(store):
     whole = file.read_bytes()
     try:
         file.write_bytes(whole.replace(b"1", b"2", 1))
-        with pytest.raises(UserError, match="config.json: sha256"):
+        with pytest.raises(UserError, match=r"config\.json: sha256"):
             chat.run(EXPERIMENT, store, ["sft", "ppo"], settings_of())
     finally:
         file.write_bytes(whole)
@@ -200,7 +200,7 @@ def test_a_folder_talks_too(store, monkeypatch):
     assert "score" in talk(store, monkeypatch, ["hello"], models=[str(store.folder("sft") / "model")])
 
 
-def test_the_likeliest_token_is_taken_unless_told(store):
+def test_the_likeliest_token_is_taken_by_default(store):
     """Compare token by token with transformers' greedy decoding."""
     import torch
 
@@ -256,7 +256,7 @@ def test_a_finished_answer_with_the_highest_score_is_green(store, monkeypatch):
     assert len(green) == 1 and -500 < float(green[0]) < -90
 
 
-def test_base_from_scratch_is_asked_in_plain_text_as_evaluate_asks_it(store, monkeypatch):
+def test_base_from_scratch_is_prompted_in_plain_text_as_in_evaluate(store, monkeypatch):
     seen = []
     monkeypatch.setattr(
         "stages.rollouts.transformers.sample", lambda model, prompts, *_, **__: seen.append(prompts[0]) or [[7]]
@@ -270,7 +270,7 @@ def test_base_from_scratch_is_asked_in_plain_text_as_evaluate_asks_it(store, mon
     assert seen[2] == seen[1]
 
 
-def test_memory_is_said_and_can_be_turned_off(store, monkeypatch, capsys):
+def test_memory_is_shown_and_can_be_turned_off(store, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(
         "stages.rollouts.transformers.sample", lambda model, prompts, *_, **__: seen.append(prompts[0]) or [[7]]

@@ -56,7 +56,7 @@ def test_all_is_well_is_exit_0_and_every_line_fits(installed, tmp_path):
     assert "everything that is needed is here" in text and doctor_checks.BAD not in text
 
 
-def test_qlora_without_its_package_is_said(monkeypatch):
+def test_qlora_without_its_package_is_reported(monkeypatch):
     asked = experiment(model__peft=SimpleNamespace(method="qlora"))
     monkeypatch.setattr(doctor_checks.util, "find_spec", lambda name: True)
     assert "qlora" not in look(doctor_config.check_config, asked)
@@ -85,7 +85,7 @@ def test_not_installed_as_a_package(monkeypatch):
     assert look(doctor_checks.check_installation)[doctor_checks.PROJECT].remedy == "make setup"
 
 
-def test_a_gpu_that_is_asked_for_and_not_there(monkeypatch):
+def test_a_requested_gpu_that_is_missing(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     line = look(doctor_machine.check_machine, experiment(launch__device="cuda"))["device"]
     assert line.mark == doctor_checks.BAD and "launch.device: auto" in line.remedy
@@ -156,7 +156,7 @@ def test_smollm2_is_installed_without_what_takes_ten_minutes_to_build(monkeypatc
     assert caught.value.lines[0].endswith(command)
 
 
-def test_wandb_is_looked_at_only_when_asked_for(monkeypatch, tmp_path):
+def test_wandb_is_checked_only_if_requested(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setattr(doctor_checks.util, "find_spec", lambda name: object())
@@ -173,7 +173,7 @@ def test_optional_packages_name_their_command(monkeypatch):
     assert lines["s3fs"].remedy.endswith("install -e '.[s3]'")
 
 
-def test_vllm_is_asked_for_in_the_environment_that_is_named(tmp_path):
+def test_vllm_is_checked_in_the_named_environment(tmp_path):
     assert "vLLM" not in look(doctor_checks.check_optional, experiment())
     asked = {"ppo__rollout__engine": "vllm", "launch__vllm__python": str(tmp_path / "python")}
     line = look(doctor_checks.check_optional, experiment(**asked))["vLLM"]

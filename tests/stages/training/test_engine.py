@@ -239,7 +239,7 @@ class TestBalanced:
             assert max(map(sum, self.parts(1, budget))) <= budget
         assert len(self.parts(1, 240)) == 1 and len(self.parts(1, 120)) == 2
 
-    def test_a_row_over_the_budget_is_alone(self):
+    def test_a_row_over_the_budget_is_a_micro_batch(self):
         parts = self.parts(1, 45)
         assert [60] in parts and [50] in parts and all(sum(p) <= 45 or len(p) == 1 for p in parts)
         assert self.parts(8, 1) == [[n] for n in sorted(self.tokens, reverse=True)]

@@ -18,6 +18,7 @@ from stages.training.schedule import Schedule, learning_rate_at
 from stages.training.selection import Selection
 from stages.training.session import Session
 from stages.training.text import Optimization, TextTask, train_language_model
+from tests.builders import tiny_causal, tiny_tokenizer
 
 STEPS, FIRST = 8, 3  # FIRST: steps of an earlier training of the stage
 TODAY = {"learning_rate": 0.01, "lr_scheduler_type": "cosine_with_min_lr", "warmup_steps": 2, "weight_decay": 0.1,
@@ -28,18 +29,9 @@ TODAY = {"learning_rate": 0.01, "lr_scheduler_type": "cosine_with_min_lr", "warm
 def test_the_plain_loss_is_trls(tmp_path, items):
     """Loss and gradients are equal, with masked labels and padding."""
     from plain_loss import assert_is_trls
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    from data.tokenizer import train_tokenizer
-
-    tokenizer = train_tokenizer(["the fox is red .", "say hello twice ."] * 3, vocab_size=300)
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-
-    def make():
-        torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, initializer_range=0.3))
-
-    assert_is_trls(make, tokenizer, items, tmp_path)
+    tokenizer = tiny_tokenizer()
+    assert_is_trls(lambda: tiny_causal("llama", 0, tokenizer), tokenizer, items, tmp_path)
 
 
 class Tracker:
@@ -70,16 +62,10 @@ def train(tmp_path):
 
     `harm` changes the model before training.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from data.tokenizer import train_tokenizer
-
-    tokenizer = train_tokenizer(["the fox is red .", "say hello twice ."] * 3, vocab_size=300)
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    tokenizer = tiny_tokenizer()
 
     def make():
-        torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape))
+        return tiny_causal("llama", 0, tokenizer, num_hidden_layers=1, initializer_range=0.02)
 
     def run(stop_at=None, harm=lambda model: None, **settings):
         stop, told = StopFlag(), []
@@ -149,7 +135,7 @@ def test_a_step_has_the_rate_that_any_stage_would_give_it(train, schedule, warmu
         {"weight_decay": 0.0, "adam_beta2": 0.8},
     ],
 )
-def test_a_run_that_goes_on_is_told_todays_settings(train, settings):
+def test_a_resumed_run_uses_the_current_settings(train, settings):
     assert_told(train(stop_at=FIRST + 3), {})
     found = train(**settings)
     assert [row["step"] for row in found[0]] == [FIRST + step for step in range(5, STEPS + 1)]
