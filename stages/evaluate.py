@@ -18,7 +18,7 @@ from data.documents import wrap_documents
 from data.records import prompt_key
 from data.world.world import World
 from pipeline.errors import UserError
-from pipeline.stage import StageRun
+from pipeline.stage import Source, StageRun
 from pipeline.store.checkpoints import CheckpointStore
 from pipeline.tracking import json_value
 from stages.evaluation.climbed import policies_that_climbed
@@ -44,8 +44,8 @@ from stages.shared.inputs import (
     read_world,
     split_documents,
 )
-from stages.shared.runtime import can_pack_rows, check_context, runtime_of
-from stages.training.session import session_of
+from stages.shared.runtime import Runtime, can_pack_rows, check_context, runtime_of
+from stages.training.session import Session, session_of
 
 
 def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
@@ -60,7 +60,7 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
     session = session_of(ctx, trains=False)
 
     # 1. Load the judges, the prompts and the held-out pretraining text.
-    tools, prompts, text_rows = prepare(ctx)
+    tools, prompts, text_rows = prepare(settings, experiment, session, runtime_of(ctx), ctx.inputs, ctx.sources)
     names = [name for name in STAGES if name in ctx.inputs]
     if settings.best_of > 1 and "best_of_n" in compared_policies(experiment):
         names.append("best_of_n")
@@ -116,18 +116,31 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
     return manifest_figures(results, "ppo" if "ppo" in names else names[-1])
 
 
-def prepare(ctx: StageRun[EvaluateSettings, Experiment]) -> tuple[Tools, EvaluationPrompts, list[list[int]]]:
+def prepare(
+    settings: EvaluateSettings,
+    experiment: Experiment,
+    session: Session,
+    runtime: Runtime,
+    inputs: dict[str, Path],
+    sources: dict[str, Source],
+) -> tuple[Tools, EvaluationPrompts, list[list[int]]]:
     """Load what every policy is measured with.
+
+    Args:
+        settings: The section evaluate.
+        experiment: All settings.
+        session: The run: its seed, and where lines go.
+        runtime: How the stage computes.
+        inputs: The artifact folder of each upstream stage.
+        sources: Where each kind of data is.
 
     Returns:
         The tools, the evaluation prompts, and packed rows of documents that base and PPO-ptx did
         not train on (no rows without documents).
     """
-    settings, experiment, session = ctx.config, ctx.experiment, session_of(ctx, trains=False)
-
     # 1. The judges.
-    check_context(session, settings, ctx.inputs["sft"] / "model", *text_lengths(experiment))
-    tools = load_tools(runtime_of(ctx), ctx.inputs, settings, has_ppo_init=experiment.sft.ppo_init is not None)
+    check_context(session, settings, inputs["sft"] / "model", *text_lengths(experiment))
+    tools = load_tools(runtime, inputs, settings, has_ppo_init=experiment.sft.ppo_init is not None)
     tools = dataclasses.replace(tools, packed=can_pack_rows(session, tools.models(), settings.max_length))
 
     # 2. The prompts that leave room for a response. Without evaluation prompts: those of the
@@ -135,12 +148,12 @@ def prepare(ctx: StageRun[EvaluateSettings, Experiment]) -> tuple[Tools, Evaluat
     kind, fraction = prompt_kind(experiment), experiment.data.validation_fraction
     from_sft = kind == "demonstrations"
     records, locations = choose_records(
-        *load_placed_records(kind, ctx.source(kind)),
+        *load_placed_records(kind, sources[kind]),
         limit=settings.num_prompts,
         fraction=fraction if from_sft else None,
         say=session.say,
     )
-    limit = LengthLimit(settings.max_length, settings.on_too_long, ctx.stage)
+    limit = LengthLimit(settings.max_length, settings.on_too_long, session.stage)
     kept, chat_ids, report = fit_prompts(
         tools.tokenizer, (record.prompt for record in records), locations, limit, settings.response_length
     )
@@ -154,31 +167,31 @@ def prepare(ctx: StageRun[EvaluateSettings, Experiment]) -> tuple[Tools, Evaluat
 
     # 3. What training data knows of them.
     trained = {
-        kind: [record.prompt for record in load_records(kind, ctx.source(kind))]
+        kind: [record.prompt for record in load_records(kind, sources[kind])]
         for kind in training_prompt_kinds(experiment)
     }
     if from_sft:
-        demonstrations = load_records("demonstrations", ctx.source("demonstrations"))
+        demonstrations = load_records("demonstrations", sources["demonstrations"])
         trained["demonstrations"] = [
             demonstrations[i].prompt for i in split_demonstrations(demonstrations, fraction)[0]
         ]
-    world = World.from_json(read_world(ctx.inputs)) if getattr(experiment.data, kind) == "world" else None
+    world = World.from_json(read_world(inputs)) if getattr(experiment.data, kind) == "world" else None
     if world is None:
         leaked = find_near_copies(texts, trained, session.say)
     else:
-        documents = load_records("documents", ctx.source("documents")) if experiment.data.documents is not None else []
+        documents = load_records("documents", sources["documents"]) if experiment.data.documents is not None else []
         leaked = find_leaked_tasks(texts, trained, world, [document.text for document in documents], session.say)
 
     # 4. Examples for a few-shot question, and held-out text.
     examples = []
-    if settings.base_prompt == "few_shot" and "base" in ctx.inputs:
+    if settings.base_prompt == "few_shot" and "base" in inputs:
         examples = choose_examples(
-            load_records("demonstrations", ctx.source("demonstrations")), settings.few_shot_examples, ctx.seed
+            load_records("demonstrations", sources["demonstrations"]), settings.few_shot_examples, session.seed
         )
-    context = context_in(ctx.inputs["sft"] / "model")
+    context = context_in(inputs["sft"] / "model")
     text_rows = []
     if experiment.data.documents is not None:
-        held_out = split_documents(ctx.source("documents"), fraction)[1]
+        held_out = split_documents(sources["documents"], fraction)[1]
         text_rows = wrap_documents(tools.tokenizer, held_out, length=settings.perplexity_length)
 
     prompts = EvaluationPrompts(

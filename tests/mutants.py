@@ -693,8 +693,8 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "perplexity of training text",
-        'held_out = split_documents(ctx.source("documents"), fraction)[1]',
-        'held_out = split_documents(ctx.source("documents"), fraction)[0]',
+        'held_out = split_documents(sources["documents"], fraction)[1]',
+        'held_out = split_documents(sources["documents"], fraction)[0]',
     ),
     Mutant("evaluate", "perplexity of all held-out rows", "text_rows[: settings.perplexity_rows]", "text_rows"),
     Mutant(

@@ -8,13 +8,14 @@ numbered list 1 … 7.
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from data import answer_lengths
 from data.streams import Stream, derive_seed
-from pipeline.stage import StageRun
+from pipeline.stage import Source, StageRun
 from stages.objectives.advantages import gae
 from stages.objectives.control import adaptive_kl_coef
 from stages.objectives.masked import masked_whiten
@@ -41,7 +42,7 @@ from stages.rollouts.rollout import Rollout
 from stages.settings.experiment import Experiment
 from stages.settings.ppo import PPOSettings, named_folders, steps_per_update
 from stages.shared.disk import say_written
-from stages.shared.provenance import provenance_of
+from stages.shared.provenance import Provenance, provenance_of
 from stages.shared.runtime import (
     Runtime,
     adapter_settings,
@@ -50,7 +51,7 @@ from stages.shared.runtime import (
     runtime_of,
     with_accelerator,
 )
-from stages.training.session import session_of
+from stages.training.session import Session, session_of
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,10 @@ def run(ctx: StageRun[PPOSettings, Experiment]) -> dict:
         Figures of the published policy, and of the one before the first update.
     """
     c = ctx.config
-    setup = set_up(ctx)
+    session, runtime, provenance = session_of(ctx), with_accelerator(runtime_of(ctx)), provenance_of(ctx)
+    setup = set_up(ctx.experiment, session, runtime, provenance, ctx.sources, ctx.confirm_folders)
     run, sampler, streams = setup.run, setup.sampler, setup.streams
-    session, held_out = run.session, setup.held_out
+    held_out = setup.held_out
     kl, gae_options, options = kl_control(c), advantage_options(c), update_options(c, session.seed)
     step = begin(setup, c)
     policy_schedule, value_schedule = c.schedule(run.updates), c.value_schedule(run.updates)
@@ -124,24 +126,39 @@ def run(ctx: StageRun[PPOSettings, Experiment]) -> dict:
     return finish(setup, c, kl, step)
 
 
-def set_up(ctx: StageRun[PPOSettings, Experiment]) -> Setup:
-    """Load models and data; return everything that a run iterates with."""
-    c, experiment = ctx.config, ctx.experiment
-    session, runtime, provenance = session_of(ctx), with_accelerator(runtime_of(ctx)), provenance_of(ctx)
+def set_up(
+    experiment: Experiment,
+    session: Session,
+    runtime: Runtime,
+    provenance: Provenance,
+    sources: dict[str, Source],
+    confirm_folders: Callable[[], None],
+) -> Setup:
+    """Load models and data; return everything that a run iterates with.
+
+    Args:
+        experiment: All settings.
+        session: The run: its seed, checkpoints and tracker.
+        runtime: How the models compute.
+        provenance: What the published models are made of: upstream artifacts, and where to publish.
+        sources: Where each kind of data is.
+        confirm_folders: Raises UserError if files of named reward models have changed meanwhile.
+    """
+    c = experiment.ppo
     drawn = drawn_before(session, c)
     updates = total_updates(session, c, drawn)
 
-    start = start_folder(ctx.inputs["sft"], has_ppo_init=experiment.sft.ppo_init is not None)
+    start = start_folder(provenance.inputs["sft"], has_ppo_init=experiment.sft.ppo_init is not None)
     check_context(session, c, start, *(["ptx_length"] if c.ptx_coef else []))
-    folders = role_folders(start, ctx.inputs, named_folders(experiment), ensemble=c.reward_ensemble)
+    folders = role_folders(start, provenance.inputs, named_folders(experiment), ensemble=c.reward_ensemble)
     roles = load_models(session, folders, runtime, adapter_settings(experiment.model), c.max_length)
-    ctx.confirm_folders()  # the named ones have been loaded
+    confirm_folders()  # the named ones have been loaded
     name = c.rollout.engine
     launch = getattr(experiment.launch, name, None)  # the section launch.vllm, for example
     spec = EngineSpec(
         model=start,
-        scratch=ctx.publish.with_name(f".tmp-{name}"),
-        log=ctx.checkpoints.folder.with_name(f"{name}.log"),
+        scratch=provenance.publish.with_name(f".tmp-{name}"),
+        log=session.checkpoints.folder.with_name(f"{name}.log"),
         device=roles.accelerator.device,
         dtype=runtime.dtype,
         autocast=roles.accelerator.autocast,
@@ -149,20 +166,21 @@ def set_up(ctx: StageRun[PPOSettings, Experiment]) -> Setup:
         max_length=c.max_length,
         batch_size=c.local_rollout_forward_batch_size,
         timeout=0.9 * experiment.launch.timeout,  # before the other ranks lose patience with rank 0
-        trust_remote_code=ctx.trust_remote_code,
+        trust_remote_code=runtime.trust_remote_code,
         launch={} if launch is None else launch.model_dump(),
     )
     sampler = make_sampler(roles, sampling_options(c), engine_rules(c), session.seed, name, spec, session.say)
 
-    train, held_out = load_prompts(session, c, roles.tokenizer, ctx.source("prompts"))
+    train, held_out = load_prompts(session, c, roles.tokenizer, sources["prompts"])
     drawn = refuse_other_prompts(drawn, train)
     ptx_rows, ptx = [], None
     if c.ptx_coef:
         fraction = experiment.data.validation_fraction
-        ptx_rows = load_ptx_rows(c, roles.tokenizer, ctx.source("documents"), fraction)
+        ptx_rows = load_ptx_rows(c, roles.tokenizer, sources["documents"], fraction)
         ptx = Stream(len(ptx_rows), derive_seed(session.seed, "ptx"), cursor=drawn.ptx_rows)
     prompts = Stream(len(train), derive_seed(session.seed, "prompts"), cursor=drawn.prompts)
-    if line := answer_lengths.warning(ctx.manifests["sft"]["metrics"].get("answer_tokens", []), c.response_length):
+    answer_tokens = provenance.manifests["sft"]["metrics"].get("answer_tokens", [])
+    if line := answer_lengths.warning(answer_tokens, c.response_length):
         session.say(line)
     return Setup(
         run=new_run(session, c, roles, updates, drawn),

@@ -21,6 +21,7 @@ from stages.evaluation.results import perplexity_estimate
 from stages.evaluation.text import text_losses
 from stages.settings import evaluate as evaluate_settings
 from stages.settings.experiment import Experiment
+from stages.shared.runtime import runtime_of
 from stages.training.session import session_of
 
 
@@ -61,10 +62,10 @@ def run(ctx: StageRun) -> dict:
         The figures of the manifest.
     """
     c = ctx.config
-    tools, prompts, text_rows = evaluate.prepare(ctx)
+    session = session_of(ctx, trains=False)
+    tools, prompts, text_rows = evaluate.prepare(c, ctx.experiment, session, runtime_of(ctx), ctx.inputs, ctx.sources)
     form = form_of_base(c.base_prompt, ctx.experiment.model.name_or_path) if c.policy == "base" else "chat"
     policy = tools.policy_of(c.policy)
-    session = session_of(ctx, trains=False)
     with ctx.tracker.progress(1, f"{c.samples_per_prompt} samples a prompt") as progress:
         queries = prompts.queries(tools.tokenizer, form)
         poll = partial(session.leave_if_requested, 0, 1)
