@@ -1,10 +1,11 @@
-"""What checkpoints cost: the share of each stage's time that saving takes, and what one save takes.
+"""Measure the cost of checkpoints: the share of each stage's time spent on saving.
 
-    python tests/benchmarks/checkpoints.py [-c configs/tiny.yaml] [--stages base sft rm ppo dpo] [key=value …]
+    python tests/benchmarks/checkpoints.py [-c FILE] [--stages base sft rm ppo dpo] [key=value …]
 
-Runs the chain in a folder that is removed afterwards, with checkpoints.every: null (every 50 steps, fewer where that
-would take more than 3.5 % of the time) unless a setting says otherwise. A JSON line a stage, printed and kept in
-results/checkpoints.jsonl. On configs/tiny.yaml and two cores: five minutes.
+Runs the chain in a temporary folder. `checkpoints.every` is null unless a setting says otherwise: a
+save every 50 steps, fewer if saving would take more than 3.5 % of the time. Prints one JSON line
+for each stage and keeps it in results/checkpoints.jsonl. Takes five minutes for configs/tiny.yaml
+on two cores.
 """
 
 import argparse
@@ -13,29 +14,32 @@ import sys
 import tempfile
 from datetime import datetime
 from pathlib import Path
+from typing import Any, ClassVar
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, not an installed copy
+
+from pairs import save_row, stamp
+
+from pipeline import cli, running
+from pipeline.store.checkpoints import CheckpointStore
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent))  # the code beside this file, wherever another copy is installed
-
-from pairs import keep, stamp  # noqa: E402
-
-from pipeline import cli, running  # noqa: E402
-from pipeline.store.checkpoints import CheckpointStore  # noqa: E402
 
 STAGES = ("base", "sft", "rm", "ppo", "dpo")
 
 
 class Watched(CheckpointStore):
-    """A store that counts its saves and their bytes."""
+    """Count the saves of a checkpoint store and their bytes."""
 
-    seen: list[CheckpointStore] = []
+    stores: ClassVar[list["Watched"]] = []
+    """Every store made so far."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.saves, self.bytes = 0, 0
-        self.seen.append(self)
+        self.stores.append(self)
 
-    def _write(self, *args):
+    def _write(self, *args: Any) -> Path:
         folder = super()._write(*args)
         self.saves += 1
         self.bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -43,27 +47,28 @@ class Watched(CheckpointStore):
 
 
 def main(argv: list[str]) -> int:
+    """Run the chain, save one row for each stage and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-c", "--config", default="configs/tiny.yaml")
-    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
-    asked = parser.parse_args([word for word in argv if not cli.is_setting(word)])
+    parser.add_argument("-c", "--config", default="configs/tiny.yaml", help="the experiment's YAML")
+    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES, help="stages to measure")
+    args = parser.parse_args([word for word in argv if not cli.is_setting(word)])
     settings = ["checkpoints.every=null", *(word for word in argv if cli.is_setting(word))]
     running.checkpoints.CheckpointStore = Watched
     with tempfile.TemporaryDirectory(prefix="bench_checkpoints_") as root:
-        for stage in asked.stages:
-            code = cli.main(["run", stage, "-c", asked.config, "--artifacts", root, *settings])
+        for stage in args.stages:
+            code = cli.main(["run", stage, "-c", args.config, "--artifacts", root, *settings])
             if code:
                 return code
-        for store in Watched.seen:
+        for store in Watched.stores:
             folder = store.folder.parent if store.folder.parent.name != ".redo" else store.folder.parent.parent
-            if folder.name not in asked.stages:
+            if folder.name not in args.stages:
                 continue
             manifest = json.loads((folder / "manifest.json").read_text())
             start, end = (datetime.fromisoformat(manifest[key]) for key in ("started_at", "finished_at"))
             seconds = (end - start).total_seconds()
             row = {
                 "bench": "checkpoints",
-                "config": Path(asked.config).stem,
+                "config": Path(args.config).stem,
                 "settings": settings[1:],
                 "stage": folder.name,
                 "seconds": seconds,
@@ -73,7 +78,7 @@ def main(argv: list[str]) -> int:
                 "bytes_of_the_last": store.bytes,
                 **stamp(),
             }
-            keep(row, ("bench", "config", "settings", "stage"), HERE / "results" / "checkpoints.jsonl")
+            save_row(row, ("bench", "config", "settings", "stage"), HERE / "results" / "checkpoints.jsonl")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""DPO against trl 1.16's DPOTrainer. `make bench BENCH=dpo`; all of it is in preferences.py."""
+"""Measure DPO against trl 1.16's DPOTrainer (`make bench BENCH=dpo`; see preferences.py)."""
 
 import sys
 

@@ -1,10 +1,12 @@
-"""Sampling by the policy itself against vLLM: tokens a second in turns, what handing the weights over costs, and how
-far vLLM's log-probs are from the model's.
+"""Compare sampling by the policy itself with vLLM.
 
-    python tests/benchmarks/engines.py [--python .vllm/bin/python] [--model 135M] [--dtype bfloat16] [--pairs 5]
+    python tests/benchmarks/engines.py [--python .vllm/bin/python] [--model 135M] [--dtype bfloat16]
 
-Random weights of a known shape, 64 prompts of 128 tokens (or 16 prompts, 4 samples each), 128 tokens a response; one
-JSON line a row, printed and kept in results/engines.jsonl. A GPU if there is one. Two cores, bfloat16: 15 minutes.
+Measures tokens a second of both in turns, the cost of handing the weights over, and how far vLLM's
+log-probabilities are from the model's. Uses random weights of a known shape, 64 prompts of 128
+tokens (or 16 prompts with 4 samples each) and responses of 128 tokens. Prints one JSON line for
+each row and keeps it in results/engines.jsonl. Uses a GPU if there is one. Takes 15 minutes on two
+cores in bfloat16.
 """
 
 import argparse
@@ -12,38 +14,45 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, not an installed copy
+
+import torch
+from pairs import ratio, run_pairs, save_row, settle, stamp, versions
+from ppo_models import NEVER, PAD, SHAPES, craft, eos_of, prompts
+from transformers import PreTrainedModel
+
+from stages.models.loading import load_policy
+from stages.rollouts.collect import engine_kl
+from stages.rollouts.engine import Sampled, SampleRequest
+from stages.rollouts.transformers import Decoding, sample_with_logprobs
+from stages.rollouts.vllm import Vllm, VllmOptions
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent))  # the code beside this file, wherever another copy is installed
-
-import torch  # noqa: E402
-from pairs import keep, ratio, run_pairs, settle, stamp, versions  # noqa: E402
-from ppo_models import NEVER, PAD, SHAPES, craft, eos_of, prompts  # noqa: E402
-
-from stages.models.loading import load_policy  # noqa: E402
-from stages.rollouts.collect import engine_kl  # noqa: E402
-from stages.rollouts.engine import SampleRequest  # noqa: E402
-from stages.rollouts.transformers import Decoding, sample_with_logprobs  # noqa: E402
-from stages.rollouts.vllm import Vllm, VllmOptions  # noqa: E402
 
 LENGTH, EPISODES = 128, 64
-ROWS = {"fixed": ("fixed", 1), "variable": ("variable", 1), "n4": ("variable", 4)}  # prompts' lengths, samples of each
+ROWS = {"fixed": ("fixed", 1), "variable": ("variable", 1), "n4": ("variable", 4)}
+"""Name → (lengths of the prompts, samples of each prompt)."""
 
 
 def main() -> int:
+    """Measure the rows of the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", default=".vllm/bin/python", help="Python of the environment that has vLLM")
-    parser.add_argument("--model", default="135M", choices=SHAPES)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
-    parser.add_argument("--pairs", type=int, default=5)
-    asked = parser.parse_args()
-    if shutil.which(asked.python) is None:
-        parser.error(f"--python: {asked.python} is no program; README, PPO's episodes, says how vLLM is installed")
+    parser.add_argument("--python", default=".vllm/bin/python", help="interpreter of the environment with vLLM")
+    parser.add_argument("--model", default="135M", choices=SHAPES, help="shape of the model")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="data type of the products"
+    )
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, help="rows to measure")
+    parser.add_argument("--pairs", type=int, default=5, help="number of pairs for each row")
+    args = parser.parse_args()
+    if shutil.which(args.python) is None:
+        parser.error(f"--python: {args.python} is not a program; install vLLM as the README describes")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory(prefix="bench_engines_") as scratch:
-        craft(SHAPES[asked.model], Path(scratch))
+        craft(SHAPES[args.model], Path(scratch))
         folder = Path(scratch) / "policy"
         policy = load_policy(folder, attn_implementation="sdpa").to(device)
         began = time.perf_counter()
@@ -52,33 +61,45 @@ def main() -> int:
             model=folder,
             folder=Path(scratch) / "line",
             log=Path(scratch) / "log",
-            python=asked.python,
+            python=args.python,
             devices=None,
-            dtype=asked.dtype,
+            dtype=args.dtype,
             timeout=1e4,
             arguments=options | {"gpu_memory_utilization": 0.3},
         )
         engine = Vllm(settings)
         engine.start(policy)
         started = time.perf_counter() - began
-        for name in asked.rows:
-            found = measure(policy, engine, *ROWS[name], asked)
-            row = {"name": f"{asked.model}/{name}", "dtype": asked.dtype, "start_seconds": round(started, 1)} | found
+        for name in args.rows:
+            figures = measure(policy, engine, *ROWS[name], args)
+            row = {"name": f"{args.model}/{name}", "dtype": args.dtype, "start_seconds": round(started, 1)} | figures
             row |= stamp() | versions("torch", "transformers")
-            keep(row, ("name", "dtype", "machine"), HERE / "results" / "engines.jsonl")
+            save_row(row, ("name", "dtype", "machine"), HERE / "results" / "engines.jsonl")
         engine.close()
     return 0
 
 
-def measure(policy, engine: Vllm, lengths: str, n: int, asked) -> dict:
-    """Both sides' tokens a second and their ratio, seconds of a hand-over, and the distance of log-probs."""
-    words = prompts(SHAPES[asked.model], lengths, EPISODES // n, LENGTH, seed=1)
+def measure(policy: PreTrainedModel, engine: Vllm, lengths: str, n: int, args: argparse.Namespace) -> dict:
+    """Measure both samplers in turns.
+
+    Args:
+        policy: The model that samples by itself.
+        engine: vLLM with the same weights.
+        lengths: "fixed" or "variable" lengths of the prompts.
+        n: Samples of each prompt.
+        args: The command line.
+
+    Returns:
+        Tokens a second of both and their ratio, seconds of one hand-over of weights, and the KL
+        between the samplers.
+    """
+    words = prompts(SHAPES[args.model], lengths, EPISODES // n, LENGTH, seed=1)
     words = [ids for ids in words for _ in range(n)]
     device = policy.device
 
     def ours(pair: int) -> dict:
         decoding = Decoding(LENGTH, eos_id=eos_of(lengths), pad_id=PAD, batch_size=EPISODES)
-        with torch.autocast(device.type, torch.bfloat16, enabled=asked.dtype == "bfloat16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             return timed(lambda: sample_with_logprobs(policy, words, seeds(pair), decoding))
 
     def theirs(pair: int) -> dict:
@@ -86,25 +107,27 @@ def measure(policy, engine: Vllm, lengths: str, n: int, asked) -> dict:
         return timed(lambda: engine.sample(request))
 
     for side in (ours, theirs):
-        side(-1)  # kernels are chosen, graphs recorded
-    found = run_pairs(theirs, ours, asked.pairs, lambda *what: print(what[0], what[1], what[2], file=sys.stderr))
+        side(-1)  # warm-up: kernels are chosen and graphs recorded
+    answers = run_pairs(theirs, ours, args.pairs, lambda pair, side, got: print(pair, side, got, file=sys.stderr))
     began = time.perf_counter()
     engine.update_weights(policy)
-    handed = time.perf_counter() - began
-    rates = [[round(x["tokens"] / x["seconds"], 1) for x in side] for side in found]
+    hand_over = time.perf_counter() - began
+    rates = [[round(x["tokens"] / x["seconds"], 1) for x in side] for side in answers]
     return {
         "vllm_over_ours": ratio([a / b for a, b in zip(*rates, strict=True)]),
         "tokens_a_second": {"vllm": rates[0], "ours": rates[1]},
-        "hand_over_seconds": round(handed, 2),
-        "engine_kl": distance(policy, engine, words, asked.dtype),
+        "hand_over_seconds": round(hand_over, 2),
+        "engine_kl": distance(policy, engine, words, args.dtype),
     }
 
 
 def seeds(pair: int) -> list[int]:
+    """Return the seeds of the episodes of a pair."""
     return list(range(1000 * (pair + 1), 1000 * (pair + 1) + EPISODES))
 
 
-def timed(work) -> dict:
+def timed(work: Callable[[], Sampled]) -> dict:
+    """Measure the seconds of a sampling call and count the tokens it returned."""
     settle()
     began = time.perf_counter()
     sampled = work()
@@ -113,8 +136,20 @@ def timed(work) -> dict:
 
 
 @torch.no_grad()
-def distance(policy, engine: Vllm, words, dtype: str) -> float:
-    """KL(vLLM ‖ model) in nats a token by k3, eight responses read one by one by transformers' own forward."""
+def distance(policy: PreTrainedModel, engine: Vllm, words: list[list[int]], dtype: str) -> float:
+    """Estimate KL(vLLM ‖ model) in nats a token by the k3 estimator.
+
+    Eight responses are sampled, and transformers' own forward pass evaluates them one at a time.
+
+    Args:
+        policy: The model.
+        engine: vLLM with the same weights.
+        words: Prompts as token ids.
+        dtype: Data type of the products.
+
+    Returns:
+        The estimate.
+    """
     sampled = engine.sample(SampleRequest(words[:8], seeds(0)[:8], 1, LENGTH, 1.0, NEVER))
     rows = []
     for prompt, response in zip(words, sampled.responses, strict=False):

@@ -1,8 +1,9 @@
-"""Two programs in turns on one machine: A B B A …, the ratio of each pair, one line a key in results/NAME.jsonl.
+"""Run two programs in turns on one machine and record the ratio of each pair of runs.
 
-A driver (`run_bench`) starts a long-lived worker a side (`Worker`), which answers JSON lines (`serve`) and, between
-questions, sleeps on its input: what is measured never shares the cores. Standard library alone: it runs in every
-environment.
+The order is A B B A …; one line a key is kept in results/NAME.jsonl. A driver (`run_bench`) starts
+one long-lived worker process for each side (`Worker`). A worker answers JSON lines (`serve`) and
+sleeps on its input between questions, so the measured process never shares the cores. This module
+uses the standard library only, because it runs in every environment.
 """
 
 import argparse
@@ -25,78 +26,109 @@ from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
-NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # for a worker that measures a CPU
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""The environment of a worker that measures the CPU."""
 
 
 class Worker:
-    """The driver's end of a worker: `ask` sends one question and waits for its answer."""
+    """Start a worker process and put questions to it."""
 
     def __init__(self, name: str, command: list[str], log: Path, env: dict[str, str] | None = None):
+        """Start the process.
+
+        Args:
+            name: Name of the worker in error messages.
+            command: Command line of the process.
+            log: File that stderr is appended to.
+            env: Environment variables on top of the present ones.
+        """
         self.name, self.log = name, log
-        with log.open("a") as errors:
+        with log.open("a") as stderr:
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=errors,
+                stderr=stderr,
                 text=True,
                 env={**os.environ, **(env or {})},
             )
 
-    def ask(self, do: str, **what):
+    def ask(self, do: str, **arguments: Any) -> Any:
+        """Send one question and wait for its answer.
+
+        Args:
+            do: Name of the function in the worker.
+            **arguments: Its keyword arguments, as JSON.
+
+        Returns:
+            What the function returned.
+
+        Raises:
+            RuntimeError: The function raised an error or the worker has died.
+        """
         try:
-            self.process.stdin.write(json.dumps({"do": do, **what}) + "\n")
+            self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has died: what it said is below
+            pass  # the worker has died; its last lines are read from the log below
         line = self.process.stdout.readline()
         answer = json.loads(line) if line else {"error": f"ended with exit code {self.process.wait()}"}
         if "error" in answer:
             tail = "\n".join(self.log.read_text().splitlines()[-15:])
-            raise RuntimeError(f"{self.name}, asked to {do}: {answer['error']}\n{tail}")
+            raise RuntimeError(f"worker {self.name}, question {do}: {answer['error']}\n{tail}")
         return answer["ok"]
 
     def close(self) -> None:
+        """End the worker by closing its input, and wait for it."""
         self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait()
 
 
 def serve(answers: dict[str, Callable]) -> None:
-    """The worker's end: `{"do": name, …}` a line in, `{"ok": …}` or `{"error": …}` a line out, until input ends.
+    """Answer questions from stdin until it is closed; this is the main loop of a worker.
 
-    What libraries print goes to stderr: the output belongs to the answers.
+    A question is one line `{"do": name, …}`, an answer one line `{"ok": …}` or `{"error": …}`.
+    Whatever libraries print goes to stderr, since stdout belongs to the answers.
+
+    Args:
+        answers: Name → function that answers the question.
     """
-    out = os.fdopen(os.dup(1), "w")
+    stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
         question = json.loads(line)
         try:
             answer = {"ok": answers[question.pop("do")](**question)}
-        except Exception as problem:
+        except Exception as error:
             traceback.print_exc()
-            answer = {"error": f"{type(problem).__name__}: {problem}"}
+            answer = {"error": f"{type(error).__name__}: {error}"}
         release_memory()
-        out.write(json.dumps(answer) + "\n")
-        out.flush()
+        stdout.write(json.dumps(answer) + "\n")
+        stdout.flush()
 
 
-def gpu():
-    """torch.cuda in a process that has imported torch and sees a GPU; else None."""
+def gpu() -> ModuleType | None:
+    """Return torch.cuda if this process has imported torch and sees a GPU; otherwise None."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_available() else None
 
 
 def settle() -> None:
-    """Wait until the GPU, if there is one, has done what it was asked: clocks are read behind this."""
+    """Wait until the GPU, if any, has finished its work; call it before reading a clock."""
     if (device := gpu()) is not None:
         device.synchronize()
 
 
 def release_memory() -> None:
-    """Give what is free back to the system: the other side's turn is next, and two peaks may not fit side by side."""
+    """Give free memory back to the system.
+
+    The other side runs next, and the peaks of both may not fit in memory together.
+    """
     gc.collect()
     if (device := gpu()) is not None:
         device.empty_cache()
@@ -105,30 +137,38 @@ def release_memory() -> None:
 
 
 class Clock:
-    """Says on stderr what happens, and how much of the time is gone."""
+    """Print progress on stderr, with the minutes since the start."""
 
     def __init__(self, minutes: float):
+        """Start the clock; `minutes` is the time budget of the run."""
         self.began, self.minutes = time.monotonic(), minutes
 
     @property
-    def gone(self) -> float:
+    def elapsed(self) -> float:
+        """Return the minutes since the start."""
         return (time.monotonic() - self.began) / 60
 
     def say(self, text: str) -> None:
-        print(f"[{self.gone:5.1f} min] {text}", file=sys.stderr, flush=True)
+        """Print one line."""
+        print(f"[{self.elapsed:5.1f} min] {text}", file=sys.stderr, flush=True)
 
 
 class Phases:
-    """Seconds a phase, exclusive: what runs in an inner phase does not count for the outer one."""
+    """Measure the seconds spent in each phase.
+
+    Times are exclusive: the time of an inner phase does not count for the outer one.
+    """
 
     def __init__(self):
         self.seconds, self.stack, self.since = Counter(), [], 0.0
 
     @property
     def now(self) -> str | None:
+        """Return the name of the innermost phase that is running; None outside of all phases."""
         return self.stack[-1] if self.stack else None
 
     def _book(self) -> None:
+        """Add the time since the last call to the phase that is running."""
         settle()
         now = time.perf_counter()
         if self.stack:
@@ -136,15 +176,18 @@ class Phases:
         self.since = now
 
     def enter(self, name: str) -> None:
+        """Begin a phase inside the present one."""
         self._book()
         self.stack.append(name)
 
     def leave(self) -> None:
+        """End the innermost phase."""
         self._book()
         self.stack.pop()
 
     @contextmanager
-    def phase(self, name: str):
+    def phase(self, name: str) -> Iterator[None]:
+        """Run the body of a `with` statement as a phase."""
         self.enter(name)
         try:
             yield
@@ -152,30 +195,42 @@ class Phases:
             self.leave()
 
     def timed(self, function: Callable, name: str | Callable) -> Callable:
-        """The function, its time booked under a name, or under name(*its arguments)."""
+        """Wrap a function so that its time counts for a phase.
 
-        def wrapper(*args, **kwargs):
+        Args:
+            function: The function to measure.
+            name: Name of the phase, or a function of the same arguments that returns it.
+
+        Returns:
+            The wrapped function.
+        """
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
             with self.phase(name if isinstance(name, str) else name(*args)):
                 return function(*args, **kwargs)
 
         return wrapper
 
-    def time_optimizer(self, optimizer) -> None:
-        """Books each step of a torch optimizer as `optimizer`."""
+    def time_optimizer(self, optimizer: Any) -> None:
+        """Measure each step of a torch optimizer as the phase `optimizer`."""
         optimizer.register_step_pre_hook(lambda *_: self.enter("optimizer"))
         optimizer.register_step_post_hook(lambda *_: self.leave())
 
-    def time_prefill(self, trunk) -> None:
-        """Books a trunk's passes over more than one column, where they happen inside `decode`, as `prefill`."""
+    def time_prefill(self, trunk: Any) -> None:
+        """Measure the prefill of a trunk as the phase `prefill`.
+
+        A forward pass counts as prefill when it runs inside the phase `decode` on more than one
+        column of tokens.
+        """
         is_prefill = []
 
-        def before(_, args, kwargs):
+        def before(_: Any, args: tuple, kwargs: dict) -> None:
             ids = kwargs.get("input_ids", args[0] if args else None)
             is_prefill.append(self.now == "decode" and ids is not None and ids.shape[-1] > 1)
             if is_prefill[-1]:
                 self.enter("prefill")
 
-        def after(*_):
+        def after(*_: Any) -> None:
             if is_prefill.pop():
                 self.leave()
 
@@ -183,59 +238,84 @@ class Phases:
         trunk.register_forward_hook(after)
 
     def take(self) -> dict[str, float]:
-        """The seconds since the last take."""
+        """Return the seconds of each phase since the last call, and start again from zero."""
         taken, self.seconds = dict(self.seconds), Counter()
         return taken
 
 
 def reset_peak() -> None:
-    """Peak memory counts from here (the GPU's if there is one; else resident memory, Linux)."""
+    """Start measuring peak memory: the GPU's if there is one, otherwise resident memory (Linux)."""
     if (device := gpu()) is not None:
         return device.reset_peak_memory_stats()
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes() -> int:
-    """The most memory since `reset_peak`, weights and optimizer included."""
+    """Return the peak memory in bytes since `reset_peak`, weights and optimizer included."""
     if (device := gpu()) is not None:
         return device.max_memory_allocated()
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of Python and the packages, and the GPU's name if there is one."""
     device = {} if gpu() is None else {"device": gpu().get_device_name(0)}
     return {"python": platform.python_version(), **{p: version(p) for p in packages}, **device}
 
 
 def in_turns(pairs: int) -> Iterator[tuple[int, int]]:
-    """Which side goes, by pair: (0, A) (0, B) (1, B) (1, A) (2, A) …, A = 0: a drift of the machine hits both alike."""
+    """Yield (pair, side) in the order in which the sides run: (0, A) (0, B) (1, B) (1, A) (2, A) …
+
+    A is 0 and B is 1. Alternating means that a drift of the machine's speed affects both sides
+    alike.
+    """
     for pair in range(pairs):
         yield from ((pair, side) for side in ((0, 1) if pair % 2 == 0 else (1, 0)))
 
 
-def run_pairs(a: Callable[[int], dict], b: Callable[[int], dict], pairs: int, say=lambda *_: None):
-    """a(pair), b(pair) in turns → the answers of both, in order of the pairs."""
+def run_pairs(
+    a: Callable[[int], dict],
+    b: Callable[[int], dict],
+    pairs: int,
+    report: Callable[[int, int, dict], None] | None = None,
+) -> list[list[dict]]:
+    """Call a(pair) and b(pair) in turns.
+
+    Args:
+        a: The first side, called with the index of the pair.
+        b: The second side.
+        pairs: Number of pairs.
+        report: Called after each run with the pair, the side (0 or 1) and the answer.
+
+    Returns:
+        [answers of a, answers of b], each in the order of the pairs.
+    """
     answers = [[None] * pairs, [None] * pairs]
     for pair, side in in_turns(pairs):
         answers[side][pair] = (a, b)[side](pair)
-        say(pair, side, answers[side][pair])
+        if report is not None:
+            report(pair, side, answers[side][pair])
     return answers
 
 
 def ratio(values: list[float]) -> dict[str, float]:
-    """Of each pair's ratio: the middle one, the least and the most, and how many pairs there were."""
-    shown = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {**{k: round(v, 4) for k, v in shown.items()}, "pairs": len(values)}
+    """Return the median, minimum and maximum of the pairs' ratios, and the number of pairs."""
+    return {
+        "median": round(statistics.median(values), 4),
+        "min": round(min(values), 4),
+        "max": round(max(values), 4),
+        "pairs": len(values),
+    }
 
 
-def middle(dicts: list[dict[str, float]], digits: int = 4) -> dict[str, float]:
-    """The median of each key."""
+def medians(dicts: list[dict[str, float]], digits: int = 4) -> dict[str, float]:
+    """Return the median of each key over all dicts; a missing key counts as 0."""
     keys = dict.fromkeys(k for d in dicts for k in d)
     return {k: round(statistics.median(d.get(k, 0.0) for d in dicts), digits) for k in keys}
 
 
 def machine() -> str:
-    """Processor, cores, memory and GPUs."""
+    """Describe the machine: processor, cores, memory and GPUs."""
     try:
         model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError):
@@ -245,16 +325,22 @@ def machine() -> str:
 
 
 def gpus() -> list[str]:
-    """Names of the GPUs, by their driver's tool."""
+    """Return the names of the GPUs as nvidia-smi gives them."""
     if shutil.which("nvidia-smi") is None:
         return []
-    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    return subprocess.run(asked, capture_output=True, text=True).stdout.split("\n")[:-1]
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[:-1]
 
 
 def stamp() -> dict[str, str]:
-    """Commit (with + where tracked files but the results are changed), machine and date."""
-    git = lambda *args: subprocess.run(["git", *args], cwd=HERE, capture_output=True, text=True).stdout.strip()  # noqa: E731
+    """Return the commit, the machine and the date.
+
+    The commit ends with "+" if tracked files other than the results have changed.
+    """
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout.strip()
+
     dirty = "+" if git("status", "--porcelain", "--untracked-files=no", ":/", ":(exclude)results") else ""
     return {
         "commit": git("rev-parse", "--short", "HEAD") + dirty,
@@ -263,20 +349,30 @@ def stamp() -> dict[str, str]:
     }
 
 
-def keep(row: dict, key: tuple[str, ...], path: Path) -> None:
-    """Print the row, and write it to `path` in the place of the line with the same key; other lines stay."""
+def save_row(row: dict, key: tuple[str, ...], path: Path) -> None:
+    """Print a row and write it into a JSON Lines file.
+
+    Args:
+        row: The row.
+        key: Names of the fields that identify a row. A line with the same key is replaced; the
+            others stay.
+        path: The file.
+    """
     print(json.dumps(row), flush=True)
     path.parent.mkdir(exist_ok=True)
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    name = lambda r: [r.get(k) for k in key]  # noqa: E731
-    places = [i for i, line in enumerate(lines) if name(line) == name(row)]
-    if places:
-        lines[places[0]] = row
+
+    def key_of(line: dict) -> list:
+        return [line.get(field) for field in key]
+
+    matches = [i for i, line in enumerate(lines) if key_of(line) == key_of(row)]
+    if matches:
+        lines[matches[0]] = row
     else:
         lines.append(row)
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    fresh.replace(path)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    temporary.replace(path)
 
 
 def run_bench(
@@ -289,33 +385,51 @@ def run_bench(
     open_session: Callable[[str, Path, Clock], object],
     measure: Callable[[object, object, int], dict],
 ) -> int:
-    """The main program of a driver: its options, the rows of `plan`, a line of results/NAME.jsonl each; → exit code.
+    """Run a benchmark from the command line; this is the main program of a driver.
 
-    A row has model, name, and law (left out where the time is up). A session, one a model, has stop() and
-    expected_minutes(row, pairs).
+    Args:
+        name: Name of the benchmark; lines are kept in results/NAME.jsonl.
+        doc: Help text of the program.
+        models: Names of the models to measure.
+        minutes: Default time budget.
+        key: Names of the fields that identify a line.
+        plan: Models → rows to measure. A row has `model`, `name` and `law` (a growth law is skipped
+            when the time is up).
+        open_session: (model, scratch folder, clock) → a session, one for each model. It has
+            `stop()` and `expected_minutes(row, pairs)`.
+        measure: (session, row, pairs) → the line to keep.
+
+    Returns:
+        The exit code: 1 if a row failed, otherwise 0.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", nargs="+", default=[""], metavar="PART", help="rows whose name begins with one of these"
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="PREFIX",
+        help="measure only rows whose name begins with one of these",
     )
-    parser.add_argument("--pairs", type=int, default=5, help="pairs of a claim")
-    parser.add_argument("--minutes", type=float, default=minutes, help="growth laws that would end later are left out")
-    parser.add_argument("--quick", action="store_true", help="a very small model, one pair, nothing kept: does it run?")
-    parser.add_argument("--list", action="store_true", help="the names of the rows, and stop")
-    asked = parser.parse_args()
-    rows = [row for row in plan(["quick"] if asked.quick else models) if row.name.startswith(tuple(asked.only))]
-    if asked.list:
+    parser.add_argument("--pairs", type=int, default=5, help="number of pairs for each row")
+    parser.add_argument(
+        "--minutes", type=float, default=minutes, help="time budget; skip growth laws that would exceed it"
+    )
+    parser.add_argument("--quick", action="store_true", help="smoke test: tiny model, one pair, keep nothing")
+    parser.add_argument("--list", action="store_true", help="print the names of the rows and exit")
+    args = parser.parse_args()
+    rows = [row for row in plan(["quick"] if args.quick else models) if row.name.startswith(tuple(args.only))]
+    if args.list:
         print(*(row.name for row in rows), sep="\n")
         return 0
     if not rows:
-        parser.error(f"no row's name begins with {' or '.join(asked.only)}; --list shows them")
-    pairs = 1 if asked.quick else asked.pairs
-    clock, failed = Clock(asked.minutes), []
+        parser.error(f"no row's name begins with {' or '.join(args.only)}; --list shows them")
+    pairs = 1 if args.quick else args.pairs
+    clock, failed = Clock(args.minutes), []
     clock.say(f"{len(rows)} rows on {machine()}: " + ", ".join(row.name for row in rows))
     if os.getloadavg()[0] > 0.5:
-        clock.say("the machine is busy with something else: what is measured now is worth little")
+        clock.say("the machine is busy with other work, so these measurements are unreliable")
     with tempfile.TemporaryDirectory(prefix=f"bench_{name}_") as scratch:
-        kept = Path(scratch) / "quick.jsonl" if asked.quick else HERE / "results" / f"{name}.jsonl"
+        results = Path(scratch) / "quick.jsonl" if args.quick else HERE / "results" / f"{name}.jsonl"
         sessions: dict[str, object] = {}
         for row in rows:
             if row.model not in sessions:
@@ -326,18 +440,18 @@ def run_bench(
                 if other is not session:
                     other.stop()
             expected = session.expected_minutes(row, pairs)
-            if row.law and clock.gone + expected > asked.minutes:
-                clock.say(f"{row.name}: left out, it would take {expected:.0f} min more")
+            if row.law and clock.elapsed + expected > args.minutes:
+                clock.say(f"{row.name}: skipped, it would take {expected:.0f} more minutes")
                 continue
             clock.say(f"{row.name}" + (f": about {expected:.1f} min" if expected else ""))
             try:
-                found = measure(session, row, pairs)
-            except (RuntimeError, ValueError) as problem:
-                clock.say(f"{row.name}: {problem}")
+                line = measure(session, row, pairs)
+            except (RuntimeError, ValueError) as error:
+                clock.say(f"{row.name}: {error}")
                 failed.append(row.name)
                 session.stop()
                 continue
-            keep(found, key, kept)
+            save_row(line, key, results)
         for session in sessions.values():
             session.stop()
     clock.say("done" + (f"; failed: {', '.join(failed)}" if failed else ""))

@@ -1,20 +1,20 @@
-"""Our PPO as a program that answers the bench's questions (ppo.py) as JSON lines.
+"""Answer the questions of the PPO benchmark (ppo.py) with this project's PPO.
 
     python tests/benchmarks/ppo_ours.py
 
-`update` does what one turn of the loop in stages/ppo/run.py does, with its functions; the clocks hang on names it
-looks up.
+Questions and answers are JSON lines. `update` does what one turn of the loop in stages/ppo/run.py
+does, with the same functions; the clocks are patched onto names that these functions look up.
 """
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
-
-from stages.settings import ppo as ppo_settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -39,40 +39,49 @@ from stages.ppo.update import Learners, Rates, update
 from stages.rollouts import collect, transformers
 from stages.rollouts.engine import EngineSpec
 from stages.rollouts.transformers import Decoding, sample, sample_with_logprobs
+from stages.settings import ppo as ppo_settings
 from stages.shared.runtime import make_accelerator
 from stages.training.trainee import Average, Skips, make_trainee
 
-PHASES = {  # a name that is looked up in a module → the phase its time belongs to
+PHASES = {
     (transformers, "sample_with_logprobs"): "decode",
-    (collect, "response_logprobs"): "logprobs",  # where the sampler's are not the update's
+    (collect, "response_logprobs"): "logprobs",  # only if the sampler's log-probabilities are recomputed
     (collect, "reference_logprobs"): "reference",
     (collect, "response_values"): "value",
     (collect, "response_scores"): "reward",
     (ppo_update, "ppo_gradients"): "update",
     (ppo_update, "ptx_gradient"): "ptx",
 }
+"""(module, name of a function in it) → the phase that its time belongs to."""
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Ours:
-    """Four models that stay loaded, and an optimizer for each of the two that learn."""
+    """Hold four loaded models, and an optimizer for each of the two that learn."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.phases, self.tokens, self.step, self.recompute = Phases(), 0, 0, False
 
     def hello(self) -> dict:
+        """Return versions and the number of threads."""
         return versions("torch", "transformers", "accelerate") | {"threads": torch.get_num_threads()}
 
     def craft(self, model: str, folder: str, dtype: str) -> dict:
+        """Write the models of a shape into a folder; see `ppo_models.craft`."""
         return craft(SHAPES[model], Path(folder), device=DEVICE, dtype=dtype)
 
     def load(self, folders: dict[str, str], dtype: str) -> None:
-        """Weights in fp32 as in every stage; products in `dtype`."""
+        """Load the four models with fp32 weights, as every stage does.
+
+        Args:
+            folders: Role → its model folder.
+            dtype: Data type of the products.
+        """
         self.roles = self.learners = self.unpacked = None
         self.folders, self.dtype = folders, dtype
-        AcceleratorState._reset_state(True)  # the last one's dtype, which every Accelerator would share
+        AcceleratorState._reset_state(True)  # or every Accelerator would share the last one's dtype
         roles = Roles(
             load_policy(folders["policy"]),
             load_policy(folders["ref_policy"]).requires_grad_(False),
@@ -88,12 +97,20 @@ class Ours:
         longest = roles.policy.config.max_position_embeddings
         self.roles = replace(roles, packed=all([can_pack(model, longest) for model in roles.models()]))
 
-    def count(self, _, args, kwargs) -> None:
-        """Tokens that pass through any trunk, padding too."""
+    def count(self, _: Any, args: tuple, kwargs: dict) -> None:
+        """Count the tokens that pass through any trunk, padding included."""
         self.tokens += kwargs.get("input_ids", args[0] if args else torch.empty(0)).numel()
 
     def setup(self, *, options: dict, eos_id: int) -> dict:
-        """Settings of stages/ppo/run.py (what they leave out keeps its default) and fresh optimizers."""
+        """Apply settings and make fresh optimizers.
+
+        Args:
+            options: Settings of the stage ppo; the others keep their defaults.
+            eos_id: Token that ends a response.
+
+        Returns:
+            The settings that decide the time of an update.
+        """
         config = ppo_settings.PPOSettings(**options)
         self.config = config
         self.roles.tokenizer.eos_token_id = eos_id
@@ -105,19 +122,28 @@ class Ours:
         average = Average(config.ema_decay if config.publish_ema else None)
         average.start(trainees[0])
         self.learners = Learners(*trainees, average, Skips(0))
-        named = ("per_device_train_batch_size", "mini_batch_size", "num_ppo_epochs", "samples_per_prompt", "ema_decay")
-        named += ("local_rollout_forward_batch_size",)
-        return {name: getattr(config, name) for name in named} | {"packed": self.roles.packed}
+        names = ("per_device_train_batch_size", "mini_batch_size", "num_ppo_epochs", "samples_per_prompt", "ema_decay")
+        names += ("local_rollout_forward_batch_size",)
+        return {name: getattr(config, name) for name in names} | {"packed": self.roles.packed}
 
     def update(self, prompts: list[list[int]], text: list[list[int]] | None = None) -> dict:
-        """Time one update: seconds in all and by phase, response tokens, tokens computed, peak memory."""
+        """Measure one update.
+
+        Args:
+            prompts: Token ids of each prompt.
+            text: Rows of pretraining text for ptx; None: no ptx.
+
+        Returns:
+            Seconds in total and by phase, lengths of the responses, tokens computed, peak memory in
+            bytes.
+        """
         self.phases.take()
         reset_peak()
         self.step, self.tokens = self.step + 1, 0
         with ExitStack() as stack:
-            for (module, name), phase in PHASES.items():  # inside another of them it is that one's time
-                booked = lambda *_, own=phase: self.phases.now or own  # noqa: E731
-                stack.enter_context(patch.object(module, name, self.phases.timed(getattr(module, name), booked)))
+            for (module, name), phase in PHASES.items():
+                timed = self.phases.timed(getattr(module, name), self.outermost(phase))
+                stack.enter_context(patch.object(module, name, timed))
             began = time.perf_counter()
             lengths = self.iterate(prompts, text)
             settle()
@@ -132,27 +158,40 @@ class Ours:
             "peak_bytes": peak_bytes(),
         }
 
-    def iterate(self, prompts, text) -> list[int]:
-        """Take steps 2 to 6 of stages/ppo/run.py:run; return the responses' lengths."""
+    def outermost(self, phase: str) -> Callable[..., str]:
+        """Return a function that gives the phase already running or, outside of all, `phase`."""
+        return lambda *_: self.phases.now or phase
+
+    def iterate(self, prompts: list[list[int]], text: list[list[int]] | None) -> list[int]:
+        """Run steps 2 to 6 of stages/ppo/run.py:run and return the responses' lengths."""
         c, roles, step = self.config, self.roles, self.step
         rollout = self.sampler(roles).rollout(prompts, range(len(prompts)), step, recompute=self.recompute)
-        how = advantage_options(c)
-        batch = advantage(rollout, reward(rollout, c.kl_coef, c.kl_estimator, how.whiten_rewards), how)
+        options = advantage_options(c)
+        rewards = reward(rollout, c.kl_coef, c.kl_estimator, options.whiten_rewards)
+        batch = advantage(rollout, rewards, options)
         if problem := not_finite_episodes(rollout, batch.advantages, step):
             raise ValueError(problem)
         next_texts = (lambda n: text[:n]) if text else None
         rates = Rates(policy=1e-6, value=1e-6)
-        options = update_options(c, seed=0)
-        update(roles, self.learners, batch, options, step=step, rates=rates, next_texts=next_texts, say=self.say)
+        update(
+            roles,
+            self.learners,
+            batch,
+            update_options(c, seed=0),
+            step=step,
+            rates=rates,
+            next_texts=next_texts,
+            say=self.say,
+        )
         describe(rollout, batch.returns, c.kl_coef, c.kl_estimator)
         return [len(r) for r in rollout.responses]
 
     def say(self, line: str) -> None:
-        """Print a line beside the answers."""
+        """Print a line on stderr."""
         print(line, file=sys.stderr)
 
     def sampler(self, roles: Roles) -> Sampler:
-        """Return a started sampler of these models, by which the policy samples itself."""
+        """Return a started sampler in which the policy of `roles` samples by itself."""
         c = self.config
         spec = EngineSpec(
             model=Path(),
@@ -171,7 +210,15 @@ class Ours:
         return sampler
 
     def sft_cost(self, text: list[list[int]], micro: int) -> float:
-        """Seconds a token of transformers' own causal loss, forward and backward, on packed rows."""
+        """Measure transformers' own causal loss, forward and backward, on packed rows.
+
+        Args:
+            text: Rows of token ids, all of the same length.
+            micro: Rows of a micro-batch.
+
+        Returns:
+            Seconds a token.
+        """
         policy, began = self.roles.policy, time.perf_counter()
         for start in range(0, len(text), micro):
             ids = torch.tensor(text[start : start + micro])
@@ -180,10 +227,19 @@ class Ours:
         return (time.perf_counter() - began) / (len(text) * len(text[0]))
 
     def decode(self, prompts: list[list[int]], length: int, engine: str, seed: int) -> float:
-        """Seconds that our sampler, or transformers' generate, takes to sample `length` tokens a prompt."""
-        if (
-            engine == "generate" and self.unpacked is None
-        ):  # the policy as transformers loads it, with its own attention, its weights in the dtype
+        """Measure the time to sample responses of a fixed length.
+
+        Args:
+            prompts: Token ids of each prompt.
+            length: Tokens of each response.
+            engine: "ours", or "generate" for transformers' own.
+            seed: Seed of the samples.
+
+        Returns:
+            Seconds.
+        """
+        if engine == "generate" and self.unpacked is None:
+            # The policy as transformers loads it, with its own attention and weights in the dtype.
             self.unpacked = load_policy(self.folders["policy"]).to(DEVICE, getattr(torch, self.dtype))
         model, eos_id = self.roles.policy if engine == "ours" else self.unpacked, self.roles.tokenizer.eos_token_id
         seeds = [seed * len(prompts) + i for i in range(len(prompts))]
@@ -191,7 +247,7 @@ class Ours:
         began = time.perf_counter()
         if engine == "ours":
             with self.roles.accelerator.autocast():
-                found = sample(
+                responses = sample(
                     model,
                     prompts,
                     seeds,
@@ -205,7 +261,7 @@ class Ours:
             ids = torch.tensor([[PAD] * (width - len(p)) + p for p in prompts], device=model.device)
             torch.manual_seed(seed)
             model.eval()
-            found = model.generate(
+            responses = model.generate(
                 input_ids=ids,
                 attention_mask=ids != PAD,
                 do_sample=True,
@@ -218,40 +274,59 @@ class Ours:
             )[:, width:]
         settle()
         seconds = time.perf_counter() - began
-        assert all(len(r) == length for r in found), "this is measured where EOS cannot be sampled"
+        assert all(len(r) == length for r in responses), "the prompts must be set up so that EOS cannot be sampled"
         return seconds
 
     def preflight(self, prompts: list[list[int]]) -> bool:
-        """Whether log-probs are computed again after sampling, as a run's beginning finds out."""
+        """Return whether log-probabilities must be recomputed after sampling, as a run checks."""
         as_reference = replace(self.roles, ref_policy=self.roles.policy)
         sampler = self.sampler(as_reference)
         self.recompute = preflight(sampler, prompts, dtype=self.dtype, max_length=self.config.max_length)
         return self.recompute
 
     def compare_decoding(self, prompts: list[list[int]]) -> float:
-        """‖a − b‖ / ‖b‖ of the log-probs that the sampler gives its tokens, against the model that `generate` runs."""
+        """Compare the sampler's log-probabilities with those of the model that `generate` runs.
+
+        Args:
+            prompts: Token ids of each prompt.
+
+        Returns:
+            ‖a − b‖ / ‖b‖ of the log-probabilities of the sampled tokens.
+        """
         with self.roles.accelerator.autocast():
-            found = sample_with_logprobs(
+            sampled = sample_with_logprobs(
                 self.roles.policy, prompts, [7] * len(prompts), Decoding(16, eos_id=NEVER, pad_id=PAD)
             )
         with torch.no_grad():
-            rows = make_rows(prompts, found.responses, PAD).to(DEVICE)
-            right = response_logprobs(self.unpacked, rows)
-        return float(f"{((found.logprobs - right).norm() / right.norm()).item():.3g}")
+            rows = make_rows(prompts, sampled.responses, PAD).to(DEVICE)
+            expected = response_logprobs(self.unpacked, rows)
+        return float(f"{((sampled.logprobs - expected).norm() / expected.norm()).item():.3g}")
 
     def ceilings(self) -> dict:
+        """Measure the peak speed of the device; see `ppo_models.ceilings`."""
         return ceilings(DEVICE, self.dtype)
 
     def compare(self, prompts: list[list[int]], responses: list[list[int]], file: str, vf_coef: float) -> dict:
-        """‖ours − peer's‖ / ‖peer's‖ of each tensor, on the peer's episodes and with its advantages and returns.
+        """Compute the relative error of each tensor on the peer's episodes.
 
-        The peer has a value, and puts the score, one place behind the last token where there is room; see
-        tests/parity/test_trl_ppo.py, which holds every formula to the peer's.
+        The error is ‖ours − peer's‖ / ‖peer's‖, with the peer's advantages and returns. The peer
+        also has a value, and puts the score, one position after the last token if there is room;
+        tests/parity/test_trl_ppo.py holds every formula to the peer's.
+
+        Args:
+            prompts: Token ids of each prompt.
+            responses: The peer's responses.
+            file: The peer's tensors and gradients (safetensors).
+            vf_coef: Weight of the value loss.
+
+        Returns:
+            Name of the tensor → relative error.
         """
         peer, temperature = load_file(file, DEVICE), self.config.temperature + 1e-7
         width = peer["responses"].shape[1]
-        make = lambda responses: make_rows(prompts, responses, PAD, packed=self.roles.packed).to(DEVICE)  # noqa: E731
-        rows, wide = make(responses), make([[*r, PAD][:width] for r in responses])
+        rows = make_rows(prompts, responses, PAD, packed=self.roles.packed).to(DEVICE)
+        one_longer = [[*r, PAD][:width] for r in responses]  # the peer's values have one more position
+        wide = make_rows(prompts, one_longer, PAD, packed=self.roles.packed).to(DEVICE)
         mask, slots = rows.response_mask, wide.response_mask
         logprobs = response_logprobs(self.roles.policy, rows, temperature)
         values = response_values(self.roles.value_model, wide)
@@ -271,8 +346,8 @@ class Ours:
             for name, p in model.named_parameters():
                 ours[f"gradient.{role}.{name}"] = (p.grad, peer.pop(f"gradient.{role}.{name}"))
             model.zero_grad(set_to_none=True)
-        left = [name for name in peer if name.startswith("gradient.")]
-        assert not left, f"gradients that only the peer has: {left}"
+        missing = [name for name in peer if name.startswith("gradient.")]
+        assert not missing, f"gradients that only the peer has: {missing}"
         self.preflight(prompts)
         return {name: ((a - b).norm() / b.norm()).item() for name, (a, b) in ours.items()}
 

@@ -1,4 +1,4 @@
-"""trl 1.12's numbers for tests/parity/test_trl_ppo.py, made afresh: `make bench BENCH=ppo_parity`."""
+"""Regenerate trl 1.12's numbers for tests/parity/test_trl_ppo.py: `make bench BENCH=ppo_parity`."""
 
 import subprocess
 

@@ -1,10 +1,11 @@
-"""trl 1.12's PPOTrainer as a program, in an environment of its own: what it takes, and every number inside it.
+"""Run trl 1.12's PPOTrainer in its own environment, to measure it and to record its numbers.
 
-    python tests/benchmarks/ppo_peer.py                  answers the bench's questions (ppo.py) as JSON lines
-    python tests/benchmarks/ppo_peer.py --parity FILE    writes what tests/parity/test_trl_ppo.py holds us to
+    python tests/benchmarks/ppo_peer.py                  answer questions of ppo.py as JSON lines
+    python tests/benchmarks/ppo_peer.py --parity FILE    write the file for tests/parity
 
-train() is trl's, unmodified, for one update a question. Prompts come through its own `data_collator`; clocks and ears
-hang on names that it looks up as it runs. Of this project it imports the protocol in pairs.py alone.
+Each question runs trl's unmodified train() for one update. Prompts come through its own
+`data_collator`; clocks and recorders are patched onto names that it looks up as it runs. Of this
+project only pairs.py and its protocol are imported.
 """
 
 import argparse
@@ -14,8 +15,9 @@ import os
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,22 +33,36 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 ROLES = ("policy", "ref_policy", "reward_model", "value_model")
-BATCHES = 100  # in the loader: at its last batch accelerate would step after every micro-batch
+BATCHES = 100
+"""Batches in the loader; at its last one accelerate would step after every micro-batch."""
+RECORDED = (
+    "query_responses", "responses", "logprobs", "ref_logprobs", "values", "scores", "sequence_lengths", "rewards", "kl",
+    "advantages", "returns", "padding_mask", "padding_mask_p1",
+)  # fmt: skip
+"""Local variables of train() that `Peer.capture` records."""
 
 
 class Ids:
-    """All that PPOTrainer reads of a tokenizer here."""
+    """Stand in for a tokenizer with the only fields that PPOTrainer reads here."""
 
     def __init__(self, eos_id: int, pad_id: int):
         self.eos_token_id, self.pad_token_id = eos_id, pad_id
 
 
 def step_options(batch_size: int, micro: int, steps: int) -> dict[str, int]:
-    """Options for `steps` optimizer steps a pass over the batch, from micro-batches of `micro` episodes.
+    """Return the options for several optimizer steps in each pass over the batch.
 
-    trl's batch is per_device_train_batch_size × gradient_accumulation_steps whatever num_mini_batches says, and
-    accelerate steps once in gradient_accumulation_steps micro-batches: N steps of G micro-batches take N·G
-    "mini-batches", each of them one micro-batch.
+    trl's batch is per_device_train_batch_size × gradient_accumulation_steps, whatever
+    num_mini_batches is, and accelerate steps once in gradient_accumulation_steps micro-batches. So
+    N steps of G micro-batches take N·G "mini-batches" of one micro-batch each.
+
+    Args:
+        batch_size: Episodes of the batch.
+        micro: Episodes of a micro-batch.
+        steps: Optimizer steps in each pass.
+
+    Returns:
+        Options of PPOConfig.
     """
     accumulation = batch_size // (micro * steps)
     assert accumulation * micro * steps == batch_size, f"{steps} × {micro} does not divide {batch_size}"
@@ -58,59 +74,67 @@ def step_options(batch_size: int, micro: int, steps: int) -> dict[str, int]:
 
 
 def left_padded(prompts: list[list[int]], pad_id: int) -> torch.Tensor:
+    """Return the prompts as one tensor, padded on the left."""
     width = max(map(len, prompts))
     return torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
 
 
 class Peer:
-    """One PPOTrainer at a time, on models that stay loaded."""
+    """Hold one PPOTrainer at a time, on models that stay loaded."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.models, self.trainer = {}, None
         self.phases = Phases()
 
     def hello(self) -> dict:
+        """Return versions and the number of threads."""
         return versions("torch", "transformers", "trl", "accelerate") | {"threads": torch.get_num_threads()}
 
     def load(self, folders: dict[str, str], dtype: str) -> None:
-        """Four safetensors folders, weights in `dtype`."""
+        """Load the models; `folders` maps roles to folders, `dtype` is that of the weights."""
         self.models, self.trainer = {}, None
         gc.collect()
         for role in ROLES:
             auto = AutoModelForCausalLM if "policy" in role else AutoModelForSequenceClassification
             model = auto.from_pretrained(folders[role], dtype=getattr(torch, dtype))
             self.models[role] = model.requires_grad_(role in ("policy", "value_model")).eval()
-        self.listen()
-
-    def listen(self) -> None:
-        """Once a model: tells the first pass of a generation from the others."""
         self.phases.time_prefill(self.models["policy"].base_model)
 
     def setup(
         self, *, batch_size: int, eos_id: int, pad_id: int, micro: int | None, options: dict, steps: int = 1
     ) -> dict:
-        """A fresh trainer (and optimizer) on the loaded models; → its settings as they really are.
+        """Make a new trainer and optimizer on the loaded models.
 
-        micro: episodes of a micro-batch, `steps` optimizer steps a pass, plain fp32, no checkpointing; None: all of
-        that as trl's defaults have it, but for the number of micro-batches (the batch is theirs). options: PPOConfig's.
+        Args:
+            batch_size: Episodes of an update.
+            eos_id: Token that ends a response.
+            pad_id: Padding.
+            micro: Episodes of a micro-batch, in plain fp32 without checkpointing. None: all of that
+                as in trl's defaults, except for the number of micro-batches (the batch size is
+                fixed).
+            options: Other options of PPOConfig.
+            steps: Optimizer steps in each pass over the batch.
+
+        Returns:
+            The trainer's settings as they really are.
         """
         self.trainer = None
         gc.collect()
-        GradientState._reset_state()  # the last trainer's accumulation, which every Accelerator would share
+        GradientState._reset_state()  # or every Accelerator would share the last trainer's accumulation
         AcceleratorState._reset_state(True)
         self.steps, self.prompts, self.pad_id = steps, None, pad_id
         if micro is None:
-            chosen = {"gradient_accumulation_steps": batch_size // PPOConfig.per_device_train_batch_size}
+            batching = {"gradient_accumulation_steps": batch_size // PPOConfig.per_device_train_batch_size}
         else:
-            chosen = {**step_options(batch_size, micro, steps), "bf16": False, "gradient_checkpointing": False}
-            chosen["local_rollout_forward_batch_size"] = max(64, batch_size)  # 64 is trl's default
-        given = {
-            **chosen,
+            batching = {**step_options(batch_size, micro, steps), "bf16": False, "gradient_checkpointing": False}
+            batching["local_rollout_forward_batch_size"] = max(64, batch_size)  # 64 is trl's default
+        arguments = {
+            **batching,
             **options,
             "output_dir": tempfile.gettempdir() + "/ppo_peer",
-            "total_episodes": batch_size,  # one update a train()
+            "total_episodes": batch_size,  # one update in each train()
             "stop_token": "eos",
-            "lr_scheduler_type": "constant",  # a linear schedule ends with the first train()
+            "lr_scheduler_type": "constant",  # a linear schedule would end with the first train()
             "save_strategy": "no",  # the default saves at the end of every train()
             "use_cpu": not torch.cuda.is_available(),
             "report_to": "none",
@@ -120,7 +144,7 @@ class Peer:
             model.config.pad_token_id = pad_id
         self.models["policy"].generation_config.pad_token_id = pad_id
         self.trainer = PPOTrainer(
-            args=PPOConfig(**given),
+            args=PPOConfig(**arguments),
             processing_class=Ids(eos_id, pad_id),
             model=self.models["policy"],
             ref_model=self.models["ref_policy"],
@@ -133,7 +157,7 @@ class Peer:
         args, policy = self.trainer.args, self.models["policy"]
         checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in policy.modules())
         return {
-            "given": {k: v for k, v in given.items() if k != "output_dir"},
+            "given": {k: v for k, v in arguments.items() if k != "output_dir"},
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "num_mini_batches": args.num_mini_batches,
@@ -145,62 +169,74 @@ class Peer:
             "optimizer": f"{type(self.trainer.optimizer.optimizer).__name__} ({args.optim})",
         }
 
-    def train(self, prompts: list[list[int]], *ears) -> tuple[float, dict]:
-        """One train(), one update: its seconds and what it logged. As many optimizer steps as asked, or an error."""
+    def train(self, prompts: list[list[int]], *patches: AbstractContextManager) -> tuple[float, dict]:
+        """Run one train(), which makes one update, and check its number of optimizer steps.
+
+        Args:
+            prompts: Token ids of each prompt.
+            *patches: Patches that are active meanwhile.
+
+        Returns:
+            Seconds and what the trainer logged.
+        """
         trainer, self.prompts = self.trainer, prompts
         stepped, logged = [], {}
         watched = [self.models["policy"].base_model.norm.weight, self.models["value_model"].score.weight]
         before = [w.detach().clone() for w in watched]
         counter = trainer.optimizer.optimizer.register_step_post_hook(lambda *_: stepped.append(1))
         with ExitStack() as stack:
-            for ear in (patch.object(trainer, "log", logged.update), *ears):
-                stack.enter_context(ear)
+            for one in (patch.object(trainer, "log", logged.update), *patches):
+                stack.enter_context(one)
             began = time.perf_counter()
             trainer.train()
             settle()
             seconds = time.perf_counter() - began
         counter.remove()
         expected = self.steps * trainer.args.num_ppo_epochs
-        assert len(stepped) == expected, f"{len(stepped)} optimizer steps in an update, {expected} were asked for"
+        assert len(stepped) == expected, f"{len(stepped)} optimizer steps in an update instead of {expected}"
         moved = [not torch.equal(w, b) for w, b in zip(watched, before, strict=True)]
-        if self.models["policy"].dtype == torch.float32:  # in bfloat16 a step of 3e-6 is less than a weight's last bit
+        # In bfloat16 a step of 3e-6 is smaller than the last bit of a weight.
+        if self.models["policy"].dtype == torch.float32:
             assert all(moved), f"the steps changed policy, value model: {moved}"
         return seconds, logged
 
     def update(self, prompts: list[list[int]]) -> dict:
-        """Time one update: seconds in all and by phase, response tokens, peak memory."""
+        """Measure one update: seconds in total and by phase, lengths of responses, peak memory."""
         phases, trainer, lengths = self.phases, self.trainer, []
         phases.take()
         reset_peak()
         forward, log, batch_generation = ppo_trainer.forward, trainer.log, ppo_trainer.batch_generation
         policy_and_value = trainer.model
 
-        def timed_forward(model, *args):
+        def timed_forward(model: Any, *args: Any) -> Any:
             if model is not policy_and_value:
                 with phases.phase("reference"):
                     return forward(model, *args)
-            if phases.now is None:  # the first of the update; it ends where trl logs
+            if phases.now is None:  # the first forward pass of the update, which ends when trl logs
                 phases.enter("update")
             return forward(model, *args)
 
-        def timed_generation(model, queries, *args):
+        def timed_generation(model: Any, queries: torch.Tensor, *args: Any) -> Any:
             with phases.phase("decode"):
-                found = batch_generation(model, queries, *args)
-            responses = found[0][:, queries.shape[1] :]
+                generated = batch_generation(model, queries, *args)
+            responses = generated[0][:, queries.shape[1] :]
             lengths.extend((responses != self.pad_id).sum(-1).tolist())
-            return found
+            return generated
 
-        def timed_log(metrics):
+        def timed_log(metrics: dict) -> None:
             phases.leave()
             log(metrics)
 
         reward_model = trainer.reward_model
-        by_role = lambda model, *_: "reward" if model is reward_model else "value"  # noqa: E731
+
+        def phase_of(model: Any, *_: Any) -> str:
+            return "reward" if model is reward_model else "value"
+
         seconds, _ = self.train(
             prompts,
             patch.object(ppo_trainer, "forward", timed_forward),
             patch.object(ppo_trainer, "batch_generation", timed_generation),
-            patch.object(ppo_trainer, "get_reward", phases.timed(ppo_trainer.get_reward, by_role)),
+            patch.object(ppo_trainer, "get_reward", phases.timed(ppo_trainer.get_reward, phase_of)),
             patch.object(trainer, "log", timed_log),
         )
         taken = phases.take()
@@ -208,15 +244,23 @@ class Peer:
         return {"seconds": seconds, "phases": taken, "lengths": lengths, "peak_bytes": peak_bytes()}
 
     def capture(self, prompts: list[list[int]], responses: list[list[int]] | None = None) -> tuple[dict, dict, dict]:
-        """One update as train() really computes it → (tensors of the rollout, gradients a step, losses and metrics).
+        """Record one update as train() really computes it.
 
-        responses: given ones in place of sampled ones; their logits are those of trl's own forward.
+        Args:
+            prompts: Token ids of each prompt.
+            responses: Fixed responses instead of sampled ones; their logits come from trl's own
+                forward.
+
+        Returns:
+            The tensors of the rollout, the gradients of each step, and losses and logged metrics.
         """
         trainer, rollout, gradients, losses = self.trainer, {}, [], []
         forward, whiten, backward = ppo_trainer.forward, ppo_trainer.masked_whiten, trainer.accelerator.backward
-        done = []  # rows that are generated: trl asks for a few at a time
+        done = []  # responses handed out so far: trl asks for a few rows at a time
 
-        def given(model, queries, pad_id, _):
+        def fixed_responses(
+            model: Any, queries: torch.Tensor, pad_id: int, _: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             part = responses[len(done) : len(done) + len(queries)]
             width = max(map(len, responses))
             done.extend(part)
@@ -224,43 +268,50 @@ class Peer:
             logits = forward(model, ids, pad_id).logits[:, queries.shape[1] - 1 : -1]
             return ids, logits / (trainer.args.temperature + 1e-7)
 
-        def heard_whiten(values, mask, shift_mean=True):
+        def recording_whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
             rollout["advantages_before" if shift_mean else "rewards_before"] = values.clone()
             return whiten(values, mask, shift_mean)
 
-        def heard_forward(model, *args):
+        def recording_forward(model: Any, *args: Any) -> Any:
             if model is trainer.model and "advantages" not in rollout:
-                local = sys._getframe(1).f_locals  # train()'s own variables, when all of them are there
-                names = "query_responses responses logprobs ref_logprobs values scores sequence_lengths rewards kl"
-                for name in (*names.split(), "advantages", "returns", "padding_mask", "padding_mask_p1"):
+                local = sys._getframe(1).f_locals  # train()'s own variables, all of them set by now
+                for name in RECORDED:
                     rollout[name] = local[name].clone()
                 rollout["context_length"] = torch.tensor(local["context_length"])
             return forward(model, *args)
 
-        def heard_backward(loss):
+        def recording_backward(loss: torch.Tensor) -> None:
             local = sys._getframe(1).f_locals
             parts = (("policy", "pg_loss"), ("value", "vf_loss"), ("all", "loss"))
             losses.append({name: local[variable].item() for name, variable in parts})
             backward(loss)
 
-        def heard_step(*_):
+        def record_gradients(*_: Any) -> None:
             named = trainer.model.named_parameters()
             gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
 
-        ears = [
-            patch.object(ppo_trainer, "masked_whiten", heard_whiten),
-            patch.object(ppo_trainer, "forward", heard_forward),
-            patch.object(trainer.accelerator, "backward", heard_backward),
+        patches = [
+            patch.object(ppo_trainer, "masked_whiten", recording_whiten),
+            patch.object(ppo_trainer, "forward", recording_forward),
+            patch.object(trainer.accelerator, "backward", recording_backward),
         ]
         if responses is not None:
-            ears.append(patch.object(ppo_trainer, "generate", given))
-        ear = trainer.optimizer.optimizer.register_step_pre_hook(heard_step)
-        _, logged = self.train(prompts, *ears)
-        ear.remove()
+            patches.append(patch.object(ppo_trainer, "generate", fixed_responses))
+        hook = trainer.optimizer.optimizer.register_step_pre_hook(record_gradients)
+        _, logged = self.train(prompts, *patches)
+        hook.remove()
         return rollout, gradients, {"losses": losses, "logged": logged}
 
     def numbers(self, prompts: list[list[int]], file: str) -> dict:
-        """`capture` for the bench: tensors and the first step's gradients into a safetensors file, responses back."""
+        """Record one update and save its tensors for the benchmark.
+
+        Args:
+            prompts: Token ids of each prompt.
+            file: Where the rollout and the gradients of the first step are saved (safetensors).
+
+        Returns:
+            The responses without padding, the losses and the weight of the value loss.
+        """
         rollout, gradients, rest = self.capture(prompts)
         tensors = {**rollout, **{f"gradient.{n}": g for n, g in gradients[0].items()}}
         save_file({k: v.contiguous() for k, v in tensors.items()}, file)
@@ -269,7 +320,7 @@ class Peer:
         return {"responses": responses, "losses": rest["losses"], "vf_coef": self.trainer.args.vf_coef}
 
 
-# The parity file: tiny models, fixed episodes, every number of two steps.
+# The parity file: tiny models, fixed episodes, and all numbers of two steps.
 
 PAD, EOS, VOCAB = 0, 1, 20
 TINY = {
@@ -297,6 +348,8 @@ RESPONSES = [  # five end early, one ends with the last token, two are cut off
     [19, 5, 10, 2, 2, 16],
     [7, 18, 3, EOS],
 ]
+WEIGHTS = "A Llama whose every weight is a normal number from its own seed (× 0.5; + 1 for norms), by order of name."
+"""How `tiny` draws weights, as recorded in the parity file."""
 CASES = [
     {"temperature": 1.0, "kl_estimator": "k1", "whiten_rewards": False, "missing_eos_penalty": 1.0},
     {"temperature": 0.7, "kl_estimator": "k1", "whiten_rewards": True, "missing_eos_penalty": 1.0},
@@ -310,13 +363,21 @@ COMMON = {
     "cliprange": 0.1,
     "cliprange_value": 0.1,
     "vf_coef": 0.5,
-    "num_ppo_epochs": 2,  # the second step finds ratios that are not 1, and clips
+    "num_ppo_epochs": 2,  # in the second step ratios differ from 1, and some are clipped
     "learning_rate": 0.05,
 }
 
 
-def tiny(auto, seed: int):
-    """A Llama whose every weight is a normal number from its own seed (× 0.5; + 1 for norms), by order of name."""
+def tiny(auto: Any, seed: int) -> Any:
+    """Make a tiny Llama whose weights are normal numbers times 0.5 (plus 1 for norms).
+
+    Args:
+        auto: Class of the model, such as AutoModelForCausalLM.
+        seed: Seed of the weights, drawn in the order of their names.
+
+    Returns:
+        The model.
+    """
     model = auto.from_config(transformers.LlamaConfig(**TINY, num_labels=1)).float()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -325,8 +386,8 @@ def tiny(auto, seed: int):
     return model.eval()
 
 
-def rounded(x):
-    """Six digits are enough for a comparison to 1e-4."""
+def rounded(x: Any) -> Any:
+    """Round every number to six digits, enough for a comparison to 1e-4."""
     if isinstance(x, torch.Tensor):
         x = x.tolist()
     if isinstance(x, (list, tuple)):
@@ -337,6 +398,7 @@ def rounded(x):
 
 
 def parity(file: Path) -> None:
+    """Write every number of two steps in each case into `file`."""
     cases = []
     for case in CASES:
         peer = Peer()
@@ -346,7 +408,7 @@ def parity(file: Path) -> None:
         sums = {role: sum(p.double().abs().sum().item() for p in m.parameters()) for role, m in peer.models.items()}
         settings = {**COMMON, **case}
         np.random.seed(0)
-        really = peer.setup(
+        effective = peer.setup(
             batch_size=len(PROMPTS),
             eos_id=EOS,
             pad_id=PAD,
@@ -354,11 +416,11 @@ def parity(file: Path) -> None:
             options={
                 **settings,
                 "response_length": max(map(len, RESPONSES)),
-                "optim": "sgd",  # Adam's first step is a sign: it would blow rounding up
+                "optim": "sgd",  # Adam's first step is a sign, which would magnify rounding errors
             },
         )
         rollout, gradients, rest = peer.capture(PROMPTS, RESPONSES)
-        said = [
+        names_of_rollout = [
             "logprobs",
             "ref_logprobs",
             "values",
@@ -369,15 +431,15 @@ def parity(file: Path) -> None:
             "advantages",
             "returns",
         ]
-        rollout = {k: rollout[k] for k in said}
-        names = ("policy/clipfrac_avg", "val/clipfrac_avg", "loss/policy_avg", "loss/value_avg")
+        rollout = {k: rollout[k] for k in names_of_rollout}
+        logged_names = ("policy/clipfrac_avg", "val/clipfrac_avg", "loss/policy_avg", "loss/value_avg")
         cases.append(
             {
                 "settings": settings,
-                "optimizer": really["optimizer"],
+                "optimizer": effective["optimizer"],
                 "rollout": rollout,
                 "losses": rest["losses"],
-                "logged": {name: rest["logged"][name] for name in names},
+                "logged": {name: rest["logged"][name] for name in logged_names},
                 "gradients": gradients,
             }
         )
@@ -385,7 +447,7 @@ def parity(file: Path) -> None:
     whole = {
         "command": "make bench BENCH=ppo_parity",
         "versions": versions("torch", "transformers", "trl", "accelerate"),
-        "weights": " ".join(tiny.__doc__.split()),
+        "weights": WEIGHTS,
         "model": TINY,
         "seeds": SEEDS,
         "absolute_sums": sums,
@@ -398,12 +460,13 @@ def parity(file: Path) -> None:
 
 
 def main() -> None:
+    """Write the parity file or answer questions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parity", type=Path, metavar="FILE")
-    asked = parser.parse_args()
+    parser.add_argument("--parity", type=Path, metavar="FILE", help="write the parity file and exit")
+    args = parser.parse_args()
     torch.use_deterministic_algorithms(False)
-    if asked.parity:
-        parity(asked.parity)
+    if args.parity:
+        parity(args.parity)
     else:
         peer = Peer()
         serve({name: getattr(peer, name) for name in ("hello", "load", "setup", "update", "numbers")})

@@ -1,18 +1,17 @@
-"""Our rm and dpo as a program that answers the bench's questions (preferences.py) as JSON lines.
+"""Answer the questions of the preference benchmarks (preferences.py) with our rm or dpo.
 
     python tests/benchmarks/preferences_ours.py rm|dpo
 
-`step` does what one step of `fit` does in stages/rm.py or stages/dpo.py, with their functions and defaults; on a GPU
-all of a step's prompts in one forward.
+Questions and answers are JSON lines. `step` does what one step of `fit` does in stages/rm.py or
+stages/dpo.py, with their functions and defaults, except that on a GPU all prompts of a step go into
+one forward pass.
 """
 
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-
-from stages.settings import dpo as dpo_settings
-from stages.settings import rm as rm_settings
+from typing import Any, Self
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -28,6 +27,8 @@ from stages.models.forward import response_logprobs, response_scores
 from stages.models.loading import load_policy, load_scalar_model
 from stages.models.packing import can_pack
 from stages.objectives.logprobs import sequence_logps
+from stages.settings import dpo as dpo_settings
+from stages.settings import rm as rm_settings
 from stages.shared.runtime import make_accelerator
 from stages.training import ranking
 from stages.training.batching import GroupBatches
@@ -38,22 +39,30 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Ours:
-    """The model that learns, its optimizer and, for dpo, the reference."""
+    """Hold the model that learns, its optimizer and, for dpo, the reference."""
 
     def __init__(self, bench: str):
+        """Choose the stage, "rm" or "dpo", with its default settings."""
         self.bench, self.phases, self.tokens = bench, Phases(), 0
         self.settings = rm_settings.RMSettings() if bench == "rm" else dpo_settings.DPOSettings()
 
     def hello(self) -> dict:
+        """Return versions and the number of threads."""
         return versions("torch", "transformers", "accelerate") | {"threads": torch.get_num_threads()}
 
     def craft(self, model: str, folder: str) -> dict:
+        """Write the models of a shape into a folder; see `ppo_models.craft`."""
         return craft(SHAPES[model], Path(folder), device=DEVICE, dtype="float32" if DEVICE == "cpu" else "bfloat16")
 
     def load(self, folder: str, dtype: str) -> None:
-        """Weights in fp32 as in every stage; products in `dtype`."""
+        """Load the models with fp32 weights, as every stage does, and make an optimizer.
+
+        Args:
+            folder: Folder that holds a model folder for each role.
+            dtype: Data type of the products.
+        """
         self.model = self.reference = self.trainee = None
-        AcceleratorState._reset_state(True)  # the last one's dtype, which every Accelerator would share
+        AcceleratorState._reset_state(True)  # or every Accelerator would share the last one's dtype
         self.dtype, self.accelerator = dtype, make_accelerator(DEVICE, dtype)
         if self.bench == "rm":
             models = [load_scalar_model(Path(folder) / "reward_model")]
@@ -67,21 +76,33 @@ class Ours:
         self.trainee = make_trainee("model", self.model, learning_rate=1e-6, max_grad_norm=self.settings.max_grad_norm)
         self.phases.time_optimizer(self.trainee.optimizer)
 
-    def count(self, _, args, kwargs) -> None:
-        """Tokens that pass through the trunk, padding too."""
+    def count(self, _: Any, args: tuple, kwargs: dict) -> None:
+        """Count the tokens that pass through the trunk, padding included."""
         self.tokens += kwargs.get("input_ids", args[0] if args else torch.empty(0)).numel()
 
     def config(self) -> dict:
+        """Return the settings that decide the time of a step."""
         names = ("per_device_train_batch_size", "loss_type")
         return {name: getattr(self.settings, name) for name in names} | {"packed": self.packed}
 
     def step(self, rankings: list[dict]) -> dict:
-        """Time one optimizer step over the rankings; on a GPU, whose memory was given back, the second of two."""
+        """Measure one optimizer step over the rankings.
+
+        On a GPU the second of two steps is measured, because the first has to allocate memory that
+        was given back.
+
+        Args:
+            rankings: {"prompt", "responses", "ranks"} of each prompt, as token ids.
+
+        Returns:
+            As `one_step`.
+        """
         if DEVICE == "cuda":
             self.one_step(rankings)
         return self.one_step(rankings)
 
     def one_step(self, rankings: list[dict]) -> dict:
+        """Take one optimizer step; return its seconds, phases, tokens and peak memory."""
         groups, self.tokens = groups_of(rankings), 0
         if DEVICE == "cuda":
             self.settings = self.settings.model_copy(update={"per_device_train_batch_size": len(groups)})
@@ -98,7 +119,8 @@ class Ours:
         taken["update"] = seconds - sum(taken.values())
         return {"seconds": seconds, "phases": taken, "tokens": self.tokens, "peak_bytes": peak_bytes()}
 
-    def reference_logps(self, groups):
+    def reference_logps(self, groups: list[PromptGroup]) -> list[torch.Tensor] | None:
+        """Compute the reference's log-probability of each response; None for a reward model."""
         if self.bench == "rm":
             return None
         reference = Reference(
@@ -113,12 +135,21 @@ class Ours:
         with self.phases.phase("reference"):
             return reference.logps("train", self.batches(groups))
 
-    def batches(self, groups) -> GroupBatches:
+    def batches(self, groups: list[PromptGroup]) -> GroupBatches:
+        """Cut the groups into micro-batches by the stage's settings."""
         c = self.settings
         return GroupBatches(groups, c.per_device_train_batch_size, c.per_device_train_tokens, self.packed)
 
-    def gradients(self, groups, references) -> float:
-        """What `loss` and `backward` do in the stage's `fit`: all micro-batches of the batch; → the loss."""
+    def gradients(self, groups: list[PromptGroup], references: list[torch.Tensor] | None) -> float:
+        """Compute the gradients of one batch as the stage's `fit` does.
+
+        Args:
+            groups: The rankings of the batch.
+            references: The reference's log-probabilities of each ranking, for dpo.
+
+        Returns:
+            The loss.
+        """
         total, c, n = 0.0, self.settings, len(groups)
         for rows in self.batches(groups).to_train(list(range(n))):
             batch = batch_groups([groups[i] for i in rows], PAD, packed=self.packed).to(self.accelerator.device)
@@ -138,7 +169,16 @@ class Ours:
         return total
 
     def compare(self, rankings: list[dict], file: str, loss: float) -> dict:
-        """‖ours − peer's‖ / ‖peer's‖ of the loss and of each weight's gradient."""
+        """Compute the relative error ‖ours − peer's‖ / ‖peer's‖ of the loss and of each gradient.
+
+        Args:
+            rankings: As in `step`.
+            file: The peer's gradients (safetensors).
+            loss: The peer's loss.
+
+        Returns:
+            Name of the weight, or "loss" → relative error.
+        """
         groups = groups_of(rankings)
         ours = self.gradients(groups, self.reference_logps(groups))
         errors, peer = {"loss": abs(ours - loss) / abs(loss)}, load_file(file)
@@ -150,23 +190,25 @@ class Ours:
         return errors
 
     def ceilings(self) -> dict:
+        """Measure the peak speed of the device; see `ppo_models.ceilings`."""
         return ceilings(DEVICE, self.dtype)
 
 
 class Silent:
-    """A progress bar that shows nothing."""
+    """Stand in for a progress bar and show nothing."""
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         pass
 
-    def update(self, *_, **__):
+    def update(self, *_: Any, **__: Any) -> None:
         pass
 
 
 def groups_of(rankings: list[dict]) -> list[PromptGroup]:
+    """Convert rankings from JSON into prompt groups."""
     return [PromptGroup(r["prompt"], r["responses"], tuple(r["ranks"])) for r in rankings]
 
 

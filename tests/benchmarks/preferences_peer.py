@@ -1,10 +1,11 @@
-"""trl 1.16's RewardTrainer and DPOTrainer as a program that answers the bench's questions (preferences.py).
+"""Answer the questions of the preference benchmarks (preferences.py) with trl 1.16's trainers.
 
     python tests/benchmarks/preferences_peer.py rm|dpo
 
-train() is trl's, unmodified, for one optimizer step a question, from its own collator on ready ids; timed from the
-beginning of the step to its end, so that what a run does once is not counted (nor is its collation, which it does
-before).
+The trainers are RewardTrainer and DPOTrainer. Each question runs trl's unmodified train() for one
+optimizer step, with trl's own collator on token ids. The time is taken from the beginning of the
+step to its end, so work done once in a run does not count; nor does collation, which happens
+before.
 """
 
 import gc
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -31,32 +33,39 @@ from data.tokenizer import train_tokenizer
 
 
 class Clock(TrainerCallback):
-    """When the step began and ended."""
+    """Record when the step began and how long it took."""
 
-    def on_step_begin(self, *_, **__):
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
         settle()
         self.began = time.perf_counter()
 
-    def on_step_end(self, *_, **__):
+    def on_step_end(self, *_: Any, **__: Any) -> None:
         settle()
         self.seconds = time.perf_counter() - self.began
 
 
 class Peer:
-    """One trainer at a time, on models that stay loaded."""
+    """Hold one trainer at a time, on models that stay loaded."""
 
     def __init__(self, bench: str):
+        """Choose the trainer, "rm" or "dpo", and make a tokenizer for it."""
         self.bench, self.trainer, self.micro = bench, None, None
         self.phases, self.clock = Phases(), Clock()
-        self.tokenizer = train_tokenizer(["a few words"] * 3, vocab_size=300)  # all that is read of it: its padding
+        self.tokenizer = train_tokenizer(["a few words"] * 3, vocab_size=300)  # trl reads only its padding
         assert self.tokenizer.pad_token_id < FIRST_WORD, "a response might end with padding"
         disable_progress_bar()
 
     def hello(self) -> dict:
+        """Return versions and the number of threads."""
         return versions("torch", "transformers", "trl", "accelerate") | {"threads": torch.get_num_threads()}
 
     def load(self, folder: str, dtype: str) -> None:
-        """Weights in fp32 (trl's own default where bf16 is asked for); products in `dtype`."""
+        """Load the models with fp32 weights, trl's own default for bf16.
+
+        Args:
+            folder: Folder that holds a model folder for each role.
+            dtype: Data type of the products.
+        """
         self.dtype, self.trainer, self.micro = dtype, None, None
         self.model = self.reference = self.optimizer = None
         gc.collect()
@@ -67,13 +76,19 @@ class Peer:
         for model in models:
             model.register_forward_pre_hook(self.count, with_kwargs=True)
 
-    def count(self, _, args, kwargs) -> None:
-        """Tokens that pass through a model, padding too."""
+    def count(self, _: Any, args: tuple, kwargs: dict) -> None:
+        """Count the tokens that pass through a model, padding included."""
         self.tokens += kwargs.get("input_ids", args[0] if args else torch.empty(0)).numel()
 
     def setup(self, examples: list[dict], micro: int) -> None:
-        """A trainer whose one step is over all of the examples, `micro` pairs at a time; the optimizer stays as long as
-        that does."""
+        """Make a trainer whose single step covers all examples.
+
+        The trainer and its optimizer are reused as long as the sizes stay the same.
+
+        Args:
+            examples: Rows for trl's collator.
+            micro: Pairs of a micro-batch.
+        """
         self.tokens = 0
         dataset = Dataset.from_list(examples)
         accumulation = len(examples) // micro
@@ -88,7 +103,7 @@ class Peer:
             "gradient_accumulation_steps": accumulation,
             "gradient_checkpointing": False,
             "learning_rate": 1e-6,
-            "lr_scheduler_type": "constant",  # a linear one ends with the first train()
+            "lr_scheduler_type": "constant",  # a linear schedule would end with the first train()
             "bf16": self.dtype == "bfloat16",
             "use_cpu": not torch.cuda.is_available(),
             "save_strategy": "no",
@@ -98,19 +113,25 @@ class Peer:
             "max_length": None,
             "dataloader_pin_memory": False,
         }
-        text = Dataset.from_list([{"prompt": "a", "chosen": " few", "rejected": " words"}])  # which it may encode
-        shared = {"model": self.model, "processing_class": self.tokenizer, "train_dataset": text}
-        shared["callbacks"] = [self.clock]
+        # The constructor encodes its data set, so it gets some text; the token ids come after.
+        text = Dataset.from_list([{"prompt": "a", "chosen": " few", "rejected": " words"}])
+        shared = {
+            "model": self.model,
+            "processing_class": self.tokenizer,
+            "train_dataset": text,
+            "callbacks": [self.clock],
+        }
         if self.bench == "rm":
             self.trainer = RewardTrainer(args=RewardConfig(**common), **shared)
         else:
             self.trainer = DPOTrainer(args=DPOConfig(**common), ref_model=self.reference, **shared)
         self.trainer.train_dataset, self.micro = dataset, (micro, accumulation)
         self.trainer.create_optimizer()
-        self.optimizer = self.trainer.optimizer  # accelerate wraps it later
+        self.optimizer = self.trainer.optimizer  # before accelerate wraps it
         self.phases.time_optimizer(self.optimizer)
 
     def config(self) -> dict:
+        """Return the settings that decide the time of a step, as they really are."""
         args = self.trainer.args
         checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in self.trainer.model.modules())
         return {
@@ -123,13 +144,24 @@ class Peer:
         }
 
     def step(self, rankings: list[dict], micro: int) -> dict:
-        """Time one optimizer step over all pairs of the rankings; on a GPU, whose memory was given back, the second of
-        two."""
+        """Measure one optimizer step over all pairs of the rankings.
+
+        On a GPU the second of two steps is measured, because the first has to allocate memory that
+        was given back.
+
+        Args:
+            rankings: {"prompt", "responses", "ranks"} of each prompt, as token ids.
+            micro: Pairs of a micro-batch.
+
+        Returns:
+            As `one_step`.
+        """
         if torch.cuda.is_available():
             self.one_step(rankings, micro)
         return self.one_step(rankings, micro)
 
     def one_step(self, rankings: list[dict], micro: int) -> dict:
+        """Take one optimizer step; return its seconds, phases, tokens and peak memory."""
         self.setup(self.examples(rankings), micro)
         watched, stepped = next(self.model.parameters()), []
         before = watched.detach().clone()
@@ -138,7 +170,7 @@ class Peer:
         reset_peak()
         self.trainer.train()
         counter.remove()
-        assert len(stepped) == 1, f"{len(stepped)} optimizer steps in place of one"
+        assert len(stepped) == 1, f"{len(stepped)} optimizer steps instead of one"
         assert not torch.equal(before, watched), "the step changed nothing"
         optimizer = self.phases.take().get("optimizer", 0.0)
         return {
@@ -149,12 +181,12 @@ class Peer:
         }
 
     def examples(self, rankings: list[dict]) -> list[dict]:
-        """Rows for trl's collators: every pair of every ranking."""
+        """Return rows for trl's collators: every pair of every ranking."""
         rows = []
         for r in rankings:
             order = sorted(range(len(r["ranks"])), key=lambda i: r["ranks"][i])
-            for place, i in enumerate(order):
-                for j in order[place + 1 :]:
+            for rank, i in enumerate(order):
+                for j in order[rank + 1 :]:
                     chosen, rejected = r["responses"][i], r["responses"][j]
                     if self.bench == "rm":
                         rows.append({"chosen_ids": r["prompt"] + chosen, "rejected_ids": r["prompt"] + rejected})
@@ -163,7 +195,15 @@ class Peer:
         return rows
 
     def numbers(self, rankings: list[dict], file: str) -> dict:
-        """Loss and gradients by trl's compute_loss on all pairs in one batch; gradients into a safetensors file."""
+        """Compute loss and gradients with trl's compute_loss, all pairs in one batch.
+
+        Args:
+            rankings: As in `step`.
+            file: Where the gradients are saved (safetensors).
+
+        Returns:
+            The loss.
+        """
         examples = self.examples(rankings)
         self.setup(examples, len(examples))
         inputs = self.trainer._prepare_inputs(self.trainer.data_collator(examples))

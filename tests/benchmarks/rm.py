@@ -1,4 +1,6 @@
-"""The reward model against trl 1.16's RewardTrainer. `make bench BENCH=rm`; all of it is in preferences.py."""
+"""Measure the reward model against trl 1.16's RewardTrainer (`make bench BENCH=rm`; see
+preferences.py).
+"""
 
 import sys
 

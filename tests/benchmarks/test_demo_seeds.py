@@ -1,23 +1,23 @@
-"""The table of the demo over seeds, from invented results: means, paired differences and their intervals by hand."""
+"""Test the demo's table over seeds on invented results, with intervals computed by hand."""
 
 import importlib.util
 import json
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))  # where the benchmarks are started from
+sys.path.insert(0, str(HERE))  # benchmarks import each other from their own folder
 
 
-def load(name):
-    """A benchmark as a module; not by a plain import, so that its name is not left in sys.modules."""
+def load(name: str) -> ModuleType:
+    """Load a benchmark as a module, without leaving its name in sys.modules."""
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", HERE / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
@@ -27,11 +27,11 @@ T_2 = 4.3027
 """The 0.975 quantile of Student's t with 2 degrees of freedom."""
 GOLD = {"base": 0.4, "sft": 0.6, "ppo": 0.8, "dpo": 0.7, "best_of_n": 0.85}
 GAIN = {3: 0.20, 4: 0.22, 5: 0.24}
-"""PPO's gold less SFT's on each seed."""
+"""Gold of PPO less that of SFT on each seed."""
 
 
-def results(seed):
-    """results.json of a seed: worlds differ by 0.1 in gold, PPO's gain by 0.02."""
+def results(seed: int) -> dict:
+    """Return results.json of a seed: worlds differ by 0.1 in gold, PPO's gain by 0.02."""
     policies = {}
     for name, gold in GOLD.items():
         gold = gold + 0.1 * (seed - 4) + (GAIN[seed] - 0.2 if name == "ppo" else 0.0)
@@ -52,17 +52,17 @@ def results(seed):
 
 
 class Store:
-    """Finished artifacts of a seed: results.json, and manifests of stages that took 7 seconds each."""
+    """Stand in for the artifacts of a seed: results.json, and stages that took 7 seconds each."""
 
-    def __init__(self, folder, seed, **changes):
-        self.place = folder / f"seed{seed}"
-        (self.place / "evaluate").mkdir(parents=True)
-        (self.place / "evaluate" / "results.json").write_text(json.dumps(results(seed) | changes))
+    def __init__(self, folder: Path, seed: int, **changes: object):
+        self.base = folder / f"seed{seed}"
+        (self.base / "evaluate").mkdir(parents=True)
+        (self.base / "evaluate" / "results.json").write_text(json.dumps(results(seed) | changes))
 
-    def folder(self, stage):
-        return self.place / stage
+    def folder(self, stage: str) -> Path:
+        return self.base / stage
 
-    def manifest(self, stage):
+    def manifest(self, stage: str) -> dict:
         return {
             "started_at": "2026-11-29T10:00:00+00:00", "finished_at": "2026-11-29T10:00:07+00:00",
             "git": {"commit": "0123456789", "dirty": False}, "versions": {}, "threads": 2,
@@ -70,11 +70,12 @@ class Store:
         }  # fmt: skip
 
 
-ASKED = SimpleNamespace(name="tiny", config="tiny.yaml", overrides=[])
+ARGS = SimpleNamespace(name="tiny", config="tiny.yaml", overrides=[])
 
 
-def row_of(folder, seed, **changes):
-    return demo_seeds.line(Store(folder, seed, **changes), ASKED, seed)
+def row_of(folder: Path, seed: int, **changes: object) -> dict:
+    """Return the row of a seed with changes to its results.json."""
+    return demo_seeds.line(Store(folder, seed, **changes), ARGS, seed)
 
 
 @pytest.fixture
@@ -82,14 +83,14 @@ def rows(tmp_path):
     return [row_of(tmp_path, seed) for seed in (3, 4, 5)]
 
 
-def cells(rows, name):
-    """The cells of a line of the table."""
+def cells(rows: list[dict], name: str) -> list[str]:
+    """Return the cells of one line of the table."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in demo_seeds.table(rows).splitlines()]
-    (found,) = [line[1:] for line in lines if line[0] == name]
-    return found
+    (matching,) = [line[1:] for line in lines if line[0] == name]
+    return matching
 
 
-def test_a_column_a_seed_and_the_mean_with_its_interval_over_seeds(rows):
+def test_a_column_for_each_seed_and_the_mean_with_its_interval(rows):
     """Perplexities 2.3, 2.4, 2.5: 2.4 ± t · 0.1/√3."""
     half = T_2 * 0.1 / math.sqrt(3)
     assert cells(rows, "pretraining perplexity: SFT") == [
@@ -99,7 +100,7 @@ def test_a_column_a_seed_and_the_mean_with_its_interval_over_seeds(rows):
 
 
 def test_differences_are_paired_by_seed(rows):
-    """Worlds differ by 0.1 in gold and the gains by 0.02 only: 0.22 ± t · 0.02/√3, far from 0."""
+    """Worlds differ by 0.1 in gold, gains only by 0.02: 0.22 ± t · 0.02/√3, far from 0."""
     half = T_2 * 0.02 / math.sqrt(3)
     expected = ["0.200", "0.220", "0.240", f"0.220 ({0.22 - half:.3f} to {0.22 + half:.3f})"]
     assert cells(rows, "gold, all prompts: PPO-ptx − SFT") == expected
@@ -108,7 +109,7 @@ def test_differences_are_paired_by_seed(rows):
     assert cells(rows, "gold, all prompts: DPO − SFT")[:3] == ["0.100"] * 3
 
 
-def test_both_halves_are_there_and_how_base_was_asked(rows):
+def test_both_halves_are_shown_and_how_base_was_prompted(rows):
     assert cells(rows, "gold, all prompts: base (prompted in plain text)")[:3] == ["0.300", "0.400", "0.500"]
     assert cells(rows, "gold, held-out tasks: best of 16")[:3] == ["0.700", "0.800", "0.900"]
 
@@ -120,7 +121,7 @@ def test_the_reward_model_beside_its_ceiling(rows):
 
 
 def test_no_ratio_of_small_differences_is_printed(rows):
-    """A share of the way from SFT to the best of n was one: −35 % of the way says nothing."""
+    """Omit the share of the way from SFT to the best of n: −35 % of the way means nothing."""
     assert "of the way" not in demo_seeds.table(rows) and "of_the_way" not in json.dumps(rows)
 
 
@@ -138,27 +139,27 @@ def test_the_reported_seeds_are_not_those_that_settings_were_chosen_on():
 
 
 @pytest.mark.parametrize(
-    "changes, says",
-    [({"judge": "reward_model"}, "needs the embedded world's gold"), ({"samples_per_prompt": 1}, "give 2 or more")],
+    "changes, message",
+    [({"judge": "reward_model"}, "needs the embedded world's gold"), ({"samples_per_prompt": 1}, "use 2 or more")],
 )
-def test_results_that_the_table_cannot_be_made_of_are_refused(tmp_path, changes, says):
-    with pytest.raises(ValueError, match=says):
+def test_unsuitable_results_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
         row_of(tmp_path, 4, **changes)
 
 
-def test_a_chain_that_fails_ends_it(tmp_path, monkeypatch, capsys):
-    """Each seed is a run of `rlhf` with the seed, a name of its own and the settings of the command line."""
-    seen = []
+def test_a_failing_chain_ends_the_run(tmp_path, monkeypatch, capsys):
+    """Each seed is a run of `rlhf` with the seed, its own name and the given settings."""
+    commands = []
     monkeypatch.setattr(
-        demo_seeds.subprocess, "run", lambda words, **_: seen.append(words) or SimpleNamespace(returncode=3)
+        demo_seeds.subprocess, "run", lambda command, **_: commands.append(command) or SimpleNamespace(returncode=3)
     )
-    words = ["-c", str(HERE.parent / "resume" / "micro.yaml"), "--artifacts", str(tmp_path), "ppo.kl_coef=1"]
-    assert demo_seeds.command(demo_seeds.run, words) == 2
+    argv = ["-c", str(HERE.parent / "resume" / "micro.yaml"), "--artifacts", str(tmp_path), "ppo.kl_coef=1"]
+    assert demo_seeds.run_command(demo_seeds.run, argv) == 2
     assert "error: seed 3: ended with exit code 3" in capsys.readouterr().err
-    (asked,) = seen
-    assert asked[3:5] == ["run", "report"] and asked[-3:] == ["name=micro-seed3", "seed=3", "ppo.kl_coef=1"]
+    (command,) = commands
+    assert command[3:5] == ["run", "report"] and command[-3:] == ["name=micro-seed3", "seed=3", "ppo.kl_coef=1"]
 
 
-def test_a_config_that_is_not_there(capsys):
-    assert demo_seeds.command(demo_seeds.run, ["-c", "none.yaml"]) == 2
+def test_a_missing_config_is_an_error(capsys):
+    assert demo_seeds.run_command(demo_seeds.run, ["-c", "none.yaml"]) == 2
     assert "none.yaml: no such file" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The arithmetic of the benchmarks that compare policies along independent routes; stages that are shared."""
+"""Test the benchmarks that compare policies: arithmetic, checked independently, and sharing."""
 
 import importlib.util
 import itertools
@@ -8,32 +8,33 @@ import os
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks import sweeps from their own folder
+
+from sweeps import estimates, runner
+from sweeps.estimates import Series
+from sweeps.page import page, plot_of, plots_of, table
+from sweeps.points import Point, Variant, best_of_points, policy_point, save_rows, variants_of
+from sweeps.text import markdown, with_interval
+
+from pipeline.chain import assess
+from pipeline.config.validation import load_experiment
+from pipeline.stage import StopFlag
+from pipeline.store.artifacts import ArtifactStore
+from stages.page.drawing import picture
+from tests.pipeline import fakes
+
 HERE = Path(__file__).resolve().parent
 MICRO = ["-c", str(HERE.parent / "resume" / "micro.yaml"), "ppo.kl_target=null"]
-sys.path.insert(0, str(HERE))  # where the benchmarks are started from
-
-from sweeps import beside, estimates  # noqa: E402
-from sweeps.estimates import Series  # noqa: E402
-from sweeps.page import page, plot_of, plots_of, table  # noqa: E402
-from sweeps.points import Point, Variant, best_of_points, keep, policy_point, variants_of  # noqa: E402
-from sweeps.words import markdown, with_interval  # noqa: E402
-
-from pipeline.chain import assess  # noqa: E402
-from pipeline.config.validation import load_experiment  # noqa: E402
-from pipeline.stage import StopFlag  # noqa: E402
-from pipeline.store.artifacts import ArtifactStore  # noqa: E402
-from stages.page.drawing import picture  # noqa: E402
-from tests.pipeline import fakes  # noqa: E402
 
 
-def load(name):
-    """A benchmark as a module; not by a plain import: `ptx` and the like are no names to leave in sys.modules."""
+def load(name: str) -> ModuleType:
+    """Load a benchmark as a module, without leaving a name like `ptx` in sys.modules."""
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", HERE / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -45,7 +46,7 @@ frontier, ptx, rankings = load("frontier"), load("ptx"), load("rankings")
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    """What a command sets for its process: environment and threads."""
+    """Undo what a command sets for its process: environment and threads."""
     before, threads = dict(os.environ), torch.get_num_threads()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield
@@ -55,8 +56,10 @@ def clean(monkeypatch):
 
 
 def test_shares_of_sample_pairs_by_hand():
-    """Of three pairs of samples one has equal gold; the score orders one of the other two as gold does and ties the
-    other."""
+    """Compute the order by hand for three pairs of samples.
+
+    One pair has equal gold; of the other two, the score orders one as gold does and ties one.
+    """
     scores, gold = np.array([[1.0, 2.0, 2.0], [0.0, 1.0, 2.0]]), np.array([[0.1, 0.5, 0.1], [0.3, 0.3, 0.3]])
     assert estimates.gold_order(scores, gold)[0] == pytest.approx(1.5 / 2)
     assert np.isnan(estimates.gold_order(scores, gold)[1])
@@ -65,52 +68,53 @@ def test_shares_of_sample_pairs_by_hand():
 TASKS = tuple(f"task {i % 40}" for i in range(200))
 
 
-def point(method, setting, kl, score, each, perplexity=2.5, seed=0):
-    """A point whose prompts' gold is `each` and whose score is the same everywhere but for a little noise."""
-    each = np.asarray(each, float)
-    scores = score + 0.01 * np.sin(np.arange(len(each)))
-    series = {"score": Series(scores, TASKS[: len(each)]), "gold": Series(each, TASKS[: len(each)])}
-    series |= {"held_out": Series(each[::2], TASKS[: len(each)][::2])}
+def point(method, setting, kl, score, gold, perplexity=2.5, seed=0):
+    """Make a point with the gold of each prompt, and a score that is constant up to noise."""
+    gold = np.asarray(gold, float)
+    scores = score + 0.01 * np.sin(np.arange(len(gold)))
+    tasks = TASKS[: len(gold)]
+    series = {"score": Series(scores, tasks), "gold": Series(gold, tasks)}
+    series |= {"held_out": Series(gold[::2], tasks[::2])}
     return Point(method, setting, seed, **series, kl=kl, length=9.0, eos_rate=1.0, perplexity=perplexity)
 
 
 def variant(*points):
-    """The points of one policy, a point a seed."""
+    """Make a variant from its points, one for each seed."""
     return Variant(points)
 
 
 class TestSeries:
     """Means and paired differences, over the tasks of one seed and over several seeds."""
 
-    def test_one_seed_has_its_tasks_for_clusters(self):
-        """Three equal prompts of each of four tasks: as one prompt of each."""
+    def test_tasks_are_the_clusters_of_one_seed(self):
+        """Three equal prompts of each of four tasks count like one prompt of each."""
         values = np.repeat([0.2, 0.5, 0.9, 0.4], 3)
         repeated = estimates.estimate([Series(values, tuple("aaabbbcccddd"))])
         single = estimates.estimate([Series(values[::3], tuple("abcd"))])
         assert repeated["ci95"] == pytest.approx(single["ci95"]) and (repeated["n"], repeated["clusters"]) == (12, 4)
 
-    def test_several_seeds_are_the_clusters_whatever_the_prompts(self):
-        """t with 2 degrees of freedom over the seeds' means 0.3, 0.5 and 0.4: 0.4 ± 4.303 · 0.1/√3."""
+    def test_seeds_are_the_clusters_if_there_are_several(self):
+        """Means 0.3, 0.5 and 0.4, t with 2 degrees of freedom: 0.4 ± 4.303 · 0.1/√3."""
         seeds = [Series(np.array([m - 0.2, m, m + 0.2]), tuple("abc")) for m in (0.3, 0.5, 0.4)]
-        found = estimates.estimate(seeds)
+        result = estimates.estimate(seeds)
         half = 4.3027 * 0.1 / math.sqrt(3)
-        assert found["ci95"] == pytest.approx([0.4 - half, 0.4 + half], abs=1e-4) and found["clusters"] == 3
+        assert result["ci95"] == pytest.approx([0.4 - half, 0.4 + half], abs=1e-4) and result["clusters"] == 3
         assert estimates.unit_of(seeds) == "3 seeds" and estimates.unit_of(seeds[:1]) == "3 tasks of one seed"
 
     def test_differences_are_paired_by_seed(self):
-        """Seeds differ by 0.2 and a policy is 0.05, 0.06, 0.07 better on each: far from 0, though intervals overlap."""
+        """Seeds differ by 0.2, gains are 0.05 to 0.07: far from 0, though intervals overlap."""
         levels, gains = (0.3, 0.5, 0.7), (0.05, 0.06, 0.07)
         theirs = [Series(np.full(4, x), tuple("abcd")) for x in levels]
         ours = [Series(np.full(4, x + g), tuple("abcd")) for x, g in zip(levels, gains, strict=True)]
-        found = estimates.difference(ours, theirs)
-        assert found["value"] == pytest.approx(0.06) and found["ci95"][0] > 0.03
+        result = estimates.difference(ours, theirs)
+        assert result["value"] == pytest.approx(0.06) and result["ci95"][0] > 0.03
         assert estimates.estimate(ours)["ci95"][0] < estimates.estimate(theirs)["value"]
         assert estimates.differences_over_seeds([0.35, 0.56, 0.77], levels) == pytest.approx(
-            {"value": 0.06, "ci95": pytest.approx(found["ci95"]), "n": 3, "clusters": 3}
+            {"value": 0.06, "ci95": pytest.approx(result["ci95"]), "n": 3, "clusters": 3}
         )
 
     def test_prompts_without_the_figure_are_left_out(self):
-        """Of a difference those that either side lacks."""
+        """A difference leaves out the prompts that either side lacks."""
         ours = Series(np.array([1.0, np.nan, 0.0, 1.0]), tuple("abcd"))
         theirs = Series(np.array([0.0, 0.0, np.nan, 0.5]), tuple("abcd"))
         assert ours.mean() == pytest.approx(2 / 3)
@@ -124,7 +128,7 @@ class TestSeries:
             }
         )
 
-    def test_one_seed_alone_says_nothing_of_seeds(self):
+    def test_one_seed_gives_no_interval_over_seeds(self):
         assert estimates.over_seeds([0.4])["ci95"] is None
         assert estimates.differences_over_seeds([0.4], [0.3])["ci95"] is None
 
@@ -132,7 +136,7 @@ class TestSeries:
         low, high = estimates.over_seeds([0.9, 0.99], share=True)["ci95"]
         assert 0 <= low < 0.945 < high <= 1 < estimates.over_seeds([0.9, 0.99])["ci95"][1]
 
-    def test_as_text(self):
+    def test_formatting_as_text(self):
         assert with_interval({"value": 0.85, "ci95": [-0.842, 0.858]}) == "0.850 (−0.842 to 0.858)"
         assert with_interval({"value": 2.5, "ci95": None}, 1) == "2.5" and with_interval(None) == "–"
         assert markdown(["a", "b"], [["long name", "1"]]).splitlines() == [
@@ -143,7 +147,7 @@ class TestSeries:
 class TestBestOfN:
     @pytest.mark.parametrize("levels", [3, 1000])
     def test_it_is_the_mean_over_all_subsets(self, levels):
-        """Every subset of n of 7 samples by hand, ties (3 levels: many) broken by lot among the subset's best."""
+        """Compare with every subset of n of 7 samples; ties (3 levels: many) are shared."""
         rng = np.random.default_rng(levels)
         scores, values = rng.integers(0, levels, (4, 7)).astype(float), rng.normal(size=(4, 7))
         for n in range(1, 8):
@@ -155,7 +159,7 @@ class TestBestOfN:
                 assert estimates.best_of(scores, values, n)[row] == pytest.approx(np.mean(chosen), abs=1e-12)
 
     def test_the_best_of_n_ranks_in_closed_form(self):
-        """E[max of n of 1 … N] = n (N + 1) / (n + 1), in whatever order the ranks stand."""
+        """E[max of n of 1 … N] = n (N + 1) / (n + 1), in whatever order the ranks are."""
         ranks = np.random.default_rng(0).permuted(np.tile(np.arange(1.0, 65.0), (3, 1)), axis=1)
         for n in (1, 2, 4, 8, 16, 32, 64):
             assert estimates.best_of(ranks, ranks, n) == pytest.approx(n * 65 / (n + 1))
@@ -165,12 +169,15 @@ class TestBestOfN:
         assert estimates.best_of(scores, values, 1) == pytest.approx(values.mean(1))
         assert estimates.best_of(scores, values, 6) == pytest.approx(values[np.arange(5), scores.argmax(1)])
 
-    def test_more_than_there_are_is_refused(self):
+    def test_n_above_the_number_of_samples_is_an_error(self):
         with pytest.raises(ValueError, match="from 1 to the 3 samples"):
             estimates.chosen_weights(np.zeros((1, 3)), 4)
 
     def test_its_kl_by_integration(self):
-        """The best of n has density n u^(n − 1) over the sampler's quantile u: KL = ∫ n u^(n−1) ln(n u^(n−1)) du."""
+        """Integrate over the sampler's quantile u, where best of n has the density n u^(n − 1).
+
+        KL = ∫ n u^(n−1) ln(n u^(n−1)) du.
+        """
         u = (np.arange(2_000_000) + 0.5) / 2_000_000
         for n in (1, 2, 8, 64):
             log_density = math.log(n) + (n - 1) * np.log(u)
@@ -186,8 +193,10 @@ class TestBestOfN:
         assert two.gold.values.tolist() == pytest.approx([0.4, 0.6]) and two.gold.clusters == ("x", "y")
         assert two.held_out.values.tolist() == pytest.approx([0.6]) and two.held_out.clusters == ("y",)
         assert (one.perplexity, two.perplexity) == (3.0, None) and two.kl == pytest.approx(math.log(2) - 0.5)
-        blind = best_of_points(samples | {"gold": None, "known": None}, [2], 0)[0]
-        assert blind.gold is None and blind.held_out is None and blind.figures()["gold_ci95"] is None
+        without_gold = best_of_points(samples | {"gold": None, "known": None}, [2], 0)[0]
+        assert (
+            without_gold.gold is None and without_gold.held_out is None and without_gold.figures()["gold_ci95"] is None
+        )
         assert policy_point(samples | {"known": [True, True]}, "sft", {}, 0).held_out is None
         ppo = policy_point(samples | {"kl": [[1.0, 0.0], [2.0, 3.0]]}, "ppo", {"kl_coef": 0.1}, 4)
         assert (ppo.gold.mean(), ppo.score.mean(), ppo.kl, ppo.perplexity) == pytest.approx((0.55, 1.5, 1.5, 3.0))
@@ -199,8 +208,8 @@ class TestBestOfN:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_log_ratios_as_one_reads_them_off_the_logits(packed):
-    """evaluate's KL, which the sweeps take: each answer alone, token by token, against rows of several lengths."""
+def test_log_ratios_equal_those_from_logits(packed):
+    """Compare evaluate's KL on rows of several lengths with single responses, token by token."""
     from stages.evaluation.forms import Answer
     from stages.evaluation.measuring import log_ratios
     from stages.evaluation.tools import Policy
@@ -223,15 +232,18 @@ def test_log_ratios_as_one_reads_them_off_the_logits(packed):
         tokenizer=SimpleNamespace(pad_token_id=0), accelerator=make_accelerator("cpu", "float32"), reference=reference
     )
     answers = [Answer("", True, response, response) for response in responses]
-    found = log_ratios(tools, Policy("ppo", policy, packed), prompts, prompts, answers, 0.7)
-    assert found == pytest.approx(expected, abs=1e-5)
+    ratios = log_ratios(tools, Policy("ppo", policy, packed), prompts, prompts, answers, 0.7)
+    assert ratios == pytest.approx(expected, abs=1e-5)
 
 
 class TestOverOptimisation:
     BASE = np.random.default_rng(0).uniform(0.2, 0.6, 200)  # hard and easy prompts
 
     def curve(self, *rows, seeds=1):
-        """Rows (kl_coef, kl, score, gold above BASE), from the nearest to SFT outwards; seeds differ by 0.01."""
+        """Make variants of rows (kl_coef, kl, score, gold above BASE), from SFT outwards.
+
+        Seeds differ by 0.01 in gold.
+        """
 
         def one(coef, kl, score, gold, seed):
             return point("ppo", {"kl_coef": coef}, kl, score, self.BASE + gold + 0.01 * seed, seed=seed)
@@ -241,7 +253,7 @@ class TestOverOptimisation:
     @pytest.mark.parametrize("seeds", [1, 3])
     def test_gold_falls_while_the_score_rises(self, seeds):
         rows = (1.0, 0.2, 0.1, 0.0), (0.1, 2.0, 1.0, 0.2), (0.05, 4.0, 1.4, 0.1), (0.01, 12.0, 2.0, -0.1)
-        (says,) = frontier.verdict(self.curve(*rows, seeds=seeds), 0.1)
+        (sentence,) = frontier.verdict(self.curve(*rows, seeds=seeds), 0.1)
         unit = "40 tasks of one seed" if seeds == 1 else "3 seeds"
         for part in (
             "highest at kl_coef 0.1",
@@ -249,15 +261,15 @@ class TestOverOptimisation:
             "kl_coef 0.1 to kl_coef 0.01 (2.0 to 12.0 nats)",
             "−0.300",
         ):
-            assert part in says
-        assert says.endswith("over-optimisation, the score rises and gold falls.")
+            assert part in sentence
+        assert sentence.endswith("over-optimisation, the score rises and gold falls.")
 
     def test_the_comparison_starts_at_the_configs_own_setting(self):
-        """Not at the highest: that one was looked up in the same numbers."""
+        """It does not start at the highest point, which is chosen from the same data."""
         rows = (1.0, 0.2, 0.1, 0.0), (0.1, 2.0, 1.0, 0.2), (0.05, 4.0, 1.4, 0.1), (0.01, 12.0, 2.0, 0.1)
-        (says,) = frontier.verdict(self.curve(*rows), 0.05)
-        assert "highest at kl_coef 0.1" in says and "own kl_coef 0.05 to kl_coef 0.01" in says
-        assert says.endswith("gold is flat (within ±0.03) while the score rises.")
+        (sentence,) = frontier.verdict(self.curve(*rows), 0.05)
+        assert "highest at kl_coef 0.1" in sentence and "own kl_coef 0.05 to kl_coef 0.01" in sentence
+        assert sentence.endswith("gold is flat (within ±0.03) while the score rises.")
 
     def test_best_of_n_starts_at_the_largest_n_up_to_the_configs(self):
         curve = [
@@ -266,31 +278,35 @@ class TestOverOptimisation:
         assert "own best of 2 to best of 32" in frontier.verdict(curve, 3)[0]
         assert "own best of 16 to best of 32" in frontier.verdict(curve, 16)[0]
 
-    def test_a_fall_of_both_is_none(self):
-        """The score falls with gold: the policy broke, the reward model was not outwitted."""
-        (says,) = frontier.verdict(self.curve((0.1, 2.0, 1.0, 0.2), (0.01, 9.0, 0.3, -0.2)), 0.1)
-        assert "both fall" in says and "no over-optimisation" in says
+    def test_a_fall_of_both_is_not_over_optimisation(self):
+        """The score falls with gold: the policy broke, the reward model was not exploited."""
+        (sentence,) = frontier.verdict(self.curve((0.1, 2.0, 1.0, 0.2), (0.01, 9.0, 0.3, -0.2)), 0.1)
+        assert "both fall" in sentence and "not over-optimisation" in sentence
 
     def test_a_flat_curve_is_called_flat(self):
-        (says,) = frontier.verdict(self.curve((0.1, 2.0, 1.0, 0.2), (0.01, 9.0, 1.3, 0.19), seeds=3), 0.1)
-        assert says.endswith("gold is flat (within ±0.03) while the score rises.") and "optimisation" not in says
+        (sentence,) = frontier.verdict(self.curve((0.1, 2.0, 1.0, 0.2), (0.01, 9.0, 1.3, 0.19), seeds=3), 0.1)
+        assert (
+            sentence.endswith("gold is flat (within ±0.03) while the score rises.") and "optimisation" not in sentence
+        )
 
-    def test_chance_is_not_told_as_a_fall(self):
-        """Gold lower by 0.01 with noise of 0.4 a task."""
+    def test_chance_is_not_reported_as_a_fall(self):
+        """Gold is lower by 0.01, with noise of 0.4 for each task."""
         noise = np.random.default_rng(5).normal(0, 0.4, 40)
         worse = (noise - noise.mean())[[int(task.split()[1]) for task in TASKS]] - 0.01
         curve = self.curve((0.1, 2.0, 1.0, 0.2))
         curve.append(variant(point("ppo", {"kl_coef": 0.05}, 3.0, 1.5, curve[0].points[0].gold.values + worse)))
         assert frontier.verdict(curve, 0.1)[0].endswith("whether gold falls cannot be told.")
 
-    def test_where_the_configs_own_setting_is_the_furthest_nothing_is_compared(self):
-        (says,) = frontier.verdict(self.curve((0.1, 2.0, 1.0, 0.1), (0.01, 9.0, 1.3, 0.2)), 0.01)
-        assert "no fall can be seen" in says
+    def test_nothing_is_compared_if_the_configs_own_setting_is_the_furthest(self):
+        (sentence,) = frontier.verdict(self.curve((0.1, 2.0, 1.0, 0.1), (0.01, 9.0, 1.3, 0.2)), 0.01)
+        assert "no fall can be seen" in sentence
 
-    def test_without_gold_there_is_none(self):
+    def test_no_sentence_without_gold(self):
         scores = Series(np.array([0.0, 0.2]), ("a", "b"))
-        blind = Point("ppo", {"kl_coef": 1.0}, 0, scores, None, None, kl=0.3, length=9.0, eos_rate=1.0, perplexity=2.0)
-        assert frontier.verdict([variant(blind)], 1.0) == []
+        without_gold = Point(
+            "ppo", {"kl_coef": 1.0}, 0, scores, None, None, kl=0.3, length=9.0, eos_rate=1.0, perplexity=2.0
+        )
+        assert frontier.verdict([variant(without_gold)], 1.0) == []
 
 
 class TestPtx:
@@ -302,21 +318,24 @@ class TestPtx:
         there_and_back = [(0.7, 5.0), (0.9, 4.0), (0.7, 3.0)]
         assert estimates.perplexity_at(0.8, there_and_back) == pytest.approx(3.5)
 
-    def test_what_equal_means(self):
+    def test_equality_in_words(self):
         assert estimates.equality([-0.01, 0.029]) == "equal within ±0.03"
         assert estimates.equality([-0.01, 0.05]).startswith("cannot be told apart")
         assert (estimates.equality([-0.09, -0.01]), estimates.equality([0.01, 0.05])) == ("lower", "higher")
         assert "one observation" in estimates.equality(None)
 
     def test_conditions(self):
-        found = ptx.conditions(1.0, 0.1, [1, 3, 10])
-        trained = [list(s.values()) for policy, s in found.values() if policy == "ppo"]
+        conditions = ptx.conditions(1.0, 0.1, [1, 3, 10])
+        trained = [list(s.values()) for policy, s in conditions.values() if policy == "ppo"]
         assert trained == [[1.0, 0.1], [0.0, 0.1], [0.0, 0.3], [0.0, 1.0]]
-        names = [ptx.name_of(*condition) for condition in found.values()]
+        names = [ptx.name_of(*condition) for condition in conditions.values()]
         assert names[2] == "ptx_coef-0.0_kl_coef-0.3" and names[-2:] == ["sft", "base"] and len(set(names)) == 6
 
     def variants(self, rows, seeds=2):
-        """Rows: name → (gold above 0.8, perplexity); seeds differ by 0.02 in gold and 0.1 in perplexity."""
+        """Make variants of rows: name → (gold above 0.8, perplexity).
+
+        Seeds differ by 0.02 in gold and 0.1 in perplexity.
+        """
         return {
             name: variant(
                 *(point("ppo", {}, 1.0, 1.0, np.full(50, 0.8 + gold + 0.02 * s), p + 0.1 * s, s) for s in range(seeds))
@@ -324,7 +343,7 @@ class TestPtx:
             for name, (gold, p) in rows.items()
         }
 
-    def test_its_verdict(self):
+    def test_verdict(self):
         rows = {"PPO-ptx": (0.0, 2.4), "plain PPO, kl_coef × 1": (0.01, 3.4), "plain PPO, kl_coef × 10": (-0.2, 3.0)}
         rows |= {"base": (-0.3, 2.3), "sft": (-0.3, 3.1)}
         variants = self.variants(rows)
@@ -332,7 +351,7 @@ class TestPtx:
         assert "over 2 seeds" in unit
         assert "kl_coef × 1 less PPO-ptx: gold 0.010 (0.010 to 0.010), equal within" in first
         assert "perplexity 1.00 (1.00 to 1.00)" in first  # paired: seeds differ by 0.1
-        assert "perplexity 3.43" in second  # a twenty-first of the way from 3.45 to 3.05, means over seeds
+        assert "perplexity is 3.43" in second  # a twenty-first of the way from 3.45 to 3.05, means over seeds
         assert "kl_coef × 10: perplexity 3.05 against 2.45" in third and "as InstructGPT found" in third
         headings, table = ptx.table(variants)
         assert len(table) == 5 and all(len(row) == len(headings) for row in table)
@@ -342,90 +361,94 @@ class TestPtx:
 
 
 class TestSharing:
-    """A main experiment and one beside it, of the pipeline's fake stages text → fit → page."""
+    """Share stages between a main experiment and a variant of the fake stages text → fit → page."""
 
     @pytest.fixture
-    def place(self, tmp_path, monkeypatch):
+    def setting(self, tmp_path, monkeypatch):
         monkeypatch.setattr(os, "fsync", lambda handle: None)
         (tmp_path / "small.yaml").write_text(fakes.CONFIG)
-        shop = beside.Workshop(str(tmp_path / "small.yaml"), [], StopFlag(), stages=fakes.stages())
+        experiments = runner.ExperimentRunner(str(tmp_path / "small.yaml"), [], StopFlag(), stages=fakes.stages())
         main, other = ArtifactStore(tmp_path, "small"), ArtifactStore(tmp_path / "small.sweep", "other")
 
-        def read(*overrides):
-            return load_experiment(tmp_path / "small.yaml", overrides, fakes.experiment_class(shop.stages))
+        def load_variant(*overrides):
+            return load_experiment(tmp_path / "small.yaml", overrides, fakes.experiment_class(experiments.stages))
 
-        shop.bring(read(), main, "page")
-        return shop, main, other, read
+        experiments.update(load_variant(), main, "page")
+        return experiments, main, other, load_variant
 
-    def test_only_what_differs_runs(self, place, capsys):
-        shop, main, other, read = place
+    def test_only_what_differs_runs(self, setting, capsys):
+        experiments, main, other, load_variant = setting
         capsys.readouterr()
-        shop.bring_beside(read("name=other", "fit.steps=5"), other, "page", main)
-        said = capsys.readouterr().out
-        assert "fit: running" in said and "page: running" in said and "text" not in said
+        experiments.update_variant(load_variant("name=other", "fit.steps=5"), other, "page", main)
+        output = capsys.readouterr().out
+        assert "fit: running" in output and "page: running" in output and "text" not in output
         for stage, same in (("text", True), ("fit", False), ("page", False)):
             assert (main.verify(stage)["digest"] == other.verify(stage)["digest"]) is same
         assert (main.folder("text") / "words/all.json").samefile(other.folder("text") / "words/all.json")
-        shop.bring_beside(read("name=other", "fit.steps=5"), other, "page", main)
+        experiments.update_variant(load_variant("name=other", "fit.steps=5"), other, "page", main)
         assert capsys.readouterr().out.strip().startswith("page: up to date")
 
-    def test_everything_is_shared_where_nothing_differs(self, place, capsys):
-        shop, main, other, read = place
+    def test_everything_is_shared_if_nothing_differs(self, setting, capsys):
+        experiments, main, other, load_variant = setting
         capsys.readouterr()
-        shop.bring_beside(read("name=other"), other, "page", main)
+        experiments.update_variant(load_variant("name=other"), other, "page", main)
         assert "running" not in capsys.readouterr().out
-        assert {state.kind for state in assess(read("name=other"), other, shop.stages).values()} == {"done"}
+        states = assess(load_variant("name=other"), other, experiments.stages)
+        assert {state.kind for state in states.values()} == {"done"}
 
-    def test_a_redo_of_either_leaves_the_other_alone(self, place):
-        shop, main, other, read = place
-        shop.bring_beside(read("name=other"), other, "page", main)
+    def test_running_one_again_leaves_the_other_unchanged(self, setting):
+        experiments, main, other, load_variant = setting
+        experiments.update_variant(load_variant("name=other"), other, "page", main)
         before = main.verify("text")
-        shop.bring(read("name=other", "text.words=4"), other, "text")
+        experiments.update(load_variant("name=other", "text.words=4"), other, "text")
         assert main.verify("text") == before
         assert other.verify("text")["metrics"] == {"words": 4}
 
-    def test_what_changed_in_the_main_one_is_shared_anew(self, place):
-        shop, main, other, read = place
-        shop.bring_beside(read("name=other", "fit.steps=5"), other, "page", main)
-        shop.bring(read("text.words=4"), main, "fit")
-        shop.bring_beside(read("name=other", "text.words=4", "fit.steps=5"), other, "page", main)
+    def test_a_change_in_the_main_experiment_is_shared_again(self, setting):
+        experiments, main, other, load_variant = setting
+        experiments.update_variant(load_variant("name=other", "fit.steps=5"), other, "page", main)
+        experiments.update(load_variant("text.words=4"), main, "fit")
+        experiments.update_variant(load_variant("name=other", "text.words=4", "fit.steps=5"), other, "page", main)
         assert other.verify("text")["digest"] == main.verify("text")["digest"]
         assert other.verify("fit")["config"]["fit"]["steps"] == 5
 
-    def test_without_links_it_copies(self, place, monkeypatch):
-        shop, main, other, read = place
+    def test_files_are_copied_without_hard_links(self, setting, monkeypatch):
+        _, main, other, _ = setting
         monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links")))
-        beside.link("text", main, other)
+        runner.link("text", main, other)
         copied = other.folder("text") / "words/all.json"
         assert copied.stat().st_nlink == 1 and other.verify("text")["digest"] == main.verify("text")["digest"]
 
-    def test_a_damaged_point_is_named(self, place):
-        shop, main, other, read = place
-        shop.bring_beside(read("name=other", "fit.steps=5"), other, "page", main)
+    def test_a_damaged_artifact_is_named(self, setting):
+        experiments, main, other, load_variant = setting
+        experiments.update_variant(load_variant("name=other", "fit.steps=5"), other, "page", main)
         (other.folder("fit") / "model.safetensors").write_bytes(b"")
-        with pytest.raises(ValueError, match="model.safetensors.*remove .*other and run again"):
-            shop.bring_beside(read("name=other", "fit.steps=5"), other, "page", main)
+        with pytest.raises(ValueError, match=r"model\.safetensors.*remove .*other and run again"):
+            experiments.update_variant(load_variant("name=other", "fit.steps=5"), other, "page", main)
 
 
-def test_one_line_a_key(tmp_path):
+def test_results_have_one_line_for_each_key(tmp_path):
     file, key = tmp_path / "results" / "x.jsonl", lambda row: (row["seed"], row["value"])
-    keep(file, [{"seed": 1, "value": 0.5, "gold": 1}, {"seed": 0, "value": 0.5, "gold": 2}], key)
-    keep(file, [{"seed": 1, "value": 0.5, "gold": 3}], key)
+    save_rows(file, [{"seed": 1, "value": 0.5, "gold": 1}, {"seed": 0, "value": 0.5, "gold": 2}], key)
+    save_rows(file, [{"seed": 1, "value": 0.5, "gold": 3}], key)
     assert [json.loads(line)["gold"] for line in file.read_text().splitlines()] == [2, 3]
 
 
 class TestPage:
-    variants = [
+    variants = (
         *(variant(point("best_of_n", {"n": n}, estimates.best_of_kl(n), 0.1 * n, [0.2, 0.4, 0.9])) for n in (1, 2, 64)),
         *(variant(point("ppo", {"kl_coef": c}, 0.1 / c, 1.0, [0.3, 0.5])) for c in (0.01, 0.1)),
-    ]
+    )
 
-    def test_it_is_whole_and_loads_nothing(self):
+    def test_tags_are_closed_and_nothing_is_loaded(self):
         class Check(HTMLParser):
-            open = []
+            def __init__(self):
+                super().__init__()
+                self.open = []
 
             def handle_starttag(self, tag, attrs):
-                self.open += [tag] * (tag not in ("meta", "br"))
+                if tag not in ("meta", "br"):
+                    self.open.append(tag)
                 assert all(value.startswith("#") for name, value in attrs if name in ("src", "href"))
 
             def handle_startendtag(self, tag, attrs):
@@ -438,7 +461,7 @@ class TestPage:
         check = Check()
         check.feed(text)
         assert not check.open and "a &lt; b" in text and "It &lt;is&gt; so." in text
-        assert text.count("<svg") == 4, "each plot is there in two sizes"
+        assert text.count("<svg") == 4, "each plot appears in two sizes"
 
     def test_every_point_is_drawn_and_named(self):
         svg = picture(plot_of(self.variants, "gold")).svg
@@ -446,7 +469,7 @@ class TestPage:
         for name in ("best of 64", "PPO, kl_coef 0.01", ">1<", ">0.1<"):
             assert name in svg
 
-    def test_the_table_goes_from_sft_outwards(self):
+    def test_the_table_is_ordered_from_sft_outwards(self):
         assert [row[0] for row in table(self.variants)[1]] == [
             "PPO, kl_coef 0.1", "PPO, kl_coef 0.01", "best of 1", "best of 2", "best of 64",
         ]  # fmt: skip
@@ -455,105 +478,108 @@ class TestPage:
 class TestCommandLine:
     @pytest.mark.parametrize("module", [frontier, ptx])
     def test_mistakes_are_lines_and_exit_2(self, module, tmp_path, capsys):
-        for words in (["--nonsense"], ["stray"], ["-c", "none.yaml"], [*MICRO, "ppo.kl_coeff=1"]):
-            assert beside.command(module.run, [*words, "--artifacts", str(tmp_path)]) == 2
+        for argv in (["--nonsense"], ["stray"], ["-c", "none.yaml"], [*MICRO, "ppo.kl_coeff=1"]):
+            assert runner.run_command(module.run, [*argv, "--artifacts", str(tmp_path)]) == 2
             error = capsys.readouterr().err
             assert error.startswith("error: ") and "Traceback" not in error
 
     def test_a_bad_value_is_refused_before_anything_runs(self, tmp_path, capsys):
-        words = [*MICRO, "--artifacts", str(tmp_path), "--kl-coefs", "0.1", "-1"]
-        assert beside.command(frontier.run, words) == 2
+        argv = [*MICRO, "--artifacts", str(tmp_path), "--kl-coefs", "0.1", "-1"]
+        assert runner.run_command(frontier.run, argv) == 2
         assert "ppo.kl_coef" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
-    def test_nothing_to_compare(self, tmp_path, capsys):
-        words = [*MICRO, "--artifacts", str(tmp_path), "ppo.ptx_coef=0"]
-        assert beside.command(ptx.run, words) == 2
+    def test_ptx_coef_of_zero_is_refused(self, tmp_path, capsys):
+        argv = [*MICRO, "--artifacts", str(tmp_path), "ppo.ptx_coef=0"]
+        assert runner.run_command(ptx.run, argv) == 2
         assert "ppo.ptx_coef: is 0" in capsys.readouterr().err
 
     @pytest.mark.parametrize("module", [frontier, ptx])
     def test_an_adaptive_kl_coef_is_refused(self, module, tmp_path, capsys):
-        words = [*MICRO, "--artifacts", str(tmp_path), "ppo.kl_target=6"]
-        assert beside.command(module.run, words) == 2
-        assert "error: ppo.kl_target: is 6.0 and moves kl_coef" in capsys.readouterr().err
+        argv = [*MICRO, "--artifacts", str(tmp_path), "ppo.kl_target=6"]
+        assert runner.run_command(module.run, argv) == 2
+        assert "error: ppo.kl_target: is 6.0, which adapts the kl_coef" in capsys.readouterr().err
 
     @pytest.mark.parametrize("module", [frontier, ptx, rankings])
     def test_the_default_seeds_are_not_those_that_settings_were_chosen_on(self, module):
         assert not {0, 1, 2} & set(module.parse([]).seeds) and len(module.parse([]).seeds) >= 3
 
-    def test_the_configs_own_value_is_always_in(self):
+    def test_the_configs_own_value_is_always_included(self):
         assert frontier.with_own([0.1, 0.02], 0.05) == [0.1, 0.05, 0.02]
         assert frontier.with_own([0.1], 0.1) == [0.1]
 
 
 class TestRankings:
-    """Two seeds of three prompts: what the page says of them, by hand."""
+    """Two seeds of three prompts, checked against sentences and tables computed by hand."""
 
     @pytest.fixture(autouse=True)
     def two_samples(self, monkeypatch):
         monkeypatch.setattr(rankings, "SAMPLES", 2)
 
-    task = {"clusters": ["a", "b", "c"]}
-    sft = task | {"scores": [[0.0, 1.0]] * 3, "gold": [[0.2, 0.4]] * 3, "kl": [[0.0, 0.0]] * 3}
-    better = task | {
-        "scores": [[0.0, 1.0]] * 3, "gold": [[0.5, 0.6], [0.5, 0.3], [0.1, 0.1]], "kl": [[1.0, 2.0]] * 3,
-    }  # fmt: skip
-    wrong = sft | {"scores": [[1.0, 0.0]] * 3}
+    @staticmethod
+    def samples(scores=((0.0, 1.0),) * 3, gold=((0.2, 0.4),) * 3, kl=((0.0, 0.0),) * 3):
+        """Return samples of three prompts of one task each; by default those of SFT."""
+        return {"clusters": ["a", "b", "c"], "scores": scores, "gold": gold, "kl": kl}
 
-    def found(self):
-        """Variants on seeds 3 and 4: one pair a prompt orders every two samples wrongly, K = 9 rightly."""
+    def wrong(self):
+        """Return samples of SFT with scores that order every two of them wrongly."""
+        return self.samples(scores=((1.0, 0.0),) * 3)
+
+    def outcomes(self):
+        """Return outcomes on seeds 3 and 4: one pair a prompt orders wrongly, K = 9 rightly."""
 
         def model(name, samples, seed):
             trained = {"prompts": 72, "pairs": 72, "pairs_a_step": 36, "passes": 2 if name == rankings.ONE_PAIR else 8}
             trained |= {"steps": 4 if name == rankings.ONE_PAIR else 16}
             trained |= {"pairs": 720} if name == rankings.EQUAL_COMPUTE else {}
-            return rankings.Found(name, seed, rankings.model_figures(samples), {}, trained)
+            return rankings.Outcome(name, seed, rankings.model_figures(samples), {}, trained)
 
         variants = {
-            name: [model(name, self.wrong if name == rankings.ONE_PAIR else self.sft, seed) for seed in (3, 4)]
+            name: [model(name, self.wrong() if name == rankings.ONE_PAIR else self.samples(), seed) for seed in (3, 4)]
             for name in rankings.MODELS
         }
-        figures = rankings.policy_figures(self.better, self.sft)
+        better = self.samples(gold=[[0.5, 0.6], [0.5, 0.3], [0.1, 0.1]], kl=[[1.0, 2.0]] * 3)
+        figures = rankings.policy_figures(better, self.samples())
         return variants | {
-            name: [rankings.Found(name, seed, figures, {}, {}) for seed in (3, 4)] for name in rankings.POLICIES
+            name: [rankings.Outcome(name, seed, figures, {}, {}) for seed in (3, 4)] for name in rankings.POLICIES
         }
 
-    def test_differences_are_on_the_same_prompts_of_the_same_seeds(self):
-        sentences = rankings.verdicts(self.found())
+    def test_differences_are_paired_by_prompt_and_seed(self):
+        sentences = rankings.verdicts(self.outcomes())
         assert "K = 9, equal labels orders 1.000 more often as gold does than one pair a prompt" in sentences[0]
         assert sentences[0].endswith("(95 % interval of the difference 1.000 to 1.000).")
         assert "no clear difference" in sentences[-1]
         assert len(sentences) == 2 + 3
 
-    def test_what_is_equal_and_what_is_not_is_said(self):
-        asked = SimpleNamespace(passes=[1, 2, 8], tune_seed=2)
-        unit, labels, compute, edge = rankings.conditions(self.found(), asked)
+    def test_conditions_say_what_is_equal_and_what_is_not(self):
+        args = SimpleNamespace(passes=[1, 2, 8], tune_seed=2)
+        unit, labels, compute, edge = rankings.conditions(self.outcomes(), args)
         assert "over 2 seeds" in unit
         assert "seed 2, which is not reported" in labels and "steps (16 and 4)" in labels
         assert "10.0 times the labels (720)" in compute
         assert "K = 9, equal labels and K = 9, equal compute" in edge and "most passes" in edge
-        assert len(rankings.conditions(self.found(), SimpleNamespace(passes=[2], tune_seed=2))) == 3
+        assert len(rankings.conditions(self.outcomes(), SimpleNamespace(passes=[2], tune_seed=2))) == 3
 
     def test_passes_are_those_that_order_best(self):
-        """On the seed that they are tried on; of equal ones the fewest."""
+        """On the trial seed; of equally good numbers, the smallest."""
         tried = [
-            rankings.Found("x", 2, rankings.model_figures(samples), {}, {"passes": passes})
-            for samples, passes in ((self.wrong, 1), (self.sft, 2), (self.sft, 4))
+            rankings.Outcome("x", 2, rankings.model_figures(samples), {}, {"passes": passes})
+            for samples, passes in ((self.wrong(), 1), (self.samples(), 2), (self.samples(), 4))
         ]
         assert rankings.best_passes(tried) == {"x": 2}
 
     def test_the_page_and_the_tables_show_every_variant(self):
-        plots = rankings.plots_of(self.found())
+        plots = rankings.plots_of(self.outcomes())
         assert len(plots) == 2 and all(len(plot.drawing.rows) == 3 for plot in plots)
         wins = (1 + 0.75 + 0) / 3  # 4 of 4, 3 of 4 (0.3 against 0.2 and 0.4; 0.5 twice), none
         assert f">{wins:.3f}<" in picture(plots[1]).svg
-        for headings, rows in (rankings.model_table(self.found()), rankings.policy_table(self.found())):
+        for headings, rows in (rankings.model_table(self.outcomes()), rankings.policy_table(self.outcomes())):
             assert len(rows) == 3 and all(len(row) == len(headings) for row in rows)
-        assert rankings.model_table(self.found())[1][2][1:5] == ["72", "720", "36", "8 (16)"]
+        assert rankings.model_table(self.outcomes())[1][2][1:5] == ["72", "720", "36", "8 (16)"]
 
     def test_settings_of_a_reward_model(self):
-        """As many pairs a step for one pair a prompt as for K = 9: 36 prompts of a pair, one prompt of 36 pairs."""
-        pairs = rankings.judged(rankings.ONE_PAIR, (2880, 36), 2.0)
-        whole = rankings.judged(rankings.EQUAL_LABELS, (80, 1), 8.0)
+        """A step has 36 pairs either way: 36 prompts with one pair, or one with 36."""
+        pairs = rankings.reward_model_overrides(rankings.ONE_PAIR, (2880, 36), 2.0)
+        whole = rankings.reward_model_overrides(rankings.EQUAL_LABELS, (80, 1), 8.0)
         assert "rankings.samples_per_prompt=2" in pairs and "rm.per_device_train_batch_size=36" in pairs
         assert "rankings.samples_per_prompt=9" in whole and "rm.per_device_train_batch_size=1" in whole
         assert {"rm.num_train_epochs=2.0", "rm.gradient_accumulation_steps=1"} <= set(pairs)
@@ -568,34 +594,36 @@ class TestRankings:
             ["--pairs", "72", "world.prompts=80", "--tune-seed", "3", "--seeds", "3", "4"],
         ],
     )
-    def test_what_cannot_be_compared_is_refused(self, words, tmp_path, capsys):
-        assert beside.command(rankings.run, [*MICRO, "--artifacts", str(tmp_path), *words]) == 2
+    def test_unsuitable_settings_are_refused(self, words, tmp_path, capsys):
+        assert runner.run_command(rankings.run, [*MICRO, "--artifacts", str(tmp_path), *words]) == 2
         assert capsys.readouterr().err.startswith("error: ") and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_the_whole_of_it_on_a_micro_chain(tmp_path, capsys):
-    """Twice: the second run trains nothing. The chain is untouched by it, and evaluate's sample of a prompt is the
-    first of the sweep's samples."""
+def test_frontier_on_a_micro_chain(tmp_path, capsys):
+    """Run it twice; the second time nothing is trained and the chain is unchanged.
+
+    Evaluate's sample of a prompt is the first of the sweep's samples.
+    """
     from pipeline.cli import main as rlhf
 
-    words = [*MICRO, "--artifacts", str(tmp_path), "--kl-coefs", "0.5", "--betas", "--best-of", "8", "--seeds"]
-    words += ["--results", str(tmp_path / "results")]
-    assert beside.command(frontier.run, words) == 0
+    argv = [*MICRO, "--artifacts", str(tmp_path), "--kl-coefs", "0.5", "--betas", "--best-of", "8", "--seeds"]
+    argv += ["--results", str(tmp_path / "results")]
+    assert runner.run_command(frontier.run, argv) == 0
     assert "PPO, kl_coef 0.5" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "results/frontier.jsonl").read_text().splitlines()]
     trained = [("dpo", 0.1), ("ppo", 0.02), ("ppo", 0.5)]
     drawn = [("best_of_n", n) for n in (1, 2, 4, 8)]
     assert [(r["method"], *r["setting"].values()) for r in rows] == [*drawn, *trained]
     assert all(math.isfinite(r["gold"]) and r["date"] and r["versions"]["torch"] for r in rows)
-    assert beside.command(frontier.run, words) == 0
+    assert runner.run_command(frontier.run, argv) == 0
     assert "running" not in capsys.readouterr().out
 
     assert rlhf(["run", "evaluate", *MICRO, "--artifacts", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
-    assert said.count("running") == 1 and "evaluate: running" in said
+    output = capsys.readouterr().out
+    assert output.count("running") == 1 and "evaluate: running" in output
     results = json.loads((tmp_path / "micro/evaluate/results.json").read_text())
-    theirs, responses = results["policies"], (tmp_path / "micro/evaluate/responses.jsonl").read_text().splitlines()
+    policies, responses = results["policies"], (tmp_path / "micro/evaluate/responses.jsonl").read_text().splitlines()
     samples = json.loads((tmp_path / "micro.frontier/best_of_n/samples/samples.json").read_text())
     own = [row for row in map(json.loads, responses) if row["policy"] == "sft"]
     assert [first for first, *_ in samples["scores"]] == pytest.approx([row["score"] for row in own])
@@ -604,4 +632,4 @@ def test_the_whole_of_it_on_a_micro_chain(tmp_path, capsys):
     assert samples["known"] == [row["known_task"] for row in own] and sum(samples["known"]) == results["leaked"]
     for method, setting in (("ppo", {"kl_coef": 0.02}), ("dpo", {"beta": 0.1})):
         row = next(r for r in rows if r["method"] == method and r["setting"] == setting)
-        assert row["pretrain_perplexity"] == theirs[method]["pretrain_perplexity"]
+        assert row["pretrain_perplexity"] == policies[method]["pretrain_perplexity"]

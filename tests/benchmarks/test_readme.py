@@ -1,4 +1,4 @@
-"""Every ratio that README.md tells of trl and vLLM is a line of results/, and no line that is no comparison is told."""
+"""Check that every ratio in README.md is a line of results/, and of a fair comparison."""
 
 import json
 import re
@@ -13,7 +13,8 @@ README = (HERE / "README.md").read_text(encoding="utf-8")
 AGAINST_TRL = README.partition("## Against trl")[2]
 
 
-def lines(*benches):
+def lines(*benches: str) -> list[dict]:
+    """Return all lines of the benchmarks' results."""
     return [
         json.loads(line)
         for bench in benches
@@ -21,41 +22,42 @@ def lines(*benches):
     ]
 
 
-def told(line):
-    """The (median, least, most) of a line."""
+def ratio_of(line: dict) -> tuple[float, float, float] | None:
+    """Return (median, minimum, maximum) of a line's ratio; None if it has none."""
     ratio = line.get("ratio") or line.get("vllm_over_ours")
-    return ratio and tuple(ratio[key] for key in ("median", "min", "max"))
+    return (ratio["median"], ratio["min"], ratio["max"]) if ratio else None
 
 
-def rounds_to(values, text):
+def rounds_to(values: tuple[float, ...], text: tuple[str, ...]) -> bool:
+    """Return whether the values, rounded to the digits of the text, equal the text."""
     digits = [len(part.partition(".")[2]) for part in text]
     return all(round(value, n) == float(part) for value, n, part in zip(values, digits, text, strict=True))
 
 
 ALL = lines("ppo", "rm", "dpo", "engines")
-FAIR = [told(line) for line in ALL if told(line) and line.get("mode") != "capped"]
+FAIR = [ratio_of(line) for line in ALL if ratio_of(line) and line.get("mode") != "capped"]
 
 
 @pytest.mark.parametrize("text", sorted(set(RATIO.findall(AGAINST_TRL))), ids=" ".join)
-def test_a_ratio_is_a_line_of_a_fair_comparison(text):
+def test_every_ratio_is_a_line_of_a_fair_comparison(text):
     assert any(rounds_to(values, text) for values in FAIR)
 
 
-def test_all_tables_are_read():
+def test_ratios_of_all_tables_are_found():
     assert len(RATIO.findall(AGAINST_TRL)) >= 25
 
 
 @pytest.mark.parametrize("commit", sorted(set(COMMIT.findall(AGAINST_TRL))))
-def test_a_commit_is_that_of_a_line(commit):
+def test_every_commit_is_that_of_a_line(commit):
     known = {line["commit"].rstrip("+") for line in lines("ppo", "rm", "dpo", "engines", "checkpoints", "goodput")}
     assert commit in known
 
 
-def test_the_table_of_coverage_is_that_of_the_lines():
-    """In every cell: the coverage, and that of the bootstrap in brackets."""
-    part = README.partition("## Intervals")[2].partition("## Against trl")[0]
-    cells = re.findall(r"(0\.\d{3}) \((0\.\d{2})\)", part)
-    found = [(f"{line['coverage']:.3f}", f"{line['bootstrap_over_observations']:.2f}") for line in lines("coverage")]
-    assert sorted(cells) == sorted(found)
+def test_the_coverage_table_has_the_figures_of_the_lines():
+    """Compare every cell: the coverage, and in brackets that of the bootstrap."""
+    section = README.partition("## Intervals")[2].partition("## Against trl")[0]
+    cells = re.findall(r"(0\.\d{3}) \((0\.\d{2})\)", section)
+    expected = [(f"{line['coverage']:.3f}", f"{line['bootstrap_over_observations']:.2f}") for line in lines("coverage")]
+    assert sorted(cells) == sorted(expected)
     (commit,) = {line["commit"] for line in lines("coverage")}
-    assert f"commit {commit}" in part
+    assert f"commit {commit}" in section

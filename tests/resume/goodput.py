@@ -24,7 +24,7 @@ ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE), str(ROOT), str(HERE.parent / "benchmarks")]
 
 from faults import published  # noqa: E402
-from pairs import keep, stamp  # noqa: E402
+from pairs import save_row, stamp  # noqa: E402
 
 from pipeline.cli import is_setting  # noqa: E402
 
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
         "effective": round(seconds / killed, 4),
         **stamp(),
     }
-    keep(row, ("bench", "config", "stage", "settings"), HERE.parent / "benchmarks" / "results" / "goodput.jsonl")
+    save_row(row, ("bench", "config", "stage", "settings"), HERE.parent / "benchmarks" / "results" / "goodput.jsonl")
     return 0
 
 

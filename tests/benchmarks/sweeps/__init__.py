@@ -1,1 +1,1 @@
-"""What the benchmarks that compare many settings share: experiments beside a main one, points, estimates, a page."""
+"""Share experiments, points, estimates and a page among benchmarks that compare settings."""

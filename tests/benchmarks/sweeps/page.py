@@ -1,4 +1,4 @@
-"""Show variants on one HTML page with plots and tables, in the report's style.
+"""Write variants on one HTML page with plots and tables, in the report's style.
 
 The page opens without a network.
 """
@@ -13,10 +13,10 @@ from stages.page.numbers import fixed, percent
 from stages.page.plot import Curves, Dots, Label, Line, Mark, Plot, Spans
 from sweeps.estimates import unit_of
 from sweeps.points import Variant
-from sweeps.words import span
+from sweeps.text import span
 
 NAMES = {"ppo": ("PPO", "kl_coef"), "dpo": ("DPO", "beta"), "best_of_n": ("best of n", "best of")}
-"""Method → its name, and the setting that varies."""
+"""Method → its name, and the setting that is varied."""
 CAPTIONS = {
     "gold": "Gold is what the reward model should measure, and nothing is trained on it. Over-optimisation is where a "
     "line bends down while the score below keeps rising. The sentences above say whether one does, beyond chance.",
@@ -30,12 +30,12 @@ NOTE = (
 
 
 def short(variant: Variant) -> str:
-    """Name a setting: kl_coef 0.1"""
+    """Return the name of a setting: kl_coef 0.1"""
     return f"{NAMES[variant.method][1]} {variant.value:g}"
 
 
 def full(variant: Variant) -> str:
-    """Name a policy and its setting: PPO, kl_coef 0.1"""
+    """Return the name of a policy and its setting: PPO, kl_coef 0.1"""
     return short(variant) if variant.method == "best_of_n" else f"{NAMES[variant.method][0]}, {short(variant)}"
 
 
@@ -82,7 +82,7 @@ def plot_of(variants: Sequence[Variant], what: str) -> Plot:
 
 
 def plots_of(variants: Sequence[Variant]) -> list[Plot]:
-    """Return the plots of gold (where there is any) and score against KL."""
+    """Return the plots of gold (if there is any) and score against KL."""
     shown = ["gold", "score"] if variants[0].series("gold") else ["score"]
     return [plot_of(variants, what) for what in shown]
 
@@ -136,12 +136,13 @@ def page(
 <style>{style} figure {{ margin: 1rem 0; }} figure h2 {{ margin: 0; }}</style></head><body>
 <header><h1>{escape(title)}</h1><div class="meta">{escape(meta)}</div></header>
 <main>{paragraphs}{drawn}
-{"".join(_html_table(*one) for one in tables)}</main>
+{"".join(_html_table(headings, rows) for headings, rows in tables)}</main>
 </body></html>
 """
 
 
 def _html_table(headings: list[str], rows: list[list[str]]) -> str:
+    """Return a table as HTML."""
     head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

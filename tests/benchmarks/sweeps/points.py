@@ -1,4 +1,7 @@
-"""Points of a sweep: what `samples` found on a seed → Points → Variants over seeds, and lines of a results file."""
+"""Convert the output of the stage `samples` to points and variants, and write results files.
+
+A point is a policy on one seed; a variant gathers the points of all seeds.
+"""
 
 import json
 import os
@@ -14,34 +17,39 @@ from pipeline.store.artifacts import ArtifactStore
 from sweeps.estimates import Series, best_of, best_of_kl, estimate, over_seeds
 
 MEASURES = ("scores", "gold", "kl", "lengths", "finished")
-"""What samples.json holds of each sample."""
+"""Keys of samples.json that have a value for each sample."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One policy on one seed, measured on the evaluation prompts."""
+    """Measure one policy on the evaluation prompts of one seed."""
 
     method: str
     """ppo, dpo, best_of_n, sft or base."""
     setting: dict[str, float]
-    """What was varied, as {"kl_coef": 0.05}."""
+    """The settings that vary, as {"kl_coef": 0.05}."""
     seed: int
+    """The seed."""
     score: Series
     """Mean reward model score of each prompt's samples."""
     gold: Series | None
-    """Mean gold of each prompt's samples; None without a gold scorer."""
+    """Mean gold of each prompt's samples; None if there is no gold scorer."""
     held_out: Series | None
-    """The same, of the prompts whose task no training data set alone."""
+    """The same, only for prompts whose task is in no training data."""
     kl: float
-    """To SFT, in nats a response."""
+    """KL to SFT, in nats a response."""
     length: float
+    """Mean tokens of a response."""
     eos_rate: float
+    """Share of responses that end with EOS."""
     perplexity: float | None
+    """On held-out pretraining text; None if there is none."""
 
     def figures(self) -> dict:
-        """Return the figures for a JSON line, under the names of results.json; intervals are over tasks."""
+        """Return the figures of a JSON line, named as in results.json; intervals are over tasks."""
         score = estimate([self.score])
-        gold, held_out = (one and estimate([one], share=True) for one in (self.gold, self.held_out))
+        gold = self.gold and estimate([self.gold], share=True)
+        held_out = self.held_out and estimate([self.held_out], share=True)
         return {
             "method": self.method,
             "setting": self.setting,
@@ -62,49 +70,51 @@ class Point:
 
 @dataclass(frozen=True)
 class Variant:
-    """A policy with its setting, on every seed."""
+    """Gather a policy with its setting, on every seed."""
 
     points: tuple[Point, ...]
-    """A point a seed, in the order of the seeds."""
+    """A point for each seed, in the order of the seeds."""
 
     @property
     def method(self) -> str:
+        """Return the method of all points."""
         return self.points[0].method
 
     @property
     def setting(self) -> dict[str, float]:
+        """Return the setting of all points."""
         return self.points[0].setting
 
     @property
     def value(self) -> float:
-        """The value of what was varied."""
+        """Return the value of the setting that varies."""
         return next(iter(self.setting.values()))
 
     def series(self, figure: str) -> list[Series] | None:
-        """Return `score`, `gold` or `held_out` of each seed; None where there is none."""
-        found = [getattr(point, figure) for point in self.points]
-        return None if None in found else found
+        """Return `score`, `gold` or `held_out` of each seed; None if any seed lacks it."""
+        series = [getattr(point, figure) for point in self.points]
+        return None if None in series else series
 
-    def numbers(self, figure: str) -> list[float]:
+    def values(self, figure: str) -> list[float]:
         """Return `kl`, `length`, `eos_rate` or `perplexity` of each seed."""
         return [getattr(point, figure) for point in self.points]
 
     def estimate(self, figure: str) -> dict:
-        """Estimate `score`, `gold` or `held_out`, over seeds or over the tasks of the only one."""
+        """Estimate `score`, `gold` or `held_out`, over seeds or over the tasks of the only seed."""
         return estimate(self.series(figure), share=figure != "score")
 
     def mean(self, figure: str) -> float | None:
-        """Return the mean of `kl`, `length`, `eos_rate` or `perplexity` over seeds; None where it is not known."""
-        found = self.numbers(figure)
-        return None if None in found else over_seeds(found)["value"]
+        """Return the mean of kl, length, eos_rate or perplexity; None if any seed lacks it."""
+        values = self.values(figure)
+        return None if None in values else over_seeds(values)["value"]
 
 
 def variants_of(points: Sequence[Point]) -> list[Variant]:
-    """Gather the points of the same method and setting, a point a seed."""
-    found: dict[tuple, list[Point]] = {}
+    """Gather the points of the same method and setting, one for each seed."""
+    groups: dict[tuple, list[Point]] = {}
     for point in points:
-        found.setdefault((point.method, *point.setting.items()), []).append(point)
-    return [Variant(tuple(same)) for same in found.values()]
+        groups.setdefault((point.method, *point.setting.items()), []).append(point)
+    return [Variant(tuple(same)) for same in groups.values()]
 
 
 def samples_of(store: ArtifactStore) -> dict:
@@ -118,8 +128,15 @@ def series_of(samples: dict, values: np.ndarray) -> Series:
 
 
 def held_out(samples: dict, values: np.ndarray) -> Series | None:
-    """Return a figure of each prompt, (P,), as a series of the prompts whose task no training data set; None where
-    that is not known or where there is none."""
+    """Return a figure as a series of the prompts whose task is in no training data.
+
+    Args:
+        samples: Content of samples.json.
+        values: (P,) the figure of each prompt.
+
+    Returns:
+        The series; None if tasks are not known or all are in training data.
+    """
     if samples["known"] is None or all(samples["known"]):
         return None
     kept = [i for i, known in enumerate(samples["known"]) if not known]
@@ -127,15 +144,34 @@ def held_out(samples: dict, values: np.ndarray) -> Series | None:
 
 
 def policy_point(samples: dict, method: str, setting: dict[str, float], seed: int) -> Point:
-    """Measure a policy by the means of its samples."""
+    """Measure a policy by the means of its samples.
+
+    Args:
+        samples: Content of samples.json.
+        method: Name of the policy.
+        setting: The settings that vary.
+        seed: The seed.
+
+    Returns:
+        The point.
+    """
     each = {key: samples[key] and np.mean(samples[key], axis=1) for key in MEASURES}
     return _point(samples, each, method, setting, seed, samples["perplexity"])
 
 
-def best_of_points(samples: dict, numbers: Sequence[int], seed: int) -> list[Point]:
-    """Measure best of n for each n from the same samples of SFT; n = 1 is SFT itself."""
+def best_of_points(samples: dict, ns: Sequence[int], seed: int) -> list[Point]:
+    """Measure best of n for each n from the same samples of SFT; n = 1 is SFT itself.
+
+    Args:
+        samples: Content of samples.json.
+        ns: The values of n.
+        seed: The seed.
+
+    Returns:
+        A point for each n.
+    """
     scores, points = np.array(samples["scores"], float), []
-    for n in numbers:
+    for n in ns:
         each = {key: samples[key] and best_of(scores, np.array(samples[key], float), n) for key in MEASURES}
         each["kl"] = np.array([best_of_kl(n)])
         points.append(_point(samples, each, "best_of_n", {"n": n}, seed, samples["perplexity"] if n == 1 else None))
@@ -145,7 +181,16 @@ def best_of_points(samples: dict, numbers: Sequence[int], seed: int) -> list[Poi
 def _point(
     samples: dict, each: dict[str, np.ndarray | None], method: str, setting: dict, seed: int, perplexity: float | None
 ) -> Point:
-    """Make a point; each: the numbers of each prompt, (P,), of what was measured."""
+    """Make a point.
+
+    Args:
+        samples: Content of samples.json.
+        each: Measure → (P,) its value for each prompt.
+        method: Name of the policy.
+        setting: The settings that vary.
+        seed: The seed.
+        perplexity: Perplexity of the policy, if known.
+    """
     gold = each["gold"]
     return Point(
         method=method,
@@ -161,11 +206,14 @@ def _point(
     )
 
 
-# ── results files ────────────────────────────────────────────────────────────────────────────────────────────
+# ── results files ─────────────────────────────────────────────────────────────────────────────────
 
 
 def provenance(manifest: dict) -> dict:
-    """Say which code made an artifact, with what, when and where, from its manifest: it may be older than this run."""
+    """Return which code made an artifact, when and where, from its manifest.
+
+    The artifact may be older than this run.
+    """
     git = manifest["git"]
     return {
         "seconds": round(seconds_of(manifest)),
@@ -177,17 +225,23 @@ def provenance(manifest: dict) -> dict:
 
 
 def seconds_of(manifest: dict) -> float:
-    """Return how long a stage took."""
+    """Return the seconds a stage took."""
     start, end = (datetime.fromisoformat(manifest[key]) for key in ("started_at", "finished_at"))
     return (end - start).total_seconds()
 
 
-def keep(file: Path, rows: Sequence[dict], key: Callable[[dict], tuple]) -> None:
-    """Put rows into a JSON Lines file, one line a key: a row replaces the one that had its key."""
+def save_rows(file: Path, rows: Sequence[dict], key: Callable[[dict], tuple]) -> None:
+    """Write rows into a JSON Lines file with one line a key.
+
+    Args:
+        file: The file.
+        rows: The rows; each replaces the line that has its key.
+        key: Row → its key.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     old = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-    kept = {json.dumps(key(row)): row for row in [*old, *rows]}
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sorted(kept.values(), key=key))
-    staged = file.with_name(f".tmp-{file.name}")
-    staged.write_text(text, encoding="utf-8")
-    os.replace(staged, file)
+    by_key = {json.dumps(key(row)): row for row in [*old, *rows]}
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sorted(by_key.values(), key=key))
+    temporary = file.with_name(f".tmp-{file.name}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)

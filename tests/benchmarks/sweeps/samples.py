@@ -1,13 +1,14 @@
-"""A stage of the sweeps: a policy → N samples a prompt with score, gold, KL and length, and its perplexity.
+"""Declare the sweeps' own stage `samples`, which draws N samples of each prompt and measures them.
 
-It runs under the pipeline as the nine of `rlhf` do: it skips itself when nothing changed. Prompts,
-judge, seeds, form of asking and settings are evaluate's, whose samples of a prompt are the first of
-these; evaluate takes too few of them to tell neighbours of a sweep apart.
+The stage runs in the pipeline like the nine of `rlhf`, so it is skipped if nothing changed.
+Prompts, judge, seeds, form of the prompts and settings are those of evaluate, whose samples of a
+prompt are the first of these. Evaluate draws too few samples to tell neighbouring settings of a
+sweep apart.
 """
 
 import json
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -24,22 +25,24 @@ from stages.training.session import session_of
 
 
 class SamplesSettings(evaluate_settings.EvaluateSettings):
-    """evaluate's settings (its `policies` and `best_of` mean nothing here), and whose samples."""
+    """Configure the stage: evaluate's settings (`policies` and `best_of` unused), and a policy."""
 
-    policy: Literal["base", "sft", "ppo", "dpo"] = setting("sft", "who answers")
+    policy: Literal["base", "sft", "ppo", "dpo"] = setting("sft", "policy that is sampled")
 
 
 class SweepExperiment(Experiment):
-    """Hold an experiment that has the stage samples, too."""
+    """Declare an experiment that also has the stage samples."""
 
     samples: SamplesSettings = Field(default_factory=SamplesSettings)
 
 
-def needs(experiment) -> list[str]:
+def needs(experiment: Any) -> list[str]:
+    """Return the stages that must be finished first."""
     return list(dict.fromkeys([experiment.samples.policy, "sft", "rm"]))
 
 
-def reads(experiment) -> list[str]:
+def reads(experiment: Any) -> list[str]:
+    """Return the data settings that the stage reads."""
     return evaluate_settings.reads(experiment)
 
 
@@ -47,9 +50,12 @@ def run(ctx: StageRun) -> dict:
     """Sample a policy and measure the samples.
 
     Publishes samples.json: `scores`, `kl`, `gold` (null without a gold scorer), `lengths` and
-    `finished`, each a list of N numbers for each of P prompts; `clusters`, the task of each prompt
-    (the prompt itself where tasks are not known); `known`, whether training data set that task
-    (null where tasks are not known); `asked`; `perplexity`.
+    `finished` are lists of N values for each of P prompts. `clusters` has the task of each prompt
+    (the prompt itself if tasks are not known), `known` whether training data contains that task
+    (null if tasks are not known). `asked` is the form of the prompts.
+
+    Args:
+        ctx: The run of the stage.
 
     Returns:
         The figures of the manifest.
@@ -71,7 +77,7 @@ def run(ctx: StageRun) -> dict:
     clusters = prompts.clusters
     if prompts.world is None:
         clusters = [f"prompt {i}" for i in range(len(prompts.prompts))]
-    written = {
+    content = {
         **{key: rows[key] for key in ("scores", "kl", "lengths", "finished")},
         "gold": gold,
         "clusters": clusters,
@@ -79,12 +85,13 @@ def run(ctx: StageRun) -> dict:
         "asked": form,
         "perplexity": perplexity and perplexity["value"],
     }
-    (ctx.publish / "samples.json").write_text(json.dumps(written) + "\n", encoding="utf-8")
-    found = {"score": _mean(rows["scores"]), "gold": gold and _mean(gold), "kl": _mean(rows["kl"])}
-    return found | {"perplexity": written["perplexity"]}
+    (ctx.publish / "samples.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
+    figures = {"score": _mean(rows["scores"]), "gold": gold and _mean(gold), "kl": _mean(rows["kl"])}
+    return figures | {"perplexity": content["perplexity"]}
 
 
 def _mean(rows: list[list[float]]) -> float:
+    """Return the mean of all values."""
     return sum(map(sum, rows)) / sum(map(len, rows))
 
 
