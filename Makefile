@@ -100,7 +100,7 @@ chat: $(STAMP) ## talk to policies side by side (MODELS=sft,ppo)
 test: $(STAMP) ## the quick tests
 	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n logical --dist loadfile --no-loadscope-reorder
 test-slow: $(STAMP) ## the slow ones: whole chains, kills, real training
-	@$(VENV)/bin/pytest -q -m slow
+	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -m slow -n logical --dist loadfile --no-loadscope-reorder
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .

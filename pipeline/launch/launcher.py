@@ -166,7 +166,7 @@ def report_end(codes: list[int | None], outputs: Sequence[IO[bytes]]) -> int:
     rank = killed[0] if killed else failed[0]  # the others may have failed because one was killed
     code = ended[rank]
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-    print(f"error: process {rank} of {len(codes)} {how}; run again to go on", file=sys.stderr)
+    print(f"error: process {rank} of {len(codes)} {how}; run again to resume", file=sys.stderr)
     if rank > 0:
         outputs[rank - 1].seek(0)
         for line in outputs[rank - 1].read().decode(errors="replace").splitlines()[-OUTPUT_LINES:]:

@@ -210,7 +210,6 @@ class TestBestOfN:
 @pytest.mark.parametrize("packed", [False, True])
 def test_log_ratios_equal_those_from_logits(packed):
     """Compare evaluate's KL on rows of several lengths with single responses, token by token."""
-
     from stages.evaluation.forms import Answer
     from stages.evaluation.measuring import log_ratios
     from stages.evaluation.tools import Policy
