@@ -634,7 +634,7 @@ def of_world(chain, asked_world, tmp_path_factory):
     ids |= {tuple(tokenizer(prompt)["input_ids"]): prompt for prompt in world.answers}
     texts = list(world.answers.values())
 
-    def answer(policy, prompts, seeds, **options):
+    def answer(policy, prompts, seeds, decoding, poll):
         if policy not in models:
             models.append(policy)
         responses = []
