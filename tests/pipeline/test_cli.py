@@ -188,7 +188,8 @@ def test_help_into_a_pipe_that_nobody_reads_on(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_status(rlhf):
+def test_status(rlhf, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
     rlhf("run", "fit")
     code, out, _ = rlhf("status", "fit.learning_rate=0.5")
     lines = {line.split()[1]: line for line in out.splitlines() if line.startswith("│") and line.split()[1] != "│"}
