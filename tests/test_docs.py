@@ -119,7 +119,8 @@ def test_the_steps_for_a_stage_make_its_command_run(tmp_path):
         tmp_path / "stages/settings/experiment.py",
         ("import base,", "import count, base,"),
         ("evaluate, report)", "evaluate, count, report)"),
-        ("    report: ", "    count: count.CountSettings = Field(default_factory=count.CountSettings)\n    report: "),
+        ("    report: ", "    count: CountSettings = Field(default_factory=CountSettings)\n    report: "),
+        ("from stages.settings.dpo", "from stages.settings.count import CountSettings\nfrom stages.settings.dpo"),
     )
     edit(tmp_path / "pipeline/api.py", ('"evaluate", "report")', '"evaluate", "count", "report")'))
     commands = (
