@@ -97,7 +97,7 @@ def held_out(keys: Sequence[str], fraction: float, least: int | None = None) -> 
 ORDER_VERSION = 2
 """Version of the order that `grouped_by_length` gives, which checkpoints record.
 
-Before 2, a window could span several passes over few rows, and a short pass repeated some of them."""
+Before 2, a window could span several passes over few rows, so a short one repeated some of them."""
 
 
 def grouped_by_length(lengths: Sequence[int], batch_size: int, count: int, seed: int, window: int = 16) -> list[int]:
