@@ -129,7 +129,9 @@ def calibrate_noise(
     gaps = _all_gaps(utilities, answers)
     low, high = 1e-4, 1e3
     if _agreement(gaps, low) < agreement:
-        raise ValueError(f"labelers agree on at most {_agreement(gaps, low):.3f} of pairs, and {agreement} is asked for")
+        raise ValueError(
+            f"labelers agree on at most {_agreement(gaps, low):.3f} of pairs, and {agreement} is asked for"
+        )
     for _ in range(100):
         middle = math.sqrt(low * high)
         if _agreement(gaps, middle) > agreement:
