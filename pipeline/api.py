@@ -6,7 +6,7 @@ Imports are late: environment variables must be set before torch is imported.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pipeline.config.sections import Common
+    from pipeline.config.sections import Common, ConfigFile
     from pipeline.config.yaml_tree import Tree
     from pipeline.stage import Stage
     from pipeline.state import Flags
@@ -84,6 +84,32 @@ def validate(tree: Tree) -> Any:
     return validate_tree(tree, experiment_class(), [stage.check for stage in stages().values()])
 
 
+def check_unchanged(experiment: Common) -> ConfigFile:
+    """Check that an experiment is what its file and its overrides say today.
+
+    A copy with other values (`model_copy`) was never validated, and the manifests would record
+    settings that no file and no command line has.
+
+    Returns:
+        The file and the overrides.
+
+    Raises:
+        UserError: If it differs, or was not loaded from a file.
+    """
+    from pipeline.config.yaml_tree import read_tree
+
+    file = experiment.file
+    if file is None:
+        raise UserError("experiment: was not loaded from a file; use load_experiment")
+    loaded = validate(read_tree(file.path, file.overrides))
+    if loaded.model_dump(mode="json") != experiment.model_dump(mode="json"):
+        raise UserError(
+            "experiment: was changed after it was loaded, or its file was; load it again, and pass settings to "
+            "load_experiment, as load_experiment(PATH, 'dpo.beta=0.2')"
+        )
+    return file
+
+
 def open_store(experiment: Common, location: Location) -> ArtifactStore:
     """Return the artifacts of an experiment, to read them."""
     from pipeline.store.artifacts import ArtifactStore
@@ -117,10 +143,11 @@ def run(
 
     Args:
         stage: Name of the stage, such as "sft".
-        experiment: What `load_experiment` returned.
+        experiment: What `load_experiment` returned, unchanged.
         artifacts: Folder in which finished stages are kept, or an address as s3://bucket/prefix.
         flags: The flags of `rlhf run`.
-        console: Where progress is printed; by default the terminal or notebook.
+        console: Where progress is printed; by default the terminal or notebook. Another
+            console prints lines as they are, with CONFIG for the experiment's file.
 
     Returns:
         The stage's folder.
@@ -130,21 +157,36 @@ def run(
         Interrupted: If a signal stopped it; what was done is saved.
         TrainingStopped: If a training stopped itself.
     """
-    from rich.console import Console
-
-    from pipeline import plan
-    from pipeline.launch import environment
-    from pipeline.launch.signals import stop_on_signals
-    from pipeline.stage import StopFlag
-    from pipeline.store.remote import Remote
+    from pipeline import hints
+    from pipeline.console import FilledConsole
+    from pipeline.state import Flags, command_of
 
     declarations = stages()
     if stage not in declarations:
         raise UserError(f"stage: {stage!r} is not a stage; choose from {', '.join(declarations)}")
     if experiment.launch.processes * experiment.launch.nodes > 1:
         raise UserError("launch.processes: a Python process runs stages alone; set it to 1, or use `rlhf run`")
-    location = Location.of(artifacts)
-    stop, console = StopFlag(), console or Console()
+    file, flags = check_unchanged(experiment), flags or Flags()
+    path, place = str(file.path), str(artifacts)
+    if not flags.command:
+        flags = replace(flags, command=command_of(stage, path, place, file.overrides, flags))
+    trust = ["--trust-remote-code"] if flags.trust_remote_code else []
+    caller = hints.caller_of(path, place, file.overrides, trust)
+    try:
+        return run_loaded(stage, experiment, Location.of(artifacts), flags, console or FilledConsole(caller))
+    except UserError as error:
+        raise UserError([hints.filled(line, caller) for line in error.lines]) from None
+
+
+def run_loaded(stage: str, experiment: Experiment, location: Location, flags: Flags, console: Console) -> Path:
+    """Bring a stage of a checked experiment up to date and return its folder; see `run`."""
+    from pipeline import plan
+    from pipeline.launch import environment
+    from pipeline.launch.signals import stop_on_signals
+    from pipeline.stage import StopFlag
+    from pipeline.store.remote import Remote
+
+    declarations, stop = stages(), StopFlag()
     with stop_on_signals(stop):
         environment.prepare(experiment)
         store = open_store_to_run(experiment, location)

@@ -309,12 +309,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     arguments, unknown = build_parser().parse_known_args(words)
     arguments.words = argv
     arguments.overrides = settings + [word for word in unknown if is_setting(word)]
+    takes_settings = arguments.command != "init"
     for word in unknown:
         if not is_setting(word):
-            raise UserError(
-                f"command line: {word!r} is neither a flag of `rlhf {arguments.command}` nor key=value; "
-                f"see `rlhf {arguments.command} --help`"
-            )
+            command = f"`rlhf {arguments.command}`"
+            what = f"is neither a flag of {command} nor key=value" if takes_settings else f"is not a flag of {command}"
+            raise UserError(f"command line: {word!r} {what}; see `rlhf {arguments.command} --help`")
+    if arguments.overrides and not takes_settings:
+        raise UserError(
+            f"command line: {arguments.overrides[0]!r} is a setting, and `rlhf init` takes none; "
+            f"add it to the file that it writes"
+        )
     shows_help = arguments.command == "run" and arguments.show_help
     if arguments.overrides and arguments.config is None and not shows_help:
         raise UserError(

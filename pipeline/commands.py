@@ -72,23 +72,17 @@ def make_console(caller: hints.Caller | None = None) -> Any:
     Args:
         caller: How the user calls this command: commands in printed text are filled in accordingly.
     """
-    from rich.console import Console
+    from pipeline.console import FilledConsole
 
-    class CommandConsole(Console):
+    class CommandConsole(FilledConsole):
         """Print to the terminal, with the commands in plain text filled in."""
-
-        def print(self, *objects: Any, **options: Any) -> None:
-            """Print objects as rich does."""
-            if caller is not None:
-                objects = tuple(hints.filled(thing, caller) if isinstance(thing, str) else thing for thing in objects)
-            super().print(*objects, **options)
 
         def on_broken_pipe(self) -> None:
             """Continue without output when a reader such as `head` ends; rich would exit with 1."""
             self.quiet = True
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    return CommandConsole(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_COLUMNS)
+    return CommandConsole(caller, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_COLUMNS)
 
 
 # -- run -----------------------------------------------------------------------------------------

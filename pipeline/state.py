@@ -2,11 +2,14 @@
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.changes import Change
 from pipeline.launch import environment
+
+FLAG_NAMES = ("only", "force", "restart", "override_config", "allow_elastic", "trust_remote_code")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,25 @@ def flags_of(arguments: argparse.Namespace) -> Flags:
         trust_remote_code=arguments.trust_remote_code,
         command=shlex.join(["rlhf", *arguments.words]),
     )
+
+
+def command_of(stage: str, config: str, artifacts: str, overrides: Sequence[str], flags: Flags) -> str:
+    """Return the command `rlhf run` that does the same as a call from Python.
+
+    Args:
+        stage: The stage.
+        config: The experiment's YAML file.
+        artifacts: Folder or address of the finished stages.
+        overrides: Settings on top of the file, `key=value` each.
+        flags: The flags of the call.
+    """
+    words = ["rlhf", "run", stage, "-c", config]
+    if artifacts != "artifacts":
+        words += ["--artifacts", artifacts]
+    for name in FLAG_NAMES:
+        if getattr(flags, name):
+            words.append("--" + name.replace("_", "-"))
+    return shlex.join([*words, *overrides])
 
 
 @dataclass

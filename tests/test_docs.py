@@ -1,6 +1,8 @@
 """Check the prose: links lead somewhere, the README is short, and what the pages show runs."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +70,68 @@ def test_what_contributing_shows_runs(heading, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+DECLARATION = '''
+from pathlib import Path
+
+from pipeline.config.section import Section, setting
+from pipeline.stage import Stage
+
+
+class CountSettings(Section):
+    """Choose which words are counted."""
+
+    words: str = setting("a b c", "words, with spaces between them")
+
+
+def run(ctx):
+    """Run the stage."""
+    from stages.count import run as run_stage
+
+    return run_stage(ctx)
+
+
+STAGE = Stage(name="count", summary="Count words.", settings=CountSettings, run=run, needs=lambda experiment: [])
+'''
+
+
+def edit(path: Path, *changes: tuple[str, str]) -> None:
+    """Replace each text, which the file must have, by another."""
+    text = path.read_text(encoding="utf-8")
+    for old, new in changes:
+        assert old in text, f"{path}: {old}"
+        text = text.replace(old, new, 1)
+    path.write_text(text, encoding="utf-8")
+
+
+def test_the_steps_for_a_stage_make_its_command_run(tmp_path):
+    """A copy of the project in which the steps in "A stage" are done runs `rlhf run count`."""
+    steps = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("so that `rlhf run count`")[2]
+    for place in ("settings/count.py", "settings/experiment.py", "pipeline/api.py", "Makefile", "settings.reference"):
+        assert place in steps
+    for folder in ("data", "pipeline", "stages", "configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "stages/settings/count.py").write_text(DECLARATION, encoding="utf-8")
+    story = "def run(ctx):\n    return {'number': len(ctx.config.words.split())}\n"
+    (tmp_path / "stages/count.py").write_text(story, encoding="utf-8")
+    edit(
+        tmp_path / "stages/settings/experiment.py",
+        ("import base,", "import count, base,"),
+        ("evaluate, report)", "evaluate, count, report)"),
+        ("    report: ", "    count: count.CountSettings = Field(default_factory=count.CountSettings)\n    report: "),
+    )
+    edit(tmp_path / "pipeline/api.py", ('"evaluate", "report")', '"evaluate", "count", "report")'))
+    commands = (
+        ["-m", "pipeline.cli", "run", "count", "-c", "configs/tiny.yaml", "count.words=a b"],
+        ["-m", "stages.settings.reference"],
+    )
+    for words in commands:
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "artifacts/tiny/count/manifest.json").is_file()
+    assert "| `count.words` |" in (tmp_path / "configs/SETTINGS.md").read_text(encoding="utf-8")
 
 
 def test_contributing_shows_each_extension_point():

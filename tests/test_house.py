@@ -199,6 +199,10 @@ def test_stages_declare_what_the_pipeline_needs():
 
     stages = api.stages()
     assert tuple(stages) == api.STAGES
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    listed = re.search(r"^STAGES +:= (.*)$", makefile, re.MULTILINE)
+    assert listed is not None and tuple(listed[1].split()) == api.STAGES, "STAGES in the Makefile"
+    assert all(re.search(rf"^{name}: ", makefile, re.MULTILINE) for name in stages), "a target for each stage"
     for name, stage in stages.items():
         assert name == stage.name and stage.summary.endswith(".")
         assert api.experiment_class().model_fields[name].annotation is stage.settings

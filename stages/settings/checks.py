@@ -117,15 +117,27 @@ def over_folder_context(experiment: "Experiment", stage: str, *lengths: str) -> 
         stage: The stage whose lengths are checked.
         *lengths: Its settings to check besides max_length.
     """
-    folder = local_folder(experiment.model.name_or_path)
+    context = folder_context(experiment.model.name_or_path)
+    return too_long_for(context, getattr(experiment, stage), stage, *lengths)
+
+
+def folder_context(model: str | None) -> int | None:
+    """Return the context length of a base model in a local folder.
+
+    Args:
+        model: Value of model.name_or_path.
+
+    Returns:
+        The length in tokens; None if the model is not a local folder or states none.
+    """
+    folder = local_folder(model)
     if folder is None or not (folder / "config.json").is_file():
-        return []
+        return None
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError:  # the stage `base` reports it
-        return []
-    context = context_of(config) if isinstance(config, dict) else None
-    return too_long_for(context, getattr(experiment, stage), stage, *lengths)
+        return None
+    return context_of(config) if isinstance(config, dict) else None
 
 
 def no_room_for_prompt(experiment: "Experiment", stage: str) -> list[str]:

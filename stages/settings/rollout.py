@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 ENVIRONMENT = "python3 -m venv .vllm && .vllm/bin/pip install vllm"
 INSTALL = (  # what to do where vLLM is missing
-    f"{ENVIRONMENT} (README says which without a GPU), and launch.vllm.python: .vllm/bin/python"
+    f"{ENVIRONMENT} (stages/README.md: which without a GPU), and launch.vllm.python: .vllm/bin/python"
 )
-SET_BY_PPO = (  # arguments of vLLM that `engine_of`, `Vllm` and vllm_server.py set
+SET_BY_PPO = (  # arguments of vLLM that `make_vllm`, `Vllm` and vllm_server.py set
     "model",
     "dtype",
     "seed",

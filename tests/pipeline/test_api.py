@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cli import parse
 from pipeline.errors import Interrupted, TrainingStopped, UserError
 from pipeline.state import Flags
 from tests.pipeline import fakes
@@ -32,6 +34,7 @@ def api(tmp_path, monkeypatch):
     (tmp_path / "small.yaml").write_text(fakes.CONFIG)
     made = fakes.stages()
     monkeypatch.setattr(api, "stages", lambda: made)
+    monkeypatch.setattr(api, "STAGES", tuple(made))
     monkeypatch.setattr(api, "experiment_class", lambda: fakes.experiment_class(made))
     monkeypatch.setattr(api, "made", made, raising=False)
     return api
@@ -68,6 +71,40 @@ def test_it_runs_what_is_needed_and_nothing_twice(api, tmp_path):
     forced = Lines()
     api.run("fit", experiment, flags=Flags(force=True), console=forced)
     assert "fit: forced, running" in forced.text
+
+
+def test_what_was_changed_after_loading_is_refused(api):
+    """Neither a copy that was never validated runs, nor a file that was edited in the meantime."""
+    experiment = api.load_experiment("small.yaml", "fit.steps=3")
+    changed = experiment.model_copy(update={"fit": experiment.fit.model_copy(update={"steps": -1})})
+    with pytest.raises(UserError, match=r"^experiment: was changed after it was loaded.*; load it again, and pass"):
+        api.run("fit", changed, console=Lines())
+    Path("small.yaml").write_text(fakes.CONFIG.replace("words: 3", "words: 4"))
+    with pytest.raises(UserError, match=r"or its file was"):
+        api.run("fit", experiment, console=Lines())
+    assert not Path("artifacts").exists()
+
+
+def test_the_manifest_has_the_command_that_does_the_same(api):
+    experiment = api.load_experiment("small.yaml", "fit.steps=3")
+    folder = api.run("fit", experiment, "my place", Flags(force=True), Lines())
+    command = json.loads((folder / "manifest.json").read_text())["command"]
+    assert command == "rlhf run fit -c small.yaml --artifacts 'my place' --force fit.steps=3"
+    arguments = parse(shlex.split(command)[1:])
+    assert (arguments.stage, arguments.overrides, arguments.force) == ("fit", ["fit.steps=3"], True)
+    with pytest.raises(UserError) as caught:
+        api.run("fit", api.load_experiment("small.yaml"), "my place", console=Lines())
+    assert "`rlhf run fit -c small.yaml --artifacts 'my place' fit.steps=3` keeps what is there" in str(caught.value)
+    assert "CONFIG" not in str(caught.value)
+
+
+def test_printed_commands_are_filled_in(api, capsys):
+    def show(folder, console):
+        console.print("see `rlhf run fit -c CONFIG --force`", soft_wrap=True)
+
+    fakes.change(api.made, "text", show=show)
+    api.run("text", api.load_experiment("small.yaml", "text.words=2"), artifacts="elsewhere")
+    assert "`rlhf run fit -c small.yaml --artifacts elsewhere --force text.words=2`" in capsys.readouterr().out
 
 
 def test_what_a_stage_shows_is_shown(api):

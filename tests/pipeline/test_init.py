@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.api import load_experiment
+from pipeline.api import load_experiment, stages
+from pipeline.chain import wanted_stages
 from pipeline.cli import main
 
 ROWS = {
@@ -56,6 +57,41 @@ def test_a_chain_of_only_sft(init):
     assert "ppo" not in text and "rm:" not in text and len(text.splitlines()) < 16
 
 
+@pytest.mark.parametrize("context", [64, 128, 256])
+@pytest.mark.parametrize(
+    "data", [[], ["demonstrations", "rankings", "prompts", "documents"], ["demonstrations", "rankings", "prompts"]]
+)
+def test_the_lengths_fit_a_short_context(init, context, data):
+    """Nothing of the written config exceeds the context, and a prompt fits before each response."""
+    Path("short").mkdir()
+    Path("short/config.json").write_text(json.dumps({"n_positions": context}))
+    words = ["--data", *(f"{kind} of mine.jsonl" for kind in data)] if data else []
+    code, _, err = init("--model", "./short", *words)
+    assert (code, err) == (0, "")
+    experiment, declarations = load_experiment("my.yaml"), stages()
+    wanted = wanted_stages(experiment, declarations)
+    assert {"sft", "rm", "ppo", "dpo", "evaluate"} <= wanted
+    for name in wanted:
+        assert [line for line in declarations[name].missing_requirements(experiment) if "context" in line] == []
+    for stage in ("ppo", "evaluate") if data else ("rankings", "ppo", "evaluate"):
+        section = getattr(experiment, stage)
+        assert section.max_length == context and section.response_length == min(128, context // 2)
+
+
+def test_a_long_or_unknown_context_leaves_the_defaults(init):
+    Path("long").mkdir()
+    for content in ('{"max_position_embeddings": 512}', "{}", "not JSON"):
+        Path("long/config.json").write_text(content)
+        assert init("--model", "./long")[0] == 0
+        assert "length" not in Path("my.yaml").read_text()
+        Path("my.yaml").unlink()
+
+
+def test_the_next_command_names_the_program_as_it_was_called(init, monkeypatch):
+    monkeypatch.setattr("pipeline.hints.program", lambda: ".venv/bin/rlhf")
+    assert init()[1].endswith("next: .venv/bin/rlhf run report -c my.yaml\n")
+
+
 def test_it_overwrites_nothing(init):
     Path("my.yaml").write_text("precious")
     code, out, err = init()
@@ -75,20 +111,24 @@ def test_it_overwrites_nothing(init):
             ["--data", "prompts of mine.jsonl", "prompts.jsonl"],
             "prompts.jsonl: contains prompts, as prompts of mine.jsonl",
         ),
-        (["--model", "no/such/folder"], "my.yaml:5: model.name_or_path: no such folder: no/such/folder; should be"),
+        (["--model", "no/such/folder"], "--model: no such folder: no/such/folder; should be"),
         (
             ["--model", "org/model", "--data", "rankings of mine.jsonl"],
-            "data.demonstrations: none is given, and sft reads",
+            "--data: demonstrations: none is given, and sft reads",
         ),
         (
             ["--data", "demonstrations of mine.jsonl"],
-            "data.documents: none is given, and base reads it; give a file or a",
+            "--data: documents: none is given, and base reads it; give a file or a",
         ),
         (
             ["-o", "no/folder/my.yaml"],
             "no/folder/my.yaml: cannot be written (No such file or directory); choose another",
         ),
-        (["--modle", "x"], "command line: '--modle' is neither a flag of `rlhf init` nor key=value"),
+        (["--modle", "x"], "command line: '--modle' is not a flag of `rlhf init`; see `rlhf init --help`"),
+        (
+            ["foo=1"],
+            "command line: 'foo=1' is a setting, and `rlhf init` takes none; add it to the file that it writes",
+        ),
     ],
 )
 def test_what_would_not_work_is_a_line_and_no_file(init, words, line):
