@@ -64,9 +64,10 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
     parts = sharers(experiment)
     config = model_config(m, trust_remote_code)
     adapter = adapter_settings(m)
-    take = lambda steps, adapter=adapter: take_step(  # noqa: E731
-        config, steps, adapter, dtype, device, m.gradient_checkpointing, m.attn_implementation, parts
-    )
+
+    def take(steps: list[Step], adapter: AdapterSettings = adapter) -> Sizes:
+        return take_step(config, steps, adapter, dtype, device, m.gradient_checkpointing, m.attn_implementation, parts)
+
     head = "logits" if config.get_text_config().vocab_size <= SMALL_VOCABULARY else "text"
     for stage in ("base", "sft") if m.name_or_path is None else ("sft",):
         c = getattr(experiment, stage)

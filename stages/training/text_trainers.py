@@ -29,6 +29,7 @@ def with_plain_loss(trainer_class: type) -> type:
     class PlainLossTrainer(trainer_class):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             labels = inputs["labels"][:, 1:]
+            # given labels, the model would compute its own loss as well
             arguments = {name: value for name, value in inputs.items() if name != "labels"}
             if self.aux_loss_enabled:
                 arguments["output_router_logits"] = True
@@ -115,12 +116,14 @@ def with_sharding(trainer_class: type) -> type:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
         def save_model(self, output_dir=None, _internal_call=False):
+            # transformers writes `self.model`: a whole copy takes its place meanwhile
             sharded, self.model = self.model, publishable(self.model)  # all ranks: it all-gathers
             if parallel.is_rank_zero():
                 super()._save(output_dir)
             self.model = sharded
 
         def _save_optimizer_and_scheduler(self, output_dir):
+            # transformers writes `self.optimizer.state_dict()`: here that of whole tensors
             state = self.optimizer.state_dict()
             state["state"] = {index: gather_tensors(tensors) for index, tensors in state["state"].items()}
             optimizer, self.optimizer = self.optimizer, _WithState(state)
@@ -137,7 +140,7 @@ def with_sharding(trainer_class: type) -> type:
             self.lr_scheduler.load_state_dict(load(Path(checkpoint) / SCHEDULER_NAME))
 
         def _save_rng_state(self, output_dir):
-            if parallel.is_rank_zero():  # dropout is seeded anew at every step (TextHooks.seed_dropout)
+            if parallel.is_rank_zero():  # every step seeds dropout (TextHooks.seed_dropout)
                 super()._save_rng_state(output_dir)
 
     return ShardedTrainer
@@ -161,6 +164,7 @@ def _sharded_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> d
         optimizer: The optimizer of the sharded parameters.
         state: state_dict() of an optimizer of whole parameters.
     """
+    # One flat table, by the names that our own checkpoints use.
     flat = {f"{index}.{name}": x for index, tensors in state["state"].items() for name, x in tensors.items()}
     shards = shard_optimizer_tensors(optimizer, flat)
     by_index = {

@@ -208,7 +208,7 @@ def test_an_unreadable_file_is_reported_before_anything_runs(tmp_path, stage, ki
 
     assert problems_of(row, other) == []
     assert [line.startswith(f"{file}:2: the key ") for line in problems_of(row, {})] == [True]
-    assert problems_of(row) == [f"{file}: holds 1 records and skip passes over 1; lower skip"]
+    assert problems_of(row) == [f"{file}: has 1 records, and skip leaves out the first 1; lower skip"]
     assert missing(tmp_path, stage, f"data.{kind}=org/name") == missing(tmp_path, stage) == []  # the Hub, the world
 
 
