@@ -94,6 +94,12 @@ def held_out(keys: Sequence[str], fraction: float, least: int | None = None) -> 
     return train, [i for i, key in enumerate(keys) if key in chosen]
 
 
+ORDER_VERSION = 2
+"""Version of the order that `grouped_by_length` gives, which checkpoints record.
+
+Before 2, a window could span several passes over few rows, so a short one repeated some of them."""
+
+
 def grouped_by_length(lengths: Sequence[int], batch_size: int, count: int, seed: int, window: int = 16) -> list[int]:
     """Order rows so that those of a batch have similar lengths, which saves padding.
 

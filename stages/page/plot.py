@@ -40,7 +40,7 @@ class Dots:
 
 @dataclass(frozen=True)
 class Cloud:
-    """Many small pale dots."""
+    """Hold a scatter plot drawn as small pale dots."""
 
     points: Sequence[Point]
     """Where the dots stand."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from data.streams import ORDER_VERSION
 from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.store.checkpoints import Checkpoint
@@ -104,6 +105,23 @@ def load_checkpoint(session: Session, training: TrainingState, total: int, first
         else:  # no average was asked for until now: it starts here
             average.start(training.trainees[0])
     return checkpoint.step - first, checkpoint.state
+
+
+def check_row_order(stage: str, saved_state: dict) -> None:
+    """Refuse a checkpoint whose run draws its rows in an order that this version does not give.
+
+    Args:
+        stage: Name of the stage.
+        saved_state: JSON of the checkpoint.
+
+    Raises:
+        UserError: An older version began the run.
+    """
+    if saved_state.get("row_order") != ORDER_VERSION:
+        raise UserError(
+            f"{stage}: an older version began the interrupted run, and draws its rows in another order; --restart "
+            f"starts again"
+        )
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from data.streams import ORDER_VERSION
 from pipeline.launch import parallel
-from stages.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from stages.training.checkpoint import TrainingState, check_row_order, load_checkpoint, save_checkpoint
 from stages.training.schedule import Schedule
 from stages.training.selection import Selection
 from stages.training.session import PendingEvaluation, Session
@@ -88,11 +89,14 @@ def fit(
     best, pending = selection.start(), PendingEvaluation()
     training = TrainingState([trainee], best, carried=phase.tensors)
     step, saved_state = load_checkpoint(session, training, steps, first)
+    if step > 0:
+        check_row_order(session.stage, saved_state)
     pending.restore(saved_state)
 
     def save() -> None:
+        state = phase.state | pending.state() | {"row_order": ORDER_VERSION}
         if first + step:  # otherwise there is nothing to resume from
-            save_checkpoint(session, first + step, total, training, phase.state | pending.state())
+            save_checkpoint(session, first + step, total, training, state)
 
     def evaluate() -> dict[str, float]:
         # A signal between two forward passes saves and leaves: the evaluation is then owed.

@@ -27,7 +27,7 @@ from stages.objectives.losses import language_model_loss
 from stages.settings.training import batch_of_each
 from stages.shared.runtime import Runtime
 from stages.training.batching import micro_batches
-from stages.training.checkpoint import check_steps_left
+from stages.training.checkpoint import check_row_order, check_steps_left
 from stages.training.loop import WHOLE_STAGE, Phase
 from stages.training.schedule import Schedule
 from stages.training.selection import Selection
@@ -146,6 +146,8 @@ def train_language_model(
     checkpoint = newest_checkpoint(session, phase, steps)
     # Ours first: `before_training` runs inside trainer.train, and asks what is owed.
     if checkpoint is not None:
+        if task.group_by_length:
+            check_row_order(session.stage, checkpoint.state)
         hooks.best.restore(checkpoint)
         hooks.pending.restore(checkpoint.state)
     if is_adapted(trainer.model) and runtime.dtype == "bfloat16":

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.streams import derive_seed
+from data.streams import ORDER_VERSION, derive_seed
 from pipeline.errors import Interrupted
 from pipeline.launch import parallel
 from stages.models.adalora import triplets_of
@@ -179,7 +179,7 @@ class TextHooks:
         tensors = dict(self.phase.tensors)
         if self.best.tensors:
             tensors["best"] = gather_tensors(self.best.tensors)
-        saved_state = self.phase.state | {"best": self.best.state()} | self.pending.state()
+        saved_state = self.phase.state | {"best": self.best.state(), "row_order": ORDER_VERSION} | self.pending.state()
         self.session.checkpoints.adopt(folder, self.stage_step(state), self.total, saved_state, tensors)
 
     def callback(self) -> Any:
