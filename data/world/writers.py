@@ -200,7 +200,7 @@ def _mannered(language: Language, rng: random.Random, sentences: list[str]) -> l
 
 
 def _ramble(language: Language, rng: random.Random, slips: Slips) -> list[str]:
-    """Write one or two sentences that were not asked for: chatter, or facts about something else."""
+    """Write one or two sentences off the task: chatter, or facts about something else."""
     stray = []
     for _ in range(rng.choice((1, 1, 2))):
         if rng.random() < 0.6:

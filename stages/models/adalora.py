@@ -168,7 +168,7 @@ class AdaLora(torch.optim.AdamW):
         budget = budget_at(step, self.steps, sum(map(len, values)), self.rank * len(values))
 
         def score(p: nn.Parameter) -> Tensor:
-            """Equation 11."""
+            """Return the scores of a parameter's entries (equation 11)."""
             return self.state[p]["sensitivity"] * self.state[p]["uncertainty"]
 
         importance = importances([(score(t.left), score(t.values), score(t.right)) for t in self.triplets])

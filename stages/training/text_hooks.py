@@ -189,23 +189,25 @@ class TextHooks:
         hooks = self
 
         class Callback(TrainerCallback):
-            def on_train_begin(self, args, state, control, model=None, **_):
+            def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
                 hooks.before_training(model, state, control)
 
-            def on_step_begin(self, args, state, control, **_):
+            def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 hooks.step_began = time.perf_counter()
                 hooks.seed_dropout(state)
 
-            def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **_):
+            def on_pre_optimizer_step(
+                self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+            ) -> None:
                 hooks.before_optimizer_step(model, optimizer, state)
 
-            def on_step_end(self, args, state, control, model=None, **_):
+            def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
                 hooks.after_step(model, state, control)
 
-            def on_log(self, args, state, control, logs=None, **_):
+            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
                 hooks.log(logs or {}, state)
 
-            def on_save(self, args, state, control, **_):
+            def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 # after the last step the artifact is written instead
                 if state.global_step < hooks.schedule.total:
                     hooks.after_save(args, state)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.launch import parallel
@@ -27,7 +28,9 @@ def with_plain_loss(trainer_class: type) -> type:
     """
 
     class PlainLossTrainer(trainer_class):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        def compute_loss(
+            self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Tensor:
             labels = inputs["labels"][:, 1:]
             # given labels, the model would compute its own loss as well
             arguments = {name: value for name, value in inputs.items() if name != "labels"}
@@ -65,7 +68,7 @@ def with_current_settings(trainer_class: type) -> type:
     """Resume with today's AdamW settings. transformers would take those of the checkpoint."""
 
     class CurrentSettingsTrainer(trainer_class):
-        def _load_optimizer_and_scheduler(self, checkpoint):
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
             with keep_optimizer_settings(self.optimizer):
                 super()._load_optimizer_and_scheduler(checkpoint)
 
@@ -80,7 +83,7 @@ def saving_on_rank_zero(trainer_class: type) -> type:
     """
 
     class RankZeroSavingTrainer(trainer_class):
-        def store_flos(self):
+        def store_flos(self) -> None:
             pass
 
     return RankZeroSavingTrainer
@@ -111,18 +114,18 @@ def with_sharding(trainer_class: type) -> type:
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
             self.is_distributed_loading_by_transformers = True  # otherwise accelerate would wrap the model
 
-        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
             if not is_sharded(self.model):  # `shard_model` has loaded it before
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-        def save_model(self, output_dir=None, _internal_call=False):
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
             # transformers writes `self.model`: a whole copy takes its place meanwhile
             sharded, self.model = self.model, publishable(self.model)  # all ranks: it all-gathers
             if parallel.is_rank_zero():
                 super()._save(output_dir)
             self.model = sharded
 
-        def _save_optimizer_and_scheduler(self, output_dir):
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
             # transformers writes `self.optimizer.state_dict()`: here that of whole tensors
             state = self.optimizer.state_dict()
             state["state"] = {index: gather_tensors(tensors) for index, tensors in state["state"].items()}
@@ -130,7 +133,7 @@ def with_sharding(trainer_class: type) -> type:
             super()._save_optimizer_and_scheduler(output_dir)  # writes on rank 0 only
             self.optimizer = optimizer
 
-        def _load_optimizer_and_scheduler(self, checkpoint):
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
             if checkpoint is None:
                 return
             # mapped from disk: no rank holds the whole state in memory
@@ -139,7 +142,7 @@ def with_sharding(trainer_class: type) -> type:
             optimizer.load_state_dict(_sharded_state(optimizer, load(Path(checkpoint) / OPTIMIZER_NAME)))
             self.lr_scheduler.load_state_dict(load(Path(checkpoint) / SCHEDULER_NAME))
 
-        def _save_rng_state(self, output_dir):
+        def _save_rng_state(self, output_dir: str) -> None:
             if parallel.is_rank_zero():  # every step seeds dropout (TextHooks.seed_dropout)
                 super()._save_rng_state(output_dir)
 
