@@ -63,7 +63,7 @@ class Stream:
         return {"seed": self.seed, "cursor": self.cursor}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a checkpoint's state; ValueError if it belongs to another seed."""
+        """Continue from a checkpoint's state; ValueError if it belongs to another seed."""
         if state["seed"] != self.seed:
             raise ValueError(f"stream state of seed {state['seed']} offered to a stream of seed {self.seed}")
         self.cursor = state["cursor"]

@@ -1,6 +1,6 @@
 """Save and load the tensors of a training: weights, optimizers, best weights, averages.
 
-A checkpoint holds whole tensors, whether or not ranks hold shards of them, so that a run may go on
+A checkpoint holds whole tensors, whether or not ranks hold shards of them, so that a run may resume
 with another number of processes.
 """
 
@@ -48,6 +48,7 @@ def save_checkpoint(session: Session, step: int, total: int, training: TrainingS
     """
     from pipeline.store.optimizer_state import optimizer_tensors
 
+    # Copies: both are added to below, and belong to the caller.
     tensors, state = dict(training.carried), dict(state)
     if training.average is not None and training.average.tensors:
         tensors["average"] = training.average.tensors
@@ -82,6 +83,7 @@ def load_checkpoint(session: Session, training: TrainingState, total: int, first
     from pipeline.store.optimizer_state import load_optimizer
 
     average, checkpoint = training.average, session.checkpoints.newest()
+    # A checkpoint from before `first` is of an earlier training of the stage.
     if checkpoint is None or checkpoint.step <= first:
         if average is not None:
             average.start(training.trainees[0])
@@ -129,6 +131,7 @@ def keep_optimizer_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     A resumed run follows the settings of today: they may differ from those of the checkpoint
     (--override-config).
     """
+    # Not the learning rate, which every step sets.
     current = [{name: group[name] for name in ("betas", "weight_decay")} for group in optimizer.param_groups]
     yield
     for group, options in zip(optimizer.param_groups, current, strict=True):
@@ -164,6 +167,7 @@ def regroup_optimizer(trainee: Trainee, tensors: dict[str, Tensor], saved: dict)
             renumbered[f"{new_order.index(old_order[int(index)])}.{name}"] = value
         return renumbered
 
+    # All settings are the first old group's: `keep_optimizer_settings` puts today's back.
     groups = [before[0] | {"params": group["params"]} for group in current]
     return renumber(tensors), {"scalars": renumber(saved["scalars"]), "param_groups": groups}
 
@@ -186,6 +190,7 @@ def shard_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str,
 
 def has_current_settings(session: Session, checkpoint: Checkpoint) -> bool:
     """Return whether a checkpoint was made with the settings and inputs of this run."""
+    # Rank 0 decides for all, so that no rank takes another branch than the others.
     return parallel.from_rank_zero(lambda: checkpoint.fingerprint == session.checkpoints.fingerprint)
 
 
