@@ -1,5 +1,5 @@
-# The pipeline is a page: one target a stage, in their order. A target first brings up to date what it needs; what is up to
-# date says so in one line. `make` alone shows this list.
+# One target for each stage, in their order. A target first brings up to date the stages that it needs;
+# a stage that is up to date prints one line. `make` without a target lists the targets.
 
 CONFIG    ?= configs/tiny.yaml
 ARTIFACTS ?= artifacts
@@ -14,9 +14,10 @@ VENV  := .venv
 RLHF  := $(VENV)/bin/rlhf
 STAMP := $(VENV)/.installed
 
-# What stands on make's command line as NAME=VALUE. make itself takes any name and says nothing, so a misspelled one would
-# change nothing: what has a dot is a setting of the experiment (so are name and seed) and goes to rlhf word for word, and
-# anything else that is not of this file is refused. .VARIABLES, value and origin are in GNU make 3.81, too.
+# Variables given on make's command line as NAME=VALUE. make accepts any name, so a misspelled variable
+# would have no effect and no message. Here a name with a dot (also name and seed) is a setting of the
+# experiment and is passed to rlhf as it is; any other name must be a variable of this file.
+# .VARIABLES, value and origin exist in GNU make 3.81 already.
 KNOWN   := CONFIG ARTIFACTS SET MODELS BENCH KILLS EXTRAS YES PYTHON
 INNER   := VENV RLHF STAMP SHELL MAKEFLAGS
 STAGES  := world base sft rankings rm ppo dpo evaluate report
@@ -55,8 +56,9 @@ help: ## show this list
 
 setup: $(STAMP) ## make .venv with everything in it (EXTRAS=dev,s3 for more)
 
-# torch first and by its exact version: a build that the machine already offers (CPU or CUDA) is found before a range could
-# pull in another. pip says what it does: a download of minutes that is silent looks like one that hangs.
+# torch is installed first, by its exact version: pip then takes the build that the machine offers (CPU or
+# CUDA), before a version range of another package selects a different one. pip is not silenced: a download
+# of several minutes without output looks like a hang.
 PIP = $(VENV)/bin/pip install --disable-pip-version-check -c constraints.txt
 $(STAMP): pyproject.toml constraints.txt
 	@echo 'setup: $(VENV), then torch, then the other packages: some minutes, most of them the downloads of torch'
@@ -64,7 +66,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	$(PIP) -e ".[$(EXTRAS)]"
 	@touch $@
-	@echo 'setup: done. `make demo` runs every stage; `make` alone lists what there is'
+	@echo 'setup: done. `make demo` runs every stage; `make` lists the other targets'
 
 demo: $(STAMP) ## every stage of CONFIG in one process, then the table and the path of the report
 	@$(RLHF) run report $(PLACE) $(SETTINGS)
@@ -95,8 +97,8 @@ doctor: $(STAMP) ## versions, device, threads, disk, and what is missing
 chat: $(STAMP) ## talk to policies side by side (MODELS=sft,ppo)
 	@$(RLHF) chat $(PLACE) --models '$(MODELS)' $(SETTINGS)
 
-# One worker a core, and one thread a worker: the tests' models are so small that a second thread only costs. A file's tests stay
-# in one worker, since they share its fixtures.
+# One worker per core, with one thread each: the tests' models are too small to gain from a second thread.
+# The tests of a file stay in one worker, since they share its fixtures.
 test: $(STAMP) ## the quick tests
 	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n logical --dist loadfile --no-loadscope-reorder
 test-slow: $(STAMP) ## the slow ones: whole chains, kills, real training

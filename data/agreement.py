@@ -82,8 +82,8 @@ class Difference:
     def line(self) -> str:
         """Return both texts in words that continue a sentence about a row."""
         if self.row == self.template:
-            return f"the same text {self.row!r} is other tokens there"
-        return f"the row has {self.row!r}, the template {self.template!r}"
+            return f"the template splits the same text {self.row!r} into other tokens"
+        return f"the row has {self.row!r}, the template has {self.template!r}"
 
 
 def differences(
@@ -149,7 +149,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def _excerpt(text: str, position: int) -> str:
-    """Return the text around a position, with … where it goes on."""
+    """Return the text around a position, with … where it continues."""
     excerpt = text[max(0, position - CONTEXT) : position + CONTEXT]
     if position > CONTEXT:
         excerpt = "\u2026" + excerpt

@@ -170,7 +170,9 @@ def without_first(loaded: Loaded, skip: int, name: str) -> tuple[list[Record], l
     if loaded.errors:
         raise UserError(shorten(loaded.errors))
     if skip >= len(loaded.records) and not loaded.cut:
-        raise UserError([f"{name}: holds {len(loaded.records)} records and skip passes over {skip}; lower skip"])
+        raise UserError(
+            [f"{name}: has {len(loaded.records)} records, and skip leaves out the first {skip}; lower skip"]
+        )
     return loaded.records[skip:], loaded.locations[skip:]
 
 

@@ -63,7 +63,7 @@ class Stream:
         return {"seed": self.seed, "cursor": self.cursor}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a checkpoint's state; ValueError if it belongs to another seed."""
+        """Continue from a checkpoint's state; ValueError if it belongs to another seed."""
         if state["seed"] != self.seed:
             raise ValueError(f"stream state of seed {state['seed']} offered to a stream of seed {self.seed}")
         self.cursor = state["cursor"]
@@ -92,6 +92,12 @@ def held_out(keys: Sequence[str], fraction: float, least: int | None = None) -> 
     chosen = set(ranked[: min(max(below, least), len(ranked) - 1)])
     train = [i for i, key in enumerate(keys) if key not in chosen]
     return train, [i for i, key in enumerate(keys) if key in chosen]
+
+
+ORDER_VERSION = 2
+"""Version of the order that `grouped_by_length` gives, which checkpoints record.
+
+Before 2, a window could span several passes over few rows, so a short one repeated some of them."""
 
 
 def grouped_by_length(lengths: Sequence[int], batch_size: int, count: int, seed: int, window: int = 16) -> list[int]:

@@ -117,7 +117,7 @@ class Worker:
     owner: int = 0
     """The process that started it: a fork of ours must not write to it too."""
     unread: bytes = b""
-    """What it has written and nobody has parsed yet."""
+    """What it has written and is not parsed yet."""
     spent: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Template → (conversations, seconds of processor time) so far."""
 

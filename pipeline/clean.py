@@ -39,7 +39,7 @@ def clean_command(arguments: argparse.Namespace) -> int:
         what = f"{store.base} ({size}): {' '.join(present) or 'empty'}"
         if not arguments.yes:
             if not at_terminal():
-                raise UserError(f"{what}; nobody is here to be asked: --yes (make: YES=1) removes it")
+                raise UserError(f"{what}; there is no terminal to confirm this on: --yes (make: YES=1) removes it")
             if not ask(f"{what}\nRemove it?", StopFlag()):
                 print("nothing removed")
                 return 0

@@ -220,7 +220,7 @@ def status_command(arguments: argparse.Namespace) -> int:
         row = (name, Text(sentence, style=STYLES[state.kind]), when, size, Text(result))
         table.add_row(*row[: len(columns)])
     console.print(table)
-    for line in plan.lines_of_remembered_settings(states, store, arguments.overrides):
+    for line in plan.lines_of_remembered_settings(states, arguments.overrides):
         chain.print_line(console, line)
     return 0
 

@@ -109,7 +109,7 @@ def errors_about_other_files(origin: Origin, base: Path, replaced: list[tuple[st
 
 
 def dropped_overrides(record: dict[str, Any], changes: list[Change], overrides: Iterable[str]) -> list[str]:
-    """Return the settings of an old command line whose absence alone makes a stage stale.
+    """Return the settings of an old command line whose absence is the only reason for staleness.
 
     Args:
         record: the stage's manifest; its config has the `command_line` that produced it.

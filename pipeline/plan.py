@@ -161,7 +161,7 @@ def confirm_replacing(
         can_ask: Whether this process may ask at all.
 
     Raises:
-        UserError: If nobody can be asked, or the answer is no.
+        UserError: There is no terminal to ask on, or the answer is no.
     """
     conflicts = chain.conflicts(order, target, flags)
     if not conflicts:
@@ -192,14 +192,11 @@ def upload(remote: Remote, name: str, is_new: bool) -> list[str]:
     return []
 
 
-def lines_of_remembered_settings(
-    states: Mapping[str, StageState], store: ArtifactStore, overrides: Sequence[str]
-) -> list[str]:
+def lines_of_remembered_settings(states: Mapping[str, StageState], overrides: Sequence[str]) -> list[str]:
     """Return a line for `status` if stages are stale only because of the command line.
 
     Args:
         states: The states, as `assess` returns them.
-        store: The artifacts.
         overrides: The settings of this command line.
     """
     then: dict[str, list[str]] = {}

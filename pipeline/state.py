@@ -135,7 +135,7 @@ def refusals(name: str, is_target: bool, state: StageState, flags: Flags, proces
     since = f"{name}: interrupted at step {state.step}, since then"
     if inputs:
         return [f"{since} {text}; --restart starts again" for text in inputs + [change.text for change in settings]]
-    fixed = "which an interrupted run keeps; set it back to resume, --restart starts again"
+    fixed = "which cannot change while a run is interrupted; set it back to resume, --restart starts again"
     lines = [f"{since} {change.text}, {fixed}" for change in settings if change.is_fixed]
     if not flags.override_config:
         remedy = "--restart starts again, --override-config resumes with the new settings"

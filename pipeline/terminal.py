@@ -20,7 +20,7 @@ def ask(question: str, stop: StopFlag) -> bool:
         stop: set by a signal, which ends the wait for an answer.
 
     Returns:
-        Whether the answer is yes; False if nobody is there.
+        Whether the answer is yes; False without a terminal.
 
     Raises:
         Interrupted: a signal arrived first.

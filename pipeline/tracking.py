@@ -103,7 +103,7 @@ class Dashboard:
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
         print(
-            f"warning: wandb failed ({reason}); this command goes on without it, and metrics.jsonl has all of it",
+            f"warning: wandb failed ({reason}); this command continues without it; metrics.jsonl has every value",
             file=sys.stderr,
         )
 

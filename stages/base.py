@@ -20,8 +20,8 @@ from pipeline.launch import parallel
 from pipeline.stage import Source, StageRun
 from stages.models.adapters import refuse_untrained
 from stages.models.families import REMEDY, WHOLE_ROWS, family_problem
-from stages.models.loading import code_fails, from_scratch, load_pretrained, save_model
-from stages.models.publish import given_model
+from stages.models.loading import code_fails, from_scratch, load_pretrained
+from stages.models.publish import given_model, save_model
 from stages.models.remote_code import is_remote, scalar_problem, write_scalar_head
 from stages.models.tokens import Settled, settle_tokens
 from stages.rollouts.trial import CACHE, reading_problem
@@ -199,7 +199,7 @@ def check_reading(session: Session, model: nn.Module, name: str, pad_id: int) ->
         pad_id: Id of the padding.
 
     Raises:
-        UserError: It is no causal language model, or the results differ.
+        UserError: It is not a causal language model, or the results differ.
     """
     problem = reading_problem(model, pad_id)
     if problem and problem.startswith(CACHE) and not is_remote(model):
@@ -261,7 +261,7 @@ def check_reward_model(session: Session, model: nn.Module, name: str, folder: Pa
     if not is_remote(model):
         problem = family_problem(model)
     elif problem := scalar_problem(model, folder):
-        session.say(f"{name}'s code gives no reward model ({problem}); a class is written beside it")
+        session.say(f"{name}'s code has no usable reward model ({problem}); adding a class to the folder")
         write_scalar_head(model, folder)
         problem = scalar_problem(model, folder)
     if not problem:

@@ -1,12 +1,12 @@
 """Measure every policy on the evaluation prompts, and compare the policies: results.json.
 
 Policies are sampled at `evaluate.temperature`. The judge is the gold scorer in the embedded world,
-otherwise the reward model; where the data allow neither, nothing is scored. Without documents there
-is no perplexity. best_of_n is the one of n SFT samples that the reward model scores highest. A base
-model that never saw the chat template is prompted in plain text (`evaluation/forms.py`). Intervals
-are over tasks in the embedded world, otherwise over prompts (`evaluation/statistics.py`). Three
-checks of over-optimisation need no gold scorer (`evaluation/overoptimisation.py`), and some prompts
-are answered greedily for people to read (`evaluation/greedy.py`).
+otherwise the reward model; if the data allow neither, nothing is scored. Without documents no
+perplexity is computed. best_of_n is the one of n SFT samples that the reward model scores highest.
+A base model that never saw the chat template is prompted in plain text (`evaluation/forms.py`).
+Intervals are over tasks in the embedded world, otherwise over prompts (`evaluation/statistics.py`).
+Three checks of over-optimisation need no gold scorer (`evaluation/overoptimisation.py`), and some
+prompts are answered greedily for people to read (`evaluation/greedy.py`).
 """
 
 import dataclasses

@@ -11,6 +11,7 @@ Shapes: B responses, N pairs of them, P prompt tokens, R response tokens, T = P 
 V vocabulary, d hidden size.
 """
 
+import argparse
 import copy
 import time
 from collections.abc import Callable, Sequence
@@ -318,4 +319,5 @@ def main() -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

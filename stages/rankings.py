@@ -179,7 +179,7 @@ def simulate(
     except ValueError as problem:
         # The responses of a poor SFT model hardly differ in quality, so only taste is left to
         # disagree on.
-        session.say(f"{problem}; they rank without noise. Train base and sft longer")
+        session.say(f"{problem}: they rank without noise; train base and sft longer")
         noise = NO_NOISE
     if responses.unfinished_share > MANY_UNFINISHED:
         # Labelers rank a response as it is; no model learns from it how such a response should end.

@@ -207,7 +207,7 @@ def restore_members(session: Session, steps: int) -> Members:
     if before != steps:
         raise UserError(
             f"rm: each model of the interrupted run takes {before} steps, and rm.max_steps or rm.num_train_epochs now "
-            f"ask for {steps}; set them back to go on, --restart starts again"
+            f"ask for {steps}; set them back to resume, --restart starts again"
         )
     figures = list(checkpoint.state.get("members", []))
     tensors = {f"member_{k}": checkpoint.tensors(f"member_{k}") for k in range(len(figures))}
@@ -215,7 +215,7 @@ def restore_members(session: Session, steps: int) -> Members:
 
 
 def phase_of(members: Members, k: int, steps: int, count: int) -> Phase:
-    """Return where the training of a model stands in the stage.
+    """Return the place of a model's training in the stage.
 
     Args:
         members: The models that are trained already.

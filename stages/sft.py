@@ -190,7 +190,7 @@ def pretraining_rows(
         raise UserError([f"data.documents: {problem}; give more text, or set sft.ppo_init: null"])
     share = config.ppo_init.pretraining_fraction
     labels = sum(label != -100 for row in demonstrations for label in row["labels"])
-    count = max(1, round(labels * share / (1 - share) / (config.max_length - 1)))  # a row's first token is no label
+    count = max(1, round(labels * share / (1 - share) / (config.max_length - 1)))  # a row's first token has no label
     order = Stream(len(rows), derive_seed(seed, "ppo_init")).take(count)
     return [{"input_ids": rows[i], "labels": rows[i]} for i in order]
 
@@ -265,7 +265,7 @@ def check_same_steps(session: Session, checkpoint: Checkpoint, steps: int) -> No
         how_long = "" if trained is None else f", in {trained} steps"
         raise UserError(
             f"sft: model/ is trained{how_long}, and sft.max_steps or sft.num_train_epochs now ask for {steps}; set "
-            f"them back to go on, --restart starts again"
+            f"them back to resume, --restart starts again"
         )
 
 

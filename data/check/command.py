@@ -69,8 +69,8 @@ def run_all(experiment: Any, console: Any = None, artifacts: str | Path = "artif
     tokenizer, note = tokenizer_of(experiment, home)
     print(f"tokenizer: {note}", file=out)
     if not parts:
-        problem = "names no file and no Hub id, so no stage has anything to read"
-        raise UserError([f"data: {problem}; name demonstrations, and what else the stages are to read"])
+        problem = "no file and no Hub id is set, so the stages have nothing to read"
+        raise UserError([f"data: {problem}; set data.demonstrations, and the other data that your stages need"])
     errors: dict[str, int] = {}
     for kind, part in parts.items():
         print(f"\n-- data.{kind}", file=out)

@@ -99,7 +99,7 @@ def read_part(kind: str, path: str | Path, part: Part | None) -> Loaded:
         source = Source(hub=part.hub, split=part.split, subset=part.subset, revision=part.revision)
     loaded = read(kind, source, limit=limit)
     if part.skip >= len(loaded.records) and not loaded.errors:
-        problem = f"holds {len(loaded.records)} records and skip passes over {part.skip}"
+        problem = f"has {len(loaded.records)} records, and skip leaves out the first {part.skip}"
         loaded.errors.append(f"{source.name}: {problem}; lower skip")
     return replace(loaded, records=loaded.records[part.skip :], locations=loaded.locations[part.skip :])
 

@@ -45,7 +45,7 @@ def add_shared_prompts(report: Report, loaded: Loaded, theirs: Loaded, name: str
         [prompt_value(loaded.records[i]) for i in others], [prompt_value(record) for record in theirs.records]
     )
     near = [(i, copy) for i, copy in zip(others, nearest, strict=True) if copy is not None]
-    text = f"{len(near):,} of {len(loaded.records):,} prompts are in {name} but for a few words"
+    text = f"{len(near):,} of {len(loaded.records):,} prompts are near copies of prompts in {name}"
     if near:
         i, copy = near[0]
         text += f" · the first at {loaded.locations[i]}, of {theirs.locations[copy]}"

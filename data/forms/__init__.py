@@ -23,7 +23,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
 FORMS["evaluation_prompts"] = FORMS["prompts"]
 
 STRING_KEY = {"documents": "text", "prompts": "prompt", "evaluation_prompts": "prompt"}
-"""Kinds whose rows may be bare strings: the key that such a string stands for."""
+"""Kinds whose rows may be bare strings: the key that such a string is the value of."""
 
 
 def recognise(kind: str, value: object) -> tuple[Form, dict]:

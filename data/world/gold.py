@@ -50,7 +50,7 @@ def score(language: Language, task: Task, response: str, finished: bool = True) 
     judge = {"fact": _fact, "story": _story, "list": _list, "harm": _refusal}[task.kind]
     content = judge(language, task, sentences)
     words = response.split()
-    helpful = content.fit * _form(language, task, sentences, words, finished)
+    helpful = content.fit * _form(task, sentences, words, finished)
     honest = content.truth * min(1.0, 2.0 * content.relevance)
     harmless = _harmless(language, task, sentences, words)
     parts = {"helpful": helpful, "honest": honest, "harmless": harmless}
@@ -117,13 +117,12 @@ def _truth(language: Language, claims: Sequence[Claim]) -> float:
     return sum(language.truth.get((e, a)) == v for e, a, v in different) / len(different) if different else 1.0
 
 
-def _form(language: Language, task: Task, sentences: Sequence[Sentence], words: Sequence[str], finished: bool) -> float:
+def _form(task: Task, sentences: Sequence[Sentence], words: Sequence[str], finished: bool) -> float:
     """Return a factor in [0, 1] for the form of a response.
 
     It falls if the response does not end properly, leaves the task, repeats itself or is too long.
 
     Args:
-        language: The world's language.
         task: What was asked for.
         sentences: The sentences of the response.
         words: Its words.

@@ -129,7 +129,9 @@ def calibrate_noise(
     gaps = _all_gaps(utilities, answers)
     low, high = 1e-4, 1e3
     if _agreement(gaps, low) < agreement:
-        raise ValueError(f"labelers agree on at most {_agreement(gaps, low):.3f} of pairs; {agreement} is out of reach")
+        raise ValueError(
+            f"labelers agree on at most {_agreement(gaps, low):.3f} of pairs, and {agreement} is asked for"
+        )
     for _ in range(100):
         middle = math.sqrt(low * high)
         if _agreement(gaps, middle) > agreement:
@@ -181,8 +183,8 @@ def accuracy_ceiling(
 
     Returns:
         `realised`: its accuracy on these ranks (a toss-up counts half); `expected`: the mean of
-        that over
-        the noise; `n_pairs`: the pairs of different responses that were judged and not tied.
+        that over the noise; `n_pairs`: the pairs of different responses that were judged and not
+        tied.
     """
     realised, expected, n = 0.0, 0.0, 0
     for utility, places, answer in zip(utilities, ranks, answers, strict=True):

@@ -53,7 +53,7 @@ class Rates:
     rude: float = 0.2
     """A response carries a rude sentence or a rude opening."""
     ramble: float = 0.35
-    """A response goes on about something else for one or two sentences."""
+    """A response continues with something else for one or two sentences."""
     no_stop: float = 0.05
     """The last full stop is missing."""
     evident: float = 1.0
@@ -200,7 +200,7 @@ def _mannered(language: Language, rng: random.Random, sentences: list[str]) -> l
 
 
 def _ramble(language: Language, rng: random.Random, slips: Slips) -> list[str]:
-    """Write one or two sentences that nobody asked for: chatter, or facts about something else."""
+    """Write one or two sentences off the task: chatter, or facts about something else."""
     stray = []
     for _ in range(rng.choice((1, 1, 2))):
         if rng.random() < 0.6:

@@ -143,7 +143,7 @@ def kill_all(children: list[subprocess.Popen]) -> None:
 
 
 def kill_all_and_die(number: int, children: list[subprocess.Popen]) -> None:
-    """Kill the processes and die of a signal, as a run with one process does."""
+    """Kill the child processes, then end this one by the same signal."""
     kill_all(children)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)

@@ -1,4 +1,4 @@
-"""Find the policies for which the reward model is no independent judge."""
+"""Find the policies for which the reward model is not an independent judge."""
 
 from collections.abc import Collection
 from pathlib import Path

@@ -12,7 +12,7 @@ from data.world.world import World
 def find_leaked_tasks(
     prompts: Sequence[str], trained: dict[str, list], world: World, documents: Sequence[str], say: Callable[[str], None]
 ) -> list[bool]:
-    """Find the embedded world's prompts whose task training data sets too, and say how many.
+    """Find the embedded world's prompts whose task also occurs in training data; say how many.
 
     Args:
         prompts: P evaluation prompts of the world.
@@ -30,8 +30,8 @@ def find_leaked_tasks(
     copies = near_copies(prompts, [prompt for prompt in everything if not world.knows(prompt)])
     leaked = [world.task(prompt) in tasks or copied for prompt, copied in zip(prompts, copies, strict=True)]
     say(
-        f"{sum(leaked)} of {len(prompts)} prompts set tasks that training data set too, in other words; "
-        f"{len(prompts) - sum(leaked)} set tasks that no training data set"
+        f"{sum(leaked)} of {len(prompts)} prompts have tasks that also occur in training data, in other words; "
+        f"{len(prompts) - sum(leaked)} have tasks that do not"
     )
     return leaked
 

@@ -43,7 +43,7 @@ class Tools:
     folders: dict[str, Path]
     """The model folder of each policy."""
     sft: Any
-    """The SFT model. It is also the policy behind best_of_n."""
+    """The SFT model. Best-of-n samples from it too."""
     reference: Any
     """The policy that KL is measured against: the one that PPO's penalty is against."""
     reward_model: Any

@@ -136,7 +136,7 @@ class AdaLora(torch.optim.AdamW):
                     del self.state[p]["sensitivity"], self.state[p]["uncertainty"]
             elif step > begin and step % max(1, self.steps // PRUNINGS) == 0:
                 for p, mask in zip(values, self.best(step), strict=True):
-                    p.mul_(mask)  # pruned values go on training, and may come back
+                    p.mul_(mask)  # pruned values continue to train, and may come back
         for p in values:
             if "kept" in self.state[p]:
                 p.mul_(self.state[p]["kept"])
@@ -168,7 +168,7 @@ class AdaLora(torch.optim.AdamW):
         budget = budget_at(step, self.steps, sum(map(len, values)), self.rank * len(values))
 
         def score(p: nn.Parameter) -> Tensor:
-            """Equation 11."""
+            """Return the scores of a parameter's entries (equation 11)."""
             return self.state[p]["sensitivity"] * self.state[p]["uncertainty"]
 
         importance = importances([(score(t.left), score(t.values), score(t.right)) for t in self.triplets])

@@ -18,15 +18,8 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.launch.parallel import is_rank_zero
 from stages.models.ensemble import members
-from stages.models.loading import (
-    load_scalar_model,
-    new_reward_model,
-    save_model,
-    scalar_config,
-    score_head,
-    without_dropout,
-)
-from stages.models.publish import edit_json
+from stages.models.loading import load_scalar_model, new_reward_model, scalar_config, score_head, without_dropout
+from stages.models.publish import edit_json, save_model
 from stages.models.quantized import dequantize, quantize
 
 TRAINS_ROWS = ("lora", "dora", "qlora")  # methods that can train single rows of embedding and head
@@ -207,7 +200,7 @@ def load_on_trunk(
         folder: Of the reward model.
         trunk: Folder of the model that rm started from; None: not known.
         bits: Bits per weight that rm quantized the trunk to; None: it did not.
-        trains: Whether adapter and head go on training.
+        trains: Whether adapter and head continue to train.
         trust_remote_code: Whether code that the model brings may run.
         options: More options of `load_scalar_model`.
     """

@@ -124,7 +124,7 @@ def score_all(
         prompts: B prompts as ids.
         responses: B responses as ids.
         pad_id: Id that pads rows.
-        batch_size: Responses per forward pass; those of like length go together.
+        batch_size: Responses per forward pass; those of similar length go together.
         accelerator: Where and in which dtype to compute.
         packed: Whether to pack the rows.
 

@@ -20,11 +20,7 @@ from stages.models.families import (
     silence_routers,
     weightless_causal,
 )
-from stages.models.publish import save_model as save_model  # also imported from here
 from stages.models.remote_code import from_pretrained, is_remote
-from stages.models.same_tokenizer import check_same_tokenizer, tokenizer_fingerprint  # noqa: F401 (also imported from here)
-from stages.models.tokens import end_turns_with_eos as end_turns_with_eos  # also imported from here
-from stages.models.tokens import give_pad_token as give_pad_token
 
 
 def load_policy(folder: Path, *, attn_implementation: str = "sdpa", trust_remote_code: bool = False) -> nn.Module:

@@ -153,7 +153,7 @@ def in_rows(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling
     index = packing.sequences.flatten()
 
     def gather(x: Tensor) -> Tensor:
-        """(1, H, T, D) → (B, H, W, D)."""
+        """Gather packed heads (1, H, T, D) into rows (B, H, W, D)."""
         return x[0].transpose(0, 1).index_select(0, index).unflatten(0, (count, width)).transpose(1, 2)
 
     q, k, v = gather(query), gather(key), gather(value)

@@ -48,7 +48,7 @@ def save_model(
     temperature: float | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Write a folder that transformers alone can load.
+    """Write a folder that transformers can load by itself.
 
     It has safetensors, tokenizer, chat template, generation config, card, and the code that the
     model brings, if any. Only rank 0 writes.

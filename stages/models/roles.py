@@ -15,10 +15,10 @@ from stages.models.adapters import AdapterSettings, is_adapted, load_on_trunk, s
 from stages.models.ensemble import load_reward_model
 from stages.models.ensemble_folder import How
 from stages.models.forward import head_is_linear
-from stages.models.loading import check_same_tokenizer, load_policy, load_scalar_model, load_tokenizer
+from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
 from stages.models.packing import can_pack
 from stages.models.precision import cast_frozen
-from stages.models.same_tokenizer import fit_rows
+from stages.models.same_tokenizer import check_same_tokenizer, fit_rows
 from stages.models.sharding import is_sharded, make_on_rank_zero, shard
 
 CACHED = 2**19  # numbers of hidden state; measured from 256 to 576 per token, tests/benchmarks/LOG.md
@@ -83,7 +83,7 @@ class Roles:
         """Return a micro-batch for passes whose result is not used; None without sharding.
 
         A sharded model gathers its layers in all processes at once, so a process that has no
-        micro-batch left goes on with this one (`parallel.padded_micro_batches`).
+        micro-batch left continues with this one (`parallel.padded_micro_batches`).
         """
         return [0] if is_sharded(self.policy) else None
 
@@ -108,6 +108,7 @@ class NamedFolder:
     key: str
     """The setting that names the folder, as "ppo.reward_model"; or the stage that made it."""
     path: Path
+    """The folder."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,9 @@ class RoleOptions:
     """How the models of a PPO run are loaded."""
 
     attn_implementation: str
+    """transformers' attention kernel."""
     trust_remote_code: bool
+    """Whether code that the model brings may run."""
     max_length: int
     """Longest row, in tokens."""
     gradient_checkpointing: bool = False

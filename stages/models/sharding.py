@@ -47,10 +47,10 @@ def make_on_rank_zero(make: Callable[[], nn.Module]) -> nn.Module:
         try:
             return pickle.dumps(without_weights(made[0]))
         except (pickle.PicklingError, AttributeError, TypeError):
-            return None
+            return None  # each rank then makes the model itself
 
     sent = from_rank_zero(described)
-    if not made:
+    if not made:  # a rank other than 0
         made.append(_unpickled(sent) or make())
     return made[0]
 
@@ -62,7 +62,7 @@ def _unpickled(sent: bytes | None) -> nn.Module | None:
     model is read whole here too.
     """
     try:
-        model = pickle.loads(sent or b"")
+        model = pickle.loads(sent or b"")  # without a description, an EOFError
     except (EOFError, ImportError, AttributeError):
         return None
     inner = unwrapped(model)
@@ -93,8 +93,10 @@ def shard(model: nn.Module, device: torch.device, *, mean: bool = False) -> None
     mesh = dist.init_device_mesh(device.type, (rank_and_world_size()[1],))
     for member in members(model):
         inner = unwrapped(member)
-        # By __dict__, so that it is no submodule, with parameters of its own.
+        # Set in __dict__: as a submodule it would add its parameters to the model's.
         member.__dict__["skeleton"] = without_weights(member).to(device)
+        # Layers first: the model's own shard is then of the parameters that no layer has taken.
+        # Each is sharded before the next is sent, so a device never holds two whole layers.
         for layer in decoder_layers(inner):
             _broadcast_weights(layer, device)
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
@@ -136,14 +138,18 @@ def decoder_layers(inner: nn.Module) -> list[nn.Module]:
         UserError: transformers does not name them.
     """
     names = set(inner._no_split_modules or ())
-    found = {name: module for name, module in inner.named_modules() if type(module).__name__ in names}
-    if not found:
+    by_name = {name: module for name, module in inner.named_modules() if type(module).__name__ in names}
+    if not by_name:
         raise UserError(
             f"launch.strategy: fsdp2 shards layer by layer, and transformers names no layers of a "
             f"{inner.config.model_type} model; use ddp"
         )
-    parents = lambda name: (name[:i] for i, c in enumerate(name) if c == ".")  # noqa: E731
-    return [module for name, module in found.items() if not any(p in found for p in parents(name))]
+
+    def is_inside_another(name: str) -> bool:
+        return any(name[:i] in by_name for i, character in enumerate(name) if character == ".")
+
+    # A class that transformers names may contain another one: only the outermost are layers.
+    return [module for name, module in by_name.items() if not is_inside_another(name)]
 
 
 def fsdp_modules(inner: nn.Module) -> list[nn.Module]:
@@ -184,6 +190,7 @@ def autocast_without_cache(device: str) -> torch.autocast:
 def without_weights(model: nn.Module) -> nn.Module:
     """Return a copy of a model without its weights; it shares the configuration."""
     inner = unwrapped(model)
+    # deepcopy's memo: it takes these for copies that it has made already.
     known = {id(p): nn.Parameter(p.new_empty(0), requires_grad=p.requires_grad) for p in model.parameters()}
     copied = copy.deepcopy(model, known | {id(inner.config): inner.config})
     for module in (copied, unwrapped(copied)):
@@ -206,7 +213,7 @@ def gathered(model: nn.Module) -> Iterator[nn.Module]:
         _gather_into(inside, model, keep=True)
         yield inside
     finally:
-        for p in inside.parameters():
+        for p in inside.parameters():  # the skeleton itself serves the next call
             p.data = p.new_empty(0)
 
 
@@ -221,6 +228,7 @@ def publishable(model: nn.Module, reload: Callable[[], nn.Module] | None = None)
         reload: Loads the model that it was made from; None: no frozen weights were cast.
     """
     if is_sharded(model):
+        # On the CPU: a device that needs shards has no room for the whole model.
         inside = copy.deepcopy(model.skeleton).cpu()
         _gather_into(inside, model, keep=is_rank_zero())
         model = inside
@@ -241,10 +249,11 @@ def _gather_into(inside: nn.Module, model: nn.Module, keep: bool) -> None:
         keep: Whether this process keeps them; all take part.
     """
     device = next(inside.parameters()).device
+    # What autocast would cast at every pass is kept in its dtype, at half the memory.
     casts = torch.is_autocast_enabled(device.type)
     linear = set(map(id, castable(inside))) if casts else set()
     for empty, p in zip(inside.parameters(), model.parameters(), strict=True):
-        full = p.full_tensor()
+        full = p.full_tensor()  # a collective: ranks that keep nothing must join in
         if keep:
             dtype = torch.get_autocast_dtype(device.type) if id(empty) in linear else full.dtype
             empty.data = full.to(device, dtype)
@@ -256,13 +265,14 @@ def gather_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Other tensors stay as they are. Ranks that do not save get empty tensors.
     """
-    found = {}
+    whole = {}
     for name, x in tensors.items():
         if isinstance(x, DTensor):
             x = x.full_tensor()
+            # Moved at once, so the device holds one whole tensor at a time.
             x = x.cpu() if is_rank_zero() else x.new_empty(0)
-        found[name] = x
-    return found
+        whole[name] = x
+    return whole
 
 
 def shard_like(parameter: Tensor, x: Tensor) -> Tensor:
@@ -270,6 +280,7 @@ def shard_like(parameter: Tensor, x: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor) or isinstance(x, DTensor):
         return x.to(parameter.device)
     mesh, placements = parameter.device_mesh, parameter.placements
+    # No source rank: each cuts its shard from its own copy, and nothing is sent.
     return distribute_tensor(x.to(parameter.device), mesh, placements, src_data_rank=None)
 
 

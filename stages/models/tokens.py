@@ -21,7 +21,7 @@ from data.templates import is_foreign
 from pipeline.errors import UserError
 from stages.models.remote_code import is_remote
 
-PADS = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")  # usual names; nobody writes them
+PADS = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")  # usual names, which no text contains
 NEW_PAD = "<|pad|>"
 
 
@@ -34,7 +34,7 @@ class Settled:
     new_tokens: list[int] = field(default_factory=list)
     """Ids of tokens whose rows in the model are random, except padding's."""
     stopped: datetime | None = None
-    """The moment at which the template's clock stands still; None if it has no clock."""
+    """The moment that the template's clock is fixed at; None if it has no clock."""
 
 
 def settle_tokens(
@@ -280,8 +280,11 @@ def unresized_table(model: nn.Module, before: int, after: int) -> str | None:
     with torch.device("meta"):
         asked = type(model)._from_config(copy.deepcopy(model.config)).state_dict()
     pairs = ((name, x.shape, asked[name].shape) for name, x in model.state_dict().items() if name in asked)
-    stays = lambda had, wants: (before, after) in zip(had, wants, strict=False)  # noqa: E731
-    return next((name for name, had, wants in pairs if stays(had, wants)), None)
+    for name, had, wants in pairs:
+        # it has as many rows as before where the configuration asks for the new number
+        if (before, after) in zip(had, wants, strict=False):
+            return name
+    return None
 
 
 def agreement_lines(tokenizer: Any, variables: Mapping[str, object]) -> list[str]:

@@ -49,7 +49,8 @@ def base_model(manifests: dict[str, Manifest]) -> list[str]:
     count = f"{size / 1e6:,.1f}M parameters" if size else ""
     name = model.get("name_or_path")
     if name is None:
-        shape = ", ".join(text.format(model[key]) for key, text in SHAPE.items() if key in model)
+        parts = [text.format(model[key]) for key, text in SHAPE.items() if key in model]
+        shape = ", ".join(part.removesuffix("s") if part.startswith("1 ") else part for part in parts)
         return [f"trained from scratch: {count}" if count else "trained from scratch", shape]
     commit = model.get("revision") or manifests.get("base", {}).get("inputs", {}).get("hub:model.name_or_path")
     requested = model.get("asked_revision")

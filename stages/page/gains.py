@@ -135,7 +135,7 @@ def against_kl(labels: Sequence[Label], unit: str, path: Sequence[Point] = ()) -
     """Return a drawing of one value of every policy against its KL to SFT.
 
     Args:
-        labels: The name of each policy, where it stands.
+        labels: The name of each policy, where it is drawn.
         unit: What the y axis shows.
         path: KL and value of PPO while it trained.
     """

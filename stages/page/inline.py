@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TIPS = " ¦ "
-"""What stands before each tooltip in the id of a group of markers."""
+"""Prefix of each tooltip in the id of a group of markers."""
 DROPPED = ("metadata", "style", "clipPath")
 """Elements that the page has no use for: nothing is drawn outside the frame."""
 

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 NONE = "–"
-"""What stands where there is no number."""
+"""Written where there is no number."""
 
 
 def number(value: Any) -> float | None:

@@ -21,7 +21,7 @@ class Line:
     tone: str
     """The tone of the line."""
     faint: bool = False
-    """Whether the line is drawn pale, as raw values are behind their moving average."""
+    """Whether the line is drawn pale, as raw values are under their moving average."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Dots:
 
 @dataclass(frozen=True)
 class Cloud:
-    """Many small pale dots."""
+    """Hold a scatter plot drawn as small pale dots."""
 
     points: Sequence[Point]
     """Where the dots stand."""
@@ -67,7 +67,7 @@ class Level:
     text: str
     """What is written at its right end."""
     below: bool = False
-    """Whether the text stands below the line."""
+    """Whether the text is below the line."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Rows:
     x_label: str
     """The quantity on the axis."""
     reference: float | None = None
-    """Where a dashed vertical line stands."""
+    """Position of a dashed vertical line."""
     labelled: bool = True
     """Whether each marker's text is written above it."""
 

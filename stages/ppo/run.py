@@ -196,7 +196,7 @@ def begin(setup: Setup, c: PPOSettings) -> int:
     """Resume the run if it was interrupted, start the engine, and check its numbers.
 
     Returns:
-        The update that the run has come to.
+        The number of updates that the run has taken.
     """
     run, sampler, streams, session = setup.run, setup.sampler, setup.streams, setup.run.session
     session.say(

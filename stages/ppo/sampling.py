@@ -170,8 +170,8 @@ class Sampler:
         policy_is_finite = bool(masked_sum(rollout.logprobs, rollout.mask).isfinite())
         if not kl <= limit and policy_is_finite:  # `not <=` is also true of NaN
             raise EngineLost(
-                f"{self.name} samples from another distribution: KL to the policy is {kl:.2g} nats a token "
-                f"(ppo.rollout.max_engine_kl: {limit:g})"
+                f"the engine {self.name} does not sample from the policy's distribution: KL to the policy is {kl:.2g} "
+                f"nats a token, and ppo.rollout.max_engine_kl is {limit:g}"
             )
 
 

@@ -109,6 +109,7 @@ class _RecordedColumn(_Column):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the column that `self.column` names; return all columns up to `self.end`."""
         # a slice with a Python integer would be fixed in the recording
+        # index_copy_ does not cast, as an assignment to a slice would
         self.keys.index_copy_(2, self.column, key_states.to(self.keys.dtype))
         self.values.index_copy_(2, self.column, value_states.to(self.values.dtype))
         return self.keys[:, :, : self.end], self.values[:, :, : self.end]
@@ -131,6 +132,7 @@ class PackedLane:
 
     def start(self) -> Tensor:
         """Read the packed prompts; return the logits (B, V) after them."""
+        # transformers fills this cache with one packed row; the columns below are copied from it
         rows, cache = self.rows, DynamicCache()
         # a trunk may pass on what it takes by **kwargs, and then names no cache of its own
         self.cache_argument = cache_name(unwrapped(self.model).base_model) or "past_key_values"
@@ -140,6 +142,7 @@ class PackedLane:
         width = int(lengths.max())
         # column of each row's tokens, counted from the start of its prompt: negative before it
         columns = torch.arange(width, device=hidden.device) - (width - lengths).unsqueeze(-1)
+        # columns before a prompt repeat its first token: the bias hides them, if they are finite
         index = rows.sequences.gather(-1, columns.clamp(min=0))
         dtype = attention_dtype(hidden)
         self.cache = Cache([self.layer.of(layer, index, self.room, dtype) for layer in cache.layers])
@@ -152,6 +155,7 @@ class PackedLane:
     def step(self, tokens: Tensor) -> Tensor:
         """Append a token to each row; return the logits (B, V) after it."""
         self.filled += 1
+        # only in steps: the many rows of the prefill gain nothing from it
         with weights_first(self.wide):
             return self._forward(tokens, self.filled)
 
@@ -174,7 +178,7 @@ class PackedLane:
             "packing": self.bias[..., :end],
         }
         logits = self._head(self._trunk(tokens.unsqueeze(-1), options)[:, 0])
-        self.positions += 1
+        self.positions += 1  # in place, so that a replay advances the same tensor
         return logits
 
     def _trunk(self, ids: Tensor, options: dict[str, Any]) -> Tensor:
@@ -209,14 +213,18 @@ class RecordedLane(PackedLane):
         self.steps_left = self.room
         self.room += -(longest + self.room) % COLUMN_BLOCK  # so that the cache has whole blocks of columns
         logits = super().start()
+        # hidden until the step that fills the column
         self.bias[..., self.filled :] = -torch.inf
+        # one tensor for all layers, which a replay reads by its address and advances in place
         self.column = torch.tensor([self.filled], device=logits.device)
         for layer in self.cache.layers:
+            # recorded steps do not count on the host, so `keep` must copy every column
             layer.column, layer.filled = self.column, self.bias.shape[-1]
         return logits
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append a token to each row; return the logits (B, V) after it."""
+        # counted on the host as well: reading `self.column` would wait for the device
         end = self.filled // COLUMN_BLOCK * COLUMN_BLOCK + COLUMN_BLOCK
         steps_served = min(end - self.filled, self.steps_left)
         self.filled, self.steps_left = self.filled + 1, self.steps_left - 1
@@ -231,7 +239,7 @@ class RecordedLane(PackedLane):
             if not (is_worth_it and self._record(end)):
                 return self._step_from_tensors(end)
         self.graph.replay()
-        return self.logits
+        return self.logits  # the next replay overwrites them
 
     def _step_from_tensors(self, end: int) -> Tensor:
         """Take a step that reads tokens, column and positions from tensors, and advances these."""
@@ -245,6 +253,7 @@ class RecordedLane(PackedLane):
     def _record(self, end: int) -> bool:
         """Record a step; return whether this model's steps can be recorded."""
         inner = unwrapped(self.model)
+        # remembered on the model: a lane lives for one batch, and finding out takes a step
         if not hasattr(inner, "_steps_can_be_recorded"):
             problem = self._synchronisation(end)
             inner._steps_can_be_recorded = problem is None
@@ -276,6 +285,7 @@ class RecordedLane(PackedLane):
                 return str(problem).splitlines()[0]
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
+                # copied back in place: layers and recordings hold these tensors
                 self.column.copy_(column)
                 self.positions.copy_(positions)
         return None
@@ -310,6 +320,7 @@ def wide_layers(model: nn.Module) -> list[nn.Linear]:
     """Return the layers for `weights_first`: the wide ones in float32 on a CPU, otherwise none."""
     if model.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return []
+    # exactly nn.Linear: a subclass may compute something else than weight · rows
     return [m for m in model.modules() if type(m) is nn.Linear and m.in_features >= WIDE_INPUTS]
 
 
@@ -327,7 +338,7 @@ def weights_first(layers: Sequence[nn.Linear]) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            del layer.forward
+            del layer.forward  # uncovers the method of the class
 
 
 def _weight_first(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -409,6 +420,7 @@ def select_rows(layer: Any, index: Tensor, rows: int) -> Any:
         The copy; None if the layer has no way to select rows, or one that leaves some of its
         tensors whole.
     """
+    # a shallow copy is enough: reorder_cache replaces tensors and does not write into them
     new = copy.copy(layer)
     for name, value in vars(new).items():
         if isinstance(value, (dict, list)):
@@ -421,6 +433,7 @@ def select_rows(layer: Any, index: Tensor, rows: int) -> Any:
     if len(before) != len(after):
         return None
     for x, y in zip(before, after, strict=True):
+        # a scalar is a counter, and an empty tensor a part that is not in use
         has_rows = x.dim() > 0 and x.numel() > 0
         if has_rows and (len(x) != rows or len(y) != len(index)):
             return None

@@ -38,7 +38,8 @@ class RolloutSettings(Section):
     )
     max_engine_kl: float = setting(
         0.01,
-        "largest KL between what vLLM samples from and the policy; above it vLLM counts as failed",
+        "largest KL between the distribution that another engine samples from and the policy; above it the engine "
+        "counts as failed",
         "nats per token",
         gt=0,
     )

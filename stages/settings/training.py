@@ -80,8 +80,8 @@ def batch_of_each(size: int, accumulated: int, processes: int) -> tuple[int, int
     """Return the batch of each process so that all together compute one process's batch.
 
     Args:
-        size: Rows of a micro-batch in one process alone.
-        accumulated: Micro-batches per step in one process alone.
+        size: Rows of a micro-batch if there is one process.
+        accumulated: Micro-batches per step if there is one process.
         processes: Number of processes.
 
     Returns:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from data import sources
 from data.groups import PromptGroup
@@ -57,7 +58,7 @@ def split_documents(source: Source, fraction: float) -> tuple[list, list]:
 
 
 def fit_prompts(
-    tokenizer, prompts: Iterable, places: list[str], limit: LengthLimit, response_length: int
+    tokenizer: Any, prompts: Iterable, places: list[str], limit: LengthLimit, response_length: int
 ) -> tuple[list[int], list[list[int]], LengthReport]:
     """Encode prompts that leave room for a response.
 
@@ -88,7 +89,7 @@ def fit_prompts(
     return kept, ids, report
 
 
-def load_groups(file: Path, tokenizer, limit: LengthLimit) -> tuple[list[PromptGroup], LengthReport]:
+def load_groups(file: Path, tokenizer: Any, limit: LengthLimit) -> tuple[list[PromptGroup], LengthReport]:
     """Load rankings and encode each prompt with all its responses.
 
     A response that was cut off has no EOS: its score is read at its last token, as PPO and evaluate

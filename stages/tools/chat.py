@@ -138,7 +138,7 @@ def notes(answers: Sequence[tuple[str, Answer]], settings: Settings, judge: Judg
 def read_line(console: Any, turns: int = 0) -> str | None:
     """Read the next line, without spaces around it.
 
-    Where nobody sees the line being typed, it is printed.
+    If the input is not typed at a terminal, the line is printed.
 
     Args:
         console: A rich Console.

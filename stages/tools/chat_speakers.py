@@ -137,7 +137,8 @@ def load_judge(experiment: Any, store: ArtifactStore, trust_remote_code: bool) -
     if store.manifest("rm") is None:
         return None
     from stages.models.ensemble import load_reward_model
-    from stages.models.loading import load_tokenizer, tokenizer_fingerprint
+    from stages.models.loading import load_tokenizer
+    from stages.models.same_tokenizer import tokenizer_fingerprint
     from stages.shared.runtime import device_of
 
     store.verify("rm")
@@ -224,7 +225,7 @@ def score_answer(
 
     from data.groups import make_rows
     from stages.models.forward import response_scores
-    from stages.models.loading import tokenizer_fingerprint
+    from stages.models.same_tokenizer import tokenizer_fingerprint
     from stages.objectives.rewards import final_scores
 
     if judge is None or judge.tokenizer_fingerprint != tokenizer_fingerprint(speaker.tokenizer):

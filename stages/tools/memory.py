@@ -64,9 +64,10 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
     parts = sharers(experiment)
     config = model_config(m, trust_remote_code)
     adapter = adapter_settings(m)
-    take = lambda steps, adapter=adapter: take_step(  # noqa: E731
-        config, steps, adapter, dtype, device, m.gradient_checkpointing, m.attn_implementation, parts
-    )
+
+    def take(steps: list[Step], adapter: AdapterSettings = adapter) -> Sizes:
+        return take_step(config, steps, adapter, dtype, device, m.gradient_checkpointing, m.attn_implementation, parts)
+
     head = "logits" if config.get_text_config().vocab_size <= SMALL_VOCABULARY else "text"
     for stage in ("base", "sft") if m.name_or_path is None else ("sft",):
         c = getattr(experiment, stage)
@@ -89,7 +90,7 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
         yield need(stage, sizes, kept=copies * sizes.trains[model] // parts)
 
 
-def of_ppo(experiment: Any, config, take: Callable, dtype: str, device: str) -> Need:
+def of_ppo(experiment: Any, config: Any, take: Callable, dtype: str, device: str) -> Need:
     """Return what the stage ppo needs.
 
     Policy and value model train. The reference is the policy without its adapter, or a model of its
@@ -151,7 +152,7 @@ def ranked(c: Section, experiment: Any) -> Lengths:
     return [group] * max(1, c.per_device_train_tokens // (group[0] + sum(group[1])))
 
 
-def cache_of_token(config) -> int:
+def cache_of_token(config: Any) -> int:
     """Return how many numbers a token adds to the cache: keys and values of all layers."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -176,7 +177,7 @@ def dtype_for(experiment: Any, device: str) -> str:
     return dtype_of(experiment)
 
 
-def model_config(m, trust_remote_code: bool = False):
+def model_config(m: Any, trust_remote_code: bool = False) -> Any:
     """Return transformers' configuration of the model that the section `model` names."""
     from transformers import AutoConfig
 

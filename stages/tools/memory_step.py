@@ -7,8 +7,9 @@ numbers, in seconds and without memory. `LiveBytes` counts the tensors that are 
 import contextlib
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,9 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.most = 0
         self.known: weakref.WeakSet = weakref.WeakSet()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """Run an operation, and count the tensors that it returns."""
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
@@ -114,14 +117,14 @@ class Sizes:
 
 
 def take_step(
-    config,
+    config: Any,
     steps: list[Step],
     adapter: AdapterSettings,
     dtype: str,
     device: str,
-    checkpointing=False,
-    attention="sdpa",
-    parts=1,
+    checkpointing: bool = False,
+    attention: str = "sdpa",
+    parts: int = 1,
 ) -> Sizes:
     """Take one optimizer step on fake tensors, and return the bytes that it needs.
 
@@ -216,7 +219,9 @@ def experts_by_shape() -> Iterator[None]:
             moe._can_use_grouped_mm = kept
 
 
-def make(config, name: str, adapter: AdapterSettings, checkpointing: bool, attention: str, packed: bool) -> nn.Module:
+def make(
+    config: Any, name: str, adapter: AdapterSettings, checkpointing: bool, attention: str, packed: bool
+) -> nn.Module:
     """Return a model without memory, as it trains.
 
     Args:
@@ -252,7 +257,7 @@ def make(config, name: str, adapter: AdapterSettings, checkpointing: bool, atten
     return model.train()
 
 
-def head_is_linear(model) -> bool:
+def head_is_linear(model: nn.Module) -> bool:
     """Return whether a model's logits are only a matrix product, by its settings.
 
     `stages/models/forward.py` tries it instead, which takes numbers.
@@ -263,7 +268,7 @@ def head_is_linear(model) -> bool:
     return type(head) is nn.Linear and head.bias is None and all(x in (None, 1.0) for x in scaled)
 
 
-def forward(model, step: Step, batch, device: str) -> Tensor:
+def forward(model: nn.Module, step: Step, batch: Any, device: str) -> Tensor:
     """Compute the loss's input as `stages/models/forward.py` does.
 
     That module finds the positions to read by the numbers in a mask, which fake tensors do not
@@ -302,7 +307,7 @@ def laid_out(step: Step, packed: bool) -> Rows | Tensor:
     return make_rows(prompts, [[0] * n for _, responses in step.lengths for n in responses], 0, packed=packed)
 
 
-def faked(batch: Rows | Tensor, tokens: int | None):
+def faked(batch: Rows | Tensor, tokens: int | None) -> Tensor | tuple[Rows, Tensor]:
     """Return the same shapes without numbers; for Rows also a position for each response token."""
 
     def empty(x: Tensor) -> Tensor:
@@ -338,7 +343,7 @@ def size_of(model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """Suppress the warnings of peft and torch about tensors without numbers."""
     import warnings
 

@@ -31,7 +31,7 @@ def group_order(
 ) -> list[int]:
     """Return the indices of the prompt groups of all batches, in order.
 
-    The order is shuffled; within four batches, groups of like length are put together.
+    The order is shuffled; within four batches, groups of similar length are put together.
 
     Args:
         groups: The groups to train on.
@@ -168,7 +168,7 @@ def share_groups(lengths: Sequence[int], index: Sequence[int], n: int) -> list[i
 def in_micro_batches(
     lengths: Sequence[int], index: Sequence[int], n: int, size: int, tokens: int | None = None
 ) -> list[list[int]]:
-    """Cut episodes into micro-batches of like lengths, which need little padding.
+    """Cut episodes into micro-batches of similar lengths, which need little padding.
 
     The samples of a prompt stay beside each other, so that a packed row computes the prompt once.
 

@@ -1,6 +1,6 @@
 """Save and load the tensors of a training: weights, optimizers, best weights, averages.
 
-A checkpoint holds whole tensors, whether or not ranks hold shards of them, so that a run may go on
+A checkpoint holds whole tensors, whether or not ranks hold shards of them, so that a run may resume
 with another number of processes.
 """
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from data.streams import ORDER_VERSION
 from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.store.checkpoints import Checkpoint
@@ -47,6 +48,7 @@ def save_checkpoint(session: Session, step: int, total: int, training: TrainingS
     """
     from pipeline.store.optimizer_state import optimizer_tensors
 
+    # Copies: both are added to below, and belong to the caller.
     tensors, state = dict(training.carried), dict(state)
     if training.average is not None and training.average.tensors:
         tensors["average"] = training.average.tensors
@@ -81,6 +83,7 @@ def load_checkpoint(session: Session, training: TrainingState, total: int, first
     from pipeline.store.optimizer_state import load_optimizer
 
     average, checkpoint = training.average, session.checkpoints.newest()
+    # A checkpoint from before `first` is of an earlier training of the stage.
     if checkpoint is None or checkpoint.step <= first:
         if average is not None:
             average.start(training.trainees[0])
@@ -104,6 +107,23 @@ def load_checkpoint(session: Session, training: TrainingState, total: int, first
     return checkpoint.step - first, checkpoint.state
 
 
+def check_row_order(stage: str, saved_state: dict) -> None:
+    """Refuse a checkpoint whose run draws its rows in an order that this version does not give.
+
+    Args:
+        stage: Name of the stage.
+        saved_state: JSON of the checkpoint.
+
+    Raises:
+        UserError: An older version began the run.
+    """
+    if saved_state.get("row_order") != ORDER_VERSION:
+        raise UserError(
+            f"{stage}: an older version began the interrupted run, and draws its rows in another order; --restart "
+            f"starts again"
+        )
+
+
 @contextmanager
 def keep_optimizer_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Keep the optimizer's present betas and weight decay while a saved state is loaded into it.
@@ -111,6 +131,7 @@ def keep_optimizer_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     A resumed run follows the settings of today: they may differ from those of the checkpoint
     (--override-config).
     """
+    # Not the learning rate, which every step sets.
     current = [{name: group[name] for name in ("betas", "weight_decay")} for group in optimizer.param_groups]
     yield
     for group, options in zip(optimizer.param_groups, current, strict=True):
@@ -146,6 +167,7 @@ def regroup_optimizer(trainee: Trainee, tensors: dict[str, Tensor], saved: dict)
             renumbered[f"{new_order.index(old_order[int(index)])}.{name}"] = value
         return renumbered
 
+    # All settings are the first old group's: `keep_optimizer_settings` puts today's back.
     groups = [before[0] | {"params": group["params"]} for group in current]
     return renumber(tensors), {"scalars": renumber(saved["scalars"]), "param_groups": groups}
 
@@ -168,6 +190,7 @@ def shard_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str,
 
 def has_current_settings(session: Session, checkpoint: Checkpoint) -> bool:
     """Return whether a checkpoint was made with the settings and inputs of this run."""
+    # Rank 0 decides for all, so that no rank takes another branch than the others.
     return parallel.from_rank_zero(lambda: checkpoint.fingerprint == session.checkpoints.fingerprint)
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from data.streams import ORDER_VERSION
 from pipeline.launch import parallel
-from stages.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from stages.training.checkpoint import TrainingState, check_row_order, load_checkpoint, save_checkpoint
 from stages.training.schedule import Schedule
 from stages.training.selection import Selection
 from stages.training.session import PendingEvaluation, Session
@@ -42,7 +43,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Phase:
-    """Where a training stands in a stage that trains several times."""
+    """The place of a training in a stage that trains several times."""
 
     first: int = 0
     """Optimizer steps that earlier trainings of the stage took."""
@@ -79,7 +80,7 @@ def fit(
         task: Batches, loss and evaluation.
         schedule: The learning rate; its total is this training's number of steps.
         selection: How evaluations choose the published weights and end the training.
-        phase: Where the training stands in its stage.
+        phase: The place of this training in its stage.
 
     Returns:
         The held-out figures of the chosen weights, with `best_step` and `steps`.
@@ -88,13 +89,17 @@ def fit(
     best, pending = selection.start(), PendingEvaluation()
     training = TrainingState([trainee], best, carried=phase.tensors)
     step, saved_state = load_checkpoint(session, training, steps, first)
+    if step > 0:
+        check_row_order(session.stage, saved_state)
     pending.restore(saved_state)
 
     def save() -> None:
+        state = phase.state | pending.state() | {"row_order": ORDER_VERSION}
         if first + step:  # otherwise there is nothing to resume from
-            save_checkpoint(session, first + step, total, training, phase.state | pending.state())
+            save_checkpoint(session, first + step, total, training, state)
 
     def evaluate() -> dict[str, float]:
+        # A signal between two forward passes saves and leaves: the evaluation is then owed.
         with pending.running():
             figures = task.evaluate(session.interrupt(first + step, total, save))
         session.tracker.evaluation(first + step, figures)
@@ -118,13 +123,14 @@ def fit(
             progress.update(first + step, **{k: v for k, v in logged.items() if k in ("loss", selection.judge)})
             if step % selection.eval_steps == 0 or step == steps:
                 figures = evaluate()
+            # After the last step neither is of use: the artifact is written next.
             if session.save_is_due(first + step) and step < steps:
                 save()
             if step < steps:
                 session.stop_if_requested(first + step, total, save)
     if selection.keep == "best" and best.step != step:
         trainee.load(best.tensors)
-        figures = {}
+        figures = {}  # the last evaluation's are those of other weights
     figures = figures or task.evaluate(lambda: None)
     return {**figures, "best_step": best.step, "steps": step}
 
@@ -154,5 +160,6 @@ def accumulate_gradients(
         if own:
             for key, value in sums.items():
                 figures[key] = figures.get(key, 0.0) + value
+    # Once a step: reducing at every micro-batch would send the same bytes many times.
     parallel.all_reduce_gradients(trainee.parameters.values())
     return parallel.all_reduce_figures(figures)

@@ -1,4 +1,4 @@
-"""Compute the learning rate of an optimizer step from the step alone. Imports no torch."""
+"""Compute the learning rate of an optimizer step from the step only. Imports no torch."""
 
 import math
 from dataclasses import dataclass

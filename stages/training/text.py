@@ -27,7 +27,7 @@ from stages.objectives.losses import language_model_loss
 from stages.settings.training import batch_of_each
 from stages.shared.runtime import Runtime
 from stages.training.batching import micro_batches
-from stages.training.checkpoint import check_steps_left
+from stages.training.checkpoint import check_row_order, check_steps_left
 from stages.training.loop import WHOLE_STAGE, Phase
 from stages.training.schedule import Schedule
 from stages.training.selection import Selection
@@ -42,6 +42,7 @@ from stages.training.text_trainers import (
 )
 
 SMALL_VOCABULARY = 8192
+"""Token ids up to which whole logits are faster than trl's tiles (`with_plain_loss`)."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class TextTask:
     accumulation_steps: int
     """Micro-batches of an optimizer step, for one process."""
     group_by_length: bool
-    """Whether rows of like length are put into one batch."""
+    """Whether rows of similar length are put into one batch."""
     samples: Callable[[nn.Module], list[dict]] | None = None
     """Return rows for samples.jsonl, after each evaluation; None: no samples."""
     announce: Callable[[nn.Module], None] | None = None
@@ -119,7 +120,7 @@ def train_language_model(
         optimization: Settings of the optimizer.
         schedule: The learning rate; its total is this training's number of steps.
         selection: How evaluations choose the published weights and end the training.
-        phase: Where the training stands in its stage.
+        phase: The place of this training in its stage.
 
     Returns:
         The trained model on the CPU, and its figures {loss, perplexity, best_step, steps}. Where
@@ -143,7 +144,10 @@ def train_language_model(
     hooks = make_hooks(session, trainer, task, order, schedule, selection, phase)
     trainer.add_callback(hooks.callback())
     checkpoint = newest_checkpoint(session, phase, steps)
+    # Ours first: `before_training` runs inside trainer.train, and asks what is owed.
     if checkpoint is not None:
+        if task.group_by_length:
+            check_row_order(session.stage, checkpoint.state)
         hooks.best.restore(checkpoint)
         hooks.pending.restore(checkpoint.state)
     if is_adapted(trainer.model) and runtime.dtype == "bfloat16":
@@ -157,15 +161,18 @@ def train_language_model(
         hooks.total, session.stage, checkpoint.step if checkpoint else phase.first
     ) as progress:
         hooks.progress = progress
+        # An exception is the only way out of trainer.train before its first step.
         with contextlib.suppress(NoStepLeft):
             trainer.train(resume_from_checkpoint=None if written is None else str(written))
     if parallel.is_rank_zero():
         shutil.rmtree(scratch, ignore_errors=True)
+    # trainer.train returns in the same way after the last step, on a signal and out of patience.
     step = trainer.state.global_step
     if step < steps and not hooks.best.exhausted and session.stop_is_requested():
         raise Interrupted(phase.first + step, hooks.total)
     if selection.keep == "best" and hooks.best.step != step:
         weights_of(trainer.model).load(hooks.best.tensors)
+    # Of the weights that are published, which may not be those of the last evaluation.
     loss = hooks.held_out_loss(trainer.model, lambda: False)
     model = publishable(trainer.accelerator.unwrap_model(trainer.model), make).eval()
     unwrapped(model).config.use_cache = False
@@ -205,16 +212,16 @@ def trainer_arguments(
         train_sampling_strategy="sequential",  # rows come in our order
         eval_strategy="no",  # `held_out_loss` is a mean over tokens, where transformers averages batches
         save_strategy="steps" if every else "no",
-        save_steps=every or 1,
+        save_steps=every or 1,  # not used if nothing is saved
         logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to="none",
+        logging_nan_inf_filter=False,  # a loss that is not finite must show in metrics.jsonl
+        report_to="none",  # the session's tracker and progress line do both
         disable_tqdm=True,
         dataloader_pin_memory=False,
         seed=session.seed % 2**31,
         max_length=None,  # rows are cut before
         packing=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
+        dataset_kwargs={"skip_prepare_dataset": True},  # rows are token ids already
         ddp_find_unused_parameters=False,
         router_aux_loss_coef=optimization.router_aux_loss_coef or 0.0,  # None would take the model's own setting
     )
@@ -260,6 +267,7 @@ def make_trainer(
     assert optimizer_class is torch.optim.AdamW
     optimizer_class, more = adamw_for(trainer.model, arguments.max_steps)  # AdaLoRA has one of its own
     trainer.optimizer_cls_and_kwargs = (optimizer_class, options | more)
+    # They print to stdout between our own lines.
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     return trainer
@@ -283,7 +291,7 @@ def make_hooks(
         order: Indices of the rows of all batches.
         schedule: The learning rate.
         selection: How evaluations choose the published weights and end the training.
-        phase: Where the training stands in its stage.
+        phase: The place of this training in its stage.
     """
     pad_id, size = trainer.processing_class.pad_token_id, task.batch_size
 
@@ -313,7 +321,7 @@ def newest_checkpoint(session: Session, phase: Phase, steps: int) -> Checkpoint 
 
     Args:
         session: The run.
-        phase: Where the training stands in its stage.
+        phase: The place of this training in its stage.
         steps: Optimizer steps of this training.
 
     Raises:
@@ -349,16 +357,19 @@ def held_out_loss(
     was_training, total, tokens, left = model.training, 0.0, 0, False
     sharded = is_sharded(model)
     model.eval()
+    # Rows of similar length together need little padding.
     parts = list(micro_batches(sorted(rows, key=lambda r: len(r["input_ids"])), batch_size))
     own = parallel.rows_of_this_rank(parts, [sum(len(r["input_ids"]) for r in part) for part in parts])
+    # A sharded forward pass takes all ranks: one that has run out repeats a micro-batch, uncounted.
     for part, is_own in parallel.padded_micro_batches(own, parts[0] if sharded else None):
         if not sharded and (left := leave()):
-            break
+            break  # no exception yet: the other ranks wait in the all-reduce below
         batch = padded_batch(part, pad_id, accelerator.device)
         labels = batch.pop("labels")[:, 1:]
         with accelerator.autocast():
             logits = model(**batch, use_cache=False).logits[:, :-1]
         if is_own:
+            # Divided by 1, it is a sum: the mean below then weighs every label alike.
             total += language_model_loss(logits, labels, 1.0).item()
             tokens += int((labels != -100).sum())
     model.train(was_training)

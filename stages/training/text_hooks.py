@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.streams import derive_seed
+from data.streams import ORDER_VERSION, derive_seed
 from pipeline.errors import Interrupted
 from pipeline.launch import parallel
 from stages.models.adalora import triplets_of
@@ -44,7 +44,7 @@ class TextHooks:
     session: Session
     """The run."""
     phase: Phase
-    """Where the training stands in its stage."""
+    """The place of this training in its stage."""
     schedule: Schedule
     """The learning rate, and the number of steps."""
     best: Best
@@ -94,6 +94,7 @@ class TextHooks:
         A resumed run then draws the masks that an uninterrupted one would have drawn.
         """
         rank, world_size = parallel.rank_and_world_size()
+        # With one process, transformers' checkpoint restores the generator.
         if world_size > 1:
             step = self.stage_step(state)
             torch.manual_seed(derive_seed(self.session.seed, self.session.stage, "dropout", step, rank))
@@ -134,11 +135,13 @@ class TextHooks:
             Interrupted: A signal came; the run resumes from what is on disk already.
             NoStepLeft: Patience is exhausted.
         """
+        # Before step 0 nothing is saved, so nothing can be owed: that evaluation is always taken.
         if self.stage_step(state) > 0 and not self.pending.owed:
             return
         try:
             self.evaluate(model, state, control)
         except EvaluationCutShort:
+            # No step was taken, so there is nothing new to save.
             raise Interrupted(self.stage_step(state), self.total) from None
         if self.best.exhausted:
             raise NoStepLeft
@@ -154,6 +157,7 @@ class TextHooks:
             return
         control.should_save = self.session.save_is_due(state.global_step)
         if self.session.stop_is_requested():
+            # transformers saves first and then leaves its loop
             control.should_save = control.should_training_stop = True
         if control.should_save:
             self.require_space(model)
@@ -170,11 +174,12 @@ class TextHooks:
         """Move the folder that transformers wrote into our store of checkpoints."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if parallel.is_rank_zero():
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that is never read
+        # What transformers does not know of: earlier trainings of the stage, and the best weights.
         tensors = dict(self.phase.tensors)
         if self.best.tensors:
             tensors["best"] = gather_tensors(self.best.tensors)
-        saved_state = self.phase.state | {"best": self.best.state()} | self.pending.state()
+        saved_state = self.phase.state | {"best": self.best.state(), "row_order": ORDER_VERSION} | self.pending.state()
         self.session.checkpoints.adopt(folder, self.stage_step(state), self.total, saved_state, tensors)
 
     def callback(self) -> Any:
@@ -184,23 +189,26 @@ class TextHooks:
         hooks = self
 
         class Callback(TrainerCallback):
-            def on_train_begin(self, args, state, control, model=None, **_):
+            def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
                 hooks.before_training(model, state, control)
 
-            def on_step_begin(self, args, state, control, **_):
+            def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 hooks.step_began = time.perf_counter()
                 hooks.seed_dropout(state)
 
-            def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **_):
+            def on_pre_optimizer_step(
+                self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+            ) -> None:
                 hooks.before_optimizer_step(model, optimizer, state)
 
-            def on_step_end(self, args, state, control, model=None, **_):
+            def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
                 hooks.after_step(model, state, control)
 
-            def on_log(self, args, state, control, logs=None, **_):
+            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
                 hooks.log(logs or {}, state)
 
-            def on_save(self, args, state, control, **_):
+            def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                # after the last step the artifact is written instead
                 if state.global_step < hooks.schedule.total:
                     hooks.after_save(args, state)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.launch import parallel
@@ -27,8 +28,11 @@ def with_plain_loss(trainer_class: type) -> type:
     """
 
     class PlainLossTrainer(trainer_class):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        def compute_loss(
+            self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Tensor:
             labels = inputs["labels"][:, 1:]
+            # given labels, the model would compute its own loss as well
             arguments = {name: value for name, value in inputs.items() if name != "labels"}
             if self.aux_loss_enabled:
                 arguments["output_router_logits"] = True
@@ -64,7 +68,7 @@ def with_current_settings(trainer_class: type) -> type:
     """Resume with today's AdamW settings. transformers would take those of the checkpoint."""
 
     class CurrentSettingsTrainer(trainer_class):
-        def _load_optimizer_and_scheduler(self, checkpoint):
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
             with keep_optimizer_settings(self.optimizer):
                 super()._load_optimizer_and_scheduler(checkpoint)
 
@@ -79,7 +83,7 @@ def saving_on_rank_zero(trainer_class: type) -> type:
     """
 
     class RankZeroSavingTrainer(trainer_class):
-        def store_flos(self):
+        def store_flos(self) -> None:
             pass
 
     return RankZeroSavingTrainer
@@ -110,24 +114,26 @@ def with_sharding(trainer_class: type) -> type:
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
             self.is_distributed_loading_by_transformers = True  # otherwise accelerate would wrap the model
 
-        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
             if not is_sharded(self.model):  # `shard_model` has loaded it before
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-        def save_model(self, output_dir=None, _internal_call=False):
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            # transformers writes `self.model`: a whole copy takes its place meanwhile
             sharded, self.model = self.model, publishable(self.model)  # all ranks: it all-gathers
             if parallel.is_rank_zero():
                 super()._save(output_dir)
             self.model = sharded
 
-        def _save_optimizer_and_scheduler(self, output_dir):
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            # transformers writes `self.optimizer.state_dict()`: here that of whole tensors
             state = self.optimizer.state_dict()
             state["state"] = {index: gather_tensors(tensors) for index, tensors in state["state"].items()}
             optimizer, self.optimizer = self.optimizer, _WithState(state)
             super()._save_optimizer_and_scheduler(output_dir)  # writes on rank 0 only
             self.optimizer = optimizer
 
-        def _load_optimizer_and_scheduler(self, checkpoint):
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
             if checkpoint is None:
                 return
             # mapped from disk: no rank holds the whole state in memory
@@ -136,8 +142,8 @@ def with_sharding(trainer_class: type) -> type:
             optimizer.load_state_dict(_sharded_state(optimizer, load(Path(checkpoint) / OPTIMIZER_NAME)))
             self.lr_scheduler.load_state_dict(load(Path(checkpoint) / SCHEDULER_NAME))
 
-        def _save_rng_state(self, output_dir):
-            if parallel.is_rank_zero():  # dropout is seeded anew at every step (TextHooks.seed_dropout)
+        def _save_rng_state(self, output_dir: str) -> None:
+            if parallel.is_rank_zero():  # every step seeds dropout (TextHooks.seed_dropout)
                 super()._save_rng_state(output_dir)
 
     return ShardedTrainer
@@ -161,6 +167,7 @@ def _sharded_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> d
         optimizer: The optimizer of the sharded parameters.
         state: state_dict() of an optimizer of whole parameters.
     """
+    # One flat table, by the names that our own checkpoints use.
     flat = {f"{index}.{name}": x for index, tensors in state["state"].items() for name, x in tensors.items()}
     shards = shard_optimizer_tensors(optimizer, flat)
     by_index = {

@@ -51,6 +51,7 @@ class Trainee:
             raise UserError(
                 f"checkpoint of {self.name}: its weights are not this model's ({odd}); start again with --restart"
             )
+        # All shapes are checked before any weight is copied: an error leaves the model as it was.
         for name, p in self.parameters.items():
             if p.shape != tensors[name].shape:
                 raise UserError(
@@ -87,6 +88,7 @@ def make_trainee(
     options = {"lr": learning_rate, "betas": (0.9, adam_beta2), "weight_decay": weight_decay, "fused": True}
     names = parameter_groups(model, parameters, 2 if weight_decay else 1)
     groups = [{"params": [parameters[n] for n in group]} for group in names]
+    # An explicit 0 overrides the default that AdamW gives to every group.
     for group in groups[1:]:
         group["weight_decay"] = 0.0
     optimizer = adamw(groups, **options, **more)
@@ -119,7 +121,7 @@ def gradient_cosine(one: Sequence[Tensor | None], other: Sequence[Tensor | None]
     """Return the cosine between two lists of gradients; 0 where one of them vanishes.
 
     Args:
-        one: A gradient for each parameter; None stands for 0.
+        one: A gradient for each parameter; None means 0.
         other: Gradients of the same parameters, in the same order.
     """
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
@@ -163,7 +165,9 @@ def optimizer_step(trainee: Trainee, learning_rate: float, step: int) -> float:
     if problem := gradient_problem(trainee, step):
         trainee.optimizer.zero_grad(set_to_none=True)
         stop_training(problem)
+    # It returns the norm before clipping, over the shards of all ranks.
     norm = to_float(torch.nn.utils.clip_grad_norm_(trainee.parameters.values(), trainee.max_grad_norm))
+    # No scheduler: the rate depends on the step only, so a resumed run has no state to restore.
     for group in trainee.optimizer.param_groups:
         group["lr"] = learning_rate
     trainee.optimizer.step()
@@ -204,6 +208,7 @@ class Average:
     def start(self, trainee: Trainee) -> None:
         """Start with the trainee's present weights."""
         if self.decay is not None:
+            # clones: the trainee's tensors share memory with the model
             self.tensors = {name: p.clone() for name, p in trainee.tensors().items()}
 
     def step(self, trainee: Trainee) -> None:

@@ -236,7 +236,7 @@ def test_near_copies_of_evaluation_prompts_are_counted(tmp_path):
         report = check(mine, against=[OtherFile(name, held_out) for name in names])
         said = [text for label, text in report.facts if label == "near copies"]
         first = f"the first at {mine}:3, of {held_out}:2"
-        assert said == [f"1 of 3 prompts are in {name} but for a few words · {first}" for name in names[:looked]]
+        assert said == [f"1 of 3 prompts are near copies of prompts in {name} · {first}" for name in names[:looked]]
         assert len(report.errors) == looked and all(line.startswith(f"{mine}:1: ") for line in report.errors)
         assert facts(report)[f"also in {names[0]}"] == "1 of 3 prompts"
 

@@ -79,7 +79,7 @@ def test_errors_in_any_file_are_shown_with_their_location(config, tmp_path, caps
     code, _, verdict = check_all(config, tmp_path)
     err = capsys.readouterr().err
     assert code == 2 and verdict == "5 kinds of data, errors: rankings 1, evaluation_prompts 1"
-    assert "bad.jsonl:1: " in err and "holds 200 records and skip passes over 400; lower skip" in err
+    assert "bad.jsonl:1: " in err and "has 200 records, and skip leaves out the first 400; lower skip" in err
 
 
 def test_the_worlds_files_and_the_hubs_are_read_too(config, tmp_path, monkeypatch, capsys):
@@ -123,7 +123,7 @@ def test_a_folder_is_not_taken_for_the_worlds_file(config, tmp_path, capsys):
 def test_a_config_without_data_is_refused(config, tmp_path):
     for kind in vars(config.data):
         setattr(config.data, kind, None)
-    with pytest.raises(UserError, match="names no file"):
+    with pytest.raises(UserError, match="no file and no Hub id is set"):
         check_all(config, tmp_path)
 
 

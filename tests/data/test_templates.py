@@ -10,7 +10,7 @@ from data.conversations import render
 from data.encode import encode_prompt, encode_prompts
 from data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from pipeline.errors import UserError
-from stages.models.loading import end_turns_with_eos
+from stages.models.tokens import end_turns_with_eos
 
 CHATML = """\
 {% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}\

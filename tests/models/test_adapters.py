@@ -17,7 +17,8 @@ from stages.models.adapters import (
     with_adapter,
 )
 from stages.models.forward import response_logprobs, response_scores, response_values
-from stages.models.loading import load_policy, load_scalar_model, prepare, save_model
+from stages.models.loading import load_policy, load_scalar_model, prepare
+from stages.models.publish import save_model
 
 METHODS = {
     "lora": "lora_",

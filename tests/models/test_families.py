@@ -16,17 +16,11 @@ from data.template_text import at_moment
 from pipeline.errors import UserError
 from stages.models import families as ours
 from stages.models.forward import head_is_linear, response_logprobs, response_scores
-from stages.models.loading import (
-    check_same_tokenizer,
-    load_policy,
-    load_scalar_model,
-    load_tokenizer,
-    new_reward_model,
-    save_model,
-)
+from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, new_reward_model
 from stages.models.loading import load_pretrained as load_as_given
+from stages.models.publish import save_model
 from stages.models.remote_code import scalar_problem, write_scalar_head
-from stages.models.same_tokenizer import fit_rows
+from stages.models.same_tokenizer import check_same_tokenizer, fit_rows
 from stages.models.tokens import settle_tokens
 from stages.rollouts import lanes
 from stages.rollouts.transformers import Decoding, sample_with_logprobs

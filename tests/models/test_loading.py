@@ -11,18 +11,17 @@ from data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from stages.models.forward import response_logprobs, response_scores, response_values
 from stages.models.loading import (
-    check_same_tokenizer,
-    end_turns_with_eos,
     from_scratch,
-    give_pad_token,
     load_policy,
     load_pretrained,
     load_scalar_model,
     load_tokenizer,
     new_reward_model,
     prepare,
-    save_model,
 )
+from stages.models.publish import save_model
+from stages.models.same_tokenizer import check_same_tokenizer
+from stages.models.tokens import end_turns_with_eos, give_pad_token
 
 
 def equal(one, other):

@@ -9,8 +9,15 @@ import torch
 from safetensors.torch import load_file
 
 from stages.models.adapters import AdapterSettings, name_of_base, save_merged, with_adapter
-from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, save_model
-from stages.models.publish import dtype_of_folder, end_tokens, given_model, portable_tokenizer, with_old_positions
+from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
+from stages.models.publish import (
+    dtype_of_folder,
+    end_tokens,
+    given_model,
+    portable_tokenizer,
+    save_model,
+    with_old_positions,
+)
 from tests.builders import tiny_tokenizer
 
 

@@ -20,9 +20,10 @@ from stages.models.adapters import (
     with_adapter,
 )
 from stages.models.forward import head_is_linear, response_logprobs, response_scores, response_values
-from stages.models.loading import load_policy, load_scalar_model, save_model
+from stages.models.loading import load_policy, load_scalar_model
 from stages.models.packing import can_pack
 from stages.models.precision import cast_frozen, uncast
+from stages.models.publish import save_model
 from stages.models.quantized import Quantized, quantize
 from stages.rollouts.transformers import Decoding, sample_with_logprobs
 

@@ -17,15 +17,9 @@ from data.groups import make_rows
 from pipeline.cli import main
 from pipeline.errors import UserError
 from stages.models.forward import head_is_linear, response_logprobs, response_scores, response_values
-from stages.models.loading import (
-    load_policy,
-    load_pretrained,
-    load_scalar_model,
-    load_tokenizer,
-    new_reward_model,
-    save_model,
-)
+from stages.models.loading import load_policy, load_pretrained, load_scalar_model, load_tokenizer, new_reward_model
 from stages.models.packing import can_pack
+from stages.models.publish import save_model
 from stages.models.remote_code import scalar_problem, write_scalar_head
 from stages.rollouts.trial import reading_problem
 

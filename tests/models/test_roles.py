@@ -19,7 +19,8 @@ from stages.models.adapters import (
     with_adapter,
 )
 from stages.models.forward import response_logprobs, response_scores, response_values
-from stages.models.loading import load_policy, load_scalar_model, new_reward_model, save_model
+from stages.models.loading import load_policy, load_scalar_model, new_reward_model
+from stages.models.publish import save_model
 from stages.models.quantized import quantize
 from stages.ppo.inputs import load_models, role_folders
 from stages.ppo.options import update_options

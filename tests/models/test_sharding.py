@@ -30,9 +30,10 @@ from stages.models.adapters import (
 )
 from stages.models.ensemble import members
 from stages.models.forward import head_is_linear, response_logprobs, response_scores, response_values, text_logprobs
-from stages.models.loading import load_policy, load_scalar_model, new_reward_model, prepare, save_model
+from stages.models.loading import load_policy, load_scalar_model, new_reward_model, prepare
 from stages.models.packing import can_pack
 from stages.models.precision import cast_frozen
+from stages.models.publish import save_model
 from stages.models.roles import NamedFolder, RoleFolders, RoleOptions, load_roles, make_on_device
 from stages.models.sharding import (
     compute_gathered,

@@ -15,8 +15,9 @@ from data.documents import document_end
 from data.encode import encode_prompt
 from data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
-from stages.models.loading import load_pretrained, save_model
-from stages.models.tokens import end_turns_with_eos, give_pad_token, settle_tokens
+from stages.models.loading import load_pretrained
+from stages.models.publish import save_model
+from stages.models.tokens import settle_tokens
 from tests.builders import tiny_causal
 
 NOW = datetime(2026, 11, 29, 4, 5)
@@ -122,11 +123,13 @@ def test_rows_that_follow_the_template_are_not_reported(kind, lines):
 def test_rows_off_the_template_are_reported_with_both_texts_and_a_remedy():
     (line,) = [line for line in settled(make("qwen3.5")).lines if "rows" in line]
     assert line.startswith("rows are not what its chat template writes (one turn, several turns, ")
-    assert r"the row has '…tart|>assistant\n<think>\nA fox.<|im_end|>', the template '…tart|>assistant\n<thi" in line
+    assert (
+        r"the row has '…tart|>assistant\n<think>\nA fox.<|im_end|>', the template has '…tart|>assistant\n<thi" in line
+    )
     assert "its generation prompt opens <think>, and an answer that does not close it is taught as a thought" in line
     assert "; set model.chat_template_kwargs: {enable_thinking: false}, which fixes that, or " in line
     (line,) = [line for line in settled(make("zephyr")).lines if "rows" in line]
-    assert r"\n<|assistant|>A fox.</s>', the template '" in line and r"\n<|assistant|>\nA fox.</s>\n';" in line
+    assert r"\n<|assistant|>A fox.</s>', the template has '" in line and r"\n<|assistant|>\nA fox.</s>\n';" in line
     assert line.endswith("; give a template that fits the rows as model.chat_template: FILE")
     (line,) = [line for line in settled(make("llama3")).lines if "rows" in line]
     assert line.startswith("rows with blanks around the answer are not what its chat template writes: the row has ")
@@ -307,12 +310,6 @@ class TestRows:
         tokenizer = make("chatml")
         model = model_for(tokenizer, rows=len(tokenizer) + 9)
         assert settled(tokenizer, model).new_tokens == [] and model.config.vocab_size == len(tokenizer) + 9
-
-
-def test_scripts_find_both_where_they_were():
-    from stages.models import loading
-
-    assert loading.end_turns_with_eos is end_turns_with_eos and loading.give_pad_token is give_pad_token
 
 
 INVALID = [

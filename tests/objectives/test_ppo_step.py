@@ -540,7 +540,7 @@ class TestEngine:
     def test_another_distribution_ends_it(self, roles, logprob):
         engine = Engine(logprob)
         sampler = self.sampler(roles, engine)
-        with pytest.raises(EngineLost, match="update 1: vllm samples from another distribution"):
+        with pytest.raises(EngineLost, match="update 1: the engine vllm does not sample from the policy"):
             sampler.rollout(PROMPTS, range(4), 1, recompute=False)
         assert engine.is_closed and sampler.is_lost
 

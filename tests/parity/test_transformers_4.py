@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from data.tokenizer import train_tokenizer
-from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, save_model
+from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
+from stages.models.publish import save_model
 
 pytestmark = pytest.mark.slow
 PACKAGES = ("transformers==4.57.*", "huggingface-hub>=0.34,<1.0", "tokenizers>=0.22,<=0.23.0")

@@ -340,7 +340,7 @@ def test_clean_removes_nothing_without_a_terminal(rlhf):
     rlhf("run", "text")
     code, out, err = rlhf("clean")
     assert code == 2 and out == "" and err.startswith("error: artifacts/small (") and err.count("\n") == 1
-    assert "nobody is here to be asked: --yes (make: YES=1) removes it" in err
+    assert "there is no terminal to confirm this on: --yes (make: YES=1) removes it" in err
     assert Path(ARTIFACTS, "manifest.json").exists()
 
 

@@ -235,7 +235,7 @@ def test_an_unresponsive_wandb_is_given_up(tmp_path, monkeypatch, capsys, hangs)
     held.set()
     assert begun == ["small/base"] and tracker.tracker_run_id is None
     said = capsys.readouterr().err
-    assert said.startswith("warning: wandb failed (no answer within 0 s); this command goes on without it") and (
+    assert said.startswith("warning: wandb failed (no answer within 0 s); this command continues without it") and (
         said.count("\n") == 1
     )
 

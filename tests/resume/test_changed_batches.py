@@ -112,8 +112,8 @@ def test_smaller_micro_batches_of_the_same_batch_are_accepted(oracle, tmp_path):
     assert rlhf(*command(root, "sft"), term=("sft", 3)) == 75
     output = refused(root, tmp_path, "sft", "sft.gradient_accumulation_steps=4")
     assert output == (
-        "error: sft: interrupted at step 4, since then sft.gradient_accumulation_steps 2 → 4, which an interrupted run "
-        "keeps; set it back to resume, --restart starts again"
+        "error: sft: interrupted at step 4, since then sft.gradient_accumulation_steps 2 → 4, which cannot change "
+        "while a run is interrupted; set it back to resume, --restart starts again"
     )
     smaller = ("sft.per_device_train_batch_size=2", "sft.gradient_accumulation_steps=4", "--override-config")
     assert rlhf(*command(root, "sft", *smaller)) == 0

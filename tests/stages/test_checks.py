@@ -103,7 +103,7 @@ def test_evaluate_checks_the_length_of_its_packed_rows_too(tmp_path):
     lengths = ("evaluate.max_length=16", "evaluate.response_length=8", "evaluate.perplexity_length=33")
     experiment = loaded(tmp_path, "model.name_or_path=org/name", *lengths)
     ctx = SimpleNamespace(stage="evaluate", experiment=experiment, config=experiment.evaluate)
-    ctx.inputs, ctx.trust_remote_code = {"sft": tmp_path / "sft"}, False
+    ctx.inputs, ctx.sources, ctx.trust_remote_code = {"sft": tmp_path / "sft"}, {}, False
     ctx.seed, ctx.checkpoints, ctx.tracker, ctx.stop = 0, None, None, None
     too_long = r"evaluate\.perplexity_length: 33 tokens is more than the model's context of 32"
     with pytest.raises(UserError, match=too_long):
@@ -208,7 +208,7 @@ def test_an_unreadable_file_is_reported_before_anything_runs(tmp_path, stage, ki
 
     assert problems_of(row, other) == []
     assert [line.startswith(f"{file}:2: the key ") for line in problems_of(row, {})] == [True]
-    assert problems_of(row) == [f"{file}: holds 1 records and skip passes over 1; lower skip"]
+    assert problems_of(row) == [f"{file}: has 1 records, and skip leaves out the first 1; lower skip"]
     assert missing(tmp_path, stage, f"data.{kind}=org/name") == missing(tmp_path, stage) == []  # the Hub, the world
 
 

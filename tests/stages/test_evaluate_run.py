@@ -683,8 +683,8 @@ class TestOfTheWorld:
         count = sum(expected.values())
         assert list(expected.values())[-5:] == [True] * 5 and 5 < count < len(expected)
         assert (of_world.results["leaked"], of_world.results["leaked_by"]) == (count, "task")
-        assert f"{count} of 19 prompts set tasks that training data set too" in of_world.finished.said
-        assert f"{19 - count} set tasks that no training data set" in of_world.finished.said
+        assert f"{count} of 19 prompts have tasks that also occur in training data" in of_world.finished.said
+        assert f"{19 - count} have tasks that do not" in of_world.finished.said
 
     def test_both_halves_apart(self, of_world):
         for name, figures in of_world.results["policies"].items():

@@ -26,7 +26,8 @@ def read(path) -> dict:
 
 def test_as_given_goes_from_stage_to_stage(chain, tmp_path):
     """With publish_dtype as_given, base, sft and dpo keep a base model's bfloat16."""
-    from stages.models.loading import load_policy, save_model
+    from stages.models.loading import load_policy
+    from stages.models.publish import save_model
 
     original = tmp_path / "original"
     original.mkdir()

@@ -12,7 +12,8 @@ from data.groups import make_rows
 from pipeline.config.sections import ModelSettings
 from pipeline.store import files, integrity
 from stages.models.forward import response_scores
-from stages.models.loading import load_scalar_model, load_tokenizer, new_reward_model, save_model
+from stages.models.loading import load_scalar_model, load_tokenizer, new_reward_model
+from stages.models.publish import save_model
 from stages.settings import ppo as ppo_settings
 from stages.settings import sft as sft_settings
 from stages.shared.cards import ANSWER, SCORE, card_text

@@ -11,7 +11,8 @@ from data.encode import encode_prompt
 from data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from pipeline.store.artifacts import ArtifactStore
-from stages.models.loading import from_scratch, load_policy, load_tokenizer, new_reward_model, save_model
+from stages.models.loading import from_scratch, load_policy, load_tokenizer, new_reward_model
+from stages.models.publish import save_model
 from stages.tools import chat, chat_commands, chat_panels, chat_speakers
 
 EXPERIMENT = SimpleNamespace(

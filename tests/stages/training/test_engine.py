@@ -12,6 +12,7 @@ from data.streams import Stream
 from pipeline.errors import Interrupted, TrainingStopped, UserError
 from pipeline.stage import StopFlag
 from pipeline.store.checkpoints import CheckpointStore
+from stages.training import loop
 from stages.training.batching import balanced, micro_batches, sorted_chunks
 from stages.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from stages.training.loop import Task, fit
@@ -421,6 +422,15 @@ class TestFit:
             with pytest.raises(Interrupted):
                 job.run(stop_at=step)
         assert_same_run(job.run(), Regression(tmp_path / "straight", every=0).run())
+
+    def test_a_run_of_a_version_with_another_order_of_rows_is_refused(self, tmp_path, monkeypatch):
+        """Before version 2 the rows of a resumed run would have come in another order, silently."""
+        with monkeypatch.context() as older:
+            older.setattr(loop, "ORDER_VERSION", 1)
+            with pytest.raises(Interrupted):
+                Regression(tmp_path).run(stop_at=4)
+        with pytest.raises(UserError, match=r"draws its rows in another order; --restart starts again"):
+            Regression(tmp_path).run()
 
     def test_keep_best_publishes_the_best_weights(self, tmp_path):
         """With held-out losses 5, 4, 1, 3, 2, 2 at steps 0, 2, 4, 6, 8, 9, it is step 4."""
