@@ -129,7 +129,7 @@ def test_with_adapters_ppo_has_one_trunk():
 def test_what_a_gpu_held_was_foretold(bench, model, k, p_to_r, monkeypatch):
     """The peaks that the benchmarks measured, within 15 %."""
     monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
-    monkeypatch.setattr(memory, "castable", lambda model: [])
+    monkeypatch.setattr(memory_step, "castable", lambda model: [])
     from ppo_models import SHAPES
 
     lines = [json.loads(line) for line in (BENCHMARKS / "results" / f"{bench}.jsonl").read_text().splitlines()]
