@@ -264,7 +264,7 @@ def with_own_id(ranking: Ranking, location: str, seen: dict[str, str]) -> Rankin
 
 
 def nothing_to_learn(kind: str, name: str, records: list[Record]) -> list[str]:
-    """Return an error line if there is no row, or if no ranking prefers one text to another.
+    """Return the error lines of a source without rows, or whose rankings hold no preference.
 
     Args:
         kind: The kind of data.

@@ -37,7 +37,7 @@ AT_ONCE = 64
 
 
 class TemplateOverrun(TemplateError):
-    """Say that a template exceeds a limit, so that it is no use to try it on other rows."""
+    """Report that a template exceeds a limit; it would exceed it on other rows too."""
 
     index = 0
     """The index of the conversation, among those that were given together."""

@@ -22,7 +22,7 @@ COMMIT_KEYS = ("revision", "asked_revision")
 
 @dataclass(frozen=True)
 class Today:
-    """What a stage would be made of now."""
+    """Describe the settings and inputs that a stage would run with now."""
 
     fingerprint: str
     """Digest of the stage's settings and inputs."""

@@ -110,7 +110,7 @@ class Dashboard:
 
 @dataclass(frozen=True)
 class WandbRun:
-    """What a run of a stage is called in wandb, and what is shown of it there."""
+    """Name a stage's run in wandb, and hold the settings that wandb shows."""
 
     settings: Any
     """The config's section `tracking`."""

@@ -252,7 +252,7 @@ class LaunchSettings(Section):
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """Where an experiment was read from."""
+    """Name the file and the overrides that an experiment was read from."""
 
     path: Path
     """The YAML file."""
@@ -275,7 +275,7 @@ class Common(Section):
 
     @property
     def file(self) -> ConfigFile | None:
-        """Where it was read from; None for an experiment that Python code built."""
+        """Return the source of the experiment; None for one that Python code built."""
         return self._file
 
 

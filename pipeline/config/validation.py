@@ -220,7 +220,7 @@ def meaning(experiment_class: type[BaseModel], path: tuple) -> str:
 
 
 def section_at(experiment_class: type[BaseModel], path: tuple) -> type[BaseModel] | None:
-    """Return the class of the section at a path of keys; None if there is no section."""
+    """Return the class of the section at a path of keys, or None if no section is there."""
     section: type[BaseModel] | None = experiment_class
     for part in path:
         info = section.model_fields.get(part) if section is not None and isinstance(part, str) else None

@@ -13,7 +13,7 @@ TIMESTAMP_STEP = 2.0  # seconds: a file system may give two writes that are clos
 
 
 class Facts(NamedTuple):
-    """What is known about a file or folder."""
+    """Hold the digest and the row count of a file or folder."""
 
     sha256: str
     """Digest of the file, or of the folder's file names and digests."""

@@ -32,7 +32,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Tools:
-    """What measures every policy: the tokenizer, the judges, and how to load a policy."""
+    """Hold the tokenizer, the judges and the loader that every policy is measured with."""
 
     tokenizer: Any
     """SFT's tokenizer, which all policies share."""

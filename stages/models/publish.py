@@ -131,7 +131,7 @@ def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Given:
-    """What the files of the original model say about its weights."""
+    """Describe the weights of the original model, as far as its files state it."""
 
     dtype: str | None
     """Their dtype; None for float32, or if nothing says it."""

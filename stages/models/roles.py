@@ -113,7 +113,7 @@ class NamedFolder:
 
 @dataclass(frozen=True)
 class RoleFolders:
-    """Where the models of a PPO run are loaded from."""
+    """Name the folders that the models of a PPO run are loaded from."""
 
     policy: Path
     """Policy and reference."""
@@ -131,7 +131,7 @@ class RoleFolders:
 
 @dataclass(frozen=True)
 class RoleOptions:
-    """How the models of a PPO run are loaded."""
+    """State how the models of a PPO run are loaded."""
 
     attn_implementation: str
     """transformers' attention kernel."""
