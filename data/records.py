@@ -1,9 +1,12 @@
 """Define the four records that every data file is turned into, and write them as JSONL.
 
-    Demonstration {prompt, completion}
-    Ranking {id, prompt, responses, ranks, labeler?, margin?, finished?}
+    Demonstration {prompt, completion, learnt?}
+    Ranking {id, prompt, responses, ranks, labeler?, margin?, finished?, scores?}
     Document {text}
     Prompt {prompt}
+
+Each may also have `user_id` (who wrote the prompt), `kind` (what sort of prompt or use it is) and
+`meta` (anything; kept, never read).
 
 A `prompt` is a string or a list of {role, content} that ends with the user's message.
 `data/parsing.py` checks a row and makes a record of it.
@@ -18,8 +21,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-OPTIONAL = ("labeler", "margin", "finished")
-"""Fields of a ranking that are left out of its JSON where they are None."""
+OPTIONAL = ("learnt", "labeler", "margin", "finished", "scores", "user_id", "kind", "meta")
+"""Fields that are left out of a record's JSON where they are None or empty."""
 
 # ── the records ──────────────────────────────────────────────────────────────────────────────────
 
@@ -32,6 +35,14 @@ class Demonstration:
     """A string (one user message), or messages {role, content} that end with the user's."""
     completion: str
     """The assistant's answer, without EOS."""
+    learnt: tuple[int, ...] = ()
+    """Indices (from 0) of assistant messages inside the prompt that are answers to teach as well."""
+    user_id: str | None = None
+    """Who wrote the prompt; None if that is not known."""
+    kind: str | None = None
+    """What sort of prompt or use it is, as the data name it."""
+    meta: dict | None = None
+    """Whatever else the row says; kept, never read."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,15 @@ class Ranking:
     finished: tuple[bool, ...] | None = None
     """Whether each response ended by itself; False for one that was cut off at the length limit, so
     that no model is trained to end there. None: all of them ended by themselves."""
+    scores: tuple[float | None, ...] | None = None
+    """The score of each response that the ranks were made from, higher being better; None was not
+    scored. None: the row was ranked, not scored."""
+    user_id: str | None = None
+    """Who wrote the prompt; None if that is not known."""
+    kind: str | None = None
+    """What sort of prompt or use it is, as the data name it."""
+    meta: dict | None = None
+    """Whatever else the row says; kept, never read."""
 
     @property
     def answers(self) -> tuple[tuple[str, bool], ...]:
@@ -66,6 +86,12 @@ class Document:
 
     text: str
     """The text, without special tokens."""
+    user_id: str | None = None
+    """Who wrote the prompt; None if that is not known."""
+    kind: str | None = None
+    """What sort of prompt or use it is, as the data name it."""
+    meta: dict | None = None
+    """Whatever else the row says; kept, never read."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +100,12 @@ class Prompt:
 
     prompt: str | tuple[dict, ...]
     """As in `Demonstration`."""
+    user_id: str | None = None
+    """Who wrote the prompt; None if that is not known."""
+    kind: str | None = None
+    """What sort of prompt or use it is, as the data name it."""
+    meta: dict | None = None
+    """Whatever else the row says; kept, never read."""
 
 
 Record = Demonstration | Ranking | Document | Prompt
@@ -132,6 +164,8 @@ def content_id(ranking: Ranking) -> str:
         content.append(ranking.margin)
     if not all(ranking.finished or ()):
         content.append(ranking.finished)
+    if ranking.scores is not None:
+        content.append(["scores", ranking.scores])
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -141,7 +175,7 @@ def content_id(ranking: Ranking) -> str:
 def to_json(record: Record) -> dict:
     """Return the JSON object that reads back as an equal record."""
     row = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(record).items()}
-    return {key: value for key, value in row.items() if key not in OPTIONAL or value is not None}
+    return {key: value for key, value in row.items() if key not in OPTIONAL or value not in (None, [])}
 
 
 def write_jsonl(path: str | Path, records: Iterable[Record | dict]) -> None:
