@@ -326,7 +326,8 @@ class RowReader:
             self.loaded.rows += 1
             try:
                 form, row = self._recognised(value)
-                if form.gather is not None:
+                prompts_only = self.kind in PROMPT_KINDS and form.prompt is not None
+                if form.gather is not None and not prompts_only:
                     self._gathered.setdefault(id(form), (form, []))[1].append((location, row))
                     continue
                 converted = self._convert(form, row, options)

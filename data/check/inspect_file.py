@@ -24,6 +24,8 @@ TRAINING = ("rankings", "demonstrations", "documents", "prompts")
 """Kinds of training data, the most specific first; they may share prompts among themselves."""
 GUESSED_ROWS = 50
 """Rows of a file from which its kind is guessed."""
+NAMED_FORM = 100
+"""What the name of a data set or tool counts for, in keys: it says more than any number of keys."""
 
 
 def check(
@@ -106,7 +108,10 @@ def guess_kind(source: Source) -> str | None:
             try:
                 form, row = recognise(kind, value)
                 recognised[kind] += 1
-                keys[kind] += len(form.needs)
+                keys[kind] += len(form.needs) + (NAMED_FORM if form.name else 0)
+                if form.gather is not None:
+                    valid[kind] += 1
+                    continue
                 converted = form.convert(row, source.options)
                 for item in converted if isinstance(converted, list) else [converted]:
                     if isinstance(item, dict):
