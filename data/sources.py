@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from data.error_lines import shorten
+from data.files.hub import hub_rows
+from data.files.reading import Reading
+from data.files.rows import file_rows
 from data.forms import FORMS, PROMPT_KINDS, recognise
 from data.forms.form import Form, LeftOut, Options
 from data.forms.meaning import refuse_meaningful_keys, refuse_unknown_keys
-from data.json_rows import Reading, read_rows
 from data.mixture import mix
 from data.parsing import METADATA, parse_demonstration, parse_document, parse_prompt, parse_ranking
 from data.records import Prompt, Ranking, Record, content_id, judged_pairs, prompt_key
-from data.tables import hub_rows, is_parquet, parquet_rows
 from pipeline.errors import UserError
 
 PARSERS: dict[str, Callable[[dict], Record]] = {
@@ -427,11 +428,6 @@ def source_rows(source: Source, reading: Reading) -> Generator[tuple[str, object
         return hub_rows(source.hub, source.split, source.subset, source.revision, source.limit, reading)
     assert source.path is not None
     return file_rows(source.path, reading)
-
-
-def file_rows(path: str | Path, reading: Reading) -> Generator[tuple[str, object]]:
-    """Return an iterator over (location, row) of a file of any format."""
-    return parquet_rows(path, reading) if is_parquet(path) else read_rows(path, reading)
 
 
 def matches(value: object, wanted: object) -> bool:
