@@ -425,8 +425,11 @@ def source_rows(source: Source, reading: Reading) -> Generator[tuple[str, object
         reading: Gets error lines, and the digest if asked for.
     """
     if source.hub is not None:
-        return hub_rows(source.hub, source.split, source.subset, source.revision, source.limit, reading)
+        commit, part = source.revision, (source.data_dir, source.data_files)
+        return hub_rows(source.hub, source.split, source.subset, commit, source.limit, reading, *part)
     assert source.path is not None
+    # "train" is what a source says that says nothing, and then several splits are refused.
+    reading.split = source.split if source.split != "train" else None
     return file_rows(source.path, reading)
 
 

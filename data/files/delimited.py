@@ -20,9 +20,9 @@ def delimited_rows(
 ) -> Generator[tuple[str, dict[str, str]]]:
     """Read CSV or TSV row by row; its first line names the columns.
 
-    Every value is a string, numbers too, and JSON in a cell stays text: the form that reads a column
-    knows what it holds. An empty cell counts as a missing key. A first column without a name that
-    numbers the rows, as pandas writes it, is left out.
+    Every value is a string, numbers too, and JSON in a cell stays text: the form that reads a
+    column knows what it holds. An empty cell counts as a missing key. A first column without a name
+    that numbers the rows, as pandas writes it, is left out.
 
     Args:
         name: The path, for locations.

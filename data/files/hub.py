@@ -39,7 +39,7 @@ def hub_rows(
     import datasets
 
     try:
-        # The cache is not searched for a part of a repository: its names there do not show the part.
+        # The cache is not searched for a part of a repository: its names do not show the part.
         part = {key: value for key, value in (("data_dir", data_dir), ("data_files", data_files)) if value}
         rows = cached_rows(hub, split, subset, revision) if revision and not part else None
         if rows is None:
@@ -69,7 +69,7 @@ def hub_rows(
 
 
 def hub_problem(hub: str, subset: str | None, split: str, revision: str | None, error: Exception) -> str:
-    """Return what is wrong with a data set that cannot be loaded; if it is the split, which there are.
+    """Return why a data set cannot be loaded, with its splits if it has no such split.
 
     Args:
         hub, subset, split, revision: As of `hub_rows`.

@@ -180,8 +180,8 @@ def rows_of_object(name: str, location: str, value: object, reading: Reading) ->
     Args:
         name: The path.
         location: Where the value is.
-        value: Rows under a key of `WRAPPERS`; columns as lists of equal lengths, or as pandas writes
-            them (`orient` columns, index, split); anything else is a row itself.
+        value: Rows under a key of `WRAPPERS`; columns as lists of equal lengths, or as pandas
+            writes them (`orient` columns, index, split); anything else is a row itself.
         reading: Gets an error line for columns of different lengths.
     """
     if not isinstance(value, dict) or not value:
@@ -189,8 +189,10 @@ def rows_of_object(name: str, location: str, value: object, reading: Reading) ->
         return
     wrapped = next((key for key in value if key in WRAPPERS and is_object_list(value[key])), None)
     rows: list | None = None
-    if wrapped is not None:
-        reading.errors += beside_rows(name, wrapped, {key: value[key] for key in value if key != wrapped})
+    others = {key: item for key, item in value.items() if key != wrapped}
+    problems = [] if wrapped is None else beside_rows(name, wrapped, others)
+    if wrapped is not None and (not problems or any(map(is_object_list, others.values()))):
+        reading.errors += problems
         rows = value[wrapped]
     elif is_split_orient(value):
         lengths = {len(row) for row in value["data"]}

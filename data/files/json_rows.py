@@ -17,9 +17,10 @@ from data.files.utf8 import decode_utf8, skip_mark
 
 SIMPLE = r'\s*"[^"\\]*"\s*:\s*'
 WRAPPED = re.compile(
-    rf'\{{({SIMPLE}("[^"\\]*"|[-+.\w]+)\s*,)*\s*"({"|".join(sorted(WRAPPERS))})"\s*:\s*\[\s*\{{', re.ASCII
+    rf'\{{({SIMPLE}("[^"\\]*"|[-+.\w]+)\s*,)*\s*"({"|".join(sorted(WRAPPERS - {"instances"}))})"\s*:\s*\[\s*\{{',
+    re.ASCII,
 )
-"""How an object begins whose list of rows need not be held as a whole."""
+"""How an object with a list of rows begins. A row of self-instruct has `instances`, too."""
 
 
 def json_rows(name: str, handle: io.BufferedReader, reading: Reading) -> Generator[tuple[str, object]]:
@@ -59,12 +60,10 @@ def begins_document(head: bytes) -> bool:
         head: The first bytes of the file.
     """
     text = head.decode("utf-8", errors="replace").lstrip()
-    if WRAPPED.match(text):
-        return True
     line, newline, _ = text.partition("\n")
     line = line.rstrip()
-    if not newline or len(line) == len(head) == HEAD:
-        return False
+    if not newline:  # too long to see its end, so that what it begins with has to do
+        return len(head) == HEAD and WRAPPED.match(text) is not None
     try:
         json.JSONDecoder().raw_decode(line)
     except json.JSONDecodeError as error:

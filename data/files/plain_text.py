@@ -19,15 +19,14 @@ def text_rows(name: str, handle: io.BufferedReader, reading: Reading) -> Generat
     Yields:
         ("FILE:1", row).
     """
-    line = 1
+    lines: list[str] = []
     try:
         offset = skip_mark(handle)
-        lines = []
-        for line, raw in enumerate(handle, 1):
+        for raw in handle:
             lines.append(decode_utf8(raw, offset))
             offset += len(raw)
     except ValueError as error:
-        reading.errors.append(f"{name}:{line}: {error}")
+        reading.errors.append(f"{name}:{len(lines) + 1}: {error}")
         return
     text = "".join(lines).replace("\r\n", "\n")
     if not text.strip():

@@ -92,11 +92,26 @@ class Unpacked(io.RawIOBase):
         return filled
 
 
+class KeptOpen(io.RawIOBase):
+    """Read from a stream that is not closed with this one: pyarrow closes what it has read."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def readable(self) -> bool:
+        """Say that the stream can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read bytes into a buffer and return how many they were."""
+        return self._stream.readinto(buffer)
+
+
 def open_zstd(packed: Any) -> Any:
     """Open a zstd stream with the decompressor that pyarrow brings."""
     import pyarrow
 
-    return pyarrow.CompressedInputStream(pyarrow.PythonFile(packed, mode="r"), "zstd")
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(KeptOpen(packed), mode="r"), "zstd")
 
 
 PACKED: dict[str, tuple[re.Pattern[bytes], Opener]] = {

@@ -35,8 +35,8 @@ def file_rows(path: str | Path, reading: Reading) -> Generator[tuple[str, object
             `pipeline.store.digests`.
 
     Yields:
-        (location, value): the location is "FILE:LINE", "FILE: index I", or "FILE:LINE: index I" with
-        I from 0; in a folder FILE is the file's own path.
+        (location, value): the location is "FILE:LINE", "FILE: index I", or "FILE:LINE: index I"
+        with I from 0; in a folder FILE is the file's own path.
     """
     if not Path(path).is_dir() and not is_glob(path):
         yield from one_file(path, reading)
@@ -75,7 +75,7 @@ def files_of(path: str | Path, found: dict[str, Path], split: str | None) -> lis
 
 
 def digest_of(found: dict[str, Path], known: dict[Path, str | None]) -> str:
-    """Return the digest of the names and contents of files, as `pipeline.store.digests` computes it.
+    """Return the digest of names and contents of files, as `pipeline.store.digests` does.
 
     Args:
         found: The files by name.

@@ -12,7 +12,7 @@ from data.files.utf8 import decode_utf8
 CHUNK = 2**18
 """Bytes that are read at least at a time."""
 NEAR_END = 64
-"""Characters before the end of the buffer within which an error may only mean that more is needed."""
+"""An error so many characters before the end of the buffer may only mean that more is needed."""
 
 
 class Scanner:

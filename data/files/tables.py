@@ -32,8 +32,8 @@ def table_rows(name: str, file: BinaryIO, table_format: str, reading: Reading) -
         reading: Gets an error line where the file cannot be read, and for NaN.
 
     Yields:
-        ("FILE: index I", row), I from 0. Values are those of JSON: texts in binary columns, dates and
-        times become strings, decimals numbers. Bytes that are no text stay bytes, which no form
+        ("FILE: index I", row), I from 0. Values are those of JSON: texts in binary columns, dates
+        and times become strings, decimals numbers. Bytes that are no text stay bytes, which no form
         accepts.
     """
     import pyarrow
