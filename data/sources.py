@@ -64,7 +64,7 @@ class Source:
     ignore: tuple[str, ...] = ()
     """Keys that are left unread on purpose although they change what a row means."""
     templated: str | None = None
-    """What to do with text that has a chat template in it: "strip", "keep", or None to refuse it."""
+    """What to do with text that has a chat template in it: "strip", "keep"; None: refuse it."""
     by: str | None = None
     """Which of several judgments makes the ranks; None for the form's first."""
     tie_within: float = 0.0
