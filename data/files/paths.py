@@ -70,7 +70,9 @@ def data_files(path: str | Path, files: dict[str, Path], split: str | None) -> l
         ValueError: There are none, or of several formats or splits, or other files among them.
     """
     if not files:
-        raise ValueError("matches no file; correct the glob" if is_glob(path) else "the folder holds no files")
+        raise ValueError(
+            "matches no file; correct the glob" if is_glob(path) else "the folder holds no files; give one of data"
+        )
     by_format: dict[str | None, list[str]] = {}
     for name in files:
         by_format.setdefault(format_of(name), []).append(name)

@@ -80,8 +80,8 @@ class Scanner:
         while True:
             try:
                 value, end, problem = self._decode(self._text, self._here)
-                # A number that touches the end may go on.
-                if end < len(self._text) or self._ended:
+                # A number at the end may go on, and of "1.5", "1." or "1e-" is read as 1.
+                if end + 2 < len(self._text) or self._ended:
                     self._here = end
                     self.last_line = self._line_at(end)
                     return value, problem
