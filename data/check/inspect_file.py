@@ -12,7 +12,7 @@ from data.check.lengths import add_answer_lengths, add_lengths, add_template_agr
 from data.check.pairs import add_pairs
 from data.check.prompts import add_duplicates, add_shared_prompts
 from data.check.report import OtherData, Report
-from data.files.json_rows import Reading
+from data.files.reading import Reading
 from data.forms import FORMS, recognise
 from data.parsing import describe
 from data.sources import PARSERS, Loaded, Source, read, source_rows
