@@ -5,34 +5,34 @@ it. A blank document, prompt, message or completion is an error of some export, 
 model to say nothing.
 """
 
-import difflib
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from data.records import Demonstration, Document, Prompt, Ranking, content_id
 
 ROLES = ("system", "user", "assistant")
-METADATA = ("meta", "metadata", "id", "source", "url", "timestamp")
-"""Keys that any row may have; they are not read."""
+METADATA = ("meta", "metadata", "id", "source", "url", "timestamp", "user_id", "kind")
+"""Keys that any row may have; `meta`, `user_id` and `kind` are kept, and the others are not read."""
 
 # ── rows ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def parse_demonstration(row: dict) -> Demonstration:
     """Parse a row {prompt, completion}."""
-    return Demonstration(parse_prompt_value(row), parse_text(row, "completion"))
+    prompt = parse_prompt_value(row)
+    return Demonstration(prompt, parse_text(row, "completion"), parse_learnt(row, prompt), **parse_about(row))
 
 
 def parse_document(row: dict) -> Document:
     """Parse a row {text}."""
-    return Document(parse_text(row, "text"))
+    return Document(parse_text(row, "text"), **parse_about(row))
 
 
 def parse_prompt(row: dict) -> Prompt:
     """Parse a row {prompt}."""
-    return Prompt(parse_prompt_value(row))
+    return Prompt(parse_prompt_value(row), **parse_about(row))
 
 
 def parse_ranking(row: dict) -> Ranking:
@@ -43,38 +43,22 @@ def parse_ranking(row: dict) -> Ranking:
     for position, response in enumerate(responses, 1):
         if not isinstance(response, str):
             raise ValueError(f"response {position} is {describe(response)}; expected a string")
-    if len(ranks) != len(responses):
-        raise ValueError(f"{len(responses)} responses, {len(ranks)} ranks; expected one rank per response")
-    for position, rank in enumerate(ranks, 1):
-        if rank is not None and (type(rank) is not int or rank < 1):
-            raise ValueError(f"rank {position} is {describe(rank)}; expected 1 (best), 2, … or null (not judged)")
-    identifier, labeler = row.get("id"), row.get("labeler")
+    ranks = parse_ranks(ranks, len(responses))
+    identifier = row.get("id")
     if (identifier is not None and type(identifier) not in (str, int)) or identifier == "":
         raise ValueError(f"'id' is {describe(identifier)}; expected a string, or no id")
-    if not isinstance(labeler, str | None):
-        raise ValueError(f"'labeler' is {describe(labeler)}; expected a string, or no labeler")
     ranking = Ranking(
         id=str(identifier),
         prompt=prompt,
         responses=tuple(responses),
-        ranks=tuple(ranks),
-        labeler=labeler,
+        ranks=ranks,
+        labeler=parse_name(row, "labeler"),
         margin=parse_margin(row),
         finished=parse_finished(row, len(responses)),
+        scores=parse_scores(row, ranks),
+        **parse_about(row),
     )
     return ranking if identifier is not None else replace(ranking, id=content_id(ranking))
-
-
-def refuse_unknown_keys(row: dict, known: Iterable[str]) -> None:
-    """Raise ValueError for a key that is neither known nor metadata.
-
-    Meant for rows of our own forms, where a misspelt `labeler` would otherwise be lost silently.
-    """
-    for key in row:
-        if key not in known and key not in METADATA:
-            similar = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean '{similar[0]}'?" if similar else "remove it or put it under 'meta' (not read)"
-            raise ValueError(f"unknown key '{key}'; {hint}")
 
 
 # ── fields ───────────────────────────────────────────────────────────────────────────────────────
@@ -132,6 +116,104 @@ def parse_list(row: dict, key: str) -> list:
     if not isinstance(row.get(key), list):
         raise ValueError(f"'{key}' is {describe_key(row, key)}; expected a list with one entry per response")
     return row[key]
+
+
+def parse_ranks(ranks: list, count: int) -> tuple[int | None, ...]:
+    """Return checked ranks: whole numbers from 1 (best) to K, or null for a response not judged.
+
+    Competition ranks (1, 2, 2, 4) and dense ranks (1, 2, 2, 3) are both read. Numbers that do not
+    begin with 1, or go beyond K, are refused: they are probably scores, which mean the opposite.
+
+    Args:
+        ranks: The value in the row.
+        count: The number of responses, K.
+    """
+    if len(ranks) != count:
+        raise ValueError(f"{count} responses, {len(ranks)} ranks; expected one rank per response")
+    checked: list[int | None] = []
+    for position, rank in enumerate(ranks, 1):
+        if type(rank) is float and rank.is_integer():  # tables hold whole numbers as floats beside nulls
+            rank = int(rank)
+        if rank is not None and type(rank) is not int:
+            raise ValueError(f"rank {position} is {describe(rank)}; expected 1 (best), 2, … or null (not judged)")
+        checked.append(rank)
+    judged = [rank for rank in checked if rank is not None]
+    if judged and (min(judged) != 1 or max(judged) > count):
+        problem = f"the ranks go from {min(judged)} to {max(judged)} among {count} responses; expected 1 (best) to at most {count}"
+        raise ValueError(f"{problem}. Are these scores (higher is better)? Then call them 'scores'")
+    return tuple(checked)
+
+
+def parse_scores(row: dict, ranks: tuple[int | None, ...]) -> tuple[float | None, ...] | None:
+    """Return the scores that ranks were made from; None if the row has none.
+
+    Args:
+        row: The row.
+        ranks: Its checked ranks. A response with a better rank must not have a lower score.
+    """
+    if row.get("scores") is None:
+        return None
+    scores = check_scores(parse_list(row, "scores"), len(ranks))
+    pairs = [(rank, score) for rank, score in zip(ranks, scores, strict=True) if rank is not None and score is not None]
+    for rank, score in pairs:
+        if any(other_rank > rank and other_score > score for other_rank, other_score in pairs):
+            raise ValueError("'ranks' and 'scores' contradict each other (1 is the best rank, higher the better score)")
+    return scores
+
+
+def check_scores(scores: list, count: int) -> tuple[float | None, ...]:
+    """Return scores as finite numbers, or null for a response that was not scored.
+
+    Args:
+        scores: The value in the row.
+        count: The number of responses, K.
+    """
+    if len(scores) != count:
+        raise ValueError(f"{count} responses, {len(scores)} scores; expected one score per response")
+    for position, score in enumerate(scores, 1):
+        if score is not None and (type(score) not in (int, float) or not math.isfinite(score)):
+            raise ValueError(f"score {position} is {describe(score)}; expected a number, or null (not scored)")
+    return tuple(None if score is None else float(score) for score in scores)
+
+
+def parse_name(row: dict, key: str) -> str | None:
+    """Return a name or number under a key as a string; None if there is none."""
+    value = row.get(key)
+    if value is None:
+        return None
+    if type(value) is float and value.is_integer():
+        value = int(value)
+    if type(value) not in (str, int):
+        raise ValueError(f"'{key}' is {describe(value)}; expected a string, or no {key}")
+    return str(value)
+
+
+def parse_about(row: dict) -> dict[str, Any]:
+    """Return what a row of any kind may say beside its content: user_id, kind and meta."""
+    meta = row.get("meta")
+    return {
+        "user_id": parse_name(row, "user_id"),
+        "kind": row["kind"] if isinstance(row.get("kind"), str) else None,
+        "meta": meta if isinstance(meta, dict) else None,
+    }
+
+
+def parse_learnt(row: dict, prompt: str | tuple[dict, ...]) -> tuple[int, ...]:
+    """Return the indices of the assistant messages inside a prompt that are taught too.
+
+    Args:
+        row: The row.
+        prompt: Its checked prompt.
+    """
+    learnt = row.get("learnt")
+    if learnt is None:
+        return ()
+    answers = [i for i, message in enumerate(prompt) if isinstance(message, dict) and message["role"] == "assistant"]
+    if not isinstance(learnt, list | tuple) or any(type(index) is not int or index not in answers for index in learnt):
+        raise ValueError(
+            f"'learnt' is {describe(learnt)}; expected indices (from 0) of assistant messages in the prompt"
+        )
+    return tuple(sorted(set(learnt)))
 
 
 def parse_margin(row: dict) -> float | None:

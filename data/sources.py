@@ -1,22 +1,27 @@
-"""Load records of one kind from a file or a data set on the Hub, and check every row on the way.
+"""Load records of one kind from a source, and check every row on the way.
 
-Files are JSONL, a JSON array or parquet; anything else is a data set on the Hub, read with
-`datasets`. `data/forms` lists which rows are understood. In JSON, rows of our own forms may not
-have unknown keys, which there are misspellings; other forms, parquet and the Hub may have more
-columns, which are not read and which `rlhf data check` lists. Read as prompts, a row of any other
-kind gives its prompt.
+A source is a file, a folder or a glob on this machine (`data/files`), or a data set on the Hub.
+`data/forms` lists which rows are understood. The same rules hold whatever the format: a key that
+changes what a row means and that nobody reads is an error, as is a misspelt key of our own forms;
+other keys are not read, and `rlhf data check` lists them. Read as prompts, a row of any other kind
+gives its prompt.
 """
 
+import json
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 from data.error_lines import shorten
-from data.forms import FORMS, recognise
+from data.forms import FORMS, PROMPT_KINDS, recognise
+from data.forms.form import Form, LeftOut, Options
+from data.forms.meaning import refuse_meaningful_keys, refuse_unknown_keys
 from data.json_rows import Reading, read_rows
-from data.parsing import METADATA, parse_demonstration, parse_document, parse_prompt, parse_ranking, refuse_unknown_keys
+from data.mixture import mix
+from data.parsing import METADATA, parse_demonstration, parse_document, parse_prompt, parse_ranking
 from data.records import Prompt, Ranking, Record, content_id, judged_pairs, prompt_key
 from data.tables import hub_rows, is_parquet, parquet_rows
 from pipeline.errors import UserError
@@ -29,30 +34,77 @@ PARSERS: dict[str, Callable[[dict], Record]] = {
     "evaluation_prompts": parse_prompt,
 }
 """Kind of data → what makes a record of a row of our own form."""
-PROMPT_KINDS = ("prompts", "evaluation_prompts")
+KEPT = ("user_id", "kind", "meta")
+"""Keys of any form's rows that records keep."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Say where records come from; either `path` or `hub` is given."""
+    """Say where records come from and how they are read: `path`, `hub`, or several in `parts`."""
 
     path: str | Path | None = None
-    """A file."""
+    """A file, a folder or a glob."""
     hub: str | None = None
     """The id of a data set on the Hub."""
     split: str = "train"
     """The split of the data set."""
     subset: str | None = None
     """The subset of the data set; None for the default one."""
+    data_dir: str | None = None
+    """The folder inside the data set's repository; None for the whole of it."""
+    data_files: str | None = None
+    """The files inside the data set's repository, a glob; None for those of the split."""
     revision: str | None = None
     """The commit of the data set; None for the newest."""
+    columns: Mapping[str, str] | None = None
+    """Our key → the key in the rows, or a path of keys with dots."""
+    where: Mapping[str, Any] | None = None
+    """Key in the rows → the value, or the values, that a row must have to be read."""
+    ignore: tuple[str, ...] = ()
+    """Keys that are left unread on purpose although they change what a row means."""
+    templated: str | None = None
+    """What to do with text that has a chat template in it: "strip", "keep", or None to refuse it."""
+    by: str | None = None
+    """Which of several judgments makes the ranks; None for the form's first."""
+    tie_within: float = 0.0
+    """The difference up to which two scores are a tie."""
+    min_score_ratio: float = 1.0
+    """The smallest ratio of two scores in a pair, for forms that count votes."""
+    tiers: tuple[str, ...] = ()
+    """The names of the tiers, the best first, for forms with buckets."""
+    on_bad_row: str = "error"
+    """Whether a row with a mistake is an error ("error") or left out ("drop")."""
+    max_bad: float = 0.01
+    """The largest share of rows that may be left out so."""
+    skip: int = 0
+    """The number of records to leave out at the beginning."""
+    limit: int | None = None
+    """The number of records to load at most; None for all."""
+    weight: float | None = None
+    """The source's share in a mixture, relative to the other weights."""
     sha256: str | None = None
     """What the file must hold; None if that does not matter."""
+    parts: tuple["Source", ...] = ()
+    """The sources of a mixture."""
 
     @property
     def name(self) -> str:
         """Return the path or the id, for error lines."""
+        if self.parts:
+            return " + ".join(part.name for part in self.parts)
         return str(self.hub or self.path)
+
+    @property
+    def options(self) -> Options:
+        """Return what the forms need to know."""
+        return Options(
+            by=self.by,
+            ignore=frozenset(self.ignore),
+            templated=self.templated,
+            tie_within=self.tie_within,
+            min_score_ratio=self.min_score_ratio,
+            tiers=self.tiers,
+        )
 
 
 @dataclass
@@ -63,10 +115,19 @@ class Loaded:
     """The records, in order."""
     locations: list[str] = field(default_factory=list)
     """The location of each record: "FILE:LINE", or with an index."""
+    rows: int = 0
+    """The number of rows that were looked at, those that `where` leaves out not counted."""
     forms: Counter[str] = field(default_factory=Counter)
     """Form → the number of its rows."""
     unread: Counter[str] = field(default_factory=Counter)
     """Key that is not read → the number of rows that have it."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Reason → the number of rows, or parts of rows, that are understood and hold nothing of this
+    kind."""
+    filtered: int = 0
+    """Rows left out by `where`."""
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    """(location, what is wrong) of each bad row that was left out because the source says so."""
     duplicates: int = 0
     """Prompts left out because they had come before."""
     blanks: int = 0
@@ -77,73 +138,49 @@ class Loaded:
     """Lines "PLACE: what is wrong; what to do"."""
 
 
-def load(
-    kind: str,
-    path: str | Path | None = None,
-    hub: str | None = None,
-    split: str = "train",
-    subset: str | None = None,
-    limit: int | None = None,
-    skip: int = 0,
-    revision: str | None = None,
-    sha256: str | None = None,
-) -> list:
-    """Load the records of a file or a data set on the Hub; a repeated prompt is loaded once.
+# ── loading for a stage ──────────────────────────────────────────────────────────────────────────
+
+
+def load(kind: str, source: Source) -> list:
+    """Load the records of a source; a repeated prompt is loaded once.
 
     Args:
         kind: The kind of data: documents, demonstrations, rankings, prompts or evaluation_prompts.
-        path: The file; None for a data set on the Hub.
-        hub: The id of the data set; None for a file.
-        split: The split of the data set.
-        subset: The subset of the data set.
-        limit: The number of records to load at most.
-        skip: The number of records to leave out at the beginning.
-        revision: The commit of the data set.
-        sha256: What the file must hold.
+        source: Where the records come from.
 
     Returns:
         The records.
 
     Raises:
         UserError: With a line for every malformed row that was read; if no record is left; or if
-            the file is no longer the one that `sha256` names.
+            the file is no longer the one that `source.sha256` names.
     """
-    return load_placed(kind, path, hub, split, subset, limit, skip, revision, sha256)[0]
+    return load_placed(kind, source)[0]
 
 
-def load_placed(
-    kind: str,
-    path: str | Path | None = None,
-    hub: str | None = None,
-    split: str = "train",
-    subset: str | None = None,
-    limit: int | None = None,
-    skip: int = 0,
-    revision: str | None = None,
-    sha256: str | None = None,
-) -> tuple[list, list[str]]:
+def load_placed(kind: str, source: Source) -> tuple[list, list[str]]:
     """Load records as `load` does, together with the location of each.
 
     Args:
-        kind, path, hub, split, subset, limit, skip, revision, sha256: As of `load`.
+        kind: The kind of data.
+        source: Where the records come from.
 
     Returns:
         (records, locations); a location (FILE:LINE, or an index) names the record in later error
         lines.
     """
-    source = Source(path, hub, split, subset, revision, sha256)
-    loaded = read(kind, source, limit=None if limit is None else skip + limit)
-    return without_first(loaded, skip, source.name)
+    loaded = read(kind, source)
+    if loaded.errors:
+        raise UserError(shorten(loaded.errors))
+    return loaded.records, loaded.locations
 
 
-def load_first(kind: str, path: str | Path, limit: int | None, skip: int, max_rows: int) -> list:
-    """Load only the first rows of a file, to find errors before anything runs.
+def load_first(kind: str, source: Source, max_rows: int) -> list:
+    """Load only the first rows of a source, to find errors before anything runs.
 
     Args:
         kind: The kind of data.
-        path: The file.
-        limit: The number of records to load at most.
-        skip: The number of records to leave out at the beginning.
+        source: Where the records come from; its `sha256` is not compared.
         max_rows: The number of rows to read after `skip`.
 
     Returns:
@@ -152,88 +189,242 @@ def load_first(kind: str, path: str | Path, limit: int | None, skip: int, max_ro
     Raises:
         UserError: As of `load`.
     """
-    loaded = read(kind, Source(path), limit=None if limit is None else skip + limit, max_rows=skip + max_rows)
-    return without_first(loaded, skip, str(path))[0]
-
-
-def without_first(loaded: Loaded, skip: int, name: str) -> tuple[list[Record], list[str]]:
-    """Return the records after the first ones, and their locations.
-
-    Args:
-        loaded: What was read.
-        skip: The number of records to leave out at the beginning.
-        name: The path or the id, for the error line.
-
-    Raises:
-        UserError: There were errors, or no record is left.
-    """
+    loaded = read(kind, without_digest(source), max_rows=source.skip + max_rows)
     if loaded.errors:
         raise UserError(shorten(loaded.errors))
-    if skip >= len(loaded.records) and not loaded.cut:
-        raise UserError(
-            [f"{name}: has {len(loaded.records)} records, and skip leaves out the first {skip}; lower skip"]
-        )
-    return loaded.records[skip:], loaded.locations[skip:]
+    return loaded.records
 
 
-def read(kind: str, source: Source, limit: int | None = None, max_rows: int | None = None) -> Loaded:
+def without_digest(source: Source) -> Source:
+    """Return a source whose file may hold anything."""
+    return replace(source, sha256=None, parts=tuple(without_digest(part) for part in source.parts))
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def read(kind: str, source: Source, max_rows: int | None = None) -> Loaded:
     """Read and check a source row by row; errors are collected, not raised.
 
     Args:
         kind: The kind of data.
         source: Where the rows come from.
-        limit: The number of records after which reading stops.
-        max_rows: The number of rows after which reading stops.
+        max_rows: The number of rows after which reading stops (of each part of a mixture).
     """
-    assert kind in FORMS and (source.path is None) != (source.hub is None), (kind, source)
-    reading = Reading(hashes=source.sha256 is not None)
-    loaded = Loaded(errors=reading.errors)
-    reject_unknown = source.path is not None and not is_parquet(source.path)
-    seen: dict[str, str] = {}  # id of a ranking, or key of a prompt → its first location
-    rows = source_rows(source, limit, reading)
-    for index, (location, value) in enumerate(islice(rows, max_rows), 1):
-        loaded.cut = index == max_rows
-        try:
-            form, row = recognise(kind, value)
-            if form.strict and reject_unknown:
-                refuse_unknown_keys(row, (*form.needs, *form.also))
-            record = PARSERS[kind](form.convert(row))
-            if isinstance(record, Ranking):
-                record = with_own_id(record, location, seen)
-        except ValueError as error:
-            loaded.errors.append(f"{location}: {error}")
-            continue
-        loaded.forms["a plain string" if isinstance(value, str) else str(form)] += 1
-        loaded.unread.update(set(row) - {*form.needs, *form.also, *METADATA})
-        if isinstance(record, Prompt):
-            first = seen.setdefault(prompt_key(record.prompt), location)
-            if first != location:
-                loaded.duplicates += 1
-                continue
+    if source.parts:
+        return mix_parts(source, [read(kind, part, max_rows) for part in source.parts])
+    loaded = Loaded()
+    for location, record in records(kind, source, loaded, max_rows):
         loaded.records.append(record)
         loaded.locations.append(location)
-        if len(loaded.records) == limit:
-            break
-    rows.close()  # only now `reading` is complete
-    loaded.blanks = reading.blanks
-    if source.sha256 is not None and reading.sha256 != source.sha256:
-        # Whatever else is wrong with the file, this is the reason.
-        loaded.errors[:] = [f"{source.path}: was edited since this command inspected it; run again"]
-    if not loaded.errors and not loaded.cut:
-        loaded.errors += nothing_to_learn(kind, source.name, loaded.records)
+    if not loaded.errors and not loaded.cut and kind == "rankings":
+        loaded.errors += no_preference(source.name, loaded.records)
     return loaded
 
 
-def source_rows(source: Source, limit: int | None, reading: Reading) -> Generator[tuple[str, object]]:
+def mix_parts(source: Source, parts: list[Loaded]) -> Loaded:
+    """Mix what was read of the parts of a mixture by their weights.
+
+    Args:
+        source: The mixture.
+        parts: What was read of each part.
+    """
+    chosen = mix([len(part.records) for part in parts], [part.weight for part in source.parts])
+    whole = Loaded(
+        records=[parts[part].records[i] for part, i in chosen],
+        locations=[parts[part].locations[i] for part, i in chosen],
+    )
+    for part in parts:
+        whole.rows += part.rows
+        whole.forms += part.forms
+        whole.unread += part.unread
+        whole.left_out += part.left_out
+        whole.filtered += part.filtered
+        whole.dropped += part.dropped
+        whole.duplicates += part.duplicates
+        whole.blanks += part.blanks
+        whole.cut = whole.cut or part.cut
+        whole.errors += part.errors
+    return whole
+
+
+def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = None) -> Generator[tuple[str, Record]]:
+    """Yield the records of a source one by one, so that not all of them need be in memory.
+
+    Args:
+        kind: The kind of data.
+        source: Where the rows come from; not a mixture.
+        loaded: Gets counts and error lines, complete only when the generator has ended.
+        max_rows: The number of rows after which reading stops.
+
+    Yields:
+        (location, record), after the first `source.skip` ones and at most `source.limit`.
+    """
+    assert kind in FORMS and (source.path is None) != (source.hub is None), (kind, source)
+    reading = Reading(hashes=source.sha256 is not None)
+    reader = RowReader(kind, source, loaded)
+    rows = source_rows(source, reading)
+    passed = 0  # records so far, those before `skip` included
+    last = None if source.limit is None else source.skip + source.limit
+    try:
+        for location, record in reader.records(islice(rows, max_rows)):
+            passed += 1
+            if passed > source.skip:
+                yield location, record
+            if passed == last:
+                break
+    finally:
+        rows.close()  # only now `reading` is complete
+    loaded.cut = max_rows is not None and reader.count == max_rows
+    loaded.blanks = reading.blanks
+    loaded.errors += reading.errors
+    if source.sha256 is not None and reading.sha256 != source.sha256:
+        # Whatever else is wrong with the file, this is the reason.
+        loaded.errors[:] = [f"{source.path}: was edited since this command inspected it; run again"]
+        return
+    loaded.errors += too_many_dropped(source, loaded)
+    if loaded.errors or loaded.cut:
+        return
+    if source.where and reader.count and not reader.has_where_keys:
+        loaded.errors.append(f"{source.name}: no row has the keys of where ({', '.join(source.where)}); correct them")
+    elif passed == 0:
+        left = "; ".join(f"{number:,} left out: {reason}" for reason, number in loaded.left_out.items())
+        loaded.errors.append(f"{source.name}: no rows{f' are left ({left})' if left else ''}; give at least one")
+    elif passed <= source.skip:
+        loaded.errors.append(
+            f"{source.name}: has {passed} records, and skip leaves out the first {source.skip}; lower skip"
+        )
+
+
+@dataclass
+class RowReader:
+    """Turn rows into records of one kind, and keep what must be known across rows."""
+
+    kind: str
+    """The kind of data."""
+    source: Source
+    """Where the rows come from, and how they are read."""
+    loaded: Loaded
+    """Gets counts and error lines."""
+    count: int = 0
+    """The number of rows so far, with those that `where` leaves out."""
+    has_where_keys: bool = False
+    """Whether any row had all keys of `where`."""
+    _seen: dict[str, str] = field(default_factory=dict)
+    """Id and labeler of a ranking, or key of a prompt → its first location."""
+    _gathered: dict[int, tuple[Form, list[tuple[str, dict]]]] = field(default_factory=dict)
+    """Id of a form whose records need several rows → the form and its rows."""
+
+    def records(self, rows: Iterable[tuple[str, object]]) -> Iterator[tuple[str, Record]]:
+        """Yield the records of rows, those that need several rows at the end."""
+        options = self.source.options
+        for location, value in rows:
+            self.count += 1
+            if self.source.where and not self._is_wanted(value):
+                self.loaded.filtered += 1
+                continue
+            self.loaded.rows += 1
+            try:
+                form, row = self._recognised(value)
+                if form.gather is not None:
+                    self._gathered.setdefault(id(form), (form, []))[1].append((location, row))
+                    continue
+                converted = self._convert(form, row, options)
+            except LeftOut as reason:
+                self.loaded.left_out[str(reason)] += 1
+                continue
+            except ValueError as error:
+                self._bad(location, error)
+                continue
+            for item in converted:
+                yield from self._record(location, item, row)
+        for form, gathered in self._gathered.values():
+            assert form.gather is not None
+            try:
+                for location, item in form.gather(gathered, options):
+                    yield from self._record(location, item, {})
+            except ValueError as error:
+                self._bad(gathered[0][0], error)
+
+    def _is_wanted(self, value: object) -> bool:
+        """Return whether `where` lets a row pass."""
+        assert self.source.where is not None
+        if not isinstance(value, dict):
+            return True  # the form says what is wrong with it
+        self.has_where_keys = self.has_where_keys or all(key in value for key in self.source.where)
+        return all(matches(value.get(key), wanted) for key, wanted in self.source.where.items())
+
+    def _recognised(self, value: object) -> tuple[Form, dict]:
+        """Return the form of a row and the row with its keys renamed, and count both."""
+        if self.source.columns and isinstance(value, dict):
+            value = renamed(value, self.source.columns)
+        form, row = recognise(self.kind, value)
+        ignore = self.source.ignore
+        refuse_meaningful_keys(self.kind, form, row, ignore)
+        if not form.name:
+            refuse_unknown_keys(form, row, ignore)
+        if form.by and self.source.by is not None and self.source.by not in form.by and "*" not in form.by:
+            raise ValueError(f"by: '{self.source.by}' is no judgment of {form.name}; expected {' or '.join(form.by)}")
+        self.loaded.forms["a plain string" if isinstance(value, str) else str(form)] += 1
+        self.loaded.unread.update(set(row) - {*form.needs, *form.also, *METADATA})
+        return form, row
+
+    def _convert(self, form: Form, row: dict, options: Options) -> list[dict | LeftOut]:
+        """Return the rows of our own form that a row holds.
+
+        Args:
+            form: Its form.
+            row: The row.
+            options: What the source says.
+        """
+        if self.kind in PROMPT_KINDS and form.prompt is not None:
+            return [form.prompt(row, options)]
+        converted = form.convert(row, options)
+        return converted if isinstance(converted, list) else [converted]
+
+    def _record(self, location: str, item: dict | LeftOut, row: dict) -> Iterator[tuple[str, Record]]:
+        """Yield the record of a row of our own form; none if it is left out, wrong, or repeated.
+
+        Args:
+            location: Where the row is.
+            item: The row of our own form, or why there is none.
+            row: The row that it was made of.
+        """
+        if isinstance(item, LeftOut):
+            self.loaded.left_out[str(item)] += 1
+            return
+        try:
+            item = {**{key: row[key] for key in KEPT if key in row}, **item}
+            record = PARSERS[self.kind](item)
+            if isinstance(record, Ranking):
+                record = with_own_id(record, location, self._seen)
+        except ValueError as error:
+            self._bad(location, error)
+            return
+        if isinstance(record, Prompt):
+            first = self._seen.setdefault(prompt_key(record.prompt), location)
+            if first != location:
+                self.loaded.duplicates += 1
+                return
+        yield location, record
+
+    def _bad(self, location: str, error: ValueError) -> None:
+        """Count a row with a mistake as dropped, or as an error, as the source says."""
+        if self.source.on_bad_row == "drop":
+            self.loaded.dropped.append((location, str(error)))
+        else:
+            self.loaded.errors.append(f"{location}: {error}")
+
+
+def source_rows(source: Source, reading: Reading) -> Generator[tuple[str, object]]:
     """Return an iterator over (location, row) of a source of any format.
 
     Args:
-        source: Where the rows come from.
-        limit: With a limit, rows of the Hub are streamed.
+        source: Where the rows come from; with a limit, rows of the Hub are streamed.
         reading: Gets error lines, and the digest if asked for.
     """
     if source.hub is not None:
-        return hub_rows(source.hub, source.split, source.subset, source.revision, limit, reading)
+        return hub_rows(source.hub, source.split, source.subset, source.revision, source.limit, reading)
     assert source.path is not None
     return file_rows(source.path, reading)
 
@@ -243,8 +434,52 @@ def file_rows(path: str | Path, reading: Reading) -> Generator[tuple[str, object
     return parquet_rows(path, reading) if is_parquet(path) else read_rows(path, reading)
 
 
+def matches(value: object, wanted: object) -> bool:
+    """Return whether a value of a row is the one that `where` names, or one of several.
+
+    Tables without types (CSV) hold numbers and true or false as text, so texts are compared.
+
+    Args:
+        value: The value in the row.
+        wanted: The value or a list of values in the config.
+    """
+    if isinstance(wanted, list | tuple):
+        return any(matches(value, one) for one in wanted)
+    return value == wanted or as_text(value).lower() == as_text(wanted).lower()
+
+
+def as_text(value: object) -> str:
+    """Return a value as a text: a string as it is, and anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def renamed(row: dict, columns: Mapping[str, str]) -> dict:
+    """Return a row with the keys that `columns` names under our names.
+
+    Args:
+        row: The row.
+        columns: Our key → the key in the row, or a path of keys with dots into nested objects.
+
+    Raises:
+        ValueError: The row has no such key.
+    """
+    taken = {their for their in columns.values() if their in row}
+    result = {key: value for key, value in row.items() if key not in taken}
+    for our, their in columns.items():
+        value: Any = row
+        for key in [their] if their in row else their.split("."):
+            if not isinstance(value, dict) or key not in value:
+                raise ValueError(f"columns: the row has no key '{their}'; it has {', '.join(row)}")
+            value = value[key]
+        result[our] = value
+    return result
+
+
 def with_own_id(ranking: Ranking, location: str, seen: dict[str, str]) -> Ranking:
-    """Return a ranking whose id is unique; equal rows without an id get -2, -3, … after their id.
+    """Return a ranking whose id is unique.
+
+    Equal rows without an id get -2, -3, … after their id. An id may name the prompt, under which
+    several labelers ranked: then the labeler's name goes after it.
 
     Args:
         ranking: The ranking.
@@ -252,31 +487,45 @@ def with_own_id(ranking: Ranking, location: str, seen: dict[str, str]) -> Rankin
         seen: Id → location of the rankings before it; this one is added.
 
     Raises:
-        ValueError: Two rows give the same id.
+        ValueError: Two rows give the same id, and not by different labelers.
     """
     if ranking.id in seen:
-        if ranking.id != content_id(ranking):
+        with_name = f"{ranking.id}-{ranking.labeler}"
+        if ranking.id == content_id(ranking):
+            free = next(name for copy in count(2) if (name := f"{ranking.id}-{copy}") not in seen)
+        elif ranking.labeler is not None and with_name not in seen:
+            free = with_name
+        else:
             raise ValueError(f"the id '{ranking.id}' is also used at {seen[ranking.id]}; give each its own")
-        free = next(name for copy in count(2) if (name := f"{ranking.id}-{copy}") not in seen)
         ranking = replace(ranking, id=free)
     seen[ranking.id] = location
     return ranking
 
 
-def nothing_to_learn(kind: str, name: str, records: list[Record]) -> list[str]:
-    """Return the error lines of a source without rows, or whose rankings hold no preference.
+def too_many_dropped(source: Source, loaded: Loaded) -> list[str]:
+    """Return an error line if more bad rows were left out than the source allows.
 
     Args:
-        kind: The kind of data.
-        name: The path or the id.
-        records: All records of the source.
+        source: The source.
+        loaded: What was read.
     """
-    if not records:
-        return [f"{name}: no rows; give at least one"]
-    if kind != "rankings":
+    bad = len(loaded.dropped)
+    if bad <= source.max_bad * loaded.rows:
         return []
+    first, problem = loaded.dropped[0]
+    share = f"{bad:,} of {loaded.rows:,} rows are bad ({bad / loaded.rows:.1%}), more than max_bad {source.max_bad:.1%}"
+    return [f"{source.name}: {share}; the first, {first}: {problem}"]
+
+
+def no_preference(name: str, rankings: list[Record]) -> list[str]:
+    """Return an error line if rankings hold no preference.
+
+    Args:
+        name: The path or the id.
+        rankings: All records of the source.
+    """
     verdicts: Counter[str] = Counter()
-    for ranking in records:
+    for ranking in rankings:
         assert isinstance(ranking, Ranking)
         verdicts.update(verdict for *_, verdict in judged_pairs(ranking))
     if verdicts["usable"]:

@@ -75,19 +75,23 @@ def describe_today(
     data: dict[str, Any] = {}
     problems: list[str] = []
     for kind, source in sources(stage, experiment).items():
-        data[kind] = {"split": source.split, "subset": source.subset, "skip": source.skip, "limit": source.limit}
-        data[kind]["path"] = str(source.path) if source.path else source.hub or "world"
-        if source.path is not None:
-            facts = digests.facts(source.path)
-            inputs[f"data:{kind}"] = facts.sha256
-            data[kind]["rows"] = facts.rows
-        elif source.hub is not None:
-            hub_name = HubName("dataset", source.hub, source.revision)
-            commit, problem = _resolve_commit(hub, hub_name, records, from_scratch)
+        described = []
+        for part in source.parts or (source,):
+            commit, problem = None, ""
+            if part.hub is not None:
+                hub_name = HubName("dataset", part.hub, part.revision)
+                commit, problem = _resolve_commit(hub, hub_name, records, from_scratch)
             if problem:
                 problems.append(f"data.{kind}: {problem}")
-            inputs[f"data:{kind}"] = hashlib.sha256(f"{source.hub}@{commit or 'main'}".encode()).hexdigest()
-            data[kind] |= {"revision": commit, "asked_revision": source.revision}
+            described.append(_describe_source(part, commit, digests))
+        if source.parts:
+            parts = {str(number): record | {"sha256": digest} for number, (record, digest) in enumerate(described, 1)}
+            data[kind] = {"path": " + ".join(record["path"] for record, _ in described), "parts": parts}
+            inputs[f"data:{kind}"] = integrity.sha256_json([digest for _, digest in described])
+        else:
+            data[kind], digest = described[0]
+            if digest is not None:
+                inputs[f"data:{kind}"] = digest
     for key, folder in stage.folders(experiment).items():
         inputs[f"folder:{key}"] = digests.facts(folder).sha256
     if data:
@@ -108,6 +112,34 @@ def describe_today(
     fingerprint = integrity.sha256_json({"stage": name, **fingerprinted_settings(name, config), "inputs": inputs})
     waiting, fixed = frozenset(needs) - inputs.keys(), stage.fixed
     return Today(fingerprint, config, inputs, waiting, fixed, tuple(problems))
+
+
+def _describe_source(source: Source, commit: str | None, digests: Digests) -> tuple[dict[str, Any], str | None]:
+    """Return what is recorded of a source that is no mixture, and the digest of what it holds.
+
+    Args:
+        source: the source.
+        commit: its commit on the Hub; None if it is unknown or not on the Hub.
+        digests: of files and folders, as far as this command has computed them.
+
+    Returns:
+        The record, and the digest; None for data that the stage `world` writes.
+    """
+    record: dict[str, Any] = {
+        "split": source.split,
+        "subset": source.subset,
+        "skip": source.skip,
+        "limit": source.limit,
+    }
+    record |= source.reading
+    record["path"] = str(source.path) if source.path else source.hub or "world"
+    if source.path is not None:
+        facts = digests.facts(source.path)
+        return record | {"rows": facts.rows}, facts.sha256
+    if source.hub is not None:
+        digest = hashlib.sha256(f"{source.hub}@{commit or 'main'}".encode()).hexdigest()
+        return record | {"revision": commit, "asked_revision": source.revision}, digest
+    return record, None
 
 
 def _resolve_commit(
@@ -134,7 +166,9 @@ def _recorded_commits(config: dict[str, Any], kind: str) -> list[RecordedCommit]
     if kind == "model":
         entries, key = [config.get("model")], "name_or_path"
     else:
-        entries, key = list(config.get("data", {}).values()), "path"
+        entries, key = [], "path"
+        for entry in config.get("data", {}).values():
+            entries += list(entry.get("parts", {}).values()) or [entry] if isinstance(entry, dict) else []
     return [
         RecordedCommit(entry[key], entry.get("asked_revision"), entry.get("revision"))
         for entry in entries
@@ -165,15 +199,23 @@ def missing_data(stage: Stage, experiment: Any) -> list[str]:
     ]
 
 
-def source_of(value: str | DataSource) -> Source:
+def source_of(value: str | DataSource | list[str | DataSource]) -> Source:
     """Return the source that a key of the config's section `data` names."""
+    if isinstance(value, list):
+        return Source(parts=tuple(source_of(part) for part in value))
     if value == "world":
         return Source()
-    fields = value.model_dump() if isinstance(value, DataSource) else {"path": value}
-    text = fields.pop("path")
-    if is_hub_id(text):
-        return Source(hub=text, **fields)
-    return Source(path=Path(text).expanduser(), **fields)
+    given = DataSource(path=value) if isinstance(value, str) else value
+    own = ("split", "subset", "revision", "skip", "limit")
+    plain = {name: getattr(given, name) for name in own}
+    reading = {
+        name: item
+        for name, item in given.model_dump(mode="json").items()
+        if name not in (*own, "path") and item != DataSource.model_fields[name].get_default(call_default_factory=True)
+    }
+    if is_hub_id(given.path):
+        return Source(hub=given.path, **plain, reading=reading)
+    return Source(path=Path(given.path).expanduser(), **plain, reading=reading)
 
 
 def fingerprinted_settings(name: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -208,6 +250,8 @@ def _without_locations(data: dict[str, Any]) -> dict[str, Any]:
     stripped = {}
     for key, value in data.items():
         if isinstance(value, dict):
-            value = {name: item for name, item in value.items() if name not in ("path", "rows", *COMMIT_KEYS)}
+            value = {name: item for name, item in value.items() if name not in ("path", "rows", "sha256", *COMMIT_KEYS)}
+            if "parts" in value:
+                value["parts"] = _without_locations(value["parts"])
         stripped[key] = value
     return stripped

@@ -129,15 +129,22 @@ def edited_inputs(job: Job, run: dict[str, Any], context: StageRun) -> list[str]
 
     The manifest would name the content that it had before.
     """
-    outside = {f"data:{kind}": (f"data.{kind}", source.path) for kind, source in context.sources.items()}
-    outside |= {f"folder:{key}": (key, folder) for key, folder in job.stage.folders(job.experiment).items()}
+    outside: list[tuple[str, Path, str]] = []  # (setting, path, the digest that it had)
+    for kind, source in context.sources.items():
+        for part in source.parts:
+            if part.path is not None and part.sha256 is not None:
+                outside.append((f"data.{kind}", part.path, part.sha256))
+        recorded = run["inputs"].get(f"data:{kind}")
+        if source.path is not None and recorded is not None:  # otherwise on the Hub, or written by the stage `world`
+            outside.append((f"data.{kind}", source.path, recorded))
+    for key, folder in job.stage.folders(job.experiment).items():
+        if f"folder:{key}" in run["inputs"]:
+            outside.append((key, folder, run["inputs"][f"folder:{key}"]))
     remedy = "put it back, or add --restart, and run again" if has_checkpoints(context) else "run again"
     lines = []
-    for name, (key, path) in outside.items():
-        if path is None or name not in run["inputs"]:  # on the Hub, or written by the stage `world`
-            continue
+    for key, path, digest in outside:
         try:
-            if job.digests.facts(path).sha256 == run["inputs"][name]:
+            if job.digests.facts(path).sha256 == digest:
                 continue
             what = "was edited"
         except UserError:
@@ -315,6 +322,16 @@ def shared_fields(
 
     def located(kind: str, source: Source) -> Source:
         """Return a source with its path, and with the digest or commit that the run recorded."""
+        if source.parts:
+            recorded = made_of["config"]["data"][kind]["parts"]
+            parts = []
+            for number, part in enumerate(source.parts, 1):
+                entry = recorded[str(number)]
+                if part.path:
+                    parts.append(replace(part, sha256=entry["sha256"]))
+                else:
+                    parts.append(replace(part, revision=entry.get("revision") or part.revision))
+            return replace(source, parts=tuple(parts))
         if source.path:
             return replace(source, sha256=made_of["inputs"][f"data:{kind}"])
         if source.hub:

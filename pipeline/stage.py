@@ -51,6 +51,10 @@ class Source:
     """Revision of a Hub dataset: as the config names it; for a stage that runs, the commit."""
     sha256: str | None = None
     """Digest of a local file when the stage was planned; it must still hold when it is read."""
+    reading: dict[str, Any] = field(default_factory=dict)
+    """Further settings of DataSource that differ from their defaults: how rows are read."""
+    parts: tuple["Source", ...] = ()
+    """Sources of a mixture; then nothing else is set."""
 
 
 @dataclass(kw_only=True, frozen=True)

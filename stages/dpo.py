@@ -135,7 +135,7 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
     trainee = trainee_of(config, policy, steps)
     say_written(session, provenance, [policy], [policy], steps, sets=int(config.keep == "best"))
     objective = Objective(config, policy, pad_id, runtime)
-    shown = [r.prompt for r in sources.load("rankings", path=rankings / "validation.jsonl")[:4]]
+    shown = [r.prompt for r in sources.load("rankings", sources.Source(path=rankings / "validation.jsonl"))[:4]]
 
     def loss(rows: list[int], batch: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
         tokens = sum(tokens_first(groups[i]) for i in batch)

@@ -178,7 +178,7 @@ def load_data(config: RMSettings, tokenizer: Any, rankings: Path, demonstrations
     limit = LengthLimit(config.max_length, config.on_too_long, "rm")
     groups, report = load_groups(rankings / "train.jsonl", tokenizer, limit)
     held_groups, held_report = load_groups(rankings / "validation.jsonl", tokenizer, limit)
-    validation = sources.load("rankings", path=rankings / "validation.jsonl")
+    validation = sources.load("rankings", sources.Source(path=rankings / "validation.jsonl"))
     return Data(
         groups=groups,
         held_out=HeldOut(held_groups, validation, clusters_of(validation, world)),

@@ -1,13 +1,15 @@
 """Run `rlhf data check`: print the report on one file, or on all data that a config names."""
 
 import sys
+from glob import has_magic
 from pathlib import Path
 from typing import Any, TextIO
 
-from data.check.config import files_of, limits_of, parts_of, source_name, tokenizer_of
+from data.check.config import limits_of, sources_of, tokenizer_of
 from data.check.inspect_file import check, guess_kind
-from data.check.report import OtherFile, Part, Report
+from data.check.report import OtherData, Report
 from data.error_lines import shorten
+from data.sources import Source
 from pipeline.errors import UserError
 
 
@@ -29,19 +31,20 @@ def run(
     Returns:
         The exit code: 2 if there are errors, otherwise 0.
     """
-    path = Path(path).expanduser()
+    source = Source(path=Path(path).expanduser())
     limits: dict[str, Any] = {}
     note = None
     if experiment is not None:
         home = Path(artifacts) / experiment.name
-        files, parts = files_of(experiment, home), parts_of(experiment)
-        same = [name for name, file in files.items() if path.exists() and file.samefile(path)]
-        kind = kind or (same[0] if same else guess_kind(path))
+        sources = sources_of(experiment, home)
+        for name, other in sources.items():
+            if same_file(source, other):  # the config says how it is read
+                kind, source = kind or name, other if kind in (None, name) else source
+        kind = kind or guess_kind(source)
         limits = limits_of(experiment, kind)
-        limits["against"] = others_than(kind, files, parts)
-        limits["part"] = parts[kind] if kind in same else None
+        limits["against"] = others_than(kind, sources)
         limits["tokenizer"], note = tokenizer_of(experiment, home)
-    report = check(path, kind, **limits)
+    report = check(source, kind, **limits)
     if note:
         report.add("tokenizer", note)
     print_report(report, output_of(console))
@@ -65,32 +68,23 @@ def run_all(experiment: Any, console: Any = None, artifacts: str | Path = "artif
     """
     out = output_of(console)
     home = Path(artifacts) / experiment.name
-    files, parts = files_of(experiment, home), parts_of(experiment)
+    sources = sources_of(experiment, home)
     tokenizer, note = tokenizer_of(experiment, home)
     print(f"tokenizer: {note}", file=out)
-    if not parts:
+    if not sources:
         problem = "no file and no Hub id is set, so the stages have nothing to read"
         raise UserError([f"data: {problem}; set data.demonstrations, and the other data that your stages need"])
     errors: dict[str, int] = {}
-    for kind, part in parts.items():
+    for kind, source in sources.items():
         print(f"\n-- data.{kind}", file=out)
-        name = source_name(experiment, kind)
-        assert name is not None
-        if name == "world" and kind not in files:
+        if getattr(experiment.data, kind) == "world" and not Path(source.name).exists():
             print("written by the stage world, which has not run yet", file=out)
             continue
-        report = check(
-            files.get(kind, Path(name).expanduser()),
-            kind,
-            tokenizer,
-            against=others_than(kind, files, parts),
-            part=part,
-            **limits_of(experiment, kind),
-        )
+        report = check(source, kind, tokenizer, against=others_than(kind, sources), **limits_of(experiment, kind))
         print_report(report, out)
         if report.errors:
             errors[kind] = len(report.errors)
-    summary = "1 kind of data" if len(parts) == 1 else f"{len(parts)} kinds of data"
+    summary = "1 kind of data" if len(sources) == 1 else f"{len(sources)} kinds of data"
     if errors:
         counts = ", ".join(f"{kind} {count:,}" for kind, count in errors.items())
         print(f"\n{summary}, errors: {counts}", file=out)
@@ -99,15 +93,28 @@ def run_all(experiment: Any, console: Any = None, artifacts: str | Path = "artif
     return 0
 
 
-def others_than(kind: str | None, files: dict[str, Path], parts: dict[str, Part]) -> list[OtherFile]:
-    """Return the config's files of other kinds.
+def others_than(kind: str | None, sources: dict[str, Source]) -> list[OtherData]:
+    """Return the config's data of other kinds that are on this machine.
 
     Args:
         kind: The kind that is left out.
-        files: Kind → file.
-        parts: Kind → the part of it that is read.
+        sources: Kind → where its records come from.
     """
-    return [OtherFile(name, file, parts[name]) for name, file in files.items() if name != kind]
+    return [OtherData(name, source) for name, source in sources.items() if name != kind and is_local(source)]
+
+
+def is_local(source: Source) -> bool:
+    """Return whether all of a source is on this machine."""
+    parts = source.parts or (source,)
+    return all(part.path is not None and (has_magic(str(part.path)) or Path(part.path).exists()) for part in parts)
+
+
+def same_file(source: Source, other: Source) -> bool:
+    """Return whether two sources are the same file."""
+    if source.path is None or other.path is None:
+        return False
+    first, second = Path(source.path), Path(other.path)
+    return first.exists() and second.exists() and first.samefile(second)
 
 
 def output_of(console: Any) -> TextIO:

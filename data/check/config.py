@@ -6,13 +6,14 @@ neither its class nor the stages' settings.
 
 from __future__ import annotations
 
+from dataclasses import fields
+from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.check.report import Part
 from data.conversations import end_of_turn
-from data.forms import FORMS
-from data.sources import PROMPT_KINDS
+from data.forms import FORMS, PROMPT_KINDS
+from data.sources import Source
 from data.tables import first_line
 from data.template_text import with_variables
 
@@ -29,43 +30,41 @@ READERS = {
 """Kind of data → the sections of the config whose length limits hold for it."""
 
 
-def source_name(experiment: Any, kind: str) -> str | None:
-    """Return the path or Hub id of a kind of data, "world", or None if there is none."""
-    source = getattr(experiment.data, kind, None)
-    return getattr(source, "path", source)
-
-
-def parts_of(experiment: Any) -> dict[str, Part]:
-    """Return {kind: what the config takes of it}; a kind that is null is left out."""
-    parts = {}
-    for kind in FORMS:
-        source, name = getattr(experiment.data, kind, None), source_name(experiment, kind)
-        if name is None:
-            continue
-        # A string has a method `split`, which is not a data set's.
-        fields = () if isinstance(source, str) else ("skip", "limit", "split", "subset", "revision")
-        values = {field: getattr(source, field) for field in fields if hasattr(source, field)}
-        is_local = name == "world" or Path(name).expanduser().exists()
-        parts[kind] = Part(**values, hub=None if is_local else name)
-    return parts
-
-
-def files_of(experiment: Any, home: Path) -> dict[str, Path]:
-    """Return {kind: file} for the files of the `data:` section that are on this machine.
+def sources_of(experiment: Any, home: Path) -> dict[str, Source]:
+    """Return {kind: where its records come from}; a kind that is null is left out.
 
     Args:
         experiment: The validated config.
         home: The folder of the experiment's artifacts, where the embedded world's files are.
     """
-    files = {}
+    sources = {}
     for kind in FORMS:
-        name = source_name(experiment, kind)
-        if name is None:
-            continue
-        file = home / "world" / f"{kind}.jsonl" if name == "world" else Path(name).expanduser()
-        if file.is_file():
-            files[kind] = file
-    return files
+        value = getattr(experiment.data, kind, None)
+        if value == "world":
+            sources[kind] = Source(path=home / "world" / f"{kind}.jsonl")
+        elif value is not None:
+            sources[kind] = source_of(value)
+    return sources
+
+
+def source_of(value: Any) -> Source:
+    """Return the source that a value of the config's section `data` names.
+
+    Args:
+        value: A path or Hub id, an object with `path` and how to read it, or a list of such.
+    """
+    if isinstance(value, list):
+        return Source(parts=tuple(source_of(part) for part in value))
+    text = value if isinstance(value, str) else value.path
+    path = Path(text).expanduser()
+    place: dict[str, Any] = {"path": path} if path.exists() or has_magic(text) else {"hub": text}
+    if isinstance(value, str):
+        return Source(**place)
+    for field in fields(Source):
+        if field.name not in ("path", "hub", "sha256", "parts") and hasattr(value, field.name):
+            given = getattr(value, field.name)
+            place[field.name] = tuple(given) if isinstance(given, list) else given
+    return Source(**place)
 
 
 def limits_of(experiment: Any, kind: str | None) -> dict[str, Any]:

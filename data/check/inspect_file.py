@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,11 +11,11 @@ from typing import TYPE_CHECKING
 from data.check.lengths import add_answer_lengths, add_lengths, add_template_agreement
 from data.check.pairs import add_pairs
 from data.check.prompts import add_duplicates, add_shared_prompts
-from data.check.report import OtherFile, Part, Report
+from data.check.report import OtherData, Report
 from data.forms import FORMS, recognise
 from data.json_rows import Reading
 from data.parsing import describe
-from data.sources import PARSERS, Loaded, Source, file_rows, read
+from data.sources import PARSERS, Loaded, Source, read, source_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,39 +27,38 @@ GUESSED_ROWS = 50
 
 
 def check(
-    path: str | Path,
+    source: Source,
     kind: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
     on_too_long: str | None = "error",
-    against: Sequence[OtherFile] = (),
-    part: Part | None = None,
+    against: Sequence[OtherData] = (),
     response_length: int | None = None,
 ) -> Report:
-    """Inspect a file and return the report.
+    """Inspect a source of data and return the report.
 
     Args:
-        path: The file.
+        source: Where the rows come from and how they are read.
         kind: The kind of data; None: what its keys say.
         tokenizer: What lengths are counted with; None: lengths are in words.
         max_length: The limit in tokens of the section that reads this kind; for prompts without the
             response.
         on_too_long: "error", "drop" or "truncate", as of that section; None: nothing is too long.
         against: Data that must not share prompts with this file.
-        part: Which part of the file is read; None: all of it.
         response_length: ppo.response_length, with which the demonstrations' answers are compared.
     """
-    report = Report(Path(path), kind or guess_kind(path))
+    report = Report(source.name, kind or guess_kind(source))
     if report.kind is None:
         reading = Reading()
-        first = next((f"{location}: {unknown_kind(value)}" for location, value in file_rows(path, reading)), "")
+        rows = all_rows(source, reading)
+        first = next((f"{location}: {unknown_kind(value)}" for location, value in rows), "")
         report.errors += reading.errors or [first]
         return report
-    loaded = read_part(report.kind, path, part)
+    loaded = read(report.kind, source)
     report.errors += loaded.errors
     add_rows(report, loaded)
-    if part is not None and (part.skip or part.limit is not None) and loaded.records:
-        report.add("taken", f"records {part.skip + 1:,} to {part.skip + len(loaded.records):,}")
+    if (source.skip or source.limit is not None) and loaded.records:
+        report.add("taken", f"records {source.skip + 1:,} to {source.skip + len(loaded.records):,}")
     if not loaded.records:
         return report
     add_lengths(report, loaded, tokenizer, max_length, on_too_long)
@@ -74,38 +72,22 @@ def check(
         cut = tokenizer is not None and on_too_long == "truncate" and not report.errors
         add_pairs(report, loaded, tokenizer if cut else None, max_length if cut else None)
     for other in against:
-        other_kind = other.name if other.name in FORMS else guess_kind(other.path)
+        other_kind = other.name if other.name in FORMS else guess_kind(other.source)
         if other_kind is not None and "documents" not in (other_kind, report.kind):
             both_train = other.name in TRAINING and report.kind in TRAINING
-            theirs = read_part(other_kind, other.path, other.part)
+            theirs = read(other_kind, other.source)
             add_shared_prompts(report, loaded, theirs, other.name, may_share=both_train)
     return report
 
 
-def read_part(kind: str, path: str | Path, part: Part | None) -> Loaded:
-    """Read what a config takes of a file, or of a data set on the Hub.
-
-    Args:
-        kind: The kind of data.
-        path: The file.
-        part: What is taken of it, or of a data set; None: the whole file.
-    """
-    if part is None:
-        return read(kind, Source(path))
-    limit = None if part.limit is None else part.skip + part.limit
-    if part.hub is None:
-        source = Source(path)
-    else:
-        source = Source(hub=part.hub, split=part.split, subset=part.subset, revision=part.revision)
-    loaded = read(kind, source, limit=limit)
-    if part.skip >= len(loaded.records) and not loaded.errors:
-        problem = f"has {len(loaded.records)} records, and skip leaves out the first {part.skip}"
-        loaded.errors.append(f"{source.name}: {problem}; lower skip")
-    return replace(loaded, records=loaded.records[part.skip :], locations=loaded.locations[part.skip :])
+def all_rows(source: Source, reading: Reading) -> Iterator[tuple[str, object]]:
+    """Yield (location, row) of a source, of a mixture those of each part in turn."""
+    for part in source.parts or (source,):
+        yield from source_rows(part, reading)
 
 
-def guess_kind(path: str | Path) -> str | None:
-    """Guess a file's kind from the keys of its first 50 rows.
+def guess_kind(source: Source) -> str | None:
+    """Guess the kind of data from the keys of the first 50 rows.
 
     A kind in the file's name is taken if all rows have its keys, otherwise the most specific kind.
     Damaged rows have the keys of their kind too, so whether rows are valid decides only between
@@ -114,8 +96,8 @@ def guess_kind(path: str | Path) -> str | None:
     Returns:
         The kind; None if no row has the keys of any.
     """
-    in_name = [kind for kind in ("evaluation_prompts", *TRAINING) if kind in Path(path).stem]
-    rows = [value for _, value in islice(file_rows(path, Reading()), GUESSED_ROWS)]
+    in_name = [kind for kind in ("evaluation_prompts", *TRAINING) if kind in Path(source.name).stem]
+    rows = [value for _, value in islice(all_rows(source, Reading()), GUESSED_ROWS)]
     recognised: Counter[str] = Counter()  # kind → rows that have its keys
     keys: Counter[str] = Counter()  # kind → the keys that these rows had to have
     valid: Counter[str] = Counter()  # kind → rows without an error
@@ -125,7 +107,10 @@ def guess_kind(path: str | Path) -> str | None:
                 form, row = recognise(kind, value)
                 recognised[kind] += 1
                 keys[kind] += len(form.needs)
-                PARSERS[kind](form.convert(row))
+                converted = form.convert(row, source.options)
+                for item in converted if isinstance(converted, list) else [converted]:
+                    if isinstance(item, dict):
+                        PARSERS[kind](item)
                 valid[kind] += 1
             except ValueError:
                 pass

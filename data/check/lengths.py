@@ -81,7 +81,7 @@ def add_too_long(
     else:
         text = f"{len(over) - len(dropped):,} lose their end and EOS, {len(dropped):,} dropped (no room)"
     if on_too_long != "error" and len(dropped) == len(sizes):
-        report.errors.append(f"{report.path}: no row is left within {limit} tokens; raise max_length")
+        report.errors.append(f"{report.name}: no row is left within {limit} tokens; raise max_length")
     first = f" · the first at {loaded.locations[over[0]]}" if over else ""
     report.add("too long", f"{text} · limit {limit} tokens, on_too_long: {on_too_long}{first}")
 

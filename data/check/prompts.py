@@ -3,9 +3,10 @@
 import json
 
 from data.check.report import Report, prompt_keys, prompt_locations, prompt_value
+from data.forms import PROMPT_KINDS
 from data.near_copies import nearest_copies
 from data.records import to_json
-from data.sources import PROMPT_KINDS, Loaded
+from data.sources import Loaded
 
 
 def add_duplicates(report: Report, loaded: Loaded) -> None:

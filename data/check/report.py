@@ -1,47 +1,26 @@
 """Define the report on a file, and which part of a file is checked."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from data.records import Demonstration, Document, Ranking, Record, prompt_key
-from data.sources import Loaded
+from data.sources import Loaded, Source
 
 
 @dataclass(frozen=True)
-class Part:
-    """Say which records a config takes of a source."""
-
-    skip: int = 0
-    """Records left out at the beginning."""
-    limit: int | None = None
-    """Records taken at most; None for all."""
-    hub: str | None = None
-    """The id of a data set on the Hub; None for a file."""
-    split: str = "train"
-    """The split of the data set."""
-    subset: str | None = None
-    """The subset of the data set."""
-    revision: str | None = None
-    """The commit of the data set."""
-
-
-@dataclass(frozen=True)
-class OtherFile:
-    """Name data that must not share prompts with the file that is checked."""
+class OtherData:
+    """Name data that must not share prompts with the data that are checked."""
 
     name: str
-    """Its kind, or another name for it."""
-    path: str | Path
-    """The file."""
-    part: Part | None = None
-    """The part of it that is read; None for all of it."""
+    """Their kind, or another name for them."""
+    source: Source
+    """Where they are."""
 
 
 @dataclass
 class Report:
     """Collect the facts and errors of a file."""
 
-    path: Path
+    name: str
     """The file, or the id of a data set."""
     kind: str | None = None
     """The kind of data; None if it was not recognised."""
@@ -57,7 +36,7 @@ class Report:
     def lines(self) -> list[str]:
         """Return the facts as a table of two columns, with the number of errors under it."""
         verdict = ("errors", str(len(self.errors)) if self.errors else "none")
-        rows = [("file", str(self.path)), ("kind", self.kind or "not recognised"), *self.facts, verdict]
+        rows = [("file", self.name), ("kind", self.kind or "not recognised"), *self.facts, verdict]
         width = max(len(label) for label, _ in rows)
         return [f"{label:<{width}}  {text}" for label, text in rows]
 

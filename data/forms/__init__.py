@@ -9,21 +9,26 @@ import difflib
 from data.forms.form import Form
 from data.forms.instructions import INSTRUCTION_DEMONSTRATION, INSTRUCTION_PROMPT
 from data.forms.messages import MESSAGES_DEMONSTRATION, MESSAGES_PROMPT, SHAREGPT_DEMONSTRATION, SHAREGPT_PROMPT
-from data.forms.plain import PROMPT_COMPLETION, PROMPT_ONLY, RANKED_RESPONSES, TEXT
+from data.forms.plain import PROMPT_COMPLETION, PROMPT_ONLY, RANKED_RESPONSES, SCORED_RESPONSES, TEXT
 from data.forms.preferences import BARE_PAIR, BARE_PAIR_PROMPT, CONVERSATION_PAIR, INSTRUCTION_PAIR, PROMPT_PAIR
 from data.parsing import describe
 
 FORMS: dict[str, tuple[Form, ...]] = {
     "documents": (TEXT,),
     "demonstrations": (MESSAGES_DEMONSTRATION, SHAREGPT_DEMONSTRATION, INSTRUCTION_DEMONSTRATION, PROMPT_COMPLETION),
-    "rankings": (RANKED_RESPONSES, PROMPT_PAIR, CONVERSATION_PAIR, INSTRUCTION_PAIR, BARE_PAIR),
+    "rankings": (RANKED_RESPONSES, SCORED_RESPONSES, PROMPT_PAIR, CONVERSATION_PAIR, INSTRUCTION_PAIR, BARE_PAIR),
     "prompts": (PROMPT_ONLY, MESSAGES_PROMPT, SHAREGPT_PROMPT, INSTRUCTION_PROMPT, BARE_PAIR_PROMPT),
 }
-"""Kind of data → its forms; of several forms that fit a row, the first is taken."""
+"""Kind of data → its forms; of several forms that fit a row, the first is taken. Read as prompts, a
+row of any ranking's or demonstration's form that needs more keys than `prompts` lists gives its
+prompt."""
 FORMS["evaluation_prompts"] = FORMS["prompts"]
 
 STRING_KEY = {"documents": "text", "prompts": "prompt", "evaluation_prompts": "prompt"}
 """Kinds whose rows may be bare strings: the key that such a string is the value of."""
+ANSWERED = ("rankings", "demonstrations")
+"""Kinds whose rows hold a prompt with answers."""
+PROMPT_KINDS = ("prompts", "evaluation_prompts")
 
 
 def recognise(kind: str, value: object) -> tuple[Form, dict]:
@@ -36,18 +41,59 @@ def recognise(kind: str, value: object) -> tuple[Form, dict]:
     Raises:
         ValueError: The row has no form of this kind.
     """
-    forms = FORMS[kind]
-    known = " or ".join(map(str, forms))
     if isinstance(value, str) and kind in STRING_KEY:
         value = {STRING_KEY[kind]: value}
     if not isinstance(value, dict):
-        raise ValueError(f"the row is {describe(value)}; expected {known}")
-    for form in forms:
-        if all(key in value for key in form.needs):
-            return form, value
-    row = value
-    nearest = max(forms, key=lambda form: sum(key in row for key in form.needs) / len(form.needs))
-    missing = next(key for key in nearest.needs if key not in row)
+        raise ValueError(f"the row is {describe(value)}; expected {expected(kind)}")
+    form = form_of(kind, value)
+    if form is None:
+        raise ValueError(why_unknown(kind, value))
+    return form, value
+
+
+def form_of(kind: str, row: dict) -> Form | None:
+    """Return the form of a row; None if it has none of this kind.
+
+    Args:
+        kind: The kind of data.
+        row: The row.
+    """
+    own = next((form for form in FORMS[kind] if is_of(form, row)), None)
+    if kind not in PROMPT_KINDS:
+        return own
+    # A row with answers is read as what it is, and gives its prompt; it is more specific than {prompt}.
+    answered = (form for other in ANSWERED for form in FORMS[other] if form.name and is_of(form, row))
+    return next(answered, own)
+
+
+def is_of(form: Form, row: dict) -> bool:
+    """Return whether a row is of a form."""
+    return all(key in row for key in form.needs) and (form.fits is None or form.fits(row))
+
+
+def why_unknown(kind: str, row: dict) -> str:
+    """Return the error text for a row that has no form of this kind.
+
+    Args:
+        kind: The kind of data.
+        row: The row.
+    """
+    nearest = max(FORMS[kind], key=lambda form: sum(key in row for key in form.needs) / len(form.needs))
+    missing = next((key for key in nearest.needs if key not in row), None)
+    if missing is None:
+        return f"the keys {', '.join(row)} are no row of {kind}; expected {expected(kind)}"
     similar = difflib.get_close_matches(missing, row, 1)
-    hint = f" (is it '{similar[0]}'?)" if similar else ""
-    raise ValueError(f"the key '{missing}' is missing{hint}; expected {known}")
+    if similar:
+        return f"the key '{missing}' is missing (is it '{similar[0]}'?); expected {expected(kind)}"
+    for other in ("rankings", "demonstrations", "documents"):
+        form = form_of(other, row) if other != kind else None
+        if form is not None:
+            return f"the row is one of {other}: {form}; name the file as data.{other}, or give another one here"
+    return f"the key '{missing}' is missing; expected {expected(kind)}; or name your keys (columns: {{{missing}: …}})"
+
+
+def expected(kind: str) -> str:
+    """Return the forms that rows of a kind may have: our own by their keys, the others by name."""
+    own = " or ".join(str(form) for form in FORMS[kind] if not form.name)
+    named = sorted({form.name for form in FORMS[kind] if form.name})
+    return f"{own} or a row of {', '.join(named)}" if named else own

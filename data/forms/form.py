@@ -1,29 +1,80 @@
 """Define a data form: how its rows are recognised, and how they are converted."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+Row = dict
+"""A row of a file: an object with string keys."""
+
+
+class LeftOut(ValueError):
+    """Say why a row that is understood holds nothing of the kind that is read.
+
+    A row whose answer was marked as bad is no demonstration, and a deleted message no prompt. Such
+    rows are counted by their reason. Every other ValueError is a mistake in the row.
+    """
+
+
+@dataclass(frozen=True)
+class Options:
+    """Hold what a source in the config says about how its rows are read."""
+
+    by: str | None = None
+    """Which of several judgments makes the ranks (see `Form.by`); None: the form's first."""
+    ignore: frozenset[str] = frozenset()
+    """Keys that may be left unread although they change what a row means."""
+    templated: str | None = None
+    """What to do with text that a chat template has already been applied to: "strip", "keep", or
+    None to refuse it."""
+    tie_within: float = 0.0
+    """The difference up to which two scores are a tie."""
+    min_score_ratio: float = 1.0
+    """The smallest ratio of the better score to the worse one, for forms that count votes."""
+    tiers: tuple[str, ...] = ()
+    """The names of the tiers, the best first, for forms whose labelers sort answers into buckets."""
+
+
+Converted = Row | list[Row | LeftOut]
+"""Rows of our own form: {text}, {prompt}, {prompt, completion, learnt?} or {prompt, responses, ranks
+or scores, …}; among several, a LeftOut counts a part that holds nothing."""
 
 
 @dataclass(frozen=True)
 class Form:
     """Describe the rows of one form of data.
 
-    A row has this form if it has all keys of `needs`. To add a form, write a module with a `Form`
-    in this folder and name it in the table of `data/forms/__init__.py`.
+    A row has this form if it has all keys of `needs`, and if `fits` agrees. To add a form, write a
+    module with a `Form` in this folder and name it in the table of `data/forms/__init__.py`.
     """
 
     needs: tuple[str, ...]
     """Keys that every row of this form has."""
     also: tuple[str, ...]
     """Keys that a row may have, and that are read."""
-    convert: Callable[[dict], dict]
-    """Row of this form → row of our own form ({text}, {prompt}, {prompt, completion} or {prompt,
-    responses, ranks, …}), which is then checked by `data/parsing.py`. Raises ValueError("what is
-    wrong; what to do")."""
+    convert: Callable[[Row, Options], Converted]
+    """Row of this form → rows of our own form, which `data/parsing.py` checks. Raises
+    ValueError("what is wrong; what to do"), or LeftOut."""
+    name: str = ""
+    """The name of the data set or the tool that writes this form; "" for our own forms."""
+    fits: Callable[[Row], bool] | None = None
+    """Whether a row with all keys of `needs` is of this form; None: every such row is."""
+    by: tuple[str, ...] = ()
+    """The values of `by` that this form takes, the default first; () if it takes none, and a last
+    "*" if it takes others too, which `convert` checks."""
+    gather: Callable[[Sequence[tuple[str, Row]], Options], Iterator[tuple[str, Row | LeftOut]]] | None = None
+    """For forms whose records need several rows: all rows of the file, with their locations → rows
+    of our own form, each with the location to name in error lines. Then `convert` is not called."""
+    prompt: Callable[[Row, Options], Row] | None = None
+    """Row of this form → {prompt}, where the prompt can be read although the rest cannot; None: the
+    prompt of what `convert` gives."""
+    harmless: frozenset[str] = field(default_factory=frozenset)
+    """Keys that change the meaning of rows of other forms (see `data/forms/meaning.py`), and not of
+    this one."""
     strict: bool = False
     """Whether a key that is neither in `needs` nor in `also` is an error: True for our own forms,
     where it is a misspelling."""
 
     def __str__(self) -> str:
-        """Return the keys as in error lines: {prompt, completion, system?}."""
-        return "{" + ", ".join([*self.needs, *(f"{key}?" for key in self.also)]) + "}"
+        """Return name and keys, as in error lines: "hh-rlhf {chosen, rejected}"."""
+        keys = "{" + ", ".join([*self.needs, *(f"{key}?" for key in self.also)]) + "}"
+        return f"{self.name} {keys}" if self.name else keys

@@ -1,6 +1,6 @@
 """Convert Alpaca's rows: {instruction, output}, with input, system message and history."""
 
-from data.forms.form import Form
+from data.forms.form import Form, Options
 from data.forms.messages import Messages, read_messages, read_prompt
 from data.parsing import describe, parse_text
 
@@ -26,12 +26,12 @@ def read_instruction(row: dict) -> str | Messages:
     return read_prompt({"prompt": request, "system": row.get("system")})
 
 
-def demonstration_of(row: dict) -> dict:
+def demonstration_of(row: dict, options: Options) -> dict:
     """Read the instruction and its output."""
     return {"prompt": read_instruction(row), "completion": parse_text(row, "output")}
 
 
-def prompt_of(row: dict) -> dict:
+def prompt_of(row: dict, options: Options) -> dict:
     """Read only the instruction."""
     return {"prompt": read_instruction(row)}
 

@@ -5,7 +5,7 @@ turn is the completion and everything before it the prompt; as a prompt, it ends
 turn.
 """
 
-from data.forms.form import Form
+from data.forms.form import Form, Options
 from data.parsing import describe, parse_message, parse_text
 
 Messages = list[dict]
@@ -60,13 +60,13 @@ def up_to_last(role: str, messages: Messages) -> Messages:
     return messages[: ends[-1]]
 
 
-def demonstration_of(row: dict) -> dict:
+def demonstration_of(row: dict, options: Options) -> dict:
     """Take the last assistant turn as the completion; what follows it is left out."""
     *prompt, answer = up_to_last("assistant", read_conversation(row))
     return {"prompt": prompt, "completion": answer["content"]}
 
 
-def prompt_of(row: dict) -> dict:
+def prompt_of(row: dict, options: Options) -> dict:
     """Take the conversation up to the last user turn."""
     return {"prompt": up_to_last("user", read_conversation(row))}
 

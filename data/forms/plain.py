@@ -3,12 +3,13 @@
 They are {text}, {prompt}, {prompt, completion} and {prompt, responses, ranks}.
 """
 
-from data.forms.form import Form
+from data.forms.form import Form, Options
 from data.forms.messages import Messages, read_messages, read_prompt
-from data.parsing import describe
+from data.forms.scores import ranks_of_scores
+from data.parsing import check_scores, describe, parse_list
 from data.records import as_messages
 
-RANKING_KEYS = ("id", "labeler", "margin", "finished")
+RANKING_KEYS = ("id", "labeler", "margin", "finished", "scores")
 """Keys that a ranking of any form may have."""
 
 
@@ -36,23 +37,35 @@ def read_reply(row: dict, key: str, prompt: str | Messages) -> str:
     return messages[0]["content"]
 
 
-def completion_of(row: dict) -> dict:
+def completion_of(row: dict, options: Options) -> dict:
     """Read a prompt and its completion."""
     prompt = read_prompt(row)
-    return {"prompt": prompt, "completion": read_reply(row, "completion", prompt)}
+    return {"prompt": prompt, "completion": read_reply(row, "completion", prompt), "learnt": row.get("learnt")}
 
 
-def ranking_of(row: dict) -> dict:
+def ranking_of(row: dict, options: Options) -> dict:
     """Keep the row, with the system message as a part of the prompt."""
     return {**row, "prompt": read_prompt(row)}
 
 
-def prompt_of(row: dict) -> dict:
+def prompt_of(row: dict, options: Options) -> dict:
     """Read only the prompt."""
     return {"prompt": read_prompt(row)}
 
 
-TEXT = Form(("text",), (), dict, strict=True)
-PROMPT_COMPLETION = Form(("prompt", "completion"), ("system",), completion_of, strict=True)
+def text_of(row: dict, options: Options) -> dict:
+    """Keep the row."""
+    return row
+
+
+def scored_ranking_of(row: dict, options: Options) -> dict:
+    """Make ranks of scores: higher is better, and close scores are a tie."""
+    scores = check_scores(parse_list(row, "scores"), len(parse_list(row, "responses")))
+    return {**ranking_of(row, options), "ranks": ranks_of_scores(scores, options.tie_within)}
+
+
+TEXT = Form(("text",), (), text_of)
+PROMPT_COMPLETION = Form(("prompt", "completion"), ("system", "learnt"), completion_of)
 RANKED_RESPONSES = Form(("prompt", "responses", "ranks"), (*RANKING_KEYS, "system"), ranking_of, strict=True)
+SCORED_RESPONSES = Form(("prompt", "responses", "scores"), (*RANKING_KEYS, "system"), scored_ranking_of, strict=True)
 PROMPT_ONLY = Form(("prompt",), ("system",), prompt_of)

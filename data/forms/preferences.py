@@ -6,7 +6,7 @@ conversations, as messages or in the form of Anthropic's hh-rlhf: "\n\nHuman: â€
 
 import re
 
-from data.forms.form import Form
+from data.forms.form import Form, Options
 from data.forms.instructions import INSTRUCTION_KEYS, read_instruction
 from data.forms.messages import Messages, read_conversation, read_messages, read_prompt
 from data.forms.plain import RANKING_KEYS, read_reply
@@ -49,28 +49,28 @@ def shared_prompt(row: dict) -> Messages:
     return chosen
 
 
-def prompt_pair(row: dict) -> dict:
+def prompt_pair(row: dict, options: Options) -> dict:
     """Convert {prompt, chosen, rejected}."""
     return ranking_from_pair(read_prompt(row), row)
 
 
-def conversation_pair(row: dict) -> dict:
+def conversation_pair(row: dict, options: Options) -> dict:
     """Convert {conversations, chosen, rejected}."""
     return ranking_from_pair(read_conversation(row), row)
 
 
-def instruction_pair(row: dict) -> dict:
+def instruction_pair(row: dict, options: Options) -> dict:
     """Convert {instruction, chosen, rejected}."""
     return ranking_from_pair(read_instruction(row), row)
 
 
-def bare_pair(row: dict) -> dict:
+def bare_pair(row: dict, options: Options) -> dict:
     """Convert {chosen, rejected}, two whole conversations."""
     whole = {key: read_transcript(row[key]) for key in PAIR}
     return ranking_from_pair(shared_prompt(whole), {**row, **whole})
 
 
-def prompt_of_bare_pair(row: dict) -> dict:
+def prompt_of_bare_pair(row: dict, options: Options) -> dict:
     """Take only the prompt of two whole conversations."""
     return {"prompt": shared_prompt(row)}
 

@@ -4,11 +4,12 @@ Checks of the parsed tree return (path of keys, what is wrong); checks of the va
 return whole lines "section.key: what is wrong; what to do".
 """
 
+import glob
 import re
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.sections import KINDS, Common, DataSource, ModelSettings, is_hub_id, local_folder, source_path
+from pipeline.config.sections import KINDS, Common, DataSource, ModelSettings, is_hub_id, local_folder, source_paths
 
 REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]*")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -51,19 +52,34 @@ def data_path_problems(data: dict[str, Any]) -> list[Problem]:
     problems: list[Problem] = []
     for kind in KINDS:
         value = data.get(kind)
-        text = source_path(value)
-        where = ("data", kind, "path") if isinstance(value, dict) else ("data", kind)
-        if not isinstance(text, str):
-            continue
-        if text == "world":
-            if kind == "rankings":
-                problems.append((where, "the world has no file of rankings; use null: simulated labelers rank then"))
-        elif not text or "\0" in text:
-            problems.append((where, "is empty; should be world, a path or a Hub id"))
-        elif not is_hub_id(text) and not Path(text).expanduser().exists():
-            remedy = f"should be world, an existing path{relative_to(text)} or a Hub id org/name"
-            problems.append((where, f"no such file: {text}; {remedy}"))
+        parts = list(enumerate(value)) if isinstance(value, list) else [(None, value)]
+        if isinstance(value, list) and not value:
+            problems.append((("data", kind), "is an empty list; should name at least one source, or be null"))
+        for index, part in parts:
+            where: tuple[Any, ...] = ("data", kind) if index is None else ("data", kind, index)
+            if isinstance(part, dict):
+                where += ("path",)
+            (text,) = source_paths(part) if not isinstance(part, list) else (None,)
+            if not isinstance(text, str):
+                continue
+            if text == "world" and index is not None:
+                problems.append((where, "the world's data cannot be mixed with others; give files or Hub ids"))
+            elif text == "world":
+                if kind == "rankings":
+                    what = "the world has no file of rankings; use null: simulated labelers rank then"
+                    problems.append((where, what))
+            elif not text or "\0" in text:
+                problems.append((where, "is empty; should be world, a path or a Hub id"))
+            elif not is_hub_id(text) and not exists(text):
+                remedy = f"should be world, an existing path{relative_to(text)} or a Hub id org/name"
+                problems.append((where, f"no such file: {text}; {remedy}"))
     return problems
+
+
+def exists(text: str) -> bool:
+    """Return whether a path names a file or folder, or a glob matches one."""
+    path = Path(text).expanduser()
+    return path.exists() or (glob.has_magic(text) and any(glob.iglob(str(path), recursive=True)))
 
 
 def model_path_problems(model: dict[str, Any]) -> list[Problem]:
@@ -107,9 +123,11 @@ def revision_problems(experiment: Common) -> list[str]:
         "model": (experiment.model.name_or_path or "", experiment.model.revision)
     }
     for kind in KINDS:
-        source = getattr(experiment.data, kind)
-        if isinstance(source, DataSource):
-            named[f"data.{kind}"] = (source.path, source.revision)
+        value = getattr(experiment.data, kind)
+        parts = {f"data.{kind}[{i}]": part for i, part in enumerate(value)} if isinstance(value, list) else {}
+        for key, source in (parts or {f"data.{kind}": value}).items():
+            if isinstance(source, DataSource):
+                named[key] = (source.path, source.revision)
     problems = []
     for key, (name, revision) in named.items():
         if revision is None:

@@ -1,8 +1,7 @@
 """Check settings in ways that several stages share. Each check returns one line per mistake."""
 
+import dataclasses
 import json
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data import sources
@@ -11,6 +10,7 @@ from pipeline.config.sections import local_folder
 from pipeline.errors import UserError
 from pipeline.fingerprints import source_of
 from pipeline.launch.processes import rank_and_size_from_environment
+from pipeline.stage import Source
 from stages.settings.training import batch_of_each
 
 if TYPE_CHECKING:
@@ -34,28 +34,31 @@ def unreadable_files(experiment: "Experiment", kinds: list[str]) -> list[str]:
     for kind in kinds:
         value = getattr(experiment.data, kind)
         source = None if value is None else source_of(value)
-        if source is not None and source.path is not None:
-            facts = source.path.stat()
-            lines += errors_in_head(kind, source.path, source.skip, source.limit, (facts.st_mtime_ns, facts.st_size))
+        for part in () if source is None else source.parts or (source,):
+            if part.path is not None:
+                lines += errors_in_head(kind, reader_source(part))
     return lines
 
 
-@lru_cache(maxsize=8)  # several stages read the same files
-def errors_in_head(kind: str, path: Path, skip: int, limit: int | None, signature: tuple[int, int]) -> tuple[str, ...]:
-    """Return the error lines of the first rows of a file.
+def errors_in_head(kind: str, source: sources.Source) -> list[str]:
+    """Return the error lines of the first rows of a source.
 
     Args:
         kind: Kind of data.
-        path: The file or folder.
-        skip: Rows to skip at the start.
-        limit: Largest number of rows; None: all.
-        signature: Time and size of the file, so that a changed file is read again.
+        source: The source.
     """
     try:
-        sources.load_first(kind, path, limit, skip, max_rows=ROWS_CHECKED)
+        sources.load_first(kind, source, max_rows=ROWS_CHECKED)
     except UserError as error:
-        return tuple(error.lines)
-    return ()
+        return error.lines
+    return []
+
+
+def reader_source(source: Source) -> sources.Source:
+    """Return a source of the pipeline as the reader in `data` takes it."""
+    fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(source) if f.name not in ("reading", "parts")}
+    reading = {name: tuple(value) if isinstance(value, list) else value for name, value in source.reading.items()}
+    return sources.Source(**fields, **reading, parts=tuple(reader_source(part) for part in source.parts))
 
 
 def context_of(config: dict[str, Any]) -> int | None:

@@ -13,6 +13,7 @@ from data.records import prompt_key
 from data.streams import held_out
 from pipeline.errors import UserError
 from pipeline.stage import Source
+from stages.settings.checks import reader_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +35,12 @@ def load_records(kind: str, source: Source) -> list:
         kind: The kind of record.
         source: Where they are, as `StageRun.source` gives it.
     """
-    return sources.load(kind, **dataclasses.asdict(source))
+    return sources.load(kind, reader_source(source))
 
 
 def load_placed_records(kind: str, source: Source) -> tuple[list, list[str]]:
     """Load records as `load_records` does, with the location (file and line) of each."""
-    return sources.load_placed(kind, **dataclasses.asdict(source))
+    return sources.load_placed(kind, reader_source(source))
 
 
 def split_documents(source: Source, fraction: float) -> tuple[list, list]:
@@ -109,7 +110,7 @@ def load_groups(file: Path, tokenizer: Any, limit: LengthLimit) -> tuple[list[Pr
     from data.encode import encode_prompts, encode_response
     from data.length_limit import equal_pairs, fit_lengths
 
-    rows, places = sources.load_placed("rankings", path=file)
+    rows, places = sources.load_placed("rankings", sources.Source(path=file))
     names = [f"{place} ({r.id})" for place, r in zip(places, rows, strict=True)]
     kept, prompts, responses, report = fit_lengths(
         encode_prompts(tokenizer, (r.prompt for r in rows), names),

@@ -48,7 +48,7 @@ from sweeps.text import span, with_interval
 
 from data.encode import encode_prompt, encode_response
 from data.records import judged_pairs
-from data.sources import load
+from data.sources import Source, load
 from pipeline.errors import UserError
 from pipeline.stage import StopFlag
 from pipeline.store.artifacts import ArtifactStore
@@ -280,7 +280,7 @@ class Benchmark:
         store, samples = self.update(
             seed, f"{name}, {passes:g} passes", "sft", reward_model_overrides(name, size, passes)
         )
-        rows = load("rankings", path=store.folder("rankings") / "train.jsonl")
+        rows = load("rankings", Source(path=store.folder("rankings") / "train.jsonl"))
         pairs = sum(verdict == "usable" for row in rows for _, _, verdict in judged_pairs(row))
         steps = max(1, round(passes * len(rows) / size[1]))
         trained = {
@@ -319,7 +319,7 @@ def reward_model_overrides(name: str, size: tuple[int, int], passes: float) -> l
 def tokens_share(store: ArtifactStore, tokenizer_folder: Path) -> float:
     """Compute (P + 2R) / (P + 9R) from the mean lengths of the pairs' prompts and responses."""
     tokenizer = load_tokenizer(tokenizer_folder)
-    rows = load("rankings", path=store.folder("rankings") / "train.jsonl", limit=500)
+    rows = load("rankings", Source(path=store.folder("rankings") / "train.jsonl", limit=500))
     prompt = np.mean([len(encode_prompt(tokenizer, row.prompt)) for row in rows])
     response = np.mean([len(encode_response(tokenizer, text)) for row in rows for text in row.responses])
     return float((prompt + 2 * response) / (prompt + K * response))
