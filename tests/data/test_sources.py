@@ -194,7 +194,7 @@ def test_repeated_prompts_are_left_out_and_counted(tmp_path):
 
 def test_documents(tmp_path):
     path = written(tmp_path, {"text": "a", "url": "u", "timestamp": 1, "meta": {"k": [1]}}, "b")
-    assert load("documents", path) == [Document("a"), Document("b")]
+    assert load("documents", path) == [Document("a", meta={"k": [1]}), Document("b")]
 
 
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────
