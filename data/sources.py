@@ -382,7 +382,7 @@ class RowReader:
         converted = form.convert(row, options)
         return converted if isinstance(converted, list) else [converted]
 
-    def _record(self, location: str, item: dict | LeftOut, row: dict) -> Iterator[tuple[str, Record]]:
+    def _record(self, location: str, item: dict | ValueError, row: dict) -> Iterator[tuple[str, Record]]:
         """Yield the record of a row of our own form; none if it is left out, wrong, or repeated.
 
         Args:
@@ -392,6 +392,9 @@ class RowReader:
         """
         if isinstance(item, LeftOut):
             self.loaded.left_out[str(item)] += 1
+            return
+        if isinstance(item, ValueError):
+            self._bad(location, item)
             return
         try:
             item = {**{key: row[key] for key in KEPT if key in row}, **item}

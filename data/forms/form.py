@@ -60,15 +60,18 @@ class Form:
     by: tuple[str, ...] = ()
     """The values of `by` that this form takes, the default first; () if it takes none, and a last
     "*" if it takes others too, which `convert` checks."""
-    gather: Callable[[Sequence[tuple[str, Row]], Options], Iterator[tuple[str, Row | LeftOut]]] | None = None
+    gather: Callable[[Sequence[tuple[str, Row]], Options], Iterator[tuple[str, Row | ValueError]]] | None = None
     """For forms whose records need several rows: all rows of the file, with their locations → rows
-    of our own form, each with the location to name in error lines. Then `convert` is not called."""
+    of our own form, each with the location to name in error lines; a LeftOut counts what holds
+    nothing, and another ValueError is a mistake there. Then `convert` is not called."""
     prompt: Callable[[Row, Options], Row] | None = None
     """Row of this form → {prompt}, where the prompt can be read although the rest cannot; None: the
     prompt of what `convert` gives."""
     harmless: frozenset[str] = field(default_factory=frozenset)
     """Keys that change the meaning of rows of other forms (see `data/forms/meaning.py`), and not of
     this one."""
+    in_messages: frozenset[str] = field(default_factory=frozenset)
+    """Keys of messages, beside role and content, that the form reads."""
     strict: bool = False
     """Whether a key that is neither in `needs` nor in `also` is an error: True for our own forms,
     where it is a misspelling."""
