@@ -24,6 +24,7 @@ from data.forms.meaning import refuse_meaningful_keys, refuse_unknown_keys
 from data.mixture import mix
 from data.parsing import METADATA, parse_demonstration, parse_document, parse_prompt, parse_ranking
 from data.records import Prompt, Ranking, Record, content_id, judged_pairs, prompt_key
+from data.templated import without_templates
 from pipeline.errors import UserError
 
 PARSERS: dict[str, Callable[[dict], Record]] = {
@@ -398,6 +399,8 @@ class RowReader:
             return
         try:
             item = {**{key: row[key] for key in KEPT if key in row}, **item}
+            if self.kind != "documents":
+                item = without_templates(item, self.source.templated)
             record = PARSERS[self.kind](item)
             if isinstance(record, Ranking):
                 record = with_own_id(record, location, self._seen)
