@@ -219,7 +219,7 @@ WAYS = "say templated: strip (its turns are read, and its markers taken off) or 
 
 
 class TemplatedText(ValueError):
-    """Say that a text holds a chat template, and that the source does not say what to do with it."""
+    """Say that a text holds a chat template, and that the source says nothing about it."""
 
 
 # ── a row ────────────────────────────────────────────────────────────────────────────────────────

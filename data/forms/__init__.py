@@ -30,7 +30,7 @@ from data.forms.messages import (
 from data.forms.plain import PROMPT_COMPLETION, PROMPT_ONLY, RANKED_RESPONSES, SCORED_RESPONSES, TEXT
 from data.forms.preferences import BARE_PAIR, BARE_PAIR_PROMPT, CONVERSATION_PAIR, INSTRUCTION_PAIR, PROMPT_PAIR
 from data.forms.questions import NATURAL_INSTRUCTIONS, QUESTION_FORMS
-from data.forms.transcripts import BAIZE, TRANSCRIPT
+from data.forms.templated_text import BAIZE, TRANSCRIPT
 from data.parsing import describe
 
 FORMS: dict[str, tuple[Form, ...]] = {

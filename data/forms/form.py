@@ -38,6 +38,10 @@ Converted = Row | list[Row | LeftOut]
 ranks or scores, …}; among several, a LeftOut counts a part that holds nothing."""
 
 
+OTHER_NAMES = ("system_prompt", "system_message")
+"""Other names of optional keys, which error lines need not list."""
+
+
 @dataclass(frozen=True)
 class Form:
     """Describe the rows of one form of data.
@@ -78,5 +82,6 @@ class Form:
 
     def __str__(self) -> str:
         """Return name and keys, as in error lines: "hh-rlhf {chosen, rejected}"."""
-        keys = "{" + ", ".join([*self.needs, *(f"{key}?" for key in self.also)]) + "}"
+        also = [f"{key}?" for key in self.also if key not in OTHER_NAMES]
+        keys = "{" + ", ".join([*self.needs, *also]) + "}"
         return f"{self.name} {keys}" if self.name else keys

@@ -17,6 +17,7 @@ from data.forms.questions import QUESTION_FORMS
 from data.parsing import describe
 from data.records import prompt_key
 
+NAME = "KTO"
 MARKS = ("label", "kto_tag")
 """Keys of the mark, the first that a row has."""
 GOOD = ("true", "1", "good", "desirable", "chosen", "positive", "yes", "up", "upvote", "thumbs_up", "thumbsup", "like")
@@ -47,7 +48,7 @@ def mark_of(value: object, key: str) -> bool:
 
 
 def is_marked(row: Row, key: str) -> bool:
-    """Return whether a row has a mark that may say good or bad: a word, a number or a truth value."""
+    """Return whether a row has a mark that may say good or bad: a word, a number, or a bool."""
     return isinstance(row.get(key), str | bool | int | float) and row.get(key) != ""
 
 
@@ -148,7 +149,7 @@ def demonstrations_form(base: Form, key: str) -> Form:
         base,
         needs=(*base.needs, key),
         convert=partial(demonstration_of, base, key),
-        name="KTO",
+        name=NAME,
         fits=partial(is_of, base, key),
         prompt=partial(prompt_of, base),
     )

@@ -101,7 +101,7 @@ def turns_of(value: object) -> list[Row]:
 
     Args:
         value: A list of {role, content} or {from, value}; of pairs {input, output}; the text of
-            such a list; or an object of lists {role: […], content: […]}, which `datasets` makes of one.
+            such a list; or an object of lists {role: […], content: […]}, as `datasets` makes.
     """
     value = from_columns(from_text(value))
     if not isinstance(value, list) or not value:

@@ -1,4 +1,4 @@
-"""Convert whole conversations in one text: {text} in a chat template, as of Guanaco, and Baize's."""
+"""Convert conversations in one text: {text} in a chat template, as of Guanaco, and Baize."""
 
 import re
 
