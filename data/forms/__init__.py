@@ -6,163 +6,82 @@ FORMS.
 
 import difflib
 
-from data.forms.arena import ARENA_COLUMNS, ARENA_CONVERSATIONS, ARENA_NUMBERED, ARENA_TEXTS
-from data.forms.argilla import ARGILLA_FLAT, ARGILLA_NESTED, ARGILLA_OLD
-from data.forms.chat_tools import (
-    CAPYBARA_PAIR,
-    NEMO_LABELS,
-    NEMO_PAIRS,
-    OLD_OUTPUT_PAIR,
-    QUESTION_PAIR,
-    RANKED_COMPLETIONS,
-    RENAMED_PAIR,
-    SERVICE_PAIR,
-    STEP_PAIR,
-    SWIFT_MESSAGES,
-    SWIFT_PAIR,
-    SWIFT_QUERY,
-    TRAJECTORY_PAIR,
-    TWO_CONVERSATIONS,
-)
+from data.forms.arena import ARENA
+from data.forms.argilla import ARGILLA
+from data.forms.chat_tools import CHAT_TOOLS
 from data.forms.form import Form
-from data.forms.helpsteer import HELPSTEER3, HELPSTEER3_EDITS, HELPSTEER_PREFERENCE, HELPSTEER_RATINGS
-from data.forms.instructions import INSTRUCTION_DEMONSTRATION, INSTRUCTION_PROMPT
-from data.forms.label_studio import LABEL_STUDIO, LABEL_STUDIO_SHORT
-from data.forms.messages import MESSAGES_DEMONSTRATION, MESSAGES_PROMPT, SHAREGPT_DEMONSTRATION, SHAREGPT_PROMPT
-from data.forms.oasst import (
-    OASST_DEMONSTRATIONS,
-    OASST_PROMPTS,
-    OASST_RANKINGS,
-    OASST_TREE_DEMONSTRATIONS,
-    OASST_TREE_PROMPTS,
-    OASST_TREE_RANKINGS,
+from data.forms.helpsteer import HELPSTEER
+from data.forms.instructions import (
+    INSTRUCTION_ANSWER,
+    INSTRUCTION_COMPLETION,
+    INSTRUCTION_DEMONSTRATION,
+    INSTRUCTION_PROMPT,
+    INSTRUCTION_RESPONSE,
+    SELF_INSTRUCT,
 )
+from data.forms.label_studio import LABEL_STUDIO
+from data.forms.marked import MARKED_DEMONSTRATIONS, MARKED_RANKINGS
+from data.forms.messages import (
+    CONVERSATION_DEMONSTRATION,
+    DATA_DEMONSTRATION,
+    DIALOG_DEMONSTRATION,
+    DIALOGUE_DEMONSTRATION,
+    ITEMS_DEMONSTRATION,
+    MESSAGES_DEMONSTRATION,
+    MESSAGES_PROMPT,
+    SHAREGPT_DEMONSTRATION,
+    SHAREGPT_PROMPT,
+)
+from data.forms.oasst import OASST_DEMONSTRATIONS, OASST_PROMPTS, OASST_RANKINGS
 from data.forms.plain import PROMPT_COMPLETION, PROMPT_ONLY, RANKED_RESPONSES, SCORED_RESPONSES, TEXT
-from data.forms.preferences import (
-    BARE_PAIR,
-    BARE_PAIR_PROMPT,
-    CONVERSATION_PAIR,
-    INSTRUCTION_PAIR,
-    MESSAGES_PAIR,
-    PROMPT_PAIR,
-)
+from data.forms.preferences import BARE_PAIR_PROMPT, PAIRS
+from data.forms.questions import NATURAL_INSTRUCTIONS, QUESTION_FORMS
 from data.forms.refused import REFUSED
-from data.forms.several_answers import (
-    CODE_ULTRAFEEDBACK,
-    DISTILABEL,
-    DISTILABEL_OLD,
-    DISTILABEL_RANKS,
-    DISTILABEL_RESPONSES,
-    EXCHANGE_SCORES,
-    GOOD_AND_BAD,
-    HERMES_PREFERENCES,
-    NECTAR,
-    ULTRAFEEDBACK,
-    WIDE_TABLE,
-)
-from data.forms.two_answers import (
-    ACCEPTED_PAIR,
-    ALPACA_PAIR,
-    EXCHANGE_PAIR,
-    FEEDBACK_PAIR,
-    LABELLED_PAIR,
-    LETTER_PAIR,
-    SAFE_PAIR,
-    SUMMARY_AXES,
-    SUMMARY_PAIR,
-    VERDICT_PAIR,
-    VOTES_PAIR,
-    WEB_PAIR,
-)
+from data.forms.several_answers import FEW_KEYS, SEVERAL_ANSWERS
+from data.forms.templated_text import BAIZE, TRANSCRIPT
+from data.forms.two_answers import TWO_ANSWERS
 from data.parsing import describe
 
-NAMED_RANKINGS = (
-    ACCEPTED_PAIR,
-    ALPACA_PAIR,
-    ARENA_COLUMNS,
-    ARENA_CONVERSATIONS,
-    ARENA_NUMBERED,
-    ARENA_TEXTS,
-    ARGILLA_FLAT,
-    ARGILLA_NESTED,
-    ARGILLA_OLD,
-    CAPYBARA_PAIR,
-    CODE_ULTRAFEEDBACK,
-    DISTILABEL,
-    DISTILABEL_OLD,
-    DISTILABEL_RANKS,
-    DISTILABEL_RESPONSES,
-    EXCHANGE_PAIR,
-    EXCHANGE_SCORES,
-    FEEDBACK_PAIR,
-    HELPSTEER3,
-    HELPSTEER3_EDITS,
-    HELPSTEER_PREFERENCE,
-    HELPSTEER_RATINGS,
-    HERMES_PREFERENCES,
-    LABELLED_PAIR,
-    LABEL_STUDIO,
-    LABEL_STUDIO_SHORT,
-    LETTER_PAIR,
-    NECTAR,
-    NEMO_LABELS,
-    NEMO_PAIRS,
-    OASST_RANKINGS,
-    OASST_TREE_RANKINGS,
-    OLD_OUTPUT_PAIR,
-    QUESTION_PAIR,
-    RANKED_COMPLETIONS,
-    RENAMED_PAIR,
-    SAFE_PAIR,
-    SERVICE_PAIR,
-    STEP_PAIR,
-    SUMMARY_AXES,
-    SUMMARY_PAIR,
-    SWIFT_MESSAGES,
-    SWIFT_PAIR,
-    SWIFT_QUERY,
-    TRAJECTORY_PAIR,
-    TWO_CONVERSATIONS,
-    ULTRAFEEDBACK,
-    VERDICT_PAIR,
-    VOTES_PAIR,
-    WEB_PAIR,
-    *REFUSED,
-    # These have few keys, so that they come after the others.
-    GOOD_AND_BAD,
-    WIDE_TABLE,
-)
-"""Forms of rankings of data sets and tools."""
-OWN_RANKINGS = (
-    RANKED_RESPONSES,
-    SCORED_RESPONSES,
-    PROMPT_PAIR,
-    CONVERSATION_PAIR,
-    MESSAGES_PAIR,
-    INSTRUCTION_PAIR,
-    BARE_PAIR,
-)
-"""Forms of rankings that carry no name."""
 FORMS: dict[str, tuple[Form, ...]] = {
     "documents": (TEXT,),
     "demonstrations": (
-        OASST_DEMONSTRATIONS,
-        OASST_TREE_DEMONSTRATIONS,
+        *OASST_DEMONSTRATIONS,
+        *MARKED_DEMONSTRATIONS,
         MESSAGES_DEMONSTRATION,
         SHAREGPT_DEMONSTRATION,
+        CONVERSATION_DEMONSTRATION,
         INSTRUCTION_DEMONSTRATION,
+        INSTRUCTION_RESPONSE,
+        INSTRUCTION_COMPLETION,
+        INSTRUCTION_ANSWER,
+        SELF_INSTRUCT,
         PROMPT_COMPLETION,
+        NATURAL_INSTRUCTIONS,
+        *QUESTION_FORMS,
+        DIALOGUE_DEMONSTRATION,
+        DIALOG_DEMONSTRATION,
+        ITEMS_DEMONSTRATION,
+        DATA_DEMONSTRATION,
+        BAIZE,
+        TRANSCRIPT,
     ),
-    "rankings": (*NAMED_RANKINGS, *OWN_RANKINGS),
-    "prompts": (
-        OASST_PROMPTS,
-        OASST_TREE_PROMPTS,
-        PROMPT_ONLY,
-        MESSAGES_PROMPT,
-        SHAREGPT_PROMPT,
-        INSTRUCTION_PROMPT,
-        BARE_PAIR_PROMPT,
+    "rankings": (
+        *REFUSED,
+        *ARENA,
+        *ARGILLA,
+        *CHAT_TOOLS,
+        *HELPSTEER,
+        *LABEL_STUDIO,
+        *OASST_RANKINGS,
+        *SEVERAL_ANSWERS,
+        *TWO_ANSWERS,
+        *FEW_KEYS,
+        RANKED_RESPONSES,
+        SCORED_RESPONSES,
+        *PAIRS,
+        *MARKED_RANKINGS,
     ),
+    "prompts": (*OASST_PROMPTS, MESSAGES_PROMPT, SHAREGPT_PROMPT, PROMPT_ONLY, INSTRUCTION_PROMPT, BARE_PAIR_PROMPT),
 }
 """Kind of data → its forms; of several forms that fit a row, the first is taken. Read as prompts, a
 row of any ranking's or demonstration's form that needs more keys than `prompts` lists gives its
@@ -223,7 +142,9 @@ def why_unknown(kind: str, row: dict) -> str:
         kind: The kind of data.
         row: The row.
     """
-    nearest = max(FORMS[kind], key=lambda form: sum(key in row for key in form.needs) / len(form.needs))
+    nearest = max(
+        FORMS[kind], key=lambda form: (sum(key in row for key in form.needs) / len(form.needs), not form.name)
+    )
     missing = next((key for key in nearest.needs if key not in row), None)
     if missing is None:
         return f"the keys {', '.join(row)} are no row of {kind}; expected {expected(kind)}"

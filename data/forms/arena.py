@@ -1,8 +1,8 @@
 """Convert the battles of Chatbot Arena and the judgments of MT-bench.
 
-A battle is two answers to a prompt, or two conversations, and the winner: a model, or a tie. Where the
-two conversations part before their last answers, the last answers have different prompts, so that
-nothing can be said about them alone.
+A battle is two answers to a prompt, or two conversations, and the winner: a model, or a tie. Where
+two conversations part before their last answers, these have different prompts, so that nothing can
+be said about them alone.
 """
 
 import json
@@ -160,3 +160,4 @@ ARENA_CONVERSATIONS = Form(
     name="Arena and MT-bench",
     prompt=prompt_of_conversations,
 )
+ARENA = (ARENA_COLUMNS, ARENA_TEXTS, ARENA_NUMBERED, ARENA_CONVERSATIONS)

@@ -143,6 +143,12 @@ def columns_of(row: Row) -> list[str]:
     return [key for key in row if key.endswith(".responses") and f"{key}.users" in row]
 
 
+def flat_keys(row: Row) -> list[str]:
+    """Return the columns that are read: the answers, their users and status, and all fields."""
+    answers = [f"{key}{end}" for key in columns_of(row) for end in ("", ".users", ".status")]
+    return [*answers, *(key for key in row if "." not in key)]
+
+
 def is_flat(row: Row) -> bool:
     """Return whether a row has the answers of users in columns."""
     return bool(columns_of(row))
@@ -174,5 +180,6 @@ def is_old_flat(row: Row) -> bool:
 
 
 ARGILLA_NESTED = Form(("fields", "responses"), ("id",), nested, name="Argilla records")
-ARGILLA_FLAT = Form(("status", "_server_id"), ("id",), flat, name="Argilla table", fits=is_flat)
-ARGILLA_OLD = Form(("external_id", "metadata"), (), old_flat, name="Argilla 1 table", fits=is_old_flat)
+ARGILLA_FLAT = Form(("status",), ("id",), flat, name="Argilla table", fits=is_flat, reads=flat_keys)
+ARGILLA_OLD = Form(("metadata",), (), old_flat, name="Argilla 1 table", fits=is_old_flat, reads=list)
+ARGILLA = (ARGILLA_NESTED, ARGILLA_FLAT, ARGILLA_OLD)

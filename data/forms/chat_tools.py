@@ -1,17 +1,16 @@
 """Convert preference pairs as training tools and services write them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from data.forms.form import Form, LeftOut, Options, Row
-from data.forms.instructions import read_instruction
+from data.forms.instructions import INSTRUCTION_KEYS, read_instruction
 from data.forms.judged import judged_conversations, number, shared_start
-from data.forms.messages import Messages, read_conversation, read_messages, read_prompt
+from data.forms.messages import SYSTEM_KEYS, Messages, read_conversation, read_messages, read_prompt, system_of
 from data.forms.plain import read_reply
 from data.forms.preferences import ranking_from_pair
 from data.forms.scores import ranks_of_scores
 from data.forms.transcripts import NEMO_END, is_nemo, split_nemo
-from data.parsing import describe, parse_list, parse_text
+from data.parsing import describe, parse_list
 from data.records import prompt_key
 
 # ── OpenAI, Azure ────────────────────────────────────────────────────────────────────────────────
@@ -38,10 +37,10 @@ def service_pair(row: Row, options: Options) -> Row:
 
 
 def swift_pair(row: Row, options: Options) -> Row:
-    """Convert {messages, rejected_response} or {messages, rejected_messages}, chosen in `messages`."""
+    """Convert {messages, rejected_response or rejected_messages}; `messages` is chosen."""
     chosen = read_conversation(row)
     if row.get("rejected_messages"):
-        rejected = read_messages(row["rejected_messages"], row.get("system"), blank_end=True)
+        rejected = read_messages(row["rejected_messages"], system_of(row), blank_end=True)
     else:
         rejected = [*chosen[:-1], {"role": "assistant", "content": read_reply(row, "rejected_response", chosen[:-1])}]
     return judged_conversations(chosen, rejected, 0, margin=number(row.get("margin"), "margin"))
@@ -65,33 +64,14 @@ def swift_query_prompt(row: Row, options: Options) -> Row:
 
 def two_conversations(row: Row, options: Options) -> Row:
     """Convert {chosen_messages, rejected_messages}."""
-    whole = [read_messages(with_text(row[key]), blank_end=True) for key in ("chosen_messages", "rejected_messages")]
+    whole = [read_messages(row[key], blank_end=True) for key in ("chosen_messages", "rejected_messages")]
     return judged_conversations(whole[0], whole[1], 0)
 
 
 def two_conversations_prompt(row: Row, options: Options) -> Row:
     """Take what both conversations begin with alike."""
-    whole = [read_messages(with_text(row[key]), blank_end=True) for key in ("chosen_messages", "rejected_messages")]
+    whole = [read_messages(row[key], blank_end=True) for key in ("chosen_messages", "rejected_messages")]
     return {"prompt": shared_start(whole)}
-
-
-def with_text(messages: object) -> object:
-    """Join contents in parts, [{type: text, value}], into texts; other values stay."""
-    if not isinstance(messages, list):
-        return messages
-    return [joined_parts(message) if isinstance(message, dict) else message for message in messages]
-
-
-def joined_parts(message: Row) -> Row:
-    """Join the content of a message if it is a list of parts, all of which must be texts."""
-    parts = message.get("content")
-    if not isinstance(parts, list):
-        return message
-    for part in parts:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            kind = describe(part.get("type")) if isinstance(part, dict) else describe(part)
-            raise ValueError(f"a part of a message is {kind}; only parts of the type text are read")
-    return {**message, "content": "".join(str(part.get("value", part.get("text", ""))) for part in parts)}
 
 
 def old_output_pair(row: Row, options: Options) -> Row:
@@ -139,7 +119,7 @@ def question_pair(row: Row, options: Options) -> Row:
 
 def question_prompt(row: Row, options: Options) -> Row:
     """Take the question, with its system message."""
-    return {"prompt": read_prompt({"prompt": parse_text(row, "question"), "system": row.get("system")})}
+    return {"prompt": read_prompt(row, "question")}
 
 
 def trajectory_pair(row: Row, options: Options) -> Row:
@@ -169,10 +149,10 @@ def prompt_of(row: Row, options: Options) -> Row:
 
 
 def capybara_pair(row: Row, options: Options) -> Row:
-    """Convert {conversation, chosen, rejected} of Capybara-DPO, whose two conversations hold the prompt."""
-    return ranking_from_pair(
-        capybara_prompt(row, options)["prompt"], row, replace(options, ignore=options.ignore | {"prompt"})
-    )
+    """Convert {conversation, chosen, rejected} of Capybara-DPO, two whole conversations."""
+
+    theirs = replace(options, ignore=options.ignore | {"prompt"})
+    return ranking_from_pair(capybara_prompt(row, options)["prompt"], row, theirs)
 
 
 def capybara_prompt(row: Row, options: Options) -> Row:
@@ -216,38 +196,37 @@ def single_text(row: Row, options: Options) -> Row:
     raise LeftOut("a single answer")
 
 
-def gather_pairs(rows: Sequence[tuple[str, Row]], options: Options) -> Iterator[tuple[str, Row | LeftOut]]:
+def gather_pairs(rows: Sequence[tuple[str, Row]], options: Options) -> Iterator[tuple[str, Row | ValueError]]:
     """Make a ranking of every two lines {text}: the chosen conversation, then the rejected one."""
     if len(rows) % 2:
         raise ValueError(f"{len(rows)} texts, an odd number; expected the chosen and the rejected one in turn")
     for (location, chosen), (_, rejected) in zip(rows[::2], rows[1::2], strict=True):
         try:
-            item: Row | LeftOut = judged_conversations(
-                nemo_conversation(chosen["text"]), nemo_conversation(rejected["text"]), 0
-            )
-        except LeftOut as reason:
+            first, second = nemo_conversation(chosen["text"]), nemo_conversation(rejected["text"])
+            item: Row | ValueError = judged_conversations(first, second, 0)
+        except ValueError as reason:
             item = reason
         yield location, item
 
 
-def gather_labels(rows: Sequence[tuple[str, Row]], options: Options) -> Iterator[tuple[str, Row | LeftOut]]:
+def gather_labels(rows: Sequence[tuple[str, Row]], options: Options) -> Iterator[tuple[str, Row | ValueError]]:
     """Make a ranking of the texts with the same prompt, by their first label, or by another one.
 
     Args:
         rows: The rows {text, label}; a label is a number, or a list of which -100 is not judged.
         options: `by` is the index of the label, from 0.
     """
+    if options.by is not None and not options.by.isdigit():
+        raise ValueError(f"by: '{options.by}' is no index of a label; give a number from 0")
     index = int(options.by or 0)
     by_prompt: dict[str, list[tuple[str, Messages, float | None]]] = {}
     for location, row in rows:
-        messages = nemo_conversation(row["text"])
-        labels = row["label"] if isinstance(row["label"], list) else [row["label"]]
-        if index >= len(labels):
-            raise ValueError(f"by: {index} is no label of {len(labels)}; give an index from 0")
-        label = number(labels[index], "label")
-        by_prompt.setdefault(prompt_key(messages[:-1]), []).append(
-            (location, messages, None if label == -100 else label)
-        )
+        try:
+            messages, score = nemo_conversation(row["text"]), label_of(row["label"], index)
+        except ValueError as error:
+            yield location, error
+            continue
+        by_prompt.setdefault(prompt_key(messages[:-1]), []).append((location, messages, score))
     for answers in by_prompt.values():
         location, first, _ = answers[0]
         scores = [score for *_, score in answers]
@@ -257,6 +236,20 @@ def gather_labels(rows: Sequence[tuple[str, Row]], options: Options) -> Iterator
         responses = [messages[-1]["content"] for _, messages, _ in answers]
         ranks = ranks_of_scores(scores, options.tie_within)
         yield location, {"prompt": first[:-1], "responses": responses, "ranks": ranks, "scores": scores}
+
+
+def label_of(label: object, index: int) -> float | None:
+    """Return a label, a number or one of a list; None for -100, which was not judged.
+
+    Args:
+        label: The value in the row.
+        index: The index of the label, from 0.
+    """
+    labels = label if isinstance(label, list) else [label]
+    if index >= len(labels):
+        raise ValueError(f"by: {index} is none of {len(labels)} labels; give an index from 0")
+    value = number(labels[index], "label")
+    return None if value == -100 else value
 
 
 def nemo_prompt(row: Row, options: Options) -> Row:
@@ -277,14 +270,14 @@ SERVICE_PAIR = Form(
     prompt=service_prompt,
 )
 SWIFT_PAIR = Form(
-    ("messages", "rejected_response"), ("system", "margin"), swift_pair, name="ms-swift", prompt=swift_prompt
+    ("messages", "rejected_response"), (*SYSTEM_KEYS, "margin"), swift_pair, name="ms-swift", prompt=swift_prompt
 )
 SWIFT_MESSAGES = Form(
-    ("messages", "rejected_messages"), ("system", "margin"), swift_pair, name="ms-swift", prompt=swift_prompt
+    ("messages", "rejected_messages"), (*SYSTEM_KEYS, "margin"), swift_pair, name="ms-swift", prompt=swift_prompt
 )
 SWIFT_QUERY = Form(
     ("query", "response", "rejected_response"),
-    ("system", "history"),
+    (*SYSTEM_KEYS, "history"),
     swift_query_pair,
     name="ms-swift",
     prompt=swift_query_prompt,
@@ -298,7 +291,7 @@ TWO_CONVERSATIONS = Form(
 )
 OLD_OUTPUT_PAIR = Form(
     ("instruction", "output"),
-    ("input", "system", "history"),
+    INSTRUCTION_KEYS,
     old_output_pair,
     name="LLaMA-Factory's old pairs",
     fits=is_pair_of_texts,
@@ -306,7 +299,7 @@ OLD_OUTPUT_PAIR = Form(
 )
 RENAMED_PAIR = Form(
     ("chosen_response", "rejected_response"),
-    ("prompt", "instruction", "system"),
+    ("prompt", *INSTRUCTION_KEYS, "instruction"),
     renamed_pair,
     name="NeMo pairs",
     fits=lambda row: "prompt" in row or "instruction" in row,
@@ -314,7 +307,7 @@ RENAMED_PAIR = Form(
 )
 QUESTION_PAIR = Form(
     ("question", "chosen", "rejected"),
-    ("system",),
+    SYSTEM_KEYS,
     question_pair,
     name="orca_dpo_pairs",
     fits=lambda row: "prompt" not in row,
@@ -358,4 +351,20 @@ NEMO_LABELS = Form(
 )
 NEMO_PAIRS = Form(
     ("text",), (), single_text, name="NeMo-Aligner's pairs", fits=is_nemo_text, gather=gather_pairs, prompt=nemo_prompt
+)
+CHAT_TOOLS = (
+    SERVICE_PAIR,
+    SWIFT_PAIR,
+    SWIFT_MESSAGES,
+    SWIFT_QUERY,
+    TWO_CONVERSATIONS,
+    OLD_OUTPUT_PAIR,
+    RENAMED_PAIR,
+    QUESTION_PAIR,
+    TRAJECTORY_PAIR,
+    STEP_PAIR,
+    CAPYBARA_PAIR,
+    RANKED_COMPLETIONS,
+    NEMO_LABELS,
+    NEMO_PAIRS,
 )

@@ -22,7 +22,7 @@ def rated_answer(row: Row, options: Options) -> Row:
     raise LeftOut("a single rated answer")
 
 
-def gather_ratings(rows: Sequence[tuple[str, Row]], options: Options) -> Iterator[tuple[str, Row | LeftOut]]:
+def gather_ratings(rows: Sequence[tuple[str, Row]], options: Options) -> Iterator[tuple[str, Row | ValueError]]:
     """Make a ranking of the rated answers to each prompt.
 
     Args:
@@ -38,16 +38,14 @@ def gather_ratings(rows: Sequence[tuple[str, Row]], options: Options) -> Iterato
         if len(answers) < 2:
             yield location, LeftOut("a prompt with a single answer")
             continue
-        scores = [number(row.get(aspect), aspect) for _, row in answers]
-        yield (
-            location,
-            {
-                "prompt": helpsteer_prompt(first["prompt"]),
-                "responses": [row["response"] for _, row in answers],
-                "ranks": ranks_of_scores(scores, options.tie_within),
-                "scores": scores,
-            },
-        )
+        try:
+            scores = [number(row.get(aspect), aspect) for _, row in answers]
+        except ValueError as error:
+            yield location, error
+            continue
+        responses, ranks = [row["response"] for _, row in answers], ranks_of_scores(scores, options.tie_within)
+        prompt = helpsteer_prompt(first["prompt"])
+        yield location, {"prompt": prompt, "responses": responses, "ranks": ranks, "scores": scores}
 
 
 def prompt_of(row: Row, options: Options) -> Row:
@@ -128,3 +126,4 @@ HELPSTEER3_EDITS = Form(
     name="HelpSteer3 edits",
     prompt=context_prompt,
 )
+HELPSTEER = (HELPSTEER_RATINGS, HELPSTEER_PREFERENCE, HELPSTEER3, HELPSTEER3_EDITS)

@@ -146,6 +146,8 @@ def tiers_of(rows: Sequence[tuple[str, Row]]) -> list[str]:
     """Return the names of all buckets in the tasks, in the order in which they come."""
     found: dict[str, None] = {}
     for _, row in rows:
+        if not isinstance(row["annotations"], list):
+            continue  # an error, later
         for one in results_of(row):
             ranker = None if isinstance(one, LeftOut) else (one[1].get("value") or {}).get("ranker")
             if isinstance(ranker, dict) and not isinstance(one, LeftOut) and set(ranker) != {one[1].get("from_name")}:
@@ -153,7 +155,7 @@ def tiers_of(rows: Sequence[tuple[str, Row]]) -> list[str]:
     return list(found)
 
 
-def gather(rows: Sequence[tuple[str, Row]], options: Options) -> Iterator[tuple[str, Row | LeftOut]]:
+def gather(rows: Sequence[tuple[str, Row]], options: Options) -> Iterator[tuple[str, Row | ValueError]]:
     """Make a ranking of each person's comparison in each task.
 
     Args:
@@ -169,8 +171,12 @@ def gather(rows: Sequence[tuple[str, Row]], options: Options) -> Iterator[tuple[
         raise ValueError(f"the answers are sorted into the buckets {names}; say tiers: [{names}] in order, best first")
     seen: dict[str, int] = {}
     for location, row in rows:
-        for one in results_of(row):
-            item = one if isinstance(one, LeftOut) else ranking_of(row, *one, options)
+        try:
+            items = [one if isinstance(one, LeftOut) else ranking_of(row, *one, options) for one in results_of(row)]
+        except ValueError as error:
+            yield location, error
+            continue
+        for item in items:
             if not isinstance(item, LeftOut) and item["id"] is not None:
                 copies = seen[item["id"]] = seen.get(item["id"], 0) + 1
                 item["id"] += f"-{copies}" if copies > 1 else ""
@@ -195,7 +201,6 @@ def short_export(row: Row, options: Options) -> Row:
     raise ValueError("this is a short export of Label Studio (JSON-MIN or CSV); export the project as JSON")
 
 
-LABEL_STUDIO = Form(("annotations", "data"), ("id",), single_task, name="Label Studio", gather=gather, prompt=prompt_of)
-LABEL_STUDIO_SHORT = Form(
-    ("annotation_id", "annotator", "lead_time"), (), short_export, name="Label Studio's short export"
-)
+TASKS = Form(("annotations", "data"), ("id",), single_task, name="Label Studio", gather=gather, prompt=prompt_of)
+SHORT_EXPORT = Form(("annotation_id", "annotator", "lead_time"), (), short_export, name="Label Studio's short export")
+LABEL_STUDIO = (TASKS, SHORT_EXPORT)

@@ -182,10 +182,10 @@ def is_tree(row: Row) -> bool:
 # ── the flat table ───────────────────────────────────────────────────────────────────────────────
 
 
-def from_rows(take: Take) -> Callable[[Sequence[tuple[str, Row]], Options], Iterator[tuple[str, Row | LeftOut]]]:
+def from_rows(take: Take) -> Callable[[Sequence[tuple[str, Row]], Options], Iterator[tuple[str, Row | ValueError]]]:
     """Return the conversion of rows {message_id, parent_id, text, role, rank}."""
 
-    def gather(rows: Sequence[tuple[str, Row]], options: Options) -> Iterator[tuple[str, Row | LeftOut]]:
+    def gather(rows: Sequence[tuple[str, Row]], options: Options) -> Iterator[tuple[str, Row | ValueError]]:
         """Build the trees, and take what they hold."""
         nodes = {row["message_id"]: Node(row, location) for location, row in rows}
         roots = []
@@ -200,7 +200,10 @@ def from_rows(take: Take) -> Callable[[Sequence[tuple[str, Row]], Options], Iter
             else:
                 yield node.location, LeftOut(ORPHAN)
         for root in roots:
-            yield from walk(root, take)
+            try:
+                yield from walk(root, take)
+            except ValueError as error:
+                yield root.location, error
 
     return gather
 
@@ -218,11 +221,11 @@ def tree_form(take: Take) -> Form:
 
 def flat_form(take: Take) -> Form:
     """Return the form of the flat table."""
-    needs = ("message_id", "parent_id", "text", "role", "message_tree_id")
-    also = ("rank", "deleted", "review_result", "labels", "tree_state", "user_id")
+    needs = ("message_id", "text", "role", "message_tree_id")
+    also = ("parent_id", "rank", "deleted", "review_result", "labels", "tree_state", "user_id")
     return Form(needs, also, single_message, name="OASST messages", gather=from_rows(take))
 
 
-OASST_TREE_RANKINGS, OASST_RANKINGS = tree_form(ranking_at), flat_form(ranking_at)
-OASST_TREE_DEMONSTRATIONS, OASST_DEMONSTRATIONS = tree_form(demonstration_at), flat_form(demonstration_at)
-OASST_TREE_PROMPTS, OASST_PROMPTS = tree_form(prompt_at), flat_form(prompt_at)
+OASST_RANKINGS = (tree_form(ranking_at), flat_form(ranking_at))
+OASST_DEMONSTRATIONS = (tree_form(demonstration_at), flat_form(demonstration_at))
+OASST_PROMPTS = (tree_form(prompt_at), flat_form(prompt_at))

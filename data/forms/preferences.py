@@ -1,6 +1,6 @@
 r"""Convert preference pairs: `chosen` and `rejected` with or without a prompt.
 
-A pair is a ranking of K = 2, the chosen response first. Each of the two may be an answer, or a whole
+A pair is a ranking of K = 2, the chosen response first. Each of both may be an answer, or a whole
 conversation that ends with it: messages, or a transcript of Anthropic's hh-rlhf. Two conversations
 must be the same up to their last answers; pairs that part earlier are left out, and counted.
 """
@@ -8,7 +8,7 @@ must be the same up to their last answers; pairs that part earlier are left out,
 from data.forms.form import Form, LeftOut, Options, Row
 from data.forms.instructions import INSTRUCTION_KEYS, read_instruction
 from data.forms.judged import PARTED, number, shared_prompt, shared_start
-from data.forms.messages import Messages, read_conversation, read_messages, read_prompt
+from data.forms.messages import SYSTEM_KEYS, Messages, read_conversation, read_messages, read_prompt
 from data.forms.plain import RANKING_KEYS, read_reply
 from data.forms.scores import ranks_of_scores
 from data.forms.transcripts import hh_prompt, is_hh, split_hh
@@ -167,10 +167,14 @@ def prompt_of_bare_pair(row: Row, options: Options) -> Row:
 
 
 PROMPT_PAIR = Form(
-    ("prompt", *PAIR), (*PAIR_KEYS, "system"), prompt_pair, harmless=frozenset(["messages", "response", *SCORE_KEYS])
+    ("prompt", *PAIR),
+    (*PAIR_KEYS, *SYSTEM_KEYS),
+    prompt_pair,
+    harmless=frozenset(["messages", "response", *SCORE_KEYS]),
 )
-CONVERSATION_PAIR = Form(("conversations", *PAIR), (*PAIR_KEYS, "system"), conversation_pair)
-MESSAGES_PAIR = Form(("messages", *PAIR), (*PAIR_KEYS, "system"), messages_pair)
+CONVERSATION_PAIR = Form(("conversations", *PAIR), (*PAIR_KEYS, *SYSTEM_KEYS), conversation_pair)
+MESSAGES_PAIR = Form(("messages", *PAIR), (*PAIR_KEYS, *SYSTEM_KEYS), messages_pair)
 INSTRUCTION_PAIR = Form(("instruction", *PAIR), (*PAIR_KEYS, *INSTRUCTION_KEYS), instruction_pair)
 BARE_PAIR = Form(PAIR, PAIR_KEYS, bare_pair)
 BARE_PAIR_PROMPT = Form(PAIR, (), prompt_of_bare_pair)
+PAIRS = (PROMPT_PAIR, CONVERSATION_PAIR, MESSAGES_PAIR, INSTRUCTION_PAIR, BARE_PAIR)

@@ -25,7 +25,7 @@ def has_steps(row: Row) -> bool:
 
 
 def has_step_tags(row: Row) -> bool:
-    """Return whether `label` is Math-Shepherd's text, which repeats the solution with a mark a step."""
+    """Return whether `label` is a text in lines, the solution with a mark for each step."""
     return isinstance(row["label"], str) and isinstance(row["input"], str) and "\n" in row["label"]
 
 

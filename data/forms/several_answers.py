@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from data.forms.form import Form, LeftOut, Options, Row
 from data.forms.instructions import read_instruction
 from data.forms.judged import NO_PREFERENCE, choice, number
-from data.forms.messages import Messages, read_prompt
+from data.forms.messages import SYSTEM_KEYS, read_prompt
 from data.forms.plain import RANKING_KEYS
 from data.forms.scores import ranks_of_scores
 from data.forms.transcripts import hh_prompt, is_hh
@@ -33,7 +33,7 @@ def objects_of(row: Row, key: str, expected: str) -> list[dict]:
 
 
 def scored(prompt: object, responses: Sequence[object], scores: Sequence[float | None], options: Options) -> Row:
-    """Return a row of our ranking form for answers with scores; answers without a text are left out.
+    """Return a row of our ranking form for answers with scores; those without a text are left out.
 
     Args:
         prompt: The prompt.
@@ -77,7 +77,7 @@ def lists_of_answers(row: Row) -> bool:
 
 
 def good_and_bad(row: Row, options: Options) -> Row:
-    """Convert {prompt, chosen, rejected}, lists of answers: the chosen ones are tied for the first rank."""
+    """Convert {prompt, chosen, rejected}, lists of answers: the chosen ones are all ranked 1."""
     chosen, rejected = (value if isinstance(value, list) else [value] for value in (row["chosen"], row["rejected"]))
     expected = choice(row.get("num_correct"), "num_correct", range(1, len(chosen) + len(rejected) + 1))
     if expected is not None and expected + 1 != len(chosen):
@@ -87,7 +87,7 @@ def good_and_bad(row: Row, options: Options) -> Row:
 
 
 def exchange(row: Row, options: Options) -> Row:
-    """Convert {question, answers: [{text, pm_score}]} of Stack Exchange; who wrote them is not read."""
+    """Convert {question, answers: [{text, pm_score}]} of Stack Exchange; authors are not read."""
     answers = objects_of(row, "answers", "text, pm_score")
     scores = [number(one.get("pm_score"), "pm_score") for one in answers]
     return scored(row["question"], [one.get("text") for one in answers], scores, options)
@@ -133,10 +133,7 @@ def ultrafeedback(row: Row, options: Options) -> Row:
 
 
 def code_ultrafeedback(row: Row, options: Options) -> Row:
-    """Convert {instruction, responses: [{model, response}], annotations: {aspect: [{model, rating}]}}.
-
-    Each row was judged for one aspect, its `preference`.
-    """
+    """Convert {instruction, responses: [{model, response}], annotations: [{model, rating}]}."""
     responses = objects_of(row, "responses", "model, response")
     annotations = row["annotations"]
     if not isinstance(annotations, list):
@@ -155,11 +152,8 @@ def instruction_prompt(row: Row, options: Options) -> Row:
 
 
 def distilabel_prompt(row: Row, options: Options) -> Row:
-    """Take `instruction`, or `input` of older versions, with the system prompt where it is one."""
-    key = "instruction" if "instruction" in row else "input"
-    system = row.get("system_prompt")
-    prompt: str | Messages = read_prompt({"prompt": row[key], "system": system if isinstance(system, str) else None})
-    return {"prompt": prompt}
+    """Take `instruction`, or `input` of older versions, with the system message that goes before."""
+    return {"prompt": read_prompt(row, "instruction" if "instruction" in row else "input")}
 
 
 def distilabel(row: Row, options: Options) -> Row:
@@ -187,6 +181,12 @@ def columns_of(row: Row) -> dict[str, str]:
     """Return the columns of responses that have a rank or a score: name of the response → column."""
     columns = {match[1]: key for key in row if (match := WIDE.fullmatch(key))}
     return {name: key for name, key in columns.items() if f"rank_{name}" in row or f"score_{name}" in row}
+
+
+def wide_keys(row: Row) -> list[str]:
+    """Return the columns of responses, ranks and scores."""
+    columns = columns_of(row)
+    return [*columns.values(), *(f"{by}_{name}" for name in columns for by in ("rank", "score"))]
 
 
 def is_wide(row: Row) -> bool:
@@ -225,7 +225,7 @@ def preferences_with_candidates(row: Row, options: Options) -> Row:
 NECTAR = Form(("prompt", "answers"), (), nectar, name="Nectar", prompt=nectar_prompt)
 GOOD_AND_BAD = Form(
     ("prompt", "chosen", "rejected"),
-    ("id", "num_correct", "system"),
+    ("id", "num_correct", *SYSTEM_KEYS),
     good_and_bad,
     name="RewardBench 2",
     fits=lists_of_answers,
@@ -248,21 +248,22 @@ CODE_ULTRAFEEDBACK = Form(
     prompt=instruction_prompt,
 )
 DISTILABEL = Form(
-    ("instruction", "generations", "ratings"),
-    ("system_prompt",),
+    ("instruction", "generations"),
+    ("ratings", *SYSTEM_KEYS),
     distilabel,
     name="distilabel",
     prompt=distilabel_prompt,
+    harmless=frozenset(["chosen", "rejected"]),
 )
 DISTILABEL_RESPONSES = Form(
-    ("instruction", "responses", "ratings"), ("system_prompt",), distilabel, name="distilabel", prompt=distilabel_prompt
+    ("instruction", "responses", "ratings"), SYSTEM_KEYS, distilabel, name="distilabel", prompt=distilabel_prompt
 )
 DISTILABEL_OLD = Form(
-    ("input", "generations", "rating"), ("system_prompt",), distilabel, name="distilabel", prompt=distilabel_prompt
+    ("input", "generations", "rating"), SYSTEM_KEYS, distilabel, name="distilabel", prompt=distilabel_prompt
 )
 DISTILABEL_RANKS = Form(
     ("candidates", "ranks"),
-    ("instruction", "input", "system_prompt"),
+    ("instruction", "input", *SYSTEM_KEYS),
     ranked_candidates,
     name="PairRM",
     fits=lambda row: "instruction" in row or "input" in row,
@@ -275,4 +276,25 @@ HERMES_PREFERENCES = Form(
     name="OpenHermesPreferences",
     prompt=prompt_of,
 )
-WIDE_TABLE = Form(("prompt",), (*RANKING_KEYS, "system"), wide, name="a wide table", fits=is_wide, prompt=prompt_of)
+WIDE_TABLE = Form(
+    ("prompt",),
+    (*RANKING_KEYS, *SYSTEM_KEYS),
+    wide,
+    name="a wide table",
+    fits=is_wide,
+    prompt=prompt_of,
+    reads=wide_keys,
+)
+SEVERAL_ANSWERS = (
+    NECTAR,
+    EXCHANGE_SCORES,
+    ULTRAFEEDBACK,
+    CODE_ULTRAFEEDBACK,
+    DISTILABEL,
+    DISTILABEL_RESPONSES,
+    DISTILABEL_OLD,
+    DISTILABEL_RANKS,
+    HERMES_PREFERENCES,
+)
+FEW_KEYS = (GOOD_AND_BAD, WIDE_TABLE)
+"""Forms with few keys, which come after those with more."""

@@ -60,7 +60,7 @@ def split_nemo(text: str) -> Messages:
             HelpSteer's prompts have it.
 
     Returns:
-        Messages {role, content}; an empty system message is left out, the last content may be blank.
+        Messages {role, content}, without an empty system message; the last may be blank.
     """
     start, *parts = NEMO_TURN.split(text)
     messages = [{"role": "user", "content": start}] if start.strip() else []

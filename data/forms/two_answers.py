@@ -117,7 +117,7 @@ def alpaca_pair(row: Row, options: Options) -> Row:
     A preference of 1 is for the first, of 2 for the second; between them the nearer one wins, and
     1.5 is a tie, as is 0 in older files.
     """
-    preference = number(row["preference"], "preference")
+    preference = number(row.get("preference"), "preference")
     if preference is None:
         raise LeftOut(NO_PREFERENCE)
     if preference != 0 and not 1 <= preference <= 2:
@@ -238,10 +238,11 @@ WEB_PAIR = Form(
     ("question", "answer_0", "answer_1", "score_0", "score_1"), (), web_pair, name="webgpt", prompt=web_prompt
 )
 ALPACA_PAIR = Form(
-    ("instruction", "output_1", "output_2", "preference"),
-    ("input", "annotator", "dataset"),
+    ("instruction", "output_1", "output_2"),
+    ("preference", "input", "annotator", "dataset"),
     alpaca_pair,
     name="AlpacaEval and AlpacaFarm",
+    fits=lambda row: "label" not in row,
     prompt=instruction_prompt,
 )
 LABELLED_PAIR = Form(
@@ -278,4 +279,18 @@ EXCHANGE_PAIR = Form(
 )
 ACCEPTED_PAIR = Form(
     ("input", "accepted", "rejected"), (), accepted_pair, name="Code-Preference-Pairs", prompt=accepted_prompt
+)
+TWO_ANSWERS = (
+    SAFE_PAIR,
+    VOTES_PAIR,
+    SUMMARY_PAIR,
+    SUMMARY_AXES,
+    WEB_PAIR,
+    ALPACA_PAIR,
+    LABELLED_PAIR,
+    FEEDBACK_PAIR,
+    LETTER_PAIR,
+    VERDICT_PAIR,
+    EXCHANGE_PAIR,
+    ACCEPTED_PAIR,
 )
