@@ -126,7 +126,7 @@ def encode_beginnings(
 
 @dataclass(frozen=True)
 class _Split:
-    """Hold a rendered text with its token ids, and where the template's special tokens are in it."""
+    """Hold a rendered text with its token ids, and the places of the template's special tokens."""
 
     text: str
     """The text."""
@@ -135,7 +135,7 @@ class _Split:
     spans: list[tuple[int, int]]
     """(begin, end) of each special token in the text."""
     places: list[int]
-    """The position of each special token in the ids; [] where they do not match those in the text."""
+    """The position of each special token in the ids; [] where they do not match the text's."""
 
 
 class _Splitter:
@@ -153,7 +153,7 @@ class _Splitter:
         self.special_ids = {str(token): index for index, token in added if token.special}
         self.known = set(self.special_ids.values())
         self.ends: dict[str, list[int]] = {}
-        """The token ids of each short end that has been tokenized; nearly all conversations share one."""
+        """The token ids of each short end so far; nearly all conversations share one."""
 
     def split(self, text: str) -> _Split:
         """Tokenize a text in which every special token was written by the template."""

@@ -155,7 +155,9 @@ class EncodedDemonstrations:
         Args:
             name: The name of the tokenizer, or of its chat template.
         """
-        answers = "1 earlier answer has a row" if len(self.apart) == 1 else f"{len(self.apart):,} earlier answers have rows"
+        answers = (
+            "1 earlier answer has a row" if len(self.apart) == 1 else f"{len(self.apart):,} earlier answers have rows"
+        )
         return (
             f"the chat template of {name} writes earlier answers otherwise than they are sampled: {answers} of "
             f"{'its' if len(self.apart) == 1 else 'their'} own (the first: {self.apart[0]})"
@@ -201,9 +203,7 @@ def encode_demonstrations(
             places.append(place)
     prompts = [row.ids[: row.spans[0][0]] for row in rows]
     answers = [[row.ids[row.spans[0][0] :]] for row in rows]
-    kept, prompts, answers, encoded.report = fit_lengths(
-        prompts, answers, what="demonstration", names=places, **limits
-    )
+    kept, prompts, answers, encoded.report = fit_lengths(prompts, answers, what="demonstration", names=places, **limits)
     for i, prompt, (answer,) in zip(kept, prompts, answers, strict=True):
         row, length = rows[i], len(prompt) + len(answer)
         spans = [(begin, min(end, length)) for begin, end in row.spans if begin < length]
@@ -224,8 +224,8 @@ def teach(
 ) -> Iterator[list[TaughtRow]]:
     """Encode each demonstration as the fewest rows in which every answer is as it is sampled.
 
-    An answer is taught after exactly the ids that the policy sees before it, the chat template's for
-    the messages up to there. Where those and the answer begin the row of a later turn, one row
+    An answer is taught after exactly the ids that the policy sees before it: the chat template's,
+    of the messages up to there. Where those and the answer begin the row of a later turn, one row
     teaches both. Some templates write earlier turns otherwise (without their thoughts, for
     example), or no EOS after them: such a turn has a row of its own.
 
@@ -267,7 +267,7 @@ def teach(
 
 
 def _merge(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], prompts: Sequence[list[int]]) -> list[TaughtRow]:
-    """Return the fewest rows that teach the turns of one conversation, in order of their last turns.
+    """Return the fewest rows that teach the turns of a conversation, in order of their last turns.
 
     Args:
         tokenizer: The tokenizer.

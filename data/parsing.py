@@ -213,9 +213,7 @@ def parse_learnt(row: dict, prompt: str | tuple[dict, ...]) -> tuple[int, ...]:
     roles = [] if isinstance(prompt, str) else [message["role"] for message in prompt]
     answers = [i for i in range(1, len(roles)) if roles[i - 1 : i + 1] == ["user", "assistant"]]
     if not isinstance(learnt, list | tuple) or any(type(index) is not int or index not in answers for index in learnt):
-        raise ValueError(
-            f"'learnt' is {describe(learnt)}; expected indices (from 0) of answers in the prompt"
-        )
+        raise ValueError(f"'learnt' is {describe(learnt)}; expected indices (from 0) of answers in the prompt")
     return tuple(sorted(set(learnt)))
 
 

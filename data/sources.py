@@ -138,6 +138,10 @@ class Loaded:
     errors: list[str] = field(default_factory=list)
     """Lines "PLACE: what is wrong; what to do"."""
 
+    def left_out_lines(self) -> list[str]:
+        """Return a line for each reason why rows, or parts of rows, are left out: "12: why"."""
+        return [f"{number:,}: {reason}" for reason, number in self.left_out.most_common()]
+
 
 # ── loading for a stage ──────────────────────────────────────────────────────────────────────────
 
@@ -170,10 +174,21 @@ def load_placed(kind: str, source: Source) -> tuple[list, list[str]]:
         (records, locations); a location (FILE:LINE, or an index) names the record in later error
         lines.
     """
+    loaded = load_whole(kind, source)
+    return loaded.records, loaded.locations
+
+
+def load_whole(kind: str, source: Source) -> Loaded:
+    """Load records as `load` does, together with what else there is to say of the source.
+
+    Args:
+        kind: The kind of data.
+        source: Where the records come from.
+    """
     loaded = read(kind, source)
     if loaded.errors:
         raise UserError(shorten(loaded.errors))
-    return loaded.records, loaded.locations
+    return loaded
 
 
 def load_first(kind: str, source: Source, max_rows: int) -> list:

@@ -55,7 +55,7 @@ class Demonstrations:
     answer_tokens: list[int]
     """Tokens of each answer that is learnt, all rows together."""
     turns: TurnCount
-    """How many assistant turns there are, before the length limit, and how many are learnt after it."""
+    """How many assistant turns there are, and how many are learnt within the length limit."""
     report: LengthReport
     """How many rows were cut or dropped."""
 
@@ -148,11 +148,9 @@ def encode(session: Session, config: SFTSettings, source: Source, fraction: floa
     Raises:
         UserError: No prompt is left to hold out.
     """
-    demonstrations, places = load_placed_records("demonstrations", source)
+    demonstrations, places = load_placed_records("demonstrations", source, session.say)
     limit = LengthLimit(config.max_length, config.on_too_long, "sft")
-    encoded = encode_demonstrations(
-        tokenizer, demonstrations, names=places, turns=config.turns, **asdict(limit)
-    )
+    encoded = encode_demonstrations(tokenizer, demonstrations, names=places, turns=config.turns, **asdict(limit))
     if encoded.apart:
         session.say(encoded.apart_text(tokenizer.name_or_path))
     pairs = [Answered(turn.prompt, turn.answer) for turn in encoded.turns]

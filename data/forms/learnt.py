@@ -33,7 +33,9 @@ def is_excluded(message: Row, position: int, ignore: Collection[str] = ()) -> bo
         if value is None or key in ignore:
             continue
         if value not in (0, 1):  # True and False are 1 and 0
-            raise ValueError(f"'{key}' of message {position} is {describe(value)}; expected 0 (not learnt) or 1 (learnt)")
+            raise ValueError(
+                f"'{key}' of message {position} is {describe(value)}; expected 0 (not learnt) or 1 (learnt)"
+            )
         if value and role in ("user", "human", "system"):
             problem = f"'{key}' of message {position} asks to learn a message of the {role}; only answers are learnt"
             raise ValueError(f"{problem}: take it out, or say ignore: [{key}]")

@@ -196,6 +196,30 @@ class TestLimits:
             self.encode(tokenizer, demonstration, max_length=len(encoded.rows[0]["input_ids"]))
 
 
+MARKED = {  # templates that mark what transformers and trl (assistant_only_loss) take as the assistant's
+    "own": "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] }}{{ eos_token }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}",
+    "chatml": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("kind", MARKED)
+def test_labels_are_those_of_a_template_that_marks_the_assistants_tokens(kind):
+    tokenizer, demonstration = ready(kind), talk(*SAID[:4], *SAID[:2])
+    (row,) = encode_demonstrations(tokenizer, [demonstration], names=["x"], **LIMITS).rows
+    marked = tokenizer.apply_chat_template(
+        [*demonstration.prompt, assistant(demonstration.completion)],
+        chat_template=MARKED[kind],
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    ids, mask = marked["input_ids"], marked["assistant_masks"]
+    length = len(row["labels"])  # a template may write a newline after the last turn
+    labels = [index if is_said else -100 for index, is_said in zip(ids, mask, strict=True)]
+    assert (ids[:length], labels[:length]) == (row["input_ids"], row["labels"]) and not any(mask[length:])
+
+
 @pytest.mark.parametrize("kind", ["chatml", "qwen3"])
 def test_the_gradient_is_that_of_one_row_a_turn(kind):
     """Check a row with several answers against the sum over a row for each."""
@@ -235,7 +259,9 @@ class TestForms:
         demonstration, parts = self.read(system("Hm."), user("a"), assistant("b"), user("c"), assistant("d"))
         assert (demonstration.learnt, demonstration.completion, parts) == ((2,), "d", [])
 
-    @pytest.mark.parametrize("key, value", [("weight", 0), ("weight", 0.0), ("loss_weight", 0), ("loss", False), ("train", False)])
+    @pytest.mark.parametrize(
+        "key, value", [("weight", 0), ("weight", 0.0), ("loss_weight", 0), ("loss", False), ("train", False)]
+    )
     def test_excluded_answers_are_context(self, key, value):
         demonstration, parts = self.read(user("a"), assistant("b", **{key: value}), user("c"), assistant("d", weight=1))
         assert demonstration.learnt == () and len(demonstration.prompt) == 3
@@ -257,17 +283,20 @@ class TestForms:
         ]
 
     def test_marks_count_from_the_message_that_has_them(self):
-        """Check that an empty system message, which is not read, moves no mark to another message."""
+        """Check that an empty system message, which is not read, moves no mark."""
         demonstration, _ = self.read(
             system(""), user("a"), assistant("b"), user("c"), assistant("d", weight=0), user("e"), assistant("f")
         )
         assert demonstration.learnt == (1,)
-        row = {"system": "Hm.", "messages": [user("a"), assistant("b", weight=0), user("c"), assistant("d"), user("e"), assistant("f")]}
+        row = {
+            "system": "Hm.",
+            "messages": [user("a"), assistant("b", weight=0), user("c"), assistant("d"), user("e"), assistant("f")],
+        }
         assert MESSAGES_DEMONSTRATION.convert(row, Options())[0]["learnt"] == [4]
 
     def test_other_weights_and_learnt_user_turns_are_refused_unless_ignored(self):
         for value in (0.5, "0", 2):
-            with pytest.raises(ValueError, match="'weight' of message 2 is .*; expected 0"):
+            with pytest.raises(ValueError, match=r"'weight' of message 2 is .*; expected 0"):
                 self.read(user("a"), assistant("b", weight=value), user("c"), assistant("d"))
         with pytest.raises(ValueError, match=r"'train' of message 1 asks to learn .*; .* ignore: \[train\]"):
             self.read(user("a", train=True), assistant("b"))
@@ -292,10 +321,15 @@ class TestForms:
     def test_learnt_indices_that_name_no_answer_are_refused(self):
         prompt = [user("a"), assistant("b"), user("c")]
         assert parse_demonstration({"prompt": prompt, "completion": "d", "learnt": [1]}).learnt == (1,)
-        for row in ({"prompt": prompt, "learnt": [0]}, {"prompt": prompt, "learnt": [3]}, {"prompt": "a", "learnt": [0]},
-                    {"prompt": [assistant("b"), user("c")], "learnt": [0]}):  # fmt: skip
+        for other, learnt in (
+            (prompt, [0]),
+            (prompt, [3]),
+            (prompt, 1),
+            ("a", [0]),
+            ([assistant("b"), user("c")], [0]),
+        ):
             with pytest.raises(ValueError, match="'learnt' is"):
-                parse_demonstration({**row, "completion": "d"})
+                parse_demonstration({"prompt": other, "completion": "d", "learnt": learnt})
 
 
 class TestCounts:
@@ -306,7 +340,9 @@ class TestCounts:
         count = count_turns([whole, some, Demonstration("a", "b")])
         assert (count.conversations, count.assistant, count.learnt) == (3, 7, 6)
         assert count.text() == "7 assistant turns, 6 learnt"
-        assert count_turns([whole], "last").learnt == 1 and count_turns([whole]).text() == "3 assistant turns, all learnt"
+        assert (
+            count_turns([whole], "last").learnt == 1 and count_turns([whole]).text() == "3 assistant turns, all learnt"
+        )
         assert [len(prompt) for prompt in learnt_prompts([whole])] == [1, 3, 5]
 
     def test_conversations_that_open_alike_share_a_key(self):
