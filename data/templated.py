@@ -13,7 +13,6 @@ one that has markers in its middle, is a text like others.
 import re
 from dataclasses import dataclass
 
-
 # ── the templates ────────────────────────────────────────────────────────────────────────────────
 
 
@@ -48,6 +47,13 @@ END = (
 )
 """What ends a turn or a text in any template."""
 
+BAIZE = Template(
+    name="Baize, [|Human|]",
+    turn=r"(?P<user>\[\|Human\|\])|(?P<assistant>\[\|(?:AI|Assistant)\|\])",
+    begins=r"\[\|Human\|\]",
+    ends=r"\[\|(?:AI|Assistant)\|\]",
+    preamble=r"The conversation between human and AI assistant\.",
+)
 TEMPLATES = (
     Template(
         name="ChatML, <|im_start|>",
@@ -127,13 +133,7 @@ TEMPLATES = (
         ends=r"<\|(?:MOSS|Assistant|AI)\|>:?",
         end=r"<eo[mh]>",
     ),
-    Template(
-        name="Baize, [|Human|]",
-        turn=r"(?P<user>\[\|Human\|\])|(?P<assistant>\[\|(?:AI|Assistant)\|\])",
-        begins=r"\[\|Human\|\]",
-        ends=r"\[\|(?:AI|Assistant)\|\]",
-        preamble=r"The conversation between human and AI assistant\.",
-    ),
+    BAIZE,
     Template(
         name="[INST] of Llama 2 or Mistral",
         turn=r"(?P<system>\[SYSTEM_PROMPT\])|(?P<user>\[INST\])|(?P<assistant>\[/INST\])",
