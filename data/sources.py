@@ -25,6 +25,7 @@ from data.forms.meaning import refuse_meaningful_keys, refuse_unknown_keys
 from data.mixture import mix
 from data.parsing import METADATA, parse_demonstration, parse_document, parse_prompt, parse_ranking
 from data.records import Prompt, Ranking, Record, content_id, judged_pairs, prompt_key
+from data.templated import without_templates
 from pipeline.errors import UserError
 
 PARSERS: dict[str, Callable[[dict], Record]] = {
@@ -398,7 +399,7 @@ class RowReader:
         converted = form.convert(row, options)
         return converted if isinstance(converted, list) else [converted]
 
-    def _record(self, location: str, item: dict | LeftOut, row: dict) -> Iterator[tuple[str, Record]]:
+    def _record(self, location: str, item: dict | ValueError, row: dict) -> Iterator[tuple[str, Record]]:
         """Yield the record of a row of our own form; none if it is left out, wrong, or repeated.
 
         Args:
@@ -409,8 +410,13 @@ class RowReader:
         if isinstance(item, LeftOut):
             self.loaded.left_out[str(item)] += 1
             return
+        if isinstance(item, ValueError):
+            self._bad(location, item)
+            return
         try:
             item = {**{key: row[key] for key in KEPT if key in row}, **item}
+            if self.kind != "documents":
+                item = without_templates(item, self.source.templated)
             record = PARSERS[self.kind](item)
             if isinstance(record, Ranking):
                 record = with_own_id(record, location, self._seen)
