@@ -107,7 +107,9 @@ BRIEFED = (system("s"), user("a"))
     ],
 )
 def test_demonstrations(tmp_path, row, prompt, completion):
-    assert one(tmp_path, "demonstrations", row) == Demonstration(prompt, completion)
+    answers = tuple(i for i, message in enumerate(prompt) if message in (assistant("b"), gpt("b")))
+    learnt = () if "completion" in row else answers
+    assert one(tmp_path, "demonstrations", row) == Demonstration(prompt, completion, learnt)
 
 
 @pytest.mark.parametrize(
@@ -215,8 +217,8 @@ def test_documents(tmp_path):
         (DEMO, {"instruction": "i", "output": "o", "history": [["a"]]}, "a turn of 'history'"),
         (DEMO, {"instruction": "i", "output": "o", "system": 5}, "'system' is 5"),
         (DEMO, {"messages": [user("a")]}, "no message of the assistant"),
-        (DEMO, {"messages": [assistant("a")]}, "the prompt has no messages"),
-        (DEMO, {"messages": [user("a"), assistant("b"), assistant("c")]}, "ends with the assistant's"),
+        (DEMO, {"messages": [assistant("a")]}, "no message of the assistant answers"),
+        (DEMO, {"messages": [user("a"), assistant("b"), assistant("c")]}, "both the assistant's"),
         (DEMO, {"messages": []}, "the messages are a list"),
         (DEMO, {"messages": [user("a"), {"role": "tool", "content": "x"}]}, "message 2 is 'tool'"),
         (DEMO, {"messages": [user("a"), assistant(" ")]}, "content of message 2 is blank"),
