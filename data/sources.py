@@ -34,6 +34,8 @@ PARSERS: dict[str, Callable[[dict], Record]] = {
     "evaluation_prompts": parse_prompt,
 }
 """Kind of data → what makes a record of a row of our own form."""
+REPEATED = "duplicate"
+"""Why a repeated prompt is left out."""
 KEPT = ("user_id", "kind", "meta")
 """Keys of any form's rows that records keep."""
 
@@ -136,6 +138,20 @@ class Loaded:
     """Whether reading stopped at `max_rows` rows, so that there may be more."""
     errors: list[str] = field(default_factory=list)
     """Lines "PLACE: what is wrong; what to do"."""
+    tell: Callable[[str, str, str], None] | None = None
+    """Is called with (location, reason, what it is a copy of or what is wrong) for each row, or part
+    of a row, that gives no record; None: counting them is enough."""
+
+    def leave_out(self, location: str, reason: str, detail: str = "") -> None:
+        """Tell of a row that gives no record, if anybody wants to know.
+
+        Args:
+            location: Where it is.
+            reason: Why: one of a few sentences.
+            detail: What it is a copy of, or what is wrong with it.
+        """
+        if self.tell is not None:
+            self.tell(location, reason, detail)
 
 
 # ── loading for a stage ──────────────────────────────────────────────────────────────────────────
@@ -322,6 +338,7 @@ class RowReader:
             self.count += 1
             if self.source.where and not self._is_wanted(value):
                 self.loaded.filtered += 1
+                self.loaded.leave_out(location, "where")
                 continue
             self.loaded.rows += 1
             try:
@@ -332,6 +349,7 @@ class RowReader:
                 converted = self._convert(form, row, options)
             except LeftOut as reason:
                 self.loaded.left_out[str(reason)] += 1
+                self.loaded.leave_out(location, str(reason))
                 continue
             except ValueError as error:
                 self._bad(location, error)
@@ -392,6 +410,7 @@ class RowReader:
         """
         if isinstance(item, LeftOut):
             self.loaded.left_out[str(item)] += 1
+            self.loaded.leave_out(location, str(item))
             return
         try:
             item = {**{key: row[key] for key in KEPT if key in row}, **item}
@@ -405,6 +424,7 @@ class RowReader:
             first = self._seen.setdefault(prompt_key(record.prompt), location)
             if first != location:
                 self.loaded.duplicates += 1
+                self.loaded.leave_out(location, REPEATED, first)
                 return
         yield location, record
 
@@ -412,6 +432,7 @@ class RowReader:
         """Count a row with a mistake as dropped, or as an error, as the source says."""
         if self.source.on_bad_row == "drop":
             self.loaded.dropped.append((location, str(error)))
+            self.loaded.leave_out(location, "bad row", str(error))
         else:
             self.loaded.errors.append(f"{location}: {error}")
 
