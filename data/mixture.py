@@ -10,9 +10,9 @@ def mix(sizes: Sequence[int], weights: Sequence[float | None]) -> list[tuple[int
     """Choose records of several sources so that their shares are as the weights say.
 
     Without weights all records are taken, source after source. With weights no record is taken
-    twice: the source that is scarcest for its weight gives all it has, and the others a random part,
-    always the same one. The sources are interleaved evenly, so that the first records of a mixture
-    have its shares too.
+    twice: the source that is scarcest for its weight gives all it has, and the others a random
+    part, always the same one. The sources are interleaved evenly, so that the first records of a
+    mixture have its shares too.
 
     Args:
         sizes: The number of records of each source.

@@ -14,7 +14,7 @@ from data.records import Demonstration, Document, Prompt, Ranking, content_id
 
 ROLES = ("system", "user", "assistant")
 METADATA = ("meta", "metadata", "id", "source", "url", "timestamp", "user_id", "kind")
-"""Keys that any row may have; `meta`, `user_id` and `kind` are kept, and the others are not read."""
+"""Keys that any row may have; `meta`, `user_id` and `kind` are kept, the others are not read."""
 
 # ── rows ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -139,8 +139,10 @@ def parse_ranks(ranks: list, count: int) -> tuple[int | None, ...]:
         checked.append(rank)
     judged = [rank for rank in checked if rank is not None]
     if judged and (min(judged) != 1 or max(judged) > count):
-        problem = f"the ranks go from {min(judged)} to {max(judged)} among {count} responses; expected 1 (best) to at most {count}"
-        raise ValueError(f"{problem}. Are these scores (higher is better)? Then call them 'scores'")
+        raise ValueError(
+            f"the ranks go from {min(judged)} to {max(judged)} among {count} responses; expected 1 (best) to at most "
+            f"{count}. Are these scores (higher is better)? Then call them 'scores'"
+        )
     return tuple(checked)
 
 
@@ -194,7 +196,7 @@ def parse_about(row: dict) -> dict[str, Any]:
     return {
         "user_id": parse_name(row, "user_id"),
         "kind": row["kind"] if isinstance(row.get("kind"), str) else None,
-        "meta": meta if isinstance(meta, dict) else None,
+        "meta": meta if isinstance(meta, dict) and meta else None,
     }
 
 

@@ -36,7 +36,7 @@ class Demonstration:
     completion: str
     """The assistant's answer, without EOS."""
     learnt: tuple[int, ...] = ()
-    """Indices (from 0) of assistant messages inside the prompt that are answers to teach as well."""
+    """Indices (from 0) of assistant messages inside the prompt that are answers to teach too."""
     user_id: str | None = None
     """Who wrote the prompt; None if that is not known."""
     kind: str | None = None

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from data.error_lines import shorten
+from data.files.json_rows import Reading, read_rows
+from data.files.tables import hub_rows, is_parquet, parquet_rows
 from data.forms import FORMS, PROMPT_KINDS, recognise
 from data.forms.form import Form, LeftOut, Options
 from data.forms.meaning import refuse_meaningful_keys, refuse_unknown_keys
-from data.json_rows import Reading, read_rows
 from data.mixture import mix
 from data.parsing import METADATA, parse_demonstration, parse_document, parse_prompt, parse_ranking
 from data.records import Prompt, Ranking, Record, content_id, judged_pairs, prompt_key
-from data.tables import hub_rows, is_parquet, parquet_rows
 from pipeline.errors import UserError
 
 PARSERS: dict[str, Callable[[dict], Record]] = {
@@ -65,7 +65,7 @@ class Source:
     ignore: tuple[str, ...] = ()
     """Keys that are left unread on purpose although they change what a row means."""
     templated: str | None = None
-    """What to do with text that has a chat template in it: "strip", "keep", or None to refuse it."""
+    """What to do with text that has a chat template in it: "strip", "keep"; None: refuse it."""
     by: str | None = None
     """Which of several judgments makes the ranks; None for the form's first."""
     tie_within: float = 0.0

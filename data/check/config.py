@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.conversations import end_of_turn
+from data.files.tables import first_line
 from data.forms import FORMS, PROMPT_KINDS
 from data.sources import Source
-from data.tables import first_line
 from data.template_text import with_variables
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from data.check.lengths import add_answer_lengths, add_lengths, add_template_agr
 from data.check.pairs import add_pairs
 from data.check.prompts import add_duplicates, add_shared_prompts
 from data.check.report import OtherData, Report
+from data.files.json_rows import Reading
 from data.forms import FORMS, recognise
-from data.json_rows import Reading
 from data.parsing import describe
 from data.sources import PARSERS, Loaded, Source, read, source_rows
 

@@ -5,7 +5,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from data.json_rows import Reading
+from data.files.json_rows import Reading
 
 
 def is_parquet(path: str | Path) -> bool:

@@ -61,7 +61,7 @@ def form_of(kind: str, row: dict) -> Form | None:
     own = next((form for form in FORMS[kind] if is_of(form, row)), None)
     if kind not in PROMPT_KINDS:
         return own
-    # A row with answers is read as what it is, and gives its prompt; it is more specific than {prompt}.
+    # A row with answers is read as what it is, and gives its prompt: more specific than {prompt}.
     answered = (form for other in ANSWERED for form in FORMS[other] if form.name and is_of(form, row))
     return next(answered, own)
 

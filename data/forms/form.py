@@ -24,19 +24,18 @@ class Options:
     ignore: frozenset[str] = frozenset()
     """Keys that may be left unread although they change what a row means."""
     templated: str | None = None
-    """What to do with text that a chat template has already been applied to: "strip", "keep", or
-    None to refuse it."""
+    """What to do with text that has a chat template in it: "strip", "keep"; None: refuse it."""
     tie_within: float = 0.0
     """The difference up to which two scores are a tie."""
     min_score_ratio: float = 1.0
     """The smallest ratio of the better score to the worse one, for forms that count votes."""
     tiers: tuple[str, ...] = ()
-    """The names of the tiers, the best first, for forms whose labelers sort answers into buckets."""
+    """The names of the tiers, the best first, for forms whose labelers sort into buckets."""
 
 
 Converted = Row | list[Row | LeftOut]
-"""Rows of our own form: {text}, {prompt}, {prompt, completion, learnt?} or {prompt, responses, ranks
-or scores, …}; among several, a LeftOut counts a part that holds nothing."""
+"""Rows of our own form: {text}, {prompt}, {prompt, completion, learnt?} or {prompt, responses,
+ranks or scores, …}; among several, a LeftOut counts a part that holds nothing."""
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,56 @@ from data.forms.form import Form, Row
 from data.parsing import METADATA
 
 OF_ANSWERS = frozenset(
-    """label labels kto_tag weight loss loss_weight train masked rejected rejected_response rejected_responses
-    chosen answers completions generations responses instances ranks rank ranking scores score_chosen
-    score_rejected preference winner ratings""".split()
+    [
+        "label",
+        "labels",
+        "kto_tag",
+        "weight",
+        "loss",
+        "loss_weight",
+        "train",
+        "masked",
+        "rejected",
+        "rejected_response",
+        "rejected_responses",
+        "chosen",
+        "answers",
+        "completions",
+        "generations",
+        "responses",
+        "instances",
+        "ranks",
+        "rank",
+        "ranking",
+        "scores",
+        "score_chosen",
+        "score_rejected",
+        "preference",
+        "winner",
+        "ratings",
+    ]
 )
 """Keys that say how an answer is to be taken, or hold further answers."""
 OF_PROMPTS = frozenset(
-    """tools tool_calls tool_call_id functions function_call images image audios audio videos video context
-    reasoning_content reasoning thinking prefix instances""".split()
+    [
+        "tools",
+        "tool_calls",
+        "tool_call_id",
+        "functions",
+        "function_call",
+        "images",
+        "image",
+        "audios",
+        "audio",
+        "videos",
+        "video",
+        "context",
+        "reasoning_content",
+        "reasoning",
+        "thinking",
+        "prefix",
+        "instances",
+    ]
 )
 """Keys that are a part of the conversation, and without which the model would see another one."""
 MATTERS = {

@@ -9,7 +9,7 @@ from data.forms.scores import ranks_of_scores
 from data.parsing import check_scores, describe, parse_list
 from data.records import as_messages
 
-RANKING_KEYS = ("id", "labeler", "margin", "finished", "scores")
+RANKING_KEYS = ("id", "labeler", "margin", "finished")
 """Keys that a ranking of any form may have."""
 
 
@@ -66,6 +66,6 @@ def scored_ranking_of(row: dict, options: Options) -> dict:
 
 TEXT = Form(("text",), (), text_of)
 PROMPT_COMPLETION = Form(("prompt", "completion"), ("system", "learnt"), completion_of)
-RANKED_RESPONSES = Form(("prompt", "responses", "ranks"), (*RANKING_KEYS, "system"), ranking_of, strict=True)
+RANKED_RESPONSES = Form(("prompt", "responses", "ranks"), (*RANKING_KEYS, "scores", "system"), ranking_of, strict=True)
 SCORED_RESPONSES = Form(("prompt", "responses", "scores"), (*RANKING_KEYS, "system"), scored_ranking_of, strict=True)
 PROMPT_ONLY = Form(("prompt",), ("system",), prompt_of)

@@ -10,8 +10,11 @@ from data.forms.form import Form, Options
 from data.forms.instructions import INSTRUCTION_KEYS, read_instruction
 from data.forms.messages import Messages, read_conversation, read_messages, read_prompt
 from data.forms.plain import RANKING_KEYS, read_reply
+from data.parsing import check_scores
 
 PAIR = ("chosen", "rejected")
+PAIR_KEYS = (*RANKING_KEYS, "score_chosen", "score_rejected")
+"""Keys that a pair may have."""
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 """Roles as hh-rlhf writes them."""
 
@@ -25,7 +28,11 @@ def ranking_from_pair(prompt: str | Messages, row: dict) -> dict:
     """
     responses = [read_reply(row, "chosen", prompt), read_reply(row, "rejected", prompt)]
     optional = {key: row.get(key) for key in RANKING_KEYS}
-    return {"prompt": prompt, "responses": responses, "ranks": [1, 2], **optional}
+    scores = [row.get("score_chosen"), row.get("score_rejected")]
+    if None not in scores:
+        optional["scores"] = list(check_scores(scores, 2))
+    is_tie = None not in scores and scores[0] == scores[1]
+    return {"prompt": prompt, "responses": responses, "ranks": [1, 1] if is_tie else [1, 2], **optional}
 
 
 def read_transcript(value: object) -> Messages:
@@ -75,8 +82,8 @@ def prompt_of_bare_pair(row: dict, options: Options) -> dict:
     return {"prompt": shared_prompt(row)}
 
 
-PROMPT_PAIR = Form(("prompt", *PAIR), (*RANKING_KEYS, "system"), prompt_pair)
-CONVERSATION_PAIR = Form(("conversations", *PAIR), (*RANKING_KEYS, "system"), conversation_pair)
-INSTRUCTION_PAIR = Form(("instruction", *PAIR), (*RANKING_KEYS, *INSTRUCTION_KEYS), instruction_pair)
-BARE_PAIR = Form(PAIR, RANKING_KEYS, bare_pair)
+PROMPT_PAIR = Form(("prompt", *PAIR), (*PAIR_KEYS, "system"), prompt_pair)
+CONVERSATION_PAIR = Form(("conversations", *PAIR), (*PAIR_KEYS, "system"), conversation_pair)
+INSTRUCTION_PAIR = Form(("instruction", *PAIR), (*PAIR_KEYS, *INSTRUCTION_KEYS), instruction_pair)
+BARE_PAIR = Form(PAIR, PAIR_KEYS, bare_pair)
 BARE_PAIR_PROMPT = Form(PAIR, (), prompt_of_bare_pair)

@@ -12,13 +12,15 @@ import pytest
 from jinja2 import TemplateError
 from rich.console import Console
 
+from data import sources
 from data.check import command as checks
 from data.check.config import limits_of
-from data.check.inspect_file import check, guess_kind
-from data.check.report import OtherFile
+from data.check.inspect_file import check as check_source
+from data.check.inspect_file import guess_kind
+from data.check.report import OtherData
 from data.encode import encode_prompt, encode_response
 from data.length_limit import fit_lengths
-from data.sources import load
+from data.sources import Source
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +49,10 @@ def written(tmp_path, *rows, name="rows.jsonl") -> Path:
     return path
 
 
+def check(path, *args, **options):
+    return check_source(Source(path), *args, **options)
+
+
 def facts(report) -> dict[str, str]:
     return dict(report.facts)
 
@@ -72,7 +78,7 @@ PAIR = {"prompt": "p", "chosen": "x", "rejected": "y"}
     ],
 )
 def test_the_kind_is_guessed_from_the_keys(tmp_path, row, name, kind):
-    assert guess_kind(written(tmp_path, row, name=name)) == kind
+    assert guess_kind(Source(written(tmp_path, row, name=name))) == kind
 
 
 @pytest.mark.parametrize(
@@ -86,7 +92,7 @@ def test_the_kind_is_guessed_from_the_keys(tmp_path, row, name, kind):
     ],
 )
 def test_damaged_rows_still_have_their_kind(tmp_path, rows, kind):
-    assert guess_kind(written(tmp_path, *rows)) == kind
+    assert guess_kind(Source(written(tmp_path, *rows))) == kind
 
 
 def test_demonstrations_in_words(tmp_path):
@@ -104,7 +110,7 @@ def test_demonstrations_in_words(tmp_path):
         "completion length": "1 to 20 words · median 9 · 95 % up to 19",
         "duplicates": "1 rows · 20 prompts that came before, kept",
     }
-    assert ("form", "{prompt, completion, system?}: 21 rows") in report.facts
+    assert ("form", "{prompt, completion, system?, learnt?}: 21 rows") in report.facts
     lines = report.lines()
     assert lines[1] == "kind               demonstrations" and lines[-1] == "errors             none"
 
@@ -161,7 +167,7 @@ def test_what_is_too_long_is_what_training_would_find(tmp_path, on_too_long, tex
     assert said["too long"].startswith(f"{text} · limit 9 tokens, on_too_long: {on_too_long}")
     assert f"the first at {path}:3" in said["too long"]
 
-    records = load("demonstrations", path)
+    records = sources.load("demonstrations", Source(path))
     prompts = [encode_prompt(Letters(), r.prompt) for r in records]
     responses = [[encode_response(Letters(), r.completion)] for r in records]
     options = {"max_length": 9, "on_too_long": on_too_long, "what": "demonstration", "section": "sft"}
@@ -216,15 +222,15 @@ def test_leaks(tmp_path):
     training = written(tmp_path, *({"prompt": p, "completion": "x"} for p in "ab"), name="training.jsonl")
     corpus = written(tmp_path, {"text": "a"}, name="corpus.jsonl")
     files = (("evaluation_prompts", held_out), ("demonstrations", training), ("documents", corpus))
-    against = [OtherFile(name, file) for name, file in files]
+    against = [OtherData(name, Source(file)) for name, file in files]
     report = check(mine, against=against)
     assert facts(report)["also in evaluation_prompts"] == "1 of 3 prompts"
     assert facts(report)["also in demonstrations"] == "2 of 3 prompts"  # training data may share prompts
     assert "also in documents" not in facts(report)
     [line] = report.errors
     assert line.startswith(f"{mine}:3: this prompt is at {held_out}:1 (evaluation_prompts) too: a leak; ")
-    assert len(check(mine, "evaluation_prompts", against=[OtherFile("demonstrations", training)]).errors) == 2
-    assert len(check(training, against=[OtherFile("validation", training)]).errors) == 2
+    assert len(check(mine, "evaluation_prompts", against=[OtherData("demonstrations", Source(training))]).errors) == 2
+    assert len(check(training, against=[OtherData("validation", Source(training))]).errors) == 2
 
 
 def test_near_copies_of_evaluation_prompts_are_counted(tmp_path):
@@ -233,7 +239,7 @@ def test_near_copies_of_evaluation_prompts_are_counted(tmp_path):
     mine = written(tmp_path, *mine, name="prompts.jsonl")
     held_out = written(tmp_path, *({"prompt": p} for p in ("a riddle", "what color is the fox ?")), name="held.jsonl")
     for names, looked in ((["evaluation_prompts", "validation"], 2), (["prompts"], 0)):
-        report = check(mine, against=[OtherFile(name, held_out) for name in names])
+        report = check(mine, against=[OtherData(name, Source(held_out)) for name in names])
         said = [text for label, text in report.facts if label == "near copies"]
         first = f"the first at {mine}:3, of {held_out}:2"
         assert said == [f"1 of 3 prompts are near copies of prompts in {name} · {first}" for name in names[:looked]]

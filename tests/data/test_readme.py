@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data.forms import FORMS
-from data.sources import load
+from data.sources import Source, load
 
 README = Path(__file__).parents[2] / "data" / "README.md"
 BLOCKS = re.findall(r"^```(\S+) ?(\S*)\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
@@ -18,7 +18,7 @@ ROWS = [(kind, line) for language, kind, text in BLOCKS if language == "jsonl" f
 def test_every_example_row_loads_as_its_kind(tmp_path, kind, line):
     path = tmp_path / "rows.jsonl"
     path.write_text(line + "\n", encoding="utf-8")
-    assert len(load(kind, path)) == 1
+    assert len(load(kind, Source(path))) == 1
 
 
 def test_every_form_has_an_example_row():

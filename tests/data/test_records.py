@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from data import records
 from data.error_lines import shorten
-from data.json_rows import Reading, read_rows
+from data.files.json_rows import Reading, read_rows
 from data.parsing import parse_demonstration, parse_document, parse_prompt, parse_ranking
 from data.records import Demonstration, Document, Prompt, Ranking, write_jsonl
-from data.sources import load
+from data.sources import Source, load
 from pipeline.errors import UserError
 
 SETTINGS = settings(max_examples=50, deadline=None, derandomize=True, database=None)
@@ -34,7 +34,7 @@ def prompts(draw):
 @st.composite
 def rankings(draw):
     responses = draw(st.lists(st.text(), min_size=2, max_size=9, unique=True))
-    rank = st.none() | st.integers(1, 9)
+    rank = st.none() | st.integers(1, len(responses))
     ranks = [1, 2] + [draw(rank) for _ in responses[2:]]
     ended = st.lists(st.booleans(), min_size=len(ranks), max_size=len(ranks)).map(tuple)
     extra = {"labeler": draw(st.none() | filled), "finished": draw(st.none() | ended)}
@@ -57,7 +57,7 @@ def test_written_records_read_back_equal(kind, tmp_path_factory):
     @given(ROWS[kind])
     def round_trip(record):
         write_jsonl(path, [record])
-        assert load(kind, path) == [record]
+        assert load(kind, Source(path)) == [record]
         assert path.read_bytes().count(b"\n") == 1
 
     round_trip()
@@ -74,7 +74,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_jsonl(path, rows())
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
-    assert load("documents", path) == [Document("old")]
+    assert load("documents", Source(path)) == [Document("old")]
 
 
 def test_prompts_are_the_same_by_roles_and_words():
@@ -193,8 +193,14 @@ def test_a_missing_file_and_a_folder_are_one_line_each(tmp_path):
 
 
 def test_up_to_twenty_errors_are_shown_at_once(tmp_path):
-    lines = errors_of(tmp_path, b"oops\n" * 53)
+    rows = b"".join(b'{"text": "a", "text": %d, "k%d": 1, "k%d": 2}\n' % (i, i, i) for i in range(53))
+    lines = errors_of(tmp_path, rows.replace(b'"text": "a", ', b""))
     assert len(lines) == 21 and lines[19].startswith("20: ") and lines[20].startswith(" and 33 more errors; fix")
+
+
+def test_the_same_error_in_many_rows_is_one_line(tmp_path):
+    (line,) = errors_of(tmp_path, b"oops\n" * 53)
+    assert line.startswith("1: invalid JSON") and line.endswith("(the same in 52 more rows, the last at line 53)")
 
 
 @SETTINGS
@@ -249,11 +255,11 @@ RANKING = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}
         (RANK, {**RANKING, "responses": ["a", None]}, "response 2 is null"),
         (RANK, {**RANKING, "ranks": [1]}, "2 responses, 1 ranks"),
         (RANK, {"prompt": "p", "responses": ["a", "b"]}, "'ranks' is missing"),
-        (RANK, {**RANKING, "ranks": [0, 1]}, "rank 1 is 0"),
-        (RANK, {**RANKING, "ranks": [1, 2.0]}, "rank 2 is 2.0"),
+        (RANK, {**RANKING, "ranks": [0, 1]}, "the ranks go from 0 to 1"),
+        (RANK, {**RANKING, "ranks": [1, 2.5]}, "rank 2 is 2.5"),
         (RANK, {**RANKING, "ranks": [1, True]}, "rank 2 is true"),
         (RANK, {**RANKING, "ranks": [1, "2"]}, "rank 2 is '2'"),
-        (RANK, {**RANKING, "labeler": 5}, "'labeler' is 5"),
+        (RANK, {**RANKING, "labeler": True}, "'labeler' is true"),
         (RANK, {**RANKING, "margin": -1}, "'margin' is -1"),
         (RANK, {**RANKING, "margin": "sure"}, "'margin' is 'sure'"),
         (RANK, {**RANKING, "finished": True}, "'finished' is true"),

@@ -11,15 +11,20 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from data import sources
 from data.forms import FORMS
 from data.records import Demonstration, Document, Prompt, Ranking
-from data.sources import Source, load, load_first, load_placed, read
+from data.sources import Source, read
 from pipeline.errors import UserError
 
 REAL = Path(__file__).parents[3] / "shared" / "data"  # data sets that lie beside the repository
 
 
 DEMO, RANK = "demonstrations", "rankings"
+
+
+def load(kind, path=None, **fields):
+    return sources.load(kind, Source(path, **fields))
 
 
 def user(text):
@@ -201,7 +206,8 @@ def test_documents(tmp_path):
         (DEMO, {"prompt": "p"}, "'completion' is missing"),
         (DEMO, {"prompt": "p", "completoin": "c"}, "'completion' is missing (is it 'completoin'?)"),
         (DEMO, {"prompt": "p", "completion": "c", "sytem": "s"}, "'sytem'; did you mean 'system'?"),
-        (DEMO, {"prompt": "p", "completion": "c", "mood": "x"}, "unknown key 'mood'"),
+        (DEMO, {"prompt": "p", "completion": "c", "sytem": "x"}, "unknown key 'sytem'; did you mean 'system'?"),
+        (DEMO, {"prompt": "p", "completion": "c", "label": True}, "the key 'label' changes what"),
         (DEMO, {"prompt": "p", "completion": None}, "'completion' is null"),
         (DEMO, {"prompt": "p", "completion": [user("x")]}, "'completion' adds user to the prompt"),
         (DEMO, {"instruction": "i", "output": ""}, "'output' is blank"),
@@ -219,9 +225,8 @@ def test_documents(tmp_path):
         (DEMO, "text", "the row is 'text'"),
         (DEMO, [user("a")], "the row is a list"),
         ("documents", {"texts": "a"}, "'text' is missing (is it 'texts'?)"),
-        ("documents", {"text": "a", "label": 1}, "unknown key 'label'"),
         ("documents", 5, "the row is 5"),
-        ("prompts", {"text": "a"}, "'prompt' is missing"),
+        ("prompts", {"text": "a"}, "the row is one of documents"),
         ("prompts", {"messages": [assistant("a")]}, "no message of the user"),
         (RANK, {"prompt": "p", "responses": ["x"], "ranks": [1]}, "at least 2 responses, not 1"),
         (RANK, {"prompt": "p", "responses": ["x", "y"]}, "'ranks' is missing"),
@@ -334,14 +339,14 @@ def test_load_first_reads_and_judges_only_the_first_rows(tmp_path):
     """Check that first rows of only ties or repeated prompts are no error if more follow."""
     tie = {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 1]}
     path = written(tmp_path, tie, tie, tie | {"ranks": [1, 2]}, {"prompt": "a"})
-    assert len(load_first("rankings", path, None, 0, 2)) == 2
-    assert len(load_first("rankings", path, None, 1, 2)) == 2
+    assert len(sources.load_first("rankings", Source(path), 2)) == 2
+    assert len(sources.load_first("rankings", Source(path, skip=1), 2)) == 2
     for skip, most in ((0, 5), (1, 3)):
         with pytest.raises(UserError, match="4: the key 'responses' is missing"):
-            load_first("rankings", path, None, skip, most)
+            sources.load_first("rankings", Source(path, skip=skip), most)
     with pytest.raises(UserError, match="not one usable pair"):
-        load_first("rankings", path, 2, 0, 5)
-    assert load_first("prompts", written(tmp_path, *["a"] * 5), None, 1, 2) == []
+        sources.load_first("rankings", Source(path, limit=2), 5)
+    assert sources.load_first("prompts", Source(written(tmp_path, *["a"] * 5), skip=1), 2) == []
 
 
 def test_keys_that_are_not_read_are_counted(tmp_path):
@@ -374,7 +379,7 @@ def test_every_kind_has_its_forms():
 
 def test_load_placed_gives_the_location_of_each_record(tmp_path):
     path = written(tmp_path, *[{"prompt": text} for text in "aabc"])
-    records, places = load_placed("prompts", path, skip=1)
+    records, places = sources.load_placed("prompts", Source(path, skip=1))
     assert [p.prompt for p in records] == ["b", "c"] and places == [f"{path}:3", f"{path}:4"]
 
 
