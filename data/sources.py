@@ -139,8 +139,8 @@ class Loaded:
     errors: list[str] = field(default_factory=list)
     """Lines "PLACE: what is wrong; what to do"."""
     tell: Callable[[str, str, str], None] | None = None
-    """Is called with (location, reason, what it is a copy of or what is wrong) for each row, or part
-    of a row, that gives no record; None: counting them is enough."""
+    """Is called with (location, reason, what it is a copy of or what is wrong) for each row, or
+    part of a row, that gives no record; None: counting them is enough."""
 
     def leave_out(self, location: str, reason: str, detail: str = "") -> None:
         """Tell of a row that gives no record, if anybody wants to know.

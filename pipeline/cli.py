@@ -295,7 +295,7 @@ def add_data(commands: Any) -> None:
 
 def add_data_prepare(actions: Any) -> None:
     """Add `rlhf data prepare`."""
-    text = "leave copies, heavy users' surplus and personal data out, and split by user into sft, rm, ppo, validation, test"
+    text = "leave out copies and personal data, and split by user into sft, rm, ppo, validation and test parts"
     prepare = add_command(actions, "prepare", text, "optional")
     prepare.add_argument("input", metavar="IN", nargs="+", help="files, folders, globs or Hub ids")
     prepare.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to write")
@@ -312,7 +312,9 @@ def add_data_prepare(actions: Any) -> None:
         metavar="CC",
         help="country whose telephone numbers are found without +; none: only with + (default: US)",
     )
-    prepare.add_argument("--per-user", type=int, default=200, metavar="N", help="prompts of a user; 0: all (default: 200)")
+    prepare.add_argument(
+        "--per-user", type=int, default=200, metavar="N", help="prompts kept of a user; 0: all (default: 200)"
+    )
     prepare.add_argument(
         "--prefix", type=int, default=100, metavar="N", help="characters of a long common prefix; 0: off (default: 100)"
     )

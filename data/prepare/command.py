@@ -106,7 +106,7 @@ def sift(folder: Path, inputs: list[Input], protected: list[Source], settings: S
         near = None
         if settings.near:
             near = NearRows(work, settings.near, lambda number: spool[number].text)
-            near.sketch(lambda: ((row.number, row.text) for row in spool if row.kind != UNREAD))
+            near.sketch((row.number, row.text) for row in spool if row.kind != UNREAD)
         sifter = Sift(settings, spool, near)
         for decision in sifter.decisions():
             writer.write(decision)
@@ -136,7 +136,7 @@ def print_outcome(folder: Path, outcome: Outcome, settings: Settings, out: TextI
         counts = outcome.parts.get(part)
         if counts is None:
             if part != DOCUMENTS and settings.shares[part]:
-                lines.append((part, "no rows: too few users for its share"))
+                lines.append((part, "no rows"))
             continue
         text = " · ".join(f"{number:,} {kind.replace('_', ' ')}" for kind, number in sorted(counts.kinds.items()))
         if part != DOCUMENTS:

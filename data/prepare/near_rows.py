@@ -7,6 +7,8 @@ is kept and 999 comparisons are made.
 
 import hashlib
 import zlib
+from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -48,20 +50,34 @@ class NearRows:
         self._kept: dict[int, list[int]] = {}  # band key → kept rows that have it
         self._words_of = lru_cache(REMEMBERED)(lambda number: normal_words(text_of(number)))
 
-    def sketch(self, rows: Callable[[], Iterable[tuple[int, str | list[dict]]]]) -> None:
-        """Sketch all rows: once for each length of shingles.
+    def sketch(self, rows: Iterable[tuple[int, str | list[dict]]]) -> None:
+        """Sketch all rows, for each length of shingles that they can be compared in.
 
         Args:
-            rows: Returns an iterator over (number, text or prompt), in the order of numbers.
+            rows: (number, text or prompt), in the order of numbers.
         """
-        for length in range(1, LONGEST + 1):
-            self._tables.append(BandTable(self._folder / f"bands-{length}", length, self.threshold, rows()))
+        from datasketch import MinHash  # imports scipy, which takes a second
+
+        sketcher = MinHash(num_perm=PERMUTATIONS, hashfunc=zlib.crc32, scheme="affine32")
+        lengths = range(1, LONGEST + 1)
+        self._tables = [BandTable(self._folder / f"bands-{length}", length, self.threshold) for length in lengths]
+        for number, text in rows:
+            words = normal_words(text)
+            if not words:
+                continue
+            for table in self._tables:
+                for _, runs in of_length([words], table.length, self.threshold):
+                    sketcher.clear()
+                    sketcher.update_batch(as_bytes(runs))
+                    table.add(number, sketcher.hashvalues.copy())
+        for table in self._tables:
+            table.finish()
 
     def find(self, number: int) -> int | None:
         """Return the kept row that a row is the nearest copy of, the first of several; or None."""
-        words, best = self._words_of(number), (0.0, 0)
+        best = (0.0, 0)
         for other in sorted({other for key in self._keys(number) for other in self._kept.get(key, ())}):
-            jaccard = jaccard_index(words, self._words_of(other))
+            jaccard = jaccard_index(self._words_of(number), self._words_of(other))
             if jaccard >= self.threshold:
                 best = max(best, (jaccard, -other))
         return -best[1] if best[0] else None
@@ -80,28 +96,43 @@ class NearRows:
 class BandTable:
     """Hold, on disk, the band keys of all rows for one length of shingles."""
 
-    def __init__(
-        self, path: Path, length: int, threshold: float, rows: Iterable[tuple[int, str | list[dict]]]
-    ):
-        """Sketch the rows that can be in a pair of this length, and find the keys that two share.
+    def __init__(self, path: Path, length: int, threshold: float):
+        """Start without rows.
 
         Args:
             path: The file to write.
             length: The words of a shingle.
             threshold: The smallest Jaccard index of two near copies.
-            rows: (number, text or prompt) in the order of numbers.
         """
-        self._bands, per_band = bands(threshold)
-        numbers: list[np.ndarray] = []
-        with path.open("wb") as handle:
-            for block, sketches in sketched(rows, length, threshold):
-                numbers.append(block)
-                handle.write(band_keys(sketches, self._bands, per_band, length).tobytes())
-        self._numbers = np.concatenate(numbers) if numbers else np.zeros(0, np.int64)
-        self._keys = np.zeros((0, self._bands), np.uint64)
-        if len(self._numbers):
-            self._keys = np.memmap(path, np.uint64, "r", shape=(len(self._numbers), self._bands))
-        self._is_shared = np.zeros(len(self._numbers), bool)
+        self.length = length
+        self._path = path
+        self._handle = path.open("wb")
+        self._bands, self._per_band = bands(threshold)
+        self._numbers = array("q")  # of the rows, in order
+        self._block: list[np.ndarray] = []  # MinHashes whose keys are not written yet
+        self._keys: np.ndarray = np.zeros((0, self._bands), np.uint64)
+        self._is_shared: np.ndarray = np.zeros(0, bool)
+
+    def add(self, number: int, sketch: np.ndarray) -> None:
+        """Add a row.
+
+        Args:
+            number: Its number, larger than those before.
+            sketch: (permutations,), its MinHash.
+        """
+        self._numbers.append(number)
+        self._block.append(sketch)
+        if len(self._block) == BLOCK:
+            self._write()
+
+    def finish(self) -> None:
+        """Find the rows that share a key with any other."""
+        self._write()
+        self._handle.close()
+        rows = len(self._numbers)
+        self._is_shared = np.zeros(rows, bool)
+        if rows:
+            self._keys = np.memmap(self._path, np.uint64, "r", shape=(rows, self._bands))
         for band in range(self._bands):
             column = np.array(self._keys[:, band])
             order = np.argsort(column, kind="stable")
@@ -111,41 +142,17 @@ class BandTable:
 
     def shared_keys(self, number: int) -> list[int]:
         """Return the band keys of a row; none if no other row has any of them."""
-        position = int(np.searchsorted(self._numbers, number))
+        position = bisect_left(self._numbers, number)
         if position == len(self._numbers) or self._numbers[position] != number or not self._is_shared[position]:
             return []
         return self._keys[position].tolist()
 
-
-def sketched(
-    rows: Iterable[tuple[int, str | list[dict]]], length: int, threshold: float
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield blocks of (numbers (N,), MinHashes (N, permutations)) of the rows of a shingle length.
-
-    Args:
-        rows: (number, text or prompt).
-        length: The words of a shingle.
-        threshold: The smallest Jaccard index of two near copies.
-    """
-    from datasketch import MinHash  # imports scipy, which takes a second
-
-    empty = MinHash(num_perm=PERMUTATIONS, hashfunc=zlib.crc32, scheme="affine32")
-    numbers: list[int] = []
-    sketches: list[np.ndarray] = []
-    for number, text in rows:
-        words = normal_words(text)
-        if not words:
-            continue
-        for _, runs in of_length([words], length, threshold):
-            sketch = empty.copy()
-            sketch.update_batch(as_bytes(runs))
-            numbers.append(number)
-            sketches.append(sketch.hashvalues)
-        if len(numbers) == BLOCK:
-            yield np.array(numbers, np.int64), np.stack(sketches)
-            numbers, sketches = [], []
-    if numbers:
-        yield np.array(numbers, np.int64), np.stack(sketches)
+    def _write(self) -> None:
+        """Write the keys of the rows that were added last."""
+        if self._block:
+            keys = band_keys(np.stack(self._block), self._bands, self._per_band, self.length)
+            self._handle.write(keys.tobytes())
+            self._block = []
 
 
 def band_keys(sketches: np.ndarray, number: int, per_band: int, length: int) -> np.ndarray:

@@ -84,16 +84,24 @@ EMAIL = re.compile(
     r"(?<![A-Za-z0-9._%+@/-])[A-Za-z0-9](?:[A-Za-z0-9._%+-]{0,62}[A-Za-z0-9_+-])?"
     r"@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![A-Za-z0-9@-])"
 )
-FILE_ENDINGS = frozenset("png jpg jpeg gif svg webp pdf css js json html htm xml yaml yml txt zip exe".split())
+FILE_ENDINGS = frozenset(
+    ("png", "jpg", "jpeg", "gif", "svg", "webp", "pdf", "css", "js", "json", "html", "xml", "yaml", "yml", "txt", "zip")
+)
 """What follows the last dot in `icon@2x.png`."""
-MACHINES = frozenset("git hg svn root noreply no-reply donotreply do-not-reply postmaster mailer-daemon".split())
+MACHINES = frozenset(
+    ("git", "hg", "svn", "root", "noreply", "no-reply", "donotreply", "do-not-reply", "postmaster", "mailer-daemon")
+)
 """Addresses that are nobody's, in any domain."""
 RESERVED = re.compile(r"(?:^|\.)(?:example\.(?:com|net|org|edu)|example|test|invalid|localhost)$")
 """Domains that RFC 2606 reserves for examples."""
 PLACEHOLDERS = frozenset(
-    "user username name yourname your.name your-name your_name firstname.lastname first.last me you your someone "
-    "somebody anyone nobody email mail address example sample test tester demo admin info contact support help "
-    "hello sales office foo bar foo.bar recipient sender to from".split()
+    (
+        *("user", "username", "name", "yourname", "your.name", "your-name", "your_name", "your.email", "your-email"),
+        *("your_email", "youremail", "firstname.lastname", "first.last", "me", "you", "your", "someone", "somebody"),
+        *("anyone", "nobody", "email", "mail", "address", "example", "sample", "test", "tester", "demo", "admin"),
+        *("info", "contact", "support", "help", "hello", "sales", "office", "foo", "bar", "foo.bar", "recipient"),
+        *("sender", "to", "from"),
+    )
 )
 """Addresses that name nobody, in a domain for examples."""
 
@@ -115,11 +123,11 @@ def emails(text: str) -> Iterator[Find]:
 
 IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}[0-9]{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![a-z0-9])")
 CARD = re.compile(
-    r"(?<![A-Za-z0-9_.+-])(?:[0-9]{13,19}|[0-9]{4}([ -])[0-9]{4}\1[0-9]{4}\1[0-9]{4}(?:\1[0-9]{3})?"
+    r"(?<![A-Za-z0-9_.+-])(?:[0-9]{14,19}|[0-9]{4}([ -])[0-9]{4}\1[0-9]{4}\1[0-9]{4}(?:\1[0-9]{3})?"
     r"|[0-9]{4}([ -])[0-9]{6}\2[0-9]{4,5})(?![A-Za-z0-9_-]|\.[0-9])"
 )
 ISSUERS = (
-    (re.compile(r"4"), (13, 16, 19)),  # Visa
+    (re.compile(r"4"), (16, 19)),  # Visa; those of 13 digits are no longer in use
     (re.compile(r"5[1-5]|222[1-9]|22[3-9]|2[3-6]|27[01]|2720"), (16,)),  # Mastercard
     (re.compile(r"3[47]"), (15,)),  # American Express
     (re.compile(r"6011|64[4-9]|65"), (16, 19)),  # Discover
@@ -170,7 +178,8 @@ NATIONAL = (
 )
 """(name, module that validates it, how it is written): numbers of people that can be told from
 others by check digits or, of the American one, by ranges that are never given out."""
-APART = re.compile(r"(?<![A-Za-z0-9_.+-])(?:%s)(?![A-Za-z0-9_-]|\.[0-9])" % "|".join(f"({row[2].pattern})" for row in NATIONAL))
+ANY_NATIONAL = "|".join(f"({pattern.pattern})" for _, _, pattern in NATIONAL)
+APART = re.compile(rf"(?<![A-Za-z0-9_.+-])(?:{ANY_NATIONAL})(?![A-Za-z0-9_-]|\.[0-9])")
 
 
 def national_numbers(text: str) -> Iterator[Find]:
@@ -185,7 +194,7 @@ def national_numbers(text: str) -> Iterator[Find]:
 
 DIGITS = re.compile(r"(?:\d\W{0,3}){7}")
 """Seven digits close together: the least that a telephone number has."""
-SAYS_PHONE = re.compile(r"(?:phone|tel|telephone|mobile|cell|fax|whatsapp|call|sms|text)(?: (?:me|us))?(?: (?:at|on))?\W*$")
+SAYS_PHONE = re.compile(r"\b(?:phone|tel|telephone|mobile|cell|fax|whatsapp|call|sms|text)(?: me| us)?(?: at| on)?\W*$")
 """What stands before a telephone number that is written without any separator."""
 
 
@@ -204,7 +213,7 @@ def phones(text: str, region: str) -> Iterator[Find]:
     for match in phonenumbers.PhoneNumberMatcher(text, home, leniency=leniency):
         written = match.raw_string
         before = text[max(0, match.start - 30) : match.start].lower()
-        # Ten digits in a row are mostly a count or the id of something.
-        if written.isdigit() and not SAYS_PHONE.search(before):
+        # Ten digits in a row are mostly a count or the id of something, and "+ 62426244000" a sum.
+        if (written.isdigit() and not SAYS_PHONE.search(before)) or written.startswith("+ "):
             continue
         yield Find(match.start, match.end, "phone")

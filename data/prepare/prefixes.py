@@ -29,7 +29,7 @@ class Prefixes:
         self._doubled: dict[bytes, int] = {}
 
     def find(self, text: str) -> int | None:
-        """Return the number of a kept prompt that shares a long prefix with a text; None for none."""
+        """Return the number of a kept prompt that shares a long prefix with a text; or None."""
         if len(text) < self.shortest:
             return None
         length = required_length(len(text), self.shortest)

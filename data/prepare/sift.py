@@ -15,12 +15,14 @@ from data.prepare.near_rows import NearRows
 from data.prepare.personal import Find, find_personal, mask
 from data.prepare.prefixes import Prefixes, comparable_text
 from data.prepare.settings import DOCUMENTS, TRAINING_PARTS, Settings
-from data.prepare.split import part_of_user, parts_of_kind
+from data.prepare.split import filled_parts, part_of_user, parts_of_kind
 from data.prepare.spool import PROTECTED, UNREAD, Row, Spool, texts_of, with_texts
 from data.records import Ranking, judged_pairs, prompt_key
 
 SPLIT_KINDS = ("demonstrations", "rankings", "prompts", "evaluation_prompts")
 """Kinds that are split by user."""
+FEW_USERS = 1000
+"""Users up to which it is made sure that no part is without any."""
 SEVERAL_A_PROMPT = ("demonstrations", "rankings")
 """Kinds of which a prompt may have several different rows."""
 
@@ -47,7 +49,7 @@ class LeftOut(NamedTuple):
     """Where the row is that it is a copy of."""
     detail: str | None = None
     """What differs from row to row in the reason."""
-    personal: dict[str, list[Find]] = {}
+    personal: dict[str, list[Find]] | None = None
     """{where: what was found there}, if that is the reason."""
 
 
@@ -67,6 +69,8 @@ class Sift:
     """The kinds of the input."""
     _held_by: dict[bytes, int] = field(default_factory=dict)
     """Key of a user → the kinds of its rows, a bit each."""
+    _moved: dict[bytes, str] = field(default_factory=dict)
+    """Key of a user → its part, where its hash does not decide that."""
     _first: dict[bytes, int] = field(default_factory=dict)
     """Key of a prompt or document → the first kept row that has it."""
     _rows: set[bytes] = field(default_factory=set)
@@ -85,9 +89,12 @@ class Sift:
                 if row.kind != DOCUMENTS:
                     key = user_key(row)
                     self._held_by[key] = self._held_by.get(key, 0) | 1 << SPLIT_KINDS.index(row.kind)
+        if len(self._held_by) <= FEW_USERS:
+            allowed = {key: self._allowed(key) for key in self._held_by}
+            self._moved = filled_parts(allowed, self.settings.shares)
 
     def decisions(self) -> Iterator[Kept | LeftOut]:
-        """Yield what becomes of each row, in order; evaluation prompts to protect are not yielded."""
+        """Yield what becomes of each row of the input, in order."""
         for row in self.spool:
             if row.kind == UNREAD:
                 yield LeftOut(row, row.value["reason"], row.value.get("copy_of"), row.value.get("detail"))
@@ -164,11 +171,13 @@ class Sift:
         """Return the part of a row's user."""
         if row.kind == DOCUMENTS:
             return DOCUMENTS
-        bits = self._held_by[user_key(row)]
-        held = [kind for bit, kind in enumerate(SPLIT_KINDS) if bits >> bit & 1]
-        allowed = [part for kind in held for part in parts_of_kind(kind, self._kinds)]
-        name = f"user {row.user}" if row.user is not None else f"prompt {prompt_key(row.text)}"
-        return part_of_user(name, allowed, self.settings.shares)
+        key = user_key(row)
+        return self._moved.get(key) or part_of_user(key, self._allowed(key), self.settings.shares)
+
+    def _allowed(self, user: bytes) -> tuple[str, ...]:
+        """Return the parts that at least one row of a user can go to."""
+        held = [kind for bit, kind in enumerate(SPLIT_KINDS) if self._held_by[user] >> bit & 1]
+        return tuple(part for kind in held for part in parts_of_kind(kind, self._kinds))
 
     def _look_for_personal(self, row: Row, part: str, key: bytes) -> Kept | LeftOut:
         """Keep a row, unless it is to be left out for its personal data.

@@ -1,7 +1,7 @@
 """Assign users to parts by a hash, so that a user stays in its part when the data grow."""
 
-import hashlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from data.prepare.settings import DOCUMENTS, HELD_OUT_PARTS, PARTS, TRAINING_PARTS
 
@@ -28,28 +28,23 @@ def parts_of_kind(kind: str, kinds: Iterable[str]) -> tuple[str, ...]:
     return (*(part for part in TRAINING_PARTS if takes[part]), *HELD_OUT_PARTS)
 
 
-def fraction_of(key: str) -> float:
-    """Return a number in [0, 1) that depends on a key alone: the first 52 bits of its SHA-256."""
-    return int(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:13], 16) / 2**52
-
-
-def part_of_user(key: str, allowed: Iterable[str], shares: dict[str, float]) -> str | None:
+def part_of_user(key: bytes, allowed: Iterable[str], shares: Mapping[str, float]) -> str | None:
     """Return the part of a user.
 
     Validation and test have the same users whatever the others may hold, because they come first;
     the remainder is divided among the training parts that are allowed.
 
     Args:
-        key: What identifies the user.
+        key: A digest of what identifies the user, at least 16 bytes.
         allowed: The parts that at least one of the user's rows can go to.
         shares: Part → its share, relative to the other shares.
 
     Returns:
         The part; None if the shares of all allowed parts are 0.
     """
-    wanted = [part for part in PARTS if part in set(allowed) and shares[part] > 0]
+    wanted = [part for part in PARTS if part in allowed and shares[part] > 0]
     total = sum(shares.values())
-    position = fraction_of(key)
+    position = int.from_bytes(key[:6], "big") / 2**48
     held_out = 0.0
     for part in HELD_OUT_PARTS:
         if part in wanted:
@@ -57,12 +52,12 @@ def part_of_user(key: str, allowed: Iterable[str], shares: dict[str, float]) -> 
             if position < held_out:
                 return part
     trained = [part for part in wanted if part in TRAINING_PARTS]
-    if not trained:  # only evaluation prompts: validation and test share them
-        return by_shares(fraction_of(f"held out {key}"), [part for part in wanted if part in HELD_OUT_PARTS], shares)
-    return by_shares((position - held_out) / (1 - held_out), trained, shares)
+    # Further bits, so that the share of one part says nothing about the order of others. Users of
+    # evaluation prompts only are divided among validation and test.
+    return by_shares(int.from_bytes(key[6:12], "big") / 2**48, trained or wanted, shares)
 
 
-def by_shares(position: float, parts: list[str], shares: dict[str, float]) -> str | None:
+def by_shares(position: float, parts: list[str], shares: Mapping[str, float]) -> str | None:
     """Return the part in whose share a position lies.
 
     Args:
@@ -76,3 +71,26 @@ def by_shares(position: float, parts: list[str], shares: dict[str, float]) -> st
         if position < end:
             return part
     return parts[-1] if parts else None  # the sum of the shares was rounded down
+
+
+def filled_parts(allowed: Mapping[bytes, tuple[str, ...]], shares: Mapping[str, float]) -> dict[bytes, str]:
+    """Return {user: part} of the few users that are moved so that no part is without users.
+
+    With few users a hash can miss a small part. The user that moves comes from the part that has
+    the most of them.
+
+    Args:
+        allowed: Key of each user → the parts that at least one of its rows can go to.
+        shares: Part → its share, relative to the other shares.
+    """
+    parts = {key: part_of_user(key, names, shares) for key, names in allowed.items()}
+    moved: dict[bytes, str] = {}
+    for empty in PARTS:
+        counts = Counter(parts.values())
+        if counts[empty] or not shares[empty]:
+            continue
+        movable = [key for key, part in parts.items() if empty in allowed[key] and part and counts[part] > 1]
+        if movable:
+            key = min(movable, key=lambda key: (-counts[parts[key]], key))
+            parts[key] = moved[key] = empty
+    return moved

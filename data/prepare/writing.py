@@ -12,7 +12,7 @@ import yaml
 
 from data.prepare.personal import Find, find_personal
 from data.prepare.reading import Input, digests_of
-from data.prepare.settings import DOCUMENTS, HELD_OUT_PARTS, PARTS, TRAINING_PARTS, Settings
+from data.prepare.settings import DOCUMENTS, PARTS, TRAINING_PARTS, Settings
 from data.prepare.sift import Kept, LeftOut, names_of, text_key, user_key
 from data.sources import Source
 
@@ -178,7 +178,7 @@ def with_pseudonyms(value: dict, region: str) -> dict:
 
 # ── the data section and the manifest ────────────────────────────────────────────────────────────
 
-USED_BY = {"sft": ("demonstrations",), "rm": ("rankings",), "ppo": ("prompts",), DOCUMENTS: ("documents",)}
+USED_AS = {"sft": "demonstrations", "rm": "rankings", "ppo": "prompts", DOCUMENTS: "documents"}
 """Part → the key of the section `data` that it is used under."""
 TO_LABEL = {"sft": "prompts to write demonstrations for", "rm": "prompts whose responses are to be ranked"}
 """Part → what its rows are where they are only prompts."""
@@ -201,20 +201,38 @@ def data_section(folder: Path, outcome: Outcome, evaluation: Source | None) -> s
             continue
         if part in TO_LABEL and set(counts.kinds) == {"prompts"}:
             comments.append(f"{file}: {counts.rows:,} {TO_LABEL[part]}")
-        elif part in USED_BY:
-            section[USED_BY[part][0]] = file
+        elif part in USED_AS:
+            section[USED_AS[part]] = file
         elif part == "validation" and evaluation is None:
             section["evaluation_prompts"] = file
         else:
-            comments.append(f"{file}: {counts.rows:,} rows that nothing trains on, for later")
-    if evaluation is not None and not evaluation.parts:
-        text = f"{evaluation.name}: the config's evaluation_prompts, which stay as they are there"
-        comments.append(text)
+            comments.append(f"{file}: {counts.rows:,} rows for later, which no stage reads")
+    if evaluation is not None:
+        sources = [as_setting(source) for source in evaluation.parts or (evaluation,)]
+        section["evaluation_prompts"] = sources if evaluation.parts else sources[0]
     lines = "".join(f"# {comment}\n" for comment in comments)
     return lines + yaml.safe_dump({"data": section}, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def manifest_of(folder: Path, inputs: list[Input], protected: list[Source], settings: Settings, outcome: Outcome) -> dict:
+def as_setting(source: Source) -> str | dict[str, Any]:
+    """Return a source as a config names it: only its path, if it has no other settings."""
+    changed = changed_settings(source)
+    return {"path": source.name, **changed} if changed else source.name
+
+
+def changed_settings(source: Source) -> dict[str, Any]:
+    """Return the settings of a source that are not the defaults, as JSON."""
+    default = Source()
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in vars(source).items()
+        if key not in ("path", "hub", "parts") and value != getattr(default, key)
+    }
+
+
+def manifest_of(
+    folder: Path, inputs: list[Input], protected: list[Source], settings: Settings, outcome: Outcome
+) -> dict:
     """Return what was read, what was asked for and what was written, with a digest of it all.
 
     Nothing in it depends on when, where or by how many processes it was made.
@@ -258,10 +276,7 @@ def manifest_of(folder: Path, inputs: list[Input], protected: list[Source], sett
 
 def described(source: Source) -> dict[str, Any]:
     """Return a source as JSON: its settings that are not the defaults, and its files' digests."""
-    default = Source()
-    changed = {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in vars(source).items()
-        if key not in ("path", "hub", "parts") and value != getattr(default, key)
-    }
+    changed = {} if source.parts else changed_settings(source)
+    if source.parts:
+        changed["parts"] = [changed_settings(part) for part in source.parts]
     return {"source": source.name, **changed, "files": digests_of(source)}
