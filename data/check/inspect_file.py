@@ -12,10 +12,12 @@ from data.check.lengths import add_answer_lengths, add_lengths, add_template_agr
 from data.check.pairs import add_pairs
 from data.check.prompts import add_duplicates, add_shared_prompts
 from data.check.report import OtherData, Report
-from data.files.json_rows import Reading
+from data.check.turns import add_turns
+from data.files.reading import Reading
 from data.forms import FORMS, recognise
 from data.parsing import describe
 from data.sources import PARSERS, Loaded, Source, read, source_rows
+from data.turns import Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +36,7 @@ def check(
     on_too_long: str | None = "error",
     against: Sequence[OtherData] = (),
     response_length: int | None = None,
+    turns: Turns = "all",
 ) -> Report:
     """Inspect a source of data and return the report.
 
@@ -46,6 +49,7 @@ def check(
         on_too_long: "error", "drop" or "truncate", as of that section; None: nothing is too long.
         against: Data that must not share prompts with this file.
         response_length: ppo.response_length, with which the demonstrations' answers are compared.
+        turns: sft.turns: which of the demonstrations' answers are learnt.
     """
     report = Report(source.name, kind or guess_kind(source))
     if report.kind is None:
@@ -61,9 +65,11 @@ def check(
         report.add("taken", f"records {source.skip + 1:,} to {source.skip + len(loaded.records):,}")
     if not loaded.records:
         return report
-    add_lengths(report, loaded, tokenizer, max_length, on_too_long)
-    if report.kind == "demonstrations" and tokenizer is not None and response_length is not None:
-        add_answer_lengths(report, loaded, tokenizer, response_length)
+    add_lengths(report, loaded, tokenizer, max_length, on_too_long, turns)
+    if report.kind == "demonstrations":
+        add_turns(report, loaded, tokenizer if not report.errors else None, turns)
+        if tokenizer is not None and response_length is not None:
+            add_answer_lengths(report, loaded, tokenizer, response_length, turns)
     if report.kind in ("demonstrations", "rankings") and tokenizer is not None:
         add_template_agreement(report, loaded, tokenizer)
     add_duplicates(report, loaded)
@@ -138,3 +144,5 @@ def add_rows(report: Report, loaded: Loaded) -> None:
     if loaded.unread:
         keys = ", ".join(f"{key} ({count:,})" for key, count in sorted(loaded.unread.items()))
         report.add("keys not read", keys)
+    for line in loaded.left_out_lines():
+        report.add("left out", line)

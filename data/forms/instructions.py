@@ -27,8 +27,11 @@ def read_instruction(row: dict) -> str | Messages:
 
 
 def demonstration_of(row: dict, options: Options) -> dict:
-    """Read the instruction and its output."""
-    return {"prompt": read_instruction(row), "completion": parse_text(row, "output")}
+    """Read the instruction and its output; the answers of its history are taught too."""
+    prompt = read_instruction(row)
+    turns = prompt if isinstance(prompt, list) else []
+    learnt = [index for index, message in enumerate(turns) if message["role"] == "assistant"]
+    return {"prompt": prompt, "completion": parse_text(row, "output"), "learnt": learnt}
 
 
 def prompt_of(row: dict, options: Options) -> dict:

@@ -1,11 +1,12 @@
 """Convert conversations: {messages} as of OpenAI, {conversations} as of ShareGPT.
 
 A conversation is a list of {role, content} or {from, value}. As a demonstration, its last assistant
-turn is the completion and everything before it the prompt; as a prompt, it ends with the last user
-turn.
+turn is the completion and everything before it the prompt, in which the earlier assistant turns are
+taught too; as a prompt, it ends with the last user turn.
 """
 
-from data.forms.form import Form, Options
+from data.forms.form import Form, LeftOut, Options, Row
+from data.forms.learnt import is_excluded, taught
 from data.parsing import describe, parse_message, parse_text
 
 Messages = list[dict]
@@ -29,12 +30,18 @@ def read_messages(value: object, system: object = None, blank_end: bool = False)
         messages.append({"role": "system", "content": parse_text({"system": system}, "system")})
     for position, turn in enumerate(value, 1):
         if isinstance(turn, dict):
-            role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-            if role == "system" and content in (None, ""):
+            if is_empty_system(turn):
                 continue
+            role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
             turn = {"role": SPEAKERS.get(role, role) if isinstance(role, str) else role, "content": content}
         messages.append(parse_message(turn, position, allow_blank=blank_end and position == len(value)))
     return messages
+
+
+def is_empty_system(turn: dict) -> bool:
+    """Return whether a message is a system message that says nothing."""
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    return role == "system" and content in (None, "")
 
 
 def read_prompt(row: dict) -> str | Messages:
@@ -60,10 +67,16 @@ def up_to_last(role: str, messages: Messages) -> Messages:
     return messages[: ends[-1]]
 
 
-def demonstration_of(row: dict, options: Options) -> dict:
-    """Take the last assistant turn as the completion; what follows it is left out."""
-    *prompt, answer = up_to_last("assistant", read_conversation(row))
-    return {"prompt": prompt, "completion": answer["content"]}
+def demonstration_of(row: dict, options: Options) -> list[Row | LeftOut]:
+    """Take the last assistant turn as the completion; earlier ones are taught too."""
+    messages = read_conversation(row)
+    turns = row["messages" if "messages" in row else "conversations"]
+    kept = [(position, turn) for position, turn in enumerate(turns, 1) if not is_empty_system(turn)]
+    added = len(messages) - len(kept)  # the row's own system message
+    excluded = {
+        index for index, (position, turn) in enumerate(kept, added) if is_excluded(turn, position, options.ignore)
+    }
+    return taught(messages, excluded)
 
 
 def prompt_of(row: dict, options: Options) -> dict:
