@@ -39,6 +39,8 @@ REPEATED = "duplicate"
 """Why a repeated prompt is left out."""
 KEPT = ("user_id", "kind", "meta")
 """Keys of any form's rows that records keep."""
+LABELS = ("use_case", "category")
+"""Keys that say what a prompt is for; records keep them under `meta`."""
 
 
 @dataclass(frozen=True)
@@ -430,6 +432,9 @@ class RowReader:
             return
         try:
             item = {**{key: row[key] for key in KEPT if key in row}, **item}
+            labels = {key: row[key] for key in LABELS if isinstance(row.get(key), str)}
+            if labels and isinstance(item.get("meta"), dict | None):
+                item["meta"] = labels | (item.get("meta") or {})
             record = PARSERS[self.kind](item)
             if isinstance(record, Ranking):
                 record = with_own_id(record, location, self._seen)
