@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from data.error_lines import shorten
-from data.files.json_rows import Reading, read_rows
-from data.files.tables import hub_rows, is_parquet, parquet_rows
+from data.files.hub import hub_rows
+from data.files.reading import Reading
+from data.files.rows import file_rows
 from data.forms import FORMS, PROMPT_KINDS, recognise
 from data.forms.form import Form, LeftOut, Options
 from data.forms.meaning import refuse_meaningful_keys, refuse_unknown_keys
@@ -35,8 +36,12 @@ PARSERS: dict[str, Callable[[dict], Record]] = {
     "evaluation_prompts": parse_prompt,
 }
 """Kind of data → what makes a record of a row of our own form."""
+REPEATED = "duplicate"
+"""Why a repeated prompt is left out."""
 KEPT = ("user_id", "kind", "meta")
 """Keys of any form's rows that records keep."""
+LABELS = ("use_case", "category")
+"""Keys that say what a prompt is for; records keep them under `meta`."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,20 @@ class Loaded:
     """Whether reading stopped at `max_rows` rows, so that there may be more."""
     errors: list[str] = field(default_factory=list)
     """Lines "PLACE: what is wrong; what to do"."""
+    tell: Callable[[str, str, str], None] | None = None
+    """Is called with (location, reason, what it is a copy of or what is wrong) for each row, or
+    part of a row, that gives no record; None: counting them is enough."""
+
+    def leave_out(self, location: str, reason: str, detail: str = "") -> None:
+        """Tell of a row that gives no record, if anybody wants to know.
+
+        Args:
+            location: Where it is.
+            reason: Why: one of a few sentences.
+            detail: What it is a copy of, or what is wrong with it.
+        """
+        if self.tell is not None:
+            self.tell(location, reason, detail)
 
     def left_out_lines(self) -> list[str]:
         """Return a line for each reason why rows, or parts of rows, are left out: "12: why"."""
@@ -338,16 +357,19 @@ class RowReader:
             self.count += 1
             if self.source.where and not self._is_wanted(value):
                 self.loaded.filtered += 1
+                self.loaded.leave_out(location, "where")
                 continue
             self.loaded.rows += 1
             try:
                 form, row = self._recognised(value)
-                if form.gather is not None:
+                prompts_only = self.kind in PROMPT_KINDS and form.prompt is not None
+                if form.gather is not None and not prompts_only:
                     self._gathered.setdefault(id(form), (form, []))[1].append((location, row))
                     continue
                 converted = self._convert(form, row, options)
             except LeftOut as reason:
                 self.loaded.left_out[str(reason)] += 1
+                self.loaded.leave_out(location, str(reason))
                 continue
             except ValueError as error:
                 self._bad(location, error)
@@ -379,10 +401,10 @@ class RowReader:
         refuse_meaningful_keys(self.kind, form, row, ignore)
         if not form.name:
             refuse_unknown_keys(form, row, ignore)
-        if form.by and self.source.by is not None and self.source.by not in form.by and "*" not in form.by:
-            raise ValueError(f"by: '{self.source.by}' is no judgment of {form.name}; expected {' or '.join(form.by)}")
+        if self.kind == "rankings" and self.source.by is not None:
+            refuse_other_judgments(form, self.source.by)
         self.loaded.forms["a plain string" if isinstance(value, str) else str(form)] += 1
-        self.loaded.unread.update(set(row) - {*form.needs, *form.also, *METADATA})
+        self.loaded.unread.update(set(row) - form.keys_of(row) - set(METADATA))
         return form, row
 
     def _convert(self, form: Form, row: dict, options: Options) -> list[dict | LeftOut]:
@@ -408,12 +430,14 @@ class RowReader:
         """
         if isinstance(item, LeftOut):
             self.loaded.left_out[str(item)] += 1
+            self.loaded.leave_out(location, str(item))
             return
         if isinstance(item, ValueError):
             self._bad(location, item)
             return
         try:
             item = {**{key: row[key] for key in KEPT if key in row}, **item}
+            item = with_labels(item, row)
             if self.kind != "documents":
                 item = without_templates(item, self.source.templated)
             record = PARSERS[self.kind](item)
@@ -426,6 +450,7 @@ class RowReader:
             first = self._seen.setdefault(prompt_key(record.prompt), location)
             if first != location:
                 self.loaded.duplicates += 1
+                self.loaded.leave_out(location, REPEATED, first)
                 return
         yield location, record
 
@@ -433,8 +458,35 @@ class RowReader:
         """Count a row with a mistake as dropped, or as an error, as the source says."""
         if self.source.on_bad_row == "drop":
             self.loaded.dropped.append((location, str(error)))
+            self.loaded.leave_out(location, "bad row", str(error))
         else:
             self.loaded.errors.append(f"{location}: {error}")
+
+
+def refuse_other_judgments(form: Form, by: str) -> None:
+    """Raise ValueError where a form has no judgment of this name.
+
+    Args:
+        form: The form of a row.
+        by: The judgment that the source asks for.
+    """
+    if not form.by:
+        raise ValueError(f"by: '{by}': a row {form} holds one judgment only; take by out of the source")
+    if by not in form.by and "*" not in form.by:
+        raise ValueError(f"by: '{by}' is no judgment of {form.name}; expected {' or '.join(form.by)}")
+
+
+def with_labels(item: dict, row: dict) -> dict:
+    """Return a row of our own form with the labels of the row that it was made of under `meta`.
+
+    Args:
+        item: The row of our own form.
+        row: The row that it was made of.
+    """
+    labels = {key: row[key] for key in LABELS if isinstance(row.get(key), str)}
+    if not labels or not isinstance(item.get("meta"), dict | None):
+        return item
+    return item | {"meta": labels | (item.get("meta") or {})}
 
 
 def source_rows(source: Source, reading: Reading) -> Generator[tuple[str, object]]:
@@ -445,14 +497,12 @@ def source_rows(source: Source, reading: Reading) -> Generator[tuple[str, object
         reading: Gets error lines, and the digest if asked for.
     """
     if source.hub is not None:
-        return hub_rows(source.hub, source.split, source.subset, source.revision, source.limit, reading)
+        commit, part = source.revision, (source.data_dir, source.data_files)
+        return hub_rows(source.hub, source.split, source.subset, commit, source.limit, reading, *part)
     assert source.path is not None
+    # "train" is what a source says that says nothing, and then several splits are refused.
+    reading.split = source.split if source.split != "train" else None
     return file_rows(source.path, reading)
-
-
-def file_rows(path: str | Path, reading: Reading) -> Generator[tuple[str, object]]:
-    """Return an iterator over (location, row) of a file of any format."""
-    return parquet_rows(path, reading) if is_parquet(path) else read_rows(path, reading)
 
 
 def matches(value: object, wanted: object) -> bool:

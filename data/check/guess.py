@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from data.files.json_rows import Reading
+from data.files.reading import Reading
 from data.forms import FORMS, recognise
 from data.forms.form import Form, LeftOut, Options, Row
 from data.forms.marked import NAME as MARKED
@@ -109,7 +109,7 @@ def is_valid(kind: str, form: Form, row: Row, options: Options) -> bool:
         for item in converted if isinstance(converted, list) else [converted]:
             if not isinstance(item, LeftOut):
                 PARSERS[kind](item)
-    except TemplatedText:
+    except (TemplatedText, LeftOut):
         return True
     except ValueError:
         return False

@@ -11,7 +11,7 @@ from data.check.pairs import add_pairs
 from data.check.prompts import add_duplicates, add_shared_prompts
 from data.check.report import OtherData, Report
 from data.check.turns import add_turns
-from data.files.json_rows import Reading
+from data.files.reading import Reading
 from data.forms import FORMS
 from data.parsing import describe
 from data.sources import Loaded, Source, read, source_rows

@@ -210,7 +210,7 @@ def test_documents(tmp_path):
         (DEMO, {"prompt": "p", "completion": "c", "sytem": "s"}, "'sytem'; did you mean 'system'?"),
         (DEMO, {"prompt": "p", "completion": "c", "sytem": "x"}, "unknown key 'sytem'; did you mean 'system'?"),
         (DEMO, {"prompt": "p", "completion": "c", "tools": [1]}, "the key 'tools' changes what"),
-        (DEMO, {"prompt": "p", "completion": None}, "'completion' is null"),
+        (DEMO, {"prompt": "p", "completion": None}, "'completion' is missing"),
         (DEMO, {"prompt": "p", "completion": [user("x")]}, "'completion' adds user to the prompt"),
         (DEMO, {"instruction": "i", "output": ""}, "'output' is blank"),
         (DEMO, {"instruction": "i", "output": "o", "input": 5}, "'input' is 5"),
