@@ -36,8 +36,12 @@ PARSERS: dict[str, Callable[[dict], Record]] = {
     "evaluation_prompts": parse_prompt,
 }
 """Kind of data → what makes a record of a row of our own form."""
+REPEATED = "duplicate"
+"""Why a repeated prompt is left out."""
 KEPT = ("user_id", "kind", "meta")
 """Keys of any form's rows that records keep."""
+LABELS = ("use_case", "category")
+"""Keys that say what a prompt is for; records keep them under `meta`."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,20 @@ class Loaded:
     """Whether reading stopped at `max_rows` rows, so that there may be more."""
     errors: list[str] = field(default_factory=list)
     """Lines "PLACE: what is wrong; what to do"."""
+    tell: Callable[[str, str, str], None] | None = None
+    """Is called with (location, reason, what it is a copy of or what is wrong) for each row, or
+    part of a row, that gives no record; None: counting them is enough."""
+
+    def leave_out(self, location: str, reason: str, detail: str = "") -> None:
+        """Tell of a row that gives no record, if anybody wants to know.
+
+        Args:
+            location: Where it is.
+            reason: Why: one of a few sentences.
+            detail: What it is a copy of, or what is wrong with it.
+        """
+        if self.tell is not None:
+            self.tell(location, reason, detail)
 
     def left_out_lines(self) -> list[str]:
         """Return a line for each reason why rows, or parts of rows, are left out: "12: why"."""
@@ -339,6 +357,7 @@ class RowReader:
             self.count += 1
             if self.source.where and not self._is_wanted(value):
                 self.loaded.filtered += 1
+                self.loaded.leave_out(location, "where")
                 continue
             self.loaded.rows += 1
             try:
@@ -350,6 +369,7 @@ class RowReader:
                 converted = self._convert(form, row, options)
             except LeftOut as reason:
                 self.loaded.left_out[str(reason)] += 1
+                self.loaded.leave_out(location, str(reason))
                 continue
             except ValueError as error:
                 self._bad(location, error)
@@ -359,8 +379,8 @@ class RowReader:
         for form, gathered in self._gathered.values():
             assert form.gather is not None
             try:
-                for location, item in form.gather(gathered, options):
-                    yield from self._record(location, item, {})
+                for location, part in form.gather(gathered, options):
+                    yield from self._record(location, part, {})
             except ValueError as error:
                 self._bad(gathered[0][0], error)
 
@@ -410,12 +430,14 @@ class RowReader:
         """
         if isinstance(item, LeftOut):
             self.loaded.left_out[str(item)] += 1
+            self.loaded.leave_out(location, str(item))
             return
         if isinstance(item, ValueError):
             self._bad(location, item)
             return
         try:
             item = {**{key: row[key] for key in KEPT if key in row}, **item}
+            item = with_labels(item, row)
             if self.kind != "documents":
                 item = without_templates(item, self.source.templated)
             record = PARSERS[self.kind](item)
@@ -428,6 +450,7 @@ class RowReader:
             first = self._seen.setdefault(prompt_key(record.prompt), location)
             if first != location:
                 self.loaded.duplicates += 1
+                self.loaded.leave_out(location, REPEATED, first)
                 return
         yield location, record
 
@@ -435,6 +458,7 @@ class RowReader:
         """Count a row with a mistake as dropped, or as an error, as the source says."""
         if self.source.on_bad_row == "drop":
             self.loaded.dropped.append((location, str(error)))
+            self.loaded.leave_out(location, "bad row", str(error))
         else:
             self.loaded.errors.append(f"{location}: {error}")
 
@@ -450,6 +474,19 @@ def refuse_other_judgments(form: Form, by: str) -> None:
         raise ValueError(f"by: '{by}': a row {form} holds one judgment only; take by out of the source")
     if by not in form.by and "*" not in form.by:
         raise ValueError(f"by: '{by}' is no judgment of {form.name}; expected {' or '.join(form.by)}")
+
+
+def with_labels(item: dict, row: dict) -> dict:
+    """Return a row of our own form with the labels of the row that it was made of under `meta`.
+
+    Args:
+        item: The row of our own form.
+        row: The row that it was made of.
+    """
+    labels = {key: row[key] for key in LABELS if isinstance(row.get(key), str)}
+    if not labels or not isinstance(item.get("meta"), dict | None):
+        return item
+    return item | {"meta": labels | (item.get("meta") or {})}
 
 
 def source_rows(source: Source, reading: Reading) -> Generator[tuple[str, object]]:

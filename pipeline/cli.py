@@ -290,6 +290,47 @@ def add_data(commands: Any) -> None:
     check.add_argument("--artifacts", default="artifacts", metavar="DIR", help="where the experiment's tokenizer is")
     check.add_argument("--debug", action="store_true", help="show tracebacks")
     check.set_defaults(trust_remote_code=False)
+    add_data_prepare(actions)
+
+
+def add_data_prepare(actions: Any) -> None:
+    """Add `rlhf data prepare`."""
+    text = "leave out copies and personal data, and split by user into sft, rm, ppo, validation and test parts"
+    prepare = add_command(actions, "prepare", text, "optional")
+    prepare.add_argument("input", metavar="IN", nargs="+", help="files, folders, globs or Hub ids")
+    prepare.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to write")
+    prepare.add_argument("--kind", choices=KINDS, help="kind of all input (default: what CONFIG or the keys say)")
+    prepare.add_argument(
+        "--pii",
+        choices=["list", "drop", "mask", "off"],
+        default="list",
+        help="personal data: list it (default), drop its rows or mask it in the training parts, or do not look for it",
+    )
+    prepare.add_argument(
+        "--region",
+        default="US",
+        metavar="CC",
+        help="country whose telephone numbers are found without +; none: only with + (default: US)",
+    )
+    prepare.add_argument(
+        "--per-user", type=int, default=200, metavar="N", help="prompts kept of a user; 0: all (default: 200)"
+    )
+    prepare.add_argument(
+        "--prefix", type=int, default=100, metavar="N", help="characters of a long common prefix; 0: off (default: 100)"
+    )
+    prepare.add_argument(
+        "--near", type=float, default=0.8, metavar="J", help="Jaccard index of near copies; 0: off (default: 0.8)"
+    )
+    prepare.add_argument(
+        "--shares",
+        default="sft:13,rm:33,ppo:31,validation:4,test:4",
+        metavar="PART:N,…",
+        help="sizes of the parts, relative to each other (default: sft:13,rm:33,ppo:31,validation:4,test:4)",
+    )
+    prepare.add_argument(
+        "--drop-leaks", action="store_true", help="leave evaluation prompts out of the other parts (default: an error)"
+    )
+    prepare.add_argument("--force", action="store_true", help="replace DIR if it exists")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -282,7 +282,9 @@ def chat_command(arguments: argparse.Namespace) -> int:
 
 
 def data_command(arguments: argparse.Namespace) -> int:
-    """Run `rlhf data check`: describe one data file, or all data of an experiment."""
+    """Run `rlhf data`: the command that `action` names."""
+    if arguments.action == "prepare":
+        return prepare_command(arguments)
     experiment = load_if_given(arguments)
     artifacts = str(Location.of(arguments.artifacts).folder)
     check = importlib.import_module("data.check.command")
@@ -293,6 +295,29 @@ def data_command(arguments: argparse.Namespace) -> int:
     if arguments.kind is not None:
         raise UserError("command line: --kind needs a FILE; see `rlhf data check --help`")
     return check.run_all(experiment, artifacts=artifacts)
+
+
+def prepare_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf data prepare`: sift data and split them by user."""
+    settings = importlib.import_module("data.prepare.settings")
+    asked = settings.Settings(
+        personal=arguments.pii,
+        region=arguments.region,
+        per_user=arguments.per_user,
+        prefix=arguments.prefix,
+        near=arguments.near,
+        drop_leaks=arguments.drop_leaks,
+        shares=settings.parse_shares(arguments.shares),
+    )
+    return importlib.import_module("data.prepare.command").run(
+        arguments.input,
+        arguments.output,
+        asked,
+        arguments.kind,
+        load_if_given(arguments),
+        str(Location.of(arguments.artifacts).folder),
+        arguments.force,
+    )
 
 
 COMMANDS = {

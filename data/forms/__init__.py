@@ -126,8 +126,11 @@ def form_of(kind: str, row: dict) -> Form | None:
     if kind not in PROMPT_KINDS or (own is not None and own.name):
         return own
     # A row with answers is read as what it is, and gives its prompt: more specific than {prompt}.
-    answered = (form for other in ANSWERED for form in FORMS[other] if form.name and is_of(form, row))
-    return next(answered, own)
+    for other in ANSWERED:
+        answered = form_of(other, row)
+        if answered is not None:
+            return answered if answered.name else own
+    return own
 
 
 def is_of(form: Form, row: dict) -> bool:
