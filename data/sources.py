@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from data.error_lines import shorten
-from data.files.json_rows import Reading, read_rows
-from data.files.tables import hub_rows, is_parquet, parquet_rows
+from data.files.hub import hub_rows
+from data.files.reading import Reading
+from data.files.rows import file_rows
 from data.forms import FORMS, PROMPT_KINDS, recognise
 from data.forms.form import Form, LeftOut, Options
 from data.forms.meaning import refuse_meaningful_keys, refuse_unknown_keys
@@ -439,14 +440,12 @@ def source_rows(source: Source, reading: Reading) -> Generator[tuple[str, object
         reading: Gets error lines, and the digest if asked for.
     """
     if source.hub is not None:
-        return hub_rows(source.hub, source.split, source.subset, source.revision, source.limit, reading)
+        commit, part = source.revision, (source.data_dir, source.data_files)
+        return hub_rows(source.hub, source.split, source.subset, commit, source.limit, reading, *part)
     assert source.path is not None
+    # "train" is what a source says that says nothing, and then several splits are refused.
+    reading.split = source.split if source.split != "train" else None
     return file_rows(source.path, reading)
-
-
-def file_rows(path: str | Path, reading: Reading) -> Generator[tuple[str, object]]:
-    """Return an iterator over (location, row) of a file of any format."""
-    return parquet_rows(path, reading) if is_parquet(path) else read_rows(path, reading)
 
 
 def matches(value: object, wanted: object) -> bool:

@@ -13,7 +13,7 @@ from data.check.pairs import PairTally
 from data.check.prompts import PromptTally, add_shared_prompts
 from data.check.report import Limits, OtherData, Report
 from data.error_lines import shorten
-from data.files.json_rows import Reading
+from data.files.reading import Reading
 from data.forms import FORMS, recognise
 from data.parsing import describe
 from data.records import Demonstration, Ranking, Record

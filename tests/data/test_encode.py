@@ -252,7 +252,7 @@ class TestRows:
         with pytest.raises(UserError) as error:
             encode_prompts(tokenizer, prompts, ["x:1", "x:2", "x:3"])
         what = "the model's chat template refuses this prompt (no system); change its messages"
-        assert error.value.lines == [f"x:1: {what}", f"x:3: {what}"]
+        assert error.value.lines == [f"x:1: {what} (the same in 1 more row, the last at line 3)"]
 
     def test_a_demonstrations_loss_is_on_its_completion_and_eos_only(self, tokenizer):
         encoded = encode_demonstrations(

@@ -196,6 +196,30 @@ class TestLimits:
             self.encode(tokenizer, demonstration, max_length=len(encoded.rows[0]["input_ids"]))
 
 
+MARKED = {  # templates that mark what transformers and trl (assistant_only_loss) take as the assistant's
+    "own": "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] }}{{ eos_token }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}",
+    "chatml": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("kind", MARKED)
+def test_labels_are_those_of_a_template_that_marks_the_assistants_tokens(kind):
+    tokenizer, demonstration = ready(kind), talk(*SAID[:4], *SAID[:2])
+    (row,) = encode_demonstrations(tokenizer, [demonstration], names=["x"], **LIMITS).rows
+    marked = tokenizer.apply_chat_template(
+        [*demonstration.prompt, assistant(demonstration.completion)],
+        chat_template=MARKED[kind],
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    ids, mask = marked["input_ids"], marked["assistant_masks"]
+    length = len(row["labels"])  # a template may write a newline after the last turn
+    labels = [index if is_said else -100 for index, is_said in zip(ids, mask, strict=True)]
+    assert (ids[:length], labels[:length]) == (row["input_ids"], row["labels"]) and not any(mask[length:])
+
+
 @pytest.mark.parametrize("kind", ["chatml", "qwen3"])
 def test_the_gradient_is_that_of_one_row_a_turn(kind):
     """Check a row with several answers against the sum over a row for each."""
