@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ from data.files.reading import Reading
 from data.forms import FORMS, recognise
 from data.parsing import describe
 from data.records import Demonstration, Ranking, Record
-from data.sources import PARSERS, Loaded, Source, read, records, source_rows
+from data.sources import PARSERS, Loaded, Source, matches, read, records, renamed, source_rows
 from data.turns import TurnCount, count_turns
 
 TRAINING = ("rankings", "demonstrations", "documents", "prompts")
@@ -39,8 +40,8 @@ def check(
 ) -> Report:
     """Inspect a source of data and return the report.
 
-    Records are read one by one and not kept, so that a file may be larger than the memory; those of
-    a mixture are kept, as its parts are mixed as a whole.
+    Records are read one by one and not kept, so that a file may be larger than the memory. Those of
+    the Hub are kept, as they are loaded once; and those of a mixture, which is mixed as a whole.
 
     Args:
         source: Where the rows come from and how they are read.
@@ -57,13 +58,18 @@ def check(
         first = next((f"{location}: {unknown_kind(value)}" for location, value in rows), "")
         report.errors += reading.errors or [first]
         return report
-    loaded = read(report.kind, source, max_rows) if source.parts else Loaded()
-    if source.parts:
-        found: Iterable[tuple[str, Record]] = zip(loaded.locations, loaded.records, strict=True)
-    else:
-        found = records(report.kind, source, loaded, max_rows)
+    kept = source.hub is not None or bool(source.parts)  # read only once, and so kept
+    loaded = read(report.kind, source, max_rows) if kept else Loaded()
+
+    def found(counts: Loaded | None = None) -> Iterator[tuple[str, Record]]:
+        """Return an iterator over (location, record); `counts` gets what reading finds."""
+        if kept:
+            return zip(loaded.locations, loaded.records, strict=True)
+        assert report.kind is not None
+        return records(report.kind, source, counts or Loaded(), max_rows)
+
     tally = Tally(report.kind, limits)
-    tally.add_all(found)
+    tally.add_all(found(loaded))
     report.errors += loaded.errors
     add_rows(report, loaded)
     if (source.skip or source.limit is not None) and tally.prompts.rows:
@@ -79,7 +85,7 @@ def check(
         other_kind = other.name if other.name in FORMS else guess_kind(other.source)
         if other_kind is not None and "documents" not in (other_kind, report.kind):
             both_train = other.name in TRAINING and report.kind in TRAINING
-            add_shared_prompts(report, source, tally.prompts.prompts, other, other_kind, may_share=both_train)
+            add_shared_prompts(report, found, tally.prompts.prompts, other, other_kind, may_share=both_train)
     return report
 
 
@@ -147,9 +153,19 @@ class Tally:
 
 
 def all_rows(source: Source, reading: Reading) -> Iterator[tuple[str, object]]:
-    """Yield (location, row) of a source, of a mixture those of each part in turn."""
+    """Yield (location, row) of a source, of a mixture those of each part in turn.
+
+    Rows have the keys that `columns` gives them, and those that `where` leaves out are passed over.
+    """
     for part in source.parts or (source,):
-        yield from source_rows(part, reading)
+        for location, value in source_rows(part, reading):
+            if isinstance(value, dict):
+                wanted = part.where or {}
+                if not all(matches(value.get(key), choice) for key, choice in wanted.items()):
+                    continue
+                with suppress(ValueError):  # a row without such a key is reported when it is read
+                    value = renamed(value, part.columns or {})
+            yield location, value
 
 
 def guess_kind(source: Source) -> str | None:

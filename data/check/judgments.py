@@ -70,8 +70,8 @@ class Judgments:
             self.is_full = True
             return
         answers = [hash64(f"{finished}{text}") for text, finished in ranking.answers]
-        for i, j in sorted(set(better)):
-            self.flat.extend((prompt, labeler, answers[i], answers[j]))
+        for winner, loser in sorted({(answers[i], answers[j]) for i, j in better}):
+            self.flat.extend((prompt, labeler, winner, loser))
 
     def by_prompt(self) -> Iterable[list[Judgment]]:
         """Yield the judgments of each prompt that has several."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -16,6 +16,7 @@ from data.sources import Loaded, Source, read, records
 
 AT_ONCE = 20_000
 """Prompts that are compared with those of evaluation at once."""
+Found = Callable[[], Iterator[tuple[str, Record]]]
 MOST_LEAKS = 100
 """Prompts that are named at most."""
 
@@ -61,23 +62,30 @@ def prompt_hash(record: Record) -> int:
     return hash64(record.text if isinstance(record, Document) else prompt_key(record.prompt))
 
 
-def all_records(kind: str, source: Source) -> Iterator[tuple[str, Record]]:
-    """Yield (location, record) of a source; of a mixture those that it takes."""
-    if source.parts:
-        loaded = read(kind, source)
-        yield from zip(loaded.locations, loaded.records, strict=True)
-    else:
-        yield from records(kind, source, Loaded())
+def all_records(kind: str, source: Source, loaded: Loaded) -> Iterator[tuple[str, Record]]:
+    """Yield (location, record) of a source; of a mixture those that it takes.
+
+    Args:
+        kind: The kind of data.
+        source: The source.
+        loaded: Gets its errors, complete when the records have ended.
+    """
+    if not source.parts:
+        yield from records(kind, source, loaded)
+        return
+    whole = read(kind, source)
+    loaded.errors += whole.errors
+    yield from zip(whole.locations, whole.records, strict=True)
 
 
 def add_shared_prompts(
-    report: Report, source: Source, prompts: set[int], other: OtherData, other_kind: str, *, may_share: bool
+    report: Report, found: Found, prompts: set[int], other: OtherData, other_kind: str, *, may_share: bool
 ) -> None:
     """Report the prompts of this source that also occur in another one.
 
     Args:
         report: Where facts and errors go; it has the kind.
-        source: This source, which is read again.
+        found: Returns (location, record) of this source from its beginning, whenever it is called.
         prompts: The hashes of its prompts.
         other: The other source.
         other_kind: Its kind.
@@ -86,69 +94,57 @@ def add_shared_prompts(
     """
     shared: dict[int, str] = {}  # hash → where the other source has it
     theirs = Loaded()
-    for location, record in _theirs(other_kind, other.source, theirs):
+    for location, record in all_records(other_kind, other.source, theirs):
         key = prompt_hash(record)
         if key in prompts:
             shared[key] = location
     leaks = []
-    rows = found = 0
-    assert report.kind is not None
-    for location, record in all_records(report.kind, source):
+    rows = leaked = 0
+    for location, record in found():
         rows += 1
         key = prompt_hash(record)
         if key in shared:
-            found += 1
+            leaked += 1
             if len(leaks) < MOST_LEAKS:
                 problem = f"this prompt is at {shared[key]} ({other.name}) too: a leak"
                 leaks.append(f"{location}: {problem}; remove it from one of the two")
     unread = f" ({len(theirs.errors):,} errors in it: check it too)" if theirs.errors else ""
-    report.add(f"also in {other.name}", f"{found:,} of {rows:,} prompts{unread}")
+    report.add(f"also in {other.name}", f"{leaked:,} of {rows:,} prompts{unread}")
     if may_share:
         return
     report.errors += leaks
-    if found > MOST_LEAKS:
-        report.errors.append(f"{report.name}: {found - MOST_LEAKS:,} more prompts are in {other.name} too")
-    add_near_copies(report, source, rows, other_kind, other, set(shared))
+    if leaked > MOST_LEAKS:
+        report.errors.append(f"{report.name}: {leaked - MOST_LEAKS:,} more prompts are in {other.name} too")
+    add_near_copies(report, found, rows, other_kind, other, set(shared))
 
 
 def add_near_copies(
-    report: Report, source: Source, rows: int, other_kind: str, other: OtherData, shared: set[int]
+    report: Report, found: Found, rows: int, other_kind: str, other: OtherData, shared: set[int]
 ) -> None:
     """Report the prompts of this source that are near copies of prompts of another one.
 
     Args:
         report: Where the fact goes.
-        source: This source.
+        found: As of `add_shared_prompts`.
         rows: Its number of records.
         other_kind: The kind of the other source.
         other: The other source.
         shared: The hashes of prompts that both have, which are not counted.
     """
-    assert report.kind is not None
-    ours = (item for item in all_records(report.kind, source) if prompt_hash(item[1]) not in shared)
+    ours = (item for item in found() if prompt_hash(item[1]) not in shared)
     near, first = 0, ""
     while batch := list(islice(ours, AT_ONCE)):
-        theirs = all_records(other_kind, other.source)
+        theirs = all_records(other_kind, other.source, Loaded())
         copied: set[int] = set()
         while others := list(islice(theirs, AT_ONCE)):
             nearest = nearest_copies(_prompts(batch), _prompts(others))
-            found = [(i, copy) for i, copy in enumerate(nearest) if copy is not None]
-            if found and not first:
-                i, copy = found[0]
+            copies = [(i, copy) for i, copy in enumerate(nearest) if copy is not None]
+            if copies and not first:
+                i, copy = copies[0]
                 first = f" · the first at {batch[i][0]}, of {others[copy][0]}"
-            copied |= {i for i, _ in found}
+            copied |= {i for i, _ in copies}
         near += len(copied)
     report.add("near copies", f"{near:,} of {rows:,} prompts are near copies of prompts in {other.name}{first}")
-
-
-def _theirs(kind: str, source: Source, loaded: Loaded) -> Iterator[tuple[str, Record]]:
-    """Yield the records of another source, and keep its errors in `loaded`."""
-    if not source.parts:
-        yield from records(kind, source, loaded)
-        return
-    whole = read(kind, source)
-    loaded.errors += whole.errors
-    yield from zip(whole.locations, whole.records, strict=True)
 
 
 def _prompts(items: Iterable[tuple[str, Record]]) -> list[str | tuple[dict, ...]]:
