@@ -25,6 +25,7 @@ from data.forms.meaning import refuse_meaningful_keys, refuse_unknown_keys
 from data.mixture import mix
 from data.parsing import METADATA, parse_demonstration, parse_document, parse_prompt, parse_ranking
 from data.records import Prompt, Ranking, Record, content_id, judged_pairs, prompt_key
+from data.templated import without_templates
 from pipeline.errors import UserError
 
 PARSERS: dict[str, Callable[[dict], Record]] = {
@@ -342,7 +343,8 @@ class RowReader:
             self.loaded.rows += 1
             try:
                 form, row = self._recognised(value)
-                if form.gather is not None:
+                prompts_only = self.kind in PROMPT_KINDS and form.prompt is not None
+                if form.gather is not None and not prompts_only:
                     self._gathered.setdefault(id(form), (form, []))[1].append((location, row))
                     continue
                 converted = self._convert(form, row, options)
@@ -379,10 +381,10 @@ class RowReader:
         refuse_meaningful_keys(self.kind, form, row, ignore)
         if not form.name:
             refuse_unknown_keys(form, row, ignore)
-        if form.by and self.source.by is not None and self.source.by not in form.by and "*" not in form.by:
-            raise ValueError(f"by: '{self.source.by}' is no judgment of {form.name}; expected {' or '.join(form.by)}")
+        if self.kind == "rankings" and self.source.by is not None:
+            refuse_other_judgments(form, self.source.by)
         self.loaded.forms["a plain string" if isinstance(value, str) else str(form)] += 1
-        self.loaded.unread.update(set(row) - {*form.needs, *form.also, *METADATA})
+        self.loaded.unread.update(set(row) - form.keys_of(row) - set(METADATA))
         return form, row
 
     def _convert(self, form: Form, row: dict, options: Options) -> list[dict | LeftOut]:
@@ -398,7 +400,7 @@ class RowReader:
         converted = form.convert(row, options)
         return converted if isinstance(converted, list) else [converted]
 
-    def _record(self, location: str, item: dict | LeftOut, row: dict) -> Iterator[tuple[str, Record]]:
+    def _record(self, location: str, item: dict | ValueError, row: dict) -> Iterator[tuple[str, Record]]:
         """Yield the record of a row of our own form; none if it is left out, wrong, or repeated.
 
         Args:
@@ -409,8 +411,13 @@ class RowReader:
         if isinstance(item, LeftOut):
             self.loaded.left_out[str(item)] += 1
             return
+        if isinstance(item, ValueError):
+            self._bad(location, item)
+            return
         try:
             item = {**{key: row[key] for key in KEPT if key in row}, **item}
+            if self.kind != "documents":
+                item = without_templates(item, self.source.templated)
             record = PARSERS[self.kind](item)
             if isinstance(record, Ranking):
                 record = with_own_id(record, location, self._seen)
@@ -430,6 +437,19 @@ class RowReader:
             self.loaded.dropped.append((location, str(error)))
         else:
             self.loaded.errors.append(f"{location}: {error}")
+
+
+def refuse_other_judgments(form: Form, by: str) -> None:
+    """Raise ValueError where a form has no judgment of this name.
+
+    Args:
+        form: The form of a row.
+        by: The judgment that the source asks for.
+    """
+    if not form.by:
+        raise ValueError(f"by: '{by}': a row {form} holds one judgment only; take by out of the source")
+    if by not in form.by and "*" not in form.by:
+        raise ValueError(f"by: '{by}' is no judgment of {form.name}; expected {' or '.join(form.by)}")
 
 
 def source_rows(source: Source, reading: Reading) -> Generator[tuple[str, object]]:

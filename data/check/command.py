@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from data.check.config import Input, limits_of, sources_of, tokenizer_of
-from data.check.inspect_file import check, guess_kind
+from data.check.guess import guess_kind
+from data.check.inspect_file import check
 from data.check.report import Limits, OtherData, Report
 from data.error_lines import shorten
 from data.sources import Source

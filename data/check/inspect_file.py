@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
+from data.check.guess import TRAINING, all_rows, guess_kind, hint
 from data.check.lengths import LengthTally, TemplateTally
 from data.check.pairs import PairTally
 from data.check.prompts import PromptTally, add_shared_prompts
 from data.check.report import Limits, OtherData, Report
 from data.error_lines import shorten
 from data.files.reading import Reading
-from data.forms import FORMS, recognise
+from data.forms import FORMS
 from data.parsing import describe
 from data.records import Demonstration, Ranking, Record
-from data.sources import PARSERS, Loaded, Source, matches, read, records, renamed, source_rows
+from data.sources import Loaded, Source, read, records
 from data.turns import TurnCount, count_turns
 
-TRAINING = ("rankings", "demonstrations", "documents", "prompts")
-"""Kinds of training data, the most specific first; they may share prompts among themselves."""
-GUESSED_ROWS = 50
-"""Rows of a file from which its kind is guessed."""
 DROPPED_SHOWN = 5
 """Kinds of mistakes of rows that were dropped that are shown at most."""
 AT_ONCE = 512
@@ -152,65 +146,13 @@ class Tally:
             self.pairs.report(report)
 
 
-def all_rows(source: Source, reading: Reading) -> Iterator[tuple[str, object]]:
-    """Yield (location, row) of a source, of a mixture those of each part in turn.
-
-    Rows have the keys that `columns` gives them, and those that `where` leaves out are passed over.
-    """
-    for part in source.parts or (source,):
-        for location, value in source_rows(part, reading):
-            if isinstance(value, dict):
-                wanted = part.where or {}
-                if not all(matches(value.get(key), choice) for key, choice in wanted.items()):
-                    continue
-                with suppress(ValueError):  # a row without such a key is reported when it is read
-                    value = renamed(value, part.columns or {})
-            yield location, value
-
-
-def guess_kind(source: Source) -> str | None:
-    """Guess the kind of data from the keys of the first 50 rows.
-
-    A kind in the file's name is taken if all rows have its keys, otherwise the most specific kind.
-    Damaged rows have the keys of their kind too, so whether rows are valid decides only between
-    kinds with equally many keys.
-
-    Returns:
-        The kind; None if no row has the keys of any.
-    """
-    in_name = [kind for kind in ("evaluation_prompts", *TRAINING) if kind in Path(source.name).stem]
-    rows = [value for _, value in islice(all_rows(source, Reading()), GUESSED_ROWS)]
-    recognised: Counter[str] = Counter()  # kind → rows that have its keys
-    keys: Counter[str] = Counter()  # kind → the keys that these rows had to have
-    valid: Counter[str] = Counter()  # kind → rows without an error
-    for value in rows:
-        for kind in dict.fromkeys([*in_name, *TRAINING]):
-            try:
-                form, row = recognise(kind, value)
-                recognised[kind] += 1
-                keys[kind] += len(form.needs)
-                converted = form.convert(row, source.options)
-                for item in converted if isinstance(converted, list) else [converted]:
-                    if isinstance(item, dict):
-                        PARSERS[kind](item)
-                valid[kind] += 1
-            except ValueError:
-                pass
-    for kind in in_name:
-        if recognised[kind] == len(rows) > 0:
-            return kind
-    if not recognised:
-        return None
-    return max(TRAINING, key=lambda kind: (keys[kind], valid[kind]))
-
-
 def unknown_kind(value: object) -> str:
     """Return the error line of a row that has no known kind."""
     keys = f"the keys {', '.join(value)}" if isinstance(value, dict) else describe(value)
     known = "; ".join(f"{kind} {' or '.join(own_keys(kind))}" for kind in TRAINING)
     return (
         f"{keys} are no known kind of row; known are {known}; and those of data sets and tools that data/README.md "
-        f"lists. Other keys can be named: columns.prompt=question"
+        f"lists. Other keys can be named: columns.prompt=question{hint(value)}"
     )
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from data.check.command import Context
 from data.check.config import Input
-from data.check.inspect_file import GUESSED_ROWS, add_rows, all_rows
+from data.check.guess import GUESSED_ROWS, all_rows
+from data.check.inspect_file import add_rows
 from data.check.report import Report
 from data.error_lines import shorten
 from data.files.reading import Reading
