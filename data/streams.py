@@ -100,7 +100,7 @@ def position_of(key: str) -> float:
 
 
 def held_out_limit(positions: Sequence[float], fraction: float) -> float:
-    """Return the position below which rows are held out, as `held_out` chooses them.
+    """Return the highest position that `held_out` holds out; -1 if it holds nothing out.
 
     Args:
         positions: The position of each row's key, as of `position_of`.
@@ -109,8 +109,8 @@ def held_out_limit(positions: Sequence[float], fraction: float) -> float:
     import numpy as np
 
     different = np.unique(np.asarray(positions))
-    count = int((different < fraction).sum())
-    return float(different[min(max(count, int(fraction > 0)), len(different) - 1)])
+    count = min(max(int((different < fraction).sum()), int(fraction > 0)), len(different) - 1)
+    return float(different[count - 1]) if count else -1.0
 
 
 ORDER_VERSION = 2

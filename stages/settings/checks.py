@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
 
 ROWS_CHECKED = 200
-"""Rows of a data set on the Hub that are read before anything runs; `rlhf doctor` reads as many of a
-file."""
+"""Rows of a data set on the Hub that are read before anything runs; of a file, `rlhf doctor` reads
+as many."""
 NO_LIMIT = 10**12
 """A limit that no data set reaches: with a limit, rows of the Hub are streamed."""
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length")

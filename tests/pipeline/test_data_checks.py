@@ -67,7 +67,7 @@ def test_every_part_of_a_mixture_is_checked(world, checked, tmp_path):
 
 def test_a_data_set_that_nobody_has_is_refused(world, checked, monkeypatch, tmp_path):
     """Without a network, a data set in this machine's cache is used, with a line that says so."""
-    file, calls = checked
+    _, calls = checked
     monkeypatch.setattr("pipeline.store.hub.request_commit", lambda name: (None, ""))
     monkeypatch.setattr("pipeline.store.hub.cached_commits", lambda name: [])
     monkeypatch.setattr("pipeline.data_checks.cached_commits", lambda name: [])
