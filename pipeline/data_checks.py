@@ -119,7 +119,7 @@ class DataChecks:
         return not asked
 
     def _unreached(self, kind: str, source: Source) -> list[str]:
-        """Return an error line if nobody has a data set: the Hub gave no answer, nor does the cache."""
+        """Return an error line for a data set that is not cached, where the Hub gave no answer."""
         assert source.hub is not None
         if source.revision is not None or cached_commits(HubName("dataset", source.hub, source.revision)):
             return []  # `Hub.notes` say so

@@ -1,8 +1,8 @@
 """Keep encoded rankings beside a stage, so that only the first start of it encodes them.
 
 An entry is three files: the rows, their index (both Arrow), and a JSON file with their digests,
-which says what they were made of and is written last. An entry that was made of anything else, or that is
-damaged, is made again.
+which says what they were made of and is written last. An entry that was made of anything else, or
+that is damaged, is made again.
 """
 
 import dataclasses
