@@ -119,7 +119,7 @@ def run(ctx: StageRun[RankingsSettings, Experiment]) -> dict:
     """
     settings, session = ctx.config, session_of(ctx, trains=False)
     if ctx.experiment.data.rankings is not None:
-        rows = recorded_rows(ctx.data["rankings"])
+        rows = recorded_rows(ctx.data.get("rankings", {}))
         return split_given(ctx.source("rankings"), settings.validation_fraction, ctx.publish, session, rows)
     world = World.from_json(read_world(ctx.inputs))
     runtime, folder = runtime_of(ctx), ctx.inputs["sft"] / "model"
@@ -137,6 +137,7 @@ def run(ctx: StageRun[RankingsSettings, Experiment]) -> dict:
         "validation": len(validation),
         "labeler_agreement": labeler_agreement(rows[i] for i in validation),
         **figures,
+        **session.notes.figures,
     }
 
 
@@ -163,7 +164,8 @@ def split_given(source: Source, fraction: float, folder: Path, session: Session,
     """
     whole, loaded = folder / ".tmp-all.jsonl", sources.Loaded()
     positions, pairs = array("d"), array("i")  # of each ranking
-    rankings = sources.stream("rankings", reader_source(source), loaded)
+    reader = reader_source(source)
+    rankings = sources.stream("rankings", reader, loaded)
     with jsonl_writer(whole) as write:
         for _, ranking in with_progress(rankings, session, count):
             positions.append(position_of(prompt_key(ranking.prompt)))
@@ -171,6 +173,7 @@ def split_given(source: Source, fraction: float, folder: Path, session: Session,
             write(ranking)
     if loaded.errors:
         raise UserError(shorten(loaded.errors))
+    session.notes.take_down("rankings", reader.name, loaded)
     is_held_out = np.asarray(positions) <= held_out_limit(positions, fraction)
     counts = {"train": int((~is_held_out).sum()), "validation": int(is_held_out.sum())}
     for name, side in (("train", ~is_held_out), ("validation", is_held_out)):
@@ -186,6 +189,7 @@ def split_given(source: Source, fraction: float, folder: Path, session: Session,
         "pairs": sum(pairs),
         **counts,
         "labeler_agreement": labeler_agreement(ranking for _, ranking in again),
+        **session.notes.figures,
     }
 
 
@@ -334,7 +338,7 @@ def sample_responses(
         session, [policy], settings.max_length
     )  # lets the sampler compute each prompt once for all of its samples
 
-    records, locations = load_placed_records("prompts", source)
+    records, locations = load_placed_records("prompts", source, session.notes)
     count = min(len(records), settings.num_prompts or len(records))
     chosen = Stream(len(records), derive_seed(session.seed, "prompts")).take(count)
     prompts = [records[i].prompt for i in chosen]

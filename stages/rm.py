@@ -43,6 +43,7 @@ from stages.settings.policies import reward_models
 from stages.settings.rm import RMSettings
 from stages.settings.training import total_steps
 from stages.shared.cards import SCORE, ModelCard
+from stages.shared.data_notes import DataNotes
 from stages.shared.disk import say_written
 from stages.shared.group_cache import GroupCache
 from stages.shared.inputs import LengthLimit, load_groups, load_records, read_world
@@ -113,7 +114,9 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
     # without rankings in the config, the embedded world's labelers ranked: then tasks are known
     world = World.from_json(read_world(ctx.inputs)) if ctx.experiment.data.rankings is None else None
     cache = GroupCache(ctx.cache, source, session.tracker, partial(session.leave_if_requested, 0, 0))
-    data = load_data(config, tokenizer, ctx.inputs["rankings"], ctx.source("demonstrations"), world, cache)
+    data = load_data(
+        config, tokenizer, ctx.inputs["rankings"], ctx.source("demonstrations"), world, cache, session.notes
+    )
     held, steps, names = data.held_out, total_steps(config, len(data.groups)), reward_models(ctx.experiment)
     pairs = count_pairs(data.groups)
     line = f"{data.report.line('rankings')}; {pairs} pairs; {len(held.groups)} rankings held out; {steps} steps"
@@ -166,7 +169,7 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
             save_members(session, members, k, steps, len(names))
     figures = members.figures[0] | trusted[0] | accuracy_of_others(names, config.ensemble, margins)
     figures["accuracy_ceiling"] = ctx.manifests["rankings"]["metrics"].get("accuracy_ceiling")
-    return {**figures, "truncated": data.report.truncated, "dropped": data.report.dropped}
+    return {**figures, "truncated": data.report.truncated, "dropped": data.report.dropped, **session.notes.figures}
 
 
 def load_data(
@@ -176,6 +179,7 @@ def load_data(
     demonstrations: Source,
     world: World | None,
     cache: GroupCache | None = None,
+    notes: DataNotes | None = None,
 ) -> Data:
     """Load the rankings and the demonstrations.
 
@@ -186,6 +190,7 @@ def load_data(
         demonstrations: Where the demonstrations are.
         world: The embedded world, where its labelers ranked.
         cache: Where encoded rankings are kept.
+        notes: Where it is said what is not taken of the data.
     """
     limit = LengthLimit(config.max_length, config.on_too_long, "rm")
     groups, report = load_groups(rankings / "train.jsonl", tokenizer, limit, cache)
@@ -194,7 +199,7 @@ def load_data(
     return Data(
         groups=groups,
         held_out=HeldOut(held_groups, validation, clusters_of(validation, world)),
-        demonstrations=load_records("demonstrations", demonstrations),
+        demonstrations=load_records("demonstrations", demonstrations, notes),
         report=report + held_report,
     )
 

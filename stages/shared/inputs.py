@@ -18,6 +18,7 @@ from data.streams import held_out
 from pipeline.errors import UserError
 from pipeline.stage import Source
 from stages.settings.checks import reader_source
+from stages.shared.data_notes import DataNotes
 from stages.shared.group_cache import GroupCache
 
 
@@ -33,42 +34,38 @@ class LengthLimit:
     """The stage whose settings these are, for error lines."""
 
 
-def load_records(kind: str, source: Source) -> list:
+def load_records(kind: str, source: Source, notes: DataNotes | None = None) -> list:
     """Load the records of a kind (documents, demonstrations, …).
 
     Args:
         kind: The kind of record.
         source: Where they are, as `StageRun.source` gives it.
+        notes: Where it is said what is not taken; None: nowhere.
     """
-    return sources.load(kind, reader_source(source))
+    return load_placed_records(kind, source, notes)[0]
 
 
-def load_placed_records(kind: str, source: Source, say: Callable[[str], None] | None = None) -> tuple[list, list[str]]:
-    """Load records as `load_records` does, with the location (file and line) of each.
-
-    Args:
-        kind: The kind of record.
-        source: Where they are.
-        say: Prints a line for each reason why rows, or parts of rows, were left out.
-    """
-    loaded = sources.load_whole(kind, reader_source(source))
-    if say is not None:
-        for line in loaded.left_out_lines():
-            say(f"{kind}: left out, {line}")
+def load_placed_records(kind: str, source: Source, notes: DataNotes | None = None) -> tuple[list, list[str]]:
+    """Load records as `load_records` does, with the location (file and line) of each."""
+    reader = reader_source(source)
+    loaded = sources.load_whole(kind, reader)
+    if notes is not None:
+        notes.take_down(kind, reader.name, loaded)
     return loaded.records, loaded.locations
 
 
-def split_documents(source: Source, fraction: float) -> tuple[list, list]:
+def split_documents(source: Source, fraction: float, notes: DataNotes | None = None) -> tuple[list, list]:
     """Load the documents and split them, in the same way for every stage of an experiment.
 
     Args:
         source: Where the documents are.
         fraction: The fraction to hold out (data.validation_fraction).
+        notes: As of `load_records`.
 
     Returns:
         The documents to train on and the held-out ones.
     """
-    documents = load_records("documents", source)
+    documents = load_records("documents", source, notes)
     train, held = held_out([d.text for d in documents], fraction)
     return [documents[i] for i in train], [documents[i] for i in held]
 
