@@ -34,6 +34,7 @@ from stages.settings.experiment import Experiment
 from stages.settings.rankings import RankingsSettings
 from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, read_world
 from stages.shared.runtime import Runtime, can_pack_rows, check_context, make_accelerator, runtime_of
+from stages.shared.source_words import recorded_rows
 from stages.training.batching import micro_batches
 from stages.training.session import Session, session_of
 
@@ -208,16 +209,6 @@ def refuse_no_pair(name: str, rankings: int, pairs: int) -> None:
                 f"change rankings.validation_fraction"
             ]
         )
-
-
-def recorded_rows(recorded: dict[str, Any]) -> int | None:
-    """Return how many rows a source has, or all parts of a mixture; None if that is not known.
-
-    Args:
-        recorded: What the manifest records of the source.
-    """
-    counts = [entry.get("rows") for entry in recorded.get("parts", {"1": recorded}).values()]
-    return None if None in counts else sum(counts)
 
 
 def with_progress(rows: Iterable[Item], session: Session, count: int | None) -> Iterator[Item]:

@@ -34,7 +34,8 @@ class RMSettings(PreferenceTraining):
     label_smoothing: float = setting(0.0, "assumed fraction of flipped labels (only with sigmoid)", ge=0, lt=0.5)
     margin_coef: float = setting(
         0.0,
-        "weight of a ranking's `margin`, the score difference that its pairs should have (Llama 2; only with sigmoid)",
+        "weight of the score difference that a pair should have (Llama 2; only with sigmoid): the ranking's `margin`, "
+        "or else, where it has `scores`, the difference of the two",
         ge=0,
     )
     ensemble: int = setting(

@@ -1,8 +1,8 @@
 """Say what a stage did not take of its data, and list it beside the artifact.
 
-`left_out.jsonl` has a line {data, file, line, reason} for each row that `on_bad_row: drop` left out,
-and {data, file, reason, rows} for each other reason why rows, or parts of them, hold nothing of the
-kind. Without any there is no file.
+`left_out.jsonl` has a line {data, file, line, reason} for each row that `on_bad_row: drop` left
+out, and {data, file, reason, rows} for each other reason why rows, or parts of them, hold nothing
+of the kind. Without any there is no file.
 """
 
 import json
@@ -29,7 +29,7 @@ class DataNotes:
     folder: Path | None = None
     """The folder that becomes the artifact."""
     figures: dict[str, int] = field(default_factory=dict)
-    """Counts for the manifest: `bad_rows` that were dropped and rows `left_out`; none that are 0."""
+    """Counts for the manifest: `bad_rows` that were dropped, and rows `left_out`; none are 0."""
 
     def take_down(self, kind: str, name: str, loaded: Loaded) -> None:
         """Say what was not taken of one kind of data, and write it down.

@@ -1,9 +1,11 @@
 """Test prompt groups that are read from encoded rankings, against groups made in plain Python."""
 
 import json
+import math
 import random
 
 import pytest
+import torch
 
 from data import sources
 from data.encode import encode_prompts, encode_response
@@ -13,9 +15,10 @@ from data.length_limit import fit_lengths
 from data.records import prompt_key
 from data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
+from stages.objectives.losses import ranking_loss
 from stages.shared.inputs import LengthLimit, load_groups
 
-WORDS = "red blue fox hen what is the color of a".split()
+WORDS = ["red", "blue", "fox", "hen", "what", "is", "the", "color", "of", "a"]
 
 
 def text(rng, most):
@@ -98,9 +101,16 @@ def test_scores_give_each_pair_its_margin(tmp_path, tokenizer):
     rows = [scored, scored | {"labeler": "b", "margin": 0.5}, scored | {"prompt": "what is blue", "scores": [7, 6, 1]}]
     groups, _ = load_groups(written(tmp_path / "train.jsonl", rows), tokenizer, LengthLimit(64, "error", "rm"))
     batch = batch_groups(list(groups), 0)
-    margins = dict(zip(zip(batch.winners.tolist(), batch.losers.tolist(), strict=True), batch.pair_margins, strict=True))
-    assert [float(m) for m in batch.pair_margins[:2]] == [1.5, 0.5]  # two labelers
-    assert {pair: float(m) for pair, m in margins.items() if pair[0] >= 3} == {(3, 4): 1.0, (3, 5): 6.0, (4, 5): 5.0}
+    pairs = list(zip(batch.winners.tolist(), batch.losers.tolist(), batch.pair_margins.tolist(), strict=True))
+    assert pairs == [(1, 0, 1.5), (1, 0, 0.5), (3, 4, 1.0), (3, 5, 6.0), (4, 5, 5.0)]  # of the first, two labelers
+
+    # Llama 2, equation 2, with three times the margin: the mean of pairs, then of prompts.
+    scores = [0.3, 0.1, -0.2, 1.0, 2.0, -1.5]
+    losses = [math.log1p(math.exp(3 * m - scores[i] + scores[j])) for i, j, m in pairs]
+    by_hand = (sum(losses[:2]) / 2 + sum(losses[2:]) / 3) / 2
+    margins = 3 * batch.pair_margins
+    value = ranking_loss(torch.tensor(scores), batch.winners, batch.losers, batch.pair_weights, 2, margins, 0.0)
+    assert value.item() == pytest.approx(by_hand)
 
 
 def test_errors_count_all_rows(tmp_path, tokenizer):

@@ -36,7 +36,8 @@ def test_a_second_start_encodes_nothing(kept):
     groups, report = kept.load()
     again, report_again = kept.load()
     assert list(again) == list(groups) and report_again == report and len(kept.calls) == 1
-    assert sorted(path.name for path in kept.folder.iterdir()) == [f"groups-train.{k}" for k in ("arrow", "index", "json")]
+    kinds = ("arrow", "index", "json")
+    assert sorted(path.name for path in kept.folder.iterdir()) == [f"groups-train.{kind}" for kind in kinds]
 
 
 def test_what_was_made_of_anything_else_is_made_again(kept):
