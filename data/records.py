@@ -16,7 +16,8 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -185,13 +186,28 @@ def write_jsonl(path: str | Path, records: Iterable[Record | dict]) -> None:
         path: The file to write.
         records: Records, or objects that are written as they are.
     """
+    with jsonl_writer(path) as write:
+        for record in records:
+            write(record)
+
+
+@contextmanager
+def jsonl_writer(path: str | Path) -> Iterator[Callable[[Record | dict], None]]:
+    """Give a function that writes a record, or an object as it is, as the next line of a file.
+
+    Args:
+        path: The file to write. It appears when the block ends, and not at all if that fails.
+    """
     path = Path(path)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as handle:
-            for record in records:
+
+            def write(record: Record | dict) -> None:
                 row = record if isinstance(record, dict) else to_json(record)
                 handle.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+            yield write
             handle.flush()
             os.fsync(handle.fileno())
         temporary.replace(path)

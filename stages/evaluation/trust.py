@@ -1,5 +1,6 @@
 """Measure how far a reward model can be trusted: accuracy, calibration, labelers' agreement."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from data.groups import Pair, PromptGroup
@@ -17,7 +18,7 @@ from stages.evaluation.statistics import (
 def trust(
     margins: list[float],
     owners: list[tuple[int, Pair]],
-    held: list[PromptGroup],
+    held: Sequence[PromptGroup],
     validation: list[Ranking],
     clusters: dict[str, str],
 ) -> dict[str, Any]:
@@ -33,9 +34,12 @@ def trust(
     Returns:
         Figures for the manifest.
     """
-    pair_clusters = [clusters[held[g].id] for g, _ in owners]
-    ranks = [held[g].rankings()[pair.labeler] for g, pair in owners]
-    labelers = [held[g].labelers[pair.labeler] or "unnamed" for g, pair in owners]
+    pair_clusters, ranks, labelers = [], [], []
+    for g, pair in owners:
+        group = held[g]  # it is read from a file
+        pair_clusters.append(clusters[group.id])
+        ranks.append(group.rankings()[pair.labeler])
+        labelers.append(group.labelers[pair.labeler] or "unnamed")
     distance = [r[pair.loser] - r[pair.winner] for r, (_, pair) in zip(ranks, owners, strict=True)]
     return {
         **pair_accuracy(margins, pair_clusters),
