@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 MARK_CODES = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE))
 """Code points of Unicode's private-use characters."""
+SHORT_END = 64
+"""Characters of an end of a beginning up to which its token ids are remembered."""
 
 
 def render(
@@ -68,6 +71,113 @@ def encode_conversations(
             yield _encode_with_hidden_tokens(tokenizer, result, tokens)
         else:
             yield list(result)
+
+
+def encode_beginnings(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict]], ends: Sequence[Sequence[int]]
+) -> Iterator[list[list[int] | TemplateError]]:
+    """Encode several beginnings of each conversation, each ready for the assistant's turn.
+
+    The results are those of `encode_conversations`, but text that beginnings share is tokenized
+    once.
+
+    Args:
+        tokenizer: The tokenizer with its chat template.
+        conversations: Lists of {role, content}.
+        ends: For each conversation the numbers of messages of its beginnings, in ascending order.
+
+    Yields:
+        For each conversation the token ids of each beginning, or the TemplateError with which the
+        template refuses it.
+    """
+    special = special_tokens(tokenizer)
+    beginnings = [messages[:end] for messages, its in zip(conversations, ends, strict=True) for end in its]
+    hidden = [_hide_special_tokens(messages, special) for messages in beginnings]
+    # A tokenizer with a method of its own for conversations need not tokenize what it renders.
+    is_usual = not templates.has_own_method(tokenizer)
+    several = [len(its) > 1 and is_usual for its in ends for _ in its]
+    tokenize = [not tokens and not shares for (_, tokens), shares in zip(hidden, several, strict=True)]
+    sent = [marked for marked, _ in hidden]
+    rendered = zip(render(tokenizer, sent, tokenize=tokenize, add_generation_prompt=True), hidden, strict=True)
+    splitter = _Splitter(tokenizer, special)
+    for number, its in enumerate(ends):
+        whole: _Split | None = None
+        encoded: list[list[int] | TemplateError] = []
+        try:
+            group = list(islice(rendered, len(its)))
+        except templates.TemplateOverrun as error:
+            error.index = number
+            raise
+        # The longest comes last, and the shorter ones are read off it.
+        for result, (_, tokens) in reversed(group):
+            if isinstance(result, TemplateError):
+                encoded.append(result)
+            elif not isinstance(result, str):
+                encoded.append(list(result))
+            elif tokens:
+                encoded.append(_encode_with_hidden_tokens(tokenizer, result, tokens))
+            elif whole is not None and whole.text.startswith(result):
+                encoded.append(splitter.beginning(whole, result))
+            else:
+                whole = splitter.split(result)
+                encoded.append(whole.ids)
+        yield encoded[::-1]
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Hold a rendered text with its token ids, and the places of the template's special tokens."""
+
+    text: str
+    """The text."""
+    ids: list[int]
+    """Its token ids."""
+    spans: list[tuple[int, int]]
+    """(begin, end) of each special token in the text."""
+    places: list[int]
+    """The position of each special token in the ids; [] where they do not match the text's."""
+
+
+class _Splitter:
+    """Tokenize texts, and read the ids of their beginnings off theirs.
+
+    Tokenizers split a text at its special tokens first, so what comes before one of them does not
+    depend on what comes after it. Of a beginning of a text only the end, from its last special
+    token on, has to be tokenized.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special: Sequence[str]):
+        self.tokenizer = tokenizer
+        self.pattern = re.compile("|".join(map(re.escape, special)) or r"(?!)")  # longest first
+        added = tokenizer.added_tokens_decoder.items()
+        self.special_ids = {str(token): index for index, token in added if token.special}
+        self.known = set(self.special_ids.values())
+        self.ends: dict[str, list[int]] = {}
+        """The token ids of each short end so far; nearly all conversations share one."""
+
+    def split(self, text: str) -> _Split:
+        """Tokenize a text in which every special token was written by the template."""
+        ids = self.encode(text)
+        matches = list(self.pattern.finditer(text))
+        places = [place for place, index in enumerate(ids) if index in self.known]
+        if [self.special_ids[match[0]] for match in matches] != [ids[place] for place in places]:
+            places = []
+        return _Split(text, ids, [match.span() for match in matches], places)
+
+    def beginning(self, whole: _Split, text: str) -> list[int]:
+        """Tokenize a text that is the beginning of another one."""
+        count = sum(end <= len(text) for _, end in whole.spans)
+        if not count or not whole.places:
+            return self.encode(text)
+        end = text[whole.spans[count - 1][0] :]
+        ids = self.ends.get(end) or self.encode(end)
+        if len(end) <= SHORT_END:
+            self.ends[end] = ids
+        return whole.ids[: whole.places[count - 1]] + ids
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -212,11 +212,10 @@ def parse_learnt(row: dict, prompt: str | tuple[dict, ...]) -> tuple[int, ...]:
     learnt = row.get("learnt")
     if learnt is None:
         return ()
-    answers = [i for i, message in enumerate(prompt) if isinstance(message, dict) and message["role"] == "assistant"]
+    roles = [] if isinstance(prompt, str) else [message["role"] for message in prompt]
+    answers = [i for i in range(1, len(roles)) if roles[i - 1 : i + 1] == ["user", "assistant"]]
     if not isinstance(learnt, list | tuple) or any(type(index) is not int or index not in answers for index in learnt):
-        raise ValueError(
-            f"'learnt' is {describe(learnt)}; expected indices (from 0) of assistant messages in the prompt"
-        )
+        raise ValueError(f"'learnt' is {describe(learnt)}; expected indices (from 0) of answers in the prompt")
     return tuple(sorted(set(learnt)))
 
 

@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from data.error_lines import shorten
-from data.files.json_rows import Reading, read_rows
-from data.files.tables import hub_rows, is_parquet, parquet_rows
+from data.files.hub import hub_rows
+from data.files.reading import Reading
+from data.files.rows import file_rows
 from data.forms import FORMS, PROMPT_KINDS, recognise
 from data.forms.form import Form, LeftOut, Options
 from data.forms.meaning import refuse_meaningful_keys, refuse_unknown_keys
 from data.mixture import mix
 from data.parsing import METADATA, parse_demonstration, parse_document, parse_prompt, parse_ranking
 from data.records import Prompt, Ranking, Record, content_id, judged_pairs, prompt_key
+from data.templated import without_templates
 from pipeline.errors import UserError
 
 PARSERS: dict[str, Callable[[dict], Record]] = {
@@ -144,6 +146,10 @@ class Loaded:
     errors: list[str] = field(default_factory=list)
     """Lines "PLACE: what is wrong; what to do"."""
 
+    def left_out_lines(self) -> list[str]:
+        """Return a line for each reason why rows, or parts of rows, are left out: "12: why"."""
+        return [f"{number:,}: {reason}" for reason, number in self.left_out.most_common()]
+
 
 # ── loading for a stage ──────────────────────────────────────────────────────────────────────────
 
@@ -176,10 +182,21 @@ def load_placed(kind: str, source: Source) -> tuple[list, list[str]]:
         (records, locations); a location (FILE:LINE, or an index) names the record in later error
         lines.
     """
+    loaded = load_whole(kind, source)
+    return loaded.records, loaded.locations
+
+
+def load_whole(kind: str, source: Source) -> Loaded:
+    """Load records as `load` does, together with what else there is to say of the source.
+
+    Args:
+        kind: The kind of data.
+        source: Where the records come from.
+    """
     loaded = read(kind, source)
     if loaded.errors:
         raise UserError(shorten(loaded.errors))
-    return loaded.records, loaded.locations
+    return loaded
 
 
 def load_first(kind: str, source: Source, max_rows: int) -> list:
@@ -413,7 +430,7 @@ class RowReader:
         converted = form.convert(row, options)
         return converted if isinstance(converted, list) else [converted]
 
-    def _record(self, location: str, item: dict | LeftOut, row: dict) -> Iterator[tuple[str, Record]]:
+    def _record(self, location: str, item: dict | ValueError, row: dict) -> Iterator[tuple[str, Record]]:
         """Yield the record of a row of our own form; none if it is left out, wrong, or repeated.
 
         Args:
@@ -424,8 +441,13 @@ class RowReader:
         if isinstance(item, LeftOut):
             self.loaded.left_out[str(item)] += 1
             return
+        if isinstance(item, ValueError):
+            self._bad(location, item)
+            return
         try:
             item = {**{key: row[key] for key in KEPT if key in row}, **item}
+            if self.kind != "documents":
+                item = without_templates(item, self.source.templated)
             record = PARSERS[self.kind](item)
             if isinstance(record, Ranking):
                 record = with_own_id(record, location, self._seen)
@@ -455,14 +477,12 @@ def source_rows(source: Source, reading: Reading) -> Generator[tuple[str, object
         reading: Gets error lines, and the digest if asked for.
     """
     if source.hub is not None:
-        return hub_rows(source.hub, source.split, source.subset, source.revision, source.limit, reading)
+        commit, part = source.revision, (source.data_dir, source.data_files)
+        return hub_rows(source.hub, source.split, source.subset, commit, source.limit, reading, *part)
     assert source.path is not None
+    # "train" is what a source says that says nothing, and then several splits are refused.
+    reading.split = source.split if source.split != "train" else None
     return file_rows(source.path, reading)
-
-
-def file_rows(path: str | Path, reading: Reading) -> Generator[tuple[str, object]]:
-    """Return an iterator over (location, row) of a file of any format."""
-    return parquet_rows(path, reading) if is_parquet(path) else read_rows(path, reading)
 
 
 def matches(value: object, wanted: object) -> bool:

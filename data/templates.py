@@ -101,11 +101,16 @@ def is_foreign(tokenizer: PreTrainedTokenizerBase, trusted: str) -> bool:
         tokenizer: The tokenizer.
         trusted: The template of ours.
     """
+    template = tokenizer.chat_template
+    return not has_own_method(tokenizer) and template is not None and template != trusted
+
+
+def has_own_method(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer has code of its own for messages, in place of a template."""
     from transformers import PreTrainedTokenizerBase
 
     usual = PreTrainedTokenizerBase.apply_chat_template
-    method = getattr(type(tokenizer), "apply_chat_template", None)
-    return method is usual and tokenizer.chat_template is not None and tokenizer.chat_template != trusted
+    return getattr(type(tokenizer), "apply_chat_template", None) is not usual
 
 
 @dataclass

@@ -126,13 +126,14 @@ def guess_kinds(paths: list[str]) -> dict[str, str]:
         UserError: If a kind cannot be guessed, or two files are of the same kind.
     """
     inspect_file = importlib.import_module("data.check.inspect_file")
+    sources = importlib.import_module("data.sources")
     by_kind: dict[str, str] = {}
     lines = []
     for path in paths:
         if not Path(path).expanduser().is_file():
             lines.append(f"{path}: no such file; give a data file")
             continue
-        kind = inspect_file.guess_kind(Path(path).expanduser())
+        kind = inspect_file.guess_kind(sources.Source(path=Path(path).expanduser()))
         if kind is None:
             lines.append(f"{path}: its rows are of no known kind; `rlhf data check {shlex.quote(path)}` shows why")
         elif kind in by_kind:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from data.documents import wrap_documents
 from data.records import prompt_key
+from data.turns import learnt_prompts
 from data.world.world import World
 from pipeline.errors import UserError
 from pipeline.stage import Source, StageRun
@@ -166,15 +167,13 @@ def prepare(
     texts = [prompt if isinstance(prompt, str) else list(prompt) for prompt in (records[i].prompt for i in kept)]
 
     # 3. What training data knows of them.
-    trained = {
-        kind: [record.prompt for record in load_records(kind, sources[kind])]
-        for kind in training_prompt_kinds(experiment)
-    }
+    demonstrations = load_records("demonstrations", sources["demonstrations"])
     if from_sft:
-        demonstrations = load_records("demonstrations", sources["demonstrations"])
-        trained["demonstrations"] = [
-            demonstrations[i].prompt for i in split_demonstrations(demonstrations, fraction)[0]
-        ]
+        demonstrations = [demonstrations[i] for i in split_demonstrations(demonstrations, fraction)[0]]
+    trained = {"demonstrations": learnt_prompts(demonstrations, experiment.sft.turns)}
+    for other in training_prompt_kinds(experiment):
+        if other != "demonstrations":
+            trained[other] = [record.prompt for record in load_records(other, sources[other])]
     world = World.from_json(read_world(inputs)) if getattr(experiment.data, kind) == "world" else None
     if world is None:
         leaked = find_near_copies(texts, trained, session.say)

@@ -1,9 +1,11 @@
 """Fine-tune the base model on demonstrations; the result is the reference of all later stages.
 
-loss = − mean log π(token | prompt, before)     over the tokens of completions and their EOS
+loss = − mean log π(token | prompt, before)     over the tokens of the answers and their EOS
+
+Of a conversation all answers are learnt (sft.turns), each after exactly what the policy would see.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,8 @@ from data.answer_lengths import quantiles
 from data.documents import wrap_documents
 from data.encode import encode_demonstrations
 from data.length_limit import LengthReport
-from data.records import Demonstration, prompt_key
 from data.streams import Stream, derive_seed, held_out
+from data.turns import TurnCount, conversation_key, count_turns
 from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.stage import Source, StageRun
@@ -42,16 +44,18 @@ from stages.training.text_hooks import weights_of
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """The demonstrations, encoded and split by prompt."""
+    """The demonstrations, encoded and split by conversation."""
 
     train: list[dict]
-    """Rows to train on: {input_ids, labels}, a label being −100 on the prompt."""
+    """Rows to train on: {input_ids, labels}, a label being −100 where nothing is learnt."""
     held_out: list[dict]
     """Rows of the held-out evaluation."""
     shown: list
     """A few held-out prompts, for samples."""
     answer_tokens: list[int]
-    """Tokens of each completion, all rows together."""
+    """Tokens of each answer that is learnt, all rows together."""
+    turns: TurnCount
+    """How many assistant turns there are, and how many are learnt within the length limit."""
     report: LengthReport
     """How many rows were cut or dropped."""
 
@@ -73,7 +77,7 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
         )
     if ctx.experiment.model.peft is not None:
         note_default_rate(session, config)
-    line = f"{data.report.line('demonstrations')}; {len(data.held_out)} held out; {steps} steps"
+    line = f"{data.report.line('demonstrations')}; {data.turns.text()}; {len(data.held_out)} held out; {steps} steps"
     session.say(f"{line}, then {more_steps} for ppo_init" if more_steps else line)
     make = partial(make_policy, source, runtime, adapter_settings(ctx.experiment.model), provenance)
     samples = partial(
@@ -110,6 +114,9 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
         "rows": len(data.train),
         "truncated": data.report.truncated,
         "dropped": data.report.dropped,
+        "assistant_turns": data.turns.assistant,
+        "learnt_turns": data.turns.learnt,
+        "learnt_tokens": sum(data.answer_tokens),
         "answer_tokens": quantiles(data.answer_tokens),
     }
     publish(provenance, model, tokenizer, "model", ModelCard("a supervised fine-tuned policy", figures=figures))
@@ -129,43 +136,38 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
 
 
 def encode(session: Session, config: SFTSettings, source: Source, fraction: float, tokenizer: Any) -> Demonstrations:
-    """Load the demonstrations, encode them within the length limit and split them by prompt.
+    """Load the demonstrations, encode them within the length limit and split them by conversation.
 
     Args:
         session: The run.
         config: The stage's settings.
         source: Where the demonstrations are.
-        fraction: Fraction of the prompts to hold out.
+        fraction: Fraction of the conversations to hold out, by how they open.
         tokenizer: The tokenizer with its chat template.
 
     Raises:
         UserError: No prompt is left to hold out.
     """
-    demonstrations, places = load_placed_records("demonstrations", source)
+    demonstrations, places = load_placed_records("demonstrations", source, session.say)
     limit = LengthLimit(config.max_length, config.on_too_long, "sft")
-    kept, rows, report = encode_demonstrations(
-        tokenizer,
-        demonstrations,
-        names=places,
-        max_length=limit.max_length,
-        on_too_long=limit.on_too_long,
-        section=limit.section,
-    )
-    kept_records: list[Demonstration] = [demonstrations[i] for i in kept]
-    pairs = [Answered(d.prompt, d.completion) for d in kept_records]
-    say_off_template(session, tokenizer, pairs, [places[i] for i in kept], "demonstrations")
-    train, valid = held_out([prompt_key(d.prompt) for d in kept_records], fraction)
+    encoded = encode_demonstrations(tokenizer, demonstrations, names=places, turns=config.turns, **asdict(limit))
+    if encoded.apart:
+        session.say(encoded.apart_text(tokenizer.name_or_path))
+    pairs = [Answered(turn.prompt, turn.answer) for turn in encoded.turns]
+    say_off_template(session, tokenizer, pairs, [places[i] for i in encoded.origins], "demonstrations")
+    train, valid = held_out([conversation_key(turn.prompt) for turn in encoded.turns], fraction)
     if not valid:
         problem = (
             f"one prompt is left within {config.max_length} tokens; at least 2 are needed, one of them to hold out"
         )
         raise UserError([f"data.demonstrations: {problem}"])
     return Demonstrations(
-        train=[rows[i] for i in train],
-        held_out=[rows[i] for i in valid],
-        shown=[kept_records[i].prompt for i in valid[:4]],
-        answer_tokens=[sum(label != -100 for label in row["labels"]) for row in rows],
-        report=report,
+        train=[encoded.rows[i] for i in train],
+        held_out=[encoded.rows[i] for i in valid],
+        shown=[encoded.turns[i].prompt for i in valid[:4]],
+        answer_tokens=encoded.answer_tokens,
+        turns=replace(count_turns(demonstrations, config.turns), learnt=len(encoded.answer_tokens)),
+        report=encoded.report,
     )
 
 

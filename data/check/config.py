@@ -77,7 +77,7 @@ def limits_of(experiment: Any, kind: str | None) -> dict[str, Any]:
     Returns:
         max_length (for prompts without response_length) and on_too_long, None if nothing is
         limited;
-        for demonstrations also response_length, if there are prompts for PPO.
+        for demonstrations also turns, and response_length if there are prompts for PPO.
     """
     sections = [getattr(experiment, name, None) for name in READERS.get(kind or "", ())]
     limited: list[Any] = [section for section in sections if getattr(section, "max_length", None) is not None]
@@ -88,6 +88,8 @@ def limits_of(experiment: Any, kind: str | None) -> dict[str, Any]:
         if kind in PROMPT_KINDS:
             limits["max_length"] -= getattr(section, "response_length", 0)
         limits["on_too_long"] = getattr(section, "on_too_long", None)
+    if kind == "demonstrations":
+        limits["turns"] = getattr(getattr(experiment, "sft", None), "turns", "all")
     if kind == "demonstrations" and getattr(experiment.data, "prompts", None) is not None:
         limits["response_length"] = getattr(getattr(experiment, "ppo", None), "response_length", None)
     return limits

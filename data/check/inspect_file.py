@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.check.guess import TRAINING, guess_kind, hint
 from data.check.lengths import add_answer_lengths, add_lengths, add_template_agreement
 from data.check.pairs import add_pairs
 from data.check.prompts import add_duplicates, add_shared_prompts
 from data.check.report import OtherData, Report
-from data.files.json_rows import Reading
-from data.forms import FORMS, recognise
+from data.check.turns import add_turns
+from data.files.reading import Reading
+from data.forms import FORMS
 from data.parsing import describe
-from data.sources import PARSERS, Loaded, Source, read, source_rows
+from data.sources import Loaded, Source, read, source_rows
+from data.turns import Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TRAINING = ("rankings", "demonstrations", "documents", "prompts")
-"""Kinds of training data, the most specific first; they may share prompts among themselves."""
-GUESSED_ROWS = 50
-"""Rows of a file from which its kind is guessed."""
 
 
 def check(
@@ -34,6 +29,7 @@ def check(
     on_too_long: str | None = "error",
     against: Sequence[OtherData] = (),
     response_length: int | None = None,
+    turns: Turns = "all",
 ) -> Report:
     """Inspect a source of data and return the report.
 
@@ -46,6 +42,7 @@ def check(
         on_too_long: "error", "drop" or "truncate", as of that section; None: nothing is too long.
         against: Data that must not share prompts with this file.
         response_length: ppo.response_length, with which the demonstrations' answers are compared.
+        turns: sft.turns: which of the demonstrations' answers are learnt.
     """
     report = Report(source.name, kind or guess_kind(source))
     if report.kind is None:
@@ -61,9 +58,11 @@ def check(
         report.add("taken", f"records {source.skip + 1:,} to {source.skip + len(loaded.records):,}")
     if not loaded.records:
         return report
-    add_lengths(report, loaded, tokenizer, max_length, on_too_long)
-    if report.kind == "demonstrations" and tokenizer is not None and response_length is not None:
-        add_answer_lengths(report, loaded, tokenizer, response_length)
+    add_lengths(report, loaded, tokenizer, max_length, on_too_long, turns)
+    if report.kind == "demonstrations":
+        add_turns(report, loaded, tokenizer if not report.errors else None, turns)
+        if tokenizer is not None and response_length is not None:
+            add_answer_lengths(report, loaded, tokenizer, response_length, turns)
     if report.kind in ("demonstrations", "rankings") and tokenizer is not None:
         add_template_agreement(report, loaded, tokenizer)
     add_duplicates(report, loaded)
@@ -86,47 +85,11 @@ def all_rows(source: Source, reading: Reading) -> Iterator[tuple[str, object]]:
         yield from source_rows(part, reading)
 
 
-def guess_kind(source: Source) -> str | None:
-    """Guess the kind of data from the keys of the first 50 rows.
-
-    A kind in the file's name is taken if all rows have its keys, otherwise the most specific kind.
-    Damaged rows have the keys of their kind too, so whether rows are valid decides only between
-    kinds with equally many keys.
-
-    Returns:
-        The kind; None if no row has the keys of any.
-    """
-    in_name = [kind for kind in ("evaluation_prompts", *TRAINING) if kind in Path(source.name).stem]
-    rows = [value for _, value in islice(all_rows(source, Reading()), GUESSED_ROWS)]
-    recognised: Counter[str] = Counter()  # kind → rows that have its keys
-    keys: Counter[str] = Counter()  # kind → the keys that these rows had to have
-    valid: Counter[str] = Counter()  # kind → rows without an error
-    for value in rows:
-        for kind in dict.fromkeys([*in_name, *TRAINING]):
-            try:
-                form, row = recognise(kind, value)
-                recognised[kind] += 1
-                keys[kind] += len(form.needs)
-                converted = form.convert(row, source.options)
-                for item in converted if isinstance(converted, list) else [converted]:
-                    if isinstance(item, dict):
-                        PARSERS[kind](item)
-                valid[kind] += 1
-            except ValueError:
-                pass
-    for kind in in_name:
-        if recognised[kind] == len(rows) > 0:
-            return kind
-    if not recognised:
-        return None
-    return max(TRAINING, key=lambda kind: (keys[kind], valid[kind]))
-
-
 def unknown_kind(value: object) -> str:
     """Return the error line of a row that has no known kind."""
     keys = f"the keys {', '.join(value)}" if isinstance(value, dict) else describe(value)
     known = "; ".join(f"{kind} {' or '.join(map(str, FORMS[kind]))}" for kind in TRAINING)
-    return f"{keys} are no known kind of row; known are {known}"
+    return f"{keys} are no known kind of row; known are {known}{hint(value)}"
 
 
 def add_rows(report: Report, loaded: Loaded) -> None:
@@ -138,3 +101,5 @@ def add_rows(report: Report, loaded: Loaded) -> None:
     if loaded.unread:
         keys = ", ".join(f"{key} ({count:,})" for key, count in sorted(loaded.unread.items()))
         report.add("keys not read", keys)
+    for line in loaded.left_out_lines():
+        report.add("left out", line)

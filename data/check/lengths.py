@@ -9,9 +9,10 @@ from data import answer_lengths
 from data.agreement import Answered, compare, remedy
 from data.check.report import Report, demonstrations_of
 from data.encode import encode_prompt, encode_response
-from data.records import Document, Prompt, Ranking, Record, as_messages
+from data.records import Demonstration, Document, Prompt, Ranking, Record, as_messages
 from data.sources import Loaded
 from data.templates import TemplateOverrun
+from data.turns import Turns, turns_of
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def add_lengths(
     tokenizer: PreTrainedTokenizerBase | None,
     limit: int | None,
     on_too_long: str | None,
+    turns: Turns = "all",
 ) -> None:
     """Report the lengths of prompts and answers, and which rows are longer than a limit.
 
@@ -33,6 +35,7 @@ def add_lengths(
         tokenizer: What lengths are counted with; None: lengths are in words.
         limit: max_length in tokens, or None.
         on_too_long: "error", "drop" or "truncate", or None.
+        turns: Which answers of demonstrations are learnt.
     """
     sizes, refused = [], []
     for record, location in zip(loaded.records, loaded.locations, strict=True):
@@ -53,11 +56,28 @@ def add_lengths(
     elif tokenizer is None:
         report.add("too long", f"not counted: the limit is {limit} tokens, no tokenizer here")
     else:
-        add_too_long(report, loaded, sizes, limit, on_too_long)
+        before = [
+            prompt_length(record, size, tokenizer, turns) for record, size in zip(loaded.records, sizes, strict=True)
+        ]
+        add_too_long(report, loaded, sizes, before, limit, on_too_long)
+
+
+def prompt_length(record: Record, size: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, turns: Turns) -> int:
+    """Return the tokens before the first answer that is learnt, which a length limit never cuts.
+
+    Args:
+        record: The record.
+        size: Its lengths, as of `row_lengths`.
+        tokenizer: The tokenizer with its chat template.
+        turns: Which answers of demonstrations are learnt.
+    """
+    if isinstance(record, Demonstration) and record.learnt and turns == "all":
+        return len(encode_prompt(tokenizer, turns_of(record)[0].prompt))
+    return size["prompt"][0]
 
 
 def add_too_long(
-    report: Report, loaded: Loaded, sizes: list[dict[str, list[int]]], limit: int, on_too_long: str
+    report: Report, loaded: Loaded, sizes: list[dict[str, list[int]]], before: list[int], limit: int, on_too_long: str
 ) -> None:
     """Report which rows are longer than a limit, and what becomes of them.
 
@@ -65,12 +85,13 @@ def add_too_long(
         report: Where facts and errors go.
         loaded: The records.
         sizes: The result of `row_lengths` for each record.
+        before: The result of `prompt_length` for each record.
         limit: max_length in tokens.
         on_too_long: "error", "drop" or "truncate".
     """
     totals = [sum(max(lengths) for lengths in size.values()) for size in sizes]  # the longest response counts
     over = [i for i, total in enumerate(totals) if total > limit]
-    dropped = [i for i in over if on_too_long == "drop" or sizes[i]["prompt"][0] >= limit]
+    dropped = [i for i in over if on_too_long == "drop" or before[i] >= limit]
     if on_too_long == "error":
         text = f"{len(over):,} refused"
         remedy = "shorten it, raise max_length, or set on_too_long: drop or truncate"
@@ -121,7 +142,7 @@ def spread(lengths: list[int], unit: str) -> str:
 
 
 def add_answer_lengths(
-    report: Report, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, response_length: int
+    report: Report, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, response_length: int, turns: Turns = "all"
 ) -> None:
     """Report how many of the demonstrations' answers are longer than PPO's responses can be.
 
@@ -130,8 +151,10 @@ def add_answer_lengths(
         loaded: The demonstrations.
         tokenizer: What lengths are counted with.
         response_length: ppo.response_length.
+        turns: Which answers are learnt.
     """
-    lengths = [len(encode_response(tokenizer, record.completion)) for record in demonstrations_of(loaded)]
+    learnt = [turn for record in demonstrations_of(loaded) for turn in turns_of(record, turns)]
+    lengths = [len(encode_response(tokenizer, turn.answer)) for turn in learnt]
     marks = answer_lengths.quantiles(lengths)
     text = answer_lengths.warning(marks, response_length)
     report.add("room in ppo", text or f"answers have {answer_lengths.describe(marks, response_length)}")

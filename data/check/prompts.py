@@ -2,11 +2,12 @@
 
 import json
 
-from data.check.report import Report, prompt_keys, prompt_locations, prompt_value
+from data.check.report import Report, prompt_locations, prompt_value
 from data.forms import PROMPT_KINDS
 from data.near_copies import nearest_copies
-from data.records import to_json
+from data.records import Demonstration, Record, prompt_key, to_json
 from data.sources import Loaded
+from data.turns import turns_of
 
 
 def add_duplicates(report: Report, loaded: Loaded) -> None:
@@ -21,6 +22,13 @@ def add_duplicates(report: Report, loaded: Loaded) -> None:
     report.add("duplicates", text + ", kept")
 
 
+def learnt_keys(record: Record) -> list[str]:
+    """Return the keys of a record's prompt, and of those that earlier learnt answers have."""
+    if isinstance(record, Demonstration):
+        return [prompt_key(turn.prompt) for turn in reversed(turns_of(record))]
+    return [prompt_key(prompt_value(record))]
+
+
 def add_shared_prompts(report: Report, loaded: Loaded, theirs: Loaded, name: str, *, may_share: bool) -> None:
     """Report the prompts of this file that also occur in another one.
 
@@ -32,16 +40,20 @@ def add_shared_prompts(report: Report, loaded: Loaded, theirs: Loaded, name: str
         may_share: Whether both are training data, which may share prompts. Otherwise a shared
             prompt is an error, and near copies are counted too, for a person to judge.
     """
-    seen, keys = prompt_locations(theirs), prompt_keys(loaded)
-    shared = [i for i, key in enumerate(keys) if key in seen]
+    seen: dict[str, str] = {}  # key of a prompt → its last location
+    for record, location in zip(theirs.records, theirs.locations, strict=True):
+        seen.update(dict.fromkeys(learnt_keys(record), location))
+    keys = [learnt_keys(record) for record in loaded.records]
+    places = [next((seen[key] for key in own if key in seen), None) for own in keys]
+    shared = [i for i, place in enumerate(places) if place is not None]
     unread = f" ({len(theirs.errors):,} errors in it: check it too)" if theirs.errors else ""
     report.add(f"also in {name}", f"{len(shared):,} of {len(loaded.records):,} prompts{unread}")
     if may_share:
         return
     for i in shared:
-        problem = f"this prompt is at {seen[keys[i]]} ({name}) too: a leak"
+        problem = f"this prompt is at {places[i]} ({name}) too: a leak"
         report.errors.append(f"{loaded.locations[i]}: {problem}; remove it from one of the two")
-    others = [i for i, key in enumerate(keys) if key not in seen]
+    others = [i for i, place in enumerate(places) if place is None]
     nearest = nearest_copies(
         [prompt_value(loaded.records[i]) for i in others], [prompt_value(record) for record in theirs.records]
     )

@@ -1,11 +1,20 @@
-"""Read rows from parquet files and from data sets on the Hub; null means no such key."""
+"""Read the rows of parquet and Arrow files; null means no such key."""
 
-import hashlib
-from collections.abc import Generator
+from __future__ import annotations
+
+import datetime
+import decimal
+import math
+from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from data.files.json_rows import Reading
+from data.files.reading import Reading
+
+BATCH = 1024
+"""Rows that become Python values at a time."""
+PANDAS_INDEX = "__index_level_"
+"""How the columns are named in which pandas writes an index without a name."""
 
 
 def is_parquet(path: str | Path) -> bool:
@@ -13,112 +22,86 @@ def is_parquet(path: str | Path) -> bool:
     return Path(path).suffix.lower() == ".parquet"
 
 
-def parquet_rows(path: str | Path, reading: Reading) -> Generator[tuple[str, dict]]:
-    """Read a parquet file row by row.
+def table_rows(name: str, file: BinaryIO, table_format: str, reading: Reading) -> Generator[tuple[str, dict]]:
+    """Read a parquet or Arrow file row by row, a batch at a time.
 
     Args:
-        path: The file.
-        reading: Gets an error line where the file cannot be read, and its digest if asked for.
+        name: The path, for locations.
+        file: The open file, at its beginning; it can be read at any position.
+        table_format: parquet or arrow.
+        reading: Gets an error line where the file cannot be read, and for NaN.
 
     Yields:
-        ("FILE: index I", row), I from 0.
+        ("FILE: index I", row), I from 0. Values are those of JSON: texts in binary columns, dates
+        and times become strings, decimals numbers. Bytes that are no text stay bytes, which no form
+        accepts.
     """
     import pyarrow
-    from pyarrow.parquet import ParquetFile
 
     index = 0
     try:
-        content = Path(path).read_bytes()  # at once, so that the bytes hashed are the bytes read
-        if reading.hashes:
-            reading.sha256 = hashlib.sha256(content).hexdigest()
-        with ParquetFile(pyarrow.BufferReader(content)) as file:
-            for batch in file.iter_batches(1024):
-                for row in batch.to_pylist():
-                    yield f"{path}: index {index}", without_nulls(row)
-                    index += 1
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        reading.errors.append(f"{path}: not readable as parquet: {first_line(error)}; write it again")
+        for batch in parquet_batches(file) if table_format == "parquet" else arrow_batches(file):
+            for row in batch.to_pylist(maps_as_pydicts="strict"):
+                location = f"{name}: index {index}"
+                index += 1
+                try:
+                    yield location, {key: item for key, item in plain(row).items() if not key.startswith(PANDAS_INDEX)}
+                except ValueError as error:
+                    reading.errors.append(f"{location}: {error}")
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+        reading.errors.append(f"{name}: not readable as {table_format}: {first_line(error)}; write it again")
 
 
-def hub_rows(
-    hub: str, split: str, subset: str | None, revision: str | None, limit: int | None, reading: Reading
-) -> Generator[tuple[str, dict]]:
-    """Read a data set on the Hub row by row.
+def parquet_batches(file: BinaryIO) -> Iterable[Any]:
+    """Yield the batches of a parquet file without reading it as a whole."""
+    from pyarrow.parquet import ParquetFile
 
-    Args:
-        hub: The id of the data set.
-        split: The split, "train" for example.
-        subset: The subset; None for the default one.
-        revision: A commit, read from this machine's cache if it is there. None: whatever the Hub
-            has, or the newest commit in the cache.
-        limit: With a limit the rows are streamed, so that no more is downloaded than is read.
-        reading: Gets an error line where the data set cannot be loaded.
-
-    Yields:
-        ("ID SPLIT: index I", row), I from 0.
-    """
-    import datasets
-
-    try:
-        rows = cached_rows(hub, split, subset, revision) if revision else None
-        if rows is None:
-            pinned = {"revision": revision} if revision else {}
-            rows = datasets.load_dataset(hub, subset, split=split, streaming=limit is not None, **pinned)
-        for index, row in enumerate(rows):
-            yield f"{hub} {split}: index {index}", without_nulls(row)
-    except Exception as error:  # name, subset, split, network: every library below has its own exceptions
-        remedy = "check name, split, subset and network, or give a local file"
-        reading.errors.append(f"{hub} {split}: cannot be loaded: {first_line(error)}; {remedy}")
+    with ParquetFile(file, buffer_size=2**20, pre_buffer=False) as table:
+        yield from table.iter_batches(BATCH)
 
 
-def cached_rows(hub: str, split: str, subset: str | None, commit: str) -> Any:
-    """Return the rows of a commit from the cache of `datasets`; None if it is not there.
+def arrow_batches(file: BinaryIO) -> Iterable[Any]:
+    """Yield the batches of an Arrow file, or of an Arrow stream, which `datasets` writes."""
+    import pyarrow
 
-    Without a network, `datasets` itself would silently take the newest commit that it has prepared.
+    is_file = file.read(6) == b"ARROW1"
+    file.seek(0)
+    if is_file:
+        reader = pyarrow.ipc.open_file(file)
+        batches: Iterable[Any] = map(reader.get_batch, range(reader.num_record_batches))
+    else:
+        batches = pyarrow.ipc.open_stream(file)
+    for batch in batches:
+        for start in range(0, batch.num_rows, BATCH):
+            yield batch.slice(start, BATCH)
 
-    Args:
-        hub: The id of the data set.
-        split: The split.
-        subset: The subset; None for the default one, or the only one in the cache.
-        commit: The full commit id.
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON would hold it, and without the keys that are null.
 
     Raises:
-        ConnectionError: Other commits are on this machine, and the Hub does not give this one.
+        ValueError: A number is NaN or infinite.
     """
-    import datasets
-    from huggingface_hub import HfApi
-
-    try:
-        from datasets.naming import camelcase_to_snakecase
-        from datasets.packaged_modules.cache.cache import Cache
-    except ImportError:  # internals of `datasets`: a version without them takes the commit from the Hub
-        return None
-    *owner, name = hub.split("/")
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "___".join([*owner, camelcase_to_snakecase(name)])
-    # The cache's layout: SUBSET/VERSION/COMMIT
-    prepared = [path for path in folder.glob("*/*/*") if path.is_dir() and subset in (None, path.parts[-3])]
-    by_subset = {path.parts[-3]: path for path in prepared if path.name == commit}
-    only = next(iter(by_subset.values()), None)
-    found = by_subset.get("default") if len(by_subset) > 1 else only
-    if found is not None:
-        config, version, _ = found.parts[-3:]
-        builder = Cache(dataset_name=name, repo_id=hub, config_name=config, version=version, hash=commit)
-        return builder.as_dataset(split=split)
-    if prepared and not by_subset:
+    if isinstance(value, str | int) or value is None:
+        return value
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float | decimal.Decimal) and not math.isfinite(value):
+        raise ValueError(f"{value} is not a JSON number; use a finite number or null")
+    if isinstance(value, decimal.Decimal):
+        return int(value) if value == int(value) else float(value)
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta):
+        return str(value)
+    if isinstance(value, bytes):
         try:
-            HfApi().dataset_info(hub, revision=commit, timeout=10.0)
-        except Exception as error:
-            known = ", ".join(sorted({path.name[:7] for path in prepared}))
-            raise ConnectionError(
-                f"commit {commit[:7]} is not on this machine (commits {known} are), and the Hub does not give it: "
-                f"{first_line(error)}"
-            ) from error
-    return None
-
-
-def without_nulls(row: dict) -> dict:
-    """Return a row without the keys whose value is null."""
-    return {key: value for key, value in row.items() if value is not None}
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value
+    return value
 
 
 def first_line(error: Exception) -> str:

@@ -7,17 +7,64 @@ FORMS.
 import difflib
 
 from data.forms.form import Form
-from data.forms.instructions import INSTRUCTION_DEMONSTRATION, INSTRUCTION_PROMPT
-from data.forms.messages import MESSAGES_DEMONSTRATION, MESSAGES_PROMPT, SHAREGPT_DEMONSTRATION, SHAREGPT_PROMPT
+from data.forms.instructions import (
+    INSTRUCTION_ANSWER,
+    INSTRUCTION_COMPLETION,
+    INSTRUCTION_DEMONSTRATION,
+    INSTRUCTION_PROMPT,
+    INSTRUCTION_RESPONSE,
+    SELF_INSTRUCT,
+)
+from data.forms.marked import MARKED_DEMONSTRATIONS, MARKED_RANKINGS
+from data.forms.messages import (
+    CONVERSATION_DEMONSTRATION,
+    DATA_DEMONSTRATION,
+    DIALOG_DEMONSTRATION,
+    DIALOGUE_DEMONSTRATION,
+    ITEMS_DEMONSTRATION,
+    MESSAGES_DEMONSTRATION,
+    MESSAGES_PROMPT,
+    SHAREGPT_DEMONSTRATION,
+    SHAREGPT_PROMPT,
+)
 from data.forms.plain import PROMPT_COMPLETION, PROMPT_ONLY, RANKED_RESPONSES, SCORED_RESPONSES, TEXT
 from data.forms.preferences import BARE_PAIR, BARE_PAIR_PROMPT, CONVERSATION_PAIR, INSTRUCTION_PAIR, PROMPT_PAIR
+from data.forms.questions import NATURAL_INSTRUCTIONS, QUESTION_FORMS
+from data.forms.templated_text import BAIZE, TRANSCRIPT
 from data.parsing import describe
 
 FORMS: dict[str, tuple[Form, ...]] = {
     "documents": (TEXT,),
-    "demonstrations": (MESSAGES_DEMONSTRATION, SHAREGPT_DEMONSTRATION, INSTRUCTION_DEMONSTRATION, PROMPT_COMPLETION),
-    "rankings": (RANKED_RESPONSES, SCORED_RESPONSES, PROMPT_PAIR, CONVERSATION_PAIR, INSTRUCTION_PAIR, BARE_PAIR),
-    "prompts": (PROMPT_ONLY, MESSAGES_PROMPT, SHAREGPT_PROMPT, INSTRUCTION_PROMPT, BARE_PAIR_PROMPT),
+    "demonstrations": (
+        *MARKED_DEMONSTRATIONS,
+        MESSAGES_DEMONSTRATION,
+        SHAREGPT_DEMONSTRATION,
+        CONVERSATION_DEMONSTRATION,
+        INSTRUCTION_DEMONSTRATION,
+        INSTRUCTION_RESPONSE,
+        INSTRUCTION_COMPLETION,
+        INSTRUCTION_ANSWER,
+        SELF_INSTRUCT,
+        PROMPT_COMPLETION,
+        NATURAL_INSTRUCTIONS,
+        *QUESTION_FORMS,
+        DIALOGUE_DEMONSTRATION,
+        DIALOG_DEMONSTRATION,
+        ITEMS_DEMONSTRATION,
+        DATA_DEMONSTRATION,
+        BAIZE,
+        TRANSCRIPT,
+    ),
+    "rankings": (
+        RANKED_RESPONSES,
+        SCORED_RESPONSES,
+        PROMPT_PAIR,
+        CONVERSATION_PAIR,
+        INSTRUCTION_PAIR,
+        BARE_PAIR,
+        *MARKED_RANKINGS,
+    ),
+    "prompts": (MESSAGES_PROMPT, SHAREGPT_PROMPT, PROMPT_ONLY, INSTRUCTION_PROMPT, BARE_PAIR_PROMPT),
 }
 """Kind of data → its forms; of several forms that fit a row, the first is taken. Read as prompts, a
 row of any ranking's or demonstration's form that needs more keys than `prompts` lists gives its
@@ -78,7 +125,9 @@ def why_unknown(kind: str, row: dict) -> str:
         kind: The kind of data.
         row: The row.
     """
-    nearest = max(FORMS[kind], key=lambda form: sum(key in row for key in form.needs) / len(form.needs))
+    nearest = max(
+        FORMS[kind], key=lambda form: (sum(key in row for key in form.needs) / len(form.needs), not form.name)
+    )
     missing = next((key for key in nearest.needs if key not in row), None)
     if missing is None:
         return f"the keys {', '.join(row)} are no row of {kind}; expected {expected(kind)}"

@@ -38,6 +38,10 @@ Converted = Row | list[Row | LeftOut]
 ranks or scores, …}; among several, a LeftOut counts a part that holds nothing."""
 
 
+OTHER_NAMES = ("system_prompt", "system_message")
+"""Other names of optional keys, which error lines need not list."""
+
+
 @dataclass(frozen=True)
 class Form:
     """Describe the rows of one form of data.
@@ -60,20 +64,24 @@ class Form:
     by: tuple[str, ...] = ()
     """The values of `by` that this form takes, the default first; () if it takes none, and a last
     "*" if it takes others too, which `convert` checks."""
-    gather: Callable[[Sequence[tuple[str, Row]], Options], Iterator[tuple[str, Row | LeftOut]]] | None = None
+    gather: Callable[[Sequence[tuple[str, Row]], Options], Iterator[tuple[str, Row | ValueError]]] | None = None
     """For forms whose records need several rows: all rows of the file, with their locations → rows
-    of our own form, each with the location to name in error lines. Then `convert` is not called."""
+    of our own form, each with the location to name in error lines; a LeftOut counts what holds
+    nothing, and another ValueError is a mistake there. Then `convert` is not called."""
     prompt: Callable[[Row, Options], Row] | None = None
     """Row of this form → {prompt}, where the prompt can be read although the rest cannot; None: the
     prompt of what `convert` gives."""
     harmless: frozenset[str] = field(default_factory=frozenset)
     """Keys that change the meaning of rows of other forms (see `data/forms/meaning.py`), and not of
     this one."""
+    in_messages: frozenset[str] = field(default_factory=frozenset)
+    """Keys of messages, beside role and content, that the form reads."""
     strict: bool = False
     """Whether a key that is neither in `needs` nor in `also` is an error: True for our own forms,
     where it is a misspelling."""
 
     def __str__(self) -> str:
         """Return name and keys, as in error lines: "hh-rlhf {chosen, rejected}"."""
-        keys = "{" + ", ".join([*self.needs, *(f"{key}?" for key in self.also)]) + "}"
+        also = [f"{key}?" for key in self.also if key not in OTHER_NAMES]
+        keys = "{" + ", ".join([*self.needs, *also]) + "}"
         return f"{self.name} {keys}" if self.name else keys

@@ -9,6 +9,8 @@ import difflib
 from collections.abc import Iterable
 
 from data.forms.form import Form, Row
+from data.forms.learnt import MARKS
+from data.forms.messages import LIST_OF_MESSAGES, SPEAKERS, from_text
 from data.parsing import METADATA
 
 OF_ANSWERS = frozenset(
@@ -39,6 +41,9 @@ OF_ANSWERS = frozenset(
         "preference",
         "winner",
         "ratings",
+        "helpfulness",
+        "correctness",
+        "coherence",
     ]
 )
 """Keys that say how an answer is to be taken, or hold further answers."""
@@ -56,6 +61,16 @@ OF_PROMPTS = frozenset(
         "videos",
         "video",
         "context",
+        "passage",
+        "passages",
+        "choices",
+        "options",
+        "history",
+        "input",
+        "definition",
+        "system",
+        "system_prompt",
+        "system_message",
         "reasoning_content",
         "reasoning",
         "thinking",
@@ -64,6 +79,29 @@ OF_PROMPTS = frozenset(
     ]
 )
 """Keys that are a part of the conversation, and without which the model would see another one."""
+IN_MESSAGES = frozenset(
+    [
+        "tool_calls",
+        "tool_call_id",
+        "function_call",
+        "images",
+        "image",
+        "audios",
+        "audio",
+        "videos",
+        "video",
+        "reasoning_content",
+        "reasoning",
+        "thinking",
+        "prefix",
+        "refusal",
+    ]
+)
+"""Keys of messages that are a part of the conversation too."""
+OF_LOSS = frozenset(MARKS)
+"""Keys of messages that say whether they are learnt."""
+ASSISTANTS = tuple(name for name, role in SPEAKERS.items() if role == "assistant")
+"""Names of the assistant's role, in lower case."""
 MATTERS = {
     "documents": frozenset[str](),
     "demonstrations": OF_ANSWERS | OF_PROMPTS,
@@ -96,7 +134,9 @@ def says_something(key: str, value: object) -> bool:
     """
     if key in ("weight", "loss", "loss_weight", "train") and value in (1, True):
         return False
-    return value is not None and value != "" and value != [] and value != {}
+    if key == "prefix" and value is False:
+        return False
+    return value not in (None, "", [], {}, "[]", "{}", "null")
 
 
 def refuse_meaningful_keys(kind: str, form: Form, row: Row, ignore: Iterable[str]) -> None:
@@ -108,14 +148,45 @@ def refuse_meaningful_keys(kind: str, form: Form, row: Row, ignore: Iterable[str
         row: The row.
         ignore: Keys that the source leaves unread on purpose.
     """
+    matters = MATTERS[kind]
+    if not matters:
+        return
     known = {*form.needs, *form.also, *form.harmless, *ignore}
-    for key in row:
-        if key in MATTERS[kind] and key not in known and says_something(key, row[key]):
+    for key, value in row.items():
+        if key in matters and key not in known and says_something(key, value):
             as_what = f"a row {form}" if not form.name else f"a row of {form}"
             raise ValueError(
                 f"the key '{key}' changes what {as_what} means, and is not read; take it out, or say "
                 f"ignore: [{key}] in the source"
             )
+    in_messages = IN_MESSAGES | OF_LOSS if kind == "demonstrations" else IN_MESSAGES
+    refuse_in_messages(row, in_messages - form.in_messages - form.harmless - frozenset(ignore))
+
+
+def refuse_in_messages(value: object, keys: frozenset[str]) -> None:
+    """Raise ValueError for a key inside a message that changes what the message means.
+
+    Args:
+        value: A row, or a value in it; messages are found at any depth.
+        keys: The keys that are not read.
+    """
+    if isinstance(value, list):
+        for item in value:
+            refuse_in_messages(item, keys)
+    elif isinstance(value, str) and LIST_OF_MESSAGES.match(value):
+        refuse_in_messages(from_text(value), keys)
+    elif isinstance(value, dict):
+        role = value.get("role", value.get("from"))
+        for key, item in value.items():
+            if isinstance(role, str) and key in keys and says_something(key, item):
+                if key in OF_LOSS and role.lower() not in ASSISTANTS:
+                    continue  # what is not the assistant's is not learnt anyway
+                raise ValueError(
+                    f"the key '{key}' of a message of the {role} changes what the conversation means, and is not "
+                    f"read; take such conversations out, or say ignore: [{key}] in the source"
+                )
+            if key not in ("meta", "metadata"):
+                refuse_in_messages(item, keys)
 
 
 def refuse_unknown_keys(form: Form, row: Row, ignore: Iterable[str]) -> None:

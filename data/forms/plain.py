@@ -4,7 +4,7 @@ They are {text}, {prompt}, {prompt, completion} and {prompt, responses, ranks}.
 """
 
 from data.forms.form import Form, Options
-from data.forms.messages import Messages, read_messages, read_prompt
+from data.forms.messages import LIST_OF_MESSAGES, SYSTEM_KEYS, Messages, from_text, read_messages, read_prompt
 from data.forms.scores import ranks_of_scores
 from data.parsing import check_scores, describe, parse_list
 from data.records import as_messages
@@ -22,11 +22,14 @@ def read_reply(row: dict, key: str, prompt: str | Messages) -> str:
             with the prompt before it.
         prompt: The prompt that is answered.
     """
-    if isinstance(row[key], str):
-        return row[key]
-    if not isinstance(row[key], dict | list):
-        raise ValueError(f"'{key}' is {describe(row[key])}; expected a text or the assistant's message")
-    value = [row[key]] if isinstance(row[key], dict) else row[key]
+    value = row[key]
+    if isinstance(value, str):
+        if not LIST_OF_MESSAGES.match(value):
+            return value
+        value = from_text(value)
+    if not isinstance(value, dict | list):
+        raise ValueError(f"'{key}' is {describe(value)}; expected a text or the assistant's message")
+    value = [value] if isinstance(value, dict) else value
     messages = read_messages(value, blank_end=True)
     before = as_messages(prompt) if isinstance(prompt, str | list) else []
     if messages[: len(before)] == before:
@@ -40,6 +43,11 @@ def read_reply(row: dict, key: str, prompt: str | Messages) -> str:
 def completion_of(row: dict, options: Options) -> dict:
     """Read a prompt and its completion."""
     prompt = read_prompt(row)
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        raise ValueError(
+            "the prompt ends with the assistant's message (a prefill), which the chat template would end there; "
+            "put its text in front of the completion's"
+        )
     return {"prompt": prompt, "completion": read_reply(row, "completion", prompt), "learnt": row.get("learnt")}
 
 
@@ -65,7 +73,11 @@ def scored_ranking_of(row: dict, options: Options) -> dict:
 
 
 TEXT = Form(("text",), (), text_of)
-PROMPT_COMPLETION = Form(("prompt", "completion"), ("system", "learnt"), completion_of)
-RANKED_RESPONSES = Form(("prompt", "responses", "ranks"), (*RANKING_KEYS, "scores", "system"), ranking_of, strict=True)
-SCORED_RESPONSES = Form(("prompt", "responses", "scores"), (*RANKING_KEYS, "system"), scored_ranking_of, strict=True)
-PROMPT_ONLY = Form(("prompt",), ("system",), prompt_of)
+PROMPT_COMPLETION = Form(("prompt", "completion"), (*SYSTEM_KEYS, "learnt"), completion_of)
+RANKED_RESPONSES = Form(
+    ("prompt", "responses", "ranks"), (*RANKING_KEYS, "scores", *SYSTEM_KEYS), ranking_of, strict=True
+)
+SCORED_RESPONSES = Form(
+    ("prompt", "responses", "scores"), (*RANKING_KEYS, *SYSTEM_KEYS), scored_ranking_of, strict=True
+)
+PROMPT_ONLY = Form(("prompt",), SYSTEM_KEYS, prompt_of)

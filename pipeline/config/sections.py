@@ -18,7 +18,8 @@ OF_WORLD = ("documents", "demonstrations", "prompts", "evaluation_prompts")  # t
 HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 PACKAGE = re.compile(r"package:[A-Za-z0-9._-]+")
 FILE_SUFFIXES = (
-    *(".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".md", ".yaml", ".yml"),
+    *(".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".tab", ".txt", ".md", ".yaml", ".yml"),
+    *(".feather", ".text", ".markdown"),
     *(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".gguf", ".safetensors", ".bin", ".pt"),
 )
 

@@ -1,5 +1,7 @@
 """Compute digests of data files and model folders, again only after they have changed."""
 
+import errno
+import glob
 import os
 import time
 from dataclasses import dataclass, field
@@ -13,12 +15,12 @@ TIMESTAMP_STEP = 2.0  # seconds: a file system may give two writes that are clos
 
 
 class Facts(NamedTuple):
-    """Hold the digest and the row count of a file or folder."""
+    """Hold the digest and the row count of a file, a folder or the files that a glob matches."""
 
     sha256: str
-    """Digest of the file, or of the folder's file names and digests."""
+    """Digest of the file, or of the names and digests of the files."""
     rows: int | None
-    """Non-empty lines of a JSONL file; None for anything else."""
+    """Non-empty lines, if all files are JSONL; None for anything else."""
     signature: tuple
     """See `signature`."""
 
@@ -36,10 +38,10 @@ class Digests:
     """The facts of a path, and whether its signature is certain to show a later change."""
 
     def facts(self, path: Path) -> Facts:
-        """Return the current facts about a file or folder.
+        """Return the current facts about a file, a folder or a glob.
 
         Raises:
-            UserError: it cannot be read, or it changed while it was being read.
+            UserError: it cannot be read, matches nothing, or changed while it was being read.
         """
         try:
             before = signature(path)
@@ -59,7 +61,7 @@ class Digests:
 
 
 def signature(path: Path) -> tuple:
-    """Return what changes whenever a file, or a file in a folder, is written or replaced.
+    """Return what changes whenever a file, or one of a folder or glob, is written or replaced.
 
     Returns:
         A tuple (name, device, inode, bytes, mtime, ctime) per file, times in nanoseconds. A change
@@ -67,9 +69,9 @@ def signature(path: Path) -> tuple:
         if the old contents and mtime are restored afterwards: programs cannot set the ctime.
     """
     entries = []
-    for name in list_visible_files(path) if path.is_dir() else [""]:
+    for name, file in files_at(path).items():
         # opening makes NFS ask its server, where a plain stat may answer from a cache
-        handle = os.open(path / name if name else path, os.O_RDONLY)
+        handle = os.open(file, os.O_RDONLY)
         try:
             stat = os.fstat(handle)
         finally:
@@ -84,16 +86,60 @@ def list_visible_files(folder: Path) -> list[str]:
     return [name for name in names if not any(part.startswith(".") for part in Path(name).parts)]
 
 
-def compute_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, or one of the names and digests of a folder's files."""
+def is_glob(path: Path) -> bool:
+    """Return whether a path is a glob and not the name of a file."""
+    return glob.has_magic(str(path)) and not path.exists()
+
+
+def files_at(path: Path) -> dict[str, Path]:
+    """Return the files that a path stands for, by name.
+
+    `data/files/paths.py` must find the same ones.
+
+    Args:
+        path: a file, whose name is then empty; or a folder or glob: all files but hidden ones, with
+            names relative to the folder, for a glob to the folder before its first wildcard.
+
+    Raises:
+        FileNotFoundError: a glob matches no file.
+    """
     if path.is_dir():
-        return integrity.sha256_json({name: integrity.sha256_file(path / name) for name in list_visible_files(path)})
+        return {name: path / name for name in list_visible_files(path)}
+    if not is_glob(path):
+        return {"": path}
+    fixed = Path()
+    for part in path.parts:
+        if glob.has_magic(part):
+            break
+        fixed /= part
+    found = {str(Path(match).relative_to(fixed)): Path(match) for match in glob.glob(str(path), recursive=True)}
+    files = {
+        name: file
+        for name, file in sorted(found.items())
+        if file.is_file() and not any(part.startswith(".") for part in Path(name).parts)
+    }
+    if not files:
+        raise FileNotFoundError(errno.ENOENT, "no file matches", str(path))
+    return files
+
+
+def compute_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, or of the names and digests of a folder's or glob's files."""
+    if path.is_dir() or is_glob(path):
+        return integrity.sha256_json({name: integrity.sha256_file(file) for name, file in files_at(path).items()})
     return integrity.sha256_file(path)
 
 
 def count_rows(path: Path) -> int | None:
-    """Count the non-empty lines of a JSONL file; return None for other files."""
-    if path.suffix != ".jsonl" or not path.is_file():
+    """Count the non-empty lines of JSONL; return None for other files.
+
+    Compressed files count as others: unpacking one a second time takes longer than it is worth.
+    """
+    files = list(files_at(path).values())
+    if any(file.suffix != ".jsonl" or not file.is_file() for file in files):
         return None
-    with open(path, "rb") as file:
-        return sum(1 for line in file if line.strip())
+    rows = 0
+    for file in files:
+        with open(file, "rb") as lines:
+            rows += sum(1 for line in lines if line.strip())
+    return rows

@@ -6,6 +6,7 @@ from typing import Any
 
 from data.records import Demonstration, prompt_key
 from data.streams import Stream, derive_seed, held_out
+from data.turns import conversation_key
 from data.world.world import World
 from stages.evaluation.forms import Form, Query, make_query
 
@@ -56,7 +57,7 @@ def split_demonstrations(demonstrations: Sequence[Demonstration], fraction: floa
 
     This is sft's own split, whatever sft drops afterwards.
     """
-    return held_out([prompt_key(demonstration.prompt) for demonstration in demonstrations], fraction)
+    return held_out([conversation_key(demonstration.prompt) for demonstration in demonstrations], fraction)
 
 
 def first_of_each_prompt(demonstrations: Sequence[Demonstration], indices: Sequence[int]) -> list[int]:

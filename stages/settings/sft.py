@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from data.turns import Turns
 from pipeline.config.section import Section, setting
 from pipeline.stage import Stage, StageRun
 from stages.models.packages import MISSING
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
 
 METRICS = {
-    "loss": "cross-entropy per completion token, in nats, of this step's batch (evaluations.jsonl: of demonstrations "
-    "held out by prompt)",
+    "loss": "cross-entropy per learnt token, in nats, of this step's batch (evaluations.jsonl: of demonstrations "
+    "held out by conversation)",
     "perplexity": "exp(loss) on held-out demonstrations",
     "grad_norm": "norm of the gradient before clipping",
     "lr": "learning rate of the step",
@@ -43,6 +44,9 @@ class SFTSettings(Training):
         gt=0,
     )
     on_too_long: TooLong = setting("error", TOO_LONG_ROW)
+    turns: Turns = setting(
+        "all", "which assistant turns of a conversation are learnt: all (but those that the data exclude), or the last"
+    )
     per_device_train_batch_size: int = setting(8, "demonstrations in one forward and backward pass", "rows", ge=1)
     gradient_accumulation_steps: int = setting(4, f"{ACCUMULATION} (the paper: 32 rows per step)", ge=1)
     num_train_epochs: float = setting(
@@ -110,6 +114,7 @@ STAGE = Stage(
         ("sft.per_device_train_batch_size", "sft.gradient_accumulation_steps"),
         "sft.max_length",
         "sft.on_too_long",
+        "sft.turns",
         "sft.ppo_init.pretraining_fraction",
     ),
     shared=True,

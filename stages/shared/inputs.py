@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,19 @@ def load_records(kind: str, source: Source) -> list:
     return sources.load(kind, reader_source(source))
 
 
-def load_placed_records(kind: str, source: Source) -> tuple[list, list[str]]:
-    """Load records as `load_records` does, with the location (file and line) of each."""
-    return sources.load_placed(kind, reader_source(source))
+def load_placed_records(kind: str, source: Source, say: Callable[[str], None] | None = None) -> tuple[list, list[str]]:
+    """Load records as `load_records` does, with the location (file and line) of each.
+
+    Args:
+        kind: The kind of record.
+        source: Where they are.
+        say: Prints a line for each reason why rows, or parts of rows, were left out.
+    """
+    loaded = sources.load_whole(kind, reader_source(source))
+    if say is not None:
+        for line in loaded.left_out_lines():
+            say(f"{kind}: left out, {line}")
+    return loaded.records, loaded.locations
 
 
 def split_documents(source: Source, fraction: float) -> tuple[list, list]:

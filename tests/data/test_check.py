@@ -108,6 +108,7 @@ def test_demonstrations_in_words(tmp_path):
         "keys not read": "k (1)",
         "prompt length": "1 to 2 words · median 2 · 95 % up to 2",
         "completion length": "1 to 20 words · median 9 · 95 % up to 19",
+        "turns": "22 assistant turns, all learnt",
         "duplicates": "1 rows · 20 prompts that came before, kept",
     }
     assert ("form", "{prompt, completion, system?, learnt?}: 21 rows") in report.facts

@@ -252,12 +252,13 @@ class TestRows:
         with pytest.raises(UserError) as error:
             encode_prompts(tokenizer, prompts, ["x:1", "x:2", "x:3"])
         what = "the model's chat template refuses this prompt (no system); change its messages"
-        assert error.value.lines == [f"x:1: {what}", f"x:3: {what}"]
+        assert error.value.lines == [f"x:1: {what} (the same in 1 more row, the last at line 3)"]
 
     def test_a_demonstrations_loss_is_on_its_completion_and_eos_only(self, tokenizer):
-        _, (row,), report = encode_demonstrations(
+        encoded = encode_demonstrations(
             tokenizer, [Demonstration(TEXTS[0], TEXTS[1])], max_length=64, on_too_long="error", **PLACE
         )
+        (row,), report = encoded.rows, encoded.report
         prompt, response = encode_prompt(tokenizer, TEXTS[0]), encode_response(tokenizer, TEXTS[1])
         assert row["input_ids"] == prompt + response
         assert row["labels"] == [-100] * len(prompt) + response
@@ -265,9 +266,10 @@ class TestRows:
 
     def test_a_truncated_demonstration_keeps_labels_and_ids_alike(self, tokenizer):
         size = len(encode_prompt(tokenizer, TEXTS[0])) + 2
-        _, (row,), report = encode_demonstrations(
+        encoded = encode_demonstrations(
             tokenizer, [Demonstration(TEXTS[0], TEXTS[1])], max_length=size, on_too_long="truncate", **PLACE
         )
+        (row,), report = encoded.rows, encoded.report
         assert len(row["input_ids"]) == len(row["labels"]) == size and report.truncated == 1
         assert row["labels"][-2:] == row["input_ids"][-2:] and tokenizer.eos_token_id not in row["input_ids"]
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from data import records
 from data.error_lines import shorten
-from data.files.json_rows import Reading, read_rows
+from data.files.reading import Reading
+from data.files.rows import file_rows
 from data.parsing import parse_demonstration, parse_document, parse_prompt, parse_ranking
 from data.records import Demonstration, Document, Prompt, Ranking, write_jsonl
 from data.sources import Source, load
@@ -119,7 +120,7 @@ GOOD = b'{"text": "fine"}\n'
 def read_jsonl(path) -> list:
     """Return the values of all rows; UserError with every error."""
     reading = Reading()
-    values = [value for _, value in read_rows(path, reading)]
+    values = [value for _, value in file_rows(path, reading)]
     if reading.errors:
         raise UserError(shorten(reading.errors))
     return values
@@ -181,15 +182,15 @@ def test_a_file_may_have_a_byte_order_mark_blank_lines_and_escapes(tmp_path):
     path.write_bytes(b'\xef\xbb\xbf\n [ {"text": "a"},\r\n\r\n"b"] \n')
     assert read_jsonl(path) == [{"text": "a"}, "b"]
     reading = Reading()
-    locations = [location for location, _ in read_rows(path, reading)]
+    locations = [location for location, _ in file_rows(path, reading)]
     assert locations == [f"{path}:2: index 0", f"{path}:4: index 1"]
 
 
-def test_a_missing_file_and_a_folder_are_one_line_each(tmp_path):
-    for path in (tmp_path / "none.jsonl", tmp_path):
+def test_a_missing_file_and_an_empty_folder_are_one_line_each(tmp_path):
+    for path, words in ((tmp_path / "none.jsonl", "cannot be read"), (tmp_path, "the folder holds no files")):
         with pytest.raises(UserError) as caught:
             read_jsonl(path)
-        assert caught.value.lines[0].startswith(f"{path}: cannot be read")
+        assert caught.value.lines[0].startswith(f"{path}: {words}")
 
 
 def test_up_to_twenty_errors_are_shown_at_once(tmp_path):

@@ -107,7 +107,9 @@ BRIEFED = (system("s"), user("a"))
     ],
 )
 def test_demonstrations(tmp_path, row, prompt, completion):
-    assert one(tmp_path, "demonstrations", row) == Demonstration(prompt, completion)
+    answers = tuple(i for i, message in enumerate(prompt) if message in (assistant("b"), gpt("b")))
+    learnt = () if "completion" in row else answers
+    assert one(tmp_path, "demonstrations", row) == Demonstration(prompt, completion, learnt)
 
 
 @pytest.mark.parametrize(
@@ -208,15 +210,15 @@ def test_documents(tmp_path):
         (DEMO, {"prompt": "p", "completion": "c", "sytem": "s"}, "'sytem'; did you mean 'system'?"),
         (DEMO, {"prompt": "p", "completion": "c", "sytem": "x"}, "unknown key 'sytem'; did you mean 'system'?"),
         (DEMO, {"prompt": "p", "completion": "c", "label": True}, "the key 'label' changes what"),
-        (DEMO, {"prompt": "p", "completion": None}, "'completion' is null"),
+        (DEMO, {"prompt": "p", "completion": None}, "'completion' is missing"),
         (DEMO, {"prompt": "p", "completion": [user("x")]}, "'completion' adds user to the prompt"),
         (DEMO, {"instruction": "i", "output": ""}, "'output' is blank"),
         (DEMO, {"instruction": "i", "output": "o", "input": 5}, "'input' is 5"),
         (DEMO, {"instruction": "i", "output": "o", "history": [["a"]]}, "a turn of 'history'"),
         (DEMO, {"instruction": "i", "output": "o", "system": 5}, "'system' is 5"),
         (DEMO, {"messages": [user("a")]}, "no message of the assistant"),
-        (DEMO, {"messages": [assistant("a")]}, "the prompt has no messages"),
-        (DEMO, {"messages": [user("a"), assistant("b"), assistant("c")]}, "ends with the assistant's"),
+        (DEMO, {"messages": [assistant("a")]}, "no message of the assistant answers"),
+        (DEMO, {"messages": [user("a"), assistant("b"), assistant("c")]}, "both the assistant's"),
         (DEMO, {"messages": []}, "the messages are a list"),
         (DEMO, {"messages": [user("a"), {"role": "tool", "content": "x"}]}, "message 2 is 'tool'"),
         (DEMO, {"messages": [user("a"), assistant(" ")]}, "content of message 2 is blank"),

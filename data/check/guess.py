@@ -1,0 +1,177 @@
+"""Guess the kind of a file from the keys of its first rows."""
+
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from data.files.json_rows import Reading
+from data.forms import FORMS, recognise
+from data.forms.form import Form, LeftOut, Options, Row
+from data.forms.marked import NAME as MARKED
+from data.forms.messages import CONVERSATION_KEYS, conversation_turns
+from data.parsing import METADATA
+from data.sources import PARSERS, Source, source_rows
+from data.templated import TemplatedText
+
+TRAINING = ("rankings", "demonstrations", "documents", "prompts")
+"""Kinds of training data, the most specific first; they may share prompts among themselves."""
+GUESSED_ROWS = 50
+"""Rows of a file from which its kind is guessed."""
+SHORT = 80
+"""Characters that a text beside a prompt may have without being taken for an answer."""
+ANSWER_WORDS = frozenset([
+    "answer", "answers", "response", "responses", "reply", "replies", "output", "outputs", "completion",
+    "completions", "generation", "generations", "generated", "chosen", "rejected", "label", "labels", "rank",
+    "ranks", "ranking", "rankings", "score", "scores", "rating", "ratings", "winner", "preference",
+    "preferences", "preferred", "better", "best", "worse", "worst", "choice", "choices", "reward", "rewards",
+    "target", "targets", "solution", "summary", "summaries", "kto", "judgment", "judgement", "verdict",
+    "annotation", "annotations", "critique", "vote", "votes",
+])  # fmt: skip
+"""Words in the keys of answers, and of what is said about them."""
+WORD = re.compile(r"[a-z]+")
+
+
+def guess_kind(source: Source) -> str | None:
+    """Guess the kind of data from the keys of the first 50 rows.
+
+    A kind in the file's name is taken if all rows have its keys; otherwise the kind that most rows
+    have the keys of, and of several the one that asks for the most keys. Damaged rows have the keys
+    of their kind too, so whether rows are valid decides only between kinds with equally many keys.
+    Rows are prompts only if nothing beside the prompt could be an answer.
+
+    Args:
+        source: Where the rows come from and how they are read.
+
+    Returns:
+        The kind; None if no row has the keys of any.
+    """
+    in_name = [kind for kind in ("evaluation_prompts", *TRAINING) if kind in Path(source.name).stem]
+    rows = list(islice(rows_of(source), GUESSED_ROWS))
+    for kind in in_name:
+        if rows and all(form_or_none(kind, value) is not None for value in rows):
+            return kind
+    scores = {kind: evidence(kind, rows, source.options) for kind in TRAINING}
+    best = max(TRAINING, key=lambda kind: scores[kind])
+    return best if scores[best][0] else None
+
+
+def rows_of(source: Source) -> Iterator[object]:
+    """Yield the rows of a source, of a mixture those of each part in turn."""
+    for part in source.parts or (source,):
+        for _, value in source_rows(part, Reading()):
+            yield value
+
+
+def form_or_none(kind: str, value: object) -> tuple[Form, Row] | None:
+    """Return the form of a row and the row as an object; None if it has none of this kind."""
+    try:
+        return recognise(kind, value)
+    except ValueError:
+        return None
+
+
+def evidence(kind: str, rows: Iterable[object], options: Options) -> tuple[int, int, int]:
+    """Return how much speaks for a kind: rows with its keys, the number of keys, valid rows.
+
+    Args:
+        kind: The kind of data.
+        rows: The first rows of the file.
+        options: How the source is read.
+    """
+    recognised = keys = valid = 0
+    gathered: dict[int, tuple[Form, list[tuple[str, Row]]]] = {}
+    for value in rows:
+        found = form_or_none(kind, value)
+        if found is None or (kind == "prompts" and not is_only_prompt(*found)):
+            continue
+        form, row = found
+        if form.gather is not None:
+            gathered.setdefault(id(form), (form, []))[1].append(("", row))
+            continue
+        recognised += 1
+        keys += len(form.needs)
+        valid += is_valid(kind, form, row, options)
+    for form, several in gathered.values():
+        records = records_in(form, several, options)
+        # Binary labels make rankings only where most prompts have a good and a bad answer.
+        if form.name != MARKED or 4 * records >= len(several):
+            recognised += len(several)
+            keys += len(form.needs) * len(several)
+            valid += len(several) if records else 0
+    return recognised, keys, valid
+
+
+def is_valid(kind: str, form: Form, row: Row, options: Options) -> bool:
+    """Return whether a row makes a record, or would if the source said how to read its template."""
+    try:
+        converted = form.convert(row, options)
+        for item in converted if isinstance(converted, list) else [converted]:
+            if not isinstance(item, LeftOut):
+                PARSERS[kind](item)
+    except TemplatedText:
+        return True
+    except ValueError:
+        return False
+    return True
+
+
+def records_in(form: Form, rows: list[tuple[str, Row]], options: Options) -> int:
+    """Return how many records a form makes of rows that it reads together."""
+    assert form.gather is not None
+    try:
+        return sum(isinstance(item, dict) for _, item in form.gather(rows, options))
+    except ValueError:
+        return 0
+
+
+def is_only_prompt(form: Form, row: Row) -> bool:
+    """Return whether a row holds a prompt, and nothing that could be an answer to it.
+
+    Args:
+        form: The form of the row, read as a prompt.
+        row: The row.
+    """
+    if form not in FORMS["prompts"] or "chosen" in row:
+        return False
+    if form.name:
+        return True
+    if form.needs[0] in CONVERSATION_KEYS:
+        try:
+            last = conversation_turns(row)[-1]
+        except ValueError:
+            return False
+        if not isinstance(last, dict) or last.get("role") != "user":
+            return False
+    known = (*form.needs, *form.also, *METADATA)
+    return all(key in known or says_little(key, value) for key, value in row.items())
+
+
+def says_little(key: str, value: object) -> bool:
+    """Return whether a value beside a prompt can be no answer, and no judgment of one.
+
+    Args:
+        key: Its key.
+        value: The value: a number, a short text of one line, a short list of such, or nothing.
+    """
+    if value in (None, "", [], {}):
+        return True
+    if not ANSWER_WORDS.isdisjoint(WORD.findall(key.lower())):
+        return False
+    if isinstance(value, list):
+        return len(value) <= 20 and all(is_short(one) for one in value)
+    return is_short(value)
+
+
+def is_short(value: object) -> bool:
+    """Return whether a value is a number, true or false, or a short text of one line."""
+    if isinstance(value, str):
+        return len(value) <= SHORT and "\n" not in value.strip()
+    return value is None or isinstance(value, bool | int | float)
+
+
+def hint(value: object) -> str:
+    """Return how a row that is no known kind can be read as a prompt, for its error line."""
+    if isinstance(value, dict) and form_or_none("prompts", value) is not None:
+        return "; --kind prompts reads only its prompt"
+    return ""

@@ -1,0 +1,1 @@
+"""Read the rows of files and folders of every format, and of data sets on the Hub."""

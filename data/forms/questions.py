@@ -1,0 +1,93 @@
+"""Convert demonstrations that are two texts: a question and its answer, under their many names."""
+
+from functools import partial
+
+from data.forms.form import Form, Options, Row
+from data.forms.instructions import answered, read_history
+from data.forms.messages import SYSTEM_KEYS, Messages, read_messages, read_prompt, system_of
+from data.parsing import parse_text
+
+NAMES = {
+    ("question", "answer"): "GSM8K or question and answer",
+    ("question", "response"): "OpenOrca",
+    ("query", "response"): "ms-swift or MetaMathQA",
+    ("query", "answer"): "query and answer",
+    ("input", "output"): "input and output",
+    ("input", "target"): "Firefly",
+    ("inputs", "targets"): "Aya, FLAN or xP3",
+    ("inputs_pretokenized", "targets_pretokenized"): "P3",
+    ("prompt", "response"): "prompt and response",
+    ("prompt", "output"): "prompt and output",
+    ("prompt", "answer"): "prompt and answer",
+    ("problem", "solution"): "problem and solution",
+    ("problem", "generated_solution"): "OpenMathInstruct",
+    ("question", "solution"): "question and solution",
+    ("Question", "Response"): "Question and Response",
+    ("Question", "Answer"): "Question and Answer",
+}
+"""Keys of the prompt and of the answer → the data sets that have them."""
+ALSO = ("history", *SYSTEM_KEYS)
+"""Optional keys beside a question."""
+
+
+def read_question(row: Row, key: str) -> str | Messages:
+    """Read a question, after the turns of `history`.
+
+    Args:
+        row: The row.
+        key: The key of the question.
+    """
+    past = read_history(row.get("history"))
+    if past:
+        return read_messages([*past, {"role": "user", "content": parse_text(row, key)}], system_of(row))
+    return read_prompt(row, key)
+
+
+def demonstration_of(question: str, answer: str, row: Row, options: Options) -> Row:
+    """Read a question and its answer, under their keys."""
+    return answered(read_question(row, question), parse_text(row, answer))
+
+
+def prompt_of(question: str, row: Row, options: Options) -> Row:
+    """Read only the question, under its key."""
+    return {"prompt": read_question(row, question)}
+
+
+def holds_texts(question: str, answer: str, row: Row) -> bool:
+    """Return whether both values are texts, or null: other values are another data set's."""
+    is_prompt = isinstance(row[question], str | None) or (question == "prompt" and isinstance(row[question], list))
+    return is_prompt and isinstance(row[answer], str | None)
+
+
+def question_form(question: str, answer: str, name: str) -> Form:
+    """Return the form of rows with a question and an answer.
+
+    Args:
+        question: The key of the question.
+        answer: The key of the answer.
+        name: The data sets that have these keys.
+    """
+    return Form(
+        needs=(question, answer),
+        also=ALSO,
+        convert=partial(demonstration_of, question, answer),
+        name=name,
+        fits=partial(holds_texts, question, answer),
+        prompt=partial(prompt_of, question),
+    )
+
+
+def task_of(row: Row, options: Options) -> Row:
+    """Read an example of a task of Natural Instructions: the definition, then the input."""
+    return {**prompt_of_task(row, options), "completion": parse_text(row, "targets")}
+
+
+def prompt_of_task(row: Row, options: Options) -> Row:
+    """Read the definition of a task and the input."""
+    return {"prompt": parse_text(row, "definition") + "\n" + parse_text(row, "inputs")}
+
+
+NATURAL_INSTRUCTIONS = Form(
+    ("definition", "inputs", "targets"), (), task_of, name="Natural Instructions", prompt=prompt_of_task
+)
+QUESTION_FORMS = tuple(question_form(*keys, name) for keys, name in NAMES.items())
