@@ -374,7 +374,8 @@ class RowReader:
             self.loaded.rows += 1
             try:
                 form, row = self._recognised(value)
-                if form.gather is not None:
+                prompts_only = self.kind in PROMPT_KINDS and form.prompt is not None
+                if form.gather is not None and not prompts_only:
                     self._gathered.setdefault(id(form), (form, []))[1].append((location, row))
                     continue
                 converted = self._convert(form, row, options)
@@ -411,10 +412,10 @@ class RowReader:
         refuse_meaningful_keys(self.kind, form, row, ignore)
         if not form.name:
             refuse_unknown_keys(form, row, ignore)
-        if form.by and self.source.by is not None and self.source.by not in form.by and "*" not in form.by:
-            raise ValueError(f"by: '{self.source.by}' is no judgment of {form.name}; expected {' or '.join(form.by)}")
+        if self.kind == "rankings" and self.source.by is not None:
+            refuse_other_judgments(form, self.source.by)
         self.loaded.forms["a plain string" if isinstance(value, str) else str(form)] += 1
-        self.loaded.unread.update(set(row) - {*form.needs, *form.also, *METADATA})
+        self.loaded.unread.update(set(row) - form.keys_of(row) - set(METADATA))
         return form, row
 
     def _convert(self, form: Form, row: dict, options: Options) -> list[dict | LeftOut]:
@@ -467,6 +468,19 @@ class RowReader:
             self.loaded.dropped.append((location, str(error)))
         else:
             self.loaded.errors.append(f"{location}: {error}")
+
+
+def refuse_other_judgments(form: Form, by: str) -> None:
+    """Raise ValueError where a form has no judgment of this name.
+
+    Args:
+        form: The form of a row.
+        by: The judgment that the source asks for.
+    """
+    if not form.by:
+        raise ValueError(f"by: '{by}': a row {form} holds one judgment only; take by out of the source")
+    if by not in form.by and "*" not in form.by:
+        raise ValueError(f"by: '{by}' is no judgment of {form.name}; expected {' or '.join(form.by)}")
 
 
 def source_rows(source: Source, reading: Reading) -> Generator[tuple[str, object]]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from data.files.json_rows import Reading
+from data.files.reading import Reading
 from data.forms import FORMS, recognise
 from data.forms.form import Form, LeftOut, Options, Row
 from data.forms.marked import NAME as MARKED
@@ -18,6 +18,8 @@ TRAINING = ("rankings", "demonstrations", "documents", "prompts")
 """Kinds of training data, the most specific first; they may share prompts among themselves."""
 GUESSED_ROWS = 50
 """Rows of a file from which its kind is guessed."""
+NAMED_FORM = 100
+"""What the name of a data set or tool counts for, in keys: it says more than any number of keys."""
 SHORT = 80
 """Characters that a text beside a prompt may have without being taken for an answer."""
 ANSWER_WORDS = frozenset([
@@ -90,16 +92,21 @@ def evidence(kind: str, rows: Iterable[object], options: Options) -> tuple[int, 
             gathered.setdefault(id(form), (form, []))[1].append(("", row))
             continue
         recognised += 1
-        keys += len(form.needs)
+        keys += weight_of(form)
         valid += is_valid(kind, form, row, options)
     for form, several in gathered.values():
         records = records_in(form, several, options)
         # Binary labels make rankings only where most prompts have a good and a bad answer.
         if form.name != MARKED or 4 * records >= len(several):
             recognised += len(several)
-            keys += len(form.needs) * len(several)
+            keys += weight_of(form) * len(several)
             valid += len(several) if records else 0
     return recognised, keys, valid
+
+
+def weight_of(form: Form) -> int:
+    """Return how much a form says of what a row is: its number of keys, and more by a name."""
+    return len(form.needs) + (NAMED_FORM if form.name else 0)
 
 
 def is_valid(kind: str, form: Form, row: Row, options: Options) -> bool:
@@ -109,7 +116,7 @@ def is_valid(kind: str, form: Form, row: Row, options: Options) -> bool:
         for item in converted if isinstance(converted, list) else [converted]:
             if not isinstance(item, LeftOut):
                 PARSERS[kind](item)
-    except TemplatedText:
+    except (TemplatedText, LeftOut):
         return True
     except ValueError:
         return False
