@@ -106,6 +106,13 @@ class Source:
         return str(self.hub or self.path)
 
     @property
+    def label(self) -> str:
+        """Return a short name without folders of this machine, for figures by source."""
+        if self.hub is not None:
+            return "/".join(filter(None, (self.hub, self.subset, self.data_dir)))
+        return Path(str(self.path)).name
+
+    @property
     def options(self) -> Options:
         """Return what the forms need to know."""
         return Options(
@@ -375,6 +382,9 @@ def mix_parts(source: Source, parts: list[Loaded]) -> Loaded:
         source: The mixture.
         parts: What was read of each part.
     """
+    ids: set[str] = set()
+    for own, part in zip(source.parts, parts, strict=True):
+        part.records = [with_source(record, own.label, ids) for record in part.records]
     chosen = mix([len(part.records) for part in parts], [part.weight for part in source.parts])
     whole = Loaded(
         records=[parts[part].records[i] for part, i in chosen],
@@ -383,6 +393,27 @@ def mix_parts(source: Source, parts: list[Loaded]) -> Loaded:
     for part in parts:
         add_counts(whole, part)
     return whole
+
+
+def with_source(record: Record, label: str, ids: set[str]) -> Record:
+    """Return a ranking of a mixture with its source and an id of its own; other records unchanged.
+
+    A ranking that names a source of its own keeps it. Files that number their rows use the same
+    ids: the later ranking's id gets the source's name in front.
+
+    Args:
+        record: The record.
+        label: The name of the source.
+        ids: The ids of the rankings before it; this one's is added.
+    """
+    if not isinstance(record, Ranking):
+        return record
+    name = record.id if record.id not in ids else f"{label}-{record.id}"
+    copies = (f"{name}-{copy}" for copy in count(2))
+    while name in ids:
+        name = next(copies)
+    ids.add(name)
+    return replace(record, id=name, source=record.source or label)
 
 
 def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = None) -> Generator[tuple[str, Record]]:
