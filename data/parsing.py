@@ -14,8 +14,8 @@ from data.records import Demonstration, Document, Prompt, Ranking, content_id
 
 ROLES = ("system", "user", "assistant")
 METADATA = ("meta", "metadata", "id", "source", "url", "timestamp", "user_id", "kind", "use_case", "category")
-"""Keys that any row may have. `meta`, `user_id` and `kind` are kept, `use_case` and `category` under
-`meta`, and `source` where it is a text in a ranking of our own form; others are not read."""
+"""Keys that any row may have. `meta`, `user_id` and `kind` are kept, and `use_case` and `category`
+under `meta`; `source` where it is a text in a ranking of our own form. Others are not read."""
 
 # ── rows ─────────────────────────────────────────────────────────────────────────────────────────
 
