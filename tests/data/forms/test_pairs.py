@@ -1,4 +1,4 @@
-"""Test pairs {chosen, rejected}: answers or whole conversations, with or without a prompt, scores."""
+"""Test pairs {chosen, rejected}: answers or whole conversations, prompts and scores beside them."""
 
 import json
 
@@ -27,7 +27,10 @@ def error_of(tmp_path, *rows, **fields) -> str:
 
 
 HH = {"chosen": "\n\nHuman: p\n\nAssistant: x", "rejected": "\n\nHuman: p\n\nAssistant: y"}
-LONG = {"chosen": HH["chosen"] + "\n\nHuman: q\n\nAssistant: x", "rejected": HH["chosen"] + "\n\nHuman: q\n\nAssistant: y"}
+LONG = {
+    "chosen": HH["chosen"] + "\n\nHuman: q\n\nAssistant: x",
+    "rejected": HH["chosen"] + "\n\nHuman: q\n\nAssistant: y",
+}
 PARTED = {**LONG, "rejected": HH["rejected"] + "\n\nHuman: q\n\nAssistant: y"}
 MESSAGES = {"chosen": [user("p"), assistant("x")], "rejected": [user("p"), assistant("y")]}
 

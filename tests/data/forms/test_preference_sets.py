@@ -388,3 +388,20 @@ def test_labels_of_nemo_aligner_are_scores_of_the_answers_to_a_prompt(tmp_path):
 )
 def test_sets_without_comparisons_are_refused_by_name(tmp_path, row, name):
     assert name in error_of(tmp_path, row)
+
+
+@pytest.mark.parametrize(
+    "row, name",
+    [
+        ({"prompt": "p", "response": "r", "helpfulness": 0, **RATED}, "HelpSteer2"),
+        ({"prompt": "p", "response": "r", "is_safe": False}, "BeaverTails"),
+        ({"messages": [user("p"), assistant("x")], "rejected_response": "y"}, "ms-swift"),
+    ],
+)
+def test_judged_answers_are_no_demonstrations(tmp_path, row, name):
+    assert name in error_of(tmp_path, row, kind="demonstrations")
+
+
+def test_demonstrations_of_a_judge_are_demonstrations(tmp_path):
+    [record] = loaded(tmp_path, ROWS["Prometheus preferences"], kind="demonstrations").records
+    assert record.completion == "B is better"
