@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -11,15 +12,13 @@ from data.forms.form import Form, LeftOut, Options, Row
 from data.forms.marked import NAME as MARKED
 from data.forms.messages import CONVERSATION_KEYS, conversation_turns
 from data.parsing import METADATA
-from data.sources import PARSERS, Source, source_rows
+from data.sources import PARSERS, Source, matches, renamed, source_rows
 from data.templated import TemplatedText
 
 TRAINING = ("rankings", "demonstrations", "documents", "prompts")
 """Kinds of training data, the most specific first; they may share prompts among themselves."""
 GUESSED_ROWS = 50
 """Rows of a file from which its kind is guessed."""
-NAMED_FORM = 100
-"""What the name of a data set or tool counts for, in keys: it says more than any number of keys."""
 SHORT = 80
 """Characters that a text beside a prompt may have without being taken for an answer."""
 ANSWER_WORDS = frozenset([
@@ -49,7 +48,7 @@ def guess_kind(source: Source) -> str | None:
         The kind; None if no row has the keys of any.
     """
     in_name = [kind for kind in ("evaluation_prompts", *TRAINING) if kind in Path(source.name).stem]
-    rows = list(islice(rows_of(source), GUESSED_ROWS))
+    rows = [value for _, value in islice(all_rows(source, Reading()), GUESSED_ROWS)]
     for kind in in_name:
         if rows and all(form_or_none(kind, value) is not None for value in rows):
             return kind
@@ -58,11 +57,20 @@ def guess_kind(source: Source) -> str | None:
     return best if scores[best][0] else None
 
 
-def rows_of(source: Source) -> Iterator[object]:
-    """Yield the rows of a source, of a mixture those of each part in turn."""
+def all_rows(source: Source, reading: Reading) -> Iterator[tuple[str, object]]:
+    """Yield (location, row) of a source, of a mixture those of each part in turn.
+
+    Rows have the keys that `columns` gives them, and those that `where` leaves out are passed over.
+    """
     for part in source.parts or (source,):
-        for _, value in source_rows(part, Reading()):
-            yield value
+        for location, value in source_rows(part, reading):
+            if isinstance(value, dict):
+                wanted = part.where or {}
+                if not all(matches(value.get(key), choice) for key, choice in wanted.items()):
+                    continue
+                with suppress(ValueError):  # a row without such a key is reported when it is read
+                    value = renamed(value, part.columns or {})
+            yield location, value
 
 
 def form_or_none(kind: str, value: object) -> tuple[Form, Row] | None:
@@ -92,21 +100,16 @@ def evidence(kind: str, rows: Iterable[object], options: Options) -> tuple[int, 
             gathered.setdefault(id(form), (form, []))[1].append(("", row))
             continue
         recognised += 1
-        keys += weight_of(form)
+        keys += len(form.needs)
         valid += is_valid(kind, form, row, options)
     for form, several in gathered.values():
         records = records_in(form, several, options)
         # Binary labels make rankings only where most prompts have a good and a bad answer.
         if form.name != MARKED or 4 * records >= len(several):
             recognised += len(several)
-            keys += weight_of(form) * len(several)
+            keys += len(form.needs) * len(several)
             valid += len(several) if records else 0
     return recognised, keys, valid
-
-
-def weight_of(form: Form) -> int:
-    """Return how much a form says of what a row is: its number of keys, and more by a name."""
-    return len(form.needs) + (NAMED_FORM if form.name else 0)
 
 
 def is_valid(kind: str, form: Form, row: Row, options: Options) -> bool:

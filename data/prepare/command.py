@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,6 +29,7 @@ def run(
     experiment: Any = None,
     artifacts: str | Path = "artifacts",
     force: bool = False,
+    reading: dict[str, Any] | None = None,
     console: Any = None,
 ) -> int:
     """Prepare data and print a table.
@@ -40,6 +42,7 @@ def run(
         experiment: The validated config, or None.
         artifacts: The folder of all experiments, where the embedded world's files are.
         force: Whether to replace the folder.
+        reading: Settings of a source that hold for every input, whatever the config says.
         console: A rich console to print to; None for standard output.
 
     Returns:
@@ -54,7 +57,9 @@ def run(
     folder = Path(output).expanduser()
     home = Path(artifacts) / experiment.name if experiment is not None else Path(artifacts)
     configured = configured_sources(experiment, home)
-    inputs = inputs_of(names, kind, configured)
+    inputs = [
+        replace(given, source=replace(given.source, **(reading or {}))) for given in inputs_of(names, kind, configured)
+    ]
     check_apart(inputs, folder)
     protected = protected_sources(configured, inputs)
     with whole_folder(folder, force) as temporary:
