@@ -25,6 +25,7 @@ from data.forms.meaning import refuse_meaningful_keys, refuse_unknown_keys
 from data.mixture import mix
 from data.parsing import METADATA, parse_demonstration, parse_document, parse_prompt, parse_ranking
 from data.records import Prompt, Ranking, Record, content_id, judged_pairs, prompt_key
+from data.seen import Seen
 from data.templated import without_templates
 from pipeline.errors import UserError
 
@@ -36,8 +37,16 @@ PARSERS: dict[str, Callable[[dict], Record]] = {
     "evaluation_prompts": parse_prompt,
 }
 """Kind of data → what makes a record of a row of our own form."""
+REPEATED = "duplicate"
+"""Why a repeated prompt is left out."""
 KEPT = ("user_id", "kind", "meta")
 """Keys of any form's rows that records keep."""
+LABELS = ("use_case", "category")
+"""Keys that say what a prompt is for; records keep them under `meta`."""
+MOST_ERRORS = 10_000
+"""Error lines after which the rest of a source is not read."""
+NOTE_EVERY = 1000
+"""Records after which `scan` says how far it is."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,13 @@ class Source:
         return str(self.hub or self.path)
 
     @property
+    def label(self) -> str:
+        """Return a short name without folders of this machine, for figures by source."""
+        if self.hub is not None:
+            return "/".join(filter(None, (self.hub, self.subset, self.data_dir)))
+        return Path(str(self.path)).name
+
+    @property
     def options(self) -> Options:
         """Return what the forms need to know."""
         return Options(
@@ -138,6 +154,20 @@ class Loaded:
     """Whether reading stopped at `max_rows` rows, so that there may be more."""
     errors: list[str] = field(default_factory=list)
     """Lines "PLACE: what is wrong; what to do"."""
+    tell: Callable[[str, str, str], None] | None = None
+    """Is called with (location, reason, what it is a copy of or what is wrong) for each row, or
+    part of a row, that gives no record; None: counting them is enough."""
+
+    def leave_out(self, location: str, reason: str, detail: str = "") -> None:
+        """Tell of a row that gives no record, if anybody wants to know.
+
+        Args:
+            location: Where it is.
+            reason: Why: one of a few sentences.
+            detail: What it is a copy of, or what is wrong with it.
+        """
+        if self.tell is not None:
+            self.tell(location, reason, detail)
 
     def left_out_lines(self) -> list[str]:
         """Return a line for each reason why rows, or parts of rows, are left out: "12: why"."""
@@ -239,6 +269,112 @@ def read(kind: str, source: Source, max_rows: int | None = None) -> Loaded:
     return loaded
 
 
+def scan(
+    kind: str, source: Source, max_rows: int | None = None, note: Callable[[int], None] = lambda count: None
+) -> Loaded:
+    """Read and check a source as `read` does, and keep none of its records.
+
+    Args:
+        kind: The kind of data.
+        source: Where the rows come from.
+        max_rows: As of `read`.
+        note: Called with the number of records so far, now and then.
+
+    Returns:
+        Counts and error lines; no records.
+    """
+    whole, count = Loaded(), 0
+    for part in source.parts or (source,):
+        loaded, verdicts = Loaded(), Counter[str]()
+        for _, record in records(kind, part, loaded, max_rows):
+            count += 1
+            if isinstance(record, Ranking) and not verdicts["usable"]:
+                verdicts.update(verdict for *_, verdict in judged_pairs(record))
+            if count % NOTE_EVERY == 0:
+                note(count)
+        if kind == "rankings" and not loaded.errors and not loaded.cut:
+            loaded.errors += no_usable_pair(part.name, verdicts)
+        add_counts(whole, loaded)
+    return whole
+
+
+def stream(kind: str, source: Source, loaded: Loaded) -> Generator[tuple[str, Record]]:
+    """Yield the records of a source or a mixture one by one, in the order of `read`.
+
+    The parts of a mixture with weights are counted first, in a pass of their own.
+
+    Args:
+        kind: The kind of data.
+        source: Where the rows come from.
+        loaded: Gets counts and error lines, complete only when the generator has ended.
+
+    Yields:
+        (location, record). A ranking whose id an earlier part has used gets another one.
+    """
+    if not source.parts:
+        yield from records(kind, source, loaded)
+        return
+    counts = [Loaded() for _ in source.parts]
+    streams = [records(kind, part, own) for part, own in zip(source.parts, counts, strict=True)]
+    taken = [0] * len(streams)  # records that each part has given so far
+    seen = Seen()
+    for part, i in order_of_mixture(kind, source, loaded):
+        item = next(streams[part], None)
+        while item is not None and taken[part] < i:
+            taken[part] += 1
+            item = next(streams[part], None)
+        if item is None:
+            continue  # it has errors, which say more
+        taken[part] += 1
+        location, record = item
+        if isinstance(record, Ranking):
+            record = replace(record, id=unused_id(record.id, seen))
+            seen.add(record.id, location)
+        yield location, record
+    for rest, own in zip(streams, counts, strict=True):
+        for _ in rest:  # to the end, for its counts and errors
+            pass
+        add_counts(loaded, own)
+
+
+def order_of_mixture(kind: str, source: Source, loaded: Loaded) -> Iterator[tuple[int, int]]:
+    """Yield (part, index of the record) of the records of a mixture, in order.
+
+    Args:
+        kind: The kind of data.
+        source: The mixture.
+        loaded: Gets the error lines of parts that cannot be counted.
+    """
+    sizes = []
+    for part in source.parts:
+        own = Loaded()
+        sizes.append(sum(1 for _ in records(kind, part, own)))
+        loaded.errors += own.errors
+    if not loaded.errors:
+        yield from mix(sizes, [part.weight for part in source.parts])
+
+
+def unused_id(name: str, seen: Seen) -> str:
+    """Return an id that is not seen yet: the name, or the name with -2, -3, … after it."""
+    if name not in seen:
+        return name
+    return next(other for copy in count(2) if (other := f"{name}-{copy}") not in seen)
+
+
+def add_counts(whole: Loaded, part: Loaded) -> None:
+    """Add the counts and error lines of a part to those of the whole."""
+    whole.rows += part.rows
+    whole.forms += part.forms
+    whole.unread += part.unread
+    whole.left_out += part.left_out
+    whole.filtered += part.filtered
+    whole.dropped += part.dropped
+    whole.duplicates += part.duplicates
+    whole.blanks += part.blanks
+    whole.cut = whole.cut or part.cut
+    whole.errors += part.errors
+
+
 def mix_parts(source: Source, parts: list[Loaded]) -> Loaded:
     """Mix what was read of the parts of a mixture by their weights.
 
@@ -246,23 +382,38 @@ def mix_parts(source: Source, parts: list[Loaded]) -> Loaded:
         source: The mixture.
         parts: What was read of each part.
     """
+    ids: set[str] = set()
+    for own, part in zip(source.parts, parts, strict=True):
+        part.records = [with_source(record, own.label, ids) for record in part.records]
     chosen = mix([len(part.records) for part in parts], [part.weight for part in source.parts])
     whole = Loaded(
         records=[parts[part].records[i] for part, i in chosen],
         locations=[parts[part].locations[i] for part, i in chosen],
     )
     for part in parts:
-        whole.rows += part.rows
-        whole.forms += part.forms
-        whole.unread += part.unread
-        whole.left_out += part.left_out
-        whole.filtered += part.filtered
-        whole.dropped += part.dropped
-        whole.duplicates += part.duplicates
-        whole.blanks += part.blanks
-        whole.cut = whole.cut or part.cut
-        whole.errors += part.errors
+        add_counts(whole, part)
     return whole
+
+
+def with_source(record: Record, label: str, ids: set[str]) -> Record:
+    """Return a ranking of a mixture with its source and an id of its own; other records unchanged.
+
+    A ranking that names a source of its own keeps it. Files that number their rows use the same
+    ids: the later ranking's id gets the source's name in front.
+
+    Args:
+        record: The record.
+        label: The name of the source.
+        ids: The ids of the rankings before it; this one's is added.
+    """
+    if not isinstance(record, Ranking):
+        return record
+    name = record.id if record.id not in ids else f"{label}-{record.id}"
+    copies = (f"{name}-{copy}" for copy in count(2))
+    while name in ids:
+        name = next(copies)
+    ids.add(name)
+    return replace(record, id=name, source=record.source or label)
 
 
 def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = None) -> Generator[tuple[str, Record]]:
@@ -289,6 +440,9 @@ def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = No
             if passed > source.skip:
                 yield location, record
             if passed == last:
+                break
+            if len(loaded.errors) + len(reading.errors) >= MOST_ERRORS:
+                loaded.errors.append(f"{source.name}: not read after {location}: {MOST_ERRORS:,} errors are enough")
                 break
     finally:
         rows.close()  # only now `reading` is complete
@@ -327,8 +481,8 @@ class RowReader:
     """The number of rows so far, with those that `where` leaves out."""
     has_where_keys: bool = False
     """Whether any row had all keys of `where`."""
-    _seen: dict[str, str] = field(default_factory=dict)
-    """Id and labeler of a ranking, or key of a prompt → its first location."""
+    _seen: Seen = field(default_factory=Seen)
+    """Id of a ranking, or key of a prompt → its first location."""
     _gathered: dict[int, tuple[Form, list[tuple[str, dict]]]] = field(default_factory=dict)
     """Id of a form whose records need several rows → the form and its rows."""
 
@@ -339,6 +493,7 @@ class RowReader:
             self.count += 1
             if self.source.where and not self._is_wanted(value):
                 self.loaded.filtered += 1
+                self.loaded.leave_out(location, "where")
                 continue
             self.loaded.rows += 1
             try:
@@ -350,6 +505,7 @@ class RowReader:
                 converted = self._convert(form, row, options)
             except LeftOut as reason:
                 self.loaded.left_out[str(reason)] += 1
+                self.loaded.leave_out(location, str(reason))
                 continue
             except ValueError as error:
                 self._bad(location, error)
@@ -410,12 +566,14 @@ class RowReader:
         """
         if isinstance(item, LeftOut):
             self.loaded.left_out[str(item)] += 1
+            self.loaded.leave_out(location, str(item))
             return
         if isinstance(item, ValueError):
             self._bad(location, item)
             return
         try:
             item = {**{key: row[key] for key in KEPT if key in row}, **item}
+            item = with_labels(item, row)
             if self.kind != "documents":
                 item = without_templates(item, self.source.templated)
             record = PARSERS[self.kind](item)
@@ -425,16 +583,19 @@ class RowReader:
             self._bad(location, error)
             return
         if isinstance(record, Prompt):
-            first = self._seen.setdefault(prompt_key(record.prompt), location)
-            if first != location:
+            key = prompt_key(record.prompt)
+            if key in self._seen:
                 self.loaded.duplicates += 1
+                self.loaded.leave_out(location, REPEATED, self._seen[key])
                 return
+            self._seen.add(key, location)
         yield location, record
 
     def _bad(self, location: str, error: ValueError) -> None:
         """Count a row with a mistake as dropped, or as an error, as the source says."""
         if self.source.on_bad_row == "drop":
             self.loaded.dropped.append((location, str(error)))
+            self.loaded.leave_out(location, "bad row", str(error))
         else:
             self.loaded.errors.append(f"{location}: {error}")
 
@@ -450,6 +611,19 @@ def refuse_other_judgments(form: Form, by: str) -> None:
         raise ValueError(f"by: '{by}': a row {form} holds one judgment only; take by out of the source")
     if by not in form.by and "*" not in form.by:
         raise ValueError(f"by: '{by}' is no judgment of {form.name}; expected {' or '.join(form.by)}")
+
+
+def with_labels(item: dict, row: dict) -> dict:
+    """Return a row of our own form with the labels of the row that it was made of under `meta`.
+
+    Args:
+        item: The row of our own form.
+        row: The row that it was made of.
+    """
+    labels = {key: row[key] for key in LABELS if isinstance(row.get(key), str)}
+    if not labels or not isinstance(item.get("meta"), dict | None):
+        return item
+    return item | {"meta": labels | (item.get("meta") or {})}
 
 
 def source_rows(source: Source, reading: Reading) -> Generator[tuple[str, object]]:
@@ -509,7 +683,7 @@ def renamed(row: dict, columns: Mapping[str, str]) -> dict:
     return result
 
 
-def with_own_id(ranking: Ranking, location: str, seen: dict[str, str]) -> Ranking:
+def with_own_id(ranking: Ranking, location: str, seen: Seen) -> Ranking:
     """Return a ranking whose id is unique.
 
     Equal rows without an id get -2, -3, … after their id. An id may name the prompt, under which
@@ -532,7 +706,7 @@ def with_own_id(ranking: Ranking, location: str, seen: dict[str, str]) -> Rankin
         else:
             raise ValueError(f"the id '{ranking.id}' is also used at {seen[ranking.id]}; give each its own")
         ranking = replace(ranking, id=free)
-    seen[ranking.id] = location
+    seen.add(ranking.id, location)
     return ranking
 
 
@@ -562,6 +736,16 @@ def no_preference(name: str, rankings: list[Record]) -> list[str]:
     for ranking in rankings:
         assert isinstance(ranking, Ranking)
         verdicts.update(verdict for *_, verdict in judged_pairs(ranking))
+    return no_usable_pair(name, verdicts)
+
+
+def no_usable_pair(name: str, verdicts: Counter[str]) -> list[str]:
+    """Return an error line if no pair is usable.
+
+    Args:
+        name: The path or the id.
+        verdicts: Verdict, as of `judged_pairs` → the number of pairs.
+    """
     if verdicts["usable"]:
         return []
     counts = ", ".join(f"{n} {verdict}" for verdict, n in sorted(verdicts.items()))

@@ -43,6 +43,7 @@ def add_actions(actions: Any) -> None:
     add_stats(actions)
     add_convert(actions)
     add_export(actions)
+    add_prepare(actions)
 
 
 def add_action(actions: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:
@@ -141,6 +142,49 @@ What people then rank is read as it comes: rlhf data check export.json tiers=gre
     export.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write")
     export.add_argument("--seed", type=int, default=0, help="what gives the order of responses (default: 0)")
     export.add_argument("--force", action="store_true", help="replace DIR if it exists")
+
+
+def add_prepare(actions: Any) -> None:
+    """Add `rlhf data prepare`."""
+    text = "leave out copies and personal data, and split by user into sft, rm, ppo, validation and test parts"
+    examples = """\
+  rlhf data prepare log.jsonl -o prepared
+  rlhf data prepare 'logs/*.jsonl.gz' -o prepared -c mine.yaml      its evaluation prompts stay out
+  rlhf data prepare log.jsonl -o prepared --pii mask --shares sft:1,ppo:1"""
+    prepare = add_action(actions, "prepare", text, examples)
+    prepare.add_argument("file", metavar="IN", nargs="+", help=INPUT)
+    prepare.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to write")
+    prepare.add_argument(
+        "--pii",
+        choices=["list", "drop", "mask", "off"],
+        default="list",
+        help="personal data: list it (default), drop its rows or mask it in the training parts, or do not look for it",
+    )
+    prepare.add_argument(
+        "--region",
+        default="US",
+        metavar="CC",
+        help="country whose telephone numbers are found without +; none: only with + (default: US)",
+    )
+    prepare.add_argument(
+        "--per-user", type=int, default=200, metavar="N", help="prompts kept of a user; 0: all (default: 200)"
+    )
+    prepare.add_argument(
+        "--prefix", type=int, default=100, metavar="N", help="characters of a long common prefix; 0: off (default: 100)"
+    )
+    prepare.add_argument(
+        "--near", type=float, default=0.8, metavar="J", help="Jaccard index of near copies; 0: off (default: 0.8)"
+    )
+    prepare.add_argument(
+        "--shares",
+        default="sft:13,rm:33,ppo:31,validation:4,test:4",
+        metavar="PART:N,…",
+        help="sizes of the parts, relative to each other (default: sft:13,rm:33,ppo:31,validation:4,test:4)",
+    )
+    prepare.add_argument(
+        "--drop-leaks", action="store_true", help="leave evaluation prompts out of the other parts (default: an error)"
+    )
+    prepare.add_argument("--force", action="store_true", help="replace DIR if it exists")
 
 
 # ── words that say how files are read ────────────────────────────────────────────────────────────

@@ -1,4 +1,4 @@
-"""Run `rlhf data check | preview | stats | convert | export`.
+"""Run `rlhf data check | preview | stats | convert | export | prepare`.
 
 Each function takes parsed arguments and returns an exit code. What the files hold is the business
 of the room `data`; here it is decided which files are meant, and how the config and the command
@@ -71,7 +71,27 @@ def export_action(arguments: argparse.Namespace) -> int:
 
 def prepare_action(arguments: argparse.Namespace) -> int:
     """Run `rlhf data prepare`: sift data and split them by user."""
-    return importlib.import_module("pipeline.commands").prepare_command(arguments)
+    settings = importlib.import_module("data.prepare.settings")
+    asked = settings.Settings(
+        personal=arguments.pii,
+        region=arguments.region,
+        per_user=arguments.per_user,
+        prefix=arguments.prefix,
+        near=arguments.near,
+        drop_leaks=arguments.drop_leaks,
+        shares=settings.parse_shares(arguments.shares),
+    )
+    reading = {name: tuple(v) if isinstance(v, list) else v for name, v in parse_reading(arguments.reading).items()}
+    return importlib.import_module("data.prepare.command").run(
+        arguments.file,
+        arguments.output,
+        asked,
+        arguments.kind,
+        load_if_given(arguments),
+        folder_of(arguments),
+        arguments.force,
+        reading,
+    )
 
 
 ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
@@ -80,6 +100,7 @@ ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "stats": stats_action,
     "convert": convert_action,
     "export": export_action,
+    "prepare": prepare_action,
 }
 
 

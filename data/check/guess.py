@@ -19,8 +19,6 @@ TRAINING = ("rankings", "demonstrations", "documents", "prompts")
 """Kinds of training data, the most specific first; they may share prompts among themselves."""
 GUESSED_ROWS = 50
 """Rows of a file from which its kind is guessed."""
-NAMED_FORM = 100
-"""What the name of a data set or tool counts for, in keys: it says more than any number of keys."""
 SHORT = 80
 """Characters that a text beside a prompt may have without being taken for an answer."""
 ANSWER_WORDS = frozenset([
@@ -102,21 +100,16 @@ def evidence(kind: str, rows: Iterable[object], options: Options) -> tuple[int, 
             gathered.setdefault(id(form), (form, []))[1].append(("", row))
             continue
         recognised += 1
-        keys += weight_of(form)
+        keys += len(form.needs)
         valid += is_valid(kind, form, row, options)
     for form, several in gathered.values():
         records = records_in(form, several, options)
         # Binary labels make rankings only where most prompts have a good and a bad answer.
         if form.name != MARKED or 4 * records >= len(several):
             recognised += len(several)
-            keys += weight_of(form) * len(several)
+            keys += len(form.needs) * len(several)
             valid += len(several) if records else 0
     return recognised, keys, valid
-
-
-def weight_of(form: Form) -> int:
-    """Return how much a form says of what a row is: its number of keys, and more by a name."""
-    return len(form.needs) + (NAMED_FORM if form.name else 0)
 
 
 def is_valid(kind: str, form: Form, row: Row, options: Options) -> bool:

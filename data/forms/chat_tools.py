@@ -1,6 +1,7 @@
 """Convert preference pairs as training tools and services write them."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from data.forms.form import Form, LeftOut, Options, Row
 from data.forms.instructions import INSTRUCTION_KEYS, read_instruction

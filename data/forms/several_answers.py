@@ -152,7 +152,7 @@ def instruction_prompt(row: Row, options: Options) -> Row:
 
 
 def distilabel_prompt(row: Row, options: Options) -> Row:
-    """Take `instruction`, or `input` of older versions, with the system message that goes before."""
+    """Take `instruction`, or `input` of older versions, with its system message."""
     return {"prompt": read_prompt(row, "instruction" if "instruction" in row else "input")}
 
 
@@ -178,7 +178,7 @@ def ranked_candidates(row: Row, options: Options) -> Row:
 
 
 def columns_of(row: Row) -> dict[str, str]:
-    """Return the columns of responses that have a rank or a score: name of the response → column."""
+    """Return {name of a response: its column}, of those that have a rank or a score."""
     columns = {match[1]: key for key in row if (match := WIDE.fullmatch(key))}
     return {name: key for name, key in columns.items() if f"rank_{name}" in row or f"score_{name}" in row}
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config.section import setting
 from pipeline.stage import Stage, StageRun
-from stages.settings.checks import over_context, over_folder_context, unreadable_files
+from stages.settings.checks import check_data, over_context, over_folder_context
 from stages.settings.policies import simulates_labelers
 from stages.settings.training import ACCUMULATION, PreferenceTraining
 
@@ -34,7 +34,8 @@ class RMSettings(PreferenceTraining):
     label_smoothing: float = setting(0.0, "assumed fraction of flipped labels (only with sigmoid)", ge=0, lt=0.5)
     margin_coef: float = setting(
         0.0,
-        "weight of a ranking's `margin`, the score difference that its pairs should have (Llama 2; only with sigmoid)",
+        "weight of the score difference that a pair should have (Llama 2; only with sigmoid): the ranking's `margin`, "
+        "or else, where it has `scores`, the difference of the two",
         ge=0,
     )
     ensemble: int = setting(
@@ -75,8 +76,8 @@ def check(experiment: "Experiment") -> list[str]:
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
-    """Return a line for each length over the model's context and each error in the data."""
-    return over_folder_context(experiment, "rm") + unreadable_files(experiment, reads(experiment))
+    """Return a line for each length over the model's context."""
+    return over_folder_context(experiment, "rm")
 
 
 def run(ctx: "StageRun[RMSettings, Experiment]") -> dict[str, Any]:
@@ -97,6 +98,7 @@ STAGE = Stage(
     headline=("accuracy", "accuracy_ceiling"),
     check=check,
     missing_requirements=missing_requirements,
+    check_data=check_data,
     fixed=(("rm.per_device_train_batch_size", "rm.gradient_accumulation_steps"), "rm.max_length", "rm.on_too_long"),
     shared=True,
 )

@@ -47,7 +47,11 @@ class RankingModel:
 
 
 def ranking_task(
-    config: RMSettings, ranker: RankingModel, groups: list[PromptGroup], held: list[PromptGroup], order: list[int]
+    config: RMSettings,
+    ranker: RankingModel,
+    groups: Sequence[PromptGroup],
+    held: Sequence[PromptGroup],
+    order: list[int],
 ) -> Task:
     """Return the batches, the loss and the evaluation of a reward model.
 
@@ -85,7 +89,7 @@ def ranking_task(
     )
 
 
-def batches_of(config: RMSettings, ranker: RankingModel, groups: list[PromptGroup]) -> GroupBatches:
+def batches_of(config: RMSettings, ranker: RankingModel, groups: Sequence[PromptGroup]) -> GroupBatches:
     """Return how batches of some groups are cut.
 
     Args:
@@ -115,7 +119,7 @@ def loss_of(c: RMSettings, batch: GroupBatch, scores: Tensor, prompts: int) -> T
 
 @torch.no_grad()
 def evaluate(
-    config: RMSettings, ranker: RankingModel, held: list[PromptGroup], poll: Callable[[], None] = lambda: None
+    config: RMSettings, ranker: RankingModel, held: Sequence[PromptGroup], poll: Callable[[], None] = lambda: None
 ) -> tuple[list[float], list[tuple[int, Pair]], float]:
     """Score all held-out responses, on all ranks together.
 
