@@ -135,7 +135,7 @@ def form_of(kind: str, row: dict) -> Form | None:
 
 def is_of(form: Form, row: dict) -> bool:
     """Return whether a row is of a form."""
-    return all(key in row for key in form.needs) and (form.fits is None or form.fits(row))
+    return row.keys() >= form.needed and (form.fits is None or form.fits(row))
 
 
 def why_unknown(kind: str, row: dict) -> str:
