@@ -1,7 +1,7 @@
 """Define the four records that every data file is turned into, and write them as JSONL.
 
     Demonstration {prompt, completion, learnt?}
-    Ranking {id, prompt, responses, ranks, labeler?, margin?, finished?, scores?}
+    Ranking {id, prompt, responses, ranks, labeler?, margin?, finished?, scores?, source?}
     Document {text}
     Prompt {prompt}
 
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-OPTIONAL = ("learnt", "labeler", "margin", "finished", "scores", "user_id", "kind", "meta")
+OPTIONAL = ("learnt", "labeler", "margin", "finished", "scores", "source", "user_id", "kind", "meta")
 """Fields that are left out of a record's JSON where they are None or empty."""
 
 # ── the records ──────────────────────────────────────────────────────────────────────────────────
@@ -68,6 +68,9 @@ class Ranking:
     scores: tuple[float | None, ...] | None = None
     """The score of each response that the ranks were made from, higher being better; None was not
     scored. None: the row was ranked, not scored."""
+    source: str | None = None
+    """The data set that it comes from: the row's own word, or which source of a mixture it was in.
+    The reward model's accuracy is also given for each."""
     user_id: str | None = None
     """Who wrote the prompt; None if that is not known."""
     kind: str | None = None

@@ -37,8 +37,12 @@ PARSERS: dict[str, Callable[[dict], Record]] = {
     "evaluation_prompts": parse_prompt,
 }
 """Kind of data → what makes a record of a row of our own form."""
+REPEATED = "duplicate"
+"""Why a repeated prompt is left out."""
 KEPT = ("user_id", "kind", "meta")
 """Keys of any form's rows that records keep."""
+LABELS = ("use_case", "category")
+"""Keys that say what a prompt is for; records keep them under `meta`."""
 MOST_ERRORS = 10_000
 """Error lines after which the rest of a source is not read."""
 NOTE_EVERY = 1000
@@ -102,6 +106,13 @@ class Source:
         return str(self.hub or self.path)
 
     @property
+    def label(self) -> str:
+        """Return a short name without folders of this machine, for figures by source."""
+        if self.hub is not None:
+            return "/".join(filter(None, (self.hub, self.subset, self.data_dir)))
+        return Path(str(self.path)).name
+
+    @property
     def options(self) -> Options:
         """Return what the forms need to know."""
         return Options(
@@ -143,6 +154,20 @@ class Loaded:
     """Whether reading stopped at `max_rows` rows, so that there may be more."""
     errors: list[str] = field(default_factory=list)
     """Lines "PLACE: what is wrong; what to do"."""
+    tell: Callable[[str, str, str], None] | None = None
+    """Is called with (location, reason, what it is a copy of or what is wrong) for each row, or
+    part of a row, that gives no record; None: counting them is enough."""
+
+    def leave_out(self, location: str, reason: str, detail: str = "") -> None:
+        """Tell of a row that gives no record, if anybody wants to know.
+
+        Args:
+            location: Where it is.
+            reason: Why: one of a few sentences.
+            detail: What it is a copy of, or what is wrong with it.
+        """
+        if self.tell is not None:
+            self.tell(location, reason, detail)
 
     def left_out_lines(self) -> list[str]:
         """Return a line for each reason why rows, or parts of rows, are left out: "12: why"."""
@@ -357,6 +382,9 @@ def mix_parts(source: Source, parts: list[Loaded]) -> Loaded:
         source: The mixture.
         parts: What was read of each part.
     """
+    ids: set[str] = set()
+    for own, part in zip(source.parts, parts, strict=True):
+        part.records = [with_source(record, own.label, ids) for record in part.records]
     chosen = mix([len(part.records) for part in parts], [part.weight for part in source.parts])
     whole = Loaded(
         records=[parts[part].records[i] for part, i in chosen],
@@ -365,6 +393,27 @@ def mix_parts(source: Source, parts: list[Loaded]) -> Loaded:
     for part in parts:
         add_counts(whole, part)
     return whole
+
+
+def with_source(record: Record, label: str, ids: set[str]) -> Record:
+    """Return a ranking of a mixture with its source and an id of its own; other records unchanged.
+
+    A ranking that names a source of its own keeps it. Files that number their rows use the same
+    ids: the later ranking's id gets the source's name in front.
+
+    Args:
+        record: The record.
+        label: The name of the source.
+        ids: The ids of the rankings before it; this one's is added.
+    """
+    if not isinstance(record, Ranking):
+        return record
+    name = record.id if record.id not in ids else f"{label}-{record.id}"
+    copies = (f"{name}-{copy}" for copy in count(2))
+    while name in ids:
+        name = next(copies)
+    ids.add(name)
+    return replace(record, id=name, source=record.source or label)
 
 
 def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = None) -> Generator[tuple[str, Record]]:
@@ -444,16 +493,19 @@ class RowReader:
             self.count += 1
             if self.source.where and not self._is_wanted(value):
                 self.loaded.filtered += 1
+                self.loaded.leave_out(location, "where")
                 continue
             self.loaded.rows += 1
             try:
                 form, row = self._recognised(value)
-                if form.gather is not None:
+                prompts_only = self.kind in PROMPT_KINDS and form.prompt is not None
+                if form.gather is not None and not prompts_only:
                     self._gathered.setdefault(id(form), (form, []))[1].append((location, row))
                     continue
                 converted = self._convert(form, row, options)
             except LeftOut as reason:
                 self.loaded.left_out[str(reason)] += 1
+                self.loaded.leave_out(location, str(reason))
                 continue
             except ValueError as error:
                 self._bad(location, error)
@@ -485,10 +537,10 @@ class RowReader:
         refuse_meaningful_keys(self.kind, form, row, ignore)
         if not form.name:
             refuse_unknown_keys(form, row, ignore)
-        if form.by and self.source.by is not None and self.source.by not in form.by and "*" not in form.by:
-            raise ValueError(f"by: '{self.source.by}' is no judgment of {form.name}; expected {' or '.join(form.by)}")
+        if self.kind == "rankings" and self.source.by is not None:
+            refuse_other_judgments(form, self.source.by)
         self.loaded.forms["a plain string" if isinstance(value, str) else str(form)] += 1
-        self.loaded.unread.update(set(row) - {*form.needs, *form.also, *METADATA})
+        self.loaded.unread.update(set(row) - form.keys_of(row) - set(METADATA))
         return form, row
 
     def _convert(self, form: Form, row: dict, options: Options) -> list[dict | LeftOut]:
@@ -514,12 +566,14 @@ class RowReader:
         """
         if isinstance(item, LeftOut):
             self.loaded.left_out[str(item)] += 1
+            self.loaded.leave_out(location, str(item))
             return
         if isinstance(item, ValueError):
             self._bad(location, item)
             return
         try:
             item = {**{key: row[key] for key in KEPT if key in row}, **item}
+            item = with_labels(item, row)
             if self.kind != "documents":
                 item = without_templates(item, self.source.templated)
             record = PARSERS[self.kind](item)
@@ -532,6 +586,7 @@ class RowReader:
             key = prompt_key(record.prompt)
             if key in self._seen:
                 self.loaded.duplicates += 1
+                self.loaded.leave_out(location, REPEATED, self._seen[key])
                 return
             self._seen.add(key, location)
         yield location, record
@@ -540,8 +595,35 @@ class RowReader:
         """Count a row with a mistake as dropped, or as an error, as the source says."""
         if self.source.on_bad_row == "drop":
             self.loaded.dropped.append((location, str(error)))
+            self.loaded.leave_out(location, "bad row", str(error))
         else:
             self.loaded.errors.append(f"{location}: {error}")
+
+
+def refuse_other_judgments(form: Form, by: str) -> None:
+    """Raise ValueError where a form has no judgment of this name.
+
+    Args:
+        form: The form of a row.
+        by: The judgment that the source asks for.
+    """
+    if not form.by:
+        raise ValueError(f"by: '{by}': a row {form} holds one judgment only; take by out of the source")
+    if by not in form.by and "*" not in form.by:
+        raise ValueError(f"by: '{by}' is no judgment of {form.name}; expected {' or '.join(form.by)}")
+
+
+def with_labels(item: dict, row: dict) -> dict:
+    """Return a row of our own form with the labels of the row that it was made of under `meta`.
+
+    Args:
+        item: The row of our own form.
+        row: The row that it was made of.
+    """
+    labels = {key: row[key] for key in LABELS if isinstance(row.get(key), str)}
+    if not labels or not isinstance(item.get("meta"), dict | None):
+        return item
+    return item | {"meta": labels | (item.get("meta") or {})}
 
 
 def source_rows(source: Source, reading: Reading) -> Generator[tuple[str, object]]:

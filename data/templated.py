@@ -13,8 +13,6 @@ one that has markers in its middle, is a text like others.
 import re
 from dataclasses import dataclass
 
-from data.forms.form import Row
-
 # ── the templates ────────────────────────────────────────────────────────────────────────────────
 
 
@@ -225,7 +223,7 @@ class TemplatedText(ValueError):
 # ── a row ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def without_templates(row: Row, templated: str | None) -> Row:
+def without_templates(row: dict, templated: str | None) -> dict:
     """Return a row of our own form whose prompt and answers hold no chat template.
 
     Args:
@@ -267,7 +265,7 @@ def prompt_without(prompt: object, templated: str | None) -> object:
     if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
         return prompt
     is_single = [message.get("role") for message in prompt] in (["user"], ["system", "user"])
-    result: list[Row] = []
+    result: list[dict] = []
     for position, message in enumerate(prompt, 1):
         what = f"message {position} of the prompt"
         content = message.get("content")
@@ -288,7 +286,7 @@ def prompt_without(prompt: object, templated: str | None) -> object:
     return prompt if result == prompt else result
 
 
-def unwrapped(messages: list[Row]) -> str | list[Row]:
+def unwrapped(messages: list[dict]) -> str | list[dict]:
     """Return the only user message as a string, and other messages as they are."""
     return messages[0]["content"] if [message["role"] for message in messages] == ["user"] else messages
 
@@ -296,7 +294,7 @@ def unwrapped(messages: list[Row]) -> str | list[Row]:
 # ── a prompt, or a whole conversation ────────────────────────────────────────────────────────────
 
 
-def turns_in(text: str, what: str, templated: str | None) -> list[Row] | None:
+def turns_in(text: str, what: str, templated: str | None) -> list[dict] | None:
     """Return the messages of a text in a template; None for a text that is in none.
 
     Args:
@@ -334,7 +332,7 @@ def template_of(text: str) -> Template | None:
     return None
 
 
-def turns_of_template(text: str, what: str, template: Template) -> list[Row]:
+def turns_of_template(text: str, what: str, template: Template) -> list[dict]:
     """Take a template off a text, and return its messages; the last may be the assistant's.
 
     Args:
@@ -353,7 +351,7 @@ def turns_of_template(text: str, what: str, template: Template) -> list[Row]:
     marks = list(re.finditer(template.turn, text))
     if not marks:
         raise failed
-    messages: list[Row] = []
+    messages: list[dict] = []
     preface = text[: marks[0].start()].strip()
     if preface and not (template.preamble and re.fullmatch(template.preamble, preface, re.DOTALL)):
         if template.closed:
@@ -381,7 +379,7 @@ def turns_of_template(text: str, what: str, template: Template) -> list[Row]:
     return messages
 
 
-def turns_of_content(role: str, content: str) -> list[Row]:
+def turns_of_content(role: str, content: str) -> list[dict]:
     """Return the messages of one turn: Llama 2 writes the system message into the user's.
 
     Args:
@@ -479,13 +477,13 @@ def is_transcript(text: str) -> bool:
     return text.startswith("\n\nHuman:") or ASSISTANT_LINE.search(text) is not None
 
 
-def turns_of_transcript(text: str) -> list[Row]:
+def turns_of_transcript(text: str) -> list[dict]:
     """Split a transcript into messages; an empty turn of the assistant at its end is left out."""
     has_blank_lines = text.startswith("\n\nHuman:") or "\n\nAssistant:" in text
     marker = AFTER_BLANK_LINE if has_blank_lines else AFTER_LINE
     parts = marker.split("\n\n" + text.strip())[1:]
     turns = zip(parts[::2], parts[1::2], strict=True)
-    messages: list[Row] = [{"role": SPEAKERS[name], "content": content.strip()} for name, content in turns]
+    messages: list[dict] = [{"role": SPEAKERS[name], "content": content.strip()} for name, content in turns]
     if messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
         messages.pop()
     return messages

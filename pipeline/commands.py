@@ -282,17 +282,8 @@ def chat_command(arguments: argparse.Namespace) -> int:
 
 
 def data_command(arguments: argparse.Namespace) -> int:
-    """Run `rlhf data check`: describe one data file, or all data of an experiment."""
-    experiment = load_if_given(arguments)
-    artifacts = str(Location.of(arguments.artifacts).folder)
-    check = importlib.import_module("data.check.command")
-    if arguments.file is not None:
-        return check.run(arguments.file, arguments.kind, experiment, artifacts=artifacts)
-    if experiment is None:
-        raise UserError("command line: give a FILE, or -c CONFIG for all its data; see `rlhf data check --help`")
-    if arguments.kind is not None:
-        raise UserError("command line: --kind needs a FILE; see `rlhf data check --help`")
-    return check.run_all(experiment, artifacts=artifacts)
+    """Run `rlhf data`: the action that the arguments name."""
+    return importlib.import_module("pipeline.data_commands").ACTIONS[arguments.action](arguments)
 
 
 COMMANDS = {

@@ -90,15 +90,16 @@ def object_rows(name: str, scanner: Scanner, reading: Reading) -> Generator[tupl
         while scanner.peek():
             count += 1
             location = f"{name}:{scanner.line()}"
-            members, wrapped = {}, None
+            members: dict[str, object] = {}
+            wrapped: str | None = None
             if scanner.take() != "{":
                 raise ValueError("invalid JSON: text after the object; expected one object, or one a line")
             sign = "," if scanner.peek() != "}" else scanner.take()
             while sign == ",":
                 key = next_key(scanner)
                 if key in members or key == wrapped:
-                    problem = f"the key {key!r} occurs twice in one object; keep one of them"
-                    reading.errors.append(f"{location}: {problem}")
+                    twice = f"the key {key!r} occurs twice in one object; keep one of them"
+                    reading.errors.append(f"{location}: {twice}")
                 if key in WRAPPERS and wrapped is None and scanner.opens_objects():
                     wrapped = key
                     yield from elements(name, scanner, reading)

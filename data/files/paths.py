@@ -84,9 +84,9 @@ def data_files(path: str | Path, files: dict[str, Path], split: str | None) -> l
         raise ValueError(f"files of several formats: {examples}; give one as a glob, such as {example_of(path)}")
     others = [name for name in by_format.get(None, []) if name not in aside]
     if others or not families:
-        names = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         known = " ".join(suffix for suffixes in FAMILIES.values() for suffix in suffixes)
-        raise ValueError(f"not known as data: {names or 'any file'}; give a glob of files that end in {known}")
+        raise ValueError(f"not known as data: {shown or 'any file'}; give a glob of files that end in {known}")
     family = families[0]
     names = [name for name in by_format[family] if family == "text" or name not in aside]
     return [files[name] for name in of_split(path, names, split)]

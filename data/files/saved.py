@@ -47,7 +47,7 @@ def saved_files(folder: Path) -> list[Path]:
     if state.get("_indices_files") or state.get("_indices_data_files"):
         raise ValueError("was saved with indices by an old version of datasets; load it and save it again")
     entries = state.get("_data_files")
-    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries or []]
+    names: list[Any] = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries or []]
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise ValueError("state.json names no data files; save the data set again")
     missing = next((name for name in names if not (folder / name).is_file()), None)

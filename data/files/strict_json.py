@@ -36,9 +36,10 @@ def strict_decoder() -> Callable[[str, int], tuple[object, int, str | None]]:
     def decode(text: str, start: int) -> tuple[object, int, str | None]:
         problems.clear()
         value, end = decoder.raw_decode(text, start)
-        # Looking for the letters first spares most rows the walk through their values.
-        escapes = text.find("\\ud", start, end) >= 0 or text.find("\\uD", start, end) >= 0
-        if escapes and SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+        # Looking for the characters first spares most rows the walk through their values.
+        escaped = text.find("\\", start, end) >= 0
+        escaped = escaped and (text.find("\\ud", start, end) >= 0 or text.find("\\uD", start, end) >= 0)
+        if escaped and SURROGATE.search(json.dumps(value, ensure_ascii=False)):
             problems.append("an escape \\ud800 to \\udfff occurs without its other half; remove it")
         if text.find("null", start, end) >= 0:
             value = without_nulls(value)

@@ -6,7 +6,11 @@ FORMS.
 
 import difflib
 
+from data.forms.arena import ARENA
+from data.forms.argilla import ARGILLA
+from data.forms.chat_tools import CHAT_TOOLS
 from data.forms.form import Form
+from data.forms.helpsteer import HELPSTEER
 from data.forms.instructions import (
     INSTRUCTION_ANSWER,
     INSTRUCTION_COMPLETION,
@@ -15,6 +19,7 @@ from data.forms.instructions import (
     INSTRUCTION_RESPONSE,
     SELF_INSTRUCT,
 )
+from data.forms.label_studio import LABEL_STUDIO
 from data.forms.marked import MARKED_DEMONSTRATIONS, MARKED_RANKINGS
 from data.forms.messages import (
     CONVERSATION_DEMONSTRATION,
@@ -27,15 +32,20 @@ from data.forms.messages import (
     SHAREGPT_DEMONSTRATION,
     SHAREGPT_PROMPT,
 )
+from data.forms.oasst import OASST_DEMONSTRATIONS, OASST_PROMPTS, OASST_RANKINGS
 from data.forms.plain import PROMPT_COMPLETION, PROMPT_ONLY, RANKED_RESPONSES, SCORED_RESPONSES, TEXT
-from data.forms.preferences import BARE_PAIR, BARE_PAIR_PROMPT, CONVERSATION_PAIR, INSTRUCTION_PAIR, PROMPT_PAIR
+from data.forms.preferences import BARE_PAIR_PROMPT, PAIRS
 from data.forms.questions import NATURAL_INSTRUCTIONS, QUESTION_FORMS
+from data.forms.refused import REFUSED
+from data.forms.several_answers import FEW_KEYS, SEVERAL_ANSWERS
 from data.forms.templated_text import BAIZE, TRANSCRIPT
+from data.forms.two_answers import TWO_ANSWERS
 from data.parsing import describe
 
 FORMS: dict[str, tuple[Form, ...]] = {
     "documents": (TEXT,),
     "demonstrations": (
+        *OASST_DEMONSTRATIONS,
         *MARKED_DEMONSTRATIONS,
         MESSAGES_DEMONSTRATION,
         SHAREGPT_DEMONSTRATION,
@@ -56,15 +66,22 @@ FORMS: dict[str, tuple[Form, ...]] = {
         TRANSCRIPT,
     ),
     "rankings": (
+        *REFUSED,
+        *ARENA,
+        *ARGILLA,
+        *CHAT_TOOLS,
+        *HELPSTEER,
+        *LABEL_STUDIO,
+        *OASST_RANKINGS,
+        *SEVERAL_ANSWERS,
+        *TWO_ANSWERS,
+        *FEW_KEYS,
         RANKED_RESPONSES,
         SCORED_RESPONSES,
-        PROMPT_PAIR,
-        CONVERSATION_PAIR,
-        INSTRUCTION_PAIR,
-        BARE_PAIR,
+        *PAIRS,
         *MARKED_RANKINGS,
     ),
-    "prompts": (MESSAGES_PROMPT, SHAREGPT_PROMPT, PROMPT_ONLY, INSTRUCTION_PROMPT, BARE_PAIR_PROMPT),
+    "prompts": (*OASST_PROMPTS, MESSAGES_PROMPT, SHAREGPT_PROMPT, PROMPT_ONLY, INSTRUCTION_PROMPT, BARE_PAIR_PROMPT),
 }
 """Kind of data → its forms; of several forms that fit a row, the first is taken. Read as prompts, a
 row of any ranking's or demonstration's form that needs more keys than `prompts` lists gives its
@@ -106,11 +123,14 @@ def form_of(kind: str, row: dict) -> Form | None:
         row: The row.
     """
     own = next((form for form in FORMS[kind] if is_of(form, row)), None)
-    if kind not in PROMPT_KINDS:
+    if kind not in PROMPT_KINDS or (own is not None and own.name):
         return own
     # A row with answers is read as what it is, and gives its prompt: more specific than {prompt}.
-    answered = (form for other in ANSWERED for form in FORMS[other] if form.name and is_of(form, row))
-    return next(answered, own)
+    for other in ANSWERED:
+        answered = form_of(other, row)
+        if answered is not None:
+            return answered if answered.name else own
+    return own
 
 
 def is_of(form: Form, row: dict) -> bool:

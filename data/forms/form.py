@@ -1,6 +1,6 @@
 """Define a data form: how its rows are recognised, and how they are converted."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 Row = dict
@@ -76,9 +76,15 @@ class Form:
     this one."""
     in_messages: frozenset[str] = field(default_factory=frozenset)
     """Keys of messages, beside role and content, that the form reads."""
+    reads: Callable[[Row], Iterable[str]] | None = None
+    """Further keys that the form reads in a row, where they are numbered or named by the user."""
     strict: bool = False
     """Whether a key that is neither in `needs` nor in `also` is an error: True for our own forms,
     where it is a misspelling."""
+
+    def keys_of(self, row: Row) -> set[str]:
+        """Return the keys that the form reads in a row, whether the row has them or not."""
+        return {*self.needs, *self.also, *(self.reads(row) if self.reads is not None else ())}
 
     def __str__(self) -> str:
         """Return name and keys, as in error lines: "hh-rlhf {chosen, rejected}"."""

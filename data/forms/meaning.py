@@ -151,7 +151,7 @@ def refuse_meaningful_keys(kind: str, form: Form, row: Row, ignore: Iterable[str
     matters = MATTERS[kind]
     if not matters:
         return
-    known = {*form.needs, *form.also, *form.harmless, *ignore}
+    known = {*form.keys_of(row), *form.harmless, *ignore}
     for key, value in row.items():
         if key in matters and key not in known and says_something(key, value):
             as_what = f"a row {form}" if not form.name else f"a row of {form}"

@@ -141,14 +141,16 @@ def test_the_first_bytes_tell_how_a_file_is_packed_whatever_its_name(tmp_path, s
 @pytest.mark.parametrize("suffix", list(PACK)[1:])
 def test_a_packed_file_that_is_cut_off_or_damaged_is_one_line(tmp_path, suffix):
     rows = [{"text": hashlib.sha256(bytes([i, j])).hexdigest()} for i in range(20) for j in range(100)]
-    packed = PACK[suffix](WRITE["rows.jsonl"](rows))
-    for name in ("rows.jsonl", "rows.json", "rows.csv", "rows.txt", "rows.parquet"):
-        for content in (packed[: len(packed) // 2], packed[:2000] + bytes(2000) + packed[4000:]):
+    text = "".join(row["text"] + "\n" for row in rows).encode()
+    for name in ("rows.jsonl", "rows.json", "wrapped.json", "rows.csv", "rows.txt", "rows.parquet"):
+        packed = PACK[suffix](WRITE[name](rows) if name in WRITE else text)
+        half, damaged = packed[: len(packed) // 2], packed[:2000] + bytes(2000) + packed[4000:]
+        # A frame of zstd without a checksum may give other bytes in place of the damaged ones.
+        for content in (half, damaged) if suffix != ".zst" else (half,):
             path = written(tmp_path, name + suffix, content)
             reading = Reading(hashes=True)
             list(file_rows(path, reading))
-            last = reading.errors[-1]
-            assert last.startswith(f"{path}: cannot be unpacked (") and last.endswith("again"), name
+            assert reading.errors[-1].startswith(f"{path}: cannot be unpacked (")
             assert reading.sha256 == hashlib.sha256(content).hexdigest()
 
 
@@ -379,7 +381,7 @@ def test_an_array_is_the_same_whatever_is_read_at_a_time(tmp_path, monkeypatch, 
     path = written(tmp_path, "rows.json", b'[\n"\xc3\xa9",\n"a",\n"\xff"]')
     reading = Reading()
     list(file_rows(path, reading))
-    assert reading.errors == [f"{path}:4: not UTF-8: byte 0xff at byte offset 13; save the file as UTF-8"]
+    assert reading.errors == [f"{path}:4: not UTF-8: byte 0xff at byte offset 14; save the file as UTF-8"]
 
 
 def test_a_long_array_is_not_held_as_a_whole(tmp_path):

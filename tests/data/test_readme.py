@@ -21,13 +21,13 @@ def test_every_example_row_loads_as_its_kind(tmp_path, kind, line):
     assert len(load(kind, Source(path))) == 1
 
 
-def test_every_form_has_an_example_row():
+def test_every_form_of_our_own_has_an_example_row():
     for kind, forms in FORMS.items():
         if kind == "evaluation_prompts":
             continue
         rows = [json.loads(line) for name, line in ROWS if name == kind]
         taken = {next(form for form in forms if set(form.needs) <= row.keys()) for row in rows if isinstance(row, dict)}
-        missing = [str(form) for form in forms if form not in taken]
+        missing = [str(form) for form in forms if form not in taken and not form.name]
         assert missing in ([], ["{conversations, system?}"]), kind  # as prompts: like messages
 
 

@@ -244,7 +244,7 @@ def test_vllm_has_to_be_installed_where_ppo_runs(tmp_path):
 
 
 # tokens within which nearly all responses of these models end
-ROOM = {"smollm2": 160, "qwen3-0.6b": 768, "llama3-8b": 1024, "llama3-70b": 1024}
+ROOM = {"smollm2": 160, "smollm2-preferences": 160, "qwen3-0.6b": 768, "llama3-8b": 1024, "llama3-70b": 1024}
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
