@@ -533,7 +533,7 @@ class RowReader:
         if self.source.columns and isinstance(value, dict):
             value = renamed(value, self.source.columns)
         form, row = recognise(self.kind, value)
-        ignore = self.source.ignore
+        ignore = (*self.source.ignore, *(self.source.where or ()))  # keys that are read after all
         refuse_meaningful_keys(self.kind, form, row, ignore)
         if not form.name:
             refuse_unknown_keys(form, row, ignore)

@@ -153,7 +153,7 @@ def is_judged(form: Form, row: dict) -> bool:
 
 def is_of(form: Form, row: dict) -> bool:
     """Return whether a row is of a form."""
-    return all(key in row for key in form.needs) and (form.fits is None or form.fits(row))
+    return row.keys() >= form.needed and (form.fits is None or form.fits(row))
 
 
 def why_unknown(kind: str, row: dict) -> str:
