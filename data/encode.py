@@ -105,6 +105,21 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, text: str, finished: boo
     return ids
 
 
+def encode_responses(tokenizer: PreTrainedTokenizerBase, answers: Sequence[tuple[str, bool]]) -> list[list[int]]:
+    """Encode responses as `encode_response` does, many at once, which is faster.
+
+    Args:
+        tokenizer: The tokenizer.
+        answers: (text, whether it ended by itself) of each.
+    """
+    if not answers:
+        return []
+    texts = [text for text, _ in answers]
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    end = tokenizer.eos_token_id
+    return [[*ids, end] if finished else list(ids) for ids, (_, finished) in zip(encoded, answers, strict=True)]
+
+
 def decode_response(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """Decode a response, without special tokens and without blanks at its ends.
 

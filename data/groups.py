@@ -45,6 +45,21 @@ class PromptGroup:
     """The name of each labeler."""
     margins: tuple[float, ...] = ()
     """For each labeler the score difference that every pair should have at least; 0 for none."""
+    scores: tuple[tuple[float | None, ...] | None, ...] = ()
+    """For each labeler the scores that the ranks were made from, where they give the margins."""
+
+    def margin(self, pair: Pair) -> float:
+        """Return the score difference that a pair should have at least; 0 for none.
+
+        It is m(r) in Llama 2's equation 2: what the labeler said of the whole ranking, or how far
+        apart the labeler's own scores of the two responses are.
+        """
+        scores = self.scores[pair.labeler] if self.scores else None
+        if scores is not None:
+            better, worse = scores[pair.winner], scores[pair.loser]
+            if better is not None and worse is not None:
+                return better - worse
+        return self.margins[pair.labeler] if self.margins else 0.0
 
     def pairs(self) -> list[Pair]:
         """Return every usable pair, labeler by labeler.
@@ -303,7 +318,7 @@ def batch_groups(groups: Sequence[PromptGroup], pad_id: int, *, packed: bool = F
             winners.append(winner)
             losers.append(start + pair.loser)
             weights.append(pair.weight)
-            margins.append(group.margins[pair.labeler] if group.margins else 0.0)
+            margins.append(group.margin(pair))
             owners.append(index)
             pair_choices.append(choices[choice])
         first += [(start + i, weight) for i, weight in group.first()]

@@ -79,42 +79,99 @@ def fit_lengths(
     Raises:
         UserError: A row is too long and `on_too_long` is "error", or no row is left.
     """
-    report = LengthReport()
-    limit, remedy = f"the limit is {max_length}", f"raise {section}.max_length, or set {section}.on_too_long: drop"
-    if any(responses):
-        remedy += " or truncate"
-    else:
-        limit += " (max_length minus response_length)"
-    kept: list[int] = []
-    kept_prompts: list[list[int]] = []
-    kept_responses: list[list[list[int]]] = []
-    for i, (prompt, group) in enumerate(zip(prompts, responses, strict=True)):
-        length = len(prompt) + max((len(response) for response in group), default=0)
-        report.longest = max(report.longest, length)
-        if length > max_length:
-            if on_too_long == "error":
-                report.problems.append(f"{names[i]}: {what} of {length} tokens, {limit}; shorten it, {remedy}")
-                continue
-            if on_too_long == "drop" or len(prompt) >= max_length:
-                report.dropped += 1
-                continue
-            group = [response[: max_length - len(prompt)] for response in group]
-            report.truncated += 1
-        else:
-            report.kept += 1
-        kept.append(i)
-        kept_prompts.append(prompt)
-        kept_responses.append(list(group))
-    if report.problems:
-        lines = report.problems[:NAMED_ROWS]
-        others = len(report.problems) - NAMED_ROWS
-        if others > 0:
-            problem = f"{others} more rows are too long, {limit}"
-            lines.append(f"{section}.max_length: {problem}; shorten them, {remedy}")
-        raise UserError(lines)
-    if not kept:
-        raise UserError([f"{section}.max_length: no {what} is left, {limit}; raise it"])
-    return kept, kept_prompts, kept_responses, report
+    limiter = LengthLimiter(max_length, on_too_long, what, section)
+    kept, kept_prompts, kept_responses = limiter.fit(prompts, responses, names)
+    return kept, kept_prompts, kept_responses, limiter.finished()
+
+
+@dataclass
+class LengthLimiter:
+    """Apply `on_too_long` to rows as `fit_lengths` does, some of them at a time."""
+
+    max_length: int
+    """Tokens of a prompt and one response together."""
+    on_too_long: str
+    """"error", "drop" or "truncate", as of `fit_lengths`."""
+    what: str
+    """What a row is, for error lines."""
+    section: str
+    """The section of the config that has the limit, for error lines."""
+    report: LengthReport = field(default_factory=LengthReport)
+    """What was done so far."""
+    refused: int = 0
+    """Rows that are too long where that is an error."""
+    has_responses: bool = False
+    """Whether any row so far has responses; otherwise there are only prompts."""
+
+    def fit(
+        self, prompts: Sequence[list[int]], responses: Sequence[Sequence[list[int]]], names: Sequence[str]
+    ) -> tuple[list[int], list[list[int]], list[list[list[int]]]]:
+        """Apply the limit to some rows.
+
+        Args:
+            prompts: The ids of each row's prompt.
+            responses: The ids of each row's responses; none if there are only prompts.
+            names: The location of each row, for error lines.
+
+        Returns:
+            The indices of the rows that are kept, their prompts and their responses.
+        """
+        self.has_responses = self.has_responses or any(responses)
+        report = self.report
+        kept: list[int] = []
+        kept_prompts: list[list[int]] = []
+        kept_responses: list[list[list[int]]] = []
+        for i, (prompt, group) in enumerate(zip(prompts, responses, strict=True)):
+            length = len(prompt) + max((len(response) for response in group), default=0)
+            report.longest = max(report.longest, length)
+            if length > self.max_length:
+                if self.on_too_long == "error":
+                    self._refuse(names[i], length)
+                    continue
+                if self.on_too_long == "drop" or len(prompt) >= self.max_length:
+                    report.dropped += 1
+                    continue
+                group = [response[: self.max_length - len(prompt)] for response in group]
+                report.truncated += 1
+            else:
+                report.kept += 1
+            kept.append(i)
+            kept_prompts.append(prompt)
+            kept_responses.append(list(group))
+        return kept, kept_prompts, kept_responses
+
+    def finished(self) -> LengthReport:
+        """Return the report on all rows.
+
+        Raises:
+            UserError: A row is too long and `on_too_long` is "error", or no row is left.
+        """
+        limit, remedy = self._words()
+        if self.refused:
+            lines = list(self.report.problems)
+            others = self.refused - len(lines)
+            if others > 0:
+                problem = f"{others} more rows are too long, {limit}"
+                lines.append(f"{self.section}.max_length: {problem}; shorten them, {remedy}")
+            raise UserError(lines)
+        if not self.report.kept + self.report.truncated:
+            raise UserError([f"{self.section}.max_length: no {self.what} is left, {limit}; raise it"])
+        return self.report
+
+    def _refuse(self, name: str, length: int) -> None:
+        """Count a row that is too long; the first ones get an error line."""
+        self.refused += 1
+        if len(self.report.problems) < NAMED_ROWS:
+            limit, remedy = self._words()
+            self.report.problems.append(f"{name}: {self.what} of {length} tokens, {limit}; shorten it, {remedy}")
+
+    def _words(self) -> tuple[str, str]:
+        """Return what the limit is and what can be done, for error lines."""
+        limit = f"the limit is {self.max_length}"
+        remedy = f"raise {self.section}.max_length, or set {self.section}.on_too_long: drop"
+        if self.has_responses:
+            return limit, f"{remedy} or truncate"
+        return f"{limit} (max_length minus response_length)", remedy
 
 
 def equal_pairs(ranking: Ranking, responses: Sequence[list[int]]) -> int:

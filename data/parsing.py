@@ -14,8 +14,8 @@ from data.records import Demonstration, Document, Prompt, Ranking, content_id
 
 ROLES = ("system", "user", "assistant")
 METADATA = ("meta", "metadata", "id", "source", "url", "timestamp", "user_id", "kind", "use_case", "category")
-"""Keys that any row may have; `meta`, `user_id` and `kind` are kept, `use_case` and `category` under
-`meta`, and the others are not read."""
+"""Keys that any row may have. `meta`, `user_id` and `kind` are kept, and `use_case` and `category`
+under `meta`; `source` where it is a text in a ranking of our own form. Others are not read."""
 
 # ── rows ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -57,6 +57,7 @@ def parse_ranking(row: dict) -> Ranking:
         margin=parse_margin(row),
         finished=parse_finished(row, len(responses)),
         scores=parse_scores(row, ranks),
+        source=row["source"] if isinstance(row.get("source"), str) and row["source"] else None,
         **parse_about(row),
     )
     return ranking if identifier is not None else replace(ranking, id=content_id(ranking))

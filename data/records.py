@@ -1,7 +1,7 @@
 """Define the four records that every data file is turned into, and write them as JSONL.
 
     Demonstration {prompt, completion, learnt?}
-    Ranking {id, prompt, responses, ranks, labeler?, margin?, finished?, scores?}
+    Ranking {id, prompt, responses, ranks, labeler?, margin?, finished?, scores?, source?}
     Document {text}
     Prompt {prompt}
 
@@ -16,12 +16,13 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-OPTIONAL = ("learnt", "labeler", "margin", "finished", "scores", "user_id", "kind", "meta")
+OPTIONAL = ("learnt", "labeler", "margin", "finished", "scores", "source", "user_id", "kind", "meta")
 """Fields that are left out of a record's JSON where they are None or empty."""
 
 # ── the records ──────────────────────────────────────────────────────────────────────────────────
@@ -67,6 +68,9 @@ class Ranking:
     scores: tuple[float | None, ...] | None = None
     """The score of each response that the ranks were made from, higher being better; None was not
     scored. None: the row was ranked, not scored."""
+    source: str | None = None
+    """The data set that it comes from: the row's own word, or which source of a mixture it was in.
+    The reward model's accuracy is also given for each."""
     user_id: str | None = None
     """Who wrote the prompt; None if that is not known."""
     kind: str | None = None
@@ -185,13 +189,28 @@ def write_jsonl(path: str | Path, records: Iterable[Record | dict]) -> None:
         path: The file to write.
         records: Records, or objects that are written as they are.
     """
+    with jsonl_writer(path) as write:
+        for record in records:
+            write(record)
+
+
+@contextmanager
+def jsonl_writer(path: str | Path) -> Iterator[Callable[[Record | dict], None]]:
+    """Give a function that writes a record, or an object as it is, as the next line of a file.
+
+    Args:
+        path: The file to write. It appears when the block ends, and not at all if that fails.
+    """
     path = Path(path)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as handle:
-            for record in records:
+
+            def write(record: Record | dict) -> None:
                 row = record if isinstance(record, dict) else to_json(record)
                 handle.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+            yield write
             handle.flush()
             os.fsync(handle.fileno())
         temporary.replace(path)

@@ -25,6 +25,7 @@ from data.forms.meaning import refuse_meaningful_keys, refuse_unknown_keys
 from data.mixture import mix
 from data.parsing import METADATA, parse_demonstration, parse_document, parse_prompt, parse_ranking
 from data.records import Prompt, Ranking, Record, content_id, judged_pairs, prompt_key
+from data.seen import Seen
 from data.templated import without_templates
 from pipeline.errors import UserError
 
@@ -42,6 +43,10 @@ KEPT = ("user_id", "kind", "meta")
 """Keys of any form's rows that records keep."""
 LABELS = ("use_case", "category")
 """Keys that say what a prompt is for; records keep them under `meta`."""
+MOST_ERRORS = 10_000
+"""Error lines after which the rest of a source is not read."""
+NOTE_EVERY = 1000
+"""Records after which `scan` says how far it is."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,13 @@ class Source:
         if self.parts:
             return " + ".join(part.name for part in self.parts)
         return str(self.hub or self.path)
+
+    @property
+    def label(self) -> str:
+        """Return a short name without folders of this machine, for figures by source."""
+        if self.hub is not None:
+            return "/".join(filter(None, (self.hub, self.subset, self.data_dir)))
+        return Path(str(self.path)).name
 
     @property
     def options(self) -> Options:
@@ -257,6 +269,112 @@ def read(kind: str, source: Source, max_rows: int | None = None) -> Loaded:
     return loaded
 
 
+def scan(
+    kind: str, source: Source, max_rows: int | None = None, note: Callable[[int], None] = lambda count: None
+) -> Loaded:
+    """Read and check a source as `read` does, and keep none of its records.
+
+    Args:
+        kind: The kind of data.
+        source: Where the rows come from.
+        max_rows: As of `read`.
+        note: Called with the number of records so far, now and then.
+
+    Returns:
+        Counts and error lines; no records.
+    """
+    whole, count = Loaded(), 0
+    for part in source.parts or (source,):
+        loaded, verdicts = Loaded(), Counter[str]()
+        for _, record in records(kind, part, loaded, max_rows):
+            count += 1
+            if isinstance(record, Ranking) and not verdicts["usable"]:
+                verdicts.update(verdict for *_, verdict in judged_pairs(record))
+            if count % NOTE_EVERY == 0:
+                note(count)
+        if kind == "rankings" and not loaded.errors and not loaded.cut:
+            loaded.errors += no_usable_pair(part.name, verdicts)
+        add_counts(whole, loaded)
+    return whole
+
+
+def stream(kind: str, source: Source, loaded: Loaded) -> Generator[tuple[str, Record]]:
+    """Yield the records of a source or a mixture one by one, in the order of `read`.
+
+    The parts of a mixture with weights are counted first, in a pass of their own.
+
+    Args:
+        kind: The kind of data.
+        source: Where the rows come from.
+        loaded: Gets counts and error lines, complete only when the generator has ended.
+
+    Yields:
+        (location, record). A ranking whose id an earlier part has used gets another one.
+    """
+    if not source.parts:
+        yield from records(kind, source, loaded)
+        return
+    counts = [Loaded() for _ in source.parts]
+    streams = [records(kind, part, own) for part, own in zip(source.parts, counts, strict=True)]
+    taken = [0] * len(streams)  # records that each part has given so far
+    seen = Seen()
+    for part, i in order_of_mixture(kind, source, loaded):
+        item = next(streams[part], None)
+        while item is not None and taken[part] < i:
+            taken[part] += 1
+            item = next(streams[part], None)
+        if item is None:
+            continue  # it has errors, which say more
+        taken[part] += 1
+        location, record = item
+        if isinstance(record, Ranking):
+            record = replace(record, id=unused_id(record.id, seen))
+            seen.add(record.id, location)
+        yield location, record
+    for rest, own in zip(streams, counts, strict=True):
+        for _ in rest:  # to the end, for its counts and errors
+            pass
+        add_counts(loaded, own)
+
+
+def order_of_mixture(kind: str, source: Source, loaded: Loaded) -> Iterator[tuple[int, int]]:
+    """Yield (part, index of the record) of the records of a mixture, in order.
+
+    Args:
+        kind: The kind of data.
+        source: The mixture.
+        loaded: Gets the error lines of parts that cannot be counted.
+    """
+    sizes = []
+    for part in source.parts:
+        own = Loaded()
+        sizes.append(sum(1 for _ in records(kind, part, own)))
+        loaded.errors += own.errors
+    if not loaded.errors:
+        yield from mix(sizes, [part.weight for part in source.parts])
+
+
+def unused_id(name: str, seen: Seen) -> str:
+    """Return an id that is not seen yet: the name, or the name with -2, -3, … after it."""
+    if name not in seen:
+        return name
+    return next(other for copy in count(2) if (other := f"{name}-{copy}") not in seen)
+
+
+def add_counts(whole: Loaded, part: Loaded) -> None:
+    """Add the counts and error lines of a part to those of the whole."""
+    whole.rows += part.rows
+    whole.forms += part.forms
+    whole.unread += part.unread
+    whole.left_out += part.left_out
+    whole.filtered += part.filtered
+    whole.dropped += part.dropped
+    whole.duplicates += part.duplicates
+    whole.blanks += part.blanks
+    whole.cut = whole.cut or part.cut
+    whole.errors += part.errors
+
+
 def mix_parts(source: Source, parts: list[Loaded]) -> Loaded:
     """Mix what was read of the parts of a mixture by their weights.
 
@@ -264,23 +382,38 @@ def mix_parts(source: Source, parts: list[Loaded]) -> Loaded:
         source: The mixture.
         parts: What was read of each part.
     """
+    ids: set[str] = set()
+    for own, part in zip(source.parts, parts, strict=True):
+        part.records = [with_source(record, own.label, ids) for record in part.records]
     chosen = mix([len(part.records) for part in parts], [part.weight for part in source.parts])
     whole = Loaded(
         records=[parts[part].records[i] for part, i in chosen],
         locations=[parts[part].locations[i] for part, i in chosen],
     )
     for part in parts:
-        whole.rows += part.rows
-        whole.forms += part.forms
-        whole.unread += part.unread
-        whole.left_out += part.left_out
-        whole.filtered += part.filtered
-        whole.dropped += part.dropped
-        whole.duplicates += part.duplicates
-        whole.blanks += part.blanks
-        whole.cut = whole.cut or part.cut
-        whole.errors += part.errors
+        add_counts(whole, part)
     return whole
+
+
+def with_source(record: Record, label: str, ids: set[str]) -> Record:
+    """Return a ranking of a mixture with its source and an id of its own; other records unchanged.
+
+    A ranking that names a source of its own keeps it. Files that number their rows use the same
+    ids: the later ranking's id gets the source's name in front.
+
+    Args:
+        record: The record.
+        label: The name of the source.
+        ids: The ids of the rankings before it; this one's is added.
+    """
+    if not isinstance(record, Ranking):
+        return record
+    name = record.id if record.id not in ids else f"{label}-{record.id}"
+    copies = (f"{name}-{copy}" for copy in count(2))
+    while name in ids:
+        name = next(copies)
+    ids.add(name)
+    return replace(record, id=name, source=record.source or label)
 
 
 def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = None) -> Generator[tuple[str, Record]]:
@@ -307,6 +440,9 @@ def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = No
             if passed > source.skip:
                 yield location, record
             if passed == last:
+                break
+            if len(loaded.errors) + len(reading.errors) >= MOST_ERRORS:
+                loaded.errors.append(f"{source.name}: not read after {location}: {MOST_ERRORS:,} errors are enough")
                 break
     finally:
         rows.close()  # only now `reading` is complete
@@ -345,8 +481,8 @@ class RowReader:
     """The number of rows so far, with those that `where` leaves out."""
     has_where_keys: bool = False
     """Whether any row had all keys of `where`."""
-    _seen: dict[str, str] = field(default_factory=dict)
-    """Id and labeler of a ranking, or key of a prompt → its first location."""
+    _seen: Seen = field(default_factory=Seen)
+    """Id of a ranking, or key of a prompt → its first location."""
     _gathered: dict[int, tuple[Form, list[tuple[str, dict]]]] = field(default_factory=dict)
     """Id of a form whose records need several rows → the form and its rows."""
 
@@ -397,7 +533,7 @@ class RowReader:
         if self.source.columns and isinstance(value, dict):
             value = renamed(value, self.source.columns)
         form, row = recognise(self.kind, value)
-        ignore = self.source.ignore
+        ignore = (*self.source.ignore, *(self.source.where or ()))  # keys that are read after all
         refuse_meaningful_keys(self.kind, form, row, ignore)
         if not form.name:
             refuse_unknown_keys(form, row, ignore)
@@ -447,11 +583,12 @@ class RowReader:
             self._bad(location, error)
             return
         if isinstance(record, Prompt):
-            first = self._seen.setdefault(prompt_key(record.prompt), location)
-            if first != location:
+            key = prompt_key(record.prompt)
+            if key in self._seen:
                 self.loaded.duplicates += 1
-                self.loaded.leave_out(location, REPEATED, first)
+                self.loaded.leave_out(location, REPEATED, self._seen[key])
                 return
+            self._seen.add(key, location)
         yield location, record
 
     def _bad(self, location: str, error: ValueError) -> None:
@@ -546,7 +683,7 @@ def renamed(row: dict, columns: Mapping[str, str]) -> dict:
     return result
 
 
-def with_own_id(ranking: Ranking, location: str, seen: dict[str, str]) -> Ranking:
+def with_own_id(ranking: Ranking, location: str, seen: Seen) -> Ranking:
     """Return a ranking whose id is unique.
 
     Equal rows without an id get -2, -3, … after their id. An id may name the prompt, under which
@@ -569,7 +706,7 @@ def with_own_id(ranking: Ranking, location: str, seen: dict[str, str]) -> Rankin
         else:
             raise ValueError(f"the id '{ranking.id}' is also used at {seen[ranking.id]}; give each its own")
         ranking = replace(ranking, id=free)
-    seen[ranking.id] = location
+    seen.add(ranking.id, location)
     return ranking
 
 
@@ -599,6 +736,16 @@ def no_preference(name: str, rankings: list[Record]) -> list[str]:
     for ranking in rankings:
         assert isinstance(ranking, Ranking)
         verdicts.update(verdict for *_, verdict in judged_pairs(ranking))
+    return no_usable_pair(name, verdicts)
+
+
+def no_usable_pair(name: str, verdicts: Counter[str]) -> list[str]:
+    """Return an error line if no pair is usable.
+
+    Args:
+        name: The path or the id.
+        verdicts: Verdict, as of `judged_pairs` → the number of pairs.
+    """
     if verdicts["usable"]:
         return []
     counts = ", ".join(f"{n} {verdict}" for verdict, n in sorted(verdicts.items()))

@@ -84,7 +84,7 @@ def held_out(keys: Sequence[str], fraction: float, least: int | None = None) -> 
     Returns:
         The indices of the training rows, and those of the held-out rows.
     """
-    position = {key: int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64 for key in keys}
+    position = {key: position_of(key) for key in keys}
     ranked = sorted(position, key=lambda key: position[key])
     below = sum(value < fraction for value in position.values())
     if least is None:
@@ -92,6 +92,25 @@ def held_out(keys: Sequence[str], fraction: float, least: int | None = None) -> 
     chosen = set(ranked[: min(max(below, least), len(ranked) - 1)])
     train = [i for i, key in enumerate(keys) if key not in chosen]
     return train, [i for i, key in enumerate(keys) if key in chosen]
+
+
+def position_of(key: str) -> float:
+    """Return the number in [0, 1) that decides on which side of a split a key is."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+
+
+def held_out_limit(positions: Sequence[float], fraction: float) -> float:
+    """Return the highest position that `held_out` holds out; -1 if it holds nothing out.
+
+    Args:
+        positions: The position of each row's key, as of `position_of`.
+        fraction: The share of keys to hold out.
+    """
+    import numpy as np
+
+    different = np.unique(np.asarray(positions))
+    count = min(max(int((different < fraction).sum()), int(fraction > 0)), len(different) - 1)
+    return float(different[count - 1]) if count else -1.0
 
 
 ORDER_VERSION = 2

@@ -80,7 +80,7 @@ def _setting_changes(name: str, recorded_config: dict[str, Any], today: Today, m
     changes = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
-        if before == after or key in skipped or key.rpartition(".")[0] in reported:
+        if before == after or key in skipped or any(key.startswith(f"{data}.") for data in reported):
             continue
         text = f"{key} {_short(before)} → {_short(after)}"
         changes.append(Change(text, True, key, before, after, key in fixed))
@@ -112,6 +112,9 @@ def _input_change(
     kind, _, name = key.partition(":")
     if kind == "data":
         old_facts, new_facts = old_config["data"].get(name, {}), new_config["data"].get(name, {})
+        if "parts" in old_facts and "parts" in new_facts:
+            changed = _changed_parts(old_facts["parts"], new_facts["parts"])
+            return Change(f"data.{name} changed ({'; '.join(changed) or in_short})", False, f"data.{name}")
         if old_facts.get("revision") is not None and new_facts.get("revision") is not None:
             in_short = f"commit {old_facts['revision'][:7]} → {new_facts['revision'][:7]}"
         if old_facts.get("rows") is not None and new_facts.get("rows") is not None:
@@ -126,6 +129,25 @@ def _input_change(
         commits = " → ".join("unknown" if commit is None else commit[:7] for commit in digests)
         return Change(f"{name} changed ({model}, commit {commits})", False)
     return Change(f"{key} artifact changed ({in_short})", False)
+
+
+def _changed_parts(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return in words which parts of a mixture hold something else.
+
+    Args:
+        old, new: What was recorded of the parts, and what would be now, by number.
+    """
+    words = []
+    for number, after in new.items():
+        before = old.get(number, {})
+        if before.get("sha256") == after.get("sha256"):
+            continue
+        digests = [before.get("revision") or before.get("sha256"), after.get("revision") or after.get("sha256")]
+        text = f"{after['path']}, {' → '.join((digest or 'none')[:6] for digest in digests)}"
+        if before.get("rows") is not None and after.get("rows") is not None:
+            text += f", rows {before['rows']} → {after['rows']}"
+        words.append(text)
+    return words
 
 
 def _changed_fixed_settings(
@@ -157,6 +179,8 @@ def _locations(config: dict[str, Any]) -> dict[str, Any]:
 def _moved_data(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """Return the kinds of data that came or went, or moved into the embedded world or out of it.
 
+    A mixture with more parts, or fewer, counts too.
+
     Args:
         old, new: the config before and now.
 
@@ -169,7 +193,8 @@ def _moved_data(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[str
     moved = {}
     for kind in sorted(before.keys() | after.keys()):
         locations = (before.get(kind, "not read"), after.get(kind, "not read"))
-        if locations[0] != locations[1] and {"world", "not read"} & set(locations):
+        parts = [config.get("data", {}).get(kind, {}).get("parts", {}).keys() for config in (old, new)]
+        if locations[0] != locations[1] and ({"world", "not read"} & set(locations) or parts[0] != parts[1]):
             moved[kind] = locations
     return moved
 

@@ -14,8 +14,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline import api, hints
-from pipeline.config.sections import KINDS
+from pipeline import api, data_arguments, hints
 from pipeline.errors import Interrupted, PeerLost, TrainingStopped, UserError
 from pipeline.store import files
 
@@ -279,58 +278,10 @@ def add_chat(commands: Any) -> None:
 
 
 def add_data(commands: Any) -> None:
-    """Add `rlhf data check`."""
-    data = commands.add_parser("data", help="inspect data files without training", allow_abbrev=False)
-    actions = data.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
-    text = "show kind, rows, lengths, duplicates, leaks and invalid rows of a file, or of all data that a config names"
-    check = actions.add_parser("check", help=text, description=text, allow_abbrev=False)
-    check.add_argument("file", metavar="FILE", nargs="?", help="a data file; default: all data that CONFIG names")
-    check.add_argument("-c", "--config", metavar="FILE", help="the experiment whose tokenizer and max_length apply")
-    check.add_argument("--kind", choices=KINDS, help="kind of the file (default: guessed)")
-    check.add_argument("--artifacts", default="artifacts", metavar="DIR", help="where the experiment's tokenizer is")
-    check.add_argument("--debug", action="store_true", help="show tracebacks")
-    check.set_defaults(trust_remote_code=False)
-    add_data_prepare(actions)
-
-
-def add_data_prepare(actions: Any) -> None:
-    """Add `rlhf data prepare`."""
-    text = "leave out copies and personal data, and split by user into sft, rm, ppo, validation and test parts"
-    prepare = add_command(actions, "prepare", text, "optional")
-    prepare.add_argument("input", metavar="IN", nargs="+", help="files, folders, globs or Hub ids")
-    prepare.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to write")
-    prepare.add_argument("--kind", choices=KINDS, help="kind of all input (default: what CONFIG or the keys say)")
-    prepare.add_argument(
-        "--pii",
-        choices=["list", "drop", "mask", "off"],
-        default="list",
-        help="personal data: list it (default), drop its rows or mask it in the training parts, or do not look for it",
-    )
-    prepare.add_argument(
-        "--region",
-        default="US",
-        metavar="CC",
-        help="country whose telephone numbers are found without +; none: only with + (default: US)",
-    )
-    prepare.add_argument(
-        "--per-user", type=int, default=200, metavar="N", help="prompts kept of a user; 0: all (default: 200)"
-    )
-    prepare.add_argument(
-        "--prefix", type=int, default=100, metavar="N", help="characters of a long common prefix; 0: off (default: 100)"
-    )
-    prepare.add_argument(
-        "--near", type=float, default=0.8, metavar="J", help="Jaccard index of near copies; 0: off (default: 0.8)"
-    )
-    prepare.add_argument(
-        "--shares",
-        default="sft:13,rm:33,ppo:31,validation:4,test:4",
-        metavar="PART:N,…",
-        help="sizes of the parts, relative to each other (default: sft:13,rm:33,ppo:31,validation:4,test:4)",
-    )
-    prepare.add_argument(
-        "--drop-leaks", action="store_true", help="leave evaluation prompts out of the other parts (default: an error)"
-    )
-    prepare.add_argument("--force", action="store_true", help="replace DIR if it exists")
+    """Add `rlhf data` and its actions."""
+    text = "look into data, convert and export them, without training"
+    data = commands.add_parser("data", help=text, description=text, allow_abbrev=False)
+    data_arguments.add_actions(data.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -340,15 +291,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
         argv: The words after `rlhf`.
 
     Returns:
-        argparse's namespace, with `words` (all words as typed) and `overrides` (the words
-        `key=value`, wherever they stand).
+        argparse's namespace, with `words` (all words as typed), `overrides` (the words `key=value`,
+        wherever they stand) and, of `rlhf data`, `reading` (those that say how files are read).
 
     Raises:
         UserError: If the words are not a valid command.
     """
-    words, settings = split_settings(argv) if argv[:1] in (["run"], ["data"]) else (argv, [])
+    reading: list[str] = []
+    words, settings = argv, []
+    if argv[:1] == ["data"]:
+        words, reading = data_arguments.split_reading(argv)
+    if argv[:1] in (["run"], ["data"]):
+        words, settings = split_settings(words)
     arguments, unknown = build_parser().parse_known_args(words)
     arguments.words = argv
+    arguments.reading = reading
     arguments.overrides = settings + [word for word in unknown if is_setting(word)]
     takes_settings = arguments.command != "init"
     for word in unknown:
@@ -363,9 +320,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         )
     shows_help = arguments.command == "run" and arguments.show_help
     if arguments.overrides and arguments.config is None and not shows_help:
-        raise UserError(
-            f"command line: {arguments.overrides[0]!r} is a setting, and no config is given; give one with -c"
-        )
+        remedy = "give one with -c"
+        if arguments.command == "data":
+            remedy += f", or say how the file is read: {', '.join(data_arguments.READING)}"
+        raise UserError(f"command line: {arguments.overrides[0]!r} is a setting, and no config is given; {remedy}")
     return arguments
 
 

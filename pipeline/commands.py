@@ -282,42 +282,8 @@ def chat_command(arguments: argparse.Namespace) -> int:
 
 
 def data_command(arguments: argparse.Namespace) -> int:
-    """Run `rlhf data`: the command that `action` names."""
-    if arguments.action == "prepare":
-        return prepare_command(arguments)
-    experiment = load_if_given(arguments)
-    artifacts = str(Location.of(arguments.artifacts).folder)
-    check = importlib.import_module("data.check.command")
-    if arguments.file is not None:
-        return check.run(arguments.file, arguments.kind, experiment, artifacts=artifacts)
-    if experiment is None:
-        raise UserError("command line: give a FILE, or -c CONFIG for all its data; see `rlhf data check --help`")
-    if arguments.kind is not None:
-        raise UserError("command line: --kind needs a FILE; see `rlhf data check --help`")
-    return check.run_all(experiment, artifacts=artifacts)
-
-
-def prepare_command(arguments: argparse.Namespace) -> int:
-    """Run `rlhf data prepare`: sift data and split them by user."""
-    settings = importlib.import_module("data.prepare.settings")
-    asked = settings.Settings(
-        personal=arguments.pii,
-        region=arguments.region,
-        per_user=arguments.per_user,
-        prefix=arguments.prefix,
-        near=arguments.near,
-        drop_leaks=arguments.drop_leaks,
-        shares=settings.parse_shares(arguments.shares),
-    )
-    return importlib.import_module("data.prepare.command").run(
-        arguments.input,
-        arguments.output,
-        asked,
-        arguments.kind,
-        load_if_given(arguments),
-        str(Location.of(arguments.artifacts).folder),
-        arguments.force,
-    )
+    """Run `rlhf data`: the action that the arguments name."""
+    return importlib.import_module("pipeline.data_commands").ACTIONS[arguments.action](arguments)
 
 
 COMMANDS = {

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from pipeline.chain import Chain, print_line
 from pipeline.config.sections import Common
+from pipeline.data_checks import DataChecks
 from pipeline.errors import Interrupted, UserError
 from pipeline.launch.processes import Peers
 from pipeline.origin import dropped_overrides
@@ -65,8 +66,10 @@ def bring_up_to_date(
         order = [target]
     # Everything is checked before anything runs: otherwise a refusal could come after hours of
     # work, when inputs have already been replaced.
-    refuse_impossible(chain, order, target, flags)
+    checks = DataChecks(chain, console)
+    refuse_impossible(chain, order, target, flags, checks)
     confirm_replacing(chain, order, target, flags, stop, console, can_ask=peers is None)
+    checks.remember()
     for note in chain.hub.notes:
         print_line(console, note)
     failed_uploads: list[str] = []
@@ -126,7 +129,7 @@ def refuse_unready(needs: Mapping[str, StageState]) -> None:
         raise UserError(lines)
 
 
-def refuse_impossible(chain: Chain, order: list[str], target: str, flags: Flags) -> None:
+def refuse_impossible(chain: Chain, order: list[str], target: str, flags: Flags, checks: DataChecks) -> None:
     """Raise UserError with a line for each reason why one of the stages cannot run.
 
     Args:
@@ -134,6 +137,7 @@ def refuse_impossible(chain: Chain, order: list[str], target: str, flags: Flags)
         order: The stages that this command brings up to date.
         target: The stage that the command names.
         flags: The flags of the command.
+        checks: Reads the data of the stages that are going to run.
     """
     lines = []
     for name in order:
@@ -141,7 +145,8 @@ def refuse_impossible(chain: Chain, order: list[str], target: str, flags: Flags)
     for name in order:
         if chain.states[name].kind != "done" or (flags.force and name == target):
             lines += chain.stages[name].missing_requirements(chain.experiment)
-            lines += chain.today(name, chain.starts_again(name, name == target, flags)).problems
+            today = chain.today(name, chain.starts_again(name, name == target, flags))
+            lines += [*today.problems, *checks.lines(name, today.config["data"])]
     if lines:
         raise UserError(dict.fromkeys(lines))  # stages that read the same file report the same lines
 

@@ -147,8 +147,12 @@ class Stage(Generic[S, E]):
     check: Callable[[E], list[str]] = no_lines
     """Function that returns a line for each combination of settings that cannot work."""
     missing_requirements: Callable[[E], list[str]] = no_lines
-    """Function that returns a line for each thing that this machine lacks, and for each data file
-    that cannot be parsed. It is called only if the stage is going to run."""
+    """Function that returns a line for each thing that this machine lacks. It is called only if the
+    stage is going to run."""
+    check_data: Callable[[str, Source, Callable[[int], None]], list[str]] | None = None
+    """Function of a kind of data, one source of it, and a function to call with the number of
+    records now and then. It reads the source and returns a line for each mistake in it. It is
+    called only if the stage is going to run."""
     folders: Callable[[E], dict[str, Path]] = no_folders
     """Function that returns the user's model folders, by the setting that names each."""
     hub_model: Callable[[E], tuple[str, str] | None] = no_hub_model

@@ -56,7 +56,7 @@ def run(ctx: StageRun[BaseSettings, Experiment]) -> dict:
             session, runtime, ctx.config, section, ctx.source("documents"), ctx.experiment.data.validation_fraction
         )
         given_dtype = None
-    figures = {**figures, "parameters": sum(p.numel() for p in model.parameters())}
+    figures = {**figures, "parameters": sum(p.numel() for p in model.parameters()), **session.notes.figures}
     text = card_text(provenance, ModelCard("a pretrained language model", figures=figures))
     dtype = given_dtype if section.publish_dtype == "as_given" else section.publish_dtype
     save_model(model, tokenizer, ctx.publish / "model", card=text, dtype=dtype)
@@ -87,7 +87,7 @@ def train_from_scratch(
     Raises:
         UserError: There is too little text.
     """
-    train, valid = split_documents(source, fraction)
+    train, valid = split_documents(source, fraction, session.notes)
     tokenizer = train_tokenizer((document.text for document in train), section.vocab_size)
     train_rows, held_out_rows = (
         [{"input_ids": r, "labels": r} for r in wrap_documents(tokenizer, documents, length=config.max_length)]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from data import sources
+from data.group_rows import part_of
 from data.groups import GroupBatch, PromptGroup, batch_groups
 from pipeline.launch import parallel
 from pipeline.stage import StageRun
@@ -30,6 +31,7 @@ from stages.settings.experiment import Experiment
 from stages.settings.training import total_steps
 from stages.shared.cards import ANSWER, ModelCard
 from stages.shared.disk import say_written
+from stages.shared.group_cache import GroupCache
 from stages.shared.inputs import LengthLimit, load_groups
 from stages.shared.provenance import Provenance, provenance_of
 from stages.shared.publishing import adapter_base, publish_model
@@ -102,8 +104,9 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
     check_context(session, config, source)
     tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
     limit = LengthLimit(config.max_length, config.on_too_long, "dpo")
-    groups, report = load_groups(rankings / "train.jsonl", tokenizer, limit)
-    held, held_report = load_groups(rankings / "validation.jsonl", tokenizer, limit)
+    cache = GroupCache(ctx.cache, source, session.tracker, partial(session.leave_if_requested, 0, 0))
+    groups, report = load_groups(rankings / "train.jsonl", tokenizer, limit, cache)
+    held, held_report = load_groups(rankings / "validation.jsonl", tokenizer, limit, cache)
     report += held_report
     steps = total_steps(config, len(groups))
     session.say(f"{report.line('rankings')}; {len(held)} rankings held out; {steps} steps")
@@ -128,14 +131,14 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
     made_by = reference_inputs(provenance, runtime)
     pad_id = tokenizer.pad_token_id
     reference = Reference(policy, pad_id, runtime, ctx.cache, made_by, session.tracker, leave)
-    ref_logps = dict(zip(drawn, reference.logps("train", cut([groups[i] for i in drawn])), strict=True))
+    ref_logps = dict(zip(drawn, reference.logps("train", cut(part_of(groups, drawn))), strict=True))
     held_ref_logps = reference.logps("validation", cut(held))
 
     # 2 train
     trainee = trainee_of(config, policy, steps)
     say_written(session, provenance, [policy], [policy], steps, sets=int(config.keep == "best"))
     objective = Objective(config, policy, pad_id, runtime)
-    shown = [r.prompt for r in sources.load("rankings", sources.Source(path=rankings / "validation.jsonl"))[:4]]
+    shown = [r.prompt for r in sources.load("rankings", sources.Source(path=rankings / "validation.jsonl", limit=4))]
 
     def loss(rows: list[int], batch: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
         tokens = sum(tokens_first(groups[i]) for i in batch)

@@ -114,7 +114,7 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
     rows = response_rows(prompts.prompts, prompts.clusters, prompts.leaked, measured)
     write_jsonl(ctx.publish / "responses.jsonl", rows)
     write_jsonl(ctx.publish / "greedy.jsonl", greedy)
-    return manifest_figures(results, "ppo" if "ppo" in names else names[-1])
+    return manifest_figures(results, "ppo" if "ppo" in names else names[-1]) | session.notes.figures
 
 
 def prepare(
@@ -149,7 +149,7 @@ def prepare(
     kind, fraction = prompt_kind(experiment), experiment.data.validation_fraction
     from_sft = kind == "demonstrations"
     records, locations = choose_records(
-        *load_placed_records(kind, sources[kind]),
+        *load_placed_records(kind, sources[kind], session.notes),
         limit=settings.num_prompts,
         fraction=fraction if from_sft else None,
         say=session.say,

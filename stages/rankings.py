@@ -8,16 +8,20 @@ validation prompt, so that their agreement can be computed.
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from data import sources
 from data.encode import decode_response
-from data.records import Ranking, judged_pairs, prompt_key, to_json, write_jsonl
-from data.streams import Stream, derive_seed, held_out
+from data.error_lines import shorten
+from data.group_rows import ROWS_AT_ONCE
+from data.records import Ranking, jsonl_writer, judged_pairs, prompt_key, write_jsonl
+from data.streams import Stream, derive_seed, held_out, held_out_limit, position_of
 from data.world.world import World, labelers
 from pipeline.errors import UserError
 from pipeline.launch import parallel
@@ -25,13 +29,19 @@ from pipeline.stage import Source, StageRun
 from stages.evaluation.statistics import labeler_agreement
 from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.transformers import Decoding, sample
+from stages.settings.checks import reader_source
 from stages.settings.experiment import Experiment
 from stages.settings.rankings import RankingsSettings
-from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, load_records, read_world
+from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, read_world
 from stages.shared.runtime import Runtime, can_pack_rows, check_context, make_accelerator, runtime_of
+from stages.shared.source_words import recorded_rows
 from stages.training.batching import micro_batches
 from stages.training.session import Session, session_of
 
+Item = TypeVar("Item")
+
+MANY_ROWS = 10_000
+"""Rankings from which on progress is shown."""
 NO_NOISE = 1e-4
 """Temperature of the labelers' noise at which their rankings are certain."""
 MANY_UNFINISHED = 0.1
@@ -109,35 +119,118 @@ def run(ctx: StageRun[RankingsSettings, Experiment]) -> dict:
         The figures for the manifest.
     """
     settings, session = ctx.config, session_of(ctx, trains=False)
-    figures = {}
     if ctx.experiment.data.rankings is not None:
-        rows = load_records("rankings", ctx.source("rankings"))
-        keys = [prompt_key(row.prompt) for row in rows]
-    else:
-        world = World.from_json(read_world(ctx.inputs))
-        runtime, folder = runtime_of(ctx), ctx.inputs["sft"] / "model"
-        responses = sample_responses(settings, session, runtime, folder, ctx.source("prompts"))
-        rows, figures = simulate(world, responses, settings, session)
-        keys = request_keys(world, [row.prompt for row in rows], session.seed)
+        rows = recorded_rows(ctx.data.get("rankings", {}))
+        return split_given(ctx.source("rankings"), settings.validation_fraction, ctx.publish, session, rows)
+    world = World.from_json(read_world(ctx.inputs))
+    runtime, folder = runtime_of(ctx), ctx.inputs["sft"] / "model"
+    responses = sample_responses(settings, session, runtime, folder, ctx.source("prompts"))
+    rows, figures = simulate(world, responses, settings, session)
+    keys = request_keys(world, [row.prompt for row in rows], session.seed)
     train, validation = held_out(keys, settings.validation_fraction)
     for name, indices in (("train", train), ("validation", validation)):
-        part = [rows[i] for i in indices]
-        if not any(usable_pairs(row) for row in part):
-            raise UserError(
-                [
-                    f"data.rankings: the {name} split ({len(part)} rankings) has no usable pair; add rankings, or "
-                    f"change rankings.validation_fraction"
-                ]
-            )
-        write_jsonl(ctx.publish / f"{name}.jsonl", (to_json(row) for row in part))
+        refuse_no_pair(name, len(indices), sum(usable_pairs(rows[i]) for i in indices))
+        write_jsonl(ctx.publish / f"{name}.jsonl", (rows[i] for i in indices))
     return {
         "rankings": len(rows),
         "pairs": sum(usable_pairs(row) for row in rows),
         "train": len(train),
         "validation": len(validation),
-        "labeler_agreement": labeler_agreement([rows[i] for i in validation]),
+        "labeler_agreement": labeler_agreement(rows[i] for i in validation),
         **figures,
+        **session.notes.figures,
     }
+
+
+# -- rankings by people --------------------------------------------------------------------------
+
+
+def split_given(source: Source, fraction: float, folder: Path, session: Session, count: int | None) -> dict:
+    """Check rankings by people and split them by prompt, without holding them in memory.
+
+    All of them are written to one file first. Only then it is known which prompts are held out.
+
+    Args:
+        source: Where the rankings are.
+        fraction: The share of prompts to hold out.
+        folder: Where train.jsonl and validation.jsonl go.
+        session: The run.
+        count: The number of rankings, if it is known, for progress.
+
+    Returns:
+        The figures for the manifest.
+
+    Raises:
+        UserError: With the errors of the data; or one of the two files would have no usable pair.
+    """
+    whole, loaded = folder / ".tmp-all.jsonl", sources.Loaded()
+    positions, pairs = array("d"), array("i")  # of each ranking
+    reader = reader_source(source)
+    rankings = sources.stream("rankings", reader, loaded)
+    with jsonl_writer(whole) as write:
+        for _, ranking in with_progress(rankings, session, count):
+            positions.append(position_of(prompt_key(ranking.prompt)))
+            pairs.append(usable_pairs(ranking))
+            write(ranking)
+    if loaded.errors:
+        raise UserError(shorten(loaded.errors))
+    session.notes.take_down("rankings", reader.name, loaded)
+    is_held_out = np.asarray(positions) <= held_out_limit(positions, fraction)
+    counts = {"train": int((~is_held_out).sum()), "validation": int(is_held_out.sum())}
+    for name, side in (("train", ~is_held_out), ("validation", is_held_out)):
+        refuse_no_pair(name, counts[name], int(np.asarray(pairs)[side].sum()))
+    train, validation = folder / "train.jsonl", folder / "validation.jsonl"
+    with whole.open("rb") as lines, train.open("wb") as first, validation.open("wb") as second:
+        for line, held in zip(lines, is_held_out, strict=True):
+            (second if held else first).write(line)
+    whole.unlink()
+    again = sources.records("rankings", sources.Source(path=validation), sources.Loaded())
+    return {
+        "rankings": len(positions),
+        "pairs": sum(pairs),
+        **counts,
+        "labeler_agreement": labeler_agreement(ranking for _, ranking in again),
+        **session.notes.figures,
+    }
+
+
+def refuse_no_pair(name: str, rankings: int, pairs: int) -> None:
+    """Raise UserError if a split has no usable pair.
+
+    Args:
+        name: The split.
+        rankings: The number of its rankings.
+        pairs: The number of its usable pairs.
+    """
+    if not pairs:
+        raise UserError(
+            [
+                f"data.rankings: the {name} split ({rankings} rankings) has no usable pair; add rankings, or "
+                f"change rankings.validation_fraction"
+            ]
+        )
+
+
+def with_progress(rows: Iterable[Item], session: Session, count: int | None) -> Iterator[Item]:
+    """Yield rows; of many, show progress.
+
+    Args:
+        rows: The rows.
+        session: The run; a request to stop ends it.
+        count: About how many there are; None if that is not known.
+    """
+    if count is None or count < MANY_ROWS:
+        yield from rows
+        return
+    with session.tracker.progress(count, "rankings reading") as progress:
+        for done, row in enumerate(rows, 1):
+            yield row
+            if done % ROWS_AT_ONCE == 0:
+                session.leave_if_requested(0, 0)
+                progress.update(min(done, count))
+
+
+# -- rankings by simulated labelers --------------------------------------------------------------
 
 
 def request_keys(world: World, prompts: Sequence[str], seed: int) -> list[str]:
@@ -236,7 +329,7 @@ def sample_responses(
         session, [policy], settings.max_length
     )  # lets the sampler compute each prompt once for all of its samples
 
-    records, locations = load_placed_records("prompts", source)
+    records, locations = load_placed_records("prompts", source, session.notes)
     count = min(len(records), settings.num_prompts or len(records))
     chosen = Stream(len(records), derive_seed(session.seed, "prompts")).take(count)
     prompts = [records[i].prompt for i in chosen]

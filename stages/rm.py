@@ -10,6 +10,7 @@ further model of another seed is trained: nothing is optimized against it, so ev
 over-optimisation with it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from data import sources
 from data.encode import decode_response, encode_prompt, encode_response
+from data.group_rows import count_pairs
 from data.groups import PromptGroup, make_rows
 from data.length_limit import LengthReport
 from data.records import Demonstration, Ranking, prompt_key
@@ -41,7 +43,9 @@ from stages.settings.policies import reward_models
 from stages.settings.rm import RMSettings
 from stages.settings.training import total_steps
 from stages.shared.cards import SCORE, ModelCard
+from stages.shared.data_notes import DataNotes
 from stages.shared.disk import say_written
+from stages.shared.group_cache import GroupCache
 from stages.shared.inputs import LengthLimit, load_groups, load_records, read_world
 from stages.shared.provenance import Provenance, provenance_of
 from stages.shared.publishing import adapter_base, publish_model
@@ -66,7 +70,7 @@ from stages.training.trainee import trainee_of
 class HeldOut:
     """The held-out rankings."""
 
-    groups: list[PromptGroup]
+    groups: Sequence[PromptGroup]
     """The prompts with their responses, encoded."""
     rankings: list[Ranking]
     """The rankings that they were made of."""
@@ -78,7 +82,7 @@ class HeldOut:
 class Data:
     """What the stage reads."""
 
-    groups: list[PromptGroup]
+    groups: Sequence[PromptGroup]
     """The prompts to train on, with their responses."""
     held_out: HeldOut
     """The held-out rankings."""
@@ -109,9 +113,12 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
     tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
     # without rankings in the config, the embedded world's labelers ranked: then tasks are known
     world = World.from_json(read_world(ctx.inputs)) if ctx.experiment.data.rankings is None else None
-    data = load_data(config, tokenizer, ctx.inputs["rankings"], ctx.source("demonstrations"), world)
+    cache = GroupCache(ctx.cache, source, session.tracker, partial(session.leave_if_requested, 0, 0))
+    data = load_data(
+        config, tokenizer, ctx.inputs["rankings"], ctx.source("demonstrations"), world, cache, session.notes
+    )
     held, steps, names = data.held_out, total_steps(config, len(data.groups)), reward_models(ctx.experiment)
-    pairs = sum(len(g.pairs()) for g in data.groups)
+    pairs = count_pairs(data.groups)
     line = f"{data.report.line('rankings')}; {pairs} pairs; {len(held.groups)} rankings held out; {steps} steps"
     session.say(f"{line} for each of {len(names)} models" if len(names) > 1 else line)
     if ctx.experiment.model.peft is not None:
@@ -162,10 +169,18 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
             save_members(session, members, k, steps, len(names))
     figures = members.figures[0] | trusted[0] | accuracy_of_others(names, config.ensemble, margins)
     figures["accuracy_ceiling"] = ctx.manifests["rankings"]["metrics"].get("accuracy_ceiling")
-    return {**figures, "truncated": data.report.truncated, "dropped": data.report.dropped}
+    return {**figures, "truncated": data.report.truncated, "dropped": data.report.dropped, **session.notes.figures}
 
 
-def load_data(config: RMSettings, tokenizer: Any, rankings: Path, demonstrations: Source, world: World | None) -> Data:
+def load_data(
+    config: RMSettings,
+    tokenizer: Any,
+    rankings: Path,
+    demonstrations: Source,
+    world: World | None,
+    cache: GroupCache | None = None,
+    notes: DataNotes | None = None,
+) -> Data:
     """Load the rankings and the demonstrations.
 
     Args:
@@ -174,15 +189,17 @@ def load_data(config: RMSettings, tokenizer: Any, rankings: Path, demonstrations
         rankings: The artifact folder of the stage rankings.
         demonstrations: Where the demonstrations are.
         world: The embedded world, where its labelers ranked.
+        cache: Where encoded rankings are kept.
+        notes: Where it is said what is not taken of the data.
     """
     limit = LengthLimit(config.max_length, config.on_too_long, "rm")
-    groups, report = load_groups(rankings / "train.jsonl", tokenizer, limit)
-    held_groups, held_report = load_groups(rankings / "validation.jsonl", tokenizer, limit)
+    groups, report = load_groups(rankings / "train.jsonl", tokenizer, limit, cache)
+    held_groups, held_report = load_groups(rankings / "validation.jsonl", tokenizer, limit, cache)
     validation = sources.load("rankings", sources.Source(path=rankings / "validation.jsonl"))
     return Data(
         groups=groups,
         held_out=HeldOut(held_groups, validation, clusters_of(validation, world)),
-        demonstrations=load_records("demonstrations", demonstrations),
+        demonstrations=load_records("demonstrations", demonstrations, notes),
         report=report + held_report,
     )
 

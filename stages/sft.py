@@ -118,6 +118,7 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
         "learnt_turns": data.turns.learnt,
         "learnt_tokens": sum(data.answer_tokens),
         "answer_tokens": quantiles(data.answer_tokens),
+        **session.notes.figures,
     }
     publish(provenance, model, tokenizer, "model", ModelCard("a supervised fine-tuned policy", figures=figures))
     if config.ppo_init is None:
@@ -148,7 +149,7 @@ def encode(session: Session, config: SFTSettings, source: Source, fraction: floa
     Raises:
         UserError: No prompt is left to hold out.
     """
-    demonstrations, places = load_placed_records("demonstrations", source, session.say)
+    demonstrations, places = load_placed_records("demonstrations", source, session.notes)
     limit = LengthLimit(config.max_length, config.on_too_long, "sft")
     encoded = encode_demonstrations(tokenizer, demonstrations, names=places, turns=config.turns, **asdict(limit))
     if encoded.apart:

@@ -6,11 +6,12 @@ neither its class nor the stages' settings.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.check.report import Limits
 from data.conversations import end_of_turn
 from data.files.tables import first_line
 from data.forms import FORMS, PROMPT_KINDS
@@ -28,6 +29,18 @@ READERS = {
     "evaluation_prompts": ("evaluate",),
 }
 """Kind of data → the sections of the config whose length limits hold for it."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """Name an input of the command line, and how it is read."""
+
+    source: Source
+    """Where the rows come from; how they are read as far as the command line says."""
+    given: tuple[str, ...] = ()
+    """The settings of the source that the command line gives."""
+    max_rows: int | None = None
+    """The number of rows to read; None: all of them."""
 
 
 def sources_of(experiment: Any, home: Path) -> dict[str, Source]:
@@ -67,32 +80,34 @@ def source_of(value: Any) -> Source:
     return Source(**place)
 
 
-def limits_of(experiment: Any, kind: str | None) -> dict[str, Any]:
-    """Return the limits that hold for a kind of data, as arguments of `check`.
+def limits_of(experiment: Any, kind: str | None, tokenizer: PreTrainedTokenizerBase | None = None) -> Limits:
+    """Return the limits that a config sets for a kind of data.
 
     Args:
         experiment: The validated config.
         kind: The kind of data; None if it is not known.
+        tokenizer: What lengths are counted with, or None.
 
     Returns:
-        max_length (for prompts without response_length) and on_too_long, None if nothing is
-        limited;
-        for demonstrations also turns, and response_length if there are prompts for PPO.
+        The limits. max_length and on_too_long are None if nothing is limited; response_length only
+        of demonstrations, and if there are prompts for PPO.
     """
     sections = [getattr(experiment, name, None) for name in READERS.get(kind or "", ())]
     limited: list[Any] = [section for section in sections if getattr(section, "max_length", None) is not None]
-    limits: dict[str, Any] = {"max_length": None, "on_too_long": None}
+    max_length, on_too_long = None, None
     if limited:
         section = min(limited, key=lambda section: section.max_length)  # the strictest decides
-        limits["max_length"] = section.max_length
+        max_length, on_too_long = section.max_length, getattr(section, "on_too_long", None)
         if kind in PROMPT_KINDS:
-            limits["max_length"] -= getattr(section, "response_length", 0)
-        limits["on_too_long"] = getattr(section, "on_too_long", None)
-    if kind == "demonstrations":
-        limits["turns"] = getattr(getattr(experiment, "sft", None), "turns", "all")
-    if kind == "demonstrations" and getattr(experiment.data, "prompts", None) is not None:
-        limits["response_length"] = getattr(getattr(experiment, "ppo", None), "response_length", None)
-    return limits
+            max_length -= getattr(section, "response_length", 0)
+    limits = Limits(tokenizer, max_length, on_too_long)
+    if kind != "demonstrations":
+        return limits
+    response_length = None
+    if getattr(experiment.data, "prompts", None) is not None:
+        response_length = getattr(getattr(experiment, "ppo", None), "response_length", None)
+    turns = getattr(getattr(experiment, "sft", None), "turns", "all")
+    return replace(limits, response_length=response_length, turns=turns)
 
 
 def tokenizer_of(experiment: Any, home: Path) -> tuple[PreTrainedTokenizerBase | None, str]:

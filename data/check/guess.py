@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from data.forms.form import Form, LeftOut, Options, Row
 from data.forms.marked import NAME as MARKED
 from data.forms.messages import CONVERSATION_KEYS, conversation_turns
 from data.parsing import METADATA
-from data.sources import PARSERS, Source, source_rows
+from data.sources import PARSERS, Source, matches, renamed, source_rows
 from data.templated import TemplatedText
 
 TRAINING = ("rankings", "demonstrations", "documents", "prompts")
@@ -47,7 +48,7 @@ def guess_kind(source: Source) -> str | None:
         The kind; None if no row has the keys of any.
     """
     in_name = [kind for kind in ("evaluation_prompts", *TRAINING) if kind in Path(source.name).stem]
-    rows = list(islice(rows_of(source), GUESSED_ROWS))
+    rows = [value for _, value in islice(all_rows(source, Reading()), GUESSED_ROWS)]
     for kind in in_name:
         if rows and all(form_or_none(kind, value) is not None for value in rows):
             return kind
@@ -56,11 +57,20 @@ def guess_kind(source: Source) -> str | None:
     return best if scores[best][0] else None
 
 
-def rows_of(source: Source) -> Iterator[object]:
-    """Yield the rows of a source, of a mixture those of each part in turn."""
+def all_rows(source: Source, reading: Reading) -> Iterator[tuple[str, object]]:
+    """Yield (location, row) of a source, of a mixture those of each part in turn.
+
+    Rows have the keys that `columns` gives them, and those that `where` leaves out are passed over.
+    """
     for part in source.parts or (source,):
-        for _, value in source_rows(part, Reading()):
-            yield value
+        for location, value in source_rows(part, reading):
+            if isinstance(value, dict):
+                wanted = part.where or {}
+                if not all(matches(value.get(key), choice) for key, choice in wanted.items()):
+                    continue
+                with suppress(ValueError):  # a row without such a key is reported when it is read
+                    value = renamed(value, part.columns or {})
+            yield location, value
 
 
 def form_or_none(kind: str, value: object) -> tuple[Form, Row] | None:
@@ -154,7 +164,7 @@ def says_little(key: str, value: object) -> bool:
         key: Its key.
         value: The value: a number, a short text of one line, a short list of such, or nothing.
     """
-    if value in (None, "", [], {}):
+    if value in (None, [], {}):
         return True
     if not ANSWER_WORDS.isdisjoint(WORD.findall(key.lower())):
         return False

@@ -1,106 +1,119 @@
-"""Report what rankings hold: K, unfinished responses, pairs and contradictions."""
+"""Report what rankings hold: K, pairs, unfinished responses, and what looks like a bias.
+
+The rankings are read once and not kept: what must be known across them is kept as 64-bit hashes.
+"""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from graphlib import CycleError, TopologicalSorter
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from data.check.report import Report, rankings_of
+from data.check.clusters import Share
+from data.check.judgments import Judgments
+from data.check.report import Report
 from data.encode import encode_prompt, encode_response
 from data.length_limit import equal_pairs
-from data.records import Ranking, judged_pairs, prompt_key
-from data.sources import Loaded
+from data.records import Ranking, judged_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NAMED = 20
 """Locations that are named at most."""
-Answer = tuple[str, bool]
-"""The text of a response, and whether it is finished."""
+CERTAIN = 1e-9
+"""A share that is closer to 1 says how the file was written, and nothing about people."""
 
 
-def add_pairs(report: Report, loaded: Loaded, tokenizer: PreTrainedTokenizerBase | None, limit: int | None) -> None:
-    """Report K, unfinished responses, labelers, pairs and contradictions of rankings.
+@dataclass
+class PairTally:
+    """Count pairs of rankings one by one."""
+
+    cut: tuple[PreTrainedTokenizerBase, int] | None = None
+    """The tokenizer and max_length, if longer responses are truncated."""
+    sizes: Counter[int] = field(default_factory=Counter)
+    """K → rankings."""
+    finished: Counter[bool] = field(default_factory=Counter)
+    """Whether a response is finished → responses of rankings that say so."""
+    verdicts: Counter[str] = field(default_factory=Counter)
+    """Verdict of `judged_pairs` → pairs."""
+    equal: list[tuple[str, int]] = field(default_factory=list)
+    """(location, number of pairs that truncation makes equal)."""
+    first: Share = field(default_factory=Share)
+    """Whether the response that is listed first is the better one of a pair."""
+    longer: Share = field(default_factory=Share)
+    """Whether the longer response is the better one of a pair."""
+    judgments: Judgments = field(default_factory=Judgments)
+    """Who judged which pair how."""
+
+    def __post_init__(self) -> None:
+        self.longer.ordinals = self.first.ordinals  # the same prompts, and a million of them are large
+
+    def add(self, ranking: Ranking, name: str, prompt: int) -> None:
+        """Count a ranking.
+
+        Args:
+            ranking: The ranking.
+            name: Its location.
+            prompt: The hash of its prompt.
+        """
+        self.sizes[len(ranking.responses)] += 1
+        self.finished.update(ranking.finished or ())
+        better = []
+        for i, j, verdict in judged_pairs(ranking):
+            self.verdicts[verdict] += 1
+            if verdict != "usable":
+                continue
+            better.append((i, j))
+            self.first.add(prompt, float(i < j))
+            lengths = len(ranking.responses[i]), len(ranking.responses[j])
+            if lengths[0] != lengths[1]:
+                self.longer.add(prompt, float(lengths[0] > lengths[1]))
+        self.judgments.add(ranking, better, prompt)
+        if self.cut is not None:
+            count = equal_within(ranking, *self.cut)
+            if count:
+                self.equal.append((name, count))
+
+    def report(self, report: Report) -> None:
+        """Report K, unfinished responses, pairs, labelers and biases."""
+        report.add("K", " · ".join(f"{k}: {count:,} rows" for k, count in sorted(self.sizes.items())))
+        if self.finished:
+            cut, total = self.finished[False], self.finished.total()
+            report.add("unfinished", f"{cut:,} of {total:,} responses were cut off: taught without EOS")
+        others = " · ".join(f"{self.verdicts[name]:,} {name}" for name in ("tie", "unjudged", "identical"))
+        usable = self.verdicts["usable"] - sum(count for _, count in self.equal)
+        limit = self.cut[1] if self.cut is not None else None
+        if self.equal:
+            others += f" · {self.verdicts['usable'] - usable:,} equal within {limit} tokens"
+        report.add("pairs", f"{usable:,} usable of {self.verdicts.total():,} · {others}")
+        if self.equal:
+            shown = [f"{name} ({count:,})" if count > 1 else name for name, count in self.equal[:NAMED]]
+            more = f" and {len(self.equal) - NAMED:,} more rows" if len(self.equal) > NAMED else ""
+            report.add("equal within", f"{limit} tokens, and so left out: at {', '.join(shown)}{more}")
+        self.judgments.report(report)
+        if self.first.number:
+            report.add("first listed", self._first_text())
+        if self.longer.number:
+            report.add("longer response", f"is the better one in {self.longer.text()}")
+
+    def _first_text(self) -> str:
+        """Say whether the response that is listed first is preferred."""
+        if self.first.value > 1 - CERTAIN:
+            return "is always the better one: the file lists the best first, and not as people saw them"
+        return f"is the better one in {self.first.text()}"
+
+
+def equal_within(ranking: Ranking, tokenizer: PreTrainedTokenizerBase, limit: int) -> int:
+    """Return the number of pairs that differ only after the limit, where long rows are truncated.
 
     Args:
-        report: Where facts go.
-        loaded: The rankings.
-        tokenizer: The tokenizer, if responses are truncated; otherwise None.
-        limit: max_length in tokens, if responses are truncated; otherwise None.
-    """
-    rankings = rankings_of(loaded)
-    sizes = Counter(len(ranking.responses) for ranking in rankings)
-    report.add("K", " · ".join(f"{k}: {count:,} rows" for k, count in sorted(sizes.items())))
-    finished = [value for ranking in rankings for value in ranking.finished or ()]
-    if finished:
-        cut = finished.count(False)
-        report.add("unfinished", f"{cut:,} of {len(finished):,} responses were cut off: taught without EOS")
-    labelers = {ranking.labeler for ranking in rankings if ranking.labeler is not None}
-    if labelers:
-        report.add("labelers", f"{len(labelers):,}")
-    verdicts = Counter(verdict for ranking in rankings for *_, verdict in judged_pairs(ranking))
-    others = " · ".join(f"{verdicts[name]:,} {name}" for name in ("tie", "unjudged", "identical"))
-    equal = equal_within(loaded, tokenizer, limit) if tokenizer is not None and limit is not None else []
-    usable = verdicts["usable"] - sum(count for _, count in equal)
-    if equal:
-        others += f" · {verdicts['usable'] - usable:,} equal within {limit} tokens"
-    report.add("pairs", f"{usable:,} usable of {verdicts.total():,} · {others}")
-    if equal:
-        named = ", ".join(f"{location} ({count:,})" if count > 1 else location for location, count in equal[:NAMED])
-        more = f" and {len(equal) - NAMED:,} more rows" if len(equal) > NAMED else ""
-        report.add("equal within", f"{limit} tokens, and so left out: at {named}{more}")
-    report.add("contradictions", contradictions(rankings))
-
-
-def contradictions(rankings: list[Ranking]) -> str:
-    """Describe how often labelers contradict each other, or themselves in a circle."""
-    votes: defaultdict[tuple[str, frozenset[Answer]], list[Answer]] = defaultdict(list)  # pair → its winners
-    better: defaultdict[str, dict[Answer, set[Answer]]] = defaultdict(dict)  # prompt → loser → winners
-    for ranking in rankings:
-        prompt, answers = prompt_key(ranking.prompt), ranking.answers
-        usable = {(answers[i], answers[j]) for i, j, verdict in judged_pairs(ranking) if verdict == "usable"}
-        for winner, loser in usable:
-            votes[prompt, frozenset((winner, loser))].append(winner)
-            better[prompt].setdefault(loser, set()).add(winner)
-    repeated = [winners for winners in votes.values() if len(winners) > 1]
-    split = sum(len(set(winners)) > 1 for winners in repeated)
-    circles = sum(has_cycle(graph) for graph in better.values())
-    return f"{split:,} of {len(repeated):,} pairs judged more than once · {circles:,} prompts ranked in a circle"
-
-
-def equal_within(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[tuple[str, int]]:
-    """Find rankings with pairs that differ only after the limit, where long rows are truncated.
-
-    Args:
-        loaded: The rankings.
+        ranking: The ranking.
         tokenizer: The tokenizer.
         limit: max_length in tokens.
-
-    Returns:
-        (location, number of such pairs) of each such ranking.
     """
-    affected = []
-    for record, location in zip(rankings_of(loaded), loaded.locations, strict=True):
-        responses = [encode_response(tokenizer, text, finished) for text, finished in record.answers]
-        left = limit - len(encode_prompt(tokenizer, record.prompt))
-        if left < 1 or max(map(len, responses)) <= left:
-            continue  # dropped as a whole, or not truncated
-        count = equal_pairs(record, [response[:left] for response in responses])
-        if count:
-            affected.append((location, count))
-    return affected
-
-
-def has_cycle(better: dict[Answer, set[Answer]]) -> bool:
-    """Return whether a response is better than itself over some steps.
-
-    Args:
-        better: Response → the responses that beat it.
-    """
-    try:
-        TopologicalSorter(better).prepare()
-    except CycleError:
-        return True
-    return False
+    responses = [encode_response(tokenizer, text, finished) for text, finished in ranking.answers]
+    left = limit - len(encode_prompt(tokenizer, ranking.prompt))
+    if left < 1 or max(map(len, responses)) <= left:
+        return 0  # dropped as a whole, or not truncated
+    return equal_pairs(ranking, [response[:left] for response in responses])

@@ -1,9 +1,15 @@
-"""Define the report on a file, and which part of a file is checked."""
+"""Define the report on a file, and the limits that hold for it."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from data.records import Demonstration, Document, Ranking, Record, prompt_key
-from data.sources import Loaded, Source
+from data.sources import Source
+from data.turns import Turns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -14,6 +20,22 @@ class OtherData:
     """Their kind, or another name for them."""
     source: Source
     """Where they are."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Say what lengths are counted with and what limits hold."""
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """What lengths are counted with; None: lengths are in words or characters."""
+    max_length: int | None = None
+    """The limit in tokens of the section that reads the data; of prompts without the response."""
+    on_too_long: str | None = "error"
+    """What happens to longer rows: error, drop or truncate; None: nothing is too long."""
+    response_length: int | None = None
+    """ppo.response_length, with which the answers of demonstrations are compared."""
+    turns: Turns = "all"
+    """Which answers of demonstrations are taught."""
 
 
 @dataclass
@@ -35,36 +57,7 @@ class Report:
 
     def lines(self) -> list[str]:
         """Return the facts as a table of two columns, with the number of errors under it."""
-        verdict = ("errors", str(len(self.errors)) if self.errors else "none")
+        verdict = ("errors", f"{len(self.errors):,}" if self.errors else "none")
         rows = [("file", self.name), ("kind", self.kind or "not recognised"), *self.facts, verdict]
         width = max(len(label) for label, _ in rows)
         return [f"{label:<{width}}  {text}" for label, text in rows]
-
-
-# ── parts of what was loaded ─────────────────────────────────────────────────────────────────────
-
-
-def prompt_value(record: Record) -> str | tuple[dict, ...]:
-    """Return the prompt of any record except a document."""
-    assert not isinstance(record, Document)
-    return record.prompt
-
-
-def prompt_keys(loaded: Loaded) -> list[str]:
-    """Return the key of each record's prompt."""
-    return [prompt_key(prompt_value(record)) for record in loaded.records]
-
-
-def prompt_locations(loaded: Loaded) -> dict[str, str]:
-    """Return {key of a prompt: its last location}."""
-    return dict(zip(prompt_keys(loaded), loaded.locations, strict=True))
-
-
-def rankings_of(loaded: Loaded) -> list[Ranking]:
-    """Return the records, all of which are rankings."""
-    return [record for record in loaded.records if isinstance(record, Ranking)]
-
-
-def demonstrations_of(loaded: Loaded) -> list[Demonstration]:
-    """Return the records, all of which are demonstrations."""
-    return [record for record in loaded.records if isinstance(record, Demonstration)]

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,6 +29,7 @@ def run(
     experiment: Any = None,
     artifacts: str | Path = "artifacts",
     force: bool = False,
+    reading: dict[str, Any] | None = None,
     console: Any = None,
 ) -> int:
     """Prepare data and print a table.
@@ -40,6 +42,7 @@ def run(
         experiment: The validated config, or None.
         artifacts: The folder of all experiments, where the embedded world's files are.
         force: Whether to replace the folder.
+        reading: Settings of a source that hold for every input, whatever the config says.
         console: A rich console to print to; None for standard output.
 
     Returns:
@@ -54,7 +57,9 @@ def run(
     folder = Path(output).expanduser()
     home = Path(artifacts) / experiment.name if experiment is not None else Path(artifacts)
     configured = configured_sources(experiment, home)
-    inputs = inputs_of(names, kind, configured)
+    inputs = [
+        replace(given, source=replace(given.source, **(reading or {}))) for given in inputs_of(names, kind, configured)
+    ]
     check_apart(inputs, folder)
     protected = protected_sources(configured, inputs)
     with whole_folder(folder, force) as temporary:
@@ -148,7 +153,7 @@ def print_outcome(folder: Path, outcome: Outcome, settings: Settings, out: TextI
     lines += [("kind", f"{label}: {number:,} rows") for label, number in sorted(labels.items())]
     if settings.personal != "off":
         found = ", ".join(f"{what} {number:,}" for what, number in sorted(outcome.personal.items()))
-        lines.append(("personal data", f"{found or 'none found'} ({PERSONAL[settings.personal]})"))
+        lines.append(("personal data", f"{found} ({PERSONAL[settings.personal]})" if found else "none found"))
     lines.append(("written", f"{folder}/prepared.yaml, ledger.jsonl, personal_data.jsonl, manifest.json"))
     width = max(len(label) for label, _ in lines)
     for label, text in lines:

@@ -48,6 +48,11 @@ class Hub:
     _answers: dict[HubName, tuple[str | None, str]] = field(default_factory=dict)
     """What `request_commit` returned, by name."""
 
+    @property
+    def unanswered(self) -> list[HubName]:
+        """Return the names for which the Hub could not be reached."""
+        return [name for name, answer in self._answers.items() if answer == (None, "")]
+
     def commit(self, name: HubName, recorded: Iterable[RecordedCommit] = ()) -> tuple[str | None, str]:
         """Resolve a name to a commit.
 

@@ -1,5 +1,6 @@
 """Measure how far a reward model can be trusted: accuracy, calibration, labelers' agreement."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from data.groups import Pair, PromptGroup
@@ -13,11 +14,14 @@ from stages.evaluation.statistics import (
     reliability,
 )
 
+MANY_SOURCES = 50
+"""Sources of rankings above which accuracy is not given for each."""
+
 
 def trust(
     margins: list[float],
     owners: list[tuple[int, Pair]],
-    held: list[PromptGroup],
+    held: Sequence[PromptGroup],
     validation: list[Ranking],
     clusters: dict[str, str],
 ) -> dict[str, Any]:
@@ -33,20 +37,52 @@ def trust(
     Returns:
         Figures for the manifest.
     """
-    pair_clusters = [clusters[held[g].id] for g, _ in owners]
-    ranks = [held[g].rankings()[pair.labeler] for g, pair in owners]
-    labelers = [held[g].labelers[pair.labeler] or "unnamed" for g, pair in owners]
+    source_of = {ranking.id: ranking.source for ranking in validation}
+    pair_clusters, ranks, labelers, sources, longer = [], [], [], [], []
+    for g, pair in owners:
+        group = held[g]  # it is read from a file
+        pair_clusters.append(clusters[group.id])
+        ranks.append(group.rankings()[pair.labeler])
+        labelers.append(group.labelers[pair.labeler] or "unnamed")
+        sources.append(source_of.get(group.id) or "unnamed")
+        # the prior that any score has to beat: the longer response is better
+        longer.append(float(len(group.responses[pair.winner]) - len(group.responses[pair.loser])))
     distance = [r[pair.loser] - r[pair.winner] for r, (_, pair) in zip(ranks, owners, strict=True)]
     return {
         **pair_accuracy(margins, pair_clusters),
+        "longer_wins": pair_accuracy(longer, pair_clusters),
         "ece": expected_calibration_error(margins),
         "reliability": reliability(margins),
         "accuracy_by_k": accuracy_by(margins, [sum(x is not None for x in r) for r in ranks], pair_clusters),
         "accuracy_by_rank_distance": accuracy_by(margins, distance, pair_clusters),
         "accuracy_by_labeler": accuracy_by(margins, labelers, pair_clusters),
+        **by_source(margins, longer, sources, pair_clusters),
         "labeler_agreement": labeler_agreement(validation),
         "agreement_by_labelers": {
             f"{one} / {other}": {"agreement": same / total, "n_pairs": total}
             for (one, other), (same, total) in sorted(agreements(validation).items())
         },
+    }
+
+
+def by_source(
+    margins: list[float], longer: list[float], sources: list[str], clusters: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Return accuracy, and that of "the longer response is better", for each source of the pairs.
+
+    Args:
+        margins: As of `trust`.
+        longer: For each pair, the preferred response's tokens minus the other one's.
+        sources: The data set that each pair comes from.
+        clusters: The cluster of each pair.
+
+    Returns:
+        {"accuracy_by_source", "longer_wins_by_source"}; nothing if there is one source, or if
+        there are more than MANY_SOURCES, whose names then say something else.
+    """
+    if not 1 < len(set(sources)) <= MANY_SOURCES:
+        return {}
+    return {
+        "accuracy_by_source": accuracy_by(margins, sources, clusters),
+        "longer_wins_by_source": accuracy_by(longer, sources, clusters),
     }

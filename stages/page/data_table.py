@@ -7,6 +7,7 @@ from typing import Any
 from stages.page.manifests import Manifest, metrics_of, ordered, section, sha256_of
 from stages.page.numbers import NONE
 from stages.page.table import Cell, Table, dense
+from stages.shared.source_words import parts_of, reading_words, recorded_rows
 
 KINDS = ("documents", "demonstrations", "prompts", "evaluation_prompts", "rankings")
 """The kinds of data, in the order of the table."""
@@ -74,8 +75,8 @@ def row_of(kind: str, source: Source, written: int | None, used: int | None) -> 
     """
     recorded = source.recorded
     is_world = recorded["path"] == "world"
-    count = written if is_world else recorded.get("rows")
-    read = rows_read(count, recorded)
+    count = written if is_world else recorded_rows(recorded)
+    read = None if recorded.get("parts") else rows_read(count, recorded)  # weights decide for a mixture
     text = NONE if used is None else f"{used:,} used"
     if read is not None:
         text = f"{read:,}"
@@ -83,7 +84,8 @@ def row_of(kind: str, source: Source, written: int | None, used: int | None) -> 
     if is_world:
         file = Cell(f"{kind}.jsonl", "from the embedded world")
     else:
-        file = Cell(file_name(recorded), part_of(recorded))
+        parts = parts_of(recorded)
+        file = Cell(" + ".join(map(file_name, parts)), " + ".join(filter(None, map(part_of, parts))))
     return (Cell(kind.replace("_", " ")), file, Cell(text, whole), Cell(", ".join(source.readers)),
             Cell((source.digest or NONE)[:12], code=True))  # fmt: skip
 
@@ -135,4 +137,4 @@ def part_of(recorded: dict[str, Any]) -> str:
         parts.append(f"after the first {recorded['skip']:,}")
     if recorded.get("limit"):
         parts.append(f"at most {recorded['limit']:,} rows")
-    return ", ".join(parts)
+    return ", ".join([*parts, *reading_words(recorded)])

@@ -90,7 +90,7 @@ def accuracy_tables(rm: dict[str, Any]) -> list[Table]:
     Args:
         rm: Metrics of the manifest of rm. Parts that an older version lacks give no table.
     """
-    tables = []
+    tables = source_tables(rm)
     for key, label, which in (
         ("accuracy_by_k", "Accuracy by K, the responses per ranking", "K"),
         ("accuracy_by_labeler", "Accuracy by labeler", "labeler"),
@@ -108,6 +108,29 @@ def accuracy_tables(rm: dict[str, Any]) -> list[Table]:
     )
     tables.append(Table(label, ("labelers", "agree", "pairs"), rows, folded=fold(label, rows)))
     return [table for table in tables if table.rows]
+
+
+def source_tables(rm: dict[str, Any]) -> list[Table]:
+    """Return the reward model's accuracy by source beside that of preferring longer responses.
+
+    Args:
+        rm: Metrics of the manifest of rm. An older version lacks the second, and gives no table.
+    """
+    if "longer_wins" not in rm:
+        return []
+    parts = {"all": rm, **rm.get("accuracy_by_source", {})}
+    priors = {"all": rm["longer_wins"], **rm.get("longer_wins_by_source", {})}
+    rows = tuple(
+        (
+            Cell(name),
+            share_cell(part["accuracy"], part.get("accuracy_ci95")),
+            share_cell(priors[name]["accuracy"], priors[name].get("accuracy_ci95")),
+            Cell(f"{part['n_pairs']:,}"),
+        )
+        for name, part in parts.items()
+    )
+    columns = ("held-out pairs", "reward model, 95 % interval", "if the longer response were better", "pairs")
+    return [Table("Accuracy beside that of length", columns, rows)]
 
 
 def fold(label: str, rows: Sequence[Any]) -> str:

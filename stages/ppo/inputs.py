@@ -112,7 +112,7 @@ def load_prompts(
     Raises:
         UserError: If fewer than two prompts are left within the limits.
     """
-    records, places = load_placed_records("prompts", source)
+    records, places = load_placed_records("prompts", source, session.notes)
     if len(records) < 2:
         raise UserError([f"data.prompts: {len(records)} prompt; PPO needs at least 2, one of them to hold out"])
     limit = LengthLimit(c.max_length, c.on_too_long, session.stage)

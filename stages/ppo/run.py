@@ -123,7 +123,7 @@ def run(ctx: StageRun[PPOSettings, Experiment]) -> dict:
             if step < run.updates:
                 session.stop_if_requested(step, run.updates, lambda at=step: run.save(at))
     # 7 publish
-    return finish(setup, c, kl, step)
+    return finish(setup, c, kl, step) | session.notes.figures
 
 
 def set_up(

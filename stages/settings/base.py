@@ -7,7 +7,7 @@ from data.template_text import variable_problem
 from pipeline.config.section import setting
 from pipeline.config.sections import ModelSettings, is_hub_id, local_folder
 from pipeline.stage import Stage, StageRun
-from stages.settings.checks import over_context, uneven_batches, unreadable_files
+from stages.settings.checks import check_data, over_context, uneven_batches
 from stages.settings.training import WEIGHT_DECAY, Training
 
 if TYPE_CHECKING:
@@ -117,11 +117,6 @@ def contains_null(value: object) -> bool:
     return value is None
 
 
-def missing_requirements(experiment: "Experiment") -> list[str]:
-    """Return a line for each error in the first rows of the documents."""
-    return unreadable_files(experiment, reads(experiment))
-
-
 def run(ctx: "StageRun[BaseSettings, Experiment]") -> dict[str, Any]:
     """Run the stage. Its libraries are imported only now."""
     from stages.base import run as run_stage
@@ -139,7 +134,7 @@ STAGE = Stage(
     metrics=METRICS,
     headline=("perplexity", "parameters"),
     check=check,
-    missing_requirements=missing_requirements,
+    check_data=check_data,
     folders=folders,
     hub_model=hub_model,
     without={"documents": "start from a base model: model.name_or_path"},

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from data import sources
+from data.error_lines import shorten
 from pipeline.config.section import Section
 from pipeline.config.sections import local_folder
 from pipeline.errors import UserError
@@ -16,14 +18,17 @@ from stages.settings.training import batch_of_each
 if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
 
-ROWS_CHECKED = 200  # of each data file, before anything runs
+ROWS_CHECKED = 200
+"""Rows of a data set on the Hub that are read before anything runs; of a file, `rlhf doctor` reads
+as many."""
+NO_LIMIT = 10**12
+"""A limit that no data set reaches: with a limit, rows of the Hub are streamed."""
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length")
 
 
 def unreadable_files(experiment: "Experiment", kinds: list[str]) -> list[str]:
     """Return the errors in the first rows of the data files that the config names.
 
-    This is checked before anything runs, because the stage that reads a file may come hours later.
     Data on the Hub and data of the embedded world are not checked.
 
     Args:
@@ -38,6 +43,20 @@ def unreadable_files(experiment: "Experiment", kinds: list[str]) -> list[str]:
             if part.path is not None:
                 lines += errors_in_head(kind, reader_source(part))
     return lines
+
+
+def check_data(kind: str, source: Source, note: Callable[[int], None]) -> list[str]:
+    """Return the errors in a source: a file is read whole, of a data set on the Hub the first rows.
+
+    Args:
+        kind: Kind of data.
+        source: The source; not a mixture.
+        note: Called with the number of records now and then.
+    """
+    reader = reader_source(source)
+    if source.hub is not None:
+        return errors_in_head(kind, dataclasses.replace(reader, limit=reader.limit or NO_LIMIT))
+    return shorten(sources.scan(kind, reader, note=note).errors)
 
 
 def errors_in_head(kind: str, source: sources.Source) -> list[str]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.config.section import Section, setting
 from pipeline.stage import Stage, StageRun
 from stages.models.ensemble_folder import How
-from stages.settings.checks import no_room_for_prompt, over_context, over_folder_context, unreadable_files
+from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
 from stages.settings.policies import compared_policies, needs_reward_model, simulates_labelers
 from stages.settings.training import TOO_LONG_PROMPT, TooLong
 
@@ -144,9 +144,8 @@ def text_lengths(experiment: "Experiment") -> list[str]:
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
-    """Return a line for each length over the model's context and each error in the data."""
-    lines = over_folder_context(experiment, "evaluate", *text_lengths(experiment))
-    return lines + unreadable_files(experiment, reads(experiment))
+    """Return a line for each length over the model's context."""
+    return over_folder_context(experiment, "evaluate", *text_lengths(experiment))
 
 
 def run(ctx: "StageRun[EvaluateSettings, Experiment]") -> dict[str, Any]:
@@ -166,6 +165,7 @@ STAGE = Stage(
     headline=("policy", "score", "win_rate_vs_sft", "gold", "eos_rate", "judged"),
     check=check,
     missing_requirements=missing_requirements,
+    check_data=check_data,
     fixed=tuple(f"evaluate.{key}" for key in FIXED),
     shared=True,
 )

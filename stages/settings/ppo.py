@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.config.section import Section, setting
 from pipeline.stage import Stage, StageRun
 from stages.models.ensemble_folder import How, others_of
-from stages.settings.checks import no_room_for_prompt, over_context, over_folder_context, unreadable_files
+from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
 from stages.settings.policies import has_rankings
 from stages.settings.rollout import SET_BY_PPO, RolloutSettings, missing_engine
 from stages.settings.training import TOO_LONG_PROMPT, SchedulerType, TooLong
@@ -269,10 +269,9 @@ def text_lengths(settings: PPOSettings) -> list[str]:
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
-    """Return a line for each thing that this machine lacks and each error in the data."""
+    """Return a line for each thing that this machine lacks."""
     lines = missing_engine(experiment)
-    lines += over_folder_context(experiment, "ppo", *text_lengths(experiment.ppo))
-    return lines + unreadable_files(experiment, reads(experiment))
+    return lines + over_folder_context(experiment, "ppo", *text_lengths(experiment.ppo))
 
 
 def run(ctx: "StageRun[PPOSettings, Experiment]") -> dict[str, Any]:
@@ -303,6 +302,7 @@ STAGE = Stage(
     headline=("score", "kl", "score_before"),
     check=check,
     missing_requirements=missing_requirements,
+    check_data=check_data,
     folders=folders,
     without={"documents": "set ppo.ptx_coef: 0, which leaves out the pretraining gradient"},
     fixed=("ppo.eval_prompts", "ppo.ptx_length"),  # batches may change: checkpoints count what was drawn

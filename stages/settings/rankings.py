@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.section import Section, setting
 from pipeline.stage import Stage, StageRun
-from stages.settings.checks import no_room_for_prompt, over_context, over_folder_context, unreadable_files
+from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
 from stages.settings.policies import simulates_labelers
 from stages.settings.training import TOO_LONG_PROMPT, TooLong
 
@@ -58,11 +58,8 @@ def check(experiment: "Experiment") -> list[str]:
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
-    """Return a line for each length over the model's context and each error in the data."""
-    lines = unreadable_files(experiment, reads(experiment))
-    if experiment.data.rankings is None:
-        lines = over_folder_context(experiment, "rankings") + lines
-    return lines
+    """Return a line for each length over the model's context."""
+    return over_folder_context(experiment, "rankings") if experiment.data.rankings is None else []
 
 
 def run(ctx: "StageRun[RankingsSettings, Experiment]") -> dict[str, Any]:
@@ -82,6 +79,7 @@ STAGE = Stage(
     headline=("rankings", "pairs", "labeler_agreement"),
     check=check,
     missing_requirements=missing_requirements,
+    check_data=check_data,
     without={"rankings": "data.prompts: world (simulated labelers know only the embedded world's prompts)"},
     fixed=("rankings.samples_per_prompt", "rankings.response_length", "rankings.max_length", "rankings.on_too_long"),
     shared=True,

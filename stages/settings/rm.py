@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config.section import setting
 from pipeline.stage import Stage, StageRun
-from stages.settings.checks import over_context, over_folder_context, unreadable_files
+from stages.settings.checks import check_data, over_context, over_folder_context
 from stages.settings.policies import simulates_labelers
 from stages.settings.training import ACCUMULATION, PreferenceTraining
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
 
 METRICS = {
-    "loss": "ranking loss per prompt, in nats, of this step's batch",
+    "loss": "ranking loss per prompt, in nats, of this step's batch (weighted as ranking_weight says)",
     "accuracy": "fraction of pairs whose preferred response scores higher, averaged over prompts (evaluations.jsonl: "
     "over all held-out pairs; equal scores count half)",
     "margin": "mean score difference between the preferred and the other response",
@@ -31,10 +31,16 @@ class RMSettings(PreferenceTraining):
     loss_type: Literal["sigmoid", "plackett_luce"] = setting(
         "sigmoid", "sigmoid: all pairs of a ranking (the paper); plackett_luce: the likelihood of the whole order"
     )
+    ranking_weight: Literal["equal", "choices"] = setting(
+        "equal",
+        "weight of a ranking in the loss. equal: every prompt counts the same (the paper); choices: K − 1, the choices "
+        "that a ranking of K responses states, so that many pairs do not drown a few long rankings",
+    )
     label_smoothing: float = setting(0.0, "assumed fraction of flipped labels (only with sigmoid)", ge=0, lt=0.5)
     margin_coef: float = setting(
         0.0,
-        "weight of a ranking's `margin`, the score difference that its pairs should have (Llama 2; only with sigmoid)",
+        "weight of the score difference that a pair should have (Llama 2; only with sigmoid): the ranking's `margin`, "
+        "or else, where it has `scores`, the difference of the two",
         ge=0,
     )
     ensemble: int = setting(
@@ -75,8 +81,8 @@ def check(experiment: "Experiment") -> list[str]:
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
-    """Return a line for each length over the model's context and each error in the data."""
-    return over_folder_context(experiment, "rm") + unreadable_files(experiment, reads(experiment))
+    """Return a line for each length over the model's context."""
+    return over_folder_context(experiment, "rm")
 
 
 def run(ctx: "StageRun[RMSettings, Experiment]") -> dict[str, Any]:
@@ -97,6 +103,7 @@ STAGE = Stage(
     headline=("accuracy", "accuracy_ceiling"),
     check=check,
     missing_requirements=missing_requirements,
+    check_data=check_data,
     fixed=(("rm.per_device_train_batch_size", "rm.gradient_accumulation_steps"), "rm.max_length", "rm.on_too_long"),
     shared=True,
 )

@@ -7,7 +7,7 @@ from data.turns import Turns
 from pipeline.config.section import Section, setting
 from pipeline.stage import Stage, StageRun
 from stages.models.packages import MISSING
-from stages.settings.checks import over_context, over_folder_context, uneven_batches, unreadable_files
+from stages.settings.checks import check_data, over_context, over_folder_context, uneven_batches
 from stages.settings.training import ACCUMULATION, TOO_LONG_ROW, TooLong, Training
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def check(experiment: "Experiment") -> list[str]:
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
-    """Return a line for each thing that this machine lacks and each error in the data.
+    """Return a line for each thing that this machine lacks.
 
     sft is the first stage that needs the package of QLoRA.
     """
@@ -87,8 +87,7 @@ def missing_requirements(experiment: "Experiment") -> list[str]:
     peft = experiment.model.peft
     if peft is not None and peft.method == "qlora" and find_spec("bitsandbytes") is None:
         lines.append(MISSING)
-    lines += over_folder_context(experiment, "sft")
-    return lines + unreadable_files(experiment, reads(experiment))
+    return lines + over_folder_context(experiment, "sft")
 
 
 def run(ctx: "StageRun[SFTSettings, Experiment]") -> dict[str, Any]:
@@ -109,6 +108,7 @@ STAGE = Stage(
     headline=("loss", "perplexity"),
     check=check,
     missing_requirements=missing_requirements,
+    check_data=check_data,
     without={"documents": "set sft.ppo_init: null"},
     fixed=(
         ("sft.per_device_train_batch_size", "sft.gradient_accumulation_steps"),

@@ -15,6 +15,7 @@ from pipeline.config.sections import is_hub_id
 from pipeline.store.integrity import is_inside
 from stages.settings.changed import changed, defaults_of
 from stages.shared.provenance import Provenance
+from stages.shared.source_words import parts_of, reading_words, recorded_rows
 
 ANSWER = """\
 
@@ -208,7 +209,8 @@ def metadata_of(provenance: Provenance, source: Path | None, manifests: dict[str
     if source is None:
         known.pop("datasets", None)  # the base model was trained on them, not this one
         known["base_model"] = name if is_hub_id(name or "") else None
-    read = {row[1].split()[0].strip("`,") for row in data_rows(provenance, manifests)}
+    facts = [fact for data in recorded_data(provenance, manifests).values() for fact in data.values()]
+    read = {str(part.get("path")) for fact in facts if isinstance(fact, dict) for part in parts_of(fact)}
     known["datasets"] = sorted({*filter(is_hub_id, read), *(known.get("datasets") or ())})
     data = ModelCardData(
         library_name="transformers",
@@ -287,6 +289,12 @@ def table(title: str, heads: tuple[str, ...], rows: list[tuple]) -> str:
     return f"## {title}\n\n" + "\n".join(lines) + "\n"
 
 
+def recorded_data(provenance: Provenance, manifests: dict[str, dict]) -> dict[str, dict[str, Any]]:
+    """Return what is recorded of the data of this stage and of those that led to it, by stage."""
+    others = {name: manifest.get("config", {}).get("data", {}) for name, manifest in manifests.items()}
+    return {provenance.stage: provenance.data} | others
+
+
 def data_rows(provenance: Provenance, manifests: dict[str, dict]) -> list[tuple]:
     """List the data of this stage and of the stages that led to it.
 
@@ -298,14 +306,11 @@ def data_rows(provenance: Provenance, manifests: dict[str, dict]) -> list[tuple]
         (kind, source, rows, stages that read it) of each.
     """
     readers: dict[tuple, list[str]] = {}
-    records = {provenance.stage: provenance.data} | {
-        name: m.get("config", {}).get("data", {}) for name, m in manifests.items()
-    }
     written = manifests.get("world", {}).get("metrics", {})
-    for stage, data in records.items():
+    for stage, data in recorded_data(provenance, manifests).items():
         for kind, fact in data.items():
             if isinstance(fact, dict):
-                row = (kind, source_of(fact), fact.get("rows") or written.get(kind) or "–")
+                row = (kind, source_of(fact), recorded_rows(fact) or written.get(kind) or "–")
                 readers.setdefault(row, []).append(stage)
     return sorted((*row, ", ".join(sorted(stages))) for row, stages in readers.items())
 
@@ -316,6 +321,8 @@ def source_of(fact: dict[str, Any]) -> str:
     Args:
         fact: What a manifest records of the data.
     """
+    if fact.get("parts"):
+        return " + ".join(source_of(part) for part in parts_of(fact))
     path = str(fact.get("path"))
     if path == "world":
         return "the embedded world"
@@ -324,7 +331,9 @@ def source_of(fact: dict[str, Any]) -> str:
         parts = [fact.get("subset"), fact.get("split"), (fact.get("revision") or "")[:7]]
         text += f" {' '.join(part for part in parts if part)}".rstrip()
     text += f", after the first {fact['skip']}" if fact.get("skip") else ""
-    return text + (f", {fact['limit']} of them" if fact.get("limit") else "")
+    text += f", {fact['limit']} of them" if fact.get("limit") else ""
+    words = reading_words(fact)
+    return text + (f" ({'; '.join(words)})" if words else "")
 
 
 def settings_of(provenance: Provenance) -> list[tuple[str, str]]:

@@ -2,18 +2,24 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from data import sources
+from data.encode import encode_prompts, encode_responses
+from data.error_lines import shorten
+from data.group_rows import ROWS_AT_ONCE, EncodedRanking, groups_of
 from data.groups import PromptGroup
-from data.length_limit import LengthReport
-from data.records import prompt_key
+from data.length_limit import LengthLimiter, LengthReport, equal_pairs, fit_lengths
 from data.streams import held_out
 from pipeline.errors import UserError
 from pipeline.stage import Source
 from stages.settings.checks import reader_source
+from stages.shared.data_notes import DataNotes
+from stages.shared.group_cache import GroupCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,42 +34,38 @@ class LengthLimit:
     """The stage whose settings these are, for error lines."""
 
 
-def load_records(kind: str, source: Source) -> list:
+def load_records(kind: str, source: Source, notes: DataNotes | None = None) -> list:
     """Load the records of a kind (documents, demonstrations, …).
 
     Args:
         kind: The kind of record.
         source: Where they are, as `StageRun.source` gives it.
+        notes: Where it is said what is not taken; None: nowhere.
     """
-    return sources.load(kind, reader_source(source))
+    return load_placed_records(kind, source, notes)[0]
 
 
-def load_placed_records(kind: str, source: Source, say: Callable[[str], None] | None = None) -> tuple[list, list[str]]:
-    """Load records as `load_records` does, with the location (file and line) of each.
-
-    Args:
-        kind: The kind of record.
-        source: Where they are.
-        say: Prints a line for each reason why rows, or parts of rows, were left out.
-    """
-    loaded = sources.load_whole(kind, reader_source(source))
-    if say is not None:
-        for line in loaded.left_out_lines():
-            say(f"{kind}: left out, {line}")
+def load_placed_records(kind: str, source: Source, notes: DataNotes | None = None) -> tuple[list, list[str]]:
+    """Load records as `load_records` does, with the location (file and line) of each."""
+    reader = reader_source(source)
+    loaded = sources.load_whole(kind, reader)
+    if notes is not None:
+        notes.take_down(kind, reader.name, loaded)
     return loaded.records, loaded.locations
 
 
-def split_documents(source: Source, fraction: float) -> tuple[list, list]:
+def split_documents(source: Source, fraction: float, notes: DataNotes | None = None) -> tuple[list, list]:
     """Load the documents and split them, in the same way for every stage of an experiment.
 
     Args:
         source: Where the documents are.
         fraction: The fraction to hold out (data.validation_fraction).
+        notes: As of `load_records`.
 
     Returns:
         The documents to train on and the held-out ones.
     """
-    documents = load_records("documents", source)
+    documents = load_records("documents", source, notes)
     train, held = held_out([d.text for d in documents], fraction)
     return [documents[i] for i in train], [documents[i] for i in held]
 
@@ -83,9 +85,6 @@ def fit_prompts(
     Returns:
         Indices of the prompts that fit, their token ids, and a report on those that do not.
     """
-    from data.encode import encode_prompts
-    from data.length_limit import fit_lengths
-
     ids = encode_prompts(tokenizer, prompts, places)
     kept, ids, _, report = fit_lengths(
         ids,
@@ -100,16 +99,21 @@ def fit_prompts(
     return kept, ids, report
 
 
-def load_groups(file: Path, tokenizer: Any, limit: LengthLimit) -> tuple[list[PromptGroup], LengthReport]:
+def load_groups(
+    file: Path, tokenizer: Any, limit: LengthLimit, cache: GroupCache | None = None
+) -> tuple[Sequence[PromptGroup], LengthReport]:
     """Load rankings and encode each prompt with all its responses.
 
     A response that was cut off has no EOS: its score is read at its last token, as PPO and evaluate
     do with a sample that reached the length limit. Its log-probability is that of its own tokens.
+    Rankings of the same responses by several labelers are one group, computed once.
 
     Args:
         file: Rankings as JSONL.
         tokenizer: The tokenizer with its chat template.
         limit: The limit of prompt and response together.
+        cache: Where encoded rankings are kept, for a run that resumes or starts again; None: in
+            memory only.
 
     Returns:
         The groups with at least one usable pair, and a report on rows that were cut or dropped.
@@ -117,45 +121,48 @@ def load_groups(file: Path, tokenizer: Any, limit: LengthLimit) -> tuple[list[Pr
     Raises:
         UserError: No usable pair is left.
     """
-    from data.encode import encode_prompts, encode_response
-    from data.length_limit import equal_pairs, fit_lengths
-
-    rows, places = sources.load_placed("rankings", sources.Source(path=file))
-    names = [f"{place} ({r.id})" for place, r in zip(places, rows, strict=True)]
-    kept, prompts, responses, report = fit_lengths(
-        encode_prompts(tokenizer, (r.prompt for r in rows), names),
-        [[encode_response(tokenizer, *answer) for answer in r.answers] for r in rows],
-        max_length=limit.max_length,
-        on_too_long=limit.on_too_long,
-        what="ranking",
-        names=names,
-        section=limit.section,
-    )
-    # the same responses may have been ranked by several labelers: they are one group, computed once
-    by_answers: dict[tuple, list] = {}
-    for i, prompt_ids, response_ids in zip(kept, prompts, responses, strict=True):
-        report.equal += [names[i]] * equal_pairs(rows[i], response_ids)
-        key = (prompt_key(rows[i].prompt), rows[i].answers)
-        by_answers.setdefault(key, []).append((prompt_ids, response_ids, rows[i]))
-    groups = []
-    for members in by_answers.values():
-        prompt_ids, response_ids, first = members[0]
-        rankings = [row for _, _, row in members]
-        group = PromptGroup(
-            prompt_ids,
-            response_ids,
-            first.ranks,
-            first.id,
-            tuple(r.ranks for r in rankings[1:]),
-            tuple(r.labeler for r in rankings),
-            tuple(r.margin or 0.0 for r in rankings),
-        )
-        if group.pairs():
-            groups.append(group)
+    limiter = LengthLimiter(limit.max_length, limit.on_too_long, "ranking", limit.section)
+    if cache is None:
+        groups, report = groups_of(encoded_rankings(file, tokenizer, limiter)), limiter.finished()
+    else:
+        rows = partial(encoded_rankings, file, tokenizer, limiter)
+        groups, report = cache.groups(file, [limit.max_length, limit.on_too_long], rows, limiter)
     if not groups:
         problem = "no usable pair (all ties, unjudged, dropped or equal within max_length)"
         raise UserError([f"{file}: {problem}; `rlhf data check {file} -c CONFIG` says more"])
     return groups, report
+
+
+def encoded_rankings(
+    file: Path, tokenizer: Any, limiter: LengthLimiter, note: Callable[[int], None] = lambda count: None
+) -> Iterator[EncodedRanking]:
+    """Read and encode rankings, some at a time; those that are too long are left out or cut.
+
+    Args:
+        file: Rankings as JSONL.
+        tokenizer: The tokenizer with its chat template.
+        limiter: The limit of prompt and response together; its report counts rows that were cut.
+        note: Called with the number of rankings so far, now and then.
+
+    Raises:
+        UserError: With the errors of the file, or of rows that are too long.
+    """
+    loaded, count = sources.Loaded(), 0
+    rows = sources.records("rankings", sources.Source(path=file), loaded)
+    while batch := list(islice(rows, ROWS_AT_ONCE)):
+        names = [f"{place} ({ranking.id})" for place, ranking in batch]
+        rankings = [ranking for _, ranking in batch]
+        prompts = encode_prompts(tokenizer, (ranking.prompt for ranking in rankings), names)
+        flat = iter(encode_responses(tokenizer, [answer for ranking in rankings for answer in ranking.answers]))
+        responses = [list(islice(flat, len(ranking.responses))) for ranking in rankings]
+        for i, prompt, group in zip(*limiter.fit(prompts, responses, names), strict=True):
+            limiter.report.equal += [names[i]] * equal_pairs(rankings[i], group)
+            yield EncodedRanking(prompt, group, rankings[i])
+        count += len(batch)
+        note(count)
+    if loaded.errors:
+        raise UserError(shorten(loaded.errors))
+    limiter.finished()
 
 
 def read_world(inputs: dict[str, Path]) -> dict | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
+from data.group_rows import most_responses, tokens_of, widths_of
 from data.groups import PromptGroup
 from data.streams import derive_seed, grouped_by_length
 from pipeline.launch import parallel
@@ -40,7 +41,7 @@ def group_order(
         seed: What the order is derived from: the experiment's seed and the stage's name.
         member: Index of the model, where a stage trains several: each has an order of its own.
     """
-    lengths = [g.tokens() for g in groups]
+    lengths = tokens_of(groups)
     if member:
         seed = (*seed, member)
     return grouped_by_length(lengths, batch_size, steps * batch_size, derive_seed(*seed), window=4)
@@ -62,17 +63,17 @@ class GroupBatches:
     @cached_property
     def tokens(self) -> list[int]:
         """Tokens of each group, its prompt counted once."""
-        return [g.tokens() for g in self.groups]
+        return tokens_of(self.groups)
 
     @cached_property
     def widths(self) -> list[int]:
         """Tokens of each group's longest row, where each response has a row of its own."""
-        return [len(g.prompt) + max(map(len, g.responses)) for g in self.groups]
+        return widths_of(self.groups)
 
     @cached_property
     def most_responses(self) -> int:
         """The most responses of a group."""
-        return max(len(g.responses) for g in self.groups)
+        return most_responses(self.groups)
 
     def to_train(self, rows: list[int]) -> list[list[int]]:
         """Cut a batch: packed rows into about equal micro-batches, padded rows by length."""

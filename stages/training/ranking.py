@@ -47,7 +47,11 @@ class RankingModel:
 
 
 def ranking_task(
-    config: RMSettings, ranker: RankingModel, groups: list[PromptGroup], held: list[PromptGroup], order: list[int]
+    config: RMSettings,
+    ranker: RankingModel,
+    groups: Sequence[PromptGroup],
+    held: Sequence[PromptGroup],
+    order: list[int],
 ) -> Task:
     """Return the batches, the loss and the evaluation of a reward model.
 
@@ -85,7 +89,7 @@ def ranking_task(
     )
 
 
-def batches_of(config: RMSettings, ranker: RankingModel, groups: list[PromptGroup]) -> GroupBatches:
+def batches_of(config: RMSettings, ranker: RankingModel, groups: Sequence[PromptGroup]) -> GroupBatches:
     """Return how batches of some groups are cut.
 
     Args:
@@ -107,15 +111,20 @@ def loss_of(c: RMSettings, batch: GroupBatch, scores: Tensor, prompts: int) -> T
         scores: Score of each response, (N,).
         prompts: Prompts of the batch.
     """
+    pair_weights, choice_weights = batch.pair_weights, batch.choice_weights
+    if c.ranking_weight == "choices":
+        # a choice weighs 1 / (K − 1) of its ranking, so this makes every choice weigh 1
+        pair_weights = pair_weights / choice_weights[batch.choice]
+        choice_weights = torch.ones_like(choice_weights)
     if c.loss_type == "plackett_luce":
-        return plackett_luce_loss(scores, batch.winners, batch.losers, batch.choice, batch.choice_weights, prompts)
+        return plackett_luce_loss(scores, batch.winners, batch.losers, batch.choice, choice_weights, prompts)
     margins = c.margin_coef * batch.pair_margins
-    return ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights, prompts, margins, c.label_smoothing)
+    return ranking_loss(scores, batch.winners, batch.losers, pair_weights, prompts, margins, c.label_smoothing)
 
 
 @torch.no_grad()
 def evaluate(
-    config: RMSettings, ranker: RankingModel, held: list[PromptGroup], poll: Callable[[], None] = lambda: None
+    config: RMSettings, ranker: RankingModel, held: Sequence[PromptGroup], poll: Callable[[], None] = lambda: None
 ) -> tuple[list[float], list[tuple[int, Pair]], float]:
     """Score all held-out responses, on all ranks together.
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.errors import Interrupted
 from pipeline.launch import parallel
 from pipeline.stage import StageRun, StopFlag
 from pipeline.store.checkpoints import CheckpointStore
 from pipeline.tracking import Tracker
+from stages.shared.data_notes import DataNotes
 from stages.shared.runtime import is_sharding
 
 
@@ -30,6 +31,8 @@ class Session:
     """Whether every rank takes part in a save because each holds a shard of the weights (fsdp2).
 
     All ranks then save, and stop, between the same two steps; no forward pass can be cut short."""
+    notes: DataNotes = field(default_factory=DataNotes)
+    """Where it is said what was not taken of the data."""
 
     def say(self, line: str) -> None:
         """Print a line that starts with the stage's name."""
@@ -125,4 +128,5 @@ def session_of(ctx: StageRun, trains: bool = True) -> Session:
         tracker=ctx.tracker,
         stop=ctx.stop,
         collective=trains and is_sharding(ctx.experiment),
+        notes=DataNotes(lambda line: ctx.tracker.say(f"{ctx.stage}: {line}"), ctx.publish),
     )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +15,16 @@ from rich.console import Console
 
 from data import sources
 from data.check import command as checks
-from data.check.config import limits_of
+from data.check.clusters import Share
+from data.check.config import Input, limits_of
 from data.check.inspect_file import check as check_source
 from data.check.inspect_file import guess_kind
-from data.check.report import OtherData
+from data.check.report import Limits, OtherData
 from data.encode import encode_prompt, encode_response
 from data.length_limit import fit_lengths
 from data.sources import Source
 from pipeline.errors import UserError
+from stages.evaluation.statistics import share_estimate
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,8 +52,8 @@ def written(tmp_path, *rows, name="rows.jsonl") -> Path:
     return path
 
 
-def check(path, *args, **options):
-    return check_source(Source(path), *args, **options)
+def check(path, kind=None, tokenizer=None, max_length=None, on_too_long="error", against=(), **limits):
+    return check_source(Source(path), kind, Limits(tokenizer, max_length, on_too_long, **limits), against)
 
 
 def facts(report) -> dict[str, str]:
@@ -135,10 +138,86 @@ def test_rankings(tmp_path):
     assert report.kind == "rankings" and report.errors == []
     said = facts(report)
     assert said["K"] == "2: 3 rows · 3: 3 rows · 4: 1 rows"
-    assert said["labelers"] == "3"
+    assert said["labelers"] == "3 · 3 rankings name none"
     assert said["pairs"] == "13 usable of 18 · 2 tie · 2 unjudged · 1 identical"
-    assert said["contradictions"] == "1 of 3 pairs judged more than once · 2 prompts ranked in a circle"
+    assert said["contradictions"] == "1 of 3 pairs judged more than once · 1 prompts ranked in a circle by one labeler"
     assert said["duplicates"] == "0 rows · 5 prompts that came before, kept"
+
+
+def test_labelers_and_biases(tmp_path):
+    """Check agreement by pair of labelers, and that circles do not mix labelers."""
+
+    def ranked(prompt, labeler, *ranks):
+        return {"prompt": prompt, "responses": ["a", "bb", "ccc"], "ranks": ranks, "labeler": labeler}
+
+    rows = [ranked(f"p{i}", name, 1, 2, 3) for i in range(8) for name in ("ada", "ben")]
+    rows += [ranked(f"p{i}", "cleo", *((3, 2, 1) if i % 2 else (1, 2, 3))) for i in range(8)]
+    report = check(written(tmp_path, *rows))
+    said, by_two = facts(report), [text for label, text in report.facts if not label]
+    # ada and ben agree on all 24 pairs, and each of them with cleo on 12
+    assert said["labelers agree"].startswith("on 0.67 (95 % interval ")
+    assert said["labelers agree"].endswith("; 72 pairs, 8 prompts); ties left out")
+    assert [text.partition(" (")[0] for text in by_two] == [
+        "ada and ben: 1.00",
+        "ada and cleo: 0.50",
+        "ben and cleo: 0.50",
+    ]
+    assert (
+        said["contradictions"] == "12 of 24 pairs judged more than once · 0 prompts ranked in a circle by one labeler"
+    )
+    assert said["first listed"].startswith("is the better one in 0.83 (95 % interval ")
+    assert said["longer response"].startswith("is the better one in 0.17 (95 % interval ")
+
+    pairs = [{"prompt": "q", "chosen": c, "rejected": r, "labeler": name} for name, c, r in ("axy", "byz", "czx")]
+    said = facts(check(written(tmp_path, *pairs)))
+    assert said["contradictions"].endswith("0 prompts ranked in a circle by one labeler")  # each said one thing
+    assert "labelers agree" not in said and said["labelers"] == "3" and "longer response" not in said
+    assert said["first listed"].startswith("is always the better one: the file lists the best first")
+
+
+def test_intervals_are_those_of_the_stages():
+    """Check against numpy and scipy, with clusters of several sizes."""
+    for seed in range(8):
+        draw, share, values, clusters = random.Random(seed), Share(), [], []
+        for cluster in range(draw.choice([3, 6, 20, 60])):
+            chance = draw.random()
+            values += [float(draw.random() < chance) for _ in range(draw.randint(1, 6))]
+            clusters += [cluster] * (len(values) - len(clusters))
+        for value, cluster in zip(values, clusters, strict=True):
+            share.add(cluster, value)
+        theirs = share_estimate(values, clusters)
+        assert share.value == pytest.approx(theirs["value"])
+        assert share.interval() == pytest.approx(theirs["ci95"], abs=0.02 if seed == 2 else 2e-3)
+
+
+def test_lengths_are_counted_in_characters_where_words_cannot_be_told(tmp_path):
+    rows = [
+        {"prompt": "天空为什么是蓝色的？", "completion": "因为光的散射。"},
+        {"prompt": "hello", "completion": "你好"},
+    ]
+    said = facts(check(written(tmp_path, *rows)))
+    assert said["completion length"] == "2 to 7 characters · median 2 · 95 % up to 7"
+    assert said["counted in"].startswith("characters")
+    said = facts(check(written(tmp_path, {"prompt": "what is 你 ?", "completion": "it means you , as in hello"})))
+    assert said["prompt length"].startswith("4 to 4 words") and "counted in" not in said
+
+
+def test_turns_that_are_learnt_are_counted(tmp_path):
+    talk = [{"role": role, "content": f"{role} {n}"} for n in range(3) for role in ("user", "assistant")]
+    path = written(tmp_path, {"messages": talk})
+    assert facts(check(path))["turns"] == "3 assistant turns, all learnt"
+    assert facts(check(path, turns="last"))["turns"] == "3 assistant turns, 1 learnt"
+    assert facts(check(path))["prompt length"].startswith("2 to 2 words")  # before the first answer
+
+
+def test_what_is_left_out_is_said(tmp_path):
+    rows = [{"prompt": f"p {n}", "completion": "c", "lang": "en" if n % 2 else "de"} for n in range(40)]
+    path = written(tmp_path, *rows, {"prompt": "q", "completion": "", "lang": "en"})
+    report = check_source(Source(path, where={"lang": "en"}, on_bad_row="drop", max_bad=0.5))
+    said = facts(report)
+    assert said["rows"] == "21" and said["filtered"] == "20 rows are not those of where" and not report.errors
+    assert said["dropped"].startswith("1 rows with mistakes")
+    assert ("", f"{path}:41: 'completion' is blank; expected a text") in report.facts
 
 
 def test_responses_that_were_cut_off_are_counted_and_have_no_eos(tmp_path):
@@ -190,8 +269,8 @@ def test_a_prompt_that_the_template_refuses_is_named_by_its_place(tmp_path, monk
 
     monkeypatch.setattr(Letters, "apply_chat_template", refuse)
     path = written(tmp_path, *ROWS[:2])
-    errors = check(path, tokenizer=Letters()).errors
-    assert [line.split(": prompt ")[0] for line in errors] == [f"{path}:1", f"{path}:2"] and "no system" in errors[0]
+    [line] = check(path, tokenizer=Letters()).errors
+    assert line.startswith(f"{path}:1: ") and "no system" in line and "the last at line 2" in line
 
 
 def test_a_limit_that_leaves_nothing_is_an_error(tmp_path):
@@ -286,13 +365,13 @@ def experiment(**data):
 
 def run(path, config, **options) -> tuple[int, str]:
     console = Console(file=io.StringIO(), width=40)
-    return checks.run(path, None, config, console, **options), console.file.getvalue()
+    return checks.run([Input(Source(path))], None, config, console, **options), console.file.getvalue()
 
 
 def test_run_without_a_config(tmp_path, capsys):
     code, text = run(written(tmp_path, {"prompt": "[bold]p", "completion": "c"}), None)
     assert code == 0 and "kind               demonstrations\n" in text and capsys.readouterr().err == ""
-    assert checks.run(tmp_path / "rows.jsonl", "prompts", None) == 0
+    assert checks.run([Input(Source(tmp_path / "rows.jsonl"))], "prompts", None) == 0
     assert "kind           prompts\n" in capsys.readouterr().out
     code, text = run(tmp_path / "none.jsonl", None)
     errors = capsys.readouterr().err.splitlines()
@@ -344,10 +423,10 @@ def test_demonstrations_are_compared_with_ppos_response_length(tmp_path):
     assert room(None) is None
     assert "room in ppo" not in facts(check(path, "demonstrations", None, response_length=4))  # words are no tokens
     config = SimpleNamespace(data=SimpleNamespace(prompts="mine"), ppo=SimpleNamespace(response_length=18))
-    assert limits_of(config, "demonstrations")["response_length"] == 18
-    assert "response_length" not in limits_of(config, "rankings")
+    assert limits_of(config, "demonstrations").response_length == 18
+    assert limits_of(config, "rankings").response_length is None
     config.data.prompts = None
-    assert "response_length" not in limits_of(config, "demonstrations")
+    assert limits_of(config, "demonstrations").response_length is None
 
 
 def test_pairs_that_truncation_makes_equal_are_named(tmp_path):
@@ -414,7 +493,10 @@ def test_a_file_is_checked_without_a_heavy_import(tmp_path):
     code = f"""\
 import sys
 from data.check.command import run
-code = run({str(path)!r}, None, None)
+from data.check.clusters import Share
+from data.check.config import Input
+from data.sources import Source
+code = run([Input(Source({str(path)!r}))], None, None)
 heavy = {{"torch", "transformers", "datasets", "numpy", "scipy", "pyarrow", "pydantic"}} & set(sys.modules)
 sys.exit(f"{{sorted(heavy)}} imported" if heavy else code)
 """

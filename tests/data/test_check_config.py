@@ -2,13 +2,16 @@
 
 import io
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from data.check import command as checks
-from pipeline import cli, commands
+from data.check.config import Input
+from data.sources import Source
+from pipeline import cli, data_commands
 from pipeline.errors import UserError
 from tests.data.test_check import experiment
 
@@ -68,7 +71,8 @@ def test_two_parts_of_one_file_do_not_leak_into_each_other(config, tmp_path, cap
     assert capsys.readouterr().err.count("a leak") == 4
     config.data.evaluation_prompts.skip = 150
     console = Console(file=io.StringIO())
-    assert checks.run(config.data.prompts.path, None, config, console, artifacts=tmp_path / "artifacts") == 0
+    given = [Input(Source(config.data.prompts.path))]
+    assert checks.run(given, None, config, console, artifacts=tmp_path / "artifacts") == 0
     assert "also in evaluation_prompts  0 of 150 prompts" in console.file.getvalue()
 
 
@@ -116,8 +120,9 @@ def test_a_hub_id_without_a_part_is_read_as_training_reads_it(config, tmp_path, 
 def test_a_folder_is_not_taken_for_the_worlds_file(config, tmp_path, capsys):
     config.data.demonstrations = str(tmp_path)
     code, reports, verdict = check_all(config, tmp_path)
-    assert code == 2 and verdict == "4 kinds of data, errors: demonstrations 1" and "world" in reports["documents"]
-    assert f"{tmp_path}: cannot be read" in capsys.readouterr().err and "world" not in reports["demonstrations"]
+    assert code == 2 and verdict.startswith("4 kinds of data, errors: demonstrations ")
+    assert "world" in reports["documents"] and f"{tmp_path}/all.jsonl:1: " in capsys.readouterr().err
+    assert "world" not in reports["demonstrations"]
 
 
 def test_a_config_without_data_is_refused(config, tmp_path):
@@ -130,13 +135,14 @@ def test_a_config_without_data_is_refused(config, tmp_path):
 def test_the_command(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     seen = []
-    monkeypatch.setattr(commands, "load", lambda arguments: arguments.overrides)
-    monkeypatch.setattr(checks, "run_all", lambda experiment, artifacts: seen.append((experiment, artifacts)) or 2)
+    monkeypatch.setattr(data_commands, "load_if_given", lambda arguments: arguments.overrides or None)
+    monkeypatch.setattr(data_commands, "lengths_over_context", lambda *_: ["sft.max_length: over"])
+    monkeypatch.setattr(checks, "run_all", lambda *args, **options: seen.append((*args, options)) or 2)
     assert cli.main(["data", "check", "-c", "a.yaml", "seed=1", "--artifacts", "out"]) == 2
-    assert seen == [(["seed=1"], "out")]
+    assert seen == [(["seed=1"], {"artifacts": "out", "errors": ["sft.max_length: over"]})]
     assert cli.main(["data", "check"]) == 2 and "give a FILE, or -c CONFIG" in capsys.readouterr().err
-    assert cli.main(["data", "check", "-c", "a.yaml", "--kind", "prompts"]) == 2
+    assert cli.main(["data", "check", "-c", "a.yaml", "seed=1", "--kind", "prompts"]) == 2
     assert "--kind needs a FILE" in capsys.readouterr().err
     write(tmp_path / "a=b.jsonl", {"text": "a"})
-    monkeypatch.setattr(checks, "run", lambda file, *_, **__: seen.append(file) or 0)
-    assert cli.main(["data", "check", "a=b.jsonl"]) == 0 and seen[-1] == "a=b.jsonl"
+    monkeypatch.setattr(checks, "run", lambda inputs, *_, **__: seen.append(inputs) or 0)
+    assert cli.main(["data", "check", "a=b.jsonl"]) == 0 and seen[-1] == [Input(Source(Path("a=b.jsonl")))]

@@ -10,6 +10,7 @@ import pytest
 from pipeline import api
 from pipeline.config.validation import load_experiment
 from pipeline.errors import UserError
+from pipeline.stage import Source
 from stages import world
 from stages.settings import world as world_settings
 from stages.settings.training import total_steps
@@ -204,12 +205,13 @@ def test_an_unreadable_file_is_reported_before_anything_runs(tmp_path, stage, ki
 
     def problems_of(*rows):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return missing(tmp_path, stage, f"data.{kind}={{path: {file}, skip: 1}}")
+        assert kind in STAGES[stage].reads(experiment_of(tmp_path, f"data.{kind}={file}"))
+        return STAGES[stage].check_data(kind, Source(path=file, skip=1), lambda count: None)
 
     assert problems_of(row, other) == []
     assert [line.startswith(f"{file}:2: the key ") for line in problems_of(row, {})] == [True]
     assert problems_of(row) == [f"{file}: has 1 records, and skip leaves out the first 1; lower skip"]
-    assert missing(tmp_path, stage, f"data.{kind}=org/name") == missing(tmp_path, stage) == []  # the Hub, the world
+    assert problems_of(*[row, other] * 150, {}) != []  # the whole file is read
 
 
 def test_evaluate_compares_its_prompts_with_what_the_policies_trained_on(tmp_path):
@@ -242,7 +244,7 @@ def test_vllm_has_to_be_installed_where_ppo_runs(tmp_path):
 
 
 # tokens within which nearly all responses of these models end
-ROOM = {"smollm2": 160, "qwen3-0.6b": 768, "llama3-8b": 1024, "llama3-70b": 1024}
+ROOM = {"smollm2": 160, "smollm2-preferences": 160, "qwen3-0.6b": 768, "llama3-8b": 1024, "llama3-70b": 1024}
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 

@@ -259,4 +259,7 @@ class TestReference:
         self.run(chain, tmp_path / "one", cache)
         before = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
         self.run(chain, tmp_path / "two", cache, choices=PAIRS | {"max_steps": 1, "beta": 0.5})
-        assert before == {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} and len(before) == 2
+        assert before == {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+        assert (
+            len(before) == 2 + 2 * 3
+        )  # of both files: log-probabilities; encoded rankings, their index, their digests

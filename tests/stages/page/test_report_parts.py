@@ -419,6 +419,17 @@ class TestReading:
         assert [bool(table.folded) for table in tables] == [False, True, False]
         assert tables[1].folded == "Accuracy by labeler: 40 rows" and len(tables[1].rows) == 40
 
+    def test_accuracy_stands_beside_that_of_length(self):
+        """For all pairs and each source; an older version's manifest gives no such table."""
+        part = {"accuracy": 0.7, "accuracy_ci95": [0.6, 0.8], "n_pairs": 30}
+        prior = {"accuracy": 0.4, "accuracy_ci95": [0.3, 0.5], "n_pairs": 30}
+        [table] = results_tables.accuracy_tables({**part, "longer_wins": prior})
+        assert [cell.text for cell in table.rows[0]][::3] == ["all", "30"] and len(table.rows) == 1
+        by_source = {"accuracy_by_source": {"people": part}, "longer_wins_by_source": {"people": prior}}
+        [table] = results_tables.accuracy_tables({**part, "longer_wins": prior, **by_source})
+        assert [row[0].text for row in table.rows] == ["all", "people"]
+        assert results_tables.accuracy_tables(part) == []
+
     def test_the_glossary_has_only_the_words_of_the_page(self, tmp_path):
         assert all(meaning.endswith(".") and ". " not in meaning for _, _, meaning in report_glossary.WORDS)
         whole = dict(report_glossary.glossary({need for need, _, _ in report_glossary.WORDS}))

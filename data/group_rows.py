@@ -1,0 +1,301 @@
+"""Keep encoded rankings in Arrow files, and read them as prompt groups one by one.
+
+A file is mapped into memory, so that a million rankings take no more of it than those that are
+being read. Rankings of the same responses by several labelers are one group: the index says which
+rows make a group.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from data.groups import PromptGroup
+from data.records import Ranking, prompt_key
+
+if TYPE_CHECKING:
+    import pyarrow
+
+ROWS_AT_ONCE = 1024
+"""Rows of a batch in the file."""
+
+
+@dataclass(frozen=True)
+class EncodedRanking:
+    """Hold a ranking with its prompt and responses as token ids."""
+
+    prompt: list[int]
+    """Token ids of the prompt."""
+    responses: list[list[int]]
+    """Token ids of the responses, within the length limit."""
+    ranking: Ranking
+    """The ranking itself."""
+
+
+def pairs_of(row: EncodedRanking) -> int:
+    """Count the usable pairs of a ranking, as `PromptGroup.pairs` lists them."""
+    return len(PromptGroup(row.prompt, row.responses, row.ranking.ranks).pairs())
+
+
+@dataclass
+class IndexBuilder:
+    """Find out which rows are one group, while rows are written one by one."""
+
+    groups: dict[int, int] = field(default_factory=dict)
+    """Hash of prompt and answers → index of the group, in the order of their first rows."""
+    owner: array = field(default_factory=lambda: array("i"))
+    """The group of each row."""
+    tokens: array = field(default_factory=lambda: array("i"))
+    """The tokens of each group, its prompt counted once."""
+    widths: array = field(default_factory=lambda: array("i"))
+    """The tokens of each group's prompt with its longest response."""
+    responses: array = field(default_factory=lambda: array("i"))
+    """The responses of each group, K."""
+    pairs: array = field(default_factory=lambda: array("i"))
+    """The usable pairs of each group, over all labelers."""
+
+    def add(self, row: EncodedRanking) -> None:
+        """Add the next row."""
+        key = hash((prompt_key(row.ranking.prompt), row.ranking.answers))
+        group = self.groups.setdefault(key, len(self.groups))
+        if group == len(self.tokens):
+            lengths = [len(response) for response in row.responses]
+            self.tokens.append(len(row.prompt) + sum(lengths))
+            self.widths.append(len(row.prompt) + max(lengths))
+            self.responses.append(len(lengths))
+            self.pairs.append(0)
+        self.owner.append(group)
+        self.pairs[group] += pairs_of(row)
+
+    def table(self) -> pyarrow.Table:
+        """Return the index: a row for each group with a usable pair."""
+        import pyarrow as pa
+
+        order = np.argsort(np.asarray(self.owner), kind="stable").astype(np.int32)
+        ends = np.cumsum(np.bincount(np.asarray(self.owner), minlength=len(self.tokens)))
+        offsets = np.concatenate([[0], ends]).astype(np.int32)
+        rows = pa.ListArray.from_arrays(pa.array(offsets), pa.array(order))
+        columns = {
+            name: pa.array(np.asarray(getattr(self, name), dtype=np.int32))
+            for name in ("tokens", "widths", "responses", "pairs")
+        }
+        table = pa.table({"rows": rows, **columns})
+        return table.filter(pa.array(np.asarray(self.pairs) > 0))
+
+
+def schema() -> pyarrow.Schema:
+    """Return the columns of a file of encoded rankings."""
+    import pyarrow as pa
+
+    ids = pa.list_(pa.int32())
+    return pa.schema(
+        {
+            "prompt": ids,
+            "responses": pa.list_(ids),
+            "ranks": pa.list_(pa.int32()),
+            "id": pa.string(),
+            "labeler": pa.string(),
+            "margin": pa.float64(),
+            "scores": pa.list_(pa.float64()),
+        }
+    )
+
+
+def write_rows(target: Any, rows: Iterable[EncodedRanking]) -> pyarrow.Table:
+    """Write encoded rankings as an Arrow file, and return their index.
+
+    Args:
+        target: A path, or a stream of pyarrow.
+        rows: The rows.
+    """
+    import pyarrow as pa
+
+    index = IndexBuilder()
+    columns = schema()
+    with pa.ipc.new_file(target, columns) as writer:
+        for batch in batches_of(rows, index):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=columns))
+    return index.table()
+
+
+def batches_of(rows: Iterable[EncodedRanking], index: IndexBuilder) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of a file as lists of ROWS_AT_ONCE objects; the last list may be shorter.
+
+    Args:
+        rows: The rows.
+        index: Gets each row.
+    """
+    batch: list[dict[str, Any]] = []
+    for row in rows:
+        index.add(row)
+        ranking = row.ranking
+        batch.append(
+            {
+                "prompt": row.prompt,
+                "responses": row.responses,
+                "ranks": ranking.ranks,
+                "id": ranking.id,
+                "labeler": ranking.labeler,
+                "margin": ranking.margin,
+                # a margin that the labeler gave goes before one that scores would give
+                "scores": ranking.scores if ranking.margin is None else None,
+            }
+        )
+        if len(batch) == ROWS_AT_ONCE:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+@dataclass(eq=False)
+class RowFile:
+    """Read rows of a file of encoded rankings, by number."""
+
+    reader: Any
+    """pyarrow's RecordBatchFileReader."""
+    _batches: dict[int, Any] = field(default_factory=dict)
+    """Batches that have been read; they hold no memory but the file's own."""
+
+    @staticmethod
+    def open(source: Any) -> RowFile:
+        """Open a file.
+
+        Args:
+            source: A path, which is mapped into memory, or pyarrow's buffer.
+        """
+        import pyarrow as pa
+
+        mapped = pa.memory_map(str(source)) if isinstance(source, str | Path) else source
+        return RowFile(pa.ipc.open_file(mapped))
+
+    def row(self, number: int, with_tokens: bool = True) -> dict[str, Any]:
+        """Return a row.
+
+        Args:
+            number: Which.
+            with_tokens: Whether to return its token ids too.
+        """
+        at, i = divmod(number, ROWS_AT_ONCE)
+        if at not in self._batches:
+            self._batches[at] = self.reader.get_batch(at)
+        batch = self._batches[at]
+        row = {name: batch.column(name)[i].as_py() for name in ("ranks", "id", "labeler", "margin", "scores")}
+        if with_tokens:
+            row["prompt"] = ids_at(batch.column("prompt"), i)
+            responses = batch.column("responses")
+            begin, end = responses.offsets[i].as_py(), responses.offsets[i + 1].as_py()
+            row["responses"] = [ids_at(responses.values, k) for k in range(begin, end)]
+        return row
+
+
+def ids_at(column: Any, i: int) -> list[int]:
+    """Return the token ids in row i of a column of lists."""
+    begin, end = column.offsets[i].as_py(), column.offsets[i + 1].as_py()
+    return column.values[begin:end].to_numpy(zero_copy_only=True).tolist()
+
+
+@dataclass(eq=False)
+class GroupRows(Sequence[PromptGroup]):
+    """Read prompt groups from a file of encoded rankings, each when it is asked for."""
+
+    file: RowFile
+    """The rankings."""
+    index: Any
+    """The index, pyarrow's table; or a part of it."""
+    _last: tuple[int, PromptGroup] | None = None
+    """The group that was read last, with its index: its pairs often ask for it again."""
+
+    def __len__(self) -> int:
+        """Return the number of groups."""
+        return self.index.num_rows
+
+    @overload
+    def __getitem__(self, at: int) -> PromptGroup: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[PromptGroup]: ...
+
+    def __getitem__(self, at: int | slice) -> PromptGroup | list[PromptGroup]:
+        """Return a group, or several."""
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        if not -len(self) <= at < len(self):
+            raise IndexError(at)
+        at %= len(self)
+        if self._last is None or self._last[0] != at:
+            self._last = at, self._read(at)
+        return self._last[1]
+
+    def _read(self, at: int) -> PromptGroup:
+        """Read the group with an index."""
+        first, *others = self.index.column("rows")[at].as_py()
+        row = self.file.row(first)
+        rows = [row, *(self.file.row(number, with_tokens=False) for number in others)]
+        has_scores = any(one["scores"] is not None for one in rows)
+        return PromptGroup(
+            prompt=row["prompt"],
+            responses=row["responses"],
+            ranks=tuple(row["ranks"]),
+            id=row["id"],
+            more_ranks=tuple(tuple(one["ranks"]) for one in rows[1:]),
+            labelers=tuple(one["labeler"] for one in rows),
+            margins=tuple(one["margin"] or 0.0 for one in rows),
+            scores=tuple(one["scores"] and tuple(one["scores"]) for one in rows) if has_scores else (),
+        )
+
+    def part(self, indices: Sequence[int]) -> GroupRows:
+        """Return the groups with these indices, in this order."""
+        import pyarrow as pa
+
+        return GroupRows(self.file, self.index.take(pa.array(indices, pa.int64())))
+
+    def column(self, name: str) -> list[int]:
+        """Return a number for each group: "tokens", "widths", "responses" or "pairs"."""
+        return self.index.column(name).to_numpy().tolist()
+
+
+def groups_of(rows: Iterable[EncodedRanking]) -> GroupRows:
+    """Make groups of rows in memory, without a file."""
+    import pyarrow as pa
+
+    stream = pa.BufferOutputStream()
+    index = write_rows(stream, rows)
+    return GroupRows(RowFile.open(stream.getvalue()), index)
+
+
+# ── what batches need of many groups, without their token ids ────────────────────────────────────
+
+
+def tokens_of(groups: Sequence[PromptGroup]) -> list[int]:
+    """Return the tokens of each group, its prompt counted once."""
+    return groups.column("tokens") if isinstance(groups, GroupRows) else [group.tokens() for group in groups]
+
+
+def widths_of(groups: Sequence[PromptGroup]) -> list[int]:
+    """Return the tokens of each group's longest row, where each response has a row of its own."""
+    if isinstance(groups, GroupRows):
+        return groups.column("widths")
+    return [len(group.prompt) + max(map(len, group.responses)) for group in groups]
+
+
+def most_responses(groups: Sequence[PromptGroup]) -> int:
+    """Return the most responses of a group."""
+    if isinstance(groups, GroupRows):
+        return max(groups.column("responses"))
+    return max(len(group.responses) for group in groups)
+
+
+def count_pairs(groups: Sequence[PromptGroup]) -> int:
+    """Count the usable pairs of groups."""
+    return sum(groups.column("pairs")) if isinstance(groups, GroupRows) else sum(len(g.pairs()) for g in groups)
+
+
+def part_of(groups: Sequence[PromptGroup], indices: Sequence[int]) -> Sequence[PromptGroup]:
+    """Return the groups with these indices, in this order."""
+    return groups.part(indices) if isinstance(groups, GroupRows) else [groups[i] for i in indices]
