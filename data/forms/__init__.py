@@ -22,6 +22,7 @@ from data.forms.instructions import (
 from data.forms.label_studio import LABEL_STUDIO
 from data.forms.marked import MARKED_DEMONSTRATIONS, MARKED_RANKINGS
 from data.forms.messages import (
+    CONTENTS_DEMONSTRATION,
     CONVERSATION_DEMONSTRATION,
     DATA_DEMONSTRATION,
     DIALOG_DEMONSTRATION,
@@ -33,7 +34,7 @@ from data.forms.messages import (
     SHAREGPT_PROMPT,
 )
 from data.forms.oasst import OASST_DEMONSTRATIONS, OASST_PROMPTS, OASST_RANKINGS
-from data.forms.plain import PROMPT_COMPLETION, PROMPT_ONLY, RANKED_RESPONSES, SCORED_RESPONSES, TEXT
+from data.forms.plain import PROMPT_COMPLETION, PROMPT_ONLY, RANKED_RESPONSES, RULED_PROMPT, SCORED_RESPONSES, TEXT
 from data.forms.preferences import BARE_PAIR_PROMPT, PAIRS
 from data.forms.questions import NATURAL_INSTRUCTIONS, QUESTION_FORMS
 from data.forms.refused import REFUSED, why_refused
@@ -60,6 +61,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
         *QUESTION_FORMS,
         DIALOGUE_DEMONSTRATION,
         DIALOG_DEMONSTRATION,
+        CONTENTS_DEMONSTRATION,
         ITEMS_DEMONSTRATION,
         DATA_DEMONSTRATION,
         BAIZE,
@@ -81,7 +83,15 @@ FORMS: dict[str, tuple[Form, ...]] = {
         *PAIRS,
         *MARKED_RANKINGS,
     ),
-    "prompts": (*OASST_PROMPTS, MESSAGES_PROMPT, SHAREGPT_PROMPT, PROMPT_ONLY, INSTRUCTION_PROMPT, BARE_PAIR_PROMPT),
+    "prompts": (
+        *OASST_PROMPTS,
+        RULED_PROMPT,
+        MESSAGES_PROMPT,
+        SHAREGPT_PROMPT,
+        PROMPT_ONLY,
+        INSTRUCTION_PROMPT,
+        BARE_PAIR_PROMPT,
+    ),
 }
 """Kind of data → its forms; of several forms that fit a row, the first is taken. Read as prompts, a
 row of any ranking's or demonstration's form that needs more keys than `prompts` lists gives its

@@ -11,6 +11,8 @@ HI, HELLO, MORE, END = "hi .", "hello .", "more ?", "no ."
 DIALOGUE = [("user", HI), ("assistant", HELLO), ("user", MORE)]
 TURNS = [{"role": role, "content": content} for role, content in [*DIALOGUE, ("assistant", END)]]
 
+DIALOGUE_START, ANSWER = TURNS[:2]
+
 
 def loaded(tmp_path, kind, *rows, **source):
     path = tmp_path / "rows.jsonl"
@@ -56,6 +58,13 @@ def named(role, content="role", text="content"):
         {"conversations": named(lambda role: {"user": "user", "assistant": "bard"}[role], "from", "text")},
         {"conversations": [HI, HELLO, MORE, END]},
         {"items": named(lambda role: {"user": "human", "assistant": "gpt"}[role], "from", "value")},
+        {
+            "contents": [
+                {"role": turn["role"].replace("assistant", "model"), "parts": [{"text": turn["content"]}]}
+                for turn in TURNS
+            ]
+        },
+        {"messages": [{**turn, "content": [{"text": turn["content"]}]} for turn in TURNS]},
         {"id": "1", "data": [HI, HELLO, MORE, END]},
         {"conversation": [{"input": HI, "output": HELLO}, {"input": MORE, "output": END}]},
         {"conversation": [{"human": HI, "assistant": HELLO}, {"human": MORE, "assistant": END}]},
@@ -88,6 +97,13 @@ def test_a_conversation_under_any_of_its_names(tmp_path, row):
         ({"problem": "q", "solution": "a"}, "q", "a"),
         ({"system_prompt": "", "question": "q", "response": "a"}, "q", "a"),
         ({"system_prompt": "s", "question": "q", "response": "a"}, [("system", "s"), ("user", "q")], "a"),
+        ({"system": [{"text": "s"}], "messages": [DIALOGUE_START, ANSWER]}, [("system", "s"), ("user", HI)], HELLO),
+        (
+            {"systemInstruction": {"parts": [{"text": "s"}]}, "contents": [DIALOGUE_START, ANSWER]},
+            [("system", "s"), ("user", HI)],
+            HELLO,
+        ),
+        ({"role_1": "x", "message_1": "q", "message_2": "a"}, "q", "a"),
         ({"system": "s", "instruction": "q", "output": "a"}, [("system", "s"), ("user", "q")], "a"),
         ({"messages": [{"role": "developer", "content": "s"}, *TURNS[:2]]}, [("system", "s"), DIALOGUE[0]], HELLO),
         ({"conversation": [{"system": "s", "input": "q", "output": "a"}]}, [("system", "s"), ("user", "q")], "a"),
