@@ -100,7 +100,11 @@ FORMS["evaluation_prompts"] = FORMS["prompts"]
 
 STRING_KEY = {"documents": "text", "prompts": "prompt", "evaluation_prompts": "prompt"}
 """Kinds whose rows may be bare strings: the key that such a string is the value of."""
-MANY = 25
+MOST_KEPT = 500
+"""Sets of keys of which the forms are kept."""
+_CANDIDATES: dict[tuple[str, frozenset[str]], tuple[tuple[Form, ...], tuple[Form, ...]]] = {}
+"""Kind and keys → all forms of the kind, and those that need no other keys."""
+MANY = 40
 """Named forms of a kind that error lines list at most."""
 ANSWERED = ("rankings", "demonstrations")
 """Kinds whose rows hold a prompt with answers."""
@@ -134,7 +138,7 @@ def form_of(kind: str, row: dict) -> Form | None:
         kind: The kind of data.
         row: The row.
     """
-    own = next((form for form in FORMS[kind] if is_of(form, row)), None)
+    own = next((form for form in candidates(kind, row) if form.fits is None or form.fits(row)), None)
     if kind == "demonstrations" and own is not None and is_judged(own, row):
         return None
     if kind not in PROMPT_KINDS or (own is not None and own.name):
@@ -157,8 +161,27 @@ def is_judged(form: Form, row: dict) -> bool:
         form: The form of the row as a demonstration.
         row: The row.
     """
-    rankings = (other for other in FORMS["rankings"] if other.name and set(form.needs) < set(other.needs))
-    return any(is_of(other, row) for other in rankings) and form not in FORMS["rankings"]
+    more = [other for other in candidates("rankings", row) if other.name and set(form.needs) < set(other.needs)]
+    return any(other.fits is None or other.fits(row) for other in more)
+
+
+def candidates(kind: str, row: dict) -> tuple[Form, ...]:
+    """Return the forms of a kind all of whose keys a row has.
+
+    The rows of a file mostly have the same keys, so the answer for some keys is kept.
+
+    Args:
+        kind: The kind of data.
+        row: The row.
+    """
+    keys = (kind, frozenset(row))
+    kept = _CANDIDATES.get(keys)
+    if kept is None or kept[0] is not FORMS[kind]:
+        if len(_CANDIDATES) >= MOST_KEPT:
+            _CANDIDATES.clear()
+        kept = FORMS[kind], tuple(form for form in FORMS[kind] if all(key in row for key in form.needs))
+        _CANDIDATES[keys] = kept
+    return kept[1]
 
 
 def is_of(form: Form, row: dict) -> bool:

@@ -162,6 +162,6 @@ def test_scores_within_tie_within_are_a_tie(tmp_path):
 
 
 def test_the_answers_that_a_pair_was_chosen_from_are_not_needed(tmp_path):
-    row = {"instruction": "p", **MESSAGES, "responses": ["x", "y", "z"], "generations": ["x"], "ratings": [1, 2, 3]}
+    row = {"instruction": "p", **MESSAGES, "responses": ["x", "y", "z"], "ratings": None}
     [record] = loaded(tmp_path, row).records
     assert record.responses == ("x", "y")
