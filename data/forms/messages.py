@@ -288,6 +288,7 @@ def demonstration_of(row: dict, options: Options) -> list[Row | LeftOut]:
     """Take the last assistant turn as the completion; earlier ones are taught too."""
     turns = conversation_turns(row)
     messages = read_turns(turns, system_of(row))
+    refuse_other_instruction(row, messages, options)
     kept = [(position, turn) for position, turn in enumerate(turns, 1) if not is_empty_system(turn)]
     added = len(messages) - len(kept)  # the row's own system message
     excluded = {
@@ -298,7 +299,27 @@ def demonstration_of(row: dict, options: Options) -> list[Row | LeftOut]:
 
 def prompt_of(row: dict, options: Options) -> dict:
     """Take the conversation up to the last user turn."""
-    return {"prompt": up_to_last("user", read_conversation(row))}
+    messages = read_conversation(row)
+    refuse_other_instruction(row, messages, options)
+    return {"prompt": up_to_last("user", messages)}
+
+
+def refuse_other_instruction(row: Row, messages: Messages, options: Options) -> None:
+    """Raise ValueError for an instruction beside a conversation, unless a turn of it says the same.
+
+    Args:
+        row: The row.
+        messages: Its conversation.
+        options: What the source says.
+    """
+    instruction = row.get("instruction")
+    if "instruction" in options.ignore or not isinstance(instruction, str) or not instruction.strip():
+        return
+    if not any(instruction.strip() in message["content"] for message in messages):
+        raise ValueError(
+            "the 'instruction' beside the conversation is not in it, and is not read; put it into the conversation, or "
+            "say ignore: [instruction]"
+        )
 
 
 def holds_conversation(row: Row) -> bool:
