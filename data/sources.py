@@ -515,8 +515,8 @@ class RowReader:
         for form, gathered in self._gathered.values():
             assert form.gather is not None
             try:
-                for location, item in form.gather(gathered, options):
-                    yield from self._record(location, item, {})
+                for location, part in form.gather(gathered, options):
+                    yield from self._record(location, part, {})
             except ValueError as error:
                 self._bad(gathered[0][0], error)
 
@@ -533,7 +533,7 @@ class RowReader:
         if self.source.columns and isinstance(value, dict):
             value = renamed(value, self.source.columns)
         form, row = recognise(self.kind, value)
-        ignore = self.source.ignore
+        ignore = (*self.source.ignore, *(self.source.where or ()))  # keys that are read after all
         refuse_meaningful_keys(self.kind, form, row, ignore)
         if not form.name:
             refuse_unknown_keys(form, row, ignore)

@@ -401,14 +401,14 @@ MUTANTS = [
     Mutant(
         "rm",
         "every pair is put down to the first labeler",
-        'labelers = [held[g].labelers[pair.labeler] or "unnamed" for g, pair in owners]',
-        'labelers = [held[g].labelers[0] or "unnamed" for g, pair in owners]',
+        'labelers.append(group.labelers[pair.labeler] or "unnamed")',
+        'labelers.append(group.labelers[0] or "unnamed")',
     ),
     Mutant(
         "rm",
         "the ranks of the first labeler stand for all",
-        "ranks = [held[g].rankings()[pair.labeler] for g, pair in owners]",
-        "ranks = [held[g].rankings()[0] for g, pair in owners]",
+        "ranks.append(group.rankings()[pair.labeler])",
+        "ranks.append(group.rankings()[0])",
     ),
     Mutant(
         "rm",
@@ -553,8 +553,8 @@ MUTANTS = [
     Mutant(
         "rankings",
         "split by the prompt as it is spaced",
-        "keys = [prompt_key(row.prompt) for row in rows]",
-        "keys = [str(row.prompt) for row in rows]",
+        "position_of(prompt_key(ranking.prompt))",
+        "position_of(str(ranking.prompt))",
     ),
     Mutant(
         "rankings",
@@ -571,7 +571,7 @@ MUTANTS = [
     Mutant(
         "rankings",
         "agreement is of all rows",
-        "labeler_agreement([rows[i] for i in validation])",
+        "labeler_agreement(rows[i] for i in validation)",
         "labeler_agreement(rows)",
     ),
     Mutant(

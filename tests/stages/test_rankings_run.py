@@ -90,6 +90,25 @@ class TestOfPeople:
         assert figures["labeler_agreement"] == pytest.approx(agreement(held_out))
         assert agreement(held_out) != agreement(given)
 
+    def test_bad_rows_that_are_dropped_are_listed_beside_the_rankings(self, chain, given, tmp_path):
+        file = tmp_path / "rankings.jsonl"
+        write_rows(file, [*given[:20], given[20] | {"ranks": [7] * 9}, *given[21:], {"prompt": "red"}])
+        source = f"{{path: {file}, on_bad_row: drop, max_bad: 0.2}}"
+        settings = (f"data.rankings={source}", "rankings.validation_fraction=0.3")
+        done = chain.run("rankings", tmp_path / "out", *settings)
+        rows = [json.loads(line) for line in (done.folder / "left_out.jsonl").read_text().splitlines()]
+        assert [(row["data"], row["file"], row["line"]) for row in rows] == [
+            ("rankings", str(file), 21),
+            ("rankings", str(file), len(given) + 1),
+        ]
+        assert "9 ranks" in rows[0]["reason"] and done.figures["bad_rows"] == 2
+        assert "rankings: 2 bad rows dropped (1: " in done.said
+        assert len(both(done)[0]) + len(both(done)[1]) == len(given) - 1
+
+    def test_nothing_more_is_said_or_written_where_all_rows_are_taken(self, peoples):
+        assert not (peoples.folder / "left_out.jsonl").exists() and "bad_rows" not in peoples.figures
+        assert peoples.said == ""
+
 
 K = 5
 SEED = 5  # of micro_chain.py

@@ -49,7 +49,7 @@ def test_all_turns_are_learnt_and_counted(chain, tmp_path, monkeypatch):
     done = run(chain, tmp_path / "all", conversations())
     assert "; 36 assistant turns, 35 learnt; " in done.said
     assert "demonstrations: left out, 1: the user's message at the end of a conversation, which nobody" in done.said
-    assert "demonstrations: left out, 1: an earlier answer that the data exclude (weight 0)" in done.said
+    assert "; left out, 1: an earlier answer that the data exclude (weight 0)" in done.said
     assert (done.figures["assistant_turns"], done.figures["learnt_turns"]) == (36, 35)
     task = calls[0].args[4]
     labels = [label for row in task.train_rows + task.held_out_rows for label in row["labels"]]
