@@ -51,7 +51,8 @@ def test_imports_between_rooms(path):
     name, room = name_of(path), name_of(path).split(".")[0]
     own = {other for other in ours(path) if other.split(".")[0] == room}
     foreign = ours(path) - own
-    if name in ("pipeline.api", "pipeline.commands", "pipeline.data_commands", "pipeline.init"):  # name stages, see data
+    # these name the stages, and inspect data files
+    if name in ("pipeline.api", "pipeline.commands", "pipeline.data_commands", "pipeline.init"):
         return
     if room == "data":  # of the pipeline, data may import the class of errors
         foreign -= {"pipeline.errors", "pipeline.errors.UserError"}
