@@ -98,7 +98,7 @@ def add_shared_prompts(
         key = prompt_hash(record)
         if key in prompts:
             shared[key] = location
-    leaks = []
+    leaks: list[str] = []
     rows = leaked = 0
     for location, record in found():
         rows += 1
