@@ -19,7 +19,6 @@ from data.forms import FORMS, PROMPT_KINDS
 from data.sources import Source
 from data.template_text import with_variables
 from data.turns import Turns
-from data.turns import Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
