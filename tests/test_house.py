@@ -242,6 +242,9 @@ def test_declarations_import_no_torch():
         ("run sft -c configs/tiny.yaml sft.max_length=1000", 2),
         ("run sft -c configs/none.yaml", 2),
         ("data check FILE", 0),
+        ("data preview FILE", 0),
+        ("data stats FILE", 0),
+        ("data convert FILE --to prompts -o FOLDER/out.jsonl", 0),
         ("init -o FOLDER/my.yaml --model org/model --data FILE", 0),
     ],
 )
