@@ -38,13 +38,14 @@ def parse_prompt(row: dict) -> Prompt:
 
 def parse_ranking(row: dict) -> Ranking:
     """Parse a row {prompt, responses, ranks, …}; without an id it gets one from its content."""
-    prompt, responses, ranks = parse_prompt_value(row), parse_list(row, "responses"), parse_list(row, "ranks")
+    prompt, responses = parse_prompt_value(row), parse_list(row, "responses")
+    given_ranks = parse_list(row, "ranks")
     if len(responses) < 2:
         raise ValueError(f"a ranking needs at least 2 responses, not {len(responses)}; add one, or delete it")
     for position, response in enumerate(responses, 1):
         if not isinstance(response, str):
             raise ValueError(f"response {position} is {describe(response)}; expected a string")
-    ranks = parse_ranks(ranks, len(responses))
+    ranks = parse_ranks(given_ranks, len(responses))
     identifier = row.get("id")
     if (identifier is not None and type(identifier) not in (str, int)) or identifier == "":
         raise ValueError(f"'id' is {describe(identifier)}; expected a string, or no id")

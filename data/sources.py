@@ -515,8 +515,8 @@ class RowReader:
         for form, gathered in self._gathered.values():
             assert form.gather is not None
             try:
-                for location, item in form.gather(gathered, options):
-                    yield from self._record(location, item, {})
+                for location, part in form.gather(gathered, options):
+                    yield from self._record(location, part, {})
             except ValueError as error:
                 self._bad(gathered[0][0], error)
 

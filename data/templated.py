@@ -47,6 +47,13 @@ END = (
 )
 """What ends a turn or a text in any template."""
 
+BAIZE = Template(
+    name="Baize, [|Human|]",
+    turn=r"(?P<user>\[\|Human\|\])|(?P<assistant>\[\|(?:AI|Assistant)\|\])",
+    begins=r"\[\|Human\|\]",
+    ends=r"\[\|(?:AI|Assistant)\|\]",
+    preamble=r"The conversation between human and AI assistant\.",
+)
 TEMPLATES = (
     Template(
         name="ChatML, <|im_start|>",
@@ -126,13 +133,7 @@ TEMPLATES = (
         ends=r"<\|(?:MOSS|Assistant|AI)\|>:?",
         end=r"<eo[mh]>",
     ),
-    Template(
-        name="Baize, [|Human|]",
-        turn=r"(?P<user>\[\|Human\|\])|(?P<assistant>\[\|(?:AI|Assistant)\|\])",
-        begins=r"\[\|Human\|\]",
-        ends=r"\[\|(?:AI|Assistant)\|\]",
-        preamble=r"The conversation between human and AI assistant\.",
-    ),
+    BAIZE,
     Template(
         name="[INST] of Llama 2 or Mistral",
         turn=r"(?P<system>\[SYSTEM_PROMPT\])|(?P<user>\[INST\])|(?P<assistant>\[/INST\])",

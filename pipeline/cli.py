@@ -298,7 +298,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         UserError: If the words are not a valid command.
     """
     reading: list[str] = []
-    words, settings = argv, []
+    words = argv
+    settings: list[str] = []
     if argv[:1] == ["data"]:
         words, reading = data_arguments.split_reading(argv)
     if argv[:1] in (["run"], ["data"]):

@@ -94,7 +94,8 @@ class DataChecks:
         """
         if source.path is not None:
             facts = self.chain.digests.facts(source.path)
-            content, rows = facts.sha256, facts.rows
+            content: str | None = facts.sha256
+            rows = facts.rows
             source = replace(source, sha256=content)
         else:
             content, rows = record.get("revision"), None
@@ -134,18 +135,22 @@ class DataChecks:
             what: The kind and the name of the source.
             rows: The number of its rows, if that is known.
         """
-        began, lines = time.monotonic(), []
+        began = time.monotonic()
+        lines: list[ProgressLine] = []
+        said = False
         with ExitStack() as stack:
 
             def note(count: int) -> None:
                 if time.monotonic() - began < PATIENCE:
                     return
-                if not lines:
+                nonlocal said
+                if not said:
+                    said = True
                     print_line(self.console, f"{what}: is checked whole before anything runs")
-                    line = ProgressLine(self.console, rows or 0, what, count)
-                    lines.append(stack.enter_context(line) if rows else None)
-                if rows:
-                    lines[0].update(min(count, rows))
+                    if rows:
+                        lines.append(stack.enter_context(ProgressLine(self.console, rows, what, count)))
+                for line in lines:
+                    line.update(min(count, rows or 0))
 
             yield note
         if lines:

@@ -17,6 +17,7 @@ from data.files.tables import first_line
 from data.forms import FORMS, PROMPT_KINDS
 from data.sources import Source
 from data.template_text import with_variables
+from data.turns import Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,7 +107,7 @@ def limits_of(experiment: Any, kind: str | None, tokenizer: PreTrainedTokenizerB
     response_length = None
     if getattr(experiment.data, "prompts", None) is not None:
         response_length = getattr(getattr(experiment, "ppo", None), "response_length", None)
-    turns = getattr(getattr(experiment, "sft", None), "turns", "all")
+    turns: Turns = getattr(getattr(experiment, "sft", None), "turns", "all")
     return replace(limits, response_length=response_length, turns=turns)
 
 

@@ -164,7 +164,7 @@ def says_little(key: str, value: object) -> bool:
         key: Its key.
         value: The value: a number, a short text of one line, a short list of such, or nothing.
     """
-    if value in (None, "", [], {}):
+    if value in (None, [], {}):
         return True
     if not ANSWER_WORDS.isdisjoint(WORD.findall(key.lower())):
         return False

@@ -21,6 +21,8 @@ from data.turns import TurnCount, count_turns
 
 DROPPED_SHOWN = 5
 """Kinds of mistakes of rows that were dropped that are shown at most."""
+TEMPLATED = {"strip": "read without it", "keep": "read as plain text"}
+"""What a source says of text that has a chat template in it → what becomes of it."""
 AT_ONCE = 512
 """Records that are measured together."""
 
@@ -65,7 +67,7 @@ def check(
     tally = Tally(report.kind, limits)
     tally.add_all(found(loaded))
     report.errors += loaded.errors
-    add_rows(report, loaded)
+    add_rows(report, loaded, source)
     if (source.skip or source.limit is not None) and tally.prompts.rows:
         report.add("taken", f"records {source.skip + 1:,} to {source.skip + tally.prompts.rows:,}")
     if not tally.prompts.rows:
@@ -161,16 +163,27 @@ def own_keys(kind: str) -> list[str]:
     return list(dict.fromkeys("{" + ", ".join(form.needs) + "}" for form in FORMS[kind] if not form.name))
 
 
-def add_rows(report: Report, loaded: Loaded) -> None:
-    """Report the number of rows, of each form, and what is not read, with the reasons."""
+def add_rows(report: Report, loaded: Loaded, source: Source) -> None:
+    """Report the number of rows, of each form, and what is not read, with the reasons.
+
+    Args:
+        report: Where facts go; it has the kind.
+        loaded: What reading has found.
+        source: How the rows are read.
+    """
+    judgments = {str(form): form.by for form in FORMS[report.kind or ""] if form.by}
     blanks = f" · {loaded.blanks:,} blank lines skipped" if loaded.blanks else ""
     first = "the first " if loaded.cut else ""
     report.add("rows", f"{first}{loaded.rows:,}{blanks}")
     for form, count in loaded.forms.most_common():
-        report.add("form", f"{form}: {count:,} rows")
+        by = judgments.get(form, ())
+        chosen = f", ranks by {source.by or by[0]} (by: {', '.join(by)})" if by and not source.parts else ""
+        report.add("form", f"{form}: {count:,} rows{chosen}")
     if loaded.unread:
         keys = ", ".join(f"{key} ({count:,})" for key, count in sorted(loaded.unread.items()))
         report.add("keys not read", keys)
+    if source.templated is not None:
+        report.add("templated", f"{source.templated}: text with a chat template in it is {TEMPLATED[source.templated]}")
     if loaded.filtered:
         report.add("filtered", f"{loaded.filtered:,} rows are not those of where")
     for line in loaded.left_out_lines():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -11,7 +10,7 @@ from data.check.judgments import hash64
 from data.check.report import OtherData, Report
 from data.forms import PROMPT_KINDS
 from data.near_copies import nearest_copies
-from data.records import Document, Record, prompt_key, to_json
+from data.records import Document, Record, prompt_key
 from data.sources import Loaded, Source, read, records
 
 AT_ONCE = 20_000
@@ -38,7 +37,8 @@ class PromptTally:
         prompt = prompt_hash(record)
         if not isinstance(record, Document):
             self.prompts.add(prompt)
-        self.different.add(hash64(json.dumps(to_json(record) | {"id": ""}, sort_keys=True)))
+        content = [value for name, value in vars(record).items() if name != "id"]
+        self.different.add(hash64(repr(content)))
         return prompt
 
     def report(self, report: Report, duplicates: int) -> None:
@@ -98,7 +98,7 @@ def add_shared_prompts(
         key = prompt_hash(record)
         if key in prompts:
             shared[key] = location
-    leaks = []
+    leaks: list[str] = []
     rows = leaked = 0
     for location, record in found():
         rows += 1

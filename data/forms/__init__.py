@@ -36,7 +36,7 @@ from data.forms.oasst import OASST_DEMONSTRATIONS, OASST_PROMPTS, OASST_RANKINGS
 from data.forms.plain import PROMPT_COMPLETION, PROMPT_ONLY, RANKED_RESPONSES, SCORED_RESPONSES, TEXT
 from data.forms.preferences import BARE_PAIR_PROMPT, PAIRS
 from data.forms.questions import NATURAL_INSTRUCTIONS, QUESTION_FORMS
-from data.forms.refused import REFUSED
+from data.forms.refused import REFUSED, why_refused
 from data.forms.several_answers import FEW_KEYS, SEVERAL_ANSWERS
 from data.forms.templated_text import BAIZE, TRANSCRIPT
 from data.forms.two_answers import TWO_ANSWERS
@@ -90,6 +90,8 @@ FORMS["evaluation_prompts"] = FORMS["prompts"]
 
 STRING_KEY = {"documents": "text", "prompts": "prompt", "evaluation_prompts": "prompt"}
 """Kinds whose rows may be bare strings: the key that such a string is the value of."""
+MANY = 25
+"""Named forms of a kind that error lines list at most."""
 ANSWERED = ("rankings", "demonstrations")
 """Kinds whose rows hold a prompt with answers."""
 PROMPT_KINDS = ("prompts", "evaluation_prompts")
@@ -123,6 +125,8 @@ def form_of(kind: str, row: dict) -> Form | None:
         row: The row.
     """
     own = next((form for form in FORMS[kind] if is_of(form, row)), None)
+    if kind == "demonstrations" and own is not None and is_judged(own, row):
+        return None
     if kind not in PROMPT_KINDS or (own is not None and own.name):
         return own
     # A row with answers is read as what it is, and gives its prompt: more specific than {prompt}.
@@ -133,9 +137,23 @@ def form_of(kind: str, row: dict) -> Form | None:
     return own
 
 
+def is_judged(form: Form, row: dict) -> bool:
+    """Return whether a row says more than a demonstration: how good its answer is.
+
+    HelpSteer's {prompt, response, helpfulness, …} has the keys of {prompt, response}. As
+    demonstrations it would teach the bad answers too.
+
+    Args:
+        form: The form of the row as a demonstration.
+        row: The row.
+    """
+    rankings = (other for other in FORMS["rankings"] if other.name and set(form.needs) < set(other.needs))
+    return any(is_of(other, row) for other in rankings) and form not in FORMS["rankings"]
+
+
 def is_of(form: Form, row: dict) -> bool:
     """Return whether a row is of a form."""
-    return all(key in row for key in form.needs) and (form.fits is None or form.fits(row))
+    return row.keys() >= form.needed and (form.fits is None or form.fits(row))
 
 
 def why_unknown(kind: str, row: dict) -> str:
@@ -145,9 +163,11 @@ def why_unknown(kind: str, row: dict) -> str:
         kind: The kind of data.
         row: The row.
     """
-    nearest = max(
-        FORMS[kind], key=lambda form: (sum(key in row for key in form.needs) / len(form.needs), not form.name)
-    )
+    # A form that has all its keys here was no candidate for another reason, which the others say.
+    # Names of data sets are no help to somebody who misspelt a key of a ranking.
+    lacking = [form for form in FORMS[kind] if any(key not in row for key in form.needs)]
+    lacking = [form for form in lacking if not form.name or kind != "rankings"] or list(FORMS[kind])
+    nearest = max(lacking, key=lambda form: (sum(key in row for key in form.needs) / len(form.needs), not form.name))
     missing = next((key for key in nearest.needs if key not in row), None)
     if missing is None:
         return f"the keys {', '.join(row)} are no row of {kind}; expected {expected(kind)}"
@@ -156,6 +176,8 @@ def why_unknown(kind: str, row: dict) -> str:
         return f"the key '{missing}' is missing (is it '{similar[0]}'?); expected {expected(kind)}"
     for other in ("rankings", "demonstrations", "documents"):
         form = form_of(other, row) if other != kind else None
+        if form in REFUSED:
+            return why_refused(form, row)
         if form is not None:
             return f"the row is one of {other}: {form}; name the file as data.{other}, or give another one here"
     return f"the key '{missing}' is missing; expected {expected(kind)}; or name your keys (columns: {{{missing}: …}})"
@@ -164,5 +186,7 @@ def why_unknown(kind: str, row: dict) -> str:
 def expected(kind: str) -> str:
     """Return the forms that rows of a kind may have: our own by their keys, the others by name."""
     own = " or ".join(str(form) for form in FORMS[kind] if not form.name)
-    named = sorted({form.name for form in FORMS[kind] if form.name})
+    named = sorted({form.name for form in FORMS[kind] if form.name and "(not read)" not in form.name})
+    if len(named) > MANY:
+        return f"{own} or a row of one of {len(named)} data sets and tools (data/README.md lists them)"
     return f"{own} or a row of {', '.join(named)}" if named else own

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 Row = dict
 """A row of a file: an object with string keys."""
@@ -85,6 +86,11 @@ class Form:
     def keys_of(self, row: Row) -> set[str]:
         """Return the keys that the form reads in a row, whether the row has them or not."""
         return {*self.needs, *self.also, *(self.reads(row) if self.reads is not None else ())}
+
+    @cached_property
+    def needed(self) -> frozenset[str]:
+        """Return `needs` as a set: every row of a file is compared with every form."""
+        return frozenset(self.needs)
 
     def __str__(self) -> str:
         """Return name and keys, as in error lines: "hh-rlhf {chosen, rejected}"."""

@@ -110,6 +110,9 @@ def rankings_of(
         rows: All rows of the file, with their locations.
         options: What the source says.
     """
+    if key in options.ignore:
+        yield rows[0][0], ValueError(f"'{key}' makes the ranks of these rows, and cannot be ignored; name other data")
+        return
     prompts: dict[str, Answers] = {}
     for location, row in rows:
         try:

@@ -4,7 +4,8 @@ from functools import partial
 
 from data.forms.form import Form, Options, Row
 from data.forms.instructions import answered, read_history
-from data.forms.messages import SYSTEM_KEYS, Messages, read_messages, read_prompt, system_of
+from data.forms.messages import SYSTEM_KEYS, Messages, is_message, read_messages, read_prompt, system_of
+from data.forms.plain import read_reply
 from data.parsing import parse_text
 
 NAMES = {
@@ -45,7 +46,10 @@ def read_question(row: Row, key: str) -> str | Messages:
 
 def demonstration_of(question: str, answer: str, row: Row, options: Options) -> Row:
     """Read a question and its answer, under their keys."""
-    return answered(read_question(row, question), parse_text(row, answer))
+    prompt = read_question(row, question)
+    if not isinstance(row[answer], str):
+        return answered(prompt, read_reply(row, answer, prompt))
+    return answered(prompt, parse_text(row, answer))
 
 
 def prompt_of(question: str, row: Row, options: Options) -> Row:
@@ -54,9 +58,15 @@ def prompt_of(question: str, row: Row, options: Options) -> Row:
 
 
 def holds_texts(question: str, answer: str, row: Row) -> bool:
-    """Return whether both values are texts, or null: other values are another data set's."""
-    is_prompt = isinstance(row[question], str | None) or (question == "prompt" and isinstance(row[question], list))
-    return is_prompt and isinstance(row[answer], str | None)
+    """Return whether both values are texts, messages or null: others are another data set's."""
+    return is_text(row[question]) and is_text(row[answer])
+
+
+def is_text(value: object) -> bool:
+    """Return whether a value is a text, messages {role, content}, or null."""
+    if isinstance(value, list):
+        return len(value) > 0 and all(is_message(message) for message in value)
+    return value is None or isinstance(value, str) or is_message(value)
 
 
 def question_form(question: str, answer: str, name: str) -> Form:

@@ -19,6 +19,20 @@ def refusal(problem: str) -> Callable[[Row, Options], Row]:
     return convert
 
 
+def why_refused(form: Form, row: Row) -> str:
+    """Return the error text of a form that is refused.
+
+    Args:
+        form: One of REFUSED.
+        row: A row of it.
+    """
+    try:
+        form.convert(row, Options())
+    except ValueError as error:
+        return str(error)
+    raise AssertionError(f"{form.name} is not refused")
+
+
 def has_steps(row: Row) -> bool:
     """Return whether `completions` and `labels` are lists of steps and their judgments."""
     return isinstance(row["completions"], list) and isinstance(row["labels"], list)

@@ -6,7 +6,8 @@ from data.forms.form import Form, LeftOut, Options, Row
 from data.forms.learnt import taught
 from data.forms.messages import up_to_last
 from data.parsing import parse_text
-from data.templated import is_transcript, template_of, turns_in
+from data.templated import BAIZE as BAIZE_TEMPLATE
+from data.templated import is_transcript, template_of, turns_in, turns_of_template
 
 BAIZE_MARKER = "[|Human|]"
 BAIZE_END = re.compile(r"\s*\[\|Human\|\]\s*$")
@@ -31,7 +32,7 @@ def messages_of(row: Row, options: Options) -> list[Row]:
     if "text" in row:
         messages = turns_in(row["text"], "text", options.templated)
     else:  # Baize has this one template, so that nobody need say what to do with it
-        messages = turns_in(BAIZE_END.sub("", parse_text(row, "input")), "input", "strip")
+        messages = turns_of_template(BAIZE_END.sub("", parse_text(row, "input")), "input", BAIZE_TEMPLATE)
     if messages is None:
         raise ValueError("the text is no conversation in a chat template; name the file as data.documents")
     return messages

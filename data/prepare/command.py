@@ -153,7 +153,7 @@ def print_outcome(folder: Path, outcome: Outcome, settings: Settings, out: TextI
     lines += [("kind", f"{label}: {number:,} rows") for label, number in sorted(labels.items())]
     if settings.personal != "off":
         found = ", ".join(f"{what} {number:,}" for what, number in sorted(outcome.personal.items()))
-        lines.append(("personal data", f"{found or 'none found'} ({PERSONAL[settings.personal]})"))
+        lines.append(("personal data", f"{found} ({PERSONAL[settings.personal]})" if found else "none found"))
     lines.append(("written", f"{folder}/prepared.yaml, ledger.jsonl, personal_data.jsonl, manifest.json"))
     width = max(len(label) for label, _ in lines)
     for label, text in lines:

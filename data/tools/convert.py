@@ -67,7 +67,7 @@ def run(
     write_jsonl(output, writing.records(opened))
     for one in opened:
         report = Report(one.source.name, one.kind)
-        add_rows(report, one.loaded)
+        add_rows(report, one.loaded, one.source)
         if one.loaded.duplicates:
             report.add("duplicates", f"{one.loaded.duplicates:,} prompts that came before")
         for line in report.lines()[:-1]:  # without the number of errors, as there are none

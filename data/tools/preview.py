@@ -128,7 +128,7 @@ def first_documents(
     found: Iterator[tuple[str, Record]], tokenizer: PreTrainedTokenizerBase, tokens: int
 ) -> list[tuple[str, Record]]:
     """Return the first documents that have so many tokens together."""
-    chosen = []
+    chosen: list[tuple[str, Record]] = []
     for location, record in found:
         assert isinstance(record, Document)
         chosen.append((location, record))

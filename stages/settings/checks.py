@@ -75,9 +75,11 @@ def errors_in_head(kind: str, source: sources.Source) -> list[str]:
 
 def reader_source(source: Source) -> sources.Source:
     """Return a source of the pipeline as the reader in `data` takes it."""
-    fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(source) if f.name not in ("reading", "parts")}
-    reading = {name: tuple(value) if isinstance(value, list) else value for name, value in source.reading.items()}
-    return sources.Source(**fields, **reading, parts=tuple(reader_source(part) for part in source.parts))
+    names = [field.name for field in dataclasses.fields(source) if field.name not in ("reading", "parts")]
+    settings: dict[str, Any] = {name: getattr(source, name) for name in names}
+    for name, value in source.reading.items():
+        settings[name] = tuple(value) if isinstance(value, list) else value
+    return sources.Source(**settings, parts=tuple(reader_source(part) for part in source.parts))
 
 
 def context_of(config: dict[str, Any]) -> int | None:

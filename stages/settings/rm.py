@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
 
 METRICS = {
-    "loss": "ranking loss per prompt, in nats, of this step's batch",
+    "loss": "ranking loss per prompt, in nats, of this step's batch (weighted as ranking_weight says)",
     "accuracy": "fraction of pairs whose preferred response scores higher, averaged over prompts (evaluations.jsonl: "
     "over all held-out pairs; equal scores count half)",
     "margin": "mean score difference between the preferred and the other response",
@@ -30,6 +30,11 @@ class RMSettings(PreferenceTraining):
     gradient_accumulation_steps: int = setting(2, f"{ACCUMULATION} (the paper: 64 prompts per step)", ge=1)
     loss_type: Literal["sigmoid", "plackett_luce"] = setting(
         "sigmoid", "sigmoid: all pairs of a ranking (the paper); plackett_luce: the likelihood of the whole order"
+    )
+    ranking_weight: Literal["equal", "choices"] = setting(
+        "equal",
+        "weight of a ranking in the loss. equal: every prompt counts the same (the paper); choices: K − 1, the choices "
+        "that a ranking of K responses states, so that many pairs do not drown a few long rankings",
     )
     label_smoothing: float = setting(0.0, "assumed fraction of flipped labels (only with sigmoid)", ge=0, lt=0.5)
     margin_coef: float = setting(

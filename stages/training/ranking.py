@@ -111,10 +111,15 @@ def loss_of(c: RMSettings, batch: GroupBatch, scores: Tensor, prompts: int) -> T
         scores: Score of each response, (N,).
         prompts: Prompts of the batch.
     """
+    pair_weights, choice_weights = batch.pair_weights, batch.choice_weights
+    if c.ranking_weight == "choices":
+        # a choice weighs 1 / (K − 1) of its ranking, so this makes every choice weigh 1
+        pair_weights = pair_weights / choice_weights[batch.choice]
+        choice_weights = torch.ones_like(choice_weights)
     if c.loss_type == "plackett_luce":
-        return plackett_luce_loss(scores, batch.winners, batch.losers, batch.choice, batch.choice_weights, prompts)
+        return plackett_luce_loss(scores, batch.winners, batch.losers, batch.choice, choice_weights, prompts)
     margins = c.margin_coef * batch.pair_margins
-    return ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights, prompts, margins, c.label_smoothing)
+    return ranking_loss(scores, batch.winners, batch.losers, pair_weights, prompts, margins, c.label_smoothing)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.forms import FORMS
+from data.forms import FORMS, is_of
 from data.sources import Source, load
 
 README = Path(__file__).parents[2] / "data" / "README.md"
@@ -26,7 +26,7 @@ def test_every_form_of_our_own_has_an_example_row():
         if kind == "evaluation_prompts":
             continue
         rows = [json.loads(line) for name, line in ROWS if name == kind]
-        taken = {next(form for form in forms if set(form.needs) <= row.keys()) for row in rows if isinstance(row, dict)}
+        taken = {next(form for form in forms if is_of(form, row)) for row in rows if isinstance(row, dict)}
         missing = [str(form) for form in forms if form not in taken and not form.name]
         assert missing in ([], ["{conversations, system?}"]), kind  # as prompts: like messages
 

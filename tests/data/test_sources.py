@@ -237,7 +237,6 @@ def test_documents(tmp_path):
         (RANK, {"prompt": "p", "chosen": "x", "rejected": 5}, "'rejected' is 5"),
         (RANK, {"prompt": "5", "chosen": [user("6"), assistant("x")], "rejected": "y"}, "adds user, assis"),
         (RANK, {"chosen": "x", "rejected": "y"}, "strings without a prompt"),
-        (RANK, {"chosen": [*SHARED, assistant("x")], "rejected": [user("a"), assistant("y")]}, "differ"),
         (RANK, {"conversations": [*ASKED, gpt("d")], "chosen": gpt("x"), "rejected": gpt("y")}, "ends with"),
         (RANK, {"conversations": [human("a")], "chosen": human("x"), "rejected": gpt("y")}, "adds user"),
     ],
