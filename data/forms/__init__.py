@@ -95,6 +95,10 @@ MANY = 25
 ANSWERED = ("rankings", "demonstrations")
 """Kinds whose rows hold a prompt with answers."""
 PROMPT_KINDS = ("prompts", "evaluation_prompts")
+MOST_KEPT = 1000
+"""Sets of keys for which the forms that fit are kept."""
+_CANDIDATES: dict[tuple[str, frozenset[str]], tuple[tuple[Form, ...], tuple[Form, ...]]] = {}
+"""Kind and keys of a row → all forms of the kind at that time, and those whose keys the row has."""
 
 
 def recognise(kind: str, value: object) -> tuple[Form, dict]:
@@ -124,7 +128,7 @@ def form_of(kind: str, row: dict) -> Form | None:
         kind: The kind of data.
         row: The row.
     """
-    own = next((form for form in FORMS[kind] if is_of(form, row)), None)
+    own = next((form for form in candidates(kind, row) if form.fits is None or form.fits(row)), None)
     if kind == "demonstrations" and own is not None and is_judged(own, row):
         return None
     if kind not in PROMPT_KINDS or (own is not None and own.name):
@@ -135,6 +139,25 @@ def form_of(kind: str, row: dict) -> Form | None:
         if answered is not None:
             return answered if answered.name else own
     return own
+
+
+def candidates(kind: str, row: dict) -> tuple[Form, ...]:
+    """Return the forms of a kind whose keys a row has all, in their order.
+
+    Nearly all rows of a file have the same keys, so the answers are kept.
+
+    Args:
+        kind: The kind of data.
+        row: The row.
+    """
+    keys = (kind, frozenset(row))
+    forms, found = _CANDIDATES.get(keys, ((), ()))
+    if forms is not FORMS[kind]:
+        found = tuple(form for form in FORMS[kind] if row.keys() >= form.needed)
+        if len(_CANDIDATES) >= MOST_KEPT:
+            _CANDIDATES.clear()
+        _CANDIDATES[keys] = FORMS[kind], found
+    return found
 
 
 def is_judged(form: Form, row: dict) -> bool:
