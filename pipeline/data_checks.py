@@ -18,7 +18,7 @@ from pipeline.chain import Chain, print_line
 from pipeline.fingerprints import sources
 from pipeline.stage import Source
 from pipeline.store import files, integrity
-from pipeline.store.digests import compute_sha256
+from pipeline.store.digests import code_sha256
 from pipeline.store.hub import HubName, cached_commits
 from pipeline.tracking import ProgressLine, format_duration
 
@@ -103,7 +103,7 @@ class DataChecks:
             if not self._is_reached(source):
                 return self._unreached(kind, source)
         made_of = {key: item for key, item in record.items() if key not in ("rows", "sha256")}
-        key = integrity.sha256_json([kind, content, made_of, compute_sha256(READER)])
+        key = integrity.sha256_json([kind, content, made_of, code_sha256(READER)])
         if key not in self._found and content is not None and key in self._remembered():
             self._found[key] = []
         if key not in self._found:

@@ -100,15 +100,15 @@ FORMS["evaluation_prompts"] = FORMS["prompts"]
 
 STRING_KEY = {"documents": "text", "prompts": "prompt", "evaluation_prompts": "prompt"}
 """Kinds whose rows may be bare strings: the key that such a string is the value of."""
-MOST_KEPT = 500
-"""Sets of keys of which the forms are kept."""
-_CANDIDATES: dict[tuple[str, frozenset[str]], tuple[tuple[Form, ...], tuple[Form, ...]]] = {}
-"""Kind and keys → all forms of the kind, and those that need no other keys."""
 MANY = 40
 """Named forms of a kind that error lines list at most."""
 ANSWERED = ("rankings", "demonstrations")
 """Kinds whose rows hold a prompt with answers."""
 PROMPT_KINDS = ("prompts", "evaluation_prompts")
+MOST_KEPT = 1000
+"""Sets of keys for which the forms that fit are kept."""
+_CANDIDATES: dict[tuple[str, frozenset[str]], tuple[tuple[Form, ...], tuple[Form, ...]]] = {}
+"""Kind and keys of a row → all forms of the kind at that time, and those whose keys the row has."""
 
 
 def recognise(kind: str, value: object) -> tuple[Form, dict]:
@@ -151,6 +151,25 @@ def form_of(kind: str, row: dict) -> Form | None:
     return own
 
 
+def candidates(kind: str, row: dict) -> tuple[Form, ...]:
+    """Return the forms of a kind whose keys a row has all, in their order.
+
+    Nearly all rows of a file have the same keys, so the answers are kept.
+
+    Args:
+        kind: The kind of data.
+        row: The row.
+    """
+    keys = (kind, frozenset(row))
+    forms, found = _CANDIDATES.get(keys, ((), ()))
+    if forms is not FORMS[kind]:
+        found = tuple(form for form in FORMS[kind] if row.keys() >= form.needed)
+        if len(_CANDIDATES) >= MOST_KEPT:
+            _CANDIDATES.clear()
+        _CANDIDATES[keys] = FORMS[kind], found
+    return found
+
+
 def is_judged(form: Form, row: dict) -> bool:
     """Return whether a row says more than a demonstration: how good its answer is.
 
@@ -163,25 +182,6 @@ def is_judged(form: Form, row: dict) -> bool:
     """
     more = [other for other in candidates("rankings", row) if other.name and set(form.needs) < set(other.needs)]
     return any(other.fits is None or other.fits(row) for other in more)
-
-
-def candidates(kind: str, row: dict) -> tuple[Form, ...]:
-    """Return the forms of a kind all of whose keys a row has.
-
-    The rows of a file mostly have the same keys, so the answer for some keys is kept.
-
-    Args:
-        kind: The kind of data.
-        row: The row.
-    """
-    keys = (kind, frozenset(row))
-    kept = _CANDIDATES.get(keys)
-    if kept is None or kept[0] is not FORMS[kind]:
-        if len(_CANDIDATES) >= MOST_KEPT:
-            _CANDIDATES.clear()
-        kept = FORMS[kind], tuple(form for form in FORMS[kind] if all(key in row for key in form.needs))
-        _CANDIDATES[keys] = kept
-    return kept[1]
 
 
 def is_of(form: Form, row: dict) -> bool:

@@ -143,3 +143,10 @@ def count_rows(path: Path) -> int | None:
         with open(file, "rb") as lines:
             rows += sum(1 for line in lines if line.strip())
     return rows
+
+
+def code_sha256(folder: Path) -> str:
+    """Return the SHA-256 of the names and digests of the Python files below a folder."""
+    return integrity.sha256_json(
+        {str(path.relative_to(folder)): integrity.sha256_file(path) for path in sorted(folder.rglob("*.py"))}
+    )

@@ -21,7 +21,7 @@ from data.length_limit import LengthLimiter, LengthReport
 from pipeline.launch import parallel
 from pipeline.store import files, integrity
 from pipeline.store.cache import Cache
-from pipeline.store.digests import compute_sha256
+from pipeline.store.digests import code_sha256
 from pipeline.tracking import Tracker
 
 READER = Path(__file__).parents[2] / "data"
@@ -79,7 +79,7 @@ class GroupCache:
             for path in sorted(self.tokenizer.iterdir())
             if path.is_file() and path.suffix not in WEIGHTS
         }
-        return [own, compute_sha256(READER), version("transformers"), version("tokenizers")]
+        return [own, code_sha256(READER), version("transformers"), version("tokenizers")]
 
     def _path(self, name: str, kind: str) -> Path:
         return self.cache.folder / f"{name}.{kind}"

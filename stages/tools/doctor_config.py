@@ -34,9 +34,8 @@ def check_config(experiment: Any) -> Iterator[Line]:
     hub_ids = [model] if model is not None and is_hub_id(model) else []
     for kind in KINDS:
         yield check_data(experiment, kind)
-        path = data_path(experiment, kind)
-        if path not in (None, "world") and is_hub_id(path):
-            hub_ids.append(path)
+        paths = (data_path(experiment, kind) or "world").split(" + ")
+        hub_ids += [path for path in paths if path != "world" and is_hub_id(path)]
     if hub_ids and is_set("HF_HUB_OFFLINE"):
         found = f"HF_HUB_OFFLINE is set, and the config names {', '.join(hub_ids)}"
         yield Line(BAD, "the Hub", found, "unset HF_HUB_OFFLINE")
@@ -58,6 +57,7 @@ def check_model(name: str | None) -> Line:
 def check_data(experiment: Any, kind: str) -> Line:
     """Check where the records of one kind come from, and the first rows of a file."""
     from pipeline.config.sections import is_hub_id
+    from pipeline.store.digests import is_glob
     from stages.settings.checks import unreadable_files
 
     what, path = f"data.{kind}", data_path(experiment, kind)
@@ -67,19 +67,26 @@ def check_data(experiment: Any, kind: str) -> Line:
         return Line(NOTE, what, "none")
     if path == "world":
         return Line(GOOD, what, "written by the stage world")
-    if is_hub_id(path):
+    paths = path.split(" + ")
+    if all(map(is_hub_id, paths)):
         return Line(GOOD, what, f"{path} from the Hub")
-    if not Path(path).expanduser().exists():
-        remedy = f"set {what} to a file; `rlhf data check -c CONFIG` checks all that are named"
-        return Line(BAD, what, f"{path} does not exist", remedy)
+    for name in paths:
+        if not is_hub_id(name) and not is_glob(Path(name)) and not Path(name).expanduser().exists():
+            remedy = f"set {what} to a file; `rlhf data check -c CONFIG` checks all that are named"
+            return Line(BAD, what, f"{name} does not exist", remedy)
     problems = unreadable_files(experiment, [kind])
     if problems:
-        remedy = f"correct the file; `rlhf data check {path} --kind {kind} -c CONFIG` checks all of it"
+        remedy = f"correct the file; `rlhf data check {' '.join(paths)} --kind {kind} -c CONFIG` checks all of it"
         return Line(BAD, what, "\n".join(problems), remedy)
     return Line(GOOD, what, path)
 
 
 def data_path(experiment: Any, kind: str) -> str | None:
-    """Return the path, Hub id or "world" that the config names for a kind; None without one."""
+    """Return the path, Hub id or "world" that the config names for a kind; None without one.
+
+    Those of a mixture have " + " between them.
+    """
     source = getattr(experiment.data, kind)
+    if isinstance(source, list):
+        return " + ".join(getattr(part, "path", part) for part in source)
     return getattr(source, "path", source)

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.store import digests
-from pipeline.store.digests import Digests
+from pipeline.store.digests import Digests, code_sha256
 
 
 @pytest.fixture
@@ -77,3 +77,15 @@ def test_an_unreadable_or_changing_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(digests, "compute_sha256", lambda path: path.write_text("more"))
     with pytest.raises(UserError, match="growing: is being written; run again when that is done"):
         Digests().facts(file)
+
+
+def test_the_digest_of_code_is_that_of_its_python_files(tmp_path):
+    for name in ("a.py", "room/b.py", "room/__pycache__/b.pyc", "README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    before = code_sha256(tmp_path)
+    for name in ("room/__pycache__/b.pyc", "README.md"):
+        (tmp_path / name).write_text("other")
+    assert code_sha256(tmp_path) == before
+    (tmp_path / "room/b.py").write_text("other")
+    assert code_sha256(tmp_path) != before

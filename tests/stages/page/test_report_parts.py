@@ -124,6 +124,19 @@ class TestExperiment:
             row = next(row for row in table.rows if row[0].text == "demonstrations")
             assert (row[2].text, row[2].small) == (str(rows), "of 1,234 in the file")
 
+    def test_a_mixture_shows_its_parts_and_how_they_were_read(self, tmp_path):
+        ctx = fake_run(tmp_path, world=False, gold=False)
+        parts = {
+            "1": {"path": "/d/some.jsonl", "rows": 1000, "limit": 10, "weight": 0.5},
+            "2": {"path": "/d/more.jsonl", "rows": 234, "columns": {"prompt": "q"}, "tie_within": 0.5},
+        }
+        mixture = {"path": "/d/some.jsonl + /d/more.jsonl", "parts": parts}
+        ctx.manifests["sft"]["config"]["data"] = {"demonstrations": mixture}
+        row = next(row for row in data_table(ctx.manifests, results_of(ctx)).rows if row[0].text == "demonstrations")
+        assert row[1].text == "some.jsonl + more.jsonl"
+        assert row[1].small == "at most 10 rows, weight 0.5 + columns prompt: q, scores within 0.5 tied"
+        assert (row[2].text, row[2].small) == ("95 used", "of 1,234 in the file")
+
     def test_every_setting_that_differs_is_listed_and_no_other(self, tmp_path):
         ctx = fake_run(tmp_path)
         table = settings_table(ctx.manifests, defaults_of(type(ctx.experiment)))

@@ -116,6 +116,22 @@ def test_a_card_names_model_data_settings_and_figures_and_no_path(tmp_path):
     assert ModelCard(text).data.datasets == ["org/prompts"] and ModelCard(text).data.base_model is None
 
 
+def test_a_mixture_is_named_with_its_parts_and_how_they_were_read(tmp_path):
+    parts = {
+        "1": {"path": str(tmp_path / "own.jsonl"), **TOTAL, "where": {"lang": "en"}, "weight": 2.0},
+        "2": {"path": "org/set", "revision": "abcdef0123", **TOTAL, "by": "helpfulness", "on_bad_row": "drop"},
+    }
+    data = {"demonstrations": {"path": "own.jsonl + org/set", "parts": parts}}
+    text = card(provenance("sft", data=data), "a policy", ANSWER)
+    ((_, where, rows, _),) = rows_of(text, "Data")
+    assert where.replace("`", "") == (
+        "own.jsonl (where lang: en; weight 2) + org/set train abcdef0 (judged by helpfulness; bad rows dropped)"
+    )
+    assert rows == "120" and ModelCard(text).data.datasets == ["org/set"] and str(tmp_path) not in text
+    parts["2"]["rows"] = None  # not counted before it is read
+    assert rows_of(card(provenance("sft", data=data), "a policy", ANSWER), "Data")[0][2] == "–"
+
+
 def test_a_section_of_defaults_that_is_null_by_default_is_listed_as_one(tmp_path):
     of = provenance(
         "sft", sft_settings.SFTSettings(ppo_init={}), ModelSettings(name_or_path=str(tmp_path), peft={}), seed=0

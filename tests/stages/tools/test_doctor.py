@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from pipeline.config.sections import DataSource
 from pipeline.errors import UserError
 from stages.models.loading import packaged_gguf
 from stages.tools import doctor, doctor_checks, doctor_config, doctor_machine
@@ -125,6 +126,16 @@ def test_config_names_its_sources_and_what_is_wrong_with_them(tmp_path):
     refused = lines["data.evaluation_prompts"]
     assert refused.mark == doctor_checks.BAD and refused.found.startswith(f"{bad}:1: 'prompt' is blank; ")
     assert lines["data.demonstrations"].mark == doctor_checks.BAD and "from the Hub" in lines["data.rankings"].found
+
+
+def test_the_parts_of_a_mixture_are_named(tmp_path):
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"prompt": "name a fox"}\n')
+    mixture = [str(mine), DataSource(path="org/set", weight=2)]
+    line = look(doctor_config.check_config, experiment(data__prompts=mixture))["data.prompts"]
+    assert (line.mark, line.found) == (doctor_checks.GOOD, f"{mine} + org/set")
+    gone = look(doctor_config.check_config, experiment(data__prompts=[str(mine), "gone.jsonl"]))["data.prompts"]
+    assert (gone.mark, gone.found) == (doctor_checks.BAD, "gone.jsonl does not exist")
 
 
 def test_offline_and_a_hub_id_do_not_go_together(monkeypatch):
