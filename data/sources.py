@@ -327,10 +327,7 @@ def stream(kind: str, source: Source, loaded: Loaded) -> Generator[tuple[str, Re
             continue  # it has errors, which say more
         taken[part] += 1
         location, record = item
-        if isinstance(record, Ranking):
-            record = replace(record, id=unused_id(record.id, seen))
-            seen.add(record.id, location)
-        yield location, record
+        yield location, with_source(record, source.parts[part].label, location, seen)
     for rest, own in zip(streams, counts, strict=True):
         for _ in rest:  # to the end, for its counts and errors
             pass
@@ -382,38 +379,34 @@ def mix_parts(source: Source, parts: list[Loaded]) -> Loaded:
         source: The mixture.
         parts: What was read of each part.
     """
-    ids: set[str] = set()
-    for own, part in zip(source.parts, parts, strict=True):
-        part.records = [with_source(record, own.label, ids) for record in part.records]
     chosen = mix([len(part.records) for part in parts], [part.weight for part in source.parts])
-    whole = Loaded(
-        records=[parts[part].records[i] for part, i in chosen],
-        locations=[parts[part].locations[i] for part, i in chosen],
-    )
-    for part in parts:
-        add_counts(whole, part)
+    whole, seen = Loaded(), Seen()
+    for part, i in chosen:
+        location, record = parts[part].locations[i], parts[part].records[i]
+        whole.locations.append(location)
+        whole.records.append(with_source(record, source.parts[part].label, location, seen))
+    for read_part in parts:
+        add_counts(whole, read_part)
     return whole
 
 
-def with_source(record: Record, label: str, ids: set[str]) -> Record:
+def with_source(record: Record, label: str, location: str, seen: Seen) -> Record:
     """Return a ranking of a mixture with its source and an id of its own; other records unchanged.
 
     A ranking that names a source of its own keeps it. Files that number their rows use the same
-    ids: the later ranking's id gets the source's name in front.
+    ids: the later ranking gets another one.
 
     Args:
         record: The record.
         label: The name of the source.
-        ids: The ids of the rankings before it; this one's is added.
+        location: Where the record is.
+        seen: The ids of the rankings before it; this one's is added.
     """
     if not isinstance(record, Ranking):
         return record
-    name = record.id if record.id not in ids else f"{label}-{record.id}"
-    copies = (f"{name}-{copy}" for copy in count(2))
-    while name in ids:
-        name = next(copies)
-    ids.add(name)
-    return replace(record, id=name, source=record.source or label)
+    record = replace(record, id=unused_id(record.id, seen), source=record.source or label)
+    seen.add(record.id, location)
+    return record
 
 
 def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = None) -> Generator[tuple[str, Record]]:
