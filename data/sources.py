@@ -528,7 +528,8 @@ class RowReader:
         if self.kind == "rankings" and self.source.by is not None:
             refuse_other_judgments(form, self.source.by)
         self.loaded.forms["a plain string" if isinstance(value, str) else str(form)] += 1
-        self.loaded.unread.update(set(row) - form.keys_of(row) - set(METADATA))
+        known = form.keys_of(row)
+        self.loaded.unread.update(key for key in row if key not in known and key not in METADATA)
         return form, row
 
     def _convert(self, form: Form, row: dict, options: Options) -> list[dict | LeftOut]:

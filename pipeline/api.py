@@ -1,6 +1,7 @@
 """Load experiments and bring stages up to date: the core of `rlhf run`, also for Python code.
 
-Of this package only this file, `commands.py` and `init.py` import the stages or the data room.
+Of this package only this file, `commands.py`, `data_commands.py` and `init.py` import the stages or
+the data room.
 Imports are late: environment variables must be set before torch is imported.
 """
 

@@ -130,23 +130,26 @@ def prepared(arguments: argparse.Namespace, action: str) -> tuple[Any, list[Any]
                 f"command line: {arguments.reading[0]!r} says how a file is read, and no FILE is given; give one, or "
                 f"set it in the config (data.rankings.{arguments.reading[0].partition('.')[0]})"
             )
-    return experiment, [input_of(text, reading) for text in arguments.file]
+    is_look = action in ("check", "preview", "stats")
+    return experiment, [input_of(text, reading, is_look) for text in arguments.file]
 
 
-def input_of(text: str, reading: dict[str, Any]) -> Any:
+def input_of(text: str, reading: dict[str, Any], is_look: bool) -> Any:
     """Return an input of the command line: where it is, and how it is read.
 
     Args:
         text: A path, a glob or the id of a data set on the Hub.
         reading: Settings of a source that are given.
+        is_look: Whether the first rows of a data set on the Hub will do.
     """
     sources = importlib.import_module("data.sources")
     config = importlib.import_module("data.check.config")
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in reading.items()}
     if is_hub_id(text):
-        source = sources.Source(hub=text, **settings)
-        looks = "limit" in settings
-        return config.Input(source, tuple(settings), None if looks else HUB_ROWS)
+        if not is_look or "limit" in settings:
+            return config.Input(sources.Source(hub=text, **settings), tuple(settings), None)
+        source = sources.Source(hub=text, **settings, limit=HUB_ROWS)  # with a limit it is streamed
+        return config.Input(source, tuple(settings), HUB_ROWS)
     return config.Input(sources.Source(path=Path(text).expanduser(), **settings), tuple(settings), None)
 
 

@@ -32,7 +32,7 @@ from stages.settings.training import total_steps
 from stages.shared.cards import ANSWER, ModelCard
 from stages.shared.disk import say_written
 from stages.shared.group_cache import GroupCache
-from stages.shared.inputs import LengthLimit, load_groups
+from stages.shared.inputs import LengthLimit, load_groups, published
 from stages.shared.provenance import Provenance, provenance_of
 from stages.shared.publishing import adapter_base, publish_model
 from stages.shared.runtime import (
@@ -138,7 +138,7 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
     trainee = trainee_of(config, policy, steps)
     say_written(session, provenance, [policy], [policy], steps, sets=int(config.keep == "best"))
     objective = Objective(config, policy, pad_id, runtime)
-    shown = [r.prompt for r in sources.load("rankings", sources.Source(path=rankings / "validation.jsonl", limit=4))]
+    shown = [r.prompt for r in sources.load("rankings", replace(published(rankings / "validation.jsonl"), limit=4))]
 
     def loss(rows: list[int], batch: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
         tokens = sum(tokens_first(groups[i]) for i in batch)

@@ -32,7 +32,7 @@ from stages.rollouts.transformers import Decoding, sample
 from stages.settings.checks import reader_source
 from stages.settings.experiment import Experiment
 from stages.settings.rankings import RankingsSettings
-from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, read_world
+from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, published, read_world
 from stages.shared.runtime import Runtime, can_pack_rows, check_context, make_accelerator, runtime_of
 from stages.shared.source_words import recorded_rows
 from stages.training.batching import micro_batches
@@ -184,7 +184,7 @@ def split_given(source: Source, fraction: float, folder: Path, session: Session,
         for line, held in zip(lines, is_held_out, strict=True):
             (second if held else first).write(line)
     whole.unlink()
-    again = sources.records("rankings", sources.Source(path=validation), sources.Loaded())
+    again = sources.records("rankings", published(validation), sources.Loaded())
     return {
         "rankings": len(positions),
         "pairs": sum(pairs),

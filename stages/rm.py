@@ -46,7 +46,7 @@ from stages.shared.cards import SCORE, ModelCard
 from stages.shared.data_notes import DataNotes
 from stages.shared.disk import say_written
 from stages.shared.group_cache import GroupCache
-from stages.shared.inputs import LengthLimit, load_groups, load_records, read_world
+from stages.shared.inputs import LengthLimit, load_groups, load_records, published, read_world
 from stages.shared.provenance import Provenance, provenance_of
 from stages.shared.publishing import adapter_base, publish_model
 from stages.shared.runtime import (
@@ -195,7 +195,7 @@ def load_data(
     limit = LengthLimit(config.max_length, config.on_too_long, "rm")
     groups, report = load_groups(rankings / "train.jsonl", tokenizer, limit, cache)
     held_groups, held_report = load_groups(rankings / "validation.jsonl", tokenizer, limit, cache)
-    validation = sources.load("rankings", sources.Source(path=rankings / "validation.jsonl"))
+    validation = sources.load("rankings", published(rankings / "validation.jsonl"))
     return Data(
         groups=groups,
         held_out=HeldOut(held_groups, validation, clusters_of(validation, world)),

@@ -71,17 +71,19 @@ class Context:
     """Which tokenizer it is, or why there is none."""
 
     @classmethod
-    def of(cls, experiment: Any, artifacts: str | Path) -> Context:
+    def of(cls, experiment: Any, artifacts: str | Path, tokenizer: bool = True) -> Context:
         """Return what a config says.
 
         Args:
             experiment: The validated config, or None.
             artifacts: The folder of all experiments.
+            tokenizer: Whether the tokenizer is needed, which takes seconds to load.
         """
         if experiment is None:
             return cls()
         home = Path(artifacts) / experiment.name
-        return cls(experiment, sources_of(experiment, home), *tokenizer_of(experiment, home))
+        sources = sources_of(experiment, home)
+        return cls(experiment, sources, *tokenizer_of(experiment, home)) if tokenizer else cls(experiment, sources)
 
     def limits(self, kind: str | None) -> Limits:
         """Return the limits that hold for a kind of data."""
@@ -102,6 +104,8 @@ class Context:
             part = next((part for part in other.parts or (other,) if same_data(source, part)), None)
             if part is not None and kind in (None, name):  # the config says how it is read
                 own = {setting: getattr(source, setting) for setting in given.given}
+                if given.max_rows is not None and part.limit is None:
+                    own["limit"] = source.limit
                 source, kind = replace(part, **own), name
         return source, kind or guess_kind(source)
 

@@ -6,6 +6,7 @@ neither its class nor the stages' settings.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, fields, replace
 from glob import has_magic
 from pathlib import Path
@@ -133,12 +134,15 @@ def tokenizer_of(experiment: Any, home: Path) -> tuple[PreTrainedTokenizerBase |
     if template is not None or variables is not None:
         folders.reverse()  # base's tokenizer may be older than these settings
     folder = next((folder for folder in folders if folder.is_dir()), None)
+    options: dict[str, str] = {}
+    if folder is None and model_name and (packaged := packaged_gguf(model_name)) is not None:
+        folder, options = packaged.parent, {"gguf_file": packaged.name}
     if folder is None:
         return None, "none on this machine yet (`base` publishes it); lengths are in words"
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
         if folder != published:
             prepare_as_base_does(tokenizer, template, variables)
     except Exception as error:  # the tokenizers library raises nothing finer, and a template anything
@@ -146,6 +150,23 @@ def tokenizer_of(experiment: Any, home: Path) -> tuple[PreTrainedTokenizerBase |
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         return None, f"{folder} has no chat template or no EOS; lengths are in words"
     return tokenizer, str(folder)
+
+
+def packaged_gguf(name: str) -> Path | None:
+    """Return the gguf file of a model that an installed Python package carries.
+
+    Args:
+        name: The value of model.name_or_path, package:NAME for example.
+
+    Returns:
+        The file; None if the name is no package, or it is not installed.
+    """
+    if not name.startswith("package:"):
+        return None
+    spec = importlib.util.find_spec(name.removeprefix("package:").replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return next(Path(next(iter(spec.submodule_search_locations))).glob("*.gguf"), None)
 
 
 def prepare_as_base_does(tokenizer: PreTrainedTokenizerBase, template: str | None, variables: dict | None) -> None:

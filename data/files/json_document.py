@@ -231,8 +231,14 @@ def is_split_orient(value: dict) -> bool:
     )
 
 
+CONVERSATIONS = {"messages", "conversations", "conversation", "dialogue", "dialog", "contents"}
+"""Keys of a whole conversation: alone, such a list is a row and no column."""
+
+
 def is_column_lists(value: dict) -> bool:
     """Return whether all values are lists, and none is a conversation: then they are columns."""
+    if set(value) & CONVERSATIONS and len(value) == 1:
+        return False  # one row whose conversation is a list of texts, or of pairs
     return all(isinstance(column, list) and column and not is_message(column[0]) for column in value.values())
 
 

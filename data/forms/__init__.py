@@ -22,6 +22,7 @@ from data.forms.instructions import (
 from data.forms.label_studio import LABEL_STUDIO
 from data.forms.marked import MARKED_DEMONSTRATIONS, MARKED_RANKINGS
 from data.forms.messages import (
+    CONTENTS_DEMONSTRATION,
     CONVERSATION_DEMONSTRATION,
     DATA_DEMONSTRATION,
     DIALOG_DEMONSTRATION,
@@ -33,7 +34,7 @@ from data.forms.messages import (
     SHAREGPT_PROMPT,
 )
 from data.forms.oasst import OASST_DEMONSTRATIONS, OASST_PROMPTS, OASST_RANKINGS
-from data.forms.plain import PROMPT_COMPLETION, PROMPT_ONLY, RANKED_RESPONSES, SCORED_RESPONSES, TEXT
+from data.forms.plain import PROMPT_COMPLETION, PROMPT_ONLY, RANKED_RESPONSES, RULED_PROMPT, SCORED_RESPONSES, TEXT
 from data.forms.preferences import BARE_PAIR_PROMPT, PAIRS
 from data.forms.questions import NATURAL_INSTRUCTIONS, QUESTION_FORMS
 from data.forms.refused import REFUSED, why_refused
@@ -60,6 +61,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
         *QUESTION_FORMS,
         DIALOGUE_DEMONSTRATION,
         DIALOG_DEMONSTRATION,
+        CONTENTS_DEMONSTRATION,
         ITEMS_DEMONSTRATION,
         DATA_DEMONSTRATION,
         BAIZE,
@@ -81,7 +83,15 @@ FORMS: dict[str, tuple[Form, ...]] = {
         *PAIRS,
         *MARKED_RANKINGS,
     ),
-    "prompts": (*OASST_PROMPTS, MESSAGES_PROMPT, SHAREGPT_PROMPT, PROMPT_ONLY, INSTRUCTION_PROMPT, BARE_PAIR_PROMPT),
+    "prompts": (
+        *OASST_PROMPTS,
+        RULED_PROMPT,
+        MESSAGES_PROMPT,
+        SHAREGPT_PROMPT,
+        PROMPT_ONLY,
+        INSTRUCTION_PROMPT,
+        BARE_PAIR_PROMPT,
+    ),
 }
 """Kind of data → its forms; of several forms that fit a row, the first is taken. Read as prompts, a
 row of any ranking's or demonstration's form that needs more keys than `prompts` lists gives its
@@ -90,7 +100,7 @@ FORMS["evaluation_prompts"] = FORMS["prompts"]
 
 STRING_KEY = {"documents": "text", "prompts": "prompt", "evaluation_prompts": "prompt"}
 """Kinds whose rows may be bare strings: the key that such a string is the value of."""
-MANY = 25
+MANY = 40
 """Named forms of a kind that error lines list at most."""
 ANSWERED = ("rankings", "demonstrations")
 """Kinds whose rows hold a prompt with answers."""
@@ -170,8 +180,8 @@ def is_judged(form: Form, row: dict) -> bool:
         form: The form of the row as a demonstration.
         row: The row.
     """
-    rankings = (other for other in FORMS["rankings"] if other.name and set(form.needs) < set(other.needs))
-    return any(is_of(other, row) for other in rankings) and form not in FORMS["rankings"]
+    more = [other for other in candidates("rankings", row) if other.name and set(form.needs) < set(other.needs)]
+    return any(other.fits is None or other.fits(row) for other in more)
 
 
 def is_of(form: Form, row: dict) -> bool:

@@ -39,7 +39,7 @@ Converted = Row | list[Row | LeftOut]
 ranks or scores, …}; among several, a LeftOut counts a part that holds nothing."""
 
 
-OTHER_NAMES = ("system_prompt", "system_message")
+OTHER_NAMES = ("system_prompt", "system_message", "systemInstruction")
 """Other names of optional keys, which error lines need not list."""
 
 

@@ -43,7 +43,7 @@ TOOL_SPEAKERS = ("tool", "function", "function_call", "function_response", "obse
                  "tool_response", "tool_calls", "tool_results", "code_interpreter")  # fmt: skip
 """Names of roles that call a tool, or answer for it."""
 ROLE_KEYS = ("role", "from", "speaker")
-CONTENT_KEYS = ("content", "value", "text")
+CONTENT_KEYS = ("content", "value", "text", "parts")
 PAIRS = (
     ("input", "output"),
     ("human", "assistant"),
@@ -55,7 +55,7 @@ PAIRS = (
 """Keys of a turn that holds the user's text and the assistant's."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 """Types of content parts that are text."""
-SYSTEM_KEYS = ("system", "system_prompt", "system_message")
+SYSTEM_KEYS = ("system", "system_prompt", "system_message", "systemInstruction")
 """Keys of the system message that comes beside a conversation or a prompt."""
 LIST_OF_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:""")
 """The beginning of the text of a list of messages."""
@@ -144,7 +144,7 @@ def joined_parts(content: object, position: int) -> object:
     """Return content parts of the type text as one text, and any other content as it is.
 
     Args:
-        content: A text, or a list of {type: text, text} or {type: text, value}.
+        content: A text, or a list of {type: text, text}, {type: text, value} or {text}.
         position: The position of the message, from 1; for the error line.
     """
     if isinstance(content, dict) and "type" in content:
@@ -156,7 +156,7 @@ def joined_parts(content: object, position: int) -> object:
         if isinstance(part, str):
             texts.append(part)
             continue
-        kind = part.get("type") if isinstance(part, dict) else None
+        kind = part_type(part)
         text = part.get("text", part.get("value")) if isinstance(part, dict) else None
         if isinstance(text, dict):  # the API of assistants: {type: text, text: {value}}
             text = text.get("value")
@@ -167,6 +167,14 @@ def joined_parts(content: object, position: int) -> object:
             )
         texts.append(text)
     return "".join(texts)
+
+
+def part_type(part: object) -> object:
+    """Return the type of a content part; Gemini's and Bedrock's parts are {text} without one."""
+    if not isinstance(part, dict):
+        return None
+    said = {key for key, value in part.items() if value is not None}
+    return "text" if said == {"text"} else part.get("type")
 
 
 def pair_keys(turn: object) -> tuple[str, str] | None:
@@ -214,7 +222,10 @@ def alternating(texts: list[str]) -> list[Row]:
 
 def system_of(row: Row) -> object:
     """Return the system message beside a prompt or a conversation; None if there is none."""
-    return next((row[key] for key in SYSTEM_KEYS if row.get(key) not in (None, "")), None)
+    value = next((row[key] for key in SYSTEM_KEYS if row.get(key) not in (None, "", [], {})), None)
+    if isinstance(value, dict) and "parts" in value:
+        value = value["parts"]
+    return joined_parts(value, 0) if isinstance(value, list) else value
 
 
 def read_prompt(row: dict, key: str = "prompt") -> str | Messages:
@@ -249,7 +260,7 @@ def up_to_last(role: str, messages: Messages) -> Messages:
 
 # ── the forms ────────────────────────────────────────────────────────────────────────────────────
 
-CONVERSATION_KEYS = ("messages", "conversations", "conversation", "dialogue", "dialog", "items", "data")
+CONVERSATION_KEYS = ("messages", "conversations", "conversation", "dialogue", "dialog", "contents", "items", "data")
 """Keys of a whole conversation."""
 
 
@@ -277,6 +288,7 @@ def demonstration_of(row: dict, options: Options) -> list[Row | LeftOut]:
     """Take the last assistant turn as the completion; earlier ones are taught too."""
     turns = conversation_turns(row)
     messages = read_turns(turns, system_of(row))
+    refuse_other_instruction(row, messages, options)
     kept = [(position, turn) for position, turn in enumerate(turns, 1) if not is_empty_system(turn)]
     added = len(messages) - len(kept)  # the row's own system message
     excluded = {
@@ -287,7 +299,27 @@ def demonstration_of(row: dict, options: Options) -> list[Row | LeftOut]:
 
 def prompt_of(row: dict, options: Options) -> dict:
     """Take the conversation up to the last user turn."""
-    return {"prompt": up_to_last("user", read_conversation(row))}
+    messages = read_conversation(row)
+    refuse_other_instruction(row, messages, options)
+    return {"prompt": up_to_last("user", messages)}
+
+
+def refuse_other_instruction(row: Row, messages: Messages, options: Options) -> None:
+    """Raise ValueError for an instruction beside a conversation, unless a turn of it says the same.
+
+    Args:
+        row: The row.
+        messages: Its conversation.
+        options: What the source says.
+    """
+    instruction = row.get("instruction")
+    if "instruction" in options.ignore or not isinstance(instruction, str) or not instruction.strip():
+        return
+    if not any(instruction.strip() in message["content"] for message in messages):
+        raise ValueError(
+            "the 'instruction' beside the conversation is not in it, and is not read; put it into the conversation, or "
+            "say ignore: [instruction]"
+        )
 
 
 def holds_conversation(row: Row) -> bool:
@@ -321,6 +353,7 @@ def conversation_form(key: str, name: str) -> Form:
 MESSAGES_DEMONSTRATION = Form(("messages",), SYSTEM_KEYS, demonstration_of, in_messages=frozenset(MARKS))
 SHAREGPT_DEMONSTRATION = Form(("conversations",), SYSTEM_KEYS, demonstration_of, in_messages=frozenset(MARKS))
 CONVERSATION_DEMONSTRATION = conversation_form("conversation", "WildChat, LMSYS-Chat, Capybara or ms-swift")
+CONTENTS_DEMONSTRATION = conversation_form("contents", "Gemini")
 ITEMS_DEMONSTRATION = conversation_form("items", "ShareGPT with items")
 DATA_DEMONSTRATION = conversation_form("data", "UltraChat")
 DIALOGUE_DEMONSTRATION = conversation_form("dialogue", "dialogues")

@@ -81,3 +81,5 @@ SCORED_RESPONSES = Form(
     ("prompt", "responses", "scores"), (*RANKING_KEYS, *SYSTEM_KEYS), scored_ranking_of, strict=True
 )
 PROMPT_ONLY = Form(("prompt",), SYSTEM_KEYS, prompt_of)
+RULED_PROMPT = Form(("data_source", "prompt", "reward_model"), SYSTEM_KEYS, prompt_of, name="verl")
+"""A prompt whose answers a rule scores; the rule is not read."""

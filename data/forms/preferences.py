@@ -166,15 +166,12 @@ def prompt_of_bare_pair(row: Row, options: Options) -> Row:
     return {"prompt": shared}
 
 
-PROMPT_PAIR = Form(
-    ("prompt", *PAIR),
-    (*PAIR_KEYS, *SYSTEM_KEYS),
-    prompt_pair,
-    harmless=frozenset(["messages", "response", *SCORE_KEYS]),
-)
-CONVERSATION_PAIR = Form(("conversations", *PAIR), (*PAIR_KEYS, *SYSTEM_KEYS), conversation_pair)
-MESSAGES_PAIR = Form(("messages", *PAIR), (*PAIR_KEYS, *SYSTEM_KEYS), messages_pair)
-INSTRUCTION_PAIR = Form(("instruction", *PAIR), (*PAIR_KEYS, *INSTRUCTION_KEYS), instruction_pair)
-BARE_PAIR = Form(PAIR, PAIR_KEYS, bare_pair)
+POOL = frozenset(["messages", "response", "responses", "generations", "completions", "ratings", *SCORE_KEYS])
+"""Keys of what a pair was chosen from, which say nothing more about the pair."""
+PROMPT_PAIR = Form(("prompt", *PAIR), (*PAIR_KEYS, *SYSTEM_KEYS), prompt_pair, harmless=POOL)
+CONVERSATION_PAIR = Form(("conversations", *PAIR), (*PAIR_KEYS, *SYSTEM_KEYS), conversation_pair, harmless=POOL)
+MESSAGES_PAIR = Form(("messages", *PAIR), (*PAIR_KEYS, *SYSTEM_KEYS), messages_pair, harmless=POOL)
+INSTRUCTION_PAIR = Form(("instruction", *PAIR), (*PAIR_KEYS, *INSTRUCTION_KEYS), instruction_pair, harmless=POOL)
+BARE_PAIR = Form(PAIR, PAIR_KEYS, bare_pair, harmless=POOL)
 BARE_PAIR_PROMPT = Form(PAIR, (), prompt_of_bare_pair)
 PAIRS = (PROMPT_PAIR, CONVERSATION_PAIR, MESSAGES_PAIR, INSTRUCTION_PAIR, BARE_PAIR)

@@ -23,6 +23,7 @@ NAMES = {
     ("problem", "solution"): "problem and solution",
     ("problem", "generated_solution"): "OpenMathInstruct",
     ("question", "solution"): "question and solution",
+    ("message_1", "message_2"): "CAMEL",
     ("Question", "Response"): "Question and Response",
     ("Question", "Answer"): "Question and Answer",
 }

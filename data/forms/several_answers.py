@@ -259,7 +259,12 @@ DISTILABEL_RESPONSES = Form(
     ("instruction", "responses", "ratings"), SYSTEM_KEYS, distilabel, name="distilabel", prompt=distilabel_prompt
 )
 DISTILABEL_OLD = Form(
-    ("input", "generations", "rating"), SYSTEM_KEYS, distilabel, name="distilabel", prompt=distilabel_prompt
+    ("input", "generations", "rating"),
+    SYSTEM_KEYS,
+    distilabel,
+    name="distilabel",
+    prompt=distilabel_prompt,
+    harmless=frozenset(["chosen", "rejected"]),
 )
 DISTILABEL_RANKS = Form(
     ("candidates", "ranks"),

@@ -191,6 +191,19 @@ def verdict_pair(row: Row, options: Options) -> Row:
     return judged_pair(row["question"], [row["response_A"], row["response_B"]], verdicts[label])
 
 
+def overall_pair(row: Row, options: Options) -> Row:
+    """Convert align-anything's {question, response_1, response_2, overall_response}: 1 or 2."""
+    better = choice(row["overall_response"], "overall_response", (1, 2))
+    if better is None:
+        raise LeftOut(NO_PREFERENCE)
+    return judged_pair(overall_prompt(row, options)["prompt"], [row["response_1"], row["response_2"]], better)
+
+
+def overall_prompt(row: Row, options: Options) -> Row:
+    """Take the question, under either name."""
+    return {"prompt": row["question"] if "question" in row else row["prompt"]}
+
+
 def question_prompt(row: Row, options: Options) -> Row:
     """Take the question."""
     return {"prompt": row["question"]}
@@ -270,6 +283,14 @@ LETTER_PAIR = Form(
 VERDICT_PAIR = Form(
     ("question", "response_A", "response_B", "label"), (), verdict_pair, name="JudgeBench", prompt=question_prompt
 )
+OVERALL_PAIR = Form(
+    ("response_1", "response_2", "overall_response"),
+    ("question", "prompt"),
+    overall_pair,
+    name="align-anything",
+    fits=lambda row: "question" in row or "prompt" in row,
+    prompt=overall_prompt,
+)
 EXCHANGE_PAIR = Form(
     ("question", "response_j", "response_k"),
     (),
@@ -291,6 +312,7 @@ TWO_ANSWERS = (
     FEEDBACK_PAIR,
     LETTER_PAIR,
     VERDICT_PAIR,
+    OVERALL_PAIR,
     EXCHANGE_PAIR,
     ACCEPTED_PAIR,
 )

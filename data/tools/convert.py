@@ -54,11 +54,8 @@ def run(
     Raises:
         UserError: With a line for every mistake in the data; nothing is written then.
     """
-    context = Context.of(experiment, artifacts)
-    opened = [
-        open_inputs([given], kind or kind_to_read(given, to, context), context)[0]
-        for given in (replace(given, max_rows=None) for given in inputs)
-    ]
+    context = Context.of(experiment, artifacts, tokenizer=False)
+    opened = [open_inputs([given], kind or kind_to_read(given, to, context), context)[0] for given in inputs]
     for one in opened:
         if one.kind not in CONVERSIONS[to]:
             known = " or ".join(CONVERSIONS[to])

@@ -77,7 +77,7 @@ def run(
     Raises:
         UserError: With a line for every mistake; nothing is written then.
     """
-    opened = open_inputs(inputs, kind, Context.of(experiment, artifacts))
+    opened = open_inputs(inputs, kind, Context.of(experiment, artifacts, tokenizer=False))
     for one in opened:
         if one.kind != "rankings":
             problem = f"holds {one.kind}; people compare responses"

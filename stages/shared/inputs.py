@@ -99,6 +99,15 @@ def fit_prompts(
     return kept, ids, report
 
 
+def published(file: Path) -> sources.Source:
+    """Return the source of a file that a stage wrote.
+
+    Its rows were checked when they were first read, so a chat template in them is text that was
+    asked to be kept.
+    """
+    return sources.Source(path=file, templated="keep")
+
+
 def load_groups(
     file: Path, tokenizer: Any, limit: LengthLimit, cache: GroupCache | None = None
 ) -> tuple[Sequence[PromptGroup], LengthReport]:
@@ -148,7 +157,7 @@ def encoded_rankings(
         UserError: With the errors of the file, or of rows that are too long.
     """
     loaded, count = sources.Loaded(), 0
-    rows = sources.records("rankings", sources.Source(path=file), loaded)
+    rows = sources.records("rankings", published(file), loaded)
     while batch := list(islice(rows, ROWS_AT_ONCE)):
         names = [f"{place} ({ranking.id})" for place, ranking in batch]
         rankings = [ranking for _, ranking in batch]

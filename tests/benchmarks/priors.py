@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def load(path: Path) -> list[Ranking]:
     """Load the rankings of a file."""
-    return sources.load("rankings", Source(path=path))
+    return sources.load("rankings", Source(path=path, templated="keep"))
 
 
 def priors(train: list[Ranking], validation: list[Ranking]) -> dict[str, dict[str, Any]]:

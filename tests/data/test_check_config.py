@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from data.check import command as checks
-from data.check.config import Input
+from data.check.config import Input, packaged_gguf
 from data.sources import Source
 from pipeline import cli, data_commands
 from pipeline.errors import UserError
@@ -146,3 +146,13 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     write(tmp_path / "a=b.jsonl", {"text": "a"})
     monkeypatch.setattr(checks, "run", lambda inputs, *_, **__: seen.append(inputs) or 0)
     assert cli.main(["data", "check", "a=b.jsonl"]) == 0 and seen[-1] == [Input(Source(Path("a=b.jsonl")))]
+
+
+def test_the_model_of_a_package_has_a_tokenizer(tmp_path, monkeypatch):
+    (tmp_path / "llm_little").mkdir()
+    (tmp_path / "llm_little" / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert packaged_gguf("package:llm-little") is None
+    (tmp_path / "llm_little" / "q8.gguf").write_text("")
+    assert packaged_gguf("package:llm-little") == tmp_path / "llm_little" / "q8.gguf"
+    assert packaged_gguf("package:no-such-one") is None and packaged_gguf("org/name") is None

@@ -30,6 +30,7 @@ def test_documents(tmp_path, row):
         {"prompt": LONG, "user_id": "u1", "timestamp": "2026-01-01T00:00:00Z", "lang": "en", "tags": ["x", "y"]},
         {"instruction": "a", "category": "open"},
         {"messages": [USER]},
+        {"data_source": "x", "prompt": [USER], "ability": "math", "reward_model": {"style": "rule"}},
         {"messages": [USER, ANSWER, USER][:1], "id": 3, "temperature": 0.5},
     ],
 )

@@ -11,6 +11,8 @@ HI, HELLO, MORE, END = "hi .", "hello .", "more ?", "no ."
 DIALOGUE = [("user", HI), ("assistant", HELLO), ("user", MORE)]
 TURNS = [{"role": role, "content": content} for role, content in [*DIALOGUE, ("assistant", END)]]
 
+DIALOGUE_START, ANSWER = TURNS[:2]
+
 
 def loaded(tmp_path, kind, *rows, **source):
     path = tmp_path / "rows.jsonl"
@@ -19,10 +21,9 @@ def loaded(tmp_path, kind, *rows, **source):
 
 
 def one(tmp_path, kind, row, **source):
-    result = loaded(tmp_path, kind, row, **source)
+    result = loaded(tmp_path, kind, row, row, **source)  # twice: one line alone may be a JSON file of its own
     assert result.errors == []
-    [record] = result.records
-    return record
+    return result.records[0]
 
 
 def problem(tmp_path, kind, row, **source):
@@ -51,11 +52,19 @@ def named(role, content="role", text="content"):
         {"messages": named(str.upper)},
         {"messages": named(lambda role: {"user": "Human", "assistant": "ChatGPT"}[role])},
         {"messages": [{**turn, "tool_calls": None, "weight": None, "name": None} for turn in TURNS]},
+        {"messages": TURNS, "instruction": HI, "response": HELLO},
         {"messages": TURNS, "prompt": HI, "prompt_id": "x", "tools": [], "images": None},
         {"conversations": named(lambda role: {"user": "human", "assistant": "gpt"}[role], "from", "value")},
         {"conversations": named(lambda role: {"user": "user", "assistant": "bard"}[role], "from", "text")},
         {"conversations": [HI, HELLO, MORE, END]},
         {"items": named(lambda role: {"user": "human", "assistant": "gpt"}[role], "from", "value")},
+        {
+            "contents": [
+                {"role": turn["role"].replace("assistant", "model"), "parts": [{"text": turn["content"]}]}
+                for turn in TURNS
+            ]
+        },
+        {"messages": [{**turn, "content": [{"text": turn["content"]}]} for turn in TURNS]},
         {"id": "1", "data": [HI, HELLO, MORE, END]},
         {"conversation": [{"input": HI, "output": HELLO}, {"input": MORE, "output": END}]},
         {"conversation": [{"human": HI, "assistant": HELLO}, {"human": MORE, "assistant": END}]},
@@ -88,6 +97,13 @@ def test_a_conversation_under_any_of_its_names(tmp_path, row):
         ({"problem": "q", "solution": "a"}, "q", "a"),
         ({"system_prompt": "", "question": "q", "response": "a"}, "q", "a"),
         ({"system_prompt": "s", "question": "q", "response": "a"}, [("system", "s"), ("user", "q")], "a"),
+        ({"system": [{"text": "s"}], "messages": [DIALOGUE_START, ANSWER]}, [("system", "s"), ("user", HI)], HELLO),
+        (
+            {"systemInstruction": {"parts": [{"text": "s"}]}, "contents": [DIALOGUE_START, ANSWER]},
+            [("system", "s"), ("user", HI)],
+            HELLO,
+        ),
+        ({"role_1": "x", "message_1": "q", "message_2": "a"}, "q", "a"),
         ({"system": "s", "instruction": "q", "output": "a"}, [("system", "s"), ("user", "q")], "a"),
         ({"messages": [{"role": "developer", "content": "s"}, *TURNS[:2]]}, [("system", "s"), DIALOGUE[0]], HELLO),
         ({"conversation": [{"system": "s", "input": "q", "output": "a"}]}, [("system", "s"), ("user", "q")], "a"),
@@ -132,6 +148,7 @@ def test_every_instance_of_a_task_is_a_demonstration(tmp_path):
             "own",
         ),
         ({"prompt": TURNS[:2], "completion": [TURNS[3]]}, "a prefill"),
+        ({"instruction": "answer in rhymes", "messages": TURNS}, "'instruction' beside the conversation"),
         ({"messages": [*TURNS, TURNS[3]]}, "both the assistant's"),
         ({"question": "q", "choices": ["x", "y"], "answer": "A"}, "'choices' changes"),
         ({"question": "q", "context": "c", "answer": "a"}, "'context' changes"),
@@ -146,7 +163,7 @@ def test_what_is_no_conversation_of_a_user_and_an_assistant_is_refused(tmp_path,
 
 def test_numbers_and_lists_under_the_keys_of_a_question_are_another_form():
     for row in ({"data": [1, 2]}, {"items": ["a", "b"]}, {"input": {"messages": []}, "output": "x"}):
-        with pytest.raises(ValueError, match="demonstrations"):
+        with pytest.raises(ValueError, match="expected"):
             recognise("demonstrations", row)
 
 

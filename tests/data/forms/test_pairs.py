@@ -159,3 +159,9 @@ def test_scores_within_tie_within_are_a_tie(tmp_path):
     row = {"prompt": "p", "chosen": "x", "rejected": "y", "score_chosen": 2.1, "score_rejected": 2}
     far = {**row, "score_chosen": 4}
     assert [record.ranks for record in loaded(tmp_path, row, far, tie_within=0.5).records] == [(1, 1), (1, 2)]
+
+
+def test_the_answers_that_a_pair_was_chosen_from_are_not_needed(tmp_path):
+    row = {"instruction": "p", **MESSAGES, "responses": ["x", "y", "z"], "ratings": None}
+    [record] = loaded(tmp_path, row).records
+    assert record.responses == ("x", "y")

@@ -81,6 +81,7 @@ ROWS = {
         "orig_instruction": "p", "orig_response_A": "y", "orig_response_B": "x", "orig_preference": "B",
         "instruction": "judge these", "output": "B is better",
     },
+    "align-anything": {"question": "p", "response_1": "y", "response_2": "x", "overall_response": 2},
     "JudgeBench": {"question": "p", "response_A": "x", "response_B": "y", "label": "A>B"},
     "stack-exchange-paired": {"question": "p", "response_j": "x", "response_k": "y"},
     "Code-Preference-Pairs": {"input": "p", "accepted": "x", "rejected": "y"},
