@@ -386,7 +386,7 @@ def with_source(record: Record, label: str, ids: Seen, location: str) -> Record:
     """Return a ranking of a mixture with its source and an id of its own; other records unchanged.
 
     A ranking that names a source of its own keeps it. Files that number their rows use the same
-    ids: the later ranking's id gets the source's name in front.
+    ids: the later ranking gets another one.
 
     Args:
         record: The record.
