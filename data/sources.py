@@ -309,7 +309,7 @@ def stream(kind: str, source: Source, loaded: Loaded) -> Generator[tuple[str, Re
         loaded: Gets counts and error lines, complete only when the generator has ended.
 
     Yields:
-        (location, record). A ranking whose id an earlier part has used gets another one.
+        (location, record); rankings of a mixture as of `with_source`.
     """
     if not source.parts:
         yield from records(kind, source, loaded)
@@ -317,7 +317,7 @@ def stream(kind: str, source: Source, loaded: Loaded) -> Generator[tuple[str, Re
     counts = [Loaded() for _ in source.parts]
     streams = [records(kind, part, own) for part, own in zip(source.parts, counts, strict=True)]
     taken = [0] * len(streams)  # records that each part has given so far
-    seen = Seen()
+    ids = Seen()
     for part, i in order_of_mixture(kind, source, loaded):
         item = next(streams[part], None)
         while item is not None and taken[part] < i:
@@ -327,7 +327,7 @@ def stream(kind: str, source: Source, loaded: Loaded) -> Generator[tuple[str, Re
             continue  # it has errors, which say more
         taken[part] += 1
         location, record = item
-        yield location, with_source(record, source.parts[part].label, location, seen)
+        yield location, with_source(record, source.parts[part].label, ids, location)
     for rest, own in zip(streams, counts, strict=True):
         for _ in rest:  # to the end, for its counts and errors
             pass
@@ -351,13 +351,6 @@ def order_of_mixture(kind: str, source: Source, loaded: Loaded) -> Iterator[tupl
         yield from mix(sizes, [part.weight for part in source.parts])
 
 
-def unused_id(name: str, seen: Seen) -> str:
-    """Return an id that is not seen yet: the name, or the name with -2, -3, … after it."""
-    if name not in seen:
-        return name
-    return next(other for copy in count(2) if (other := f"{name}-{copy}") not in seen)
-
-
 def add_counts(whole: Loaded, part: Loaded) -> None:
     """Add the counts and error lines of a part to those of the whole."""
     whole.rows += part.rows
@@ -379,18 +372,17 @@ def mix_parts(source: Source, parts: list[Loaded]) -> Loaded:
         source: The mixture.
         parts: What was read of each part.
     """
-    chosen = mix([len(part.records) for part in parts], [part.weight for part in source.parts])
-    whole, seen = Loaded(), Seen()
-    for part, i in chosen:
-        location, record = parts[part].locations[i], parts[part].records[i]
+    whole, ids = Loaded(), Seen()
+    for part, i in mix([len(part.records) for part in parts], [part.weight for part in source.parts]):
+        location = parts[part].locations[i]
+        whole.records.append(with_source(parts[part].records[i], source.parts[part].label, ids, location))
         whole.locations.append(location)
-        whole.records.append(with_source(record, source.parts[part].label, location, seen))
-    for read_part in parts:
-        add_counts(whole, read_part)
+    for loaded in parts:
+        add_counts(whole, loaded)
     return whole
 
 
-def with_source(record: Record, label: str, location: str, seen: Seen) -> Record:
+def with_source(record: Record, label: str, ids: Seen, location: str) -> Record:
     """Return a ranking of a mixture with its source and an id of its own; other records unchanged.
 
     A ranking that names a source of its own keeps it. Files that number their rows use the same
@@ -399,14 +391,16 @@ def with_source(record: Record, label: str, location: str, seen: Seen) -> Record
     Args:
         record: The record.
         label: The name of the source.
+        ids: The ids of the rankings before it; this one's is added.
         location: Where the record is.
-        seen: The ids of the rankings before it; this one's is added.
     """
     if not isinstance(record, Ranking):
         return record
-    record = replace(record, id=unused_id(record.id, seen), source=record.source or label)
-    seen.add(record.id, location)
-    return record
+    name, copies = record.id, (f"{record.id}-{copy}" for copy in count(2))
+    while name in ids:
+        name = next(copies)
+    ids.add(name, location)
+    return replace(record, id=name, source=record.source or label)
 
 
 def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = None) -> Generator[tuple[str, Record]]:

@@ -290,8 +290,8 @@ MUTANTS = [
     Mutant(
         "rm",
         "winner and loser change places in the loss",
-        "return ranking_loss(scores, batch.winners, batch.losers, batch.pair_weights",
-        "return ranking_loss(scores, batch.losers, batch.winners, batch.pair_weights",
+        "return ranking_loss(scores, batch.winners, batch.losers, pair_weights",
+        "return ranking_loss(scores, batch.losers, batch.winners, pair_weights",
         "stages/training/ranking.py",
     ),
     Mutant(
