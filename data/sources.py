@@ -574,6 +574,8 @@ class RowReader:
             return
         try:
             item = {**{key: row[key] for key in KEPT if key in row}, **item}
+            if "id" in self.source.ignore:
+                item.pop("id", None)
             item = with_labels(item, row)
             if self.kind != "documents":
                 item = without_templates(item, self.source.templated)
@@ -705,7 +707,9 @@ def with_own_id(ranking: Ranking, location: str, seen: Seen) -> Ranking:
         elif ranking.labeler is not None and with_name not in seen:
             free = with_name
         else:
-            raise ValueError(f"the id '{ranking.id}' is also used at {seen[ranking.id]}; give each its own")
+            raise ValueError(
+                f"the id '{ranking.id}' is also used at {seen[ranking.id]}; give each its own, or say ignore: [id]"
+            )
         ranking = replace(ranking, id=free)
     seen.add(ranking.id, location)
     return ranking
