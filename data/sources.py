@@ -309,7 +309,7 @@ def stream(kind: str, source: Source, loaded: Loaded) -> Generator[tuple[str, Re
         loaded: Gets counts and error lines, complete only when the generator has ended.
 
     Yields:
-        (location, record). A ranking whose id an earlier part has used gets another one.
+        (location, record); rankings of a mixture as of `with_source`.
     """
     if not source.parts:
         yield from records(kind, source, loaded)
@@ -317,7 +317,7 @@ def stream(kind: str, source: Source, loaded: Loaded) -> Generator[tuple[str, Re
     counts = [Loaded() for _ in source.parts]
     streams = [records(kind, part, own) for part, own in zip(source.parts, counts, strict=True)]
     taken = [0] * len(streams)  # records that each part has given so far
-    seen = Seen()
+    ids = Seen()
     for part, i in order_of_mixture(kind, source, loaded):
         item = next(streams[part], None)
         while item is not None and taken[part] < i:
@@ -327,10 +327,7 @@ def stream(kind: str, source: Source, loaded: Loaded) -> Generator[tuple[str, Re
             continue  # it has errors, which say more
         taken[part] += 1
         location, record = item
-        if isinstance(record, Ranking):
-            record = replace(record, id=unused_id(record.id, seen))
-            seen.add(record.id, location)
-        yield location, record
+        yield location, with_source(record, source.parts[part].label, ids, location)
     for rest, own in zip(streams, counts, strict=True):
         for _ in rest:  # to the end, for its counts and errors
             pass
@@ -354,13 +351,6 @@ def order_of_mixture(kind: str, source: Source, loaded: Loaded) -> Iterator[tupl
         yield from mix(sizes, [part.weight for part in source.parts])
 
 
-def unused_id(name: str, seen: Seen) -> str:
-    """Return an id that is not seen yet: the name, or the name with -2, -3, … after it."""
-    if name not in seen:
-        return name
-    return next(other for copy in count(2) if (other := f"{name}-{copy}") not in seen)
-
-
 def add_counts(whole: Loaded, part: Loaded) -> None:
     """Add the counts and error lines of a part to those of the whole."""
     whole.rows += part.rows
@@ -382,37 +372,34 @@ def mix_parts(source: Source, parts: list[Loaded]) -> Loaded:
         source: The mixture.
         parts: What was read of each part.
     """
-    ids: set[str] = set()
-    for own, part in zip(source.parts, parts, strict=True):
-        part.records = [with_source(record, own.label, ids) for record in part.records]
-    chosen = mix([len(part.records) for part in parts], [part.weight for part in source.parts])
-    whole = Loaded(
-        records=[parts[part].records[i] for part, i in chosen],
-        locations=[parts[part].locations[i] for part, i in chosen],
-    )
-    for part in parts:
-        add_counts(whole, part)
+    whole, ids = Loaded(), Seen()
+    for part, i in mix([len(part.records) for part in parts], [part.weight for part in source.parts]):
+        location = parts[part].locations[i]
+        whole.records.append(with_source(parts[part].records[i], source.parts[part].label, ids, location))
+        whole.locations.append(location)
+    for loaded in parts:
+        add_counts(whole, loaded)
     return whole
 
 
-def with_source(record: Record, label: str, ids: set[str]) -> Record:
+def with_source(record: Record, label: str, ids: Seen, location: str) -> Record:
     """Return a ranking of a mixture with its source and an id of its own; other records unchanged.
 
     A ranking that names a source of its own keeps it. Files that number their rows use the same
-    ids: the later ranking's id gets the source's name in front.
+    ids: the later ranking gets another one.
 
     Args:
         record: The record.
         label: The name of the source.
         ids: The ids of the rankings before it; this one's is added.
+        location: Where the record is.
     """
     if not isinstance(record, Ranking):
         return record
-    name = record.id if record.id not in ids else f"{label}-{record.id}"
-    copies = (f"{name}-{copy}" for copy in count(2))
+    name, copies = record.id, (f"{record.id}-{copy}" for copy in count(2))
     while name in ids:
         name = next(copies)
-    ids.add(name)
+    ids.add(name, location)
     return replace(record, id=name, source=record.source or label)
 
 

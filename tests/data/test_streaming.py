@@ -52,7 +52,8 @@ def test_a_stream_gives_what_reading_gives(tmp_path, weights):
 def test_parts_of_a_mixture_may_use_the_same_ids(tmp_path):
     files = [written(tmp_path / f"{name}.jsonl", ranking(name, id="1"), ranking(name, id="2")) for name in "abc"]
     rows, loaded = streamed("rankings", Source(parts=tuple(map(Source, files))))
-    assert [record.id for _, record in rows] == ["1", "2", "1-2", "2-2", "1-3", "2-3"] and loaded.errors == []
+    ids = [record.id for _, record in rows]
+    assert ids == ["1", "2", "1-2", "2-2", "1-3", "2-3"] and loaded.errors == []
 
 
 def test_errors_of_a_part_are_those_of_the_stream(tmp_path):
