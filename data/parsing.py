@@ -186,7 +186,7 @@ def check_scores(scores: list, count: int) -> tuple[float | None, ...]:
 
 
 def parse_name(row: dict, key: str) -> str | None:
-    """Return a name or number under a key as a string, without e-mail addresses; None if there is none."""
+    """Return a name or number under a key as a string without addresses; None if there is none."""
     value = row.get(key)
     if value is None:
         return None

@@ -524,8 +524,11 @@ class RowReader:
         refuse_meaningful_keys(self.kind, form, row, ignore)
         if not form.name:
             refuse_unknown_keys(form, row, ignore)
-        if self.kind == "rankings" and self.source.by is not None:
-            refuse_other_judgments(form, self.source.by)
+        if self.kind == "rankings":
+            if self.source.by is not None:
+                refuse_other_judgments(form, self.source.by)
+            if self.source.min_score_ratio != 1.0 and not form.has_votes:
+                raise ValueError(f"min_score_ratio: a row {form} holds no votes; take it out of the source")
         self.loaded.forms["a plain string" if isinstance(value, str) else str(form)] += 1
         known = form.keys_of(row)
         self.loaded.unread.update(key for key in row if key not in known and key not in METADATA)

@@ -58,7 +58,7 @@ def taught(messages: list[Row], excluded: Collection[int]) -> list[Row | LeftOut
     """
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
-        raise ValueError("no message of the assistant; a conversation needs at least one")
+        raise ValueError("no message of the assistant; a conversation needs at least one (prompts: --kind prompts)")
     users = [index for index, message in enumerate(messages) if message["role"] == "user"]
     greetings = [index for index in answers if not users or index < users[0]]
     learnt = [index for index in answers if index not in excluded and index not in greetings]

@@ -24,6 +24,7 @@ OF_ANSWERS = frozenset(
         "loss_weight",
         "train",
         "masked",
+        "mask",
         "rejected",
         "rejected_response",
         "rejected_responses",
@@ -101,9 +102,10 @@ IN_MESSAGES = frozenset(
         "refusal",
         "train_detail",
         "masked",
+        "label",
     ]
 )
-"""Keys of messages that are a part of the conversation too, or say that a part of it is not learnt."""
+"""Keys of messages that are a part of the conversation too, or say that some is not learnt."""
 VERDICTS = frozenset(
     [
         "is_correct",
@@ -129,6 +131,8 @@ OF_LOSS = frozenset(MARKS)
 """Keys of messages that say whether they are learnt."""
 ASSISTANTS = tuple(name for name, role in SPEAKERS.items() if role == "assistant")
 """Names of the assistant's role, in lower case."""
+USERS = tuple(name for name, role in SPEAKERS.items() if role == "user")
+"""Names of the user's role, in lower case."""
 MATTERS = {
     "documents": frozenset[str](),
     "demonstrations": OF_ANSWERS | OF_PROMPTS | {"rating"},
@@ -161,6 +165,8 @@ def says_something(key: str, value: object) -> bool:
     """
     if key in MARKS and value in (1, True):
         return False
+    if key == "mask" and str(value).lower() in USERS:
+        return False  # NeMo: the user's messages are not learnt
     if key in ("prefix", "masked") and value in (0, False):
         return False
     return value not in (None, "", [], {}, "[]", "{}", "null")

@@ -102,7 +102,7 @@ def prompt_of_task(row: Row, options: Options) -> Row:
 
 
 def with_single_texts(row: Row) -> Row:
-    """Return a row with a text in place of each list of a single text, as the tasks' files have them."""
+    """Return a row with a text in place of each list of one text, as the tasks' files have them."""
     return {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in row.items()}
 
 

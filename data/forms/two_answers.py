@@ -242,6 +242,7 @@ VOTES_PAIR = Form(
     ("score_A", "score_B", "score_ratio", "domain"),
     votes_pair,
     name="SHP",
+    has_votes=True,
     prompt=votes_prompt,
 )
 SUMMARY_PAIR = Form(
