@@ -524,8 +524,11 @@ class RowReader:
         refuse_meaningful_keys(self.kind, form, row, ignore)
         if not form.name:
             refuse_unknown_keys(form, row, ignore)
-        if self.kind == "rankings" and self.source.by is not None:
-            refuse_other_judgments(form, self.source.by)
+        if self.kind == "rankings":
+            if self.source.by is not None:
+                refuse_other_judgments(form, self.source.by)
+            if self.source.min_score_ratio != 1.0 and not form.has_votes:
+                raise ValueError(f"min_score_ratio: a row {form} holds no votes; take it out of the source")
         self.loaded.forms["a plain string" if isinstance(value, str) else str(form)] += 1
         known = form.keys_of(row)
         self.loaded.unread.update(key for key in row if key not in known and key not in METADATA)
@@ -561,6 +564,8 @@ class RowReader:
             return
         try:
             item = {**{key: row[key] for key in KEPT if key in row}, **item}
+            if "id" in self.source.ignore:
+                item.pop("id", None)
             item = with_labels(item, row)
             if self.kind != "documents":
                 item = without_templates(item, self.source.templated)
@@ -692,7 +697,9 @@ def with_own_id(ranking: Ranking, location: str, seen: Seen) -> Ranking:
         elif ranking.labeler is not None and with_name not in seen:
             free = with_name
         else:
-            raise ValueError(f"the id '{ranking.id}' is also used at {seen[ranking.id]}; give each its own")
+            raise ValueError(
+                f"the id '{ranking.id}' is also used at {seen[ranking.id]}; give each its own, or say ignore: [id]"
+            )
         ranking = replace(ranking, id=free)
     seen.add(ranking.id, location)
     return ranking

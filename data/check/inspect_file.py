@@ -51,7 +51,7 @@ def check(
     if report.kind is None:
         reading = Reading()
         rows = all_rows(source, reading)
-        first = next((f"{location}: {unknown_kind(value)}" for location, value in rows), "")
+        first = next((f"{location}: {unknown_kind(value)}" for location, value in rows), no_rows(source))
         report.errors += reading.errors or [first]
         return report
     kept = source.hub is not None or bool(source.parts)  # read only once, and so kept
@@ -146,6 +146,14 @@ class Tally:
         self.prompts.report(report, loaded.duplicates)
         if self.kind == "rankings":
             self.pairs.report(report)
+
+
+def no_rows(source: Source) -> str:
+    """Return the error line of a source none of whose rows are read."""
+    if source.where:
+        wanted = ", ".join(f"{key}: {value}" for key, value in source.where.items())
+        return f"{source.name}: no row has what where asks for ({wanted}); correct where"
+    return f"{source.name}: no rows; give at least one"
 
 
 def unknown_kind(value: object) -> str:

@@ -8,7 +8,7 @@ import difflib
 
 from data.forms.arena import ARENA
 from data.forms.argilla import ARGILLA
-from data.forms.chat_tools import CHAT_TOOLS
+from data.forms.chat_tools import CHAT_TOOLS, RENAMED_PAIRS
 from data.forms.form import Form
 from data.forms.helpsteer import HELPSTEER
 from data.forms.instructions import (
@@ -77,6 +77,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
         *OASST_RANKINGS,
         *SEVERAL_ANSWERS,
         *TWO_ANSWERS,
+        *RENAMED_PAIRS,
         *FEW_KEYS,
         RANKED_RESPONSES,
         SCORED_RESPONSES,

@@ -219,7 +219,7 @@ def test_documents(tmp_path):
         (DEMO, {"messages": [user("a")]}, "no message of the assistant"),
         (DEMO, {"messages": [assistant("a")]}, "no message of the assistant answers"),
         (DEMO, {"messages": [user("a"), assistant("b"), assistant("c")]}, "both the assistant's"),
-        (DEMO, {"messages": []}, "the messages are a list"),
+        (DEMO, {"messages": {}}, "the messages are an object"),
         (DEMO, {"messages": [user("a"), {"role": "tool", "content": "x"}]}, "of the role 'tool'"),
         (DEMO, {"messages": [user("a"), assistant(" ")]}, "content of message 2 is blank"),
         (DEMO, {"conversations": [human("a"), {"from": "function_call", "value": "x"}]}, "'function_call'"),
