@@ -16,7 +16,7 @@ from data.files.reading import Reading
 from data.forms import FORMS
 from data.parsing import describe
 from data.records import Demonstration, Ranking, Record
-from data.sources import Loaded, Source, read, records
+from data.sources import Loaded, Source, no_wanted_row, read, records
 from data.turns import TurnCount, count_turns
 
 DROPPED_SHOWN = 5
@@ -51,8 +51,9 @@ def check(
     if report.kind is None:
         reading = Reading()
         rows = all_rows(source, reading)
-        first = next((f"{location}: {unknown_kind(value)}" for location, value in rows), "")
-        report.errors += reading.errors or [first]
+        first = next((f"{location}: {unknown_kind(value)}" for location, value in rows), None)
+        none = no_wanted_row(source) if source.where else f"{source.name}: no rows; give at least one"
+        report.errors += reading.errors or [first or none]
         return report
     kept = source.hub is not None or bool(source.parts)  # read only once, and so kept
     loaded = read(report.kind, source, max_rows) if kept else Loaded()
