@@ -396,8 +396,7 @@ def with_source(record: Record, label: str, ids: Seen, location: str) -> Record:
     """
     if not isinstance(record, Ranking):
         return record
-    name = record.id if record.id not in ids else f"{label}-{record.id}"
-    copies = (f"{name}-{copy}" for copy in count(2))
+    name, copies = record.id, (f"{record.id}-{copy}" for copy in count(2))
     while name in ids:
         name = next(copies)
     ids.add(name, location)
