@@ -445,6 +445,8 @@ def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = No
         return
     if source.where and reader.count and not reader.has_where_keys:
         loaded.errors.append(f"{source.name}: no row has the keys of where ({', '.join(source.where)}); correct them")
+    elif source.where and reader.count and reader.count == loaded.filtered:
+        loaded.errors.append(no_wanted_row(source))
     elif passed == 0:
         left = "; ".join(f"{number:,} left out: {reason}" for reason, number in loaded.left_out.items())
         loaded.errors.append(f"{source.name}: no rows{f' are left ({left})' if left else ''}; give at least one")
@@ -452,6 +454,12 @@ def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = No
         loaded.errors.append(
             f"{source.name}: has {passed} records, and skip leaves out the first {source.skip}; lower skip"
         )
+
+
+def no_wanted_row(source: Source) -> str:
+    """Return the error line of a source whose `where` lets no row pass."""
+    wanted = ", ".join(f"{key}: {value}" for key, value in (source.where or {}).items())
+    return f"{source.name}: no row has what where asks for ({wanted}); correct where"
 
 
 @dataclass
@@ -531,7 +539,9 @@ class RowReader:
                 raise ValueError(f"min_score_ratio: a row {form} holds no votes; take it out of the source")
         self.loaded.forms["a plain string" if isinstance(value, str) else str(form)] += 1
         known = form.keys_of(row)
-        self.loaded.unread.update(key for key in row if key not in known and key not in METADATA)
+        self.loaded.unread.update(
+            key for key in row if key not in known and key not in METADATA and key not in (self.source.where or ())
+        )
         return form, row
 
     def _convert(self, form: Form, row: dict, options: Options) -> list[dict | LeftOut]:

@@ -16,7 +16,7 @@ from data.files.reading import Reading
 from data.forms import FORMS
 from data.parsing import describe
 from data.records import Demonstration, Ranking, Record
-from data.sources import Loaded, Source, read, records
+from data.sources import Loaded, Source, no_wanted_row, read, records
 from data.turns import TurnCount, count_turns
 
 DROPPED_SHOWN = 5
@@ -150,10 +150,7 @@ class Tally:
 
 def no_rows(source: Source) -> str:
     """Return the error line of a source none of whose rows are read."""
-    if source.where:
-        wanted = ", ".join(f"{key}: {value}" for key, value in source.where.items())
-        return f"{source.name}: no row has what where asks for ({wanted}); correct where"
-    return f"{source.name}: no rows; give at least one"
+    return no_wanted_row(source) if source.where else f"{source.name}: no rows; give at least one"
 
 
 def unknown_kind(value: object) -> str:
