@@ -224,7 +224,7 @@ def test_where_that_lets_no_row_pass_is_named(tmp_path):
     path = written(tmp_path, *[{"prompt": f"p {n}", "completion": "c", "lang": "en"} for n in range(3)])
     for kind in (None, "demonstrations"):
         report = check_source(Source(path, where={"lang": "fr"}), kind)
-        assert report.errors == [f"{path}: no row is one of where (lang: fr); correct it"]
+        assert report.errors == [f"{path}: no row has what where asks for (lang: fr); correct where"]
     assert "keys not read" not in facts(check_source(Source(path, where={"lang": "en"}), "demonstrations"))
 
 
