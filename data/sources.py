@@ -21,6 +21,8 @@ from data.files.reading import Reading
 from data.files.rows import file_rows
 from data.forms import FORMS, PROMPT_KINDS, recognise
 from data.forms.form import Form, LeftOut, Options
+from data.forms.marked import BASES as MAY_BE_MARKED
+from data.forms.marked import NAME as MARKED
 from data.forms.meaning import refuse_meaningful_keys, refuse_unknown_keys
 from data.mixture import mix
 from data.parsing import METADATA, parse_demonstration, parse_document, parse_prompt, parse_ranking
@@ -441,6 +443,11 @@ def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = No
         loaded.errors[:] = [f"{source.path}: was edited since this command inspected it; run again"]
         return
     loaded.errors += too_many_dropped(source, loaded)
+    if reader.marked[True] and reader.marked[False] and "label" not in source.ignore:
+        loaded.errors.append(
+            f"{source.name}: {reader.marked[False]:,} rows do not say whether their answer is good, beside "
+            f"{reader.marked[True]:,} that do (label); take them out, or say ignore: [label] to teach all"
+        )
     if loaded.errors or loaded.cut:
         return
     if source.where and reader.count and not reader.has_where_keys:
@@ -468,6 +475,8 @@ class RowReader:
     """The number of rows so far, with those that `where` leaves out."""
     has_where_keys: bool = False
     """Whether any row had all keys of `where`."""
+    marked: Counter[bool] = field(default_factory=Counter)
+    """Whether a mark says if the answer is good → the number of such rows, of forms with marks."""
     _seen: Seen = field(default_factory=Seen)
     """Id of a ranking, or key of a prompt → its first location."""
     _gathered: dict[int, tuple[Form, list[tuple[str, dict]]]] = field(default_factory=dict)
@@ -529,6 +538,8 @@ class RowReader:
                 refuse_other_judgments(form, self.source.by)
             if self.source.min_score_ratio != 1.0 and not form.has_votes:
                 raise ValueError(f"min_score_ratio: a row {form} holds no votes; take it out of the source")
+        if self.kind == "demonstrations" and (form.name == MARKED or form in MAY_BE_MARKED):
+            self.marked[form.name == MARKED] += 1
         self.loaded.forms["a plain string" if isinstance(value, str) else str(form)] += 1
         known = form.keys_of(row)
         self.loaded.unread.update(key for key in row if key not in known and key not in METADATA)
