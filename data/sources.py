@@ -418,6 +418,10 @@ def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = No
         (location, record), after the first `source.skip` ones and at most `source.limit`.
     """
     assert kind in FORMS and (source.path is None) != (source.hub is None), (kind, source)
+    of_hub = [name for name in ("subset", "data_dir", "data_files") if getattr(source, name) is not None]
+    if source.path is not None and of_hub:
+        loaded.errors.append(f"{source.name}: is no data set of the Hub, and {of_hub[0]} does nothing; leave it out")
+        return
     reading = Reading(hashes=source.sha256 is not None)
     reader = RowReader(kind, source, loaded)
     rows = source_rows(source, reading)
@@ -453,7 +457,8 @@ def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = No
     if source.where and reader.count and not reader.has_where_keys:
         loaded.errors.append(f"{source.name}: no row has the keys of where ({', '.join(source.where)}); correct them")
     elif passed == 0:
-        left = "; ".join(f"{number:,} left out: {reason}" for reason, number in loaded.left_out.items())
+        reasons = {**loaded.left_out, **({"where does not ask for them": loaded.filtered} if loaded.filtered else {})}
+        left = "; ".join(f"{number:,} left out: {reason}" for reason, number in reasons.items())
         loaded.errors.append(f"{source.name}: no rows{f' are left ({left})' if left else ''}; give at least one")
     elif passed <= source.skip:
         loaded.errors.append(
