@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -119,10 +120,14 @@ def parse_text(row: dict, key: str, expected: str = "a text") -> str:
 
 
 def parse_list(row: dict, key: str) -> list:
-    """Return the list under a key of a ranking."""
-    if not isinstance(row.get(key), list):
+    """Return the list under a key of a ranking; a cell of a table may hold its JSON text."""
+    value = row.get(key)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError):
+            value = json.loads(value)
+    if not isinstance(value, list):
         raise ValueError(f"'{key}' is {describe_key(row, key)}; expected a list with one entry per response")
-    return row[key]
+    return value
 
 
 def parse_ranks(ranks: list, count: int) -> tuple[int | None, ...]:

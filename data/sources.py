@@ -22,6 +22,8 @@ from data.files.reading import Reading
 from data.files.rows import file_rows, size_of_path
 from data.forms import FORMS, PROMPT_KINDS, recognise
 from data.forms.form import Form, LeftOut, Options
+from data.forms.marked import BASES as MAY_BE_MARKED
+from data.forms.marked import NAME as MARKED
 from data.forms.meaning import refuse_meaningful_keys, refuse_unknown_keys
 from data.mixture import mix
 from data.parsing import METADATA, parse_demonstration, parse_document, parse_prompt, parse_ranking
@@ -447,6 +449,10 @@ def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = No
         (location, record), after the first `source.skip` ones and at most `source.limit`.
     """
     assert kind in FORMS and (source.path is None) != (source.hub is None), (kind, source)
+    of_hub = [name for name in ("subset", "data_dir", "data_files") if getattr(source, name) is not None]
+    if source.path is not None and of_hub:
+        loaded.errors.append(f"{source.name}: is no data set of the Hub, and {of_hub[0]} does nothing; leave it out")
+        return
     reading = Reading(hashes=source.sha256 is not None)
     reader = RowReader(kind, source, loaded)
     rows = source_rows(source, reading)
@@ -483,6 +489,11 @@ def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = No
         loaded.errors[:] = [f"{source.path}: was edited since this command inspected it; run again"]
         return
     loaded.errors += too_many_dropped(source, loaded)
+    if reader.marked[True] and reader.marked[False] and "label" not in source.ignore:
+        loaded.errors.append(
+            f"{source.name}: {reader.marked[False]:,} rows do not say whether their answer is good, beside "
+            f"{reader.marked[True]:,} that do (label); take them out, or say ignore: [label] to teach all"
+        )
     if loaded.errors or loaded.cut:
         return
     if source.where and reader.count and not reader.has_where_keys:
@@ -490,7 +501,8 @@ def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = No
     elif source.where and reader.count and reader.count == loaded.filtered:
         loaded.errors.append(no_wanted_row(source))
     elif passed == 0:
-        left = "; ".join(f"{number:,} left out: {reason}" for reason, number in loaded.left_out.items())
+        reasons = {**loaded.left_out, **({"where does not ask for them": loaded.filtered} if loaded.filtered else {})}
+        left = "; ".join(f"{number:,} left out: {reason}" for reason, number in reasons.items())
         loaded.errors.append(f"{source.name}: no rows{f' are left ({left})' if left else ''}; give at least one")
     elif passed <= source.skip:
         loaded.errors.append(
@@ -518,6 +530,8 @@ class RowReader:
     """The number of rows so far, with those that `where` leaves out."""
     has_where_keys: bool = False
     """Whether any row had all keys of `where`."""
+    marked: Counter[bool] = field(default_factory=Counter)
+    """Whether a mark says if the answer is good → the number of such rows, of forms with marks."""
     _seen: Seen = field(default_factory=Seen)
     """Id of a ranking, or key of a prompt → its first location."""
     _gathered: dict[int, tuple[Form, list[tuple[str, dict]]]] = field(default_factory=dict)
@@ -579,6 +593,8 @@ class RowReader:
                 refuse_other_judgments(form, self.source.by)
             if self.source.min_score_ratio != 1.0 and not form.has_votes:
                 raise ValueError(f"min_score_ratio: a row {form} holds no votes; take it out of the source")
+        if self.kind == "demonstrations" and (form.name == MARKED or form in MAY_BE_MARKED):
+            self.marked[form.name == MARKED] += 1
         self.loaded.forms["a plain string" if isinstance(value, str) else str(form)] += 1
         known = form.keys_of(row)
         self.loaded.unread.update(

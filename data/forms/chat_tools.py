@@ -7,8 +7,8 @@ from data.forms.form import Form, LeftOut, Options, Row
 from data.forms.instructions import INSTRUCTION_KEYS, read_instruction
 from data.forms.judged import judged_conversations, number, shared_start
 from data.forms.messages import SYSTEM_KEYS, Messages, read_conversation, read_messages, read_prompt, system_of
-from data.forms.plain import read_reply
-from data.forms.preferences import ranking_from_pair
+from data.forms.plain import RANKING_KEYS, read_reply
+from data.forms.preferences import POOL, SCORE_KEYS, ranking_from_pair
 from data.forms.questions import read_question
 from data.forms.scores import ranks_of_scores
 from data.forms.transcripts import NEMO_END, is_nemo, split_nemo
@@ -102,6 +102,11 @@ def instruction_prompt(row: Row, options: Options) -> Row:
 
 
 # ── pairs whose prompt or answers have other names ───────────────────────────────────────────────
+
+
+def other_prompt_pair(row: Row, options: Options) -> Row:
+    """Convert {input, chosen, rejected} and {query, chosen, rejected}."""
+    return ranking_from_pair(asked_prompt(row, options)["prompt"], row, options)
 
 
 def renamed_texts(row: Row, options: Options) -> Row:
@@ -331,10 +336,22 @@ RENAMED = (
 """Other names of the better and the worse answer: of Chinese DPO sets, CValues, and papers."""
 ASKED = ("prompt", "question", "query", "instruction", "input")
 """Names of the prompt of such a pair."""
-RENAMED_PAIRS = tuple(
+OTHER_PROMPT_PAIRS = tuple(
+    Form(
+        (key, "chosen", "rejected"),
+        ("history", *SYSTEM_KEYS, *RANKING_KEYS, *SCORE_KEYS),
+        other_prompt_pair,
+        name="pairs under other names",
+        fits=is_asked,
+        prompt=asked_prompt,
+        harmless=POOL,
+    )
+    for key in ("input", "query")
+)
+RENAMED_PAIRS = OTHER_PROMPT_PAIRS + tuple(
     Form(
         names,
-        (*ASKED, "history", *SYSTEM_KEYS),
+        (*ASKED, "history", *SYSTEM_KEYS, *RANKING_KEYS, *SCORE_KEYS),
         renamed_texts,
         name="pairs under other names",
         fits=is_asked,

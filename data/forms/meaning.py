@@ -119,6 +119,8 @@ VERDICTS = frozenset(
         "is_preferred",
         "preferred",
         "is_safe",
+        "is_harmless",
+        "harmless",
         "passed",
         "feedback",
         "thumbs",

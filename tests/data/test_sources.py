@@ -458,3 +458,24 @@ def test_the_commit_is_requested_from_the_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "load_dataset", fake)
     assert load("documents", hub="org/set", revision="a" * 40) == [Document("a")]
     assert calls == [(("org/set", None), {"split": "train", "streaming": False, "revision": "a" * 40})]
+
+
+@pytest.mark.parametrize("setting", [{"subset": "en"}, {"data_dir": "x"}, {"data_files": "*.json"}])
+def test_a_setting_of_the_hub_is_refused_for_a_file(tmp_path, setting):
+    path = written(tmp_path, {"prompt": "a"})
+    [name] = setting
+    [line] = read("prompts", Source(path, **setting)).errors
+    assert f"{name} does nothing" in line
+
+
+def test_a_split_that_a_folder_does_not_have_is_refused(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8")
+    assert len(read("prompts", Source(tmp_path)).records) == 1
+    [line] = read("prompts", Source(tmp_path, split="test")).errors
+    assert "no files of the split test, only of train" in line
+
+
+def test_rows_that_where_leaves_out_are_counted_where_none_is_left(tmp_path):
+    path = written(tmp_path, {"prompt": "a", "lang": "en"})
+    [line] = read("prompts", Source(path, where={"lang": "fr"})).errors
+    assert "1 left out: where does not ask for them" in line

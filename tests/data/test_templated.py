@@ -33,6 +33,8 @@ TEMPLATED = [
     ("be kind\n\nHuman: hi\n\nAssistant:", " a", [SYSTEM, HI]),
     ("User: hi\nAssistant: yo\nUser: b\nAssistant:", " a", TWO_TURNS),
     ("be kind\n\nUser: hi\n\nAssistant:", " a", [SYSTEM, HI]),
+    ("Human: hi\nAI: yo\nHuman: b\nAI:", " a", TWO_TURNS),
+    ("User: hi\nBot:", " a", "hi"),
     ("hi", "a<|endoftext|>", "hi"),
     ("hi", "a <eos>", "hi"),
     ("<s>hi", "a", "hi"),

@@ -198,3 +198,9 @@ def test_an_id_that_names_the_prompt_can_be_ignored(tmp_path):
     rows = [{"id": "1", "prompt": "p", "chosen": x, "rejected": "y"} for x in ("a", "b")]
     assert "ignore: [id]" in error_of(tmp_path, *rows)
     assert len({record.id for record in loaded(tmp_path, *rows, ignore=("id",)).records}) == 2
+
+
+def test_answers_that_begin_with_the_assistants_name_lose_it_behind_a_transcript(tmp_path):
+    row = {"prompt": "\n\nHuman: p", "chosen": "\n\nAssistant: x", "rejected": "\n\nAssistant: y"}
+    [record] = loaded(tmp_path, row).records
+    assert record.responses == ("x", "y")

@@ -455,3 +455,16 @@ def test_passages_for_a_query_are_no_preference():
 def test_a_ratio_of_votes_is_refused_where_there_are_none(tmp_path):
     row = {"prompt": "p", "chosen": "x", "rejected": "y"}
     assert "holds no votes" in loaded(tmp_path, row, min_score_ratio=2.0).errors[0]
+
+
+def test_the_prompt_of_a_pair_may_have_another_name(tmp_path):
+    row = {"system": "s", "input": "p", "chosen": "x", "rejected": "y", "chosen_score": 3, "rejected_score": 3}
+    [record] = rankings(tmp_path, row)
+    assert [message["content"] for message in record.prompt] == ["s", "p"] and record.ranks == (1, 1)
+
+
+def test_a_cell_may_hold_the_text_of_a_list(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,responses,ranks\np,"[""y"",""x""]","[2,1]"\n', encoding="utf-8")
+    [record] = read("rankings", Source(path)).records
+    assert record.responses == ("y", "x") and record.ranks == (2, 1)
