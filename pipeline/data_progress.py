@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,12 +107,13 @@ class ReadingLine:
         """
         from rich.markup import escape
         from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
 
         if self._bar is None:
             columns = [
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
                 BarColumn(bar_width=24 if console.width >= 100 else 8),
-                TextColumn("{task.fields[text]}"),
+                TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True)),
             ]
             # Standard output may go to a file, so rich must leave it alone.
             self._bar = Progress(*columns, console=console, transient=True, redirect_stdout=False)

@@ -15,8 +15,8 @@ from data.error_lines import shorten
 from data.files.reading import Reading
 from data.forms import FORMS
 from data.parsing import describe
-from data.records import Demonstration, Ranking, Record
 from data.progress import Note, Watch, unwatched
+from data.records import Demonstration, Ranking, Record
 from data.sources import Loaded, Source, stream
 from data.turns import TurnCount, count_turns
 
