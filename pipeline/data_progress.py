@@ -93,7 +93,7 @@ class ReadingLine:
         parts = [f"{rows:,} rows"]
         parts += [] if share is None else [f"{share:.0%}"]
         parts.append(format_duration(elapsed))
-        if share:
+        if share and share < 1:
             parts.append(f"about {format_duration(round_estimate(elapsed / share - elapsed))} left")
         return " · ".join(parts)
 

@@ -35,20 +35,21 @@ def test_a_short_pass_shows_nothing(clock):
 
 
 def test_without_a_terminal_there_are_a_few_lines(clock):
-    assert shown(clock, 0.1, False).splitlines() == [
-        "a.jsonl: reading: 50 rows · 5% · 5 s · about 1 min 35 s left",
-        "a.jsonl: reading: 350 rows · 35% · 35 s · about 65 s left",
-        "a.jsonl: reading: 650 rows · 65% · 65 s · about 35 s left",
-        "a.jsonl: reading: 950 rows · 95% · 1 min 35 s · about 5 s left",
+    assert shown(clock, 0.125, False).splitlines() == [
+        "a.jsonl: reading: 40 rows · 4% · 5 s · about 2 min 0 s left",
+        "a.jsonl: reading: 280 rows · 28% · 35 s · about 1 min 30 s left",
+        "a.jsonl: reading: 520 rows · 52% · 65 s · about 60 s left",
+        "a.jsonl: reading: 760 rows · 76% · 1 min 35 s · about 30 s left",
+        "a.jsonl: reading: 1,000 rows · 100% · 2 min 5 s",
     ]
-    first = shown(clock, 0.1, False, knows_share=False).splitlines()[0]
-    assert first == "a.jsonl: reading: 50 rows · 5 s"
+    first = shown(clock, 0.125, False, knows_share=False).splitlines()[0]
+    assert first == "a.jsonl: reading: 40 rows · 5 s"
 
 
 def test_a_terminal_shows_a_bar_and_takes_it_away(clock):
-    text = shown(clock, 0.1, True)
-    assert "a.jsonl: reading" in text and "500 rows · 50% · 50 s · about 50 s left" in text
-    assert text.endswith("\r\x1b[2K") and "\x1b[?25h" in text  # the line is cleared, the cursor is back
+    text = shown(clock, 0.125, True)
+    assert "a.jsonl: reading ━" in text and "1,000 rows · 100% · 2 min 5 s" in text
+    assert text.endswith("\x1b[2K") and "\x1b[?25h" in text  # the line is cleared, the cursor is back
 
 
 @pytest.fixture
