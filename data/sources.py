@@ -417,7 +417,7 @@ def with_source(record: Record, label: str, ids: Seen, location: str) -> Record:
     """Return a ranking of a mixture with its source and an id of its own; other records unchanged.
 
     A ranking that names a source of its own keeps it. Files that number their rows use the same
-    ids: the later ranking's id gets the source's name in front.
+    ids: the later ranking gets another one.
 
     Args:
         record: The record.
@@ -427,8 +427,7 @@ def with_source(record: Record, label: str, ids: Seen, location: str) -> Record:
     """
     if not isinstance(record, Ranking):
         return record
-    name = record.id if record.id not in ids else f"{label}-{record.id}"
-    copies = (f"{name}-{copy}" for copy in count(2))
+    name, copies = record.id, (f"{record.id}-{copy}" for copy in count(2))
     while name in ids:
         name = next(copies)
     ids.add(name, location)
@@ -488,6 +487,8 @@ def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = No
         return
     if source.where and reader.count and not reader.has_where_keys:
         loaded.errors.append(f"{source.name}: no row has the keys of where ({', '.join(source.where)}); correct them")
+    elif source.where and reader.count and reader.count == loaded.filtered:
+        loaded.errors.append(no_wanted_row(source))
     elif passed == 0:
         left = "; ".join(f"{number:,} left out: {reason}" for reason, number in loaded.left_out.items())
         loaded.errors.append(f"{source.name}: no rows{f' are left ({left})' if left else ''}; give at least one")
@@ -495,6 +496,12 @@ def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = No
         loaded.errors.append(
             f"{source.name}: has {passed} records, and skip leaves out the first {source.skip}; lower skip"
         )
+
+
+def no_wanted_row(source: Source) -> str:
+    """Return the error line of a source whose `where` lets no row pass."""
+    wanted = ", ".join(f"{key}: {value}" for key, value in (source.where or {}).items())
+    return f"{source.name}: no row has what where asks for ({wanted}); correct where"
 
 
 @dataclass
@@ -567,11 +574,16 @@ class RowReader:
         refuse_meaningful_keys(self.kind, form, row, ignore)
         if not form.name:
             refuse_unknown_keys(form, row, ignore)
-        if self.kind == "rankings" and self.source.by is not None:
-            refuse_other_judgments(form, self.source.by)
+        if self.kind == "rankings":
+            if self.source.by is not None:
+                refuse_other_judgments(form, self.source.by)
+            if self.source.min_score_ratio != 1.0 and not form.has_votes:
+                raise ValueError(f"min_score_ratio: a row {form} holds no votes; take it out of the source")
         self.loaded.forms["a plain string" if isinstance(value, str) else str(form)] += 1
         known = form.keys_of(row)
-        self.loaded.unread.update(key for key in row if key not in known and key not in METADATA)
+        self.loaded.unread.update(
+            key for key in row if key not in known and key not in METADATA and key not in (self.source.where or ())
+        )
         return form, row
 
     def _convert(self, form: Form, row: dict, options: Options) -> list[dict | LeftOut]:
@@ -604,6 +616,8 @@ class RowReader:
             return
         try:
             item = {**{key: row[key] for key in KEPT if key in row}, **item}
+            if "id" in self.source.ignore:
+                item.pop("id", None)
             item = with_labels(item, row)
             if self.kind != "documents":
                 item = without_templates(item, self.source.templated)
@@ -735,7 +749,9 @@ def with_own_id(ranking: Ranking, location: str, seen: Seen) -> Ranking:
         elif ranking.labeler is not None and with_name not in seen:
             free = with_name
         else:
-            raise ValueError(f"the id '{ranking.id}' is also used at {seen[ranking.id]}; give each its own")
+            raise ValueError(
+                f"the id '{ranking.id}' is also used at {seen[ranking.id]}; give each its own, or say ignore: [id]"
+            )
         ranking = replace(ranking, id=free)
     seen.add(ranking.id, location)
     return ranking

@@ -169,6 +169,13 @@ TEMPLATES = (
         end=r"</s>",
         both=True,
     ),
+    Template(
+        name="User: and Assistant:",
+        turn=r"(?:^|(?<=\n))(?:(?P<user>User:)|(?P<assistant>Assistant:))",
+        begins=r"User:",
+        ends=r"(?:^|(?<=\n))Assistant:",
+        both=True,
+    ),
 )
 """All templates that are known, but that of hh-rlhf."""
 

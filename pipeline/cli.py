@@ -234,7 +234,12 @@ def add_init(commands: Any) -> None:
     init.add_argument("-o", "--output", default="my.yaml", metavar="FILE", help="file to write (default: my.yaml)")
     init.add_argument("--model", metavar="NAME", help="base model: a folder or a Hub id (default: train from scratch)")
     init.add_argument(
-        "--data", nargs="+", action="extend", default=[], metavar="FILE", help="data files; their kinds are guessed"
+        "--data",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="data files, folders or globs; their kinds are guessed, and several of a kind become a mixture",
     )
     init.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="device to compute on")
     init.add_argument("--debug", action="store_true", help="show tracebacks")

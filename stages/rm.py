@@ -128,7 +128,7 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
         # 1 the policy's trunk, a new scalar head
         make = partial(make_model, source, runtime, adapter_settings(ctx.experiment.model), member_seed(ctx.seed, k))
         model = place_model(make, runtime, config.max_length)
-        trainee = trainee_of(config, model, steps)
+        trainee = trainee_of(config, model, steps, config.head_learning_rate)
         if k == 0:
             sets = len(names) - 1 + (config.keep == "best")
             say_written(session, provenance, [model], [model], len(names) * steps, sets=sets, copies=len(names))

@@ -17,7 +17,7 @@ from data.forms import FORMS
 from data.parsing import describe
 from data.progress import Note, Watch, unwatched
 from data.records import Demonstration, Ranking, Record
-from data.sources import Loaded, Source, stream
+from data.sources import Loaded, Source, no_wanted_row, stream
 from data.turns import TurnCount, count_turns
 
 DROPPED_SHOWN = 5
@@ -54,7 +54,7 @@ def check(
     if report.kind is None:
         reading = Reading()
         rows = all_rows(source, reading)
-        first = next((f"{location}: {unknown_kind(value)}" for location, value in rows), "")
+        first = next((f"{location}: {unknown_kind(value)}" for location, value in rows), no_rows(source))
         report.errors += reading.errors or [first]
         return report
     is_kept = any(part.hub is not None and part.limit is not None for part in source.parts or (source,))
@@ -153,6 +153,11 @@ class Tally:
         self.prompts.report(report, loaded.duplicates)
         if self.kind == "rankings":
             self.pairs.report(report)
+
+
+def no_rows(source: Source) -> str:
+    """Return the error line of a source none of whose rows are read."""
+    return no_wanted_row(source) if source.where else f"{source.name}: no rows; give at least one"
 
 
 def unknown_kind(value: object) -> str:

@@ -112,7 +112,9 @@ def turns_of(value: object) -> list[Row]:
         if pair is not None:
             if turn.get("system") not in (None, ""):
                 turns.append({"role": "system", "content": turn["system"]})
-            turns += [{"role": "user", "content": turn[pair[0]]}, {"role": "assistant", "content": turn[pair[1]]}]
+            marks = {key: turn[key] for key in MARKS if key in turn}  # they are the answer's
+            answer = {"role": "assistant", "content": turn[pair[1]], **marks}
+            turns += [{"role": "user", "content": turn[pair[0]]}, answer]
         else:
             turns.append(turn_of(turn, position) if isinstance(turn, dict) else turn)
     return turns
@@ -268,6 +270,8 @@ def conversation_turns(row: Row) -> list[Row]:
     """Return the turns of the conversation that a row holds."""
     present = [row[key] for key in CONVERSATION_KEYS if key in row]
     value = from_text(next((value for value in present if value is not None), None))
+    if value == []:
+        raise LeftOut("a conversation without messages")
     if is_list_of_texts(value):
         assert isinstance(value, list)
         return alternating(value)

@@ -93,6 +93,8 @@ def read_replies(prompt: str | Messages, row: Row, options: Options) -> tuple[st
         before + messages if messages[0]["role"] == "assistant" else messages for messages in whole if messages
     ]
     shared = shared_prompt(conversations)
+    if before[:1] != shared[:1] and before[0]["role"] == "system" and shared[:1] and shared[0]["role"] != "system":
+        shared = [before[0], *shared]  # the system message stands beside the prompt only
     if "prompt" in options.ignore or holds(shared, before):
         responses = [messages[-1]["content"] for messages in conversations]
         return (prompt if shared == before else shared), responses

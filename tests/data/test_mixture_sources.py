@@ -23,6 +23,7 @@ def test_rankings_of_a_mixture_name_their_source_without_folders(tmp_path):
     mixture = Source(parts=(written(tmp_path / "people.jsonl", ranking("p"), ranking("q", id="2", source="round 2")),
                             written(tmp_path / "models.jsonl", ranking("r", id="3"))))  # fmt: skip
     rows = sources.load("rankings", mixture)
+    assert [row for _, row in sources.stream("rankings", mixture, sources.Loaded())] == rows
     assert [row.source for row in rows] == ["people.jsonl", "round 2", "models.jsonl"]
     [single, _] = sources.load("rankings", mixture.parts[0])
     assert single.source is None, "one source needs no name"
@@ -32,7 +33,7 @@ def test_equal_ids_of_two_files_are_told_apart(tmp_path):
     """The written mixture reads back, as the stage rm does."""
     parts = [written(tmp_path / f"{name}.jsonl", ranking(name)) for name in ("a", "b")]
     rows = sources.load("rankings", Source(parts=(*parts, parts[1])))
-    assert [row.id for row in rows] == ["1", "b.jsonl-1", "b.jsonl-1-2"]
+    assert [row.id for row in rows] == ["1", "1-2", "1-3"]
     write_jsonl(tmp_path / "whole.jsonl", rows)
     assert sources.load("rankings", Source(tmp_path / "whole.jsonl")) == rows
 

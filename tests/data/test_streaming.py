@@ -53,7 +53,7 @@ def test_parts_of_a_mixture_may_use_the_same_ids(tmp_path):
     files = [written(tmp_path / f"{name}.jsonl", ranking(name, id="1"), ranking(name, id="2")) for name in "abc"]
     rows, loaded = streamed("rankings", Source(parts=tuple(map(Source, files))))
     ids = [record.id for _, record in rows]
-    assert ids == ["1", "2", "b.jsonl-1", "b.jsonl-2", "c.jsonl-1", "c.jsonl-2"] and loaded.errors == []
+    assert ids == ["1", "2", "1-2", "2-2", "1-3", "2-3"] and loaded.errors == []
 
 
 def test_errors_of_a_part_are_those_of_the_stream(tmp_path):

@@ -31,6 +31,8 @@ TEMPLATED = [
     ("<｜begin▁of▁sentence｜><｜User｜>hi<｜Assistant｜>", "a<｜end▁of▁sentence｜>", "hi"),
     ("GPT4 Correct User: hi<|end_of_turn|>GPT4 Correct Assistant:", " a<|end_of_turn|>", "hi"),
     ("be kind\n\nHuman: hi\n\nAssistant:", " a", [SYSTEM, HI]),
+    ("User: hi\nAssistant: yo\nUser: b\nAssistant:", " a", TWO_TURNS),
+    ("be kind\n\nUser: hi\n\nAssistant:", " a", [SYSTEM, HI]),
     ("hi", "a<|endoftext|>", "hi"),
     ("hi", "a <eos>", "hi"),
     ("<s>hi", "a", "hi"),

@@ -168,7 +168,7 @@ def test_a_report_with_only_demonstrations_and_rankings(chain, tmp_path, monkeyp
     (tmp_path / "part.yaml").write_text("\n".join(config) + "\n")
     command = ["-c", str(tmp_path / "part.yaml"), "--artifacts", str(tmp_path / "artifacts")]
     assert cli.main(["run", "report", *command]) == 0
-    made = {path.name for path in (tmp_path / "artifacts" / "part").iterdir()}
+    made = {path.name for path in (tmp_path / "artifacts" / "part").glob("[!.]*")}
     assert made == {"base", "sft", "rankings", "dpo", "evaluate", "report"}
     page = (tmp_path / "artifacts" / "part" / "report" / "index.html").read_text(encoding="utf-8")
     assert "DPO" in page and "PPO" not in page.partition("<main>")[2].partition("Lineage")[0]
