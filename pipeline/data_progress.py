@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from data.progress import Note
-
+Note = Callable[[int, float | None], None]
+"""Takes the rows so far, and the share of the pass that is done, as in the room `data`."""
 PATIENCE = 2.0
 """Seconds after which a terminal shows a bar."""
 FIRST_LINE = 5.0
