@@ -54,7 +54,9 @@ def main(argv: list[str] | None = None) -> int:
         return commands.COMMANDS[arguments.command](arguments)
     except SystemExit as error:  # argparse ends --help and --version so
         return int(error.code or 0)
-    except KeyboardInterrupt:  # in status, doctor and chat; `run` has its own way to stop
+    except KeyboardInterrupt:  # `run` has its own way to stop
+        if arguments is not None and arguments.command == "data":
+            print("stopped; nothing is left half-written", file=sys.stderr)
         return 130
     except Exception as error:
         if "--debug" in argv:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -12,8 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from data.progress import Note
-
+Note = Callable[[int, float | None], None]
+"""Takes the rows so far, and the share of the pass that is done, as in the room `data`."""
 PATIENCE = 2.0
 """Seconds after which a terminal shows a bar."""
 FIRST_LINE = 5.0
@@ -94,7 +93,7 @@ class ReadingLine:
         parts = [f"{rows:,} rows"]
         parts += [] if share is None else [f"{share:.0%}"]
         parts.append(format_duration(elapsed))
-        if share:
+        if share and share < 1:
             parts.append(f"about {format_duration(round_estimate(elapsed / share - elapsed))} left")
         return " · ".join(parts)
 
@@ -108,12 +107,13 @@ class ReadingLine:
         """
         from rich.markup import escape
         from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
 
         if self._bar is None:
             columns = [
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
                 BarColumn(bar_width=24 if console.width >= 100 else 8),
-                TextColumn("{task.fields[text]}"),
+                TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True)),
             ]
             # Standard output may go to a file, so rich must leave it alone.
             self._bar = Progress(*columns, console=console, transient=True, redirect_stdout=False)

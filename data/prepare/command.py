@@ -31,7 +31,6 @@ def run(
     artifacts: str | Path = "artifacts",
     force: bool = False,
     reading: dict[str, Any] | None = None,
-    console: Any = None,
     watch: Watch = unwatched,
 ) -> int:
     """Prepare data and print a table.
@@ -45,7 +44,6 @@ def run(
         artifacts: The folder of all experiments, where the embedded world's files are.
         force: Whether to replace the folder.
         reading: Settings of a source that hold for every input, whatever the config says.
-        console: A rich console to print to; None for standard output.
         watch: Shows how far a long pass is.
 
     Returns:
@@ -72,7 +70,7 @@ def run(
         manifest = manifest_of(temporary, inputs, protected, settings, outcome)
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         (temporary / "manifest.json").write_text(text, encoding="utf-8")
-    print_outcome(folder, outcome, settings, console.file if console is not None else sys.stdout)
+    print_outcome(folder, outcome, settings, sys.stdout)
     return 0
 
 
