@@ -49,6 +49,8 @@ LABELS = ("use_case", "category")
 """Keys that say what a prompt is for; records keep them under `meta`."""
 MOST_ERRORS = 10_000
 """Error lines after which the rest of a source is not read."""
+MOST_PLACES = 10_000
+"""Rows left out of a source whose locations are kept; the others are counted."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ class Loaded:
     left_out: Counter[str] = field(default_factory=Counter)
     """Reason → the number of rows, or parts of rows, that are understood and hold nothing of this
     kind."""
+    left_out_places: list[tuple[str, str]] = field(default_factory=list)
+    """(location, reason) of the first MOST_PLACES of them."""
     filtered: int = 0
     """Rows left out by `where`."""
     dropped: list[tuple[str, str]] = field(default_factory=list)
@@ -161,6 +165,18 @@ class Loaded:
     part of a row, that gives no record; None: counting them is enough."""
     note: Note = no_note
     """Is told how far reading is: rows, with those that `where` leaves out, and the share."""
+
+    def count_left_out(self, location: str, reason: str) -> None:
+        """Count a row, or a part of one, that is understood and holds nothing of this kind.
+
+        Args:
+            location: Where it is.
+            reason: Why: one of a few sentences.
+        """
+        self.left_out[reason] += 1
+        if len(self.left_out_places) < MOST_PLACES:
+            self.left_out_places.append((location, reason))
+        self.leave_out(location, reason)
 
     def leave_out(self, location: str, reason: str, detail: str = "") -> None:
         """Tell of a row that gives no record, if anybody wants to know.
@@ -390,6 +406,7 @@ def add_counts(whole: Loaded, part: Loaded) -> None:
     whole.forms += part.forms
     whole.unread += part.unread
     whole.left_out += part.left_out
+    whole.left_out_places += part.left_out_places
     whole.filtered += part.filtered
     whole.dropped += part.dropped
     whole.duplicates += part.duplicates
@@ -555,8 +572,7 @@ class RowReader:
                     continue
                 converted = self._convert(form, row, options)
             except LeftOut as reason:
-                self.loaded.left_out[str(reason)] += 1
-                self.loaded.leave_out(location, str(reason))
+                self.loaded.count_left_out(location, str(reason))
                 continue
             except ValueError as error:
                 self._bad(location, error)
@@ -624,8 +640,7 @@ class RowReader:
             row: The row that it was made of.
         """
         if isinstance(item, LeftOut):
-            self.loaded.left_out[str(item)] += 1
-            self.loaded.leave_out(location, str(item))
+            self.loaded.count_left_out(location, str(item))
             return
         if isinstance(item, ValueError):
             self._bad(location, item)
