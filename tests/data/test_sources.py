@@ -478,4 +478,4 @@ def test_a_split_that_a_folder_does_not_have_is_refused(tmp_path):
 def test_rows_that_where_leaves_out_are_counted_where_none_is_left(tmp_path):
     path = written(tmp_path, {"prompt": "a", "lang": "en"})
     [line] = read("prompts", Source(path, where={"lang": "fr"})).errors
-    assert "1 left out: where does not ask for them" in line
+    assert line == f"{path}: no row has what where asks for (lang: fr); correct where"
