@@ -5,14 +5,19 @@ it. A blank document, prompt, message or completion is an error of some export, 
 model to say nothing.
 """
 
+import hashlib
 import json
 import math
+import re
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from data.records import Demonstration, Document, Prompt, Ranking, content_id
 
 ROLES = ("system", "user", "assistant")
+EMAIL = re.compile(r"[^\s@]+@[^\s@]+\.[^\s@]+")
+"""An e-mail address, and whatever sticks to it."""
 METADATA = ("meta", "metadata", "id", "source", "url", "timestamp", "user_id", "kind", "use_case", "category")
 """Keys that any row may have. `meta`, `user_id` and `kind` are kept, and `use_case` and `category`
 under `meta`; `source` where it is a text in a ranking of our own form. Others are not read."""
@@ -50,7 +55,7 @@ def parse_ranking(row: dict) -> Ranking:
     if (identifier is not None and type(identifier) not in (str, int)) or identifier == "":
         raise ValueError(f"'id' is {describe(identifier)}; expected a string, or no id")
     ranking = Ranking(
-        id=str(identifier),
+        id=without_emails(str(identifier)),
         prompt=prompt,
         responses=tuple(responses),
         ranks=ranks,
@@ -115,10 +120,14 @@ def parse_text(row: dict, key: str, expected: str = "a text") -> str:
 
 
 def parse_list(row: dict, key: str) -> list:
-    """Return the list under a key of a ranking."""
-    if not isinstance(row.get(key), list):
+    """Return the list under a key of a ranking; a cell of a table may hold its JSON text."""
+    value = row.get(key)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError):
+            value = json.loads(value)
+    if not isinstance(value, list):
         raise ValueError(f"'{key}' is {describe_key(row, key)}; expected a list with one entry per response")
-    return row[key]
+    return value
 
 
 def parse_ranks(ranks: list, count: int) -> tuple[int | None, ...]:
@@ -182,7 +191,7 @@ def check_scores(scores: list, count: int) -> tuple[float | None, ...]:
 
 
 def parse_name(row: dict, key: str) -> str | None:
-    """Return a name or number under a key as a string; None if there is none."""
+    """Return a name or number under a key as a string without addresses; None if there is none."""
     value = row.get(key)
     if value is None:
         return None
@@ -190,7 +199,20 @@ def parse_name(row: dict, key: str) -> str | None:
         value = int(value)
     if type(value) not in (str, int):
         raise ValueError(f"'{key}' is {describe(value)}; expected a string, or no {key}")
-    return str(value)
+    return without_emails(str(value))
+
+
+def without_emails(name: str) -> str:
+    """Return a name of a person with 8 hexadecimal digits of its SHA-256 for each e-mail address.
+
+    What people are called goes into published files; who they are must not.
+    """
+    return EMAIL.sub(lambda match: digest_of_name(match[0]), name)
+
+
+def digest_of_name(name: str) -> str:
+    """Return 8 hexadecimal digits that stand for a person's name or address."""
+    return hashlib.sha256(name.lower().encode()).hexdigest()[:8]
 
 
 def parse_about(row: dict) -> dict[str, Any]:

@@ -169,6 +169,20 @@ TEMPLATES = (
         end=r"</s>",
         both=True,
     ),
+    Template(
+        name="User: and Assistant:",
+        turn=r"(?:^|(?<=\n))(?:(?P<user>User:)|(?P<assistant>Assistant:))",
+        begins=r"User:",
+        ends=r"(?:^|(?<=\n))Assistant:",
+        both=True,
+    ),
+    Template(
+        name="Human: and AI:, or User: and Bot:",
+        turn=r"(?:^|(?<=\n))(?:(?P<user>(?:Human|User):)|(?P<assistant>(?:AI|Bot|Chatbot):))",
+        begins=r"(?:Human|User):",
+        ends=r"(?:^|(?<=\n))(?:AI|Bot|Chatbot):",
+        both=True,
+    ),
 )
 """All templates that are known, but that of hh-rlhf."""
 
@@ -176,7 +190,7 @@ TEMPLATES = (
 
 EDGE = 240
 """Characters at the beginning and at the end of a text in which its frame is looked for."""
-FIRST_LETTERS = ("<", "[", "#", "U", "B", "G")
+FIRST_LETTERS = ("<", "[", "#", "U", "B", "G", "H")
 """What `begins` of a template can begin with: other texts need not be searched."""
 LAST_LETTERS = (">", "]", ":", "assistant", "model")
 """What `ends` of a template can end with."""

@@ -27,7 +27,9 @@ ANSWER_WORDS = frozenset([
     "ranks", "ranking", "rankings", "score", "scores", "rating", "ratings", "winner", "preference",
     "preferences", "preferred", "better", "best", "worse", "worst", "choice", "choices", "reward", "rewards",
     "target", "targets", "solution", "summary", "summaries", "kto", "judgment", "judgement", "verdict",
-    "annotation", "annotations", "critique", "vote", "votes",
+    "annotation", "annotations", "critique", "vote", "votes", "resp", "pos", "neg", "positive", "negative",
+    "good", "bad", "win", "winning", "lose", "losing", "loser", "accepted", "dispreferred", "correct", "incorrect",
+    "left", "right",
 ])  # fmt: skip
 """Words in the keys of answers, and of what is said about them."""
 WORD = re.compile(r"[a-z]+")

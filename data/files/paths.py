@@ -107,11 +107,13 @@ def of_split(path: str | Path, names: list[str], split: str | None) -> list[str]
     for name in names:
         words = [word.lower() for word in SPLIT_WORD.findall(name)]
         by_split.setdefault(SAME_SPLIT.get(words[-1], words[-1]) if words else "", []).append(name)
-    if len(by_split) == 1 or family_of_documents(names):
+    if family_of_documents(names) or (len(by_split) == 1 and (split is None or "" in by_split)):
         return names
     if split is not None and SAME_SPLIT.get(split, split) in by_split:
         return by_split[SAME_SPLIT.get(split, split)]
     examples = ", ".join(f"{key or 'no split'} ({found[0]})" for key, found in sorted(by_split.items()))
+    if len(by_split) == 1:
+        raise ValueError(f"no files of the split {split}, only of {examples}; name that split, or other files")
     raise ValueError(f"files of several splits: {examples}; give one as a glob, such as {example_of(path)}")
 
 

@@ -6,13 +6,14 @@ suggestions.
 """
 
 from data.forms.form import Form, LeftOut, Options, Row
-from data.forms.judged import NO_PREFERENCE, number
+from data.forms.judged import number
 from data.forms.messages import read_messages
 from data.forms.scores import ranks_of_scores
 from data.parsing import describe
 
 PROMPTS = ("prompt", "instruction", "question", "query", "input", "context", "text")
 """Names of the field with the prompt, the most usual first."""
+NO_RANKING = "a record without an answer to a ranking question"
 DISCARDED = "an answer of a labeler that was discarded or is a draft"
 Answer = tuple[object, object, object]
 """(value, user, status) of a question."""
@@ -100,7 +101,7 @@ def rankings_of(identifier: object, fields: Row, questions: dict[str, list[Answe
             row = {"prompt": prompt, "responses": [fields[name] for name in names], "ranks": ranks, "labeler": user}
             results.append({**row, "id": None if identifier is None else f"{identifier}-{user}"})
     if not results:
-        raise LeftOut(NO_PREFERENCE)
+        raise LeftOut(NO_RANKING)
     return results
 
 

@@ -7,8 +7,9 @@ from data.forms.form import Form, LeftOut, Options, Row
 from data.forms.instructions import INSTRUCTION_KEYS, read_instruction
 from data.forms.judged import judged_conversations, number, shared_start
 from data.forms.messages import SYSTEM_KEYS, Messages, read_conversation, read_messages, read_prompt, system_of
-from data.forms.plain import read_reply
-from data.forms.preferences import ranking_from_pair
+from data.forms.plain import RANKING_KEYS, read_reply
+from data.forms.preferences import POOL, SCORE_KEYS, ranking_from_pair
+from data.forms.questions import read_question
 from data.forms.scores import ranks_of_scores
 from data.forms.transcripts import NEMO_END, is_nemo, split_nemo
 from data.parsing import describe, parse_list
@@ -42,9 +43,17 @@ def swift_pair(row: Row, options: Options) -> Row:
     chosen = read_conversation(row)
     if row.get("rejected_messages"):
         rejected = read_messages(row["rejected_messages"], system_of(row), blank_end=True)
+    elif are_texts(row["rejected_response"]) and chosen[-1]["role"] == "assistant":
+        responses = [chosen[-1]["content"], *row["rejected_response"]]
+        return {"prompt": chosen[:-1], "responses": responses, "ranks": [1, *(2 for _ in responses[1:])]}
     else:
         rejected = [*chosen[:-1], {"role": "assistant", "content": read_reply(row, "rejected_response", chosen[:-1])}]
     return judged_conversations(chosen, rejected, 0, margin=number(row.get("margin"), "margin"))
+
+
+def are_texts(value: object) -> bool:
+    """Return whether a value is a list of texts: several answers that are worse."""
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(text, str) for text in value)
 
 
 def swift_prompt(row: Row, options: Options) -> Row:
@@ -93,6 +102,33 @@ def instruction_prompt(row: Row, options: Options) -> Row:
 
 
 # ── pairs whose prompt or answers have other names ───────────────────────────────────────────────
+
+
+def other_prompt_pair(row: Row, options: Options) -> Row:
+    """Convert {input, chosen, rejected} and {query, chosen, rejected}."""
+    return ranking_from_pair(asked_prompt(row, options)["prompt"], row, options)
+
+
+def renamed_texts(row: Row, options: Options) -> Row:
+    """Convert pairs whose answers have other names, as of RENAMED: the better answer first."""
+    better, worse = next(names for names in RENAMED if names[0] in row and names[1] in row)
+    return ranking_from_pair(
+        asked_prompt(row, options)["prompt"], {**row, "chosen": row[better], "rejected": row[worse]}, options
+    )
+
+
+def asked_prompt(row: Row, options: Options) -> Row:
+    """Take the prompt under any of its names, after the turns of `history`."""
+    key = next(key for key in ASKED if key in row)
+    if key == "instruction":
+        return {"prompt": read_instruction(row)}
+    return {"prompt": read_question(row, key)}
+
+
+def is_asked(row: Row) -> bool:
+    """Return whether a row has a prompt under one name; an instruction may have an input."""
+    present = [key for key in ASKED if row.get(key) is not None]
+    return len(present) == 1 or present == ["instruction", "input"]
 
 
 def renamed_pair(row: Row, options: Options) -> Row:
@@ -171,6 +207,27 @@ def ranked_completions(row: Row, options: Options) -> Row:
     scores = [None if rank is None else -rank for rank in ranks]
     responses = [read_reply(one, "completion", prompt) for one in completions]
     return {"prompt": prompt, "responses": responses, "ranks": ranks_of_scores(scores)}
+
+
+def scored_completions(row: Row, options: Options) -> Row:
+    """Convert {contents, completions: [{score, completion}]} of Vertex AI."""
+    completions = parse_list(row, "completions")
+    prompt = contents_prompt(row, options)["prompt"]
+    scores = [number(one.get("score"), "score") for one in completions]
+    responses = [read_reply(one, "completion", prompt) for one in completions]
+    ranks = ranks_of_scores(scores, options.tie_within)
+    return {"prompt": prompt, "responses": responses, "ranks": ranks, "scores": scores}
+
+
+def contents_prompt(row: Row, options: Options) -> Row:
+    """Take the conversation that was answered."""
+    return {"prompt": read_conversation(row)}
+
+
+def are_completions_scored(row: Row) -> bool:
+    """Return whether `completions` are objects {score, completion}."""
+    value = row["completions"]
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and "score" in one for one in value)
 
 
 def context_prompt(row: Row, options: Options) -> Row:
@@ -263,6 +320,45 @@ def is_nemo_text(row: Row) -> bool:
     return is_nemo(row["text"])
 
 
+RENAMED = (
+    ("response_chosen", "response_rejected"),
+    ("chosen_answer", "rejected_answer"),
+    ("chosen_completion", "rejected_completion"),
+    ("chosen_output", "rejected_output"),
+    ("preferred", "dispreferred"),
+    ("preferred_response", "dispreferred_response"),
+    ("preferred", "rejected"),
+    ("accepted", "rejected"),
+    ("pos_resp", "neg_resp"),
+    ("response_w", "response_l"),
+    ("y_w", "y_l"),
+)
+"""Other names of the better and the worse answer: of Chinese DPO sets, CValues, and papers."""
+ASKED = ("prompt", "question", "query", "instruction", "input")
+"""Names of the prompt of such a pair."""
+OTHER_PROMPT_PAIRS = tuple(
+    Form(
+        (key, "chosen", "rejected"),
+        ("history", *SYSTEM_KEYS, *RANKING_KEYS, *SCORE_KEYS),
+        other_prompt_pair,
+        name="pairs under other names",
+        fits=is_asked,
+        prompt=asked_prompt,
+        harmless=POOL,
+    )
+    for key in ("input", "query")
+)
+RENAMED_PAIRS = OTHER_PROMPT_PAIRS + tuple(
+    Form(
+        names,
+        (*ASKED, "history", *SYSTEM_KEYS, *RANKING_KEYS, *SCORE_KEYS),
+        renamed_texts,
+        name="pairs under other names",
+        fits=is_asked,
+        prompt=asked_prompt,
+    )
+    for names in RENAMED
+)
 SERVICE_PAIR = Form(
     ("input", "preferred_output", "non_preferred_output"),
     (),
@@ -340,6 +436,14 @@ RANKED_COMPLETIONS = Form(
     fits=are_completions_ranked,
     prompt=context_prompt,
 )
+SCORED_COMPLETIONS = Form(
+    ("contents", "completions"),
+    SYSTEM_KEYS,
+    scored_completions,
+    name="Vertex AI's preferences",
+    fits=are_completions_scored,
+    prompt=contents_prompt,
+)
 NEMO_LABELS = Form(
     ("text", "label"),
     (),
@@ -366,6 +470,7 @@ CHAT_TOOLS = (
     STEP_PAIR,
     CAPYBARA_PAIR,
     RANKED_COMPLETIONS,
+    SCORED_COMPLETIONS,
     NEMO_LABELS,
     NEMO_PAIRS,
 )

@@ -79,6 +79,8 @@ class Form:
     """Keys of messages, beside role and content, that the form reads."""
     reads: Callable[[Row], Iterable[str]] | None = None
     """Further keys that the form reads in a row, where they are numbered or named by the user."""
+    has_votes: bool = False
+    """Whether answers have votes, which `min_score_ratio` compares; for others it is an error."""
     strict: bool = False
     """Whether a key that is neither in `needs` nor in `also` is an error: True for our own forms,
     where it is a misspelling."""

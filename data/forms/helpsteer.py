@@ -90,6 +90,12 @@ def edit_quality(row: Row, options: Options) -> Row:
     return judged_pair(read_messages(row["context"]), answers, 0, kind=kind_of(row.get("domain")))
 
 
+def edited_answer(row: Row, options: Options) -> Row:
+    """Convert {context, original_response, edited_response}: the edited answer is better."""
+    answers = [row["original_response"], row["edited_response"]]
+    return judged_pair(read_messages(row["context"]), answers, 1, kind=kind_of(row.get("domain")))
+
+
 def context_prompt(row: Row, options: Options) -> Row:
     """Take the conversation."""
     return {"prompt": read_messages(row["context"])}
@@ -126,4 +132,11 @@ HELPSTEER3_EDITS = Form(
     name="HelpSteer3 edits",
     prompt=context_prompt,
 )
-HELPSTEER = (HELPSTEER_RATINGS, HELPSTEER_PREFERENCE, HELPSTEER3, HELPSTEER3_EDITS)
+HELPSTEER3_EDITED = Form(
+    ("context", "original_response", "edited_response"),
+    ("domain",),
+    edited_answer,
+    name="HelpSteer3 edits",
+    prompt=context_prompt,
+)
+HELPSTEER = (HELPSTEER_RATINGS, HELPSTEER_PREFERENCE, HELPSTEER3, HELPSTEER3_EDITS, HELPSTEER3_EDITED)

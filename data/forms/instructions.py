@@ -18,7 +18,7 @@ def read_instruction(row: dict) -> str | Messages:
     """Read the instruction, with `input` and `context` on the next lines, after `history`."""
     request = parse_text(row, "instruction")
     for key in ("input", "context"):
-        if row.get(key) not in (None, ""):
+        if row.get(key) not in (None, "", "<noinput>"):  # as self-instruct says that there is none
             request += "\n" + parse_text(row, key)
     past = read_history(row.get("history"))
     if past:

@@ -1,12 +1,11 @@
 """Make rows of our ranking form of answers that somebody judged, and read judgments."""
 
-import hashlib
 import math
 from collections.abc import Sequence
 
 from data.forms.form import LeftOut, Row
 from data.forms.messages import Messages
-from data.parsing import describe
+from data.parsing import describe, digest_of_name
 
 NO_PREFERENCE = "nobody said which answer is better"
 PARTED = "two conversations that part before their last answer"
@@ -150,7 +149,7 @@ def pseudonym(person: object) -> str | None:
     name = str(person).strip()
     if name.isdigit():
         return name
-    return hashlib.sha256(name.lower().encode()).hexdigest()[:8]
+    return digest_of_name(name)
 
 
 def rated_pair_scores(row: Row, keys: tuple[str, str]) -> list[float] | None:

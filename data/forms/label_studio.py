@@ -64,6 +64,22 @@ def two_sides(data: Row) -> tuple[str, str]:
     )
 
 
+def sides_of(result: Row, data: Row) -> tuple[str, str]:
+    """Return the keys of the left and the right answer of a comparison.
+
+    The comparison names the two texts, the left one first. Where these names are not those of the
+    data, the order of the data is taken.
+
+    Args:
+        result: The comparison.
+        data: The data of the task.
+    """
+    names = str(result.get("to_name") or "").split(",")
+    if len(names) == 2 and all(isinstance(data.get(name.strip()), str) for name in names):
+        return names[0].strip(), names[1].strip()
+    return two_sides(data)
+
+
 def items_of(data: Row) -> tuple[str, dict[str, object]]:
     """Return the key of the list of answers, and {id: text} of its items."""
     for key, value in data.items():
@@ -104,7 +120,7 @@ def ranking_of(row: Row, labeler: str | None, result: Row, options: Options) -> 
     identifier = "-".join(str(part) for part in (row.get("id"), labeler) if part is not None) or None
     about: Row = {"labeler": labeler, "id": identifier, "user_id": None, "kind": None, "meta": None}
     if result["type"] == "pairwise":
-        sides = two_sides(data)
+        sides = sides_of(result, data)
         selected = value.get("selected")
         if selected in (None, "", "none"):
             return LeftOut(NO_PREFERENCE)

@@ -1,7 +1,7 @@
 """Choose which assistant turns of a conversation a demonstration teaches.
 
-All of them, except those that the data exclude: OpenAI's `weight: 0` in a message, and the
-`loss_weight: 0`, `loss: false` and `train: false` of other tools.
+All of them, except those that the data exclude: OpenAI's `weight: 0` in a message, and what other
+tools write for it (MARKS).
 """
 
 from collections.abc import Collection
@@ -9,7 +9,7 @@ from collections.abc import Collection
 from data.forms.form import LeftOut, Row
 from data.parsing import describe
 
-MARKS = ("weight", "loss_weight", "loss", "train")
+MARKS = ("weight", "loss_weight", "loss", "train", "training", "trainable", "loss_mask", "output_with_loss")
 """Keys of a message that say whether it is learnt: 1 or true, 0 or false; null says nothing."""
 UNANSWERED = "the user's message at the end of a conversation, which nobody answers"
 AFTER = "the turns after a conversation's last answer that is learnt"
@@ -58,7 +58,7 @@ def taught(messages: list[Row], excluded: Collection[int]) -> list[Row | LeftOut
     """
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
-        raise ValueError("no message of the assistant; a conversation needs at least one")
+        raise ValueError("no message of the assistant; a conversation needs at least one (prompts: --kind prompts)")
     users = [index for index, message in enumerate(messages) if message["role"] == "user"]
     greetings = [index for index in answers if not users or index < users[0]]
     learnt = [index for index in answers if index not in excluded and index not in greetings]

@@ -34,9 +34,7 @@ def mark_of(value: object, key: str) -> bool:
         value: The mark, as the file writes it.
         key: Its key, for error lines.
     """
-    if type(value) is float and value.is_integer():
-        value = int(value)
-    word = str(value).strip().lower()
+    word = str(value).strip().lower().removesuffix(".0")  # tables hold whole numbers as floats beside nulls
     if word in GOOD:
         return True
     if word in BAD:

@@ -6,12 +6,13 @@ under `ignore`.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from data.forms.form import Form, Row
 from data.forms.learnt import MARKS
+from data.forms.marked import BAD
 from data.forms.messages import LIST_OF_MESSAGES, SPEAKERS, from_text
-from data.parsing import METADATA
+from data.parsing import METADATA, describe
 
 OF_ANSWERS = frozenset(
     [
@@ -23,6 +24,7 @@ OF_ANSWERS = frozenset(
         "loss_weight",
         "train",
         "masked",
+        "mask",
         "rejected",
         "rejected_response",
         "rejected_responses",
@@ -98,16 +100,44 @@ IN_MESSAGES = frozenset(
         "thinking",
         "prefix",
         "refusal",
+        "train_detail",
+        "masked",
+        "label",
     ]
 )
-"""Keys of messages that are a part of the conversation too."""
+"""Keys of messages that are a part of the conversation too, or say that some is not learnt."""
+VERDICTS = frozenset(
+    [
+        "is_correct",
+        "correct",
+        "is_accepted",
+        "accepted",
+        "is_good",
+        "is_desirable",
+        "desirable",
+        "is_chosen",
+        "is_preferred",
+        "preferred",
+        "is_safe",
+        "is_harmless",
+        "harmless",
+        "passed",
+        "feedback",
+        "thumbs",
+        "vote",
+        "liked",
+    ]
+)
+"""Keys under which logs and checkers say whether the only answer of a row is good."""
 OF_LOSS = frozenset(MARKS)
 """Keys of messages that say whether they are learnt."""
 ASSISTANTS = tuple(name for name, role in SPEAKERS.items() if role == "assistant")
 """Names of the assistant's role, in lower case."""
+USERS = tuple(name for name, role in SPEAKERS.items() if role == "user")
+"""Names of the user's role, in lower case."""
 MATTERS = {
     "documents": frozenset[str](),
-    "demonstrations": OF_ANSWERS | OF_PROMPTS,
+    "demonstrations": OF_ANSWERS | OF_PROMPTS | {"rating"},
     "rankings": OF_ANSWERS | OF_PROMPTS,
     "prompts": OF_PROMPTS,
     "evaluation_prompts": OF_PROMPTS,
@@ -135,9 +165,11 @@ def says_something(key: str, value: object) -> bool:
 
     Nulls, empty texts, lists and objects do not; neither does a weight of 1 or a loss that is on.
     """
-    if key in ("weight", "loss", "loss_weight", "train") and value in (1, True):
+    if key in MARKS and value in (1, True):
         return False
-    if key == "prefix" and value is False:
+    if key == "mask" and str(value).lower() in USERS:
+        return False  # NeMo: the user's messages are not learnt
+    if key in ("prefix", "masked") and value in (0, False):
         return False
     return value not in (None, "", [], {}, "[]", "{}", "null")
 
@@ -155,6 +187,8 @@ def refuse_meaningful_keys(kind: str, form: Form, row: Row, ignore: Iterable[str
     if not matters:
         return
     known = {*form.keys_of(row), *form.harmless, *ignore}
+    if kind == "demonstrations":
+        refuse_verdicts(row, known)
     for key, value in row.items():
         if key in matters and key not in known and says_something(key, value):
             as_what = f"a row {form}" if not form.name else f"a row of {form}"
@@ -164,6 +198,28 @@ def refuse_meaningful_keys(kind: str, form: Form, row: Row, ignore: Iterable[str
             )
     in_messages = IN_MESSAGES | OF_LOSS if kind == "demonstrations" else IN_MESSAGES
     refuse_in_messages(row, in_messages - form.in_messages - form.harmless - frozenset(ignore))
+
+
+def refuse_verdicts(row: Row, known: Collection[str]) -> None:
+    """Raise ValueError for what says that the answer to teach is a bad one, or how good it is.
+
+    Args:
+        row: The row.
+        known: The keys that the form reads, or that the source leaves unread on purpose.
+    """
+    for key, value in row.items():
+        if key in known:
+            continue
+        if key in VERDICTS and isinstance(value, str | bool | int | float) and str(value).strip().lower() in BAD:
+            raise ValueError(
+                f"the key '{key}' says that the answer is bad ({describe(value)}), and is not read; say columns: "
+                f"{{label: {key}}} to take only the good answers, or ignore: [{key}] in the source"
+            )
+        if key.endswith(".responses") and says_something(key, value):
+            raise ValueError(
+                f"the key '{key}' is what people answered to a question of Argilla about this row, and is not read; "
+                f"take it out, or say ignore: [{key}] in the source"
+            )
 
 
 def refuse_in_messages(value: object, keys: frozenset[str]) -> None:

@@ -112,7 +112,9 @@ def turns_of(value: object) -> list[Row]:
         if pair is not None:
             if turn.get("system") not in (None, ""):
                 turns.append({"role": "system", "content": turn["system"]})
-            turns += [{"role": "user", "content": turn[pair[0]]}, {"role": "assistant", "content": turn[pair[1]]}]
+            marks = {key: turn[key] for key in MARKS if key in turn}  # they are the answer's
+            answer = {"role": "assistant", "content": turn[pair[1]], **marks}
+            turns += [{"role": "user", "content": turn[pair[0]]}, answer]
         else:
             turns.append(turn_of(turn, position) if isinstance(turn, dict) else turn)
     return turns
@@ -268,6 +270,8 @@ def conversation_turns(row: Row) -> list[Row]:
     """Return the turns of the conversation that a row holds."""
     present = [row[key] for key in CONVERSATION_KEYS if key in row]
     value = from_text(next((value for value in present if value is not None), None))
+    if value == []:
+        raise LeftOut("a conversation without messages")
     if is_list_of_texts(value):
         assert isinstance(value, list)
         return alternating(value)
@@ -284,9 +288,22 @@ def read_conversation(row: dict) -> Messages:
     return read_turns(conversation_turns(row), system_of(row))
 
 
+def answers_beside(row: Row) -> list[str]:
+    """Return the key of an answer that stands beside a conversation without it; [] if none does."""
+    keys = [key for key in ("response", "completion") if isinstance(row.get(key), str) and row[key].strip()]
+    if not keys:
+        return []
+    try:
+        last = conversation_turns(row)[-1]
+    except ValueError:  # an error later
+        return []
+    return keys[:1] if isinstance(last, dict) and last.get("role") == "user" else []
+
+
 def demonstration_of(row: dict, options: Options) -> list[Row | LeftOut]:
     """Take the last assistant turn as the completion; earlier ones are taught too."""
     turns = conversation_turns(row)
+    turns += [{"role": "assistant", "content": row[key]} for key in answers_beside(row)]
     messages = read_turns(turns, system_of(row))
     refuse_other_instruction(row, messages, options)
     kept = [(position, turn) for position, turn in enumerate(turns, 1) if not is_empty_system(turn)]
@@ -350,8 +367,12 @@ def conversation_form(key: str, name: str) -> Form:
     )
 
 
-MESSAGES_DEMONSTRATION = Form(("messages",), SYSTEM_KEYS, demonstration_of, in_messages=frozenset(MARKS))
-SHAREGPT_DEMONSTRATION = Form(("conversations",), SYSTEM_KEYS, demonstration_of, in_messages=frozenset(MARKS))
+MESSAGES_DEMONSTRATION = Form(
+    ("messages",), SYSTEM_KEYS, demonstration_of, in_messages=frozenset(MARKS), reads=answers_beside
+)
+SHAREGPT_DEMONSTRATION = Form(
+    ("conversations",), SYSTEM_KEYS, demonstration_of, in_messages=frozenset(MARKS), reads=answers_beside
+)
 CONVERSATION_DEMONSTRATION = conversation_form("conversation", "WildChat, LMSYS-Chat, Capybara or ms-swift")
 CONTENTS_DEMONSTRATION = conversation_form("contents", "Gemini")
 ITEMS_DEMONSTRATION = conversation_form("items", "ShareGPT with items")

@@ -83,7 +83,8 @@ def read_replies(prompt: str | Messages, row: Row, options: Options) -> tuple[st
     """
     if isinstance(prompt, str) and is_hh(prompt):
         prompt = hh_prompt(prompt)
-        row = {**row, **{key: row[key].strip() for key in PAIR if isinstance(row[key], str) and not is_hh(row[key])}}
+        answers = {key: row[key] for key in PAIR if isinstance(row[key], str) and not is_hh(row[key])}
+        row = row | {key: text.strip().removeprefix("Assistant:").strip() for key, text in answers.items()}
     whole = [whole_conversation(row[key]) for key in PAIR]
     if whole[0] is None or whole[1] is None:
         return prompt, [read_reply(row, key, prompt) for key in PAIR]
@@ -93,6 +94,8 @@ def read_replies(prompt: str | Messages, row: Row, options: Options) -> tuple[st
         before + messages if messages[0]["role"] == "assistant" else messages for messages in whole if messages
     ]
     shared = shared_prompt(conversations)
+    if before[:1] != shared[:1] and before[0]["role"] == "system" and shared[:1] and shared[0]["role"] != "system":
+        shared = [before[0], *shared]  # the system message stands beside the prompt only
     if "prompt" in options.ignore or holds(shared, before):
         responses = [messages[-1]["content"] for messages in conversations]
         return (prompt if shared == before else shared), responses

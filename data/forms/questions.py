@@ -23,6 +23,8 @@ NAMES = {
     ("problem", "solution"): "problem and solution",
     ("problem", "generated_solution"): "OpenMathInstruct",
     ("question", "solution"): "question and solution",
+    ("question", "generated_solution"): "OpenMathInstruct",
+    ("input_text", "output_text"): "Vertex AI",
     ("message_1", "message_2"): "CAMEL",
     ("Question", "Response"): "Question and Response",
     ("Question", "Answer"): "Question and Answer",
@@ -90,12 +92,18 @@ def question_form(question: str, answer: str, name: str) -> Form:
 
 def task_of(row: Row, options: Options) -> Row:
     """Read an example of a task of Natural Instructions: the definition, then the input."""
-    return {**prompt_of_task(row, options), "completion": parse_text(row, "targets")}
+    return {**prompt_of_task(row, options), "completion": parse_text(with_single_texts(row), "targets")}
 
 
 def prompt_of_task(row: Row, options: Options) -> Row:
     """Read the definition of a task and the input."""
+    row = with_single_texts(row)
     return {"prompt": parse_text(row, "definition") + "\n" + parse_text(row, "inputs")}
+
+
+def with_single_texts(row: Row) -> Row:
+    """Return a row with a text in place of each list of one text, as the tasks' files have them."""
+    return {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in row.items()}
 
 
 NATURAL_INSTRUCTIONS = Form(

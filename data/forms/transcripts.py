@@ -7,11 +7,14 @@ Anthropic's hh-rlhf writes "\n\nHuman: …\n\nAssistant: …", and NVIDIA's NeMo
 import re
 
 from data.forms.messages import Messages, read_messages
+from data.templated import is_transcript
 
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 """Roles as hh-rlhf writes them."""
 HH_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 """The beginning of a turn in hh-rlhf."""
+HH_LINE = re.compile(r"(?:\A|\n)[ \t]*(Human|Assistant):")
+"""The beginning of a turn where no blank lines stand between the turns."""
 NEMO_TURN = re.compile(r"\n?<extra_id_[01]>(System|User|Assistant)\n")
 """The beginning of a turn in NeMo's chat template."""
 NEMO_END = re.compile(r"\n?<extra_id_1>\s*\Z")
@@ -20,7 +23,7 @@ NEMO_END = re.compile(r"\n?<extra_id_1>\s*\Z")
 
 def is_hh(value: object) -> bool:
     """Return whether a value is a transcript in the form of hh-rlhf, which begins with a person."""
-    return isinstance(value, str) and re.match(r"\s*Human:", value) is not None
+    return isinstance(value, str) and is_transcript(value)
 
 
 def split_hh(text: str) -> Messages:
@@ -32,7 +35,8 @@ def split_hh(text: str) -> Messages:
     Returns:
         Messages {role, content}, stripped of white space; a content may be blank.
     """
-    start, *parts = HH_TURN.split(text.lstrip() if is_hh(text) else text)
+    turn = HH_TURN if "\n\nAssistant:" in text or text.startswith("\n\nHuman:") else HH_LINE
+    start, *parts = turn.split(text.lstrip() if is_hh(text) else text)
     if start.strip() or not parts:
         raise ValueError("'chosen' and 'rejected' are strings without a prompt; add a key 'prompt'")
     pairs = zip(parts[::2], parts[1::2], strict=True)

@@ -35,7 +35,8 @@ def votes_pair(row: Row, options: Options) -> Row:
         ratio = max(votes) / min(votes)
     if ratio is None and options.min_score_ratio > 1:
         raise ValueError("the row has no score_ratio; take min_score_ratio out of the source")
-    if ratio is not None and ratio < options.min_score_ratio:
+    # Where the votes are not positive a ratio says nothing, and may be below 1.
+    if options.min_score_ratio > 1 and ratio is not None and ratio < options.min_score_ratio:
         raise LeftOut(f"a pair whose votes differ by less than min_score_ratio {options.min_score_ratio:g}")
     label = choice(row["labels"], "labels", (0, 1))
     if label is None:
@@ -241,6 +242,7 @@ VOTES_PAIR = Form(
     ("score_A", "score_B", "score_ratio", "domain"),
     votes_pair,
     name="SHP",
+    has_votes=True,
     prompt=votes_prompt,
 )
 SUMMARY_PAIR = Form(

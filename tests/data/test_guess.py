@@ -77,3 +77,16 @@ def test_the_name_of_the_file_decides_where_it_fits(tmp_path):
     row = {"prompt": "a", "completion": "b"}
     assert guessed(tmp_path, row, name="my-prompts.jsonl") == "prompts"
     assert guessed(tmp_path, row, name="my-rankings.jsonl") == "demonstrations"
+
+
+@pytest.mark.parametrize("keys", [("positive", "negative"), ("pos", "neg"), ("good", "bad"), ("winning", "losing")])
+def test_short_answers_under_names_of_praise_and_blame_are_no_facts_about_a_prompt(tmp_path, keys):
+    assert guessed(tmp_path, {"prompt": "a", **dict.fromkeys(keys, "b")}) is None
+
+
+@pytest.mark.parametrize("where", [{"lang": "zz"}, {"langg": "en"}])
+def test_a_file_none_of_whose_rows_are_wanted_says_so(tmp_path, where):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "completion": "b", "lang": "en"}) + "\n", encoding="utf-8")
+    [line] = check(Source(path, where=where)).errors
+    assert "rows.jsonl: no row has what where asks for" in line

@@ -219,7 +219,7 @@ def test_documents(tmp_path):
         (DEMO, {"messages": [user("a")]}, "no message of the assistant"),
         (DEMO, {"messages": [assistant("a")]}, "no message of the assistant answers"),
         (DEMO, {"messages": [user("a"), assistant("b"), assistant("c")]}, "both the assistant's"),
-        (DEMO, {"messages": []}, "the messages are a list"),
+        (DEMO, {"messages": {}}, "the messages are an object"),
         (DEMO, {"messages": [user("a"), {"role": "tool", "content": "x"}]}, "of the role 'tool'"),
         (DEMO, {"messages": [user("a"), assistant(" ")]}, "content of message 2 is blank"),
         (DEMO, {"conversations": [human("a"), {"from": "function_call", "value": "x"}]}, "'function_call'"),
@@ -289,6 +289,19 @@ def test_an_array_and_lines_give_the_same(tmp_path):
     array.write_text(json.dumps([rows[0], {"prompt": "p"}], indent=2))
     with pytest.raises(UserError, match=r"rows\.json:6: index 1: the key 'completion' is missing"):
         load("demonstrations", array)
+
+
+def test_the_same_mistake_in_several_files_is_one_line(tmp_path):
+    (tmp_path / "many").mkdir()
+    for name in "abc":
+        (tmp_path / "many" / f"{name}.jsonl").write_text('{"prompt": "p", "chosen": "c"}\n' * 2)
+    with pytest.raises(UserError) as caught:
+        load("rankings", tmp_path / "many")
+    assert len(caught.value.lines) == 1
+    line = caught.value.lines[0]
+    assert line.startswith(f"{tmp_path}/many/a.jsonl:1: the key 'rejected' is missing")
+    assert line.endswith(f"(the same in 5 more rows, the last at line 2 of {tmp_path}/many/c.jsonl)")
+    assert "responses" not in line, "only the form that the rows were meant to be of is named"
 
 
 def test_parquet(tmp_path):
@@ -445,3 +458,24 @@ def test_the_commit_is_requested_from_the_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "load_dataset", fake)
     assert load("documents", hub="org/set", revision="a" * 40) == [Document("a")]
     assert calls == [(("org/set", None), {"split": "train", "streaming": False, "revision": "a" * 40})]
+
+
+@pytest.mark.parametrize("setting", [{"subset": "en"}, {"data_dir": "x"}, {"data_files": "*.json"}])
+def test_a_setting_of_the_hub_is_refused_for_a_file(tmp_path, setting):
+    path = written(tmp_path, {"prompt": "a"})
+    [name] = setting
+    [line] = read("prompts", Source(path, **setting)).errors
+    assert f"{name} does nothing" in line
+
+
+def test_a_split_that_a_folder_does_not_have_is_refused(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8")
+    assert len(read("prompts", Source(tmp_path)).records) == 1
+    [line] = read("prompts", Source(tmp_path, split="test")).errors
+    assert "no files of the split test, only of train" in line
+
+
+def test_rows_that_where_leaves_out_are_counted_where_none_is_left(tmp_path):
+    path = written(tmp_path, {"prompt": "a", "lang": "en"})
+    [line] = read("prompts", Source(path, where={"lang": "fr"})).errors
+    assert line == f"{path}: no row has what where asks for (lang: fr); correct where"

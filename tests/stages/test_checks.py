@@ -206,7 +206,7 @@ def test_an_unreadable_file_is_reported_before_anything_runs(tmp_path, stage, ki
     def problems_of(*rows):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         assert kind in STAGES[stage].reads(experiment_of(tmp_path, f"data.{kind}={file}"))
-        return STAGES[stage].check_data(kind, Source(path=file, skip=1), lambda count: None)
+        return STAGES[stage].check_data(kind, Source(path=file, skip=1), lambda rows, share: None)
 
     assert problems_of(row, other) == []
     assert [line.startswith(f"{file}:2: the key ") for line in problems_of(row, {})] == [True]

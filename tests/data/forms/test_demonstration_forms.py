@@ -92,6 +92,9 @@ def test_a_conversation_under_any_of_its_names(tmp_path, row):
         ({"kind": "NLI", "input": "q", "target": "a"}, "q", "a"),
         ({"inputs": "q", "targets": "a", "language": "x"}, "q", "a"),
         ({"definition": "d", "inputs": "q", "targets": "a"}, "d\nq", "a"),
+        ({"definition": ["d"], "inputs": "q", "targets": ["a"]}, "d\nq", "a"),
+        ({"question": "q", "generated_solution": "a", "is_correct": True}, "q", "a"),
+        ({"input_text": "q", "output_text": "a"}, "q", "a"),
         ({"inputs": [5, 6], "inputs_pretokenized": "q", "targets": [7], "targets_pretokenized": "a"}, "q", "a"),
         ({"prompt": "q", "response": "a"}, "q", "a"),
         ({"problem": "q", "solution": "a"}, "q", "a"),
@@ -170,3 +173,16 @@ def test_numbers_and_lists_under_the_keys_of_a_question_are_another_form():
 def test_every_named_form_says_which_data_it_is_of():
     names = {form.name for form in FORMS["demonstrations"]}
     assert {"", "KTO", "self-instruct", "Baize", "UltraChat", "Firefly", "OpenOrca"} <= names
+
+
+@pytest.mark.parametrize("key", ["response", "completion"])
+def test_an_answer_beside_a_conversation_that_lacks_it_is_taught(tmp_path, key):
+    asked = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "r"}]
+    record = one(tmp_path, "demonstrations", {"messages": asked, key: "b"})
+    assert record.completion == "b" and record.learnt == (1,)
+    answered = [*asked, {"role": "assistant", "content": "b"}]
+    assert one(tmp_path, "demonstrations", {"messages": answered, key: "other"}).completion == "b"
+
+
+def test_an_input_that_says_there_is_none_is_none(tmp_path):
+    assert one(tmp_path, "demonstrations", {"instruction": "i", "input": "<noinput>", "output": "o"}).prompt == "i"

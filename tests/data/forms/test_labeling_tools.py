@@ -173,3 +173,29 @@ def test_a_task_that_nobody_labeled_is_left_out(tmp_path):
     labeled = task(ITEMS, (1, {"ranker": ["a", "b", "c"]}, False))
     result = loaded(tmp_path, labeled, task(ITEMS, number=8))
     assert len(result.records) == 1 and sum(result.left_out.values()) == 1 and not result.errors
+
+
+def test_the_names_of_a_comparison_say_which_answer_is_left(tmp_path):
+    row = task(PAIR, (1, {"selected": "left"}, False), kind="pairwise")
+    names = [key for key in PAIR if key != "prompt"]
+    [forwards] = loaded(tmp_path, row).records
+    row["annotations"][0]["result"][0]["to_name"] = ",".join(reversed(names))
+    [backwards] = loaded(tmp_path, row).records
+    assert backwards.responses == forwards.responses[::-1] and forwards.ranks == backwards.ranks == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "p", "responses": ["x", "y"], "ranks": [1, 2], "labeler": "ann@x.org", "user_id": "ann@x.org"},
+        {"instruction": "p", "output_1": "x", "output_2": "y", "preference": 1, "annotator": "ann@x.org"},
+        {"info": {"post": "p"}, "summaries": [{"text": "x"}, {"text": "y"}], "choice": 0, "worker": "ann@x.org"},
+        {**FLAT, "ranking.responses.users": ["ann@x.org"] * len(FLAT["ranking.responses.users"])},
+    ],
+    ids=["ours", "AlpacaFarm", "TL;DR", "Argilla"],
+)
+def test_no_address_gets_into_a_record_of_any_form(tmp_path, row):
+    result = loaded(tmp_path, row)
+    assert result.records and not result.errors
+    assert "ann@x.org" not in str(result.records)
+    assert len({record.labeler for record in result.records} - {None}) == 1

@@ -90,3 +90,19 @@ def test_marked_rows_are_guessed_as_rankings_where_prompts_have_both_marks(tmp_p
     assert guess_kind(Source(written(tmp_path, *BOTH))) == "rankings"
     singles = [pair(f"p{i}", "x", bool(i % 2)) for i in range(20)]
     assert guess_kind(Source(written(tmp_path, *singles))) == "demonstrations"
+
+
+def test_floats_in_a_table_are_marks(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion,label\np,x,1.0\np,y,0.0\n", encoding="utf-8")
+    [record] = read("rankings", Source(path)).records
+    assert record.responses == ("x", "y") and record.ranks == (1, 2)
+
+
+def test_answers_without_a_mark_among_marked_ones_are_not_taught_silently(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "p", "completion": "x", "label": True}, {"prompt": "p", "completion": "y", "label": None}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    [line] = read("demonstrations", Source(path)).errors
+    assert "1 rows do not say whether their answer is good" in line
+    assert len(read("demonstrations", Source(path, ignore=("label",))).records) == 2

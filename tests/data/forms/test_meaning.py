@@ -63,3 +63,57 @@ def test_marks_of_loss_are_read_in_conversations(tmp_path):
 def test_prompts_need_their_context_but_no_labels(tmp_path):
     assert len(loaded(tmp_path, "prompts", {"prompt": "a", "answers": ["x"], "rank": 2}).records) == 1
     assert "'images'" in loaded(tmp_path, "prompts", {"prompt": "a", "images": ["1.png"]}).errors[0]
+
+
+@pytest.mark.parametrize(
+    "answer, context",
+    [
+        ({**ANSWER, "training": False}, {**ANSWER, "content": "d", "training": True}),
+        ({**ANSWER, "loss_mask": 0}, {**ANSWER, "content": "d", "loss_mask": 1}),
+    ],
+)
+def test_marks_of_loss_have_many_names(tmp_path, answer, context):
+    [record] = loaded(tmp_path, "demonstrations", {"messages": [USER, answer, USER, context]}).records
+    assert record.completion == "d" and record.learnt == ()
+
+
+def test_a_mark_beside_a_pair_of_texts_is_the_answers(tmp_path):
+    pairs = [{"input": "a", "output": "b", "output_with_loss": False}, {"input": "c", "output": "d"}]
+    [record] = loaded(tmp_path, "demonstrations", {"conversation": pairs}).records
+    assert record.completion == "d" and record.learnt == ()
+
+
+@pytest.mark.parametrize("key, value", [("train_detail", [{"begin_offset": 0}]), ("masked", True)])
+def test_a_part_of_an_answer_that_is_not_learnt_is_refused(tmp_path, key, value):
+    [line] = loaded(tmp_path, "demonstrations", {"messages": [USER, {**ANSWER, key: value}]}).errors
+    assert f"the key '{key}'" in line
+    assert not loaded(tmp_path, "demonstrations", {"messages": [USER, {**ANSWER, key: None}]}).errors
+
+
+@pytest.mark.parametrize(
+    "key, bad, good", [("is_correct", False, True), ("feedback", "thumbs_down", "thumbs_up"), ("vote", -1, 1)]
+)
+def test_an_answer_that_is_said_to_be_bad_is_not_taught(tmp_path, key, bad, good):
+    row = {**PLAIN, key: bad}
+    [line] = loaded(tmp_path, "demonstrations", row).errors
+    assert f"columns: {{label: {key}}}" in line
+    assert len(loaded(tmp_path, "demonstrations", row, key).records) == 1
+    assert len(loaded(tmp_path, "demonstrations", {**PLAIN, key: good}).records) == 1
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n" + json.dumps({**PLAIN, key: good}) + "\n", encoding="utf-8")
+    result = read("demonstrations", Source(path, columns={"label": key}))
+    assert len(result.records) == 1 and sum(result.left_out.values()) == 1
+
+
+def test_what_people_answered_in_argilla_is_not_lost(tmp_path):
+    row = {"prompt": "a", "response": "b", "status": "completed", "rating.responses": [1]}
+    [line] = loaded(tmp_path, "demonstrations", row).errors
+    assert "'rating.responses'" in line and "Argilla" in line
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_a_conversation_without_messages_is_left_out(tmp_path, key):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({key: []}) + "\n" + json.dumps({key: [USER, ANSWER]}) + "\n", encoding="utf-8")
+    result = read("demonstrations", Source(path))
+    assert len(result.records) == 1 and result.left_out == {"a conversation without messages": 1}

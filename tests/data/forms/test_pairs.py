@@ -165,3 +165,42 @@ def test_the_answers_that_a_pair_was_chosen_from_are_not_needed(tmp_path):
     row = {"instruction": "p", **MESSAGES, "responses": ["x", "y", "z"], "ratings": None}
     [record] = loaded(tmp_path, row).records
     assert record.responses == ("x", "y")
+
+
+# ── what begins like a transcript, and a system message beside whole conversations ───────────────
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": "Human: p\nAssistant: x", "rejected": "Human: p\nAssistant: y"},
+        {"prompt": "Human: p\nAssistant:", "chosen": "x", "rejected": "y"},
+        {"prompt": "Human: p\nAssistant:", "chosen": " x", "rejected": " y"},
+    ],
+)
+def test_transcripts_without_blank_lines_are_split_too(tmp_path, row):
+    [record] = loaded(tmp_path, row).records
+    assert record.prompt == ({"role": "user", "content": "p"},) and record.responses == ("x", "y")
+
+
+def test_a_prompt_that_only_begins_with_the_word_stays(tmp_path):
+    [record] = loaded(tmp_path, {"prompt": "Human: is a word", "chosen": "x", "rejected": "y"}).records
+    assert record.prompt == "Human: is a word"
+
+
+def test_a_system_message_may_stand_beside_whole_conversations(tmp_path):
+    [record] = loaded(tmp_path, {"system": "s", "prompt": "p", **MESSAGES}).records
+    assert record.prompt == ({"role": "system", "content": "s"}, {"role": "user", "content": "p"})
+    assert record.responses == ("x", "y")
+
+
+def test_an_id_that_names_the_prompt_can_be_ignored(tmp_path):
+    rows = [{"id": "1", "prompt": "p", "chosen": x, "rejected": "y"} for x in ("a", "b")]
+    assert "ignore: [id]" in error_of(tmp_path, *rows)
+    assert len({record.id for record in loaded(tmp_path, *rows, ignore=("id",)).records}) == 2
+
+
+def test_answers_that_begin_with_the_assistants_name_lose_it_behind_a_transcript(tmp_path):
+    row = {"prompt": "\n\nHuman: p", "chosen": "\n\nAssistant: x", "rejected": "\n\nAssistant: y"}
+    [record] = loaded(tmp_path, row).records
+    assert record.responses == ("x", "y")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data.forms import FORMS
+from data.forms import FORMS, form_of
 from data.records import Ranking
 from data.sources import Source, read
 
@@ -72,6 +72,14 @@ ROWS = {
     "HelpSteer3 edits": {"context": [user("p")], "good_edited_response": "x", "bad_edited_response": "y"},
     "PKU-SafeRLHF": SAFE,
     "SHP": SHP,
+    "pairs under other names": {"question": "p", "response_chosen": "x", "response_rejected": "y"},
+    "Vertex AI's preferences": {
+        "contents": [{"role": "user", "parts": [{"text": "p"}]}],
+        "completions": [
+            {"score": 0.9, "completion": {"role": "model", "parts": [{"text": "x"}]}},
+            {"score": 0.1, "completion": {"role": "model", "parts": [{"text": "y"}]}},
+        ],
+    },
     "TL;DR comparisons": SUMMARIES,
     "webgpt": WEB,
     "AlpacaEval and AlpacaFarm": {**JUDGED, "preference": 1.2, "annotator": "judge"},
@@ -406,3 +414,57 @@ def test_judged_answers_are_no_demonstrations(tmp_path, row, name):
 def test_demonstrations_of_a_judge_are_demonstrations(tmp_path):
     [record] = loaded(tmp_path, ROWS["Prometheus preferences"], kind="demonstrations").records
     assert record.completion == "B is better"
+
+
+# ── relatives of these sets ──────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "p", "response_chosen": "x", "response_rejected": "y"},
+        {"prompt": "p", "pos_resp": "x", "neg_resp": "y", "pos_type": "a"},
+        {"prompt": "p", "preferred": "x", "dispreferred": "y"},
+        {"query": "p", "accepted": "x", "rejected": "y"},
+        {"messages": [user("p"), assistant("x")], "rejected_response": ["y"]},
+        {"contents": [{"role": "user", "parts": [{"text": "p"}]}],
+         "completions": [{"score": 0.1, "completion": {"role": "model", "parts": [{"text": "y"}]}},
+                         {"score": 0.9, "completion": {"role": "model", "parts": [{"text": "x"}]}}]},
+        {"context": [user("p")], "original_response": "y", "edited_response": "x", "feedback": ["f"]},
+        {"history": "p", "human_ref_A": "y", "human_ref_B": "x", "labels": 0, "score_A": -3, "score_B": 9,
+         "score_ratio": -3.0},
+    ],
+    ids=["DPO-zh", "CValues", "papers", "accepted", "ms-swift", "Vertex AI", "HelpSteer3 edits", "SHP below 0"],
+)  # fmt: skip
+def test_the_better_answer_of_relatives(tmp_path, row):
+    [record] = loaded(tmp_path, row).records
+    better = [text for text, rank in zip(record.responses, record.ranks, strict=True) if rank == 1]
+    prompt = record.prompt if isinstance(record.prompt, str) else record.prompt[0]["content"]
+    assert prompt == "p" and better == ["x"] and len(record.responses) == 2
+
+
+def test_the_context_of_such_a_pair_is_not_lost(tmp_path):
+    row = {"question": "p", "context": "c", "response_chosen": "x", "response_rejected": "y"}
+    assert "'context' changes" in loaded(tmp_path, row).errors[0]
+
+
+def test_passages_for_a_query_are_no_preference():
+    assert form_of("rankings", {"query": "p", "positive": "x", "negative": "y"}) is None
+
+
+def test_a_ratio_of_votes_is_refused_where_there_are_none(tmp_path):
+    row = {"prompt": "p", "chosen": "x", "rejected": "y"}
+    assert "holds no votes" in loaded(tmp_path, row, min_score_ratio=2.0).errors[0]
+
+
+def test_the_prompt_of_a_pair_may_have_another_name(tmp_path):
+    row = {"system": "s", "input": "p", "chosen": "x", "rejected": "y", "chosen_score": 3, "rejected_score": 3}
+    [record] = rankings(tmp_path, row)
+    assert [message["content"] for message in record.prompt] == ["s", "p"] and record.ranks == (1, 1)
+
+
+def test_a_cell_may_hold_the_text_of_a_list(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,responses,ranks\np,"[""y"",""x""]","[2,1]"\n', encoding="utf-8")
+    [record] = read("rankings", Source(path)).records
+    assert record.responses == ("y", "x") and record.ranks == (2, 1)
