@@ -105,7 +105,7 @@ def test_evaluate_checks_the_length_of_its_packed_rows_too(tmp_path):
     experiment = loaded(tmp_path, "model.name_or_path=org/name", *lengths)
     ctx = SimpleNamespace(stage="evaluate", experiment=experiment, config=experiment.evaluate)
     ctx.inputs, ctx.sources, ctx.trust_remote_code = {"sft": tmp_path / "sft"}, {}, False
-    ctx.seed, ctx.checkpoints, ctx.tracker, ctx.stop = 0, None, None, None
+    ctx.seed, ctx.checkpoints, ctx.tracker, ctx.stop, ctx.publish = 0, None, None, None, tmp_path
     too_long = r"evaluate\.perplexity_length: 33 tokens is more than the model's context of 32"
     with pytest.raises(UserError, match=too_long):
         STAGES["evaluate"].run(ctx)
