@@ -345,7 +345,8 @@ def stream(kind: str, source: Source, loaded: Loaded, max_rows: int | None = Non
             continue  # it has errors, which say more
         taken[part] += 1
         location, record = item
-        yield location, with_source(record, source.parts[part].label, ids, location)
+        if not is_repeated(record, location, ids, loaded):
+            yield location, with_source(record, source.parts[part].label, ids, location)
     for rest, own in zip(streams, counts, strict=True):
         for _ in rest:  # to the end, for its counts and errors
             pass
@@ -424,12 +425,34 @@ def mix_parts(source: Source, parts: list[Loaded]) -> Loaded:
     """
     whole, ids = Loaded(), Seen()
     for part, i in mix([len(part.records) for part in parts], [part.weight for part in source.parts]):
-        location = parts[part].locations[i]
-        whole.records.append(with_source(parts[part].records[i], source.parts[part].label, ids, location))
+        location, record = parts[part].locations[i], parts[part].records[i]
+        if is_repeated(record, location, ids, whole):
+            continue
+        whole.records.append(with_source(record, source.parts[part].label, ids, location))
         whole.locations.append(location)
     for loaded in parts:
         add_counts(whole, loaded)
     return whole
+
+
+def is_repeated(record: Record, location: str, seen: Seen, loaded: Loaded) -> bool:
+    """Return whether a prompt came before, in another part of a mixture; then it is counted.
+
+    Args:
+        record: The record.
+        location: Where it is.
+        seen: The keys of the prompts before it; a new one is added.
+        loaded: Gets the count.
+    """
+    if not isinstance(record, Prompt):
+        return False
+    key = prompt_key(record.prompt)
+    if key in seen:
+        loaded.duplicates += 1
+        loaded.leave_out(location, REPEATED, seen[key])
+        return True
+    seen.add(key, location)
+    return False
 
 
 def with_source(record: Record, label: str, ids: Seen, location: str) -> Record:

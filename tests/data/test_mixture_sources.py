@@ -48,3 +48,14 @@ def test_equal_ids_of_two_files_are_told_apart(tmp_path):
 )
 def test_the_name_of_a_source(source, label):
     assert source.label == label
+
+
+def test_a_prompt_that_two_sources_share_is_taken_once(tmp_path):
+    parts = (
+        written(tmp_path / "a.jsonl", {"prompt": "x"}, {"prompt": "y"}),
+        written(tmp_path / "b.jsonl", {"prompt": "y"}, {"prompt": "z"}),
+    )
+    loaded, streamed = sources.read("prompts", Source(parts=parts)), sources.Loaded()
+    assert [record.prompt for record in loaded.records] == ["x", "y", "z"] and loaded.duplicates == 1
+    assert [record for _, record in sources.stream("prompts", Source(parts=parts), streamed)] == loaded.records
+    assert streamed.duplicates == 1
