@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
 from data.conversations import encode_beginnings, encode_conversations
 from data.error_lines import shorten
-from data.length_limit import LengthReport, fit_lengths
+from data.length_limit import LengthLimiter, LengthReport
 from data.records import Demonstration, as_messages
 from data.templates import TemplateOverrun
 from data.turns import Turn, Turns, turns_of
@@ -147,91 +147,105 @@ class TaughtRow:
     """The last turn that it teaches, with which it ends."""
 
 
+@dataclass(frozen=True)
+class EncodedRow:
+    """Hold a row of token ids within the length limit."""
+
+    ids: list[int]
+    """The ids."""
+    spans: list[tuple[int, int]]
+    """(begin, end) of each answer that is taught."""
+    turn: Turn
+    """The last turn that it teaches, cut or not."""
+    place: str
+    """The location of its demonstration."""
+
+    @property
+    def labels(self) -> list[int]:
+        """Return the ids with -100 where nothing is taught."""
+        labels = [-100] * len(self.ids)
+        for begin, end in self.spans:
+            labels[begin:end] = self.ids[begin:end]
+        return labels
+
+
 @dataclass
-class EncodedDemonstrations:
-    """Hold demonstrations as rows of token ids, within a length limit."""
+class DemonstrationEncoder:
+    """Encode demonstrations, some at a time, as rows whose loss covers only what is taught."""
 
-    rows: list[dict[str, list[int]]] = field(default_factory=list)
-    """{input_ids, labels} of each row; a label is -100 where nothing is taught."""
-    origins: list[int] = field(default_factory=list)
-    """The index of each row's demonstration."""
-    turns: list[Turn] = field(default_factory=list)
-    """The last turn that each row teaches."""
-    answer_tokens: list[int] = field(default_factory=list)
-    """The tokens of each answer that is taught, EOS included."""
-    apart: list[str] = field(default_factory=list)
-    """The location of each earlier answer that has a row of its own."""
-    report: LengthReport = field(default_factory=LengthReport)
-    """What the length limit did."""
+    tokenizer: PreTrainedTokenizerBase
+    """The tokenizer with its chat template."""
+    limiter: LengthLimiter
+    """The length limit; its report counts rows."""
+    turns: Turns = "all"
+    """Which answers are taught."""
+    apart: int = 0
+    """Earlier answers so far that have rows of their own."""
+    first_apart: str = ""
+    """The location of the first of them."""
+    problems: list[str] = field(default_factory=list)
+    """An error line for each prompt so far that the chat template refuses."""
 
-    def apart_text(self, name: str) -> str:
-        """Say how many earlier answers have rows of their own, and why.
+    def rows(self, demonstrations: Sequence[Demonstration], names: Sequence[str]) -> Iterator[EncodedRow]:
+        """Encode some demonstrations.
+
+        A row that is cut to the limit loses its end: an answer that is cut has no EOS, and answers
+        after it are lost. The prompt, which is never cut, is what comes before the first answer
+        that is taught.
 
         Args:
-            name: The name of the tokenizer, or of its chat template.
+            demonstrations: The demonstrations.
+            names: The location of each.
+
+        Raises:
+            UserError: The chat template takes too long; of all else `finished` tells.
         """
-        answers = (
-            "1 earlier answer has a row" if len(self.apart) == 1 else f"{len(self.apart):,} earlier answers have rows"
-        )
-        return (
-            f"the chat template of {name} writes earlier answers otherwise than they are sampled: {answers} of "
-            f"{'its' if len(self.apart) == 1 else 'their'} own (the first: {self.apart[0]})"
-        )
+        rows: list[TaughtRow] = []
+        origins: list[str] = []
+        places: list[str] = []
+        taught = teach_some(self.tokenizer, demonstrations, names, self.turns, self.problems)
+        for name, own in zip(names, taught, strict=True):
+            for row in own:
+                is_last = row is own[-1]
+                place = name if is_last else f"{name}, assistant turn {row.turn.number}"
+                if not is_last:
+                    self.apart += 1
+                    self.first_apart = self.first_apart or place
+                rows.append(row)
+                origins.append(name)
+                places.append(place)
+        prompts = [row.ids[: row.spans[0][0]] for row in rows]
+        answers = [[row.ids[row.spans[0][0] :]] for row in rows]
+        for i, prompt, (answer,) in zip(*self.limiter.fit(prompts, answers, places), strict=True):
+            length = len(prompt) + len(answer)
+            spans = [(begin, min(end, length)) for begin, end in rows[i].spans if begin < length]
+            ids = (prompt + answer)[: spans[-1][1]]  # nothing is taught after it
+            yield EncodedRow(ids, spans, rows[i].turn, origins[i])
+
+    def finished(self) -> LengthReport:
+        """Return what the length limit did to all rows.
+
+        Raises:
+            UserError: As of `encode_prompts` and `fit_lengths`.
+        """
+        if self.problems:
+            raise UserError(shorten(self.problems))
+        return self.limiter.finished()
 
 
-def encode_demonstrations(
-    tokenizer: PreTrainedTokenizerBase,
-    demonstrations: Sequence[Demonstration],
-    *,
-    names: Sequence[str],
-    turns: Turns = "all",
-    **limits: Any,
-) -> EncodedDemonstrations:
-    """Encode demonstrations as rows whose loss covers only the answers that are taught.
-
-    A row that is cut to `max_length` loses its end: an answer that is cut has no EOS, and answers
-    after it are lost. The prompt, which is never cut, is what comes before the first answer that is
-    taught.
+def apart_text(tokenizer: str, count: int, first: str) -> str:
+    """Say how many earlier answers have rows of their own, and why.
 
     Args:
-        tokenizer: The tokenizer with its chat template.
-        demonstrations: The demonstrations.
-        names: The location of each, for error lines.
-        turns: Which answers are taught.
-        limits: max_length, on_too_long and section, as of `fit_lengths`.
-
-    Raises:
-        UserError: As of `encode_prompts` and `fit_lengths`.
+        tokenizer: The name of the tokenizer, or of its chat template.
+        count: The number of these answers.
+        first: The location of the first.
     """
-    encoded = EncodedDemonstrations()
-    rows: list[TaughtRow] = []
-    origins: list[int] = []
-    places: list[str] = []
-    for i, own in enumerate(teach(tokenizer, demonstrations, names, turns)):
-        for row in own:
-            is_last = row is own[-1]
-            place = names[i] if is_last else f"{names[i]}, assistant turn {row.turn.number}"
-            if not is_last:
-                encoded.apart.append(place)
-            rows.append(row)
-            origins.append(i)
-            places.append(place)
-    prompts = [row.ids[: row.spans[0][0]] for row in rows]
-    answers = [[row.ids[row.spans[0][0] :]] for row in rows]
-    kept, prompts, answers, encoded.report = fit_lengths(prompts, answers, what="demonstration", names=places, **limits)
-    for i, prompt, (answer,) in zip(kept, prompts, answers, strict=True):
-        row, length = rows[i], len(prompt) + len(answer)
-        spans = [(begin, min(end, length)) for begin, end in row.spans if begin < length]
-        length = spans[-1][1]  # nothing is taught after it
-        ids = (prompt + answer)[:length]
-        labels = [-100] * length
-        for begin, end in spans:
-            labels[begin:end] = ids[begin:end]
-        encoded.rows.append({"input_ids": ids, "labels": labels})
-        encoded.origins.append(origins[i])
-        encoded.turns.append(row.turn)
-        encoded.answer_tokens += [end - begin for begin, end in spans]
-    return encoded
+    answers = "1 earlier answer has a row" if count == 1 else f"{count:,} earlier answers have rows"
+    return (
+        f"the chat template of {tokenizer} writes earlier answers otherwise than they are sampled: {answers} of "
+        f"{'its' if count == 1 else 'their'} own (the first: {first})"
+    )
 
 
 def teach(
@@ -260,25 +274,48 @@ def teach(
     """
     problems: list[str] = []
     for first in range(0, len(demonstrations), AT_ONCE):
-        taught = [turns_of(demonstration, turns) for demonstration in demonstrations[first : first + AT_ONCE]]
-        conversations = [as_messages(own[-1].prompt) for own in taught]
-        ends = [[len(as_messages(turn.prompt)) for turn in own] for own in taught]
-        try:
-            for i, prompts in enumerate(encode_beginnings(tokenizer, conversations, ends), first):
-                refused = [(k, ids) for k, ids in enumerate(prompts) if isinstance(ids, TemplateError)]
-                encoded = [ids for ids in prompts if not isinstance(ids, TemplateError)]
-                if refused:
-                    k, refusal = refused[-1]  # usually the whole prompt
-                    number = taught[i - first][k].number
-                    place = names[i] if k == len(prompts) - 1 else f"{names[i]}, assistant turn {number}"
-                    problems.append(_refused(place, refusal))
-                    yield []
-                else:
-                    yield _merge(tokenizer, taught[i - first], encoded)
-        except TemplateOverrun as error:
-            raise _overrun(names[first + error.index], error) from error
+        part = slice(first, first + AT_ONCE)
+        yield from teach_some(tokenizer, demonstrations[part], names[part], turns, problems)
     if problems:
         raise UserError(shorten(problems))
+
+
+def teach_some(
+    tokenizer: PreTrainedTokenizerBase,
+    demonstrations: Sequence[Demonstration],
+    names: Sequence[str],
+    turns: Turns,
+    problems: list[str],
+) -> Iterator[list[TaughtRow]]:
+    """Encode some demonstrations as `teach` does.
+
+    Args:
+        tokenizer: The tokenizer with its chat template.
+        demonstrations: At most AT_ONCE demonstrations.
+        names: The location of each, for error lines.
+        turns: Which answers are taught.
+        problems: Gets a line for every prompt that the chat template refuses.
+
+    Yields:
+        The rows of each demonstration; [] where the template refuses it.
+    """
+    taught = [turns_of(demonstration, turns) for demonstration in demonstrations]
+    conversations = [as_messages(own[-1].prompt) for own in taught]
+    ends = [[len(as_messages(turn.prompt)) for turn in own] for own in taught]
+    try:
+        for i, prompts in enumerate(encode_beginnings(tokenizer, conversations, ends)):
+            refused = [(k, ids) for k, ids in enumerate(prompts) if isinstance(ids, TemplateError)]
+            encoded = [ids for ids in prompts if not isinstance(ids, TemplateError)]
+            if refused:
+                k, refusal = refused[-1]  # usually the whole prompt
+                number = taught[i][k].number
+                place = names[i] if k == len(prompts) - 1 else f"{names[i]}, assistant turn {number}"
+                problems.append(_refused(place, refusal))
+                yield []
+            else:
+                yield _merge(tokenizer, taught[i], encoded)
+    except TemplateOverrun as error:
+        raise _overrun(names[error.index], error) from error
 
 
 def _merge(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], prompts: Sequence[list[int]]) -> list[TaughtRow]:

@@ -12,17 +12,17 @@ PLACE = re.compile(r"(?P<file>.+?)(:(?P<line>\d+))?(: index (?P<index>\d+))?: (?
 def shorten(lines: Iterable[str]) -> list[str]:
     """Return at most 20 error lines, and one more line that counts the others.
 
-    The same mistake in many rows of a file is one line: the first of them, with the number of the
-    others and the last place.
+    The same mistake in many rows is one line: the first of them, with the number of the others and
+    the last place.
 
     Args:
         lines: Error lines of the form "PLACE: what is wrong; what to do".
     """
-    groups: dict[tuple[str, str], list[str]] = {}  # file and text → its lines
+    groups: dict[str, list[str]] = {}  # what is wrong → its lines, whichever files they name
     for line in lines:
         match = PLACE.fullmatch(line)
         has_row = match is not None and (match["line"] or match["index"])
-        key = (match["file"], match["text"]) if match is not None and has_row else (line, "")
+        key = match["text"] if match is not None and has_row else line
         groups.setdefault(key, []).append(line)
     shown = [with_count(group) for group in groups.values()]
     hidden = sum(len(group) for group in list(groups.values())[MOST_LINES:])
@@ -37,8 +37,10 @@ def with_count(lines: list[str]) -> str:
     """Return the first of lines with the same mistake, with the number of the others."""
     if len(lines) == 1:
         return lines[0]
-    match = PLACE.fullmatch(lines[-1])
-    assert match is not None
+    first, match = PLACE.fullmatch(lines[0]), PLACE.fullmatch(lines[-1])
+    assert first is not None and match is not None
     last = f"line {match['line']}" if match["line"] else f"index {match['index']}"
+    if match["file"] != first["file"]:
+        last += f" of {match['file']}"
     rows = "1 more row" if len(lines) == 2 else f"{len(lines) - 1:,} more rows"
     return f"{lines[0]} (the same in {rows}, the last at {last})"

@@ -260,6 +260,29 @@ class GroupRows(Sequence[PromptGroup]):
         return self.index.column(name).to_numpy().tolist()
 
 
+def write_groups(target: Path, index: Path, rows: Iterable[EncodedRanking]) -> None:
+    """Write encoded rankings and their index as two Arrow files.
+
+    Args:
+        target: The path of the rows.
+        index: The path of the index.
+        rows: The rows.
+    """
+    import pyarrow as pa
+
+    table = write_rows(str(target), rows)
+    with pa.ipc.new_file(str(index), table.schema) as writer:
+        writer.write_table(table)
+
+
+def read_groups(target: Path, index: Path) -> GroupRows:
+    """Map the files of `write_groups` into memory; the arguments are their paths."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(index)) as file:
+        return GroupRows(RowFile.open(target), pa.ipc.open_file(file).read_all())
+
+
 def groups_of(rows: Iterable[EncodedRanking]) -> GroupRows:
     """Make groups of rows in memory, without a file."""
     import pyarrow as pa

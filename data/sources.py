@@ -9,8 +9,9 @@ gives its prompt.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from data.error_lines import shorten
 from data.files.hub import hub_rows
 from data.files.reading import Reading
-from data.files.rows import file_rows
+from data.files.rows import file_rows, size_of_path
 from data.forms import FORMS, PROMPT_KINDS, recognise
 from data.forms.form import Form, LeftOut, Options
 from data.forms.marked import BASES as MAY_BE_MARKED
@@ -26,6 +27,7 @@ from data.forms.marked import NAME as MARKED
 from data.forms.meaning import refuse_meaningful_keys, refuse_unknown_keys
 from data.mixture import mix
 from data.parsing import METADATA, parse_demonstration, parse_document, parse_prompt, parse_ranking
+from data.progress import NOTE_EVERY, Note, no_note
 from data.records import Prompt, Ranking, Record, content_id, judged_pairs, prompt_key
 from data.seen import Seen
 from data.templated import without_templates
@@ -47,8 +49,8 @@ LABELS = ("use_case", "category")
 """Keys that say what a prompt is for; records keep them under `meta`."""
 MOST_ERRORS = 10_000
 """Error lines after which the rest of a source is not read."""
-NOTE_EVERY = 1000
-"""Records after which `scan` says how far it is."""
+MOST_PLACES = 10_000
+"""Rows left out of a source whose locations are kept; the others are counted."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ class Loaded:
     left_out: Counter[str] = field(default_factory=Counter)
     """Reason → the number of rows, or parts of rows, that are understood and hold nothing of this
     kind."""
+    left_out_places: list[tuple[str, str]] = field(default_factory=list)
+    """(location, reason) of the first MOST_PLACES of them."""
     filtered: int = 0
     """Rows left out by `where`."""
     dropped: list[tuple[str, str]] = field(default_factory=list)
@@ -159,6 +163,20 @@ class Loaded:
     tell: Callable[[str, str, str], None] | None = None
     """Is called with (location, reason, what it is a copy of or what is wrong) for each row, or
     part of a row, that gives no record; None: counting them is enough."""
+    note: Note = no_note
+    """Is told how far reading is: rows, with those that `where` leaves out, and the share."""
+
+    def count_left_out(self, location: str, reason: str) -> None:
+        """Count a row, or a part of one, that is understood and holds nothing of this kind.
+
+        Args:
+            location: Where it is.
+            reason: Why: one of a few sentences.
+        """
+        self.left_out[reason] += 1
+        if len(self.left_out_places) < MOST_PLACES:
+            self.left_out_places.append((location, reason))
+        self.leave_out(location, reason)
 
     def leave_out(self, location: str, reason: str, detail: str = "") -> None:
         """Tell of a row that gives no record, if anybody wants to know.
@@ -271,56 +289,54 @@ def read(kind: str, source: Source, max_rows: int | None = None) -> Loaded:
     return loaded
 
 
-def scan(
-    kind: str, source: Source, max_rows: int | None = None, note: Callable[[int], None] = lambda count: None
-) -> Loaded:
+def scan(kind: str, source: Source, max_rows: int | None = None, note: Note = no_note) -> Loaded:
     """Read and check a source as `read` does, and keep none of its records.
 
     Args:
         kind: The kind of data.
         source: Where the rows come from.
         max_rows: As of `read`.
-        note: Called with the number of records so far, now and then.
+        note: Is told how far reading is.
 
     Returns:
         Counts and error lines; no records.
     """
-    whole, count = Loaded(), 0
-    for part in source.parts or (source,):
-        loaded, verdicts = Loaded(), Counter[str]()
+    whole, parts = Loaded(), source.parts or (source,)
+    for part, note_part in zip(parts, notes_of_parts(parts, note), strict=True):
+        loaded, verdicts = Loaded(note=note_part), Counter[str]()
         for _, record in records(kind, part, loaded, max_rows):
-            count += 1
             if isinstance(record, Ranking) and not verdicts["usable"]:
                 verdicts.update(verdict for *_, verdict in judged_pairs(record))
-            if count % NOTE_EVERY == 0:
-                note(count)
         if kind == "rankings" and not loaded.errors and not loaded.cut:
             loaded.errors += no_usable_pair(part.name, verdicts)
         add_counts(whole, loaded)
     return whole
 
 
-def stream(kind: str, source: Source, loaded: Loaded) -> Generator[tuple[str, Record]]:
+def stream(kind: str, source: Source, loaded: Loaded, max_rows: int | None = None) -> Generator[tuple[str, Record]]:
     """Yield the records of a source or a mixture one by one, in the order of `read`.
 
-    The parts of a mixture with weights are counted first, in a pass of their own.
+    The parts of a mixture are counted first, in a pass of their own.
 
     Args:
         kind: The kind of data.
         source: Where the rows come from.
         loaded: Gets counts and error lines, complete only when the generator has ended.
+        max_rows: The number of rows after which reading stops (of each part of a mixture).
 
     Yields:
         (location, record); rankings of a mixture as of `with_source`.
     """
     if not source.parts:
-        yield from records(kind, source, loaded)
+        yield from records(kind, source, loaded, max_rows)
         return
-    counts = [Loaded() for _ in source.parts]
-    streams = [records(kind, part, own) for part, own in zip(source.parts, counts, strict=True)]
+    notes = notes_of_parts(source.parts, loaded.note, passes=2)  # to count, and to read
+    order, errors = order_of_mixture(kind, source, notes[: len(source.parts)], max_rows)
+    counts = [Loaded(note=note) for note in notes[len(source.parts) :]]
+    streams = [records(kind, part, own, max_rows) for part, own in zip(source.parts, counts, strict=True)]
     taken = [0] * len(streams)  # records that each part has given so far
     ids = Seen()
-    for part, i in order_of_mixture(kind, source, loaded):
+    for part, i in order:
         item = next(streams[part], None)
         while item is not None and taken[part] < i:
             taken[part] += 1
@@ -334,23 +350,54 @@ def stream(kind: str, source: Source, loaded: Loaded) -> Generator[tuple[str, Re
         for _ in rest:  # to the end, for its counts and errors
             pass
         add_counts(loaded, own)
+    loaded.errors += [] if loaded.errors else errors
 
 
-def order_of_mixture(kind: str, source: Source, loaded: Loaded) -> Iterator[tuple[int, int]]:
-    """Yield (part, index of the record) of the records of a mixture, in order.
+def order_of_mixture(
+    kind: str, source: Source, notes: Sequence[Note], max_rows: int | None = None
+) -> tuple[list[tuple[int, int]], list[str]]:
+    """Return the order of the records of a mixture.
 
     Args:
         kind: The kind of data.
         source: The mixture.
-        loaded: Gets the error lines of parts that cannot be counted.
+        notes: What is told how far counting is, one for each part.
+        max_rows: As of `stream`.
+
+    Returns:
+        (part, index of the record) of each record, none if a part has errors; and the errors, which
+        are found again when the part is read.
     """
-    sizes = []
-    for part in source.parts:
-        own = Loaded()
-        sizes.append(sum(1 for _ in records(kind, part, own)))
-        loaded.errors += own.errors
-    if not loaded.errors:
-        yield from mix(sizes, [part.weight for part in source.parts])
+    sizes, errors = [], []
+    for part, note in zip(source.parts, notes, strict=True):
+        own = Loaded(note=note)
+        sizes.append(sum(1 for _ in records(kind, part, own, max_rows)))
+        errors += own.errors
+    return [] if errors else mix(sizes, [part.weight for part in source.parts]), errors
+
+
+def notes_of_parts(parts: Sequence[Source], note: Note, passes: int = 1) -> list[Note]:
+    """Return what is told how far reading a part is, and tells how far reading is as a whole.
+
+    Args:
+        parts: The parts.
+        note: Is told the rows of all parts, and their share if all are files.
+        passes: How often the parts are read.
+
+    Returns:
+        One for each part, in each pass.
+    """
+    if len(parts) * passes == 1:
+        return [note]
+    sizes = [0 if part.path is None else size_of_path(part.path) for part in parts] * passes
+    rows, shares = [0] * len(sizes), [0.0] * len(sizes)
+
+    def note_part(number: int, count: int, share: float | None) -> None:
+        rows[number], shares[number] = count, share or 0.0
+        done = sum(size * one for size, one in zip(sizes, shares, strict=True))
+        note(sum(rows) // passes, done / sum(sizes) if all(sizes) else None)
+
+    return [partial(note_part, number) for number in range(len(sizes))]
 
 
 def add_counts(whole: Loaded, part: Loaded) -> None:
@@ -359,6 +406,7 @@ def add_counts(whole: Loaded, part: Loaded) -> None:
     whole.forms += part.forms
     whole.unread += part.unread
     whole.left_out += part.left_out
+    whole.left_out_places += part.left_out_places
     whole.filtered += part.filtered
     whole.dropped += part.dropped
     whole.duplicates += part.duplicates
@@ -427,8 +475,19 @@ def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = No
     rows = source_rows(source, reading)
     passed = 0  # records so far, those before `skip` included
     last = None if source.limit is None else source.skip + source.limit
+
+    def told() -> Iterator[tuple[str, object]]:
+        """Yield the rows, and tell how far reading is."""
+        for number, item in enumerate(islice(rows, max_rows), 1):
+            yield item
+            if number % NOTE_EVERY == 0:
+                ends = [passed / last] if last else []
+                ends += [number / max_rows] if max_rows else []
+                ends += [share] if (share := reading.share()) is not None else []
+                loaded.note(number, max(ends, default=None))
+
     try:
-        for location, record in reader.records(islice(rows, max_rows)):
+        for location, record in reader.records(told()):
             passed += 1
             if passed > source.skip:
                 yield location, record
@@ -456,6 +515,8 @@ def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = No
         return
     if source.where and reader.count and not reader.has_where_keys:
         loaded.errors.append(f"{source.name}: no row has the keys of where ({', '.join(source.where)}); correct them")
+    elif source.where and reader.count and reader.count == loaded.filtered:
+        loaded.errors.append(no_wanted_row(source))
     elif passed == 0:
         reasons = {**loaded.left_out, **({"where does not ask for them": loaded.filtered} if loaded.filtered else {})}
         left = "; ".join(f"{number:,} left out: {reason}" for reason, number in reasons.items())
@@ -464,6 +525,12 @@ def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = No
         loaded.errors.append(
             f"{source.name}: has {passed} records, and skip leaves out the first {source.skip}; lower skip"
         )
+
+
+def no_wanted_row(source: Source) -> str:
+    """Return the error line of a source whose `where` lets no row pass."""
+    wanted = ", ".join(f"{key}: {value}" for key, value in (source.where or {}).items())
+    return f"{source.name}: no row has what where asks for ({wanted}); correct where"
 
 
 @dataclass
@@ -505,8 +572,7 @@ class RowReader:
                     continue
                 converted = self._convert(form, row, options)
             except LeftOut as reason:
-                self.loaded.left_out[str(reason)] += 1
-                self.loaded.leave_out(location, str(reason))
+                self.loaded.count_left_out(location, str(reason))
                 continue
             except ValueError as error:
                 self._bad(location, error)
@@ -547,7 +613,9 @@ class RowReader:
             self.marked[form.name == MARKED] += 1
         self.loaded.forms["a plain string" if isinstance(value, str) else str(form)] += 1
         known = form.keys_of(row)
-        self.loaded.unread.update(key for key in row if key not in known and key not in METADATA)
+        self.loaded.unread.update(
+            key for key in row if key not in known and key not in METADATA and key not in (self.source.where or ())
+        )
         return form, row
 
     def _convert(self, form: Form, row: dict, options: Options) -> list[dict | LeftOut]:
@@ -572,8 +640,7 @@ class RowReader:
             row: The row that it was made of.
         """
         if isinstance(item, LeftOut):
-            self.loaded.left_out[str(item)] += 1
-            self.loaded.leave_out(location, str(item))
+            self.loaded.count_left_out(location, str(item))
             return
         if isinstance(item, ValueError):
             self._bad(location, item)

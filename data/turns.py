@@ -77,6 +77,12 @@ class TurnCount:
     learnt: int
     """Assistant turns that are taught."""
 
+    def __add__(self, other: "TurnCount") -> "TurnCount":
+        """Return the count of two sets of demonstrations together."""
+        return TurnCount(
+            self.conversations + other.conversations, self.assistant + other.assistant, self.learnt + other.learnt
+        )
+
     def text(self) -> str:
         """Say how many turns there are and how many are learnt."""
         number = f"{self.assistant:,} assistant turn" + ("" if self.assistant == 1 else "s")

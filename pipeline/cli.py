@@ -54,7 +54,9 @@ def main(argv: list[str] | None = None) -> int:
         return commands.COMMANDS[arguments.command](arguments)
     except SystemExit as error:  # argparse ends --help and --version so
         return int(error.code or 0)
-    except KeyboardInterrupt:  # in status, doctor and chat; `run` has its own way to stop
+    except KeyboardInterrupt:  # `run` has its own way to stop
+        if arguments is not None and arguments.command == "data":
+            print("stopped; nothing is left half-written", file=sys.stderr)
         return 130
     except Exception as error:
         if "--debug" in argv:
@@ -232,7 +234,12 @@ def add_init(commands: Any) -> None:
     init.add_argument("-o", "--output", default="my.yaml", metavar="FILE", help="file to write (default: my.yaml)")
     init.add_argument("--model", metavar="NAME", help="base model: a folder or a Hub id (default: train from scratch)")
     init.add_argument(
-        "--data", nargs="+", action="extend", default=[], metavar="FILE", help="data files; their kinds are guessed"
+        "--data",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="data files, folders or globs; their kinds are guessed, and several of a kind become a mixture",
     )
     init.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="device to compute on")
     init.add_argument("--debug", action="store_true", help="show tracebacks")

@@ -7,7 +7,7 @@ the digests of the file and of the code that reads it, and is not read again.
 import json
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,14 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.chain import Chain, print_line
+from pipeline.data_progress import PATIENCE, reading_line
 from pipeline.fingerprints import sources
 from pipeline.stage import Source
 from pipeline.store import files, integrity
 from pipeline.store.digests import code_sha256
 from pipeline.store.hub import HubName, cached_commits
-from pipeline.tracking import ProgressLine, format_duration
+from pipeline.tracking import format_duration
 
-PATIENCE = 2.0
-"""Seconds of reading after which a line says what is read."""
 MEMORY = ".checked.json"
 """The file beside the artifacts that lists what was found right."""
 MOST_REMEMBERED = 200
@@ -95,10 +94,9 @@ class DataChecks:
         if source.path is not None:
             facts = self.chain.digests.facts(source.path)
             content: str | None = facts.sha256
-            rows = facts.rows
             source = replace(source, sha256=content)
         else:
-            content, rows = record.get("revision"), None
+            content = record.get("revision")
             source = replace(source, revision=content or source.revision)
             if not self._is_reached(source):
                 return self._unreached(kind, source)
@@ -109,7 +107,7 @@ class DataChecks:
         if key not in self._found:
             check = self.chain.stages[name].check_data
             assert check is not None
-            with self._progress(f"data.{kind}: {source.path or source.hub}", rows) as note:
+            with self._progress(f"data.{kind}: {source.path or source.hub}") as note:
                 self._found[key] = check(kind, source, note)
         return self._found[key]
 
@@ -128,30 +126,25 @@ class DataChecks:
         return [f"data.{kind}: {source.hub}: {problem}; check the network, or give a file"]
 
     @contextmanager
-    def _progress(self, what: str, rows: int | None) -> Iterator[Any]:
-        """Give a function that is told how many records are read, and shows it if that takes long.
+    def _progress(self, what: str) -> Iterator[Any]:
+        """Give a function that is told how far reading is, and shows it if that takes long.
 
         Args:
             what: The kind and the name of the source.
-            rows: The number of its rows, if that is known.
         """
         began = time.monotonic()
-        lines: list[ProgressLine] = []
         said = False
-        with ExitStack() as stack:
+        with reading_line(what, self.console) as show:
 
-            def note(count: int) -> None:
+            def note(rows: int, share: float | None) -> None:
+                nonlocal said
                 if time.monotonic() - began < PATIENCE:
                     return
-                nonlocal said
                 if not said:
                     said = True
                     print_line(self.console, f"{what}: is checked whole before anything runs")
-                    if rows:
-                        lines.append(stack.enter_context(ProgressLine(self.console, rows, what, count)))
-                for line in lines:
-                    line.update(min(count, rows or 0))
+                show(rows, share)
 
             yield note
-        if lines:
+        if said:
             print_line(self.console, f"{what}: checked in {format_duration(time.monotonic() - began)}")

@@ -15,10 +15,8 @@ from pipeline import api
 from pipeline.api import Location
 from pipeline.config.sections import is_hub_id
 from pipeline.data_arguments import parse_reading
+from pipeline.data_progress import reading_line
 from pipeline.errors import UserError
-
-HUB_ROWS = 200
-"""Rows of a data set on the Hub that are looked at without a limit."""
 
 
 def check_action(arguments: argparse.Namespace) -> int:
@@ -28,8 +26,8 @@ def check_action(arguments: argparse.Namespace) -> int:
     artifacts = folder_of(arguments)
     over = lengths_over_context(experiment, artifacts)
     if arguments.file:
-        return check.run(inputs, arguments.kind, experiment, artifacts=artifacts, errors=over)
-    return check.run_all(experiment, artifacts=artifacts, errors=over)
+        return check.run(inputs, arguments.kind, experiment, artifacts=artifacts, errors=over, watch=reading_line)
+    return check.run_all(experiment, artifacts=artifacts, errors=over, watch=reading_line)
 
 
 def preview_action(arguments: argparse.Namespace) -> int:
@@ -39,7 +37,7 @@ def preview_action(arguments: argparse.Namespace) -> int:
     if arguments.n < 1:
         raise UserError(f"command line: -n {arguments.n} shows no row; give 1 or more")
     choice = preview.Choice(number=arguments.n, seed=arguments.seed, row=arguments.row)
-    return preview.run(inputs, arguments.kind, experiment, choice, folder_of(arguments))
+    return preview.run(inputs, arguments.kind, experiment, choice, folder_of(arguments), reading_line)
 
 
 def stats_action(arguments: argparse.Namespace) -> int:
@@ -47,7 +45,7 @@ def stats_action(arguments: argparse.Namespace) -> int:
     experiment, inputs = prepared(arguments, "stats")
     stats = importlib.import_module("data.tools.stats")
     page = None if arguments.html is None else free_path(arguments.html, arguments.force)
-    return stats.run(inputs, arguments.kind, experiment, page, folder_of(arguments))
+    return stats.run(inputs, arguments.kind, experiment, page, folder_of(arguments), reading_line)
 
 
 def convert_action(arguments: argparse.Namespace) -> int:
@@ -57,7 +55,7 @@ def convert_action(arguments: argparse.Namespace) -> int:
     if output.suffix != ".jsonl":
         raise UserError(f"{output}: records are written as JSON lines; give a name that ends in .jsonl")
     convert = importlib.import_module("data.tools.convert")
-    return convert.run(inputs, arguments.kind, arguments.to, output, experiment, folder_of(arguments))
+    return convert.run(inputs, arguments.kind, arguments.to, output, experiment, folder_of(arguments), reading_line)
 
 
 def export_action(arguments: argparse.Namespace) -> int:
@@ -66,7 +64,7 @@ def export_action(arguments: argparse.Namespace) -> int:
     output = free_path(arguments.output, arguments.force)
     export = importlib.import_module("data.tools.export")
     request = export.Request(tool=arguments.to, output=output, seed=arguments.seed)
-    return export.run(inputs, arguments.kind, request, experiment, folder_of(arguments))
+    return export.run(inputs, arguments.kind, request, experiment, folder_of(arguments), reading_line)
 
 
 def prepare_action(arguments: argparse.Namespace) -> int:
@@ -91,6 +89,7 @@ def prepare_action(arguments: argparse.Namespace) -> int:
         folder_of(arguments),
         arguments.force,
         reading,
+        watch=reading_line,
     )
 
 
@@ -148,8 +147,8 @@ def input_of(text: str, reading: dict[str, Any], is_look: bool) -> Any:
     if is_hub_id(text):
         if not is_look or "limit" in settings:
             return config.Input(sources.Source(hub=text, **settings), tuple(settings), None)
-        source = sources.Source(hub=text, **settings, limit=HUB_ROWS)  # with a limit it is streamed
-        return config.Input(source, tuple(settings), HUB_ROWS)
+        source = sources.Source(hub=text, **settings, limit=config.HUB_ROWS)  # with a limit it is streamed
+        return config.Input(source, tuple(settings), config.HUB_ROWS)
     return config.Input(sources.Source(path=Path(text).expanduser(), **settings), tuple(settings), None)
 
 

@@ -38,7 +38,8 @@ def init_command(arguments: argparse.Namespace) -> int:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another file with -o") from None
     print(text)
     words = shlex.join(["-c", str(path)])
-    print(f"written to {path}; next: {hints.program()} run {list(api.stages())[-1]} {words}")
+    look = f"{hints.program()} data check {words}, then " if data else ""
+    print(f"written to {path}; next: {look}{hints.program()} run {list(api.stages())[-1]} {words}")
     return 0
 
 
@@ -119,41 +120,45 @@ def lengths_that_fit(experiment: "Experiment", stages: list[str]) -> dict[str, d
     return lengths
 
 
-def guess_kinds(paths: list[str]) -> dict[str, str]:
-    """Return the data files by kind, as `rlhf data check` guesses the kinds.
+def guess_kinds(paths: list[str]) -> dict[str, list[str]]:
+    """Return the data files, folders and globs of each kind, as `rlhf data check` guesses kinds.
 
     Raises:
-        UserError: If a kind cannot be guessed, or two files are of the same kind.
+        UserError: If a kind cannot be guessed.
     """
     inspect_file = importlib.import_module("data.check.inspect_file")
     sources = importlib.import_module("data.sources")
-    by_kind: dict[str, str] = {}
+    is_glob = importlib.import_module("data.files.paths").is_glob
+    by_kind: dict[str, list[str]] = {}
     lines = []
     for path in paths:
-        if not Path(path).expanduser().is_file():
-            lines.append(f"{path}: no such file; give a data file")
+        place = Path(path).expanduser()
+        if not place.exists() and not is_glob(place):
+            lines.append(f"{path}: no such file; give a file, a folder or a glob of data")
             continue
-        kind = inspect_file.guess_kind(sources.Source(path=Path(path).expanduser()))
+        kind = inspect_file.guess_kind(sources.Source(path=place))
         if kind is None:
             lines.append(f"{path}: its rows are of no known kind; `rlhf data check {shlex.quote(path)}` shows why")
-        elif kind in by_kind:
-            lines.append(f"{path}: contains {kind}, as {by_kind[kind]} does; join them to one file")
         else:
-            by_kind[kind] = path
+            by_kind.setdefault(kind, []).append(path)
     if lines:
         raise UserError(lines)
     return by_kind
 
 
 def compose(
-    name: str, model: str | None, data: dict[str, str], device: str, lengths: dict[str, dict[str, int]] | None = None
+    name: str,
+    model: str | None,
+    data: dict[str, list[str]],
+    device: str,
+    lengths: dict[str, dict[str, int]] | None = None,
 ) -> str:
     """Return the YAML of an experiment.
 
     Args:
         name: Name of the experiment.
         model: Base model; None: train one from scratch.
-        data: Data file of each kind that is given; {}: all data are the embedded world's.
+        data: Data files of each kind that is given; {}: all data are the embedded world's.
         device: Value of launch.device.
         lengths: Lengths of each stage that are not the defaults.
     """
@@ -163,7 +168,11 @@ def compose(
         lines += ["", "model:", f"  name_or_path: {quoted(model)}"]
     if data:
         lines += ["", "data:"]
-        lines += [f"  {kind}: {quoted(path)}" for kind, path in data.items()]
+        for kind, paths in data.items():
+            if len(paths) == 1:
+                lines.append(f"  {kind}: {quoted(paths[0])}")
+            else:
+                lines += [f"  {kind}:", *(f"    - {quoted(path)}" for path in paths)]
         lines += ["", "# Rows longer than max_length are dropped and counted; set error or truncate instead."]
     if lengths:
         if not data:
@@ -182,7 +191,7 @@ def compose(
     return "\n".join(lines) + "\n"
 
 
-def stages_with_lengths(data: dict[str, str]) -> list[str]:
+def stages_with_lengths(data: dict[str, list[str]]) -> list[str]:
     """Return the stages that read the given data and have the setting on_too_long."""
     stages = ["sft", "evaluate"]
     if "rankings" in data:

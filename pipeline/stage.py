@@ -149,10 +149,10 @@ class Stage(Generic[S, E]):
     missing_requirements: Callable[[E], list[str]] = no_lines
     """Function that returns a line for each thing that this machine lacks. It is called only if the
     stage is going to run."""
-    check_data: Callable[[str, Source, Callable[[int], None]], list[str]] | None = None
-    """Function of a kind of data, one source of it, and a function to call with the number of
-    records now and then. It reads the source and returns a line for each mistake in it. It is
-    called only if the stage is going to run."""
+    check_data: Callable[[str, Source, Callable[[int, float | None], None]], list[str]] | None = None
+    """Function of a kind of data, one source of it, and a function to call now and then with the
+    number of rows and the share that has been read, or None. It reads the source and returns a line
+    for each mistake in it. It is called only if the stage is going to run."""
     folders: Callable[[E], dict[str, Path]] = no_folders
     """Function that returns the user's model folders, by the setting that names each."""
     hub_model: Callable[[E], tuple[str, str] | None] = no_hub_model

@@ -31,10 +31,10 @@ from stages.settings.experiment import Experiment
 from stages.settings.training import total_steps
 from stages.shared.cards import ANSWER, ModelCard
 from stages.shared.disk import say_written
-from stages.shared.group_cache import GroupCache
 from stages.shared.inputs import LengthLimit, load_groups, published
 from stages.shared.provenance import Provenance, provenance_of
 from stages.shared.publishing import adapter_base, publish_model
+from stages.shared.row_cache import RowCache
 from stages.shared.runtime import (
     Runtime,
     adapter_settings,
@@ -104,7 +104,7 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
     check_context(session, config, source)
     tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
     limit = LengthLimit(config.max_length, config.on_too_long, "dpo")
-    cache = GroupCache(ctx.cache, source, session.tracker, partial(session.leave_if_requested, 0, 0))
+    cache = RowCache(ctx.cache, source, session.tracker, partial(session.leave_if_requested, 0, 0))
     groups, report = load_groups(rankings / "train.jsonl", tokenizer, limit, cache)
     held, held_report = load_groups(rankings / "validation.jsonl", tokenizer, limit, cache)
     report += held_report

@@ -45,10 +45,10 @@ from stages.settings.training import total_steps
 from stages.shared.cards import SCORE, ModelCard
 from stages.shared.data_notes import DataNotes
 from stages.shared.disk import say_written
-from stages.shared.group_cache import GroupCache
 from stages.shared.inputs import LengthLimit, load_groups, load_records, published, read_world
 from stages.shared.provenance import Provenance, provenance_of
 from stages.shared.publishing import adapter_base, publish_model
+from stages.shared.row_cache import RowCache
 from stages.shared.runtime import (
     Runtime,
     adapter_settings,
@@ -113,7 +113,7 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
     tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
     # without rankings in the config, the embedded world's labelers ranked: then tasks are known
     world = World.from_json(read_world(ctx.inputs)) if ctx.experiment.data.rankings is None else None
-    cache = GroupCache(ctx.cache, source, session.tracker, partial(session.leave_if_requested, 0, 0))
+    cache = RowCache(ctx.cache, source, session.tracker, partial(session.leave_if_requested, 0, 0))
     data = load_data(
         config, tokenizer, ctx.inputs["rankings"], ctx.source("demonstrations"), world, cache, session.notes
     )
@@ -128,7 +128,7 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
         # 1 the policy's trunk, a new scalar head
         make = partial(make_model, source, runtime, adapter_settings(ctx.experiment.model), member_seed(ctx.seed, k))
         model = place_model(make, runtime, config.max_length)
-        trainee = trainee_of(config, model, steps)
+        trainee = trainee_of(config, model, steps, config.head_learning_rate)
         if k == 0:
             sets = len(names) - 1 + (config.keep == "best")
             say_written(session, provenance, [model], [model], len(names) * steps, sets=sets, copies=len(names))
@@ -178,7 +178,7 @@ def load_data(
     rankings: Path,
     demonstrations: Source,
     world: World | None,
-    cache: GroupCache | None = None,
+    cache: RowCache | None = None,
     notes: DataNotes | None = None,
 ) -> Data:
     """Load the rankings and the demonstrations.

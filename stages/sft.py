@@ -5,20 +5,15 @@ loss = − mean log π(token | prompt, before)     over the tokens of the answer
 Of a conversation all answers are learnt (sft.turns), each after exactly what the policy would see.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from data.agreement import Answered
-from data.answer_lengths import quantiles
 from data.documents import wrap_documents
-from data.encode import encode_demonstrations
-from data.length_limit import LengthReport
-from data.streams import Stream, derive_seed, held_out
-from data.turns import TurnCount, conversation_key, count_turns
+from data.streams import Stream, derive_seed
 from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.stage import Source, StageRun
@@ -29,35 +24,20 @@ from stages.settings.experiment import Experiment
 from stages.settings.sft import SFTSettings
 from stages.settings.training import total_steps
 from stages.shared.cards import ANSWER, ModelCard
+from stages.shared.demonstrations import Given, load_demonstrations
 from stages.shared.disk import say_written
-from stages.shared.inputs import LengthLimit, load_placed_records, split_documents
+from stages.shared.inputs import LengthLimit, split_documents
 from stages.shared.provenance import Provenance, provenance_of
 from stages.shared.publishing import adapter_base, publish_model
+from stages.shared.row_cache import RowCache
 from stages.shared.runtime import Runtime, adapter_settings, check_context, note_default_rate, runtime_of
-from stages.shared.show import say_off_template, show_samples
+from stages.shared.show import show_samples
+from stages.shared.source_words import recorded_rows
 from stages.training.checkpoint import has_current_settings
 from stages.training.loop import Phase
 from stages.training.session import Session, session_of
 from stages.training.text import Optimization, TextTask, train_language_model
 from stages.training.text_hooks import weights_of
-
-
-@dataclass(frozen=True)
-class Demonstrations:
-    """The demonstrations, encoded and split by conversation."""
-
-    train: list[dict]
-    """Rows to train on: {input_ids, labels}, a label being −100 where nothing is learnt."""
-    held_out: list[dict]
-    """Rows of the held-out evaluation."""
-    shown: list
-    """A few held-out prompts, for samples."""
-    answer_tokens: list[int]
-    """Tokens of each answer that is learnt, all rows together."""
-    turns: TurnCount
-    """How many assistant turns there are, and how many are learnt within the length limit."""
-    report: LengthReport
-    """How many rows were cut or dropped."""
 
 
 def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
@@ -67,11 +47,20 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
     check_context(session, config, source)
     tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
     fraction = ctx.experiment.data.validation_fraction
-    data = encode(session, config, ctx.source("demonstrations"), fraction, tokenizer)
-    steps, more_steps, mixed_rows = total_steps(config, len(data.train)), 0, []
+    given = Given(
+        source=ctx.source("demonstrations"),
+        rows=recorded_rows(ctx.data.get("demonstrations", {})),
+        fraction=fraction,
+        limit=LengthLimit(config.max_length, config.on_too_long, "sft"),
+        turns=config.turns,
+    )
+    cache = RowCache(ctx.cache, source, session.tracker, partial(session.leave_if_requested, 0, 0))
+    data = load_demonstrations(session, given, tokenizer, cache)
+    steps, more_steps, mixed_rows = total_steps(config, len(data.train)), 0, data.train
     if config.ppo_init is not None:
-        text = pretraining_rows(config, ctx.source("documents"), fraction, tokenizer, data.train, ctx.seed)
-        mixed_rows = data.train + text
+        labels = data.train.labels()
+        text = pretraining_rows(config, ctx.source("documents"), fraction, tokenizer, labels, ctx.seed)
+        mixed_rows = data.train.with_texts(text)
         more_steps = total_steps(
             config.model_copy(update={**dict(config.ppo_init), "max_steps": None}), len(mixed_rows)
         )
@@ -116,8 +105,8 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
         "dropped": data.report.dropped,
         "assistant_turns": data.turns.assistant,
         "learnt_turns": data.turns.learnt,
-        "learnt_tokens": sum(data.answer_tokens),
-        "answer_tokens": quantiles(data.answer_tokens),
+        "learnt_tokens": data.learnt_tokens,
+        "answer_tokens": data.answer_tokens,
         **session.notes.figures,
     }
     publish(provenance, model, tokenizer, "model", ModelCard("a supervised fine-tuned policy", figures=figures))
@@ -136,45 +125,9 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
     return figures | {f"ppo_init_{name}": more[name] for name in ("loss", "perplexity", "steps")}
 
 
-def encode(session: Session, config: SFTSettings, source: Source, fraction: float, tokenizer: Any) -> Demonstrations:
-    """Load the demonstrations, encode them within the length limit and split them by conversation.
-
-    Args:
-        session: The run.
-        config: The stage's settings.
-        source: Where the demonstrations are.
-        fraction: Fraction of the conversations to hold out, by how they open.
-        tokenizer: The tokenizer with its chat template.
-
-    Raises:
-        UserError: No prompt is left to hold out.
-    """
-    demonstrations, places = load_placed_records("demonstrations", source, session.notes)
-    limit = LengthLimit(config.max_length, config.on_too_long, "sft")
-    encoded = encode_demonstrations(tokenizer, demonstrations, names=places, turns=config.turns, **asdict(limit))
-    if encoded.apart:
-        session.say(encoded.apart_text(tokenizer.name_or_path))
-    pairs = [Answered(turn.prompt, turn.answer) for turn in encoded.turns]
-    say_off_template(session, tokenizer, pairs, [places[i] for i in encoded.origins], "demonstrations")
-    train, valid = held_out([conversation_key(turn.prompt) for turn in encoded.turns], fraction)
-    if not valid:
-        problem = (
-            f"one prompt is left within {config.max_length} tokens; at least 2 are needed, one of them to hold out"
-        )
-        raise UserError([f"data.demonstrations: {problem}"])
-    return Demonstrations(
-        train=[encoded.rows[i] for i in train],
-        held_out=[encoded.rows[i] for i in valid],
-        shown=[encoded.turns[i].prompt for i in valid[:4]],
-        answer_tokens=encoded.answer_tokens,
-        turns=replace(count_turns(demonstrations, config.turns), learnt=len(encoded.answer_tokens)),
-        report=encoded.report,
-    )
-
-
 def pretraining_rows(
-    config: SFTSettings, source: Source, fraction: float, tokenizer: Any, demonstrations: list[dict], seed: int
-) -> list[dict]:
+    config: SFTSettings, source: Source, fraction: float, tokenizer: Any, labels: int, seed: int
+) -> list[list[int]]:
     """Draw packed rows of pretraining text, to be mixed with the demonstrations.
 
     Args:
@@ -192,10 +145,9 @@ def pretraining_rows(
         problem = f"fewer than sft.max_length = {config.max_length} tokens of pretraining text"
         raise UserError([f"data.documents: {problem}; give more text, or set sft.ppo_init: null"])
     share = config.ppo_init.pretraining_fraction
-    labels = sum(label != -100 for row in demonstrations for label in row["labels"])
     count = max(1, round(labels * share / (1 - share) / (config.max_length - 1)))  # a row's first token has no label
     order = Stream(len(rows), derive_seed(seed, "ppo_init")).take(count)
-    return [{"input_ids": rows[i], "labels": rows[i]} for i in order]
+    return [rows[i] for i in order]
 
 
 def make_policy(source: Path, runtime: Runtime, adapter: AdapterSettings, provenance: Provenance) -> nn.Module:

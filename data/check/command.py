@@ -9,11 +9,12 @@ from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from data.check.config import Input, limits_of, sources_of, tokenizer_of
+from data.check.config import HUB_ROWS, Input, limits_of, sources_of, tokenizer_of
 from data.check.guess import guess_kind
 from data.check.inspect_file import check
 from data.check.report import Limits, OtherData, Report
 from data.error_lines import shorten
+from data.progress import Watch, unwatched
 from data.sources import Source
 from pipeline.errors import UserError
 
@@ -28,6 +29,7 @@ def run(
     console: Any = None,
     artifacts: str | Path = "artifacts",
     errors: Sequence[str] = (),
+    watch: Watch = unwatched,
 ) -> int:
     """Print the report on files.
 
@@ -41,12 +43,13 @@ def run(
         console: A rich console to print to; None for standard output.
         artifacts: The folder of all experiments.
         errors: Mistakes of the config that are known already.
+        watch: Shows how far reading is.
 
     Returns:
         The exit code: 2 if there are errors, otherwise 0.
     """
     out = output_of(console)
-    context = Context.of(experiment, artifacts)
+    context = Context.of(experiment, artifacts, watch=watch)
     failed = bool(errors)
     for number, given in enumerate(inputs):
         print("\n" if number else "", end="", file=out)
@@ -69,21 +72,25 @@ class Context:
     """The tokenizer, if it is on this machine."""
     note: str = ""
     """Which tokenizer it is, or why there is none."""
+    watch: Watch = unwatched
+    """Shows how far a long pass is."""
 
     @classmethod
-    def of(cls, experiment: Any, artifacts: str | Path, tokenizer: bool = True) -> Context:
+    def of(cls, experiment: Any, artifacts: str | Path, tokenizer: bool = True, watch: Watch = unwatched) -> Context:
         """Return what a config says.
 
         Args:
             experiment: The validated config, or None.
             artifacts: The folder of all experiments.
             tokenizer: Whether the tokenizer is needed, which takes seconds to load.
+            watch: Shows how far a long pass is.
         """
         if experiment is None:
-            return cls()
+            return cls(watch=watch)
         home = Path(artifacts) / experiment.name
         sources = sources_of(experiment, home)
-        return cls(experiment, sources, *tokenizer_of(experiment, home)) if tokenizer else cls(experiment, sources)
+        found, note = tokenizer_of(experiment, home) if tokenizer else (None, "")
+        return cls(experiment, sources, found, note, watch)
 
     def limits(self, kind: str | None) -> Limits:
         """Return the limits that hold for a kind of data."""
@@ -120,7 +127,7 @@ def report_on(given: Input, kind: str | None, context: Context) -> Report:
     """
     source, kind = context.resolve(given, kind)
     others = others_than(kind, context.sources)
-    report = check(source, kind, context.limits(kind), others, given.max_rows)
+    report = check(source, kind, context.limits(kind), others, given.max_rows, context.watch)
     if context.note:
         report.add("tokenizer", context.note)
     if given.max_rows is not None:
@@ -129,7 +136,11 @@ def report_on(given: Input, kind: str | None, context: Context) -> Report:
 
 
 def run_all(
-    experiment: Any, console: Any = None, artifacts: str | Path = "artifacts", errors: Sequence[str] = ()
+    experiment: Any,
+    console: Any = None,
+    artifacts: str | Path = "artifacts",
+    errors: Sequence[str] = (),
+    watch: Watch = unwatched,
 ) -> int:
     """Print a report on each kind of data that a config names, and a summary.
 
@@ -139,6 +150,7 @@ def run_all(
         artifacts: The folder of all experiments, where the embedded world's data and the tokenizer
             are.
         errors: Mistakes of the config that are known already.
+        watch: Shows how far reading is.
 
     Returns:
         The exit code: 2 if there are errors in any, otherwise 0.
@@ -147,7 +159,7 @@ def run_all(
         UserError: The config names no data.
     """
     out = output_of(console)
-    context = Context.of(experiment, artifacts)
+    context = Context.of(experiment, artifacts, watch=watch)
     print(f"tokenizer: {context.note}", file=out)
     if not context.sources:
         problem = "no file and no Hub id is set, so the stages have nothing to read"
@@ -161,14 +173,14 @@ def run_all(
         found = 0
         for number, part in enumerate(source.parts, 1):
             print(f"part {number} of {len(source.parts)}", file=out)
-            report = check(part, kind, context.limits(kind))
+            report = look(part, kind, context, [])
             print_report(report, out)
             found += len(report.errors)
             print("", file=out)
         if source.parts:
             print("the mixture", file=out)
         if not found:  # a mixture has the errors of its parts
-            report = check(source, kind, context.limits(kind), others_than(kind, context.sources))
+            report = look(source, kind, context, others_than(kind, context.sources))
             print_report(report, out)
             found = len(report.errors)
         if found:
@@ -181,6 +193,31 @@ def run_all(
         return 2
     print(f"\n{summary}, no errors", file=out)
     return 0
+
+
+def look(source: Source, kind: str, context: Context, others: Sequence[OtherData]) -> Report:
+    """Return the report on data of a config: on files as a whole, on data sets by their first rows.
+
+    Args:
+        source: The data.
+        kind: Their kind.
+        context: What the config says.
+        others: Data that must not share prompts with these.
+    """
+    parts = tuple(first_rows(part) for part in source.parts)
+    short = replace(source, parts=parts) if parts else first_rows(source)
+    max_rows = None if parts or short == source else source.skip + HUB_ROWS
+    report = check(short, kind, context.limits(kind), others, max_rows, context.watch)
+    if short != source:
+        report.add("on the Hub", f"at most {HUB_ROWS:,} rows of a data set were read; a limit in the config reads more")
+    return report
+
+
+def first_rows(source: Source) -> Source:
+    """Return a data set on the Hub without a limit with one; any other source unchanged."""
+    if source.hub is None or source.limit is not None:
+        return source
+    return replace(source, limit=HUB_ROWS)
 
 
 def others_than(kind: str | None, sources: dict[str, Source]) -> list[OtherData]:

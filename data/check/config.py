@@ -31,6 +31,8 @@ READERS = {
     "evaluation_prompts": ("evaluate",),
 }
 """Kind of data → the sections of the config whose length limits hold for it."""
+HUB_ROWS = 200
+"""Rows of a data set on the Hub that are looked at without a limit."""
 
 
 @dataclass(frozen=True)

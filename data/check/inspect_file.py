@@ -9,14 +9,15 @@ from itertools import islice
 from data.check.guess import TRAINING, all_rows, guess_kind, hint
 from data.check.lengths import LengthTally, TemplateTally
 from data.check.pairs import PairTally
-from data.check.prompts import PromptTally, add_shared_prompts
+from data.check.prompts import Compared, PromptTally, add_shared_prompts
 from data.check.report import Limits, OtherData, Report
 from data.error_lines import shorten
 from data.files.reading import Reading
 from data.forms import FORMS
 from data.parsing import describe
+from data.progress import Note, Watch, unwatched
 from data.records import Demonstration, Ranking, Record
-from data.sources import Loaded, Source, read, records
+from data.sources import Loaded, Source, no_wanted_row, stream
 from data.turns import TurnCount, count_turns
 
 DROPPED_SHOWN = 5
@@ -33,11 +34,12 @@ def check(
     limits: Limits | None = None,
     against: Sequence[OtherData] = (),
     max_rows: int | None = None,
+    watch: Watch = unwatched,
 ) -> Report:
     """Inspect a source of data and return the report.
 
-    Records are read one by one and not kept, so that a file may be larger than the memory. Those of
-    the Hub are kept, as they are loaded once; and those of a mixture, which is mixed as a whole.
+    Records are read one by one and not kept, so that data may be larger than the memory. Only those
+    of the Hub that are streamed, which a source with a limit says, are loaded once and kept.
 
     Args:
         source: Where the rows come from and how they are read.
@@ -45,6 +47,7 @@ def check(
         limits: What lengths are counted with, and what limits hold; None: none.
         against: Data that must not share prompts with this file.
         max_rows: The number of rows after which reading stops; None: all are read.
+        watch: Shows how far reading is.
     """
     limits = limits or Limits()
     report = Report(source.name, kind or guess_kind(source))
@@ -54,18 +57,21 @@ def check(
         first = next((f"{location}: {unknown_kind(value)}" for location, value in rows), no_rows(source))
         report.errors += reading.errors or [first]
         return report
-    kept = source.hub is not None or bool(source.parts)  # read only once, and so kept
-    loaded = read(report.kind, source, max_rows) if kept else Loaded()
-
-    def found(counts: Loaded | None = None) -> Iterator[tuple[str, Record]]:
-        """Return an iterator over (location, record); `counts` gets what reading finds."""
-        if kept:
-            return zip(loaded.locations, loaded.records, strict=True)
-        assert report.kind is not None
-        return records(report.kind, source, counts or Loaded(), max_rows)
-
+    is_kept = any(part.hub is not None and part.limit is not None for part in source.parts or (source,))
+    kept: list[tuple[str, Record]] = []
     tally = Tally(report.kind, limits)
-    tally.add_all(found(loaded))
+    with watch(f"{source.name}: reading") as note:
+        loaded = Loaded(note=note)
+        items: Iterable[tuple[str, Record]] = stream(report.kind, source, loaded, max_rows)
+        if is_kept:
+            items = kept = list(items)
+        tally.add_all(items)
+
+    def found(note: Note) -> Iterator[tuple[str, Record]]:
+        """Return an iterator over (location, record) of the source once more."""
+        assert report.kind is not None
+        return iter(kept) if is_kept else stream(report.kind, source, Loaded(note=note), max_rows)
+
     report.errors += loaded.errors
     add_rows(report, loaded, source)
     if (source.skip or source.limit is not None) and tally.prompts.rows:
@@ -81,7 +87,8 @@ def check(
         other_kind = other.name if other.name in FORMS else guess_kind(other.source)
         if other_kind is not None and "documents" not in (other_kind, report.kind):
             both_train = other.name in TRAINING and report.kind in TRAINING
-            add_shared_prompts(report, found, tally.prompts.prompts, other, other_kind, may_share=both_train)
+            compared = Compared(found, tally.prompts.prompts, other, other_kind, watch)
+            add_shared_prompts(report, compared, may_share=both_train)
     return report
 
 
@@ -150,10 +157,7 @@ class Tally:
 
 def no_rows(source: Source) -> str:
     """Return the error line of a source none of whose rows are read."""
-    if source.where:
-        wanted = ", ".join(f"{key}: {value}" for key, value in source.where.items())
-        return f"{source.name}: no row has what where asks for ({wanted}); correct where"
-    return f"{source.name}: no rows; give at least one"
+    return no_wanted_row(source) if source.where else f"{source.name}: no rows; give at least one"
 
 
 def unknown_kind(value: object) -> str:

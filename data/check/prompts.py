@@ -10,12 +10,13 @@ from data.check.judgments import hash64
 from data.check.report import OtherData, Report
 from data.forms import PROMPT_KINDS
 from data.near_copies import nearest_copies
+from data.progress import Note, Watch, no_note, unwatched
 from data.records import Document, Record, prompt_key
-from data.sources import Loaded, Source, read, records
+from data.sources import Loaded, stream
 
 AT_ONCE = 20_000
 """Prompts that are compared with those of evaluation at once."""
-Found = Callable[[], Iterator[tuple[str, Record]]]
+Found = Callable[[Note], Iterator[tuple[str, Record]]]
 MOST_LEAKS = 100
 """Prompts that are named at most."""
 
@@ -62,52 +63,51 @@ def prompt_hash(record: Record) -> int:
     return hash64(record.text if isinstance(record, Document) else prompt_key(record.prompt))
 
 
-def all_records(kind: str, source: Source, loaded: Loaded) -> Iterator[tuple[str, Record]]:
-    """Yield (location, record) of a source; of a mixture those that it takes.
+@dataclass(frozen=True)
+class Compared:
+    """Hold two sources whose prompts are compared."""
 
-    Args:
-        kind: The kind of data.
-        source: The source.
-        loaded: Gets its errors, complete when the records have ended.
-    """
-    if not source.parts:
-        yield from records(kind, source, loaded)
-        return
-    whole = read(kind, source)
-    loaded.errors += whole.errors
-    yield from zip(whole.locations, whole.records, strict=True)
+    found: Found
+    """Gives (location, record) of this source from its beginning, whenever it is called."""
+    prompts: set[int]
+    """The hashes of its prompts."""
+    other: OtherData
+    """The other source."""
+    other_kind: str
+    """Its kind."""
+    watch: Watch = unwatched
+    """Shows how far comparing is."""
 
 
-def add_shared_prompts(
-    report: Report, found: Found, prompts: set[int], other: OtherData, other_kind: str, *, may_share: bool
-) -> None:
+def add_shared_prompts(report: Report, compared: Compared, *, may_share: bool) -> None:
     """Report the prompts of this source that also occur in another one.
 
     Args:
         report: Where facts and errors go; it has the kind.
-        found: Returns (location, record) of this source from its beginning, whenever it is called.
-        prompts: The hashes of its prompts.
-        other: The other source.
-        other_kind: Its kind.
+        compared: The sources.
         may_share: Whether both are training data, which may share prompts. Otherwise a shared
             prompt is an error, and near copies are counted too, for a person to judge.
     """
+    other, rows_there = compared.other, 0
     shared: dict[int, str] = {}  # hash → where the other source has it
-    theirs = Loaded()
-    for location, record in all_records(other_kind, other.source, theirs):
-        key = prompt_hash(record)
-        if key in prompts:
-            shared[key] = location
+    with compared.watch(f"{other.source.name}: reading for its prompts") as note:
+        theirs = Loaded(note=note)
+        for location, record in stream(compared.other_kind, other.source, theirs):
+            rows_there += 1
+            key = prompt_hash(record)
+            if key in compared.prompts:
+                shared[key] = location
     leaks: list[str] = []
     rows = leaked = 0
-    for location, record in found():
-        rows += 1
-        key = prompt_hash(record)
-        if key in shared:
-            leaked += 1
-            if len(leaks) < MOST_LEAKS:
-                problem = f"this prompt is at {shared[key]} ({other.name}) too: a leak"
-                leaks.append(f"{location}: {problem}; remove it from one of the two")
+    with compared.watch(f"{report.name}: looking for prompts of {other.name}") as note:
+        for location, record in compared.found(note):
+            rows += 1
+            key = prompt_hash(record)
+            if key in shared:
+                leaked += 1
+                if len(leaks) < MOST_LEAKS:
+                    problem = f"this prompt is at {shared[key]} ({other.name}) too: a leak"
+                    leaks.append(f"{location}: {problem}; remove it from one of the two")
     unread = f" ({len(theirs.errors):,} errors in it: check it too)" if theirs.errors else ""
     report.add(f"also in {other.name}", f"{leaked:,} of {rows:,} prompts{unread}")
     if may_share:
@@ -115,36 +115,38 @@ def add_shared_prompts(
     report.errors += leaks
     if leaked > MOST_LEAKS:
         report.errors.append(f"{report.name}: {leaked - MOST_LEAKS:,} more prompts are in {other.name} too")
-    add_near_copies(report, found, rows, other_kind, other, set(shared))
+    add_near_copies(report, compared, (rows, rows_there), set(shared))
 
 
-def add_near_copies(
-    report: Report, found: Found, rows: int, other_kind: str, other: OtherData, shared: set[int]
-) -> None:
+def add_near_copies(report: Report, compared: Compared, rows: tuple[int, int], shared: set[int]) -> None:
     """Report the prompts of this source that are near copies of prompts of another one.
 
     Args:
         report: Where the fact goes.
-        found: As of `add_shared_prompts`.
-        rows: Its number of records.
-        other_kind: The kind of the other source.
-        other: The other source.
+        compared: The sources.
+        rows: The number of records of this source, and of the other.
         shared: The hashes of prompts that both have, which are not counted.
     """
-    ours = (item for item in found() if prompt_hash(item[1]) not in shared)
-    near, first = 0, ""
-    while batch := list(islice(ours, AT_ONCE)):
-        theirs = all_records(other_kind, other.source, Loaded())
-        copied: set[int] = set()
-        while others := list(islice(theirs, AT_ONCE)):
-            nearest = nearest_copies(_prompts(batch), _prompts(others))
-            copies = [(i, copy) for i, copy in enumerate(nearest) if copy is not None]
-            if copies and not first:
-                i, copy = copies[0]
-                first = f" · the first at {batch[i][0]}, of {others[copy][0]}"
-            copied |= {i for i, _ in copies}
-        near += len(copied)
-    report.add("near copies", f"{near:,} of {rows:,} prompts are near copies of prompts in {other.name}{first}")
+    other = compared.other
+    ours = (item for item in compared.found(no_note) if prompt_hash(item[1]) not in shared)
+    near, first, done = 0, "", 0
+    with compared.watch(f"{report.name}: looking for near copies of {other.name}") as note:
+        while batch := list(islice(ours, AT_ONCE)):
+            theirs = stream(compared.other_kind, other.source, Loaded())
+            copied: set[int] = set()
+            done_there = 0
+            while others := list(islice(theirs, AT_ONCE)):
+                nearest = nearest_copies(_prompts(batch), _prompts(others))
+                copies = [(i, copy) for i, copy in enumerate(nearest) if copy is not None]
+                if copies and not first:
+                    i, copy = copies[0]
+                    first = f" · the first at {batch[i][0]}, of {others[copy][0]}"
+                copied |= {i for i, _ in copies}
+                done_there += len(others)
+                note(done, (done + len(batch) * done_there / rows[1]) / rows[0])
+            near += len(copied)
+            done += len(batch)
+    report.add("near copies", f"{near:,} of {rows[0]:,} prompts are near copies of prompts in {other.name}{first}")
 
 
 def _prompts(items: Iterable[tuple[str, Record]]) -> list[str | tuple[dict, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sized
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,11 @@ def hub_rows(
     except Exception as error:  # name, subset, split, network: every library below has its own exceptions
         reading.errors.append(f"{hub} {split}: {hub_problem(hub, subset, split, revision, error)}")
         return
-    index, rows = 0, iter(rows)
+    index = 0
+    if isinstance(rows, Sized):  # streamed rows have no length
+        number = max(1, len(rows))
+        reading.file_share = lambda: index / number
+    rows = iter(rows)
     while True:
         location = f"{hub} {split}: index {index}"
         try:

@@ -56,6 +56,10 @@ class HashedFile(io.RawIOBase):
         stat = os.fstat(self.file.fileno())
         return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
+    def share(self) -> float:
+        """Return the share of the file's bytes that has been read, from 0 to 1."""
+        return min(1.0, self.file.tell() / max(1, self.state()[0]))
+
     def close(self) -> None:
         """Close the file."""
         self.file.close()

@@ -1,5 +1,6 @@
 """Collect what reading a file finds besides its rows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -22,3 +23,19 @@ class Reading:
 
     In csv and tsv every value is a string.
     """
+    size: int = 0
+    """Bytes of all files that are read; 0 if that is not known."""
+    passed: int = 0
+    """Bytes of the files that were read before the present one."""
+    file_size: int = 0
+    """Bytes of the present file."""
+    file_share: Callable[[], float] | None = None
+    """Returns the share of the present file that has been read, from 0 to 1."""
+
+    def share(self) -> float | None:
+        """Return the share of everything that has been read, from 0 to 1; None if not known."""
+        if self.file_share is None:
+            return None
+        if not self.size:  # a data set that is no file
+            return self.file_share()
+        return min(1.0, (self.passed + self.file_share() * self.file_size) / self.size)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Generator
+from contextlib import suppress
 from pathlib import Path
 
 from data.files.delimited import DELIMITERS, delimited_rows
@@ -48,12 +49,14 @@ def file_rows(path: str | Path, reading: Reading) -> Generator[tuple[str, object
         reading.errors.append(f"{path}: {error}")
         files = []
     digests: dict[Path, str | None] = {}
+    reading.size = size_of(files)
     try:
         for file in files:
             try:
                 yield from one_file(file, reading)
             finally:  # also where the caller stops early
                 digests[file] = reading.sha256
+            reading.passed += reading.file_size
     finally:
         if reading.hashes:
             reading.sha256 = digest_of(found, digests)
@@ -72,6 +75,21 @@ def files_of(path: str | Path, found: dict[str, Path], split: str | None) -> lis
     """
     saved = None if is_glob(path) else saved_folder(Path(path), split)
     return data_files(path, found, split) if saved is None else saved_files(saved)
+
+
+def size_of(files: list[Path]) -> int:
+    """Return the bytes of files; those that cannot be read count nothing."""
+    size = 0
+    for file in files:
+        with suppress(OSError):
+            size += file.stat().st_size
+    return size
+
+
+def size_of_path(path: str | Path) -> int:
+    """Return the bytes of a file, or of all files of a folder or glob."""
+    is_file = not Path(path).is_dir() and not is_glob(path)
+    return size_of([Path(path)] if is_file else list(matched_files(path).values()))
 
 
 def digest_of(found: dict[str, Path], known: dict[Path, str | None]) -> str:
@@ -108,6 +126,8 @@ def one_file(path: str | Path, reading: Reading) -> Generator[tuple[str, object]
         reading.errors.append(f"{name}: cannot be read: {error.strerror}; give the path of a file")
         return
     handle = buffered(raw)
+    reading.file_size = raw.state()[0]
+    reading.file_share = raw.share
     try:
         yield from rows_of(name, raw, handle, reading)
     except UnpackError as error:

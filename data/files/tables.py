@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import io
 import math
 from collections.abc import Generator, Iterable
 from pathlib import Path
@@ -40,7 +41,8 @@ def table_rows(name: str, file: BinaryIO, table_format: str, reading: Reading) -
 
     index = 0
     try:
-        for batch in parquet_batches(file) if table_format == "parquet" else arrow_batches(file):
+        batches = parquet_batches if table_format == "parquet" else arrow_batches
+        for batch in batches(file, reading):
             for row in batch.to_pylist(maps_as_pydicts="strict"):
                 location = f"{name}: index {index}"
                 index += 1
@@ -52,17 +54,36 @@ def table_rows(name: str, file: BinaryIO, table_format: str, reading: Reading) -
         reading.errors.append(f"{name}: not readable as {table_format}: {first_line(error)}; write it again")
 
 
-def parquet_batches(file: BinaryIO) -> Iterable[Any]:
-    """Yield the batches of a parquet file without reading it as a whole."""
+def parquet_batches(file: BinaryIO, reading: Reading) -> Iterable[Any]:
+    """Yield the batches of a parquet file without reading it as a whole.
+
+    Args:
+        file: The open file.
+        reading: Is told how to find the share that has been read.
+    """
     from pyarrow.parquet import ParquetFile
 
+    rows = 0
     with ParquetFile(file, buffer_size=2**20, pre_buffer=False) as table:
-        yield from table.iter_batches(BATCH)
+        number = max(1, table.metadata.num_rows)
+        reading.file_share = lambda: rows / number  # bytes are read here and there
+        for batch in table.iter_batches(BATCH):
+            yield batch
+            rows += batch.num_rows
 
 
-def arrow_batches(file: BinaryIO) -> Iterable[Any]:
-    """Yield the batches of an Arrow file, or of an Arrow stream, which `datasets` writes."""
+def arrow_batches(file: BinaryIO, reading: Reading) -> Iterable[Any]:
+    """Yield the batches of an Arrow file, or of an Arrow stream, which `datasets` writes.
+
+    Args:
+        file: The open file.
+        reading: Is told how to find the share that has been read.
+    """
     import pyarrow
+
+    size = max(1, file.seek(0, io.SEEK_END))
+    file.seek(0)
+    reading.file_share = lambda: min(1.0, file.tell() / size)
 
     is_file = file.read(6) == b"ARROW1"
     file.seek(0)

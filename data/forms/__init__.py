@@ -201,20 +201,27 @@ def why_unknown(kind: str, row: dict) -> str:
     # Names of data sets are no help to somebody who misspelt a key of a ranking.
     lacking = [form for form in FORMS[kind] if any(key not in row for key in form.needs)]
     lacking = [form for form in lacking if not form.name or kind != "rankings"] or list(FORMS[kind])
-    nearest = max(lacking, key=lambda form: (sum(key in row for key in form.needs) / len(form.needs), not form.name))
+    nearest = max(lacking, key=lambda form: (share_of_needs(form, row), not form.name))
     missing = next((key for key in nearest.needs if key not in row), None)
     if missing is None:
         return f"the keys {', '.join(row)} are no row of {kind}; expected {expected(kind)}"
+    # Where most keys of one form are there, the row was meant to be of that form.
+    meant = str(nearest) if share_of_needs(nearest, row) > 0.5 and not nearest.name else expected(kind)
     similar = difflib.get_close_matches(missing, row, 1)
     if similar:
-        return f"the key '{missing}' is missing (is it '{similar[0]}'?); expected {expected(kind)}"
+        return f"the key '{missing}' is missing (is it '{similar[0]}'?); expected {meant}"
     for other in ("rankings", "demonstrations", "documents"):
         form = form_of(other, row) if other != kind else None
         if form in REFUSED:
             return why_refused(form, row)
         if form is not None:
             return f"the row is one of {other}: {form}; name the file as data.{other}, or give another one here"
-    return f"the key '{missing}' is missing; expected {expected(kind)}; or name your keys (columns: {{{missing}: …}})"
+    return f"the key '{missing}' is missing; expected {meant}; or name your keys (columns: {{{missing}: …}})"
+
+
+def share_of_needs(form: Form, row: dict) -> float:
+    """Return the share of the keys that a form needs which a row has."""
+    return sum(key in row for key in form.needs) / len(form.needs)
 
 
 def expected(kind: str) -> str:

@@ -17,6 +17,7 @@ from data.prepare.settings import DOCUMENTS, PARTS, Settings
 from data.prepare.sift import Sift
 from data.prepare.spool import UNREAD, Spool
 from data.prepare.writing import Outcome, Writer, data_section, manifest_of
+from data.progress import Watch, unwatched, watched
 from data.sources import Source
 from pipeline.errors import UserError
 
@@ -30,7 +31,7 @@ def run(
     artifacts: str | Path = "artifacts",
     force: bool = False,
     reading: dict[str, Any] | None = None,
-    console: Any = None,
+    watch: Watch = unwatched,
 ) -> int:
     """Prepare data and print a table.
 
@@ -43,7 +44,7 @@ def run(
         artifacts: The folder of all experiments, where the embedded world's files are.
         force: Whether to replace the folder.
         reading: Settings of a source that hold for every input, whatever the config says.
-        console: A rich console to print to; None for standard output.
+        watch: Shows how far a long pass is.
 
     Returns:
         The exit code, 0.
@@ -63,13 +64,13 @@ def run(
     check_apart(inputs, folder)
     protected = protected_sources(configured, inputs)
     with whole_folder(folder, force) as temporary:
-        outcome = sift(temporary, inputs, protected, settings)
+        outcome = sift(temporary, inputs, protected, settings, watch)
         evaluation = configured["evaluation_prompts"] if protected else None
         (temporary / "prepared.yaml").write_text(data_section(folder, outcome, evaluation), encoding="utf-8")
         manifest = manifest_of(temporary, inputs, protected, settings, outcome)
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         (temporary / "manifest.json").write_text(text, encoding="utf-8")
-    print_outcome(folder, outcome, settings, console.file if console is not None else sys.stdout)
+    print_outcome(folder, outcome, settings, sys.stdout)
     return 0
 
 
@@ -90,7 +91,9 @@ def check_apart(inputs: list[Input], folder: Path) -> None:
                 raise UserError([f"{source.path}: lies in {folder}, which is written; choose another folder with -o"])
 
 
-def sift(folder: Path, inputs: list[Input], protected: list[Source], settings: Settings) -> Outcome:
+def sift(
+    folder: Path, inputs: list[Input], protected: list[Source], settings: Settings, watch: Watch = unwatched
+) -> Outcome:
     """Read the input, write the parts and the ledger into a folder, and return what became of it.
 
     Args:
@@ -98,6 +101,7 @@ def sift(folder: Path, inputs: list[Input], protected: list[Source], settings: S
         inputs: The input.
         protected: Evaluation prompts that training must not hold.
         settings: What to leave out, and how to split.
+        watch: Shows how far a long pass is.
 
     Raises:
         UserError: A source has errors, or training data holds evaluation prompts.
@@ -107,13 +111,14 @@ def sift(folder: Path, inputs: list[Input], protected: list[Source], settings: S
     spool = Spool(work / "rows.jsonl")
     writer = Writer(folder, settings)
     try:
-        fill(spool, inputs, protected)
+        fill(spool, inputs, protected, watch)
         near = None
         if settings.near:
             near = NearRows(work, settings.near, lambda number: spool[number].text)
-            near.sketch((row.number, row.text) for row in spool if row.kind != UNREAD)
+            rows = watched(spool, len(spool), "prepare: sketching rows, to find near copies", watch)
+            near.sketch((row.number, row.text) for row in rows if row.kind != UNREAD)
         sifter = Sift(settings, spool, near)
-        for decision in sifter.decisions():
+        for decision in watched(sifter.decisions(), len(spool), "prepare: sifting", watch):
             writer.write(decision)
     finally:
         writer.close()

@@ -13,6 +13,7 @@ from data.check.config import source_of, sources_of
 from data.check.inspect_file import guess_kind
 from data.error_lines import shorten
 from data.prepare.spool import PROTECTED, UNREAD, Spool
+from data.progress import Watch, unwatched
 from data.sources import REPEATED, Loaded, Source, records
 from pipeline.errors import UserError
 
@@ -117,28 +118,31 @@ def configured_sources(experiment: Any, home: Path) -> dict[str, Source]:
     return sources
 
 
-def fill(spool: Spool, inputs: list[Input], protected: list[Source]) -> None:
+def fill(spool: Spool, inputs: list[Input], protected: list[Source], watch: Watch = unwatched) -> None:
     """Read everything onto the spool, what is protected first.
 
     Args:
         spool: Gets the rows.
         inputs: The input.
         protected: Evaluation prompts that training must not hold.
+        watch: Shows how far reading is.
 
     Raises:
         UserError: With the error lines of all sources.
     """
     errors: list[str] = []
     for source in protected:
-        loaded = Loaded()
-        for place, record in records("evaluation_prompts", source, loaded):
-            spool.add(PROTECTED, place, record)
+        with watch(f"{source.name}: reading") as note:
+            loaded = Loaded(note=note)
+            for place, record in records("evaluation_prompts", source, loaded):
+                spool.add(PROTECTED, place, record)
         errors += loaded.errors
     for item in inputs:
         for source in item.source.parts or (item.source,):
-            loaded = Loaded(tell=teller(spool))
-            for place, record in records(item.kind, source, loaded):
-                spool.add(item.kind, place, record)
+            with watch(f"{source.name}: reading") as note:
+                loaded = Loaded(tell=teller(spool), note=note)
+                for place, record in records(item.kind, source, loaded):
+                    spool.add(item.kind, place, record)
             errors += loaded.errors
     if errors:
         raise UserError(shorten(errors))

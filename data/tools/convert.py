@@ -22,6 +22,7 @@ from data.check.report import Report
 from data.error_lines import shorten
 from data.files.reading import Reading
 from data.forms import recognise
+from data.progress import Watch, unwatched
 from data.records import Demonstration, Document, Prompt, Ranking, Record, judged_pairs, prompt_key, write_jsonl
 from data.tools.inputs import Opened, open_inputs
 from pipeline.errors import UserError
@@ -36,7 +37,13 @@ CONVERSIONS = {
 
 
 def run(
-    inputs: Sequence[Input], kind: str | None, to: str, output: Path, experiment: Any, artifacts: str = "artifacts"
+    inputs: Sequence[Input],
+    kind: str | None,
+    to: str,
+    output: Path,
+    experiment: Any,
+    artifacts: str = "artifacts",
+    watch: Watch = unwatched,
 ) -> int:
     """Write the records of all inputs into one file, and print what was read and left out.
 
@@ -47,6 +54,7 @@ def run(
         output: The file to write; it appears whole or not at all.
         experiment: The validated config, or None.
         artifacts: The folder of all experiments.
+        watch: Shows how far reading is.
 
     Returns:
         The exit code, 0.
@@ -54,7 +62,7 @@ def run(
     Raises:
         UserError: With a line for every mistake in the data; nothing is written then.
     """
-    context = Context.of(experiment, artifacts, tokenizer=False)
+    context = Context.of(experiment, artifacts, tokenizer=False, watch=watch)
     opened = [open_inputs([given], kind or kind_to_read(given, to, context), context)[0] for given in inputs]
     for one in opened:
         if one.kind not in CONVERSIONS[to]:

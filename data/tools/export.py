@@ -23,6 +23,7 @@ from data.check.command import Context
 from data.check.config import Input
 from data.check.judgments import hash64
 from data.error_lines import shorten
+from data.progress import Watch, unwatched
 from data.records import Ranking, as_messages, prompt_key
 from data.streams import derive_seed
 from data.tools.inputs import Opened, open_inputs
@@ -60,7 +61,12 @@ class Task:
 
 
 def run(
-    inputs: Sequence[Input], kind: str | None, request: Request, experiment: Any, artifacts: str = "artifacts"
+    inputs: Sequence[Input],
+    kind: str | None,
+    request: Request,
+    experiment: Any,
+    artifacts: str = "artifacts",
+    watch: Watch = unwatched,
 ) -> int:
     """Write the tasks of all inputs, and print how many there are and how they are read back.
 
@@ -70,6 +76,7 @@ def run(
         request: What is written.
         experiment: The validated config, or None.
         artifacts: The folder of all experiments.
+        watch: Shows how far reading is.
 
     Returns:
         The exit code, 0.
@@ -77,7 +84,7 @@ def run(
     Raises:
         UserError: With a line for every mistake; nothing is written then.
     """
-    opened = open_inputs(inputs, kind, Context.of(experiment, artifacts, tokenizer=False))
+    opened = open_inputs(inputs, kind, Context.of(experiment, artifacts, tokenizer=False, watch=watch))
     for one in opened:
         if one.kind != "rankings":
             problem = f"holds {one.kind}; people compare responses"

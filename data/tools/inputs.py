@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 from data.check.command import Context
 from data.check.config import Input
 from data.check.inspect_file import check
+from data.progress import Watch, unwatched
 from data.records import Record
-from data.sources import Loaded, Source, read, records
+from data.sources import Loaded, Source, stream
 from pipeline.errors import UserError
 
 
@@ -25,14 +26,14 @@ class Opened:
     """The number of rows after which reading stops."""
     loaded: Loaded = field(default_factory=Loaded)
     """What reading has found; complete when the records have ended."""
+    watch: Watch = unwatched
+    """Shows how far reading is."""
 
-    def records(self) -> Iterator[tuple[str, Record]]:
-        """Yield (location, record)."""
-        if not self.source.parts:
-            yield from records(self.kind, self.source, self.loaded, self.max_rows)
-            return
-        self.loaded = read(self.kind, self.source, self.max_rows)
-        yield from zip(self.loaded.locations, self.loaded.records, strict=True)
+    def records(self) -> Generator[tuple[str, Record]]:
+        """Yield (location, record); whoever stops early closes the generator before printing."""
+        with self.watch(f"{self.source.name}: reading") as note:
+            self.loaded.note = note
+            yield from stream(self.kind, self.source, self.loaded, self.max_rows)
 
 
 def open_inputs(inputs: Sequence[Input], kind: str | None, context: Context) -> list[Opened]:
@@ -47,7 +48,7 @@ def open_inputs(inputs: Sequence[Input], kind: str | None, context: Context) -> 
         UserError: The rows of an input are of no known kind, or the config names no data.
     """
     if not inputs:
-        opened = [Opened(source, name) for name, source in context.sources.items()]
+        opened = [Opened(source, name, watch=context.watch) for name, source in context.sources.items()]
         if not opened:
             raise UserError("data: the config names no data; give a FILE, or set data.demonstrations")
         return opened
@@ -56,11 +57,11 @@ def open_inputs(inputs: Sequence[Input], kind: str | None, context: Context) -> 
         source, own_kind = context.resolve(given, kind)
         if own_kind is None:
             raise UserError(check(source).errors)  # which says why
-        opened.append(Opened(source, own_kind, given.max_rows))
+        opened.append(Opened(source, own_kind, given.max_rows, watch=context.watch))
     return opened
 
 
-def sample(items: Iterable[tuple[str, Record]], number: int, seed: int | None) -> list[tuple[str, Record]]:
+def sample(items: Generator[tuple[str, Record]], number: int, seed: int | None) -> list[tuple[str, Record]]:
     """Return some items: the first ones, or, with a seed, random ones in their order.
 
     Args:
@@ -74,6 +75,7 @@ def sample(items: Iterable[tuple[str, Record]], number: int, seed: int | None) -
             chosen.append(item)
             if len(chosen) == number:
                 break
+        items.close()
         return chosen
     import random
 

@@ -7,7 +7,7 @@ learnt and what `max_length` cuts are marked. Without one, turns, responses and 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from data.check.command import Context, print_errors
 from data.check.config import Input
 from data.check.report import Limits
 from data.encode import encode_prompt, encode_response, teach
+from data.progress import Watch, unwatched
 from data.records import Demonstration, Document, Prompt, Ranking, Record, as_messages, judged_pairs
 from data.tools.inputs import Opened, open_inputs, sample
 from data.tools.marked import Piece, Printer, pieces_of
@@ -48,7 +49,12 @@ class Choice:
 
 
 def run(
-    inputs: Sequence[Input], kind: str | None, experiment: Any, choice: Choice, artifacts: str = "artifacts"
+    inputs: Sequence[Input],
+    kind: str | None,
+    experiment: Any,
+    choice: Choice,
+    artifacts: str = "artifacts",
+    watch: Watch = unwatched,
 ) -> int:
     """Print rows of each input.
 
@@ -58,11 +64,12 @@ def run(
         experiment: The validated config, or None.
         choice: Which rows are shown.
         artifacts: The folder of all experiments.
+        watch: Shows how far reading is.
 
     Returns:
         The exit code: 2 if there are errors in what was read, otherwise 0.
     """
-    context, printer = Context.of(experiment, artifacts), Printer()
+    context, printer = Context.of(experiment, artifacts, watch=watch), Printer()
     if context.note:
         printer.print(Piece(f"tokenizer: {context.note}"))
     if context.tokenizer is not None:
@@ -125,7 +132,7 @@ def is_error_at(line: str, number: int) -> bool:
 
 
 def first_documents(
-    found: Iterator[tuple[str, Record]], tokenizer: PreTrainedTokenizerBase, tokens: int
+    found: Generator[tuple[str, Record]], tokenizer: PreTrainedTokenizerBase, tokens: int
 ) -> list[tuple[str, Record]]:
     """Return the first documents that have so many tokens together."""
     chosen: list[tuple[str, Record]] = []
@@ -135,6 +142,7 @@ def first_documents(
         tokens -= len(encode_response(tokenizer, record.text))
         if tokens <= 0:
             break
+    found.close()
     return chosen
 
 

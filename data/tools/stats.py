@@ -16,6 +16,7 @@ from typing import Any
 from data.check.command import Context, print_errors
 from data.check.config import Input
 from data.check.inspect_file import AT_ONCE
+from data.progress import Watch, unwatched
 from data.tools.charts import Chart, Counts, text_lines
 from data.tools.inputs import Opened, open_inputs
 from data.tools.marked import visible
@@ -26,7 +27,12 @@ MOST_COLUMNS = 110
 
 
 def run(
-    inputs: Sequence[Input], kind: str | None, experiment: Any, html: Path | None, artifacts: str = "artifacts"
+    inputs: Sequence[Input],
+    kind: str | None,
+    experiment: Any,
+    html: Path | None,
+    artifacts: str = "artifacts",
+    watch: Watch = unwatched,
 ) -> int:
     """Print charts of each input, and write them as a page if that is wanted.
 
@@ -36,11 +42,12 @@ def run(
         experiment: The validated config, or None.
         html: The page to write, or None.
         artifacts: The folder of all experiments.
+        watch: Shows how far reading is.
 
     Returns:
         The exit code: 2 if there are errors in the data, otherwise 0.
     """
-    context = Context.of(experiment, artifacts)
+    context = Context.of(experiment, artifacts, watch=watch)
     if context.note:
         print(f"tokenizer: {context.note}\n")
     sections: list[tuple[str, str, Sequence[Chart]]] = []

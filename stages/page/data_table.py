@@ -1,16 +1,17 @@
 """List the data of a run: files, rows and the stages that read them."""
 
 from dataclasses import dataclass, field
-from pathlib import PurePath
 from typing import Any
 
 from stages.page.manifests import Manifest, metrics_of, ordered, section, sha256_of
 from stages.page.numbers import NONE
 from stages.page.table import Cell, Table, dense
-from stages.shared.source_words import parts_of, reading_words, recorded_rows
+from stages.shared.source_words import parts_of, reading_words, recorded_rows, short_name
 
 KINDS = ("documents", "demonstrations", "prompts", "evaluation_prompts", "rankings")
 """The kinds of data, in the order of the table."""
+ONLY_DATA = {"demonstrations": "sft", "rankings": "rankings"}
+"""Kind → the stage that reads it and no other kind, so that its counts are of this kind."""
 
 
 @dataclass
@@ -40,7 +41,8 @@ def data_table(manifests: dict[str, Manifest], results: dict[str, Any]) -> Table
     """
     sources = sources_of(manifests)
     used = used_rows(manifests, results)
-    rows = [row_of(kind, sources[kind], metrics_of(manifests, "world").get(kind), used.get(kind))
+    untaken = {kind: not_taken(metrics_of(manifests, stage)) for kind, stage in ONLY_DATA.items()}
+    rows = [row_of(kind, sources[kind], metrics_of(manifests, "world").get(kind), used.get(kind), untaken.get(kind, []))
             for kind in KINDS if kind in sources]  # fmt: skip
     if "rankings" in manifests and "rankings" not in sources:
         rows.append(sampled_rankings(manifests))
@@ -64,7 +66,7 @@ def sources_of(manifests: dict[str, Manifest]) -> dict[str, Source]:
     return sources
 
 
-def row_of(kind: str, source: Source, written: int | None, used: int | None) -> tuple[Cell, ...]:
+def row_of(kind: str, source: Source, written: int | None, used: int | None, untaken: list[str]) -> tuple[Cell, ...]:
     """Return the row of a kind of data.
 
     Args:
@@ -72,6 +74,7 @@ def row_of(kind: str, source: Source, written: int | None, used: int | None) -> 
         source: Its source.
         written: How many rows the stage world wrote of it.
         used: How many rows a stage says that it used.
+        untaken: What it says that it did not take, as of `not_taken`.
     """
     recorded = source.recorded
     is_world = recorded["path"] == "world"
@@ -80,12 +83,14 @@ def row_of(kind: str, source: Source, written: int | None, used: int | None) -> 
     text = NONE if used is None else f"{used:,} used"
     if read is not None:
         text = f"{read:,}"
-    whole = f"of {count:,} in the file" if read != count else ""
+    files = "files" if recorded.get("parts") else "file"
+    whole = f"of {count:,} in the {files}" if count is not None and (read != count or untaken) else ""
+    whole = "; ".join(filter(None, [whole, *untaken]))
     if is_world:
         file = Cell(f"{kind}.jsonl", "from the embedded world")
     else:
         parts = parts_of(recorded)
-        file = Cell(" + ".join(map(file_name, parts)), " + ".join(filter(None, map(part_of, parts))))
+        file = Cell(" + ".join(map(file_name, parts)), how_read(parts))
     return (Cell(kind.replace("_", " ")), file, Cell(text, whole), Cell(", ".join(source.readers)),
             Cell((source.digest or NONE)[:12], code=True))  # fmt: skip
 
@@ -117,11 +122,24 @@ def used_rows(manifests: dict[str, Manifest], results: dict[str, Any]) -> dict[s
     }
 
 
+def not_taken(metrics: dict[str, Any]) -> list[str]:
+    """Return the rows, or parts of rows, that a stage left out of its data, in words."""
+    counts = [(metrics.get("left_out"), "left out"), (metrics.get("bad_rows"), "with mistakes dropped")]
+    return [f"{count:,} {words}" for count, words in counts if count]
+
+
+def how_read(parts: list[dict[str, Any]]) -> str:
+    """Say how a source was read; of a mixture, each part with its name."""
+    if len(parts) == 1:
+        return part_of(parts[0])
+    return "; ".join(f"{file_name(part)}: {part_of(part)}" for part in parts if part_of(part))
+
+
 def file_name(recorded: dict[str, Any]) -> str:
     """Return the name of a file without its folder, or the whole name of a data set on the Hub."""
     path = recorded["path"]
     is_on_hub = "asked_revision" in recorded or recorded.get("revision")
-    return path if is_on_hub else PurePath(path).name or path
+    return path if is_on_hub else short_name(path)
 
 
 def part_of(recorded: dict[str, Any]) -> str:

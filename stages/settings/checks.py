@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from data import sources
 from data.error_lines import shorten
+from data.progress import Note
 from pipeline.config.section import Section
 from pipeline.config.sections import local_folder
 from pipeline.errors import UserError
@@ -45,13 +45,13 @@ def unreadable_files(experiment: "Experiment", kinds: list[str]) -> list[str]:
     return lines
 
 
-def check_data(kind: str, source: Source, note: Callable[[int], None]) -> list[str]:
+def check_data(kind: str, source: Source, note: Note) -> list[str]:
     """Return the errors in a source: a file is read whole, of a data set on the Hub the first rows.
 
     Args:
         kind: Kind of data.
         source: The source; not a mixture.
-        note: Called with the number of records now and then.
+        note: Is told how far reading is.
     """
     reader = reader_source(source)
     if source.hub is not None:

@@ -27,6 +27,13 @@ class RMSettings(PreferenceTraining):
     learning_rate: float = setting(
         1e-5, "peak learning rate (the paper: 9e-6); with adapters about ten times as much", "per step", gt=0
     )
+    head_learning_rate: float | None = setting(
+        None,
+        "peak learning rate of the scalar head, which starts random and has much to learn from few rankings; null: "
+        "learning_rate",
+        "per step",
+        gt=0,
+    )
     gradient_accumulation_steps: int = setting(2, f"{ACCUMULATION} (the paper: 64 prompts per step)", ge=1)
     loss_type: Literal["sigmoid", "plackett_luce"] = setting(
         "sigmoid", "sigmoid: all pairs of a ranking (the paper); plackett_luce: the likelihood of the whole order"

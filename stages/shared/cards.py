@@ -15,7 +15,7 @@ from pipeline.config.sections import is_hub_id
 from pipeline.store.integrity import is_inside
 from stages.settings.changed import changed, defaults_of
 from stages.shared.provenance import Provenance
-from stages.shared.source_words import parts_of, reading_words, recorded_rows
+from stages.shared.source_words import parts_of, reading_words, recorded_rows, short_name
 
 ANSWER = """\
 
@@ -326,7 +326,7 @@ def source_of(fact: dict[str, Any]) -> str:
     path = str(fact.get("path"))
     if path == "world":
         return "the embedded world"
-    text = f"`{path}`" if is_hub_id(path) else f"`{Path(path).name}`"
+    text = f"`{path}`" if is_hub_id(path) else f"`{short_name(path)}`"
     if is_hub_id(path):
         parts = [fact.get("subset"), fact.get("split"), (fact.get("revision") or "")[:7]]
         text += f" {' '.join(part for part in parts if part)}".rstrip()

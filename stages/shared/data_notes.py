@@ -1,11 +1,12 @@
 """Say what a stage did not take of its data, and list it beside the artifact.
 
 `left_out.jsonl` has a line {data, file, line, reason} for each row that `on_bad_row: drop` left
-out, and {data, file, reason, rows} for each other reason why rows, or parts of them, hold nothing
-of the kind. Without any there is no file.
+out, and for each row, or part of one, that holds nothing of the kind; if there are many of these,
+the last lines count the others: {data, file, reason, rows}. Without any there is no file.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,18 @@ MOST_KEYS = 8
 """Keys that are not read and are named at most."""
 MOST_REASONS = 3
 """Reasons why bad rows were dropped that are named at most."""
+
+
+@dataclass(frozen=True)
+class NotTaken:
+    """Hold what was not taken of one kind of data, as JSON values."""
+
+    words: list[str]
+    """What was not taken, in words, reason by reason."""
+    rows: list[dict]
+    """The lines of left_out.jsonl."""
+    figures: dict[str, int]
+    """Counts for the manifest."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +52,40 @@ class DataNotes:
             name: The path or the id.
             loaded: What was read.
         """
+        self.write_down(kind, not_taken(kind, name, loaded))
+
+    def write_down(self, kind: str, what: NotTaken) -> None:
+        """Say what was not taken of one kind of data, and write it to left_out.jsonl.
+
+        Args:
+            kind: The kind of data.
+            what: What was not taken.
+        """
         if self.say is None:
             return
-        if words := not_taken(loaded):
-            self.say(f"{kind}: {'; '.join(words)}")
-        rows = left_out_rows(kind, name, loaded)
-        if rows and self.folder is not None:
+        if what.words:
+            self.say(f"{kind}: {'; '.join(what.words)}")
+        if what.rows and self.folder is not None:
             with (self.folder / FILE).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        for key, count in (("bad_rows", len(loaded.dropped)), ("left_out", loaded.left_out.total())):
-            if count:
-                self.figures[key] = self.figures.get(key, 0) + count
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in what.rows)
+        for key, count in what.figures.items():
+            self.figures[key] = self.figures.get(key, 0) + count
 
 
-def not_taken(loaded: Loaded) -> list[str]:
+def not_taken(kind: str, name: str, loaded: Loaded) -> NotTaken:
+    """Describe what was not taken of data.
+
+    Args:
+        kind: The kind of data.
+        name: The path or the id.
+        loaded: What was read.
+    """
+    counts = {"bad_rows": len(loaded.dropped), "left_out": loaded.left_out.total()}
+    figures = {key: count for key, count in counts.items() if count}
+    return NotTaken(words_of(loaded), left_out_rows(kind, name, loaded), figures)
+
+
+def words_of(loaded: Loaded) -> list[str]:
     """Return what was not taken of data, in words, reason by reason."""
     words = []
     if loaded.dropped:
@@ -83,15 +116,18 @@ def left_out_rows(kind: str, name: str, loaded: Loaded) -> list[dict]:
         name: The path or the id.
         loaded: What was read.
     """
-    rows: list[dict] = []
-    for location, reason in loaded.dropped:
-        place = PLACE.fullmatch(f"{location}: {reason}")
-        row: dict = {"data": kind, "file": place["file"] if place else location}
-        if place and place["line"]:
-            row["line"] = int(place["line"])
-        if place and place["index"]:
-            row["index"] = int(place["index"])
-        rows.append(row | {"reason": reason})
-    for reason, count in loaded.left_out.most_common():
-        rows.append({"data": kind, "file": name, "reason": reason, "rows": count})
-    return rows
+    listed = [*loaded.dropped, *loaded.left_out_places]
+    rows = [{"data": kind, **place_of(location), "reason": reason} for location, reason in listed]
+    others = loaded.left_out - Counter(reason for _, reason in loaded.left_out_places)
+    return rows + [
+        {"data": kind, "file": name, "reason": reason, "rows": count} for reason, count in others.most_common()
+    ]
+
+
+def place_of(location: str) -> dict[str, str | int]:
+    """Return a location as {file, line, index}; the last two only where it has them."""
+    place = PLACE.fullmatch(f"{location}: ")
+    if place is None:
+        return {"file": location}
+    numbers = {key: int(place[key]) for key in ("line", "index") if place[key]}
+    return {"file": place["file"], **numbers}

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,16 @@ from typing import Any
 from data import sources
 from data.encode import encode_prompts, encode_responses
 from data.error_lines import shorten
-from data.group_rows import ROWS_AT_ONCE, EncodedRanking, groups_of
+from data.group_rows import ROWS_AT_ONCE, EncodedRanking, GroupRows, groups_of, read_groups, write_groups
 from data.groups import PromptGroup
 from data.length_limit import LengthLimiter, LengthReport, equal_pairs, fit_lengths
 from data.streams import held_out
 from pipeline.errors import UserError
 from pipeline.stage import Source
+from pipeline.store import integrity
 from stages.settings.checks import reader_source
 from stages.shared.data_notes import DataNotes
-from stages.shared.group_cache import GroupCache
+from stages.shared.row_cache import RowCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ def published(file: Path) -> sources.Source:
 
 
 def load_groups(
-    file: Path, tokenizer: Any, limit: LengthLimit, cache: GroupCache | None = None
+    file: Path, tokenizer: Any, limit: LengthLimit, cache: RowCache | None = None
 ) -> tuple[Sequence[PromptGroup], LengthReport]:
     """Load rankings and encode each prompt with all its responses.
 
@@ -134,12 +134,39 @@ def load_groups(
     if cache is None:
         groups, report = groups_of(encoded_rankings(file, tokenizer, limiter)), limiter.finished()
     else:
-        rows = partial(encoded_rankings, file, tokenizer, limiter)
-        groups, report = cache.groups(file, [limit.max_length, limit.on_too_long], rows, limiter)
+        groups, report = cached_groups(file, tokenizer, limiter, cache)
     if not groups:
         problem = "no usable pair (all ties, unjudged, dropped or equal within max_length)"
         raise UserError([f"{file}: {problem}; `rlhf data check {file} -c CONFIG` says more"])
     return groups, report
+
+
+def cached_groups(
+    file: Path, tokenizer: Any, limiter: LengthLimiter, cache: RowCache
+) -> tuple[GroupRows, LengthReport]:
+    """Return the groups of a file of rankings, encoded now or earlier.
+
+    Args:
+        file: Rankings as JSONL.
+        tokenizer: The tokenizer with its chat template.
+        limiter: The limit of prompt and response together.
+        cache: Where encoded rankings are kept.
+
+    Returns:
+        The groups, and the report on rows that were cut or dropped.
+    """
+    name = f"groups-{file.stem}"
+
+    def write(paths: dict[str, Path]) -> dict:
+        with file.open("rb") as handle:
+            total = sum(1 for line in handle if line.strip())
+        with cache.progress(file.stem, total) as note:
+            write_groups(paths["arrow"], paths["index"], encoded_rankings(file, tokenizer, limiter, note))
+        return dataclasses.asdict(limiter.finished())
+
+    made_of = [integrity.sha256_file(file), [limiter.max_length, limiter.on_too_long]]
+    report = cache.entry(name, ("arrow", "index"), made_of, write)
+    return read_groups(cache.path(name, "arrow"), cache.path(name, "index")), LengthReport(**report)
 
 
 def encoded_rankings(

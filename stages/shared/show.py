@@ -1,15 +1,14 @@
 """Show a model to people: its size, its responses, rows that differ from its chat template."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from data.agreement import Answered, compare, remedy
 from data.streams import derive_seed
-from pipeline.launch import parallel
 from stages.settings.checks import context_of
-from stages.training.session import Session
 
 
 def parameter_count(model: nn.Module) -> str:
@@ -66,17 +65,15 @@ def show_samples(
     return rows
 
 
-def say_off_template(session: Session, tokenizer: Any, rows: Sequence[Answered], names: list[str], what: str) -> None:
-    """Print how many rows are not as the chat template writes them; nothing where all are.
+def off_template_line(tokenizer: Any, rows: Sequence[Answered], names: list[str], total: int, what: str) -> str | None:
+    """Say how many rows are not as the chat template writes them; None where all are.
 
     Args:
-        session: The run.
         tokenizer: The tokenizer with its chat template.
-        rows: Prompt and answer of each row.
-        names: The location of each row, for the line.
+        rows: Prompt and answer of each row that is compared.
+        names: The location of each, for the line.
+        total: The number of all rows.
         what: What the rows are, in the plural.
     """
-    if parallel.is_rank_zero():
-        comparison = compare(tokenizer, rows, names)
-        if comparison.differ:
-            session.say(f"{comparison.text(what)}; {remedy(tokenizer)}")
+    comparison = replace(compare(tokenizer, rows, names), total=total)
+    return f"{comparison.text(what)}; {remedy(tokenizer)}" if comparison.differ else None

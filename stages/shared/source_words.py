@@ -1,6 +1,14 @@
 """Say in words how a recorded source was read, for model cards and the report."""
 
+from glob import has_magic
+from pathlib import PurePath
 from typing import Any
+
+
+def short_name(path: str) -> str:
+    """Return the last part of a path; of a glob as `shards/*.jsonl` also the folder before it."""
+    parts = PurePath(path).parts
+    return "/".join(parts[-2:]) if parts and has_magic(parts[-1]) else PurePath(path).name or path
 
 
 def parts_of(recorded: dict[str, Any]) -> list[dict[str, Any]]:

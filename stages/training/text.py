@@ -6,7 +6,7 @@ of rows, the learning rate and the held-out loss are ours, so that a run resumes
 
 import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from data.streams import Stream, derive_seed, grouped_by_length
+from data.text_rows import dataset_of, lengths_of
 from pipeline.errors import Interrupted, UserError
 from pipeline.launch import parallel
 from pipeline.store.checkpoints import Checkpoint
@@ -52,9 +53,9 @@ class TextTask:
     A row is {input_ids, labels}; a label is −100 where there is no loss.
     """
 
-    train_rows: list[dict]
+    train_rows: Sequence[dict]
     """Rows to train on."""
-    held_out_rows: list[dict]
+    held_out_rows: Sequence[dict]
     """Rows of the held-out evaluation."""
     rows_per_device: int
     """Rows of a micro-batch, for one process."""
@@ -79,8 +80,7 @@ class TextTask:
         whose state at the start of an epoch is another one after a resume.
         """
         if self.group_by_length:
-            lengths = [len(row["input_ids"]) for row in self.train_rows]
-            return grouped_by_length(lengths, self.batch_size, steps * self.batch_size, seed)
+            return grouped_by_length(lengths_of(self.train_rows), self.batch_size, steps * self.batch_size, seed)
         return Stream(len(self.train_rows), seed).take(steps * self.batch_size)
 
 
@@ -138,9 +138,8 @@ def train_language_model(
     steps, order = schedule.total, task.order(schedule.total, derive_seed(session.seed, session.stage))
     arguments = trainer_arguments(session, runtime, task, optimization, steps, scratch)
     model = make_on_rank_zero(make) if runtime.sharded else make()
-    trainer = make_trainer(
-        model, arguments, tokenizer, [task.train_rows[i] for i in order], runtime.sharded, optimization
-    )
+    rows = dataset_of(task.train_rows, order)
+    trainer = make_trainer(model, arguments, tokenizer, rows, runtime.sharded, optimization)
     hooks = make_hooks(session, trainer, task, order, schedule, selection, phase)
     trainer.add_callback(hooks.callback())
     checkpoint = newest_checkpoint(session, phase, steps)
@@ -232,7 +231,7 @@ def trainer_arguments(
 
 
 def make_trainer(
-    model: nn.Module, arguments: Any, tokenizer: Any, rows: list[dict], sharded: bool, optimization: Optimization
+    model: nn.Module, arguments: Any, tokenizer: Any, rows: Any, sharded: bool, optimization: Optimization
 ) -> Any:
     """Return a trl SFTTrainer with our changes.
 
@@ -240,11 +239,10 @@ def make_trainer(
         model: The model, with its adapter.
         arguments: As `trainer_arguments` gives them.
         tokenizer: The tokenizer.
-        rows: The rows of all batches, in order.
+        rows: The data set of the rows of all batches, in order.
         sharded: Whether each rank will hold a shard of the weights.
         optimization: Settings of the optimizer.
     """
-    from datasets import Dataset
     from transformers import PrinterCallback, ProgressCallback
     from trl import SFTTrainer
 
@@ -260,9 +258,7 @@ def make_trainer(
         trainer_class = with_plain_loss(trainer_class)
     # trl writes routing settings into the model's config: they must not get into the artifact
     with routing_restored(model.config):
-        trainer = trainer_class(
-            model=model, args=arguments, processing_class=tokenizer, train_dataset=Dataset.from_list(rows)
-        )
+        trainer = trainer_class(model=model, args=arguments, processing_class=tokenizer, train_dataset=rows)
     optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(arguments)
     assert optimizer_class is torch.optim.AdamW
     optimizer_class, more = adamw_for(trainer.model, arguments.max_steps)  # AdaLoRA has one of its own
@@ -293,14 +289,14 @@ def make_hooks(
         selection: How evaluations choose the published weights and end the training.
         phase: The place of this training in its stage.
     """
-    pad_id, size = trainer.processing_class.pad_token_id, task.batch_size
+    pad_id, size, lengths = trainer.processing_class.pad_token_id, task.batch_size, lengths_of(task.train_rows)
 
     def evaluate(model: nn.Module, leave: Callable[[], bool]) -> float:
         rows = task.held_out_rows
         return held_out_loss(model, rows, pad_id, task.rows_per_device, trainer.accelerator, leave)
 
     def step_tokens(step: int) -> int:
-        return sum(len(task.train_rows[i]["input_ids"]) for i in order[(step - 1) * size : step * size])
+        return sum(lengths[i] for i in order[(step - 1) * size : step * size])
 
     return TextHooks(
         session=session,
@@ -336,7 +332,7 @@ def newest_checkpoint(session: Session, phase: Phase, steps: int) -> Checkpoint 
 
 @torch.no_grad()
 def held_out_loss(
-    model: nn.Module, rows: list[dict], pad_id: int, batch_size: int, accelerator: Any, leave: Callable[[], bool]
+    model: nn.Module, rows: Sequence[dict], pad_id: int, batch_size: int, accelerator: Any, leave: Callable[[], bool]
 ) -> float:
     """Return the mean cross-entropy of a label, in nats, over all rows and ranks.
 
@@ -358,13 +354,14 @@ def held_out_loss(
     sharded = is_sharded(model)
     model.eval()
     # Rows of similar length together need little padding.
-    parts = list(micro_batches(sorted(rows, key=lambda r: len(r["input_ids"])), batch_size))
-    own = parallel.rows_of_this_rank(parts, [sum(len(r["input_ids"]) for r in part) for part in parts])
+    lengths = lengths_of(rows)
+    parts = list(micro_batches(sorted(range(len(rows)), key=lengths.__getitem__), batch_size))
+    own = parallel.rows_of_this_rank(parts, [sum(lengths[i] for i in part) for part in parts])
     # A sharded forward pass takes all ranks: one that has run out repeats a micro-batch, uncounted.
     for part, is_own in parallel.padded_micro_batches(own, parts[0] if sharded else None):
         if not sharded and (left := leave()):
             break  # no exception yet: the other ranks wait in the all-reduce below
-        batch = padded_batch(part, pad_id, accelerator.device)
+        batch = padded_batch([rows[i] for i in part], pad_id, accelerator.device)
         labels = batch.pop("labels")[:, 1:]
         with accelerator.autocast():
             logits = model(**batch, use_cache=False).logits[:, :-1]

@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 from pipeline.errors import TrainingStopped, UserError
 from pipeline.launch import parallel
 from stages.models.adalora import adamw_for
-from stages.models.adapters import trainable_parameters
+from stages.models.adapters import trainable_parameters, unwrapped
+from stages.models.loading import score_head
 from stages.models.sharding import local_shard, shard_like, to_float
 from stages.objectives.control import update_average
 
@@ -31,6 +32,8 @@ class Trainee:
     """Its optimizer; None where only the weights are of interest."""
     max_grad_norm: float
     """The gradient is clipped to this norm."""
+    rate_factors: dict[str, float] = field(default_factory=dict)
+    """Parameters whose learning rate is this many times that of the others."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the weights that train, by name; they share memory with the model."""
@@ -170,7 +173,13 @@ def optimizer_step(trainee: Trainee, learning_rate: float, step: int) -> float:
     # No scheduler: the rate depends on the step only, so a resumed run has no state to restore.
     for group in trainee.optimizer.param_groups:
         group["lr"] = learning_rate
+    before = {name: trainee.parameters[name].detach().clone() for name in trainee.rate_factors}
     trainee.optimizer.step()
+    # AdamW's step is proportional to its rate. A group of its own would change saved states.
+    with torch.no_grad():
+        for name, old in before.items():
+            new = trainee.parameters[name]
+            new.copy_(old + trainee.rate_factors[name] * (new - old))
     trainee.optimizer.zero_grad(set_to_none=True)
     return norm
 
@@ -217,15 +226,16 @@ class Average:
             update_average(self.tensors, trainee.tensors(), self.decay)
 
 
-def trainee_of(section: Any, model: nn.Module, steps: int) -> Trainee:
+def trainee_of(section: Any, model: nn.Module, steps: int, head_rate: float | None = None) -> Trainee:
     """Return the trainee that the settings of rm or dpo ask for.
 
     Args:
         section: The stage's settings.
         model: The model, on its device.
         steps: Optimizer steps of the training.
+        head_rate: Peak learning rate of a reward model's head; None: that of all weights.
     """
-    return make_trainee(
+    trainee = make_trainee(
         "model",
         model,
         learning_rate=section.learning_rate,
@@ -234,3 +244,8 @@ def trainee_of(section: Any, model: nn.Module, steps: int) -> Trainee:
         adam_beta2=section.adam_beta2,
         steps=steps,
     )
+    if head_rate is not None:
+        head = {id(p) for p in score_head(unwrapped(model)).parameters()}
+        factor = head_rate / section.learning_rate
+        trainee.rate_factors = {name: factor for name, p in trainee.parameters.items() if id(p) in head}
+    return trainee

@@ -82,11 +82,11 @@ def start(folder: Path) -> None:
     from data.streams import grouped_by_length
     from pipeline.store.cache import Cache
     from stages.models.loading import load_tokenizer
-    from stages.shared.group_cache import GroupCache
     from stages.shared.inputs import LengthLimit, load_groups
+    from stages.shared.row_cache import RowCache
 
     tokenizer = load_tokenizer(folder / "model")
-    cache: Any = GroupCache(Cache(folder / ".cache"), folder / "model", quiet(folder).tracker)
+    cache: Any = RowCache(Cache(folder / ".cache"), folder / "model", quiet(folder).tracker)
     groups, _ = load_groups(folder / "split" / "train.jsonl", tokenizer, LengthLimit(1024, "drop", "rm"), cache)
     order = grouped_by_length(tokens_of(groups), 32, 32_000, seed=0)
     assert count_pairs(groups) == len(groups) and all(groups[i].prompt for i in order)

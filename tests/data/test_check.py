@@ -220,6 +220,23 @@ def test_what_is_left_out_is_said(tmp_path):
     assert ("", f"{path}:41: 'completion' is blank; expected a text") in report.facts
 
 
+def test_where_that_lets_no_row_pass_is_named(tmp_path):
+    path = written(tmp_path, *[{"prompt": f"p {n}", "completion": "c", "lang": "en"} for n in range(3)])
+    for kind in (None, "demonstrations"):
+        report = check_source(Source(path, where={"lang": "fr"}), kind)
+        assert report.errors == [f"{path}: no row has what where asks for (lang: fr); correct where"]
+    assert "keys not read" not in facts(check_source(Source(path, where={"lang": "en"}), "demonstrations"))
+
+
+def test_a_table_without_rows_is_named(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "none.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), path)
+    assert check_source(Source(path)).errors == [f"{path}: no rows; give at least one"]
+
+
 def test_responses_that_were_cut_off_are_counted_and_have_no_eos(tmp_path):
     """Check that the same text, once finished and once cut, is a pair like any other."""
     row = {"prompt": "p", "responses": ["aaaa", "aaaa", "b"], "ranks": [1, 2, 3]}

@@ -12,6 +12,7 @@ from data.check import command as checks
 from data.check.config import Input, packaged_gguf
 from data.sources import Source
 from pipeline import cli, data_commands
+from pipeline.data_progress import reading_line
 from pipeline.errors import UserError
 from tests.data.test_check import experiment
 
@@ -102,18 +103,20 @@ def test_the_worlds_files_and_the_hubs_are_read_too(config, tmp_path, monkeypatc
     assert "document length  3 to 3 words" in reports["documents"]
 
 
-def test_a_hub_id_without_a_part_is_read_as_training_reads_it(config, tmp_path, monkeypatch, capsys):
+def test_a_hub_id_without_a_limit_is_looked_at_by_its_first_rows(config, tmp_path, monkeypatch, capsys):
     """Check that a string's method `split` is not taken for the split."""
     config.data.demonstrations = "org/name"
     asked = []
 
     def rows(hub, *which):
         asked.append((hub, *which[:4]))
-        yield f"{hub}: index 0", {"prompt": "p", "completion": "c"}
+        yield from ((f"{hub}: index {i}", {"prompt": f"p{i}", "completion": "c"}) for i in range(1000))
 
     monkeypatch.setattr("data.sources.hub_rows", rows)
     code, reports, _ = check_all(config, tmp_path)
-    assert (code, asked) == (0, [("org/name", "train", None, None, None)])
+    assert (code, asked) == (0, [("org/name", "train", None, None, 200)])
+    assert "rows                        the first 200\n" in reports["demonstrations"]
+    assert "at most 200 rows of a data set were read" in reports["demonstrations"]
     assert "errors                      none" in reports["demonstrations"]
 
 
@@ -139,7 +142,9 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(data_commands, "lengths_over_context", lambda *_: ["sft.max_length: over"])
     monkeypatch.setattr(checks, "run_all", lambda *args, **options: seen.append((*args, options)) or 2)
     assert cli.main(["data", "check", "-c", "a.yaml", "seed=1", "--artifacts", "out"]) == 2
-    assert seen == [(["seed=1"], {"artifacts": "out", "errors": ["sft.max_length: over"]})]
+    (config, options), watch = seen[0], seen[0][1].pop("watch")
+    assert config == ["seed=1"] and options == {"artifacts": "out", "errors": ["sft.max_length: over"]}
+    assert watch is reading_line and len(seen) == 1
     assert cli.main(["data", "check"]) == 2 and "give a FILE, or -c CONFIG" in capsys.readouterr().err
     assert cli.main(["data", "check", "-c", "a.yaml", "seed=1", "--kind", "prompts"]) == 2
     assert "--kind needs a FILE" in capsys.readouterr().err

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.documents import DOCUMENT_END, document_end, wrap_documents
-from data.encode import decode_response, encode_demonstrations, encode_prompt, encode_prompts, encode_response
+from data.encode import decode_response, encode_prompt, encode_prompts, encode_response
 from data.length_limit import fit_lengths
 from data.records import Demonstration, Document
 from data.tokenizer import EOS, PAD, ROLE_TOKENS, train_tokenizer
 from pipeline.errors import UserError
+from tests.encoded import encode_demonstrations
 
 TEXTS = ["what color is the fox ?", "the fox is red .", "say hello twice .", "hello hello", "you are kind ."]
 SPECIAL = [PAD, EOS, *ROLE_TOKENS]

@@ -9,7 +9,7 @@ from chat_tokenizers import make
 
 from data.check.config import Input
 from data.check.report import Limits
-from data.encode import encode_demonstrations, teach
+from data.encode import teach
 from data.records import Demonstration
 from data.sources import Source
 from data.tools import preview
@@ -18,6 +18,7 @@ from data.tools.marked import Piece, Printer, pieces_of, plain
 from data.tools.preview import Choice
 from pipeline import cli
 from pipeline.errors import UserError
+from tests.encoded import encode_demonstrations
 
 LEARNT, CUT = re.compile("\u27e6(.*?)\u27e7", re.DOTALL), re.compile("\u27e8cut: (.*?)\u27e9", re.DOTALL)
 
@@ -58,7 +59,7 @@ def test_every_learnt_answer_is_marked_with_its_end(tmp_path):
 @pytest.mark.parametrize("kind", ["chatml", "llama3", "gemma", "zephyr", "mistral"])
 @pytest.mark.parametrize("cut", ["nothing", "the end", "all but a token"])
 def test_what_is_marked_is_what_training_teaches(kind, cut):
-    """Compare the marks with the labels of encode_demonstrations, cut ends included."""
+    """Compare the marks with the labels of rows, cut ends included."""
     tokenizer = make(kind)
     row = Demonstration((TALK[0], TALK[1], TALK[2]), TALK[3]["content"], (1,))
     ((whole, *_),) = teach(tokenizer, [row], ["a"], "all")

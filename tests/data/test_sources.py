@@ -291,6 +291,19 @@ def test_an_array_and_lines_give_the_same(tmp_path):
         load("demonstrations", array)
 
 
+def test_the_same_mistake_in_several_files_is_one_line(tmp_path):
+    (tmp_path / "many").mkdir()
+    for name in "abc":
+        (tmp_path / "many" / f"{name}.jsonl").write_text('{"prompt": "p", "chosen": "c"}\n' * 2)
+    with pytest.raises(UserError) as caught:
+        load("rankings", tmp_path / "many")
+    assert len(caught.value.lines) == 1
+    line = caught.value.lines[0]
+    assert line.startswith(f"{tmp_path}/many/a.jsonl:1: the key 'rejected' is missing")
+    assert line.endswith(f"(the same in 5 more rows, the last at line 2 of {tmp_path}/many/c.jsonl)")
+    assert "responses" not in line, "only the form that the rows were meant to be of is named"
+
+
 def test_parquet(tmp_path):
     import pyarrow
     import pyarrow.parquet
@@ -465,4 +478,4 @@ def test_a_split_that_a_folder_does_not_have_is_refused(tmp_path):
 def test_rows_that_where_leaves_out_are_counted_where_none_is_left(tmp_path):
     path = written(tmp_path, {"prompt": "a", "lang": "en"})
     [line] = read("prompts", Source(path, where={"lang": "fr"})).errors
-    assert "1 left out: where does not ask for them" in line
+    assert line == f"{path}: no row has what where asks for (lang: fr); correct where"

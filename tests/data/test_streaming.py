@@ -72,8 +72,8 @@ def test_a_scan_finds_the_errors_of_the_whole_file(tmp_path):
     assert line.startswith(f"{twice}:301: the id '0' is also used at {twice}:1;")
     noted = []
     many = written(tmp_path / "many.jsonl", *({"prompt": f"{i}"} for i in range(2100)))
-    scan("prompts", Source(many), note=noted.append)
-    assert noted == [1000, 2000]
+    scan("prompts", Source(many), note=lambda *far: noted.append(far))
+    assert noted == [(rows, 1.0) for rows in range(100, 2101, 100)]  # the file is read in one piece
 
 
 def test_reading_stops_after_many_errors(tmp_path, monkeypatch):
@@ -102,3 +102,63 @@ def test_rows_are_split_as_held_out_splits_them(fraction, size):
     positions = [position_of(key) for key in keys]
     limit = held_out_limit(positions, fraction)
     assert [i for i, position in enumerate(positions) if position <= limit] == held_out(keys, fraction)[1]
+
+
+def told(kind, source):
+    """Return the (rows, share) that reading a source tells."""
+    far = []
+    assert list(stream(kind, source, Loaded(note=lambda *item: far.append(item))))
+    return far
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "arrow", "jsonl.gz"])
+def test_reading_tells_how_far_it_is_in_every_format(tmp_path, suffix):
+    import datasets
+
+    numbers = random.Random(0)
+    texts = [" ".join(str(numbers.random()) for _ in range(15)) for _ in range(6000)]
+    rows = datasets.Dataset.from_dict({"text": texts})
+    file = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        rows.to_parquet(file)
+    elif suffix == "arrow":
+        rows.save_to_disk(tmp_path / "saved")
+        file = tmp_path / "saved"
+    elif suffix == "csv":
+        rows.to_csv(file)
+    else:
+        rows.to_json(file, compression="infer")
+    far = told("documents", Source(file))
+    assert [number for number, _ in far] == list(range(100, 6001, 100))
+    shares = [share for _, share in far]
+    assert shares == sorted(shares) and shares[0] < 0.3 and shares[-1] > 0.8
+    assert len(set(shares)) > 4
+
+
+def test_the_share_is_that_of_all_files_rows_and_parts(tmp_path):
+    (tmp_path / "d").mkdir()
+    one, two = (
+        written(tmp_path / "d" / name, *({"prompt": f"{name} {i:03d}"} for i in range(300)))
+        for name in ("a.jsonl", "b.jsonl")
+    )
+    assert told("prompts", Source(tmp_path / "d")) == [(i * 100, 0.5 if i <= 3 else 1.0) for i in range(1, 7)]
+    assert told("prompts", Source(one, limit=400))[0] == (100, 1.0)  # the file is read in one piece
+    mixed = told("prompts", Source(parts=(Source(one), Source(two))))
+    assert mixed[-1] == (600, 1.0) and [share for _, share in mixed] == sorted(share for _, share in mixed)
+    assert mixed[0] == (50, 0.25)  # half of the first of two passes
+
+
+def test_a_part_that_could_not_be_counted_is_an_error(tmp_path, monkeypatch):
+    """A data set on the Hub may fail while it is counted, and be there when it is read."""
+    good, calls = written(tmp_path / "a.jsonl", ranking("a")), []
+
+    def rows(hub, split, subset, revision, limit, reading, *_):
+        calls.append(hub)
+        if len(calls) == 1:
+            reading.errors.append("org/name: the network; try again")
+            return
+        yield "org/name: index 0", ranking("b")
+
+    monkeypatch.setattr("data.sources.hub_rows", rows)
+    items, loaded = streamed("rankings", Source(parts=(Source(good), Source(hub="org/name"))))
+    assert items == [] and any("the network" in line for line in loaded.errors)

@@ -7,7 +7,7 @@ import torch
 from chat_tokenizers import KINDS, make
 
 from data.conversations import encode_beginnings, end_of_turn
-from data.encode import encode_demonstrations, encode_prompt, encode_response, teach
+from data.encode import apart_text, encode_prompt, encode_response, teach
 from data.forms.form import LeftOut, Options
 from data.forms.instructions import INSTRUCTION_DEMONSTRATION
 from data.forms.messages import MESSAGES_DEMONSTRATION
@@ -17,6 +17,7 @@ from data.tokenizer import train_tokenizer
 from data.turns import conversation_key, count_turns, learnt_prompts, turns_of
 from pipeline.errors import UserError
 from tests.builders import tiny_causal
+from tests.encoded import encode_demonstrations
 
 THOUGHT = "<think>\nHm.\n</think>\n\nA fox."
 SAID = ["what color is the fox ?", "the fox is red .", "A fox.", "a blue bird .", "say hello twice ."]
@@ -161,7 +162,7 @@ class TestLimits:
         middle = len(second) - len(first) - len(answer)
         assert row["input_ids"] == second + last
         assert row["labels"] == [-100] * len(first) + answer + [-100] * middle + last
-        assert encoded.answer_tokens == [len(answer), len(last)] and encoded.apart == []
+        assert encoded.answer_tokens == [len(answer), len(last)] and encoded.apart == (0, "")
 
     def test_truncation_ends_a_row_with_the_last_id_that_is_learnt(self):
         tokenizer, demonstration = ready("chatml"), talk(*SAID[:4])
@@ -190,8 +191,8 @@ class TestLimits:
         tokenizer, demonstration = ready("llama2"), talk(*SAID[:4], *SAID[:2])
         encoded = self.encode(tokenizer, demonstration)
         assert encoded.origins == [0, 0, 0] and len(encoded.answer_tokens) == 3
-        assert encoded.apart == ["my.jsonl:7, assistant turn 1", "my.jsonl:7, assistant turn 2"]
-        assert "of llama-2 " in encoded.apart_text("llama-2") and encoded.apart[0] in encoded.apart_text("llama-2")
+        assert encoded.apart == (2, "my.jsonl:7, assistant turn 1")
+        assert "of llama-2 " in apart_text("llama-2", *encoded.apart)
         with pytest.raises(UserError, match=r"my\.jsonl:7, assistant turn 2: demonstration of "):
             self.encode(tokenizer, demonstration, max_length=len(encoded.rows[0]["input_ids"]))
 

@@ -17,7 +17,7 @@ def checked(world, tmp_path):
 
     def check(kind, source, note):
         calls.append((kind, source.path.name, source.skip))
-        note(1)
+        note(1, 0.5)
         return [f"{source.path}:1: bad; correct it"] * ("bad" in source.path.read_text())
 
     for name in ("text", "fit"):

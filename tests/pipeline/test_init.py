@@ -51,6 +51,18 @@ def test_kinds_are_guessed_and_the_config_is_complete(init):
         assert getattr(experiment, stage).on_too_long == "drop"
 
 
+def test_several_files_of_a_kind_are_a_list_and_folders_and_globs_are_taken(init):
+    Path("many").mkdir()
+    Path("many/a.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    words = ["demonstrations of mine.jsonl", "rank*.jsonl", "more.jsonl", "many"]
+    Path("more.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
+    code, out, err = init("--model", "org/model", "--data", *words)
+    assert (code, err) == (0, "") and "next: rlhf data check -c my.yaml, then rlhf run report" in out
+    data = load_experiment("my.yaml").data
+    assert data.demonstrations == ["demonstrations of mine.jsonl", "more.jsonl"]
+    assert data.rankings == "rank*.jsonl" and data.prompts == "many"
+
+
 def test_a_chain_of_only_sft(init):
     assert init("--model", "org/model", "--data", "demonstrations of mine.jsonl")[0] == 0
     text = Path("my.yaml").read_text()
@@ -105,12 +117,8 @@ def test_it_overwrites_nothing(init):
 @pytest.mark.parametrize(
     "words, line",
     [
-        (["--data", "gone.jsonl"], "gone.jsonl: no such file; give a data file"),
+        (["--data", "gone.jsonl"], "gone.jsonl: no such file; give a file, a folder or a glob of data"),
         (["--data", "odd.jsonl"], "odd.jsonl: its rows are of no known kind; `rlhf data check odd.jsonl` shows why"),
-        (
-            ["--data", "prompts of mine.jsonl", "prompts.jsonl"],
-            "prompts.jsonl: contains prompts, as prompts of mine.jsonl",
-        ),
         (["--model", "no/such/folder"], "--model: no such folder: no/such/folder; should be"),
         (
             ["--model", "org/model", "--data", "rankings of mine.jsonl"],
@@ -133,7 +141,6 @@ def test_it_overwrites_nothing(init):
 )
 def test_what_would_not_work_is_a_line_and_no_file(init, words, line):
     Path("odd.jsonl").write_text('{"a": 1}\n')
-    Path("prompts.jsonl").write_text('{"prompt": "Name a color."}\n')
     code, out, err = init(*words)
     assert code == 2 and out == "" and err.startswith(f"error: {line}") and err.count("\n") == 1
     assert not Path("my.yaml").exists()

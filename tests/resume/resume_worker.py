@@ -19,7 +19,7 @@ DERIVED = ("eps", "val/explained_variance")  # rates; and a ratio whose denomina
 
 def rlhf(
     *argv: str,
-    die: tuple[str, int] | None = None,
+    die: tuple[str, int | str] | None = None,
     term: tuple[str, int] | None = None,
     term_at_token: int | None = None,
     takes: Path | None = None,
@@ -30,7 +30,8 @@ def rlhf(
     Args:
         argv: its arguments.
         die: (stage, step) after whose row of metrics.jsonl it kills itself with SIGKILL (rankings,
-            evaluate: after whose checkpoint).
+            evaluate: after whose checkpoint); or (stage, file of its cache), before that file is
+            put in place.
         term: the same with SIGTERM.
         term_at_token: which of the tokens that it samples (counted in rows at a time) brings
             SIGTERM. If it samples another one after that, the exit code is 99.
@@ -184,18 +185,18 @@ def count_tokens() -> list[int]:
     return read
 
 
-def arm(die: tuple[str, int] | None, term: tuple[str, int] | None) -> None:
-    """Make this process die, or get SIGTERM, at a step."""
+def arm(die: tuple[str, int | str] | None, term: tuple[str, int] | None) -> None:
+    """Make this process die, or get SIGTERM, at a step or before a file is put in place."""
     from pipeline import tracking
     from pipeline.store import checkpoints
 
-    def at(stage: str, step: int) -> None:
+    def at(stage: str, step: int | str) -> None:
         if (stage, step) == die:
             os.kill(os.getpid(), signal.SIGKILL)
         if (stage, step) == term:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    log, save = tracking.Tracker.log, checkpoints.CheckpointStore.save
+    log, save, replace = tracking.Tracker.log, checkpoints.CheckpointStore.save, os.replace
 
     def dying_log(self, step, metrics, *times):
         log(self, step, metrics, *times)
@@ -207,6 +208,13 @@ def arm(die: tuple[str, int] | None, term: tuple[str, int] | None) -> None:
         if stage in ("rankings", "evaluate"):
             at(stage, step)
 
+    def dying_replace(source, target, **options):
+        target = Path(target)
+        if target.parent.name == ".cache":
+            at(target.parent.parent.name, target.name)
+        replace(source, target, **options)
+
+    os.replace = dying_replace
     tracking.Tracker.log = dying_log
     checkpoints.CheckpointStore.save = dying_save
 

@@ -30,9 +30,36 @@ def test_killed_and_resumed_it_gives_the_same_bytes(stage, step, oracle, tmp_pat
     assert rlhf(*run, die=(stage, step)) == -9
     assert not (root / "micro" / stage / "manifest.json").exists()
     assert list((root / "micro" / stage / "checkpoints").glob("step-*/manifest.json"))
+    encoded = times_of(root / "micro" / stage)
     assert rlhf(*run) == 0
+    assert bool(encoded) == (stage in ("sft", "rm", "dpo")) and times_of(root / "micro" / stage) == encoded
     assert published(root / "micro" / stage) == published(oracle / "micro" / stage)
     assert json.loads((root / "micro" / stage / "manifest.json").read_text())["resumes"] == 1
+
+
+def times_of(folder):
+    """Return when each file of encoded rows in a stage's cache was written."""
+    return {path.name: path.stat().st_mtime_ns for path in (folder / ".cache").glob("*.arrow")}
+
+
+@pytest.mark.parametrize(
+    "stage, file",
+    [
+        ("sft", "demonstrations.arrow"),
+        ("sft", "demonstrations.json"),
+        ("rm", "groups-train.index"),
+        ("dpo", "groups-validation.json"),
+    ],
+)
+def test_killed_while_encoded_rows_are_kept_it_gives_the_same_bytes(stage, file, oracle, tmp_path):
+    """Also where the rows of an earlier entry are replaced, and its JSON file is not yet."""
+    root = copy_without(oracle, tmp_path, stage)
+    run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only")
+    assert rlhf(*run, f"{stage}.max_length=72", die=(stage, 1)) == -9
+    assert rlhf(*run, "--restart", die=(stage, file)) == -9
+    assert rlhf(*run, "--restart") == 0
+    assert published(root / "micro" / stage) == published(oracle / "micro" / stage)
+    assert not list((root / "micro" / stage / ".cache").glob(".tmp*"))
 
 
 def slow(*case):

@@ -105,7 +105,7 @@ def test_evaluate_checks_the_length_of_its_packed_rows_too(tmp_path):
     experiment = loaded(tmp_path, "model.name_or_path=org/name", *lengths)
     ctx = SimpleNamespace(stage="evaluate", experiment=experiment, config=experiment.evaluate)
     ctx.inputs, ctx.sources, ctx.trust_remote_code = {"sft": tmp_path / "sft"}, {}, False
-    ctx.seed, ctx.checkpoints, ctx.tracker, ctx.stop = 0, None, None, None
+    ctx.seed, ctx.checkpoints, ctx.tracker, ctx.stop, ctx.publish = 0, None, None, None, tmp_path
     too_long = r"evaluate\.perplexity_length: 33 tokens is more than the model's context of 32"
     with pytest.raises(UserError, match=too_long):
         STAGES["evaluate"].run(ctx)
@@ -206,7 +206,7 @@ def test_an_unreadable_file_is_reported_before_anything_runs(tmp_path, stage, ki
     def problems_of(*rows):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         assert kind in STAGES[stage].reads(experiment_of(tmp_path, f"data.{kind}={file}"))
-        return STAGES[stage].check_data(kind, Source(path=file, skip=1), lambda count: None)
+        return STAGES[stage].check_data(kind, Source(path=file, skip=1), lambda rows, share: None)
 
     assert problems_of(row, other) == []
     assert [line.startswith(f"{file}:2: the key ") for line in problems_of(row, {})] == [True]

@@ -2,9 +2,9 @@
 
 import json
 
-from data.encode import encode_demonstrations
 from data.parsing import parse_demonstration
 from data.turns import conversation_key
+from tests.encoded import encode_demonstrations
 from tests.stages.micro_chain import spy, write_rows
 
 SFT = ("sft.max_steps=2", "sft.max_length=96", "sft.sample_tokens=0", "sft.per_device_train_batch_size=2")
@@ -52,7 +52,7 @@ def test_all_turns_are_learnt_and_counted(chain, tmp_path, monkeypatch):
     assert "; left out, 1: an earlier answer that the data exclude (weight 0)" in done.said
     assert (done.figures["assistant_turns"], done.figures["learnt_turns"]) == (36, 35)
     task = calls[0].args[4]
-    labels = [label for row in task.train_rows + task.held_out_rows for label in row["labels"]]
+    labels = [label for row in [*task.train_rows, *task.held_out_rows] for label in row["labels"]]
     assert done.figures["learnt_tokens"] == sum(label != -100 for label in labels) > 35
     # no opening is on both sides, at whatever depth
     sides = [{tuple(row["input_ids"][:6]) for row in rows} for rows in (task.train_rows, task.held_out_rows)]
@@ -114,7 +114,7 @@ def test_evaluation_takes_the_conversations_that_sft_holds_out(chain, tmp_path, 
     import stages.sft
     from stages.evaluation.prompts import split_demonstrations
 
-    calls = spy(monkeypatch, stages.sft, "encode")
+    calls = spy(monkeypatch, stages.sft, "load_demonstrations")
     run(chain, tmp_path / "sft", conversations())
     held_out = calls[0].result.shown
     lines = (tmp_path / "sft.jsonl").read_text().splitlines()

@@ -134,8 +134,15 @@ class TestExperiment:
         ctx.manifests["sft"]["config"]["data"] = {"demonstrations": mixture}
         row = next(row for row in data_table(ctx.manifests, results_of(ctx)).rows if row[0].text == "demonstrations")
         assert row[1].text == "some.jsonl + more.jsonl"
-        assert row[1].small == "at most 10 rows, weight 0.5 + columns prompt: q, scores within 0.5 tied"
-        assert (row[2].text, row[2].small) == ("95 used", "of 1,234 in the file")
+        assert row[1].small == (
+            "some.jsonl: at most 10 rows, weight 0.5; more.jsonl: columns prompt: q, scores within 0.5 tied"
+        )
+        assert (row[2].text, row[2].small) == ("95 used", "of 1,234 in the files")
+        ctx.manifests["sft"]["metrics"] |= {"left_out": 40, "bad_rows": 1}
+        parts["1"]["path"] = "/d/many/*.jsonl"
+        row = next(row for row in data_table(ctx.manifests, results_of(ctx)).rows if row[0].text == "demonstrations")
+        assert row[1].text == "many/*.jsonl + more.jsonl", "a glob shows its folder"
+        assert row[2].small == "of 1,234 in the files; 40 left out; 1 with mistakes dropped"
 
     def test_every_setting_that_differs_is_listed_and_no_other(self, tmp_path):
         ctx = fake_run(tmp_path)

@@ -8,8 +8,8 @@ import pytest
 from data.tokenizer import train_tokenizer
 from pipeline.store.cache import Cache
 from stages.shared import inputs
-from stages.shared.group_cache import GroupCache
 from stages.shared.inputs import LengthLimit, load_groups
+from stages.shared.row_cache import RowCache
 
 ROWS = [{"prompt": f"red {i}", "responses": ["a fox", "a hen", f"fox {i}"], "ranks": [1, 2, 2]} for i in range(5)]
 
@@ -23,10 +23,10 @@ def kept(tmp_path, monkeypatch):
     tokenizer.save_pretrained(model)
     encode = inputs.encode_responses
     monkeypatch.setattr(inputs, "encode_responses", lambda *given: calls.append(1) or encode(*given))
-    cache = GroupCache(Cache(tmp_path / ".cache"), model, SimpleNamespace(stage="rm"))
+    cache = RowCache(Cache(tmp_path / ".cache"), model, SimpleNamespace(stage="rm"))
 
     def load(max_length=64):
-        fresh = GroupCache(cache.cache, cache.tokenizer, cache.tracker)
+        fresh = RowCache(cache.cache, cache.tokenizer, cache.tracker)
         return load_groups(file, tokenizer, LengthLimit(max_length, "truncate", "rm"), fresh)
 
     return SimpleNamespace(load=load, calls=calls, file=file, model=model, folder=tmp_path / ".cache")
