@@ -59,10 +59,8 @@ def refuse_names(row: Row) -> None:
     if not all(isinstance(name, str) for name in names):
         return
     for ours in (names, [f"{stem}_{name}" for stem in ("response", "answer", "completion") for name in names]):
-        if len(set(ours) & set(row)) > 1:
-            raise ValueError(
-                f"'chosen' names the answer under '{min(set(ours) & set(row))}'; give the texts themselves"
-            )
+        if ours[0] != ours[1] and all(name in row for name in ours):
+            raise ValueError(f"'chosen' names the answer under '{ours[0]}'; give the texts themselves")
     models = {value for key, value in row.items() if key.startswith("model") and isinstance(value, str)}
     if len(models) > 1 and set(names) == models:
         raise ValueError("'chosen' and 'rejected' are names of models; give the texts of their answers")
