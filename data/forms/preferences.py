@@ -58,9 +58,10 @@ def refuse_names(row: Row) -> None:
     names = [row.get(key) for key in PAIR]
     if not all(isinstance(name, str) for name in names):
         return
-    for ours in (names, [f"{stem}_{name}" for stem in ("response", "answer", "completion") for name in names]):
-        if ours[0] != ours[1] and all(name in row for name in ours):
-            raise ValueError(f"'chosen' names the answer under '{ours[0]}'; give the texts themselves")
+    for stem in ("", "response_", "answer_", "completion_"):
+        keys = [f"{stem}{name}" for name in names]
+        if keys[0] != keys[1] and all(key in row for key in keys):
+            raise ValueError(f"'chosen' names the answer under '{keys[0]}'; give the texts themselves")
     models = {value for key, value in row.items() if key.startswith("model") and isinstance(value, str)}
     if len(models) > 1 and set(names) == models:
         raise ValueError("'chosen' and 'rejected' are names of models; give the texts of their answers")
