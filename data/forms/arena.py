@@ -102,6 +102,10 @@ def prompt_of_columns(row: Row, options: Options) -> Row:
 
 def battle_of_texts(row: Row, options: Options) -> Row:
     """Convert {prompt, response_a, response_b, winner}, single texts."""
+    keys = ("prompt", "response_a", "response_b")
+    if all(isinstance(row[key], list) or texts_of(row[key], key) != [row[key]] for key in keys):
+        first, second = conversation_of(row, "response_a"), conversation_of(row, "response_b")
+        return judged_conversations(first, second, winner_of(row["winner"]))
     return judged_pair(row["prompt"], [row["response_a"], row["response_b"]], winner_of(row["winner"]))
 
 

@@ -121,8 +121,10 @@ def better_by_sign(strength: object, name: str) -> int | None:
         LeftOut: There is none.
     """
     given = number(strength, name)
-    if given is None:
+    if given is None or given == -100:  # HelpSteer3: neither answer could be judged
         raise LeftOut(NO_PREFERENCE)
+    if abs(given) > 3:
+        raise ValueError(f"'{name}' is {given:g}; expected -3 (the first is much better) to 3")
     return None if given == 0 else 0 if given < 0 else 1
 
 

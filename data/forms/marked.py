@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from data.forms.form import Converted, Form, LeftOut, Options, Row
-from data.forms.instructions import INSTRUCTION_DEMONSTRATION
-from data.forms.messages import MESSAGES_DEMONSTRATION, SHAREGPT_DEMONSTRATION
+from data.forms.instructions import INSTRUCTION_DEMONSTRATION, INSTRUCTION_RESPONSE
+from data.forms.messages import CONVERSATION_DEMONSTRATION, MESSAGES_DEMONSTRATION, SHAREGPT_DEMONSTRATION
 from data.forms.plain import PROMPT_COMPLETION
 from data.forms.questions import QUESTION_FORMS
 from data.parsing import describe
@@ -167,7 +167,15 @@ def rankings_form(base: Form, key: str) -> Form:
     return replace(marked, convert=alone, gather=partial(rankings_of, base, key))
 
 
-BASES = (MESSAGES_DEMONSTRATION, SHAREGPT_DEMONSTRATION, INSTRUCTION_DEMONSTRATION, PROMPT_COMPLETION, *QUESTION_FORMS)
+BASES = (
+    MESSAGES_DEMONSTRATION,
+    SHAREGPT_DEMONSTRATION,
+    CONVERSATION_DEMONSTRATION,
+    INSTRUCTION_DEMONSTRATION,
+    INSTRUCTION_RESPONSE,
+    PROMPT_COMPLETION,
+    *QUESTION_FORMS,
+)
 """Forms that may be marked."""
 MARKED_DEMONSTRATIONS = tuple(demonstrations_form(base, key) for base in BASES for key in MARKS)
 MARKED_RANKINGS = tuple(rankings_form(base, key) for base in BASES for key in MARKS)

@@ -8,7 +8,7 @@ must be the same up to their last answers; pairs that part earlier are left out,
 from data.forms.form import Form, LeftOut, Options, Row
 from data.forms.instructions import INSTRUCTION_KEYS, read_instruction
 from data.forms.judged import PARTED, number, shared_prompt, shared_start
-from data.forms.messages import SYSTEM_KEYS, Messages, read_conversation, read_messages, read_prompt
+from data.forms.messages import LIST_OF_MESSAGES, SYSTEM_KEYS, Messages, read_conversation, read_messages, read_prompt
 from data.forms.plain import RANKING_KEYS, read_reply
 from data.forms.scores import ranks_of_scores
 from data.forms.transcripts import hh_prompt, is_hh, split_hh
@@ -42,6 +42,7 @@ def ranking_from_pair(prompt: str | Messages, row: Row, options: Options) -> Row
     Raises:
         LeftOut: The two are conversations with different prompts.
     """
+    refuse_names(row)
     prompt, responses = read_replies(prompt, row, options)
     optional = {key: row.get(key) for key in RANKING_KEYS}
     ranks: list[int | None] = [1, 2]
@@ -50,6 +51,20 @@ def ranking_from_pair(prompt: str | Messages, row: Row, options: Options) -> Row
         optional["scores"] = scores
         ranks = ranks_of_scores(scores, options.tie_within)
     return {"prompt": prompt, "responses": responses, "ranks": ranks, **optional}
+
+
+def refuse_names(row: Row) -> None:
+    """Raise ValueError where the two are names: of keys with answers, or of models."""
+    names = [row.get(key) for key in PAIR]
+    if not all(isinstance(name, str) for name in names):
+        return
+    for stem in ("", "response_", "answer_", "completion_"):
+        keys = [f"{stem}{name}" for name in names]
+        if keys[0] != keys[1] and all(key in row for key in keys):
+            raise ValueError(f"'chosen' names the answer under '{keys[0]}'; give the texts themselves")
+    models = {value for key, value in row.items() if key.startswith("model") and isinstance(value, str)}
+    if len(models) > 1 and set(names) == models:
+        raise ValueError("'chosen' and 'rejected' are names of models; give the texts of their answers")
 
 
 def read_scores(row: Row, options: Options) -> list[float] | None:
@@ -124,7 +139,7 @@ def holds(conversation: Messages, prompt: Messages) -> bool:
 
 def read_transcript(value: object) -> Messages:
     """Read a whole conversation: messages, or a string as in hh-rlhf."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or LIST_OF_MESSAGES.match(value):
         return read_messages(value, blank_end=True)
     messages = split_hh(value)
     if any(not message["content"] for message in messages[:-1]):

@@ -3,7 +3,7 @@
 from data.forms.form import Form, LeftOut, Options, Row
 from data.forms.instructions import read_instruction
 from data.forms.judged import NO_PREFERENCE, choice, judged_pair, kind_of, number, rated_pair_scores
-from data.forms.messages import read_messages, read_prompt
+from data.forms.messages import from_text, read_messages, read_prompt
 from data.forms.scores import ranks_of_scores
 from data.parsing import describe, parse_text
 
@@ -95,7 +95,7 @@ def summary_axes(row: Row, options: Options) -> Row:
 
 def web_prompt(row: Row, options: Options) -> Row:
     """Take the question, a text or {full_text}."""
-    question = row["question"]
+    question = from_text(row["question"]) if str(row["question"]).startswith(("{'", '{"')) else row["question"]
     return {"prompt": question.get("full_text") if isinstance(question, dict) else question}
 
 

@@ -106,3 +106,11 @@ def test_answers_without_a_mark_among_marked_ones_are_not_taught_silently(tmp_pa
     [line] = read("demonstrations", Source(path)).errors
     assert "1 rows do not say whether their answer is good" in line
     assert len(read("demonstrations", Source(path, ignore=("label",))).records) == 2
+
+
+@pytest.mark.parametrize(
+    "row", [{"instruction": "p", "response": "x"}, {"conversation": [{"input": "p", "output": "x"}]}]
+)
+def test_dollys_and_capybaras_rows_may_be_marked_too(tmp_path, row):
+    path = written(tmp_path, {**row, "label": True}, {**row, "label": False})
+    assert len(read("demonstrations", Source(path)).records) == 1

@@ -468,3 +468,38 @@ def test_a_cell_may_hold_the_text_of_a_list(tmp_path):
     path.write_text('prompt,responses,ranks\np,"[""y"",""x""]","[2,1]"\n', encoding="utf-8")
     [record] = read("rankings", Source(path)).records
     assert record.responses == ("y", "x") and record.ranks == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"response_1": "x", "response_2": "y", "chosen": "response_1", "rejected": "response_2"}, "names the answer"),
+        ({"response_a": "x", "response_b": "y", "chosen": "a", "rejected": "b"}, "names the answer"),
+        ({"model_a": "m", "model_b": "n", "chosen": "m", "rejected": "n"}, "names of models"),
+    ],
+)
+def test_names_are_not_taken_for_answers(tmp_path, row, words):
+    assert words in loaded(tmp_path, {"prompt": "p", **row}).errors[0]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": '["p"]', "response_a": '["x"]', "response_b": '["y"]', "winner": "model_a"},
+        {"prompt": ["p"], "response_a": ["x"], "response_b": ["y"], "winner": "model_a"},
+        {"question": "{'full_text': 'p'}", "answer_0": "x", "answer_1": "y", "score_0": 1, "score_1": -1},
+        {"chosen": str([user("p"), assistant("x")]), "rejected": str([user("p"), assistant("y")])},
+    ],
+    ids=["texts of lists", "lists", "webgpt as CSV", "pairs as CSV"],
+)
+def test_texts_of_lists_and_objects_are_read_as_what_they_hold(tmp_path, row):
+    [record] = rankings(tmp_path, row)
+    prompt = record.prompt if isinstance(record.prompt, str) else record.prompt[0]["content"]
+    assert prompt == "p" and order(record) == ["x", "y"]
+
+
+def test_a_preference_that_could_not_be_given_is_left_out(tmp_path):
+    row = {"context": [user("p")], "response1": "x", "response2": "y"}
+    result = loaded(tmp_path, {**row, "overall_preference": -100}, {**row, "overall_preference": 1})
+    assert len(result.records) == 1 and sum(result.left_out.values()) == 1
+    assert "expected -3" in error_of(tmp_path, {**row, "overall_preference": 7})
