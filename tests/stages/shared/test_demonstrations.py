@@ -21,7 +21,11 @@ from stages.shared.inputs import LengthLimit
 from stages.shared.row_cache import RowCache
 
 ROWS = [{"prompt": f"red {i}", "completion": f"a fox {i}" * (1 + i % 3)} for i in range(20)]
-GRADED = [*ROWS, {"prompt": "is it ?", "completion": "no", "label": False}, {"prompt": "so ?", "completion": 7}]
+GRADED = [
+    *(row | {"label": True} for row in ROWS),
+    {"prompt": "is it ?", "completion": "no", "label": False},
+    {"prompt": "so ?", "completion": 7, "label": True},
+]
 
 
 class Start:
