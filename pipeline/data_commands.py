@@ -141,15 +141,15 @@ def input_of(text: str, reading: dict[str, Any], is_look: bool) -> Any:
         reading: Settings of a source that are given.
         is_look: Whether the first rows of a data set on the Hub will do.
     """
-    sources = importlib.import_module("data.sources")
+    source_module = importlib.import_module("data.source")
     config = importlib.import_module("data.check.config")
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in reading.items()}
     if is_hub_id(text):
         if not is_look or "limit" in settings:
-            return config.Input(sources.Source(hub=text, **settings), tuple(settings), None)
-        source = sources.Source(hub=text, **settings, limit=config.HUB_ROWS)  # with a limit it is streamed
+            return config.Input(source_module.Source(hub=text, **settings), tuple(settings), None)
+        source = source_module.Source(hub=text, **settings, limit=config.HUB_ROWS)  # with a limit it is streamed
         return config.Input(source, tuple(settings), config.HUB_ROWS)
-    return config.Input(sources.Source(path=Path(text).expanduser(), **settings), tuple(settings), None)
+    return config.Input(source_module.Source(path=Path(text).expanduser(), **settings), tuple(settings), None)
 
 
 def load_if_given(arguments: argparse.Namespace) -> Any:

@@ -127,7 +127,7 @@ def guess_kinds(paths: list[str]) -> dict[str, list[str]]:
         UserError: If a kind cannot be guessed.
     """
     inspect_file = importlib.import_module("data.check.inspect_file")
-    sources = importlib.import_module("data.sources")
+    source_module = importlib.import_module("data.source")
     is_glob = importlib.import_module("data.files.paths").is_glob
     by_kind: dict[str, list[str]] = {}
     lines = []
@@ -136,7 +136,7 @@ def guess_kinds(paths: list[str]) -> dict[str, list[str]]:
         if not place.exists() and not is_glob(place):
             lines.append(f"{path}: no such file; give a file, a folder or a glob of data")
             continue
-        kind = inspect_file.guess_kind(sources.Source(path=place))
+        kind = inspect_file.guess_kind(source_module.Source(path=place))
         if kind is None:
             lines.append(f"{path}: its rows are of no known kind; `rlhf data check {shlex.quote(path)}` shows why")
         else:

@@ -21,6 +21,8 @@ from data.encode import decode_response
 from data.error_lines import shorten
 from data.group_rows import ROWS_AT_ONCE
 from data.records import Ranking, jsonl_writer, judged_pairs, prompt_key, write_jsonl
+from data.row_reader import records
+from data.source import Loaded
 from data.streams import Stream, derive_seed, held_out, held_out_limit, position_of
 from data.world.world import World, labelers
 from pipeline.errors import UserError
@@ -163,7 +165,7 @@ def split_given(source: Source, fraction: float, folder: Path, session: Session,
     Raises:
         UserError: With the errors of the data; or one of the two files would have no usable pair.
     """
-    whole, loaded = folder / ".tmp-all.jsonl", sources.Loaded()
+    whole, loaded = folder / ".tmp-all.jsonl", Loaded()
     positions, pairs = array("d"), array("i")  # of each ranking
     reader = reader_source(source)
     rankings = sources.stream("rankings", reader, loaded)
@@ -184,7 +186,7 @@ def split_given(source: Source, fraction: float, folder: Path, session: Session,
         for line, held in zip(lines, is_held_out, strict=True):
             (second if held else first).write(line)
     whole.unlink()
-    again = sources.records("rankings", published(validation), sources.Loaded())
+    again = records("rankings", published(validation), Loaded())
     return {
         "rankings": len(positions),
         "pairs": sum(pairs),

@@ -15,7 +15,7 @@ from data.check.inspect_file import check
 from data.check.report import Limits, OtherData, Report
 from data.error_lines import shorten
 from data.progress import Watch, unwatched
-from data.sources import Source
+from data.source import Source
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:

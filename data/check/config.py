@@ -16,7 +16,7 @@ from data.check.report import Limits
 from data.conversations import end_of_turn
 from data.files.tables import first_line
 from data.forms import FORMS, PROMPT_KINDS
-from data.sources import Source
+from data.source import Source
 from data.template_text import with_variables
 from data.turns import Turns
 

@@ -12,7 +12,8 @@ from data.forms.form import Form, LeftOut, Options, Row
 from data.forms.marked import NAME as MARKED
 from data.forms.messages import CONVERSATION_KEYS, conversation_turns
 from data.parsing import METADATA
-from data.sources import PARSERS, Source, matches, renamed, source_rows
+from data.row_reader import PARSERS, matches, renamed, source_rows
+from data.source import Source
 from data.templated import TemplatedText
 
 TRAINING = ("rankings", "demonstrations", "documents", "prompts")

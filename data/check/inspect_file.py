@@ -17,7 +17,9 @@ from data.forms import FORMS
 from data.parsing import describe
 from data.progress import Note, Watch, unwatched
 from data.records import Demonstration, Ranking, Record
-from data.sources import Loaded, Source, no_wanted_row, stream
+from data.row_reader import no_wanted_row
+from data.source import Loaded, Source
+from data.sources import stream
 from data.turns import TurnCount, count_turns
 
 DROPPED_SHOWN = 5

@@ -12,7 +12,8 @@ from data.forms import PROMPT_KINDS
 from data.near_copies import nearest_copies
 from data.progress import Note, Watch, no_note, unwatched
 from data.records import Document, Record, prompt_key
-from data.sources import Loaded, stream
+from data.source import Loaded
+from data.sources import stream
 
 AT_ONCE = 20_000
 """Prompts that are compared with those of evaluation at once."""

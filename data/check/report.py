@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from data.sources import Source
+from data.source import Source
 from data.turns import Turns
 
 if TYPE_CHECKING:

@@ -336,13 +336,21 @@ RENAMED = (
 """Other names of the better and the worse answer: of Chinese DPO sets, CValues, and papers."""
 ASKED = ("prompt", "question", "query", "instruction", "input")
 """Names of the prompt of such a pair."""
+
+
+def is_asked_by_it_alone(row: Row) -> bool:
+    """Return whether `input` or `query` is the whole prompt, and not a part beside another key."""
+    others = ("prompt", "question", "instruction", "messages", "conversations")
+    return is_asked(row) and not any(key in row for key in others)
+
+
 OTHER_PROMPT_PAIRS = tuple(
     Form(
         (key, "chosen", "rejected"),
         ("history", *SYSTEM_KEYS, *RANKING_KEYS, *SCORE_KEYS),
         other_prompt_pair,
         name="pairs under other names",
-        fits=is_asked,
+        fits=is_asked_by_it_alone,
         prompt=asked_prompt,
         harmless=POOL,
     )

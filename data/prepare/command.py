@@ -18,7 +18,7 @@ from data.prepare.sift import Sift
 from data.prepare.spool import UNREAD, Spool
 from data.prepare.writing import Outcome, Writer, data_section, manifest_of
 from data.progress import Watch, unwatched, watched
-from data.sources import Source
+from data.source import Source
 from pipeline.errors import UserError
 
 

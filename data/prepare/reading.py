@@ -14,7 +14,8 @@ from data.check.inspect_file import guess_kind
 from data.error_lines import shorten
 from data.prepare.spool import PROTECTED, UNREAD, Spool
 from data.progress import Watch, unwatched
-from data.sources import REPEATED, Loaded, Source, records
+from data.row_reader import REPEATED, records
+from data.source import Loaded, Source
 from pipeline.errors import UserError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")

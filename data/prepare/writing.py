@@ -14,7 +14,7 @@ from data.prepare.personal import Find, find_personal
 from data.prepare.reading import Input, digests_of
 from data.prepare.settings import DOCUMENTS, PARTS, TRAINING_PARTS, Settings
 from data.prepare.sift import Kept, LeftOut, names_of, text_key, user_key
-from data.sources import Source
+from data.source import Source
 
 PLACE = re.compile(r"(?P<file>.+?):(?P<line>\d+)(?:: index (?P<index>\d+))?")
 

@@ -10,7 +10,8 @@ from data.check.config import Input
 from data.check.inspect_file import check
 from data.progress import Watch, unwatched
 from data.records import Record
-from data.sources import Loaded, Source, stream
+from data.source import Loaded, Source
+from data.sources import stream
 from pipeline.errors import UserError
 
 

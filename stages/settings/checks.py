@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from data import sources
 from data.error_lines import shorten
 from data.progress import Note
+from data.source import Source as ReaderSource
 from pipeline.config.section import Section
 from pipeline.config.sections import local_folder
 from pipeline.errors import UserError
@@ -59,7 +60,7 @@ def check_data(kind: str, source: Source, note: Note) -> list[str]:
     return shorten(sources.scan(kind, reader, note=note).errors)
 
 
-def errors_in_head(kind: str, source: sources.Source) -> list[str]:
+def errors_in_head(kind: str, source: ReaderSource) -> list[str]:
     """Return the error lines of the first rows of a source.
 
     Args:
@@ -73,13 +74,13 @@ def errors_in_head(kind: str, source: sources.Source) -> list[str]:
     return []
 
 
-def reader_source(source: Source) -> sources.Source:
+def reader_source(source: Source) -> ReaderSource:
     """Return a source of the pipeline as the reader in `data` takes it."""
     names = [field.name for field in dataclasses.fields(source) if field.name not in ("reading", "parts")]
     settings: dict[str, Any] = {name: getattr(source, name) for name in names}
     for name, value in source.reading.items():
         settings[name] = tuple(value) if isinstance(value, list) else value
-    return sources.Source(**settings, parts=tuple(reader_source(part) for part in source.parts))
+    return ReaderSource(**settings, parts=tuple(reader_source(part) for part in source.parts))
 
 
 def context_of(config: dict[str, Any]) -> int | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.error_lines import PLACE
-from data.sources import Loaded
+from data.source import Loaded
 
 FILE = "left_out.jsonl"
 MOST_KEYS = 8

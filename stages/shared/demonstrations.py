@@ -15,6 +15,7 @@ from data.answer_lengths import quantiles
 from data.encode import AT_ONCE, DemonstrationEncoder, EncodedRow, apart_text
 from data.error_lines import shorten
 from data.length_limit import LengthLimiter, LengthReport
+from data.source import Loaded
 from data.text_rows import TextRows, read_text_rows, write_text_rows
 from data.turns import TurnCount, Turns, count_turns
 from pipeline.errors import UserError
@@ -140,7 +141,7 @@ def write_rows(path: Path, given: Given, tokenizer: Any, note: Callable[[int], N
         What there is to say of them, as JSON values.
     """
     limiter = LengthLimiter(given.limit.max_length, given.limit.on_too_long, "demonstration", given.limit.section)
-    encoder, tally, loaded = DemonstrationEncoder(tokenizer, limiter, given.turns), Tally(), sources.Loaded()
+    encoder, tally, loaded = DemonstrationEncoder(tokenizer, limiter, given.turns), Tally(), Loaded()
     answer_tokens = array("i")
     rows = encoded_rows(given, encoder, tally, loaded, note)
     write_text_rows(str(path), rows, given.fraction, answer_tokens)
@@ -158,7 +159,7 @@ def write_rows(path: Path, given: Given, tokenizer: Any, note: Callable[[int], N
 
 
 def encoded_rows(
-    given: Given, encoder: DemonstrationEncoder, tally: Tally, loaded: sources.Loaded, note: Callable[[int], None]
+    given: Given, encoder: DemonstrationEncoder, tally: Tally, loaded: Loaded, note: Callable[[int], None]
 ) -> Iterator[EncodedRow]:
     """Read and encode demonstrations, AT_ONCE at a time.
 

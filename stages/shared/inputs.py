@@ -13,6 +13,9 @@ from data.error_lines import shorten
 from data.group_rows import ROWS_AT_ONCE, EncodedRanking, GroupRows, groups_of, read_groups, write_groups
 from data.groups import PromptGroup
 from data.length_limit import LengthLimiter, LengthReport, equal_pairs, fit_lengths
+from data.row_reader import records
+from data.source import Loaded
+from data.source import Source as ReaderSource
 from data.streams import held_out
 from pipeline.errors import UserError
 from pipeline.stage import Source
@@ -99,13 +102,13 @@ def fit_prompts(
     return kept, ids, report
 
 
-def published(file: Path) -> sources.Source:
+def published(file: Path) -> ReaderSource:
     """Return the source of a file that a stage wrote.
 
     Its rows were checked when they were first read, so a chat template in them is text that was
     asked to be kept.
     """
-    return sources.Source(path=file, templated="keep")
+    return ReaderSource(path=file, templated="keep")
 
 
 def load_groups(
@@ -183,8 +186,8 @@ def encoded_rankings(
     Raises:
         UserError: With the errors of the file, or of rows that are too long.
     """
-    loaded, count = sources.Loaded(), 0
-    rows = sources.records("rankings", published(file), loaded)
+    loaded, count = Loaded(), 0
+    rows = records("rankings", published(file), loaded)
     while batch := list(islice(rows, ROWS_AT_ONCE)):
         names = [f"{place} ({ranking.id})" for place, ranking in batch]
         rankings = [ranking for _, ranking in batch]

@@ -62,7 +62,8 @@ def quiet(folder: Path) -> SimpleNamespace:
 
 def check(folder: Path) -> None:
     """Read the file as `rlhf run` does before anything runs."""
-    from data.sources import Source, scan
+    from data.source import Source
+    from data.sources import scan
 
     assert scan("rankings", Source(folder / "rankings.jsonl")).errors == []
 

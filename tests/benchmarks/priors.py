@@ -24,7 +24,7 @@ from scipy.sparse import csr_matrix, vstack
 
 from data import sources
 from data.records import Ranking, judged_pairs, prompt_key
-from data.sources import Source
+from data.source import Source
 from stages.evaluation.statistics import pair_accuracy
 
 PENALTIES = (1.0, 3.0, 10.0, 30.0, 100.0)

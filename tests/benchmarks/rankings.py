@@ -48,7 +48,8 @@ from sweeps.text import span, with_interval
 
 from data.encode import encode_prompt, encode_response
 from data.records import judged_pairs
-from data.sources import Source, load
+from data.source import Source
+from data.sources import load
 from pipeline.errors import UserError
 from pipeline.stage import StopFlag
 from pipeline.store.artifacts import ArtifactStore

@@ -17,7 +17,8 @@ from data.check.guess import guess_kind
 from data.check.inspect_file import check
 from data.check.report import Limits, Report
 from data.error_lines import shorten
-from data.sources import Loaded, Source, records
+from data.row_reader import records
+from data.source import Loaded, Source
 from data.tools.marked import Printer
 from data.tools.preview import show_plain
 from pipeline.data_arguments import parse_reading

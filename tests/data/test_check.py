@@ -22,7 +22,7 @@ from data.check.inspect_file import guess_kind
 from data.check.report import Limits, OtherData
 from data.encode import encode_prompt, encode_response
 from data.length_limit import fit_lengths
-from data.sources import Source
+from data.source import Source
 from pipeline.errors import UserError
 from stages.evaluation.statistics import share_estimate
 
@@ -512,7 +512,7 @@ import sys
 from data.check.command import run
 from data.check.clusters import Share
 from data.check.config import Input
-from data.sources import Source
+from data.source import Source
 code = run([Input(Source({str(path)!r}))], None, None)
 heavy = {{"torch", "transformers", "datasets", "numpy", "scipy", "pyarrow", "pydantic"}} & set(sys.modules)
 sys.exit(f"{{sorted(heavy)}} imported" if heavy else code)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from data.check import command as checks
 from data.check.config import Input, packaged_gguf
-from data.sources import Source
+from data.source import Source
 from pipeline import cli, data_commands
 from pipeline.data_progress import reading_line
 from pipeline.errors import UserError
@@ -96,7 +96,7 @@ def test_the_worlds_files_and_the_hubs_are_read_too(config, tmp_path, monkeypatc
         asked.append((hub, *which[:4]))
         yield from ((f"{hub}: index {i}", {"prompt": f"p{i}", "completion": "c"}) for i in range(9))
 
-    monkeypatch.setattr("data.sources.hub_rows", rows)
+    monkeypatch.setattr("data.row_reader.hub_rows", rows)
     code, reports, _ = check_all(config, tmp_path)
     assert code == 0 and "records 1 to 3" in reports["demonstrations"] and "org/name" in reports["demonstrations"]
     assert asked == [("org/name", "train", "small", None, 3)]
@@ -112,7 +112,7 @@ def test_a_hub_id_without_a_limit_is_looked_at_by_its_first_rows(config, tmp_pat
         asked.append((hub, *which[:4]))
         yield from ((f"{hub}: index {i}", {"prompt": f"p{i}", "completion": "c"}) for i in range(1000))
 
-    monkeypatch.setattr("data.sources.hub_rows", rows)
+    monkeypatch.setattr("data.row_reader.hub_rows", rows)
     code, reports, _ = check_all(config, tmp_path)
     assert (code, asked) == (0, [("org/name", "train", None, None, 200)])
     assert "rows                        the first 200\n" in reports["demonstrations"]

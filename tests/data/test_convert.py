@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from data.check.config import Input
 from data.records import Demonstration, Document, Prompt, Ranking, as_messages, prompt_key, to_json, write_jsonl
-from data.sources import Source, load
+from data.source import Source
+from data.sources import load
 from data.tools import convert
 from pipeline import cli
 from pipeline.errors import UserError

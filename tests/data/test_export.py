@@ -7,7 +7,8 @@ import pytest
 
 from data.check.config import Input
 from data.records import judged_pairs, prompt_key
-from data.sources import Source, load
+from data.source import Source
+from data.sources import load
 from data.tools import export
 from data.tools.export import Request, check_tiers
 from pipeline import cli

@@ -13,6 +13,7 @@ from data.group_rows import count_pairs, most_responses, part_of, tokens_of, wid
 from data.groups import PromptGroup, batch_groups
 from data.length_limit import fit_lengths
 from data.records import prompt_key
+from data.source import Source
 from data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from stages.objectives.losses import ranking_loss
@@ -49,7 +50,7 @@ def written(path, rows):
 
 def plain_groups(file, tokenizer, max_length):
     """Return the groups of a file, made with everything in memory."""
-    rows = sources.load("rankings", sources.Source(path=file))
+    rows = sources.load("rankings", Source(path=file))
     names = [row.id for row in rows]
     prompts = encode_prompts(tokenizer, [row.prompt for row in rows], names)
     answers = [[encode_response(tokenizer, *answer) for answer in row.answers] for row in rows]

@@ -6,7 +6,7 @@ import pytest
 
 from data.check.guess import guess_kind
 from data.check.inspect_file import check
-from data.sources import Source
+from data.source import Source
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 LONG = "one sentence after the other , so that this may well be what somebody answered to the prompt . " * 2

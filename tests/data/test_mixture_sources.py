@@ -6,7 +6,7 @@ import pytest
 
 from data import sources
 from data.records import write_jsonl
-from data.sources import Source
+from data.source import Loaded, Source
 
 
 def written(path, *rows):
@@ -23,7 +23,7 @@ def test_rankings_of_a_mixture_name_their_source_without_folders(tmp_path):
     mixture = Source(parts=(written(tmp_path / "people.jsonl", ranking("p"), ranking("q", id="2", source="round 2")),
                             written(tmp_path / "models.jsonl", ranking("r", id="3"))))  # fmt: skip
     rows = sources.load("rankings", mixture)
-    assert [row for _, row in sources.stream("rankings", mixture, sources.Loaded())] == rows
+    assert [row for _, row in sources.stream("rankings", mixture, Loaded())] == rows
     assert [row.source for row in rows] == ["people.jsonl", "round 2", "models.jsonl"]
     [single, _] = sources.load("rankings", mixture.parts[0])
     assert single.source is None, "one source needs no name"
@@ -55,7 +55,7 @@ def test_a_prompt_that_two_sources_share_is_taken_once(tmp_path):
         written(tmp_path / "a.jsonl", {"prompt": "x"}, {"prompt": "y"}),
         written(tmp_path / "b.jsonl", {"prompt": "y"}, {"prompt": "z"}),
     )
-    loaded, streamed = sources.read("prompts", Source(parts=parts)), sources.Loaded()
+    loaded, streamed = sources.read("prompts", Source(parts=parts)), Loaded()
     assert [record.prompt for record in loaded.records] == ["x", "y", "z"] and loaded.duplicates == 1
     assert [record for _, record in sources.stream("prompts", Source(parts=parts), streamed)] == loaded.records
     assert streamed.duplicates == 1

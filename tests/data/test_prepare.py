@@ -20,7 +20,8 @@ from data.prepare.personal import find_personal, mask
 from data.prepare.prefixes import Prefixes, comparable_text, required_length
 from data.prepare.settings import PARTS, SHARES, parse_shares
 from data.prepare.split import filled_parts, part_of_user, parts_of_kind
-from data.sources import Source, load
+from data.source import Source
+from data.sources import load
 from pipeline import cli
 from pipeline.errors import UserError
 

@@ -11,7 +11,7 @@ from data.check.config import Input
 from data.check.report import Limits
 from data.encode import teach
 from data.records import Demonstration
-from data.sources import Source
+from data.source import Source
 from data.tools import preview
 from data.tools.inputs import Opened, sample
 from data.tools.marked import Piece, Printer, pieces_of, plain

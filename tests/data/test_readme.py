@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from data.forms import FORMS, is_of
-from data.sources import Source, load
+from data.source import Source
+from data.sources import load
 
 README = Path(__file__).parents[2] / "data" / "README.md"
 BLOCKS = re.findall(r"^```(\S+) ?(\S*)\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)

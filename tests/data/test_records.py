@@ -13,7 +13,8 @@ from data.files.reading import Reading
 from data.files.rows import file_rows
 from data.parsing import parse_demonstration, parse_document, parse_prompt, parse_ranking
 from data.records import Demonstration, Document, Prompt, Ranking, write_jsonl
-from data.sources import Source, load
+from data.source import Source
+from data.sources import load
 from pipeline.errors import UserError
 
 SETTINGS = settings(max_examples=50, deadline=None, derandomize=True, database=None)

@@ -14,7 +14,8 @@ import pytest
 from data import sources
 from data.forms import FORMS
 from data.records import Demonstration, Document, Prompt, Ranking
-from data.sources import Source, read
+from data.source import Source
+from data.sources import read
 from pipeline.errors import UserError
 
 REAL = Path(__file__).parents[3] / "shared" / "data"  # data sets that lie beside the repository

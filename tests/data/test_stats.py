@@ -14,7 +14,7 @@ from data.check.lengths import quantile
 from data.check.report import Limits
 from data.check.scripts import scripts_of, unspaced_characters
 from data.encode import encode_prompt, encode_response
-from data.sources import Source
+from data.source import Source
 from data.tools.charts import Chart, Counts, float_histogram, histogram, named, text_lines
 from data.tools.inputs import Opened
 from data.tools.stats_page import page

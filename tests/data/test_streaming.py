@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from data import sources
+from data import row_reader
 from data.records import prompt_key
 from data.seen import Seen
-from data.sources import Loaded, Source, read, scan, stream
+from data.source import Loaded, Source
+from data.sources import read, scan, stream
 from data.streams import held_out, held_out_limit, position_of
 
 
@@ -77,7 +78,7 @@ def test_a_scan_finds_the_errors_of_the_whole_file(tmp_path):
 
 
 def test_reading_stops_after_many_errors(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MOST_ERRORS", 3)
+    monkeypatch.setattr(row_reader, "MOST_ERRORS", 3)
     file = written(tmp_path / "bad.jsonl", *(ranking("a") if i % 2 else {"prompt": ""} for i in range(20)))
     *errors, last = scan("rankings", Source(file)).errors
     assert [line.split(": ")[0] for line in errors] == [f"{file}:{i}" for i in (1, 3, 5)]
@@ -159,6 +160,6 @@ def test_a_part_that_could_not_be_counted_is_an_error(tmp_path, monkeypatch):
             return
         yield "org/name: index 0", ranking("b")
 
-    monkeypatch.setattr("data.sources.hub_rows", rows)
+    monkeypatch.setattr("data.row_reader.hub_rows", rows)
     items, loaded = streamed("rankings", Source(parts=(Source(good), Source(hub="org/name"))))
     assert items == [] and any("the network" in line for line in loaded.errors)

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from data.sources import Source, read
+from data.source import Source
+from data.sources import read
 from data.templated import TemplatedText, without_templates
 
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."

@@ -93,7 +93,7 @@ def test_a_data_set_on_the_hub_is_looked_at_by_its_first_rows(monkeypatch, capsy
         for i in range(1000):
             yield f"{hub} {split}: index {i}", {"prompt": f"p {i}", "completion": "c"}
 
-    monkeypatch.setattr("data.sources.hub_rows", rows)
+    monkeypatch.setattr("data.row_reader.hub_rows", rows)
     assert cli.main(["data", "check", "org/name", "split=test"]) == 0
     out = capsys.readouterr().out
     assert "the first 200" in out and "limit=N reads others" in out

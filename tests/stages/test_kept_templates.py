@@ -4,7 +4,7 @@ import pytest
 
 from data import sources
 from data.records import Ranking, write_jsonl
-from data.sources import Source
+from data.source import Source
 from pipeline.errors import UserError
 from stages.shared.inputs import published
 

@@ -118,7 +118,8 @@ def test_evaluation_takes_the_conversations_that_sft_holds_out(chain, tmp_path, 
     run(chain, tmp_path / "sft", conversations())
     held_out = calls[0].result.shown
     lines = (tmp_path / "sft.jsonl").read_text().splitlines()
-    from data.sources import Source, load
+    from data.source import Source
+    from data.sources import load
 
     demonstrations = load("demonstrations", Source(tmp_path / "sft.jsonl"))
     assert len(demonstrations) == len([json.loads(line) for line in lines])

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from data.forms import FORMS, recognise
-from data.sources import Source, read
+from data.source import Source
+from data.sources import read
 
 HI, HELLO, MORE, END = "hi .", "hello .", "more ?", "no ."
 DIALOGUE = [("user", HI), ("assistant", HELLO), ("user", MORE)]

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from data.check.guess import guess_kind
-from data.sources import Source, read
+from data.source import Source
+from data.sources import read
 
 
 def pair(prompt, answer, mark):

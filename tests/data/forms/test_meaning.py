@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from data.sources import Source, read
+from data.source import Source
+from data.sources import read
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 PLAIN = {"prompt": "a", "completion": "b"}

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from data.sources import Source, read
+from data.source import Source
+from data.sources import read
 
 
 def user(text):

@@ -6,7 +6,8 @@ import pytest
 
 from data.forms import FORMS, form_of
 from data.records import Ranking
-from data.sources import Source, read
+from data.source import Source
+from data.sources import read
 
 
 def user(text):

@@ -3,6 +3,7 @@
 import json
 
 from data import sources
+from data.source import Source
 from stages.shared.data_notes import DataNotes
 
 GOOD = {"prompt": "what is red ?", "completion": "the fox", "label": True}
@@ -12,7 +13,7 @@ def taken_down(tmp_path, rows):
     """Return the lines of left_out.jsonl, and the notes."""
     file = tmp_path / "kto.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    loaded = sources.load_whole("demonstrations", sources.Source(path=file))
+    loaded = sources.load_whole("demonstrations", Source(path=file))
     notes = DataNotes(lambda line: None, tmp_path)
     notes.take_down("demonstrations", str(file), loaded)
     return [json.loads(line) for line in (tmp_path / "left_out.jsonl").open()], notes, str(file)
