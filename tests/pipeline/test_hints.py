@@ -65,8 +65,10 @@ def test_no_line_advises_a_config_that_nobody_fills_in():
     """`filled` only finds commands that are in backticks and begin with rlhf."""
     root = Path(__file__).resolve().parents[2]
     files = [path for room in ("data", "pipeline", "stages") for path in (root / room).rglob("*.py")]
-    lines = [
-        line for path in files if path.name not in ("hints.py", "commands.py") for line in path.read_text().splitlines()
-    ]
+    of_the_command_line = ("hints.py", "commands.py", "data_commands.py", "data_arguments.py")
+    lines = []
+    for path in files:
+        if path.name not in of_the_command_line:
+            lines += path.read_text().splitlines()
     lines = [line for line in lines if "-c CONFIG" in line and '"""' not in line]
     assert len(lines) > 5 and [line for line in lines if "`rlhf " not in line] == []
