@@ -7,6 +7,7 @@ line say they are read.
 
 import argparse
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,8 +153,19 @@ def input_of(text: str, reading: dict[str, Any], is_look: bool) -> Any:
     return config.Input(source_module.Source(path=Path(text).expanduser(), **settings), tuple(settings), None)
 
 
+def allow_hub(texts: list[str]) -> None:
+    """Let the libraries reach the Hub if an input names it; otherwise they stay offline.
+
+    Args:
+        texts: Paths, globs and ids of data sets on the Hub.
+    """
+    if any(is_hub_id(text) for text in texts):
+        os.environ.setdefault("HF_HUB_OFFLINE", "0")
+
+
 def load_if_given(arguments: argparse.Namespace) -> Any:
     """Load the experiment if -c names one; otherwise set the usual environment and return None."""
+    allow_hub(arguments.file)
     if arguments.config is not None:
         return api.load_experiment(arguments.config, *arguments.overrides)
     from pipeline.launch import environment

@@ -1,11 +1,12 @@
 """Test the words of `rlhf data` that say how files are read."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
 
-from pipeline import cli
+from pipeline import cli, data_commands
 from pipeline.config.sections import DataSource
 from pipeline.data_arguments import HOW_READ, READING, parse_reading, split_reading
 from pipeline.errors import UserError
@@ -125,3 +126,14 @@ def test_lengths_over_the_models_context_are_errors(tmp_path):
     published.mkdir(parents=True)
     (published / "config.json").write_text(json.dumps({"max_position_embeddings": 64}))
     assert lengths_over_context(other, tmp_path) == lines
+
+
+@pytest.mark.parametrize(("text", "said"), [("org/name", "0"), ("rows.jsonl", None)])
+def test_an_input_on_the_hub_lets_the_libraries_reach_it(monkeypatch, text, said):
+    """Commands without a config that names the Hub otherwise tell them to stay offline."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # so that it is put back
+    data_commands.allow_hub([text])
+    assert os.environ["HF_HUB_OFFLINE"] == "1", "what the user says holds"
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    data_commands.allow_hub([text])
+    assert os.environ.get("HF_HUB_OFFLINE") == said
