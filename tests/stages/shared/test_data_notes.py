@@ -26,7 +26,7 @@ def test_rows_that_hold_nothing_of_the_kind_are_listed_with_file_and_line(tmp_pa
 
 
 def test_of_many_the_last_line_counts_those_that_are_not_listed(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MOST_PLACES", 2)
+    monkeypatch.setattr("data.source.MOST_PLACES", 2)
     rows, notes, file = taken_down(tmp_path, [GOOD, *[GOOD | {"label": False}] * 5])
     assert [row.get("line") for row in rows] == [2, 3, None] and notes.figures == {"left_out": 5}
     assert rows[2] == {"data": "demonstrations", "file": file, "reason": rows[0]["reason"], "rows": 3}
