@@ -115,7 +115,7 @@ def describe_today(
 
 
 def _describe_source(source: Source, commit: str | None, digests: Digests) -> tuple[dict[str, Any], str | None]:
-    """Return what is recorded of a source that is no mixture, and the digest of what it holds.
+    """Describe a single source: return its record for the manifest and its content digest.
 
     Args:
         source: the source.

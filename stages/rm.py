@@ -80,7 +80,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Data:
-    """What the stage reads."""
+    """Hold the data that the stage reads."""
 
     groups: Sequence[PromptGroup]
     """The prompts to train on, with their responses."""

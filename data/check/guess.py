@@ -184,7 +184,7 @@ def is_short(value: object) -> bool:
 
 
 def hint(value: object) -> str:
-    """Return how a row that is no known kind can be read as a prompt, for its error line."""
+    """Return the way to read an unrecognised row as a prompt, for its error line."""
     if isinstance(value, dict) and form_or_none("prompts", value) is not None:
         return "; --kind prompts reads only its prompt"
     return ""

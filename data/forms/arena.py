@@ -26,7 +26,7 @@ WINNERS: dict[str, int | None] = {
 
 
 def winner_of(value: object) -> int | None:
-    """Return the index of the winner, None for a tie; LeftOut where there is no verdict."""
+    """Return the index of the winner, or None for a tie; raise LeftOut without a verdict."""
     if value in (None, ""):
         raise LeftOut(NO_PREFERENCE)
     if not isinstance(value, str) or value.strip().lower() not in WINNERS:

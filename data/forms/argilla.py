@@ -58,7 +58,7 @@ def ranked_names(value: object) -> list[str]:
 
 
 def prompt_field(fields: Row, names: list[str]) -> object:
-    """Return the prompt of a record: the field of that name, or the only one that is no response.
+    """Return the prompt of a record: its field `prompt`, or the only field besides responses.
 
     Args:
         fields: All fields.

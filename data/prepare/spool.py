@@ -55,7 +55,7 @@ class Spool:
         return len(self._starts)
 
     def add(self, kind: str, place: str, value: Record | dict) -> None:
-        """Append a row; only before the first one is read."""
+        """Append a row; the spool must not have been read yet."""
         row = value if isinstance(value, dict) else to_json(value)
         line = json.dumps([kind, place, row], ensure_ascii=False).encode() + b"\n"
         self._handle.write(line)

@@ -27,7 +27,7 @@ NEW_PAD = "<|pad|>"
 
 @dataclass(frozen=True)
 class Settled:
-    """What `settle_tokens` changed."""
+    """Record what `settle_tokens` changed."""
 
     lines: list[str] = field(default_factory=list)
     """What to tell the user."""

@@ -16,7 +16,7 @@ ONLY_DATA = {"demonstrations": "sft", "rankings": "rankings"}
 
 @dataclass
 class Source:
-    """Where a kind of data comes from."""
+    """Record where a kind of data comes from."""
 
     recorded: dict[str, Any]
     """What a manifest records of the source."""

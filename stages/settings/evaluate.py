@@ -139,7 +139,7 @@ def check(experiment: "Experiment") -> list[str]:
 
 
 def text_lengths(experiment: "Experiment") -> list[str]:
-    """Return the settings with the length of rows of pretraining text; none if there is no text."""
+    """Return the names of the settings that limit rows of pretraining text; none without text."""
     return [] if experiment.data.documents is None else ["perplexity_length"]
 
 

@@ -70,7 +70,7 @@ INHERITED = ("base_model", "license", "license_name", "license_link", "datasets"
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What the card of one model says, besides its provenance."""
+    """Hold what the card of one model says besides its provenance."""
 
     what: str
     """What the folder holds, as a noun phrase."""

@@ -27,7 +27,7 @@ from stages.shared.row_cache import RowCache
 
 @dataclasses.dataclass(frozen=True)
 class LengthLimit:
-    """How long a row may be, and what happens to a longer one."""
+    """Say how long a row may be, and what happens to a longer one."""
 
     max_length: int
     """The most tokens of a row."""

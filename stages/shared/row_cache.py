@@ -90,7 +90,7 @@ class RowCache:
 
     @cached_property
     def _made_by(self) -> list[Any]:
-        """What encoding depends on besides the rows and the stage's settings."""
+        """List what encoding depends on besides the rows and the stage's settings."""
         own = {
             path.name: integrity.sha256_file(path)
             for path in sorted(self.tokenizer.iterdir())
