@@ -98,12 +98,13 @@ def read(kind: str, source: Source, max_rows: int | None = None) -> Loaded:
     """
     if source.parts:
         return mix_parts(source, [read(kind, part, max_rows) for part in source.parts])
-    loaded = Loaded()
+    loaded, verdicts = Loaded(), Counter[str]()
     for location, record in records(kind, source, loaded, max_rows):
         loaded.records.append(record)
         loaded.locations.append(location)
-    if not loaded.errors and not loaded.cut and kind == "rankings":
-        loaded.errors += no_preference(source.name, loaded.records)
+        count_verdicts(record, verdicts)
+    if kind == "rankings" and not loaded.errors and not loaded.cut:
+        loaded.errors += no_usable_pair(source.name, verdicts)
     return loaded
 
 
@@ -123,8 +124,7 @@ def scan(kind: str, source: Source, max_rows: int | None = None, note: Note = no
     for part, note_part in zip(parts, notes_of_parts(parts, note), strict=True):
         loaded, verdicts = Loaded(note=note_part), Counter[str]()
         for _, record in records(kind, part, loaded, max_rows):
-            if isinstance(record, Ranking) and not verdicts["usable"]:
-                verdicts.update(verdict for *_, verdict in judged_pairs(record))
+            count_verdicts(record, verdicts)
         if kind == "rankings" and not loaded.errors and not loaded.cut:
             loaded.errors += no_usable_pair(part.name, verdicts)
         add_counts(whole, loaded)
@@ -172,18 +172,15 @@ def stream(kind: str, source: Source, loaded: Loaded, max_rows: int | None = Non
     loaded.errors += [] if loaded.errors else errors
 
 
-def no_preference(name: str, rankings: list[Record]) -> list[str]:
-    """Return an error line if rankings hold no preference.
+def count_verdicts(record: Record, verdicts: Counter[str]) -> None:
+    """Count the verdicts on a ranking's pairs, until one is known to be usable.
 
     Args:
-        name: The path or the id.
-        rankings: All records of the source.
+        record: The record; only rankings have pairs.
+        verdicts: Verdict, as of `judged_pairs` → the number of pairs so far.
     """
-    verdicts: Counter[str] = Counter()
-    for ranking in rankings:
-        assert isinstance(ranking, Ranking)
-        verdicts.update(verdict for *_, verdict in judged_pairs(ranking))
-    return no_usable_pair(name, verdicts)
+    if isinstance(record, Ranking) and not verdicts["usable"]:
+        verdicts.update(verdict for *_, verdict in judged_pairs(record))
 
 
 def no_usable_pair(name: str, verdicts: Counter[str]) -> list[str]:
