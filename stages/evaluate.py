@@ -36,7 +36,8 @@ from stages.evaluation.writing import response_rows, write_jsonl
 from stages.settings.checks import context_of
 from stages.settings.evaluate import STAGES, EvaluateSettings, prompt_kind, text_lengths, training_prompt_kinds
 from stages.settings.experiment import Experiment
-from stages.settings.policies import compared_policies, has_rankings
+from stages.settings.policies import climbs_own_model, compared_policies, has_rankings
+from stages.settings.ppo import climbed_folders
 from stages.shared.inputs import (
     LengthLimit,
     fit_prompts,
@@ -227,11 +228,10 @@ def missing_figures(experiment: Experiment, judged: bool) -> list[str]:
 
 def climbed_by_ppo(experiment: Experiment) -> Climbed:
     """Return the reward models that PPO was trained to please, or that chose what it published."""
-    settings = experiment.ppo
-    others = [Path(settings.reward_model)] if settings.reward_model is not None else []
+    settings, others = experiment.ppo, climbed_folders(experiment)
     if settings.held_out_reward_model is not None and settings.keep == "best":
         others.append(Path(settings.held_out_reward_model))
-    return Climbed(own=settings.reward_model is None, others=others)
+    return Climbed(own=climbs_own_model(experiment), others=others)
 
 
 def measured_before(checkpoints: CheckpointStore) -> dict[str, Measured]:

@@ -273,7 +273,7 @@ MUTANTS = [
         'sft / ("ppo_init" if has_ppo_init else "model")',
         'sft / "model"',
     ),
-    Mutant("ppo", "an ensemble's mean is taken for its minimum", "ensemble=c.reward_ensemble)", 'ensemble="mean")'),
+    Mutant("ppo", "an ensemble's mean is taken for its minimum", "how=settings.reward_ensemble)", 'how="mean")'),
     Mutant(
         "ppo",
         "rlhf_reward takes off k1 whatever is penalised",
@@ -863,7 +863,7 @@ MUTANTS = [
         'policies = {"best_of_n"} if is_own else set()',
         'policies = {"best_of_n", "dpo"} if is_own else set()',
     ),
-    Mutant("evaluate", "ppo.reward_model is not asked", "own=settings.reward_model is None", "own=True"),
+    Mutant("evaluate", "ppo.reward_model is not asked", "own=climbs_own_model(experiment)", "own=True"),
     Mutant(
         "evaluate",
         "gold is said to be climbed",

@@ -45,7 +45,8 @@ def measure(
 
     Returns:
         `responses`, `finished`, `raw_scores` (None without a reward model), `kl` (None for best of
-        n) and `lengths`: (P, S) lists; `scores`: such a list of each judge. All as in `Measured`.
+        n, and with top-k or top-p) and `lengths`: (P, S) lists; `scores`: such a list of each
+        judge. All as in `Measured`.
     """
     best_of_n = policy.name == "best_of_n"
     count = settings.best_of if best_of_n else settings.samples_per_prompt
@@ -61,6 +62,8 @@ def measure(
             eos_id=queries[indices[0]].end_id,
             pad_id=tools.tokenizer.pad_token_id,
             temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
             batch_size=(4 if count > 1 else 1) * settings.batch_size,
         )
         with tools.accelerator.autocast():
@@ -68,7 +71,7 @@ def measure(
         answers = [parse_answer(tools.tokenizer, queries[i], ids) for i, ids in zip(repeated, sampled, strict=True)]
         prompts = [chat_ids[i] for i in repeated]
         columns = score(tools, policy, prompts, answers, best_of=count if best_of_n else None)
-        if not best_of_n:
+        if not best_of_n and not settings.truncates:
             query_ids = [queries[i].ids for i in repeated]
             columns["kl"] = log_ratios(tools, policy, query_ids, prompts, answers, settings.temperature)
         return split_columns(columns, len(indices))

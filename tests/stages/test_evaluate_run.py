@@ -758,5 +758,14 @@ def test_without_reward_model_and_documents_what_can_be_measured_is(chain, tmp_p
     write_rows(prompts_file, [{"prompt": prompt} for prompt in held_out_prompts])
     whole = chain.run("evaluate", tmp_path / "whole", *settings, f"data.evaluation_prompts={prompts_file}")
     judged = json.loads((whole.folder / "results.json").read_text())["policies"]
+    likeliest = chain.run("evaluate", tmp_path / "likeliest", *settings, *given, "evaluate.top_k=1")
+    drawn = json.loads((likeliest.folder / "results.json").read_text())["policies"]
+    assert {policy["kl_to_sft"] for policy in drawn.values()} == {None}, "no estimate from such samples"
+    for row in likeliest.rows("responses.jsonl"):
+        if row["policy"] == "dpo":
+            ids = plain.prompt_ids(chain.tokenizer, row["prompt"])
+            said = plain.response_ids(chain.tokenizer, row["response"])[: SMALL["response_length"]]
+            spread = plain.distributions(language_model(chain.root / "dpo/model"), ids, said, 1.0)
+            assert (spread.argmax(-1) == torch.tensor(said)).float().mean() == 1.0
     for name, policy in results["policies"].items():  # a judge more changes nothing else
         assert policy["kl_to_sft"] == judged[name]["kl_to_sft"] and judged[name]["score"] is not None
