@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from stages.rollouts.collect import Sampling, ScoreRules
 from stages.settings.ppo import PPOSettings, ptx_batch_size
+from stages.settings.rollout import CLIP_MAX
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,20 @@ class AdvantageOptions:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """How samples of another engine are weighed in the policy's loss."""
+
+    level: str
+    """"token" or "sequence": what has a weight."""
+    clip_max: float
+    """The largest weight."""
+    clip_min: float | None
+    """The smallest weight; None: 0."""
+    outliers: str
+    """What becomes of a weight beyond these: "truncate" or "mask"."""
+
+
+@dataclass(frozen=True)
 class EngineRules:
     """The limit beyond which a rollout engine counts as lost, and the reaction to it."""
 
@@ -130,6 +145,19 @@ def advantage_options(c: PPOSettings) -> AdvantageOptions:
     """Return how advantages and returns are computed."""
     return AdvantageOptions(
         lam=c.lam, gamma=c.gamma, whiten_rewards=c.whiten_rewards, whiten_advantages=c.whiten_advantages
+    )
+
+
+def correction_of(c: PPOSettings) -> Correction | None:
+    """Return how samples of another engine are weighed; None if they are not."""
+    rollout = c.rollout
+    if rollout.correction is None:
+        return None
+    return Correction(
+        level=rollout.correction,
+        clip_max=CLIP_MAX if rollout.correction_clip_max is None else rollout.correction_clip_max,
+        clip_min=rollout.correction_clip_min,
+        outliers=rollout.correction_outliers or "truncate",
     )
 
 

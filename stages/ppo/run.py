@@ -18,6 +18,7 @@ from data.streams import Stream, derive_seed
 from pipeline.stage import Source, StageRun
 from stages.objectives.advantages import gae
 from stages.objectives.control import adaptive_kl_coef
+from stages.objectives.importance import importance_figures, importance_weights
 from stages.objectives.masked import masked_whiten
 from stages.objectives.rewards import kl_per_token, token_rewards
 from stages.ppo.evaluation import evaluate
@@ -25,9 +26,11 @@ from stages.ppo.figures import OF_PTX, OF_UPDATE, describe, not_finite_episodes
 from stages.ppo.inputs import HeldOut, Streams, load_models, load_prompts, load_ptx_rows, role_folders, start_folder
 from stages.ppo.options import (
     AdvantageOptions,
+    Correction,
     KlControl,
     UpdateOptions,
     advantage_options,
+    correction_of,
     engine_rules,
     kl_control,
     sampling_options,
@@ -86,6 +89,7 @@ def run(ctx: StageRun[PPOSettings, Experiment]) -> dict:
     run, sampler, streams = setup.run, setup.sampler, setup.streams
     held_out = setup.held_out
     kl, gae_options, options = kl_control(c), advantage_options(c), update_options(c, session.seed)
+    correction = correction_of(c)
     step = begin(setup, c)
     policy_schedule, value_schedule = c.schedule(run.updates), c.value_schedule(run.updates)
     if step == 0 or run.pending.owed:
@@ -102,12 +106,13 @@ def run(ctx: StageRun[PPOSettings, Experiment]) -> dict:
             rewards = reward(rollout, kl_coef, kl.estimator, gae_options.whiten_rewards)
             # 4 advantage, and the targets of the values
             batch = advantage(rollout, rewards, gae_options)
+            batch, corrected = correct(batch, correction)
             # 5 update
             rates = Rates(policy=policy_schedule.rate_at(step), value=value_schedule.rate_at(step))
             learned = learn(setup, batch, options, step, rates)
             # 6 keep
             count_draws(setup, c)
-            row = describe(rollout, batch.returns, kl_coef, kl.estimator) | learned
+            row = describe(rollout, batch.returns, kl_coef, kl.estimator) | corrected | learned
             seconds = time.perf_counter() - began
             row |= {"kl_coef": kl_coef, "eps": c.batch_size / seconds, "lr": rates.policy}
             row["episode"] = run.drawn.episodes
@@ -291,6 +296,31 @@ def advantage(rollout: Rollout, rewards: Tensor, options: AdvantageOptions) -> B
     if options.whiten_advantages:
         advantages = masked_whiten(advantages, mask)
     return Batch(rollout, advantages, returns)
+
+
+def correct(batch: Batch, correction: Correction | None) -> tuple[Batch, dict[str, float]]:
+    """Weigh what another engine sampled; return the batch with weights, and their figures.
+
+    Args:
+        batch: Episodes, advantages and returns.
+        correction: How they are weighed; None: not at all.
+    """
+    if correction is None:
+        return batch, {}
+    rollout = batch.rollout
+    # the policy's own samples, whose log-probabilities were not computed again, have weight 1
+    sampled = rollout.logprobs if rollout.sampler_logprobs is None else rollout.sampler_logprobs
+    weights, is_outlier = importance_weights(
+        rollout.logprobs,
+        sampled,
+        rollout.mask,
+        correction.level,
+        clip_max=correction.clip_max,
+        clip_min=correction.clip_min,
+        outliers=correction.outliers,
+    )
+    figures = importance_figures(weights, is_outlier, rollout.mask, correction.level)
+    return replace(batch, weights=weights), figures
 
 
 def learn(setup: Setup, batch: Batch, options: UpdateOptions, step: int, rates: Rates) -> dict[str, float]:

@@ -36,6 +36,8 @@ class Batch:
     """(B, R) how much better each token was than expected."""
     returns: Tensor
     """(B, R) targets of the values."""
+    weights: Tensor | None = None
+    """(B, R) weight of each token in the policy's loss; None: 1."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,8 @@ def ppo_gradients(roles: Roles, batch: Batch, index: list[int], options: UpdateO
         )
         with roles.accelerator.autocast():
             logprobs = response_logprobs(roles.policy, rows, options.temperature)
-        loss, sums = policy_loss(logprobs, old_logprobs, advantages, mask, options.clipping.ratio, tokens)
+        weights = None if batch.weights is None else batch.weights[episodes, : mask.shape[1]]
+        loss, sums = policy_loss(logprobs, old_logprobs, advantages, mask, options.clipping.ratio, tokens, weights)
         # a padding micro-batch only keeps this rank in step; times 0 it takes part in the
         # collectives
         roles.accelerator.backward(loss if is_own else 0.0 * loss)

@@ -120,7 +120,8 @@ def collect(
     parts = {**rollout.parts, **score_texts(scorer, rollout, data_rows, tokenizer, sampling, poll)}
     rollout = replace(rollout, scores=scorer.total(parts), parts=parts if scorer.shows_parts else {})
     if recompute:
-        rollout = replace(rollout, engine_kl=engine_kl(sampled.logprobs, rollout.logprobs, rollout.mask))
+        kl = engine_kl(sampled.logprobs, rollout.logprobs, rollout.mask)
+        rollout = replace(rollout, sampler_logprobs=sampled.logprobs, engine_kl=kl)
     return replace(rollout, scores=sampling.scores.apply(rollout.scores, rollout.finished, lengths))
 
 

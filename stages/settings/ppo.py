@@ -8,7 +8,7 @@ from pipeline.stage import Stage, StageRun
 from stages.models.ensemble_folder import How, others_of
 from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
 from stages.settings.policies import has_rankings
-from stages.settings.rollout import SET_BY_PPO, RolloutSettings, missing_engine
+from stages.settings.rollout import SET_BY_PPO, RolloutSettings, correction_problems, missing_engine
 from stages.settings.scorers.common import ScorerSection
 from stages.settings.scorers.model import OWN, ModelScorer
 from stages.settings.scorers.scorer import Scorer, names_of, scorer_files, scorer_problems, scorer_stages
@@ -36,6 +36,11 @@ METRICS = {
     "val/clipfrac_avg": "fraction of tokens whose value was clipped",
     "val/ratio": "mean ratio of new to old probability over the update (1 at its first mini-batch)",
     "val/engine_kl": "KL(sampling distribution ‖ policy) in nats per token, if log-probabilities are recomputed",
+    "sampling/importance_sampling_ratio/mean": "mean weight of ppo.rollout.correction, after truncation or masking",
+    "sampling/importance_sampling_ratio/min": "smallest such weight",
+    "sampling/importance_sampling_ratio/max": "largest such weight",
+    "sampling/importance_sampling_outliers": "fraction of tokens (or responses, with sequence) whose weight was out of "
+    "bounds",
     "val/explained_variance": "fraction of the variance of the returns that the values explain (1: all; 0: no better "
     "than their mean)",
     "grad_norm/ppo": "norm of the policy gradient before ptx is added and before clipping",
@@ -280,6 +285,7 @@ def check(experiment: "Experiment") -> list[str]:
         if folder is not None and not (Path(folder).expanduser() / "config.json").is_file():
             lines.append(f"ppo.{key}: {folder} has no config.json; give the model/ folder of a reward model")
     lines += reward_problems(settings)
+    lines += correction_problems(settings.rollout)
     for name in sorted(set(SET_BY_PPO) & set(experiment.launch.vllm.options)):
         lines.append(f"launch.vllm.options: ppo sets {name} itself; leave it out")
     if settings.publish_ema and settings.ema_decay is None:
