@@ -150,8 +150,8 @@ MUTANTS = [
     Mutant(
         "ppo",
         "the value model steps at the policy's rate",
-        "optimizer_step(value, rates.value, step)",
-        "optimizer_step(value, rates.policy, step)",
+        "zip(trainees, (rates.policy, rates.value), strict=False)",
+        "zip(trainees, (rates.policy, rates.policy), strict=False)",
     ),
     Mutant(
         "ppo",
