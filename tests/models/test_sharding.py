@@ -298,7 +298,7 @@ def check_roles(folders, adapter, dtype):
     folders = RoleFolders(
         policy=folder / "sft",
         reward_models=(RewardFolder("rm", NamedFolder("rm", folder / "rm" / "model"), trunk=folder / "sft"),),
-        judge=NamedFolder("judge", folder / "judge"),
+        judge=RewardFolder("judge", NamedFolder("judge", folder / "judge")),
     )
     options = RoleOptions(
         **common, max_length=64, gradient_checkpointing=True, sharded=True, policy_seed=1, value_seed=2
