@@ -8,6 +8,7 @@ Imports are late: environment variables must be set before torch is imported.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,11 +79,13 @@ def load_experiment(path: str | Path, *overrides: str) -> Experiment:
 
 def validate(tree: Tree) -> Any:
     """Set this process's environment for a parsed config, and validate the config."""
+    from pipeline import taking
     from pipeline.config.validation import validate_tree
     from pipeline.launch import environment
 
     environment.set_environment(tree.values)
-    return validate_tree(tree, experiment_class(), [stage.check for stage in stages().values()])
+    checks = [stage.check for stage in stages().values()]
+    return validate_tree(tree, experiment_class(), [*checks, partial(taking.problems, stages=stages())])
 
 
 def check_unchanged(experiment: Common) -> ConfigFile:
@@ -113,13 +116,16 @@ def check_unchanged(experiment: Common) -> ConfigFile:
 
 def open_store(experiment: Common, location: Location) -> ArtifactStore:
     """Return the artifacts of an experiment, to read them."""
+    from pipeline import taking
     from pipeline.store.artifacts import ArtifactStore
 
-    return ArtifactStore(location.folder, experiment.name)
+    taken = taking.taken_stores(experiment, location.folder)
+    return ArtifactStore(location.folder, experiment.name, taken=taken)
 
 
 def open_store_to_run(experiment: Common, location: Location) -> ArtifactStore:
     """Return the artifacts of an experiment, to make them: manifests record the config's file."""
+    from pipeline import taking
     from pipeline.origin import Origin
     from pipeline.store.artifacts import ArtifactStore
 
@@ -128,7 +134,8 @@ def open_store_to_run(experiment: Common, location: Location) -> ArtifactStore:
         raise UserError("experiment: was not loaded from a file; use load_experiment")
     checks = [stage.check for stage in stages().values()]
     origin = Origin.of(file.path, type(experiment), checks, location.url is not None, file.overrides)
-    return ArtifactStore(location.folder, experiment.name, origin)
+    taken = taking.taken_stores(experiment, location.folder)
+    return ArtifactStore(location.folder, experiment.name, origin, taken)
 
 
 def run(

@@ -212,10 +212,10 @@ def status_command(arguments: argparse.Namespace) -> int:
         if state.manifest is not None:
             when = f"{datetime.fromisoformat(state.manifest['finished_at']).astimezone():%Y-%m-%d %H:%M}"
             result = " · ".join(headline(stages[name], state.manifest["metrics"]))
-        if store.folder(name).is_dir():
+        if not state.taken_from and store.folder(name).is_dir():
             size = files.human_bytes(store.size(name))
         sentence = hints.filled(state.sentence(), caller)
-        if state.kind == "missing" and name not in wanted:
+        if state.kind == "missing" and not state.taken_from and name not in wanted:
             sentence = reason_not_needed(name, list(stages)[-1])
         row = (name, Text(sentence, style=STYLES[state.kind]), when, size, Text(result))
         table.add_row(*row[: len(columns)])

@@ -21,7 +21,15 @@ from pipeline.config.yaml_tree import read_tree
 from pipeline.errors import UserError
 from pipeline.store import integrity
 
-IGNORED_KEYS = ("name", "launch", "tracking", "checkpoints")  # no finished stage depends on them
+IGNORED_KEYS = (
+    "name",
+    "launch",
+    "tracking",
+    "checkpoints",
+    "from_",
+    "from",
+    "sweep",
+)  # no finished stage depends on them
 YAML_WORDS = ("null", "true", "false")  # YAML does not parse them as strings
 
 
