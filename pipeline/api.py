@@ -79,11 +79,17 @@ def load_experiment(path: str | Path, *overrides: str) -> Experiment:
 
 def validate(tree: Tree) -> Any:
     """Set this process's environment for a parsed config, and validate the config."""
-    from pipeline import taking
-    from pipeline.config.validation import validate_tree
     from pipeline.launch import environment
 
     environment.set_environment(tree.values)
+    return check(tree)
+
+
+def check(tree: Tree) -> Any:
+    """Validate a parsed config, and leave this process's environment as it is."""
+    from pipeline import taking
+    from pipeline.config.validation import validate_tree
+
     checks = [stage.check for stage in stages().values()]
     return validate_tree(tree, experiment_class(), [*checks, partial(taking.problems, stages=stages())])
 
@@ -174,6 +180,10 @@ def run(
         raise UserError(f"stage: {stage!r} is not a stage; choose from {', '.join(declarations)}")
     if experiment.launch.processes * experiment.launch.nodes > 1:
         raise UserError("launch.processes: a Python process runs stages alone; set it to 1, or use `rlhf run`")
+    if experiment.sweep:
+        raise UserError(
+            "sweep: a Python process runs one experiment; use `rlhf run`, or load_experiment(…, 'sweep=null')"
+        )
     file, flags = check_unchanged(experiment), flags or Flags()
     path, place = str(file.path), str(artifacts)
     if not flags.command:

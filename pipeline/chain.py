@@ -250,21 +250,23 @@ class Chain:
         return lines
 
     def closure(self, target: str) -> list[str]:
-        """Return a stage and everything that it builds on, in order.
-
-        Raises:
-            UserError: If one of them reads data that the config does not give.
-        """
-        wanted, order = {target}, list(self.stages)
-        for name in reversed(order):
-            if name in wanted:
-                late = [need for need in self.needs(name) if need not in order[: order.index(name)]]
-                assert not late, f"{name} needs {late}, which must be listed before it"
-                wanted.update(self.needs(name))
-        closure = [name for name in order if name in wanted]
+        """Return a stage and everything that it builds on, in order; see `closure_of`."""
+        closure = closure_of(target, self.experiment, self.stages)
         if lines := missing_data_of(closure, self.stages, self.experiment):
             raise UserError(lines)
         return closure
+
+
+def closure_of(target: str, experiment: Common, stages: Mapping[str, Stage]) -> list[str]:
+    """Return a stage and everything that it builds on, in order."""
+    wanted, order = {target}, list(stages)
+    for name in reversed(order):
+        if name in wanted:
+            needs = all_needs(stages[name], experiment)
+            late = [need for need in needs if need not in order[: order.index(name)]]
+            assert not late, f"{name} needs {late}, which must be listed before it"
+            wanted.update(needs)
+    return [name for name in order if name in wanted]
 
 
 def print_line(console: Console, line: str) -> None:

@@ -55,13 +55,12 @@ def clean_command(arguments: argparse.Namespace) -> int:
 
 def experiments_that_take(store: Any) -> list[str]:
     """Return the experiments beside this one whose finished stages were made from its artifacts."""
-    names = set()
+    names, base = set(), store.base.resolve()
     for path in store.root.glob("*/*/manifest.json"):
         with suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
             taken = json.loads(path.read_text(encoding="utf-8"))["config"].get("from", {})
-            if any(
-                (path.parents[1] / entry["folder"]).parent.resolve() == store.base.resolve() for entry in taken.values()
-            ):
+            folders = [(path.parents[1] / entry["folder"]).resolve() for entry in taken.values()]
+            if any(folder.parent == base for folder in folders):
                 names.add(path.parents[1].name)
     return sorted(names - {store.base.name})
 
