@@ -287,6 +287,16 @@ def chat_command(arguments: argparse.Namespace) -> int:
     )
 
 
+def compare_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf compare`: write a page that compares experiments, and print tables."""
+    from pipeline.launch import environment
+
+    environment.set_environment({})
+    location = Location.of(arguments.artifacts)
+    compare = importlib.import_module("stages.page.compare")
+    return compare.run(arguments.experiments, location.folder, arguments.output, make_console())
+
+
 def data_command(arguments: argparse.Namespace) -> int:
     """Run `rlhf data`: the action that the arguments name."""
     return importlib.import_module("pipeline.data_commands").ACTIONS[arguments.action](arguments)
@@ -299,5 +309,6 @@ COMMANDS = {
     "clean": clean_command,
     "doctor": doctor_command,
     "chat": chat_command,
+    "compare": compare_command,
     "data": data_command,
 }

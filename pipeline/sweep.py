@@ -1,8 +1,8 @@
 """Expand a sweep: lists of values, one experiment for each combination of them.
 
 An axis is a setting with the values to try, from the section `sweep` of the YAML or from the
-command line (`ppo.kl_coef=[0.05,0.1]`, where the setting itself takes no list). Each combination is a
-variant: an experiment of its own, whose name holds its values.
+command line (`ppo.kl_coef=[0.05,0.1]`, where the setting itself takes no list). Each combination
+is a variant: an experiment of its own, whose name holds its values.
 
 No stage is made twice. A stage depends on some of the axes; the experiment whose name holds the
 values of just these makes it, and the variants take it from there (`from`). With a sweep of
