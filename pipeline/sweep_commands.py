@@ -63,8 +63,8 @@ class Progress:
 
     def worst(self) -> int:
         """Return the exit code of the sweep."""
-        codes = set(self.codes.values()) or {0}
-        return next((code for code in WORST_FIRST if code in codes), 1)
+        codes = {code if code in WORST_FIRST else 1 for code in self.codes.values()}
+        return next((code for code in WORST_FIRST if code in codes), 0)
 
 
 def run_sweep(arguments: argparse.Namespace, sweep: Sweep) -> int:

@@ -46,7 +46,7 @@ class PolicyPart:
     seeds: Table | None
     """Means over seeds."""
     sentences: list[str]
-    """What a reader must know."""
+    """What a reader must know of the differences."""
     pictures: list[Picture]
     """Its plots."""
 
@@ -75,12 +75,14 @@ def run(names: Sequence[str], root: Path, output: str | None, console: Any) -> i
     contrasts = compare_results.contrasts_of(sides, groups)
     parts = [part_of(sides, policy, groups, contrasts, tones) for policy in shown_policies(sides)]
     changed = compare_settings.settings_table(sides, settings, tones)
+    sentences = compare_results.without_seeds(sides, groups) + [line for part in parts for line in part.sentences]
+    sentences = list(dict.fromkeys(sentences))  # those of several policies are often the same
     path = page_path(output, root, sides)
-    page = page_of(sides, groups, contrasts, tones, parts, changed)
+    page = page_of(sides, groups, contrasts, tones, parts, changed, sentences)
     with files.name_in_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
-    print_tables(console, sides, parts, changed)
+    print_tables(console, sides, parts, changed, sentences)
     console.print(f"page: {path}", style="bold", markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -122,7 +124,7 @@ def part_of(
         compare_results.figures_table(sides, policy, tones),
         paired,
         compare_results.seeds_table(sides, groups, policy, tones),
-        list(dict.fromkeys([*compare_results.without_seeds(sides, groups), *sentences])),
+        sentences,
         [picture(plot) for plot in compare_plots.result_plots(sides, policy, tones)],
     )
 
@@ -134,8 +136,9 @@ def page_of(
     tones: Sequence[str],
     parts: Sequence[PolicyPart],
     changed: Table | None,
+    sentences: Sequence[str],
 ) -> str:
-    """Return the page."""
+    """Return the page; its arguments are those of `run`."""
     ends = (contrasts[0].ours, contrasts[0].theirs) if contrasts else (1, 0)
     answered = [part.policy for part in parts if all(part.policy in sides[end].policies for end in ends)]
     asked = compare_samples.side_by_side(sides, answered[0], tones, ends, PROMPTS) if answered else []
@@ -149,6 +152,7 @@ def page_of(
         surroundings=compare_settings.surroundings_table(sides),
         stages=compare_settings.stages_table(sides),
         parts=parts,
+        sentences=sentences,
         unmeasured=[side.label for side in sides if side.results is None],
         climbed=[capitalised(line) for line in compare_results.climbed_note(sides)],
         curves=[picture(plot) for plot in compare_plots.overlays(sides, groups, tones)],
@@ -175,7 +179,9 @@ def template() -> Any:
 # -- the terminal --------------------------------------------------------------------------------
 
 
-def print_tables(console: Any, sides: Sequence[Side], parts: Sequence[PolicyPart], changed: Table | None) -> None:
+def print_tables(
+    console: Any, sides: Sequence[Side], parts: Sequence[PolicyPart], changed: Table | None, sentences: Sequence[str]
+) -> None:
     """Print what differs and the results.
 
     Args:
@@ -183,6 +189,7 @@ def print_tables(console: Any, sides: Sequence[Side], parts: Sequence[PolicyPart
         sides: The experiments.
         parts: What the page says of each policy.
         changed: The settings that differ; None if none does.
+        sentences: What a reader must know of the differences.
     """
     from rich.text import Text
 
@@ -195,7 +202,7 @@ def print_tables(console: Any, sides: Sequence[Side], parts: Sequence[PolicyPart
         for table in (part.paired, part.seeds):
             if table is not None:
                 print_table(console, table)
-    for line in dict.fromkeys(line for part in parts for line in part.sentences):
+    for line in sentences:
         console.print(Text(f"{line}.", style="yellow"), soft_wrap=True)
     for side in sides:
         for line in side.notes:
