@@ -140,7 +140,7 @@ def test_a_stage_that_would_be_another_one_is_not_shared():
 
 
 def test_a_target_must_depend_on_every_axis():
-    with pytest.raises(UserError, match="fit.steps: text does not depend on it.*run fit or page"):
+    with pytest.raises(UserError, match=r"fit\.steps: text does not depend on it.*run fit or page"):
         members("text", "fit.steps=[1,2]")
 
 
@@ -206,7 +206,7 @@ def test_exit_codes_are_ordered_from_the_worst():
 
 
 def test_nothing_runs_if_a_variant_is_no_valid_experiment(swept):
-    code, out, err = swept("run", "fit", "fit.steps=[1,0]")
+    code, _, err = swept("run", "fit", "fit.steps=[1,0]")
     assert code == 2 and "fit.steps: 0; should be greater" in err and not Path("artifacts").exists()
 
 

@@ -60,7 +60,7 @@ def test_the_bytes_are_those_of_a_stage_made_here(other):
 
 def test_other_settings_are_refused_by_key(other):
     before = tree()
-    code, out, err = other("run", "fit", "text.words=4")
+    code, _, err = other("run", "fit", "text.words=4")
     assert code == 2 and "from small, and this config needs another one (text.words 3 → 4)" in err
     assert other("run", "fit", "seed=1")[0] == 2 and not Path("artifacts/other").exists()
     assert "from small: stale because text.words 3 → 4" in other("status", "text.words=4")[1]
