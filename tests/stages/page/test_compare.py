@@ -19,8 +19,6 @@ from stages.page.drawing import Picture
 from stages.page.results import complete
 from tests.stages.page.test_report import Tags
 
-NBSP = "\u00a0"
-
 
 @pytest.fixture
 def small_pictures(monkeypatch):
@@ -327,6 +325,23 @@ def test_plots_are_drawn(tmp_path):
     assert page.count("<svg") >= 15 and "var(--run1)" in page and "var(--run2)" in page
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("scheme, card", [(0, "#ffffff"), (1, "#1a1e27")])
+def test_names_of_experiments_are_readable_in_both_schemes(scheme, card):
+    """WCAG asks for a contrast of 4.5 between text and background."""
+
+    def luminance(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    style = (Path(compare.__file__).parent / "compare_style.j2").read_text(encoding="utf-8")
+    colours = re.findall(r"--run\d: (#\w{6})", style)[8 * scheme : 8 * scheme + 8]
+    assert len(set(colours)) == 8
+    for colour in colours:
+        light, dark = sorted([luminance(colour), luminance(card)], reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, colour
 
 
 # -- mistakes ------------------------------------------------------------------------------------
