@@ -14,6 +14,9 @@ from stages.evaluation.statistics import mean_estimate, share_estimate, win_rate
 from stages.page.compare_read import Row, Side
 from stages.page.samples import key
 
+PLAIN = ("length", "finished")
+"""The figures of a response that no judge gives."""
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -50,10 +53,24 @@ class Pairing:
 
 
 def value_of(row: Row, figure: str) -> Any:
-    """Return a figure of a response: gold, score, length or finished; None if it is missing."""
+    """Return a figure of a response: length, finished or what a judge says; None if missing."""
     if figure == "gold":
         return (row.get("gold") or {}).get("overall")
-    return row.get(figure)
+    if figure == "reward_model":
+        return row.get("score")
+    return row.get(figure) if figure in PLAIN else (row.get("judges") or {}).get(figure)
+
+
+def judges_of(side: Side, policy: str | None = None) -> list[str]:
+    """Return the judges of an experiment, the one that is trusted most first.
+
+    Args:
+        side: The experiment.
+        policy: Leave out the judges that selected this policy's answers: they prefer them however
+            poor they are.
+    """
+    judges = {} if side.results is None else side.results["judges"]
+    return [name for name, judge in judges.items() if policy not in judge["selected"]]
 
 
 def answers_of(side: Side, policy: str) -> dict[str, Answers]:
@@ -80,11 +97,20 @@ def pair(ours: Side, theirs: Side, policy: str) -> Pairing:
 
 
 def same_judge(ours: Side, theirs: Side) -> bool:
-    """Return whether both experiments were scored by one reward model in one way."""
-    one, other = (side.manifests.get("evaluate", {}) for side in (ours, theirs))
-    digests = [manifest.get("inputs", {}).get("rm") for manifest in (one, other)]
-    rules = [manifest.get("config", {}).get("evaluate", {}).get("missing_eos_score") for manifest in (one, other)]
-    return digests[0] is not None and digests[0] == digests[1] and rules[0] == rules[1]
+    """Return whether the same judges, besides gold, scored both experiments in one way."""
+    one, other = (judging(side) for side in (ours, theirs))
+    return one is not None and one == other
+
+
+def judging(side: Side) -> dict[str, Any] | None:
+    """Return what the judges of an experiment are made of; None if nothing but gold judged it."""
+    manifest = side.manifests.get("evaluate")
+    if manifest is None:
+        return None
+    settings = manifest["config"].get("evaluate") or {}
+    made_of = {key: digest for key, digest in manifest["inputs"].items() if key == "rm" or key.startswith("folder:")}
+    rules = {key: settings.get(key) for key in ("missing_eos_score", "reward_ensemble", "judges")}
+    return made_of | rules if made_of or rules["judges"] else None
 
 
 def sampling_differences(ours: Side, theirs: Side) -> list[str]:
@@ -100,12 +126,12 @@ def difference(pairing: Pairing, figure: str) -> dict[str, Any] | None:
 
     Args:
         pairing: The common prompts.
-        figure: "gold" or "finished", which are in [0, 1], "score" or "length".
+        figure: "gold" or "finished", which are in [0, 1], "length" or another judge.
 
     Returns:
         {value, ci95, n}; None if the figure was not measured, or if other judges gave the scores.
     """
-    if not pairing.ours or (figure == "score" and not pairing.same_judge):
+    if not pairing.ours or (figure not in ("gold", *PLAIN) and not pairing.same_judge):
         return None
     gaps, clusters = [], []
     for mine, others in zip(pairing.ours, pairing.theirs, strict=True):
@@ -121,14 +147,19 @@ def difference(pairing: Pairing, figure: str) -> dict[str, Any] | None:
     return mean_estimate(gaps, clusters)
 
 
-def wins_over(pairing: Pairing) -> dict[str, Any] | None:
-    """Estimate how often our answer beats theirs to the same prompt, by gold or by the score.
+def wins_over(pairing: Pairing, judges: Sequence[str]) -> dict[str, Any] | None:
+    """Estimate how often our answer beats theirs to the same prompt.
+
+    Args:
+        pairing: The common prompts.
+        judges: The judges of both, the one that is trusted most first; the first that can judge
+            both decides.
 
     Returns:
         {value, ci95, n, by}, where `by` names the judge; None without one that judged both.
     """
-    for judge in ("gold", "score"):
-        if judge == "score" and not pairing.same_judge:
+    for judge in judges:
+        if judge != "gold" and not pairing.same_judge:
             continue
         ours, theirs = (columns(answers, judge) for answers in (pairing.ours, pairing.theirs))
         if ours is not None and theirs is not None:

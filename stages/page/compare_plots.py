@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from stages.page.compare_pairs import judges_of, same_judge
 from stages.page.compare_read import Side
 from stages.page.compare_results import group_label
 from stages.page.curves import HELD_OUT, LOSSES, PPO, Journal, episodes_by_step, series
 from stages.page.numbers import listed, number
 from stages.page.palette import RUNS
 from stages.page.plot import Curves, Dots, Key, Label, Line, Mark, Plot, Point, RowMark, Rows, smooth, thin
-from stages.page.results import NAMES
+from stages.page.results import JUDGES, NAMES
 
 
 @dataclass(frozen=True)
@@ -167,24 +168,25 @@ def quality_plot(measured: Sequence[tuple[Side, str]], policy: str) -> list[Plot
 
 
 def frontier_plot(measured: Sequence[tuple[Side, str]], policy: str) -> list[Plot]:
-    """Return gold, or else the score by one reward model, against the KL to SFT."""
-    judges = {side.manifests["evaluate"]["inputs"].get("rm") for side, _ in measured}
-    for figure, unit in (("gold", "mean gold"), ("score", "score of the reward model")):
-        if figure == "score" and len(judges) > 1:
+    """Return the quality against the KL to SFT, by the most trusted judge that all share."""
+    if len(measured) < 2:
+        return []
+    first = measured[0][0]
+    for judge in judges_of(first):
+        if judge != "gold" and not all(same_judge(first, side) for side, _ in measured[1:]):
             continue
         marks: list[Mark] = []
         for side, tone in measured:
             entry = side.policies[policy]
-            y = number((entry["gold"] or {}).get("overall") if figure == "gold" else entry["score"])
-            x = number(entry["kl_to_sft"])
-            if x is None or y is None:
-                continue
-            marks.append(Dots([(x, y)], tone, 9, [f"{side.label}: {y:.3g} at {x:.3g} nats"]))
-            marks.append(Label(x, y, side.label, tone))
+            verdict = entry["judges"].get(judge) or {}
+            x, y = number(entry["kl_to_sft"]), number((verdict.get("score") or {}).get("value"))
+            if x is not None and y is not None:
+                marks.append(Dots([(x, y)], tone, 9, [f"{side.label}: {y:.3g} at {x:.3g} nats"]))
+                marks.append(Label(x, y, side.label, tone))
         if len(marks) >= 4:
             caption = "What was gained, and how far the policy moved from SFT for it. Up and to the left is better."
             title = f"{NAMES.get(policy, policy)}: quality and its price"
-            drawing = Curves(marks, "KL to SFT, nats per response", unit)
+            drawing = Curves(marks, "KL to SFT, nats per response", f"mean score of the {JUDGES.get(judge, judge)}")
             return [Plot(f"frontier-{policy}", title, caption, drawing, size="large")]
     return []
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from stages.evaluation.statistics import mean_estimate
-from stages.page.compare_pairs import Pairing, difference, pair, wins_over
+from stages.page.compare_pairs import Pairing, difference, judges_of, pair, wins_over
 from stages.page.compare_read import Row, Side
 from stages.page.numbers import NONE, fixed, listed, number
-from stages.page.results import NAMES
+from stages.page.results import JUDGES, NAMES
 from stages.page.sentences import marks
 from stages.page.table import Cell, Table, dense, estimate_cell, gold_cell, share_cell, value_cell
 
@@ -50,7 +51,26 @@ FIGURES = (
     Figure("ended by itself", lambda policy: policy["eos_rate"], 3, is_share=True),
     Figure("perplexity", lambda policy: policy["pretrain_perplexity"], 2),
 )
-"""The figures of which means over seeds are computed."""
+"""The figures of which means over seeds are computed, besides those of further judges."""
+
+
+def further_judges(sides: Sequence[Side]) -> list[str]:
+    """Return the judges besides gold and the reward model, which have columns of their own."""
+    found = dict.fromkeys(judge for side in sides for judge in judges_of(side))
+    return [judge for judge in found if judge not in ("gold", "reward_model")]
+
+
+def figures_of(sides: Sequence[Side]) -> list[Figure]:
+    """Return the figures of a policy, with those of further judges after the score."""
+    figures = list(FIGURES)
+    place = [figure.name for figure in figures].index("score") + 1
+    further = [Figure(JUDGES.get(judge, judge), partial(judged, judge=judge), 2) for judge in further_judges(sides)]
+    return figures[:place] + further + figures[place:]
+
+
+def judged(policy: Row, judge: str) -> Any:
+    """Return the mean score that a judge gives a policy; None if it did not judge it."""
+    return ((policy["judges"].get(judge) or {}).get("score") or {}).get("value")
 
 
 def policies_of(sides: Sequence[Side]) -> list[str]:
@@ -62,6 +82,7 @@ def policies_of(sides: Sequence[Side]) -> list[str]:
 def figures_table(sides: Sequence[Side], policy: str, tones: Sequence[str]) -> Table:
     """Return the figures of a policy, a row for each experiment that measured it."""
     rows = []
+    further = further_judges(sides)
     for side, tone in zip(sides, tones, strict=True):
         if policy not in side.policies:
             continue
@@ -73,6 +94,7 @@ def figures_table(sides: Sequence[Side], policy: str, tones: Sequence[str]) -> T
                 Cell(gold.text, gold.small, strong=True),
                 gold_cell(entry["gold_held_out_tasks"]),
                 value_cell(entry["score"], 2, ci95["score"]),
+                *(estimate_cell((entry["judges"].get(judge) or {}).get("score"), 2) for judge in further),
                 estimate_cell(None if policy == "sft" else entry["win_rate_vs_sft"], 3),
                 value_cell(entry["kl_to_sft"], 2, ci95["kl_to_sft"]),
                 value_cell(entry["length"], 1, ci95["length"]),
@@ -80,7 +102,8 @@ def figures_table(sides: Sequence[Side], policy: str, tones: Sequence[str]) -> T
                 value_cell(entry["pretrain_perplexity"], 2, ci95["pretrain_perplexity"]),
             )
         )
-    columns = ("experiment", "gold, 95 % interval", "gold on held-out tasks", "score", "win rate against SFT",
+    names = [JUDGES.get(judge, judge) for judge in further]
+    columns = ("experiment", "gold, 95 % interval", "gold on held-out tasks", "score", *names, "win rate against SFT",
                "KL to SFT, nats per response", "length, tokens", "ended by itself",
                "pretraining perplexity")  # fmt: skip
     return dense(Table(f"{NAMES.get(policy, policy)} in each experiment", columns, tuple(rows)))
@@ -125,7 +148,8 @@ def paired_table(
         The table, or None where nothing can be paired; and what a reader must know, one sentence
         each.
     """
-    rows, said = [], []
+    rows, said, by = [], [], set()
+    further = further_judges(sides)
     for contrast in contrasts:
         ours, theirs = sides[contrast.ours], sides[contrast.theirs]
         if policy not in ours.policies or policy not in theirs.policies:
@@ -134,22 +158,25 @@ def paired_table(
         said += sentences(pairing, ours, theirs)
         if len(pairing.ours) < 2:
             continue
-        wins = wins_over(pairing)
-        gold, score, length, ended = (difference(pairing, name) for name in ("gold", "score", "length", "finished"))
+        wins = wins_over(pairing, [judge for judge in judges_of(ours, policy) if judge in judges_of(theirs, policy)])
+        by |= set() if wins is None else {JUDGES.get(wins["by"], wins["by"])}
         rows.append(
             (
                 Cell(f"{ours.label} − {theirs.label}", tone=tones[contrast.ours]),
-                strong(signed_cell(gold, 3)),
-                signed_cell(score, 2),
+                strong(signed_cell(difference(pairing, "gold"), 3)),
+                signed_cell(difference(pairing, "reward_model"), 2),
+                *(signed_cell(difference(pairing, judge), 2) for judge in further),
                 Cell(NONE) if wins is None else share_cell(wins["value"], wins["ci95"]),
-                signed_cell(length, 1),
-                signed_cell(ended, 3),
+                signed_cell(difference(pairing, "length"), 1),
+                signed_cell(difference(pairing, "finished"), 3),
                 Cell(f"{len(pairing.ours)} of {pairing.total}"),
             )
         )
     if not rows:
         return None, said
-    columns = ("difference", "gold", "score", "its answer is preferred to the other's", "length, tokens",
+    names = [JUDGES.get(judge, judge) for judge in further]
+    wins_head = f"preferred to the other's answer, by the {listed(sorted(by))}"
+    columns = ("difference", "gold", "score", *names, wins_head, "length, tokens",
                "ended by itself", "common prompts")  # fmt: skip
     table = Table(f"{NAMES.get(policy, policy)}: differences, paired by prompt", columns, tuple(rows))
     return dense(table), said
@@ -163,7 +190,7 @@ def sentences(pairing: Pairing, ours: Side, theirs: Side) -> list[str]:
     said = []
     if common < pairing.total:
         said.append(f"{both} are compared on the {common} prompts that both answered, of {pairing.total}")
-    if not pairing.same_judge and any(own.values("score") is not None for own in pairing.ours[:1]):
+    if not pairing.same_judge and pairing.ours[0].values("reward_model") is not None:
         said.append(f"{both} were scored by different reward models, so their scores are not compared")
     said += [f"{both} were sampled differently: {problem}" for problem in pairing.problems]
     return said
@@ -209,7 +236,7 @@ def seeds_table(
         The table; None if no group has two seeds.
     """
     rows = []
-    figures = [figure for figure in FIGURES if figure.of_sft or policy != "sft"]
+    figures = [figure for figure in figures_of(sides) if figure.of_sft or policy != "sft"]
     measured = [[index for index in group if policy in sides[index].policies] for group in groups]
     for group in measured:
         if len(group) >= 2:

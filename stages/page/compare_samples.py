@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.evaluation.shown_prompts import BETWEEN, GAINS, LOSES, choose
-from stages.page.compare_pairs import Answers, answers_of, same_judge
+from stages.page.compare_pairs import Answers, answers_of, judges_of, same_judge
 from stages.page.compare_read import Row, Side
 
 
@@ -77,8 +77,8 @@ def judgements(
     ours: Sequence[Answers], theirs: Sequence[Answers], one: Side, other: Side
 ) -> tuple[list[float] | None, list[float] | None]:
     """Return the judge's value of the first answer to each prompt; None without a judge of both."""
-    for judge in ("gold", "score"):
-        if judge == "score" and not same_judge(one, other):
+    for judge in judges_of(other):
+        if judge != "gold" and not same_judge(one, other):
             continue
         columns = [[own.values(judge) for own in answers] for answers in (ours, theirs)]
         if all(values is not None for column in columns for values in column):

@@ -120,7 +120,7 @@ def test_differences_are_paired_by_the_content_of_the_prompt():
             for name, rows in (("ours", ours), ("theirs", theirs))}  # fmt: skip
     gaps = np.array([mean["ours"][p] - mean["theirs"][p] for p in mean["ours"]])
     half = stats.t.ppf(0.975, 29) * gaps.std(ddof=1) / np.sqrt(30)
-    found = compare_pairs.difference(pairing, "score")
+    found = compare_pairs.difference(pairing, "reward_model")
     assert found["value"] == pytest.approx(gaps.mean())
     assert found["ci95"] == pytest.approx([gaps.mean() - half, gaps.mean() + half])
     gold = compare_pairs.difference(pairing, "gold")
@@ -131,7 +131,7 @@ def test_differences_are_paired_by_the_content_of_the_prompt():
 
 def test_wins_are_counted_over_all_pairs_of_samples():
     ours, theirs = random_rows(3, range(9), 3), random_rows(4, range(9), 2)
-    found = compare_pairs.wins_over(compare_pairs.pair(side("a", ours), side("b", theirs), "ppo"))
+    found = compare_pairs.wins_over(compare_pairs.pair(side("a", ours), side("b", theirs), "ppo"), ["gold"])
     wins = [np.mean([float(a[2] > b[2]) for a in ours for b in theirs if a[0] == b[0] == f"p{i}"]) for i in range(9)]
     assert found["by"] == "gold" and found["value"] == pytest.approx(np.mean(wins))
 
@@ -152,14 +152,17 @@ def test_common_prompts_are_counted():
 def test_scores_of_different_reward_models_are_not_compared():
     one, other = side("a", random_rows(1, range(10))), side("b", random_rows(2, range(10)), rm="r2")
     pairing = compare_pairs.pair(one, other, "ppo")
-    assert compare_pairs.difference(pairing, "score") is None and compare_pairs.difference(pairing, "gold") is not None
+    assert (
+        compare_pairs.difference(pairing, "reward_model") is None
+        and compare_pairs.difference(pairing, "gold") is not None
+    )
     said = compare_results.sentences(pairing, one, other)
     assert said == ["a and b were scored by different reward models, so their scores are not compared"]
     without_gold = [(p, k, None, s, n) for p, k, _, s, n in random_rows(1, range(10))]
     blind = compare_pairs.pair(side("a", without_gold), side("b", without_gold, rm="r2"), "ppo")
-    assert compare_pairs.wins_over(blind) is None
+    assert compare_pairs.wins_over(blind, ["reward_model"]) is None
     judged = compare_pairs.pair(side("a", without_gold), side("b", without_gold), "ppo")
-    assert compare_pairs.wins_over(judged)["by"] == "score"
+    assert compare_pairs.wins_over(judged, ["reward_model"])["by"] == "reward_model"
 
 
 def test_other_sampling_is_said():
