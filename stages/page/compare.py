@@ -45,8 +45,8 @@ class PolicyPart:
     """Differences paired by prompt."""
     seeds: Table | None
     """Means over seeds."""
-    sentences: list[str]
-    """What a reader must know of the differences."""
+    remarks: list[tuple[str, str]]
+    """What a reader must know of the differences, as `compare_results.sentences` takes it."""
     pictures: list[Picture]
     """Its plots."""
 
@@ -74,9 +74,9 @@ def run(names: Sequence[str], root: Path, output: str | None, console: Any) -> i
     tones = compare_plots.tones_of(groups)
     contrasts = compare_results.contrasts_of(sides, groups)
     parts = [part_of(sides, policy, groups, contrasts, tones) for policy in shown_policies(sides)]
-    changed = compare_settings.settings_table(sides, settings, tones)
-    sentences = compare_results.without_seeds(sides, groups) + [line for part in parts for line in part.sentences]
-    sentences = list(dict.fromkeys(sentences))  # those of several policies are often the same
+    changed = compare_settings.settings_table(sides, settings)
+    remarks = [remark for part in parts for remark in part.remarks]
+    sentences = compare_results.without_seeds(sides, groups) + compare_results.sentences(remarks)
     path = page_path(output, root, sides)
     page = page_of(sides, groups, contrasts, tones, parts, changed, sentences)
     with files.name_in_errors(path):
@@ -117,14 +117,14 @@ def part_of(
     tones: Sequence[str],
 ) -> PolicyPart:
     """Return what the page says of one policy."""
-    paired, sentences = compare_results.paired_table(sides, contrasts, policy, tones)
+    paired, remarks = compare_results.paired_table(sides, contrasts, policy, tones)
     return PolicyPart(
         policy,
         NAMES.get(policy, policy),
         compare_results.figures_table(sides, policy, tones),
         paired,
         compare_results.seeds_table(sides, groups, policy, tones),
-        sentences,
+        remarks,
         [picture(plot) for plot in compare_plots.result_plots(sides, policy, tones)],
     )
 
@@ -223,9 +223,12 @@ def print_table(console: Any, table: Table, intervals: bool = True) -> None:
     printed = RichTable(header_style="bold", box=None, padding=(0, 2, 0, 0))
     for index, head in enumerate(table.columns):
         head = head if intervals else head.removesuffix(", 95 % interval")
+        if index == 0:
+            printed.add_column(head, no_wrap=True)
+            continue
         printed.add_column(head, justify="left" if index in table.left else "right", overflow="fold")
     for row in table.rows:
         texts = [f"{cell.text}\n{cell.small}" if intervals and cell.small else cell.text for cell in row]
-        printed.add_row(*map(Text, texts))
+        printed.add_row(texts[0].replace(" − ", "\n− "), *map(Text, texts[1:]))
     console.print(Text(f"\n{table.label}", style="bold"), soft_wrap=True)
     console.print(printed)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from stages.evaluation.statistics import mean_estimate
+from stages.evaluation.statistics import EDGE, mean_estimate
 from stages.page.compare_pairs import Pairing, difference, judges_of, pair, wins_over
 from stages.page.compare_read import Row, Side
 from stages.page.numbers import NONE, fixed, listed, number
@@ -141,12 +141,11 @@ def contrasts_of(sides: Sequence[Side], groups: Sequence[Sequence[int]]) -> list
 
 def paired_table(
     sides: Sequence[Side], contrasts: Sequence[Contrast], policy: str, tones: Sequence[str]
-) -> tuple[Table | None, list[str]]:
+) -> tuple[Table | None, list[tuple[str, str]]]:
     """Return the differences of a policy between experiments, paired by prompt.
 
     Returns:
-        The table, or None where nothing can be paired; and what a reader must know, one sentence
-        each.
+        The table, or None where nothing can be paired; and what `remarks_on` says of each pair.
     """
     rows, said, by = [], [], set()
     further = further_judges(sides)
@@ -155,7 +154,7 @@ def paired_table(
         if policy not in ours.policies or policy not in theirs.policies:
             continue
         pairing = pair(ours, theirs, policy)
-        said += sentences(pairing, ours, theirs)
+        said += remarks_on(pairing, ours, theirs)
         if len(pairing.ours) < 2:
             continue
         wins = wins_over(pairing, [judge for judge in judges_of(ours, policy) if judge in judges_of(theirs, policy)])
@@ -182,18 +181,26 @@ def paired_table(
     return dense(table), said
 
 
-def sentences(pairing: Pairing, ours: Side, theirs: Side) -> list[str]:
-    """Return what a reader must know of a comparison, one sentence each."""
+def remarks_on(pairing: Pairing, ours: Side, theirs: Side) -> list[tuple[str, str]]:
+    """Return what a reader must know of a comparison: (the remark, the two experiments) of each."""
     both, common = f"{ours.label} and {theirs.label}", len(pairing.ours)
     if common < 2:
-        return [f"{both} have no evaluation prompts in common, so their figures are not paired"]
-    said = []
+        return [("no evaluation prompts in common, so the figures are not paired", both)]
+    found = []
     if common < pairing.total:
-        said.append(f"{both} are compared on the {common} prompts that both answered, of {pairing.total}")
+        found.append((f"compared on the {common} prompts that both answered, of {pairing.total}", both))
     if not pairing.same_judge and pairing.ours[0].values("reward_model") is not None:
-        said.append(f"{both} were scored by different reward models, so their scores are not compared")
-    said += [f"{both} were sampled differently: {problem}" for problem in pairing.problems]
-    return said
+        found.append(("scored by different reward models, so the scores are not compared", both))
+    return found + [(f"sampled differently: {problem}", both) for problem in pairing.problems]
+
+
+def sentences(remarks: Sequence[tuple[str, str]]) -> list[str]:
+    """Return each remark once, with all pairs of experiments that it is about."""
+    about: dict[str, list[str]] = {}
+    for remark, both in remarks:
+        if both not in about.setdefault(remark, []):
+            about[remark].append(both)
+    return [f"{'; '.join(pairs)}: {remark}" for remark, pairs in about.items()]
 
 
 def signed_cell(estimate: dict[str, Any] | None, digits: int) -> Cell:
@@ -202,9 +209,14 @@ def signed_cell(estimate: dict[str, Any] | None, digits: int) -> Cell:
         return Cell(NONE)
     text = signed(estimate["value"], digits)
     ci95 = estimate["ci95"]
-    if ci95 is None or ci95[0] == ci95[1]:
+    if ci95 is None or is_point(ci95):
         return Cell(text)
     return Cell(text, f"{signed(ci95[0], digits)} to {signed(ci95[1], digits)}")
+
+
+def is_point(ci95: Sequence[float]) -> bool:
+    """Return whether an interval has no width but for rounding."""
+    return ci95[1] - ci95[0] < EDGE
 
 
 def strong(cell: Cell) -> Cell:
@@ -287,7 +299,7 @@ def mean_cell(values: Sequence[Any], figure: Figure) -> Cell:
         return Cell(NONE)
     estimate = mean_estimate(known, range(len(known)))
     low, high = estimate["ci95"]
-    if low == high:  # equal in all seeds: their spread is unknown
+    if is_point([low, high]):  # equal in all seeds: their spread is unknown
         return value_cell(estimate["value"], figure.digits)
     ci95 = [max(0.0, low), min(1.0, high)] if figure.is_share else [low, high]
     return value_cell(estimate["value"], figure.digits, ci95)

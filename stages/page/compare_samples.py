@@ -55,9 +55,9 @@ def side_by_side(
     judged = judgements([ours[p] for p in common], [theirs[p] for p in common], sides[ends[0]], sides[ends[1]])
     names = sides[ends[0]].label, sides[ends[1]].label
     titles = {
-        GAINS: f"{names[0]} gains most over {names[1]}",
+        GAINS: f"Where {names[0]} gains most over {names[1]}",
         BETWEEN: "In between" if judged[0] else "At regular intervals in the file",
-        LOSES: f"{names[0]} loses most against {names[1]}",
+        LOSES: f"Where {names[0]} loses most against {names[1]}",
     }
     groups = []
     for group, indices in choose(*judged, None, len(common), count):

@@ -56,11 +56,22 @@ def differing(settings: Sequence[dict[str, str]]) -> list[str]:
     return [key for key in keys if len({own[key] for own in settings if key in own}) > 1]
 
 
-def settings_table(sides: Sequence[Side], settings: Sequence[dict[str, str]], tones: Sequence[str]) -> Table | None:
-    """Return the settings that differ, a column for each experiment; None if none does."""
-    keys = differing(settings)
-    rows = tuple((Cell(key, code=True), *(Cell(own.get(key, NONE), code=True) for own in settings)) for key in keys)
-    return table_of("Settings that differ", sides, rows, "setting") if rows else None
+def settings_table(sides: Sequence[Side], settings: Sequence[dict[str, str]]) -> Table | None:
+    """Return the settings that differ; None if none does.
+
+    Of settings and experiments, the more numerous are the rows.
+    """
+    keys, label = differing(settings), "Settings that differ"
+    if not keys:
+        return None
+    if len(keys) < len(sides):
+        by_side = tuple(
+            (Cell(side.label), *(Cell(own.get(key, NONE), code=True) for key in keys))
+            for side, own in zip(sides, settings, strict=True)
+        )
+        return Table(label, ("experiment", *keys), by_side, frozenset(range(len(keys) + 1)))
+    by_key = tuple((Cell(key, code=True), *(Cell(own.get(key, NONE), code=True) for own in settings)) for key in keys)
+    return table_of(label, sides, by_key, "setting")
 
 
 def surroundings_table(sides: Sequence[Side]) -> Table | None:

@@ -139,14 +139,15 @@ def test_wins_are_counted_over_all_pairs_of_samples():
 def test_prompts_that_differ_are_not_paired():
     one, other = side("a", random_rows(1, range(10))), side("b", random_rows(1, range(50, 60)))
     table, said = compare_results.paired_table([one, other], [compare_results.Contrast(1, 0)], "ppo", ["", ""])
-    assert table is None and said == ["b and a have no evaluation prompts in common, so their figures are not paired"]
+    assert table is None
+    assert said == [("no evaluation prompts in common, so the figures are not paired", "b and a")]
 
 
 def test_common_prompts_are_counted():
     one, other = side("a", random_rows(1, range(10))), side("b", random_rows(1, range(4, 14)))
     table, said = compare_results.paired_table([one, other], [compare_results.Contrast(1, 0)], "ppo", ["", ""])
     assert table is not None and table.rows[0][-1].text == "6 of 14"
-    assert said == ["b and a are compared on the 6 prompts that both answered, of 14"]
+    assert said == [("compared on the 6 prompts that both answered, of 14", "b and a")]
 
 
 def test_scores_of_different_reward_models_are_not_compared():
@@ -156,8 +157,8 @@ def test_scores_of_different_reward_models_are_not_compared():
         compare_pairs.difference(pairing, "reward_model") is None
         and compare_pairs.difference(pairing, "gold") is not None
     )
-    said = compare_results.sentences(pairing, one, other)
-    assert said == ["a and b were scored by different reward models, so their scores are not compared"]
+    said = compare_results.sentences(compare_results.remarks_on(pairing, one, other))
+    assert said == ["a and b: scored by different reward models, so the scores are not compared"]
     without_gold = [(p, k, None, s, n) for p, k, _, s, n in random_rows(1, range(10))]
     blind = compare_pairs.pair(side("a", without_gold), side("b", without_gold, rm="r2"), "ppo")
     assert compare_pairs.wins_over(blind, ["reward_model"]) is None
@@ -168,8 +169,10 @@ def test_scores_of_different_reward_models_are_not_compared():
 def test_other_sampling_is_said():
     one = side("a", random_rows(1, range(5)), evaluate={"temperature": 1.0})
     other = side("b", random_rows(1, range(5)), evaluate={"temperature": 0.7})
-    said = compare_results.sentences(compare_pairs.pair(one, other, "ppo"), one, other)
-    assert said == ["a and b were sampled differently: evaluate.temperature is 1.0 here and 0.7 there"]
+    said = compare_results.remarks_on(compare_pairs.pair(one, other, "ppo"), one, other)
+    assert said == [("sampled differently: evaluate.temperature is 1.0 here and 0.7 there", "a and b")]
+    lines = compare_results.sentences([("x", "a and b"), ("y", "a and b"), ("x", "a and c"), ("x", "a and b")])
+    assert lines == ["a and b; a and c: x", "a and b: y"]
 
 
 # -- seeds ---------------------------------------------------------------------------------------
@@ -247,13 +250,13 @@ def test_a_page_of_two_experiments(tmp_path):
     page, text = compared(tmp_path, "origin", "other")
     Tags(page)
     assert not re.findall(r'(?:src|href)="(?!#)', page) and "<script" not in page
-    assert rows_of(page, "Settings that differ")[1:] == [[["ppo.kl_coef"], ["0.1"], ["0.2"]]]
+    assert rows_of(page, "Settings that differ")[1:] == [[["origin"], ["0.1"]], [["other"], ["0.2"]]]
     assert "World, base, sft, rankings and rm are the same in all of them, by digest." in page
     (_, row) = rows_of(page, "PPO: differences, paired by prompt")
     assert row[0] == ["other", "−", "origin"] and row[-1] == ["40", "of", "40"]
     assert row[1][0] == "+0.100"  # by construction
-    assert HOSTILE not in page and "other gains most over origin" in page
-    assert "ppo.kl_coef" in text and "other − origin" in text and "page: " in text
+    assert HOSTILE not in page and "Where other gains most over origin" in page
+    assert "ppo.kl_coef" in text and "− origin" in text and "page: " in text
     again, _ = compared(tmp_path, "origin", "other", output="again.html")
     assert again == page
 
