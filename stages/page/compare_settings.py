@@ -126,8 +126,11 @@ def groups_of(settings: Sequence[dict[str, str]]) -> list[list[int]]:
     Args:
         settings: What `settings_of` returns, of each experiment.
     """
-    groups: dict[str, list[int]] = {}
+    groups: dict[tuple[str, int], list[int]] = {}
+    seen: list[tuple[str, str]] = []
     for index, own in enumerate(settings):
-        rest = {key: value for key, value in own.items() if key != "seed"}
-        groups.setdefault(json.dumps(rest, sort_keys=True), []).append(index)
+        rest = json.dumps({key: value for key, value in own.items() if key != "seed"}, sort_keys=True)
+        repeated = seen.count((rest, own["seed"]))  # a second run of one seed is no further seed
+        seen.append((rest, own["seed"]))
+        groups.setdefault((rest, repeated), []).append(index)
     return list(groups.values())

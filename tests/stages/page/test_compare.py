@@ -220,6 +220,11 @@ def test_mean_curves_need_a_common_x():
     assert compare_plots.mean_curve([[(1, 2.0), (2, 4.0), (3, None)], [(2, 6.0), (3, 1.0)]]) == [(2, 5.0)]
 
 
+def test_a_second_run_of_a_seed_is_no_further_seed():
+    settings = [{"seed": "0", "a": "1"}, {"seed": "1", "a": "1"}, {"seed": "0", "a": "1"}, {"seed": "0", "a": "2"}]
+    assert compare_settings.groups_of(settings) == [[0, 1], [2], [3]]
+
+
 # -- settings ------------------------------------------------------------------------------------
 
 
