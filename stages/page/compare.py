@@ -27,6 +27,8 @@ from stages.settings.experiment import Experiment
 
 PROMPTS = 12
 """Prompts whose answers are shown, at most."""
+SAME = ("gold", "score", "kl_to_sft", "length", "eos_rate", "pretrain_perplexity")
+"""Figures of a policy that are equal if one and the same model answered the same prompts."""
 LONGEST = 120
 """Characters of the folder's name that come from the experiments' names."""
 
@@ -106,7 +108,10 @@ def shown_policies(sides: Sequence[Side]) -> list[str]:
 def is_one_artifact(sides: Sequence[Side], policy: str) -> bool:
     """Return whether all experiments have the same figures of a policy."""
     entries = [side.policies.get(policy) for side in sides]
-    return all(entry is not None and entry == entries[0] for entry in entries)
+    first = entries[0]
+    if first is None:
+        return False
+    return all(entry is not None and all(entry[key] == first[key] for key in SAME) for entry in entries)
 
 
 def part_of(
@@ -198,6 +203,8 @@ def print_tables(
     else:
         print_table(console, changed)
     for part in parts:
+        if len(part.figures.rows) < 2:
+            continue  # only one experiment has this policy: the page shows it
         print_table(console, part.figures, intervals=False)
         for table in (part.paired, part.seeds):
             if table is not None:

@@ -126,7 +126,7 @@ def artifacts_of(folder: Path, notes: list[str]) -> tuple[dict[str, Path], dict[
     for manifest in own.values():
         for stage, entry in (manifest["config"].get("from") or {}).items():
             place = (folder / entry["folder"]).resolve()
-            there = ArtifactStore(place.parents[1], place.parent.name).manifest(stage)
+            there = manifest_in(place)
             if there is None or there["digest"] != manifest["inputs"].get(stage):
                 what = "is gone" if there is None else "was made again since"
                 notes.append(f"{stage} was taken from {entry['experiment']}, where it {what}: it is left out")
@@ -134,7 +134,29 @@ def artifacts_of(folder: Path, notes: list[str]) -> tuple[dict[str, Path], dict[
                 manifests.pop(stage, None)
             else:
                 folders[stage], manifests[stage] = place, there
+    add_inputs_of_taken(folders, manifests, own)
     return folders, {stage: manifests[stage] for stage in STAGES if stage in manifests}
+
+
+def add_inputs_of_taken(folders: dict[str, Path], manifests: dict[str, Manifest], own: dict[str, Manifest]) -> None:
+    """Add the stages that taken ones were made from, where they are still what they were.
+
+    A manifest names only what its stage needs itself: PPO that takes sft does not name base.
+    """
+    for stage in reversed(STAGES):
+        if stage not in manifests or (stage in own and manifests[stage] is own[stage]):
+            continue
+        for need, digest in manifests[stage]["inputs"].items():
+            place = folders[stage].parent / need
+            if need in STAGES and need not in manifests:
+                there = manifest_in(place)
+                if there is not None and there["digest"] == digest:
+                    folders[need], manifests[need] = place, there
+
+
+def manifest_in(folder: Path) -> Manifest | None:
+    """Return the manifest of a stage's folder; None if the stage is not finished."""
+    return ArtifactStore(folder.parents[1], folder.parent.name).manifest(folder.name)
 
 
 def replaced_inputs(manifests: dict[str, Manifest]) -> list[str]:

@@ -328,6 +328,16 @@ def test_a_taken_stage_that_was_made_again_is_left_out(tmp_path):
     assert "sft was taken from origin, where it was made again since: it is left out" in made.notes
 
 
+def test_what_a_taken_stage_was_made_from_is_found(tmp_path):
+    publish(tmp_path, "origin")
+    folder = publish(tmp_path, "other", taken=("world", "base", "sft", "rankings", "rm"))
+    for stage in ("evaluate", "dpo"):
+        shutil.rmtree(folder / stage)
+    (made,) = compare_read.read_sides([str(folder)], tmp_path)  # PPO needs world, sft and rm
+    assert list(made.manifests) == ["world", "base", "sft", "rankings", "rm", "ppo"] and made.notes == []
+    assert made.journals["base"].metrics
+
+
 def test_plots_are_drawn(tmp_path):
     publish(tmp_path, "a", kl_coef=0.1)
     publish(tmp_path, "b", kl_coef=0.2, edit=shift_gold)
