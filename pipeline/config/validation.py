@@ -209,8 +209,9 @@ def advice(experiment_class: type[BaseModel], path: tuple) -> str:
         homes.append(f"{key} (at the top level, outside any section)")
     for name, info in experiment_class.model_fields.items():
         inner = section_in(info.annotation)
-        is_section = inner is not None and info.alias is None
-        if is_section and key in inner.model_fields and (name,) != path[:-1]:
+        if inner is None or info.alias is not None:  # `experiment` is too common a word to mean from.experiment
+            continue
+        if key in inner.model_fields and (name,) != path[:-1]:
             homes.append(dotted((name, key)))
     if near := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
         return f"did you mean {dotted((*path[:-1], near[0]))}?"
