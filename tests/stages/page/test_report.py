@@ -150,7 +150,7 @@ def test_needs_follow_the_policies_and_the_data():
         data = {"rankings": None, "prompts": None} | data
         return SimpleNamespace(
             evaluate=SimpleNamespace(policies=policies, model_fields_set={"policies"}),
-            ppo=SimpleNamespace(reward_model=None),
+            ppo=SimpleNamespace(reward_model=None, rewards=None),
             data=SimpleNamespace(**data, model_dump=lambda: data),
         )
 
