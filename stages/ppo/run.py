@@ -45,7 +45,14 @@ from stages.rollouts.engine import EngineLost, EngineSpec
 from stages.rollouts.rollout import Rollout
 from stages.scorers.scorer import ScorerLost
 from stages.settings.experiment import Experiment
-from stages.settings.ppo import PPOSettings, has_value_model, named_rewards, steps_per_update
+from stages.settings.ppo import (
+    PPOSettings,
+    advantage_method,
+    has_value_model,
+    named_rewards,
+    steps_per_update,
+    unused_settings,
+)
 from stages.shared.disk import say_written
 from stages.shared.provenance import Provenance, provenance_of
 from stages.shared.runtime import (
@@ -219,6 +226,8 @@ def begin(setup: Setup, c: PPOSettings) -> int:
         f"{len(streams.train)} prompts, {len(setup.held_out)} held out; {run.updates} updates of {c.batch_size} "
         f"episodes, {steps_per_update(c)} optimizer steps each"
     )
+    if unused := unused_settings(c):
+        session.say(f"not used with ppo.advantage {advantage_method(c)}: {', '.join(unused)}")
     provenance = setup.publication.provenance
     if provenance.model.peft is not None:
         rates = ["learning_rate"] + (["value_learning_rate"] if has_value_model(c) else [])
