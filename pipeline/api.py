@@ -24,13 +24,22 @@ if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
 
 STAGES = ("world", "base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate", "report")
+TESTS = ("lm_eval", "reward_bench", "refusals")
+"""Stages outside the chain, which run where they are asked for (`rlhf evaluate --lm-eval`)."""
 
 
 def stages() -> dict[str, Stage]:
-    """Return the declarations of all stages, each after the stages it may need."""
+    """Return the declarations of the chain's stages, each after the stages it may need."""
     from stages.settings import experiment
 
     return experiment.STAGES
+
+
+def all_stages() -> dict[str, Stage]:
+    """Return the declarations of the chain's stages and of TESTS, each after those it may need."""
+    from stages.settings import experiment
+
+    return experiment.ALL_STAGES
 
 
 def experiment_class() -> type[Common]:
@@ -82,7 +91,7 @@ def validate(tree: Tree) -> Any:
     from pipeline.launch import environment
 
     environment.set_environment(tree.values)
-    return validate_tree(tree, experiment_class(), [stage.check for stage in stages().values()])
+    return validate_tree(tree, experiment_class(), [stage.check for stage in all_stages().values()])
 
 
 def check_unchanged(experiment: Common) -> ConfigFile:
@@ -126,7 +135,7 @@ def open_store_to_run(experiment: Common, location: Location) -> ArtifactStore:
     file = experiment.file
     if file is None:
         raise UserError("experiment: was not loaded from a file; use load_experiment")
-    checks = [stage.check for stage in stages().values()]
+    checks = [stage.check for stage in all_stages().values()]
     origin = Origin.of(file.path, type(experiment), checks, location.url is not None, file.overrides)
     return ArtifactStore(location.folder, experiment.name, origin)
 
@@ -162,7 +171,7 @@ def run(
     from pipeline.console import FilledConsole
     from pipeline.state import Flags, command_of
 
-    declarations = stages()
+    declarations = all_stages()
     if stage not in declarations:
         raise UserError(f"stage: {stage!r} is not a stage; choose from {', '.join(declarations)}")
     if experiment.launch.processes * experiment.launch.nodes > 1:
@@ -187,7 +196,7 @@ def run_loaded(stage: str, experiment: Experiment, location: Location, flags: Fl
     from pipeline.stage import StopFlag
     from pipeline.store.remote import Remote
 
-    declarations, stop = stages(), StopFlag()
+    declarations, stop = all_stages(), StopFlag()
     with stop_on_signals(stop):
         environment.prepare(experiment)
         store = open_store_to_run(experiment, location)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipeline.config.help import SettingRow, describe
 from pipeline.config.sections import COMMON
-from stages.settings.experiment import STAGES, Experiment
+from stages.settings.experiment import ALL_STAGES, Experiment
 
 FILE = Path(__file__).resolve().parents[2] / "configs" / "SETTINGS.md"
 HEADER = """\
@@ -24,7 +24,7 @@ def reference() -> str:
     parts = [HEADER, section("Top level", "", top)]
     for name, settings in COMMON.items():
         parts.append(section(f"`{name}`", first_line(settings.__doc__), describe(settings, name)))
-    for name, stage in STAGES.items():
+    for name, stage in ALL_STAGES.items():
         parts.append(section(f"`{name}`", stage.summary, describe(stage.settings, name)))
     return "\n".join(parts)
 
