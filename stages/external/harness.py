@@ -1,21 +1,22 @@
 """Let lm-evaluation-harness measure a model in this process, and read what it found."""
 
-import contextlib
-import io
-import logging
-import os
-import sys
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy
+import torch
+
 from pipeline.errors import UserError
 from pipeline.tracking import json_value
+from stages.external.quiet import quiet_unless_at_terminal
 from stages.external.tasks import CODE
 
 BOOTSTRAPS = 1000
 """Resamples for the standard error of a metric that is no mean (F1, BLEU, perplexity)."""
-NOT_A_METRIC = ("alias", "name", "sample_len", "sample_count")
+SEED = 1234
+"""lm-eval's default seed, with which few-shot examples are drawn."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Found:
 def evaluate_model(
     model: Any,
     tokenizer: Any,
-    tasks: list[Any],
+    tasks: dict[str, Any],
     asked: Asked,
     mixed_precision: str | None,
     poll: Callable[[], None],
@@ -77,10 +78,10 @@ def evaluate_model(
     Raises:
         UserError: A task cannot be measured.
     """
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
+    prepare(tasks["tasks"].values(), asked.num_fewshot)
     hook = model.register_forward_pre_hook(lambda *_: poll())
     try:
         with quiet_unless_at_terminal():
@@ -93,14 +94,13 @@ def evaluate_model(
                 mixed_precision_dtype=mixed_precision,
                 chat_template_args=template_kwargs,
             )
-            results = simple_evaluate(
-                model=lm,
-                tasks=tasks,
-                task_manager=TaskManager(include_defaults=False),  # they are loaded
-                num_fewshot=asked.num_fewshot,
+            results = evaluate(
+                lm=lm,
+                task_dict=tasks,
                 limit=asked.limit,
                 bootstrap_iters=BOOTSTRAPS,
                 apply_chat_template=asked.through_template,
+                fewshot_as_multiturn=asked.through_template,
                 confirm_run_unsafe_code=asked.run_unsafe_code,
             )
     except ValueError as error:
@@ -115,33 +115,29 @@ def evaluate_model(
     return read_results(results, "chat" if asked.through_template else "plain")
 
 
-@contextlib.contextmanager
-def quiet_unless_at_terminal() -> Iterator[None]:
-    """Silence lm-eval's messages; its progress bars stay where somebody watches them."""
-    logger = logging.getLogger("lm_eval")
-    level, multiprocessing = logger.level, os.environ.get("DISABLE_MULTIPROC")
-    logger.setLevel(logging.ERROR)
-    os.environ["DISABLE_MULTIPROC"] = "1"  # the bootstrap would fork a process that holds a model
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            if sys.stderr.isatty():
-                yield
-            else:
-                with contextlib.redirect_stderr(io.StringIO()):
-                    yield
-    finally:
-        logger.setLevel(level)
-        if multiprocessing is None:
-            del os.environ["DISABLE_MULTIPROC"]
-        else:
-            os.environ["DISABLE_MULTIPROC"] = multiprocessing
+def prepare(tasks: Iterable[Any], num_fewshot: int | None) -> None:
+    """Set the number of examples and the seeds of tasks, as lm-eval's command line does.
+
+    Args:
+        tasks: lm-eval's tasks.
+        num_fewshot: Examples before each question; None as each task says. A task that says 0 is
+            left as it is.
+    """
+    for task in tasks:
+        own = task.get_config("num_fewshot")
+        if own is None or (num_fewshot is not None and own != 0):
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        task.set_fewshot_seed(seed=SEED)
+    random.seed(0)
+    numpy.random.seed(SEED)
+    torch.manual_seed(SEED)
 
 
 def read_results(results: dict[str, Any], asked: str) -> Found:
     """Read lm-eval's results.
 
     Args:
-        results: What `simple_evaluate` returned.
+        results: What `lm_eval.evaluate` returned.
         asked: "chat" or "plain".
     """
     metrics: dict[str, dict[str, dict[str, Any]]] = {}

@@ -20,9 +20,10 @@ from pipeline.store.integrity import sha256_json
 from pipeline.tracking import json_value
 from stages.evaluation.forms import DESCRIPTIONS, Answer, Form, Query, form_of_base, make_query, parse_answer
 from stages.evaluation.greedy import LIKELIEST
-from stages.evaluation.statistics import difference_estimate, share_estimate
+from stages.evaluation.statistics import share_estimate
 from stages.evaluation.writing import write_jsonl
 from stages.external.patterns import Pattern, read_patterns, refusal_in
+from stages.external.share_difference import share_difference
 from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.transformers import Decoding, sample
 from stages.settings.checks import context_of
@@ -231,7 +232,7 @@ def compare(prompts: dict[str, list], found: dict[str, Answers]) -> dict[str, An
             flat = [one for samples in of[which] for one in samples]
             to_sft = None
             if name != "sft" and "sft" in rates:
-                to_sft = difference_estimate(rates[name], rates["sft"], clusters)
+                to_sft = share_difference(rates[name], rates["sft"], clusters)
             policies[name] = {
                 "refused": share_estimate(rates[name], clusters),
                 "empty": sum(not one["response"].strip() for one in flat) / len(flat),

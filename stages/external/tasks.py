@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from stages.external.quiet import quiet_unless_at_terminal
 
 NEAR = 3
 """Known names that are suggested for one that is not known."""
@@ -26,7 +27,7 @@ def task_manager(names: Sequence[str], include_path: str | None) -> Any:
     from lm_eval.tasks import TaskManager
 
     if include_path is not None:
-        folder = str(Path(include_path).expanduser())
+        folder = str(Path(include_path).expanduser().resolve())  # tasks are loaded from another one
         manager = TaskManager(include_path=folder, include_defaults=False)
         if set(names) <= set(manager.all_subtasks):
             return manager
@@ -57,7 +58,7 @@ def unknown_tasks(names: Sequence[str], include_path: str | None) -> list[str]:
     return lines or data_folder(manager, include_path)[1]
 
 
-def load_tasks(manager: Any, names: Sequence[str], include_path: str | None) -> list[Any]:
+def load_tasks(manager: Any, names: Sequence[str], include_path: str | None) -> dict[str, Any]:
     """Load the tasks with their data.
 
     Args:
@@ -66,8 +67,8 @@ def load_tasks(manager: Any, names: Sequence[str], include_path: str | None) -> 
         include_path: The folder with tasks of the user's own.
 
     Returns:
-        lm-eval's tasks and groups, those within a group not again. They keep a model's answers, so
-        that each model needs its own.
+        {"tasks": name → task, "groups": name → group, "group_map"}, as `lm_eval.evaluate` takes it.
+        Tasks keep a model's answers, so that each model needs its own.
 
     Raises:
         UserError: Data cannot be read, or a task is wrong.
@@ -75,17 +76,12 @@ def load_tasks(manager: Any, names: Sequence[str], include_path: str | None) -> 
     folder, lines = data_folder(manager, include_path)
     if lines:
         raise UserError(lines)
-    found = [match for name in names for match in manager.match_tasks([name]) or [name]]
+    found = [match for name in names for match in manager.match_tasks([name]) or [str(Path(name).resolve())]]
     try:
-        with contextlib.chdir(folder):
-            loaded = manager.load(list(dict.fromkeys(found)))
+        with quiet_unless_at_terminal(), contextlib.chdir(folder):
+            return manager.load(list(dict.fromkeys(found)))
     except Exception as error:  # whatever datasets, yaml and the task's own functions raise
         raise UserError(f"lm_eval.tasks: {problem_of(error, names)}") from error
-    groups = loaded.get("groups", {})
-    inner = {child for group in groups.values() for child in group.child_names}
-    inside = {task.task_name for group in groups.values() for task in group.get_all_tasks()}
-    outer = [group for name, group in groups.items() if name not in inner]
-    return outer + [task for name, task in loaded["tasks"].items() if name not in inside]
 
 
 def problem_of(error: Exception, names: Sequence[str]) -> str:

@@ -116,7 +116,7 @@ def lm_eval_section(results: Results, folder: Path, names: dict[str, str], rm: d
     lead = (
         f"What training cost elsewhere (the alignment tax): tasks of lm-evaluation-harness "
         f"{results['lm_eval_version']}{limit}. Asked: {', '.join(ways)}. Figures have their standard error. "
-        f"Differences are paired document by document; where a figure is no mean over documents they are not, and marked *."
+        f"Differences are paired document by document, or marked * where a figure is no mean over documents."
     )
     tables = [lm_eval_table(results, list(asked), names)]
     tables += [table for other in ("sft", "base") for table in lm_eval_differences(results, list(asked), names, other)]
