@@ -13,6 +13,7 @@ from local_tasks import write_tasks
 
 from data.encode import encode_prompt
 from pipeline.errors import Interrupted, UserError
+from pipeline.store.checkpoints import CheckpointStore
 from stages.external import lm_eval as stage
 from stages.models.loading import load_tokenizer
 
@@ -92,34 +93,27 @@ def test_differences_are_paired(finished):
 
 
 def test_a_policy_that_is_measured_is_not_measured_again(chain, tasks, finished, tmp_path, monkeypatch):
-    """Stopped while dpo is measured; the second run measures dpo alone, and ends in the same bytes."""
-    evaluate_model, calls = stage.evaluate_model, []
+    """Stopped while dpo is measured, it measures dpo alone when it is run again."""
+    calls, evaluate_model = [], stage.evaluate_model
 
-    def watched(model, *rest):
-        calls.append(model)
+    def watched(*arguments, **options):
+        calls.append(arguments)
         if len(calls) == 4:
             raise Interrupted(3, 4)
-        return evaluate_model(model, *rest)
+        return evaluate_model(*arguments, **options)
 
-    def plain(model, *rest, **options):
-        return watched(model, *rest, *options.values())
-
-    monkeypatch.setattr(stage, "evaluate_model", plain)
+    monkeypatch.setattr(stage, "evaluate_model", watched)
     words = (*TASKS, f"lm_eval.include_path={tasks}", "checkpoints.every=1")
     with pytest.raises(Interrupted):
         chain.run("lm_eval", tmp_path / "a", *words)
-    (tmp_path / "b").mkdir()
-    (tmp_path / "a" / "checkpoints").rename(tmp_path / "b" / "checkpoints")
-    monkeypatch.setattr(Path, "mkdir", allowing_existing(Path.mkdir))
+    saved = CheckpointStore(tmp_path / "a" / "checkpoints", every=0, keep=2, run_id="1")
+    before = stage.measured_before(saved)
+    assert list(before) == ["base", "sft", "ppo"]
+    monkeypatch.setattr(stage, "measured_before", lambda checkpoints: before)
     again = chain.run("lm_eval", tmp_path / "b", *words)
-    assert len(calls) == 5, "sft, ppo and base were not asked again"
+    assert len(calls) == 5, "only dpo was asked again"
     for name in ("results.json", "task_samples.jsonl"):
         assert (again.folder / name).read_bytes() == (finished.folder / name).read_bytes()
-
-
-def allowing_existing(mkdir):
-    """Return Path.mkdir that takes an existing folder."""
-    return lambda path, mode=0o777, parents=False, exist_ok=False: mkdir(path, mode, parents, True)
 
 
 def test_a_signal_stops_within_a_policy(chain, tasks, tmp_path, monkeypatch):

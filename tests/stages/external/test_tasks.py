@@ -41,13 +41,13 @@ def test_a_missing_data_file_is_named(tasks):
     (tasks / "facts.jsonl").unlink()
     lines = unknown_tasks(["tiny_facts"], str(tasks))
     assert any("facts.yaml: no data file facts.jsonl" in line for line in lines)
-    with pytest.raises(UserError, match="no data file facts.jsonl"):
+    with pytest.raises(UserError, match=r"no data file facts\.jsonl"):
         load(["tiny_facts"], tasks)
 
 
 def test_broken_data_are_one_line(tasks):
     (tasks / "facts.jsonl").write_text('{"question": "what?"\n')
-    with pytest.raises(UserError, match="lm_eval.tasks: tiny_facts: cannot be loaded") as raised:
+    with pytest.raises(UserError, match=r"lm_eval\.tasks: tiny_facts: cannot be loaded") as raised:
         load(["tiny_facts"], tasks)
     assert len(raised.value.lines) == 1 and "\n" not in raised.value.lines[0]
 
@@ -59,7 +59,7 @@ def test_data_of_the_hub_without_a_network(tasks, monkeypatch):
         raise ConnectionError("Couldn't reach 'nobody/nothing' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(UserError, match="data of the Hub cannot be read .* --include-path"):
+    with pytest.raises(UserError, match=r"data of the Hub cannot be read .* --include-path"):
         load(["tiny_hub"], tasks)
 
 
