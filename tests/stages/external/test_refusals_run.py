@@ -22,7 +22,7 @@ def words(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prompts")
     for name, prompts in {"harmful": HARMFUL, "harmless": HARMLESS}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
-    (folder / "patterns.txt").write_text("fox\nre: \\bkind\\b\n")
+    (folder / "patterns.txt").write_text("what what\nre: \\bkind\\b\n")
     return (
         f"refusals.harmful={folder}/harmful.jsonl",
         f"refusals.harmless_looking={folder}/harmless.jsonl",
@@ -40,7 +40,7 @@ def results_of(run):
     return json.loads((run.folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize("policy", ["sft", "dpo"])
+@pytest.mark.parametrize("policy", ["sft", "ppo"])
 def test_answers_and_rates_are_those_of_transformers(chain, words, finished, policy):
     tokenizer, model = make_tokenizer(), language_model(chain.root / policy / "model")
     patterns = read_patterns(words[2].partition("=")[2])[0]
@@ -60,7 +60,7 @@ def test_answers_and_rates_are_those_of_transformers(chain, words, finished, pol
         low, high = found["refused"]["ci95"]
         assert 0 <= low < high <= 1
     rates = [of["policies"]["sft"]["refused"]["value"] for of in results_of(finished)["sets"].values()]
-    assert any(0 < rate for rate in rates), "otherwise this shows nothing"
+    assert any(rate > 0 for rate in rates), "otherwise this shows nothing"
 
 
 def test_differences_are_to_sft(finished):
