@@ -39,7 +39,10 @@ def all_stages() -> dict[str, Stage]:
     """Return the declarations of the chain's stages and of TESTS, each after those it may need."""
     from stages.settings import experiment
 
-    return experiment.ALL_STAGES
+    chain = stages()
+    last = list(chain)[-1]  # it shows what TESTS found
+    tests = {name: experiment.TESTS[name] for name in TESTS}
+    return {name: stage for name, stage in chain.items() if name != last} | tests | {last: chain[last]}
 
 
 def experiment_class() -> type[Common]:

@@ -24,8 +24,6 @@ STAGES: dict[str, Stage] = {
 }
 # Stages that run only where the user asks for them (`rlhf evaluate --lm-eval`); report shows them.
 TESTS: dict[str, Stage] = {module.STAGE.name: module.STAGE for module in (lm_eval, reward_bench, refusals)}
-ALL_STAGES: dict[str, Stage] = {name: stage for name, stage in STAGES.items() if name != "report"} | TESTS
-ALL_STAGES["report"] = STAGES["report"]
 
 
 class Experiment(Common):
