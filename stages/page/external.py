@@ -41,6 +41,8 @@ class Section:
 
     anchor: str
     """Its name in addresses."""
+    short: str
+    """Its name among the links at the top."""
     title: str
     """Its heading."""
     lead: str
@@ -120,7 +122,9 @@ def lm_eval_section(results: Results, folder: Path, names: dict[str, str], rm: d
     )
     tables = [lm_eval_table(results, list(asked), names)]
     tables += [table for other in ("sft", "base") for table in lm_eval_differences(results, list(asked), names, other)]
-    return Section("tasks", "Alignment tax", lead, tuple(lm_eval_sentences(results, names)), tuple(tables))
+    return Section(
+        "tasks", "Public tasks", "Alignment tax", lead, tuple(lm_eval_sentences(results, names)), tuple(tables)
+    )
 
 
 def lm_eval_rows(results: Results) -> list[tuple[str, str, dict[str, Any]]]:
@@ -226,7 +230,7 @@ def reward_bench_section(results: Results, folder: Path, names: dict[str, str], 
         tables.append(bench_table("RewardBench: pairs by section", models, ("pairs", "sections"), rm))
         subsets = bench_table("RewardBench: pairs by subset", models, ("pairs", "subsets"), {}, overall=False)
         tables.append(Table(subsets.label, subsets.columns, subsets.rows, subsets.left, f"{subsets.label}"))
-    return Section("rewardbench", "Reward models on RewardBench", lead, tuple(said), tuple(tables))
+    return Section("rewardbench", "RewardBench", "Reward models on RewardBench", lead, tuple(said), tuple(tables))
 
 
 def model_name(name: str) -> str:
@@ -300,6 +304,7 @@ def refusals_section(results: Results, folder: Path, names: dict[str, str], rm: 
     )
     return Section(
         "refusals",
+        "Refusals",
         "Refusals",
         lead,
         tuple(refusal_sentences(sets, names)),
