@@ -58,6 +58,22 @@ def unknown_tasks(names: Sequence[str], include_path: str | None) -> list[str]:
     return lines or data_folder(manager, include_path)[1]
 
 
+def problems_of_tasks(names: Sequence[str], include_path: str | None) -> list[str]:
+    """Return why tasks cannot be loaded with their data, a line for each reason.
+
+    Args:
+        names: What the user asks for.
+        include_path: The folder with tasks of the user's own.
+    """
+    if lines := unknown_tasks(names, include_path):
+        return lines
+    try:
+        load_tasks(task_manager(names, include_path), names, include_path)
+    except UserError as error:
+        return error.lines
+    return []
+
+
 def load_tasks(manager: Any, names: Sequence[str], include_path: str | None) -> dict[str, Any]:
     """Load the tasks with their data.
 

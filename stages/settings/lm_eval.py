@@ -69,7 +69,7 @@ def check(experiment: "Experiment") -> list[str]:
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
-    """Return a line for each task that is not known, or if lm-eval is not installed."""
+    """Return a line for each task that cannot be loaded, or if lm-eval is not installed."""
     from importlib.util import find_spec
 
     settings = experiment.lm_eval
@@ -77,9 +77,9 @@ def missing_requirements(experiment: "Experiment") -> list[str]:
         return ["lm_eval.tasks: names no task; `rlhf evaluate --lm-eval TASKS -c CONFIG` measures on them"]
     if find_spec("lm_eval") is None:
         return [f"lm_eval: the package lm_eval is not installed; {INSTALL}"]
-    from stages.external.tasks import unknown_tasks
+    from stages.external.tasks import problems_of_tasks
 
-    return unknown_tasks(settings.tasks, settings.include_path)
+    return problems_of_tasks(settings.tasks, settings.include_path)
 
 
 def run(ctx: "StageRun[LMEvalSettings, Experiment]") -> dict[str, Any]:

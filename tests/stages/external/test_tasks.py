@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # local_tasks
 from local_tasks import FACTS, write_tasks
 
 from pipeline.errors import UserError
-from stages.external.tasks import load_tasks, task_manager, unknown_tasks
+from stages.external.tasks import load_tasks, problems_of_tasks, task_manager, unknown_tasks
 
 pytest.importorskip("lm_eval")
 
@@ -50,6 +50,13 @@ def test_broken_data_are_one_line(tasks):
     with pytest.raises(UserError, match=r"lm_eval\.tasks: tiny_facts: cannot be loaded") as raised:
         load(["tiny_facts"], tasks)
     assert len(raised.value.lines) == 1 and "\n" not in raised.value.lines[0]
+
+
+def test_everything_is_tried_before_anything_runs(tasks):
+    assert problems_of_tasks(["tiny_facts"], str(tasks)) == []
+    (tasks / "facts.jsonl").write_text("[")
+    (line,) = problems_of_tasks(["tiny_facts"], str(tasks))
+    assert "tiny_facts: cannot be loaded" in line
 
 
 def test_data_of_the_hub_without_a_network(tasks, monkeypatch):
