@@ -375,6 +375,10 @@ def local_folder(name_or_path: str | None) -> Path | None:
     return Path(name_or_path).expanduser()
 
 
+MAY_NAME_DATA = {"reward_bench": ("data",), "refusals": ("harmful", "harmless_looking")}
+"""Sections besides `data` whose keys name data as it does."""
+
+
 def names_hub(tree: dict[str, Any]) -> bool:
     """Return whether a config, parsed but not validated, names anything on the Hub.
 
@@ -386,6 +390,13 @@ def names_hub(tree: dict[str, Any]) -> bool:
     named = [path for value in data.values() for path in source_paths(value)] if isinstance(data, dict) else []
     if isinstance(model, dict):
         named.append(model.get("name_or_path"))
+    for section, keys in MAY_NAME_DATA.items():
+        given = tree.get(section)
+        if isinstance(given, dict):
+            named += [path for key in keys for path in source_paths(given.get(key))]
+    tasks = tree.get("lm_eval")
+    if isinstance(tasks, dict) and tasks.get("tasks"):
+        return True  # which of them have their data here is known only to lm-eval
     return any(isinstance(text, str) and is_hub_id(text) for text in named)
 
 
