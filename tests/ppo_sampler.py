@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stages.models.roles import Roles
-from stages.ppo.options import engine_rules, sampling_options
+from stages.ppo.options import sampling_options
 from stages.ppo.sampling import Sampler, no_poll, scorer_of
 from stages.rollouts.engine import EngineSpec, RolloutEngine
+from stages.rollouts.engines import engine_rules
 from stages.rollouts.transformers import TransformersEngine
 from stages.scorers.scorer import Scorer
 from stages.settings.ppo import PPOSettings
@@ -50,7 +51,7 @@ def sampler_of(
         scorer: Scores in place of the reward model.
     """
     scorer = scorer or scorer_of(roles, roles.reward_model, c.per_device_train_batch_size)
-    sampling, rules = sampling_options(c), engine_rules(c)
+    sampling, rules = sampling_options(c), engine_rules(c.rollout)
     own = TransformersEngine(spec_of(roles, c))
     name = "transformers" if engine is None else "vllm"
     sampler = Sampler(roles, scorer, sampling, rules, seed, name, engine or own, own, Path("no.log"), say)

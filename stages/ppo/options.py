@@ -83,16 +83,6 @@ class AdvantageOptions:
     """Whether advantages are whitened over the batch."""
 
 
-@dataclass(frozen=True)
-class EngineRules:
-    """The limit beyond which a rollout engine counts as lost, and the reaction to it."""
-
-    max_engine_kl: float
-    """The largest KL(sampler ‖ policy) in nats a token."""
-    stop_if_lost: bool
-    """Whether the run ends with a checkpoint; otherwise the policy itself samples from then on."""
-
-
 def sampling_options(c: PPOSettings) -> Sampling:
     """Return how rollouts are sampled and scored."""
     return Sampling(
@@ -131,8 +121,3 @@ def advantage_options(c: PPOSettings) -> AdvantageOptions:
     return AdvantageOptions(
         lam=c.lam, gamma=c.gamma, whiten_rewards=c.whiten_rewards, whiten_advantages=c.whiten_advantages
     )
-
-
-def engine_rules(c: PPOSettings) -> EngineRules:
-    """Return when a rollout engine counts as lost."""
-    return EngineRules(max_engine_kl=c.rollout.max_engine_kl, stop_if_lost=c.rollout.on_failure == "stop")

@@ -28,7 +28,6 @@ from stages.ppo.options import (
     KlControl,
     UpdateOptions,
     advantage_options,
-    engine_rules,
     kl_control,
     sampling_options,
     update_options,
@@ -37,7 +36,8 @@ from stages.ppo.publish import Publication, publish
 from stages.ppo.sampling import Sampler, make_sampler, preflight
 from stages.ppo.state import Run, drawn_before, new_run, refuse_other_prompts, resume, total_updates
 from stages.ppo.update import Batch, Rates, update
-from stages.rollouts.engine import EngineLost, EngineSpec
+from stages.rollouts.engine import EngineLost
+from stages.rollouts.engines import engine_rules, engine_spec
 from stages.rollouts.rollout import Rollout
 from stages.settings.experiment import Experiment
 from stages.settings.ppo import PPOSettings, named_folders, steps_per_update
@@ -154,22 +154,17 @@ def set_up(
     roles = load_models(session, folders, runtime, adapter_settings(experiment.model), c.max_length)
     confirm_folders()  # the named ones have been loaded
     name = c.rollout.engine
-    launch = getattr(experiment.launch, name, None)  # the section launch.vllm, for example
-    spec = EngineSpec(
-        model=start,
-        scratch=provenance.publish.with_name(f".tmp-{name}"),
-        log=session.checkpoints.folder.with_name(f"{name}.log"),
-        device=roles.accelerator.device,
-        dtype=runtime.dtype,
-        autocast=roles.accelerator.autocast,
+    spec = engine_spec(
+        name,
+        start,
+        runtime,
+        experiment.launch,
+        work=session.checkpoints.folder.parent,
         pad_id=roles.tokenizer.pad_token_id,
         max_length=c.max_length,
         batch_size=c.local_rollout_forward_batch_size,
-        timeout=0.9 * experiment.launch.timeout,  # before the other ranks lose patience with rank 0
-        trust_remote_code=runtime.trust_remote_code,
-        launch={} if launch is None else launch.model_dump(),
     )
-    sampler = make_sampler(roles, sampling_options(c), engine_rules(c), session.seed, name, spec, session.say)
+    sampler = make_sampler(roles, sampling_options(c), engine_rules(c.rollout), session.seed, name, spec, session.say)
 
     train, held_out = load_prompts(session, c, roles.tokenizer, sources["prompts"])
     drawn = refuse_other_prompts(drawn, train)

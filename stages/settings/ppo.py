@@ -8,7 +8,7 @@ from pipeline.stage import Stage, StageRun
 from stages.models.ensemble_folder import How, others_of
 from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
 from stages.settings.policies import has_rankings
-from stages.settings.rollout import SET_BY_PPO, RolloutSettings, missing_engine
+from stages.settings.rollout import RolloutSettings, engine_problems, missing_engine
 from stages.settings.training import TOO_LONG_PROMPT, SchedulerType, TooLong
 from stages.training.schedule import Schedule
 from stages.training.selection import Selection
@@ -244,8 +244,7 @@ def check(experiment: "Experiment") -> list[str]:
     for key, folder in named_folders(experiment).items():
         if not (folder / "config.json").is_file():
             lines.append(f"{key}: {folder} has no config.json; give the model/ folder of a reward model")
-    for name in sorted(set(SET_BY_PPO) & set(experiment.launch.vllm.options)):
-        lines.append(f"launch.vllm.options: ppo sets {name} itself; leave it out")
+    lines += engine_problems(experiment, "ppo")
     if settings.publish_ema and settings.ema_decay is None:
         lines.append(
             "ppo.publish_ema: with ema_decay: null there is no average to publish; set it, for example to 0.992"
@@ -270,7 +269,7 @@ def text_lengths(settings: PPOSettings) -> list[str]:
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
     """Return a line for each thing that this machine lacks."""
-    lines = missing_engine(experiment)
+    lines = missing_engine(experiment, "ppo")
     return lines + over_folder_context(experiment, "ppo", *text_lengths(experiment.ppo))
 
 

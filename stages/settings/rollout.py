@@ -1,4 +1,4 @@
-"""Define the settings of PPO's sampling engine, and check that the engine is installed."""
+"""Define the settings of the engine that samples, and check that it is installed."""
 
 import shutil
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ ENVIRONMENT = "python3 -m venv .vllm && .vllm/bin/pip install vllm"
 INSTALL = (  # what to do where vLLM is missing
     f"{ENVIRONMENT} (stages/README.md: which without a GPU), and launch.vllm.python: .vllm/bin/python"
 )
-SET_BY_PPO = (  # arguments of vLLM that `make_vllm`, `Vllm` and vllm_server.py set
+SET_BY_US = (  # arguments of vLLM that `make_vllm`, `Vllm` and vllm_server.py set
     "model",
     "dtype",
     "seed",
@@ -26,11 +26,8 @@ SET_BY_PPO = (  # arguments of vLLM that `make_vllm`, `Vllm` and vllm_server.py 
 )
 
 
-class RolloutSettings(Section):
-    """Choose what samples the responses.
-
-    The policy recomputes the log-probabilities of responses that vLLM sampled.
-    """
+class EngineSettings(Section):
+    """Choose what samples the responses of a policy."""
 
     engine: Literal["transformers", "vllm"] = setting(
         "transformers",
@@ -48,13 +45,51 @@ class RolloutSettings(Section):
     )
 
 
-def missing_engine(experiment: "Experiment") -> list[str]:
-    """Return a line if vLLM is chosen and not installed."""
-    python = experiment.launch.vllm.python
-    if experiment.ppo.rollout.engine != "vllm":
+class RolloutSettings(EngineSettings):
+    """Choose what samples the responses.
+
+    The policy recomputes the log-probabilities of responses that vLLM sampled.
+    """
+
+
+OF_FINISHED = (
+    "what samples the responses, with the keys of ppo.rollout, such as {engine: vllm}; null: the policy itself. The "
+    "engine's distribution is compared with the policy's on a few prompts before it is used"
+)
+"""Meaning of `rankings.rollout` and `evaluate.rollout`."""
+
+
+def uses_vllm(experiment: "Experiment", stage: str) -> bool:
+    """Return whether vLLM samples the responses of a stage."""
+    rollout = getattr(experiment, stage).rollout
+    return rollout is not None and rollout.engine == "vllm"
+
+
+def engine_problems(experiment: "Experiment", stage: str) -> list[str]:
+    """Return a line for each argument of vLLM that a stage sets by itself."""
+    if stage != "ppo" and not uses_vllm(experiment, stage):
         return []
+    names = sorted(set(SET_BY_US) & set(experiment.launch.vllm.options))
+    return [f"launch.vllm.options: {stage} sets {name} itself; leave it out" for name in names]
+
+
+def missing_engine(experiment: "Experiment", stage: str) -> list[str]:
+    """Return a line if a stage is to sample with vLLM, and it is not installed."""
+    if not uses_vllm(experiment, stage):
+        return []
+    return missing_vllm(experiment, f"{stage}.rollout.engine")
+
+
+def missing_vllm(experiment: "Experiment", key: str) -> list[str]:
+    """Return a line if vLLM is not installed.
+
+    Args:
+        experiment: The validated experiment.
+        key: The setting that asks for it.
+    """
+    python = experiment.launch.vllm.python
     if python is None and find_spec("vllm") is None:
-        return [f"ppo.rollout.engine: vllm is not installed here; {INSTALL}"]
+        return [f"{key}: vllm is not installed here; {INSTALL}"]
     if python is not None and shutil.which(expanduser(python)) is None:
         return [f"launch.vllm.python: {python} is not a program; {INSTALL}"]
     return []
