@@ -38,7 +38,8 @@ from stages.evaluation.writing import response_rows, write_jsonl
 from stages.settings.checks import context_of
 from stages.settings.evaluate import STAGES, EvaluateSettings, prompt_kind, text_lengths, training_prompt_kinds
 from stages.settings.experiment import Experiment
-from stages.settings.policies import compared_policies, has_rankings
+from stages.settings.policies import climbs_own_model, compared_policies, has_rankings
+from stages.settings.ppo import climbed_folders
 from stages.shared.inputs import (
     LengthLimit,
     fit_prompts,
@@ -99,7 +100,8 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
     climbed: set[str] = set()
     if prompts.world is None:  # gold is an independent judge
         judge = ctx.inputs["rm"] / "model" if "rm" in ctx.inputs else None
-        climbed = policies_that_climbed(names, judge, experiment.ppo.reward_model)
+        folders = None if climbs_own_model(experiment) else climbed_folders(experiment)
+        climbed = policies_that_climbed(names, judge, folders)
     rm_figures = ctx.manifests["rm"]["metrics"] if "rm" in ctx.manifests else {}
     results = compare(prompts, measured, climbed, rm_figures) | {
         "missing_eos_score": settings.missing_eos_score,

@@ -273,7 +273,7 @@ MUTANTS = [
         'sft / ("ppo_init" if has_ppo_init else "model")',
         'sft / "model"',
     ),
-    Mutant("ppo", "an ensemble's mean is taken for its minimum", "ensemble=c.reward_ensemble)", 'ensemble="mean")'),
+    Mutant("ppo", "an ensemble's mean is taken for its minimum", "how=settings.reward_ensemble)", 'how="mean")'),
     Mutant(
         "ppo",
         "rlhf_reward takes off k1 whatever is penalised",
@@ -868,7 +868,7 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "ppo.reward_model is not asked",
-        "ppo_reward_model is None or _weights(judge) & _weights(Path(ppo_reward_model).expanduser())",
+        "climbed_folders is None or any(_weights(judge) & _weights(folder) for folder in climbed_folders)",
         "True",
     ),
     Mutant(

@@ -6,16 +6,19 @@ from pathlib import Path
 from pipeline.store import integrity
 
 
-def policies_that_climbed(names: Collection[str], judge: Path | None, ppo_reward_model: str | None) -> set[str]:
+def policies_that_climbed(
+    names: Collection[str], judge: Path | None, climbed_folders: Collection[Path] | None
+) -> set[str]:
     """Return the policies that were trained to please the judge, or selected by it.
 
-    Best of n is selected by it. PPO is trained to please it, unless `ppo.reward_model` names a
-    folder that shares no weights with it (a copy of the judge is still the judge).
+    Best of n is selected by it. PPO is trained to please it, unless it climbs other scorers, none
+    of which shares weights with it (a copy of the judge is still the judge).
 
     Args:
         names: The policies that are compared.
         judge: The folder of the reward model that judges; None if nothing judges.
-        ppo_reward_model: `ppo.reward_model`.
+        climbed_folders: The folders of the reward models that PPO climbs; None if the judge is one
+            of them.
 
     Returns:
         The names, out of `names`.
@@ -23,7 +26,7 @@ def policies_that_climbed(names: Collection[str], judge: Path | None, ppo_reward
     if judge is None:
         return set()
     climbed = {"best_of_n"}
-    if ppo_reward_model is None or _weights(judge) & _weights(Path(ppo_reward_model).expanduser()):
+    if climbed_folders is None or any(_weights(judge) & _weights(folder) for folder in climbed_folders):
         climbed.add("ppo")
     return climbed & set(names)
 

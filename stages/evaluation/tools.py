@@ -17,8 +17,8 @@ from stages.models.packing import can_pack
 from stages.objectives.rewards import final_scores
 from stages.rollouts.engines import engine_spec
 from stages.rollouts.frozen import FrozenSampler, make_frozen_sampler
+from stages.scorers.reward_model import RewardModelScorer
 from stages.scorers.scorer import ScoreRequest, ScorerSpec
-from stages.scorers.scorers import SCORERS
 from stages.settings.evaluate import STAGES, EvaluateSettings
 from stages.settings.rollout import EngineSettings
 from stages.shared.runtime import Runtime, place_frozen
@@ -123,7 +123,7 @@ class Tools:
             packed=packed,
         )
         request = ScoreRequest(list(chat_ids), [answer.response for answer in answers], self.tokenizer)
-        return SCORERS["reward_model"](spec).score(request)
+        return RewardModelScorer(spec).score(request).total
 
     def with_missing_eos(self, scores: torch.Tensor, answers: Sequence[Answer]) -> torch.Tensor:
         """Return the scores (B,), with `missing_eos_score` for unfinished answers if it is set."""

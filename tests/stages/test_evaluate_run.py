@@ -121,7 +121,7 @@ def run_evaluate(chain, folder, choices, *more, sample=None, **options) -> Run:
 
 
 def scripted(sample):
-    """Return a method in place of FrozenSampler.sample, with `sample` for all but greedy answers."""
+    """Return a method for FrozenSampler.sample, with `sample` for all but greedy answers."""
     real = FrozenSampler.sample
 
     def method(self, policy, model, request, batch_size, poll):
@@ -133,7 +133,7 @@ def scripted(sample):
 
 
 def drawn(calls) -> list[tuple]:
-    """Return (request, ids of its responses) of each call of FrozenSampler.sample, but greedy ones."""
+    """Return (request, ids of its responses) of each sampling that is not greedy."""
     return [(call.args[3], call.result) for call in calls if call.args[3].temperature > 0]
 
 
