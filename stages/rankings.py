@@ -114,6 +114,8 @@ class Sampler:
             response_length=self.settings.response_length,
             temperature=self.settings.temperature,
             eos_id=self.tokenizer.eos_token_id,
+            top_k=self.settings.top_k,
+            top_p=self.settings.top_p,
         )
         flat = self.engine.sample("sft", self.policy, request, len(seeds), poll)
         return list(micro_batches(flat, count))

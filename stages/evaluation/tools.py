@@ -11,6 +11,7 @@ import torch
 
 from pipeline.config.sections import LaunchSettings
 from stages.evaluation.forms import Answer
+from stages.evaluation.judges import HELD_OUT, KEPT, REWARD_MODEL, in_order
 from stages.models.ensemble import load_reward_model
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
 from stages.models.packing import can_pack
@@ -58,10 +59,8 @@ class Tools:
     """The folder of the reference."""
     reference: Any
     """The policy that KL is measured against: the one that PPO's penalty is against."""
-    reward_model: Any
-    """The judge of the experiment; None if the experiment trains no reward model."""
-    held_out_reward_model: Any
-    """A reward model that nothing was trained to please; None if the stage rm trained none."""
+    judges: dict[str, Any]
+    """The reward models that judge, by name; {} if the experiment trains none."""
     packed: bool
     """Whether all of these models can read packed rows."""
     sharded: bool
@@ -77,8 +76,12 @@ class Tools:
 
     def models(self) -> list[Any]:
         """Return the models that stay loaded, each once."""
-        judges = [model for model in (self.reward_model, self.held_out_reward_model) if model is not None]
-        return [self.reference, *judges]
+        return [self.reference, *self.judges.values()]
+
+    @property
+    def reward_model(self) -> Any:
+        """Return the model that PPO maximises and best of n selects by; None without one."""
+        return self.judges.get(REWARD_MODEL)
 
     def model_of(self, name: str) -> Any:
         """Return a policy's model: the reference where that is it, otherwise loaded now.
@@ -155,12 +158,13 @@ def load_tools(runtime: Runtime, inputs: dict[str, Path], settings: EvaluateSett
         return place_frozen(partial(load, folder, **runtime.load_options()), runtime, settings.max_length)
 
     load, load_judge = partial(place, load_policy), partial(place, load_scalar_model)
-    reward_model = held_out_reward_model = None
+    judges = {}
     if "rm" in inputs:
-        reward_model = load_reward_model(inputs["rm"] / "model", settings.reward_ensemble, load_judge)
-        folder = inputs["rm"] / "held_out" / "model"
-        if folder.is_dir():
-            held_out_reward_model = load_judge(folder)
+        judges[REWARD_MODEL] = load_reward_model(inputs["rm"] / "model", settings.reward_ensemble, load_judge)
+        for name, own in ((KEPT, "judge"), (HELD_OUT, "held_out")):
+            folder = inputs["rm"] / own / "model"
+            if folder.is_dir():
+                judges[name] = load_judge(folder)
     folder = inputs["sft"] / "model"
     tokenizer = load_tokenizer(folder, trust_remote_code=runtime.trust_remote_code)
     reference_folder = inputs["sft"] / "ppo_init" if has_ppo_init else folder
@@ -171,8 +175,7 @@ def load_tools(runtime: Runtime, inputs: dict[str, Path], settings: EvaluateSett
         folders={name: inputs[name] / "model" for name in STAGES if name in inputs},
         reference_folder=reference_folder,
         reference=load(reference_folder),
-        reward_model=reward_model,
-        held_out_reward_model=held_out_reward_model,
+        judges={name: judges[name] for name in in_order(list(judges))},
         packed=False,
         sharded=runtime.sharded,
         batch_size=settings.batch_size,
