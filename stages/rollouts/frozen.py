@@ -23,6 +23,9 @@ from stages.rollouts.engines import ENGINES, engine_rules
 from stages.rollouts.transformers import TransformersEngine
 from stages.settings.rollout import INSTALL, EngineSettings
 
+MOST_ROWS = 256
+"""Responses that another engine samples at a time, at most; launch.vllm.options may set another
+number (max_num_seqs)."""
 CHECKED_PROMPTS = 16
 """Prompts on which another engine's distribution is compared with the policy's."""
 CHECKED_TOKENS = 64
@@ -159,10 +162,12 @@ def make_frozen_sampler(
     Args:
         stage: Name of the stage, for messages.
         rollout: Its section rollout.
-        spec: What engines are built from.
+        spec: What engines are built from; its batch_size is of one process, and another engine
+            than the policy itself serves all of them.
         say: Prints a line.
     """
-    return FrozenSampler(stage, rollout.engine, spec, engine_rules(rollout), say)
+    rows = min(MOST_ROWS, spec.batch_size * parallel.rank_and_world_size()[1])
+    return FrozenSampler(stage, rollout.engine, replace(spec, batch_size=rows), engine_rules(rollout), say)
 
 
 @torch.no_grad()
