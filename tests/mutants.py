@@ -701,13 +701,13 @@ MUTANTS = [
         "evaluate",
         "perplexity of SFT for every policy",
         "text_losses(policy.model, text_rows",
-        "text_losses(tools.sft, text_rows",
+        "text_losses(tools.reference, text_rows",
     ),
     Mutant(
         "evaluate",
         "KL to SFT where PPO began elsewhere",
         "of_reference = logps(tools.reference,",
-        "of_reference = logps(tools.sft,",
+        'of_reference = logps(tools.load(tools.folders["sft"]),',
     ),
     Mutant(
         "evaluate",

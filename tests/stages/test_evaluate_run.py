@@ -9,6 +9,7 @@ import json
 import math
 import random
 import statistics
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -23,6 +24,7 @@ from data.world.world import World
 from pipeline.errors import UserError
 from pipeline.store.checkpoints import CheckpointStore
 from stages import evaluate
+from stages.evaluation import tools
 from stages.evaluation.results import Measured
 from stages.page import samples as report_samples
 from stages.page.results import NAMES, complete
@@ -567,6 +569,21 @@ class TestAgain:
         assert sum(len(request.prompts) for request, _ in drawn(calls)) == 8 * 5
         for name in ("results.json", "responses.jsonl"):
             assert (finished.folder / name).read_bytes() == (files.finished.folder / name).read_bytes()
+
+    def test_one_policy_at_a_time_is_loaded_beside_the_reference(self, chain, files, prompts, tmp_path, monkeypatch):
+        """The first one that is loaded is the reference."""
+        loaded, load = [], tools.load_policy
+
+        def watched(folder, **options):
+            assert not [one for one in loaded[1:] if one() is not None], "another policy is still there"
+            model = load(folder, **options)
+            loaded.append(weakref.ref(model))
+            return model
+
+        monkeypatch.setattr(tools, "load_policy", watched)
+        again = self.again(chain, files, prompts, tmp_path / "two")
+        assert len(loaded) > 6, "each is loaded to be measured, and again to answer greedily"
+        assert again.results == files.results
 
     def test_a_checkpoint_of_another_version_is_refused(self, tmp_path):
         store = CheckpointStore(tmp_path, every=0, keep=2, run_id="1")
