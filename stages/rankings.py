@@ -31,12 +31,12 @@ from pipeline.stage import Source, StageRun
 from stages.evaluation.statistics import labeler_agreement
 from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.engine import EngineLost, SampleRequest
-from stages.rollouts.engines import engine_spec
-from stages.rollouts.frozen import FrozenSampler, make_frozen_sampler
+from stages.rollouts.frozen import FrozenSampler
 from stages.settings.checks import reader_source
 from stages.settings.experiment import Experiment
 from stages.settings.rankings import RankingsSettings
 from stages.settings.rollout import EngineSettings
+from stages.shared.engines import engine_spec, make_frozen_sampler
 from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, published, read_world
 from stages.shared.runtime import Runtime, can_pack_rows, check_context, place_frozen, runtime_of, with_accelerator
 from stages.shared.source_words import recorded_rows

@@ -803,7 +803,7 @@ MUTANTS = [
         "scores[name] = tools.with_missing_eos(own, kept_answers).tolist()",
         "scores[name] = own.tolist()",
     ),
-    Mutant("evaluate", "reward_ensemble is not read", "settings.reward_ensemble, **options", '"mean", **options'),
+    Mutant("evaluate", "reward_ensemble is not read", "settings.reward_ensemble, load_judge", '"mean", load_judge'),
     Mutant(
         "evaluate",
         "wins against itself",

@@ -8,12 +8,12 @@ from stages.ppo.options import sampling_options
 from stages.ppo.sampling import Sampler
 from stages.ppo.scoring import make_scorers
 from stages.rollouts.engine import EngineSpec, RolloutEngine
-from stages.rollouts.engines import engine_rules
 from stages.rollouts.rollout import DrawnPrompt
 from stages.rollouts.transformers import TransformersEngine
 from stages.scorers.scorer import Scorer, no_poll
 from stages.scorers.weighted import WeightedScorer, WeightedSum
 from stages.settings.ppo import PPOSettings, named_rewards
+from stages.shared.engines import engine_rules
 
 SEED = 3
 

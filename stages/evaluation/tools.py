@@ -16,12 +16,12 @@ from stages.models.ensemble import load_reward_model
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
 from stages.models.packing import can_pack
 from stages.objectives.rewards import final_scores
-from stages.rollouts.engines import engine_spec
-from stages.rollouts.frozen import FrozenSampler, make_frozen_sampler
+from stages.rollouts.frozen import FrozenSampler
 from stages.scorers.reward_model import RewardModelScorer
 from stages.scorers.scorer import ScoreRequest, ScorerSpec
 from stages.settings.evaluate import STAGES, EvaluateSettings
 from stages.settings.rollout import EngineSettings
+from stages.shared.engines import engine_spec, make_frozen_sampler
 from stages.shared.runtime import Runtime, place_frozen
 from stages.training.session import Session
 

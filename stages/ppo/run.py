@@ -38,12 +38,12 @@ from stages.ppo.scoring import make_scorers
 from stages.ppo.state import Run, drawn_before, new_run, refuse_other_prompts, resume, total_updates
 from stages.ppo.update import Batch, Rates, update
 from stages.rollouts.engine import EngineLost
-from stages.rollouts.engines import engine_rules, engine_spec
 from stages.rollouts.rollout import Rollout
 from stages.scorers.scorer import ScorerLost
 from stages.settings.experiment import Experiment
 from stages.settings.ppo import PPOSettings, named_rewards, steps_per_update
 from stages.shared.disk import say_written
+from stages.shared.engines import engine_rules, engine_spec
 from stages.shared.provenance import Provenance, provenance_of
 from stages.shared.runtime import (
     Runtime,

@@ -19,13 +19,10 @@ from stages.models.packing import reads_packed_rows
 from stages.models.sharding import is_sharded
 from stages.objectives.rewards import kl_per_token
 from stages.rollouts.engine import EngineLost, EngineRules, EngineSpec, RolloutEngine, Sampled, SampleRequest
-from stages.rollouts.engines import ENGINES, engine_rules
+from stages.rollouts.engines import ENGINES
 from stages.rollouts.transformers import TransformersEngine
-from stages.settings.rollout import INSTALL, EngineSettings
+from stages.settings.rollout import INSTALL
 
-MOST_ROWS = 256
-"""Responses that another engine samples at a time, at most; launch.vllm.options may set another
-number (max_num_seqs)."""
 CHECKED_PROMPTS = 16
 """Prompts on which another engine's distribution is compared with the policy's."""
 CHECKED_TOKENS = 64
@@ -152,22 +149,6 @@ class FrozenSampler:
                 f"the engine {self.name} does not sample from {policy}'s distribution: KL to it is {kl:.2g} nats a "
                 f"token, and {self.stage}.rollout.max_engine_kl is {limit:g}"
             )
-
-
-def make_frozen_sampler(
-    stage: str, rollout: EngineSettings, spec: EngineSpec, say: Callable[[str], None]
-) -> FrozenSampler:
-    """Return the sampler of a stage, not started yet.
-
-    Args:
-        stage: Name of the stage, for messages.
-        rollout: Its section rollout.
-        spec: What engines are built from; its batch_size is of one process, and another engine
-            than the policy itself serves all of them.
-        say: Prints a line.
-    """
-    rows = min(MOST_ROWS, spec.batch_size * parallel.rank_and_world_size()[1])
-    return FrozenSampler(stage, rollout.engine, replace(spec, batch_size=rows), engine_rules(rollout), say)
 
 
 @torch.no_grad()

@@ -10,9 +10,10 @@ from pipeline.errors import UserError
 from stages.rollouts import frozen
 from stages.rollouts.engine import EngineLost, EngineRules, EngineSpec, Sampled, SampleRequest
 from stages.rollouts.engines import ENGINES
-from stages.rollouts.frozen import FrozenSampler, make_frozen_sampler
+from stages.rollouts.frozen import FrozenSampler
 from stages.rollouts.transformers import Decoding, TransformersEngine, sample
 from stages.settings.rollout import EngineSettings
+from stages.shared.engines import make_frozen_sampler
 from tests.builders import EOS, tiny_causal
 
 PROMPTS = [[5, 9, 2]] * 2 + [[7]] * 2
