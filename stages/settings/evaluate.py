@@ -7,7 +7,7 @@ from pipeline.stage import Stage, StageRun
 from stages.models.ensemble_folder import How
 from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
 from stages.settings.policies import compared_policies, needs_reward_model, simulates_labelers
-from stages.settings.rollout import OF_FINISHED, EngineSettings, engine_problems, missing_engine
+from stages.settings.rollout import OF_FINISHED, EngineSettings, missing_engine
 from stages.settings.training import TOO_LONG_PROMPT, TooLong
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def check(experiment: "Experiment") -> list[str]:
                     f"evaluate.{key}: is {own} and ppo.{key} is {ppos}, so scores would not be those that PPO "
                     f"maximised; set both to the same value"
                 )
-    lines += no_room_for_prompt(experiment, "evaluate") + engine_problems(experiment, "evaluate")
+    lines += no_room_for_prompt(experiment, "evaluate")
     return lines + over_context(experiment, "evaluate", *text_lengths(experiment))
 
 

@@ -6,7 +6,7 @@ from pipeline.config.section import Section, setting
 from pipeline.stage import Stage, StageRun
 from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
 from stages.settings.policies import simulates_labelers
-from stages.settings.rollout import OF_FINISHED, EngineSettings, engine_problems, missing_engine
+from stages.settings.rollout import OF_FINISHED, EngineSettings, missing_engine
 from stages.settings.training import TOO_LONG_PROMPT, TooLong
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ def check(experiment: "Experiment") -> list[str]:
     """Return a line for each combination of settings that cannot work."""
     if not simulates_labelers(experiment):
         return []  # nothing is sampled
-    lines = no_room_for_prompt(experiment, "rankings") + over_context(experiment, "rankings")
-    return lines + engine_problems(experiment, "rankings")
+    return no_room_for_prompt(experiment, "rankings") + over_context(experiment, "rankings")
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:

@@ -14,7 +14,7 @@ ENVIRONMENT = "python3 -m venv .vllm && .vllm/bin/pip install vllm"
 INSTALL = (  # what to do where vLLM is missing
     f"{ENVIRONMENT} (stages/README.md: which without a GPU), and launch.vllm.python: .vllm/bin/python"
 )
-SET_BY_US = (  # arguments of vLLM that `make_vllm`, `Vllm` and vllm_server.py set
+SET_BY_PPO = (  # arguments of vLLM that `make_vllm`, `Vllm` and vllm_server.py set
     "model",
     "dtype",
     "seed",
@@ -63,14 +63,6 @@ def uses_vllm(experiment: "Experiment", stage: str) -> bool:
     """Return whether vLLM samples the responses of a stage."""
     rollout = getattr(experiment, stage).rollout
     return rollout is not None and rollout.engine == "vllm"
-
-
-def engine_problems(experiment: "Experiment", stage: str) -> list[str]:
-    """Return a line for each argument of vLLM that a stage sets by itself."""
-    if stage != "ppo" and not uses_vllm(experiment, stage):
-        return []
-    names = sorted(set(SET_BY_US) & set(experiment.launch.vllm.options))
-    return [f"launch.vllm.options: {stage} sets {name} itself; leave it out" for name in names]
 
 
 def missing_engine(experiment: "Experiment", stage: str) -> list[str]:
