@@ -74,6 +74,18 @@ def test_killed_while_sampling_and_resumed_they_give_the_same_bytes(stage, who, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["rankings", "evaluate"])
+def test_a_signal_ends_sampling_at_once_and_it_resumes(stage, oracle, undisturbed, tmp_path):
+    """What is saved has no weights, so rank 0 saves alone, between two tokens."""
+    root = copy_without(oracle, tmp_path, stage)
+    run = command(stage, root, FSDP, "checkpoints.every=1")
+    assert rlhf_together(*run, term=(0, stage, 2), seconds=60) == [75, 4]
+    assert not (root / "micro" / stage / "manifest.json").exists()
+    assert rlhf_together(*run) == [0, 0]
+    assert published(root / "micro" / stage) == undisturbed(stage)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [(LORA,), (LORA, BFLOAT16), ("model.gradient_checkpointing=true", BFLOAT16)])
 def test_adapters_gradient_checkpointing_and_bfloat16(settings, tmp_path):
     """Compared with two ddp processes: with one, bfloat16 would round other rows together.

@@ -581,9 +581,13 @@ class TestAgain:
             return model
 
         monkeypatch.setattr(tools, "load_policy", watched)
-        again = self.again(chain, files, prompts, tmp_path / "two")
+        choices = [f"evaluate.{key}={x}" for key, x in PLAIN.items()]
+        more = (f"data.evaluation_prompts={prompts[0]}", f"ppo.missing_eos_score={MISSING}")
+        manifests = {"rm": {"digest": "rm", "metrics": files.results["reward_model"]}}
+        finished = chain.run("evaluate", tmp_path / "two", *choices, *more, manifests=manifests)
         assert len(loaded) > 6, "each is loaded to be measured, and again to answer greedily"
-        assert again.results == files.results
+        name = "responses.jsonl"
+        assert (finished.folder / name).read_bytes() == (files.finished.folder / name).read_bytes()
 
     def test_a_checkpoint_of_another_version_is_refused(self, tmp_path):
         store = CheckpointStore(tmp_path, every=0, keep=2, run_id="1")
