@@ -206,8 +206,8 @@ MUTANTS = [
     Mutant(
         "ppo",
         "the ratio is to the reference",
-        "for x in (rollout.logprobs, rollout.values, batch.advantages, batch.returns)",
-        "for x in (rollout.ref_logprobs, rollout.values, batch.advantages, batch.returns)",
+        "for x in (rollout.logprobs, rollout.ref_logprobs, batch.advantages)",
+        "for x in (rollout.ref_logprobs, rollout.ref_logprobs, batch.advantages)",
     ),
     Mutant(
         "ppo",
