@@ -108,6 +108,14 @@ def uses_vllm(experiment: "Experiment", stage: str) -> bool:
     return rollout is not None and rollout.engine == "vllm"
 
 
+def sampling_with_vllm(experiment: "Experiment") -> list[str]:
+    """Return the stages whose responses vLLM samples."""
+    stages = ["rankings", "ppo", "evaluate"]
+    if experiment.data.rankings is not None:
+        stages.remove("rankings")  # nothing is sampled
+    return [stage for stage in stages if uses_vllm(experiment, stage)]
+
+
 def missing_engine(experiment: "Experiment", stage: str) -> list[str]:
     """Return a line if a stage is to sample with vLLM, and it is not installed."""
     if not uses_vllm(experiment, stage):

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-SAMPLING = ("rankings", "ppo", "evaluate")  # stages that sample with the engine of their `rollout`
 COLUMNS = ("weights", "moments", "kept", "step", "sampling")
 
 
@@ -21,7 +20,7 @@ def print_memory(experiment: Any, console: Any = None, trust_remote_code: bool =
     from rich.console import Console
     from rich.table import Table
 
-    from stages.settings.rollout import uses_vllm
+    from stages.settings.rollout import sampling_with_vllm
     from stages.shared.runtime import device_of
     from stages.tools.memory import of_experiment
 
@@ -29,10 +28,9 @@ def print_memory(experiment: Any, console: Any = None, trust_remote_code: bool =
     table = Table("", *COLUMNS, "in all", box=None, padding=(0, 2, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"
-    most, needs = 0, []
+    most = 0
     with console.status("taking a step of each stage without data"):
         for need in of_experiment(experiment, device, trust_remote_code):
-            needs.append(need)
             sizes = [getattr(need, name) for name in COLUMNS]
             table.add_row(need.stage, *[readable(size) for size in sizes], readable(need.most))
             most = max(most, need.most)
@@ -43,7 +41,7 @@ def print_memory(experiment: Any, console: Any = None, trust_remote_code: bool =
         f"averages and best weights; step: activations and gradients; sampling: the cache, and weights cast for it. "
         f"Of step and sampling only the larger counts. Rankings from a file are taken to be pairs."
     )
-    if stages := [need.stage for need in needs if need.stage in SAMPLING and uses_vllm(experiment, need.stage)]:
+    if stages := sampling_with_vllm(experiment):
         settings = experiment.launch.vllm
         where = "this machine" if device == "cpu" else f"GPUs {settings.devices or 'of rank 0'}"
         share = f"{settings.gpu_memory_utilization:.0%} of the memory of {where}"
