@@ -173,7 +173,7 @@ def check_optional(experiment: Any) -> Iterator[Line]:
 
 
 def check_vllm(python: str, stages: list[str]) -> Line:
-    """Check whether a Python interpreter (launch.vllm.python) has vLLM, which stages sample with."""
+    """Check whether a Python (launch.vllm.python) has vLLM, which stages sample with."""
     code = "from importlib.metadata import distributions as d; " \
         "print(*[f'{x.name} {x.version}' for x in d() if x.name.startswith('vllm')], sep=', ')"  # fmt: skip
     try:
