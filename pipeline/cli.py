@@ -346,6 +346,13 @@ def add_chat(commands: Any) -> None:
         default=None,
         help="largest length of a response, in tokens (default: evaluate.response_length)",
     )
+    chat.add_argument(
+        "--engine",
+        choices=("transformers", "vllm"),
+        default=None,
+        help="what samples the responses; vllm runs as launch.vllm says, on several GPUs if need be (default: that of "
+        "evaluate.rollout, otherwise transformers)",
+    )
     chat.add_argument("--system", default=None, metavar="TEXT", help="system message")
     chat.add_argument("--trust-remote-code", action="store_true", help="run code that a model brings")
 

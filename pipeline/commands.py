@@ -292,9 +292,13 @@ def load_if_given(arguments: argparse.Namespace) -> Any:
 def chat_command(arguments: argparse.Namespace) -> int:
     """Run `rlhf chat`: talk to several policies side by side."""
     from pipeline.launch import environment
+    from pipeline.launch.processes import rank_and_size_from_environment
 
     experiment = load(arguments)
-    environment.prepare(experiment)
+    if rank_and_size_from_environment()[1] > 1:
+        raise UserError("chat: it is one process, and was started as several; start it without torchrun or srun")
+    one_node = experiment.launch.model_copy(update={"nodes": 1})  # chat runs here, whatever the stages do
+    environment.prepare(experiment.model_copy(update={"launch": one_node}))
     chat = importlib.import_module("stages.tools.chat")
     length = arguments.max_new_tokens
     return chat.run(
@@ -310,6 +314,7 @@ def chat_command(arguments: argparse.Namespace) -> int:
             system=arguments.system or "",
         ),
         trust_remote_code=arguments.trust_remote_code,
+        engine=arguments.engine,
     )
 
 

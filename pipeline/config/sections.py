@@ -225,7 +225,7 @@ class SlurmSettings(Section):
 
 
 class VllmSettings(Section):
-    """Choose how vLLM runs (used by ppo with ppo.rollout.engine: vllm)."""
+    """Choose how vLLM runs (used where `rollout.engine` is vllm: ppo, rankings, evaluate, chat)."""
 
     python: str | None = setting(
         None,

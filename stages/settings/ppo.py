@@ -378,7 +378,7 @@ def text_lengths(settings: PPOSettings) -> list[str]:
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
     """Return a line for each thing that this machine lacks."""
-    lines = missing_engine(experiment)
+    lines = missing_engine(experiment, "ppo")
     return lines + over_folder_context(experiment, "ppo", *text_lengths(experiment.ppo))
 
 
