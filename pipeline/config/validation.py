@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.checks import check_common, name_problems, path_problems
-from pipeline.config.help import section_in, type_name
+from pipeline.config.help import fields_of, section_in, type_name
 from pipeline.config.sections import Common, ConfigFile
 from pipeline.config.yaml_tree import Tree, dotted, read_tree, show
 from pipeline.errors import UserError
@@ -40,7 +40,7 @@ RENAMED = {
     "save_safetensors": "leave it out, models are always saved as safetensors",
     "group_by_length": "leave it out, demonstrations are always grouped by length",
     "logging_dir": "use the section tracking",
-    "report_to": "use tracking.wandb",
+    "report_to": "use tracking.with",
     "fp16": "use model.dtype",
     "bf16": "use model.dtype",
     "save_steps": "use checkpoints.every",
@@ -191,7 +191,7 @@ def advice(experiment_class: type[BaseModel], path: tuple) -> str:
     """
     key = str(path[-1])
     section = section_at(experiment_class, path[:-1])
-    known = list(section.model_fields) if section is not None else []
+    known = list(fields_of(section)) if section is not None else []
     if key in RENAMED and key not in known:
         return RENAMED[key]
     homes = []
@@ -199,7 +199,7 @@ def advice(experiment_class: type[BaseModel], path: tuple) -> str:
         homes.append(f"{key} (at the top level, outside any section)")
     for name, info in experiment_class.model_fields.items():
         inner = section_in(info.annotation)
-        if inner is not None and key in inner.model_fields and (name,) != path[:-1]:
+        if inner is not None and key in fields_of(inner) and (name,) != path[:-1]:
             homes.append(dotted((name, key)))
     if near := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
         return f"did you mean {dotted((*path[:-1], near[0]))}?"
@@ -215,7 +215,7 @@ def meaning(experiment_class: type[BaseModel], path: tuple) -> str:
     while isinstance(path[-1], int):  # an item of a list: describe the list
         path = path[:-1]
     section = section_at(experiment_class, path[:-1])
-    info = section.model_fields.get(path[-1]) if section is not None else None
+    info = fields_of(section).get(path[-1]) if section is not None else None
     return f"should be {type_name(info.annotation)}: {info.description}" if info is not None else "add it"
 
 
@@ -223,6 +223,6 @@ def section_at(experiment_class: type[BaseModel], path: tuple) -> type[BaseModel
     """Return the class of the section at a path of keys, or None if no section is there."""
     section: type[BaseModel] | None = experiment_class
     for part in path:
-        info = section.model_fields.get(part) if section is not None and isinstance(part, str) else None
+        info = fields_of(section).get(part) if section is not None and isinstance(part, str) else None
         section = section_in(info.annotation) if info is not None else None
     return section
