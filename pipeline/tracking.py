@@ -55,7 +55,7 @@ def json_value(value: Any) -> Any:
 
 
 class Tracker:
-    """The journals of one run of one stage, and its windows to people: lines, progress, trackers."""
+    """The journals of one run of one stage, and what people see: lines, progress, trackers."""
 
     def __init__(
         self,

@@ -112,7 +112,7 @@ def markdown(texts: tuple[dict[str, Any], ...]) -> str:
     return "\n\n".join(parts)
 
 
-def columns_and_rows(texts: tuple[dict[str, Any], ...]) -> tuple[list[str], list[list[str]]]:
+def columns_and_rows(texts: tuple[dict[str, Any], ...]) -> tuple[list[Any], list[list[str]]]:
     """Return samples as a table: the keys of any row, and the values as text."""
     columns = list(dict.fromkeys(key for row in texts for key in row))
     return columns, [[str(row.get(column, "")) for column in columns] for row in texts]
@@ -329,10 +329,10 @@ def open_swanlab(run: TrackedRun) -> OpenRun:
     is_online = run.options.get("swanlab", {}).get("mode", "online") in ("online", "cloud")
     run_id = run.run_id if is_online or not run.resumes else f"{run.run_id}x{run.resumes}"
     given: dict[str, Any] = {"id": run_id, "resume": "allow", "group": run.experiment}
-    given |= {"experiment_name": f"{run.experiment}/{run.stage}", "config": flat(run.config)}
+    given |= {"name": f"{run.experiment}/{run.stage}", "config": flat(run.config)}
     folder = run.file("swanlab")
     folder.mkdir(exist_ok=True)
-    return OpenRun(start("swanlab", run.project, run, logdir=str(folder), **given))
+    return OpenRun(start("swanlab", run.project, run, log_dir=str(folder), **given))
 
 
 OPENERS: dict[str, Callable[[TrackedRun], OpenRun]] = {

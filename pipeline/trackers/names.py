@@ -30,7 +30,7 @@ PACKAGES: dict[str, Package] = {
     "aim": Package(("aim",), "aim", ("repo", "run_hash", "experiment")),
     "clearml": Package(("clearml",), "clearml", ("project_name", "task_name", "reuse_last_task_id")),
     "dvclive": Package(("dvclive",), "dvclive", ("dir", "resume")),
-    "swanlab": Package(("swanlab",), "swanlab", ("project", "name", "experiment_name", "group", "id", "resume")),
+    "swanlab": Package(("swanlab",), "swanlab", ("project", "name", "log_dir", "group", "id", "resume", "config")),
 }
 NAMES: tuple[str, ...] = get_args(TrackerName)
 FOLDERS = ("tensorboard", "wandb", "mlflow", "aim", "dvclive", "swanlab")  # in an experiment's folder

@@ -6,6 +6,7 @@ It reads lines of JSON from its standard input: {"begin": RUN} when a run has it
 ends, because the command has ended or was killed, it sends what the journals have and ends too.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from pipeline.trackers.run import TrackedRun
 
 POLL_SECONDS = 0.5  # between two looks at the journals
 CALL_SECONDS = 60.0  # to open a run, libraries included, or to send a row
-FINISH_SECONDS = 60.0  # to send the rest when the command was killed
+FINISH_SECONDS = 30.0  # to send the rest when the command was killed
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 
 
@@ -64,24 +65,37 @@ class Feed:
     def _follow(self) -> None:
         """Send all rows, and report how it ended."""
         try:
-            from pipeline.trackers.kinds import open_run
-
             self._overdue_at = time.monotonic() + CALL_SECONDS
-            opened = open_run(self.name, self.run)
-            journals, complete = Journals(Path(self.run.folder)), False
-            while not complete:
-                self._overdue_at = None
-                complete = self.journals_complete.wait(POLL_SECONDS)
-                for entry in journals.new_entries(complete):
-                    if opened.takes(entry):
-                        self._overdue_at = time.monotonic() + CALL_SECONDS
-                        opened.send(entry)
-            self._overdue_at = None  # the command says how long finishing may take
-            opened.tracker.finish()
+            # That of a command that was killed may still be sending what that one wrote.
+            with open(self._lock_file(), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._send_all()
         except BaseException as error:  # whatever a library raises, SystemExit included
             self._end("lost", reason_of(error))
         else:
             self._end("done")
+
+    def _send_all(self) -> None:
+        """Open the run in the tracker, send every row of the journals and finish the run."""
+        from pipeline.trackers.kinds import open_run
+
+        opened = open_run(self.name, self.run)
+        journals, complete = Journals(Path(self.run.folder)), False
+        while not complete:
+            self._overdue_at = None
+            complete = self.journals_complete.wait(POLL_SECONDS)
+            for entry in journals.new_entries(complete):
+                if opened.takes(entry):
+                    self._overdue_at = time.monotonic() + CALL_SECONDS
+                    opened.send(entry)
+        self._overdue_at = None  # the command decides how long it waits for the end
+        opened.tracker.finish()
+
+    def _lock_file(self) -> Path:
+        """Return the file that a process locks while it sends this stage to this tracker."""
+        folder = self.run.file(".trackers")
+        folder.mkdir(exist_ok=True)
+        return folder / f"{self.run.stage}-{self.name}.lock"
 
     def _end(self, event: str, reason: str = "") -> None:
         """Report how it ended, once."""
@@ -165,7 +179,7 @@ def main() -> None:
 
 def _end_soon() -> None:
     """End the process if its libraries take too long to close."""
-    time.sleep(10)
+    time.sleep(5)
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""Start the process that feeds trackers, tell it of runs, and warn once of a tracker that failed."""
+"""Start the process that feeds trackers, tell it of runs, and warn once of one that failed."""
 
 import json
 import os

@@ -65,7 +65,7 @@ class Journals:
                 call (evaluations and samples for the metrics of the next step): a row that comes
                 before them may not have been written yet.
         """
-        # Metrics that an earlier call has seen: all rows that come before them are in the files by now.
+        # Metrics that an earlier call has seen: all that comes before them has been written by now.
         limit = (math.inf, 0) if complete else (self.metrics_until, 0)
         # The stage writes timing, metrics, evaluations, samples. Read the other way round: whoever
         # sees a row also sees what was written before it.
@@ -81,7 +81,7 @@ class Journals:
         return self._entries(ready)
 
     def _entries(self, rows: list[tuple[int, int, dict[str, Any]]]) -> list[Entry]:
-        """Return rows as entries, all samples of a step as one; a row without numbers is none."""
+        """Return rows as entries: all samples of a step are one, a row without numbers is none."""
         entries: list[Entry] = []
         for (step, number), group in itertools.groupby(rows, key=_place):
             kind = KINDS[number]
