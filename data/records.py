@@ -110,6 +110,15 @@ class Prompt:
     """What sort of prompt or use it is, as the data name it."""
     meta: dict | None = None
     """Whatever else the row says; kept, never read."""
+    extra: dict | None = None
+    """The other keys of the row that was read (`answer`, `constraints`, …), for scorers that know
+    what a right response is. Not written by `to_json`."""
+
+    def row(self) -> dict:
+        """Return the prompt and all other keys that are known, as scorers get them."""
+        about = {"user_id": self.user_id, "kind": self.kind, "meta": self.meta}
+        prompt = self.prompt if isinstance(self.prompt, str) else as_messages(self.prompt)
+        return {**(self.extra or {}), **{key: x for key, x in about.items() if x is not None}, "prompt": prompt}
 
 
 Record = Demonstration | Ranking | Document | Prompt
@@ -177,8 +186,9 @@ def content_id(ranking: Ranking) -> str:
 
 
 def to_json(record: Record) -> dict:
-    """Return the JSON object that reads back as an equal record."""
+    """Return the JSON object that reads back as an equal record, without a prompt's extra keys."""
     row = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(record).items()}
+    row.pop("extra", None)
     return {key: value for key, value in row.items() if key not in OPTIONAL or value not in (None, [])}
 
 

@@ -247,6 +247,8 @@ class RowReader:
             record = PARSERS[self.kind](item)
             if isinstance(record, Ranking):
                 record = with_own_id(record, location, self._seen)
+            elif isinstance(record, Prompt):
+                record = replace(record, extra=extra_of(row))
         except ValueError as error:
             self._bad(location, error)
             return
@@ -266,6 +268,11 @@ class RowReader:
             self.loaded.leave_out(location, "bad row", str(error))
         else:
             self.loaded.errors.append(f"{location}: {error}")
+
+
+def extra_of(row: dict) -> dict | None:
+    """Return the keys of a row beside the prompt and what records have fields for; None if none."""
+    return {key: value for key, value in row.items() if key not in ("prompt", *KEPT)} or None
 
 
 def refuse_other_judgments(form: Form, by: str) -> None:

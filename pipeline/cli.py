@@ -271,6 +271,9 @@ def add_chat(commands: Any) -> None:
         "--temperature", type=float, default=0.0, help="sampling temperature; 0 (default): always the likeliest token"
     )
     chat.add_argument(
+        "--top-k", type=int, default=0, help="sample from so many of the likeliest tokens; 0 (default): from all"
+    )
+    chat.add_argument(
         "--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability"
     )
     chat.add_argument("--seed", type=int, default=0, help="seed of sampling")

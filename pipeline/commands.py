@@ -273,6 +273,7 @@ def chat_command(arguments: argparse.Namespace) -> int:
         chat.Settings(
             temperature=arguments.temperature,
             top_p=arguments.top_p,
+            top_k=arguments.top_k,
             seed=arguments.seed,
             max_new_tokens=experiment.evaluate.response_length if length is None else length,
             system=arguments.system or "",

@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.stage import Source, StageRun
 from pipeline.store.checkpoints import CheckpointStore
 from pipeline.tracking import json_value
-from stages.evaluation.climbed import policies_that_climbed
+from stages.evaluation.climbed import Climbed, judges_of
 from stages.evaluation.comparison import compare, manifest_figures
 from stages.evaluation.forms import DESCRIPTIONS, form_of_base
 from stages.evaluation.greedy import greedy_rows
@@ -36,7 +36,8 @@ from stages.evaluation.writing import response_rows, write_jsonl
 from stages.settings.checks import context_of
 from stages.settings.evaluate import STAGES, EvaluateSettings, prompt_kind, text_lengths, training_prompt_kinds
 from stages.settings.experiment import Experiment
-from stages.settings.policies import compared_policies, has_rankings
+from stages.settings.policies import climbs_own_model, compared_policies, has_rankings
+from stages.settings.ppo import climbed_folders
 from stages.shared.inputs import (
     LengthLimit,
     fit_prompts,
@@ -100,12 +101,9 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
     greedy = greedy_rows(tools, prompts, measured, settings, context, poll)
 
     # 4. Compare, and publish.
-    climbed: set[str] = set()
-    if prompts.world is None:  # gold is an independent judge
-        judge = ctx.inputs["rm"] / "model" if "rm" in ctx.inputs else None
-        climbed = policies_that_climbed(names, judge, experiment.ppo.reward_model)
     rm_figures = ctx.manifests["rm"]["metrics"] if "rm" in ctx.manifests else {}
-    results = compare(prompts, measured, climbed, rm_figures) | {
+    judges = judges_of(names, prompts.world is not None, ctx.inputs.get("rm"), climbed_by_ppo(experiment), rm_figures)
+    results = compare(prompts, measured, judges, rm_figures) | {
         "missing_eos_score": settings.missing_eos_score,
         "response_length": settings.response_length,
     }
@@ -228,11 +226,20 @@ def missing_figures(experiment: Experiment, judged: bool) -> list[str]:
     return lines
 
 
+def climbed_by_ppo(experiment: Experiment) -> Climbed:
+    """Return the reward models that PPO was trained to please, or that chose what it published."""
+    settings, others = experiment.ppo, climbed_folders(experiment)
+    if settings.held_out_reward_model is not None and settings.keep == "best":
+        others.append(Path(settings.held_out_reward_model))
+    return Climbed(own=climbs_own_model(experiment), others=others)
+
+
 def measured_before(checkpoints: CheckpointStore) -> dict[str, Measured]:
     """Return what an interrupted run measured, by policy."""
     checkpoint = checkpoints.newest()
     if checkpoint is None:
         return {}
-    if "measured" not in checkpoint.state:
+    states = checkpoint.state.get("measured")
+    if states is None or not all(isinstance(state.get("scores"), dict) for state in states.values()):
         raise UserError("evaluate: the checkpoint was written by another version; start again with --restart")
-    return {name: Measured(**fields) for name, fields in checkpoint.state["measured"].items()}
+    return {name: Measured(**state) for name, state in states.items()}

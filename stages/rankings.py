@@ -106,6 +106,8 @@ class Sampler:
             eos_id=self.tokenizer.eos_token_id,
             pad_id=self.tokenizer.pad_token_id,
             temperature=self.settings.temperature,
+            top_k=self.settings.top_k,
+            top_p=self.settings.top_p,
             batch_size=len(seeds),
         )
         prompts = [ids[i] for i in indices for _ in range(count)]

@@ -330,7 +330,7 @@ def write_samples(session: Session, ranker: RankingModel, tokenizer: Any, held: 
     for group in held.groups[:4]:
         count = len(group.responses)
         request = ScoreRequest([group.prompt] * count, group.responses, tokenizer)
-        scores = ranker.scorer(batch_size=count).score(request)
+        scores = ranker.scorer(batch_size=count).score(request).total
         rows += [
             {"prompt": prompts[group.id], "response": decode_response(tokenizer, r), "score": s}
             for r, s in zip(group.responses, scores.tolist(), strict=True)
@@ -374,7 +374,7 @@ def demonstration_mean(
         )
     prompts, responses = zip(*pairs, strict=True)
     scorer = ranker.scorer(batch_size=4 * config.per_device_train_batch_size)
-    scores = scorer.score(ScoreRequest(prompts, responses, tokenizer))
+    scores = scorer.score(ScoreRequest(prompts, responses, tokenizer)).total
     return scores.double().mean().item()
 
 

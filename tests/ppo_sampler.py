@@ -1,15 +1,18 @@
 """Make PPO's sampler without a run of the stage."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from stages.models.roles import Roles
 from stages.ppo.options import engine_rules, sampling_options
-from stages.ppo.sampling import Sampler, no_poll, scorer_of
+from stages.ppo.sampling import Sampler
+from stages.ppo.scoring import make_scorers
 from stages.rollouts.engine import EngineSpec, RolloutEngine
+from stages.rollouts.rollout import DrawnPrompt
 from stages.rollouts.transformers import TransformersEngine
-from stages.scorers.scorer import Scorer
-from stages.settings.ppo import PPOSettings
+from stages.scorers.scorer import Scorer, no_poll
+from stages.scorers.weighted import WeightedScorer, WeightedSum
+from stages.settings.ppo import PPOSettings, named_rewards
 
 SEED = 3
 
@@ -49,10 +52,25 @@ def sampler_of(
         say: Gets the lines that are printed.
         scorer: Scores in place of the reward model.
     """
-    scorer = scorer or scorer_of(roles, roles.reward_model, c.per_device_train_batch_size)
+    if scorer is None:
+        rewards = [settings for _, _, settings in named_rewards(c)]
+        total = make_scorers(roles, rewards, c.per_device_train_batch_size, shows_parts=c.rewards is not None)
+    else:
+        total = WeightedSum((WeightedScorer("scorer", 1.0, scorer),))
     sampling, rules = sampling_options(c), engine_rules(c)
     own = TransformersEngine(spec_of(roles, c))
     name = "transformers" if engine is None else "vllm"
-    sampler = Sampler(roles, scorer, sampling, rules, seed, name, engine or own, own, Path("no.log"), say)
+    sampler = Sampler(roles, total, sampling, rules, seed, name, engine or own, own, Path("no.log"), say)
     sampler.start(no_poll)
     return sampler
+
+
+def drawn(prompts: Sequence[Sequence[int]], indices: Iterable[int] | None = None) -> list[DrawnPrompt]:
+    """Return prompts to sample responses to, without rows of data.
+
+    Args:
+        prompts: Token ids.
+        indices: Their indices in the list that they were drawn from; None: 0, 1, ….
+    """
+    indices = range(len(prompts)) if indices is None else indices
+    return [DrawnPrompt(ids, index) for ids, index in zip(prompts, indices, strict=True)]

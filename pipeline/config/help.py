@@ -31,6 +31,8 @@ class SettingRow:
 def describe(section: type[BaseModel], name: str) -> list[SettingRow]:
     """Return one row for each setting of a section, including the sections inside it.
 
+    A setting that is one of several sections, such as a scorer, has no rows for what is inside.
+
     Args:
         section: Class of the section.
         name: Its name in the YAML, such as "ppo"; "" for the top level.
@@ -45,7 +47,7 @@ def describe(section: type[BaseModel], name: str) -> list[SettingRow]:
             shown = "required" if default is PydanticUndefined else show_default(default)
             unit, meaning = str(extra.get("unit", "")), info.description or ""
             rows.append(SettingRow(full, type_name(info.annotation), shown, unit, meaning))
-        if inner is not None:
+        if inner is not None and len(set(sections_in(info.annotation))) == 1:
             rows += describe(inner, full)
     return rows
 
@@ -57,12 +59,14 @@ def fields_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
 
 def section_in(annotation: Any) -> type[BaseModel] | None:
     """Return the first section class in a type annotation, such as X in `X | None`."""
+    return next(iter(sections_in(annotation)), None)
+
+
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the section classes in a type annotation; of a choice of several, each."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for part in get_args(annotation):
-        if (section := section_in(part)) is not None:
-            return section
-    return None
+        return [annotation]
+    return [section for part in get_args(annotation) for section in sections_in(part)]
 
 
 def show_default(value: Any) -> str:
@@ -83,7 +87,7 @@ def type_name(annotation: Any) -> str:
     if origin is Literal:
         return " | ".join(str(arg) for arg in args)
     if origin in (Union, types.UnionType):
-        return " or ".join(type_name(arg) for arg in args)
+        return " or ".join(dict.fromkeys(type_name(arg) for arg in args))
     if origin is dict:
         return "mapping"
     if origin in (list, tuple):

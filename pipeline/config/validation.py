@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 E = TypeVar("E", bound=Common)
 Check = Callable[[Any], list[str]]
 
-# Keys of earlier versions and of other programs, and what to use instead.
+# Keys of earlier versions and of other programs, anywhere or at one place, and what to use instead.
 RENAMED = {
     "warmup_ratio": "use warmup_steps",
     "evaluation_strategy": "use eval_steps",
@@ -55,6 +55,11 @@ RENAMED = {
     "deepspeed": "use launch.strategy: fsdp2, which shards the same state as ZeRO-3",
     "zero_stage": "use launch.strategy: fsdp2, which shards the same state as ZeRO-3",
     "offload": "leave it out, weights stay on the devices; see launch.strategy: fsdp2",
+    **dict.fromkeys(
+        ("ppo.top_k", "ppo.top_p"),
+        "leave it out: PPO's ratios and KL are of whole distributions, and samples of a truncated one would bias them; "
+        "evaluate, rankings and chat have it",
+    ),
 }
 
 
@@ -192,8 +197,9 @@ def advice(experiment_class: type[BaseModel], path: tuple) -> str:
     key = str(path[-1])
     section = section_at(experiment_class, path[:-1])
     known = list(fields_of(section)) if section is not None else []
-    if key in RENAMED and key not in known:
-        return RENAMED[key]
+    for name in (dotted(path), key):
+        if name in RENAMED and key not in known:
+            return RENAMED[name]
     homes = []
     if len(path) > 1 and key in experiment_class.model_fields:
         homes.append(f"{key} (at the top level, outside any section)")

@@ -167,10 +167,10 @@ def main() -> None:
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)  # libraries print addresses and hints, and could print keys
     os.dup2(silence, 2)
-    os.nice(10)  # training comes first
     from accelerate import PartialState
 
     PartialState(cpu=True)  # accelerate's loggers need it
+    os.nice(10)  # training comes first
     if serve(replies, parent):
         threading.Thread(target=_end_soon, daemon=True).start()
         sys.exit(0)  # libraries close what they have open

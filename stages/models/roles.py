@@ -1,6 +1,6 @@
 """Load the models of a PPO run, each in its role; frozen weights that are equal share memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +15,7 @@ from stages.models.adapters import AdapterSettings, is_adapted, load_on_trunk, s
 from stages.models.ensemble import load_reward_model
 from stages.models.ensemble_folder import How
 from stages.models.forward import head_is_linear
-from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
+from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, new_reward_model
 from stages.models.packing import can_pack
 from stages.models.precision import cast_frozen
 from stages.models.same_tokenizer import check_same_tokenizer, fit_rows
@@ -58,10 +58,10 @@ class Roles:
     """Trains."""
     ref_policy: nn.Module | None
     """The policy at its start; None: the policy with its adapter off."""
-    reward_model: nn.Module
-    """Frozen; it may be an Ensemble."""
+    reward_models: Mapping[str, nn.Module]
+    """Name of a scorer → the model that scores. Frozen; each may be an Ensemble."""
     value_model: nn.Module
-    """Trains; starts as the reward model."""
+    """Trains; starts as the first reward model; without one, as the policy with a new head."""
     tokenizer: Any
     """Tokenizer of all of them."""
     accelerator: Any
@@ -89,7 +89,7 @@ class Roles:
 
     def models(self) -> list[nn.Module]:
         """Return the models that are there."""
-        candidates = (self.policy, self.ref_policy, self.reward_model, self.value_model, self.judge)
+        candidates = (self.policy, self.ref_policy, *self.reward_models.values(), self.value_model, self.judge)
         return [model for model in candidates if model is not None]
 
 
@@ -112,21 +112,36 @@ class NamedFolder:
 
 
 @dataclass(frozen=True)
+class RewardFolder:
+    """Name the folder of a reward model that scores."""
+
+    name: str
+    """The name of the scorer."""
+    folder: NamedFolder
+    """The folder."""
+    trunk: Path | None = None
+    """The model that its adapter was trained on; None if that is not known.
+
+    If it is known, reward and value model share it, with an adapter each."""
+    ensemble: How = "mean"
+    """How several reward models beside each other score as one."""
+
+
+@dataclass(frozen=True)
 class RoleFolders:
     """Name the folders that the models of a PPO run are loaded from."""
 
     policy: Path
     """Policy and reference."""
-    reward_model: NamedFolder
-    """Reward model and the start of the value model."""
-    trunk: Path | None = None
-    """The model that the reward model's adapter was trained on; None if that is not known.
-
-    If it is known, reward and value model share it, with an adapter each."""
+    reward_models: tuple[RewardFolder, ...] = ()
+    """Reward models; the value model starts as the first of them."""
     judge: NamedFolder | None = None
     """The reward model that PPO does not climb, or None."""
-    ensemble: How = "mean"
-    """How several reward models beside each other score as one."""
+
+    @property
+    def trunk(self) -> Path | None:
+        """The trunk that the value model's adapter is on; None if it is not known."""
+        return self.reward_models[0].trunk if self.reward_models else self.policy
 
 
 @dataclass(frozen=True)
@@ -175,7 +190,7 @@ def load_roles(folders: RoleFolders, accelerator: Any, adapter: AdapterSettings,
         placed.append(model)
         return model
 
-    def load_frozen(load: Callable, folder: NamedFolder) -> nn.Module:
+    def load_frozen(load: Callable, folder: NamedFolder, ensemble: How = "mean") -> nn.Module:
         """Load a reward model, or an ensemble of them, that does not train."""
         with named_in_errors(folder.key, folder.path):
             check_same_tokenizer(tokenizer, load_tokenizer(folder.path, **trust), str(folder.path))
@@ -184,14 +199,22 @@ def load_roles(folders: RoleFolders, accelerator: Any, adapter: AdapterSettings,
             with named_in_errors(folder.key, folder.path):
                 return fit_rows(load(path, **loading), ids).requires_grad_(False)
 
-        return load_reward_model(folder.path, folders.ensemble, lambda path: place(partial(load_member, path)))
+        return load_reward_model(folder.path, ensemble, lambda path: place(partial(load_member, path)))
 
-    trunk = folders.trunk if adapter.method is not None else None
-    load_scalar = partial(load_on_trunk, trunk=trunk, bits=adapter.bits)
-    value_folder = folders.reward_model.path
+    def load_scalar(trunk: Path | None) -> Callable:
+        """Return what loads a scalar model whose adapter is on a trunk."""
+        return partial(load_on_trunk, trunk=trunk if adapter.method is not None else None, bits=adapter.bits)
+
+    def load_value_start(trains: bool = False) -> nn.Module:
+        """Load the first reward model; without one, the policy with a new head."""
+        if not folders.reward_models:
+            return fit_rows(new_reward_model(folders.policy, seed=options.value_seed, **loading), ids)
+        first = folders.reward_models[0]
+        more = {"trains": True} if trains else {}
+        return fit_rows(load_scalar(first.trunk)(first.folder.path, **more, **loading), ids)
 
     def load_value_model() -> nn.Module:
-        model = fit_rows(load_scalar(value_folder, trains=True, **loading), ids)
+        model = load_value_start(trains=True)
         if is_adapted(model):
             return model
         return with_adapter(model, adapter, scalar=True, seed=options.value_seed)
@@ -202,14 +225,16 @@ def load_roles(folders: RoleFolders, accelerator: Any, adapter: AdapterSettings,
     policy = place(lambda: with_adapter(load_start(), adapter, seed=options.policy_seed))
     ids = unwrapped(policy).get_input_embeddings().weight.shape[0]  # all that it can sample
     ref_policy = None if is_adapted(policy) else place(lambda: load_start().requires_grad_(False))
-    reward_model = load_frozen(load_scalar, folders.reward_model)
+    reward_models = {
+        one.name: load_frozen(load_scalar(one.trunk), one.folder, one.ensemble) for one in folders.reward_models
+    }
     value_model = place(load_value_model)
     judge = None if folders.judge is None else load_frozen(load_scalar_model, folders.judge)
     if options.gradient_checkpointing:
         policy.activation_checkpointing_enable()
         value_model.activation_checkpointing_enable()
-    reload = {"policy": load_start, "value_model": lambda: fit_rows(load_scalar(value_folder, **loading), ids)}
-    return Roles(policy, ref_policy, reward_model, value_model, tokenizer, accelerator, judge, reload=reload)
+    reload = {"policy": load_start, "value_model": load_value_start}
+    return Roles(policy, ref_policy, reward_models, value_model, tokenizer, accelerator, judge, reload=reload)
 
 
 @contextmanager

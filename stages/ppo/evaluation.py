@@ -8,14 +8,16 @@ from torch import Tensor
 from data.encode import decode_response
 from pipeline.launch import parallel
 from stages.models.sharding import is_sharded
-from stages.ppo.figures import describe
+from stages.ppo.figures import OF_PARTS, describe
 from stages.ppo.inputs import HeldOut
 from stages.ppo.options import KlControl
-from stages.ppo.sampling import Sampler, scorer_of
+from stages.ppo.sampling import Sampler
+from stages.ppo.scoring import scorer_spec
 from stages.ppo.state import Run
 from stages.rollouts.engine import EngineLost
-from stages.rollouts.rollout import Rollout
-from stages.scorers.scorer import ScoreRequest
+from stages.rollouts.rollout import DrawnPrompt, Rollout
+from stages.scorers.reward_model import RewardModelScorer
+from stages.scorers.scorer import ScoreRequest, ScorerLost
 
 FIGURES = {  # name in evaluations.jsonl → name in metrics.jsonl
     "score": "objective/scores",
@@ -45,20 +47,20 @@ def evaluate(run: Run, sampler: Sampler, held_out: list[HeldOut], kl: KlControl,
     with run.pending.running():
         try:
             rollout = sampler.rollout(
-                [one.ids for one in held_out],
-                range(len(held_out)),
+                [DrawnPrompt(one.ids, i, one.data_row) for i, one in enumerate(held_out)],
                 0,  # whatever the update: the same seeds at every evaluation
                 stream="held-out",
                 samples_per_prompt=1,
                 recompute=run.recompute,
                 poll=run.poll(step),
             )
-        except EngineLost:
+        except (EngineLost, ScorerLost):
             run.save_before_failure(step)
             raise
         # β of the settings, not the steered one, so that evaluations are comparable
         all_figures = describe(rollout, rollout.values, kl.coef, kl.estimator)
         figures = {name: all_figures[key] for name, key in FIGURES.items()}
+        figures |= {key: figure for key, figure in all_figures.items() if key.startswith(OF_PARTS)}
         if sampler.roles.judge is not None:
             figures["held_out_score"] = held_out_scores(sampler, rollout).mean().item()
         tracker = run.session.tracker
@@ -74,15 +76,15 @@ def evaluate(run: Run, sampler: Sampler, held_out: list[HeldOut], kl: KlControl,
 def held_out_scores(sampler: Sampler, rollout: Rollout) -> Tensor:
     """Return the scores (B,) of the reward model that PPO does not climb, under the same rules."""
     roles, sampling = sampler.roles, sampler.sampling
-    scorer = scorer_of(roles, roles.judge, sampling.micro_batch_size)
+    scorer = RewardModelScorer(scorer_spec(roles, roles.judge, sampling.micro_batch_size))
     request = ScoreRequest(rollout.prompts, rollout.responses, roles.tokenizer)
 
     # rank 0's scores on all ranks: the best policy and the end of the run depend on them
     if is_sharded(roles.judge):  # its forward pass takes all ranks
-        scores = scorer.score(request)
+        scores = scorer.score(request).total
         scores = parallel.from_rank_zero(lambda: scores)
     else:
-        scores = parallel.from_rank_zero(lambda: scorer.score(request))
+        scores = parallel.from_rank_zero(lambda: scorer.score(request).total)
     return sampling.scores.apply(scores, rollout.finished.cpu(), rollout.mask.sum(-1).cpu())
 
 
@@ -98,5 +100,7 @@ def shown_samples(sampler: Sampler, rollout: Rollout, held_out: list[HeldOut]) -
             "score": rollout.scores[i].item(),
             "kl": kl[i],
         }
+        if rollout.parts:
+            row["parts"] = {name: scores[i].item() for name, scores in rollout.parts.items()}
         rows.append(row)
     return rows

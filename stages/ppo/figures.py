@@ -12,6 +12,7 @@ OF_UPDATE = (
     "policy/approxkl_avg", "policy/clipfrac_avg", "loss/policy_avg", "loss/value_avg", "val/clipfrac_avg", "val/ratio",
     "grad_norm/ppo", "grad_norm/value",
 )  # fmt: skip
+OF_PARTS = "rewards/"  # with the name of a scorer: its mean score, before weights and rules
 OF_PTX = ("loss/ptx", "grad_norm/ptx", "grad_cosine")  # and these if there is a pretraining gradient
 
 
@@ -31,6 +32,7 @@ def describe(rollout: Rollout, returns: Tensor, kl_coef: float, kl_estimator: st
     residual_variance = masked_mean((residual - masked_mean(residual, mask)) ** 2, mask)
     variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
     scores = rollout.scores.mean().item()
+    parts = {f"{OF_PARTS}{name}": x.nanmean().item() for name, x in rollout.parts.items()}
     return {
         "objective/kl": kl,
         "objective/kl_k3": k3,
@@ -41,7 +43,7 @@ def describe(rollout: Rollout, returns: Tensor, kl_coef: float, kl_estimator: st
         "objective/eos_rate": rollout.finished.float().mean().item(),
         "val/engine_kl": rollout.engine_kl,
         "val/explained_variance": (1 - residual_variance / variance.clamp(min=1e-12)).item(),
-    }
+    } | parts
 
 
 def _kl_per_response(rollout: Rollout, estimator: str) -> Tensor:

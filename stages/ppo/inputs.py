@@ -1,5 +1,6 @@
 """Load what PPO starts from: models, prompts and pretraining rows."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from data.streams import held_out as hold_out
 from pipeline.errors import UserError
 from pipeline.stage import Source
 from stages.models.adapters import AdapterSettings
-from stages.models.ensemble_folder import How
-from stages.models.roles import NamedFolder, RoleFolders, RoleOptions, Roles, load_roles
-from stages.settings.ppo import PPOSettings
+from stages.models.roles import NamedFolder, RewardFolder, RoleFolders, RoleOptions, Roles, load_roles
+from stages.rollouts.rollout import DrawnPrompt
+from stages.settings.experiment import Experiment
+from stages.settings.ppo import PPOSettings, named_rewards
+from stages.settings.scorers.model import ModelScorer
 from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, split_documents
 from stages.shared.runtime import Runtime, can_pack_rows
 from stages.training.session import Session
@@ -27,6 +30,8 @@ class HeldOut:
     """Text or messages, as the file has it."""
     ids: list[int]
     """The same as token ids."""
+    data_row: dict
+    """Its row of data, which scorers of texts read."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,18 @@ class Streams:
 
     train: list[list[int]]
     """Training prompts as token ids."""
+    data_rows: list[dict]
+    """Their rows of data, which scorers of texts read."""
     prompts: Stream
     """Draws indices of them."""
     ptx_rows: list[list[int]]
     """Packed pretraining rows; empty for plain PPO."""
     ptx: Stream | None
     """Draws indices of them; None for plain PPO."""
+
+    def drawn(self, indices: Iterable[int]) -> list[DrawnPrompt]:
+        """Return training prompts by their indices."""
+        return [DrawnPrompt(self.train[i], i, self.data_rows[i]) for i in indices]
 
     def next_texts(self, count: int) -> list[list[int]]:
         """Return the next pretraining rows."""
@@ -52,22 +63,28 @@ def start_folder(sft: Path, has_ppo_init: bool) -> Path:
     return sft / ("ppo_init" if has_ppo_init else "model")
 
 
-def role_folders(start: Path, inputs: dict[str, Path], named: dict[str, Path], ensemble: How) -> RoleFolders:
+def role_folders(start: Path, inputs: dict[str, Path], experiment: Experiment) -> RoleFolders:
     """Return where the models of a run are.
 
     Args:
         start: Folder of the model that policy and reference start as.
         inputs: Folders of the upstream stages.
-        named: Folders of reward models that the settings name, by setting.
-        ensemble: How the models of rm.ensemble score as one.
+        experiment: All settings; they name reward models.
     """
-    climbed, held_out = "ppo.reward_model", "ppo.held_out_reward_model"
-    if climbed in named:
-        reward_model, trunk = NamedFolder(climbed, named[climbed]), None
-    else:
-        reward_model, trunk = NamedFolder("rm", inputs["rm"] / "model"), inputs["sft"] / "model"
-    judge = NamedFolder(held_out, named[held_out]) if held_out in named else None
-    return RoleFolders(policy=start, reward_model=reward_model, trunk=trunk, judge=judge, ensemble=ensemble)
+    c, reward_models = experiment.ppo, []
+    for key, name, settings in named_rewards(c):
+        if not isinstance(settings, ModelScorer):
+            continue
+        named = settings.folder()
+        if named is None:
+            folder, trunk = NamedFolder("rm", inputs["rm"] / "model"), inputs["sft"] / "model"
+        else:
+            folder, trunk = NamedFolder(key, named), None
+        reward_models.append(RewardFolder(name, folder, trunk, settings.how))
+    judge = None
+    if c.held_out_reward_model is not None:
+        judge = NamedFolder("ppo.held_out_reward_model", Path(c.held_out_reward_model).expanduser())
+    return RoleFolders(policy=start, reward_models=tuple(reward_models), judge=judge)
 
 
 def load_models(
@@ -97,7 +114,7 @@ def load_models(
 
 def load_prompts(
     session: Session, c: PPOSettings, tokenizer: Any, source: Source
-) -> tuple[list[list[int]], list[HeldOut]]:
+) -> tuple[list[list[int]], list[dict], list[HeldOut]]:
     """Load the prompts, and split off the held-out ones by their text.
 
     Args:
@@ -107,7 +124,7 @@ def load_prompts(
         source: Where the prompts are.
 
     Returns:
-        Training prompts as token ids, and held-out prompts.
+        Training prompts as token ids, their rows of data, and held-out prompts.
 
     Raises:
         UserError: If fewer than two prompts are left within the limits.
@@ -128,7 +145,9 @@ def load_prompts(
                 f"least 2, one of them to hold out"
             ]
         )
-    return [ids[i] for i in train], [HeldOut(records[kept[i]].prompt, ids[i]) for i in held]
+    rows = [records[i].row() for i in kept]
+    held_out = [HeldOut(records[kept[i]].prompt, ids[i], rows[i]) for i in held]
+    return [ids[i] for i in train], [rows[i] for i in train], held_out
 
 
 def load_ptx_rows(c: PPOSettings, tokenizer: Any, source: Source, validation_fraction: float) -> list[list[int]]:

@@ -97,9 +97,11 @@ def publish_average(publication: Publication, roles: Roles, run: Run) -> None:
 def publish_value_model(publication: Publication, model: nn.Module, tokenizer: Any) -> None:
     """Publish value_model/."""
     folder = publication.provenance.publish / "value_model"
-    trunk = publication.provenance.inputs["sft"] / "model"
-    base: tuple[str, str | None] | None = adapter_base(publication.provenance, folder, trunk)
-    if base is not None and publication.folders.trunk is None:
+    trunk = publication.folders.trunk
+    base: tuple[str, str | None] | None = adapter_base(
+        publication.provenance, folder, trunk or publication.folders.policy
+    )
+    if base is not None and trunk is None:
         base = ("", None)  # its adapter is on a reward model from outside the experiment
     card = ModelCard(
         what="PPO's value model",

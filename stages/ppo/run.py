@@ -35,12 +35,14 @@ from stages.ppo.options import (
 )
 from stages.ppo.publish import Publication, publish
 from stages.ppo.sampling import Sampler, make_sampler, preflight
+from stages.ppo.scoring import make_scorers
 from stages.ppo.state import Run, drawn_before, new_run, refuse_other_prompts, resume, total_updates
 from stages.ppo.update import Batch, Rates, update
 from stages.rollouts.engine import EngineLost, EngineSpec
 from stages.rollouts.rollout import Rollout
+from stages.scorers.scorer import ScorerLost
 from stages.settings.experiment import Experiment
-from stages.settings.ppo import PPOSettings, named_folders, steps_per_update
+from stages.settings.ppo import PPOSettings, named_rewards, steps_per_update
 from stages.shared.disk import say_written
 from stages.shared.provenance import Provenance, provenance_of
 from stages.shared.runtime import (
@@ -150,7 +152,7 @@ def set_up(
 
     start = start_folder(provenance.inputs["sft"], has_ppo_init=experiment.sft.ppo_init is not None)
     check_context(session, c, start, *(["ptx_length"] if c.ptx_coef else []))
-    folders = role_folders(start, provenance.inputs, named_folders(experiment), ensemble=c.reward_ensemble)
+    folders = role_folders(start, provenance.inputs, experiment)
     roles = load_models(session, folders, runtime, adapter_settings(experiment.model), c.max_length)
     confirm_folders()  # the named ones have been loaded
     name = c.rollout.engine
@@ -169,9 +171,17 @@ def set_up(
         trust_remote_code=runtime.trust_remote_code,
         launch={} if launch is None else launch.model_dump(),
     )
-    sampler = make_sampler(roles, sampling_options(c), engine_rules(c), session.seed, name, spec, session.say)
+    scorer = make_scorers(
+        roles,
+        [settings for _, _, settings in named_rewards(c)],
+        c.per_device_train_batch_size,
+        shows_parts=c.rewards is not None,
+        records=session.checkpoints.folder.with_name("scores"),
+        say=session.say,
+    )
+    sampler = make_sampler(roles, scorer, sampling_options(c), engine_rules(c), session.seed, name, spec, session.say)
 
-    train, held_out = load_prompts(session, c, roles.tokenizer, sources["prompts"])
+    train, data_rows, held_out = load_prompts(session, c, roles.tokenizer, sources["prompts"])
     drawn = refuse_other_prompts(drawn, train)
     ptx_rows, ptx = [], None
     if c.ptx_coef:
@@ -185,7 +195,7 @@ def set_up(
     return Setup(
         run=new_run(session, c, roles, updates, drawn),
         sampler=sampler,
-        streams=Streams(train, prompts, ptx_rows, ptx),
+        streams=Streams(train, data_rows, prompts, ptx_rows, ptx),
         held_out=held_out,
         publication=Publication(provenance, folders, c.temperature),
         runtime=runtime,
@@ -222,7 +232,7 @@ def begin(setup: Setup, c: PPOSettings) -> int:
         computed_on += f" {sampler.name}"
     # if the run was begun elsewhere, it was other kernels whose results agreed
     if run.computed_on != computed_on:
-        few = streams.train[: 2 * c.per_device_train_batch_size]
+        few = streams.drawn(range(len(streams.train))[: 2 * c.per_device_train_batch_size])
         run.recompute = preflight(
             sampler, few, dtype=setup.runtime.dtype, max_length=c.max_length, step=step, poll=leave
         )
@@ -237,16 +247,16 @@ def sample(run: Run, sampler: Sampler, streams: Streams, indices: list[int], ste
     sampled.
 
     Args:
-        run: Saves that update if a signal comes, or the engine is lost.
+        run: Saves that update if a signal comes, or the engine or a scorer is lost.
         sampler: Samples the responses.
         streams: Holds the prompts.
         indices: Which of them.
         step: Index of the update.
     """
-    prompts = [streams.train[i] for i in indices]
+    prompts = streams.drawn(indices)
     try:
-        return sampler.rollout(prompts, indices, step, recompute=run.recompute, poll=run.poll(step - 1))
-    except EngineLost:
+        return sampler.rollout(prompts, step, recompute=run.recompute, poll=run.poll(step - 1))
+    except (EngineLost, ScorerLost):
         run.save_before_failure(step - 1)
         raise
 

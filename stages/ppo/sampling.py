@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.launch import parallel
@@ -16,17 +15,13 @@ from stages.ppo.options import EngineRules
 from stages.rollouts.collect import Sampling, collect
 from stages.rollouts.engine import EngineLost, EngineSpec, RolloutEngine
 from stages.rollouts.engines import ENGINES
-from stages.rollouts.rollout import Rollout
+from stages.rollouts.rollout import DrawnPrompt, Rollout
 from stages.rollouts.transformers import TransformersEngine
-from stages.scorers.scorer import Scorer, ScorerSpec
-from stages.scorers.scorers import SCORERS
+from stages.scorers.scorer import no_poll
+from stages.scorers.weighted import WeightedSum
 from stages.settings.rollout import INSTALL
 from stages.shared.runtime import bound_of_short_rows
 from stages.training.batching import in_micro_batches
-
-
-def no_poll() -> None:
-    """Do nothing between two tokens or micro-batches."""
 
 
 @dataclass
@@ -35,7 +30,7 @@ class Sampler:
 
     roles: Roles
     """The models."""
-    scorer: Scorer
+    scorer: WeightedSum
     """Scores the responses."""
     sampling: Sampling
     """How rollouts are sampled and scored."""
@@ -90,8 +85,7 @@ class Sampler:
 
     def rollout(
         self,
-        prompts: Sequence[Sequence[int]],
-        prompt_ids: Sequence[int],
+        prompts: Sequence[DrawnPrompt],
         step: int,
         *,
         recompute: bool,
@@ -102,8 +96,7 @@ class Sampler:
         """Sample responses to prompts, and run every model over them.
 
         Args:
-            prompts: Token ids.
-            prompt_ids: For each prompt, its index in the list that it was drawn from.
+            prompts: The prompts.
             step: Index of the update.
             recompute: Compute log-probabilities again even if the policy itself samples.
             stream: Name of a stream of random numbers. A response is drawn by run, stream, update,
@@ -121,15 +114,7 @@ class Sampler:
         def collect_with(engine: RolloutEngine, recompute: bool) -> Rollout:
             seed = (self.seed, stream, step)
             return collect(
-                self.roles,
-                self.scorer,
-                engine,
-                sampling,
-                prompts,
-                prompt_ids,
-                seed=seed,
-                recompute=recompute,
-                poll=poll,
+                self.roles, self.scorer, engine, sampling, prompts, seed=seed, recompute=recompute, poll=poll
             )
 
         if self.is_lost or not self.is_external:
@@ -153,8 +138,9 @@ class Sampler:
             return collect_with(self.policy_engine, recompute=True)
 
     def close(self) -> None:
-        """Free what the engine holds, and remove its log, which only a failed run needs."""
+        """Free what engine and scorers hold, and remove its log, which only a failed run needs."""
         self.engine.close()
+        self.scorer.close()
         self.log.unlink(missing_ok=True)
 
     def _give_up(self) -> None:
@@ -177,6 +163,7 @@ class Sampler:
 
 def make_sampler(
     roles: Roles,
+    scorer: WeightedSum,
     sampling: Sampling,
     rules: EngineRules,
     seed: int,
@@ -188,6 +175,7 @@ def make_sampler(
 
     Args:
         roles: The models.
+        scorer: Scores the responses.
         sampling: How rollouts are sampled and scored.
         rules: When the engine counts as lost.
         seed: The experiment's seed.
@@ -197,31 +185,12 @@ def make_sampler(
     """
     engine = ENGINES[name](spec)
     policy_engine = engine if engine.is_policy else TransformersEngine(spec)
-    scorer = scorer_of(roles, roles.reward_model, sampling.micro_batch_size)
     return Sampler(roles, scorer, sampling, rules, seed, name, engine, policy_engine, spec.log, say)
-
-
-def scorer_of(roles: Roles, reward_model: nn.Module | None, batch_size: int) -> Scorer:
-    """Return what scores by one of the reward models of a run.
-
-    Args:
-        roles: The models.
-        reward_model: The one that PPO climbs, or the one that it does not.
-        batch_size: The most responses in a forward pass, where they do not come as rows.
-    """
-    spec = ScorerSpec(
-        reward_model=reward_model,
-        pad_id=roles.tokenizer.pad_token_id,
-        accelerator=roles.accelerator,
-        batch_size=batch_size,
-        packed=roles.packed,
-    )
-    return SCORERS["reward_model"](spec)
 
 
 def preflight(
     sampler: Sampler,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[DrawnPrompt],
     *,
     dtype: str,
     max_length: int,
@@ -232,7 +201,7 @@ def preflight(
 
     Args:
         sampler: The run's sampler, started.
-        prompts: A few training prompts as token ids.
+        prompts: A few training prompts.
         dtype: "float32" or "bfloat16": what the models compute in, which sets the tolerance.
         max_length: The longest prompt and response together, in tokens.
         step: Index of the update that the run is at; KL to the reference is only checked at 0.
@@ -257,9 +226,7 @@ def preflight(
     # the sampler's own log-probabilities first, which cost nothing; an external engine's are never
     # used
     for recompute in (True,) if sampler.is_external else (False, True):
-        rollout = sampler.rollout(
-            prompts, range(len(prompts)), step, stream="preflight", recompute=recompute, poll=poll
-        )
+        rollout = sampler.rollout(prompts, step, stream="preflight", recompute=recompute, poll=poll)
         difference = ratio_error(roles, rollout, sampler.sampling)
         if difference <= limit:
             break

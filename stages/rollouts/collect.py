@@ -1,9 +1,10 @@
 """Turn prompts into a rollout: sample responses, then run every model of PPO over them."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from data.groups import Rows
 from data.streams import derive_seed
+from pipeline.errors import UserError
 from pipeline.launch import parallel
 from stages.models.adapters import adapter_off
 from stages.models.forward import response_logprobs, response_values
@@ -18,8 +20,9 @@ from stages.models.roles import Roles
 from stages.objectives.masked import masked_mean
 from stages.objectives.rewards import final_scores, kl_per_token
 from stages.rollouts.engine import RolloutEngine, Sampled, SampleRequest
-from stages.rollouts.rollout import Rollout
-from stages.scorers.scorer import Scorer, ScoreRequest
+from stages.rollouts.rollout import DrawnPrompt, Rollout
+from stages.scorers.scorer import ScoreRequest, ScorerLost, no_poll
+from stages.scorers.weighted import WeightedSum, merged
 from stages.training.batching import in_micro_batches, share_groups
 
 
@@ -70,15 +73,14 @@ class Sampling:
 
 def collect(
     roles: Roles,
-    scorer: Scorer,
+    scorer: WeightedSum,
     engine: RolloutEngine,
     sampling: Sampling,
-    prompts: Sequence[Sequence[int]],
-    prompt_ids: Sequence[int],
+    prompts: Sequence[DrawnPrompt],
     *,
     seed: Sequence,
     recompute: bool,
-    poll: Callable[[], None] = lambda: None,
+    poll: Callable[[], None] = no_poll,
 ) -> Rollout:
     """Return the rollout of some prompts, the samples of a prompt next to each other.
 
@@ -87,15 +89,15 @@ def collect(
         scorer: Scores the responses.
         engine: Samples the responses.
         sampling: How they are sampled and scored.
-        prompts: Token ids.
-        prompt_ids: For each prompt, its index in the list that it was drawn from.
+        prompts: The prompts.
         seed: The start of each episode's seed; the prompt's id and the sample's index are appended.
         recompute: Compute log-probabilities and entropies with the policy's forward pass of the
             update, because the engine's are not the same numbers.
         poll: Is called between tokens and micro-batches; what it raises ends the rollout.
     """
     device, tokenizer = roles.accelerator.device, roles.tokenizer
-    request = make_request(sampling, prompts, prompt_ids, seed, tokenizer.eos_token_id)
+    prompt_ids = [prompt.index for prompt in prompts]
+    request = make_request(sampling, [prompt.ids for prompt in prompts], prompt_ids, seed, tokenizer.eos_token_id)
     sampled = engine.sample(request, poll)
     sampled = Sampled(sampled.responses, sampled.logprobs.to(device), sampled.entropy.to(device))
     lengths = torch.tensor([len(r) for r in sampled.responses], device=device)
@@ -113,7 +115,10 @@ def collect(
         scores=torch.zeros(len(request.prompts), device=device),
         finished=torch.tensor([r[-1] == tokenizer.eos_token_id for r in sampled.responses], device=device),
     )
-    rollout = replace(rollout, **judge(roles, scorer, rollout, sampling, recompute, poll))
+    rollout = replace(rollout, **run_models(roles, scorer, rollout, sampling, recompute, poll))
+    data_rows = [prompt.data_row for prompt in prompts for _ in range(sampling.samples_per_prompt)]
+    parts = {**rollout.parts, **score_texts(scorer, rollout, data_rows, tokenizer, sampling, poll)}
+    rollout = replace(rollout, scores=scorer.total(parts), parts=parts if scorer.shows_parts else {})
     if recompute:
         rollout = replace(rollout, engine_kl=engine_kl(sampled.logprobs, rollout.logprobs, rollout.mask))
     return replace(rollout, scores=sampling.scores.apply(rollout.scores, rollout.finished, lengths))
@@ -148,25 +153,25 @@ def make_request(
 
 
 @torch.no_grad()
-def judge(
-    roles: Roles, scorer: Scorer, rollout: Rollout, sampling: Sampling, recompute: bool, poll: Callable[[], None]
-) -> dict[str, Tensor]:
-    """Run reference, value model and scorer over sampled responses, each rank over its share.
+def run_models(
+    roles: Roles, scorer: WeightedSum, rollout: Rollout, sampling: Sampling, recompute: bool, poll: Callable[[], None]
+) -> dict[str, Any]:
+    """Run reference, value and reward models over sampled responses, each rank over its share.
 
     Args:
         roles: The models.
-        scorer: Scores the responses; it gets the rows that the models read.
+        scorer: Those of its scorers that read rows score.
         rollout: Prompts, responses and their mask.
         sampling: Temperature, micro-batches and samples a prompt.
         recompute: Run the policy too.
         poll: Is called between micro-batches.
 
     Returns:
-        Fields of a rollout by name, the same on all ranks.
+        Fields of a rollout by name, the same on all ranks; `parts` holds reward models' scores.
     """
     names = ["ref_logprobs", "values"] + (["logprobs", "entropy"] if recompute else [])
-    judged = {name: torch.zeros_like(rollout.logprobs) for name in names}
-    judged["scores"] = torch.zeros_like(rollout.scores)
+    computed = {name: torch.zeros_like(rollout.logprobs) for name in names}
+    parts = {one.name: torch.zeros_like(rollout.scores) for one in scorer.of_rows}
     lengths, n, width = rollout.lengths(), sampling.samples_per_prompt, rollout.mask.shape[1]
     share = share_groups(lengths, range(len(lengths)), n)
     chunks = in_micro_batches(lengths, share, n, sampling.micro_batch_size, roles.most_tokens())
@@ -179,8 +184,8 @@ def judge(
             outputs = {
                 "ref_logprobs": reference_logprobs(roles, rows, sampling.temperature),
                 "values": response_values(roles.value_model, rows),
-                "scores": scorer.score(request).to(rollout.scores),
             }
+            scores = {one.name: one.scorer.score(request).total for one in scorer.of_rows}
             if recompute:
                 logprobs, entropy = response_logprobs(roles.policy, rows, sampling.temperature, with_entropy=True)
                 outputs |= {"logprobs": logprobs, "entropy": entropy}
@@ -188,11 +193,70 @@ def judge(
                 continue  # a forward pass only to keep in step with ranks that have more micro-batches
             episodes = torch.tensor(index, device=rollout.mask.device)
             for name, x in outputs.items():
-                if x.dim() == 2:
-                    x = F.pad(x, (0, width - x.shape[1]))
-                judged[name][episodes] = x
-    parallel.all_reduce_tensors(list(judged.values()))  # each rank holds 0 where others have computed
-    return judged
+                computed[name][episodes] = F.pad(x, (0, width - x.shape[1]))
+            for name, x in scores.items():
+                parts[name][episodes] = x.to(rollout.scores)
+    # each rank holds 0 where others have computed
+    parallel.all_reduce_tensors([*computed.values(), *parts.values()])
+    return computed | {"parts": parts}
+
+
+def score_texts(
+    scorer: WeightedSum,
+    rollout: Rollout,
+    data_rows: Sequence[Mapping[str, Any] | None],
+    tokenizer: Any,
+    sampling: Sampling,
+    poll: Callable[[], None],
+) -> dict[str, Tensor]:
+    """Return the scores of those scorers that read texts, each rank asking for its share.
+
+    Args:
+        scorer: Its scorers of texts score.
+        rollout: B sampled responses.
+        data_rows: The row of data of each response's prompt.
+        tokenizer: The policy's.
+        sampling: Samples a prompt, which stay together.
+        poll: Is called by scorers that wait.
+
+    Returns:
+        Name → (B,), the same on all ranks; NaN where a scorer did not name that part.
+
+    Raises:
+        ScorerLost, UserError: On all ranks, if a scorer has failed on one of them.
+    """
+    if not scorer.of_texts:
+        return {}
+    lengths = rollout.lengths()
+    share = sorted(share_groups(lengths, range(len(lengths)), sampling.samples_per_prompt))
+
+    def score_share() -> dict[str, Tensor]:
+        request = ScoreRequest(
+            prompts=[rollout.prompts[i] for i in share],
+            responses=[rollout.responses[i] for i in share],
+            tokenizer=tokenizer,
+            data_rows=[data_rows[i] or {} for i in share],
+            poll=poll,
+        )
+        parts: dict[str, Tensor] = {}
+        for one in scorer.of_texts if share else []:
+            parts |= {name: x.float().cpu() for name, x in one.parts(request).items()}
+        return parts
+
+    found = parallel.all_gather((share, *outcome_of(score_share)))
+    for _, _, error in found:
+        if error is not None:  # that of the first rank, everywhere
+            raise error
+    parts = merged([parts for _, parts, _ in found], [index for index, _, _ in found], len(lengths))
+    return {name: x.to(rollout.scores) for name, x in parts.items()}
+
+
+def outcome_of(score: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], Exception | None]:
+    """Return the scores and None, or nothing and the error that all ranks have to raise."""
+    try:
+        return score(), None
+    except (ScorerLost, UserError) as error:
+        return {}, error
 
 
 def engine_kl(sampled: Tensor, logprobs: Tensor, mask: Tensor) -> float:

@@ -35,6 +35,11 @@ class SampleRequest:
     """Divides the logits."""
     eos_id: int
     """The token that ends a response, and the only one that does."""
+    top_k: int | None = None
+    """Draw only from so many of the likeliest tokens; None: from all."""
+    top_p: float | None = None
+    """Draw only from the smallest set of the likeliest tokens that has this probability, within
+    those of `top_k`; None: from all."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class Sampled:
     responses: list[list[int]]
     """Token ids, up to and including EOS where the response has one."""
     logprobs: Tensor
-    """(B, R) log-probabilities of the tokens as sampled; 0 after the end of a response."""
+    """(B, R) log-probabilities of the tokens in the distribution that they were drawn from, after
+    temperature, `top_k` and `top_p`; 0 after the end of a response."""
     entropy: Tensor
     """(B, R) entropies in nats before each token; 0 after the end, and where an engine has none."""
 

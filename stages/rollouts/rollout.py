@@ -1,11 +1,24 @@
 """Define the record of one PPO iteration's episodes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from data.groups import Rows, make_rows
+
+
+@dataclass(frozen=True)
+class DrawnPrompt:
+    """A prompt that responses are sampled to."""
+
+    ids: Sequence[int]
+    """Token ids through the chat template."""
+    index: int
+    """Its index in the list that it was drawn from; with the seed it decides the responses."""
+    data_row: Mapping[str, Any] | None = None
+    """Its row of data with all keys, which scorers of texts read; None where only ids are known."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,9 @@ class Rollout:
     """(B,) score at the last token, after `reward_bias`, clipping, missing EOS, length penalty."""
     finished: Tensor
     """(B,) True where the response ends with EOS."""
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """Name of a scorer, or NAME/PART → (B,) its scores before weights and rules; empty where only
+    the reward model scores."""
     engine_kl: float = 0.0
     """KL(sampler ‖ π_old) in nats a token; 0 where `logprobs` are the sampler's own."""
 

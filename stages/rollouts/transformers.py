@@ -38,8 +38,11 @@ class Decoding:
     """The token that pads rows."""
     temperature: float = 1.0
     """Divides the logits."""
-    top_p: float = 1.0
-    """Draw only from the smallest set of tokens with this probability (nucleus sampling)."""
+    top_k: int | None = None
+    """Draw only from so many of the likeliest tokens; None: from all."""
+    top_p: float | None = None
+    """Draw only from the smallest set of the likeliest tokens that has this probability, within
+    those of `top_k`; None: from all."""
     batch_size: int = 64
     """How many rows are decoded at a time."""
 
@@ -68,6 +71,8 @@ class TransformersEngine:
             eos_id=request.eos_id,
             pad_id=self.spec.pad_id,
             temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
             batch_size=self.spec.batch_size,
         )
         # a sharded policy is gathered once, not layer by layer at each token
@@ -136,7 +141,7 @@ def sample(
         prompts: Token ids. A prompt that occurs several times in a row is read once if the model
             packs.
         seeds: One for each prompt.
-        decoding: Limits, temperature and nucleus.
+        decoding: Limits, temperature, top-k and top-p.
         poll: Is called before each token; what it raises ends the sampling (a request to stop).
     """
     return sample_with_logprobs(model, prompts, seeds, decoding, poll).responses
@@ -157,11 +162,12 @@ def sample_with_logprobs(
         prompts: Token ids. A prompt that occurs several times in a row is read once if the model
             packs.
         seeds: One for each prompt.
-        decoding: Limits, temperature and nucleus.
+        decoding: Limits, temperature, top-k and top-p.
         poll: Is called before each token; what it raises ends the sampling (a request to stop).
 
     Returns:
-        Responses, and figures of softmax(logits / temperature), whatever `top_p` is.
+        Responses; log-probabilities in the distribution that is drawn from; entropies of
+        softmax(logits / temperature), whatever `top_k` and `top_p` are.
     """
     model.eval()  # activation checkpointing, where it is on, would drop the cache in training mode
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: little padding
@@ -218,7 +224,7 @@ def _decode(
     Args:
         lane: The model with its cache, before it has read the prompts.
         uniforms: (B, R) uniform numbers that choose the tokens.
-        decoding: Temperature, nucleus and EOS.
+        decoding: Temperature, top-k, top-p and EOS.
         poll: Is called before each token.
 
     Returns:
@@ -239,9 +245,11 @@ def _decode(
             logits = logits / decoding.temperature
         logp = logits.log_softmax(-1)
         probs = logp.exp()
-        tokens = torch.where(unfinished, pick(nucleus(probs, decoding.top_p), uniforms[rows, t]), decoding.eos_id)
+        kept = truncated(probs, decoding.top_k, decoding.top_p)
+        tokens = torch.where(unfinished, pick(kept, uniforms[rows, t]), decoding.eos_id)
         drawn[rows, t] = tokens
-        logprobs[rows, t] = torch.where(unfinished, logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), 0.0)
+        of_kept = logp if kept is probs else (kept / kept.sum(-1, keepdim=True)).log()
+        logprobs[rows, t] = torch.where(unfinished, of_kept.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), 0.0)
         # 0 · (−∞) would be NaN where a token is impossible
         token_entropy = -dot(probs, logp.clamp(min=-1e30))
         entropy[rows, t] = torch.where(unfinished, token_entropy, 0.0)
@@ -273,9 +281,29 @@ def rows_to_keep(alive: int, held: int, steady: bool) -> int:
     return rows if 2 * rows <= held else held
 
 
-def draw(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> Tensor:
-    """Return the tokens (B,) at quantiles (B,) of softmax(logits) (B, V), cut to the nucleus."""
-    return pick(nucleus(logits.softmax(-1), top_p), uniform)
+def draw(logits: Tensor, uniform: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+    """Return the tokens (B,) at quantiles (B,) of softmax(logits) (B, V), truncated."""
+    return pick(truncated(logits.softmax(-1), top_k, top_p), uniform)
+
+
+def truncated(probs: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Return probabilities with 0 at the tokens that are not drawn from.
+
+    `top_k` comes first, and `top_p` counts within what it leaves, as in transformers and vLLM.
+    Tokens that tie with the k-th stay, so a row's set does not depend on how a sort breaks ties.
+
+    Args:
+        probs: (B, V).
+        top_k: How many of the likeliest tokens stay; None: all.
+        top_p: Probability of the set that stays; None: 1.
+
+    Returns:
+        (B, V); `probs` itself where nothing is left out, and otherwise not always a sum of 1.
+    """
+    if top_k is not None and top_k < probs.shape[-1]:
+        probs = torch.where(probs >= probs.topk(top_k).values[:, -1:], probs, 0.0)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs if top_p is None else nucleus(probs, top_p)
 
 
 def nucleus(probs: Tensor, top_p: float) -> Tensor:

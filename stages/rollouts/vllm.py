@@ -150,6 +150,8 @@ class Vllm:
             "max_tokens": request.response_length,
             "temperature": request.temperature,
             "eos_id": request.eos_id,
+            "top_k": request.top_k,
+            "top_p": request.top_p,
         }
         responses, logprobs = self._ask({"generate": message}, poll)
         lengths = [len(r) for r in responses]

@@ -2,7 +2,8 @@
 
     {"start": {LLM's arguments}}                                        → {"ok": vLLM's version}
     {"weights": folder of safetensors}                                  → {"ok": null}
-    {"generate": {prompts, seeds, max_tokens, temperature, eos_id}}     → {"ok": [[ids],
+    {"generate": {prompts, seeds, max_tokens, temperature, eos_id,
+    top_k, top_p}}                                                      → {"ok": [[ids],
     [log-probs]]}
 
 Run as `python vllm_server.py FD`, where FD is the file descriptor of an inherited socket. The
@@ -79,9 +80,26 @@ def load_weights(engine: Any, folder: str) -> None:
 
 
 def generate(
-    engine: Any, prompts: list[list[int]], seeds: list[int], max_tokens: int, temperature: float, eos_id: int
+    engine: Any,
+    prompts: list[list[int]],
+    seeds: list[int],
+    max_tokens: int,
+    temperature: float,
+    eos_id: int,
+    top_k: int | None,
+    top_p: float | None,
 ) -> list:
     """Sample one response to each prompt, each with a seed of its own.
+
+    Args:
+        engine: vLLM.
+        prompts: Token ids.
+        seeds: One for each prompt.
+        max_tokens: The longest response, EOS included.
+        temperature: Divides the logits.
+        eos_id: The only token that ends a response.
+        top_k: How many of the likeliest tokens are drawn from; None: all.
+        top_p: Probability of the set of tokens that is drawn from; None: 1.
 
     Returns:
         Two lists, one entry for each prompt: token ids (EOS included), and their log-probabilities.
@@ -91,6 +109,7 @@ def generate(
     # vLLM also stops at every end token of the folder's generation_config.json, unless it ignores
     # EOS
     options = {"max_tokens": max_tokens, "temperature": temperature, "stop_token_ids": [eos_id], "ignore_eos": True}
+    options |= {"top_k": 0 if top_k is None else top_k, "top_p": 1.0 if top_p is None else top_p}  # 0 and 1: all
     params = [SamplingParams(seed=seed, logprobs=0, detokenize=False, **options) for seed in seeds]
     outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
     completions = [output.outputs[0] for output in outputs]

@@ -1,17 +1,29 @@
 """Define a scorer: the interface of whatever gives a response its score.
 
-To add one, write a file with a class that has the method of `Scorer`, and name its factory in
-`scorers.SCORERS`.
+To add a kind, declare its settings in `stages/settings/scorers/`, write a file here with a class
+that has what `Scorer` has, and name its factory in `scorers.FACTORIES`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from data.encode import decode_response
 from data.groups import Rows
+from data.records import as_messages
+from pipeline.errors import TrainingStopped
+from stages.settings.scorers.common import ScorerSection
+
+
+class ScorerLost(TrainingStopped):
+    """Say that a scorer is gone or has failed: the run saves and ends (exit code 3)."""
+
+
+def no_poll() -> None:
+    """Do nothing while a scorer waits."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +40,45 @@ class ScoreRequest:
     """The same responses laid out for a forward pass, on the models' device.
 
     None unless the caller has them: PPO lays a micro-batch out once for all of its models."""
+    data_rows: Sequence[Mapping[str, Any]] | None = None
+    """The row of data of each response's prompt: `prompt`, a text or messages, and all other keys
+    that the row has (`answer`, `constraints`, …). None where only ids are known."""
+    poll: Callable[[], None] = no_poll
+    """Call it now and then while waiting; what it raises ends the scoring (a signal has come)."""
 
     def prompt_texts(self) -> list[str]:
         """Return the B prompts as text, with what the chat template puts around them."""
         return [self.tokenizer.decode(ids) for ids in self.prompts]
 
+    def conversations(self) -> list[list[dict[str, str]]]:
+        """Return the B prompts as messages {role, content}.
+
+        Raises:
+            ValueError: If the rows of data are not known.
+        """
+        if self.data_rows is None:
+            raise ValueError("the rows of data of these prompts are not known")
+        return [as_messages(row["prompt"]) for row in self.data_rows]
+
     def response_texts(self) -> list[str]:
         """Return the B responses as text, without special tokens."""
         return [decode_response(self.tokenizer, ids) for ids in self.responses]
+
+    def finished(self) -> list[bool]:
+        """Return whether each of the B responses ends with EOS."""
+        eos = self.tokenizer.eos_token_id
+        return [bool(ids) and ids[-1] == eos for ids in self.responses]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of B responses."""
+
+    total: Tensor
+    """(B,) in float32: what counts. It has no gradient."""
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """Name → (B,): what the total was made of, as far as the scorer says; for metrics and samples
+    only."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +95,41 @@ class ScorerSpec:
     """The most responses in a forward pass, where a request comes without rows."""
     packed: bool = False
     """Whether the models read packed rows."""
+    settings: ScorerSection | None = None
+    """The scorer's settings; None for a reward model that no list of scorers names."""
+    name: str = "rm"
+    """The scorer's name, for error lines."""
+    records: Path | None = None
+    """Folder for answers that a resumed run must get again; it lasts until the stage is done. None:
+    nothing is recorded."""
+    say: Callable[[str], None] = print
+    """Prints a line."""
 
 
 class Scorer(Protocol):
     """Score responses. Scores are comparable between prompts, and higher is better."""
 
-    def score(self, request: ScoreRequest) -> Tensor:
-        """Return the score of each response of a request, (B,) in float32.
+    reads_rows: bool
+    """Whether it runs a model over rows of ids.
 
-        A score depends only on its own prompt and response, not on the others of the request. It
-        has no gradient, and is finite: PPO skips an update with any other. Each rank asks for its
-        own share of the responses. With sharded models all ranks ask equally often, and may then
-        ask for responses whose scores they drop.
+    Then PPO asks for a micro-batch at a time, beside its other models; with sharded models all
+    ranks ask equally often, and may ask for responses whose scores they drop. Otherwise PPO asks
+    once a rollout for this rank's share of the responses, or not at all if that is empty, and the
+    request has `data_rows`."""
+
+    def score(self, request: ScoreRequest) -> Scores:
+        """Return the scores of a request's responses.
+
+        A score depends only on its own prompt and response, not on the others of the request. It is
+        finite: PPO skips an update with any other.
 
         Args:
             request: Prompts and responses.
+
+        Raises:
+            ScorerLost: If it cannot score for now; a later run may go on.
+            UserError: If the user has to change something, such as a function that fails.
         """
+
+    def close(self) -> None:
+        """Free what the scorer holds. May be called twice."""

@@ -1,8 +1,22 @@
-"""List the scorers by name."""
+"""Build scorers from their settings: the factory of each kind stands in one table."""
 
 from collections.abc import Callable
 
+from stages.scorers.python import PythonScorer
 from stages.scorers.reward_model import RewardModelScorer
 from stages.scorers.scorer import Scorer, ScorerSpec
+from stages.settings.scorers import model, python
+from stages.settings.scorers.common import ScorerSection
 
-SCORERS: dict[str, Callable[[ScorerSpec], Scorer]] = {"reward_model": RewardModelScorer}
+FACTORIES: dict[type[ScorerSection], Callable[[ScorerSpec], Scorer]] = {
+    model.ModelScorer: RewardModelScorer,
+    python.PythonScorer: PythonScorer,
+}
+"""Class of a scorer's settings → what makes the scorer."""
+
+
+def make_scorer(spec: ScorerSpec) -> Scorer:
+    """Return the scorer that settings ask for; a reward model if there are none."""
+    if spec.settings is None:
+        return RewardModelScorer(spec)
+    return FACTORIES[type(spec.settings)](spec)

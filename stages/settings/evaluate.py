@@ -20,6 +20,8 @@ FIXED = (
     "response_length",
     "on_too_long",
     "temperature",
+    "top_k",
+    "top_p",
     "best_of",
     "samples_per_prompt",
     "base_prompt",
@@ -62,6 +64,19 @@ class EvaluateSettings(Section):
     max_length: int = setting(512, "largest length of prompt and response together", "tokens", ge=8)
     on_too_long: TooLong = setting("error", TOO_LONG_PROMPT)
     temperature: float = setting(1.0, "sampling temperature", gt=0)
+    top_k: int | None = setting(
+        None,
+        "draw only from so many of the likeliest tokens; null: from all, as PPO does. With it kl_to_sft is null, "
+        "because such samples do not estimate the KL of the whole distributions",
+        "tokens",
+        ge=1,
+    )
+    top_p: float | None = setting(
+        None,
+        "draw only from the likeliest tokens with this probability in all; null: from all. kl_to_sft as with top_k",
+        gt=0,
+        le=1,
+    )
     missing_eos_score: float | None = setting(
         -1.0, "score of a response without EOS; the same as ppo's; null: its own score", "reward"
     )
@@ -83,6 +98,11 @@ class EvaluateSettings(Section):
     )
     perplexity_rows: int = setting(256, "largest number of held-out rows of pretraining text", "rows", ge=1)
     perplexity_length: int = setting(128, "length of such a row", "tokens", ge=8)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether responses are drawn from a part of the vocabulary only."""
+        return self.top_k is not None or (self.top_p is not None and self.top_p < 1)
 
 
 def needs(experiment: "Experiment") -> list[str]:

@@ -6,6 +6,8 @@ prompts there is no PPO. A reward model only for the sake of the report is train
 
 from typing import TYPE_CHECKING
 
+from stages.settings.scorers.scorer import scorer_stages
+
 if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
 
@@ -31,11 +33,19 @@ def compared_policies(experiment: "Experiment") -> list[str]:
         return list(section.policies)
     prompts = experiment.data.prompts is not None
     allowed = {
-        "ppo": prompts and (has_rankings(experiment) or experiment.ppo.reward_model is not None),
+        "ppo": prompts and (has_rankings(experiment) or not climbs_own_model(experiment)),
         "dpo": has_rankings(experiment),
         "best_of_n": prompts and has_rankings(experiment),
     }
     return [name for name in section.policies if allowed.get(name, True)]
+
+
+def climbs_own_model(experiment: "Experiment") -> bool:
+    """Return whether PPO is scored by the reward model of the stage rm, alone or among others."""
+    settings = experiment.ppo
+    if settings.rewards is not None:
+        return "rm" in scorer_stages(settings.rewards)
+    return settings.reward_model is None
 
 
 def needs_reward_model(experiment: "Experiment") -> bool:
@@ -46,7 +56,7 @@ def needs_reward_model(experiment: "Experiment") -> bool:
     policies = compared_policies(experiment)
     if "best_of_n" in policies:
         return True
-    if "ppo" in policies and experiment.ppo.reward_model is None:
+    if "ppo" in policies and climbs_own_model(experiment):
         return True
     return experiment.data.prompts is not None and has_rankings(experiment)
 

@@ -9,6 +9,9 @@ from stages.models.ensemble_folder import How, others_of
 from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
 from stages.settings.policies import has_rankings
 from stages.settings.rollout import SET_BY_PPO, RolloutSettings, missing_engine
+from stages.settings.scorers.common import ScorerSection
+from stages.settings.scorers.model import OWN, ModelScorer
+from stages.settings.scorers.scorer import Scorer, names_of, scorer_files, scorer_problems, scorer_stages
 from stages.settings.training import TOO_LONG_PROMPT, SchedulerType, TooLong
 from stages.training.schedule import Schedule
 from stages.training.selection import Selection
@@ -21,6 +24,7 @@ METRICS = {
     "objective/kl_k3": "the same by the estimator k3 (never negative, lower variance)",
     "objective/entropy": "entropy of the policy, in nats per token",
     "objective/scores": "mean score of the reward model after score_clip, missing_eos_score and length_penalty",
+    "rewards/NAME": "mean score of the scorer NAME of ppo.rewards, before its weight and the rules of objective/scores",
     "objective/rlhf_reward": "scores − kl_coef · KL (by kl_estimator): the objective that is maximised",
     "objective/length": "tokens per response, EOS included",
     "objective/eos_rate": "fraction of responses that end with EOS",
@@ -147,6 +151,12 @@ class PPOSettings(Section):
     patience: int | None = setting(
         None, "held-out evaluations without improvement after which training ends; null: never", "evaluations", ge=1
     )
+    rewards: list[Scorer] | None = setting(
+        None,
+        "what scores the responses: a list of scorers, whose scores are added, each times its weight, as "
+        "[{model: rm}, {python: reward.py:score, weight: 0.5}] (stages/scorers/README.md). null: the reward model of "
+        "rm, or reward_model",
+    )
     reward_model: str | None = setting(None, "folder of a reward model to use instead of rm's")
     reward_ensemble: How = setting(
         "mean", "how the scores of the models of rm.ensemble are combined: their mean or their minimum"
@@ -190,8 +200,11 @@ class PPOSettings(Section):
 
 
 def needs(experiment: "Experiment") -> list[str]:
-    """Return the stages that must be done first: sft, and rm unless only another model scores."""
-    if experiment.ppo.reward_model is not None and not has_rankings(experiment):
+    """Return the stages that must be done first: sft, and those whose models score."""
+    settings = experiment.ppo
+    if settings.rewards is not None:
+        return ["sft", *scorer_stages(settings.rewards)]
+    if settings.reward_model is not None and not has_rankings(experiment):
         return ["sft"]
     return ["sft", "rm"]
 
@@ -202,26 +215,47 @@ def reads(experiment: "Experiment") -> list[str]:
 
 
 def folders(experiment: "Experiment") -> dict[str, Path]:
-    """Return the folders of the user's reward models, with the other models of their ensembles.
+    """Return the files and folders of the user that score, ensembles with all of their models.
 
     Their content is part of the fingerprint.
     """
-    named = named_folders(experiment)
-    paths = dict(named)
-    for key, folder in named.items():
-        for other in others_of(folder):
-            paths[f"{key} ({other.name})"] = other
-    return paths
+    settings = experiment.ppo
+    if settings.rewards is not None:
+        paths = scorer_files("ppo.rewards", settings.rewards)
+    else:
+        paths = with_others("ppo.reward_model", settings.reward_model)
+    return paths | with_others("ppo.held_out_reward_model", settings.held_out_reward_model)
 
 
-def named_folders(experiment: "Experiment") -> dict[str, Path]:
-    """Return the folders that the settings name, by setting."""
-    paths = {}
-    for key in ("reward_model", "held_out_reward_model"):
-        folder = getattr(experiment.ppo, key)
-        if folder is not None:
-            paths[f"ppo.{key}"] = Path(folder).expanduser()
-    return paths
+def climbed_folders(experiment: "Experiment") -> list[Path]:
+    """Return the folders of the user's reward models that score."""
+    scorers = [settings for _, _, settings in named_rewards(experiment.ppo)]
+    return [folder for one in scorers if isinstance(one, ModelScorer) and (folder := one.folder()) is not None]
+
+
+def with_others(key: str, folder: str | None) -> dict[str, Path]:
+    """Return the folder of a reward model and the other models of its ensemble, by setting.
+
+    Args:
+        key: The setting that names the folder.
+        folder: The folder; None if the setting is null.
+    """
+    if folder is None:
+        return {}
+    path = Path(folder).expanduser()
+    return {key: path} | {f"{key} ({other.name})": other for other in others_of(path)}
+
+
+def named_rewards(settings: PPOSettings) -> list[tuple[str, str, ScorerSection]]:
+    """Return what scores: the setting that names each scorer, its name, and its settings.
+
+    Without a list of scorers it is one reward model: that of reward_model, or rm's.
+    """
+    if settings.rewards is None:
+        model = ModelScorer(model=settings.reward_model or OWN, how=settings.reward_ensemble)
+        return [("ppo.reward_model", OWN, model)]
+    keys = [f"ppo.rewards[{index}]" for index in range(len(settings.rewards))]
+    return list(zip(keys, names_of(settings.rewards), settings.rewards, strict=True))
 
 
 def check(experiment: "Experiment") -> list[str]:
@@ -241,15 +275,29 @@ def check(experiment: "Experiment") -> list[str]:
             f"ppo.total_episodes: {settings.total_episodes} is not a multiple of batch_size {settings.batch_size}; "
             f"use {multiple}"
         )
-    for key, folder in named_folders(experiment).items():
-        if not (folder / "config.json").is_file():
-            lines.append(f"{key}: {folder} has no config.json; give the model/ folder of a reward model")
+    for key in ("reward_model", "held_out_reward_model"):
+        folder = getattr(settings, key)
+        if folder is not None and not (Path(folder).expanduser() / "config.json").is_file():
+            lines.append(f"ppo.{key}: {folder} has no config.json; give the model/ folder of a reward model")
+    lines += reward_problems(settings)
     for name in sorted(set(SET_BY_PPO) & set(experiment.launch.vllm.options)):
         lines.append(f"launch.vllm.options: ppo sets {name} itself; leave it out")
     if settings.publish_ema and settings.ema_decay is None:
         lines.append(
             "ppo.publish_ema: with ema_decay: null there is no average to publish; set it, for example to 0.992"
         )
+    return lines
+
+
+def reward_problems(settings: PPOSettings) -> list[str]:
+    """Return a line for each mistake in the list of scorers."""
+    if settings.rewards is None:
+        return []
+    lines = scorer_problems("ppo.rewards", settings.rewards)
+    if settings.reward_model is not None:
+        lines.append("ppo.reward_model: has no effect beside ppo.rewards; add {model: FOLDER} there, and leave it out")
+    if settings.reward_ensemble != "mean":
+        lines.append("ppo.reward_ensemble: has no effect beside ppo.rewards; say how there: {model: rm, how: min}")
     return lines
 
 

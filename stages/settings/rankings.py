@@ -27,6 +27,12 @@ class RankingsSettings(Section):
     max_length: int = setting(512, "largest length of prompt and response together", "tokens", ge=8)
     on_too_long: TooLong = setting("error", TOO_LONG_PROMPT)
     temperature: float = setting(1.0, "sampling temperature", gt=0)
+    top_k: int | None = setting(
+        None, "draw only from so many of the likeliest tokens; null: from all, as PPO does", "tokens", ge=1
+    )
+    top_p: float | None = setting(
+        None, "draw only from the likeliest tokens with this probability in all; null: from all", gt=0, le=1
+    )
     agreement: float = setting(
         0.726,
         "how often two simulated labelers agree on a pair of different responses (InstructGPT: 72.6 %); sets their "

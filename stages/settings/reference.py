@@ -5,6 +5,7 @@ from pathlib import Path
 from pipeline.config.help import SettingRow, describe
 from pipeline.config.sections import COMMON
 from stages.settings.experiment import STAGES, Experiment
+from stages.settings.scorers.scorer import KINDS
 
 FILE = Path(__file__).resolve().parents[2] / "configs" / "SETTINGS.md"
 HEADER = """\
@@ -14,6 +15,10 @@ Every setting of a config, with its type, default and unit. This file is generat
 `pipeline/config/sections.py` and `stages/settings/`: change those, then run `python -m stages.settings.reference`.
 
 The command line takes the same names on top of the file: `rlhf run ppo -c my.yaml ppo.kl_coef=0.1`.
+"""
+SCORERS = """\
+A scorer gives responses their scores. `ppo.rewards` is a list of them; each has exactly one of the keys below, which
+says what scores, and further settings of that kind.
 """
 TABLE = ["| setting | type | default | unit | meaning |", "| --- | --- | --- | --- | --- |"]
 
@@ -26,18 +31,22 @@ def reference() -> str:
         parts.append(section(f"`{name}`", first_line(settings.__doc__), describe(settings, name)))
     for name, stage in STAGES.items():
         parts.append(section(f"`{name}`", stage.summary, describe(stage.settings, name)))
+    parts.append(f"## Scorers\n\n{SCORERS}")
+    for kind, scorer in KINDS.items():
+        parts.append(section(f"`{kind}:`", first_line(scorer.__doc__), describe(scorer, ""), level=3))
     return "\n".join(parts)
 
 
-def section(title: str, summary: str, rows: list[SettingRow]) -> str:
+def section(title: str, summary: str, rows: list[SettingRow], level: int = 2) -> str:
     """Return a section of the file.
 
     Args:
         title: Its heading.
         summary: A sentence under the heading; "" for none.
         rows: The settings.
+        level: Level of the heading.
     """
-    lines = [f"## {title}", ""]
+    lines = [f"{'#' * level} {title}", ""]
     if summary:
         lines += [summary, ""]
     lines += TABLE

@@ -16,16 +16,21 @@ its own answers.
 /sample       draw tokens by their probability, as PPO and evaluate do
 /sample 0.7   sample at a lower temperature: closer to the likeliest
 /seed N       sample with another seed
+/top_k N      sample from the N likeliest tokens (/top_k 0: from all)
 /top_p X      sample from the likeliest tokens of this total probability
 /max N        longest answer, in tokens; one that needs more is cut off
 /system TEXT  set the system message: who answers, and how (/system: none)
 /reset        forget the talk so far
 /memory off   ask each question by itself (/memory on: remember again)
 /quit         leave, as Ctrl-D does"""
-COMMANDS = ("/help", "/greedy", "/sample", "/temp", "/seed", "/top_p", "/max", "/system", "/reset", "/memory", "/quit")
+COMMANDS = (
+    "/help", "/greedy", "/sample", "/temp", "/seed", "/top_k", "/top_p", "/max",
+    "/system", "/reset", "/memory", "/quit",
+)  # fmt: skip
 NUMBERS = {
     "/temp": ("temperature", float),
     "/sample": ("temperature", float),
+    "/top_k": ("top_k", int),
     "/top_p": ("top_p", float),
     "/seed": ("seed", int),
     "/max": ("max_new_tokens", int),
@@ -49,6 +54,8 @@ class Settings:
     """System message; "" for none."""
     memory: bool = True
     """Whether the policies read earlier turns."""
+    top_k: int = 0
+    """Sample from so many of the likeliest tokens; 0: from all."""
 
     def check(self) -> None:
         """Check that every number is valid.
@@ -58,6 +65,8 @@ class Settings:
         """
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UserError(f"temperature: {self.temperature} is out of range; use 0 or more")
+        if self.top_k < 0:
+            raise UserError(f"top_k: {self.top_k} is out of range; use 1 or more, or 0 for all tokens")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p: {self.top_p} is out of range; use more than 0 and at most 1")
         if self.max_new_tokens < 1:
@@ -66,7 +75,8 @@ class Settings:
     def __str__(self) -> str:
         """Return the settings as one line for people."""
         if self.temperature:
-            parts = [f"sampled at temperature {self.temperature:g}, top_p {self.top_p:g}, seed {self.seed}"]
+            top_k = f"top_k {self.top_k}, " if self.top_k else ""
+            parts = [f"sampled at temperature {self.temperature:g}, {top_k}top_p {self.top_p:g}, seed {self.seed}"]
         else:
             parts = ["greedy (/sample draws)"]
         parts.append(f"at most {self.max_new_tokens} tokens")
@@ -129,6 +139,6 @@ def _set_number(name: str, argument: str, settings: Settings) -> str:
     except (ValueError, OverflowError):
         what = "whole number" if kind is int else "number"
         return f"{name}: {argument!r} is not a {what}; for example {name} {before:g}"
-    if name in ("/seed", "/top_p") and not settings.temperature:
+    if name in ("/seed", "/top_k", "/top_p") and not settings.temperature:
         return f"{settings} · {name} takes effect with /sample"
     return str(settings)

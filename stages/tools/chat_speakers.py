@@ -207,6 +207,7 @@ def reply(speaker: Speaker, text: str, settings: "Settings", turn: int, dtype: s
         eos_id=query.end_id,
         pad_id=tokenizer.pad_token_id,
         temperature=settings.temperature or 1.0,
+        top_k=(settings.top_k or None) if settings.temperature else None,
         top_p=settings.top_p if settings.temperature else LIKELIEST,
     )
     with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):

@@ -8,7 +8,6 @@ themselves (about half a GB).
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,8 @@ from stages.models.loading import packaged_gguf, scratch_config
 from stages.models.remote_code import SCALAR, from_pretrained, is_remote
 from stages.models.roles import most_tokens
 from stages.settings.policies import reward_models
+from stages.settings.ppo import named_rewards
+from stages.settings.scorers.model import ModelScorer
 from stages.settings.training import batch_of_each
 from stages.shared.runtime import adapter_settings, dtype_of
 from stages.tools.memory_step import WIDTH, Lengths, Sizes, Step, take_step
@@ -119,12 +120,16 @@ def of_ppo(experiment: Any, config: Any, take: Callable, dtype: str, device: str
     weights = sum(sizes.models.values()) if shares > 1 else sizes.weights
     weights += scalar * (c.held_out_reward_model is not None)
     weights += sizes.frozen["policy"] * (not sizes.adapted)  # the reference
-    if c.reward_model is not None:
-        weights += scalar * (1 + len(others_of(Path(c.reward_model).expanduser())))
-    else:
-        weights += experiment.rm.ensemble * (value if sizes.shared else scalar)
-        trunk = sizes.models["value_model"] - value
-        weights += trunk * (sizes.shared and experiment.sft.ppo_init is not None)  # of the policy that PPO starts from
+    for _, _, settings in named_rewards(c):
+        if not isinstance(settings, ModelScorer):
+            continue
+        if (folder := settings.folder()) is not None:
+            weights += scalar * (1 + len(others_of(folder)))
+        else:
+            weights += experiment.rm.ensemble * (value if sizes.shared else scalar)
+            trunk = sizes.models["value_model"] - value
+            # of the policy that PPO starts from
+            weights += trunk * (sizes.shared and experiment.sft.ppo_init is not None)
     kept = policy * (c.publish_ema + (c.keep == "best"))
     sampled = min(c.local_rollout_forward_batch_size, -(-c.batch_size // ranks))
     cache = sampled * (sum(width) * cache_of_token(config) * WIDTH[dtype] + 8 * config.get_text_config().vocab_size)

@@ -34,13 +34,17 @@ from stages.ppo import update as ppo_update
 from stages.ppo.figures import describe, not_finite_episodes
 from stages.ppo.options import advantage_options, engine_rules, sampling_options, update_options
 from stages.ppo.run import advantage, reward
-from stages.ppo.sampling import Sampler, make_sampler, no_poll, preflight
+from stages.ppo.sampling import Sampler, make_sampler, preflight
+from stages.ppo.scoring import make_scorers
 from stages.ppo.update import Learners, Rates, update
 from stages.rollouts import collect, transformers
 from stages.rollouts.engine import EngineSpec
+from stages.rollouts.rollout import DrawnPrompt
 from stages.rollouts.transformers import Decoding, sample, sample_with_logprobs
 from stages.scorers import reward_model
+from stages.scorers.scorer import no_poll
 from stages.settings import ppo as ppo_settings
+from stages.settings.scorers.model import ModelScorer
 from stages.shared.runtime import make_accelerator
 from stages.training.trainee import Average, Skips, make_trainee
 
@@ -86,7 +90,7 @@ class Ours:
         roles = Roles(
             load_policy(folders["policy"]),
             load_policy(folders["ref_policy"]).requires_grad_(False),
-            load_scalar_model(folders["reward_model"]).requires_grad_(False),
+            {"rm": load_scalar_model(folders["reward_model"]).requires_grad_(False)},
             load_scalar_model(folders["value_model"]),
             SimpleNamespace(pad_token_id=PAD, eos_token_id=None),
             make_accelerator(DEVICE, dtype),
@@ -166,7 +170,8 @@ class Ours:
     def iterate(self, prompts: list[list[int]], text: list[list[int]] | None) -> list[int]:
         """Run steps 2 to 6 of stages/ppo/run.py:run and return the responses' lengths."""
         c, roles, step = self.config, self.roles, self.step
-        rollout = self.sampler(roles).rollout(prompts, range(len(prompts)), step, recompute=self.recompute)
+        rows = [DrawnPrompt(ids, index) for index, ids in enumerate(prompts)]
+        rollout = self.sampler(roles).rollout(rows, step, recompute=self.recompute)
         options = advantage_options(c)
         rewards = reward(rollout, c.kl_coef, c.kl_estimator, options.whiten_rewards)
         batch = advantage(rollout, rewards, options)
@@ -206,7 +211,8 @@ class Ours:
             batch_size=c.local_rollout_forward_batch_size,
             timeout=60.0,
         )
-        sampler = make_sampler(roles, sampling_options(c), engine_rules(c), 0, "transformers", spec, self.say)
+        scorer = make_scorers(roles, [ModelScorer(model="rm")], c.per_device_train_batch_size, shows_parts=False)
+        sampler = make_sampler(roles, scorer, sampling_options(c), engine_rules(c), 0, "transformers", spec, self.say)
         sampler.start(no_poll)
         return sampler
 
@@ -330,7 +336,7 @@ class Ours:
                 "logprobs": (logprobs[mask], peer["logprobs"][mask]),
                 "ref_logprobs": (reference[mask], peer["ref_logprobs"][mask]),
                 "values": (values[slots], peer["values"][slots]),
-                "scores": (response_scores(self.roles.reward_model, rows), peer["scores"]),
+                "scores": (response_scores(self.roles.reward_models["rm"], rows), peer["scores"]),
             }
         pg, _ = policy_loss(logprobs, peer["logprobs"], peer["advantages"], mask, 0.2, mask.sum())
         vf, _ = value_loss(values, peer["values"], peer["returns"], slots, 0.2, slots.sum())

@@ -34,7 +34,7 @@ from stages.models.loading import load_policy, load_scalar_model, new_reward_mod
 from stages.models.packing import can_pack
 from stages.models.precision import cast_frozen
 from stages.models.publish import save_model
-from stages.models.roles import NamedFolder, RoleFolders, RoleOptions, load_roles, make_on_device
+from stages.models.roles import NamedFolder, RewardFolder, RoleFolders, RoleOptions, load_roles, make_on_device
 from stages.models.sharding import (
     compute_gathered,
     decoder_layers,
@@ -297,8 +297,7 @@ def check_roles(folders, adapter, dtype):
     common = {"attn_implementation": "sdpa", "trust_remote_code": False}
     folders = RoleFolders(
         policy=folder / "sft",
-        reward_model=NamedFolder("rm", folder / "rm" / "model"),
-        trunk=folder / "sft",
+        reward_models=(RewardFolder("rm", NamedFolder("rm", folder / "rm" / "model"), trunk=folder / "sft"),),
         judge=NamedFolder("judge", folder / "judge"),
     )
     options = RoleOptions(

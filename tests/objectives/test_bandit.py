@@ -13,10 +13,11 @@ from stages.models.roles import Roles
 from stages.ppo.options import advantage_options, update_options
 from stages.ppo.run import advantage, reward
 from stages.ppo.update import Learners, Rates, update
+from stages.scorers.scorer import Scores
 from stages.settings import ppo as ppo_settings
 from stages.training.trainee import Average, Skips, make_trainee
 from tests.builders import EOS, PAD, build, tiny_config
-from tests.ppo_sampler import sampler_of
+from tests.ppo_sampler import drawn, sampler_of
 
 PROMPT = [2, 3]
 UPDATES = 120
@@ -35,11 +36,13 @@ def probabilities(model):
 class TableScorer:
     """Score a response by its first token."""
 
+    reads_rows = True
+
     def __init__(self, rewards):
         self.rewards = torch.tensor(rewards)
 
     def score(self, request):
-        return self.rewards[[response[0] for response in request.responses]]
+        return Scores(self.rewards[[response[0] for response in request.responses]])
 
 
 @pytest.mark.parametrize("rewards", [(0.0, 0.0, 0.5, -0.5), (0.4, -0.3, 0.1, 0.6)])
@@ -60,7 +63,7 @@ def test_ppo_reaches_the_closed_form_optimum(rewards, beta):
         device=torch.device("cpu"), autocast=nullcontext, backward=lambda loss: loss.backward()
     )
     tokenizer = SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD)
-    roles = Roles(policy, reference, None, value, tokenizer, accelerator, packed=True)
+    roles = Roles(policy, reference, {}, value, tokenizer, accelerator, packed=True)
     c = ppo_settings.PPOSettings(
         batch_size=128, mini_batch_size=64, per_device_train_batch_size=64, samples_per_prompt=64, response_length=1,
         max_length=8, kl_coef=beta, missing_eos_score=None, ptx_coef=0, total_episodes=128 * UPDATES,
@@ -73,7 +76,7 @@ def test_ppo_reaches_the_closed_form_optimum(rewards, beta):
     assert (right - probabilities(policy)).abs().max() > 0.05  # there is a way to go
     options, returns = update_options(c, seed=5), replace(advantage_options(c), whiten_advantages=False)
     for step in range(1, UPDATES + 1):
-        rollout = sampler.rollout([PROMPT, PROMPT], [0, 1], step, recompute=False)
+        rollout = sampler.rollout(drawn([PROMPT, PROMPT]), step, recompute=False)
         rewards_of = reward(rollout, beta, c.kl_estimator, whiten=False)
         batch = advantage(rollout, rewards_of, returns)
         rate = 1e-2 * (1 - (step - 1) / UPDATES)

@@ -30,7 +30,7 @@ from stages.settings import ppo as ppo_settings
 from stages.settings.rollout import RolloutSettings
 from stages.training.trainee import Average, Skips, make_trainee
 from tests.builders import EOS, PAD, build, tiny_config
-from tests.ppo_sampler import SEED, sampler_of
+from tests.ppo_sampler import SEED, drawn, sampler_of
 
 VOCAB = 24
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 19, 12, 6], [11, 4]]
@@ -64,12 +64,12 @@ def options(**changed) -> UpdateOptions:
 def sample_rollout(roles, prompts=PROMPTS, prompt_ids=range(4), step=1, *, recompute=False, n=None, **changed):
     """Return a rollout that the policy samples by itself, with some settings changed."""
     sampler = sampler_of(roles, config(**changed))
-    return sampler.rollout(prompts, prompt_ids, step, recompute=recompute, samples_per_prompt=n)
+    return sampler.rollout(drawn(prompts, prompt_ids), step, recompute=recompute, samples_per_prompt=n)
 
 
 def run_preflight(roles, step=0) -> bool:
     """Run the preflight of a float32 run."""
-    return preflight(sampler_of(roles, config()), PROMPTS, dtype="float32", max_length=32, step=step)
+    return preflight(sampler_of(roles, config()), drawn(PROMPTS), dtype="float32", max_length=32, step=step)
 
 
 def llama(auto, seed, **options):
@@ -91,7 +91,7 @@ def roles(request):
     return Roles(
         policy,
         copy.deepcopy(policy).requires_grad_(False),
-        reward_model,
+        {"rm": reward_model},
         value_model,
         SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD),
         ACCELERATOR,
@@ -166,7 +166,7 @@ class TestRollout:
                 logp = roles.policy(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[-n:, 0]
                 torch.testing.assert_close(rollout.logprobs[b, :n], logp, rtol=1e-4, atol=1e-5)
                 values = [at_last_token(roles.value_model, ids[:, : ids.shape[1] - n + t]) - 0.1 for t in range(n)]
-                score = at_last_token(roles.reward_model, ids) - 0.3
+                score = at_last_token(roles.reward_models["rm"], ids) - 0.3
             torch.testing.assert_close(rollout.values[b, :n], torch.tensor(values), rtol=1e-3, atol=1e-4)
             finished = ids[0, -1].item() == EOS
             assert rollout.finished[b].item() == finished
@@ -253,7 +253,7 @@ class TestGradient:
         ppo_gradients(roles, Batch(rollout, torch.zeros_like(advantages), returns), [0, 1, 2, 3], options())
         assert all((g == 0).all() for g in gradients(roles.policy).values())
         assert any((g != 0).any() for g in gradients(roles.value_model).values())
-        assert not gradients(roles.reward_model) and not gradients(roles.ref_policy)
+        assert not gradients(roles.reward_models["rm"]) and not gradients(roles.ref_policy)
 
 
 class TestPtx:
@@ -518,7 +518,7 @@ class TestEngine:
 
     def test_log_probs_are_the_policys_and_the_kl_is_recorded(self, roles):
         sampler = self.sampler(roles, Engine(-2.0), max_engine_kl=99.0)
-        rollout = sampler.rollout(PROMPTS, range(4), 1, recompute=False)
+        rollout = sampler.rollout(drawn(PROMPTS), 1, recompute=False)
         with torch.no_grad():
             rows = rollout.rows(range(8), PAD, roles.packed)
             torch.testing.assert_close(rollout.logprobs, response_logprobs(roles.policy, rows))
@@ -529,11 +529,11 @@ class TestEngine:
     def test_it_gets_the_weights_once_after_each_change(self, roles):
         engine = Engine(-2.0)
         sampler = self.sampler(roles, engine, max_engine_kl=99.0)
-        sampler.rollout(PROMPTS, range(4), 1, recompute=False)
+        sampler.rollout(drawn(PROMPTS), 1, recompute=False)
         assert engine.updates == []  # it has started with them
         sampler.weights_changed = True
         for step in (2, 3):
-            sampler.rollout(PROMPTS, range(4), step, recompute=False)
+            sampler.rollout(drawn(PROMPTS), step, recompute=False)
             assert engine.updates == [roles.policy]
 
     @pytest.mark.parametrize("logprob", [-20.0, math.nan, math.inf])
@@ -541,22 +541,22 @@ class TestEngine:
         engine = Engine(logprob)
         sampler = self.sampler(roles, engine)
         with pytest.raises(EngineLost, match="update 1: the engine vllm does not sample from the policy"):
-            sampler.rollout(PROMPTS, range(4), 1, recompute=False)
+            sampler.rollout(drawn(PROMPTS), 1, recompute=False)
         assert engine.is_closed and sampler.is_lost
 
     def test_or_the_policy_goes_on_by_itself(self, roles):
         engine = Engine(-20.0)
         sampler = self.sampler(roles, engine, on_failure="transformers")
-        rollout = sampler.rollout(PROMPTS, range(4), 1, recompute=False)
+        rollout = sampler.rollout(drawn(PROMPTS), 1, recompute=False)
         assert rollout.responses == sample_rollout(roles).responses and engine.is_closed
-        assert sampler.rollout(PROMPTS, range(4), 2, recompute=False).responses
+        assert sampler.rollout(drawn(PROMPTS), 2, recompute=False).responses
 
     def test_a_policy_that_is_not_finite_is_not_its_fault(self, roles):
         engine = Engine()
         sampler = self.sampler(roles, engine)
         with torch.no_grad():
             roles.policy.lm_head.weight.fill_(math.nan)
-        rollout = sampler.rollout(PROMPTS, range(4), 1, recompute=False)
+        rollout = sampler.rollout(drawn(PROMPTS), 1, recompute=False)
         assert not engine.is_closed and math.isnan(rollout.engine_kl)
         assert "logprobs not finite" in not_finite_episodes(rollout, rollout.values, 1)
 

@@ -2,6 +2,7 @@
 
 import inspect
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -89,3 +90,6 @@ def test_the_policy_itself_samples_as_the_request_says(causal, tmp_path):
     assert sampled.logprobs.shape == sampled.entropy.shape == (4, max(map(len, sampled.responses)))
     again = engine.sample(request, lambda: None)
     assert again.responses == sampled.responses and torch.equal(again.logprobs, sampled.logprobs)
+    likeliest = [engine.sample(replace(request, **one), lambda: None) for one in ({"top_k": 1}, {"top_p": 1e-9})]
+    assert likeliest[0].responses == likeliest[1].responses != sampled.responses
+    assert not likeliest[0].logprobs.any()  # nothing else can be drawn

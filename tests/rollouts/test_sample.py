@@ -6,7 +6,7 @@ Argmax at a temperature near 0, frequencies of the softmax at others, a seed for
 import pytest
 import torch
 
-from stages.rollouts.transformers import Decoding, rows_to_keep, sample, sample_with_logprobs
+from stages.rollouts.transformers import Decoding, rows_to_keep, sample, sample_with_logprobs, truncated
 
 PAD, EOS, VOCAB = 0, 1, 20
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 19, 12, 6], [11, 4], [5, 9, 2]]
@@ -128,6 +128,32 @@ def test_top_p_is_applied_to_what_is_drawn(causal):
     """With a tiny nucleus every token is the most probable one, at temperature 1 too."""
     model = causal(seed=2)
     assert draw_all(model, top_p=1e-6) == [greedy(model, p, 8) for p in PROMPTS]
+
+
+def test_the_likeliest_token_alone_is_argmax_decoding(causal):
+    model = causal(seed=2)
+    assert draw_all(model, top_k=1) == [greedy(model, p, 8) for p in PROMPTS]
+
+
+@pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.7}, {"top_k": 6, "top_p": 0.8}])
+def test_truncated_sampling_does_not_depend_on_the_batch(causal, options):
+    model, prompts, seeds = causal(spread=0.15), PROMPTS * 3, range(15)
+    together = draw_all(model, prompts, seeds, **options)
+    assert together != draw_all(model, prompts, seeds)
+    assert draw_all(model, prompts, seeds, batch_size=1, **options) == together
+    assert draw_all(model, prompts[::-1], seeds[::-1], **options) == together[::-1]
+
+
+def test_log_probs_of_truncated_samples_are_those_of_the_truncated_distribution(causal):
+    model = causal(spread=0.15)
+    decoding = Decoding(6, eos_id=EOS, pad_id=PAD, temperature=0.8, top_k=5, top_p=0.9)
+    found = sample_with_logprobs(model, PROMPTS, SEEDS, decoding)
+    for b, (prompt, response) in enumerate(zip(PROMPTS, found.responses, strict=True)):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        kept = truncated((logits / 0.8).softmax(-1), 5, 0.9)
+        right = (kept / kept.sum(-1, keepdim=True)).log().gather(-1, torch.tensor(response)[:, None])[:, 0]
+        torch.testing.assert_close(found.logprobs[b, : len(response)], right, rtol=1e-4, atol=1e-5)
 
 
 def test_it_can_be_ended_before_any_token(causal):

@@ -76,8 +76,8 @@ def engine(folder, python, tmp_path_factory):
         yield engine
 
 
-def sample(engine, poll=lambda: None, temperature=0.7, length=6, prompts=PROMPTS, seeds=SEEDS, eos=EOS):
-    request = SampleRequest(prompts, list(seeds), 1, length, temperature, eos)
+def sample(engine, poll=lambda: None, temperature=0.7, length=6, prompts=PROMPTS, seeds=SEEDS, eos=EOS, **truncation):
+    request = SampleRequest(prompts, list(seeds), 1, length, temperature, eos, **truncation)
     return engine.sample(request, poll)
 
 
@@ -104,6 +104,14 @@ def test_samples_and_their_log_probs(folder, engine):
     assert sample(engine, seeds=[1, 2, 3]).responses != sampled.responses
     swapped = sample(engine, prompts=PROMPTS[::-1], seeds=SEEDS[::-1])
     assert swapped.responses == sampled.responses[::-1]
+
+
+def test_top_k_and_top_p_reach_it(engine):
+    whole = sample(engine)
+    for truncation in ({"top_k": 1}, {"top_p": 1e-6}):
+        likeliest = sample(engine, **truncation)
+        assert likeliest.responses != whole.responses and not likeliest.logprobs.any()
+    assert sample(engine, top_k=20, top_p=1.0).responses == whole.responses
 
 
 def test_other_end_tokens_of_the_published_model_end_no_response(folder, engine, python, tmp_path):

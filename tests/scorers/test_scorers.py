@@ -11,7 +11,7 @@ from stages.models.ensemble import Ensemble
 from stages.models.forward import response_scores
 from stages.models.packing import can_pack
 from stages.scorers.scorer import ScoreRequest, ScorerSpec
-from stages.scorers.scorers import SCORERS
+from stages.scorers.scorers import make_scorer
 from tests.builders import tiny_scalar, tiny_tokenizer
 
 TEXTS = [("what color is the fox ?", "red ."), ("hi", "the fox is red and the sky is blue ."), ("what ?", "")]
@@ -68,11 +68,11 @@ def test_the_reward_model_scores_each_response_at_its_last_token(reward_model, t
             for member, state in zip(members, states, strict=True)
         ]
         right.append(min(scores))
-    scorer = SCORERS["reward_model"](spec_of(reward_model, tokenizer, packed=packed))
+    scorer = make_scorer(spec_of(reward_model, tokenizer, packed=packed))
     rows = make_rows(request_of_three.prompts, request_of_three.responses, tokenizer.pad_token_id, packed=packed)
     with_rows = ScoreRequest(request_of_three.prompts, request_of_three.responses, tokenizer, rows)
     for request in (request_of_three, with_rows):
-        scores = scorer.score(request)
+        scores = scorer.score(request).total
         assert scores.shape == (3,) and scores.dtype == torch.float32 and not scores.requires_grad
         torch.testing.assert_close(scores, torch.tensor(right), rtol=2e-4, atol=2e-5)
 
@@ -85,6 +85,6 @@ def test_rows_are_not_laid_out_again(tokenizer, request_of_three, monkeypatch):
     monkeypatch.setattr("stages.scorers.reward_model.score_all", lambda *_, **__: pytest.fail("laid out again"))
     model.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
     request = ScoreRequest(request_of_three.prompts, request_of_three.responses, tokenizer, rows)
-    scores = SCORERS["reward_model"](spec_of(model, tokenizer)).score(request)
+    scores = make_scorer(spec_of(model, tokenizer)).score(request).total
     assert len(seen) == 1 and seen[0] is rows.input_ids
     assert torch.equal(scores, response_scores(model, rows))

@@ -95,7 +95,7 @@ class Real:
             ptx_coef=minimal.PTX_COEF,
         )
         options = update_options(config, seed=3)
-        roles = Roles(policy, None, None, value_model, IDS, ACCELERATOR, packed=packed)
+        roles = Roles(policy, None, {}, value_model, IDS, ACCELERATOR, packed=packed)
         mask = episodes.rows.response_mask
         zeros = torch.zeros_like(episodes.logprobs)
         rollout = Rollout(

@@ -328,3 +328,21 @@ def test_the_ranked_responses_are_sft_samples_at_the_requested_temperature(chain
     assert abs(surprise) < 3 * math.sqrt(variance)
     assert finished.figures["unfinished"] == pytest.approx(statistics.mean(cut)) and 0 < statistics.mean(cut) < 1
     assert statistics.mean(len(set(row["responses"])) for row in rows.values()) > 3
+
+
+def test_the_ranked_responses_are_of_the_likeliest_tokens(chain, world, tmp_path):
+    """With top-k 3 no token is outside the three likeliest of its place; some are not the first."""
+    choices = {"samples_per_prompt": 3, "response_length": 6, "max_length": 96, "num_prompts": 10, "top_k": 3}
+    settings = [f"rankings.{key}={x}" for key, x in choices.items()]
+    finished = chain.run(
+        "rankings", tmp_path / "rankings", *settings, config="world.yaml", inputs={"world": world.folder}
+    )
+    model, places = plain.language_model(chain.root / "sft/model"), []
+    for row in itertools.chain(*both(finished)):
+        for text in row["responses"]:
+            ids = plain.response_ids(chain.tokenizer, text)[:6]
+            with torch.no_grad():
+                spread = plain.distributions(model, plain.prompt_ids(chain.tokenizer, row["prompt"]), ids, 1.0)
+            own = spread[torch.arange(len(ids)), torch.tensor(ids)]
+            places += (spread > own.unsqueeze(-1)).sum(-1).tolist()
+    assert set(places) == {0, 1, 2}

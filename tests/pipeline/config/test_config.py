@@ -125,6 +125,7 @@ def test_a_key_of_another_section(tmp_path):
         ("init_kl_coef", "kl_coef"), ("torch_dtype", "model.dtype"), ("lr", "use learning_rate"),
         ("logging_steps", "every step"), ("per_device_eval_batch_size", "per_device_train_batch_size"),
         ("seed", "did you mean seed (at the top level, outside any section)?"),
+        ("top_k", "would bias them"), ("top_p", "evaluate, rankings and chat have it"),
     ],
 )  # fmt: skip
 def test_renamed_keys(tmp_path, key, remedy):

@@ -73,7 +73,8 @@ MODULES = {
             def add_tags(self, tags): note("comet_ml", "tags", tags=tags)
             def set_step(self, step): pass
             def log_parameters(self, values): note("comet_ml", "parameters", values=values)
-            def log_metric(self, key, value, step): note("comet_ml", "track", run=self.key, key=key, step=step, value=value)
+            def log_metric(self, key, value, step):
+                note("comet_ml", "track", run=self.key, key=key, step=step, value=value)
             def log_text(self, text, step): note("comet_ml", "text", text=text, step=step)
             def end(self): note("comet_ml", "finish", run=self.key)
 

@@ -6,7 +6,6 @@ others are stand-ins that accelerate's own classes talk to.
 
 import json
 import shutil
-import sys
 from collections import Counter
 
 import pytest
@@ -19,28 +18,7 @@ from tests.pipeline.trackers import standins
 from tests.pipeline.trackers.wandb_file import history
 
 
-@pytest.fixture(autouse=True)
-def accelerate_state(monkeypatch):
-    """accelerate's loggers need its state; the next test may need another one."""
-    from accelerate import PartialState
-    from accelerate.state import AcceleratorState
-
-    PartialState(cpu=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def standin(tmp_path, monkeypatch):
-    """`standin("aim")` puts the stand-in of aim on the path."""
-    folder = tmp_path / "standins"
-    standins.install(folder, standins.MODULES)
-    monkeypatch.syspath_prepend(str(folder))
-    before = set(sys.modules)
-    yield folder
-    for name in set(sys.modules) - before:
-        if name.split(".")[0] in (*standins.MODULES, "standin"):
-            del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("accelerate_state")
 
 
 def make_run(tmp_path, name, **changes):

@@ -1,11 +1,12 @@
 """Test the way from a command to its trackers: none of them can end a run, or be written twice."""
 
+import fcntl
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -20,16 +21,6 @@ from tests.pipeline import fakes
 from tests.pipeline.trackers import standins
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture
-def standin(tmp_path, monkeypatch):
-    """The stand-ins on the path of this process and of the one that it starts."""
-    folder = tmp_path / "standins"
-    standins.install(folder, standins.MODULES)
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-    return folder
 
 
 def rows(path):
@@ -59,20 +50,69 @@ def test_a_stage_with_rows_is_a_run_and_the_manifest_has_its_id(world, standin, 
     assert len(standins.calls(standin, "comet_ml", "finish")) == 1 and capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("trouble", ["aim.run:no network", "aim.track:full", "aim.finish:late", "aim.track:die"])
-def test_a_tracker_that_fails_is_one_warning(world, standin, monkeypatch, capsys, trouble):
-    monkeypatch.setenv("TROUBLE", trouble)
+def fed(tmp_path, tracker, finish=True):
+    """Feed one row to a stand-in in a thread of this process; return the feed and its answers."""
+    folder = tmp_path / "fit"
+    folder.mkdir()
+    tracking.Tracker(folder, "fit").log(1, {"loss": 1.0})
+    answers = io.StringIO()
+    run = TrackedRun((tracker,), str(folder), str(tmp_path), "small", "fit", "id", "p")
+    feed = process.Feed(tracker, run, process.Replies(answers))
+    if finish:
+        feed.journals_complete.set()
+    return feed, answers
+
+
+@pytest.mark.parametrize(
+    "trouble, reason",
+    [("run:no network", "no network"), ("track:full", "[Errno 28] No space left on device"), ("finish:late", "late")],
+)
+def test_whatever_a_tracker_raises_is_reported_once(tmp_path, standin, monkeypatch, accelerate_state, trouble, reason):
+    monkeypatch.setenv("TROUBLE", f"aim.{trouble}")
+    feed, answers = fed(tmp_path, "aim")
+    assert feed.over.wait(60)
+    feed.give_up_if_overdue(time.monotonic() + 1000)
+    assert json.loads(answers.getvalue()) == {"run": "id", "tracker": "aim", "event": "lost", "reason": reason}
+
+
+def test_a_call_that_takes_too_long_is_reported_while_the_stage_runs(tmp_path, standin, monkeypatch, accelerate_state):
+    monkeypatch.setenv("TROUBLE", "dvclive.track:hang")
+    monkeypatch.setattr(process, "CALL_SECONDS", 0.3)
+    monkeypatch.setattr(process, "POLL_SECONDS", 0.01)
+    feed, answers = fed(tmp_path, "dvclive", finish=False)
+    for _ in range(600):
+        feed.give_up_if_overdue(time.monotonic())
+        if feed.over.wait(0.05):
+            break
+    assert json.loads(answers.getvalue())["reason"] == "no answer within 0 s"
+
+
+def test_a_second_process_waits_for_that_of_a_killed_command(tmp_path, standin, accelerate_state):
+    """Otherwise it would ask the tracker what it has while the other one still writes."""
+    (tmp_path / ".trackers").mkdir()
+    with open(tmp_path / ".trackers" / "fit-dvclive.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        feed, _ = fed(tmp_path, "dvclive")
+        assert not feed.over.wait(1) and sent(standin, "dvclive") == []
+    assert feed.over.wait(60) and len(sent(standin, "dvclive")) == 1
+
+
+def test_a_tracker_that_fails_is_one_warning(world, standin, monkeypatch, capsys):
+    monkeypatch.setenv("TROUBLE", "aim.track:no network")
+    world.run("fit", "tracking.with=[aim,dvclive]")
+    said, manifest = capsys.readouterr().err, world.store.manifest("fit")
+    assert said == (
+        "warning: aim failed (no network); this command continues without it; metrics.jsonl has every value\n"
+    )
+    assert manifest["tracker_run_id"] == manifest["run_id"] and sent(standin, "dvclive") == written(world)
+
+
+def test_a_tracker_that_takes_the_process_with_it_is_one_warning(world, standin, monkeypatch, capsys):
+    monkeypatch.setenv("TROUBLE", "aim.track:die")
     world.run("fit", "tracking.with=[aim,dvclive]")
     said = capsys.readouterr().err
-    manifest = world.store.manifest("fit")
-    assert said.count("warning:") == said.count("\n") == 1 and len(written(world)) == 12
-    if trouble.endswith("die"):
-        assert said.startswith("warning: aim, dvclive failed (its process ended with signal 9)")
-        assert manifest["tracker_run_id"] is None
-        return
-    reason = "[Errno 28] No space left on device" if trouble.endswith("full") else trouble.partition(":")[2]
-    assert said.startswith(f"warning: aim failed ({reason}); this command continues without it")
-    assert manifest["tracker_run_id"] == manifest["run_id"] and sent(standin, "dvclive") == written(world)
+    assert said.startswith("warning: aim, dvclive failed (its process ended with signal 9)") and said.count("\n") == 1
+    assert world.store.manifest("fit")["tracker_run_id"] is None and len(written(world)) == 12
 
 
 def test_a_tracker_that_hangs_is_given_up(world, standin, monkeypatch, capsys):
@@ -81,32 +121,10 @@ def test_a_tracker_that_hangs_is_given_up(world, standin, monkeypatch, capsys):
     monkeypatch.setattr(tracking, "FINISH_SECONDS", 1.0)
     monkeypatch.setattr(relay, "CLOSE_SECONDS", 0.5)
     fakes.change(world.stages, "page", run=lambda ctx: ctx.tracker.log(1, {"loss": 1.0}) or {})
-    began = time.monotonic()
     world.run("page", "tracking.with=[aim]")
-    assert time.monotonic() - began < 30
-    assert capsys.readouterr().err.count("warning: aim failed (no answer within 1 s)") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("warning: aim failed (no answer within 1 s)") and said.count("\n") == 1
     assert world.store.manifest("page")["tracker_run_id"] is None
-
-
-def test_a_call_that_takes_too_long_is_reported_while_the_stage_runs(tmp_path, standin, monkeypatch):
-    from accelerate import PartialState
-
-    PartialState(cpu=True)
-    monkeypatch.setenv("TROUBLE", "dvclive.track:hang")
-    monkeypatch.setattr(process, "CALL_SECONDS", 0.3)
-    monkeypatch.setattr(process, "POLL_SECONDS", 0.01)
-    (tmp_path / "fit").mkdir()
-    tracking.Tracker(tmp_path / "fit", "fit").log(1, {"loss": 1.0})
-    read, write = os.pipe()
-    run = TrackedRun(("dvclive",), str(tmp_path / "fit"), str(tmp_path), "small", "fit", "id", "p")
-    feed = process.Feed("dvclive", run, process.Replies(os.fdopen(write, "w")))
-    feed.journals_complete.set()
-    for _ in range(600):
-        feed.give_up_if_overdue(time.monotonic())
-        if feed.over.wait(0.05):
-            break
-    answer = json.loads(os.read(read, 1000))
-    assert answer == {"run": "id", "tracker": "dvclive", "event": "lost", "reason": "no answer within 0 s"}
 
 
 def test_training_never_waits_for_a_process_that_reads_nothing(tmp_path, monkeypatch, capsys):
@@ -135,6 +153,7 @@ def test_a_process_that_cannot_start_is_a_warning(world, standin, monkeypatch, c
     assert "warning: aim failed ([Errno 11] Resource temporarily unavailable)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_trackers_change_no_byte_that_is_published(world, standin, tmp_path):
     world.run("fit")
     names = ("metrics.jsonl", "model.safetensors")
@@ -157,6 +176,7 @@ def kill_at(world, folder, words, line):
     running.wait()
 
 
+@pytest.mark.slow
 def test_after_a_kill_nothing_is_missing_and_nothing_is_there_twice(world, standin):
     words = ["tracking.with=[comet_ml,clearml]", "fit.pause=1"]
     kill_at(world, standin, words, "step 11")
@@ -169,25 +189,7 @@ def test_after_a_kill_nothing_is_missing_and_nothing_is_there_twice(world, stand
     assert {row["run"] for row in standins.calls(standin, "comet_ml", "track")} == {manifest["run_id"]}
 
 
-def test_a_second_process_waits_for_that_of_a_killed_command(tmp_path, standin, monkeypatch):
-    """Otherwise it would ask the tracker what it has while the other one still writes."""
-    import fcntl
-
-    from accelerate import PartialState
-
-    PartialState(cpu=True)
-    (tmp_path / "fit").mkdir()
-    tracking.Tracker(tmp_path / "fit", "fit").log(1, {"loss": 1.0})
-    run = TrackedRun(("dvclive",), str(tmp_path / "fit"), str(tmp_path), "small", "fit", "id", "p")
-    (tmp_path / ".trackers").mkdir()
-    with open(tmp_path / ".trackers" / "fit-dvclive.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        feed = process.Feed("dvclive", run, process.Replies(open(os.devnull, "w")))  # noqa: SIM115
-        feed.journals_complete.set()
-        assert not feed.over.wait(1) and sent(standin, "dvclive") == []
-    assert feed.over.wait(20) and len(sent(standin, "dvclive")) == 1
-
-
+@pytest.mark.slow
 def test_the_process_ends_with_its_command(tmp_path, standin):
     """Even if another process holds the pipe open."""
     code = (
@@ -254,8 +256,14 @@ def test_wandb_of_older_configs_is_one_of_the_trackers(world, monkeypatch, words
     tracking = world.load().tracking
     assert (tracking.trackers, tracking.wandb_mode) == (trackers, mode)
     assert "with" in tracking.model_dump(mode="json") and "with_" not in tracking.model_dump()
+
+
+def test_wandbs_own_variable_says_the_mode_where_the_config_does_not(world, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
+    world.overrides = ["tracking.with=wandb"]
     assert world.load().tracking.wandb_mode == "offline"
+    world.overrides = ["tracking.with=wandb", "tracking.wandb=online"]
+    assert world.load().tracking.wandb_mode == "online"
 
 
 @pytest.mark.parametrize(
@@ -309,4 +317,4 @@ def test_the_process_is_one_of_a_kind(monkeypatch, tmp_path):
     environment = given["env"]
     assert not {"RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "ACCELERATE_USE_FSDP"} & set(environment)
     assert environment["CUDA_VISIBLE_DEVICES"] == "" and environment["WANDB_MODE"] == "offline"
-    assert given["start_new_session"] and threading.active_count() >= 1
+    assert given["start_new_session"]

@@ -43,7 +43,7 @@ def test_a_row_that_is_half_written_waits(tmp_path):
 
 
 def test_the_order_does_not_depend_on_when_the_journals_are_read(tmp_path):
-    """A tracker that counts its rows relies on it: read after every write, at random, or at the end."""
+    """A tracker that counts its rows relies on it. Read after every write, then at random."""
     whole = []
     for reader in range(20):
         folder = tmp_path / str(reader)

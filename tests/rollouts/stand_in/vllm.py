@@ -23,6 +23,8 @@ class SamplingParams:
     logprobs: int
     detokenize: bool
     ignore_eos: bool = False
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,13 @@ class LLM:
         stops = [*p.stop_token_ids, *([] if p.ignore_eos else self.ends)]  # as vLLM, whatever generation_config it has
         while len(ids) < p.max_tokens and (not ids or ids[-1] not in stops):
             logits = self.model(torch.tensor([prompt + ids])).logits[0, -1].float() / p.temperature
-            logp = (logits * (1 + self.drift)).log_softmax(-1)
+            logits = logits * (1 + self.drift)
+            if p.top_k > 0:
+                logits[logits < logits.topk(p.top_k).values[-1]] = -torch.inf
+            likeliest = logits.argsort(descending=True)
+            before = logits.softmax(-1)[likeliest].cumsum(-1) - logits.softmax(-1)[likeliest]
+            logits[likeliest[before >= p.top_p]] = -torch.inf
+            logp = logits.log_softmax(-1)
             token = int(torch.multinomial(logp.exp(), 1, generator=generator))
             ids.append(token)
             logprobs.append({token: Logprob(float(logp[token]))})

@@ -100,6 +100,15 @@ def test_same_seed_same_words_and_temperature_0_ignores_it(store, monkeypatch):
     assert say("/temp 0", "/seed 3") == say("/temp 0", "/seed 4") == say("/sample 2", "/greedy") == say()
 
 
+def test_top_k(store, monkeypatch):
+    """The likeliest token alone is what greedy says; 0 draws from all again."""
+    say = lambda *lines: talk(store, monkeypatch, [*lines, "hello"]).split("hello")[1]  # noqa: E731
+    assert say("/sample 2", "/top_k 1") == say("/greedy") != say("/sample 2", "/top_k 1", "/top_k 0")
+    text = talk(store, monkeypatch, ["/top_k 5", "/top_k -1", "/top_k few", "/sample"])
+    assert "top_k 5, top_p 1" in text and "-1 is out of range; use 1 or more" in text and "whole number" in text
+    assert "/top_k takes effect with /sample" in text
+
+
 def test_commands(store, monkeypatch):
     text = talk(
         store,
@@ -179,7 +188,8 @@ def test_models_that_cannot_talk_are_the_users_mistake(store, models, what):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"max_new_tokens": 0}]
+    "settings",
+    [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}],
 )
 def test_senseless_settings_are_the_users_mistake(store, settings):
     with pytest.raises(UserError, match="; use "):

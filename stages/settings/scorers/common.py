@@ -1,0 +1,42 @@
+"""Define what the settings of every kind of scorer share."""
+
+from pathlib import Path
+
+from pipeline.config.section import Section, setting
+
+
+class ScorerSection(Section):
+    """Hold the settings of any scorer. A kind of scorer is a class of its own, with its own key."""
+
+    weight: float = setting(1.0, "factor of its score in the sum of several scorers; may be negative")
+    name: str | None = setting(
+        None,
+        "name in metrics, samples and results: letters, digits, `_`, `.`, `-`; null: made of what is scored by",
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$",
+    )
+
+    def default_name(self) -> str:
+        """Return the name that the scorer has if the settings give none."""
+        raise NotImplementedError
+
+    def problems(self, key: str) -> list[str]:
+        """Return a line "KEY: what is wrong; what to do" for each mistake; load nothing.
+
+        Args:
+            key: Where the scorer is in the config, as "ppo.rewards[0]".
+        """
+        return []
+
+    def files(self, key: str) -> dict[str, Path]:
+        """Return the files and folders of the user whose content decides the scores.
+
+        Their digests are part of the fingerprint.
+
+        Args:
+            key: Where the scorer is in the config.
+        """
+        return {}
+
+    def stages(self) -> list[str]:
+        """Return the stages of this experiment that must be done first."""
+        return []

@@ -1,0 +1,102 @@
+"""Test PPO with a list of scorers: what is climbed, what is shown, and which stages are needed."""
+
+import json
+
+import pytest
+from micro_chain import WORDS
+
+from pipeline import fingerprints
+from pipeline.errors import UserError
+from tests.stages.ppo.test_ppo_run import SMALL
+
+FUNCTION = """
+def words(responses, answer, finished):
+    return {scores}
+"""
+OPTIONS = [f"ppo.{key}={value}" for key, value in (SMALL | {"total_episodes": 16, "ptx_coef": 0}).items()]
+
+
+def reward_file(folder, scores="[len(r.split()) - 2.0 * (a in r.split()) for r, a in zip(responses, answer)]"):
+    file = folder / "reward.py"
+    file.write_text(FUNCTION.format(scores=scores), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def prompts(chain, tmp_path):
+    """Return a file of the chain's prompts, each with an answer."""
+    file = tmp_path / "prompts.jsonl"
+    rows = [row | {"answer": WORDS[i % 5]} for i, row in enumerate(chain.rows("prompts.jsonl"))]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def test_the_weighted_sum_is_climbed_and_each_part_is_shown(chain, tmp_path, prompts):
+    """A function gets each response with its own row; metrics and samples have every part."""
+    file = reward_file(tmp_path)
+    rewards = f"ppo.rewards=[{{model: rm}}, {{python: '{file}:words', weight: 0.5, name: length}}]"
+    plain = ("ppo.missing_eos_score=null", "evaluate.missing_eos_score=null")
+    done = chain.run("ppo", tmp_path / "ppo", *OPTIONS, rewards, *plain, f"data.prompts={prompts}")
+    for row in done.rows("metrics.jsonl"):
+        total = row["rewards/rm"] + 0.5 * row["rewards/length"]
+        assert row["objective/scores"] == pytest.approx(total, abs=1e-5)
+    answers = {row["prompt"]: row["answer"] for row in map(json.loads, prompts.read_text().splitlines())}
+    samples = done.rows("samples.jsonl")
+    assert samples
+    for row in samples:
+        words = row["response"].split()
+        assert row["parts"]["length"] == len(words) - 2.0 * (answers[row["prompt"]] in words)
+        assert row["score"] == pytest.approx(row["parts"]["rm"] + 0.5 * row["parts"]["length"], abs=1e-5)
+
+
+def test_without_a_reward_model_the_stage_rm_is_not_needed(chain, tmp_path, prompts):
+    """The value model then starts as the policy with a new head; all that is needed is sft."""
+    file = reward_file(tmp_path)
+    settings = [*OPTIONS, f"ppo.rewards=[{{python: '{file}:words'}}]", f"data.prompts={prompts}"]
+    experiment = chain.experiment(*settings)
+    assert fingerprints.all_needs(chain.stages["ppo"], experiment) == ["sft"]
+    done = chain.run("ppo", tmp_path / "ppo", *settings)
+    assert (done.folder / "value_model" / "model.safetensors").is_file()
+    assert "rewards/words" in done.rows("metrics.jsonl")[0]
+
+
+def test_the_content_of_the_function_is_part_of_the_fingerprint(chain, tmp_path):
+    file = reward_file(tmp_path)
+    experiment = chain.experiment(f"ppo.rewards=[{{python: '{file}:words'}}, {{model: {chain.root}/other_rm/model}}]")
+    found = chain.stages["ppo"].folders(experiment)
+    assert found["ppo.rewards[0].python"] == file
+    assert found["ppo.rewards[1].model"] == chain.root / "other_rm/model"
+
+
+def test_one_reward_model_in_the_list_is_what_it_is_without_a_list(chain, tmp_path):
+    """The same models come out, to the byte."""
+    one = chain.run("ppo", tmp_path / "one", *OPTIONS)
+    other = chain.run("ppo", tmp_path / "other", *OPTIONS, "ppo.rewards=[{model: rm}]")
+    for model in ("model", "value_model"):
+        weights = [(done.folder / model / "model.safetensors").read_bytes() for done in (one, other)]
+        assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    "given, line",
+    [
+        ("[]", "ppo.rewards: is an empty list"),
+        ("[{weight: 2.0}]", "a scorer does not say what scores; should have exactly one of"),
+        ("[{model: rm, python: 'a.py:f'}]", "a scorer has model and python"),
+        ("[{model: rm}, {model: rm}]", "2 scorers have the name 'rm'"),
+        ("[{model: nowhere}]", "ppo.rewards[0].model: nowhere has no config.json"),
+        ("[{python: nowhere.py}]", "ppo.rewards[0].python: 'nowhere.py' names no function"),
+        ("[{python: 'nowhere.py:score'}]", "ppo.rewards[0].python: no such file: nowhere.py"),
+        ("[{model: rm, wieght: 2.0}]", "ppo.rewards.0.wieght: unknown key"),
+        ("[{model: rm, name: 'a b'}]", "ppo.rewards.0.name"),
+    ],
+)
+def test_mistakes_in_the_list_are_lines(chain, given, line):
+    with pytest.raises(UserError) as error:
+        chain.experiment(f"ppo.rewards={given}")
+    assert any(line in text for text in error.value.lines), error.value.lines
+
+
+def test_a_list_beside_the_single_reward_model_is_refused(chain):
+    with pytest.raises(UserError, match=r"ppo.reward_model: has no effect beside ppo.rewards"):
+        chain.experiment("ppo.rewards=[{model: rm}]", f"ppo.reward_model={chain.root}/other_rm/model")
