@@ -253,10 +253,14 @@ def open_comet_ml(run: TrackedRun) -> OpenRun:
 
     is_offline = run.options.get("comet_ml", {}).get("online") is False
     key = f"{run.run_id}x{run.resumes}" if is_offline and run.resumes else run.run_id
-    tracker = start("comet_ml", run.project, run, experiment_key=key, mode="get_or_create")
+    # what comet would read of this process, which is not the one that trains
+    automatic = ("log_code", "log_git_patch", "auto_output_logging", "auto_param_logging", "auto_metric_logging")
+    details = comet_ml.ExperimentConfig(
+        name=f"{run.experiment}/{run.stage}", tags=[run.experiment, run.stage], **dict.fromkeys(automatic, False)
+    )
+    given: dict[str, Any] = {"experiment_config": details} | run.options.get("comet_ml", {})
+    tracker = start("comet_ml", run.project, run, **(given | {"experiment_key": key, "mode": "get_or_create"}))
     experiment = tracker.tracker
-    experiment.set_name(f"{run.experiment}/{run.stage}")
-    experiment.add_tags([run.experiment, run.stage])
     tracker.store_init_configuration(flat(run.config))
     has = set()
     if run.resumes and not is_offline:
@@ -279,7 +283,9 @@ def open_clearml(run: TrackedRun) -> OpenRun:
     # all that would hook into libraries or read this process, which is not the one that trains
     automatic = ("auto_connect_arg_parser", "auto_connect_frameworks", "auto_resource_monitoring")
     given |= dict.fromkeys((*automatic, "auto_connect_streams"), False)
-    earlier = Task.get_tasks(project_name=project, task_name=f"^{run.stage}$", tags=[run.run_id]) if run.resumes else []
+    earlier = []
+    if run.resumes and not Task.is_offline():  # an offline one cannot be asked, and is made anew
+        earlier = Task.get_tasks(project_name=project, task_name=f"^{run.stage}$", tags=[run.run_id])
     if earlier:
         given |= {"continue_last_task": earlier[0].id}
     else:
@@ -306,18 +312,20 @@ def open_clearml(run: TrackedRun) -> OpenRun:
 
 
 def open_aim(run: TrackedRun) -> OpenRun:
-    """Open a run of the repository aim/; a figure that is tracked again replaces itself."""
-    from aim import Repo
+    """Open a run of the repository aim/; a figure that is tracked again replaces itself.
 
+    aim chooses the names of runs, and finds only those that it has indexed: a file remembers them.
+    """
     folder = run.file("aim")
     folder.mkdir(exist_ok=True)
-    repository = Repo.from_path(str(folder), init=True)
-    earlier = [one.run.hash for one in repository.query_runs(f"run.tags_run_id == '{run.run_id}'").iter_runs()]
-    given: dict[str, Any] = {"run_hash": earlier[0]} if earlier else {}
-    given |= {"experiment": run.experiment, "system_tracking_interval": None, "capture_terminal_logs": False}
-    tracker = start("aim", run.stage, run, str(folder), **given)
+    known = folder / f"run-{run.run_id}.txt"
+    given: dict[str, Any] = {"experiment": run.experiment, "system_tracking_interval": None}
+    if known.exists():
+        given |= {"run_hash": known.read_text(), "force_resume": True}  # a kill leaves aim's own lock behind
+    tracker = start("aim", run.stage, run, str(folder), capture_terminal_logs=False, **given)
+    known.write_text(tracker.tracker.hash)
     tracker.store_init_configuration(run.config)
-    tracker.tracker["tags_run_id"] = run.run_id
+    tracker.tracker["tags"] = tags(run)
     return OpenRun(tracker)
 
 

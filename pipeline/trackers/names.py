@@ -27,7 +27,7 @@ PACKAGES: dict[str, Package] = {
     "mlflow": Package(("mlflow",), "-e '.[mlflow]'", ("run_id", "run_name")),
     "trackio": Package(("trackio",), "-e '.[trackio]'", ("project", "group", "name", "resume", "config")),
     "comet_ml": Package(("comet_ml",), "comet_ml", ("project_name", "experiment_key", "mode")),
-    "aim": Package(("aim",), "aim", ("repo", "run_hash", "experiment")),
+    "aim": Package(("aim",), "aim", ("repo", "run_hash", "experiment", "force_resume")),
     "clearml": Package(("clearml",), "clearml", ("project_name", "task_name", "reuse_last_task_id")),
     "dvclive": Package(("dvclive",), "dvclive", ("dir", "resume")),
     "swanlab": Package(("swanlab",), "swanlab", ("project", "name", "log_dir", "group", "id", "resume", "config")),

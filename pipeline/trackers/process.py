@@ -1,4 +1,4 @@
-"""Send journals to trackers, in a process of its own: `python -m pipeline.trackers.process`.
+"""Send journals to trackers: `python -m pipeline.trackers.process PID`, started by process PID.
 
 It reads lines of JSON from its standard input: {"begin": RUN} when a run has its first row, then
 {"finish": RUN_ID, "seconds": N} when its journals are complete. It answers with lines {"run",
@@ -160,7 +160,7 @@ def serve(replies: Replies, parent: int) -> bool:
 
 def main() -> None:
     """Serve the command that started this process."""
-    parent = os.getppid()
+    parent = int(sys.argv[1])  # not asked for here: the command may have ended already
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # they are meant for the command; its end ends this process
     replies = Replies(os.fdopen(os.dup(1), "w", encoding="utf-8"))

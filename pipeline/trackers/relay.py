@@ -111,7 +111,7 @@ class Relay:
         if trackio.get("space_id") or "TRACKIO_SPACE_ID" in os.environ:
             environment["HF_HUB_OFFLINE"] = "0"  # a Space is on the Hub
         process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.trackers.process"],
+            [sys.executable, "-m", "pipeline.trackers.process", str(os.getpid())],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

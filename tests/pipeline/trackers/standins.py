@@ -36,23 +36,9 @@ MODULES = {
     "aim": """
         from standin import note, noted
 
-        class Repo:
-            @staticmethod
-            def from_path(path, init):
-                return Repo()
-            def query_runs(self, text):
-                self.text = text
-                return self
-            def iter_runs(self):
-                class Found:
-                    run = Run.__new__(Run)
-                for row in noted("aim", "set"):
-                    if row["key"] == "tags_run_id" and repr(row["value"]) in self.text:
-                        Found.run.hash = row["hash"]
-                        yield Found
-
         class Run:
-            def __init__(self, run_hash=None, *, repo, experiment, system_tracking_interval, capture_terminal_logs):
+            def __init__(self, run_hash=None, *, repo, experiment, force_resume=False, **quiet):
+                assert not any(quiet.values()) and len(quiet) == 2
                 self.hash = run_hash or f"hash-{len(noted('aim', 'run'))}"
                 note("aim", "run", hash=self.hash, repo=repo, experiment=experiment)
             def __setitem__(self, key, value):
@@ -69,8 +55,6 @@ MODULES = {
         class Experiment:
             def __init__(self, key):
                 self.key = key
-            def set_name(self, name): self.name = name
-            def add_tags(self, tags): note("comet_ml", "tags", tags=tags)
             def set_step(self, step): pass
             def log_parameters(self, values): note("comet_ml", "parameters", values=values)
             def log_metric(self, key, value, step):
@@ -78,7 +62,12 @@ MODULES = {
             def log_text(self, text, step): note("comet_ml", "text", text=text, step=step)
             def end(self): note("comet_ml", "finish", run=self.key)
 
-        def start(project_name, experiment_key, mode, online=True):
+        def ExperimentConfig(name, tags, **automatic):
+            assert not any(automatic.values())
+            return {"name": name, "tags": tags}
+
+        def start(project_name, experiment_key, mode, experiment_config, online=True):
+            note("comet_ml", "tags", **experiment_config)
             note("comet_ml", "start", project=project_name, run=experiment_key)
             return Experiment(experiment_key)
 
@@ -102,6 +91,8 @@ MODULES = {
             def __init__(self, task_id): self.id = task_id
             @staticmethod
             def current_task(): return None
+            @staticmethod
+            def is_offline(): return False
             @staticmethod
             def get_tasks(project_name, task_name, tags):
                 return [Task(row["run"]) for row in noted("clearml", "init") if tags[0] in row["tags"]][:1]

@@ -17,7 +17,6 @@ from pipeline.tracking import Tracker
 from tests.pipeline.trackers import standins
 from tests.pipeline.trackers.wandb_file import history
 
-
 pytestmark = pytest.mark.usefixtures("accelerate_state")
 
 

@@ -181,7 +181,7 @@ def test_after_a_kill_nothing_is_missing_and_nothing_is_there_twice(world, stand
     words = ["tracking.with=[comet_ml,clearml]", "fit.pause=1"]
     kill_at(world, standin, words, "step 11")
     assert 8 <= world.states()["fit"].step < 11
-    world.run("fit", *words[:1], "fit.pause=0")
+    world.run("fit", *words)
     for name in ("comet_ml", "clearml"):
         assert sorted(sent(standin, name)) == written(world), f"{name}: each row once"
     manifest = world.store.manifest("fit")
@@ -201,7 +201,7 @@ def test_the_process_ends_with_its_command(tmp_path, standin):
         "print(relay._process.pid, flush=True)\n"
         "os.set_inheritable(relay._process.stdin.fileno(), True)\n"
         "if os.fork() == 0:\n"
-        "    os.close(1)\n"
+        "    os.close(1), os.close(2)\n"
         "    time.sleep(60)\n"
         "os._exit(0)\n"
     )
