@@ -25,6 +25,8 @@ class OpenRun:
     """accelerate's GeneralTracker, started."""
     has: set[Figure] = field(default_factory=set)
     """Figures that the tracker has from before."""
+    has_until: int = -1
+    """A step up to which it has all figures, for one that says no more."""
     skip: int = 0
     """How many entries it has from before, for one that counts entries."""
     counts: bool = False
@@ -36,6 +38,8 @@ class OpenRun:
         """Send an entry, or what the tracker does not have of it."""
         if self.skip > 0:
             self.skip -= 1
+            return
+        if entry.step <= self.has_until:
             return
         if entry.texts:
             if self.write_samples is not None and ("samples", entry.step) not in self.has:
@@ -239,12 +243,15 @@ def open_trackio(run: TrackedRun) -> OpenRun:
     has = {(key, row["step"]) for row in SQLiteStorage.get_logs(run.project, name) for key in row}
     given = {"name": name, "group": run.experiment, "resume": "allow", "config": flat(run.config)}
     tracker = start("trackio", run.project, run, **(quiet | given))
+    is_remote = any(quiet.get(key) for key in ("space_id", "server_url"))
+    is_remote |= any(key in os.environ for key in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"))
+    has_until = tracker.tracker._next_step - 1 if is_remote else -1  # the one place where trackio says it
 
     def write_samples(step: int, texts: tuple[dict[str, Any], ...]) -> None:
         columns, rows = columns_and_rows(texts)
         tracker.log({"samples": trackio.Table(columns=columns, data=rows)}, step=step)
 
-    return OpenRun(tracker, has, write_samples=write_samples)
+    return OpenRun(tracker, has, has_until=has_until, write_samples=write_samples)
 
 
 def open_comet_ml(run: TrackedRun) -> OpenRun:

@@ -6,12 +6,13 @@ others are stand-ins that accelerate's own classes talk to.
 
 import json
 import shutil
+import time
 from collections import Counter
 
 import pytest
 
 from pipeline.trackers import kinds
-from pipeline.trackers.rows import Journals
+from pipeline.trackers.rows import Entry, Journals
 from pipeline.trackers.run import TrackedRun, tracker_run_id
 from pipeline.tracking import Tracker
 from tests.pipeline.trackers import standins
@@ -135,7 +136,12 @@ def test_wandb_offline_is_written_again_after_a_resume(tmp_path, wandb_offline):
     run = interrupted_and_resumed(tmp_path, "wandb", wandb_mode="offline")
     [folder] = run.file("wandb").glob("offline-run-*")
     assert folder.name.endswith(run.run_id)
-    rows = history(run.file("wandb"))
+    rows = []
+    for _ in range(100):  # wandb's service writes the file a moment after the run is finished
+        rows = history(run.file("wandb"))
+        if len(rows) == 16:
+            break
+        time.sleep(0.1)
     metrics = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
     assert metrics == list(LOSSES.items())
     assert [(row["step"], row["eval/loss"]) for row in rows if "eval/loss" in row] == list(HELD_OUT.items())
@@ -246,3 +252,12 @@ def test_settings_are_flat_and_samples_are_shown_as_they_are():
     text = kinds.markdown(({"step": 1, "prompt": [{"role": "user", "content": "é"}], "response": "", "score": 1.5},))
     assert text == '**1** score 1.5\n\nprompt:\n\n    [{"role": "user", "content": "é"}]\n\nresponse:\n\n    '
     assert json.dumps(kinds.columns_and_rows(({"a": 1}, {"b": 2}))) == '[["a", "b"], [["1", ""], ["", "2"]]]'
+
+
+def test_a_tracker_that_says_only_its_last_step_gets_what_comes_after():
+    got = []
+    tracker = type("Tracker", (), {"log": lambda self, figures, step: got.append(step)})()
+    opened = kinds.OpenRun(tracker, has_until=2)
+    for step in (1, 2, 3):
+        opened.send(Entry(step, "metrics", {"train/loss": 1.0}))
+    assert got == [3]
