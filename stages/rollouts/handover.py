@@ -10,6 +10,7 @@ import io
 from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -62,8 +63,8 @@ def handle_of(x: Tensor) -> str:
     return base64.b64encode(pickled.getvalue()).decode()
 
 
-def refuse_adapter(model: nn.Module) -> int:
-    """Return the rank that vLLM must provide for, or refuse an adapter that it cannot take alone.
+def lora_arguments(model: nn.Module) -> dict[str, Any]:
+    """Return the arguments of vllm.LLM for a policy's adapter, or refuse to hand it over alone.
 
     Args:
         model: An adapted policy.
@@ -82,7 +83,8 @@ def refuse_adapter(model: nn.Module) -> int:
         problem = f"vLLM takes no rank above {RANKS[-1]}"
     if problem:
         raise UserError(f"launch.vllm.adapter_alone: {problem}; set it to false")
-    return next(rank for rank in RANKS if rank >= config.r)
+    rank = next(rank for rank in RANKS if rank >= config.r)
+    return {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
 
 
 def write_adapter(model: nn.Module, folder: Path, dtype: torch.dtype) -> str | None:

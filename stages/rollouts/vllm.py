@@ -32,7 +32,7 @@ from pipeline.launch import parallel
 from stages.models.adapters import is_adapted, unwrapped
 from stages.models.file_tensors import file_tensors, tied_head
 from stages.rollouts.engine import EngineLost, EngineSpec, Sampled, SampleRequest
-from stages.rollouts.handover import batches, handle_of, refuse_adapter, shareable, write_adapter
+from stages.rollouts.handover import batches, handle_of, lora_arguments, shareable, write_adapter
 
 SCRIPT = Path(__file__).with_name("vllm_server.py")
 SECONDS_TO_END = 10.0
@@ -133,32 +133,18 @@ class Vllm:
                 differently from its modules.
         """
         options = self.options
+        lora = lora_arguments(model) if self._hands_over_adapter(model) else None  # it may refuse
         names = {name for name, _ in file_tensors(model)} - {tied_head(model)}
         model_type = unwrapped(model).config.model_type
         parallel.from_rank_zero(lambda: refuse_other_names(names, options.model, model_type))
         parallel.from_rank_zero(self._launch)
-        # vLLM 0.32 copies a head that is the embedding once, and does not update it with the
-        # embedding
-        embedding = unwrapped(model).get_input_embeddings().weight
-        self.unties_head = tied_head(model) is not None and embedding.requires_grad
-        arguments = {"dtype": options.dtype} | options.arguments
-        if options.sleeps:
-            arguments["enable_sleep_mode"] = True
-        if self._hands_over_adapter(model):
-            # vLLM reads the base model, which does not change, from the folder that it came from
-            rank = refuse_adapter(model)
-            lora = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
-            try:
-                self._ask({"start": {"model": str(options.model)} | arguments | lora}, poll)
-            except EngineLost as lost:
-                raise EngineLost(f"{lost}, with {options.python}") from lost
-            self._hand_over_adapter(model)
-            return
-        if self.unties_head:
-            overrides = dict(arguments.get("hf_overrides") or {})  # the user's own
-            arguments["hf_overrides"] = overrides | {"tie_word_embeddings": False}
         try:
-            self._hand_over(model, lambda folder: {"start": {"model": folder} | arguments}, poll)
+            if lora is None:
+                self._start_with_weights(model, poll)
+            else:
+                # vLLM reads the base model, which does not change, from the folder it came from
+                self._ask({"start": {"model": str(options.model)} | self._arguments() | lora}, poll)
+                self._hand_over_adapter(model)
         except EngineLost as lost:
             raise EngineLost(f"{lost}, with {options.python}") from lost
 
@@ -202,6 +188,23 @@ class Vllm:
         """End the process, and remove its files except the log."""
         if self.finalizer is not None:
             self.finalizer()
+
+    def _arguments(self) -> dict[str, Any]:
+        """Return the arguments of vllm.LLM, except the model."""
+        sleep = {"enable_sleep_mode": True} if self.options.sleeps else {}
+        return {"dtype": self.options.dtype} | self.options.arguments | sleep
+
+    def _start_with_weights(self, model: nn.Module, poll: Callable[[], None]) -> None:
+        """Start vLLM on a folder with the weights of `model`."""
+        # vLLM 0.32 copies a head that is the embedding once, and does not update it with the
+        # embedding
+        embedding = unwrapped(model).get_input_embeddings().weight
+        self.unties_head = tied_head(model) is not None and embedding.requires_grad
+        arguments = self._arguments()
+        if self.unties_head:
+            overrides = dict(arguments.get("hf_overrides") or {})  # the user's own
+            arguments["hf_overrides"] = overrides | {"tie_word_embeddings": False}
+        self._hand_over(model, lambda folder: {"start": {"model": folder} | arguments}, poll)
 
     def _launch(self) -> None:
         """Start the process. Only rank 0 calls this."""

@@ -149,8 +149,7 @@ def change(policy, by=0.2):
         p.data += by * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("method", [None, "dora"])
-@pytest.mark.parametrize("size", [2**31, 2000])
+@pytest.mark.parametrize("method, size", [(None, 2000), ("dora", 2**31)])
 def test_weights_in_shared_memory(folder, python, tmp_path, monkeypatch, method, size):
     """In one batch and in several; nothing is written, and the policy stays where it is."""
     monkeypatch.setattr("stages.rollouts.vllm.batches", lambda tensors: batches(tensors, size))
@@ -219,7 +218,7 @@ def test_adapters_that_vllm_does_not_take_alone(folder, python, tmp_path, method
         made(folder, tmp_path / "line", python, policy=policy, how={"adapter_alone": True})
 
 
-@pytest.mark.parametrize("how", [{}, {"through_memory": True}, {"adapter_alone": True}])
+@pytest.mark.parametrize("how", [MEMORY, ALONE])
 def test_it_sleeps_between_rollouts(folder, python, tmp_path, how):
     """It wakes up for weights and for samples, whatever comes first."""
     policy = with_adapter(loaded(folder), AdapterSettings(method="lora", r=2))
