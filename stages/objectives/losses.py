@@ -115,6 +115,23 @@ def policy_loss(
     return masked_sum(losses, mask) / count, sums
 
 
+def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float, count: float) -> Tensor:
+    """Return β Σ KL(π ‖ π_ref) / count, estimated at each token (Shao 2024, eq. 4).
+
+    The estimate is k3, π_ref/π − log(π_ref/π) − 1. Its gradient on samples of π is on average that
+    of KL(π_ref ‖ π), and is 0 where the two are equal; the gradient of k1 would always be 0.
+
+    Args:
+        logprobs: log π of each response token, (B, R).
+        ref_logprobs: log π_ref, (B, R).
+        mask: True at response tokens, (B, R).
+        kl_coef: β.
+        count: Response tokens in the whole minibatch.
+    """
+    log_ratio = torch.where(mask, ref_logprobs - logprobs, 0.0)
+    return kl_coef * masked_sum(log_ratio.exp() - log_ratio - 1, mask) / count
+
+
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float, count: float
 ) -> tuple[Tensor, dict[str, Tensor]]:

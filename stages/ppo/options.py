@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from stages.rollouts.collect import Sampling, ScoreRules
-from stages.settings.ppo import PPOSettings, ptx_batch_size
+from stages.settings.ppo import PPOSettings, advantage_method, ptx_batch_size
 from stages.settings.rollout import CLIP_MAX
 
 
@@ -74,6 +74,12 @@ class KlControl:
 class AdvantageOptions:
     """How rewards become advantages and returns."""
 
+    method: str
+    """"gae", with a value model; "rloo" or "grpo", against the other samples of a prompt."""
+    samples_per_prompt: int
+    """Responses to each prompt, next to each other in the batch."""
+    grpo_scale: bool
+    """Whether GRPO divides by the standard deviation of a prompt's scores."""
     lam: float
     """λ of generalised advantage estimation."""
     gamma: float
@@ -144,7 +150,13 @@ def kl_control(c: PPOSettings) -> KlControl:
 def advantage_options(c: PPOSettings) -> AdvantageOptions:
     """Return how advantages and returns are computed."""
     return AdvantageOptions(
-        lam=c.lam, gamma=c.gamma, whiten_rewards=c.whiten_rewards, whiten_advantages=c.whiten_advantages
+        method=advantage_method(c),
+        samples_per_prompt=c.samples_per_prompt,
+        grpo_scale=c.grpo_scale is not False,
+        lam=c.lam,
+        gamma=c.gamma,
+        whiten_rewards=c.whiten_rewards,
+        whiten_advantages=c.whiten_advantages,
     )
 
 

@@ -40,7 +40,7 @@ class Rollout:
     ref_logprobs: Tensor
     """(B, R) the same under the reference policy."""
     values: Tensor
-    """(B, R) V of the state before each token."""
+    """(B, R) V of the state before each token; 0 without a value model."""
     entropy: Tensor
     """(B, R) entropy of π_old before each token, in nats."""
     scores: Tensor

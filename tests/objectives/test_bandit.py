@@ -104,6 +104,32 @@ def test_a_correction_finds_the_optimum_through_an_engine_of_another_distributio
     assert with_weights < 0.03 and without > 0.1
 
 
+def test_rloo_reaches_the_optimum_without_a_value_model():
+    rewards, beta = (0.4, -0.3, 0.1, 0.6), 0.5
+    roles = replace(bandit(), value_model=None)
+    right = optimum(roles, rewards, beta)
+    assert (right - probabilities(roles.policy)).abs().max() > 0.05
+    train(roles, rewards, beta, advantage="rloo")
+    torch.testing.assert_close(probabilities(roles.policy), right, rtol=0, atol=0.02)
+
+
+def test_grpo_comes_to_rest_where_its_loss_does():
+    """Reward gradient and that of KL(π_ref ‖ π), which k3 has in a loss, cancel out there.
+
+    For logits z both have a closed form: (n−1)/n · π (r − E[r]) = β (π − π_ref).
+    """
+    rewards, beta, n = torch.tensor([0.4, -0.3, 0.1, 0.6]), 0.5, 64
+    roles = replace(bandit(), value_model=None)
+    reference = probabilities(roles.ref_policy)
+    right = reference.clone()
+    for _ in range(20_000):  # gradient ascent on the logits of a table, without the code under test
+        push = (n - 1) / n * right * (rewards - (right * rewards).sum()) - beta * (right - reference)
+        right = (right.log() + 0.5 * push).softmax(-1)
+    assert (right - reference).abs().max() > 0.05
+    train(roles, tuple(rewards.tolist()), beta, advantage="grpo", grpo_scale=False)
+    torch.testing.assert_close(probabilities(roles.policy), right, rtol=0, atol=0.02)
+
+
 def bandit() -> Roles:
     """Return the models: policy, its copy as reference, and a value model."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -124,7 +150,7 @@ def optimum(roles, rewards, beta):
     return (probabilities(roles.ref_policy).log() + torch.tensor(rewards) / beta).softmax(-1)
 
 
-def train(roles, rewards, beta, engine=None, correction=None, value_rate=None):
+def train(roles, rewards, beta, engine=None, correction=None, value_rate=None, **settings):
     """Train by the stage's own steps.
 
     Args:
@@ -134,21 +160,22 @@ def train(roles, rewards, beta, engine=None, correction=None, value_rate=None):
         engine: Samples; None: the policy itself.
         correction: How its samples are weighed.
         value_rate: Learning rate of the value model; None: the policy's.
+        settings: Further settings of ppo.
     """
     c = ppo_settings.PPOSettings(
         batch_size=128, mini_batch_size=64, per_device_train_batch_size=64, samples_per_prompt=64, response_length=1,
         max_length=8, kl_coef=beta, missing_eos_score=None, ptx_coef=0, total_episodes=128 * UPDATES,
-        rollout=RolloutSettings(max_engine_kl=99.0),
+        rollout=RolloutSettings(max_engine_kl=99.0), **settings,
     )  # fmt: skip
     trainees = [make_trainee(name, model, learning_rate=0.0, max_grad_norm=10.0)
-                for name, model in (("policy", roles.policy), ("value_model", roles.value_model))]  # fmt: skip
-    learners = Learners(*trainees, Average(None), Skips(0))
+                for name, model in zip(("policy", "value_model"), roles.trained(), strict=False)]  # fmt: skip
+    learners = Learners(trainees[0], trainees[1] if trainees[1:] else None, Average(None), Skips(0))
     sampler = sampler_of(roles, c, engine=engine, seed=5, scorer=TableScorer(rewards))
     options, returns = update_options(c, seed=5), replace(advantage_options(c), whiten_advantages=False)
     for step in range(1, UPDATES + 1):
         rollout = sampler.rollout(drawn([PROMPT, PROMPT]), step, recompute=False)
         rewards_of = reward(rollout, beta, c.kl_estimator, whiten=False)
-        batch, _ = correct(advantage(rollout, rewards_of, returns), correction)
+        batch, _ = correct(advantage(rollout, rewards_of, returns, beta), correction)
         rate = 1e-2 * (1 - (step - 1) / UPDATES)
         rates = Rates(policy=rate, value=rate if value_rate is None else value_rate)
         update(roles, learners, batch, options, step=step, rates=rates, next_texts=None, say=print)
