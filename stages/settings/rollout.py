@@ -97,8 +97,10 @@ def correction_problems(settings: RolloutSettings) -> list[str]:
 
 
 def hand_over_problems(experiment: "Experiment") -> list[str]:
-    """Return a line for each way of handing weights to vLLM that cannot work."""
+    """Return a line for each way of handing PPO's weights to vLLM that cannot work."""
     launch, peft, lines = experiment.launch.vllm, experiment.model.peft, []
+    if experiment.ppo.rollout.engine != "vllm":
+        return []
     if launch.hand_over == "memory" and (launch.devices is not None or launch.tensor_parallel_size > 1):
         lines.append(
             "launch.vllm.hand_over: memory works only on the GPU that the weights are on; use files, or leave out "
