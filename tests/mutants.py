@@ -150,8 +150,8 @@ MUTANTS = [
     Mutant(
         "ppo",
         "the value model steps at the policy's rate",
-        "for trainee, rate in zip(trainees, (rates.policy, rates.value), strict=False):",
-        "for trainee, rate in zip(trainees, (rates.policy, rates.policy), strict=False):",
+        "zip(trainees, (rates.policy, rates.value), strict=False)",
+        "zip(trainees, (rates.policy, rates.policy), strict=False)",
     ),
     Mutant(
         "ppo",
