@@ -69,6 +69,8 @@ class VllmOptions:
     """Whether of a policy with an adapter only that is handed over."""
     sleeps: bool = False
     """Whether vLLM frees its GPU memory between rollouts."""
+    other_models: bool = False
+    """Whether weights of other models than the first one will follow."""
 
 
 def make_vllm(spec: EngineSpec) -> "Vllm":
@@ -98,6 +100,7 @@ def make_vllm(spec: EngineSpec) -> "Vllm":
         through_memory=launch["hand_over"] == "memory",
         adapter_alone=launch["adapter_alone"],
         sleeps=launch["sleep"],
+        other_models=spec.other_models,
     )
     return Vllm(options)
 
@@ -145,6 +148,23 @@ class Vllm:
                 # vLLM reads the base model, which does not change, from the folder it came from
                 self._ask({"start": {"model": str(options.model)} | self._arguments() | lora}, poll)
                 self._hand_over_adapter(model)
+        except EngineLost as lost:
+            raise EngineLost(f"{lost}, with {options.python}") from lost
+
+    def start_from_folder(self, poll: Callable[[], None] = lambda: None) -> None:
+        """Start vLLM with the weights in the model's folder, which this process need not load.
+
+        Args:
+            poll: Is called while waiting; what it raises ends the wait.
+
+        Raises:
+            EngineLost: With vLLM's own message, if it does not start.
+            UserError: If its files cannot be written.
+        """
+        options = self.options
+        parallel.from_rank_zero(self._launch)
+        try:
+            self._ask({"start": {"model": str(options.model)} | self._arguments()}, poll)
         except EngineLost as lost:
             raise EngineLost(f"{lost}, with {options.python}") from lost
 
@@ -199,7 +219,7 @@ class Vllm:
         # vLLM 0.32 copies a head that is the embedding once, and does not update it with the
         # embedding
         embedding = unwrapped(model).get_input_embeddings().weight
-        self.unties_head = tied_head(model) is not None and embedding.requires_grad
+        self.unties_head = tied_head(model) is not None and (embedding.requires_grad or self.options.other_models)
         arguments = self._arguments()
         if self.unties_head:
             overrides = dict(arguments.get("hf_overrides") or {})  # the user's own
