@@ -1,8 +1,9 @@
 """Remove the artifacts of an experiment: the command `rlhf clean`."""
 
 import argparse
+import json
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from pipeline import api
@@ -31,13 +32,15 @@ def clean_command(arguments: argparse.Namespace) -> int:
         print(f"{store.base}: nothing there")
         return 0
     present = sorted(path.name for path in store.base.iterdir())
-    stages = [name for name in api.STAGES if name in present]
+    stages = [name for name in (*api.STAGES, *api.TESTS) if name in present]
     refuse_to_clean(store, present, stages)
     with ExitStack() as locks:
         for name in stages:  # a process may have started meanwhile
             locks.enter_context(store.hold(name))
         size = files.human_bytes(sum(store.size(name) for name in present))
         what = f"{store.base} ({size}): {' '.join(present) or 'empty'}"
+        if takers := experiments_that_take(store):
+            what += f"; stages of it are taken by {', '.join(takers)}, which cannot run again without them"
         if not arguments.yes:
             if not at_terminal():
                 raise UserError(f"{what}; there is no terminal to confirm this on: --yes (make: YES=1) removes it")
@@ -51,6 +54,18 @@ def clean_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def experiments_that_take(store: Any) -> list[str]:
+    """Return the experiments beside this one whose finished stages were made from its artifacts."""
+    names, base = set(), store.base.resolve()
+    for path in store.root.glob("*/*/manifest.json"):
+        with suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
+            taken = json.loads(path.read_text(encoding="utf-8"))["config"].get("from", {})
+            folders = [(path.parents[1] / entry["folder"]).resolve() for entry in taken.values()]
+            if any(folder.parent == base for folder in folders):
+                names.add(path.parents[1].name)
+    return sorted(names - {store.base.name})
+
+
 def refuse_to_clean(store: Any, present: list[str], stages: list[str]) -> None:
     """Raise UserError with a line for each reason not to remove an experiment's folder.
 
@@ -61,7 +76,7 @@ def refuse_to_clean(store: Any, present: list[str], stages: list[str]) -> None:
     """
     lines = []
     for name in present:
-        if name not in (*api.STAGES, *TRACKER_FOLDERS, "slurm") and not name.startswith("."):
+        if name not in (*api.STAGES, *api.TESTS, *TRACKER_FOLDERS, "slurm") and not name.startswith("."):
             lines.append(f"{store.base / name}: does not belong to any stage; move it away, then clean")
     for name in stages:
         if store.is_held(name):

@@ -13,7 +13,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
-from pipeline import api, hints
+from pipeline import api, hints, sweep_commands
 from pipeline.api import Location
 from pipeline.clean import clean_command
 from pipeline.errors import UserError
@@ -27,12 +27,15 @@ usage: rlhf run STAGE -c CONFIG [flags] [key=value ...]
 Brings a stage up to date, and first what it needs. What is already up to date is left alone.
 
 stages, in order:  {" ".join(api.STAGES)}
+beside them:       {" ".join(api.TESTS)}, also by `rlhf evaluate`
 `rlhf run STAGE --help` lists every setting of a stage.
 
   -c, --config FILE      the experiment, such as configs/tiny.yaml
   --artifacts DIR        where finished stages are kept (default: artifacts); with s3://bucket/prefix they are fetched
                          from there when needed, and uploaded when done
   key=value ...          settings on top of the file, such as ppo.kl_coef=0.05
+  'key=[a,b,c]'          a sweep: the stage is run for each value, each as an experiment of its own that takes
+                         what does not depend on it from there; several make all combinations (in the file: `sweep:`)
 
   --only                 run only this stage; it is an error if what it needs is missing or stale
   --force                run it even if it is up to date or damaged
@@ -95,8 +98,20 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.stage is None or arguments.config is None:
         missing = "STAGE" if arguments.stage is None else "-c CONFIG"
         raise UserError(f"command line: {missing} is missing; see `rlhf run --help`")
+    if (found := sweep_commands.sweep_in(arguments)) is not None:
+        return sweep_commands.run_sweep(arguments, found)
     if arguments.submit is not None or arguments.dry_run:
         return submit_command(arguments)
+    return bring_up_to_date(arguments, [arguments.stage])
+
+
+def bring_up_to_date(arguments: argparse.Namespace, targets: list[str]) -> int:
+    """Bring stages up to date one after the other, each after what it needs.
+
+    Args:
+        arguments: The arguments of `rlhf run`, or of `rlhf evaluate`.
+        targets: The stages.
+    """
     from pipeline.launch.signals import stop_on_signals
     from pipeline.stage import StopFlag
 
@@ -113,7 +128,7 @@ def run_command(arguments: argparse.Namespace) -> int:
             return launcher.start(arguments.words, count)
         met = threading.Event()
         launcher.watch_launcher(stop, met)
-        experiment, stages = api.validate(tree), api.stages()
+        experiment, stages = api.validate(tree), api.all_stages()
         environment.prepare(experiment)
         location, console = Location.of(arguments.artifacts), make_console(hints.caller_from(arguments))
         store = api.open_store_to_run(experiment, location)
@@ -127,13 +142,25 @@ def run_command(arguments: argparse.Namespace) -> int:
             return 0 if well else 1
         try:
             remote = None if location.url is None else Remote(location.url, store)
-            plan.bring_up_to_date(arguments.stage, experiment, store, stages, flags, stop, console, peers, remote)
+            for target in targets:
+                plan.bring_up_to_date(target, experiment, store, stages, flags, stop, console, peers, remote)
         except BaseException:
             processes.disconnect(peers, 1.0, succeeded=False)
             raise
         processes.disconnect(peers, patience)
-        stages[arguments.stage].show(store.folder(arguments.stage), console)
+        for target in targets:
+            stages[target].show(store.folder(target), console)
     return 0
+
+
+def evaluate_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf evaluate`: the stage evaluate, or the tests that its flags ask for."""
+    if arguments.config is None:
+        raise UserError("command line: -c CONFIG is missing; see `rlhf evaluate --help`")
+    if arguments.tests:
+        return bring_up_to_date(arguments, arguments.tests)
+    as_run = {"stage": "evaluate", "show_help": False, "submit": None, "dry_run": False}
+    return run_command(argparse.Namespace(**{**vars(arguments), **as_run}))
 
 
 def help_command(arguments: argparse.Namespace) -> int:
@@ -149,7 +176,7 @@ def help_command(arguments: argparse.Namespace) -> int:
     from pipeline.tracking import TIMES, TIMING
 
     environment.set_environment({})
-    stage, console = api.stages()[arguments.stage], make_console()
+    stage, console = api.all_stages()[arguments.stage], make_console()
     console.print(Text(stage.summary), soft_wrap=False)
     print_settings(console, "settings", describe(stage.settings, arguments.stage))
     common = [row for name, section in COMMON.items() for row in describe(section, name)]
@@ -195,7 +222,9 @@ def status_command(arguments: argparse.Namespace) -> int:
     from pipeline import chain, plan
     from pipeline.record import headline
 
-    experiment, stages = load(arguments), api.stages()
+    if (sweep := sweep_commands.sweep_in(arguments)) is not None:
+        return sweep_commands.show_sweep(arguments, sweep, make_console(hints.caller_from(arguments)))
+    experiment, stages = load(arguments), api.all_stages()
     caller = hints.caller_from(arguments)
     store, console = api.open_store(experiment, Location.of(arguments.artifacts)), make_console(caller)
     table = Table(title=f"{experiment.name} in {store.base}", title_justify="left")
@@ -208,14 +237,16 @@ def status_command(arguments: argparse.Namespace) -> int:
     wanted = chain.wanted_stages(experiment, stages)
     states = chain.assess(experiment, store, stages)
     for name, state in states.items():
+        if name in api.TESTS and state.kind == "missing":
+            continue  # it runs only where somebody asks for it
         when = size = result = ""
         if state.manifest is not None:
             when = f"{datetime.fromisoformat(state.manifest['finished_at']).astimezone():%Y-%m-%d %H:%M}"
             result = " · ".join(headline(stages[name], state.manifest["metrics"]))
-        if store.folder(name).is_dir():
+        if not state.taken_from and store.folder(name).is_dir():
             size = files.human_bytes(store.size(name))
         sentence = hints.filled(state.sentence(), caller)
-        if state.kind == "missing" and name not in wanted:
+        if state.kind == "missing" and not state.taken_from and name not in wanted:
             sentence = reason_not_needed(name, list(stages)[-1])
         row = (name, Text(sentence, style=STYLES[state.kind]), when, size, Text(result))
         table.add_row(*row[: len(columns)])
@@ -261,9 +292,13 @@ def load_if_given(arguments: argparse.Namespace) -> Any:
 def chat_command(arguments: argparse.Namespace) -> int:
     """Run `rlhf chat`: talk to several policies side by side."""
     from pipeline.launch import environment
+    from pipeline.launch.processes import rank_and_size_from_environment
 
     experiment = load(arguments)
-    environment.prepare(experiment)
+    if rank_and_size_from_environment()[1] > 1:
+        raise UserError("chat: it is one process, and was started as several; start it without torchrun or srun")
+    one_node = experiment.launch.model_copy(update={"nodes": 1})  # chat runs here, whatever the stages do
+    environment.prepare(experiment.model_copy(update={"launch": one_node}))
     chat = importlib.import_module("stages.tools.chat")
     length = arguments.max_new_tokens
     return chat.run(
@@ -279,7 +314,18 @@ def chat_command(arguments: argparse.Namespace) -> int:
             system=arguments.system or "",
         ),
         trust_remote_code=arguments.trust_remote_code,
+        engine=arguments.engine,
     )
+
+
+def compare_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf compare`: write a page that compares experiments, and print tables."""
+    from pipeline.launch import environment
+
+    environment.set_environment({})
+    location = Location.of(arguments.artifacts)
+    compare = importlib.import_module("stages.page.compare")
+    return compare.run(arguments.experiments, location.folder, arguments.output, make_console())
 
 
 def data_command(arguments: argparse.Namespace) -> int:
@@ -289,10 +335,12 @@ def data_command(arguments: argparse.Namespace) -> int:
 
 COMMANDS = {
     "run": run_command,
+    "evaluate": evaluate_command,
     "status": status_command,
     "init": init_command,
     "clean": clean_command,
     "doctor": doctor_command,
     "chat": chat_command,
+    "compare": compare_command,
     "data": data_command,
 }

@@ -53,8 +53,8 @@ def describe(section: type[BaseModel], name: str) -> list[SettingRow]:
 
 
 def fields_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
-    """Return the settings of a section by their names in the YAML."""
-    return {info.alias or key: info for key, info in section.model_fields.items()}
+    """Return the fields of a section by the keys that a YAML uses: `from` and `with` are words of Python's."""
+    return {info.alias or name: info for name, info in section.model_fields.items()}
 
 
 def section_in(annotation: Any) -> type[BaseModel] | None:

@@ -260,7 +260,7 @@ class SlurmSettings(Section):
 
 
 class VllmSettings(Section):
-    """Choose how vLLM runs (used by ppo with ppo.rollout.engine: vllm)."""
+    """Choose how vLLM runs (used where `rollout.engine` is vllm: ppo, rankings, evaluate, chat)."""
 
     python: str | None = setting(
         None,
@@ -280,6 +280,21 @@ class VllmSettings(Section):
         None,
         "folder through which the policy's weights are handed to vLLM (with bfloat16 half the model's size); null: "
         "the stage's folder; one in memory, such as /dev/shm, is faster",
+    )
+    hand_over: Literal["files", "memory"] = setting(
+        "files",
+        "how weights that have changed get to vLLM; memory: it reads them where they are (CUDA IPC), so it must run on "
+        "rank 0's GPU alone: devices: null, tensor_parallel_size: 1",
+    )
+    adapter_alone: bool = setting(
+        False,
+        "with model.peft.method: lora hand over only the adapter, which vLLM adds to the base model at each step, not "
+        "merged weights; fast for large models",
+    )
+    sleep: bool = setting(
+        False,
+        "let vLLM free its GPU memory between rollouts (its sleep mode, level 1: its weights wait in the machine's "
+        "memory), where it shares a GPU with training",
     )
     options: dict[str, Any] = setting({}, "further arguments for vllm.LLM, such as {enforce_eager: true}")
 
@@ -320,6 +335,14 @@ class LaunchSettings(Section):
         return value
 
 
+class TakenSettings(Section):
+    """Take finished stages of another experiment by reference, instead of making them."""
+
+    experiment: str = setting(..., "name of the experiment that made them", pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")
+    stages: list[str] = setting(..., "the stages to take, with all that they were made from: [world, base, sft]")
+    artifacts: str | None = setting(None, "folder of that experiment's artifacts; null: the one of --artifacts")
+
+
 @dataclass(frozen=True)
 class ConfigFile:
     """Name the file and the overrides that an experiment was read from."""
@@ -335,6 +358,17 @@ class Common(Section):
 
     name: str = Field(description="name of the experiment and of its folder: letters, digits, `.`, `_`, `-`")
     seed: int = setting(0, "seed of every random choice", ge=0, lt=2**32)
+    from_: TakenSettings | list[TakenSettings] | None = Field(
+        None,
+        alias="from",
+        description="finished stages of another experiment, or a list of several experiments, that are used as if "
+        "they were made here: {experiment: tiny, stages: [world, base, sft]}. They must be what this config would make",
+    )
+    sweep: dict[str, Any] | None = setting(
+        None,
+        "values to try, one experiment for each combination: {ppo.kl_coef: [0.05, 0.1], seed: [0, 1]}; used by "
+        "`rlhf run` and `rlhf status`, other commands read the config without it",
+    )
     model: ModelSettings = Field(default_factory=ModelSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     tracking: TrackingSettings = Field(default_factory=TrackingSettings)
@@ -344,12 +378,20 @@ class Common(Section):
     _file: ConfigFile | None = PrivateAttr(None)
 
     @property
+    def taken(self) -> list[TakenSettings]:
+        """Return what is taken from other experiments, one entry for each mention."""
+        if self.from_ is None:
+            return []
+        return self.from_ if isinstance(self.from_, list) else [self.from_]
+
+    @property
     def file(self) -> ConfigFile | None:
         """Return the source of the experiment; None for one that Python code built."""
         return self._file
 
 
 COMMON: dict[str, type[Section]] = {
+    "from": TakenSettings,
     "model": ModelSettings,
     "data": DataSettings,
     "tracking": TrackingSettings,
@@ -383,16 +425,36 @@ def local_folder(name_or_path: str | None) -> Path | None:
     return Path(name_or_path).expanduser()
 
 
+MAY_NAME_DATA = {"reward_bench": ("data",), "refusals": ("harmful", "harmless_looking")}
+"""Sections besides `data` whose keys name data as it does."""
+
+
 def names_hub(tree: dict[str, Any]) -> bool:
     """Return whether a config, parsed but not validated, names anything on the Hub.
 
     If it does not, all libraries are told to stay offline.
     """
+    if any(isinstance(text, str) and is_hub_id(text) for text in scorer_models(tree)):
+        return True
     data, model = tree.get("data"), tree.get("model")
     named = [path for value in data.values() for path in source_paths(value)] if isinstance(data, dict) else []
     if isinstance(model, dict):
         named.append(model.get("name_or_path"))
+    for section, keys in MAY_NAME_DATA.items():
+        given = tree.get(section)
+        if isinstance(given, dict):
+            named += [path for key in keys for path in source_paths(given.get(key))]
+    tasks = tree.get("lm_eval")
+    if isinstance(tasks, dict) and tasks.get("tasks"):
+        return True  # which of them have their data here is known only to lm-eval
     return any(isinstance(text, str) and is_hub_id(text) for text in named)
+
+
+def scorer_models(tree: dict[str, Any]) -> list[Any]:
+    """Return the models that lists of scorers name, in any section of a parsed config."""
+    lists = [value for section in tree.values() if isinstance(section, dict) for value in section.values()]
+    scorers = [one for value in lists if isinstance(value, list) for one in value if isinstance(one, dict)]
+    return [one.get("model") for one in scorers]
 
 
 def source_paths(value: Any) -> list[Any]:
