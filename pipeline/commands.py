@@ -318,6 +318,36 @@ def chat_command(arguments: argparse.Namespace) -> int:
     )
 
 
+def rank_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf rank`: let people rank answers in a browser."""
+    from pipeline import chain
+    from pipeline.stage import StopFlag
+
+    asked = {"--tasks-only": arguments.tasks_only, "--snapshot": arguments.snapshot}
+    asked |= {"--export": arguments.export is not None, "--import": arguments.imported is not None}
+    if len(names := [name for name, is_asked in asked.items() if is_asked]) > 1:
+        raise UserError(f"command line: {' and '.join(names)} are two commands; give them one after the other")
+    for flag, value, other in (("to", arguments.to, "export"), ("tiers", arguments.tiers, "imported")):
+        if value is not None and getattr(arguments, other) is None:
+            name = "import" if other == "imported" else other
+            raise UserError(f"command line: --{flag} does nothing without --{name}; add it")
+    experiment = load(arguments)
+    console = make_console(hints.caller_from(arguments))
+    rank = importlib.import_module("stages.people.rank.command")
+    options = rank.Options(
+        tasks_only=arguments.tasks_only,
+        new_tokens=arguments.new_tokens,
+        snapshot=arguments.snapshot,
+        export=arguments.export,
+        to=arguments.to or "rankings",
+        imported=arguments.imported,
+        tiers=tuple(name.strip() for name in (arguments.tiers or "").split(",") if name.strip()),
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    store = api.open_store(experiment, Location.of(arguments.artifacts))
+    return rank.run(experiment, store, options, partial(chain.print_line, console), StopFlag())
+
+
 def compare_command(arguments: argparse.Namespace) -> int:
     """Run `rlhf compare`: write a page that compares experiments, and print tables."""
     from pipeline.launch import environment
@@ -341,6 +371,7 @@ COMMANDS = {
     "clean": clean_command,
     "doctor": doctor_command,
     "chat": chat_command,
+    "rank": rank_command,
     "compare": compare_command,
     "data": data_command,
 }
