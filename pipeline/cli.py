@@ -325,6 +325,11 @@ def add_clean(commands: Any) -> None:
     """Add `rlhf clean`."""
     clean = add_command(commands, "clean", "list an experiment's artifacts, ask, and remove them")
     clean.add_argument("--yes", action="store_true", help="remove them without asking")
+    clean.add_argument(
+        "--with-labels",
+        action="store_true",
+        help="remove what people said, too (people/), which nothing can make again",
+    )
 
 
 def add_chat(commands: Any) -> None:

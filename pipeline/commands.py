@@ -253,6 +253,10 @@ def status_command(arguments: argparse.Namespace) -> int:
     console.print(table)
     for line in plan.lines_of_remembered_settings(states, arguments.overrides):
         chain.print_line(console, line)
+    if (store.base / "people").is_dir():
+        snapshots = importlib.import_module("stages.people.rank.snapshots")
+        for line in snapshots.status_lines(store.base, experiment):
+            chain.print_line(console, line)
     return 0
 
 

@@ -43,8 +43,12 @@ class Counts:
 
     rankings: int
     """Rankings in the snapshot in use; 0 without one."""
+    now: int
+    """Rankings that a snapshot taken now would have."""
     new: int
-    """Rankings that are not in it, or say something else by now."""
+    """Those of them that are not in the one in use, or say something else there."""
+    gone: int
+    """Rankings in the one in use that say something else by now, or are excluded."""
     labelers: int
     """Labelers of all of them."""
 
@@ -143,6 +147,27 @@ def take(base: Path, name: str, database: Database | None = None) -> Path | None
             opened.close()
 
 
+def current(base: Path, name: str) -> Path | None:
+    """Return the snapshot in use; None without one.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    link = link_of(base)
+    if not link.is_symlink():
+        return None
+    path = link.parent / link.readlink()
+    if not path.is_file() or path.name != name_of(path.read_bytes()):
+        remedy = f"remove {link.name} beside it, and `rlhf rank -c CONFIG --snapshot` takes another"
+        raise UserError(f"{path}: the snapshot of {name} is damaged or missing; put it back, or {remedy}")
+    return path
+
+
+def name_of(content: bytes) -> str:
+    """Return the name of a snapshot."""
+    return f"rankings-{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
+
+
 def first(base: Path, name: str) -> Path | None:
     """Return the snapshot in use; if there is none, take the first.
 
@@ -153,16 +178,15 @@ def first(base: Path, name: str) -> Path | None:
     Returns:
         The snapshot; None if nobody has ranked anything.
     """
-    link = link_of(base)
-    if link.exists():
-        return link.resolve()
+    if (path := current(base, name)) is not None:
+        return path
     opened = open_existing(base, name)
     if opened is None:
         return None
     try:
         with opened.transaction() as connection:
-            if link.exists():  # another process of this run took it
-                return link.resolve()
+            if (path := current(base, name)) is not None:  # another process of this run took it
+                return path
             return write_snapshot(base, lines_of(connection))
     finally:
         opened.close()
@@ -175,7 +199,7 @@ def write_snapshot(base: Path, lines: list[bytes]) -> Path | None:
     content = b"".join(lines)
     link = link_of(base)
     link.parent.mkdir(exist_ok=True)
-    path = link.with_name(f"rankings-{hashlib.sha256(content).hexdigest()[:16]}.jsonl")
+    path = link.with_name(name_of(content))
     temporary = link.with_name(f".tmp-{os.getpid()}")
     if not path.exists() or path.read_bytes() != content:
         temporary.write_bytes(content)
@@ -206,9 +230,10 @@ def count(base: Path, name: str) -> Counts | None:
     link, used = link_of(base), Counter[str]()
     if link.exists():
         used = Counter(comparable(line) for line in link.read_bytes().splitlines())
-    new = Counter(now) - used
+    present = Counter(now)
+    new, gone = present - used, used - present
     people = {json.loads(line)["labeler"] for line in now}
-    return Counts(used.total(), new.total(), len(people))
+    return Counts(used.total(), present.total(), new.total(), gone.total(), len(people))
 
 
 def comparable(line: bytes) -> str:
@@ -219,15 +244,29 @@ def comparable(line: bytes) -> str:
     return json.dumps(row, sort_keys=True)
 
 
-def line_of(counts: Counts) -> str:
-    """Return the line that `rlhf status` shows."""
-    people = f"of {counts.labelers} labeler{'s' if counts.labelers != 1 else ''}"
+def status_lines(base: Path, experiment: Any) -> list[str]:
+    """Return what `rlhf status` shows of rankings by people: one line, or none.
+
+    Args:
+        base: The experiment's folder.
+        experiment: The validated experiment.
+    """
+    counts = count(base, experiment.name)
+    if counts is None or not (counts.rankings or counts.new):
+        return []
+    value = experiment.data.rankings
+    parts = value if isinstance(value, list) else [value]
+    if "ranked" not in [getattr(part, "path", part) for part in parts]:
+        return [f"ranked: people have made {counts.now:,} rankings; data.rankings: ranked trains on them"]
+    people = f"{counts.labelers} labeler{'s' if counts.labelers != 1 else ''}"
     if not counts.rankings:
-        return f"ranked: {counts.new:,} rankings {people}; the stage rankings takes them"
+        return [f"ranked: {counts.new:,} rankings of {people}; the stage rankings takes them"]
     line = f"ranked: {counts.rankings:,} rankings in the snapshot that the chain reads"
-    if counts.new:
-        line += f"; {counts.new:,} are new since: `rlhf rank -c CONFIG --snapshot` takes them in"
-    return line
+    line += f"; {counts.new:,} are new or changed since" if counts.new else "; none is new since"
+    line += f", and {counts.gone:,} are excluded or changed" if counts.gone else ""
+    if counts.new or counts.gone:
+        line += ": `rlhf rank -c CONFIG --snapshot` takes that in"
+    return [line]
 
 
 def require(base: Path, name: str) -> Path:
