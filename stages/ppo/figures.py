@@ -13,6 +13,7 @@ OF_UPDATE = (
     "grad_norm/ppo", "grad_norm/value",
 )  # fmt: skip
 OF_PARTS = "rewards/"  # with the name of a scorer: its mean score, before weights and rules
+DROPPED = "val/dropped_scorers"  # where a scorer may be dropped: how many were
 OF_PTX = ("loss/ptx", "grad_norm/ptx", "grad_cosine")  # and these if there is a pretraining gradient
 
 
@@ -33,6 +34,8 @@ def describe(rollout: Rollout, returns: Tensor, kl_coef: float, kl_estimator: st
     variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
     scores = rollout.scores.mean().item()
     parts = {f"{OF_PARTS}{name}": x.nanmean().item() for name, x in rollout.parts.items()}
+    if rollout.dropped is not None:
+        parts[DROPPED] = len(rollout.dropped)
     return {
         "objective/kl": kl,
         "objective/kl_k3": k3,

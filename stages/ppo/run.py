@@ -176,7 +176,7 @@ def set_up(
         [settings for _, _, settings in named_rewards(c)],
         c.per_device_train_batch_size,
         shows_parts=c.rewards is not None,
-        records=session.checkpoints.folder.with_name("scores"),
+        records=session.checkpoints.folder / "scores",
         say=session.say,
     )
     sampler = make_sampler(roles, scorer, sampling_options(c), engine_rules(c), session.seed, name, spec, session.say)

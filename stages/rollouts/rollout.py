@@ -50,6 +50,8 @@ class Rollout:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     """Name of a scorer, or NAME/PART → (B,) its scores before weights and rules; empty where only
     the reward model scores."""
+    dropped: tuple[str, ...] | None = None
+    """Names of the scorers that failed and are left out of `scores`; None where none may be."""
     engine_kl: float = 0.0
     """KL(sampler ‖ π_old) in nats a token; 0 where `logprobs` are the sampler's own."""
 

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from stages.scorers.python import PythonScorer
 from stages.scorers.reward_model import RewardModelScorer
 from stages.scorers.scorer import Scorer, ScorerSpec
-from stages.settings.scorers import model, python
+from stages.scorers.url import UrlScorer
+from stages.settings.scorers import model, python, url
 from stages.settings.scorers.common import ScorerSection
 
 FACTORIES: dict[type[ScorerSection], Callable[[ScorerSpec], Scorer]] = {
     model.ModelScorer: RewardModelScorer,
     python.PythonScorer: PythonScorer,
+    url.UrlScorer: UrlScorer,
 }
 """Class of a scorer's settings → what makes the scorer."""
 
