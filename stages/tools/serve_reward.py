@@ -61,13 +61,18 @@ def run(
     Raises:
         UserError: If the model or the key is missing, or the address cannot be had.
     """
+    if options.batch_size is not None and options.batch_size < 1:
+        raise UserError(f"--batch-size: {options.batch_size} is not positive; give 1 or more")
+    if not 0 <= options.port < 2**16:
+        raise UserError(f"--port: {options.port} is no port; give 1 to 65535, or 0 for any that is free")
     key = key_of(options.key_env)
     folder = find_model(options.model, store)
     score = load_score(experiment, folder, options.batch_size, trust_remote_code)
     try:
         server = RewardServer(options.host, options.port, score, {"model": options.model}, key)
-    except (OSError, OverflowError) as error:
-        raise UserError(f"--host, --port: cannot listen on {options.host}:{options.port} ({error})") from error
+    except OSError as error:
+        where = f"{options.host}:{options.port}"
+        raise UserError(f"--host, --port: cannot listen on {where} ({error}); give others") from error
     if key is None and not is_loopback(options.host):
         say(f"whoever reaches {options.host} can ask for scores: --key-env NAME asks for a key")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": WAIT_SECONDS}, daemon=True)

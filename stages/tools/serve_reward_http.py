@@ -17,6 +17,8 @@ from typing import Any
 
 MOST_BYTES = 32 * 2**20
 """The largest body of a request."""
+MOST_DISCARDED = 8 * MOST_BYTES
+"""The most bytes of a larger one that are read before it is refused."""
 MOST_RESPONSES = 4096
 """The most responses in a request."""
 SOCKET_SECONDS = 30.0
@@ -223,11 +225,17 @@ class RewardHandler(BaseHTTPRequestHandler):
         if not length.isdecimal():
             raise WrongRequest("the header Content-Length is missing; send it, and no chunks", 411)
         if int(length) > MOST_BYTES:
+            self.discard(min(int(length), MOST_DISCARDED))  # who is still sending does not read the answer
             raise WrongRequest(f"the body has {int(length)} bytes; send at most {MOST_BYTES} at a time", 413)
         body = self.rfile.read(int(length))
         if len(body) < int(length):
             raise WrongRequest("the body ended early")
         return body
+
+    def discard(self, count: int) -> None:
+        """Read so many bytes of the body and forget them."""
+        while count > 0 and (chunk := self.rfile.read(min(count, 2**16))):
+            count -= len(chunk)
 
     def refuse(self, status: int, reason: str) -> None:
         """Answer {"error": reason}."""
