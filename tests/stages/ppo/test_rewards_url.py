@@ -39,11 +39,8 @@ def test_a_server_is_climbed_and_shown(chain, tmp_path):
 
 def test_where_it_fails_an_update_goes_on_without_it(chain, tmp_path):
     """It is left out as a whole, said once, counted, and asked again at the next update."""
-    # a request each: preflight, held-out, update 1, update 2 (two pieces), update 3, held-out
-    pieces = []
 
     def answer(body, number):
-        pieces.append(len(body["responses"]))
         return Given({}, 500) if down[0] else letters(body)
 
     down = [False]
@@ -84,7 +81,7 @@ def test_held_out_scores_without_it_choose_no_policy(chain, tmp_path):
     """With keep: best the policy of an evaluation that has all scores is published."""
     down = [False]
     with serving(lambda body, _: Given({}, 500) if down[0] else letters(body)) as served:
-        far = f"{{url: '{served.url}', name: far, on_failure: drop, retries: 0, weight: -50.0}}"
+        far = f"{{url: '{served.url}', name: far, on_failure: drop, retries: 0, record: false}}"
 
         def switch(rows):
             down[0] = len(rows) >= 2
@@ -131,5 +128,5 @@ def test_mistakes_are_lines(chain):
 def test_a_key_that_is_missing_is_a_line_before_anything_runs(chain, monkeypatch):
     monkeypatch.delenv("REWARD_KEY", raising=False)
     experiment = chain.experiment(f"ppo.rewards=[{{url: 'http://127.0.0.1:{free_port()}/', key_env: REWARD_KEY}}]")
-    [line] = chain.stages["ppo"].missing_requirements(experiment)
+    line = chain.stages["ppo"].missing_requirements(experiment)[0]
     assert line.startswith("ppo.rewards[0].key_env: the environment has no variable REWARD_KEY")
