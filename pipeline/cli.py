@@ -320,6 +320,12 @@ A signal ends it (exit code 0) when the requests that have come are answered."""
         default=None,
         help="the most responses in a forward pass (default: ppo.per_device_train_batch_size)",
     )
+    serve.add_argument(
+        "--how",
+        choices=["mean", "min"],
+        default=None,
+        help="how the models of an ensemble score as one (default: ppo.reward_ensemble)",
+    )
     serve.add_argument("--trust-remote-code", action="store_true", help="run code that a model brings")
 
 

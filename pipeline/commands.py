@@ -303,6 +303,7 @@ def serve_reward_command(arguments: argparse.Namespace) -> int:
                 port=arguments.port,
                 key_env=arguments.key_env,
                 batch_size=arguments.batch_size,
+                how=arguments.how,
             ),
             stop,
             trust_remote_code=arguments.trust_remote_code,

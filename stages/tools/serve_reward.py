@@ -35,6 +35,8 @@ class Options:
     """Environment variable with the key that clients must send."""
     batch_size: int | None = None
     """The most responses in a forward pass; None: as ppo.per_device_train_batch_size."""
+    how: str | None = None
+    """How the models of an ensemble score as one: mean or min; None: as ppo.reward_ensemble."""
 
 
 def run(
@@ -67,7 +69,7 @@ def run(
         raise UserError(f"--port: {options.port} is no port; give 1 to 65535, or 0 for any that is free")
     key = key_of(options.key_env)
     folder = find_model(options.model, store)
-    score = load_score(experiment, folder, options.batch_size, trust_remote_code)
+    score = load_score(experiment, folder, options, trust_remote_code)
     try:
         server = RewardServer(options.host, options.port, score, {"model": options.model}, key)
     except OSError as error:
@@ -127,14 +129,14 @@ def find_model(name: str, store: ArtifactStore) -> Path:
 
 
 def load_score(
-    experiment: Any, folder: Path, batch_size: int | None, trust_remote_code: bool
+    experiment: Any, folder: Path, options: Options, trust_remote_code: bool
 ) -> Callable[[Batch], list[float]]:
     """Load a reward model; return the function that scores a request with it.
 
     Args:
-        experiment: The validated experiment: device, dtype, and how an ensemble scores.
+        experiment: The validated experiment: device, dtype, and what the options leave open.
         folder: The folder of the model.
-        batch_size: The most responses in a forward pass; None: as in ppo.
+        options: How it scores.
         trust_remote_code: Whether code that the model brings may run.
     """
     from transformers.utils import logging
@@ -153,7 +155,7 @@ def load_score(
         raise UserError(f"--model: the tokenizer in {folder} has no chat template, which prompts are read by")
     model = load_reward_model(
         folder,
-        experiment.ppo.reward_ensemble,
+        options.how or experiment.ppo.reward_ensemble,
         attn_implementation=experiment.model.attn_implementation,
         trust_remote_code=trust_remote_code,
     ).to(accelerator.device)
@@ -161,7 +163,7 @@ def load_score(
         reward_model=model,
         pad_id=tokenizer.pad_token_id,
         accelerator=accelerator,
-        batch_size=batch_size or experiment.ppo.per_device_train_batch_size,
+        batch_size=options.batch_size or experiment.ppo.per_device_train_batch_size,
     )
     context = context_of(members(model)[0].config.to_dict())
     scorer = RewardModelScorer(spec)

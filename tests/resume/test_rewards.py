@@ -39,7 +39,8 @@ REWARD = f"{{url: 'http://127.0.0.1:{PORT}/score', name: far, retries: 0, batch_
 
 def command(root, rewards):
     """Return the command that runs ppo."""
-    return ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only", f"ppo.rewards=[{rewards}]")
+    settings = ("ppo.reward_ensemble=mean", "evaluate.reward_ensemble=mean", f"ppo.rewards=[{rewards}]")
+    return ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only", *settings)
 
 
 def texts(served):
@@ -62,14 +63,14 @@ def straight(oracle, tmp_path_factory):
     """Return the artifacts of an undisturbed run with the server's reward."""
     root = copy_without(oracle, tmp_path_factory.mktemp("straight"), "ppo")
     with same_place(letters):
-        assert rlhf(*command(root, f"{{model: rm, how: min}}, {REWARD}")) == 0
+        assert rlhf(*command(root, f"{{model: rm}}, {REWARD}")) == 0
     return root
 
 
 def test_a_function_gives_the_same_bytes_after_a_kill(oracle, tmp_path):
     file = tmp_path / "reward.py"
     file.write_text(FUNCTION)
-    rewards = f"{{model: rm, how: min}}, {{python: '{file}:odd', weight: 0.3}}"
+    rewards = f"{{model: rm}}, {{python: '{file}:odd', weight: 0.3}}"
     once, killed = (copy_without(oracle, tmp_path / name, "ppo") for name in ("once", "killed"))
     assert rlhf(*command(once, rewards)) == 0
     assert rlhf(*command(killed, rewards), die=("ppo", 5)) == -9
@@ -80,7 +81,7 @@ def test_a_function_gives_the_same_bytes_after_a_kill(oracle, tmp_path):
 def test_recorded_scores_give_the_same_bytes_after_a_kill(oracle, straight, tmp_path):
     """What was asked is not asked again, and what comes out is the straight run's."""
     root = copy_without(oracle, tmp_path, "ppo")
-    run = command(root, f"{{model: rm, how: min}}, {REWARD}")
+    run = command(root, f"{{model: rm}}, {REWARD}")
     with same_place(letters) as first:
         assert rlhf(*run, die=("ppo", 5)) == -9
     with same_place(letters) as second:
@@ -93,7 +94,7 @@ def test_recorded_scores_give_the_same_bytes_after_a_kill(oracle, straight, tmp_
 def test_a_server_that_answers_otherwise_now_changes_nothing_that_was_recorded(oracle, straight, tmp_path):
     """Update 5 is after the checkpoint: its scores are the recorded ones; then others come."""
     root = copy_without(oracle, tmp_path, "ppo")
-    run = command(root, f"{{model: rm, how: min}}, {REWARD}")
+    run = command(root, f"{{model: rm}}, {REWARD}")
     with same_place(letters):
         assert rlhf(*run, die=("ppo", 5)) == -9
     with same_place(other):
@@ -104,7 +105,7 @@ def test_a_server_that_answers_otherwise_now_changes_nothing_that_was_recorded(o
 def test_a_server_that_is_gone_ends_the_run_with_a_checkpoint(oracle, straight, tmp_path):
     """Exit code 3; once it is back the run goes on, and gives the bytes of the straight one."""
     root, output = copy_without(oracle, tmp_path, "ppo"), tmp_path / "output"
-    run = command(root, f"{{model: rm, how: min}}, {REWARD}")
+    run = command(root, f"{{model: rm}}, {REWARD}")
     with same_place(lambda body, n: letters(body) if n < 12 else Given({}, 502)):
         assert rlhf(*run, output=output) == 3
     [line] = [line for line in output.read_text().splitlines() if line.startswith("error: ")]
@@ -125,7 +126,7 @@ def test_a_signal_does_not_wait_for_the_server(oracle, straight, tmp_path):
             return Given(letters(body), seconds=60)
         return letters(body)
 
-    run = command(root, f"{{model: rm, how: min}}, {REWARD}")
+    run = command(root, f"{{model: rm}}, {REWARD}")
     with same_place(answer):
         child = start(run)
         while not stuck:
@@ -152,7 +153,7 @@ def signal_to(child, number):
 def test_killed_again_and_again_it_gives_the_same_bytes(oracle, straight, tmp_path):
     """Also in the middle of what is written to the records: half a line may be there."""
     root = copy_without(oracle, tmp_path, "ppo")
-    run = command(root, f"{{model: rm, how: min}}, {REWARD}")
+    run = command(root, f"{{model: rm}}, {REWARD}")
     asked = []
     for step in (3, 4, 5, 6, 7, 8):
         with same_place(letters) as served:

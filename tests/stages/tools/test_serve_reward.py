@@ -89,17 +89,17 @@ def requested(tokenizer, rows=ROWS, texts=RESPONSES):
     return ScoreRequest(prompts, ids, tokenizer, data_rows=rows)
 
 
-@pytest.mark.parametrize("model, batch_size", [("rm", None), ("judge", 1), ("rm", 64)])
-def test_served_scores_are_those_of_the_scorer_in_process(model, batch_size, server, store, tokenizer):
+@pytest.mark.parametrize("model, batch_size, how", [("rm", None, None), ("judge", 1, None), ("rm", 64, "mean")])
+def test_served_scores_are_those_of_the_scorer_in_process(model, batch_size, how, server, store, tokenizer):
     """To the bit: system turns, cut off and empty responses and the ensemble included."""
-    url, *_ = server(model=model, batch_size=batch_size)
+    url, *_ = server(model=model, batch_size=batch_size, how=how)
     asked = make_scorer(ScorerSpec(None, 0, None, 8, settings=UrlScorer(url=url, retries=0), name="far"))
     served = asked.score(requested(tokenizer)).total
     folder = store.folder("rm") / serve_reward.OWN[model]
     from stages.models.ensemble import load_reward_model
 
     accelerator = make_accelerator("cpu", "float32")
-    spec = ScorerSpec(load_reward_model(folder, "min"), tokenizer.pad_token_id, accelerator, batch_size or 2)
+    spec = ScorerSpec(load_reward_model(folder, how or "min"), tokenizer.pad_token_id, accelerator, batch_size or 2)
     in_process = RewardModelScorer(spec).score(requested(tokenizer)).total
     assert torch.equal(served, in_process) and len(set(served.tolist())) == 4
 
