@@ -110,6 +110,8 @@ class ScorerSpec:
     of the run, among which it is. None: nothing is recorded."""
     say: Callable[[str], None] = print
     """Prints a line."""
+    trust_remote_code: bool = False
+    """Whether code that a model brings may run."""
 
 
 class Scorer(Protocol):

@@ -258,7 +258,7 @@ def folders(experiment: "Experiment") -> dict[str, Path]:
 def climbed_folders(experiment: "Experiment") -> list[Path]:
     """Return the folders of the user's reward models that score."""
     scorers = [settings for _, _, settings in named_rewards(experiment.ppo)]
-    return [folder for one in scorers if isinstance(one, ModelScorer) and (folder := one.folder()) is not None]
+    return [folder for one in scorers if isinstance(one, ModelScorer) for folder in one.folders()]
 
 
 def with_others(key: str, folder: str | None) -> dict[str, Path]:
