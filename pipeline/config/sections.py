@@ -225,7 +225,7 @@ class SlurmSettings(Section):
 
 
 class VllmSettings(Section):
-    """Choose how vLLM runs (used by ppo with ppo.rollout.engine: vllm)."""
+    """Choose how vLLM runs (used where `rollout.engine` is vllm: ppo, rankings, evaluate, chat)."""
 
     python: str | None = setting(
         None,
@@ -245,6 +245,21 @@ class VllmSettings(Section):
         None,
         "folder through which the policy's weights are handed to vLLM (with bfloat16 half the model's size); null: "
         "the stage's folder; one in memory, such as /dev/shm, is faster",
+    )
+    hand_over: Literal["files", "memory"] = setting(
+        "files",
+        "how weights that have changed get to vLLM; memory: it reads them where they are (CUDA IPC), so it must run on "
+        "rank 0's GPU alone: devices: null, tensor_parallel_size: 1",
+    )
+    adapter_alone: bool = setting(
+        False,
+        "with model.peft.method: lora hand over only the adapter, which vLLM adds to the base model at each step, not "
+        "merged weights; fast for large models",
+    )
+    sleep: bool = setting(
+        False,
+        "let vLLM free its GPU memory between rollouts (its sleep mode, level 1: its weights wait in the machine's "
+        "memory), where it shares a GPU with training",
     )
     options: dict[str, Any] = setting({}, "further arguments for vllm.LLM, such as {enforce_eager: true}")
 
@@ -375,6 +390,10 @@ def local_folder(name_or_path: str | None) -> Path | None:
     return Path(name_or_path).expanduser()
 
 
+MAY_NAME_DATA = {"reward_bench": ("data",), "refusals": ("harmful", "harmless_looking")}
+"""Sections besides `data` whose keys name data as it does."""
+
+
 def names_hub(tree: dict[str, Any]) -> bool:
     """Return whether a config, parsed but not validated, names anything on the Hub.
 
@@ -386,6 +405,13 @@ def names_hub(tree: dict[str, Any]) -> bool:
     named = [path for value in data.values() for path in source_paths(value)] if isinstance(data, dict) else []
     if isinstance(model, dict):
         named.append(model.get("name_or_path"))
+    for section, keys in MAY_NAME_DATA.items():
+        given = tree.get(section)
+        if isinstance(given, dict):
+            named += [path for key in keys for path in source_paths(given.get(key))]
+    tasks = tree.get("lm_eval")
+    if isinstance(tasks, dict) and tasks.get("tasks"):
+        return True  # which of them have their data here is known only to lm-eval
     return any(isinstance(text, str) and is_hub_id(text) for text in named)
 
 
