@@ -211,9 +211,7 @@ def read_flags(name: str | None) -> tuple[Flag, ...]:
         isinstance(key, str) and isinstance(value, str) and key.strip() and value.strip() and len(key) <= 100
         for key, value in content.items()
     ):
-        raise UserError(
-            f"rank.flags: {path} needs lines `name: question`, such as `false: Does it say something false?`"
-        )
+        raise UserError(f"rank.flags: {path} needs lines `name: question`, such as `untrue: Is it untrue?`")
     return tuple(Flag(key, value) for key, value in content.items())
 
 
