@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.stage import Source, StageRun
 from pipeline.store.checkpoints import CheckpointStore
 from pipeline.tracking import json_value
-from stages.evaluation.climbed import policies_that_climbed
+from stages.evaluation.climbed import Climbed, judges_of
 from stages.evaluation.comparison import compare, manifest_figures
 from stages.evaluation.forms import DESCRIPTIONS, form_of_base
 from stages.evaluation.greedy import greedy_rows
@@ -101,13 +101,9 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
     greedy = greedy_rows(tools, prompts, measured, settings, context, poll)
 
     # 4. Compare, and publish.
-    climbed: set[str] = set()
-    if prompts.world is None:  # gold is an independent judge
-        judge = ctx.inputs["rm"] / "model" if "rm" in ctx.inputs else None
-        folders = None if climbs_own_model(experiment) else climbed_folders(experiment)
-        climbed = policies_that_climbed(names, judge, folders)
     rm_figures = ctx.manifests["rm"]["metrics"] if "rm" in ctx.manifests else {}
-    results = compare(prompts, measured, climbed, rm_figures) | {
+    judges = judges_of(names, prompts.world is not None, ctx.inputs.get("rm"), climbed_by_ppo(experiment), rm_figures)
+    results = compare(prompts, measured, judges, rm_figures) | {
         "missing_eos_score": settings.missing_eos_score,
         "response_length": settings.response_length,
     }
@@ -230,11 +226,20 @@ def missing_figures(experiment: Experiment, judged: bool) -> list[str]:
     return lines
 
 
+def climbed_by_ppo(experiment: Experiment) -> Climbed:
+    """Return the reward models that PPO was trained to please, or that chose what it published."""
+    settings, others = experiment.ppo, climbed_folders(experiment)
+    if settings.held_out_reward_model is not None and settings.keep == "best":
+        others.append(Path(settings.held_out_reward_model))
+    return Climbed(own=climbs_own_model(experiment), others=others)
+
+
 def measured_before(checkpoints: CheckpointStore) -> dict[str, Measured]:
     """Return what an interrupted run measured, by policy."""
     checkpoint = checkpoints.newest()
     if checkpoint is None:
         return {}
-    if "measured" not in checkpoint.state:
+    states = checkpoint.state.get("measured")
+    if states is None or not all(isinstance(state.get("scores"), dict) for state in states.values()):
         raise UserError("evaluate: the checkpoint was written by another version; start again with --restart")
-    return {name: Measured(**fields) for name, fields in checkpoint.state["measured"].items()}
+    return {name: Measured(**state) for name, state in states.items()}

@@ -784,16 +784,11 @@ MUTANTS = [
         'stream = "best_of_n" if best_of_n else "evaluate"',
         'stream = "evaluate"',
     ),
-    Mutant(
-        "evaluate",
-        "best of n is the worst",
-        "scores.view(-1, best_of).argmax(-1)",
-        "scores.view(-1, best_of).argmin(-1)",
-    ),
+    Mutant("evaluate", "best of n is the worst", ".view(-1, best_of).argmax(-1)", ".view(-1, best_of).argmin(-1)"),
     Mutant(
         "evaluate",
         "best of n is chosen before cut responses are fined",
-        "best = scores.view(-1, best_of)",
+        "best = tools.with_missing_eos(raw, answers).view(-1, best_of)",
         "best = raw.view(-1, best_of)",
     ),
     Mutant(
@@ -803,14 +798,17 @@ MUTANTS = [
         "kept = list(best)",
     ),
     Mutant(
-        "evaluate", "missing_eos_score is not applied", "scores = tools.with_missing_eos(raw, answers)", "scores = raw"
+        "evaluate",
+        "missing_eos_score is not applied",
+        "scores[name] = tools.with_missing_eos(own, kept_answers).tolist()",
+        "scores[name] = own.tolist()",
     ),
     Mutant("evaluate", "reward_ensemble is not read", "settings.reward_ensemble, **options", '"mean", **options'),
     Mutant(
         "evaluate",
         "wins against itself",
-        "            of_policy,\n            sft,\n",
-        "            of_policy,\n            of_policy,\n",
+        "summarise(name, of_policy, sft, clusters",
+        "summarise(name, of_policy, of_policy, clusters",
     ),
     Mutant(
         "evaluate",
@@ -862,32 +860,24 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "DPO is said to have climbed the judge",
-        'climbed = {"best_of_n"}\n',
-        'climbed = {"best_of_n", "dpo"}\n',
+        'policies = {"best_of_n"} if is_own else set()',
+        'policies = {"best_of_n", "dpo"} if is_own else set()',
     ),
-    Mutant(
-        "evaluate",
-        "ppo.reward_model is not asked",
-        "climbed_folders is None or any(_weights(judge) & _weights(folder) for folder in climbed_folders)",
-        "True",
-    ),
+    Mutant("evaluate", "ppo.reward_model is not asked", "own=climbs_own_model(experiment)", "own=True"),
     Mutant(
         "evaluate",
         "gold is said to be climbed",
-        "if prompts.world is None:  # gold is an independent judge",
-        "if True:",
+        "judges = {GOLD: Judge(GOLD)} if has_gold",
+        'judges = {GOLD: Judge(GOLD, frozenset({"best_of_n"}))} if has_gold',
     ),
     Mutant(
         "evaluate",
         "no win rate for PPO",
-        'selected=name in climbed and name == "best_of_n"',
-        "selected=name in climbed",
+        'selected=frozenset(policies & {"best_of_n"})',
+        "selected=frozenset(policies)",
     ),
     Mutant(
-        "evaluate",
-        "every sample is published with the first one's score",
-        '"score": of_policy.scores[i][k]',
-        '"score": of_policy.scores[i][0]',
+        "evaluate", "every sample is published with the first one's score", '"score": own[i][k]', '"score": own[i][0]'
     ),
     Mutant(
         "evaluate",
@@ -912,15 +902,15 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "the reward model judges where there is gold",
-        "    if measured.gold is None:\n        return np.array(measured.scores, float)\n    return",
-        "    if True:\n        return np.array(measured.scores, float)\n    return",
-        "stages/evaluation/results.py",
+        "return [judges[name] for name in in_order(list(judges))]",
+        "return [judges[name] for name in in_order(list(judges))[::-1]]",
+        "stages/evaluation/climbed.py",
     ),
     Mutant(
         "evaluate",
         "the difference to SFT turned round",
-        "gaps = judged.mean(1) - baseline.mean(1)",
-        "gaps = baseline.mean(1) - judged.mean(1)",
+        "ours.mean(1) - theirs.mean(1)",
+        "theirs.mean(1) - ours.mean(1)",
         "stages/evaluation/results.py",
     ),
     Mutant(

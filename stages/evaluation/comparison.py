@@ -1,52 +1,53 @@
 """Compare the measured policies: the contents of results.json. Pure."""
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from typing import Any
 
 from stages.evaluation import overoptimisation
+from stages.evaluation.judges import REWARD_MODEL, Judge
 from stages.evaluation.prompts import EvaluationPrompts
 from stages.evaluation.results import Measured, order_by_gold, summarise
 from stages.settings.evaluate import RM_FIGURES
 
 
 def compare(
-    prompts: EvaluationPrompts, measured: dict[str, Measured], climbed: Collection[str], rm_figures: dict[str, Any]
+    prompts: EvaluationPrompts, measured: dict[str, Measured], judges: Sequence[Judge], rm_figures: dict[str, Any]
 ) -> dict:
     """Compare the policies with SFT.
 
     Args:
         prompts: The evaluation prompts.
         measured: What was measured of each policy.
-        climbed: The policies that were trained to please the judge, or selected by it.
+        judges: The judges; the first one decides.
         rm_figures: The figures of the stage rm; {} if there is none.
 
     Returns:
         results.json, without the settings that it repeats.
     """
     sft, clusters, known = measured["sft"], prompts.clusters, prompts.known_tasks
-    judge = "gold" if prompts.world is not None else "reward_model" if sft.scores is not None else None
-    entries = {
-        name: summarise(
-            of_policy,
-            sft,
-            clusters,
-            known,
-            judge_climbed=name in climbed,
-            selected=name in climbed and name == "best_of_n",
-        )
-        for name, of_policy in measured.items()
-    }
+    orders = {judge.name: order_by_gold(judge.name, sft, clusters, known) for judge in judges}
     reward_model = {key: rm_figures.get(key) for key in RM_FIGURES}
-    reward_model["orders_as_gold"] = order_by_gold(sft, clusters, known)
     return {
-        "judge": judge,
+        "judge": judges[0].kind if judges else None,
+        "judge_name": judges[0].name if judges else None,
+        "judges": {
+            judge.name: {
+                "climbed": sorted(judge.climbed),
+                "selected": sorted(judge.selected),
+                **judge.figures,
+                "orders_as_gold": orders[judge.name],
+            }
+            for judge in judges
+        },
         "leaked": sum(prompts.leaked),
         "leaked_by": "near copy" if prompts.world is None else "task",
         "prompts": len(prompts.prompts),
         "samples_per_prompt": len(sft.responses[0]),
         "clusters": len(set(clusters)),
-        "policies": entries,
-        "reward_model": reward_model,
+        "policies": {
+            name: summarise(name, of_policy, sft, clusters, known, judges) for name, of_policy in measured.items()
+        },
+        "reward_model": reward_model | {"orders_as_gold": orders.get(REWARD_MODEL)},
         "overoptimisation": {
             name: overoptimisation.check(of_policy, sft, clusters) for name, of_policy in measured.items()
         },

@@ -31,7 +31,7 @@ def measure(
     *,
     seed: int,
     poll: Callable[[], None],
-) -> dict[str, list | None]:
+) -> dict[str, Any]:
     """Sample a policy's answers and score them, each rank its share of the prompts.
 
     Args:
@@ -44,16 +44,16 @@ def measure(
         poll: Called between tokens; raises if the run is to stop.
 
     Returns:
-        `responses`, `finished`, `scores`, `raw_scores`, `held_out_scores` (None without a reward
-        model), `kl` (None for best of n, and with top-k or top-p) and `lengths`: (P, S) lists, as
-        in `Measured`.
+        `responses`, `finished`, `raw_scores` (None without a reward model), `kl` (None for best of
+        n, and with top-k or top-p) and `lengths`: (P, S) lists; `scores`: such a list of each
+        judge. All as in `Measured`.
     """
     best_of_n = policy.name == "best_of_n"
     count = settings.best_of if best_of_n else settings.samples_per_prompt
     # Best of n draws from another stream than SFT's own samples, because it is compared with them.
     stream = "best_of_n" if best_of_n else "evaluate"
 
-    def measure_prompts(indices: list[int]) -> list[dict[str, list | None]]:
+    def measure_prompts(indices: list[int]) -> list[dict[str, Any]]:
         """Measure the answers to some prompts; return one dictionary of (S,) lists per prompt."""
         repeated = [i for i in indices for _ in range(count)]
         seeds = [derive_seed(seed, stream, i, k) for i in indices for k in range(count)]
@@ -85,55 +85,65 @@ def measure(
         parts, [len(part) for part in parts], lambda mine: [measure_prompts(part) for part in mine]
     )
     rows = [row for part in by_part for row in part]
-    return {key: None if rows[0][key] is None else [row[key] for row in rows] for key in rows[0]}
+    return {key: join([row[key] for row in rows]) for key in rows[0]}
 
 
 def score(
     tools: Tools, policy: Policy, chat_ids: Sequence[list[int]], answers: Sequence[Answer], best_of: int | None = None
-) -> dict[str, list | None]:
-    """Score answers by the reward model and by the held-out reward model.
+) -> dict[str, Any]:
+    """Score answers by every judge that is a model.
 
     Args:
         tools: The judges.
         policy: The policy that answered.
         chat_ids: The ids of each answer's prompt through the chat template.
         answers: B answers, those to one prompt next to each other.
-        best_of: Keep the highest-scoring answer of each `best_of` neighbours; None keeps all.
+        best_of: Keep the answer of each `best_of` neighbours that the reward model scores highest;
+            None keeps all.
 
     Returns:
         The columns of `measure`, a value per answer that is kept; `kl` is None.
     """
-    raw = scores = held_out = None
+    raw, kept = None, list(range(len(answers)))
     if tools.reward_model is not None:
         raw = tools.raw_scores(tools.reward_model, chat_ids, answers, policy.packed)
-        scores = tools.with_missing_eos(raw, answers)
-    kept = list(range(len(answers)))
-    if best_of is not None:
-        best = scores.view(-1, best_of).argmax(-1).tolist()
-        kept = [group * best_of + position for group, position in enumerate(best)]
-    kept_answers = [answers[i] for i in kept]
-    if tools.held_out_reward_model is not None:
-        prompts = [chat_ids[i] for i in kept]
-        held_out = tools.raw_scores(tools.held_out_reward_model, prompts, kept_answers, policy.packed)
-        held_out = tools.with_missing_eos(held_out, kept_answers).tolist()
+        if best_of is not None:
+            best = tools.with_missing_eos(raw, answers).view(-1, best_of).argmax(-1).tolist()
+            kept = [group * best_of + position for group, position in enumerate(best)]
+            raw = raw[kept]
+    kept_answers, prompts = [answers[i] for i in kept], [chat_ids[i] for i in kept]
+    scores = {}
+    for name, model in tools.judges.items():
+        own = raw if model is tools.reward_model else tools.raw_scores(model, prompts, kept_answers, policy.packed)
+        scores[name] = tools.with_missing_eos(own, kept_answers).tolist()
     return {
         "responses": [answer.text for answer in kept_answers],
         "finished": [answer.finished for answer in kept_answers],
-        "scores": None if scores is None else scores[kept].tolist(),
-        "raw_scores": None if raw is None else raw[kept].tolist(),
-        "held_out_scores": held_out,
+        "scores": scores,
+        "raw_scores": None if raw is None else raw.tolist(),
         "kl": None,
         "lengths": [len(answer.sampled) for answer in kept_answers],
     }
 
 
-def split_columns(columns: dict[str, list | None], prompts: int) -> list[dict[str, list | None]]:
+def split_columns(columns: dict[str, Any], prompts: int) -> list[dict[str, Any]]:
     """Split columns of P·S values into one dictionary of (S,) lists for each of P prompts."""
     each = len(columns["responses"]) // prompts
-    return [
-        {key: None if values is None else values[k * each : (k + 1) * each] for key, values in columns.items()}
-        for k in range(prompts)
-    ]
+    return [{key: part(values, k * each, (k + 1) * each) for key, values in columns.items()} for k in range(prompts)]
+
+
+def part(values: Any, start: int, end: int) -> Any:
+    """Return a part of a column; of columns by judge, that part of each; None of none."""
+    if isinstance(values, dict):
+        return {name: part(own, start, end) for name, own in values.items()}
+    return None if values is None else values[start:end]
+
+
+def join(parts: list[Any]) -> Any:
+    """Return the list of some parts; of parts by judge, that list of each judge; None of none."""
+    if isinstance(parts[0], dict):
+        return {name: [own[name] for own in parts] for name in parts[0]}
+    return None if parts[0] is None else parts
 
 
 def log_ratios(

@@ -42,7 +42,7 @@ def check(policy: Measured, sft: Measured, clusters: Sequence[Hashable]) -> dict
         {"length", "cut", "held_out"}, each None if it cannot be computed. None if nothing was
         scored.
     """
-    if policy.scores is None:
+    if policy.reward_model_scores is None:
         return None
     return {
         "length": check_length(policy, sft, clusters),
@@ -65,7 +65,9 @@ def check_length(policy: Measured, sft: Measured, clusters: Sequence[Hashable]) 
         the differences of score and of length to SFT's answers over prompts; None for SFT.
     """
     lengths, scores, of_cluster = [], [], []
-    rows = zip(policy.lengths, policy.scores, policy.finished, clusters, strict=True)
+    own, sft_own = policy.reward_model_scores, sft.reward_model_scores
+    assert own is not None, "nothing was scored"
+    rows = zip(policy.lengths, own, policy.finished, clusters, strict=True)
     for prompt_lengths, prompt_scores, ends, cluster in rows:
         for length, score, ended in zip(prompt_lengths, prompt_scores, ends, strict=True):
             if ended:
@@ -75,9 +77,9 @@ def check_length(policy: Measured, sft: Measured, clusters: Sequence[Hashable]) 
     if len(lengths) < MIN_ANSWERS:
         return None
     gain = None
-    if policy is not sft and sft.scores is not None:
+    if policy is not sft and sft_own is not None:
         length_gains = _gains(policy.lengths, policy.finished, sft.lengths, sft.finished)
-        score_gains = _gains(policy.scores, policy.finished, sft.scores, sft.finished)
+        score_gains = _gains(own, policy.finished, sft_own, sft.finished)
         kept = [i for i in range(len(clusters)) if length_gains[i] is not None]
         if len(kept) >= MIN_ANSWERS:
             gain = correlation_estimate(
@@ -129,8 +131,7 @@ def check_cut_answers(policy: Measured, clusters: Sequence[Hashable]) -> dict:
         "n": how many answers were cut off. "share": their share of all answers. "finished_score",
         "cut_score": mean raw scores (before `missing_eos_score`); None for a kind without answers.
         "difference": cut minus finished, as from `contrast_estimate`; None with fewer than
-        MIN_ANSWERS of either kind. The last three are None for measurements of an older version,
-        which have no raw scores.
+        MIN_ANSWERS of either kind. The last three are None without raw scores.
     """
     finished = np.array([flag for row in policy.finished for flag in row], bool)
     figures = {"n": int((~finished).sum()), "share": float((~finished).mean())}

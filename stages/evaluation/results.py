@@ -11,6 +11,8 @@ from itertools import combinations
 
 import numpy as np
 
+from stages.evaluation.judges import GOLD as GOLD_JUDGE
+from stages.evaluation.judges import HELD_OUT, REWARD_MODEL, Judge
 from stages.evaluation.statistics import mean_estimate, rights, share_estimate, win_rate
 
 GOLD = ("helpful", "honest", "harmless", "overall")
@@ -26,8 +28,10 @@ class Measured:
     """The text of each response."""
     finished: list[list[bool]]
     """Whether each response ended by itself."""
-    scores: list[list[float]] | None
-    """Reward model scores with `missing_eos_score` applied; None without a reward model."""
+    scores: dict[str, list[list[float]]]
+    """The scores of each judge except gold, with `missing_eos_score` applied; {} without one.
+
+    The judge that is trusted most comes first (`stages/evaluation/judges.py`)."""
     kl: list[list[float]] | None
     """log π(y|x) − log π_SFT(y|x) of each response, in nats; None for best of n."""
     lengths: list[list[int]]
@@ -37,9 +41,29 @@ class Measured:
     text_losses: list[float] | None
     """Mean cross-entropy per token of N rows of held-out pretraining text; None for best of n."""
     raw_scores: list[list[float]] | None = None
-    """Reward model scores before `missing_eos_score`; None in measurements of an older version."""
-    held_out_scores: list[list[float]] | None = None
-    """Scores of rm's held-out model with `missing_eos_score` applied; None if rm trained none."""
+    """The reward model's scores before `missing_eos_score`; None without a reward model."""
+
+    @property
+    def reward_model_scores(self) -> list[list[float]] | None:
+        """Return the scores of the model that PPO maximises; None without one."""
+        return self.scores.get(REWARD_MODEL)
+
+    @property
+    def held_out_scores(self) -> list[list[float]] | None:
+        """Return the scores of rm's held-out model; None if rm trained none."""
+        return self.scores.get(HELD_OUT)
+
+    @property
+    def judges(self) -> list[str]:
+        """Return the names of the judges, the one that is trusted most first."""
+        return [*([GOLD_JUDGE] if self.gold is not None else []), *self.scores]
+
+    def judged_by(self, judge: str) -> np.ndarray:
+        """Return what a judge gives each response, (P, S)."""
+        if judge == GOLD_JUDGE:
+            assert self.gold is not None, "there is no gold scorer"
+            return np.array([[parts["overall"] for parts in row] for row in self.gold], float)
+        return np.array(self.scores[judge], float)
 
     def state(self) -> dict:
         """Return the fields as JSON values, for a checkpoint."""
@@ -47,62 +71,86 @@ class Measured:
 
 
 def summarise(
+    name: str,
     policy: Measured,
     sft: Measured,
     clusters: Sequence[Hashable],
     known: Sequence[bool] | None,
-    judge_climbed: bool = False,
-    selected: bool = False,
+    judges: Sequence[Judge],
 ) -> dict:
     """Compute a policy's entry in results.json.
 
     Args:
+        name: The policy's name.
         policy: What was measured of the policy.
         sft: What was measured of SFT, on the same prompts.
         clusters: The cluster of each prompt: its task where tasks are known, otherwise the prompt.
         known: Whether training data sets each prompt's task; None where tasks are not known.
-        judge_climbed: Whether the policy was trained to please the judge, or selected by it.
-        selected: Whether the policy is best of n by the judge itself. It then wins n / (n + 1) of
-            the comparisons with one SFT sample however poor the judge is, so no win rate is given.
+        judges: The judges; the first one decides.
 
     Returns:
-        The figures, their 95 % intervals under "ci95", and paired differences under
-        "difference_to_sft".
+        The figures, their 95 % intervals under "ci95", what each judge says under "judges", and
+        the deciding judge's verdict as "win_rate_vs_sft", "difference_to_sft" and "judge_climbed".
     """
     estimates = {
-        "score": _estimate(policy.scores, clusters),
+        "score": _estimate(policy.reward_model_scores, clusters),
         "kl_to_sft": _estimate(policy.kl, clusters),
         "length": _estimate(policy.lengths, clusters),
         "eos_rate": _estimate(policy.finished, clusters, share=True),
         "pretrain_perplexity": perplexity_estimate(policy.text_losses),
     }
-    versus_sft = difference = None
-    if policy.gold is not None or policy.scores is not None:
-        judged, baseline = _judged(policy), _judged(sft)
-        if not selected:
-            versus_sft = win_rate(judged, baseline, clusters)
-        if policy is not sft:
-            gaps = judged.mean(1) - baseline.mean(1)
-            difference = _difference(gaps, clusters, bounded=policy.gold is not None)
+    verdicts = {judge.name: verdict(name, policy, sft, clusters, judge) for judge in judges}
+    deciding = verdicts[judges[0].name] if judges else {}
     return {
-        **{name: estimate and estimate["value"] for name, estimate in estimates.items()},
-        "ci95": {name: estimate and _proper(estimate["ci95"]) for name, estimate in estimates.items()},
+        **{key: estimate and estimate["value"] for key, estimate in estimates.items()},
+        "ci95": {key: estimate and _proper(estimate["ci95"]) for key, estimate in estimates.items()},
         "asked": policy.asked,
-        "judge_climbed": judge_climbed,
-        "win_rate_vs_sft": versus_sft,
-        "difference_to_sft": difference,
+        "judge_climbed": bool(deciding.get("climbed")),
+        "win_rate_vs_sft": deciding.get("win_rate_vs_sft"),
+        "difference_to_sft": deciding.get("difference_to_sft"),
+        "judges": verdicts,
         "gold": _gold(policy, clusters),
         "gold_known_tasks": _gold(policy, clusters, known, True),
         "gold_held_out_tasks": _gold(policy, clusters, known, False),
     }
 
 
-def order_by_gold(sft: Measured, clusters: Sequence[Hashable], known: Sequence[bool] | None) -> dict | None:
-    """Estimate how often the reward model orders two of SFT's responses to a prompt as gold does.
-
-    No model was trained on these prompts, so this measures the reward model on unseen tasks too.
+def verdict(name: str, policy: Measured, sft: Measured, clusters: Sequence[Hashable], judge: Judge) -> dict:
+    """Compare a policy with SFT by one judge.
 
     Args:
+        name: The policy's name.
+        policy: What was measured of the policy.
+        sft: What was measured of SFT, on the same prompts.
+        clusters: The cluster of each prompt.
+        judge: The judge.
+
+    Returns:
+        "score": its mean value of the policy's responses; "win_rate_vs_sft": None for a policy that
+        it selected; "difference_to_sft": paired, None for SFT; "climbed": whether the policy was
+        trained to please it, or selected by it.
+    """
+    ours, theirs = policy.judged_by(judge.name), sft.judged_by(judge.name)
+    bounded = judge.name == GOLD_JUDGE
+    score = _estimate(ours.tolist(), clusters, share=bounded)
+    difference = None
+    if policy is not sft:
+        difference = _difference(ours.mean(1) - theirs.mean(1), clusters, bounded)
+    return {
+        "score": score and score | {"ci95": _proper(score["ci95"])},
+        "win_rate_vs_sft": None if name in judge.selected else win_rate(ours, theirs, clusters),
+        "difference_to_sft": difference,
+        "climbed": name in judge.climbed,
+    }
+
+
+def order_by_gold(judge: str, sft: Measured, clusters: Sequence[Hashable], known: Sequence[bool] | None) -> dict | None:
+    """Estimate how often a judge orders two of SFT's responses to a prompt as gold does.
+
+    No model was trained on these prompts, so this measures a reward model on unseen tasks too.
+
+    Args:
+        judge: The judge's name.
         sft: What was measured of SFT, with several samples per prompt.
         clusters: The cluster of each prompt.
         known: Whether training data sets each prompt's task.
@@ -112,11 +160,12 @@ def order_by_gold(sft: Measured, clusters: Sequence[Hashable], known: Sequence[b
         differs, as from `share_estimate`; equal scores count half. None for a half without such a
         pair, and None for both without gold.
     """
-    if sft.gold is None or sft.scores is None or known is None:
+    if judge not in sft.scores or sft.gold is None or known is None:
         return None
     correct: dict[bool, list[float]] = {True: [], False: []}
     of_cluster: dict[bool, list[Hashable]] = {True: [], False: []}
-    for scores, gold, cluster, is_known in zip(sft.scores, _judged(sft), clusters, known, strict=True):
+    rows = zip(sft.scores[judge], sft.judged_by(GOLD_JUDGE), clusters, known, strict=True)
+    for scores, gold, cluster, is_known in rows:
         for i, j in combinations(range(len(scores)), 2):
             if gold[i] != gold[j]:
                 margin = (scores[i] - scores[j]) * (1 if gold[i] > gold[j] else -1)
@@ -151,13 +200,6 @@ def _estimate(rows: list[list] | None, clusters: Sequence[Hashable], share: bool
     values = [float(value) for row in rows for value in row]
     of_cluster = [cluster for cluster, row in zip(clusters, rows, strict=True) for _ in row]
     return share_estimate(values, of_cluster) if share else mean_estimate(values, of_cluster)
-
-
-def _judged(measured: Measured) -> np.ndarray:
-    """Return what the judge gives each response, (P, S): gold, or the score without gold."""
-    if measured.gold is None:
-        return np.array(measured.scores, float)
-    return np.array([[parts["overall"] for parts in row] for row in measured.gold], float)
 
 
 def _difference(gaps: np.ndarray, clusters: Sequence[Hashable], bounded: bool) -> dict:

@@ -5,6 +5,7 @@ The stage evaluate answers these prompts greedily, and the report shows the answ
 
 from collections.abc import Sequence
 
+from stages.evaluation.judges import REWARD_MODEL
 from stages.evaluation.results import Measured
 
 GAINS, BETWEEN, LOSES, FLATTERED = "gains", "between", "loses", "flattered"
@@ -31,16 +32,14 @@ def chosen_prompts(measured: dict[str, Measured], count: int) -> list[tuple[str,
         return []
     policy, sft = measured[main_policy(list(measured))], measured["sft"]
     scores = None
-    if policy.gold is not None and policy.scores is not None:
-        scores = [row[0] for row in policy.scores]
+    if policy.reward_model_scores is not None and policy.judges[0] != REWARD_MODEL:
+        scores = [row[0] for row in policy.reward_model_scores]
     return choose(first_judgements(policy), first_judgements(sft), scores, len(sft.responses), count)
 
 
 def first_judgements(measured: Measured) -> list[float] | None:
-    """Return the judge's value of the first sample of each prompt; None without a judge."""
-    if measured.gold is not None:
-        return [row[0]["overall"] for row in measured.gold]
-    return None if measured.scores is None else [row[0] for row in measured.scores]
+    """Return the deciding judge's value of each prompt's first sample; None without a judge."""
+    return measured.judged_by(measured.judges[0])[:, 0].tolist() if measured.judges else None
 
 
 def choose(
@@ -49,14 +48,13 @@ def choose(
     """Choose prompts by the judge's values of the main policy's and SFT's answers.
 
     GAINS and LOSES are the prompts at which the main policy gains and loses most. FLATTERED are
-    those whose reward model score ranks highest compared with gold. BETWEEN are spread over the
-    rest.
+    those whose reward model score ranks highest compared with the judge's value. BETWEEN are spread
+    over the rest.
 
     Args:
         ours: The judge's value of the main policy's answer to each prompt; None without a judge.
         sft: The judge's value of SFT's answers.
-        scores: If the judge is gold, the reward model's scores of the main policy's answers;
-            otherwise None.
+        scores: The reward model's scores of the main policy's answers; None if it is the judge.
         total: The number of prompts.
         count: The most prompts to choose.
 

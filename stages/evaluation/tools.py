@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from stages.evaluation.forms import Answer
+from stages.evaluation.judges import HELD_OUT, KEPT, REWARD_MODEL, in_order
 from stages.models.ensemble import load_reward_model
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
 from stages.models.packing import can_pack
@@ -46,10 +47,8 @@ class Tools:
     """The SFT model. Best-of-n samples from it too."""
     reference: Any
     """The policy that KL is measured against: the one that PPO's penalty is against."""
-    reward_model: Any
-    """The judge of the experiment; None if the experiment trains no reward model."""
-    held_out_reward_model: Any
-    """A reward model that nothing was trained to please; None if the stage rm trained none."""
+    judges: dict[str, Any]
+    """The reward models that judge, by name; {} if the experiment trains none."""
     packed: bool
     """Whether all of these models can read packed rows."""
     batch_size: int
@@ -64,8 +63,12 @@ class Tools:
         models = [self.sft]
         if self.reference is not self.sft:
             models.append(self.reference)
-        models += [model for model in (self.reward_model, self.held_out_reward_model) if model is not None]
-        return models
+        return [*models, *self.judges.values()]
+
+    @property
+    def reward_model(self) -> Any:
+        """Return the model that PPO maximises and best of n selects by; None without one."""
+        return self.judges.get(REWARD_MODEL)
 
     def model_of(self, name: str) -> Any:
         """Return a policy's model; SFT and best of n share the one that is loaded already."""
@@ -130,13 +133,13 @@ def load_tools(runtime: Runtime, inputs: dict[str, Path], settings: EvaluateSett
     def load(folder: Path) -> Any:
         return load_policy(folder, **options).to(accelerator.device)
 
-    reward_model = held_out_reward_model = None
+    judges = {}
     if "rm" in inputs:
-        reward_model = load_reward_model(inputs["rm"] / "model", settings.reward_ensemble, **options)
-        reward_model = reward_model.to(accelerator.device)
-        folder = inputs["rm"] / "held_out" / "model"
-        if folder.is_dir():
-            held_out_reward_model = load_scalar_model(folder, **options).to(accelerator.device)
+        judges[REWARD_MODEL] = load_reward_model(inputs["rm"] / "model", settings.reward_ensemble, **options)
+        for name, own in ((KEPT, "judge"), (HELD_OUT, "held_out")):
+            folder = inputs["rm"] / own / "model"
+            if folder.is_dir():
+                judges[name] = load_scalar_model(folder, **options)
     folder = inputs["sft"] / "model"
     sft = load(folder)
     return Tools(
@@ -146,8 +149,7 @@ def load_tools(runtime: Runtime, inputs: dict[str, Path], settings: EvaluateSett
         folders={name: inputs[name] / "model" for name in STAGES if name in inputs},
         sft=sft,
         reference=load(inputs["sft"] / "ppo_init") if has_ppo_init else sft,
-        reward_model=reward_model,
-        held_out_reward_model=held_out_reward_model,
+        judges={name: judges[name].to(accelerator.device) for name in in_order(list(judges))},
         packed=False,
         batch_size=settings.batch_size,
         max_length=settings.max_length,

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from stages.evaluation.judges import REWARD_MODEL
 from stages.evaluation.results import Measured
 
 
@@ -25,10 +26,13 @@ def response_rows(
         measured: What was measured of each policy.
 
     Yields:
-        {policy, prompt, sample, response, finished, score, length, raw_score?, held_out_score?,
-        gold?, cluster?, known_task?}
+        {policy, prompt, sample, response, finished, score, length, raw_score?, judges?, gold?,
+        cluster?, known_task?}. `score` is the reward model's; `judges` has the scores of the other
+        judges, except gold, by name.
     """
     for name, of_policy in measured.items():
+        own = of_policy.reward_model_scores
+        others = {judge: scores for judge, scores in of_policy.scores.items() if judge != REWARD_MODEL}
         for i, prompt in enumerate(prompts):
             for k, response in enumerate(of_policy.responses[i]):
                 row = {
@@ -37,13 +41,13 @@ def response_rows(
                     "sample": k,
                     "response": response,
                     "finished": of_policy.finished[i][k],
-                    "score": of_policy.scores[i][k] if of_policy.scores is not None else None,
+                    "score": own[i][k] if own is not None else None,
                     "length": of_policy.lengths[i][k],
                 }
                 if of_policy.raw_scores is not None:
                     row["raw_score"] = of_policy.raw_scores[i][k]
-                if of_policy.held_out_scores is not None:
-                    row["held_out_score"] = of_policy.held_out_scores[i][k]
+                if others:
+                    row["judges"] = {judge: scores[i][k] for judge, scores in others.items()}
                 if of_policy.gold is not None:
                     row |= {"gold": of_policy.gold[i][k], "cluster": clusters[i], "known_task": leaked[i]}
                 yield row

@@ -6,7 +6,7 @@ from typing import Any
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "dpo": "DPO", "best_of_n": "best of n"}
 """Policy → its name on the page."""
 POLICY = {
-    "asked": "chat", "judge_climbed": False, "ci95": {},
+    "asked": "chat", "judge_climbed": False, "ci95": {}, "judges": {},
     **dict.fromkeys((
         "score", "kl_to_sft", "length", "eos_rate", "pretrain_perplexity", "win_rate_vs_sft", "difference_to_sft",
         "gold", "gold_known_tasks", "gold_held_out_tasks",
@@ -18,10 +18,19 @@ INTERVALS = ("score", "kl_to_sft", "length", "eos_rate", "pretrain_perplexity")
 REWARD_MODEL = ("accuracy", "accuracy_ci95", "accuracy_ceiling", "n_pairs", "labeler_agreement", "ece",
                 "orders_as_gold")  # fmt: skip
 """The figures of the reward model."""
+JUDGES = {"gold": "gold scorer", "reward_model": "reward model", "kept": "kept judge", "held_out": "held-out model"}
+"""Judge → its name on the page; others have the name that the settings give them."""
+VERDICT = {"climbed": False, **dict.fromkeys(("score", "win_rate_vs_sft", "difference_to_sft"))}
+"""What a judge says of a policy → its value where it was not measured."""
+JUDGE = {
+    "climbed": [], "selected": [],
+    **dict.fromkeys(("accuracy", "accuracy_ci95", "n_pairs", "rankings", "labelers_apart", "orders_as_gold")),
+}  # fmt: skip
+"""What is known of a judge → its value where it was not measured."""
 CHECKS = ("length", "cut", "held_out")
 """The checks for over-optimisation."""
-WHOLE = ("judge", "leaked", "leaked_by", "prompts", "samples_per_prompt", "clusters", "missing_eos_score",
-         "response_length")  # fmt: skip
+WHOLE = ("judge", "judge_name", "judges", "leaked", "leaked_by", "prompts", "samples_per_prompt", "clusters",
+         "missing_eos_score", "response_length")  # fmt: skip
 """The figures of the evaluation as a whole."""
 PROMPTED = {"chat": "", "plain": "prompted in plain text", "few_shot": "prompted in plain text after a few examples"}
 """A policy's `asked` → how it was prompted, as a clause."""
@@ -38,13 +47,49 @@ def complete(results: dict[str, Any]) -> dict[str, Any]:
     checks = results.get("overoptimisation") or {}
     whole["overoptimisation"] = {name: dict.fromkeys(CHECKS) | check for name, check in checks.items() if check}
     for name, measured in results["policies"].items():
-        known = {k: v for k, v in measured.items() if v is not None or k not in ("asked", "ci95")}
+        known = {k: v for k, v in measured.items() if v is not None or k not in ("asked", "ci95", "judges")}
         policy = copy.deepcopy(POLICY) | known
         policy["ci95"] = dict.fromkeys(INTERVALS) | policy["ci95"]
         whole["policies"][name] = policy
+    if whole["judges"] is None:
+        take_older(whole)
+    whole["judges"] = {name: copy.deepcopy(JUDGE) | (judge or {}) for name, judge in whole["judges"].items()}
+    for policy in whole["policies"].values():
+        policy["judges"] = {name: VERDICT | (policy["judges"].get(name) or {}) for name in whole["judges"]}
     return whole
 
 
-def quality(policy: dict[str, Any]) -> float | None:
-    """Return the judge's value of a policy: overall gold, otherwise the score, if there is one."""
-    return policy["gold"]["overall"] if policy["gold"] else policy["score"]
+def take_older(whole: dict[str, Any]) -> None:
+    """Add what the only judge says, where an older version wrote no verdicts by judge."""
+    judge = whole["judge"]
+    whole["judge_name"], whole["judges"] = judge, {judge: {}} if judge else {}
+    for policy in whole["policies"].values():
+        if judge is not None:
+            gold = policy["gold"] or {}
+            value, ci95 = policy["score"], policy["ci95"]["score"]
+            if judge == "gold":
+                value, ci95 = gold.get("overall"), gold.get("ci95")
+            policy["judges"][judge] = {
+                "score": {"value": value, "ci95": ci95},
+                "win_rate_vs_sft": policy["win_rate_vs_sft"],
+                "difference_to_sft": policy["difference_to_sft"],
+                "climbed": policy["judge_climbed"],
+            }
+
+
+def quality(policy: dict[str, Any], judge: str | None) -> float | None:
+    """Return the value that a judge gives a policy; None where nothing was judged.
+
+    Args:
+        policy: The policy's entry in results.json, completed.
+        judge: The judge, `judge_name` of the results for the one that decides.
+    """
+    score = policy["judges"].get(judge, VERDICT)["score"]
+    return score["value"] if score else None
+
+
+def judge_name(judge: str | None) -> str:
+    """Return a judge's name in a sentence."""
+    if judge is None:
+        return "nobody"
+    return f"the {JUDGES[judge]}" if judge in JUDGES else judge

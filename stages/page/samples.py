@@ -88,13 +88,13 @@ def side_by_side(
         that the reward model overrates most. Without a judge, prompts at regular intervals.
     """
     policies = list(results["policies"])
-    main, is_gold = main_policy(policies), results["judge"] == "gold"
+    main, judge = main_policy(policies), results["judge_name"]
     first_samples = {name: [group[0] for group in by_prompt(responses, name)] for name in policies}
     sft_rows = first_samples["sft"]
     if not sft_rows:
         return []
-    ours, theirs = (judgements(first_samples[name], is_gold) for name in (main, "sft"))
-    scores = judgements(first_samples[main], False) if is_gold else None
+    ours, theirs = (judgements(first_samples[name], judge) for name in (main, "sft"))
+    scores = judgements(first_samples[main], "reward_model") if judge != "reward_model" else None
     titles = {
         GAINS: f"{names[main]} gains most over SFT",
         BETWEEN: "In between, at regular intervals" if ours else "At regular intervals in the file",
@@ -117,10 +117,19 @@ def side_by_side(
     return groups
 
 
-def judgements(rows: list[Row], is_gold: bool) -> list[float] | None:
-    """Return the judge's value of each row; None where any row has none."""
-    values = [row["gold"]["overall"] if is_gold else row.get("score") for row in rows]
+def judgements(rows: list[Row], judge: str | None) -> list[float] | None:
+    """Return a judge's value of each row; None where any row has none."""
+    values = [judgement(row, judge) for row in rows]
     return None if any(value is None for value in values) else values
+
+
+def judgement(row: Row, judge: str | None) -> float | None:
+    """Return a judge's value of a row of responses.jsonl; None if it has none."""
+    if judge == "gold":
+        return row["gold"]["overall"]
+    if judge == "reward_model":
+        return row.get("score")
+    return row.get("judges", {}).get(judge)
 
 
 def key(prompt: str | list[dict[str, str]]) -> str:

@@ -3,15 +3,15 @@
 from typing import Any
 
 from stages.page.numbers import capitalised, fixed, interval, listed, number, percent
-from stages.page.results import PROMPTED, quality
+from stages.page.results import PROMPTED, judge_name, quality
 
 MANY_CUT = 1 / 3
 """Share of cut-off responses above which the page warns."""
 
 
 def judge_of(results: dict[str, Any]) -> str:
-    """Return the name of the judge."""
-    return {"gold": "the gold scorer", "reward_model": "the reward model"}.get(results["judge"], "nobody")
+    """Return the name of the judge that decides."""
+    return judge_name(results["judge_name"])
 
 
 def marks(policy: dict[str, Any]) -> str:
@@ -33,8 +33,10 @@ def notes(results: dict[str, Any]) -> list[str]:
     lines = [units]
     if results["judge"] == "gold":
         lines.append("gold is the embedded world's own scorer, from 0 to 1; new tasks are those not in training data")
-    elif results["judge"] == "reward_model":
-        lines.append("judged by the reward model")
+    elif results["judge_name"] == "kept":
+        lines.append("judged by the kept judge, a reward model that learned from rankings which train nothing else")
+    elif results["judge_name"] is not None:
+        lines.append(f"judged by {judge_of(results)}")
     else:
         lines.append("no reward model judged the responses")
     prompted = {policy["asked"] for policy in policies.values()} - {"chat"}
@@ -75,9 +77,10 @@ def summary(results: dict[str, Any], names: dict[str, str]) -> list[str]:
         results: results.json, completed.
         names: Policy → its name on the page.
     """
-    policies = results["policies"]
-    what = "mean gold quality (0 to 1)" if results["judge"] == "gold" else "the mean reward model score"
-    values = [f"{fixed(quality(p))} for {names[n]}" for n, p in policies.items() if quality(p) is not None]
+    policies, judge = results["policies"], results["judge_name"]
+    what = "mean gold quality (0 to 1)" if judge == "gold" else f"the mean score of {judge_of(results)}"
+    scores = {name: quality(policy, judge) for name, policy in policies.items()}
+    values = [f"{fixed(score)} for {names[name]}" for name, score in scores.items() if score is not None]
     if values:
         sentences = [f"On {results['prompts'] or 'the evaluation'} prompts, {what} is {listed(values)}."]
     else:
@@ -150,14 +153,32 @@ def against_sft(results: dict[str, Any], names: dict[str, str], name: str) -> st
 
 
 def judge_sentence(results: dict[str, Any], names: dict[str, str]) -> list[str]:
-    """Name the policies for which the judge is not independent; no sentence where it is for all."""
+    """Name the policies for which the judge is not independent; no sentence where it is for all.
+
+    Of the kept judge its accuracy is given: its verdicts are worth as much.
+    """
     maximisers = [names[name] for name, policy in results["policies"].items() if policy["judge_climbed"]]
     if not maximisers:
-        return []
+        return kept_sentence(results)
     verb, pronoun = ("was", "it") if len(maximisers) == 1 else ("were", "them")
     return [
         f"The judge is the reward model itself, which {' and '.join(maximisers)} {verb} trained on or selected by, so "
         f"it overrates {pronoun}."
+    ]
+
+
+def kept_sentence(results: dict[str, Any]) -> list[str]:
+    """Say how good the kept judge is, where it decides."""
+    if results["judge_name"] != "kept":
+        return []
+    judge = results["judges"]["kept"]
+    what = "The kept judge is a reward model that no policy was trained on or selected by"
+    if number(judge["accuracy"]) is None:
+        return [f"{what}."]
+    span = f" (95\u00a0% interval {interval(*judge['accuracy_ci95'])})" if judge["accuracy_ci95"] else ""
+    return [
+        f"{what}; it agrees with the labeler on {percent(judge['accuracy'])}{span} of {judge['n_pairs'] or 'the'} "
+        f"held-out pairs."
     ]
 
 
@@ -222,7 +243,9 @@ def policy_tiles(results: dict[str, Any], names: dict[str, str], name: str) -> l
     """
     sft, policy = results["policies"]["sft"], results["policies"][name]
     gain, rate = policy["difference_to_sft"], policy["win_rate_vs_sft"]
-    if quality(policy) is None or gain is None:
+    judge = results["judge_name"]
+    value, sft_value = quality(policy, judge), quality(sft, judge)
+    if value is None or gain is None:
         distance = f"{fixed(policy['kl_to_sft'], 1)} nats"
         return [(f"KL, SFT → {names[name]}", distance, "per response: how far it has moved")]
     note = f"difference {fixed(gain['value'])}"
@@ -230,8 +253,8 @@ def policy_tiles(results: dict[str, Any], names: dict[str, str], name: str) -> l
         note = f"by the model it maximised; {note}"
     if gain["ci95"]:
         note += f", 95\u00a0% interval {fixed(gain['ci95'][0])} to {fixed(gain['ci95'][1])}"
-    unit = "gold" if results["judge"] == "gold" else "score"
-    chosen = [(f"{unit}, SFT → {names[name]}", f"{fixed(quality(sft))} → {fixed(quality(policy))}", note)]
+    unit = {"gold": "gold", "reward_model": "score"}.get(judge, f"score of {judge_of(results)}")
+    chosen = [(f"{unit}, SFT → {names[name]}", f"{fixed(sft_value)} → {fixed(value)}", note)]
     if rate is not None:
         note = f"95\u00a0% interval {interval(*rate['ci95'])}"
         if policy["judge_climbed"]:

@@ -32,7 +32,7 @@ def show(folder: Path, console: Console) -> None:
     # The title is printed on its own: a title of the table would wrap at the table's width.
     title = f"\n{folder.parent.name}: policies on evaluation prompts"
     console.print(Text(title, style="bold"), soft_wrap=True)
-    console.print(policy_table(results["policies"]))
+    console.print(policy_table(results))
     if line := reward_model_line(results["reward_model"]):
         console.print(Text(f"\n{line}"))
     for line in notes(results):
@@ -42,10 +42,15 @@ def show(folder: Path, console: Console) -> None:
     console.print(Text(f"report: {folder / 'index.html'}", style="bold"), soft_wrap=True)
 
 
-def policy_table(policies: dict[str, dict[str, Any]]) -> Any:
-    """Return the table of policies, without the columns that have no value, the best row green."""
+def policy_table(results: dict[str, Any]) -> Any:
+    """Return the table of policies, without the columns that have no value, the best row green.
+
+    Args:
+        results: results.json, completed.
+    """
     from rich.table import Table
 
+    policies, judge = results["policies"], results["judge_name"]
     rows = {name: cells_of(name, policy) for name, policy in policies.items()}
     columns = [c for c in next(iter(rows.values())) if any(row[c] != NONE for row in rows.values())]
     table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))
@@ -53,8 +58,9 @@ def policy_table(policies: dict[str, dict[str, Any]]) -> Any:
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     # A policy that maximised the judge's score does not count as the best by that judge.
-    fairly_judged = [n for n, p in policies.items() if not p["judge_climbed"] and quality(p) is not None]
-    best = max(fairly_judged, key=lambda n: quality(policies[n]) or 0.0, default=None)
+    values = {name: quality(policy, judge) for name, policy in policies.items() if not policy["judge_climbed"]}
+    fairly_judged = {name: value for name, value in values.items() if value is not None}
+    best = max(fairly_judged, key=lambda name: fairly_judged[name], default=None)
     for name, row in rows.items():
         label = NAMES.get(name, name) + marks(policies[name])
         table.add_row(label, *(row[column] for column in columns), style="green" if name == best else "")

@@ -11,6 +11,7 @@ from unittest import mock
 from pipeline import api
 from stages import report
 from stages.evaluation import overoptimisation
+from stages.evaluation.judges import Judge
 from stages.evaluation.results import Measured, order_by_gold, summarise
 from stages.page import curves, gains
 from stages.page.drawing import Picture
@@ -47,6 +48,7 @@ TRUST = {  # of the reward model
 }
 
 
+RIGHT = {"accuracy": 0.704, "accuracy_ci95": [0.68, 0.73], "n_pairs": 2112}  # of a judge
 GIT = "abcdef0123456789abcdef0123456789abcdef01"
 RECORDED = {  # of the common sections; what differs from the defaults is shown
     "model": {"name_or_path": "org/small", "hidden_size": 128, "revision": "9" * 40, "asked_revision": "main",
@@ -64,6 +66,7 @@ def fake_run(
     world: bool = True,
     prompts: int = 40,
     held_out: bool = False,
+    kept: bool = False,
     reward_model: bool = True,
     system: Callable[[int], str | None] = lambda i: "be kind" if i == 0 else None,
 ) -> SimpleNamespace:
@@ -76,6 +79,7 @@ def fake_run(
         world: Whether data come from the embedded world; otherwise from files.
         prompts: The number of evaluation prompts.
         held_out: Whether rm trained a held-out model.
+        kept: Whether rm trained a judge on rankings kept for it.
         reward_model: Whether there is a reward model; without one, nothing is scored.
         system: Index of a prompt → its system prompt, or None.
     """
@@ -171,6 +175,7 @@ def fake_run(
                         "score": score,
                         "length": 10 + i % 7,
                     }
+                    | ({"judges": {"kept": score * 2}} if kept else {})
                     | ({"gold": dict.fromkeys(gains.PARTS, good), "cluster": str(i // 3)} if gold else {})
                 )
         lines += rows
@@ -183,23 +188,22 @@ def fake_run(
             asked="plain" if name == "base" else "chat",
             responses=column("response"),
             finished=column("finished"),
-            scores=column("score"),
+            scores={"reward_model": column("score")}
+            | ({"kept": [[x * 2 for x in row] for row in column("score")]} if kept else {})
+            | ({"held_out": [[x / 2 for x in row] for row in column("score")]} if held_out else {}),
             kl=None if name == "best_of_n" else [[abs(strength[name]) * 4] * each] * prompts,
             lengths=column("length"),
             raw_scores=column("score"),
-            held_out_scores=[[x / 2 for x in row] for row in column("score")] if held_out else None,
             gold=column("gold") if gold else None,
             text_losses=None if name == "best_of_n" else [0.8, 0.9, 0.95],
         )
-    climbed = set() if gold else {"ppo", "best_of_n"}
+    judges = [Judge("reward_model", frozenset({"ppo", "best_of_n"}) & set(policies), frozenset({"best_of_n"}), RIGHT)]
+    judges = [Judge("kept", figures=RIGHT | {"rankings": 800}), *judges] if kept else judges
+    judges = [*judges, Judge("held_out", figures=RIGHT)] if held_out else judges
+    judges = [Judge("gold"), *judges] if gold else judges
     results = {
         name: summarise(
-            own,
-            all_measured["sft"],
-            [i // 3 for i in range(prompts)],
-            known if gold else None,
-            judge_climbed=name in climbed,
-            selected=not gold and name == "best_of_n",
+            name, own, all_measured["sft"], [i // 3 for i in range(prompts)], known if gold else None, judges
         )
         for name, own in all_measured.items()
     }
@@ -223,14 +227,21 @@ def fake_run(
         "n_pairs": 2112,
         "labeler_agreement": 0.726 if world else None,
         "ece": 0.021,
-        "orders_as_gold": order_by_gold(all_measured["sft"], [str(i // 3) for i in range(prompts)], known)
+        "orders_as_gold": order_by_gold(
+            "reward_model", all_measured["sft"], [str(i // 3) for i in range(prompts)], known
+        )
         if gold
         else None,
     }
     (inputs["evaluate"] / "results.json").write_text(
         json.dumps(
             {
-                "judge": "gold" if gold else "reward_model",
+                "judge": judges[0].kind,
+                "judge_name": judges[0].name,
+                "judges": {
+                    judge.name: judge.figures | {"climbed": sorted(judge.climbed), "selected": sorted(judge.selected)}
+                    for judge in judges
+                },
                 "leaked": sum(known) if gold else 0,
                 "leaked_by": "task" if gold else "near copy",
                 "prompts": prompts,
@@ -288,14 +299,14 @@ def data_of(stage: str, world: bool) -> dict:
 def without_a_judge(ctx: SimpleNamespace) -> None:
     """Remove from the results what SFT and DPO without PPO lack: scores and a reward model."""
     gone = ("score", "pretrain_perplexity", "win_rate_vs_sft", "difference_to_sft", "gold", "gold_known_tasks",
-            "gold_held_out_tasks", "judge_climbed")  # fmt: skip
+            "gold_held_out_tasks", "judge_climbed", "judges")  # fmt: skip
     file = ctx.inputs["evaluate"] / "results.json"
     results = json.loads(file.read_text())
     for policy in results["policies"].values():
         for key in gone:
             policy.pop(key)
         policy["ci95"].pop("score")
-    results |= {"judge": None, "overoptimisation": dict.fromkeys(results["policies"])}
+    results |= {"judge": None, "judge_name": None, "judges": {}, "overoptimisation": dict.fromkeys(results["policies"])}
     results.pop("reward_model")
     file.write_text(json.dumps(results))
     for name in ("responses", "greedy"):

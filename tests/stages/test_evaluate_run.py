@@ -420,7 +420,7 @@ class TestOverOptimisation:
         cut = [row for row in files.rows("sft") if not row["finished"]]
         assert cut and all(abs(row["score"] - MISSING) < 1e-6 for row in cut)
         assert all(abs(row["raw_score"] - MISSING) > 1e-4 for row in cut)
-        assert not any("held_out_score" in row for row in files.rows("sft"))
+        assert not any("judges" in row for row in files.rows("sft"))
 
     def test_the_checks_are_of_all_policies(self, files):
         every = files.results["overoptimisation"]
@@ -451,17 +451,17 @@ class TestOverOptimisation:
                 ended = draw.ids[-1] == chain.tokenizer.eos_token_id
                 with torch.no_grad():
                     own = plain.score(judge, chat_ids(chain.tokenizer, row["prompt"]), draw.ids).item()
-                assert row["held_out_score"] == pytest.approx(own if ended else -1.0, abs=1e-4)
+                assert row["judges"]["held_out"] == pytest.approx(own if ended else -1.0, abs=1e-4)
             judged = run.results["overoptimisation"][name]["held_out"]
-            assert judged["score"]["value"] == pytest.approx(statistics.mean(row["held_out_score"] for row in rows))
-        pair = [by_prompt(run.rows(n), lambda row: row["held_out_score"]) for n in ("ppo", "sft")]
+            assert judged["score"]["value"] == pytest.approx(statistics.mean(row["judges"]["held_out"] for row in rows))
+        pair = [by_prompt(run.rows(n), lambda row: row["judges"]["held_out"]) for n in ("ppo", "sft")]
         judged = run.results["overoptimisation"]["ppo"]["held_out"]
         assert judged["win_rate_vs_sft"]["value"] == pytest.approx(wins(*pair))
         gap = statistics.mean(a[0] - b[0] for a, b in zip(*pair, strict=True))
         assert judged["difference_to_sft"]["value"] == pytest.approx(gap)
-        strip = lambda row: {k: v for k, v in row.items() if k != "held_out_score"}  # noqa: E731
+        strip = lambda row: {k: v for k, v in row.items() if k != "judges"}  # noqa: E731
         assert [strip(r) for r in run.finished.rows("responses.jsonl")] == bare.finished.rows("responses.jsonl")
-        assert all("held_out_score" in row for row in run.rows("best_of_n"))
+        assert all("held_out" in row["judges"] for row in run.rows("best_of_n"))
 
 
 class TestGreedy:

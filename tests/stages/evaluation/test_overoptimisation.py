@@ -15,8 +15,10 @@ from stages.evaluation.statistics import MAX_GROUPS, contrast_estimate, correlat
 
 def measured(scores, lengths, finished=None, raw=None, held_out=None, gold=None) -> Measured:
     ended = finished or [[True] * len(row) for row in scores or lengths]
-    return Measured("chat", [["x"] * len(row) for row in lengths], ended, scores, None, lengths, gold, None,
-                    raw_scores=raw or scores, held_out_scores=held_out)  # fmt: skip
+    judges = {"reward_model": scores, "held_out": held_out}
+    judges = {name: some for name, some in judges.items() if some is not None}
+    return Measured("chat", [["x"] * len(row) for row in lengths], ended, judges, None, lengths, gold, None,
+                    raw_scores=raw or scores)  # fmt: skip
 
 
 class TestEstimates:

@@ -5,10 +5,14 @@ import math
 import numpy as np
 import pytest
 
+from stages.evaluation.judges import Judge
 from stages.evaluation.results import GOLD, Measured, order_by_gold, perplexity_estimate, summarise
 
 TASKS = ["a", "a", "b", "b", "c", "d", "e", "f"]
 KNOWN = [True, True, True, True, False, False, False, False]
+
+
+BY_GOLD, BY_REWARD_MODEL = [Judge("gold"), Judge("reward_model")], [Judge("reward_model")]
 
 
 def measured(rng, shift=0.0, samples=3, gold=True, best_of_n=False):
@@ -19,7 +23,7 @@ def measured(rng, shift=0.0, samples=3, gold=True, best_of_n=False):
         asked="chat",
         responses=rows(lambda: "x"),
         finished=rows(lambda: bool(rng.random() < 0.8)),
-        scores=rows(lambda: float(rng.normal() + shift)),
+        scores={"reward_model": rows(lambda: float(rng.normal() + shift))},
         kl=None if best_of_n else rows(lambda: float(rng.random())),
         lengths=rows(lambda: int(rng.integers(3, 20))),
         gold=rows(lambda: {name: float(np.clip(rng.random() + shift / 4, 0, 1)) for name in GOLD}) if gold else None,
@@ -35,8 +39,13 @@ def pair():
 
 def test_every_mean_is_the_plain_mean_over_all_samples(pair):
     own, sft = pair
-    found = summarise(own, sft, TASKS, KNOWN)
-    measured_rows = {"score": own.scores, "kl_to_sft": own.kl, "length": own.lengths, "eos_rate": own.finished}
+    found = summarise("ppo", own, sft, TASKS, KNOWN, BY_GOLD)
+    measured_rows = {
+        "score": own.scores["reward_model"],
+        "kl_to_sft": own.kl,
+        "length": own.lengths,
+        "eos_rate": own.finished,
+    }
     for key, rows in measured_rows.items():
         assert found[key] == pytest.approx(np.mean(rows))
         assert found["ci95"][key][0] <= found[key] <= found["ci95"][key][1]
@@ -47,14 +56,14 @@ def test_every_mean_is_the_plain_mean_over_all_samples(pair):
 
 def test_the_two_halves_are_reported_apart_and_make_up_the_whole(pair):
     own, sft = pair
-    found = summarise(own, sft, TASKS, KNOWN)
+    found = summarise("ppo", own, sft, TASKS, KNOWN, BY_GOLD)
     overall = np.array([[g["overall"] for g in row] for row in own.gold])
     assert found["gold_known_tasks"]["overall"] == pytest.approx(overall[:4].mean())
     assert found["gold_held_out_tasks"]["overall"] == pytest.approx(overall[4:].mean())
     assert (found["gold_known_tasks"]["n"], found["gold_known_tasks"]["clusters"]) == (4, 2)
     assert (found["gold_held_out_tasks"]["n"], found["gold_held_out_tasks"]["clusters"]) == (4, 4)
-    assert summarise(own, sft, TASKS, [True] * 8)["gold_held_out_tasks"] is None
-    assert summarise(own, sft, TASKS, None)["gold_known_tasks"] is None
+    assert summarise("ppo", own, sft, TASKS, [True] * 8, BY_GOLD)["gold_held_out_tasks"] is None
+    assert summarise("ppo", own, sft, TASKS, None, BY_GOLD)["gold_known_tasks"] is None
 
 
 def test_the_win_rate_compares_every_sample_with_every_sample_of_the_same_prompt(pair):
@@ -65,18 +74,20 @@ def test_the_win_rate_compares_every_sample_with_every_sample_of_the_same_prompt
         for a in ours
         for b in theirs
     ]
-    assert summarise(own, sft, TASKS, KNOWN)["win_rate_vs_sft"]["value"] == pytest.approx(np.mean(wins))
-    other = summarise(sft, own, TASKS, KNOWN)["win_rate_vs_sft"]["value"]
+    assert summarise("ppo", own, sft, TASKS, KNOWN, BY_GOLD)["win_rate_vs_sft"]["value"] == pytest.approx(np.mean(wins))
+    other = summarise("sft", sft, own, TASKS, KNOWN, BY_GOLD)["win_rate_vs_sft"]["value"]
     assert other == pytest.approx(1 - np.mean(wins))
 
 
 def test_without_gold_the_reward_model_judges_and_says_whether_it_was_climbed():
     rng = np.random.default_rng(1)
     own, sft = measured(rng, 1.0, gold=False), measured(rng, gold=False)
-    found = summarise(own, sft, TASKS, None, judge_climbed=True)
+    found = summarise("ppo", own, sft, TASKS, None, [Judge("reward_model", climbed=frozenset({"ppo"}))])
     assert found["gold"] is None and found["gold_held_out_tasks"] is None
     assert found["judge_climbed"] and found["win_rate_vs_sft"]["value"] > 0.5
-    assert found["difference_to_sft"]["value"] == pytest.approx(np.mean(own.scores) - np.mean(sft.scores))
+    assert found["difference_to_sft"]["value"] == pytest.approx(
+        np.mean(own.scores["reward_model"]) - np.mean(sft.scores["reward_model"])
+    )
 
 
 def test_best_of_n_that_its_judge_selected_has_no_win_rate():
@@ -85,7 +96,8 @@ def test_best_of_n_that_its_judge_selected_has_no_win_rate():
     draws = rng.random((20_000, 16))
     assert np.mean(draws.max(1) > rng.random(20_000)) == pytest.approx(16 / 17, abs=0.01)
     own, sft = measured(rng, gold=False, best_of_n=True), measured(rng, gold=False)
-    found = summarise(own, sft, TASKS, None, judge_climbed=True, selected=True)
+    both = frozenset({"best_of_n"})
+    found = summarise("best_of_n", own, sft, TASKS, None, [Judge("reward_model", climbed=both, selected=both)])
     assert found["win_rate_vs_sft"] is None and found["judge_climbed"]
     assert found["kl_to_sft"] is None and found["pretrain_perplexity"] is None
 
@@ -95,8 +107,11 @@ def test_differences_are_paired_on_the_same_prompts():
     rng = np.random.default_rng(3)
     hard = rng.normal(0, 10, len(TASKS))
     better, baseline = ([[float(h + offset + rng.normal(0, 0.01))] for h in hard] for offset in (1.0, 0.0))
-    make = lambda scores: Measured("chat", [["x"]] * 8, [[True]] * 8, scores, None, [[3]] * 8, None, None)  # noqa: E731
-    found = summarise(make(better), make(baseline), TASKS, None)
+
+    def make(scores):
+        return Measured("chat", [["x"]] * 8, [[True]] * 8, {"reward_model": scores}, None, [[3]] * 8, None, None)
+
+    found = summarise("ppo", make(better), make(baseline), TASKS, None, BY_REWARD_MODEL)
     low, high = found["difference_to_sft"]["ci95"]
     assert 0.9 < low <= 1.0 <= high < 1.1
     assert found["ci95"]["score"][1] - found["ci95"]["score"][0] > 5
@@ -119,22 +134,45 @@ def test_the_reward_model_is_held_to_gold_on_both_halves():
     """By hand: pairs of equal gold do not count, and equal scores count half."""
     gold = [[{"overall": x} for x in row] for row in ([0.1, 0.5, 0.5], [0.9, 0.2, 0.4])]
     scores = [[0.0, 1.0, 0.0], [3.0, 2.0, 1.0]]
-    sft = Measured("chat", [["x"] * 3] * 2, [[True] * 3] * 2, scores, None, [[3] * 3] * 2, gold, None)
-    found = order_by_gold(sft, ["a", "b"], [True, False])
+    sft = Measured("chat", [["x"] * 3] * 2, [[True] * 3] * 2, {"reward_model": scores}, None, [[3] * 3] * 2, gold, None)
+    found = order_by_gold("reward_model", sft, ["a", "b"], [True, False])
     assert found["known_tasks"]["value"] == pytest.approx((1 + 0.5) / 2)  # right, a toss-up; one pair is equal in gold
     assert found["held_out_tasks"]["value"] == pytest.approx(2 / 3)  # 0.9 first, but 0.2 before 0.4
-    assert order_by_gold(sft, ["a", "b"], [True, True])["held_out_tasks"] is None
-    assert order_by_gold(sft, ["a", "b"], None) is None
+    assert order_by_gold("reward_model", sft, ["a", "b"], [True, True])["held_out_tasks"] is None
+    assert order_by_gold("reward_model", sft, ["a", "b"], None) is None
 
 
 def test_differences_that_are_all_equal_are_no_certainty():
     """Gold is bounded, so its interval has a width; equal scores have no interval."""
     same = [[{name: 0.5 for name in GOLD}]] * 8
-    make = lambda gold: Measured("chat", [["x"]] * 8, [[True]] * 8, [[-1.0]] * 8, None, [[3]] * 8, gold, None)  # noqa: E731
+
+    def make(gold):
+        return Measured("chat", [["x"]] * 8, [[True]] * 8, {"reward_model": [[-1.0]] * 8}, None, [[3]] * 8, gold, None)
+
     own, sft = make(same), make(same)
-    low, high = summarise(own, sft, TASKS, KNOWN)["difference_to_sft"]["ci95"]
+    low, high = summarise("ppo", own, sft, TASKS, KNOWN, BY_GOLD)["difference_to_sft"]["ci95"]
     assert -1 < low < -0.1 and 0.1 < high < 1
     own, sft = make(None), make(None)
-    found = summarise(own, sft, TASKS, None)
+    found = summarise("ppo", own, sft, TASKS, None, BY_REWARD_MODEL)
     assert found["difference_to_sft"] == {"value": 0.0, "ci95": None} and found["ci95"]["score"] is None
-    assert summarise(sft, sft, TASKS, None)["difference_to_sft"] is None
+    assert summarise("sft", sft, sft, TASKS, None, BY_REWARD_MODEL)["difference_to_sft"] is None
+
+
+def test_every_judge_gives_a_verdict_and_the_first_one_decides():
+    """Best of n has a win rate by judges that did not select it."""
+    rng = np.random.default_rng(4)
+    own, sft = measured(rng, 1.0), measured(rng)
+    for policy in (own, sft):
+        policy.scores["kept"] = [[-score for score in row] for row in policy.scores["reward_model"]]
+    both = frozenset({"best_of_n"})
+    judges = [Judge("kept"), Judge("reward_model", climbed=both, selected=both)]
+    found = summarise("best_of_n", own, sft, TASKS, None, judges)
+    kept, climbed = found["judges"]["kept"], found["judges"]["reward_model"]
+    assert climbed["win_rate_vs_sft"] is None and climbed["climbed"] and not kept["climbed"]
+    assert found["win_rate_vs_sft"] == kept["win_rate_vs_sft"] and not found["judge_climbed"]
+    assert found["difference_to_sft"]["value"] == pytest.approx(-climbed["difference_to_sft"]["value"])
+    assert found["score"] == pytest.approx(climbed["score"]["value"]) == pytest.approx(-kept["score"]["value"])
+    assert kept["score"]["ci95"][0] < kept["score"]["value"] < kept["score"]["ci95"][1]
+    win = lambda judge: summarise("ppo", own, sft, TASKS, None, [Judge(judge)])["win_rate_vs_sft"]["value"]  # noqa: E731
+    assert win("kept") == pytest.approx(1 - win("reward_model")) and win("kept") < 0.5
+    assert summarise("ppo", own, sft, TASKS, None, [])["win_rate_vs_sft"] is None, "nobody judges"
