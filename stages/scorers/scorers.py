@@ -4,13 +4,16 @@ from collections.abc import Callable
 
 from stages.scorers.python import PythonScorer
 from stages.scorers.reward_model import RewardModelScorer
+from stages.scorers.rule import RuleScorer
 from stages.scorers.scorer import Scorer, ScorerSpec
 from stages.settings.scorers import model, python
 from stages.settings.scorers.common import ScorerSection
+from stages.settings.scorers.rule import RULES
 
 FACTORIES: dict[type[ScorerSection], Callable[[ScorerSpec], Scorer]] = {
     model.ModelScorer: RewardModelScorer,
     python.PythonScorer: PythonScorer,
+    **dict.fromkeys(RULES.values(), RuleScorer),
 }
 """Class of a scorer's settings → what makes the scorer."""
 
