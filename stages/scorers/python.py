@@ -37,7 +37,7 @@ class PythonScorer:
         assert isinstance(spec.settings, python.PythonScorer)
         self.name, self.say, self.settings = spec.name, spec.say, spec.settings
         self.file, function = spec.settings.file_and_function()
-        self.errors = 0  # so far, for the lines about them
+        self.errors = self.errors_said = 0  # so far; of them, when a line last said so
         self.has_said_singly = False
         self.pool: Pool | None = None
         processes = spec.settings.processes()
@@ -147,9 +147,10 @@ class PythonScorer:
             request: Prompts and responses.
             problems: Why a response has no score, by its index.
         """
-        before, self.errors = self.errors, self.errors + len(problems)
-        if self.errors < 2 * before:
+        self.errors += len(problems)
+        if self.errors < 2 * self.errors_said:
             return
+        self.errors_said = self.errors
         i = min(problems)
         self.say(
             f"{self.place(request, i)} {problems[i]}; {self.errors:,} so far got error_score = "
