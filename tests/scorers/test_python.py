@@ -81,7 +81,7 @@ def test_a_function_gets_what_it_has_parameters_for(make, tokenizer, where):
 
 @BOTH
 def test_reward_functions_of_trl_run_unchanged(make, tokenizer, where):
-    """They take **kwargs, completions as messages where prompts are messages, ids, None; async too."""
+    """They take **kwargs, messages where prompts are messages, ids; give None; may be async."""
     rows = [{"prompt": MESSAGES, "solution": "4"}, {"prompt": MESSAGES, "solution": None}]
     text = """
         async def score(completions, solution, completion_ids, log_extra=None, **kwargs):
@@ -296,13 +296,13 @@ def test_a_file_that_cannot_be_used_is_refused_at_the_start(make, where, text, l
     "text, line",
     [
         ("def score(:\n", "line 1 is not Python"),
-        ("def scores(responses): ...\n", "has no function score"),
+        ("raise SystemExit('ran')\ndef scores(responses): ...\n", "has no function score"),
         ("def score(completions, trainer_state): ...\n", "trainer_state, which exists only inside trl"),
     ],
 )
 def test_a_file_is_checked_without_running_it(tmp_path, text, line):
     file = tmp_path / "reward.py"
-    file.write_text("raise SystemExit('ran')\n" if not text else text)
+    file.write_text(text)
     [problem] = PythonScorer(python=f"{file}:score").problems("ppo.rewards[0]")
     assert problem.startswith(f"ppo.rewards[0].python: {file}: ") and line in problem
 
