@@ -58,7 +58,7 @@ def evaluate(run: Run, sampler: Sampler, held_out: list[LoadedPrompt], kl: KlCon
         except (EngineLost, ScorerLost):
             run.save_before_failure(step)
             raise
-        except UserError:  # of a function that scores: once it is corrected, the run may go on
+        except UserError:  # of a function that scores: with on_error: score the run can go on
             if step:
                 run.save_before_failure(step)
             raise

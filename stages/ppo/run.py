@@ -271,7 +271,7 @@ def sample(run: Run, sampler: Sampler, streams: Streams, indices: list[int], ste
     except (EngineLost, ScorerLost):
         run.save_before_failure(step - 1)
         raise
-    except UserError:  # of a function that scores: once it is corrected, the run may go on
+    except UserError:  # of a function that scores: with on_error: score the run can go on
         if step > 1:
             run.save_before_failure(step - 1)
         raise
