@@ -130,8 +130,8 @@ MUTANTS = [
     Mutant(
         "ppo",
         "the update's log-probs at temperature 1",
-        "            logprobs = response_logprobs(roles.policy, rows, options.temperature)\n        loss, sums",
-        "            logprobs = response_logprobs(roles.policy, rows)\n        loss, sums",
+        "            logprobs = response_logprobs(roles.policy, rows, options.temperature)\n        weights",
+        "            logprobs = response_logprobs(roles.policy, rows)\n        weights",
     ),
     Mutant(
         "ppo",
