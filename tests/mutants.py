@@ -150,8 +150,8 @@ MUTANTS = [
     Mutant(
         "ppo",
         "the value model steps at the policy's rate",
-        "optimizer_step(value, rates.value, step)",
-        "optimizer_step(value, rates.policy, step)",
+        "zip(trainees, (rates.policy, rates.value), strict=False)",
+        "zip(trainees, (rates.policy, rates.policy), strict=False)",
     ),
     Mutant(
         "ppo",
@@ -206,8 +206,8 @@ MUTANTS = [
     Mutant(
         "ppo",
         "the ratio is to the reference",
-        "for x in (rollout.logprobs, rollout.values, batch.advantages, batch.returns)",
-        "for x in (rollout.ref_logprobs, rollout.values, batch.advantages, batch.returns)",
+        "for x in (rollout.logprobs, rollout.ref_logprobs, batch.advantages)",
+        "for x in (rollout.ref_logprobs, rollout.ref_logprobs, batch.advantages)",
     ),
     Mutant(
         "ppo",

@@ -178,12 +178,7 @@ def ppo_gradients(roles: Roles, batch: Batch, index: list[int], options: UpdateO
             logprobs = response_logprobs(roles.policy, rows, options.temperature)
         weights = None if batch.weights is None else batch.weights[episodes, : mask.shape[1]]
         loss, sums = policy_loss(logprobs, old_logprobs, advantages, mask, options.clipping.ratio, tokens, weights)
-        found = {
-            "loss/policy_avg": loss,
-            "val/ratio": sums["ratio"] / tokens,
-            "policy/clipfrac_avg": sums["clipped"] / tokens,
-            "policy/approxkl_avg": sums["approxkl"] / tokens,
-        }
+        found = {"loss/policy_avg": loss}
         if batch.kl_coef is not None:
             found["loss/kl"] = kl_loss(logprobs, ref_logprobs, mask, batch.kl_coef, tokens)
             loss = loss + found["loss/kl"]
@@ -196,9 +191,14 @@ def ppo_gradients(roles: Roles, batch: Batch, index: list[int], options: UpdateO
                 values = response_values(roles.value_model, rows)
             v_loss, v_sums = value_loss(values, old_values, returns, mask, options.clipping.value, tokens)
             roles.accelerator.backward(v_loss if is_own else 0.0 * v_loss)
-            found |= {"loss/value_avg": v_loss, "val/clipfrac_avg": v_sums["clipped"] / tokens}
+            found["loss/value_avg"] = v_loss
         if not is_own:
             continue
+        found["val/ratio"] = sums["ratio"] / tokens
+        found["policy/clipfrac_avg"] = sums["clipped"] / tokens
+        found["policy/approxkl_avg"] = sums["approxkl"] / tokens
+        if roles.value_model is not None:
+            found["val/clipfrac_avg"] = v_sums["clipped"] / tokens
         for key, figure in found.items():
             figures[key] = figures.get(key, 0.0) + figure.item()
     for model in roles.trained():
