@@ -275,8 +275,7 @@ def publish_by_scorers(
     poll = session.interrupt(0, 0, lambda: None)
     rankings = rank_by_scorers(scorer, prompts, tokenizer, settings.tie_within or 0.0, poll)
     scorer.close()
-    keys = [prompt_key(ranking.prompt) for ranking in rankings]
-    train, validation = held_out(keys, settings.validation_fraction)
+    train, validation = held_out([prompt_key(one.prompt) for one in rankings], settings.validation_fraction)
     for name, indices in (("train", train), ("validation", validation)):
         refuse_no_pair(name, len(indices), sum(usable_pairs(rankings[i]) for i in indices))
         write_jsonl(ctx.publish / f"{name}.jsonl", (rankings[i] for i in indices))
