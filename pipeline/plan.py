@@ -104,7 +104,8 @@ def bring_up_to_date(
                     state=state,
                     today=chain.today(name, chain.starts_again(name, name == target, flags)),
                     digests=chain.digests,
-                    manifests={need: store.verify(need) for need in chain.needs(name)},  # hours may have passed
+                    manifests={need: store.verify(need) for need in chain.needs(name)}  # hours may have passed
+                    | chain.shown(name),
                     flags=flags,
                     stop=stop,
                     console=console,

@@ -25,19 +25,22 @@ from data.row_reader import records
 from data.source import Loaded
 from data.streams import Stream, derive_seed, held_out, held_out_limit, position_of
 from data.world.world import World, labelers
+from pipeline.config.sections import LaunchSettings
 from pipeline.errors import UserError
-from pipeline.launch import parallel
 from pipeline.stage import Source, StageRun
 from stages.evaluation.statistics import labeler_agreement
 from stages.models.loading import load_policy, load_tokenizer
-from stages.rollouts.transformers import Decoding, sample
+from stages.rollouts.engine import EngineLost, SampleRequest
+from stages.rollouts.frozen import FrozenSampler
 from stages.scorers.labels import ToRank, rank_by_scorers, scorers_of
 from stages.settings.checks import reader_source
 from stages.settings.experiment import Experiment
 from stages.settings.rankings import RankingsSettings
+from stages.settings.rollout import EngineSettings
 from stages.settings.scorers.common import ScorerSection
+from stages.shared.engines import engine_spec, make_frozen_sampler
 from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, published, read_world
-from stages.shared.runtime import Runtime, can_pack_rows, check_context, make_accelerator, runtime_of
+from stages.shared.runtime import Runtime, can_pack_rows, check_context, place_frozen, runtime_of, with_accelerator
 from stages.shared.source_words import recorded_rows
 from stages.training.batching import micro_batches
 from stages.training.session import Session, session_of
@@ -83,19 +86,19 @@ class SampledResponses:
 class Sampler:
     """SFT and what is needed to sample from it."""
 
+    engine: FrozenSampler
+    """What samples from SFT."""
     policy: Any
-    """The SFT model."""
+    """The SFT model, whole or sharded."""
     tokenizer: Any
     """Its tokenizer."""
-    accelerator: Any
-    """accelerate's Accelerator: device and autocast."""
     settings: RankingsSettings
     """The section rankings."""
     seed: int
     """The experiment's seed."""
 
     def sample(self, indices: Sequence[int], ids: Sequence[list[int]], poll: Callable) -> list[list[list[int]]]:
-        """Sample K responses to each of some prompts.
+        """Sample K responses to each of some prompts, on all ranks together.
 
         Args:
             indices: Which prompts.
@@ -104,21 +107,23 @@ class Sampler:
 
         Returns:
             The ids of K responses for each index.
+
+        Raises:
+            EngineLost: Another engine than SFT itself fails.
         """
         count = self.settings.samples_per_prompt
         seeds = [derive_seed(self.seed, "sample", i, k) for i in indices for k in range(count)]
-        decoding = Decoding(
+        request = SampleRequest(
+            prompts=[ids[i] for i in indices for _ in range(count)],
+            seeds=seeds,
+            samples_per_prompt=count,
             response_length=self.settings.response_length,
-            eos_id=self.tokenizer.eos_token_id,
-            pad_id=self.tokenizer.pad_token_id,
             temperature=self.settings.temperature,
+            eos_id=self.tokenizer.eos_token_id,
             top_k=self.settings.top_k,
             top_p=self.settings.top_p,
-            batch_size=len(seeds),
         )
-        prompts = [ids[i] for i in indices for _ in range(count)]
-        with self.accelerator.autocast():
-            flat = sample(self.policy, prompts, seeds, decoding, poll)
+        flat = self.engine.sample("sft", self.policy, request, len(seeds), poll)
         return list(micro_batches(flat, count))
 
 
@@ -132,10 +137,12 @@ def run(ctx: StageRun[RankingsSettings, Experiment]) -> dict:
     if ctx.experiment.data.rankings is not None:
         rows = recorded_rows(ctx.data.get("rankings", {}))
         return split_given(ctx.source("rankings"), settings.validation_fraction, ctx.publish, session, rows)
-    runtime, folder = runtime_of(ctx), ctx.inputs["sft"] / "model"
-    responses = sample_responses(settings, session, runtime, folder, ctx.source("prompts"))
+    runtime, folder = with_accelerator(runtime_of(ctx)), ctx.inputs["sft"] / "model"
+    responses = sample_responses(
+        settings, session, runtime, folder, ctx.source("prompts"), launch=ctx.experiment.launch
+    )
     if settings.scorer is not None:
-        return publish_by_scorers(settings.scorer, responses, ctx)
+        return publish_by_scorers(settings.scorer, responses, runtime, ctx)
     world = World.from_json(read_world(ctx.inputs))
     rows, figures = simulate(world, responses, settings, session)
     keys = request_keys(world, [row.prompt for row in rows], session.seed)
@@ -246,28 +253,31 @@ def with_progress(rows: Iterable[Item], session: Session, count: int | None) -> 
 
 
 def publish_by_scorers(
-    scorers: Sequence[ScorerSection], responses: SampledResponses, ctx: StageRun[RankingsSettings, Experiment]
+    scorers: Sequence[ScorerSection],
+    responses: SampledResponses,
+    runtime: Runtime,
+    ctx: StageRun[RankingsSettings, Experiment],
 ) -> dict:
     """Publish rankings of SFT's responses by scorers, split by prompt.
 
     Args:
         scorers: The settings of what scores.
         responses: SFT's responses.
+        runtime: How reward models compute.
         ctx: The stage's context.
 
     Returns:
         The figures for the manifest.
     """
-    settings, session, runtime = ctx.config, session_of(ctx, trains=False), runtime_of(ctx)
+    settings, session = ctx.config, session_of(ctx, trains=False)
     lines = [line for one in scorers for line in one.row_problems(responses.rows, responses.places)]
     if lines:
         raise UserError(shorten(lines))
     trust = {"trust_remote_code": runtime.trust_remote_code}
     tokenizer = load_tokenizer(ctx.inputs["sft"] / "model", **trust)
-    accelerator = make_accelerator(runtime.device, runtime.dtype)
     options = {"attn_implementation": runtime.attention, **trust}
     records_of = session.checkpoints.folder.with_name("scores")
-    scorer = scorers_of(scorers, tokenizer, accelerator, options, records=records_of, say=session.say)
+    scorer = scorers_of(scorers, tokenizer, runtime.accelerator, options, records=records_of, say=session.say)
     ctx.confirm_folders()  # the named ones have been loaded
     prompts = [
         ToRank(*one) for one in zip(responses.prompts, responses.answers, responses.rows, responses.places, strict=True)
@@ -369,7 +379,7 @@ def simulate(
 
 
 def sample_responses(
-    settings: RankingsSettings, session: Session, runtime: Runtime, folder: Path, source: Source
+    settings: RankingsSettings, session: Session, runtime: Runtime, folder: Path, source: Source, launch: LaunchSettings
 ) -> SampledResponses:
     """Sample K responses of SFT to each prompt, with checkpoints between batches.
 
@@ -379,13 +389,11 @@ def sample_responses(
         runtime: How the stage computes.
         folder: The folder of the SFT model.
         source: Where the prompts are.
+        launch: The section launch, which says how another engine than SFT itself runs.
     """
     check_context(session, settings, folder)
-    accelerator = make_accelerator(runtime.device, runtime.dtype)
     tokenizer = load_tokenizer(folder, trust_remote_code=runtime.trust_remote_code)
-    policy = load_policy(folder, attn_implementation=runtime.attention, trust_remote_code=runtime.trust_remote_code).to(
-        accelerator.device
-    )
+    policy = place_frozen(partial(load_policy, folder, **runtime.load_options()), runtime, settings.max_length)
     can_pack_rows(
         session, [policy], settings.max_length
     )  # lets the sampler compute each prompt once for all of its samples
@@ -398,8 +406,21 @@ def sample_responses(
     kept, ids, report = fit_prompts(tokenizer, prompts, [locations[i] for i in chosen], limit, settings.response_length)
     session.say(f"{report.line('prompts')}; {settings.samples_per_prompt} samples each")
 
-    sampler = Sampler(policy, tokenizer, accelerator, settings, session.seed)
+    rollout = settings.rollout or EngineSettings()
+    spec = engine_spec(
+        rollout.engine,
+        folder,
+        runtime,
+        launch,
+        work=session.checkpoints.folder.parent,
+        pad_id=tokenizer.pad_token_id,
+        max_length=settings.max_length,
+        batch_size=settings.batch_size * settings.samples_per_prompt,
+    )
+    engine = make_frozen_sampler("rankings", rollout, spec, session.say)
+    sampler = Sampler(engine, policy, tokenizer, settings, session.seed)
     responses = sample_in_batches(sampler, [prompts[i] for i in kept], ids, session)
+    engine.close()
     rows = [chosen[i] for i in kept]
     return dataclasses.replace(responses, rows=[records[i].row() for i in rows], places=[locations[i] for i in rows])
 
@@ -407,7 +428,7 @@ def sample_responses(
 def sample_in_batches(
     sampler: Sampler, prompts: list[str], ids: Sequence[list[int]], session: Session
 ) -> SampledResponses:
-    """Sample responses to all prompts in batches, each rank its share of a batch.
+    """Sample responses to all prompts in batches.
 
     Args:
         sampler: SFT.
@@ -438,9 +459,11 @@ def sample_in_batches(
         for step in range(first + 1, total + 1):
             batch = range(len(texts), min(len(texts) + size, len(prompts)))
             poll = session.interrupt(step - 1, total, partial(save, step - 1))
-            sampled = parallel.compute_and_all_gather(
-                batch, [len(ids[i]) for i in batch], partial(sampler.sample, ids=ids, poll=poll)
-            )
+            try:
+                sampled = sampler.sample(batch, ids, poll)
+            except EngineLost:
+                save(step - 1)
+                raise
             for responses in sampled:
                 texts.append([decode_response(sampler.tokenizer, response) for response in responses])
                 finished.append([response[-1] == eos_id for response in responses])

@@ -225,7 +225,7 @@ class SlurmSettings(Section):
 
 
 class VllmSettings(Section):
-    """Choose how vLLM runs (used by ppo with ppo.rollout.engine: vllm)."""
+    """Choose how vLLM runs (used where `rollout.engine` is vllm: ppo, rankings, evaluate, chat)."""
 
     python: str | None = setting(
         None,
@@ -375,16 +375,36 @@ def local_folder(name_or_path: str | None) -> Path | None:
     return Path(name_or_path).expanduser()
 
 
+MAY_NAME_DATA = {"reward_bench": ("data",), "refusals": ("harmful", "harmless_looking")}
+"""Sections besides `data` whose keys name data as it does."""
+
+
 def names_hub(tree: dict[str, Any]) -> bool:
     """Return whether a config, parsed but not validated, names anything on the Hub.
 
     If it does not, all libraries are told to stay offline.
     """
+    if any(isinstance(text, str) and is_hub_id(text) for text in scorer_models(tree)):
+        return True
     data, model = tree.get("data"), tree.get("model")
     named = [path for value in data.values() for path in source_paths(value)] if isinstance(data, dict) else []
     if isinstance(model, dict):
         named.append(model.get("name_or_path"))
+    for section, keys in MAY_NAME_DATA.items():
+        given = tree.get(section)
+        if isinstance(given, dict):
+            named += [path for key in keys for path in source_paths(given.get(key))]
+    tasks = tree.get("lm_eval")
+    if isinstance(tasks, dict) and tasks.get("tasks"):
+        return True  # which of them have their data here is known only to lm-eval
     return any(isinstance(text, str) and is_hub_id(text) for text in named)
+
+
+def scorer_models(tree: dict[str, Any]) -> list[Any]:
+    """Return the models that lists of scorers name, in any section of a parsed config."""
+    lists = [value for section in tree.values() if isinstance(section, dict) for value in section.values()]
+    scorers = [one for value in lists if isinstance(value, list) for one in value if isinstance(one, dict)]
+    return [one.get("model") for one in scorers]
 
 
 def source_paths(value: Any) -> list[Any]:

@@ -41,7 +41,6 @@ from stages.ppo.options import (
     UpdateOptions,
     advantage_options,
     correction_of,
-    engine_rules,
     kl_control,
     sampling_options,
     update_options,
@@ -51,12 +50,20 @@ from stages.ppo.sampling import Sampler, make_sampler, preflight
 from stages.ppo.scoring import make_scorers
 from stages.ppo.state import Run, drawn_before, new_run, refuse_other_prompts, resume, total_updates
 from stages.ppo.update import Batch, Rates, update
-from stages.rollouts.engine import EngineLost, EngineSpec
+from stages.rollouts.engine import EngineLost
 from stages.rollouts.rollout import Rollout
 from stages.scorers.scorer import ScorerLost
 from stages.settings.experiment import Experiment
-from stages.settings.ppo import PPOSettings, has_value_model, named_rewards, steps_per_update
+from stages.settings.ppo import (
+    PPOSettings,
+    advantage_method,
+    has_value_model,
+    named_rewards,
+    steps_per_update,
+    unused_settings,
+)
 from stages.shared.disk import say_written
+from stages.shared.engines import engine_rules, engine_spec
 from stages.shared.provenance import Provenance, provenance_of
 from stages.shared.runtime import (
     Runtime,
@@ -167,24 +174,19 @@ def set_up(
 
     start = start_folder(provenance.inputs["sft"], has_ppo_init=experiment.sft.ppo_init is not None)
     check_context(session, c, start, *(["ptx_length"] if c.ptx_coef else []))
-    folders = role_folders(start, provenance.inputs, experiment)
+    folders = role_folders(start, provenance.inputs, experiment, trust_remote_code=runtime.trust_remote_code)
     roles = load_models(session, folders, runtime, adapter_settings(experiment.model), c.max_length)
     confirm_folders()  # the named ones have been loaded
     name = c.rollout.engine
-    launch = getattr(experiment.launch, name, None)  # the section launch.vllm, for example
-    spec = EngineSpec(
-        model=start,
-        scratch=provenance.publish.with_name(f".tmp-{name}"),
-        log=session.checkpoints.folder.with_name(f"{name}.log"),
-        device=roles.accelerator.device,
-        dtype=runtime.dtype,
-        autocast=roles.accelerator.autocast,
+    spec = engine_spec(
+        name,
+        start,
+        runtime,
+        experiment.launch,
+        work=session.checkpoints.folder.parent,
         pad_id=roles.tokenizer.pad_token_id,
         max_length=c.max_length,
         batch_size=c.local_rollout_forward_batch_size,
-        timeout=0.9 * experiment.launch.timeout,  # before the other ranks lose patience with rank 0
-        trust_remote_code=runtime.trust_remote_code,
-        launch={} if launch is None else launch.model_dump(),
     )
     rewards = [settings for _, _, settings in named_rewards(c)]
     scorer = make_scorers(
@@ -194,8 +196,10 @@ def set_up(
         shows_parts=c.rewards is not None,
         records=session.checkpoints.folder.with_name("scores"),
         say=session.say,
+        trust_remote_code=runtime.trust_remote_code,
     )
-    sampler = make_sampler(roles, scorer, sampling_options(c), engine_rules(c), session.seed, name, spec, session.say)
+    rules = engine_rules(c.rollout)
+    sampler = make_sampler(roles, scorer, sampling_options(c), rules, session.seed, name, spec, session.say)
 
     train, held_out = load_prompts(session, c, roles.tokenizer, sources["prompts"])
     refuse_rows(rewards, [*train, *held_out])
@@ -230,6 +234,8 @@ def begin(setup: Setup, c: PPOSettings) -> int:
         f"{len(streams.train)} prompts, {len(setup.held_out)} held out; {run.updates} updates of {c.batch_size} "
         f"episodes, {steps_per_update(c)} optimizer steps each"
     )
+    if unused := unused_settings(c):
+        session.say(f"not used with ppo.advantage {advantage_method(c)}: {', '.join(unused)}")
     provenance = setup.publication.provenance
     if provenance.model.peft is not None:
         rates = ["learning_rate"] + (["value_learning_rate"] if has_value_model(c) else [])

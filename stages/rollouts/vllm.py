@@ -61,6 +61,8 @@ class VllmOptions:
     """Seconds without an answer after which vLLM counts as lost."""
     arguments: dict[str, Any]
     """Further arguments of vllm.LLM."""
+    other_models: bool = False
+    """Whether weights of other models than the first one will follow."""
 
 
 def make_vllm(spec: EngineSpec) -> "Vllm":
@@ -87,6 +89,7 @@ def make_vllm(spec: EngineSpec) -> "Vllm":
         dtype=spec.dtype,
         timeout=spec.timeout,
         arguments=arguments | launch["options"],
+        other_models=spec.other_models,
     )
     return Vllm(options)
 
@@ -128,13 +131,30 @@ class Vllm:
         # vLLM 0.32 copies a head that is the embedding once, and does not update it with the
         # embedding
         embedding = unwrapped(model).get_input_embeddings().weight
-        self.unties_head = tied_head(model) is not None and embedding.requires_grad
-        arguments = {"dtype": options.dtype} | options.arguments
+        self.unties_head = tied_head(model) is not None and (embedding.requires_grad or options.other_models)
+        arguments = self._arguments()
         if self.unties_head:
             overrides = dict(arguments.get("hf_overrides") or {})  # the user's own
             arguments["hf_overrides"] = overrides | {"tie_word_embeddings": False}
         try:
             self._hand_over(model, lambda folder: {"start": {"model": folder} | arguments}, poll)
+        except EngineLost as lost:
+            raise EngineLost(f"{lost}, with {options.python}") from lost
+
+    def start_from_folder(self, poll: Callable[[], None] = lambda: None) -> None:
+        """Start vLLM with the weights in the model's folder, which this process need not load.
+
+        Args:
+            poll: Is called while waiting; what it raises ends the wait.
+
+        Raises:
+            EngineLost: With vLLM's own message, if it does not start.
+            UserError: If its files cannot be written.
+        """
+        options = self.options
+        parallel.from_rank_zero(self._launch)
+        try:
+            self._ask({"start": {"model": str(options.model)} | self._arguments()}, poll)
         except EngineLost as lost:
             raise EngineLost(f"{lost}, with {options.python}") from lost
 
@@ -167,6 +187,10 @@ class Vllm:
         """End the process, and remove its files except the log."""
         if self.finalizer is not None:
             self.finalizer()
+
+    def _arguments(self) -> dict[str, Any]:
+        """Return the arguments of vllm.LLM, except the model."""
+        return {"dtype": self.options.dtype} | self.options.arguments
 
     def _launch(self) -> None:
         """Start the process. Only rank 0 calls this."""

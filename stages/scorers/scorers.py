@@ -6,12 +6,19 @@ from stages.scorers.python import PythonScorer
 from stages.scorers.reward_model import RewardModelScorer
 from stages.scorers.rule import RuleScorer
 from stages.scorers.scorer import Scorer, ScorerSpec
+from stages.scorers.text_model import TextModelScorer
 from stages.settings.scorers import model, python
 from stages.settings.scorers.common import ScorerSection
 from stages.settings.scorers.rule import RULES
 
+
+def make_model_scorer(spec: ScorerSpec) -> Scorer:
+    """Return what scores by the loaded reward model; without one, by a model that reads texts."""
+    return TextModelScorer(spec) if spec.reward_model is None else RewardModelScorer(spec)
+
+
 FACTORIES: dict[type[ScorerSection], Callable[[ScorerSpec], Scorer]] = {
-    model.ModelScorer: RewardModelScorer,
+    model.ModelScorer: make_model_scorer,
     python.PythonScorer: PythonScorer,
     **dict.fromkeys(RULES.values(), RuleScorer),
 }

@@ -7,6 +7,7 @@ from pipeline.config.section import Section, setting
 from pipeline.stage import Stage, StageRun
 from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
 from stages.settings.policies import ranks_by_scorers, simulates_labelers
+from stages.settings.rollout import OF_FINISHED, EngineSettings, missing_engine
 from stages.settings.scorers.scorer import Scorer, scorer_files, scorer_problems, scorer_stages
 from stages.settings.training import TOO_LONG_PROMPT, TooLong
 
@@ -52,6 +53,7 @@ class RankingsSettings(Section):
         "(stages/scorers/README.md); the best weighted sum is rank 1. null: people, or simulated labelers",
     )
     tie_within: float | None = setting(None, "largest difference of two scores of scorer that are a tie; null: 0", ge=0)
+    rollout: EngineSettings | None = setting(None, OF_FINISHED)
 
 
 def needs(experiment: "Experiment") -> list[str]:
@@ -98,8 +100,10 @@ def scorer_lines(experiment: "Experiment") -> list[str]:
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
-    """Return a line for each length over the model's context."""
-    return over_folder_context(experiment, "rankings") if experiment.data.rankings is None else []
+    """Return a line for each thing that this machine lacks, and each length over the context."""
+    if experiment.data.rankings is not None:
+        return []  # nothing is sampled
+    return missing_engine(experiment, "rankings") + over_folder_context(experiment, "rankings")
 
 
 def run(ctx: "StageRun[RankingsSettings, Experiment]") -> dict[str, Any]:

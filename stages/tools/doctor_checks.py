@@ -165,12 +165,15 @@ def check_optional(experiment: Any) -> Iterator[Line]:
             yield Line(GOOD, name, f"{metadata.version(name)} ({purpose})")
         except metadata.PackageNotFoundError:
             yield Line(GOOD, name, f"installed ({purpose})")
-    if experiment is not None and experiment.ppo.rollout.engine == "vllm":
-        yield check_vllm(experiment.launch.vllm.python or sys.executable)
+    if experiment is not None:
+        from stages.settings.rollout import sampling_with_vllm
+
+        if stages := sampling_with_vllm(experiment):
+            yield check_vllm(experiment.launch.vllm.python or sys.executable, stages)
 
 
-def check_vllm(python: str) -> Line:
-    """Check whether a Python interpreter (launch.vllm.python) has vLLM."""
+def check_vllm(python: str, stages: list[str]) -> Line:
+    """Check whether a Python (launch.vllm.python) has vLLM, which stages sample with."""
     code = "from importlib.metadata import distributions as d; " \
         "print(*[f'{x.name} {x.version}' for x in d() if x.name.startswith('vllm')], sep=', ')"  # fmt: skip
     try:
@@ -182,4 +185,4 @@ def check_vllm(python: str) -> Line:
         from stages.settings.rollout import ENVIRONMENT
 
         return Line(BAD, "vLLM", f"{python} does not have it", ENVIRONMENT)
-    return Line(GOOD, "vLLM", f"{installed} (samples for ppo)")
+    return Line(GOOD, "vLLM", f"{installed} (samples for {', '.join(stages)})")

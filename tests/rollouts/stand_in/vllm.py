@@ -104,7 +104,8 @@ class LLM:
         generator, ids, logprobs = torch.Generator().manual_seed(p.seed), [], []
         stops = [*p.stop_token_ids, *([] if p.ignore_eos else self.ends)]  # as vLLM, whatever generation_config it has
         while len(ids) < p.max_tokens and (not ids or ids[-1] not in stops):
-            logits = self.model(torch.tensor([prompt + ids])).logits[0, -1].float() / p.temperature
+            logits = self.model(torch.tensor([prompt + ids])).logits[0, -1].float()
+            logits = logits / (p.temperature or 1e-6)  # 0: the likeliest token
             logits = logits * (1 + self.drift)
             if p.top_k > 0:
                 logits[logits < logits.topk(p.top_k).values[-1]] = -torch.inf

