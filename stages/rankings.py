@@ -33,6 +33,7 @@ from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.engine import EngineLost, SampleRequest
 from stages.rollouts.frozen import FrozenSampler
 from stages.scorers.labels import ToRank, rank_by_scorers, scorers_of
+from stages.scorers.scorer import ScorerSpec
 from stages.settings.checks import reader_source
 from stages.settings.experiment import Experiment
 from stages.settings.rankings import RankingsSettings
@@ -273,11 +274,17 @@ def publish_by_scorers(
     lines = [line for one in scorers for line in one.row_problems(responses.rows, responses.places)]
     if lines:
         raise UserError(shorten(lines))
-    trust = {"trust_remote_code": runtime.trust_remote_code}
-    tokenizer = load_tokenizer(ctx.inputs["sft"] / "model", **trust)
-    options = {"attn_implementation": runtime.attention, **trust}
-    records_of = session.checkpoints.folder.with_name("scores")
-    scorer = scorers_of(scorers, tokenizer, runtime.accelerator, options, records=records_of, say=session.say)
+    tokenizer = load_tokenizer(ctx.inputs["sft"] / "model", trust_remote_code=runtime.trust_remote_code)
+    spec = ScorerSpec(
+        reward_model=None,
+        pad_id=tokenizer.pad_token_id,
+        accelerator=runtime.accelerator,
+        batch_size=settings.batch_size,
+        records=session.checkpoints.folder.with_name("scores"),
+        say=session.say,
+        trust_remote_code=runtime.trust_remote_code,
+    )
+    scorer = scorers_of(scorers, spec)
     ctx.confirm_folders()  # the named ones have been loaded
     prompts = [
         ToRank(*one) for one in zip(responses.prompts, responses.answers, responses.rows, responses.places, strict=True)
@@ -286,7 +293,7 @@ def publish_by_scorers(
     rankings = rank_by_scorers(scorer, prompts, tokenizer, settings.tie_within or 0.0, poll)
     scorer.close()
     train, validation = held_out([prompt_key(one.prompt) for one in rankings], settings.validation_fraction)
-    for name, indices in (("train", train), ("validation", validation)):
+    for name, indices in {"train": train, "validation": validation}.items():
         refuse_no_pair(name, len(indices), sum(usable_pairs(rankings[i]) for i in indices))
         write_jsonl(ctx.publish / f"{name}.jsonl", (rankings[i] for i in indices))
     every = [score for ranking in rankings for score in ranking.scores or ()]

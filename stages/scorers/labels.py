@@ -5,7 +5,7 @@ reward model ranks what SFT samples.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,14 +14,10 @@ from data.forms.scores import ranks_of_scores
 from data.records import Ranking
 from pipeline.errors import UserError
 from pipeline.launch import parallel
-from stages.models.ensemble import load_reward_model
-from stages.models.loading import load_tokenizer
-from stages.models.same_tokenizer import check_same_tokenizer
 from stages.scorers.scorer import ScoreRequest, ScorerLost, ScorerSpec
 from stages.scorers.scorers import make_scorer
 from stages.scorers.weighted import WeightedScorer, WeightedSum
 from stages.settings.scorers.common import ScorerSection
-from stages.settings.scorers.model import ModelScorer
 from stages.settings.scorers.scorer import names_of
 
 PROMPTS_AT_ONCE = 32
@@ -42,30 +38,16 @@ class ToRank:
     """The location of that row, for error lines."""
 
 
-def scorers_of(
-    settings: Sequence[ScorerSection], tokenizer: Any, accelerator: Any, options: dict, **more: Any
-) -> WeightedSum:
-    """Return the weighted sum of scorers, with reward models loaded from their folders.
+def scorers_of(settings: Sequence[ScorerSection], spec: ScorerSpec) -> WeightedSum:
+    """Return the weighted sum of scorers that read texts; reward models load their folders.
 
     Args:
         settings: The settings of the scorers.
-        tokenizer: The tokenizer of prompts and responses, which reward models have to share.
-        accelerator: accelerate's Accelerator: device and dtype.
-        options: How models are loaded.
-        more: Further fields of `ScorerSpec`.
+        spec: What they are built from, without settings and name.
     """
     scorers = []
     for name, one in zip(names_of(settings), settings, strict=True):
-        reward_model = None
-        if isinstance(one, ModelScorer):
-            folder = one.folder()
-            assert folder is not None  # the settings refuse this experiment's own
-            trust = {"trust_remote_code": options.get("trust_remote_code", False)}
-            check_same_tokenizer(tokenizer, load_tokenizer(folder, **trust), str(folder))
-            reward_model = load_reward_model(folder, one.how, **options).to(accelerator.device).requires_grad_(False)
-        spec = ScorerSpec(reward_model, tokenizer.pad_token_id, accelerator, PROMPTS_AT_ONCE, **more)
-        scorer = make_scorer(ScorerSpec(**(vars(spec) | {"settings": one, "name": name})))
-        scorers.append(WeightedScorer(name, one.weight, scorer))
+        scorers.append(WeightedScorer(name, one.weight, make_scorer(replace(spec, settings=one, name=name))))
     return WeightedSum(tuple(scorers))
 
 
