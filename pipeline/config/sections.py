@@ -246,6 +246,21 @@ class VllmSettings(Section):
         "folder through which the policy's weights are handed to vLLM (with bfloat16 half the model's size); null: "
         "the stage's folder; one in memory, such as /dev/shm, is faster",
     )
+    hand_over: Literal["files", "memory"] = setting(
+        "files",
+        "how weights that have changed get to vLLM; memory: it reads them where they are (CUDA IPC), so it must run on "
+        "rank 0's GPU alone: devices: null, tensor_parallel_size: 1",
+    )
+    adapter_alone: bool = setting(
+        False,
+        "with model.peft.method: lora hand over only the adapter, which vLLM adds to the base model at each step, not "
+        "merged weights; fast for large models",
+    )
+    sleep: bool = setting(
+        False,
+        "let vLLM free its GPU memory between rollouts (its sleep mode, level 1: its weights wait in the machine's "
+        "memory), where it shares a GPU with training",
+    )
     options: dict[str, Any] = setting({}, "further arguments for vllm.LLM, such as {enforce_eager: true}")
 
 
