@@ -14,7 +14,7 @@ from data.forms.scores import ranks_of_scores
 from data.records import Ranking
 from pipeline.errors import UserError
 from pipeline.launch import parallel
-from stages.scorers.scorer import ScoreRequest, ScorerLost, ScorerSpec
+from stages.scorers.scorer import ScorerDropped, ScoreRequest, ScorerLost, ScorerSpec
 from stages.scorers.scorers import make_scorer
 from stages.scorers.weighted import WeightedScorer, WeightedSum
 from stages.settings.scorers.common import ScorerSection
@@ -103,6 +103,8 @@ def score_share(
         for start in range(0, len(prompts), PROMPTS_AT_ONCE):
             poll()
             scores += score_some(scorer, tokenizer, poll, prompts[start : start + PROMPTS_AT_ONCE])
+    except ScorerDropped as error:  # a ranking has to be by all scorers
+        return [ScorerLost(str(error))] * len(prompts)
     except (ScorerLost, UserError) as error:  # the other ranks have to hear of it
         return [error] * len(prompts)
     return scores

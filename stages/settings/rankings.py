@@ -8,7 +8,7 @@ from pipeline.stage import Stage, StageRun
 from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
 from stages.settings.policies import ranks_by_scorers, simulates_labelers
 from stages.settings.rollout import OF_FINISHED, EngineSettings, missing_engine
-from stages.settings.scorers.scorer import Scorer, scorer_files, scorer_problems, scorer_stages
+from stages.settings.scorers.scorer import Scorer, missing_of_scorers, scorer_files, scorer_problems, scorer_stages
 from stages.settings.training import TOO_LONG_PROMPT, TooLong
 
 if TYPE_CHECKING:
@@ -103,7 +103,9 @@ def missing_requirements(experiment: "Experiment") -> list[str]:
     """Return a line for each thing that this machine lacks, and each length over the context."""
     if experiment.data.rankings is not None:
         return []  # nothing is sampled
-    return missing_engine(experiment, "rankings") + over_folder_context(experiment, "rankings")
+    lines = missing_engine(experiment, "rankings")
+    lines += missing_of_scorers("rankings.scorer", experiment.rankings.scorer or [])
+    return lines + over_folder_context(experiment, "rankings")
 
 
 def run(ctx: "StageRun[RankingsSettings, Experiment]") -> dict[str, Any]:

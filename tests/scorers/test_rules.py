@@ -336,6 +336,19 @@ def test_every_rule_has_a_runtime_and_refuses_other_settings(rule):
         RULES[rule](rule=rule, **more, no_such_setting=1)
 
 
+@pytest.mark.parametrize(
+    "settings, package",
+    [({"rule": "maths"}, "math_verify"), ({"rule": "json", "schema_file": "schema.json"}, "jsonschema")],
+)
+def test_a_package_that_is_missing_is_a_line(monkeypatch, settings, package):
+    made = RULES[settings["rule"]](**settings)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else object())
+    [line] = made.missing("ppo.rewards[0]")
+    assert line.startswith("ppo.rewards[0].") and "pip install -e '.[" in line
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert made.missing("ppo.rewards[0]") == []
+
+
 def test_constants_that_are_not_json_are_refused():
     for text in ("NaN", "[Infinity]", '{"a": -Infinity}'):
         assert not formats.is_json(text)

@@ -111,7 +111,7 @@ class MathsRule(AnswerSection):
 
     rule: Literal["maths"] = setting(..., "maths")
 
-    def problems(self, key: str) -> list[str]:
+    def missing(self, key: str) -> list[str]:
         """Return a line if math-verify is not installed."""
         if importlib.util.find_spec("math_verify") is None:
             return [f"{key}.rule: maths needs math-verify; .venv/bin/pip install -e '.[math]'"]
@@ -153,7 +153,7 @@ class JsonRule(RuleSection):
         if not file.is_file():
             return [f"{key}.schema_file: no such file: {file}; give a JSON schema"]
         if importlib.util.find_spec("jsonschema") is None:
-            return [f"{key}.schema_file: needs jsonschema; .venv/bin/pip install jsonschema"]
+            return []  # `missing` says so
         import jsonschema
 
         try:
@@ -163,6 +163,12 @@ class JsonRule(RuleSection):
             first = " ".join(str(error).strip().splitlines()[0].split())
             return [f"{key}.schema_file: {file}: {first}; correct the schema"]
         return []
+
+    def missing(self, key: str) -> list[str]:
+        """Return a line if jsonschema is not installed."""
+        if self.schema_file is None or importlib.util.find_spec("jsonschema") is not None:
+            return []
+        return [f"{key}.schema_file: needs jsonschema; .venv/bin/pip install -e '.[schema]'"]
 
     def files(self, key: str) -> dict[str, Path]:
         """Return the schema."""
