@@ -243,7 +243,7 @@ MUTANTS = [
         "kl.target, c.batch_size, kl.horizon",
         "kl.target, c.mini_batch_size, kl.horizon",
     ),
-    Mutant("ppo", "held-out prompts are trained on", "    return [ids[i] for i in train], [", "    return ids, ["),
+    Mutant("ppo", "held-out prompts are trained on", "    return [loaded[i] for i in train], [", "    return loaded, ["),
     Mutant(
         "ppo",
         "the best policy is the one of the highest score, whatever its KL",

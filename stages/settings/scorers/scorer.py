@@ -6,6 +6,7 @@ further settings of that kind:
     ppo.rewards: [{model: rm}, {python: reward.py:score, weight: 0.5}]
 """
 
+import difflib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +17,15 @@ from pydantic import BaseModel, BeforeValidator, Discriminator, Tag
 from stages.settings.scorers.common import ScorerSection
 from stages.settings.scorers.model import ModelScorer
 from stages.settings.scorers.python import PythonScorer
+from stages.settings.scorers.rule import RULES, Rule, RuleSection
 from stages.settings.scorers.url import UrlScorer
 
-KINDS: dict[str, type[ScorerSection]] = {"model": ModelScorer, "python": PythonScorer, "url": UrlScorer}
+KINDS: dict[str, type[ScorerSection]] = {
+    "model": ModelScorer,
+    "python": PythonScorer,
+    "url": UrlScorer,
+    "rule": RuleSection,
+}
 """Key that names what scores → the class of its settings."""
 
 
@@ -26,6 +33,8 @@ def _class_name(given: Any) -> str | None:
     """Return the name of the class of a scorer's settings; pydantic asks for it."""
     if isinstance(given, BaseModel):
         return type(given).__name__
+    if "rule" in given:
+        return RULES[given["rule"]].__name__
     return next(KINDS[kind].__name__ for kind in KINDS if kind in given)
 
 
@@ -40,13 +49,18 @@ def _one_kind(given: Any) -> Any:
     if len(named) != 1:
         found = f"has {' and '.join(named)}" if named else "does not say what scores"
         raise ValueError(f"a scorer {found}; should have exactly one of {', '.join(KINDS)}")
+    if named == ["rule"] and given["rule"] not in RULES:
+        near = difflib.get_close_matches(str(given["rule"]), RULES, n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"{given['rule']!r} is no rule; {meant}known are {', '.join(RULES)}")
     return given
 
 
 Scorer = Annotated[
     Annotated[ModelScorer, Tag("ModelScorer")]
     | Annotated[PythonScorer, Tag("PythonScorer")]
-    | Annotated[UrlScorer, Tag("UrlScorer")],
+    | Annotated[UrlScorer, Tag("UrlScorer")]
+    | Rule,
     Discriminator(_class_name),
     BeforeValidator(_one_kind),
 ]
