@@ -1,8 +1,9 @@
 """Measure every policy on the evaluation prompts, and compare the policies: results.json.
 
 Policies are sampled at `evaluate.temperature`. The judge is the gold scorer in the embedded world,
-otherwise the reward model; if the data allow neither, nothing is scored. Without documents no
-perplexity is computed. best_of_n is the one of n SFT samples that the reward model scores highest.
+otherwise the reward model that no policy climbed (rankings kept for it train it in rm), otherwise
+the one that PPO climbs; if the data allow none, nothing is scored. Without documents no perplexity
+is computed. best_of_n is the one of n SFT samples that the reward model scores highest.
 A base model that never saw the chat template is prompted in plain text (`evaluation/forms.py`).
 Intervals are over tasks in the embedded world, otherwise over prompts (`evaluation/statistics.py`).
 Three checks of over-optimisation need no gold scorer (`evaluation/overoptimisation.py`), and some
@@ -103,6 +104,11 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
     # 4. Compare, and publish.
     rm_figures = ctx.manifests["rm"]["metrics"] if "rm" in ctx.manifests else {}
     judges = judges_of(names, prompts.world is not None, ctx.inputs.get("rm"), climbed_by_ppo(experiment), rm_figures)
+    if judges and judges[0].climbed:
+        session.say(
+            f"warning: {' and '.join(sorted(judges[0].climbed))} climbed the only judge, the reward model, so it "
+            f"overrates them; rankings.judge_fraction keeps rankings for a judge that nothing climbs"
+        )
     results = compare(prompts, measured, judges, rm_figures) | {
         "missing_eos_score": settings.missing_eos_score,
         "response_length": settings.response_length,
