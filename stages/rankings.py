@@ -26,7 +26,7 @@ from data.world.world import World, labelers
 from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.stage import Source, StageRun
-from stages.evaluation.statistics import labeler_agreement
+from stages.evaluation.statistics import agreement_figures, share_of_counts
 from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.transformers import Decoding, sample
 from stages.settings.experiment import Experiment
@@ -151,7 +151,7 @@ def run(ctx: StageRun[RankingsSettings, Experiment]) -> dict:
         "rankings": len(rows),
         "pairs": sum(usable_pairs(row) for row in rows),
         **{name: len(some) for name, some in sides.items()},
-        "labeler_agreement": labeler_agreement(rows[i] for i in validation),
+        **agreement_figures((rows[i] for i in validation), lambda row: str(world.task(row.prompt))),
         **figures,
         **session.notes.figures,
     }
@@ -215,8 +215,26 @@ def simulate(
         "unfinished": responses.unfinished_share,
         "expected_agreement": labelers.expected_agreement(utilities, answers, noise),
         "accuracy_ceiling": ceiling["realised"],
+        "accuracy_ceiling_ci95": ceiling_interval(
+            ceiling["by_prompt"], [str(world.task(rows[at].prompt)) for at in held]
+        ),
         "expected_accuracy_ceiling": ceiling["expected"],
     }
+
+
+def ceiling_interval(by_ranking: Sequence[tuple[float, int]], keys: Sequence[str]) -> list[float] | None:
+    """Return the 95 % interval of the accuracy ceiling over tasks; None without a pair.
+
+    Args:
+        by_ranking: For each held-out ranking, (pairs that are right, pairs).
+        keys: The task of each.
+    """
+    counts: dict[str, tuple[float, int]] = {}
+    for (right, pairs), key in zip(by_ranking, keys, strict=True):
+        before = counts.get(key, (0.0, 0))
+        counts[key] = (before[0] + right, before[1] + pairs)
+    counts = {key: own for key, own in counts.items() if own[1]}
+    return share_of_counts(counts)["ci95"] if counts else None
 
 
 def utilities_of(world: World, responses: SampledResponses) -> list[np.ndarray]:

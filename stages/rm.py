@@ -33,7 +33,7 @@ from data.world.world import World
 from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.stage import Source, StageRun
-from stages.evaluation.statistics import rights
+from stages.evaluation.statistics import pair_accuracy
 from stages.evaluation.trust import trust
 from stages.models.adapters import AdapterSettings, unwrapped, with_adapter
 from stages.models.families import is_own_head, off_the_gpu
@@ -176,9 +176,11 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
         publish(provenance, model, tokenizer, name, members.figures[k] | trusted[k])
         if is_new and k + 1 < len(names) and session.checkpoints.every:
             save_members(session, members, k, plan)
-    figures = members.figures[0] | trusted[0] | accuracy_of_others(names, config.ensemble, margins)
+    pair_clusters = [held.clusters[held.groups[g].id] for g, _ in owners]
+    figures = members.figures[0] | trusted[0] | accuracy_of_others(names, config.ensemble, margins, pair_clusters)
     ranked = ctx.manifests["rankings"]["metrics"]
-    figures["accuracy_ceiling"] = ranked.get("accuracy_ceiling")
+    for key in ("accuracy_ceiling", "accuracy_ceiling_ci95"):
+        figures[key] = ranked.get(key)
     if others := judge_figures(names, trusted, ranked):
         figures["judges"] = others
     return {**figures, "truncated": data.report.truncated, "dropped": data.report.dropped, **session.notes.figures}
@@ -301,20 +303,25 @@ def save_members(session: Session, members: Members, k: int, plan: list[int]) ->
     session.checkpoints.save(sum(plan[: k + 1]), tensors, state, sum(plan))
 
 
-def accuracy_of_others(names: list[str], ensemble: int, margins: list[list[float]]) -> dict[str, float]:
+def accuracy_of_others(
+    names: list[str], ensemble: int, margins: list[list[float]], clusters: list[str]
+) -> dict[str, Any]:
     """Return the accuracy of the ensemble, by the mean of its scores, and of the held-out model.
 
     Args:
         names: Folders of all models.
         ensemble: How many of them, from the first, are the ensemble.
         margins: Margins of all held-out pairs, for each model.
+        clusters: The cluster of each pair.
     """
-    figures = {}
+    figures: dict[str, Any] = {}
     if ensemble > 1:
         mean = [sum(scores) / ensemble for scores in zip(*margins[:ensemble], strict=True)]
-        figures["ensemble_accuracy"] = float(rights(mean).mean())
+        together = pair_accuracy(mean, clusters)
+        figures |= {"ensemble_accuracy": together["accuracy"], "ensemble_accuracy_ci95": together["accuracy_ci95"]}
     if HELD_OUT in names:
-        figures["held_out_accuracy"] = float(rights(margins[names.index(HELD_OUT)]).mean())
+        other = pair_accuracy(margins[names.index(HELD_OUT)], clusters)
+        figures |= {"held_out_accuracy": other["accuracy"], "held_out_accuracy_ci95": other["accuracy_ci95"]}
     return figures
 
 

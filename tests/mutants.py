@@ -566,8 +566,8 @@ MUTANTS = [
     Mutant(
         "rankings",
         "agreement is of all rows",
-        "labeler_agreement(rows[i] for i in validation)",
-        "labeler_agreement(rows)",
+        "agreement_figures((rows[i] for i in validation),",
+        "agreement_figures(rows,",
     ),
     Mutant(
         "rankings",

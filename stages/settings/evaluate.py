@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
 
 STAGES = ("base", "sft", "ppo", "dpo")  # those that make a policy
-RM_FIGURES = ("accuracy", "accuracy_ci95", "accuracy_ceiling", "n_pairs", "labeler_agreement", "ece")
+RM_FIGURES = (
+    "accuracy",
+    "accuracy_ci95",
+    "accuracy_ceiling",
+    "accuracy_ceiling_ci95",
+    "n_pairs",
+    "labeler_agreement",
+    "labeler_agreement_ci95",
+    "ece",
+    "ece_ci95",
+)
 FIXED = (
     "num_prompts",
     "max_length",

@@ -18,7 +18,7 @@ from data.source import Loaded
 from data.streams import position_of
 from pipeline.errors import UserError
 from pipeline.stage import Source
-from stages.evaluation.statistics import labeler_agreement
+from stages.evaluation.statistics import agreement_figures
 from stages.settings.checks import reader_source
 from stages.shared import kept_rankings
 from stages.shared.inputs import published
@@ -114,7 +114,7 @@ def split_given(source: Source, shares: Shares, folder: Path, session: Session, 
         "rankings": len(read.positions),
         "pairs": sum(read.pairs),
         **figures,
-        "labeler_agreement": labeler_agreement(ranking for _, ranking in again),
+        **agreement_figures(ranking for _, ranking in again),
         **session.notes.figures,
     }
 
