@@ -35,7 +35,15 @@ from stages.evaluation.text import text_losses
 from stages.evaluation.tools import Tools, load_tools
 from stages.evaluation.writing import response_rows, write_jsonl
 from stages.settings.checks import context_of
-from stages.settings.evaluate import STAGES, EvaluateSettings, prompt_kind, text_lengths, training_prompt_kinds
+from stages.settings.evaluate import (
+    STAGES,
+    EvaluateSettings,
+    difference_lines,
+    differences_from_training,
+    prompt_kind,
+    text_lengths,
+    training_prompt_kinds,
+)
 from stages.settings.experiment import Experiment
 from stages.settings.policies import climbs_own_model, compared_policies, has_rankings
 from stages.settings.ppo import climbed_folders
@@ -112,7 +120,11 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
     results = compare(prompts, measured, judges, rm_figures) | {
         "missing_eos_score": settings.missing_eos_score,
         "response_length": settings.response_length,
+        "temperature": settings.temperature,
+        "differs_from_training": differences_from_training(experiment),
     }
+    for line in difference_lines(results["differs_from_training"]):
+        session.say(f"warning: {line}")
     text = json.dumps(json_value(results), indent=1) + "\n"
     (ctx.publish / "results.json").write_text(text, encoding="utf-8")
     rows = response_rows(prompts.prompts, prompts.clusters, prompts.leaked, measured)

@@ -4,6 +4,7 @@ from typing import Any
 
 from stages.page.numbers import capitalised, fixed, interval, listed, number, percent
 from stages.page.results import PROMPTED, judge_name, quality
+from stages.settings.evaluate import difference_lines
 
 MANY_CUT = 1 / 3
 """Share of cut-off responses above which the page warns."""
@@ -41,8 +42,10 @@ def notes(results: dict[str, Any]) -> list[str]:
         lines.append("no reward model judged the responses")
     prompted = {policy["asked"] for policy in policies.values()} - {"chat"}
     lines += [f"* {PROMPTED[form]}, not through the chat template" for form in sorted(prompted)]
-    if any(policy["judge_climbed"] for policy in policies.values()):
+    climbed = any(verdict["climbed"] for policy in policies.values() for verdict in policy["judges"].values())
+    if climbed and (len(results["judges"]) > 1 or any(policy["judge_climbed"] for policy in policies.values())):
         lines.append("† trained on the judge's score or selected by it, so the judge overrates it")
+    lines += difference_lines(results["differs_from_training"] or [])
     return lines
 
 
