@@ -26,7 +26,11 @@ def marks(policy: dict[str, Any]) -> str:
 
 
 def notes(results: dict[str, Any]) -> list[str]:
-    """Return the notes below the table: units, the judge and what the marks mean."""
+    """Return the notes below the tables: units, the judge and what the marks mean.
+
+    Args:
+        results: results.json, completed.
+    """
     policies = results["policies"]
     units = "KL in nats and length in tokens, both per response"
     if any(policy["win_rate_vs_sft"] for policy in policies.values()):

@@ -320,6 +320,19 @@ class TestTrust:
         alone = Page(page_of(fake_run(tmp_path / "alone", gold=False))).text
         assert "Win rate against SFT by each judge" not in alone
 
+    def test_the_terminal_gives_the_verdicts_of_all_judges(self, tmp_path):
+        ctx = fake_run(tmp_path, kept=True)
+        ctx.publish.joinpath("index.html").touch()
+        console = Console(width=200, record=True, file=io.StringIO())
+        report_terminal.show(ctx.publish, console)
+        said = console.export_text()
+        assert "kept judge: correct on 70.4\u00a0% of held-out pairs (68.0 to 73.0)" in said
+        lines = [line for line in said.splitlines() if line.startswith("win rates by")]
+        by = {line.split(":")[0]: line for line in lines}
+        climbed, kept = by["win rates by the reward model"], by["win rates by the kept judge"]
+        assert re.search(r"PPO \d+\u00a0% † \(", climbed) and "best of n" not in climbed
+        assert "best of n" in kept and "†" not in kept
+
     def test_results_of_an_older_version_have_one_judge(self, tmp_path):
         ctx = fake_run(tmp_path, gold=False)
         results = results_of(ctx)
