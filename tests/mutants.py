@@ -130,8 +130,8 @@ MUTANTS = [
     Mutant(
         "ppo",
         "the update's log-probs at temperature 1",
-        "            logprobs = response_logprobs(roles.policy, rows, options.temperature)\n        loss, sums",
-        "            logprobs = response_logprobs(roles.policy, rows)\n        loss, sums",
+        "            logprobs = response_logprobs(roles.policy, rows, options.temperature)\n        weights",
+        "            logprobs = response_logprobs(roles.policy, rows)\n        weights",
     ),
     Mutant(
         "ppo",
@@ -150,8 +150,8 @@ MUTANTS = [
     Mutant(
         "ppo",
         "the value model steps at the policy's rate",
-        "optimizer_step(value, rates.value, step)",
-        "optimizer_step(value, rates.policy, step)",
+        "zip(trainees, (rates.policy, rates.value), strict=False)",
+        "zip(trainees, (rates.policy, rates.policy), strict=False)",
     ),
     Mutant(
         "ppo",
@@ -206,8 +206,8 @@ MUTANTS = [
     Mutant(
         "ppo",
         "the ratio is to the reference",
-        "for x in (rollout.logprobs, rollout.values, batch.advantages, batch.returns)",
-        "for x in (rollout.ref_logprobs, rollout.values, batch.advantages, batch.returns)",
+        "for x in (rollout.logprobs, rollout.ref_logprobs, batch.advantages)",
+        "for x in (rollout.ref_logprobs, rollout.ref_logprobs, batch.advantages)",
     ),
     Mutant(
         "ppo",

@@ -60,8 +60,9 @@ class Roles:
     """The policy at its start; None: the policy with its adapter off."""
     reward_models: Mapping[str, nn.Module]
     """Name of a scorer → the model that scores. Frozen; each may be an Ensemble."""
-    value_model: nn.Module
-    """Trains; starts as the first reward model; without one, as the policy with a new head."""
+    value_model: nn.Module | None
+    """Trains; starts as the first reward model; without one, as the policy with a new head. None
+    where advantages need no values."""
     tokenizer: Any
     """Tokenizer of all of them."""
     accelerator: Any
@@ -86,6 +87,10 @@ class Roles:
         micro-batch left continues with this one (`parallel.padded_micro_batches`).
         """
         return [0] if is_sharded(self.policy) else None
+
+    def trained(self) -> list[nn.Module]:
+        """Return the models that train: the policy, and the value model if there is one."""
+        return [self.policy] if self.value_model is None else [self.policy, self.value_model]
 
     def models(self) -> list[nn.Module]:
         """Return the models that are there."""
@@ -137,6 +142,8 @@ class RoleFolders:
     """Reward models; the value model starts as the first of them."""
     judge: NamedFolder | None = None
     """The reward model that PPO does not climb, or None."""
+    has_value_model: bool = True
+    """Whether a value model is loaded."""
 
     @property
     def trunk(self) -> Path | None:
@@ -228,11 +235,12 @@ def load_roles(folders: RoleFolders, accelerator: Any, adapter: AdapterSettings,
     reward_models = {
         one.name: load_frozen(load_scalar(one.trunk), one.folder, one.ensemble) for one in folders.reward_models
     }
-    value_model = place(load_value_model)
+    value_model = place(load_value_model) if folders.has_value_model else None
     judge = None if folders.judge is None else load_frozen(load_scalar_model, folders.judge)
     if options.gradient_checkpointing:
         policy.activation_checkpointing_enable()
-        value_model.activation_checkpointing_enable()
+        if value_model is not None:
+            value_model.activation_checkpointing_enable()
     reload = {"policy": load_start, "value_model": load_value_start}
     return Roles(policy, ref_policy, reward_models, value_model, tokenizer, accelerator, judge, reload=reload)
 

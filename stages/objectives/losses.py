@@ -72,17 +72,28 @@ def plackett_luce_loss(
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float, count: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    cliprange: float,
+    count: float,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return PPO's surrogate, Σ max(−A ρ, −A clip(ρ, 1−ε, 1+ε)) / count (Schulman 2017, eq. 7).
+    """Return PPO's surrogate, Σ w max(−A ρ, −A clip(ρ, 1−ε, 1+ε)) / count (Schulman 2017, eq. 7).
+
+    With w = π_old/μ, which is a constant, it is the surrogate of samples from π_old where another
+    engine has drawn them from μ ("decoupled" PPO, Hilton 2022). A token of weight 0 still counts in
+    `count`: dividing by the weights' sum instead would make the mean biased.
 
     Args:
         logprobs: log π of each response token, (B, R).
-        old_logprobs: log π_old, of the policy that sampled, (B, R); ρ = π/π_old.
+        old_logprobs: log π_old, of the policy before the update, (B, R); ρ = π/π_old.
         advantages: A, (B, R).
         mask: True at response tokens, (B, R).
         cliprange: ε.
         count: Response tokens in the whole minibatch.
+        weights: w, (B, R); None: 1.
 
     Returns:
         The loss, and sums over the mask without a gradient: `ratio`, `clipped` (tokens at which the
@@ -98,7 +109,27 @@ def policy_loss(
             "clipped": masked_sum((clipped > unclipped).float(), mask),
             "approxkl": masked_sum(0.5 * log_ratio**2, mask),
         }
-    return masked_sum(torch.maximum(unclipped, clipped), mask) / count, sums
+    losses = torch.maximum(unclipped, clipped)
+    if weights is not None:
+        losses = weights.detach() * losses
+    return masked_sum(losses, mask) / count, sums
+
+
+def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float, count: float) -> Tensor:
+    """Return β Σ KL(π ‖ π_ref) / count, estimated at each token (Shao 2024, eq. 4).
+
+    The estimate is k3, π_ref/π − log(π_ref/π) − 1. Its gradient on samples of π is on average that
+    of KL(π_ref ‖ π), and is 0 where the two are equal; the gradient of k1 would always be 0.
+
+    Args:
+        logprobs: log π of each response token, (B, R).
+        ref_logprobs: log π_ref, (B, R).
+        mask: True at response tokens, (B, R).
+        kl_coef: β.
+        count: Response tokens in the whole minibatch.
+    """
+    log_ratio = torch.where(mask, ref_logprobs - logprobs, 0.0)
+    return kl_coef * masked_sum(log_ratio.exp() - log_ratio - 1, mask) / count
 
 
 def value_loss(

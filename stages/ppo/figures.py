@@ -8,29 +8,25 @@ from stages.objectives.rewards import kl_per_token
 from stages.rollouts.rollout import Rollout
 
 # figures of an update that is skipped because a number is not finite: they are logged as NaN
-OF_UPDATE = (
-    "policy/approxkl_avg", "policy/clipfrac_avg", "loss/policy_avg", "loss/value_avg", "val/clipfrac_avg", "val/ratio",
-    "grad_norm/ppo", "grad_norm/value",
-)  # fmt: skip
+OF_UPDATE = ("policy/approxkl_avg", "policy/clipfrac_avg", "loss/policy_avg", "val/ratio", "grad_norm/ppo")
+OF_VALUES = ("loss/value_avg", "val/clipfrac_avg", "grad_norm/value")  # and these with a value model
+OF_KL = ("loss/kl",)  # and this where KL is in the loss
 OF_PARTS = "rewards/"  # with the name of a scorer: its mean score, before weights and rules
 OF_PTX = ("loss/ptx", "grad_norm/ptx", "grad_cosine")  # and these if there is a pretraining gradient
 
 
-def describe(rollout: Rollout, returns: Tensor, kl_coef: float, kl_estimator: str) -> dict[str, float]:
+def describe(rollout: Rollout, returns: Tensor | None, kl_coef: float, kl_estimator: str) -> dict[str, float]:
     """Return the figures of a rollout under their usual names.
 
     Args:
         rollout: B episodes.
-        returns: (B, R) targets of the values.
+        returns: (B, R) targets of the values; None without a value model.
         kl_coef: β of this update.
         kl_estimator: Which estimate of KL is penalised, k1 or k3.
     """
     mask = rollout.mask
     kl = _kl_per_response(rollout, "k1").mean().item()
     k3 = _kl_per_response(rollout, "k3").mean().item()
-    residual = returns - rollout.values
-    residual_variance = masked_mean((residual - masked_mean(residual, mask)) ** 2, mask)
-    variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
     scores = rollout.scores.mean().item()
     parts = {f"{OF_PARTS}{name}": x.nanmean().item() for name, x in rollout.parts.items()}
     return {
@@ -42,8 +38,20 @@ def describe(rollout: Rollout, returns: Tensor, kl_coef: float, kl_estimator: st
         "objective/length": mask.sum(-1).float().mean().item(),
         "objective/eos_rate": rollout.finished.float().mean().item(),
         "val/engine_kl": rollout.engine_kl,
-        "val/explained_variance": (1 - residual_variance / variance.clamp(min=1e-12)).item(),
-    } | parts
+        **explained_variance(rollout, returns),
+        **parts,
+    }
+
+
+def explained_variance(rollout: Rollout, returns: Tensor | None) -> dict[str, float]:
+    """Return which share of the returns' variance the values explain; {} without returns."""
+    if returns is None:
+        return {}
+    mask = rollout.mask
+    residual = returns - rollout.values
+    residual_variance = masked_mean((residual - masked_mean(residual, mask)) ** 2, mask)
+    variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+    return {"val/explained_variance": (1 - residual_variance / variance.clamp(min=1e-12)).item()}
 
 
 def _kl_per_response(rollout: Rollout, estimator: str) -> Tensor:

@@ -15,7 +15,7 @@ from stages.models.adapters import AdapterSettings
 from stages.models.roles import NamedFolder, RewardFolder, RoleFolders, RoleOptions, Roles, load_roles
 from stages.rollouts.rollout import DrawnPrompt
 from stages.settings.experiment import Experiment
-from stages.settings.ppo import PPOSettings, named_rewards
+from stages.settings.ppo import PPOSettings, has_value_model, named_rewards
 from stages.settings.scorers.model import ModelScorer
 from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, split_documents
 from stages.shared.runtime import Runtime, can_pack_rows
@@ -84,7 +84,9 @@ def role_folders(start: Path, inputs: dict[str, Path], experiment: Experiment) -
     judge = None
     if c.held_out_reward_model is not None:
         judge = NamedFolder("ppo.held_out_reward_model", Path(c.held_out_reward_model).expanduser())
-    return RoleFolders(policy=start, reward_models=tuple(reward_models), judge=judge)
+    return RoleFolders(
+        policy=start, reward_models=tuple(reward_models), judge=judge, has_value_model=has_value_model(c)
+    )
 
 
 def load_models(

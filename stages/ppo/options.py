@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from stages.rollouts.collect import Sampling, ScoreRules
-from stages.settings.ppo import PPOSettings, ptx_batch_size
+from stages.settings.ppo import PPOSettings, advantage_method, ptx_batch_size
+from stages.settings.rollout import CLIP_MAX
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,12 @@ class KlControl:
 class AdvantageOptions:
     """How rewards become advantages and returns."""
 
+    method: str
+    """"gae", with a value model; "rloo" or "grpo", against the other samples of a prompt."""
+    samples_per_prompt: int
+    """Responses to each prompt, next to each other in the batch."""
+    grpo_scale: bool
+    """Whether GRPO divides by the standard deviation of a prompt's scores."""
     lam: float
     """λ of generalised advantage estimation."""
     gamma: float
@@ -81,6 +88,20 @@ class AdvantageOptions:
     """Whether rewards are scaled to a standard deviation of 1 over the batch."""
     whiten_advantages: bool
     """Whether advantages are whitened over the batch."""
+
+
+@dataclass(frozen=True)
+class Correction:
+    """How samples of another engine are weighed in the policy's loss."""
+
+    level: str
+    """"token" or "sequence": what has a weight."""
+    clip_max: float
+    """The largest weight."""
+    clip_min: float | None
+    """The smallest weight; None: 0."""
+    outliers: str
+    """What becomes of a weight beyond these: "truncate" or "mask"."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +150,26 @@ def kl_control(c: PPOSettings) -> KlControl:
 def advantage_options(c: PPOSettings) -> AdvantageOptions:
     """Return how advantages and returns are computed."""
     return AdvantageOptions(
-        lam=c.lam, gamma=c.gamma, whiten_rewards=c.whiten_rewards, whiten_advantages=c.whiten_advantages
+        method=advantage_method(c),
+        samples_per_prompt=c.samples_per_prompt,
+        grpo_scale=c.grpo_scale is not False,
+        lam=c.lam,
+        gamma=c.gamma,
+        whiten_rewards=c.whiten_rewards,
+        whiten_advantages=c.whiten_advantages,
+    )
+
+
+def correction_of(c: PPOSettings) -> Correction | None:
+    """Return how samples of another engine are weighed; None if they are not."""
+    rollout = c.rollout
+    if rollout.correction is None:
+        return None
+    return Correction(
+        level=rollout.correction,
+        clip_max=CLIP_MAX if rollout.correction_clip_max is None else rollout.correction_clip_max,
+        clip_min=rollout.correction_clip_min,
+        outliers=rollout.correction_outliers or "truncate",
     )
 
 

@@ -48,7 +48,8 @@ def publish(publication: Publication, roles: Roles, run: Run, keep_best: bool, s
     if keep_best and run.best.step != step:
         policy.load(run.best.tensors)
     publish_policy(publication, publishable(roles.policy, roles.reload["policy"]), roles.tokenizer)
-    publish_value_model(publication, publishable(roles.value_model, roles.reload["value_model"]), roles.tokenizer)
+    if roles.value_model is not None:
+        publish_value_model(publication, publishable(roles.value_model, roles.reload["value_model"]), roles.tokenizer)
 
 
 def publish_policy(publication: Publication, model: nn.Module, tokenizer: Any) -> None:

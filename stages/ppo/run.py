@@ -16,18 +16,21 @@ from torch import Tensor
 from data import answer_lengths
 from data.streams import Stream, derive_seed
 from pipeline.stage import Source, StageRun
-from stages.objectives.advantages import gae
+from stages.objectives.advantages import gae, grpo, rloo
 from stages.objectives.control import adaptive_kl_coef
+from stages.objectives.importance import importance_figures, importance_weights
 from stages.objectives.masked import masked_whiten
 from stages.objectives.rewards import kl_per_token, token_rewards
 from stages.ppo.evaluation import evaluate
-from stages.ppo.figures import OF_PTX, OF_UPDATE, describe, not_finite_episodes
+from stages.ppo.figures import OF_KL, OF_PTX, OF_UPDATE, OF_VALUES, describe, not_finite_episodes
 from stages.ppo.inputs import HeldOut, Streams, load_models, load_prompts, load_ptx_rows, role_folders, start_folder
 from stages.ppo.options import (
     AdvantageOptions,
+    Correction,
     KlControl,
     UpdateOptions,
     advantage_options,
+    correction_of,
     engine_rules,
     kl_control,
     sampling_options,
@@ -42,7 +45,7 @@ from stages.rollouts.engine import EngineLost, EngineSpec
 from stages.rollouts.rollout import Rollout
 from stages.scorers.scorer import ScorerLost
 from stages.settings.experiment import Experiment
-from stages.settings.ppo import PPOSettings, named_rewards, steps_per_update
+from stages.settings.ppo import PPOSettings, has_value_model, named_rewards, steps_per_update
 from stages.shared.disk import say_written
 from stages.shared.provenance import Provenance, provenance_of
 from stages.shared.runtime import (
@@ -75,7 +78,7 @@ class Setup:
 
 
 def run(ctx: StageRun[PPOSettings, Experiment]) -> dict:
-    """Train; publish model/ (the policy), value_model/ and, if asked for, model_ema/.
+    """Train; publish model/ (the policy), value_model/ if there is one and, if asked, model_ema/.
 
     Returns:
         Figures of the published policy, and of the one before the first update.
@@ -85,7 +88,8 @@ def run(ctx: StageRun[PPOSettings, Experiment]) -> dict:
     setup = set_up(ctx.experiment, session, runtime, provenance, ctx.sources, ctx.confirm_folders)
     run, sampler, streams = setup.run, setup.sampler, setup.streams
     held_out = setup.held_out
-    kl, gae_options, options = kl_control(c), advantage_options(c), update_options(c, session.seed)
+    kl, how, options = kl_control(c), advantage_options(c), update_options(c, session.seed)
+    correction = correction_of(c)
     step = begin(setup, c)
     policy_schedule, value_schedule = c.schedule(run.updates), c.value_schedule(run.updates)
     if step == 0 or run.pending.owed:
@@ -99,15 +103,16 @@ def run(ctx: StageRun[PPOSettings, Experiment]) -> dict:
             # 2 sample, and run every model over the samples
             rollout = sample(run, sampler, streams, indices, step)
             # 3 reward: the score at the last token, minus kl_coef · KL at each token
-            rewards = reward(rollout, kl_coef, kl.estimator, gae_options.whiten_rewards)
+            rewards = reward(rollout, kl_coef, kl.estimator, how.whiten_rewards)
             # 4 advantage, and the targets of the values
-            batch = advantage(rollout, rewards, gae_options)
+            batch = advantage(rollout, rewards, how, kl_coef)
+            batch, corrected = correct(batch, correction)
             # 5 update
             rates = Rates(policy=policy_schedule.rate_at(step), value=value_schedule.rate_at(step))
             learned = learn(setup, batch, options, step, rates)
             # 6 keep
             count_draws(setup, c)
-            row = describe(rollout, batch.returns, kl_coef, kl.estimator) | learned
+            row = describe(rollout, batch.returns, kl_coef, kl.estimator) | corrected | learned
             seconds = time.perf_counter() - began
             row |= {"kl_coef": kl_coef, "eps": c.batch_size / seconds, "lr": rates.policy}
             row["episode"] = run.drawn.episodes
@@ -215,8 +220,9 @@ def begin(setup: Setup, c: PPOSettings) -> int:
     )
     provenance = setup.publication.provenance
     if provenance.model.peft is not None:
-        note_default_rate(session, c, "learning_rate", "value_learning_rate")
-    trained = [sampler.roles.policy, sampler.roles.value_model]
+        rates = ["learning_rate"] + (["value_learning_rate"] if has_value_model(c) else [])
+        note_default_rate(session, c, *rates)
+    trained = sampler.roles.trained()
     published = trained + ([sampler.roles.policy] if c.publish_ema else [])
     sets = (1 if c.keep == "best" else 0) + (1 if c.publish_ema else 0)
     say_written(session, provenance, published, trained, run.updates, sets=sets)
@@ -278,19 +284,49 @@ def reward(rollout: Rollout, kl_coef: float, kl_estimator: str, whiten: bool) ->
     return rewards
 
 
-def advantage(rollout: Rollout, rewards: Tensor, options: AdvantageOptions) -> Batch:
-    """Return what an update learns from: advantages and returns (B, R), by GAE.
+def advantage(rollout: Rollout, rewards: Tensor, options: AdvantageOptions, kl_coef: float) -> Batch:
+    """Return what an update learns from: advantages (B, R), and returns if there is a value model.
 
     Args:
         rollout: B episodes.
         rewards: (B, R).
-        options: λ, γ, and whether advantages are whitened.
+        options: How advantages are computed.
+        kl_coef: β of this update; GRPO has the KL penalty in its loss.
     """
-    mask = rollout.mask
+    mask, n = rollout.mask, options.samples_per_prompt
+    if options.method == "rloo":
+        return Batch(rollout, rloo(rewards, mask, n), None)
+    if options.method == "grpo":
+        return Batch(rollout, grpo(rollout.scores, mask, n, options.grpo_scale), None, kl_coef=kl_coef)
     advantages, returns = gae(rewards, rollout.values, mask, options.lam, options.gamma)
     if options.whiten_advantages:
         advantages = masked_whiten(advantages, mask)
     return Batch(rollout, advantages, returns)
+
+
+def correct(batch: Batch, correction: Correction | None) -> tuple[Batch, dict[str, float]]:
+    """Weigh what another engine sampled; return the batch with weights, and their figures.
+
+    Args:
+        batch: Episodes, advantages and returns.
+        correction: How they are weighed; None: not at all.
+    """
+    if correction is None:
+        return batch, {}
+    rollout = batch.rollout
+    # the policy's own samples, whose log-probabilities were not computed again, have weight 1
+    sampled = rollout.logprobs if rollout.sampler_logprobs is None else rollout.sampler_logprobs
+    weights, is_outlier = importance_weights(
+        rollout.logprobs,
+        sampled,
+        rollout.mask,
+        correction.level,
+        clip_max=correction.clip_max,
+        clip_min=correction.clip_min,
+        outliers=correction.outliers,
+    )
+    figures = importance_figures(weights, is_outlier, rollout.mask, correction.level)
+    return replace(batch, weights=weights), figures
 
 
 def learn(setup: Setup, batch: Batch, options: UpdateOptions, step: int, rates: Rates) -> dict[str, float]:
@@ -310,6 +346,10 @@ def learn(setup: Setup, batch: Batch, options: UpdateOptions, step: int, rates: 
     if problem := not_finite_episodes(batch.rollout, batch.advantages, step):
         say(run.learners.skips.skip(problem))
         names = OF_UPDATE
+        if run.learners.value is not None:
+            names += OF_VALUES
+        if batch.kl_coef is not None:
+            names += OF_KL
         if streams.ptx is not None:
             names += OF_PTX
             # draw the rows that the update would have taken, so that those of later updates stay

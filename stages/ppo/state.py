@@ -84,8 +84,7 @@ class Run:
 
     def training_state(self) -> TrainingState:
         """Return what a checkpoint holds the tensors of."""
-        trainees = [self.learners.policy, self.learners.value]
-        return TrainingState(trainees, self.best, self.learners.average)
+        return TrainingState(self.learners.trainees(), self.best, self.learners.average)
 
     def poll(self, step: int) -> Callable[[], None]:
         """Return a function for the middle of work: on a signal it saves `step` and leaves."""
@@ -199,7 +198,9 @@ def new_run(session: Session, c: PPOSettings, roles: Roles, updates: int, drawn:
     trainee = partial(make_trainee, steps=optimizer_steps, max_grad_norm=c.max_grad_norm)
     learners = Learners(
         policy=trainee("policy", roles.policy, learning_rate=c.learning_rate),
-        value=trainee("value_model", roles.value_model, learning_rate=c.value_learning_rate),
+        value=None
+        if roles.value_model is None
+        else trainee("value_model", roles.value_model, learning_rate=c.value_learning_rate),
         average=Average(c.ema_decay if c.publish_ema else None),
         skips=Skips(c.max_skipped_steps),
     )

@@ -11,7 +11,7 @@ from pipeline.launch import parallel
 from stages.models.adapters import trainable_parameters
 from stages.models.forward import response_logprobs, response_values, text_logprobs
 from stages.models.roles import Roles
-from stages.objectives.losses import policy_loss, value_loss
+from stages.objectives.losses import kl_loss, policy_loss, value_loss
 from stages.ppo.options import UpdateOptions
 from stages.rollouts.rollout import Rollout
 from stages.training.batching import in_micro_batches, micro_batches, share_groups
@@ -34,8 +34,12 @@ class Batch:
     """B episodes."""
     advantages: Tensor
     """(B, R) how much better each token was than expected."""
-    returns: Tensor
-    """(B, R) targets of the values."""
+    returns: Tensor | None
+    """(B, R) targets of the values; None without a value model."""
+    weights: Tensor | None = None
+    """(B, R) weight of each token in the policy's loss; None: 1."""
+    kl_coef: float | None = None
+    """β of the KL penalty in the loss (GRPO); None: the penalty is in the rewards."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,16 @@ class Learners:
 
     policy: Trainee
     """The policy and its optimizer."""
-    value: Trainee
-    """The value model and its optimizer."""
+    value: Trainee | None
+    """The value model and its optimizer; None if none is trained."""
     average: Average
     """Exponential average of the policy's weights."""
     skips: Skips
     """Counts the steps that are skipped because a number is not finite."""
+
+    def trainees(self) -> list[Trainee]:
+        """Return the policy, and the value model if one is trained."""
+        return [self.policy] if self.value is None else [self.policy, self.value]
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ def update(
     """Take all optimizer steps over a batch.
 
     Each minibatch is one policy step, down the sum of PPO's gradient and ptx_coef times the
-    pretraining gradient, clipped as one, and one value step.
+    pretraining gradient, clipped as one, and one value step if there is a value model.
 
     Args:
         roles: The models.
@@ -94,7 +102,7 @@ def update(
     Raises:
         TrainingStopped: If too many gradients are not finite.
     """
-    policy, value = learners.policy, learners.value
+    policy, trainees = learners.policy, learners.trainees()
     totals: dict[str, float] = {}
     steps = 0
     for epoch in range(options.epochs):
@@ -103,15 +111,17 @@ def update(
             figures["grad_norm/ppo"] = gradient_norm(policy.parameters.values())
             if next_texts is not None:
                 figures |= ptx_gradient(roles, policy, next_texts(options.ptx.rows), options)
-            figures["grad_norm/value"] = gradient_norm(value.parameters.values())
+            if learners.value is not None:
+                figures["grad_norm/value"] = gradient_norm(learners.value.parameters.values())
             # both are checked before either steps: they step together or not at all
-            if problem := gradient_problem(policy, step) or gradient_problem(value, step):
-                for trainee in (policy, value):
+            problems = [problem for trainee in trainees if (problem := gradient_problem(trainee, step))]
+            if problems:
+                for trainee in trainees:
                     trainee.optimizer.zero_grad(set_to_none=True)
-                say(learners.skips.skip(problem))
+                say(learners.skips.skip(problems[0]))
             else:
-                optimizer_step(policy, rates.policy, step)
-                optimizer_step(value, rates.value, step)
+                for trainee, rate in zip(trainees, (rates.policy, rates.value), strict=False):
+                    optimizer_step(trainee, rate, step)
                 learners.average.step(policy)
             steps += 1
             for key, figure in figures.items():
@@ -161,31 +171,37 @@ def ppo_gradients(roles: Roles, batch: Batch, index: list[int], options: UpdateO
         rows = rollout.rows(chunk, roles.tokenizer.pad_token_id, roles.packed)
         mask = rows.response_mask
         episodes = torch.tensor(chunk, device=rollout.mask.device)
-        old_logprobs, old_values, advantages, returns = (
-            x[episodes, : mask.shape[1]] for x in (rollout.logprobs, rollout.values, batch.advantages, batch.returns)
+        old_logprobs, ref_logprobs, advantages = (
+            x[episodes, : mask.shape[1]] for x in (rollout.logprobs, rollout.ref_logprobs, batch.advantages)
         )
         with roles.accelerator.autocast():
             logprobs = response_logprobs(roles.policy, rows, options.temperature)
-        loss, sums = policy_loss(logprobs, old_logprobs, advantages, mask, options.clipping.ratio, tokens)
+        weights = None if batch.weights is None else batch.weights[episodes, : mask.shape[1]]
+        loss, sums = policy_loss(logprobs, old_logprobs, advantages, mask, options.clipping.ratio, tokens, weights)
+        found = {"loss/policy_avg": loss}
+        if batch.kl_coef is not None:
+            found["loss/kl"] = kl_loss(logprobs, ref_logprobs, mask, batch.kl_coef, tokens)
+            loss = loss + found["loss/kl"]
         # a padding micro-batch only keeps this rank in step; times 0 it takes part in the
         # collectives
         roles.accelerator.backward(loss if is_own else 0.0 * loss)
-        with roles.accelerator.autocast():
-            values = response_values(roles.value_model, rows)
-        v_loss, v_sums = value_loss(values, old_values, returns, mask, options.clipping.value, tokens)
-        roles.accelerator.backward(v_loss if is_own else 0.0 * v_loss)
+        if roles.value_model is not None:
+            old_values, returns = (x[episodes, : mask.shape[1]] for x in (rollout.values, batch.returns))
+            with roles.accelerator.autocast():
+                values = response_values(roles.value_model, rows)
+            v_loss, v_sums = value_loss(values, old_values, returns, mask, options.clipping.value, tokens)
+            roles.accelerator.backward(v_loss if is_own else 0.0 * v_loss)
+            found["loss/value_avg"] = v_loss
         if not is_own:
             continue
-        for key, figure in (
-            ("loss/policy_avg", loss),
-            ("loss/value_avg", v_loss),
-            ("val/ratio", sums["ratio"] / tokens),
-            ("policy/clipfrac_avg", sums["clipped"] / tokens),
-            ("policy/approxkl_avg", sums["approxkl"] / tokens),
-            ("val/clipfrac_avg", v_sums["clipped"] / tokens),
-        ):
+        found["val/ratio"] = sums["ratio"] / tokens
+        found["policy/clipfrac_avg"] = sums["clipped"] / tokens
+        found["policy/approxkl_avg"] = sums["approxkl"] / tokens
+        if roles.value_model is not None:
+            found["val/clipfrac_avg"] = v_sums["clipped"] / tokens
+        for key, figure in found.items():
             figures[key] = figures.get(key, 0.0) + figure.item()
-    for model in (roles.policy, roles.value_model):
+    for model in roles.trained():
         parallel.all_reduce_gradients(trainable_parameters(model).values())
     return parallel.all_reduce_figures(figures)
 

@@ -120,7 +120,8 @@ def collect(
     parts = {**rollout.parts, **score_texts(scorer, rollout, data_rows, tokenizer, sampling, poll)}
     rollout = replace(rollout, scores=scorer.total(parts), parts=parts if scorer.shows_parts else {})
     if recompute:
-        rollout = replace(rollout, engine_kl=engine_kl(sampled.logprobs, rollout.logprobs, rollout.mask))
+        kl = engine_kl(sampled.logprobs, rollout.logprobs, rollout.mask)
+        rollout = replace(rollout, sampler_logprobs=sampled.logprobs, engine_kl=kl)
     return replace(rollout, scores=sampling.scores.apply(rollout.scores, rollout.finished, lengths))
 
 
@@ -169,7 +170,9 @@ def run_models(
     Returns:
         Fields of a rollout by name, the same on all ranks; `parts` holds reward models' scores.
     """
-    names = ["ref_logprobs", "values"] + (["logprobs", "entropy"] if recompute else [])
+    names = ["ref_logprobs"] + (["logprobs", "entropy"] if recompute else [])
+    if roles.value_model is not None:
+        names.append("values")
     computed = {name: torch.zeros_like(rollout.logprobs) for name in names}
     parts = {one.name: torch.zeros_like(rollout.scores) for one in scorer.of_rows}
     lengths, n, width = rollout.lengths(), sampling.samples_per_prompt, rollout.mask.shape[1]
@@ -181,10 +184,9 @@ def run_models(
             rows = rollout.rows(index, roles.tokenizer.pad_token_id, roles.packed)
             prompts, responses = [rollout.prompts[i] for i in index], [rollout.responses[i] for i in index]
             request = ScoreRequest(prompts, responses, roles.tokenizer, rows)
-            outputs = {
-                "ref_logprobs": reference_logprobs(roles, rows, sampling.temperature),
-                "values": response_values(roles.value_model, rows),
-            }
+            outputs = {"ref_logprobs": reference_logprobs(roles, rows, sampling.temperature)}
+            if roles.value_model is not None:
+                outputs["values"] = response_values(roles.value_model, rows)
             scores = {one.name: one.scorer.score(request).total for one in scorer.of_rows}
             if recompute:
                 logprobs, entropy = response_logprobs(roles.policy, rows, sampling.temperature, with_entropy=True)

@@ -40,7 +40,7 @@ class Rollout:
     ref_logprobs: Tensor
     """(B, R) the same under the reference policy."""
     values: Tensor
-    """(B, R) V of the state before each token."""
+    """(B, R) V of the state before each token; 0 without a value model."""
     entropy: Tensor
     """(B, R) entropy of π_old before each token, in nats."""
     scores: Tensor
@@ -50,6 +50,9 @@ class Rollout:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     """Name of a scorer, or NAME/PART → (B,) its scores before weights and rules; empty where only
     the reward model scores."""
+    sampler_logprobs: Tensor | None = None
+    """(B, R) log μ(y_t | x, y_<t) of the distribution that was sampled from, where `logprobs` were
+    computed again; None where they are the sampler's own."""
     engine_kl: float = 0.0
     """KL(sampler ‖ π_old) in nats a token; 0 where `logprobs` are the sampler's own."""
 

@@ -8,7 +8,7 @@ from pipeline.stage import Stage, StageRun
 from stages.models.ensemble_folder import How, others_of
 from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
 from stages.settings.policies import has_rankings
-from stages.settings.rollout import SET_BY_PPO, RolloutSettings, missing_engine
+from stages.settings.rollout import SET_BY_PPO, RolloutSettings, correction_problems, missing_engine
 from stages.settings.scorers.common import ScorerSection
 from stages.settings.scorers.model import OWN, ModelScorer
 from stages.settings.scorers.scorer import Scorer, names_of, scorer_files, scorer_problems, scorer_stages
@@ -32,10 +32,16 @@ METRICS = {
     "policy/clipfrac_avg": "fraction of tokens whose ratio was clipped",
     "loss/policy_avg": "clipped surrogate loss",
     "loss/value_avg": "clipped value loss",
+    "loss/kl": "kl_coef · KL(policy ‖ SFT) per token by k3, in the loss of advantage: grpo",
     "loss/ptx": "cross-entropy per pretraining token, in nats, before ptx_coef",
     "val/clipfrac_avg": "fraction of tokens whose value was clipped",
     "val/ratio": "mean ratio of new to old probability over the update (1 at its first mini-batch)",
     "val/engine_kl": "KL(sampling distribution ‖ policy) in nats per token, if log-probabilities are recomputed",
+    "sampling/importance_sampling_ratio/mean": "mean weight of ppo.rollout.correction, after truncation or masking",
+    "sampling/importance_sampling_ratio/min": "smallest such weight",
+    "sampling/importance_sampling_ratio/max": "largest such weight",
+    "sampling/importance_sampling_outliers": "fraction of tokens (or responses, with sequence) whose weight was out of "
+    "bounds",
     "val/explained_variance": "fraction of the variance of the returns that the values explain (1: all; 0: no better "
     "than their mean)",
     "grad_norm/ppo": "norm of the policy gradient before ptx is added and before clipping",
@@ -47,6 +53,10 @@ METRICS = {
     "lr": "learning rate of the policy",
     "episode": "episodes so far",
 }
+
+
+OF_VALUES = ("lam", "gamma", "cliprange_value", "value_learning_rate", "whiten_rewards")
+"""Settings that have an effect only where a value model is trained."""
 
 
 class PPOSettings(Section):
@@ -105,6 +115,16 @@ class PPOSettings(Section):
     kl_horizon: float = setting(10_000, "number of episodes over which kl_coef is adapted", "episodes", gt=0)
     cliprange: float = setting(0.2, "ε, the clip range of the ratio", gt=0)
     cliprange_value: float = setting(0.2, "clip range of the values", "reward", gt=0)
+    advantage: Literal["gae", "rloo", "grpo"] | None = setting(
+        None,
+        "how advantages are computed. gae: by a value model, as in the paper (null means this too); rloo: the reward "
+        "of a response minus the mean of the prompt's other samples; grpo: the score relative to the prompt's samples, "
+        "with the KL penalty in the loss instead of the reward. rloo and grpo need samples_per_prompt ≥ 2 and have no "
+        "value model, so lam, gamma, cliprange_value, value_learning_rate and the whiten_ settings do not apply",
+    )
+    grpo_scale: bool | None = setting(
+        None, "grpo: divide by the standard deviation of a prompt's scores (null: yes); false: do not (Dr. GRPO)"
+    )
     gamma: float = setting(
         1.0, "γ of generalised advantage estimation, the discount per token (the paper: none)", gt=0, le=1
     )
@@ -279,7 +299,8 @@ def check(experiment: "Experiment") -> list[str]:
         folder = getattr(settings, key)
         if folder is not None and not (Path(folder).expanduser() / "config.json").is_file():
             lines.append(f"ppo.{key}: {folder} has no config.json; give the model/ folder of a reward model")
-    lines += reward_problems(settings)
+    lines += reward_problems(settings) + advantage_problems(settings)
+    lines += correction_problems(settings.rollout)
     for name in sorted(set(SET_BY_PPO) & set(experiment.launch.vllm.options)):
         lines.append(f"launch.vllm.options: ppo sets {name} itself; leave it out")
     if settings.publish_ema and settings.ema_decay is None:
@@ -299,6 +320,40 @@ def reward_problems(settings: PPOSettings) -> list[str]:
     if settings.reward_ensemble != "mean":
         lines.append("ppo.reward_ensemble: has no effect beside ppo.rewards; say how there: {model: rm, how: min}")
     return lines
+
+
+def advantage_method(settings: PPOSettings) -> str:
+    """Return how advantages are computed: gae, rloo or grpo."""
+    return settings.advantage or "gae"
+
+
+def has_value_model(settings: PPOSettings) -> bool:
+    """Return whether a value model is trained."""
+    return advantage_method(settings) == "gae"
+
+
+def advantage_problems(settings: PPOSettings) -> list[str]:
+    """Return a line for each setting that the way of computing advantages does not allow."""
+    lines, method = [], advantage_method(settings)
+    if settings.grpo_scale is not None and method != "grpo":
+        lines.append(f"ppo.grpo_scale: has no effect with ppo.advantage: {method}; leave it out")
+    if method == "gae":
+        return lines
+    if settings.samples_per_prompt < 2:
+        lines.append(
+            f"ppo.samples_per_prompt: {settings.samples_per_prompt}; {method} compares the samples of a prompt, so it "
+            f"should be at least 2, for example 4"
+        )
+    unused = [*OF_VALUES] + (["kl_estimator", "kl_target", "kl_horizon"] if method == "grpo" else [])
+    for key in unused:
+        if key in settings.model_fields_set and getattr(settings, key) != default_of(key):
+            lines.append(f"ppo.{key}: has no effect with ppo.advantage: {method}; leave it out")
+    return lines
+
+
+def default_of(key: str) -> Any:
+    """Return the default of a setting of this section."""
+    return PPOSettings.model_fields[key].get_default(call_default_factory=True)
 
 
 def batch_problems(settings: PPOSettings) -> list[str]:

@@ -3,7 +3,9 @@
 import shutil
 from importlib.util import find_spec
 from os.path import expanduser
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import field_validator
 
 from pipeline.config.section import Section, setting
 
@@ -26,6 +28,9 @@ SET_BY_PPO = (  # arguments of vLLM that `make_vllm`, `Vllm` and vllm_server.py 
 )
 
 
+CLIP_MAX = 3.0  # of the weights of a correction, as trl's vllm_importance_sampling_clip_max
+
+
 class RolloutSettings(Section):
     """Choose what samples the responses.
 
@@ -46,6 +51,44 @@ class RolloutSettings(Section):
     on_failure: Literal["stop", "transformers"] = setting(
         "stop", "what to do if vLLM fails; stop: save a checkpoint and exit 3; transformers: continue without vLLM"
     )
+
+    correction: Literal["token", "sequence"] | None = setting(
+        None,
+        "weigh what another engine sampled by the policy's probability over the engine's in the policy's loss: of each "
+        "token (low variance) or of the whole response (unbiased, for short ones); none or null: no weights. The "
+        "policy's own samples need none",
+    )
+    correction_clip_max: float | None = setting(
+        None, f"largest weight of the correction; null: {CLIP_MAX:g}, as trl's vllm_importance_sampling_clip_max", gt=0
+    )
+    correction_clip_min: float | None = setting(None, "smallest weight of the correction; null: 0", ge=0)
+    correction_outliers: Literal["truncate", "mask"] | None = setting(
+        None,
+        "what becomes of a weight beyond these; truncate: it becomes the bound; mask: it becomes 0; null: truncate. "
+        "sampling/importance_sampling_outliers counts them",
+    )
+
+    @field_validator("correction", mode="before")
+    @classmethod
+    def _none_is_null(cls, value: Any) -> Any:
+        return None if value == "none" else value
+
+
+def correction_problems(settings: RolloutSettings) -> list[str]:
+    """Return a line for each setting of the correction that would have no effect or is at odds."""
+    if settings.correction is None:
+        return [
+            f"ppo.rollout.{key}: has no effect without a correction; set ppo.rollout.correction, or leave it out"
+            for key in ("correction_clip_max", "correction_clip_min", "correction_outliers")
+            if getattr(settings, key) is not None
+        ]
+    largest = CLIP_MAX if settings.correction_clip_max is None else settings.correction_clip_max
+    if settings.correction_clip_min is not None and settings.correction_clip_min >= largest:
+        return [
+            f"ppo.rollout.correction_clip_min: {settings.correction_clip_min:g} is not below the largest weight "
+            f"{largest:g}; use less, at most 1"
+        ]
+    return []
 
 
 def missing_engine(experiment: "Experiment") -> list[str]:

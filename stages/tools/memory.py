@@ -21,7 +21,7 @@ from stages.models.loading import packaged_gguf, scratch_config
 from stages.models.remote_code import SCALAR, from_pretrained, is_remote
 from stages.models.roles import most_tokens
 from stages.settings.policies import judge_share, reward_models
-from stages.settings.ppo import named_rewards
+from stages.settings.ppo import has_value_model, named_rewards
 from stages.settings.scorers.model import ModelScorer
 from stages.settings.training import batch_of_each
 from stages.shared.runtime import adapter_settings, dtype_of
@@ -110,13 +110,18 @@ def of_ppo(experiment: Any, config: Any, take: Callable, dtype: str, device: str
     episodes, most = -(-c.mini_batch_size // ranks), most_tokens(config, device)
     parts = in_micro_batches([sum(width)] * episodes, range(episodes), 1, c.per_device_train_batch_size, most)
     of_part = {"lengths": [(width[0], [width[1]])] * max(map(len, parts)), "times": min(2, len(parts))}
-    steps = [Step("policy", "logprobs", **of_part), Step("value_model", "values", **of_part)]
+    steps = [Step("policy", "logprobs", **of_part)]
+    if has_value_model(c):
+        steps.append(Step("value_model", "values", **of_part))
     if c.ptx_coef:
         rows = -(-round(c.ptx_ratio * c.mini_batch_size) // ranks)
         some = min(rows, c.per_device_train_batch_size)
         steps.append(Step("policy", "text", rows=some, width=c.ptx_length, times=1 + (rows > some)))
     sizes = take(steps)
-    policy, value, scalar = sizes.trains["policy"], sizes.trains["value_model"], sizes.frozen["value_model"]
+    policy = sizes.trains["policy"]
+    # without a value model, a reward model is taken to be as large as the policy
+    like = "value_model" if has_value_model(c) else "policy"
+    value, scalar, whole = sizes.trains[like], sizes.frozen[like], sizes.models[like]
     shares = sharers(experiment)
     weights = sum(sizes.models.values()) if shares > 1 else sizes.weights
     weights += scalar * (c.held_out_reward_model is not None)
@@ -128,7 +133,7 @@ def of_ppo(experiment: Any, config: Any, take: Callable, dtype: str, device: str
             weights += scalar * (1 + len(others_of(folder)))
         else:
             weights += experiment.rm.ensemble * (value if sizes.shared else scalar)
-            trunk = sizes.models["value_model"] - value
+            trunk = whole - value
             # of the policy that PPO starts from
             weights += trunk * (sizes.shared and experiment.sft.ppo_init is not None)
     kept = policy * (c.publish_ema + (c.keep == "best"))

@@ -174,7 +174,7 @@ class Ours:
         rollout = self.sampler(roles).rollout(rows, step, recompute=self.recompute)
         options = advantage_options(c)
         rewards = reward(rollout, c.kl_coef, c.kl_estimator, options.whiten_rewards)
-        batch = advantage(rollout, rewards, options)
+        batch = advantage(rollout, rewards, options, c.kl_coef)
         if problem := not_finite_episodes(rollout, batch.advantages, step):
             raise ValueError(problem)
         next_texts = (lambda n: text[:n]) if text else None

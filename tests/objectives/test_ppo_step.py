@@ -20,7 +20,8 @@ from stages.models.packing import can_pack
 from stages.models.roles import Roles
 from stages.ppo import update as ppo_update
 from stages.ppo.figures import describe, not_finite_episodes
-from stages.ppo.options import UpdateOptions, update_options
+from stages.ppo.options import Correction, UpdateOptions, update_options
+from stages.ppo.run import correct
 from stages.ppo.sampling import preflight
 from stages.ppo.update import Batch, Learners, Rates, minibatches, ppo_gradients, ptx_gradient, update
 from stages.rollouts import transformers
@@ -246,6 +247,26 @@ class TestGradient:
         assert abs(results[0][0]["val/ratio"] - 1) > 1e-3
         assert_close(results[0][1], results[1][1])
         assert_close(results[0][2], results[1][2])
+
+    @pytest.mark.parametrize("level", ["token", "sequence"])
+    def test_with_weights_it_does_not_depend_on_the_micro_batch_either(self, roles, rollout, targets, level):
+        """Each episode has the weights of its own tokens, wherever it is in a batch."""
+        generator = torch.Generator().manual_seed(4)
+        noise = 0.5 * torch.randn(rollout.logprobs.shape, generator=generator)
+        rollout = replace(rollout, sampler_logprobs=torch.where(rollout.mask, rollout.logprobs + noise, math.nan))
+        batch, figures = correct(Batch(rollout, *targets), Correction(level, 1.2, None, "truncate"))
+        assert 0 < figures["sampling/importance_sampling_outliers"] < 1
+        found = []
+        for weighed, micro in ((batch, 8), (batch, 1), (batch, 3), (Batch(rollout, *targets), 8)):
+            clear(roles.policy, roles.value_model)
+            ppo_gradients(roles, weighed, list(range(8)), options(per_device_train_batch_size=micro))
+            found.append((gradients(roles.policy), gradients(roles.value_model)))
+        for policy, value in found[1:3]:
+            assert_close(found[0][0], policy)
+            assert_close(found[0][1], value)
+        with pytest.raises(AssertionError):
+            assert_close(found[0][0], found[3][0])
+        assert_close(found[0][1], found[3][1])  # the value model learns from all samples alike
 
     def test_each_loss_has_a_gradient_in_its_own_model_only(self, roles, rollout, targets):
         """Two models, two optimizers, no vf_coef: with 0 advantages the policy's gradient is 0."""
@@ -525,6 +546,18 @@ class TestEngine:
         ratio = [math.exp(p + 2.0) for p in rollout.logprobs[rollout.mask].tolist()]
         expected = sum(r - 1 - math.log(r) for r in ratio) / len(ratio)
         assert rollout.engine_kl == pytest.approx(expected, rel=1e-4)
+        assert (rollout.sampler_logprobs == -2.0).all()
+
+    def test_its_samples_are_weighed_and_the_policys_own_have_weight_one(self, roles):
+        sampler = self.sampler(roles, Engine(-2.0), max_engine_kl=99.0)
+        how = Correction("token", 3.0, None, "truncate")
+        for of_engine in (True, False):
+            rollout = sampler.rollout(drawn(PROMPTS), 1, recompute=False) if of_engine else sample_rollout(roles)
+            batch = Batch(rollout, rollout.values, rollout.values)
+            assert correct(batch, None) == (batch, {})
+            weights = correct(batch, how)[0].weights[rollout.mask]
+            right = (rollout.logprobs + 2.0).exp().clamp(max=3.0)[rollout.mask]
+            torch.testing.assert_close(weights, right if of_engine else torch.ones_like(weights))
 
     def test_it_gets_the_weights_once_after_each_change(self, roles):
         engine = Engine(-2.0)

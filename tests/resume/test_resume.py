@@ -109,6 +109,33 @@ def test_a_held_out_reward_model_is_logged_and_selects(oracle, tmp_path):
     assert metrics["best_step"] == max(scores, key=scores.get)
 
 
+REWARD = """
+def score(responses, finished):
+    return [len(set(response.split())) + 0.5 * ended for response, ended in zip(responses, finished)]
+"""
+GROUPED = ["ppo.kl_target=null", "ppo.kl_horizon=10000", "ppo.value_learning_rate=9e-6"]
+
+
+@pytest.mark.parametrize(
+    "settings", [["ppo.advantage=rloo"], ["ppo.advantage=grpo", "ppo.rewards=[{python: 'FILE:score'}]"]]
+)
+def test_without_a_value_model_it_resumes_to_the_same_bytes(settings, oracle, tmp_path):
+    """Also where a function of the user scores, and no reward model."""
+    (tmp_path / "reward.py").write_text(REWARD, encoding="utf-8")
+    given = [text.replace("FILE", str(tmp_path / "reward.py")) for text in [*GROUPED, *settings]]
+    if "rewards" in given[-1]:
+        given += ["ppo.reward_ensemble=mean", "evaluate.reward_ensemble=mean"]
+    outcomes = []
+    for die in (None, ("ppo", 5)):
+        root = copy_without(oracle, tmp_path / str(die is None), "ppo")
+        run = ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only", *given)
+        if die is not None:
+            assert rlhf(*run, die=die) == -9
+        assert rlhf(*run) == 0
+        outcomes.append(published(root / "micro" / "ppo"))
+    assert outcomes[0] == outcomes[1] and not any("value_model" in str(name) for name in outcomes[0])
+
+
 def test_scores_that_are_not_finite_are_skipped_or_stop_the_run(oracle, tmp_path):
     """Each update's row has the same figures as any other, without values; nothing is learned."""
     root = copy_without(oracle, tmp_path, "ppo")

@@ -110,6 +110,43 @@ def test_samples_of_another_distribution_are_refused(oracle, tmp_path):
     assert all(row["val/engine_kl"] > 0.001 for row in rows_of(root / "micro" / "ppo", "metrics.jsonl"))
 
 
+def test_its_samples_are_weighed_where_it_draws_from_another_distribution(oracle, tmp_path):
+    """The weights are in metrics.jsonl, and what is learnt is not what is learnt without them."""
+    drift = ("launch.vllm.options={drift: 0.5}", "ppo.rollout.max_engine_kl=100.0", "ppo.total_episodes=16")
+    rows = {}
+    for correction in ("none", "token"):
+        root = copy_without(oracle, tmp_path / correction, "ppo")
+        assert rlhf(*command(root, *drift, f"ppo.rollout.correction={correction}")) == 0
+        rows[correction] = rows_of(root / "micro" / "ppo", "metrics.jsonl")
+    weight, outliers = "sampling/importance_sampling_ratio", "sampling/importance_sampling_outliers"
+    assert not [name for name in rows["none"][0] if name.startswith("sampling/")]
+    first, plain = rows["token"][0], rows["none"][0]
+    assert 0 < first[f"{weight}/min"] < 1 < first[f"{weight}/max"] <= 3 and 0 <= first[outliers] < 0.5
+    assert first["val/engine_kl"] == plain["val/engine_kl"] and first["grad_norm/ppo"] != plain["grad_norm/ppo"]
+
+
+def test_settings_of_a_correction_that_is_not_asked_for_are_refused(oracle, tmp_path, capfd):
+    root = copy_without(oracle, tmp_path, "ppo")
+    assert rlhf(*command(root, "ppo.rollout.correction_clip_max=2")) == 2
+    assert "ppo.rollout.correction_clip_max: has no effect without a correction" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_weigh_as_one(oracle, tmp_path):
+    settings = (
+        "launch.vllm.options={drift: 0.5}",
+        "ppo.rollout.max_engine_kl=100.0",
+        "ppo.rollout.correction=sequence",
+    )
+    roots = [copy_without(oracle, tmp_path / name, "ppo") for name in ("one", "two")]
+    assert rlhf(*command(roots[0], *settings)) == 0
+    assert rlhf_together(*command(roots[1], *settings)) == [0, 0]
+    one, two = (rows_of(root / "micro" / "ppo", "metrics.jsonl") for root in roots)
+    names = [name for name in one[0] if name.startswith(("sampling/", "grad_norm/", "loss/"))]
+    for ours, theirs in zip(one[:3], two[:3], strict=True):
+        assert {name: ours[name] for name in names} == pytest.approx({name: theirs[name] for name in names}, rel=0.01)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("peft", ["null", "{method: lora, r: 2}"])
