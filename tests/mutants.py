@@ -918,9 +918,29 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "perplexity is the mean loss",
-        'return {"value": _exp(estimate["value"]), "ci95": ci95}',
-        'return {"value": estimate["value"], "ci95": ci95}',
+        'value, error = _exp(estimate["value"]), estimate["se"]',
+        'value, error = estimate["value"], estimate["se"]',
         "stages/evaluation/results.py",
+    ),
+    Mutant(
+        "rankings",
+        "the judge learns from validation",
+        "is_judged = ~is_held_out & (",
+        "is_judged = (",
+        "stages/shared/kept_rankings.py",
+    ),
+    Mutant(
+        "rm",
+        "the judge learns from the rankings of all",
+        "groups = data.judge if name == JUDGE else data.groups",
+        "groups = data.groups",
+    ),
+    Mutant(
+        "evaluate",
+        "the judge that PPO chose its policy by is independent",
+        'settings.held_out_reward_model is not None and settings.keep == "best"',
+        "False",
+        "stages/evaluate.py",
     ),
 ]
 
