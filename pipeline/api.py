@@ -8,6 +8,7 @@ Imports are late: environment variables must be set before torch is imported.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,11 +79,19 @@ def load_experiment(path: str | Path, *overrides: str) -> Experiment:
 
 def validate(tree: Tree) -> Any:
     """Set this process's environment for a parsed config, and validate the config."""
-    from pipeline.config.validation import validate_tree
     from pipeline.launch import environment
 
     environment.set_environment(tree.values)
-    return validate_tree(tree, experiment_class(), [stage.check for stage in stages().values()])
+    return check(tree)
+
+
+def check(tree: Tree) -> Any:
+    """Validate a parsed config, and leave this process's environment as it is."""
+    from pipeline import taking
+    from pipeline.config.validation import validate_tree
+
+    checks = [stage.check for stage in stages().values()]
+    return validate_tree(tree, experiment_class(), [*checks, partial(taking.problems, stages=stages())])
 
 
 def check_unchanged(experiment: Common) -> ConfigFile:
@@ -113,13 +122,16 @@ def check_unchanged(experiment: Common) -> ConfigFile:
 
 def open_store(experiment: Common, location: Location) -> ArtifactStore:
     """Return the artifacts of an experiment, to read them."""
+    from pipeline import taking
     from pipeline.store.artifacts import ArtifactStore
 
-    return ArtifactStore(location.folder, experiment.name)
+    taken = taking.taken_stores(experiment, location.folder)
+    return ArtifactStore(location.folder, experiment.name, taken=taken)
 
 
 def open_store_to_run(experiment: Common, location: Location) -> ArtifactStore:
     """Return the artifacts of an experiment, to make them: manifests record the config's file."""
+    from pipeline import taking
     from pipeline.origin import Origin
     from pipeline.store.artifacts import ArtifactStore
 
@@ -128,7 +140,8 @@ def open_store_to_run(experiment: Common, location: Location) -> ArtifactStore:
         raise UserError("experiment: was not loaded from a file; use load_experiment")
     checks = [stage.check for stage in stages().values()]
     origin = Origin.of(file.path, type(experiment), checks, location.url is not None, file.overrides)
-    return ArtifactStore(location.folder, experiment.name, origin)
+    taken = taking.taken_stores(experiment, location.folder)
+    return ArtifactStore(location.folder, experiment.name, origin, taken)
 
 
 def run(
@@ -167,6 +180,10 @@ def run(
         raise UserError(f"stage: {stage!r} is not a stage; choose from {', '.join(declarations)}")
     if experiment.launch.processes * experiment.launch.nodes > 1:
         raise UserError("launch.processes: a Python process runs stages alone; set it to 1, or use `rlhf run`")
+    if experiment.sweep:
+        raise UserError(
+            "sweep: a Python process runs one experiment; use `rlhf run`, or load_experiment(…, 'sweep=null')"
+        )
     file, flags = check_unchanged(experiment), flags or Flags()
     path, place = str(file.path), str(artifacts)
     if not flags.command:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline import taking
 from pipeline.changes import Change, compare
 from pipeline.config.sections import Common
 from pipeline.errors import UserError
@@ -54,6 +55,7 @@ class Chain:
         today = describe_today(
             name, self.stages[name], self.experiment, manifests, self.digests, self.hub, self.records(name), from_start
         )
+        today = replace(today, config=today.config | taking.record(self.experiment, self.store, self.needs(name)))
         if self.store.origin is None:
             return today
         made = {"file": self.store.origin.record(self.store.base), "command_line": list(self.store.origin.overrides)}
@@ -77,6 +79,8 @@ class Chain:
         A stage with an interrupted run here is left alone.
         """
         state = self.states[name]
+        if state.taken_from:
+            self.fetch_taken(name, remote, console)
         if not state.can_be_fetched():
             return
         if any(self.states[need].kind != "done" for need in self.needs(name)):
@@ -95,8 +99,28 @@ class Chain:
         print_line(console, f"{name}: {state.sentence()}; fetched from {remote.url}")
         self.states[name] = self.assess(name)
 
+    def fetch_taken(self, name: str, remote: Remote, console: Console) -> None:
+        """Fetch a stage of another experiment, which this one takes, into that experiment's folder.
+
+        The folder of this machine mirrors the storage, so this changes no artifact.
+        """
+        state, foreign = self.states[name], self.store.taken[name]
+        if state.kind == "done" or foreign.root != self.store.root:
+            return
+        owner = ArtifactStore(foreign.root, state.taken_from)
+        storage = Remote(remote.url, owner)
+        there = storage.manifest(name)
+        if there is None or compare(name, there, self.today(name)):
+            return
+        with owner.lock(name):
+            storage.fetch(name, there)
+        print_line(console, f"{name}: {state.sentence()}; fetched from {remote.url}")
+        self.states[name] = self.assess(name)
+
     def assess(self, name: str) -> StageState:
         """Return the state of a stage, given the states of the stages it needs."""
+        if name in self.store.taken:
+            return self.assess_taken(name)
         store, today = self.store, self.today(name)
         store.recover_if_idle(name)
         waiting = [
@@ -133,6 +157,27 @@ class Chain:
             return StageState("missing", [line.partition(",")[0] for line in lines])
         return StageState("stale" if reasons else "done", reasons, manifest=manifest, changes=since)
 
+    def assess_taken(self, name: str) -> StageState:
+        """Return the state of a stage that is taken from another experiment.
+
+        Only its finished artifact counts: a run of the other experiment that is active or was
+        interrupted changes nothing until it is published.
+        """
+        of = taking.taken_from(self.experiment)[name], self.store.is_beside(name)
+        try:
+            if self.store.manifest(name) is None:
+                return StageState("missing", taken_from=of[0], is_beside=of[1])
+            manifest = self.store.verify(name)
+        except UserError as error:
+            return StageState("damaged", error.lines, taken_from=of[0], is_beside=of[1])
+        changes = compare(name, manifest, self.today(name))
+        reasons = [
+            f"{need} is {self.states[need].kind}" for need in self.needs(name) if self.states[need].kind != "done"
+        ]
+        reasons += [change.text for change in changes]
+        kind = "stale" if reasons else "done"
+        return StageState(kind, reasons, manifest=manifest, changes=changes, taken_from=of[0], is_beside=of[1])
+
     def starts_again(self, name: str, is_target: bool, flags: Flags) -> bool:
         """Return whether a run of the stage would start from the beginning instead of resuming."""
         state = self.states[name]
@@ -149,6 +194,8 @@ class Chain:
         replaced = [(name, self.stale_in_storage[name]) for name in order if name in self.stale_in_storage]
         for name in order:
             state = self.states[name]
+            if state.taken_from:
+                continue
             if state.kind == "stale" and state.manifest is not None:
                 replaced.append((name, state.manifest))
             elif state.run is not None and state.changes and is_dropped(name == target, state, flags):
@@ -165,6 +212,8 @@ class Chain:
         stale: dict[str, tuple[list[str], list[Change]]] = {}
         for name in order:
             state = self.states[name]
+            if state.taken_from:
+                continue
             if state.kind == "stale":
                 manifest, changes = state.manifest, state.changes
             else:
@@ -201,21 +250,23 @@ class Chain:
         return lines
 
     def closure(self, target: str) -> list[str]:
-        """Return a stage and everything that it builds on, in order.
-
-        Raises:
-            UserError: If one of them reads data that the config does not give.
-        """
-        wanted, order = {target}, list(self.stages)
-        for name in reversed(order):
-            if name in wanted:
-                late = [need for need in self.needs(name) if need not in order[: order.index(name)]]
-                assert not late, f"{name} needs {late}, which must be listed before it"
-                wanted.update(self.needs(name))
-        closure = [name for name in order if name in wanted]
+        """Return a stage and everything that it builds on, in order; see `closure_of`."""
+        closure = closure_of(target, self.experiment, self.stages)
         if lines := missing_data_of(closure, self.stages, self.experiment):
             raise UserError(lines)
         return closure
+
+
+def closure_of(target: str, experiment: Common, stages: Mapping[str, Stage]) -> list[str]:
+    """Return a stage and everything that it builds on, in order."""
+    wanted, order = {target}, list(stages)
+    for name in reversed(order):
+        if name in wanted:
+            needs = all_needs(stages[name], experiment)
+            late = [need for need in needs if need not in order[: order.index(name)]]
+            assert not late, f"{name} needs {late}, which must be listed before it"
+            wanted.update(needs)
+    return [name for name in order if name in wanted]
 
 
 def print_line(console: Console, line: str) -> None:

@@ -1,8 +1,9 @@
 """Remove the artifacts of an experiment: the command `rlhf clean`."""
 
 import argparse
+import json
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from pipeline import api
@@ -37,6 +38,8 @@ def clean_command(arguments: argparse.Namespace) -> int:
             locks.enter_context(store.hold(name))
         size = files.human_bytes(sum(store.size(name) for name in present))
         what = f"{store.base} ({size}): {' '.join(present) or 'empty'}"
+        if takers := experiments_that_take(store):
+            what += f"; stages of it are taken by {', '.join(takers)}, which cannot run again without them"
         if not arguments.yes:
             if not at_terminal():
                 raise UserError(f"{what}; there is no terminal to confirm this on: --yes (make: YES=1) removes it")
@@ -48,6 +51,18 @@ def clean_command(arguments: argparse.Namespace) -> int:
         os.rename(store.base, doomed)
     files.remove(doomed)
     return 0
+
+
+def experiments_that_take(store: Any) -> list[str]:
+    """Return the experiments beside this one whose finished stages were made from its artifacts."""
+    names, base = set(), store.base.resolve()
+    for path in store.root.glob("*/*/manifest.json"):
+        with suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
+            taken = json.loads(path.read_text(encoding="utf-8"))["config"].get("from", {})
+            folders = [(path.parents[1] / entry["folder"]).resolve() for entry in taken.values()]
+            if any(folder.parent == base for folder in folders):
+                names.add(path.parents[1].name)
+    return sorted(names - {store.base.name})
 
 
 def refuse_to_clean(store: Any, present: list[str], stages: list[str]) -> None:

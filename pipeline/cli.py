@@ -181,6 +181,7 @@ def build_parser() -> Parser:
     add_doctor(commands)
     add_clean(commands)
     add_chat(commands)
+    add_compare(commands)
     add_data(commands)
     return parser
 
@@ -287,6 +288,26 @@ def add_chat(commands: Any) -> None:
     chat.add_argument("--trust-remote-code", action="store_true", help="run code that a model brings")
 
 
+def add_compare(commands: Any) -> None:
+    """Add `rlhf compare`."""
+    text = "compare finished experiments on one page: settings, results with paired intervals, curves, answers"
+    compare = commands.add_parser("compare", help=text, description=text, allow_abbrev=False)
+    compare.add_argument(
+        "experiments",
+        nargs="+",
+        metavar="EXPERIMENT",
+        help="name or folder of an experiment; the first is the baseline",
+    )
+    compare.add_argument(
+        "--artifacts", default="artifacts", metavar="DIR", help="where finished stages are kept (default: artifacts)"
+    )
+    compare.add_argument(
+        "-o", "--output", metavar="PATH", help="HTML file or folder to write (default: DIR/compare-…/index.html)"
+    )
+    compare.add_argument("--debug", action="store_true", help="show tracebacks")
+    compare.set_defaults(config=None, trust_remote_code=False)
+
+
 def add_data(commands: Any) -> None:
     """Add `rlhf data` and its actions."""
     text = "look into data, convert and export them, without training"
@@ -318,7 +339,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     arguments.words = argv
     arguments.reading = reading
     arguments.overrides = settings + [word for word in unknown if is_setting(word)]
-    takes_settings = arguments.command != "init"
+    takes_settings = arguments.command not in ("init", "compare")
     for word in unknown:
         if not is_setting(word):
             command = f"`rlhf {arguments.command}`"
@@ -326,8 +347,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise UserError(f"command line: {word!r} {what}; see `rlhf {arguments.command} --help`")
     if arguments.overrides and not takes_settings:
         raise UserError(
-            f"command line: {arguments.overrides[0]!r} is a setting, and `rlhf init` takes none; "
-            f"add it to the file that it writes"
+            f"command line: {arguments.overrides[0]!r} is a setting, and `rlhf {arguments.command}` takes none; "
+            + ("add it to the file that it writes" if arguments.command == "init" else "leave it out")
         )
     shows_help = arguments.command == "run" and arguments.show_help
     if arguments.overrides and arguments.config is None and not shows_help:

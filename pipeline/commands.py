@@ -13,7 +13,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
-from pipeline import api, hints
+from pipeline import api, hints, sweep_commands
 from pipeline.api import Location
 from pipeline.clean import clean_command
 from pipeline.errors import UserError
@@ -33,6 +33,8 @@ stages, in order:  {" ".join(api.STAGES)}
   --artifacts DIR        where finished stages are kept (default: artifacts); with s3://bucket/prefix they are fetched
                          from there when needed, and uploaded when done
   key=value ...          settings on top of the file, such as ppo.kl_coef=0.05
+  'key=[a,b,c]'          a sweep: the stage is run for each value, each as an experiment of its own that takes
+                         what does not depend on it from there; several make all combinations (in the file: `sweep:`)
 
   --only                 run only this stage; it is an error if what it needs is missing or stale
   --force                run it even if it is up to date or damaged
@@ -95,6 +97,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.stage is None or arguments.config is None:
         missing = "STAGE" if arguments.stage is None else "-c CONFIG"
         raise UserError(f"command line: {missing} is missing; see `rlhf run --help`")
+    if (found := sweep_commands.sweep_in(arguments)) is not None:
+        return sweep_commands.run_sweep(arguments, found)
     if arguments.submit is not None or arguments.dry_run:
         return submit_command(arguments)
     from pipeline.launch.signals import stop_on_signals
@@ -195,6 +199,8 @@ def status_command(arguments: argparse.Namespace) -> int:
     from pipeline import chain, plan
     from pipeline.record import headline
 
+    if (sweep := sweep_commands.sweep_in(arguments)) is not None:
+        return sweep_commands.show_sweep(arguments, sweep, make_console(hints.caller_from(arguments)))
     experiment, stages = load(arguments), api.stages()
     caller = hints.caller_from(arguments)
     store, console = api.open_store(experiment, Location.of(arguments.artifacts)), make_console(caller)
@@ -212,10 +218,10 @@ def status_command(arguments: argparse.Namespace) -> int:
         if state.manifest is not None:
             when = f"{datetime.fromisoformat(state.manifest['finished_at']).astimezone():%Y-%m-%d %H:%M}"
             result = " · ".join(headline(stages[name], state.manifest["metrics"]))
-        if store.folder(name).is_dir():
+        if not state.taken_from and store.folder(name).is_dir():
             size = files.human_bytes(store.size(name))
         sentence = hints.filled(state.sentence(), caller)
-        if state.kind == "missing" and name not in wanted:
+        if state.kind == "missing" and not state.taken_from and name not in wanted:
             sentence = reason_not_needed(name, list(stages)[-1])
         row = (name, Text(sentence, style=STYLES[state.kind]), when, size, Text(result))
         table.add_row(*row[: len(columns)])
@@ -282,6 +288,16 @@ def chat_command(arguments: argparse.Namespace) -> int:
     )
 
 
+def compare_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf compare`: write a page that compares experiments, and print tables."""
+    from pipeline.launch import environment
+
+    environment.set_environment({})
+    location = Location.of(arguments.artifacts)
+    compare = importlib.import_module("stages.page.compare")
+    return compare.run(arguments.experiments, location.folder, arguments.output, make_console())
+
+
 def data_command(arguments: argparse.Namespace) -> int:
     """Run `rlhf data`: the action that the arguments name."""
     return importlib.import_module("pipeline.data_commands").ACTIONS[arguments.action](arguments)
@@ -294,5 +310,6 @@ COMMANDS = {
     "clean": clean_command,
     "doctor": doctor_command,
     "chat": chat_command,
+    "compare": compare_command,
     "data": data_command,
 }

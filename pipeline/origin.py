@@ -21,7 +21,15 @@ from pipeline.config.yaml_tree import read_tree
 from pipeline.errors import UserError
 from pipeline.store import integrity
 
-IGNORED_KEYS = ("name", "launch", "tracking", "checkpoints")  # no finished stage depends on them
+IGNORED_KEYS = (
+    "name",
+    "launch",
+    "tracking",
+    "checkpoints",
+    "from_",
+    "from",
+    "sweep",
+)  # no finished stage depends on them
 YAML_WORDS = ("null", "true", "false")  # YAML does not parse them as strings
 
 
@@ -154,7 +162,7 @@ def errors_about_dropped_overrides(
     # Where each word sets exactly one changed setting, the new values can be put on the command
     # line.
     if all(key in changes and changes[key].is_setting for key in words):
-        new_words = shlex.join(f"{key}={_format_override(changes[key].new)}" for key in words)
+        new_words = shlex.join(f"{key}={format_override(changes[key].new)}" for key in words)
     else:
         new_words = "--override-config"
     stages_by_words: dict[str, list[str]] = {}
@@ -168,7 +176,7 @@ def errors_about_dropped_overrides(
     ]
 
 
-def _format_override(value: Any) -> str:
+def format_override(value: Any) -> str:
     """Format a value so that the command line parses it back to the same one."""
     if isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w./-]*", value) and value.lower() not in YAML_WORDS:
         return value

@@ -79,11 +79,14 @@ def bring_up_to_date(
         force = flags.force and name == target
         if state.kind == "done" and state.manifest is not None and not force:
             finished = datetime.fromisoformat(state.manifest["finished_at"]).astimezone()
-            print_line(console, f"{name}: up to date ({finished:%Y-%m-%d %H:%M})")
-            if remote is not None:
+            origin = f", {state.origin()}" if state.taken_from else ""
+            print_line(console, f"{name}: up to date ({finished:%Y-%m-%d %H:%M}){origin}")
+            if remote is not None and not state.taken_from:
                 with store.lock(name):
                     failed_uploads += upload(remote, name, is_new=False)
             continue
+        if state.taken_from:  # the other experiment was changed during this command
+            raise UserError(refusals(name, False, state, flags))
         if stop.requested:
             raise Interrupted()
         with store.lock(name):
@@ -143,7 +146,8 @@ def refuse_impossible(chain: Chain, order: list[str], target: str, flags: Flags,
     for name in order:
         lines += refusals(name, name == target, chain.states[name], flags)
     for name in order:
-        if chain.states[name].kind != "done" or (flags.force and name == target):
+        is_made = not chain.states[name].taken_from
+        if is_made and (chain.states[name].kind != "done" or (flags.force and name == target)):
             lines += chain.stages[name].missing_requirements(chain.experiment)
             today = chain.today(name, chain.starts_again(name, name == target, flags))
             lines += [*today.problems, *checks.lines(name, today.config["data"])]

@@ -84,6 +84,10 @@ class StageState:
     """What changed since the stage was finished, or since the interrupted run began."""
     waiting: list[str] = field(default_factory=list)
     """Stages that must run first, as phrases: "rm is stale"."""
+    taken_from: str = ""
+    """Experiment that the stage is taken from; "" for one that is made here."""
+    is_beside: bool = False
+    """Whether the stage is taken although this experiment has an artifact of its own."""
 
     def sentence(self) -> str:
         """Return the state as `rlhf status` shows it: "stale because ppo.kl_coef 0.05 → 0.1"."""
@@ -94,11 +98,19 @@ class StageState:
             text += " before anything was saved"
         if self.reasons:
             text += {"damaged": ": ", "interrupted": "; "}.get(self.kind, " because ") + "; ".join(self.reasons)
-        return text
+        if not self.taken_from:
+            return text
+        return f"{text}, {self.origin()}" if self.kind == "done" else f"{self.origin()}: {text}"
+
+    def origin(self) -> str:
+        """Return where the stage is taken from, in words; "" if it is made here."""
+        if not self.taken_from:
+            return ""
+        return f"from {self.taken_from}" + (" (the artifact here is not used)" if self.is_beside else "")
 
     def can_be_fetched(self) -> bool:
         """Return whether the stage is not done here and no run of it is active or interrupted."""
-        return self.kind in ("missing", "stale", "damaged") and self.run is None
+        return self.kind in ("missing", "stale", "damaged") and self.run is None and not self.taken_from
 
 
 def is_dropped(is_target: bool, state: StageState, flags: Flags) -> bool:
@@ -124,6 +136,8 @@ def refusals(name: str, is_target: bool, state: StageState, flags: Flags, proces
         No lines if it can run, or need not run.
     """
     forced = is_target and flags.force
+    if state.taken_from:
+        return refusals_of_taken(name, is_target, state, flags)
     if state.kind == "damaged":
         return [] if forced or (is_target and flags.restart) else state.reasons
     if state.kind not in ("interrupted", "done") or (state.kind == "done" and not forced):
@@ -148,6 +162,25 @@ def refusals(name: str, is_target: bool, state: StageState, flags: Flags, proces
     if before != today and not flags.allow_elastic:
         return [f"{since} the number of processes {before} → {today}; --allow-elastic resumes"]
     return []
+
+
+def refusals_of_taken(name: str, is_target: bool, state: StageState, flags: Flags) -> list[str]:
+    """Return why a stage cannot be taken from another experiment, one line each; see `refusals`."""
+    own = f"leave {name} and the stages made from it out of from.stages to make them here"
+    if is_target and (flags.force or flags.restart):
+        flag = "--force" if flags.force else "--restart"
+        return [f"{name}: is taken from {state.taken_from}, which {flag} must not change; {own}"]
+    if state.kind == "done":
+        return []
+    if state.kind == "damaged":
+        return [f"{name}: is taken from {state.taken_from}: {reason}" for reason in state.reasons]
+    remedy = f"run {name} with the config of {state.taken_from}, or {own}"
+    if state.kind == "missing":
+        return [f"{name}: is taken from {state.taken_from}, which has no finished {name}; {remedy}"]
+    return [
+        f"{name}: is taken from {state.taken_from}, and this config needs another one ({'; '.join(state.reasons)}); "
+        f"make the settings the same, or {own}"
+    ]
 
 
 def command_to_resume(name: str, state: StageState, change: Change) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.stage import StageRun
+from pipeline.taking import taken_from
 from stages.page import curves, gains, lineage, results_tables, samples, trust, trust_plots
 from stages.page.curves import Journal
 from stages.page.data_table import data_table
@@ -83,7 +84,7 @@ def run(ctx: StageRun[ReportSettings, Experiment]) -> dict[str, Any]:
         groups=groups,
         moments=moments,
         systems=systems,
-        lineage=lineage.lineage_table(manifests),
+        lineage=lineage.lineage_table(manifests, taken_from(ctx.experiment)),
         lineage_picture=picture(lineage.lineage_plot(manifests), ctx.publish / "plots"),
         glossary=glossary(topics_of(results, manifests)),
     )

@@ -239,6 +239,7 @@ def test_declarations_import_no_torch():
         ("run ppo --help", 0),
         ("status -c configs/tiny.yaml", 0),
         ("status -c configs/tiny.yaml ppo.kl_coef=high", 2),
+        ("status -c configs/tiny.yaml ppo.kl_coef=[0.05,0.1] seed=[0,1]", 0),
         ("run sft -c configs/tiny.yaml sft.max_length=1000", 2),
         ("run sft -c configs/none.yaml", 2),
         ("data check FILE", 0),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 WORDS = {float: "number", int: "integer", str: "text", bool: "true or false", type(None): "null", Any: "anything"}
@@ -37,7 +38,7 @@ def describe(section: type[BaseModel], name: str) -> list[SettingRow]:
         name: Its name in the YAML, such as "ppo"; "" for the top level.
     """
     rows = []
-    for key, info in section.model_fields.items():
+    for key, info in fields_of(section).items():
         full = f"{name}.{key}" if name else key
         default = info.get_default(call_default_factory=True)
         inner = section_in(info.annotation)
@@ -49,6 +50,11 @@ def describe(section: type[BaseModel], name: str) -> list[SettingRow]:
         if inner is not None and len(set(sections_in(info.annotation))) == 1:
             rows += describe(inner, full)
     return rows
+
+
+def fields_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Return the fields of a section by the keys that a YAML uses: `from` is a word of Python's."""
+    return {info.alias or name: info for name, info in section.model_fields.items()}
 
 
 def section_in(annotation: Any) -> type[BaseModel] | None:

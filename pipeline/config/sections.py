@@ -285,6 +285,14 @@ class LaunchSettings(Section):
         return value
 
 
+class TakenSettings(Section):
+    """Take finished stages of another experiment by reference, instead of making them."""
+
+    experiment: str = setting(..., "name of the experiment that made them", pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")
+    stages: list[str] = setting(..., "the stages to take, with all that they were made from: [world, base, sft]")
+    artifacts: str | None = setting(None, "folder of that experiment's artifacts; null: the one of --artifacts")
+
+
 @dataclass(frozen=True)
 class ConfigFile:
     """Name the file and the overrides that an experiment was read from."""
@@ -300,6 +308,17 @@ class Common(Section):
 
     name: str = Field(description="name of the experiment and of its folder: letters, digits, `.`, `_`, `-`")
     seed: int = setting(0, "seed of every random choice", ge=0, lt=2**32)
+    from_: TakenSettings | list[TakenSettings] | None = Field(
+        None,
+        alias="from",
+        description="finished stages of another experiment, or a list of several experiments, that are used as if "
+        "they were made here: {experiment: tiny, stages: [world, base, sft]}. They must be what this config would make",
+    )
+    sweep: dict[str, Any] | None = setting(
+        None,
+        "values to try, one experiment for each combination: {ppo.kl_coef: [0.05, 0.1], seed: [0, 1]}; used by "
+        "`rlhf run` and `rlhf status`, other commands read the config without it",
+    )
     model: ModelSettings = Field(default_factory=ModelSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     tracking: TrackingSettings = Field(default_factory=TrackingSettings)
@@ -309,12 +328,20 @@ class Common(Section):
     _file: ConfigFile | None = PrivateAttr(None)
 
     @property
+    def taken(self) -> list[TakenSettings]:
+        """Return what is taken from other experiments, one entry for each mention."""
+        if self.from_ is None:
+            return []
+        return self.from_ if isinstance(self.from_, list) else [self.from_]
+
+    @property
     def file(self) -> ConfigFile | None:
         """Return the source of the experiment; None for one that Python code built."""
         return self._file
 
 
 COMMON: dict[str, type[Section]] = {
+    "from": TakenSettings,
     "model": ModelSettings,
     "data": DataSettings,
     "tracking": TrackingSettings,
@@ -353,11 +380,20 @@ def names_hub(tree: dict[str, Any]) -> bool:
 
     If it does not, all libraries are told to stay offline.
     """
+    if any(isinstance(text, str) and is_hub_id(text) for text in scorer_models(tree)):
+        return True
     data, model = tree.get("data"), tree.get("model")
     named = [path for value in data.values() for path in source_paths(value)] if isinstance(data, dict) else []
     if isinstance(model, dict):
         named.append(model.get("name_or_path"))
     return any(isinstance(text, str) and is_hub_id(text) for text in named)
+
+
+def scorer_models(tree: dict[str, Any]) -> list[Any]:
+    """Return the models that lists of scorers name, in any section of a parsed config."""
+    lists = [value for section in tree.values() if isinstance(section, dict) for value in section.values()]
+    scorers = [one for value in lists if isinstance(value, list) for one in value if isinstance(one, dict)]
+    return [one.get("model") for one in scorers]
 
 
 def source_paths(value: Any) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.checks import check_common, name_problems, path_problems
-from pipeline.config.help import section_in, type_name
+from pipeline.config.help import fields_of, section_in, type_name
 from pipeline.config.sections import Common, ConfigFile
 from pipeline.config.yaml_tree import Tree, dotted, read_tree, show
 from pipeline.errors import UserError
@@ -113,7 +113,11 @@ def fill_empty_sections(tree: Tree, experiment_class: type[BaseModel]) -> dict[s
     A section whose lines are all commented out is null in YAML, and means the defaults. The result
     goes through JSON, where strict types still accept a list for a tuple and an int for a float.
     """
-    sections = [name for name, info in experiment_class.model_fields.items() if section_in(info.annotation)]
+    sections = [
+        name
+        for name, info in experiment_class.model_fields.items()
+        if info.alias is None and section_in(info.annotation)  # `from` is null by default
+    ]
     return {key: {} if value is None and key in sections else value for key, value in tree.values.items()}
 
 
@@ -201,7 +205,7 @@ def advice(experiment_class: type[BaseModel], path: tuple) -> str:
     """
     key = str(path[-1])
     section = section_at(experiment_class, path[:-1])
-    known = list(section.model_fields) if section is not None else []
+    known = list(fields_of(section)) if section is not None else []
     for name in (dotted(path), key):
         if name in RENAMED and key not in known:
             return RENAMED[name]
@@ -210,7 +214,9 @@ def advice(experiment_class: type[BaseModel], path: tuple) -> str:
         homes.append(f"{key} (at the top level, outside any section)")
     for name, info in experiment_class.model_fields.items():
         inner = section_in(info.annotation)
-        if inner is not None and key in inner.model_fields and (name,) != path[:-1]:
+        if inner is None or info.alias is not None:  # `experiment` is too common a word to mean from.experiment
+            continue
+        if key in inner.model_fields and (name,) != path[:-1]:
             homes.append(dotted((name, key)))
     if near := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
         return f"did you mean {dotted((*path[:-1], near[0]))}?"
@@ -226,7 +232,7 @@ def meaning(experiment_class: type[BaseModel], path: tuple) -> str:
     while isinstance(path[-1], int):  # an item of a list: describe the list
         path = path[:-1]
     section = section_at(experiment_class, path[:-1])
-    info = section.model_fields.get(path[-1]) if section is not None else None
+    info = fields_of(section).get(path[-1]) if section is not None else None
     return f"should be {type_name(info.annotation)}: {info.description}" if info is not None else "add it"
 
 
@@ -234,6 +240,8 @@ def section_at(experiment_class: type[BaseModel], path: tuple) -> type[BaseModel
     """Return the class of the section at a path of keys, or None if no section is there."""
     section: type[BaseModel] | None = experiment_class
     for part in path:
-        info = section.model_fields.get(part) if section is not None and isinstance(part, str) else None
+        if isinstance(part, int):  # an item of a list is of the list's section
+            continue
+        info = fields_of(section).get(part) if section is not None else None
         section = section_in(info.annotation) if info is not None else None
     return section

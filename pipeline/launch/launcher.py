@@ -124,15 +124,17 @@ def process_environments(count: int) -> list[dict[str, str]]:
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
-def own_command(argv: list[str]) -> list[str]:
+def own_command(argv: list[str], instead: list[str] | None = None) -> list[str]:
     """Return the command line that started this process.
 
     Args:
         argv: the arguments for `rlhf`, used where this process was started in another way.
+        instead: other arguments, to put in their place; None: the same ones.
     """
+    words = argv if instead is None else instead
     if argv and sys.orig_argv[-len(argv) :] == argv:
-        return [sys.executable, *sys.orig_argv[1:]]
-    return [sys.executable, "-m", "pipeline.cli", *argv]
+        return [sys.executable, *sys.orig_argv[1 : -len(argv)], *words]
+    return [sys.executable, "-m", "pipeline.cli", *words]
 
 
 def kill_all(children: list[subprocess.Popen]) -> None:

@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,22 +45,42 @@ def now() -> str:
 class ArtifactStore:
     """The artifacts of one experiment: one folder per stage, below `root/experiment`."""
 
-    def __init__(self, root: str | Path, experiment: str, origin: Origin | None = None):
+    def __init__(
+        self,
+        root: str | Path,
+        experiment: str,
+        origin: Origin | None = None,
+        taken: Mapping[str, "ArtifactStore"] | None = None,
+        is_foreign: bool = False,
+    ):
         """Describe where the artifacts are; nothing is created yet.
 
         Args:
             root: the folder of all experiments (`--artifacts`).
             experiment: the experiment's name.
             origin: the config file of this command; None for commands that only read.
+            taken: the stages that are taken from other experiments, each with the artifacts to
+                read it from.
+            is_foreign: whether another experiment takes stages from here: they are only read.
         """
         self.root = Path(root)
         self.base = self.root / experiment
         self.origin = origin
+        self.taken = dict(taken or {})
+        self.is_foreign = is_foreign
         self._held: set[str] = set()  # stages that this process has locked
 
     def folder(self, stage: str) -> Path:
-        """Return the folder of a stage."""
-        return self.base / stage
+        """Return the folder of a stage; of one that is taken, the other experiment's."""
+        return self.taken.get(stage, self).base / stage
+
+    def relative(self, stage: str) -> str:
+        """Return the folder of a stage relative to this experiment's, so that both can move."""
+        return os.path.relpath(os.path.realpath(self.folder(stage)), os.path.realpath(self.base))
+
+    def is_beside(self, stage: str) -> bool:
+        """Return whether a stage that is taken has an artifact of this experiment's own, too."""
+        return stage in self.taken and os.path.lexists(self.base / stage / "manifest.json")
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -70,15 +90,17 @@ class ArtifactStore:
         Raises:
             UserError: the manifest is damaged or belongs to another stage.
         """
+        if stage in self.taken:
+            return self.taken[stage].manifest(stage)
         path = self.folder(stage) / "manifest.json"
         if not os.path.lexists(path):  # a dangling link counts as there: it is damage, not an unfinished stage
             return None
         try:
             manifest = integrity.read_sealed(path)
         except UserError as error:
-            raise _rebuild(stage, error.lines) from None
+            raise self._rebuild(stage, error.lines) from None
         if problem := manifest_problem(manifest, stage):
-            raise _rebuild(stage, [f"{path}: {problem}"])
+            raise self._rebuild(stage, [f"{path}: {problem}"])
         return manifest
 
     def verify(self, stage: str) -> dict[str, Any]:
@@ -88,6 +110,8 @@ class ArtifactStore:
             UserError: the stage is not finished, a file is missing or damaged, or a published
                 folder contains a file that the manifest does not name.
         """
+        if stage in self.taken:
+            return self.taken[stage].verify(stage)
         folder = self.folder(stage)
         manifest = self.manifest(stage)
         if manifest is None:
@@ -105,8 +129,15 @@ class ArtifactStore:
                     continue
                 problems += [f"{folder / stray}: is not in the manifest" for stray in sorted(present - set(outputs))]
         if problems:
-            raise _rebuild(stage, list(dict.fromkeys(problems)))
+            raise self._rebuild(stage, list(dict.fromkeys(problems)))
         return manifest
+
+    def _rebuild(self, stage: str, lines: list[str]) -> UserError:
+        """Return an error that tells how to rebuild a damaged artifact."""
+        remedy = f"`rlhf run {stage} -c CONFIG --force` rebuilds it"
+        if self.is_foreign:
+            remedy = f"rebuild it with --force and the config of {self.base.name}"
+        return UserError([f"{line}; {remedy}" for line in lines])
 
     def run(self, stage: str) -> dict[str, Any] | None:
         """Return run.json of a run that is in progress or was interrupted; None without one.
@@ -115,7 +146,7 @@ class ArtifactStore:
             UserError: it is damaged.
         """
         path = self.folder(stage) / "run.json"
-        if not path.exists():
+        if stage in self.taken or not path.exists():
             return None
         try:
             return integrity.read_sealed(path)
@@ -167,6 +198,7 @@ class ArtifactStore:
         Raises:
             UserError: as `lock`.
         """
+        assert stage not in self.taken and not self.is_foreign, f"{stage} is another experiment's"
         folder = self.folder(stage)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -403,11 +435,6 @@ def is_publishable(name: str) -> bool:
     """Return whether a stage may publish a file under this name."""
     top = name.split("/")[0]
     return top not in RESERVED and not top.startswith(".")
-
-
-def _rebuild(stage: str, lines: list[str]) -> UserError:
-    """Return an error that tells how to rebuild a damaged artifact."""
-    return UserError([f"{line}; `rlhf run {stage} -c CONFIG --force` rebuilds it" for line in lines])
 
 
 def _remove_atomically(folder: Path) -> None:

@@ -6,23 +6,29 @@ from stages.page.plot import Graph, Plot
 from stages.page.table import Cell, Table
 
 
-def lineage_table(manifests: dict[str, Manifest]) -> Table:
-    """Return a row for each stage: inputs, time, size and code."""
+def lineage_table(manifests: dict[str, Manifest], taken: dict[str, str]) -> Table:
+    """Return a row for each stage: inputs, time, size and code.
+
+    Args:
+        manifests: Stage → its manifest.
+        taken: Stage → the experiment that it was taken from, of those that were.
+    """
     common = common_versions(manifests)
-    rows = [row_of(stage, manifest, common) for stage, manifest in ordered(manifests)]
+    rows = [row_of(stage, manifest, common, taken.get(stage)) for stage, manifest in ordered(manifests)]
     head = ("stage", "digest", "made from", "finished", "took", "size", "seed", "code", "differs in")
     if all(row[-1].text == NONE for row in rows):
         head, rows = head[:-1], [row[:-1] for row in rows]
     return Table("Lineage of the artifacts", head, tuple(rows), frozenset({0, 1, 2, 7, 8}))
 
 
-def row_of(stage: str, manifest: Manifest, common: dict[str, str]) -> tuple[Cell, ...]:
+def row_of(stage: str, manifest: Manifest, common: dict[str, str], source: str | None) -> tuple[Cell, ...]:
     """Return the row of a stage.
 
     Args:
         stage: The stage.
         manifest: Its manifest.
         common: The library versions that all stages share; others are listed.
+        source: The experiment that the stage was taken from; None if it was made here.
     """
     differences = [f"{name} {version}" for name, version in manifest["versions"].items() if common.get(name) != version]
     overridden = (manifest.get("config") or {}).get("overridden", {})
@@ -31,7 +37,7 @@ def row_of(stage: str, manifest: Manifest, common: dict[str, str]) -> tuple[Cell
     megabytes = sum(file["bytes"] for file in manifest["outputs"].values()) / 1e6
     resumes = f"{manifest['resumes']} × resumed" if manifest["resumes"] else ""
     return (
-        Cell(stage),
+        Cell(stage, f"from {source}" if source else ""),
         Cell(manifest["digest"][:12], code=True),
         Cell(inputs or NONE, code=True),
         Cell(moment(manifest["finished_at"])),

@@ -25,7 +25,7 @@ def show(folder: Path, console: Console) -> None:
     """
     from rich.text import Text
 
-    file = folder.parent / "evaluate" / "results.json"
+    file = evaluation_of(folder) / "results.json"
     if not file.is_file():
         raise UserError(f"{file}: is missing; run `rlhf run evaluate -c CONFIG`")
     results = complete(json.loads(file.read_text(encoding="utf-8")))
@@ -42,6 +42,14 @@ def show(folder: Path, console: Console) -> None:
     for line in cut_sentences(results, NAMES) + warnings(results, NAMES):
         console.print(Text(line, style="yellow"), soft_wrap=True)
     console.print(Text(f"report: {folder / 'index.html'}", style="bold"), soft_wrap=True)
+
+
+def evaluation_of(folder: Path) -> Path:
+    """Return the artifact of evaluate that a report shows; another experiment's if it was taken."""
+    manifest = folder / "manifest.json"
+    config = json.loads(manifest.read_text(encoding="utf-8"))["config"] if manifest.is_file() else {}
+    taken = config.get("from", {}).get("evaluate")
+    return folder.parent / ("evaluate" if taken is None else taken["folder"])
 
 
 def policy_table(results: dict[str, Any]) -> Any:

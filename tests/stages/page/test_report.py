@@ -150,7 +150,7 @@ def test_needs_follow_the_policies_and_the_data():
         data = {"rankings": None, "prompts": None} | data
         return SimpleNamespace(
             evaluate=SimpleNamespace(policies=policies, model_fields_set={"policies"}),
-            ppo=SimpleNamespace(reward_model=None),
+            ppo=SimpleNamespace(reward_model=None, rewards=None),
             data=SimpleNamespace(**data, model_dump=lambda: data),
         )
 
@@ -304,8 +304,9 @@ def test_labels_cover_neither_markers_nor_each_other():
 
 
 def test_the_palette_is_that_of_the_page():
-    style = (Path(report.__file__).parent / "page" / "style.j2").read_text(encoding="utf-8")
-    light = dict(re.findall(r"--(\w+): (#\w{6})", style.split("}")[0]))
+    folder = Path(report.__file__).parent / "page"
+    styles = [(folder / name).read_text(encoding="utf-8") for name in ("style.j2", "compare_style.j2")]
+    light = dict(pair for style in styles for pair in re.findall(r"--(\w+): (#\w{6})", style.split("}")[0]))
     assert {tone: light[tone] for tone in palette.COLOURS} == palette.COLOURS
     assert len(set(palette.COLOURS.values())) == len(palette.COLOURS), "a colour in an SVG names its tone"
 
