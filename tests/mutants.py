@@ -696,13 +696,13 @@ MUTANTS = [
         "evaluate",
         "perplexity of SFT for every policy",
         "text_losses(policy.model, text_rows",
-        "text_losses(tools.sft, text_rows",
+        "text_losses(tools.reference, text_rows",
     ),
     Mutant(
         "evaluate",
         "KL to SFT where PPO began elsewhere",
         "of_reference = logps(tools.reference,",
-        "of_reference = logps(tools.sft,",
+        'of_reference = logps(tools.load(tools.folders["sft"]),',
     ),
     Mutant(
         "evaluate",
@@ -798,7 +798,7 @@ MUTANTS = [
         "scores[name] = tools.with_missing_eos(own, kept_answers).tolist()",
         "scores[name] = own.tolist()",
     ),
-    Mutant("evaluate", "reward_ensemble is not read", "settings.reward_ensemble, **options", '"mean", **options'),
+    Mutant("evaluate", "reward_ensemble is not read", "settings.reward_ensemble, load_judge", '"mean", load_judge'),
     Mutant(
         "evaluate",
         "wins against itself",

@@ -7,6 +7,7 @@ from pipeline.stage import Stage, StageRun
 from stages.models.ensemble_folder import How
 from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
 from stages.settings.policies import compared_policies, needs_reward_model, simulates_labelers
+from stages.settings.rollout import OF_FINISHED, EngineSettings, missing_engine
 from stages.settings.training import TOO_LONG_PROMPT, TooLong
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class EvaluateSettings(Section):
         "mean", "how the scores of the models of rm.ensemble are combined; the same as ppo's"
     )
     batch_size: int = setting(64, "number of rows sampled and scored at a time", "rows", ge=1)
+    rollout: EngineSettings | None = setting(None, OF_FINISHED)
     greedy_prompts: int | None = setting(
         None,
         "number of prompts that are also answered greedily, for the samples in the report; 0: none; null: 12",
@@ -213,8 +215,9 @@ def text_lengths(experiment: "Experiment") -> list[str]:
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
-    """Return a line for each length over the model's context."""
-    return over_folder_context(experiment, "evaluate", *text_lengths(experiment))
+    """Return a line for each thing that this machine lacks, and each length over the context."""
+    lines = missing_engine(experiment, "evaluate")
+    return lines + over_folder_context(experiment, "evaluate", *text_lengths(experiment))
 
 
 def run(ctx: "StageRun[EvaluateSettings, Experiment]") -> dict[str, Any]:
