@@ -100,6 +100,18 @@ def test_a_second_run_samples_nothing_and_more_prompts_append(run):
     assert sorted(map(str, other.sample("rank.prompts=7"))) == sorted(map(str, more)), "in one go it is the same"
 
 
+def test_prompts_that_make_no_task_are_not_sampled_again(run):
+    one = run()
+    assert one.sample("rank.prompts=5", "rank.top_k=1") == [], "the likeliest answer is always the same"
+    assert "5 prompts got only identical answers" in one.said[-1]
+    one.sample("rank.prompts=5", "rank.top_k=1")
+    assert "answered before" in one.said[-1]
+    one.sample("rank.prompts=5", "rank.max_length=8")
+    assert "5 prompts are too long" in one.said[-1]
+    one.sample("rank.prompts=5", "rank.max_length=8")
+    assert "answered before" in one.said[-1]
+
+
 def test_a_newer_policy_gives_new_tasks(run):
     one = run()
     first = one.sample("rank.prompts=3")
