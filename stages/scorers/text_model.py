@@ -65,6 +65,9 @@ class Member:
         Args:
             folder: Its folder.
             spec: Device, precision and batch size.
+
+        Raises:
+            UserError: It is no reward model, or not one that these settings describe.
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -72,14 +75,20 @@ class Member:
         self.folder, self.spec = folder, spec
         trust = spec.trust_remote_code
         self.tokenizer = from_pretrained(AutoTokenizer, folder, trust_remote_code=trust)
-        model: nn.Module = from_pretrained(
+        model, info = from_pretrained(
             AutoModelForSequenceClassification,
             folder,
             trust_remote_code=trust,
             dtype=torch.float32,
             use_safetensors=True,
+            output_loading_info=True,
         )
-        self.model = model.to(spec.accelerator.device).eval().requires_grad_(False)
+        if info["missing_keys"]:
+            raise UserError(
+                f"{spec.name}: the model in {folder} lacks the weights {sorted(info['missing_keys'])[:3]}, which would "
+                f"be random; give a trained reward model"
+            )
+        self.model: nn.Module = model.to(spec.accelerator.device).eval().requires_grad_(False)
         config: Any = model.config
         self.bias = float(getattr(config, "reward_bias", 0.0) or 0.0)
         self.labels = [str(config.id2label.get(i, i)) for i in range(config.num_labels)]

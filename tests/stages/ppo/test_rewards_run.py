@@ -84,7 +84,11 @@ def test_one_reward_model_in_the_list_is_what_it_is_without_a_list(chain, tmp_pa
         ("[{weight: 2.0}]", "a scorer does not say what scores; should have exactly one of"),
         ("[{model: rm, python: 'a.py:f'}]", "a scorer has model and python"),
         ("[{model: rm}, {model: rm}]", "2 scorers have the name 'rm'"),
-        ("[{model: nowhere}]", "ppo.rewards[0].model: nowhere has no config.json"),
+        (
+            "[{model: nowhere}]",
+            "override ppo.rewards=[{model: nowhere}]: ppo.rewards[0].model: nowhere has no config.json",
+        ),
+        ("[{model: rm, heads: []}]", "ppo.rewards.0.heads: a list; should have a weight for each logit"),
         ("[{python: nowhere.py}]", "ppo.rewards[0].python: 'nowhere.py' names no function"),
         ("[{python: 'nowhere.py:score'}]", "ppo.rewards[0].python: no such file: nowhere.py"),
         ("[{model: rm, wieght: 2.0}]", "ppo.rewards.0.wieght: unknown key"),
