@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 
+from data.conversations import encode_conversations
 from pipeline.errors import UserError
 from stages.models.ensemble import combine
 from stages.models.remote_code import from_pretrained
@@ -35,7 +37,7 @@ class TextModelScorer:
         """Return the scores, on the CPU.
 
         Raises:
-            UserError: A conversation does not fit in the model's context.
+            UserError: A conversation does not fit in a model's context, or its template.
         """
         conversations = [
             [*prompt, {"role": "assistant", "content": text}]
@@ -114,11 +116,11 @@ class Member:
         Args:
             conversations: Messages that end with the response.
             request: Its `poll` is called between batches.
+
+        Raises:
+            UserError: A conversation does not fit in the model's context, or its template.
         """
-        ids = [
-            self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
-            for messages in conversations
-        ]
+        ids = self.encode(conversations)
         for i, row in enumerate(ids):
             if self.context is not None and len(row) > self.context:
                 raise UserError(
@@ -139,6 +141,33 @@ class Member:
                 found = self.model(input_ids=rows.to(device), attention_mask=mask.to(device)).logits
             logits[index] = found.float().cpu()
         return logits
+
+    def encode(self, conversations: Sequence[list[dict]]) -> list[list[int]]:
+        """Return the token ids of conversations through the model's own chat template.
+
+        Special tokens that occur in a message stay plain text: a policy must not learn to write
+        them.
+
+        Args:
+            conversations: Messages that end with the response.
+
+        Raises:
+            UserError: The template refuses a conversation, or takes too long.
+        """
+        ids: list[list[int]] = []
+        remedy = "take such prompts out, or take another reward model"
+        try:
+            for encoded in encode_conversations(self.tokenizer, conversations, add_generation_prompt=False):
+                if isinstance(encoded, TemplateError):
+                    raise encoded
+                ids.append(encoded)
+        except TemplateError as refusal:
+            prompt = json.dumps(conversations[len(ids)][0]["content"])[:60]
+            raise UserError(
+                f"{self.spec.name}: the chat template of {self.folder} fails on the prompt {prompt} ({refusal}); "
+                f"{remedy}"
+            ) from refusal
+        return ids
 
 
 def folders_of(settings: ModelScorer) -> list[Path]:

@@ -83,6 +83,27 @@ def test_several_logits_without_weights_are_refused(tokenizer, tmp_path):
         scorer_of(ModelScorer(model=str(folder)))
 
 
+def test_special_tokens_that_a_response_spells_out_stay_plain_text(tokenizer, tmp_path):
+    """The policy's tokenizer may not know them, and so cannot keep them out of its text."""
+    scorer = scorer_of(ModelScorer(model=str(save(tmp_path / "rm", tokenizer))))
+    spelled = f"red {tokenizer.eos_token} blue"
+    plain, tricky = ([{"role": "user", "content": "hi"}, {"role": "assistant", "content": x}] for x in ("red", spelled))
+    counts = [row.count(tokenizer.eos_token_id) for row in scorer.members[0].encode([plain, tricky])]
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_prompt_that_the_template_refuses_is_a_line(tokenizer, request_of_two, tmp_path):
+    folder = save(tmp_path / "rm", tokenizer)
+    refuses = (
+        "{% if messages[0].content == 'hi' %}{{ raise_exception('no greetings') }}{% endif %}{{ messages[0].content }}"
+    )
+    (folder / "chat_template.jinja").write_text(refuses)
+    with pytest.raises(
+        UserError, match=r'judge: the chat template of .*/rm fails on the prompt "hi" \(no greetings\); take'
+    ):
+        scorer_of(ModelScorer(model=str(folder))).score(request_of_two)
+
+
 @pytest.mark.parametrize("labels", [1, 2])
 def test_a_language_model_is_refused(tokenizer, tmp_path, labels):
     """Its head would be drawn at random, and PPO would climb that."""
