@@ -62,7 +62,7 @@ RENAMED = {
     "zero_stage": "use launch.strategy: fsdp2, which shards the same state as ZeRO-3",
     "offload": "leave it out, weights stay on the devices; see launch.strategy: fsdp2",
     **dict.fromkeys(
-        ("ppo.top_k", "ppo.top_p"),
+        ("ppo.top_k", "ppo.top_p", "ppo.rollout.top_k", "ppo.rollout.top_p"),
         "leave it out: PPO's ratios and KL are of whole distributions, and samples of a truncated one would bias them; "
         "evaluate, rankings and chat have it",
     ),

@@ -7,6 +7,8 @@ from micro_chain import WORDS
 
 from pipeline import fingerprints
 from pipeline.errors import UserError
+from stages.settings.policies import climbs_own_model
+from stages.settings.ppo import climbed_folders
 from tests.stages.ppo.test_ppo_run import SMALL
 
 FUNCTION = """
@@ -66,6 +68,16 @@ def test_the_content_of_the_function_is_part_of_the_fingerprint(chain, tmp_path)
     found = chain.stages["ppo"].folders(experiment)
     assert found["ppo.rewards[0].python"] == file
     assert found["ppo.rewards[1].model"] == chain.root / "other_rm/model"
+
+
+@pytest.mark.parametrize("weight, is_climbed", [(0.0, False), (-1.0, True)])
+def test_a_reward_model_of_weight_0_is_watched_and_not_climbed(chain, tmp_path, weight, is_climbed):
+    """So it is a judge that can be believed."""
+    folder, file = chain.root / "other_rm/model", reward_file(tmp_path)
+    own, other = f"{{model: rm, weight: {weight}}}", f"{{model: {folder}, weight: {weight}}}"
+    experiment = chain.experiment(f"ppo.rewards=[{{python: '{file}:words'}}, {own}, {other}]")
+    assert climbs_own_model(experiment) == is_climbed
+    assert climbed_folders(experiment) == ([folder] if is_climbed else [])
 
 
 def test_one_reward_model_in_the_list_is_what_it_is_without_a_list(chain, tmp_path):
