@@ -51,6 +51,16 @@ def test_the_weighted_sum_is_climbed_and_each_part_is_shown(chain, tmp_path, pro
         assert row["score"] == pytest.approx(row["parts"]["rm"] + 0.5 * row["parts"]["length"], abs=1e-5)
 
 
+@pytest.mark.parametrize("settings, is_said", [([], True), (["ppo.missing_eos_score=-1.0"], False)])
+def test_what_a_response_gets_that_is_cut_off_is_said(chain, tmp_path, prompts, settings, is_said):
+    """A default of −1 is no penalty where the scores of a function are lower."""
+    rewards = f"ppo.rewards=[{{python: '{reward_file(tmp_path)}:words'}}]"
+    given = ["ppo.total_episodes=8", rewards, f"data.prompts={prompts}", "evaluate.missing_eos_score=-1.0", *settings]
+    plain = [option for option in OPTIONS if "missing_eos_score" not in option]
+    said = " ".join(chain.run("ppo", tmp_path / "ppo", *plain, *given).said.split())
+    assert ("a response that is cut off gets -1 (ppo.missing_eos_score)" in said) == is_said
+
+
 def test_without_a_reward_model_the_stage_rm_is_not_needed(chain, tmp_path, prompts):
     """The value model then starts as the policy with a new head; all that is needed is sft."""
     file = reward_file(tmp_path)
