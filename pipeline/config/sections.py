@@ -380,11 +380,20 @@ def names_hub(tree: dict[str, Any]) -> bool:
 
     If it does not, all libraries are told to stay offline.
     """
+    if any(isinstance(text, str) and is_hub_id(text) for text in scorer_models(tree)):
+        return True
     data, model = tree.get("data"), tree.get("model")
     named = [path for value in data.values() for path in source_paths(value)] if isinstance(data, dict) else []
     if isinstance(model, dict):
         named.append(model.get("name_or_path"))
     return any(isinstance(text, str) and is_hub_id(text) for text in named)
+
+
+def scorer_models(tree: dict[str, Any]) -> list[Any]:
+    """Return the models that lists of scorers name, in any section of a parsed config."""
+    lists = [value for section in tree.values() if isinstance(section, dict) for value in section.values()]
+    scorers = [one for value in lists if isinstance(value, list) for one in value if isinstance(one, dict)]
+    return [one.get("model") for one in scorers]
 
 
 def source_paths(value: Any) -> list[Any]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-How = Literal["mean", "min"]
+How = Literal["mean", "min", "mean_minus_std"]
 
 
 def others_of(folder: Path) -> list[Path]:

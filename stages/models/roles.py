@@ -12,7 +12,7 @@ from torch import bfloat16, nn
 
 from pipeline.errors import UserError
 from stages.models.adapters import AdapterSettings, is_adapted, load_on_trunk, share_frozen, unwrapped, with_adapter
-from stages.models.ensemble import load_reward_model
+from stages.models.ensemble import load_ensemble
 from stages.models.ensemble_folder import How
 from stages.models.forward import head_is_linear
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, new_reward_model
@@ -128,8 +128,12 @@ class RewardFolder:
     """The model that its adapter was trained on; None if that is not known.
 
     If it is known, reward and value model share it, with an adapter each."""
+    others: tuple[Path, ...] = ()
+    """Folders of more models that score with it as an ensemble."""
     ensemble: How = "mean"
-    """How several reward models beside each other score as one."""
+    """How the scores of several are combined."""
+    deviations: float = 1.0
+    """For mean_minus_std: how many standard deviations are taken off."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ class RoleFolders:
     """Policy and reference."""
     reward_models: tuple[RewardFolder, ...] = ()
     """Reward models; the value model starts as the first of them."""
-    judge: NamedFolder | None = None
+    judge: RewardFolder | None = None
     """The reward model that PPO does not climb, or None."""
     has_value_model: bool = True
     """Whether a value model is loaded."""
@@ -197,16 +201,17 @@ def load_roles(folders: RoleFolders, accelerator: Any, adapter: AdapterSettings,
         placed.append(model)
         return model
 
-    def load_frozen(load: Callable, folder: NamedFolder, ensemble: How = "mean") -> nn.Module:
+    def load_frozen(load: Callable, one: RewardFolder) -> nn.Module:
         """Load a reward model, or an ensemble of them, that does not train."""
-        with named_in_errors(folder.key, folder.path):
-            check_same_tokenizer(tokenizer, load_tokenizer(folder.path, **trust), str(folder.path))
+        key = one.folder.key
 
         def load_member(path: Path) -> nn.Module:
-            with named_in_errors(folder.key, folder.path):
+            with named_in_errors(key, path):
+                check_same_tokenizer(tokenizer, load_tokenizer(path, **trust), str(path))
                 return fit_rows(load(path, **loading), ids).requires_grad_(False)
 
-        return load_reward_model(folder.path, ensemble, lambda path: place(partial(load_member, path)))
+        paths = [one.folder.path, *one.others]
+        return load_ensemble(paths, one.ensemble, lambda path: place(partial(load_member, path)), one.deviations)
 
     def load_scalar(trunk: Path | None) -> Callable:
         """Return what loads a scalar model whose adapter is on a trunk."""
@@ -232,9 +237,7 @@ def load_roles(folders: RoleFolders, accelerator: Any, adapter: AdapterSettings,
     policy = place(lambda: with_adapter(load_start(), adapter, seed=options.policy_seed))
     ids = unwrapped(policy).get_input_embeddings().weight.shape[0]  # all that it can sample
     ref_policy = None if is_adapted(policy) else place(lambda: load_start().requires_grad_(False))
-    reward_models = {
-        one.name: load_frozen(load_scalar(one.trunk), one.folder, one.ensemble) for one in folders.reward_models
-    }
+    reward_models = {one.name: load_frozen(load_scalar(one.trunk), one) for one in folders.reward_models}
     value_model = place(load_value_model) if folders.has_value_model else None
     judge = None if folders.judge is None else load_frozen(load_scalar_model, folders.judge)
     if options.gradient_checkpointing:

@@ -1,5 +1,6 @@
 """Load what PPO starts from: models, prompts and pretraining rows."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,10 @@ from data.streams import held_out as hold_out
 from pipeline.errors import UserError
 from pipeline.stage import Source
 from stages.models.adapters import AdapterSettings
+from stages.models.ensemble_folder import others_of
+from stages.models.loading import load_tokenizer
 from stages.models.roles import NamedFolder, RewardFolder, RoleFolders, RoleOptions, Roles, load_roles
+from stages.models.same_tokenizer import difference_of
 from stages.rollouts.rollout import DrawnPrompt
 from stages.settings.experiment import Experiment
 from stages.settings.ppo import PPOSettings, has_value_model, named_rewards
@@ -63,27 +67,60 @@ def start_folder(sft: Path, has_ppo_init: bool) -> Path:
     return sft / ("ppo_init" if has_ppo_init else "model")
 
 
-def role_folders(start: Path, inputs: dict[str, Path], experiment: Experiment) -> RoleFolders:
+def reads_ids_of(settings: ModelScorer, policy: Path, *, trust_remote_code: bool) -> bool:
+    """Return whether reward models read the policy's own ids: one logit, and its tokenizer.
+
+    Args:
+        settings: Names their folders.
+        policy: Folder of the policy.
+        trust_remote_code: Whether code that the models bring may run.
+    """
+    if settings.hub_id() is not None or settings.heads is not None:
+        return False
+    trust = {"trust_remote_code": trust_remote_code}
+    tokenizer = load_tokenizer(policy, **trust)
+    for folder in settings.folders():
+        if logits_in(folder) != 1 or difference_of(tokenizer, load_tokenizer(folder, **trust)) is not None:
+            return False
+    return True
+
+
+def logits_in(folder: Path) -> int:
+    """Return how many logits a reward model has, as transformers reads its config.json."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
+
+
+def role_folders(
+    start: Path, inputs: dict[str, Path], experiment: Experiment, *, trust_remote_code: bool = False
+) -> RoleFolders:
     """Return where the models of a run are.
 
     Args:
         start: Folder of the model that policy and reference start as.
         inputs: Folders of the upstream stages.
         experiment: All settings; they name reward models.
+        trust_remote_code: Whether code that the models bring may run.
     """
     c, reward_models = experiment.ppo, []
     for key, name, settings in named_rewards(c):
         if not isinstance(settings, ModelScorer):
             continue
-        named = settings.folder()
-        if named is None:
-            folder, trunk = NamedFolder("rm", inputs["rm"] / "model"), inputs["sft"] / "model"
+        if settings.is_own():
+            own = inputs["rm"] / "model"
+            folder, trunk, others = NamedFolder("rm", own), inputs["sft"] / "model", others_of(own)
+        elif c.rewards is None or reads_ids_of(settings, start, trust_remote_code=trust_remote_code):
+            first, *others = settings.folders()
+            folder, trunk = NamedFolder(key, first), None
         else:
-            folder, trunk = NamedFolder(key, named), None
-        reward_models.append(RewardFolder(name, folder, trunk, settings.how))
+            continue  # it reads texts: `stages/scorers/text_model.py`
+        how = {"ensemble": settings.how, "deviations": settings.deviations}
+        reward_models.append(RewardFolder(name, folder, trunk, tuple(others), **how))
     judge = None
     if c.held_out_reward_model is not None:
-        judge = NamedFolder("ppo.held_out_reward_model", Path(c.held_out_reward_model).expanduser())
+        path = Path(c.held_out_reward_model).expanduser()
+        named = NamedFolder("ppo.held_out_reward_model", path)
+        judge = RewardFolder("held_out", named, others=tuple(others_of(path)))
     return RoleFolders(
         policy=start, reward_models=tuple(reward_models), judge=judge, has_value_model=has_value_model(c)
     )

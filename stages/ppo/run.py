@@ -45,7 +45,14 @@ from stages.rollouts.engine import EngineLost, EngineSpec
 from stages.rollouts.rollout import Rollout
 from stages.scorers.scorer import ScorerLost
 from stages.settings.experiment import Experiment
-from stages.settings.ppo import PPOSettings, has_value_model, named_rewards, steps_per_update
+from stages.settings.ppo import (
+    PPOSettings,
+    advantage_method,
+    has_value_model,
+    named_rewards,
+    steps_per_update,
+    unused_settings,
+)
 from stages.shared.disk import say_written
 from stages.shared.provenance import Provenance, provenance_of
 from stages.shared.runtime import (
@@ -157,7 +164,7 @@ def set_up(
 
     start = start_folder(provenance.inputs["sft"], has_ppo_init=experiment.sft.ppo_init is not None)
     check_context(session, c, start, *(["ptx_length"] if c.ptx_coef else []))
-    folders = role_folders(start, provenance.inputs, experiment)
+    folders = role_folders(start, provenance.inputs, experiment, trust_remote_code=runtime.trust_remote_code)
     roles = load_models(session, folders, runtime, adapter_settings(experiment.model), c.max_length)
     confirm_folders()  # the named ones have been loaded
     name = c.rollout.engine
@@ -183,6 +190,7 @@ def set_up(
         shows_parts=c.rewards is not None,
         records=session.checkpoints.folder.with_name("scores"),
         say=session.say,
+        trust_remote_code=runtime.trust_remote_code,
     )
     sampler = make_sampler(roles, scorer, sampling_options(c), engine_rules(c), session.seed, name, spec, session.say)
 
@@ -218,6 +226,8 @@ def begin(setup: Setup, c: PPOSettings) -> int:
         f"{len(streams.train)} prompts, {len(setup.held_out)} held out; {run.updates} updates of {c.batch_size} "
         f"episodes, {steps_per_update(c)} optimizer steps each"
     )
+    if unused := unused_settings(c):
+        session.say(f"not used with ppo.advantage {advantage_method(c)}: {', '.join(unused)}")
     provenance = setup.publication.provenance
     if provenance.model.peft is not None:
         rates = ["learning_rate"] + (["value_learning_rate"] if has_value_model(c) else [])

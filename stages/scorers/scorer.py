@@ -104,6 +104,8 @@ class ScorerSpec:
     nothing is recorded."""
     say: Callable[[str], None] = print
     """Prints a line."""
+    trust_remote_code: bool = False
+    """Whether code that a model brings may run."""
 
 
 class Scorer(Protocol):

@@ -5,11 +5,18 @@ from collections.abc import Callable
 from stages.scorers.python import PythonScorer
 from stages.scorers.reward_model import RewardModelScorer
 from stages.scorers.scorer import Scorer, ScorerSpec
+from stages.scorers.text_model import TextModelScorer
 from stages.settings.scorers import model, python
 from stages.settings.scorers.common import ScorerSection
 
+
+def make_model_scorer(spec: ScorerSpec) -> Scorer:
+    """Return what scores by the loaded reward model; without one, by a model that reads texts."""
+    return TextModelScorer(spec) if spec.reward_model is None else RewardModelScorer(spec)
+
+
 FACTORIES: dict[type[ScorerSection], Callable[[ScorerSpec], Scorer]] = {
-    model.ModelScorer: RewardModelScorer,
+    model.ModelScorer: make_model_scorer,
     python.PythonScorer: PythonScorer,
 }
 """Class of a scorer's settings → what makes the scorer."""

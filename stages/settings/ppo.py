@@ -120,7 +120,7 @@ class PPOSettings(Section):
         "how advantages are computed. gae: by a value model, as in the paper (null means this too); rloo: the reward "
         "of a response minus the mean of the prompt's other samples; grpo: the score relative to the prompt's samples, "
         "with the KL penalty in the loss instead of the reward. rloo and grpo need samples_per_prompt ≥ 2 and have no "
-        "value model, so lam, gamma, cliprange_value, value_learning_rate and the whiten_ settings do not apply",
+        "value model, so lam, gamma, cliprange_value, value_learning_rate and the whiten_ settings are not used",
     )
     grpo_scale: bool | None = setting(
         None, "grpo: divide by the standard deviation of a prompt's scores (null: yes); false: do not (Dr. GRPO)"
@@ -250,7 +250,7 @@ def folders(experiment: "Experiment") -> dict[str, Path]:
 def climbed_folders(experiment: "Experiment") -> list[Path]:
     """Return the folders of the user's reward models that score."""
     scorers = [settings for _, _, settings in named_rewards(experiment.ppo)]
-    return [folder for one in scorers if isinstance(one, ModelScorer) and (folder := one.folder()) is not None]
+    return [folder for one in scorers if isinstance(one, ModelScorer) for folder in one.folders()]
 
 
 def with_others(key: str, folder: str | None) -> dict[str, Path]:
@@ -344,16 +344,21 @@ def advantage_problems(settings: PPOSettings) -> list[str]:
             f"ppo.samples_per_prompt: {settings.samples_per_prompt}; {method} compares the samples of a prompt, so it "
             f"should be at least 2, for example 4"
         )
-    unused = [*OF_VALUES] + (["kl_estimator", "kl_target", "kl_horizon"] if method == "grpo" else [])
-    for key in unused:
-        if key in settings.model_fields_set and getattr(settings, key) != default_of(key):
-            lines.append(f"ppo.{key}: has no effect with ppo.advantage: {method}; leave it out")
+    if method == "grpo" and settings.kl_target is not None:
+        lines.append("ppo.kl_target: has no effect with ppo.advantage: grpo, whose KL is in the loss; leave it out")
     return lines
 
 
-def default_of(key: str) -> Any:
-    """Return the default of a setting of this section."""
-    return PPOSettings.model_fields[key].get_default(call_default_factory=True)
+def unused_settings(settings: PPOSettings) -> list[str]:
+    """Return the settings that the config sets and that the way of computing advantages ignores.
+
+    They are no mistake: a sweep over `advantage` has one YAML for all of them.
+    """
+    method = advantage_method(settings)
+    unused = [] if method == "gae" else list(OF_VALUES)
+    if method == "grpo":
+        unused.append("kl_estimator")
+    return [key for key in unused if key in settings.model_fields_set]
 
 
 def batch_problems(settings: PPOSettings) -> list[str]:

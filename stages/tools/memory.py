@@ -16,7 +16,6 @@ from pipeline.config.section import Section
 from pipeline.config.sections import local_folder
 from pipeline.errors import UserError
 from stages.models.adapters import AdapterSettings
-from stages.models.ensemble_folder import others_of
 from stages.models.loading import packaged_gguf, scratch_config
 from stages.models.remote_code import SCALAR, from_pretrained, is_remote
 from stages.models.roles import most_tokens
@@ -129,8 +128,8 @@ def of_ppo(experiment: Any, config: Any, take: Callable, dtype: str, device: str
     for _, _, settings in named_rewards(c):
         if not isinstance(settings, ModelScorer):
             continue
-        if (folder := settings.folder()) is not None:
-            weights += scalar * (1 + len(others_of(folder)))
+        if not settings.is_own():
+            weights += scalar * max(1, len(settings.folders()))
         else:
             weights += experiment.rm.ensemble * (value if sizes.shared else scalar)
             trunk = whole - value

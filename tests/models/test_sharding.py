@@ -295,10 +295,11 @@ def check_roles(folders, adapter, dtype):
     first, folder = is_rank_zero(), folders[rank_and_world_size()[0]]
     accelerator = SimpleNamespace(mixed_precision="bf16" if dtype == "bfloat16" else "no", device=torch.device("cpu"))
     common = {"attn_implementation": "sdpa", "trust_remote_code": False}
+    first_member, others = NamedFolder("rm", folder / "rm" / "model"), (folder / "rm" / "ensemble" / "1",)
     folders = RoleFolders(
         policy=folder / "sft",
-        reward_models=(RewardFolder("rm", NamedFolder("rm", folder / "rm" / "model"), trunk=folder / "sft"),),
-        judge=NamedFolder("judge", folder / "judge"),
+        reward_models=(RewardFolder("rm", first_member, trunk=folder / "sft", others=others),),
+        judge=RewardFolder("judge", NamedFolder("judge", folder / "judge")),
     )
     options = RoleOptions(
         **common, max_length=64, gradient_checkpointing=True, sharded=True, policy_seed=1, value_seed=2

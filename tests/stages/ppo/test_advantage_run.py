@@ -20,6 +20,12 @@ def test_no_value_model_is_trained_or_published(chain, tmp_path, method):
         assert ("loss/kl" in row) == (method == "grpo")
 
 
+def test_what_is_not_used_is_said(chain, tmp_path):
+    settings = [*OPTIONS, "ppo.advantage=rloo", "ppo.lam=0.9", "ppo.total_episodes=8"]
+    said = chain.run("ppo", tmp_path / "ppo", *settings).said
+    assert "not used with ppo.advantage rloo: lam" in " ".join(said.split())
+
+
 def test_gae_is_the_default(chain, tmp_path):
     one = chain.run("ppo", tmp_path / "one", *OPTIONS)
     other = chain.run("ppo", tmp_path / "other", *OPTIONS, "ppo.advantage=gae")
@@ -46,7 +52,6 @@ def test_the_micro_batch_does_not_change_what_is_learnt(chain, tmp_path, method)
     "settings, line",
     [
         (["ppo.advantage=rloo", "ppo.samples_per_prompt=1"], "ppo.samples_per_prompt: 1; rloo compares the samples"),
-        (["ppo.advantage=rloo", "ppo.samples_per_prompt=2", "ppo.lam=0.9"], "ppo.lam: has no effect"),
         (["ppo.advantage=grpo", "ppo.samples_per_prompt=2", "ppo.kl_target=3.0"], "ppo.kl_target: has no effect"),
         (["ppo.grpo_scale=false"], "ppo.grpo_scale: has no effect with ppo.advantage: gae"),
         (["ppo.advantage=reinforce"], "ppo.advantage"),

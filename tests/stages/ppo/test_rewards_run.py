@@ -100,3 +100,20 @@ def test_mistakes_in_the_list_are_lines(chain, given, line):
 def test_a_list_beside_the_single_reward_model_is_refused(chain):
     with pytest.raises(UserError, match=r"ppo.reward_model: has no effect beside ppo.rewards"):
         chain.experiment("ppo.rewards=[{model: rm}]", f"ppo.reward_model={chain.root}/other_rm/model")
+
+
+def test_a_reward_model_with_several_logits_reads_the_text(chain, tmp_path, prompts):
+    """Beside rm's, which reads the policy's ids; each logit has a metric of its own."""
+    from transformers import AutoModelForSequenceClassification
+
+    from tests.builders import tiny_config
+
+    folder = tmp_path / "heads"
+    config = tiny_config(vocab_size=len(chain.tokenizer), num_labels=2, pad_token_id=chain.tokenizer.pad_token_id)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    chain.tokenizer.save_pretrained(folder)
+    rewards = f"ppo.rewards=[{{model: rm}}, {{model: {folder}, heads: [1.0, -1.0], weight: 0.1}}]"
+    plain = ("ppo.missing_eos_score=null", "evaluate.missing_eos_score=null")
+    row = chain.run("ppo", tmp_path / "ppo", *OPTIONS, rewards, *plain).rows("metrics.jsonl")[0]
+    assert row["rewards/heads"] == pytest.approx(row["rewards/heads/LABEL_0"] - row["rewards/heads/LABEL_1"], abs=1e-5)
+    assert row["objective/scores"] == pytest.approx(row["rewards/rm"] + 0.1 * row["rewards/heads"], abs=1e-5)
