@@ -1,5 +1,6 @@
 """Evaluate the policy on held-out prompts."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from data.encode import decode_response
 from pipeline.launch import parallel
 from stages.models.sharding import is_sharded
-from stages.ppo.figures import OF_PARTS, describe
+from stages.ppo.figures import DROPPED, OF_PARTS, describe
 from stages.ppo.inputs import HeldOut
 from stages.ppo.options import KlControl
 from stages.ppo.sampling import Sampler
@@ -60,14 +61,20 @@ def evaluate(run: Run, sampler: Sampler, held_out: list[HeldOut], kl: KlControl,
         # β of the settings, not the steered one, so that evaluations are comparable
         all_figures = describe(rollout, rollout.values, kl.coef, kl.estimator)
         figures = {name: all_figures[key] for name, key in FIGURES.items()}
-        figures |= {key: figure for key, figure in all_figures.items() if key.startswith(OF_PARTS)}
+        figures |= {key: figure for key, figure in all_figures.items() if key.startswith((OF_PARTS, DROPPED))}
         if sampler.roles.judge is not None:
             figures["held_out_score"] = held_out_scores(sampler, rollout).mean().item()
         tracker = run.session.tracker
         tracker.evaluation(step, figures)
         # chosen by the reward model that PPO does not climb, if there is one
         judged = figures.get("held_out_score", figures["score"])
-        run.best.offer(figures["rlhf_reward"] - figures["score"] + judged, step, run.learners.policy)
+        value = figures["rlhf_reward"] - figures["score"] + judged
+        # a score without all of its parts compares with no other one
+        is_partial = bool(rollout.dropped) and "held_out_score" not in figures
+        if is_partial:
+            run.session.say(f"update {step}: held-out scores lack {', '.join(rollout.dropped)}, and choose no policy")
+        if not is_partial or run.best.value is None:
+            run.best.offer(math.nan if is_partial else value, step, run.learners.policy)
         tracker.samples(step, shown_samples(sampler, rollout, held_out))
         run.evaluations[str(step)] = figures
         run.sound(run.alarms.evaluated(step, figures))

@@ -188,7 +188,7 @@ def set_up(
         [settings for _, _, settings in named_rewards(c)],
         c.per_device_train_batch_size,
         shows_parts=c.rewards is not None,
-        records=session.checkpoints.folder.with_name("scores"),
+        records=session.checkpoints.folder / "scores",
         say=session.say,
         trust_remote_code=runtime.trust_remote_code,
     )

@@ -50,6 +50,8 @@ class Rollout:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     """Name of a scorer, or NAME/PART → (B,) its scores before weights and rules; empty where only
     the reward model scores."""
+    dropped: tuple[str, ...] | None = None
+    """Names of the scorers that failed and are left out of `scores`; None where none may be."""
     sampler_logprobs: Tensor | None = None
     """(B, R) log μ(y_t | x, y_<t) of the distribution that was sampled from, where `logprobs` were
     computed again; None where they are the sampler's own."""

@@ -22,6 +22,12 @@ class ScorerLost(TrainingStopped):
     """Say that a scorer is gone or has failed: the run saves and ends (exit code 3)."""
 
 
+class ScorerDropped(Exception):
+    """Say that a scorer has failed and that the settings go on without it (`on_failure: drop`).
+
+    What it scores for all ranks in this rollout is then left out of the sum."""
+
+
 def no_poll() -> None:
     """Do nothing while a scorer waits."""
 
@@ -100,8 +106,8 @@ class ScorerSpec:
     name: str = "rm"
     """The scorer's name, for error lines."""
     records: Path | None = None
-    """Folder for answers that a resumed run must get again; it lasts until the stage is done. None:
-    nothing is recorded."""
+    """Folder for answers that a resumed run must get again; it stays and goes with the checkpoints
+    of the run, among which it is. None: nothing is recorded."""
     say: Callable[[str], None] = print
     """Prints a line."""
     trust_remote_code: bool = False
@@ -130,6 +136,8 @@ class Scorer(Protocol):
 
         Raises:
             ScorerLost: If it cannot score for now; a later run may go on.
+            ScorerDropped: If it cannot score, and the sum shall do without it; only where
+                `may_drop` is true.
             UserError: If the user has to change something, such as a function that fails.
         """
 

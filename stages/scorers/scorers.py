@@ -6,7 +6,8 @@ from stages.scorers.python import PythonScorer
 from stages.scorers.reward_model import RewardModelScorer
 from stages.scorers.scorer import Scorer, ScorerSpec
 from stages.scorers.text_model import TextModelScorer
-from stages.settings.scorers import model, python
+from stages.scorers.url import UrlScorer
+from stages.settings.scorers import model, python, url
 from stages.settings.scorers.common import ScorerSection
 
 
@@ -18,6 +19,7 @@ def make_model_scorer(spec: ScorerSpec) -> Scorer:
 FACTORIES: dict[type[ScorerSection], Callable[[ScorerSpec], Scorer]] = {
     model.ModelScorer: make_model_scorer,
     python.PythonScorer: PythonScorer,
+    url.UrlScorer: UrlScorer,
 }
 """Class of a scorer's settings → what makes the scorer."""
 

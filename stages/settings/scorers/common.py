@@ -40,3 +40,17 @@ class ScorerSection(Section):
     def stages(self) -> list[str]:
         """Return the stages of this experiment that must be done first."""
         return []
+
+    def missing(self, key: str) -> list[str]:
+        """Return a line for each thing that the scorer needs and this machine lacks.
+
+        It is asked when a stage that scores is about to run.
+
+        Args:
+            key: Where the scorer is in the config.
+        """
+        return []
+
+    def may_drop(self) -> bool:
+        """Return whether an update may go on without this scorer when it has failed."""
+        return False

@@ -16,8 +16,9 @@ from pydantic import BaseModel, BeforeValidator, Discriminator, Tag
 from stages.settings.scorers.common import ScorerSection
 from stages.settings.scorers.model import ModelScorer
 from stages.settings.scorers.python import PythonScorer
+from stages.settings.scorers.url import UrlScorer
 
-KINDS: dict[str, type[ScorerSection]] = {"model": ModelScorer, "python": PythonScorer}
+KINDS: dict[str, type[ScorerSection]] = {"model": ModelScorer, "python": PythonScorer, "url": UrlScorer}
 """Key that names what scores → the class of its settings."""
 
 
@@ -43,7 +44,9 @@ def _one_kind(given: Any) -> Any:
 
 
 Scorer = Annotated[
-    Annotated[ModelScorer, Tag("ModelScorer")] | Annotated[PythonScorer, Tag("PythonScorer")],
+    Annotated[ModelScorer, Tag("ModelScorer")]
+    | Annotated[PythonScorer, Tag("PythonScorer")]
+    | Annotated[UrlScorer, Tag("UrlScorer")],
     Discriminator(_class_name),
     BeforeValidator(_one_kind),
 ]
@@ -70,7 +73,22 @@ def scorer_problems(key: str, scorers: Sequence[ScorerSection]) -> list[str]:
     for name, count in Counter(names_of(scorers)).items():
         if count > 1:
             lines.append(f"{key}: {count} scorers have the name {name!r}; give each a name of its own (name: …)")
+    if all(scorer.may_drop() for scorer in scorers):
+        lines.append(
+            f"{key}: every scorer has on_failure: drop, so that nothing might be left to score by; set "
+            f"on_failure: stop for one of them"
+        )
     return lines
+
+
+def missing_of_scorers(key: str, scorers: Sequence[ScorerSection]) -> list[str]:
+    """Return a line for each thing that the scorers need and this machine lacks.
+
+    Args:
+        key: The setting, as "ppo.rewards".
+        scorers: Its value.
+    """
+    return [line for index, scorer in enumerate(scorers) for line in scorer.missing(f"{key}[{index}]")]
 
 
 def scorer_files(key: str, scorers: Sequence[ScorerSection]) -> dict[str, Path]:
