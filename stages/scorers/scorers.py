@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
+from stages.scorers.judge import JudgeScorer
 from stages.scorers.python import PythonScorer
 from stages.scorers.reward_model import RewardModelScorer
 from stages.scorers.scorer import Scorer, ScorerSpec
 from stages.scorers.text_model import TextModelScorer
 from stages.scorers.url import UrlScorer
-from stages.settings.scorers import model, python, url
+from stages.settings.scorers import judge, model, python, url
 from stages.settings.scorers.common import ScorerSection
 
 
@@ -20,6 +21,7 @@ FACTORIES: dict[type[ScorerSection], Callable[[ScorerSpec], Scorer]] = {
     model.ModelScorer: make_model_scorer,
     python.PythonScorer: PythonScorer,
     url.UrlScorer: UrlScorer,
+    judge.JudgeScorer: JudgeScorer,
 }
 """Class of a scorer's settings → what makes the scorer."""
 

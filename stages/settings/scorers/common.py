@@ -54,3 +54,7 @@ class ScorerSection(Section):
     def may_drop(self) -> bool:
         """Return whether an update may go on without this scorer when it has failed."""
         return False
+
+    def compares(self) -> bool:
+        """Return whether it compares two responses, and gives none a score."""
+        return False

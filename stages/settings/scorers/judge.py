@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config.section import setting
+from pipeline.config.sections import is_hub_id
 from stages.settings.scorers.common import ScorerSection
+from stages.settings.scorers.model import COMMIT
 from stages.settings.scorers.url import address_problems
 
 Mode = Literal["grade", "pairwise"]
@@ -24,7 +26,6 @@ PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 """A placeholder of a prompt that is no Jinja template."""
 JINJA = (".j2", ".jinja", ".jinja2")
 """Endings of files that are Jinja templates."""
-HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 OF_SERVERS = ("key_env", "body", "concurrency", "timeout", "retries", "temperature", "seed", "on_failure")
 """Settings without effect on a local model."""
 OF_LOCAL_MODELS = ("batch_size", "revision")
@@ -89,7 +90,7 @@ class JudgeScorer(ScorerSection):
         "without this scorer",
     )
     batch_size: int = setting(8, "the most questions that a local model answers at a time", "questions", ge=1)
-    revision: str | None = setting(None, "commit of a Hub id; null: the newest")
+    revision: str | None = setting(None, "commit of the Hub id, 40 hexadecimal digits; required for one")
 
     @property
     def is_local(self) -> bool:
@@ -155,7 +156,9 @@ class JudgeScorer(ScorerSection):
             if (path / "config.json").is_file():
                 return []
             return [f"judge: {path} has no config.json; give the model/ folder of a language model"]
-        if HUB_ID.fullmatch(self.judge) and "/" in self.judge:
+        if is_hub_id(self.judge):
+            if self.revision is None or not COMMIT.fullmatch(self.revision):
+                return [f"revision: should be the commit of {self.judge}, 40 hexadecimal digits; give it"]
             return []
         return [f"judge: {self.judge!r} is no folder and no Hub id; give one, or base_url for a model at a server"]
 
