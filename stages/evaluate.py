@@ -23,19 +23,22 @@ from pipeline.errors import UserError
 from pipeline.stage import Source, StageRun
 from pipeline.store.checkpoints import CheckpointStore
 from pipeline.tracking import json_value
-from stages.evaluation.climbed import Climbed, judges_of
+from stages.evaluation.climbed import Climbed, judges_of, judges_of_settings
 from stages.evaluation.comparison import compare, manifest_figures
 from stages.evaluation.forms import DESCRIPTIONS, form_of_base
 from stages.evaluation.greedy import greedy_rows
 from stages.evaluation.leaked import find_leaked_tasks, find_near_copies
 from stages.evaluation.measuring import gold_scores, measure
-from stages.evaluation.prompts import EvaluationPrompts, choose_examples, choose_records, split_demonstrations
+from stages.evaluation.panel import Opinion, Panel, judge_all, people_by_models, peoples_pairs, with_opinions
+from stages.evaluation.panel_results import panel_figures
+from stages.evaluation.prompts import EvaluationPrompts, choose_examples, choose_records, row_of, split_demonstrations
 from stages.evaluation.results import Measured
 from stages.evaluation.text import text_losses
 from stages.evaluation.tools import Tools, load_tools
 from stages.evaluation.writing import response_rows, write_jsonl
 from stages.settings.checks import context_of
 from stages.settings.evaluate import (
+    JUDGE_REPEAT,
     STAGES,
     EvaluateSettings,
     difference_lines,
@@ -52,6 +55,7 @@ from stages.shared.inputs import (
     fit_prompts,
     load_placed_records,
     load_records,
+    published,
     read_world,
     split_documents,
 )
@@ -81,6 +85,7 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
     # 2. Measure each policy, with a checkpoint after each. A resumed run may have measured more
     # than it compares now: evaluate.policies can change.
     measured = measured_before(session.checkpoints)
+    steps = len(names) + len(settings.named_judges)
     with session.tracker.progress(len(names), "evaluate", len(measured)) as progress:
         for name in names:
             if name in measured:
@@ -89,7 +94,7 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
             if form != "chat":
                 session.say(f"base is prompted {DESCRIPTIONS[form]}")
             policy = tools.policy_of(name)
-            poll = partial(session.leave_if_requested, len(measured), len(names))
+            poll = partial(session.leave_if_requested, len(measured), steps)
             queries = prompts.queries(tools.tokenizer, form)
             answers = measure(tools, policy, queries, prompts.chat_ids, settings, seed=session.seed, poll=poll)
             losses = None
@@ -98,26 +103,33 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
             gold = gold_scores(prompts.world, prompts.prompts, answers["responses"], answers["finished"])
             measured[name] = Measured(asked=form, gold=gold, text_losses=losses, **answers)
             progress.update(len(measured))
-            if len(measured) < len(names):
+            if len(measured) < steps:
                 state = {"measured": {name: of_policy.state() for name, of_policy in measured.items()}}
-                session.checkpoints.save(len(measured), {}, state, len(names))
-                session.leave_if_requested(len(measured), len(names))
+                session.checkpoints.save(len(measured), {}, state, steps)
+                session.leave_if_requested(len(measured), steps)
 
-    # 3. Let each policy answer some prompts greedily, for the report.
-    measured = {name: measured[name] for name in names}
-    poll = partial(session.leave_if_requested, len(names) - 1, len(names))
+    # 3. Let the judges of the settings judge, with a checkpoint after each; then greedy answers for
+    # the report.
+    measured, panel, opinions = ask_judges(ctx, session, tools, prompts, {name: measured[name] for name in names})
+    poll = partial(session.leave_if_requested, steps - 1, steps)
     context = context_in(ctx.inputs["sft"] / "model")
     greedy = greedy_rows(tools, prompts, measured, settings, context, poll)
 
     # 4. Compare, and publish.
     rm_figures = ctx.manifests["rm"]["metrics"] if "rm" in ctx.manifests else {}
-    judges = judges_of(names, prompts.world is not None, ctx.inputs.get("rm"), climbed_by_ppo(experiment), rm_figures)
+    rm, climbed = ctx.inputs.get("rm"), climbed_by_ppo(experiment)
+    further = judges_of_settings(names, settings.named_judges, experiment.ppo.rewards or [], rm, climbed)
+    judges = judges_of(names, prompts.world is not None, rm, climbed, rm_figures, further)
     if judges and judges[0].climbed:
         session.say(
             f"warning: {' and '.join(sorted(judges[0].climbed))} climbed the only judge, the reward model, so it "
             f"overrates them; rankings.judge_fraction keeps rankings for a judge that nothing climbs"
         )
-    results = compare(prompts, measured, judges, rm_figures) | {
+    panel_results = None
+    if panel is not None:
+        people_scores = people_by_models(tools, prompts.world, panel.people)
+        panel_results = panel_figures(measured, prompts.clusters, opinions, panel.people, people_scores)
+    results = compare(prompts, measured, judges, rm_figures, panel_results) | {
         "missing_eos_score": settings.missing_eos_score,
         "response_length": settings.response_length,
         "temperature": settings.temperature,
@@ -131,6 +143,70 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
     write_jsonl(ctx.publish / "responses.jsonl", rows)
     write_jsonl(ctx.publish / "greedy.jsonl", greedy)
     return manifest_figures(results, "ppo" if "ppo" in names else names[-1]) | session.notes.figures
+
+
+def ask_judges(
+    ctx: StageRun[EvaluateSettings, Experiment],
+    session: Session,
+    tools: Tools,
+    prompts: EvaluationPrompts,
+    measured: dict[str, Measured],
+) -> tuple[dict[str, Measured], Panel | None, dict[str, Opinion]]:
+    """Let the judges of the settings judge the measured policies, with a checkpoint after each.
+
+    Args:
+        ctx: The run.
+        session: The run, for checkpoints and lines.
+        tools: The tokenizer, and where models run.
+        prompts: The evaluation prompts.
+        measured: What was measured of each policy.
+
+    Returns:
+        The same with what the judges said of each; the panel, None without judges; and what each
+        judge said.
+    """
+    settings = ctx.config
+    named = settings.named_judges
+    if not named:
+        return measured, None, {}
+    rankings = []
+    if "rankings" in ctx.inputs:
+        rankings = load_records("rankings", published(ctx.inputs["rankings"] / "validation.jsonl"))
+    panel = Panel(
+        settings=named,
+        people=peoples_pairs(
+            rankings, tools.tokenizer, count=settings.pairs_to_judge, max_length=settings.max_length, seed=session.seed
+        ),
+        repeat=JUDGE_REPEAT if settings.judge_repeat is None else settings.judge_repeat,
+        records=session.checkpoints.folder / "scores",
+        seed=session.seed,
+        say=session.say,
+        trust_remote_code=ctx.trust_remote_code,
+    )
+    checkpoint = session.checkpoints.newest()
+    opinions = {} if checkpoint is None else {
+        name: Opinion(**state) for name, state in checkpoint.state.get("judged", {}).items()
+    }  # fmt: skip
+    total = len(measured) + len(named)
+    with session.tracker.progress(len(named), "judges", len(opinions)) as progress:
+        for name in named:
+            if name in opinions:
+                continue
+            done = len(measured) + len(opinions)
+            poll = partial(session.leave_if_requested, done, total)
+            opinions[name] = judge_all(panel, name, tools, prompts, measured, poll)
+            progress.update(len(opinions))
+            if done + 1 < total:
+                state = {
+                    "measured": {policy: own.state() for policy, own in measured.items()},
+                    "judged": {judge: opinion.state() for judge, opinion in opinions.items()},
+                }
+                session.checkpoints.save(done + 1, {}, state, total)
+                session.leave_if_requested(done + 1, total)
+    for name in named:
+        if opinions[name].invalid:
+            session.say(f"warning: {name}: {opinions[name].invalid} of {opinions[name].asked} verdicts are not valid")
+    return with_opinions(measured, opinions), panel, opinions
 
 
 def prepare(
@@ -214,6 +290,7 @@ def prepare(
         chat_ids=chat_ids,
         clusters=[prompt_key(prompt) if world is None else str(world.task(prompt)) for prompt in texts],
         leaked=leaked,
+        rows=[row_of(records[i]) for i in kept],
         world=world,
         examples=examples,
         room=None if context is None else context - settings.response_length,

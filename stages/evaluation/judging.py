@@ -20,7 +20,7 @@ TIE = 0.5
 PRIOR_DEVIATION = 2.5
 """Standard deviation of the normal prior of a coefficient of the length model, in logits."""
 PSEUDO_PAIRS = 2
-"""Pairs of equal length that we win, and as many that we lose, added before the error of a win rate."""
+"""Pairs of equal length that we win, and as many that we lose, added for an interval."""
 
 
 def preference_of(forward: Verdict | None, backward: Verdict | None) -> float:
@@ -75,9 +75,7 @@ def position_bias(
     }
 
 
-def longer_preferred(
-    preferences: Sequence[float], gaps: Sequence[float], clusters: Sequence[Hashable]
-) -> dict | None:
+def longer_preferred(preferences: Sequence[float], gaps: Sequence[float], clusters: Sequence[Hashable]) -> dict | None:
     """Estimate how often a judge prefers the longer of two responses.
 
     It is no proof of a bias: the longer response may be the better one. People's share on the same
@@ -141,9 +139,7 @@ def repeatability(first: Sequence, second: Sequence, clusters: Sequence[Hashable
 # -- the length-controlled win rate ----------------------------------------------------------------
 
 
-def length_controlled(
-    preferences: Sequence[float], gaps: Sequence[float], clusters: Sequence[Hashable]
-) -> dict | None:
+def length_controlled(preferences: Sequence[float], gaps: Sequence[float], clusters: Sequence[Hashable]) -> dict | None:
     """Estimate the win rate that a policy would have if all responses were as long as SFT's.
 
     As in AlpacaEval 2 (Dubois et al. 2024, equation 2), a logistic model of the preferences has a

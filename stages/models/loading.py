@@ -364,9 +364,7 @@ def load_pretrained(
     if info["missing_keys"] or kind.endswith(OTHER_HEADS):
         missing = f"the weights {sorted(info['missing_keys'])[:3]} of a {type(model).__name__}, which would be random"
         problem = f"lacks {missing if info['missing_keys'] else 'a head that predicts tokens'}"
-        raise UserError(
-            f"{where}: {name} holds a {kind}, and {problem}; give the folder of a language model"
-        )
+        raise UserError(f"{where}: {name} holds a {kind}, and {problem}; give the folder of a language model")
     if "gguf_file" in options:
         # A dequantized model still has its quantization config and refuses to be saved.
         config = model.config

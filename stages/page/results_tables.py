@@ -162,7 +162,7 @@ def what_it_is(name: str, judge: dict[str, Any]) -> str:
         "reward_model": "the reward model that PPO maximises and best of n selects by",
         "held_out": "a reward model of another seed, of the same rankings",
     }
-    return known.get(name, "")
+    return judge.get("what") or known.get(name, "")
 
 
 # -- the reward model ----------------------------------------------------------------------------

@@ -59,8 +59,7 @@ class JudgeScorer:
             raise UserError(f"{self.name}: the texts of these prompts are not known; leave this judge out")
         texts = request.response_texts()
         questions = [
-            self.prompt(values_of(row) | {"response": text})
-            for row, text in zip(request.data_rows, texts, strict=True)
+            self.prompt(values_of(row) | {"response": text}) for row, text in zip(request.data_rows, texts, strict=True)
         ]
         lowest, highest = self.settings.scale
         pattern = self.settings.pattern()

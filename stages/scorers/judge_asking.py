@@ -160,7 +160,7 @@ def text_of(value: Any) -> str:
 
 
 class Local:
-    """Ask a language model that runs here. It is loaded when it is first asked, and it is greedy."""
+    """Ask a language model that runs here: it is loaded when first asked, and it is greedy."""
 
     def __init__(self, spec: ScorerSpec) -> None:
         """Take the settings."""

@@ -5,14 +5,14 @@ import re
 
 import pytest
 import torch
-from tests.scorers.http_server import Given, serving
 
 from pipeline.errors import UserError
 from stages.scorers.judge import JudgeScorer, PairRequest
 from stages.scorers.judge_prompts import AGAIN, found_verdict, grade_of, load_prompt, values_of, verdict_of
-from stages.scorers.scorer import ScoreRequest, ScorerDropped, ScorerLost, ScorerSpec
+from stages.scorers.scorer import ScorerDropped, ScoreRequest, ScorerLost, ScorerSpec
 from stages.settings.scorers import judge as settings_of
 from stages.settings.scorers.scorer import scorer_problems
+from tests.scorers.http_server import Given, serving
 
 ROWS = [{"prompt": f"question {i}", "answer": f"answer {i}"} for i in range(4)]
 KEY = "sk-very-secret-1234"
@@ -248,7 +248,13 @@ def test_a_judge_of_pairs_is_no_reward():
 
 @pytest.mark.parametrize(
     ("judge", "name"),
-    [("gpt-5-mini", "gpt-5-mini"), ("org/Name-8B", "Name-8B"), ("a/sft/model", "sft"), ("package:x", "x"), ("m:8b", "m-8b")],
+    [
+        ("gpt-5-mini", "gpt-5-mini"),
+        ("org/Name-8B", "Name-8B"),
+        ("a/sft/model", "sft"),
+        ("package:x", "x"),
+        ("m:8b", "m-8b"),
+    ],
 )
 def test_names(judge, name):
     assert settings_of.JudgeScorer(judge=judge).default_name() == name
@@ -308,5 +314,3 @@ def test_the_part_invalid_is_a_number():
     with serving(lambda body, number: saying("?")) as served:
         scores = make(served.url, attempts=1).score(request(["a"]))
     assert scores.total.tolist() == [5.5] and scores.parts["invalid"].tolist() == [1]
-
-

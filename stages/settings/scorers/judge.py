@@ -15,10 +15,7 @@ Mode = Literal["grade", "pairwise"]
 
 PROMPTS = Path(__file__).parents[2] / "scorers" / "prompts"
 """The folder of the prompts that are used where the settings name none."""
-VERDICTS: dict[Mode, str] = {
-    "grade": r"\[\[\s*(-?\d+(?:\.\d+)?)\s*\]\]",
-    "pairwise": r"(?i)\[\[\s*(A|B|C|tie)\s*\]\]",
-}
+VERDICTS: dict[Mode, str] = {"grade": r"\[\[\s*(-?\d+(?:\.\d+)?)\s*\]\]", "pairwise": r"(?i)\[\[\s*(A|B|C|tie)\s*\]\]"}
 """What finds the verdict where the settings say nothing."""
 NEEDED: dict[Mode, tuple[str, ...]] = {"grade": ("response",), "pairwise": ("response_a", "response_b")}
 """The placeholders that a prompt must have."""
@@ -98,7 +95,7 @@ class JudgeScorer(ScorerSection):
         return self.base_url is None
 
     def default_name(self) -> str:
-        """Return the model's name without what a name may not have; of a folder `model` the parent's."""
+        """Return the model's name as far as it can be a name; of a folder `model` the parent's."""
         path = Path(self.judge.removeprefix("package:"))
         last = path.parent.name if path.name == "model" and path.parent.name else path.name
         return re.sub(r"[^A-Za-z0-9_.-]", "-", last).lstrip(".-") or "judge"
@@ -123,6 +120,12 @@ class JudgeScorer(ScorerSection):
     def may_drop(self) -> bool:
         """Return whether an update may go on without this scorer."""
         return self.on_failure == "drop"
+
+    def describe(self) -> str:
+        """Return the model, its server and how it judges."""
+        where = "" if self.base_url is None else f" at {self.base_url}"
+        how = "compares two responses in both orders" if self.compares() else "grades each response"
+        return f"the language model {self.judge}{where}, which {how}"
 
     def compares(self) -> bool:
         """Return whether it compares two responses."""

@@ -71,7 +71,7 @@ def test_repeatability():
 
 
 def simulate(rng, count, quality, length_effect, shift):
-    """Return preferences of a judge of known quality and length effect, and differences of length."""
+    """Return preferences of a judge that is known, and differences of length."""
     gaps = rng.normal(shift, 1.0, count)
     logits = quality + length_effect * np.tanh(gaps / gaps.std())
     return (rng.random(count) < 1 / (1 + np.exp(-logits))).astype(float), gaps
