@@ -17,6 +17,7 @@ from pathlib import Path
 
 from data.documents import wrap_documents
 from data.records import prompt_key
+from data.sources import load
 from data.turns import learnt_prompts
 from data.world.world import World
 from pipeline.errors import UserError
@@ -171,7 +172,7 @@ def ask_judges(
         return measured, None, {}
     rankings = []
     if "rankings" in ctx.inputs:
-        rankings = load_records("rankings", published(ctx.inputs["rankings"] / "validation.jsonl"))
+        rankings = load("rankings", published(ctx.inputs["rankings"] / "validation.jsonl"))
     panel = Panel(
         settings=named,
         people=peoples_pairs(

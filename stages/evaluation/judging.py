@@ -96,6 +96,28 @@ def longer_preferred(preferences: Sequence[float], gaps: Sequence[float], cluste
     return share_estimate(longer, [clusters[i] for i in chosen])
 
 
+def longer_than_people(
+    preferences: Sequence[float], gaps: Sequence[float], clusters: Sequence[Hashable]
+) -> dict | None:
+    """Estimate how much more often a judge prefers the longer response than people do.
+
+    Args:
+        preferences: The judge's preference for the response that people preferred, in each pair.
+        gaps: The length of that response minus that of the other.
+        clusters: The cluster of each pair.
+
+    Returns:
+        The difference of the two shares, paired, of the pairs whose lengths differ; None without
+        one.
+    """
+    chosen = [i for i, gap in enumerate(gaps) if gap != 0]
+    if not chosen:
+        return None
+    differences = [preferences[i] - 1 if gaps[i] > 0 else 1 - preferences[i] for i in chosen]
+    found = share_estimate([(1 + x) / 2 for x in differences], [clusters[i] for i in chosen])
+    return {"value": 2 * found["value"] - 1, "ci95": [2 * end - 1 for end in found["ci95"]], "n": found["n"]}
+
+
 def agreement(ours: Sequence[float], theirs: Sequence[float], clusters: Sequence[Hashable]) -> dict | None:
     """Estimate how often two judges prefer the same response of a pair.
 

@@ -33,8 +33,6 @@ from stages.settings.scorers.common import ScorerSection
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-IDENTICAL: tuple[Verdict, Verdict] = ("tie", "tie")
-"""The verdicts on two equal texts, about which nobody is asked."""
 MAIN = ("ppo", "dpo", "best_of_n", "base", "sft")
 """The policies, those first about whose responses a judge is asked again."""
 
@@ -61,7 +59,8 @@ class Opinion:
     """Policy → (P, S) scores; {} for a judge that compares."""
     compared: dict[str, list[list[list[Verdict | None]]]] = field(default_factory=dict)
     """Policy → (P, S, 2) verdicts on its sample and SFT's of the same number: with its own shown
-    first, then with SFT's shown first; {} for a judge that gives scores."""
+    first, then with SFT's shown first; {} for a judge that gives scores. None: no valid verdict, or
+    the texts are equal, and nobody is asked."""
     people: list[list[Any]] = field(default_factory=list)
     """Of each of people's pairs: the scores of the preferred and the other response, or the
     verdicts in both orders."""
@@ -235,7 +234,7 @@ def compare_all(
     backward = [(row, theirs, ours) for row, ours, theirs in forward]
     panel.say(f"{judge.name}: compares {len(asked)} pairs of responses in both orders")
     found = shared_out([*forward, *backward], partial(verdicts_of, judge, poll=poll))
-    orders: list[list[Verdict | None]] = [list(IDENTICAL) for _ in pairs]
+    orders: list[list[Verdict | None]] = [[None, None] for _ in pairs]
     for position, k in enumerate(asked):
         orders[k] = [found[position], found[len(asked) + position]]
     compared: dict[str, list[list[list[Verdict | None]]]] = {

@@ -42,7 +42,7 @@ def panel_figures(
 
     Returns:
         "judges": judge → {"asked", "invalid", "position": {"first", "consistent"}, "longer",
-        "people", "people_longer", "repeatability"}; "policies": policy → judge →
+        "people", "people_longer", "longer_than_people", "repeatability"}; "policies": policy → judge →
         {"length_controlled_win_rate", "longer"}; "agreement": {"judges": two names, …} of each two;
         "people": {"pairs", "longer"}. Each figure is a share with its interval, or None.
     """
@@ -71,6 +71,9 @@ def panel_figures(
             "longer": judging.longer_preferred(whole[judge], all_gaps, all_clusters),
             "people": judging.accuracy(said, of_people.clusters) if said else None,
             "people_longer": judging.longer_preferred(said, of_people.gaps, of_people.clusters) if said else None,
+            "longer_than_people": judging.longer_than_people(said, of_people.gaps, of_people.clusters)
+            if said
+            else None,
             "repeatability": repeatability(opinion, clusters),
         }
     agreement = []

@@ -7,6 +7,8 @@ from stages.page.results import JUDGES
 from stages.page.table import Cell, Table, dense, policy_cell, share_cell
 
 CHANCE = 0.5
+VERY_OFTEN = 0.8
+"""A share of longer responses preferred above which it is said also without labelers."""
 
 
 def shown_name(judge: str) -> str:
@@ -141,20 +143,17 @@ def by_position(judge: dict[str, Any]) -> str:
 def by_length(judge: dict[str, Any], people: dict[str, Any] | None) -> str:
     """Return a clause if a judge prefers the longer response more often than labelers do, or "".
 
-    Without labelers it is compared with chance, and only a very strong preference counts: the longer
-    response may be the better one.
+    Where labelers do not show it, only a very strong preference counts: the longer response may be
+    the better one.
     """
-    if people is not None and judge["people_longer"] is not None:
-        own = judge["people_longer"]
-        low = own["ci95"][0]
-        if low <= people["ci95"][1]:
-            return ""
+    more, own = judge["longer_than_people"], judge["people_longer"]
+    if more is not None and more["ci95"][0] > 0 and people is not None:
         return (
-            f"prefers the longer response in {percent(own['value'])} ({interval(*own['ci95'])}) of the pairs that "
-            f"labelers ranked, and labelers in {percent(people['value'])} ({interval(*people['ci95'])})"
+            f"prefers the longer response in {percent(own['value'])} of the pairs that labelers ranked, and labelers "
+            f"in {percent(people['value'])} (difference {interval(*more['ci95'])}\u00a0%)"
         )
     own = judge["longer"]
-    if own is None or own["ci95"][0] < 0.8:
+    if own is None or own["ci95"][0] < VERY_OFTEN:
         return ""
     return f"prefers the longer response in {percent(own['value'])} ({interval(*own['ci95'])}) of pairs"
 

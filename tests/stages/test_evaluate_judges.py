@@ -6,9 +6,11 @@ import random
 import re
 import threading
 
+import micro_chain
 import pytest
 
 from pipeline.errors import TrainingStopped
+from pipeline.store.checkpoints import CheckpointStore
 from stages.page import panel as page_panel
 from stages.page import results_tables
 from stages.page.results import NAMES, complete
@@ -167,14 +169,8 @@ def test_a_resumed_run_asks_only_what_it_does_not_know(chain, tmp_path):
         port = int(served.url.rsplit(":", 1)[1].split("/")[0])
     with serving(dying, port=port) as served, pytest.raises(TrainingStopped, match="run again to resume"):
         run(chain, tmp_path / "resumed", [judge], policies="[ppo]")
-    folder = tmp_path / "resumed"
-    moved = tmp_path / "second"
-    moved.mkdir()
-    (folder / "checkpoints").rename(tmp_path / "kept")
+    (tmp_path / "resumed" / "checkpoints").rename(tmp_path / "kept")
     with serving(StandIn(longer), port=port) as served, pytest.MonkeyPatch.context() as patch:
-        from pipeline.store.checkpoints import CheckpointStore
-        from tests.stages import micro_chain
-
         patch.setattr(
             micro_chain, "CheckpointStore", lambda _, **options: CheckpointStore(tmp_path / "kept", **options)
         )
