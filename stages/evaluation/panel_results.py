@@ -42,7 +42,8 @@ def panel_figures(
 
     Returns:
         "judges": judge → {"asked", "invalid", "position": {"first", "consistent"}, "longer",
-        "people", "people_longer", "longer_than_people", "repeatability"}; "policies": policy → judge →
+        "people", "people_longer", "longer_than_people",
+        "repeatability"}; "policies": policy → judge →
         {"length_controlled_win_rate", "longer"}; "agreement": {"judges": two names, …} of each two;
         "people": {"pairs", "longer"}. Each figure is a share with its interval, or None.
     """

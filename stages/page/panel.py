@@ -2,11 +2,13 @@
 
 from typing import Any
 
-from stages.page.numbers import NONE, interval, listed, percent
+from stages.page.numbers import NONE, interval, percent
 from stages.page.results import JUDGES
 from stages.page.table import Cell, Table, dense, policy_cell, share_cell
 
 CHANCE = 0.5
+MANY = 30
+"""Pairs of labelers from which on a missing agreement says something about the judge."""
 VERY_OFTEN = 0.8
 """A share of longer responses preferred above which it is said also without labelers."""
 
@@ -20,6 +22,11 @@ def estimate(given: dict[str, Any] | None) -> Cell:
     """Return a cell with a share and its interval in percent; empty where there is none."""
     known = given or {}
     return share_cell(known.get("value"), known.get("ci95"))
+
+
+def ordered(results: dict[str, Any]) -> list[str]:
+    """Return the judges, those that are trusted most first."""
+    return [name for name in results["judges"] if name in results["panel"]["judges"]]
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -38,13 +45,14 @@ def tables(results: dict[str, Any], names: dict[str, str]) -> list[Table]:
     panel = results.get("panel")
     if not panel:
         return []
-    found = [length_controlled_table(panel, results, names), worth_table(panel), agreement_table(panel)]
+    judges = ordered(results)
+    found = [length_controlled_table(panel, results, names), worth_table(panel, judges), agreement_table(panel, judges)]
     return [dense(table) for table in found if table.rows]
 
 
 def length_controlled_table(panel: dict[str, Any], results: dict[str, Any], names: dict[str, str]) -> Table:
     """Return the win rates that policies would have with responses as long as SFT's."""
-    judges = list(panel["judges"])
+    judges = ordered(results)
     rows = []
     for name, by_judge in panel["policies"].items():
         cells = []
@@ -61,14 +69,15 @@ def length_controlled_table(panel: dict[str, Any], results: dict[str, Any], name
     return Table(label, ("policy", *map(shown_name, judges)), tuple(rows))
 
 
-def worth_table(panel: dict[str, Any]) -> Table:
+def worth_table(panel: dict[str, Any], judges: list[str]) -> Table:
     """Return how far each judge can be trusted."""
     people = panel["people"]["longer"]
     columns = ("judge", "agrees with labelers", "prefers the response that it reads first",
                "both orders agree", "prefers the longer response", "the same of labelers' pairs",
                "says the same again", "without a valid verdict")  # fmt: skip
     rows = []
-    for name, judge in panel["judges"].items():
+    for name in judges:
+        judge = panel["judges"][name]
         position = judge["position"] or {}
         invalid = NONE
         if judge["invalid"] is not None and judge["asked"]:
@@ -90,13 +99,14 @@ def worth_table(panel: dict[str, Any]) -> Table:
     return Table(label, columns, tuple(rows))
 
 
-def agreement_table(panel: dict[str, Any]) -> Table:
+def agreement_table(panel: dict[str, Any], judges: list[str]) -> Table:
     """Return how often each two judges prefer the same response."""
-    judges = list(panel["judges"])
-    found = {tuple(entry["judges"]): entry for entry in panel["agreement"]}
+    found = {frozenset(entry["judges"]): entry for entry in panel["agreement"]}
     rows = []
     for index, one in enumerate(judges[:-1]):
-        cells = [estimate(found.get((one, other))) if k > index else Cell("") for k, other in enumerate(judges)]
+        cells = [
+            estimate(found.get(frozenset((one, other)))) if k > index else Cell("") for k, other in enumerate(judges)
+        ]
         rows.append((Cell(shown_name(one)), *cells[1:]))
     label = "How often two judges prefer the same response, ties left out, 95 % intervals"
     return Table(label, ("judge", *map(shown_name, judges[1:])), tuple(rows))
@@ -116,18 +126,19 @@ def sentences(results: dict[str, Any]) -> list[str]:
         return []
     people = panel["people"]["longer"]
     lines = []
-    for name, judge in panel["judges"].items():
+    for name in ordered(results):
+        judge = panel["judges"][name]
         checks = (by_position(judge), by_length(judge, people), by_repetition(judge), by_labelers(judge))
         reasons = [line for line in checks if line]
         if judge["invalid"] and judge["invalid"] > judge["asked"] / 20:
             reasons.append(f"gives no valid verdict in {percent(judge['invalid'] / judge['asked'])} of cases")
         if reasons:
-            lines.append(f"{shown_name(name)[:1].upper()}{shown_name(name)[1:]} {listed(reasons)}.")
+            lines.append(f"{shown_name(name)}: {'; '.join(reasons)}.")
     return lines
 
 
 def by_position(judge: dict[str, Any]) -> str:
-    """Return a clause if the order of two responses decides more than chance would; otherwise ""."""
+    """Return a clause if the order of two responses decides more than chance would, or ""."""
     first = (judge["position"] or {}).get("first")
     consistent = (judge["position"] or {}).get("consistent")
     if first is None or apart(first, CHANCE) == 0:
@@ -167,9 +178,9 @@ def by_repetition(judge: dict[str, Any]) -> str:
 
 
 def by_labelers(judge: dict[str, Any]) -> str:
-    """Return a clause if nothing shows that a judge agrees with labelers more than chance, or ""."""
+    """Return a clause if a judge may agree with labelers by chance alone, or ""."""
     agrees = judge["people"]
-    if agrees is None or agrees["ci95"][0] > CHANCE:
+    if agrees is None or agrees["ci95"][0] > CHANCE or agrees["n"] < MANY:
         return ""
     return (
         f"agrees with labelers on {percent(agrees['value'])} ({interval(*agrees['ci95'])}) of pairs, which could be "
