@@ -34,6 +34,7 @@ from stages.evaluation.panel import Opinion, Panel, judge_all, people_by_models,
 from stages.evaluation.panel_results import panel_figures
 from stages.evaluation.prompts import EvaluationPrompts, choose_examples, choose_records, row_of, split_demonstrations
 from stages.evaluation.results import Measured
+from stages.evaluation.selecting import make_selector
 from stages.evaluation.text import text_losses
 from stages.evaluation.tools import Tools, load_tools
 from stages.evaluation.writing import response_rows, write_jsonl
@@ -80,6 +81,7 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
     names = [name for name in STAGES if name in ctx.inputs]
     if settings.best_of > 1 and "best_of_n" in compared_policies(experiment):
         names.append("best_of_n")
+        tools = with_selector(ctx, session, tools, prompts)
     for line in missing_figures(experiment, judged="rm" in ctx.inputs):
         session.say(line)
 
@@ -109,6 +111,9 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
                 session.checkpoints.save(len(measured), {}, state, steps)
                 session.leave_if_requested(len(measured), steps)
 
+    if tools.selector is not None:
+        tools.selector.scorer.close()
+
     # 3. Let the judges of the settings judge, with a checkpoint after each; then greedy answers for
     # the report.
     measured, panel, opinions = ask_judges(ctx, session, tools, prompts, {name: measured[name] for name in names})
@@ -134,6 +139,7 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
         "missing_eos_score": settings.missing_eos_score,
         "response_length": settings.response_length,
         "temperature": settings.temperature,
+        **({} if tools.selector is None else {"best_of_by": tools.selector.name}),
         "differs_from_training": differences_from_training(experiment),
     }
     for line in difference_lines(results["differs_from_training"]):
@@ -144,6 +150,25 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
     write_jsonl(ctx.publish / "responses.jsonl", rows)
     write_jsonl(ctx.publish / "greedy.jsonl", greedy)
     return manifest_figures(results, "ppo" if "ppo" in names else names[-1]) | session.notes.figures
+
+
+def with_selector(
+    ctx: StageRun[EvaluateSettings, Experiment], session: Session, tools: Tools, prompts: EvaluationPrompts
+) -> Tools:
+    """Return the tools with what chooses the best of n samples, if that is not the reward model."""
+    if ctx.config.best_of_by is None:
+        return tools
+    selector = make_selector(
+        ctx.config.best_of_by,
+        prompts,
+        tools.tokenizer,
+        accelerator=tools.accelerator,
+        batch_size=ctx.config.batch_size,
+        records=session.checkpoints.folder / "scores",
+        poll=partial(session.leave_if_requested, 0, len(STAGES)),
+        trust_remote_code=ctx.trust_remote_code,
+    )
+    return dataclasses.replace(tools, selector=selector)
 
 
 def ask_judges(
@@ -327,7 +352,7 @@ def climbed_by_ppo(experiment: Experiment) -> Climbed:
     settings, others = experiment.ppo, climbed_folders(experiment)
     if settings.held_out_reward_model is not None and settings.keep == "best":
         others.append(Path(settings.held_out_reward_model))
-    return Climbed(own=climbs_own_model(experiment), others=others)
+    return Climbed(own=climbs_own_model(experiment), others=others, selector=experiment.evaluate.best_of_by)
 
 
 def measured_before(checkpoints: CheckpointStore) -> dict[str, Measured]:

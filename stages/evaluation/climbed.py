@@ -28,6 +28,8 @@ class Climbed:
     """Whether the reward model of rm is among them."""
     others: Sequence[Path] = ()
     """The folders of the others."""
+    selector: ScorerSection | None = None
+    """What chooses the best of n samples; None: the reward model of rm."""
 
 
 def judges_of(
@@ -66,8 +68,9 @@ def judges_of(
 def policies_that_climbed(names: Collection[str], judge: Path, is_own: bool, climbed: Climbed) -> set[str]:
     """Return the policies that were trained to please a judge, or selected by it.
 
-    Best of n is selected by the reward model of rm. PPO is trained to please that model, or another
-    one, and a copy of a judge is still the judge: so weights are compared, not names.
+    Best of n is selected by the reward model of rm, or by what the settings name. PPO is trained to
+    please that model, or another one, and a copy of a judge is still the judge: so weights are
+    compared, not names.
 
     Args:
         names: The policies that are compared.
@@ -78,7 +81,11 @@ def policies_that_climbed(names: Collection[str], judge: Path, is_own: bool, cli
     Returns:
         The names, out of `names`.
     """
-    policies = {"best_of_n"} if is_own else set()
+    policies = {"best_of_n"} if is_own and climbed.selector is None else set()
+    if climbed.selector is not None:
+        chosen = {digest for folder in folders_of(climbed.selector) for digest in _weights(folder)}
+        if chosen & _weights(judge):
+            policies.add("best_of_n")
     if is_own and climbed.own:
         policies.add("ppo")
     elif climbed.others:
@@ -107,12 +114,18 @@ def judges_of_settings(
     rewarded, judges = {identity_of(reward) for reward in rewards}, []
     own = _weights(rm / "model") if rm is not None else set()
     others = {digest for folder in climbed.others for digest in _weights(folder.expanduser())}
+    selectors = set() if climbed.selector is None else {identity_of(climbed.selector)}
+    chosen = own
+    if climbed.selector is not None:
+        chosen = {digest for folder in folders_of(climbed.selector) for digest in _weights(folder)}
     for name, judge in settings.items():
         policies = {"ppo"} if identity_of(judge) in rewarded else set()
+        if identity_of(judge) in selectors:
+            policies.add("best_of_n")
         weights = {digest for folder in folders_of(judge) for digest in _weights(folder)}
         if weights & (others | (own if climbed.own else set())):
             policies.add("ppo")
-        if weights & own:
+        if weights & chosen:
             policies.add("best_of_n")
         policies &= set(names)
         judges.append(

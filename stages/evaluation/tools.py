@@ -9,6 +9,7 @@ import torch
 
 from stages.evaluation.forms import Answer
 from stages.evaluation.judges import HELD_OUT, KEPT, REWARD_MODEL, in_order
+from stages.evaluation.selecting import Selector
 from stages.models.ensemble import load_reward_model
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
 from stages.models.packing import can_pack
@@ -57,6 +58,8 @@ class Tools:
     """Tokens in the longest row."""
     missing_eos_score: float | None
     """Score of a response without EOS; None leaves the reward model's own score."""
+    selector: Selector | None = None
+    """What chooses the best of n samples; None: the reward model."""
 
     def models(self) -> list[Any]:
         """Return the models that are loaded, each once."""

@@ -45,6 +45,7 @@ FIXED = (
     "perplexity_length",
     "greedy_prompts",
     "greedy_length",
+    "best_of_by",
     "judges",
     "judge_pairs",
     "judge_repeat",
@@ -118,6 +119,11 @@ class EvaluateSettings(Section):
         "tokens",
         ge=1,
     )
+    best_of_by: Scorer | None = setting(
+        None,
+        "scorer that chooses the best of n samples (below), as {python: file.py:function}; it gives best_of_n no win "
+        "rate; null: this experiment's reward model",
+    )
     judges: list[Scorer] | None = setting(
         None,
         "further judges, side by side: a list of scorers (below), as [{judge: gpt-5-mini, base_url: ADDRESS, mode: "
@@ -178,7 +184,26 @@ def shows_rankings(experiment: "Experiment") -> bool:
 
 def folders(experiment: "Experiment") -> dict[str, Path]:
     """Return the files and folders of the user that judge; their content is in the fingerprint."""
-    return scorer_files("evaluate.judges", experiment.evaluate.judges or [])
+    settings = experiment.evaluate
+    found = scorer_files("evaluate.judges", settings.judges or [])
+    return found if settings.best_of_by is None else found | settings.best_of_by.files("evaluate.best_of_by")
+
+
+def selector_problems(settings: EvaluateSettings) -> list[str]:
+    """Return a line for each mistake in what chooses the best of n samples."""
+    chosen, key = settings.best_of_by, "evaluate.best_of_by"
+    if chosen is None:
+        return []
+    lines = chosen.problems(key)
+    if chosen.compares():
+        lines.append(f"{key}.mode: pairwise gives no scores, which are needed here; set mode: grade")
+    if "rm" in chosen.stages():
+        lines.append(f"{key}: this experiment's reward model chooses anyway; leave it out")
+    if chosen.may_drop():
+        lines.append(f"{key}.on_failure: drop has no effect here; set stop")
+    if chosen.weight != 1:
+        lines.append(f"{key}.weight: nothing is added up here; leave it out")
+    return lines
 
 
 def judge_problems(settings: EvaluateSettings) -> list[str]:
@@ -242,7 +267,7 @@ def check(experiment: "Experiment") -> list[str]:
                     f"evaluate.{key}: is {own} and ppo.{key} is {ppos}, so scores would not be those that PPO "
                     f"maximised; set both to the same value"
                 )
-    lines += judge_problems(settings)
+    lines += judge_problems(settings) + selector_problems(settings)
     lines += no_room_for_prompt(experiment, "evaluate")
     return lines + over_context(experiment, "evaluate", *text_lengths(experiment))
 
@@ -293,7 +318,10 @@ def text_lengths(experiment: "Experiment") -> list[str]:
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
     """Return a line for each length over the model's context."""
-    lines = missing_of_scorers("evaluate.judges", experiment.evaluate.judges or [])
+    settings = experiment.evaluate
+    lines = missing_of_scorers("evaluate.judges", settings.judges or [])
+    if settings.best_of_by is not None:
+        lines += settings.best_of_by.missing("evaluate.best_of_by")
     return lines + over_folder_context(experiment, "evaluate", *text_lengths(experiment))
 
 

@@ -9,7 +9,7 @@ import threading
 import micro_chain
 import pytest
 
-from pipeline.errors import TrainingStopped
+from pipeline.errors import TrainingStopped, UserError
 from pipeline.store.checkpoints import CheckpointStore
 from stages.page import panel as page_panel
 from stages.page import results_tables
@@ -194,6 +194,47 @@ def test_a_grading_judge_that_says_nothing_valid_is_counted(chain, tmp_path):
         judge = judge_at(served, "slow", mode="grade")
         finished = run(chain, tmp_path / "slow", [judge], policies="[ppo]", judge_pairs=0, judge_repeat=0)
     assert json.loads((finished.folder / "results.json").read_text())["panel"]["judges"]["slow"]["invalid"] == 0
+
+
+def test_best_of_n_by_another_scorer(chain, tmp_path):
+    (tmp_path / "words.py").write_text("def count(responses):\n    return [len(text.split()) for text in responses]\n")
+    by = {"python": f"{tmp_path}/words.py:count"}
+    choices = {"policies": "[best_of_n]", "judge_pairs": 0, "judge_repeat": 0}
+    default = run(chain, tmp_path / "default", [by], **choices)
+    finished = run(chain, tmp_path / "own", [by], best_of_by=json.dumps(by), **choices)
+    results = json.loads((finished.folder / "results.json").read_text())
+    best = results["policies"]["best_of_n"]
+    assert results["best_of_by"] == "count"
+    assert best["judges"]["count"]["win_rate_vs_sft"] is None and best["judges"]["count"]["climbed"]
+    assert best["judges"]["reward_model"]["win_rate_vs_sft"] is not None, "it no longer selects"
+    assert not best["judges"]["reward_model"]["climbed"]
+
+    def words(run):
+        return [row["judges"]["count"] for row in run.rows("responses.jsonl") if row["policy"] == "best_of_n"]
+
+    assert all(own >= other for own, other in zip(words(finished), words(default), strict=True))
+    assert sum(words(finished)) > sum(words(default))
+    by_default = json.loads((default.folder / "results.json").read_text())
+    assert by_default["policies"]["best_of_n"]["judges"]["count"]["win_rate_vs_sft"] is not None
+    assert "best_of_by" not in by_default
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (["evaluate.best_of_by={model: rm}"], "this experiment's reward model chooses anyway"),
+        (["evaluate.best_of_by={judge: m, base_url: 'http://h/v1', mode: pairwise}"], "pairwise gives no scores"),
+        (["evaluate.judges=[{model: rm}]"], "judges anyway"),
+        (["evaluate.judges=[{judge: m, base_url: 'http://h/v1', name: kept}]"], "the name of another judge"),
+        (["evaluate.judges=[{judge: m, base_url: 'http://h/v1', weight: 2}]"], "not added up"),
+        (["evaluate.judges=[]"], "empty list"),
+        (["evaluate.judge_pairs=5"], "has no effect without evaluate.judges"),
+        (["ppo.rewards=[{judge: m, base_url: 'http://h/v1', mode: pairwise}]"], "pairwise gives no scores"),
+    ],
+)
+def test_settings_that_are_refused(chain, settings, line):
+    with pytest.raises(UserError, match=line):
+        chain.experiment(*settings)
 
 
 def test_what_ppo_climbed_is_said(chain, tmp_path):
