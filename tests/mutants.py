@@ -783,8 +783,8 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "best of n is chosen before cut responses are fined",
-        "best = tools.with_missing_eos(raw, answers).view(-1, best_of)",
-        "best = raw.view(-1, best_of)",
+        "quality = tools.with_missing_eos(raw, answers)",
+        "quality = raw",
     ),
     Mutant(
         "evaluate",
