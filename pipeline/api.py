@@ -25,13 +25,25 @@ if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
 
 STAGES = ("world", "base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate", "report")
+TESTS = ("lm_eval", "reward_bench", "refusals")
+"""Stages outside the chain, which run where they are asked for (`rlhf evaluate --lm-eval`)."""
 
 
 def stages() -> dict[str, Stage]:
-    """Return the declarations of all stages, each after the stages it may need."""
+    """Return the declarations of the chain's stages, each after the stages it may need."""
     from stages.settings import experiment
 
     return experiment.STAGES
+
+
+def all_stages() -> dict[str, Stage]:
+    """Return the declarations of the chain's stages and of TESTS, each after those it may need."""
+    from stages.settings import experiment
+
+    chain = stages()
+    last = list(chain)[-1]  # it shows what TESTS found
+    tests = {name: experiment.TESTS[name] for name in TESTS}
+    return {name: stage for name, stage in chain.items() if name != last} | tests | {last: chain[last]}
 
 
 def experiment_class() -> type[Common]:
@@ -90,7 +102,7 @@ def check(tree: Tree) -> Any:
     from pipeline import taking
     from pipeline.config.validation import validate_tree
 
-    checks = [stage.check for stage in stages().values()]
+    checks = [stage.check for stage in all_stages().values()]
     return validate_tree(tree, experiment_class(), [*checks, partial(taking.problems, stages=stages())])
 
 
@@ -138,7 +150,7 @@ def open_store_to_run(experiment: Common, location: Location) -> ArtifactStore:
     file = experiment.file
     if file is None:
         raise UserError("experiment: was not loaded from a file; use load_experiment")
-    checks = [stage.check for stage in stages().values()]
+    checks = [stage.check for stage in all_stages().values()]
     origin = Origin.of(file.path, type(experiment), checks, location.url is not None, file.overrides)
     taken = taking.taken_stores(experiment, location.folder)
     return ArtifactStore(location.folder, experiment.name, origin, taken)
@@ -175,7 +187,7 @@ def run(
     from pipeline.console import FilledConsole
     from pipeline.state import Flags, command_of
 
-    declarations = stages()
+    declarations = all_stages()
     if stage not in declarations:
         raise UserError(f"stage: {stage!r} is not a stage; choose from {', '.join(declarations)}")
     if experiment.launch.processes * experiment.launch.nodes > 1:
@@ -204,7 +216,7 @@ def run_loaded(stage: str, experiment: Experiment, location: Location, flags: Fl
     from pipeline.stage import StopFlag
     from pipeline.store.remote import Remote
 
-    declarations, stop = stages(), StopFlag()
+    declarations, stop = all_stages(), StopFlag()
     with stop_on_signals(stop):
         environment.prepare(experiment)
         store = open_store_to_run(experiment, location)

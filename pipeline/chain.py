@@ -52,14 +52,37 @@ class Chain:
             from_start: Whether a run of it would start from the beginning.
         """
         manifests = {need: self.states[need].manifest for need in self.needs(name)}
+        shown = {other: manifest["digest"] for other, manifest in self.shown(name).items()}
+        records = self.records(name)
         today = describe_today(
-            name, self.stages[name], self.experiment, manifests, self.digests, self.hub, self.records(name), from_start
+            name, self.stages[name], self.experiment, manifests, self.digests, self.hub, records, from_start, shown
         )
         today = replace(today, config=today.config | taking.record(self.experiment, self.store, self.needs(name)))
         if self.store.origin is None:
             return today
         made = {"file": self.store.origin.record(self.store.base), "command_line": list(self.store.origin.overrides)}
         return replace(today, config=today.config | made)
+
+    def shown(self, name: str) -> dict[str, dict[str, Any]]:
+        """Return the manifests of the stages that a stage shows and that can be shown.
+
+        Those are finished and whole, and the stages that they were made of are still the same.
+        Their settings may be of another command.
+        """
+        manifests = {}
+        for other in self.stages[name].shows(self.experiment):
+            with suppress(UserError):
+                manifest = self.store.verify(other)
+                made_of = {need: digest for need, digest in manifest["inputs"].items() if need in self.stages}
+                if made_of == {need: self.digest_of(need) for need in made_of}:
+                    manifests[other] = manifest
+        return manifests
+
+    def digest_of(self, name: str) -> str | None:
+        """Return the digest of a stage's artifact, as it was assessed; None without an artifact."""
+        state = self.states.get(name)
+        manifest = self.store.manifest(name) if state is None else state.manifest
+        return None if manifest is None else manifest["digest"]
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """Return run.json and manifest of a stage, then those of all other stages.

@@ -7,6 +7,7 @@ Exit codes: 0 done or up to date · 1 a bug or a lost process · 2 a mistake of 
 import argparse
 import errno
 import io
+import json
 import os
 import shutil
 import sys
@@ -176,6 +177,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action=VersionAction, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     add_run(commands)
+    add_evaluate(commands)
     add_status(commands)
     add_init(commands)
     add_doctor(commands)
@@ -217,11 +219,71 @@ def add_command(commands: Any, name: str, text: str, config: str = "required", *
 def add_run(commands: Any) -> None:
     """Add `rlhf run`, whose help is `commands.RUN_HELP`."""
     run = add_command(commands, "run", "bring a stage up to date, and first what it needs", "optional", add_help=False)
-    run.add_argument("stage", nargs="?", choices=api.STAGES)
+    run.add_argument("stage", nargs="?", choices=(*api.STAGES, *api.TESTS))
     run.add_argument("-h", "--help", action="store_true", dest="show_help")
     for flag in ("only", "force", "restart", "override-config", "allow-elastic", "trust-remote-code", "dry-run"):
         run.add_argument(f"--{flag}", action="store_true")
     run.add_argument("--submit", choices=["slurm"])
+
+
+def add_evaluate(commands: Any) -> None:
+    """Add `rlhf evaluate`, whose flags are settings of `api.TESTS`."""
+    text = "compare the policies (as `rlhf run evaluate` does), or run tests from outside on them"
+    evaluate = add_command(commands, "evaluate", text, "optional")
+    flags = evaluate.add_argument_group("tests (key=value sets anything else, as lm_eval.chat_template=all)")
+    flags.add_argument(
+        "--lm-eval", nargs="?", const="", metavar="TASKS", help="tasks of lm-evaluation-harness, with commas"
+    )
+    flags.add_argument("--include-path", metavar="DIR", help="with --lm-eval: folder with tasks of your own")
+    flags.add_argument("--limit", metavar="N", help="with --lm-eval: documents per task")
+    flags.add_argument("--num-fewshot", metavar="N", help="with --lm-eval: examples before each question")
+    flags.add_argument(
+        "--reward-bench",
+        nargs="?",
+        const="",
+        metavar="DATA",
+        help="rows of RewardBench 2 or RewardBench: a file, or an id on the Hub",
+    )
+    flags.add_argument("--harmful", metavar="DATA", help="prompts that should be refused; counts refusals")
+    flags.add_argument("--harmless-looking", metavar="DATA", help="prompts that look harmful and should be answered")
+    flags.add_argument("--refusals", action="store_true", help="count refusals on the prompts that the config names")
+    for flag in ("only", "force", "restart", "override-config", "allow-elastic", "trust-remote-code"):
+        evaluate.add_argument(f"--{flag}", action="store_true", help="as of `rlhf run`")
+
+
+FLAGS_OF_TESTS = {
+    "lm_eval": {"lm_eval": "tasks", "include_path": "include_path", "limit": "limit", "num_fewshot": "num_fewshot"},
+    "reward_bench": {"reward_bench": "data"},
+    "refusals": {"harmful": "harmful", "harmless_looking": "harmless_looking"},
+}
+"""Test → its flags of `rlhf evaluate`, and the setting that each is."""
+
+
+def read_tests(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Return the tests that the flags of `rlhf evaluate` ask for, and the flags as settings.
+
+    Raises:
+        UserError: A flag of --lm-eval is given without it.
+    """
+    asked = {
+        "lm_eval": arguments.lm_eval is not None,
+        "reward_bench": arguments.reward_bench is not None,
+        "refusals": arguments.refusals or arguments.harmful is not None or arguments.harmless_looking is not None,
+    }
+    settings = []
+    for test, flags in FLAGS_OF_TESTS.items():
+        for flag, key in flags.items():
+            value = getattr(arguments, flag)
+            if value is None or value == "":
+                continue
+            if not asked[test]:
+                raise UserError(f"command line: --{flag.replace('_', '-')} does nothing without --lm-eval; add it")
+            if flag == "lm_eval":
+                value = json.dumps([name.strip() for name in value.split(",") if name.strip()])
+            elif flag not in ("limit", "num_fewshot"):
+                value = json.dumps(value)  # a file may be named as a number is
+            settings.append(f"{test}.{key}={value}")
+    return [test for test, is_asked in asked.items() if is_asked], settings
 
 
 def add_status(commands: Any) -> None:
@@ -284,6 +346,13 @@ def add_chat(commands: Any) -> None:
         type=int,
         default=None,
         help="largest length of a response, in tokens (default: evaluate.response_length)",
+    )
+    chat.add_argument(
+        "--engine",
+        choices=("transformers", "vllm"),
+        default=None,
+        help="what samples the responses; vllm runs as launch.vllm says, on several GPUs if need be (default: that of "
+        "evaluate.rollout, otherwise transformers)",
     )
     chat.add_argument("--system", default=None, metavar="TEXT", help="system message")
     chat.add_argument("--trust-remote-code", action="store_true", help="run code that a model brings")
@@ -375,12 +444,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     settings: list[str] = []
     if argv[:1] == ["data"]:
         words, reading = data_arguments.split_reading(argv)
-    if argv[:1] in (["run"], ["data"]):
+    if argv[:1] in (["run"], ["data"], ["evaluate"]):
         words, settings = split_settings(words)
     arguments, unknown = build_parser().parse_known_args(words)
     arguments.words = argv
     arguments.reading = reading
     arguments.overrides = settings + [word for word in unknown if is_setting(word)]
+    if arguments.command == "evaluate":
+        arguments.tests, of_flags = read_tests(arguments)
+        arguments.overrides = of_flags + arguments.overrides
     takes_settings = arguments.command not in ("init", "compare")
     for word in unknown:
         if not is_setting(word):
@@ -406,6 +478,10 @@ def is_setting(word: str) -> bool:
     return "=" in word and not word.startswith("-")
 
 
+VALUED = ("-c", "--config", "--artifacts", "--include-path", "--reward-bench", "--harmful", "--harmless-looking")
+"""Flags whose value may have "=" in it."""
+
+
 def split_settings(argv: list[str]) -> tuple[list[str], list[str]]:
     """Return the words of a command without its settings, and the settings.
 
@@ -413,7 +489,7 @@ def split_settings(argv: list[str]) -> tuple[list[str], list[str]]:
     """
     words, settings = [], []
     for before, word in zip(["", *argv], argv, strict=False):
-        is_value = before in ("-c", "--config", "--artifacts") or (argv[0] == "data" and Path(word).exists())
+        is_value = before in VALUED or (argv[0] == "data" and Path(word).exists())
         if is_setting(word) and not is_value:
             settings.append(word)
         else:

@@ -27,6 +27,7 @@ usage: rlhf run STAGE -c CONFIG [flags] [key=value ...]
 Brings a stage up to date, and first what it needs. What is already up to date is left alone.
 
 stages, in order:  {" ".join(api.STAGES)}
+beside them:       {" ".join(api.TESTS)}, also by `rlhf evaluate`
 `rlhf run STAGE --help` lists every setting of a stage.
 
   -c, --config FILE      the experiment, such as configs/tiny.yaml
@@ -101,6 +102,16 @@ def run_command(arguments: argparse.Namespace) -> int:
         return sweep_commands.run_sweep(arguments, found)
     if arguments.submit is not None or arguments.dry_run:
         return submit_command(arguments)
+    return bring_up_to_date(arguments, [arguments.stage])
+
+
+def bring_up_to_date(arguments: argparse.Namespace, targets: list[str]) -> int:
+    """Bring stages up to date one after the other, each after what it needs.
+
+    Args:
+        arguments: The arguments of `rlhf run`, or of `rlhf evaluate`.
+        targets: The stages.
+    """
     from pipeline.launch.signals import stop_on_signals
     from pipeline.stage import StopFlag
 
@@ -117,7 +128,7 @@ def run_command(arguments: argparse.Namespace) -> int:
             return launcher.start(arguments.words, count)
         met = threading.Event()
         launcher.watch_launcher(stop, met)
-        experiment, stages = api.validate(tree), api.stages()
+        experiment, stages = api.validate(tree), api.all_stages()
         environment.prepare(experiment)
         location, console = Location.of(arguments.artifacts), make_console(hints.caller_from(arguments))
         store = api.open_store_to_run(experiment, location)
@@ -131,13 +142,25 @@ def run_command(arguments: argparse.Namespace) -> int:
             return 0 if well else 1
         try:
             remote = None if location.url is None else Remote(location.url, store)
-            plan.bring_up_to_date(arguments.stage, experiment, store, stages, flags, stop, console, peers, remote)
+            for target in targets:
+                plan.bring_up_to_date(target, experiment, store, stages, flags, stop, console, peers, remote)
         except BaseException:
             processes.disconnect(peers, 1.0, succeeded=False)
             raise
         processes.disconnect(peers, patience)
-        stages[arguments.stage].show(store.folder(arguments.stage), console)
+        for target in targets:
+            stages[target].show(store.folder(target), console)
     return 0
+
+
+def evaluate_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf evaluate`: the stage evaluate, or the tests that its flags ask for."""
+    if arguments.config is None:
+        raise UserError("command line: -c CONFIG is missing; see `rlhf evaluate --help`")
+    if arguments.tests:
+        return bring_up_to_date(arguments, arguments.tests)
+    as_run = {"stage": "evaluate", "show_help": False, "submit": None, "dry_run": False}
+    return run_command(argparse.Namespace(**{**vars(arguments), **as_run}))
 
 
 def help_command(arguments: argparse.Namespace) -> int:
@@ -153,7 +176,7 @@ def help_command(arguments: argparse.Namespace) -> int:
     from pipeline.tracking import TIMES, TIMING
 
     environment.set_environment({})
-    stage, console = api.stages()[arguments.stage], make_console()
+    stage, console = api.all_stages()[arguments.stage], make_console()
     console.print(Text(stage.summary), soft_wrap=False)
     print_settings(console, "settings", describe(stage.settings, arguments.stage))
     common = [row for name, section in COMMON.items() for row in describe(section, name)]
@@ -201,7 +224,7 @@ def status_command(arguments: argparse.Namespace) -> int:
 
     if (sweep := sweep_commands.sweep_in(arguments)) is not None:
         return sweep_commands.show_sweep(arguments, sweep, make_console(hints.caller_from(arguments)))
-    experiment, stages = load(arguments), api.stages()
+    experiment, stages = load(arguments), api.all_stages()
     caller = hints.caller_from(arguments)
     store, console = api.open_store(experiment, Location.of(arguments.artifacts)), make_console(caller)
     table = Table(title=f"{experiment.name} in {store.base}", title_justify="left")
@@ -214,6 +237,8 @@ def status_command(arguments: argparse.Namespace) -> int:
     wanted = chain.wanted_stages(experiment, stages)
     states = chain.assess(experiment, store, stages)
     for name, state in states.items():
+        if name in api.TESTS and state.kind == "missing":
+            continue  # it runs only where somebody asks for it
         when = size = result = ""
         if state.manifest is not None:
             when = f"{datetime.fromisoformat(state.manifest['finished_at']).astimezone():%Y-%m-%d %H:%M}"
@@ -267,9 +292,13 @@ def load_if_given(arguments: argparse.Namespace) -> Any:
 def chat_command(arguments: argparse.Namespace) -> int:
     """Run `rlhf chat`: talk to several policies side by side."""
     from pipeline.launch import environment
+    from pipeline.launch.processes import rank_and_size_from_environment
 
     experiment = load(arguments)
-    environment.prepare(experiment)
+    if rank_and_size_from_environment()[1] > 1:
+        raise UserError("chat: it is one process, and was started as several; start it without torchrun or srun")
+    one_node = experiment.launch.model_copy(update={"nodes": 1})  # chat runs here, whatever the stages do
+    environment.prepare(experiment.model_copy(update={"launch": one_node}))
     chat = importlib.import_module("stages.tools.chat")
     length = arguments.max_new_tokens
     return chat.run(
@@ -285,6 +314,7 @@ def chat_command(arguments: argparse.Namespace) -> int:
             system=arguments.system or "",
         ),
         trust_remote_code=arguments.trust_remote_code,
+        engine=arguments.engine,
     )
 
 
@@ -334,6 +364,7 @@ def data_command(arguments: argparse.Namespace) -> int:
 
 COMMANDS = {
     "run": run_command,
+    "evaluate": evaluate_command,
     "status": status_command,
     "init": init_command,
     "clean": clean_command,

@@ -54,6 +54,7 @@ def describe_today(
     hub: Hub,
     records: list[dict[str, Any]],
     from_scratch: bool = False,
+    shown: dict[str, str] | None = None,
 ) -> Today:
     """Describe what a stage would be made of now.
 
@@ -68,10 +69,12 @@ def describe_today(
             their commits are used. A name whose commit they do not contain, because they are of an
             older version, keeps none.
         from_scratch: the stage will start from the beginning, and such a name gets its commit now.
+        shown: digests of the artifacts that it reads although it does not need them.
     """
     everything = experiment.model_dump(mode="json")
     needs = all_needs(stage, experiment)
     inputs = {need: manifest["digest"] for need in needs if (manifest := manifests[need]) is not None}
+    inputs |= shown or {}
     data: dict[str, Any] = {}
     problems: list[str] = []
     for kind, source in sources(stage, experiment).items():

@@ -138,6 +138,9 @@ class Stage(Generic[S, E]):
     """Function that runs the stage and returns the figures for its manifest."""
     needs: Callable[[E], list[str]]
     """Function that returns the stages that must be done first."""
+    shows: Callable[[E], list[str]] = no_lines
+    """Function that returns stages whose artifacts it reads where they are finished and were made
+    of today's inputs. It never brings them up to date."""
     reads: Callable[[E], list[str]] = no_lines
     """Function that returns the kinds of data it reads (`documents`, `prompts`, …)."""
     metrics: Mapping[str, str] = field(default_factory=dict)

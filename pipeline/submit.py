@@ -20,7 +20,7 @@ def submit_command(arguments: argparse.Namespace) -> int:
         raise UserError("command line: --dry-run shows what --submit would do; add --submit slurm")
     environment = dict(os.environ)  # the user's: `load` adds what holds only on this machine
     experiment = api.load_experiment(arguments.config, *arguments.overrides)
-    stages, location = api.stages(), Location.of(arguments.artifacts)
+    stages, location = api.all_stages(), Location.of(arguments.artifacts)
     store = api.open_store_to_run(experiment, location)
     chain = Chain(experiment, store, stages)
     order = chain.closure(arguments.stage)

@@ -44,7 +44,7 @@ def members_of(sweep: Sweep, target: str) -> list[Member]:
     """Return the experiments of a sweep, validated."""
     from pipeline.config.yaml_tree import read_tree
 
-    return expand(sweep, target, lambda words: api.check(read_tree(sweep.path, words)), api.stages())
+    return expand(sweep, target, lambda words: api.check(read_tree(sweep.path, words)), api.all_stages())
 
 
 # -- run -----------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def states_of(sweep: Sweep, member: Member, arguments: argparse.Namespace) -> di
 
     experiment = api.check(read_tree(Path(arguments.config), member.overrides))
     store = api.open_store(experiment, Location.of(arguments.artifacts))
-    return chain.assess(experiment, store, api.stages())
+    return chain.assess(experiment, store, api.all_stages())
 
 
 def taken_line(maker: str, member: Member, states: dict[str, StageState]) -> str:
@@ -268,5 +268,5 @@ def finished(member: Member, states: dict[str, StageState]) -> tuple[str, str]:
         return "", ""
     when = datetime.fromisoformat(manifests[done[-1]]["finished_at"]).astimezone()
     told = [name for name in done if name != last_stage()] or done  # a report's figures are not results
-    figures = headline(api.stages()[told[-1]], manifests[told[-1]]["metrics"])
+    figures = headline(api.all_stages()[told[-1]], manifests[told[-1]]["metrics"])
     return f"{when:%Y-%m-%d %H:%M}", f"{told[-1]}: {' · '.join(figures)}" if figures else ""

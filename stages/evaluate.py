@@ -12,8 +12,10 @@ prompts are answered greedily for people to read (`evaluation/greedy.py`).
 
 import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from data.documents import wrap_documents
 from data.records import prompt_key
@@ -26,8 +28,8 @@ from pipeline.store.checkpoints import CheckpointStore
 from pipeline.tracking import json_value
 from stages.evaluation.climbed import Climbed, judges_of, judges_of_settings
 from stages.evaluation.comparison import compare, manifest_figures
-from stages.evaluation.forms import DESCRIPTIONS, form_of_base
-from stages.evaluation.greedy import greedy_rows
+from stages.evaluation.forms import DESCRIPTIONS, Form, form_of_base
+from stages.evaluation.greedy import greedy_length, greedy_rows
 from stages.evaluation.leaked import find_leaked_tasks, find_near_copies
 from stages.evaluation.measuring import gold_scores, measure
 from stages.evaluation.panel import Opinion, Panel, judge_all, people_by_models, peoples_pairs, with_opinions
@@ -36,7 +38,7 @@ from stages.evaluation.prompts import EvaluationPrompts, choose_examples, choose
 from stages.evaluation.results import Measured
 from stages.evaluation.selecting import make_selector
 from stages.evaluation.text import text_losses
-from stages.evaluation.tools import Tools, load_tools
+from stages.evaluation.tools import Tools, load_tools, make_sampler
 from stages.evaluation.writing import response_rows, write_jsonl
 from stages.settings.checks import context_of
 from stages.settings.evaluate import (
@@ -61,7 +63,7 @@ from stages.shared.inputs import (
     read_world,
     split_documents,
 )
-from stages.shared.runtime import Runtime, can_pack_rows, check_context, runtime_of
+from stages.shared.runtime import Runtime, can_pack_rows, check_context, runtime_of, with_accelerator
 from stages.training.session import Session, session_of
 
 
@@ -96,15 +98,8 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
             form = form_of_base(settings.base_prompt, experiment.model.name_or_path) if name == "base" else "chat"
             if form != "chat":
                 session.say(f"base is prompted {DESCRIPTIONS[form]}")
-            policy = tools.policy_of(name)
             poll = partial(session.leave_if_requested, len(measured), steps)
-            queries = prompts.queries(tools.tokenizer, form)
-            answers = measure(tools, policy, queries, prompts.chat_ids, settings, seed=session.seed, poll=poll)
-            losses = None
-            if name != "best_of_n":  # its probabilities are not those of any model
-                losses = text_losses(policy.model, text_rows, tools.accelerator, settings.batch_size)
-            gold = gold_scores(prompts.world, prompts.prompts, answers["responses"], answers["finished"])
-            measured[name] = Measured(asked=form, gold=gold, text_losses=losses, **answers)
+            measured[name] = measure_policy(tools, name, form, prompts, text_rows, settings, session.seed, poll)
             progress.update(len(measured))
             if len(measured) < steps:
                 state = {"measured": {name: of_policy.state() for name, of_policy in measured.items()}}
@@ -120,6 +115,7 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
     poll = partial(session.leave_if_requested, steps - 1, steps)
     context = context_in(ctx.inputs["sft"] / "model")
     greedy = greedy_rows(tools, prompts, measured, settings, context, poll)
+    tools.sampler.close()
 
     # 4. Compare, and publish.
     rm_figures = ctx.manifests["rm"]["metrics"] if "rm" in ctx.manifests else {}
@@ -150,6 +146,38 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
     write_jsonl(ctx.publish / "responses.jsonl", rows)
     write_jsonl(ctx.publish / "greedy.jsonl", greedy)
     return manifest_figures(results, "ppo" if "ppo" in names else names[-1]) | session.notes.figures
+
+
+def measure_policy(
+    tools: Tools,
+    name: str,
+    form: Form,
+    prompts: EvaluationPrompts,
+    text_rows: Sequence[list[int]],
+    settings: EvaluateSettings,
+    seed: int,
+    poll: Callable[[], None],
+) -> Measured:
+    """Load a policy, and measure it; it is freed at the end.
+
+    Args:
+        tools: The sampler, the judges, and how to load the policy.
+        name: Name of the policy.
+        form: How it is prompted.
+        prompts: The evaluation prompts.
+        text_rows: Packed rows of held-out pretraining text.
+        settings: The section evaluate.
+        seed: The experiment's seed.
+        poll: Called between tokens; raises if the run is to stop.
+    """
+    policy = tools.policy_of(name)
+    queries = prompts.queries(tools.tokenizer, form)
+    answers = measure(tools, policy, queries, prompts.chat_ids, settings, seed=seed, poll=poll)
+    losses = None
+    if name != "best_of_n":  # its probabilities are not those of any model
+        losses = text_losses(policy.model, text_rows, tools.accelerator, settings.batch_size)
+    gold = gold_scores(prompts.world, prompts.prompts, answers["responses"], answers["finished"])
+    return Measured(asked=form, gold=gold, text_losses=losses, **answers)
 
 
 def with_selector(
@@ -259,6 +287,7 @@ def prepare(
     """
     # 1. The judges.
     check_context(session, settings, inputs["sft"] / "model", *text_lengths(experiment))
+    runtime = with_accelerator(runtime)
     tools = load_tools(runtime, inputs, settings, has_ppo_init=experiment.sft.ppo_init is not None)
     tools = dataclasses.replace(tools, packed=can_pack_rows(session, tools.models(), settings.max_length))
 
@@ -321,7 +350,30 @@ def prepare(
         examples=examples,
         room=None if context is None else context - settings.response_length,
     )
-    return tools, prompts, text_rows[: settings.perplexity_rows]
+    forms: list[Form] = ["chat"]
+    if "base" in inputs:
+        forms.append(form_of_base(settings.base_prompt, experiment.model.name_or_path))
+    longest = longest_row(prompts, tools.tokenizer, forms, settings, context)
+    sampler = make_sampler(tools, settings, runtime, experiment.launch, session, longest)
+    return dataclasses.replace(tools, sampler=sampler), prompts, text_rows[: settings.perplexity_rows]
+
+
+def longest_row(
+    prompts: EvaluationPrompts, tokenizer: Any, forms: Sequence[Form], settings: EvaluateSettings, context: int | None
+) -> int:
+    """Return the tokens of the longest prompt with a response, greedy ones included.
+
+    Args:
+        prompts: The evaluation prompts.
+        tokenizer: Their tokenizer.
+        forms: The forms in which policies are prompted.
+        settings: The section evaluate.
+        context: The longest row the models can read, in tokens; None if that is unknown.
+    """
+    longest = max(len(query.ids) for form in set(forms) for query in prompts.queries(tokenizer, form))
+    length = max(settings.response_length, greedy_length(settings))
+    row = max(settings.max_length, longest + length)
+    return row if context is None else min(row, context)
 
 
 def context_in(folder: Path) -> int | None:

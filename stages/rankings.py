@@ -23,18 +23,21 @@ from data.encode import decode_response
 from data.records import Ranking, write_jsonl
 from data.streams import Stream, derive_seed, held_out
 from data.world.world import World, labelers
+from pipeline.config.sections import LaunchSettings
 from pipeline.errors import UserError
-from pipeline.launch import parallel
 from pipeline.stage import Source, StageRun
 from stages.evaluation.statistics import agreement_figures, share_of_counts
 from stages.models.loading import load_policy, load_tokenizer
-from stages.rollouts.transformers import Decoding, sample
+from stages.rollouts.engine import EngineLost, SampleRequest
+from stages.rollouts.frozen import FrozenSampler
 from stages.settings.experiment import Experiment
 from stages.settings.policies import judge_share
 from stages.settings.rankings import RankingsSettings
+from stages.settings.rollout import EngineSettings
+from stages.shared.engines import engine_spec, make_frozen_sampler
 from stages.shared.given_rankings import Shares, refuse_no_pair, split_given, usable_pairs
 from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, read_world
-from stages.shared.runtime import Runtime, can_pack_rows, check_context, make_accelerator, runtime_of
+from stages.shared.runtime import Runtime, can_pack_rows, check_context, place_frozen, runtime_of, with_accelerator
 from stages.shared.source_words import recorded_rows
 from stages.training.batching import micro_batches
 from stages.training.session import Session, session_of
@@ -80,19 +83,19 @@ class SampledResponses:
 class Sampler:
     """SFT and what is needed to sample from it."""
 
+    engine: FrozenSampler
+    """What samples from SFT."""
     policy: Any
-    """The SFT model."""
+    """The SFT model, whole or sharded."""
     tokenizer: Any
     """Its tokenizer."""
-    accelerator: Any
-    """accelerate's Accelerator: device and autocast."""
     settings: RankingsSettings
     """The section rankings."""
     seed: int
     """The experiment's seed."""
 
     def sample(self, indices: Sequence[int], ids: Sequence[list[int]], poll: Callable) -> list[list[list[int]]]:
-        """Sample K responses to each of some prompts.
+        """Sample K responses to each of some prompts, on all ranks together.
 
         Args:
             indices: Which prompts.
@@ -101,21 +104,23 @@ class Sampler:
 
         Returns:
             The ids of K responses for each index.
+
+        Raises:
+            EngineLost: Another engine than SFT itself fails.
         """
         count = self.settings.samples_per_prompt
         seeds = [derive_seed(self.seed, "sample", i, k) for i in indices for k in range(count)]
-        decoding = Decoding(
+        request = SampleRequest(
+            prompts=[ids[i] for i in indices for _ in range(count)],
+            seeds=seeds,
+            samples_per_prompt=count,
             response_length=self.settings.response_length,
-            eos_id=self.tokenizer.eos_token_id,
-            pad_id=self.tokenizer.pad_token_id,
             temperature=self.settings.temperature,
+            eos_id=self.tokenizer.eos_token_id,
             top_k=self.settings.top_k,
             top_p=self.settings.top_p,
-            batch_size=len(seeds),
         )
-        prompts = [ids[i] for i in indices for _ in range(count)]
-        with self.accelerator.autocast():
-            flat = sample(self.policy, prompts, seeds, decoding, poll)
+        flat = self.engine.sample("sft", self.policy, request, len(seeds), poll)
         return list(micro_batches(flat, count))
 
 
@@ -132,8 +137,10 @@ def run(ctx: StageRun[RankingsSettings, Experiment]) -> dict:
         shares = Shares(settings.validation_fraction, share, is_set=settings.judge_fraction is not None)
         return split_given(ctx.source("rankings"), shares, ctx.publish, session, rows)
     world = World.from_json(read_world(ctx.inputs))
-    runtime, folder = runtime_of(ctx), ctx.inputs["sft"] / "model"
-    responses, count = sample_responses(settings, session, runtime, folder, ctx.source("prompts"), world, share)
+    runtime, folder = with_accelerator(runtime_of(ctx)), ctx.inputs["sft"] / "model"
+    responses, count = sample_responses(
+        settings, session, runtime, folder, ctx.source("prompts"), ctx.experiment.launch, world, share
+    )
     rows, figures = simulate(world, responses.part(0, count), settings, session)
     keys = request_keys(world, [row.prompt for row in rows], session.seed)
     train, validation = held_out(keys, settings.validation_fraction)
@@ -283,6 +290,7 @@ def sample_responses(
     runtime: Runtime,
     folder: Path,
     source: Source,
+    launch: LaunchSettings,
     world: World,
     judge: float,
 ) -> tuple[SampledResponses, int]:
@@ -294,6 +302,7 @@ def sample_responses(
         runtime: How the stage computes.
         folder: The folder of the SFT model.
         source: Where the prompts are.
+        launch: The section launch, which says how another engine than SFT itself runs.
         world: The embedded world, which has further prompts.
         judge: As many prompts more, as a share of the prompts, are for the judge.
 
@@ -301,11 +310,8 @@ def sample_responses(
         The responses, those for the judge last; the number of prompts that are not for the judge.
     """
     check_context(session, settings, folder)
-    accelerator = make_accelerator(runtime.device, runtime.dtype)
     tokenizer = load_tokenizer(folder, trust_remote_code=runtime.trust_remote_code)
-    policy = load_policy(folder, attn_implementation=runtime.attention, trust_remote_code=runtime.trust_remote_code).to(
-        accelerator.device
-    )
+    policy = place_frozen(partial(load_policy, folder, **runtime.load_options()), runtime, settings.max_length)
     can_pack_rows(
         session, [policy], settings.max_length
     )  # lets the sampler compute each prompt once for all of its samples
@@ -318,13 +324,28 @@ def sample_responses(
     kept, ids, report = fit_prompts(tokenizer, prompts, [locations[i] for i in chosen], limit, settings.response_length)
     session.say(f"{report.line('prompts')}; {settings.samples_per_prompt} samples each")
 
-    sampler = Sampler(policy, tokenizer, accelerator, settings, session.seed)
     asked, count = [prompts[i] for i in kept], len(kept)
     if further := further_prompts(world, asked, round(judge * count), settings.validation_fraction, session.seed):
         places = [f"further prompt {i} of the embedded world" for i in range(1, len(further) + 1)]
         kept, further_ids, _ = fit_prompts(tokenizer, further, places, limit, settings.response_length)
         asked, ids = asked + [further[i] for i in kept], [*ids, *further_ids]
-    return sample_in_batches(sampler, asked, ids, count, session), count
+
+    rollout = settings.rollout or EngineSettings()
+    spec = engine_spec(
+        rollout.engine,
+        folder,
+        runtime,
+        launch,
+        work=session.checkpoints.folder.parent,
+        pad_id=tokenizer.pad_token_id,
+        max_length=settings.max_length,
+        batch_size=settings.batch_size * settings.samples_per_prompt,
+    )
+    engine = make_frozen_sampler("rankings", rollout, spec, session.say)
+    sampler = Sampler(engine, policy, tokenizer, settings, session.seed)
+    responses = sample_in_batches(sampler, asked, ids, count, session)
+    engine.close()
+    return responses, count
 
 
 def further_prompts(world: World, prompts: list[str], count: int, validation: float, seed: int) -> list[str]:
@@ -353,7 +374,7 @@ def further_prompts(world: World, prompts: list[str], count: int, validation: fl
 def sample_in_batches(
     sampler: Sampler, prompts: list[str], ids: Sequence[list[int]], count: int, session: Session
 ) -> SampledResponses:
-    """Sample responses to all prompts in batches, each rank its share of a batch.
+    """Sample responses to all prompts in batches.
 
     Args:
         sampler: SFT.
@@ -390,9 +411,11 @@ def sample_in_batches(
             end = count if len(texts) < count else len(prompts)
             batch = range(len(texts), min(len(texts) + size, end))
             poll = session.interrupt(step - 1, total, partial(save, step - 1))
-            sampled = parallel.compute_and_all_gather(
-                batch, [len(ids[i]) for i in batch], partial(sampler.sample, ids=ids, poll=poll)
-            )
+            try:
+                sampled = sampler.sample(batch, ids, poll)
+            except EngineLost:
+                save(step - 1)
+                raise
             for responses in sampled:
                 texts.append([decode_response(sampler.tokenizer, response) for response in responses])
                 finished.append([response[-1] == eos_id for response in responses])

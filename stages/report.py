@@ -6,8 +6,9 @@ not measured is left out, so an experiment of SFT and DPO without PPO has a page
 The room `page/` has one file for each subject. `experiment.py`, `data_table.py`,
 `settings_table.py` and `lineage.py` say what was run. `results_tables.py` and `trust.py` give the
 results as tables, `sentences.py` in words, `curves.py`, `gains.py` and `trust_plots.py` as plots;
-`samples.py` chooses samples. `drawing.py` draws the plots, `inline.py` fits them to the page,
-`report.html.j2` and `style.j2` are the page, and `terminal.py` prints the table that ends a run.
+`samples.py` chooses samples, and `external.py` shows tests from outside. `drawing.py` draws the
+plots, `inline.py` fits them to the page, `report.html.j2` and `style.j2` are the page, and
+`terminal.py` prints the table that ends a run.
 """
 
 import json
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.stage import StageRun
 from pipeline.taking import taken_from
-from stages.page import curves, gains, lineage, panel, results_tables, samples, trust, trust_plots
+from stages.page import curves, external, gains, lineage, panel, results_tables, samples, trust, trust_plots
 from stages.page.curves import Journal
 from stages.page.data_table import data_table
 from stages.page.drawing import Picture, picture
@@ -30,7 +31,7 @@ from stages.page.sentences import judge_of, notes, summary, tiles
 from stages.page.settings_table import settings_table
 from stages.settings.changed import defaults_of
 from stages.settings.experiment import Experiment
-from stages.settings.report import ReportSettings
+from stages.settings.report import TESTS, ReportSettings
 
 if TYPE_CHECKING:
     import jinja2
@@ -83,6 +84,7 @@ def run(ctx: StageRun[ReportSettings, Experiment]) -> dict[str, Any]:
         trust_sentences=trust.sentences(results, names),
         trust_tables=trust.tables(results, names),
         accuracy_tables=results_tables.accuracy_tables(rm),
+        tests=external.sections({test: ctx.inputs[test] for test in TESTS if test in ctx.inputs}, names, rm),
         groups=groups,
         moments=moments,
         systems=systems,

@@ -696,13 +696,13 @@ MUTANTS = [
         "evaluate",
         "perplexity of SFT for every policy",
         "text_losses(policy.model, text_rows",
-        "text_losses(tools.sft, text_rows",
+        "text_losses(tools.reference, text_rows",
     ),
     Mutant(
         "evaluate",
         "KL to SFT where PPO began elsewhere",
         "of_reference = logps(tools.reference,",
-        "of_reference = logps(tools.sft,",
+        'of_reference = logps(tools.load(tools.folders["sft"]),',
     ),
     Mutant(
         "evaluate",
@@ -798,7 +798,7 @@ MUTANTS = [
         "scores[name] = tools.with_missing_eos(own, kept_answers).tolist()",
         "scores[name] = own.tolist()",
     ),
-    Mutant("evaluate", "reward_ensemble is not read", "settings.reward_ensemble, **options", '"mean", **options'),
+    Mutant("evaluate", "reward_ensemble is not read", "settings.reward_ensemble, load_judge", '"mean", load_judge'),
     Mutant(
         "evaluate",
         "wins against itself",
@@ -918,9 +918,29 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "perplexity is the mean loss",
-        'return {"value": _exp(estimate["value"]), "ci95": ci95}',
-        'return {"value": estimate["value"], "ci95": ci95}',
+        'value, error = _exp(estimate["value"]), estimate["se"]',
+        'value, error = estimate["value"], estimate["se"]',
         "stages/evaluation/results.py",
+    ),
+    Mutant(
+        "rankings",
+        "the judge learns from validation",
+        "is_judged = ~is_held_out & (",
+        "is_judged = (",
+        "stages/shared/kept_rankings.py",
+    ),
+    Mutant(
+        "rm",
+        "the judge learns from the rankings of all",
+        "groups = data.judge if name == JUDGE else data.groups",
+        "groups = data.groups",
+    ),
+    Mutant(
+        "evaluate",
+        "the judge that PPO chose its policy by is independent",
+        'settings.held_out_reward_model is not None and settings.keep == "best"',
+        "False",
+        "stages/evaluate.py",
     ),
 ]
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from stages.models.roles import Roles
-from stages.ppo.options import engine_rules, sampling_options
+from stages.ppo.options import sampling_options
 from stages.ppo.sampling import Sampler
 from stages.ppo.scoring import make_scorers
 from stages.rollouts.engine import EngineSpec, RolloutEngine
@@ -13,6 +13,7 @@ from stages.rollouts.transformers import TransformersEngine
 from stages.scorers.scorer import Scorer, no_poll
 from stages.scorers.weighted import WeightedScorer, WeightedSum
 from stages.settings.ppo import PPOSettings, named_rewards
+from stages.shared.engines import engine_rules
 
 SEED = 3
 
@@ -57,7 +58,7 @@ def sampler_of(
         total = make_scorers(roles, rewards, c.per_device_train_batch_size, shows_parts=c.rewards is not None)
     else:
         total = WeightedSum((WeightedScorer("scorer", 1.0, scorer),))
-    sampling, rules = sampling_options(c), engine_rules(c)
+    sampling, rules = sampling_options(c), engine_rules(c.rollout)
     own = TransformersEngine(spec_of(roles, c))
     name = "transformers" if engine is None else "vllm"
     sampler = Sampler(roles, total, sampling, rules, seed, name, engine or own, own, Path("no.log"), say)

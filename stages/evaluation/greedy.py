@@ -6,19 +6,16 @@ how it ends.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from data.streams import derive_seed
 from stages.evaluation.forms import Answer, Query, parse_answer
 from stages.evaluation.prompts import EvaluationPrompts
 from stages.evaluation.results import Measured
 from stages.evaluation.shown_prompts import chosen_prompts
-from stages.evaluation.tools import Tools
-from stages.rollouts.transformers import Decoding, sample
+from stages.evaluation.tools import Policy, Tools
+from stages.rollouts.engine import SampleRequest
 from stages.settings.evaluate import EvaluateSettings
 
-LIKELIEST = 1e-9
-"""A top_p that keeps only the likeliest token."""
 SHOWN = 12
 """Prompts that are answered where `evaluate.greedy_prompts` is null."""
 
@@ -50,18 +47,13 @@ def greedy_rows(
     indices = sorted({i for _, group in chosen_prompts(measured, count) for i in group})
     if not indices:
         return []
-    length = 4 * settings.response_length if settings.greedy_length is None else settings.greedy_length
     rows = []
     for name, of_policy in measured.items():
         if name == "best_of_n":
             continue
-        model = tools.model_of(name)
         queries = prompts.queries(tools.tokenizer, of_policy.asked, indices)
-        with tools.accelerator.autocast():
-            answers = answer_greedily(
-                model, tools.tokenizer, queries, length, context, batch_size=settings.batch_size, poll=poll
-            )
-        scores = score_those_that_fit(tools, model, [prompts.chat_ids[i] for i in indices], answers)
+        chat_ids = [prompts.chat_ids[i] for i in indices]
+        answers, scores = answer_and_score(tools, name, queries, chat_ids, settings, context, poll)
         for i, answer, score in zip(indices, answers, scores, strict=True):
             prompt = prompts.prompts[i]
             row = {
@@ -79,14 +71,46 @@ def greedy_rows(
     return rows
 
 
+def greedy_length(settings: EvaluateSettings) -> int:
+    """Return the longest greedy answer, in tokens, as far as the context allows."""
+    return 4 * settings.response_length if settings.greedy_length is None else settings.greedy_length
+
+
+def answer_and_score(
+    tools: Tools,
+    name: str,
+    queries: Sequence[Query],
+    chat_ids: Sequence[list[int]],
+    settings: EvaluateSettings,
+    context: int | None,
+    poll: Callable[[], None],
+) -> tuple[list[Answer], list[float | None]]:
+    """Load a policy, and let it answer prompts greedily; return its answers and their scores.
+
+    Args:
+        tools: The sampler, the judges, and how to load the policy, which is freed at the end.
+        name: Name of the policy.
+        queries: The prompts in the form in which the policy is prompted.
+        chat_ids: The ids of the same prompts through the chat template.
+        settings: The section evaluate.
+        context: The longest row the models can read, in tokens; None if that is unknown.
+        poll: Called between tokens; raises if the run is to stop.
+    """
+    policy = tools.policy_of(name)
+    answers = answer_greedily(
+        tools, policy, queries, greedy_length(settings), context, batch_size=settings.batch_size, poll=poll
+    )
+    return answers, score_those_that_fit(tools, policy.packed, chat_ids, answers)
+
+
 def score_those_that_fit(
-    tools: Tools, model: Any, chat_ids: Sequence[list[int]], answers: Sequence[Answer]
+    tools: Tools, packed: bool, chat_ids: Sequence[list[int]], answers: Sequence[Answer]
 ) -> list[float | None]:
     """Score the answers that fit into max_length together with their prompt.
 
     Args:
         tools: The judges.
-        model: The policy that answered.
+        packed: Whether rows are packed.
         chat_ids: The ids of each answer's prompt through the chat template.
         answers: B answers.
 
@@ -102,27 +126,27 @@ def score_those_that_fit(
     if tools.reward_model is None or not fitting:
         return scores
     scored = [answers[k] for k in fitting]
-    raw = tools.raw_scores(tools.reward_model, [chat_ids[k] for k in fitting], scored, tools.packs(model))
+    raw = tools.raw_scores(tools.reward_model, [chat_ids[k] for k in fitting], scored, packed)
     for k, score in zip(fitting, tools.with_missing_eos(raw, scored).tolist(), strict=True):
         scores[k] = score
     return scores
 
 
 def answer_greedily(
-    model: Any,
-    tokenizer: Any,
+    tools: Tools,
+    policy: Policy,
     queries: Sequence[Query],
     length: int,
     context: int | None,
     *,
     batch_size: int,
-    poll: Callable[[], None] | None = None,
+    poll: Callable[[], None],
 ) -> list[Answer]:
     """Answer queries with the likeliest token at each position.
 
     Args:
-        model: The policy.
-        tokenizer: Its tokenizer.
+        tools: The sampler and the tokenizer.
+        policy: The policy.
         queries: The prompts, all in the same form.
         length: The longest answer, in tokens.
         context: The longest row the model can read, in tokens; None if that is unknown.
@@ -132,18 +156,15 @@ def answer_greedily(
     Returns:
         One answer per query. All have the room that the longest query leaves.
     """
-    if not queries:
-        return []
     if context is not None:
         length = max(1, min(length, context - max(len(query.ids) for query in queries)))
-    decoding = Decoding(
+    request = SampleRequest(
+        prompts=[query.ids for query in queries],
+        seeds=[derive_seed(0, "greedy", i) for i in range(len(queries))],  # they have no effect
+        samples_per_prompt=1,
         response_length=length,
+        temperature=0.0,
         eos_id=queries[0].end_id,
-        pad_id=tokenizer.pad_token_id,
-        top_p=LIKELIEST,
-        batch_size=batch_size,
     )
-    # The seeds have no effect: only one token is left to draw.
-    seeds = [derive_seed(0, "greedy", i) for i in range(len(queries))]
-    sampled = sample(model, [query.ids for query in queries], seeds, decoding, poll)
-    return [parse_answer(tokenizer, query, ids) for query, ids in zip(queries, sampled, strict=True)]
+    sampled = tools.sampler.sample(policy.weights, policy.model, request, batch_size, poll)
+    return [parse_answer(tools.tokenizer, query, ids) for query, ids in zip(queries, sampled, strict=True)]

@@ -13,10 +13,10 @@ from data.streams import derive_seed
 from data.world.world import World
 from pipeline.launch import parallel
 from stages.evaluation.forms import Answer, Query, parse_answer
-from stages.evaluation.tools import Policy, Tools
+from stages.evaluation.tools import Policy, Tools, most_sampled
 from stages.models.forward import response_logprobs
 from stages.objectives.logprobs import sequence_logps
-from stages.rollouts.transformers import Decoding, sample
+from stages.rollouts.engine import SampleRequest
 from stages.settings.evaluate import EvaluateSettings
 from stages.training.batching import micro_batches
 
@@ -35,7 +35,7 @@ def measure(
     """Sample a policy's answers and score them, each rank its share of the prompts.
 
     Args:
-        tools: The judges and the reference.
+        tools: The sampler, the judges and the reference.
         policy: The policy; "best_of_n" keeps the sample of each prompt that scores highest.
         queries: The P prompts in the form in which the policy is prompted.
         chat_ids: The ids of the same prompts through the chat template, which the judges read.
@@ -53,22 +53,29 @@ def measure(
     # Best of n draws from another stream than SFT's own samples, because it is compared with them.
     stream = "best_of_n" if best_of_n else "evaluate"
 
-    def measure_prompts(indices: list[int]) -> list[dict[str, Any]]:
-        """Measure the answers to some prompts; return one dictionary of (S,) lists per prompt."""
-        repeated = [i for i in indices for _ in range(count)]
-        seeds = [derive_seed(seed, stream, i, k) for i in indices for k in range(count)]
-        decoding = Decoding(
+    answered: dict[int, list[Answer]] = {}  # (S,) answers by prompt
+
+    def sample_answers(indices: Sequence[int]) -> None:
+        """Sample the answers to some prompts, on all ranks together."""
+        request = SampleRequest(
+            prompts=[queries[i].ids for i in indices for _ in range(count)],
+            seeds=[derive_seed(seed, stream, i, k) for i in indices for k in range(count)],
+            samples_per_prompt=count,
             response_length=settings.response_length,
-            eos_id=queries[indices[0]].end_id,
-            pad_id=tools.tokenizer.pad_token_id,
             temperature=settings.temperature,
+            eos_id=queries[indices[0]].end_id,
             top_k=settings.top_k,
             top_p=settings.top_p,
-            batch_size=(4 if count > 1 else 1) * settings.batch_size,
         )
-        with tools.accelerator.autocast():
-            sampled = sample(policy.model, [queries[i].ids for i in repeated], seeds, decoding, poll)
-        answers = [parse_answer(tools.tokenizer, queries[i], ids) for i, ids in zip(repeated, sampled, strict=True)]
+        at_a_time = most_sampled(settings, several=count > 1)
+        sampled = tools.sampler.sample(policy.weights, policy.model, request, at_a_time, poll)
+        for i, of_prompt in zip(indices, micro_batches(sampled, count), strict=True):
+            answered[i] = [parse_answer(tools.tokenizer, queries[i], ids) for ids in of_prompt]
+
+    def measure_part(indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Measure the answers to some prompts; return one dictionary of (S,) lists per prompt."""
+        answers = [answer for i in indices for answer in answered[i]]
+        repeated = [i for i in indices for _ in range(count)]
         prompts = [chat_ids[i] for i in repeated]
         columns = score(tools, policy, prompts, answers, best_of=count if best_of_n else None)
         if not best_of_n and not settings.truncates:
@@ -76,15 +83,28 @@ def measure(
             columns["kl"] = log_ratios(tools, policy, query_ids, prompts, answers, settings.temperature)
         return split_columns(columns, len(indices))
 
+    def measure_parts(parts: list[Sequence[int]]) -> list[list[dict[str, Any]]]:
+        """Measure the answers to this rank's parts of the prompts."""
+        measured = []
+        # A pass of sharded models takes all ranks: one without parts measures prompt 0 once more.
+        for part, is_own in parallel.padded_micro_batches(parts, [0] if tools.sharded else None):
+            poll()
+            of_part = measure_part(part)
+            if is_own:
+                measured.append(of_part)
+        return measured
+
     # Small parts share the prompts evenly among ranks, and let a stop take effect soon. A part of
     # several samples per prompt samples up to four batches at a time, and is scored in batches.
-    per_rank = -(-len(queries) // parallel.rank_and_world_size()[1])
-    size = max(1, min(per_rank, settings.batch_size // min(count, 4)))
-    parts = list(micro_batches(list(range(len(queries))), size))
-    by_part = parallel.compute_and_all_gather(
-        parts, [len(part) for part in parts], lambda mine: [measure_prompts(part) for part in mine]
-    )
-    rows = [row for part in by_part for row in part]
+    ranks = parallel.rank_and_world_size()[1]
+    size = max(1, min(-(-len(queries) // ranks), settings.batch_size // min(count, 4)))
+    rows: list[dict[str, Any]] = []
+    for indices in micro_batches(range(len(queries)), ranks * size):
+        sample_answers(indices)
+        parts = list(micro_batches(indices, size))
+        costs = [len(part) for part in parts]
+        by_part = parallel.compute_and_all_gather(parts, costs, measure_parts, idle=tools.sharded)
+        rows += [row for part in by_part for row in part]
     return {key: join([row[key] for row in rows]) for key in rows[0]}
 
 

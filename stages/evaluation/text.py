@@ -7,6 +7,7 @@ import torch
 
 from pipeline.launch import parallel
 from stages.models.forward import text_logprobs
+from stages.models.sharding import is_sharded
 from stages.training.batching import micro_batches
 
 
@@ -26,14 +27,16 @@ def text_losses(model: Any, rows: Sequence[list[int]], accelerator: Any, batch_s
     if not rows:
         return None
 
-    def losses_of(batches: list[list[list[int]]]) -> list[list[float]]:
+    def losses_of(own: list[list[list[int]]]) -> list[list[float]]:
         losses = []
-        for batch in batches:
+        for batch, is_own in parallel.padded_micro_batches(own, batches[0][:1] if sharded else None):
             with accelerator.autocast():
                 logprobs = text_logprobs(model, torch.tensor(batch, device=accelerator.device))
-            losses.append((-logprobs.double().mean(-1)).tolist())
+            if is_own:
+                losses.append((-logprobs.double().mean(-1)).tolist())
         return losses
 
+    sharded = is_sharded(model)
     batches = list(micro_batches(list(rows), batch_size))
-    by_batch = parallel.compute_and_all_gather(batches, [len(batch) for batch in batches], losses_of)
+    by_batch = parallel.compute_and_all_gather(batches, [len(batch) for batch in batches], losses_of, idle=sharded)
     return [loss for losses in by_batch for loss in losses]

@@ -1,12 +1,15 @@
 """Hold the models that measure a policy, and the policy being measured."""
 
+import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline.config.sections import LaunchSettings
 from stages.evaluation.forms import Answer
 from stages.evaluation.judges import HELD_OUT, KEPT, REWARD_MODEL, in_order
 from stages.evaluation.selecting import Selector
@@ -14,10 +17,14 @@ from stages.models.ensemble import load_reward_model
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
 from stages.models.packing import can_pack
 from stages.objectives.rewards import final_scores
+from stages.rollouts.frozen import FrozenSampler
 from stages.scorers.reward_model import RewardModelScorer
 from stages.scorers.scorer import ScoreRequest, ScorerSpec
 from stages.settings.evaluate import STAGES, EvaluateSettings
-from stages.shared.runtime import Runtime, make_accelerator
+from stages.settings.rollout import EngineSettings
+from stages.shared.engines import engine_spec, make_frozen_sampler
+from stages.shared.runtime import Runtime, place_frozen
+from stages.training.session import Session
 
 
 @dataclass(frozen=True)
@@ -27,9 +34,14 @@ class Policy:
     name: str
     """Its name in results.json."""
     model: Any
-    """The model, on its device."""
+    """The model, on its device; with fsdp2, this process's shard of it."""
     packed: bool
     """Whether its rows and the judges' are packed."""
+
+    @property
+    def weights(self) -> str:
+        """Return the name of the policy whose weights these are: best of n samples from SFT."""
+        return "sft" if self.name == "best_of_n" else self.name
 
 
 @dataclass(frozen=True)
@@ -44,29 +56,30 @@ class Tools:
     """Load the policy in a folder onto the device."""
     folders: dict[str, Path]
     """The model folder of each policy."""
-    sft: Any
-    """The SFT model. Best-of-n samples from it too."""
+    reference_folder: Path
+    """The folder of the reference."""
     reference: Any
     """The policy that KL is measured against: the one that PPO's penalty is against."""
     judges: dict[str, Any]
     """The reward models that judge, by name; {} if the experiment trains none."""
     packed: bool
     """Whether all of these models can read packed rows."""
+    sharded: bool
+    """Whether each process holds a shard of the models, so that passes take all processes."""
     batch_size: int
     """Rows in a forward pass."""
     max_length: int
     """Tokens in the longest row."""
     missing_eos_score: float | None
     """Score of a response without EOS; None leaves the reward model's own score."""
+    sampler: FrozenSampler | None = None
+    """What samples the policies' responses; None as long as the longest prompt is not known."""
     selector: Selector | None = None
     """What chooses the best of n samples; None: the reward model."""
 
     def models(self) -> list[Any]:
-        """Return the models that are loaded, each once."""
-        models = [self.sft]
-        if self.reference is not self.sft:
-            models.append(self.reference)
-        return [*models, *self.judges.values()]
+        """Return the models that stay loaded, each once."""
+        return [self.reference, *self.judges.values()]
 
     @property
     def reward_model(self) -> Any:
@@ -74,10 +87,16 @@ class Tools:
         return self.judges.get(REWARD_MODEL)
 
     def model_of(self, name: str) -> Any:
-        """Return a policy's model; SFT and best of n share the one that is loaded already."""
-        if name in ("sft", "best_of_n"):
-            return self.sft
-        return self.load(self.folders[name])
+        """Return a policy's model: the reference where that is it, otherwise loaded now.
+
+        Best of n samples from SFT. Whoever asks for another model drops the last one before, so
+        that one policy at a time is loaded beside the reference and the judges.
+        """
+        folder = self.folders["sft" if name == "best_of_n" else name]
+        if folder == self.reference_folder:
+            return self.reference
+        free_memory()
+        return self.load(folder)
 
     def policy_of(self, name: str) -> Policy:
         """Return a policy that is ready to be measured."""
@@ -118,43 +137,88 @@ class Tools:
         return final_scores(scores, finished, self.missing_eos_score)
 
 
+def free_memory() -> None:
+    """Give back what models that are no longer used have held; vLLM may need it."""
+    gc.collect()  # a sharded model refers to itself
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def load_tools(runtime: Runtime, inputs: dict[str, Path], settings: EvaluateSettings, has_ppo_init: bool) -> Tools:
-    """Load SFT, the reference and the reward models onto the device.
+    """Load the reference and the reward models onto the device.
 
     Args:
-        runtime: How the stage computes.
+        runtime: How the stage computes, with its accelerator.
         inputs: The artifact folder of each upstream stage.
         settings: The section evaluate.
         has_ppo_init: Whether sft published a model of its own for PPO to start from.
 
     Returns:
-        The tools; `packed` is False.
+        The tools; `packed` is False, and `sampler` None.
     """
-    accelerator = make_accelerator(runtime.device, runtime.dtype)
-    options = {"attn_implementation": runtime.attention, "trust_remote_code": runtime.trust_remote_code}
 
-    def load(folder: Path) -> Any:
-        return load_policy(folder, **options).to(accelerator.device)
+    def place(load: Callable, folder: Path) -> Any:
+        return place_frozen(partial(load, folder, **runtime.load_options()), runtime, settings.max_length)
 
+    load, load_judge = partial(place, load_policy), partial(place, load_scalar_model)
     judges = {}
     if "rm" in inputs:
-        judges[REWARD_MODEL] = load_reward_model(inputs["rm"] / "model", settings.reward_ensemble, **options)
+        judges[REWARD_MODEL] = load_reward_model(inputs["rm"] / "model", settings.reward_ensemble, load_judge)
         for name, own in ((KEPT, "judge"), (HELD_OUT, "held_out")):
             folder = inputs["rm"] / own / "model"
             if folder.is_dir():
-                judges[name] = load_scalar_model(folder, **options)
+                judges[name] = load_judge(folder)
     folder = inputs["sft"] / "model"
-    sft = load(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code=runtime.trust_remote_code)
+    reference_folder = inputs["sft"] / "ppo_init" if has_ppo_init else folder
     return Tools(
-        tokenizer=load_tokenizer(folder, trust_remote_code=runtime.trust_remote_code),
-        accelerator=accelerator,
+        tokenizer=tokenizer,
+        accelerator=runtime.accelerator,
         load=load,
         folders={name: inputs[name] / "model" for name in STAGES if name in inputs},
-        sft=sft,
-        reference=load(inputs["sft"] / "ppo_init") if has_ppo_init else sft,
-        judges={name: judges[name].to(accelerator.device) for name in in_order(list(judges))},
+        reference_folder=reference_folder,
+        reference=load(reference_folder),
+        judges={name: judges[name] for name in in_order(list(judges))},
         packed=False,
+        sharded=runtime.sharded,
         batch_size=settings.batch_size,
         max_length=settings.max_length,
         missing_eos_score=settings.missing_eos_score,
     )
+
+
+def make_sampler(
+    tools: Tools, settings: EvaluateSettings, runtime: Runtime, launch: LaunchSettings, session: Session, longest: int
+) -> FrozenSampler:
+    """Return what samples the policies' responses, not started yet.
+
+    Args:
+        tools: The policies' folders and their tokenizer.
+        settings: The section evaluate.
+        runtime: How the stage computes, with its accelerator.
+        launch: The section launch, which says how another engine than the policies themselves runs.
+        session: The run: where the engine's files and lines go.
+        longest: The longest prompt and response together, in tokens.
+    """
+    rollout = settings.rollout or EngineSettings()
+    spec = engine_spec(
+        rollout.engine,
+        tools.folders["sft"],
+        runtime,
+        launch,
+        work=session.checkpoints.folder.parent,
+        pad_id=tools.tokenizer.pad_token_id,
+        max_length=longest,
+        batch_size=most_sampled(settings, several=True),
+    )
+    return make_frozen_sampler("evaluate", rollout, replace(spec, other_models=True), session.say)
+
+
+def most_sampled(settings: EvaluateSettings, several: bool) -> int:
+    """Return the most responses that a process samples at a time.
+
+    Args:
+        settings: The section evaluate.
+        several: Whether a prompt has several samples, which share its cache.
+    """
+    return (4 if several else 1) * settings.batch_size

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from data.groups import Rows, make_rows
+from pipeline.launch.parallel import padded_micro_batches
 from stages.models.adapters import unwrapped
 from stages.models.ensemble import Ensemble
 from stages.models.families import off_the_gpu
 from stages.models.head import head_logprobs
 from stages.models.loading import score_head
 from stages.models.packing import trunk_options
-from stages.models.sharding import compute_gathered
+from stages.models.sharding import compute_gathered, is_sharded
 from stages.objectives.logprobs import entropy, token_logprobs
 
 LARGE = 200.0  # a logit that every cap changes (usual caps are 30 and 50)
@@ -117,7 +118,7 @@ def score_all(
     accelerator: Any,
     packed: bool = False,
 ) -> Tensor:
-    """Score any number of responses.
+    """Score any number of responses; of a sharded model, all ranks call this together.
 
     Args:
         model: A reward model or an Ensemble.
@@ -133,11 +134,15 @@ def score_all(
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
     scores = torch.empty(len(prompts))
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
+    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    # A sharded model's pass takes all ranks: one that has scored all of its own repeats a response.
+    spare = order[:1] if is_sharded(model) else None
+    for part, is_own in padded_micro_batches(parts, spare):
         rows = make_rows([prompts[i] for i in part], [responses[i] for i in part], pad_id, packed=packed)
         with accelerator.autocast():
-            scores[part] = response_scores(model, rows.to(accelerator.device)).cpu()
+            found = response_scores(model, rows.to(accelerator.device)).cpu()
+        if is_own:
+            scores[part] = found
     return scores
 
 

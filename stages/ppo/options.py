@@ -104,16 +104,6 @@ class Correction:
     """What becomes of a weight beyond these: "truncate" or "mask"."""
 
 
-@dataclass(frozen=True)
-class EngineRules:
-    """The limit beyond which a rollout engine counts as lost, and the reaction to it."""
-
-    max_engine_kl: float
-    """The largest KL(sampler ‖ policy) in nats a token."""
-    stop_if_lost: bool
-    """Whether the run ends with a checkpoint; otherwise the policy itself samples from then on."""
-
-
 def sampling_options(c: PPOSettings) -> Sampling:
     """Return how rollouts are sampled and scored."""
     return Sampling(
@@ -171,8 +161,3 @@ def correction_of(c: PPOSettings) -> Correction | None:
         clip_min=rollout.correction_clip_min,
         outliers=rollout.correction_outliers or "truncate",
     )
-
-
-def engine_rules(c: PPOSettings) -> EngineRules:
-    """Return when a rollout engine counts as lost."""
-    return EngineRules(max_engine_kl=c.rollout.max_engine_kl, stop_if_lost=c.rollout.on_failure == "stop")

@@ -31,7 +31,6 @@ from stages.ppo.options import (
     UpdateOptions,
     advantage_options,
     correction_of,
-    engine_rules,
     kl_control,
     sampling_options,
     update_options,
@@ -41,7 +40,7 @@ from stages.ppo.sampling import Sampler, make_sampler, preflight
 from stages.ppo.scoring import make_scorers
 from stages.ppo.state import Run, drawn_before, new_run, refuse_other_prompts, resume, total_updates
 from stages.ppo.update import Batch, Rates, update
-from stages.rollouts.engine import EngineLost, EngineSpec
+from stages.rollouts.engine import EngineLost
 from stages.rollouts.rollout import Rollout
 from stages.scorers.scorer import ScorerLost
 from stages.settings.experiment import Experiment
@@ -54,6 +53,7 @@ from stages.settings.ppo import (
     unused_settings,
 )
 from stages.shared.disk import say_written
+from stages.shared.engines import engine_rules, engine_spec
 from stages.shared.provenance import Provenance, provenance_of
 from stages.shared.runtime import (
     Runtime,
@@ -168,20 +168,15 @@ def set_up(
     roles = load_models(session, folders, runtime, adapter_settings(experiment.model), c.max_length)
     confirm_folders()  # the named ones have been loaded
     name = c.rollout.engine
-    launch = getattr(experiment.launch, name, None)  # the section launch.vllm, for example
-    spec = EngineSpec(
-        model=start,
-        scratch=provenance.publish.with_name(f".tmp-{name}"),
-        log=session.checkpoints.folder.with_name(f"{name}.log"),
-        device=roles.accelerator.device,
-        dtype=runtime.dtype,
-        autocast=roles.accelerator.autocast,
+    spec = engine_spec(
+        name,
+        start,
+        runtime,
+        experiment.launch,
+        work=session.checkpoints.folder.parent,
         pad_id=roles.tokenizer.pad_token_id,
         max_length=c.max_length,
         batch_size=c.local_rollout_forward_batch_size,
-        timeout=0.9 * experiment.launch.timeout,  # before the other ranks lose patience with rank 0
-        trust_remote_code=runtime.trust_remote_code,
-        launch={} if launch is None else launch.model_dump(),
     )
     scorer = make_scorers(
         roles,
@@ -192,7 +187,8 @@ def set_up(
         say=session.say,
         trust_remote_code=runtime.trust_remote_code,
     )
-    sampler = make_sampler(roles, scorer, sampling_options(c), engine_rules(c), session.seed, name, spec, session.say)
+    rules = engine_rules(c.rollout)
+    sampler = make_sampler(roles, scorer, sampling_options(c), rules, session.seed, name, spec, session.say)
 
     train, data_rows, held_out = load_prompts(session, c, roles.tokenizer, sources["prompts"])
     drawn = refuse_other_prompts(drawn, train)

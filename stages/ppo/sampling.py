@@ -11,9 +11,8 @@ from pipeline.launch import parallel
 from stages.models.forward import response_logprobs
 from stages.models.roles import Roles
 from stages.objectives.masked import masked_mean, masked_sum
-from stages.ppo.options import EngineRules
 from stages.rollouts.collect import Sampling, collect
-from stages.rollouts.engine import EngineLost, EngineSpec, RolloutEngine
+from stages.rollouts.engine import EngineLost, EngineRules, EngineSpec, RolloutEngine
 from stages.rollouts.engines import ENGINES
 from stages.rollouts.rollout import DrawnPrompt, Rollout
 from stages.rollouts.transformers import TransformersEngine

@@ -1,4 +1,4 @@
-"""Define a rollout engine: the interface of whatever samples PPO's responses.
+"""Define a rollout engine: the interface of whatever samples responses.
 
 To add one, write a file with a class that has the four methods of `RolloutEngine`, and name its
 factory in `engines.ENGINES`.
@@ -20,6 +20,16 @@ class EngineLost(TrainingStopped):
 
 
 @dataclass(frozen=True)
+class EngineRules:
+    """The limit beyond which a rollout engine counts as lost, and the reaction to it."""
+
+    max_engine_kl: float
+    """The largest KL(sampler ‖ policy) in nats a token."""
+    stop_if_lost: bool
+    """Whether the run ends with a checkpoint; otherwise the policy itself samples from then on."""
+
+
+@dataclass(frozen=True)
 class SampleRequest:
     """The responses that an engine is asked for: one for each of B prompts."""
 
@@ -32,7 +42,7 @@ class SampleRequest:
     response_length: int
     """The longest response in tokens, EOS included."""
     temperature: float
-    """Divides the logits."""
+    """Divides the logits; 0: the likeliest token at each position."""
     eos_id: int
     """The token that ends a response, and the only one that does."""
     top_k: int | None = None
@@ -81,6 +91,8 @@ class EngineSpec:
     """Seconds without an answer after which an engine in another process counts as lost."""
     trust_remote_code: bool = False
     """Whether code that the model brings may run."""
+    other_models: bool = False
+    """Whether weights of other models than the first one will follow (evaluate)."""
     launch: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the section launch.ENGINE; empty where there is none."""
 

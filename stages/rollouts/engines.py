@@ -1,4 +1,4 @@
-"""List the rollout engines by the names that `ppo.rollout.engine` takes."""
+"""List the rollout engines by the names that `rollout.engine` takes."""
 
 from collections.abc import Callable
 

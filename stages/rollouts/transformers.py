@@ -7,7 +7,7 @@ it is in.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from stages.models.sharding import gathered
 from stages.rollouts.engine import EngineSpec, Sampled, SampleRequest
 from stages.rollouts.lanes import Lane, lane_for
 
+LIKELIEST = 1e-9  # a top_p that keeps only the likeliest token
 VOCABULARY_BLOCK = 128  # tokens whose probabilities are summed first, before one of them is chosen
 KEEP_ALL_ABOVE = 0.75  # finished rows leave the cache once at most this share of its rows is unfinished
 ROW_MULTIPLE = 4  # a steady lane holds a multiple of it: a matrix product of 13 rows is slower than of 16
@@ -75,6 +76,8 @@ class TransformersEngine:
             top_p=request.top_p,
             batch_size=self.spec.batch_size,
         )
+        if request.temperature == 0:
+            decoding = replace(decoding, temperature=1.0, top_k=None, top_p=LIKELIEST)
         # a sharded policy is gathered once, not layer by layer at each token
         with self.spec.autocast(), gathered(self.model) as policy:
 

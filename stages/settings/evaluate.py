@@ -8,6 +8,7 @@ from pipeline.stage import Stage, StageRun
 from stages.models.ensemble_folder import How
 from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
 from stages.settings.policies import compared_policies, has_rankings, needs_reward_model, simulates_labelers
+from stages.settings.rollout import OF_FINISHED, EngineSettings, missing_engine
 from stages.settings.scorers.common import ScorerSection
 from stages.settings.scorers.scorer import Scorer, missing_of_scorers, names_of, scorer_files, scorer_problems
 from stages.settings.training import TOO_LONG_PROMPT, TooLong
@@ -107,6 +108,7 @@ class EvaluateSettings(Section):
         "mean", "how the scores of the models of rm.ensemble are combined; the same as ppo's"
     )
     batch_size: int = setting(64, "number of rows sampled and scored at a time", "rows", ge=1)
+    rollout: EngineSettings | None = setting(None, OF_FINISHED)
     greedy_prompts: int | None = setting(
         None,
         "number of prompts that are also answered greedily, for the samples in the report; 0: none; null: 12",
@@ -317,9 +319,10 @@ def text_lengths(experiment: "Experiment") -> list[str]:
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
-    """Return a line for each length over the model's context."""
+    """Return a line for each thing that this machine lacks, and each length over the context."""
     settings = experiment.evaluate
-    lines = missing_of_scorers("evaluate.judges", settings.judges or [])
+    lines = missing_engine(experiment, "evaluate")
+    lines += missing_of_scorers("evaluate.judges", settings.judges or [])
     if settings.best_of_by is not None:
         lines += settings.best_of_by.missing("evaluate.best_of_by")
     return lines + over_folder_context(experiment, "evaluate", *text_lengths(experiment))

@@ -4,13 +4,16 @@ from pydantic import Field
 
 from pipeline.config.sections import Common
 from pipeline.stage import Stage
-from stages.settings import base, dpo, evaluate, ppo, rankings, report, rm, sft, world
+from stages.settings import base, dpo, evaluate, lm_eval, ppo, rankings, refusals, report, reward_bench, rm, sft, world
 from stages.settings.base import BaseSettings
 from stages.settings.dpo import DPOSettings
 from stages.settings.evaluate import EvaluateSettings
+from stages.settings.lm_eval import LMEvalSettings
 from stages.settings.ppo import PPOSettings
 from stages.settings.rankings import RankingsSettings
+from stages.settings.refusals import RefusalsSettings
 from stages.settings.report import ReportSettings
+from stages.settings.reward_bench import RewardBenchSettings
 from stages.settings.rm import RMSettings
 from stages.settings.sft import SFTSettings
 from stages.settings.world import WorldSettings
@@ -19,6 +22,8 @@ from stages.settings.world import WorldSettings
 STAGES: dict[str, Stage] = {
     module.STAGE.name: module.STAGE for module in (world, base, sft, rankings, rm, ppo, dpo, evaluate, report)
 }
+# Stages that run only where the user asks for them (`rlhf evaluate --lm-eval`); report shows them.
+TESTS: dict[str, Stage] = {module.STAGE.name: module.STAGE for module in (lm_eval, reward_bench, refusals)}
 
 
 class Experiment(Common):
@@ -32,4 +37,7 @@ class Experiment(Common):
     ppo: PPOSettings = Field(default_factory=PPOSettings)
     dpo: DPOSettings = Field(default_factory=DPOSettings)
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    lm_eval: LMEvalSettings = Field(default_factory=LMEvalSettings)
+    reward_bench: RewardBenchSettings = Field(default_factory=RewardBenchSettings)
+    refusals: RefusalsSettings = Field(default_factory=RefusalsSettings)
     report: ReportSettings = Field(default_factory=ReportSettings)

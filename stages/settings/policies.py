@@ -43,6 +43,12 @@ def compared_policies(experiment: "Experiment") -> list[str]:
     return [name for name in section.policies if allowed.get(name, True)]
 
 
+def trained_policies(experiment: "Experiment") -> list[str]:
+    """Return the policies with a model of their own that evaluate compares, SFT among them."""
+    policies = compared_policies(experiment)
+    return [name for name in ("base", "sft", "ppo", "dpo") if name in policies or name == "sft"]
+
+
 def climbs_own_model(experiment: "Experiment") -> bool:
     """Return whether PPO is scored by the reward model of the stage rm, alone or among others."""
     settings = experiment.ppo

@@ -6,6 +6,7 @@ from pipeline.config.section import Section, setting
 from pipeline.stage import Stage, StageRun
 from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
 from stages.settings.policies import simulates_labelers
+from stages.settings.rollout import OF_FINISHED, EngineSettings, missing_engine
 from stages.settings.training import TOO_LONG_PROMPT, TooLong
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class RankingsSettings(Section):
         1, "number of simulated labelers who rank the responses to a training prompt independently", ge=1, le=5
     )
     batch_size: int = setting(32, "number of prompts sampled at a time", "prompts", ge=1)
+    rollout: EngineSettings | None = setting(None, OF_FINISHED)
 
 
 def needs(experiment: "Experiment") -> list[str]:
@@ -80,8 +82,10 @@ def check(experiment: "Experiment") -> list[str]:
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
-    """Return a line for each length over the model's context."""
-    return over_folder_context(experiment, "rankings") if experiment.data.rankings is None else []
+    """Return a line for each thing that this machine lacks, and each length over the context."""
+    if experiment.data.rankings is not None:
+        return []  # nothing is sampled
+    return missing_engine(experiment, "rankings") + over_folder_context(experiment, "rankings")
 
 
 def run(ctx: "StageRun[RankingsSettings, Experiment]") -> dict[str, Any]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipeline.config.help import SettingRow, describe
 from pipeline.config.sections import COMMON
-from stages.settings.experiment import STAGES, Experiment
+from stages.settings.experiment import STAGES, TESTS, Experiment
 from stages.settings.scorers.scorer import KINDS
 
 FILE = Path(__file__).resolve().parents[2] / "configs" / "SETTINGS.md"
@@ -29,7 +29,7 @@ def reference() -> str:
     parts = [HEADER, section("Top level", "", top)]
     for name, settings in COMMON.items():
         parts.append(section(f"`{name}`", first_line(settings.__doc__), describe(settings, name)))
-    for name, stage in STAGES.items():
+    for name, stage in (STAGES | TESTS).items():
         parts.append(section(f"`{name}`", stage.summary, describe(stage.settings, name)))
     parts.append(f"## Scorers\n\n{SCORERS}")
     for kind, scorer in KINDS.items():

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 STAGES = ("world", "base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate")  # those that it can show
 
 
+TESTS = ("lm_eval", "reward_bench", "refusals")  # that it shows where they were made
+
+
 class ReportSettings(Section):
     """Choose how many samples the page shows."""
 
@@ -33,6 +36,11 @@ def needs(experiment: "Experiment") -> list[str]:
     elif "dpo" in used:
         used.add("rankings")
     return [stage for stage in STAGES if stage in used]
+
+
+def shows(experiment: "Experiment") -> list[str]:
+    """Return the tests that it shows where they were made of today's models."""
+    return list(TESTS)
 
 
 def run(ctx: "StageRun[ReportSettings, Experiment]") -> dict[str, Any]:
@@ -55,6 +63,7 @@ STAGE = Stage(
     settings=ReportSettings,
     run=run,
     needs=needs,
+    shows=shows,
     headline=("policies", "plots"),
     show=show,
 )

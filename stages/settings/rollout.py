@@ -1,4 +1,4 @@
-"""Define the settings of PPO's sampling engine, and check that the engine is installed."""
+"""Define the settings of the engine that samples, and check that it is installed."""
 
 import shutil
 from importlib.util import find_spec
@@ -25,17 +25,19 @@ SET_BY_PPO = (  # arguments of vLLM that `make_vllm`, `Vllm` and vllm_server.py 
     "generation_config",
     "disable_log_stats",
     "enable_chunked_prefill",
+    "enable_lora",
+    "max_lora_rank",
+    "max_loras",
+    "max_cpu_loras",
+    "enable_sleep_mode",
 )
 
 
 CLIP_MAX = 3.0  # of the weights of a correction, as trl's vllm_importance_sampling_clip_max
 
 
-class RolloutSettings(Section):
-    """Choose what samples the responses.
-
-    The policy recomputes the log-probabilities of responses that vLLM sampled.
-    """
+class EngineSettings(Section):
+    """Choose what samples the responses of a policy."""
 
     engine: Literal["transformers", "vllm"] = setting(
         "transformers",
@@ -51,6 +53,13 @@ class RolloutSettings(Section):
     on_failure: Literal["stop", "transformers"] = setting(
         "stop", "what to do if vLLM fails; stop: save a checkpoint and exit 3; transformers: continue without vLLM"
     )
+
+
+class RolloutSettings(EngineSettings):
+    """Choose what samples the responses.
+
+    The policy recomputes the log-probabilities of responses that vLLM sampled.
+    """
 
     correction: Literal["token", "sequence"] | None = setting(
         None,
@@ -91,13 +100,63 @@ def correction_problems(settings: RolloutSettings) -> list[str]:
     return []
 
 
-def missing_engine(experiment: "Experiment") -> list[str]:
-    """Return a line if vLLM is chosen and not installed."""
-    python = experiment.launch.vllm.python
-    if experiment.ppo.rollout.engine != "vllm":
+def hand_over_problems(experiment: "Experiment") -> list[str]:
+    """Return a line for each way of handing PPO's weights to vLLM that cannot work."""
+    launch, peft, lines = experiment.launch.vllm, experiment.model.peft, []
+    if not uses_vllm(experiment, "ppo"):
         return []
+    if launch.hand_over == "memory" and (launch.devices is not None or launch.tensor_parallel_size > 1):
+        lines.append(
+            "launch.vllm.hand_over: memory works only on the GPU that the weights are on; use files, or leave out "
+            "devices and tensor_parallel_size"
+        )
+    if launch.adapter_alone and (peft is None or peft.method != "lora"):
+        method = "null" if peft is None else peft.method
+        lines.append(
+            f"launch.vllm.adapter_alone: vLLM takes only LoRA, and model.peft.method is {method}; use lora, or leave "
+            f"it out"
+        )
+    return lines
+
+
+OF_FINISHED = (
+    "what samples the responses, with these keys of ppo.rollout, such as {engine: vllm}; null: the policy itself. The "
+    "engine's distribution is compared with the policy's on a few prompts before it is used"
+)
+"""Meaning of `rankings.rollout` and `evaluate.rollout`."""
+
+
+def uses_vllm(experiment: "Experiment", stage: str) -> bool:
+    """Return whether vLLM samples the responses of a stage."""
+    rollout = getattr(experiment, stage).rollout
+    return rollout is not None and rollout.engine == "vllm"
+
+
+def sampling_with_vllm(experiment: "Experiment") -> list[str]:
+    """Return the stages whose responses vLLM samples."""
+    stages = ["rankings", "ppo", "evaluate"]
+    if experiment.data.rankings is not None:
+        stages.remove("rankings")  # nothing is sampled
+    return [stage for stage in stages if uses_vllm(experiment, stage)]
+
+
+def missing_engine(experiment: "Experiment", stage: str) -> list[str]:
+    """Return a line if a stage is to sample with vLLM, and it is not installed."""
+    if not uses_vllm(experiment, stage):
+        return []
+    return missing_vllm(experiment, f"{stage}.rollout.engine")
+
+
+def missing_vllm(experiment: "Experiment", key: str) -> list[str]:
+    """Return a line if vLLM is not installed.
+
+    Args:
+        experiment: The validated experiment.
+        key: The setting that asks for it.
+    """
+    python = experiment.launch.vllm.python
     if python is None and find_spec("vllm") is None:
-        return [f"ppo.rollout.engine: vllm is not installed here; {INSTALL}"]
+        return [f"{key}: vllm is not installed here; {INSTALL}"]
     if python is not None and shutil.which(expanduser(python)) is None:
         return [f"launch.vllm.python: {python} is not a program; {INSTALL}"]
     return []

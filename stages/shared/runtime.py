@@ -31,7 +31,7 @@ class Runtime:
     attention: str
     """Attention kernel, as model.attn_implementation."""
     sharded: bool
-    """Whether each of several processes holds a shard of the weights that train (fsdp2)."""
+    """Whether each of several processes holds a shard of the weights (fsdp2)."""
     gradient_checkpointing: bool
     """Whether activations are recomputed in the backward pass."""
     trust_remote_code: bool
@@ -103,7 +103,7 @@ def dtype_of(experiment: Any) -> str:
 
 
 def is_sharding(experiment: Any) -> bool:
-    """Return whether each of several processes holds a shard of what trains (fsdp2)."""
+    """Return whether each of several processes holds a shard of each weight (fsdp2)."""
     return parallel.rank_and_world_size()[1] > 1 and experiment.launch.strategy == "fsdp2"
 
 
@@ -172,6 +172,19 @@ def place_model(make: Callable[[], Any], runtime: Runtime, max_length: int) -> A
     if runtime.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model
+
+
+def place_frozen(load: Callable[[], Any], runtime: Runtime, max_length: int) -> Any:
+    """Load a model that does not train and move it to its device; with fsdp2, this rank's shard.
+
+    Args:
+        load: Loads the model on the CPU.
+        runtime: How the stage computes, with its accelerator.
+        max_length: The longest row, in tokens.
+    """
+    from stages.models.roles import make_on_device
+
+    return make_on_device(lambda: load().requires_grad_(False), runtime.accelerator, max_length, runtime.sharded)
 
 
 def note_default_rate(session: Session, section: BaseModel, *keys: str) -> None:

@@ -15,6 +15,11 @@ from stages.tools.chat_commands import Settings, obey
 from stages.tools.chat_panels import print_panels
 from stages.tools.chat_speakers import Answer, Judge, Speaker, find_model, load_judge, load_speakers, reply
 
+UNSCORED = (
+    "not scored: launch.strategy is fsdp2, so the reward model may not fit into one process; launch.strategy=ddp loads "
+    "it whole"
+)
+
 
 def run(
     experiment: Any,
@@ -23,6 +28,7 @@ def run(
     settings: Settings,
     trust_remote_code: bool = False,
     console: Any = None,
+    engine: str | None = None,
 ) -> int:
     """Read questions and commands from standard input until /quit or the end of the input.
 
@@ -33,6 +39,7 @@ def run(
         settings: How the policies answer.
         trust_remote_code: Whether code that a model brings may run.
         console: A rich Console; by default the terminal.
+        engine: "transformers" or "vllm"; None: that of evaluate.rollout.
 
     Returns:
         The exit code.
@@ -48,24 +55,50 @@ def run(
         from rich.console import Console
 
         console = Console()
-    speakers, judge = load(experiment, store, models, folders, trust_remote_code)
+    speakers, judge = load(experiment, store, models, folders, trust_remote_code, engine or engine_of(experiment))
     console.print(f"[bold]{' · '.join(models)}[/bold]", highlight=False)
     for line in introduction(settings, speakers, judge):
         print_note(line, console)
-    talk(speakers, judge, settings, experiment, console)
+    if judge is None and is_sharded(experiment):
+        print_note(UNSCORED, console)
+    try:
+        talk(speakers, judge, settings, experiment, console)
+    finally:
+        for speaker in speakers:
+            if speaker.engine is not None:
+                speaker.engine.close()
     return 0
 
 
+def engine_of(experiment: Any) -> str:
+    """Return the engine that samples the policies' answers in the stage evaluate."""
+    return "transformers" if experiment.evaluate.rollout is None else experiment.evaluate.rollout.engine
+
+
+def is_sharded(experiment: Any) -> bool:
+    """Return whether the stages divide each model among several processes."""
+    launch = experiment.launch
+    return launch.strategy == "fsdp2" and launch.processes * launch.nodes > 1
+
+
 def load(
-    experiment: Any, store: ArtifactStore, names: Sequence[str], folders: Sequence[Path], trust_remote_code: bool
+    experiment: Any,
+    store: ArtifactStore,
+    names: Sequence[str],
+    folders: Sequence[Path],
+    trust_remote_code: bool,
+    engine: str,
 ) -> tuple[list[Speaker], Judge | None]:
-    """Load the policies and the judge without the messages of transformers."""
+    """Load the policies and the judge without the messages of transformers.
+
+    A reward model that the stages divide among processes is not loaded: chat is one process.
+    """
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    speakers = load_speakers(experiment, names, folders, trust_remote_code)
-    return speakers, load_judge(experiment, store, trust_remote_code)
+    judge = None if is_sharded(experiment) else load_judge(experiment, store, trust_remote_code)
+    return load_speakers(experiment, names, folders, trust_remote_code, engine), judge
 
 
 def talk(speakers: Sequence[Speaker], judge: Judge | None, settings: Settings, experiment: Any, console: Any) -> None:

@@ -11,13 +11,13 @@ from stages.settings.checks import context_of
 
 if TYPE_CHECKING:
     from stages.evaluation.forms import Query
+    from stages.rollouts.engine import SampleRequest
     from stages.tools.chat_commands import Settings
+    from stages.tools.chat_engines import ChatEngine
 
 POLICIES = ("base", "sft", "ppo", "dpo")
 UNBOUNDED = 10**9
 """The context of a model whose config.json names none."""
-LIKELIEST = 1e-9
-"""A top_p that keeps only the likeliest token."""
 
 
 @dataclass
@@ -27,13 +27,17 @@ class Speaker:
     name: str
     """The stage or the folder, as the user named it."""
     model: Any
-    """The policy, on its device."""
+    """The policy, on its device; None if an engine samples."""
     tokenizer: Any
     """Its tokenizer."""
     history: list[dict] = field(default_factory=list)
     """Its own turns so far, as messages."""
     form: str = "chat"
     """How it is prompted (`evaluation/forms.py`)."""
+    engine: "ChatEngine | None" = None
+    """What samples in place of the model; it holds the same policy."""
+    context: int | None = None
+    """The most tokens of a conversation, where an engine samples."""
 
 
 @dataclass(frozen=True)
@@ -90,31 +94,44 @@ def find_model(name: str, store: ArtifactStore) -> Path:
 
 
 def load_speakers(
-    experiment: Any, names: Sequence[str], folders: Sequence[Path], trust_remote_code: bool
+    experiment: Any, names: Sequence[str], folders: Sequence[Path], trust_remote_code: bool, engine: str
 ) -> list[Speaker]:
-    """Load the policies that answer.
+    """Load the policies that answer, here or in vLLM.
 
     Args:
         experiment: The validated experiment.
         names: The policies as the user named them.
         folders: Their model folders.
         trust_remote_code: Whether code that a model brings may run.
+        engine: "transformers" or "vllm".
 
     Raises:
-        UserError: A folder is not a policy with a chat template.
+        UserError: A folder is not a policy with a chat template; it does not fit on the device; or
+            vLLM does not start.
     """
+    from torch import OutOfMemoryError
+
     from stages.evaluation.forms import form_of_base
     from stages.models.loading import load_policy, load_tokenizer
     from stages.shared.runtime import device_of
+    from stages.tools.chat_engines import room_of, start_engines
 
     device, attention = device_of(experiment), experiment.model.attn_implementation
     speakers = []
     for name, folder in zip(names, folders, strict=True):
+        model = None
         try:
-            model = load_policy(folder, attn_implementation=attention, trust_remote_code=trust_remote_code)
+            if engine == "transformers":
+                model = load_policy(folder, attn_implementation=attention, trust_remote_code=trust_remote_code)
+                model = model.to(device)
             tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         except UserError:
             raise
+        except OutOfMemoryError as error:
+            raise UserError(
+                f"--models: {name} does not fit on one GPU beside what is there; use --engine vllm, which divides it "
+                f"among launch.vllm.tensor_parallel_size GPUs"
+            ) from error
         except (OSError, ValueError) as error:
             raise UserError(
                 f"--models: {folder} cannot be loaded ({str(error).splitlines()[0]}); use a folder that "
@@ -128,7 +145,11 @@ def load_speakers(
         form = "chat"
         if name == "base":
             form = form_of_base(experiment.evaluate.base_prompt, experiment.model.name_or_path)
-        speakers.append(Speaker(name, model.to(device), tokenizer, form=form))
+        speakers.append(Speaker(name, model, tokenizer, form=form))
+    if engine == "vllm":  # last: the mistakes above are found before it starts
+        engines = start_engines(experiment, names, folders, trust_remote_code)
+        for speaker, own, folder in zip(speakers, engines, folders, strict=True):
+            speaker.engine, speaker.context = own, room_of(experiment, folder)
     return speakers
 
 
@@ -170,15 +191,14 @@ def reply(speaker: Speaker, text: str, settings: "Settings", turn: int, dtype: s
     Returns:
         The answer.
     """
-    import torch
 
     from data.encode import encode_prompt
     from data.streams import derive_seed
     from stages.evaluation.forms import make_query, parse_answer
-    from stages.rollouts.transformers import Decoding, sample
+    from stages.rollouts.engine import EngineLost, SampleRequest
 
-    model, tokenizer, forgotten = speaker.model, speaker.tokenizer, 0
-    context = context_of(model.config.to_dict()) or UNBOUNDED
+    tokenizer, forgotten = speaker.tokenizer, 0
+    context = (context_of(speaker.model.config.to_dict()) if speaker.engine is None else speaker.context) or UNBOUNDED
     system = [{"role": "system", "content": settings.system}] if settings.system else []
     question = {"role": "user", "content": text}
     past = speaker.history if settings.memory else []
@@ -202,26 +222,77 @@ def reply(speaker: Speaker, text: str, settings: "Settings", turn: int, dtype: s
     if room < 1:
         problem = f"the question has {len(query.ids)} tokens, and the context only {context}; ask something shorter"
         return Answer("", problem=problem)
-    decoding = Decoding(
+    request = SampleRequest(
+        prompts=[query.ids],
+        seeds=[derive_seed(settings.seed, "chat", turn)],
+        samples_per_prompt=1,
         response_length=room,
+        temperature=settings.temperature,
         eos_id=query.end_id,
-        pad_id=tokenizer.pad_token_id,
-        temperature=settings.temperature or 1.0,
-        top_k=(settings.top_k or None) if settings.temperature else None,
-        top_p=settings.top_p if settings.temperature else LIKELIEST,
+        top_k=settings.top_k or None,
+        top_p=settings.top_p,
     )
-    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        sampled = sample(model, [query.ids], [derive_seed(settings.seed, "chat", turn)], decoding)[0]
-        answer = parse_answer(tokenizer, query, sampled)
-        score = score_answer(judge, speaker, chat_ids, answer.response, answer.finished)
+    try:
+        sampled = sample_answer(speaker, request, dtype)
+    except EngineLost as lost:
+        return Answer("", problem=f"{lost}; start chat again")
+    answer = parse_answer(tokenizer, query, sampled)
+    score = score_answer(judge, speaker, chat_ids, answer.response, answer.finished, dtype)
     speaker.history += [question, {"role": "assistant", "content": answer.text}]
     return Answer(answer.text, len(answer.sampled), answer.finished, score, forgotten=forgotten)
 
 
+def sample_answer(speaker: Speaker, request: "SampleRequest", dtype: str) -> list[int]:
+    """Return a policy's response to the only prompt of a request, as token ids.
+
+    Args:
+        speaker: The policy.
+        request: Prompt, seed and limits.
+        dtype: "float32" or "bfloat16", which products are computed in.
+
+    Raises:
+        EngineLost: The policy's vLLM fails.
+    """
+    if speaker.engine is not None:
+        return speaker.engine.sample(request)
+    from functools import partial
+
+    import torch
+
+    from stages.rollouts.engine import EngineSpec
+    from stages.rollouts.transformers import TransformersEngine
+
+    device = speaker.model.device
+    spec = EngineSpec(
+        model=Path(),
+        scratch=Path(),
+        log=Path(),
+        device=device,
+        dtype=dtype,
+        autocast=partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bfloat16"),
+        pad_id=speaker.tokenizer.pad_token_id,
+        max_length=UNBOUNDED,
+        batch_size=1,
+        timeout=0.0,
+    )
+    engine = TransformersEngine(spec)
+    engine.start(speaker.model, lambda: None)
+    return engine.sample(request, lambda: None).responses[0]
+
+
 def score_answer(
-    judge: Judge | None, speaker: Speaker, chat_ids: list[int], response: list[int], finished: bool
+    judge: Judge | None, speaker: Speaker, chat_ids: list[int], response: list[int], finished: bool, dtype: str
 ) -> float | None:
-    """Score an answer; None without a judge, or if the judge has another tokenizer."""
+    """Score an answer; None without a judge, or if the judge has another tokenizer.
+
+    Args:
+        judge: The reward model, or None.
+        speaker: The policy that answered.
+        chat_ids: The ids of the conversation through the chat template.
+        response: The answer's ids.
+        finished: Whether the answer ended by itself.
+        dtype: "float32" or "bfloat16", which products are computed in.
+    """
     import torch
 
     from data.groups import make_rows
@@ -231,6 +302,8 @@ def score_answer(
 
     if judge is None or judge.tokenizer_fingerprint != tokenizer_fingerprint(speaker.tokenizer):
         return None
-    rows = make_rows([chat_ids], [response], speaker.tokenizer.pad_token_id).to(speaker.model.device)
-    raw = response_scores(judge.model, rows).float().cpu()
+    device = next(judge.model.parameters()).device
+    rows = make_rows([chat_ids], [response], speaker.tokenizer.pad_token_id).to(device)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        raw = response_scores(judge.model, rows).float().cpu()
     return final_scores(raw, torch.tensor([finished]), judge.missing_eos_score).item()

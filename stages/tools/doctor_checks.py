@@ -11,6 +11,8 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.trackers.names import PACKAGES, is_installed
+
 PROJECT = "rlhf-pipeline"
 GOOD, NOTE, BAD = "✓", "–", "✗"
 DISK = 3
@@ -107,7 +109,7 @@ def check_storage(artifacts: str | Path) -> Iterator[Line]:
 
 
 def check_network(experiment: Any) -> Iterator[Line]:
-    """Report whether the Hub, telemetry and wandb are used."""
+    """Report whether the Hub, telemetry and trackers are used."""
     offline = is_set("HF_HUB_OFFLINE")
     yield Line(GOOD, "the Hub", "offline (HF_HUB_OFFLINE)" if offline else "used for what the config names")
     silent = is_set("HF_HUB_DISABLE_TELEMETRY") or offline
@@ -117,25 +119,28 @@ def check_network(experiment: Any) -> Iterator[Line]:
         "off" if silent else "on",
         "" if silent else "export HF_HUB_DISABLE_TELEMETRY=1",
     )
-    mode = experiment.tracking.wandb if experiment else "off"
-    if mode == "off":
-        yield Line(GOOD, "wandb", "off; metrics.jsonl is always written")
-    elif util.find_spec("wandb") is None:
-        yield Line(
-            NOTE,
-            "wandb",
-            f"not installed (tracking.wandb is {mode}); training continues without it",
-            f"{pip()} install wandb, or tracking.wandb: off",
-        )
-    elif mode == "offline" or logged_in():
-        yield Line(GOOD, "wandb", mode + (", logged in" if mode == "online" else ""))
-    else:
-        yield Line(
-            NOTE,
-            "wandb",
-            "not logged in, and tracking.wandb is online; training continues without it",
-            "wandb login, or tracking.wandb: offline",
-        )
+    names = experiment.tracking.trackers if experiment else ()
+    if not names:
+        yield Line(GOOD, "trackers", "none; metrics.jsonl is always written")
+    for name in names:
+        yield check_tracker(name, experiment.tracking.wandb_mode)
+
+
+def check_tracker(name: str, wandb_mode: str) -> Line:
+    """Report whether a tracker that the config asks for can be used."""
+    if not is_installed(name):
+        install = f"{pip()} install {PACKAGES[name].install}"
+        return Line(BAD, name, "not installed, and tracking.with names it", f"{install}, or leave it out")
+    if name != "wandb":
+        return Line(GOOD, name, "installed")
+    if wandb_mode == "offline" or logged_in():
+        return Line(GOOD, name, wandb_mode + (", logged in" if wandb_mode == "online" else ""))
+    return Line(
+        NOTE,
+        name,
+        "not logged in, and asked for online; training continues without it",
+        "wandb login, or tracking.wandb: offline",
+    )
 
 
 def is_set(name: str) -> bool:
@@ -165,12 +170,15 @@ def check_optional(experiment: Any) -> Iterator[Line]:
             yield Line(GOOD, name, f"{metadata.version(name)} ({purpose})")
         except metadata.PackageNotFoundError:
             yield Line(GOOD, name, f"installed ({purpose})")
-    if experiment is not None and experiment.ppo.rollout.engine == "vllm":
-        yield check_vllm(experiment.launch.vllm.python or sys.executable)
+    if experiment is not None:
+        from stages.settings.rollout import sampling_with_vllm
+
+        if stages := sampling_with_vllm(experiment):
+            yield check_vllm(experiment.launch.vllm.python or sys.executable, stages)
 
 
-def check_vllm(python: str) -> Line:
-    """Check whether a Python interpreter (launch.vllm.python) has vLLM."""
+def check_vllm(python: str, stages: list[str]) -> Line:
+    """Check whether a Python (launch.vllm.python) has vLLM, which stages sample with."""
     code = "from importlib.metadata import distributions as d; " \
         "print(*[f'{x.name} {x.version}' for x in d() if x.name.startswith('vllm')], sep=', ')"  # fmt: skip
     try:
@@ -182,4 +190,4 @@ def check_vllm(python: str) -> Line:
         from stages.settings.rollout import ENVIRONMENT
 
         return Line(BAD, "vLLM", f"{python} does not have it", ENVIRONMENT)
-    return Line(GOOD, "vLLM", f"{installed} (samples for ppo)")
+    return Line(GOOD, "vLLM", f"{installed} (samples for {', '.join(stages)})")

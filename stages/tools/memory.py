@@ -1,9 +1,9 @@
-"""Compute the memory that each training stage of an experiment needs of a device.
+"""Compute the memory that each stage of an experiment with models needs of a device.
 
-The bytes come from an optimizer step on shapes only (`memory_step.py`), with rows as long as the
-settings allow, so they are the most that a stage needs. Not counted are CUDA's context and its
-libraries' workspaces (about 1 GB), memory lost to fragmentation, and on a CPU the libraries
-themselves (about half a GB).
+The bytes come from an optimizer step, or from forward passes, on shapes only (`memory_step.py`),
+with rows as long as the settings allow, so they are the most that a stage needs. Not counted are
+CUDA's context and its libraries' workspaces (about 1 GB), memory lost to fragmentation, and on a
+CPU the libraries themselves (about half a GB).
 """
 
 from collections.abc import Callable, Iterator
@@ -19,12 +19,13 @@ from stages.models.adapters import AdapterSettings
 from stages.models.loading import packaged_gguf, scratch_config
 from stages.models.remote_code import SCALAR, from_pretrained, is_remote
 from stages.models.roles import most_tokens
-from stages.settings.policies import judge_share, reward_models
+from stages.rollouts.frozen import CHECKED_AT_A_TIME
+from stages.settings.policies import compared_policies, judge_share, needs_reward_model, reward_models
 from stages.settings.ppo import has_value_model, named_rewards
 from stages.settings.scorers.model import ModelScorer
 from stages.settings.training import batch_of_each
 from stages.shared.runtime import adapter_settings, dtype_of
-from stages.tools.memory_step import WIDTH, Lengths, Sizes, Step, take_step
+from stages.tools.memory_step import WIDTH, Lengths, Sizes, Step, take_passes, take_step
 from stages.training.batching import in_micro_batches
 from stages.training.text import SMALL_VOCABULARY
 
@@ -53,7 +54,7 @@ class Need:
 
 
 def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False) -> Iterator[Need]:
-    """Yield what base (from scratch), sft, rm, ppo and dpo need.
+    """Yield what each stage with models needs; base and rankings only where they have work.
 
     Args:
         experiment: The validated experiment.
@@ -80,6 +81,12 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
             kept += sizes.models["policy"]  # the finished policy, while the one for PPO trains
         buckets = trains * (ranks > 1 and parts == 1)  # DDP's buckets of gradients
         yield replace(need(stage, sizes, kept), step=sizes.step + buckets)
+
+    def passes(steps: list[Step]) -> tuple[dict[str, int], int]:
+        return take_passes(config, steps, dtype, device, m.attn_implementation, parts)
+
+    if experiment.data.rankings is None:
+        yield of_rankings(experiment, config, passes, dtype)
     for stage, head, model in (("rm", "scores", "reward_model"), ("dpo", "logprobs", "policy")):
         if stage == "dpo":
             yield of_ppo(experiment, config, take, dtype, device)
@@ -89,6 +96,7 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
         others = len(reward_models(experiment, has_judge=judge_share(experiment) > 0)) - 1
         copies = (c.keep == "best") + (others if stage == "rm" else 0)
         yield need(stage, sizes, kept=copies * sizes.trains[model] // parts)
+    yield of_evaluate(experiment, config, passes, dtype)
 
 
 def of_ppo(experiment: Any, config: Any, take: Callable, dtype: str, device: str) -> Need:
@@ -137,13 +145,75 @@ def of_ppo(experiment: Any, config: Any, take: Callable, dtype: str, device: str
             weights += trunk * (sizes.shared and experiment.sft.ppo_init is not None)
     kept = policy * (c.publish_ema + (c.keep == "best"))
     sampled = min(c.local_rollout_forward_batch_size, -(-c.batch_size // ranks))
-    cache = sampled * (sum(width) * cache_of_token(config) * WIDTH[dtype] + 8 * config.get_text_config().vocab_size)
+    cache = cache_of(config, sampled, sum(width), dtype)
     cast = policy // 2 if dtype == "bfloat16" else 0
     if shares > 1:  # a whole copy, with its linear layers cast
         cast = sizes.frozen["policy"]
     sizes = replace(sizes, weights=weights // shares)
     own = "transformers" in (c.rollout.engine, c.rollout.on_failure)  # vLLM has memory of its own
     return replace(need("ppo", sizes, kept // shares), sampling=own * (cache + cast))
+
+
+def of_rankings(experiment: Any, config: Any, passes: Callable, dtype: str) -> Need:
+    """Return what the stage rankings needs: it samples from SFT.
+
+    Args:
+        experiment: The validated experiment.
+        config: transformers' configuration of the model.
+        passes: Passes micro-batches through frozen models, as `take_passes`.
+        dtype: "float32" or "bfloat16".
+    """
+    c, shares = experiment.rankings, sharers(experiment)
+    # another engine's samples are checked a few at a time; what the policy samples is more
+    few = Step("policy", "logprobs", [(c.max_length - c.response_length, [c.response_length])] * CHECKED_AT_A_TIME)
+    models, activations = passes([few])
+    rows = -(-c.batch_size // processes(experiment)) * c.samples_per_prompt
+    sampling = sampled_by_policy(c) * (cache_of(config, rows, c.max_length, dtype) + (shares > 1) * models["policy"])
+    checks = activations * (not samples_itself(c))
+    return Need("rankings", models["policy"] // shares, moments=0, kept=0, step=checks, sampling=sampling)
+
+
+def of_evaluate(experiment: Any, config: Any, passes: Callable, dtype: str) -> Need:
+    """Return what the stage evaluate needs: a policy at a time, the reference and the judges.
+
+    Args:
+        experiment: The validated experiment.
+        config: transformers' configuration of the model.
+        passes: Passes micro-batches through frozen models, as `take_passes`.
+        dtype: "float32" or "bfloat16".
+    """
+    c, shares = experiment.evaluate, sharers(experiment)
+    compared, judged = compared_policies(experiment), needs_reward_model(experiment)
+    samples = max(c.samples_per_prompt, c.best_of if "best_of_n" in compared else 1)
+    group = (c.max_length - c.response_length, [c.response_length] * c.samples_per_prompt)
+    steps = [Step("policy", "logprobs", [group] * max(1, c.batch_size // min(c.samples_per_prompt, 4)))]
+    if judged:
+        steps.append(Step("reward_model", "scores", [(group[0], [c.response_length])] * c.batch_size))
+    if experiment.data.documents is not None:
+        steps.append(Step("policy", "text", rows=c.batch_size, width=c.perplexity_length))
+    models, activations = passes(steps)
+    is_reference = set(compared) <= {"sft", "best_of_n"} and experiment.sft.ppo_init is None
+    weights = models["policy"] * (1 if is_reference else 2)
+    if judged:
+        weights += models["reward_model"] * len(reward_models(experiment))
+    rows = max(1, c.batch_size // min(samples, 4)) * samples
+    sampling = sampled_by_policy(c) * (cache_of(config, rows, c.max_length, dtype) + (shares > 1) * models["policy"])
+    return Need("evaluate", weights // shares, moments=0, kept=0, step=activations, sampling=sampling)
+
+
+def sampled_by_policy(section: Any) -> bool:
+    """Return whether the policy itself may sample, so that memory is needed for that."""
+    return samples_itself(section) or section.rollout.on_failure == "transformers"
+
+
+def samples_itself(section: Any) -> bool:
+    """Return whether the policy itself samples."""
+    return section.rollout is None or section.rollout.engine == "transformers"
+
+
+def cache_of(config: Any, rows: int, length: int, dtype: str) -> int:
+    """Return the bytes of the cache of rows of a length, with the logits of a step."""
+    return rows * (length * cache_of_token(config) * WIDTH[dtype] + 8 * config.get_text_config().vocab_size)
 
 
 def need(stage: str, sizes: Sizes, kept: int) -> Need:

@@ -202,6 +202,47 @@ def take_step(
         )
 
 
+def take_passes(
+    config: Any, steps: list[Step], dtype: str, device: str, attention: str = "sdpa", parts: int = 1
+) -> tuple[dict[str, int], int]:
+    """Pass micro-batches through frozen models, on fake tensors, one pass at a time.
+
+    Args:
+        config: transformers' configuration of the model.
+        steps: The micro-batches, each with its model.
+        dtype: "float32" or "bfloat16", which products are computed in.
+        device: "cpu" or "cuda", which decides how rows are packed.
+        attention: `model.attn_implementation`.
+        parts: How many processes hold a shard of each weight (fsdp2).
+
+    Returns:
+        The bytes of each model's whole weights, and the most that a pass holds in addition: its
+        activations and, of shards, the weights that are gathered.
+    """
+    longest = max([step.width for step in steps] + [p + max(rs) for step in steps for p, rs in step.lengths])
+    packed = attention == "sdpa" and not has_short_window(config, longest)
+    real = [laid_out(step, packed) for step in steps]
+    read = [None if isinstance(x, Tensor) else int(x.lengths.sum()) for x in real]
+    names = dict.fromkeys(step.model for step in steps)
+    with quiet():
+        made = {name: make(config, name, AdapterSettings(), False, attention, packed) for name in names}
+    with quiet(), experts_by_shape(), FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+        for model in made.values():
+            model.requires_grad_(False).to_empty(device="cpu")
+            unwrapped(model).tie_weights()
+            if dtype == "bfloat16":
+                cast_frozen(model, torch.bfloat16)
+        weights = live.most = live.now
+        casts = {"enabled": dtype == "bfloat16", "cache_enabled": parts == 1}
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, **casts):
+            for step, batch, tokens in zip(steps, real, read, strict=True):
+                forward(made[step.model].eval(), step, faked(batch, tokens), device)
+        most = live.most - weights
+        if parts > 1:
+            most += max(map(gathered_at_once, made.values()))
+        return {name: size_of(model) for name, model in made.items()}, most
+
+
 @contextlib.contextmanager
 def experts_by_shape() -> Iterator[None]:
     """Let mixtures of experts multiply by transformers' own grouped operation inside this context.

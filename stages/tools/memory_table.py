@@ -1,4 +1,4 @@
-"""Print the memory that each training stage needs of a device."""
+"""Print the memory that each stage with models needs of a device."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ COLUMNS = ("weights", "moments", "kept", "step", "sampling")
 
 
 def print_memory(experiment: Any, console: Any = None, trust_remote_code: bool = False) -> int:
-    """Print a table of the memory that each training stage needs, and whether this machine has it.
+    """Print a table of the memory that each stage needs, and whether this machine has it.
 
     Args:
         experiment: The validated experiment.
@@ -20,6 +20,7 @@ def print_memory(experiment: Any, console: Any = None, trust_remote_code: bool =
     from rich.console import Console
     from rich.table import Table
 
+    from stages.settings.rollout import sampling_with_vllm
     from stages.shared.runtime import device_of
     from stages.tools.memory import of_experiment
 
@@ -40,11 +41,13 @@ def print_memory(experiment: Any, console: Any = None, trust_remote_code: bool =
         f"averages and best weights; step: activations and gradients; sampling: the cache, and weights cast for it. "
         f"Of step and sampling only the larger counts. Rankings from a file are taken to be pairs."
     )
-    if experiment.ppo.rollout.engine == "vllm":
+    if stages := sampling_with_vllm(experiment):
         settings = experiment.launch.vllm
         where = "this machine" if device == "cpu" else f"GPUs {settings.devices or 'of rank 0'}"
         share = f"{settings.gpu_memory_utilization:.0%} of the memory of {where}"
-        console.print(f"vLLM takes {share} in addition, throughout ppo (launch.vllm.gpu_memory_utilization).")
+        console.print(
+            f"vLLM takes {share} in addition, throughout {' and '.join(stages)} (launch.vllm.gpu_memory_utilization)."
+        )
     warn_if_too_much(experiment, device, most, torch.cuda.is_available(), console)
     return 0
 

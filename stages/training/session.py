@@ -119,7 +119,8 @@ def session_of(ctx: StageRun, trains: bool = True) -> Session:
 
     Args:
         ctx: The run.
-        trains: Whether the stage trains; rankings and evaluate do not, and never shard weights.
+        trains: Whether the stage trains. rankings and evaluate do not: what they save has no
+            weights, so rank 0 saves it alone.
     """
     return Session(
         stage=ctx.stage,

@@ -153,6 +153,7 @@ def install(reads=None, made=None):
     made = made or stages(reads)
     api.STAGES = tuple(made)
     api.stages = lambda: made
+    api.TESTS = ()
     api.experiment_class = lambda: experiment_class(made)
     return cli
 

@@ -35,6 +35,7 @@ def api(tmp_path, monkeypatch):
     made = fakes.stages()
     monkeypatch.setattr(api, "stages", lambda: made)
     monkeypatch.setattr(api, "STAGES", tuple(made))
+    monkeypatch.setattr(api, "TESTS", ())
     monkeypatch.setattr(api, "experiment_class", lambda: fakes.experiment_class(made))
     monkeypatch.setattr(api, "made", made, raising=False)
     return api

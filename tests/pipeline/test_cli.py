@@ -30,6 +30,7 @@ def rlhf(tmp_path, monkeypatch, capsys):
     stages = fakes.stages()
     monkeypatch.setattr(api, "STAGES", tuple(stages))
     monkeypatch.setattr(api, "stages", lambda: stages)
+    monkeypatch.setattr(api, "TESTS", ())
     monkeypatch.setattr(api, "experiment_class", lambda: fakes.experiment_class(stages))
 
     def run(*words, config="small.yaml"):
@@ -471,3 +472,30 @@ def test_make_clean_artifacts_with_a_mistyped_config_removes_nothing(tmp_path):
         done = subprocess.run(words, capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path / config}: ")
         assert (tmp_path / "artifacts" / "small").is_dir()
+
+
+@pytest.mark.parametrize(
+    "words, tests, settings",
+    [
+        (["--lm-eval", "a, b", "--limit", "5"], ["lm_eval"], ['lm_eval.tasks=["a", "b"]', "lm_eval.limit=5"]),
+        (["--lm-eval", "--num-fewshot", "2"], ["lm_eval"], ["lm_eval.num_fewshot=2"]),
+        (["--reward-bench", "a=b.jsonl"], ["reward_bench"], ['reward_bench.data="a=b.jsonl"']),
+        (["--harmful", "7", "x.y=3"], ["refusals"], ['refusals.harmful="7"', "x.y=3"]),
+        (["--refusals", "--lm-eval", "a"], ["lm_eval", "refusals"], ['lm_eval.tasks=["a"]']),
+        ([], [], []),
+    ],
+)
+def test_flags_of_evaluate_are_settings(words, tests, settings):
+    from pipeline.cli import parse
+
+    arguments = parse(["evaluate", *words, "-c", "small.yaml"])
+    assert (arguments.tests, arguments.overrides) == (tests, settings)
+
+
+def test_a_flag_without_its_test_is_refused(capsys):
+    from pipeline.cli import main
+
+    assert main(["evaluate", "--limit", "5", "-c", "small.yaml"]) == 2
+    assert "--limit does nothing without --lm-eval" in capsys.readouterr().err
+    assert main(["evaluate"]) == 2
+    assert "-c CONFIG is missing" in capsys.readouterr().err

@@ -666,3 +666,28 @@ def test_seeds_are_set_before_every_stage(world):
     world.run("fit")
     world.run("text", force=True)
     assert drawn[0] == drawn[2] and drawn[0] != drawn[1]
+
+
+def test_a_stage_shows_what_was_made_of_todays_inputs_and_makes_none_of_it(world):
+    seen = []
+
+    def run_page(ctx):
+        seen.append(sorted(ctx.inputs))
+        (ctx.publish / "page.txt").write_text(" ".join(sorted(ctx.manifests)))
+        return {}
+
+    fakes.change(world.stages, "page", needs=lambda e: ["text"], shows=lambda e: ["fit"], run=run_page)
+    world.run("page")
+    assert seen == [["text"]] and world.store.manifest("fit") is None, "it is not made"
+    world.run("fit", "fit.steps=3")
+    world.run("page")
+    assert seen[1:] == [["fit", "text"]], "with the settings that it was made with"
+    assert "fit artifact changed" in world.console.text
+    world.run("page")
+    assert len(seen) == 2, "up to date"
+    world.run("page", "text.words=4", override_config=True)
+    assert seen[2:] == [["text"]], "fit was made of other words"
+    world.run("fit", "text.words=4")
+    (world.store.folder("fit") / "model.safetensors").write_bytes(b"damaged")
+    world.run("page", "text.words=4")
+    assert len(seen) == 3, "what is damaged is not shown"

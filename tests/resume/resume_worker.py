@@ -190,10 +190,13 @@ def arm(die: tuple[str, int | str] | None, term: tuple[str, int] | None) -> None
     from pipeline import tracking
     from pipeline.store import checkpoints
 
+    sent: list[tuple[str, int]] = []
+
     def at(stage: str, step: int | str) -> None:
         if (stage, step) == die:
             os.kill(os.getpid(), signal.SIGKILL)
-        if (stage, step) == term:
+        if (stage, step) == term and not sent:  # the save that follows may be of the same step
+            sent.append(term)
             os.kill(os.getpid(), signal.SIGTERM)
 
     log, save, replace = tracking.Tracker.log, checkpoints.CheckpointStore.save, os.replace

@@ -40,6 +40,51 @@ def test_shards_give_the_results_of_whole_models(stage, oracle, tmp_path):
     assert_same_results(root / "micro" / stage, oracle / "micro" / stage)
 
 
+SAMPLING = ["rankings", pytest.param("evaluate", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("stage", SAMPLING)
+def test_shards_sample_and_score_as_whole_models_do(stage, oracle, tmp_path):
+    """The same responses, and figures up to rounding; only rank 0 reads models."""
+    root = copy_without(oracle, tmp_path, stage)
+    assert rlhf_together(*command(stage, root, FSDP), one_reads=True) == [0, 0]
+    assert_same_measurements(root / "micro" / stage, oracle / "micro" / stage)
+
+
+def assert_same_measurements(folder, other):
+    """Check that rankings or evaluations have the same texts, and figures up to rounding."""
+    ours, theirs = (json.loads((x / "manifest.json").read_text())["outputs"] for x in (folder, other))
+    assert ours.keys() == theirs.keys()
+    for name in (name for name in ours if name.endswith(".jsonl")):
+        for row, expected in zip(rows_of(folder, name), rows_of(other, name), strict=True):
+            assert row.keys() == expected.keys()
+            for key, value in row.items():
+                assert value == (pytest.approx(expected[key], abs=1e-4) if isinstance(value, float) else expected[key])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, who", [("rankings", 0), ("evaluate", 1)])
+def test_killed_while_sampling_and_resumed_they_give_the_same_bytes(stage, who, oracle, undisturbed, tmp_path):
+    root = copy_without(oracle, tmp_path, stage)
+    codes = rlhf_together(*command(stage, root, FSDP, "checkpoints.every=1"), die=(who, stage, 2), seconds=60)
+    assert codes == ([1, -signal.SIGKILL] if who else [-signal.SIGKILL, 4])
+    assert list((root / "micro" / stage / "checkpoints").glob("step-*/manifest.json"))
+    assert rlhf_together(*command(stage, root, FSDP, "checkpoints.every=1"), one_reads=True) == [0, 0]
+    assert published(root / "micro" / stage) == undisturbed(stage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["rankings", "evaluate"])
+def test_a_signal_ends_sampling_at_once_and_it_resumes(stage, oracle, undisturbed, tmp_path):
+    """What is saved has no weights, so rank 0 saves alone, between two tokens."""
+    root = copy_without(oracle, tmp_path, stage)
+    run = command(stage, root, FSDP, "checkpoints.every=1")
+    assert rlhf_together(*run, term=(0, stage, 2), seconds=60) == [75, 4]
+    assert not (root / "micro" / stage / "manifest.json").exists()
+    assert rlhf_together(*run) == [0, 0]
+    assert published(root / "micro" / stage) == undisturbed(stage)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [(LORA,), (LORA, BFLOAT16), ("model.gradient_checkpointing=true", BFLOAT16)])
 def test_adapters_gradient_checkpointing_and_bfloat16(settings, tmp_path):

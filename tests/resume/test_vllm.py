@@ -1,21 +1,21 @@
-"""Test ppo.rollout.engine: vllm with a stand-in: training on its samples, and its failures."""
+"""Test rollout.engine: vllm with a stand-in: samples, training on them, and its failures."""
 
 import json
 import sys
 from pathlib import Path
 
 import pytest
-from resume_worker import CONFIG, copy_without, rlhf, rlhf_together, rows_of
+from resume_worker import CONFIG, copy_without, published, rlhf, rlhf_together, rows_of
 
 STAND_IN = Path(__file__).parents[1] / "rollouts" / "stand_in"
 
 
-def command(root, *settings):
+def command(root, *settings, stage="ppo"):
     python = root / "python"  # of an environment with "vllm"
     python.write_text(f'#!/bin/sh\nPYTHONPATH="{STAND_IN}" exec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    vllm = ("ppo.rollout.engine=vllm", f"launch.vllm.python={python}")
-    return ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), "--only", *vllm, *settings)
+    vllm = (f"{stage}.rollout.engine=vllm", f"launch.vllm.python={python}")
+    return ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only", *vllm, *settings)
 
 
 def test_it_samples_and_the_policy_learns_from_it(oracle, tmp_path):
@@ -125,12 +125,6 @@ def test_its_samples_are_weighed_where_it_draws_from_another_distribution(oracle
     assert first["val/engine_kl"] == plain["val/engine_kl"] and first["grad_norm/ppo"] != plain["grad_norm/ppo"]
 
 
-def test_settings_of_a_correction_that_is_not_asked_for_are_refused(oracle, tmp_path, capfd):
-    root = copy_without(oracle, tmp_path, "ppo")
-    assert rlhf(*command(root, "ppo.rollout.correction_clip_max=2")) == 2
-    assert "ppo.rollout.correction_clip_max: has no effect without a correction" in capfd.readouterr().err
-
-
 @pytest.mark.slow
 def test_two_processes_weigh_as_one(oracle, tmp_path):
     settings = (
@@ -157,3 +151,82 @@ def test_two_processes_learn_from_one(oracle, tmp_path, strategy, peft):
     assert rlhf_together(*command(root, *settings)) == [0, 0]
     rows = rows_of(root / "micro" / "ppo", "metrics.jsonl")
     assert len(rows) == 8 and all(0 <= row["val/engine_kl"] < 1e-6 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "peft, how", [("null", "launch.vllm.hand_over=memory"), ("{method: lora, r: 2}", "launch.vllm.adapter_alone=true")]
+)
+def test_two_processes_with_shards_hand_over_without_files_of_weights(oracle, tmp_path, peft, how):
+    root = copy_without(oracle, tmp_path, "ppo")
+    settings = ("launch.strategy=fsdp2", f"model.peft={peft}", how, "launch.vllm.sleep=true")
+    assert rlhf("run", "rm", "-c", str(CONFIG), "--artifacts", str(root), f"model.peft={peft}") == 0
+    assert rlhf_together(*command(root, *settings)) == [0, 0]
+    rows = rows_of(root / "micro" / "ppo", "metrics.jsonl")
+    assert len(rows) == 8 and all(0 <= row["val/engine_kl"] < 1e-6 for row in rows)
+
+
+# -- stages that sample from finished policies ---------------------------------------------------
+
+
+def greedy_of(root):
+    return rows_of(root / "micro" / "evaluate", "greedy.jsonl")
+
+
+def test_evaluate_samples_each_policy_with_it(oracle, tmp_path):
+    """Greedy answers do not depend on the engine, so each is of the policy whose turn it was."""
+    root = copy_without(oracle, tmp_path, "evaluate")
+    assert rlhf(*command(root, stage="evaluate")) == 0
+    folder, other = root / "micro" / "evaluate", oracle / "micro" / "evaluate"
+    rows, alone = rows_of(folder, "responses.jsonl"), rows_of(other, "responses.jsonl")
+    assert [(row["policy"], row["prompt"]) for row in rows] == [(row["policy"], row["prompt"]) for row in alone]
+    assert [row["response"] for row in rows] != [row["response"] for row in alone], "vLLM draws by itself"
+    ours = {(row["policy"], row["prompt"]): row for row in greedy_of(root)}
+    theirs = {(row["policy"], row["prompt"]): row for row in greedy_of(oracle)}
+    both = ours.keys() & theirs.keys()  # the prompts are chosen by the samples
+    assert {policy for policy, _ in both} == {"base", "sft", "ppo", "dpo"}
+    assert all(ours[key]["response"] == theirs[key]["response"] for key in both)
+    assert not list(folder.glob(".tmp-*")) and not (folder / "vllm.log").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("stage", ["rankings", "evaluate"])
+def test_two_processes_sample_with_one(stage, strategy, oracle, tmp_path):
+    """With shards or whole models: the same responses as one process."""
+    roots = [copy_without(oracle, tmp_path / name, stage) for name in ("alone", "both")]
+    assert rlhf(*command(roots[0], stage=stage)) == 0
+    assert rlhf_together(*command(roots[1], f"launch.strategy={strategy}", stage=stage)) == [0, 0]
+    name = "train.jsonl" if stage == "rankings" else "responses.jsonl"
+    rows, others = (rows_of(root / "micro" / stage, name) for root in roots)
+    texts = "responses" if stage == "rankings" else "response"
+    assert [row[texts] for row in rows] == [row[texts] for row in others]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["rankings", "evaluate"])
+def test_without_vllm_sampling_stops_and_resumes(stage, oracle, tmp_path):
+    root, whole = copy_without(oracle, tmp_path, stage), copy_without(oracle, tmp_path / "whole", stage)
+    dies = ("launch.vllm.options={dies_at: 5}", "checkpoints.every=0")
+    assert rlhf(*command(root, *dies, stage=stage), output=tmp_path / "said") == 3
+    assert f"{stage}: vLLM ended" in (tmp_path / "said").read_text()
+    assert list((root / "micro" / stage / "checkpoints").glob("step-*"))
+    assert rlhf(*command(root, stage=stage)) == 0
+    assert rlhf(*command(whole, stage=stage)) == 0
+    assert published(root / "micro" / stage) == published(whole / "micro" / stage)
+
+
+@pytest.mark.slow
+def test_on_request_the_policies_sample_without_it(oracle, tmp_path):
+    root = copy_without(oracle, tmp_path, "evaluate")
+    settings = ("launch.vllm.options={refuses: no room}", "evaluate.rollout.on_failure=transformers")
+    assert rlhf(*command(root, *settings, stage="evaluate")) == 0
+    rows = [rows_of(x / "micro" / "evaluate", "responses.jsonl") for x in (root, oracle)]
+    assert rows[0] == rows[1]
+
+
+def test_samples_of_no_policy_are_refused(oracle, tmp_path):
+    root = copy_without(oracle, tmp_path, "rankings")
+    settings = ("launch.vllm.options={drift: 3.0}", "rankings.rollout.max_engine_kl=0.001")
+    assert rlhf(*command(root, *settings, stage="rankings"), output=tmp_path / "said") == 3
+    assert "does not sample from sft's distribution" in (tmp_path / "said").read_text()

@@ -98,7 +98,7 @@ class MicroChain:
             self.save(random_reward_model(self.tokenizer, seed, bias), folder)
         (root / "micro.yaml").write_text(CONFIG % {"root": root}, encoding="utf-8")
         (root / "world.yaml").write_text(OF_THE_WORLD % {"root": root}, encoding="utf-8")
-        self.stages = api.stages()
+        self.stages = api.all_stages()
 
     def rows(self, name: str) -> list[dict]:
         """Return the rows of a JSONL file of the chain."""

@@ -10,6 +10,7 @@ import math
 import random
 import shutil
 import statistics
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -24,10 +25,11 @@ from data.world.world import World
 from pipeline.errors import UserError
 from pipeline.store.checkpoints import CheckpointStore
 from stages import evaluate
-from stages.evaluation import measuring
+from stages.evaluation import tools
 from stages.evaluation.results import Measured
 from stages.page import samples as report_samples
 from stages.page.results import NAMES, complete
+from stages.rollouts.frozen import FrozenSampler
 from stages.settings import evaluate as evaluate_settings
 
 LENGTH = 8  # of a response
@@ -105,11 +107,13 @@ def run_evaluate(chain, folder, choices, *more, sample=None, **options) -> Run:
     settings = [f"evaluate.{key}={value}" for key, value in choices.items()]
     with pytest.MonkeyPatch.context() as patch:
         if sample is not None:
-            patch.setattr(measuring, "sample", sample)
-        calls = spy(patch, measuring, "sample")
+            patch.setattr(FrozenSampler, "sample", scripted(sample))
+        calls = spy(patch, FrozenSampler, "sample")
         finished = chain.run("evaluate", folder, *settings, *more, **options)
     results = json.loads((finished.folder / "results.json").read_text())
-    rows = [Draw(*row) for call in calls for row in zip(call.args[1], call.args[2], call.result, strict=True)]
+    rows = [
+        Draw(*row) for request, ids in drawn(calls) for row in zip(request.prompts, request.seeds, ids, strict=True)
+    ]
     draws = {}
     for name in results["policies"]:
         each = choices.get("best_of", 16) if name == "best_of_n" else results["samples_per_prompt"]
@@ -117,6 +121,23 @@ def run_evaluate(chain, folder, choices, *more, sample=None, **options) -> Run:
         draws[name], rows = rows[:count], rows[count:]
     assert not rows, "samples without a policy"
     return Run(finished, results, draws)
+
+
+def scripted(sample):
+    """Return a method for FrozenSampler.sample, with `sample` for all but greedy answers."""
+    real = FrozenSampler.sample
+
+    def method(self, policy, model, request, batch_size, poll):
+        if request.temperature == 0:
+            return real(self, policy, model, request, batch_size, poll)
+        return sample(policy, request.prompts, request.seeds)
+
+    return method
+
+
+def drawn(calls) -> list[tuple]:
+    """Return (request, ids of its responses) of each sampling that is not greedy."""
+    return [(call.args[3], call.result) for call in calls if call.args[3].temperature > 0]
 
 
 def chat_ids(tokenizer, prompt) -> list[int]:
@@ -614,14 +635,33 @@ class TestAgain:
         assert list(state["measured"]) == ["base", "sft", "ppo", "dpo"]
         before = {name: Measured(**fields) for name, fields in state["measured"].items()}
         monkeypatch.setattr(evaluate, "measured_before", lambda checkpoints: before)
-        calls = spy(monkeypatch, measuring, "sample")
+        calls = spy(monkeypatch, FrozenSampler, "sample")
         choices = [f"evaluate.{key}={x}" for key, x in PLAIN.items()]
         more = (f"data.evaluation_prompts={prompts[0]}", f"ppo.missing_eos_score={MISSING}")
         manifests = {"rm": {"digest": "rm", "metrics": files.results["reward_model"]}}
         finished = chain.run("evaluate", tmp_path / "two", *choices, *more, manifests=manifests)
-        assert sum(len(call.args[1]) for call in calls) == 8 * 5
+        assert sum(len(request.prompts) for request, _ in drawn(calls)) == 8 * 5
         for name in ("results.json", "responses.jsonl"):
             assert (finished.folder / name).read_bytes() == (files.finished.folder / name).read_bytes()
+
+    def test_one_policy_at_a_time_is_loaded_beside_the_reference(self, chain, files, prompts, tmp_path, monkeypatch):
+        """The first one that is loaded is the reference."""
+        loaded, load = [], tools.load_policy
+
+        def watched(folder, **options):
+            assert not [one for one in loaded[1:] if one() is not None], "another policy is still there"
+            model = load(folder, **options)
+            loaded.append(weakref.ref(model))
+            return model
+
+        monkeypatch.setattr(tools, "load_policy", watched)
+        choices = [f"evaluate.{key}={x}" for key, x in PLAIN.items()]
+        more = (f"data.evaluation_prompts={prompts[0]}", f"ppo.missing_eos_score={MISSING}")
+        manifests = {"rm": {"digest": "rm", "metrics": files.results["reward_model"]}}
+        finished = chain.run("evaluate", tmp_path / "two", *choices, *more, manifests=manifests)
+        assert len(loaded) > 6, "each is loaded to be measured, and again to answer greedily"
+        name = "responses.jsonl"
+        assert (finished.folder / name).read_bytes() == (files.finished.folder / name).read_bytes()
 
     def test_a_checkpoint_of_another_version_is_refused(self, tmp_path):
         store = CheckpointStore(tmp_path, every=0, keep=2, run_id="1")
@@ -708,7 +748,7 @@ def of_world(chain, asked_world, tmp_path_factory):
     ids |= {tuple(tokenizer(prompt)["input_ids"]): prompt for prompt in world.answers}
     texts = list(world.answers.values())
 
-    def answer(policy, prompts, seeds, decoding, poll):
+    def answer(policy, prompts, seeds):
         if policy not in models:
             models.append(policy)
         responses = []

@@ -14,7 +14,7 @@ from micro_chain import write_rows
 from data.world.labelers import LABELERS
 from data.world.world import World
 from pipeline.errors import UserError
-from stages import rankings
+from stages.rollouts.frozen import FrozenSampler
 
 NAMES = [labeler.name for labeler in LABELERS]
 
@@ -210,12 +210,12 @@ def simulate(chain, world, folder, monkeypatch, **settings):
     """Run the stage on the world's prompts with `world.answers` in place of sampled responses."""
     ids = {tuple(plain.prompt_ids(chain.tokenizer, prompt)): prompt for prompt in world.answers}
 
-    def answer(policy, prompts, seeds, decoding, poll):
+    def answer(sampler, policy, model, request, batch_size, poll):
         remaining = {prompt: iter(texts) for prompt, texts in world.answers.items()}
-        chosen = [next(remaining[ids[tuple(prompt)]]) for prompt in prompts]
+        chosen = [next(remaining[ids[tuple(prompt)]]) for prompt in request.prompts]
         return [plain.response_ids(chain.tokenizer, text, finished) for text, finished in chosen]
 
-    monkeypatch.setattr(rankings, "sample", answer)
+    monkeypatch.setattr(FrozenSampler, "sample", answer)
     small = {"samples_per_prompt": K, "max_length": 96, "response_length": 8, "batch_size": 7,
              "validation_fraction": 0.3}  # fmt: skip
     overrides = [f"rankings.{key}={x}" for key, x in (small | settings).items()]
@@ -365,16 +365,16 @@ def test_a_judge_in_the_world_gets_further_prompts_and_changes_nothing_else(chai
     own = plain.prompt_ids
     ids = {tuple(own(chain.tokenizer, prompt)): prompt for prompt in world.answers}
 
-    def answer(policy, prompts, seeds, decoding, poll):
+    def answer(sampler, name, policy, request, batch_size, poll):
         remaining = {prompt: iter(texts) for prompt, texts in world.answers.items()}
         responses = []
-        for prompt in prompts:
+        for prompt in request.prompts:
             known = ids.get(tuple(prompt))
             text = next(remaining[known]) if known else (f"the fox is {len(responses)} .", True)
             responses.append(plain.response_ids(chain.tokenizer, *text))
         return responses
 
-    monkeypatch.setattr(rankings, "sample", answer)
+    monkeypatch.setattr(FrozenSampler, "sample", answer)
     small = {"samples_per_prompt": K, "max_length": 96, "response_length": 8, "batch_size": 7,
              "validation_fraction": 0.3, "agreement": 0.62, "judge_fraction": 0.5}  # fmt: skip
     overrides = [f"rankings.{key}={x}" for key, x in small.items()]

@@ -1,7 +1,12 @@
 """Check chat: commands, answers and memory, with tiny models of random weights."""
 
 import io
+import os
 import re
+import signal
+import sys
+from pathlib import Path
+from tempfile import gettempdir
 from types import SimpleNamespace
 
 import pytest
@@ -9,17 +14,24 @@ from rich.console import Console
 
 from data.encode import encode_prompt
 from data.tokenizer import train_tokenizer
+from pipeline.config.sections import VllmSettings
 from pipeline.errors import UserError
 from pipeline.store.artifacts import ArtifactStore
 from stages.models.loading import from_scratch, load_policy, load_tokenizer, new_reward_model
 from stages.models.publish import save_model
-from stages.tools import chat, chat_commands, chat_panels, chat_speakers
+from stages.settings.rollout import EngineSettings
+from stages.tools import chat, chat_commands, chat_engines, chat_panels, chat_speakers
 
 EXPERIMENT = SimpleNamespace(
     name="fake",
-    launch=SimpleNamespace(device="cpu"),
+    launch=SimpleNamespace(device="cpu", strategy="ddp", processes=1, nodes=1, timeout=600.0, vllm=VllmSettings()),
     evaluate=SimpleNamespace(
-        response_length=6, reward_ensemble="min", missing_eos_score=None, base_prompt="auto", few_shot_examples=4
+        response_length=6,
+        reward_ensemble="min",
+        missing_eos_score=None,
+        base_prompt="auto",
+        few_shot_examples=4,
+        rollout=None,
     ),
     model=SimpleNamespace(attn_implementation="sdpa", dtype="float32", name_or_path=None),
 )
@@ -60,10 +72,10 @@ def settings_of(**values) -> chat_commands.Settings:
     return chat_commands.Settings(**(defaults | values))
 
 
-def talk(store, monkeypatch, lines, models=("sft", "ppo"), width=100, **settings) -> str:
+def talk(store, monkeypatch, lines, models=("sft", "ppo"), width=100, engine=None, **settings) -> str:
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
     console = Console(width=width, record=True, file=io.StringIO())
-    assert chat.run(EXPERIMENT, store, list(models), settings_of(**settings), console=console) == 0
+    assert chat.run(EXPERIMENT, store, list(models), settings_of(**settings), console=console, engine=engine) == 0
     return console.export_text()
 
 
@@ -135,9 +147,7 @@ def test_memory_is_kept_and_oldest_turns_are_dropped_when_the_context_is_full(st
 
 def test_system_message_and_memory_reach_the_model(store, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        "stages.rollouts.transformers.sample", lambda model, prompts, *_, **__: seen.append(prompts[0]) or [[7]]
-    )
+    monkeypatch.setattr(chat_speakers, "sample_answer", lambda _, request, *__: seen.append(request.prompts[0]) or [7])
     speaker = speaker_of(store)
     for text in ("hello", "and the fox ?"):
         chat_speakers.reply(speaker, text, chat_commands.Settings(1.0, 1.0, 0, 6, "be kind"), 0, "float32", None)
@@ -229,7 +239,7 @@ def test_the_likeliest_token_is_taken_by_default(store):
 def answering(monkeypatch, *answers):
     """Let policies answer with these ids, one after another."""
     given = iter(answers)
-    monkeypatch.setattr("stages.rollouts.transformers.sample", lambda *_, **__: [next(given)])
+    monkeypatch.setattr(chat_speakers, "sample_answer", lambda *_: next(given))
 
 
 def test_a_cut_answer_scores_what_evaluate_gives_it(store, monkeypatch):
@@ -269,9 +279,7 @@ def test_a_finished_answer_with_the_highest_score_is_green(store, monkeypatch):
 
 def test_base_from_scratch_is_prompted_in_plain_text_as_in_evaluate(store, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        "stages.rollouts.transformers.sample", lambda model, prompts, *_, **__: seen.append(prompts[0]) or [[7]]
-    )
+    monkeypatch.setattr(chat_speakers, "sample_answer", lambda _, request, *__: seen.append(request.prompts[0]) or [7])
     text = talk(store, monkeypatch, ["hello fox"], models=["base", "sft"])
     tokenizer = load_tokenizer(store.folder("sft") / "model")
     assert [tokenizer.decode(ids).strip() for ids in seen] == ["hello fox", "<|user|> hello fox<|assistant|>"]
@@ -283,9 +291,7 @@ def test_base_from_scratch_is_prompted_in_plain_text_as_in_evaluate(store, monke
 
 def test_memory_is_shown_and_can_be_turned_off(store, monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(
-        "stages.rollouts.transformers.sample", lambda model, prompts, *_, **__: seen.append(prompts[0]) or [[7]]
-    )
+    monkeypatch.setattr(chat_speakers, "sample_answer", lambda _, request, *__: seen.append(request.prompts[0]) or [7])
     text = talk(store, monkeypatch, ["one", "two", "/memory off", "three", "/memory on", "/reset", "four"], ["sft"])
     decode = load_tokenizer(store.folder("sft") / "model").decode
     asked = [[part.split("<")[0].strip() for part in decode(ids).split("<|user|>")[1:]] for ids in seen]
@@ -311,3 +317,71 @@ def test_the_length_can_be_changed(store, monkeypatch):
     assert "0 is too few" in text and "'many' is not a whole number; for example /max 3" in text
     assert "/mx is not a command; did you mean /max?" in text
     assert "/seed takes effect with /sample" in talk(store, monkeypatch, ["/seed 3"], ["sft"])
+
+
+class TestVllm:
+    """Chat through a stand-in for vLLM, which runs in a process of its own."""
+
+    @pytest.fixture
+    def python(self, tmp_path, monkeypatch):
+        """Let launch.vllm.python be an environment with the stand-in."""
+        stand_in = Path(__file__).parents[2] / "rollouts" / "stand_in"
+        script = tmp_path / "python"
+        script.write_text(f'#!/bin/sh\nPYTHONPATH="{stand_in}" exec {sys.executable} "$@"\n')
+        script.chmod(0o755)
+        self.set(monkeypatch, python=str(script))
+        return str(script)
+
+    def set(self, monkeypatch, **settings):
+        monkeypatch.setattr(EXPERIMENT.launch, "vllm", VllmSettings(**settings))
+
+    def test_each_policy_answers_from_its_own(self, store, monkeypatch, python):
+        """Greedily both give the same; policies are not loaded here, and nothing is left behind."""
+        question, files = ["what colour is the fox ?", "and the frog ?"], set(Path(gettempdir()).glob("rlhf-chat-*"))
+        expected = talk(store, monkeypatch, question)
+        monkeypatch.setattr("stages.models.loading.load_policy", lambda *_, **__: pytest.fail("loaded here"))
+        assert talk(store, monkeypatch, question, engine="vllm") == expected
+        monkeypatch.setattr(EXPERIMENT.evaluate, "rollout", EngineSettings(engine="vllm"))
+        assert talk(store, monkeypatch, question) == expected, "evaluate's engine is the default"
+        assert set(Path(gettempdir()).glob("rlhf-chat-*")) == files
+
+    def test_its_end_is_said_where_the_answer_would_be(self, store, monkeypatch, python):
+        self.set(monkeypatch, python=python, options={"dies_at": 2})
+        text = talk(store, monkeypatch, ["hello", "hello"], models=("sft",), engine="vllm")
+        assert "vLLM ended" in text and text.count("token") > 0
+
+    def test_a_start_that_fails(self, store, monkeypatch, python):
+        self.set(monkeypatch, python=python, options={"refuses": "no room"})
+        with pytest.raises(UserError, match=r"--engine: sft: vLLM says ValueError: no room.*see launch.vllm and"):
+            talk(store, monkeypatch, ["hello"], engine="vllm")
+
+    def test_a_python_that_is_missing(self, store, monkeypatch):
+        self.set(monkeypatch, python="nowhere/python")
+        with pytest.raises(UserError, match=r"launch.vllm.python: nowhere/python is not a program"):
+            talk(store, monkeypatch, ["hello"], engine="vllm")
+
+    def test_ctrl_c_waits_for_the_answer(self):
+        """Otherwise the next question would get the answer to the last one."""
+        done = []
+        with pytest.raises(KeyboardInterrupt), chat_engines.held_back():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append(True)
+        assert done
+
+
+def test_reward_models_that_are_divided_among_processes_are_not_loaded(store, monkeypatch):
+    monkeypatch.setattr(EXPERIMENT.launch, "strategy", "fsdp2")
+    assert "score " in talk(store, monkeypatch, ["hello"])
+    monkeypatch.setattr(EXPERIMENT.launch, "nodes", 4)
+    monkeypatch.setattr(chat, "load_judge", lambda *_: pytest.fail("loaded"))
+    text = talk(store, monkeypatch, ["hello"])
+    assert "not scored: launch.strategy is fsdp2" in text and "score " not in text.replace("not scored", "")
+
+
+def test_one_of_several_processes_is_refused(monkeypatch, capsys):
+    from pipeline.cli import main
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = Path(__file__).parents[2] / "resume" / "micro.yaml"
+    assert main(["chat", "-c", str(config), "--models", "sft"]) == 2
+    assert "chat: it is one process" in capsys.readouterr().err

@@ -11,13 +11,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from data.groups import make_rows
+from pipeline.api import load_experiment
 from stages.models.adapters import AdapterSettings, with_adapter
 from stages.models.forward import response_logprobs, response_scores
 from stages.models.loading import prepare
 from stages.models.packing import can_pack
 from stages.settings import ppo as ppo_settings
 from stages.tools import memory, memory_step
-from stages.tools.memory_step import Step, take_step
+from stages.tools.memory_step import Step, take_passes, take_step
 from stages.training.trainee import make_trainee, optimizer_step
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -65,6 +66,58 @@ def test_every_familys_step_is_foretold(kind, dtype):
     for step in (Step("policy", "logits", LENGTHS), Step("reward_model", "scores", LENGTHS)):
         found = take_step(config, [step], WHOLE, dtype, "cpu")
         assert found.step > 0 and found.moments == pytest.approx(2 * found.weights, rel=0.1)
+
+
+@pytest.mark.parametrize("head", ["scores", "logprobs"])
+def test_a_pass_without_data_holds_what_a_real_one_holds(head):
+    name = "reward_model" if head == "scores" else "policy"
+    models, foretold = take_passes(CONFIG, [Step(name, head, LENGTHS)], "float32", "cpu")
+    model = prepare((LlamaForSequenceClassification if head == "scores" else LlamaForCausalLM)(CONFIG))
+    assert can_pack(model.requires_grad_(False), 200)
+    prompts = [[i + 3] * n for i, (n, responses) in enumerate(LENGTHS) for _ in responses]
+    rows = make_rows(prompts, [[5] * n for _, responses in LENGTHS for n in responses], 0, packed=True)
+    (response_scores if head == "scores" else response_logprobs)(model, rows)  # tries the head
+    live = memory_step.LiveBytes()
+    live.known.update(x.untyped_storage() for x in model.parameters())
+    with live, torch.no_grad():
+        (response_scores if head == "scores" else response_logprobs)(model, rows)
+    assert foretold == pytest.approx(live.most, rel=0.06)
+    assert models == {name: sum(p.nbytes for p in model.parameters())}
+
+
+class TestStagesThatSample:
+    """rankings and evaluate: which models they hold, and what sampling adds."""
+
+    def needs(self, *settings) -> dict[str, memory.Need]:
+        config = Path(__file__).resolve().parents[2] / "resume" / "micro.yaml"
+        experiment = load_experiment(config, *settings)
+        config = memory.model_config(experiment.model)
+
+        def passes(steps):
+            return take_passes(config, steps, "float32", "cpu", parts=memory.sharers(experiment))
+
+        given = (experiment, config, passes, "float32")
+        return {"rankings": memory.of_rankings(*given), "evaluate": memory.of_evaluate(*given)}
+
+    def test_a_policy_the_reference_and_the_judges(self):
+        policy = self.needs()["rankings"].weights
+        held = self.needs()["evaluate"].weights  # two reward models: rm.ensemble
+        assert held == pytest.approx(4 * policy, rel=0.01)
+        alone = self.needs("evaluate.policies=[sft]", "sft.ppo_init=null")["evaluate"].weights
+        assert held - alone == policy, "SFT is the reference itself"
+        assert self.needs("rm.ensemble=1")["evaluate"].weights < held
+
+    def test_shards_and_vllm_take_less(self):
+        whole = self.needs()
+        shards = self.needs("launch.strategy=fsdp2", "launch.processes=4")
+        vllm = [f"{stage}.rollout.engine=vllm" for stage in ("rankings", "evaluate")]
+        elsewhere = self.needs("launch.strategy=fsdp2", "launch.processes=4", *vllm)
+        for stage, need in whole.items():
+            assert shards[stage].weights == need.weights // 4
+            assert shards[stage].sampling > whole["rankings"].weights, "sampling gathers a policy whole"
+            assert elsewhere[stage].sampling == 0 and elsewhere[stage].weights == shards[stage].weights
+        back = self.needs(*vllm, "evaluate.rollout.on_failure=transformers")
+        assert back["evaluate"].sampling > 0 == back["rankings"].sampling
 
 
 def test_a_checkpointed_step_holds_less():
@@ -158,6 +211,6 @@ def test_doctor_prints_a_line_a_stage(capsys, monkeypatch):
     config = Path(__file__).resolve().parents[2] / "resume" / "micro.yaml"
     assert main(["doctor", "--memory", "-c", str(config)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:6]] == ["base", "sft", "rm", "ppo", "dpo"]
-    assert all(line.split()[-1] in ("MB", "GB") for line in lines[1:6])
+    assert [line.split()[0] for line in lines[1:8]] == ["base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate"]
+    assert all(line.split()[-1] in ("MB", "GB") for line in lines[1:8])
     assert main(["doctor", "--memory"]) == 2
