@@ -855,8 +855,8 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "DPO is said to have climbed the judge",
-        'policies = {"best_of_n"} if is_own else set()',
-        'policies = {"best_of_n", "dpo"} if is_own else set()',
+        'policies = {"best_of_n"} if is_own and climbed.selector is None else set()',
+        'policies = {"best_of_n", "dpo"} if is_own and climbed.selector is None else set()',
     ),
     Mutant("evaluate", "ppo.reward_model is not asked", "own=climbs_own_model(experiment)", "own=True"),
     Mutant(
