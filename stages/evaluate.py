@@ -52,7 +52,7 @@ from stages.settings.evaluate import (
     training_prompt_kinds,
 )
 from stages.settings.experiment import Experiment
-from stages.settings.policies import climbs_own_model, compared_policies, has_rankings
+from stages.settings.policies import climbs_own_model, compared_policies, has_rankings, ranks_by_scorers
 from stages.settings.ppo import climbed_folders
 from stages.shared.inputs import (
     LengthLimit,
@@ -404,7 +404,9 @@ def climbed_by_ppo(experiment: Experiment) -> Climbed:
     settings, others = experiment.ppo, climbed_folders(experiment)
     if settings.held_out_reward_model is not None and settings.keep == "best":
         others.append(Path(settings.held_out_reward_model))
-    return Climbed(own=climbs_own_model(experiment), others=others, selector=experiment.evaluate.best_of_by)
+    labels = experiment.rankings.scorer or [] if ranks_by_scorers(experiment) else []
+    own, selector = climbs_own_model(experiment), experiment.evaluate.best_of_by
+    return Climbed(own=own, others=others, selector=selector, labels=labels)
 
 
 def measured_before(checkpoints: CheckpointStore) -> dict[str, Measured]:

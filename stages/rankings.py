@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from data.encode import decode_response
-from data.records import Ranking, write_jsonl
-from data.streams import Stream, derive_seed, held_out
+from data.error_lines import shorten
+from data.records import Ranking, prompt_key, write_jsonl
+from data.streams import Stream, derive_seed, held_out, position_of
 from data.world.world import World, labelers
 from pipeline.config.sections import LaunchSettings
 from pipeline.errors import UserError
@@ -30,13 +31,18 @@ from stages.evaluation.statistics import agreement_figures, share_of_counts
 from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.engine import EngineLost, SampleRequest
 from stages.rollouts.frozen import FrozenSampler
+from stages.scorers.labels import ToRank, rank_by_scorers, scorers_of
+from stages.scorers.scorer import ScorerSpec
 from stages.settings.experiment import Experiment
 from stages.settings.policies import judge_share
 from stages.settings.rankings import RankingsSettings
 from stages.settings.rollout import EngineSettings
+from stages.settings.scorers.common import ScorerSection
+from stages.shared import kept_rankings
 from stages.shared.engines import engine_spec, make_frozen_sampler
 from stages.shared.given_rankings import Shares, refuse_no_pair, split_given, usable_pairs
 from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, read_world
+from stages.shared.kept_rankings import split_rankings
 from stages.shared.runtime import Runtime, can_pack_rows, check_context, place_frozen, runtime_of, with_accelerator
 from stages.shared.source_words import recorded_rows
 from stages.training.batching import micro_batches
@@ -58,10 +64,17 @@ class SampledResponses:
     """The responses, (P, K)."""
     finished: list[list[bool]]
     """Whether each response ended with EOS, (P, K)."""
+    rows: list[dict] = dataclasses.field(default_factory=list)
+    """The row of data of each prompt, with all its keys, for scorers."""
+    places: list[str] = dataclasses.field(default_factory=list)
+    """The location of each row, for error lines."""
 
     def part(self, start: int, end: int) -> "SampledResponses":
         """Return the responses to some of the prompts."""
-        return SampledResponses(self.prompts[start:end], self.texts[start:end], self.finished[start:end])
+        chosen = slice(start, end)
+        return SampledResponses(
+            self.prompts[chosen], self.texts[chosen], self.finished[chosen], self.rows[chosen], self.places[chosen]
+        )
 
     @property
     def answers(self) -> list[list[tuple[str, bool]]]:
@@ -136,11 +149,14 @@ def run(ctx: StageRun[RankingsSettings, Experiment]) -> dict:
         rows = recorded_rows(ctx.data.get("rankings", {}))
         shares = Shares(settings.validation_fraction, share, is_set=settings.judge_fraction is not None)
         return split_given(ctx.source("rankings"), shares, ctx.publish, session, rows)
-    world = World.from_json(read_world(ctx.inputs))
+    world = None if settings.scorer is not None else World.from_json(read_world(ctx.inputs))
     runtime, folder = with_accelerator(runtime_of(ctx)), ctx.inputs["sft"] / "model"
     responses, count = sample_responses(
         settings, session, runtime, folder, ctx.source("prompts"), ctx.experiment.launch, world, share
     )
+    if settings.scorer is not None:
+        return publish_by_scorers(settings.scorer, responses, runtime, ctx, share)
+    assert world is not None, "nobody else ranks"
     rows, figures = simulate(world, responses.part(0, count), settings, session)
     keys = request_keys(world, [row.prompt for row in rows], session.seed)
     train, validation = held_out(keys, settings.validation_fraction)
@@ -160,6 +176,70 @@ def run(ctx: StageRun[RankingsSettings, Experiment]) -> dict:
         **{name: len(some) for name, some in sides.items()},
         **agreement_figures((rows[i] for i in validation), lambda row: str(world.task(row.prompt))),
         **figures,
+        **session.notes.figures,
+    }
+
+
+# -- rankings by scorers -------------------------------------------------------------------------
+
+
+def publish_by_scorers(
+    scorers: Sequence[ScorerSection],
+    responses: SampledResponses,
+    runtime: Runtime,
+    ctx: StageRun[RankingsSettings, Experiment],
+    judge: float,
+) -> dict:
+    """Publish rankings of SFT's responses by scorers, split by prompt.
+
+    Args:
+        scorers: The settings of what scores.
+        responses: SFT's responses.
+        runtime: How reward models compute.
+        ctx: The stage's context.
+        judge: The share of prompts whose rankings are kept for a judge.
+
+    Returns:
+        The figures for the manifest.
+    """
+    settings, session = ctx.config, session_of(ctx, trains=False)
+    lines = [line for one in scorers for line in one.row_problems(responses.rows, responses.places)]
+    if lines:
+        raise UserError(shorten(lines))
+    tokenizer = load_tokenizer(ctx.inputs["sft"] / "model", trust_remote_code=runtime.trust_remote_code)
+    spec = ScorerSpec(
+        reward_model=None,
+        pad_id=tokenizer.pad_token_id,
+        accelerator=runtime.accelerator,
+        batch_size=settings.batch_size,
+        records=session.checkpoints.folder.with_name("scores"),
+        say=session.say,
+        trust_remote_code=runtime.trust_remote_code,
+    )
+    scorer = scorers_of(scorers, spec)
+    ctx.confirm_folders()  # the named ones have been loaded
+    prompts = [
+        ToRank(*one) for one in zip(responses.prompts, responses.answers, responses.rows, responses.places, strict=True)
+    ]
+    poll = session.interrupt(0, 0, lambda: None)
+    rankings = rank_by_scorers(scorer, prompts, tokenizer, settings.tie_within or 0.0, poll)
+    scorer.close()
+    positions = np.array([position_of(prompt_key(one.prompt)) for one in rankings])
+    split = split_rankings(positions, np.full(len(rankings), -1), [], settings.validation_fraction, judge)
+    sides = {"train": kept_rankings.TRAIN, "validation": kept_rankings.VALIDATION}
+    if judge:
+        sides["judge"] = kept_rankings.JUDGE
+    for name, side in sides.items():
+        some = [rankings[i] for i in np.flatnonzero(split.sides == side)]
+        refuse_no_pair(name, len(some), sum(usable_pairs(one) for one in some))
+        write_jsonl(ctx.publish / f"{name}.jsonl", some)
+    every = [score for ranking in rankings for score in ranking.scores or ()]
+    return {
+        "rankings": len(rankings),
+        "pairs": sum(usable_pairs(ranking) for ranking in rankings),
+        **{name: split.count(side) for name, side in sides.items()},
+        "score": float(np.mean(every)),
+        "unfinished": responses.unfinished_share,
         **session.notes.figures,
     }
 
@@ -291,7 +371,7 @@ def sample_responses(
     folder: Path,
     source: Source,
     launch: LaunchSettings,
-    world: World,
+    world: World | None,
     judge: float,
 ) -> tuple[SampledResponses, int]:
     """Sample K responses of SFT to each prompt, with checkpoints between batches.
@@ -303,7 +383,7 @@ def sample_responses(
         folder: The folder of the SFT model.
         source: Where the prompts are.
         launch: The section launch, which says how another engine than SFT itself runs.
-        world: The embedded world, which has further prompts.
+        world: The embedded world, which has further prompts; None where scorers rank.
         judge: As many prompts more, as a share of the prompts, are for the judge.
 
     Returns:
@@ -325,10 +405,11 @@ def sample_responses(
     session.say(f"{report.line('prompts')}; {settings.samples_per_prompt} samples each")
 
     asked, count = [prompts[i] for i in kept], len(kept)
-    if further := further_prompts(world, asked, round(judge * count), settings.validation_fraction, session.seed):
-        places = [f"further prompt {i} of the embedded world" for i in range(1, len(further) + 1)]
-        kept, further_ids, _ = fit_prompts(tokenizer, further, places, limit, settings.response_length)
-        asked, ids = asked + [further[i] for i in kept], [*ids, *further_ids]
+    if world is not None and round(judge * count):
+        further = further_prompts(world, asked, round(judge * count), settings.validation_fraction, session.seed)
+        names = [f"further prompt {i} of the embedded world" for i in range(1, len(further) + 1)]
+        fitting, further_ids, _ = fit_prompts(tokenizer, further, names, limit, settings.response_length)
+        asked, ids = asked + [further[i] for i in fitting], [*ids, *further_ids]
 
     rollout = settings.rollout or EngineSettings()
     spec = engine_spec(
@@ -345,7 +426,9 @@ def sample_responses(
     sampler = Sampler(engine, policy, tokenizer, settings, session.seed)
     responses = sample_in_batches(sampler, asked, ids, count, session)
     engine.close()
-    return responses, count
+    places = [locations[chosen[i]] for i in kept]
+    rows = [records[chosen[i]].row() for i in kept]
+    return dataclasses.replace(responses, rows=rows, places=places), count
 
 
 def further_prompts(world: World, prompts: list[str], count: int, validation: float, seed: int) -> list[str]:

@@ -30,6 +30,8 @@ class Climbed:
     """The folders of the others."""
     selector: ScorerSection | None = None
     """What chooses the best of n samples; None: the reward model of rm."""
+    labels: Sequence[ScorerSection] = ()
+    """The scorers that rank in place of labelers, from which the reward model and DPO learn."""
 
 
 def judges_of(
@@ -115,24 +117,27 @@ def judges_of_settings(
     own = _weights(rm / "model") if rm is not None else set()
     others = {digest for folder in climbed.others for digest in _weights(folder.expanduser())}
     selectors = set() if climbed.selector is None else {identity_of(climbed.selector)}
+    labels = {identity_of(label) for label in climbed.labels}
     chosen = own
     if climbed.selector is not None:
         chosen = {digest for folder in folders_of(climbed.selector) for digest in _weights(folder)}
     for name, judge in settings.items():
         policies = {"ppo"} if identity_of(judge) in rewarded else set()
-        if identity_of(judge) in selectors:
-            policies.add("best_of_n")
+        selected = {"best_of_n"} if identity_of(judge) in selectors else set()
+        if identity_of(judge) in labels:  # what learned from its labels was trained to please it, too
+            policies.add("dpo")
+            policies |= {"ppo"} if climbed.own else set()
+            policies |= {"best_of_n"} if climbed.selector is None else set()
         weights = {digest for folder in folders_of(judge) for digest in _weights(folder)}
         if weights & (others | (own if climbed.own else set())):
             policies.add("ppo")
         if weights & chosen:
-            policies.add("best_of_n")
-        policies &= set(names)
+            selected.add("best_of_n")
         judges.append(
             Judge(
                 name,
-                climbed=frozenset(policies),
-                selected=frozenset(policies & {"best_of_n"}),
+                climbed=frozenset((policies | selected) & set(names)),
+                selected=frozenset(selected & set(names)),
                 figures={"what": judge.describe()},
                 compares=judge.compares(),
             )

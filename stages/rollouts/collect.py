@@ -1,7 +1,7 @@
 """Turn prompts into a rollout: sample responses, then run every model of PPO over them."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -116,8 +116,8 @@ def collect(
         finished=torch.tensor([r[-1] == tokenizer.eos_token_id for r in sampled.responses], device=device),
     )
     rollout = replace(rollout, **run_models(roles, scorer, rollout, sampling, recompute, poll))
-    data_rows = [prompt.data_row for prompt in prompts for _ in range(sampling.samples_per_prompt)]
-    texts, dropped = score_texts(scorer, rollout, data_rows, tokenizer, sampling, poll)
+    drawn = [prompt for prompt in prompts for _ in range(sampling.samples_per_prompt)]
+    texts, dropped = score_texts(scorer, rollout, drawn, tokenizer, sampling, poll)
     parts = {**rollout.parts, **texts}
     rollout = replace(rollout, scores=scorer.total(parts, dropped), parts=parts if scorer.shows_parts else {})
     if scorer.drops is not None:
@@ -209,7 +209,7 @@ def run_models(
 def score_texts(
     scorer: WeightedSum,
     rollout: Rollout,
-    data_rows: Sequence[Mapping[str, Any] | None],
+    drawn: Sequence[DrawnPrompt],
     tokenizer: Any,
     sampling: Sampling,
     poll: Callable[[], None],
@@ -219,7 +219,7 @@ def score_texts(
     Args:
         scorer: Its scorers of texts score.
         rollout: B sampled responses.
-        data_rows: The row of data of each response's prompt.
+        drawn: The prompt of each response.
         tokenizer: The policy's.
         sampling: Samples a prompt, which stay together.
         poll: Is called by scorers that wait.
@@ -242,7 +242,8 @@ def score_texts(
             prompts=[rollout.prompts[i] for i in share],
             responses=[rollout.responses[i] for i in share],
             tokenizer=tokenizer,
-            data_rows=[data_rows[i] or {} for i in share],
+            data_rows=[drawn[i].data_row or {} for i in share],
+            places=[drawn[i].place for i in share],
             poll=poll,
         )
         parts: dict[str, Tensor] = {}

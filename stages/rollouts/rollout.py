@@ -19,6 +19,8 @@ class DrawnPrompt:
     """Its index in the list that it was drawn from; with the seed it decides the responses."""
     data_row: Mapping[str, Any] | None = None
     """Its row of data with all keys, which scorers of texts read; None where only ids are known."""
+    place: str = ""
+    """The location of that row (file and line), for error lines."""
 
 
 @dataclass(frozen=True)

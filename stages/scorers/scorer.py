@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from data.encode import decode_response
@@ -49,6 +50,8 @@ class ScoreRequest:
     data_rows: Sequence[Mapping[str, Any]] | None = None
     """The row of data of each response's prompt: `prompt`, a text or messages, and all other keys
     that the row has (`answer`, `constraints`, …). None where only ids are known."""
+    places: Sequence[str] | None = None
+    """The location of each of these rows (file and line), for error lines; None: not known."""
     poll: Callable[[], None] = no_poll
     """Call it now and then while waiting; what it raises ends the scoring (a signal has come)."""
 
@@ -81,10 +84,21 @@ class Scores:
     """The scores of B responses."""
 
     total: Tensor
-    """(B,) in float32: what counts. It has no gradient."""
+    """(B,) in float32: what counts. It has no gradient. NaN where a scorer of texts does not apply
+    to a response: it then adds nothing to a weighted sum."""
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     """Name → (B,): what the total was made of, as far as the scorer says; for metrics and samples
     only."""
+
+
+def part_columns(parts: Sequence[Mapping[str, float]]) -> dict[str, Tensor]:
+    """Return named parts of B responses as name → (B,); NaN where a response has no such part.
+
+    Args:
+        parts: The parts of each response, by name.
+    """
+    names = dict.fromkeys(name for one in parts for name in one)
+    return {name: torch.tensor([one.get(name, torch.nan) for one in parts]) for name in names}
 
 
 @dataclass(frozen=True)
@@ -129,7 +143,7 @@ class Scorer(Protocol):
         """Return the scores of a request's responses.
 
         A score depends only on its own prompt and response, not on the others of the request. It is
-        finite: PPO skips an update with any other.
+        finite, or NaN where a scorer of texts does not apply.
 
         Args:
             request: Prompts and responses.

@@ -1,6 +1,7 @@
 """Write the request of a reward server and read its answer, in the form of each protocol.
 
-    rlhf      {prompts, responses, finished, rows}  → {scores, parts?}       many responses
+    rlhf      {prompts, responses, finished, rows,
+               ids}                                 → {scores, parts?}       many responses
     openrlhf  {query, prompts, labels}              → {rewards, extra_logs?} many responses
     slime     {prompt, response, label}             → number, or {score}     one response
     vllm      {messages, use_activation: false}     → {data: [{probs}]}      one response
@@ -12,9 +13,11 @@ the request, so its digest names the recorded score.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from pipeline.errors import UserError
+from stages.models.same_tokenizer import tokenizer_fingerprint
 from stages.scorers.scorer import ScoreRequest
 from stages.settings.scorers.url import UrlScorer
 
@@ -101,14 +104,23 @@ def labels_of(request: ScoreRequest, settings: UrlScorer) -> list[Any]:
 
 
 def ask_rlhf(request: ScoreRequest, settings: UrlScorer) -> list[Asked]:
-    """Return prompts as messages, responses as texts, and whole rows of data."""
-    rows = request.data_rows or []
-    return [
-        {"prompts": messages, "responses": text, "finished": finished, "rows": without_prompt(row)}
-        for messages, text, finished, row in zip(
-            request.conversations(), request.response_texts(), request.finished(), rows, strict=True
-        )
+    """Return prompts as messages, responses as texts, whole rows of data, and the policy's ids."""
+    name = tokenizer_name(request.tokenizer)
+    ids = [
+        {"tokenizer": name, "prompt": list(prompt), "response": list(response)}
+        for prompt, response in zip(request.prompts, request.responses, strict=True)
     ]
+    fields = (request.conversations(), request.response_texts(), request.finished(), request.data_rows or [], ids)
+    return [
+        {"prompts": messages, "responses": text, "finished": finished, "rows": without_prompt(row), "ids": one}
+        for messages, text, finished, row, one in zip(*fields, strict=True)
+    ]
+
+
+@lru_cache(maxsize=2)
+def tokenizer_name(tokenizer: Any) -> str:
+    """Return what tells tokenizers apart. A large one takes half a second; a run has one."""
+    return tokenizer_fingerprint(tokenizer)
 
 
 def without_prompt(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,11 +72,18 @@ class WeightedSum:
     def total(self, parts: Mapping[str, Tensor], dropped: Collection[str] = ()) -> Tensor:
         """Return the weighted sum (B,) of the scores under the scorers' own names.
 
+        A scorer of texts that does not apply to a response, and says so with NaN, adds nothing.
+
         Args:
             parts: Name → (B,), with at least one entry for each scorer that counts.
             dropped: Names of scorers that do not count this time; the settings leave at least one.
         """
-        sums = [one.weight * parts[one.name] for one in self.scorers if one.name not in dropped]
+        sums = []
+        for one in self.scorers:
+            if one.name in dropped:
+                continue
+            scores = parts[one.name] if one.scorer.reads_rows else parts[one.name].nan_to_num(nan=0.0)
+            sums.append(one.weight * scores)
         return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
 
     def score(self, request: ScoreRequest) -> Scores:

@@ -7,7 +7,13 @@ from pipeline.config.section import Section, setting
 from pipeline.stage import Stage, StageRun
 from stages.models.ensemble_folder import How
 from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
-from stages.settings.policies import compared_policies, has_rankings, needs_reward_model, simulates_labelers
+from stages.settings.policies import (
+    compared_policies,
+    has_rankings,
+    needs_reward_model,
+    ranks_by_scorers,
+    simulates_labelers,
+)
 from stages.settings.rollout import OF_FINISHED, EngineSettings, missing_engine
 from stages.settings.scorers.common import ScorerSection
 from stages.settings.scorers.scorer import Scorer, missing_of_scorers, names_of, scorer_files, scorer_problems
@@ -180,8 +186,8 @@ def needs(experiment: "Experiment") -> list[str]:
 
 
 def shows_rankings(experiment: "Experiment") -> bool:
-    """Return whether judges are shown pairs that labelers ranked."""
-    return experiment.evaluate.pairs_to_judge > 0 and has_rankings(experiment)
+    """Return whether judges are shown pairs that labelers ranked; scorers that rank are none."""
+    return experiment.evaluate.pairs_to_judge > 0 and has_rankings(experiment) and not ranks_by_scorers(experiment)
 
 
 def folders(experiment: "Experiment") -> dict[str, Path]:
@@ -247,7 +253,7 @@ def training_prompt_kinds(experiment: "Experiment") -> list[str]:
     """Return the kinds of data whose prompts some policy or the reward model was trained on."""
     kinds, stages = ["demonstrations"], needs(experiment)
     if "rm" in stages or "dpo" in stages:
-        kinds.append("prompts" if simulates_labelers(experiment) else "rankings")
+        kinds.append("rankings" if experiment.data.rankings is not None else "prompts")
     if "ppo" in stages:
         kinds.append("prompts")
     return list(dict.fromkeys(kinds))
@@ -299,7 +305,8 @@ def differences_from_training(experiment: "Experiment") -> list[dict[str, Any]]:
     for stage in ("rm", "dpo"):
         if stage in stages:
             compare(stage, "max_length", only_longer=True)
-    if simulates_labelers(experiment) and {"rm", "dpo"} & set(stages):
+    sampled = simulates_labelers(experiment) or ranks_by_scorers(experiment)
+    if sampled and {"rm", "dpo"} & set(stages):
         compare("rankings", "temperature", "top_k", "top_p", "response_length")
     return found
 

@@ -184,15 +184,9 @@ def score_batch(batch: Batch, scorer: Any, tokenizer: Any, context: int | None) 
     """
     import torch
 
-    from data.encode import encode_prompts, encode_responses
     from stages.scorers.scorer import ScoreRequest
 
-    try:
-        names = [f"prompts[{index}]" for index in range(len(batch.prompts))]
-        prompts = encode_prompts(tokenizer, batch.prompts, names)
-    except UserError as error:
-        raise WrongRequest(" ".join(error.lines)) from error
-    responses = encode_responses(tokenizer, list(zip(batch.responses, batch.finished, strict=True)))
+    prompts, responses = ids_in(batch, tokenizer)
     for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         length = len(prompt) + len(response)
         if context is not None and length > context:
@@ -201,3 +195,32 @@ def score_batch(batch: Batch, scorer: Any, tokenizer: Any, context: int | None) 
     if not torch.isfinite(scores).all():
         raise ValueError("the model's scores are not finite")
     return scores.tolist()
+
+
+def ids_in(batch: Batch, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the prompts and the responses of a request as ids.
+
+    The client's own ids are taken where they are of the same tokenizer: what was sampled need not
+    be what its text is encoded as.
+
+    Args:
+        batch: The request.
+        tokenizer: The model's.
+
+    Raises:
+        WrongRequest: If the chat template refuses a prompt, or an id is none of the tokenizer's.
+    """
+    from data.encode import encode_prompts, encode_responses
+    from stages.scorers.url_protocols import tokenizer_name
+
+    if batch.ids is not None and {one.tokenizer for one in batch.ids} == {tokenizer_name(tokenizer)}:
+        for index, one in enumerate(batch.ids):
+            if not all(0 <= token < len(tokenizer) for token in one.prompt + one.response):
+                raise WrongRequest(f"ids[{index}] has an id that the tokenizer does not have")
+        return [one.prompt for one in batch.ids], [one.response for one in batch.ids]
+    try:
+        names = [f"prompts[{index}]" for index in range(len(batch.prompts))]
+        prompts = encode_prompts(tokenizer, batch.prompts, names)
+    except UserError as error:
+        raise WrongRequest(" ".join(error.lines)) from error
+    return prompts, encode_responses(tokenizer, list(zip(batch.responses, batch.finished, strict=True)))

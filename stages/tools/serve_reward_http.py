@@ -41,6 +41,18 @@ class WrongRequest(ValueError):
 
 
 @dataclass(frozen=True)
+class Ids:
+    """The token ids of a prompt, through the chat template, and of a response."""
+
+    tokenizer: str
+    """Tells tokenizers apart (`tokenizer_fingerprint`)."""
+    prompt: list[int]
+    """Ids, at least one."""
+    response: list[int]
+    """Ids, with EOS if the response ended by itself."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """The B responses of a request."""
 
@@ -50,13 +62,15 @@ class Batch:
     """Texts, without the end of the turn."""
     finished: list[bool]
     """Whether each ended by itself."""
+    ids: list[Ids] | None = None
+    """The same as token ids, if the client sends them."""
 
 
 def parse(body: bytes) -> Batch:
     """Return the responses of a request's body.
 
     Raises:
-        WrongRequest: If it is not {prompts, responses, finished?}; other fields are not read.
+        WrongRequest: If it is not {prompts, responses, finished?, ids?}; others are not read.
     """
     try:
         value = json.loads(body)
@@ -80,7 +94,26 @@ def parse(body: bytes) -> Batch:
             raise WrongRequest(f"responses[{index}] is not a text")
         if not isinstance(finished[index], bool):
             raise WrongRequest(f"finished[{index}] is neither true nor false")
-    return Batch([messages_of(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)], responses, finished)
+    ids = None
+    if "ids" in value:
+        ids = [ids_of(one, f"ids[{index}]") for index, one in enumerate(list_of(value, "ids"))]
+        if len(ids) != len(responses):
+            raise WrongRequest(f"{len(ids)} entries of ids for {len(responses)} responses; send one for every response")
+    return Batch([messages_of(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)], responses, finished, ids)
+
+
+def ids_of(value: Any, place: str) -> Ids:
+    """Return the ids of a response as the client sent them.
+
+    Args:
+        value: {tokenizer, prompt, response}.
+        place: Its field, for error lines.
+    """
+    if isinstance(value, dict) and isinstance(value.get("tokenizer"), str):
+        lists = [value.get("prompt"), value.get("response")]
+        if lists[0] and all(isinstance(ids, list) and all(type(one) is int for one in ids) for ids in lists):
+            return Ids(value["tokenizer"], *lists)
+    raise WrongRequest(f"{place} is wrong; send {{tokenizer: TEXT, prompt: [id], response: [id]}}, or leave ids out")
 
 
 def list_of(value: dict[str, Any], name: str) -> list[Any]:

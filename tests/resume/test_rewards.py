@@ -1,6 +1,7 @@
 """Test that PPO with rewards from outside resumes by bytes: a function, and a server's records."""
 
 import json
+import os
 import signal
 import time
 from contextlib import contextmanager
@@ -134,7 +135,7 @@ def test_a_signal_does_not_wait_for_the_server(oracle, straight, tmp_path):
             time.sleep(0.02)
         time.sleep(0.3)
         began = time.monotonic()
-        signal_to(child, signal.SIGTERM)
+        os.kill(child.pid, signal.SIGTERM)
         assert end([child], 20) == [75]
         assert time.monotonic() - began < 5  # a checkpoint is saved in it
     with same_place(letters):
@@ -142,11 +143,21 @@ def test_a_signal_does_not_wait_for_the_server(oracle, straight, tmp_path):
     assert published(root / "micro" / "ppo") == published(straight / "micro" / "ppo")
 
 
-def signal_to(child, number):
-    """Send a signal to a process."""
-    import os
-
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_served_reward_model_is_the_climbed_one_and_ends_on_a_signal(number, oracle, tmp_path):
+    """To the bit: what was sampled is sent as ids. Exit code 0: nothing is left to resume."""
+    output = tmp_path / "output"
+    child = start(("serve-reward", "-c", str(CONFIG), "--artifacts", str(oracle)), output=output)
+    while not (output.is_file() and " scores at " in output.read_text()):
+        assert child.is_alive()
+        time.sleep(0.05)
+    url = output.read_text().split(" scores at ")[1].split()[0]
+    if number == signal.SIGTERM:
+        root = copy_without(oracle, tmp_path, "ppo")
+        assert rlhf(*command(root, f"{{model: rm, how: min}}, {{url: '{url}', name: far}}")) == 0
+        assert all(row["rewards/far"] == pytest.approx(row["rewards/rm"], abs=1e-6) for row in metrics(root))
     os.kill(child.pid, number)
+    assert end([child], 30) == [0]
 
 
 @pytest.mark.slow

@@ -62,6 +62,10 @@ def test_each_response_is_sent_with_its_prompt_and_row(request_of_three):
     assert scores.total.tolist() == [len(text) for text in RESPONSES] and scores.total.dtype == torch.float32
     assert scores.parts["half"].tolist() == [len(text) / 2 for text in RESPONSES]
     [body] = served.requests
+    for one, prompt, response in zip(
+        body.pop("ids"), request_of_three.prompts, request_of_three.responses, strict=True
+    ):
+        assert (one["prompt"], one["response"]) == (prompt, response) and len(one["tokenizer"]) == 64
     assert body == {
         "prompts": [[{"role": "user", "content": ROWS[0]["prompt"]}], ROWS[1]["prompt"]]
         + [[{"role": "user", "content": "what ?"}]],

@@ -6,6 +6,7 @@ further settings of that kind:
     ppo.rewards: [{model: rm}, {python: reward.py:score, weight: 0.5}]
 """
 
+import difflib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from stages.settings.scorers.common import ScorerSection
 from stages.settings.scorers.judge import JudgeScorer
 from stages.settings.scorers.model import ModelScorer
 from stages.settings.scorers.python import PythonScorer
+from stages.settings.scorers.rule import RULES, Rule, RuleSection
 from stages.settings.scorers.url import UrlScorer
 
 KINDS: dict[str, type[ScorerSection]] = {
@@ -24,6 +26,7 @@ KINDS: dict[str, type[ScorerSection]] = {
     "python": PythonScorer,
     "url": UrlScorer,
     "judge": JudgeScorer,
+    "rule": RuleSection,
 }
 """Key that names what scores → the class of its settings."""
 
@@ -32,6 +35,8 @@ def _class_name(given: Any) -> str | None:
     """Return the name of the class of a scorer's settings; pydantic asks for it."""
     if isinstance(given, BaseModel):
         return type(given).__name__
+    if "rule" in given:
+        return RULES[given["rule"]].__name__
     return next(KINDS[kind].__name__ for kind in KINDS if kind in given)
 
 
@@ -46,6 +51,10 @@ def _one_kind(given: Any) -> Any:
     if len(named) != 1:
         found = f"has {' and '.join(named)}" if named else "does not say what scores"
         raise ValueError(f"a scorer {found}; should have exactly one of {', '.join(KINDS)}")
+    if named == ["rule"] and given["rule"] not in RULES:
+        near = difflib.get_close_matches(str(given["rule"]), RULES, n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"{given['rule']!r} is no rule; {meant}known are {', '.join(RULES)}")
     return given
 
 
@@ -53,7 +62,8 @@ Scorer = Annotated[
     Annotated[ModelScorer, Tag("ModelScorer")]
     | Annotated[PythonScorer, Tag("PythonScorer")]
     | Annotated[UrlScorer, Tag("UrlScorer")]
-    | Annotated[JudgeScorer, Tag("JudgeScorer")],
+    | Annotated[JudgeScorer, Tag("JudgeScorer")]
+    | Rule,
     Discriminator(_class_name),
     BeforeValidator(_one_kind),
 ]

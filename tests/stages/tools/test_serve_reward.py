@@ -15,7 +15,9 @@ from data.encode import encode_prompt, encode_response
 from pipeline.errors import UserError
 from pipeline.stage import StopFlag
 from pipeline.store.artifacts import ArtifactStore
+from stages.models.ensemble import load_reward_model
 from stages.models.publish import save_model
+from stages.models.same_tokenizer import tokenizer_fingerprint
 from stages.scorers.http import RequestFailed, post_json
 from stages.scorers.reward_model import RewardModelScorer
 from stages.scorers.scorer import ScoreRequest, ScorerSpec
@@ -37,6 +39,7 @@ ROWS = [
     {"prompt": "what ?"},
     {"prompt": "hi"},
 ]
+IDS = {"tokenizer": "x", "prompt": [1], "response": [2]}
 RESPONSES = ["red .", "the fox is red and the sky is blue", "", "the sky"]
 
 
@@ -96,12 +99,33 @@ def test_served_scores_are_those_of_the_scorer_in_process(model, batch_size, how
     asked = make_scorer(ScorerSpec(None, 0, None, 8, settings=UrlScorer(url=url, retries=0), name="far"))
     served = asked.score(requested(tokenizer)).total
     folder = store.folder("rm") / serve_reward.OWN[model]
-    from stages.models.ensemble import load_reward_model
-
     accelerator = make_accelerator("cpu", "float32")
     spec = ScorerSpec(load_reward_model(folder, how or "min"), tokenizer.pad_token_id, accelerator, batch_size or 2)
     in_process = RewardModelScorer(spec).score(requested(tokenizer)).total
     assert torch.equal(served, in_process) and len(set(served.tolist())) == 4
+
+
+def test_ids_of_the_same_tokenizer_are_read_as_they_were_sampled(server, store, tokenizer):
+    """What was sampled need not be what its text is encoded as. Other ids are not read."""
+    url, *_ = server()
+    prompt, word = encode_prompt(tokenizer, "hi"), encode_response(tokenizer, "fox", finished=False)
+    spelled = [i for letter in "fox" for i in encode_response(tokenizer, letter, finished=False)]
+    assert spelled != word
+
+    def score(name, response):
+        ids = [{"tokenizer": name, "prompt": prompt, "response": response}]
+        body = {"prompts": ["hi"], "responses": ["fox"], "finished": [False], "ids": ids}
+        return post_json(url, body, timeout=9)["scores"][0]
+
+    ours = tokenizer_fingerprint(tokenizer)
+    accelerator = make_accelerator("cpu", "float32")
+    model = load_reward_model(store.folder("rm") / "model", "min")
+    scorer = RewardModelScorer(ScorerSpec(model, tokenizer.pad_token_id, accelerator, 2))
+    expected = scorer.score(ScoreRequest([prompt] * 2, [word, spelled], tokenizer)).total.tolist()
+    assert [score(ours, word), score(ours, spelled)] == pytest.approx(expected, abs=1e-6)
+    assert score("other", spelled) == score(ours, word) != score(ours, spelled)
+    with pytest.raises(RequestFailed, match=r"HTTP 400: ids\[0\] has an id that the tokenizer does not have"):
+        score(ours, [len(tokenizer)])
 
 
 def test_a_folder_is_served_too(server, store):
@@ -128,6 +152,10 @@ def test_a_folder_is_served_too(server, store):
         ({"prompts": [3], "responses": ["a"]}, "prompts[0] is neither a text nor a list of messages"),
         ({"prompts": [[]], "responses": ["a"]}, "prompts[0] is neither a text nor a list of messages"),
         ({"prompts": [[{"role": "user"}]], "responses": ["a"]}, "prompts[0][0] is no message"),
+        ({"prompts": ["hi"], "responses": ["a"], "ids": []}, "0 entries of ids for 1 responses"),
+        ({"prompts": ["hi"], "responses": ["a"], "ids": [{"prompt": [1], "response": [2]}]}, "ids[0] is wrong"),
+        ({"prompts": ["hi"], "responses": ["a"], "ids": [{**IDS, "prompt": []}]}, "ids[0] is wrong"),
+        ({"prompts": ["hi"], "responses": ["a"], "ids": [{**IDS, "response": [True]}]}, "ids[0] is wrong"),
     ],
 )
 def test_a_wrong_request_is_refused_with_a_reason(given, words):
