@@ -405,8 +405,8 @@ def climbed_by_ppo(experiment: Experiment) -> Climbed:
     if settings.held_out_reward_model is not None and settings.keep == "best":
         others.append(Path(settings.held_out_reward_model))
     labels = experiment.rankings.scorer or [] if ranks_by_scorers(experiment) else []
-    own, selector = climbs_own_model(experiment), experiment.evaluate.best_of_by
-    return Climbed(own=own, others=others, selector=selector, labels=labels)
+    selector = experiment.evaluate.best_of_by
+    return Climbed(own=climbs_own_model(experiment), others=others, selector=selector, labels=labels)
 
 
 def measured_before(checkpoints: CheckpointStore) -> dict[str, Measured]:

@@ -142,7 +142,12 @@ def by_position(judge: dict[str, Any]) -> str:
     first = (judge["position"] or {}).get("first")
     consistent = (judge["position"] or {}).get("consistent")
     if first is None or apart(first, CHANCE) == 0:
-        return ""
+        if consistent is None or consistent["ci95"][1] >= VERY_OFTEN:
+            return ""
+        return (
+            f"has the same outcome in both orders on only {percent(consistent['value'])} "
+            f"({interval(*consistent['ci95'])}) of pairs"
+        )
     which = "first" if first["value"] > CHANCE else "second"
     share = first["value"] if which == "first" else 1 - first["value"]
     line = f"prefers the response that it reads {which} in {percent(share)} of its verdicts"
