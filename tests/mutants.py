@@ -900,8 +900,8 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "the reward model judges where there is gold",
-        "return [judges[name] for name in in_order(list(judges))]",
-        "return [judges[name] for name in in_order(list(judges))[::-1]]",
+        "return deciding_first([*judges.values(), *panel])",
+        "return deciding_first([*judges.values(), *panel])[::-1]",
         "stages/evaluation/climbed.py",
     ),
     Mutant(
