@@ -47,7 +47,7 @@ def compared_policies(experiment: "Experiment") -> list[str]:
     allowed = {
         "ppo": prompts and (has_rankings(experiment) or not climbs_own_model(experiment)),
         "dpo": has_rankings(experiment),
-        "best_of_n": prompts and has_rankings(experiment),
+        "best_of_n": prompts and (has_rankings(experiment) or section.best_of_by is not None),
     }
     return [name for name in section.policies if allowed.get(name, True)]
 
@@ -72,7 +72,7 @@ def needs_reward_model(experiment: "Experiment") -> bool:
     It does where the data allow PPO, and where a policy that needs it is named.
     """
     policies = compared_policies(experiment)
-    if "best_of_n" in policies:
+    if "best_of_n" in policies and experiment.evaluate.best_of_by is None:
         return True
     if "ppo" in policies and climbs_own_model(experiment):
         return True
