@@ -59,10 +59,13 @@ def trained_policies(experiment: "Experiment") -> list[str]:
 
 
 def climbs_own_model(experiment: "Experiment") -> bool:
-    """Return whether PPO is scored by the reward model of the stage rm, alone or among others."""
+    """Return whether PPO climbs the reward model of the stage rm, alone or among others.
+
+    One of weight 0 is only watched.
+    """
     settings = experiment.ppo
     if settings.rewards is not None:
-        return "rm" in scorer_stages(settings.rewards)
+        return "rm" in scorer_stages([scorer for scorer in settings.rewards if scorer.weight])
     return settings.reward_model is None
 
 
