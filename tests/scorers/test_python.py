@@ -356,3 +356,15 @@ def wait_until(condition, seconds=60):
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.05)
+
+
+def test_a_key_of_the_rows_that_is_an_argument_of_ours_is_refused(tmp_path):
+    """Otherwise the function would get our list under that name, and the row's values be lost."""
+    file = tmp_path / "reward.py"
+    file.write_text("def score(responses, **columns):\n    return [0.0 for _ in responses]\n", encoding="utf-8")
+    rows = [{"prompt": "hi"}, {"prompt": "hello", "responses": ["x"]}]
+    lines = PythonScorer(python=f"{file}:score").row_problems(rows, ["p.jsonl:1", "p.jsonl:2"])
+    assert lines == [
+        "p.jsonl:2: the key 'responses' is what score gets of PPO itself; rename it in the source, as columns: "
+        "{my_responses: responses}"
+    ]

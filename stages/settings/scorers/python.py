@@ -87,7 +87,7 @@ class PythonScorer(ScorerSection):
         return own | {f"{key}.python ({one.relative_to(folder)})": one for one in local_imports(file)}
 
     def row_problems(self, rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> list[str]:
-        """Return a line for each parameter of the function that no row has a key for.
+        """Return a line for each parameter that no row has a key for, and for keys that are ours.
 
         Args:
             rows: The rows of data.
@@ -100,7 +100,12 @@ class PythonScorer(ScorerSection):
         keys = {key for row in rows for key in row}
         missing = sorted(parameters.required - keys - GIVEN)
         known = ", ".join(sorted((keys - {"prompt"}) | GIVEN))
-        return [
+        taken = [
+            f"{places[next(i for i, row in enumerate(rows) if name in row)]}: the key '{name}' is what {function} gets "
+            f"of PPO itself; rename it in the source, as columns: {{my_{name}: {name}}}"
+            for name in sorted(keys & GIVEN)
+        ]
+        return taken + [
             f"{file}:{function}: asks for {name}, which no row of data has (first row: {places[0]}); add it, or ask "
             f"for what is known: {known}"
             for name in missing
