@@ -134,3 +134,11 @@ def test_a_second_server_names_the_first(tmp_path):
         assert f"process {server.process.pid} on" in second.stderr and f":{server.port}" in second.stderr
         assert server.token not in second.stderr
         assert server.stop() == 0
+
+
+def test_a_server_that_is_stopped_as_it_starts_ends(tmp_path):
+    """A signal that comes before the server runs is not forgotten."""
+    write_answers(tmp_path, 3)
+    for _ in range(3):
+        with Server(tmp_path, "rank.answers=answers.jsonl") as server:
+            assert server.stop() == 0

@@ -19,19 +19,15 @@ REPEAT_DISTANCE = 5
 """Tasks between a ranking and its repetition, so that nobody ranks from memory."""
 
 LIVE = """
-SELECT COUNT(*) FROM assignments a LEFT JOIN verdicts v ON v.assignment_id = a.id
-WHERE a.task_id = t.id AND a.reason IN ('first', 'overlap')
-  AND (a.state IN ('open', 'sent_back') OR (a.state = 'done' AND v.accepted <> 'excluded'))
+a.reason IN ('first', 'overlap')
+AND (a.state IN ('open', 'sent_back') OR (a.state = 'done' AND v.accepted <> 'excluded'))
 """
-"""How many labelers work on a task t or have ranked it, without those whose row is excluded."""
-CANDIDATES = f"""
-SELECT t.id, t.uid, ({LIVE}) AS live FROM tasks t
-WHERE t.known IS NULL
-  AND NOT EXISTS (SELECT 1 FROM assignments a WHERE a.task_id = t.id AND a.labeler_id = ?)
-  AND (SELECT COUNT(*) FROM assignments a WHERE a.task_id = t.id AND a.state = 'skipped') < {MOST_SKIPS}
-ORDER BY t.id
+"""Whether an assignment a with a verdict v counts as work on its task."""
+TAKEN = f"""
+SELECT a.task_id, SUM({LIVE}) AS live, SUM(a.state = 'skipped') AS skips, SUM(a.labeler_id = ?) AS own
+FROM assignments a LEFT JOIN verdicts v ON v.assignment_id = a.id GROUP BY a.task_id
 """
-"""Tasks that a labeler never had."""
+"""Of each task that anybody has had: who works on it or has ranked it, skips, and one's own."""
 REPEATABLE = """
 SELECT a.task_id FROM assignments a JOIN verdicts v ON v.assignment_id = a.id
 WHERE a.labeler_id = :labeler AND a.state = 'done' AND a.reason IN ('first', 'overlap')
@@ -112,18 +108,24 @@ def abandon(connection: sqlite3.Connection, rules: Rules, now: float) -> None:
 
 def open_tasks(connection: sqlite3.Connection, labeler: Labeler, rules: Rules) -> list[tuple[int, str]]:
     """Return (task, first or overlap) of each task that a labeler can get now, in their order."""
+    taken = {row["task_id"]: row for row in connection.execute(TAKEN, (labeler.id,))}
     found = []
-    for row in connection.execute(CANDIDATES, (labeler.id,)):
-        if row["live"] < rules.copies(row["uid"]):
-            found.append((row["id"], "overlap" if row["live"] else "first"))
+    for row in connection.execute("SELECT id, uid FROM tasks WHERE known IS NULL ORDER BY id"):
+        before = taken.get(row["id"])
+        if before is None:
+            found.append((row["id"], "first"))
+        elif not before["own"] and before["skips"] < MOST_SKIPS and (before["live"] or 0) < rules.copies(row["uid"]):
+            found.append((row["id"], "overlap" if before["live"] else "first"))
     return found
 
 
 def has_room(connection: sqlite3.Connection, task_id: int, rules: Rules) -> bool:
     """Return whether fewer labelers than are wanted work on a task or have ranked it."""
-    row = connection.execute(f"SELECT t.uid, t.known, ({LIVE}) AS live FROM tasks t WHERE t.id = ?", (task_id,))
-    task = row.fetchone()
-    return task["known"] is not None or task["live"] < rules.copies(task["uid"])
+    task = connection.execute("SELECT uid, known FROM tasks WHERE id = ?", (task_id,)).fetchone()
+    query = f"""SELECT COALESCE(SUM({LIVE}), 0) FROM assignments a
+                LEFT JOIN verdicts v ON v.assignment_id = a.id WHERE a.task_id = ?"""
+    live = connection.execute(query, (task_id,)).fetchone()[0]
+    return task["known"] is not None or live < rules.copies(task["uid"])
 
 
 def choose(

@@ -108,9 +108,9 @@ def add_verdict(connection: sqlite3.Connection, task: Task, ranking: Ranking, no
 def tiers_of(task: Task, ranking: Ranking) -> tuple[list[list[int]], list[int]]:
     """Return the tiers of a task that a ranking gives, and the answers that it does not judge."""
     rank_of: dict[tuple[str, bool], int] = {}
-    for answer, rank in zip(ranking.answers, ranking.ranks, strict=True):
+    for given, rank in zip(ranking.answers, ranking.ranks, strict=True):
         if rank is not None:
-            rank_of[answer] = min(rank, rank_of.get(answer, rank))
+            rank_of[given] = min(rank, rank_of.get(given, rank))
     by_text = {text: rank for (text, _), rank in rank_of.items()}  # other tools do not keep `finished`
     tiers: dict[int, list[int]] = {}
     aside = []

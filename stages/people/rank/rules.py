@@ -1,6 +1,7 @@
 """Hold the rules of a ranking page as plain values."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from data.streams import derive_seed
 
@@ -47,5 +48,10 @@ class Rules:
 
     def copies(self, uid: str) -> int:
         """Return how many labelers a task is for, by its digest: the same at each start."""
-        drawn = derive_seed(self.seed, "overlap", uid) / LARGEST
-        return self.overlap_labelers if drawn < self.overlap else 1
+        return self.overlap_labelers if draw_of(self.seed, uid) < self.overlap else 1
+
+
+@lru_cache(maxsize=100_000)  # it is asked of every task whenever somebody gets the next
+def draw_of(seed: int, uid: str) -> float:
+    """Return a task's number in [0, 1), which decides whether several labelers get it."""
+    return derive_seed(seed, "overlap", uid) / LARGEST

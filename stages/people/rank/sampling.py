@@ -6,6 +6,7 @@ are in the database already are not sampled again, so that a second run appends 
 
 import hashlib
 import json
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -139,11 +140,11 @@ def asked_prompts(experiment: "Experiment", store: ArtifactStore, samplings: Seq
 
 
 def known_requests(database: Database) -> set[str]:
-    """Return the requests that were answered before, also those whose answers were all alike."""
+    """Return the requests that were answered before, also those that made no task."""
     with database.read() as connection:
         rows = connection.execute("SELECT json_extract(source, '$.request') AS request FROM tasks").fetchall()
-        alike = connection.execute("SELECT substr(key, 7) AS request FROM meta WHERE key LIKE 'alike:%'").fetchall()
-    return {row["request"] for row in [*rows, *alike]}
+        none = connection.execute("SELECT substr(key, 6) AS request FROM meta WHERE key LIKE 'none:%'").fetchall()
+    return {row["request"] for row in [*rows, *none]}
 
 
 def sample_tasks(
@@ -206,14 +207,20 @@ def add_tasks(
             given = answers.get(one.request)
             if given is None:
                 counts["dropped"] += 1
+                remember(connection, one, "too long")
                 continue
             prompt = one.prompt if isinstance(one.prompt, str) else list(one.prompt)
             source = {"request": one.request, "policies": policies}
             outcome = add_task(connection, NewTask(prompt, tuple(given), one.kind, one.user_id, source=source), now)
             counts[outcome] += 1
             if outcome != "added":
-                connection.execute("INSERT OR IGNORE INTO meta VALUES(?, ?)", (f"alike:{one.request}", outcome))
+                remember(connection, one, outcome)
     return counts["added"], counts["alike"], counts["dropped"]
+
+
+def remember(connection: sqlite3.Connection, asked: Asked, why: str) -> None:
+    """Note that a prompt makes no task, so that it is not sampled again."""
+    connection.execute("INSERT OR IGNORE INTO meta VALUES(?, ?)", (f"none:{asked.request}", why))
 
 
 def read_answers(file: Path, sampling: Sampling) -> dict[str, list[Given]]:

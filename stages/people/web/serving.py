@@ -140,15 +140,16 @@ def serve(app: Any, listener: socket.socket, on_start: Callable[[], None]) -> in
         timeout_graceful_shutdown=10,
     )
     server = uvicorn.Server(config)
+
+    # uvicorn ends on these signals by itself, and at its end raises them once more for whoever
+    # handled them before. That is this function: it has nothing more to do then, and before
+    # uvicorn's own handlers stand it makes the server end as soon as it begins.
+    def end(number: int, frame: FrameType | None) -> None:
+        server.should_exit = True
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     listener.listen(2048)  # from now on connections wait, and none is refused
     on_start()
-
-    # uvicorn ends on these signals by itself, and raises them once more at its end, for whoever
-    # handled them before: nobody, since a server that is stopped has done its work.
-    def ignore(number: int, frame: FrameType | None) -> None:
-        return None
-
-    before = {number: signal.signal(number, ignore) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         server.run(sockets=[listener])
     finally:
