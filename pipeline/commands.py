@@ -318,6 +318,23 @@ def chat_command(arguments: argparse.Namespace) -> int:
     )
 
 
+def playground_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf playground`: serve the page where people talk to the policies, or export what they shared."""
+    from pipeline.launch import environment
+    from pipeline.launch.processes import rank_and_size_from_environment
+
+    experiment = load(arguments)
+    store = api.open_store(experiment, Location.of(arguments.artifacts))
+    playground = importlib.import_module("stages.people.playground.command")
+    if arguments.export is not None:
+        return playground.export(experiment, store, Path(arguments.export), make_console())
+    if rank_and_size_from_environment()[1] > 1:
+        raise UserError("playground: it is one process, and was started as several; start it without torchrun or srun")
+    one_node = experiment.launch.model_copy(update={"nodes": 1})  # it runs here, whatever the stages do
+    environment.prepare(experiment.model_copy(update={"launch": one_node}))
+    return playground.run(experiment, store, make_console(), arguments.trust_remote_code, arguments.new_tokens)
+
+
 def compare_command(arguments: argparse.Namespace) -> int:
     """Run `rlhf compare`: write a page that compares experiments, and print tables."""
     from pipeline.launch import environment
@@ -341,6 +358,7 @@ COMMANDS = {
     "clean": clean_command,
     "doctor": doctor_command,
     "chat": chat_command,
+    "playground": playground_command,
     "compare": compare_command,
     "data": data_command,
 }
